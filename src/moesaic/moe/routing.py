@@ -1,0 +1,47 @@
+"""Routing: the weighted bipartite graph between tokens and experts.
+
+Every router, whatever its rule, says the same thing: *these tokens go to those experts with these
+weights*. That sentence is kept as a list of edges, so top-k, expert choice, hash, capacity-limited
+and dropless routing share one dispatcher, one set of statistics and one file format.
+
+Letters: T tokens, E experts, K experts per token, N edges.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from moesaic.core.shapes import Bool, Float, Int, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Edges ``token[n] -> expert[n]`` carrying ``weight[n]`` (int64, int64, float32).
+
+    An edge whose expert is ``num_experts`` leads nowhere: it was dropped, and its weight is zero.
+    Keeping it keeps N static, which is what compilers and collectives want.
+    """
+
+    token: Int[Tensor, "N"]
+    expert: Int[Tensor, "N"]
+    weight: Float[Tensor, "N"]
+    num_tokens: int
+    num_experts: int
+
+    @staticmethod
+    def from_topk(
+        weight: Float[Tensor, "T K"], *, expert: Int[Tensor, "T K"], num_experts: int
+    ) -> "Routing":
+        """Make the token-major edge list of a token-choice router."""
+        tokens, k = expert.shape
+        token = torch.arange(tokens, device=expert.device).repeat_interleave(k)
+        return Routing(token, expert.flatten(), weight.flatten(), tokens, num_experts)
+
+    @property
+    def dropped(self) -> Bool[Tensor, "N"]:
+        return self.expert == self.num_experts
+
+    def load(self) -> Int[Tensor, "E"]:
+        """Edges per expert, dropped ones left out."""
+        counts = torch.bincount(self.expert, minlength=self.num_experts + 1)
+        return counts[: self.num_experts]
