@@ -1,0 +1,162 @@
+"""World: this process's place among the ranks, and what the ranks add up together.
+
+``Alone`` is the null object: one process, the same methods, nothing sent. Every collective returns
+the same bits on every rank. Nothing here is differentiable; gradients are summed after backward.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as distributed
+
+from moesaic.core.shapes import Tensor
+
+BUCKET_BYTES = 64 * 2**20
+
+
+@runtime_checkable
+class World(Protocol):
+    """``rank`` of ``size`` processes, computing on ``device``."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor (any shape and dtype, the same on all ranks) over the ranks."""
+        ...
+
+    def sum_floats(self, values: dict[str, float]) -> dict[str, float]:
+        """Return the sums of named numbers; every rank gives the same names."""
+        ...
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Replace each ``.grad`` by its sum over ranks. A missing gradient counts as zero."""
+        ...
+
+    def any(self, flag: bool, /) -> bool:  # noqa: FBT001 - the one value it is about
+        """Return whether the flag is true on any rank."""
+        ...
+
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite the tensors, in place, with those of rank 0."""
+        ...
+
+    def share(self, value: Any) -> Any:
+        """Return rank 0's value (JSON data) on every rank."""
+        ...
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensor of every rank, in rank order; one shape and dtype on all."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        ...
+
+
+class Alone:
+    """A world of one process: every sum is the value itself."""
+
+    rank = 0
+    size = 1
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def sum_floats(self, values: dict[str, float]) -> dict[str, float]:
+        return dict(values)
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        pass
+
+    def any(self, flag: bool, /) -> bool:  # noqa: FBT001
+        return flag
+
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        pass
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor]
+
+    def barrier(self) -> None:
+        pass
+
+
+class Ranks:
+    """The world of an initialised default process group (gloo on CPU, NCCL on CUDA)."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.rank = distributed.get_rank()
+        self.size = distributed.get_world_size()
+        self.device = torch.device(device)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        total = tensor.detach().to(self.device, copy=True).contiguous()
+        distributed.all_reduce(total)
+        return total.to(tensor.device)
+
+    def sum_floats(self, values: dict[str, float]) -> dict[str, float]:
+        names = sorted(values)
+        packed = torch.tensor([values[name] for name in names], dtype=torch.float64)
+        return dict(zip(names, self.sum(packed).tolist(), strict=True))
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        for bucket in _buckets([p for p in parameters if p.requires_grad]):
+            parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in bucket]
+            flat = torch.cat([part.reshape(-1) for part in parts])
+            distributed.all_reduce(flat)
+            sums = flat.split([part.numel() for part in parts])
+            for parameter, part, total in zip(bucket, parts, sums, strict=True):
+                parameter.grad = part.copy_(total.view_as(part))
+
+    def any(self, flag: bool, /) -> bool:  # noqa: FBT001
+        return bool(self.sum(torch.tensor(int(flag))).item())
+
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            here = tensor.detach().to(self.device, copy=True).contiguous()
+            distributed.broadcast(here, src=0)
+            tensor.detach().copy_(here)
+
+    def share(self, value: Any) -> Any:
+        text = json.dumps(value if self.rank == 0 else None).encode()
+        length = torch.tensor(len(text), device=self.device)
+        distributed.broadcast(length, src=0)
+        content = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
+        if self.rank == 0:
+            content.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        distributed.broadcast(content, src=0)
+        return json.loads(bytes(content.cpu().tolist()))
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        here = tensor.detach().to(self.device).contiguous()
+        parts = [torch.empty_like(here) for _ in range(self.size)]
+        distributed.all_gather(parts, here)
+        return [part.to(tensor.device) for part in parts]
+
+    def barrier(self) -> None:
+        self.any(False)  # an all-reduce: unlike NCCL's barrier it needs no guess of the device
+
+
+def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Split into runs of one dtype and at most ``BUCKET_BYTES`` (a larger parameter is alone)."""
+    bucket: list[Tensor] = []
+    held = 0
+    for parameter in parameters:
+        size = parameter.numel() * parameter.element_size()
+        if bucket and (held + size > BUCKET_BYTES or parameter.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(parameter)
+        held += size
+    if bucket:
+        yield bucket

@@ -1,0 +1,74 @@
+"""Run: everything that decides a training run, as one frozen config.
+
+Two runs with equal configs on the same machine give the same weights, bit for bit.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from moesaic.core.config import Config
+from moesaic.data.loader import LoaderConfig
+from moesaic.data.mixture import MixtureConfig
+from moesaic.data.tokenizer import TokenizerConfig
+from moesaic.model.config import TransformerConfig
+from moesaic.optim.optimizer import AdamW, Optimizer
+from moesaic.optim.schedule import WSD, Schedule
+from moesaic.train.precision import Float32, Precision
+from moesaic.train.source import CorpusSource
+
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+
+
+class Checkpoints(Config):
+    """When to save: after every ``every`` steps (0: only at the end), keeping the newest ``keep``.
+
+    The checkpoint with the best validation loss is kept beside them.
+    """
+
+    every: Natural = 500
+    keep: Positive = 2
+
+
+class Validation(Config):
+    """Loss on held-out text: after every ``every`` steps (0: never), on at most ``batches`` batches."""
+
+    every: Natural = 500
+    batches: Positive = 50
+
+
+class Log(Config):
+    """A row of metrics every ``every`` steps; routing is counted in one step of ``routes_every``."""
+
+    every: Positive = 10
+    routes_every: Positive = 10
+
+
+class Run(Config):
+    """One training run.
+
+    ``languages`` may be spelt any way (``de``, ``German``, ``deu_Latn``); empty means all of the
+    corpus. A step is ``accumulate`` micro-batches of ``loader.batch_tokens`` tokens over all ranks
+    together. After ``max_bad_steps`` non-finite steps in a row the run stops with a checkpoint.
+    """
+
+    name: str
+    seed: Natural = 1
+    corpus: CorpusSource
+    languages: tuple[str, ...] = ()
+    tokenizer: TokenizerConfig
+    mixture: MixtureConfig
+    loader: LoaderConfig
+    model: TransformerConfig
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    optimizer: Optimizer = AdamW()
+    schedule: Schedule = WSD()
+    steps: Positive
+    accumulate: Positive = 1
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    precision: Precision = Float32()
+    checkpoint: Checkpoints = Checkpoints()
+    validation: Validation = Validation()
+    log: Log = Log()
+    max_bad_steps: Positive = 5
