@@ -25,7 +25,7 @@ class World(Protocol):
     device: torch.device
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum of a tensor (any shape and dtype, the same on all ranks) over the ranks."""
+        """Return the sum over ranks of a tensor: any shape and dtype, alike on all ranks."""
         ...
 
     def sum_floats(self, values: dict[str, float]) -> dict[str, float]:
@@ -144,7 +144,8 @@ class Ranks:
         return [part.to(tensor.device) for part in parts]
 
     def barrier(self) -> None:
-        self.any(False)  # an all-reduce: unlike NCCL's barrier it needs no guess of the device
+        # an all-reduce: unlike NCCL's barrier it needs no guess of the device
+        self.sum(torch.zeros(1))
 
 
 def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:

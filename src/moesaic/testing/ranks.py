@@ -5,7 +5,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as distributed
 
 
-class RankFailed(AssertionError):
+class RankError(AssertionError):
     """A rank raised, died or hung. The text holds that rank's own traceback."""
 
 
@@ -26,7 +26,7 @@ def run_on_ranks(
     """Run ``function(*arguments)`` on ``world`` ranks and return their results in rank order.
 
     Results travel by pickle through a file of ours. Forked, so ``function`` may be local and starts
-    in 0.05 s; the ranks meet in a file, so no port is needed. Raises RankFailed.
+    in 0.05 s; the ranks meet in a file, so no port is needed. Raises RankError.
     """
     fork = get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -70,8 +70,8 @@ def _rank(folder: Path, rank: int, world: int, timeout_s: float, work: tuple[Any
     os._exit(code)  # no clean-up of the parent's test runner in its fork
 
 
-def _wait(ranks: list[BaseProcess], *, until: float) -> None:
-    """Until all have ended, one has failed (with a moment for the others to say so), or it is late."""
+def _wait(ranks: Sequence[BaseProcess], *, until: float) -> None:
+    """Until all have ended, it is late, or one has failed (and the others had time to say so)."""
     while any(rank.is_alive() for rank in ranks) and time.monotonic() < until:
         if any(rank.exitcode for rank in ranks):
             until = min(until, time.monotonic() + 1.0)
@@ -82,9 +82,9 @@ def _result(folder: Path, rank: int, process: BaseProcess) -> Any:
     failures = sorted(folder.glob("*.failure"), key=lambda path: float(path.open().readline()))
     if failures:
         text = failures[0].read_text().partition("\n")[2]
-        raise RankFailed(f"rank {failures[0].stem} failed:\n{text}")
+        raise RankError(f"rank {failures[0].stem} failed:\n{text}")
     if process.exitcode is None:
-        raise RankFailed(f"rank {rank} did not end in time")
+        raise RankError(f"rank {rank} did not end in time")
     if process.exitcode:
-        raise RankFailed(f"rank {rank} died with exit code {process.exitcode}")
+        raise RankError(f"rank {rank} died with exit code {process.exitcode}")
     return pickle.loads((folder / f"{rank}.result").read_bytes())

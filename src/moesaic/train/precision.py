@@ -26,7 +26,7 @@ class Float32(Precision):
 
 
 class BFloat16(Precision):
-    """Matrix products in bfloat16 by autocast. Only faster where the machine multiplies bfloat16."""
+    """Matrix products in bfloat16 by autocast; faster only where the machine multiplies it."""
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         return torch.autocast(device.type, dtype=torch.bfloat16)

@@ -32,14 +32,14 @@ class Checkpoints(Config):
 
 
 class Validation(Config):
-    """Loss on held-out text: after every ``every`` steps (0: never), on at most ``batches`` batches."""
+    """Loss on held-out text every ``every`` steps (0: never), on at most ``batches`` batches."""
 
     every: Natural = 500
     batches: Positive = 50
 
 
 class Log(Config):
-    """A row of metrics every ``every`` steps; routing is counted in one step of ``routes_every``."""
+    """A row of metrics every ``every`` steps; one step of ``routes_every`` counts its routing."""
 
     every: Positive = 10
     routes_every: Positive = 10
