@@ -56,21 +56,22 @@ def _init(device: torch.device, *, timeout_s: float) -> None:
     )
 
 
-def _store(rank: int, *, timeout: timedelta) -> distributed.Store:
+def _store(rank: int, *, timeout: timedelta) -> distributed.Store:  # pyright: ignore[reportPrivateImportUsage]
     """Meet under a name of this attempt.
 
     After ``torchrun --max-restarts`` the agent's store still holds the addresses of the ranks that
     died; without a prefix per attempt gloo connects to those ("connectFullMesh failed").
     """
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = distributed.TCPStore(
+    store = distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=rank == 0 and not shared,
         timeout=timeout,
     )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return distributed.PrefixStore(f"attempt-{attempt}", store)
+    name = f"attempt-{attempt}"
+    return distributed.PrefixStore(name, store)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _device(name: str) -> torch.device:
