@@ -1,0 +1,38 @@
+"""What the verbs share: two consoles (stdout is data, stderr is talk), one way to answer."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Change one config key; may be repeated."),
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/demo.")]
+
+talk = Console(stderr=True)
+
+
+def verb_app(**settings: Any) -> typer.Typer:
+    """Return the Typer app of one verb: our errors pass through it, help text keeps its lines."""
+    return typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+        **settings,
+    )
+
+
+def answer(value: dict[str, Any], *, as_json: bool, show: Callable[[Console], None]) -> None:
+    """Show the answer to a person, or print it as the last line of stdout for a program."""
+    if as_json:
+        sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    else:
+        show(Console())

@@ -1,0 +1,69 @@
+"""The front door: ``moesaic VERB``. A verb's module is imported only when that verb is called."""
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from moesaic import __version__
+from moesaic.core.errors import UserError, nearest
+
+VERBS = {
+    "demo": "the whole job in ten minutes: data, training, scores, report",
+    "train": "train a recipe or a config file; resume a run",
+    "translate": "translate lines with a trained run",
+    "eval": "score a run on held-out strings or on your own test set",
+    "explain": "what a recipe will cost, before anything runs",
+    "data": "build, count and look at corpora",
+    "report": "write a run's HTML report again",
+    "config": "recipes, resolved configs, differences, JSON Schema for editors",
+    "doctor": "what this machine has, and which implementation each op takes and why",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one verb and leave with its exit code: 0 done, 2 the user's mistake, 1 our own."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("--help", "-h", "help"):
+        _show_verbs()
+        return
+    if words[0] in ("--version", "-V"):
+        Console().print(f"moesaic {__version__}", highlight=False)
+        return
+    verb, *rest = words
+    if verb not in VERBS:
+        hint = nearest(verb, VERBS)
+        _fail(UserError(f'there is no verb "{verb}"{hint} (moesaic --help lists them)'), rest)
+    module = importlib.import_module(f"moesaic.cli.{verb}")
+    try:
+        module.app(rest, prog_name=f"moesaic {verb}")
+    except UserError as error:
+        _fail(error, rest)
+    except BrokenPipeError:  # "| head" closed our output: nothing is wrong
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def _fail(error: UserError, words: Sequence[str]) -> None:
+    console = Console(stderr=True, soft_wrap=True)
+    console.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False)
+    if "--json" in words:
+        sys.stdout.write(json.dumps({"error": str(error)}, ensure_ascii=False) + "\n")
+    sys.exit(2)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _show_verbs() -> None:
+    console = Console()
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for verb, what in VERBS.items():
+        table.add_row(f"[bold cyan]{verb}[/]", what)
+    console.print(f"[bold]moesaic[/] {__version__}: Mixture-of-Experts models you can check\n")
+    console.print("usage: moesaic VERB [OPTIONS]      (moesaic VERB --help has an example)\n")
+    console.print(table)
