@@ -1,0 +1,48 @@
+"""Gradient clipping by the global norm; a norm that is not finite is reported, not applied."""
+
+# pyright: reportPrivateImportUsage=false
+# torch._foreach_*: one call for many tensors, as torch.optim itself does it
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from moesaic.core.shapes import Float, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GradNorm:
+    """The gradients' norm before clipping, and the factor they were multiplied by."""
+
+    norm: float
+    factor: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.norm)
+
+
+@torch.no_grad()
+def global_norm(grads: list[Tensor]) -> Float[Tensor, ""]:
+    """Return the 2-norm of all gradients as one vector, in float32 whatever their type."""
+    if not grads:
+        return torch.zeros(())
+    parts = torch._foreach_norm(grads, 2.0, torch.float32)
+    return torch.stack(parts).norm()
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], *, max_norm: float = math.inf) -> GradNorm:
+    """Scale all gradients in place so that their global norm is at most ``max_norm``.
+
+    ``math.inf`` only measures. Reads the norm on the host: the caller must know whether to step.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = float(global_norm(grads))
+    if not math.isfinite(norm) or norm <= max_norm:
+        return GradNorm(norm, 1.0)
+    factor = max_norm / (norm + 1e-6)
+    torch._foreach_mul_(grads, factor)
+    return GradNorm(norm, factor)

@@ -1,0 +1,125 @@
+"""Optimizer: the family a user chooses from, and which parameters follow which rule.
+
+Kinds of parameters: ``matrix`` (2-D weights), ``expert`` (banks ``[E, M, N]``), ``embedding``,
+``router``, ``norm``, ``bias``. A model names the kind of each of its parameters.
+"""
+
+import math
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field
+from torch import nn
+
+from moesaic.core.config import Choice
+from moesaic.optim.adamw import AdamWRule
+from moesaic.optim.muon import MuonRule
+from moesaic.optim.update import NamedOptimizer, Rule
+
+Kind = Literal["embedding", "norm", "bias", "matrix", "expert", "router"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Size = Annotated[float, Field(ge=0)]
+
+
+class Optimizer(Choice):
+    """How parameters follow their gradients."""
+
+    @abstractmethod
+    def assign(self, parameter: nn.Parameter, *, kind: str) -> dict[str, Any]:
+        """Return a parameter's group fields: ``name``, ``rule``, ``lr``, ``weight_decay``."""
+
+    def build(
+        self, named_parameters: Iterable[tuple[str, nn.Parameter]], *, kinds: Mapping[str, str]
+    ) -> NamedOptimizer:
+        """Make the optimizer of a model's trainable parameters.
+
+        ``kinds`` maps each parameter's name to one of ``KINDS``. Raises ValueError for a parameter
+        without a kind or with an unknown one.
+        """
+        groups: dict[str, dict[str, Any]] = {}
+        members: dict[str, list[tuple[str, nn.Parameter]]] = defaultdict(list)
+        for name, parameter in named_parameters:
+            if not parameter.requires_grad:
+                continue
+            kind = kinds.get(name)
+            if kind not in KINDS:
+                raise ValueError(f"{name}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
+            fields = self.assign(parameter, kind=kind)
+            groups.setdefault(fields["name"], fields)
+            members[fields["name"]].append((name, parameter))
+        return NamedOptimizer([groups[name] | {"params": members[name]} for name in sorted(groups)])
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (arXiv:1711.05101), fused where torch has the kernel.
+
+    ``decayed`` are the kinds that weight decay pulls to zero; norms and biases are left alone.
+    """
+
+    lr: Rate = 1e-3
+    betas: tuple[Share, Share] = (0.9, 0.98)
+    eps: Rate = 1e-8
+    weight_decay: Size = 0.01
+    decayed: tuple[Kind, ...] = ("embedding", "matrix", "expert", "router")
+
+    def assign(self, parameter: nn.Parameter, *, kind: str) -> dict[str, Any]:  # noqa: ARG002
+        decay = self.weight_decay if kind in self.decayed else 0.0
+        return _group(f"adamw/{kind}", AdamWRule(self.betas, self.eps), lr=self.lr, decay=decay)
+
+
+class UpdateScale(Choice):
+    """The factor on Muon's orthogonal update of an ``[M, N]`` matrix, beside the learning rate."""
+
+    @abstractmethod
+    def __call__(self, rows: int, columns: int) -> float: ...
+
+
+class MatchAdamW(UpdateScale):
+    """``rms * sqrt(max(M, N))``: the update has AdamW's usual root mean square, so both rules can
+    share a learning rate and a weight decay (Moonlight, arXiv:2502.16982).
+    """
+
+    rms: Rate = 0.2
+
+    def __call__(self, rows: int, columns: int) -> float:
+        return self.rms * math.sqrt(max(rows, columns))
+
+
+class Spectral(UpdateScale):
+    """``sqrt(max(1, M / N))``: the original Muon, for weights stored as ``[out, in]``, with
+    learning rates near 0.02 (kellerjordan.github.io/posts/muon).
+    """
+
+    def __call__(self, rows: int, columns: int) -> float:
+        return math.sqrt(max(1.0, rows / columns))
+
+
+class Muon(Optimizer):
+    """Orthogonalised momentum for matrices and expert banks, AdamW for everything else.
+
+    Jordan et al. 2024 (kellerjordan.github.io/posts/muon) with the decay and update size of
+    arXiv:2502.16982. ``adamw`` holds its own learning rate and decay. ``steps`` counts
+    Newton-Schulz iterations.
+    """
+
+    lr: Rate = 1e-3
+    momentum: Share = 0.95
+    weight_decay: Size = 0.01
+    steps: Annotated[int, Field(ge=1, le=20)] = 5
+    scale: UpdateScale = MatchAdamW()
+    adamw: AdamW = AdamW()
+
+    def assign(self, parameter: nn.Parameter, *, kind: str) -> dict[str, Any]:
+        if (kind, parameter.ndim) not in (("matrix", 2), ("expert", 3)):
+            return self.adamw.assign(parameter, kind=kind)
+        rule = MuonRule(self.momentum, self.steps, self.scale)
+        return _group(f"muon/{kind}", rule, lr=self.lr, decay=self.weight_decay)
+
+
+def _group(name: str, rule: Rule, *, lr: float, decay: float) -> dict[str, Any]:
+    return {"name": name, "rule": rule, "lr": lr, "weight_decay": decay}

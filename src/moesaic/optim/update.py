@@ -1,0 +1,77 @@
+"""NamedOptimizer: one ``torch.optim.Optimizer`` whose groups each follow their own update rule.
+
+Every group has a ``name`` (``adamw/norm``), a ``rule`` (how its tensors change), ``lr`` and
+``base_lr``: a schedule writes ``lr = base_lr * factor``. All state is float32. A parameter of a
+narrower type (bfloat16) keeps a float32 ``master`` copy that the rule updates and that is rounded
+into the parameter afterwards, so that small updates are not lost.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from moesaic.core.shapes import Tensor
+
+
+class Rule(Protocol):
+    """How a group of tensors follows its gradients. Holds no tensors."""
+
+    def slots(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return the zero state of one float32 tensor."""
+        ...
+
+    def apply(
+        self,
+        params: Sequence[Tensor],
+        *,
+        grads: Sequence[Tensor],
+        slots: Sequence[dict[str, Tensor]],
+        group: Mapping[str, Any],
+    ) -> None:
+        """Update ``params`` and ``slots`` in place, by the group's ``lr`` and ``weight_decay``."""
+        ...
+
+
+class NamedOptimizer(torch.optim.Optimizer):
+    """See the module's first lines. Save and restore it with ``optim.state``, by parameter name.
+
+    (Torch's own ``load_state_dict`` rounds state to the parameter's type; ours does not.)
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+        super().__init__(groups, defaults={})
+        for group in self.param_groups:
+            group["base_lr"] = group["lr"]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def prepare(self, parameter: Tensor, *, rule: Rule) -> dict[str, Tensor]:
+        """Return the parameter's state, made of zeros where it has none yet."""
+        state = self.state[parameter]
+        if not state:
+            if parameter.dtype != torch.float32:
+                state["master"] = parameter.detach().float()
+            state.update(rule.slots(state.get("master", parameter)))
+        return state
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return
+        slots = [self.prepare(p, rule=group["rule"]) for p in params]
+        working = [s.get("master", p) for s, p in zip(slots, params, strict=True)]
+        grads = [p.grad if p.grad.dtype == torch.float32 else p.grad.float() for p in params]
+        group["rule"].apply(working, grads=grads, slots=slots, group=group)
+        for parameter, master in zip(params, working, strict=True):
+            if master is not parameter:
+                parameter.copy_(master)

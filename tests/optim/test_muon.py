@@ -1,0 +1,27 @@
+import torch
+
+from moesaic.optim.muon import newton_schulz, orthogonal_each
+
+
+def test_singular_values_come_near_one_and_vectors_stay():
+    make = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 12, 20, generator=make)
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    y = newton_schulz(x, steps=5)
+    middle = u.mT @ y @ vh.mT
+    diagonal = middle.diagonal(dim1=-2, dim2=-1)
+    assert diagonal.min() > 0.6
+    assert diagonal.max() < 1.3
+    torch.testing.assert_close(middle, torch.diag_embed(diagonal), rtol=0, atol=1e-4)
+
+
+def test_stacking_banks_equals_one_matrix_at_a_time():
+    make = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(s, generator=make) for s in ((8, 5), (4, 8, 5), (1, 8, 5))]
+    together = orthogonal_each(tensors, steps=5)
+    for tensor, result in zip(tensors, together, strict=True):
+        assert result.shape == tensor.shape
+        for one, part in zip(tensor.view(-1, 8, 5), result.view(-1, 8, 5), strict=True):
+            torch.testing.assert_close(
+                newton_schulz(one[None], steps=5)[0], part, rtol=1e-4, atol=1e-5
+            )
