@@ -1,0 +1,81 @@
+# Every command of the house; `make` alone lists them. Nothing needs to be installed before:
+# a command that needs the environment makes it (.venv), once.
+#
+#   PYTHON=python3.13    the interpreter to build the environment from (>= 3.11)
+#   TORCH_INDEX=URL      the package index to take torch from (see tools/setup.sh)
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+BIN := .venv/bin
+RUNTIME := .venv/.runtime
+DEV := .venv/.dev
+PINS := pyproject.toml constraints.txt tools/setup.sh
+ARGS ?=
+
+export PYTHON TORCH_INDEX
+
+.PHONY: help setup demo test laws golden fmt lint type layers spell house ci bench docs pins clean
+
+help:            ## list these commands
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+$(RUNTIME): $(PINS)
+	@tools/setup.sh runtime
+	@touch $@
+
+$(DEV): $(RUNTIME)
+	@tools/setup.sh dev
+	@touch $@
+
+setup: $(DEV)    ## make the environment .venv, with the developer's tools
+
+demo: $(RUNTIME) ## train a small multilingual MoE on real text and translate with it
+	$(BIN)/moesaic demo --out runs/demo $(ARGS)
+
+test: $(DEV)     ## run the whole suite (ARGS="-k router" for a part)
+	$(BIN)/python -m pytest $(ARGS)
+
+laws: $(DEV)     ## run the laws alone
+	$(BIN)/python -m pytest tests/laws $(ARGS)
+
+golden: $(DEV)   ## rewrite the golden files after an intended change
+	MOESAIC_WRITE_GOLDEN=1 $(BIN)/python -m pytest tests/test_recipes_golden.py
+
+fmt: $(DEV)      ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(DEV)     ## check format and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+type: $(DEV)     ## check types
+	$(BIN)/pyright
+
+layers: $(DEV)   ## check that imports go downward only
+	$(BIN)/lint-imports
+
+spell: $(DEV)    ## check spelling
+	$(BIN)/codespell
+
+house: $(DEV)    ## print the house's own table and check its limits
+	$(BIN)/python tools/house.py
+
+ci: lint type layers spell house  ## every check but the tests
+
+bench: $(DEV)    ## run the benchmarks; each prints a table and writes JSON
+	for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+docs: $(DEV)     ## write the reference pages and refresh the house's table in CONTRIBUTING.md
+	$(BIN)/python tools/reference.py
+	$(BIN)/python tools/house.py --write-contributing
+
+pins: $(DEV)     ## write constraints.txt from what is installed
+	$(BIN)/python tools/pins.py > constraints.txt.new && mv constraints.txt.new constraints.txt
+
+clean:           ## remove the environment and the caches; runs and data stay
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
+	find src tests tools -name __pycache__ -prune -exec rm -rf {} +
