@@ -1,0 +1,53 @@
+"""Source: where the raw pairs of a corpus come from, in two steps: fetch, then read."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+from moesaic.core.config import Choice
+from moesaic.data.pair import Pair, Text
+
+Place = Literal["any", "train", "held-out"]
+Wanted = Callable[[str], bool]  # is this language code asked for?
+
+
+@runtime_checkable
+class Progress(Protocol):
+    """Whoever listens while a corpus is built."""
+
+    def say(self, text: str) -> None: ...
+
+
+class Quiet:
+    """Listens to nothing."""
+
+    def say(self, text: str) -> None:
+        del text
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One thing that is read at a time: a package or a file, on disk, with its version and licence.
+
+    ``place`` says where its rows may go: ``any`` (the split decides), or an extract's own split.
+    """
+
+    name: str
+    path: Path
+    version: str = ""
+    licence: str = ""
+    place: Place = "any"
+
+
+class Source(Choice):
+    """Family: fetch makes everything local (the only step that uses the network); read reads it."""
+
+    @abstractmethod
+    def fetch(self, *, progress: Progress) -> tuple[Unit, ...]:
+        """Bring every unit onto this machine. Raises UserError when one cannot be had."""
+
+    @abstractmethod
+    def read(self, unit: Unit, *, wanted: Wanted) -> Iterator[Pair | Text]:
+        """Yield the raw pairs and texts of a unit in the languages that are ``wanted``."""

@@ -1,0 +1,17 @@
+"""Where things live: one folder for packages, corpora and shards."""
+
+import os
+from pathlib import Path
+
+
+def data_home() -> Path:
+    """Return ``$MOESAIC_HOME``, or ``./data``."""
+    return Path(os.environ.get("MOESAIC_HOME") or "data")
+
+
+def corpora_dir() -> Path:
+    return data_home() / "corpora"
+
+
+def packages_dir() -> Path:
+    return data_home() / "packages"

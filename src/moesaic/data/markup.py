@@ -1,0 +1,106 @@
+"""Markup of software strings: placeholders, tags, entities, keyboard accelerators."""
+
+import html
+import re
+
+_PLACEHOLDER = re.compile(
+    r"""
+      %\([\w.\s]+\)[#0\-+]*\d*(?:\.\d+)?[a-zA-Z]          # %(name)s
+    | %(?:\d+\$)?[#0\-+']*\d*(?:\.\d+)?(?:hh|h|ll|l|z|j|t|L|q)?
+      (?:[dius@]|[oxXeEfFgGcrapn](?![A-Za-z]))             # %s %1$5.2f %lu
+    | %L?\d+                                               # Qt: %1
+    | %[A-Z][A-Z_]{2,}%?                                   # LibreOffice: %PRODUCTNAME
+    | %\{[^{}]*\}                                          # %{name}
+    | \{\{[^{}]*\}\} | \{%[^{}]*%\}                        # templates
+    | \$\{[^{}]*\} | \$\([\w.]+\) | \$[A-Za-z_]\w*         # ${name} $name
+    | \{[\w.\[\]$-]*(?:![rsa])?(?::[^{}]*)?\}              # {0} {name!r:>5}
+    | &[A-Za-z][\w.-]+;                                    # entities left after unescaping
+    """,
+    re.VERBOSE,
+)
+_POSITION = re.compile(r"^%\d+\$")
+_SIGNS = re.compile(r"[%{$&]")
+
+_TAG = re.compile(r"<(/?)([A-Za-z][\w:.-]*)((?:\s[^<>]{0,1500})?)(/?)>")
+_HTML = frozenset(
+    "a abbr b big blockquote body br button center cite code dd del dfn div dl dt em font form h1 h2 "
+    "h3 h4 h5 h6 head hr html i iframe img input ins kbd label li link mark meta nav ol option p "
+    "path pre q s samp script select small span strike strong style sub sup svg table tbody td th "
+    "thead title tr tt u ul var nobr".split()
+)
+_BLOCK = frozenset("br p li div tr td th h1 h2 h3 h4 h5 h6 dd dt hr ul ol table option".split())
+
+
+def placeholders(text: str) -> list[str]:
+    """Return the placeholders of ``text``, sorted: the two sides of a pair must agree on them.
+
+    ``%1$s`` counts as ``%s``: a translator may change the order but not the set.
+    """
+    if not _SIGNS.search(text):
+        return []
+    found = [_POSITION.sub("%", m[0]) for m in _PLACEHOLDER.finditer(text)]
+    return sorted(found) if len(found) > 1 else found
+
+
+def without_placeholders(text: str) -> str:
+    """Return ``text`` with a space in place of each placeholder."""
+    return _PLACEHOLDER.sub(" ", text) if _SIGNS.search(text) else text
+
+
+def strip_tags(text: str) -> str:
+    """Remove markup, keep what merely looks like it: ``<file>`` in a usage line stays."""
+    if "<" not in text:
+        return text
+
+    def replace(match: re.Match[str]) -> str:
+        closing, name, attributes, empty = match.groups()
+        known = name.casefold() in _HTML or "=" in attributes or closing or empty
+        if not known and f"</{name}>" not in text:
+            return match[0]
+        return " " if name.casefold() in _BLOCK else ""
+
+    return _TAG.sub(replace, text)
+
+
+def unescape(text: str) -> str:
+    """Decode HTML entities: ``&amp;`` and friends."""
+    return html.unescape(text) if "&" in text and ";" in text else text
+
+
+_APPENDED = re.compile(r"\s?\([_&~][A-Za-z0-9]\)")  # CJK menus: ファイル(_F)
+_LEADING = {
+    "_": re.compile(r"(?<![\w\\/.%$@{(=\"'`_-])_(?=[^\W_])"),
+    "&": re.compile(r"(?<![\w&])&(?=[^\W_])"),
+    "~": re.compile(r"(?<![\w~/])~(?=[^\W_])"),
+}
+_INNER = {
+    "_": re.compile(r"(?<=[^\W\d_])_(?=[^\W\d_])"),
+    "&": re.compile(r"(?<=[^\W\d_])&(?=[^\W\d_])"),
+    "~": re.compile(r"(?<=[^\W\d_])~(?=[^\W\d_])"),
+}
+
+
+def strip_accelerators(text: str, *, other: str = "") -> str:
+    """Remove the one mark of a menu's keyboard shortcut: ``_File``, ``E&xit``, ``Sa~ve``, ``(_F)``.
+
+    A word that stands with its mark in ``other`` (the other side) too is an identifier such as
+    ``file_name`` and stays.
+    """
+    if "_" not in text and "&" not in text and "~" not in text:
+        return text
+    text = _APPENDED.sub("", text)
+    for mark, leading in _LEADING.items():
+        if text.count(mark) != 1 or "://" in text:
+            continue
+        stripped = leading.sub("", text)
+        if stripped == text and not _is_identifier(text, mark=mark, other=other):
+            stripped = _INNER[mark].sub("", text)
+        text = stripped
+    return text
+
+
+def _is_identifier(text: str, *, mark: str, other: str) -> bool:
+    word = next((w for w in text.split() if mark in w), "").strip(".,:;!?()\"'")
+    before, _, after = word.partition(mark)
+    initials = before.isupper() and after.isupper()  # R&D
+    return initials or "=" in word or bool(placeholders(word)) or (bool(word) and word in other)

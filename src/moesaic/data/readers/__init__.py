@@ -1,0 +1,1 @@
+"""Readers: one file per format, plain or compressed, all streaming; ``files.py`` chooses by name."""

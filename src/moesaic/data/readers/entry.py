@@ -1,0 +1,12 @@
+"""Entry: one message of a catalogue and its translation."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """``default`` is the English text of a catalogue whose messages are keys (``#. Default: ...``)."""
+
+    source: str
+    target: str
+    default: str = ""

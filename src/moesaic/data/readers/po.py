@@ -1,0 +1,101 @@
+"""PO: gettext catalogues as text. Fuzzy, obsolete and untranslated entries are left out."""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from moesaic.core.errors import DataError
+from moesaic.data.readers.entry import Entry
+
+_ESCAPE = re.compile(r"\\(?:([0-7]{1,3})|x([0-9A-Fa-f]{1,2})|(.))", re.DOTALL)
+_SIMPLE = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v"}
+_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"\s*$')
+_KEYWORD = re.compile(r"(msgctxt|msgid_plural|msgid|msgstr(?:\[\d+\])?)\s*")
+_DEFAULT = re.compile(r'Default:\s*"?(.*)', re.DOTALL)
+
+
+@dataclass(slots=True)
+class _Open:
+    """The entry being read: its fields and its comments."""
+
+    fields: dict[str, list[str]] = field(default_factory=dict)
+    comments: list[str] = field(default_factory=list)
+    fuzzy: bool = False
+    current: str = ""
+
+    def close(self) -> Entry | None:
+        source = "".join(self.fields.get("msgid", ()))
+        target = "".join(self.fields.get("msgstr", self.fields.get("msgstr[0]", ())))
+        if self.fuzzy or not source or not target:
+            return None
+        return Entry(source, target, _default(self.comments))
+
+
+def parse_po(lines: Iterable[tuple[int, str]], *, name: str) -> Iterator[Entry]:
+    """Yield translated entries of (number, line) pairs; context removed, first plural form only.
+
+    Raises DataError with file and line on a line that is no PO syntax.
+    """
+    entry = _Open()
+    for number, line in lines:
+        text = line.strip()
+        if _starts_next(text, entry):
+            done, entry = entry.close(), _Open()
+            if done:
+                yield done
+        if text:
+            _take(text, entry, where=f"{name}, line {number}")
+    done = entry.close()
+    if done:
+        yield done
+
+
+def unescape_po(text: str) -> str:
+    r"""Decode the C escapes of a quoted string: ``\n``, ``\"``, ``\\``, octal and hex."""
+    if "\\" not in text:
+        return text
+
+    def replace(match: re.Match[str]) -> str:
+        octal, hexa, simple = match.groups()
+        if octal:
+            return chr(int(octal, 8))
+        return chr(int(hexa, 16)) if hexa else _SIMPLE.get(simple, simple)
+
+    return _ESCAPE.sub(replace, text)
+
+
+def escape_po(text: str) -> str:
+    """Write a text as the inside of a quoted string."""
+    table = {"\\": "\\\\", '"': '\\"', **{v: f"\\{k}" for k, v in _SIMPLE.items()}}
+    return text.translate(str.maketrans(table))
+
+
+def _starts_next(text: str, entry: _Open) -> bool:
+    """An entry ends at a blank line, or where the next one's comments or first keyword begin."""
+    if not entry.current.startswith("msgstr"):
+        return not text and not entry.fields
+    return not text or text.startswith(("#", "msgctxt", "msgid"))
+
+
+def _take(text: str, entry: _Open, *, where: str) -> None:
+    if text.startswith("#"):
+        entry.fuzzy = entry.fuzzy or (text.startswith("#,") and "fuzzy" in text)
+        if text.startswith("#."):
+            entry.comments.append(text[2:].strip())
+        return
+    keyword = _KEYWORD.match(text)
+    if keyword:
+        entry.current = keyword[1]
+        entry.fields[entry.current] = []
+        text = text[keyword.end() :]
+    quoted = _STRING.match(text)
+    if quoted is None or not entry.current:
+        raise DataError(
+            f"{where}: found {text[:50]!r}, expected msgid, msgstr, a comment or a quoted string"
+        )
+    entry.fields[entry.current].append(unescape_po(quoted[1]))
+
+
+def _default(comments: list[str]) -> str:
+    found = _DEFAULT.search(" ".join(comments))
+    return unescape_po(found[1].strip().rstrip('"')) if found else ""

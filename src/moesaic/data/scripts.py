@@ -1,0 +1,92 @@
+"""Scripts: which writing system each character of a text belongs to, read off Unicode's names.
+
+A text is mapped to a string of one class per character, so that counting a script is ``str.count``.
+"""
+
+import unicodedata
+
+_SPACE, _OTHER, _MARK, _FOREIGN = " ", ".", "*", "?"
+
+# first words of Unicode character names -> ISO 15924
+_NAMED = {
+    "LATIN": "Latn", "CYRILLIC": "Cyrl", "GREEK": "Grek", "ARABIC": "Arab", "HEBREW": "Hebr",
+    "DEVANAGARI": "Deva", "BENGALI": "Beng", "GURMUKHI": "Guru", "GUJARATI": "Gujr",
+    "ORIYA": "Orya", "TAMIL": "Taml", "TELUGU": "Telu", "KANNADA": "Knda", "MALAYALAM": "Mlym",
+    "SINHALA": "Sinh", "THAI": "Thai", "LAO": "Laoo", "TIBETAN": "Tibt", "MYANMAR": "Mymr",
+    "KHMER": "Khmr", "MONGOLIAN": "Mong", "GEORGIAN": "Geor", "ARMENIAN": "Armn",
+    "ETHIOPIC": "Ethi", "HANGUL": "Hang", "HIRAGANA": "Kana", "KATAKANA": "Kana",
+    "KATAKANA-HIRAGANA": "Kana", "CJK": "Hani", "BOPOMOFO": "Hani", "SYRIAC": "Syrc",
+    "THAANA": "Thaa", "TIFINAGH": "Tfng", "OL": "Olck", "NKO": "Nkoo", "CHEROKEE": "Cher",
+    "CANADIAN": "Cans", "VAI": "Vaii", "YI": "Yiii", "MEETEI": "Mtei", "COPTIC": "Copt",
+    "GOTHIC": "Goth", "LISU": "Lisu", "JAVANESE": "Java", "BALINESE": "Bali",
+    "SUNDANESE": "Sund", "BUGINESE": "Bugi", "SYLOTI": "Sylo", "OSAGE": "Osge", "ADLAM": "Adlm",
+}  # fmt: skip
+
+# what a text of a language's script may be written with
+_MADE_OF = {
+    "Hans": ("Hani",),
+    "Hant": ("Hani",),
+    "Jpan": ("Hani", "Kana"),
+    "Hang": ("Hang", "Hani"),
+    "Kore": ("Hang", "Hani"),
+}
+
+_CLASS = {script: chr(0x61 + i) for i, script in enumerate(sorted(set(_NAMED.values())))}
+
+
+class _Table(dict[int, str]):
+    """Fills itself: character -> class."""
+
+    def __missing__(self, point: int) -> str:
+        found = _class_of(chr(point))
+        self[point] = found
+        return found
+
+
+def _class_of(char: str) -> str:
+    if char.isspace():
+        return _SPACE
+    category = unicodedata.category(char)
+    if category[0] not in "LM":
+        return _OTHER
+    words = unicodedata.name(char, "").replace("FULLWIDTH ", "").replace("HALFWIDTH ", "").split()
+    if not words or words[0] in ("COMBINING", "MODIFIER"):
+        return _MARK
+    script = _NAMED.get(words[0])
+    return _CLASS[script] if script else _FOREIGN
+
+
+_TABLE = _Table()
+
+
+def classes(text: str) -> str:
+    """Return one class character per character of ``text``."""
+    return text.translate(_TABLE)
+
+
+def count_letters(seen: str) -> int:
+    """Letters and combining marks in a string of classes."""
+    return len(seen) - seen.count(_SPACE) - seen.count(_OTHER)
+
+
+def count_visible(seen: str) -> int:
+    """All but white space."""
+    return len(seen) - seen.count(_SPACE)
+
+
+def count_script(seen: str, *, script: str) -> int:
+    """Letters that a text in ``script`` (ISO 15924, also Jpan, Hans, ...) is written with."""
+    own = _MADE_OF.get(script, (script,))
+    return seen.count(_MARK) + sum(seen.count(_CLASS[s]) for s in own if s in _CLASS)
+
+
+def is_known(script: str) -> bool:
+    """Whether letters of ``script`` can be told apart at all."""
+    return all(s in _CLASS for s in _MADE_OF.get(script, (script,)))
+
+
+def share_of_script(text: str, *, script: str) -> float:
+    """Return the share of the letters of ``text`` that belong to ``script``; 1.0 without letters."""
+    seen = classes(text)
+    letters = count_letters(seen)
+    return count_script(seen, script=script) / letters if letters else 1.0

@@ -1,0 +1,122 @@
+"""Spill: cleaned pairs on their way into a corpus, one temporary file per direction.
+
+Memory stays flat: a direction that outgrows ``BUCKET_BYTES`` is cut into buckets by its source's
+hash, and one bucket at a time is brought down to one target per source.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+from moesaic.data.pair import Pair
+from moesaic.data.readers.tsv import escape, unescape
+from moesaic.data.split import digest64
+
+BUCKET_BYTES = 96 * 2**20
+Direction = tuple[str, str]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What happened to the rows of a direction: how many were read, how many fell to which rule."""
+
+    read: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A source, a target it was given, by whom (rank: the order units are read in), and where to."""
+
+    source: str
+    target: str
+    rank: int
+    origin: str
+    place: str
+
+
+@dataclass(slots=True)
+class _Votes:
+    """How often a target was given, and its first giver."""
+
+    count: int
+    first: Candidate
+
+
+class Spill:
+    """Takes pairs, gives them back direction by direction."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[Direction, TextIO] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, pair: Pair, *, rank: int, place: str) -> None:
+        stream = self._files.get(pair.direction)
+        if stream is None:
+            path = self._path(pair.direction)
+            stream = path.open("w", encoding="utf-8", newline="\n")
+            self._files[pair.direction] = stream
+        stream.write(
+            f"{escape(pair.source)}\t{escape(pair.target)}\t{rank}\t{escape(pair.origin)}\t{place}\n"
+        )
+
+    def close(self) -> None:
+        for stream in self._files.values():
+            stream.close()
+
+    def directions(self) -> list[Direction]:
+        return sorted(self._files)
+
+    def chosen(self, direction: Direction, *, tally: Tally) -> Iterator[Candidate]:
+        """Yield one target per source of a direction, by majority, in the order first seen."""
+        for bucket in self._buckets(self._path(direction)):
+            yield from _choose(_read(bucket), tally=tally)
+            bucket.unlink()
+
+    def _path(self, direction: Direction) -> Path:
+        return self._folder / "-".join(direction)
+
+    def _buckets(self, path: Path) -> list[Path]:
+        number = path.stat().st_size // BUCKET_BYTES + 1
+        if number == 1:
+            return [path]
+        paths = [path.with_name(f"{path.name}.{i}") for i in range(number)]
+        streams = [p.open("w", encoding="utf-8", newline="\n") for p in paths]
+        with path.open(encoding="utf-8", newline="\n") as lines:
+            for line in lines:
+                streams[digest64(line.partition("\t")[0]) % number].write(line)
+        for stream in streams:
+            stream.close()
+        path.unlink()
+        return paths
+
+
+def _read(path: Path) -> Iterator[Candidate]:
+    with path.open(encoding="utf-8", newline="\n") as lines:
+        for line in lines:
+            source, target, rank, origin, place = line.rstrip("\n").split("\t")
+            yield Candidate(unescape(source), unescape(target), int(rank), unescape(origin), place)
+
+
+def _choose(candidates: Iterator[Candidate], *, tally: Tally) -> Iterator[Candidate]:
+    votes: dict[str, dict[str, _Votes]] = {}
+    for found in candidates:
+        targets = votes.setdefault(found.source, {})
+        held = targets.get(found.target)
+        if held is None:
+            targets[found.target] = _Votes(1, found)
+        else:
+            held.count += 1
+            tally.dropped["duplicate"] += 1
+    for targets in votes.values():
+        best = min(targets.values(), key=_order)
+        tally.dropped["other_target"] += len(targets) - 1
+        yield best.first
+
+
+def _order(votes: _Votes) -> tuple[int, int, str]:
+    """Most votes; then the unit read first; then the smaller text: no order of files decides."""
+    return -votes.count, votes.first.rank, votes.first.target
