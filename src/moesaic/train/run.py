@@ -10,7 +10,7 @@ from pydantic import Field
 from moesaic.core.config import Config
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig
-from moesaic.data.tokenizer import TokenizerConfig
+from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.model.config import TransformerConfig
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.optim.schedule import WSD, Schedule

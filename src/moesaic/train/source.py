@@ -4,7 +4,8 @@ from pathlib import Path
 
 from moesaic.core.config import Choice
 from moesaic.data.builders import build
-from moesaic.data.corpus import Corpus, data_home
+from moesaic.data.corpus import Corpus
+from moesaic.data.home import corpora_dir
 
 
 class CorpusSource(Choice):
@@ -21,7 +22,7 @@ class Catalogue(CorpusSource):
     name: str
 
     def open(self) -> Corpus:
-        folder = data_home() / "corpora" / self.name
+        folder = corpora_dir() / self.name
         if not (folder / "corpus.json").is_file():
             build(self.name, folder)
         return Corpus.open(folder)

@@ -1,0 +1,129 @@
+"""Meters: running sums between two rows of metrics, kept on the device and read only for a row.
+
+Categories are the run's tasks, then its languages (a row counts for its target language), so one
+vector holds every loss that is reported. The sums are part of a checkpoint: a resumed run reports
+what an uninterrupted one does. Letters: B rows, C categories, N predicted tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from moesaic.core.shapes import Float, Tensor
+from moesaic.data.batch import PAD, Batch
+from moesaic.dist.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class Categories:
+    """The names that losses are reported under."""
+
+    tasks: tuple[str, ...]
+    languages: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.tasks + self.languages
+
+    def sums(self, loss: Float[Tensor, "N"], *, batch: Batch) -> Float[Tensor, "2 C"]:
+        """Return per category the summed loss and the number of predicted tokens (float64).
+
+        ``loss`` is in the batch's row-major order. Summed by rows first: no atomics, so the same
+        bits each time on any device.
+        """
+        lengths = (batch.target_out != PAD).sum(1)
+        rows = torch.segment_reduce(loss.detach().double(), "sum", lengths=lengths)
+        member = torch.zeros(batch.rows, len(self.names), dtype=torch.float64, device=loss.device)
+        member.scatter_(1, batch.task[:, None], 1.0)
+        member.scatter_(1, batch.target_language[:, None] + len(self.tasks), 1.0)
+        return torch.stack([rows, lengths.double()]) @ member
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What one step adds up on this rank.
+
+    ``losses`` is ``[negative log-likelihood, predicted tokens] x category``; ``terms`` are this
+    rank's shares of the parts of the training loss by name (``objective`` is their sum);
+    ``tokens`` counts real tokens of both sides.
+    """
+
+    losses: Float[Tensor, "2 C"]
+    terms: dict[str, Float[Tensor, ""]]
+    tokens: int
+
+    def plus(self, other: "Sums") -> "Sums":
+        terms = {name: value + other.terms[name] for name, value in self.terms.items()}
+        return Sums(self.losses + other.losses, terms, self.tokens + other.tokens)
+
+
+class Meters:
+    """See the module's first lines. ``norm`` is the gradients' norm before clipping."""
+
+    def __init__(self, categories: Categories, *, device: torch.device) -> None:
+        self.categories = categories
+        self.device = device
+        self.skipped = 0
+        self._total = 0.0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._steps, self._norm, self._tokens = 0, 0.0, 0
+        columns = len(self.categories.names)
+        self._losses = torch.zeros(2, columns, dtype=torch.float64, device=self.device)
+        self._terms: dict[str, Tensor] = {}
+
+    def add(self, sums: Sums, *, norm: float) -> None:
+        """Count one step."""
+        self._steps += 1
+        self._norm += norm
+        self._tokens += sums.tokens
+        self._losses += sums.losses
+        for name, value in sums.terms.items():
+            self._terms[name] = self._terms.get(name, 0.0) + value
+
+    def take(self, world: World) -> dict[str, float]:
+        """Return the means since the last call, over all ranks, and start again. Collective."""
+        losses = world.sum(self._losses).tolist()
+        terms = world.sum_floats({name: float(value) for name, value in self._terms.items()})
+        new = self.total_tokens(world) - self._total
+        self._total += new
+        steps = max(self._steps, 1)
+        row = {"train/loss": _mean(losses, range(len(self.categories.tasks)))}
+        for index, name in enumerate(self.categories.names):
+            if losses[1][index]:
+                row[f"train/loss/{name}"] = _mean(losses, [index])
+        row |= {f"train/{name}": value / steps for name, value in terms.items()}
+        row |= {"train/grad_norm": self._norm / steps, "train/skipped": float(self.skipped)}
+        row |= {"train/tokens": self._total, "tokens": new}
+        self._clear()
+        return row
+
+    def total_tokens(self, world: World) -> float:
+        """Return the real tokens of both sides trained on since the run began. Collective."""
+        return self._total + world.sum_floats({"tokens": self._tokens})["tokens"]
+
+    def tensors(self, world: World) -> dict[str, Tensor]:
+        """Return the sums over all ranks under names, for a checkpoint. Collective."""
+        here = {"tokens": torch.tensor(float(self._tokens)), "losses": self._losses}
+        here |= {f"term/{name}": value for name, value in self._terms.items()}
+        alike = torch.tensor(
+            [self._steps, self._norm, self.skipped, self._total], dtype=torch.float64
+        )
+        return {"alike": alike} | {name: world.sum(value.double()) for name, value in here.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor], *, world: World) -> None:
+        """Put back what ``tensors`` gave: rank 0 takes the sums, the others start from zero."""
+        share = 1.0 if world.rank == 0 else 0.0
+        steps, self._norm, skipped, self._total = tensors["alike"].tolist()
+        self._steps, self.skipped = int(steps), int(skipped)
+        self._tokens = int(tensors["tokens"] * share)
+        self._losses = tensors["losses"].to(self.device) * share
+        named = {name.partition("/")[2]: t for name, t in tensors.items() if "/" in name}
+        self._terms = {name: value.to(self.device) * share for name, value in named.items()}
+
+
+def _mean(losses: list[list[float]], columns: range | list[int]) -> float:
+    total, count = (sum(row[c] for c in columns) for row in losses)
+    return total / count if count else 0.0

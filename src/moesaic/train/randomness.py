@@ -1,0 +1,53 @@
+"""Random state: torch's generators of every rank as tensors, so that a checkpoint can hold them.
+
+Only dropout, jitter and random token selection draw from them: data comes from the seed by
+arithmetic, and weights are made before the ranks part ways.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from moesaic.core.shapes import Tensor
+from moesaic.dist.world import World
+
+
+def seed_rank(seed: int, *, world: World, step: int = 0) -> None:
+    """Give each rank its own stream of random numbers."""
+    mixed = torch.Generator().manual_seed(seed * 1_000_003 + step * 8191 + world.rank)
+    torch.manual_seed(int(torch.randint(2**62, (), generator=mixed)))
+
+
+def random_state(world: World) -> dict[str, Tensor]:
+    """Return the generators' states of all ranks as uint8 tensors. Collective."""
+    states = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(world.device)
+    return {
+        f"{rank}/{device}": part
+        for device, state in states.items()
+        for rank, part in enumerate(world.gather(state))
+    }
+
+
+def restore_random_state(
+    tensors: Mapping[str, Tensor], *, world: World, seed: int, step: int
+) -> None:
+    """Continue each rank's stream, or start new ones if the number of ranks has changed."""
+    saved = {key.partition("/")[0] for key in tensors}
+    if len(saved) != world.size:
+        seed_rank(seed, world=world, step=step)
+        return
+    torch.set_rng_state(tensors[f"{world.rank}/cpu"])
+    key = f"{world.rank}/cuda"
+    if world.device.type == "cuda" and key in tensors:
+        torch.cuda.set_rng_state(tensors[key], world.device)
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Leave the random streams as they were, whatever happens inside."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        yield

@@ -1,0 +1,75 @@
+"""A training step: gradients of the loss over all micro-batches and ranks, then one update.
+
+The loss is the cross-entropy summed over every predicted token of the step, divided by their number
+over all micro-batches and ranks, plus each layer's own terms as the mean over micro-batches. So
+neither the number of ranks nor that of micro-batches changes what a token counts.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moesaic.core.shapes import Tensor
+from moesaic.data.batch import Batch
+from moesaic.dist.world import World
+from moesaic.model.transformer import Transformer
+from moesaic.moe.record import Record
+from moesaic.train.meters import Categories, Sums
+from moesaic.train.precision import Precision
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one forward and backward over the step's micro-batches gave on this rank."""
+
+    sums: Sums
+    records: tuple[Record, ...]
+    batch: Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """How a model is scored in training."""
+
+    categories: Categories
+    smoothing: float
+    precision: Precision
+
+    def gradients(self, model: Transformer, *, batches: Sequence[Batch], world: World) -> Pass:
+        """Add the loss's gradients to the parameters, summed over ranks. Collective.
+
+        Returns the sums of all micro-batches, and the last one with its routing records.
+        """
+        predicted = int(world.sum(torch.tensor(sum(b.num_predicted for b in batches))))
+        passes = [
+            self._micro(model, batch=batch, predicted=predicted, parts=len(batches))
+            for batch in batches
+        ]
+        world.sum_gradients(model.parameters())
+        sums = passes[0].sums
+        for other in passes[1:]:
+            sums = sums.plus(other.sums)
+        return Pass(sums, passes[-1].records, passes[-1].batch)
+
+    def _micro(self, model: Transformer, *, batch: Batch, predicted: int, parts: int) -> Pass:
+        tokens = batch.num_tokens
+        batch = batch.to(next(model.parameters()).device)
+        with self.precision.autocast(batch.source.device):
+            output = model(batch)
+            token_loss = model.loss(output, smoothing=self.smoothing)
+        terms = {"cross_entropy": token_loss.total / max(predicted, 1)}
+        for record in output.records:
+            for name, value in record.losses.items():
+                terms[f"loss_{name}"] = terms.get(f"loss_{name}", 0.0) + value / parts
+        objective = torch.stack(list(terms.values())).sum()
+        objective.backward()
+        shares = {name: value.detach().double() for name, value in terms.items()}
+        shares["objective"] = objective.detach().double()
+        losses = self.categories.sums(token_loss.nll, batch=batch)
+        return Pass(Sums(losses, shares, tokens), output.records, batch)
+
+
+def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Return the name of the first tensor that holds an infinity or a NaN."""
+    return next((name for name, t in named if not bool(t.isfinite().all())), None)

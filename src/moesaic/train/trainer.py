@@ -1,0 +1,141 @@
+"""Trainer: the state of a run in progress, and the one verb that moves it on.
+
+Everything that decides the next step is in ``snapshot()``: weights, optimizer, place in the data,
+random numbers, running sums, work to retry. ``restore()`` of it continues bit for bit.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from moesaic.checkpoint.snapshot import Snapshot
+from moesaic.core.errors import UserError
+from moesaic.core.shapes import Tensor
+from moesaic.data.batch import Batch
+from moesaic.data.loader import Loader
+from moesaic.dist.world import World
+from moesaic.model.transformer import Transformer
+from moesaic.moe.layer import set_reduce
+from moesaic.optim.clip import clip_gradients
+from moesaic.optim.state import export_state, restore_state
+from moesaic.train.meters import Categories, Meters
+from moesaic.train.randomness import random_state, restore_random_state
+from moesaic.train.retry import Retry, Try
+from moesaic.train.run import Run
+from moesaic.train.step import Objective, Pass, first_not_finite
+
+
+class NotFiniteError(UserError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One finished update: its number (from 1), what it saw, and seconds in all and for data."""
+
+    step: int
+    seen: Pass
+    lr: float
+    seconds: float
+    data_seconds: float
+
+
+class Trainer:
+    """See the module's first lines."""
+
+    def __init__(self, run: Run, *, model: Transformer, loader: Loader, world: World) -> None:
+        self.run, self.world, self.loader = run, world, loader
+        self.model = model
+        set_reduce(model, world.sum)
+        self.optimizer = run.optimizer.build(
+            model.named_parameters(), kinds=model.parameter_kinds()
+        )
+        categories = Categories(tuple(loader.tasks), tuple(loader.languages))
+        self.objective = Objective(categories, run.label_smoothing, run.precision)
+        self.meters = Meters(categories, device=world.device)
+        self.retry = Retry()
+        self.step = 0
+        self.notes: list[str] = []  # sentences for people, since the last step
+
+    def advance(self) -> StepReport:
+        """Make one update, setting aside work whose loss or gradient is not finite. Collective.
+
+        Raises NotFiniteError after ``max_bad_steps`` such steps in a row; the state is then that
+        of the last good step, with the bad work waiting.
+        """
+        started, waited = time.perf_counter(), 0.0
+        while True:
+            tried = self.retry.next(self.loader.state())
+            before = time.perf_counter()
+            batches = self._draw(tried)
+            waited += time.perf_counter() - before
+            seen = self.objective.gradients(self.model, batches=batches, world=self.world)
+            norm = clip_gradients(self.model.parameters(), max_norm=self.run.clip_norm)
+            if norm.finite:
+                break
+            self._set_aside(tried, seen=seen)
+        factor = self.run.schedule.at(self.step, steps=self.run.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.retry.good()
+        self.meters.add(seen.sums, norm=norm.norm)
+        self.step += 1
+        seconds = time.perf_counter() - started
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        return StepReport(self.step, seen, lr, seconds, waited)
+
+    def _draw(self, tried: Try) -> tuple[Batch, ...]:
+        """Return the step's micro-batches; a retry goes back for them and returns to now."""
+        count = range(self.run.accumulate)
+        if not tried.again:
+            return tuple(next(self.loader) for _ in count)
+        now = self.loader.state()
+        self.loader.restore(tried.place)
+        batches = tuple(next(self.loader) for _ in count)
+        self.loader.restore(now)
+        return batches
+
+    def _set_aside(self, tried: Try, *, seen: Pass) -> None:
+        """Skip the update and say what was not finite. The same on every rank."""
+        what = self._what_is_not_finite(seen)
+        self.optimizer.zero_grad()
+        self.retry.bad(tried)
+        self.meters.skipped += 1
+        fate = "given up after its second try" if tried.again else "kept for one more try"
+        self.notes.append(f"step {self.step + 1} skipped: {what}; its batch is {fate}")
+        if self.retry.in_a_row >= self.run.max_bad_steps:
+            raise NotFiniteError(
+                f"{self.retry.in_a_row} steps in a row were not finite after step {self.step} "
+                f"(max_bad_steps is {self.run.max_bad_steps}): {what}. Try a lower optimizer.lr, "
+                "a longer schedule.warmup, or a smaller clip_norm"
+            )
+
+    def _what_is_not_finite(self, seen: Pass) -> str:
+        losses = self.world.sum(seen.sums.losses)[0].tolist()
+        terms = self.world.sum_floats({n: float(v) for n, v in seen.sums.terms.items()})
+        named = [*zip(self.objective.categories.names, losses, strict=True), *terms.items()]
+        wrong = [name for name, value in named if not math.isfinite(value)]
+        grads = ((n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None)
+        first = first_not_finite(grads)
+        where = f"the gradient of {first}" if first else "the norm of the gradients (it overflows)"
+        return f"the loss of {', '.join(wrong)} and {where}" if wrong else where
+
+    def snapshot(self) -> Snapshot:
+        """Return everything that decides the next step. Collective; only rank 0 writes it."""
+        named = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        files = {
+            "model": {name: tensor.detach() for name, tensor in named.items()},
+            "optimizer": export_state(self.optimizer),
+            "random": random_state(self.world),
+            "meters": self.meters.tensors(self.world),
+        }
+        state = {
+            "config": self.run.plain(),
+            "data": self.loader.state(),
+            "retry": self.retry.state(),
+        }
+        return Snapshot(self.step, files, state)

@@ -1,0 +1,52 @@
+"""Law: several micro-batches in one step count each token as one large batch does."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from moesaic.data.batch import Batch
+from moesaic.dist.world import Alone
+from moesaic.model.transformer import Transformer
+from moesaic.moe.config import MoE, NoMoE, Sparse
+from moesaic.moe.select import TopK
+from moesaic.testing.tiny import LANGUAGES, TASKS, random_batch, tiny_model_config
+from moesaic.train.meters import Categories
+from moesaic.train.precision import Float32
+from moesaic.train.step import Objective, Pass
+
+
+def _joined(batches: list[Batch]) -> Batch:
+    return Batch(
+        **{f.name: torch.cat([getattr(b, f.name) for b in batches]) for f in fields(Batch)}
+    )
+
+
+def _gradients(batches: list[Batch], moe: Sparse) -> tuple[Pass, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    model = Transformer(tiny_model_config(moe=moe))
+    objective = Objective(Categories(TASKS, LANGUAGES), smoothing=0.1, precision=Float32())
+    seen = objective.gradients(model, batches=batches, world=Alone())
+    return seen, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("moe", [NoMoE(), MoE(experts=4, select=TopK(k=2), balance=())])
+def test_accumulation_equals_one_batch(moe: Sparse) -> None:
+    batches = [random_batch(rows, seed=rows) for rows in (1, 7, 4)]  # of very different sizes
+    parts, part_grads = _gradients(batches, moe)
+    whole, whole_grads = _gradients([_joined(batches)], moe)
+    torch.testing.assert_close(parts.sums.losses, whole.sums.losses, rtol=1e-6, atol=0)
+    assert float(parts.sums.terms["objective"]) == pytest.approx(
+        float(whole.sums.terms["objective"]), rel=1e-6
+    )
+    assert parts.sums.tokens == whole.sums.tokens
+    for name, grad in whole_grads.items():
+        torch.testing.assert_close(part_grads[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_layers_own_terms_are_the_mean_over_micro_batches() -> None:
+    moe = MoE(experts=4, select=TopK(k=2))
+    batches = [random_batch(rows, seed=rows) for rows in (1, 7)]
+    singles = [_gradients([batch], moe)[0].sums.terms["loss_balance"] for batch in batches]
+    both = _gradients(batches, moe)[0].sums.terms["loss_balance"]
+    assert float(both) == pytest.approx(float(sum(singles)) / 2, rel=1e-6)
