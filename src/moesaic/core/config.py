@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
-from pydantic import ValidationError, field_validator
+from pydantic import ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
 from moesaic.core.errors import ConfigError, nearest
@@ -99,6 +99,14 @@ class Choice(Config):
                 f"{type(self).__name__} is a family: choose one of {', '.join(self.members)}"
             )
         super().__init__(**fields)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_own_kind(cls, value: object) -> object:
+        # a field typed as one member is written with its kind, so it must read it too
+        if isinstance(value, Mapping) and value.get("kind") == cls.__name__:
+            return {name: v for name, v in value.items() if name != "kind"}
+        return value
 
     @classmethod
     def _is_family(cls) -> bool:
