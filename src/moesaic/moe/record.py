@@ -11,8 +11,9 @@ class Record:
     """One layer's routing in one forward pass.
 
     ``losses`` holds the layer's weighted loss terms by name (``balance``, ``z``), scalars in the
-    graph; their sum is added to the training loss exactly once. ``row`` is the batch row that each
-    token of ``routing`` came from (padding was left out before routing).
+    graph; their sum is added to the training loss exactly once. They are this rank's *share* (see
+    ``moe/reduce.py``) and exist in training only. ``row`` is the batch row that each token of
+    ``routing`` came from (padding was left out before routing).
     """
 
     layer: str

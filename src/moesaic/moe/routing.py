@@ -7,7 +7,7 @@ and dropless routing share one dispatcher, one set of statistics and one file fo
 Letters: T tokens, E experts, K experts per token, N edges.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,7 +19,8 @@ class Routing:
     """Edges ``token[n] -> expert[n]`` carrying ``weight[n]`` (int64, int64, float32).
 
     An edge whose expert is ``num_experts`` leads nowhere: it was dropped, and its weight is zero.
-    Keeping it keeps N static, which is what compilers and collectives want.
+    Keeping it keeps N static, which is what compilers and collectives want. ``per_token`` is K if
+    every token has K edges in token-major order (then the way home is a gather), else 0.
     """
 
     token: Int[Tensor, "N"]
@@ -27,6 +28,7 @@ class Routing:
     weight: Float[Tensor, "N"]
     num_tokens: int
     num_experts: int
+    per_token: int = 0
 
     @staticmethod
     def from_topk(
@@ -35,7 +37,15 @@ class Routing:
         """Make the token-major edge list of a token-choice router."""
         tokens, k = expert.shape
         token = torch.arange(tokens, device=expert.device).repeat_interleave(k)
-        return Routing(token, expert.flatten(), weight.flatten(), tokens, num_experts)
+        return Routing(token, expert.flatten(), weight.flatten(), tokens, num_experts, k)
+
+    def drop(self, lost: Bool[Tensor, "N"]) -> "Routing":
+        """Return the same edges, some of them leading nowhere."""
+        return replace(
+            self,
+            expert=torch.where(lost, self.num_experts, self.expert),
+            weight=torch.where(lost, 0.0, self.weight),
+        )
 
     @property
     def dropped(self) -> Bool[Tensor, "N"]:

@@ -1,0 +1,58 @@
+"""Cache: what decoding has seen so far, one row per hypothesis.
+
+Letters: B hypotheses, S source length, n new tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from moesaic.core.shapes import Bool, Float, Int, Tensor
+from moesaic.nn.attention import KeyValue
+from moesaic.nn.packing import Packing
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The encoder's states of a batch of sources (empty for a decoder-only model)."""
+
+    states: Float[Tensor, "T D"]
+    packing: Packing
+
+
+class Cache:
+    """Keys and values of each decoder block, and each row's length.
+
+    The one thing here that changes in place: ``Transformer.step`` appends to it, ``reorder`` picks
+    rows (a beam's survivors, or the rows that are not finished).
+    """
+
+    def __init__(
+        self,
+        *,
+        own: list[KeyValue],
+        source: list[KeyValue | None],
+        mask: Bool[Tensor, "B 1 1 S"] | None,
+        length: Int[Tensor, "B"],
+    ) -> None:
+        self.own, self.source, self.mask, self.length = own, source, mask, length
+
+    @property
+    def rows(self) -> int:
+        return self.length.numel()
+
+    def reserve(self, length: int) -> None:
+        """Make room for ``length`` tokens per row."""
+        self.own = [layer.fit(length) for layer in self.own]
+
+    def reorder(self, index: Int[Tensor, "R"]) -> None:
+        """Keep the rows ``index``, in that order; a row may be taken twice or not at all."""
+        if index.numel() == self.rows and bool(
+            (index == torch.arange(self.rows, device=index.device)).all()
+        ):
+            return
+        self.own = [layer.select(index) for layer in self.own]
+        self.length = self.length.index_select(0, index)
+        self.source = [layer.select(index) if layer else None for layer in self.source]
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, index)

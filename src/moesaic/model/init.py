@@ -1,0 +1,72 @@
+"""Init: what kind each parameter is, and the distribution it starts from (table: ``Init``)."""
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from moesaic.model.blueprint import Blueprint, Init
+from moesaic.moe.experts import Experts
+from moesaic.moe.router import Router
+from moesaic.nn.embedding import Embedding
+
+Kind = Literal["embedding", "norm", "bias", "matrix", "expert", "router"]
+
+
+def parameter_kinds(model: nn.Module) -> dict[str, Kind]:
+    """The kind of every parameter, by name, in the order of ``named_parameters``."""
+    owners = {
+        f"{path}.{name}" if path else name: (module, name)
+        for path, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    return {name: _kind(*owners[name]) for name, _ in model.named_parameters()}
+
+
+def _kind(module: nn.Module, name: str) -> Kind:
+    if name.endswith("bias"):
+        return "bias"
+    if isinstance(module, Embedding | nn.Embedding):
+        return "embedding"
+    if isinstance(module, Router):
+        return "router"
+    if isinstance(module, Experts):
+        return "expert"
+    return "matrix" if isinstance(module, nn.Linear) else "norm"
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, config: Blueprint) -> None:
+    """Draw every parameter from torch's global generator, in the order of the kinds."""
+    kinds = parameter_kinds(model)
+    for name, parameter in model.named_parameters():
+        kind = kinds[name]
+        if kind == "norm":
+            parameter.fill_(1.0)
+        elif kind == "bias":
+            parameter.zero_()
+        else:
+            parameter.normal_(std=start_std(name, kind=kind, shape=parameter.shape, config=config))
+
+
+def start_std(name: str, *, kind: Kind, shape: torch.Size, config: Blueprint) -> float:
+    """Standard deviation that a weight starts with."""
+    init: Init = config.init
+    if kind == "embedding":
+        return init.embedding_std or config.dim**-0.5
+    if kind == "router":
+        return init.router_std or (0.1 / config.dim) ** 0.5
+    fan_in = (
+        shape[-1] if kind == "matrix" else shape[-2]
+    )  # Linear is [out, in], a bank [E, in, out]
+    std = init.std or fan_in**-0.5
+    back = name.rsplit(".", 2)[-2:]
+    returns = "down" in back or "out" in back
+    return std * branches(name, config) ** -0.5 if returns and init.scale_by_depth else std
+
+
+def branches(name: str, config: Blueprint) -> int:
+    """Residual branches of the stack that a parameter is in."""
+    if name.startswith("encoder"):
+        return 2 * config.encoder.layers
+    return (3 if config.encoder.layers else 2) * config.decoder.layers

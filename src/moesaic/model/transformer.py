@@ -1,0 +1,136 @@
+"""Transformer: an encoder-decoder or a decoder-only language model over the packed stream.
+
+Letters: B rows, S source length, L target length, T real tokens, N predicted tokens, D model dim,
+V vocabulary, n new tokens.
+"""
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import nn
+
+from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.data.batch import PAD, Batch
+from moesaic.model.block import DecoderBlock, EncoderBlock, Records, View
+from moesaic.model.blueprint import Blueprint
+from moesaic.model.cache import Cache, Memory
+from moesaic.model.init import Kind, initialise, parameter_kinds
+from moesaic.model.output import Output
+from moesaic.nn.attention import KeyValue
+from moesaic.nn.embedding import Embedding
+from moesaic.nn.packing import Packing
+from moesaic.ops.cross_entropy import TokenLoss
+
+
+class Transformer(nn.Module):
+    """Built by ``build(config)``; on the meta device it holds no numbers."""
+
+    def __init__(self, config: Blueprint) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config.embedding, vocab_size=config.vocab_size, dim=config.dim)
+        self.position = config.position.build(dim=config.dim, head_dim=config.head_dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.encoder = nn.ModuleList(
+            EncoderBlock(config, layer=i) for i in range(config.encoder.layers)
+        )
+        self.decoder = nn.ModuleList(
+            DecoderBlock(config, layer=i) for i in range(config.decoder.layers)
+        )
+        if config.encoder.layers:
+            self.encoder_norm = config.norm.build(config.dim)
+        self.decoder_norm = config.norm.build(config.dim)
+        initialise(self, config)
+
+    def forward(self, batch: Batch) -> Output:
+        """Return decoder states at the predicted positions and the routing records."""
+        memory, heard = self._encode(batch.source)
+        real = (batch.target_in != PAD) | (batch.target_out != PAD)
+        packing = Packing.of(real)
+        x, view = self._enter(batch.target_in.flatten()[packing.index], packing=packing)
+        said: Records = ()
+        for block in self._decoder_blocks:
+            source = block.read(memory.states, packing=memory.packing)
+            x, records = block(x, view=view, source=source, mask=memory.packing.key_mask)
+            said += records
+        label = batch.target_out.flatten()[packing.index]
+        row = packing.row
+        if batch.num_predicted < packing.num_tokens:
+            scored = (label != PAD).nonzero()[:, 0]
+            x, label, row = x.index_select(0, scored), label[scored], row[scored]
+        return Output(self.decoder_norm(x), label, row, heard + said)
+
+    def logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+        """Float32 logits of states."""
+        return self.embedding.logits(hidden)
+
+    def loss(self, output: Output, *, smoothing: float = 0.0, z: float = 0.0) -> TokenLoss:
+        """Summed token loss of an output, computed in chunks (``ops/cross_entropy.py``)."""
+        return self.embedding.loss(output.hidden, label=output.label, smoothing=smoothing, z=z)
+
+    def parameter_kinds(self) -> dict[str, Kind]:
+        """Parameter name -> embedding, norm, bias, matrix, expert or router."""
+        return parameter_kinds(self)
+
+    def encode(self, source: Int[Tensor, "B S"]) -> Memory:
+        """Read a batch of sources for ``start``."""
+        return self._encode(source)[0]
+
+    def start(self, memory: Memory, rows: Int[Tensor, "R"]) -> Cache:
+        """Begin decoding: hypothesis i reads the source ``rows[i]``."""
+        config = self.config
+        shape = (rows.numel(), config.attention.groups(), 0, config.head_dim)
+        empty = memory.states.new_zeros(shape)
+        source = [
+            block.read(memory.states, packing=memory.packing) for block in self._decoder_blocks
+        ]
+        mask = memory.packing.key_mask
+        return Cache(
+            own=[KeyValue(empty, empty) for _ in self.decoder],
+            source=[layer.select(rows) if layer else None for layer in source],
+            mask=None if mask is None else mask.index_select(0, rows),
+            length=torch.zeros_like(rows),
+        )
+
+    def step(self, ids: Int[Tensor, "B n"], cache: Cache) -> Float[Tensor, "B V"]:
+        """Append tokens to each row (``PAD`` on the right: fewer) and return its next logits."""
+        real = ids != PAD
+        packing = Packing.of(real)
+        position = cache.length[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        cache.reserve(int(position.max()) + 1)
+        place = position.flatten()[packing.index]
+        x, view = self._enter(ids.flatten()[packing.index], packing=packing, position=place)
+        for block, own, source in zip(self._decoder_blocks, cache.own, cache.source, strict=True):
+            x = block.step(
+                x, view=view, cache=own, position=position, source=source, mask=cache.mask
+            )
+        count = real.sum(1)
+        cache.length = cache.length + count
+        return self.logits(self.decoder_norm(x[count.cumsum(0) - 1]))
+
+    @property
+    def _decoder_blocks(self) -> Iterable[DecoderBlock]:
+        return cast("Iterable[DecoderBlock]", self.decoder)
+
+    def _encode(self, source: Int[Tensor, "B S"]) -> tuple[Memory, Records]:
+        packing = Packing.of(source != PAD)
+        if not self.encoder:
+            return Memory(self.embedding.weight.new_zeros(0, self.config.dim), packing), ()
+        x, view = self._enter(source.flatten()[packing.index], packing=packing)
+        heard: Records = ()
+        for block in self.encoder:
+            x, records = block(x, view=view)
+            heard += records
+        return Memory(self.encoder_norm(x), packing), heard
+
+    def _enter(
+        self,
+        ids: Int[Tensor, "T"],
+        *,
+        packing: Packing,
+        position: Int[Tensor, "T"] | None = None,
+    ) -> tuple[Float[Tensor, "T D"], View]:
+        place = packing.position if position is None else position
+        x = self.position.add(self.embedding(ids), position=place)
+        return self.dropout(x), View(packing, self.position.rotation(place))

@@ -1,0 +1,64 @@
+"""Balance: loss terms that keep experts evenly used and logits small; returned, never stored.
+
+A term is this rank's share (see ``reduce.py``): local sums over global counts.
+
+Letters: T tokens of this rank, E experts.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from moesaic.core.config import Choice
+from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.moe.routing import Routing
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a balance term may look at.
+
+    ``routing`` is as selected, before any limit. ``load`` (edges per expert) and ``tokens`` are
+    summed over all ranks that share the batch.
+    """
+
+    logits: Float[Tensor, "T E"]
+    routing: Routing
+    load: Int[Tensor, "E"]
+    tokens: Int[Tensor, ""]
+
+
+class Balance(Choice):
+    """Family of balance terms. ``name`` is its key in ``Record.losses``."""
+
+    name: ClassVar[str] = "balance"
+
+    def __call__(self, scores: Scores) -> Float[Tensor, ""]:
+        """Return this rank's share of the weighted term."""
+        raise NotImplementedError
+
+
+class SwitchBalance(Balance):
+    """``weight * E * sum_e f_e p_e`` (2101.03961, equations 4 to 6): ``weight`` when balanced.
+
+    f_e is the fraction of edges that chose expert e before any drop, p_e its mean probability.
+    """
+
+    weight: float = 0.01
+
+    def __call__(self, scores: Scores) -> Float[Tensor, ""]:
+        fraction = scores.load.float() / scores.load.sum().clamp(min=1)
+        mean = scores.logits.softmax(-1).sum(0) / scores.tokens.clamp(min=1)
+        return self.weight * scores.load.numel() * torch.dot(fraction, mean)
+
+
+class RouterZ(Balance):
+    """``weight * mean over tokens of logsumexp(logits)^2`` (ST-MoE, 2202.08906, equation 5)."""
+
+    name: ClassVar[str] = "z"
+    weight: float = 0.001
+
+    def __call__(self, scores: Scores) -> Float[Tensor, ""]:
+        square = scores.logits.logsumexp(-1).square().sum()
+        return self.weight * square / scores.tokens.clamp(min=1)

@@ -1,0 +1,58 @@
+"""Activation: what happens between the two products of a feed-forward.
+
+A gated activation reads twice the hidden width (gate, value) and writes it once.
+
+Letters: F hidden width.
+"""
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+
+from moesaic.core.config import Choice
+from moesaic.core.shapes import Float, Tensor
+
+
+class Activation(Choice):
+    """Family of activations. ``gated`` ones halve the last dimension."""
+
+    gated: ClassVar[bool] = False
+
+    def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
+        """Apply to the pre-activation (G = F, or 2F if gated)."""
+        raise NotImplementedError
+
+    def width(self, hidden: int) -> int:
+        """Width of the pre-activation for a hidden width."""
+        return 2 * hidden if self.gated else hidden
+
+
+class ReLU(Activation):
+    """``max(x, 0)``, the activation of the original transformer (1706.03762)."""
+
+    def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
+        return x.relu()
+
+
+class GELU(Activation):
+    """Gaussian error linear unit (1606.08415), exact form."""
+
+    def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
+        return F.gelu(x)
+
+
+class SquaredReLU(Activation):
+    """``max(x, 0)^2`` (Primer, 2109.08668)."""
+
+    def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
+        return x.relu().square()
+
+
+class SwiGLU(Activation):
+    """``silu(gate) * value`` (2002.05202)."""
+
+    gated: ClassVar[bool] = True
+
+    def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
+        gate, value = x.chunk(2, -1)
+        return F.silu(gate) * value

@@ -1,0 +1,60 @@
+"""Norm: rescales each token's vector to unit size, with a learned gain per channel.
+
+Letters: T tokens, D model dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moesaic.core.config import Choice
+from moesaic.core.shapes import Float, Tensor
+
+
+class Norm(Choice):
+    """Family of norms."""
+
+    def build(self, dim: int) -> nn.Module:
+        """Make the module for vectors of ``dim`` channels."""
+        raise NotImplementedError
+
+    def parameters(self, dim: int) -> int:
+        """Learned numbers it has."""
+        raise NotImplementedError
+
+
+class RMSNorm(Norm):
+    """Root mean square norm (1910.07467): ``x / rms(x) * gain``."""
+
+    eps: float = 1e-6
+
+    def build(self, dim: int) -> nn.Module:
+        return RootMeanSquare(self, dim=dim)
+
+    def parameters(self, dim: int) -> int:
+        return dim
+
+
+class LayerNorm(Norm):
+    """Layer norm (1607.06450). On a CPU its fused kernel makes it the fastest of the family."""
+
+    eps: float = 1e-5
+    bias: bool = False
+
+    def build(self, dim: int) -> nn.Module:
+        return nn.LayerNorm(dim, eps=self.eps, bias=self.bias)
+
+    def parameters(self, dim: int) -> int:
+        return 2 * dim if self.bias else dim
+
+
+class RootMeanSquare(nn.Module):
+    """The module of ``RMSNorm``."""
+
+    def __init__(self, config: RMSNorm, *, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = config.eps
+
+    def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)

@@ -1,0 +1,95 @@
+"""Packing: a padded batch as a stream of its real tokens, and the way back.
+
+Norms, projections and experts see [T, D] rows without padding; only attention needs [B, S].
+
+Letters: B rows, S length, T real tokens, C any width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from moesaic.core.shapes import Bool, Float, Int, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Where the T real tokens of a [B, S] batch are.
+
+    ``row`` and ``position`` say each token's batch row and its place in it; ``index`` is
+    ``row * S + position``. ``mask`` is None where nothing is padded: then packing is a reshape.
+    """
+
+    rows: int
+    length: int
+    index: Int[Tensor, "T"]
+    row: Int[Tensor, "T"]
+    position: Int[Tensor, "T"]
+    mask: Bool[Tensor, "B S"] | None
+
+    @staticmethod
+    def of(real: Bool[Tensor, "B S"]) -> "Packing":
+        """Make the packing of a mask that is true at real tokens."""
+        rows, length = real.shape
+        index = real.flatten().nonzero()[:, 0]
+        full = index.numel() == real.numel()
+        row = torch.div(index, max(length, 1), rounding_mode="floor")
+        return Packing(rows, length, index, row, index - row * length, None if full else real)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.index.numel()
+
+    @property
+    def key_mask(self) -> Bool[Tensor, "B 1 1 S"] | None:
+        """What attention over these tokens may look at; None where nothing is padded.
+
+        A row without any token looks at its first padding (zeros), so that no softmax is empty.
+        """
+        if self.mask is None:
+            return None
+        seen = self.mask.clone()
+        seen[:, 0] |= ~seen.any(1)
+        return seen[:, None, None]
+
+    def pack(self, padded: Float[Tensor, "B S C"]) -> Float[Tensor, "T C"]:
+        """Take the real tokens out of a padded tensor."""
+        flat = padded.reshape(self.rows * self.length, -1)
+        return flat if self.mask is None else _Take.apply(flat, self.index)
+
+    def pad(self, packed: Float[Tensor, "T C"]) -> Float[Tensor, "B S C"]:
+        """Put packed tokens back; padding becomes zero."""
+        if self.mask is not None:
+            packed = _Put.apply(packed, self.index, self.rows * self.length)
+        return packed.view(self.rows, self.length, -1)
+
+
+class _Take(torch.autograd.Function):
+    """Gather of distinct rows: its gradient is a copy, not an accumulation."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, index: Tensor) -> Tensor:
+        ctx.index, ctx.size = index, flat.shape[0]
+        return flat.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad = grads[0]
+        return grad.new_zeros(ctx.size, grad.shape[1]).index_copy_(0, ctx.index, grad), None
+
+
+class _Put(torch.autograd.Function):
+    """Scatter to distinct rows of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, index: Tensor, size: int) -> Tensor:
+        ctx.index = index
+        return packed.new_zeros(size, packed.shape[1]).index_copy_(0, index, packed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grads[0].index_select(0, ctx.index), None, None

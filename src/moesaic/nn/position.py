@@ -1,0 +1,133 @@
+"""Position: how a model knows the order of its tokens.
+
+A position either adds a vector to the embedding (``add``) or turns queries and keys (``rotation``);
+each kind does one and leaves the other alone.
+
+Letters: T tokens, D model dim, H heads, d head dim.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from moesaic.core.config import Choice
+from moesaic.core.errors import ConfigError
+from moesaic.core.shapes import Float, Int, Tensor
+
+Rotation = Callable[[Tensor], Tensor]
+
+
+def unturned(heads: Float[Tensor, "T H d"]) -> Float[Tensor, "T H d"]:
+    """The rotation of positions that do not rotate."""
+    return heads
+
+
+class Position(Choice):
+    """Family of positions."""
+
+    def build(self, *, dim: int, head_dim: int) -> "PositionModule":
+        """Make the module."""
+        raise NotImplementedError
+
+    def parameters(self, dim: int) -> int:
+        """Learned numbers it has."""
+        return 0 * dim
+
+
+class PositionModule(nn.Module):
+    """What a position does to embeddings and to heads; the base does nothing."""
+
+    def add(self, x: Float[Tensor, "T D"], *, position: Int[Tensor, "T"]) -> Float[Tensor, "T D"]:
+        """Return the embeddings with their positions."""
+        del position
+        return x
+
+    def rotation(self, position: Int[Tensor, "T"]) -> Rotation:
+        """Return the function that turns the queries and keys of these tokens."""
+        del position
+        return unturned
+
+
+class NoPosition(Position):
+    """No position at all: a causal decoder can still count (2203.16634)."""
+
+    def build(self, *, dim: int, head_dim: int) -> PositionModule:
+        del dim, head_dim
+        return PositionModule()
+
+
+class Rotary(Position):
+    """Rotary position (2104.09864): neighbouring channels turn as pairs."""
+
+    theta: float = 10000.0
+
+    def build(self, *, dim: int, head_dim: int) -> PositionModule:
+        del dim
+        if head_dim % 2:
+            raise ConfigError(
+                [f"position: Rotary turns pairs, so head_dim={head_dim} must be even"]
+            )
+        return _Rotary(self, head_dim=head_dim)
+
+
+class Sinusoidal(Position):
+    """Fixed sines and cosines added to the embedding (1706.03762)."""
+
+    def build(self, *, dim: int, head_dim: int) -> PositionModule:
+        del head_dim
+        return _Sinusoidal(dim)
+
+
+class Learned(Position):
+    """One learned vector per position, for sequences of at most ``max`` tokens."""
+
+    max: int = 512
+
+    def build(self, *, dim: int, head_dim: int) -> PositionModule:
+        del head_dim
+        return _Learned(self, dim=dim)
+
+    def parameters(self, dim: int) -> int:
+        return self.max * dim
+
+
+class _Rotary(PositionModule):
+    def __init__(self, config: Rotary, *, head_dim: int) -> None:
+        super().__init__()
+        self.theta, self.pairs = config.theta, head_dim // 2
+
+    def rotation(self, position: Int[Tensor, "T"]) -> Rotation:
+        steps = torch.arange(self.pairs, device=position.device, dtype=torch.float32)
+        angle = position.float()[:, None] * self.theta ** (-steps / self.pairs)
+        turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+
+        def rotate(heads: Float[Tensor, "T H d"]) -> Float[Tensor, "T H d"]:
+            pairs = heads.float().unflatten(-1, (-1, 2))
+            turned = torch.view_as_complex(pairs.contiguous()) * turn
+            return torch.view_as_real(turned).flatten(-2).to(heads.dtype)
+
+        return rotate
+
+
+class _Sinusoidal(PositionModule):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def add(self, x: Float[Tensor, "T D"], *, position: Int[Tensor, "T"]) -> Float[Tensor, "T D"]:
+        half = self.dim // 2
+        steps = torch.arange(half, device=x.device, dtype=torch.float32)
+        angle = position.float()[:, None] * torch.exp(steps * (-math.log(1e4) / max(half - 1, 1)))
+        wave = torch.cat([angle.sin(), angle.cos()], -1)
+        return x + nn.functional.pad(wave, (0, self.dim - 2 * half)).to(x.dtype)
+
+
+class _Learned(PositionModule):
+    def __init__(self, config: Learned, *, dim: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(config.max, dim)
+
+    def add(self, x: Float[Tensor, "T D"], *, position: Int[Tensor, "T"]) -> Float[Tensor, "T D"]:
+        return x + self.table(position.clamp(max=self.table.num_embeddings - 1))

@@ -1,0 +1,66 @@
+"""Which implementation each operation takes on a device, and why: a probe that runs, in words.
+
+Nothing here is a setting. A pick depends on the device and dtype alone, so two runs on one machine
+take the same path.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from moesaic.core.shapes import Tensor
+from moesaic.ops.group import group
+from moesaic.ops.grouped import Engine, GroupedMM, PaddedBMM, Segments
+
+ENGINES: dict[str, Engine] = {e.name: e for e in (Segments(), GroupedMM(), PaddedBMM())}
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """An operation, the implementation it takes here, and why in words."""
+
+    op: str
+    implementation: str
+    reason: str
+
+
+def pick_engine(rows: Tensor) -> Engine:
+    """Return the engine for expert rows on this device and of this dtype."""
+    return ENGINES[_engine(rows.device.type, rows.dtype).implementation]
+
+
+def picks(device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32) -> list[Pick]:
+    """Every choice made for a device, for ``moesaic doctor``."""
+    kind = torch.device(device).type
+    return [_engine(kind, dtype), _attention(kind)]
+
+
+@cache
+def _engine(device: str, dtype: torch.dtype) -> Pick:
+    if device in ("cpu", "meta"):
+        reason = "one mm per expert into the result: measured as fast as grouped_mm or faster here"
+        return Pick("experts", Segments.name, reason)
+    failure = _probe(device, dtype)
+    if failure:
+        return Pick("experts", Segments.name, f"grouped_mm did not run on {device}: {failure}")
+    return Pick("experts", GroupedMM.name, f"grouped_mm ran forward and backward on {device}")
+
+
+def _probe(device: str, dtype: torch.dtype) -> str:
+    """Run a tiny product both ways; return what went wrong, or nothing."""
+    try:
+        groups = group(torch.tensor([0, 2, 2, 1], device=device), num_experts=4)
+        rows = torch.ones(4, 16, device=device, dtype=dtype)
+        bank = torch.ones(4, 16, 16, device=device, dtype=dtype)
+        out = GroupedMM().apply(rows, bank.transpose(1, 2), groups=groups)
+        grad = GroupedMM().outer(rows, out, groups=groups)
+    except (RuntimeError, NotImplementedError) as error:
+        return " ".join(str(error).split())[:120]
+    fine = bool((out == 16).all()) and float(grad[2, 0, 0]) == 32 and float(grad[3].sum()) == 0
+    return "" if fine else "wrong values"
+
+
+def _attention(device: str) -> Pick:
+    reason = "scaled_dot_product_attention; the mask is left out where a batch has no padding"
+    return Pick("attention", "flash" if device == "cpu" else "torch's choice", reason)

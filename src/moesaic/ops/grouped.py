@@ -1,0 +1,229 @@
+"""Grouped feed-forward: every expert applied to its own segment of rows, in a few large products.
+
+The definition is four lines: ``plain_feed_forward``. The fast path is one autograd function that
+keeps only its input and the pre-activation, and recomputes the activation going back. What
+multiplies is an ``Engine``; ``ops/choose.py`` picks one.
+
+Letters: R rows sorted by expert, E experts, D model dim, F feed-forward dim (2F if gated).
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.ops.group import Groups
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Products over segments. Rows past the last segment come out as zero."""
+
+    name: str
+
+    def apply(
+        self, rows: Float[Tensor, "R D"], bank: Float[Tensor, "E D F"], *, groups: Groups
+    ) -> Float[Tensor, "R F"]:
+        """Each row times the matrix of its expert. ``bank`` may be a transposed view."""
+        ...
+
+    def outer(
+        self, left: Float[Tensor, "R D"], right: Float[Tensor, "R F"], *, groups: Groups
+    ) -> Float[Tensor, "E D F"]:
+        """``left[e].T @ right[e]`` of each segment: the gradient of a bank."""
+        ...
+
+
+def segments(groups: Groups) -> Iterator[tuple[int, slice]]:
+    """Yield ``(expert, rows)`` of the experts that have any. Waits for the device."""
+    start = 0
+    for expert, count in enumerate(groups.counts.tolist()):
+        if count:
+            yield expert, slice(start, start + count)
+        start += count
+
+
+class Segments:
+    """One ``mm`` per expert, written straight into the result: the fastest on a CPU."""
+
+    name = "segments"
+
+    def apply(
+        self, rows: Float[Tensor, "R D"], bank: Float[Tensor, "E D F"], *, groups: Groups
+    ) -> Float[Tensor, "R F"]:
+        out = rows.new_empty(rows.shape[0], bank.shape[-1])
+        done = 0
+        for expert, span in segments(groups):
+            torch.mm(rows[span], bank[expert], out=out[span])
+            done = span.stop
+        out[done:].zero_()
+        return out
+
+    def outer(
+        self, left: Float[Tensor, "R D"], right: Float[Tensor, "R F"], *, groups: Groups
+    ) -> Float[Tensor, "E D F"]:
+        out = left.new_empty(groups.counts.numel(), left.shape[-1], right.shape[-1])
+        filled = set()
+        for expert, span in segments(groups):
+            torch.mm(left[span].t(), right[span], out=out[expert])
+            filled.add(expert)
+        for expert in set(range(out.shape[0])) - filled:
+            out[expert].zero_()
+        return out
+
+
+class GroupedMM:
+    """``torch.nn.functional.grouped_mm``: one call for all experts, no wait for the device.
+
+    Three traps are handled here and nowhere else: row strides must be multiples of 16 bytes, rows
+    past ``ends[-1]`` come back uninitialised, and expanded (stride 0) inputs are refused.
+    """
+
+    name = "grouped_mm"
+
+    def apply(
+        self, rows: Float[Tensor, "R D"], bank: Float[Tensor, "E D F"], *, groups: Groups
+    ) -> Float[Tensor, "R F"]:
+        out = F.grouped_mm(rows.contiguous(), bank, offs=groups.ends)
+        return _zero_tail(out, ends=groups.ends)
+
+    def outer(
+        self, left: Float[Tensor, "R D"], right: Float[Tensor, "R F"], *, groups: Groups
+    ) -> Float[Tensor, "E D F"]:
+        return F.grouped_mm(left.contiguous().t(), right.contiguous(), offs=groups.ends)
+
+
+class PaddedBMM:
+    """Every segment padded to the longest, one ``bmm``: good only when experts are balanced."""
+
+    name = "padded_bmm"
+
+    def apply(
+        self, rows: Float[Tensor, "R D"], bank: Float[Tensor, "E D F"], *, groups: Groups
+    ) -> Float[Tensor, "R F"]:
+        slots, live = _slots(groups)
+        padded = _into_slots(rows, slots=slots, groups=groups)
+        out = rows.new_zeros(rows.shape[0], bank.shape[-1])
+        out[:live] = torch.bmm(padded, bank).flatten(0, 1)[slots]
+        return out
+
+    def outer(
+        self, left: Float[Tensor, "R D"], right: Float[Tensor, "R F"], *, groups: Groups
+    ) -> Float[Tensor, "E D F"]:
+        slots, _ = _slots(groups)
+        a = _into_slots(left, slots=slots, groups=groups)
+        return torch.bmm(a.transpose(1, 2), _into_slots(right, slots=slots, groups=groups))
+
+
+def plain_feed_forward(
+    rows: Float[Tensor, "R D"],
+    *,
+    up: Float[Tensor, "E D F"],
+    down: Float[Tensor, "E F D"],
+    groups: Groups,
+    activation: Activation,
+    biases: tuple[Float[Tensor, "E F"], Float[Tensor, "E D"]] | None = None,
+) -> Float[Tensor, "R D"]:
+    """The definition: expert by expert, differentiated by autograd alone."""
+    out = torch.zeros_like(rows)
+    for e, span in segments(groups):
+        hidden = rows[span] @ up[e] + (biases[0][e] if biases else 0.0)
+        result = activation(hidden) @ down[e] + (biases[1][e] if biases else 0.0)
+        out = out.index_copy(0, torch.arange(span.start, span.stop, device=out.device), result)
+    return out
+
+
+def grouped_feed_forward(
+    rows: Float[Tensor, "R D"],
+    *,
+    up: Float[Tensor, "E D F"],
+    down: Float[Tensor, "E F D"],
+    groups: Groups,
+    activation: Activation,
+    engine: Engine,
+    biases: tuple[Float[Tensor, "E F"], Float[Tensor, "E D"]] | None = None,
+) -> Float[Tensor, "R D"]:
+    """``activation(rows @ up[e]) @ down[e]`` for the expert e of each row; zero past the segments.
+
+    Saves ``rows`` and the pre-activation for backward, nothing else. Banks take the dtype of rows.
+    """
+    up, down = up.to(rows.dtype), down.to(rows.dtype)
+    up_bias, down_bias = biases if biases else (None, None)
+    return _FeedForward.apply(rows, up, down, up_bias, down_bias, groups, activation, engine)
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        rows, up, down, up_bias, down_bias, groups, activation, engine = inputs
+        hidden = engine.apply(rows, up, groups=groups)
+        if up_bias is not None:
+            hidden += up_bias.to(rows.dtype)[expert_of_row(groups, rows=rows.shape[0])]
+        out = engine.apply(activation(hidden), down, groups=groups)
+        if down_bias is not None:
+            out += down_bias.to(rows.dtype)[expert_of_row(groups, rows=rows.shape[0])]
+            out = _zero_tail(out, ends=groups.ends)
+        ctx.save_for_backward(rows, up, down, hidden)
+        ctx.groups, ctx.activation, ctx.engine = groups, activation, engine
+        ctx.bias = up_bias is not None
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows, up, down, hidden = ctx.saved_tensors
+        groups, engine = ctx.groups, ctx.engine
+        grad = grads[0].contiguous()
+        with torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            active = ctx.activation(leaf)
+        grad_active = engine.apply(grad, down.transpose(1, 2), groups=groups)
+        grad_down = engine.outer(active.detach(), grad, groups=groups)
+        (grad_hidden,) = torch.autograd.grad(active, leaf, grad_active)
+        del active, leaf, grad_active
+        grad_rows = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = engine.apply(grad_hidden, up.transpose(1, 2), groups=groups)
+        grad_up = engine.outer(rows, grad_hidden, groups=groups)
+        up_bias = _sum_rows(grad_hidden, groups=groups) if ctx.bias else None
+        down_bias = _sum_rows(grad, groups=groups) if ctx.bias else None
+        return grad_rows, grad_up, grad_down, up_bias, down_bias, None, None, None
+
+
+def expert_of_row(groups: Groups, *, rows: int) -> Int[Tensor, "R"]:
+    """The expert of each sorted row; rows past the segments say the last expert."""
+    place = torch.arange(rows, device=groups.ends.device, dtype=groups.ends.dtype)
+    found = torch.searchsorted(groups.ends, place, right=True)
+    return found.clamp(max=groups.ends.numel() - 1)
+
+
+def _sum_rows(grad: Tensor, *, groups: Groups) -> Tensor:
+    expert = expert_of_row(groups, rows=grad.shape[0])
+    live = torch.arange(grad.shape[0], device=grad.device) < groups.ends[-1]
+    out = torch.zeros(groups.ends.numel(), grad.shape[1], device=grad.device)
+    return out.index_add_(0, expert, torch.where(live[:, None], grad, 0.0).to(out.dtype))
+
+
+def _zero_tail(rows: Tensor, *, ends: Tensor) -> Tensor:
+    live = torch.arange(rows.shape[0], device=rows.device) < ends[-1]
+    return torch.where(live[:, None], rows, 0.0)
+
+
+def _slots(groups: Groups) -> tuple[Tensor, int]:
+    """Where each live row sits in a padded [E * longest] buffer."""
+    counts = groups.counts.tolist()
+    longest = max([1, *counts])
+    spans = [torch.arange(count) + e * longest for e, count in enumerate(counts)]
+    return torch.cat(spans).to(groups.counts.device), sum(counts)
+
+
+def _into_slots(rows: Tensor, *, slots: Tensor, groups: Groups) -> Tensor:
+    experts = groups.counts.numel()
+    longest = max([1, *groups.counts.tolist()])
+    padded = rows.new_zeros(experts * longest, rows.shape[1])
+    return padded.index_copy_(0, slots, rows[: slots.numel()]).view(experts, longest, -1)
