@@ -7,6 +7,7 @@ from moesaic.core.errors import DataError, nearest
 from moesaic.data.builders.catalogues import Catalogues
 from moesaic.data.builders.packages import Package
 from moesaic.data.builders.source import Source
+from moesaic.data.builders.synthetic import Synthetic
 from moesaic.data.clean import Clean
 from moesaic.data.split import Split
 
@@ -52,6 +53,7 @@ def named_recipe(name: str) -> CorpusRecipe:
 NAMED: dict[str, CorpusRecipe] = {
     recipe.name: recipe
     for recipe in (
+        CorpusRecipe(name="synthetic", source=Synthetic()),
         CorpusRecipe(name="catalogues-small", source=Catalogues(packages=_SMALL), min_pairs=200),
         CorpusRecipe(name="catalogues", source=Catalogues(packages=_SMALL + _LARGE), min_pairs=200),
     )
