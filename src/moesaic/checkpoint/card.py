@@ -1,0 +1,98 @@
+"""Model card: what the weights in a directory are and what they were trained on.
+
+Front matter as on the Hugging Face Hub (huggingface.co/docs/hub/model-cards), then tables.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import yaml
+
+from moesaic.core.units import show_count
+
+
+@dataclass(frozen=True, slots=True)
+class DataSource:
+    """One source of training text."""
+
+    name: str
+    licence: str
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """The facts of a card.
+
+    ``languages`` are BCP-47 codes. ``licence`` is an SPDX identifier. ``parameters`` maps a part's
+    name to (total, active per token). ``scores`` are rows of a table: language and metric values.
+    ``notes`` are sentences on limits.
+    """
+
+    name: str
+    languages: Sequence[str]
+    licence: str
+    parameters: Mapping[str, tuple[int, int]]
+    sources: Sequence[DataSource] = ()
+    scores: Sequence[Mapping[str, str | float]] = ()
+    task: str = "translation"
+    facts: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    def text(self) -> str:
+        """Return the card as Markdown with YAML front matter."""
+        parts = [self._front_matter(), f"# {self.name}\n", self._model()]
+        if self.sources:
+            rows = [{"source": s.name, "licence": s.licence, "rows": s.rows} for s in self.sources]
+            parts.append("## Training data\n\n" + _table(rows))
+        if self.scores:
+            parts.append("## Scores\n\n" + _table(self.scores))
+        if self.notes:
+            parts.append("## Limits\n\n" + "".join(f"- {note}\n" for note in self.notes))
+        return "\n".join(parts)
+
+    def _front_matter(self) -> str:
+        fields = {
+            "language": list(self.languages),
+            "license": self.licence.lower(),
+            "library_name": "moesaic",
+            "pipeline_tag": self.task,
+            "tags": ["moe", "mixture-of-experts", "multilingual"],
+            "datasets": [s.name for s in self.sources],
+        }
+        kept = {key: value for key, value in fields.items() if value}
+        return f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}---\n"
+
+    def _model(self) -> str:
+        rows = [
+            {"part": name, "parameters": show_count(total), "active per token": show_count(active)}
+            for name, (total, active) in self.parameters.items()
+        ]
+        total, active = (sum(v[i] for v in self.parameters.values()) for i in (0, 1))
+        rows.append(
+            {
+                "part": "**all**",
+                "parameters": f"**{show_count(total)}**",
+                "active per token": f"**{show_count(active)}**",
+            }
+        )
+        facts = "".join(f"- {name}: {value}\n" for name, value in self.facts.items())
+        return "## Model\n\n" + _table(rows) + (f"\n{facts}" if facts else "")
+
+
+def _table(rows: Sequence[Mapping[str, str | float]]) -> str:
+    heads = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [heads, ["---"] * len(heads)]
+    lines += [[_cell(row.get(head, "")) for head in heads] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(value: str | float) -> str:
+    text = (
+        f"{value:.1f}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else value
+    )
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,78 @@
+"""Load: a checkpoint is verified before any of it is believed, and never half loaded."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from moesaic.checkpoint.manifest import verify
+from moesaic.checkpoint.save import STATE, STEP_DIR, checkpoints
+from moesaic.checkpoint.snapshot import Snapshot
+from moesaic.checkpoint.tensors import check_tensor_file, read_tensors
+from moesaic.core.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class Latest:
+    """The newest valid checkpoint, or None, and a sentence for each newer one that was skipped."""
+
+    path: Path | None
+    skipped: tuple[str, ...] = ()
+
+
+def latest(root: Path) -> Latest:
+    """Find the newest checkpoint under ``root`` that verifies."""
+    skipped = []
+    for path in checkpoints(root):
+        try:
+            _refuse_pickles(path)
+            verify(path)
+            return Latest(path, tuple(skipped))
+        except CheckpointError as error:
+            skipped.append(str(error))
+    return Latest(None, tuple(skipped))
+
+
+def load(path: Path) -> Snapshot:
+    """Read a checkpoint directory, or the newest valid one of a root.
+
+    Raises CheckpointError naming each missing, truncated or altered file, or a pickle.
+    """
+    directory = path if STEP_DIR.fullmatch(path.name) else _newest(path)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such checkpoint{_beside(directory.parent)}")
+    _refuse_pickles(directory)
+    manifest = verify(directory)
+    names = [n for n in manifest.files if n.endswith(".safetensors")]
+    return Snapshot(
+        step=manifest.step,
+        files={n.removesuffix(".safetensors"): read_tensors(directory / n) for n in names},
+        state=json.loads((directory / STATE).read_text(encoding="utf-8")),
+    )
+
+
+def _newest(root: Path) -> Path:
+    found = latest(root)
+    if found.path is None:
+        why = f": {' | '.join(found.skipped)}" if found.skipped else ""
+        raise CheckpointError(f"{root}: no valid checkpoint in it{why}")
+    return found.path
+
+
+def _beside(root: Path) -> str:
+    names = [p.name for p in checkpoints(root)] if root.is_dir() else []
+    return f"; {root} has {', '.join(names)}" if names else f"; {root} has none"
+
+
+def _refuse_pickles(directory: Path) -> None:
+    """Look at the tensor files before hashing: "a pickle" says more than "altered"."""
+    for path in sorted(directory.glob("*")):
+        if path.suffix == ".safetensors" and path.stat().st_size >= 9:
+            _refuse_pickle(path)
+
+
+def _refuse_pickle(path: Path) -> None:
+    try:
+        check_tensor_file(path)
+    except CheckpointError as error:
+        if "pickle" in str(error):
+            raise

@@ -1,0 +1,86 @@
+"""Manifest: what a checkpoint directory must hold, with size and hash of every file.
+
+``manifest.json`` is written last inside the directory and carries a digest of itself. ``serial``
+counts the saves of a root: a run that went back to an earlier step is newer by serial, not by step.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moesaic.core.errors import CheckpointError
+from moesaic.core.files import sha256
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of a checkpoint."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """``files`` by name, and which versions wrote them."""
+
+    step: int
+    serial: int
+    files: dict[str, FileEntry]
+    versions: dict[str, str]
+
+    def text(self) -> str:
+        body = {"format": FORMAT, **asdict(self)}
+        return json.dumps(body | {"digest": _digest(body)}, indent=1) + "\n"
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check ``directory/manifest.json``. Raises CheckpointError."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing, so the checkpoint is incomplete")
+    try:
+        body: dict[str, Any] = json.loads(path.read_bytes())
+        digest = body.pop("digest")
+        if digest != _digest(body):
+            raise CheckpointError(f"{path}: altered, its content does not match its digest")
+        if body.pop("format") != FORMAT:
+            raise CheckpointError(f"{path}: written by another version of moesaic")
+        files = {name: FileEntry(**entry) for name, entry in body.pop("files").items()}
+        return Manifest(files=files, **body)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error})") from error
+
+
+def verify(directory: Path) -> Manifest:
+    """Hash every file of a checkpoint against its manifest.
+
+    Raises CheckpointError that names each file that is missing, truncated or altered.
+    """
+    manifest = read_manifest(directory)
+    problems = []
+    for name, entry in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != entry.bytes:
+            size = path.stat().st_size
+            word = "truncated" if size < entry.bytes else "too long"
+            problems.append(f"{name} is {word}: {size} bytes, expected {entry.bytes}")
+        elif sha256(path) != entry.sha256:
+            problems.append(f"{name} was altered: its hash is not the one in {MANIFEST}")
+    if problems:
+        raise CheckpointError(
+            f"{directory}: {'; '.join(problems)}. Resume from another checkpoint beside it, "
+            "or restore the file."
+        )
+    return manifest
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,51 @@
+"""Whether a checkpoint belongs to a config: every key that differs is named with both values."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from moesaic.core.errors import CheckpointError
+
+SHOWN = 8
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return ``{path: (saved, current)}`` of two plain configs; "-" where one has no value."""
+    old, new = dict(_leaves(saved)), dict(_leaves(current))
+    paths = [*old, *(p for p in new if p not in old)]
+    return {p: (old.get(p, "-"), new.get(p, "-")) for p in paths if old.get(p) != new.get(p)}
+
+
+def require_same_config(
+    saved: Mapping[str, Any], *, current: Mapping[str, Any], where: Path, free: Iterable[str] = ()
+) -> None:
+    """Raise CheckpointError unless the two plain configs agree.
+
+    ``free`` are paths (``steps``, ``log``: with all that is under them) that may change on resume.
+    """
+    free = tuple(free)
+    wrong = {
+        path: values
+        for path, values in differences(saved, current).items()
+        if not any(path == f or path.startswith(f + ".") for f in free)
+    }
+    if wrong:
+        lines = [
+            f"{path}: {old} in the checkpoint, {new} now" for path, (old, new) in wrong.items()
+        ]
+        more = f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+        raise CheckpointError(
+            f"{where} was saved with another config: {'; '.join(lines[:SHOWN])}{more}. "
+            "Resume with the config of the run, or train into a new directory."
+        )
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{path}.{name}" if path else str(name))
+    elif isinstance(value, list | tuple) and any(isinstance(v, Mapping | list) for v in value):
+        for i, inner in enumerate(value):
+            yield from _leaves(inner, f"{path}.{i}")
+    else:
+        yield path, str(list(value) if isinstance(value, tuple) else value)
