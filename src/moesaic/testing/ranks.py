@@ -21,9 +21,9 @@ class RankError(AssertionError):
 
 
 def run_on_ranks(
-    world: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60.0
+    world: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60.0, **named: Any
 ) -> list[Any]:
-    """Run ``function(*arguments)`` on ``world`` ranks and return their results in rank order.
+    """Run ``function(*arguments, **named)`` on ``world`` ranks; return their results in rank order.
 
     Results travel by pickle through a file of ours. Forked, so ``function`` may be local and starts
     in 0.05 s; the ranks meet in a file, so no port is needed. Raises RankError.
@@ -32,7 +32,8 @@ def run_on_ranks(
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             fork.Process(
-                target=_rank, args=(Path(folder), rank, world, timeout_s, (function, arguments))
+                target=_rank,
+                args=(Path(folder), rank, world, timeout_s, (function, arguments, named)),
             )
             for rank in range(world)
         ]
@@ -49,7 +50,7 @@ def run_on_ranks(
 
 def _rank(folder: Path, rank: int, world: int, timeout_s: float, work: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    function, arguments = work
+    function, arguments, named = work
     try:
         distributed.init_process_group(
             "gloo",
@@ -58,7 +59,7 @@ def _rank(folder: Path, rank: int, world: int, timeout_s: float, work: tuple[Any
             world_size=world,
             timeout=timedelta(seconds=timeout_s),
         )
-        result = function(*arguments)
+        result = function(*arguments, **named)
         (folder / f"{rank}.result").write_bytes(pickle.dumps(result))
         distributed.barrier()  # a quick rank must not tear down while others still connect
         distributed.destroy_process_group()

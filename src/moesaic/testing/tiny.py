@@ -6,12 +6,21 @@ import torch
 
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import PAD, Batch
+from moesaic.data.loader import LoaderConfig
+from moesaic.data.mixture import MixtureConfig
+from moesaic.data.train_tokenizer import TokenizerConfig
+from moesaic.dist.world import Alone, World
 from moesaic.model.config import Stack, TransformerConfig
 from moesaic.moe.balance import RouterZ, SwitchBalance
 from moesaic.moe.config import MoE, Sparse
 from moesaic.moe.select import SwitchTop1
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.feed_forward import FeedForward
+from moesaic.optim.schedule import WSD
+from moesaic.train.randomness import seed_rank
+from moesaic.train.run import Log, Run
+from moesaic.train.source import CorpusFolder
+from moesaic.train.trainer import Trainer
 
 VOCABULARY = 64
 TASKS = ("translation", "denoising")
@@ -56,3 +65,52 @@ def random_batch(rows: int, *, seed: int, length: int = 9) -> Batch:
 def rows_of(batch: Batch, *, rank: int, world: int) -> Batch:
     """Return every ``world``-th row, from ``rank`` on."""
     return Batch(**{field.name: getattr(batch, field.name)[rank::world] for field in fields(Batch)})
+
+
+class TinyStream:
+    """Endless random batches: the n-th is a function of n, whatever the number of ranks."""
+
+    tasks = TASKS
+    languages = LANGUAGES
+
+    def __init__(self, *, rows: int = 8, rank: int = 0, world: int = 1) -> None:
+        self._rows, self._rank, self._world = rows, rank, world
+        self.drawn = 0
+
+    def __next__(self) -> Batch:
+        self.drawn += 1
+        whole = random_batch(self._rows, seed=self.drawn)
+        return rows_of(whole, rank=self._rank, world=self._world)
+
+    def state(self) -> dict[str, int]:
+        return {"drawn": self.drawn}
+
+    def restore(self, state: dict[str, int]) -> None:
+        self.drawn = state["drawn"]
+
+
+def tiny_run(**changes: object) -> Run:
+    """Return a run of 20 steps of a tiny model, with some fields changed."""
+    base = Run(
+        name="tiny",
+        corpus=CorpusFolder(path="none"),
+        tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
+        mixture=MixtureConfig(),
+        loader=LoaderConfig(),
+        model=tiny_model_config(),
+        schedule=WSD(warmup=4),
+        steps=20,
+        log=Log(every=4, routes_every=3),
+    )
+    return base.replace(**changes)
+
+
+def tiny_trainer(run: Run, *, world: World | None = None) -> Trainer:
+    """Return a trainer on random batches, seeded as a real one is."""
+    world = world or Alone()
+    torch.manual_seed(run.seed)
+    model = run.model.build()
+    seed_rank(run.seed, world=world)
+    return Trainer(
+        run, model=model, data=TinyStream(rank=world.rank, world=world.size), world=world
+    )

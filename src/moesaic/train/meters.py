@@ -83,21 +83,34 @@ class Meters:
         for name, value in sums.terms.items():
             self._terms[name] = self._terms.get(name, 0.0) + value
 
+    def add_losses(self, losses: Float[Tensor, "2 C"]) -> None:
+        """Count losses alone (validation)."""
+        self._losses += losses
+
     def take(self, world: World) -> dict[str, float]:
-        """Return the means since the last call, over all ranks, and start again. Collective."""
-        losses = world.sum(self._losses).tolist()
+        """Return the means since the last call, over all ranks, and start again. Collective.
+
+        ``tokens`` is their number since then, ``train/tokens`` since the run began.
+        """
+        row = self.mean_losses(world, prefix="train")
         terms = world.sum_floats({name: float(value) for name, value in self._terms.items()})
         new = self.total_tokens(world) - self._total
         self._total += new
         steps = max(self._steps, 1)
-        row = {"train/loss": _mean(losses, range(len(self.categories.tasks)))}
-        for index, name in enumerate(self.categories.names):
-            if losses[1][index]:
-                row[f"train/loss/{name}"] = _mean(losses, [index])
         row |= {f"train/{name}": value / steps for name, value in terms.items()}
         row |= {"train/grad_norm": self._norm / steps, "train/skipped": float(self.skipped)}
         row |= {"train/tokens": self._total, "tokens": new}
         self._clear()
+        return row
+
+    def mean_losses(self, world: World, *, prefix: str) -> dict[str, float]:
+        """Return ``prefix/loss`` and ``prefix/loss/<category>`` where any token was predicted."""
+        total, count = world.sum(self._losses).tolist()
+        tasks = len(self.categories.tasks)
+        row = {f"{prefix}/loss": sum(total[:tasks]) / sum(count[:tasks])} if sum(count) else {}
+        for index, name in enumerate(self.categories.names):
+            if count[index]:
+                row[f"{prefix}/loss/{name}"] = total[index] / count[index]
         return row
 
     def total_tokens(self, world: World) -> float:
@@ -122,8 +135,3 @@ class Meters:
         self._losses = tensors["losses"].to(self.device) * share
         named = {name.partition("/")[2]: t for name, t in tensors.items() if "/" in name}
         self._terms = {name: value.to(self.device) * share for name, value in named.items()}
-
-
-def _mean(losses: list[list[float]], columns: range | list[int]) -> float:
-    total, count = (sum(row[c] for c in columns) for row in losses)
-    return total / count if count else 0.0

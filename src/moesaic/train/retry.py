@@ -23,12 +23,14 @@ class Try:
 class Retry:
     """A queue of places. ``in_a_row`` counts bad steps since the last good one."""
 
-    def __init__(self, waiting: Sequence[Place] = (), *, in_a_row: int = 0) -> None:
-        self.in_a_row = in_a_row
+    def __init__(self, waiting: Sequence[Place] = ()) -> None:
+        self.in_a_row = 0
         self._waiting = deque(waiting)
 
-    def __len__(self) -> int:
-        return len(self._waiting)
+    @property
+    def waiting(self) -> list[Place]:
+        """The queue, as a checkpoint keeps it."""
+        return list(self._waiting)
 
     def next(self, place: Place) -> Try:
         """Return the step to make: waiting work after a good step, else new work at ``place``."""
@@ -44,7 +46,3 @@ class Retry:
         self.in_a_row += 1
         if not tried.again:
             self._waiting.append(tried.place)
-
-    def state(self) -> dict[str, Any]:
-        """Return the queue as JSON data."""
-        return {"waiting": list(self._waiting), "in_a_row": self.in_a_row}

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from moesaic.core.config import Choice
-from moesaic.data.builders import build
+from moesaic.data.build import build
 from moesaic.data.corpus import Corpus
-from moesaic.data.home import corpora_dir
 
 
 class CorpusSource(Choice):
@@ -17,15 +16,12 @@ class CorpusSource(Choice):
 
 
 class Catalogue(CorpusSource):
-    """A corpus with a builder, e.g. ``catalogues-small``; built once under the data home."""
+    """A corpus with a name, e.g. ``catalogues-small``; built once, under the data home."""
 
     name: str
 
     def open(self) -> Corpus:
-        folder = corpora_dir() / self.name
-        if not (folder / "corpus.json").is_file():
-            build(self.name, folder)
-        return Corpus.open(folder)
+        return build(self.name)
 
 
 class CorpusFolder(CorpusSource):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moesaic.core.shapes import Tensor
+from moesaic.core.shapes import Float, Tensor
 from moesaic.data.batch import Batch
 from moesaic.dist.world import World
 from moesaic.model.transformer import Transformer
@@ -51,6 +51,14 @@ class Objective:
         for other in passes[1:]:
             sums = sums.plus(other.sums)
         return Pass(sums, passes[-1].records, passes[-1].batch)
+
+    @torch.no_grad()
+    def losses(self, model: Transformer, *, batch: Batch) -> Float[Tensor, "2 C"]:
+        """Return summed negative log-likelihoods and counts by category, without gradients."""
+        batch = batch.to(next(model.parameters()).device)
+        with self.precision.autocast(batch.source.device):
+            nll = model.loss(model(batch)).nll
+        return self.categories.sums(nll, batch=batch)
 
     def _micro(self, model: Transformer, *, batch: Batch, predicted: int, parts: int) -> Pass:
         tokens = batch.num_tokens

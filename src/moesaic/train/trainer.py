@@ -6,25 +6,36 @@ random numbers, running sums, work to retry. ``restore()`` of it continues bit f
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.core.errors import UserError
-from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
-from moesaic.data.loader import Loader
 from moesaic.dist.world import World
 from moesaic.model.transformer import Transformer
 from moesaic.moe.layer import set_reduce
 from moesaic.optim.clip import clip_gradients
 from moesaic.optim.state import export_state, restore_state
+from moesaic.train.journal import Journal
 from moesaic.train.meters import Categories, Meters
 from moesaic.train.randomness import random_state, restore_random_state
 from moesaic.train.retry import Retry, Try
 from moesaic.train.run import Run
 from moesaic.train.step import Objective, Pass, first_not_finite
+from moesaic.train.weights import export_weights, restore_weights
+
+
+class Stream(Protocol):
+    """Where batches come from (``data/loader.py``): endless, and the same from the same state."""
+
+    tasks: Sequence[str]
+    languages: Sequence[str]
+
+    def __next__(self) -> Batch: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: dict[str, Any]) -> None: ...
 
 
 class NotFiniteError(UserError):
@@ -45,19 +56,19 @@ class StepReport:
 class Trainer:
     """See the module's first lines."""
 
-    def __init__(self, run: Run, *, model: Transformer, loader: Loader, world: World) -> None:
-        self.run, self.world, self.loader = run, world, loader
+    def __init__(self, run: Run, *, model: Transformer, data: Stream, world: World) -> None:
+        self.run, self.world, self.data = run, world, data
         self.model = model
-        set_reduce(model, world.sum)
+        set_reduce(model, lambda counts: world.sum(counts))
         self.optimizer = run.optimizer.build(
             model.named_parameters(), kinds=model.parameter_kinds()
         )
-        categories = Categories(tuple(loader.tasks), tuple(loader.languages))
+        categories = Categories(tuple(data.tasks), tuple(data.languages))
         self.objective = Objective(categories, run.label_smoothing, run.precision)
         self.meters = Meters(categories, device=world.device)
         self.retry = Retry()
         self.step = 0
-        self.notes: list[str] = []  # sentences for people, since the last step
+        self.journal = Journal()
 
     def advance(self) -> StepReport:
         """Make one update, setting aside work whose loss or gradient is not finite. Collective.
@@ -67,7 +78,7 @@ class Trainer:
         """
         started, waited = time.perf_counter(), 0.0
         while True:
-            tried = self.retry.next(self.loader.state())
+            tried = self.retry.next(self.data.state())
             before = time.perf_counter()
             batches = self._draw(tried)
             waited += time.perf_counter() - before
@@ -92,11 +103,11 @@ class Trainer:
         """Return the step's micro-batches; a retry goes back for them and returns to now."""
         count = range(self.run.accumulate)
         if not tried.again:
-            return tuple(next(self.loader) for _ in count)
-        now = self.loader.state()
-        self.loader.restore(tried.place)
-        batches = tuple(next(self.loader) for _ in count)
-        self.loader.restore(now)
+            return tuple(next(self.data) for _ in count)
+        now = self.data.state()
+        self.data.restore(tried.place)
+        batches = tuple(next(self.data) for _ in count)
+        self.data.restore(now)
         return batches
 
     def _set_aside(self, tried: Try, *, seen: Pass) -> None:
@@ -106,7 +117,7 @@ class Trainer:
         self.retry.bad(tried)
         self.meters.skipped += 1
         fate = "given up after its second try" if tried.again else "kept for one more try"
-        self.notes.append(f"step {self.step + 1} skipped: {what}; its batch is {fate}")
+        self.journal.note(f"step {self.step + 1} skipped: {what}; its batch is {fate}")
         if self.retry.in_a_row >= self.run.max_bad_steps:
             raise NotFiniteError(
                 f"{self.retry.in_a_row} steps in a row were not finite after step {self.step} "
@@ -126,16 +137,29 @@ class Trainer:
 
     def snapshot(self) -> Snapshot:
         """Return everything that decides the next step. Collective; only rank 0 writes it."""
-        named = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         files = {
-            "model": {name: tensor.detach() for name, tensor in named.items()},
+            "model": export_weights(self.model),
             "optimizer": export_state(self.optimizer),
             "random": random_state(self.world),
             "meters": self.meters.tensors(self.world),
         }
         state = {
             "config": self.run.plain(),
-            "data": self.loader.state(),
-            "retry": self.retry.state(),
+            "data": self.data.state(),
+            "retry": self.retry.waiting,
+            "journal": self.journal.state(),
         }
         return Snapshot(self.step, files, state)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Continue from a snapshot, whatever number of ranks took it. Raises CheckpointError."""
+        restore_weights(self.model, snapshot.files["model"])
+        restore_state(self.optimizer, snapshot.files["optimizer"])
+        restore_random_state(
+            snapshot.files["random"], world=self.world, seed=self.run.seed, step=snapshot.step
+        )
+        self.meters.restore(snapshot.files["meters"], world=self.world)
+        self.data.restore(snapshot.state["data"])
+        self.retry = Retry(snapshot.state["retry"])
+        self.journal.restore(snapshot.state["journal"])
+        self.step = snapshot.step

@@ -1,0 +1,45 @@
+"""SaveCheckpoints: the run's state on disk every so often, at its best, and at its end."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from moesaic.checkpoint.save import save
+from moesaic.dist.first import on_first
+from moesaic.train.hooks.hook import Hook
+from moesaic.train.trainer import StepReport, Trainer
+
+
+class SaveCheckpoints(Hook):
+    """Comes after every hook whose state or rows a checkpoint should hold.
+
+    ``flush`` is called before each save, so that metrics on disk are never behind a checkpoint.
+    """
+
+    def __init__(self, root: Path, *, flush: Callable[[], None]) -> None:
+        self.root = root
+        self._flush = flush
+        self._saved: int | None = None
+
+    def before_run(self, trainer: Trainer) -> None:
+        self._saved = trainer.step  # what it was resumed from; a fresh start can be made again
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        every = trainer.run.checkpoint.every
+        best = trainer.journal.best.step == report.step
+        if best or (every and report.step % every == 0):
+            self._save(trainer, best=best)
+
+    def after_run(self, trainer: Trainer) -> None:
+        if self._saved != trainer.step or trainer.retry.in_a_row:
+            self._save(trainer, best=trainer.journal.best.step == trainer.step)
+
+    def _save(self, trainer: Trainer, *, best: bool) -> None:
+        snapshot = trainer.snapshot()
+        keep = trainer.run.checkpoint.keep
+
+        def write() -> None:
+            self._flush()
+            save(self.root, snapshot, keep=keep, best=best)
+
+        on_first(trainer.world, write)
+        self._saved = trainer.step

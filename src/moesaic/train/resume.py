@@ -1,0 +1,61 @@
+"""Resume: where a run starts, and why it may not start there."""
+
+from pathlib import Path
+
+from moesaic.checkpoint.load import latest
+from moesaic.checkpoint.rundir import RunDir
+from moesaic.core.config import Choice
+from moesaic.core.errors import CheckpointError
+
+# What may differ from the run that saved: how long, and what is watched and written.
+FREE = ("name", "steps", "checkpoint", "validation", "log", "max_bad_steps")
+
+
+class Resume(Choice):
+    """Family: ``Fresh``, ``Auto`` or ``From``."""
+
+    def start(self, folder: RunDir) -> Path | None:
+        """Return the checkpoint to continue from; None starts anew. Raises CheckpointError."""
+        raise NotImplementedError
+
+    def skipped(self, folder: RunDir) -> tuple[str, ...]:  # noqa: ARG002
+        """Return a sentence for each newer checkpoint that could not be used."""
+        return ()
+
+
+class Fresh(Resume):
+    """Start anew, in a directory that holds no run."""
+
+    def start(self, folder: RunDir) -> Path | None:
+        if folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir()):
+            raise CheckpointError(
+                f"{folder.path} holds a run already: continue it with --resume auto, or choose "
+                "another --out"
+            )
+        return None
+
+
+class Auto(Resume):
+    """Continue from the newest valid checkpoint of the directory; start anew if there is none."""
+
+    def start(self, folder: RunDir) -> Path | None:
+        return latest(folder.checkpoints).path
+
+    def skipped(self, folder: RunDir) -> tuple[str, ...]:
+        return latest(folder.checkpoints).skipped
+
+
+class From(Resume):
+    """Continue from ``path``: a checkpoint, or the newest one of a run directory."""
+
+    path: str
+
+    def start(self, folder: RunDir) -> Path | None:  # noqa: ARG002
+        given = Path(self.path)
+        if (given / "manifest.json").is_file():
+            return given
+        found = latest(RunDir(given).checkpoints)
+        if found.path is None:
+            why = f": {' | '.join(found.skipped)}" if found.skipped else ""
+            raise CheckpointError(f"{given}: no valid checkpoint to resume from{why}")
+        return found.path

@@ -1,0 +1,110 @@
+"""Law: train 20 equals train 10, save, load, train 10: bit for bit, whatever the run does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moesaic.checkpoint.load import load
+from moesaic.checkpoint.save import save
+from moesaic.dist.world import Ranks
+from moesaic.moe.balance import SwitchBalance
+from moesaic.moe.config import MoE
+from moesaic.moe.limit import AtRandom, Capacity
+from moesaic.moe.select import TopK
+from moesaic.optim.optimizer import Muon
+from moesaic.testing.ranks import run_on_ranks
+from moesaic.testing.tiny import tiny_model_config, tiny_run, tiny_trainer
+from moesaic.train.run import Run
+from moesaic.train.trainer import Trainer
+
+RANDOM_TOKENS = MoE(
+    experts=4,
+    select=TopK(k=2),
+    limit=Capacity(factor=1.0, minimum=1, priority=AtRandom()),
+    balance=(SwitchBalance(),),
+)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "muon": {"optimizer": Muon()},
+    "accumulated": {"accumulate": 2},
+    "dropout-and-random-drops": {
+        "model": tiny_model_config(moe=RANDOM_TOKENS).replace(dropout=0.1)
+    },
+}
+
+
+def _rows(trainer: Trainer, *, steps: int) -> list[dict[str, float]]:
+    rows = []
+    for _ in range(steps):
+        trainer.advance()
+        if trainer.step % 4 == 0:  # the stop at 10 falls between two rows
+            rows.append(trainer.meters.take(trainer.world))
+    return rows
+
+
+def _same(left: Trainer, right: Trainer) -> None:
+    one, other = left.snapshot(), right.snapshot()
+    assert one.state == other.state
+    for name, tensors in one.files.items():
+        assert tensors.keys() == other.files[name].keys()
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, other.files[name][key]), f"{name}: {key}"
+
+
+def _resumed(run: Run, folder: Path) -> tuple[Trainer, list[dict[str, float]]]:
+    first = tiny_trainer(run)
+    rows = _rows(first, steps=10)
+    save(folder, first.snapshot())
+    second = tiny_trainer(run)
+    torch.rand(3)  # whatever happened in the new process must not matter
+    second.restore(load(folder))
+    return second, rows + _rows(second, steps=10)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resuming_equals_never_stopping(variant: str, tmp_path: Path) -> None:
+    run = tiny_run(**VARIANTS[variant])
+    whole = tiny_trainer(run)
+    whole_rows = _rows(whole, steps=20)
+    resumed, rows = _resumed(run, tmp_path)
+    assert rows == whole_rows
+    _same(resumed, whole)
+
+
+def _on_two(folder: Path, *, stop: bool) -> list[dict[str, float]]:
+    run, world = tiny_run(**VARIANTS["dropout-and-random-drops"]), Ranks()
+    trainer = tiny_trainer(run, world=world)
+    rows = _rows(trainer, steps=6)
+    if stop:
+        snapshot = trainer.snapshot()
+        if world.rank == 0:
+            save(folder, snapshot)
+        world.barrier()
+        trainer = tiny_trainer(run, world=world)
+        trainer.restore(load(folder))
+    return rows + _rows(trainer, steps=6)
+
+
+def test_resuming_equals_never_stopping_on_two_ranks(tmp_path: Path) -> None:
+    whole = run_on_ranks(2, _on_two, tmp_path, stop=False)
+    assert run_on_ranks(2, _on_two, tmp_path, stop=True) == whole
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    run = tiny_run()
+    whole = tiny_trainer(run)
+    whole_rows = _rows(whole, steps=20)
+    first = tiny_trainer(run)
+    rows = _rows(first, steps=10)
+    save(tmp_path, first.snapshot())
+    rest = run_on_ranks(2, _continued, tmp_path)[0]
+    for row, here in zip(rows + rest, whole_rows, strict=True):
+        assert row == pytest.approx(here, rel=1e-4)
+
+
+def _continued(folder: Path) -> list[dict[str, float]]:
+    trainer = tiny_trainer(tiny_run(), world=Ranks())
+    trainer.restore(load(folder))
+    return _rows(trainer, steps=10)

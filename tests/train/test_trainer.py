@@ -1,0 +1,144 @@
+"""The trainer: what a step that is not finite does, and what a snapshot holds."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from moesaic.core.errors import CheckpointError
+from moesaic.data.batch import Batch
+from moesaic.dist.world import Ranks, World
+from moesaic.model.transformer import Transformer
+from moesaic.testing.ranks import run_on_ranks
+from moesaic.testing.tiny import TinyStream, tiny_run, tiny_trainer
+from moesaic.train.step import Objective, Pass
+from moesaic.train.trainer import NotFiniteError, Trainer
+
+
+class Poisoned:
+    """An objective whose n-th call (from 1) leaves a NaN in one gradient."""
+
+    def __init__(self, inner: Objective, *, bad: set[int]) -> None:
+        self.inner, self.bad, self.calls = inner, bad, 0
+        self.categories = inner.categories
+        self.seen: list[Batch] = []
+
+    def gradients(self, model: Transformer, *, batches: Sequence[Batch], world: World) -> Pass:
+        self.calls += 1
+        self.seen.append(batches[0])
+        result = self.inner.gradients(model, batches=batches, world=world)
+        if self.calls in self.bad:
+            grad = model.decoder_norm.weight.grad
+            assert grad is not None
+            grad[3] = math.nan
+        return result
+
+
+def _poisoned(bad: set[int], **changes: object) -> tuple[Trainer, Poisoned]:
+    trainer = tiny_trainer(tiny_run(**changes))
+    poison = Poisoned(trainer.objective, bad=bad)
+    trainer.objective = poison  # pyright: ignore[reportAttributeAccessIssue]
+    return trainer, poison
+
+
+def test_a_bad_step_changes_nothing_and_its_batch_comes_again() -> None:
+    trainer, poison = _poisoned({2})
+    trainer.advance()
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.optimizer.zero_grad()
+    changed: list[bool] = []
+    poison_gradients = poison.gradients
+
+    def watching(model: Transformer, *, batches: Sequence[Batch], world: World) -> Pass:
+        changed.append(any(not torch.equal(p, before[n]) for n, p in model.named_parameters()))
+        return poison_gradients(model, batches=batches, world=world)
+
+    poison.gradients = watching  # pyright: ignore[reportAttributeAccessIssue]
+    report = trainer.advance()
+    assert report.step == 2
+    assert changed == [False, False], "the bad step must leave the weights alone"
+    trainer.advance()
+    bad, new, again = poison.seen[1:4]
+    assert torch.equal(bad.source, again.source)
+    assert not torch.equal(bad.source[:2, :2], new.source[:2, :2])
+    trainer.advance()
+    assert trainer.data.state() == {"drawn": 4}, "a retry must not move the place in the data"
+    assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
+
+
+def test_the_note_names_the_first_gradient_that_is_not_finite() -> None:
+    trainer, _ = _poisoned({1})
+    trainer.advance()
+    (note,) = trainer.journal.take_notes()
+    assert note.startswith("step 1 skipped: the gradient of decoder_norm.weight")
+    assert "one more try" in note
+    assert trainer.meters.take(trainer.world)["train/skipped"] == 1
+
+
+def test_work_that_is_bad_twice_is_given_up() -> None:
+    trainer, poison = _poisoned({1, 3})  # 1 fails, 2 is good, 3 is the retry of 1
+    for _ in range(4):
+        trainer.advance()
+    assert "given up" in trainer.journal.take_notes()[1]
+    assert trainer.retry.waiting == []
+    assert torch.equal(poison.seen[0].source, poison.seen[2].source)
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run() -> None:
+    trainer, poison = _poisoned({2, 3, 4}, max_bad_steps=3)
+    trainer.advance()
+    with pytest.raises(NotFiniteError, match=r"3 steps in a row .* after step 1 .*decoder_norm"):
+        trainer.advance()
+    assert (trainer.step, poison.calls) == (1, 4)
+    assert len(trainer.snapshot().state["retry"]) == 3
+
+
+def test_a_loss_that_is_not_finite_is_named_with_its_language() -> None:
+    trainer = tiny_trainer(tiny_run(max_bad_steps=1))
+    with torch.no_grad():
+        trainer.model.embedding.weight[7] = math.inf
+    with pytest.raises(NotFiniteError, match=r"the loss of translation, .*ell_Grek.* gradient of"):
+        trainer.advance()
+
+
+def _bad_on_one_rank() -> tuple[list[str], float]:
+    world = Ranks()
+    trainer = tiny_trainer(tiny_run(), world=world)
+    if world.rank == 1:
+        weight = trainer.model.decoder_norm.weight
+        weight.register_post_accumulate_grad_hook(lambda p: p.grad.fill_(math.inf))
+    with pytest.raises(NotFiniteError):
+        for _ in range(6):
+            trainer.advance()
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    return trainer.journal.take_notes(), float(weights.double().sum())
+
+
+def test_all_ranks_skip_the_same_step() -> None:
+    first, second = run_on_ranks(2, _bad_on_one_rank)
+    assert first == second
+    assert len(first[0]) == 5
+
+
+def test_weights_that_do_not_fit_are_named() -> None:
+    trainer = tiny_trainer(tiny_run())
+    snapshot = trainer.snapshot()
+    weights = dict(snapshot.files["model"])
+    weights["decoder_norm.weight"] = torch.ones(3)
+    del weights["encoder_norm.weight"]
+    files = dict(snapshot.files) | {"model": weights}
+    wrong = type(snapshot)(snapshot.step, files, snapshot.state)
+    with pytest.raises(CheckpointError, match=r"encoder_norm.weight is missing.*has shape \[3\]"):
+        trainer.restore(wrong)
+
+
+def test_a_tiny_model_learns() -> None:
+    trainer = tiny_trainer(tiny_run(steps=200))
+    trainer.data = TinyStream(rows=4)
+    losses = []
+    for _ in range(40):
+        trainer.data.restore({"drawn": 0})  # the same batch each time
+        trainer.advance()
+        losses.append(trainer.meters.take(trainer.world)["train/loss"])
+    assert losses[-1] < 0.6 * losses[0]
