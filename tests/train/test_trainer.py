@@ -107,10 +107,9 @@ def _bad_on_one_rank() -> tuple[list[str], float]:
     trainer = tiny_trainer(tiny_run(), world=world)
     if world.rank == 1:
         weight = trainer.model.decoder_norm.weight
-        weight.register_post_accumulate_grad_hook(lambda p: p.grad.fill_(math.inf))
+        weight.register_hook(lambda grad: grad * math.inf)
     with pytest.raises(NotFiniteError):
-        for _ in range(6):
-            trainer.advance()
+        trainer.advance()
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     return trainer.journal.take_notes(), float(weights.double().sum())
 
