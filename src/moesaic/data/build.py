@@ -22,7 +22,7 @@ from moesaic.data.clean import RULES, Cleaner
 from moesaic.data.corpus import ABOUT, FORMAT, Corpus, pair_file, text_file
 from moesaic.data.home import corpora_dir
 from moesaic.data.languages import language
-from moesaic.data.pair import Pair, Text
+from moesaic.data.pair import Text
 from moesaic.data.readers.tsv import escape
 from moesaic.data.spill import Candidate, Direction, Spill, Tally
 from moesaic.data.split import SPLITS, Split, digest64, split_key
@@ -176,9 +176,13 @@ class _Building:
         self.files[name] = {"rows": rows, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
     def _describe(
-        self, units: tuple[Unit, ...], *, kept: list[dict[str, Any]], small: dict[str, int],
+        self,
+        units: tuple[Unit, ...],
+        *,
+        kept: list[dict[str, Any]],
+        small: dict[str, int],
         texts: "_Texts",
-    ) -> None:  # fmt: skip
+    ) -> None:
         codes = {c for d in kept for c in (d["source"], d["target"])} | texts.languages
         if not codes:
             raise DataError(self._nothing_left(small))
@@ -214,7 +218,8 @@ class _Building:
         few = (
             f"; {len(small)} direction(s) under min_pairs={self.recipe.min_pairs}" if small else ""
         )
-        return f"corpus {self.recipe.name}: nothing to keep of {read} pairs read ({why or 'none'}){few}"
+        start = f"corpus {self.recipe.name}: nothing to keep of {read} pairs read"
+        return f"{start} ({why or 'none'}){few}"
 
 
 def _wanted(recipe: CorpusRecipe) -> Wanted:

@@ -7,12 +7,14 @@ placeholders, some left in English. Every rejection is counted under its rule's 
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from pydantic import Field
 
 from moesaic.core.config import Config
 from moesaic.data.languages import language
 from moesaic.data.markup import (
+    may_hold_accelerator,
     placeholders,
     strip_accelerators,
     strip_tags,
@@ -40,17 +42,24 @@ class Clean(Config):
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """A normalised pair and what the rules look at: placeholders out, characters classified."""
+class Side:
+    """A normalised side, and what the rules look at; placeholders count for nothing."""
 
-    source: str
-    target: str
-    source_script: str
-    target_script: str
-    source_plain: str
-    target_plain: str
-    source_classes: str
-    target_classes: str
+    text: str
+    plain: str
+    script: str
+    letters: int
+    visible: int
+    in_script: int
+    placeholders: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Both sides of a pair, ready for the rules."""
+
+    source: Side
+    target: Side
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,39 +89,32 @@ class Cleaner:
     def __init__(self, config: Clean) -> None:
         self.config = config
         self._scripts: dict[str, str] = {}
+        self._known_side = lru_cache(maxsize=1 << 15)(_side)  # a source recurs in every language
 
     def clean(self, pair: Pair) -> tuple[Pair | None, str]:
         """Return the normalised pair and ``""``, or None and the name of the rule that drops it."""
-        source = normalise(pair.source, other=pair.target)
-        target = normalise(pair.target, other=pair.source)
-        prepared = self._prepare(pair, source=source, target=target)
+        prepared = Prepared(
+            self._prepare(pair.source, code=pair.source_language, other=pair.target),
+            _side(pair.target, self._script(pair.target_language), pair.source),
+        )
         for rule in RULES:
             if rule.rejects(prepared, self.config):
                 return None, rule.name
-        return (
-            Pair(
-                source,
-                target,
-                pair.source_language,
-                pair.target_language,
-                pair.origin,
-                pair.licence,
-            ),
-            "",
+        cleaned = Pair(
+            prepared.source.text,
+            prepared.target.text,
+            pair.source_language,
+            pair.target_language,
+            pair.origin,
+            pair.licence,
         )
+        return cleaned, ""
 
-    def _prepare(self, pair: Pair, *, source: str, target: str) -> Prepared:
-        source_plain, target_plain = without_placeholders(source), without_placeholders(target)
-        return Prepared(
-            source,
-            target,
-            self._script(pair.source_language),
-            self._script(pair.target_language),
-            source_plain,
-            target_plain,
-            classes(source_plain),
-            classes(target_plain),
-        )
+    def _prepare(self, text: str, *, code: str, other: str) -> Side:
+        script = self._script(code)
+        if may_hold_accelerator(text):
+            return _side(text, script, other)
+        return self._known_side(text, script, "")
 
     def _script(self, code: str) -> str:
         if code not in self._scripts:
@@ -120,59 +122,71 @@ class Cleaner:
         return self._scripts[code]
 
 
+def _side(raw: str, script: str, other: str) -> Side:
+    text = normalise(raw, other=other)
+    plain = without_placeholders(text)
+    seen = classes(plain)
+    return Side(
+        text,
+        plain,
+        script,
+        count_letters(seen),
+        count_visible(seen),
+        count_script(seen, script=script),
+        placeholders(text),
+    )
+
+
 def _is_empty(pair: Prepared, _: Clean) -> bool:
-    return not pair.source or not pair.target
+    return not pair.source.text or not pair.target.text
 
 
 def _is_long(pair: Prepared, config: Clean) -> bool:
-    return max(len(pair.source), len(pair.target)) > config.max_characters
+    return max(len(pair.source.text), len(pair.target.text)) > config.max_characters
 
 
 def _is_broken(pair: Prepared, _: Clean) -> bool:
-    return "\ufffd" in pair.source or "\ufffd" in pair.target
+    return "\ufffd" in pair.source.text or "\ufffd" in pair.target.text
 
 
 def _is_untranslated(pair: Prepared, _: Clean) -> bool:
-    return pair.source == pair.target or pair.source.casefold() == pair.target.casefold()
+    return pair.source.text.casefold() == pair.target.text.casefold()
 
 
 def _has_few_letters(pair: Prepared, config: Clean) -> bool:
-    for seen in (pair.source_classes, pair.target_classes):
-        letters = count_letters(seen)
-        if letters == 0 or letters < config.min_letters * count_visible(seen):
-            return True
-    return False
+    return any(
+        side.letters == 0 or side.letters < config.min_letters * side.visible
+        for side in (pair.source, pair.target)
+    )
 
 
 def _differs_in_length(pair: Prepared, config: Clean) -> bool:
-    source = len(pair.source) * _DENSITY.get(pair.source_script, 1.0) + _SLACK
-    target = len(pair.target) * _DENSITY.get(pair.target_script, 1.0) + _SLACK
+    source, target = (
+        len(side.text) * _DENSITY.get(side.script, 1.0) + _SLACK
+        for side in (pair.source, pair.target)
+    )
     return max(source, target) > config.max_length_ratio * min(source, target)
 
 
 def _differs_in_placeholders(pair: Prepared, _: Clean) -> bool:
-    return placeholders(pair.source) != placeholders(pair.target)
+    return pair.source.placeholders != pair.target.placeholders
 
 
 def _is_in_another_script(pair: Prepared, config: Clean) -> bool:
     return not (
-        _fits(pair.source_classes, pair.source_plain, pair.target_plain, pair.source_script, config)
-        and _fits(
-            pair.target_classes, pair.target_plain, pair.source_plain, pair.target_script, config
-        )
+        _fits(pair.source, other=pair.target, config=config)
+        and _fits(pair.target, other=pair.source, config=config)
     )
 
 
-def _fits(seen: str, text: str, other: str, script: str, config: Clean) -> bool:
+def _fits(side: Side, *, other: Side, config: Clean) -> bool:
     """Names kept from the other side (URL, Django) do not count against the script."""
-    if not is_known(script):
+    if side.in_script >= config.min_script * side.letters or not is_known(side.script):
         return True
-    if count_script(seen, script=script) >= config.min_script * count_letters(seen):
-        return True
-    words = set(other.split())
-    own = classes(" ".join(w for w in text.split() if w not in words))
+    words = set(other.plain.split())
+    own = classes(" ".join(w for w in side.plain.split() if w not in words))
     letters = count_letters(own)
-    return letters > 0 and count_script(own, script=script) >= config.min_script * letters
+    return letters > 0 and count_script(own, script=side.script) >= config.min_script * letters
 
 
 RULES: tuple[Rule, ...] = (

@@ -10,8 +10,10 @@ def data_home() -> Path:
 
 
 def corpora_dir() -> Path:
+    """Return the folder of built corpora."""
     return data_home() / "corpora"
 
 
 def packages_dir() -> Path:
+    """Return the folder of downloads."""
     return data_home() / "packages"

@@ -1,8 +1,8 @@
 """Languages: one table of FLORES-style codes, and every spelling that leads to them.
 
-A code is ``<iso 639-3>_<Script>`` as in FLORES-200 (arXiv:2207.04672), e.g. ``deu_Latn``. A regional
-standard that is translated on its own adds the region: ``por_Latn`` is European Portuguese (``pt``),
-``por_Latn_BR`` Brazilian (``pt-BR``). Chinese is told apart by script alone. The table is
+A code is ``<iso 639-3>_<Script>`` as in FLORES-200 (arXiv:2207.04672), e.g. ``deu_Latn``. A
+regional standard that is translated on its own adds the region: ``por_Latn`` is European Portuguese
+(``pt``), ``por_Latn_BR`` Brazilian (``pt-BR``). Chinese is told apart by script alone. The table is
 ``languages.tsv``: add a row and the language exists everywhere.
 """
 

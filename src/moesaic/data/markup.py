@@ -22,24 +22,28 @@ _POSITION = re.compile(r"^%\d+\$")
 _SIGNS = re.compile(r"[%{$&]")
 
 _TAG = re.compile(r"<(/?)([A-Za-z][\w:.-]*)((?:\s[^<>]{0,1500})?)(/?)>")
-_HTML = frozenset(
-    "a abbr b big blockquote body br button center cite code dd del dfn div dl dt em font form h1 h2 "
-    "h3 h4 h5 h6 head hr html i iframe img input ins kbd label li link mark meta nav ol option p "
-    "path pre q s samp script select small span strike strong style sub sup svg table tbody td th "
-    "thead title tr tt u ul var nobr".split()
+_HTML = re.compile(
+    r"a|abbr|b|big|blockquote|body|br|button|center|cite|code|dd|del|dfn|div|dl|dt|em|font|"
+    r"form|h1|h2|h3|h4|h5|h6|head|hr|html|i|iframe|img|input|ins|kbd|label|li|link|mark|meta|"
+    r"nav|nobr|ol|option|p|path|pre|q|s|samp|script|select|small|span|strike|strong|style|sub|"
+    r"sup|svg|table|tbody|td|th|thead|title|tr|tt|u|ul|var",
+    re.IGNORECASE,
 )
-_BLOCK = frozenset("br p li div tr td th h1 h2 h3 h4 h5 h6 dd dt hr ul ol table option".split())
+_BLOCK = re.compile(
+    r"br|p|li|div|tr|td|th|h1|h2|h3|h4|h5|h6|dd|dt|hr|ul|ol|table|option",
+    re.IGNORECASE,
+)
 
 
-def placeholders(text: str) -> list[str]:
+def placeholders(text: str) -> tuple[str, ...]:
     """Return the placeholders of ``text``, sorted: the two sides of a pair must agree on them.
 
     ``%1$s`` counts as ``%s``: a translator may change the order but not the set.
     """
     if not _SIGNS.search(text):
-        return []
+        return ()
     found = [_POSITION.sub("%", m[0]) for m in _PLACEHOLDER.finditer(text)]
-    return sorted(found) if len(found) > 1 else found
+    return tuple(sorted(found))
 
 
 def without_placeholders(text: str) -> str:
@@ -54,10 +58,10 @@ def strip_tags(text: str) -> str:
 
     def replace(match: re.Match[str]) -> str:
         closing, name, attributes, empty = match.groups()
-        known = name.casefold() in _HTML or "=" in attributes or closing or empty
+        known = bool(_HTML.fullmatch(name)) or "=" in attributes or closing or empty
         if not known and f"</{name}>" not in text:
             return match[0]
-        return " " if name.casefold() in _BLOCK else ""
+        return " " if _BLOCK.fullmatch(name) else ""
 
     return _TAG.sub(replace, text)
 
@@ -80,13 +84,18 @@ _INNER = {
 }
 
 
+def may_hold_accelerator(text: str) -> bool:
+    """Whether ``strip_accelerators`` could change the text at all."""
+    return "_" in text or "&" in text or "~" in text
+
+
 def strip_accelerators(text: str, *, other: str = "") -> str:
     """Remove the one mark of a menu's keyboard shortcut: ``_File``, ``E&xit``, ``Sa~ve``, ``(_F)``.
 
     A word that stands with its mark in ``other`` (the other side) too is an identifier such as
     ``file_name`` and stays.
     """
-    if "_" not in text and "&" not in text and "~" not in text:
+    if not may_hold_accelerator(text):
         return text
     text = _APPENDED.sub("", text)
     for mark, leading in _LEADING.items():

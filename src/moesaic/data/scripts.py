@@ -57,10 +57,13 @@ def _class_of(char: str) -> str:
 
 
 _TABLE = _Table()
+_ASCII = "".join(_class_of(chr(i)) for i in range(128)).encode("ascii").ljust(256, b".")
 
 
 def classes(text: str) -> str:
     """Return one class character per character of ``text``."""
+    if text.isascii():
+        return text.encode("ascii").translate(_ASCII).decode("ascii")
     return text.translate(_TABLE)
 
 
@@ -86,7 +89,7 @@ def is_known(script: str) -> bool:
 
 
 def share_of_script(text: str, *, script: str) -> float:
-    """Return the share of the letters of ``text`` that belong to ``script``; 1.0 without letters."""
+    """Return the share of the letters of ``text`` that are of ``script``; 1.0 without letters."""
     seen = classes(text)
     letters = count_letters(seen)
     return count_script(seen, script=script) / letters if letters else 1.0

@@ -28,7 +28,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A source, a target it was given, by whom (rank: the order units are read in), and where to."""
+    """A source, a target it was given, by whom (rank: when that unit is read), and where to."""
 
     source: str
     target: str

@@ -5,6 +5,7 @@ differ only in case, punctuation, digits or placeholders never stand on two side
 """
 
 import unicodedata
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Literal
 
@@ -55,7 +56,12 @@ class Split(Config):
         return "test" if self._place(source) < share else "valid"
 
     def _place(self, source: str) -> float:
-        return digest64(f"{self.salt}\0{split_key(source)}") / 2**64
+        return _place(source, self.salt)
+
+
+@lru_cache(maxsize=1 << 16)  # a source recurs in every language
+def _place(source: str, salt: str) -> float:
+    return digest64(f"{salt}\0{split_key(source)}") / 2**64
 
 
 def split_key(text: str) -> str:

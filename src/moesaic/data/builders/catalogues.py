@@ -50,7 +50,7 @@ def choose_members(files: list[Member], *, kind: str) -> list[Member]:
 
 
 def member_language(name: str) -> Language | None:
-    """Return the language that a catalogue's path names: ``locale/de/LC_MESSAGES/x.mo``, ``de.po``."""
+    """Return the language a catalogue's path names: ``locale/de/LC_MESSAGES/x.mo``, ``de.po``."""
     for pattern in (_IN_NAME, _IN_FOLDER):
         match = pattern.search(name)
         found = catalogue_language(match[1]) if match else None

@@ -1,4 +1,4 @@
-"""Python packages as data: downloaded by the user's own pip, kept by version, read, never imported."""
+"""Python packages as data: fetched by the user's own pip, kept by version, never imported."""
 
 import re
 import subprocess

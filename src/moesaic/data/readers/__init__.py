@@ -1,1 +1,1 @@
-"""Readers: one file per format, plain or compressed, all streaming; ``files.py`` chooses by name."""
+"""Readers: a file per format, plain or compressed, all streaming; ``files.py`` chooses by name."""

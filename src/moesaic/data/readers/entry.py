@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """``default`` is the English text of a catalogue whose messages are keys (``#. Default: ...``)."""
+    """``default`` is the English of a catalogue whose messages are keys (``#. Default: ...``)."""
 
     source: str
     target: str

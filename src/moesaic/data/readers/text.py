@@ -1,16 +1,19 @@
 """Text files, plain or compressed, read line by line with errors that name file and line."""
 
 import gzip
+import io
 import lzma
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import zstandard
 
 from moesaic.core.errors import DataError
+
+Row = TypeVar("Row")
 
 COMPRESSED = (".gz", ".xz", ".zst")
 _DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstandard.ZstdError)
@@ -46,47 +49,47 @@ def _opened(path: Path) -> BinaryIO:
     if path.suffix == ".xz":
         return cast(BinaryIO, lzma.open(path, "rb"))
     if path.suffix == ".zst":
-        return cast(BinaryIO, _ZstdLines(path.open("rb")))
+        return cast(BinaryIO, io.BufferedReader(_Zstd(path.open("rb")), 1 << 16))
     return path.open("rb")
 
 
-class _ZstdLines:
-    """A zstd stream as lines, which notices a missing end: the library's own reader does not."""
+class _Zstd(io.RawIOBase):
+    """A zstd stream that notices a missing end: the library's own reader takes it for the end."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
+        self._blocks = self._decompressed()
+        self._rest = b""
 
-    def __enter__(self) -> "_ZstdLines":
-        return self
+    def readable(self) -> bool:
+        return True
 
-    def __exit__(self, *_: object) -> None:
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            block = next(self._blocks, None)
+            if block is None:
+                return 0
+            self._rest = block
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        return size
+
+    def close(self) -> None:
         self._raw.close()
+        super().close()
 
-    def _blocks(self) -> Iterator[bytes]:
+    def _decompressed(self) -> Iterator[bytes]:
         machine = zstandard.ZstdDecompressor().decompressobj()
-        fresh = True
-        while block := self._raw.read(1 << 17):
+        begun = False
+        while block := self._raw.read(1 << 16):
             while block:
                 if machine.eof:  # several frames may follow one another
                     machine = zstandard.ZstdDecompressor().decompressobj()
                 yield machine.decompress(block)
-                fresh = False
+                begun = True
                 block = machine.unused_data if machine.eof else b""
-        if not fresh and not machine.eof:
+        if begun and not machine.eof:
             raise EOFError("the last frame has no end")
-
-    def read(self, size: int = -1) -> bytes:
-        if size >= 0:
-            raise NotImplementedError("zstd files are read whole or by line")
-        return b"".join(self._blocks())
-
-    def __iter__(self) -> Iterator[bytes]:
-        rest = b""
-        for block in self._blocks():
-            *whole, rest = (rest + block).split(b"\n")
-            yield from (line + b"\n" for line in whole)
-        if rest:
-            yield rest
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -115,10 +118,10 @@ def decode(raw: bytes, *, path: Path | str, line: int) -> str:
     return text.removeprefix("\ufeff") if line == 1 else text
 
 
-@contextmanager
-def expect_content(path: Path, *, what: str) -> Iterator[list[None]]:
-    """Raise DataError when a reader got to the end and found nothing: append to the list per row."""
-    seen: list[None] = []
-    yield seen
-    if not seen:
+def not_empty(rows: Iterator[Row], *, path: Path, what: str) -> Iterator[Row]:
+    """Pass rows on; raise DataError when there is none."""
+    number = 0
+    for number, row in enumerate(rows, start=1):  # noqa: B007
+        yield row
+    if number == 0:
         raise DataError(f"{path}: empty: it holds no {what}")

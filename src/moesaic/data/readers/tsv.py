@@ -1,4 +1,4 @@
-"""TSV: one pair per line, columns separated by tabs; backslash escapes for tab, newline, backslash."""
+"""TSV: a pair per line, columns separated by tabs; escapes for tab, newline and backslash."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +22,8 @@ class Row:
 
 def escape(text: str) -> str:
     """Make a text safe for one field of one line."""
+    if "\\" not in text and text.isprintable():
+        return text
     return text.translate(_TABLE)
 
 
