@@ -1,0 +1,181 @@
+"""Search: how the next tokens are chosen, from greedy to a beam with n-best answers.
+
+A search sees a model only as ``Stepper``: feed one token per row, get logits; keep some rows.
+
+Letters: B sources, k beam size, R live rows, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from pydantic import Field, model_validator
+
+from moesaic.core.config import Choice
+from moesaic.core.shapes import Bool, Float, Int, Tensor
+from moesaic.data.tokenizer import EOS
+
+
+Step = Callable[[Tensor], Tensor]  # ids [R] -> logits [R, V]
+Keep = Callable[[Tensor], None]  # index [R'] of the rows that go on
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """Tokens after the forced first one, without ``EOS``; ``score`` is length-normalised.
+
+    ``log_prob`` is the plain sum, ``EOS`` included. ``finished`` is false if it hit ``max_tokens``.
+    """
+
+    ids: tuple[int, ...]
+    score: float
+    log_prob: float
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What a search decodes: first logits of each source, the model, limits and forbidden tokens.
+
+    ``max_tokens`` counts generated tokens, ``EOS`` included.
+    """
+
+    logits: Float[Tensor, "B V"]
+    step: Step
+    keep: Keep
+    max_tokens: Int[Tensor, "B"]
+    forbidden: Bool[Tensor, "V"]
+
+
+class Search(Choice):
+    """Family of searches."""
+
+    def __call__(self, problem: Problem) -> list[list[Hypothesis]]:
+        """Return the answers of each source, best first."""
+        raise NotImplementedError
+
+
+class Greedy(Search):
+    """The likeliest token each time; scores are mean log-probabilities per token."""
+
+    def __call__(self, problem: Problem) -> list[list[Hypothesis]]:
+        return Beam(size=1)(problem)
+
+
+class Beam(Search):
+    """Beam search: hypotheses are ranked by ``log_prob / length ** length_penalty``.
+
+    Length counts ``EOS`` (as in fairseq; 0 ranks by the plain sum). A source is done when ``size``
+    of its hypotheses are finished (fairseq's rule), when none alive can still enter its ``n_best``,
+    or when it is out of room. ``size=1`` is greedy search.
+    """
+
+    size: int = Field(default=4, ge=1)
+    length_penalty: float = Field(default=1.0, ge=0)
+    n_best: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.n_best > self.size:
+            raise ValueError(f"n_best of at most size={self.size}")
+        return self
+
+    def __call__(self, problem: Problem) -> list[list[Hypothesis]]:
+        return _BeamState(self, problem).run()
+
+    def normalise(self, log_prob: float, *, length: int) -> float:
+        """The score of a hypothesis of ``length`` tokens."""
+        return log_prob / max(length, 1) ** self.length_penalty
+
+
+class _BeamState:
+    """The live hypotheses of one call: k rows for each source that is not done."""
+
+    def __init__(self, rules: Beam, problem: Problem) -> None:
+        self.rules, self.problem = rules, problem
+        sources = problem.logits.shape[0]
+        self.done: list[list[Hypothesis]] = [[] for _ in range(sources)]
+        self.live = list(range(sources))  # source of each block of k rows
+        self.room = problem.max_tokens.tolist()
+        self.ids = torch.empty(sources, 0, dtype=torch.long, device=problem.logits.device)
+        self.score = torch.zeros(sources, 1, device=problem.logits.device)
+
+    def run(self) -> list[list[Hypothesis]]:
+        logits = self.problem.logits
+        while self.live:
+            last = self._extend(logits)
+            if not self.live:
+                break
+            logits = self.problem.step(last)
+        best = self.rules.n_best
+        return [sorted(found, key=lambda h: -h.score)[:best] for found in self.done]
+
+    def _extend(self, logits: Float[Tensor, "R V"]) -> Int[Tensor, "R"]:
+        """Choose the next token of every live source; return them, the model's rows reordered."""
+        k, width = self.rules.size, self.score.shape[1]
+        blocks, vocab = len(self.live), logits.shape[-1]
+        spread = logits.log_softmax(-1).masked_fill(self.problem.forbidden, float("-inf"))
+        total = (self.score.view(-1, 1) + spread).view(blocks, width * vocab)
+        top, flat = total.topk(min(2 * k, total.shape[1]), dim=1)
+        beam = torch.div(flat, vocab, rounding_mode="floor")
+        token = flat - beam * vocab
+        ends = (token == EOS) & top.isfinite()
+        self._finish(ends & self._within(k, top), top=top, beam=beam)
+        top = top.masked_fill(token == EOS, float("-inf"))
+        top, pick = top.topk(min(k, top.shape[1]), dim=1)
+        beam, token = beam.gather(1, pick), token.gather(1, pick)
+        offset = torch.arange(blocks, device=beam.device)[:, None] * width
+        self.ids = torch.cat([self.ids[(beam + offset).flatten()], token.view(-1, 1)], 1)
+        self.score = top
+        return self._retire(beam + offset)
+
+    @staticmethod
+    def _within(k: int, top: Tensor) -> Tensor:
+        """Only an ``EOS`` among a source's k best candidates ends a hypothesis."""
+        return torch.arange(top.shape[1], device=top.device)[None] < k
+
+    def _finish(self, ends: Tensor, *, top: Tensor, beam: Tensor) -> None:
+        width = self.score.shape[1]
+        for block, place in ends.nonzero().tolist():
+            ids = self.ids[block * width + int(beam[block, place])].tolist()
+            self._store(block, ids, float(top[block, place]), finished=True)
+
+    def _store(self, block: int, ids: list[int], log_prob: float, *, finished: bool) -> None:
+        score = self.rules.normalise(log_prob, length=len(ids) + finished)
+        self.done[self.live[block]].append(Hypothesis(tuple(ids), score, log_prob, finished))
+
+    def _retire(self, rows: Int[Tensor, "b k"]) -> Int[Tensor, "R"]:
+        """Drop the sources that are done, and tell the model which rows go on."""
+        best = self.score[:, 0].tolist()
+        stay = [block for block, log_prob in enumerate(best) if self._goes_on(block, log_prob)]
+        index = torch.tensor(stay, dtype=torch.long, device=rows.device)
+        width = rows.shape[1]
+        self.live = [self.live[block] for block in stay]
+        self.ids = self.ids.view(len(best), width, -1)[index].flatten(0, 1)
+        self.score = self.score[index]
+        if stay:
+            self.problem.keep(rows[index].flatten())
+        return self.ids[:, -1]
+
+    def _goes_on(self, block: int, log_prob: float) -> bool:
+        source = self.live[block]
+        length, room = self.ids.shape[1], self.room[source]
+        if log_prob == float("-inf"):
+            return False
+        found = sorted((h.score for h in self.done[source]), reverse=True)
+        if len(found) >= self.rules.size:
+            return False
+        if length >= room:
+            self._cut_off(block)
+            return False
+        hope = self.rules.normalise(log_prob, length=room)  # log_prob only falls, length only grows
+        return len(found) < self.rules.n_best or hope > found[self.rules.n_best - 1]
+
+    def _cut_off(self, block: int) -> None:
+        """Out of room: what is alive counts as it is."""
+        width = self.score.shape[1]
+        for place, log_prob in enumerate(self.score[block].tolist()):
+            if log_prob > float("-inf"):
+                ids = self.ids[block * width + place].tolist()
+                self._store(block, ids, log_prob, finished=False)
