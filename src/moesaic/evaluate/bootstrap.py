@@ -1,0 +1,92 @@
+"""Bootstrap: how far a score could move had other sentences been drawn (Koehn 2004, W04-3250).
+
+The same resamples serve every system of a test set, so differences are paired. A resample is a
+vector of how often each sentence was drawn; scores of all resamples are one product
+``draws [R, N] @ statistics [N, C]``.
+
+Letters: R resamples, N sentences, C statistics per sentence.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moesaic.evaluate.metrics import Metric
+
+_CELLS = 2**24  # of the draws matrix held at once: 128 MiB as float64
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A score and its 95 % interval."""
+
+    score: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A difference of two scores on the same sentences, its 95 % interval, and a p-value.
+
+    ``p`` is the two-sided chance of a difference this large if the systems were equal: the share of
+    centred resampled differences at least as large, as sacreBLEU computes it.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A score on the real corpus and on every resample (float64 [R])."""
+
+    score: float
+    resampled: np.ndarray
+
+    def interval(self) -> Score:
+        return Score(self.score, *_bounds(self.resampled))
+
+    def minus(self, other: "Sampled") -> Difference:
+        """Compare with another system's scores on the same resamples."""
+        real, drawn = self.score - other.score, self.resampled - other.resampled
+        centred = np.abs(drawn - drawn.mean())
+        p = (int((centred > abs(real)).sum()) + 1) / (len(drawn) + 1)
+        low, high = _bounds(drawn)
+        return Difference(real, low, high, p if real else 1.0)
+
+
+def resample(
+    metric: Metric, *, statistics: np.ndarray, resamples: int = 1000, seed: int = 0
+) -> Sampled:
+    """Score the corpus and ``resamples`` corpora of N sentences drawn with replacement from it.
+
+    The draws depend on ``seed``, ``resamples`` and N alone: systems scored on the same sentences
+    meet the same draws.
+    """
+    count = len(statistics)
+    random = np.random.default_rng(seed)
+    rows = max(1, min(resamples, _CELLS // count))
+    scores = []
+    for start in range(0, resamples, rows):
+        size = min(rows, resamples - start)
+        drawn = random.integers(0, count, (size, count))
+        drawn += np.arange(size)[:, None] * count  # one bincount counts all rows
+        draws = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)
+        scores.append(metric.score(draws.astype(np.float64) @ statistics))
+    score = float(metric.score(statistics.sum(0)))
+    return Sampled(score, np.concatenate(scores) if scores else np.full(1, score))
+
+
+def mean(samples: "list[Sampled]") -> Sampled:
+    """Average scores over languages (macro average), resampling each language independently."""
+    return Sampled(
+        float(np.mean([s.score for s in samples])), np.mean([s.resampled for s in samples], axis=0)
+    )
+
+
+def _bounds(resampled: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,177 @@
+"""The harness: systems and test sets in, a Summary out. It knows no model, only callables.
+
+Letters: N sentences of a test set.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+from moesaic.core.errors import DataError
+from moesaic.evaluate.bootstrap import Difference, Sampled, mean, resample
+from moesaic.evaluate.metrics import ChrF, Metric, bleu_for, spbleu
+from moesaic.evaluate.offtarget import Identify, identifier, off_target
+from moesaic.evaluate.summary import LanguageResult, Sample, Summary, SystemResult
+from moesaic.evaluate.testset import TestSet
+
+
+@runtime_checkable
+class Translate(Protocol):
+    """A system: one output per text, in order. ``source`` and ``target`` are language codes."""
+
+    def __call__(self, texts: list[str], *, source: str, target: str) -> list[str]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How much to measure. ``samples`` sentences per language are kept in the summary."""
+
+    resamples: int = 1000
+    seed: int = 0
+    samples: int = 5
+
+
+Trace = Callable[[TestSet, Sample], dict[str, Any] | None]
+
+
+def evaluate(
+    systems: Mapping[str, Translate],
+    *,
+    tests: Sequence[TestSet],
+    settings: Settings | None = None,
+    done: Callable[[TestSet, LanguageResult], None] = lambda *_: None,
+) -> Summary:
+    """Run every system on every test set and score them.
+
+    The first system is the one under test: differences are its lead over each of the others, paired
+    over the same resamples. ``done`` is called after each test set, for progress. Raises DataError
+    when there is nothing to test or two test sets go under one key.
+    """
+    settings = settings or Settings()
+    _check(systems, tests)
+    identify = identifier(sorted({t.target for t in tests} | {t.source for t in tests}))
+    extra = spbleu()
+    languages: dict[str, LanguageResult] = {}
+    drawn: dict[str, list[dict[str, Sampled]]] = {name: [] for name in systems}
+    for number, test in enumerate(tests):
+        metrics: list[Metric] = [ChrF(), bleu_for(test.target)]
+        metrics += [extra] if not isinstance(extra, str) else []
+        judge = _Judge(
+            test, metrics, replace(settings, seed=settings.seed + number), _or_none(identify)
+        )
+        languages[test.key] = result = judge.result(systems)
+        for name in systems:
+            drawn[name].append(judge.drawn[name])
+        done(test, result)
+    names = list(next(iter(languages.values())).signatures)
+    means = {name: {m: mean([d[m] for d in rows]) for m in names} for name, rows in drawn.items()}
+    first, *others = systems
+    notes = [f"spBLEU {extra}"] if isinstance(extra, str) else []
+    notes += [f"off-target by identification {identify}"] if isinstance(identify, str) else []
+    return Summary(
+        systems=tuple(systems),
+        languages=languages,
+        mean={s: {m: x.interval() for m, x in found.items()} for s, found in means.items()},
+        mean_differences={other: _lead(means[first], means[other]) for other in others},
+        notes=tuple(notes),
+    )
+
+
+def traced(summary: Summary, *, trace: Trace) -> Summary:
+    """Return a copy with ``trace(test, sample)`` beside each sample: which experts spoke."""
+    languages = {
+        key: replace(
+            result,
+            samples=tuple(replace(s, experts=trace(result.test, s)) for s in result.samples),
+        )
+        for key, result in summary.languages.items()
+    }
+    return replace(summary, languages=languages)
+
+
+class _Judge:
+    """Scores systems on one test set; keeps the resampled scores for means and differences."""
+
+    def __init__(
+        self,
+        test: TestSet,
+        metrics: Sequence[Metric],
+        settings: Settings,
+        identify: Identify | None,
+    ) -> None:
+        self._test, self._metrics, self._settings = test, metrics, settings
+        self._identify = identify
+        self.drawn: dict[str, dict[str, Sampled]] = {}
+
+    def result(self, systems: Mapping[str, Translate]) -> LanguageResult:
+        test = self._test
+        outputs: dict[str, list[str]] = {}
+        results: dict[str, SystemResult] = {}
+        for name, translate in systems.items():
+            began = time.perf_counter()
+            said = translate(list(test.sources), source=test.source, target=test.target)
+            seconds = time.perf_counter() - began
+            if len(said) != len(test):
+                raise ValueError(f"{name} gave {len(said)} outputs for {len(test)} sentences")
+            outputs[name] = said
+            results[name] = self._score(name, said, seconds=seconds)
+        first, *others = systems
+        return LanguageResult(
+            test,
+            {metric.name: metric.signature for metric in self._metrics},
+            results,
+            {other: _lead(self.drawn[first], self.drawn[other]) for other in others},
+            self._samples(outputs),
+        )
+
+    def _score(self, name: str, said: list[str], *, seconds: float) -> SystemResult:
+        self.drawn[name] = {
+            metric.name: resample(
+                metric,
+                statistics=metric.sentences(said, references=self._test.references),
+                resamples=self._settings.resamples,
+                seed=self._settings.seed,
+            )
+            for metric in self._metrics
+        }
+        off = off_target(
+            said,
+            references=self._test.references,
+            target=self._test.target,
+            identify=self._identify,
+        )
+        scores = {metric: drawn.interval() for metric, drawn in self.drawn[name].items()}
+        return SystemResult(scores, off, sum(not text.strip() for text in said), seconds)
+
+    def _samples(self, outputs: Mapping[str, list[str]]) -> tuple[Sample, ...]:
+        """Evenly spaced through the test set: not chosen by how good they are."""
+        count = min(self._settings.samples, len(self._test))
+        chosen = [i * len(self._test) // count for i in range(count)] if count else []
+        return tuple(
+            Sample(
+                self._test.sources[i],
+                self._test.references[i],
+                {name: said[i] for name, said in outputs.items()},
+            )
+            for i in chosen
+        )
+
+
+def _lead(ours: Mapping[str, Sampled], theirs: Mapping[str, Sampled]) -> dict[str, Difference]:
+    return {name: ours[name].minus(theirs[name]) for name in ours}
+
+
+def _or_none(identify: Identify | str) -> Identify | None:
+    return None if isinstance(identify, str) else identify
+
+
+def _check(systems: Mapping[str, Translate], tests: Sequence[TestSet]) -> None:
+    if not systems:
+        raise ValueError("evaluate needs at least one system")
+    if not tests:
+        raise DataError("nothing to evaluate: no test set was given")
+    keys = [test.key for test in tests]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise DataError(f"two test sets for {', '.join(twice)}: evaluate them one after the other")
