@@ -5,11 +5,14 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake in what the user gave us. The command line prints it as one paragraph, exit code 2."""
+    """A mistake in what the user gave us; the command line prints it and ends with code 2."""
 
 
-class ConfigError(UserError):
-    """A config that cannot be used. ``problems`` holds one finished sentence per wrong key."""
+class ConfigError(UserError, ValueError):
+    """A config that cannot be used. ``problems`` holds one finished sentence per wrong key.
+
+    Also a ValueError, so that one raised inside a pydantic validator is given its path.
+    """
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)
@@ -26,11 +29,6 @@ class CheckpointError(UserError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``'; did you mean "x"?'`` for the closest known name, or an empty string."""
-    names = [str(k) for k in known]
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    if not close:  # difflib is case-sensitive: "topk" is still clearly "TopK"
-        folded = {n.casefold(): n for n in names}
-        close = [
-            folded[c] for c in difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.5)
-        ]
-    return f'; did you mean "{close[0]}"?' if close else ""
+    folded = {str(k).casefold(): str(k) for k in known}  # "topk" is clearly "TopK"
+    close = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.5)
+    return f'; did you mean "{folded[close[0]]}"?' if close else ""

@@ -1,7 +1,8 @@
 """The letters of every shape in the house, and the types that carry them.
 
 B batch rows, S source length, L target length, T tokens, E experts, K experts per token,
-N edges or predicted tokens, R rows received, D model dim, F feed-forward dim, H heads, V vocabulary.
+N edges or predicted tokens, R rows received, D model dim, F feed-forward dim, H heads,
+V vocabulary.
 """
 
 from jaxtyping import Bool, Float, Int, UInt8

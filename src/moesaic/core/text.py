@@ -1,0 +1,115 @@
+"""The text forms of a config: YAML, ``Member(key=value)``, ``path=value``, flat lines."""
+
+import ast
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from moesaic.core.errors import ConfigError
+from moesaic.core.problems import shown
+
+Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
+
+
+def read_yaml(text: str) -> Any:
+    """Return the value of a YAML text. Raises ConfigError, for a key that stands twice too."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError([f"not valid YAML: {' '.join(str(error).split())}"]) from error
+
+
+def write_yaml(value: Plain) -> str:
+    """Return ``value`` as YAML, keys in their own order."""
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+
+def read_call(text: str) -> dict[str, object] | None:
+    """Read ``TopK`` or ``TopK(k=2)``; None if it is neither."""
+    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", text, flags=re.DOTALL)
+    if not match:
+        return None
+    try:
+        call = ast.parse(f"f({match[2] or ''})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            return None
+        fields = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+    except (SyntaxError, ValueError):
+        return None
+    return {"kind": match[1], **fields}
+
+
+def assign(tree: dict[str, Any], change: str) -> None:
+    """Apply one ``path=value`` to a plain config. A wrong name is set as well.
+
+    The check of the whole refuses it, in the same words as in a file. Raises ConfigError where
+    the path leads nowhere.
+    """
+    path, equals, text = change.partition("=")
+    steps = path.strip().split(".")
+    if not equals or not all(steps):
+        raise ConfigError([f'--set "{change}": expected path=value'])
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError([f'--set "{change}": the value is not valid YAML']) from error
+    here: Any = tree
+    for depth, step in enumerate(steps[:-1]):
+        place = _place(here, step, path=".".join(steps[:depth]))
+        if isinstance(here, dict) and here.get(place) is None:
+            here[place] = {}  # below a null: a record of defaults
+        elif isinstance(here[place], str):
+            here[place] = read_call(here[place]) or here[place]
+        here = here[place]
+    last = _place(here, steps[-1], path=".".join(steps[:-1]))
+    if last == "kind":
+        here.clear()  # what the old member was set to says nothing about the new one
+    here[last] = value
+
+
+def flat_lines(value: Plain) -> list[str]:
+    """Return sorted ``a.b.c = value`` lines; a list of scalars stays on one line."""
+    return sorted(f"{path} = {_scalar(leaf)}" for path, leaf in leaves(value, ""))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is a mistake, not a silent choice of the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [str(name) for i, name in enumerate(names) if name in names[:i]]
+        if twice:
+            problem = f'the key "{twice[0]}" stands twice'
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _place(here: Any, step: str, *, path: str) -> Any:
+    """Return the key or index that ``step`` names in ``here``, which stands at ``path``."""
+    if isinstance(here, list):
+        if not step.isdigit() or int(step) >= len(here):
+            known = f"the places 0 to {len(here) - 1}" if here else "no places"
+            raise ConfigError([f"{path}.{step}: {path} has {known}"])
+        return int(step)
+    if not isinstance(here, dict):
+        raise ConfigError([f"{path}.{step}: {path} is {shown(here)}, not a record"])
+    return step
+
+
+def leaves(value: Plain, path: str) -> Iterator[tuple[str, Plain]]:
+    """Yield ``(path, value)`` of every scalar, and of every list of scalars, below ``path``."""
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from leaves(inner, f"{path}.{name}" if path else name)
+    elif isinstance(value, list) and any(isinstance(v, dict | list) for v in value):
+        for i, inner in enumerate(value):
+            yield from leaves(inner, f"{path}.{i}")
+    else:
+        yield path, value
+
+
+def _scalar(value: Plain) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
