@@ -78,7 +78,16 @@ def _finished(root: Path, recipe: CorpusRecipe) -> Corpus | None:
         corpus = Corpus.open(root)
     except DataError:
         return None
-    return corpus if corpus.about["recipe_hash"] == recipe_hash(recipe) else None
+    if corpus.about["recipe_hash"] != recipe_hash(recipe):
+        return None
+    before, now = corpus.about.get("inputs", {}), _stamps(recipe)
+    return corpus if not now or before == now else None
+
+
+def _stamps(recipe: CorpusRecipe) -> dict[str, list[int]]:
+    """Size and time of the user's own files; empty when they are gone: the corpus still stands."""
+    stats = {str(path): path.stat() for path in recipe.source.inputs()}
+    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
 
 
 def _move(work: Path, root: Path) -> None:
@@ -196,6 +205,7 @@ class _Building:
             "moesaic": version("moesaic"),
             "recipe": self.recipe.plain(),
             "recipe_hash": recipe_hash(self.recipe),
+            "inputs": _stamps(self.recipe),
             "languages": sorted(codes),
             "pairs": sum(f["rows"] for n, f in self.files.items() if n.endswith(".tsv")),
             "directions": kept,

@@ -77,9 +77,9 @@ def normalise(text: str, *, other: str = "") -> str:
     ``other`` is the raw other side of the pair: see ``strip_accelerators``.
     """
     text = strip_accelerators(unescape(strip_tags(unescape(text))), other=other)
-    text = " ".join(text.split())
     if not text.isprintable():
         text = text.translate(_INVISIBLE)
+    text = " ".join(text.split())
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 

@@ -94,7 +94,7 @@ class Corpus:
         Raises DataError when the corpus has no such direction or split.
         """
         stored = self._stored(source, target)
-        turned = stored != (source, target)
+        turned = stored[0] != self._known(source)
         licences = {name: s["licence"] for name, s in self.about["sources"].items()}
         path = self._split_path(pair_file(*stored, split), split=split)
         for row in read_rows(path, columns=3) if path else ():
@@ -109,24 +109,13 @@ class Corpus:
             yield pair.reversed() if turned else pair
 
     def iter_texts(self, code: str, *, split: str = "train") -> Iterator[Text]:
-        """Yield text in one language: its side of the pairs, then monolingual text.
-
-        The side that many directions share (English) is yielded once per text.
-        """
-        code = self._known(code)
+        """Yield text in one language, each once: its side of the pairs, then monolingual text."""
         seen: set[int] = set()
-        for direction in self.directions:
-            if code not in direction:
-                continue
-            for pair in self.iter_pairs(*direction, split=split):
-                text = pair.source if code == direction[0] else pair.target
-                mark = digest64(text)
-                if mark not in seen:
-                    seen.add(mark)
-                    yield Text(text, code, pair.origin, pair.licence)
-        path = self._split_path(text_file(code, split), split=split)
-        for _, line in read_lines(path) if path else ():
-            yield Text(unescape(line), code)
+        for text in self._texts(self._known(code), split=split):
+            mark = digest64(text.text)
+            if mark not in seen:
+                seen.add(mark)
+                yield text
 
     def verify(self) -> None:
         """Read every file against its hash. Raises DataError naming the altered one."""
@@ -136,6 +125,16 @@ class Corpus:
                     f"{self.path / name}: altered since the corpus was built (its hash differs); "
                     "build it again"
                 )
+
+    def _texts(self, code: str, *, split: str) -> Iterator[Text]:
+        for direction in self.directions:
+            if code in direction:
+                for pair in self.iter_pairs(*direction, split=split):
+                    text = pair.source if code == direction[0] else pair.target
+                    yield Text(text, code, pair.origin, pair.licence)
+        path = self._split_path(text_file(code, split), split=split)
+        for _, line in read_lines(path) if path else ():
+            yield Text(unescape(line), code)
 
     def _check_sizes(self) -> None:
         for name, known in self.about["files"].items():

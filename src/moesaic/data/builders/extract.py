@@ -38,6 +38,10 @@ class Extract(Source):
             raise DataError(f"{root}: no file named LANG.train.tsv, .tsv.gz, .tsv.xz or .tsv.zst")
         return tuple(units)
 
+    def inputs(self) -> tuple[Path, ...]:
+        root = Path(self.folder)
+        return tuple(sorted(p for p in root.glob("*") if _NAME.fullmatch(p.name)))
+
     def read(self, unit: Unit, *, wanted: Wanted) -> Iterator[Pair]:
         if not wanted(unit.name):
             return

@@ -46,6 +46,16 @@ class Files(Source):
             units.append(Unit(path.name, path, licence=file.licence))
         return tuple(units)
 
+    def inputs(self) -> tuple[Path, ...]:
+        found = []
+        for file in self.files:
+            path = Path(file.path)
+            sides = (
+                moses_file(path, code=language(x).code) for x in (file.source, file.target) if x
+            )
+            found += [path] if path.is_file() else [side for side in sides if side]
+        return tuple(found)
+
     def read(self, unit: Unit, *, wanted: Wanted) -> Iterator[Pair | Text]:
         for file in self.files:
             if Path(file.path) == unit.path:

@@ -48,6 +48,10 @@ class Source(Choice):
     def fetch(self, *, progress: Progress) -> tuple[Unit, ...]:
         """Bring every unit onto this machine. Raises UserError when one cannot be had."""
 
+    def inputs(self) -> tuple[Path, ...]:
+        """The user's own files that this reads: when one changes, the corpus is built again."""
+        return ()
+
     @abstractmethod
     def read(self, unit: Unit, *, wanted: Wanted) -> Iterator[Pair | Text]:
         """Yield the raw pairs and texts of a unit in the languages that are ``wanted``."""

@@ -1,0 +1,98 @@
+"""Stats: a corpus in numbers, and a few of its pairs, as plain values for whoever prints them."""
+
+import random
+from dataclasses import dataclass
+
+from moesaic.core.errors import DataError
+from moesaic.data.corpus import Corpus
+from moesaic.data.pair import Pair
+from moesaic.data.split import SPLITS
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Of one split: pairs, and characters and words of each side."""
+
+    pairs: int
+    source_characters: int
+    target_characters: int
+    source_words: int
+    target_words: int
+
+
+@dataclass(frozen=True, slots=True)
+class DirectionStats:
+    """What was read of a direction, what fell to which rule, and what each split holds."""
+
+    source: str
+    target: str
+    read: int
+    dropped: dict[str, int]
+    splits: dict[str, Counts]
+
+    @property
+    def kept(self) -> int:
+        return sum(part.pairs for part in self.splits.values())
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusStats:
+    """All directions, largest first; ``reasons`` says what each reason for dropping means."""
+
+    name: str
+    directions: tuple[DirectionStats, ...]
+    too_small: dict[str, int]
+    reasons: dict[str, str]
+
+    @property
+    def read(self) -> int:
+        return sum(d.read for d in self.directions)
+
+    @property
+    def kept(self) -> int:
+        return sum(d.kept for d in self.directions)
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Dropped pairs by reason over all directions, most first."""
+        total = {r: sum(d.dropped.get(r, 0) for d in self.directions) for r in self.reasons}
+        return {r: n for r, n in sorted(total.items(), key=lambda item: -item[1]) if n}
+
+
+def stats(corpus: Corpus) -> CorpusStats:
+    """Return what was kept and dropped, and why. Reads corpus.json only."""
+    directions = [
+        DirectionStats(
+            d["source"],
+            d["target"],
+            d["read"],
+            dict(d["dropped"]),
+            {split: Counts(**d["splits"][split]) for split in SPLITS},
+        )
+        for d in corpus.about["directions"]
+    ]
+    directions.sort(key=lambda d: (-d.kept, d.source, d.target))
+    about = corpus.about
+    return CorpusStats(corpus.name, tuple(directions), about["too_small"], about["reasons"])
+
+
+def sample(
+    corpus: Corpus,
+    *,
+    source: str,
+    target: str,
+    split: str = "train",
+    count: int = 10,
+    seed: int = 0,
+) -> list[Pair]:
+    """Return ``count`` random pairs of a direction (or all, when it has fewer), in corpus order.
+
+    Raises DataError when the corpus has no such direction, or it has no pairs in that split.
+    """
+    total = corpus.count(source, target, split=split)
+    pairs = corpus.iter_pairs(source, target, split=split)
+    wanted = set(random.Random(seed).sample(range(total), min(count, total)))
+    found = [pair for i, pair in enumerate(pairs) if i in wanted]
+    if not found:
+        raise DataError(f"corpus {corpus.name}: no {split} pairs from {source} to {target}")
+    return found

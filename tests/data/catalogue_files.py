@@ -1,0 +1,45 @@
+"""Make tiny catalogues, wheels and archives for the tests of the data room."""
+
+import gzip
+import lzma
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import zstandard
+
+
+def compress(data: bytes, suffix: str) -> bytes:
+    if suffix == ".gz":
+        return gzip.compress(data)
+    if suffix == ".xz":
+        return lzma.compress(data)
+    return zstandard.ZstdCompressor().compress(data) if suffix == ".zst" else data
+
+
+def mo_bytes(messages: Mapping[bytes, bytes], order: str = "<") -> bytes:
+    """Write a .mo file: the layout of GNU gettext's manual."""
+    items = sorted(messages.items())
+    tables = 28 + 16 * len(items)
+    sources, targets, text, at = b"", b"", b"", tables
+    for column in (0, 1):
+        for item in items:
+            row = struct.pack(f"{order}2I", len(item[column]), at)
+            sources, targets = (sources + row, targets) if column == 0 else (sources, targets + row)
+            text += item[column] + b"\0"
+            at += len(item[column]) + 1
+    head = struct.pack(f"{order}7I", 0x950412DE, 0, len(items), 28, 28 + 8 * len(items), 0, 0)
+    return head + sources + targets + text
+
+
+def write_wheel(folder: Path, name: str, version: str, files: Mapping[str, bytes]) -> Path:
+    """Write a wheel that holds ``files`` and says its licence."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for inside, data in files.items():
+            archive.writestr(inside, data)
+        meta = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nLicense: BSD-3-Clause\n"
+        archive.writestr(f"{name.replace('-', '_')}-{version}.dist-info/METADATA", meta)
+    return path

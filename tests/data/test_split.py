@@ -1,0 +1,38 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moesaic.core.errors import ConfigError
+from moesaic.data.split import Split, split_key
+
+
+@pytest.mark.parametrize(
+    "twin", ["save  THE file!", "Save the file 2", "Save the file: %s", "Save the {name} file"]
+)
+def test_sources_that_differ_in_no_letter_fall_into_one_split(twin: str) -> None:
+    for salt in map(str, range(20)):
+        split = Split(test=0.3, valid=0.3, salt=salt)
+        assert split.of(twin) == split.of("Save the file")
+
+
+def test_vowel_signs_tell_sources_apart() -> None:
+    assert split_key("कि") != split_key("की")
+
+
+def test_shares_are_kept() -> None:
+    texts = [
+        f"text {chr(97 + i % 26)}{chr(97 + i // 26 % 26)}{chr(97 + i // 676)}" for i in range(9000)
+    ]
+    drawn = [Split(test=0.2, valid=0.1).of(t) for t in texts]
+    assert drawn.count("test") / len(texts) == pytest.approx(0.2, abs=0.02)
+    assert drawn.count("valid") / len(texts) == pytest.approx(0.1, abs=0.02)
+
+
+@given(st.text())
+def test_any_text_has_a_split(text: str) -> None:
+    assert Split().of(text) in ("train", "valid", "test")
+
+
+def test_a_split_that_leaves_nothing_to_train_on_is_refused() -> None:
+    with pytest.raises(ConfigError, match="leave nothing to train on"):
+        Split.from_plain({"test": 0.6, "valid": 0.4})
