@@ -1,0 +1,144 @@
+"""Sinks: where a run's rows of metrics go. ``metrics.jsonl`` is the source of truth.
+
+A row is one step and its values by name (``train/loss``, ``perf/tokens_per_s``, ``moe/max_vio``).
+"""
+
+import importlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from moesaic.core.errors import UserError
+
+Row = Mapping[str, float]
+
+
+class Sink(Protocol):
+    """Takes one row per step, in order."""
+
+    def write(self, step: int, *, values: Row) -> None: ...
+
+    def flush(self) -> None:
+        """Return when all rows are on the medium."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class JsonlSink:
+    """One JSON object per line: ``{"step": 40, "train/loss": 3.2, ...}``.
+
+    Values that JSON lacks are the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``. Opening
+    cuts off a last line that a killed process left half written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        _cut(path, after=math.inf)
+        self._stream = path.open("ab")
+
+    def write(self, step: int, *, values: Row) -> None:
+        row = {"step": step} | {name: _plain(value) for name, value in values.items()}
+        self._stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        if not self._stream.closed:
+            self.flush()
+            self._stream.close()
+
+    def truncate_after(self, step: int) -> None:
+        """Forget the rows of later steps: a resumed run writes them again."""
+        self.flush()
+        _cut(self.path, after=step)
+
+
+class TensorBoardSink:
+    """Event files for TensorBoard. Raises UserError where it is not installed.
+
+    ``purge_after`` hides what an earlier process wrote for later steps than that.
+    """
+
+    def __init__(self, directory: Path, *, purge_after: int | None = None) -> None:
+        try:
+            module: Any = importlib.import_module("torch.utils.tensorboard")
+        except ImportError as error:
+            raise UserError(
+                f"TensorBoard rows were asked for ({directory}) but it is not installed. Install "
+                'it with pip install "moesaic[tb]", or leave it off: metrics.jsonl has every row.'
+            ) from error
+        purge = None if purge_after is None else purge_after + 1
+        self._writer = module.SummaryWriter(str(directory), purge_step=purge)
+
+    def write(self, step: int, *, values: Row) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Tee:
+    """Several sinks as one; no sinks at all is a sink that forgets."""
+
+    def __init__(self, sinks: Sequence[Sink] = ()) -> None:
+        self.sinks = tuple(sinks)
+
+    def write(self, step: int, *, values: Row) -> None:
+        for sink in self.sinks:
+            sink.write(step, values=values)
+
+    def flush(self) -> None:
+        for sink in self.sinks:
+            sink.flush()
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, float]]:
+    """Yield the rows of a ``metrics.jsonl``, also while a run is writing it."""
+    with path.open("rb") as stream:
+        for line in stream:
+            row = _parsed(line)
+            if row is not None:
+                yield {name: float(v) if isinstance(v, str) else v for name, v in row.items()}
+
+
+def _cut(path: Path, *, after: float) -> None:
+    """Drop rows of steps past ``after`` and whatever follows the last whole line."""
+    end = 0
+    with path.open("r+b") as stream:
+        for line in stream:
+            row = _parsed(line)
+            if not line.endswith(b"\n") or (row is not None and row.get("step", 0) > after):
+                break
+            end += len(line)
+        stream.truncate(end)
+        os.fsync(stream.fileno())
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _plain(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

@@ -1,0 +1,156 @@
+"""RouteCounts: edges counted per (layer, expert, language), and their file ``routes.json``.
+
+Counts are integers kept on the device; the counts of ranks add up to those of the run, so nothing
+depends on the number of ranks. ``routes.json`` is ``{"format": 1, "languages": [G names],
+"layers": [{"layer", "counts": [[G] * E], "dropped": [G], "dropped_late", "router_entropy",
+"logit_rms"}]}``, one layer per line.
+
+Letters: N edges, E experts, G languages.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moesaic.core.errors import DataError
+from moesaic.core.files import read_json, write_whole
+from moesaic.core.shapes import Int, Tensor
+from moesaic.observe.layer_counts import LayerCounts
+
+FORMAT = 1
+
+
+class RouteCounts:
+    """See the module's first lines. ``languages`` are the names that language indices stand for."""
+
+    def __init__(self, languages: Sequence[str]) -> None:
+        self.languages = tuple(languages)
+        self._tensors: dict[str, Tensor] = {}
+
+    def add(
+        self,
+        layer: str,
+        *,
+        expert: Int[Tensor, "N"],
+        language: Int[Tensor, "N"],
+        num_experts: int,
+        router_entropy: Tensor | float | None = None,
+        logit_rms: Tensor | float | None = None,
+    ) -> None:
+        """Count the edges of one layer in one forward pass; does not wait for a GPU.
+
+        ``expert`` is in token order, ``num_experts`` where an edge was dropped; ``language`` is
+        that of the edge's token. The two scales are described at ``LayerCounts``.
+        """
+        groups = len(self.languages)
+        counts = torch.bincount(expert * groups + language, minlength=(num_experts + 1) * groups)
+        late = (expert[(expert.numel() + 1) // 2 :] == num_experts).sum()
+        scales = torch.zeros(4, dtype=torch.float64, device=expert.device)
+        if router_entropy is not None:
+            scales[0], scales[1] = router_entropy, 1
+        if logit_rms is not None:
+            scales[2], scales[3] = logit_rms**2, 1
+        self.merge({f"edges/{layer}": torch.cat([counts, late[None]]), f"scales/{layer}": scales})
+
+    def merge(self, tensors: Mapping[str, Tensor]) -> None:
+        """Add what ``tensors()`` of another rank, another interval or a checkpoint gave."""
+        for name, value in tensors.items():
+            mine = self._tensors.get(name)
+            self._tensors[name] = value.clone() if mine is None else mine + value.to(mine.device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the sums by name, in the same order on every rank: add them up over ranks.
+
+        Per layer ``edges/<layer>`` int64 [(E + 1) * G + 1]: counts, the dropped, late drops; and
+        ``scales/<layer>`` float64 [4].
+        """
+        return {name: self._tensors[name] for name in sorted(self._tensors)}
+
+    def clear(self) -> None:
+        """Start again from nothing."""
+        self._tensors = {}
+
+    def layers(self) -> tuple[LayerCounts, ...]:
+        """Read the counts on the host, layers in the order they were first counted."""
+        names = [n.partition("/")[2] for n in self._tensors if n.startswith("edges/")]
+        return tuple(self._layer(name) for name in names)
+
+    def write(self, path: Path) -> None:
+        """Write ``routes.json`` whole or not at all."""
+        lines = ",\n".join(json.dumps(_as_json(layer)) for layer in self.layers())
+        head = f'{{"format": {FORMAT}, "languages": {json.dumps(self.languages)}, "layers": [\n'
+        write_whole(path, f"{head}{lines}\n]}}\n")
+
+    def _layer(self, name: str) -> LayerCounts:
+        edges = self._tensors[f"edges/{name}"].cpu()
+        entropy, entropies, square, squares = self._tensors[f"scales/{name}"].tolist()
+        table = edges[:-1].view(-1, len(self.languages)).numpy()
+        return LayerCounts(
+            layer=name,
+            counts=table[:-1],
+            dropped=table[-1],
+            dropped_late=int(edges[-1]),
+            router_entropy=entropy / entropies if entropies else None,
+            logit_rms=math.sqrt(square / squares) if squares else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """What a ``routes.json`` holds."""
+
+    languages: tuple[str, ...]
+    layers: tuple[LayerCounts, ...]
+
+
+def read_routes(path: Path) -> Routes:
+    """Read ``routes.json``. Raises DataError if it is not one."""
+    try:
+        whole = read_json(path)
+        if whole["format"] != FORMAT:
+            raise DataError(f"{path}: format {whole['format']}, expected {FORMAT}")
+        groups = len(whole["languages"])
+        layers = tuple(_from_json(layer, groups=groups) for layer in whole["layers"])
+        return Routes(tuple(whole["languages"]), layers)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path}: no such file; training writes it for a model with experts"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a routes file ({error})") from error
+
+
+def _as_json(layer: LayerCounts) -> dict[str, Any]:
+    finite = {
+        name: value if value is not None and math.isfinite(value) else None
+        for name, value in (
+            ("router_entropy", layer.router_entropy),
+            ("logit_rms", layer.logit_rms),
+        )
+    }
+    return {
+        "layer": layer.layer,
+        "counts": layer.counts.tolist(),
+        "dropped": layer.dropped.tolist(),
+        "dropped_late": layer.dropped_late,
+    } | finite
+
+
+def _from_json(layer: dict[str, Any], *, groups: int) -> LayerCounts:
+    counts = np.array(layer["counts"], dtype=np.int64)
+    if counts.ndim != 2 or counts.shape[1] != groups:
+        raise ValueError(f"{layer['layer']} has counts {list(counts.shape)}")
+    return LayerCounts(
+        layer=layer["layer"],
+        counts=counts,
+        dropped=np.array(layer["dropped"], dtype=np.int64),
+        dropped_late=layer["dropped_late"],
+        router_entropy=layer["router_entropy"],
+        logit_rms=layer["logit_rms"],
+    )
