@@ -16,7 +16,6 @@ from moesaic.core.config import Choice
 from moesaic.core.shapes import Bool, Float, Int, Tensor
 from moesaic.data.tokenizer import EOS
 
-
 Step = Callable[[Tensor], Tensor]  # ids [R] -> logits [R, V]
 Keep = Callable[[Tensor], None]  # index [R'] of the rows that go on
 

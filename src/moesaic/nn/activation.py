@@ -14,9 +14,14 @@ from moesaic.core.shapes import Float, Tensor
 
 
 class Activation(Choice):
-    """Family of activations. ``gated`` ones halve the last dimension."""
+    """Family of activations. ``gated`` ones halve the last dimension.
+
+    ``kept`` is how many hidden widths autograd keeps for backward in a dense layer, the input of the
+    second product included (for forecasts).
+    """
 
     gated: ClassVar[bool] = False
+    kept: ClassVar[int] = 2
 
     def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
         """Apply to the pre-activation (G = F, or 2F if gated)."""
@@ -29,6 +34,8 @@ class Activation(Choice):
 
 class ReLU(Activation):
     """``max(x, 0)``, the activation of the original transformer (1706.03762)."""
+
+    kept: ClassVar[int] = 1
 
     def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
         return x.relu()
@@ -52,6 +59,7 @@ class SwiGLU(Activation):
     """``silu(gate) * value`` (2002.05202)."""
 
     gated: ClassVar[bool] = True
+    kept: ClassVar[int] = 4
 
     def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
         gate, value = x.chunk(2, -1)

@@ -101,13 +101,11 @@ class SelfAttention(nn.Module):
     def _project(
         self, x: Tensor, *, packing: Packing, rotation: Rotation
     ) -> tuple[Tensor, KeyValue]:
-        qkv = self.qkv(x).view(x.shape[0], -1, self.width)
-        turned = rotation(qkv[:, : self.heads + self.groups])
-        value = packing.pad(qkv[:, self.heads + self.groups :].flatten(1))
-        padded = packing.pad(turned.flatten(1))
-        both = padded.unflatten(-1, (-1, self.width)).transpose(1, 2)
-        value = value.unflatten(-1, (-1, self.width)).transpose(1, 2)
-        return both[:, : self.heads], KeyValue(both[:, self.heads :], value)
+        heads, groups = self.heads, self.groups
+        both, value = self.qkv(x).unflatten(-1, (-1, self.width)).split([heads + groups, groups], 1)
+        turned = _heads(packing.pad(rotation(both).flatten(1)), width=self.width)
+        query, key = turned.split([heads, groups], 1)
+        return query, KeyValue(key, _heads(packing.pad(value.flatten(1)), width=self.width))
 
 
 class CrossAttention(nn.Module):
@@ -122,8 +120,8 @@ class CrossAttention(nn.Module):
 
     def read(self, memory: Float[Tensor, "T D"], *, packing: Packing) -> KeyValue:
         """Keys and values of the source, once per layer and batch."""
-        both = packing.pad(self.kv(memory)).unflatten(-1, (-1, self.width)).transpose(1, 2)
-        return KeyValue(both[:, : self.groups], both[:, self.groups :])
+        both = _heads(packing.pad(self.kv(memory)), width=self.width)
+        return KeyValue(*both.split(self.groups, 1))
 
     def forward(
         self,
@@ -134,7 +132,7 @@ class CrossAttention(nn.Module):
         mask: Bool[Tensor, "B 1 1 S"] | None,
     ) -> Float[Tensor, "T D"]:
         """Attend to ``source`` where ``mask`` is true (None: everywhere)."""
-        query = packing.pad(self.query(x)).unflatten(-1, (-1, self.width)).transpose(1, 2)
+        query = _heads(packing.pad(self.query(x)), width=self.width)
         return self.out(packing.pack(attend(query, source, mask=mask, causal=False)))
 
 
@@ -174,3 +172,7 @@ def plain_attend(
     if mask is not None:
         score = score.masked_fill(~mask, float("-inf"))
     return (score.softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+
+def _heads(flat: Float[Tensor, "B L HD"], *, width: int) -> Float[Tensor, "B H L d"]:
+    return flat.unflatten(-1, (-1, width)).transpose(1, 2)

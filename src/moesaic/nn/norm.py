@@ -4,11 +4,11 @@ Letters: T tokens, D model dim.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
+from moesaic.ops.rms_norm import rms_norm
 
 
 class Norm(Choice):
@@ -57,4 +57,4 @@ class RootMeanSquare(nn.Module):
         self.eps = config.eps
 
     def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, weight=self.weight, eps=self.eps)

@@ -1,0 +1,200 @@
+"""Count: a model as arithmetic, from its config alone. Nothing is allocated.
+
+FLOPs count matrix products (2 per weight and token) and attention (4 * context * heads * head_dim
+per token; half the context where it is causal); norms, softmaxes and lookups are left out, as is
+usual. A training step costs three times the forward pass.
+
+Letters: D dim, E experts, F hidden width, H heads, G key/value heads, d head dim, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moesaic.model.blueprint import Blueprint, Stack
+from moesaic.moe.config import MoE
+from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.norm import LayerNorm
+from moesaic.nn.position import Learned
+
+ATTENTION, CROSS, DENSE, EXPERTS = "self-attention", "cross-attention", "feed-forward", "experts"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """``copies`` parameters of one shape. ``part`` is where (``encoder experts``), ``kind`` what.
+
+    ``used`` is the share of it that one token multiplies with: k / E for experts, else 1.
+    """
+
+    part: str
+    kind: str
+    shape: tuple[int, ...]
+    copies: int
+    used: float = 1.0
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.copies
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A batch without padding: ``rows`` pairs of ``source`` and ``target`` tokens."""
+
+    rows: int = 1
+    source: int = 32
+    target: int = 32
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * (self.source + self.target)
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Parameters and FLOPs of a config."""
+
+    entries: tuple[Entry, ...]
+    config: Blueprint
+
+    @property
+    def total(self) -> int:
+        return sum(entry.size for entry in self.entries)
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token uses: of each expert layer only the chosen share."""
+        return round(sum(entry.size * entry.used for entry in self.entries))
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Parameters by part of the model."""
+        return self._by("part")
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Parameters by kind (what optimizers look at)."""
+        return self._by("kind")
+
+    def forward_flops(self, sizes: Sizes) -> float:
+        """FLOPs of one forward pass over a batch, logits included."""
+        return _matrix_flops(self, sizes) + _attention_flops(self.config, sizes)
+
+    def flops_per_token(self, sizes: Sizes | None = None) -> float:
+        """Forward FLOPs per token of either side, at these lengths."""
+        sizes = sizes or _usual(self.config)
+        return self.forward_flops(sizes) / sizes.tokens
+
+    def training_flops_per_token(self, sizes: Sizes | None = None) -> float:
+        """Forward and backward FLOPs per token: three times the forward ones."""
+        return 3 * self.flops_per_token(sizes)
+
+    def _by(self, field: str) -> dict[str, int]:
+        sums: dict[str, int] = {}
+        for entry in self.entries:
+            name = entry.part if field == "part" else entry.kind
+            sums[name] = sums.get(name, 0) + entry.size
+        return sums
+
+
+def count(config: Blueprint) -> Count:
+    """Count a config's parameters, exactly, and give its FLOPs."""
+    return Count(tuple(_entries(config)), config)
+
+
+def _entries(config: Blueprint) -> Iterator[Entry]:
+    tables = 1 if config.embedding.tied else 2
+    yield Entry("embedding", "embedding", (config.vocab_size, config.dim), tables)
+    if isinstance(config.position, Learned):
+        yield Entry("embedding", "embedding", (config.position.max, config.dim), 1)
+    yield from _norms(config, part="norms", copies=_num_norms(config))
+    for side, stack in (("encoder", config.encoder), ("decoder", config.decoder)):
+        yield from _stack(config, stack=stack, side=side)
+
+
+def _num_norms(config: Blueprint) -> int:
+    decoder = 3 if config.encoder.layers else 2
+    final = 2 if config.encoder.layers else 1
+    return 2 * config.encoder.layers + decoder * config.decoder.layers + final
+
+
+def _norms(config: Blueprint, *, part: str, copies: int) -> Iterator[Entry]:
+    yield Entry(part, "norm", (config.dim,), copies)
+    if isinstance(config.norm, LayerNorm) and config.norm.bias:
+        yield Entry(part, "bias", (config.dim,), copies)
+
+
+def _stack(config: Blueprint, *, stack: Stack, side: str) -> Iterator[Entry]:
+    dim, layers = config.dim, stack.layers
+    query = config.attention.heads * config.head_dim
+    both = 2 * config.attention.groups() * config.head_dim
+    own = f"{side} {ATTENTION}"
+    yield from _linear(config, part=own, fan=(dim, query + both), copies=layers)
+    yield from _linear(config, part=own, fan=(query, dim), copies=layers)
+    if side == "decoder" and config.encoder.layers:
+        cross = f"{side} {CROSS}"
+        for fan in ((dim, query), (dim, both), (query, dim)):
+            yield from _linear(config, part=cross, fan=fan, copies=layers)
+    mixtures = [config.experts(stack, layer=layer) for layer in range(layers)]
+    sparse = [moe for moe in mixtures if moe is not None]
+    feed, dense = config.feed_forward, layers - len(sparse)
+    width = feed.activation.width(feed.hidden)
+    yield from _linear(config, part=f"{side} {DENSE}", fan=(dim, width), copies=dense)
+    yield from _linear(config, part=f"{side} {DENSE}", fan=(feed.hidden, dim), copies=dense)
+    if sparse:
+        yield from _mixture(config, moe=sparse[0], side=side, copies=len(sparse))
+
+
+def _mixture(config: Blueprint, *, moe: MoE, side: str, copies: int) -> Iterator[Entry]:
+    part, dim, experts = f"{side} {EXPERTS}", config.dim, moe.experts
+    feed = expert_feed_forward(config.feed_forward, moe=moe)
+    width = feed.activation.width(feed.hidden)
+    used = moe.select.experts_per_token(experts) / experts
+    yield Entry(f"{side} router", "router", (experts, dim), copies)
+    yield Entry(part, "expert", (experts, dim, width), copies, used)
+    yield Entry(part, "expert", (experts, feed.hidden, dim), copies, used)
+    if config.bias:
+        yield Entry(part, "bias", (experts, width), copies, used)
+        yield Entry(part, "bias", (experts, dim), copies, used)
+
+
+def expert_feed_forward(feed: FeedForward, *, moe: MoE) -> FeedForward:
+    """The feed-forward of one expert."""
+    return feed if moe.hidden is None else feed.replace(hidden=moe.hidden)
+
+
+def _linear(config: Blueprint, *, part: str, fan: tuple[int, int], copies: int) -> Iterator[Entry]:
+    if copies:
+        yield Entry(part, "matrix", (fan[1], fan[0]), copies)
+        if config.bias:
+            yield Entry(part, "bias", (fan[1],), copies)
+
+
+def _matrix_flops(counted: Count, sizes: Sizes) -> float:
+    source, target = sizes.rows * sizes.source, sizes.rows * sizes.target
+    config = counted.config
+    flops = 2.0 * target * config.dim * config.vocab_size
+    for entry in counted.entries:
+        if entry.kind not in ("matrix", "expert", "router"):
+            continue
+        tokens = source if entry.part.startswith("encoder") else target
+        flops += 2 * tokens * entry.size * entry.used
+    # keys and values of the cross-attention are made of source tokens, not of target tokens
+    crossed = 2 * config.dim * config.attention.groups() * config.head_dim * config.decoder.layers
+    return flops + (2 * (source - target) * crossed if config.encoder.layers else 0)
+
+
+def _attention_flops(config: Blueprint, sizes: Sizes) -> float:
+    width = config.attention.heads * config.head_dim
+    own = config.encoder.layers * sizes.source**2 + config.decoder.layers * _causal(sizes.target)
+    cross = config.decoder.layers * sizes.target * sizes.source if config.encoder.layers else 0
+    return 4.0 * sizes.rows * width * (own + cross)
+
+
+def _causal(length: int) -> float:
+    return length * (length + 1) / 2
+
+
+def _usual(config: Blueprint) -> Sizes:
+    return Sizes() if config.encoder.layers else Sizes(source=0, target=64)
