@@ -1,0 +1,85 @@
+"""Html: markup as values. Text becomes markup only by being escaped, so no text can run."""
+
+import html
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+_VOID = frozenset(("br", "hr", "img", "input", "meta", "link", "line", "rect", "circle", "path"))
+
+
+@dataclass(frozen=True, slots=True)
+class Html:
+    """A finished piece of markup."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Child = Html | str | float | int | None
+
+
+def tag(name: str, *children: Child, **attributes: str | float | int | None) -> Html:
+    """Return an element. Strings are escaped; None children and attributes are left out.
+
+    Attribute names are written with ``_`` for ``-``; a trailing ``_`` frees a Python word
+    (``class_``).
+    """
+    shown = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{html.escape(_number(value), quote=True)}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
+    inside = join(children).text
+    if name in _VOID and not inside:
+        return Html(f"<{name}{shown}/>")
+    return Html(f"<{name}{shown}>{inside}</{name}>")
+
+
+def join(children: Iterable[Child]) -> Html:
+    """Concatenate pieces, escaping those that are text."""
+    return Html(
+        "".join(
+            child.text if isinstance(child, Html) else html.escape(_number(child), quote=False)
+            for child in children
+            if child is not None
+        )
+    )
+
+
+def data(value: Any, *, id_: str) -> Html:
+    """Embed JSON for the page's script. ``</script>`` inside a string cannot end the element."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for char, code in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026")):
+        text = text.replace(char, code)
+    return Html(f'<script type="application/json" id="{html.escape(id_)}">{text}</script>')
+
+
+def table(head: Iterable[Child], *, rows: Iterable[Iterable[Child]], caption: str) -> Html:
+    """Return a table; the first cell of a row is its header."""
+    body = []
+    for row in rows:
+        first, *rest = row
+        body.append(tag("tr", tag("th", first, scope="row"), *(tag("td", cell) for cell in rest)))
+    return tag(
+        "div",
+        tag(
+            "table",
+            tag("caption", caption),
+            tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in head))),
+            tag("tbody", *body),
+        ),
+        class_="scroll",
+        tabindex=0,
+        role="region",
+        aria_label=caption,
+    )
+
+
+def _number(value: str | float | int) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}".rstrip("0").rstrip(".") if value == value else ""
+    return str(value)

@@ -1,0 +1,56 @@
+"""Palette: the five house colours, told apart by every kind of colour vision, on light and dark.
+
+From Okabe and Ito's set (Wong 2011, Nature Methods 8:441), lightened for the dark theme. The same
+five stand in the diagrams and in every chart; nothing is said by colour alone.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Colour:
+    """A house colour on a light and on a dark ground, and what it usually stands for."""
+
+    name: str
+    light: str
+    dark: str
+    use: str
+
+
+HOUSE = (
+    Colour("blue", "#0072b2", "#56b4e9", "the model; experts used more than their fair share"),
+    Colour("orange", "#c77700", "#e9a23b", "copying the source"),
+    Colour("green", "#00805d", "#3cc79b", "the translation memory"),
+    Colour("red", "#c24e00", "#f0855a", "warnings; experts used less than their fair share"),
+    Colour("purple", "#a8518a", "#d996c0", "a further series"),
+)
+
+_GROUND = {
+    "page": ("#f5f6f8", "#101418"),
+    "card": ("#ffffff", "#181d23"),
+    "ink": ("#17202a", "#e6eaee"),
+    "soft": ("#4c5966", "#aab4be"),
+    "faint": ("#6b7783", "#8b96a1"),
+    "line": ("#dde2e7", "#2b333c"),
+    "wash": ("#eef1f4", "#20272f"),
+}
+
+
+def css_variables() -> str:
+    """Return ``:root`` rules that define every colour as a variable, light first, then dark."""
+    light = {name: pair[0] for name, pair in _GROUND.items()} | {c.name: c.light for c in HOUSE}
+    dark = {name: pair[1] for name, pair in _GROUND.items()} | {c.name: c.dark for c in HOUSE}
+    return (
+        f":root{{color-scheme:light dark;{_rules(light)}}}\n"
+        f"@media (prefers-color-scheme:dark){{:root{{{_rules(dark)}}}}}\n"
+        f"@media print{{:root{{color-scheme:light;{_rules(light)}}}}}\n"
+    )
+
+
+def series(index: int) -> str:
+    """Return the CSS colour of the n-th series; they repeat after five."""
+    return f"var(--{HOUSE[index % len(HOUSE)].name})"
+
+
+def _rules(values: dict[str, str]) -> str:
+    return "".join(f"--{name}:{value};" for name, value in values.items())

@@ -1,0 +1,251 @@
+"""Translator: a run directory that translates, in batches, losing no line and changing no order.
+
+Letters: B rows, S source length.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from moesaic.checkpoint.rundir import RunDir
+from moesaic.checkpoint.tensors import read_tensors
+from moesaic.core.errors import CheckpointError, DataError, nearest
+from moesaic.core.shapes import Tensor
+from moesaic.data.batch import PAD, Batch
+from moesaic.data.languages import language
+from moesaic.data.tokenizer import EOS, Tokenizer
+from moesaic.model.config import TransformerConfig
+from moesaic.model.generate import UNSAYABLE, generate
+from moesaic.model.search import Greedy, Hypothesis, Search
+from moesaic.model.transformer import Transformer
+from moesaic.serve.trace import Side, Trace, visits
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """One answer of a search: its text and its length-normalised log-probability."""
+
+    text: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """The best answer, then ``alternatives`` (all answers of the search, the best one included).
+
+    ``truncated``: the source was longer than the model reads, and only its beginning was
+    translated. ``finished`` is false if the answer was cut off at the longest allowed length.
+    """
+
+    text: str
+    score: float
+    alternatives: tuple[Alternative, ...] = ()
+    truncated: bool = False
+    finished: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one call may take. Sources longer than ``max_source`` tokens are cut (and say so).
+
+    An answer may have ``max_target`` tokens, and ``growth`` times its source's tokens plus 16.
+    ``batch_tokens`` bounds the padded source tokens of a batch.
+    """
+
+    max_source: int = 256
+    max_target: int = 256
+    growth: float = 3.0
+    batch_tokens: int = 8192
+
+
+class Translator:
+    """A model, its tokenizer, and the ids it may say. ``open`` reads one from a run directory."""
+
+    def __init__(
+        self, model: Transformer, *, tokenizer: Tokenizer, limits: Limits | None = None
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.limits = limits or Limits()
+        tags = [tokenizer.tag(code) for code in tokenizer.languages]
+        unused = [
+            i for i in range(tokenizer.vocab_size) if tokenizer.token(i).startswith("<unused_")
+        ]
+        self._forbidden = (*UNSAYABLE, *tags, *unused)
+
+    @classmethod
+    def open(cls, path: Path | str, *, device: str = "cpu") -> "Translator":
+        """Read a finished run. Raises CheckpointError naming what is missing or does not fit."""
+        run = RunDir.open(Path(path))
+        run.require_model()
+        config = _config(run)
+        if not isinstance(config.get("model"), dict):
+            raise CheckpointError(f"{run.config}: it has no model; is it the config of a run?")
+        model = TransformerConfig.from_plain(config["model"]).build()
+        _load(model, read_tensors(run.model, device=device), where=run.model)
+        loader = config.get("loader")
+        known = loader if isinstance(loader, dict) else {}
+        limits = {k: known[k] for k in ("max_source", "max_target") if k in known}
+        tokenizer = Tokenizer.load(run.tokenizer)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise CheckpointError(
+                f"{run.tokenizer}: {tokenizer.vocab_size} tokens, but the model has "
+                f"{model.config.vocab_size}: it belongs to another run"
+            )
+        return cls(model.to(device), tokenizer=tokenizer, limits=Limits(**limits))
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Codes that it translates between."""
+        return self.tokenizer.languages
+
+    def translate(
+        self, texts: Sequence[str], *, source: str, target: str, search: Search | None = None
+    ) -> list[Translation]:
+        """Translate each text; ``source`` and ``target`` take any spelling of a language.
+
+        One Translation per text, in order; an empty line stays empty. Texts are sorted by length
+        into batches. Raises DataError for a language the model does not have.
+        """
+        codes = self._known(source), self._known(target)
+        answers = [Translation(text="", score=0.0)] * len(texts)
+        rows = self._sources(texts, codes)
+        for batch in self._batches(rows):
+            ids = _pad([rows[i].ids for i in batch], self._device)
+            found = generate(
+                self.model,
+                ids,
+                tag=torch.full((len(batch),), self.tokenizer.tag(codes[1]), device=self._device),
+                search=search or Greedy(),
+                max_tokens=torch.tensor([self._room(rows[i]) for i in batch], device=self._device),
+                forbid=self._forbidden,
+            )
+            for i, hypotheses in zip(batch, found, strict=True):
+                answers[i] = self._answer(hypotheses, truncated=rows[i].truncated)
+        return answers
+
+    def texts(
+        self, texts: list[str], *, source: str, target: str, search: Search | None = None
+    ) -> list[str]:
+        """Translate and keep the best texts only: the form that ``evaluate`` takes."""
+        found = self.translate(texts, source=source, target=target, search=search)
+        return [translation.text for translation in found]
+
+    def batch(
+        self, sources: Sequence[str], *, targets: Sequence[str], source: str, target: str
+    ) -> Batch:
+        """Return sources and given targets as the model reads them in training (teacher forcing).
+
+        Languages index ``languages``. Both sides are cut at their limits.
+        """
+        codes = self._known(source), self._known(target)
+        tag = self.tokenizer.tag(codes[1])
+        said = [ids[: self.limits.max_target] for ids in self.tokenizer.encode_many(targets)]
+        heard = [row.ids for row in self._sources(sources, codes)]
+        if self.model.config.encoder.layers:
+            inputs = [[tag, *ids] for ids in said]
+            labels = [[*ids, EOS] for ids in said]
+        else:
+            inputs = [[*ids, tag, *out] for ids, out in zip(heard, said, strict=True)]
+            labels = [[*[PAD] * len(ids), *out, EOS] for ids, out in zip(heard, said, strict=True)]
+            heard = [[] for _ in heard]
+        numbers = [self.languages.index(code) for code in codes]
+        same = torch.ones(len(sources), dtype=torch.long, device=self._device)
+        pads = [_pad(rows, self._device) for rows in (heard, inputs, labels)]
+        return Batch(pads[0], pads[1], pads[2], same * 0, same * numbers[0], same * numbers[1])
+
+    @torch.inference_mode()
+    def experts(
+        self, text: str, *, source: str, target: str, translation: str | None = None
+    ) -> Trace:
+        """Return which experts read ``text`` and wrote its translation (made if not given)."""
+        said = translation
+        if said is None:
+            said = self.texts([text], source=source, target=target)[0]
+        batch = self.batch([text], targets=[said], source=source, target=target)
+        layers = {r.layer: visits(r) for r in self.model(batch).records}
+        sides = []
+        for ids, stack in ((batch.source, "encoder"), (batch.target_in, "decoder")):
+            tokens = tuple(self._shown(int(i)) for i in ids[0].tolist())
+            own = {name: rows for name, rows in layers.items() if name.startswith(stack)}
+            sides.append(Side(tokens, own))
+        return Trace(sides[0], sides[1])
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.embedding.weight.device
+
+    def _known(self, name: str) -> str:
+        code = language(name).code
+        if code not in self.languages:
+            raise DataError(
+                f'this model does not know "{name}" ({code}): it has '
+                f"{', '.join(self.languages)}{nearest(code, self.languages)}"
+            )
+        return code
+
+    def _sources(self, texts: Sequence[str], codes: tuple[str, str]) -> list["_Source"]:
+        """An encoder is told what to say (arXiv:1611.04558), a decoder what it reads."""
+        spoken = codes[1] if self.model.config.encoder.layers else codes[0]
+        tag, room = self.tokenizer.tag(spoken), self.limits.max_source
+        return [
+            _Source((tag, *ids[:room], EOS), truncated=len(ids) > room)
+            for ids in self.tokenizer.encode_many([text.strip() for text in texts])
+        ]
+
+    def _batches(self, rows: Sequence["_Source"]) -> Iterator[list[int]]:
+        """Group rows that are not empty, longest first, so that memory peaks at the start."""
+        order = [i for i, row in enumerate(rows) if len(row.ids) > 2]
+        order.sort(key=lambda i: -len(rows[i].ids))
+        while order:
+            count = max(1, self.limits.batch_tokens // len(rows[order[0]].ids))
+            yield order[:count]
+            order = order[count:]
+
+    def _room(self, row: "_Source") -> int:
+        return min(self.limits.max_target, round(self.limits.growth * len(row.ids)) + 16)
+
+    def _answer(self, hypotheses: Sequence[Hypothesis], *, truncated: bool) -> Translation:
+        every = tuple(Alternative(self.tokenizer.decode(h.ids), h.score) for h in hypotheses)
+        best = hypotheses[0]
+        return Translation(every[0].text, best.score, every, truncated, best.finished)
+
+    def _shown(self, index: int) -> str:
+        text = self.tokenizer.decode([index])
+        return text if text and "\ufffd" not in text else self.tokenizer.token(index)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    ids: tuple[int, ...]
+    truncated: bool
+
+
+def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    width = max(len(row) for row in rows)
+    padded = [[*row, *[PAD] * (width - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.long, device=device).view(len(rows), width)
+
+
+def _config(run: RunDir) -> dict[str, object]:
+    try:
+        found = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{run.config}: not valid YAML: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{run.config}: expected a mapping, found {type(found).__name__}")
+    return found
+
+
+def _load(model: Transformer, tensors: dict[str, Tensor], *, where: Path) -> None:
+    try:
+        keys = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{where}: the weights do not fit config.yaml: {error}") from error
+    problems = [f"{name} is missing" for name in keys.missing_keys]
+    problems += [f"{name} is not in this model" for name in keys.unexpected_keys]
+    if problems:
+        raise CheckpointError(f"{where}: does not fit config.yaml: {'; '.join(problems[:4])}")
