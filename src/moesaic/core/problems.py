@@ -67,7 +67,8 @@ def located(
             case "value_error":  # a rule of ours: the sentence is complete
                 found.append((path, str(context["error"])))
             case kind:
-                text = EXPECTED[kind].format(**context) if kind in EXPECTED else item["msg"]
+                limits = {k: f"{v:.12g}" if isinstance(v, float) else v for k, v in context.items()}
+                text = EXPECTED[kind].format(**limits) if kind in EXPECTED else item["msg"]
                 found.append((path, f"found {shown(item['input'])}, expected {text}"))
     return found
 

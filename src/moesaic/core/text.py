@@ -1,7 +1,6 @@
 """The text forms of a config: YAML, ``Member(key=value)``, ``path=value``, flat lines."""
 
 import ast
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,22 +22,29 @@ def read_yaml(text: str) -> Any:
 
 def write_yaml(value: Plain) -> str:
     """Return ``value`` as YAML, keys in their own order."""
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+    return _dump(value, sort_keys=False)
 
 
-def read_call(text: str) -> dict[str, object] | None:
-    """Read ``TopK`` or ``TopK(k=2)``; None if it is neither."""
-    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", text, flags=re.DOTALL)
-    if not match:
-        return None
+def read_call(text: str) -> dict[str, Any] | None:
+    """Read ``TopK``, ``TopK(k=2)`` or ``Muon(adamw=AdamW(lr=1e-3))``; else None."""
     try:
-        call = ast.parse(f"f({match[2] or ''})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
-            return None
-        fields = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+        value = _call_value(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError):
         return None
-    return {"kind": match[1], **fields}
+    if isinstance(value, str):
+        return {"kind": value}
+    return value if isinstance(value, dict) and "kind" in value else None
+
+
+def _call_value(node: ast.expr) -> Any:
+    match node:
+        case ast.Call(func=ast.Name(id=kind), args=[]):
+            return {"kind": kind} | {str(w.arg): _call_value(w.value) for w in node.keywords}
+        case ast.Name(id=word):
+            return {"true": True, "false": False, "null": None}.get(word, word)
+        case ast.List(elts=inner) | ast.Tuple(elts=inner):
+            return [_call_value(n) for n in inner]
+    return ast.literal_eval(node)
 
 
 def assign(tree: dict[str, Any], change: str) -> None:
@@ -111,5 +117,12 @@ def leaves(value: Plain, path: str) -> Iterator[tuple[str, Plain]]:
 
 
 def _scalar(value: Plain) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
-    return text.removesuffix("...\n").strip()
+    return _dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+
+
+def _dump(value: Plain, **style: Any) -> str:
+    text = yaml.safe_dump(value, allow_unicode=True, **style)
+    if yaml.safe_load(text) == value:
+        return text
+    # PyYAML writes the rare line breaks (U+0085, U+2028) as they are and reads them as spaces
+    return yaml.safe_dump(value, **style)

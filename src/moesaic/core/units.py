@@ -25,7 +25,7 @@ def show_flops(count: float) -> str:
 
 def show_seconds(seconds: float) -> str:
     """``75 -> '1m15s'``."""
-    if seconds < 60:
+    if seconds < 59.5:
         return f"{seconds:.1f}s" if seconds < 10 else f"{seconds:.0f}s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -34,7 +34,7 @@ def show_seconds(seconds: float) -> str:
 
 def parse_bytes(text: str | int) -> int:
     """``'6GiB' -> 6442450944``. Raises ConfigError naming the units that are known."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGTP]i?B|B|)\s*", str(text))
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([KMGTP]i?B|B|)\s*", str(text))
     if not match:
         raise ConfigError([f'"{text}" is not a size: expected e.g. "6GiB", "500MB" or bytes'])
     number, unit = float(match[1]), match[2]

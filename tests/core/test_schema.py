@@ -1,0 +1,98 @@
+import json
+import re
+from typing import Any
+
+import pytest
+from test_config import Both, Layer, LayerNorm, Model, RMSNorm, TopK
+
+from moesaic.core.errors import ConfigError
+
+SCHEMA = json.loads(Model.schema_json())
+TYPES = {
+    "object": dict, "array": list, "string": str, "boolean": bool, "null": type(None),
+    "integer": int, "number": (int, float),
+}  # fmt: skip
+
+
+def fits(value: Any, shape: dict[str, Any]) -> bool:
+    """A JSON Schema validator for the words that our schemas use."""
+    if "$ref" in shape:
+        return fits(value, SCHEMA["$defs"][shape["$ref"].removeprefix("#/$defs/")])
+    if "anyOf" in shape:
+        return any(fits(value, s) for s in shape["anyOf"])
+    if "const" in shape or "enum" in shape:
+        return value in shape.get("enum", [shape.get("const")])
+    if not isinstance(value, TYPES[shape["type"]]):
+        return False
+    if isinstance(value, str):
+        return re.search(shape.get("pattern", ""), value) is not None
+    if isinstance(value, list):
+        places = shape.get("prefixItems") or [shape["items"]] * len(value)
+        return len(places) == len(value) and all(map(fits, value, places))
+    if isinstance(value, dict):
+        known, others = shape.get("properties", {}), shape.get("additionalProperties", {})
+        inner = [(v, known.get(name, others)) for name, v in value.items()]
+        named = set(shape.get("required", [])) <= value.keys()
+        return named and all(s is not False and fits(v, s) for v, s in inner)
+    low, high = shape.get("exclusiveMinimum", -1e99), shape.get("maximum", 1e99)
+    return value is None or low < value <= high
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Model(dim=4),
+        Model(dim=8, norm=LayerNorm(bias=True), select=TopK(k=3), extra=Layer(norm=RMSNorm())),
+        Model(dim=8, select=Both(first=Both()), by_name={"x": Layer()}, clip=0.5),
+    ],
+)
+def test_the_schema_takes_what_a_config_writes(model: Model) -> None:
+    assert fits(model.plain(), SCHEMA)
+
+
+def test_the_schema_takes_a_choice_in_words() -> None:
+    assert fits({"dim": 4, "norm": "LayerNorm(bias=true)", "select": "TopK"}, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {"dim": "a"},
+        {"dim": 0},
+        {"dim": 4, "dimm": 4},
+        {"dim": 4, "norm": "Norm"},
+        {"dim": 4, "norm": {"kind": "Norm"}},
+        {"dim": 4, "norm": {"eps": 1.0}},
+        {"dim": 4, "norm": {"kind": "RMSNorm", "bias": True}},
+        {"dim": 4, "layers": [{"width": "x"}]},
+        {"dim": 4, "select": {"kind": "Both", "second": {"kind": "Both"}}},
+        {"dim": 4, "size": "medium"},
+    ],
+)
+def test_the_schema_refuses_what_the_config_refuses(wrong: dict[str, Any]) -> None:
+    assert not fits(wrong, SCHEMA)
+    with pytest.raises(ConfigError):
+        Model.from_plain(wrong)
+
+
+def test_a_default_carries_its_kind() -> None:
+    properties = SCHEMA["properties"]
+    assert properties["norm"]["default"] == RMSNorm().plain()
+    assert properties["layers"]["default"] == [Layer().plain()]
+    assert SCHEMA["$defs"]["Select.Both"]["properties"]["second"]["default"] == TopK(k=2).plain()
+
+
+def test_docstrings_are_descriptions() -> None:
+    assert SCHEMA["title"] == "Model"
+    assert SCHEMA["description"] == "A model."
+    assert SCHEMA["properties"]["dim"]["description"] == "Width of the model."
+    assert SCHEMA["properties"]["norm"]["description"] == "Family of norms."
+    assert SCHEMA["$defs"]["Norm.RMSNorm"]["description"] == "Root mean square."
+    assert SCHEMA["$defs"]["Norm.RMSNorm"]["properties"]["eps"]["description"].startswith("Added")
+
+
+def test_every_reference_leads_somewhere() -> None:
+    text = json.dumps(SCHEMA)
+    assert '"family"' not in text
+    assert set(re.findall(r'"#/\$defs/([^"]+)"', text)) == set(SCHEMA["$defs"])
