@@ -1,3 +1,62 @@
-"""moesaic: Mixture-of-Experts models you can check, from the first token to the served translation."""
+"""moesaic: Mixture-of-Experts models you can check, from the first token to the served translation.
+
+The whole job in four lines::
+
+    import moesaic
+    result = moesaic.train(moesaic.recipe("demo"), "runs/demo")
+    translator = moesaic.Translator.open("runs/demo")
+    print(translator.translate(["Save changes"], source="en", target="es")[0].text)
+
+Names below are imported when first used, so ``import moesaic`` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moesaic.data.build import build as build_corpus
+    from moesaic.data.corpus import Corpus
+    from moesaic.model.count import count
+    from moesaic.recipes.find import find as recipe
+    from moesaic.report.page import write_report
+    from moesaic.serve.score import score_run
+    from moesaic.serve.translator import Translator
+    from moesaic.train.job import train
+    from moesaic.train.run import Run
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Corpus": ("moesaic.data.corpus", "Corpus"),
+    "Run": ("moesaic.train.run", "Run"),
+    "Translator": ("moesaic.serve.translator", "Translator"),
+    "build_corpus": ("moesaic.data.build", "build"),
+    "count": ("moesaic.model.count", "count"),
+    "recipe": ("moesaic.recipes.find", "find"),
+    "score_run": ("moesaic.serve.score", "score_run"),
+    "train": ("moesaic.train.job", "train"),
+    "write_report": ("moesaic.report.page", "write_report"),
+}
+
+__all__ = [
+    "Corpus",
+    "Run",
+    "Translator",
+    "build_corpus",
+    "count",
+    "recipe",
+    "score_run",
+    "train",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moesaic' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted([*_HOMES, "__version__"])

@@ -1,0 +1,71 @@
+"""``moesaic config``: recipes, resolved configs, differences, and the JSON Schema for editors."""
+
+import difflib
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moesaic.cli.common import Json, Set, answer, verb_app
+from moesaic.recipes.find import RECIPES, find
+from moesaic.train.run import Run
+
+app = verb_app(no_args_is_help=True, help="Recipes and configs as text.")
+
+Which = Annotated[
+    str, typer.Argument(metavar="RECIPE|CONFIG", help="A recipe, a config.yaml or a run.")
+]
+
+
+@app.command()
+def recipes(*, as_json: Json = False) -> None:
+    """List the recipes.
+
+    Example: [cyan]moesaic config recipes[/]
+    """
+    lines = RECIPES.lines()
+    answer({"recipes": lines}, as_json=as_json, show=lambda console: _show(lines, console))
+
+
+@app.command()
+def show(which: Which, *, changes: Set = None, as_json: Json = False) -> None:
+    """Print a resolved config as YAML: save it, edit it, train it.
+
+    Example: [cyan]moesaic config show demo > mine.yaml[/]
+    """
+    run = find(which, changes=changes or [])
+    answer(run.plain(), as_json=as_json, show=lambda _: _write(run.to_yaml()))
+
+
+@app.command()
+def diff(first: Which, second: Which, *, as_json: Json = False) -> None:
+    """Print the keys in which two configs differ.
+
+    Example: [cyan]moesaic config diff demo runs/demo/config.yaml[/]
+    """
+    ours, theirs = find(first).flat(), find(second).flat()
+    lines = [x for x in difflib.ndiff(ours, theirs) if x[0] in "+-"]
+    answer({"lines": lines}, as_json=as_json, show=lambda _: _write("".join(f"{x}\n" for x in lines)))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a config, for completion and checks in an editor.
+
+    Example: [cyan]moesaic config schema > moesaic.schema.json[/]
+    """
+    _write(json.dumps(Run.model_json_schema(), ensure_ascii=False) + "\n")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+
+
+def _show(lines: dict[str, str], console: Console) -> None:
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for name, line in lines.items():
+        table.add_row(f"[bold cyan]{name}[/]", line)
+    console.print(table)

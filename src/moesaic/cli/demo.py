@@ -1,0 +1,100 @@
+"""``moesaic demo``: the whole job on a laptop. Data, training, scores, translations, a report."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from moesaic.checkpoint.rundir import RunDir
+from moesaic.cli.common import Json, Set, answer, talk, verb_app
+from moesaic.cli.eval import keep, run_tests
+from moesaic.cli.scores import show_samples, show_scores
+from moesaic.core.units import show_seconds
+from moesaic.evaluate.summary import Summary
+from moesaic.recipes.find import find
+from moesaic.serve.score import score_run
+from moesaic.serve.translator import Translator
+from moesaic.train.job import train
+from moesaic.train.resume import Auto
+
+app = verb_app()
+COMMON = ("Save", "Delete", "Search results", "Enter your password", "Page not found")
+
+
+class Phases:
+    """Seconds per phase, said as they pass."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = time.monotonic()
+
+    def start(self, title: str) -> None:
+        talk.rule(f"[bold]{title}[/]", align="left")
+        self._began = time.monotonic()
+
+    def end(self, name: str) -> None:
+        self.seconds[name] = time.monotonic() - self._began
+
+    def say(self, sentence: str) -> None:
+        talk.print(f"[dim]{escape(sentence)}[/]", highlight=False)
+
+
+@app.command()
+def demo(
+    *,
+    out: Annotated[Path, typer.Option(help="The run directory.")] = Path("runs/demo"),
+    recipe: Annotated[str, typer.Option(help="Which recipe.")] = "demo",
+    changes: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Build a corpus, train a small multilingual MoE on it, score it, write a report.
+
+    An interrupted demo goes on where it was when it is started again.
+
+    Example: [cyan]moesaic demo --out runs/demo[/]
+    """
+    run, phases = find(recipe, changes=changes or []), Phases()
+    phases.start("1/4  text: ordinary packages, read as files")
+    corpus = run.corpus.open()
+    phases.say(f"{corpus.name}: {corpus.about['pairs']:,} pairs, {len(corpus.languages)} languages")
+    phases.end("data")
+    phases.start("2/4  training: translation and denoising")
+    result = train(run, out, resume=Auto(), say=phases.say)
+    phases.end("train")
+    if result.exit_code:
+        talk.print("stopped; the same command goes on from here")
+        raise typer.Exit(result.exit_code)
+    phases.start("3/4  scores: strings that were never trained on")
+    tests = run_tests(run, corpus=corpus)
+    summary = score_run(
+        out, tests=tests, corpus=corpus, done=lambda test, _: phases.say(f"scored {test.key}")
+    )
+    phases.end("evaluate")
+    summary = summary.add(
+        counts={"steps": result.steps, "tokens": result.tokens}, seconds=phases.seconds
+    )
+    phases.start("4/4  report")
+    report = keep(out, summary=summary, tests=tests)
+    phases.end("report")
+    value = summary.plain() | {"report": str(report), "run_directory": str(out)}
+    answer(value, as_json=as_json, show=lambda console: _show(out, summary, phases, console))
+
+
+def _show(out: Path, summary: Summary, phases: Phases, console: Console) -> None:
+    show_scores(summary, console)
+    show_samples(summary, console, each=1)
+    console.print("\n[bold]common strings[/]")
+    translator = Translator.open(out)
+    for test in (result.test for result in summary.languages.values()):
+        said = translator.texts(list(COMMON), source=test.source, target=test.target)
+        pairs = " · ".join(f"[dim]{a}[/] {escape(b)}" for a, b in zip(COMMON, said, strict=True))
+        console.print(f"  [dim]{test.target}[/]  {pairs}", highlight=False)
+    spent = ", ".join(f"{name} {show_seconds(s)}" for name, s in phases.seconds.items())
+    console.print(f"\n[dim]time: {spent}[/]", highlight=False)
+    folder = RunDir(out)
+    console.print(f"report:     {folder.report}", highlight=False)
+    console.print(f'translate:  echo "Save changes" | moesaic translate {out} --to es', highlight=False)
+    console.print(f"everything: {folder.path}/ (config, weights, tokenizer, metrics, card)", highlight=False)

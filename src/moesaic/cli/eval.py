@@ -1,0 +1,112 @@
+"""``moesaic eval``: score a run beside copying and a translation memory."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from moesaic.checkpoint.rundir import RunDir
+from moesaic.cli.common import Json, RunPath, answer, talk, verb_app
+from moesaic.cli.scores import show_samples, show_scores
+from moesaic.core.errors import UserError
+from moesaic.data.corpus import Corpus
+from moesaic.data.languages import language
+from moesaic.evaluate.harness import Settings
+from moesaic.evaluate.summary import Summary
+from moesaic.evaluate.testset import TestSet, from_corpus, from_file, from_moses
+from moesaic.model.search import Beam, Greedy
+from moesaic.recipes.find import find
+from moesaic.report.page import write_report
+from moesaic.serve.score import count_experts, score_run
+from moesaic.train.run import Run
+
+app = verb_app()
+
+
+@app.command("eval")
+def evaluate(
+    run: RunPath,
+    *,
+    pairs: Annotated[Path | None, typer.Option(help="Your own test set: a file of pairs.")] = None,
+    moses: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="SRC REF", help="Or two aligned files.")
+    ] = None,
+    source: Annotated[str, typer.Option("--from", help="Source language.")] = "en",
+    target: Annotated[str | None, typer.Option("--to", help="Only this target language.")] = None,
+    split: Annotated[str, typer.Option(help="valid or test, of the run's corpus.")] = "test",
+    limit: Annotated[int | None, typer.Option(min=1, help="Sentences per language.")] = None,
+    beam: Annotated[int, typer.Option(min=1, help="Beam size; 1 is greedy.")] = 1,
+    resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples.")] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Score translations: chrF++ and BLEU with 95 % intervals, and what they are worth.
+
+    Without a test set of your own: the held-out strings of the run's corpus; then summary.json,
+    routes.json and report.html of the run are written anew.
+
+    Example: [cyan]moesaic eval runs/demo[/]
+
+    Example: [cyan]moesaic eval runs/demo --pairs mine.tsv --from en --to de[/]
+    """
+    RunDir.open(run).require_model()
+    own = pairs is not None or moses is not None
+    config = find(str(run))
+    corpus = config.corpus.open()
+    if own:
+        tests = [_own_test(pairs, moses, source=source, target=target)]
+    else:
+        tests = run_tests(config, corpus=corpus, split=split, limit=limit, target=target)
+    if limit:
+        tests = [_limited(test, limit) for test in tests]
+    summary = score_run(
+        run,
+        tests=tests,
+        corpus=corpus,
+        search=Greedy() if beam == 1 else Beam(size=beam),
+        settings=Settings(resamples=resamples),
+        done=lambda test, _: talk.print(f"[dim]scored {test.key} ({len(test)})[/]", highlight=False),
+    )
+    if not own:
+        keep(run, summary=summary, tests=tests)
+    answer(summary.plain(), as_json=as_json, show=lambda console: _show(summary, console))
+
+
+def run_tests(
+    run: Run, *, corpus: Corpus, split: str = "test", limit: int | None = None, target: str | None = None
+) -> list[TestSet]:
+    """Return the held-out strings of every direction from English into the run's languages."""
+    known = [language(code).code for code in run.languages] or list(corpus.languages)
+    wanted = [language(target).code] if target else [c for c in known if c != "eng_Latn"]
+    directions = [("eng_Latn", code) for code in wanted]
+    return from_corpus(corpus, directions=directions, split=split, limit=limit)
+
+
+def keep(run: Path, *, summary: Summary, tests: list[TestSet]) -> Path:
+    """Write what an evaluation found into the run directory; return the report's path."""
+    summary.write(RunDir(run).summary)
+    count_experts(run, tests=tests)
+    return write_report(run)
+
+
+def _own_test(
+    pairs: Path | None, moses: tuple[Path, Path] | None, *, source: str, target: str | None
+) -> TestSet:
+    if target is None:
+        raise UserError("--to is missing: which language are the references in? e.g. --to de")
+    if pairs is not None and moses is not None:
+        raise UserError("--pairs and --moses were both given: choose one test set")
+    if pairs is not None:
+        return from_file(pairs, source=source, target=target)
+    assert moses is not None
+    return from_moses(*moses, source=source, target=target)
+
+
+def _limited(test: TestSet, limit: int) -> TestSet:
+    return replace(test, sources=test.sources[:limit], references=test.references[:limit])
+
+
+def _show(summary: Summary, console: Console) -> None:
+    show_scores(summary, console)
+    show_samples(summary, console)

@@ -1,0 +1,73 @@
+"""How scores are shown: one table, its honest reading in a sentence, a few translations."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moesaic.evaluate.summary import Summary
+
+TITLES = {"model": "model", "copy": "copying", "memory": "memory"}
+
+
+def show_scores(summary: Summary, console: Console) -> None:
+    """Print chrF++ (with its 95 % interval) and BLEU of every system per language."""
+    found = summary.plain()
+    table = Table(box=None, title="chrF++ [dim]± half of the 95 % interval[/] and BLEU, held-out strings",
+                  title_justify="left", padding=(0, 1))  # fmt: skip
+    table.add_column("language")
+    table.add_column("strings", justify="right")
+    for system in summary.systems:
+        table.add_column(f"{TITLES.get(system, system)} chrF++", justify="right")
+        table.add_column("BLEU", justify="right", style="dim")
+    for result in found["languages"].values():
+        best = max(summary.systems, key=lambda s: result[s]["chrf"]["score"])
+        cells = [c for s in summary.systems for c in _cells(result[s], bold=s == best)]
+        table.add_row(result["name"], str(result["count"]), *cells)
+    cells = [c for s in summary.systems for c in _cells(found["mean"][s], bold=False)]
+    table.add_row("[bold]mean[/]", "", *cells)
+    console.print(table)
+    for other, verdicts in found["verdicts"].items():
+        console.print(_reading(other, found["mean_differences"][other], verdicts), highlight=False)
+    for note in found["notes"]:
+        console.print(f"[dim]{escape(note)}[/]", highlight=False)
+
+
+def show_samples(summary: Summary, console: Console, *, each: int = 2) -> None:
+    """Print a few translations, taken at even distances, and the experts that wrote them."""
+    console.print("\n[bold]translations[/] [dim](not chosen; experts of the last MoE layer)[/]")
+    for result in summary.languages.values():
+        for sample in result.samples[:each]:
+            said = escape(sample.outputs["model"])
+            console.print(
+                f"  [dim]{result.test.target}[/]  {escape(sample.source)} [dim]→[/] [bold]{said}[/]"
+                f"  [dim]{_spoken(sample.experts)}[/]",
+                highlight=False,
+            )
+
+
+def _cells(scores: dict[str, Any], *, bold: bool) -> list[str]:
+    chrf, bleu = scores["chrf"], scores["bleu"]
+    half = (chrf["high"] - chrf["low"]) / 2
+    text = f"{chrf['score']:.1f}"
+    return [f"{f'[bold]{text}[/]' if bold else text} [dim]±{half:.1f}[/]", f"{bleu['score']:.1f}"]
+
+
+def _reading(other: str, lead: dict[str, Any], verdicts: dict[str, list[str]]) -> str:
+    chrf = lead["chrf"]
+    counts = ", ".join(f"{word} in {len(keys)}" for word, keys in verdicts.items() if keys)
+    sign = "above" if chrf["difference"] >= 0 else "below"
+    return (
+        f"against {TITLES.get(other, other)}: {abs(chrf['difference']):.1f} chrF++ {sign} "
+        f"[dim](95 %: {chrf['low']:.1f} to {chrf['high']:.1f})[/]; {counts} language(s)"
+    )
+
+
+def _spoken(experts: dict[str, Any] | None) -> str:
+    layers = (experts or {}).get("target", {}).get("layers", {})
+    if not layers:
+        return ""
+    rows = list(layers.values())[-1]
+    used = [str(visits[0][0]) for visits in rows if visits]
+    return "experts " + " ".join(used)

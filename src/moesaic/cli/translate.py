@@ -1,0 +1,77 @@
+"""``moesaic translate``: lines in, translations out, one per line and in order."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from moesaic.cli.common import Json, RunPath, answer, talk, verb_app
+from moesaic.core.errors import DataError
+from moesaic.data.readers.text import read_lines
+from moesaic.model.search import Beam, Greedy, Search
+from moesaic.serve.translator import Translation, Translator
+
+app = verb_app()
+
+
+@app.command()
+def translate(
+    run: RunPath,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="Lines to translate [standard input].")
+    ] = None,
+    *,
+    source: Annotated[str, typer.Option("--from", help="Source language, any spelling.")] = "en",
+    target: Annotated[str, typer.Option("--to", help="Target language, any spelling.")],
+    beam: Annotated[int, typer.Option(min=1, help="Beam size; 1 is greedy.")] = 4,
+    length_penalty: Annotated[float, typer.Option(help="Scores are divided by length to this power.")] = 1.0,
+    n_best: Annotated[int, typer.Option(min=1, help="How many translations of each line.")] = 1,
+    experts: Annotated[bool, typer.Option("--experts", help="Say which experts translated.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Translate. Output goes to stdout in the order of the input; empty lines stay empty.
+
+    Example: [cyan]echo "Save changes" | moesaic translate runs/demo --to es[/]
+    """
+    translator = Translator.open(run)
+    search = _search(beam, length_penalty=length_penalty, n_best=n_best)
+    lines = _lines(file)
+    done = translator.translate(lines, source=source, target=target, search=search)
+    cut = sum(t.truncated for t in done)
+    if cut:
+        talk.print(f"[yellow]{cut} line(s) were longer than the model reads and were cut[/]")
+    rows = [asdict(t) for t in done]
+    if experts:
+        traces = [translator.experts(t.source, translation=t.text, source=source, target=target) for t in done]
+        rows = [row | {"experts": trace.plain()} for row, trace in zip(rows, traces, strict=True)]
+    answer({"translations": rows}, as_json=as_json, show=lambda console: _show(done, rows, console))
+
+
+def _search(beam: int, *, length_penalty: float, n_best: int) -> Search:
+    if beam == 1 and n_best == 1:
+        return Greedy()
+    return Beam(size=max(beam, n_best), length_penalty=length_penalty, n_best=n_best)
+
+
+def _lines(file: Path | None) -> list[str]:
+    if file is not None:
+        return [line for _, line in read_lines(file)]
+    if sys.stdin.isatty():
+        talk.print("[dim]one text per line; end with Ctrl-D[/]")
+    try:
+        return sys.stdin.read().splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is not UTF-8: {error}") from error
+
+
+def _show(done: list[Translation], rows: list[dict], console: Console) -> None:
+    for translation, row in zip(done, rows, strict=True):
+        sys.stdout.write(translation.text + "\n")
+        for text, score in translation.alternatives:
+            console.print(f"  [dim]{score:7.3f}[/]  {escape(text)}", highlight=False)
+        if "experts" in row:
+            console.print(f"  [dim]{row['experts']}[/]", highlight=False)

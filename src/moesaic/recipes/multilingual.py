@@ -1,0 +1,105 @@
+"""Fifty languages of software text: the recipes meant to beat a translation memory.
+
+They read ``software-171``, which is built from ordinary distribution packages. An extract of the
+same kind of text serves as well: ``moesaic data build extract.yaml``, then
+``--set 'corpus=CorpusFolder(path="data/corpora/NAME")'``.
+"""
+
+from moesaic.data.directions import BothWays
+from moesaic.data.loader import LoaderConfig
+from moesaic.data.mixture import MixtureConfig, WeightedTask
+from moesaic.data.tasks import Denoising, Translation
+from moesaic.data.train_tokenizer import TokenizerConfig
+from moesaic.model.config import Stack, TransformerConfig
+from moesaic.moe.balance import RouterZ, SwitchBalance
+from moesaic.moe.config import MoE
+from moesaic.moe.select import SwitchTop1, TopK
+from moesaic.nn.activation import SquaredReLU, SwiGLU
+from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.norm import LayerNorm, RMSNorm
+from moesaic.optim.optimizer import AdamW, Muon
+from moesaic.optim.schedule import WSD
+from moesaic.recipes.registry import RECIPES
+from moesaic.train.precision import BFloat16
+from moesaic.train.run import Checkpoints, Log, Run, Validation
+from moesaic.train.source import Catalogue
+
+# The 36 largest languages of the corpus, then 14 of other families and scripts.
+FIFTY = (
+    "it fr de da es ru sv pl pt-BR uk zh-Hans nl ca cs pt ja tr zh-Hant fi sl hu ko el sk eu id gl "
+    "nb vi sr ro bg et hr ar lt hi bn ta te ml gu mr kn pa ne th ka kk sw"
+).split()
+
+
+@RECIPES.register("multilingual-50")
+def multilingual_50() -> Run:
+    """Fifty languages both ways, 32 experts, bfloat16: a day on one large GPU."""
+    vocabulary = 32_000
+    return Run(
+        name="multilingual-50",
+        corpus=Catalogue(name="software-171"),
+        languages=("en", *FIFTY),
+        tokenizer=TokenizerConfig(vocab_size=vocabulary, lines=2_000_000),
+        mixture=_mixture(both_ways=True),
+        loader=LoaderConfig(batch_tokens=65_536, max_source=192, max_target=224),
+        model=TransformerConfig(
+            vocab_size=vocabulary,
+            dim=768,
+            encoder=Stack(layers=12, moe_every=2),
+            decoder=Stack(layers=6, moe_every=2),
+            attention=AttentionConfig(heads=12),
+            feed_forward=FeedForward(hidden=2048, activation=SwiGLU()),
+            moe=MoE(experts=32, select=TopK(k=2), balance=(SwitchBalance(), RouterZ())),
+            norm=RMSNorm(),
+            dropout=0.1,
+        ),
+        optimizer=Muon(lr=2e-3, weight_decay=0.05, adamw=AdamW(lr=2e-3, weight_decay=0.01)),
+        schedule=WSD(warmup=2000, decay=0.3),
+        steps=60_000,
+        precision=BFloat16(),
+        checkpoint=Checkpoints(every=1000, keep=3),
+        validation=Validation(every=1000, rows=200),
+        log=Log(every=20, routes_every=50),
+    )
+
+
+@RECIPES.register("multilingual-50-laptop")
+def multilingual_50_laptop() -> Run:
+    """Fifty languages from English, 16 experts, small enough to learn something on two cores."""
+    vocabulary = 8192
+    return Run(
+        name="multilingual-50-laptop",
+        corpus=Catalogue(name="software-171"),
+        languages=("en", *FIFTY),
+        tokenizer=TokenizerConfig(vocab_size=vocabulary),
+        mixture=_mixture(both_ways=False),
+        loader=LoaderConfig(batch_tokens=8192, max_source=64, max_target=80),
+        model=TransformerConfig(
+            vocab_size=vocabulary,
+            dim=192,
+            encoder=Stack(layers=4, moe_every=2),
+            decoder=Stack(layers=2, moe_every=2),
+            attention=AttentionConfig(heads=4),
+            feed_forward=FeedForward(hidden=384, activation=SquaredReLU()),
+            moe=MoE(experts=16, select=SwitchTop1(), balance=(SwitchBalance(weight=0.01),)),
+            norm=LayerNorm(),
+        ),
+        optimizer=Muon(lr=0.01, weight_decay=0.02, adamw=AdamW(lr=4e-3)),
+        schedule=WSD(warmup=200, decay=0.4),
+        steps=20_000,
+        checkpoint=Checkpoints(every=500, keep=2),
+        validation=Validation(every=500, rows=40),
+        log=Log(every=20, routes_every=20),
+    )
+
+
+def _mixture(*, both_ways: bool) -> MixtureConfig:
+    translation = Translation(directions=BothWays()) if both_ways else Translation()
+    return MixtureConfig(
+        tasks=(
+            WeightedTask(task=translation, weight=0.85),
+            WeightedTask(task=Denoising(), weight=0.15),
+        ),
+        temperature=3.0,
+    )
