@@ -97,6 +97,23 @@ def test_the_live_table_is_drawn_at_most_four_times_a_second():
     assert "step 100/100" in screen(draws[-1])
 
 
+def test_a_slow_terminal_is_drawn_less_often():
+    clock = Clock()
+    console = Console(file=io.StringIO(), force_terminal=True, width=110)
+    board = LiveBoard(console, status=Status(steps=100), clock=clock)
+    draws = []
+
+    def slow(renderable, **_):
+        draws.append(renderable)
+        clock.now += 0.02
+
+    board._live.update = slow
+    for step in range(1, 401):
+        board.tick(step)
+        clock.now += 0.01
+    assert len(draws) == 2
+
+
 def test_notes_stay_whatever_the_board(capsys):
     for board in (
         QuietBoard(Console(file=io.StringIO())),

@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from moesaic.optim.muon import newton_schulz, orthogonal_each
+from moesaic.optim.muon import _iterate, _iterate_gram, newton_schulz, orthogonal_each
 
 
 def test_singular_values_come_near_one_and_vectors_stay():
@@ -25,3 +26,18 @@ def test_stacking_banks_equals_one_matrix_at_a_time():
             torch.testing.assert_close(
                 newton_schulz(one[None], steps=5)[0], part, rtol=1e-4, atol=1e-5
             )
+
+
+@pytest.mark.parametrize("rank", [16, 3], ids=["full rank", "nearly rank 3"])
+def test_iterating_on_gram_matrices_equals_the_published_iteration(rank):
+    make = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 16, rank, generator=make) @ torch.randn(4, rank, 64, generator=make)
+    x = x + 1e-4 * torch.randn(4, 16, 64, generator=make)
+    x = x / x.norm(dim=(-2, -1), keepdim=True)
+    plain = _iterate(x.double(), steps=5).float()
+    torch.testing.assert_close(_iterate_gram(x, steps=5), plain, rtol=0, atol=1e-4)
+
+
+def test_a_tall_bank_is_the_transpose_of_a_wide_one():
+    x = torch.randn(2, 24, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(newton_schulz(x, steps=5), newton_schulz(x.mT, steps=5).mT)

@@ -118,7 +118,10 @@ class PlainBoard:
 
 
 class LiveBoard:
-    """A table that redraws itself at most four times a second, from the training thread."""
+    """A table that redraws itself at most four times a second, from the training thread.
+
+    A slow terminal is redrawn less often, so that drawing takes one percent of the time at most.
+    """
 
     def __init__(
         self, console: Console, *, status: Status, clock: Callable[[], float] = time.monotonic
@@ -147,8 +150,10 @@ class LiveBoard:
         self._live.stop()
 
     def _draw(self) -> None:
+        started = self._clock()
         self._live.update(table(self._pace.now()), refresh=True)
-        self._due = self._clock() + REFRESH_S
+        ended = self._clock()
+        self._due = ended + max(REFRESH_S, 100 * (ended - started))
 
 
 class Pace:
