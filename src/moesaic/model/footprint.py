@@ -1,7 +1,7 @@
 """Footprint: the bytes a training step needs, from the config alone.
 
-Weights, gradients and optimizer state are exact. Activations are what autograd keeps between forward
-and backward in float32 on one device, without padding and without recomputation; they follow the
+Weights, gradients and optimizer state are exact. Activations are what autograd keeps between
+forward and backward in float32 on one device, without padding or recomputation; they follow the
 implementation and are tested against the tensors it really saves.
 
 Letters: D dim, T tokens, K experts per token, F hidden width, V vocabulary.

@@ -16,8 +16,8 @@ from moesaic.core.shapes import Float, Tensor
 class Activation(Choice):
     """Family of activations. ``gated`` ones halve the last dimension.
 
-    ``kept`` is how many hidden widths autograd keeps for backward in a dense layer, the input of the
-    second product included (for forecasts).
+    ``kept`` is how many hidden widths autograd keeps for backward in a dense layer, the input of
+    the second product included (for forecasts).
     """
 
     gated: ClassVar[bool] = False

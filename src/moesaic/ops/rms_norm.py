@@ -1,7 +1,7 @@
 """Root mean square norm as one autograd function: it keeps its input and one number per row.
 
-``torch.nn.functional.rms_norm`` is the plain twin. On a CPU that one is composed of small operations
-and keeps three tensors of the input's size; on other devices it has a fused kernel and is used.
+``torch.nn.functional.rms_norm`` is the plain twin. On a CPU it is many small operations and
+keeps three tensors of its input's size; on other devices it has a fused kernel and is used.
 
 Letters: T tokens, D model dim.
 """
