@@ -1,5 +1,6 @@
 """Tiny models and batches: small enough for a law to train them in milliseconds."""
 
+from collections.abc import Iterator
 from dataclasses import fields
 
 import torch
@@ -84,6 +85,12 @@ class TinyStream:
 
     def state(self) -> dict[str, int]:
         return {"drawn": self.drawn}
+
+    def valid_batches(self, split: str, *, rows: int | None) -> Iterator[Batch]:
+        del split, rows
+        yield rows_of(random_batch(self._rows, seed=0), rank=self._rank, world=self._world)
+
+    def close(self) -> None: ...
 
     def restore(self, state: dict[str, int]) -> None:
         self.drawn = state["drawn"]

@@ -19,6 +19,7 @@ class Journal:
     def __init__(self) -> None:
         self.best = Best()
         self.newest: dict[str, float] = {}
+        self.health = ""  # of the routers, in words
         self._values: dict[str, float] = {}
         self._notes: list[str] = []
 

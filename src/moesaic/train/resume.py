@@ -27,12 +27,17 @@ class Fresh(Resume):
     """Start anew, in a directory that holds no run."""
 
     def start(self, folder: RunDir) -> Path | None:
-        if folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir()):
+        allowed = (folder.config.name, folder.tokenizer.name)
+        held = sorted(p.name for p in folder.path.glob("*") if p.name not in allowed)
+        if held:
             raise CheckpointError(
-                f"{folder.path} holds a run already: continue it with --resume auto, or choose "
-                "another --out"
+                f"{folder.path} is not empty (it holds {', '.join(held[:4])}). To continue the run "
+                "in it: --resume auto; to start anew: choose another --out, or remove it"
             )
         return None
+
+
+ANEW = Fresh()
 
 
 class Auto(Resume):

@@ -15,6 +15,7 @@ from moesaic.model.config import TransformerConfig
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.optim.schedule import WSD, Schedule
 from moesaic.train.precision import Float32, Precision
+from moesaic.train.sinks import MetricsSink
 from moesaic.train.source import CorpusSource
 
 Positive = Annotated[int, Field(ge=1)]
@@ -32,17 +33,25 @@ class Checkpoints(Config):
 
 
 class Validation(Config):
-    """Loss on held-out text every ``every`` steps (0: never), on at most ``batches`` batches."""
+    """Loss on held-out text every ``every`` steps (0: never): ``rows`` per task and direction."""
 
     every: Natural = 500
-    batches: Positive = 50
+    rows: Positive = 64
 
 
 class Log(Config):
-    """A row of metrics every ``every`` steps; one step of ``routes_every`` counts its routing."""
+    """A row of metrics every ``every`` steps; one step of ``routes_every`` counts its routing.
+
+    Rows go to ``metrics.jsonl`` and to the sinks of ``also``.
+    """
 
     every: Positive = 10
     routes_every: Positive = 10
+    also: tuple[MetricsSink, ...] = ()
+
+    def due(self, step: int, *, steps: int) -> bool:
+        """Whether a row is written after ``step`` of ``steps``."""
+        return step % self.every == 0 or step == steps
 
 
 class Run(Config):

@@ -6,12 +6,13 @@ random numbers, running sums, work to retry. ``restore()`` of it continues bit f
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.core.errors import UserError
+from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
 from moesaic.dist.world import World
 from moesaic.model.transformer import Transformer
@@ -30,12 +31,25 @@ from moesaic.train.weights import export_weights, restore_weights
 class Stream(Protocol):
     """Where batches come from (``data/loader.py``): endless, and the same from the same state."""
 
-    tasks: Sequence[str]
-    languages: Sequence[str]
-
+    @property
+    def tasks(self) -> Sequence[str]: ...
+    @property
+    def languages(self) -> Sequence[str]: ...
     def __next__(self) -> Batch: ...
     def state(self) -> dict[str, Any]: ...
     def restore(self, state: dict[str, Any]) -> None: ...
+    def valid_batches(self, split: str, *, rows: int | None) -> Iterator[Batch]: ...
+    def close(self) -> None: ...
+
+
+class Part(Protocol):
+    """Something that sums over steps and must survive a restart."""
+
+    def tensors(self, world: World) -> dict[str, Tensor]:
+        """Return the sums over all ranks. Collective."""
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor], *, world: World) -> None: ...
 
 
 class NotFiniteError(UserError):
@@ -66,6 +80,7 @@ class Trainer:
         categories = Categories(tuple(data.tasks), tuple(data.languages))
         self.objective = Objective(categories, run.label_smoothing, run.precision)
         self.meters = Meters(categories, device=world.device)
+        self.parts: dict[str, Part] = {"meters": self.meters}  # hooks add theirs before restore()
         self.retry = Retry()
         self.step = 0
         self.journal = Journal()
@@ -141,8 +156,7 @@ class Trainer:
             "model": export_weights(self.model),
             "optimizer": export_state(self.optimizer),
             "random": random_state(self.world),
-            "meters": self.meters.tensors(self.world),
-        }
+        } | {name: part.tensors(self.world) for name, part in self.parts.items()}
         state = {
             "config": self.run.plain(),
             "data": self.data.state(),
@@ -158,7 +172,8 @@ class Trainer:
         restore_random_state(
             snapshot.files["random"], world=self.world, seed=self.run.seed, step=snapshot.step
         )
-        self.meters.restore(snapshot.files["meters"], world=self.world)
+        for name, part in self.parts.items():
+            part.restore(snapshot.files.get(name, {}), world=self.world)
         self.data.restore(snapshot.state["data"])
         self.retry = Retry(snapshot.state["retry"])
         self.journal.restore(snapshot.state["journal"])

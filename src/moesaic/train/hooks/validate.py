@@ -1,10 +1,7 @@
 """Validate: loss on held-out text, per task and language, and which step was best."""
 
-from collections.abc import Callable, Iterable
-
 import torch
 
-from moesaic.data.batch import Batch
 from moesaic.train.hooks.hook import Hook
 from moesaic.train.meters import Meters
 from moesaic.train.randomness import undisturbed
@@ -12,10 +9,7 @@ from moesaic.train.trainer import StepReport, Trainer
 
 
 class Validate(Hook):
-    """``batches`` gives this rank's share of the same held-out batches each time it is called."""
-
-    def __init__(self, batches: Callable[[], Iterable[Batch]]) -> None:
-        self._batches = batches
+    """Scores the same held-out rows each time, in evaluation mode."""
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         every = trainer.run.validation.every
@@ -30,7 +24,7 @@ class Validate(Hook):
         meters = Meters(trainer.objective.categories, device=trainer.world.device)
         trainer.model.eval()
         with torch.no_grad(), undisturbed(trainer.world.device):
-            for batch in self._batches():
+            for batch in trainer.data.valid_batches("valid", rows=trainer.run.validation.rows):
                 meters.add_losses(trainer.objective.losses(trainer.model, batch=batch))
         trainer.model.train()
         return meters.mean_losses(trainer.world, prefix="valid")

@@ -1,0 +1,103 @@
+"""Our side of ``against_hf.py``: the trainer on the same batches."""
+
+import json
+import sys
+import time
+from itertools import cycle
+from typing import Any
+
+import torch
+from random_pairs import CLIP, LR, SHAPE, SMOOTHING, STEPS, WARM, Pair, batches, real_tokens
+
+from moesaic.data.batch import Batch
+from moesaic.dist.world import Alone
+from moesaic.model.config import Stack, TransformerConfig
+from moesaic.nn.activation import ReLU
+from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.norm import LayerNorm
+from moesaic.nn.position import Sinusoidal
+from moesaic.optim.optimizer import AdamW
+from moesaic.optim.schedule import Constant
+from moesaic.testing.tiny import tiny_run
+from moesaic.train.trainer import Trainer
+
+
+class Given:
+    """A stream of given batches, over and over."""
+
+    tasks = ("translation",)
+    languages = ("deu_Latn",)
+
+    def __init__(self, found: list[Batch]) -> None:
+        self._found = cycle(found)
+
+    def __next__(self) -> Batch:
+        return next(self._found)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+def padded(pairs: list[Pair]) -> Batch:
+    """Return pairs as a batch; the decoder reads the target moved by one, after a start id."""
+    zeros = torch.zeros(len(pairs), dtype=torch.int64)
+    return Batch(
+        source=_pad([source for source, _ in pairs]),
+        target_in=_pad([[1, *target[:-1]] for _, target in pairs]),
+        target_out=_pad([target for _, target in pairs]),
+        task=zeros,
+        source_language=zeros,
+        target_language=zeros,
+    )
+
+
+def _pad(rows: list[list[int]]) -> torch.Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+
+
+def model_config() -> TransformerConfig:
+    stack = Stack(layers=SHAPE["layers"], moe_every=0)
+    return TransformerConfig(
+        vocab_size=SHAPE["vocab"],
+        dim=SHAPE["dim"],
+        encoder=stack,
+        decoder=stack,
+        attention=AttentionConfig(heads=SHAPE["heads"]),
+        feed_forward=FeedForward(hidden=SHAPE["hidden"], activation=ReLU()),
+        norm=LayerNorm(),
+        position=Sinusoidal(),
+        bias=True,
+    )
+
+
+def main(seed: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    found = batches(seed)
+    run = tiny_run(
+        model=model_config(),
+        label_smoothing=SMOOTHING,
+        optimizer=AdamW(lr=LR, weight_decay=0.0),
+        schedule=Constant(),
+        clip_norm=CLIP,
+        steps=WARM + STEPS,
+    )
+    trainer = Trainer(
+        run, model=run.model.build(), data=Given([padded(b) for b in found]), world=Alone()
+    )
+    for _ in range(WARM):
+        trainer.advance()
+    began = time.perf_counter()
+    for _ in range(STEPS):
+        trainer.advance()
+    speed = real_tokens(found[WARM:]) / (time.perf_counter() - began)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    print(json.dumps({"tokens_per_s": speed, "parameters": parameters}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

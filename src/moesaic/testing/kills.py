@@ -1,0 +1,143 @@
+"""Kills: a training process killed at random moments and resumed, until it has finished.
+
+Every life is a forked process that calls ``train`` with ``resume=Auto()`` and is ended by SIGKILL
+after a random time, whatever it is doing: preparing, in a step, or in the middle of a save.
+"""
+
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moesaic.checkpoint.load import load
+from moesaic.checkpoint.rundir import RunDir
+from moesaic.checkpoint.snapshot import Snapshot
+from moesaic.core.errors import UserError
+from moesaic.train.job import train
+from moesaic.train.resume import Auto
+from moesaic.train.run import Run
+
+TIMED = ("perf/", "time/", "mem/")  # metrics that tell how fast, not what
+
+
+@dataclass(frozen=True, slots=True)
+class Campaign:
+    """What a series of kills did. ``moments`` counts what the process was doing when it died."""
+
+    kills: int
+    lives: int
+    moments: dict[str, int]
+    seconds: float
+    differences: tuple[str, ...]
+
+
+def train_once(run: Run, out: Path) -> None:
+    """Train without interruption, in a process like those that will be killed."""
+    life = _start(run, out)
+    life.join()
+    if life.exitcode:
+        raise RuntimeError(f"the uninterrupted run ended with exit code {life.exitcode}")
+
+
+def kill_and_resume(run: Run, *, reference: Path, out: Path, kills: int, seed: int) -> Campaign:
+    """Kill a run ``kills`` times, let it finish, and compare it with the uninterrupted one.
+
+    A life that would finish before all kills are done is started over in a directory of its own,
+    so that every kill hits a process at work.
+    """
+    draw, moments, began = random.Random(seed), Counter[str](), time.monotonic()
+    whole = _seconds_of(run, out.with_name("timed"))
+    lives, round_, differences = 0, 0, []
+    here = out.with_name(f"{out.name}-{round_}")
+    while moments.total() < kills:
+        life = _start(run, here)
+        lives += 1
+        life.join(timeout=draw.uniform(0.0, 0.9 * whole))
+        if life.exitcode is None and life.pid is not None:
+            os.kill(life.pid, signal.SIGKILL)
+            life.join()
+            moments[_moment(RunDir(here))] += 1
+        elif life.exitcode:
+            differences.append(f"life {lives} ended with exit code {life.exitcode}")
+            break
+        else:
+            differences += compare(reference, here)
+            round_ += 1
+            here = out.with_name(f"{out.name}-{round_}")
+    train_once(run, here)
+    differences += compare(reference, here)
+    seconds = time.monotonic() - began
+    return Campaign(moments.total(), lives + 1, dict(moments), seconds, tuple(differences))
+
+
+def compare(left: Path, right: Path) -> list[str]:
+    """Return how two finished runs differ; nothing means bit for bit equal.
+
+    Weights, optimizer, random numbers, running sums, place in the data, and metrics but for times.
+    """
+    one, other = (load(RunDir(path).checkpoints) for path in (left, right))
+    found = list(_snapshot_differences(one, other))
+    if metric_rows(left) != metric_rows(right):
+        found.append("metrics.jsonl")
+    if RunDir(left).model.read_bytes() != RunDir(right).model.read_bytes():
+        found.append("model.safetensors")
+    if RunDir(left).routes.read_bytes() != RunDir(right).routes.read_bytes():
+        found.append("routes.json")
+    return [f"{right.name}: {difference}" for difference in found]
+
+
+def metric_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics of a run directory without those that depend on the clock."""
+    lines = RunDir(path).metrics.read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in rows]
+
+
+def _snapshot_differences(one: Snapshot, other: Snapshot) -> Iterator[str]:
+    if (one.step, one.state) != (other.step, other.state):
+        yield f"state at step {one.step} and {other.step}"
+    for name in sorted(one.files.keys() | other.files.keys()):
+        mine, theirs = one.files.get(name, {}), other.files.get(name, {})
+        for key in sorted(mine.keys() | theirs.keys()):
+            if key not in mine or key not in theirs or not torch.equal(mine[key], theirs[key]):
+                yield f"{name}: {key}"
+
+
+def _start(run: Run, out: Path) -> Any:
+    process = get_context("fork").Process(target=_live, args=(run, out))
+    process.start()
+    return process
+
+
+def _live(run: Run, out: Path) -> None:
+    torch.set_num_threads(1)
+    try:
+        train(run, out, resume=Auto())
+    except UserError as error:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "error.txt").write_text(str(error))
+        os._exit(2)
+    os._exit(0)
+
+
+def _seconds_of(run: Run, out: Path) -> float:
+    began = time.monotonic()
+    train_once(run, out)
+    return time.monotonic() - began
+
+
+def _moment(folder: RunDir) -> str:
+    if any(folder.checkpoints.glob(".*.part")) or any(folder.checkpoints.glob(".*.gone")):
+        return "in a save"
+    if not folder.tokenizer.is_file():
+        return "before the tokenizer"
+    return "in training" if folder.metrics.is_file() else "before the first step"

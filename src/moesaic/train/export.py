@@ -1,0 +1,48 @@
+"""Export: the weights and the card that make a run directory a model directory."""
+
+from moesaic.checkpoint.card import DataSource, ModelCard
+from moesaic.checkpoint.rundir import RunDir
+from moesaic.checkpoint.tensors import write_tensors
+from moesaic.core.files import write_whole
+from moesaic.core.units import show_count
+from moesaic.data.languages import language
+from moesaic.model.count import count
+from moesaic.train.run import Run
+from moesaic.train.trainer import Trainer
+from moesaic.train.weights import export_weights
+
+
+def export(trainer: Trainer, *, folder: RunDir, tokens: float) -> None:
+    """Write ``model.safetensors`` and the model card. Rank 0 only."""
+    write_tensors(folder.model, tensors=export_weights(trainer.model))
+    write_whole(folder.card, model_card(trainer, tokens=tokens).text())
+
+
+def model_card(trainer: Trainer, *, tokens: float) -> ModelCard:
+    """Return the facts of a trained model: its size, its text, and how far it was trained."""
+    run, best = trainer.run, trainer.journal.best
+    facts = {
+        "steps": f"{trainer.step:,}",
+        "tokens seen (both sides)": show_count(tokens),
+        "tasks": ", ".join(trainer.objective.categories.tasks),
+    }
+    if best.step:
+        facts["best validation loss"] = f"{best.loss:.3f} nats per token, at step {best.step:,}"
+    parts: dict[str, tuple[int, int]] = {}
+    for entry in count(run.model).entries:
+        total, active = parts.get(entry.part, (0, 0))
+        parts[entry.part] = (total + entry.size, active + round(entry.size * entry.used))
+    return ModelCard(
+        name=run.name,
+        languages=[language(code).bcp47 for code in trainer.objective.categories.languages],
+        licence="other",
+        parameters=parts,
+        sources=_sources(run),
+        facts=facts,
+        notes=["The licences of the training text are those of its sources, listed above."],
+    )
+
+
+def _sources(run: Run) -> list[DataSource]:
+    held = run.corpus.open().about["sources"]
+    return [DataSource(name, about["licence"], about["pairs"]) for name, about in held.items()]

@@ -1,0 +1,132 @@
+"""Train: one call from a run's config to a trained model in a directory."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moesaic.checkpoint.load import load
+from moesaic.checkpoint.rundir import RunDir
+from moesaic.checkpoint.same_config import require_same_config
+from moesaic.core.files import write_whole
+from moesaic.data.loader import Loader, Place
+from moesaic.dist.first import on_first
+from moesaic.dist.launch import join
+from moesaic.dist.world import World
+from moesaic.observe.console import Status
+from moesaic.observe.metrics import JsonlSink, Sink, Tee
+from moesaic.train.checks import check
+from moesaic.train.export import export
+from moesaic.train.hooks.checkpoint import SaveCheckpoints
+from moesaic.train.hooks.hook import Hook
+from moesaic.train.hooks.log import Log
+from moesaic.train.hooks.routes import WatchRoutes
+from moesaic.train.hooks.validate import Validate
+from moesaic.train.loop import loop
+from moesaic.train.prepare import Prepared, prepare
+from moesaic.train.randomness import seed_rank
+from moesaic.train.result import Result
+from moesaic.train.resume import ANEW, FREE, Resume
+from moesaic.train.run import Run
+from moesaic.train.trainer import Trainer
+from moesaic.train.watch import MakeBoard, on_terminal, silent
+
+
+def train(
+    run: Run,
+    out: Path | str,
+    *,
+    resume: Resume = ANEW,
+    until: int | None = None,
+    hooks: Sequence[Hook] = (),
+    board: MakeBoard = on_terminal,
+) -> Result:
+    """Train ``run`` in the directory ``out``, alone or as one rank under torchrun.
+
+    ``until`` stops after that step (the schedule still aims at ``run.steps``); ``hooks`` come after
+    our own; ``board`` makes what a person watches. Raises UserError: a config that cannot work, a
+    directory that holds another run, a corpus that cannot be read, a full disk, too many steps
+    that are not finite.
+    """
+    check(run)
+    folder, began = RunDir(Path(out)), time.monotonic()
+    with join() as world:
+        losses = tuple(f"train/loss/{weighted.task.name}" for weighted in run.mixture.tasks)
+        shown = (board if world.rank == 0 else silent)(Status(steps=run.steps, losses=losses))
+        start = on_first(world, lambda: _open(folder, run=run, resume=resume))
+        for sentence in start["skipped"]:
+            shown.note(f"skipped {sentence}")
+        prepared = prepare(run, folder=folder, world=world, say=shown.note)
+        trainer = make_trainer(run, prepared=prepared, world=world)
+        own = standard_hooks(trainer, folder=folder)
+        if start["path"] is not None:
+            trainer.restore(load(Path(start["path"])))
+            shown.note(f"resuming after step {trainer.step:,}, from {start['path']}")
+        log = Log(sink=_sink(trainer, folder=folder), board=shown)
+        save = SaveCheckpoints(folder.checkpoints, flush=log.flush)
+        try:
+            until = min(until or run.steps, run.steps)
+            ending = loop(trainer, hooks=[*own, log, *hooks, save], until=until)
+            tokens = trainer.meters.total_tokens(world)
+            on_first(world, lambda: export(trainer, folder=folder, tokens=tokens))
+        finally:
+            trainer.data.close()
+            log.close()
+        if ending.startswith("SIG"):
+            shown.note(f"{ending}: saved after step {trainer.step:,}. {_way_on(folder)}")
+        return Result(
+            out=folder.path,
+            steps=trainer.step,
+            tokens=int(tokens),
+            seconds=time.monotonic() - began,
+            metrics=dict(trainer.journal.newest),
+            stopped=ending,
+        )
+
+
+def make_trainer(run: Run, *, prepared: Prepared, world: World) -> Trainer:
+    """Return a trainer at step 0: the same weights on every rank, random numbers of its own."""
+    torch.manual_seed(run.seed)
+    model = run.model.build().to(world.device)
+    seed_rank(run.seed, world=world)
+    data = Loader(
+        prepared.shards,
+        tokenizer=prepared.tokenizer,
+        mixture=run.mixture,
+        config=run.loader,
+        seed=run.seed,
+        place=Place(world.rank, world.size),
+    )
+    return Trainer(run, model=model, data=data, world=world)
+
+
+def standard_hooks(trainer: Trainer, *, folder: RunDir) -> list[Hook]:
+    """Return what every run does around its steps, before the rows of metrics are written."""
+    return [Validate(), WatchRoutes(folder.routes, trainer=trainer)]
+
+
+def _open(folder: RunDir, *, run: Run, resume: Resume) -> dict[str, Any]:
+    """Make the run directory ready, on rank 0: where to start from, and what was passed over."""
+    path, skipped = resume.start(folder), resume.skipped(folder)
+    if path is not None:
+        saved = load(path).state["config"]
+        require_same_config(saved, current=run.plain(), where=path, free=FREE)
+        tokenizer = RunDir(path.parent.parent).tokenizer
+        if not folder.tokenizer.is_file() and tokenizer.is_file():
+            write_whole(folder.tokenizer, tokenizer.read_bytes())
+    write_whole(folder.config, run.to_yaml())
+    return {"path": None if path is None else str(path), "skipped": list(skipped)}
+
+
+def _sink(trainer: Trainer, *, folder: RunDir) -> Sink:
+    if trainer.world.rank:
+        return Tee()
+    rows = JsonlSink(folder.metrics)
+    rows.truncate_after(trainer.step)
+    return Tee([rows, *(s.open(folder, step=trainer.step) for s in trainer.run.log.also)])
+
+
+def _way_on(folder: RunDir) -> str:
+    return f"Continue with: moesaic train --resume {folder.path}"

@@ -1,0 +1,20 @@
+"""MetricsSink: where rows of metrics go besides ``metrics.jsonl``."""
+
+from moesaic.checkpoint.rundir import RunDir
+from moesaic.core.config import Choice
+from moesaic.observe.metrics import Sink, TensorBoardSink
+
+
+class MetricsSink(Choice):
+    """Family of optional sinks."""
+
+    def open(self, folder: RunDir, *, step: int) -> Sink:
+        """Return the sink of a run that starts after ``step``. Raises UserError if it cannot."""
+        raise NotImplementedError
+
+
+class TensorBoard(MetricsSink):
+    """Event files under the run directory; needs ``pip install "moesaic[tb]"``."""
+
+    def open(self, folder: RunDir, *, step: int) -> Sink:
+        return TensorBoardSink(folder.tensorboard, purge_after=step)
