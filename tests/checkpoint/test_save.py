@@ -174,16 +174,20 @@ class FullDisk(Disk):
         super().write(path, pieces=passing())
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+REFUSALS = {
+    errno.ENOSPC: r"disk is full: it needs 1\.\d+ MiB, free are .* intact.*Free some space",
+    errno.EDQUOT: r"quota is used up: it needs 1\.\d+ MiB, free are .* intact",
+    errno.EIO: r"Input/output error.* intact.*can be written",
+}
+
+
+@pytest.mark.parametrize("code", REFUSALS, ids=errno.errorcode.get)
 def test_a_disk_that_refuses_at_any_byte_loses_nothing(tmp_path, code):
     save(tmp_path, snapshot(1))
     before = names(tmp_path)
     for room in range(0, 1400, 100):
-        with pytest.raises(
-            CheckpointError, match=r"needs 1\.\d+ MiB, .* free\. .* intact"
-        ) as caught:
+        with pytest.raises(CheckpointError, match=REFUSALS[code]):
             save(tmp_path, snapshot(2), disk=FullDisk(room, code))
-        assert ("full" in str(caught.value)) == (code == errno.ENOSPC)
         assert names(tmp_path) == before
         assert same(load(tmp_path), snapshot(1))
 
@@ -194,9 +198,7 @@ class SmallDisk(Disk):
 
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path):
-    with pytest.raises(
-        CheckpointError, match=r"disk is full: a checkpoint needs 1.*1000 B are free"
-    ):
+    with pytest.raises(CheckpointError, match=r"disk is full: it needs 1.*free are 1000 B"):
         save(tmp_path, snapshot(1), disk=SmallDisk())
     assert names(tmp_path) == []
 

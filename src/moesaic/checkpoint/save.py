@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -148,15 +149,17 @@ def _serial(directory: Path) -> int:
 def _failure(
     error: OSError, *, final: Path, part: Path, needed: int, disk: Disk
 ) -> CheckpointError:
-    why = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        why = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
-    try:
+    free = "unknown"
+    with suppress(OSError):
         disk.remove(part)
-        free = f"{show_bytes(disk.free_bytes(final.parent))} are free"
-    except OSError as second:
-        free = f"the free space is unknown ({second.strerror})"
+        free = show_bytes(disk.free_bytes(final.parent))
+    full = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+    if error.errno in full:
+        why = f"{full[error.errno]}: it needs {show_bytes(needed)}, free are {free}"
+        way_out = "Free some space, keep fewer checkpoints, or use another directory."
+    else:
+        why = error.strerror or str(error)
+        way_out = "Check that the directory can be written, or use another one."
     return CheckpointError(
-        f"{final}: saving failed, {why}: a checkpoint needs {show_bytes(needed)}, {free}. Earlier "
-        "checkpoints are intact. Free some space, keep fewer checkpoints, or use another directory."
+        f"{final}: saving failed, {why}. Earlier checkpoints are intact. {way_out}"
     )

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TextIO
+from typing import Protocol, TextIO, runtime_checkable
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -41,6 +41,7 @@ class Status:
     seconds_left: float | None = None
 
 
+@runtime_checkable
 class Board(Protocol):
     """Told of every step; shows itself when it is time."""
 

@@ -9,13 +9,14 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from moesaic.core.errors import UserError
 
 Row = Mapping[str, float]
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Takes one row per step, in order."""
 

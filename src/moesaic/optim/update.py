@@ -7,13 +7,14 @@ into the parameter afterwards, so that small updates are not lost.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from moesaic.core.shapes import Tensor
 
 
+@runtime_checkable
 class Rule(Protocol):
     """How a group of tensors follows its gradients. Holds no tensors."""
 
