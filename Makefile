@@ -53,7 +53,7 @@ lint: $(DEV)     ## check format and lint
 	$(BIN)/ruff check .
 
 type: $(DEV)     ## check types
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 layers: $(DEV)   ## check that imports go downward only
 	$(BIN)/lint-imports

@@ -35,6 +35,7 @@ def closure(root: str) -> dict[str, str]:
 
 
 def main() -> None:
+    """Print constraints.txt."""
     print("# Exact versions, written by `make pins`; `make setup` installs under them.")
     for name, version in sorted(closure("moesaic[dev]").items()):
         if name != "moesaic":
