@@ -62,7 +62,7 @@ def demo(
     phases.say(f"{corpus.name}: {corpus.about['pairs']:,} pairs, {len(corpus.languages)} languages")
     phases.end("data")
     phases.start("2/4  training: translation and denoising")
-    result = train(run, out, resume=Auto(), say=phases.say)
+    result = train(run, out, resume=Auto())
     phases.end("train")
     if result.exit_code:
         talk.print("stopped; the same command goes on from here")

@@ -6,14 +6,15 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
-from moesaic.cli.common import Json, Set, answer, talk, verb_app
+from moesaic.cli.common import Json, Set, answer, verb_app
+from moesaic.core.errors import UserError
 from moesaic.core.units import show_count, show_seconds
 from moesaic.recipes.find import find
 from moesaic.train.job import train as run_training
 from moesaic.train.result import Result
 from moesaic.train.resume import Auto, Fresh, From, Resume
+from moesaic.train.watch import on_terminal, silent
 
 app = verb_app()
 
@@ -21,28 +22,35 @@ app = verb_app()
 @app.command()
 def train(
     which: Annotated[
-        str, typer.Argument(metavar="RECIPE|CONFIG", help="A recipe, a config.yaml or a run.")
-    ],
+        str | None, typer.Argument(metavar="[RECIPE|CONFIG]", help="A recipe or a config.yaml.")
+    ] = None,
     *,
     changes: Set = None,
     out: Annotated[Path | None, typer.Option(help="The run directory [runs/NAME].")] = None,
     resume: Annotated[
-        str | None, typer.Option(metavar="auto|DIR", help="Continue: from --out, or from DIR.")
+        str | None, typer.Option(metavar="auto|DIR", help="Go on in --out (auto), or from DIR.")
     ] = None,
     until: Annotated[int | None, typer.Option(help="Stop after this step; resume later.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No table and no lines.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train. Ctrl-C saves and says how to go on; the same command with --resume auto goes on.
 
     Example: [cyan]moesaic train demo --set steps=200 --out runs/mine[/]
 
+    Go on: [cyan]moesaic train --resume runs/mine[/]
+
     On several processes: [cyan]torchrun --nproc-per-node 2 -m moesaic train demo[/]
     """
-    run = find(which, changes=changes or [])
-    folder = out or Path("runs") / run.name
-    result = run_training(run, folder, resume=resume_from(resume), until=until, say=_say)
+    if which is None and resume in (None, "auto"):
+        raise UserError("what is to be trained? name a recipe, a config.yaml, or --resume DIR")
+    run = find(which or str(resume), changes=changes or [])
+    folder = out or (Path("runs") / run.name if which else Path(str(resume)))
+    result = run_training(
+        run, folder, resume=resume_from(resume), until=until, board=silent if quiet else on_terminal
+    )
     value = asdict(result) | {"out": str(result.out)}
-    answer(value, as_json=as_json, show=lambda console: _show(result, which, console))
+    answer(value, as_json=as_json, show=lambda console: _show(result, console))
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 
@@ -54,11 +62,7 @@ def resume_from(text: str | None) -> Resume:
     return Auto() if text == "auto" else From(path=text)
 
 
-def _say(sentence: str) -> None:
-    talk.print(f"[dim]{escape(sentence)}[/]", highlight=False)
-
-
-def _show(result: Result, which: str, console: Console) -> None:
+def _show(result: Result, console: Console) -> None:
     speed = result.tokens / max(result.seconds, 1e-9)
     console.print(
         f"[bold]{result.out}[/]: {result.stopped} after step {result.steps:,}, "
@@ -69,7 +73,6 @@ def _show(result: Result, which: str, console: Console) -> None:
     if result.stopped == "finished":
         console.print(f"next: moesaic eval {result.out}", highlight=False)
     else:
-        again = f"moesaic train {which} --out {result.out} --resume auto"
-        console.print(f"to go on: {again}", highlight=False)
+        console.print(f"to go on: moesaic train --resume {result.out}", highlight=False)
 
 

@@ -3,11 +3,12 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from moesaic.cli.common import Json, RunPath, answer, talk, verb_app
 from moesaic.core.errors import DataError
@@ -46,7 +47,10 @@ def translate(
         talk.print(f"[yellow]{cut} line(s) were longer than the model reads and were cut[/]")
     rows = [asdict(t) for t in done]
     if experts:
-        traces = [translator.experts(t.source, translation=t.text, source=source, target=target) for t in done]
+        traces = [
+            translator.experts(line, translation=t.text, source=source, target=target)
+            for line, t in zip(lines, done, strict=True)
+        ]
         rows = [row | {"experts": trace.plain()} for row, trace in zip(rows, traces, strict=True)]
     answer({"translations": rows}, as_json=as_json, show=lambda console: _show(done, rows, console))
 
@@ -68,10 +72,22 @@ def _lines(file: Path | None) -> list[str]:
         raise DataError(f"standard input is not UTF-8: {error}") from error
 
 
-def _show(done: list[Translation], rows: list[dict], console: Console) -> None:
+def _show(done: list[Translation], rows: list[dict[str, Any]], console: Console) -> None:
     for translation, row in zip(done, rows, strict=True):
         sys.stdout.write(translation.text + "\n")
-        for text, score in translation.alternatives:
-            console.print(f"  [dim]{score:7.3f}[/]  {escape(text)}", highlight=False)
-        if "experts" in row:
-            console.print(f"  [dim]{row['experts']}[/]", highlight=False)
+        if len(translation.alternatives) > 1:
+            for other in translation.alternatives:
+                line = f"  [dim]{other.score:7.3f}[/]  {escape(other.text)}"
+                console.print(line, highlight=False)
+        for side in row.get("experts", {}).values():
+            _show_side(side, console)
+
+
+def _show_side(side: dict[str, Any], console: Console) -> None:
+    """One row of tokens, then a row of experts for each MoE layer."""
+    table = Table(box=None, padding=(0, 1), show_header=False)
+    table.add_row("", *(f"[bold]{escape(token)}[/]" for token in side["tokens"]))
+    for layer, rows in side["layers"].items():
+        used = ("+".join(str(expert) for expert, _ in visits) or "-" for visits in rows)
+        table.add_row(f"[dim]{layer}[/]", *(f"[cyan]{experts}[/]" for experts in used))
+    console.print(table)

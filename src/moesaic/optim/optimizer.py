@@ -8,6 +8,7 @@ import math
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
@@ -91,8 +92,8 @@ class MatchAdamW(UpdateScale):
 
 
 class Spectral(UpdateScale):
-    """``sqrt(max(1, M / N))``: the original Muon, for weights stored as ``[out, in]``, with
-    learning rates near 0.02 (kellerjordan.github.io/posts/muon).
+    """``sqrt(max(1, out / in))``: the original Muon, with learning rates near 0.02
+    (kellerjordan.github.io/posts/muon).
     """
 
     def __call__(self, rows: int, columns: int) -> float:
@@ -117,8 +118,14 @@ class Muon(Optimizer):
     def assign(self, parameter: nn.Parameter, *, kind: str) -> dict[str, Any]:
         if (kind, parameter.ndim) not in (("matrix", 2), ("expert", 3)):
             return self.adamw.assign(parameter, kind=kind)
-        rule = MuonRule(self.momentum, self.steps, self.scale)
+        # a matrix is stored [out, in], a bank of experts [E, in, out]
+        scale = self.scale if kind == "matrix" else partial(_turned, self.scale)
+        rule = MuonRule(self.momentum, self.steps, scale)
         return _group(f"muon/{kind}", rule, lr=self.lr, decay=self.weight_decay)
+
+
+def _turned(scale: UpdateScale, rows: int, columns: int) -> float:
+    return scale(columns, rows)
 
 
 def _group(name: str, rule: Rule, *, lr: float, decay: float) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.feed_forward import FeedForward
 from moesaic.nn.norm import LayerNorm
 from moesaic.optim.optimizer import AdamW, Muon
+from moesaic.optim.schedule import WSD
 from moesaic.recipes.registry import RECIPES
 from moesaic.train.run import Checkpoints, Log, Run, Validation
 from moesaic.train.source import Catalogue
@@ -36,6 +37,7 @@ def tiny() -> Run:
         loader=LoaderConfig(batch_tokens=2048, max_source=48, max_target=48),
         model=_model(encoder=2),
         optimizer=Muon(lr=0.03, adamw=AdamW(lr=5e-3)),
+        schedule=WSD(warmup=10, decay=0.4),
         steps=200,
         checkpoint=Checkpoints(every=50, keep=2),
         validation=Validation(every=50, rows=64),

@@ -21,6 +21,7 @@ from moesaic.model.config import TransformerConfig
 from moesaic.model.generate import UNSAYABLE, generate
 from moesaic.model.search import Greedy, Hypothesis, Search
 from moesaic.model.transformer import Transformer
+from moesaic.model.weights import restore_weights
 from moesaic.serve.trace import Side, Trace, visits
 
 
@@ -242,10 +243,6 @@ def _config(run: RunDir) -> dict[str, object]:
 
 def _load(model: Transformer, tensors: dict[str, Tensor], *, where: Path) -> None:
     try:
-        keys = model.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f"{where}: the weights do not fit config.yaml: {error}") from error
-    problems = [f"{name} is missing" for name in keys.missing_keys]
-    problems += [f"{name} is not in this model" for name in keys.unexpected_keys]
-    if problems:
-        raise CheckpointError(f"{where}: does not fit config.yaml: {'; '.join(problems[:4])}")
+        restore_weights(model, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where} and config.yaml beside it: {error}") from error
