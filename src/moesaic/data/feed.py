@@ -1,0 +1,270 @@
+"""Feed: from a position in a run's data to the batches that follow it, for one rank.
+
+A window of consecutive draws is planned from lengths alone, the same on every rank; a rank then
+reads and pads only its own rows. Letters: N draws of a window, M streams, B rows of a batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from moesaic.core.config import Config
+from moesaic.core.errors import ConfigError, DataError
+from moesaic.data.batch import Batch
+from moesaic.data.counter import mix
+from moesaic.data.layout import EncoderDecoder, Layout, Lengths, Samples
+from moesaic.data.mixture import Draws, Mixture
+from moesaic.data.permute import permute
+from moesaic.data.plan import cut, share
+from moesaic.data.ragged import Ints, Ragged
+from moesaic.data.shards import Shards
+from moesaic.data.tasks import Stream
+from moesaic.data.tokenizer import Tokenizer
+
+_NOISE, _TIE, _ORDER, _HELD_OUT = 21, 22, 23, 24
+_EMPTY_WINDOWS = 100
+
+
+class LoaderConfig(Config):
+    """How rows become batches. Lengths and areas are in tokens, special tokens included."""
+
+    batch_tokens: Annotated[
+        int,
+        Field(ge=8, description="largest rows * (longest source + longest target), over all ranks"),
+    ] = 4096
+    window: Annotated[int, Field(ge=1, description="draws that are sorted by length together")] = (
+        16384
+    )
+    max_source: Annotated[
+        int, Field(ge=4, description="a row with a longer source is skipped, counted")
+    ] = 256
+    max_target: Annotated[
+        int, Field(ge=4, description="a row with a longer target is skipped, counted")
+    ] = 256
+    layout: Layout = EncoderDecoder()
+    prefetch: Annotated[
+        int, Field(ge=0, description="batches made early by a thread; 0: no thread")
+    ] = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which of ``world`` data ranks this is. No place changes what a global batch holds."""
+
+    rank: int = 0
+    world: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a run is in its data: batch ``batch`` of the window that starts at draw ``first``.
+
+    ``counts`` and ``skipped`` [M] are draws, and over-long rows among them, before the window.
+    """
+
+    first: int
+    batch: int
+    counts: Ints
+    skipped: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Planned rows: their streams, texts and lengths [N], and the rows of each batch in order."""
+
+    stream: Ints
+    source: Ints
+    target: Ints
+    key: Ints
+    lengths: Lengths
+    batches: tuple[Ints, ...]
+    skipped: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """A batch, the position after it, and the draws and skips so far, its whole window included."""
+
+    batch: Batch
+    after: Position
+    counts: Ints
+    skipped: Ints
+
+
+class Feed:
+    """See the module's first lines. Frozen: all state is in ``Position``."""
+
+    def __init__(
+        self, shards: Shards, *, tokenizer: Tokenizer, mixture: Mixture, config: LoaderConfig
+    ) -> None:
+        _check(shards, tokenizer=tokenizer, config=config)
+        self.shards, self.mixture, self.config = shards, mixture, config
+        self._tokenizer = tokenizer
+
+    def start(self) -> Position:
+        counts = self.mixture.start()
+        return Position(0, 0, counts, counts)
+
+    def follow(self, position: Position, *, place: Place) -> Iterator[Handed]:
+        """Yield this rank's part of every global batch from ``position`` on, without end.
+
+        Raises DataError when window after window holds nothing but over-long rows.
+        """
+        labels, empty = self._labels(self.mixture.streams, self.mixture.task_of), 0
+        while True:
+            draws = self.mixture.draw(
+                position.first, count=self.config.window, counts=position.counts
+            )
+            window = self._training_window(draws)
+            counts = self.mixture.after(draws, counts=position.counts)
+            skipped = position.skipped + window.skipped
+            empty = 0 if window.batches else empty + 1
+            if empty == _EMPTY_WINDOWS:
+                raise DataError(self._nothing_fits(empty * self.config.window))
+            for b in range(position.batch, len(window.batches)):
+                batch = self._batch(window, b, labels=labels, place=place)
+                yield Handed(batch, replace(position, batch=b + 1), counts, skipped)
+            position = Position(position.first + self.config.window, 0, counts, skipped)
+
+    def held_out(self, split: str, *, rows: int | None, place: Place) -> Iterator[Batch]:
+        """Yield this rank's part of every batch of a split: the same ones in every call.
+
+        At most ``rows`` rows of a stream are taken, chosen by hash. Batches come in mixed lengths.
+        """
+        streams, task_of = [], []
+        for t, task in enumerate(self.mixture.tasks):
+            found = task.streams(self.shards, languages=self._tokenizer.languages, split=split)
+            found = [stream for stream in found if stream.size]
+            streams, task_of = streams + found, task_of + [t] * len(found)
+        sizes = [min(s.size, rows or s.size) for s in streams]
+        stream = np.repeat(np.arange(len(streams)), sizes)
+        turn = Ragged.gather(
+            np.arange(max(sizes, default=0)),
+            starts=np.zeros(len(sizes)),
+            lengths=np.array(sizes, dtype=np.int64),
+        ).tokens
+        whole = np.array([s.size for s in streams], dtype=np.int64)[stream]
+        index = permute(turn, size=whole, key=mix(_HELD_OUT, stream))
+        draws = Draws(mix(_HELD_OUT, stream, index), stream, index)
+        window = self._window(draws, streams, np.array(task_of, dtype=np.int64))
+        labels = self._labels(streams, np.array(task_of, dtype=np.int64))
+        for b in range(len(window.batches)):
+            yield self._batch(window, b, labels=labels, place=place)
+
+    def _training_window(self, draws: Draws) -> Window:
+        return self._window(draws, self.mixture.streams, self.mixture.task_of)
+
+    def _window(self, draws: Draws, streams: Sequence[Stream], task_of: Ints) -> Window:
+        source, target = _texts(draws, streams)
+        text = Lengths(self.shards.lengths(source), self.shards.lengths(target))
+        read = text.source.copy()
+        for t, task in enumerate(self.mixture.tasks):
+            mine = task_of[draws.stream] == t
+            read[mine] = task.longest_source(text.source[mine])
+        lengths = self.config.layout.lengths(read, target=text.target)
+        fits = lengths.source <= self.config.max_source
+        fits &= lengths.target <= self.config.max_target
+        over = np.bincount(draws.stream[~fits], minlength=len(streams))
+        seed = self.mixture.seed
+        kept = Lengths(lengths.source[fits], lengths.target[fits])
+        key = mix(seed, _TIE, draws.number[fits])
+        batches = cut(kept, batch_tokens=self.config.batch_tokens, key=key)
+        first = draws.number[0] if len(draws) else 0
+        order = np.argsort(mix(seed, _ORDER, first, np.arange(len(batches))))
+        return Window(
+            stream=draws.stream[fits],
+            source=source[fits],
+            target=target[fits],
+            key=mix(seed, _NOISE, draws.number[fits]),
+            lengths=kept,
+            batches=tuple(batches[i] for i in order),
+            skipped=over,
+        )
+
+    def _batch(self, window: Window, number: int, *, labels: "_Labels", place: Place) -> Batch:
+        whole = window.batches[number]
+        rows = share(whole, rank=place.rank, world=place.world)
+        # rows of one task side by side: each task then makes its sources in one go
+        rows = rows[np.argsort(labels.task[window.stream[rows]], kind="stable")]
+        stream = window.stream[rows]
+        task = labels.task[stream]
+        texts, key = self.shards.gather(window.source[rows]), window.key[rows]
+        edges = np.searchsorted(task, np.arange(len(self.mixture.tasks) + 1))
+        source = Ragged.join(
+            [
+                one.source_rows(texts.slice(start, stop), key=key[start:stop])
+                for one, start, stop in zip(
+                    self.mixture.tasks, edges[:-1].tolist(), edges[1:].tolist(), strict=True
+                )
+                if stop > start
+            ]
+        )
+        samples = Samples(
+            source=source,
+            target=self.shards.gather(window.target[rows]),
+            task=task,
+            source_language=labels.source_language[stream],
+            target_language=labels.target_language[stream],
+            source_tag=labels.source_tag[stream],
+            target_tag=labels.target_tag[stream],
+        )
+        empty = Lengths(window.lengths.source[whole], window.lengths.target[whole])
+        return self.config.layout.batch(samples, empty=empty)
+
+    def _labels(self, streams: Sequence[Stream], task_of: Ints) -> "_Labels":
+        place = {code: i for i, code in enumerate(self._tokenizer.languages)}
+        tag = self._tokenizer.tag
+        ends = [(s.source_language, s.target_language) for s in streams]
+        columns = np.array(
+            [(place[s], place[t], tag(s), tag(t)) for s, t in ends], dtype=np.int64
+        ).reshape(-1, 4)
+        return _Labels(task_of, *columns.T)
+
+    def _nothing_fits(self, draws: int) -> str:
+        return (
+            f"none of {draws} rows drawn fits loader.max_source={self.config.max_source} and "
+            f"max_target={self.config.max_target}; raise them"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Labels:
+    """What each stream's rows are labelled with [M]."""
+
+    task: Ints
+    source_language: Ints
+    target_language: Ints
+    source_tag: Ints
+    target_tag: Ints
+
+
+def _texts(draws: Draws, streams: Sequence[Stream]) -> tuple[Ints, Ints]:
+    """Return the text numbers [N] of both sides, reading each stream's rows in one go."""
+    source, target = np.zeros((2, len(draws)), dtype=np.int64)
+    order = np.argsort(draws.stream, kind="stable")
+    present, starts = np.unique(draws.stream[order], return_index=True)
+    for m, rows in zip(present, np.split(order, starts[1:]), strict=True):
+        source[rows], target[rows] = streams[m].rows.texts(draws.index[rows])
+    return source, target
+
+
+def _check(shards: Shards, *, tokenizer: Tokenizer, config: LoaderConfig) -> None:
+    if shards.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            f"{shards.path} was written with another tokenizer (its fingerprint starts "
+            f"{shards.tokenizer_fingerprint[:8]}, this one's {tokenizer.fingerprint[:8]}); "
+            "write the shards again with this one"
+        )
+    zero = np.zeros(1, dtype=np.int64)
+    reads = config.layout.lengths(zero, target=zero).source[0] > 0
+    longest = config.max_target + (config.max_source if reads else 0)
+    if longest > config.batch_tokens:
+        raise ConfigError(
+            [
+                f"loader.batch_tokens: found {config.batch_tokens}, expected at least the longest "
+                f"row that the limits allow, {longest}"
+            ]
+        )

@@ -1,0 +1,147 @@
+"""Loader: an endless iterator of batches that stops and continues at the exact next one.
+
+Every rank makes its own part of the same global batches; the union over ranks is the same for any
+number of them, so a run may resume on another number of ranks.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moesaic.core.errors import CheckpointError, ConfigError
+from moesaic.data.background import Background
+from moesaic.data.batch import Batch
+from moesaic.data.feed import Feed, Handed, LoaderConfig, Place, Position
+from moesaic.data.mixture import Mixture, MixtureConfig, Share
+from moesaic.data.shards import Shards
+from moesaic.data.tokenizer import Tokenizer
+
+__all__ = ["Loader", "LoaderConfig", "Place"]
+
+STATE_FORMAT = 1
+_ALONE = Place()
+
+
+class Loader:
+    """See the module's first lines. ``with`` or ``close()`` ends its thread."""
+
+    def __init__(
+        self,
+        shards: Shards,
+        *,
+        tokenizer: Tokenizer,
+        mixture: MixtureConfig,
+        config: LoaderConfig,
+        seed: int,
+        place: Place = _ALONE,
+    ) -> None:
+        """Raises ConfigError or DataError where the parts do not fit together."""
+        if not 0 <= place.rank < place.world:
+            raise ConfigError([f"rank {place.rank} is not one of {place.world} ranks"])
+        self.languages = tokenizer.languages
+        mixed = Mixture(mixture, shards=shards, languages=tokenizer.languages, seed=seed)
+        self.tasks = mixed.task_names
+        self._feed = Feed(shards, tokenizer=tokenizer, mixture=mixed, config=config)
+        self._place = place
+        self._fingerprint = _fingerprint(shards, mixture=mixture, config=config, seed=seed)
+        self._ahead: Iterator[Handed] | None = None
+        self._move(self._feed.start())
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._ahead is None:
+            self._ahead = self._follow()
+        handed = next(self._ahead)
+        self._position, self._seen = handed.after, _Seen(handed.counts, handed.skipped)
+        return handed.batch
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the thread. The next batch asked for starts another: nothing is lost."""
+        ahead, self._ahead = self._ahead, None
+        if isinstance(ahead, Background):
+            ahead.close()
+
+    def state(self) -> dict[str, Any]:
+        """Return the place of the next batch not yet handed out, as JSON holds it."""
+        at = self._position
+        return {
+            "format": STATE_FORMAT,
+            "fingerprint": self._fingerprint,
+            "first": at.first,
+            "batch": at.batch,
+            "counts": at.counts.tolist(),
+            "skipped": at.skipped.tolist(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken, on any number of ranks.
+
+        Raises CheckpointError if the corpus, tokenizer, mixture, seed or loader settings differ.
+        """
+        if state.get("format") != STATE_FORMAT or state.get("fingerprint") != self._fingerprint:
+            raise CheckpointError(
+                "the saved place in the data is of another corpus, tokenizer, mixture, seed or "
+                f"loader config (found {str(state.get('fingerprint'))[:8]}, expected "
+                f"{self._fingerprint[:8]}); continue with the config it was saved with"
+            )
+        self.close()
+        arrays = (np.array(state[name], dtype=np.int64) for name in ("counts", "skipped"))
+        self._move(Position(int(state["first"]), int(state["batch"]), *arrays))
+
+    def expected(self) -> list[Share]:
+        """Return a line per stream: its weight, and the frequency drawn so far."""
+        return self._feed.mixture.shares(self._seen.counts)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Rows left out because they are over the length limits, by direction."""
+        found: dict[str, int] = {}
+        for stream, count in zip(self._feed.mixture.streams, self._seen.skipped, strict=True):
+            name = f"{stream.source_language}-{stream.target_language}"
+            if count:
+                found[name] = found.get(name, 0) + int(count)
+        return found
+
+    def valid_batches(self, split: str = "valid", *, rows: int | None = None) -> Iterator[Batch]:
+        """Yield this rank's part of a held-out split once; every call yields the same.
+
+        At most ``rows`` rows are taken of each task and direction, chosen by hash; the noise of
+        denoising is the same in every call too.
+        """
+        return self._feed.held_out(split, rows=rows, place=self._place)
+
+    def _follow(self) -> Iterator[Handed]:
+        made = self._feed.follow(self._position, place=self._place)
+        ahead = self._feed.config.prefetch
+        return Background(made, ahead=ahead) if ahead else made
+
+    def _move(self, position: Position) -> None:
+        self._position = position
+        self._seen = _Seen(position.counts, position.skipped)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    counts: np.ndarray
+    skipped: np.ndarray
+
+
+def _fingerprint(shards: Shards, *, mixture: MixtureConfig, config: LoaderConfig, seed: int) -> str:
+    # the thread decides when batches are made, never which
+    parts = [shards.fingerprint, mixture.plain(), config.replace(prefetch=0).plain(), seed]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,83 @@
+"""Ragged: many short rows of tokens in one flat array, so that a batch is a few array operations.
+
+Letters: B rows, N tokens of all rows together, L length of the longest row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Ints: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """``tokens[N]`` int64, and ``lengths[B]`` int64 that sum to N."""
+
+    tokens: Ints
+    lengths: Ints
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]]) -> "Ragged":
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        flat = [token for row in rows for token in row]
+        return cls(np.array(flat, dtype=np.int64), lengths)
+
+    @classmethod
+    def gather(cls, tokens: Ints, *, starts: Ints, lengths: Ints) -> "Ragged":
+        """Read the rows ``tokens[start : start + length]`` in one go."""
+        lengths = lengths.astype(np.int64)
+        where = np.repeat(starts.astype(np.int64) - _before(lengths), lengths)
+        return cls(tokens[where + np.arange(where.size)].astype(np.int64), lengths)
+
+    @classmethod
+    def empty(cls, rows: int) -> "Ragged":
+        return cls(np.zeros(0, dtype=np.int64), np.zeros(rows, dtype=np.int64))
+
+    @classmethod
+    def join(cls, parts: Sequence["Ragged"]) -> "Ragged":
+        """Put the rows of all parts below each other."""
+        if not parts:
+            return cls.empty(0)
+        return cls(
+            np.concatenate([p.tokens for p in parts]), np.concatenate([p.lengths for p in parts])
+        )
+
+    def __len__(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
+    def starts(self) -> Ints:
+        return _before(self.lengths)
+
+    @property
+    def row(self) -> Ints:
+        """The row of every token [N]."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    @property
+    def position(self) -> Ints:
+        """The place of every token in its row [N]."""
+        return np.arange(self.tokens.size) - np.repeat(self.starts, self.lengths)
+
+    def slice(self, start: int, stop: int) -> "Ragged":
+        """Return rows ``start`` to ``stop`` (a view)."""
+        ends = np.cumsum(self.lengths)
+        first = int(ends[start - 1]) if start else 0
+        last = int(ends[stop - 1]) if stop else 0
+        return Ragged(self.tokens[first:last], self.lengths[start:stop])
+
+    def keep(self, chosen: Ints) -> "Ragged":
+        """Return the rows with only the tokens where ``chosen[N]`` is true."""
+        return Ragged(
+            self.tokens[chosen], np.bincount(self.row[chosen], minlength=len(self)).astype(np.int64)
+        )
+
+    def rows(self) -> list[list[int]]:
+        return [part.tolist() for part in np.split(self.tokens, np.cumsum(self.lengths)[:-1])]
+
+
+def _before(lengths: Ints) -> Ints:
+    return np.cumsum(lengths) - lengths

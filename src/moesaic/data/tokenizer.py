@@ -1,0 +1,143 @@
+"""Tokenizer: text to ids and back without loss, for every script, with one tag per language.
+
+Ids are laid out as: ``<pad> <s> </s> <unk> <mask>``, one ``<deu_Latn>`` tag per language, 256
+bytes, the learned pieces, and ``<unused_i>`` up to exactly ``vocab_size``. A character outside the
+learned alphabet falls back to its UTF-8 bytes (SentencePiece's byte fallback, arXiv:1808.06226), so
+``decode(encode(text)) == text`` for any text, and ``<unk>`` is never produced.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tokenizers import Tokenizer as HfTokenizer
+
+from moesaic.core.errors import DataError, nearest
+from moesaic.core.files import write_whole
+from moesaic.data.batch import PAD
+
+__all__ = ["BOS", "EOS", "MASK", "PAD", "SPECIALS", "UNK", "Tokenizer", "tag_text"]
+
+BOS, EOS, UNK, MASK = 1, 2, 3, 4
+SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
+
+
+def tag_text(language: str) -> str:
+    """``'deu_Latn' -> '<deu_Latn>'``."""
+    return f"<{language}>"
+
+
+class Tokenizer:
+    """A trained vocabulary. Frozen: two tokenizers with the same ``fingerprint`` are the same."""
+
+    def __init__(self, inner: HfTokenizer) -> None:
+        # a tag typed by a user is text: only `tag()` makes a tag
+        inner.encode_special_tokens = True
+        self._inner = inner
+        self._languages = _languages(inner)
+        self._tags = {code: len(SPECIALS) + i for i, code in enumerate(self._languages)}
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Tokenizer":
+        """Read ``tokenizer.json``. Raises DataError if missing, damaged or not one of ours."""
+        path = Path(path)
+        if not path.is_file():
+            raise DataError(f"{path}: no such tokenizer file; expected a tokenizer.json")
+        try:
+            inner = HfTokenizer.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{path}: not a tokenizer.json that can be read ({error})") from error
+        found = tuple(inner.id_to_token(i) for i in range(len(SPECIALS)))
+        if found != SPECIALS:
+            raise DataError(
+                f"{path}: ids 0 to 4 are {found}, expected {SPECIALS}; "
+                "it was not written by moesaic"
+            )
+        return cls(inner)
+
+    def save(self, path: Path | str) -> None:
+        """Write the file that ``load`` and Hugging Face ``tokenizers`` read."""
+        write_whole(Path(path), self._inner.to_str(pretty=True))
+
+    @property
+    def vocab_size(self) -> int:
+        return self._inner.get_vocab_size()
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """The codes that have a tag, in tag order."""
+        return self._languages
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of everything that decides how text is encoded."""
+        return hashlib.sha256(self._inner.to_str().encode()).hexdigest()
+
+    def tag(self, language: str) -> int:
+        """Return the id of a language's tag. Raises DataError naming the nearest language."""
+        if language not in self._tags:
+            known = ", ".join(self._languages[:12]) + (", ..." if len(self._languages) > 12 else "")
+            hint = nearest(language, self._languages)
+            raise DataError(f'this tokenizer has no language "{language}"; it has {known}{hint}')
+        return self._tags[language]
+
+    def token(self, index: int) -> str:
+        """Return the written form of one id, for people."""
+        return self._inner.id_to_token(index) or f"<{index}?>"
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of ``text``: pieces and bytes only, never a special token or a tag."""
+        try:
+            return self._inner.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError) as error:
+            raise _not_text(text, error) from error
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode many texts at once; see ``encode_on_all_cores`` for several threads."""
+        try:
+            found = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError) as error:
+            wrong = next((t for t in texts if not _is_text(t)), "")
+            raise _not_text(wrong, error) from error
+        return [encoding.ids for encoding in found]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ``ids``; special tokens and tags are left out."""
+        return self._inner.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def decode_many(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        return [self.decode(ids) for ids in rows]
+
+
+@contextmanager
+def encode_on_all_cores() -> Iterator[None]:
+    """Let ``encode_many`` use every core inside the block, and make forking safe again after it.
+
+    The Rust thread pool does not survive a fork; with the variable left at ``false`` a forked child
+    encodes on its own thread instead of waiting for threads that no longer exist.
+    """
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = before or "true"
+    try:
+        yield
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
+
+
+def _languages(inner: HfTokenizer) -> tuple[str, ...]:
+    added = sorted(inner.get_added_tokens_decoder().items())
+    names = [token.content for index, token in added if index >= len(SPECIALS)]
+    return tuple(n[1:-1] for n in names if not n.startswith("<unused_"))
+
+
+def _is_text(text: str) -> bool:
+    return isinstance(text, str) and not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _not_text(text: object, error: Exception) -> DataError:
+    shown = repr(text)[:60]
+    return DataError(
+        f"{shown} cannot be encoded: expected Unicode text that UTF-8 can hold ({error})"
+    )

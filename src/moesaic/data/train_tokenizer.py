@@ -1,0 +1,286 @@
+"""Tokenizer training: BPE or Unigram pieces learned from a language-balanced sample of lines.
+
+Training is a function of the texts and the config: the sample is chosen by hash, ties are broken by
+the pieces themselves, and no random numbers are drawn.
+"""
+
+import hashlib
+import heapq
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HfTokenizer
+
+from moesaic.core.config import Choice, Config
+from moesaic.core.errors import ConfigError, DataError
+from moesaic.data.tokenizer import SPECIALS, UNK, Tokenizer, encode_on_all_cores, tag_text
+
+BYTES = tuple(f"<0x{i:02X}>" for i in range(256))
+
+# Letters and punctuation never share a piece, so no piece is spelt like "<deu_Latn>" or "<0x41>".
+# Placeholders come first, so that a frequent one becomes one piece and is copied in one step.
+_WORDS = "|".join(
+    (
+        r" ?%\(\w+\)[a-zA-Z]",  # %(name)s
+        r" ?%(?:\d+\$)?[sdiufxc@]",  # %s %1$d
+        r" ?\{\w*\}",  # {} {0} {name}
+        r" ?[\p{L}\p{M}\u200c\u200d]+",  # joiners are part of words in Indic scripts and Persian
+        r" ?\p{N}",  # digits one by one: numbers are copied, not remembered
+        r" ?[^\s\p{L}\p{M}\p{N}]+",
+        r"\s+(?!\S)",
+        r"\s",
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """What an algorithm learned: pieces in id order, and how they combine."""
+
+    names: tuple[str, ...]
+    merges: tuple[tuple[str, str], ...] = ()
+    scores: tuple[float, ...] = ()
+
+
+class Algorithm(Choice):
+    """How pieces are learned. The vocabulary layout around them is the same."""
+
+    def learn(self, lines: Iterable[str], *, size: int, alphabet: Sequence[str]) -> Pieces:
+        raise NotImplementedError
+
+    def model(self, vocabulary: Sequence[str], *, pieces: Pieces) -> models.Model:
+        raise NotImplementedError
+
+
+class BPE(Algorithm):
+    """Byte-pair encoding over characters (Sennrich et al. 2016, arXiv:1508.07909)."""
+
+    min_count: Annotated[int, Field(ge=1, description="a pair seen less often is not merged")] = 2
+    max_piece: Annotated[int, Field(ge=2, description="longest piece, in characters")] = 16
+
+    def learn(self, lines: Iterable[str], *, size: int, alphabet: Sequence[str]) -> Pieces:
+        inner = _wrap(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=size,
+            min_frequency=self.min_count,
+            max_token_length=self.max_piece,
+            initial_alphabet=list(alphabet),
+            limit_alphabet=len(alphabet),
+            show_progress=False,
+        )
+        inner.train_from_iterator(lines, trainer)
+        # a merge may spell a piece that another merge made already: the vocabulary has it once
+        order = sorted(inner.get_vocab().items(), key=lambda item: item[1])
+        return Pieces(tuple(name for name, _ in order), merges=tuple(_merges(inner)))
+
+    def model(self, vocabulary: Sequence[str], *, pieces: Pieces) -> models.Model:
+        ids = {name: i for i, name in enumerate(vocabulary)}
+        return models.BPE(
+            vocab=ids, merges=list(pieces.merges), unk_token=SPECIALS[UNK], byte_fallback=True
+        )
+
+
+class Unigram(Algorithm):
+    """The most probable segmentation under a unigram model (Kudo 2018, arXiv:1804.10959)."""
+
+    max_piece: Annotated[int, Field(ge=2, description="longest piece, in characters")] = 16
+
+    def learn(self, lines: Iterable[str], *, size: int, alphabet: Sequence[str]) -> Pieces:
+        inner = _wrap(models.Unigram())
+        trainer = trainers.UnigramTrainer(
+            vocab_size=size + len(SPECIALS),
+            max_piece_length=self.max_piece,
+            initial_alphabet=list(alphabet),
+            unk_token=SPECIALS[UNK],
+            special_tokens=[SPECIALS[UNK]],
+            show_progress=False,
+        )
+        keep = frozenset(alphabet)
+        inner.train_from_iterator((_only(line, keep) for line in lines), trainer)
+        scores = {n: round(s, 6) for n, s in _scores(inner) if keep.issuperset(n)}
+        floor = min(scores.values(), default=0.0) - 1.0
+        scores |= {c: floor for c in alphabet if c not in scores}
+        rest = sorted((n for n in scores if n not in keep), key=lambda n: (-scores[n], n))
+        names = (*alphabet, *rest[: size - len(alphabet)])
+        return Pieces(names, scores=tuple(scores[n] for n in names))
+
+    def model(self, vocabulary: Sequence[str], *, pieces: Pieces) -> models.Model:
+        known = dict(zip(pieces.names, pieces.scores, strict=True))
+        # specials, bytes and unused ids cannot be spelt by any word, so their score is never read
+        floor = min(pieces.scores, default=0.0) - 1.0
+        scored = [(name, known.get(name, floor)) for name in vocabulary]
+        return models.Unigram(vocab=scored, unk_id=UNK, byte_fallback=True)
+
+
+class TokenizerConfig(Config):
+    """A vocabulary of exactly ``vocab_size`` ids and how its pieces are learned."""
+
+    algorithm: Algorithm = BPE()
+    vocab_size: Annotated[int, Field(ge=1)] = 8000
+    lines: Annotated[
+        int, Field(ge=1, description="lines that training reads, over all languages")
+    ] = 400_000
+    temperature: Annotated[
+        float, Field(ge=1, description="a language's share of the lines is size^(1/temperature)")
+    ] = 5.0
+    coverage: Annotated[
+        float,
+        Field(gt=0, le=1, description="share of characters the alphabet spells without bytes"),
+    ] = 0.9995
+    max_alphabet: Annotated[
+        float,
+        Field(
+            gt=0, le=1, description="largest share of the pieces that single characters may take"
+        ),
+    ] = 0.5
+
+
+def train_tokenizer(
+    texts: Mapping[str, Iterable[str]], languages: Sequence[str], config: TokenizerConfig
+) -> Tokenizer:
+    """Learn a vocabulary from ``texts`` (language code -> lines, each read once).
+
+    ``languages`` get a tag each, in this order; a language without text has only its tag.
+    Raises ConfigError when ``vocab_size`` has no room for pieces, DataError when there is no text.
+    """
+    fixed = (*SPECIALS, *(tag_text(code) for code in languages), *BYTES)
+    if len(set(languages)) != len(languages):
+        raise ConfigError([f"languages: found one twice in {', '.join(languages)}"])
+    room = config.vocab_size - len(fixed)
+    if room < 1:
+        raise ConfigError(
+            [
+                f"tokenizer.vocab_size: found {config.vocab_size}, expected at least "
+                f"{len(fixed) + 1}: {len(SPECIALS)} special tokens, {len(languages)} language "
+                f"tags, {len(BYTES)} bytes and one piece"
+            ]
+        )
+    sample = balanced_lines(texts, lines=config.lines, temperature=config.temperature)
+    if not sample:
+        raise DataError("no text to train a tokenizer on: every language given is empty")
+    alphabet = _alphabet(sample, config=config, room=room)
+    with encode_on_all_cores():
+        pieces = config.algorithm.learn(_chunks(sample), size=room, alphabet=alphabet)
+    unused = (f"<unused_{i}>" for i in range(room - len(pieces.names)))
+    vocabulary = (*fixed, *pieces.names, *unused)
+    inner = _wrap(config.algorithm.model(vocabulary, pieces=pieces))
+    special = [name for name in vocabulary if name in SPECIALS or name.startswith("<unused_")]
+    tags = [tag_text(code) for code in languages]
+    inner.add_special_tokens(
+        [AddedToken(n, special=True, normalized=False) for n in (*special, *tags)]
+    )
+    return Tokenizer(inner)
+
+
+def balanced_lines(
+    texts: Mapping[str, Iterable[str]], *, lines: int, temperature: float
+) -> list[tuple[str, int]]:
+    """Return (line, times): language l gets a share ``size_l^(1/temperature)`` of ``lines``.
+
+    Lines are distinct within a language and chosen by hash. A language with fewer lines than its
+    share has each repeated; size is the number of distinct lines (a k-minimum-values estimate
+    where more than ``lines`` were seen).
+    """
+    kept = {code: _smallest(iterable, lines) for code, iterable in sorted(texts.items())}
+    kept = {code: found for code, found in kept.items() if found.lines}
+    powers = {code: found.distinct ** (1 / temperature) for code, found in kept.items()}
+    result: list[tuple[str, int]] = []
+    for code, found in kept.items():
+        quota = max(1, round(lines * powers[code] / sum(powers.values())))
+        times, rest = divmod(quota, len(found.lines))
+        counted = ((line, times + (i < rest)) for i, line in enumerate(found.lines))
+        result += [(line, n) for line, n in counted if n]
+    return result
+
+
+def fertility(tokenizer: Tokenizer, texts: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Return tokens per character for each language: lower is cheaper, 1.0 is one per character."""
+    found = {}
+    for code, lines in texts.items():
+        tokens = sum(len(ids) for ids in tokenizer.encode_many(lines))
+        found[code] = tokens / max(1, sum(len(line) for line in lines))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    lines: list[str]
+    distinct: float
+
+
+def _smallest(texts: Iterable[str], count: int) -> _Kept:
+    """Keep the ``count`` distinct texts with the smallest hashes, in hash order."""
+    heap: list[tuple[int, str]] = []
+    held: set[int] = set()
+    for text in texts:
+        key = int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest())
+        if not text or key in held or (len(heap) == count and key >= -heap[0][0]):
+            continue
+        held.add(key)
+        if len(heap) < count:
+            heapq.heappush(heap, (-key, text))
+        else:
+            held.discard(-heapq.heapreplace(heap, (-key, text))[0])
+    full = len(heap) == count and count > 1
+    distinct = (count - 1) / (-heap[0][0] / 2**64) if full else float(len(heap))
+    return _Kept([text for _, text in sorted(heap, reverse=True)], distinct)
+
+
+def _alphabet(
+    sample: Sequence[tuple[str, int]], *, config: TokenizerConfig, room: int
+) -> tuple[str, ...]:
+    counts: Counter[str] = Counter()
+    for line, times in sample:
+        for character in line:
+            counts[character] += times
+    counts[" "] += 1
+    total, seen, found = sum(counts.values()), 0, []
+    limit = max(1, int(room * config.max_alphabet))
+    for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        if len(found) == limit or seen >= config.coverage * total:
+            break
+        found.append(character)
+        seen += count
+    return tuple(found)
+
+
+def _chunks(sample: Sequence[tuple[str, int]]) -> Iterator[str]:
+    for line, times in sample:
+        for _ in range(times):
+            yield line
+
+
+def _only(line: str, keep: frozenset[str]) -> str:
+    return line if keep.issuperset(line) else "".join(c if c in keep else "\n" for c in line)
+
+
+def _wrap(model: models.Model) -> HfTokenizer:
+    """Put a model between the word splitter and its exact inverse.
+
+    Every text gets one leading space, so that a word has the same pieces at the start as in the
+    middle; the decoder takes exactly that one away.
+    """
+    inner = HfTokenizer(model)
+    inner.normalizer = normalizers.Prepend(" ")
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
+    inner.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return inner
+
+
+def _merges(inner: HfTokenizer) -> Iterator[tuple[str, str]]:
+    yield from ((left, right) for left, right in _state(inner)["merges"])
+
+
+def _scores(inner: HfTokenizer) -> Iterator[tuple[str, float]]:
+    yield from ((name, score) for name, score in _state(inner)["vocab"])
+
+
+def _state(inner: HfTokenizer) -> dict[str, Any]:
+    return json.loads(inner.to_str())["model"]

@@ -1,0 +1,101 @@
+"""A made-up corpus, its tokenizer and shards, shared by the tests of the data pipeline."""
+
+import functools
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from moesaic.data.loader import Loader, LoaderConfig, Place
+from moesaic.data.mixture import MixtureConfig, WeightedTask
+from moesaic.data.pair import Pair, Text
+from moesaic.data.shards import Shards
+from moesaic.data.tasks import Denoising, Translation
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
+from moesaic.data.write_shards import write_shards
+
+LANGUAGES = ("deu_Latn", "ell_Grek", "eng_Latn", "jpn_Jpan")
+SIZES = {"deu_Latn": 300, "ell_Grek": 90, "jpn_Jpan": 30}
+_ALPHABETS = {
+    "eng_Latn": "aeiou",
+    "deu_Latn": "äeöuß",
+    "ell_Grek": "αβγδε",
+    "jpn_Jpan": "あいうえお",
+}
+
+
+def sentence(language: str, number: int) -> str:
+    """The same short text for the same number: 1 to 9 words."""
+    letters = _ALPHABETS[language]
+    words = [letters[(number + i) % 5] * (1 + (number * 7 + i) % 4) for i in range(1 + number % 9)]
+    return f"{' '.join(words)} {number}"
+
+
+class ToyCorpus:
+    """English to three languages, sharing the English side; some Greek text on its own."""
+
+    fingerprint = "toy"
+    languages = LANGUAGES
+    directions = tuple(("eng_Latn", code) for code in SIZES)
+
+    def iter_pairs(self, source: str, target: str, *, split: str = "train") -> Iterable[Pair]:
+        for i in self._numbers(target, split):
+            yield Pair(sentence(source, i), sentence(target, i), source, target, "toy", "none")
+
+    def iter_texts(self, code: str, *, split: str = "train") -> Iterable[Text]:  # noqa: ARG002
+        if code == "ell_Grek":
+            yield from (Text(f"{sentence(code, i)} δ", code) for i in range(20))
+
+    def _numbers(self, target: str, split: str) -> range:
+        size = SIZES[target]
+        return {"train": range(size), "valid": range(1000, 1000 + size // 5)}.get(split, range(0))
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    texts = {code: [sentence(code, i) for i in range(100)] for code in LANGUAGES}
+    return train_tokenizer(texts, LANGUAGES, TokenizerConfig(vocab_size=400, lines=500))
+
+
+@functools.cache
+def shards() -> Shards:
+    return write_shards(ToyCorpus(), tokenizer(), out=Path(tempfile.mkdtemp()) / "shards")
+
+
+MIXTURE = MixtureConfig(
+    tasks=(
+        WeightedTask(task=Translation(), weight=3.0),
+        WeightedTask(task=Denoising(), weight=1.0),
+    ),
+    temperature=2.0,
+)
+SMALL = LoaderConfig(batch_tokens=256, window=64, max_source=40, max_target=40, prefetch=0)
+
+
+def loader(
+    *,
+    config: LoaderConfig = SMALL,
+    mixture: MixtureConfig = MIXTURE,
+    seed: int = 1,
+    rank: int = 0,
+    world: int = 1,
+) -> Loader:
+    return Loader(
+        shards(),
+        tokenizer=tokenizer(),
+        mixture=mixture,
+        config=config,
+        seed=seed,
+        place=Place(rank, world),
+    )
+
+
+def rows(batch) -> list[tuple]:
+    """Every row without its padding, so that batches of other widths compare."""
+    found = []
+    for i in range(batch.rows):
+        sides = (batch.source[i], batch.target_in[i], batch.target_out[i])
+        texts = [tuple(x for x in side.tolist() if x) for side in sides]
+        labels = (batch.task[i], batch.source_language[i], batch.target_language[i])
+        found.append((*texts, *(int(x) for x in labels)))
+    return sorted(found)
