@@ -8,7 +8,8 @@ import torch
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import PAD, Batch
 from moesaic.data.loader import LoaderConfig
-from moesaic.data.mixture import MixtureConfig
+from moesaic.data.mixture import MixtureConfig, WeightedTask
+from moesaic.data.tasks import Denoising, Translation
 from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.dist.world import Alone, World
 from moesaic.model.config import Stack, TransformerConfig
@@ -19,8 +20,8 @@ from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.feed_forward import FeedForward
 from moesaic.optim.schedule import WSD
 from moesaic.train.randomness import seed_rank
-from moesaic.train.run import Log, Run
-from moesaic.train.source import CorpusFolder
+from moesaic.train.run import Checkpoints, Log, Run, Validation
+from moesaic.train.source import Catalogue, CorpusFolder
 from moesaic.train.trainer import Trainer
 
 VOCABULARY = 64
@@ -107,6 +108,25 @@ def tiny_run(**changes: object) -> Run:
         model=tiny_model_config(),
         schedule=WSD(warmup=4),
         steps=20,
+        log=Log(every=4, routes_every=3),
+    )
+    return base.replace(**changes)
+
+
+def synthetic_run(**changes: object) -> Run:
+    """Return a run of 20 steps on the made-up languages: all of the real parts, some seconds."""
+    both = (WeightedTask(task=Translation()), WeightedTask(task=Denoising(), weight=0.5))
+    base = Run(
+        name="synthetic",
+        corpus=Catalogue(name="synthetic"),
+        tokenizer=TokenizerConfig(vocab_size=400, lines=2000),
+        mixture=MixtureConfig(tasks=both),
+        loader=LoaderConfig(batch_tokens=512, max_source=64, max_target=64, window=256),
+        model=tiny_model_config().replace(vocab_size=400),
+        schedule=WSD(warmup=4),
+        steps=20,
+        checkpoint=Checkpoints(every=5),
+        validation=Validation(every=10, rows=4),
         log=Log(every=4, routes_every=3),
     )
     return base.replace(**changes)

@@ -7,9 +7,9 @@ from moesaic.core.files import write_whole
 from moesaic.core.units import show_count
 from moesaic.data.languages import language
 from moesaic.model.count import count
+from moesaic.model.weights import export_weights
 from moesaic.train.run import Run
 from moesaic.train.trainer import Trainer
-from moesaic.train.weights import export_weights
 
 
 def export(trainer: Trainer, *, folder: RunDir, tokens: float) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from moesaic.checkpoint.load import load
 from moesaic.checkpoint.rundir import RunDir
-from moesaic.checkpoint.same_config import require_same_config
+from moesaic.checkpoint.same_config import differences, require_same_config
 from moesaic.core.files import write_whole
 from moesaic.data.loader import Loader, Place
 from moesaic.dist.first import on_first
@@ -28,9 +28,9 @@ from moesaic.train.loop import loop
 from moesaic.train.prepare import Prepared, prepare
 from moesaic.train.randomness import seed_rank
 from moesaic.train.result import Result
-from moesaic.train.resume import ANEW, FREE, Resume
+from moesaic.train.resume import ANEW, FREE, SAID, Resume
 from moesaic.train.run import Run
-from moesaic.train.trainer import Trainer
+from moesaic.train.trainer import NotFiniteError, Trainer
 from moesaic.train.watch import MakeBoard, on_terminal, silent
 
 
@@ -56,8 +56,8 @@ def train(
         losses = tuple(f"train/loss/{weighted.task.name}" for weighted in run.mixture.tasks)
         shown = (board if world.rank == 0 else silent)(Status(steps=run.steps, losses=losses))
         start = on_first(world, lambda: _open(folder, run=run, resume=resume))
-        for sentence in start["skipped"]:
-            shown.note(f"skipped {sentence}")
+        for sentence in start["notes"]:
+            shown.note(sentence)
         prepared = prepare(run, folder=folder, world=world, say=shown.note)
         trainer = make_trainer(run, prepared=prepared, world=world)
         own = standard_hooks(trainer, folder=folder)
@@ -71,6 +71,9 @@ def train(
             ending = loop(trainer, hooks=[*own, log, *hooks, save], until=until)
             tokens = trainer.meters.total_tokens(world)
             on_first(world, lambda: export(trainer, folder=folder, tokens=tokens))
+        except NotFiniteError as error:
+            way_on = f"The last good state is saved. {_way_on(folder)}"
+            raise NotFiniteError(f"{error}. {way_on}") from None
         finally:
             trainer.data.close()
             log.close()
@@ -108,16 +111,18 @@ def standard_hooks(trainer: Trainer, *, folder: RunDir) -> list[Hook]:
 
 
 def _open(folder: RunDir, *, run: Run, resume: Resume) -> dict[str, Any]:
-    """Make the run directory ready, on rank 0: where to start from, and what was passed over."""
-    path, skipped = resume.start(folder), resume.skipped(folder)
+    """Make the run directory ready, on rank 0: where to start from, and what to say of it."""
+    path, notes = resume.start(folder), [f"skipped {why}" for why in resume.skipped(folder)]
     if path is not None:
-        saved = load(path).state["config"]
-        require_same_config(saved, current=run.plain(), where=path, free=FREE)
+        saved, now = load(path).state["config"], run.plain()
+        require_same_config(saved, current=now, where=path, free=(*FREE, *SAID))
+        changed = differences(saved, now).items()
+        notes += [f"{k}: was {a}, now {b}" for k, (a, b) in changed if k.startswith(SAID)]
         tokenizer = RunDir(path.parent.parent).tokenizer
         if not folder.tokenizer.is_file() and tokenizer.is_file():
             write_whole(folder.tokenizer, tokenizer.read_bytes())
     write_whole(folder.config, run.to_yaml())
-    return {"path": None if path is None else str(path), "skipped": list(skipped)}
+    return {"path": None if path is None else str(path), "notes": notes}
 
 
 def _sink(trainer: Trainer, *, folder: RunDir) -> Sink:

@@ -16,6 +16,7 @@ from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
 from moesaic.dist.world import World
 from moesaic.model.transformer import Transformer
+from moesaic.model.weights import export_weights, restore_weights
 from moesaic.moe.layer import set_reduce
 from moesaic.optim.clip import clip_gradients
 from moesaic.optim.state import export_state, restore_state
@@ -25,7 +26,6 @@ from moesaic.train.randomness import random_state, restore_random_state
 from moesaic.train.retry import Retry, Try
 from moesaic.train.run import Run
 from moesaic.train.step import Objective, Pass, first_not_finite
-from moesaic.train.weights import export_weights, restore_weights
 
 
 class Stream(Protocol):
@@ -137,7 +137,7 @@ class Trainer:
             raise NotFiniteError(
                 f"{self.retry.in_a_row} steps in a row were not finite after step {self.step} "
                 f"(max_bad_steps is {self.run.max_bad_steps}): {what}. Try a lower optimizer.lr, "
-                "a longer schedule.warmup, or a smaller clip_norm"
+                "a longer schedule.warmup or a smaller clip_norm"
             )
 
     def _what_is_not_finite(self, seen: Pass) -> str:

@@ -1,0 +1,225 @@
+"""One call of train: what it leaves, where it may start, and how it ends."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from moesaic.checkpoint.rundir import RunDir
+from moesaic.checkpoint.tensors import read_tensors
+from moesaic.core.errors import CheckpointError, ConfigError, UserError
+from moesaic.data.layout import DecoderOnly
+from moesaic.data.mixture import MixtureConfig, WeightedTask
+from moesaic.data.tasks import CausalLM, Translation
+from moesaic.model.config import Stack
+from moesaic.moe.config import NoMoE
+from moesaic.observe.console import Status
+from moesaic.observe.metrics import read_metrics
+from moesaic.optim.optimizer import AdamW
+from moesaic.optim.schedule import WSD
+from moesaic.testing.kills import compare
+from moesaic.testing.tiny import synthetic_run, tiny_model_config
+from moesaic.train.hooks.hook import Hook
+from moesaic.train.job import train
+from moesaic.train.precision import BFloat16
+from moesaic.train.resume import Auto, From
+from moesaic.train.run import Log, Run, Validation
+from moesaic.train.sinks import TensorBoard
+from moesaic.train.trainer import StepReport, Trainer
+from moesaic.train.watch import SilentBoard, silent
+
+pytestmark = pytest.mark.usefixtures("data_home")
+
+
+PROMISED = [
+    "train/loss",
+    "train/loss/translation",
+    "train/loss/denoising",
+    "train/loss/qab_Cyrl",
+    "train/loss_balance",
+    "train/loss_z",
+    "train/objective",
+    "train/grad_norm",
+    "train/lr",
+    "train/tokens",
+    "train/skipped",
+    "perf/tokens_per_s",
+    "perf/step_ms",
+    "time/data_ms",
+    "moe/max_vio",
+    "moe/load_entropy",
+    "moe/dead_experts",
+    "moe/drop_frac",
+    "valid/loss",
+    "valid/loss/denoising",
+]
+
+
+class Notes(SilentBoard):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def __call__(self, _: Status) -> "Notes":
+        return self
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+class At(Hook):
+    """Does something after one step."""
+
+    def __init__(self, step: int, action) -> None:
+        self.step, self.action = step, action
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        if report.step == self.step:
+            self.action(trainer)
+
+
+@pytest.fixture(scope="module")
+def whole(data_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 20 steps."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(synthetic_run(), out, board=silent)
+    return out
+
+
+def test_a_run_directory_is_a_model_directory(whole: Path) -> None:
+    folder = RunDir(whole)
+    folder.require_model()
+    assert Run.from_yaml(folder.config.read_text()) == synthetic_run()
+    card = folder.card.read_text()
+    assert yaml.safe_load(card.split("---")[1])["language"] == ["en", "qaa", "qab", "qac"]
+    weights = read_tensors(folder.model)
+    assert weights["embedding.weight"].shape == (400, 16)
+    assert (folder.checkpoints / "latest").read_text().strip() == "step-00000020"
+
+
+def test_the_metrics_have_the_promised_names(whole: Path) -> None:
+    rows = list(read_metrics(RunDir(whole).metrics))
+    assert [row["step"] for row in rows] == [4, 8, 10, 12, 16, 20]
+    last = rows[-1]
+    for name in PROMISED:
+        assert name in last, name
+    parts = last["train/cross_entropy"] + last["train/loss_balance"] + last["train/loss_z"]
+    assert last["train/objective"] == pytest.approx(parts, rel=1e-6)
+    assert last["train/loss"] < rows[0]["train/loss"]
+
+
+def test_train_ends_where_it_is_told_and_goes_on_to_the_same_end(
+    whole: Path, tmp_path: Path
+) -> None:
+    first = train(synthetic_run(), tmp_path / "run", until=7, board=silent)
+    assert (first.stopped, first.steps, first.exit_code) == ("until", 7, 0)
+    second = train(synthetic_run(), tmp_path / "run", resume=Auto(), board=silent)
+    assert (second.stopped, second.steps) == ("finished", 20)
+    assert compare(whole, tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(
+    number: signal.Signals, whole: Path, tmp_path: Path
+) -> None:
+    board, out = Notes(), tmp_path / "run"
+    stop = At(6, lambda _: os.kill(os.getpid(), number))
+    result = train(synthetic_run(), out, hooks=[stop], board=board)
+    assert (result.stopped, result.exit_code) == (number.name, 128 + number)
+    assert result.steps == 6
+    assert board.said[-1] == (
+        f"{number.name}: saved after step 6. Continue with: moesaic train --resume {out}"
+    )
+    train(synthetic_run(), out, resume=Auto(), board=silent)
+    assert compare(whole, out) == []
+
+
+def test_a_directory_in_use_is_refused_with_the_way_out(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is not empty .*--resume auto.*another --out"):
+        train(synthetic_run(), whole, board=silent)
+    (tmp_path / "holiday.jpg").touch()
+    with pytest.raises(CheckpointError, match=r"holiday\.jpg"):
+        train(synthetic_run(), tmp_path, board=silent)
+
+
+def test_another_config_is_refused_and_its_keys_are_named(whole: Path) -> None:
+    other = synthetic_run(label_smoothing=0.2, accumulate=2)
+    with pytest.raises(CheckpointError, match=r"label_smoothing: 0\.1 .*accumulate: 1 .*2"):
+        train(other, whole, resume=Auto(), board=silent)
+    assert Run.from_yaml(RunDir(whole).config.read_text()) == synthetic_run()
+
+
+def test_a_finished_run_can_be_made_longer_and_gentler(tmp_path: Path) -> None:
+    board = Notes()
+    train(synthetic_run(steps=6), tmp_path, board=silent)
+    longer = synthetic_run(steps=8, optimizer=AdamW(lr=1e-4))
+    result = train(longer, tmp_path, resume=Auto(), board=board)
+    assert result.steps == 8
+    assert "optimizer.lr: was 0.001, now 0.0001" in board.said
+
+
+def test_a_damaged_checkpoint_is_skipped_and_said(whole: Path, tmp_path: Path) -> None:
+    board, out = Notes(), tmp_path / "run"
+    train(synthetic_run(), out, until=12, board=silent)
+    newest = RunDir(out).checkpoints / "step-00000012" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-7])
+    train(synthetic_run(), out, resume=Auto(), board=board)
+    assert any("skipped" in n and "model.safetensors is truncated" in n for n in board.said)
+    assert any("resuming after step 10" in n for n in board.said)
+    assert compare(whole, out) == []
+
+
+def test_a_run_goes_on_in_another_directory(whole: Path, tmp_path: Path) -> None:
+    train(synthetic_run(), tmp_path / "one", until=10, board=silent)
+    resume = From(path=str(tmp_path / "one"))
+    train(synthetic_run(), tmp_path / "two", resume=resume, board=silent)
+    assert RunDir(tmp_path / "two").model.read_bytes() == RunDir(whole).model.read_bytes()
+    with pytest.raises(CheckpointError, match="no valid checkpoint to resume from"):
+        train(synthetic_run(), tmp_path / "3", resume=From(path=str(tmp_path)), board=silent)
+
+
+def test_a_run_that_diverges_stops_with_its_last_good_state(tmp_path: Path) -> None:
+    def break_it(trainer: Trainer) -> None:
+        trainer.optimizer.param_groups[0]["base_lr"] = 1.0
+        trainer.model.decoder_norm.weight.register_hook(lambda grad: grad * float("nan"))
+
+    with pytest.raises(UserError, match=r"5 steps in a row .*step 7.*decoder_norm.*--resume"):
+        train(synthetic_run(), tmp_path, hooks=[At(7, break_it)], board=silent)
+    saved = RunDir(tmp_path).checkpoints / "step-00000007" / "model.safetensors"
+    assert all(bool(t.isfinite().all()) for t in read_tensors(saved).values())
+
+
+def test_problems_of_the_config_come_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"vocab_size=400"):
+        train(synthetic_run(model=tiny_model_config()), tmp_path / "run", board=silent)
+    assert not (tmp_path / "run").exists()
+
+
+VARIANTS = {
+    "dense": {"model": tiny_model_config(moe=NoMoE()).replace(vocab_size=400)},
+    "bfloat16": {"precision": BFloat16()},
+    "decoder-only": {
+        "model": tiny_model_config().replace(vocab_size=400, encoder=Stack(layers=0)),
+        "loader": synthetic_run().loader.replace(layout=DecoderOnly()),
+        "mixture": MixtureConfig(
+            tasks=(WeightedTask(task=CausalLM()), WeightedTask(task=Translation()))
+        ),
+    },
+    "no-validation": {"validation": Validation(every=0)},
+    "tensorboard": {"log": Log(every=1, also=(TensorBoard(),))},
+    "two-languages": {"languages": ("English", "qab_Cyrl")},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_kind_of_run_trains_and_resumes(variant: str, tmp_path: Path) -> None:
+    run = synthetic_run(steps=4, schedule=WSD(warmup=1), **VARIANTS[variant])
+    train(run, tmp_path, until=2, board=silent)
+    result = train(run, tmp_path, resume=Auto(), board=silent)
+    assert result.stopped == "finished"
+    assert result.metrics["train/loss"] < 7
+    assert bool(torch.isfinite(torch.tensor(list(result.metrics.values()))).all())
