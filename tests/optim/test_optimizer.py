@@ -52,14 +52,14 @@ def test_adamw_equals_torchs_adamw():
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-7)
 
 
-def plain_muon_step(w, grad, buffer, *, lr, decay, momentum, scale):
+def plain_muon_step(w, grad, buffer, *, lr, decay, momentum, scale, out_in):
     """The published update of one matrix, in float64, straight from the text."""
     buffer.mul_(momentum).add_((1 - momentum) * grad)
     x = (1 - momentum) * grad + momentum * buffer
     x = x / x.norm()
     for _ in range(5):
         x = 3.4445 * x - 4.7750 * (x @ x.T @ x) + 2.0315 * (x @ x.T @ x @ x.T @ x)
-    return w * (1 - lr * decay) - lr * scale(*w.shape) * x
+    return w * (1 - lr * decay) - lr * scale(*out_in) * x
 
 
 @pytest.mark.parametrize("scale", [MatchAdamW(), Spectral()], ids=["match-adamw", "spectral"])
@@ -74,6 +74,8 @@ def test_muon_equals_its_definition_matrix_by_matrix(scale):
         optimizer.step()
         for name, w in plain.items():
             grad = params[name].grad.double()
+            # a matrix is stored [out, in], an expert [in, out]
+            settings["out_in"] = w.shape[:-3:-1] if w.ndim == 3 else w.shape
             for i in range(len(w)) if w.ndim == 3 else [...]:
                 w[i] = plain_muon_step(w[i].clone(), grad[i], buffers[name][i], **settings)
     assert set(plain) == {"up.weight", "down.weight", "expert.up", "expert.down"}
