@@ -40,24 +40,28 @@ class Campaign:
     differences: tuple[str, ...]
 
 
-def train_once(run: Run, out: Path) -> None:
-    """Train without interruption, in a process like those that will be killed."""
+def train_once(run: Run, out: Path) -> float:
+    """Train without a kill, in a process like those that get one. Returns seconds."""
+    began = time.monotonic()
     life = _start(run, out)
     life.join()
     if life.exitcode:
-        raise RuntimeError(f"the uninterrupted run ended with exit code {life.exitcode}")
+        raise RuntimeError(f"an undisturbed run ended with exit code {life.exitcode}")
+    return time.monotonic() - began
 
 
-def kill_and_resume(run: Run, *, reference: Path, out: Path, kills: int, seed: int) -> Campaign:
-    """Kill a run ``kills`` times, let it finish, and compare it with the uninterrupted one.
+def kill_and_resume(run: Run, *, folder: Path, kills: int, seed: int) -> Campaign:
+    """Kill a run ``kills`` times, let it finish, and compare it with an undisturbed one.
 
-    A life that would finish before all kills are done is started over in a directory of its own,
-    so that every kill hits a process at work.
+    A run that finishes before all kills are done is compared as well, and the next one begins in a
+    directory of its own, so that every kill hits a process at work.
     """
     draw, moments, began = random.Random(seed), Counter[str](), time.monotonic()
-    whole = _seconds_of(run, out.with_name("timed"))
-    lives, round_, differences = 0, 0, []
-    here = out.with_name(f"{out.name}-{round_}")
+    reference = folder / "whole"
+    train_once(run, reference)  # builds the corpus and the shards too
+    whole = train_once(run, folder / "timed")
+    lives, round_, differences = 0, 0, compare(reference, folder / "timed")
+    here = folder / f"killed-{round_}"
     while moments.total() < kills:
         life = _start(run, here)
         lives += 1
@@ -72,7 +76,7 @@ def kill_and_resume(run: Run, *, reference: Path, out: Path, kills: int, seed: i
         else:
             differences += compare(reference, here)
             round_ += 1
-            here = out.with_name(f"{out.name}-{round_}")
+            here = folder / f"killed-{round_}"
     train_once(run, here)
     differences += compare(reference, here)
     seconds = time.monotonic() - began
@@ -127,12 +131,6 @@ def _live(run: Run, out: Path) -> None:
         (out / "error.txt").write_text(str(error))
         os._exit(2)
     os._exit(0)
-
-
-def _seconds_of(run: Run, out: Path) -> float:
-    began = time.monotonic()
-    train_once(run, out)
-    return time.monotonic() - began
 
 
 def _moment(folder: RunDir) -> str:

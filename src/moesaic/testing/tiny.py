@@ -7,6 +7,8 @@ import torch
 
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import PAD, Batch
+from moesaic.data.builders.named import CorpusRecipe
+from moesaic.data.builders.synthetic import Synthetic
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import Denoising, Translation
@@ -21,12 +23,13 @@ from moesaic.nn.feed_forward import FeedForward
 from moesaic.optim.schedule import WSD
 from moesaic.train.randomness import seed_rank
 from moesaic.train.run import Checkpoints, Log, Run, Validation
-from moesaic.train.source import Catalogue, CorpusFolder
+from moesaic.train.source import BuiltCorpus, CorpusFolder
 from moesaic.train.trainer import Trainer
 
 VOCABULARY = 64
 TASKS = ("translation", "denoising")
 LANGUAGES = ("deu_Latn", "ell_Grek", "fra_Latn")
+FEW_PHRASES = CorpusRecipe(name="few-phrases", source=Synthetic(phrases=500))
 BALANCED_TOP1 = MoE(experts=4, select=SwitchTop1(), balance=(SwitchBalance(), RouterZ()))
 
 
@@ -118,7 +121,7 @@ def synthetic_run(**changes: object) -> Run:
     both = (WeightedTask(task=Translation()), WeightedTask(task=Denoising(), weight=0.5))
     base = Run(
         name="synthetic",
-        corpus=Catalogue(name="synthetic"),
+        corpus=BuiltCorpus(recipe=FEW_PHRASES),
         tokenizer=TokenizerConfig(vocab_size=400, lines=2000),
         mixture=MixtureConfig(tasks=both),
         loader=LoaderConfig(batch_tokens=512, max_source=64, max_target=64, window=256),

@@ -4,11 +4,12 @@ from pathlib import Path
 
 from moesaic.core.config import Choice
 from moesaic.data.build import build
+from moesaic.data.builders.named import CorpusRecipe
 from moesaic.data.corpus import Corpus
 
 
 class CorpusSource(Choice):
-    """Family: ``Catalogue`` (a corpus we know how to build) or ``CorpusFolder`` (one on disk)."""
+    """Family: ``Catalogue`` (a corpus with a name), ``BuiltCorpus``, ``CorpusFolder`` (on disk)."""
 
     def open(self) -> Corpus:
         """Return the corpus, building it first where that is possible. Raises DataError."""
@@ -22,6 +23,15 @@ class Catalogue(CorpusSource):
 
     def open(self) -> Corpus:
         return build(self.name)
+
+
+class BuiltCorpus(CorpusSource):
+    """A corpus built by a recipe of one's own (one's files, say), once, under the data home."""
+
+    recipe: CorpusRecipe
+
+    def open(self) -> Corpus:
+        return build(self.recipe)
 
 
 class CorpusFolder(CorpusSource):

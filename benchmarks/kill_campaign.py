@@ -1,0 +1,64 @@
+"""A small real training run, killed (SIGKILL) at random moments and resumed each time.
+
+The corpus, the tokenizer, the shards, the loader, a mixture-of-experts model, validation and
+checkpoints every other step are all real. The final state must equal that of a run that was never
+disturbed, bit for bit: weights, optimizer, random numbers, place in the data, metrics, routes.
+
+    python benchmarks/kill_campaign.py --kills 50
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from support import write_result
+
+from moesaic.moe.balance import SwitchBalance
+from moesaic.moe.config import MoE
+from moesaic.moe.limit import AtRandom, Capacity
+from moesaic.moe.select import TopK
+from moesaic.testing.kills import kill_and_resume
+from moesaic.testing.tiny import synthetic_run, tiny_model_config
+from moesaic.train.run import Checkpoints, Run
+
+MOE = MoE(
+    experts=4,
+    select=TopK(k=2),
+    limit=Capacity(factor=1.0, minimum=1, priority=AtRandom()),
+    balance=(SwitchBalance(),),
+)
+
+
+def the_run(steps: int) -> Run:
+    """Dropout and random drops, so that random numbers matter; saves at every other step."""
+    model = tiny_model_config(moe=MOE, layers=2).replace(vocab_size=400, dropout=0.1)
+    return synthetic_run(
+        model=model, steps=steps, accumulate=2, checkpoint=Checkpoints(every=2), name="killed"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    here = Path(__file__).parent
+    parser.add_argument("--out", type=Path, default=here / "results" / "kill_campaign.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    run = the_run(options.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MOESAIC_HOME"] = f"{folder}/home"
+        campaign = kill_and_resume(run, folder=Path(folder), kills=options.kills, seed=options.seed)
+    result = {"question": "does a killed and resumed run end as an undisturbed one?"}
+    result |= {"steps": options.steps, "seed": options.seed, **asdict(campaign)}
+    write_result(options.out, result)
+    sys.exit(1 if campaign.differences else 0)
+
+
+if __name__ == "__main__":
+    main()
