@@ -143,7 +143,7 @@ def test_a_wrong_value_is_refused_with_path_found_and_expected(
     ("fields", "path", "near"),
     [
         ({"dimm": 4}, "dimm", "dim"),
-        ({"layers": [{"widht": 1}]}, "layers.0.widht", "width"),
+        ({"layers": [{"widthh": 1}]}, "layers.0.widthh", "width"),
         ({"extra": {"nrm": "RMSNorm"}}, "extra.nrm", "norm"),
         ({"by_name": {"x": {"widths": 1}}}, "by_name.x.widths", "width"),
         ({"norm": {"kind": "RMSNorm", "epps": 1}}, "norm.epps", "eps"),
@@ -184,7 +184,7 @@ def test_the_constructor_and_replace_complain_in_the_same_words() -> None:
     with pytest.raises(UserError, match=r'^dim: found "x", expected a whole number$'):
         Model(dim="x")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match='did you mean "width"'):
-        Layer().replace(widht=3)
+        Layer().replace(widthh=3)
     with pytest.raises(ConfigError, match=r"^second.k: found 0, expected at least 1$"):
         Both(second={"k": 0})  # pyright: ignore[reportArgumentType]
 
@@ -368,7 +368,7 @@ def test_another_kind_resets_the_fields_of_the_choice() -> None:
         ("layers.1.width=3", "layers.1: layers has the places 0 to 0"),
         ("layers.first.width=3", "layers.first: layers has the places 0 to 0"),
         ("dimm=3", 'did you mean "dim"?'),
-        ("layers.0.widht=3", 'layers.0.widht: unknown key, expected one of norm, width; did'),
+        ("layers.0.widthh=3", 'layers.0.widthh: unknown key, expected one of norm, width; did'),
         ("nrm.eps=3", 'nrm: unknown key'),
         ("norm.epps=3", 'did you mean "eps"?'),
         ("norm.kind=RMSNrm", 'norm.kind: found "RMSNrm"'),

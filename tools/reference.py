@@ -1,0 +1,66 @@
+"""The reference: one Markdown page per room, written from signatures and docstrings by `make docs`."""
+
+import ast
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "moesaic"
+PAGES = ROOT / "docs" / "reference"
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def page(room: Path) -> str:
+    """Return the page of one package: its docstring, then every module's public names."""
+    parts = [f"# moesaic.{room.name}", _doc(_parsed(room / "__init__.py"))]
+    for path in sorted(room.rglob("*.py")):
+        if path.name == "__init__.py":
+            continue
+        module = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+        tree = _parsed(path)
+        parts += [f"## {module}", _doc(tree), *_entries(tree)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _entries(tree: ast.Module) -> Iterator[str]:
+    for node in tree.body:
+        if isinstance(node, Definition) and not node.name.startswith("_"):
+            yield f"### {node.name}\n\n```python\n{_signature(node)}\n```"
+            yield _doc(node)
+
+
+def _signature(node: Definition) -> str:
+    if not isinstance(node, ast.ClassDef):
+        returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+        return f"def {node.name}({ast.unparse(node.args)}){returns}"
+    bases = ", ".join(ast.unparse(base) for base in node.bases)
+    fields = [ast.unparse(n) for n in node.body if isinstance(n, ast.AnnAssign)]
+    methods = [
+        _signature(n)
+        for n in node.body
+        if isinstance(n, ast.FunctionDef) and (n.name == "__call__" or n.name[0] != "_")
+    ]
+    head = f"class {node.name}({bases})" if bases else f"class {node.name}"
+    return "\n    ".join([head, *fields, *methods])
+
+
+def _doc(node: ast.Module | Definition) -> str:
+    return inspect.cleandoc(ast.get_docstring(node) or "")
+
+
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    """Write every page."""
+    PAGES.mkdir(parents=True, exist_ok=True)
+    rooms = sorted(path.parent for path in SOURCE.glob("*/__init__.py"))
+    for room in rooms:
+        (PAGES / f"{room.name}.md").write_text(page(room), encoding="utf-8")
+    print(f"{len(rooms)} pages in {PAGES.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
