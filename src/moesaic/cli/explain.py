@@ -9,12 +9,13 @@ from rich.table import Table
 
 from moesaic.cli.common import Json, Set, answer, verb_app
 from moesaic.core.units import show_bytes, show_count, show_flops
-from moesaic.model.config import TransformerConfig
+from moesaic.model.blueprint import Blueprint
 from moesaic.model.count import Count, Sizes, count
 from moesaic.model.footprint import footprint
-from moesaic.model.presets import PRESETS, Published, published
+from moesaic.model.presets import PRESETS, preset
 from moesaic.optim.optimizer import AdamW, Optimizer
-from moesaic.recipes.find import RECIPES, find
+from moesaic.recipes.find import find
+from moesaic.train.checks import check
 
 app = verb_app()
 
@@ -35,28 +36,40 @@ def explain(
 
     Example: [cyan]moesaic explain zcode-m3-64[/]
     """
-    if which in PRESETS and which not in RECIPES:
-        model: TransformerConfig = PRESETS(which)
-        model = model.override(changes) if changes else model
-        sizes, optimizer, lines = Sizes(rows=64), AdamW(), model.flat()
-        plan: dict[str, Any] = {}
-    else:
-        run = find(which, changes=changes or [])
-        model, optimizer, lines = run.model, run.optimizer, run.flat()
-        sizes = _sizes(run.loader.batch_tokens, run.loader.max_source, run.loader.max_target, model)
-        plan = {"steps": run.steps, "accumulate": run.accumulate, "batch_tokens": run.loader.batch_tokens}
-    counted = count(model)
-    found = _found(which, counted, sizes=sizes, optimizer=optimizer) | {"plan": plan, "config": lines}
-    if plan:
-        tokens = plan["steps"] * plan["accumulate"] * plan["batch_tokens"]
-        found["run"] = {"tokens_at_most": tokens, "flops": tokens * found["flops_per_token"]["training"]}
-    claim = published(which)
-    if claim:
-        found["published"] = asdict(claim)
-    answer(found, as_json=as_json, show=lambda console: _show(found, claim, console, config=config))
+    found = _preset(which, changes) if which in PRESETS else _run(which, changes)
+    answer(found, as_json=as_json, show=lambda console: _show(found, console, config=config))
 
 
-def _sizes(tokens: int, source: int, target: int, model: TransformerConfig) -> Sizes:
+def _preset(name: str, changes: list[str] | None) -> dict[str, Any]:
+    known = preset(name)
+    model = known.config.override(changes) if changes else known.config
+    found = _found(name, count(model), sizes=Sizes(rows=64), optimizer=AdamW())
+    counted = found["parameters"]
+    published = [asdict(p) | {"counted": counted[p.quantity]} for p in known.published]
+    return found | {
+        "config": model.flat(),
+        "source": known.source,
+        "guessed": list(known.guessed),
+        "published": published,
+    }
+
+
+def _run(which: str, changes: list[str] | None) -> dict[str, Any]:
+    run = find(which, changes=changes or [])
+    check(run)
+    loader = run.loader
+    sizes = _sizes(loader.batch_tokens, loader.max_source, loader.max_target, run.model)
+    found = _found(which, count(run.model), sizes=sizes, optimizer=run.optimizer)
+    tokens = run.steps * run.accumulate * loader.batch_tokens
+    plan = {
+        "steps": run.steps,
+        "tokens_at_most": tokens,
+        "flops_at_most": tokens * found["flops_per_token"]["training"],
+    }
+    return found | {"config": run.flat(), "plan": plan}
+
+
+def _sizes(tokens: int, source: int, target: int, model: Blueprint) -> Sizes:
     """A full batch of texts half as long as the longest allowed."""
     source = max(1, source // 2) if model.encoder.layers else 0
     target = max(1, target // 2)
@@ -77,7 +90,7 @@ def _found(which: str, counted: Count, *, sizes: Sizes, optimizer: Optimizer) ->
     }
 
 
-def _show(found: dict[str, Any], claim: Published | None, console: Console, *, config: bool) -> None:
+def _show(found: dict[str, Any], console: Console, *, config: bool) -> None:
     total, active = found["parameters"]["total"], found["parameters"]["active"]
     console.print(
         f"[bold]{found['name']}[/]: {total:,} parameters ({show_count(total)}), "
@@ -104,14 +117,27 @@ def _show(found: dict[str, Any], claim: Published | None, console: Console, *, c
         f"training {show_flops(flops['training'])} (matrix products and attention)",
         highlight=False,
     )
-    if "run" in found:
-        plan, run = found["plan"], found["run"]
+    if "plan" in found:
+        plan = found["plan"]
         console.print(
-            f"the whole run: {plan['steps']:,} steps, at most {show_count(run['tokens_at_most'])} tokens, "
-            f"{show_flops(run['flops'])}",
+            f"the whole run: {plan['steps']:,} steps, at most {show_count(plan['tokens_at_most'])} "
+            f"tokens, {show_flops(plan['flops_at_most'])}",
             highlight=False,
         )
-    if claim:
-        console.print(f"\npublished: {claim.text(counted=total)}", highlight=False)
+    if "source" in found:
+        _show_source(found, console)
     if config:
         console.print("\n" + "\n".join(found["config"]), highlight=False, markup=False)
+
+
+def _show_source(found: dict[str, Any], console: Console) -> None:
+    console.print(f"\nsource: {found['source']}", highlight=False)
+    for claim in found["published"]:
+        ratio = claim["counted"] / claim["value"]
+        console.print(
+            f"published {claim['quantity']} {show_count(claim['value'])}, counted "
+            f"{show_count(claim['counted'])} ({ratio - 1:+.1%}); {claim['basis']}: {claim['source']}",
+            highlight=False,
+        )
+    if found["guessed"]:
+        console.print(f"not published, ours: {', '.join(found['guessed'])}", highlight=False)
