@@ -39,10 +39,10 @@ class LoaderConfig(Config):
         16384
     )
     max_source: Annotated[
-        int, Field(ge=4, description="a row with a longer source is skipped, counted")
+        int, Field(ge=2, description="a row with a longer source is skipped, counted")
     ] = 256
     max_target: Annotated[
-        int, Field(ge=4, description="a row with a longer target is skipped, counted")
+        int, Field(ge=2, description="a row with a longer target is skipped, counted")
     ] = 256
     layout: Layout = EncoderDecoder()
     prefetch: Annotated[
@@ -246,7 +246,7 @@ def _texts(draws: Draws, streams: Sequence[Stream]) -> tuple[Ints, Ints]:
     source, target = np.zeros((2, len(draws)), dtype=np.int64)
     order = np.argsort(draws.stream, kind="stable")
     present, starts = np.unique(draws.stream[order], return_index=True)
-    for m, rows in zip(present, np.split(order, starts[1:]), strict=True):
+    for m, rows in zip(present, np.split(order, starts)[1:], strict=True):
         source[rows], target[rows] = streams[m].rows.texts(draws.index[rows])
     return source, target
 

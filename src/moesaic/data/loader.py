@@ -40,6 +40,7 @@ class Loader:
         place: Place = _ALONE,
     ) -> None:
         """Raises ConfigError or DataError where the parts do not fit together."""
+        self._ahead: Iterator[Handed] | None = None
         if not 0 <= place.rank < place.world:
             raise ConfigError([f"rank {place.rank} is not one of {place.world} ranks"])
         self.languages = tokenizer.languages
@@ -48,7 +49,6 @@ class Loader:
         self._feed = Feed(shards, tokenizer=tokenizer, mixture=mixed, config=config)
         self._place = place
         self._fingerprint = _fingerprint(shards, mixture=mixture, config=config, seed=seed)
-        self._ahead: Iterator[Handed] | None = None
         self._move(self._feed.start())
 
     def __iter__(self) -> Iterator[Batch]:

@@ -19,15 +19,16 @@ def permute(index: Any, *, size: Any, key: Any) -> np.ndarray[Any, np.dtype[np.i
 
     All three broadcast; ``0 <= index < size``; two keys give two unrelated permutations.
     """
-    index, size, key = (np.asarray(x).astype(np.uint64) for x in (index, size, key))
-    index, size, key = (x.copy() for x in np.broadcast_arrays(index, size, key))
+    whole = np.broadcast_arrays(index, size, key)
+    shape = whole[0].shape
+    index, size, key = (np.ravel(x).astype(np.uint64) for x in whole)
     half = _half_bits(size)
     out = _encrypt(index, half=half, key=key)
     outside = np.flatnonzero(out >= size)
     while outside.size:
         out[outside] = _encrypt(out[outside], half=half[outside], key=key[outside])
         outside = outside[out[outside] >= size[outside]]
-    return out.astype(np.int64)
+    return out.astype(np.int64).reshape(shape)
 
 
 def _half_bits(size: U64) -> U64:

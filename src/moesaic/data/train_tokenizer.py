@@ -189,6 +189,8 @@ def balanced_lines(
     kept = {code: _smallest(iterable, lines) for code, iterable in sorted(texts.items())}
     kept = {code: found for code, found in kept.items() if found.lines}
     powers = {code: found.distinct ** (1 / temperature) for code, found in kept.items()}
+    # repeating lines to fill a large budget would only take time
+    lines = min(lines, 2 * sum(len(found.lines) for found in kept.values()))
     result: list[tuple[str, int]] = []
     for code, found in kept.items():
         quota = max(1, round(lines * powers[code] / sum(powers.values())))

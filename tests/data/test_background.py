@@ -1,0 +1,45 @@
+"""Background: order kept, errors brought home, no thread left behind."""
+
+import threading
+
+import pytest
+
+from moesaic.data.background import Background
+
+
+def failing():
+    yield 1
+    raise ValueError("broken row")
+
+
+def test_items_come_in_order_and_the_end_ends():
+    ahead = Background(iter(range(50)), ahead=3)
+    assert list(ahead) == list(range(50))
+    assert list(ahead) == []
+
+
+def test_an_error_of_the_thread_is_raised_at_its_place_and_stays():
+    ahead = Background(failing(), ahead=4)
+    assert next(ahead) == 1
+    for _ in range(2):
+        with pytest.raises(ValueError, match="broken row"):
+            next(ahead)
+
+
+def test_no_more_than_asked_for_is_made_early():
+    made = []
+    ahead = Background((made.append(i) or i for i in range(100)), ahead=2)
+    for _ in range(5):
+        next(ahead)
+    ahead.close()
+    assert len(made) <= 5 + 2 + 1
+
+
+def test_closing_ends_a_thread_that_waits_for_room():
+    before = threading.active_count()
+    ahead = Background(iter(int, 1), ahead=1)
+    next(ahead)
+    ahead.close()
+    assert threading.active_count() == before
+    with pytest.raises(StopIteration):
+        next(ahead)

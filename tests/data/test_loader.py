@@ -1,0 +1,131 @@
+"""Loader: what it refuses, what it counts, and that it ends its thread."""
+
+import dataclasses
+import threading
+
+import pytest
+
+import pipeline_cases as cases
+from moesaic.core.errors import CheckpointError, ConfigError, DataError
+from moesaic.data.layout import DecoderOnly
+from moesaic.data.loader import Loader, Place
+from moesaic.data.mixture import MixtureConfig, WeightedTask
+from moesaic.data.tasks import CausalLM, Denoising, Translation
+from moesaic.data.tokenizer import MASK
+from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
+
+
+def test_rows_are_pairs_of_the_corpus_under_their_labels():
+    stream, tokenizer = cases.loader(), cases.tokenizer()
+    for _ in range(20):
+        batch = next(stream)
+        for i in range(batch.rows):
+            target = tokenizer.decode(batch.target_out[i].tolist())
+            code = stream.languages[batch.target_language[i]]
+            assert batch.target_in[i, 0] == batch.source[i, 0] == tokenizer.tag(code)
+            number = int(target.removesuffix(" δ").split()[-1])
+            assert target.removesuffix(" δ") == cases.sentence(code, number)
+            if stream.tasks[batch.task[i]] == "translation":
+                source = tokenizer.decode(batch.source[i].tolist())
+                assert source == cases.sentence("eng_Latn", number)
+                assert stream.languages[batch.source_language[i]] == "eng_Latn"
+            else:
+                assert batch.source_language[i] == batch.target_language[i]
+
+
+def test_denoising_sources_are_damaged_and_translation_sources_are_not():
+    stream = cases.loader()
+    masked = dict.fromkeys(stream.tasks, 0)
+    for _ in range(20):
+        batch = next(stream)
+        for i in range(batch.rows):
+            masked[stream.tasks[batch.task[i]]] += int((batch.source[i] == MASK).any())
+        assert not (batch.target_out == MASK).any()
+    assert masked["translation"] == 0
+    assert masked["denoising"] > 20
+
+
+def test_causal_lm_has_no_source_and_its_padding_is_not_counted():
+    mixture = MixtureConfig(tasks=(WeightedTask(task=CausalLM()),))
+    batch = next(cases.loader(mixture=mixture, config=cases.SMALL.replace(layout=DecoderOnly())))
+    assert batch.source.shape[1] == 0
+    assert batch.num_predicted == batch.num_tokens
+    assert next(cases.loader(mixture=mixture)).source.shape[1] == 2  # tag and end
+
+
+def test_overlong_rows_are_skipped_and_counted_by_direction():
+    stream = cases.loader(config=cases.SMALL.replace(max_target=12))
+    for _ in range(60):
+        assert next(stream).target_in.shape[1] <= 12
+    assert set(stream.skipped) >= {"eng_Latn-deu_Latn", "deu_Latn-deu_Latn"}
+    assert cases.loader().skipped == {}
+
+
+def test_limits_that_nothing_fits_are_an_error_not_a_hang():
+    with pytest.raises(DataError, match="max_source=2 and max_target=40; raise them"):
+        next(cases.loader(config=cases.SMALL.replace(max_source=2, window=8)))
+
+
+def test_a_budget_below_the_longest_row_is_refused():
+    with pytest.raises(ConfigError, match=r"batch_tokens: found 60, expected at least .*80"):
+        cases.loader(config=cases.SMALL.replace(batch_tokens=60))
+
+
+def test_state_of_another_run_is_refused():
+    state = cases.loader(seed=1).state()
+    for other in (
+        cases.loader(seed=2),
+        cases.loader(config=cases.SMALL.replace(window=65)),
+        cases.loader(mixture=cases.MIXTURE.replace(temperature=3.0)),
+    ):
+        with pytest.raises(CheckpointError, match="another corpus, tokenizer, mixture, seed"):
+            other.restore(state)
+    cases.loader(config=cases.SMALL.replace(prefetch=2)).restore(state)
+
+
+def test_shards_of_another_tokenizer_and_a_rank_out_of_range_are_refused():
+    texts = {"eng_Latn": ["a b c"]}
+    other = train_tokenizer(texts, cases.LANGUAGES, TokenizerConfig(vocab_size=300))
+    parts = {"mixture": cases.MIXTURE, "config": cases.SMALL, "seed": 1}
+    with pytest.raises(DataError, match="another tokenizer"):
+        Loader(cases.shards(), tokenizer=other, **parts)
+    with pytest.raises(ConfigError, match="rank 2 is not one of 2 ranks"):
+        Loader(cases.shards(), tokenizer=cases.tokenizer(), place=Place(2, 2), **parts)
+
+
+def test_a_task_without_rows_is_refused_by_name():
+    mixture = MixtureConfig(tasks=(WeightedTask(task=Denoising(languages=("fra_Latn",))),))
+    with pytest.raises(DataError, match="task denoising has no training rows"):
+        cases.loader(mixture=mixture)
+    with pytest.raises(ConfigError, match=r'boost\.deu_latn.* did you mean "deu_Latn"'):
+        cases.loader(mixture=MixtureConfig(boost={"deu_latn": 2.0}))
+
+
+def test_closing_ends_the_thread_and_the_next_batch_goes_on():
+    stream, plain = cases.loader(config=cases.SMALL.replace(prefetch=2)), cases.loader()
+    for _ in range(3):
+        assert cases.rows(next(stream)) == cases.rows(next(plain))
+        stream.close()
+        stream.close()
+        assert not any(t.name == "moesaic-data" for t in threading.enumerate())
+    assert stream.state() == plain.state()
+
+
+def test_two_seeds_draw_other_rows():
+    first, second = (cases.rows(next(cases.loader(seed=seed))) for seed in (1, 2))
+    assert first != second
+
+
+def test_held_out_rows_are_limited_per_stream_and_never_from_train():
+    stream = cases.loader(mixture=MixtureConfig(tasks=(WeightedTask(task=Translation()),)))
+    batches = list(stream.valid_batches("valid", rows=10))
+    assert sum(batch.rows for batch in batches) == 10 + 10 + 6
+    for batch in batches:
+        for row in batch.target_out.tolist():
+            assert int(cases.tokenizer().decode(row).split()[-1]) >= 1000
+    assert list(stream.valid_batches("test")) == []
+
+
+def test_batches_are_frozen_values():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        next(cases.loader()).task = None

@@ -1,0 +1,54 @@
+"""Plans: every row in one batch, no batch too big, no rest left over, ranks dealt alike."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moesaic.data.layout import Lengths
+from moesaic.data.plan import cut, share
+
+LENGTHS = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 60)), max_size=300)
+
+
+@settings(max_examples=80, deadline=None)
+@given(pairs=LENGTHS, budget=st.integers(120, 3000))
+def test_every_row_is_in_exactly_one_batch_and_none_is_over_the_budget(pairs, budget):
+    lengths = Lengths(*np.array(pairs, dtype=np.int64).reshape(-1, 2).T)
+    batches = cut(lengths, batch_tokens=budget, key=np.arange(len(pairs)))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(pairs)))
+    for rows in batches:
+        assert len(rows) * (lengths.source[rows].max() + lengths.target[rows].max()) <= budget
+
+
+def test_batches_are_of_like_area_with_no_rest_at_the_end():
+    random = np.random.default_rng(0)
+    source = random.geometric(0.05, 4000).clip(max=120)
+    lengths = Lengths(source, (source * random.uniform(0.7, 1.4, 4000)).astype(int).clip(1, 120))
+    batches = cut(lengths, batch_tokens=4096, key=np.arange(4000))
+    areas = [len(b) * (lengths.source[b].max() + lengths.target[b].max()) for b in batches]
+    assert min(areas) > 0.75 * max(areas)
+    padded = 1 - (lengths.source.sum() + lengths.target.sum()) / sum(areas)
+    assert padded < 0.2
+
+
+def test_rows_of_equal_length_are_grouped_by_key_not_by_order():
+    lengths = Lengths(np.full(64, 8), np.full(64, 8))
+    key = np.random.default_rng(0).permutation(64)
+    first = cut(lengths, batch_tokens=256, key=key)[0]
+    assert sorted(key[first].tolist()) == list(range(16))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 7])
+@pytest.mark.parametrize("count", [0, 1, 3, 29])
+def test_a_batch_is_dealt_whole_and_evenly(world, count):
+    rows = np.arange(100, 100 + count)
+    parts = [share(rows, rank=r, world=world) for r in range(world)]
+    assert sorted(np.concatenate(parts).tolist()) == rows.tolist()
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_the_sum_of_lengths_is_near_equal_over_ranks():
+    lengths = np.arange(10, 138)  # in order, as in a batch
+    sums = [share(lengths, rank=r, world=4).sum() for r in range(4)]
+    assert max(sums) == min(sums)

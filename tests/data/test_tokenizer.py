@@ -1,0 +1,84 @@
+"""Tokenizer files: saved, loaded, read by others, and refused when they are not ours."""
+
+import os
+
+import pytest
+from tokenizers import Tokenizer as HfTokenizer
+
+import pipeline_cases as cases
+from moesaic.core.errors import DataError
+from moesaic.data.tokenizer import (
+    BOS,
+    EOS,
+    MASK,
+    PAD,
+    SPECIALS,
+    UNK,
+    Tokenizer,
+    encode_on_all_cores,
+)
+
+
+def test_ids_are_laid_out_as_specials_tags_bytes_pieces():
+    tokenizer = cases.tokenizer()
+    assert [tokenizer.token(i) for i in (PAD, BOS, EOS, UNK, MASK)] == list(SPECIALS)
+    assert [tokenizer.tag(code) for code in cases.LANGUAGES] == [5, 6, 7, 8]
+    assert [tokenizer.token(9), tokenizer.token(9 + 255)] == ["<0x00>", "<0xFF>"]
+    assert tokenizer.languages == cases.LANGUAGES
+
+
+def test_a_saved_tokenizer_loads_as_the_same_one(tmp_path):
+    tokenizer, path = cases.tokenizer(), tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    again = Tokenizer.load(path)
+    assert again.fingerprint == tokenizer.fingerprint
+    assert again.languages == tokenizer.languages
+    assert again.encode("<deu_Latn> aei 🙂") == tokenizer.encode("<deu_Latn> aei 🙂")
+
+
+def test_the_file_is_read_by_hugging_face_tokenizers(tmp_path):
+    cases.tokenizer().save(tmp_path / "tokenizer.json")
+    inner = HfTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    text = "aei oua 7"
+    assert inner.encode(text).ids == cases.tokenizer().encode(text)
+    assert inner.decode([5, *inner.encode(text).ids, EOS]) == text
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1, 2]", '{"model": '])
+def test_a_damaged_file_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"tokenizer\.json"):
+        Tokenizer.load(path)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path):
+    with pytest.raises(DataError, match="no such tokenizer file"):
+        Tokenizer.load(tmp_path / "tokenizer.json")
+
+
+def test_a_foreign_tokenizer_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    other = HfTokenizer.from_str(cases.tokenizer()._inner.to_str().replace("<mask>", "[MASK]"))
+    other.save(str(path))
+    with pytest.raises(DataError, match="not written by moesaic"):
+        Tokenizer.load(path)
+
+
+def test_an_unknown_language_names_the_nearest_tag():
+    with pytest.raises(DataError, match='did you mean "deu_Latn"'):
+        cases.tokenizer().tag("deu_latn")
+
+
+def test_text_that_utf8_cannot_hold_is_a_clear_error():
+    with pytest.raises(DataError, match="cannot be encoded"):
+        cases.tokenizer().encode("a\ud800")
+    with pytest.raises(DataError, match="cannot be encoded"):
+        cases.tokenizer().encode_many(["a", "a\ud800"])
+
+
+def test_encoding_in_parallel_leaves_forks_safe(monkeypatch):
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    with encode_on_all_cores():
+        assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"

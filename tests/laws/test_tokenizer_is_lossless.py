@@ -1,0 +1,59 @@
+"""Law: any text comes back from its ids unchanged, and no text makes a tag or special token."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pipeline_cases as cases
+from moesaic.data.tokenizer import SPECIALS, Tokenizer, tag_text
+from moesaic.data.train_tokenizer import BPE, TokenizerConfig, Unigram, train_tokenizer
+
+SPELT = ("<deu_Latn>", "<0x41>", "<unused_0>", "▁", "Ġ", "%(name)s", "{0}", "%1$d", "\ufeff")
+ODD = (
+    "\x00",
+    "\r\n",
+    "\t",
+    "\u200d",
+    "e\u0301",
+    "é",
+    "\u3000",
+    "🏳️\u200d🌈",
+    "\U0010ffff",
+    " ",
+    "  ",
+)
+HARD = st.sampled_from([*SPECIALS, *SPELT, *ODD])
+TEXT = st.lists(st.one_of(st.text(max_size=12), HARD), max_size=8).map("".join)
+
+
+@pytest.fixture(scope="module", params=[BPE(), Unigram()], ids=["bpe", "unigram"])
+def tokenizer(request) -> Tokenizer:
+    # hostile training text: the words of the special tokens are frequent in it
+    lines = [cases.sentence("eng_Latn", i) for i in range(60)] + [
+        "<deu_Latn> <0x41> <pad> ▁ {0}"
+    ] * 9
+    config = TokenizerConfig(algorithm=request.param, vocab_size=330, lines=200)
+    return train_tokenizer({"eng_Latn": lines}, ("eng_Latn", "deu_Latn"), config)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=TEXT)
+def test_decoding_undoes_encoding_for_any_text(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=TEXT)
+def test_no_text_encodes_to_a_tag_or_special_token(tokenizer, text):
+    reserved = len(SPECIALS) + len(tokenizer.languages)
+    ids = tokenizer.encode(text)
+    assert all(reserved <= i < tokenizer.vocab_size for i in ids)
+    assert not any(tokenizer.token(i).startswith("<unused_") for i in ids)
+    assert tokenizer.encode_many([text, "a"])[0] == ids
+
+
+def test_specials_and_tags_are_left_out_of_decoded_text(tokenizer):
+    body = tokenizer.encode("aei 12")
+    ids = [0, 1, tokenizer.tag("deu_Latn"), *body, 2, 3, 4, 0]
+    assert tokenizer.decode(ids) == "aei 12"
+    assert tokenizer.token(tokenizer.tag("deu_Latn")) == tag_text("deu_Latn")
