@@ -1,4 +1,4 @@
-"""The reference: one Markdown page per room, written from signatures and docstrings by `make docs`."""
+"""The reference: a page per room, written by `make docs` from signatures and docstrings."""
 
 import ast
 import inspect

@@ -57,7 +57,9 @@ class WeightedTask(Config):
 class MixtureConfig(Config):
     """What is drawn how often."""
 
-    tasks: tuple[WeightedTask, ...] = Field((WeightedTask(task=Translation()),), min_length=1)
+    tasks: tuple[WeightedTask, ...] = Field(
+        default=(WeightedTask(task=Translation()),), min_length=1
+    )
     temperature: Annotated[
         float,
         Field(ge=1, description="1: proportional to size; 5: NLLB-like; large: all streams alike"),
