@@ -13,6 +13,8 @@ Names below are imported when first used, so ``import moesaic`` costs nothing.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from moesaic.core.version import __version__
+
 if TYPE_CHECKING:
     from moesaic.data.build import build as build_corpus
     from moesaic.data.corpus import Corpus
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
     from moesaic.serve.translator import Translator
     from moesaic.train.job import train
     from moesaic.train.run import Run
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Corpus": ("moesaic.data.corpus", "Corpus"),
@@ -42,6 +42,7 @@ __all__ = [
     "Corpus",
     "Run",
     "Translator",
+    "__version__",
     "build_corpus",
     "count",
     "recipe",

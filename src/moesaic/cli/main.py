@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from moesaic import __version__
 from moesaic.core.errors import UserError, nearest
+from moesaic.core.version import __version__
 
 VERBS = {
     "demo": "the whole job in ten minutes: data, training, scores, report",
