@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.data.clean import RULES, Clean, Cleaner, normalise
@@ -51,6 +51,7 @@ def test_thresholds_are_the_users() -> None:
     assert reason("Save the file", "Speichern der Datei", "rus_Cyrl", min_script=0) == ""
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_normalising_leaves_no_control_characters_and_single_spaces(text: str) -> None:
     done = normalise(text)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 from catalogue_files import compress, mo_bytes
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.core.errors import UserError
@@ -225,6 +225,7 @@ def test_texts_are_read_from_lines_and_objects(tmp_path: Path) -> None:
     assert found == ["eins", "zwei", "drei"]
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_an_escaped_field_is_one_field_of_one_line_and_comes_back(text: str) -> None:
     field = escape(text)
@@ -232,6 +233,7 @@ def test_an_escaped_field_is_one_field_of_one_line_and_comes_back(text: str) -> 
     assert unescape(field) == text
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_a_po_string_comes_back(text: str) -> None:
     assert unescape_po(escape_po(text)) == text

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.core.errors import ConfigError
@@ -28,6 +28,7 @@ def test_shares_are_kept() -> None:
     assert drawn.count("valid") / len(texts) == pytest.approx(0.1, abs=0.02)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_has_a_split(text: str) -> None:
     assert Split().of(text) in ("train", "valid", "test")

@@ -30,7 +30,8 @@ _HTML = re.compile(
     re.IGNORECASE,
 )
 _BLOCK = re.compile(
-    r"br|p|li|div|tr|td|th|h1|h2|h3|h4|h5|h6|dd|dt|hr|ul|ol|table|option",
+    r"br|p|li|div|tr|td|th|h1|h2|h3|h4|h5|h6|dd|dt|hr|ul|ol|table|option|"
+    r"nl|para|item|list|title|note|tip|warning",  # KDE's
     re.IGNORECASE,
 )
 

@@ -5,9 +5,12 @@ from pydantic import Field
 from moesaic.core.config import Config
 from moesaic.core.errors import DataError, nearest
 from moesaic.data.builders.catalogues import Catalogues
+from moesaic.data.builders.ddtp import Descriptions
+from moesaic.data.builders.debian import Debian
 from moesaic.data.builders.packages import Package
 from moesaic.data.builders.source import Source
 from moesaic.data.builders.synthetic import Synthetic
+from moesaic.data.builders.together import Together
 from moesaic.data.clean import Clean
 from moesaic.data.split import Split
 
@@ -56,5 +59,13 @@ NAMED: dict[str, CorpusRecipe] = {
         CorpusRecipe(name="synthetic", source=Synthetic()),
         CorpusRecipe(name="catalogues-small", source=Catalogues(packages=_SMALL), min_pairs=200),
         CorpusRecipe(name="catalogues", source=Catalogues(packages=_SMALL + _LARGE), min_pairs=200),
+        CorpusRecipe(
+            name="software-171",
+            source=Together(
+                sources=(Catalogues(packages=_SMALL + _LARGE), Debian(), Descriptions())
+            ),
+            split=Split(test=0.02, valid=0.01),
+            min_pairs=200,
+        ),
     )
 }

@@ -20,6 +20,10 @@ from moesaic.data.home import packages_dir
 
 _NOT_THERE = ("No matching distribution found", "Could not find a version")
 _TIMEOUT_S = 1800
+_MACHINES = (
+    (),
+    ("--platform", "win_amd64", "--python-version", "3.12", "--implementation", "cp"),
+)
 
 
 class Package(Config):
@@ -84,16 +88,17 @@ def _requirements(package: Package) -> Iterator[str]:
 def _download(requirement: str, *, folder: Path) -> str:
     """Download into ``folder``; return pip's reason for failing, or an empty string.
 
-    Wheels first; a source archive only where there is none, as pip prepares those by running them.
+    A wheel of any machine will do, as it is only read. No source archives: pip runs those to learn
+    what they are.
     """
     folder.mkdir(parents=True, exist_ok=True)
     problem = ""
-    for kind in (["--only-binary=:all:"], []):
+    for machine in _MACHINES:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as part:
             command = [
                 *(sys.executable, "-m", "pip", "download", "--no-deps", "--no-input"),
                 *("--disable-pip-version-check", "--ignore-requires-python", "--dest", part),
-                *kind,
+                *("--only-binary=:all:", *machine),
                 requirement,
             ]
             problem = _run(command)

@@ -32,6 +32,7 @@ class Unit:
     """One thing that is read at a time: a package or a file, on disk, with its version and licence.
 
     ``place`` says where its rows may go: ``any`` (the split decides), or an extract's own split.
+    ``part`` is which source of several it belongs to.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Unit:
     version: str = ""
     licence: str = ""
     place: Place = "any"
+    part: tuple[int, ...] = ()
 
 
 class Source(Choice):

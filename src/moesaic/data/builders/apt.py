@@ -1,0 +1,158 @@
+"""Debian packages as data: downloaded by the user's own apt, kept, read, never installed."""
+
+import fnmatch
+import lzma
+import re
+import shutil
+import subprocess
+import tarfile
+import zlib
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import zstandard
+
+from moesaic.core.errors import DataError
+from moesaic.data.builders.packages import Member
+from moesaic.data.builders.source import Progress, Unit
+from moesaic.data.home import packages_dir
+
+_TIMEOUT_S = 3600
+_BATCH = 50
+_AR_HEADER = 60
+
+
+def debs_dir() -> Path:
+    """Return the folder of downloaded .deb files."""
+    return packages_dir() / "deb"
+
+
+def fetch_debs(patterns: tuple[str, ...], *, progress: Progress) -> tuple[Unit, ...]:
+    """Return the packages whose names match ``patterns`` (``libreoffice-l10n-*``) as files on disk.
+
+    Without apt, those that lie in the cache are taken. Raises DataError when there are none.
+    """
+    folder = debs_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    if shutil.which("apt-get") is None:
+        return _without_apt(patterns, folder=folder)
+    names = _matching(patterns)
+    if not names:
+        raise DataError(
+            f"apt knows no package named like {', '.join(patterns[:3])} ...: run `apt-get update` "
+            "first"
+        )
+    missing = _missing(names, folder=folder)
+    for start in range(0, len(missing), _BATCH):
+        batch = missing[start : start + _BATCH]
+        progress.say(f"downloading {start + len(batch)}/{len(missing)} Debian packages")
+        run_apt(["apt-get", "download", "-q", *batch], folder=folder)
+    return _units(names, folder=folder)
+
+
+def _without_apt(patterns: tuple[str, ...], *, folder: Path) -> tuple[Unit, ...]:
+    names = {path.name.split("_")[0] for path in folder.glob("*.deb")}
+    found = [n for n in sorted(names) if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+    if not found:
+        raise DataError(
+            "apt-get was not found: this corpus is made from Debian's packages. Build it on Debian "
+            f"or Ubuntu (a container will do), or copy .deb files into {folder}; `catalogues` "
+            "needs no Debian"
+        )
+    return _units(found, folder=folder)
+
+
+def _matching(patterns: tuple[str, ...]) -> list[str]:
+    known = run_apt(["apt-cache", "pkgnames"], folder=Path(".")).split()
+    exact, globs = set(patterns), [p for p in patterns if "*" in p]
+    return sorted(n for n in known if n in exact or any(fnmatch.fnmatchcase(n, p) for p in globs))
+
+
+def _missing(names: list[str], *, folder: Path) -> list[str]:
+    """Names whose present version is not in the cache; those without a version at all are left."""
+    missing = []
+    for start in range(0, len(names), _BATCH):
+        batch = names[start : start + _BATCH]
+        shown = run_apt(["apt-cache", "show", "--no-all-versions", *batch], folder=folder)
+        for stanza in shown.split("\n\n"):
+            name = re.search(r"^Package: (\S+)", stanza, re.MULTILINE)
+            version = re.search(r"^Version: (\S+)", stanza, re.MULTILINE)
+            if name and version and not any(folder.glob(_file_name(name[1], version[1]))):
+                missing.append(name[1])
+    return sorted(set(missing))
+
+
+def _file_name(name: str, version: str) -> str:
+    return f"{name}_{version.replace(':', '%3a')}_*.deb"
+
+
+def _units(names: list[str], *, folder: Path) -> tuple[Unit, ...]:
+    newest: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.deb"), key=lambda p: p.stat().st_mtime_ns):
+        newest[path.name.split("_")[0]] = path
+    return tuple(
+        Unit(name, newest[name], newest[name].name.split("_")[1].replace("%3a", ":"))
+        for name in names
+        if name in newest
+    )
+
+
+def run_apt(command: list[str], *, folder: Path) -> str:
+    """Run one of apt's commands in ``folder`` and return what it says; DataError when it fails."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=folder, timeout=_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DataError(f"{command[0]} did not finish in {_TIMEOUT_S} s") from error
+    if done.returncode:
+        said = "; ".join(x for x in done.stderr.splitlines() if x.startswith("E:"))[:400]
+        raise DataError(
+            f"{' '.join(command[:2])} failed: {said or 'no reason given'}; check the network and "
+            "run `apt-get update`; what was downloaded is kept"
+        )
+    return done.stdout
+
+
+def deb_members(path: Path, *, wanted: re.Pattern[str]) -> Iterator[Member]:
+    """Yield the files of a .deb whose path matches, one after the other.
+
+    A member must be read before the next is asked for. Raises DataError when it is damaged.
+    """
+    try:
+        with path.open("rb") as stream:
+            name, data = _data_archive(stream, path=path)
+            with tarfile.open(fileobj=_plain(name, data), mode="r|") as tar:
+                for info in tar:
+                    if info.isfile() and wanted.search(info.name):
+                        content = tar.extractfile(info)
+                        found = content.read() if content else b""
+                        yield Member(info.name, lambda found=found: found)
+    except (tarfile.TarError, lzma.LZMAError, zlib.error, zstandard.ZstdError, EOFError) as error:
+        raise DataError(
+            f"{path}: the package is damaged or cut short ({error}); delete it"
+        ) from error
+
+
+def _data_archive(stream: BinaryIO, *, path: Path) -> tuple[str, bytes]:
+    """Find ``data.tar.*`` in the ar archive that a .deb is."""
+    if stream.read(8) != b"!<arch>\n":
+        raise DataError(f"{path}: not a Debian package")
+    while len(header := stream.read(_AR_HEADER)) == _AR_HEADER:
+        name, size = header[:16].decode("ascii").strip().rstrip("/"), int(header[48:58])
+        if name.startswith("data.tar"):
+            return name, stream.read(size)
+        stream.seek(size + size % 2, 1)
+    raise DataError(f"{path}: the package is cut short: it holds no data.tar")
+
+
+def _plain(name: str, data: bytes) -> BinaryIO:
+    if name.endswith(".xz"):
+        return lzma.open(BytesIO(data))  # type: ignore[return-value]
+    if name.endswith(".zst"):
+        return BytesIO(zstandard.ZstdDecompressor().stream_reader(BytesIO(data)).read())
+    if name.endswith(".gz"):
+        return BytesIO(zlib.decompress(data, wbits=31))
+    return BytesIO(data)
