@@ -1,11 +1,5 @@
 """Joining: from nothing, from a half-set environment, from torchrun, and after a restart."""
 
-import json
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
 import pytest
 
 from moesaic.core.errors import UserError
@@ -40,32 +34,3 @@ def _join_existing() -> tuple[bool, int]:
 
 def test_an_existing_group_is_used_and_left() -> None:
     assert run_on_ranks(2, _join_existing) == [(True, 2)] * 2
-
-
-SCRIPT = """
-import json, os, sys
-from pathlib import Path
-from moesaic.dist.launch import join
-
-attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-with join(device="cpu", timeout_s=20) as world:
-    total = world.sum_floats({"rank": world.rank})["rank"]
-    if attempt == 0 and world.rank == 1:
-        os._exit(9)
-    world.barrier()
-    answer = Path(sys.argv[1]) / f"{world.rank}.json"
-    answer.write_text(json.dumps({"attempt": attempt, "total": total, "size": world.size}))
-"""
-
-
-@pytest.mark.slow
-def test_torchrun_meets_again_after_a_rank_died(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["--max-restarts=1", "--monitor-interval=0.1", str(script), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for rank in range(2):
-        answer = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert answer == {"attempt": 1, "total": 1.0, "size": 2}

@@ -73,7 +73,7 @@ def test_resuming_equals_never_stopping(variant: str, tmp_path: Path) -> None:
     _same(resumed, whole)
 
 
-def _on_two(folder: Path, *, stop: bool) -> list[dict[str, float]]:
+def _on_two(folder: Path, stop: bool) -> list[dict[str, float]]:
     run, world = tiny_run(**VARIANTS["dropout-and-random-drops"]), Ranks()
     trainer = tiny_trainer(run, world=world)
     rows = _rows(trainer, steps=6)
@@ -88,8 +88,8 @@ def _on_two(folder: Path, *, stop: bool) -> list[dict[str, float]]:
 
 
 def test_resuming_equals_never_stopping_on_two_ranks(tmp_path: Path) -> None:
-    whole = run_on_ranks(2, _on_two, tmp_path, stop=False)
-    assert run_on_ranks(2, _on_two, tmp_path, stop=True) == whole
+    whole = run_on_ranks(2, _on_two, tmp_path, False)
+    assert run_on_ranks(2, _on_two, tmp_path, True) == whole
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from moesaic.core.errors import UserError
 from moesaic.train.job import train
 from moesaic.train.resume import Auto
 from moesaic.train.run import Run
+from moesaic.train.watch import silent
 
 TIMED = ("perf/", "time/", "mem/")  # metrics that tell how fast, not what
 
@@ -125,7 +126,7 @@ def _start(run: Run, out: Path) -> Any:
 def _live(run: Run, out: Path) -> None:
     torch.set_num_threads(1)
     try:
-        train(run, out, resume=Auto())
+        train(run, out, resume=Auto(), board=silent)
     except UserError as error:
         out.mkdir(parents=True, exist_ok=True)
         (out / "error.txt").write_text(str(error))

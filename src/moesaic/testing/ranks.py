@@ -6,6 +6,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -21,54 +22,65 @@ class RankError(AssertionError):
 
 
 def run_on_ranks(
-    world: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60.0, **named: Any
+    world: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    timeout_s: float = 60.0,
+    patience_s: float | None = None,
 ) -> list[Any]:
-    """Run ``function(*arguments, **named)`` on ``world`` ranks; return their results in rank order.
+    """Run ``function(*arguments)`` on ``world`` ranks; return their results in rank order.
 
     Results travel by pickle through a file of ours. Forked, so ``function`` may be local and starts
-    in 0.05 s; the ranks meet in a file, so no port is needed. Raises RankError.
+    in 0.05 s; the ranks meet in a file, so no port is needed. ``patience_s`` is how long a
+    collective waits. Raises RankError.
     """
     fork = get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            fork.Process(
-                target=_rank,
-                args=(Path(folder), rank, world, timeout_s, (function, arguments, named)),
-            )
-            for rank in range(world)
-        ]
+        job = _Job(Path(folder), world, function, arguments, patience_s or timeout_s)
+        ranks = [fork.Process(target=job.run, args=(rank,)) for rank in range(world)]
         for rank in ranks:
             rank.start()
         try:
             _wait(ranks, until=time.monotonic() + timeout_s)
-            return [_result(Path(folder), rank, process) for rank, process in enumerate(ranks)]
+            return [_result(job.folder, rank, process) for rank, process in enumerate(ranks)]
         finally:
             for process in ranks:
                 process.kill()
                 process.join()
 
 
-def _rank(folder: Path, rank: int, world: int, timeout_s: float, work: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    function, arguments, named = work
-    try:
+@dataclass(frozen=True, slots=True)
+class _Job:
+    folder: Path
+    world: int
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    patience_s: float
+
+    def run(self, rank: int) -> None:
+        """Be one rank, and leave a result or a failure in the folder."""
+        torch.set_num_threads(1)
+        try:
+            self._join(rank)
+            result = self.function(*self.arguments)
+            (self.folder / f"{rank}.result").write_bytes(pickle.dumps(result))
+            distributed.barrier()  # a quick rank must not tear down while others still connect
+            distributed.destroy_process_group()
+            code = 0
+        except BaseException:
+            failure = self.folder / f"{rank}.failure"
+            failure.write_text(f"{time.time()}\n{traceback.format_exc()}")
+            code = 1
+        os._exit(code)  # no clean-up of the parent's test runner in its fork
+
+    def _join(self, rank: int) -> None:
         distributed.init_process_group(
             "gloo",
-            init_method=f"file://{folder}/store",
+            init_method=f"file://{self.folder}/store",
             rank=rank,
-            world_size=world,
-            timeout=timedelta(seconds=timeout_s),
+            world_size=self.world,
+            timeout=timedelta(seconds=self.patience_s),
         )
-        result = function(*arguments, **named)
-        (folder / f"{rank}.result").write_bytes(pickle.dumps(result))
-        distributed.barrier()  # a quick rank must not tear down while others still connect
-        distributed.destroy_process_group()
-        code = 0
-    except BaseException:
-        failure = folder / f"{rank}.failure"
-        failure.write_text(f"{time.time()}\n{traceback.format_exc()}")
-        code = 1
-    os._exit(code)  # no clean-up of the parent's test runner in its fork
 
 
 def _wait(ranks: Sequence[BaseProcess], *, until: float) -> None:

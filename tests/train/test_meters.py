@@ -1,0 +1,79 @@
+"""Running sums: means by category, the same over ranks and over a restart."""
+
+import pytest
+import torch
+
+from moesaic.dist.world import Alone, Ranks
+from moesaic.testing.ranks import run_on_ranks
+from moesaic.testing.tiny import LANGUAGES, TASKS, random_batch
+from moesaic.train.meters import Categories, Meters, Sums
+
+CATEGORIES = Categories(TASKS, LANGUAGES)
+
+
+def _sums(seed: int) -> Sums:
+    batch = random_batch(6, seed=seed)
+    loss = torch.arange(batch.num_predicted, dtype=torch.float32)
+    terms = {"cross_entropy": torch.tensor(float(seed)), "loss_z": torch.tensor(0.5)}
+    return Sums(CATEGORIES.sums(loss, batch=batch), terms, batch.num_tokens)
+
+
+def test_sums_by_category_are_those_of_a_loop() -> None:
+    batch = random_batch(6, seed=3)
+    loss = torch.rand(batch.num_predicted)
+    expected = torch.zeros(2, 5, dtype=torch.float64)
+    left = iter(loss.double())
+    for row in range(6):
+        for token in batch.target_out[row]:
+            if token:
+                value = next(left)
+                for column in (batch.task[row], 2 + batch.target_language[row]):
+                    expected[:, column] += torch.tensor([value, 1.0])
+    torch.testing.assert_close(CATEGORIES.sums(loss, batch=batch), expected)
+
+
+def test_a_row_is_the_mean_since_the_last_row() -> None:
+    meters, world = Meters(CATEGORIES, device=torch.device("cpu")), Alone()
+    for seed in (1, 2):
+        meters.add(_sums(seed), norm=float(seed))
+    row = meters.take(world)
+    both = _sums(1).plus(_sums(2))
+    total, count = both.losses[:, :2].sum(1).tolist()
+    assert row["train/loss"] == pytest.approx(total / count)
+    assert row["train/loss/translation"] == pytest.approx(
+        float(both.losses[0, 0] / both.losses[1, 0])
+    )
+    assert row["train/cross_entropy"] == 1.5
+    assert row["train/loss_z"] == 0.5
+    assert row["train/grad_norm"] == 1.5
+    assert row["tokens"] == row["train/tokens"] == both.tokens
+    meters.add(_sums(5), norm=5.0)
+    later = meters.take(world)
+    assert later["train/grad_norm"] == 5.0
+    assert later["tokens"] == _sums(5).tokens
+    assert later["train/tokens"] == both.tokens + _sums(5).tokens
+
+
+def test_a_category_without_tokens_has_no_value() -> None:
+    meters = Meters(Categories(TASKS, (*LANGUAGES, "xho_Latn")), device=torch.device("cpu"))
+    meters.add_losses(torch.ones(2, 6) * torch.tensor([1, 1, 1, 1, 1, 0]))
+    assert "valid/loss/xho_Latn" not in meters.mean_losses(Alone(), prefix="valid")
+    assert Meters(CATEGORIES, device=torch.device("cpu")).mean_losses(Alone(), prefix="x") == {}
+
+
+def _saved_and_restored() -> dict[str, float]:
+    world, device = Ranks(), torch.device("cpu")
+    meters, again = Meters(CATEGORIES, device=device), Meters(CATEGORIES, device=device)
+    meters.add(_sums(1 + world.rank), norm=2.0)
+    again.restore(meters.tensors(world), world=world)
+    again.add(_sums(3 + world.rank), norm=4.0)
+    return again.take(world)
+
+
+def test_a_restart_in_the_middle_changes_no_row() -> None:
+    meters = Meters(CATEGORIES, device=torch.device("cpu"))
+    for first, second, norm in ((1, 2, 2.0), (3, 4, 4.0)):
+        meters.add(_sums(first).plus(_sums(second)), norm=norm)
+    expected = meters.take(Alone())
+    for row in run_on_ranks(2, _saved_and_restored):
+        assert row == pytest.approx(expected)

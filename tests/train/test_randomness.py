@@ -1,0 +1,43 @@
+"""Random streams: one per rank, saved and continued, undisturbed by validation."""
+
+import torch
+
+from moesaic.dist.world import Alone, Ranks
+from moesaic.testing.ranks import run_on_ranks
+from moesaic.train.randomness import random_state, restore_random_state, seed_rank, undisturbed
+
+
+def test_a_stream_continues_from_its_state() -> None:
+    seed_rank(3, world=Alone())
+    state = random_state(Alone())
+    expected = torch.rand(4)
+    torch.manual_seed(99)
+    restore_random_state(state, world=Alone(), seed=3, step=7)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def _first_number() -> float:
+    seed_rank(3, world=Ranks())
+    return float(torch.rand(()))
+
+
+def test_ranks_have_streams_of_their_own() -> None:
+    assert len(set(run_on_ranks(4, _first_number))) == 4
+
+
+def test_another_number_of_ranks_starts_new_streams() -> None:
+    seed_rank(3, world=Alone())
+    two = {"0/cpu": torch.get_rng_state(), "1/cpu": torch.get_rng_state()}
+    restore_random_state(two, world=Alone(), seed=3, step=7)
+    here = torch.rand(4)
+    restore_random_state(two, world=Alone(), seed=3, step=8)
+    assert not torch.equal(torch.rand(4), here)
+
+
+def test_what_happens_inside_leaves_no_trace() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    with undisturbed(torch.device("cpu")):
+        torch.rand(100)
+    assert torch.equal(torch.rand(2), expected)

@@ -1,0 +1,41 @@
+"""Signals: the first is a wish, the second is not."""
+
+import os
+import signal
+from threading import Thread
+
+import pytest
+
+from moesaic.train.stop import StopRequest
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert not stop.asked
+        os.kill(os.getpid(), number)
+        assert stop.asked
+        assert stop.ending == number.name
+    assert signal.getsignal(number) is before
+
+
+def test_the_second_signal_acts_as_ever() -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert stop.asked
+
+
+def test_outside_the_main_thread_nothing_is_caught() -> None:
+    seen: list[bool] = []
+
+    def inside() -> None:
+        with StopRequest() as stop:
+            seen.append(stop.asked)
+
+    thread = Thread(target=inside)
+    thread.start()
+    thread.join()
+    assert seen == [False]

@@ -1,0 +1,62 @@
+"""Two real ranks under torchrun: one dies, both start again and end where one rank alone does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moesaic.checkpoint.rundir import RunDir
+from moesaic.checkpoint.tensors import read_tensors
+from moesaic.testing.kills import metric_rows
+from moesaic.testing.tiny import synthetic_run
+from moesaic.train.job import train
+from moesaic.train.run import Checkpoints
+from moesaic.train.watch import silent
+
+SCRIPT = """
+import os, sys
+import torch
+from moesaic.testing.tiny import synthetic_run
+from moesaic.train.hooks.hook import Hook
+from moesaic.train.job import train
+from moesaic.train.resume import Auto
+from moesaic.train.run import Checkpoints
+
+torch.set_num_threads(1)
+
+class Die(Hook):
+    def after_step(self, trainer, report):
+        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if first and trainer.world.rank == 1 and report.step == 5:
+            os._exit(9)
+
+run = synthetic_run(steps=8, checkpoint=Checkpoints(every=3))
+train(run, sys.argv[1], resume=Auto(), hooks=[Die()])
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_of_which_one_dies_end_where_one_rank_does(
+    data_home: Path, tmp_path: Path
+) -> None:
+    run = synthetic_run(steps=8, checkpoint=Checkpoints(every=3))
+    train(run, tmp_path / "one", board=silent)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["--max-restarts=1", "--monitor-interval=0.1", str(script), str(tmp_path / "two")]
+    environment = os.environ | {"MOESAIC_HOME": str(data_home), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=180, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming after step 3" in done.stderr
+    one, two = (read_tensors(RunDir(tmp_path / name).model) for name in ("one", "two"))
+    for name, weight in one.items():
+        assert float((two[name] - weight).abs().max()) < 1e-4, name
+    for here, there in zip(
+        metric_rows(tmp_path / "one"), metric_rows(tmp_path / "two"), strict=True
+    ):
+        assert there == pytest.approx(here, rel=1e-4, abs=1e-6)
