@@ -12,7 +12,7 @@ def take(stream, count):
     return [cases.rows(next(stream)) for _ in range(count)]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(before=st.integers(0, 40), window=st.sampled_from([1, 7, 64, 500]), seed=st.integers(0, 9))
 def test_a_resumed_loader_equals_one_that_never_stopped(before, window, seed):
     config = cases.SMALL.replace(window=window)
