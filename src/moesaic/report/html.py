@@ -22,7 +22,7 @@ class Html:
 Child = Html | str | float | int | None
 
 
-def tag(name: str, *children: Child, **attributes: str | float | int | None) -> Html:
+def tag(name: str, /, *children: Child, **attributes: str | float | int | None) -> Html:
     """Return an element. Strings are escaped; None children and attributes are left out.
 
     Attribute names are written with ``_`` for ``-``; a trailing ``_`` frees a Python word

@@ -1,0 +1,270 @@
+"""Charts: lines, bars, and dots with intervals, as inline SVG.
+
+Every chart has a title for screen readers; colours are CSS variables, so the theme decides.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moesaic.report.html import Html, join, tag
+from moesaic.report.palette import series as colour
+from moesaic.report.scale import Scale, bounds, short, thin, ticks
+
+_DASHES = (None, "5 3", "2 2")
+_MARKS = ("circle", "square", "diamond")
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """A curve. ``tint`` picks the house colour, ``dash`` the stroke (0 is solid)."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    tint: int = 0
+    dash: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Dot:
+    """A value with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The pixels of a chart and of the margins around its plot."""
+
+    width: int = 440
+    height: int = 230
+    left: int = 44
+    right: int = 14
+    top: int = 10
+    bottom: int = 26
+
+
+def line_chart(
+    curves: Sequence[Series], *, title: str, zero: bool = False, frame: Frame | None = None
+) -> Html:
+    """Draw curves over steps, with a legend; the page's script adds a reading at the pointer."""
+    box = frame or Frame()
+    thinned = [(c, *thin(c.x, c.y)) for c in curves]
+    drawn = [item for item in thinned if item[1]]
+    if not drawn:
+        return figure(title, body=tag("p", "No values.", class_="gap"))
+    xs = [v for _, x, _ in drawn for v in x]
+    across = Scale(min(xs), max(xs), box.left, box.width - box.right)
+    low, high = bounds([v for _, _, y in drawn for v in y], zero=zero)
+    up = Scale(low, high, box.height - box.bottom, box.top)
+    told = [
+        {"name": c.name, "tint": colour(c.tint), "x": x, "y": [float(f"{v:.5g}") for v in y]}
+        for c, x, y in drawn
+    ]
+    plot = tag(
+        "svg",
+        tag("title", title),
+        _grid(across, up, box),
+        *(_curve(c, x, y, (across, up)) for c, x, y in drawn),
+        tag("line", class_="cursor", y1=box.top, y2=box.height - box.bottom, x1=-9, x2=-9),
+        viewBox=f"0 0 {box.width} {box.height}",
+        class_="lines",
+        role="img",
+        data_curves=json.dumps(told, ensure_ascii=False),
+        data_scale=json.dumps([across.low, across.high, across.start, across.end]),
+    )
+    return figure(title, body=plot, legend=[(c.name, c.tint, c.dash) for c, _, _ in drawn])
+
+
+def bar_chart(rows: Sequence[tuple[str, float]], *, title: str, tint: int = 0) -> Html:
+    """Draw labelled horizontal bars from zero, in the given order."""
+    if not rows:
+        return figure(title, body=tag("p", "No values.", class_="gap"))
+    width, step, left = 440, 20, 132
+    across = Scale(0.0, max(v for _, v in rows) or 1.0, left, width - 48)
+    parts = []
+    for i, (name, value) in enumerate(rows):
+        y = i * step
+        parts += [
+            tag("text", name, x=left - 8, y=y + 14, text_anchor="end"),
+            tag(
+                "rect",
+                x=left,
+                y=y + 3,
+                width=max(1.0, across(value) - left),
+                height=step - 7,
+                rx=2,
+                fill=colour(tint),
+            ),
+            tag("text", f"{value:.2f}", x=across(value) + 6, y=y + 14, class_="value"),
+        ]
+    body = tag(
+        "svg",
+        tag("title", title),
+        *parts,
+        viewBox=f"0 0 {width} {len(rows) * step + 4}",
+        role="img",
+    )
+    return figure(title, body=body)
+
+
+def share_bar(parts: Sequence[tuple[str, float, str]], *, title: str) -> Html:
+    """Draw one bar cut into shares; each part is (name, size, what to show)."""
+    total = sum(size for _, size, _ in parts) or 1.0
+    cuts = [
+        tag(
+            "span",
+            class_=f"cut tint{i % 5}",
+            style=f"flex-grow:{max(size / total, 0.004):.4f}",
+            title=f"{name}: {shown}",
+        )
+        for i, (name, size, shown) in enumerate(parts)
+    ]
+    names = [
+        tag("li", tag("i", class_=f"tint{i % 5}"), name, " ", tag("b", shown))
+        for i, (name, _, shown) in enumerate(parts)
+    ]
+    body = join([tag("div", *cuts, class_="share"), tag("ul", *names, class_="legend")])
+    return figure(title, body=body)
+
+
+def dot_chart(
+    rows: Sequence[tuple[str, Sequence[Dot | None]]], *, systems: Sequence[str], title: str
+) -> Html:
+    """Draw per row one mark with its interval for each system; shapes differ as colours do.
+
+    The plot's positions are percentages: it fills whatever width there is, letters keep their size.
+    """
+    top, left, step = 26, 12 + round(7.4 * max((len(name) for name, _ in rows), default=0)), 32
+    height = top + step * len(rows) + 6
+    high = max((d.high for _, dots in rows for d in dots if d), default=1.0)
+    marks = ticks(0.0, high, count=6)
+    across = Scale(0.0, max(high, marks[-1]) * 1.02, 1.5, 98.5)
+    stripes = [
+        tag("rect", x=0, y=top + i * step, width="100%", height=step, class_="stripe")
+        for i in range(0, len(rows), 2)
+    ]
+    lines = [
+        tag("line", x1=x, x2=x, y1=top - 4, y2=height - 6, class_="grid")
+        for x in (f"{across(value)}%" for value in marks)
+    ]
+    numbers = [
+        tag("text", short(v), x=f"{across(v)}%", y=14, text_anchor="middle", class_="axis")
+        for v in marks
+    ]
+    between = (step - 16) / max(len(systems) - 1, 1)
+    dots = [
+        _dot(dot, index=j, y=top + i * step + 8 + between * j, across=across, label=name)
+        for i, (name, found) in enumerate(rows)
+        for j, dot in enumerate(found)
+        if dot
+    ]
+    names = [
+        tag("text", name, x=left - 10, y=top + (i + 0.5) * step + 4, text_anchor="end")
+        for i, (name, _) in enumerate(rows)
+    ]
+    size = f"height:{height}px"
+    labels = tag("svg", *stripes, *names, width=left, height=height, style=f"width:{left}px;{size}")
+    told = tag("title", title)
+    plot = tag(
+        "svg", told, *stripes, *lines, *numbers, *dots, role="img", style=f"width:100%;{size}"
+    )
+    keys = [tag("li", _legend_mark(j), name) for j, name in enumerate(systems)]
+    legend = tag("ul", *keys, tag("li", "line: 95 % interval", class_="soft"), class_="legend")
+    return figure(title, body=join([legend, tag("div", labels, plot, class_="dots")]))
+
+
+def figure(title: str, *, body: Html, legend: Sequence[tuple[str, int, int]] = ()) -> Html:
+    """Put a heading over a chart, and a legend where there is more than one curve."""
+    items = [
+        tag(
+            "li",
+            tag(
+                "svg",
+                tag("line", x1=0, x2=18, y1=5, y2=5, stroke=colour(t), stroke_dasharray=_DASHES[d]),
+                viewBox="0 0 18 10",
+                class_="key",
+                aria_hidden="true",
+            ),
+            name,
+        )
+        for name, t, d in legend
+    ]
+    shown = tag("ul", *items, class_="legend") if len(items) > 1 else None
+    return tag("figure", tag("figcaption", title), shown, body)
+
+
+def _grid(across: Scale, up: Scale, box: Frame) -> Html:
+    parts = []
+    for value in ticks(up.low, up.high, count=5):
+        y = up(value)
+        parts.append(tag("line", x1=box.left, x2=box.width - box.right, y1=y, y2=y, class_="grid"))
+        parts.append(
+            tag("text", short(value), x=box.left - 7, y=y + 4, text_anchor="end", class_="axis")
+        )
+    for value in ticks(across.low, across.high, count=5):
+        parts.append(
+            tag(
+                "text",
+                short(value),
+                x=across(value),
+                y=box.height - 8,
+                text_anchor="middle",
+                class_="axis",
+            )
+        )
+    parts.append(
+        tag(
+            "text",
+            "step",
+            x=box.left - 7,
+            y=box.height - 8,
+            text_anchor="end",
+            class_="axis",
+        )
+    )
+    return tag("g", *parts)
+
+
+def _curve(
+    curve: Series, x: Sequence[float], y: Sequence[float], scales: tuple[Scale, Scale]
+) -> Html:
+    across, up = scales
+    points = [f"{across(a)} {up(b)}" for a, b in zip(x, y, strict=True)]
+    if len(points) == 1:
+        return tag("circle", cx=across(x[0]), cy=up(y[0]), r=3, fill=colour(curve.tint))
+    return tag(
+        "path",
+        d="M" + "L".join(points),
+        stroke=colour(curve.tint),
+        stroke_dasharray=_DASHES[curve.dash % 3],
+        class_="curve",
+    )
+
+
+def _dot(dot: Dot, *, index: int, y: float, across: Scale, label: str) -> Html:
+    ends = {"x1": f"{across(dot.low)}%", "x2": f"{across(dot.high)}%", "y1": y, "y2": y}
+    return tag(
+        "g",
+        tag("title", f"{label}: {dot.value:.1f} ({dot.low:.1f} to {dot.high:.1f})"),
+        tag("line", **ends, stroke=colour(index), class_="span"),
+        tag("svg", _mark(index), x=f"{across(dot.value)}%", y=y, class_="spot"),
+    )
+
+
+def _mark(index: int) -> Html:
+    """A mark around the origin."""
+    shape, tint = _MARKS[index % 3], colour(index)
+    if shape == "circle":
+        return tag("circle", r=4.4, fill=tint, class_="mark")
+    turn = "rotate(45)" if shape == "diamond" else None
+    return tag(
+        "rect", x=-3.6, y=-3.6, width=7.2, height=7.2, fill=tint, transform=turn, class_="mark"
+    )
+
+
+def _legend_mark(index: int) -> Html:
+    return tag("svg", _mark(index), viewBox="-9 -6 18 12", class_="key", aria_hidden="true")

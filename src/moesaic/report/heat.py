@@ -1,0 +1,165 @@
+"""Heat maps of routing, and the tree of languages beside them.
+
+A cell says how much a language uses an expert, against its fair share: blue for more, red for less,
+stronger for further away (doubling or halving each time). Equal shades are one SVG path, so that
+a map of twenty thousand cells stays small.
+
+Letters: E experts, G languages.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moesaic.report.cluster import Join, Tree
+from moesaic.report.html import Html, tag
+from moesaic.report.scale import Scale
+
+SHADES = 6  # steps of each colour
+ROW = 24
+_REACHES = (0.5, 1, 2, 3)  # doublings at the strongest shade: chosen to suit what is shown
+
+
+@dataclass(frozen=True, slots=True)
+class HeatMap:
+    """``share`` [E, G] is p(expert | language); languages are shown in the order ``rows``.
+
+    The strongest shade is at ``reach`` doublings of the fair share; ``cell`` is a cell's width.
+    """
+
+    layer: str
+    share: np.ndarray
+    rows: Sequence[int]
+    names: Sequence[str]
+    reach: float = 3.0
+    cell: int = 24
+
+    def shades(self) -> np.ndarray:
+        """Return the shade of each cell, int [E, G] in -SHADES..SHADES; 0 is the fair share."""
+        fair = 1 / self.share.shape[0]
+        with np.errstate(divide="ignore"):
+            doublings = np.log2(self.share / fair)
+        return np.rint(np.clip(doublings / self.reach, -1, 1) * SHADES).astype(int)
+
+    def draw(self) -> Html:
+        """Draw rows of ``ROW`` pixels under a row of expert numbers."""
+        experts = self.share.shape[0]
+        cell = self.cell
+        every = max(1, round(22 / cell))
+        shades = self.shades()
+        paths = []
+        for shade in [s for s in range(-SHADES, SHADES + 1) if s]:
+            spots = [
+                f"M{e * cell} {(i + 1) * ROW}h{cell - 1}v{ROW - 1}h-{cell - 1}z"
+                for i, g in enumerate(self.rows)
+                for e in range(experts)
+                if shades[e, g] == shade
+            ]
+            if spots:
+                kind = "more" if shade > 0 else "less"
+                strength = round(0.1 + 0.9 * abs(shade) / SHADES, 2)
+                paths.append(tag("path", d="".join(spots), class_=kind, fill_opacity=strength))
+        numbers = [
+            tag("text", e, x=e * cell + cell / 2, y=15, text_anchor="middle", class_="axis")
+            for e in range(0, experts, every)
+        ]
+        width, height = experts * cell, (len(self.rows) + 1) * ROW
+        ground = tag("rect", x=0, y=ROW, width=width, height=height - ROW, class_="ground")
+        told = [[round(1000 * float(self.share[e, g])) for e in range(experts)] for g in self.rows]
+        return tag(
+            "svg",
+            tag("title", f"Use of the experts of {self.layer} by language"),
+            ground,
+            *numbers,
+            *paths,
+            viewBox=f"0 0 {width} {height}",
+            width=width,
+            height=height,
+            class_="heat",
+            role="img",
+            data_cell=cell,
+            data_row=ROW,
+            data_share=str(told).replace(" ", ""),
+        )
+
+
+def reach_of(shares: Sequence[np.ndarray]) -> float:
+    """Return the reach that shows nearly all of some maps [E, G] without running out of shades."""
+    with np.errstate(divide="ignore"):
+        sizes = [np.abs(np.log2(share * share.shape[0])).ravel() for share in shares]
+    wanted = float(np.quantile(np.minimum(np.concatenate(sizes), 9.0), 0.95))
+    return next((reach for reach in _REACHES if reach >= wanted), _REACHES[-1])
+
+
+def legend(reach: float) -> Html:
+    """Draw the shades with what they mean."""
+    cell, most = 22, 2**reach
+    parts = []
+    for i, shade in enumerate(range(-SHADES, SHADES + 1)):
+        kind = "more" if shade > 0 else "less" if shade < 0 else "ground"
+        strength = round(0.1 + 0.9 * abs(shade) / SHADES, 2) if shade else None
+        parts.append(
+            tag(
+                "rect",
+                x=i * cell,
+                y=0,
+                width=cell - 1,
+                height=12,
+                class_=kind,
+                fill_opacity=strength,
+            )
+        )
+    middle = (SHADES + 0.5) * cell
+    words = (
+        (0, "start", f"{1 / most:.2g}× or less"),
+        (middle, "middle", "fair share"),
+        (2 * middle, "end", f"{most:.2g}× or more"),
+    )
+    parts += [
+        tag("text", text, x=x, y=27, text_anchor=anchor, class_="axis") for x, anchor, text in words
+    ]
+    return tag(
+        "svg",
+        tag("title", "Colours: use of an expert against its fair share"),
+        *parts,
+        viewBox=f"0 0 {2 * middle} 32",
+        width=2 * middle,
+        height=32,
+        class_="heat-key",
+        role="img",
+    )
+
+
+def dendrogram(tree: Tree, *, names: Sequence[str], width: int = 110) -> Html:
+    """Draw the tree with its root to the left and a language per row, level with a heat map's."""
+    order = tree.leaves
+    across = Scale(tree.height or 1.0, 0.0, 6, width)
+    lines: list[str] = []
+
+    def place(node: Tree) -> float:
+        if not isinstance(node, Join):
+            return (order.index(node.index) + 1.5) * ROW
+        ends = [(child.height, place(child)) for child in (node.left, node.right)]
+        x = across(node.height)
+        lines.append("".join(f"M{across(h)} {y}H{x}" for h, y in ends) + f"V{ends[0][1]}")
+        return (ends[0][1] + ends[1][1]) / 2
+
+    place(tree)
+    label = 8 + round(7.2 * max(len(names[g]) for g in order))
+    texts = [
+        tag("text", names[g], x=width + 8, y=(i + 1.5) * ROW + 4, class_="name")
+        for i, g in enumerate(order)
+    ]
+    height = (len(order) + 1) * ROW
+    return tag(
+        "svg",
+        tag("title", "Languages grouped by how alike their routing is"),
+        tag("path", d="".join(lines), class_="tree"),
+        *texts,
+        viewBox=f"0 0 {width + label} {height}",
+        width=width + label,
+        height=height,
+        class_="dendrogram",
+        role="img",
+    )

@@ -1,0 +1,113 @@
+"""Inputs: what a run directory says, and what it does not say yet."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from moesaic.checkpoint.rundir import RunDir
+from moesaic.core.errors import UserError
+from moesaic.core.files import read_json
+from moesaic.data.languages import language
+from moesaic.observe.metrics import read_metrics
+from moesaic.observe.routes import Routes, read_routes
+from moesaic.report.charts import Series
+
+T = TypeVar("T")
+_LANGUAGE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}(_\w+)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """The files of a run. ``gaps`` has one sentence per file that could not be read, by name."""
+
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    metrics: dict[str, Series] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    routes: Routes | None = None
+    gaps: dict[str, str] = field(default_factory=dict)
+
+    def curve(self, name: str, *, label: str = "", tint: int = 0, dash: int = 0) -> Series | None:
+        """Return one metric as a curve, or None if it was never written."""
+        found = self.metrics.get(name)
+        return Series(label or name, found.x, found.y, tint, dash) if found else None
+
+    def split(self, prefix: str) -> tuple[list[str], list[str]]:
+        """Return the tasks and the languages that have metrics ``prefix/...``."""
+        ends = [n.removeprefix(prefix) for n in self.metrics if n.startswith(prefix)]
+        languages = [end for end in ends if _LANGUAGE.fullmatch(end)]
+        return [end for end in ends if end not in languages], languages
+
+
+def read_inputs(run: RunDir) -> Inputs:
+    """Read what is there. A missing or damaged file becomes a gap, never an exception."""
+    gaps: dict[str, str] = {}
+    text = _try(run.config, _text, "", gaps)
+    config = _try(run.config, lambda _: _mapping(yaml.safe_load(text)), {}, gaps)
+    name = str(config.get("name") or run.path.resolve().name)
+    return Inputs(
+        name=name,
+        config=config,
+        config_text=text,
+        metrics=_try(run.metrics, _curves, {}, gaps),
+        summary=_try(run.summary, lambda path: _mapping(read_json(path)), {}, gaps),
+        routes=_try(run.routes, _routes, None, gaps),
+        gaps=gaps,
+    )
+
+
+def language_name(code: str) -> str:
+    """Return a language's English name; an unknown code, and a direction, stay as they are."""
+    try:
+        return language(code).name
+    except UserError:
+        return code
+
+
+def _try(path: Path, read: Callable[[Path], T], empty: T, gaps: dict[str, str]) -> T:
+    if not path.is_file():
+        gaps[path.name] = f"There is no {path.name} yet."
+        return empty
+    try:
+        return read(path)
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, UserError) as error:
+        gaps[path.name] = f"{path.name} could not be read: {' '.join(str(error).split())[:200]}"
+        return empty
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a mapping, found {type(value).__name__}")
+    return value
+
+
+def _routes(path: Path) -> Routes | None:
+    found = read_routes(path)
+    return found if any(layer.edges for layer in found.layers) else None
+
+
+def _curves(path: Path) -> dict[str, Series]:
+    points: dict[str, tuple[list[float], list[float]]] = {}
+    for row in read_metrics(path):
+        step = row.get("step")
+        for name, value in row.items():
+            if name != "step" and step is not None and isinstance(value, int | float):
+                xs, ys = points.setdefault(name, ([], []))
+                xs.append(float(step))
+                ys.append(float(value))
+    return {name: Series(name, xs, ys) for name, (xs, ys) in points.items()}
+
+
+def plain(value: object) -> str:
+    """Return any JSON value as one line of text."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,155 @@
+"""The part of the report on routing: who goes where, and whether the routers are healthy."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moesaic.observe.affinity import language_distance, specialisation, usage
+from moesaic.observe.doctor import Doctor
+from moesaic.observe.layer_counts import LayerCounts
+from moesaic.observe.routes import Routes
+from moesaic.observe.signs import Setting
+from moesaic.report.charts import line_chart
+from moesaic.report.cluster import cluster
+from moesaic.report.heat import HeatMap, dendrogram, legend, reach_of
+from moesaic.report.html import Html, join, table, tag
+from moesaic.report.inputs import Inputs, language_name
+
+_WIDTH = 720  # pixels for the cells of all layers beside each other, where they are not too many
+_HEALTH = (
+    ("moe/max_vio", "Busiest expert: load above the mean, as a multiple"),
+    ("moe/load_entropy", "Evenness of load (entropy; 1 is even)"),
+    ("moe/dead_experts", "Experts without a token"),
+    ("moe/drop_frac", "Share of tokens dropped"),
+)
+
+
+def atlas(inputs: Inputs) -> Html:
+    """Return the heat map of each layer beside the tree of languages, or the gap in its place."""
+    routes = inputs.routes
+    if routes is None:
+        gap = inputs.gaps.get("routes.json", "No token was routed to an expert.")
+        return tag("p", f"{gap} Training a model with experts writes it.", class_="gap")
+    layers = [layer for layer in routes.layers if layer.counts.sum()]
+    heard = [g for g in range(len(routes.languages)) if any(x.counts[:, g].sum() for x in layers)]
+    names = [language_name(code) for code in routes.languages]
+    tree = cluster(_distance(layers, heard))
+    reach = reach_of([usage(layer.counts)[:, heard] for layer in layers])
+    rows = [heard[i] for i in tree.leaves]
+    cell = int(np.clip(_WIDTH / sum(layer.num_experts for layer in layers), 14, 44))
+    maps, buttons = [], [_button("all layers", layer="", pressed="true")]
+    for number, layer in enumerate(layers):
+        drawn = HeatMap(layer.layer, usage(layer.counts), rows, names, reach, cell).draw()
+        maps.append(
+            tag(
+                "div",
+                tag("h4", layer.layer),
+                drawn,
+                _about(layer, routes),
+                class_="layer on",
+                data_rows="\t".join(names[g] for g in rows),
+                id=f"layer-{number}",
+            )
+        )
+        buttons.append(_button(layer.layer, layer=f"layer-{number}", pressed="false"))
+    words = (
+        "How much each language uses each expert, against a fair share. Languages that are routed "
+        "alike stand together; the tree's forks are further left the less alike they are."
+    )
+    return join(
+        [
+            tag("p", words),
+            tag("div", *buttons, class_="choices", role="group", aria_label="Layer"),
+            legend(reach),
+            tag(
+                "div",
+                tag("div", dendrogram(tree, names=[names[g] for g in heard]), class_="fixed"),
+                tag("div", *maps, class_="scroll maps many", tabindex=0),
+                class_="atlas",
+            ),
+        ]
+    )
+
+
+def _button(words: str, *, layer: str, pressed: str) -> Html:
+    return tag("button", words, type="button", aria_pressed=pressed, data_layer=layer)
+
+
+def health(inputs: Inputs) -> Html:
+    """Return the routers' vital signs over time and the doctor's words on the whole run."""
+    curves = [(inputs.curve(name, label=title), title) for name, title in _HEALTH]
+    told = [(c, title) for c, title in curves if c]
+    charts = [line_chart([c], title=title, zero=True) for c, title in told if any(c.y)]
+    never = [
+        tag("p", f"{title}: none at any step.", class_="soft") for c, title in told if not any(c.y)
+    ]
+    drawn = (
+        join([tag("div", *charts, class_="charts") if charts else None, *never]) if told else None
+    )
+    if inputs.routes is None:
+        return drawn or tag("p", "No routing was recorded.", class_="gap")
+    doctor = Doctor(setting(inputs), patience=1)
+    findings = doctor.examine(inputs.routes.layers)
+    if not findings:
+        words = tag(
+            "p", "Over the whole run, the router doctor finds nothing wrong.", class_="good"
+        )
+    else:
+        items = [
+            tag(
+                "li",
+                tag("b", f"Layer {f.layer} {f.text}."),
+                f" Likely cause: {f.cause}. Try: {f.advice}.",
+            )
+            for f in findings
+        ]
+        words = tag("ul", *items, class_="findings")
+    return join([words, drawn])
+
+
+def setting(inputs: Inputs) -> Setting:
+    """Read from the config what the doctor's causes and advice depend on."""
+    moe: dict[str, Any] = (inputs.config.get("model") or {}).get("moe") or {}
+    select, limit = moe.get("select") or {}, moe.get("limit") or {}
+    weights = {
+        loss.get("kind"): float(loss.get("weight") or 0) for loss in moe.get("balance") or ()
+    }
+    return Setting(
+        languages=inputs.routes.languages if inputs.routes else (),
+        top_k=int(select.get("k") or (2 if select.get("kind") == "Top2" else 1)),
+        balance_weight=weights.get("SwitchBalance", 0.0),
+        z_weight=weights.get("RouterZ", 0.0),
+        capacity_factor=limit.get("factor"),
+    )
+
+
+def _distance(layers: Sequence[LayerCounts], heard: Sequence[int]) -> np.ndarray:
+    """Average over the layers; layers may have different numbers of experts."""
+    return np.mean([language_distance(x.counts[None][:, :, heard]) for x in layers], axis=0)
+
+
+def _about(layer: LayerCounts, routes: Routes) -> Html:
+    found = specialisation(layer.counts)
+    most = np.log2(min(layer.num_experts, max(int((layer.counts.sum(0) > 0).sum()), 1)))
+    words = (
+        f"Knowing the language tells {found.information:.2f} bits about the expert, of "
+        f"{most:.1f} at most. Evenness of load: {found.load_entropy:.2f} of 1."
+    )
+    share = layer.load / max(layer.load.sum(), 1)
+    rows = [
+        [
+            f"expert {e}",
+            f"{share[e]:.1%}",
+            ", ".join(f"{language_name(routes.languages[g])} {ratio:.1f}×" for g, ratio in typical),
+        ]
+        for e, typical in enumerate(found.typical)
+    ]
+    head = ["expert", "share of tokens", "used most, relative to the average language"]
+    inside = table(head, rows=rows, caption=f"Experts of {layer.layer}")
+    return join(
+        [
+            tag("p", words, class_="soft"),
+            tag("details", tag("summary", "as a table"), inside, class_="quiet"),
+        ]
+    )

@@ -1,0 +1,110 @@
+"""The part of the report on training: losses, speed, phases, config and versions."""
+
+import math
+from typing import Any
+
+from moesaic.core.units import show_count, show_seconds
+from moesaic.report.charts import Series, bar_chart, line_chart, share_bar
+from moesaic.report.html import Html, join, table, tag
+from moesaic.report.inputs import Inputs, language_name, plain
+
+
+def training(inputs: Inputs) -> Html:
+    """Return loss curves per task, the last losses per language, and how fast it went."""
+    if not inputs.metrics:
+        gap = inputs.gaps.get("metrics.jsonl", "metrics.jsonl holds no rows.")
+        return tag("p", f"{gap} Training writes it.", class_="gap")
+    drawn = [
+        line_chart(_losses(inputs), title="Loss, nats per token"),
+        _by_language(inputs),
+        _single(inputs, "perf/tokens_per_s", title="Tokens per second", zero=True),
+        _single(inputs, "train/lr", title="Learning rate", zero=True),
+        _single(inputs, "train/grad_norm", title="Gradient norm, before clipping", zero=True),
+        _terms(inputs),
+    ]
+    return join([tag("div", *(d for d in drawn if d), class_="charts"), _waits(inputs)])
+
+
+def run_facts(inputs: Inputs) -> Html:
+    """Return how long each phase took, what was counted, the whole config, and the versions."""
+    summary = inputs.summary
+    parts: list[Html | None] = []
+    seconds = {k: v for k, v in (summary.get("seconds") or {}).items() if _number(v)}
+    if seconds:
+        total = show_seconds(sum(seconds.values()))
+        cuts = [(name, float(s), show_seconds(s)) for name, s in seconds.items()]
+        parts.append(share_bar(cuts, title=f"Where the time went: {total} in all"))
+    facts = {**(summary.get("counts") or {}), **(summary.get("versions") or {})}
+    if facts:
+        rows = [[name.replace("_", " "), _shown(value)] for name, value in facts.items()]
+        parts.append(table(["what", "value"], rows=rows, caption="Counts and versions"))
+    if inputs.config_text:
+        text = tag("pre", tag("code", inputs.config_text), tabindex=0)
+        parts.append(tag("details", tag("summary", "The whole config"), text, class_="quiet"))
+    for name, gap in inputs.gaps.items():
+        parts.append(tag("p", gap, class_="gap", data_file=name))
+    return join(part for part in parts if part)
+
+
+def last(inputs: Inputs, name: str) -> float | None:
+    """Return a metric's newest value, if it has a finite one."""
+    found = inputs.metrics.get(name)
+    values = [v for v in found.y if math.isfinite(v)] if found else []
+    return values[-1] if values else None
+
+
+def _losses(inputs: Inputs) -> list[Series]:
+    """Train and validation, in all and per task: a task keeps its colour, validation is dashed."""
+    tasks, _ = inputs.split("train/loss/")
+    named = [("", "all")] if len(tasks) != 1 else []
+    named += [(f"/{task}", task) for task in tasks]
+    curves = []
+    for tint, (end, label) in enumerate(named or [("", "all")]):
+        for dash, (prefix, kind) in enumerate((("train", "train"), ("valid", "validation"))):
+            found = inputs.curve(
+                f"{prefix}/loss{end}", label=f"{label}, {kind}", tint=tint, dash=dash
+            )
+            curves += [found] if found else []
+    return curves
+
+
+def _by_language(inputs: Inputs) -> Html | None:
+    for prefix, kind in (("valid/loss/", "validation"), ("train/loss/", "training")):
+        _, languages = inputs.split(prefix)
+        found = [(language_name(code), last(inputs, prefix + code)) for code in languages]
+        rows = sorted((v, name) for name, v in found if v is not None)
+        if rows:
+            title = f"Last {kind} loss by target language"
+            return bar_chart([(name, value) for value, name in rows], title=title)
+    return None
+
+
+def _terms(inputs: Inputs) -> Html | None:
+    names = [n for n in inputs.metrics if n.startswith("train/loss_")]
+    curves = [
+        inputs.curve(n, label=n.removeprefix("train/loss_"), tint=i) for i, n in enumerate(names)
+    ]
+    kept = [curve for curve in curves if curve]
+    return line_chart(kept, title="Router losses, weighted", zero=True) if kept else None
+
+
+def _single(inputs: Inputs, name: str, *, title: str, zero: bool) -> Html | None:
+    curve = inputs.curve(name, label=title)
+    return line_chart([curve], title=title, zero=zero) if curve else None
+
+
+def _waits(inputs: Inputs) -> Html | None:
+    data, step = last(inputs, "time/data_ms"), last(inputs, "perf/step_ms")
+    if data is None or not step:
+        return None
+    return tag("p", f"Of a step's {step:.0f} ms, {data:.1f} ms were spent waiting for data.")
+
+
+def _shown(value: Any) -> str:
+    if _number(value) and abs(value) >= 10_000:
+        return f"{value:,.0f} ({show_count(value)})"
+    return f"{value:,}" if _number(value) else plain(value)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,31 @@
+import json
+import re
+
+from moesaic.report.html import Html, data, join, table, tag
+
+
+def test_text_and_attributes_are_escaped_and_markup_is_not():
+    found = tag("p", "<b>&", tag("i", 'a"b'), title='"><script>', class_="x", lang=None)
+    assert (
+        found.text == '<p title="&quot;&gt;&lt;script&gt;" class="x">&lt;b&gt;&amp;<i>a"b</i></p>'
+    )
+
+
+def test_numbers_are_short_and_none_is_left_out():
+    assert tag("a", 1.0, None, 2.50, 3, x=0.125).text == '<a x="0.12">12.53</a>'
+    assert tag("br").text == "<br/>"
+    assert join(["a", Html("<b/>")]).text == "a<b/>"
+
+
+def test_a_table_names_itself_and_its_rows():
+    found = table(["a", "b"], rows=[["x", 1]], caption="C & D").text
+    assert '<th scope="row">x</th>' in found
+    assert "<caption>C &amp; D</caption>" in found
+
+
+def test_embedded_data_cannot_end_its_element():
+    found = data({"a": "</script><script>alert(1)</script>"}, id_="d").text
+    inside = re.fullmatch(r"<script[^>]*>(.*)</script>", found, flags=re.S)
+    assert inside is not None
+    assert "<" not in inside[1]
+    assert json.loads(inside[1])["a"].startswith("</script>")
