@@ -3,8 +3,6 @@
 ``config.py`` adds the one verb, ``build``.
 """
 
-from typing import Self
-
 from pydantic import Field, model_validator
 
 from moesaic.core.config import Config
@@ -81,7 +79,7 @@ class Blueprint(Config):
         return self.moe if isinstance(self.moe, MoE) and stack.sparse(layer) else None
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "Blueprint":
         heads = self.attention
         if self.decoder.layers < 1:
             raise ValueError("decoder.layers of at least 1")

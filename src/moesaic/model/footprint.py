@@ -62,19 +62,19 @@ def activation_bytes(config: Blueprint, *, sizes: Sizes) -> int:
     if config.encoder.layers:
         each = target * _cross(config) + source * 2 * _key_width(config)
         values += config.decoder.layers * each
-    return math.ceil(4 * values)
+    return 4 * values
 
 
-def _entry(config: Blueprint) -> float:
+def _entry(config: Blueprint) -> int:
     turn = config.head_dim if isinstance(config.position, Rotary) else 0
     return turn + _mask(config)
 
 
-def _mask(config: Blueprint) -> float:
+def _mask(config: Blueprint) -> int:
     return config.dim if config.dropout else 0
 
 
-def _norm(config: Blueprint) -> float:
+def _norm(config: Blueprint) -> int:
     """Input, one or two statistics, and the output that the next product keeps."""
     return 2 * config.dim + (2 if isinstance(config.norm, LayerNorm) else 1)
 
@@ -83,7 +83,7 @@ def _key_width(config: Blueprint) -> int:
     return config.attention.groups() * config.head_dim
 
 
-def _stack(config: Blueprint, *, stack: Stack) -> float:
+def _stack(config: Blueprint, *, stack: Stack) -> int:
     """Values kept per token by the self-attention and feed-forward branches of a stack."""
     values = stack.layers * _attention(config)
     for layer in range(stack.layers):
@@ -92,24 +92,24 @@ def _stack(config: Blueprint, *, stack: Stack) -> float:
     return values
 
 
-def _attention(config: Blueprint) -> float:
+def _attention(config: Blueprint) -> int:
     heads = config.attention.heads
     query, key = heads * config.head_dim, _key_width(config)
     turned = query + key if isinstance(config.position, Rotary) else 0
     return _norm(config) + query + 2 * key + turned + query + heads + _mask(config)
 
 
-def _cross(config: Blueprint) -> float:
+def _cross(config: Blueprint) -> int:
     query = config.attention.heads * config.head_dim
     return _norm(config) + 2 * query + config.attention.heads + _mask(config)
 
 
-def _dense(config: Blueprint) -> float:
+def _dense(config: Blueprint) -> int:
     feed = config.feed_forward
     return _norm(config) + feed.activation.kept * feed.hidden + _mask(config)
 
 
-def _sparse(config: Blueprint) -> float:
+def _sparse(config: Blueprint) -> int:
     """Rows, pre-activation and answer of each edge; logits, probabilities and choices."""
     moe = config.experts(Stack(layers=1, moe_every=1), layer=0)
     if moe is None:
@@ -117,9 +117,9 @@ def _sparse(config: Blueprint) -> float:
     k = moe.select.experts_per_token(moe.experts)
     feed = expert_feed_forward(config.feed_forward, moe=moe)
     edge = 2 * config.dim + feed.activation.width(feed.hidden) + 4
-    return _norm(config) + k * edge + 3 * moe.experts + _mask(config)
+    return _norm(config) + math.ceil(k * edge) + 3 * moe.experts + _mask(config)
 
 
-def _head(config: Blueprint, *, tokens: int) -> float:
+def _head(config: Blueprint, *, tokens: int) -> int:
     """The last norm, and the loss's ready-made gradients of states and of the output table."""
     return tokens * (_norm(config) + config.dim) + config.vocab_size * config.dim

@@ -7,7 +7,6 @@ Letters: B sources, k beam size, R live rows, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from pydantic import Field, model_validator
@@ -75,7 +74,7 @@ class Beam(Search):
     n_best: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "Beam":
         if self.n_best > self.size:
             raise ValueError(f"n_best of at most size={self.size}")
         return self
@@ -110,7 +109,7 @@ class _BeamState:
         best = self.rules.n_best
         return [sorted(found, key=lambda h: -h.score)[:best] for found in self.done]
 
-    def _extend(self, logits: Float[Tensor, "R V"]) -> Int[Tensor, "R"]:
+    def _extend(self, logits: Float[Tensor, "R V"]) -> Int[Tensor, "left"]:
         """Choose the next token of every live source; return them, the model's rows reordered."""
         k, width = self.rules.size, self.score.shape[1]
         blocks, vocab = len(self.live), logits.shape[-1]
@@ -144,7 +143,7 @@ class _BeamState:
         score = self.rules.normalise(log_prob, length=len(ids) + finished)
         self.done[self.live[block]].append(Hypothesis(tuple(ids), score, log_prob, finished))
 
-    def _retire(self, rows: Int[Tensor, "b k"]) -> Int[Tensor, "R"]:
+    def _retire(self, rows: Int[Tensor, "b k"]) -> Int[Tensor, "left"]:
         """Drop the sources that are done, and tell the model which rows go on."""
         best = self.score[:, 0].tolist()
         stay = [block for block, log_prob in enumerate(best) if self._goes_on(block, log_prob)]

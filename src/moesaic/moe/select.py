@@ -58,7 +58,7 @@ class TopK(Select):
         return replace(routing, weight=(weight / total).flatten())
 
     def experts_per_token(self, num_experts: int) -> float:
-        return min(self.k, num_experts)
+        return float(min(self.k, num_experts))
 
 
 class SwitchTop1(Select):
@@ -70,7 +70,7 @@ class SwitchTop1(Select):
         return Routing.from_topk(weight, expert=expert, num_experts=logits.shape[-1])
 
     def experts_per_token(self, num_experts: int) -> float:
-        return min(1, num_experts)
+        return float(min(1, num_experts))
 
 
 class Top2(Select):
@@ -93,4 +93,4 @@ class Top2(Select):
         return Routing.from_topk(weight, expert=expert, num_experts=logits.shape[-1])
 
     def experts_per_token(self, num_experts: int) -> float:
-        return min(2, num_experts)
+        return float(min(2, num_experts))

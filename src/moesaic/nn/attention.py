@@ -140,7 +140,7 @@ def attend(
     query: Float[Tensor, "B H L d"],
     keys: KeyValue,
     *,
-    mask: Bool[Tensor, "B 1 L S"] | None,
+    mask: Bool[Tensor, "B 1 #L S"] | None,
     causal: bool,
 ) -> Float[Tensor, "B L HD"]:
     """Softmax attention; heads come back side by side. ``mask`` is true where allowed."""
@@ -159,7 +159,7 @@ def plain_attend(
     query: Float[Tensor, "B H L d"],
     keys: KeyValue,
     *,
-    mask: Bool[Tensor, "B 1 L S"] | None,
+    mask: Bool[Tensor, "B 1 #L S"] | None,
     causal: bool,
 ) -> Float[Tensor, "B L HD"]:
     """The definition of ``attend``."""

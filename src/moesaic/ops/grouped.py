@@ -4,7 +4,8 @@ The definition is four lines: ``plain_feed_forward``. The fast path is one autog
 keeps only its input and the pre-activation, and recomputes the activation going back. What
 multiplies is an ``Engine``; ``ops/choose.py`` picks one.
 
-Letters: R rows sorted by expert, E experts, D model dim, F feed-forward dim (2F if gated).
+Letters: R rows sorted by expert, E experts, D model dim, F feed-forward dim, G what the activation
+reads (F, or 2F if gated).
 """
 
 from collections.abc import Callable, Iterator
@@ -123,11 +124,11 @@ class PaddedBMM:
 def plain_feed_forward(
     rows: Float[Tensor, "R D"],
     *,
-    up: Float[Tensor, "E D F"],
+    up: Float[Tensor, "E D G"],
     down: Float[Tensor, "E F D"],
     groups: Groups,
     activation: Activation,
-    biases: tuple[Float[Tensor, "E F"], Float[Tensor, "E D"]] | None = None,
+    biases: tuple[Float[Tensor, "E G"], Float[Tensor, "E D"]] | None = None,
 ) -> Float[Tensor, "R D"]:
     """The definition: expert by expert, differentiated by autograd alone."""
     out = torch.zeros_like(rows)
@@ -141,12 +142,12 @@ def plain_feed_forward(
 def grouped_feed_forward(
     rows: Float[Tensor, "R D"],
     *,
-    up: Float[Tensor, "E D F"],
+    up: Float[Tensor, "E D G"],
     down: Float[Tensor, "E F D"],
     groups: Groups,
     activation: Activation,
     engine: Engine,
-    biases: tuple[Float[Tensor, "E F"], Float[Tensor, "E D"]] | None = None,
+    biases: tuple[Float[Tensor, "E G"], Float[Tensor, "E D"]] | None = None,
 ) -> Float[Tensor, "R D"]:
     """``activation(rows @ up[e]) @ down[e]`` for the expert e of each row; zero past the segments.
 

@@ -1,0 +1,41 @@
+"""Law: dropping an edge changes the output of its own token and of no other."""
+
+import pytest
+import torch
+
+from moe.variants import DIM, layer, mixture, rows_of
+from moesaic.moe.config import MoE
+from moesaic.moe.limit import Limit
+from moesaic.moe.routing import Routing
+
+
+class DropOne(Limit):
+    """Drops one edge by number (none if negative)."""
+
+    edge: int
+
+    def __call__(self, routing: Routing, *, training: bool) -> Routing:
+        del training
+        return routing.drop(torch.arange(routing.expert.numel()) == self.edge)
+
+
+@pytest.mark.parametrize("select", ["switch", "top2", "top2-none", "top3-after", "gshard"])
+@pytest.mark.parametrize("edge", [0, 7, 19])
+def test_a_dropped_edge_changes_only_its_token(select, edge):
+    config: MoE = mixture(select, "dropless").replace(limit=DropOne(edge=-1))
+    whole = layer(config)
+    short = layer(config.replace(limit=DropOne(edge=edge)))
+    short.load_state_dict(whole.state_dict())
+    x = torch.randn(20, DIM)
+    before, record = whole(x, row=rows_of(20))
+    after, _ = short(x, row=rows_of(20))
+    token = int(record.routing.token[edge])
+    changed = (before - after).abs().amax(1) > 1e-6
+    assert changed.nonzero()[:, 0].tolist() == [token]
+
+
+def test_a_token_that_lost_every_edge_gets_nothing():
+    config = mixture("switch", "dropless").replace(limit=DropOne(edge=3))
+    out, _ = layer(config)(torch.randn(6, DIM), row=rows_of(6))
+    assert torch.equal(out[3], torch.zeros(DIM))
+    assert (out.abs().amax(1) > 0).sum() == 5

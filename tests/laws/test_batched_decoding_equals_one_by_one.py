@@ -1,0 +1,37 @@
+"""Law: the answer to a source does not depend on what else is decoded beside it."""
+
+import pytest
+import torch
+
+from model.samples import BASE, VARIANTS, ids
+from moesaic.model.generate import generate
+from moesaic.model.search import Beam, Greedy
+from moesaic.moe.config import MoE
+from moesaic.moe.limit import Capacity
+
+SEARCHES = {
+    "greedy": Greedy(),
+    "beam": Beam(size=3, n_best=3),
+    "beam-long": Beam(size=4, length_penalty=2.0),
+}
+LENGTHS = [3, 9, 1, 5, 7]
+LIMITS = torch.tensor([8, 3, 12, 6, 10])
+CAPPED = BASE.replace(moe=MoE(experts=4, limit=Capacity(factor=0.5, minimum=0)))
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("name", [*VARIANTS, "capped-in-training"])
+def test_batched_decoding_equals_one_by_one(name, search):
+    model = (VARIANTS | {"capped-in-training": CAPPED})[name].build()
+    source = ids(5, LENGTHS, width=9)
+    tag = torch.tensor([5, 6, 7, 5, 8])
+    settings = {"search": SEARCHES[search]}
+    together = generate(model, source, tag=tag, max_tokens=LIMITS, **settings)
+    for row, length in enumerate(LENGTHS):
+        one = slice(row, row + 1)
+        (alone,) = generate(
+            model, source[one, :length], tag=tag[one], max_tokens=LIMITS[one], **settings
+        )
+        assert [h.ids for h in alone] == [h.ids for h in together[row]]
+        for here, there in zip(alone, together[row], strict=True):
+            assert here.score == pytest.approx(there.score, abs=1e-4)

@@ -1,0 +1,39 @@
+"""A blueprint refuses shapes that do not fit, and reads and writes itself."""
+
+import pytest
+
+from model.samples import BASE, VARIANTS
+from moesaic.core.errors import ConfigError
+from moesaic.model.blueprint import Stack
+from moesaic.model.config import TransformerConfig
+from moesaic.moe.config import MoE, NoMoE
+from moesaic.moe.select import TopK
+from moesaic.nn.attention import AttentionConfig
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_config_round_trips_through_yaml(name):
+    config = VARIANTS[name]
+    assert TransformerConfig.from_yaml(config.to_yaml()) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"attention": AttentionConfig(heads=3)}, "heads=3"),
+        ({"attention": AttentionConfig(heads=4, kv_heads=3)}, "kv_heads=3"),
+        ({"attention": AttentionConfig(heads=4, head_dim=3)}, "even"),
+        ({"decoder": Stack(layers=0)}, "decoder.layers"),
+        ({"moe": MoE(experts=2, select=TopK(k=3))}, "experts=2"),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_refused_with_its_numbers(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        BASE.replace(**changes)
+
+
+def test_experts_stand_in_every_kth_block():
+    stack = Stack(layers=6, moe_every=3)
+    assert [i for i in range(6) if BASE.experts(stack, layer=i)] == [2, 5]
+    assert not any(BASE.experts(Stack(layers=6, moe_every=0), layer=i) for i in range(6))
+    assert not any(BASE.replace(moe=NoMoE()).experts(stack, layer=i) for i in range(6))

@@ -1,0 +1,67 @@
+"""Counting by arithmetic agrees with what is built and with torch's own counter of FLOPs."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.samples import BASE, VARIANTS, VOCABULARY
+from moesaic.data.batch import Batch
+from moesaic.model.config import Stack
+from moesaic.model.count import Sizes, count
+from moesaic.moe.config import NoMoE
+from moesaic.nn.activation import ReLU
+from moesaic.nn.feed_forward import FeedForward
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_parameters_are_counted_exactly_in_total_and_by_kind(name):
+    config = VARIANTS[name]
+    model, counted = config.build(), count(config)
+    assert counted.total == sum(p.numel() for p in model.parameters())
+    kinds = dict.fromkeys(counted.kinds, 0)
+    for parameter, kind in model.parameter_kinds().items():
+        kinds[kind] += model.get_parameter(parameter).numel()
+    assert kinds == counted.kinds
+
+
+def test_parts_add_up_and_active_leaves_idle_experts_out():
+    counted = count(BASE)
+    assert sum(counted.parts.values()) == counted.total
+    experts = counted.parts["encoder experts"] + counted.parts["decoder experts"]
+    assert counted.active == counted.total - experts // 2  # 2 of 4
+    dense = count(BASE.replace(moe=NoMoE()))
+    assert dense.active == dense.total
+
+
+@pytest.mark.parametrize("encoder", [0, 2])
+def test_forward_flops_agree_with_torch(encoder):
+    config = VARIANTS["dense"].replace(
+        encoder=Stack(layers=encoder), feed_forward=FeedForward(hidden=24, activation=ReLU())
+    )
+    sizes = Sizes(rows=3, source=7 if encoder else 0, target=5)
+    source = torch.randint(5, VOCABULARY, (3, sizes.source))
+    target = torch.randint(5, VOCABULARY, (3, sizes.target))
+    zero = torch.zeros(3, dtype=torch.long)
+    model = config.build()
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model.logits(model(Batch(source, target, target, zero, zero, zero)).hidden)
+    heads = config.attention.heads * config.head_dim
+    unseen = 4 * heads * config.decoder.layers * sizes.rows * (5 * 5 - 5 * 6 / 2)
+    assert count(config).forward_flops(sizes) == counter.get_total_flops() - unseen
+
+
+def test_experts_cost_what_the_chosen_ones_cost():
+    sizes = Sizes(rows=1, source=8, target=8)
+    dense = count(BASE.replace(moe=NoMoE())).forward_flops(sizes)
+    sparse = count(BASE).forward_flops(sizes)
+    feed = 2 * (16 * 48 + 24 * 16)  # one SwiGLU feed-forward per token
+    router = 2 * 16 * 4
+    layers = {"encoder": 1, "decoder": 2}
+    assert sparse - dense == sum(8 * n * (feed + router) for n in layers.values())
+
+
+def test_training_costs_three_forward_passes():
+    counted = count(BASE)
+    assert counted.training_flops_per_token() == 3 * counted.flops_per_token()

@@ -1,0 +1,57 @@
+"""Generation forces the first token, forbids what it is told to, and leaves the model as it was."""
+
+import pytest
+import torch
+
+from model.samples import VARIANTS, ids
+from moesaic.model.generate import append, generate
+from moesaic.model.search import Beam, Greedy
+
+TAG = torch.tensor([6, 7])
+
+
+@pytest.mark.parametrize("name", ["rotary-top2", "decoder-only"])
+def test_the_greedy_answer_is_the_argmax_of_full_forward_passes(name):
+    model = VARIANTS[name].build().eval()
+    source = ids(2, [4, 2], width=4)
+    answers = generate(model, source, tag=TAG, search=Greedy(), max_tokens=6)
+    for row in range(2):
+        words = source[row][source[row] != 0]
+        said = answers[row][0].ids
+        prompt = [int(TAG[row])]
+        if not model.config.encoder.layers:
+            prompt = [*words.tolist(), *prompt]
+        for place, token in enumerate(said):
+            fed = torch.tensor([[*prompt, *said[:place]]])
+            one = torch.zeros(1, dtype=torch.long)
+            cache = model.start(model.encode(words[None]), one)
+            logits = model.step(fed, cache)[0]
+            logits[[0, 1, 3, 4]] = float("-inf")
+            assert int(logits.argmax()) == token
+
+
+def test_forbidden_ids_are_not_said():
+    model = VARIANTS["rotary-top2"].build()
+    source = ids(2, [4, 2], width=4)
+    free = generate(model, source, tag=TAG, max_tokens=8)
+    said = {token for (best,) in free for token in best.ids}
+    assert said
+    other = generate(model, source, tag=TAG, max_tokens=8, forbid=tuple(said))
+    assert not said & {token for (best,) in other for token in best.ids}
+
+
+def test_the_mode_of_the_model_is_restored_and_nothing_needs_gradients():
+    model = VARIANTS["rotary-top2"].build().train()
+    generate(model, ids(2, [4, 2], width=4), tag=TAG, search=Beam(size=2), max_tokens=3)
+    assert model.training
+
+
+def test_no_sources_have_no_answers():
+    model = VARIANTS["rotary-top2"].build()
+    none = torch.empty(0, 3, dtype=torch.long)
+    assert generate(model, none, tag=torch.empty(0, dtype=torch.long)) == []
+
+
+def test_a_tag_goes_after_the_last_real_token():
+    rows = append(torch.tensor([[5, 6, 0], [5, 6, 7]]), tag=torch.tensor([9, 8]))
+    assert rows.tolist() == [[5, 6, 9, 0], [5, 6, 7, 8]]

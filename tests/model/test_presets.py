@@ -1,0 +1,56 @@
+"""Presets exist under their names, say where they come from, and allocate nothing when counted."""
+
+import pytest
+import torch
+
+from moesaic.core.errors import UserError
+from moesaic.model.count import count
+from moesaic.model.presets import PRESETS, preset
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_a_preset_builds_on_the_meta_device_as_counted(name):
+    made = preset(name)
+    assert made.source
+    with torch.device("meta"):
+        model = made.config.build()
+    assert all(p.is_meta for p in model.parameters())
+    assert sum(p.numel() for p in model.parameters()) == count(made.config).total
+
+
+@pytest.mark.parametrize(("name", "apart"), [("zcode-m3-64", 0.05), ("nllb-moe-54b", 0.005)])
+def test_the_published_size_is_met(name, apart):
+    made = preset(name)
+    assert made.published
+    for said in made.published:
+        assert count(made.config).total == pytest.approx(said.value, rel=apart)
+
+
+def test_the_dense_base_of_zcode_is_known_to_count_less_than_published():
+    made = preset("zcode-m3")
+    total = count(made.config).total
+    assert "vocab_size" in made.guessed
+    assert 0.6e9 < total < made.published[0].value
+
+
+def test_doubling_the_experts_doubles_them():
+    half, whole = (count(preset(f"zcode-m3-{n}").config) for n in (64, 128))
+    assert whole.parts["encoder experts"] == 2 * half.parts["encoder experts"]
+    assert whole.total > 19e9
+
+
+def test_guesses_name_fields_that_exist():
+    for name in PRESETS:
+        made = preset(name)
+        for path in made.guessed:
+            value = made.config.plain()
+            for step in path.split("."):
+                if value.get("kind") == "NoMoE":  # the dense base has no mixture to guess about
+                    break
+                assert step in value, path
+                value = value[step]
+
+
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(UserError, match="zcode-m3-64"):
+        preset("zcode-m3-46")

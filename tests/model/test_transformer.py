@@ -1,0 +1,102 @@
+"""The model returns states where tokens are predicted, trains, and decodes as it trained."""
+
+import pytest
+import torch
+
+from model.samples import BASE, VARIANTS, batch_for
+from moesaic.data.batch import PAD
+from moesaic.optim.optimizer import AdamW
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_output_holds_the_predicted_positions_in_row_major_order(name):
+    config = VARIANTS[name]
+    batch = batch_for(config)
+    output = config.build()(batch)
+    real = batch.target_out != PAD
+    assert torch.equal(output.label, batch.target_out[real])
+    assert torch.equal(output.row, real.nonzero()[:, 0])
+    assert output.hidden.shape == (batch.num_predicted, config.dim)
+
+
+def test_records_name_their_layers_and_count_real_tokens_only():
+    batch = batch_for(BASE)
+    records = BASE.build()(batch).records
+    assert [r.layer for r in records] == ["encoder.1", "decoder.0", "decoder.1"]
+    assert records[0].routing.num_tokens == int((batch.source != PAD).sum())
+    assert records[1].routing.num_tokens == int((batch.target_in != PAD).sum())
+    assert torch.equal(records[0].row, (batch.source != PAD).nonzero()[:, 0])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_parameter_gets_a_gradient(name):
+    model = VARIANTS[name].build()
+    output = model(batch_for(VARIANTS[name]))
+    losses = [term for record in output.records for term in record.losses.values()]
+    (model.loss(output, smoothing=0.1).total + sum(losses)).backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_steps_with_a_cache_equal_the_forward_pass(name):
+    config = VARIANTS[name]
+    model, batch = config.build().eval(), batch_for(config)
+    rows = torch.arange(batch.rows)
+    says = torch.where(batch.target_in != PAD, 7, PAD)  # every position is scored
+    whole = type(batch)(batch.source, batch.target_in, says, rows, rows, rows)
+    output = model(whole)
+    logits = model.logits(output.hidden)
+    cache = model.start(model.encode(batch.source), rows)
+    longest = batch.target_in.shape[1]
+    for place in range(longest):
+        alive = (batch.target_in[rows, place] != PAD).nonzero()[:, 0]
+        rows = rows[alive]
+        cache.reorder(alive)
+        got = model.step(batch.target_in[rows, place : place + 1], cache)
+        for i, row in enumerate(rows.tolist()):
+            want = logits[output.row == row][place]
+            torch.testing.assert_close(got[i], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["rotary-top2", "decoder-only"])
+def test_it_learns_a_batch_by_heart(name):
+    torch.manual_seed(1)
+    config = VARIANTS[name]
+    model, batch = config.build(), batch_for(config)
+    optimizer = AdamW(lr=1e-2).build(model.named_parameters(), kinds=model.parameter_kinds())
+    first = last = 0.0
+    for step in range(40):
+        output = model(batch)
+        loss = model.loss(output).total / batch.num_predicted
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        first, last = (first or loss.item(), loss.item())
+        assert step < 39 or last < 0.1 * first
+
+
+def test_bfloat16_autocast_is_near_float32():
+    model, batch = BASE.build().eval(), batch_for(BASE)
+    plain = model.loss(model(batch)).total
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(batch)
+        loss = model.loss(output).total
+    loss.backward()
+    torch.testing.assert_close(loss, plain, rtol=0.02, atol=0.5)
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_dropout_acts_in_training_only():
+    model, batch = BASE.replace(dropout=0.5).build(), batch_for(BASE)
+    assert not torch.equal(model(batch).hidden, model(batch).hidden)
+    model.eval()
+    assert torch.equal(model(batch).hidden, model(batch).hidden)
+
+
+def test_a_row_without_a_source_is_still_finite():
+    batch = batch_for(BASE)
+    batch.source[1] = PAD
+    output = BASE.build()(batch)
+    assert output.hidden.isfinite().all()

@@ -1,0 +1,51 @@
+"""The layer's parts are set from outside and its record says what happened."""
+
+import torch
+from torch import nn
+
+from moesaic.moe.config import MoE
+from moesaic.moe.dispatch import LocalDispatcher
+from moesaic.moe.layer import MoELayer, set_dispatcher, set_reduce
+from moesaic.moe.reduce import LocalReduce
+from moesaic.nn.feed_forward import FeedForward
+
+D = 8
+
+
+def _layer(**fields):
+    config = MoE(experts=4, **fields)
+    layer = MoELayer(config, dim=D, feed_forward=FeedForward(hidden=12), bias=False, name="x.1")
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return layer
+
+
+def test_experts_may_have_their_own_width():
+    assert _layer(hidden=5).experts.down.shape == (4, 5, D)
+    assert _layer().experts.down.shape == (4, 12, D)
+
+
+def test_the_record_names_the_layer_and_the_rows():
+    row = torch.tensor([0, 0, 1, 2])
+    out, record = _layer()(torch.randn(4, D), row=row)
+    assert out.shape == (4, D)
+    assert record.layer == "x.1"
+    assert record.row is row
+    assert record.routing.num_tokens == 4
+
+
+def test_parts_are_given_to_every_layer_of_a_model():
+    model = nn.Sequential(_layer(), nn.Linear(2, 2), _layer())
+    reduce, dispatcher = LocalReduce(), LocalDispatcher()
+    set_reduce(model, reduce)
+    set_dispatcher(model, dispatcher)
+    for layer in (model[0], model[2]):
+        assert layer.reduce is reduce
+        assert layer.dispatcher is dispatcher
+
+
+def test_no_tokens_pass_through_and_can_be_differentiated():
+    layer = _layer()
+    out, record = layer(torch.randn(0, D), row=torch.empty(0, dtype=torch.long))
+    (out.sum() + sum(record.losses.values())).backward()
+    assert all(p.grad is None or p.grad.abs().sum() == 0 for p in layer.parameters())

@@ -1,0 +1,13 @@
+"""A record without losses has an empty dict of its own."""
+
+import torch
+
+from moesaic.moe.record import Record
+from moesaic.moe.routing import Routing
+
+
+def test_records_do_not_share_losses():
+    routing = Routing.from_topk(torch.ones(1, 1), expert=torch.zeros(1, 1).long(), num_experts=1)
+    first, second = (Record("encoder.1", routing, torch.zeros(1).long()) for _ in range(2))
+    assert first.losses == {}
+    assert first.losses is not second.losses

@@ -1,0 +1,54 @@
+"""Packing and padding are inverses, and their gradients reach exactly the real tokens."""
+
+import torch
+
+from moesaic.nn.packing import Packing
+
+REAL = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0]], dtype=torch.bool)
+
+
+def test_pad_undoes_pack_at_real_tokens():
+    packing = Packing.of(REAL)
+    x = torch.randn(packing.num_tokens, 4)
+    padded = packing.pad(x)
+    assert padded.shape == (3, 3, 4)
+    assert torch.equal(packing.pack(padded), x)
+    assert torch.equal(padded[~REAL], torch.zeros(4, 4))
+
+
+def test_row_and_position_say_where_tokens_were():
+    packing = Packing.of(REAL)
+    assert packing.row.tolist() == [0, 0, 1, 1, 1]
+    assert packing.position.tolist() == [0, 1, 0, 1, 2]
+
+
+def test_gradients_are_those_of_plain_indexing():
+    packing = Packing.of(REAL)
+    x = torch.randn(3, 3, 4, requires_grad=True)
+    weigh = torch.randn(5, 4)
+    got = torch.autograd.grad((packing.pack(x) * weigh).sum(), x)[0]
+    assert torch.equal(got, torch.autograd.grad((x[REAL] * weigh).sum(), x)[0])
+    y = torch.randn(5, 4, requires_grad=True)
+    weigh = torch.randn(3, 3, 4)
+    got = torch.autograd.grad((packing.pad(y) * weigh).sum(), y)[0]
+    assert torch.equal(got, weigh[REAL])
+
+
+def test_without_padding_nothing_is_copied():
+    packing = Packing.of(torch.ones(2, 3, dtype=torch.bool))
+    x = torch.randn(6, 4)
+    assert packing.mask is None
+    assert packing.key_mask is None
+    assert packing.pack(packing.pad(x)).data_ptr() == x.data_ptr()
+
+
+def test_a_row_without_tokens_still_has_something_to_look_at():
+    mask = Packing.of(REAL).key_mask
+    assert mask is not None
+    assert mask.any(-1).all()
+    assert mask[:2, 0, 0].equal(REAL[:2])
+
+
+def test_a_batch_without_any_token_packs_to_nothing():
+    assert Packing.of(torch.zeros(2, 0, dtype=torch.bool)).num_tokens == 0
+    assert Packing.of(torch.zeros(2, 3, dtype=torch.bool)).num_tokens == 0
