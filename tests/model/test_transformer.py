@@ -100,3 +100,16 @@ def test_a_row_without_a_source_is_still_finite():
     batch.source[1] = PAD
     output = BASE.build()(batch)
     assert output.hidden.isfinite().all()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_batch_without_rows_gives_zero_loss_and_zero_gradients(name):
+    model, batch = VARIANTS[name].build(), batch_for(VARIANTS[name])
+    fields = (batch.source, batch.target_in, batch.target_out)
+    labels = (batch.task, batch.source_language, batch.target_language)
+    output = model(type(batch)(*(t[:0] for t in fields), *(t[:0] for t in labels)))
+    losses = [term for record in output.records for term in record.losses.values()]
+    total = model.loss(output).total + sum(losses)
+    total.backward()
+    assert total.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())

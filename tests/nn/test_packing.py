@@ -52,3 +52,9 @@ def test_a_row_without_tokens_still_has_something_to_look_at():
 def test_a_batch_without_any_token_packs_to_nothing():
     assert Packing.of(torch.zeros(2, 0, dtype=torch.bool)).num_tokens == 0
     assert Packing.of(torch.zeros(2, 3, dtype=torch.bool)).num_tokens == 0
+
+
+def test_no_rows_go_there_and_back():
+    packing = Packing.of(torch.zeros(0, 3, dtype=torch.bool))
+    assert packing.pad(torch.zeros(0, 4)).shape == (0, 3, 4)
+    assert packing.pack(torch.zeros(0, 3, 4)).shape == (0, 4)

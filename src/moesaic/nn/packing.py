@@ -56,14 +56,14 @@ class Packing:
 
     def pack(self, padded: Float[Tensor, "B S C"]) -> Float[Tensor, "T C"]:
         """Take the real tokens out of a padded tensor."""
-        flat = padded.reshape(self.rows * self.length, -1)
+        flat = padded.reshape(self.rows * self.length, padded.shape[-1])
         return flat if self.mask is None else _Take.apply(flat, self.index)
 
     def pad(self, packed: Float[Tensor, "T C"]) -> Float[Tensor, "B S C"]:
         """Put packed tokens back; padding becomes zero."""
         if self.mask is not None:
             packed = _Put.apply(packed, self.index, self.rows * self.length)
-        return packed.view(self.rows, self.length, -1)
+        return packed.view(self.rows, self.length, packed.shape[-1])
 
 
 class _Take(torch.autograd.Function):
