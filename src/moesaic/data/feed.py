@@ -47,7 +47,7 @@ class LoaderConfig(Config):
     layout: Layout = EncoderDecoder()
     prefetch: Annotated[
         int, Field(ge=0, description="batches made early by a thread; 0: no thread")
-    ] = 4
+    ] = 16
 
 
 @dataclass(frozen=True, slots=True)
