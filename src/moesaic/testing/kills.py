@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # see testing/ranks.py: without it each life spends seconds on its import
 
 from moesaic.checkpoint.load import load
 from moesaic.checkpoint.rundir import RunDir

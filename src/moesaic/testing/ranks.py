@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # torch.optim imports it when first used: seconds that each fork would pay
 import torch.distributed as distributed
 
 
