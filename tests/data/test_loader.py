@@ -10,7 +10,7 @@ from moesaic.core.errors import CheckpointError, ConfigError, DataError
 from moesaic.data.layout import DecoderOnly
 from moesaic.data.loader import Loader, Place
 from moesaic.data.mixture import MixtureConfig, WeightedTask
-from moesaic.data.tasks import CausalLM, Denoising, Translation
+from moesaic.data.tasks import CausalLM, Translation
 from moesaic.data.tokenizer import MASK
 from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
 
@@ -91,14 +91,6 @@ def test_shards_of_another_tokenizer_and_a_rank_out_of_range_are_refused():
         Loader(cases.shards(), tokenizer=other, **parts)
     with pytest.raises(ConfigError, match="rank 2 is not one of 2 ranks"):
         Loader(cases.shards(), tokenizer=cases.tokenizer(), place=Place(2, 2), **parts)
-
-
-def test_a_task_without_rows_is_refused_by_name():
-    mixture = MixtureConfig(tasks=(WeightedTask(task=Denoising(languages=("fra_Latn",))),))
-    with pytest.raises(DataError, match="task denoising has no training rows"):
-        cases.loader(mixture=mixture)
-    with pytest.raises(ConfigError, match=r'boost\.deu_latn.* did you mean "deu_Latn"'):
-        cases.loader(mixture=MixtureConfig(boost={"deu_latn": 2.0}))
 
 
 def test_closing_ends_the_thread_and_the_next_batch_goes_on():

@@ -11,7 +11,7 @@ import pipeline_cases as cases
 from moesaic.data.mixture import Mixture, MixtureConfig, Tokens, WeightedTask
 from moesaic.data.permute import permute
 from moesaic.data.shards import TextRows
-from moesaic.data.tasks import CausalLM, Denoising, Stream, Task, Translation
+from moesaic.data.tasks import Stream, Task, Translation
 
 
 class ManyStreams(Task):
@@ -119,9 +119,3 @@ def test_a_cap_a_unit_and_a_boost_change_the_weights_as_they_say():
     counted = mixed(MixtureConfig(tasks=tasks, unit=Tokens()))
     tokens = [stream.rows.tokens for stream in counted.streams]
     assert counted.weights.tolist() == pytest.approx([n / sum(tokens) for n in tokens])
-
-
-def test_two_tasks_of_one_kind_have_distinct_names():
-    tasks = (Denoising(languages=("deu_Latn",)), Denoising(languages=("ell_Grek",)), CausalLM())
-    mixture = mixed(MixtureConfig(tasks=tuple(WeightedTask(task=task) for task in tasks)))
-    assert mixture.task_names == ("denoising", "denoising-2", "causal-lm")

@@ -140,16 +140,8 @@ class _Writer:
         self._pairs: dict[str, int] = {}
 
     def write(self, corpus: PairSource) -> dict[str, Any]:
-        directions = sorted(corpus.directions)
         for split in SPLITS:
-            last = {code: n for n, pair in enumerate(directions) for code in pair}
-            for n, (source, target) in enumerate(directions):
-                self._add_pairs(corpus, source, target, split)
-                for code in (source, target):
-                    if last[code] == n:
-                        self._add_texts(corpus, code, split)
-            for code in sorted(set(corpus.languages) - set(last)):
-                self._add_texts(corpus, code, split)
+            self._add_split(corpus, split)
         texts = self._join_texts()
         if not texts:
             raise DataError(f"corpus {corpus.fingerprint[:12]} holds no text to encode")
@@ -157,6 +149,17 @@ class _Writer:
         kind = token_type(self._tokenizer.vocab_size)
         table = file_table(self._root)
         return {"token_type": kind.str, "texts": texts, "pairs": pairs, "files": table}
+
+    def _add_split(self, corpus: PairSource, split: str) -> None:
+        directions = sorted(corpus.directions)
+        last = {code: n for n, pair in enumerate(directions) for code in pair}
+        for n, (source, target) in enumerate(directions):
+            self._add_pairs(corpus, source, target, split)
+            for code in (source, target):
+                if last[code] == n:
+                    self._add_texts(corpus, code, split)
+        for code in sorted(set(corpus.languages) - set(last)):
+            self._add_texts(corpus, code, split)
 
     def _table(self, code: str, split: str) -> _Table:
         key = f"{code}.{split}"

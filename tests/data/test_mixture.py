@@ -1,0 +1,47 @@
+"""Mixture configs: what is refused, and names. Its law is in laws/test_mixture_frequencies.py."""
+
+import pytest
+
+import pipeline_cases as cases
+from moesaic.core.errors import ConfigError, DataError
+from moesaic.data.mixture import Mixture, MixtureConfig, WeightedTask
+from moesaic.data.tasks import CausalLM, Denoising, Translation
+
+
+def mixed(config: MixtureConfig) -> Mixture:
+    return Mixture(config, shards=cases.shards(), languages=cases.LANGUAGES, seed=1)
+
+
+def test_two_tasks_of_one_kind_have_distinct_names():
+    tasks = (Denoising(languages=("deu_Latn",)), Denoising(languages=("ell_Grek",)), CausalLM())
+    mixture = mixed(MixtureConfig(tasks=tuple(WeightedTask(task=task) for task in tasks)))
+    assert mixture.task_names == ("denoising", "denoising-2", "causal-lm")
+
+
+def test_a_task_without_rows_is_refused_by_name():
+    with pytest.raises(DataError, match="task denoising has no training rows"):
+        mixed(MixtureConfig(tasks=(WeightedTask(task=Denoising(languages=("fra_Latn",))),)))
+
+
+@pytest.mark.parametrize(
+    ("boost", "message"),
+    [({"deu_latn": 2.0}, 'did you mean "deu_Latn"'), ({"deu_Latn": 0.0}, "more than 0")],
+)
+def test_a_boost_of_an_unknown_language_or_by_nothing_is_refused(boost, message):
+    with pytest.raises(ConfigError, match=message):
+        mixed(MixtureConfig(boost=boost))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": 0.5}, {"cap": 0}, {"tasks": []}, {"unit": "Lines"}]
+)
+def test_wrong_values_are_refused_with_their_path(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        MixtureConfig.from_plain(wrong)
+
+
+def test_epochs_count_how_often_a_stream_was_walked():
+    mixture = mixed(MixtureConfig(tasks=(WeightedTask(task=Translation()),)))
+    draws = mixture.draw(0, count=840, counts=mixture.start())
+    table = mixture.shares(mixture.after(draws, counts=mixture.start()))
+    assert [line.epochs for line in table] == pytest.approx([2.0, 2.0, 2.0], abs=0.1)
