@@ -52,7 +52,7 @@ def train(
     """
     check(run)
     folder, began = RunDir(Path(out)), time.monotonic()
-    with join() as world:
+    with join(timeout_s=run.patience_s) as world:
         losses = tuple(f"train/loss/{weighted.task.name}" for weighted in run.mixture.tasks)
         shown = (board if world.rank == 0 else silent)(Status(steps=run.steps, losses=losses))
         start = on_first(world, lambda: _open(folder, run=run, resume=resume))

@@ -60,6 +60,7 @@ class Run(Config):
     ``languages`` may be spelt any way (``de``, ``German``, ``deu_Latn``); empty means all of the
     corpus. A step is ``accumulate`` micro-batches of ``loader.batch_tokens`` tokens over all ranks
     together. After ``max_bad_steps`` non-finite steps in a row the run stops with a checkpoint.
+    A rank that keeps the others waiting for ``patience_s`` seconds ends the run with an error.
     """
 
     name: str
@@ -81,3 +82,4 @@ class Run(Config):
     validation: Validation = Validation()
     log: Log = Log()
     max_bad_steps: Positive = 5
+    patience_s: Annotated[float, Field(gt=0)] = 120.0

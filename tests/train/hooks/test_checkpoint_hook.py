@@ -1,0 +1,66 @@
+"""Saving: when it is time, when it is best, and once at the end."""
+
+from pathlib import Path
+
+import pytest
+
+from moesaic.checkpoint.load import load
+from moesaic.core.errors import UserError
+from moesaic.dist.world import Ranks
+from moesaic.testing.ranks import run_on_ranks
+from moesaic.testing.tiny import tiny_run, tiny_trainer
+from moesaic.train.hooks.checkpoint import SaveCheckpoints
+from moesaic.train.hooks.hook import Hook
+from moesaic.train.loop import loop
+from moesaic.train.run import Checkpoints
+from moesaic.train.trainer import StepReport, Trainer
+
+
+class Score(Hook):
+    """Pretends to validate: the best loss comes at step 3."""
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        trainer.journal.scored(abs(report.step - 3.0), step=report.step)
+
+
+def _names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.glob("step-*"))
+
+
+def test_it_saves_in_time_and_at_the_end_and_flushes_before(tmp_path: Path) -> None:
+    flushed: list[int] = []
+    trainer = tiny_trainer(tiny_run(checkpoint=Checkpoints(every=4, keep=9)))
+    hook = SaveCheckpoints(tmp_path, flush=lambda: flushed.append(trainer.step))
+    loop(trainer, hooks=[hook], until=10)
+    assert _names(tmp_path) == ["step-00000004", "step-00000008", "step-00000010"]
+    assert flushed == [4, 8, 10]
+
+
+def test_the_best_is_kept_beyond_the_newest(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tiny_run(checkpoint=Checkpoints(every=4, keep=1)))
+    loop(trainer, hooks=[Score(), SaveCheckpoints(tmp_path, flush=lambda: None)], until=9)
+    assert _names(tmp_path) == ["step-00000003", "step-00000009"]
+    assert (tmp_path / "best").read_text().strip() == "step-00000003"
+    again = tiny_trainer(tiny_run())
+    again.restore(load(tmp_path))
+    assert (again.journal.best.step, again.journal.best.loss) == (3, 0.0)
+
+
+def test_nothing_new_is_not_saved_again(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tiny_run())
+    loop(trainer, hooks=[SaveCheckpoints(tmp_path, flush=lambda: None)], until=0)
+    assert not tmp_path.exists() or _names(tmp_path) == []
+
+
+def _on_a_full_disk(root: Path) -> str:
+    def refuse() -> None:
+        raise UserError("the disk is full")
+
+    trainer = tiny_trainer(tiny_run(checkpoint=Checkpoints(every=1)), world=Ranks())
+    with pytest.raises(UserError) as caught:
+        loop(trainer, hooks=[SaveCheckpoints(root, flush=refuse)], until=3)
+    return str(caught.value)
+
+
+def test_a_full_disk_is_told_to_every_rank(tmp_path: Path) -> None:
+    assert run_on_ranks(2, _on_a_full_disk, tmp_path) == ["the disk is full"] * 2

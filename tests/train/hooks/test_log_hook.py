@@ -1,0 +1,72 @@
+"""Rows of metrics: when, with what, and what a person is told."""
+
+from collections.abc import Mapping
+
+import pytest
+
+from moesaic.testing.tiny import tiny_run, tiny_trainer
+from moesaic.train.hooks.hook import Hook
+from moesaic.train.hooks.log import Log
+from moesaic.train.loop import loop
+from moesaic.train.trainer import StepReport, Trainer
+from moesaic.train.watch import SilentBoard
+
+
+class Rows:
+    """A sink that keeps its rows."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def write(self, step: int, *, values: Mapping[str, float]) -> None:
+        self.rows.append((step, dict(values)))
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Seen(SilentBoard):
+    """A board that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.ticks: list[int] = []
+        self.notes: list[str] = []
+
+    def tick(self, step: int) -> None:
+        self.ticks.append(step)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class Extra(Hook):
+    """Puts a value into the rows of two steps, one of them between the others."""
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        if report.step in (3, 4):
+            trainer.journal.put({"mine": report.step * 10.0})
+            trainer.journal.note(f"seen {report.step}")
+
+
+@pytest.fixture
+def logged() -> tuple[Rows, Seen]:
+    sink, board = Rows(), Seen()
+    trainer = tiny_trainer(tiny_run(steps=10))  # a row every 4 steps
+    loop(trainer, hooks=[Extra(), Log(sink=sink, board=board)], until=10)
+    return sink, board
+
+
+def test_rows_come_in_time_at_the_end_and_when_a_hook_has_news(logged: tuple[Rows, Seen]) -> None:
+    rows = dict(logged[0].rows)
+    assert list(rows) == [3, 4, 8, 10]
+    assert rows[3] == {"mine": 30.0}
+    assert rows[4]["mine"] == 40.0
+    assert {"train/loss", "train/lr", "perf/step_ms", "time/data_ms"} <= rows[4].keys()
+    assert "mine" not in rows[8]
+    assert rows[8]["train/tokens"] > rows[4]["train/tokens"]
+
+
+def test_the_board_hears_every_step_and_every_note_once(logged: tuple[Rows, Seen]) -> None:
+    assert logged[1].ticks == list(range(1, 11))
+    assert logged[1].notes == ["seen 3", "seen 4"]

@@ -1,0 +1,80 @@
+"""Routes: counts by layer, expert and language, the same on any number of ranks."""
+
+from pathlib import Path
+
+import torch
+
+from moesaic.dist.world import Alone, Ranks, World
+from moesaic.moe.balance import SwitchBalance
+from moesaic.moe.config import MoE
+from moesaic.moe.limit import Capacity
+from moesaic.moe.select import TopK
+from moesaic.observe.routes import Routes, read_routes
+from moesaic.testing.ranks import run_on_ranks
+from moesaic.testing.tiny import LANGUAGES, TinyStream, tiny_model_config, tiny_run, tiny_trainer
+from moesaic.train.hooks.routes import WatchRoutes, doctor_setting
+from moesaic.train.loop import loop
+from moesaic.train.run import Log
+
+
+def _watch(path: Path, world: World) -> None:
+    run = tiny_run(log=Log(every=4, routes_every=2))
+    trainer = tiny_trainer(run, world=world)
+    loop(trainer, hooks=[WatchRoutes(path, trainer=trainer)], until=6)
+
+
+def _on_rank(path: Path) -> None:
+    _watch(path, Ranks())
+
+
+def _equal(left: Routes, right: Routes) -> bool:
+    pairs = zip(left.layers, right.layers, strict=True)
+    return all(a.layer == b.layer and (a.counts == b.counts).all() for a, b in pairs)
+
+
+def test_every_token_of_every_other_step_is_counted_once(tmp_path: Path) -> None:
+    _watch(tmp_path / "routes.json", Alone())
+    routes = read_routes(tmp_path / "routes.json")
+    assert [layer.layer for layer in routes.layers] == ["encoder.0", "decoder.0"]
+    stream = TinyStream()
+    batches = [next(stream) for _ in range(6)][1::2]  # steps 2, 4, 6
+    for layer, side in zip(routes.layers, ("source", "target"), strict=True):
+        for index in range(len(LANGUAGES)):
+            tokens = 0
+            for batch in batches:
+                language = getattr(batch, f"{side}_language")
+                ids = batch.source if side == "source" else batch.target_in
+                tokens += int((ids[language == index] != 0).sum())
+            assert int(layer.counts[:, index].sum()) == tokens
+
+
+def test_ranks_count_what_one_counts(tmp_path: Path) -> None:
+    _watch(tmp_path / "one.json", Alone())
+    run_on_ranks(2, _on_rank, tmp_path / "two.json")
+    assert _equal(read_routes(tmp_path / "one.json"), read_routes(tmp_path / "two.json"))
+
+
+def test_a_collapsed_router_is_named_with_its_layer(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tiny_run(log=Log(every=1, routes_every=1)))
+    trainer.data = TinyStream(rows=64)
+    with torch.no_grad():
+        trainer.model.decoder[0].feed_forward.inner.router.weight.zero_()
+        for parameter in trainer.model.parameters():
+            parameter.requires_grad_(requires_grad=False)
+        trainer.model.encoder_norm.weight.requires_grad_()
+    loop(trainer, hooks=[WatchRoutes(tmp_path / "r.json", trainer=trainer)], until=4)
+    notes = trainer.journal.take_notes()
+    assert any("decoder.0" in note and "try" in note for note in notes), notes
+    assert "decoder.0" in trainer.journal.health
+
+
+def test_the_doctor_knows_the_config() -> None:
+    moe = MoE(
+        experts=8,
+        select=TopK(k=2),
+        limit=Capacity(factor=1.5),
+        balance=(SwitchBalance(weight=0.03),),
+    )
+    setting = doctor_setting(tiny_run(model=tiny_model_config(moe=moe)), languages=LANGUAGES)
+    assert (setting.top_k, setting.balance_weight, setting.z_weight) == (2, 0.03, 0.0)
+    assert setting.capacity_factor == 1.5

@@ -1,0 +1,48 @@
+"""Validation: the same number each time, and no trace of it in the training."""
+
+import torch
+
+from moesaic.moe.balance import SwitchBalance
+from moesaic.moe.config import MoE
+from moesaic.moe.limit import AtRandom, Capacity
+from moesaic.testing.tiny import tiny_model_config, tiny_run, tiny_trainer
+from moesaic.train.hooks.validate import Validate
+from moesaic.train.loop import loop
+from moesaic.train.run import Validation
+from moesaic.train.trainer import Trainer
+
+MOE = MoE(experts=4, limit=Capacity(factor=1.0, priority=AtRandom()), balance=(SwitchBalance(),))
+
+
+def _trainer(every: int) -> Trainer:
+    model = tiny_model_config(moe=MOE).replace(dropout=0.1)
+    return tiny_trainer(tiny_run(model=model, validation=Validation(every=every)))
+
+
+def test_scores_are_plain_likelihoods_in_evaluation_mode() -> None:
+    trainer = _trainer(1)
+    first, second = Validate().scores(trainer), Validate().scores(trainer)
+    assert first == second, "dropout must be off"
+    assert trainer.model.training
+    batch = next(trainer.data.valid_batches("valid", rows=None))
+    trainer.model.eval()
+    with torch.no_grad():
+        nll = trainer.model.loss(trainer.model(batch)).nll
+    assert abs(first["valid/loss"] - float(nll.mean())) < 1e-5
+    assert {"valid/loss/translation", "valid/loss/deu_Latn"} <= first.keys()
+
+
+def test_validation_leaves_the_training_as_it_was() -> None:
+    weights = []
+    for every in (0, 2):
+        trainer = _trainer(every)
+        loop(trainer, hooks=[Validate()], until=6)
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_the_best_step_is_remembered() -> None:
+    trainer = _trainer(2)
+    loop(trainer, hooks=[Validate()], until=6)
+    assert trainer.journal.best.step in (2, 4, 6)
+    assert trainer.journal.best.loss <= trainer.journal.newest["valid/loss"]
