@@ -10,6 +10,7 @@ from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
 from moesaic.evaluate.experts import describe, expert_usage
 from moesaic.model.config import Stack, TransformerConfig
 from moesaic.model.search import Beam, Greedy
+from moesaic.model.weights import export_weights
 from moesaic.moe.config import MoE
 from moesaic.moe.select import Top2
 from moesaic.nn.attention import AttentionConfig
@@ -48,7 +49,7 @@ def run(request, tmp_path_factory, tokenizer):
     folder = RunDir.create(path, config_yaml=yaml.safe_dump(plain))
     model = config.build()
     torch.nn.init.normal_(model.embedding.weight, std=1.0)  # decisive logits: no near ties
-    write_tensors(folder.model, tensors=dict(model.state_dict()))
+    write_tensors(folder.model, tensors=export_weights(model))
     tokenizer.save(folder.tokenizer)
     return path
 
@@ -176,7 +177,7 @@ def test_weights_of_another_config_are_refused(run, tmp_path):
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["model"]["dim"] = 32
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(CheckpointError, match="fit config"):
+    with pytest.raises(CheckpointError, match="do not fit"):
         Translator.open(tmp_path)
     (tmp_path / "config.yaml").write_text("name: x\n")
     with pytest.raises(CheckpointError, match="no model"):
