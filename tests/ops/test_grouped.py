@@ -6,7 +6,7 @@ import torch
 from moesaic.nn.activation import GELU, ReLU, SquaredReLU, SwiGLU
 from moesaic.ops.choose import ENGINES
 from moesaic.ops.group import group
-from moesaic.ops.grouped import expert_of_row, grouped_feed_forward, plain_feed_forward
+from moesaic.ops.grouped import Banks, expert_of_row, grouped_feed_forward, plain_feed_forward
 
 D, HIDDEN, E = 8, 12, 4
 ROUTES = {
@@ -28,12 +28,11 @@ def _run(compute, expert, activation, *, bias, **options):
 
     rows = leaf(expert.numel(), D)
     up, down = leaf(E, D, activation.width(HIDDEN)), leaf(E, HIDDEN, D)
-    biases = (leaf(E, activation.width(HIDDEN)), leaf(E, D)) if bias else None
+    biases = (leaf(E, activation.width(HIDDEN)), leaf(E, D)) if bias else ()
     groups = group(expert, num_experts=E)
-    out = compute(
-        rows, up=up, down=down, groups=groups, activation=activation, biases=biases, **options
-    )
-    leaves = [rows, up, down, *(biases or ())]
+    banks = Banks(up, down, *biases)
+    out = compute(rows, banks=banks, groups=groups, activation=activation, **options)
+    leaves = [rows, up, down, *biases]
     loss = out.square().sum() + 0 * rows.sum()  # in the graph even if no row has an expert
     grads = torch.autograd.grad(loss, leaves, allow_unused=True)
     full = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
@@ -66,7 +65,7 @@ def test_an_expanded_gradient_is_fine(engine):
     rows = torch.randn(8, D, requires_grad=True)
     up, down = torch.randn(E, D, HIDDEN), torch.randn(E, HIDDEN, D)
     out = grouped_feed_forward(
-        rows, up=up, down=down, groups=groups, activation=ReLU(), engine=ENGINES[engine]
+        rows, banks=Banks(up, down), groups=groups, activation=ReLU(), engine=ENGINES[engine]
     )
     out.sum().backward()  # the gradient of a sum has stride 0
     assert rows.grad is not None
@@ -77,12 +76,11 @@ def test_only_the_input_and_the_pre_activation_are_saved():
     saved = []
     groups = group(torch.arange(16) % E, num_experts=E)
     rows = torch.randn(16, D, requires_grad=True)
-    banks = {"up": torch.randn(E, D, 2 * HIDDEN), "down": torch.randn(E, HIDDEN, D)}
-    for bank in banks.values():
-        bank.requires_grad_()
+    up = torch.randn(E, D, 2 * HIDDEN, requires_grad=True)
+    banks = Banks(up, torch.randn(E, HIDDEN, D, requires_grad=True))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         grouped_feed_forward(
-            rows, groups=groups, activation=SwiGLU(), engine=ENGINES["segments"], **banks
+            rows, banks=banks, groups=groups, activation=SwiGLU(), engine=ENGINES["segments"]
         )
     sizes = sorted(t.numel() for t in saved if t.dim() == 2)
     assert sizes == [16 * D, 16 * 2 * HIDDEN]

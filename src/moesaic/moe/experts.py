@@ -10,7 +10,7 @@ from moesaic.core.shapes import Float, Tensor
 from moesaic.nn.feed_forward import FeedForward
 from moesaic.ops.choose import pick_engine
 from moesaic.ops.group import Groups
-from moesaic.ops.grouped import grouped_feed_forward
+from moesaic.ops.grouped import Banks, grouped_feed_forward
 
 
 class Experts(nn.Module):
@@ -30,12 +30,11 @@ class Experts(nn.Module):
         """Apply each row's expert; rows past the groups come out as zero."""
         if torch.is_autocast_enabled(rows.device.type):
             rows = rows.to(torch.get_autocast_dtype(rows.device.type))
+        biases = (self.up_bias, self.down_bias) if self.bias else (None, None)
         return grouped_feed_forward(
             rows,
-            up=self.up,
-            down=self.down,
+            banks=Banks(self.up, self.down, *biases),
             groups=groups,
             activation=self.activation,
             engine=pick_engine(rows),
-            biases=(self.up_bias, self.down_bias) if self.bias else None,
         )

@@ -9,6 +9,7 @@ reads (F, or 2F if gated).
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -38,6 +39,16 @@ class Engine(Protocol):
     ) -> Float[Tensor, "E D F"]:
         """``left[e].T @ right[e]`` of each segment: the gradient of a bank."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Banks:
+    """The matrices of all experts; biases are both there or both None."""
+
+    up: Float[Tensor, "E D G"]
+    down: Float[Tensor, "E F D"]
+    up_bias: Float[Tensor, "E G"] | None = None
+    down_bias: Float[Tensor, "E D"] | None = None
 
 
 def segments(groups: Groups) -> Iterator[tuple[int, slice]]:
@@ -124,38 +135,37 @@ class PaddedBMM:
 def plain_feed_forward(
     rows: Float[Tensor, "R D"],
     *,
-    up: Float[Tensor, "E D G"],
-    down: Float[Tensor, "E F D"],
+    banks: Banks,
     groups: Groups,
     activation: Activation,
-    biases: tuple[Float[Tensor, "E G"], Float[Tensor, "E D"]] | None = None,
 ) -> Float[Tensor, "R D"]:
     """The definition: expert by expert, differentiated by autograd alone."""
     out = torch.zeros_like(rows)
     for e, span in segments(groups):
-        hidden = rows[span] @ up[e] + (biases[0][e] if biases else 0.0)
-        result = activation(hidden) @ down[e] + (biases[1][e] if biases else 0.0)
-        out = out.index_copy(0, torch.arange(span.start, span.stop, device=out.device), result)
+        hidden = rows[span] @ banks.up[e]
+        hidden = hidden if banks.up_bias is None else hidden + banks.up_bias[e]
+        result = activation(hidden) @ banks.down[e]
+        result = result if banks.down_bias is None else result + banks.down_bias[e]
+        place = torch.arange(span.start, span.stop, device=out.device)
+        out = out.index_copy(0, place, result)
     return out
 
 
 def grouped_feed_forward(
     rows: Float[Tensor, "R D"],
     *,
-    up: Float[Tensor, "E D G"],
-    down: Float[Tensor, "E F D"],
+    banks: Banks,
     groups: Groups,
     activation: Activation,
     engine: Engine,
-    biases: tuple[Float[Tensor, "E G"], Float[Tensor, "E D"]] | None = None,
 ) -> Float[Tensor, "R D"]:
     """``activation(rows @ up[e]) @ down[e]`` for the expert e of each row; zero past the segments.
 
     Saves ``rows`` and the pre-activation for backward, nothing else. Banks take the dtype of rows.
     """
-    up, down = up.to(rows.dtype), down.to(rows.dtype)
-    up_bias, down_bias = biases if biases else (None, None)
-    return _FeedForward.apply(rows, up, down, up_bias, down_bias, groups, activation, engine)
+    up, down = banks.up.to(rows.dtype), banks.down.to(rows.dtype)
+    biases = (banks.up_bias, banks.down_bias)
+    return _FeedForward.apply(rows, up, down, *biases, groups, activation, engine)
 
 
 class _FeedForward(torch.autograd.Function):
