@@ -3,11 +3,12 @@
 The whole job in four lines::
 
     import moesaic
-    result = moesaic.train(moesaic.recipe("demo"), "runs/demo")
+    result = moesaic.fit(moesaic.recipe("demo"), "runs/demo")
     translator = moesaic.Translator.open("runs/demo")
     print(translator.translate(["Save changes"], source="en", target="es")[0].text)
 
-Names below are imported when first used, so ``import moesaic`` costs nothing.
+Names below are imported when first used, so ``import moesaic`` costs nothing. (``fit`` is what the
+command line calls ``train``: that name is taken by the room.)
 """
 
 import importlib
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
     from moesaic.data.corpus import Corpus
     from moesaic.model.count import count
     from moesaic.recipes.find import find as recipe
-    from moesaic.report.page import write_report
+    from moesaic.report.write import write_report
     from moesaic.serve.score import score_run
     from moesaic.serve.translator import Translator
-    from moesaic.train.job import train
+    from moesaic.train.job import train as fit
     from moesaic.train.run import Run
 
 _HOMES = {
@@ -34,8 +35,8 @@ _HOMES = {
     "count": ("moesaic.model.count", "count"),
     "recipe": ("moesaic.recipes.find", "find"),
     "score_run": ("moesaic.serve.score", "score_run"),
-    "train": ("moesaic.train.job", "train"),
-    "write_report": ("moesaic.report.page", "write_report"),
+    "fit": ("moesaic.train.job", "train"),
+    "write_report": ("moesaic.report.write", "write_report"),
 }
 
 __all__ = [
@@ -45,9 +46,9 @@ __all__ = [
     "__version__",
     "build_corpus",
     "count",
+    "fit",
     "recipe",
     "score_run",
-    "train",
     "write_report",
 ]
 

@@ -1,5 +1,6 @@
 """What the verbs share: two consoles (stdout is data, stderr is talk), one way to answer."""
 
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -9,10 +10,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from moesaic.core.errors import UserError
+
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Change one config key; may be repeated."),
+]
+Use = Annotated[
+    list[Path] | None,
+    typer.Option("--use", metavar="FILE.py", help="Load your own routers, tasks, ... first."),
 ]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/demo.")]
 
@@ -28,6 +35,20 @@ def verb_app(**settings: Any) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
         **settings,
     )
+
+
+def use(files: list[Path] | None) -> None:
+    """Import a user's own files, so that what they define joins its families.
+
+    Raises UserError when a file is not there; what goes wrong inside it is shown as it is.
+    """
+    for file in files or []:
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        if not file.is_file() or spec is None or spec.loader is None:
+            raise UserError(f"--use {file}: there is no such Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[file.stem] = module
+        spec.loader.exec_module(module)
 
 
 def answer(value: dict[str, Any], *, as_json: bool, show: Callable[[Console], None]) -> None:

@@ -48,7 +48,9 @@ def diff(first: Which, second: Which, *, as_json: Json = False) -> None:
     """
     ours, theirs = find(first).flat(), find(second).flat()
     lines = [x for x in difflib.ndiff(ours, theirs) if x[0] in "+-"]
-    answer({"lines": lines}, as_json=as_json, show=lambda _: _write("".join(f"{x}\n" for x in lines)))
+    answer(
+        {"lines": lines}, as_json=as_json, show=lambda _: _write("".join(f"{x}\n" for x in lines))
+    )
 
 
 @app.command()

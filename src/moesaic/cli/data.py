@@ -82,7 +82,9 @@ def show(
     total = corpus.count(*codes, split=split)
     wanted = set(random.Random(seed).sample(range(total), min(count, total)))
     pairs = corpus.iter_pairs(*codes, split=split)
-    chosen = [p for i, p in enumerate(itertools.islice(pairs, max(wanted, default=-1) + 1)) if i in wanted]
+    chosen = [
+        p for i, p in enumerate(itertools.islice(pairs, max(wanted, default=-1) + 1)) if i in wanted
+    ]
     rows = [{"source": p.source, "target": p.target, "origin": p.origin} for p in chosen]
     answer(
         {"direction": "-".join(codes), "split": split, "pairs": rows},
@@ -109,9 +111,9 @@ def _open(which: str) -> Corpus:
     if which in NAMED:
         raise DataError(f"{which} is not built yet: run `moesaic data build {which}`")
     built = [p.name for p in corpora_dir().glob("*") if (p / "corpus.json").is_file()]
-    known = [*NAMED, *built]
+    known = sorted({*NAMED, *built})
     raise DataError(
-        f'there is no corpus "{which}"{nearest(which, known)} (known: {", ".join(sorted(set(known)))})'
+        f'there is no corpus "{which}"{nearest(which, known)} (known: {", ".join(known)})'
     )
 
 
@@ -123,7 +125,9 @@ def _show_built(corpus: Corpus, console: Console) -> None:
 
 
 def _show_stats(corpus: Corpus, console: Console) -> None:
-    table = Table(box=None, title=f"{corpus.name}: {corpus.about['pairs']:,} pairs", title_justify="left")
+    table = Table(
+        box=None, title=f"{corpus.name}: {corpus.about['pairs']:,} pairs", title_justify="left"
+    )
     for column in ("direction", "read", "kept", "train", "valid", "test", "dropped, and why"):
         table.add_column(column, justify="left" if column.startswith("d") else "right")
     for d in sorted(corpus.about["directions"], key=lambda d: -d["read"]):

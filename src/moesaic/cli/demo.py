@@ -14,11 +14,13 @@ from moesaic.cli.eval import keep, run_tests
 from moesaic.cli.scores import show_samples, show_scores
 from moesaic.core.units import show_seconds
 from moesaic.evaluate.summary import Summary
+from moesaic.model.count import count
 from moesaic.recipes.find import find
 from moesaic.serve.score import score_run
 from moesaic.serve.translator import Translator
 from moesaic.train.job import train
 from moesaic.train.resume import Auto
+from moesaic.train.run import Run
 
 app = verb_app()
 COMMON = ("Save", "Delete", "Search results", "Enter your password", "Page not found")
@@ -74,13 +76,24 @@ def demo(
     )
     phases.end("evaluate")
     summary = summary.add(
-        counts={"steps": result.steps, "tokens": result.tokens}, seconds=phases.seconds
+        counts=counts(run, steps=result.steps, tokens=result.tokens), seconds=phases.seconds
     )
     phases.start("4/4  report")
     report = keep(out, summary=summary, tests=tests)
     phases.end("report")
     value = summary.plain() | {"report": str(report), "run_directory": str(out)}
     answer(value, as_json=as_json, show=lambda console: _show(out, summary, phases, console))
+
+
+def counts(run: Run, *, steps: int, tokens: int) -> dict[str, int]:
+    """Return the counts that summary.json holds and the report shows."""
+    model = count(run.model)
+    return {
+        "parameters": model.total,
+        "active_parameters": model.active,
+        "steps": steps,
+        "train_tokens": tokens,
+    }
 
 
 def _show(out: Path, summary: Summary, phases: Phases, console: Console) -> None:
@@ -96,5 +109,9 @@ def _show(out: Path, summary: Summary, phases: Phases, console: Console) -> None
     console.print(f"\n[dim]time: {spent}[/]", highlight=False)
     folder = RunDir(out)
     console.print(f"report:     {folder.report}", highlight=False)
-    console.print(f'translate:  echo "Save changes" | moesaic translate {out} --to es', highlight=False)
-    console.print(f"everything: {folder.path}/ (config, weights, tokenizer, metrics, card)", highlight=False)
+    console.print(
+        f'translate:  echo "Save changes" | moesaic translate {out} --to es', highlight=False
+    )
+    console.print(
+        f"everything: {folder.path}/ (config, weights, tokenizer, metrics, card)", highlight=False
+    )

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from moesaic.checkpoint.rundir import RunDir
-from moesaic.cli.common import Json, RunPath, answer, talk, verb_app
+from moesaic.cli.common import Json, RunPath, Use, answer, talk, use, verb_app
 from moesaic.cli.scores import show_samples, show_scores
 from moesaic.core.errors import UserError
 from moesaic.data.corpus import Corpus
@@ -18,7 +18,7 @@ from moesaic.evaluate.summary import Summary
 from moesaic.evaluate.testset import TestSet, from_corpus, from_file, from_moses
 from moesaic.model.search import Beam, Greedy
 from moesaic.recipes.find import find
-from moesaic.report.page import write_report
+from moesaic.report.write import write_report
 from moesaic.serve.score import count_experts, score_run
 from moesaic.train.run import Run
 
@@ -39,6 +39,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Sentences per language.")] = None,
     beam: Annotated[int, typer.Option(min=1, help="Beam size; 1 is greedy.")] = 1,
     resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples.")] = 1000,
+    files: Use = None,
     as_json: Json = False,
 ) -> None:
     """Score translations: chrF++ and BLEU with 95 % intervals, and what they are worth.
@@ -50,6 +51,7 @@ def evaluate(
 
     Example: [cyan]moesaic eval runs/demo --pairs mine.tsv --from en --to de[/]
     """
+    use(files)
     RunDir.open(run).require_model()
     own = pairs is not None or moses is not None
     config = find(str(run))
@@ -66,7 +68,9 @@ def evaluate(
         corpus=corpus,
         search=Greedy() if beam == 1 else Beam(size=beam),
         settings=Settings(resamples=resamples),
-        done=lambda test, _: talk.print(f"[dim]scored {test.key} ({len(test)})[/]", highlight=False),
+        done=lambda test, _: talk.print(
+            f"[dim]scored {test.key} ({len(test)})[/]", highlight=False
+        ),
     )
     if not own:
         keep(run, summary=summary, tests=tests)
@@ -74,7 +78,12 @@ def evaluate(
 
 
 def run_tests(
-    run: Run, *, corpus: Corpus, split: str = "test", limit: int | None = None, target: str | None = None
+    run: Run,
+    *,
+    corpus: Corpus,
+    split: str = "test",
+    limit: int | None = None,
+    target: str | None = None,
 ) -> list[TestSet]:
     """Return the held-out strings of every direction from English into the run's languages."""
     known = [language(code).code for code in run.languages] or list(corpus.languages)

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moesaic.cli.common import Json, Set, answer, verb_app
+from moesaic.cli.common import Json, Set, Use, answer, use, verb_app
 from moesaic.core.units import show_bytes, show_count, show_flops
 from moesaic.model.blueprint import Blueprint
 from moesaic.model.count import Count, Sizes, count
@@ -23,11 +23,17 @@ app = verb_app()
 @app.command()
 def explain(
     which: Annotated[
-        str, typer.Argument(metavar="RECIPE|CONFIG|PRESET", help="A recipe, a config.yaml, a run or a preset.")
+        str,
+        typer.Argument(
+            metavar="RECIPE|CONFIG|PRESET", help="A recipe, a config.yaml, a run or a preset."
+        ),
     ],
     *,
     changes: Set = None,
-    config: Annotated[bool, typer.Option("--config", help="Print every key of the config too.")] = False,
+    config: Annotated[
+        bool, typer.Option("--config", help="Print every key of the config too.")
+    ] = False,
+    files: Use = None,
     as_json: Json = False,
 ) -> None:
     """Count parameters (total and active), FLOPs per token and bytes; nothing is allocated.
@@ -36,6 +42,7 @@ def explain(
 
     Example: [cyan]moesaic explain zcode-m3-64[/]
     """
+    use(files)
     found = _preset(which, changes) if which in PRESETS else _run(which, changes)
     answer(found, as_json=as_json, show=lambda console: _show(found, console, config=config))
 
@@ -105,7 +112,12 @@ def _show(found: dict[str, Any], console: Console, *, config: bool) -> None:
     console.print(parts)
     batch = found["batch"]
     shape = f"{batch['rows']} rows of {batch['source']} + {batch['target']} tokens"
-    memory = Table(box=None, padding=(0, 2), title=f"\none training step in float32, {shape}", title_justify="left")
+    memory = Table(
+        box=None,
+        padding=(0, 2),
+        title=f"\none training step in float32, {shape}",
+        title_justify="left",
+    )
     memory.add_column("bytes")
     memory.add_column("", justify="right")
     for name, size in found["bytes"].items():
@@ -133,10 +145,10 @@ def _show(found: dict[str, Any], console: Console, *, config: bool) -> None:
 def _show_source(found: dict[str, Any], console: Console) -> None:
     console.print(f"\nsource: {found['source']}", highlight=False)
     for claim in found["published"]:
-        ratio = claim["counted"] / claim["value"]
+        value, counted = claim["value"], claim["counted"]
         console.print(
-            f"published {claim['quantity']} {show_count(claim['value'])}, counted "
-            f"{show_count(claim['counted'])} ({ratio - 1:+.1%}); {claim['basis']}: {claim['source']}",
+            f"published {claim['quantity']} {show_count(value)}, counted {show_count(counted)} "
+            f"({counted / value - 1:+.1%}); {claim['basis']}: {claim['source']}",
             highlight=False,
         )
     if found["guessed"]:

@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from moesaic.cli.common import Json, RunPath, answer, verb_app
-from moesaic.report.page import write_report
+from moesaic.report.write import write_report
 
 app = verb_app()
 

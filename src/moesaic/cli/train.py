@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from moesaic.cli.common import Json, Set, answer, verb_app
+from moesaic.cli.common import Json, Set, Use, answer, use, verb_app
 from moesaic.core.errors import UserError
 from moesaic.core.units import show_count, show_seconds
 from moesaic.recipes.find import find
@@ -26,12 +26,13 @@ def train(
     ] = None,
     *,
     changes: Set = None,
-    out: Annotated[Path | None, typer.Option(help="The run directory [runs/NAME].")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory (runs/NAME).")] = None,
     resume: Annotated[
         str | None, typer.Option(metavar="auto|DIR", help="Go on in --out (auto), or from DIR.")
     ] = None,
     until: Annotated[int | None, typer.Option(help="Stop after this step; resume later.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No table and no lines.")] = False,
+    files: Use = None,
     as_json: Json = False,
 ) -> None:
     """Train. Ctrl-C saves and says how to go on; the same command with --resume auto goes on.
@@ -42,6 +43,7 @@ def train(
 
     On several processes: [cyan]torchrun --nproc-per-node 2 -m moesaic train demo[/]
     """
+    use(files)
     if which is None and resume in (None, "auto"):
         raise UserError("what is to be trained? name a recipe, a config.yaml, or --resume DIR")
     run = find(which or str(resume), changes=changes or [])
@@ -74,5 +76,3 @@ def _show(result: Result, console: Console) -> None:
         console.print(f"next: moesaic eval {result.out}", highlight=False)
     else:
         console.print(f"to go on: moesaic train --resume {result.out}", highlight=False)
-
-

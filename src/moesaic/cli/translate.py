@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moesaic.cli.common import Json, RunPath, answer, talk, verb_app
+from moesaic.cli.common import Json, RunPath, Use, answer, talk, use, verb_app
 from moesaic.core.errors import DataError
 from moesaic.data.readers.text import read_lines
 from moesaic.model.search import Beam, Greedy, Search
@@ -23,21 +23,28 @@ app = verb_app()
 def translate(
     run: RunPath,
     file: Annotated[
-        Path | None, typer.Argument(metavar="FILE", help="Lines to translate [standard input].")
+        Path | None,
+        typer.Argument(metavar="FILE", help="Lines to translate (default: standard input)."),
     ] = None,
     *,
     source: Annotated[str, typer.Option("--from", help="Source language, any spelling.")] = "en",
     target: Annotated[str, typer.Option("--to", help="Target language, any spelling.")],
     beam: Annotated[int, typer.Option(min=1, help="Beam size; 1 is greedy.")] = 4,
-    length_penalty: Annotated[float, typer.Option(help="Scores are divided by length to this power.")] = 1.0,
+    length_penalty: Annotated[
+        float, typer.Option(help="Scores are divided by length to this power.")
+    ] = 1.0,
     n_best: Annotated[int, typer.Option(min=1, help="How many translations of each line.")] = 1,
-    experts: Annotated[bool, typer.Option("--experts", help="Say which experts translated.")] = False,
+    experts: Annotated[
+        bool, typer.Option("--experts", help="Say which experts translated.")
+    ] = False,
+    files: Use = None,
     as_json: Json = False,
 ) -> None:
     """Translate. Output goes to stdout in the order of the input; empty lines stay empty.
 
     Example: [cyan]echo "Save changes" | moesaic translate runs/demo --to es[/]
     """
+    use(files)
     translator = Translator.open(run)
     search = _search(beam, length_penalty=length_penalty, n_best=n_best)
     lines = _lines(file)

@@ -27,9 +27,11 @@ from moesaic.train.source import Catalogue
 
 # The 36 largest languages of the corpus, then 14 of other families and scripts.
 FIFTY = (
-    "it fr de da es ru sv pl pt-BR uk zh-Hans nl ca cs pt ja tr zh-Hant fi sl hu ko el sk eu id gl "
-    "nb vi sr ro bg et hr ar lt hi bn ta te ml gu mr kn pa ne th ka kk sw"
-).split()
+    *("it", "fr", "de", "da", "es", "ru", "sv", "pl", "pt-BR", "uk", "zh-Hans", "nl", "ca"),
+    *("cs", "pt", "ja", "tr", "zh-Hant", "fi", "sl", "hu", "ko", "el", "sk", "eu", "id", "gl"),
+    *("nb", "vi", "sr", "ro", "bg", "et", "hr", "ar", "lt"),
+    *("hi", "bn", "ta", "te", "ml", "gu", "mr", "kn", "pa", "ne", "th", "ka", "kk", "sw"),
+)
 
 
 @RECIPES.register("multilingual-50")

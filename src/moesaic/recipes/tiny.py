@@ -52,9 +52,7 @@ def tiny_lm() -> Run:
     return tiny().replace(
         name="tiny-lm",
         mixture=MixtureConfig(tasks=tasks),
-        loader=LoaderConfig(
-            batch_tokens=2048, max_source=48, max_target=48, layout=DecoderOnly()
-        ),
+        loader=LoaderConfig(batch_tokens=2048, max_source=48, max_target=48, layout=DecoderOnly()),
         model=_model(encoder=0),
     )
 

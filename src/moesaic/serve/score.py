@@ -47,7 +47,7 @@ def score_run(
     return summary.add(
         run=Path(path).name,
         counts={"sentences": sum(len(test) for test in tests)},
-        seconds={"evaluate": time.monotonic() - began},
+        seconds={"score": time.monotonic() - began},
     )
 
 

@@ -17,10 +17,47 @@ from moesaic.data.languages import language
 from moesaic.data.pair import Pair
 
 ENGLISH = "eng_Latn"
-VERBS = "open close save delete copy move print show hide share rename import".split()
-ADJECTIVES = "new old large small empty selected public private hidden last".split()
-NOUNS = "file folder page image user message report window table link account list".split()
-PLACES = "here|now|in the archive|on this page|for every user|without a copy".split("|")
+VERBS = [
+    "open",
+    "close",
+    "save",
+    "delete",
+    "copy",
+    "move",
+    "print",
+    "show",
+    "hide",
+    "share",
+    "rename",
+    "import",
+]
+ADJECTIVES = [
+    "new",
+    "old",
+    "large",
+    "small",
+    "empty",
+    "selected",
+    "public",
+    "private",
+    "hidden",
+    "last",
+]
+NOUNS = [
+    "file",
+    "folder",
+    "page",
+    "image",
+    "user",
+    "message",
+    "report",
+    "window",
+    "table",
+    "link",
+    "account",
+    "list",
+]
+PLACES = ["here", "now", "in the archive", "on this page", "for every user", "without a copy"]
 ALPHABETS = {
     "Latn": ("bdfgklmnprstvz", "aeiou"),
     "Cyrl": ("бвгджзклмнпрст", "аеиоу"),

@@ -1,0 +1,19 @@
+"""The whole job in Python: a recipe, training, translations. Invented languages, half a minute."""
+
+import tempfile
+from pathlib import Path
+
+import moesaic
+
+run = moesaic.recipe("tiny", changes=["steps=120", "model.moe.experts=8"])
+counted = moesaic.count(run.model)
+print(f"{counted.total:,} parameters, {counted.active:,} active per token")
+
+out = Path(tempfile.mkdtemp()) / "tiny"
+result = moesaic.fit(run, out)
+print(f"loss {result.metrics['train/loss']:.2f} after {result.tokens:,} tokens")
+
+translator = moesaic.Translator.open(out)
+texts = ["Open the new folder here", "Delete the hidden page now"]
+for text, said in zip(texts, translator.translate(texts, source="en", target="qab"), strict=True):
+    print(f"{text} -> {said.text}  ({said.score:.2f})")
