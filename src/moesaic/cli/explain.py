@@ -14,7 +14,7 @@ from moesaic.model.count import Count, Sizes, count
 from moesaic.model.footprint import footprint
 from moesaic.model.presets import PRESETS, preset
 from moesaic.optim.optimizer import AdamW, Optimizer
-from moesaic.recipes.find import find
+from moesaic.recipes.find import RECIPES, find
 from moesaic.train.checks import check
 
 app = verb_app()
@@ -43,7 +43,8 @@ def explain(
     Example: [cyan]moesaic explain zcode-m3-64[/]
     """
     use(files)
-    found = _preset(which, changes) if which in PRESETS else _run(which, changes)
+    shape = which in PRESETS and which not in RECIPES  # a recipe has more to say than its shape
+    found = _preset(which, changes) if shape else _run(which, changes)
     answer(found, as_json=as_json, show=lambda console: _show(found, console, config=config))
 
 

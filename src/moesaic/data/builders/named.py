@@ -7,6 +7,8 @@ from moesaic.core.errors import DataError, nearest
 from moesaic.data.builders.catalogues import Catalogues
 from moesaic.data.builders.ddtp import Descriptions
 from moesaic.data.builders.debian import Debian
+from moesaic.data.builders.extract import Extract
+from moesaic.data.builders.files import Files
 from moesaic.data.builders.packages import Package
 from moesaic.data.builders.source import Source
 from moesaic.data.builders.synthetic import Synthetic
@@ -14,6 +16,8 @@ from moesaic.data.builders.together import Together
 from moesaic.data.clean import Clean
 from moesaic.data.split import Split
 
+# Every source a recipe may name: importing its module is what makes it a member of the family.
+SOURCES = (Catalogues, Debian, Descriptions, Extract, Files, Synthetic, Together)
 _SMALL = (
     Package(name="django", version="5.2.19"),
     Package(name="wagtail", version="8.0.1"),
