@@ -38,7 +38,7 @@ class MoELayer(nn.Module):
         parcel = self.dispatcher.dispatch(x, routed.routing)
         y = self.experts(parcel.rows, groups=parcel.groups)
         out = self.dispatcher.combine(y, parcel)
-        return out, Record(self.name, routed.routing, row, routed.losses)
+        return out, Record(self.name, routed.routing, row, routed.losses, routed.logits)
 
 
 def set_reduce(model: nn.Module, reduce: Reduce) -> None:

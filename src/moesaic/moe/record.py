@@ -1,5 +1,6 @@
 """What an MoE layer says beside its output: losses and routing travel out with the result."""
 
+import math
 from dataclasses import dataclass, field
 
 from moesaic.core.shapes import Float, Int, Tensor
@@ -13,10 +14,25 @@ class Record:
     ``losses`` holds the layer's weighted loss terms by name (``balance``, ``z``), scalars in the
     graph; their sum is added to the training loss exactly once. They are this rank's *share* (see
     ``moe/reduce.py``) and exist in training only. ``row`` is the batch row that each token of
-    ``routing`` came from (padding was left out before routing).
+    ``routing`` came from (padding was left out before routing). ``logits`` are the router's,
+    detached, for whoever watches it.
     """
 
     layer: str
     routing: Routing
     row: Int[Tensor, "T"]
     losses: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
+    logits: Float[Tensor, "T E"] | None = None
+
+    def router_entropy(self) -> Float[Tensor, ""] | None:
+        """Mean entropy of a token's expert probabilities, as a share of ``log E``."""
+        if self.logits is None or self.logits.numel() == 0:
+            return None
+        log_p = self.logits.log_softmax(-1)
+        return -(log_p.exp() * log_p).sum(-1).mean() / math.log(max(2, self.logits.shape[1]))
+
+    def logit_rms(self) -> Float[Tensor, ""] | None:
+        """Root mean square of the logits' logsumexp: what a z-loss keeps small."""
+        if self.logits is None or self.logits.numel() == 0:
+            return None
+        return self.logits.logsumexp(-1).square().mean().sqrt()

@@ -17,10 +17,11 @@ from moesaic.moe.routing import Routing
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """The edges, and this rank's share of each weighted balance term."""
+    """The edges, this rank's share of each weighted balance term, and the logits, detached."""
 
     routing: Routing
     losses: dict[str, Float[Tensor, ""]]
+    logits: Float[Tensor, "T E"]
 
 
 class Router(nn.Module):
@@ -38,7 +39,8 @@ class Router(nn.Module):
             logits = noisy @ self.weight.float().t()
             chosen = rules.select(logits, training=self.training)
             routing = rules.select.finish(rules.limit(chosen, training=self.training))
-            return Routed(routing, self._losses(logits, chosen=chosen, reduce=reduce))
+            losses = self._losses(logits, chosen=chosen, reduce=reduce)
+            return Routed(routing, losses, logits.detach())
 
     def _losses(
         self, logits: Float[Tensor, "T E"], *, chosen: Routing, reduce: Reduce

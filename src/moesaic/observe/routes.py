@@ -52,10 +52,11 @@ class RouteCounts:
         counts = torch.bincount(expert * groups + language, minlength=(num_experts + 1) * groups)
         late = (expert[(expert.numel() + 1) // 2 :] == num_experts).sum()
         scales = torch.zeros(4, dtype=torch.float64, device=expert.device)
+        edges = expert.numel()  # weighed by them, means are the same for any number of ranks
         if router_entropy is not None:
-            scales[0], scales[1] = router_entropy, 1
+            scales[0], scales[1] = router_entropy * edges, edges
         if logit_rms is not None:
-            scales[2], scales[3] = logit_rms**2, 1
+            scales[2], scales[3] = logit_rms**2 * edges, edges
         self.merge({f"edges/{layer}": torch.cat([counts, late[None]]), f"scales/{layer}": scales})
 
     def merge(self, tensors: Mapping[str, Tensor]) -> None:

@@ -73,6 +73,8 @@ class WatchRoutes(Hook):
             expert=routing.expert,
             language=languages[record.row[routing.token]],
             num_experts=routing.num_experts,
+            router_entropy=record.router_entropy(),
+            logit_rms=record.logit_rms(),
         )
 
     def _examine(self, trainer: Trainer) -> None:
