@@ -5,7 +5,7 @@ from pathlib import Path
 
 import moesaic
 
-run = moesaic.recipe("tiny", changes=["steps=120", "model.moe.experts=8"])
+run = moesaic.recipe("tiny", changes=["steps=60", "model.moe.experts=8"])
 counted = moesaic.count(run.model)
 print(f"{counted.total:,} parameters, {counted.active:,} active per token")
 

@@ -16,10 +16,12 @@ BLOCK = re.compile(r"^```(\w+)[ ]?([^\n]*)\n(.*?)^```", re.M | re.S)
 def run_command(line, capsys):
     verb, *words = shlex.split(line)
     assert verb == "moesaic", line
+    code = 0
     try:
         main(words)
     except SystemExit as end:
-        assert not end.code, f"{line}\n{capsys.readouterr().err[-2000:]}"
+        code = end.code
+    assert not code, f"{line}\n{capsys.readouterr().err[-2000:]}"
 
 
 @pytest.mark.slow

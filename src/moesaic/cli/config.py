@@ -1,7 +1,6 @@
 """``moesaic config``: recipes, resolved configs, differences, and the JSON Schema for editors."""
 
 import difflib
-import json
 import sys
 from typing import Annotated
 
@@ -59,7 +58,7 @@ def schema() -> None:
 
     Example: [cyan]moesaic config schema > moesaic.schema.json[/]
     """
-    _write(json.dumps(Run.model_json_schema(), ensure_ascii=False) + "\n")
+    _write(Run.schema_json() + "\n")
 
 
 def _write(text: str) -> None:

@@ -66,3 +66,8 @@ class From(Resume):
             why = f": {' | '.join(found.skipped)}" if found.skipped else ""
             raise CheckpointError(f"{given}: no valid checkpoint to resume from{why}")
         return found.path
+
+    def skipped(self, folder: RunDir) -> tuple[str, ...]:  # noqa: ARG002
+        given = Path(self.path)
+        exact = (given / "manifest.json").is_file()
+        return () if exact else latest(RunDir(given).checkpoints).skipped
