@@ -1,17 +1,19 @@
 """Whether a checkpoint belongs to a config: every key that differs is named with both values."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moesaic.core.errors import CheckpointError
+from moesaic.core.text import leaves
 
 SHOWN = 8
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Return ``{path: (saved, current)}`` of two plain configs; "-" where one has no value."""
-    old, new = dict(_leaves(saved)), dict(_leaves(current))
+    old = {path: str(value) for path, value in leaves(dict(saved), "")}
+    new = {path: str(value) for path, value in leaves(dict(current), "")}
     paths = [*old, *(p for p in new if p not in old)]
     return {p: (old.get(p, "-"), new.get(p, "-")) for p in paths if old.get(p) != new.get(p)}
 
@@ -38,14 +40,3 @@ def require_same_config(
             f"{where} was saved with another config: {'; '.join(lines[:SHOWN])}{more}. "
             "Resume with the config of the run, or train into a new directory."
         )
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping) and value:
-        for name, inner in value.items():
-            yield from _leaves(inner, f"{path}.{name}" if path else str(name))
-    elif isinstance(value, list | tuple) and any(isinstance(v, Mapping | list) for v in value):
-        for i, inner in enumerate(value):
-            yield from _leaves(inner, f"{path}.{i}")
-    else:
-        yield path, str(list(value) if isinstance(value, tuple) else value)

@@ -1,7 +1,6 @@
 """``moesaic data``: build corpora, count what was kept and dropped, look at pairs."""
 
-import itertools
-import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +17,8 @@ from moesaic.data.builders.named import NAMED, CorpusRecipe
 from moesaic.data.corpus import Corpus
 from moesaic.data.home import corpora_dir
 from moesaic.data.languages import language
+from moesaic.data.stats import sample
+from moesaic.data.stats import stats as corpus_stats
 
 app = verb_app(no_args_is_help=True, help="Build corpora, count them, look at them.")
 
@@ -58,7 +59,9 @@ def stats(which: Which, *, as_json: Json = False) -> None:
     Example: [cyan]moesaic data stats catalogues-small[/]
     """
     corpus = _open(which)
-    value = {k: v for k, v in corpus.about.items() if k not in ("files", "recipe")}
+    found = corpus_stats(corpus)
+    value = asdict(found) | {"read": found.read, "pairs": found.kept, "dropped": found.dropped}
+    value |= {"sources": corpus.about["sources"]}
     answer(value, as_json=as_json, show=lambda console: _show_stats(corpus, console))
 
 
@@ -79,12 +82,7 @@ def show(
     """
     corpus = _open(which)
     codes = language(source).code, language(target).code
-    total = corpus.count(*codes, split=split)
-    wanted = set(random.Random(seed).sample(range(total), min(count, total)))
-    pairs = corpus.iter_pairs(*codes, split=split)
-    chosen = [
-        p for i, p in enumerate(itertools.islice(pairs, max(wanted, default=-1) + 1)) if i in wanted
-    ]
+    chosen = sample(corpus, source=codes[0], target=codes[1], split=split, count=count, seed=seed)
     rows = [{"source": p.source, "target": p.target, "origin": p.origin} for p in chosen]
     answer(
         {"direction": "-".join(codes), "split": split, "pairs": rows},
@@ -125,19 +123,18 @@ def _show_built(corpus: Corpus, console: Console) -> None:
 
 
 def _show_stats(corpus: Corpus, console: Console) -> None:
-    table = Table(
-        box=None, title=f"{corpus.name}: {corpus.about['pairs']:,} pairs", title_justify="left"
-    )
+    found = corpus_stats(corpus)
+    title = f"{found.name}: {found.kept:,} pairs of {found.read:,} read"
+    table = Table(box=None, title=title, title_justify="left")
     for column in ("direction", "read", "kept", "train", "valid", "test", "dropped, and why"):
         table.add_column(column, justify="left" if column.startswith("d") else "right")
-    for d in sorted(corpus.about["directions"], key=lambda d: -d["read"]):
-        splits = {name: part["pairs"] for name, part in d["splits"].items()}
-        why = sorted(d["dropped"].items(), key=lambda item: -item[1])[:3]
+    for d in found.directions:
+        why = sorted(d.dropped.items(), key=lambda item: -item[1])[:3]
         table.add_row(
-            f"{d['source']}-{d['target']}",
-            f"{d['read']:,}",
-            f"{sum(splits.values()):,}",
-            *(f"{splits[name]:,}" for name in ("train", "valid", "test")),
+            f"{d.source}-{d.target}",
+            f"{d.read:,}",
+            f"{d.kept:,}",
+            *(f"{d.splits[name].pairs:,}" for name in ("train", "valid", "test")),
             ", ".join(f"{name} {show_count(n)}" for name, n in why),
         )
     console.print(table)

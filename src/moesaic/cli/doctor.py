@@ -49,7 +49,8 @@ def _machine() -> dict[str, Any]:
     return {
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "cores": os.cpu_count() or 1,
-        "threads": f"{torch.get_num_threads()}, waiting {os.environ.get('OMP_WAIT_POLICY', 'actively')}",
+        "threads": torch.get_num_threads(),
+        "threads wait": os.environ.get("OMP_WAIT_POLICY", "ACTIVE"),
         "vector instructions": torch.backends.cpu.get_cpu_capability(),
         "memory": _memory_bytes(),
         "free disk": shutil.disk_usage(".").free,

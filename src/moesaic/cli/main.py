@@ -27,8 +27,8 @@ VERBS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb and leave with its exit code: 0 done, 2 the user's mistake, 1 our own."""
-    # Threads that wait for work by spinning make a step six times slower as soon as another program
-    # wants the cores (docs/log.md). OpenMP reads this when torch is first imported: not before here.
+    # Threads that wait by spinning make a step six times slower as soon as another program wants
+    # the cores (docs/log.md). OpenMP reads this when torch is first imported: not before here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("--help", "-h", "help"):
