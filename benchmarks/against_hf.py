@@ -10,6 +10,7 @@ ours, so give a Python that has it:
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,9 @@ HERE = Path(__file__).parent
 
 def side(script: str, *, python: str, seed: int, threads: int) -> dict[str, float]:
     command = [python, str(HERE / script), str(seed), str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # threads that wait without spinning, on both sides: a busy machine then slows both alike
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         sys.exit(f"{script} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -7,7 +7,7 @@ short blocks that take turns, so that whatever else the machine does hits both. 
 pair of blocks is one observation; the median counts. ``cpu`` counts the seconds of all threads of
 the process, the loader's included: what remains true on a busy machine.
 
-    python benchmarks/step_overhead.py
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/step_overhead.py
 """
 
 import argparse
