@@ -84,11 +84,11 @@ def test_the_file_holds_what_its_docstring_promises(summary, tmp_path):
 
 def test_samples_are_spread_over_the_test_set_and_can_be_traced(summary):
     samples = summary.languages["deu_Latn"].samples
-    assert [s.source for s in samples] == [SOURCES[0], SOURCES[2], SOURCES[4]]
-    assert samples[0].outputs["memory"] == GERMAN[0]
+    assert [s.source for s in samples] == [SOURCES[1], SOURCES[3], SOURCES[5]]
+    assert samples[0].outputs["memory"] == GERMAN[1]
     told = traced(summary, trace=lambda test, s: {"who": f"{test.target} {s.source}"})
     plain = told.plain()["languages"]["deu_Latn"]["samples"][0]
-    assert plain["experts"] == {"who": "deu_Latn Open the file"}
+    assert plain["experts"] == {"who": "deu_Latn Close the file"}
 
 
 def test_a_direction_into_english_has_its_own_key():

@@ -13,6 +13,7 @@ from moesaic.cli.common import Json, Set, answer, talk, verb_app
 from moesaic.cli.eval import keep, run_tests
 from moesaic.cli.scores import show_samples, show_scores
 from moesaic.core.units import show_seconds
+from moesaic.data.corpus import Corpus
 from moesaic.evaluate.summary import Summary
 from moesaic.model.count import count
 from moesaic.recipes.find import find
@@ -82,7 +83,11 @@ def demo(
     report = keep(out, summary=summary, tests=tests)
     phases.end("report")
     value = summary.plain() | {"report": str(report), "run_directory": str(out)}
-    answer(value, as_json=as_json, show=lambda console: _show(out, summary, phases, console))
+
+    def show(console: Console) -> None:
+        _show(out, corpus=corpus, summary=summary, phases=phases, console=console)
+
+    answer(value, as_json=as_json, show=show)
 
 
 def counts(run: Run, *, steps: int, tokens: int) -> dict[str, int]:
@@ -96,14 +101,18 @@ def counts(run: Run, *, steps: int, tokens: int) -> dict[str, int]:
     }
 
 
-def _show(out: Path, summary: Summary, phases: Phases, console: Console) -> None:
+def _show(out: Path, *, corpus: Corpus, summary: Summary, phases: Phases, console: Console) -> None:
     show_scores(summary, console)
     show_samples(summary, console, each=1)
-    console.print("\n[bold]common strings[/]")
+    console.print("\n[bold]common strings[/] [dim](* it was trained on this string)[/]")
     translator = Translator.open(out)
     for test in (result.test for result in summary.languages.values()):
         said = translator.texts(list(COMMON), source=test.source, target=test.target)
-        pairs = " · ".join(f"[dim]{a}[/] {escape(b)}" for a, b in zip(COMMON, said, strict=True))
+        known = {p.source for p in corpus.iter_pairs(test.source, test.target, split="train")}
+        pairs = " · ".join(
+            f"[dim]{a}{'*' if a in known else ''}[/] {escape(b)}"
+            for a, b in zip(COMMON, said, strict=True)
+        )
         console.print(f"  [dim]{test.target}[/]  {pairs}", highlight=False)
     spent = ", ".join(f"{name} {show_seconds(s)}" for name, s in phases.seconds.items())
     console.print(f"\n[dim]time: {spent}[/]", highlight=False)

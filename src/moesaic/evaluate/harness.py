@@ -147,7 +147,7 @@ class _Judge:
     def _samples(self, outputs: Mapping[str, list[str]]) -> tuple[Sample, ...]:
         """Evenly spaced through the test set: not chosen by how good they are."""
         count = min(self._settings.samples, len(self._test))
-        chosen = [i * len(self._test) // count for i in range(count)] if count else []
+        chosen = [(2 * i + 1) * len(self._test) // (2 * count) for i in range(count)]
         return tuple(
             Sample(
                 self._test.sources[i],

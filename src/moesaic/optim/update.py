@@ -6,6 +6,7 @@ narrower type (bfloat16) keeps a float32 ``master`` copy that the rule updates a
 into the parameter afterwards, so that small updates are not lost.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -44,6 +45,14 @@ class NamedOptimizer(torch.optim.Optimizer):
         super().__init__(groups, defaults={})
         for group in self.param_groups:
             group["base_lr"] = group["lr"]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, without the decorator of torch's own that imports its compiler (seconds)."""
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002
+        """Forget gradients; likewise."""
+        inspect.unwrap(torch.optim.Optimizer.zero_grad)(self, set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
