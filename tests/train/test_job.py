@@ -223,3 +223,18 @@ def test_every_kind_of_run_trains_and_resumes(variant: str, tmp_path: Path) -> N
     assert result.stopped == "finished"
     assert result.metrics["train/loss"] < 7
     assert bool(torch.isfinite(torch.tensor(list(result.metrics.values()))).all())
+
+
+def test_rows_that_are_too_long_are_left_out_and_said(tmp_path: Path) -> None:
+    notes: list[str] = []
+
+    class Listening(SilentBoard):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    run = synthetic_run(steps=8)
+    run = run.replace(loader=run.loader.replace(max_source=14, max_target=14))
+    train(run, tmp_path / "run", board=lambda _: Listening())
+    (said,) = [n for n in notes if "left out" in n]
+    assert "loader.max_source=14" in said
+    assert "eng_Latn-" in said

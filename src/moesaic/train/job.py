@@ -1,7 +1,7 @@
 """Train: one call from a run's config to a trained model in a directory."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,8 @@ def train(
         finally:
             trainer.data.close()
             log.close()
+        for sentence in _left_out(trainer.data.skipped, run=run):
+            shown.note(sentence)
         if ending.startswith("SIG"):
             shown.note(f"{ending}: saved after step {trainer.step:,}. {_way_on(folder)}")
         return Result(
@@ -123,6 +125,16 @@ def _open(folder: RunDir, *, run: Run, resume: Resume) -> dict[str, Any]:
             write_whole(folder.tokenizer, tokenizer.read_bytes())
     write_whole(folder.config, run.to_yaml())
     return {"path": None if path is None else str(path), "notes": notes}
+
+
+def _left_out(skipped: Mapping[str, int], *, run: Run) -> list[str]:
+    """Say how many draws were too long to train on, if any, and which directions had most."""
+    if not skipped:
+        return []
+    most = sorted(skipped.items(), key=lambda item: -item[1])[:4]
+    where = ", ".join(f"{direction} {count:,}" for direction, count in most)
+    limits = f"loader.max_source={run.loader.max_source}, max_target={run.loader.max_target}"
+    return [f"{sum(skipped.values()):,} draws were over {limits} tokens and left out: {where}"]
 
 
 def _sink(trainer: Trainer, *, folder: RunDir) -> Sink:
