@@ -1,5 +1,6 @@
 """``moesaic train``: a recipe or a config file to a trained run directory, or a run continued."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -52,7 +53,8 @@ def train(
         run, folder, resume=resume_from(resume), until=until, board=silent if quiet else on_terminal
     )
     value = asdict(result) | {"out": str(result.out)}
-    answer(value, as_json=as_json, show=lambda console: _show(result, console))
+    if os.environ.get("RANK", "0") == "0":  # under torchrun one rank answers for all
+        answer(value, as_json=as_json, show=lambda console: _show(result, console))
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 

@@ -81,6 +81,7 @@ class TinyStream:
     def __init__(self, *, rows: int = 8, rank: int = 0, world: int = 1) -> None:
         self._rows, self._rank, self._world = rows, rank, world
         self.drawn = 0
+        self.skipped: dict[str, int] = {}
 
     def __next__(self) -> Batch:
         self.drawn += 1
