@@ -219,3 +219,12 @@ def test_the_demo_verb_does_the_whole_job(capsys, home):
 
 def test_a_file_of_ones_own_that_is_missing_is_named(capsys):
     assert "mine.py" in refused(["explain", "tiny", "--use", "mine.py"], capsys)
+
+
+def test_eval_takes_two_aligned_files_and_a_limit(capsys, home):
+    Path("mine.en").write_text("Open the file\nClose it\nSave it\n")
+    Path("mine.qaa").write_text("Topoba\nSezoga\nFefupi\n")
+    words = ["--moses", "mine.en", "mine.qaa", "--to", "qaa", "--limit", "2", "--json"]
+    main_ok(["eval", "runs/tiny", *words])
+    result = last_json(capsys)["languages"]["qaa_Latn"]
+    assert (result["count"], result["of"]) == (2, 3)

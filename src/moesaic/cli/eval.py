@@ -1,6 +1,5 @@
 """``moesaic eval``: score a run beside copying and a translation memory."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -57,11 +56,9 @@ def evaluate(
     config = find(str(run))
     corpus = config.corpus.open()
     if own:
-        tests = [_own_test(pairs, moses, source=source, target=target)]
+        tests = [_own_test(pairs, moses, source=source, target=target, limit=limit)]
     else:
         tests = run_tests(config, corpus=corpus, split=split, limit=limit, target=target)
-    if limit:
-        tests = [_limited(test, limit) for test in tests]
     summary = score_run(
         run,
         tests=tests,
@@ -100,20 +97,21 @@ def keep(run: Path, *, summary: Summary, tests: list[TestSet]) -> Path:
 
 
 def _own_test(
-    pairs: Path | None, moses: tuple[Path, Path] | None, *, source: str, target: str | None
+    pairs: Path | None,
+    moses: tuple[Path, Path] | None,
+    *,
+    source: str,
+    target: str | None,
+    limit: int | None,
 ) -> TestSet:
     if target is None:
         raise UserError("--to is missing: which language are the references in? e.g. --to de")
     if pairs is not None and moses is not None:
         raise UserError("--pairs and --moses were both given: choose one test set")
     if pairs is not None:
-        return from_file(pairs, source=source, target=target)
+        return from_file(pairs, source=source, target=target, limit=limit)
     assert moses is not None
-    return from_moses(*moses, source=source, target=target)
-
-
-def _limited(test: TestSet, limit: int) -> TestSet:
-    return replace(test, sources=test.sources[:limit], references=test.references[:limit])
+    return from_moses(*moses, source=source, target=target, limit=limit)
 
 
 def _show(summary: Summary, console: Console) -> None:

@@ -91,10 +91,15 @@ def from_file(path: Path | str, *, source: str, target: str, limit: int | None =
 
 
 def from_moses(
-    source_file: Path | str, reference_file: Path | str, *, source: str, target: str
+    source_file: Path | str,
+    reference_file: Path | str,
+    *,
+    source: str,
+    target: str,
+    limit: int | None = None,
 ) -> TestSet:
     """Read two files, line against line. Raises DataError when one is longer."""
     first, second = Path(source_file), Path(reference_file)
     codes = language(source).code, language(target).code
     pairs = read_aligned(first, second, source=codes[0], target=codes[1])
-    return from_pairs(pairs, name=second.name, source=source, target=target)
+    return from_pairs(pairs, name=second.name, source=source, target=target, limit=limit)

@@ -1,7 +1,7 @@
 """Fifty languages of software text: the recipes meant to beat a translation memory.
 
-They read ``software-171``, which is built from ordinary distribution packages. An extract of the
-same kind of text serves as well: ``moesaic data build extract.yaml``, then
+Neither has been run to its end yet: whether they do is open. They read ``software-171``, which is
+built from ordinary distribution packages. Another corpus of these languages serves as well:
 ``--set 'corpus=CorpusFolder(path="data/corpora/NAME")'``.
 """
 
@@ -36,7 +36,7 @@ FIFTY = (
 
 @RECIPES.register("multilingual-50")
 def multilingual_50() -> Run:
-    """Fifty languages both ways, 32 experts, bfloat16: a day on one large GPU."""
+    """Fifty languages both ways, 32 experts, bfloat16: for a large GPU; not run to its end yet."""
     vocabulary = 32_000
     return Run(
         name="multilingual-50",
@@ -68,7 +68,7 @@ def multilingual_50() -> Run:
 
 @RECIPES.register("multilingual-50-laptop")
 def multilingual_50_laptop() -> Run:
-    """Fifty languages from English, 16 experts, small enough to learn something on two cores."""
+    """Fifty languages from English, 16 experts: for a CPU with patience; not run to its end yet."""
     vocabulary = 8192
     return Run(
         name="multilingual-50-laptop",

@@ -1,4 +1,4 @@
-"""Tiny: invented languages, a model of a few thousand weights, seconds. For tutorials and tests."""
+"""Tiny: invented languages, a small model, seconds. For tutorials and tests."""
 
 from moesaic.data.layout import DecoderOnly
 from moesaic.data.loader import LoaderConfig

@@ -47,7 +47,7 @@ def score_run(
     return summary.add(
         run=Path(path).name,
         counts={"sentences": sum(len(test) for test in tests)},
-        seconds={"score": time.monotonic() - began},
+        seconds={"evaluate": time.monotonic() - began},
     )
 
 
