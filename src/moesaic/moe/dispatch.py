@@ -13,6 +13,7 @@ from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.routing import Routing
 from moesaic.ops.combine import combine, spread
 from moesaic.ops.group import Groups, group
+from moesaic.ops.mixture import Edges
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +26,24 @@ class Parcel:
 
 
 @runtime_checkable
+class RowExperts(Protocol):
+    """What a dispatcher asks of experts: answer sorted rows, or take the whole way at once."""
+
+    def __call__(self, rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]: ...
+
+    def mix(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]: ...
+
+
+@runtime_checkable
 class Dispatcher(Protocol):
-    """Brings rows to where their expert lives, and results back."""
+    """Brings rows to where their expert lives, and results back.
+
+    ``carry`` is the whole way; by definition ``combine(experts(dispatch(x)))``.
+    """
+
+    def carry(
+        self, x: Float[Tensor, "T D"], *, routing: Routing, experts: RowExperts
+    ) -> Float[Tensor, "T D"]: ...
 
     def dispatch(self, x: Float[Tensor, "T D"], routing: Routing) -> Parcel: ...
 
@@ -34,7 +51,14 @@ class Dispatcher(Protocol):
 
 
 class LocalDispatcher:
-    """Every expert lives here: sorting is the whole job."""
+    """Every expert lives here: sorting is the whole job, and the rest may be one operation."""
+
+    def carry(
+        self, x: Float[Tensor, "T D"], *, routing: Routing, experts: RowExperts
+    ) -> Float[Tensor, "T D"]:
+        groups = group(routing.expert, num_experts=routing.num_experts)
+        edges = Edges(routing.token, routing.weight, groups, routing.num_tokens, routing.per_token)
+        return experts.mix(x, edges=edges)
 
     def dispatch(self, x: Float[Tensor, "T D"], routing: Routing) -> Parcel:
         groups = group(routing.expert, num_experts=routing.num_experts)

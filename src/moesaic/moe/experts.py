@@ -8,9 +8,10 @@ from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.nn.feed_forward import FeedForward
-from moesaic.ops.choose import pick_engine
+from moesaic.ops.choose import pick_engine, pick_mixer
 from moesaic.ops.group import Groups
 from moesaic.ops.grouped import Banks, grouped_feed_forward
+from moesaic.ops.mixture import Edges
 
 
 class Experts(nn.Module):
@@ -28,13 +29,27 @@ class Experts(nn.Module):
 
     def forward(self, rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
         """Apply each row's expert; rows past the groups come out as zero."""
-        if torch.is_autocast_enabled(rows.device.type):
-            rows = rows.to(torch.get_autocast_dtype(rows.device.type))
-        biases = (self.up_bias, self.down_bias) if self.bias else (None, None)
+        rows = _as_autocast(rows)
         return grouped_feed_forward(
             rows,
-            banks=Banks(self.up, self.down, *biases),
+            banks=self.banks,
             groups=groups,
             activation=self.activation,
             engine=pick_engine(rows),
         )
+
+    def mix(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
+        """Return each token's weighted sum of its experts' answers."""
+        x = _as_autocast(x)
+        mixer = pick_mixer(x, activation=self.activation)
+        return mixer(x, edges=edges, banks=self.banks, activation=self.activation)
+
+    @property
+    def banks(self) -> Banks:
+        biases = (self.up_bias, self.down_bias) if self.bias else (None, None)
+        return Banks(self.up, self.down, *biases)
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

@@ -35,9 +35,7 @@ class MoELayer(nn.Module):
     ) -> tuple[Float[Tensor, "T D"], Record]:
         """Return the experts' answer and what the router did. ``x`` holds real tokens only."""
         routed = self.router(x, reduce=self.reduce)
-        parcel = self.dispatcher.dispatch(x, routed.routing)
-        y = self.experts(parcel.rows, groups=parcel.groups)
-        out = self.dispatcher.combine(y, parcel)
+        out = self.dispatcher.carry(x, routing=routed.routing, experts=self.experts)
         return out, Record(self.name, routed.routing, row, routed.losses, routed.logits)
 
 

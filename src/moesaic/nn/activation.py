@@ -17,9 +17,11 @@ class Activation(Choice):
     """Family of activations. ``gated`` ones halve the last dimension.
 
     ``kept`` is how many hidden widths autograd keeps for backward in a dense layer, the input of
-    the second product included (for forecasts).
+    the second product included (for forecasts). ``kernel`` is the name that fused kernels know it
+    by; empty, as in a member of your own, means that the composed path is taken.
     """
 
+    kernel: ClassVar[str] = ""
     gated: ClassVar[bool] = False
     kept: ClassVar[int] = 2
 
@@ -35,6 +37,7 @@ class Activation(Choice):
 class ReLU(Activation):
     """``max(x, 0)``, the activation of the original transformer (1706.03762)."""
 
+    kernel: ClassVar[str] = "relu"
     kept: ClassVar[int] = 1
 
     def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
@@ -44,12 +47,16 @@ class ReLU(Activation):
 class GELU(Activation):
     """Gaussian error linear unit (1606.08415), exact form."""
 
+    kernel: ClassVar[str] = "gelu"
+
     def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
         return F.gelu(x)
 
 
 class SquaredReLU(Activation):
     """``max(x, 0)^2`` (Primer, 2109.08668)."""
+
+    kernel: ClassVar[str] = "relu2"
 
     def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
         return x.relu().square()
@@ -58,6 +65,7 @@ class SquaredReLU(Activation):
 class SwiGLU(Activation):
     """``silu(gate) * value`` (2002.05202)."""
 
+    kernel: ClassVar[str] = "swiglu"
     gated: ClassVar[bool] = True
     kept: ClassVar[int] = 4
 

@@ -11,7 +11,8 @@ import torch
 
 from moesaic.core.shapes import Tensor
 from moesaic.ops.group import group
-from moesaic.ops.grouped import Engine, GroupedMM, PaddedBMM, Segments
+from moesaic.ops.grouped import Activation, Engine, GroupedMM, PaddedBMM, Segments
+from moesaic.ops.mixture import Composed, Mixer
 
 ENGINES: dict[str, Engine] = {e.name: e for e in (Segments(), GroupedMM(), PaddedBMM())}
 
@@ -28,6 +29,12 @@ class Pick:
 def pick_engine(rows: Tensor) -> Engine:
     """Return the engine for expert rows on this device and of this dtype."""
     return ENGINES[_engine(rows.device.type, rows.dtype).implementation]
+
+
+def pick_mixer(x: Tensor, *, activation: Activation) -> Mixer:
+    """Return the way to compute an MoE layer's mixture on this device, of this dtype."""
+    del activation  # fused kernels know a few by name; the composed path takes any
+    return Composed(pick_engine(x))
 
 
 def picks(device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32) -> list[Pick]:

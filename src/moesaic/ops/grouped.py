@@ -8,9 +8,9 @@ Letters: R rows sorted by expert, E experts, D model dim, F feed-forward dim, G 
 reads (F, or 2F if gated).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,18 @@ from torch.autograd.function import once_differentiable
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.ops.group import Groups
 
-Activation = Callable[[Tensor], Tensor]
+
+@runtime_checkable
+class Activation(Protocol):
+    """What happens between the two products: [R, G] -> [R, F].
+
+    ``kernel`` is the name under which fused kernels know it (``relu``, ``relu2``, ``gelu``,
+    ``swiglu``); with an empty one the composed path is taken.
+    """
+
+    kernel: ClassVar[str]
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
 
 
 @runtime_checkable
