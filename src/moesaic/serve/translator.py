@@ -155,8 +155,10 @@ class Translator:
             heard = [[] for _ in heard]
         numbers = [self.languages.index(code) for code in codes]
         same = torch.ones(len(sources), dtype=torch.long, device=self._device)
-        pads = [_pad(rows, self._device) for rows in (heard, inputs, labels)]
-        return Batch(pads[0], pads[1], pads[2], same * 0, same * numbers[0], same * numbers[1])
+        read, said_in, said_out = (_pad(rows, self._device) for rows in (heard, inputs, labels))
+        source_number, target_number = (same * number for number in numbers)
+        none = same * 0
+        return Batch(read, said_in, said_out, none, source_number, target_number, none)
 
     @torch.inference_mode()
     def experts(
