@@ -20,6 +20,7 @@ from moesaic.model.init import Kind, initialise, parameter_kinds
 from moesaic.model.output import Output
 from moesaic.moe.config import MoE
 from moesaic.moe.context import Carry, Context
+from moesaic.moe.gates import SharedRouting
 from moesaic.nn.attention import KeyValue
 from moesaic.nn.embedding import Embedding
 from moesaic.nn.packing import Packing
@@ -135,7 +136,7 @@ class Transformer(nn.Module):
     def _decoder_blocks(self) -> Iterable[DecoderBlock]:
         return cast("Iterable[DecoderBlock]", self.decoder)
 
-    def _shared_routing(self, stack: Stack) -> nn.Module | None:
+    def _shared_routing(self, stack: Stack) -> SharedRouting | None:
         """What the MoE layers of a stack share, if their routers are linked."""
         moe = self.config.moe
         if not isinstance(moe, MoE) or not stack.sparse_layers:
@@ -161,7 +162,7 @@ class Transformer(nn.Module):
         *,
         packing: Packing,
         rows: Rows,
-        shared: nn.Module | None,
+        shared: SharedRouting | None,
         position: Int[Tensor, "T"] | None = None,
     ) -> tuple[Stream, View]:
         place = packing.position if position is None else position

@@ -16,6 +16,18 @@ from moesaic.moe.pieces import Piece
 from moesaic.nn.feed_forward import FeedForward
 
 
+class Passage(nn.Module):
+    """The way out and home of a layer's rows; this one changes nothing."""
+
+    def enter(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T M"]:
+        """Return what travels."""
+        return x
+
+    def leave(self, y: Float[Tensor, "T M"]) -> Float[Tensor, "T D"]:
+        """Return what came home as the model reads it."""
+        return y
+
+
 class Exchange(Choice):
     """Family: the form in which rows travel between ranks."""
 
@@ -23,8 +35,8 @@ class Exchange(Choice):
         """Return M for a model dim: what experts read and write."""
         raise NotImplementedError
 
-    def build(self, *, dim: int) -> nn.Module:
-        """Return a module with ``enter(x [T D]) -> [T M]`` and ``leave(y [T M]) -> [T D]``."""
+    def build(self, *, dim: int) -> Passage:
+        """Return the way of a layer's rows."""
         raise NotImplementedError
 
     def pieces(self, *, dim: int) -> Sequence[Piece]:
@@ -39,17 +51,9 @@ class Whole(Exchange):
     def dim(self, dim: int) -> int:
         return dim
 
-    def build(self, *, dim: int) -> nn.Module:
+    def build(self, *, dim: int) -> Passage:
         del dim
-        return _Whole()
-
-
-class _Whole(nn.Module):
-    def enter(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
-        return x
-
-    def leave(self, y: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
-        return y
+        return Passage()
 
 
 class Beside(Choice):

@@ -47,6 +47,14 @@ class LinearGate(nn.Module):
         return Scored(x @ self.weight.float().t(), carry)
 
 
+class SharedRouting(nn.Module):
+    """Base of what the MoE layers of one stack share."""
+
+    def start(self, x: Float[Tensor, "T D"]) -> Carry:
+        """Return what the first MoE layer is handed; ``x`` is what enters the stack."""
+        raise NotImplementedError
+
+
 class Link(Choice):
     """Family: where a layer's logits come from. Each member builds the gate of a layer."""
 
@@ -58,8 +66,8 @@ class Link(Choice):
         """Return the parameters of such a gate."""
         raise NotImplementedError
 
-    def shared(self, *, dim: int, experts: int) -> nn.Module | None:
-        """Return what the MoE layers of one stack share: ``start(x) -> Carry``, or None."""
+    def shared(self, *, dim: int, experts: int) -> SharedRouting | None:
+        """Return what the MoE layers of one stack share, or None."""
         del dim, experts
         return None
 
