@@ -59,11 +59,12 @@ def fetch_debs(patterns: tuple[str, ...], *, progress: Progress) -> tuple[Unit, 
             f"none of {len(names)} packages could be downloaded: {next(iter(gone.values()))}; "
             "check the network and run `apt-get update`"
         )
-    left = {name: why for name, why in gone.items() if name not in {u.name for u in found}}
+    had = {unit.name for unit in found}
+    left = {name: why for name, why in sorted(gone.items()) if name not in had}
     if left:
         some = ", ".join(list(left)[:_MOST_NAMED]) + (" ..." if len(left) > _MOST_NAMED else "")
         progress.say(f"left out, for they cannot be had: {len(left)} Debian packages ({some})")
-    return found + tuple(Unit(n, folder / n, missing=why) for n, why in sorted(left.items()))
+    return found + tuple(Unit(n, folder / n, missing=why) for n, why in left.items())
 
 
 def _download(names: list[str], *, folder: Path) -> dict[str, str]:

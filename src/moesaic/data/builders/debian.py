@@ -43,7 +43,7 @@ class Debian(Source):
 
 
 def licence_of(unit: Unit) -> str:
-    """Return the short names in the package's copyright file; it is a list, as packages mix licences."""
+    """Return the short names in a package's copyright file: a list, as packages mix licences."""
     for member in deb_members(unit.path, wanted=_COPYRIGHT):
         names = list(dict.fromkeys(_LICENCE.findall(member.read().decode("utf-8", "replace"))))
         more = " and others" if len(names) > _MOST_NAMES else ""

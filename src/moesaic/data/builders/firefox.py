@@ -25,7 +25,9 @@ from moesaic.data.readers.properties import parse_properties
 
 _PACK = re.compile(r"/langpack-([\w-]+)@[^/]+\.xpi$")
 # letters to press, window sizes and the like: keyed like texts, but none
-_NO_TEXT = re.compile(r"(?i)(?:^|[.\-_])(?:style|\w*keys?|keycode|shortcut|url|uri|href|charset)\d*$")
+_NO_TEXT = re.compile(
+    r"(?i)(?:^|[.\-_])(?:style|\w*keys?|keycode|shortcut|url|uri|href|charset)\d*$"
+)
 _MOZILLA = re.compile(r"%(\d+\$)?S")  # a UTF-16 string: printf's %s
 _COUNT = re.compile(r"(?<!\w)#([1-9])(?!\d)")
 _PLURAL_KEYS = frozenset(("zero", "one", "two", "few", "many", "other"))
@@ -76,18 +78,22 @@ def _messages(path: Path) -> dict[str, Keyed]:
     """The texts of a package by file and key."""
     texts: dict[str, Keyed] = {}
     for pack in deb_members(path, wanted=_PACK):
-        match = _PACK.search(pack.name)
-        assert match is not None
-        locale = re.compile(rf"(?<=/){re.escape(match[1])}(?=/)")
         try:
             with zipfile.ZipFile(BytesIO(pack.read())) as archive:
-                for name in archive.namelist():
-                    where = locale.sub("*", name)
-                    for found in _texts(name, archive):
-                        texts.setdefault(f"{where}:{found.key}", found)
+                texts |= dict(_keyed(archive, name=pack.name))
         except (zipfile.BadZipFile, EOFError) as error:
             raise DataError(f"{path}: {pack.name} is damaged ({error}); delete the file") from error
     return texts
+
+
+def _keyed(archive: zipfile.ZipFile, *, name: str) -> Iterator[tuple[str, Keyed]]:
+    match = _PACK.search(name)
+    assert match is not None
+    locale = re.compile(rf"(?<=/){re.escape(match[1])}(?=/)")
+    for file in archive.namelist():
+        where = locale.sub("*", file)
+        for found in _texts(file, archive):
+            yield f"{where}:{found.key}", found
 
 
 def _texts(name: str, archive: zipfile.ZipFile) -> Iterator[Keyed]:

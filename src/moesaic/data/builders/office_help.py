@@ -28,7 +28,7 @@ class OfficeHelp(Source):
         units = fetch_debs((f"{self.prefix}-*",), progress=progress)
         if not any(_english_pages(unit, self) for unit in units if not unit.missing):
             raise DataError(
-                f"{self.prefix}-{self.english} could not be had: without it there is no English side"
+                f"{self.prefix}-{self.english} could not be had: it is the English side of all"
             )
         return tuple(u for u in units if self._code(u) not in ("", ENGLISH))
 

@@ -32,8 +32,8 @@ class Unit:
     """One thing that is read at a time: a package or a file, on disk, with its version and licence.
 
     ``place`` says where its rows may go: ``any`` (the split decides), or an extract's own split.
-    ``part`` is which source of several it belongs to. ``missing`` is why a unit could not be had: it
-    is listed and not read.
+    ``part`` is which source of several it belongs to. ``missing`` is why a unit could not be had:
+    it is listed and not read.
     """
 
     name: str

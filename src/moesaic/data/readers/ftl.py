@@ -43,7 +43,7 @@ class _Open:
 
 
 def parse_ftl(lines: Iterable[str]) -> Iterator[Keyed]:
-    """Yield the texts of a file in one language, under ``message``, ``message.attribute``, ``-term``.
+    """Yield the texts of a file, under ``message``, ``message.attribute`` or ``-term``.
 
     Never raises: a message that cannot be read is left out. Line breaks inside a text are kept.
     """
@@ -88,7 +88,7 @@ def _starts(line: str, *, entry: str, inside: bool) -> _Open | None:
 
 
 def _continues(line: str, *, inside: bool) -> bool:
-    return not line.strip() or line.startswith(" ") or (inside and line.startswith("}"))
+    return not line.strip() or line.startswith(" ") or (inside and line[0] in "}[*")
 
 
 def _braces(line: str) -> int:

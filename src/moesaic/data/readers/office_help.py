@@ -1,7 +1,7 @@
 """LibreOffice's help: the paragraphs and headings of its HTML pages, by their ids.
 
-Where a text differs between systems or programs (``Command`` on a Mac, ``Ctrl`` elsewhere), the page
-holds every variant and shows one; only the default is read. Listings of code are left out.
+Where a text differs between systems or programs (``Command`` on a Mac, ``Ctrl`` elsewhere), the
+page holds every variant and shows one; only the default is read. Listings of code are left out.
 """
 
 import re
