@@ -10,7 +10,9 @@ def read(text: str) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("line", ["key=text", "key = text", "key: text", "  key text", "key\t=text"])
+@pytest.mark.parametrize(
+    "line", ["key=text", "key = text", "key: text", "  key text", "key\t=text"]
+)
 def test_key_and_text_are_parted_as_java_does(line: str) -> None:
     assert read(line) == {"key": "text"}
 

@@ -30,8 +30,9 @@ def show_stats(corpus: Corpus, console: Console, *, every: bool = False) -> None
     """Print a corpus in numbers: the largest directions and sources, or every one."""
     found = corpus_stats(corpus)
     console.print(f"[bold]{found.name}[/]: {found.kept:,} pairs of {found.read:,} read")
-    sizes = ", ".join(f"{found.with_at_least(n)} with {n:,} pairs or more" for n in _SIZES)
-    console.print(f"{len(found.directions)} directions: {sizes}", highlight=False)
+    sizes = {n: found.with_at_least(n) for n in _SIZES}
+    parts = "".join(f", {count} with {n:,} pairs or more" for n, count in sizes.items() if count)
+    console.print(f"directions: {len(found.directions)}{parts}", highlight=False)
     for split, packages in found.domains.items():
         console.print(
             f"[cyan]{split}[/] never trains: {', '.join(packages)} "
@@ -83,7 +84,8 @@ def _show_directions(found: CorpusStats, console: Console, *, count: int) -> Non
 
 
 def _show_dropped(found: CorpusStats, console: Console) -> None:
-    table = Table(box=None, title="\n[bold]dropped[/]", title_justify="left", show_header=False)
+    console.print("\n[bold]dropped[/] [dim](share of what was read)[/]")
+    table = Table(box=None, show_header=False)
     table.add_column(justify="left", style="cyan")
     table.add_column(justify="right")
     table.add_column(justify="right", style="dim")
@@ -95,8 +97,8 @@ def _show_dropped(found: CorpusStats, console: Console) -> None:
 
 
 def _show_sources(sources: dict[str, dict[str, Any]], console: Console, *, count: int) -> None:
-    title = "\n[bold]sources[/] [dim](a pair counts for the first that had it)[/]"
-    table = Table(box=None, title=title, title_justify="left", show_header=False)
+    console.print("\n[bold]sources[/] [dim](a pair counts for the first that had it)[/]")
+    table = Table(box=None, show_header=False)
     table.add_column(style="cyan")
     table.add_column(justify="right")
     table.add_column()
