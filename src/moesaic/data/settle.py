@@ -17,6 +17,7 @@ from moesaic.data.spill import Bin, Candidate, Direction, Spill, Tally
 from moesaic.data.split import SPLITS, Split, digest64, split_key
 
 ENGLISH = "eng_Latn"
+_SIZE = ("pairs", "source_characters", "target_characters", "source_words", "target_words")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ class _Writer:
         self._split, self._tally, self._leaks = job.split, job.tally, job.leaks
         self._english = 1 if job.direction[1] == ENGLISH else 0
         self._sources, self._targets = array("Q"), array("Q")
-        self._counts = {s: Counter[str]() for s in self._names}
+        self._counts = {s: [0] * len(_SIZE) for s in self._names}
         self.origins: Counter[str] = Counter()
 
     def add(self, row: Candidate, *, domain: str = "") -> None:
@@ -115,7 +116,7 @@ class _Writer:
             self._targets.append(digest64(split_key(row.target)))
             if row.place != "any":
                 self._sources.append(digest64(split_key(row.source)))
-            self._count(row, split)
+            self._count(row.source, row.target, split=split, origin=row.origin)
             return
         seen = digest64(split_key(text))
         if seen in self._leaks.exact or seen in self._leaks.near:
@@ -125,9 +126,14 @@ class _Writer:
         marks = f"{digest64(split_key(row.source))}\t{digest64(split_key(row.target))}"
         self._waiting.write(f"{split}\t{marks}\t{line}")
 
-    def _count(self, row: Candidate, split: str) -> None:
-        self._counts[split].update(_size(row.source, row.target))
-        self.origins[row.origin] += 1
+    def _count(self, source: str, target: str, *, split: str, origin: str) -> None:
+        counts = self._counts[split]
+        counts[0] += 1
+        counts[1] += len(source)
+        counts[2] += len(target)
+        counts[3] += len(source.split())
+        counts[4] += len(target.split())
+        self.origins[origin] += 1
 
     def close(self) -> dict[str, dict[str, int]]:
         """Write the held-out rows that leak nothing; return counts per split."""
@@ -146,12 +152,12 @@ class _Writer:
                 self._tally.dropped["target_in_train"] += 1
             else:
                 streams[split].write("\t".join(fields))
-                self._counts[split].update(_size(fields[0], fields[1]))
-                self.origins[fields[2].rstrip("\n")] += 1
+                origin = fields[2].rstrip("\n")
+                self._count(fields[0], fields[1], split=split, origin=origin)
         for stream in streams.values():
             stream.close()
         self._held.unlink()
-        return {s: {k: self._counts[s][k] for k in _size("", "")} for s in self._names}
+        return {s: dict(zip(_SIZE, self._counts[s], strict=True)) for s in self._names}
 
     def _held_out(self) -> Iterator[tuple[str, tuple[int, int], list[str]]]:
         with self._held.open(encoding="utf-8", newline="\n") as lines:
@@ -163,13 +169,3 @@ class _Writer:
 def _has(marks: np.ndarray, mark: int) -> bool:
     place = int(np.searchsorted(marks, np.uint64(mark)))
     return place < len(marks) and int(marks[place]) == mark
-
-
-def _size(source: str, target: str) -> dict[str, int]:
-    return {
-        "pairs": 1,
-        "source_characters": len(source),
-        "target_characters": len(target),
-        "source_words": len(source.split()),
-        "target_words": len(target.split()),
-    }
