@@ -4,6 +4,7 @@ A unit is read into a folder of its own; the folders are joined in the order of 
 comes out does not depend on how many processes read, nor on which of them was first.
 """
 
+import signal
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -80,7 +81,12 @@ def in_order(
         yield from map(function, jobs)
         return
     # spawn: a fork would copy the threads' locks of whoever builds, torch's among them
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=get_context("spawn"),
+        initializer=signal.signal,  # Ctrl-C ends them at once and without a traceback each
+        initargs=(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         yield from pool.map(function, jobs)
     except BrokenProcessPool as error:
