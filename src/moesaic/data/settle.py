@@ -35,9 +35,9 @@ class Settling:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """A direction written. ``splits`` are counts by split, ``files`` what corpus.json says of each;
+    """A direction written: ``splits`` are counts by split, ``files`` what corpus.json says of each.
 
-    no files when it held fewer than ``min_pairs`` pairs outside of the domains.
+    It has no files when fewer than ``min_pairs`` pairs were left outside of the domains.
     """
 
     direction: Direction

@@ -55,9 +55,10 @@ def fetch_debs(patterns: tuple[str, ...], *, progress: Progress) -> tuple[Unit, 
         gone |= _download(batch, folder=folder)
     found = _units(names, folder=folder)
     if not found:
+        why = next(iter(gone.values()), "apt has names for them, but no files")
         raise DataError(
-            f"none of {len(names)} packages could be downloaded: {next(iter(gone.values()))}; "
-            "check the network and run `apt-get update`"
+            f"none of {len(names)} packages could be downloaded: {why}; check the network and run "
+            "`apt-get update`"
         )
     had = {unit.name for unit in found}
     left = {name: why for name, why in sorted(gone.items()) if name not in had}
