@@ -89,7 +89,7 @@ class Cleaner:
     def __init__(self, config: Clean) -> None:
         self.config = config
         self._scripts: dict[str, str] = {}
-        self._known_side = lru_cache(maxsize=1 << 15)(_side)  # a source recurs in every language
+        self._known_side = lru_cache(maxsize=1 << 16)(_side)  # a source recurs in every language
 
     def clean(self, pair: Pair) -> tuple[Pair | None, str]:
         """Return the normalised pair and ``""``, or None and the name of the rule that drops it."""
