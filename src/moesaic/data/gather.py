@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TextIO, TypeVar
@@ -18,7 +17,7 @@ from typing import TextIO, TypeVar
 from moesaic.core.errors import DataError
 from moesaic.data.builders.named import CorpusRecipe
 from moesaic.data.builders.source import Unit, Wanted
-from moesaic.data.clean import Clean, Cleaner
+from moesaic.data.clean import Cleaner
 from moesaic.data.corpus import text_file
 from moesaic.data.languages import language
 from moesaic.data.pair import Pair, Text, Unfit
@@ -101,7 +100,7 @@ def in_order(
 def read_unit(job: Reading) -> Gathered:
     """Read and clean one unit into its folder."""
     found = Gathered()
-    cleaner, wanted, split = _cleaner(job.recipe.clean), _wanted(job.recipe), job.recipe.split
+    cleaner, wanted, split = Cleaner(job.recipe.clean), _wanted(job.recipe), job.recipe.split
     spill, texts, keys = Spill(job.pairs), _Texts(job.texts, split), _Keys(split)
     try:
         for item in job.recipe.source.read(job.unit, wanted=wanted):
@@ -134,12 +133,6 @@ def read_unit(job: Reading) -> Gathered:
 def english_side(pair: Pair) -> str:
     """Return the side whose hash decides the split: English where it is there, else the source."""
     return pair.target if pair.target_language == ENGLISH else pair.source
-
-
-@lru_cache(maxsize=1)
-def _cleaner(config: Clean) -> Cleaner:
-    """One for every unit that a process reads: units of one program share their sources."""
-    return Cleaner(config)
 
 
 def _wanted(recipe: CorpusRecipe) -> Wanted:
