@@ -21,7 +21,13 @@ class DropOne(Limit):
         return routing.drop(torch.arange(routing.expert.numel()) == self.edge)
 
 
-@pytest.mark.parametrize("select", ["switch", "top2", "top2-none", "top3-after", "gshard"])
+@pytest.mark.parametrize(
+    "select",
+    [
+        *("switch", "top2", "top2-none", "top3-after", "gshard", "sigmoid", "hash", "dense-all"),
+        *("top-p", "threshold", "expert-choice"),
+    ],
+)
 @pytest.mark.parametrize("edge", [0, 7, 19])
 def test_a_dropped_edge_changes_only_its_token(select, edge):
     config: MoE = mixture(select, "dropless").replace(limit=DropOne(edge=-1))

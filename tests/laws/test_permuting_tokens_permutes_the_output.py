@@ -9,6 +9,8 @@ from moe.variants import DIM, SELECTS, layer, mixture, run
 @pytest.mark.parametrize("limit", ["dropless", "by-weight"])
 @pytest.mark.parametrize("select", SELECTS)
 def test_permuting_tokens_permutes_the_output(select, limit):
+    if select == "hash" and limit == "by-weight":
+        pytest.skip("all weights are one, so positions decide")
     moe = layer(mixture(select, limit)).eval()
     x, order = torch.randn(40, DIM), torch.randperm(40)
     straight, _ = run(moe, x)

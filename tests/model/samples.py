@@ -4,9 +4,22 @@ import torch
 
 from moesaic.data.batch import PAD, Batch
 from moesaic.model.config import Stack, TransformerConfig
+from moesaic.moe.among import BestGroups
 from moesaic.moe.balance import RouterZ, SwitchBalance
+from moesaic.moe.balances.adamoe import NullBalance
+from moesaic.moe.balances.kept_fraction import KeptFraction
+from moesaic.moe.balances.mutual_information import MutualInformation
 from moesaic.moe.config import MoE, NoMoE
+from moesaic.moe.noises.warm_up import StochasticWarmUp
 from moesaic.moe.select import SwitchTop1, Top2, TopK
+from moesaic.moe.selects.dense_all import DenseAll
+from moesaic.moe.selects.expert_choice import ExpertChoice
+from moesaic.moe.selects.hash import Hash
+from moesaic.moe.selects.null_top_k import NullTopK
+from moesaic.moe.selects.sigmoid import SigmoidTopK
+from moesaic.moe.selects.threshold import Threshold
+from moesaic.moe.selects.top_p import TopP
+from moesaic.moe.spare import ZeroExperts
 from moesaic.nn.activation import ReLU, SquaredReLU, SwiGLU
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
@@ -49,6 +62,24 @@ VARIANTS = {
         feed_forward=FeedForward(hidden=24, activation=SquaredReLU()),
     ),
 }
+SPARSELY = {  # every rule of choosing in a whole model; encoders alone where it is not causal
+    "sigmoid-in-groups": MoE(
+        experts=4, select=SigmoidTopK(k=2, among=BestGroups(groups=2, kept=1)), balance=()
+    ),
+    "top-p": MoE(experts=4, select=TopP(p=0.45)),
+    "null-experts": MoE(
+        experts=3, select=NullTopK(k=2), spare=ZeroExperts(number=2), balance=(NullBalance(),)
+    ),
+    "hash": MoE(experts=4, select=Hash(), balance=()),
+    "dense-all": MoE(experts=3, select=DenseAll(), balance=(MutualInformation(),)),
+    "mixture-of-depths": MoE(
+        experts=1, select=Threshold(), balance=(KeptFraction(),), noise=StochasticWarmUp()
+    ),
+}
+VARIANTS |= {name: BASE.replace(moe=moe) for name, moe in SPARSELY.items()}
+VARIANTS["expert-choice"] = BASE.replace(
+    encoder=BASE.encoder.replace(moe=MoE(experts=3, select=ExpertChoice(), balance=()))
+)
 
 
 def ids(rows: int, lengths: list[int], *, width: int) -> torch.Tensor:

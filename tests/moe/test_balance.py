@@ -16,7 +16,9 @@ def _scores(logits, select=None, *, load=None):
     routing = rule(gate)
     load = routing.load().double() if load is None else load
     tokens = torch.tensor(float(T), dtype=torch.float64)
-    return Scores(gate, routing, rule.probabilities(gate), load, torch.zeros_like(load), tokens)
+    probabilities = rule.probabilities(gate)
+    mean = probabilities.detach().mean(0)
+    return Scores(gate, routing, probabilities, load, torch.zeros_like(load), tokens, mean)
 
 
 @pytest.mark.parametrize("k", [1, 2])

@@ -10,6 +10,14 @@ from moesaic.moe.layer import MoELayer
 from moesaic.moe.limit import AtRandom, ByPosition, ByWeight, Capacity
 from moesaic.moe.record import Record
 from moesaic.moe.select import SwitchTop1, Top2, TopK
+from moesaic.moe.selects.dense_all import DenseAll, ThresholdAtInference
+from moesaic.moe.selects.expert_choice import ExpertChoice
+from moesaic.moe.selects.hash import Hash
+from moesaic.moe.selects.null_top_k import NullTopK
+from moesaic.moe.selects.sigmoid import SigmoidTopK
+from moesaic.moe.selects.threshold import Threshold
+from moesaic.moe.selects.top_p import TopP
+from moesaic.moe.spare import NoSpare, ZeroExperts
 from moesaic.nn.activation import ReLU, SwiGLU
 from moesaic.nn.feed_forward import FeedForward
 
@@ -22,7 +30,17 @@ SELECTS = {
     "top2-none": TopK(k=2, normalise="none"),
     "gshard": Top2(),
     "gshard-sampled": Top2(second="sampled"),
+    "sigmoid": SigmoidTopK(k=2, scale=1.5),
+    "top-p": TopP(p=0.6),
+    "top-p-capped": TopP(p=0.8, most=2),
+    "null": NullTopK(k=3),
+    "hash": Hash(),
+    "dense-all": DenseAll(),
+    "dense-all-threshold": DenseAll(inference=ThresholdAtInference()),
+    "threshold": Threshold(),
+    "expert-choice": ExpertChoice(),
 }
+SPARES = {"null": ZeroExperts(number=2)}
 LIMITS = {
     "dropless": None,
     "by-position": ByPosition(),
@@ -33,7 +51,7 @@ LIMITS = {
 
 def mixture(select: str, limit: str) -> MoE:
     """The config of a named pair; limited ones have room for little more than half of the edges."""
-    free = MoE(experts=EXPERTS, select=SELECTS[select])
+    free = MoE(experts=EXPERTS, select=SELECTS[select], spare=SPARES.get(select, NoSpare()))
     priority = LIMITS[limit]
     if priority is None:
         return free

@@ -6,6 +6,7 @@
 from pydantic import Field, model_validator
 
 from moesaic.core.config import Config
+from moesaic.moe import members as members  # every rule is a word of a blueprint
 from moesaic.moe.config import MoE, NoMoE, Sparse
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
@@ -19,11 +20,13 @@ class Stack(Config):
 
     ``moe_every=0`` keeps the whole stack dense. ``experts`` gives each of those blocks a number of
     experts of its own, first block first (a pyramid, DeepSpeed-MoE, 2201.05596, section 4.1).
+    ``moe`` is what stands in them, if not what the rest of the model has.
     """
 
     layers: int = Field(ge=0)
     moe_every: int = Field(default=2, ge=0)
     experts: tuple[int, ...] = ()
+    moe: Sparse | None = None
 
     def sparse(self, layer: int) -> bool:
         """Whether block ``layer`` may have experts."""
@@ -90,13 +93,18 @@ class Blueprint(Config):
     def head_dim(self) -> int:
         return self.attention.width(self.dim)
 
+    def mixture(self, stack: Stack) -> Sparse:
+        """What stands in the sparse blocks of a stack."""
+        return self.moe if stack.moe is None else stack.moe
+
     def experts(self, stack: Stack, *, layer: int) -> MoE | None:
         """The mixture in a block, or None where it is dense."""
-        if not isinstance(self.moe, MoE) or not stack.sparse(layer):
+        moe = self.mixture(stack)
+        if not isinstance(moe, MoE) or not stack.sparse(layer):
             return None
         if not stack.experts:
-            return self.moe
-        return self.moe.replace(experts=stack.experts[stack.sparse_layers.index(layer)])
+            return moe
+        return moe.replace(experts=stack.experts[stack.sparse_layers.index(layer)])
 
     @model_validator(mode="after")
     def _check(self) -> "Blueprint":
@@ -109,9 +117,24 @@ class Blueprint(Config):
             raise ValueError(f"attention.kv_heads={heads.groups()} to divide heads={heads.heads}")
         if isinstance(self.position, Rotary) and self.head_dim % 2:
             raise ValueError(f"an even head_dim for Rotary, not {self.head_dim}")
-        if isinstance(self.moe, MoE):
-            k = self.moe.select.experts_per_token(2**30)
-            fewest = min((self.moe.experts, *self.encoder.experts, *self.decoder.experts))
-            if k > fewest + self.moe.spare.count():
-                raise ValueError(f"moe.experts={fewest} to be at least {k:g} (the select)")
+        for stack in (self.encoder, self.decoder):
+            for layer in stack.sparse_layers:
+                _check_experts(self.experts(stack, layer=layer))
+        wanted = self.mixture(self.decoder)
+        if self.decoder.sparse_layers and not wanted.causal:
+            raise ValueError(
+                f"a rule for the decoder that does not look at later tokens, which are not there "
+                f"yet when it writes, as those of {_rule(wanted)} are; that may stand in "
+                f"encoder.moe, with another in moe or decoder.moe"
+            )
         return self
+
+
+def _check_experts(moe: MoE | None) -> None:
+    refused = moe and moe.select.refuses(experts=moe.routed, spare=moe.spare.count())
+    if moe and refused:
+        raise ValueError(f"for {_rule(moe)}, {refused}: moe.experts={moe.experts}")
+
+
+def _rule(moe: Sparse) -> str:
+    return type(moe.select if isinstance(moe, MoE) else moe).__name__

@@ -35,6 +35,14 @@ class Rows:
     key: Int[Tensor, "B"]
 
 
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of the two stacks, and what its routers share."""
+
+    stack: Stack
+    routing: SharedRouting | None
+
+
 class Transformer(nn.Module):
     """Built by ``build(config)``; on the meta device it holds no numbers."""
 
@@ -64,7 +72,7 @@ class Transformer(nn.Module):
         packing = Packing.of(real)
         ids = batch.target_in.flatten()[packing.index]
         rows = Rows(batch.target_in[:, 0], batch.key)
-        stream, view = self._enter(ids, packing=packing, rows=rows, shared=self.decoder_routing)
+        stream, view = self._enter(ids, packing=packing, rows=rows, side=self._decoder_side)
         for block in self._decoder_blocks:
             source = block.read(memory.states, packing=memory.packing)
             stream = block(stream, view=view, source=source, mask=memory.packing.key_mask)
@@ -121,7 +129,7 @@ class Transformer(nn.Module):
             ids.flatten()[packing.index],
             packing=packing,
             rows=Rows(cache.tag, torch.zeros_like(cache.tag)),
-            shared=self.decoder_routing,
+            side=self._decoder_side,
             position=place,
         )
         for block, own, source in zip(self._decoder_blocks, cache.own, cache.source, strict=True):
@@ -136,9 +144,13 @@ class Transformer(nn.Module):
     def _decoder_blocks(self) -> Iterable[DecoderBlock]:
         return cast("Iterable[DecoderBlock]", self.decoder)
 
+    @property
+    def _decoder_side(self) -> Side:
+        return Side(self.config.decoder, self.decoder_routing)
+
     def _shared_routing(self, stack: Stack) -> SharedRouting | None:
         """What the MoE layers of a stack share, if their routers are linked."""
-        moe = self.config.moe
+        moe = self.config.mixture(stack)
         if not isinstance(moe, MoE) or not stack.sparse_layers:
             return None
         return moe.link.shared(dim=self.config.dim, experts=moe.routed)
@@ -151,7 +163,8 @@ class Transformer(nn.Module):
             return Memory(self.embedding.weight.new_zeros(0, self.config.dim), packing), ()
         ids = source.flatten()[packing.index]
         rows = Rows(source[:, 0], key)
-        stream, view = self._enter(ids, packing=packing, rows=rows, shared=self.encoder_routing)
+        side = Side(self.config.encoder, self.encoder_routing)
+        stream, view = self._enter(ids, packing=packing, rows=rows, side=side)
         for block in self.encoder:
             stream = block(stream, view=view)
         return Memory(self.encoder_norm(stream.x), packing), stream.records
@@ -162,13 +175,13 @@ class Transformer(nn.Module):
         *,
         packing: Packing,
         rows: Rows,
-        shared: SharedRouting | None,
+        side: Side,
         position: Int[Tensor, "T"] | None = None,
     ) -> tuple[Stream, View]:
         place = packing.position if position is None else position
         embedded = self.embedding(ids)
         x = self.dropout(self.position.add(embedded, position=place))
-        moe = self.config.moe
+        moe = self.config.mixture(side.stack)
         reads = moe.condition.reads() if isinstance(moe, MoE) else "nothing"
         context = Context(
             row=packing.row,
@@ -179,5 +192,5 @@ class Transformer(nn.Module):
             embedded=embedded if reads == "token" else None,
             prompt=self.embedding(rows.tag)[packing.row] if reads == "prompt" else None,
         )
-        carry = Carry() if shared is None else shared.start(x)
+        carry = Carry() if side.routing is None else side.routing.start(x)
         return Stream(x, carry), View(packing, self.position.rotation(place), context)

@@ -23,6 +23,7 @@ class Scores:
     ``routing`` is as selected, before any limit; ``probabilities`` are the select's own.
     ``load`` (edges per expert) and ``tokens`` are summed over all ranks that share the batch;
     ``heard`` is what earlier micro-batches of the same optimizer step had as ``load``.
+    ``mean`` are each expert's mean probability over them all, a constant.
     ``gate.state`` is the term's own state.
     """
 
@@ -32,6 +33,7 @@ class Scores:
     load: Float[Tensor, "E"]
     heard: Float[Tensor, "E"]
     tokens: Float[Tensor, ""]
+    mean: Float[Tensor, "E"]
 
     @property
     def logits(self) -> Float[Tensor, "T E"]:

@@ -20,6 +20,11 @@ from moesaic.nn.feed_forward import FeedForward
 class Sparse(Choice):
     """Family: what stands in the place of every k-th feed-forward."""
 
+    @property
+    def causal(self) -> bool:
+        """Whether a token's answer is the same without the tokens after it."""
+        return True
+
 
 class NoMoE(Sparse):
     """Every feed-forward is dense."""
@@ -40,6 +45,10 @@ class MoE(Sparse):
     exchange: Exchange = Whole()
     condition: Condition = Unconditioned()
     link: Link = Unlinked()
+
+    @property
+    def causal(self) -> bool:
+        return self.select.causal
 
     @property
     def routed(self) -> int:

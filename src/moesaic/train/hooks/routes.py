@@ -103,8 +103,10 @@ def language_of(record: Record, *, batch: Batch) -> Int[Tensor, "B"]:
 
 def doctor_setting(run: Run, *, languages: tuple[str, ...]) -> Setting:
     """Return what the doctor needs of the config for causes and advice."""
-    moe = run.model.moe
-    if not isinstance(moe, MoE):
+    model = run.model
+    mixtures = [model.mixture(stack) for stack in (model.encoder, model.decoder)]
+    moe = next((moe for moe in mixtures if isinstance(moe, MoE)), None)
+    if moe is None:
         return Setting(languages)
     limit = moe.limit
     return Setting(

@@ -1,0 +1,1 @@
+"""Balance terms beyond the plain ones of ``moe/balance.py``, one paper a file."""

@@ -1,0 +1,40 @@
+"""Members: every rule of the house, in one list per family.
+
+Importing a class is what makes it a word in configs; importing this module imports them all.
+"""
+
+from moesaic.moe.among import AllExperts, BestGroups
+from moesaic.moe.balances.adamoe import NullBalance
+from moesaic.moe.balances.kept_fraction import KeptFraction
+from moesaic.moe.balances.mutual_information import MutualInformation
+from moesaic.moe.noises.warm_up import StochasticWarmUp
+from moesaic.moe.selects.dense_all import (
+    AllAtInference,
+    DenseAll,
+    ThresholdAtInference,
+    TopKAtInference,
+)
+from moesaic.moe.selects.expert_choice import ExpertChoice
+from moesaic.moe.selects.hash import Hash
+from moesaic.moe.selects.null_top_k import NullTopK
+from moesaic.moe.selects.sigmoid import SigmoidTopK
+from moesaic.moe.selects.threshold import Threshold
+from moesaic.moe.selects.top_p import TopP
+
+SELECTS = (
+    DenseAll,
+    ExpertChoice,
+    Hash,
+    NullTopK,
+    SigmoidTopK,
+    Threshold,
+    TopP,
+)
+INFERENCES = (AllAtInference, ThresholdAtInference, TopKAtInference)
+AMONG = (AllExperts, BestGroups)
+BALANCES = (
+    KeptFraction,
+    MutualInformation,
+    NullBalance,
+)
+NOISES = (StochasticWarmUp,)
