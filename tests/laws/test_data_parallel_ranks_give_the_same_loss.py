@@ -5,11 +5,23 @@ import torch
 
 from moesaic.dist.world import Alone, Ranks, World
 from moesaic.model.transformer import Transformer
+from moesaic.moe.balances.adamoe import NullBalance
+from moesaic.moe.balances.kept_fraction import KeptFraction
+from moesaic.moe.balances.mutual_information import MutualInformation
 from moesaic.moe.config import MoE, NoMoE, Sparse
 from moesaic.moe.layer import learn, set_ranks
 from moesaic.moe.limit import AtRandom, ByPosition, ByWeight, Capacity, Priority
 from moesaic.moe.noise import Jitter
+from moesaic.moe.noises.warm_up import StochasticWarmUp
 from moesaic.moe.select import Top2, TopK
+from moesaic.moe.selects.dense_all import DenseAll
+from moesaic.moe.selects.expert_choice import ExpertChoice
+from moesaic.moe.selects.hash import Hash
+from moesaic.moe.selects.null_top_k import NullTopK
+from moesaic.moe.selects.sigmoid import SigmoidTopK
+from moesaic.moe.selects.threshold import Threshold
+from moesaic.moe.selects.top_p import TopP
+from moesaic.moe.spare import ZeroExperts
 from moesaic.optim.optimizer import AdamW
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import (
@@ -39,6 +51,19 @@ VARIANTS = {
     "random-token-selection": _capped(AtRandom()),
     "jitter": BALANCED_TOP1.replace(noise=Jitter(epsilon=0.2)),
     "sampled-second": MoE(experts=4, select=Top2(second="sampled")),
+    "sigmoid": MoE(experts=4, select=SigmoidTopK(k=2)),
+    "top-p": MoE(experts=4, select=TopP()),
+    "null": MoE(
+        experts=4,
+        select=NullTopK(),
+        spare=ZeroExperts(number=2),
+        balance=(NullBalance(weight=0.5, steps=2),),
+    ),
+    "hash": MoE(experts=4, select=Hash(), balance=()),
+    "dense-all": MoE(experts=4, select=DenseAll(), balance=(MutualInformation(weight=0.5),)),
+    "mixture-of-depths": MoE(experts=1, select=Threshold(), balance=(KeptFraction(target=0.3),)),
+    "expert-choice": MoE(experts=4, select=ExpertChoice(), balance=()),
+    "warm-up": BALANCED_TOP1.replace(noise=StochasticWarmUp(steps=3)),
 }
 STEPS = 3
 Outcome = tuple[list[dict[str, float]], dict[str, torch.Tensor]]

@@ -10,9 +10,13 @@ from moesaic.checkpoint.load import load
 from moesaic.checkpoint.save import save
 from moesaic.dist.world import Ranks
 from moesaic.moe.balance import SwitchBalance
+from moesaic.moe.balances.adamoe import NullBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import AtRandom, Capacity
+from moesaic.moe.noises.warm_up import StochasticWarmUp
 from moesaic.moe.select import TopK
+from moesaic.moe.selects.null_top_k import NullTopK
+from moesaic.moe.spare import ZeroExperts
 from moesaic.optim.optimizer import Muon
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import tiny_model_config, tiny_run, tiny_trainer
@@ -25,6 +29,13 @@ RANDOM_TOKENS = MoE(
     limit=Capacity(factor=1.0, minimum=1, priority=AtRandom()),
     balance=(SwitchBalance(),),
 )
+ANNEALED = MoE(
+    experts=3,
+    select=NullTopK(k=2),
+    spare=ZeroExperts(number=2),
+    balance=(NullBalance(steps=15),),
+    noise=StochasticWarmUp(steps=15),
+)
 VARIANTS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "muon": {"optimizer": Muon()},
@@ -32,6 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dropout-and-random-drops": {
         "model": tiny_model_config(moe=RANDOM_TOKENS).replace(dropout=0.1)
     },
+    "annealed-nulls-and-warm-up": {"model": tiny_model_config(moe=ANNEALED)},
 }
 
 
