@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moe.variants import BALANCES, balanced
 from moesaic.dist.world import Alone, Ranks, World
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE, NoMoE, Sparse
@@ -39,6 +40,7 @@ VARIANTS = {
     "random-token-selection": _capped(AtRandom()),
     "jitter": BALANCED_TOP1.replace(noise=Jitter(epsilon=0.2)),
     "sampled-second": MoE(experts=4, select=Top2(second="sampled")),
+    **{name: balanced(name) for name in BALANCES if name != "micro-batch"},  # its ranks differ
 }
 STEPS = 3
 Outcome = tuple[list[dict[str, float]], dict[str, torch.Tensor]]

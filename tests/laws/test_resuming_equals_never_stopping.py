@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe.variants import balanced
 from moesaic.checkpoint.load import load
 from moesaic.checkpoint.save import save
 from moesaic.dist.world import Ranks
@@ -32,6 +33,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dropout-and-random-drops": {
         "model": tiny_model_config(moe=RANDOM_TOKENS).replace(dropout=0.1)
     },
+    "bias-update": {"accumulate": 2, "model": tiny_model_config(moe=balanced("bias-and-sequence"))},
+    "adaptive-balance": {"model": tiny_model_config(moe=balanced("adaptive"))},
 }
 
 

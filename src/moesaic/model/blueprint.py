@@ -6,6 +6,7 @@
 from pydantic import Field, model_validator
 
 from moesaic.core.config import Config
+from moesaic.moe import members as members  # every rule is a word of a blueprint
 from moesaic.moe.config import MoE, NoMoE, Sparse
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig

@@ -68,7 +68,7 @@ class Router(nn.Module):
             limited = rules.limit(chosen, gate=gate, ranks=ranks)
             routing = rules.select.finish(limited)
             sums = self._sums(gate, chosen=chosen, limited=limited, ranks=ranks)
-            losses = self._losses(gate, chosen=chosen, sums=sums)
+            losses = self._losses(gate, chosen=chosen, sums=sums, ranks=ranks)
         return Routed(routing, losses, gate.logits.detach(), scored.carry, sums)
 
     def state(self, owner: str) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ class Router(nn.Module):
         return ranks.sum(torch.cat([*loads, logits.sum(0), logits.square().sum(0), count]))
 
     def _losses(
-        self, gate: Gate, *, chosen: Routing, sums: Float[Tensor, "S"] | None
+        self, gate: Gate, *, chosen: Routing, sums: Float[Tensor, "S"] | None, ranks: Ranks
     ) -> dict[str, Float[Tensor, ""]]:
         if sums is None or not self.config.balance:
             return {}
@@ -132,7 +132,15 @@ class Router(nn.Module):
         losses: dict[str, Float[Tensor, ""]] = {}
         for number, term in enumerate(self.config.balance):
             own = gate.having(self.state(f"balance{number}"))
-            scores = Scores(own, chosen, probabilities, seen.load, before.load, seen.tokens)
+            scores = Scores(
+                gate=own,
+                routing=chosen,
+                probabilities=probabilities,
+                load=seen.load,
+                heard=before.load,
+                tokens=seen.tokens,
+                ranks=ranks,
+            )
             zero = gate.logits.new_zeros(())
             losses[term.name] = losses.get(term.name, zero) + term(scores)
         return losses
