@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moe.variants import BALANCES, balanced
 from moesaic.dist.world import Alone, Ranks, World
 from moesaic.model.transformer import Transformer
 from moesaic.moe.balances.adamoe import NullBalance
@@ -64,6 +65,7 @@ VARIANTS = {
     "mixture-of-depths": MoE(experts=1, select=Threshold(), balance=(KeptFraction(target=0.3),)),
     "expert-choice": MoE(experts=4, select=ExpertChoice(), balance=()),
     "warm-up": BALANCED_TOP1.replace(noise=StochasticWarmUp(steps=3)),
+    **{name: balanced(name) for name in BALANCES if name != "micro-batch"},  # its ranks differ
 }
 STEPS = 3
 Outcome = tuple[list[dict[str, float]], dict[str, torch.Tensor]]

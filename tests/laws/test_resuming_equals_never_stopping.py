@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe.variants import balanced
 from moesaic.checkpoint.load import load
 from moesaic.checkpoint.save import save
 from moesaic.dist.world import Ranks
@@ -44,6 +45,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model": tiny_model_config(moe=RANDOM_TOKENS).replace(dropout=0.1)
     },
     "annealed-nulls-and-warm-up": {"model": tiny_model_config(moe=ANNEALED)},
+    "bias-update": {"accumulate": 2, "model": tiny_model_config(moe=balanced("bias-and-sequence"))},
+    "adaptive-balance": {"model": tiny_model_config(moe=balanced("adaptive"))},
 }
 
 

@@ -3,11 +3,19 @@
 import torch
 from torch import nn
 
+from moesaic.moe.balance import Balance, RouterZ, SwitchBalance
+from moesaic.moe.balances.adaptive import AdaptiveBalance
+from moesaic.moe.balances.bias import BiasUpdate
+from moesaic.moe.balances.device import DeviceBalance
+from moesaic.moe.balances.entropy import EntropyBalance
+from moesaic.moe.balances.global_batch import GlobalBatchBalance, MicroBatchBalance
+from moesaic.moe.balances.importance import Importance
+from moesaic.moe.balances.sequence import SequenceBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.context import Carry, Context
 from moesaic.moe.gates import Place
 from moesaic.moe.layer import MoELayer
-from moesaic.moe.limit import AtRandom, ByPosition, ByWeight, Capacity
+from moesaic.moe.limit import AtRandom, ByPosition, ByWeight, Capacity, Dropless
 from moesaic.moe.record import Record
 from moesaic.moe.select import SwitchTop1, Top2, TopK
 from moesaic.moe.selects.dense_all import DenseAll, ThresholdAtInference
@@ -47,6 +55,23 @@ LIMITS = {
     "by-weight": ByWeight(),
     "at-random": AtRandom(),
 }
+BALANCES: dict[str, tuple[Balance, ...]] = {
+    "switch-and-z": (SwitchBalance(weight=0.3), RouterZ(weight=0.1)),
+    "sequence": (SequenceBalance(weight=0.3),),
+    "device": (DeviceBalance(weight=0.3, groups=2),),
+    "importance": (Importance(weight=0.3),),
+    "entropy": (EntropyBalance(weight=0.3),),
+    "adaptive": (AdaptiveBalance(weight=0.3, log_step=0.5),),
+    "global-batch": (GlobalBatchBalance(weight=0.3),),
+    "micro-batch": (MicroBatchBalance(weight=0.3),),
+    "bias-and-sequence": (BiasUpdate(rate=0.05), SequenceBalance(weight=0.3)),
+}
+
+
+def balanced(name: str) -> MoE:
+    """A mixture of four experts with the named terms, and a limit where one needs it."""
+    limit = Capacity(factor=0.8, minimum=0) if name == "adaptive" else Dropless()
+    return MoE(experts=4, select=TopK(k=2), balance=BALANCES[name], limit=limit)
 
 
 def mixture(select: str, limit: str) -> MoE:

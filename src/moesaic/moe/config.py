@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moesaic.core.config import Choice
 from moesaic.moe.around import Beside, Exchange, NothingBeside, Whole
@@ -65,3 +65,10 @@ class MoE(Sparse):
         yield "noise", self.noise
         for number, term in enumerate(self.balance):
             yield f"balance{number}", term
+
+    @model_validator(mode="after")
+    def _check(self) -> "MoE":
+        for term in self.balance:
+            if expected := term.refuses(experts=self.experts, limit=self.limit):
+                raise ValueError(f"{type(term).__name__} expects {expected}")
+        return self

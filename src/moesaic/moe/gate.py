@@ -47,22 +47,21 @@ class Seen:
     """Sums over all tokens, micro-batches and ranks of one optimizer step. All float64.
 
     ``load`` counts edges per expert as selected, ``kept`` those that a limit left, ``tokens`` the
-    tokens; ``logits`` and ``squares`` add up logits, before any noise, and their squares over
-    tokens, ``probabilities`` those that the select gives to balance terms.
+    tokens; ``logits`` and ``squares`` add up logits, before any noise, and their squares
+    over tokens.
     """
 
     load: Float[Tensor, "E"]
     kept: Float[Tensor, "E"]
     logits: Float[Tensor, "E"]
     squares: Float[Tensor, "E"]
-    probabilities: Float[Tensor, "E"]
     tokens: Float[Tensor, ""]
 
     @staticmethod
     def of(sums: Float[Tensor, "S"]) -> "Seen":
-        """Read the vector [5 E + 1] that ranks add up."""
-        load, kept, logits, squares, probabilities = sums[:-1].view(5, -1)
-        return Seen(load, kept, logits, squares, probabilities, sums[-1])
+        """Read the vector [4 E + 1] that ranks add up."""
+        load, kept, logits, squares = sums[:-1].view(4, -1)
+        return Seen(load, kept, logits, squares, sums[-1])
 
 
 class Learner:

@@ -5,8 +5,15 @@ Importing a class is what makes it a word in configs; importing this module impo
 
 from moesaic.moe.among import AllExperts, BestGroups
 from moesaic.moe.balances.adamoe import NullBalance
+from moesaic.moe.balances.adaptive import AdaptiveBalance
+from moesaic.moe.balances.bias import BiasUpdate
+from moesaic.moe.balances.device import DeviceBalance
+from moesaic.moe.balances.entropy import EntropyBalance
+from moesaic.moe.balances.global_batch import GlobalBatchBalance, MicroBatchBalance
+from moesaic.moe.balances.importance import Importance
 from moesaic.moe.balances.kept_fraction import KeptFraction
 from moesaic.moe.balances.mutual_information import MutualInformation
+from moesaic.moe.balances.sequence import SequenceBalance
 from moesaic.moe.noises.warm_up import StochasticWarmUp
 from moesaic.moe.selects.dense_all import (
     AllAtInference,
@@ -33,8 +40,16 @@ SELECTS = (
 INFERENCES = (AllAtInference, ThresholdAtInference, TopKAtInference)
 AMONG = (AllExperts, BestGroups)
 BALANCES = (
+    AdaptiveBalance,
+    BiasUpdate,
+    DeviceBalance,
+    EntropyBalance,
+    GlobalBatchBalance,
+    Importance,
     KeptFraction,
+    MicroBatchBalance,
     MutualInformation,
     NullBalance,
+    SequenceBalance,
 )
 NOISES = (StochasticWarmUp,)

@@ -5,7 +5,7 @@ Float32 throughout, since it decides.
 Letters: T tokens, D model dim, E experts (spare ones included).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from moesaic.moe.routing import Routing
 class Routed:
     """The edges, this rank's share of each weighted balance term, and the logits, detached.
 
-    ``sums`` [5 E + 1] float64 is what the pass was like over all ranks (see ``Seen``), in training
+    ``sums`` [4 E + 1] float64 is what the pass was like over all ranks (see ``Seen``), in training
     only; ``carry`` is for the next layer.
     """
 
@@ -48,7 +48,7 @@ class Router(nn.Module):
         for owner, rule in config.learners():
             for name, start in rule.start(config.routed).items():
                 self.register_buffer(f"{owner}_{name}", start)
-        heard = torch.zeros(5 * config.routed + 1, dtype=torch.float64)
+        heard = torch.zeros(4 * config.routed + 1, dtype=torch.float64)
         self.register_buffer("heard", heard, persistent=False)
 
     def forward(
@@ -67,13 +67,9 @@ class Router(nn.Module):
             chosen = rules.select(gate)
             limited = rules.limit(chosen, gate=gate, ranks=ranks)
             routing = rules.select.finish(limited)
-            routed = Routed(routing, {}, gate.logits.detach(), scored.carry)
-            if not training:
-                return routed
-            seen = _Seeing(scored.logits, rules.select.probabilities(gate), chosen, limited)
-            sums = ranks.sum(seen.sums())
-            losses = self._losses(gate, seeing=seen, sums=sums)
-        return replace(routed, losses=losses, sums=sums)
+            sums = self._sums(scored.logits, chosen=chosen, limited=limited, ranks=ranks)
+            losses = self._losses(gate, chosen=chosen, sums=sums, ranks=ranks)
+        return Routed(routing, losses, gate.logits.detach(), scored.carry, sums)
 
     def state(self, owner: str) -> dict[str, Tensor]:
         """Return the tensors of one rule, by name."""
@@ -116,41 +112,35 @@ class Router(nn.Module):
         logits = self.config.noise.on_logits(gate)
         return Gate(logits, gate.context, gate.training, gate.bias, gate.spare)
 
+    def _sums(
+        self, logits: Float[Tensor, "T E"], *, chosen: Routing, limited: Routing, ranks: Ranks
+    ) -> Float[Tensor, "S"] | None:
+        if not self.training:
+            return None
+        logits = logits.detach().double()
+        count = torch.full((1,), logits.shape[0], dtype=torch.float64, device=logits.device)
+        loads = [chosen.load().double(), limited.load().double()]
+        return ranks.sum(torch.cat([*loads, logits.sum(0), logits.square().sum(0), count]))
+
     def _losses(
-        self, gate: Gate, *, seeing: "_Seeing", sums: Float[Tensor, "S"]
+        self, gate: Gate, *, chosen: Routing, sums: Float[Tensor, "S"] | None, ranks: Ranks
     ) -> dict[str, Float[Tensor, ""]]:
+        if sums is None or not self.config.balance:
+            return {}
         seen, before = Seen.of(sums), Seen.of(self.heard)
-        mean = (seen.probabilities / seen.tokens.clamp(min=1)).float()
+        probabilities = self.config.select.probabilities(gate)
         losses: dict[str, Float[Tensor, ""]] = {}
         for number, term in enumerate(self.config.balance):
             own = gate.having(self.state(f"balance{number}"))
             scores = Scores(
                 gate=own,
-                routing=seeing.chosen,
-                probabilities=seeing.probabilities,
+                routing=chosen,
+                probabilities=probabilities,
                 load=seen.load,
                 heard=before.load,
                 tokens=seen.tokens,
-                mean=mean,
+                ranks=ranks,
             )
             zero = gate.logits.new_zeros(())
             losses[term.name] = losses.get(term.name, zero) + term(scores)
         return losses
-
-
-@dataclass(frozen=True, slots=True)
-class _Seeing:
-    """One rank's pass: logits before noise, probabilities, edges before and after the limit."""
-
-    logits: Float[Tensor, "T E"]
-    probabilities: Float[Tensor, "T E"]
-    chosen: Routing
-    limited: Routing
-
-    @torch.no_grad()
-    def sums(self) -> Float[Tensor, "S"]:
-        logits = self.logits.double()
-        count = torch.full((1,), logits.shape[0], dtype=torch.float64, device=logits.device)
-        over_tokens = [logits, logits.square(), self.probabilities.double()]
-        loads = [self.chosen.load().double(), self.limited.load().double()]
-        return torch.cat([*loads, *(each.sum(0) for each in over_tokens), count])

@@ -7,6 +7,18 @@ import torch
 from moesaic.moe.balance import Scores
 from moesaic.moe.context import Context
 from moesaic.moe.gate import Gate
+from moesaic.moe.ranks import OneRank
+
+
+class Told(OneRank):
+    """Every sum over ranks is that of the probabilities."""
+
+    def __init__(self, total):
+        self.total = total
+
+    def sum(self, counts):
+        assert counts.shape == self.total.shape
+        return self.total
 
 
 def scores_of(logits, *, select, spare=0, state=None, parts=1):
@@ -15,11 +27,11 @@ def scores_of(logits, *, select, spare=0, state=None, parts=1):
     whole = _gate(logits, spare, state)
     load = select(whole).load().double()
     tokens = torch.tensor(float(len(logits)), dtype=torch.float64)
-    mean = select.probabilities(whole).detach().mean(0)
+    ranks = Told(select.probabilities(whole).detach().double().sum(0))
     for first, last in pairwise(cuts):
         gate = _gate(logits[first:last], spare, state)
         p, zero = select.probabilities(gate), torch.zeros_like(load)
-        yield Scores(gate, select(gate), p, load, zero, tokens, mean)
+        yield Scores(gate, select(gate), p, load, zero, tokens, ranks)
 
 
 def _gate(logits, spare, state):

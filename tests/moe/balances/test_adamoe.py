@@ -58,5 +58,5 @@ def test_the_weight_is_annealed_between_its_ends(step, weight):
 def test_it_counts_optimizer_steps():
     state = NullBalance().start(E)
     for _ in range(3):
-        state = NullBalance().learn(state, seen=Seen.of(torch.zeros(5 * E + 1).double()))
+        state = NullBalance().learn(state, seen=Seen.of(torch.zeros(4 * E + 1).double()))
     assert state["step"] == 3

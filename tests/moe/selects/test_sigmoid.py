@@ -7,6 +7,7 @@ import torch
 
 from moesaic.moe.balance import Scores, SwitchBalance
 from moesaic.moe.gate import Gate
+from moesaic.moe.ranks import OneRank
 from moesaic.moe.selects.sigmoid import SigmoidTopK
 
 T, E = 40, 6
@@ -49,7 +50,7 @@ def test_a_balance_loss_cannot_be_lowered_by_making_all_scores_vanish(level):
     gate, select = Gate.alone(logits, training=True), SigmoidTopK(k=1)
     routing, p = select(gate), select.probabilities(gate)
     tokens, load = torch.tensor(10.0 * E), routing.load().double()
-    scores = Scores(gate, routing, p, load, torch.zeros_like(load), tokens, p.mean(0))
+    scores = Scores(gate, routing, p, load, torch.zeros_like(load), tokens, OneRank())
     torch.testing.assert_close(SwitchBalance(weight=1.0)(scores), torch.tensor(1.0))
 
 

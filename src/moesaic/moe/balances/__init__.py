@@ -1,1 +1,1 @@
-"""Balance terms beyond the plain ones of ``moe/balance.py``, one paper a file."""
+"""Balances: the terms of the house besides Switch's and the z-loss, one file per paper."""

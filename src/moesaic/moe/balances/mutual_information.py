@@ -27,8 +27,9 @@ class MutualInformation(Balance):
     def __call__(self, scores: Scores) -> Float[Tensor, ""]:
         tokens = scores.tokens.clamp(min=1).float()
         p = scores.probabilities
+        mean = scores.ranks.sum(p.detach().double().sum(0)).float() / tokens
         # one sum: the difference of two large ones would be rounded away
-        return self.weight * (p * (_log(scores.mean) - _log(p))).sum() / tokens
+        return self.weight * (p * (_log(mean) - _log(p))).sum() / tokens
 
 
 def _log(p: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
