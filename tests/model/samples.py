@@ -5,8 +5,14 @@ import torch
 from moesaic.data.batch import PAD, Batch
 from moesaic.model.config import Stack, TransformerConfig
 from moesaic.moe.balance import RouterZ, SwitchBalance
+from moesaic.moe.bodies.lora import LoRAExpert
+from moesaic.moe.bodies.memory import ProductKeyMemory
+from moesaic.moe.bodies.narrow import Narrow
+from moesaic.moe.bodies.residual import Residual
+from moesaic.moe.bodies.shared import GatedSharedExperts, SharedExperts
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.select import SwitchTop1, Top2, TopK
+from moesaic.moe.spare import IdentityExperts, ZeroExperts
 from moesaic.nn.activation import ReLU, SquaredReLU, SwiGLU
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
@@ -49,6 +55,24 @@ VARIANTS = {
         feed_forward=FeedForward(hidden=24, activation=SquaredReLU()),
     ),
 }
+
+
+MIXTURE = MoE(experts=4, select=TopK(k=2))
+BODIES = {  # what an expert is, and what stands around it
+    "shared": MIXTURE.replace(beside=SharedExperts(number=2), hidden=12),
+    "gated-shared": MIXTURE.replace(beside=GatedSharedExperts()),
+    "narrow": MIXTURE.replace(exchange=Narrow(ratio=0.5)),
+    "lora": MIXTURE.replace(expert=LoRAExpert(rank=2)),
+    "null": MIXTURE.replace(spare=ZeroExperts(number=2)),
+    "identity": MIXTURE.replace(spare=IdentityExperts(number=2)),
+    "memory": ProductKeyMemory(side=8, slots=6),
+}
+VARIANTS |= {name: BASE.replace(moe=moe) for name, moe in BODIES.items()}
+VARIANTS["residual-pyramid-bias"] = BASE.replace(
+    decoder=Stack(layers=3, moe_every=1, dense=1, experts=(2, 5)),
+    moe=MIXTURE.replace(select=SwitchTop1(), beside=Residual()),
+    bias=True,
+)
 
 
 def ids(rows: int, lengths: list[int], *, width: int) -> torch.Tensor:

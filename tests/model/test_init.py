@@ -63,7 +63,7 @@ def test_every_parameter_has_a_kind_that_fits_its_shape(name):
     model = VARIANTS[name].build()
     kinds = model.parameter_kinds()
     assert list(kinds) == [n for n, _ in model.named_parameters()]
-    dims = {"embedding": (2,), "norm": (1,), "matrix": (2,), "expert": (3,), "router": (2,)}
+    dims = {"embedding": (2,), "norm": (1,), "matrix": (2,), "expert": (2, 3), "router": (2,)}
     for parameter, kind in kinds.items():
         assert model.get_parameter(parameter).dim() in dims.get(kind, (1, 2)), parameter
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from moesaic.core.shapes import Bool, Float, Int, Tensor
 from moesaic.model.blueprint import Blueprint, Stack
+from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.context import Carry, Context
 from moesaic.moe.gates import Place
 from moesaic.moe.layer import MoELayer
@@ -110,10 +111,10 @@ class DenseBranch(nn.Module):
 class SparseBranch(nn.Module):
     """``x + experts(norm(x))``, and a record if there is a router."""
 
-    def __init__(self, config: Blueprint, *, moe: MoELayer) -> None:
+    def __init__(self, config: Blueprint, *, inner: nn.Module) -> None:
         super().__init__()
         self.norm = config.norm.build(config.dim)
-        self.inner = moe
+        self.inner = inner
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, stream: Stream, *, context: Context) -> Stream:
@@ -188,12 +189,13 @@ def feed_forward(
     config: Blueprint, *, stack: Stack, layer: int, side: str
 ) -> DenseBranch | SparseBranch:
     """Make a block's last branch: dense, or sparse where the stack says so."""
-    moe = config.experts(stack, layer=layer)
-    if moe is None:
+    sparse, layers = config.sparse(stack, layer=layer), stack.sparse_layers
+    if isinstance(sparse, NoMoE):
         return DenseBranch(config)
-    sparse = stack.sparse_layers
-    place = Place(f"{side}.{layer}", index=sparse.index(layer), count=len(sparse))
-    experts = MoELayer(
-        moe, dim=config.dim, feed_forward=config.feed_forward, bias=config.bias, place=place
-    )
-    return SparseBranch(config, moe=experts)
+    dim, feed, bias = config.dim, config.feed_forward, config.bias
+    if not isinstance(sparse, MoE):
+        own = sparse.build(feed_forward=feed, dim=dim, bias=bias)
+        return SparseBranch(config, inner=own)
+    place = Place(f"{side}.{layer}", index=layers.index(layer), count=len(layers))
+    experts = MoELayer(sparse, dim=dim, feed_forward=feed, bias=bias, place=place)
+    return SparseBranch(config, inner=experts)

@@ -6,6 +6,7 @@
 from pydantic import Field, model_validator
 
 from moesaic.core.config import Config
+from moesaic.moe import members as _members  # noqa: F401  (makes every rule a word in configs)
 from moesaic.moe.config import MoE, NoMoE, Sparse
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
@@ -17,17 +18,19 @@ from moesaic.nn.position import Position, Rotary
 class Stack(Config):
     """``layers`` blocks; block i (from 0) has experts where ``(i + 1) % moe_every == 0``.
 
-    ``moe_every=0`` keeps the whole stack dense. ``experts`` gives each of those blocks a number of
-    experts of its own, first block first (a pyramid, DeepSpeed-MoE, 2201.05596, section 4.1).
+    ``moe_every=0`` keeps the whole stack dense, ``dense`` its first so many blocks. ``experts``
+    gives each of those that are not a number of experts of its own, first block first (a pyramid,
+    DeepSpeed-MoE, 2201.05596, section 4.1).
     """
 
     layers: int = Field(ge=0)
     moe_every: int = Field(default=2, ge=0)
+    dense: int = Field(default=0, ge=0)
     experts: tuple[int, ...] = ()
 
     def sparse(self, layer: int) -> bool:
         """Whether block ``layer`` may have experts."""
-        return self.moe_every > 0 and (layer + 1) % self.moe_every == 0
+        return layer >= self.dense and self.moe_every > 0 and (layer + 1) % self.moe_every == 0
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
@@ -90,13 +93,18 @@ class Blueprint(Config):
     def head_dim(self) -> int:
         return self.attention.width(self.dim)
 
-    def experts(self, stack: Stack, *, layer: int) -> MoE | None:
-        """The mixture in a block, or None where it is dense."""
-        if not isinstance(self.moe, MoE) or not stack.sparse(layer):
-            return None
-        if not stack.experts:
+    def sparse(self, stack: Stack, *, layer: int) -> Sparse:
+        """What stands in the place of a block's feed-forward; ``NoMoE`` where it is dense."""
+        if not stack.sparse(layer):
+            return NoMoE()
+        if not isinstance(self.moe, MoE) or not stack.experts:
             return self.moe
         return self.moe.replace(experts=stack.experts[stack.sparse_layers.index(layer)])
+
+    def experts(self, stack: Stack, *, layer: int) -> MoE | None:
+        """The mixture in a block, or None where there is none."""
+        sparse = self.sparse(stack, layer=layer)
+        return sparse if isinstance(sparse, MoE) else None
 
     @model_validator(mode="after")
     def _check(self) -> "Blueprint":
