@@ -5,11 +5,17 @@ import torch
 
 from moesaic.dist.world import Alone, Ranks, World
 from moesaic.model.transformer import Transformer
+from moesaic.moe.bodies.lora import LoRAExpert
+from moesaic.moe.bodies.memory import ProductKeyMemory
+from moesaic.moe.bodies.narrow import Narrow
+from moesaic.moe.bodies.residual import Residual
+from moesaic.moe.bodies.shared import GatedSharedExperts
 from moesaic.moe.config import MoE, NoMoE, Sparse
 from moesaic.moe.layer import learn, set_ranks
 from moesaic.moe.limit import AtRandom, ByPosition, ByWeight, Capacity, Priority
 from moesaic.moe.noise import Jitter
 from moesaic.moe.select import Top2, TopK
+from moesaic.moe.spare import IdentityExperts
 from moesaic.optim.optimizer import AdamW
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import (
@@ -39,6 +45,16 @@ VARIANTS = {
     "random-token-selection": _capped(AtRandom()),
     "jitter": BALANCED_TOP1.replace(noise=Jitter(epsilon=0.2)),
     "sampled-second": MoE(experts=4, select=Top2(second="sampled")),
+    "all-bodies": MoE(
+        experts=4,
+        select=TopK(k=2),
+        expert=LoRAExpert(rank=2),
+        beside=GatedSharedExperts(),
+        exchange=Narrow(ratio=0.5),
+        spare=IdentityExperts(),
+    ),
+    "residual": BALANCED_TOP1.replace(beside=Residual()),
+    "memory": ProductKeyMemory(side=4, slots=3),
 }
 STEPS = 3
 Outcome = tuple[list[dict[str, float]], dict[str, torch.Tensor]]

@@ -3,6 +3,10 @@
 import torch
 from torch import nn
 
+from moesaic.moe.bodies.lora import LoRAExpert
+from moesaic.moe.bodies.narrow import Narrow
+from moesaic.moe.bodies.residual import Residual
+from moesaic.moe.bodies.shared import GatedSharedExperts, SharedExperts
 from moesaic.moe.config import MoE
 from moesaic.moe.context import Carry, Context
 from moesaic.moe.gates import Place
@@ -10,6 +14,7 @@ from moesaic.moe.layer import MoELayer
 from moesaic.moe.limit import AtRandom, ByPosition, ByWeight, Capacity
 from moesaic.moe.record import Record
 from moesaic.moe.select import SwitchTop1, Top2, TopK
+from moesaic.moe.spare import IdentityExperts, ZeroExperts
 from moesaic.nn.activation import ReLU, SwiGLU
 from moesaic.nn.feed_forward import FeedForward
 
@@ -22,6 +27,15 @@ SELECTS = {
     "top2-none": TopK(k=2, normalise="none"),
     "gshard": Top2(),
     "gshard-sampled": Top2(second="sampled"),
+}
+BODIES = {  # fields of a mixture: what an expert is, and what stands around it
+    "shared": {"beside": SharedExperts(number=2)},
+    "gated-shared": {"beside": GatedSharedExperts()},
+    "residual": {"beside": Residual()},
+    "narrow": {"exchange": Narrow(ratio=0.5)},
+    "lora": {"expert": LoRAExpert(rank=3)},
+    "null": {"spare": ZeroExperts(number=2)},
+    "identity": {"spare": IdentityExperts(number=2)},
 }
 LIMITS = {
     "dropless": None,
