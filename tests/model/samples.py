@@ -3,7 +3,9 @@
 import torch
 
 from moesaic.data.batch import PAD, Batch
+from moesaic.model.arrangement import Parallel
 from moesaic.model.config import Stack, TransformerConfig
+from moesaic.moe.attention import MixtureOfAttention
 from moesaic.moe.balance import RouterZ, SwitchBalance
 from moesaic.moe.bodies.lora import LoRAExpert
 from moesaic.moe.bodies.memory import ProductKeyMemory
@@ -68,6 +70,18 @@ BODIES = {  # what an expert is, and what stands around it
     "memory": ProductKeyMemory(side=8, slots=6),
 }
 VARIANTS |= {name: BASE.replace(moe=moe) for name, moe in BODIES.items()}
+VARIANTS |= {
+    "attention-experts-own-keys": BASE.replace(attention_experts=MixtureOfAttention(experts=3)),
+    "attention-experts-shared-keys-parallel": BASE.replace(
+        attention_experts=MixtureOfAttention(experts=3, keys="shared"), block=Parallel(), bias=True
+    ),
+    "parallel-decoder-only": BASE.replace(
+        encoder=NONE,
+        attention_experts=MixtureOfAttention(experts=2),
+        block=Parallel(),
+        norm=LayerNorm(),
+    ),
+}
 VARIANTS["residual-pyramid-bias"] = BASE.replace(
     decoder=Stack(layers=3, moe_every=1, dense=1, experts=(2, 5)),
     moe=MIXTURE.replace(select=SwitchTop1(), beside=Residual()),

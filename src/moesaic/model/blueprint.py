@@ -6,7 +6,9 @@
 from pydantic import Field, model_validator
 
 from moesaic.core.config import Config
+from moesaic.model.arrangement import Arrangement, Serial
 from moesaic.moe import members as _members  # noqa: F401  (makes every rule a word in configs)
+from moesaic.moe.attention import AttentionExperts, NoAttentionExperts
 from moesaic.moe.config import MoE, NoMoE, Sparse
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
@@ -73,7 +75,10 @@ class Init(Config):
 
 
 class Blueprint(Config):
-    """An encoder-decoder if ``encoder.layers > 0``, else a decoder-only model. Pre-norm."""
+    """An encoder-decoder if ``encoder.layers > 0``, else a decoder-only model. Pre-norm.
+
+    ``attention_experts`` are those of every self-attention; cross-attention has none.
+    """
 
     vocab_size: int = Field(ge=8)
     dim: int = Field(ge=1)
@@ -85,6 +90,8 @@ class Blueprint(Config):
     norm: Norm = RMSNorm()
     position: Position = Rotary()
     embedding: EmbeddingConfig = EmbeddingConfig()
+    attention_experts: AttentionExperts = NoAttentionExperts()
+    block: Arrangement = Serial()
     bias: bool = False
     dropout: float = Field(default=0.0, ge=0, lt=1)
     init: Init = Init()
@@ -92,6 +99,11 @@ class Blueprint(Config):
     @property
     def head_dim(self) -> int:
         return self.attention.width(self.dim)
+
+    @property
+    def self_attention(self) -> AttentionConfig:
+        """All heads of a block's self-attention, whichever expert they belong to."""
+        return self.attention_experts.all_heads(self.attention, dim=self.dim)
 
     def sparse(self, stack: Stack, *, layer: int) -> Sparse:
         """What stands in the place of a block's feed-forward; ``NoMoE`` where it is dense."""

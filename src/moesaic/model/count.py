@@ -16,6 +16,7 @@ from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.experts import Size
 from moesaic.moe.gates import Place
 from moesaic.moe.pieces import Piece
+from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.position import Learned
 
@@ -118,9 +119,9 @@ def _entries(config: Blueprint) -> Iterator[Entry]:
 
 
 def _num_norms(config: Blueprint) -> int:
-    decoder = 3 if config.encoder.layers else 2
-    final = 2 if config.encoder.layers else 1
-    return 2 * config.encoder.layers + decoder * config.decoder.layers + final
+    both, block = bool(config.encoder.layers), config.block
+    decoder = block.norms(3 if both else 2)
+    return block.norms(2) * config.encoder.layers + decoder * config.decoder.layers + 1 + both
 
 
 def _norms(config: Blueprint, *, part: str, copies: int) -> Iterator[Entry]:
@@ -131,12 +132,9 @@ def _norms(config: Blueprint, *, part: str, copies: int) -> Iterator[Entry]:
 
 def _stack(config: Blueprint, *, stack: Stack, side: str) -> Iterator[Entry]:
     dim, layers = config.dim, stack.layers
-    query = config.attention.heads * config.head_dim
-    both = 2 * config.attention.groups() * config.head_dim
-    own = f"{side} {ATTENTION}"
-    yield from _linear(config, part=own, fan=(dim, query + both), copies=layers)
-    yield from _linear(config, part=own, fan=(query, dim), copies=layers)
+    yield from _self_attention(config, part=f"{side} {ATTENTION}", copies=layers)
     if side == "decoder" and config.encoder.layers:
+        query, both = _widths(config.attention, dim=dim)
         cross = f"{side} {CROSS}"
         for fan in ((dim, query), (dim, both), (query, dim)):
             yield from _linear(config, part=cross, fan=fan, copies=layers)
@@ -156,6 +154,19 @@ def _stack(config: Blueprint, *, stack: Stack, side: str) -> Iterator[Entry]:
         if not isinstance(body, MoE | NoMoE):
             pieces = body.pieces(feed_forward=feed, dim=dim, bias=config.bias)
             yield from _pieces(pieces, part=f"{side} {body.part}")
+
+
+def _self_attention(config: Blueprint, *, part: str, copies: int) -> Iterator[Entry]:
+    dim, (query, both) = config.dim, _widths(config.self_attention, dim=config.dim)
+    yield from _linear(config, part=part, fan=(dim, query + both), copies=copies)
+    yield from _linear(config, part=part, fan=(query, dim), copies=copies)
+    for _ in range(copies):
+        yield from _pieces(config.attention_experts.pieces(dim=dim), part=part)
+
+
+def _widths(config: AttentionConfig, *, dim: int) -> tuple[int, int]:
+    """Widths of an attention's queries, and of its keys and values together."""
+    return config.heads * config.width(dim), 2 * config.groups() * config.width(dim)
 
 
 def _mixture(config: Blueprint, *, moe: MoE, side: str, place: Place) -> Iterator[Entry]:
@@ -204,10 +215,12 @@ def _matrix_flops(counted: Count, sizes: Sizes) -> float:
 
 
 def _attention_flops(config: Blueprint, sizes: Sizes) -> float:
-    width = config.attention.heads * config.head_dim
+    width, all_heads = (
+        heads.heads * config.head_dim for heads in (config.attention, config.self_attention)
+    )
     own = config.encoder.layers * sizes.source**2 + config.decoder.layers * _causal(sizes.target)
     cross = config.decoder.layers * sizes.target * sizes.source if config.encoder.layers else 0
-    return 4.0 * sizes.rows * width * (own + cross)
+    return 4.0 * sizes.rows * (all_heads * own + width * cross)
 
 
 def _causal(length: int) -> float:

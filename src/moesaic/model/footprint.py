@@ -87,7 +87,7 @@ def _key_width(config: Blueprint) -> int:
 
 def _stack(config: Blueprint, *, stack: Stack) -> int:
     """Values kept per token by the self-attention and feed-forward branches of a stack."""
-    values = stack.layers * _attention(config)
+    values = stack.layers * (_attention(config) + config.block.norms(2) * _norm(config))
     for layer in range(stack.layers):
         sparse = config.sparse(stack, layer=layer)
         values += _dense(config) if isinstance(sparse, NoMoE) else _sparse(config, sparse=sparse)
@@ -95,20 +95,23 @@ def _stack(config: Blueprint, *, stack: Stack) -> int:
 
 
 def _attention(config: Blueprint) -> int:
-    heads = config.attention.heads
-    query, key = heads * config.head_dim, _key_width(config)
+    attention = config.self_attention
+    heads, query = attention.heads, attention.heads * config.head_dim
+    key = attention.groups() * config.head_dim
     turned = query + key if isinstance(config.position, Rotary) else 0
-    return _norm(config) + query + 2 * key + turned + query + heads + _mask(config)
+    mixed = math.ceil(config.attention_experts.kept(config.attention, dim=config.dim))
+    return query + 2 * key + turned + query + heads + mixed + _mask(config)
 
 
 def _cross(config: Blueprint) -> int:
     query = config.attention.heads * config.head_dim
-    return _norm(config) + 2 * query + config.attention.heads + _mask(config)
+    norms = config.block.norms(3) - config.block.norms(2)
+    return norms * _norm(config) + 2 * query + config.attention.heads + _mask(config)
 
 
 def _dense(config: Blueprint) -> int:
     feed = config.feed_forward
-    return _norm(config) + feed.activation.kept * feed.hidden + _mask(config)
+    return feed.activation.kept * feed.hidden + _mask(config)
 
 
 def _sparse(config: Blueprint, *, sparse: Sparse) -> int:
@@ -118,7 +121,7 @@ def _sparse(config: Blueprint, *, sparse: Sparse) -> int:
         if isinstance(sparse, MoE)
         else sparse.kept(feed_forward=feed, dim=dim)
     )
-    return _norm(config) + math.ceil(inner) + _mask(config)
+    return math.ceil(inner) + _mask(config)
 
 
 def _mixture(config: Blueprint, *, moe: MoE) -> float:
