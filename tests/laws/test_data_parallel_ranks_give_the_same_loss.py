@@ -9,6 +9,11 @@ from moesaic.model.transformer import Transformer
 from moesaic.moe.balances.adamoe import NullBalance
 from moesaic.moe.balances.kept_fraction import KeptFraction
 from moesaic.moe.balances.mutual_information import MutualInformation
+from moesaic.moe.bodies.lora import LoRAExpert
+from moesaic.moe.bodies.memory import ProductKeyMemory
+from moesaic.moe.bodies.narrow import Narrow
+from moesaic.moe.bodies.residual import Residual
+from moesaic.moe.bodies.shared import GatedSharedExperts
 from moesaic.moe.config import MoE, NoMoE, Sparse
 from moesaic.moe.layer import learn, set_ranks
 from moesaic.moe.limit import AtRandom, ByPosition, ByWeight, Capacity, Priority
@@ -22,7 +27,7 @@ from moesaic.moe.selects.null_top_k import NullTopK
 from moesaic.moe.selects.sigmoid import SigmoidTopK
 from moesaic.moe.selects.threshold import Threshold
 from moesaic.moe.selects.top_p import TopP
-from moesaic.moe.spare import ZeroExperts
+from moesaic.moe.spare import IdentityExperts, ZeroExperts
 from moesaic.optim.optimizer import AdamW
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import (
@@ -66,6 +71,16 @@ VARIANTS = {
     "expert-choice": MoE(experts=4, select=ExpertChoice(), balance=()),
     "warm-up": BALANCED_TOP1.replace(noise=StochasticWarmUp(steps=3)),
     **{name: balanced(name) for name in BALANCES if name != "micro-batch"},  # its ranks differ
+    "all-bodies": MoE(
+        experts=4,
+        select=TopK(k=2),
+        expert=LoRAExpert(rank=2),
+        beside=GatedSharedExperts(),
+        exchange=Narrow(ratio=0.5),
+        spare=IdentityExperts(),
+    ),
+    "residual": BALANCED_TOP1.replace(beside=Residual()),
+    "memory": ProductKeyMemory(side=4, slots=3),
 }
 STEPS = 3
 Outcome = tuple[list[dict[str, float]], dict[str, torch.Tensor]]

@@ -12,6 +12,10 @@ from moesaic.checkpoint.save import save
 from moesaic.dist.world import Ranks
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.balances.adamoe import NullBalance
+from moesaic.moe.bodies.lora import LoRAExpert
+from moesaic.moe.bodies.memory import ProductKeyMemory
+from moesaic.moe.bodies.narrow import Narrow
+from moesaic.moe.bodies.residual import Residual
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import AtRandom, Capacity
 from moesaic.moe.noises.warm_up import StochasticWarmUp
@@ -41,6 +45,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "muon": {"optimizer": Muon()},
     "accumulated": {"accumulate": 2},
+    "all-bodies": {
+        "model": tiny_model_config(
+            moe=RANDOM_TOKENS.replace(
+                expert=LoRAExpert(rank=2), beside=Residual(), exchange=Narrow(ratio=0.5)
+            )
+        ),
+        "optimizer": Muon(),
+    },
+    "memory": {"model": tiny_model_config(moe=ProductKeyMemory(side=4, slots=3))},
     "dropout-and-random-drops": {
         "model": tiny_model_config(moe=RANDOM_TOKENS).replace(dropout=0.1)
     },

@@ -3,12 +3,19 @@
 import torch
 
 from moesaic.data.batch import PAD, Batch
+from moesaic.model.arrangement import Parallel
 from moesaic.model.config import Stack, TransformerConfig
 from moesaic.moe.among import BestGroups
+from moesaic.moe.attention import MixtureOfAttention
 from moesaic.moe.balance import RouterZ, SwitchBalance
 from moesaic.moe.balances.adamoe import NullBalance
 from moesaic.moe.balances.kept_fraction import KeptFraction
 from moesaic.moe.balances.mutual_information import MutualInformation
+from moesaic.moe.bodies.lora import LoRAExpert
+from moesaic.moe.bodies.memory import ProductKeyMemory
+from moesaic.moe.bodies.narrow import Narrow
+from moesaic.moe.bodies.residual import Residual
+from moesaic.moe.bodies.shared import GatedSharedExperts, SharedExperts
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.noises.warm_up import StochasticWarmUp
 from moesaic.moe.select import SwitchTop1, Top2, TopK
@@ -19,7 +26,7 @@ from moesaic.moe.selects.null_top_k import NullTopK
 from moesaic.moe.selects.sigmoid import SigmoidTopK
 from moesaic.moe.selects.threshold import Threshold
 from moesaic.moe.selects.top_p import TopP
-from moesaic.moe.spare import ZeroExperts
+from moesaic.moe.spare import IdentityExperts, ZeroExperts
 from moesaic.nn.activation import ReLU, SquaredReLU, SwiGLU
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
@@ -79,6 +86,36 @@ SPARSELY = {  # every rule of choosing in a whole model; encoders alone where it
 VARIANTS |= {name: BASE.replace(moe=moe) for name, moe in SPARSELY.items()}
 VARIANTS["expert-choice"] = BASE.replace(
     encoder=BASE.encoder.replace(moe=MoE(experts=3, select=ExpertChoice(), balance=()))
+)
+
+
+MIXTURE = MoE(experts=4, select=TopK(k=2))
+BODIES = {  # what an expert is, and what stands around it
+    "shared": MIXTURE.replace(beside=SharedExperts(number=2), hidden=12),
+    "gated-shared": MIXTURE.replace(beside=GatedSharedExperts()),
+    "narrow": MIXTURE.replace(exchange=Narrow(ratio=0.5)),
+    "lora": MIXTURE.replace(expert=LoRAExpert(rank=2)),
+    "null": MIXTURE.replace(spare=ZeroExperts(number=2)),
+    "identity": MIXTURE.replace(spare=IdentityExperts(number=2)),
+    "memory": ProductKeyMemory(side=8, slots=6),
+}
+VARIANTS |= {name: BASE.replace(moe=moe) for name, moe in BODIES.items()}
+VARIANTS |= {
+    "attention-experts-own-keys": BASE.replace(attention_experts=MixtureOfAttention(experts=3)),
+    "attention-experts-shared-keys-parallel": BASE.replace(
+        attention_experts=MixtureOfAttention(experts=3, keys="shared"), block=Parallel(), bias=True
+    ),
+    "parallel-decoder-only": BASE.replace(
+        encoder=NONE,
+        attention_experts=MixtureOfAttention(experts=2),
+        block=Parallel(),
+        norm=LayerNorm(),
+    ),
+}
+VARIANTS["residual-pyramid-bias"] = BASE.replace(
+    decoder=Stack(layers=3, moe_every=1, dense=1, experts=(2, 5)),
+    moe=MIXTURE.replace(select=SwitchTop1(), beside=Residual()),
+    bias=True,
 )
 
 

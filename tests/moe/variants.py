@@ -11,6 +11,10 @@ from moesaic.moe.balances.entropy import EntropyBalance
 from moesaic.moe.balances.global_batch import GlobalBatchBalance, MicroBatchBalance
 from moesaic.moe.balances.importance import Importance
 from moesaic.moe.balances.sequence import SequenceBalance
+from moesaic.moe.bodies.lora import LoRAExpert
+from moesaic.moe.bodies.narrow import Narrow
+from moesaic.moe.bodies.residual import Residual
+from moesaic.moe.bodies.shared import GatedSharedExperts, SharedExperts
 from moesaic.moe.config import MoE
 from moesaic.moe.context import Carry, Context
 from moesaic.moe.gates import Place
@@ -25,7 +29,7 @@ from moesaic.moe.selects.null_top_k import NullTopK
 from moesaic.moe.selects.sigmoid import SigmoidTopK
 from moesaic.moe.selects.threshold import Threshold
 from moesaic.moe.selects.top_p import TopP
-from moesaic.moe.spare import NoSpare, ZeroExperts
+from moesaic.moe.spare import IdentityExperts, NoSpare, ZeroExperts
 from moesaic.nn.activation import ReLU, SwiGLU
 from moesaic.nn.feed_forward import FeedForward
 
@@ -49,6 +53,15 @@ SELECTS = {
     "expert-choice": ExpertChoice(),
 }
 SPARES = {"null": ZeroExperts(number=2)}
+BODIES = {  # fields of a mixture: what an expert is, and what stands around it
+    "shared": {"beside": SharedExperts(number=2)},
+    "gated-shared": {"beside": GatedSharedExperts()},
+    "residual": {"beside": Residual()},
+    "narrow": {"exchange": Narrow(ratio=0.5)},
+    "lora": {"expert": LoRAExpert(rank=3)},
+    "null": {"spare": ZeroExperts(number=2)},
+    "identity": {"spare": IdentityExperts(number=2)},
+}
 LIMITS = {
     "dropless": None,
     "by-position": ByPosition(),

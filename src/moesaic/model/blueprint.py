@@ -6,7 +6,9 @@
 from pydantic import Field, model_validator
 
 from moesaic.core.config import Config
+from moesaic.model.arrangement import Arrangement, Serial
 from moesaic.moe import members as members  # every rule is a word of a blueprint
+from moesaic.moe.attention import AttentionExperts, NoAttentionExperts
 from moesaic.moe.config import MoE, NoMoE, Sparse
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
@@ -18,19 +20,21 @@ from moesaic.nn.position import Position, Rotary
 class Stack(Config):
     """``layers`` blocks; block i (from 0) has experts where ``(i + 1) % moe_every == 0``.
 
-    ``moe_every=0`` keeps the whole stack dense. ``experts`` gives each of those blocks a number of
-    experts of its own, first block first (a pyramid, DeepSpeed-MoE, 2201.05596, section 4.1).
+    ``moe_every=0`` keeps the whole stack dense, ``dense`` its first so many blocks. ``experts``
+    gives each of those that are not a number of experts of its own, first block first (a pyramid,
+    DeepSpeed-MoE, 2201.05596, section 4.1).
     ``moe`` is what stands in them, if not what the rest of the model has.
     """
 
     layers: int = Field(ge=0)
     moe_every: int = Field(default=2, ge=0)
+    dense: int = Field(default=0, ge=0)
     experts: tuple[int, ...] = ()
     moe: Sparse | None = None
 
     def sparse(self, layer: int) -> bool:
         """Whether block ``layer`` may have experts."""
-        return self.moe_every > 0 and (layer + 1) % self.moe_every == 0
+        return layer >= self.dense and self.moe_every > 0 and (layer + 1) % self.moe_every == 0
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
@@ -73,7 +77,10 @@ class Init(Config):
 
 
 class Blueprint(Config):
-    """An encoder-decoder if ``encoder.layers > 0``, else a decoder-only model. Pre-norm."""
+    """An encoder-decoder if ``encoder.layers > 0``, else a decoder-only model. Pre-norm.
+
+    ``attention_experts`` are those of every self-attention; cross-attention has none.
+    """
 
     vocab_size: int = Field(ge=8)
     dim: int = Field(ge=1)
@@ -85,6 +92,8 @@ class Blueprint(Config):
     norm: Norm = RMSNorm()
     position: Position = Rotary()
     embedding: EmbeddingConfig = EmbeddingConfig()
+    attention_experts: AttentionExperts = NoAttentionExperts()
+    block: Arrangement = Serial()
     bias: bool = False
     dropout: float = Field(default=0.0, ge=0, lt=1)
     init: Init = Init()
@@ -93,18 +102,28 @@ class Blueprint(Config):
     def head_dim(self) -> int:
         return self.attention.width(self.dim)
 
+    @property
+    def self_attention(self) -> AttentionConfig:
+        """All heads of a block's self-attention, whichever expert they belong to."""
+        return self.attention_experts.all_heads(self.attention, dim=self.dim)
+
     def mixture(self, stack: Stack) -> Sparse:
         """What stands in the sparse blocks of a stack."""
         return self.moe if stack.moe is None else stack.moe
 
-    def experts(self, stack: Stack, *, layer: int) -> MoE | None:
-        """The mixture in a block, or None where it is dense."""
+    def sparse(self, stack: Stack, *, layer: int) -> Sparse:
+        """What stands in the place of a block's feed-forward; ``NoMoE`` where it is dense."""
+        if not stack.sparse(layer):
+            return NoMoE()
         moe = self.mixture(stack)
-        if not isinstance(moe, MoE) or not stack.sparse(layer):
-            return None
-        if not stack.experts:
+        if not isinstance(moe, MoE) or not stack.experts:
             return moe
         return moe.replace(experts=stack.experts[stack.sparse_layers.index(layer)])
+
+    def experts(self, stack: Stack, *, layer: int) -> MoE | None:
+        """The mixture in a block, or None where there is none."""
+        sparse = self.sparse(stack, layer=layer)
+        return sparse if isinstance(sparse, MoE) else None
 
     @model_validator(mode="after")
     def _check(self) -> "Blueprint":

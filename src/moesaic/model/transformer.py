@@ -103,7 +103,7 @@ class Transformer(nn.Module):
     def start(self, memory: Memory, rows: Int[Tensor, "R"]) -> Cache:
         """Begin decoding: hypothesis i reads the source ``rows[i]``."""
         config = self.config
-        shape = (rows.numel(), config.attention.groups(), 0, config.head_dim)
+        shape = (rows.numel(), config.self_attention.groups(), 0, config.head_dim)
         empty = memory.states.new_zeros(shape)
         source = [
             block.read(memory.states, packing=memory.packing) for block in self._decoder_blocks

@@ -4,6 +4,7 @@ Importing a class is what makes it a word in configs; importing this module impo
 """
 
 from moesaic.moe.among import AllExperts, BestGroups
+from moesaic.moe.attention import MixtureOfAttention
 from moesaic.moe.balances.adamoe import NullBalance
 from moesaic.moe.balances.adaptive import AdaptiveBalance
 from moesaic.moe.balances.bias import BiasUpdate
@@ -14,6 +15,11 @@ from moesaic.moe.balances.importance import Importance
 from moesaic.moe.balances.kept_fraction import KeptFraction
 from moesaic.moe.balances.mutual_information import MutualInformation
 from moesaic.moe.balances.sequence import SequenceBalance
+from moesaic.moe.bodies.lora import LoRAExpert
+from moesaic.moe.bodies.memory import ProductKeyMemory
+from moesaic.moe.bodies.narrow import Narrow
+from moesaic.moe.bodies.residual import Residual
+from moesaic.moe.bodies.shared import GatedSharedExperts, SharedExperts
 from moesaic.moe.noises.warm_up import StochasticWarmUp
 from moesaic.moe.selects.dense_all import (
     AllAtInference,
@@ -53,3 +59,12 @@ BALANCES = (
     SequenceBalance,
 )
 NOISES = (StochasticWarmUp,)
+ATTENTION = (MixtureOfAttention,)
+SPARSE = (ProductKeyMemory,)
+EXPERTS = (LoRAExpert,)
+BESIDES = (
+    SharedExperts,
+    GatedSharedExperts,
+    Residual,
+)
+EXCHANGES = (Narrow,)
