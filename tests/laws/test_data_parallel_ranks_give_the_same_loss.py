@@ -14,6 +14,7 @@ from moesaic.moe.bodies.memory import ProductKeyMemory
 from moesaic.moe.bodies.narrow import Narrow
 from moesaic.moe.bodies.residual import Residual
 from moesaic.moe.bodies.shared import GatedSharedExperts
+from moesaic.moe.bodies.soft import SoftMixture
 from moesaic.moe.config import MoE, NoMoE, Sparse
 from moesaic.moe.layer import learn, set_ranks
 from moesaic.moe.limit import AtRandom, ByPosition, ByWeight, Capacity, Priority
@@ -80,6 +81,7 @@ VARIANTS = {
         spare=IdentityExperts(),
     ),
     "residual": BALANCED_TOP1.replace(beside=Residual()),
+    "soft": SoftMixture(experts=3, slots=2),
     "memory": ProductKeyMemory(side=4, slots=3),
 }
 STEPS = 3

@@ -16,6 +16,7 @@ from moesaic.moe.bodies.memory import ProductKeyMemory
 from moesaic.moe.bodies.narrow import Narrow
 from moesaic.moe.bodies.residual import Residual
 from moesaic.moe.bodies.shared import GatedSharedExperts, SharedExperts
+from moesaic.moe.bodies.soft import SoftMixture
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.noises.warm_up import StochasticWarmUp
 from moesaic.moe.select import SwitchTop1, Top2, TopK
@@ -89,6 +90,9 @@ VARIANTS["expert-choice"] = BASE.replace(
 )
 
 
+VARIANTS["soft"] = BASE.replace(
+    encoder=BASE.encoder.replace(moe=SoftMixture(experts=3, slots=2, length=12))
+)
 MIXTURE = MoE(experts=4, select=TopK(k=2))
 BODIES = {  # what an expert is, and what stands around it
     "shared": MIXTURE.replace(beside=SharedExperts(number=2), hidden=12),

@@ -20,6 +20,7 @@ from moesaic.moe.bodies.memory import ProductKeyMemory
 from moesaic.moe.bodies.narrow import Narrow
 from moesaic.moe.bodies.residual import Residual
 from moesaic.moe.bodies.shared import GatedSharedExperts, SharedExperts
+from moesaic.moe.bodies.soft import SoftMixture
 from moesaic.moe.noises.warm_up import StochasticWarmUp
 from moesaic.moe.selects.dense_all import (
     AllAtInference,
@@ -60,7 +61,10 @@ BALANCES = (
 )
 NOISES = (StochasticWarmUp,)
 ATTENTION = (MixtureOfAttention,)
-SPARSE = (ProductKeyMemory,)
+SPARSE = (
+    ProductKeyMemory,
+    SoftMixture,
+)
 EXPERTS = (LoRAExpert,)
 BESIDES = (
     SharedExperts,
