@@ -6,9 +6,10 @@ import torch
 
 from moesaic.dist.world import Alone, Ranks, World
 from moesaic.moe.balance import SwitchBalance
-from moesaic.moe.config import MoE
+from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.limit import Capacity
 from moesaic.moe.select import TopK
+from moesaic.moe.selects.threshold import Threshold
 from moesaic.observe.routes import Routes, read_routes
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import LANGUAGES, TinyStream, tiny_model_config, tiny_run, tiny_trainer
@@ -78,3 +79,10 @@ def test_the_doctor_knows_the_config() -> None:
     setting = doctor_setting(tiny_run(model=tiny_model_config(moe=moe)), languages=LANGUAGES)
     assert (setting.top_k, setting.balance_weight, setting.z_weight) == (2, 0.03, 0.0)
     assert setting.capacity_factor == 1.5
+
+
+def test_the_doctor_counts_at_least_one_expert_and_finds_the_stack_that_has_any() -> None:
+    depths = MoE(experts=1, select=Threshold())
+    model = tiny_model_config(moe=NoMoE())
+    model = model.replace(decoder=model.decoder.replace(moe=depths))
+    assert doctor_setting(tiny_run(model=model), languages=LANGUAGES).top_k == 1

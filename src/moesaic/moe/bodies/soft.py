@@ -23,7 +23,7 @@ from moesaic.ops.group import Groups
 
 
 class SoftMixture(Sparse):
-    """Soft MoE (2308.00951, equations 1 to 3; normalised as in its section 2.3).
+    """Soft MoE (2308.00951, section 2.1; normalised as in its section 2.3).
 
     Every expert has ``slots`` slots. A slot reads a convex combination of a row's tokens (softmax
     over tokens), and a token gets a convex combination of all slots' answers (softmax over slots).

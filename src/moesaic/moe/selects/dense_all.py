@@ -49,7 +49,7 @@ class ThresholdAtInference(Inference):
 
 
 class DenseAll(Select):
-    """All experts in training, weighed by a softmax (DS-MoE, 2404.05567, section 3).
+    """All experts in training, weighed by a softmax (DS-MoE, 2404.05567).
 
     Every expert gets a gradient from every token; ``MutualInformation`` teaches the router to be
     sure of a few, so that ``inference`` may leave the others out. FLOPs and bytes are those of

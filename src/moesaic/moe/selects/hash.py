@@ -10,7 +10,7 @@ from moesaic.ops.random import mix, salt
 
 
 class Hash(Select):
-    """The expert that a token's vocabulary id hashes to, with weight one (2106.04426, section 3.1).
+    """The expert that a token's vocabulary id hashes to, with weight one (2106.04426).
 
     The hash is another in every layer and the same in every run. Nothing is learnt: use it with
     ``balance=()``, and compare learnt rules with it. The gate is there and counted, but not asked.

@@ -12,7 +12,7 @@ from moesaic.moe.select import Select
 
 
 class NullTopK(Select):
-    """The k likeliest of true and null experts (AdaMoE, 2406.13233, section 3).
+    """The k likeliest of true and null experts (AdaMoE, 2406.13233).
 
     For a mixture with ``spare=ZeroExperts(m)``. Weights are normalised over the true experts among
     the k; edges to null experts are kept, for balance and statistics, and weigh nothing. A token

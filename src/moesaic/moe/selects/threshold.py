@@ -17,8 +17,9 @@ class Threshold(Select):
 
     With one expert it is a mixture-of-depths feed-forward: a token passes it, or its stream goes on
     unchanged. No token looks at another, so what is decided for a prefix stays decided, unlike the
-    top-k over a sequence that it replaces. Ours: weighing by the sigmoid, and a use with several
-    experts. The paper's attention that skips tokens, and their keys and values, is not here.
+    top-k over a sequence that it replaces (mixture of depths, 2404.02258). Ours: weighing by the
+    sigmoid, and a use with several experts. The paper's attention that skips tokens, and their keys
+    and values, is not here.
 
     How many edges there are is learnt (see ``KeptFraction``). ``expected`` is the share of all
     pairs that FLOPs and bytes are counted with, and changes nothing else.

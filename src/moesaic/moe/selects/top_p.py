@@ -15,7 +15,7 @@ from moesaic.moe.select import Select
 
 
 class TopP(Select):
-    """The likeliest experts until their probabilities sum to more than p (2403.07652, eq. 5).
+    """The likeliest experts until their probabilities sum to more than p (2403.07652).
 
     The expert that crosses p is among them, and weights are plain probabilities. Where rounding
     keeps even the sum of all from exceeding p, all are chosen. ``most`` caps their number (None: no

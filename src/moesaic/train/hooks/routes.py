@@ -111,7 +111,7 @@ def doctor_setting(run: Run, *, languages: tuple[str, ...]) -> Setting:
     limit = moe.limit
     return Setting(
         languages,
-        top_k=round(moe.select.experts_per_token(moe.experts)),
+        top_k=max(1, round(moe.select.experts_per_token(moe.experts))),
         balance_weight=sum(b.weight for b in moe.balance if isinstance(b, SwitchBalance)),
         z_weight=sum(b.weight for b in moe.balance if isinstance(b, RouterZ)),
         capacity_factor=limit.factor if isinstance(limit, Capacity) else None,
