@@ -6,9 +6,12 @@ import torch
 from moe.variants import BALANCES, balanced
 from moesaic.dist.world import Alone, Ranks, World
 from moesaic.model.transformer import Transformer
+from moesaic.moe.among import BestGroups
 from moesaic.moe.balances.adamoe import NullBalance
+from moesaic.moe.balances.bias import BiasUpdate
 from moesaic.moe.balances.kept_fraction import KeptFraction
 from moesaic.moe.balances.mutual_information import MutualInformation
+from moesaic.moe.balances.sequence import SequenceBalance
 from moesaic.moe.bodies.lora import LoRAExpert
 from moesaic.moe.bodies.memory import ProductKeyMemory
 from moesaic.moe.bodies.narrow import Narrow
@@ -59,6 +62,11 @@ VARIANTS = {
     "jitter": BALANCED_TOP1.replace(noise=Jitter(epsilon=0.2)),
     "sampled-second": MoE(experts=4, select=Top2(second="sampled")),
     "sigmoid": MoE(experts=4, select=SigmoidTopK(k=2)),
+    "deepseek-v3": MoE(
+        experts=4,
+        select=SigmoidTopK(k=2, among=BestGroups(groups=2, kept=1)),
+        balance=(BiasUpdate(rate=0.05), SequenceBalance(weight=0.1)),
+    ),
     "top-p": MoE(experts=4, select=TopP()),
     "null": MoE(
         experts=4,

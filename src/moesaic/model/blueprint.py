@@ -142,9 +142,9 @@ class Blueprint(Config):
         wanted = self.mixture(self.decoder)
         if self.decoder.sparse_layers and not wanted.causal:
             raise ValueError(
-                f"a rule for the decoder that does not look at later tokens, which are not there "
-                f"yet when it writes, as those of {_rule(wanted)} are; that may stand in "
-                f"encoder.moe, with another in moe or decoder.moe"
+                f"found {_rule(wanted)} in the decoder, expected a rule that does not look at "
+                f"later tokens: they are not there yet when it writes. Put it into encoder.moe, "
+                f"and another rule into moe (or decoder.moe)"
             )
         return self
 
@@ -152,7 +152,7 @@ class Blueprint(Config):
 def _check_experts(moe: MoE | None) -> None:
     refused = moe and moe.select.refuses(experts=moe.routed, spare=moe.spare.count())
     if moe and refused:
-        raise ValueError(f"for {_rule(moe)}, {refused}: moe.experts={moe.experts}")
+        raise ValueError(f"found moe.experts={moe.experts}, {_rule(moe)} expects {refused}")
 
 
 def _rule(moe: Sparse) -> str:
