@@ -9,6 +9,8 @@ import torch
 from moesaic.checkpoint.load import load
 from moesaic.checkpoint.save import save
 from moesaic.dist.world import Ranks
+from moesaic.model.arrangement import Parallel
+from moesaic.moe.attention import MixtureOfAttention
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.bodies.lora import LoRAExpert
 from moesaic.moe.bodies.memory import ProductKeyMemory
@@ -40,6 +42,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
             )
         ),
         "optimizer": Muon(),
+    },
+    "attention-experts-in-parallel": {
+        "model": tiny_model_config().replace(
+            attention_experts=MixtureOfAttention(), block=Parallel()
+        )
     },
     "memory": {"model": tiny_model_config(moe=ProductKeyMemory(side=4, slots=3))},
     "dropout-and-random-drops": {
