@@ -129,6 +129,9 @@ class Blueprint(Config):
             raise ValueError(f"attention.kv_heads={heads.groups()} to divide heads={heads.heads}")
         if isinstance(self.position, Rotary) and self.head_dim % 2:
             raise ValueError(f"an even head_dim for Rotary, not {self.head_dim}")
+        if not isinstance(self.moe, MoE | NoMoE) and self.encoder.experts + self.decoder.experts:
+            name = type(self.moe).__name__
+            raise ValueError(f"no number of experts per block (encoder, decoder) with moe={name}")
         if isinstance(self.moe, MoE):
             k = self.moe.select.experts_per_token(2**30)
             fewest = min((self.moe.experts, *self.encoder.experts, *self.decoder.experts))
