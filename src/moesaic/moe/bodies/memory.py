@@ -36,7 +36,7 @@ class ProductKeyMemory(Sparse):
     As in the released code: queries and keys are normalised; scores pass through no softmax; W' and
     W are linear maps; the m best rows and columns are those under C's leading singular pair
     (UltraMem, 2411.12364), and the m best of their m * m pairs are read. Our reading: all ranks
-    share the keys, normalised to a root mean square of 1 without gains; C starts as 1 / r everywhere
+    share the keys, scaled to a root mean square of 1 without gains; C starts as 1 / r throughout
     (there: at random around it); V starts so small that m of the largest scores of n * n add up to
     about a feed-forward's variance; there is one core, and no virtual slots. Nothing is routed, so
     there is no record of it.
