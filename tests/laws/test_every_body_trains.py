@@ -1,10 +1,13 @@
 """Law: whatever an expert is and whatever stands around it, a few steps fit a batch better."""
 
 import pytest
+import torch
 
 from model.samples import BODIES
+from moesaic.model.arrangement import Parallel, Serial
 from moesaic.model.config import Stack
 from moesaic.model.transformer import Transformer
+from moesaic.moe.attention import MixtureOfAttention
 from moesaic.optim.optimizer import AdamW, Muon, Optimizer
 from moesaic.testing.tiny import random_batch, tiny_model_config
 from moesaic.train.precision import BFloat16, Float32, Precision
@@ -37,6 +40,17 @@ def test_every_body_trains(body, decoder_only):
     losses = _losses(model, optimizer=AdamW(lr=0.01), precision=Float32())
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 0.2
+
+
+@pytest.mark.parametrize("block", [Serial(), Parallel()], ids=repr)
+@pytest.mark.parametrize("keys", ["own", "shared"])
+def test_attention_experts_train(keys, block):
+    experts = MixtureOfAttention(experts=3, keys=keys)
+    model = tiny_model_config().replace(attention_experts=experts, block=block).build()
+    before = model.decoder[0].self_attention.inner.gate.weight.detach().clone()
+    losses = _losses(model, optimizer=Muon(lr=0.01), precision=Float32())
+    assert losses[-1] < losses[0] - 0.1
+    assert not torch.equal(model.decoder[0].self_attention.inner.gate.weight, before)
 
 
 @pytest.mark.parametrize("body", BODIES)

@@ -10,6 +10,8 @@ from moe.variants import balanced
 from moesaic.checkpoint.load import load
 from moesaic.checkpoint.save import save
 from moesaic.dist.world import Ranks
+from moesaic.model.arrangement import Parallel
+from moesaic.moe.attention import MixtureOfAttention
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.balances.adamoe import NullBalance
 from moesaic.moe.bodies.lora import LoRAExpert
@@ -52,6 +54,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
             )
         ),
         "optimizer": Muon(),
+    },
+    "attention-experts-in-parallel": {
+        "model": tiny_model_config().replace(
+            attention_experts=MixtureOfAttention(), block=Parallel()
+        )
     },
     "memory": {"model": tiny_model_config(moe=ProductKeyMemory(side=4, slots=3))},
     "dropout-and-random-drops": {

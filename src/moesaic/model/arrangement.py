@@ -55,7 +55,7 @@ class Serial(Arrangement):
 class Parallel(Arrangement):
     """All branches read one norm of the block's input: ``x + attention(n) + feed_forward(n)``.
 
-    Chosen by BAM (2408.08274, section 3.3) so that attention experts and feed-forward experts may
+    Chosen by BAM (2408.08274) so that attention experts and feed-forward experts may
     run at once. Where a decoder looks at a source, that branch reads the same norm (our reading:
     the paper's models are decoders alone).
     """

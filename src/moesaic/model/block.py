@@ -11,6 +11,7 @@ from torch import nn
 
 from moesaic.core.shapes import Bool, Float, Int, Tensor
 from moesaic.model.blueprint import Blueprint, Stack
+from moesaic.moe.attention import Attends
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.context import Carry, Context
 from moesaic.moe.gates import Place
@@ -60,7 +61,7 @@ class SelfBranch(nn.Module):
     def __init__(self, config: Blueprint, *, causal: bool) -> None:
         super().__init__()
         self.norm = config.block.branch_norm(config.norm, dim=config.dim)
-        self.inner = config.attention_experts.build(
+        self.inner: Attends = config.attention_experts.build(
             config.attention, dim=config.dim, bias=config.bias
         )
         self.dropout = nn.Dropout(config.dropout)

@@ -137,6 +137,10 @@ class Blueprint(Config):
         if isinstance(self.position, Rotary) and self.head_dim % 2:
             raise ValueError(f"an even head_dim for Rotary, not {self.head_dim}")
         for stack in (self.encoder, self.decoder):
+            body = self.mixture(stack)
+            if not isinstance(body, MoE | NoMoE) and stack.experts:
+                name = type(body).__name__
+                raise ValueError(f"no number of experts per block (stack.experts) with {name}")
             for layer in stack.sparse_layers:
                 _check_experts(self.experts(stack, layer=layer))
         wanted = self.mixture(self.decoder)

@@ -5,7 +5,7 @@ d head dim.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -20,6 +20,25 @@ from moesaic.nn.position import Rotation
 from moesaic.nn.start import OwnStart, Start
 
 
+@runtime_checkable
+class Attends(Protocol):
+    """What a block asks of its self-attention (see ``SelfAttention``)."""
+
+    def __call__(
+        self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
+    ) -> Float[Tensor, "T D"]: ...
+
+    def step(
+        self,
+        x: Float[Tensor, "T D"],
+        *,
+        packing: Packing,
+        rotation: Rotation,
+        cache: KeyValue,
+        position: Int[Tensor, "B n"],
+    ) -> Float[Tensor, "T D"]: ...
+
+
 class AttentionExperts(Choice):
     """Family: whether a block's self-attention is one or a mixture."""
 
@@ -28,8 +47,8 @@ class AttentionExperts(Choice):
         del dim
         return config
 
-    def build(self, config: AttentionConfig, *, dim: int, bias: bool) -> nn.Module:
-        """Return a module with the ``forward`` and ``step`` of ``SelfAttention``."""
+    def build(self, config: AttentionConfig, *, dim: int, bias: bool) -> Attends:
+        """Return the module of a block's self-attention."""
         raise NotImplementedError
 
     def pieces(self, *, dim: int) -> Sequence[Piece]:
@@ -46,7 +65,7 @@ class AttentionExperts(Choice):
 class NoAttentionExperts(AttentionExperts):
     """One self-attention, as in a dense transformer."""
 
-    def build(self, config: AttentionConfig, *, dim: int, bias: bool) -> nn.Module:
+    def build(self, config: AttentionConfig, *, dim: int, bias: bool) -> Attends:
         return SelfAttention(config, dim=dim, bias=bias)
 
 
@@ -68,7 +87,7 @@ class MixtureOfAttention(AttentionExperts):
         heads, width = config.heads * self.experts, config.width(dim)
         return AttentionConfig(heads=heads, kv_heads=groups, head_dim=width)
 
-    def build(self, config: AttentionConfig, *, dim: int, bias: bool) -> nn.Module:
+    def build(self, config: AttentionConfig, *, dim: int, bias: bool) -> Attends:
         return AttentionMixture(self, config=config, dim=dim, bias=bias)
 
     def pieces(self, *, dim: int) -> Sequence[Piece]:

@@ -25,8 +25,8 @@ class LoRAExpert(Expert):
     """Expert e multiplies with ``W + alpha / rank * A_e B_e`` at both products (LoRA, 2106.09685).
 
     W is one feed-forward for all experts, trained like any other (freezing it is the optimizer's
-    affair); each ``B_e`` starts as zero, so all experts start as W. A mixture of such experts is
-    MoLoRA (2309.05444, section 3), there beside a frozen pretrained W. Biases belong to W.
+    affair); each ``B_e`` starts as zero, so all experts start as W. Mixtures of such changes
+    are MoLoRA (2309.05444), there of a frozen pretrained W and merged softly. Biases belong to W.
     """
 
     rank: int = Field(default=8, ge=1)

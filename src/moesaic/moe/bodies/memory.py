@@ -33,11 +33,13 @@ class ProductKeyMemory(Sparse):
     multiplies its pre-value (P) with the token before its value (V) is added, there is no
     activation and no balance loss, d = D / 2 and P : V = 1 : 3 with P + V = D / 4 (the defaults).
 
-    Our reading: queries and keys are normalised to a root mean square of 1; scores are not passed
-    through a softmax; W' and W are plain linear maps; the m best rows and columns are those under
-    C's leading singular pair (UltraMem, 2411.12364), and the m best of their m * m pairs are read;
-    C starts as 1 / r everywhere; V starts so small that m of the largest scores of n * n add up to
-    about a feed-forward's variance. Nothing is routed, so there is no record of it.
+    As in the released code: queries and keys are normalised; scores pass through no softmax; W' and
+    W are linear maps; the m best rows and columns are those under C's leading singular pair
+    (UltraMem, 2411.12364), and the m best of their m * m pairs are read. Our reading: all ranks
+    share the keys, scaled to a root mean square of 1 without gains; C starts as 1 / r throughout
+    (there: at random around it); V starts so small that m of the largest scores of n * n add up to
+    about a feed-forward's variance; there is one core, and no virtual slots. Nothing is routed, so
+    there is no record of it.
     """
 
     part: ClassVar[str] = "memory"

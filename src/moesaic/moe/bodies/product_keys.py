@@ -74,7 +74,8 @@ def leading_pair(
 ) -> tuple[Float[Tensor, "r"], Float[Tensor, "r"]]:
     """The left and right vectors of the largest singular value, the left one's sum not negative.
 
-    Without a rule for the sign, "best" could as well mean the smallest scores.
+    Without a rule for the sign, "best" could as well mean the smallest scores (the released code
+    follows the sign of the step before; a rule of the core alone needs no memory of it).
     """
     left, _, right = torch.linalg.svd(core)
     turn = torch.where(left[:, 0].sum() < 0, -1.0, 1.0)

@@ -19,7 +19,7 @@ class Residual(Beside):
     """A fixed feed-forward of an expert's width, mixed with the experts by two learned weights.
 
     ``out = c_1 moe(x) + c_2 mlp(x)`` with ``c = softmax(W x + b)`` in R^2: Residual-MoE
-    (DeepSpeed-MoE, 2201.05596, section 4.1.1) as the released code has it (``coefficient``, with a
+    (DeepSpeed-MoE, 2201.05596, section 4.1) as the released code has it (``coefficient``, with a
     bias whether or not the model has any). The plain sum is ``SharedExperts(number=1)``.
     """
 

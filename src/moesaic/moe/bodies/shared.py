@@ -16,11 +16,11 @@ from moesaic.nn.start import OwnStart, Start
 
 
 class SharedExperts(Beside):
-    """``number`` experts that every token takes, unweighted (DeepSeekMoE, 2401.06066, equation 9).
+    """``number`` experts that every token takes, unweighted (DeepSeekMoE, 2401.06066, section 3.2).
 
     ``out = sum_i shared_i(x) + routed(x)``; K experts of the routed ones' width are one dense
     feed-forward of K times the width. With ``number=1`` it is the fixed feed-forward of a residual
-    mixture as the paper's text has it (DeepSpeed-MoE, 2201.05596, section 4.1.1).
+    mixture as the paper's text has it (DeepSpeed-MoE, 2201.05596, section 4.1).
     """
 
     number: int = Field(default=1, ge=1)
