@@ -6,9 +6,12 @@ import torch
 from moe.variants import BALANCES, balanced
 from moesaic.dist.world import Alone, Ranks, World
 from moesaic.model.transformer import Transformer
+from moesaic.moe.conditions.embeddings import OnTag
 from moesaic.moe.config import MoE, NoMoE, Sparse
 from moesaic.moe.layer import learn, set_ranks
 from moesaic.moe.limit import AtRandom, ByPosition, ByWeight, Capacity, Priority
+from moesaic.moe.links.decoupled import Decoupled
+from moesaic.moe.links.recurrent import Recurrent
 from moesaic.moe.noise import Jitter
 from moesaic.moe.select import Top2, TopK
 from moesaic.optim.optimizer import AdamW
@@ -41,6 +44,9 @@ VARIANTS = {
     "jitter": BALANCED_TOP1.replace(noise=Jitter(epsilon=0.2)),
     "sampled-second": MoE(experts=4, select=Top2(second="sampled")),
     **{name: balanced(name) for name in BALANCES if name != "micro-batch"},  # its ranks differ
+    "recurrent": MoE(experts=4, select=TopK(k=2), link=Recurrent(width=6)),
+    "decoupled": MoE(experts=4, select=TopK(k=2), link=Decoupled(dim=8, heads=2)),
+    "on-tag": MoE(experts=4, select=TopK(k=2), condition=OnTag()),
 }
 STEPS = 3
 Outcome = tuple[list[dict[str, float]], dict[str, torch.Tensor]]

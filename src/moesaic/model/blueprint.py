@@ -57,8 +57,8 @@ class Init(Config):
     matrix, expert (products back to the   the same times ``(branches of the stack) ** -0.5``:
     residual stream)                       2 per encoder or decoder-only layer, 3 with cross-
                                            attention; unless ``scale_by_depth`` is false
-    router                                 ``router_std`` (default ``(0.1 / dim) ** 0.5``: Switch,
-                                           2101.03961, section 2.4)
+    router (products that make logits)     ``router_std`` (default ``(0.1 / fan_in) ** 0.5``:
+                                           Switch, 2101.03961, section 2.4)
     norm                                   gain 1, bias 0
     bias                                   0
     =====================================  ====================================================
@@ -115,4 +115,9 @@ class Blueprint(Config):
             fewest = min((self.moe.experts, *self.encoder.experts, *self.decoder.experts))
             if k > fewest + self.moe.spare.count():
                 raise ValueError(f"moe.experts={fewest} to be at least {k:g} (the select)")
+            for stack in (self.encoder, self.decoder):
+                link = self.moe.link
+                refused = link.refuses(experts=stack.experts, condition=self.moe.condition)
+                if refused:
+                    raise ValueError(f"{type(link).__name__} expects {refused}")
         return self

@@ -10,6 +10,10 @@ from moesaic.moe.balances.entropy import EntropyBalance
 from moesaic.moe.balances.global_batch import GlobalBatchBalance, MicroBatchBalance
 from moesaic.moe.balances.importance import Importance
 from moesaic.moe.balances.sequence import SequenceBalance
+from moesaic.moe.conditions.embeddings import OnlyTag, OnlyToken, OnTag, OnToken
+from moesaic.moe.links.decoupled import Decoupled
+from moesaic.moe.links.pre_gated import PreGated
+from moesaic.moe.links.recurrent import Recurrent
 
 BALANCES = (
     AdaptiveBalance,
@@ -20,4 +24,15 @@ BALANCES = (
     Importance,
     MicroBatchBalance,
     SequenceBalance,
+)
+CONDITIONS = (
+    OnTag,
+    OnToken,
+    OnlyTag,
+    OnlyToken,
+)
+LINKS = (
+    Decoupled,
+    PreGated,
+    Recurrent,
 )
