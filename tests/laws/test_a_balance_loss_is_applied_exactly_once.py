@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from model.samples import padded
+from model.samples import LINKED, padded
 from moe.variants import BALANCES, balanced
 from moesaic.dist.world import Alone
 from moesaic.model.transformer import Transformer
+from moesaic.moe.config import MoE
 from moesaic.moe.layer import layers
+from moesaic.moe.select import TopK
 from moesaic.testing.tiny import LANGUAGES, TASKS, random_batch, tiny_model_config
 from moesaic.train.meters import Categories
 from moesaic.train.precision import Float32
@@ -22,9 +24,14 @@ from moesaic.train.step import Objective
 Found = dict[str, torch.Tensor]
 
 
+CASES = {name: balanced(name) for name in BALANCES} | {
+    name: MoE(experts=4, select=TopK(k=2), link=link) for name, link in LINKED.items()
+}
+
+
 def model_of(name: str) -> Transformer:
     torch.manual_seed(0)
-    return Transformer(tiny_model_config(moe=balanced(name), layers=2))
+    return Transformer(tiny_model_config(moe=CASES[name], layers=2))
 
 
 def step(model: Transformer, batches: list) -> tuple[Found, Found, list[torch.Tensor]]:
@@ -41,7 +48,7 @@ def agree(here: Found, there: Found) -> None:
         torch.testing.assert_close(there[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("name", BALANCES)
+@pytest.mark.parametrize("name", CASES)
 def test_a_batch_given_four_times_in_one_step_counts_once(name):
     batch = random_batch(6, seed=1)
     terms, grads, heard = step(model_of(name), [batch])
@@ -53,7 +60,7 @@ def test_a_batch_given_four_times_in_one_step_counts_once(name):
         torch.testing.assert_close(four, 4 * once)
 
 
-@pytest.mark.parametrize("name", BALANCES)
+@pytest.mark.parametrize("name", CASES)
 def test_recomputing_activations_changes_no_loss_no_gradient_and_no_counter(name):
     batches = [random_batch(6, seed=seed) for seed in (1, 2)]
     plain = step(model_of(name), batches)
@@ -66,7 +73,7 @@ def test_recomputing_activations_changes_no_loss_no_gradient_and_no_counter(name
     assert all(map(torch.equal, plain[2], heard))
 
 
-@pytest.mark.parametrize("name", BALANCES)
+@pytest.mark.parametrize("name", CASES)
 def test_padding_is_never_counted(name):
     batch = random_batch(6, seed=3)
     terms, grads, heard = step(model_of(name), [batch])

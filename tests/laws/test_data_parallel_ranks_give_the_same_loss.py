@@ -18,9 +18,12 @@ from moesaic.moe.bodies.narrow import Narrow
 from moesaic.moe.bodies.residual import Residual
 from moesaic.moe.bodies.shared import GatedSharedExperts
 from moesaic.moe.bodies.soft import SoftMixture
+from moesaic.moe.conditions.embeddings import OnTag
 from moesaic.moe.config import MoE, NoMoE, Sparse
 from moesaic.moe.layer import learn, set_ranks
 from moesaic.moe.limit import AtRandom, ByPosition, ByWeight, Capacity, Priority
+from moesaic.moe.links.decoupled import Decoupled
+from moesaic.moe.links.recurrent import Recurrent
 from moesaic.moe.noise import Jitter
 from moesaic.moe.noises.warm_up import StochasticWarmUp
 from moesaic.moe.select import Top2, TopK
@@ -91,6 +94,9 @@ VARIANTS = {
     "residual": BALANCED_TOP1.replace(beside=Residual()),
     "soft": SoftMixture(experts=3, slots=2),
     "memory": ProductKeyMemory(side=4, slots=3),
+    "recurrent": MoE(experts=4, select=TopK(k=2), link=Recurrent(width=6)),
+    "decoupled": MoE(experts=4, select=TopK(k=2), link=Decoupled(dim=8, heads=2)),
+    "on-tag": MoE(experts=4, select=TopK(k=2), condition=OnTag()),
 }
 STEPS = 3
 Outcome = tuple[list[dict[str, float]], dict[str, torch.Tensor]]

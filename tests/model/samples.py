@@ -17,7 +17,11 @@ from moesaic.moe.bodies.narrow import Narrow
 from moesaic.moe.bodies.residual import Residual
 from moesaic.moe.bodies.shared import GatedSharedExperts, SharedExperts
 from moesaic.moe.bodies.soft import SoftMixture
+from moesaic.moe.conditions.embeddings import OnlyTag, OnlyToken, OnTag, OnToken
 from moesaic.moe.config import MoE, NoMoE
+from moesaic.moe.links.decoupled import Decoupled
+from moesaic.moe.links.pre_gated import PreGated
+from moesaic.moe.links.recurrent import Recurrent
 from moesaic.moe.noises.warm_up import StochasticWarmUp
 from moesaic.moe.select import SwitchTop1, Top2, TopK
 from moesaic.moe.selects.dense_all import DenseAll
@@ -46,6 +50,23 @@ BASE = TransformerConfig(
     moe=MoE(experts=4, select=TopK(k=2), balance=(SwitchBalance(), RouterZ())),
 )
 NONE = Stack(layers=0)
+LINKED = {
+    "recurrent": Recurrent(width=6),
+    "pre-gated": PreGated(),
+    "decoupled": Decoupled(dim=8, heads=2),
+}
+CONDITIONED = {
+    "on-tag": OnTag(),
+    "only-tag": OnlyTag(),
+    "on-token": OnToken(),
+    "only-token": OnlyToken(),
+}
+
+
+def _with(**fields: object) -> TransformerConfig:
+    return BASE.replace(moe=MoE(experts=4, select=TopK(k=2), **fields))
+
+
 VARIANTS = {
     "rotary-top2": BASE,
     "dense": BASE.replace(moe=NoMoE()),
@@ -69,6 +90,10 @@ VARIANTS = {
         position=NoPosition(),
         feed_forward=FeedForward(hidden=24, activation=SquaredReLU()),
     ),
+    **{name: _with(link=link) for name, link in LINKED.items()},
+    **{name: _with(condition=condition) for name, condition in CONDITIONED.items()},
+    "recurrent-on-tag": _with(link=Recurrent(width=6), condition=OnTag()),
+    "decoupled-decoder-only": _with(link=LINKED["decoupled"]).replace(encoder=NONE),
 }
 SPARSELY = {  # every rule of choosing in a whole model; encoders alone where it is not causal
     "sigmoid-in-groups": MoE(

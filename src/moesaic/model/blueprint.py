@@ -63,8 +63,8 @@ class Init(Config):
     matrix, expert (products back to the   the same times ``(branches of the stack) ** -0.5``:
     residual stream)                       2 per encoder or decoder-only layer, 3 with cross-
                                            attention; unless ``scale_by_depth`` is false
-    router                                 ``router_std`` (default ``(0.1 / dim) ** 0.5``: Switch,
-                                           2101.03961, section 2.4)
+    router (products that make logits)     ``router_std`` (default ``(0.1 / fan_in) ** 0.5``:
+                                           Switch, 2101.03961, section 2.4)
     norm                                   gain 1, bias 0
     bias                                   0
     =====================================  ====================================================
@@ -141,6 +141,8 @@ class Blueprint(Config):
             if not isinstance(body, MoE | NoMoE) and stack.experts:
                 name = type(body).__name__
                 raise ValueError(f"no number of experts per block (stack.experts) with {name}")
+            if isinstance(body, MoE):
+                _check_link(body, experts=stack.experts)
             for layer in stack.sparse_layers:
                 _check_experts(self.experts(stack, layer=layer))
         wanted = self.mixture(self.decoder)
@@ -157,6 +159,12 @@ def _check_experts(moe: MoE | None) -> None:
     refused = moe and moe.select.refuses(experts=moe.routed, spare=moe.spare.count())
     if moe and refused:
         raise ValueError(f"found moe.experts={moe.experts}, {_rule(moe)} expects {refused}")
+
+
+def _check_link(moe: MoE, *, experts: tuple[int, ...]) -> None:
+    refused = moe.link.refuses(experts=experts, condition=moe.condition)
+    if refused:
+        raise ValueError(f"{type(moe.link).__name__} expects {refused}")
 
 
 def _rule(moe: Sparse) -> str:

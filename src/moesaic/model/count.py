@@ -171,7 +171,8 @@ def _widths(config: AttentionConfig, *, dim: int) -> tuple[int, int]:
 
 def _mixture(config: Blueprint, *, moe: MoE, side: str, place: Place) -> Iterator[Entry]:
     dim, feed, bias = config.dim, moe.feed_forward(config.feed_forward), config.bias
-    gate = moe.link.gate_pieces(dim=dim, experts=moe.routed, place=place)
+    reads = moe.condition.dim(dim)
+    gate = moe.link.gate_pieces(dim=reads, experts=moe.routed, place=place)
     yield from _pieces([*gate, *moe.condition.pieces(dim=dim)], part=f"{side} router")
     size = Size(moe.experts, moe.exchange.dim(dim), feed, bias)
     yield from _pieces(moe.expert.pieces(size, used=used_share(moe)), part=f"{side} {EXPERTS}")

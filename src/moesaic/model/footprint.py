@@ -17,6 +17,7 @@ from moesaic.model.blueprint import Blueprint, Stack
 from moesaic.model.count import Sizes, count
 from moesaic.moe.config import MoE, NoMoE, Sparse
 from moesaic.moe.experts import Size
+from moesaic.moe.gates import Place
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.position import Rotary
 from moesaic.optim.optimizer import AdamW, Optimizer
@@ -91,6 +92,19 @@ def _stack(config: Blueprint, *, stack: Stack) -> int:
     for layer in range(stack.layers):
         sparse = config.sparse(stack, layer=layer)
         values += _dense(config) if isinstance(sparse, NoMoE) else _sparse(config, sparse=sparse)
+    return values + _routers(config, stack=stack)
+
+
+def _routers(config: Blueprint, *, stack: Stack) -> int:
+    """What routers keep per token beyond the plain ones of ``_sparse``."""
+    values, sparse = 0, stack.sparse_layers
+    for index, layer in enumerate(sparse):
+        moe = config.experts(stack, layer=layer)
+        if moe is not None:
+            place = Place("", index=index, count=len(sparse))
+            values += moe.link.kept(dim=config.dim, place=place) + moe.condition.kept(config.dim)
+            if index == 0:
+                values += moe.link.shared_kept() + moe.condition.shared_kept(config.dim)
     return values
 
 

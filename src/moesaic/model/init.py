@@ -68,7 +68,7 @@ def start_std(name: str, *, kind: Kind, shape: torch.Size, own: Start, config: B
     if kind == "embedding":
         return init.embedding_std or config.dim**-0.5
     if kind == "router":
-        return init.router_std or (0.1 / config.dim) ** 0.5
+        return init.router_std or (0.1 / shape[-1]) ** 0.5
     # Linear is [out, in], a bank [E, in, out]
     fan_in = own.fan_in or (shape[-1] if kind == "matrix" else shape[-2])
     std = init.std or fan_in**-0.5

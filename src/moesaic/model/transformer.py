@@ -20,7 +20,7 @@ from moesaic.model.init import Kind, initialise, parameter_kinds
 from moesaic.model.output import Output
 from moesaic.moe.config import MoE
 from moesaic.moe.context import Carry, Context
-from moesaic.moe.gates import SharedRouting
+from moesaic.moe.gates import Past, SharedRouting, Sight
 from moesaic.nn.attention import KeyValue
 from moesaic.nn.embedding import Embedding
 from moesaic.nn.packing import Packing
@@ -58,8 +58,8 @@ class Transformer(nn.Module):
         self.decoder = nn.ModuleList(
             DecoderBlock(config, layer=i) for i in range(config.decoder.layers)
         )
-        self.encoder_routing = self._shared_routing(config.encoder)
-        self.decoder_routing = self._shared_routing(config.decoder)
+        self.encoder_routing = self._shared_routing(config.encoder, causal=False)
+        self.decoder_routing = self._shared_routing(config.decoder, causal=True)
         if config.encoder.layers:
             self.encoder_norm = config.norm.build(config.dim)
         self.decoder_norm = config.norm.build(config.dim)
@@ -115,6 +115,7 @@ class Transformer(nn.Module):
             mask=None if mask is None else mask.index_select(0, rows),
             length=torch.zeros_like(rows),
             tag=torch.zeros_like(rows),
+            routing=self.decoder_routing.memory(rows.numel()) if self.decoder_routing else None,
         )
 
     def step(self, ids: Int[Tensor, "B n"], cache: Cache) -> Float[Tensor, "B V"]:
@@ -124,13 +125,12 @@ class Transformer(nn.Module):
         position = cache.length[:, None] + torch.arange(ids.shape[1], device=ids.device)
         cache.reserve(int(position.max()) + 1)
         cache.tag = torch.where(cache.length == 0, ids[:, 0], cache.tag)
-        place = position.flatten()[packing.index]
         stream, view = self._enter(
             ids.flatten()[packing.index],
             packing=packing,
             rows=Rows(cache.tag, torch.zeros_like(cache.tag)),
             side=self._decoder_side,
-            position=place,
+            past=Past(position, cache.routing),
         )
         for block, own, source in zip(self._decoder_blocks, cache.own, cache.source, strict=True):
             stream = block.step(
@@ -148,12 +148,13 @@ class Transformer(nn.Module):
     def _decoder_side(self) -> Side:
         return Side(self.config.decoder, self.decoder_routing)
 
-    def _shared_routing(self, stack: Stack) -> SharedRouting | None:
+    def _shared_routing(self, stack: Stack, *, causal: bool) -> SharedRouting | None:
         """What the MoE layers of a stack share, if their routers are linked."""
         moe = self.config.mixture(stack)
         if not isinstance(moe, MoE) or not stack.sparse_layers:
             return None
-        return moe.link.shared(dim=self.config.dim, experts=moe.routed)
+        first = self.config.experts(stack, layer=stack.sparse_layers[0]) or moe
+        return moe.link.shared(dim=self.config.dim, experts=first.routed, causal=causal)
 
     def _encode(
         self, source: Int[Tensor, "B S"], *, key: Int[Tensor, "B"]
@@ -176,9 +177,9 @@ class Transformer(nn.Module):
         packing: Packing,
         rows: Rows,
         side: Side,
-        position: Int[Tensor, "T"] | None = None,
+        past: Past | None = None,
     ) -> tuple[Stream, View]:
-        place = packing.position if position is None else position
+        place = packing.position if past is None else past.position.flatten()[packing.index]
         embedded = self.embedding(ids)
         x = self.dropout(self.position.add(embedded, position=place))
         moe = self.config.mixture(side.stack)
@@ -192,5 +193,6 @@ class Transformer(nn.Module):
             embedded=embedded if reads == "token" else None,
             prompt=self.embedding(rows.tag)[packing.row] if reads == "prompt" else None,
         )
-        carry = Carry() if side.routing is None else side.routing.start(x)
+        sight = Sight(packing, place, past)
+        carry = Carry() if side.routing is None else side.routing.start(x, sight=sight)
         return Stream(x, carry), View(packing, self.position.rotation(place), context)

@@ -21,6 +21,10 @@ from moesaic.moe.bodies.narrow import Narrow
 from moesaic.moe.bodies.residual import Residual
 from moesaic.moe.bodies.shared import GatedSharedExperts, SharedExperts
 from moesaic.moe.bodies.soft import SoftMixture
+from moesaic.moe.conditions.embeddings import OnlyTag, OnlyToken, OnTag, OnToken
+from moesaic.moe.links.decoupled import Decoupled
+from moesaic.moe.links.pre_gated import PreGated
+from moesaic.moe.links.recurrent import Recurrent
 from moesaic.moe.noises.warm_up import StochasticWarmUp
 from moesaic.moe.selects.dense_all import (
     AllAtInference,
@@ -72,3 +76,14 @@ BESIDES = (
     Residual,
 )
 EXCHANGES = (Narrow,)
+CONDITIONS = (
+    OnTag,
+    OnToken,
+    OnlyTag,
+    OnlyToken,
+)
+LINKS = (
+    Decoupled,
+    PreGated,
+    Recurrent,
+)

@@ -42,7 +42,8 @@ class Router(nn.Module):
 
     def __init__(self, config: MoE, *, dim: int, place: Place) -> None:
         super().__init__()
-        self.gate = config.link.gate(dim=dim, experts=config.routed, place=place)
+        reads = config.condition.dim(dim)
+        self.gate = config.link.gate(dim=reads, experts=config.routed, place=place)
         self.condition = config.condition.build(dim=dim)
         self.config = config
         for owner, rule in config.learners():

@@ -36,6 +36,9 @@ class NullBalance(Balance):
         alpha = self.weight + (self.final - self.weight) * done
         return alpha * load.numel() * torch.dot(fraction.float(), mean)
 
+    def evening(self) -> float:
+        return self.weight
+
     def start(self, num_experts: int) -> dict[str, Tensor]:
         del num_experts
         return {"step": torch.zeros(())}

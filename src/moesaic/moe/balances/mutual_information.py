@@ -31,6 +31,9 @@ class MutualInformation(Balance):
         # one sum: the difference of two large ones would be rounded away
         return self.weight * (p * (_log(mean) - _log(p))).sum() / tokens
 
+    def evening(self) -> float:
+        return self.weight
+
 
 def _log(p: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
     """Natural logarithm, large and finite at zero (0 log 0 is 0)."""

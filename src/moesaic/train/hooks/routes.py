@@ -7,7 +7,8 @@ from pathlib import Path
 from moesaic.core.shapes import Int, Tensor
 from moesaic.data.batch import Batch
 from moesaic.dist.world import World
-from moesaic.moe.balance import RouterZ, SwitchBalance
+from moesaic.moe.balance import RouterZ
+from moesaic.moe.balances.bias import BiasUpdate
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity
 from moesaic.moe.record import Record
@@ -109,12 +110,16 @@ def doctor_setting(run: Run, *, languages: tuple[str, ...]) -> Setting:
     if moe is None:
         return Setting(languages)
     limit = moe.limit
+    strongest = max(moe.balance, key=lambda term: term.evening(), default=None)
+    evens = strongest is not None and strongest.evening() > 0
     return Setting(
         languages,
         top_k=max(1, round(moe.select.experts_per_token(moe.experts))),
-        balance_weight=sum(b.weight for b in moe.balance if isinstance(b, SwitchBalance)),
+        balance_weight=sum(b.evening() for b in moe.balance),
         z_weight=sum(b.weight for b in moe.balance if isinstance(b, RouterZ)),
         capacity_factor=limit.factor if isinstance(limit, Capacity) else None,
+        bias_rate=sum(b.rate for b in moe.balance if isinstance(b, BiasUpdate)),
+        balance=type(strongest).__name__ if evens else "SwitchBalance",
     )
 
 
