@@ -1,54 +1,43 @@
-"""Every rule of choosing trains inside a whole model, encoder-decoder or decoder-only."""
+"""Every rule that has a file of its own is a word in configs without being imported by hand."""
 
 import pytest
-import torch
 
-from model.samples import NONE, SPARSELY
-from moesaic.moe.bodies.soft import SoftMixture
-from moesaic.moe.config import MoE
-from moesaic.moe.selects.expert_choice import ExpertChoice
-from moesaic.testing.tiny import TinyStream, random_batch, tiny_model_config, tiny_run, tiny_trainer
+from moesaic.core.config import Choice
+from moesaic.moe import members
+from moesaic.moe.among import Among
+from moesaic.moe.around import Beside, Exchange
+from moesaic.moe.attention import AttentionExperts
+from moesaic.moe.balance import Balance
+from moesaic.moe.config import Sparse
+from moesaic.moe.experts import Expert
+from moesaic.moe.gates import Condition, Link
+from moesaic.moe.noise import Noise
+from moesaic.moe.select import Select
+from moesaic.moe.selects.dense_all import Inference
 
-RULES = SPARSELY | {
-    "expert-choice": MoE(experts=3, select=ExpertChoice(), balance=()),
-    "soft": SoftMixture(experts=3),
+FAMILIES: dict[str, type[Choice]] = {
+    "AMONG": Among,
+    "ATTENTION": AttentionExperts,
+    "BALANCES": Balance,
+    "BESIDES": Beside,
+    "CONDITIONS": Condition,
+    "EXCHANGES": Exchange,
+    "EXPERTS": Expert,
+    "INFERENCES": Inference,
+    "LINKS": Link,
+    "NOISES": Noise,
+    "SELECTS": Select,
+    "SPARSE": Sparse,
 }
+OWN_FILES = tuple(
+    f"moesaic.moe.{room}."
+    for room in ("balances", "bodies", "conditions", "links", "noises", "selects")
+)
 
 
-class Same(TinyStream):
-    """One batch again and again."""
-
-    def __next__(self):
-        self.drawn += 1
-        return random_batch(8, seed=1)
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_a_rule_learns_a_batch_by_heart(name):
-    run = tiny_run(model=tiny_model_config(moe=RULES[name]), steps=30)
-    trainer = tiny_trainer(run)
-    trainer.data = Same()
-    losses = []
-    for _ in range(30):
-        trainer.advance()
-        losses.append(trainer.meters.take(trainer.world))
-    assert all(torch.tensor(list(row.values())).isfinite().all() for row in losses)
-    assert losses[-1]["train/loss"] < 0.9 * losses[0]["train/loss"]
-
-
-@pytest.mark.parametrize("name", SPARSELY)
-def test_a_rule_writes_and_learns_without_an_encoder(name):
-    config = tiny_model_config(moe=SPARSELY[name]).replace(encoder=NONE)
-    model = config.build()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    batch = random_batch(8, seed=2)
-    losses = []
-    for _ in range(5):
-        output = model(batch)
-        own = [term for record in output.records for term in record.losses.values()]
-        loss = model.loss(output).total / batch.num_predicted
-        losses.append(float(loss.detach()))
-        optimizer.zero_grad()
-        (loss + sum(own)).backward()
-        optimizer.step()
-    assert losses[-1] < losses[0]
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_list_of_a_family_leaves_no_file_out(name):
+    listed, family = vars(members)[name], FAMILIES[name]
+    assert all(issubclass(member, family) for member in listed)
+    own = {c for c in family.members.values() if c.__module__.startswith(OWN_FILES)}
+    assert own <= set(listed)
