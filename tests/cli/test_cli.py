@@ -163,7 +163,7 @@ def test_translate_refuses_a_language_the_model_lacks(capsys, home):
     assert "qaa_Latn" in said
 
 
-def test_eval_writes_scores_routes_and_a_report(capsys, home):
+def test_eval_writes_scores_usage_and_a_report(capsys, home):
     main_ok(["eval", "runs/tiny", "--limit", "5", "--resamples", "20", "--json"])
     found = last_json(capsys)
     assert set(found["languages"]) == {"qaa_Latn", "qab_Cyrl", "qac_Grek"}
@@ -171,15 +171,15 @@ def test_eval_writes_scores_routes_and_a_report(capsys, home):
         assert {"model", "copy", "memory"} <= set(result)
     assert json.loads(Path("runs/tiny/summary.json").read_text())["mean"] == found["mean"]
     assert "<html" in Path("runs/tiny/report.html").read_text()
-    assert Path("runs/tiny/routes.json").is_file()
+    assert Path("runs/tiny/usage.json").is_file()
 
 
 def test_eval_reads_a_test_set_of_ones_own(capsys, home):
     Path("mine.tsv").write_text("Open the file\tTopoba\nClose it\tSezoga\n")
-    before = Path("runs/tiny/routes.json").read_bytes()
+    before = Path("runs/tiny/usage.json").read_bytes()
     main_ok(["eval", "runs/tiny", "--pairs", "mine.tsv", "--to", "qaa", "--json"])
     assert last_json(capsys)["languages"]["qaa_Latn"]["count"] == 2
-    assert Path("runs/tiny/routes.json").read_bytes() == before
+    assert Path("runs/tiny/usage.json").read_bytes() == before
 
 
 def test_a_run_that_is_there_is_not_overwritten(capsys, home):

@@ -36,13 +36,13 @@ SAMPLES = {
 
 
 def write_fake_run(path: Path, *, experts: int = 8, seed: int = 0) -> Path:
-    """Write config, metrics, routes and summary of a plausible run and return its path."""
+    """Write config, metrics, usage and summary of a plausible run and return its path."""
     random = np.random.default_rng(seed)
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.yaml").write_text(_CONFIG, encoding="utf-8")
     rows = "".join(json.dumps(row) + "\n" for row in _metrics(random))
     (path / "metrics.jsonl").write_text(rows, encoding="utf-8")
-    (path / "routes.json").write_text(json.dumps(_routes(random, experts)), encoding="utf-8")
+    (path / "usage.json").write_text(json.dumps(_usage(random, experts)), encoding="utf-8")
     (path / "summary.json").write_text(json.dumps(_summary(random)), encoding="utf-8")
     return path
 
@@ -75,7 +75,7 @@ def _metrics(random, steps=3000):
         yield row
 
 
-def _routes(random, experts):
+def _usage(random, experts):
     """Related languages prefer the same experts, more so in later layers."""
     layers = []
     taste = random.dirichlet(np.ones(experts) * 0.6, size=max(FAMILY) + 1)

@@ -46,8 +46,8 @@ class RunDir:
         return self.path / "tensorboard"
 
     @property
-    def routes(self) -> Path:
-        return self.path / "routes.json"
+    def usage(self) -> Path:
+        return self.path / "usage.json"
 
     @property
     def summary(self) -> Path:

@@ -44,7 +44,7 @@ def evaluate(
     """Score translations: chrF++ and BLEU with 95 % intervals, and what they are worth.
 
     Without a test set of your own: the held-out strings of the run's corpus; then summary.json,
-    routes.json and report.html of the run are written anew.
+    usage.json and report.html of the run are written anew.
 
     Example: [cyan]moesaic eval runs/demo[/]
 

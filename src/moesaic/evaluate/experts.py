@@ -9,20 +9,20 @@ import torch
 from moesaic.data.batch import Batch
 from moesaic.model.transformer import Transformer
 from moesaic.observe.affinity import language_distance, specialisation
-from moesaic.observe.routes import RouteCounts
+from moesaic.observe.usage import UsageCounts
 
 
 @torch.inference_mode()
 def expert_usage(
     model: Transformer, *, batches: Iterable[Batch], languages: Sequence[str]
-) -> RouteCounts:
+) -> UsageCounts:
     """Count every edge under the target language of its token's row.
 
-    ``languages`` are what ``Batch.target_language`` indexes. The result writes ``routes.json``.
+    ``languages`` are what ``Batch.target_language`` indexes. The result writes ``usage.json``.
     """
     training = model.training
     model.eval()
-    counts = RouteCounts(languages)
+    counts = UsageCounts(languages)
     for batch in batches:
         for record in model(batch).records:
             routing = record.routing
@@ -36,7 +36,7 @@ def expert_usage(
     return counts
 
 
-def describe(counts: RouteCounts) -> dict[str, Any]:
+def describe(counts: UsageCounts) -> dict[str, Any]:
     """Return plain data for people and for summary.json: how specialised each layer is.
 
     ``layers``: entropies, ``information`` in bits, and per expert its typical languages with how

@@ -14,7 +14,7 @@ from moesaic.core.errors import UserError
 from moesaic.core.files import read_json
 from moesaic.data.languages import language
 from moesaic.observe.metrics import read_metrics
-from moesaic.observe.routes import Routes, read_routes
+from moesaic.observe.usage import Usage, read_usage
 from moesaic.report.charts import Series
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ class Inputs:
     config_text: str = ""
     metrics: dict[str, Series] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
-    routes: Routes | None = None
+    usage: Usage | None = None
     gaps: dict[str, str] = field(default_factory=dict)
 
     def curve(self, name: str, *, label: str = "", tint: int = 0, dash: int = 0) -> Series | None:
@@ -57,7 +57,7 @@ def read_inputs(run: RunDir) -> Inputs:
         config_text=text,
         metrics=_try(run.metrics, _curves, {}, gaps),
         summary=_try(run.summary, lambda path: _mapping(read_json(path)), {}, gaps),
-        routes=_try(run.routes, _routes, None, gaps),
+        usage=_try(_usage_file(run), _usage, None, gaps),
         gaps=gaps,
     )
 
@@ -91,8 +91,14 @@ def _mapping(value: object) -> dict[str, Any]:
     return value
 
 
-def _routes(path: Path) -> Routes | None:
-    found = read_routes(path)
+def _usage_file(run: RunDir) -> Path:
+    """Runs of the first versions have their counts under another name."""
+    old = run.path / "routes.json"
+    return old if old.is_file() and not run.usage.is_file() else run.usage
+
+
+def _usage(path: Path) -> Usage | None:
+    found = read_usage(path)
     return found if any(layer.edges for layer in found.layers) else None
 
 

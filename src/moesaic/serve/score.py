@@ -15,7 +15,7 @@ from moesaic.evaluate.harness import Settings, Translate, evaluate, traced
 from moesaic.evaluate.summary import LanguageResult, Sample, Summary
 from moesaic.evaluate.testset import TestSet
 from moesaic.model.search import Greedy, Search
-from moesaic.observe.routes import RouteCounts
+from moesaic.observe.usage import UsageCounts
 from moesaic.serve.translator import Translator
 
 Done = Callable[[TestSet, LanguageResult], None]
@@ -51,16 +51,16 @@ def score_run(
     )
 
 
-def count_experts(path: Path | str, *, tests: Sequence[TestSet]) -> RouteCounts:
+def count_experts(path: Path | str, *, tests: Sequence[TestSet]) -> UsageCounts:
     """Count which experts read and write the test sentences, by target language.
 
-    Writes the run's ``routes.json`` and returns the counts.
+    Writes the run's ``usage.json`` and returns the counts.
     """
     translator = Translator.open(path)
     counts = expert_usage(
         translator.model, batches=_batches(translator, tests), languages=translator.languages
     )
-    counts.write(RunDir(Path(path)).routes)
+    counts.write(RunDir(Path(path)).usage)
     return counts
 
 

@@ -1,39 +1,42 @@
-"""WatchRoutes: which experts took which language, and the router doctor's opinion of it."""
+"""WatchUsage: which experts took which language, and the router doctor's opinion of it."""
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from moesaic.core.shapes import Int, Tensor
+import torch
+
+from moesaic.core.shapes import Bool, Int, Tensor
 from moesaic.data.batch import Batch
 from moesaic.dist.world import World
 from moesaic.moe.balance import RouterZ, SwitchBalance
 from moesaic.moe.config import MoE
+from moesaic.moe.context import Context
 from moesaic.moe.limit import Capacity
 from moesaic.moe.record import Record
 from moesaic.observe.doctor import Doctor, health, report
 from moesaic.observe.layer_counts import summary
-from moesaic.observe.routes import RouteCounts
 from moesaic.observe.signs import Finding, Setting
+from moesaic.observe.usage import Scales, UsageCounts
 from moesaic.train.hooks.hook import Hook
 from moesaic.train.run import Run
 from moesaic.train.trainer import StepReport, Trainer
 
 
-class WatchRoutes(Hook):
+class WatchUsage(Hook):
     """Counts one step of ``log.routes_every``; examines the counts at every row of metrics.
 
-    Counts since the last row, and those of the whole run (``routes.json``), are saved with a
+    Counts since the last row, and those of the whole run (``usage.json``), are saved with a
     checkpoint. An encoder layer's tokens count for the source language, a decoder's for the target.
     """
 
     def __init__(self, path: Path, *, trainer: Trainer) -> None:
         self.path = path
         languages = trainer.objective.categories.languages
-        self._new, self._all = RouteCounts(languages), RouteCounts(languages)
+        self._new, self._all = _counts(trainer, languages), _counts(trainer, languages)
         self._doctor = Doctor(doctor_setting(trainer.run, languages=languages))
         self._known: set[tuple[str, str]] = set()
-        trainer.parts["routes"] = self
+        trainer.parts["routes"] = self  # the name that checkpoints know it by
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         log = trainer.run.log
@@ -44,7 +47,7 @@ class WatchRoutes(Hook):
             self._examine(trainer)
 
     def after_run(self, trainer: Trainer) -> None:
-        whole = RouteCounts(self._all.languages)
+        whole = _counts(trainer, self._all.languages)
         whole.merge(dict(_in_order(self._all.tensors())))
         whole.merge(_summed(self._new, trainer.world))
         if trainer.world.rank == 0 and whole.tensors():
@@ -73,12 +76,12 @@ class WatchRoutes(Hook):
             expert=routing.expert,
             language=languages[record.row[routing.token]],
             num_experts=routing.num_experts,
-            router_entropy=record.router_entropy(),
-            logit_rms=record.logit_rms(),
+            late=late_in_queue(record.context)[routing.token],
+            scales=Scales(record.router_entropy(), record.logit_rms()),
         )
 
     def _examine(self, trainer: Trainer) -> None:
-        interval = RouteCounts(self._new.languages)
+        interval = _counts(trainer, self._new.languages)
         interval.merge(_summed(self._new, trainer.world))
         self._new.clear()
         self._all.merge(dict(_in_order(interval.tensors())))
@@ -101,6 +104,20 @@ def language_of(record: Record, *, batch: Batch) -> Int[Tensor, "B"]:
     return batch.source_language if encoder else batch.target_language
 
 
+def late_in_queue(context: Context) -> Bool[Tensor, "T"]:
+    """Return which tokens are in the later half, in the order in which rows queue for room."""
+    order = context.position.argsort(stable=True)
+    order = order[context.row_key[order].argsort(stable=True)]
+    late = torch.zeros_like(order, dtype=torch.bool)
+    late[order[(order.numel() + 1) // 2 :]] = True
+    return late
+
+
+def _counts(trainer: Trainer, languages: tuple[str, ...]) -> UsageCounts:
+    moe = trainer.run.model.moe
+    return UsageCounts(languages, spare=moe.spare.count() if isinstance(moe, MoE) else 0)
+
+
 def doctor_setting(run: Run, *, languages: tuple[str, ...]) -> Setting:
     """Return what the doctor needs of the config for causes and advice."""
     moe = run.model.moe
@@ -116,7 +133,7 @@ def doctor_setting(run: Run, *, languages: tuple[str, ...]) -> Setting:
     )
 
 
-def _summed(counts: RouteCounts, world: World) -> dict[str, Tensor]:
+def _summed(counts: UsageCounts, world: World) -> dict[str, Tensor]:
     return {name: world.sum(value) for name, value in _in_order(counts.tensors())}
 
 

@@ -1,4 +1,4 @@
-"""Routes: counts by layer, expert and language, the same on any number of ranks."""
+"""Usage: counts by layer, expert and language, the same on any number of ranks."""
 
 from pathlib import Path
 
@@ -7,12 +7,13 @@ import torch
 from moesaic.dist.world import Alone, Ranks, World
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import Capacity
+from moesaic.moe.context import Context
+from moesaic.moe.limit import AtRandom, ByPosition, Capacity
 from moesaic.moe.select import TopK
-from moesaic.observe.routes import Routes, read_routes
+from moesaic.observe.usage import Usage, read_usage
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import LANGUAGES, TinyStream, tiny_model_config, tiny_run, tiny_trainer
-from moesaic.train.hooks.routes import WatchRoutes, doctor_setting
+from moesaic.train.hooks.usage import WatchUsage, doctor_setting, late_in_queue
 from moesaic.train.loop import loop
 from moesaic.train.run import Log
 
@@ -20,25 +21,25 @@ from moesaic.train.run import Log
 def _watch(path: Path, world: World) -> None:
     run = tiny_run(log=Log(every=4, routes_every=2))
     trainer = tiny_trainer(run, world=world)
-    loop(trainer, hooks=[WatchRoutes(path, trainer=trainer)], until=6)
+    loop(trainer, hooks=[WatchUsage(path, trainer=trainer)], until=6)
 
 
 def _on_rank(path: Path) -> None:
     _watch(path, Ranks())
 
 
-def _equal(left: Routes, right: Routes) -> bool:
+def _equal(left: Usage, right: Usage) -> bool:
     pairs = zip(left.layers, right.layers, strict=True)
     return all(a.layer == b.layer and (a.counts == b.counts).all() for a, b in pairs)
 
 
 def test_every_token_of_every_other_step_is_counted_once(tmp_path: Path) -> None:
-    _watch(tmp_path / "routes.json", Alone())
-    routes = read_routes(tmp_path / "routes.json")
-    assert [layer.layer for layer in routes.layers] == ["encoder.0", "decoder.0"]
+    _watch(tmp_path / "usage.json", Alone())
+    usage = read_usage(tmp_path / "usage.json")
+    assert [layer.layer for layer in usage.layers] == ["encoder.0", "decoder.0"]
     stream = TinyStream()
     batches = [next(stream) for _ in range(6)][1::2]  # steps 2, 4, 6
-    for layer, side in zip(routes.layers, ("source", "target"), strict=True):
+    for layer, side in zip(usage.layers, ("source", "target"), strict=True):
         for index in range(len(LANGUAGES)):
             tokens = 0
             for batch in batches:
@@ -51,7 +52,7 @@ def test_every_token_of_every_other_step_is_counted_once(tmp_path: Path) -> None
 def test_ranks_count_what_one_counts(tmp_path: Path) -> None:
     _watch(tmp_path / "one.json", Alone())
     run_on_ranks(2, _on_rank, tmp_path / "two.json")
-    assert _equal(read_routes(tmp_path / "one.json"), read_routes(tmp_path / "two.json"))
+    assert _equal(read_usage(tmp_path / "one.json"), read_usage(tmp_path / "two.json"))
 
 
 def test_a_collapsed_router_is_named_with_its_layer(tmp_path: Path) -> None:
@@ -62,7 +63,7 @@ def test_a_collapsed_router_is_named_with_its_layer(tmp_path: Path) -> None:
         for parameter in trainer.model.parameters():
             parameter.requires_grad_(requires_grad=False)
         trainer.model.encoder_norm.weight.requires_grad_()
-    loop(trainer, hooks=[WatchRoutes(tmp_path / "r.json", trainer=trainer)], until=4)
+    loop(trainer, hooks=[WatchUsage(tmp_path / "r.json", trainer=trainer)], until=4)
     notes = trainer.journal.take_notes()
     assert any("decoder.0" in note and "try" in note for note in notes), notes
     assert "decoder.0" in trainer.journal.health
@@ -78,3 +79,25 @@ def test_the_doctor_knows_the_config() -> None:
     setting = doctor_setting(tiny_run(model=tiny_model_config(moe=moe)), languages=LANGUAGES)
     assert (setting.top_k, setting.balance_weight, setting.z_weight) == (2, 0.03, 0.0)
     assert setting.capacity_factor == 1.5
+
+
+def test_the_queue_is_that_of_the_rows_keys_whatever_their_order_in_the_batch() -> None:
+    row = torch.tensor([0, 0, 1, 1, 2, 2])
+    key = torch.tensor([70, 10, 40])[row]
+    none = torch.zeros(6, dtype=torch.long)
+    context = Context(row, torch.tensor([0, 1] * 3), none, none, key)
+    assert late_in_queue(context).tolist() == [True, True, False, False, False, True]
+
+
+def test_room_by_position_is_seen_and_room_at_random_is_not(tmp_path: Path) -> None:
+    shares = {}
+    for priority in (ByPosition(), AtRandom()):
+        moe = MoE(experts=4, limit=Capacity(factor=0.5, priority=priority))
+        run = tiny_run(log=Log(every=1, routes_every=1), model=tiny_model_config(moe=moe))
+        trainer = tiny_trainer(run)
+        trainer.data = TinyStream(rows=64)
+        loop(trainer, hooks=[WatchUsage(tmp_path / "u.json", trainer=trainer)], until=1)
+        (layer, _) = read_usage(tmp_path / "u.json").layers
+        shares[type(priority)] = layer.dropped_late / layer.dropped.sum()
+    assert shares[ByPosition] > 0.8
+    assert 0.4 < shares[AtRandom] < 0.6
