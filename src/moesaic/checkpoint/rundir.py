@@ -50,6 +50,16 @@ class RunDir:
         return self.path / "usage.json"
 
     @property
+    def insight(self) -> Path:
+        """What routers were found to read, on held-out text."""
+        return self.path / "insight.json"
+
+    @property
+    def learning(self) -> Path:
+        """Routes of one batch at several steps of training."""
+        return self.path / "learning.routes"
+
+    @property
     def summary(self) -> Path:
         return self.path / "summary.json"
 

@@ -18,7 +18,7 @@ from moesaic.evaluate.testset import TestSet, from_corpus, from_file, from_moses
 from moesaic.model.search import Beam, Greedy
 from moesaic.recipes.find import find
 from moesaic.report.write import write_report
-from moesaic.serve.score import count_experts, score_run
+from moesaic.serve.score import count_experts, record_routes, score_run
 from moesaic.train.run import Run
 
 app = verb_app()
@@ -38,13 +38,16 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Sentences per language.")] = None,
     beam: Annotated[int, typer.Option(min=1, help="Beam size; 1 is greedy.")] = 1,
     resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples.")] = 1000,
+    routes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Record every token's experts in a file.")
+    ] = None,
     files: Use = None,
     as_json: Json = False,
 ) -> None:
     """Score translations: chrF++ and BLEU with 95 % intervals, and what they are worth.
 
     Without a test set of your own: the held-out strings of the run's corpus; then summary.json,
-    usage.json and report.html of the run are written anew.
+    usage.json, insight.json and report.html of the run are written anew.
 
     Example: [cyan]moesaic eval runs/demo[/]
 
@@ -70,7 +73,9 @@ def evaluate(
         ),
     )
     if not own:
-        keep(run, summary=summary, tests=tests)
+        keep(run, summary=summary, tests=tests, routes=routes)
+    elif routes is not None:
+        record_routes(run, tests=tests, out=routes)
     answer(summary.plain(), as_json=as_json, show=lambda console: _show(summary, console))
 
 
@@ -89,10 +94,10 @@ def run_tests(
     return from_corpus(corpus, directions=directions, split=split, limit=limit)
 
 
-def keep(run: Path, *, summary: Summary, tests: list[TestSet]) -> Path:
+def keep(run: Path, *, summary: Summary, tests: list[TestSet], routes: Path | None = None) -> Path:
     """Write what an evaluation found into the run directory; return the report's path."""
     summary.write(RunDir(run).summary)
-    count_experts(run, tests=tests)
+    count_experts(run, tests=tests, routes=routes)
     return write_report(run)
 
 
