@@ -105,6 +105,10 @@ def test_nothing_that_a_file_says_can_run(tmp_path):
     usage = json.loads((run / "usage.json").read_text())
     usage["layers"][0]["layer"] = ATTACK
     (run / "usage.json").write_text(json.dumps(usage))
+    insight = json.loads((run / "insight.json").read_text())
+    insight["layers"][ATTACK] = insight["layers"].pop("encoder.1")
+    insight["layers"][ATTACK]["typical"][0][0] = ATTACK
+    (run / "insight.json").write_text(json.dumps(insight))
     page = write_report(run).read_text(encoding="utf-8")
     parsed = _parse(page)
     assert len(parsed.scripts) == 1
@@ -113,7 +117,7 @@ def test_nothing_that_a_file_says_can_run(tmp_path):
     assert not any(name.startswith("on") for _, attrs in parsed.seen for name in attrs)
 
 
-@pytest.mark.parametrize("name", ["summary.json", "usage.json", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["summary.json", "usage.json", "insight.json", "metrics.jsonl"])
 @pytest.mark.parametrize("how", ["missing", "damaged", "of another kind"])
 def test_a_gap_is_said_and_the_rest_is_shown(run, tmp_path, name, how):
     copy = tmp_path / "run"

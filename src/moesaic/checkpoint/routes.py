@@ -182,7 +182,7 @@ class RoutesFile:
             whole = json.loads(metadata["routes"])
             self.languages: tuple[str, ...] = tuple(whole["languages"])
             self.about: dict[str, Any] = whole["about"]
-            self.layers = tuple(LayerHead(**head) for head in whole["layers"])
+            self.layers = tuple(_head(head) for head in whole["layers"])
             self._batches: int = whole["batches"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.path}: damaged description of its routes ({error})") from error
@@ -220,6 +220,11 @@ class RoutesFile:
             routing = _routing(file, head, part=parts[f"edges/{head.layer}"], tokens=len(tokens))
             found.append(LayerRoutes(head.layer, routing, tokens, head.spare))
         return tuple(found)
+
+
+def _head(given: Mapping[str, Any]) -> LayerHead:
+    """Read what is known; a later writer of the same version may say more."""
+    return LayerHead(given["layer"], given["experts"], given["spare"], given["per_token"])
 
 
 def _routing(file: Any, head: LayerHead, *, part: slice, tokens: int) -> Routing:

@@ -55,9 +55,14 @@ class RunDir:
         return self.path / "insight.json"
 
     @property
+    def routes(self) -> Path:
+        """Recorded routing of training steps, a file each."""
+        return self.path / "routes"
+
+    @property
     def learning(self) -> Path:
-        """Routes of one batch at several steps of training."""
-        return self.path / "learning.routes"
+        """Routing of the same held-out text at several steps of training, a file each."""
+        return self.path / "learning"
 
     @property
     def summary(self) -> Path:

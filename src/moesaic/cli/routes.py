@@ -14,9 +14,9 @@ from moesaic.cli.common import Json, answer, verb_app
 from moesaic.core.errors import UserError
 from moesaic.core.units import show_bytes
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.evaluate.agreement import Agreement, compare
 from moesaic.evaluate.experts import describe, expert_usage
 from moesaic.evaluate.insight import Insight
+from moesaic.moe.agreement import Agreement, compare
 from moesaic.observe.layer_counts import LayerCounts, summary
 
 app = verb_app()
@@ -150,12 +150,16 @@ def _show(value: dict[str, Any], console: Console) -> None:
     console.print(
         f"{value['batches']} batches, {show_bytes(value['bytes'])}; {escape(told)}", highlight=False
     )
-    for side in value["sides"].values():
-        table = Table(box=None, padding=(0, 1), show_header=False)
-        table.add_row("", *(f"[bold]{escape(token)}[/]" for token in side["tokens"]))
-        for layer, rows in side["layers"].items():
-            used = ("+".join(str(expert) for expert, _ in edges) or "-" for edges in rows)
-            table.add_row(f"[dim]{layer}[/]", *(f"[cyan]{experts}[/]" for experts in used))
+    for name, side in value["sides"].items():
+        table = Table(box=None, title=f"\n{name}", title_justify="left")
+        for column in ("token", *side["layers"]):
+            table.add_column(column, style="bold" if column == "token" else "cyan")
+        for i, token in enumerate(side["tokens"]):
+            edges = (rows[i] for rows in side["layers"].values())
+            shown = (
+                " ".join(f"{e}\u00d7{weight:.2f}" for e, weight in row) or "-" for row in edges
+            )
+            table.add_row(escape(token), *shown)
         console.print(table)
 
 

@@ -1,7 +1,7 @@
 """Insight: the three findings of OpenMoE (arXiv:2402.01739), looked for in recorded routes.
 
 Does a router read which token it is, or only where it is? Are late tokens the ones that are
-dropped? (When routes settle in training is ``evaluate/agreement.py``.) Results are plain data,
+dropped? (When routes settle in training is ``moe/agreement.py``.) Results are plain data,
 written as ``insight.json``.
 
 Letters: N edges, E experts, P positions, V vocabulary ids.

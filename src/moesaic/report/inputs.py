@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 
 import yaml
 
+from moesaic.checkpoint.routes import RoutesFile
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.core.errors import UserError
 from moesaic.core.files import read_json
 from moesaic.data.languages import language
+from moesaic.moe.agreement import Agreement, compare
 from moesaic.observe.metrics import read_metrics
 from moesaic.observe.usage import Usage, read_usage
 from moesaic.report.charts import Series
@@ -23,7 +25,10 @@ _LANGUAGE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}(_\w+)?")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """The files of a run. ``gaps`` has one sentence per file that could not be read, by name."""
+    """The files of a run. ``gaps`` has one sentence per file that could not be read, by name.
+
+    ``learning`` says per step how alike held-out text was routed then and at the last one.
+    """
 
     name: str
     config: dict[str, Any] = field(default_factory=dict)
@@ -31,6 +36,8 @@ class Inputs:
     metrics: dict[str, Series] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     usage: Usage | None = None
+    insight: dict[str, Any] = field(default_factory=dict)
+    learning: tuple[tuple[int, Agreement], ...] = ()
     gaps: dict[str, str] = field(default_factory=dict)
 
     def curve(self, name: str, *, label: str = "", tint: int = 0, dash: int = 0) -> Series | None:
@@ -58,6 +65,8 @@ def read_inputs(run: RunDir) -> Inputs:
         metrics=_try(run.metrics, _curves, {}, gaps),
         summary=_try(run.summary, lambda path: _mapping(read_json(path)), {}, gaps),
         usage=_try(_usage_file(run), _usage, None, gaps),
+        insight=_try(run.insight, _insight, {}, gaps),
+        learning=_learning(run.learning, gaps),
         gaps=gaps,
     )
 
@@ -100,6 +109,30 @@ def _usage_file(run: RunDir) -> Path:
 def _usage(path: Path) -> Usage | None:
     found = read_usage(path)
     return found if any(layer.edges for layer in found.layers) else None
+
+
+def _insight(path: Path) -> dict[str, Any]:
+    found = _mapping(read_json(path))
+    if found["format"] != 1:
+        raise ValueError(f"format {found['format']}, expected 1")
+    wanted = {"experts", "spare", "uncertainty", "typical", "positions"}
+    for name, layer in found["layers"].items():
+        if wanted - layer.keys():
+            raise ValueError(f"layer {name} lacks {', '.join(sorted(wanted - layer.keys()))}")
+    return found
+
+
+def _learning(folder: Path, gaps: dict[str, str]) -> tuple[tuple[int, Agreement], ...]:
+    files = sorted(folder.glob("step-*.routes"))
+    if not files:
+        return ()
+    try:
+        last = list(RoutesFile(files[-1]))
+        steps = [int(path.stem.partition("-")[2]) for path in files]
+        return tuple((s, compare(RoutesFile(f), last)) for s, f in zip(steps, files, strict=True))
+    except (OSError, ValueError, UserError) as error:
+        gaps["learning"] = f"learning could not be read: {' '.join(str(error).split())[:200]}."
+        return ()
 
 
 def _curves(path: Path) -> dict[str, Series]:

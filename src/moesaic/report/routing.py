@@ -139,7 +139,7 @@ def _about(layer: LayerCounts, used: Usage) -> Html:
     share = layer.load / max(layer.load.sum(), 1)
     rows = [
         [
-            f"expert {e}",
+            f"expert {e}" if e < layer.working.size else f"spare {e}",
             f"{share[e]:.1%}",
             ", ".join(f"{language_name(used.languages[g])} {ratio:.1f}×" for g, ratio in typical),
         ]

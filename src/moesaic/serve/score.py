@@ -96,7 +96,7 @@ def _recording(
     if path is None:
         yield lambda routes: routes
         return
-    about = {"texts": [test.name for test in tests]}
+    about = {"texts": sorted({test.name for test in tests})}
     with RoutesWriter(path, languages=translator.languages, about=about) as writer:
 
         def record(routes: Routes) -> Routes:

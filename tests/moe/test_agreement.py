@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moesaic.core.errors import DataError
-from moesaic.evaluate.agreement import compare
+from moesaic.moe.agreement import compare
 from moesaic.moe.routes import LayerRoutes, Tokens
 from moesaic.moe.routing import Routing
 
