@@ -51,7 +51,13 @@ def test_every_verb_has_help_with_an_example(capsys):
 
 
 def test_subverbs_have_help_with_an_example(capsys):
-    for words in (["data", "build"], ["data", "stats"], ["data", "show"], ["config", "show"], ["routes", "stats"]):
+    for words in (
+        ["data", "build"],
+        ["data", "stats"],
+        ["data", "show"],
+        ["config", "show"],
+        ["routes", "stats"],
+    ):
         main_ok([*words, "--help"])
         assert "Example" in capsys.readouterr().out, words
 

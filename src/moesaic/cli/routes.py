@@ -173,7 +173,7 @@ def _show_stats(value: dict[str, Any], console: Console) -> None:
     console.print(table)
     table = Table(box=None, title="\nuncertainty of the expert, of 1", title_justify="left")
     for name in ("layer", "given language", "given token", "by chance", "given position"):
-        table.add_column(name, justify="right" if name != "layer" else None)
+        table.add_column(name, justify="right" if name != "layer" else "left")
     for layer, found in value["insight"].items():
         known = found["uncertainty"]
         language = value["languages"][layer]["language_entropy"]
@@ -182,7 +182,7 @@ def _show_stats(value: dict[str, Any], console: Console) -> None:
     console.print(table)
     table = Table(box=None, title="\ndropped by position", title_justify="left")
     for name in ("layer", "first half", "second half"):
-        table.add_column(name, justify="right" if name != "layer" else None)
+        table.add_column(name, justify="right" if name != "layer" else "left")
     for layer, found in value["insight"].items():
         halves = _halves(found["positions"])
         table.add_row(f"[cyan]{layer}[/]", *(f"{share:.2%}" for share in halves))
@@ -201,7 +201,7 @@ def _halves(positions: dict[str, list[int]]) -> tuple[float, float]:
 def _show_agreement(found: Agreement, console: Console) -> None:
     table = Table(box=None)
     for name in ("layer", "edges alike", "tokens alike"):
-        table.add_column(name, justify="right" if name != "layer" else None)
+        table.add_column(name, justify="right" if name != "layer" else "left")
     for layer in found.layers:
         table.add_row(f"[cyan]{layer.layer}[/]", f"{layer.edges:.1%}", f"{layer.tokens:.1%}")
     table.add_row("mean / every layer", f"{found.edges:.1%}", f"{found.tokens:.1%}")

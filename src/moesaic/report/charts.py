@@ -174,13 +174,14 @@ def dot_chart(
         for v in marks
     ]
     between = (step - 16) / max(len(systems) - 1, 1)
-
-    def told(name: str, dot: Dot) -> str:
-        interval = f" ({dot.low:.{digits}f} to {dot.high:.{digits}f})" if dot.high > dot.low else ""
-        return f"{name}: {dot.value:.{digits}f}{interval}"
-
     dots = [
-        _dot(dot, index=j, y=top + i * step + 8 + between * j, across=across, label=told(name, dot))
+        _dot(
+            dot,
+            index=j,
+            y=top + i * step + 8 + between * j,
+            across=across,
+            label=_words(name, dot, digits=digits),
+        )
         for i, (name, found) in enumerate(rows)
         for j, dot in enumerate(found)
         if dot
@@ -282,6 +283,11 @@ def _dot(dot: Dot, *, index: int, y: float, across: Scale, label: str) -> Html:
         tag("line", **ends, stroke=colour(index), class_="span"),
         tag("svg", _mark(index), x=f"{across(dot.value)}%", y=y, class_="spot"),
     )
+
+
+def _words(name: str, dot: Dot, *, digits: int) -> str:
+    interval = f" ({dot.low:.{digits}f} to {dot.high:.{digits}f})" if dot.high > dot.low else ""
+    return f"{name}: {dot.value:.{digits}f}{interval}"
 
 
 def _mark(index: int) -> Html:
