@@ -165,14 +165,7 @@ def dot_chart(
         tag("rect", x=0, y=top + i * step, width="100%", height=step, class_="stripe")
         for i in range(0, len(rows), 2)
     ]
-    lines = [
-        tag("line", x1=x, x2=x, y1=top - 4, y2=height - 6, class_="grid")
-        for x in (f"{across(value)}%" for value in marks)
-    ]
-    numbers = [
-        tag("text", short(v), x=f"{across(v)}%", y=14, text_anchor="middle", class_="axis")
-        for v in marks
-    ]
+    grid = _uprights(marks, across, top=top, height=height)
     between = (step - 16) / max(len(systems) - 1, 1)
     dots = [
         _dot(
@@ -196,8 +189,7 @@ def dot_chart(
         "svg",
         tag("title", title),
         *stripes,
-        *lines,
-        *numbers,
+        *grid,
         *dots,
         role="img",
         style=f"width:100%;{size}",
@@ -283,6 +275,18 @@ def _dot(dot: Dot, *, index: int, y: float, across: Scale, label: str) -> Html:
         tag("line", **ends, stroke=colour(index), class_="span"),
         tag("svg", _mark(index), x=f"{across(dot.value)}%", y=y, class_="spot"),
     )
+
+
+def _uprights(marks: Sequence[float], across: Scale, *, top: float, height: float) -> list[Html]:
+    lines = [
+        tag("line", x1=x, x2=x, y1=top - 4, y2=height - 6, class_="grid")
+        for x in (f"{across(value)}%" for value in marks)
+    ]
+    numbers = [
+        tag("text", short(v), x=f"{across(v)}%", y=14, text_anchor="middle", class_="axis")
+        for v in marks
+    ]
+    return lines + numbers
 
 
 def _words(name: str, dot: Dot, *, digits: int) -> str:
