@@ -29,19 +29,18 @@ INTRO = """\
 # The gallery
 
 One small model per routing rule, the same text, steps and seed: does it learn, and does its routing
-live? Written by `python benchmarks/gallery.py`, numbers in `benchmarks/results/gallery.json`. These
-are rehearsals of a few hundred steps with one seed each: enough to see that a rule works, not to
-say which is better.
+live? Written by `python benchmarks/gallery.py`, numbers in `benchmarks/results/gallery.json`. They
+are short and of one seed each: enough to see that a rule works, not to say which is better.
 
-Loss is in nats per token, on held-out text at the first and the last validation. Evenness is the
-entropy of the load of the least even layer (1 is even), busiest the load of its busiest expert
-above the mean as a multiple, both on held-out text and over experts that do work. The last column
-is the router doctor's.
+Loss is in nats per token: the first and the last row of training, without what the rules add to it,
+and at the end on held-out text. Evenness is the entropy of the load of the least even
+layer (1 is even), busiest the load of its busiest expert above the mean as a multiple, both on
+held-out text and over experts that do work. The last column is the router doctor's.
 
 """
 HEAD = (
-    "rule", "parameters", "active", "loss: first", "last", "evenness", "busiest", "dropped", "s",
-    "doctor",
+    "rule", "parameters", "active", "steps", "loss: first", "last", "held-out", "evenness",
+    "busiest", "dropped", "s", "doctor",
 )  # fmt: skip
 
 
@@ -54,11 +53,11 @@ def write_page(results: Mapping[str, Any], *, root: Path) -> str:
     parts = [INTRO, _table(done), _machine(results)]
     if skipped:
         parts.append("\nNot in this version, or not for this model:\n")
-        parts += [f"- `{name}` ({rule['what']})" for name, rule in skipped.items()]
+        parts += [f"- `{n}` ({r['what']}): {r['skipped'][:120]}" for n, r in skipped.items()]
         parts.append("")
     for name, rule in done.items():
         (folder / f"{name}.svg").write_text(picture(rule), encoding="utf-8")
-        parts.append(f"\n## {name}\n\n{rule['what'].capitalize()}.\n")
+        parts.append(f"\n## {name}\n\n{rule['what'][0].upper()}{rule['what'][1:]}.\n")
         parts.append(f"![Loss, and experts by language, of {name}](pictures/gallery/{name}.svg)\n")
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(parts))
     (root / "docs" / "gallery.md").write_text(text, encoding="utf-8")
@@ -103,7 +102,7 @@ def _heat(rule: Mapping[str, Any]) -> tuple[Html, int, int]:
     heat = HeatMap(layer, usage(counts), rows, names, 2.0, cell)
     left, width = LOSS.width + 16, counts.shape[0] * cell
     work = counts.shape[0] - found["spare"]
-    idle = f", experts from {work} on do no work" if found["spare"] else ""
+    idle = f" ({work} on: spare)" if found["spare"] else ""
     title = f"{layer}: use of experts against a fair share{idle}"
     labels = [
         tag(
@@ -137,7 +136,9 @@ def _table(done: Mapping[str, Any]) -> str:
             f"[{name}](#{name})",
             show_count(rule["parameters"]),
             show_count(rule["active"]),
-            f"{rule['valid'][0][1]:.2f}",
+            f"{rule['steps']:,}",
+            f"{rule['train'][0][1]:.2f}",
+            f"{rule['train'][-1][1]:.2f}",
             f"{rule['valid'][-1][1]:.2f}",
             f"{load['moe/load_entropy']:.2f}" if load else "-",
             f"{load['moe/max_vio']:.2f}" if load else "-",
