@@ -71,6 +71,7 @@ bench: $(DEV)    ## run the benchmarks; each prints a table and writes JSON
 
 docs: $(DEV)     ## write the reference pages and refresh the house's table in CONTRIBUTING.md
 	$(BIN)/python tools/reference.py
+	$(BIN)/python tools/family.py
 	$(BIN)/python tools/house.py --write-contributing
 
 pins: $(DEV)     ## write constraints.txt from what is installed

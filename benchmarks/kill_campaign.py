@@ -2,7 +2,7 @@
 
 The corpus, the tokenizer, the shards, the loader, a mixture-of-experts model, validation and
 checkpoints every other step are all real. The final state must equal that of a run that was never
-disturbed, bit for bit: weights, optimizer, random numbers, place in the data, metrics, routes.
+disturbed, bit for bit: weights, optimizer, random numbers, place in the data, metrics, usage.
 
     python benchmarks/kill_campaign.py --kills 50
 """

@@ -25,17 +25,21 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write a result as JSON with what is needed to repeat it, and print it."""
-    whole = {
+def stamped(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a result with what is needed to repeat it."""
+    return {
         **result,
         "machine": machine(),
         "commit": _commit(),
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write a result as JSON with what is needed to repeat it, and print it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(stamped(result), indent=1, ensure_ascii=False) + "\n")
     print(json.dumps(result, indent=1, ensure_ascii=False))
 
 

@@ -49,11 +49,17 @@ def test_every_verb_has_help_with_an_example(capsys):
     for verb in VERBS:
         main_ok([verb, "--help"])
         out = capsys.readouterr().out
-        assert "Example" in out or verb in ("data", "config"), verb
+        assert "Example" in out or verb in ("data", "config", "routes"), verb
 
 
 def test_subverbs_have_help_with_an_example(capsys):
-    for words in (["data", "build"], ["data", "stats"], ["data", "show"], ["config", "show"]):
+    for words in (
+        ["data", "build"],
+        ["data", "stats"],
+        ["data", "show"],
+        ["config", "show"],
+        ["routes", "stats"],
+    ):
         main_ok([*words, "--help"])
         assert "Example" in capsys.readouterr().out, words
 
@@ -165,7 +171,7 @@ def test_translate_refuses_a_language_the_model_lacks(capsys, home):
     assert "qaa_Latn" in said
 
 
-def test_eval_writes_scores_routes_and_a_report(capsys, home):
+def test_eval_writes_scores_usage_and_a_report(capsys, home):
     main_ok(["eval", "runs/tiny", "--limit", "5", "--resamples", "20", "--json"])
     found = last_json(capsys)
     assert set(found["languages"]) == {"qaa_Latn", "qab_Cyrl", "qac_Grek"}
@@ -173,15 +179,68 @@ def test_eval_writes_scores_routes_and_a_report(capsys, home):
         assert {"model", "copy", "memory"} <= set(result)
     assert json.loads(Path("runs/tiny/summary.json").read_text())["mean"] == found["mean"]
     assert "<html" in Path("runs/tiny/report.html").read_text()
-    assert Path("runs/tiny/routes.json").is_file()
+    assert Path("runs/tiny/usage.json").is_file()
+
+
+def test_eval_records_routes_that_can_be_shown_counted_and_compared(capsys, home):
+    main_ok(["eval", "runs/tiny", "--limit", "5", "--resamples", "20", "--routes", "a.routes"])
+    main_ok(["routes", "show", "a.routes", "--row", "2", "--json"])
+    shown = last_json(capsys)
+    assert shown["batches"] == 3
+    side = shown["sides"]["encoder"]
+    assert [len(rows) for rows in side["layers"].values()] == [len(side["tokens"])]
+    assert all(len(edges) == 2 for rows in side["layers"].values() for edges in rows)
+    main_ok(["routes", "stats", "a.routes", "--json"])
+    counted = last_json(capsys)
+    usage = json.loads(Path("runs/tiny/usage.json").read_text())["layers"]
+    edges = {layer["layer"]: sum(map(sum, layer["counts"])) for layer in usage}
+    assert {name: layer["edges"] for name, layer in counted["layers"].items()} == edges
+    insight = json.loads(Path("runs/tiny/insight.json").read_text())["layers"]
+    for name, layer in counted["insight"].items():
+        assert layer["uncertainty"] == insight[name]["uncertainty"]
+    main_ok(["routes", "compare", "a.routes", "a.routes", "--json"])
+    assert last_json(capsys)["tokens"] == 1
+
+
+def test_routes_are_shown_to_people_too(capsys, home):
+    main_ok(["eval", "runs/tiny", "--limit", "5", "--resamples", "20", "--routes", "a.routes"])
+    capsys.readouterr()
+    tokenizer = ["--tokenizer", "runs/tiny/tokenizer.json"]
+    for words, said in (
+        (["show", "a.routes", *tokenizer], "<qaa_Latn>"),
+        (["stats", "a.routes", *tokenizer], "uncertainty"),
+        (["compare", "a.routes", "a.routes"], "100.0%"),
+    ):
+        main_ok(["routes", *words])
+        assert said in capsys.readouterr().out
+    assert "numbered from 0" in refused(["routes", "show", "a.routes", "--batch", "9"], capsys)
+
+
+def test_translate_records_the_routes_of_what_it_said(capsys, home):
+    Path("three.txt").write_text("Open the file\n\nClose it\n")
+    main_ok(["translate", "runs/tiny", "three.txt", "--to", "qaa", "--routes", "t.routes"])
+    capsys.readouterr()
+    main_ok(["routes", "show", "t.routes", "--row", "1", "--tokenizer", "runs/tiny/tokenizer.json",
+             "--json"])  # fmt: skip
+    heard = last_json(capsys)["sides"]["encoder"]["tokens"]
+    assert "Close" in "".join(heard)
+    assert heard[0] == "<qaa_Latn>"
+
+
+def test_a_report_can_look_at_the_checkpoints(capsys, home):
+    main_ok(["report", "runs/tiny", "--checkpoints", "--json"])
+    assert Path(last_json(capsys)["report"]).is_file()
+    kept = {int(p.name.partition("-")[2]) for p in Path("runs/tiny/checkpoints").glob("step-*")}
+    found = {int(p.stem.partition("-")[2]) for p in Path("runs/tiny/learning").iterdir()}
+    assert found == kept
 
 
 def test_eval_reads_a_test_set_of_ones_own(capsys, home):
     Path("mine.tsv").write_text("Open the file\tTopoba\nClose it\tSezoga\n")
-    before = Path("runs/tiny/routes.json").read_bytes()
+    before = Path("runs/tiny/usage.json").read_bytes()
     main_ok(["eval", "runs/tiny", "--pairs", "mine.tsv", "--to", "qaa", "--json"])
     assert last_json(capsys)["languages"]["qaa_Latn"]["count"] == 2
-    assert Path("runs/tiny/routes.json").read_bytes() == before
+    assert Path("runs/tiny/usage.json").read_bytes() == before
 
 
 def write_udhr(folder, codes):

@@ -189,3 +189,31 @@ def test_no_sign_fails_on_odd_counts(sign):
     empty = LayerCounts("x", np.zeros((4, 0), dtype=np.int64), np.zeros(0, dtype=np.int64))
     for odd in (layer([0] * 8), layer([5]), empty, layer([0] * 8, dropped=(500, 0, 0, 0))):
         sign(View(odd, SETTING))
+
+
+def test_a_null_expert_without_tokens_is_not_dead():
+    idle = layer([100] * 6 + [0, 0], spare=2)
+    assert signs(idle, idle) == set()
+    assert signs(layer([100] * 6 + [0, 0])) == set()
+    dead = layer([100] * 5 + [0, 400, 0], spare=2)
+    (finding,) = examined(dead, dead)
+    assert (finding.sign, finding.text) == (
+        "dead_experts", "has 1/6 experts without a token (5)",
+    )  # fmt: skip
+
+
+def test_a_busy_null_expert_is_neither_a_skew_nor_a_monopoly():
+    busy = layer([100] * 7 + [900], spare=1)
+    assert signs(busy, busy) == set()
+    counts = busy.counts.copy()
+    counts[7] = [0, 0, 0, 3600]
+    taken = replace(busy, counts=counts)
+    assert "monopoly" not in signs(taken, taken)
+
+
+def test_a_router_that_only_idles_is_said_to():
+    idle = layer([4] * 6 + [0, 6000], spare=1)
+    (finding,) = examined(idle, idle)
+    assert (finding.sign, finding.state) == ("all_spare", State.COLLAPSING)
+    assert "100% of its edges to experts that do no work" in finding.text
+    assert signs(layer([4] * 6 + [0, 6000]), layer([4] * 6 + [0, 6000])) == {"collapsed"}

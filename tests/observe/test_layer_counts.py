@@ -48,3 +48,24 @@ def test_a_row_holds_the_worst_layer():
     assert row["moe/router_entropy"] == 0.5
     assert "moe/logit_rms" not in row
     assert summary([]) == {}
+
+
+def test_spare_experts_are_left_out_of_what_is_said_of_balance():
+    counts = np.array([[30], [30], [30], [0], [110]])
+    found = LayerCounts("x", counts, np.zeros(1, dtype=np.int64), spare=2)
+    assert (found.max_vio, found.min_load, found.dead_experts) == (0.0, 1.0, 0)
+    assert found.load_entropy == pytest.approx(1.0)
+    assert found.spare_frac == pytest.approx(110 / 200)
+    assert summary([found])["moe/spare_frac"] == found.spare_frac
+    assert "moe/spare_frac" not in summary([LayerCounts("x", counts, np.zeros(1))])
+
+
+def test_percentiles_are_over_the_layers():
+    layers = [
+        LayerCounts("x", np.array([[100 + n], [100 - n]]), np.zeros(1, dtype=np.int64))
+        for n in (0, 10, 20, 30, 40)
+    ]
+    row = summary(layers)
+    assert row["moe/max_vio_p50"] == pytest.approx(0.2)
+    assert row["moe/max_vio_p95"] == pytest.approx(0.38)
+    assert row["moe/max_vio"] == pytest.approx(0.4)

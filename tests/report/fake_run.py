@@ -36,13 +36,14 @@ SAMPLES = {
 
 
 def write_fake_run(path: Path, *, experts: int = 8, seed: int = 0) -> Path:
-    """Write config, metrics, routes and summary of a plausible run and return its path."""
+    """Write config, metrics, usage and summary of a plausible run and return its path."""
     random = np.random.default_rng(seed)
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.yaml").write_text(_CONFIG, encoding="utf-8")
     rows = "".join(json.dumps(row) + "\n" for row in _metrics(random))
     (path / "metrics.jsonl").write_text(rows, encoding="utf-8")
-    (path / "routes.json").write_text(json.dumps(_routes(random, experts)), encoding="utf-8")
+    (path / "usage.json").write_text(json.dumps(_usage(random, experts)), encoding="utf-8")
+    (path / "insight.json").write_text(json.dumps(_insight(random, experts)), encoding="utf-8")
     (path / "summary.json").write_text(json.dumps(_summary(random)), encoding="utf-8")
     return path
 
@@ -75,7 +76,7 @@ def _metrics(random, steps=3000):
         yield row
 
 
-def _routes(random, experts):
+def _usage(random, experts):
     """Related languages prefer the same experts, more so in later layers."""
     layers = []
     taste = random.dirichlet(np.ones(experts) * 0.6, size=max(FAMILY) + 1)
@@ -91,6 +92,28 @@ def _routes(random, experts):
             "dropped_late": 0, "router_entropy": 0.62, "logit_rms": 3.1,
         })  # fmt: skip
     return {"format": 1, "languages": list(LANGUAGES), "layers": layers}
+
+
+def _insight(random, experts):
+    """A router that reads the token, hardly the position, and fills its experts unevenly."""
+    layers = {}
+    for layer, left in (("encoder.1", 0.71), ("encoder.3", 0.52), ("decoder.1", 0.63)):
+        asked = (40_000 * np.exp(-np.arange(40) / 14)).astype(int)
+        rate = 0.4 / (1 + np.exp(6 - np.arange(40) / 3))
+        layers[layer] = {
+            "experts": experts, "spare": 0,
+            "uncertainty": {
+                "token": left, "position": 0.95, "token_by_chance": 0.984,
+                "position_by_chance": 0.991,
+            },
+            "typical": [[f"word{e}", " of", "</s>"] for e in range(experts)],
+            "positions": {
+                "asked": asked.tolist(), "dropped": [0] * 40,
+                "first_come": (asked * rate).astype(int).tolist(),
+                "at_random": random.binomial(asked, 0.11).tolist(),
+            },
+        }  # fmt: skip
+    return {"format": 1, "layers": layers}
 
 
 def _score(value, width):

@@ -102,9 +102,13 @@ def test_nothing_that_a_file_says_can_run(tmp_path):
     (run / "config.yaml").write_text(json.dumps({"name": ATTACK}))
     rows = json.dumps({"step": 1, f"train/loss/{ATTACK}": 1.0}) + "\n"
     (run / "metrics.jsonl").write_text(rows * 2)
-    routes = json.loads((run / "routes.json").read_text())
-    routes["layers"][0]["layer"] = ATTACK
-    (run / "routes.json").write_text(json.dumps(routes))
+    usage = json.loads((run / "usage.json").read_text())
+    usage["layers"][0]["layer"] = ATTACK
+    (run / "usage.json").write_text(json.dumps(usage))
+    insight = json.loads((run / "insight.json").read_text())
+    insight["layers"][ATTACK] = insight["layers"].pop("encoder.1")
+    insight["layers"][ATTACK]["typical"][0][0] = ATTACK
+    (run / "insight.json").write_text(json.dumps(insight))
     page = write_report(run).read_text(encoding="utf-8")
     parsed = _parse(page)
     assert len(parsed.scripts) == 1
@@ -113,7 +117,7 @@ def test_nothing_that_a_file_says_can_run(tmp_path):
     assert not any(name.startswith("on") for _, attrs in parsed.seen for name in attrs)
 
 
-@pytest.mark.parametrize("name", ["summary.json", "routes.json", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["summary.json", "usage.json", "insight.json", "metrics.jsonl"])
 @pytest.mark.parametrize("how", ["missing", "damaged", "of another kind"])
 def test_a_gap_is_said_and_the_rest_is_shown(run, tmp_path, name, how):
     copy = tmp_path / "run"
@@ -128,6 +132,14 @@ def test_a_gap_is_said_and_the_rest_is_shown(run, tmp_path, name, how):
     assert "The whole config" in page
     assert "Sample translations" in page
     assert "Router health" in page
+
+
+def test_counts_of_an_older_run_are_found_under_their_old_name(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "usage.json").rename(copy / "routes.json")
+    page = write_report(copy).read_text(encoding="utf-8")
+    assert "Use of the experts of encoder.3 by language" in page
 
 
 def test_a_run_that_has_only_begun_has_a_report(tmp_path):
@@ -164,10 +176,10 @@ def test_a_real_evaluation_is_shown(tmp_path):
 
 def test_findings_of_the_doctor_are_in_words(tmp_path):
     run = write_fake_run(tmp_path / "run")
-    routes = json.loads((run / "routes.json").read_text())
-    counts = routes["layers"][1]["counts"]
-    routes["layers"][1]["counts"] = [counts[0]] + [[0] * len(row) for row in counts[1:]]
-    (run / "routes.json").write_text(json.dumps(routes))
+    usage = json.loads((run / "usage.json").read_text())
+    counts = usage["layers"][1]["counts"]
+    usage["layers"][1]["counts"] = [counts[0]] + [[0] * len(row) for row in counts[1:]]
+    (run / "usage.json").write_text(json.dumps(usage))
     page = write_report(run).read_text(encoding="utf-8")
     assert "Layer encoder.3 collapsed to 1/8 experts" in page
     assert "Likely cause" in page

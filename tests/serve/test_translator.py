@@ -7,7 +7,7 @@ from moesaic.checkpoint.tensors import write_tensors
 from moesaic.core.errors import CheckpointError, DataError
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
-from moesaic.evaluate.experts import describe, expert_usage
+from moesaic.evaluate.experts import describe, expert_usage, read_routes
 from moesaic.model.config import Stack, TransformerConfig
 from moesaic.model.search import Beam, Greedy
 from moesaic.model.weights import export_weights
@@ -140,7 +140,8 @@ def test_usage_counts_every_edge_under_its_language(translator):
     batches = [
         translator.batch(TEXTS, targets=TEXTS, source="en", target=code) for code in ("de", "ru")
     ]
-    counts = expert_usage(translator.model, batches=batches, languages=translator.languages)
+    routes = (read_routes(translator.model, batch) for batch in batches)
+    counts = expert_usage(routes, languages=translator.languages)
     for layer in counts.layers():
         assert layer.counts.shape == (4, 3)
         assert layer.counts[:, 0].sum() == 0  # English is only the source here

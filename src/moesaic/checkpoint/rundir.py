@@ -46,8 +46,23 @@ class RunDir:
         return self.path / "tensorboard"
 
     @property
+    def usage(self) -> Path:
+        return self.path / "usage.json"
+
+    @property
+    def insight(self) -> Path:
+        """What routers were found to read, on held-out text."""
+        return self.path / "insight.json"
+
+    @property
     def routes(self) -> Path:
-        return self.path / "routes.json"
+        """Recorded routing of training steps, a file each."""
+        return self.path / "routes"
+
+    @property
+    def learning(self) -> Path:
+        """Routing of the same held-out text at several steps of training, a file each."""
+        return self.path / "learning"
 
     @property
     def summary(self) -> Path:

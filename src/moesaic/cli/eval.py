@@ -14,14 +14,14 @@ from moesaic.data.corpus import Corpus
 from moesaic.data.languages import language
 from moesaic.data.split import SPLITS
 from moesaic.evaluate.harness import Settings
-from moesaic.evaluate.summary import Summary
+from moesaic.evaluate.summary import LanguageResult, Summary
 from moesaic.evaluate.testset import TestSet, from_corpus, from_file, from_moses
 from moesaic.evaluate.udhr import NAME as UDHR
 from moesaic.evaluate.udhr import udhr_tests
 from moesaic.model.search import Beam, Greedy
 from moesaic.recipes.find import find
 from moesaic.report.write import write_report
-from moesaic.serve.score import count_experts, score_run
+from moesaic.serve.score import count_experts, record_routes, score_run
 from moesaic.train.run import Run
 
 app = verb_app()
@@ -46,13 +46,16 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Sentences per language.")] = None,
     beam: Annotated[int, typer.Option(min=1, help="Beam size; 1 is greedy.")] = 1,
     resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples.")] = 1000,
+    routes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Record every token's experts in a file.")
+    ] = None,
     files: Use = None,
     as_json: Json = False,
 ) -> None:
     """Score translations: chrF++ and BLEU with 95 % intervals, and what they are worth.
 
     Without another test set: the held-out strings of the run's corpus; then summary.json,
-    routes.json and report.html of the run are written anew.
+    usage.json, insight.json and report.html of the run are written anew.
 
     Example: [cyan]moesaic eval runs/demo[/]
 
@@ -79,12 +82,12 @@ def evaluate(
         corpus=corpus,
         search=Greedy() if beam == 1 else Beam(size=beam),
         settings=Settings(resamples=resamples),
-        done=lambda test, _: talk.print(
-            f"[dim]scored {test.key} ({len(test)})[/]", highlight=False
-        ),
+        done=_said,
     )
     if headline:
-        keep(run, summary=summary, tests=tests)
+        keep(run, summary=summary, tests=tests, routes=routes)
+    elif routes is not None:
+        record_routes(run, tests=tests, out=routes)
     answer(summary.plain(), as_json=as_json, show=lambda console: _show(summary, console))
 
 
@@ -114,10 +117,10 @@ def run_directions(run: Run, *, corpus: Corpus, target: str | None = None) -> li
     return [("eng_Latn", code) for code in wanted]
 
 
-def keep(run: Path, *, summary: Summary, tests: list[TestSet]) -> Path:
+def keep(run: Path, *, summary: Summary, tests: list[TestSet], routes: Path | None = None) -> Path:
     """Write what an evaluation found into the run directory; return the report's path."""
     summary.write(RunDir(run).summary)
-    count_experts(run, tests=tests)
+    count_experts(run, tests=tests, routes=routes)
     return write_report(run)
 
 
@@ -152,6 +155,10 @@ def _own_test(
         return from_file(pairs, source=source, target=target, limit=limit)
     assert moses is not None
     return from_moses(*moses, source=source, target=target, limit=limit)
+
+
+def _said(test: TestSet, _: LanguageResult) -> None:
+    talk.print(f"[dim]scored {test.key} ({len(test)})[/]", highlight=False)
 
 
 def _show(summary: Summary, console: Console) -> None:

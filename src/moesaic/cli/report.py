@@ -1,19 +1,38 @@
 """``moesaic report``: one self-contained HTML file about a run, written from its files."""
 
+from typing import Annotated
+
+import typer
 from rich.console import Console
 
-from moesaic.cli.common import Json, RunPath, answer, verb_app
+from moesaic.cli.common import Json, RunPath, answer, talk, verb_app
+from moesaic.cli.eval import run_tests
+from moesaic.recipes.find import find
 from moesaic.report.write import write_report
+from moesaic.serve.learning import probe_checkpoints
 
 app = verb_app()
+_SENTENCES = 16  # per language, for checkpoints
 
 
 @app.command()
-def report(run: RunPath, *, as_json: Json = False) -> None:
+def report(
+    run: RunPath,
+    *,
+    checkpoints: Annotated[
+        bool, typer.Option("--checkpoints", help="Route held-out text with each kept checkpoint.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Write report.html anew: losses, scores, routing, health. Open it in any browser, offline.
 
     Example: [cyan]moesaic report runs/demo[/]
     """
+    if checkpoints:
+        config = find(str(run))
+        tests = run_tests(config, corpus=config.corpus.open(), split="valid", limit=_SENTENCES)
+        found = probe_checkpoints(run, tests=tests)
+        talk.print(f"[dim]routed held-out text with {len(found)} checkpoints[/]", highlight=False)
     path = write_report(run)
 
     def show(console: Console) -> None:

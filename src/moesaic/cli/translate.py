@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moesaic.checkpoint.routes import RoutesWriter
 from moesaic.cli.common import Json, RunPath, Use, answer, talk, use, verb_app
 from moesaic.core.errors import DataError
 from moesaic.data.readers.text import read_lines
 from moesaic.model.search import Beam, Greedy, Search
+from moesaic.serve.routes import translation_routes
 from moesaic.serve.translator import Translation, Translator
 
 app = verb_app()
@@ -37,6 +39,9 @@ def translate(
     experts: Annotated[
         bool, typer.Option("--experts", help="Say which experts translated.")
     ] = False,
+    routes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Record every token's experts in a file.")
+    ] = None,
     files: Use = None,
     as_json: Json = False,
 ) -> None:
@@ -53,6 +58,15 @@ def translate(
     if cut:
         talk.print(f"[yellow]{cut} line(s) were longer than the model reads and were cut[/]")
     rows = [asdict(t) for t in done]
+    if routes is not None:
+        said = [t.text for t in done]
+        with RoutesWriter(
+            routes, languages=translator.languages, about={"run": run.resolve().name}
+        ) as writer:
+            for found in translation_routes(
+                translator, lines, translations=said, source=source, target=target
+            ):
+                writer.add(found)
     if experts:
         traces = [
             translator.experts(line, translation=t.text, source=source, target=target)

@@ -1,4 +1,4 @@
-"""Expert usage per language, counted while a model reads test sentences with their translations."""
+"""Which experts read a text, and how much each language uses them."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,35 +8,43 @@ import torch
 
 from moesaic.data.batch import Batch
 from moesaic.model.transformer import Transformer
+from moesaic.moe.routes import LayerRoutes, routes_of
 from moesaic.observe.affinity import language_distance, specialisation
-from moesaic.observe.routes import RouteCounts
+from moesaic.observe.usage import UsageCounts
 
 
 @torch.inference_mode()
-def expert_usage(
-    model: Transformer, *, batches: Iterable[Batch], languages: Sequence[str]
-) -> RouteCounts:
-    """Count every edge under the target language of its token's row.
-
-    ``languages`` are what ``Batch.target_language`` indexes. The result writes ``routes.json``.
-    """
+def read_routes(model: Transformer, batch: Batch) -> tuple[LayerRoutes, ...]:
+    """Return how a model routes a batch when it evaluates; tokens count for the target language."""
     training = model.training
     model.eval()
-    counts = RouteCounts(languages)
-    for batch in batches:
-        for record in model(batch).records:
-            routing = record.routing
+    routes = routes_of(model(batch).records, language=batch.target_language)
+    model.train(training)
+    return routes
+
+
+def expert_usage(
+    routes: Iterable[Sequence[LayerRoutes]], *, languages: Sequence[str]
+) -> UsageCounts:
+    """Count every edge under the language of its token. The result writes ``usage.json``.
+
+    ``languages`` are what ``Tokens.language`` indexes.
+    """
+    counts = UsageCounts(languages)
+    for batch in routes:
+        for found in batch:
+            routing = found.routing
+            counts.spare = found.spare
             counts.add(
-                record.layer,
+                found.layer,
                 expert=routing.expert,
-                language=batch.target_language[record.row[routing.token]],
+                language=found.tokens.language[routing.token],
                 num_experts=routing.num_experts,
             )
-    model.train(training)
     return counts
 
 
-def describe(counts: RouteCounts) -> dict[str, Any]:
+def describe(counts: UsageCounts) -> dict[str, Any]:
     """Return plain data for people and for summary.json: how specialised each layer is.
 
     ``layers``: entropies, ``information`` in bits, and per expert its typical languages with how

@@ -52,12 +52,14 @@ class MoELayer(nn.Module):
     def forward(self, x: Float[Tensor, "T D"], *, context: Context, carry: Carry) -> Answer:
         """Return the experts' answer and what the router did. ``x`` holds real tokens only."""
         routed = self.router(x, context=context.at(self.name), carry=carry, ranks=self.ranks)
-        edges = working(routed.routing, spare=self.spare.count())
+        spare = self.spare.count()
+        edges = working(routed.routing, spare=spare)
         rows = self.exchange.enter(x)
         home = self.dispatcher.carry(rows, routing=edges, experts=self.experts)
         mixed = self.spare.add(self.exchange.leave(home), x=x, routing=routed.routing)
         out = self.beside(x, mixed=mixed)
-        return Answer(out, Record.of(self.name, routed, context=context), routed.carry)
+        record = Record.of(self.name, routed, context=context, spare=spare)
+        return Answer(out, record, routed.carry)
 
 
 def layers(model: nn.Module) -> Iterator[MoELayer]:

@@ -17,7 +17,8 @@ class Record:
     graph; their sum is added to the training loss exactly once. They are this rank's *share* (see
     ``moe/ranks.py``) and exist in training only. ``context`` says which row, position and
     vocabulary id each token of ``routing`` has (padding was left out before routing). ``logits``
-    are the router's, detached, for whoever watches it; ``sums`` are what its rules learn from.
+    are the router's, detached, for whoever watches it; ``sums`` are what its rules learn from. The
+    last ``spare`` experts of ``routing`` do no work.
     """
 
     layer: str
@@ -26,11 +27,13 @@ class Record:
     losses: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
     logits: Float[Tensor, "T E"] | None = None
     sums: Float[Tensor, "S"] | None = None
+    spare: int = 0
 
     @staticmethod
-    def of(layer: str, routed: Routed, *, context: Context) -> "Record":
+    def of(layer: str, routed: Routed, *, context: Context, spare: int = 0) -> "Record":
         """Make the record of what a router did."""
-        return Record(layer, routed.routing, context, routed.losses, routed.logits, routed.sums)
+        losses, logits, sums = routed.losses, routed.logits, routed.sums
+        return Record(layer, routed.routing, context, losses, logits, sums, spare)
 
     @property
     def row(self) -> Int[Tensor, "T"]:

@@ -15,9 +15,10 @@ class LayerCounts:
     """Edges of some steps.
 
     ``counts`` [E, G] reached their expert, ``dropped`` [G] did not; ``dropped_late`` of those left
-    a token in the later half of its micro-batch. ``router_entropy`` is the mean entropy of a
-    token's expert probabilities as a share of ``log E`` and ``logit_rms`` the root mean square of
-    the logits' logsumexp, where the caller knew them.
+    a token in the later half of its micro-batch's queue. ``router_entropy`` is the mean entropy of
+    a token's expert probabilities as a share of ``log E`` and ``logit_rms`` the root mean square of
+    the logits' logsumexp, where the caller knew them. The last ``spare`` experts do no work: what
+    is said of balance is said of the others.
     """
 
     layer: str
@@ -26,6 +27,7 @@ class LayerCounts:
     dropped_late: int = 0
     router_entropy: float | None = None
     logit_rms: float | None = None
+    spare: int = 0
 
     @property
     def num_experts(self) -> int:
@@ -37,13 +39,23 @@ class LayerCounts:
         return self.counts.sum(1)
 
     @property
+    def working(self) -> np.ndarray:
+        """Edges per expert that does work [E - spare]."""
+        return self.load[: self.num_experts - self.spare]
+
+    @property
+    def spare_frac(self) -> float:
+        """The share of served edges that cost nothing."""
+        return 1 - float(self.working.sum()) / max(float(self.load.sum()), 1) if self.spare else 0.0
+
+    @property
     def edges(self) -> int:
         return int(self.counts.sum() + self.dropped.sum())
 
     @property
     def fair(self) -> float:
-        """Edges per expert if all were alike."""
-        return float(self.counts.sum()) / self.num_experts
+        """Edges per working expert if all were alike."""
+        return float(self.working.mean()) if self.working.size else 0.0
 
     @property
     def drop_frac(self) -> float:
@@ -52,46 +64,52 @@ class LayerCounts:
     @property
     def max_vio(self) -> float:
         """``max load / mean load - 1`` (arXiv:2408.15664): 0 is balanced, E - 1 is one expert."""
-        return float(self.load.max()) / self.fair - 1 if self.fair else 0.0
+        return float(self.working.max()) / self.fair - 1 if self.fair else 0.0
 
     @property
     def min_load(self) -> float:
         """The least used expert's load as a share of the mean."""
-        return float(self.load.min()) / self.fair if self.fair else 0.0
+        return float(self.working.min()) / self.fair if self.fair else 0.0
 
     @property
     def dead_experts(self) -> int:
-        return int((self.load == 0).sum())
+        return int((self.working == 0).sum())
 
     @property
     def effective_experts(self) -> float:
         """``exp(entropy of the load)``: E when balanced, 1 when one expert takes everything."""
-        share = self.load[self.load > 0] / max(self.load.sum(), 1)
+        share = self.working[self.working > 0] / max(self.working.sum(), 1)
         return float(np.exp(-(share * np.log(share)).sum()))
 
     @property
     def load_entropy(self) -> float:
         """Entropy of the load as a share of its maximum: 1 is balanced."""
-        if self.num_experts == 1:
+        if self.working.size == 1:
             return 1.0
-        return math.log(self.effective_experts) / math.log(self.num_experts) if self.fair else 0.0
+        return math.log(self.effective_experts) / math.log(self.working.size) if self.fair else 0.0
 
 
 def summary(layers: Sequence[LayerCounts]) -> dict[str, float]:
     """Return the metrics of a row: the worst layer for each, the sum for dead experts.
 
-    ``moe/max_vio``, ``moe/min_load``, ``moe/dead_experts``, ``moe/load_entropy``,
-    ``moe/drop_frac``, and ``moe/router_entropy`` and ``moe/logit_rms`` where known.
+    ``moe/max_vio`` (and its ``_p50`` and ``_p95`` over the layers), ``moe/min_load``,
+    ``moe/dead_experts``, ``moe/load_entropy``, ``moe/drop_frac``, ``moe/spare_frac`` where there
+    are spare experts, and ``moe/router_entropy`` and ``moe/logit_rms`` where known.
     """
     if not layers:
         return {}
+    median, high = np.quantile([x.max_vio for x in layers], (0.5, 0.95)).tolist()
     row = {
         "moe/max_vio": max(x.max_vio for x in layers),
+        "moe/max_vio_p50": median,
+        "moe/max_vio_p95": high,
         "moe/min_load": min(x.min_load for x in layers),
         "moe/dead_experts": float(sum(x.dead_experts for x in layers)),
         "moe/load_entropy": min(x.load_entropy for x in layers),
         "moe/drop_frac": max(x.drop_frac for x in layers),
     }
+    if any(x.spare for x in layers):
+        row["moe/spare_frac"] = max(x.spare_frac for x in layers)
     entropies = [x.router_entropy for x in layers if x.router_entropy is not None]
     scales = [x.logit_rms for x in layers if x.logit_rms is not None]
     row |= {"moe/router_entropy": min(entropies)} if entropies else {}

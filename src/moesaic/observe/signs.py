@@ -127,17 +127,18 @@ def no_tokens(view: View) -> Finding | None:
 def collapsed(view: View) -> Finding | None:
     """A few experts do all the work."""
     counts, k = view.counts, view.setting.top_k
-    few = min(max(1.25 * k, counts.num_experts / 3), 0.7 * counts.num_experts)
-    if not view.enough or not counts.fair or counts.effective_experts > few:
+    experts = counts.working.size
+    few = min(max(1.25 * k, experts / 3), 0.7 * experts)
+    if not view.enough or not counts.fair or counts.effective_experts > few or all_spare(view):
         return None
-    order = np.argsort(-counts.load, kind="stable")
-    share = np.cumsum(counts.load[order]) / counts.load.sum()
+    order = np.argsort(-counts.working, kind="stable")
+    share = np.cumsum(counts.working[order]) / counts.working.sum()
     used = int(np.searchsorted(share, 0.9)) + 1
     names = _listed(sorted(order[:used].tolist()))
     takes = "takes" if used == 1 else "take"
     return view.found(
         State.COLLAPSING,
-        f"collapsed to {used}/{counts.num_experts} experts ({names} {takes} "
+        f"collapsed to {used}/{experts} experts ({names} {takes} "
         f"{share[used - 1]:.0%} of the edges)",
         cause=_balance_cause(view.setting),
         advice=_balance_advice(view.setting),
@@ -173,14 +174,30 @@ def saturated(view: View) -> Finding | None:
 
 def dead_experts(view: View) -> Finding | None:
     """Some experts get nothing at all."""
-    dead = np.flatnonzero(view.counts.load == 0).tolist()
-    if not view.enough or not dead or collapsed(view):
+    working = view.counts.working  # a spare expert without a token is no loss
+    dead = np.flatnonzero(working == 0).tolist()
+    if not view.enough or not dead or collapsed(view) or all_spare(view):
         return None
     return view.found(
         State.DEAD,
-        f"has {len(dead)}/{view.counts.num_experts} experts without a token ({_listed(dead)})",
+        f"has {len(dead)}/{working.size} experts without a token ({_listed(dead)})",
         cause=_balance_cause(view.setting),
         advice=f"{_balance_advice(view.setting)}, or fewer experts",
+    )
+
+
+def all_spare(view: View) -> Finding | None:
+    """Nearly every choice is spent on experts that do no work."""
+    counts = view.counts
+    if not view.enough or counts.spare_frac <= 0.9:
+        return None
+    return view.found(
+        State.COLLAPSING,
+        f"sends {counts.spare_frac:.0%} of its edges to experts that do no work",
+        cause="idle choices cost nothing early on, so the router settles on them before the "
+        "working experts have learned anything",
+        advice="fewer spare experts, or a balance loss over all experts "
+        f"({_balance_advice(view.setting)})",
     )
 
 
@@ -203,7 +220,7 @@ def overflow(view: View) -> Finding | None:
 
 
 def late_drops(view: View) -> Finding | None:
-    """What is dropped is mostly the later part of the batch."""
+    """What is dropped is mostly what came late (OpenMoE, arXiv:2402.01739)."""
     counts = view.counts
     dropped = int(counts.dropped.sum())
     if dropped < ENOUGH or counts.drop_frac <= 0.01 or counts.dropped_late <= 0.8 * dropped:
@@ -211,7 +228,7 @@ def late_drops(view: View) -> Finding | None:
     return view.found(
         State.OVERFLOW,
         f"drops late tokens: {counts.dropped_late / dropped:.0%} of its drops are in the later "
-        "half of the batch",
+        "half of the queue",
         cause="capacity is given by position, first come first served",
         advice="Capacity(priority=AtRandom) or ByWeight",
     )
@@ -247,6 +264,7 @@ def monopoly(view: View) -> Finding | None:
     of_language = view.setting.top_k * counts.counts / np.maximum(own, 1)
     of_expert = counts.counts / np.maximum(counts.load[:, None], 1)
     hit = (of_language > 0.8) & (of_expert > 0.9) & (counts.load[:, None] > 1.25 * counts.fair)
+    hit[counts.working.size :] = False
     if not hit.any():
         return None
     expert, language = (int(i) for i in np.argwhere(hit)[0])
@@ -265,13 +283,13 @@ def monopoly(view: View) -> Finding | None:
 def skewed(view: View) -> Finding | None:
     """Loads are far apart, though nobody is out yet."""
     counts = view.counts
-    most_possible = counts.num_experts / view.setting.top_k - 1
+    most_possible = counts.working.size / view.setting.top_k - 1
     hot = counts.max_vio > min(2.0, 0.75 * most_possible)
     if not view.enough or not counts.fair or not (hot or counts.min_load < 0.1):
         return None
-    if dead_experts(view) or collapsed(view) or monopoly(view):
+    if dead_experts(view) or collapsed(view) or monopoly(view) or all_spare(view):
         return None
-    most, least = int(counts.load.argmax()), int(counts.load.argmin())
+    most, least = int(counts.working.argmax()), int(counts.working.argmin())
     return view.found(
         State.SKEWED,
         f"is uneven: expert {most} has {counts.max_vio + 1:.1f} times the mean load, "
@@ -309,6 +327,7 @@ SIGNS: tuple[Sign, ...] = (
     falling,
     saturated,
     dead_experts,
+    all_spare,
     overflow,
     late_drops,
     language_drops,

@@ -48,16 +48,24 @@ class Frame:
 
 
 def line_chart(
-    curves: Sequence[Series], *, title: str, zero: bool = False, frame: Frame | None = None
+    curves: Sequence[Series],
+    *,
+    title: str,
+    zero: bool = False,
+    frame: Frame | None = None,
+    across: str = "step",
 ) -> Html:
-    """Draw curves over steps, with a legend; the page's script adds a reading at the pointer."""
+    """Draw curves over ``across``, with a legend; the page's script adds a reading at the pointer.
+
+    ``zero`` begins the other axis there.
+    """
     box = frame or Frame()
     thinned = [(c, *thin(c.x, c.y)) for c in curves]
     drawn = [item for item in thinned if item[1]]
     if not drawn:
         return figure(title, body=tag("p", "No values.", class_="gap"))
     xs = [v for _, x, _ in drawn for v in x]
-    across = Scale(min(xs), max(xs), box.left, box.width - box.right)
+    flat = Scale(min(xs), max(xs), box.left, box.width - box.right)
     low, high = bounds([v for _, _, y in drawn for v in y], zero=zero)
     up = Scale(low, high, box.height - box.bottom, box.top)
     told = [
@@ -67,14 +75,15 @@ def line_chart(
     plot = tag(
         "svg",
         tag("title", title),
-        _grid(across, up, box),
-        *(_curve(c, x, y, (across, up)) for c, x, y in drawn),
+        _grid(flat, up, box, across),
+        *(_curve(c, x, y, (flat, up)) for c, x, y in drawn),
         tag("line", class_="cursor", y1=box.top, y2=box.height - box.bottom, x1=-9, x2=-9),
         viewBox=f"0 0 {box.width} {box.height}",
         class_="lines",
         role="img",
         data_curves=json.dumps(told, ensure_ascii=False),
-        data_scale=json.dumps([across.low, across.high, across.start, across.end]),
+        data_scale=json.dumps([flat.low, flat.high, flat.start, flat.end]),
+        data_across=across,
     )
     return figure(title, body=plot, legend=[(c.name, c.tint, c.dash) for c, _, _ in drawn])
 
@@ -132,32 +141,40 @@ def share_bar(parts: Sequence[tuple[str, float, str]], *, title: str) -> Html:
 
 
 def dot_chart(
-    rows: Sequence[tuple[str, Sequence[Dot | None]]], *, systems: Sequence[str], title: str
+    rows: Sequence[tuple[str, Sequence[Dot | None]]],
+    *,
+    systems: Sequence[str],
+    title: str,
+    note: str = "line: 95 % interval",
+    digits: int = 1,
+    most: float = 0.0,
 ) -> Html:
     """Draw per row one mark with its interval for each system; shapes differ as colours do.
+
+    The axis goes from zero to the highest value, or to ``most``.
 
     The plot's positions are percentages: it fills whatever width there is, letters keep their size.
     """
     top, left, step = 26, 12 + round(7.4 * max((len(name) for name, _ in rows), default=0)), 32
     height = top + step * len(rows) + 6
     high = max((d.high for _, dots in rows for d in dots if d), default=1.0)
+    high = max(high, most)
     marks = ticks(0.0, high, count=6)
     across = Scale(0.0, max(high, marks[-1]) * 1.02, 1.5, 98.5)
     stripes = [
         tag("rect", x=0, y=top + i * step, width="100%", height=step, class_="stripe")
         for i in range(0, len(rows), 2)
     ]
-    lines = [
-        tag("line", x1=x, x2=x, y1=top - 4, y2=height - 6, class_="grid")
-        for x in (f"{across(value)}%" for value in marks)
-    ]
-    numbers = [
-        tag("text", short(v), x=f"{across(v)}%", y=14, text_anchor="middle", class_="axis")
-        for v in marks
-    ]
+    grid = _uprights(marks, across, top=top, height=height)
     between = (step - 16) / max(len(systems) - 1, 1)
     dots = [
-        _dot(dot, index=j, y=top + i * step + 8 + between * j, across=across, label=name)
+        _dot(
+            dot,
+            index=j,
+            y=top + i * step + 8 + between * j,
+            across=across,
+            label=_words(name, dot, digits=digits),
+        )
         for i, (name, found) in enumerate(rows)
         for j, dot in enumerate(found)
         if dot
@@ -168,12 +185,17 @@ def dot_chart(
     ]
     size = f"height:{height}px"
     labels = tag("svg", *stripes, *names, width=left, height=height, style=f"width:{left}px;{size}")
-    told = tag("title", title)
     plot = tag(
-        "svg", told, *stripes, *lines, *numbers, *dots, role="img", style=f"width:100%;{size}"
+        "svg",
+        tag("title", title),
+        *stripes,
+        *grid,
+        *dots,
+        role="img",
+        style=f"width:100%;{size}",
     )
     keys = [tag("li", _legend_mark(j), name) for j, name in enumerate(systems)]
-    legend = tag("ul", *keys, tag("li", "line: 95 % interval", class_="soft"), class_="legend")
+    legend = tag("ul", *keys, tag("li", note, class_="soft"), class_="legend")
     return figure(title, body=join([legend, tag("div", labels, plot, class_="dots")]))
 
 
@@ -197,7 +219,7 @@ def figure(title: str, *, body: Html, legend: Sequence[tuple[str, int, int]] = (
     return tag("figure", tag("figcaption", title), shown, body)
 
 
-def _grid(across: Scale, up: Scale, box: Frame) -> Html:
+def _grid(across: Scale, up: Scale, box: Frame, name: str) -> Html:
     parts = []
     for value in ticks(up.low, up.high, count=5):
         y = up(value)
@@ -219,7 +241,7 @@ def _grid(across: Scale, up: Scale, box: Frame) -> Html:
     parts.append(
         tag(
             "text",
-            "step",
+            name,
             x=box.left - 7,
             y=box.height - 8,
             text_anchor="end",
@@ -249,10 +271,27 @@ def _dot(dot: Dot, *, index: int, y: float, across: Scale, label: str) -> Html:
     ends = {"x1": f"{across(dot.low)}%", "x2": f"{across(dot.high)}%", "y1": y, "y2": y}
     return tag(
         "g",
-        tag("title", f"{label}: {dot.value:.1f} ({dot.low:.1f} to {dot.high:.1f})"),
+        tag("title", label),
         tag("line", **ends, stroke=colour(index), class_="span"),
         tag("svg", _mark(index), x=f"{across(dot.value)}%", y=y, class_="spot"),
     )
+
+
+def _uprights(marks: Sequence[float], across: Scale, *, top: float, height: float) -> list[Html]:
+    lines = [
+        tag("line", x1=x, x2=x, y1=top - 4, y2=height - 6, class_="grid")
+        for x in (f"{across(value)}%" for value in marks)
+    ]
+    numbers = [
+        tag("text", short(v), x=f"{across(v)}%", y=14, text_anchor="middle", class_="axis")
+        for v in marks
+    ]
+    return lines + numbers
+
+
+def _words(name: str, dot: Dot, *, digits: int) -> str:
+    interval = f" ({dot.low:.{digits}f} to {dot.high:.{digits}f})" if dot.high > dot.low else ""
+    return f"{name}: {dot.value:.{digits}f}{interval}"
 
 
 def _mark(index: int) -> Html:

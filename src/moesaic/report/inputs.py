@@ -9,12 +9,14 @@ from typing import Any, TypeVar
 
 import yaml
 
+from moesaic.checkpoint.routes import RoutesFile
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.core.errors import UserError
 from moesaic.core.files import read_json
 from moesaic.data.languages import language
+from moesaic.moe.agreement import Agreement, compare
 from moesaic.observe.metrics import read_metrics
-from moesaic.observe.routes import Routes, read_routes
+from moesaic.observe.usage import Usage, read_usage
 from moesaic.report.charts import Series
 
 T = TypeVar("T")
@@ -23,14 +25,19 @@ _LANGUAGE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}(_\w+)?")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """The files of a run. ``gaps`` has one sentence per file that could not be read, by name."""
+    """The files of a run. ``gaps`` has one sentence per file that could not be read, by name.
+
+    ``learning`` says per step how alike held-out text was routed then and at the last one.
+    """
 
     name: str
     config: dict[str, Any] = field(default_factory=dict)
     config_text: str = ""
     metrics: dict[str, Series] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
-    routes: Routes | None = None
+    usage: Usage | None = None
+    insight: dict[str, Any] = field(default_factory=dict)
+    learning: tuple[tuple[int, Agreement], ...] = ()
     quality: dict[str, Any] = field(default_factory=dict)
     gaps: dict[str, str] = field(default_factory=dict)
 
@@ -58,7 +65,9 @@ def read_inputs(run: RunDir) -> Inputs:
         config_text=text,
         metrics=_try(run.metrics, _curves, {}, gaps),
         summary=_try(run.summary, lambda path: _mapping(read_json(path)), {}, gaps),
-        routes=_try(run.routes, _routes, None, gaps),
+        usage=_try(_usage_file(run), _usage, None, gaps),
+        insight=_try(run.insight, _insight, {}, gaps),
+        learning=_learning(run.learning, gaps),
         quality=_try(run.curve, lambda path: _mapping(read_json(path)), {}, {}),
         gaps=gaps,
     )
@@ -93,9 +102,39 @@ def _mapping(value: object) -> dict[str, Any]:
     return value
 
 
-def _routes(path: Path) -> Routes | None:
-    found = read_routes(path)
+def _usage_file(run: RunDir) -> Path:
+    """Runs of the first versions have their counts under another name."""
+    old = run.path / "routes.json"
+    return old if old.is_file() and not run.usage.is_file() else run.usage
+
+
+def _usage(path: Path) -> Usage | None:
+    found = read_usage(path)
     return found if any(layer.edges for layer in found.layers) else None
+
+
+def _insight(path: Path) -> dict[str, Any]:
+    found = _mapping(read_json(path))
+    if found["format"] != 1:
+        raise ValueError(f"format {found['format']}, expected 1")
+    wanted = {"experts", "spare", "uncertainty", "typical", "positions"}
+    for name, layer in found["layers"].items():
+        if wanted - layer.keys():
+            raise ValueError(f"layer {name} lacks {', '.join(sorted(wanted - layer.keys()))}")
+    return found
+
+
+def _learning(folder: Path, gaps: dict[str, str]) -> tuple[tuple[int, Agreement], ...]:
+    files = sorted(folder.glob("step-*.routes"))
+    if not files:
+        return ()
+    try:
+        last = list(RoutesFile(files[-1]))
+        steps = [int(path.stem.partition("-")[2]) for path in files]
+        return tuple((s, compare(RoutesFile(f), last)) for s, f in zip(steps, files, strict=True))
+    except (OSError, ValueError, UserError) as error:
+        gaps["learning"] = f"learning could not be read: {' '.join(str(error).split())[:200]}."
+        return ()
 
 
 def _curves(path: Path) -> dict[str, Series]:

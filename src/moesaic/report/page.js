@@ -55,7 +55,7 @@
       cursor.setAttribute("x1", place);
       cursor.setAttribute("x2", place);
       const lines = curves.map((c) => `${c.name}  ${Number(c.y[near(c.x, step)].toPrecision(4))}`);
-      show(event, [`step ${Math.round(step).toLocaleString("en")}`, ...lines].join("\n"));
+      show(event, [`${svg.dataset.across} ${Math.round(step).toLocaleString("en")}`, ...lines].join("\n"));
     });
     svg.addEventListener("pointerleave", () => {
       hide();

@@ -8,8 +8,8 @@ import numpy as np
 from moesaic.observe.affinity import language_distance, specialisation, usage
 from moesaic.observe.doctor import Doctor
 from moesaic.observe.layer_counts import LayerCounts
-from moesaic.observe.routes import Routes
 from moesaic.observe.signs import Setting
+from moesaic.observe.usage import Usage
 from moesaic.report.charts import line_chart
 from moesaic.report.cluster import cluster
 from moesaic.report.heat import HeatMap, dendrogram, legend, reach_of
@@ -28,13 +28,13 @@ _HEALTH = (
 
 def atlas(inputs: Inputs) -> Html:
     """Return the heat map of each layer beside the tree of languages, or the gap in its place."""
-    routes = inputs.routes
-    if routes is None:
-        gap = inputs.gaps.get("routes.json", "No token was routed to an expert.")
+    used = inputs.usage
+    if used is None:
+        gap = inputs.gaps.get("usage.json", "No token was routed to an expert.")
         return tag("p", f"{gap} Training a model with experts writes it.", class_="gap")
-    layers = [layer for layer in routes.layers if layer.counts.sum()]
-    heard = [g for g in range(len(routes.languages)) if any(x.counts[:, g].sum() for x in layers)]
-    names = [language_name(code) for code in routes.languages]
+    layers = [layer for layer in used.layers if layer.counts.sum()]
+    heard = [g for g in range(len(used.languages)) if any(x.counts[:, g].sum() for x in layers)]
+    names = [language_name(code) for code in used.languages]
     tree = cluster(_distance(layers, heard))
     reach = reach_of([usage(layer.counts)[:, heard] for layer in layers])
     rows = [heard[i] for i in tree.leaves]
@@ -47,7 +47,7 @@ def atlas(inputs: Inputs) -> Html:
                 "div",
                 tag("h4", layer.layer),
                 drawn,
-                _about(layer, routes),
+                _about(layer, used),
                 class_="layer on",
                 data_rows="\t".join(names[g] for g in rows),
                 id=f"layer-{number}",
@@ -88,10 +88,10 @@ def health(inputs: Inputs) -> Html:
     drawn = (
         join([tag("div", *charts, class_="charts") if charts else None, *never]) if told else None
     )
-    if inputs.routes is None:
+    if inputs.usage is None:
         return drawn or tag("p", "No routing was recorded.", class_="gap")
     doctor = Doctor(setting(inputs), patience=1)
-    findings = doctor.examine(inputs.routes.layers)
+    findings = doctor.examine(inputs.usage.layers)
     if not findings:
         words = tag(
             "p", "Over the whole run, the router doctor finds nothing wrong.", class_="good"
@@ -117,7 +117,7 @@ def setting(inputs: Inputs) -> Setting:
     weights = {kind: float(term.get("weight") or 0) for kind, term in terms.items()}
     evening = {kind: w for kind, w in weights.items() if w and kind not in _NOT_EVENING}
     return Setting(
-        languages=inputs.routes.languages if inputs.routes else (),
+        languages=inputs.usage.languages if inputs.usage else (),
         top_k=int(select.get("k") or (2 if select.get("kind") == "Top2" else 1)),
         balance_weight=sum(evening.values()),
         z_weight=weights.get("RouterZ", 0.0),
@@ -132,7 +132,7 @@ def _distance(layers: Sequence[LayerCounts], heard: Sequence[int]) -> np.ndarray
     return np.mean([language_distance(x.counts[None][:, :, heard]) for x in layers], axis=0)
 
 
-def _about(layer: LayerCounts, routes: Routes) -> Html:
+def _about(layer: LayerCounts, used: Usage) -> Html:
     found = specialisation(layer.counts)
     most = np.log2(min(layer.num_experts, max(int((layer.counts.sum(0) > 0).sum()), 1)))
     words = (
@@ -142,9 +142,9 @@ def _about(layer: LayerCounts, routes: Routes) -> Html:
     share = layer.load / max(layer.load.sum(), 1)
     rows = [
         [
-            f"expert {e}",
+            f"expert {e}" if e < layer.working.size else f"spare {e}",
             f"{share[e]:.1%}",
-            ", ".join(f"{language_name(routes.languages[g])} {ratio:.1f}×" for g, ratio in typical),
+            ", ".join(f"{language_name(used.languages[g])} {ratio:.1f}×" for g, ratio in typical),
         ]
         for e, typical in enumerate(found.typical)
     ]

@@ -11,6 +11,7 @@ from moesaic.core.units import show_count, show_seconds
 from moesaic.core.version import __version__
 from moesaic.report.html import Html, join, tag
 from moesaic.report.inputs import Inputs, read_inputs
+from moesaic.report.insight import insight
 from moesaic.report.palette import HOUSE, css_variables
 from moesaic.report.routing import atlas, health
 from moesaic.report.scores import samples, scores, signed, verdict_words
@@ -21,6 +22,7 @@ _SECTIONS = (
     ("samples", "Sample translations", samples),
     ("training", "Training", training),
     ("routing", "Routing atlas", atlas),
+    ("insight", "What the routers learned", insight),
     ("health", "Router health", health),
     ("run", "The run", run_facts),
 )

@@ -2,25 +2,30 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moesaic.checkpoint.routes import RoutesWriter
 from moesaic.checkpoint.rundir import RunDir
-from moesaic.data.batch import Batch
+from moesaic.core.files import write_json
 from moesaic.data.corpus import Corpus
 from moesaic.evaluate.baselines import MemorySystem, copy_source
 from moesaic.evaluate.experts import expert_usage
 from moesaic.evaluate.harness import Settings, Translate, evaluate, traced
+from moesaic.evaluate.insight import Insight
 from moesaic.evaluate.summary import LanguageResult, Sample, Summary
 from moesaic.evaluate.testset import TestSet
 from moesaic.model.search import Greedy, Search
-from moesaic.observe.routes import RouteCounts
+from moesaic.moe.routes import LayerRoutes
+from moesaic.observe.usage import UsageCounts
+from moesaic.serve.routes import translation_routes
 from moesaic.serve.translator import Translator
 
 Done = Callable[[TestSet, LanguageResult], None]
-_CHUNK = 256  # sentences read at a time when experts are counted
+Routes = tuple[LayerRoutes, ...]
 
 
 def score_run(
@@ -53,16 +58,27 @@ def score_run(
     )
 
 
-def count_experts(path: Path | str, *, tests: Sequence[TestSet]) -> RouteCounts:
+def count_experts(
+    path: Path | str, *, tests: Sequence[TestSet], routes: Path | None = None
+) -> UsageCounts:
     """Count which experts read and write the test sentences, by target language.
 
-    Writes the run's ``routes.json`` and returns the counts.
+    Writes the run's ``usage.json`` and ``insight.json``, and every edge to ``routes`` if given.
+    Returns the counts.
     """
-    translator = Translator.open(path)
-    counts = expert_usage(
-        translator.model, batches=_batches(translator, tests), languages=translator.languages
-    )
-    counts.write(RunDir(Path(path)).routes)
+    run, translator = RunDir(Path(path)), Translator.open(path)
+    insight = Insight()
+
+    def studied() -> Iterator[Routes]:
+        for found in _routes(translator, tests):
+            insight.add(found)
+            yield found
+
+    with _recording(routes, translator=translator, tests=tests) as record:
+        counts = expert_usage(map(record, studied()), languages=translator.languages)
+    counts.write(run.usage)
+    if counts.layers():
+        write_json(run.insight, insight.plain(show=translator.shown))
     return counts
 
 
@@ -78,16 +94,41 @@ def _cut(translator: Translator, tests: Sequence[TestSet]) -> Iterator[str]:
         )
 
 
-def _batches(translator: Translator, tests: Sequence[TestSet]) -> Iterator[Batch]:
+def record_routes(path: Path | str, *, tests: Sequence[TestSet], out: Path) -> None:
+    """Write the experts of every token of the test sentences to the routes file ``out``."""
+    translator = Translator.open(path)
+    with _recording(out, translator=translator, tests=tests) as record:
+        for found in _routes(translator, tests):
+            record(found)
+
+
+@contextmanager
+def _recording(
+    path: Path | None, *, translator: Translator, tests: Sequence[TestSet]
+) -> Iterator[Callable[[Routes], Routes]]:
+    """Give a function that hands routes on, writing them to a file where one was asked for."""
+    if path is None:
+        yield lambda routes: routes
+        return
+    about = {"texts": sorted({test.name for test in tests})}
+    with RoutesWriter(path, languages=translator.languages, about=about) as writer:
+
+        def record(routes: Routes) -> Routes:
+            writer.add(routes)
+            return routes
+
+        yield record
+
+
+def _routes(translator: Translator, tests: Sequence[TestSet]) -> Iterator[Routes]:
     for test in tests:
-        for start in range(0, len(test), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            yield translator.batch(
-                test.sources[part],
-                targets=test.references[part],
-                source=test.source,
-                target=test.target,
-            )
+        yield from translation_routes(
+            translator,
+            test.sources,
+            translations=test.references,
+            source=test.source,
+            target=test.target,
+        )
 
 
 def train_pairs(corpus: Corpus, source: str, target: str) -> Iterator[tuple[str, str]]:

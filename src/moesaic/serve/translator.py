@@ -184,7 +184,7 @@ class Translator:
         layers = {r.layer: visits(r) for r in self.model(batch).records}
         sides = []
         for ids, stack in ((batch.source, "encoder"), (batch.target_in, "decoder")):
-            tokens = tuple(self._shown(int(i)) for i in ids[0].tolist())
+            tokens = tuple(self.shown(int(i)) for i in ids[0].tolist())
             own = {name: rows for name, rows in layers.items() if name.startswith(stack)}
             sides.append(Side(tokens, own))
         return Trace(sides[0], sides[1])
@@ -228,7 +228,8 @@ class Translator:
         best = hypotheses[0]
         return Translation(every[0].text, best.score, every, truncated, best.finished)
 
-    def _shown(self, index: int) -> str:
+    def shown(self, index: int) -> str:
+        """Return a token as text; one that is no text of its own by its name."""
         text = self.tokenizer.decode([index])
         return text if text and "\ufffd" not in text else self.tokenizer.token(index)
 

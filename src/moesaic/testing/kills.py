@@ -96,8 +96,8 @@ def compare(left: Path, right: Path) -> list[str]:
         found.append("metrics.jsonl")
     if RunDir(left).model.read_bytes() != RunDir(right).model.read_bytes():
         found.append("model.safetensors")
-    if RunDir(left).routes.read_bytes() != RunDir(right).routes.read_bytes():
-        found.append("routes.json")
+    if RunDir(left).usage.read_bytes() != RunDir(right).usage.read_bytes():
+        found.append("usage.json")
     return [f"{right.name}: {difference}" for difference in found]
 
 

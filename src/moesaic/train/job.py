@@ -22,7 +22,8 @@ from moesaic.train.export import export
 from moesaic.train.hooks.checkpoint import SaveCheckpoints
 from moesaic.train.hooks.hook import Hook
 from moesaic.train.hooks.log import Log
-from moesaic.train.hooks.routes import WatchRoutes
+from moesaic.train.hooks.routes import ProbeRoutes, RecordRoutes
+from moesaic.train.hooks.usage import WatchUsage
 from moesaic.train.hooks.validate import Validate
 from moesaic.train.loop import loop
 from moesaic.train.prepare import Prepared, prepare
@@ -109,7 +110,12 @@ def make_trainer(run: Run, *, prepared: Prepared, world: World) -> Trainer:
 
 def standard_hooks(trainer: Trainer, *, folder: RunDir) -> list[Hook]:
     """Return what every run does around its steps, before the rows of metrics are written."""
-    return [Validate(), WatchRoutes(folder.routes, trainer=trainer)]
+    return [
+        Validate(),
+        WatchUsage(folder.usage, trainer=trainer),
+        RecordRoutes(folder.routes),
+        ProbeRoutes(folder.learning),
+    ]
 
 
 def _open(folder: RunDir, *, run: Run, resume: Resume) -> dict[str, Any]:

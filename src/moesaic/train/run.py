@@ -42,11 +42,15 @@ class Validation(Config):
 class Log(Config):
     """A row of metrics every ``every`` steps; one step of ``routes_every`` counts its routing.
 
-    Rows go to ``metrics.jsonl`` and to the sinks of ``also``.
+    Rows go to ``metrics.jsonl`` and to the sinks of ``also``. One step of ``record_every`` has its
+    routing recorded, token by token; a few held-out rows are routed every ``probe_every`` steps, to
+    see when routing settles (both 0: never).
     """
 
     every: Positive = 10
     routes_every: Positive = 10
+    record_every: Natural = 0
+    probe_every: Natural = 50
     also: tuple[MetricsSink, ...] = ()
 
     def due(self, step: int, *, steps: int) -> bool:

@@ -1,106 +1,105 @@
-"""Routes: counts by layer, expert and language, the same on any number of ranks."""
+"""Routes hooks: steps are recorded as they went, and held-out text is probed as training goes."""
 
 from pathlib import Path
 
-import pytest
 import torch
 
+from moesaic.checkpoint.routes import RoutesFile
 from moesaic.dist.world import Alone, Ranks, World
-from moesaic.moe.balance import Balance, RouterZ, SwitchBalance
-from moesaic.moe.balances.bias import BiasUpdate
-from moesaic.moe.balances.device import DeviceBalance
-from moesaic.moe.balances.entropy import EntropyBalance
-from moesaic.moe.balances.sequence import SequenceBalance
-from moesaic.moe.config import MoE, NoMoE
+from moesaic.moe.agreement import compare
+from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity
-from moesaic.moe.select import TopK
-from moesaic.moe.selects.threshold import Threshold
-from moesaic.observe.routes import Routes, read_routes
-from moesaic.observe.signs import Setting
 from moesaic.testing.ranks import run_on_ranks
-from moesaic.testing.tiny import LANGUAGES, TinyStream, tiny_model_config, tiny_run, tiny_trainer
-from moesaic.train.hooks.routes import WatchRoutes, doctor_setting
+from moesaic.testing.tiny import TinyStream, tiny_model_config, tiny_run, tiny_trainer
+from moesaic.train.hooks.hook import Hook
+from moesaic.train.hooks.routes import ProbeRoutes, RecordRoutes
 from moesaic.train.loop import loop
 from moesaic.train.run import Log
+from moesaic.train.trainer import StepReport, Trainer
 
 
-def _watch(path: Path, world: World) -> None:
-    run = tiny_run(log=Log(every=4, routes_every=2))
+class _Keep(Hook):
+    def __init__(self) -> None:
+        self.reports: list[StepReport] = []
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        del trainer
+        self.reports.append(report)
+
+
+def _train(folder: Path, *, until: int, world: World | None = None, **log: int) -> _Keep:
+    moe = MoE(experts=4, limit=Capacity(factor=0.7, eval_factor=None))
+    run = tiny_run(log=Log(**log), model=tiny_model_config(moe=moe))
     trainer = tiny_trainer(run, world=world)
-    loop(trainer, hooks=[WatchRoutes(path, trainer=trainer)], until=6)
+    kept = _Keep()
+    hooks = [RecordRoutes(folder / "routes"), ProbeRoutes(folder / "learning"), kept]
+    loop(trainer, hooks=hooks, until=until)
+    return kept
 
 
-def _on_rank(path: Path) -> None:
-    _watch(path, Ranks())
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
-def _equal(left: Routes, right: Routes) -> bool:
-    pairs = zip(left.layers, right.layers, strict=True)
-    return all(a.layer == b.layer and (a.counts == b.counts).all() for a, b in pairs)
+def test_a_recorded_step_is_what_happened_in_it(tmp_path: Path) -> None:
+    kept = _train(tmp_path, until=5, record_every=2, probe_every=0)
+    assert _names(tmp_path / "routes") == ["step-00000002.routes", "step-00000004.routes"]
+    assert not (tmp_path / "learning").exists()
+    file = RoutesFile(tmp_path / "routes" / "step-00000004.routes")
+    assert file.about == {"run": "tiny", "step": 4}
+    (routes,) = file
+    seen = kept.reports[3].seen
+    assert [found.layer for found in routes] == [r.layer for r in seen.records]
+    languages = (seen.batch.source_language, seen.batch.target_language)
+    for found, record, language in zip(routes, seen.records, languages, strict=True):
+        assert torch.equal(found.routing.expert, record.routing.expert)
+        assert found.routing.dropped.any()
+        assert torch.equal(found.tokens.token, record.context.token)
+        assert torch.equal(found.tokens.language, language[record.row])
 
 
-def test_every_token_of_every_other_step_is_counted_once(tmp_path: Path) -> None:
-    _watch(tmp_path / "routes.json", Alone())
-    routes = read_routes(tmp_path / "routes.json")
-    assert [layer.layer for layer in routes.layers] == ["encoder.0", "decoder.0"]
-    stream = TinyStream()
-    batches = [next(stream) for _ in range(6)][1::2]  # steps 2, 4, 6
-    for layer, side in zip(routes.layers, ("source", "target"), strict=True):
-        for index in range(len(LANGUAGES)):
-            tokens = 0
-            for batch in batches:
-                language = getattr(batch, f"{side}_language")
-                ids = batch.source if side == "source" else batch.target_in
-                tokens += int((ids[language == index] != 0).sum())
-            assert int(layer.counts[:, index].sum()) == tokens
+def test_the_probe_routes_the_same_text_before_training_and_every_so_often(tmp_path: Path) -> None:
+    _train(tmp_path, until=5, probe_every=2)
+    steps = [0, 2, 4]
+    assert _names(tmp_path / "learning") == [f"step-{step:08d}.routes" for step in steps]
+    files = [RoutesFile(tmp_path / "learning" / name) for name in _names(tmp_path / "learning")]
+    held_out = next(TinyStream().valid_batches("valid", rows=None))
+    ((encoder, _),) = files[0]
+    assert torch.equal(encoder.tokens.token, held_out.source[held_out.source_mask])
+    assert not encoder.routing.dropped.any()  # in evaluation nothing is
+    assert compare(files[0], files[0]).edges == 1
+    assert compare(files[0], files[2]).edges < 1
 
 
-def test_ranks_count_what_one_counts(tmp_path: Path) -> None:
-    _watch(tmp_path / "one.json", Alone())
-    run_on_ranks(2, _on_rank, tmp_path / "two.json")
-    assert _equal(read_routes(tmp_path / "one.json"), read_routes(tmp_path / "two.json"))
+def test_probing_and_recording_change_nothing_in_training(tmp_path: Path) -> None:
+    watched = _train(tmp_path / "a", until=3, probe_every=1, record_every=1)
+    alone = _train(tmp_path / "b", until=3, probe_every=0)
+    for one, other in zip(watched.reports, alone.reports, strict=True):
+        assert torch.equal(one.seen.sums.losses, other.seen.sums.losses)
 
 
-def test_a_collapsed_router_is_named_with_its_layer(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tiny_run(log=Log(every=1, routes_every=1)))
-    trainer.data = TinyStream(rows=64)
-    with torch.no_grad():
-        trainer.model.decoder[0].feed_forward.inner.router.gate.weight.zero_()
-        for parameter in trainer.model.parameters():
-            parameter.requires_grad_(requires_grad=False)
-        trainer.model.encoder_norm.weight.requires_grad_()
-    loop(trainer, hooks=[WatchRoutes(tmp_path / "r.json", trainer=trainer)], until=4)
-    notes = trainer.journal.take_notes()
-    assert any("decoder.0" in note and "try" in note for note in notes), notes
-    assert "decoder.0" in trainer.journal.health
+def test_files_of_later_steps_go_when_a_run_goes_back(tmp_path: Path) -> None:
+    _train(tmp_path, until=4, probe_every=2, record_every=1)
+    (tmp_path / "learning" / "notes.txt").write_text("mine")
+    _train(tmp_path, until=1, probe_every=2, record_every=1)
+    assert _names(tmp_path / "learning") == ["notes.txt", "step-00000000.routes"]
+    assert _names(tmp_path / "routes") == ["step-00000001.routes"]
 
 
-def test_the_doctor_knows_the_config() -> None:
-    moe = MoE(
-        experts=8,
-        select=TopK(k=2),
-        limit=Capacity(factor=1.5),
-        balance=(SwitchBalance(weight=0.03),),
-    )
-    setting = doctor_setting(tiny_run(model=tiny_model_config(moe=moe)), languages=LANGUAGES)
-    assert (setting.top_k, setting.balance_weight, setting.z_weight) == (2, 0.03, 0.0)
-    assert setting.capacity_factor == 1.5
+def _on_rank(folder: Path) -> None:
+    _train(folder, until=1, world=Ranks(), probe_every=1, record_every=1)
 
 
-def test_the_doctor_counts_at_least_one_expert_and_finds_the_stack_that_has_any() -> None:
-    depths = MoE(experts=1, select=Threshold())
-    model = tiny_model_config(moe=NoMoE())
-    model = model.replace(decoder=model.decoder.replace(moe=depths))
-    assert doctor_setting(tiny_run(model=model), languages=LANGUAGES).top_k == 1
+def test_each_rank_records_its_own_rows_and_the_first_one_probes(tmp_path: Path) -> None:
+    run_on_ranks(2, _on_rank, tmp_path)
+    _train(tmp_path / "alone", until=1, world=Alone(), record_every=1)
+    names = [f"step-00000001.rank-{rank}.routes" for rank in (0, 1)]
+    assert _names(tmp_path / "routes") == names
+    assert _names(tmp_path / "learning") == ["step-00000000.routes", "step-00000001.routes"]
 
+    def tokens(path: Path) -> int:
+        return sum(len(found.tokens) for routes in RoutesFile(path) for found in routes)
 
-def test_the_doctor_knows_every_term_that_evens_the_load() -> None:
-    def setting(*balance: Balance) -> Setting:
-        moe = MoE(experts=8, select=TopK(k=2), balance=balance)
-        return doctor_setting(tiny_run(model=tiny_model_config(moe=moe)), languages=LANGUAGES)
-
-    found = setting(SequenceBalance(weight=0.1), DeviceBalance(weight=0.2), EntropyBalance())
-    assert found.balance_weight == pytest.approx(0.3)
-    assert (found.balance, found.bias_rate) == ("DeviceBalance", 0.0)
-    free = setting(BiasUpdate(rate=0.002), RouterZ(weight=0.5))
-    assert (free.balance_weight, free.bias_rate, free.z_weight) == (0.0, 0.002, 0.5)
+    shares = [tokens(tmp_path / "routes" / name) for name in names]
+    assert sum(shares) == tokens(tmp_path / "alone" / "routes" / "step-00000001.routes")
+    assert min(shares) > 0

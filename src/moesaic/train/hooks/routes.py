@@ -1,137 +1,96 @@
-"""WatchRoutes: which experts took which language, and the router doctor's opinion of it."""
+"""Routes of a run in progress: of training steps, and of one held-out text as training goes on."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from moesaic.core.shapes import Int, Tensor
-from moesaic.data.batch import Batch
-from moesaic.dist.world import World
-from moesaic.moe.balance import RouterZ
-from moesaic.moe.balances.bias import BiasUpdate
-from moesaic.moe.config import MoE
-from moesaic.moe.limit import Capacity
-from moesaic.moe.record import Record
-from moesaic.observe.doctor import Doctor, health, report
-from moesaic.observe.layer_counts import summary
-from moesaic.observe.routes import RouteCounts
-from moesaic.observe.signs import Finding, Setting
+import torch
+
+from moesaic.checkpoint.routes import RoutesWriter
+from moesaic.moe.routes import LayerRoutes, routes_of
 from moesaic.train.hooks.hook import Hook
-from moesaic.train.run import Run
+from moesaic.train.hooks.usage import language_of
+from moesaic.train.randomness import undisturbed
 from moesaic.train.trainer import StepReport, Trainer
 
+PROBE_ROWS = 2  # of each task and direction: some thousand tokens say how alike two routers are
+_STEP = re.compile(r"step-(\d{8})(\.rank-\d+)?\.routes")
 
-class WatchRoutes(Hook):
-    """Counts one step of ``log.routes_every``; examines the counts at every row of metrics.
 
-    Counts since the last row, and those of the whole run (``routes.json``), are saved with a
-    checkpoint. An encoder layer's tokens count for the source language, a decoder's for the target.
+class RecordRoutes(Hook):
+    """Writes the routing of one step in ``log.record_every`` as a file of its own.
+
+    Of the step's last micro-batch, as it was used: after noise, and with what a limit dropped. Each
+    rank writes the rows that it had.
     """
 
-    def __init__(self, path: Path, *, trainer: Trainer) -> None:
-        self.path = path
-        languages = trainer.objective.categories.languages
-        self._new, self._all = RouteCounts(languages), RouteCounts(languages)
-        self._doctor = Doctor(doctor_setting(trainer.run, languages=languages))
-        self._known: set[tuple[str, str]] = set()
-        trainer.parts["routes"] = self
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def before_run(self, trainer: Trainer) -> None:
+        _forget_later(self.folder, trainer)
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        log = trainer.run.log
-        if report.step % log.routes_every == 0:
-            for record in report.seen.records:
-                self._count(record, batch=report.seen.batch)
-        if log.due(report.step, steps=trainer.run.steps) and self._new.tensors():
-            self._examine(trainer)
-
-    def after_run(self, trainer: Trainer) -> None:
-        whole = RouteCounts(self._all.languages)
-        whole.merge(dict(_in_order(self._all.tensors())))
-        whole.merge(_summed(self._new, trainer.world))
-        if trainer.world.rank == 0 and whole.tensors():
-            whole.write(self.path)
-
-    def tensors(self, world: World) -> dict[str, Tensor]:
-        """Return both sums for a checkpoint. Collective."""
-        new = {f"new/{name}": value for name, value in _summed(self._new, world).items()}
-        return new | {f"all/{name}": value for name, value in self._all.tensors().items()}
-
-    def restore(self, tensors: Mapping[str, Tensor], *, world: World) -> None:
-        """Put them back; the sum since the last row goes to rank 0 alone."""
-        for counts, prefix, mine in (
-            (self._new, "new/", world.rank == 0),
-            (self._all, "all/", True),
-        ):
-            named = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            counts.clear()
-            counts.merge({n: t.to(world.device) * int(mine) for n, t in _in_order(named)})
-
-    def _count(self, record: Record, *, batch: Batch) -> None:
-        routing = record.routing
-        languages = language_of(record, batch=batch)
-        self._new.add(
-            record.layer,
-            expert=routing.expert,
-            language=languages[record.row[routing.token]],
-            num_experts=routing.num_experts,
-            router_entropy=record.router_entropy(),
-            logit_rms=record.logit_rms(),
-        )
-
-    def _examine(self, trainer: Trainer) -> None:
-        interval = RouteCounts(self._new.languages)
-        interval.merge(_summed(self._new, trainer.world))
-        self._new.clear()
-        self._all.merge(dict(_in_order(interval.tensors())))
-        layers = interval.layers()
-        findings = self._doctor.examine(layers)
-        trainer.journal.put(summary(layers))
-        trainer.journal.health = health(findings)
-        self._say_new(trainer, findings)
-
-    def _say_new(self, trainer: Trainer, findings: tuple[Finding, ...]) -> None:
-        fresh = [f for f in findings if (f.layer, f.sign) not in self._known]
-        self._known = {(f.layer, f.sign) for f in findings}
-        for sentence in report(fresh):
-            trainer.journal.note(f"step {trainer.step}: {sentence}")
+        every, records = trainer.run.log.record_every, report.seen.records
+        if not every or report.step % every or not records:
+            return
+        found: list[LayerRoutes] = []
+        for record in records:
+            found += routes_of([record], language=language_of(record, batch=report.seen.batch))
+        world = trainer.world
+        rank = f".rank-{world.rank}" if world.size > 1 else ""
+        _write(self.folder / f"{_name(report.step)}{rank}.routes", trainer, [found])
 
 
-def language_of(record: Record, *, batch: Batch) -> Int[Tensor, "B"]:
-    """Return the language index that a batch row's tokens have in this layer."""
-    encoder = record.layer.startswith("encoder")
-    return batch.source_language if encoder else batch.target_language
+class ProbeRoutes(Hook):
+    """Routes the same held-out rows every ``log.probe_every`` steps, and keeps how.
+
+    So that it can be seen when routing settles (the report's part on routing).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def before_run(self, trainer: Trainer) -> None:
+        _forget_later(self.folder, trainer)
+        if not trainer.step:
+            self._probe(trainer)
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        every = trainer.run.log.probe_every
+        if every and (report.step % every == 0 or report.step == trainer.run.steps):
+            self._probe(trainer)
+
+    def _probe(self, trainer: Trainer) -> None:
+        if not trainer.run.log.probe_every:
+            return
+        found = []
+        trainer.model.eval()
+        with torch.no_grad(), undisturbed(trainer.world.device):
+            for batch in trainer.data.valid_batches("valid", rows=PROBE_ROWS):
+                there = batch.to(trainer.world.device)
+                records = trainer.model(there).records
+                found.append(routes_of(records, language=there.target_language))
+        trainer.model.train()
+        if trainer.world.rank == 0 and any(found):
+            _write(self.folder / f"{_name(trainer.step)}.routes", trainer, found)
 
 
-def doctor_setting(run: Run, *, languages: tuple[str, ...]) -> Setting:
-    """Return what the doctor needs of the config for causes and advice."""
-    model = run.model
-    mixtures = [model.mixture(stack) for stack in (model.encoder, model.decoder)]
-    moe = next((moe for moe in mixtures if isinstance(moe, MoE)), None)
-    if moe is None:
-        return Setting(languages)
-    limit = moe.limit
-    strongest = max(moe.balance, key=lambda term: term.evening(), default=None)
-    evens = strongest is not None and strongest.evening() > 0
-    return Setting(
-        languages,
-        top_k=max(1, round(moe.select.experts_per_token(moe.experts))),
-        balance_weight=sum(b.evening() for b in moe.balance),
-        z_weight=sum(b.weight for b in moe.balance if isinstance(b, RouterZ)),
-        capacity_factor=limit.factor if isinstance(limit, Capacity) else None,
-        bias_rate=sum(b.rate for b in moe.balance if isinstance(b, BiasUpdate)),
-        balance=type(strongest).__name__ if evens else "SwitchBalance",
-    )
+def _write(path: Path, trainer: Trainer, batches: Iterable[Sequence[LayerRoutes]]) -> None:
+    languages = trainer.objective.categories.languages
+    about = {"run": trainer.run.name, "step": trainer.step}
+    with RoutesWriter(path, languages=languages, about=about) as writer:
+        for routes in batches:
+            writer.add(routes)
 
 
-def _summed(counts: RouteCounts, world: World) -> dict[str, Tensor]:
-    return {name: world.sum(value) for name, value in _in_order(counts.tensors())}
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
-def _in_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """Sort ``edges/encoder.10`` by kind, encoder first, and number: the order people read."""
-    return sorted(tensors.items(), key=lambda item: _place(item[0]))
-
-
-def _place(name: str) -> tuple[bool, list[tuple[bool, int, str]]]:
-    parts = re.split(r"[/.]", name)
-    return "decoder" in parts, [(p.isdigit(), int(p) if p.isdigit() else 0, p) for p in parts]
+def _forget_later(folder: Path, trainer: Trainer) -> None:
+    """A run that goes back to an earlier step writes what came after it anew."""
+    for path in folder.glob("step-*.routes") if trainer.world.rank == 0 else ():
+        found = _STEP.fullmatch(path.name)
+        if found and int(found[1]) > trainer.step:
+            path.unlink()

@@ -1,9 +1,10 @@
-"""RouteCounts: edges counted per (layer, expert, language), and their file ``routes.json``.
+"""UsageCounts: edges counted per (layer, expert, language), and their file ``usage.json``.
 
 Counts are integers kept on the device; the counts of ranks add up to those of the run, so nothing
-depends on the number of ranks. ``routes.json`` is ``{"format": 1, "languages": [G names],
+depends on the number of ranks. ``usage.json`` is ``{"format": 1, "languages": [G names],
 "layers": [{"layer", "counts": [[G] * E], "dropped": [G], "dropped_late", "router_entropy",
-"logit_rms"}]}``, one layer per line.
+"logit_rms", "spare"}]}``, one layer per line. The edges themselves are in a routes file
+(``checkpoint/routes.py``), where one was asked for.
 
 Letters: N edges, E experts, G languages.
 """
@@ -20,17 +21,32 @@ import torch
 
 from moesaic.core.errors import DataError
 from moesaic.core.files import read_json, write_whole
-from moesaic.core.shapes import Int, Tensor
+from moesaic.core.shapes import Bool, Int, Tensor
 from moesaic.observe.layer_counts import LayerCounts
 
 FORMAT = 1
 
 
-class RouteCounts:
-    """See the module's first lines. ``languages`` are the names that language indices stand for."""
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """What a router's logits were like in one pass, where known: see ``LayerCounts``."""
 
-    def __init__(self, languages: Sequence[str]) -> None:
+    router_entropy: Tensor | float | None = None
+    logit_rms: Tensor | float | None = None
+
+
+UNKNOWN = Scales()
+
+
+class UsageCounts:
+    """See the module's first lines. ``languages`` are the names that language indices stand for.
+
+    ``spare`` is how many of the last experts of each layer do no work.
+    """
+
+    def __init__(self, languages: Sequence[str], *, spare: int = 0) -> None:
         self.languages = tuple(languages)
+        self.spare = spare
         self._tensors: dict[str, Tensor] = {}
 
     def add(
@@ -40,24 +56,25 @@ class RouteCounts:
         expert: Int[Tensor, "N"],
         language: Int[Tensor, "N"],
         num_experts: int,
-        router_entropy: Tensor | float | None = None,
-        logit_rms: Tensor | float | None = None,
+        late: Bool[Tensor, "N"] | None = None,
+        scales: Scales = UNKNOWN,
     ) -> None:
         """Count the edges of one layer in one forward pass; does not wait for a GPU.
 
-        ``expert`` is in token order, ``num_experts`` where an edge was dropped; ``language`` is
-        that of the edge's token. The two scales are described at ``LayerCounts``.
+        ``expert`` is ``num_experts`` where an edge was dropped; ``language`` is that of the edge's
+        token. ``late`` edges belong to the later half of the tokens.
         """
         groups = len(self.languages)
         counts = torch.bincount(expert * groups + language, minlength=(num_experts + 1) * groups)
-        late = (expert[(expert.numel() + 1) // 2 :] == num_experts).sum()
-        scales = torch.zeros(4, dtype=torch.float64, device=expert.device)
+        dropped = expert == num_experts
+        lost = counts.new_zeros(1) if late is None else (dropped & late).sum()[None]
+        sums = torch.zeros(4, dtype=torch.float64, device=expert.device)
         edges = expert.numel()  # weighed by them, means are the same for any number of ranks
-        if router_entropy is not None:
-            scales[0], scales[1] = router_entropy * edges, edges
-        if logit_rms is not None:
-            scales[2], scales[3] = logit_rms**2 * edges, edges
-        self.merge({f"edges/{layer}": torch.cat([counts, late[None]]), f"scales/{layer}": scales})
+        if scales.router_entropy is not None:
+            sums[0], sums[1] = scales.router_entropy * edges, edges
+        if scales.logit_rms is not None:
+            sums[2], sums[3] = scales.logit_rms**2 * edges, edges
+        self.merge({f"edges/{layer}": torch.cat([counts, lost]), f"scales/{layer}": sums})
 
     def merge(self, tensors: Mapping[str, Tensor]) -> None:
         """Add what ``tensors()`` of another rank, another interval or a checkpoint gave."""
@@ -83,7 +100,7 @@ class RouteCounts:
         return tuple(self._layer(name) for name in names)
 
     def write(self, path: Path) -> None:
-        """Write ``routes.json`` whole or not at all."""
+        """Write ``usage.json`` whole or not at all."""
         lines = ",\n".join(json.dumps(_as_json(layer)) for layer in self.layers())
         head = f'{{"format": {FORMAT}, "languages": {json.dumps(self.languages)}, "layers": [\n'
         write_whole(path, f"{head}{lines}\n]}}\n")
@@ -99,32 +116,33 @@ class RouteCounts:
             dropped_late=int(edges[-1]),
             router_entropy=entropy / entropies if entropies else None,
             logit_rms=math.sqrt(square / squares) if squares else None,
+            spare=self.spare,
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Routes:
-    """What a ``routes.json`` holds."""
+class Usage:
+    """What a ``usage.json`` holds."""
 
     languages: tuple[str, ...]
     layers: tuple[LayerCounts, ...]
 
 
-def read_routes(path: Path) -> Routes:
-    """Read ``routes.json``. Raises DataError if it is not one."""
+def read_usage(path: Path) -> Usage:
+    """Read ``usage.json``. Raises DataError if it is not one."""
     try:
         whole = read_json(path)
         if whole["format"] != FORMAT:
             raise DataError(f"{path}: format {whole['format']}, expected {FORMAT}")
         groups = len(whole["languages"])
         layers = tuple(_from_json(layer, groups=groups) for layer in whole["layers"])
-        return Routes(tuple(whole["languages"]), layers)
+        return Usage(tuple(whole["languages"]), layers)
     except FileNotFoundError as error:
         raise DataError(
             f"{path}: no such file; training writes it for a model with experts"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a routes file ({error})") from error
+        raise DataError(f"{path}: not a usage file ({error})") from error
 
 
 def _as_json(layer: LayerCounts) -> dict[str, Any]:
@@ -140,6 +158,7 @@ def _as_json(layer: LayerCounts) -> dict[str, Any]:
         "counts": layer.counts.tolist(),
         "dropped": layer.dropped.tolist(),
         "dropped_late": layer.dropped_late,
+        "spare": layer.spare,
     } | finite
 
 
@@ -154,4 +173,5 @@ def _from_json(layer: dict[str, Any], *, groups: int) -> LayerCounts:
         dropped_late=layer["dropped_late"],
         router_entropy=layer["router_entropy"],
         logit_rms=layer["logit_rms"],
+        spare=layer.get("spare", 0),  # runs of the first versions had none
     )

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moesaic.core.errors import DataError
-from moesaic.observe.routes import RouteCounts, read_routes
+from moesaic.observe.usage import Scales, UsageCounts, read_usage
 
 LANGUAGES = ("deu_Latn", "ces_Latn", "ukr_Cyrl")
 
@@ -17,11 +17,18 @@ def edges(seed, n=200, num_experts=4):
 
 
 def counted(*seeds):
-    counts = RouteCounts(LANGUAGES)
+    counts = UsageCounts(LANGUAGES)
     for seed in seeds:
         for layer in ("encoder.1", "decoder.1"):
             expert, language = edges(seed)
-            counts.add(layer, expert=expert, language=language, num_experts=4, logit_rms=seed + 1.0)
+            counts.add(
+                layer,
+                expert=expert,
+                language=language,
+                num_experts=4,
+                late=torch.arange(200) >= 100,
+                scales=Scales(logit_rms=seed + 1.0),
+            )
     return counts
 
 
@@ -40,7 +47,7 @@ def test_counts_equal_a_count_by_hand():
 
 def test_counts_of_ranks_add_up_to_those_of_one():
     whole, parts = counted(0, 1, 2), [counted(0), counted(1, 2)]
-    together = RouteCounts(LANGUAGES)
+    together = UsageCounts(LANGUAGES)
     for part in parts:
         together.merge(part.tensors())
     assert together.tensors().keys() == whole.tensors().keys()
@@ -49,7 +56,7 @@ def test_counts_of_ranks_add_up_to_those_of_one():
 
 
 def test_merging_leaves_the_other_alone():
-    other, mine = counted(0), RouteCounts(LANGUAGES)
+    other, mine = counted(0), UsageCounts(LANGUAGES)
     mine.merge(other.tensors())
     mine.merge(other.tensors())
     assert other.layers()[0].edges == 200
@@ -65,10 +72,10 @@ def test_scales_are_averaged_over_calls_and_unknown_ones_stay_unknown():
 
 def test_the_file_holds_what_was_counted(tmp_path):
     counts = counted(0, 1)
-    counts.write(tmp_path / "routes.json")
-    routes = read_routes(tmp_path / "routes.json")
-    assert routes.languages == LANGUAGES
-    for read, layer in zip(routes.layers, counts.layers(), strict=True):
+    counts.write(tmp_path / "usage.json")
+    usage = read_usage(tmp_path / "usage.json")
+    assert usage.languages == LANGUAGES
+    for read, layer in zip(usage.layers, counts.layers(), strict=True):
         assert np.array_equal(read.counts, layer.counts)
         assert np.array_equal(read.dropped, layer.dropped)
         assert (read.layer, read.dropped_late, read.logit_rms) == (
@@ -77,24 +84,26 @@ def test_the_file_holds_what_was_counted(tmp_path):
 
 
 def test_a_value_that_json_lacks_is_left_out_of_the_file(tmp_path):
-    counts = RouteCounts(LANGUAGES)
+    counts = UsageCounts(LANGUAGES)
     expert, language = edges(0)
-    counts.add("a", expert=expert, language=language, num_experts=4, logit_rms=float("nan"))
-    counts.write(tmp_path / "routes.json")
-    json.loads((tmp_path / "routes.json").read_text(), parse_constant=pytest.fail)
-    assert read_routes(tmp_path / "routes.json").layers[0].logit_rms is None
+    counts.add(
+        "a", expert=expert, language=language, num_experts=4, scales=Scales(logit_rms=float("nan"))
+    )
+    counts.write(tmp_path / "usage.json")
+    json.loads((tmp_path / "usage.json").read_text(), parse_constant=pytest.fail)
+    assert read_usage(tmp_path / "usage.json").layers[0].logit_rms is None
 
 
 def test_a_model_without_experts_writes_an_empty_file(tmp_path):
-    RouteCounts(LANGUAGES).write(tmp_path / "routes.json")
-    assert read_routes(tmp_path / "routes.json").layers == ()
+    UsageCounts(LANGUAGES).write(tmp_path / "usage.json")
+    assert read_usage(tmp_path / "usage.json").layers == ()
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "[]", '{"format": 9}', '{"format": 1, "languages": ["a"], "layers": [{"layer": "x"}]}'],
 )
-def test_a_file_that_is_no_routes_file_is_named(tmp_path, text):
-    (tmp_path / "routes.json").write_text(text)
-    with pytest.raises(DataError, match=r"routes\.json"):
-        read_routes(tmp_path / "routes.json")
+def test_a_file_that_is_no_usage_file_is_named(tmp_path, text):
+    (tmp_path / "usage.json").write_text(text)
+    with pytest.raises(DataError, match=r"usage\.json"):
+        read_usage(tmp_path / "usage.json")

@@ -1,0 +1,159 @@
+"""WatchUsage: which experts took which language, and the router doctor's opinion of it."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from moesaic.core.shapes import Bool, Int, Tensor
+from moesaic.data.batch import Batch
+from moesaic.dist.world import World
+from moesaic.moe.balance import RouterZ
+from moesaic.moe.balances.bias import BiasUpdate
+from moesaic.moe.config import MoE
+from moesaic.moe.context import Context
+from moesaic.moe.limit import Capacity
+from moesaic.moe.record import Record
+from moesaic.observe.doctor import Doctor, health, report
+from moesaic.observe.layer_counts import summary
+from moesaic.observe.signs import Finding, Setting
+from moesaic.observe.usage import Scales, UsageCounts
+from moesaic.train.hooks.hook import Hook
+from moesaic.train.run import Run
+from moesaic.train.trainer import StepReport, Trainer
+
+
+class WatchUsage(Hook):
+    """Counts one step of ``log.routes_every``; examines the counts at every row of metrics.
+
+    Counts since the last row, and those of the whole run (``usage.json``), are saved with a
+    checkpoint. An encoder layer's tokens count for the source language, a decoder's for the target.
+    """
+
+    def __init__(self, path: Path, *, trainer: Trainer) -> None:
+        self.path = path
+        languages = trainer.objective.categories.languages
+        self._new, self._all = _counts(trainer, languages), _counts(trainer, languages)
+        self._doctor = Doctor(doctor_setting(trainer.run, languages=languages))
+        self._known: set[tuple[str, str]] = set()
+        trainer.parts["routes"] = self  # the name that checkpoints know it by
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        log = trainer.run.log
+        if report.step % log.routes_every == 0:
+            for record in report.seen.records:
+                self._count(record, batch=report.seen.batch)
+        if log.due(report.step, steps=trainer.run.steps) and self._new.tensors():
+            self._examine(trainer)
+
+    def after_run(self, trainer: Trainer) -> None:
+        whole = _counts(trainer, self._all.languages)
+        whole.merge(dict(_in_order(self._all.tensors())))
+        whole.merge(_summed(self._new, trainer.world))
+        if trainer.world.rank == 0 and whole.tensors():
+            whole.write(self.path)
+
+    def tensors(self, world: World) -> dict[str, Tensor]:
+        """Return both sums for a checkpoint. Collective."""
+        new = {f"new/{name}": value for name, value in _summed(self._new, world).items()}
+        return new | {f"all/{name}": value for name, value in self._all.tensors().items()}
+
+    def restore(self, tensors: Mapping[str, Tensor], *, world: World) -> None:
+        """Put them back; the sum since the last row goes to rank 0 alone."""
+        for counts, prefix, mine in (
+            (self._new, "new/", world.rank == 0),
+            (self._all, "all/", True),
+        ):
+            named = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            counts.clear()
+            counts.merge({n: t.to(world.device) * int(mine) for n, t in _in_order(named)})
+
+    def _count(self, record: Record, *, batch: Batch) -> None:
+        routing = record.routing
+        languages = language_of(record, batch=batch)
+        self._new.add(
+            record.layer,
+            expert=routing.expert,
+            language=languages[record.row[routing.token]],
+            num_experts=routing.num_experts,
+            late=late_in_queue(record.context)[routing.token],
+            scales=Scales(record.router_entropy(), record.logit_rms()),
+        )
+
+    def _examine(self, trainer: Trainer) -> None:
+        interval = _counts(trainer, self._new.languages)
+        interval.merge(_summed(self._new, trainer.world))
+        self._new.clear()
+        self._all.merge(dict(_in_order(interval.tensors())))
+        layers = interval.layers()
+        findings = self._doctor.examine(layers)
+        trainer.journal.put(summary(layers))
+        trainer.journal.health = health(findings)
+        self._say_new(trainer, findings)
+
+    def _say_new(self, trainer: Trainer, findings: tuple[Finding, ...]) -> None:
+        fresh = [f for f in findings if (f.layer, f.sign) not in self._known]
+        self._known = {(f.layer, f.sign) for f in findings}
+        for sentence in report(fresh):
+            trainer.journal.note(f"step {trainer.step}: {sentence}")
+
+
+def language_of(record: Record, *, batch: Batch) -> Int[Tensor, "B"]:
+    """Return the language index that a batch row's tokens have in this layer."""
+    encoder = record.layer.startswith("encoder")
+    return batch.source_language if encoder else batch.target_language
+
+
+def late_in_queue(context: Context) -> Bool[Tensor, "T"]:
+    """Return which tokens are in the later half, in the order in which rows queue for room."""
+    order = context.position.argsort(stable=True)
+    order = order[context.row_key[order].argsort(stable=True)]
+    late = torch.zeros_like(order, dtype=torch.bool)
+    late[order[(order.numel() + 1) // 2 :]] = True
+    return late
+
+
+def _counts(trainer: Trainer, languages: tuple[str, ...]) -> UsageCounts:
+    moe = _mixture(trainer.run)
+    return UsageCounts(languages, spare=moe.spare.count() if moe else 0)
+
+
+def _mixture(run: Run) -> MoE | None:
+    """The mixture of the first stack that has one."""
+    model = run.model
+    mixtures = [model.mixture(stack) for stack in (model.encoder, model.decoder)]
+    return next((moe for moe in mixtures if isinstance(moe, MoE)), None)
+
+
+def doctor_setting(run: Run, *, languages: tuple[str, ...]) -> Setting:
+    """Return what the doctor needs of the config for causes and advice."""
+    moe = _mixture(run)
+    if moe is None:
+        return Setting(languages)
+    limit = moe.limit
+    strongest = max(moe.balance, key=lambda term: term.evening(), default=None)
+    evens = strongest is not None and strongest.evening() > 0
+    return Setting(
+        languages,
+        top_k=max(1, round(moe.select.experts_per_token(moe.routed))),
+        balance_weight=sum(b.evening() for b in moe.balance),
+        z_weight=sum(b.weight for b in moe.balance if isinstance(b, RouterZ)),
+        capacity_factor=limit.factor if isinstance(limit, Capacity) else None,
+        bias_rate=sum(b.rate for b in moe.balance if isinstance(b, BiasUpdate)),
+        balance=type(strongest).__name__ if evens else "SwitchBalance",
+    )
+
+
+def _summed(counts: UsageCounts, world: World) -> dict[str, Tensor]:
+    return {name: world.sum(value) for name, value in _in_order(counts.tensors())}
+
+
+def _in_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """Sort ``edges/encoder.10`` by kind, encoder first, and number: the order people read."""
+    return sorted(tensors.items(), key=lambda item: _place(item[0]))
+
+
+def _place(name: str) -> tuple[bool, list[tuple[bool, int, str]]]:
+    parts = re.split(r"[/.]", name)
+    return "decoder" in parts, [(p.isdigit(), int(p) if p.isdigit() else 0, p) for p in parts]

@@ -1,0 +1,119 @@
+"""Insight: the page shows what the routers read, when they settled, and who would be left out."""
+
+import json
+import re
+
+import pytest
+import torch
+from fake_run import write_fake_run
+
+from moesaic.checkpoint.routes import RoutesWriter
+from moesaic.moe.routes import LayerRoutes, Tokens
+from moesaic.moe.routing import Routing
+from moesaic.report.write import write_report
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_fake_run(tmp_path / "run")
+
+
+def section(run):
+    page = write_report(run).read_text(encoding="utf-8")
+    return re.search(r'<section id="insight">.*?</section>', page, re.S)[0]
+
+
+def write_step(run, step, experts, *, layers=("encoder.1",), ids=None):
+    count = len(experts)
+    token = torch.arange(count) if ids is None else torch.tensor(ids)
+    none = torch.zeros(count, dtype=torch.long)
+    tokens = Tokens(token, torch.arange(count), none, none)
+    expert = torch.tensor(experts)[:, None]
+    routing = Routing.from_topk(torch.ones(count, 1), expert=expert, num_experts=4)
+    path = run / "learning" / f"step-{step:08d}.routes"
+    with RoutesWriter(path, languages=("deu_Latn",)) as file:
+        file.add([LayerRoutes(layer, routing, tokens) for layer in layers])
+
+
+def curves(text, title):
+    figure = next(f for f in text.split("<figure>") if f"<figcaption>{title}" in f)
+    told = re.search(r'data-curves="(.*?)"', figure)[1].replace("&quot;", '"')
+    return {curve["name"]: curve for curve in json.loads(told)}
+
+
+def test_what_the_router_reads_is_said_against_chance(run):
+    text = section(run)
+    assert "its token explains up to 47% of it (in encoder.3)" in text
+    assert "its position explains up to 4% of it" in text
+    assert "encoder.3: 0.52" in text
+    assert "decoder.1: 0.98" in text
+
+
+def test_typical_tokens_are_shown_with_their_spaces(run):
+    assert '<code class="token">word3</code>' in section(run)
+    assert "\u2423of" in section(run)
+
+
+def test_spare_experts_are_named_apart(run):
+    told = json.loads((run / "insight.json").read_text())
+    told["layers"]["encoder.1"]["spare"] = 2
+    (run / "insight.json").write_text(json.dumps(told))
+    text = section(run)
+    assert "spare 6" in text
+    assert "spare 7" in text
+    assert "spare 5" not in text
+
+
+def test_without_drops_the_curves_are_said_to_be_what_would_be(run):
+    drawn = curves(section(run), "If each row had room")
+    assert set(drawn) == {
+        "encoder, first come", "encoder, at random", "decoder, first come", "decoder, at random",
+    }  # fmt: skip
+    rates = drawn["decoder, first come"]["y"]
+    assert rates[-1] > 0.2 > 0.01 > rates[0]
+    assert "Nothing was dropped here" in section(run)
+
+
+def test_with_drops_the_curves_are_of_what_was_dropped(run):
+    told = json.loads((run / "insight.json").read_text())
+    for layer in told["layers"].values():
+        positions = layer["positions"]
+        positions["dropped"] = [asked // 4 for asked in positions["asked"]]
+    (run / "insight.json").write_text(json.dumps(told))
+    drawn = curves(section(run), "Share of edges dropped")
+    assert drawn["encoder, dropped"]["y"] == pytest.approx(
+        [0.25] * len(drawn["encoder, dropped"]["y"]), abs=0.01
+    )
+    assert "would be" not in section(run)
+
+
+def test_the_agreement_of_each_step_with_the_last_is_a_curve(run):
+    for step, experts in ((0, [0, 1, 2, 3]), (50, [0, 1, 0, 0]), (100, [0, 0, 0, 0])):
+        write_step(run, step, experts)
+    text = section(run)
+    assert curves(text, "Edges that are")["encoder.1"]["y"] == [0.25, 0.75, 1.0]
+    assert "At step 50 of 100, 75% of the edges" in text
+    assert "at step 0, 25%" in text
+
+
+def test_many_layers_are_shown_by_their_median_and_extremes(run):
+    for step in (0, 10):
+        write_step(run, step, [step % 4] * 4, layers=[f"encoder.{i}" for i in range(7)])
+    assert set(curves(section(run), "Edges that are")) == {
+        "median layer", "least settled layer", "most settled layer",
+    }  # fmt: skip
+
+
+def test_a_single_step_or_other_text_is_a_gap_with_the_way_out(run):
+    assert "moesaic report RUN --checkpoints" in section(run)
+    write_step(run, 0, [0, 1])
+    assert "one step alone" in section(run)
+    write_step(run, 9, [0, 1], ids=[7, 8])
+    assert "on the same text" in section(run)
+
+
+def test_a_run_that_was_not_evaluated_says_how_to(run):
+    (run / "insight.json").unlink()
+    text = section(run)
+    assert "There is no insight.json yet." in text
+    assert "moesaic eval RUN" in text

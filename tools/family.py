@@ -1,0 +1,178 @@
+"""The family table: every rule that may stand in an MoE layer, read from the code that does it.
+
+python tools/family.py           write docs/family.md
+python tools/family.py --check   exit 1 if it is not what the code says
+"""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import moesaic.moe
+from moesaic.core.config import Choice
+from moesaic.moe.around import Beside, Exchange
+from moesaic.moe.balance import Balance
+from moesaic.moe.config import Sparse
+from moesaic.moe.experts import Expert
+from moesaic.moe.gates import Condition, Link
+from moesaic.moe.limit import Limit, Priority
+from moesaic.moe.noise import Noise
+from moesaic.moe.select import Select
+from moesaic.moe.spare import Spare
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "family.md"
+FAMILIES: tuple[type[Choice], ...] = (
+    Select,
+    Limit,
+    Priority,
+    Balance,
+    Noise,
+    Condition,
+    Link,
+    Expert,
+    Beside,
+    Exchange,
+    Spare,
+    Sparse,
+)
+ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
+ARXIV_IN_BRACKETS = re.compile(r" \((?:arXiv:)?\d{4}\.\d{5}\)")
+SENTENCE = re.compile(r".+?[.](?=\s+[A-Z`]|\s*$)", re.S)
+VARIANTS = "variants"  # the table of rules that laws are parametrised over: tests/moe/variants.py
+
+INTRO = """\
+# The family
+
+Every rule that may stand in an MoE layer, family by family. Written by `make docs` from the classes
+themselves; a test fails when it is not what the code says. Lines are of code alone, without
+docstrings, comments and blank lines. A rule in the laws' table (`tests/moe/variants.py`) is checked
+by each law that goes through it: {laws} of {all} laws.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Tests:
+    """The text of each test file by its path, and which laws go through the table of rules."""
+
+    texts: dict[str, str]
+
+    @staticmethod
+    def read(root: Path) -> "Tests":
+        """Read every Python file under ``tests``."""
+        found = sorted((root / "tests").rglob("*.py"))
+        return Tests({p.relative_to(root).as_posix(): p.read_text(encoding="utf-8") for p in found})
+
+    def naming(self, word: str) -> list[str]:
+        """Return the files that have the word."""
+        whole = re.compile(rf"\b{re.escape(word)}\b")
+        return [path for path, text in self.texts.items() if whole.search(text)]
+
+    @property
+    def laws(self) -> list[str]:
+        """Files that hold a law."""
+        return [path for path in self.texts if path.startswith("tests/laws/test_")]
+
+    @property
+    def laws_over_the_table(self) -> list[str]:
+        """Laws that go through the table of rules."""
+        through = re.compile(rf"^\s*(?:from|import) [\w.]*\b{VARIANTS}\b", re.M)
+        return [path for path in self.laws if through.search(self.texts[path])]
+
+
+def members(family: type[Choice]) -> list[type[Choice]]:
+    """Return the house's own members of a family, those of one file in their order there."""
+    own = [c for c in family.__subclasses__() if c.__module__.startswith("moesaic.")]
+    return sorted(own, key=lambda c: (c.__module__, inspect.getsourcelines(c)[1]))
+
+
+def lines_of_code(cls: type) -> int:
+    """Return the lines of a class that are neither blank nor comment nor docstring."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    described = set[int]()
+    for node in ast.walk(ast.parse(source)):
+        text = node.value if isinstance(node, ast.Expr) else None
+        if isinstance(text, ast.Constant) and isinstance(text.value, str):
+            described |= set(range(text.lineno, (text.end_lineno or text.lineno) + 1))
+    lines = enumerate(source.splitlines(), 1)
+    return sum(
+        bool(text.strip()) and not text.strip().startswith("#") and number not in described
+        for number, text in lines
+    )
+
+
+def page(root: Path = ROOT) -> str:
+    """Return the whole page."""
+    _import_all()
+    tests = Tests.read(root)
+    parts = [INTRO.format(laws=len(tests.laws_over_the_table), all=len(tests.laws))]
+    for family in FAMILIES:
+        parts += [f"\n## {family.__name__}\n", f"{_first_sentence(family)}\n"]
+        parts.append("| member | paper | what it is | in | lines | checked by |")
+        parts.append("|---|---|---|---|---:|---|")
+        parts += [_row(member, tests) for member in members(family)]
+    return "\n".join(parts) + "\n"
+
+
+def _import_all() -> None:
+    """Importing its module is what makes a class a member of its family."""
+    for found in pkgutil.walk_packages(moesaic.moe.__path__, "moesaic.moe."):
+        importlib.import_module(found.name)
+
+
+def _row(member: type[Choice], tests: Tests) -> str:
+    papers = dict.fromkeys(ARXIV.findall(inspect.getdoc(member) or ""))
+    links = ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in papers)
+    module = member.__module__.removeprefix("moesaic.").replace(".", "/")
+    cells = (
+        f"`{member.__name__}`",
+        links or "-",
+        _first_sentence(member).replace("|", "\\|"),
+        f"`{module}.py`",
+        str(lines_of_code(member)),
+        ", ".join(_checks(member, tests)) or "-",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _checks(member: type[Choice], tests: Tests) -> Iterator[str]:
+    """Say which tests name it: its own by path, the laws by number."""
+    naming = tests.naming(member.__name__)
+    laws = {path for path in naming if path in tests.laws}
+    if f"tests/moe/{VARIANTS}.py" in naming:
+        laws |= set(tests.laws_over_the_table)
+    for path in naming:
+        if path.startswith("tests/moe/") and Path(path).name.startswith("test_"):
+            yield f"`{path.removeprefix('tests/')}`"
+    if laws:
+        yield f"{len(laws)} laws" if len(laws) > 1 else "1 law"
+
+
+def _first_sentence(cls: type) -> str:
+    text = " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
+    found = SENTENCE.match(text)
+    return ARXIV_IN_BRACKETS.sub("", found[0] if found else text).replace("``", "`")
+
+
+def main(words: list[str]) -> int:
+    """Write or check; return the exit code."""
+    text = page()
+    if "--check" in words:
+        fresh = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
+        if not fresh:
+            print(f"{PAGE.relative_to(ROOT)} is not what the code says: python tools/family.py")
+        return int(not fresh)
+    PAGE.write_text(text, encoding="utf-8")
+    print(f"{PAGE.relative_to(ROOT)}: {sum(len(members(f)) for f in FAMILIES)} members")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
