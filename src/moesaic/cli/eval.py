@@ -66,8 +66,7 @@ def evaluate(
     use(files)
     RunDir.open(run).require_model()
     _only_one({"--pairs": pairs, "--moses": moses, "--testset": testset})
-    config = find(str(run))
-    corpus = config.corpus.open()
+    corpus = (config := find(str(run))).corpus.open()
     if testset is not None:
         directions = run_directions(config, corpus=corpus, target=target)
         tests = _named_tests(testset, directions=directions, limit=limit)
@@ -75,7 +74,7 @@ def evaluate(
         tests = [_own_test(pairs, moses, source=source, target=target, limit=limit)]
     else:
         tests = run_tests(config, corpus=corpus, split=split, limit=limit, target=target)
-    headline = (pairs, moses, testset) == (None, None, None) and split in SPLITS
+    headline = pairs is moses is testset is None and split in SPLITS
     summary = score_run(
         run,
         tests=tests,
