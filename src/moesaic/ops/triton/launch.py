@@ -87,9 +87,11 @@ def plan(edges: Edges, *, rows: int) -> Routes:
     groups = edges.groups
     number, experts = edges.token.numel(), groups.ends.numel()
     room = most_tiles(edges=number, experts=experts, rows=rows)
-    table = torch.empty(2, room, dtype=torch.int32, device=edges.token.device)
+    # two allocations: both aligned, whatever the room, so that no length compiles kernels anew
+    tile_expert = torch.empty(room, dtype=torch.int32, device=edges.token.device)
+    tile_row = torch.empty_like(tile_expert)
     forward.plan_kernel[(experts + 1,)](
-        groups.ends, table[0], table[1], room,
+        groups.ends, tile_expert, tile_row, room,
         E=experts, EP=triton.next_power_of_2(experts), BM=rows, BLOCK=128, num_warps=1,
     )  # fmt: skip
     edge_of = starts = groups.order
@@ -102,8 +104,8 @@ def plan(edges: Edges, *, rows: int) -> Routes:
         order=groups.order,
         place=groups.place,
         ends=groups.ends,
-        tile_expert=table[0],
-        tile_row=table[1],
+        tile_expert=tile_expert,
+        tile_row=tile_row,
         edge_of=edge_of,
         starts=starts,
         num_tokens=edges.num_tokens,
