@@ -3,6 +3,8 @@
 import torch
 
 from moesaic.moe.config import MoE
+from moesaic.moe.context import Carry, Context
+from moesaic.moe.gates import Place
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.select import TopK
 from moesaic.nn.activation import SwiGLU
@@ -15,17 +17,19 @@ layer = MoELayer(
     dim=16,
     feed_forward=FeedForward(hidden=32, activation=SwiGLU()),
     bias=False,
-    name="here",
+    place=Place("here"),
 )
 torch.nn.init.normal_(layer.experts.up, std=0.2)
 torch.nn.init.normal_(layer.experts.down, std=0.2)
-torch.nn.init.normal_(layer.router.weight, std=0.5)
+torch.nn.init.normal_(layer.router.gate.weight, std=0.5)
 x = torch.randn(6, 16)
 
-fast, record = layer(x, row=torch.zeros(6, dtype=torch.long))
+answer = layer(x, context=Context.plain(6), carry=Carry())
+fast, record = answer.out, answer.record
 
 slow = torch.zeros_like(x)
 fast = fast.detach()
+assert record is not None
 edges = zip(record.routing.token, record.routing.expert, record.routing.weight, strict=True)
 for token, expert, weight in edges:
     hidden = SwiGLU()(x[token] @ layer.experts.up[expert])

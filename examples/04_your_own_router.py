@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 import moesaic
+from moesaic.moe.gate import Gate
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import Select
 
@@ -15,9 +16,8 @@ class HashByPosition(Select):
 
     stride: int = 1
 
-    def __call__(self, logits: torch.Tensor, *, training: bool) -> Routing:
-        del training
-        tokens, experts = logits.shape
+    def __call__(self, gate: Gate) -> Routing:
+        tokens, experts = gate.logits.shape
         expert = (torch.arange(tokens) * self.stride % experts)[:, None]
         weight = torch.ones(tokens, 1)
         return Routing.from_topk(weight, expert=expert, num_experts=experts)

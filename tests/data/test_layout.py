@@ -12,7 +12,9 @@ DE, EN = 6, 7
 def samples(source, target) -> Samples:
     rows = len(source)
     full = [np.full(rows, n, dtype=np.int64) for n in (0, 1, 0, EN, DE)]
-    return Samples(Ragged.of(source), Ragged.of(target), *full)
+    return Samples(
+        Ragged.of(source), Ragged.of(target), *full, key=np.arange(rows, dtype=np.uint64)
+    )
 
 
 def both(layout, source, target):

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from moe.variants import DIM, layer, mixture, rows_of
+from moe.variants import DIM, layer, mixture, run
 from moesaic.moe.config import MoE
+from moesaic.moe.gate import Gate
 from moesaic.moe.limit import Limit
+from moesaic.moe.ranks import Ranks
 from moesaic.moe.routing import Routing
 
 
@@ -14,8 +16,8 @@ class DropOne(Limit):
 
     edge: int
 
-    def __call__(self, routing: Routing, *, training: bool) -> Routing:
-        del training
+    def __call__(self, routing: Routing, *, gate: Gate, ranks: Ranks) -> Routing:
+        del gate, ranks
         return routing.drop(torch.arange(routing.expert.numel()) == self.edge)
 
 
@@ -27,8 +29,8 @@ def test_a_dropped_edge_changes_only_its_token(select, edge):
     short = layer(config.replace(limit=DropOne(edge=edge)))
     short.load_state_dict(whole.state_dict())
     x = torch.randn(20, DIM)
-    before, record = whole(x, row=rows_of(20))
-    after, _ = short(x, row=rows_of(20))
+    before, record = run(whole, x)
+    after, _ = run(short, x)
     token = int(record.routing.token[edge])
     changed = (before - after).abs().amax(1) > 1e-6
     assert changed.nonzero()[:, 0].tolist() == [token]
@@ -36,6 +38,6 @@ def test_a_dropped_edge_changes_only_its_token(select, edge):
 
 def test_a_token_that_lost_every_edge_gets_nothing():
     config = mixture("switch", "dropless").replace(limit=DropOne(edge=3))
-    out, _ = layer(config)(torch.randn(6, DIM), row=rows_of(6))
+    out, _ = run(layer(config), torch.randn(6, DIM))
     assert torch.equal(out[3], torch.zeros(DIM))
     assert (out.abs().amax(1) > 0).sum() == 5

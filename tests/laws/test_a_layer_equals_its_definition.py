@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe.variants import DIM, EXPERTS, LIMITS, SELECTS, layer, mixture, rows_of
+from moe.variants import DIM, EXPERTS, LIMITS, SELECTS, layer, mixture, run
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.routing import Routing
 
@@ -28,7 +28,7 @@ def _agree(moe: MoELayer, x: torch.Tensor) -> None:
     results = []
     for by_hand in (False, True):
         torch.manual_seed(7)  # the same noise and the same random drops
-        out, record = moe(x, row=rows_of(len(x)))
+        out, record = run(moe, x)
         if by_hand:
             out = definition(moe, x, record.routing)
         grads = torch.autograd.grad((out * weigh).sum(), leaves, allow_unused=True)
@@ -57,8 +57,8 @@ def test_a_layer_equals_its_definition_when_all_tokens_want_one_expert():
     moe = layer(mixture("switch", "dropless"))
     x = torch.randn(20, DIM).abs().requires_grad_()
     with torch.no_grad():
-        moe.router.weight.zero_()[EXPERTS - 1] = 1.0
-    assert moe(x, row=rows_of(20))[1].routing.load().tolist() == [0] * (EXPERTS - 1) + [20]
+        moe.router.gate.weight.zero_()[EXPERTS - 1] = 1.0
+    assert run(moe, x)[1].routing.load().tolist() == [0] * (EXPERTS - 1) + [20]
     _agree(moe, x)
 
 

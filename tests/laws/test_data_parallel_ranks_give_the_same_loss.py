@@ -6,8 +6,10 @@ import torch
 from moesaic.dist.world import Alone, Ranks, World
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE, NoMoE, Sparse
-from moesaic.moe.layer import set_reduce
-from moesaic.moe.select import TopK
+from moesaic.moe.layer import learn, set_ranks
+from moesaic.moe.limit import AtRandom, ByPosition, ByWeight, Capacity, Priority
+from moesaic.moe.noise import Jitter
+from moesaic.moe.select import Top2, TopK
 from moesaic.optim.optimizer import AdamW
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import (
@@ -20,12 +22,23 @@ from moesaic.testing.tiny import (
 )
 from moesaic.train.meters import Categories, Meters
 from moesaic.train.precision import Float32
+from moesaic.train.ranks import BatchRanks
 from moesaic.train.step import Objective
+
+
+def _capped(priority: Priority) -> MoE:
+    return BALANCED_TOP1.replace(limit=Capacity(factor=0.7, minimum=0, priority=priority))
+
 
 VARIANTS = {
     "dense": NoMoE(),
     "top1-balance-z": BALANCED_TOP1,
     "top2": MoE(experts=4, select=TopK(k=2)),
+    "by-position": _capped(ByPosition()),
+    "by-weight": _capped(ByWeight()),
+    "random-token-selection": _capped(AtRandom()),
+    "jitter": BALANCED_TOP1.replace(noise=Jitter(epsilon=0.2)),
+    "sampled-second": MoE(experts=4, select=Top2(second="sampled")),
 }
 STEPS = 3
 Outcome = tuple[list[dict[str, float]], dict[str, torch.Tensor]]
@@ -34,7 +47,7 @@ Outcome = tuple[list[dict[str, float]], dict[str, torch.Tensor]]
 def _train(world: World, moe: Sparse, rows: int) -> Outcome:
     torch.manual_seed(0)
     model = Transformer(tiny_model_config(moe=moe))
-    set_reduce(model, world.sum)
+    set_ranks(model, BatchRanks(world))
     categories = Categories(TASKS, LANGUAGES)
     objective = Objective(categories, smoothing=0.1, precision=Float32())
     optimizer = AdamW(eps=1e-5).build(model.named_parameters(), kinds=model.parameter_kinds())
@@ -49,6 +62,7 @@ def _train(world: World, moe: Sparse, rows: int) -> Outcome:
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
         optimizer.zero_grad()
+        learn(model)
     return history, grads
 
 

@@ -69,6 +69,6 @@ def test_forecast_activations_are_those_autograd_keeps(name):
     source = torch.randint(5, config.vocab_size, (ROWS, columns))
     target = torch.randint(5, config.vocab_size, (ROWS, TARGET))
     zero = torch.zeros(ROWS, dtype=torch.long)
-    real = kept_bytes(config, Batch(source, target, target, zero, zero, zero))
+    real = kept_bytes(config, Batch(source, target, target, zero, zero, zero, zero))
     sizes = Sizes(rows=ROWS, source=columns, target=TARGET)
     assert activation_bytes(config, sizes=sizes) == pytest.approx(real, rel=0.05)

@@ -15,6 +15,9 @@ def test_the_union_over_ranks_is_the_same_for_any_number(world):
     for _ in range(60):  # several windows, and several epochs of the smallest stream
         whole, shares = next(one), [next(part) for part in parts]
         assert sorted(row for s in shares for row in cases.rows(s)) == cases.rows(whole)
+        keys = sorted(int(key) for s in shares for key in s.key)
+        assert keys == sorted(whole.key.tolist())
+        assert len(set(keys)) == len(keys)
         sizes = [s.rows for s in shares]
         assert max(sizes) - min(sizes) <= 1
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe.variants import DIM, LIMITS, SELECTS, layer, mixture, rows_of
+from moe.variants import DIM, LIMITS, SELECTS, layer, mixture, run
 
 
 def _weights(select, limit):
@@ -14,7 +14,7 @@ def _weights(select, limit):
     found = []
     for one in (moe, free):
         torch.manual_seed(3)
-        routing = one(x, row=rows_of(50))[1].routing
+        routing = run(one, x)[1].routing
         found.append((routing.weight.view(50, -1), ~routing.dropped.view(50, -1)))
     (weight, alive), (full, everyone) = found
     assert everyone.all()

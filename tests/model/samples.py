@@ -67,7 +67,7 @@ def batch_for(config: TransformerConfig, *, padding: int = 0) -> Batch:
         source = source[:, :0]
         says[:, 0] = PAD  # a prompt is not predicted
     zero = torch.zeros(4, dtype=torch.long)
-    batch = Batch(source, target, says, zero, zero, zero)
+    batch = Batch(source, target, says, zero, zero, zero, zero)
     return padded(batch, padding) if padding else batch
 
 
@@ -77,4 +77,4 @@ def padded(batch: Batch, columns: int) -> Batch:
         torch.nn.functional.pad(t, (0, columns), value=PAD)
         for t in (batch.source, batch.target_in, batch.target_out)
     ]
-    return Batch(*wider, batch.task, batch.source_language, batch.target_language)
+    return Batch(*wider, batch.task, batch.source_language, batch.target_language, batch.key)

@@ -6,8 +6,9 @@ from model.samples import BASE, VARIANTS
 from moesaic.core.errors import ConfigError
 from moesaic.model.blueprint import Stack
 from moesaic.model.config import TransformerConfig
+from moesaic.model.count import count
 from moesaic.moe.config import MoE, NoMoE
-from moesaic.moe.select import TopK
+from moesaic.moe.select import SwitchTop1, TopK
 from moesaic.nn.attention import AttentionConfig
 
 
@@ -37,3 +38,16 @@ def test_experts_stand_in_every_kth_block():
     assert [i for i in range(6) if BASE.experts(stack, layer=i)] == [2, 5]
     assert not any(BASE.experts(Stack(layers=6, moe_every=0), layer=i) for i in range(6))
     assert not any(BASE.replace(moe=NoMoE()).experts(stack, layer=i) for i in range(6))
+
+
+def test_a_pyramid_gives_each_sparse_block_its_own_number_of_experts():
+    pyramid = Stack(layers=4, moe_every=2, experts=(2, 8))
+    config = BASE.replace(encoder=pyramid, moe=MoE(experts=3, select=SwitchTop1()))
+    counts = [config.experts(pyramid, layer=layer) for layer in range(4)]
+    assert [moe.experts if moe else 0 for moe in counts] == [0, 2, 0, 8]
+    assert count(config).total == sum(p.numel() for p in config.build().parameters())
+
+
+def test_a_pyramid_of_the_wrong_height_is_refused():
+    with pytest.raises(ConfigError, match="2 blocks"):
+        Stack(layers=4, moe_every=2, experts=(2, 4, 8))

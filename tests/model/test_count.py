@@ -46,7 +46,7 @@ def test_forward_flops_agree_with_torch(encoder):
     model = config.build()
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model.logits(model(Batch(source, target, target, zero, zero, zero)).hidden)
+        model.logits(model(Batch(source, target, target, zero, zero, zero, zero)).hidden)
     heads = config.attention.heads * config.head_dim
     unseen = 4 * heads * config.decoder.layers * sizes.rows * (5 * 5 - 5 * 6 / 2)
     assert count(config).forward_flops(sizes) == counter.get_total_flops() - unseen

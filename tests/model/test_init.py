@@ -27,7 +27,7 @@ WANTED = {
     "encoder.0.self_attention.inner.qkv.weight": DIM**-0.5,
     "encoder.0.self_attention.inner.out.weight": DIM**-0.5 / 4**0.5,
     "encoder.0.feed_forward.inner.down.weight": HIDDEN**-0.5 / 4**0.5,
-    "encoder.1.feed_forward.inner.router.weight": (0.1 / DIM) ** 0.5,
+    "encoder.1.feed_forward.inner.router.gate.weight": (0.1 / DIM) ** 0.5,
     "encoder.1.feed_forward.inner.experts.up": DIM**-0.5,
     "encoder.1.feed_forward.inner.experts.down": HIDDEN**-0.5 / 4**0.5,
     "decoder.1.cross_attention.inner.kv.weight": DIM**-0.5,
@@ -53,7 +53,7 @@ def test_stated_deviations_are_taken():
     init = Init(std=0.02, embedding_std=0.3, router_std=0.5, scale_by_depth=False)
     model = CONFIG.replace(init=init).build()
     assert float(model.embedding.weight.detach().std()) == pytest.approx(0.3, rel=0.05)
-    for name, std in (("router.weight", 0.5), ("experts.down", 0.02), ("experts.up", 0.02)):
+    for name, std in (("router.gate.weight", 0.5), ("experts.down", 0.02), ("experts.up", 0.02)):
         found = model.get_parameter(f"encoder.1.feed_forward.inner.{name}")
         assert float(found.detach().std()) == pytest.approx(std, rel=0.1)
 

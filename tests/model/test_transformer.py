@@ -45,7 +45,7 @@ def test_steps_with_a_cache_equal_the_forward_pass(name):
     model, batch = config.build().eval(), batch_for(config)
     rows = torch.arange(batch.rows)
     says = torch.where(batch.target_in != PAD, 7, PAD)  # every position is scored
-    whole = type(batch)(batch.source, batch.target_in, says, rows, rows, rows)
+    whole = type(batch)(batch.source, batch.target_in, says, rows, rows, rows, rows)
     output = model(whole)
     logits = model.logits(output.hidden)
     cache = model.start(model.encode(batch.source), rows)
@@ -106,7 +106,7 @@ def test_a_row_without_a_source_is_still_finite():
 def test_a_batch_without_rows_gives_zero_loss_and_zero_gradients(name):
     model, batch = VARIANTS[name].build(), batch_for(VARIANTS[name])
     fields = (batch.source, batch.target_in, batch.target_out)
-    labels = (batch.task, batch.source_language, batch.target_language)
+    labels = (batch.task, batch.source_language, batch.target_language, batch.key)
     output = model(type(batch)(*(t[:0] for t in fields), *(t[:0] for t in labels)))
     losses = [term for record in output.records for term in record.losses.values()]
     total = model.loss(output).total + sum(losses)

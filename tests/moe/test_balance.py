@@ -4,14 +4,19 @@ import pytest
 import torch
 
 from moesaic.moe.balance import RouterZ, Scores, SwitchBalance
+from moesaic.moe.gate import Gate
 from moesaic.moe.select import SwitchTop1, TopK
 
 T, E = 64, 8
 
 
-def _scores(logits, select=None):
-    routing = (select or SwitchTop1())(logits, training=True)
-    return Scores(logits, routing, load=routing.load(), tokens=torch.tensor(len(logits)))
+def _scores(logits, select=None, *, load=None):
+    """The scores of one rank; ``load`` is that of all ranks together, T tokens in all."""
+    rule, gate = select or SwitchTop1(), Gate.alone(logits, training=True)
+    routing = rule(gate)
+    load = routing.load().double() if load is None else load
+    tokens = torch.tensor(float(T), dtype=torch.float64)
+    return Scores(gate, routing, rule.probabilities(gate), load, torch.zeros_like(load), tokens)
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -50,11 +55,8 @@ def test_shares_of_unequal_ranks_add_up_with_gradients(term):
     logits = torch.randn(T, E, requires_grad=True)
     whole = term(_scores(logits))
     (want,) = torch.autograd.grad(whole, logits)
-    load, tokens = _scores(logits).load, torch.tensor(T)
-    shares = []
-    for part in logits.split([10, 50, 4, 0]):
-        routing = SwitchTop1()(part, training=True)
-        shares.append(term(Scores(part, routing, load=load, tokens=tokens)))
+    load = _scores(logits).load
+    shares = [term(_scores(part, load=load)) for part in logits.split([10, 50, 4, 0])]
     total = torch.stack(shares).sum()
     torch.testing.assert_close(total, whole)
     torch.testing.assert_close(torch.autograd.grad(total, logits)[0], want)

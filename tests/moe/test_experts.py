@@ -2,7 +2,7 @@
 
 import torch
 
-from moesaic.moe.experts import Experts
+from moesaic.moe.experts import Experts, Size
 from moesaic.nn.activation import SwiGLU
 from moesaic.nn.feed_forward import DenseFeedForward, FeedForward
 from moesaic.ops.group import group
@@ -12,7 +12,7 @@ FEED = FeedForward(hidden=12, activation=SwiGLU())
 
 
 def _experts():
-    experts = Experts(FEED, num_experts=E, dim=D, bias=True)
+    experts = Experts(Size(E, D, FEED, bias=True))
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     return experts

@@ -1,12 +1,16 @@
 """The layer's parts are set from outside and its record says what happened."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from moesaic.moe.config import MoE
+from moesaic.moe.context import Carry, Context
 from moesaic.moe.dispatch import LocalDispatcher
-from moesaic.moe.layer import MoELayer, set_dispatcher, set_reduce
-from moesaic.moe.reduce import LocalReduce
+from moesaic.moe.gates import Place
+from moesaic.moe.layer import MoELayer, set_dispatcher, set_ranks
+from moesaic.moe.ranks import OneRank
 from moesaic.nn.feed_forward import FeedForward
 
 D = 8
@@ -14,7 +18,9 @@ D = 8
 
 def _layer(**fields):
     config = MoE(experts=4, **fields)
-    layer = MoELayer(config, dim=D, feed_forward=FeedForward(hidden=12), bias=False, name="x.1")
+    layer = MoELayer(
+        config, dim=D, feed_forward=FeedForward(hidden=12), bias=False, place=Place("x.1")
+    )
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.3)
     return layer
@@ -27,7 +33,9 @@ def test_experts_may_have_their_own_width():
 
 def test_the_record_names_the_layer_and_the_rows():
     row = torch.tensor([0, 0, 1, 2])
-    out, record = _layer()(torch.randn(4, D), row=row)
+    context = replace(Context.plain(4), row=row)
+    answer = _layer()(torch.randn(4, D), context=context, carry=Carry())
+    out, record = answer.out, answer.record
     assert out.shape == (4, D)
     assert record.layer == "x.1"
     assert record.row is row
@@ -36,16 +44,17 @@ def test_the_record_names_the_layer_and_the_rows():
 
 def test_parts_are_given_to_every_layer_of_a_model():
     model = nn.Sequential(_layer(), nn.Linear(2, 2), _layer())
-    reduce, dispatcher = LocalReduce(), LocalDispatcher()
-    set_reduce(model, reduce)
+    ranks, dispatcher = OneRank(), LocalDispatcher()
+    set_ranks(model, ranks)
     set_dispatcher(model, dispatcher)
     for layer in (model[0], model[2]):
-        assert layer.reduce is reduce
+        assert layer.ranks is ranks
         assert layer.dispatcher is dispatcher
 
 
 def test_no_tokens_pass_through_and_can_be_differentiated():
     layer = _layer()
-    out, record = layer(torch.randn(0, D), row=torch.empty(0, dtype=torch.long))
+    answer = layer(torch.randn(0, D), context=Context.plain(0), carry=Carry())
+    out, record = answer.out, answer.record
     (out.sum() + sum(record.losses.values())).backward()
     assert all(p.grad is None or p.grad.abs().sum() == 0 for p in layer.parameters())

@@ -1,9 +1,14 @@
 """Limits keep to their capacity and drop whom they say."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from moesaic.moe.context import Context
+from moesaic.moe.gate import Gate
 from moesaic.moe.limit import AtRandom, ByPosition, ByWeight, Capacity, Dropless, places
+from moesaic.moe.ranks import OneRank
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import SwitchTop1, TopK
 
@@ -12,7 +17,16 @@ T, E = 60, 4
 
 def _routing(select=None):
     logits = torch.randn(T, E) + torch.tensor([2.0, 0, 0, 0])  # expert 0 is crowded
-    return (select or SwitchTop1())(logits, training=True)
+    return (select or SwitchTop1())(Gate.alone(logits, training=True))
+
+
+def _limited(limit, routing, *, training, key=0):
+    """The routing under a limit; ``key`` is that of the one batch row all tokens are in."""
+    context = replace(
+        Context.plain(routing.num_tokens), row_key=torch.full((routing.num_tokens,), key)
+    )
+    gate = Gate(torch.zeros(routing.num_tokens, E), context, training)
+    return limit(routing, gate=gate, ranks=OneRank())
 
 
 def _to_one_expert(tokens, weight=None):
@@ -29,21 +43,20 @@ PRIORITIES = [ByPosition(), ByWeight(), AtRandom()]
 def test_no_expert_takes_more_than_its_room_and_none_wastes_it(priority, select):
     before = _routing(select)
     limit = Capacity(factor=1.0, minimum=0, priority=priority)
-    after = limit(before, training=True)
-    room = limit.room(before, 1.0)
+    after = _limited(limit, before, training=True)
+    room = limit.room(before.expert.numel(), num_experts=E, factor=1.0)
     assert after.load().tolist() == before.load().clamp(max=room).tolist()
     assert after.dropped.any()
 
 
 def test_capacity_is_the_ceiling_of_the_fair_share_and_at_least_the_minimum():
-    routing = _to_one_expert(10)
-    assert Capacity(minimum=0).room(routing, 1.0) == 3  # ceil(10 / 4)
-    assert Capacity(minimum=4).room(routing, 1.0) == 4
+    assert Capacity(minimum=0).room(10, num_experts=4, factor=1.0) == 3  # ceil(10 / 4)
+    assert Capacity(minimum=4).room(10, num_experts=4, factor=1.0) == 4
 
 
 def test_by_position_keeps_the_first_tokens():
-    after = Capacity(factor=1.0, minimum=0, priority=ByPosition())(
-        _to_one_expert(12), training=True
+    after = _limited(
+        Capacity(factor=1.0, minimum=0, priority=ByPosition()), _to_one_expert(12), training=True
     )
     assert after.dropped.tolist() == 3 * [False] + 9 * [True]
 
@@ -51,29 +64,31 @@ def test_by_position_keeps_the_first_tokens():
 def test_by_position_serves_all_first_choices_before_any_second():
     expert = torch.tensor([[1, 0], [1, 0], [0, 1], [0, 1]])
     routing = Routing.from_topk(torch.ones(4, 2), expert=expert, num_experts=2)
-    after = Capacity(factor=0.5, minimum=0, priority=ByPosition())(routing, training=True)
+    after = _limited(Capacity(factor=0.5, minimum=0, priority=ByPosition()), routing, training=True)
     assert after.dropped.view(4, 2).tolist() == [[False, True]] * 4
 
 
 def test_by_weight_keeps_the_heaviest():
     weight = torch.rand(12)
     limit = Capacity(factor=1.0, minimum=0, priority=ByWeight())
-    after = limit(_to_one_expert(12, weight), training=True)
+    after = _limited(limit, _to_one_expert(12, weight), training=True)
     assert set((~after.dropped).nonzero()[:, 0].tolist()) == set(weight.topk(3).indices.tolist())
 
 
 def test_at_random_survival_does_not_depend_on_position():
     limit = Capacity(factor=1.0, minimum=0, priority=AtRandom())
     survived = torch.zeros(20)
-    for _ in range(2000):
-        survived += ~limit(_to_one_expert(20), training=True).dropped
+    for draw in range(2000):
+        survived += ~_limited(limit, _to_one_expert(20), training=True, key=draw).dropped
     torch.testing.assert_close(survived / 2000, torch.full((20,), 0.25), rtol=0, atol=0.05)
 
 
 def test_at_random_is_by_weight_in_evaluation():
     routing = _routing()
     random, heavy = (
-        Capacity(factor=1.0, eval_factor=1.0, minimum=0, priority=p)(routing, training=False)
+        _limited(
+            Capacity(factor=1.0, eval_factor=1.0, minimum=0, priority=p), routing, training=False
+        )
         for p in (AtRandom(), ByWeight())
     )
     assert random.dropped.any()
@@ -82,16 +97,21 @@ def test_at_random_is_by_weight_in_evaluation():
 
 def test_evaluation_is_dropless_unless_it_has_its_own_factor():
     routing = _routing()
-    assert not Capacity(factor=0.5, minimum=0)(routing, training=False).dropped.any()
+    assert not _limited(Capacity(factor=0.5, minimum=0), routing, training=False).dropped.any()
     strict = Capacity(factor=5.0, eval_factor=0.5, minimum=0)
-    assert strict(routing, training=False).dropped.any()
+    assert _limited(strict, routing, training=False).dropped.any()
 
 
 def test_dropless_changes_nothing():
     routing = _routing()
-    assert Dropless()(routing, training=True) is routing
+    assert _limited(Dropless(), routing, training=True) is routing
 
 
 def test_places_count_the_queue_of_each_expert():
-    expert = torch.tensor([1, 0, 1, 1, 0])
-    assert places(expert, ranked=torch.tensor([3, 0, 1, 2, 4])).tolist() == [1, 0, 2, 0, 1]
+    edges = torch.tensor([[1, 5], [0, 2], [1, 9], [1, 1], [0, 3]])
+    assert places(edges).tolist() == [1, 0, 2, 0, 1]
+
+
+def test_places_go_by_later_columns_where_earlier_ones_are_equal():
+    edges = torch.tensor([[0, 1, -3], [0, 1, -7], [0, 0, 4]])
+    assert places(edges).tolist() == [2, 1, 0]

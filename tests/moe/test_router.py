@@ -4,23 +4,30 @@ import torch
 
 from moesaic.moe.balance import RouterZ, SwitchBalance
 from moesaic.moe.config import MoE
-from moesaic.moe.reduce import LocalReduce
+from moesaic.moe.context import Carry, Context
+from moesaic.moe.gates import Place
+from moesaic.moe.ranks import OneRank
 from moesaic.moe.router import Router
 
 D, E = 16, 4
 
 
 def _router(**fields):
-    router = Router(MoE(experts=E, **fields), dim=D)
-    torch.nn.init.normal_(router.weight)
+    router = Router(MoE(experts=E, **fields), dim=D, place=Place("test.0"))
+    torch.nn.init.normal_(router.gate.weight)
     return router
+
+
+def _route(router, x, *, ranks=None):
+    context = Context.plain(len(x))
+    return router(x, context=context, carry=Carry(), ranks=ranks or OneRank())
 
 
 def test_autocast_and_half_inputs_do_not_round_the_decision():
     router, x = _router(), torch.randn(50, D).bfloat16()
-    plain = router(x.float(), reduce=LocalReduce()).routing
+    plain = _route(router, x.float()).routing
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = router(x, reduce=LocalReduce()).routing
+        half = _route(router, x).routing
     assert half.weight.dtype == torch.float32
     assert torch.equal(plain.weight, half.weight)
 
@@ -28,25 +35,26 @@ def test_autocast_and_half_inputs_do_not_round_the_decision():
 def test_losses_exist_in_training_only_and_same_names_add_up():
     x = torch.randn(50, D)
     router = _router(balance=(SwitchBalance(), RouterZ(), RouterZ()))
-    losses = router(x, reduce=LocalReduce()).losses
+    losses = _route(router, x).losses
     assert set(losses) == {"balance", "z"}
     single = _router(balance=(RouterZ(),))
     single.load_state_dict(router.state_dict())
-    torch.testing.assert_close(losses["z"], 2 * single(x, reduce=LocalReduce()).losses["z"])
+    torch.testing.assert_close(losses["z"], 2 * _route(single, x).losses["z"])
     router.eval()
-    assert router(x, reduce=LocalReduce()).losses == {}
+    assert _route(router, x).losses == {}
 
 
 def test_counts_go_through_the_reduce_once():
     seen = []
 
-    def double(counts):
-        seen.append(counts)
-        return counts * 2  # as if another rank had the same tokens
+    class Twice(OneRank):
+        def sum(self, counts):
+            seen.append(counts)
+            return counts * 2  # as if another rank had the same tokens
 
     router, x = _router(balance=(SwitchBalance(), RouterZ())), torch.randn(50, D)
-    shared = router(x, reduce=double).losses
-    alone = router(x, reduce=LocalReduce()).losses
+    shared = _route(router, x, ranks=Twice()).losses
+    alone = _route(router, x).losses
     assert len(seen) == 1
     assert seen[0][-1] == 50
     for name in alone:
@@ -54,6 +62,6 @@ def test_counts_go_through_the_reduce_once():
 
 
 def test_no_tokens_have_no_losses_but_take_part():
-    losses = _router()(torch.randn(0, D), reduce=LocalReduce()).losses
+    losses = _route(_router(), torch.randn(0, D)).losses
     assert losses["balance"].item() == 0
     losses["balance"].backward()

@@ -2,18 +2,23 @@
 
 import torch
 
+from moesaic.moe.context import Context
 from moesaic.moe.noise import Jitter, NoNoise
 
 X = torch.rand(100, 8) + 1
 
 
+def _read(noise, *, training):
+    return noise.on_input(X, context=Context.plain(len(X)), training=training)
+
+
 def test_jitter_stays_within_epsilon_and_moves_something():
-    ratio = Jitter(epsilon=0.1)(X, training=True) / X
+    ratio = _read(Jitter(epsilon=0.1), training=True) / X
     assert ratio.min() >= 0.9 - 1e-6
     assert ratio.max() <= 1.1 + 1e-6
     assert ratio.std() > 0.01
 
 
 def test_without_training_nothing_moves():
-    assert Jitter()(X, training=False) is X
-    assert NoNoise()(X, training=True) is X
+    assert _read(Jitter(), training=False) is X
+    assert _read(NoNoise(), training=True) is X

@@ -4,8 +4,11 @@ import torch
 from torch import nn
 
 from moesaic.moe.config import MoE
+from moesaic.moe.context import Carry, Context
+from moesaic.moe.gates import Place
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.limit import AtRandom, ByPosition, ByWeight, Capacity
+from moesaic.moe.record import Record
 from moesaic.moe.select import SwitchTop1, Top2, TopK
 from moesaic.nn.activation import ReLU, SwiGLU
 from moesaic.nn.feed_forward import FeedForward
@@ -40,12 +43,13 @@ def mixture(select: str, limit: str) -> MoE:
 def layer(config: MoE, *, gated: bool = True, bias: bool = False) -> MoELayer:
     """A layer with weights of a useful size."""
     feed = FeedForward(hidden=HIDDEN, activation=SwiGLU() if gated else ReLU())
-    made = MoELayer(config, dim=DIM, feed_forward=feed, bias=bias, name="test.0")
+    made = MoELayer(config, dim=DIM, feed_forward=feed, bias=bias, place=Place("test.0"))
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.4)
     return made
 
 
-def rows_of(tokens: int) -> torch.Tensor:
-    """A batch row per token; which one does not matter to the layer."""
-    return torch.zeros(tokens, dtype=torch.long)
+def run(made: MoELayer, x: torch.Tensor) -> tuple[torch.Tensor, Record]:
+    """The layer's answer and record for tokens that belong to no batch."""
+    answer = made(x, context=Context.plain(len(x)), carry=Carry())
+    return answer.out, answer.record

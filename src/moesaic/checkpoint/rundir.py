@@ -54,6 +54,11 @@ class RunDir:
         return self.path / "summary.json"
 
     @property
+    def curve(self) -> Path:
+        """Scores of the kept checkpoints, one after the other."""
+        return self.path / "curve.json"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 

@@ -17,6 +17,7 @@ VERBS = {
     "train": "train a recipe or a config file; resume a run",
     "translate": "translate lines with a trained run",
     "eval": "score a run on held-out strings or on your own test set",
+    "curve": "score every kept checkpoint of a run",
     "explain": "what a recipe will cost, before anything runs",
     "data": "build, count and look at corpora",
     "report": "write a run's HTML report again",

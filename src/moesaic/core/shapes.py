@@ -5,7 +5,7 @@ N edges or predicted tokens, R rows received, D model dim, F feed-forward dim, H
 V vocabulary.
 """
 
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
 
-__all__ = ["Bool", "Float", "Int", "Tensor", "UInt8"]
+__all__ = ["Bool", "Float", "Int", "Shaped", "Tensor", "UInt8"]

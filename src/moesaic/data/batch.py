@@ -19,7 +19,8 @@ class Batch:
     ``source`` is what the encoder reads (S = 0 for a decoder-only model), ``target_in`` what the
     decoder reads, ``target_out`` what it must say: ``PAD`` there means "not predicted".
     ``task`` indexes the run's list of tasks; the two languages index the run's list of languages.
-    All are int64 and on one device.
+    ``key`` identifies each row's sample: equal for the same draw of a run whichever rank holds it
+    (random bits, for what is drawn per row). All are int64 and on one device.
     """
 
     source: Int[Tensor, "B S"]
@@ -28,6 +29,7 @@ class Batch:
     task: Int[Tensor, "B"]
     source_language: Int[Tensor, "B"]
     target_language: Int[Tensor, "B"]
+    key: Int[Tensor, "B"]
 
     @property
     def rows(self) -> int:

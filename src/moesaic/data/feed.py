@@ -210,6 +210,7 @@ class Feed:
             target_language=labels.target_language[stream],
             source_tag=labels.source_tag[stream],
             target_tag=labels.target_tag[stream],
+            key=key,
         )
         empty = Lengths(window.lengths.source[whole], window.lengths.target[whole])
         return self.config.layout.batch(samples, empty=empty)

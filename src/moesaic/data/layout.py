@@ -11,6 +11,7 @@ import torch
 
 from moesaic.core.config import Choice
 from moesaic.data.batch import PAD, Batch
+from moesaic.data.counter import U64
 from moesaic.data.ragged import Ints, Ragged
 from moesaic.data.tokenizer import EOS
 
@@ -33,6 +34,7 @@ class Samples:
     target_language: Ints
     source_tag: Ints
     target_tag: Ints
+    key: U64
 
     def __len__(self) -> int:
         return len(self.target)
@@ -123,4 +125,5 @@ def _batch(samples: Samples, source: Ints, target_in: Ints, target_out: Ints) ->
         task=torch.from_numpy(samples.task),
         source_language=torch.from_numpy(samples.source_language),
         target_language=torch.from_numpy(samples.target_language),
+        key=torch.from_numpy(samples.key.view(np.int64)),
     )

@@ -3,12 +3,14 @@
 Letters: B rows, L length, T tokens, D model dim.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from moesaic.core.shapes import Bool, Float, Int, Tensor
 from moesaic.model.blueprint import Blueprint, Stack
+from moesaic.moe.context import Carry, Context
+from moesaic.moe.gates import Place
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.record import Record
 from moesaic.nn.attention import CrossAttention, KeyValue, SelfAttention
@@ -21,10 +23,23 @@ Records = tuple[Record, ...]
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """How the tokens of one pass see each other: where they are and how positions turn them."""
+    """How the tokens of one pass see each other: where they are and how positions turn them.
+
+    ``context`` is what routers may know of them.
+    """
 
     packing: Packing
     rotation: Rotation
+    context: Context
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The states between two blocks, and what the MoE layers of the stack hand on."""
+
+    x: Float[Tensor, "T D"]
+    carry: Carry
+    records: Records = ()
 
 
 class SelfBranch(nn.Module):
@@ -78,7 +93,7 @@ class CrossBranch(nn.Module):
 
 
 class DenseBranch(nn.Module):
-    """``x + feed_forward(norm(x))``; no record."""
+    """``x + feed_forward(norm(x))``; nothing is recorded or handed on."""
 
     def __init__(self, config: Blueprint) -> None:
         super().__init__()
@@ -86,15 +101,14 @@ class DenseBranch(nn.Module):
         self.inner = DenseFeedForward(config.feed_forward, dim=config.dim, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Float[Tensor, "T D"], *, row: Int[Tensor, "T"]
-    ) -> tuple[Float[Tensor, "T D"], Records]:
-        del row
-        return x + self.dropout(self.inner(self.norm(x))), ()
+    def forward(self, stream: Stream, *, context: Context) -> Stream:
+        del context
+        x = stream.x + self.dropout(self.inner(self.norm(stream.x)))
+        return replace(stream, x=x)
 
 
 class SparseBranch(nn.Module):
-    """``x + experts(norm(x))`` and one record."""
+    """``x + experts(norm(x))``, and a record if there is a router."""
 
     def __init__(self, config: Blueprint, *, moe: MoELayer) -> None:
         super().__init__()
@@ -102,11 +116,10 @@ class SparseBranch(nn.Module):
         self.inner = moe
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Float[Tensor, "T D"], *, row: Int[Tensor, "T"]
-    ) -> tuple[Float[Tensor, "T D"], Records]:
-        y, record = self.inner(self.norm(x), row=row)
-        return x + self.dropout(y), (record,)
+    def forward(self, stream: Stream, *, context: Context) -> Stream:
+        answer = self.inner(self.norm(stream.x), context=context, carry=stream.carry)
+        records = stream.records if answer.record is None else (*stream.records, answer.record)
+        return Stream(stream.x + self.dropout(answer.out), answer.carry, records)
 
 
 class EncoderBlock(nn.Module):
@@ -117,11 +130,9 @@ class EncoderBlock(nn.Module):
         self.self_attention = SelfBranch(config, causal=False)
         self.feed_forward = feed_forward(config, stack=config.encoder, layer=layer, side="encoder")
 
-    def forward(
-        self, x: Float[Tensor, "T D"], *, view: View
-    ) -> tuple[Float[Tensor, "T D"], Records]:
-        x = self.self_attention(x, view=view)
-        return self.feed_forward(x, row=view.packing.row)
+    def forward(self, stream: Stream, *, view: View) -> Stream:
+        x = self.self_attention(stream.x, view=view)
+        return self.feed_forward(replace(stream, x=x), context=view.context)
 
 
 class DecoderBlock(nn.Module):
@@ -141,35 +152,36 @@ class DecoderBlock(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "T D"],
+        stream: Stream,
         *,
         view: View,
         source: KeyValue | None,
         mask: Bool[Tensor, "B 1 1 S"] | None,
-    ) -> tuple[Float[Tensor, "T D"], Records]:
-        x = self.self_attention(x, view=view)
-        return self._rest(x, view=view, source=source, mask=mask)
+    ) -> Stream:
+        x = self.self_attention(stream.x, view=view)
+        return self._rest(replace(stream, x=x), view=view, source=source, mask=mask)
 
     def step(
         self,
-        x: Float[Tensor, "T D"],
+        stream: Stream,
         *,
         view: View,
         cache: KeyValue,
         position: Int[Tensor, "B n"],
         source: KeyValue | None,
         mask: Bool[Tensor, "B 1 1 S"] | None,
-    ) -> Float[Tensor, "T D"]:
+    ) -> Stream:
         """The same for the newest tokens, with what came before in ``cache``."""
-        x = self.self_attention.step(x, view=view, cache=cache, position=position)
-        return self._rest(x, view=view, source=source, mask=mask)[0]
+        x = self.self_attention.step(stream.x, view=view, cache=cache, position=position)
+        return self._rest(replace(stream, x=x), view=view, source=source, mask=mask)
 
     def _rest(
-        self, x: Tensor, *, view: View, source: KeyValue | None, mask: Tensor | None
-    ) -> tuple[Tensor, Records]:
+        self, stream: Stream, *, view: View, source: KeyValue | None, mask: Tensor | None
+    ) -> Stream:
         if self.cross_attention is not None and source is not None:
-            x = self.cross_attention(x, view=view, source=source, mask=mask)
-        return self.feed_forward(x, row=view.packing.row)
+            x = self.cross_attention(stream.x, view=view, source=source, mask=mask)
+            stream = replace(stream, x=x)
+        return self.feed_forward(stream, context=view.context)
 
 
 def feed_forward(
@@ -179,11 +191,9 @@ def feed_forward(
     moe = config.experts(stack, layer=layer)
     if moe is None:
         return DenseBranch(config)
+    sparse = stack.sparse_layers
+    place = Place(f"{side}.{layer}", index=sparse.index(layer), count=len(sparse))
     experts = MoELayer(
-        moe,
-        dim=config.dim,
-        feed_forward=config.feed_forward,
-        bias=config.bias,
-        name=f"{side}.{layer}",
+        moe, dim=config.dim, feed_forward=config.feed_forward, bias=config.bias, place=place
     )
     return SparseBranch(config, moe=experts)

@@ -17,15 +17,31 @@ from moesaic.nn.position import Position, Rotary
 class Stack(Config):
     """``layers`` blocks; block i (from 0) has experts where ``(i + 1) % moe_every == 0``.
 
-    ``moe_every=0`` keeps the whole stack dense.
+    ``moe_every=0`` keeps the whole stack dense. ``experts`` gives each of those blocks a number of
+    experts of its own, first block first (a pyramid, DeepSpeed-MoE, 2201.05596, section 4.1).
     """
 
     layers: int = Field(ge=0)
     moe_every: int = Field(default=2, ge=0)
+    experts: tuple[int, ...] = ()
 
     def sparse(self, layer: int) -> bool:
         """Whether block ``layer`` may have experts."""
         return self.moe_every > 0 and (layer + 1) % self.moe_every == 0
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The blocks that may have experts."""
+        return tuple(layer for layer in range(self.layers) if self.sparse(layer))
+
+    @model_validator(mode="after")
+    def _check(self) -> "Stack":
+        if self.experts and len(self.experts) != len(self.sparse_layers):
+            raise ValueError(
+                f"experts with one number for each of the {len(self.sparse_layers)} blocks that "
+                f"have any, not {len(self.experts)}"
+            )
+        return self
 
 
 class Init(Config):
@@ -76,7 +92,11 @@ class Blueprint(Config):
 
     def experts(self, stack: Stack, *, layer: int) -> MoE | None:
         """The mixture in a block, or None where it is dense."""
-        return self.moe if isinstance(self.moe, MoE) and stack.sparse(layer) else None
+        if not isinstance(self.moe, MoE) or not stack.sparse(layer):
+            return None
+        if not stack.experts:
+            return self.moe
+        return self.moe.replace(experts=stack.experts[stack.sparse_layers.index(layer)])
 
     @model_validator(mode="after")
     def _check(self) -> "Blueprint":
@@ -91,8 +111,7 @@ class Blueprint(Config):
             raise ValueError(f"an even head_dim for Rotary, not {self.head_dim}")
         if isinstance(self.moe, MoE):
             k = self.moe.select.experts_per_token(2**30)
-            if k > self.moe.experts:
-                raise ValueError(
-                    f"moe.experts={self.moe.experts} to be at least {k:g} (the select)"
-                )
+            fewest = min((self.moe.experts, *self.encoder.experts, *self.decoder.experts))
+            if k > fewest + self.moe.spare.count():
+                raise ValueError(f"moe.experts={fewest} to be at least {k:g} (the select)")
         return self

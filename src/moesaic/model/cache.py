@@ -21,7 +21,7 @@ class Memory:
 
 
 class Cache:
-    """Keys and values of each decoder block, and each row's length.
+    """Keys and values of each decoder block, each row's length and its first token.
 
     The one thing here that changes in place: ``Transformer.step`` appends to it, ``reorder`` picks
     rows (a beam's survivors, or the rows that are not finished).
@@ -34,8 +34,10 @@ class Cache:
         source: list[KeyValue | None],
         mask: Bool[Tensor, "B 1 1 S"] | None,
         length: Int[Tensor, "B"],
+        tag: Int[Tensor, "B"],
     ) -> None:
         self.own, self.source, self.mask, self.length = own, source, mask, length
+        self.tag = tag
 
     @property
     def rows(self) -> int:
@@ -53,6 +55,7 @@ class Cache:
             return
         self.own = [layer.select(index) for layer in self.own]
         self.length = self.length.index_select(0, index)
+        self.tag = self.tag.index_select(0, index)
         self.source = [layer.select(index) if layer else None for layer in self.source]
         if self.mask is not None:
             self.mask = self.mask.index_select(0, index)

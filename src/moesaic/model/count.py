@@ -8,12 +8,14 @@ Letters: D dim, E experts, F hidden width, H heads, G key/value heads, d head di
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from moesaic.model.blueprint import Blueprint, Stack
 from moesaic.moe.config import MoE
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.moe.experts import Size
+from moesaic.moe.gates import Place
+from moesaic.moe.pieces import Piece
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.position import Learned
 
@@ -142,26 +144,36 @@ def _stack(config: Blueprint, *, stack: Stack, side: str) -> Iterator[Entry]:
     width = feed.activation.width(feed.hidden)
     yield from _linear(config, part=f"{side} {DENSE}", fan=(dim, width), copies=dense)
     yield from _linear(config, part=f"{side} {DENSE}", fan=(feed.hidden, dim), copies=dense)
+    for index, moe in enumerate(sparse):
+        place = Place(side, index=index, count=len(sparse))
+        yield from _mixture(config, moe=moe, side=side, place=place)
     if sparse:
-        yield from _mixture(config, moe=sparse[0], side=side, copies=len(sparse))
+        shared = sparse[0].link.shared_pieces(dim=dim, experts=sparse[0].routed)
+        yield from _pieces(shared, part=f"{side} router")
 
 
-def _mixture(config: Blueprint, *, moe: MoE, side: str, copies: int) -> Iterator[Entry]:
-    part, dim, experts = f"{side} {EXPERTS}", config.dim, moe.experts
-    feed = expert_feed_forward(config.feed_forward, moe=moe)
-    width = feed.activation.width(feed.hidden)
-    used = moe.select.experts_per_token(experts) / experts
-    yield Entry(f"{side} router", "router", (experts, dim), copies)
-    yield Entry(part, "expert", (experts, dim, width), copies, used)
-    yield Entry(part, "expert", (experts, feed.hidden, dim), copies, used)
-    if config.bias:
-        yield Entry(part, "bias", (experts, width), copies, used)
-        yield Entry(part, "bias", (experts, dim), copies, used)
+def _mixture(config: Blueprint, *, moe: MoE, side: str, place: Place) -> Iterator[Entry]:
+    dim, feed, bias = config.dim, moe.feed_forward(config.feed_forward), config.bias
+    gate = moe.link.gate_pieces(dim=dim, experts=moe.routed, place=place)
+    yield from _pieces([*gate, *moe.condition.pieces(dim=dim)], part=f"{side} router")
+    size = Size(moe.experts, moe.exchange.dim(dim), feed, bias)
+    yield from _pieces(moe.expert.pieces(size, used=used_share(moe)), part=f"{side} {EXPERTS}")
+    around = [
+        *moe.exchange.pieces(dim=dim),
+        *moe.beside.pieces(feed_forward=feed, dim=dim, bias=bias),
+    ]
+    yield from _pieces(around, part=f"{side} beside experts")
 
 
-def expert_feed_forward(feed: FeedForward, *, moe: MoE) -> FeedForward:
-    """The feed-forward of one expert."""
-    return feed if moe.hidden is None else feed.replace(hidden=moe.hidden)
+def used_share(moe: MoE) -> float:
+    """The share of the working experts that a token uses, on average."""
+    chosen = moe.select.experts_per_token(moe.routed)
+    return min(1.0, chosen / moe.routed)
+
+
+def _pieces(pieces: Iterable[Piece], *, part: str) -> Iterator[Entry]:
+    for piece in pieces:
+        yield Entry(part, piece.kind, piece.shape, 1, piece.used)
 
 
 def _linear(config: Blueprint, *, part: str, fan: tuple[int, int], copies: int) -> Iterator[Entry]:

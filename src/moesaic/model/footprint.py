@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from moesaic.model.blueprint import Blueprint, Stack
-from moesaic.model.count import Sizes, count, expert_feed_forward
+from moesaic.model.count import Sizes, count
+from moesaic.moe.config import MoE
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.position import Rotary
 from moesaic.optim.optimizer import AdamW, Optimizer
@@ -87,8 +88,8 @@ def _stack(config: Blueprint, *, stack: Stack) -> int:
     """Values kept per token by the self-attention and feed-forward branches of a stack."""
     values = stack.layers * _attention(config)
     for layer in range(stack.layers):
-        sparse = config.experts(stack, layer=layer) is not None
-        values += _sparse(config) if sparse else _dense(config)
+        moe = config.experts(stack, layer=layer)
+        values += _dense(config) if moe is None else _sparse(config, moe=moe)
     return values
 
 
@@ -109,13 +110,10 @@ def _dense(config: Blueprint) -> int:
     return _norm(config) + feed.activation.kept * feed.hidden + _mask(config)
 
 
-def _sparse(config: Blueprint) -> int:
+def _sparse(config: Blueprint, *, moe: MoE) -> int:
     """Rows, pre-activation and answer of each edge; logits, probabilities and choices."""
-    moe = config.experts(Stack(layers=1, moe_every=1), layer=0)
-    if moe is None:
-        return 0
-    k = moe.select.experts_per_token(moe.experts)
-    feed = expert_feed_forward(config.feed_forward, moe=moe)
+    k = moe.select.experts_per_token(moe.routed)
+    feed = moe.feed_forward(config.feed_forward)
     edge = 2 * config.dim + feed.activation.width(feed.hidden) + 4
     return _norm(config) + math.ceil(k * edge) + 3 * moe.experts + _mask(config)
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from moesaic.model.blueprint import Blueprint, Init
-from moesaic.moe.experts import Experts
+from moesaic.moe.experts import ExpertBank
 from moesaic.moe.router import Router
 from moesaic.nn.embedding import Embedding
 
@@ -20,17 +20,22 @@ def parameter_kinds(model: nn.Module) -> dict[str, Kind]:
         for path, module in model.named_modules()
         for name, _ in module.named_parameters(recurse=False)
     }
-    return {name: _kind(*owners[name]) for name, _ in model.named_parameters()}
+    routers = tuple(f"{path}." for path, m in model.named_modules() if isinstance(m, Router))
+    routers += ("encoder_routing.", "decoder_routing.")  # what routers of a stack share
+    return {
+        name: _kind(*owners[name], routes=name.startswith(routers))
+        for name, _ in model.named_parameters()
+    }
 
 
-def _kind(module: nn.Module, name: str) -> Kind:
+def _kind(module: nn.Module, name: str, *, routes: bool) -> Kind:
     if name.endswith("bias"):
         return "bias"
+    if routes:
+        return "router"
     if isinstance(module, Embedding | nn.Embedding):
         return "embedding"
-    if isinstance(module, Router):
-        return "router"
-    if isinstance(module, Experts):
+    if isinstance(module, ExpertBank):
         return "expert"
     return "matrix" if isinstance(module, nn.Linear) else "norm"
 

@@ -5,6 +5,7 @@ V vocabulary, n new tokens.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -12,15 +13,26 @@ from torch import nn
 
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.data.batch import PAD, Batch
-from moesaic.model.block import DecoderBlock, EncoderBlock, Records, View
-from moesaic.model.blueprint import Blueprint
+from moesaic.model.block import DecoderBlock, EncoderBlock, Records, Stream, View
+from moesaic.model.blueprint import Blueprint, Stack
 from moesaic.model.cache import Cache, Memory
 from moesaic.model.init import Kind, initialise, parameter_kinds
 from moesaic.model.output import Output
+from moesaic.moe.config import MoE
+from moesaic.moe.context import Carry, Context
+from moesaic.moe.gates import SharedRouting
 from moesaic.nn.attention import KeyValue
 from moesaic.nn.embedding import Embedding
 from moesaic.nn.packing import Packing
 from moesaic.ops.cross_entropy import TokenLoss
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What routers may know of a batch's rows: the first token of each, and its key."""
+
+    tag: Int[Tensor, "B"]
+    key: Int[Tensor, "B"]
 
 
 class Transformer(nn.Module):
@@ -38,6 +50,8 @@ class Transformer(nn.Module):
         self.decoder = nn.ModuleList(
             DecoderBlock(config, layer=i) for i in range(config.decoder.layers)
         )
+        self.encoder_routing = self._shared_routing(config.encoder)
+        self.decoder_routing = self._shared_routing(config.decoder)
         if config.encoder.layers:
             self.encoder_norm = config.norm.build(config.dim)
         self.decoder_norm = config.norm.build(config.dim)
@@ -45,21 +59,22 @@ class Transformer(nn.Module):
 
     def forward(self, batch: Batch) -> Output:
         """Return decoder states at the predicted positions and the routing records."""
-        memory, heard = self._encode(batch.source)
+        memory, heard = self._encode(batch.source, key=batch.key)
         real = (batch.target_in != PAD) | (batch.target_out != PAD)
         packing = Packing.of(real)
-        x, view = self._enter(batch.target_in.flatten()[packing.index], packing=packing)
-        said: Records = ()
+        ids = batch.target_in.flatten()[packing.index]
+        rows = Rows(batch.target_in[:, 0], batch.key)
+        stream, view = self._enter(ids, packing=packing, rows=rows, shared=self.decoder_routing)
         for block in self._decoder_blocks:
             source = block.read(memory.states, packing=memory.packing)
-            x, records = block(x, view=view, source=source, mask=memory.packing.key_mask)
-            said += records
+            stream = block(stream, view=view, source=source, mask=memory.packing.key_mask)
+        x = stream.x
         label = batch.target_out.flatten()[packing.index]
         row = packing.row
         if batch.num_predicted < packing.num_tokens:
             scored = (label != PAD).nonzero()[:, 0]
             x, label, row = x.index_select(0, scored), label[scored], row[scored]
-        return Output(self.decoder_norm(x), label, row, heard + said)
+        return Output(self.decoder_norm(x), label, row, heard + stream.records)
 
     def logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Float32 logits of states."""
@@ -75,7 +90,7 @@ class Transformer(nn.Module):
 
     def encode(self, source: Int[Tensor, "B S"]) -> Memory:
         """Read a batch of sources for ``start``."""
-        return self._encode(source)[0]
+        return self._encode(source, key=torch.zeros_like(source[:, :1].sum(1)))[0]
 
     def start(self, memory: Memory, rows: Int[Tensor, "R"]) -> Cache:
         """Begin decoding: hypothesis i reads the source ``rows[i]``."""
@@ -91,6 +106,7 @@ class Transformer(nn.Module):
             source=[layer.select(rows) if layer else None for layer in source],
             mask=None if mask is None else mask.index_select(0, rows),
             length=torch.zeros_like(rows),
+            tag=torch.zeros_like(rows),
         )
 
     def step(self, ids: Int[Tensor, "B n"], cache: Cache) -> Float[Tensor, "B V"]:
@@ -99,38 +115,69 @@ class Transformer(nn.Module):
         packing = Packing.of(real)
         position = cache.length[:, None] + torch.arange(ids.shape[1], device=ids.device)
         cache.reserve(int(position.max()) + 1)
+        cache.tag = torch.where(cache.length == 0, ids[:, 0], cache.tag)
         place = position.flatten()[packing.index]
-        x, view = self._enter(ids.flatten()[packing.index], packing=packing, position=place)
+        stream, view = self._enter(
+            ids.flatten()[packing.index],
+            packing=packing,
+            rows=Rows(cache.tag, torch.zeros_like(cache.tag)),
+            shared=self.decoder_routing,
+            position=place,
+        )
         for block, own, source in zip(self._decoder_blocks, cache.own, cache.source, strict=True):
-            x = block.step(
-                x, view=view, cache=own, position=position, source=source, mask=cache.mask
+            stream = block.step(
+                stream, view=view, cache=own, position=position, source=source, mask=cache.mask
             )
         count = real.sum(1)
         cache.length = cache.length + count
-        return self.logits(self.decoder_norm(x[count.cumsum(0) - 1]))
+        return self.logits(self.decoder_norm(stream.x[count.cumsum(0) - 1]))
 
     @property
     def _decoder_blocks(self) -> Iterable[DecoderBlock]:
         return cast("Iterable[DecoderBlock]", self.decoder)
 
-    def _encode(self, source: Int[Tensor, "B S"]) -> tuple[Memory, Records]:
+    def _shared_routing(self, stack: Stack) -> SharedRouting | None:
+        """What the MoE layers of a stack share, if their routers are linked."""
+        moe = self.config.moe
+        if not isinstance(moe, MoE) or not stack.sparse_layers:
+            return None
+        return moe.link.shared(dim=self.config.dim, experts=moe.routed)
+
+    def _encode(
+        self, source: Int[Tensor, "B S"], *, key: Int[Tensor, "B"]
+    ) -> tuple[Memory, Records]:
         packing = Packing.of(source != PAD)
         if not self.encoder:
             return Memory(self.embedding.weight.new_zeros(0, self.config.dim), packing), ()
-        x, view = self._enter(source.flatten()[packing.index], packing=packing)
-        heard: Records = ()
+        ids = source.flatten()[packing.index]
+        rows = Rows(source[:, 0], key)
+        stream, view = self._enter(ids, packing=packing, rows=rows, shared=self.encoder_routing)
         for block in self.encoder:
-            x, records = block(x, view=view)
-            heard += records
-        return Memory(self.encoder_norm(x), packing), heard
+            stream = block(stream, view=view)
+        return Memory(self.encoder_norm(stream.x), packing), stream.records
 
     def _enter(
         self,
         ids: Int[Tensor, "T"],
         *,
         packing: Packing,
+        rows: Rows,
+        shared: SharedRouting | None,
         position: Int[Tensor, "T"] | None = None,
-    ) -> tuple[Float[Tensor, "T D"], View]:
+    ) -> tuple[Stream, View]:
         place = packing.position if position is None else position
-        x = self.position.add(self.embedding(ids), position=place)
-        return self.dropout(x), View(packing, self.position.rotation(place))
+        embedded = self.embedding(ids)
+        x = self.dropout(self.position.add(embedded, position=place))
+        moe = self.config.moe
+        reads = moe.condition.reads() if isinstance(moe, MoE) else "nothing"
+        context = Context(
+            row=packing.row,
+            position=place,
+            token=ids,
+            tag=rows.tag[packing.row],
+            row_key=rows.key[packing.row],
+            embedded=embedded if reads == "token" else None,
+            prompt=self.embedding(rows.tag)[packing.row] if reads == "prompt" else None,
+        )
+        carry = Carry() if shared is None else shared.start(x)
+        return Stream(x, carry), View(packing, self.position.rotation(place), context)

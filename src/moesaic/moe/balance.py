@@ -1,6 +1,6 @@
 """Balance: loss terms that keep experts evenly used and logits small; returned, never stored.
 
-A term is this rank's share (see ``reduce.py``): local sums over global counts.
+A term is this rank's share (see ``ranks.py``): local sums over global counts.
 
 Letters: T tokens of this rank, E experts.
 """
@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 
 from moesaic.core.config import Choice
-from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.core.shapes import Float, Tensor
+from moesaic.moe.gate import Gate, Learner, State
 from moesaic.moe.routing import Routing
 
 
@@ -19,17 +20,25 @@ from moesaic.moe.routing import Routing
 class Scores:
     """What a balance term may look at.
 
-    ``routing`` is as selected, before any limit. ``load`` (edges per expert) and ``tokens`` are
-    summed over all ranks that share the batch.
+    ``routing`` is as selected, before any limit; ``probabilities`` are the select's own.
+    ``load`` (edges per expert) and ``tokens`` are summed over all ranks that share the batch;
+    ``heard`` is what earlier micro-batches of the same optimizer step had as ``load``.
+    ``gate.state`` is the term's own state.
     """
 
-    logits: Float[Tensor, "T E"]
+    gate: Gate
     routing: Routing
-    load: Int[Tensor, "E"]
-    tokens: Int[Tensor, ""]
+    probabilities: Float[Tensor, "T E"]
+    load: Float[Tensor, "E"]
+    heard: Float[Tensor, "E"]
+    tokens: Float[Tensor, ""]
+
+    @property
+    def logits(self) -> Float[Tensor, "T E"]:
+        return self.gate.logits
 
 
-class Balance(Choice):
+class Balance(Choice, Learner):
     """Family of balance terms. ``name`` is its key in ``Record.losses``."""
 
     name: ClassVar[str] = "balance"
@@ -37,6 +46,11 @@ class Balance(Choice):
     def __call__(self, scores: Scores) -> Float[Tensor, ""]:
         """Return this rank's share of the weighted term."""
         raise NotImplementedError
+
+    def bias(self, state: State) -> Float[Tensor, "E"] | None:
+        """Return what is added to scores when experts are chosen (never to weights)."""
+        del state
+        return None
 
 
 class SwitchBalance(Balance):
@@ -48,8 +62,8 @@ class SwitchBalance(Balance):
     weight: float = 0.01
 
     def __call__(self, scores: Scores) -> Float[Tensor, ""]:
-        fraction = scores.load.float() / scores.load.sum().clamp(min=1)
-        mean = scores.logits.softmax(-1).sum(0) / scores.tokens.clamp(min=1)
+        fraction = (scores.load / scores.load.sum().clamp(min=1)).float()
+        mean = scores.probabilities.sum(0) / scores.tokens.clamp(min=1).float()
         return self.weight * scores.load.numel() * torch.dot(fraction, mean)
 
 
@@ -61,4 +75,4 @@ class RouterZ(Balance):
 
     def __call__(self, scores: Scores) -> Float[Tensor, ""]:
         square = scores.logits.logsumexp(-1).square().sum()
-        return self.weight * square / scores.tokens.clamp(min=1)
+        return self.weight * square / scores.tokens.clamp(min=1).float()

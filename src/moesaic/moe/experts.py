@@ -3,32 +3,94 @@
 Letters: E experts, R rows, D model dim, F hidden width (2F before a gated activation).
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
+from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
+from moesaic.moe.pieces import Piece
 from moesaic.nn.feed_forward import FeedForward
 from moesaic.ops.choose import pick_engine, pick_mixer
 from moesaic.ops.group import Groups
 from moesaic.ops.grouped import Banks, grouped_feed_forward
-from moesaic.ops.mixture import Edges
+from moesaic.ops.mixture import Edges, carry_home, carry_out
 
 
-class Experts(nn.Module):
-    """``up`` [E, D, F] and ``down`` [E, F, D]: rows are multiplied from the left."""
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How many experts of which feed-forward, and the dim of the rows they read and write."""
 
-    def __init__(self, config: FeedForward, *, num_experts: int, dim: int, bias: bool) -> None:
-        super().__init__()
-        width = config.activation.width(config.hidden)
-        self.up = nn.Parameter(torch.empty(num_experts, dim, width))
-        self.down = nn.Parameter(torch.empty(num_experts, config.hidden, dim))
-        if bias:
-            self.up_bias = nn.Parameter(torch.zeros(num_experts, width))
-            self.down_bias = nn.Parameter(torch.zeros(num_experts, dim))
-        self.activation, self.bias = config.activation, bias
+    num_experts: int
+    dim: int
+    feed_forward: FeedForward
+    bias: bool
+
+
+class Expert(Choice):
+    """Family: what an expert is. A member builds all experts of a layer at once."""
+
+    def build(self, size: Size) -> "ExpertBank":
+        """Return the experts of a layer."""
+        raise NotImplementedError
+
+    def pieces(self, size: Size, *, used: float) -> Sequence[Piece]:
+        """Return their parameters; a token uses the share ``used`` of the banks."""
+        raise NotImplementedError
+
+
+class ExpertBank(nn.Module):
+    """Base of modules that hold the experts of a layer (see ``dispatch.RowExperts``)."""
 
     def forward(self, rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
         """Apply each row's expert; rows past the groups come out as zero."""
+        raise NotImplementedError
+
+    def mix(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
+        """Return each token's weighted sum of its experts' answers.
+
+        By definition: ``carry_home(self(carry_out(x)))``; a bank that can do it in one go does.
+        """
+        rows = carry_out(x, edges=edges)
+        return carry_home(self(rows, groups=edges.groups), edges=edges)
+
+
+class FeedForwardExpert(Expert):
+    """Two products with an activation between, a pair of matrices per expert."""
+
+    def build(self, size: Size) -> "Experts":
+        return Experts(size)
+
+    def pieces(self, size: Size, *, used: float) -> Sequence[Piece]:
+        experts, feed = size.num_experts, size.feed_forward
+        width = feed.activation.width(feed.hidden)
+        banks = [
+            Piece("expert", (experts, size.dim, width), used),
+            Piece("expert", (experts, feed.hidden, size.dim), used),
+        ]
+        if size.bias:
+            banks.append(Piece("bias", (experts, width), used))
+            banks.append(Piece("bias", (experts, size.dim), used))
+        return banks
+
+
+class Experts(ExpertBank):
+    """``up`` [E, D, F] and ``down`` [E, F, D]: rows are multiplied from the left."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        experts, feed = size.num_experts, size.feed_forward
+        width = feed.activation.width(feed.hidden)
+        self.up = nn.Parameter(torch.empty(experts, size.dim, width))
+        self.down = nn.Parameter(torch.empty(experts, feed.hidden, size.dim))
+        if size.bias:
+            self.up_bias = nn.Parameter(torch.zeros(experts, width))
+            self.down_bias = nn.Parameter(torch.zeros(experts, size.dim))
+        self.activation, self.bias = feed.activation, size.bias
+
+    def forward(self, rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
         rows = _as_autocast(rows)
         return grouped_feed_forward(
             rows,
@@ -39,7 +101,6 @@ class Experts(nn.Module):
         )
 
     def mix(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
-        """Return each token's weighted sum of its experts' answers."""
         x = _as_autocast(x)
         mixer = pick_mixer(x, activation=self.activation)
         return mixer(x, edges=edges, banks=self.banks, activation=self.activation)

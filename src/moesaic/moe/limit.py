@@ -1,6 +1,9 @@
 """Limit: how many tokens an expert takes, and who goes first when it is full.
 
-Letters: T tokens, E experts, K experts per token, N edges.
+Who goes first is decided over the whole batch, whichever ranks hold its rows, by keys that are
+functions of the token: so the same edges are dropped whatever the number of ranks.
+
+Letters: T tokens, E experts, K experts per token, N edges, C columns of a key.
 """
 
 import math
@@ -10,52 +13,55 @@ from pydantic import Field
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Int, Tensor
+from moesaic.moe.gate import Gate
+from moesaic.moe.ranks import Ranks
 from moesaic.moe.routing import Routing
 
 
 class Limit(Choice):
     """Family of limits: each re-labels the edges that an expert has no room for."""
 
-    def __call__(self, routing: Routing, *, training: bool) -> Routing:
-        """Return the routing with the lost edges leading nowhere."""
+    def __call__(self, routing: Routing, *, gate: Gate, ranks: Ranks) -> Routing:
+        """Return the routing with the lost edges leading nowhere. Collective over ``ranks``."""
         raise NotImplementedError
 
 
 class Dropless(Limit):
     """Every edge is served (2211.15841)."""
 
-    def __call__(self, routing: Routing, *, training: bool) -> Routing:
-        del training
+    def __call__(self, routing: Routing, *, gate: Gate, ranks: Ranks) -> Routing:
+        del gate, ranks
         return routing
 
 
 class Priority(Choice):
     """Family of orders in which edges are given room."""
 
-    def rank(self, routing: Routing, *, training: bool) -> Int[Tensor, "N"]:
-        """Return the edges, most important first."""
+    def key(self, routing: Routing, *, gate: Gate) -> Int[Tensor, "N C"]:
+        """Return each edge's key: edges with smaller ones go first, column by column."""
         raise NotImplementedError
 
 
 class ByPosition(Priority):
     """Earlier tokens first, and all first choices before any second one (GShard, 2006.16668).
 
-    Later tokens are dropped more often: see ``AtRandom`` for the cure.
+    Rows of the batch go one after the other, by their keys. Later tokens are dropped more often:
+    see ``AtRandom`` for the cure.
     """
 
-    def rank(self, routing: Routing, *, training: bool) -> Int[Tensor, "N"]:
-        del training
-        edges = torch.arange(routing.expert.numel(), device=routing.expert.device)
-        k = routing.per_token
-        return edges.view(-1, k).t().flatten() if k > 1 else edges
+    def key(self, routing: Routing, *, gate: Gate) -> Int[Tensor, "N C"]:
+        context, token = gate.context, routing.token
+        choice = choices(routing)
+        return torch.stack([choice, context.row_key[token], context.position[token]], 1)
 
 
 class ByWeight(Priority):
-    """Heaviest edges first: batch prioritised routing (2106.05974)."""
+    """Heaviest edges first: batch prioritised routing (2106.05974). Ties go by position."""
 
-    def rank(self, routing: Routing, *, training: bool) -> Int[Tensor, "N"]:
-        del training
-        return routing.weight.argsort(descending=True, stable=True)
+    def key(self, routing: Routing, *, gate: Gate) -> Int[Tensor, "N C"]:
+        # the bits of a non-negative float32 are in the order of its values
+        weight = routing.weight.detach().float().contiguous().view(torch.int32).long()
+        return torch.cat([-weight[:, None], ByPosition().key(routing, gate=gate)], 1)
 
 
 class AtRandom(Priority):
@@ -65,17 +71,19 @@ class AtRandom(Priority):
     (DeepSpeed's stays random there).
     """
 
-    def rank(self, routing: Routing, *, training: bool) -> Int[Tensor, "N"]:
-        if not training:
-            return ByWeight().rank(routing, training=False)
-        return torch.rand(routing.expert.shape, device=routing.expert.device).argsort()
+    def key(self, routing: Routing, *, gate: Gate) -> Int[Tensor, "N C"]:
+        if not gate.training:
+            return ByWeight().key(routing, gate=gate)
+        draws = gate.context.bits("room", width=routing.num_experts + 1)
+        return draws[routing.token, routing.expert][:, None]
 
 
 class Capacity(Limit):
     """At most ``max(minimum, ceil(factor * N / E))`` edges per expert; N counts real tokens only.
 
-    N = T * K edges of this rank's micro-batch. ``eval_factor`` applies outside training; None
-    means dropless there, so that decoding does not depend on what else is in the batch.
+    N = T * K edges of the micro-batch, over all ranks that share it. ``eval_factor`` applies
+    outside training; None means dropless there, so that decoding does not depend on what else is
+    in the batch.
     """
 
     factor: float = Field(default=1.25, gt=0)
@@ -83,24 +91,35 @@ class Capacity(Limit):
     minimum: int = Field(default=4, ge=0)
     priority: Priority = AtRandom()
 
-    def __call__(self, routing: Routing, *, training: bool) -> Routing:
-        factor = self.factor if training else self.eval_factor
+    def __call__(self, routing: Routing, *, gate: Gate, ranks: Ranks) -> Routing:
+        factor = self.factor if gate.training else self.eval_factor
         if factor is None:
             return routing
-        ranked = self.priority.rank(routing, training=training)
-        return routing.drop(places(routing.expert, ranked=ranked) >= self.room(routing, factor))
+        key = self.priority.key(routing, gate=gate)
+        edges = ranks.gather(torch.cat([routing.expert[:, None], key], 1))
+        place = places(edges.rows)[edges.start : edges.start + key.shape[0]]
+        room = self.room(edges.rows.shape[0], num_experts=routing.num_experts, factor=factor)
+        return routing.drop(place >= room)
 
-    def room(self, routing: Routing, factor: float) -> int:
-        """Edges that one expert takes."""
-        fair = routing.expert.numel() / routing.num_experts
-        return max(self.minimum, math.ceil(factor * fair))
+    def room(self, edges: int, *, num_experts: int, factor: float) -> int:
+        """Edges that one expert takes of so many."""
+        return max(self.minimum, math.ceil(factor * edges / num_experts))
 
 
-def places(expert: Int[Tensor, "N"], *, ranked: Int[Tensor, "N"]) -> Int[Tensor, "N"]:
-    """Each edge's place in its expert's queue, when edges arrive in the order ``ranked``."""
-    by_expert = ranked[expert[ranked].argsort(stable=True)]
-    queue = expert[by_expert]
-    place = torch.empty_like(by_expert)
+def choices(routing: Routing) -> Int[Tensor, "N"]:
+    """Return which of its token's choices an edge is: 0 for the first (0 for all if unknown)."""
+    k = routing.per_token
+    edges = torch.arange(routing.expert.numel(), device=routing.expert.device)
+    return edges % k if k else torch.zeros_like(edges)
+
+
+def places(edges: Int[Tensor, "N C"]) -> Int[Tensor, "N"]:
+    """Each edge's place in its expert's queue; columns are the expert, then the edge's key."""
+    order = torch.arange(edges.shape[0], device=edges.device)
+    for column in reversed(range(edges.shape[1])):
+        order = order[edges[order, column].argsort(stable=True)]
+    queue = edges[order, 0]
+    place = torch.empty_like(order)
     first = torch.searchsorted(queue, queue)
-    place[by_expert] = torch.arange(queue.numel(), device=queue.device) - first
+    place[order] = torch.arange(queue.numel(), device=queue.device) - first
     return place

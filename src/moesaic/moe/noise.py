@@ -1,29 +1,33 @@
-"""Noise: what a router adds to its input while it trains.
+"""Noise: what a router adds to its input or to its logits while it trains.
 
-Letters: T tokens, D model dim.
+Letters: T tokens, D model dim, E experts.
 """
 
-import torch
 from pydantic import Field
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
+from moesaic.moe.context import Context
+from moesaic.moe.gate import Gate, Learner
 
 
-class Noise(Choice):
-    """Family of router noises."""
+class Noise(Choice, Learner):
+    """Family of router noises. Each changes the input or the logits, in training only."""
 
-    def __call__(self, x: Float[Tensor, "T D"], *, training: bool) -> Float[Tensor, "T D"]:
-        """Return the router's input."""
-        raise NotImplementedError
+    def on_input(
+        self, x: Float[Tensor, "T D"], *, context: Context, training: bool
+    ) -> Float[Tensor, "T D"]:
+        """Return the router's input, float32."""
+        del context, training
+        return x
+
+    def on_logits(self, gate: Gate) -> Float[Tensor, "T E"]:
+        """Return the logits that everything after sees."""
+        return gate.logits
 
 
 class NoNoise(Noise):
-    """The input as it is."""
-
-    def __call__(self, x: Float[Tensor, "T D"], *, training: bool) -> Float[Tensor, "T D"]:
-        del training
-        return x
+    """Input and logits as they are."""
 
 
 class Jitter(Noise):
@@ -31,7 +35,10 @@ class Jitter(Noise):
 
     epsilon: float = Field(default=0.01, gt=0, lt=1)
 
-    def __call__(self, x: Float[Tensor, "T D"], *, training: bool) -> Float[Tensor, "T D"]:
+    def on_input(
+        self, x: Float[Tensor, "T D"], *, context: Context, training: bool
+    ) -> Float[Tensor, "T D"]:
         if not training:
             return x
-        return x * torch.empty_like(x).uniform_(1 - self.epsilon, 1 + self.epsilon)
+        draw = context.uniform("jitter", width=x.shape[-1])
+        return x * (1 + self.epsilon * (2 * draw - 1))

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 
 from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.moe.context import Context
+from moesaic.moe.router import Routed
 from moesaic.moe.routing import Routing
 
 
@@ -13,16 +15,26 @@ class Record:
 
     ``losses`` holds the layer's weighted loss terms by name (``balance``, ``z``), scalars in the
     graph; their sum is added to the training loss exactly once. They are this rank's *share* (see
-    ``moe/reduce.py``) and exist in training only. ``row`` is the batch row that each token of
-    ``routing`` came from (padding was left out before routing). ``logits`` are the router's,
-    detached, for whoever watches it.
+    ``moe/ranks.py``) and exist in training only. ``context`` says which row, position and
+    vocabulary id each token of ``routing`` has (padding was left out before routing). ``logits``
+    are the router's, detached, for whoever watches it; ``sums`` are what its rules learn from.
     """
 
     layer: str
     routing: Routing
-    row: Int[Tensor, "T"]
+    context: Context
     losses: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
     logits: Float[Tensor, "T E"] | None = None
+    sums: Float[Tensor, "S"] | None = None
+
+    @staticmethod
+    def of(layer: str, routed: Routed, *, context: Context) -> "Record":
+        """Make the record of what a router did."""
+        return Record(layer, routed.routing, context, routed.losses, routed.logits, routed.sums)
+
+    @property
+    def row(self) -> Int[Tensor, "T"]:
+        return self.context.row
 
     def router_entropy(self) -> Float[Tensor, ""] | None:
         """Mean entropy of a token's expert probabilities, as a share of ``log E``."""

@@ -11,15 +11,20 @@ from pydantic import Field
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
+from moesaic.moe.gate import Gate, Learner
 from moesaic.moe.routing import Routing
 
 
-class Select(Choice):
-    """Family of selection rules. ``training`` matters only to rules that sample."""
+class Select(Choice, Learner):
+    """Family of selection rules; what they see is a ``Gate``."""
 
-    def __call__(self, logits: Float[Tensor, "T E"], *, training: bool) -> Routing:
-        """Return the edges of float32 logits, weights in the graph."""
+    def __call__(self, gate: Gate) -> Routing:
+        """Return the edges, weights float32 and in the graph."""
         raise NotImplementedError
+
+    def probabilities(self, gate: Gate) -> Float[Tensor, "T E"]:
+        """Return what balance terms take as each token's probabilities: they sum to one."""
+        return gate.logits.softmax(-1)
 
     def finish(self, routing: Routing) -> Routing:
         """Adjust weights once a limit has dropped edges; most rules leave them."""
@@ -41,13 +46,14 @@ class TopK(Select):
     k: int = Field(default=2, ge=1)
     normalise: Literal["before", "after", "none"] = "before"
 
-    def __call__(self, logits: Float[Tensor, "T E"], *, training: bool) -> Routing:
-        del training
+    def __call__(self, gate: Gate) -> Routing:
+        logits = gate.logits
+        expert = gate.biased(logits).topk(self.k, dim=-1).indices
         if self.normalise == "before":
-            top, expert = logits.topk(self.k, dim=-1)
-            weight = top.softmax(-1)  # equals softmax over all, then divided by the chosen sum
+            # equals softmax over all, then divided by the chosen sum
+            weight = logits.gather(-1, expert).softmax(-1)
         else:
-            weight, expert = logits.softmax(-1).topk(self.k, dim=-1)
+            weight = logits.softmax(-1).gather(-1, expert)
         return Routing.from_topk(weight, expert=expert, num_experts=logits.shape[-1])
 
     def finish(self, routing: Routing) -> Routing:
@@ -64,10 +70,10 @@ class TopK(Select):
 class SwitchTop1(Select):
     """The likeliest expert, weighted by its softmax probability (2101.03961, equations 1 and 2)."""
 
-    def __call__(self, logits: Float[Tensor, "T E"], *, training: bool) -> Routing:
-        del training
-        weight, expert = logits.softmax(-1).max(-1, keepdim=True)
-        return Routing.from_topk(weight, expert=expert, num_experts=logits.shape[-1])
+    def __call__(self, gate: Gate) -> Routing:
+        expert = gate.biased(gate.logits).argmax(-1, keepdim=True)
+        weight = gate.logits.softmax(-1).gather(-1, expert)
+        return Routing.from_topk(weight, expert=expert, num_experts=gate.logits.shape[-1])
 
     def experts_per_token(self, num_experts: int) -> float:
         return float(min(1, num_experts))
@@ -82,11 +88,12 @@ class Top2(Select):
 
     second: Literal["highest", "sampled"] = "highest"
 
-    def __call__(self, logits: Float[Tensor, "T E"], *, training: bool) -> Routing:
-        first = logits.argmax(-1, keepdim=True)
-        rest = logits.detach()
-        if training and self.second == "sampled":
-            rest = rest - torch.empty_like(rest).exponential_().log_()
+    def __call__(self, gate: Gate) -> Routing:
+        logits, rest = gate.logits, gate.biased(gate.logits)
+        first = rest.argmax(-1, keepdim=True)
+        if gate.training and self.second == "sampled":
+            draw = gate.context.uniform("second choice", width=rest.shape[-1])
+            rest = rest - (-draw.clamp(min=1e-12).log()).log()
         second = rest.scatter(-1, first, float("-inf")).argmax(-1, keepdim=True)
         expert = torch.cat([first, second], -1)
         weight = logits.gather(-1, expert).softmax(-1)

@@ -35,7 +35,8 @@ class Edges:
 class Mixer(Protocol):
     """A way to compute the mixture, differentiable in ``x``, ``edges.weight`` and the banks."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(
         self, x: Float[Tensor, "T D"], *, edges: Edges, banks: Banks, activation: Activation
@@ -55,16 +56,25 @@ class Composed:
     def __call__(
         self, x: Float[Tensor, "T D"], *, edges: Edges, banks: Banks, activation: Activation
     ) -> Float[Tensor, "T D"]:
-        groups = edges.groups
-        rows = spread(x, token=edges.token, groups=groups, per_token=edges.per_token)
+        rows = carry_out(x, edges=edges)
         y = grouped_feed_forward(
-            rows, banks=banks, groups=groups, activation=activation, engine=self.engine
+            rows, banks=banks, groups=edges.groups, activation=activation, engine=self.engine
         )
-        return combine(
-            y,
-            token=edges.token,
-            weight=edges.weight,
-            groups=groups,
-            num_tokens=edges.num_tokens,
-            per_token=edges.per_token,
-        )
+        return carry_home(y, edges=edges)
+
+
+def carry_out(x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "N D"]:
+    """Copy each token's row to the sorted places of its edges."""
+    return spread(x, token=edges.token, groups=edges.groups, per_token=edges.per_token)
+
+
+def carry_home(y: Float[Tensor, "N D"], *, edges: Edges) -> Float[Tensor, "T D"]:
+    """Add the sorted rows to their tokens, each times its edge's weight."""
+    return combine(
+        y,
+        token=edges.token,
+        weight=edges.weight,
+        groups=edges.groups,
+        num_tokens=edges.num_tokens,
+        per_token=edges.per_token,
+    )

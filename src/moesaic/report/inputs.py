@@ -31,6 +31,7 @@ class Inputs:
     metrics: dict[str, Series] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     routes: Routes | None = None
+    quality: dict[str, Any] = field(default_factory=dict)
     gaps: dict[str, str] = field(default_factory=dict)
 
     def curve(self, name: str, *, label: str = "", tint: int = 0, dash: int = 0) -> Series | None:
@@ -58,6 +59,7 @@ def read_inputs(run: RunDir) -> Inputs:
         metrics=_try(run.metrics, _curves, {}, gaps),
         summary=_try(run.summary, lambda path: _mapping(read_json(path)), {}, gaps),
         routes=_try(run.routes, _routes, None, gaps),
+        quality=_try(run.curve, lambda path: _mapping(read_json(path)), {}, {}),
         gaps=gaps,
     )
 

@@ -16,6 +16,7 @@ def training(inputs: Inputs) -> Html:
         return tag("p", f"{gap} Training writes it.", class_="gap")
     drawn = [
         line_chart(_losses(inputs), title="Loss, nats per token"),
+        _quality(inputs),
         _by_language(inputs),
         _single(inputs, "perf/tokens_per_s", title="Tokens per second", zero=True),
         _single(inputs, "train/lr", title="Learning rate", zero=True),
@@ -66,6 +67,18 @@ def _losses(inputs: Inputs) -> list[Series]:
             )
             curves += [found] if found else []
     return curves
+
+
+def _quality(inputs: Inputs) -> Html | None:
+    """chrF++ at each scored checkpoint, and what copying and a memory reach."""
+    points = inputs.quality.get("points") or []
+    if not points:
+        return None
+    steps = [float(point["step"]) for point in points]
+    curves = [Series("model", steps, [point["chrf"]["score"] for point in points])]
+    for tint, (name, found) in enumerate(inputs.quality["baselines"].items(), start=1):
+        curves.append(Series(name, [steps[0], steps[-1]], [found["score"]] * 2, tint, 1))
+    return line_chart(curves, title="chrF++ at each checkpoint, mean over languages", zero=True)
 
 
 def _by_language(inputs: Inputs) -> Html | None:

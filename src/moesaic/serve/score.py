@@ -41,7 +41,7 @@ def score_run(
     model: Translate = partial(translator.texts, search=search or Greedy())
     systems: dict[str, Translate] = {"model": model, "copy": copy_source}
     if corpus is not None:
-        systems["memory"] = MemorySystem(partial(_train_pairs, corpus))
+        systems["memory"] = MemorySystem(partial(train_pairs, corpus))
     summary = evaluate(systems, tests=tests, settings=settings, done=done)
     summary = traced(summary, trace=partial(_experts, translator))
     return summary.add(
@@ -76,7 +76,8 @@ def _batches(translator: Translator, tests: Sequence[TestSet]) -> Iterator[Batch
             )
 
 
-def _train_pairs(corpus: Corpus, source: str, target: str) -> Iterator[tuple[str, str]]:
+def train_pairs(corpus: Corpus, source: str, target: str) -> Iterator[tuple[str, str]]:
+    """Yield what a translation memory may know: the train rows of a direction."""
     for pair in corpus.iter_pairs(source, target, split="train"):
         yield pair.source, pair.target
 

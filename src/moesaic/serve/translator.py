@@ -78,15 +78,22 @@ class Translator:
         self._forbidden = (*UNSAYABLE, *tags, *unused)
 
     @classmethod
-    def open(cls, path: Path | str, *, device: str = "cpu") -> "Translator":
-        """Read a finished run. Raises CheckpointError naming what is missing or does not fit."""
+    def open(
+        cls, path: Path | str, *, weights: Path | None = None, device: str = "cpu"
+    ) -> "Translator":
+        """Read a finished run, or one in progress with the ``weights`` of a checkpoint.
+
+        Raises CheckpointError naming what is missing or does not fit.
+        """
         run = RunDir.open(Path(path))
-        run.require_model()
+        if weights is None:
+            run.require_model()
+            weights = run.model
         config = _config(run)
         if not isinstance(config.get("model"), dict):
             raise CheckpointError(f"{run.config}: it has no model; is it the config of a run?")
         model = TransformerConfig.from_plain(config["model"]).build()
-        _load(model, read_tensors(run.model, device=device), where=run.model)
+        _load(model, read_tensors(weights, device=device), where=weights)
         loader = config.get("loader")
         known = loader if isinstance(loader, dict) else {}
         limits = {k: known[k] for k in ("max_source", "max_target") if k in known}
@@ -155,8 +162,10 @@ class Translator:
             heard = [[] for _ in heard]
         numbers = [self.languages.index(code) for code in codes]
         same = torch.ones(len(sources), dtype=torch.long, device=self._device)
-        pads = [_pad(rows, self._device) for rows in (heard, inputs, labels)]
-        return Batch(pads[0], pads[1], pads[2], same * 0, same * numbers[0], same * numbers[1])
+        read, said_in, said_out = (_pad(rows, self._device) for rows in (heard, inputs, labels))
+        source_number, target_number = (same * number for number in numbers)
+        none = same * 0
+        return Batch(read, said_in, said_out, none, source_number, target_number, none)
 
     @torch.inference_mode()
     def experts(

@@ -64,6 +64,7 @@ def random_batch(rows: int, *, seed: int, length: int = 9) -> Batch:
         task=torch.randint(len(TASKS), (rows,), generator=draw),
         source_language=torch.randint(len(LANGUAGES), (rows,), generator=draw),
         target_language=torch.randint(len(LANGUAGES), (rows,), generator=draw),
+        key=torch.randint(2**62, (rows,), generator=draw),
     )
 
 

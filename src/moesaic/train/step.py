@@ -14,6 +14,7 @@ from moesaic.core.shapes import Float, Tensor
 from moesaic.data.batch import Batch
 from moesaic.dist.world import World
 from moesaic.model.transformer import Transformer
+from moesaic.moe.layer import hear
 from moesaic.moe.record import Record
 from moesaic.train.meters import Categories, Sums
 from moesaic.train.precision import Precision
@@ -72,6 +73,7 @@ class Objective:
                 terms[f"loss_{name}"] = terms.get(f"loss_{name}", 0.0) + value / parts
         objective = torch.stack(list(terms.values())).sum()
         objective.backward()
+        hear(model, output.records)
         shares = {name: value.detach().double() for name, value in terms.items()}
         shares["objective"] = objective.detach().double()
         losses = self.categories.sums(token_loss.nll, batch=batch)

@@ -17,12 +17,13 @@ from moesaic.data.batch import Batch
 from moesaic.dist.world import World
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights, restore_weights
-from moesaic.moe.layer import set_reduce
+from moesaic.moe.layer import forget, learn, set_ranks
 from moesaic.optim.clip import clip_gradients
 from moesaic.optim.state import export_state, restore_state
 from moesaic.train.journal import Journal
 from moesaic.train.meters import Categories, Meters
 from moesaic.train.randomness import random_state, restore_random_state
+from moesaic.train.ranks import BatchRanks
 from moesaic.train.retry import Retry, Try
 from moesaic.train.run import Run
 from moesaic.train.step import Objective, Pass, first_not_finite
@@ -75,7 +76,7 @@ class Trainer:
     def __init__(self, run: Run, *, model: Transformer, data: Stream, world: World) -> None:
         self.run, self.world, self.data = run, world, data
         self.model = model
-        set_reduce(model, lambda counts: world.sum(counts))
+        set_ranks(model, BatchRanks(world))
         self.optimizer = run.optimizer.build(
             model.named_parameters(), kinds=model.parameter_kinds()
         )
@@ -109,6 +110,7 @@ class Trainer:
             group["lr"] = group["base_lr"] * factor
         self.optimizer.step()
         self.optimizer.zero_grad()
+        learn(self.model)
         self.retry.good()
         self.meters.add(seen.sums, norm=norm.norm)
         self.step += 1
@@ -131,6 +133,7 @@ class Trainer:
         """Skip the update and say what was not finite. The same on every rank."""
         what = self._what_is_not_finite(seen)
         self.optimizer.zero_grad()
+        forget(self.model)
         self.retry.bad(tried)
         self.meters.skipped += 1
         fate = "given up after its second try" if tried.again else "kept for one more try"

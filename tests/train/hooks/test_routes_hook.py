@@ -58,7 +58,7 @@ def test_a_collapsed_router_is_named_with_its_layer(tmp_path: Path) -> None:
     trainer = tiny_trainer(tiny_run(log=Log(every=1, routes_every=1)))
     trainer.data = TinyStream(rows=64)
     with torch.no_grad():
-        trainer.model.decoder[0].feed_forward.inner.router.weight.zero_()
+        trainer.model.decoder[0].feed_forward.inner.router.gate.weight.zero_()
         for parameter in trainer.model.parameters():
             parameter.requires_grad_(requires_grad=False)
         trainer.model.encoder_norm.weight.requires_grad_()

@@ -1,0 +1,71 @@
+"""Context: what a layer may know of its tokens besides their states, and what layers hand on.
+
+Letters: T tokens, D model dim, E experts, P width of a router's own state.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.ops.random import mix, salt, uniform
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One pass's real tokens, padding left out.
+
+    ``row`` and ``position`` are a token's place in the batch, ``token`` its vocabulary id, ``tag``
+    the id of the first token of its row (a language tag). ``row_key`` is the key of its row: the
+    same whichever rank holds it, so what is drawn here does not depend on the layout.
+    ``embedded`` are the tokens' input embeddings and ``prompt`` those of their tags, where a rule
+    asks for them (``Condition.reads``).
+    """
+
+    row: Int[Tensor, "T"]
+    position: Int[Tensor, "T"]
+    token: Int[Tensor, "T"]
+    tag: Int[Tensor, "T"]
+    row_key: Int[Tensor, "T"]
+    embedded: Float[Tensor, "T D"] | None = None
+    prompt: Float[Tensor, "T D"] | None = None
+    salt: int = 0
+
+    @staticmethod
+    def plain(tokens: int, *, device: torch.device | str = "cpu") -> "Context":
+        """Make the context of tokens that belong to no batch: one row, in order, ids zero."""
+        none = torch.zeros(tokens, dtype=torch.long, device=device)
+        return Context(none, torch.arange(tokens, device=device), none, none, none)
+
+    def at(self, layer: str) -> "Context":
+        """Return the same tokens with random numbers of their own for a layer."""
+        return replace(self, salt=salt(layer))
+
+    def bits(self, purpose: str, *, width: int) -> Int[Tensor, "T width"]:
+        """Return random int64, a function of row, position, layer, purpose and column."""
+        key = mix(mix(self.row_key, self.position), self.salt ^ salt(purpose))
+        return mix(key[:, None], torch.arange(width, device=key.device))
+
+    def uniform(self, purpose: str, *, width: int) -> Float[Tensor, "T width"]:
+        """Return float32 in [0, 1), drawn as ``bits`` are."""
+        return uniform(self.bits(purpose, width=width))
+
+    def normal(self, purpose: str, *, width: int) -> Float[Tensor, "T width"]:
+        """Return standard normal float32 (Box and Muller 1958), drawn as ``bits`` are."""
+        one = 1 - self.uniform(purpose + " radius", width=width)  # never zero
+        angle = 2 * torch.pi * self.uniform(purpose + " angle", width=width)
+        return (-2 * one.log()).sqrt() * angle.cos()
+
+
+@dataclass(frozen=True, slots=True)
+class Carry:
+    """What the MoE layers of one stack hand on, token by token.
+
+    ``hidden`` is a recurrent router's state, ``logits`` are scores decided before (by the layer
+    below, or once for all layers); ``shared`` is the module that the layers share.
+    """
+
+    hidden: Float[Tensor, "T P"] | None = None
+    logits: Float[Tensor, "T E"] | None = None
+    shared: nn.Module | None = None

@@ -1,0 +1,126 @@
+"""Gates: what turns a token's state into logits, and what the layers of a stack tell each other.
+
+``Condition`` changes what the gate reads, ``Link`` says where logits come from: from this layer
+alone, or with the help of others.
+
+Letters: T tokens, D model dim, E experts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from moesaic.core.config import Choice
+from moesaic.core.shapes import Float, Tensor
+from moesaic.moe.context import Carry, Context
+from moesaic.moe.pieces import Piece
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which of a stack's MoE layers this is: ``index`` of ``count``, called ``name``."""
+
+    name: str
+    index: int = 0
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A gate's logits, float32, and what the next layer gets."""
+
+    logits: Float[Tensor, "T E"]
+    carry: Carry
+
+
+class LinearGate(nn.Module):
+    """A bias-free linear map, the gate of nearly every paper."""
+
+    def __init__(self, *, dim: int, experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, dim))
+
+    def forward(self, x: Float[Tensor, "T D"], *, carry: Carry) -> Scored:
+        return Scored(x @ self.weight.float().t(), carry)
+
+
+class SharedRouting(nn.Module):
+    """Base of what the MoE layers of one stack share."""
+
+    def start(self, x: Float[Tensor, "T D"]) -> Carry:
+        """Return what the first MoE layer is handed; ``x`` is what enters the stack."""
+        raise NotImplementedError
+
+
+class Link(Choice):
+    """Family: where a layer's logits come from. Each member builds the gate of a layer."""
+
+    def gate(self, *, dim: int, experts: int, place: Place) -> nn.Module:
+        """Return a module of ``forward(x, *, carry) -> Scored``."""
+        raise NotImplementedError
+
+    def gate_pieces(self, *, dim: int, experts: int, place: Place) -> Sequence[Piece]:
+        """Return the parameters of such a gate."""
+        raise NotImplementedError
+
+    def shared(self, *, dim: int, experts: int) -> SharedRouting | None:
+        """Return what the MoE layers of one stack share, or None."""
+        del dim, experts
+        return None
+
+    def shared_pieces(self, *, dim: int, experts: int) -> Sequence[Piece]:
+        """Return the parameters of what is shared."""
+        del dim, experts
+        return ()
+
+
+class Unlinked(Link):
+    """Each layer decides by itself."""
+
+    def gate(self, *, dim: int, experts: int, place: Place) -> nn.Module:
+        del place
+        return LinearGate(dim=dim, experts=experts)
+
+    def gate_pieces(self, *, dim: int, experts: int, place: Place) -> Sequence[Piece]:
+        del place
+        return (Piece("router", (experts, dim)),)
+
+
+Reads = Literal["nothing", "token", "prompt"]
+
+
+class Condition(Choice):
+    """Family: what the gate knows besides the token's state.
+
+    ``reads`` says which embeddings the model must put into the ``Context``.
+    """
+
+    def reads(self) -> Reads:
+        """Return what of the context it needs."""
+        return "nothing"
+
+    def build(self, *, dim: int) -> nn.Module:
+        """Return a module of ``forward(x, *, context) -> x``, float32."""
+        raise NotImplementedError
+
+    def pieces(self, *, dim: int) -> Sequence[Piece]:
+        """Return its parameters."""
+        del dim
+        return ()
+
+
+class Unconditioned(Condition):
+    """The state alone."""
+
+    def build(self, *, dim: int) -> nn.Module:
+        del dim
+        return _Pass()
+
+
+class _Pass(nn.Module):
+    def forward(self, x: Float[Tensor, "T D"], *, context: Context) -> Float[Tensor, "T D"]:
+        del context
+        return x

@@ -1,0 +1,15 @@
+"""Pieces: the parameters of a part as arithmetic, so that a model is counted without being made."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One parameter: its kind (``matrix``, ``expert``, ``router``, ``bias``) and shape.
+
+    ``used`` is the share of it that one token multiplies with.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    used: float = 1.0

@@ -1,0 +1,41 @@
+"""Random numbers by counter on any device: each is a pure function of its key.
+
+So what is drawn for a token does not depend on the rank that holds it, on the order of work, or on
+how often a pass is repeated. The mixer is SplitMix64's finaliser (doi:10.1145/2660193.2660195), as
+in ``data/counter.py``; int64 arithmetic wraps, which is arithmetic modulo 2^64.
+
+Letters: N any shape.
+"""
+
+import torch
+
+from moesaic.core.shapes import Float, Int, Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+_M1, _M2 = -4658895280553007687, -7723592293110705685  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def mix(key: Int[Tensor, "*N"], other: Tensor | int) -> Int[Tensor, "*N"]:
+    """Return 64 bits (int64) that depend on both arguments; they broadcast."""
+    state = (key ^ other) + _GOLDEN
+    state = (state ^ _shift(state, 30)) * _M1
+    state = (state ^ _shift(state, 27)) * _M2
+    return state ^ _shift(state, 31)
+
+
+def uniform(bits: Int[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+    """Return a float32 in [0, 1) for each of some mixed bits."""
+    return _shift(bits, 40).float() * 2.0**-24
+
+
+def salt(text: str) -> int:
+    """Return an int64 for a name: FNV-1a, the same in every process."""
+    value = 0xCBF29CE484222325
+    for byte in text.encode():
+        value = (value ^ byte) * 0x100000001B3 % 2**64
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shift(bits: Tensor, places: int) -> Tensor:
+    """Shift right, zeros coming in (int64's own shift brings in the sign)."""
+    return torch.bitwise_and(bits >> places, (1 << (64 - places)) - 1)

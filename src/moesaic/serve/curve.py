@@ -1,0 +1,106 @@
+"""Curve: the kept checkpoints of a run, scored one after the other on the same held-out strings.
+
+The file ``curve.json`` (``tokens`` as of the last row of metrics by then)::
+
+    {"format": 1, "test": "corpus50 test", "limit": 20, "languages": ["deu_Latn", ...],
+     "baselines": {"copy": {"score": 18.2, "low": .., "high": ..}, "memory": {...}},
+     "points": [{"step": 250, "tokens": 987000, "chrf": {"score": .., "low": .., "high": ..},
+                 "languages": {"deu_Latn": 12.3, ...}}]}
+
+Scores are chrF++ averaged over the languages, with 95 % intervals.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moesaic.checkpoint.manifest import verify
+from moesaic.checkpoint.rundir import RunDir
+from moesaic.checkpoint.save import checkpoints
+from moesaic.core.errors import CheckpointError
+from moesaic.core.files import read_json, write_json
+from moesaic.data.corpus import Corpus
+from moesaic.evaluate.baselines import MemorySystem, copy_source
+from moesaic.evaluate.bootstrap import Score
+from moesaic.evaluate.harness import Settings, evaluate
+from moesaic.evaluate.summary import Summary
+from moesaic.evaluate.testset import TestSet
+from moesaic.observe.metrics import read_metrics
+from moesaic.serve.score import train_pairs
+from moesaic.serve.translator import Translator
+
+FORMAT = 1
+MODEL = "model.safetensors"
+Curve = dict[str, Any]
+
+
+def learning_curve(
+    path: Path,
+    *,
+    tests: Sequence[TestSet],
+    corpus: Corpus,
+    limit: int | None = None,
+    done: Callable[[Mapping[str, Any]], None] = lambda _: None,
+) -> Curve:
+    """Score every kept checkpoint of a run and write ``curve.json`` after each of them.
+
+    Points of an earlier call on the same strings are kept: also those of checkpoints that are gone
+    by now, so a curve grows while a run goes on. Raises CheckpointError if there is no checkpoint.
+    """
+    run = RunDir.open(path)
+    kept = sorted(checkpoints(run.checkpoints))
+    if not kept:
+        raise CheckpointError(f"{run.checkpoints}: no checkpoint to score; training writes them")
+    settings = Settings(samples=0)
+    curve = _known(run, tests=tests, limit=limit)
+    if not curve["baselines"]:
+        memory = MemorySystem(partial(train_pairs, corpus))
+        found = evaluate({"copy": copy_source, "memory": memory}, tests=tests, settings=settings)
+        curve["baselines"] = {name: _score(scores["chrf"]) for name, scores in found.mean.items()}
+    for checkpoint in kept:
+        step = verify(checkpoint).step
+        if any(point["step"] == step for point in curve["points"]):
+            continue
+        translator = Translator.open(path, weights=checkpoint / MODEL)
+        found = evaluate({"model": translator.texts}, tests=tests, settings=settings)
+        point = _point(found, step=step, tokens=_tokens(run, step))
+        curve["points"] = sorted([*curve["points"], point], key=lambda p: p["step"])
+        write_json(run.curve, curve)
+        done(point)
+    return curve
+
+
+def _known(run: RunDir, *, tests: Sequence[TestSet], limit: int | None) -> Curve:
+    """What an earlier call on the same strings wrote, or an empty curve."""
+    fresh = {
+        "format": FORMAT,
+        "test": tests[0].name,
+        "limit": limit,
+        "languages": [test.key for test in tests],
+    }
+    if run.curve.is_file():
+        found = read_json(run.curve)
+        if all(found.get(name) == value for name, value in fresh.items()):
+            return found
+    return fresh | {"baselines": {}, "points": []}
+
+
+def _point(found: Summary, *, step: int, tokens: float | None) -> Curve:
+    by_language = {
+        key: round(result.systems["model"].scores["chrf"].score, 2)
+        for key, result in found.languages.items()
+    }
+    chrf = _score(found.mean["model"]["chrf"])
+    return {"step": step, "tokens": tokens, "chrf": chrf, "languages": by_language}
+
+
+def _tokens(run: RunDir, step: int) -> float | None:
+    """Tokens trained on, by the last row of metrics up to a step."""
+    rows = [row for row in read_metrics(run.metrics) if row.get("step", step + 1) <= step]
+    return rows[-1].get("train/tokens") if rows else None
+
+
+def _score(score: Score) -> dict[str, float]:
+    return {name: round(value, 2) for name, value in asdict(score).items()}

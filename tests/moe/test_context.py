@@ -1,0 +1,34 @@
+"""What is drawn for a token depends on its row's key and its place, and on nothing else."""
+
+from dataclasses import replace
+
+import torch
+
+from moesaic.moe.context import Context
+
+
+def _context(keys, positions):
+    keys, positions = torch.tensor(keys), torch.tensor(positions)
+    return replace(Context.plain(len(keys)), row_key=keys, position=positions)
+
+
+def test_a_token_draws_the_same_whoever_else_is_in_the_batch():
+    whole = _context([5, 5, 9], [0, 1, 0]).uniform("x", width=4)
+    part = _context([9], [0]).uniform("x", width=4)
+    assert torch.equal(whole[2:], part)
+
+
+def test_layers_and_purposes_draw_their_own():
+    context = _context([5, 5], [0, 1])
+    draws = [
+        context.at(layer).uniform(purpose, width=1)
+        for layer in ("encoder.1", "decoder.1")
+        for purpose in ("jitter", "room")
+    ]
+    assert len({float(draw[0, 0]) for draw in draws}) == 4
+
+
+def test_normal_numbers_have_mean_zero_and_deviation_one():
+    drawn = Context.plain(20_000).normal("x", width=2)
+    assert drawn.mean().abs() < 0.02
+    assert (drawn.std() - 1).abs() < 0.02

@@ -1,0 +1,31 @@
+"""A gate's scores to choose by are detached and biased; what was seen reads back."""
+
+from dataclasses import replace
+
+import torch
+
+from moesaic.moe.gate import Gate, Learner, Seen
+
+
+def test_scores_to_choose_by_carry_the_bias_and_no_gradient():
+    logits = torch.zeros(3, 2, requires_grad=True)
+    gate = Gate.alone(logits)
+    assert torch.equal(gate.biased(logits), logits.detach())
+    biased = replace(gate, bias=torch.tensor([0.0, 1.0])).biased(logits)
+    assert biased.argmax(-1).tolist() == [1, 1, 1]
+    assert not biased.requires_grad
+
+
+def test_sums_read_back_as_what_was_seen():
+    seen = Seen.of(torch.arange(9.0).double())
+    assert seen.load.tolist() == [0, 1]
+    assert seen.kept.tolist() == [2, 3]
+    assert seen.logits.tolist() == [4, 5]
+    assert seen.squares.tolist() == [6, 7]
+    assert seen.tokens == 8
+
+
+def test_a_rule_without_a_state_learns_nothing():
+    assert Learner().start(4) == {}
+    state = {"bias": torch.ones(2)}
+    assert Learner().learn(state, seen=Seen.of(torch.zeros(9).double())) is state

@@ -1,0 +1,61 @@
+"""A learning curve scores each kept checkpoint once, and the last one as the finished run."""
+
+import json
+import shutil
+
+import pytest
+
+from moesaic.checkpoint.rundir import RunDir
+from moesaic.core.errors import CheckpointError
+from moesaic.evaluate.harness import Settings
+from moesaic.evaluate.testset import from_corpus
+from moesaic.serve.curve import learning_curve
+from moesaic.serve.score import score_run
+from moesaic.testing.tiny import synthetic_run
+from moesaic.train.job import train
+
+pytestmark = pytest.mark.usefixtures("data_home")
+
+
+@pytest.fixture(scope="module")
+def made(data_home, tmp_path_factory):
+    """A run of 10 steps with checkpoints at 5 and 10, its corpus and a small test set."""
+    assert data_home.is_dir()
+    run, path = synthetic_run(steps=10), tmp_path_factory.mktemp("runs") / "curve"
+    train(run, path)
+    corpus = run.corpus.open()
+    return path, corpus, from_corpus(corpus, split="valid", limit=3)
+
+
+def test_every_checkpoint_is_scored_and_the_last_is_the_run(made):
+    path, corpus, tests = made
+    curve = learning_curve(path, tests=tests, corpus=corpus, limit=3)
+    assert [point["step"] for point in curve["points"]] == [5, 10]
+    assert curve["points"][1]["tokens"] > curve["points"][0]["tokens"] > 0
+    summary = score_run(path, tests=tests, corpus=corpus, settings=Settings(samples=0))
+    for name, key in (("model", "points"), ("memory", "baselines"), ("copy", "baselines")):
+        found = curve[key][-1]["chrf"] if key == "points" else curve[key][name]
+        assert found["score"] == pytest.approx(summary.mean[name]["chrf"].score, abs=0.006)
+
+
+def test_what_was_scored_before_is_not_scored_again(made, tmp_path):
+    path, corpus, tests = made
+    again = tmp_path / "again"
+    shutil.copytree(path, again)
+    first = learning_curve(again, tests=tests, corpus=corpus, limit=3)
+    shutil.rmtree(RunDir(again).checkpoints / "step-00000005")
+    scored = []
+    second = learning_curve(again, tests=tests, corpus=corpus, limit=3, done=scored.append)
+    assert second == first == json.loads(RunDir(again).curve.read_text())
+    assert scored == []
+    other = learning_curve(again, tests=tests[:1], corpus=corpus, limit=3, done=scored.append)
+    assert [point["step"] for point in other["points"]] == [10]  # other strings: a new curve
+
+
+def test_a_run_without_checkpoints_is_refused(made, tmp_path):
+    path, corpus, tests = made
+    bare = tmp_path / "bare"
+    shutil.copytree(path, bare)
+    shutil.rmtree(RunDir(bare).checkpoints)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        learning_curve(bare, tests=tests, corpus=corpus)
