@@ -72,9 +72,7 @@ def kernel_errors(
         return out
 
     def outer(left: Tensor, right: Tensor) -> Tensor:
-        parts = [
-            left[expert == e].float().T @ right[expert == e].float() for e in range(s.experts)
-        ]
+        parts = [left[expert == e].float().T @ right[expert == e].float() for e in range(s.experts)]
         return torch.stack(parts)
 
     hidden, active = launch.up(x, up, bias=up_bias, keep=True, job=job)

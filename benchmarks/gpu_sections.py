@@ -105,9 +105,7 @@ class Bench:
         row: dict[str, Any] = {"shape": str(shape), "agree": _agree(sides)}
         for what, flops in (("forward", shape.flops), ("both", 3 * shape.flops)):
             works = {side.name: partial(_call, side, what) for side in sides}
-            times = interleaved(
-                works, rounds=7, repeats=3, left=lambda: self.run.left - 10
-            )
+            times = interleaved(works, rounds=7, repeats=3, left=lambda: self.run.left - 10)
             row[what] = _compare(times, flops=flops, tiny=self.tiny)
         row["memory"] = {side.name: self._memory(side, p) for side in sides if side.leaves}
         self.run.say(f"{shape}: {_short(row)}")
@@ -238,7 +236,10 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     checks = ("kernels", "mixer", "no_wait", "graph", "same_bits")
     ran = {name: found[name] for name in checks if name in found and "skipped" not in found[name]}
     right = all(result.get("right", False) for result in ran.values())
-    verdict: dict[str, Any] = {"right": right, "checks": {n: r.get("right") for n, r in ran.items()}}
+    verdict: dict[str, Any] = {
+        "right": right,
+        "checks": {n: r.get("right") for n, r in ran.items()},
+    }
     for name in ("table", "table_tuned"):
         rows = found.get(name, [])
         lines = [
@@ -326,4 +327,3 @@ def _short(row: dict[str, Any]) -> dict[str, Any]:
 def _forget() -> None:
     if not interpreting():
         torch.cuda.empty_cache()
-

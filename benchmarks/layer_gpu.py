@@ -1,4 +1,4 @@
-"""One MoE layer on one GPU: are the kernels right, how fast are they, what do they keep, which tiles.
+"""One MoE layer on one GPU: are the kernels right, how fast, what do they keep, which tiles.
 
     python benchmarks/layer_gpu.py --out runs/layer_gpu [--seconds 480] [--scattermoe FOLDER]
     python benchmarks/layer_gpu.py --out /tmp/rehearsal --rehearse    tiny, on a CPU, nothing timed

@@ -19,7 +19,7 @@ def mend_interpreter() -> None:
 
     The interpreter holds a number as an array of one element, which ``int`` no longer takes.
     """
-    interpreter = importlib.import_module("triton.runtime.interpreter")
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     original = interpreter._patch_lang_tensor
     if original.__name__ == "mended":
         return

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+
+from moesaic.nn.activation import GELU, ReLU, SquaredReLU, SwiGLU
+from moesaic.ops.triton import launch
 from ops.triton.cases import (
     DIM,
     EXPERTS,
@@ -13,9 +16,6 @@ from ops.triton.cases import (
     job_of,
     live_rows,
 )
-
-from moesaic.nn.activation import GELU, ReLU, SquaredReLU, SwiGLU
-from moesaic.ops.triton import launch
 
 CLOSE = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, torch.float16: {"rtol": 1e-2, "atol": 1e-2}}
 
@@ -32,9 +32,7 @@ def test_the_way_back_through_the_second_product_equals_autograd(activation, dty
     bank = draw(EXPERTS, HIDDEN, DIM, device=device, dtype=dtype, scale=0.2)
     more = draw(EXPERTS, DIM, device=device, dtype=dtype) if bias else None
     grad = draw(edges.num_tokens, DIM, device=device, dtype=dtype)
-    got = launch.down_back(
-        grad, bank, bias=more, weight=edges.weight, hidden=hidden, job=job
-    )
+    got = launch.down_back(grad, bank, bias=more, weight=edges.weight, hidden=hidden, job=job)
 
     leaf = hidden[:live].float().requires_grad_()
     weight = edges.weight.clone().requires_grad_()
@@ -65,9 +63,7 @@ def test_the_gradient_of_a_bank_equals_a_product_per_segment(route, op, dtype, d
     like = torch.empty(EXPERTS, *sizes, device=device)  # a float32 bank keeps a float32 gradient
     got = launch.outer(*sides, op=op, like=like, job=job)
     gathered = tokens[job.routes.token].float()
-    left, right = (
-        (gathered, rows.float()) if op == "up_outer" else (rows.float(), gathered)
-    )
+    left, right = (gathered, rows.float()) if op == "up_outer" else (rows.float(), gathered)
     ends = [0, *edges.groups.ends.tolist()]
     for e in range(EXPERTS):
         span = slice(ends[e], ends[e + 1])
@@ -100,7 +96,7 @@ def test_the_shares_of_column_tiles_add_up_to_the_weights_gradient(device):
     bank = draw(EXPERTS, HIDDEN, DIM, device=device)
     grad = draw(edges.num_tokens, DIM, device=device)
     got = launch.down_back(grad, bank, bias=None, weight=edges.weight, hidden=hidden, job=job)
-    live, expert = live_rows(edges)
+    _, expert = live_rows(edges)
     answer = torch.einsum("rf,rfd->rd", hidden.relu(), bank[expert])
     by_row = (answer * grad[job.routes.token]).sum(1)
     torch.testing.assert_close(got.weight[edges.groups.order], by_row, rtol=1e-4, atol=1e-4)

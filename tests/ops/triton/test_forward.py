@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+
+from moesaic.nn.activation import GELU, ReLU, SquaredReLU, SwiGLU
+from moesaic.ops.combine import plain_combine
+from moesaic.ops.triton import launch
 from ops.triton.cases import (
     DIM,
     EXPERTS,
@@ -14,10 +18,6 @@ from ops.triton.cases import (
     job_of,
     live_rows,
 )
-
-from moesaic.nn.activation import GELU, ReLU, SquaredReLU, SwiGLU
-from moesaic.ops.combine import plain_combine
-from moesaic.ops.triton import launch
 
 CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float16: {"rtol": 4e-3, "atol": 4e-3}}
 
@@ -70,9 +70,7 @@ def test_a_product_of_rows_equals_torch_for_any_range_of_columns(turned, dtype, 
     want = want if bias is None else want + bias[expert].float()
     given = bank.transpose(1, 2).contiguous() if turned else bank
     for columns in (range(DIM), range(16, 33)):
-        got = launch.product(
-            left, given, bias=bias, turned=turned, columns=columns, job=job
-        )
+        got = launch.product(left, given, bias=bias, turned=turned, columns=columns, job=job)
         piece = want[:, columns.start : columns.stop]
         torch.testing.assert_close(got[:live].float(), piece, **CLOSE[dtype])
 
@@ -101,12 +99,10 @@ def test_banks_read_by_descriptor_give_the_same(device):
     edges = edges_of(*ROUTES["some-dropped"], device)
     x = draw(edges.num_tokens, DIM, device=device)
     bank = draw(EXPERTS, DIM, 2 * HIDDEN, device=device)
-    by_pointer, by_descriptor = (
+    pointers, descriptors = (
         launch.up(x, bank, bias=None, keep=True, job=job_of(edges, tiles=tiles))
         for tiles in (SMALL, by_descriptor(SMALL))
     )
     live, _ = live_rows(edges)
-    for a, b in zip(by_pointer, by_descriptor, strict=True):
+    for a, b in zip(pointers, descriptors, strict=True):
         assert torch.equal(a[:live], b[:live])
-
-

@@ -1,7 +1,12 @@
-"""The whole mixer equals its definition, values and every gradient, and keeps no more than it says."""
+"""The whole mixer equals its definition, values and gradients, and keeps no more than it says."""
 
 import pytest
 import torch
+
+from moesaic.nn.activation import GELU, ReLU, SquaredReLU, SwiGLU
+from moesaic.ops.grouped import Banks
+from moesaic.ops.mixture import Edges, Mixer
+from moesaic.ops.triton.mixer import TritonMixer, column_pieces
 from ops.triton.cases import (
     DIM,
     EXPERTS,
@@ -13,11 +18,6 @@ from ops.triton.cases import (
     draw,
     edges_of,
 )
-
-from moesaic.nn.activation import GELU, ReLU, SquaredReLU, SwiGLU
-from moesaic.ops.grouped import Banks
-from moesaic.ops.mixture import Edges, Mixer
-from moesaic.ops.triton.mixer import TritonMixer, column_pieces
 
 MIXER = TritonMixer(tiles=SMALL)
 

@@ -53,11 +53,16 @@ def test_what_has_no_kernel_is_said(device):
 
 @pytest.mark.parametrize("failure", ["", "made up"])
 def test_the_pick_follows_the_trial(failure, fresh, monkeypatch):
-    answer = lambda device, **options: failure  # noqa: E731
+    def answer(device, *, dtype, activation):
+        return failure
+
     monkeypatch.setattr("moesaic.ops.triton.probe.probe", answer)
-    monkeypatch.setattr(choose, "pick_engine", lambda x: choose.ENGINES["segments"])
-    x = torch.zeros(1, device="meta").to("meta")
-    found = choose._kernels("cuda", x.dtype, "swiglu")
+    found = choose._kernels("cuda", torch.float32, "swiglu")
     assert isinstance(found.mixer, TritonMixer) == (not failure)
     assert ("made up" in found.reason) == bool(failure)
-    assert isinstance(choose.pick_mixer(x, activation=SwiGLU()), Composed)  # no device, no kernels
+    mixture = choose._mixture("cuda", torch.float32)
+    assert mixture.implementation == ("composed" if failure else "triton")
+
+
+def test_a_cpu_takes_no_kernels():
+    assert isinstance(choose.pick_mixer(torch.zeros(1), activation=SwiGLU()), Composed)

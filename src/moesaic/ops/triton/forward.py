@@ -3,6 +3,10 @@
 Sorted rows of one expert are a segment; a tile never spans two. How many tiles there are is known
 on the device alone: a grid covers the most there can be, and programs past the last return.
 """
+# kernels are a language of their own, which Triton checks
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl

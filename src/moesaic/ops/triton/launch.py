@@ -3,6 +3,9 @@
 Letters: T tokens, N edges, E experts, D model dim, F feed-forward dim, G what the activation reads
 (F, or 2F if gated).
 """
+# a kernel's sizes are constexpr inside it and plain numbers here
+# pyright: reportArgumentType=false, reportCallIssue=false, reportMissingImports=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple

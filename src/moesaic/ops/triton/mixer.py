@@ -29,8 +29,10 @@ LEAST_COLUMNS = 128
 
 @dataclass(frozen=True, slots=True)
 class TritonMixer:
-    """The fused ``Mixer``. Answers of experts stand in a buffer of at most ``spare`` elements, or of
-    N * G, cut by columns if need be; ``tiles`` overrides the table (for the tuner).
+    """The fused ``Mixer``.
+
+    Answers of experts stand in a buffer of at most ``spare`` elements, or of N * G, cut by columns
+    if need be. ``tiles`` stands in for the table (for a tuner).
     """
 
     name: str = "triton"

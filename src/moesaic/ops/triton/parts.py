@@ -2,6 +2,10 @@
 
 Letters in kernels: BM rows, BN columns and BK depth of a tile; a capital is known when compiling.
 """
+# kernels are a language of their own, which Triton checks
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl

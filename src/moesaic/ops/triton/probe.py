@@ -1,14 +1,14 @@
 """Does the fused mixer do here what its plain twin does? A tiny problem, both ways."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from moesaic.core.shapes import Tensor
 from moesaic.ops.group import group
-from moesaic.ops.grouped import Banks, Segments
+from moesaic.ops.grouped import Activation, Banks, Segments
 from moesaic.ops.mixture import Composed, Edges, Mixer
 from moesaic.ops.triton.mixer import DTYPES, TritonMixer
 
@@ -22,14 +22,16 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
 TOKENS, DIM, HIDDEN, EXPERTS, K = 48, 64, 32, 4, 2
 
 
-@dataclass(frozen=True, slots=True)
-class _Named:
-    """An activation by the name that kernels know."""
+def _named(activation: str) -> Activation:
+    """Return an activation by the name that kernels know."""
 
-    kernel: str
+    class Named:
+        kernel: ClassVar[str] = activation
 
-    def __call__(self, x: Tensor, /) -> Tensor:
-        return PLAIN[self.kernel](x)
+        def __call__(self, x: Tensor, /) -> Tensor:
+            return PLAIN[activation](x)
+
+    return Named()
 
 
 def probe(device: torch.device, *, dtype: torch.dtype, activation: str) -> str:
@@ -73,5 +75,5 @@ def _run(
     token = torch.arange(TOKENS).repeat_interleave(K).to(device)
     groups = group(expert, num_experts=EXPERTS)
     edges = Edges(token, weight.requires_grad_(), groups, TOKENS, K)
-    out = mixer(x, edges=edges, banks=Banks(up, down), activation=_Named(activation))
+    out = mixer(x, edges=edges, banks=Banks(up, down), activation=_named(activation))
     return [out.detach(), *torch.autograd.grad(out, [x, weight, up, down], back)]

@@ -1,4 +1,4 @@
-"""Tiles: how large a piece of each product one program computes, by card, dtype and rows per expert.
+"""Tiles: how large a piece of a product one program computes, by card, dtype, rows per expert.
 
 The numbers are data (``tiles.json``). A choice depends on shapes alone, never on counts, so that
 nothing waits for the device and a changed routing compiles nothing.
@@ -46,11 +46,9 @@ def regime(*, edges: int, experts: int) -> str:
 def tiles_for(*, edges: int, experts: int, dtype: torch.dtype, card: str) -> Tiles:
     """Return the tile of each product for a shape on a card (``card_of``)."""
     table = load_table()
-    cards = table.get(card, {}) | {}
     kind = "single" if dtype == torch.float32 else "half"
     name = regime(edges=edges, experts=experts)
-    found = cards.get(kind, {}).get(name) or table["any"][kind][name]
-    return found
+    return table.get(card, {}).get(kind, {}).get(name) or table["any"][kind][name]
 
 
 def card_of(device: torch.device) -> str:
@@ -68,15 +66,20 @@ def load_table(path: Path = TABLE) -> dict[str, dict[str, dict[str, Tiles]]]:
 
 def parse_table(raw: dict[str, Any]) -> dict[str, dict[str, dict[str, Tiles]]]:
     """Turn lists of numbers into tiles. Raises ValueError where products disagree on row tiles."""
-    table: dict[str, dict[str, dict[str, Tiles]]] = {}
-    for card, kinds in raw.items():
-        for kind, regimes in kinds.items():
-            for name, ops in regimes.items():
-                tiles = {op: Tile(*numbers[:6], tma=bool(numbers[6])) for op, numbers in ops.items()}
-                if len({tiles[op].rows for op in SEGMENT_OPS}) > 1:
-                    raise ValueError(f"{card} {kind} {name}: {SEGMENT_OPS} must share their rows")
-                table.setdefault(card, {}).setdefault(kind, {})[name] = tiles
-    return table
+    return {
+        card: {
+            kind: {name: _parse(f"{card} {kind} {name}", ops) for name, ops in regimes.items()}
+            for kind, regimes in kinds.items()
+        }
+        for card, kinds in raw.items()
+    }
+
+
+def _parse(where: str, ops: dict[str, list[int]]) -> Tiles:
+    tiles = {op: Tile(*numbers[:6], tma=bool(numbers[6])) for op, numbers in ops.items()}
+    if len({tiles[op].rows for op in SEGMENT_OPS}) > 1:
+        raise ValueError(f"tiles for {where}: {', '.join(SEGMENT_OPS)} must have the same rows")
+    return tiles
 
 
 def as_numbers(tile: Tile) -> list[int]:
