@@ -82,7 +82,8 @@ def compile_one(tiles: Tiles, shape: Shape, dtype: torch.dtype, train: bool) -> 
     """
     original, seen = JITFunction.run, []
 
-    def warm(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+    def warm(self: JITFunction, *args: Any, grid: Any, warmup: Any, **options: Any) -> Any:
+        del warmup
         seen.append(self)
         try:
             return original(self, *args, grid=grid, warmup=True, **options)
@@ -185,41 +186,40 @@ def time_candidates(
 
 
 def best(timed: Sequence[dict[str, list[dict[str, Any]]]], *, base: Tiles) -> Tiles:
-    """Return the tiles with the least time, summed over problems as shares of the base tile's.
+    """Return the tiles with the least time, summed over problems as multiples of the best one's.
 
     The products over segments share their row tiles, so these are chosen together.
     """
-    cost: dict[str, dict[tuple[int, ...], float]] = {}
-    for problem in timed:
-        for op, rows in problem.items():
-            known = {tuple(r["tile"]): r["median_ms"] for r in rows if r["median_ms"]}
-            if not known:
-                continue
-            least = min(known.values())
-            for tile, ms in known.items():
-                cost.setdefault(op, {}).setdefault(tile, 0.0)
-                cost[op][tile] += ms / least
-            cost[op] = {t: c for t, c in cost[op].items() if t in known}
+    cost = {op: costs for op in base if (costs := _costs(timed, op=op))}
     chosen = dict(base)
     for op in OUTER_OPS:
-        if cost.get(op):
+        if op in cost:
             chosen[op] = _tile(min(cost[op], key=cost[op].__getitem__))
-    timed_ops = [op for op in SEGMENT_OPS if cost.get(op)]
-    totals: dict[int, float] = {}
-    for rows in {tile[0] for op in timed_ops for tile in cost[op]}:
-        least = [min((c for t, c in cost[op].items() if t[0] == rows), default=1e9)
-                 for op in timed_ops]  # fmt: skip
-        totals[rows] = sum(least)
-    if not totals:
+    segment_ops = [op for op in SEGMENT_OPS if op in cost]
+    every = [{t[0] for t in cost[op]} for op in segment_ops]
+    possible = set.intersection(*every) if every else set()
+    if not possible:
         return chosen
-    rows = min(totals, key=totals.__getitem__)
+
+    def least(op: str, rows: int) -> tuple[float, tuple[int, ...]]:
+        return min((c, t) for t, c in cost[op].items() if t[0] == rows)
+
+    rows = min(possible, key=lambda rows: sum(least(op, rows)[0] for op in segment_ops))
     for op in SEGMENT_OPS:
-        fitting = {t: c for t, c in cost.get(op, {}).items() if t[0] == rows}
-        if fitting:
-            chosen[op] = _tile(min(fitting, key=fitting.__getitem__))
-        else:
-            chosen[op] = replace(chosen[op], rows=rows)
+        chosen[op] = _tile(least(op, rows)[1]) if op in cost else replace(base[op], rows=rows)
     return chosen
+
+
+def _costs(
+    timed: Sequence[dict[str, list[dict[str, Any]]]], *, op: str
+) -> dict[tuple[int, ...], float]:
+    """Cost of the tiles of a product that ran in every problem."""
+    cost: dict[tuple[int, ...], list[float]] = {}
+    for problem in timed:
+        known = {tuple(r["tile"]): r["median_ms"] for r in problem.get(op, []) if r["median_ms"]}
+        for tile, ms in known.items():
+            cost.setdefault(tile, []).append(ms / min(known.values()))
+    return {tile: sum(costs) for tile, costs in cost.items() if len(costs) == len(timed)}
 
 
 def write_table(path: Path, *, card: str, kind: str, tuned: dict[str, Tiles]) -> None:

@@ -20,9 +20,17 @@ from ops.triton.cases import (
 CLOSE = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, torch.float16: {"rtol": 1e-2, "atol": 1e-2}}
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
-@pytest.mark.parametrize("dtype", CLOSE, ids=str)
-@pytest.mark.parametrize("activation", [ReLU(), SquaredReLU(), GELU(), SwiGLU()], ids=repr)
+@pytest.mark.parametrize(
+    ("activation", "bias", "dtype"),
+    [
+        (ReLU(), False, torch.float32),
+        (SquaredReLU(), True, torch.float32),
+        (GELU(), False, torch.float32),
+        (SwiGLU(), True, torch.float32),
+        (SwiGLU(), False, torch.float16),
+    ],
+    ids=str,
+)
 def test_the_way_back_through_the_second_product_equals_autograd(activation, dtype, bias, device):
     edges = edges_of(*ROUTES["some-dropped"], device)
     job = job_of(edges, activation=activation.kernel)
@@ -48,9 +56,16 @@ def test_the_way_back_through_the_second_product_equals_autograd(activation, dty
     torch.testing.assert_close(got.scaled[:live].float(), scaled, **CLOSE[dtype])
 
 
-@pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("op", ["up_outer", "down_outer"])
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("route", "dtype"),
+    [
+        ("some-dropped", torch.float32),
+        ("empty-experts", torch.float16),
+        ("no-tokens", torch.float32),
+    ],
+    ids=str,
+)
 def test_the_gradient_of_a_bank_equals_a_product_per_segment(route, op, dtype, device):
     edges = edges_of(*ROUTES[route], device)
     job = job_of(edges)

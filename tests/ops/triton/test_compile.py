@@ -1,4 +1,4 @@
-"""Every kernel compiles for cards that are not here, within their shared memory, without spills."""
+"""Every kernel compiles for cards that are not here, within their shared memory."""
 
 import pytest
 import torch
@@ -8,7 +8,6 @@ from moesaic.ops.triton.mixer import TritonMixer
 from moesaic.ops.triton.tiles import load_table
 from ops.triton.compiling import launches
 
-# Triton, in tests, takes seconds for the largest tiles: these have the smaller ones
 SHAPE = (4096, 256, 128, 8, 2)
 SHARED = {90: 232_448, 80: 101_376}  # bytes a program may have; of Ampere cards the least
 EVERY = {"plan_kernel", "up_kernel", "rows_kernel", "home_kernel", "down_back_kernel",
@@ -28,7 +27,7 @@ def compiled(mixer, capability, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize(("capability", "card"), [(90, "sm90"), (80, "any")])
 def test_every_kernel_compiles_to_a_binary(capability, card):
-    tiles = load_table()[card]["half"]["few"]
+    tiles = load_table()[card]["half"]["few"]  # larger ones take seconds each
     done = compiled(
         TritonMixer(tiles=tiles), capability, shape=SHAPE, dtype=torch.bfloat16, bias=True
     )

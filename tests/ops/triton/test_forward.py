@@ -37,8 +37,17 @@ def test_the_schedule_covers_every_live_row_once_and_says_none_for_the_rest(rout
     assert sorted(covered) == list(range(live))
 
 
-@pytest.mark.parametrize("dtype", CLOSE, ids=str)
-@pytest.mark.parametrize("activation", [ReLU(), SquaredReLU(), GELU(), SwiGLU()], ids=repr)
+@pytest.mark.parametrize(
+    ("activation", "dtype"),
+    [
+        (ReLU(), torch.float32),
+        (SquaredReLU(), torch.float32),
+        (GELU(), torch.float32),
+        (SwiGLU(), torch.float32),
+        (SwiGLU(), torch.float16),
+    ],
+    ids=str,
+)
 def test_up_equals_gather_multiply_activate(activation, dtype, device):
     edges = edges_of(*ROUTES["some-dropped"], device)
     job = job_of(edges, activation=activation.kernel)
@@ -76,7 +85,7 @@ def test_a_product_of_rows_equals_torch_for_any_range_of_columns(turned, dtype, 
 
 
 @pytest.mark.parametrize("general", [False, True], ids=["k-per-token", "any-edges"])
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", ["some-dropped", "one-token", "no-tokens"])
 def test_the_way_home_equals_combine_whatever_stands_past_the_segments(route, general, device):
     edges = edges_of(*ROUTES[route], device, general=general)
     job = job_of(edges)
