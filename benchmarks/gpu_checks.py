@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,16 +66,7 @@ def kernel_errors(
     up_bias, down_bias = normal(s.experts, 2 * s.hidden), normal(s.experts, s.dim)
     token, w = routes.token[:live], edges.weight[routes.order[:live], None]
 
-    def each(rows: Tensor, bank: Tensor) -> Tensor:
-        out = torch.empty(live, bank.shape[2], device=device)
-        for e in range(s.experts):
-            out[expert == e] = rows[expert == e].float() @ bank[e].float()
-        return out
-
-    def outer(left: Tensor, right: Tensor) -> Tensor:
-        parts = [left[expert == e].float().T @ right[expert == e].float() for e in range(s.experts)]
-        return torch.stack(parts)
-
+    each, outer = partial(_each, expert), partial(_outer, expert, s.experts)
     hidden, active = launch.up(x, up, bias=up_bias, keep=True, job=job)
     assert hidden is not None
     want = each(x[token], up) + up_bias[expert].float()
@@ -104,13 +96,26 @@ def kernel_errors(
     dots += (back[token].float() * down_bias[expert].float()).sum(1)
     yield "down back: weight", off(through.weight[routes.order[:live]], dots)
     through.hidden[live:] = torch.nan
-    got = launch.outer(x, through.hidden, op="up_outer", like=up, job=job)
-    yield "up outer", off(got, outer(x[token], through.hidden[:live]))
-    got = launch.outer(through.scaled, back, op="down_outer", like=down, job=job)
-    yield "down outer", off(got, outer(through.scaled[:live], back[token]))
-    got = launch.sums(back, weight=edges.weight, like=down_bias, routes=routes)
-    ones = w.to(dtype)
-    yield "sums", off(got[:, None], outer(ones, back[token]))
+    to_up = launch.outer(x, through.hidden, op="up_outer", like=up, job=job)
+    yield "up outer", off(to_up, outer(x[token], through.hidden[:live]))
+    to_down = launch.outer(through.scaled, back, op="down_outer", like=down, job=job)
+    yield "down outer", off(to_down, outer(through.scaled[:live], back[token]))
+    to_bias = launch.sums(back, weight=edges.weight, like=down_bias, routes=routes)
+    yield "sums", off(to_bias[:, None], outer(w, back[token]))
+
+
+def _each(expert: Tensor, rows: Tensor, bank: Tensor) -> Tensor:
+    """Return the rows, each times the matrix of its expert, in float32."""
+    out = torch.empty(len(expert), bank.shape[2], device=rows.device)
+    for e, matrix in enumerate(bank):
+        out[expert == e] = rows[expert == e].float() @ matrix.float()
+    return out
+
+
+def _outer(expert: Tensor, experts: int, left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left.T @ right`` of every expert's rows, in float32."""
+    mine = [expert == e for e in range(experts)]
+    return torch.stack([left[m].float().T @ right[m].float() for m in mine])
 
 
 def all_kernels(*, device: str, tiny: bool) -> Iterator[tuple[str, float, float]]:

@@ -1,4 +1,4 @@
-"""Problems of layer_gpu.py: shapes, tensors, and the sides that solve them from the same routing."""
+"""Problems of layer_gpu.py: shapes, tensors, and the sides that solve them from one routing."""
 
 import importlib
 import statistics
@@ -43,6 +43,8 @@ class Shape:
 
 
 class SwiGLU:
+    """As in ``nn/activation.py``, which needs more packages than the kernels do."""
+
     kernel = "swiglu"
 
     def __call__(self, x: Tensor, /) -> Tensor:

@@ -186,12 +186,11 @@ class Bench:
         timed, base = [], self.tiles(on[0])
         for shape in on:
             p = self.problem(shape)
-            end = 60.0  # for what comes after
-            timed.append(
-                gpu_tuner.time_candidates(
-                    p, candidates, base=base, left=lambda: self.run.left - end
-                )
+            # a minute is left to what comes after
+            found_here = gpu_tuner.time_candidates(
+                p, candidates, base=base, left=lambda: self.run.left - 60
             )
+            timed.append(found_here)
             _forget()
         self.tuned[name] = gpu_tuner.best(timed, base=base)
         chosen = {op: gpu_tuner.as_numbers(tile) for op, tile in self.tuned[name].items()}

@@ -1,4 +1,4 @@
-"""Tuner of layer_gpu.py: candidates for each product, compiled in many processes, timed one by one."""
+"""Tuner of layer_gpu.py: candidates for each product, compiled in parallel, timed one by one."""
 
 import json
 import multiprocessing
