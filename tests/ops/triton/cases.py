@@ -9,18 +9,23 @@ from moesaic.ops.grouped import Banks, expert_of_row
 from moesaic.ops.mixture import Edges
 from moesaic.ops.triton import launch
 from moesaic.ops.triton.launch import Job, Way
-from moesaic.ops.triton.tiles import OUTER_OPS, SEGMENT_OPS, Tile
+from moesaic.ops.triton.tiles import Tile
 
 EXPERTS, DIM, HIDDEN = 3, 40, 24  # no multiple of a tile of 16 or 32
-SMALL = {op: Tile(16, 16, 32, 4, 2, group=2) for op in SEGMENT_OPS} | {
-    op: Tile(16, 32, 16, 4, 2, group=2) for op in OUTER_OPS
+SMALL = {  # several tiles in every direction
+    "up": Tile(16, 16, 32, 4, 2, group=2),
+    "down": Tile(16, 32, 32, 4, 2, group=2),
+    "down_back": Tile(16, 16, 32, 4, 2, group=2),
+    "up_back": Tile(16, 32, 32, 4, 2, group=2),
+    "up_outer": Tile(32, 32, 16, 4, 2, group=2),
+    "down_outer": Tile(32, 32, 16, 4, 2, group=2),
 }
 E = EXPERTS
 ROUTES = {  # expert of each edge, edges per token
-    "balanced": (torch.arange(36) % E, 2),
+    "balanced": (torch.arange(24) % E, 2),
     "empty-experts": (torch.full((20,), 1), 1),
     "one-token": (torch.tensor([2, 0]), 2),
-    "some-dropped": (torch.arange(42) ** 2 % (E + 1), 6),
+    "some-dropped": (torch.arange(30) * 7 % 11 % (E + 1), 6),
     "all-dropped": (torch.full((4,), E), 2),
     "no-tokens": (torch.empty(0, dtype=torch.long), 2),
 }
@@ -74,3 +79,6 @@ def definition(x, *, edges, banks: Banks, activation):
 
 def by_descriptor(tiles):
     return {op: replace(tile, tma=True) for op, tile in tiles.items()}
+
+
+assert (ROUTES["some-dropped"][0] == E).any(), "a route that should drop edges drops none"

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from moesaic.moe.experts import Experts, Size
 from moesaic.nn.activation import GELU, ReLU, SquaredReLU, SwiGLU
-from moesaic.ops.grouped import Banks
-from moesaic.ops.mixture import Edges, Mixer
+from moesaic.nn.feed_forward import FeedForward
+from moesaic.ops.grouped import Banks, Segments
+from moesaic.ops.mixture import Composed, Edges, Mixer
 from moesaic.ops.triton.mixer import TritonMixer, column_pieces
 from ops.triton.cases import (
     DIM,
@@ -165,3 +167,19 @@ def test_without_gradients_the_pre_activation_is_not_even_written(device):
 
 def test_it_is_a_mixer():
     assert isinstance(MIXER, Mixer)
+
+
+def test_a_layer_gives_the_same_with_the_kernels_as_without(device, monkeypatch):
+    size = Size(EXPERTS, DIM, FeedForward(hidden=HIDDEN, activation=SwiGLU()), bias=True)
+    experts = Experts(size)
+    for seed, bank in enumerate(experts.parameters()):
+        bank.data = draw(*bank.shape, device=device, seed=seed, scale=0.2)
+    edges = edges_of(*ROUTES["some-dropped"], device)
+    x = draw(edges.num_tokens, DIM, device=device)
+    results = []
+    for mixer in (Composed(Segments()), MIXER):
+        monkeypatch.setattr("moesaic.moe.experts.pick_mixer", lambda *_, m=mixer, **__: m)
+        out = experts.mix(x, edges=edges)
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(experts.parameters()))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
