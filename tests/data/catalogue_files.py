@@ -1,10 +1,12 @@
-"""Make tiny catalogues, wheels and archives for the tests of the data room."""
+"""Make tiny catalogues, wheels, debs and archives for the tests of the data room."""
 
 import gzip
 import lzma
 import struct
+import tarfile
 import zipfile
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 
 import zstandard
@@ -43,3 +45,33 @@ def write_wheel(folder: Path, name: str, version: str, files: Mapping[str, bytes
         meta = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nLicense: BSD-3-Clause\n"
         archive.writestr(f"{name.replace('-', '_')}-{version}.dist-info/METADATA", meta)
     return path
+
+
+def deb_bytes(files: Mapping[str, bytes], suffix: str = ".xz") -> bytes:
+    """Write a .deb: an ar archive of version, control and data."""
+    held = BytesIO()
+    with tarfile.open(fileobj=held, mode="w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, BytesIO(data))
+    pack = {".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress, "": bytes}[suffix]
+    parts = {
+        "debian-binary": b"2.0\n",
+        "control.tar.xz": b"odd",
+        f"data.tar{suffix}": pack(held.getvalue()),
+    }
+    out = b"!<arch>\n"
+    for name, data in parts.items():
+        out += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode()
+        out += data + b"\n" * (len(data) % 2)
+    return out
+
+
+def zip_bytes(files: Mapping[str, bytes]) -> bytes:
+    """Write a zip archive, as a language pack is one."""
+    held = BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return held.getvalue()

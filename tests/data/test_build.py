@@ -10,9 +10,12 @@ from moesaic.data.builders.extract import Extract
 from moesaic.data.builders.files import File, Files
 from moesaic.data.builders.named import CorpusRecipe
 from moesaic.data.builders.source import Progress, Source, Unit, Wanted
+from moesaic.data.builders.synthetic import Synthetic
+from moesaic.data.builders.together import Together
 from moesaic.data.corpus import Corpus
-from moesaic.data.pair import Pair, Text
-from moesaic.data.split import SPLITS, Split, split_key
+from moesaic.data.near import DropNear, jaccard
+from moesaic.data.pair import Pair, Text, Unfit
+from moesaic.data.split import SPLITS, Domain, Split, split_key
 
 WORDS = [
     "alpha",
@@ -41,18 +44,21 @@ class Given(Source):
 
     rows: tuple[tuple[str, str, str, str], ...]
     texts: tuple[str, ...] = ()
+    unfit: int = 0
 
     def fetch(self, *, progress: Progress) -> tuple[Unit, ...]:
         del progress
         names = dict.fromkeys(row[0] for row in self.rows)
         return tuple(Unit(n, Path(n), version="1", licence=f"licence of {n}") for n in names)
 
-    def read(self, unit: Unit, *, wanted: Wanted) -> Iterator[Pair | Text]:
+    def read(self, unit: Unit, *, wanted: Wanted) -> Iterator[Pair | Text | Unfit]:
         for name, source, target, code in self.rows:
             if name == unit.name and wanted(code):
                 yield Pair(source, target, "eng_Latn", code, name, unit.licence)
         for text in self.texts:
             yield Text(text, "eng_Latn", unit.name, unit.licence)
+        for _ in range(self.unfit):
+            yield Unfit("eng_Latn", "deu_Latn", "disagree")
 
 
 def recipe(*rows: tuple[str, str, str, str], **more: object) -> CorpusRecipe:
@@ -295,3 +301,77 @@ def test_missing_files_and_folders_are_named_before_anything_is_read(tmp_path: P
         build(
             CorpusRecipe(name="m", source=Extract(folder=str(tmp_path / "no"))), out=tmp_path / "c"
         )
+
+
+def test_what_a_source_refuses_itself_is_counted(tmp_path: Path) -> None:
+    source = Given(rows=tuple(german(20)), unfit=3)
+    [direction] = build(recipe(source=source), out=tmp_path / "c").about["directions"]
+    assert (direction["read"], direction["dropped"]["disagree"]) == (23, 3)
+
+
+def test_the_number_of_processes_changes_nothing(tmp_path: Path) -> None:
+    made = [Synthetic(phrases=90, seed=seed) for seed in range(3)]
+    (tmp_path / "more.txt").write_text("Only this\n")
+    own = Files(files=(File(path=str(tmp_path / "more.txt"), language="en"),))
+    what = CorpusRecipe(
+        name="many", source=Together(sources=(*made, own)), split=Split(near=DropNear())
+    )
+    one = build(what, out=tmp_path / "one")
+    two = build(what, out=tmp_path / "two", workers=2)
+    assert one.about == two.about
+    assert one.about["directions"][0]["dropped"]["near_train"] > 0
+
+
+def test_no_held_out_source_is_nearly_a_train_source_of_any_language(tmp_path: Path) -> None:
+    # German and French share no source, so what is near must be found across the languages
+    rows = [*german(300)[::2], *(r for i, r in enumerate(french(300)) if i % 2)]
+    keep = build(recipe(*rows), out=tmp_path / "keep")
+    split = HALVES.replace(near=DropNear(threshold=0.8))
+    drop = build(recipe(*rows, split=split), out=tmp_path / "drop")
+    assert list(keep.pairs("train")) == list(drop.pairs("train"))
+    train = {split_key(p.source) for p in keep.pairs("train")}
+    held = [p for s in SPLITS[1:] for p in keep.pairs(s)]
+    far = [p for p in held if max(jaccard(split_key(p.source), t) for t in train) < 0.8]
+    assert [p for s in SPLITS[1:] for p in drop.pairs(s)] == far
+    assert 0 < len(far) < len(held)
+    dropped = sum(d["dropped"].get("near_train", 0) for d in drop.about["directions"])
+    assert dropped == len(held) - len(far)
+
+
+def test_a_domain_never_trains_and_is_a_split_of_its_own(tmp_path: Path) -> None:
+    game = [
+        ("game", f"{english(i)} dragon", f"{english(i)[::-1]} Drache", "deu_Latn")
+        for i in range(60)
+    ]
+    shared = [("game", *r[1:]) for r in german(100)[:40]]
+    split = HALVES.replace(domains=(Domain(name="tales", packages=("game",)),))
+    corpus = build(recipe(*german(100), *game, *shared, split=split), out=tmp_path / "c")
+    assert corpus.splits == (*SPLITS, "tales")
+    tales = list(corpus.iter_pairs("en", "de", split="tales"))
+    assert {p.origin for p in tales} == {"game"}
+    assert "game" not in {p.origin for s in SPLITS for p in corpus.pairs(s)}
+    train = {split_key(p.source) for p in corpus.pairs("train")}
+    assert not train & {split_key(p.source) for p in tales}
+    assert {p.source for p in tales} >= {r[1] for r in game}
+    [direction] = corpus.about["directions"]
+    assert direction["dropped"]["source_in_train"] == sum(split_key(r[1]) in train for r in shared)
+    kept = sum(part["pairs"] for part in direction["splits"].values())
+    assert direction["read"] == 200 == kept + sum(direction["dropped"].values())
+    corpus.verify()
+
+
+def test_a_domains_votes_do_not_decide_what_trains(tmp_path: Path) -> None:
+    rows = [("a", "Save", "Sichern", "deu_Latn")]
+    rows += [(f"game-{i}", "Save", "Retten", "deu_Latn") for i in range(3)]
+    split = Split(test=0, valid=0, domains=(Domain(name="game", packages=("game-*",)),))
+    corpus = build(recipe(*rows, split=split), out=tmp_path / "c")
+    assert [p.target for p in corpus.iter_pairs("en", "de")] == ["Sichern"]
+
+
+def test_a_language_that_only_a_domain_has_is_left_out(tmp_path: Path) -> None:
+    rows = [*german(40), *(("game", *r[1:]) for r in french(40))]
+    split = HALVES.replace(domains=(Domain(name="game", packages=("game",)),))
+    corpus = build(recipe(*rows, split=split), out=tmp_path / "c")
+    assert corpus.languages == ("deu_Latn", "eng_Latn")
+    assert corpus.about["too_small"] == {"eng_Latn-fra_Latn": 0}
+    assert sorted(p.name for p in (tmp_path / "c").glob("*fra_Latn*")) == []

@@ -1,13 +1,8 @@
-import lzma
 import subprocess
-import tarfile
-from collections.abc import Mapping
-from io import BytesIO
 from pathlib import Path
 
 import pytest
-import zstandard
-from catalogue_files import mo_bytes, write_wheel
+from catalogue_files import deb_bytes, mo_bytes, write_wheel
 
 from moesaic.core.errors import UserError
 from moesaic.data.build import build
@@ -69,32 +64,11 @@ Description-ja: 描画プログラム
 """
 
 
-def deb_bytes(files: Mapping[str, bytes], suffix: str = ".xz") -> bytes:
-    """Write a .deb: an ar archive of version, control and data."""
-    held = BytesIO()
-    with tarfile.open(fileobj=held, mode="w") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, BytesIO(data))
-    pack = {".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress, "": bytes}[suffix]
-    parts = {
-        "debian-binary": b"2.0\n",
-        "control.tar.xz": b"odd",
-        f"data.tar{suffix}": pack(held.getvalue()),
-    }
-    out = b"!<arch>\n"
-    for name, data in parts.items():
-        out += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode()
-        out += data + b"\n" * (len(data) % 2)
-    return out
-
-
 class Apt:
-    """Stands in for apt: knows two packages, downloads them, updates descriptions."""
+    """Stands in for apt: knows three packages, downloads them, updates descriptions."""
 
     def __init__(self, problem: str = "") -> None:
-        self.problem, self.commands = problem, []
+        self.problem, self.gone, self.commands = problem, "nothing", []
 
     def __call__(
         self, command: list[str], *, cwd: Path, **_: object
@@ -103,6 +77,9 @@ class Apt:
         if self.problem:
             return subprocess.CompletedProcess(command, 100, "", f"W: x\nE: {self.problem}\n")
         if command[1] == "download":
+            if self.gone in command[3:]:
+                why = f"E: Failed to fetch {self.gone}_1.deb  404  Not Found"
+                return subprocess.CompletedProcess(command, 100, "", why)
             for name in command[3:]:
                 (cwd / f"{name}_1%3a2.0_all.deb").write_bytes(deb_bytes(FILES))
         if command[1] == "update":
@@ -143,10 +120,33 @@ def test_the_catalogues_of_a_deb_are_read(debian: Apt, tmp_path: Path, suffix: s
 
 def test_packages_are_downloaded_once(debian: Apt) -> None:
     source = Debian(packages=("demo-*", "other-data", "unknown"))
-    names = [u.name for u in source.fetch(progress=Quiet())]
-    assert names == ["demo-data", "other-data"]
+    units = source.fetch(progress=Quiet())
+    assert [u.name for u in units if not u.missing] == ["demo-data", "other-data"]
     source.fetch(progress=Quiet())
     assert debian.commands.count("download") == 1
+
+
+def test_a_package_that_is_gone_from_the_archive_is_left_out_said_and_counted(
+    debian: Apt, tmp_path: Path
+) -> None:
+    debian.gone, heard = "demo-data", []
+    listener = Quiet()
+    listener.say = heard.append
+    source = Debian(packages=("demo-data", "other-data", "unheard-of"))
+    what = CorpusRecipe(name="d", source=source, split=ALL_TRAIN)
+    corpus = build(what, out=tmp_path / "c", progress=listener)
+    assert corpus.count("en", "de") == 1
+    assert set(corpus.about["missing"]) == {"demo-data", "unheard-of"}
+    assert "404" in corpus.about["missing"]["demo-data"]
+    assert corpus.about["missing"]["unheard-of"] == "apt does not know it"
+    assert [r["name"] for r in corpus.about["read"]] == ["other-data"]
+    assert any("left out" in t and "2 Debian packages (demo-data, unheard-of)" in t for t in heard)
+
+
+def test_when_every_package_is_gone_the_way_out_is_said(debian: Apt) -> None:
+    debian.gone = "demo-data"
+    with pytest.raises(UserError, match=r"none of 1 packages.*404.*run `apt-get update`"):
+        Debian(packages=("demo-data",)).fetch(progress=Quiet())
 
 
 def test_without_apt_kept_packages_serve_or_the_way_out_is_said(
@@ -210,3 +210,5 @@ def test_the_large_corpus_is_a_recipe_that_reads_back() -> None:
     what = named_recipe("software-171")
     assert CorpusRecipe.from_yaml(what.to_yaml()) == what
     assert len(desktop_packages()) > 250
+    kinds = {type(source).__name__ for source in what.source.sources}
+    assert kinds == {"Catalogues", "Debian", "Firefox", "OfficeHelp", "Descriptions"}

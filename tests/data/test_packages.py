@@ -141,6 +141,9 @@ def test_a_source_archive_is_read_like_a_wheel(tmp_path: Path) -> None:
         ("gramps/po/pt_BR.po", "por_Latn_BR"),
         ("plone/locales/sr@latin/LC_MESSAGES/plone.po", "srp_Latn"),
         ("x/locale/es_AR/LC_MESSAGES/django.mo", None),
+        ("office/resource/de/LC_MESSAGES/sw.mo", "deu_Latn"),  # Writer, not Swahili
+        ("office/resource/es_MX/LC_MESSAGES/sc.mo", None),  # nor Sardinian
+        ("game/translations/fi/LC_MESSAGES/game-tb.mo", "fin_Latn"),
         ("x/templates/mail.mo", None),
     ],
 )

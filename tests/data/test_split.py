@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.core.errors import ConfigError
-from moesaic.data.split import Split, split_key
+from moesaic.data.split import Domain, Split, split_key
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,23 @@ def test_any_text_has_a_split(text: str) -> None:
 def test_a_split_that_leaves_nothing_to_train_on_is_refused() -> None:
     with pytest.raises(ConfigError, match="leave nothing to train on"):
         Split.from_plain({"test": 0.6, "valid": 0.4})
+
+
+def test_a_domain_has_the_packages_that_its_patterns_name() -> None:
+    games = Domain(name="games", packages=("wesnoth-*", "tux"))
+    split = Split(domains=(games, Domain(name="office", packages=("*-help",))))
+    found = {o: split.domain(o) for o in ("wesnoth-1.16-data", "tux", "tuxed", "my-help", "gimp")}
+    assert found == {
+        "wesnoth-1.16-data": "games",
+        "tux": "games",
+        "tuxed": "",
+        "my-help": "office",
+        "gimp": "",
+    }
+
+
+@pytest.mark.parametrize("names", [("train",), ("games", "games")])
+def test_two_splits_of_one_name_are_refused(names: tuple[str, ...]) -> None:
+    domains = [{"name": name, "packages": ["a"]} for name in names]
+    with pytest.raises(ConfigError, match=f"two splits are called {names[0]}"):
+        Split.from_plain({"domains": domains})

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe.variants import DIM, layer, mixture, run
+from moe.variants import BODIES, DIM, layer, mixture, run
 from moesaic.moe.config import MoE
 from moesaic.moe.gate import Gate
 from moesaic.moe.limit import Limit
@@ -21,10 +21,25 @@ class DropOne(Limit):
         return routing.drop(torch.arange(routing.expert.numel()) == self.edge)
 
 
-@pytest.mark.parametrize("select", ["switch", "top2", "top2-none", "top3-after", "gshard"])
+@pytest.mark.parametrize(
+    "select",
+    [
+        *("switch", "top2", "top2-none", "top3-after", "gshard", "sigmoid", "hash", "dense-all"),
+        *("top-p", "threshold", "expert-choice"),
+    ],
+)
 @pytest.mark.parametrize("edge", [0, 7, 19])
 def test_a_dropped_edge_changes_only_its_token(select, edge):
-    config: MoE = mixture(select, "dropless").replace(limit=DropOne(edge=-1))
+    _drops(mixture(select, "dropless"), edge=edge)
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_a_dropped_edge_changes_only_its_token_whatever_an_expert_is(body):
+    _drops(mixture("top2", "dropless").replace(**BODIES[body]), edge=7)
+
+
+def _drops(config: MoE, *, edge: int) -> None:
+    config = config.replace(limit=DropOne(edge=-1))
     whole = layer(config)
     short = layer(config.replace(limit=DropOne(edge=edge)))
     short.load_state_dict(whole.state_dict())

@@ -13,7 +13,7 @@ def definition(moe: MoELayer, x: torch.Tensor, routing: Routing) -> torch.Tensor
     out = torch.zeros_like(x)
     edges = zip(routing.token.tolist(), routing.expert.tolist(), routing.weight, strict=True)
     for token, expert, weight in edges:
-        if expert < routing.num_experts:
+        if expert < len(experts.up):  # neither dropped nor spare
             hidden = x[token] @ experts.up[expert]
             hidden = hidden + experts.up_bias[expert] if experts.bias else hidden
             answer = experts.activation(hidden) @ experts.down[expert]

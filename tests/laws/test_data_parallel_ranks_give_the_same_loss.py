@@ -3,13 +3,38 @@
 import pytest
 import torch
 
+from moe.variants import BALANCES, balanced
 from moesaic.dist.world import Alone, Ranks, World
 from moesaic.model.transformer import Transformer
+from moesaic.moe.among import BestGroups
+from moesaic.moe.balances.adamoe import NullBalance
+from moesaic.moe.balances.bias import BiasUpdate
+from moesaic.moe.balances.kept_fraction import KeptFraction
+from moesaic.moe.balances.mutual_information import MutualInformation
+from moesaic.moe.balances.sequence import SequenceBalance
+from moesaic.moe.bodies.lora import LoRAExpert
+from moesaic.moe.bodies.memory import ProductKeyMemory
+from moesaic.moe.bodies.narrow import Narrow
+from moesaic.moe.bodies.residual import Residual
+from moesaic.moe.bodies.shared import GatedSharedExperts
+from moesaic.moe.bodies.soft import SoftMixture
+from moesaic.moe.conditions.embeddings import OnTag
 from moesaic.moe.config import MoE, NoMoE, Sparse
 from moesaic.moe.layer import learn, set_ranks
 from moesaic.moe.limit import AtRandom, ByPosition, ByWeight, Capacity, Priority
+from moesaic.moe.links.decoupled import Decoupled
+from moesaic.moe.links.recurrent import Recurrent
 from moesaic.moe.noise import Jitter
+from moesaic.moe.noises.warm_up import StochasticWarmUp
 from moesaic.moe.select import Top2, TopK
+from moesaic.moe.selects.dense_all import DenseAll
+from moesaic.moe.selects.expert_choice import ExpertChoice
+from moesaic.moe.selects.hash import Hash
+from moesaic.moe.selects.null_top_k import NullTopK
+from moesaic.moe.selects.sigmoid import SigmoidTopK
+from moesaic.moe.selects.threshold import Threshold
+from moesaic.moe.selects.top_p import TopP
+from moesaic.moe.spare import IdentityExperts, ZeroExperts
 from moesaic.optim.optimizer import AdamW
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import (
@@ -39,6 +64,39 @@ VARIANTS = {
     "random-token-selection": _capped(AtRandom()),
     "jitter": BALANCED_TOP1.replace(noise=Jitter(epsilon=0.2)),
     "sampled-second": MoE(experts=4, select=Top2(second="sampled")),
+    "sigmoid": MoE(experts=4, select=SigmoidTopK(k=2)),
+    "deepseek-v3": MoE(
+        experts=4,
+        select=SigmoidTopK(k=2, among=BestGroups(groups=2, kept=1)),
+        balance=(BiasUpdate(rate=0.05), SequenceBalance(weight=0.1)),
+    ),
+    "top-p": MoE(experts=4, select=TopP()),
+    "null": MoE(
+        experts=4,
+        select=NullTopK(),
+        spare=ZeroExperts(number=2),
+        balance=(NullBalance(weight=0.5, steps=2),),
+    ),
+    "hash": MoE(experts=4, select=Hash(), balance=()),
+    "dense-all": MoE(experts=4, select=DenseAll(), balance=(MutualInformation(weight=0.5),)),
+    "mixture-of-depths": MoE(experts=1, select=Threshold(), balance=(KeptFraction(target=0.3),)),
+    "expert-choice": MoE(experts=4, select=ExpertChoice(), balance=()),
+    "warm-up": BALANCED_TOP1.replace(noise=StochasticWarmUp(steps=3)),
+    **{name: balanced(name) for name in BALANCES if name != "micro-batch"},  # its ranks differ
+    "all-bodies": MoE(
+        experts=4,
+        select=TopK(k=2),
+        expert=LoRAExpert(rank=2),
+        beside=GatedSharedExperts(),
+        exchange=Narrow(ratio=0.5),
+        spare=IdentityExperts(),
+    ),
+    "residual": BALANCED_TOP1.replace(beside=Residual()),
+    "soft": SoftMixture(experts=3, slots=2),
+    "memory": ProductKeyMemory(side=4, slots=3),
+    "recurrent": MoE(experts=4, select=TopK(k=2), link=Recurrent(width=6)),
+    "decoupled": MoE(experts=4, select=TopK(k=2), link=Decoupled(dim=8, heads=2)),
+    "on-tag": MoE(experts=4, select=TopK(k=2), condition=OnTag()),
 }
 STEPS = 3
 Outcome = tuple[list[dict[str, float]], dict[str, torch.Tensor]]

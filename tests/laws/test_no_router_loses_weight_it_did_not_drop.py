@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from moe.variants import DIM, LIMITS, SELECTS, layer, mixture, run
+from moe.variants import DIM, EXPERTS, LIMITS, SELECTS, layer, mixture, run
 
 
 def _weights(select, limit):
-    """Weights [token, choice] and survivors of one routing, and the same without any limit."""
+    """Weights and survivors of one routing's edges, and the same without any limit."""
     moe, free = layer(mixture(select, limit)), layer(mixture(select, "dropless"))
     free.load_state_dict(moe.state_dict())
     x = torch.randn(50, DIM)
@@ -15,29 +15,38 @@ def _weights(select, limit):
     for one in (moe, free):
         torch.manual_seed(3)
         routing = run(one, x)[1].routing
-        found.append((routing.weight.view(50, -1), ~routing.dropped.view(50, -1)))
-    (weight, alive), (full, everyone) = found
-    assert everyone.all()
-    assert limit == "dropless" or not alive.all()
-    return weight, alive, full
+        found.append(routing)
+    limited, full = found
+    assert torch.equal(limited.token, full.token)
+    assert not full.dropped.any()
+    assert limit == "dropless" or limited.dropped.any()
+    return limited, full
+
+
+def _per_token(routing, values):
+    return torch.zeros(50).index_add(0, routing.token, values.float())
 
 
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("select", [name for name in SELECTS if name != "top3-after"])
 def test_no_router_loses_weight_it_did_not_drop(select, limit):
-    weight, alive, full = _weights(select, limit)
-    torch.testing.assert_close(weight, full * alive)
-    assert (weight[alive] > 0).all()
+    limited, full = _weights(select, limit)
+    alive = ~limited.dropped
+    torch.testing.assert_close(limited.weight, full.weight * alive)
+    works = alive & (limited.expert < EXPERTS)  # a null expert's edge weighs nothing
+    assert (limited.weight[works] > 0).all()
 
 
-@pytest.mark.parametrize("select", ["top2", "gshard", "gshard-sampled"])
+@pytest.mark.parametrize("select", ["top2", "gshard", "gshard-sampled", "hash", "dense-all"])
 def test_normalised_weights_sum_to_one_where_nothing_is_dropped(select):
-    weight, _, _ = _weights(select, "dropless")
-    torch.testing.assert_close(weight.sum(1), torch.ones(50))
+    _, full = _weights(select, "dropless")
+    torch.testing.assert_close(_per_token(full, full.weight), torch.ones(50))
 
 
 @pytest.mark.parametrize("limit", LIMITS)
 def test_normalising_after_drops_gives_the_survivors_everything(limit):
-    weight, alive, _ = _weights("top3-after", limit)
-    torch.testing.assert_close(weight.sum(1), alive.any(1).float())
-    assert torch.equal(weight > 0, alive)
+    limited, _ = _weights("top3-after", limit)
+    alive = ~limited.dropped
+    survived = (_per_token(limited, alive) > 0).float()
+    torch.testing.assert_close(_per_token(limited, limited.weight), survived)
+    assert torch.equal(limited.weight > 0, alive)

@@ -6,13 +6,24 @@ from typing import Any
 import pytest
 import torch
 
+from moe.variants import balanced
 from moesaic.checkpoint.load import load
 from moesaic.checkpoint.save import save
 from moesaic.dist.world import Ranks
+from moesaic.model.arrangement import Parallel
+from moesaic.moe.attention import MixtureOfAttention
 from moesaic.moe.balance import SwitchBalance
+from moesaic.moe.balances.adamoe import NullBalance
+from moesaic.moe.bodies.lora import LoRAExpert
+from moesaic.moe.bodies.memory import ProductKeyMemory
+from moesaic.moe.bodies.narrow import Narrow
+from moesaic.moe.bodies.residual import Residual
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import AtRandom, Capacity
+from moesaic.moe.noises.warm_up import StochasticWarmUp
 from moesaic.moe.select import TopK
+from moesaic.moe.selects.null_top_k import NullTopK
+from moesaic.moe.spare import ZeroExperts
 from moesaic.optim.optimizer import Muon
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import tiny_model_config, tiny_run, tiny_trainer
@@ -25,13 +36,37 @@ RANDOM_TOKENS = MoE(
     limit=Capacity(factor=1.0, minimum=1, priority=AtRandom()),
     balance=(SwitchBalance(),),
 )
+ANNEALED = MoE(
+    experts=3,
+    select=NullTopK(k=2),
+    spare=ZeroExperts(number=2),
+    balance=(NullBalance(steps=15),),
+    noise=StochasticWarmUp(steps=15),
+)
 VARIANTS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "muon": {"optimizer": Muon()},
     "accumulated": {"accumulate": 2},
+    "all-bodies": {
+        "model": tiny_model_config(
+            moe=RANDOM_TOKENS.replace(
+                expert=LoRAExpert(rank=2), beside=Residual(), exchange=Narrow(ratio=0.5)
+            )
+        ),
+        "optimizer": Muon(),
+    },
+    "attention-experts-in-parallel": {
+        "model": tiny_model_config().replace(
+            attention_experts=MixtureOfAttention(), block=Parallel()
+        )
+    },
+    "memory": {"model": tiny_model_config(moe=ProductKeyMemory(side=4, slots=3))},
     "dropout-and-random-drops": {
         "model": tiny_model_config(moe=RANDOM_TOKENS).replace(dropout=0.1)
     },
+    "annealed-nulls-and-warm-up": {"model": tiny_model_config(moe=ANNEALED)},
+    "bias-update": {"accumulate": 2, "model": tiny_model_config(moe=balanced("bias-and-sequence"))},
+    "adaptive-balance": {"model": tiny_model_config(moe=balanced("adaptive"))},
 }
 
 

@@ -3,10 +3,35 @@
 import torch
 
 from moesaic.data.batch import PAD, Batch
+from moesaic.model.arrangement import Parallel
 from moesaic.model.config import Stack, TransformerConfig
+from moesaic.moe.among import BestGroups
+from moesaic.moe.attention import MixtureOfAttention
 from moesaic.moe.balance import RouterZ, SwitchBalance
+from moesaic.moe.balances.adamoe import NullBalance
+from moesaic.moe.balances.kept_fraction import KeptFraction
+from moesaic.moe.balances.mutual_information import MutualInformation
+from moesaic.moe.bodies.lora import LoRAExpert
+from moesaic.moe.bodies.memory import ProductKeyMemory
+from moesaic.moe.bodies.narrow import Narrow
+from moesaic.moe.bodies.residual import Residual
+from moesaic.moe.bodies.shared import GatedSharedExperts, SharedExperts
+from moesaic.moe.bodies.soft import SoftMixture
+from moesaic.moe.conditions.embeddings import OnlyTag, OnlyToken, OnTag, OnToken
 from moesaic.moe.config import MoE, NoMoE
+from moesaic.moe.links.decoupled import Decoupled
+from moesaic.moe.links.pre_gated import PreGated
+from moesaic.moe.links.recurrent import Recurrent
+from moesaic.moe.noises.warm_up import StochasticWarmUp
 from moesaic.moe.select import SwitchTop1, Top2, TopK
+from moesaic.moe.selects.dense_all import DenseAll
+from moesaic.moe.selects.expert_choice import ExpertChoice
+from moesaic.moe.selects.hash import Hash
+from moesaic.moe.selects.null_top_k import NullTopK
+from moesaic.moe.selects.sigmoid import SigmoidTopK
+from moesaic.moe.selects.threshold import Threshold
+from moesaic.moe.selects.top_p import TopP
+from moesaic.moe.spare import IdentityExperts, ZeroExperts
 from moesaic.nn.activation import ReLU, SquaredReLU, SwiGLU
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
@@ -25,6 +50,23 @@ BASE = TransformerConfig(
     moe=MoE(experts=4, select=TopK(k=2), balance=(SwitchBalance(), RouterZ())),
 )
 NONE = Stack(layers=0)
+LINKED = {
+    "recurrent": Recurrent(width=6),
+    "pre-gated": PreGated(),
+    "decoupled": Decoupled(dim=8, heads=2),
+}
+CONDITIONED = {
+    "on-tag": OnTag(),
+    "only-tag": OnlyTag(),
+    "on-token": OnToken(),
+    "only-token": OnlyToken(),
+}
+
+
+def _with(**fields: object) -> TransformerConfig:
+    return BASE.replace(moe=MoE(experts=4, select=TopK(k=2), **fields))
+
+
 VARIANTS = {
     "rotary-top2": BASE,
     "dense": BASE.replace(moe=NoMoE()),
@@ -48,7 +90,62 @@ VARIANTS = {
         position=NoPosition(),
         feed_forward=FeedForward(hidden=24, activation=SquaredReLU()),
     ),
+    **{name: _with(link=link) for name, link in LINKED.items()},
+    **{name: _with(condition=condition) for name, condition in CONDITIONED.items()},
+    "recurrent-on-tag": _with(link=Recurrent(width=6), condition=OnTag()),
+    "decoupled-decoder-only": _with(link=LINKED["decoupled"]).replace(encoder=NONE),
 }
+SPARSELY = {  # every rule of choosing in a whole model; encoders alone where it is not causal
+    "sigmoid-in-groups": MoE(
+        experts=4, select=SigmoidTopK(k=2, among=BestGroups(groups=2, kept=1)), balance=()
+    ),
+    "top-p": MoE(experts=4, select=TopP(p=0.45)),
+    "null-experts": MoE(
+        experts=3, select=NullTopK(k=2), spare=ZeroExperts(number=2), balance=(NullBalance(),)
+    ),
+    "hash": MoE(experts=4, select=Hash(), balance=()),
+    "dense-all": MoE(experts=3, select=DenseAll(), balance=(MutualInformation(),)),
+    "mixture-of-depths": MoE(
+        experts=1, select=Threshold(), balance=(KeptFraction(),), noise=StochasticWarmUp()
+    ),
+}
+VARIANTS |= {name: BASE.replace(moe=moe) for name, moe in SPARSELY.items()}
+VARIANTS["expert-choice"] = BASE.replace(
+    encoder=BASE.encoder.replace(moe=MoE(experts=3, select=ExpertChoice(), balance=()))
+)
+
+
+VARIANTS["soft"] = BASE.replace(
+    encoder=BASE.encoder.replace(moe=SoftMixture(experts=3, slots=2, length=12))
+)
+MIXTURE = MoE(experts=4, select=TopK(k=2))
+BODIES = {  # what an expert is, and what stands around it
+    "shared": MIXTURE.replace(beside=SharedExperts(number=2), hidden=12),
+    "gated-shared": MIXTURE.replace(beside=GatedSharedExperts()),
+    "narrow": MIXTURE.replace(exchange=Narrow(ratio=0.5)),
+    "lora": MIXTURE.replace(expert=LoRAExpert(rank=2)),
+    "null": MIXTURE.replace(spare=ZeroExperts(number=2)),
+    "identity": MIXTURE.replace(spare=IdentityExperts(number=2)),
+    "memory": ProductKeyMemory(side=8, slots=6),
+}
+VARIANTS |= {name: BASE.replace(moe=moe) for name, moe in BODIES.items()}
+VARIANTS |= {
+    "attention-experts-own-keys": BASE.replace(attention_experts=MixtureOfAttention(experts=3)),
+    "attention-experts-shared-keys-parallel": BASE.replace(
+        attention_experts=MixtureOfAttention(experts=3, keys="shared"), block=Parallel(), bias=True
+    ),
+    "parallel-decoder-only": BASE.replace(
+        encoder=NONE,
+        attention_experts=MixtureOfAttention(experts=2),
+        block=Parallel(),
+        norm=LayerNorm(),
+    ),
+}
+VARIANTS["residual-pyramid-bias"] = BASE.replace(
+    decoder=Stack(layers=3, moe_every=1, dense=1, experts=(2, 5)),
+    moe=MIXTURE.replace(select=SwitchTop1(), beside=Residual()),
+    bias=True,
+)
 
 
 def ids(rows: int, lengths: list[int], *, width: int) -> torch.Tensor:

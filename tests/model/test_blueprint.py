@@ -7,6 +7,7 @@ from moesaic.core.errors import ConfigError
 from moesaic.model.blueprint import Stack
 from moesaic.model.config import TransformerConfig
 from moesaic.model.count import count
+from moesaic.moe.bodies.memory import ProductKeyMemory
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.select import SwitchTop1, TopK
 from moesaic.nn.attention import AttentionConfig
@@ -26,6 +27,10 @@ def test_a_config_round_trips_through_yaml(name):
         ({"attention": AttentionConfig(heads=4, head_dim=3)}, "even"),
         ({"decoder": Stack(layers=0)}, "decoder.layers"),
         ({"moe": MoE(experts=2, select=TopK(k=3))}, "experts=2"),
+        (
+            {"moe": ProductKeyMemory(), "decoder": Stack(layers=2, moe_every=1, experts=(2, 4))},
+            "ProductKeyMemory",
+        ),
     ],
 )
 def test_a_shape_that_does_not_fit_is_refused_with_its_numbers(changes, said):
@@ -46,6 +51,22 @@ def test_a_pyramid_gives_each_sparse_block_its_own_number_of_experts():
     counts = [config.experts(pyramid, layer=layer) for layer in range(4)]
     assert [moe.experts if moe else 0 for moe in counts] == [0, 2, 0, 8]
     assert count(config).total == sum(p.numel() for p in config.build().parameters())
+
+
+def test_the_first_blocks_may_stay_dense():
+    stack = Stack(layers=6, moe_every=2, dense=3)
+    assert stack.sparse_layers == (3, 5)
+    config = BASE.replace(decoder=Stack(layers=4, moe_every=1, dense=2, experts=(2, 5)))
+    counts = [config.experts(config.decoder, layer=layer) for layer in range(4)]
+    assert [moe.experts if moe else 0 for moe in counts] == [0, 0, 2, 5]
+    assert count(config).total == sum(p.numel() for p in config.build().parameters())
+
+
+def test_a_memory_stands_where_experts_would_but_is_no_mixture():
+    config = BASE.replace(moe=ProductKeyMemory(side=4, slots=2))
+    assert config.sparse(config.encoder, layer=1) == config.moe
+    assert config.sparse(config.encoder, layer=0) == NoMoE()
+    assert config.experts(config.encoder, layer=1) is None
 
 
 def test_a_pyramid_of_the_wrong_height_is_refused():

@@ -1,12 +1,14 @@
 """Reordering a cache moves everything a hypothesis has seen."""
 
+import pytest
 import torch
 
-from model.samples import BASE, ids
+from model.samples import BASE, VARIANTS, ids
 
 
-def test_reordered_rows_go_on_as_if_they_had_been_there():
-    model = BASE.build().eval()
+@pytest.mark.parametrize("name", ["rotary-top2", "only-tag", "decoupled"])
+def test_reordered_rows_go_on_as_if_they_had_been_there(name):
+    model = VARIANTS[name].build().eval()
     source, prefix = ids(3, [4, 2, 3], width=4), ids(3, [3, 3, 3], width=3)
     order = torch.tensor([2, 0, 0])
     moved = model.start(model.encode(source), torch.arange(3))

@@ -9,7 +9,11 @@ from model.samples import BASE, VARIANTS, VOCABULARY
 from moesaic.data.batch import Batch
 from moesaic.model.config import Stack
 from moesaic.model.count import Sizes, count
-from moesaic.moe.config import NoMoE
+from moesaic.moe.bodies.lora import LoRAExpert
+from moesaic.moe.bodies.memory import ProductKeyMemory
+from moesaic.moe.config import MoE, NoMoE
+from moesaic.moe.select import TopK
+from moesaic.moe.spare import ZeroExperts
 from moesaic.nn.activation import ReLU
 from moesaic.nn.feed_forward import FeedForward
 
@@ -62,6 +66,34 @@ def test_experts_cost_what_the_chosen_ones_cost():
     assert sparse - dense == sum(8 * n * (feed + router) for n in layers.values())
 
 
+def test_what_every_expert_shares_is_multiplied_once_per_edge():
+    sizes = Sizes(rows=1, source=8, target=8)
+    plain = count(BASE).forward_flops(sizes)
+    rank, shared = 3, MoE(experts=4, select=TopK(k=2), expert=LoRAExpert(rank=3))
+    low_rank = count(BASE.replace(moe=shared))
+    change = 2 * rank * (16 + 48 + 24 + 16)  # two pairs of narrow matrices around a SwiGLU
+    layers = {"encoder": 1, "decoder": 2}
+    extra = sum(8 * n * 2 * change for n in layers.values())  # two edges per token
+    assert low_rank.forward_flops(sizes) - plain == extra
+    assert low_rank.total < count(BASE).total
+
+
+def test_a_memory_touches_the_rows_that_it_reads():
+    memory = ProductKeyMemory(side=8, slots=6)
+    counted = count(BASE.replace(moe=memory))
+    tables = 3 * 64 * sum(memory.widths(16))  # in three layers
+    assert counted.total - counted.active == tables - tables * 6 // 64
+
+
 def test_training_costs_three_forward_passes():
     counted = count(BASE)
     assert counted.training_flops_per_token() == 3 * counted.flops_per_token()
+
+
+def test_choices_that_spare_experts_take_are_not_active():
+    whole = count(BASE)
+    spared = count(BASE.replace(moe=BASE.moe.replace(spare=ZeroExperts(number=4))))
+    experts = whole.parts["encoder experts"] + whole.parts["decoder experts"]
+    assert spared.parts["encoder experts"] == whole.parts["encoder experts"]
+    assert spared.total - spared.active == experts * 3 // 4  # two of eight choices, four work
+    assert whole.total - whole.active == experts // 2

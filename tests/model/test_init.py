@@ -5,6 +5,9 @@ import torch
 
 from model.samples import VARIANTS
 from moesaic.model.config import Init, Stack, TransformerConfig
+from moesaic.moe.bodies.lora import LoRAExpert
+from moesaic.moe.bodies.memory import ProductKeyMemory
+from moesaic.moe.bodies.residual import Residual
 from moesaic.moe.config import MoE
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.feed_forward import FeedForward
@@ -63,7 +66,7 @@ def test_every_parameter_has_a_kind_that_fits_its_shape(name):
     model = VARIANTS[name].build()
     kinds = model.parameter_kinds()
     assert list(kinds) == [n for n, _ in model.named_parameters()]
-    dims = {"embedding": (2,), "norm": (1,), "matrix": (2,), "expert": (3,), "router": (2,)}
+    dims = {"embedding": (2,), "norm": (1,), "matrix": (2,), "expert": (2, 3), "router": (2,)}
     for parameter, kind in kinds.items():
         assert model.get_parameter(parameter).dim() in dims.get(kind, (1, 2)), parameter
 
@@ -73,3 +76,23 @@ def test_a_fresh_model_predicts_about_evenly():
     hidden = model.decoder_norm(torch.randn(50, DIM))
     entropy = torch.distributions.Categorical(logits=model.logits(hidden)).entropy().mean()
     assert entropy > 0.85 * torch.log(torch.tensor(512.0))
+
+
+def test_a_memory_starts_as_loud_as_the_feed_forward_beside_it():
+    config = CONFIG.replace(moe=ProductKeyMemory(side=64, slots=16))
+    layer = config.build().encoder[1].feed_forward.inner
+    with torch.no_grad():
+        x = torch.randn(400, DIM)
+        loud = float(layer.recall(x).std() / layer.always(x).std())
+    assert 0.6 < loud < 1.4
+
+
+def test_a_module_has_the_last_word_on_how_its_parameters_start():
+    moe = MoE(experts=4, expert=LoRAExpert(rank=8), beside=Residual())
+    model = CONFIG.replace(moe=moe).build()
+    kinds = model.parameter_kinds()
+    inner = "encoder.1.feed_forward.inner."
+    assert not model.get_parameter(inner + "experts.up_b").any()
+    up = model.get_parameter(inner + "experts.up_a").detach()
+    assert float(up.std()) == pytest.approx(DIM**-0.5, rel=0.1)
+    assert kinds[inner + "beside.coefficient.weight"] == "router"

@@ -18,12 +18,24 @@ def test_a_preset_builds_on_the_meta_device_as_counted(name):
     assert sum(p.numel() for p in model.parameters()) == count(made.config).total
 
 
-@pytest.mark.parametrize(("name", "apart"), [("zcode-m3-64", 0.05), ("nllb-moe-54b", 0.005)])
+@pytest.mark.parametrize(
+    ("name", "apart"),
+    [
+        ("zcode-m3-64", 0.05),
+        ("nllb-moe-54b", 0.005),
+        ("deepseek-moe-16b", 0.02),
+        ("deepseek-moe-2b", 0.02),
+        ("deepspeed-moe-128", 0.03),
+        ("pr-moe-350m", 0.03),
+    ],
+)
 def test_the_published_size_is_met(name, apart):
     made = preset(name)
     assert made.published
     for said in made.published:
-        assert count(made.config).total == pytest.approx(said.value, rel=apart)
+        counted = count(made.config)
+        found = {"total": counted.total, "active": counted.active}[said.quantity]
+        assert found == pytest.approx(said.value, rel=apart)
 
 
 def test_the_dense_base_of_zcode_is_known_to_count_less_than_published():
@@ -37,6 +49,12 @@ def test_doubling_the_experts_doubles_them():
     half, whole = (count(preset(f"zcode-m3-{n}").config) for n in (64, 128))
     assert whole.parts["encoder experts"] == 2 * half.parts["encoder experts"]
     assert whole.total > 19e9
+
+
+def test_a_pyramid_of_residual_mixtures_has_less_than_a_third_of_the_experts():
+    uniform, pyramid = (count(preset(n).config) for n in ("deepspeed-moe-128", "pr-moe-350m"))
+    assert pyramid.parts["decoder experts"] * 12 * 128 == uniform.parts["decoder experts"] * 448
+    assert pyramid.active > uniform.active  # by what stands beside the experts
 
 
 def test_guesses_name_fields_that_exist():

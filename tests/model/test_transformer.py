@@ -35,6 +35,9 @@ def test_every_parameter_gets_a_gradient(name):
     losses = [term for record in output.records for term in record.losses.values()]
     (model.loss(output, smoothing=0.1).total + sum(losses)).backward()
     for parameter_name, parameter in model.named_parameters():
+        if name == "hash" and "router.gate" in parameter_name:
+            assert parameter.grad is None  # nobody asks it
+            continue
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name
 

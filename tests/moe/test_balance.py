@@ -5,6 +5,7 @@ import torch
 
 from moesaic.moe.balance import RouterZ, Scores, SwitchBalance
 from moesaic.moe.gate import Gate
+from moesaic.moe.ranks import OneRank
 from moesaic.moe.select import SwitchTop1, TopK
 
 T, E = 64, 8
@@ -16,7 +17,8 @@ def _scores(logits, select=None, *, load=None):
     routing = rule(gate)
     load = routing.load().double() if load is None else load
     tokens = torch.tensor(float(T), dtype=torch.float64)
-    return Scores(gate, routing, rule.probabilities(gate), load, torch.zeros_like(load), tokens)
+    none = torch.zeros_like(load)
+    return Scores(gate, routing, rule.probabilities(gate), load, none, tokens, OneRank())
 
 
 @pytest.mark.parametrize("k", [1, 2])

@@ -3,13 +3,33 @@
 import torch
 from torch import nn
 
+from moesaic.moe.balance import Balance, RouterZ, SwitchBalance
+from moesaic.moe.balances.adaptive import AdaptiveBalance
+from moesaic.moe.balances.bias import BiasUpdate
+from moesaic.moe.balances.device import DeviceBalance
+from moesaic.moe.balances.entropy import EntropyBalance
+from moesaic.moe.balances.global_batch import GlobalBatchBalance, MicroBatchBalance
+from moesaic.moe.balances.importance import Importance
+from moesaic.moe.balances.sequence import SequenceBalance
+from moesaic.moe.bodies.lora import LoRAExpert
+from moesaic.moe.bodies.narrow import Narrow
+from moesaic.moe.bodies.residual import Residual
+from moesaic.moe.bodies.shared import GatedSharedExperts, SharedExperts
 from moesaic.moe.config import MoE
 from moesaic.moe.context import Carry, Context
 from moesaic.moe.gates import Place
 from moesaic.moe.layer import MoELayer
-from moesaic.moe.limit import AtRandom, ByPosition, ByWeight, Capacity
+from moesaic.moe.limit import AtRandom, ByPosition, ByWeight, Capacity, Dropless
 from moesaic.moe.record import Record
 from moesaic.moe.select import SwitchTop1, Top2, TopK
+from moesaic.moe.selects.dense_all import DenseAll, ThresholdAtInference
+from moesaic.moe.selects.expert_choice import ExpertChoice
+from moesaic.moe.selects.hash import Hash
+from moesaic.moe.selects.null_top_k import NullTopK
+from moesaic.moe.selects.sigmoid import SigmoidTopK
+from moesaic.moe.selects.threshold import Threshold
+from moesaic.moe.selects.top_p import TopP
+from moesaic.moe.spare import IdentityExperts, NoSpare, ZeroExperts
 from moesaic.nn.activation import ReLU, SwiGLU
 from moesaic.nn.feed_forward import FeedForward
 
@@ -22,6 +42,25 @@ SELECTS = {
     "top2-none": TopK(k=2, normalise="none"),
     "gshard": Top2(),
     "gshard-sampled": Top2(second="sampled"),
+    "sigmoid": SigmoidTopK(k=2, scale=1.5),
+    "top-p": TopP(p=0.6),
+    "top-p-capped": TopP(p=0.8, most=2),
+    "null": NullTopK(k=3),
+    "hash": Hash(),
+    "dense-all": DenseAll(),
+    "dense-all-threshold": DenseAll(inference=ThresholdAtInference()),
+    "threshold": Threshold(),
+    "expert-choice": ExpertChoice(),
+}
+SPARES = {"null": ZeroExperts(number=2)}
+BODIES = {  # fields of a mixture: what an expert is, and what stands around it
+    "shared": {"beside": SharedExperts(number=2)},
+    "gated-shared": {"beside": GatedSharedExperts()},
+    "residual": {"beside": Residual()},
+    "narrow": {"exchange": Narrow(ratio=0.5)},
+    "lora": {"expert": LoRAExpert(rank=3)},
+    "null": {"spare": ZeroExperts(number=2)},
+    "identity": {"spare": IdentityExperts(number=2)},
 }
 LIMITS = {
     "dropless": None,
@@ -29,11 +68,28 @@ LIMITS = {
     "by-weight": ByWeight(),
     "at-random": AtRandom(),
 }
+BALANCES: dict[str, tuple[Balance, ...]] = {
+    "switch-and-z": (SwitchBalance(weight=0.3), RouterZ(weight=0.1)),
+    "sequence": (SequenceBalance(weight=0.3),),
+    "device": (DeviceBalance(weight=0.3, groups=2),),
+    "importance": (Importance(weight=0.3),),
+    "entropy": (EntropyBalance(weight=0.3),),
+    "adaptive": (AdaptiveBalance(weight=0.3, log_step=0.5),),
+    "global-batch": (GlobalBatchBalance(weight=0.3),),
+    "micro-batch": (MicroBatchBalance(weight=0.3),),
+    "bias-and-sequence": (BiasUpdate(rate=0.05), SequenceBalance(weight=0.3)),
+}
+
+
+def balanced(name: str) -> MoE:
+    """A mixture of four experts with the named terms, and a limit where one needs it."""
+    limit = Capacity(factor=0.8, minimum=0) if name == "adaptive" else Dropless()
+    return MoE(experts=4, select=TopK(k=2), balance=BALANCES[name], limit=limit)
 
 
 def mixture(select: str, limit: str) -> MoE:
     """The config of a named pair; limited ones have room for little more than half of the edges."""
-    free = MoE(experts=EXPERTS, select=SELECTS[select])
+    free = MoE(experts=EXPERTS, select=SELECTS[select], spare=SPARES.get(select, NoSpare()))
     priority = LIMITS[limit]
     if priority is None:
         return free

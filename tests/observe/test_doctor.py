@@ -107,6 +107,20 @@ def test_a_missing_balance_loss_is_named_as_the_cause(sign):
     assert "0.01 is too weak" in finding.cause
 
 
+def test_a_run_that_balances_by_bias_is_not_told_that_nothing_balances():
+    setting = replace(SETTING, balance_weight=0.0, bias_rate=0.001)
+    (finding,) = examined(COLLAPSED, COLLAPSED, setting=setting)
+    assert "the bias moves 0.001 a step" in finding.cause
+    assert "BiasUpdate(rate=0.003)" in finding.advice
+    assert "SwitchBalance" not in finding.sentence
+
+
+def test_advice_names_the_balance_loss_that_the_run_has():
+    setting = replace(SETTING, balance="GlobalBatchBalance")
+    (finding,) = examined(COLLAPSED, COLLAPSED, setting=setting)
+    assert "GlobalBatchBalance(weight=0.03)" in finding.advice
+
+
 def test_drops_of_an_uneven_layer_are_blamed_on_the_load():
     uneven = layer([200, 200, 40, 40, 40, 200, 40, 40], dropped=(50, 50, 50, 50))
     finding = next(f for f in examined(uneven, uneven) if f.sign == "overflow")

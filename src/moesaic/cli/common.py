@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from moesaic.core.errors import UserError
 
@@ -24,6 +25,13 @@ Use = Annotated[
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/demo.")]
 
 talk = Console(stderr=True)
+
+
+class Talk:
+    """Progress of whatever takes long, as lines on stderr."""
+
+    def say(self, text: str) -> None:
+        talk.print(f"[dim]{escape(text)}[/]", highlight=False)
 
 
 def verb_app(**settings: Any) -> typer.Typer:

@@ -7,14 +7,17 @@ import typer
 from rich.console import Console
 
 from moesaic.checkpoint.rundir import RunDir
-from moesaic.cli.common import Json, RunPath, Use, answer, talk, use, verb_app
+from moesaic.cli.common import Json, RunPath, Talk, Use, answer, talk, use, verb_app
 from moesaic.cli.scores import show_samples, show_scores
-from moesaic.core.errors import UserError
+from moesaic.core.errors import UserError, nearest
 from moesaic.data.corpus import Corpus
 from moesaic.data.languages import language
+from moesaic.data.split import SPLITS
 from moesaic.evaluate.harness import Settings
 from moesaic.evaluate.summary import Summary
 from moesaic.evaluate.testset import TestSet, from_corpus, from_file, from_moses
+from moesaic.evaluate.udhr import NAME as UDHR
+from moesaic.evaluate.udhr import udhr_tests
 from moesaic.model.search import Beam, Greedy
 from moesaic.recipes.find import find
 from moesaic.report.write import write_report
@@ -32,9 +35,14 @@ def evaluate(
     moses: Annotated[
         tuple[Path, Path] | None, typer.Option(metavar="SRC REF", help="Or two aligned files.")
     ] = None,
+    testset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Or one with a name: udhr (needs npm once).")
+    ] = None,
     source: Annotated[str, typer.Option("--from", help="Source language.")] = "en",
     target: Annotated[str | None, typer.Option("--to", help="Only this target language.")] = None,
-    split: Annotated[str, typer.Option(help="valid or test, of the run's corpus.")] = "test",
+    split: Annotated[
+        str, typer.Option(help="valid, test or a domain held out of the run's corpus.")
+    ] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="Sentences per language.")] = None,
     beam: Annotated[int, typer.Option(min=1, help="Beam size; 1 is greedy.")] = 1,
     resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples.")] = 1000,
@@ -43,22 +51,28 @@ def evaluate(
 ) -> None:
     """Score translations: chrF++ and BLEU with 95 % intervals, and what they are worth.
 
-    Without a test set of your own: the held-out strings of the run's corpus; then summary.json,
+    Without another test set: the held-out strings of the run's corpus; then summary.json,
     routes.json and report.html of the run are written anew.
 
     Example: [cyan]moesaic eval runs/demo[/]
 
     Example: [cyan]moesaic eval runs/demo --pairs mine.tsv --from en --to de[/]
+
+    Example: [cyan]moesaic eval runs/demo --testset udhr[/]
     """
     use(files)
     RunDir.open(run).require_model()
-    own = pairs is not None or moses is not None
+    _only_one({"--pairs": pairs, "--moses": moses, "--testset": testset})
     config = find(str(run))
     corpus = config.corpus.open()
-    if own:
+    if testset is not None:
+        directions = run_directions(config, corpus=corpus, target=target)
+        tests = _named_tests(testset, directions=directions, limit=limit)
+    elif pairs is not None or moses is not None:
         tests = [_own_test(pairs, moses, source=source, target=target, limit=limit)]
     else:
         tests = run_tests(config, corpus=corpus, split=split, limit=limit, target=target)
+    headline = (pairs, moses, testset) == (None, None, None) and split in SPLITS
     summary = score_run(
         run,
         tests=tests,
@@ -69,7 +83,7 @@ def evaluate(
             f"[dim]scored {test.key} ({len(test)})[/]", highlight=False
         ),
     )
-    if not own:
+    if headline:
         keep(run, summary=summary, tests=tests)
     answer(summary.plain(), as_json=as_json, show=lambda console: _show(summary, console))
 
@@ -82,11 +96,22 @@ def run_tests(
     limit: int | None = None,
     target: str | None = None,
 ) -> list[TestSet]:
-    """Return the held-out strings of every direction from English into the run's languages."""
+    """Return the held-out strings of every direction from English into the run's languages.
+
+    A domain need not have them all: the directions that it lacks are left out.
+    """
+    directions = run_directions(run, corpus=corpus, target=target)
+    if split not in SPLITS and target is None:
+        held = [d for d in directions if corpus.count(*d, split=split)]
+        directions = held or directions
+    return from_corpus(corpus, directions=directions, split=split, limit=limit)
+
+
+def run_directions(run: Run, *, corpus: Corpus, target: str | None = None) -> list[tuple[str, str]]:
+    """Return the directions from English into the run's languages, or into ``target`` alone."""
     known = [language(code).code for code in run.languages] or list(corpus.languages)
     wanted = [language(target).code] if target else [c for c in known if c != "eng_Latn"]
-    directions = [("eng_Latn", code) for code in wanted]
-    return from_corpus(corpus, directions=directions, split=split, limit=limit)
+    return [("eng_Latn", code) for code in wanted]
 
 
 def keep(run: Path, *, summary: Summary, tests: list[TestSet]) -> Path:
@@ -94,6 +119,23 @@ def keep(run: Path, *, summary: Summary, tests: list[TestSet]) -> Path:
     summary.write(RunDir(run).summary)
     count_experts(run, tests=tests)
     return write_report(run)
+
+
+def _only_one(given: dict[str, object]) -> None:
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise UserError(f"{' and '.join(names)} were both given: choose one test set")
+
+
+def _named_tests(
+    name: str, *, directions: list[tuple[str, str]], limit: int | None
+) -> list[TestSet]:
+    if name.casefold() != UDHR:
+        raise UserError(
+            f'unknown test set "{name}": expected {UDHR}{nearest(name, [UDHR])} (the splits of '
+            "the run's corpus are chosen with --split)"
+        )
+    return udhr_tests(directions, limit=limit, progress=Talk())
 
 
 def _own_test(
@@ -106,8 +148,6 @@ def _own_test(
 ) -> TestSet:
     if target is None:
         raise UserError("--to is missing: which language are the references in? e.g. --to de")
-    if pairs is not None and moses is not None:
-        raise UserError("--pairs and --moses were both given: choose one test set")
     if pairs is not None:
         return from_file(pairs, source=source, target=target, limit=limit)
     assert moses is not None

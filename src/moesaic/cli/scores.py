@@ -14,7 +14,8 @@ TITLES = {"model": "model", "copy": "copying", "memory": "memory"}
 def show_scores(summary: Summary, console: Console) -> None:
     """Print chrF++ (with its 95 % interval) and BLEU of every system per language."""
     found = summary.plain()
-    title = "chrF++ [dim]± half of the 95 % interval[/] and BLEU, held-out strings"
+    tests = ", ".join(dict.fromkeys(result["test"] for result in found["languages"].values()))
+    title = f"chrF++ [dim]± half of the 95 % interval[/] and BLEU on {escape(tests)}"
     table = Table(box=None, title=title, title_justify="left", padding=(0, 1))
     table.add_column("language")
     table.add_column("strings", justify="right")

@@ -89,7 +89,6 @@ class Cleaner:
     def __init__(self, config: Clean) -> None:
         self.config = config
         self._scripts: dict[str, str] = {}
-        self._known_side = lru_cache(maxsize=1 << 15)(_side)  # a source recurs in every language
 
     def clean(self, pair: Pair) -> tuple[Pair | None, str]:
         """Return the normalised pair and ``""``, or None and the name of the rule that drops it."""
@@ -114,7 +113,7 @@ class Cleaner:
         script = self._script(code)
         if may_hold_accelerator(text):
             return _side(text, script, other)
-        return self._known_side(text, script, "")
+        return _known_side(text, script, "")
 
     def _script(self, code: str) -> str:
         if code not in self._scripts:
@@ -135,6 +134,10 @@ def _side(raw: str, script: str, other: str) -> Side:
         count_script(seen, script=script),
         placeholders(text),
     )
+
+
+# a source recurs in every language, and in the next package of the same program
+_known_side = lru_cache(maxsize=1 << 16)(_side)
 
 
 def _is_empty(pair: Prepared, _: Clean) -> bool:

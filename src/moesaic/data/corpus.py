@@ -73,6 +73,11 @@ class Corpus:
         return tuple((d["source"], d["target"]) for d in self.about["directions"])
 
     @property
+    def splits(self) -> tuple[str, ...]:
+        """Train, valid and test, then the domains held out whole."""
+        return (*SPLITS, *self.about.get("domains", {}))
+
+    @property
     def fingerprint(self) -> str:
         """A hash of everything the corpus holds."""
         parts = [f"{name} {f['sha256']}" for name, f in sorted(self.about["files"].items())]
@@ -165,8 +170,11 @@ class Corpus:
         raise DataError(f"corpus {self.name} has no pairs between {pair[0]} and {pair[1]}")
 
     def _split_path(self, name: str, *, split: str) -> Path | None:
-        if split not in SPLITS:
-            raise DataError(f'unknown split "{split}": expected one of {", ".join(SPLITS)}')
+        if split not in self.splits:
+            raise DataError(
+                f'corpus {self.name}: unknown split "{split}": expected one of '
+                f"{', '.join(self.splits)}{nearest(split, self.splits)}"
+            )
         return self.path / name if name in self.about["files"] else None
 
     def _rows(self, name: str) -> int:

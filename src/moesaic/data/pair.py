@@ -1,4 +1,4 @@
-"""Pair and Text: what every reader and builder yields, with where it came from."""
+"""Pair, Text and Unfit: what every builder yields, with where it came from."""
 
 from dataclasses import dataclass
 
@@ -38,3 +38,16 @@ class Text:
     language: str
     origin: str = ""
     licence: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Unfit:
+    """A pair that a builder itself refuses, so that it is counted: ``reason`` names why."""
+
+    source_language: str
+    target_language: str
+    reason: str
+
+    @property
+    def direction(self) -> tuple[str, str]:
+        return self.source_language, self.target_language

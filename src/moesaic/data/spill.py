@@ -1,9 +1,10 @@
-"""Spill: cleaned pairs on their way into a corpus, one temporary file per direction.
+"""Spill: cleaned pairs on their way into a corpus, one temporary file per direction and domain.
 
 Memory stays flat: a direction that outgrows ``BUCKET_BYTES`` is cut into buckets by its source's
 hash, and one bucket at a time is brought down to one target per source.
 """
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -45,20 +46,40 @@ class _Votes:
     first: Candidate
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Bin:
+    """What is brought down to one target per source together: a direction, whole or in a domain."""
+
+    direction: Direction
+    domain: str = ""
+
+    @property
+    def file(self) -> str:
+        return "-".join(self.direction) + (f"@{self.domain}" if self.domain else "")
+
+    @classmethod
+    def of(cls, file: str) -> "Bin":
+        """Read a bin back from its file's name."""
+        both, _, domain = file.partition("@")
+        source, target = both.split("-")
+        return cls((source, target), domain)
+
+
 class Spill:
-    """Takes pairs, gives them back direction by direction."""
+    """A folder of rows by bin: takes pairs, gives them back bin by bin."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files: dict[Direction, TextIO] = {}
+        self._files: dict[Bin, TextIO] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
-    def add(self, pair: Pair, *, rank: int, place: str) -> None:
-        stream = self._files.get(pair.direction)
+    def add(self, pair: Pair, *, rank: int, place: str, domain: str = "") -> None:
+        """Write a pair down. Several processes may not write to one folder: see ``take``."""
+        which = Bin(pair.direction, domain)
+        stream = self._files.get(which)
         if stream is None:
-            path = self._path(pair.direction)
-            stream = path.open("w", encoding="utf-8", newline="\n")
-            self._files[pair.direction] = stream
+            stream = (self._folder / which.file).open("w", encoding="utf-8", newline="\n")
+            self._files[which] = stream
         stream.write(
             f"{escape(pair.source)}\t{escape(pair.target)}\t{rank}\t{escape(pair.origin)}\t{place}\n"
         )
@@ -67,17 +88,23 @@ class Spill:
         for stream in self._files.values():
             stream.close()
 
-    def directions(self) -> list[Direction]:
-        return sorted(self._files)
+    def take(self, folder: Path) -> None:
+        """Append the rows of another, closed spill's folder to this one's, and remove them."""
+        for path in sorted(folder.iterdir()):
+            with (self._folder / path.name).open("ab") as whole, path.open("rb") as part:
+                shutil.copyfileobj(part, whole)
+            path.unlink()
 
-    def chosen(self, direction: Direction, *, tally: Tally) -> Iterator[Candidate]:
-        """Yield one target per source of a direction, by majority, in the order first seen."""
-        for bucket in self._buckets(self._path(direction)):
+    def bins(self) -> list[Bin]:
+        """Return every bin that holds rows, sorted, whoever wrote it."""
+        return sorted(Bin.of(path.name) for path in self._folder.iterdir())
+
+    def chosen(self, which: Bin, *, tally: Tally) -> Iterator[Candidate]:
+        """Yield one target per source of a bin, by majority, in the order first seen."""
+        path = self._folder / which.file
+        for bucket in self._buckets(path) if path.is_file() else ():
             yield from _choose(_read(bucket), tally=tally)
             bucket.unlink()
-
-    def _path(self, direction: Direction) -> Path:
-        return self._folder / "-".join(direction)
 
     def _buckets(self, path: Path) -> list[Path]:
         number = path.stat().st_size // BUCKET_BYTES + 1

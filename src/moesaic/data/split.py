@@ -4,6 +4,7 @@ So the split is the same in every language, whatever else the corpus holds, and 
 differ only in case, punctuation, digits or placeholders never stand on two sides of it.
 """
 
+import fnmatch
 import unicodedata
 from functools import lru_cache
 from hashlib import blake2b
@@ -13,6 +14,7 @@ from pydantic import Field, model_validator
 
 from moesaic.core.config import Config
 from moesaic.data.markup import without_placeholders
+from moesaic.data.near import Keep, NearDuplicates
 
 SPLITS = ("train", "valid", "test")
 SplitName = Literal["train", "valid", "test"]
@@ -30,18 +32,47 @@ class _Letters(dict[int, str]):
 _LETTERS = _Letters()
 
 
+class Domain(Config):
+    """Packages (names or patterns such as ``wesnoth-*``) that never train.
+
+    All their rows are a test set of their own, a split called ``name``: text of a kind that
+    training has not seen, where the test split is more of the same.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z][\w-]*$")
+    packages: tuple[str, ...] = Field(min_length=1)
+
+    def has(self, origin: str) -> bool:
+        """Whether rows of this origin belong here."""
+        return any(fnmatch.fnmatchcase(origin, pattern) for pattern in self.packages)
+
+
 class Split(Config):
-    """Shares of 1 that go to test and valid; ``salt`` draws another split."""
+    """Shares of 1 that go to test and valid; ``salt`` draws another split.
+
+    ``domains`` are held out whole; ``near`` says what becomes of held-out sources that are almost
+    train sources.
+    """
 
     test: float = Field(default=0.10, ge=0, lt=1)
     valid: float = Field(default=0.05, ge=0, lt=1)
     salt: str = ""
+    near: NearDuplicates = Keep()
+    domains: tuple[Domain, ...] = ()
 
     @model_validator(mode="after")
     def _leaves_something(self) -> "Split":
         if self.test + self.valid >= 1:
             raise ValueError(f"test={self.test} and valid={self.valid} leave nothing to train on")
+        names = [*SPLITS, *(domain.name for domain in self.domains)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two splits are called {', '.join(twice)}: name the domain otherwise")
         return self
+
+    def domain(self, origin: str) -> str:
+        """Return the name of the domain that rows of this origin belong to; empty for none."""
+        return next((domain.name for domain in self.domains if domain.has(origin)), "")
 
     def of(self, source: str) -> SplitName:
         """Return the split of a source text."""

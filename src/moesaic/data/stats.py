@@ -37,12 +37,18 @@ class DirectionStats:
 
 @dataclass(frozen=True, slots=True)
 class CorpusStats:
-    """All directions, largest first; ``reasons`` says what each reason for dropping means."""
+    """All directions, largest first; ``reasons`` says what each reason for dropping means.
+
+    ``domains`` are the packages that never train, by the split that holds them; ``missing`` the
+    packages that could not be had, with the reason.
+    """
 
     name: str
     directions: tuple[DirectionStats, ...]
     too_small: dict[str, int]
     reasons: dict[str, str]
+    domains: dict[str, list[str]]
+    missing: dict[str, str]
 
     @property
     def read(self) -> int:
@@ -51,6 +57,16 @@ class CorpusStats:
     @property
     def kept(self) -> int:
         return sum(d.kept for d in self.directions)
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Pairs by split over all directions: train, valid, test, then the domains."""
+        names = (*SPLITS, *self.domains)
+        return {s: sum(d.splits[s].pairs for d in self.directions) for s in names}
+
+    def with_at_least(self, pairs: int) -> int:
+        """Number of directions that hold so many pairs."""
+        return sum(d.kept >= pairs for d in self.directions)
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -67,13 +83,20 @@ def stats(corpus: Corpus) -> CorpusStats:
             d["target"],
             d["read"],
             dict(d["dropped"]),
-            {split: Counts(**d["splits"][split]) for split in SPLITS},
+            {split: Counts(**counts) for split, counts in d["splits"].items()},
         )
         for d in corpus.about["directions"]
     ]
     directions.sort(key=lambda d: (-d.kept, d.source, d.target))
     about = corpus.about
-    return CorpusStats(corpus.name, tuple(directions), about["too_small"], about["reasons"])
+    return CorpusStats(
+        corpus.name,
+        tuple(directions),
+        about["too_small"],
+        about["reasons"],
+        about.get("domains", {}),
+        about.get("missing", {}),
+    )
 
 
 def sample(

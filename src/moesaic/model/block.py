@@ -1,4 +1,6 @@
-"""Block: attention and a feed-forward (dense or sparse), each added to the stream it read.
+"""Block: attention and a feed-forward (dense or sparse), each adding to the stream.
+
+What a branch reads of the stream is the arrangement's affair (``arrangement.py``).
 
 Letters: B rows, L length, T tokens, D model dim.
 """
@@ -9,11 +11,13 @@ from torch import nn
 
 from moesaic.core.shapes import Bool, Float, Int, Tensor
 from moesaic.model.blueprint import Blueprint, Stack
+from moesaic.moe.attention import Attends
+from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.context import Carry, Context
 from moesaic.moe.gates import Place
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.record import Record
-from moesaic.nn.attention import CrossAttention, KeyValue, SelfAttention
+from moesaic.nn.attention import CrossAttention, KeyValue
 from moesaic.nn.feed_forward import DenseFeedForward
 from moesaic.nn.packing import Packing
 from moesaic.nn.position import Rotation
@@ -42,28 +46,47 @@ class Stream:
     records: Records = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a decoder block's later branches need: how it was entered, and the source."""
+
+    entered: Float[Tensor, "T D"]
+    source: KeyValue | None
+    mask: Bool[Tensor, "B 1 1 S"] | None
+
+
 class SelfBranch(nn.Module):
-    """``x + attention(norm(x))``."""
+    """``x + attention(norm(read))``."""
 
     def __init__(self, config: Blueprint, *, causal: bool) -> None:
         super().__init__()
-        self.norm = config.norm.build(config.dim)
-        self.inner = SelfAttention(config.attention, dim=config.dim, bias=config.bias)
+        self.norm = config.block.branch_norm(config.norm, dim=config.dim)
+        self.inner: Attends = config.attention_experts.build(
+            config.attention, dim=config.dim, bias=config.bias
+        )
         self.dropout = nn.Dropout(config.dropout)
         self.causal = causal
 
-    def forward(self, x: Float[Tensor, "T D"], *, view: View) -> Float[Tensor, "T D"]:
+    def forward(
+        self, x: Float[Tensor, "T D"], *, read: Float[Tensor, "T D"], view: View
+    ) -> Float[Tensor, "T D"]:
         y = self.inner(
-            self.norm(x), packing=view.packing, rotation=view.rotation, causal=self.causal
+            self.norm(read), packing=view.packing, rotation=view.rotation, causal=self.causal
         )
         return x + self.dropout(y)
 
     def step(
-        self, x: Float[Tensor, "T D"], *, view: View, cache: KeyValue, position: Int[Tensor, "B n"]
+        self,
+        x: Float[Tensor, "T D"],
+        *,
+        read: Float[Tensor, "T D"],
+        view: View,
+        cache: KeyValue,
+        position: Int[Tensor, "B n"],
     ) -> Float[Tensor, "T D"]:
         """The same for the newest tokens only."""
         return x + self.inner.step(
-            self.norm(x),
+            self.norm(read),
             packing=view.packing,
             rotation=view.rotation,
             cache=cache,
@@ -72,11 +95,11 @@ class SelfBranch(nn.Module):
 
 
 class CrossBranch(nn.Module):
-    """``x + attention(norm(x), source)``."""
+    """``x + attention(norm(read), source)``."""
 
     def __init__(self, config: Blueprint) -> None:
         super().__init__()
-        self.norm = config.norm.build(config.dim)
+        self.norm = config.block.branch_norm(config.norm, dim=config.dim)
         self.inner = CrossAttention(config.attention, dim=config.dim, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -84,40 +107,41 @@ class CrossBranch(nn.Module):
         self,
         x: Float[Tensor, "T D"],
         *,
+        read: Float[Tensor, "T D"],
         view: View,
         source: KeyValue,
         mask: Bool[Tensor, "B 1 1 S"] | None,
     ) -> Float[Tensor, "T D"]:
-        y = self.inner(self.norm(x), packing=view.packing, source=source, mask=mask)
+        y = self.inner(self.norm(read), packing=view.packing, source=source, mask=mask)
         return x + self.dropout(y)
 
 
 class DenseBranch(nn.Module):
-    """``x + feed_forward(norm(x))``; nothing is recorded or handed on."""
+    """``x + feed_forward(norm(read))``; nothing is recorded or handed on."""
 
     def __init__(self, config: Blueprint) -> None:
         super().__init__()
-        self.norm = config.norm.build(config.dim)
+        self.norm = config.block.branch_norm(config.norm, dim=config.dim)
         self.inner = DenseFeedForward(config.feed_forward, dim=config.dim, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, stream: Stream, *, context: Context) -> Stream:
+    def forward(self, stream: Stream, *, read: Float[Tensor, "T D"], context: Context) -> Stream:
         del context
-        x = stream.x + self.dropout(self.inner(self.norm(stream.x)))
+        x = stream.x + self.dropout(self.inner(self.norm(read)))
         return replace(stream, x=x)
 
 
 class SparseBranch(nn.Module):
-    """``x + experts(norm(x))``, and a record if there is a router."""
+    """``x + experts(norm(read))``, and a record if there is a router."""
 
-    def __init__(self, config: Blueprint, *, moe: MoELayer) -> None:
+    def __init__(self, config: Blueprint, *, inner: nn.Module) -> None:
         super().__init__()
-        self.norm = config.norm.build(config.dim)
-        self.inner = moe
+        self.norm = config.block.branch_norm(config.norm, dim=config.dim)
+        self.inner = inner
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, stream: Stream, *, context: Context) -> Stream:
-        answer = self.inner(self.norm(stream.x), context=context, carry=stream.carry)
+    def forward(self, stream: Stream, *, read: Float[Tensor, "T D"], context: Context) -> Stream:
+        answer = self.inner(self.norm(read), context=context, carry=stream.carry)
         records = stream.records if answer.record is None else (*stream.records, answer.record)
         return Stream(stream.x + self.dropout(answer.out), answer.carry, records)
 
@@ -127,12 +151,16 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, config: Blueprint, *, layer: int) -> None:
         super().__init__()
+        self.entry = config.block.entry(config.norm, dim=config.dim)
         self.self_attention = SelfBranch(config, causal=False)
         self.feed_forward = feed_forward(config, stack=config.encoder, layer=layer, side="encoder")
+        self.arrangement = config.block
 
     def forward(self, stream: Stream, *, view: View) -> Stream:
-        x = self.self_attention(stream.x, view=view)
-        return self.feed_forward(replace(stream, x=x), context=view.context)
+        entered, reads = self.entry(stream.x), self.arrangement.reads
+        x = self.self_attention(stream.x, read=reads(stream.x, entered=entered), view=view)
+        read = reads(x, entered=entered)
+        return self.feed_forward(replace(stream, x=x), read=read, context=view.context)
 
 
 class DecoderBlock(nn.Module):
@@ -140,9 +168,11 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, config: Blueprint, *, layer: int) -> None:
         super().__init__()
+        self.entry = config.block.entry(config.norm, dim=config.dim)
         self.self_attention = SelfBranch(config, causal=True)
         self.cross_attention = CrossBranch(config) if config.encoder.layers else None
         self.feed_forward = feed_forward(config, stack=config.decoder, layer=layer, side="decoder")
+        self.arrangement = config.block
 
     def read(self, memory: Float[Tensor, "T D"], *, packing: Packing) -> KeyValue | None:
         """Keys and values of the source, if this block looks at one."""
@@ -158,8 +188,11 @@ class DecoderBlock(nn.Module):
         source: KeyValue | None,
         mask: Bool[Tensor, "B 1 1 S"] | None,
     ) -> Stream:
-        x = self.self_attention(stream.x, view=view)
-        return self._rest(replace(stream, x=x), view=view, source=source, mask=mask)
+        entered = self.entry(stream.x)
+        read = self.arrangement.reads(stream.x, entered=entered)
+        x = self.self_attention(stream.x, read=read, view=view)
+        look = Look(entered, source, mask)
+        return self._rest(replace(stream, x=x), view=view, look=look)
 
     def step(
         self,
@@ -172,28 +205,35 @@ class DecoderBlock(nn.Module):
         mask: Bool[Tensor, "B 1 1 S"] | None,
     ) -> Stream:
         """The same for the newest tokens, with what came before in ``cache``."""
-        x = self.self_attention.step(stream.x, view=view, cache=cache, position=position)
-        return self._rest(replace(stream, x=x), view=view, source=source, mask=mask)
+        entered = self.entry(stream.x)
+        read = self.arrangement.reads(stream.x, entered=entered)
+        x = self.self_attention.step(stream.x, read=read, view=view, cache=cache, position=position)
+        look = Look(entered, source, mask)
+        return self._rest(replace(stream, x=x), view=view, look=look)
 
-    def _rest(
-        self, stream: Stream, *, view: View, source: KeyValue | None, mask: Tensor | None
-    ) -> Stream:
-        if self.cross_attention is not None and source is not None:
-            x = self.cross_attention(stream.x, view=view, source=source, mask=mask)
+    def _rest(self, stream: Stream, *, view: View, look: Look) -> Stream:
+        reads = self.arrangement.reads
+        if self.cross_attention is not None and look.source is not None:
+            read = reads(stream.x, entered=look.entered)
+            x = self.cross_attention(
+                stream.x, read=read, view=view, source=look.source, mask=look.mask
+            )
             stream = replace(stream, x=x)
-        return self.feed_forward(stream, context=view.context)
+        read = reads(stream.x, entered=look.entered)
+        return self.feed_forward(stream, read=read, context=view.context)
 
 
 def feed_forward(
     config: Blueprint, *, stack: Stack, layer: int, side: str
 ) -> DenseBranch | SparseBranch:
     """Make a block's last branch: dense, or sparse where the stack says so."""
-    moe = config.experts(stack, layer=layer)
-    if moe is None:
+    sparse, layers = config.sparse(stack, layer=layer), stack.sparse_layers
+    if isinstance(sparse, NoMoE):
         return DenseBranch(config)
-    sparse = stack.sparse_layers
-    place = Place(f"{side}.{layer}", index=sparse.index(layer), count=len(sparse))
-    experts = MoELayer(
-        moe, dim=config.dim, feed_forward=config.feed_forward, bias=config.bias, place=place
-    )
-    return SparseBranch(config, moe=experts)
+    dim, feed, bias = config.dim, config.feed_forward, config.bias
+    if not isinstance(sparse, MoE):
+        own = sparse.build(feed_forward=feed, dim=dim, bias=bias)
+        return SparseBranch(config, inner=own)
+    place = Place(f"{side}.{layer}", index=layers.index(layer), count=len(layers))
+    experts = MoELayer(sparse, dim=dim, feed_forward=feed, bias=bias, place=place)
+    return SparseBranch(config, inner=experts)

@@ -6,6 +6,9 @@
 from pydantic import Field, model_validator
 
 from moesaic.core.config import Config
+from moesaic.model.arrangement import Arrangement, Serial
+from moesaic.moe import members as members  # every rule is a word of a blueprint
+from moesaic.moe.attention import AttentionExperts, NoAttentionExperts
 from moesaic.moe.config import MoE, NoMoE, Sparse
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
@@ -17,17 +20,21 @@ from moesaic.nn.position import Position, Rotary
 class Stack(Config):
     """``layers`` blocks; block i (from 0) has experts where ``(i + 1) % moe_every == 0``.
 
-    ``moe_every=0`` keeps the whole stack dense. ``experts`` gives each of those blocks a number of
-    experts of its own, first block first (a pyramid, DeepSpeed-MoE, 2201.05596, section 4.1).
+    ``moe_every=0`` keeps the whole stack dense, ``dense`` its first so many blocks. ``experts``
+    gives each of those that are not a number of experts of its own, first block first (a pyramid,
+    DeepSpeed-MoE, 2201.05596, section 4.1).
+    ``moe`` is what stands in them, if not what the rest of the model has.
     """
 
     layers: int = Field(ge=0)
     moe_every: int = Field(default=2, ge=0)
+    dense: int = Field(default=0, ge=0)
     experts: tuple[int, ...] = ()
+    moe: Sparse | None = None
 
     def sparse(self, layer: int) -> bool:
         """Whether block ``layer`` may have experts."""
-        return self.moe_every > 0 and (layer + 1) % self.moe_every == 0
+        return layer >= self.dense and self.moe_every > 0 and (layer + 1) % self.moe_every == 0
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
@@ -56,8 +63,8 @@ class Init(Config):
     matrix, expert (products back to the   the same times ``(branches of the stack) ** -0.5``:
     residual stream)                       2 per encoder or decoder-only layer, 3 with cross-
                                            attention; unless ``scale_by_depth`` is false
-    router                                 ``router_std`` (default ``(0.1 / dim) ** 0.5``: Switch,
-                                           2101.03961, section 2.4)
+    router (products that make logits)     ``router_std`` (default ``(0.1 / fan_in) ** 0.5``:
+                                           Switch, 2101.03961, section 2.4)
     norm                                   gain 1, bias 0
     bias                                   0
     =====================================  ====================================================
@@ -70,7 +77,10 @@ class Init(Config):
 
 
 class Blueprint(Config):
-    """An encoder-decoder if ``encoder.layers > 0``, else a decoder-only model. Pre-norm."""
+    """An encoder-decoder if ``encoder.layers > 0``, else a decoder-only model. Pre-norm.
+
+    ``attention_experts`` are those of every self-attention; cross-attention has none.
+    """
 
     vocab_size: int = Field(ge=8)
     dim: int = Field(ge=1)
@@ -82,6 +92,8 @@ class Blueprint(Config):
     norm: Norm = RMSNorm()
     position: Position = Rotary()
     embedding: EmbeddingConfig = EmbeddingConfig()
+    attention_experts: AttentionExperts = NoAttentionExperts()
+    block: Arrangement = Serial()
     bias: bool = False
     dropout: float = Field(default=0.0, ge=0, lt=1)
     init: Init = Init()
@@ -90,13 +102,28 @@ class Blueprint(Config):
     def head_dim(self) -> int:
         return self.attention.width(self.dim)
 
+    @property
+    def self_attention(self) -> AttentionConfig:
+        """All heads of a block's self-attention, whichever expert they belong to."""
+        return self.attention_experts.all_heads(self.attention, dim=self.dim)
+
+    def mixture(self, stack: Stack) -> Sparse:
+        """What stands in the sparse blocks of a stack."""
+        return self.moe if stack.moe is None else stack.moe
+
+    def sparse(self, stack: Stack, *, layer: int) -> Sparse:
+        """What stands in the place of a block's feed-forward; ``NoMoE`` where it is dense."""
+        if not stack.sparse(layer):
+            return NoMoE()
+        moe = self.mixture(stack)
+        if not isinstance(moe, MoE) or not stack.experts:
+            return moe
+        return moe.replace(experts=stack.experts[stack.sparse_layers.index(layer)])
+
     def experts(self, stack: Stack, *, layer: int) -> MoE | None:
-        """The mixture in a block, or None where it is dense."""
-        if not isinstance(self.moe, MoE) or not stack.sparse(layer):
-            return None
-        if not stack.experts:
-            return self.moe
-        return self.moe.replace(experts=stack.experts[stack.sparse_layers.index(layer)])
+        """The mixture in a block, or None where there is none."""
+        sparse = self.sparse(stack, layer=layer)
+        return sparse if isinstance(sparse, MoE) else None
 
     @model_validator(mode="after")
     def _check(self) -> "Blueprint":
@@ -109,9 +136,36 @@ class Blueprint(Config):
             raise ValueError(f"attention.kv_heads={heads.groups()} to divide heads={heads.heads}")
         if isinstance(self.position, Rotary) and self.head_dim % 2:
             raise ValueError(f"an even head_dim for Rotary, not {self.head_dim}")
-        if isinstance(self.moe, MoE):
-            k = self.moe.select.experts_per_token(2**30)
-            fewest = min((self.moe.experts, *self.encoder.experts, *self.decoder.experts))
-            if k > fewest + self.moe.spare.count():
-                raise ValueError(f"moe.experts={fewest} to be at least {k:g} (the select)")
+        for stack in (self.encoder, self.decoder):
+            body = self.mixture(stack)
+            if not isinstance(body, MoE | NoMoE) and stack.experts:
+                name = type(body).__name__
+                raise ValueError(f"no number of experts per block (stack.experts) with {name}")
+            if isinstance(body, MoE):
+                _check_link(body, experts=stack.experts)
+            for layer in stack.sparse_layers:
+                _check_experts(self.experts(stack, layer=layer))
+        wanted = self.mixture(self.decoder)
+        if self.decoder.sparse_layers and not wanted.causal:
+            raise ValueError(
+                f"found {_rule(wanted)} in the decoder, expected a rule that does not look at "
+                f"later tokens: they are not there yet when it writes. Put it into encoder.moe, "
+                f"and another rule into moe (or decoder.moe)"
+            )
         return self
+
+
+def _check_experts(moe: MoE | None) -> None:
+    refused = moe and moe.select.refuses(experts=moe.routed, spare=moe.spare.count())
+    if moe and refused:
+        raise ValueError(f"found moe.experts={moe.experts}, {_rule(moe)} expects {refused}")
+
+
+def _check_link(moe: MoE, *, experts: tuple[int, ...]) -> None:
+    refused = moe.link.refuses(experts=experts, condition=moe.condition)
+    if refused:
+        raise ValueError(f"{type(moe.link).__name__} expects {refused}")
+
+
+def _rule(moe: Sparse) -> str:
+    return type(moe.select if isinstance(moe, MoE) else moe).__name__

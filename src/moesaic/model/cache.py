@@ -23,6 +23,8 @@ class Memory:
 class Cache:
     """Keys and values of each decoder block, each row's length and its first token.
 
+    ``routing`` is what the routers keep of earlier tokens, where they look at them.
+
     The one thing here that changes in place: ``Transformer.step`` appends to it, ``reorder`` picks
     rows (a beam's survivors, or the rows that are not finished).
     """
@@ -35,9 +37,10 @@ class Cache:
         mask: Bool[Tensor, "B 1 1 S"] | None,
         length: Int[Tensor, "B"],
         tag: Int[Tensor, "B"],
+        routing: KeyValue | None = None,
     ) -> None:
         self.own, self.source, self.mask, self.length = own, source, mask, length
-        self.tag = tag
+        self.tag, self.routing = tag, routing
 
     @property
     def rows(self) -> int:
@@ -46,6 +49,7 @@ class Cache:
     def reserve(self, length: int) -> None:
         """Make room for ``length`` tokens per row."""
         self.own = [layer.fit(length) for layer in self.own]
+        self.routing = self.routing.fit(length) if self.routing else None
 
     def reorder(self, index: Int[Tensor, "R"]) -> None:
         """Keep the rows ``index``, in that order; a row may be taken twice or not at all."""
@@ -54,6 +58,7 @@ class Cache:
         ):
             return
         self.own = [layer.select(index) for layer in self.own]
+        self.routing = self.routing.select(index) if self.routing else None
         self.length = self.length.index_select(0, index)
         self.tag = self.tag.index_select(0, index)
         self.source = [layer.select(index) if layer else None for layer in self.source]

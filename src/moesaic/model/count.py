@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from moesaic.model.blueprint import Blueprint, Stack
-from moesaic.moe.config import MoE
+from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.experts import Size
 from moesaic.moe.gates import Place
 from moesaic.moe.pieces import Piece
+from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.position import Learned
 
@@ -26,7 +27,8 @@ ATTENTION, CROSS, DENSE, EXPERTS = "self-attention", "cross-attention", "feed-fo
 class Entry:
     """``copies`` parameters of one shape. ``part`` is where (``encoder experts``), ``kind`` what.
 
-    ``used`` is the share of it that one token multiplies with: k / E for experts, else 1.
+    ``used`` is the share of it that one token multiplies with: k / E for experts, else 1; ``times``
+    is how often it does.
     """
 
     part: str
@@ -34,6 +36,7 @@ class Entry:
     shape: tuple[int, ...]
     copies: int
     used: float = 1.0
+    times: float = 1.0
 
     @property
     def size(self) -> int:
@@ -116,9 +119,9 @@ def _entries(config: Blueprint) -> Iterator[Entry]:
 
 
 def _num_norms(config: Blueprint) -> int:
-    decoder = 3 if config.encoder.layers else 2
-    final = 2 if config.encoder.layers else 1
-    return 2 * config.encoder.layers + decoder * config.decoder.layers + final
+    both, block = bool(config.encoder.layers), config.block
+    decoder = block.norms(3 if both else 2)
+    return block.norms(2) * config.encoder.layers + decoder * config.decoder.layers + 1 + both
 
 
 def _norms(config: Blueprint, *, part: str, copies: int) -> Iterator[Entry]:
@@ -129,32 +132,47 @@ def _norms(config: Blueprint, *, part: str, copies: int) -> Iterator[Entry]:
 
 def _stack(config: Blueprint, *, stack: Stack, side: str) -> Iterator[Entry]:
     dim, layers = config.dim, stack.layers
-    query = config.attention.heads * config.head_dim
-    both = 2 * config.attention.groups() * config.head_dim
-    own = f"{side} {ATTENTION}"
-    yield from _linear(config, part=own, fan=(dim, query + both), copies=layers)
-    yield from _linear(config, part=own, fan=(query, dim), copies=layers)
+    yield from _self_attention(config, part=f"{side} {ATTENTION}", copies=layers)
     if side == "decoder" and config.encoder.layers:
+        query, both = _widths(config.attention, dim=dim)
         cross = f"{side} {CROSS}"
         for fan in ((dim, query), (dim, both), (query, dim)):
             yield from _linear(config, part=cross, fan=fan, copies=layers)
-    mixtures = [config.experts(stack, layer=layer) for layer in range(layers)]
-    sparse = [moe for moe in mixtures if moe is not None]
-    feed, dense = config.feed_forward, layers - len(sparse)
+    bodies = [config.sparse(stack, layer=layer) for layer in range(layers)]
+    mixtures = [body for body in bodies if isinstance(body, MoE)]
+    feed, dense = config.feed_forward, sum(isinstance(body, NoMoE) for body in bodies)
     width = feed.activation.width(feed.hidden)
     yield from _linear(config, part=f"{side} {DENSE}", fan=(dim, width), copies=dense)
     yield from _linear(config, part=f"{side} {DENSE}", fan=(feed.hidden, dim), copies=dense)
-    for index, moe in enumerate(sparse):
-        place = Place(side, index=index, count=len(sparse))
+    for index, moe in enumerate(mixtures):
+        place = Place(side, index=index, count=len(mixtures))
         yield from _mixture(config, moe=moe, side=side, place=place)
-    if sparse:
-        shared = sparse[0].link.shared_pieces(dim=dim, experts=sparse[0].routed)
+    if mixtures:
+        shared = mixtures[0].link.shared_pieces(dim=dim, experts=mixtures[0].routed)
         yield from _pieces(shared, part=f"{side} router")
+    for body in bodies:
+        if not isinstance(body, MoE | NoMoE):
+            pieces = body.pieces(feed_forward=feed, dim=dim, bias=config.bias)
+            yield from _pieces(pieces, part=f"{side} {body.part}")
+
+
+def _self_attention(config: Blueprint, *, part: str, copies: int) -> Iterator[Entry]:
+    dim, (query, both) = config.dim, _widths(config.self_attention, dim=config.dim)
+    yield from _linear(config, part=part, fan=(dim, query + both), copies=copies)
+    yield from _linear(config, part=part, fan=(query, dim), copies=copies)
+    for _ in range(copies):
+        yield from _pieces(config.attention_experts.pieces(dim=dim), part=part)
+
+
+def _widths(config: AttentionConfig, *, dim: int) -> tuple[int, int]:
+    """Widths of an attention's queries, and of its keys and values together."""
+    return config.heads * config.width(dim), 2 * config.groups() * config.width(dim)
 
 
 def _mixture(config: Blueprint, *, moe: MoE, side: str, place: Place) -> Iterator[Entry]:
     dim, feed, bias = config.dim, moe.feed_forward(config.feed_forward), config.bias
-    gate = moe.link.gate_pieces(dim=dim, experts=moe.routed, place=place)
+    reads = moe.condition.dim(dim)
+    gate = moe.link.gate_pieces(dim=reads, experts=moe.routed, place=place)
     yield from _pieces([*gate, *moe.condition.pieces(dim=dim)], part=f"{side} router")
     size = Size(moe.experts, moe.exchange.dim(dim), feed, bias)
     yield from _pieces(moe.expert.pieces(size, used=used_share(moe)), part=f"{side} {EXPERTS}")
@@ -173,7 +191,7 @@ def used_share(moe: MoE) -> float:
 
 def _pieces(pieces: Iterable[Piece], *, part: str) -> Iterator[Entry]:
     for piece in pieces:
-        yield Entry(part, piece.kind, piece.shape, 1, piece.used)
+        yield Entry(part, piece.kind, piece.shape, 1, piece.used, piece.times)
 
 
 def _linear(config: Blueprint, *, part: str, fan: tuple[int, int], copies: int) -> Iterator[Entry]:
@@ -191,17 +209,19 @@ def _matrix_flops(counted: Count, sizes: Sizes) -> float:
         if entry.kind not in ("matrix", "expert", "router"):
             continue
         tokens = source if entry.part.startswith("encoder") else target
-        flops += 2 * tokens * entry.size * entry.used
+        flops += 2 * tokens * entry.size * entry.used * entry.times
     # keys and values of the cross-attention are made of source tokens, not of target tokens
     crossed = 2 * config.dim * config.attention.groups() * config.head_dim * config.decoder.layers
     return flops + (2 * (source - target) * crossed if config.encoder.layers else 0)
 
 
 def _attention_flops(config: Blueprint, sizes: Sizes) -> float:
-    width = config.attention.heads * config.head_dim
+    width, all_heads = (
+        heads.heads * config.head_dim for heads in (config.attention, config.self_attention)
+    )
     own = config.encoder.layers * sizes.source**2 + config.decoder.layers * _causal(sizes.target)
     cross = config.decoder.layers * sizes.target * sizes.source if config.encoder.layers else 0
-    return 4.0 * sizes.rows * width * (own + cross)
+    return 4.0 * sizes.rows * (all_heads * own + width * cross)
 
 
 def _causal(length: int) -> float:

@@ -15,7 +15,9 @@ from torch import nn
 
 from moesaic.model.blueprint import Blueprint, Stack
 from moesaic.model.count import Sizes, count
-from moesaic.moe.config import MoE
+from moesaic.moe.config import MoE, NoMoE, Sparse
+from moesaic.moe.experts import Size
+from moesaic.moe.gates import Place
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.position import Rotary
 from moesaic.optim.optimizer import AdamW, Optimizer
@@ -86,36 +88,63 @@ def _key_width(config: Blueprint) -> int:
 
 def _stack(config: Blueprint, *, stack: Stack) -> int:
     """Values kept per token by the self-attention and feed-forward branches of a stack."""
-    values = stack.layers * _attention(config)
+    values = stack.layers * (_attention(config) + config.block.norms(2) * _norm(config))
     for layer in range(stack.layers):
+        sparse = config.sparse(stack, layer=layer)
+        values += _dense(config) if isinstance(sparse, NoMoE) else _sparse(config, sparse=sparse)
+    return values + _routers(config, stack=stack)
+
+
+def _routers(config: Blueprint, *, stack: Stack) -> int:
+    """What routers keep per token beyond the plain ones of ``_sparse``."""
+    values, sparse = 0, stack.sparse_layers
+    for index, layer in enumerate(sparse):
         moe = config.experts(stack, layer=layer)
-        values += _dense(config) if moe is None else _sparse(config, moe=moe)
+        if moe is not None:
+            place = Place("", index=index, count=len(sparse))
+            values += moe.link.kept(dim=config.dim, place=place) + moe.condition.kept(config.dim)
+            if index == 0:
+                values += moe.link.shared_kept() + moe.condition.shared_kept(config.dim)
     return values
 
 
 def _attention(config: Blueprint) -> int:
-    heads = config.attention.heads
-    query, key = heads * config.head_dim, _key_width(config)
+    attention = config.self_attention
+    heads, query = attention.heads, attention.heads * config.head_dim
+    key = attention.groups() * config.head_dim
     turned = query + key if isinstance(config.position, Rotary) else 0
-    return _norm(config) + query + 2 * key + turned + query + heads + _mask(config)
+    mixed = math.ceil(config.attention_experts.kept(config.attention, dim=config.dim))
+    return query + 2 * key + turned + query + heads + mixed + _mask(config)
 
 
 def _cross(config: Blueprint) -> int:
     query = config.attention.heads * config.head_dim
-    return _norm(config) + 2 * query + config.attention.heads + _mask(config)
+    norms = config.block.norms(3) - config.block.norms(2)
+    return norms * _norm(config) + 2 * query + config.attention.heads + _mask(config)
 
 
 def _dense(config: Blueprint) -> int:
     feed = config.feed_forward
-    return _norm(config) + feed.activation.kept * feed.hidden + _mask(config)
+    return feed.activation.kept * feed.hidden + _mask(config)
 
 
-def _sparse(config: Blueprint, *, moe: MoE) -> int:
-    """Rows, pre-activation and answer of each edge; logits, probabilities and choices."""
-    k = moe.select.experts_per_token(moe.routed)
-    feed = moe.feed_forward(config.feed_forward)
-    edge = 2 * config.dim + feed.activation.width(feed.hidden) + 4
-    return _norm(config) + math.ceil(k * edge) + 3 * moe.experts + _mask(config)
+def _sparse(config: Blueprint, *, sparse: Sparse) -> int:
+    dim, feed = config.dim, config.feed_forward
+    inner = (
+        _mixture(config, moe=sparse)
+        if isinstance(sparse, MoE)
+        else sparse.kept(feed_forward=feed, dim=dim)
+    )
+    return math.ceil(inner) + _mask(config)
+
+
+def _mixture(config: Blueprint, *, moe: MoE) -> float:
+    """What each part says, and the router's logits, probabilities and choices."""
+    dim, feed = config.dim, moe.feed_forward(config.feed_forward)
+    size = Size(moe.experts, moe.exchange.dim(dim), feed, config.bias)
+    edges = moe.select.experts_per_token(moe.routed)
+    around = moe.exchange.kept(dim=dim) + moe.beside.kept(feed_forward=feed, dim=dim)
+    return moe.expert.kept(size, edges=edges) + around + 3 * moe.routed
 
 
 def _head(config: Blueprint, *, tokens: int) -> int:

@@ -1,6 +1,6 @@
 """Init: what kind each parameter is, and the distribution it starts from (table: ``Init``)."""
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -9,6 +9,7 @@ from moesaic.model.blueprint import Blueprint, Init
 from moesaic.moe.experts import ExpertBank
 from moesaic.moe.router import Router
 from moesaic.nn.embedding import Embedding
+from moesaic.nn.start import Start, own_starts
 
 Kind = Literal["embedding", "norm", "bias", "matrix", "expert", "router"]
 
@@ -22,8 +23,11 @@ def parameter_kinds(model: nn.Module) -> dict[str, Kind]:
     }
     routers = tuple(f"{path}." for path, m in model.named_modules() if isinstance(m, Router))
     routers += ("encoder_routing.", "decoder_routing.")  # what routers of a stack share
+    said = {name: start.kind for name, start in own_starts(model).items() if start.kind}
     return {
-        name: _kind(*owners[name], routes=name.startswith(routers))
+        name: cast("Kind", said[name])
+        if name in said
+        else _kind(*owners[name], routes=name.startswith(routers))
         for name, _ in model.named_parameters()
     }
 
@@ -43,7 +47,7 @@ def _kind(module: nn.Module, name: str, *, routes: bool) -> Kind:
 @torch.no_grad()
 def initialise(model: nn.Module, config: Blueprint) -> None:
     """Draw every parameter from torch's global generator, in the order of the kinds."""
-    kinds = parameter_kinds(model)
+    kinds, said = parameter_kinds(model), own_starts(model)
     for name, parameter in model.named_parameters():
         kind = kinds[name]
         if kind == "norm":
@@ -51,19 +55,22 @@ def initialise(model: nn.Module, config: Blueprint) -> None:
         elif kind == "bias":
             parameter.zero_()
         else:
-            parameter.normal_(std=start_std(name, kind=kind, shape=parameter.shape, config=config))
+            own = said.get(name, Start())
+            std = start_std(name, kind=kind, shape=parameter.shape, own=own, config=config)
+            parameter.normal_(std=std)
 
 
-def start_std(name: str, *, kind: Kind, shape: torch.Size, config: Blueprint) -> float:
+def start_std(name: str, *, kind: Kind, shape: torch.Size, own: Start, config: Blueprint) -> float:
     """Standard deviation that a weight starts with."""
     init: Init = config.init
+    if own.std is not None:
+        return own.std
     if kind == "embedding":
         return init.embedding_std or config.dim**-0.5
     if kind == "router":
-        return init.router_std or (0.1 / config.dim) ** 0.5
-    fan_in = (
-        shape[-1] if kind == "matrix" else shape[-2]
-    )  # Linear is [out, in], a bank [E, in, out]
+        return init.router_std or (0.1 / shape[-1]) ** 0.5
+    # Linear is [out, in], a bank [E, in, out]
+    fan_in = own.fan_in or (shape[-1] if kind == "matrix" else shape[-2])
     std = init.std or fan_in**-0.5
     back = name.rsplit(".", 2)[-2:]
     returns = "down" in back or "out" in back

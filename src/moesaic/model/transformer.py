@@ -20,7 +20,7 @@ from moesaic.model.init import Kind, initialise, parameter_kinds
 from moesaic.model.output import Output
 from moesaic.moe.config import MoE
 from moesaic.moe.context import Carry, Context
-from moesaic.moe.gates import SharedRouting
+from moesaic.moe.gates import Past, SharedRouting, Sight
 from moesaic.nn.attention import KeyValue
 from moesaic.nn.embedding import Embedding
 from moesaic.nn.packing import Packing
@@ -33,6 +33,14 @@ class Rows:
 
     tag: Int[Tensor, "B"]
     key: Int[Tensor, "B"]
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of the two stacks, and what its routers share."""
+
+    stack: Stack
+    routing: SharedRouting | None
 
 
 class Transformer(nn.Module):
@@ -50,8 +58,8 @@ class Transformer(nn.Module):
         self.decoder = nn.ModuleList(
             DecoderBlock(config, layer=i) for i in range(config.decoder.layers)
         )
-        self.encoder_routing = self._shared_routing(config.encoder)
-        self.decoder_routing = self._shared_routing(config.decoder)
+        self.encoder_routing = self._shared_routing(config.encoder, causal=False)
+        self.decoder_routing = self._shared_routing(config.decoder, causal=True)
         if config.encoder.layers:
             self.encoder_norm = config.norm.build(config.dim)
         self.decoder_norm = config.norm.build(config.dim)
@@ -64,7 +72,7 @@ class Transformer(nn.Module):
         packing = Packing.of(real)
         ids = batch.target_in.flatten()[packing.index]
         rows = Rows(batch.target_in[:, 0], batch.key)
-        stream, view = self._enter(ids, packing=packing, rows=rows, shared=self.decoder_routing)
+        stream, view = self._enter(ids, packing=packing, rows=rows, side=self._decoder_side)
         for block in self._decoder_blocks:
             source = block.read(memory.states, packing=memory.packing)
             stream = block(stream, view=view, source=source, mask=memory.packing.key_mask)
@@ -95,7 +103,7 @@ class Transformer(nn.Module):
     def start(self, memory: Memory, rows: Int[Tensor, "R"]) -> Cache:
         """Begin decoding: hypothesis i reads the source ``rows[i]``."""
         config = self.config
-        shape = (rows.numel(), config.attention.groups(), 0, config.head_dim)
+        shape = (rows.numel(), config.self_attention.groups(), 0, config.head_dim)
         empty = memory.states.new_zeros(shape)
         source = [
             block.read(memory.states, packing=memory.packing) for block in self._decoder_blocks
@@ -107,6 +115,7 @@ class Transformer(nn.Module):
             mask=None if mask is None else mask.index_select(0, rows),
             length=torch.zeros_like(rows),
             tag=torch.zeros_like(rows),
+            routing=self.decoder_routing.memory(rows.numel()) if self.decoder_routing else None,
         )
 
     def step(self, ids: Int[Tensor, "B n"], cache: Cache) -> Float[Tensor, "B V"]:
@@ -116,13 +125,12 @@ class Transformer(nn.Module):
         position = cache.length[:, None] + torch.arange(ids.shape[1], device=ids.device)
         cache.reserve(int(position.max()) + 1)
         cache.tag = torch.where(cache.length == 0, ids[:, 0], cache.tag)
-        place = position.flatten()[packing.index]
         stream, view = self._enter(
             ids.flatten()[packing.index],
             packing=packing,
             rows=Rows(cache.tag, torch.zeros_like(cache.tag)),
-            shared=self.decoder_routing,
-            position=place,
+            side=self._decoder_side,
+            past=Past(position, cache.routing),
         )
         for block, own, source in zip(self._decoder_blocks, cache.own, cache.source, strict=True):
             stream = block.step(
@@ -136,12 +144,17 @@ class Transformer(nn.Module):
     def _decoder_blocks(self) -> Iterable[DecoderBlock]:
         return cast("Iterable[DecoderBlock]", self.decoder)
 
-    def _shared_routing(self, stack: Stack) -> SharedRouting | None:
+    @property
+    def _decoder_side(self) -> Side:
+        return Side(self.config.decoder, self.decoder_routing)
+
+    def _shared_routing(self, stack: Stack, *, causal: bool) -> SharedRouting | None:
         """What the MoE layers of a stack share, if their routers are linked."""
-        moe = self.config.moe
+        moe = self.config.mixture(stack)
         if not isinstance(moe, MoE) or not stack.sparse_layers:
             return None
-        return moe.link.shared(dim=self.config.dim, experts=moe.routed)
+        first = self.config.experts(stack, layer=stack.sparse_layers[0]) or moe
+        return moe.link.shared(dim=self.config.dim, experts=first.routed, causal=causal)
 
     def _encode(
         self, source: Int[Tensor, "B S"], *, key: Int[Tensor, "B"]
@@ -151,7 +164,8 @@ class Transformer(nn.Module):
             return Memory(self.embedding.weight.new_zeros(0, self.config.dim), packing), ()
         ids = source.flatten()[packing.index]
         rows = Rows(source[:, 0], key)
-        stream, view = self._enter(ids, packing=packing, rows=rows, shared=self.encoder_routing)
+        side = Side(self.config.encoder, self.encoder_routing)
+        stream, view = self._enter(ids, packing=packing, rows=rows, side=side)
         for block in self.encoder:
             stream = block(stream, view=view)
         return Memory(self.encoder_norm(stream.x), packing), stream.records
@@ -162,13 +176,13 @@ class Transformer(nn.Module):
         *,
         packing: Packing,
         rows: Rows,
-        shared: SharedRouting | None,
-        position: Int[Tensor, "T"] | None = None,
+        side: Side,
+        past: Past | None = None,
     ) -> tuple[Stream, View]:
-        place = packing.position if position is None else position
+        place = packing.position if past is None else past.position.flatten()[packing.index]
         embedded = self.embedding(ids)
         x = self.dropout(self.position.add(embedded, position=place))
-        moe = self.config.moe
+        moe = self.config.mixture(side.stack)
         reads = moe.condition.reads() if isinstance(moe, MoE) else "nothing"
         context = Context(
             row=packing.row,
@@ -179,5 +193,6 @@ class Transformer(nn.Module):
             embedded=embedded if reads == "token" else None,
             prompt=self.embedding(rows.tag)[packing.row] if reads == "prompt" else None,
         )
-        carry = Carry() if shared is None else shared.start(x)
+        sight = Sight(packing, place, past)
+        carry = Carry() if side.routing is None else side.routing.start(x, sight=sight)
         return Stream(x, carry), View(packing, self.position.rotation(place), context)

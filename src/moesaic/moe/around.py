@@ -44,6 +44,11 @@ class Exchange(Choice):
         del dim
         return ()
 
+    def kept(self, *, dim: int) -> float:
+        """Return the values that autograd keeps per token (for forecasts)."""
+        del dim
+        return 0
+
 
 class Whole(Exchange):
     """Rows travel as they are."""
@@ -67,6 +72,11 @@ class Beside(Choice):
         """Return its parameters."""
         del feed_forward, dim, bias
         return ()
+
+    def kept(self, *, feed_forward: FeedForward, dim: int) -> float:
+        """Return the values that autograd keeps per token (for forecasts)."""
+        del feed_forward, dim
+        return 0
 
 
 class NothingBeside(Beside):

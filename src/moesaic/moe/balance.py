@@ -1,6 +1,7 @@
 """Balance: loss terms that keep experts evenly used and logits small; returned, never stored.
 
-A term is this rank's share (see ``ranks.py``): local sums over global counts.
+A term is this rank's share (see ``ranks.py``): local sums over global counts. The loss of a step is
+the mean over its micro-batches.
 
 Letters: T tokens of this rank, E experts.
 """
@@ -13,6 +14,8 @@ import torch
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.gate import Gate, Learner, State
+from moesaic.moe.limit import Limit
+from moesaic.moe.ranks import Ranks
 from moesaic.moe.routing import Routing
 
 
@@ -23,7 +26,7 @@ class Scores:
     ``routing`` is as selected, before any limit; ``probabilities`` are the select's own.
     ``load`` (edges per expert) and ``tokens`` are summed over all ranks that share the batch;
     ``heard`` is what earlier micro-batches of the same optimizer step had as ``load``.
-    ``gate.state`` is the term's own state.
+    ``gate.state`` is the term's own state. ``ranks`` serve a term that adds up something else.
     """
 
     gate: Gate
@@ -32,10 +35,15 @@ class Scores:
     load: Float[Tensor, "E"]
     heard: Float[Tensor, "E"]
     tokens: Float[Tensor, ""]
+    ranks: Ranks
 
     @property
     def logits(self) -> Float[Tensor, "T E"]:
         return self.gate.logits
+
+    def zero(self) -> Float[Tensor, ""]:
+        """Return the share of a rank that has nothing to say; a gradient may pass through it."""
+        return 0.0 * self.gate.logits.sum()
 
 
 class Balance(Choice, Learner):
@@ -52,6 +60,15 @@ class Balance(Choice, Learner):
         del state
         return None
 
+    def evening(self) -> float:
+        """Return the weight with which the loss evens the experts' load; 0 if it does not."""
+        return 0.0
+
+    def refuses(self, *, experts: int, limit: Limit) -> str | None:
+        """Return what the term expects of a layer with so many working experts, if not this."""
+        del experts, limit
+        return None
+
 
 class SwitchBalance(Balance):
     """``weight * E * sum_e f_e p_e`` (2101.03961, equations 4 to 6): ``weight`` when balanced.
@@ -62,9 +79,10 @@ class SwitchBalance(Balance):
     weight: float = 0.01
 
     def __call__(self, scores: Scores) -> Float[Tensor, ""]:
-        fraction = (scores.load / scores.load.sum().clamp(min=1)).float()
-        mean = scores.probabilities.sum(0) / scores.tokens.clamp(min=1).float()
-        return self.weight * scores.load.numel() * torch.dot(fraction, mean)
+        return self.weight * agreement(scores, load=scores.load)
+
+    def evening(self) -> float:
+        return self.weight
 
 
 class RouterZ(Balance):
@@ -76,3 +94,10 @@ class RouterZ(Balance):
     def __call__(self, scores: Scores) -> Float[Tensor, ""]:
         square = scores.logits.logsumexp(-1).square().sum()
         return self.weight * square / scores.tokens.clamp(min=1).float()
+
+
+def agreement(scores: Scores, *, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
+    """Return this rank's share of ``E * sum_e f_e p_e``, f being the fractions of ``load``."""
+    fraction = (load / load.sum().clamp(min=1)).float()
+    mean = scores.probabilities.sum(0) / scores.tokens.clamp(min=1).float()
+    return load.numel() * torch.dot(fraction, mean)

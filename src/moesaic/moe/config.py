@@ -1,8 +1,10 @@
 """Sparse: whether a model has experts, and if so their number, size and rules."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from torch import nn
 
 from moesaic.core.config import Choice
 from moesaic.moe.around import Beside, Exchange, NothingBeside, Whole
@@ -12,13 +14,37 @@ from moesaic.moe.gate import Learner
 from moesaic.moe.gates import Condition, Link, Unconditioned, Unlinked
 from moesaic.moe.limit import Dropless, Limit
 from moesaic.moe.noise import Noise, NoNoise
+from moesaic.moe.pieces import Piece
 from moesaic.moe.select import Select, SwitchTop1
 from moesaic.moe.spare import NoSpare, Spare
 from moesaic.nn.feed_forward import FeedForward
 
 
 class Sparse(Choice):
-    """Family: what stands in the place of every k-th feed-forward."""
+    """Family: what stands in the place of every k-th feed-forward.
+
+    ``NoMoE`` leaves the dense one, ``MoE`` becomes a ``layer.MoELayer``; any other member builds a
+    layer of its own and counts it. ``part`` is the name of its parameters in counts.
+    """
+
+    part: ClassVar[str] = "experts"
+
+    def build(self, *, feed_forward: FeedForward, dim: int, bias: bool) -> nn.Module:
+        """Return a module of ``forward(x, *, context, carry) -> layer.Answer``."""
+        raise NotImplementedError
+
+    def pieces(self, *, feed_forward: FeedForward, dim: int, bias: bool) -> Sequence[Piece]:
+        """Return the parameters of that module."""
+        raise NotImplementedError
+
+    def kept(self, *, feed_forward: FeedForward, dim: int) -> float:
+        """Return the values that autograd keeps per token (for forecasts)."""
+        raise NotImplementedError
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token's answer is the same without the tokens after it."""
+        return True
 
 
 class NoMoE(Sparse):
@@ -42,6 +68,10 @@ class MoE(Sparse):
     link: Link = Unlinked()
 
     @property
+    def causal(self) -> bool:
+        return self.select.causal
+
+    @property
     def routed(self) -> int:
         """Experts that the router chooses from, spare ones included."""
         return self.experts + self.spare.count()
@@ -56,3 +86,10 @@ class MoE(Sparse):
         yield "noise", self.noise
         for number, term in enumerate(self.balance):
             yield f"balance{number}", term
+
+    @model_validator(mode="after")
+    def _check(self) -> "MoE":
+        for term in self.balance:
+            if expected := term.refuses(experts=self.experts, limit=self.limit):
+                raise ValueError(f"{type(term).__name__} expects {expected}")
+        return self

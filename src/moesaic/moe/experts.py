@@ -40,6 +40,13 @@ class Expert(Choice):
         """Return their parameters; a token uses the share ``used`` of the banks."""
         raise NotImplementedError
 
+    def kept(self, size: Size, *, edges: float) -> float:
+        """Return the values that autograd keeps per token of so many edges (for forecasts).
+
+        Rows and answers of the edges are among them, the token's own state is not.
+        """
+        raise NotImplementedError
+
 
 class ExpertBank(nn.Module):
     """Base of modules that hold the experts of a layer (see ``dispatch.RowExperts``)."""
@@ -75,6 +82,10 @@ class FeedForwardExpert(Expert):
             banks.append(Piece("bias", (experts, size.dim), used))
         return banks
 
+    def kept(self, size: Size, *, edges: float) -> float:
+        feed = size.feed_forward
+        return edges * (2 * size.dim + feed.activation.width(feed.hidden) + 4)
+
 
 class Experts(ExpertBank):
     """``up`` [E, D, F] and ``down`` [E, F, D]: rows are multiplied from the left."""
@@ -91,7 +102,7 @@ class Experts(ExpertBank):
         self.activation, self.bias = feed.activation, size.bias
 
     def forward(self, rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
-        rows = _as_autocast(rows)
+        rows = as_autocast(rows)
         return grouped_feed_forward(
             rows,
             banks=self.banks,
@@ -101,7 +112,7 @@ class Experts(ExpertBank):
         )
 
     def mix(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
-        x = _as_autocast(x)
+        x = as_autocast(x)
         mixer = pick_mixer(x, activation=self.activation)
         return mixer(x, edges=edges, banks=self.banks, activation=self.activation)
 
@@ -111,6 +122,7 @@ class Experts(ExpertBank):
         return Banks(self.up, self.down, *biases)
 
 
-def _as_autocast(x: Tensor) -> Tensor:
+def as_autocast(x: Tensor) -> Tensor:
+    """Return rows in the dtype that autocast computes products in, if it is on."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

@@ -47,7 +47,8 @@ class Seen:
     """Sums over all tokens, micro-batches and ranks of one optimizer step. All float64.
 
     ``load`` counts edges per expert as selected, ``kept`` those that a limit left, ``tokens`` the
-    tokens; ``logits`` and ``squares`` add up logits and their squares over tokens.
+    tokens; ``logits`` and ``squares`` add up logits, before any noise, and their squares
+    over tokens.
     """
 
     load: Float[Tensor, "E"]

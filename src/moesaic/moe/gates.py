@@ -3,7 +3,7 @@
 ``Condition`` changes what the gate reads, ``Link`` says where logits come from: from this layer
 alone, or with the help of others.
 
-Letters: T tokens, D model dim, E experts.
+Letters: T tokens, D model dim, C what a gate reads, E experts, B rows, n newest tokens.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from moesaic.core.config import Choice
-from moesaic.core.shapes import Float, Tensor
+from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.moe.context import Carry, Context
 from moesaic.moe.pieces import Piece
+from moesaic.nn.attention import KeyValue
+from moesaic.nn.packing import Packing
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +49,44 @@ class LinearGate(nn.Module):
         return Scored(x @ self.weight.float().t(), carry)
 
 
+@dataclass(frozen=True, slots=True)
+class Past:
+    """In decoding: where the newest tokens are in their rows, and what is kept of those before.
+
+    ``kept`` is what shared routing asked for (``SharedRouting.memory``), with room for the newest.
+    """
+
+    position: Int[Tensor, "B n"]
+    kept: KeyValue | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """Where the tokens that enter a stack are; ``past`` is None where whole rows enter at once."""
+
+    packing: Packing
+    position: Int[Tensor, "T"]
+    past: Past | None = None
+
+
 class SharedRouting(nn.Module):
     """Base of what the MoE layers of one stack share."""
 
-    def start(self, x: Float[Tensor, "T D"]) -> Carry:
+    def start(self, x: Float[Tensor, "T D"], *, sight: Sight) -> Carry:
         """Return what the first MoE layer is handed; ``x`` is what enters the stack."""
         raise NotImplementedError
 
+    def memory(self, rows: int) -> KeyValue | None:
+        """Return an empty memory of so many rows for decoding, if tokens look at earlier ones."""
+        del rows
+        return None
+
 
 class Link(Choice):
-    """Family: where a layer's logits come from. Each member builds the gate of a layer."""
+    """Family: where a layer's logits come from. Each member builds the gate of a layer.
+
+    ``dim`` is that of what the gate reads, or, for what is shared, of the states.
+    """
 
     def gate(self, *, dim: int, experts: int, place: Place) -> nn.Module:
         """Return a module of ``forward(x, *, carry) -> Scored``."""
@@ -66,15 +96,32 @@ class Link(Choice):
         """Return the parameters of such a gate."""
         raise NotImplementedError
 
-    def shared(self, *, dim: int, experts: int) -> SharedRouting | None:
+    def shared(self, *, dim: int, experts: int, causal: bool) -> SharedRouting | None:
         """Return what the MoE layers of one stack share, or None."""
-        del dim, experts
+        del dim, experts, causal
         return None
 
     def shared_pieces(self, *, dim: int, experts: int) -> Sequence[Piece]:
         """Return the parameters of what is shared."""
         del dim, experts
         return ()
+
+    def kept(self, *, dim: int, place: Place) -> int:
+        """Return the values per token that autograd keeps of a gate besides state and logits.
+
+        The state counts as kept (``model/footprint.py``): ``-dim`` of a gate that does not read it.
+        """
+        del dim, place
+        return 0
+
+    def shared_kept(self) -> int:
+        """Return the values per token that autograd keeps of what is shared."""
+        return 0
+
+    def refuses(self, *, experts: Sequence[int], condition: "Condition") -> str | None:
+        """Return what it expects of a stack whose layers have so many experts, if not this."""
+        del experts, condition
+        return None
 
 
 class Unlinked(Link):
@@ -95,21 +142,36 @@ Reads = Literal["nothing", "token", "prompt"]
 class Condition(Choice):
     """Family: what the gate knows besides the token's state.
 
-    ``reads`` says which embeddings the model must put into the ``Context``.
+    ``reads`` says which embeddings the model must put into the ``Context``, ``dim`` how wide what
+    the gate reads is.
     """
 
     def reads(self) -> Reads:
         """Return what of the context it needs."""
         return "nothing"
 
+    def dim(self, dim: int) -> int:
+        """Return C for a model dim."""
+        return dim
+
     def build(self, *, dim: int) -> nn.Module:
-        """Return a module of ``forward(x, *, context) -> x``, float32."""
+        """Return a module of ``forward(x, *, context) -> [T, C]``, float32."""
         raise NotImplementedError
 
     def pieces(self, *, dim: int) -> Sequence[Piece]:
         """Return its parameters."""
         del dim
         return ()
+
+    def kept(self, dim: int) -> int:
+        """Return the values per token that autograd keeps of it, as for ``Link.kept``."""
+        del dim
+        return 0
+
+    def shared_kept(self, dim: int) -> int:
+        """Return those of a stack, whatever its number of layers."""
+        del dim
+        return 0
 
 
 class Unconditioned(Condition):

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 class Piece:
     """One parameter: its kind (``matrix``, ``expert``, ``router``, ``bias``) and shape.
 
-    ``used`` is the share of it that one token multiplies with.
+    ``used`` is the share of it that one token multiplies with, and ``times`` how often it does.
     """
 
     kind: str
     shape: tuple[int, ...]
     used: float = 1.0
+    times: float = 1.0

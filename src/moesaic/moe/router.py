@@ -42,7 +42,8 @@ class Router(nn.Module):
 
     def __init__(self, config: MoE, *, dim: int, place: Place) -> None:
         super().__init__()
-        self.gate = config.link.gate(dim=dim, experts=config.routed, place=place)
+        reads = config.condition.dim(dim)
+        self.gate = config.link.gate(dim=reads, experts=config.routed, place=place)
         self.condition = config.condition.build(dim=dim)
         self.config = config
         for owner, rule in config.learners():
@@ -67,8 +68,8 @@ class Router(nn.Module):
             chosen = rules.select(gate)
             limited = rules.limit(chosen, gate=gate, ranks=ranks)
             routing = rules.select.finish(limited)
-            sums = self._sums(gate, chosen=chosen, limited=limited, ranks=ranks)
-            losses = self._losses(gate, chosen=chosen, sums=sums)
+            sums = self._sums(scored.logits, chosen=chosen, limited=limited, ranks=ranks)
+            losses = self._losses(gate, chosen=chosen, sums=sums, ranks=ranks)
         return Routed(routing, losses, gate.logits.detach(), scored.carry, sums)
 
     def state(self, owner: str) -> dict[str, Tensor]:
@@ -113,17 +114,17 @@ class Router(nn.Module):
         return Gate(logits, gate.context, gate.training, gate.bias, gate.spare)
 
     def _sums(
-        self, gate: Gate, *, chosen: Routing, limited: Routing, ranks: Ranks
+        self, logits: Float[Tensor, "T E"], *, chosen: Routing, limited: Routing, ranks: Ranks
     ) -> Float[Tensor, "S"] | None:
-        if not gate.training:
+        if not self.training:
             return None
-        logits = gate.logits.detach().double()
+        logits = logits.detach().double()
         count = torch.full((1,), logits.shape[0], dtype=torch.float64, device=logits.device)
         loads = [chosen.load().double(), limited.load().double()]
         return ranks.sum(torch.cat([*loads, logits.sum(0), logits.square().sum(0), count]))
 
     def _losses(
-        self, gate: Gate, *, chosen: Routing, sums: Float[Tensor, "S"] | None
+        self, gate: Gate, *, chosen: Routing, sums: Float[Tensor, "S"] | None, ranks: Ranks
     ) -> dict[str, Float[Tensor, ""]]:
         if sums is None or not self.config.balance:
             return {}
@@ -132,7 +133,15 @@ class Router(nn.Module):
         losses: dict[str, Float[Tensor, ""]] = {}
         for number, term in enumerate(self.config.balance):
             own = gate.having(self.state(f"balance{number}"))
-            scores = Scores(own, chosen, probabilities, seen.load, before.load, seen.tokens)
+            scores = Scores(
+                gate=own,
+                routing=chosen,
+                probabilities=probabilities,
+                load=seen.load,
+                heard=before.load,
+                tokens=seen.tokens,
+                ranks=ranks,
+            )
             zero = gate.logits.new_zeros(())
             losses[term.name] = losses.get(term.name, zero) + term(scores)
         return losses

@@ -39,6 +39,16 @@ class Routing:
         token = torch.arange(tokens, device=expert.device).repeat_interleave(k)
         return Routing(token, expert.flatten(), weight.flatten(), tokens, num_experts, k)
 
+    @staticmethod
+    def from_mask(weight: Float[Tensor, "T E"], *, chosen: Bool[Tensor, "T E"]) -> "Routing":
+        """Make the token-major edges of the chosen pairs, as many as there are.
+
+        What was not chosen is no edge: it takes no row, no room and no part in any statistic. The
+        price is that their number has to come from the device.
+        """
+        token, expert = chosen.nonzero(as_tuple=True)
+        return Routing(token, expert, weight[token, expert], *weight.shape)
+
     def drop(self, lost: Bool[Tensor, "N"]) -> "Routing":
         """Return the same edges, some of them leading nowhere."""
         return replace(

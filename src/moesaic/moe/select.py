@@ -4,19 +4,26 @@ Letters: T tokens, E experts, K experts per token, N edges.
 """
 
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
+from moesaic.moe.among import AllExperts, Among
 from moesaic.moe.gate import Gate, Learner
 from moesaic.moe.routing import Routing
 
 
 class Select(Choice, Learner):
-    """Family of selection rules; what they see is a ``Gate``."""
+    """Family of selection rules; what they see is a ``Gate``.
+
+    ``causal`` is false of a rule whose answer for a token depends on later tokens: a decoder, which
+    does not have them yet when it writes, refuses it.
+    """
+
+    causal: ClassVar[bool] = True
 
     def __call__(self, gate: Gate) -> Routing:
         """Return the edges, weights float32 and in the graph."""
@@ -34,21 +41,29 @@ class Select(Choice, Learner):
         """Edges per token, on average: what FLOPs are counted with."""
         raise NotImplementedError
 
+    def refuses(self, *, experts: int, spare: int) -> str | None:
+        """Return what it expects instead of so many experts (spare ones included), or None."""
+        del spare
+        k = self.experts_per_token(2**30)
+        return None if k <= experts else f"at least {k:g} experts, not {experts}"
+
 
 class TopK(Select):
     """Each token's k likeliest experts (1701.06538).
 
     ``normalise`` says when weights are made to sum to one over the chosen: ``before`` a limit drops
     edges (Mixtral; a dropped edge takes its share with it), ``after`` (DeepSpeed: survivors share
-    everything), or ``none`` (DeepSeekMoE, 2401.06066: plain softmax probabilities).
+    everything), or ``none`` (DeepSeekMoE, 2401.06066: plain softmax probabilities). ``among``
+    narrows the choice; groups are judged by their logits.
     """
 
     k: int = Field(default=2, ge=1)
     normalise: Literal["before", "after", "none"] = "before"
+    among: Among = AllExperts()
 
     def __call__(self, gate: Gate) -> Routing:
         logits = gate.logits
-        expert = gate.biased(logits).topk(self.k, dim=-1).indices
+        expert = self.among(gate.biased(logits)).topk(self.k, dim=-1).indices
         if self.normalise == "before":
             # equals softmax over all, then divided by the chosen sum
             weight = logits.gather(-1, expert).softmax(-1)
@@ -65,6 +80,10 @@ class TopK(Select):
 
     def experts_per_token(self, num_experts: int) -> float:
         return float(min(self.k, num_experts))
+
+    def refuses(self, *, experts: int, spare: int) -> str | None:
+        few = super().refuses(experts=experts, spare=spare)
+        return few or self.among.refuses(experts=experts, k=self.k)
 
 
 class SwitchTop1(Select):

@@ -73,14 +73,8 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
     ) -> Float[Tensor, "T D"]:
-        """Attend within each row; ``causal``: a token sees itself and what is before it.
-
-        Causal attention needs no mask: padding is on the right, where no real token looks.
-        """
-        query, new = self._project(x, packing=packing, rotation=rotation)
-        mask = None if causal else packing.key_mask
-        mixed = attend(query, new, mask=mask, causal=causal)
-        return self.out(packing.pack(mixed))
+        """Attend within each row; ``causal``: a token sees itself and what is before it."""
+        return self.out(self.look(x, packing=packing, rotation=rotation, causal=causal))
 
     def step(
         self,
@@ -92,11 +86,37 @@ class SelfAttention(nn.Module):
         position: Int[Tensor, "B n"],
     ) -> Float[Tensor, "T D"]:
         """Attend from the newest tokens to all so far; ``cache`` is written at ``position``."""
+        found = self.look_back(
+            x, packing=packing, rotation=rotation, cache=cache, position=position
+        )
+        return self.out(found)
+
+    def look(
+        self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
+    ) -> Float[Tensor, "T HD"]:
+        """What the heads found, side by side, before the last product.
+
+        Causal attention needs no mask: padding is on the right, where no real token looks.
+        """
+        query, new = self._project(x, packing=packing, rotation=rotation)
+        mask = None if causal else packing.key_mask
+        return packing.pack(attend(query, new, mask=mask, causal=causal))
+
+    def look_back(
+        self,
+        x: Float[Tensor, "T D"],
+        *,
+        packing: Packing,
+        rotation: Rotation,
+        cache: KeyValue,
+        position: Int[Tensor, "B n"],
+    ) -> Float[Tensor, "T HD"]:
+        """The same for the newest tokens (see ``step``)."""
         query, new = self._project(x, packing=packing, rotation=rotation)
         cache.write(new, position=position)
         places = torch.arange(cache.key.shape[2], device=x.device)
         seen = places <= position[:, None, :, None]
-        return self.out(packing.pack(attend(query, cache, mask=seen, causal=False)))
+        return packing.pack(attend(query, cache, mask=seen, causal=False))
 
     def _project(
         self, x: Tensor, *, packing: Packing, rotation: Rotation

@@ -35,8 +35,9 @@ class State(StrEnum):
 class Setting:
     """What the run's config says, as far as causes and advice need it.
 
-    ``balance_weight`` and ``z_weight`` are 0 where there is no such loss; ``capacity_factor`` is
-    None for dropless routing.
+    ``balance_weight`` and ``z_weight`` are 0 where there is no such loss, ``bias_rate`` where no
+    ``BiasUpdate`` balances; ``balance`` is the (strongest) balance loss, by name.
+    ``capacity_factor`` is None for dropless routing.
     """
 
     languages: tuple[str, ...]
@@ -44,6 +45,8 @@ class Setting:
     balance_weight: float = 0.0
     z_weight: float = 0.0
     capacity_factor: float | None = None
+    bias_rate: float = 0.0
+    balance: str = "SwitchBalance"
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +294,9 @@ def uniform(view: View) -> Finding | None:
         cause=f"balance weight {weight:g} outweighs the task"
         if strong
         else "the router hardly learns",
-        advice="SwitchBalance(weight=0.01)" if strong else "a higher learning rate for the router",
+        advice=f"{view.setting.balance}(weight=0.01)"
+        if strong
+        else "a higher learning rate for the router",
     )
 
 
@@ -314,15 +319,21 @@ SIGNS: tuple[Sign, ...] = (
 
 
 def _balance_cause(setting: Setting) -> str:
+    if setting.bias_rate:
+        return (
+            f"the bias moves {setting.bias_rate:g} a step, too slowly for how logits differ so far"
+        )
     if setting.balance_weight == 0:
         return "nothing balances the experts: there is no balance loss, or its weight is 0"
     return f"balance weight {setting.balance_weight:g} is too weak for this learning rate"
 
 
 def _balance_advice(setting: Setting) -> str:
+    if setting.bias_rate:
+        return f"BiasUpdate(rate={3 * setting.bias_rate:g}), or patience early in a run"
     if setting.balance_weight == 0:
-        return "SwitchBalance(weight=0.01)"
-    return f"SwitchBalance(weight={3 * setting.balance_weight:g}) or a longer warm-up"
+        return "SwitchBalance(weight=0.01) or BiasUpdate(rate=0.001)"
+    return f"{setting.balance}(weight={3 * setting.balance_weight:g}) or a longer warm-up"
 
 
 def _listed(experts: list[int]) -> str:

@@ -7,6 +7,7 @@ on a CPU; on a GPU only under ``torch.use_deterministic_algorithms``).
 Letters: T tokens, K edges per token, N edges, D model dim.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,9 +45,7 @@ def spread(
 
     ``per_token`` is K if edges are token-major with K per token, else 0.
     """
-    if not per_token:
-        return plain_spread(x, token=token, groups=groups)
-    return _Spread.apply(x, groups, per_token)
+    return _Spread.apply(x, token, groups, per_token)
 
 
 def combine(
@@ -59,47 +58,69 @@ def combine(
     per_token: int,
 ) -> Float[Tensor, "T D"]:
     """Add sorted rows to their tokens, each times its edge's float32 weight, summed in float32."""
-    if not per_token:
-        return plain_combine(y, token=token, weight=weight, groups=groups, num_tokens=num_tokens)
-    return _Combine.apply(y, weight, groups, per_token)
+    return _Combine.apply(y, weight, _Way(token, groups, num_tokens, per_token))
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    token: Int[Tensor, "N"]
+    groups: Groups
+    num_tokens: int
+    per_token: int
 
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, groups: Groups, per_token: int) -> Tensor:
-        ctx.groups, ctx.per_token = groups, per_token
-        return x.index_select(0, _token_of(groups, per_token=per_token))
+    def forward(ctx: Any, x: Tensor, token: Tensor, groups: Groups, per_token: int) -> Tensor:
+        ctx.way = _Way(token, groups, x.shape[0], per_token)
+        return x.index_select(0, _token_of(ctx.way))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        back = grads[0].index_select(0, ctx.groups.place)
-        if ctx.per_token > 1:
-            back = back.view(-1, ctx.per_token, back.shape[1]).sum(1)
-        return back, None, None
+        way, grad = ctx.way, grads[0]
+        if way.per_token:
+            back = grad.index_select(0, way.groups.place)
+            if way.per_token > 1:
+                back = back.view(-1, way.per_token, back.shape[1]).sum(1)
+        else:
+            back = _home(grad.float(), way).to(grad.dtype)
+        return back, None, None, None
 
 
 class _Combine(torch.autograd.Function):
+    """Keeps rows and weights; autograd's own ``index_add`` would keep the weighted rows as well."""
+
     @staticmethod
-    def forward(ctx: Any, y: Tensor, weight: Tensor, groups: Groups, per_token: int) -> Tensor:
+    def forward(ctx: Any, y: Tensor, weight: Tensor, way: _Way) -> Tensor:
         ctx.save_for_backward(y, weight)
-        ctx.groups, ctx.per_token = groups, per_token
-        home = y.index_select(0, groups.place).float()
+        ctx.way = way
+        if not way.per_token:
+            return _home(y.float() * weight[way.groups.order, None], way).to(y.dtype)
+        home = y.index_select(0, way.groups.place).float()
         home *= weight[:, None]
-        if per_token > 1:
-            home = home.view(-1, per_token, y.shape[1]).sum(1)
+        if way.per_token > 1:
+            home = home.view(-1, way.per_token, y.shape[1]).sum(1)
         return home.to(y.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         y, weight = ctx.saved_tensors
-        groups = ctx.groups
-        rows = grads[0].index_select(0, _token_of(groups, per_token=ctx.per_token)).float()
+        groups = ctx.way.groups
+        rows = grads[0].index_select(0, _token_of(ctx.way)).float()
         dot = torch.linalg.vecdot(rows, y.float())  # router gradient: <d out[token], y>
         rows *= weight[groups.order, None]
-        return rows.to(y.dtype), dot[groups.place].to(weight.dtype), None, None
+        return rows.to(y.dtype), dot[groups.place].to(weight.dtype), None
 
 
-def _token_of(groups: Groups, *, per_token: int) -> Tensor:
-    return groups.order if per_token == 1 else groups.order // per_token
+def _home(rows: Tensor, way: _Way) -> Tensor:
+    """Add float32 rows in sorted order to their tokens."""
+    return rows.new_zeros(way.num_tokens, rows.shape[1]).index_add_(0, _token_of(way), rows)
+
+
+def _token_of(way: _Way) -> Tensor:
+    order = way.groups.order
+    if not way.per_token:
+        return way.token[order]
+    return order if way.per_token == 1 else order // way.per_token

@@ -113,7 +113,7 @@ class GroupedMM:
         self, rows: Float[Tensor, "R D"], bank: Float[Tensor, "E D F"], *, groups: Groups
     ) -> Float[Tensor, "R F"]:
         out = F.grouped_mm(rows.contiguous(), bank, offs=groups.ends)
-        return _zero_tail(out, ends=groups.ends)
+        return zero_tail(out, ends=groups.ends)
 
     def outer(
         self, left: Float[Tensor, "R D"], right: Float[Tensor, "R F"], *, groups: Groups
@@ -189,7 +189,7 @@ class _FeedForward(torch.autograd.Function):
         out = engine.apply(activation(hidden), down, groups=groups)
         if down_bias is not None:
             out += down_bias.to(rows.dtype)[expert_of_row(groups, rows=rows.shape[0])]
-            out = _zero_tail(out, ends=groups.ends)
+            out = zero_tail(out, ends=groups.ends)
         ctx.save_for_backward(rows, up, down, hidden)
         ctx.groups, ctx.activation, ctx.engine = groups, activation, engine
         ctx.bias = up_bias is not None
@@ -231,7 +231,8 @@ def _sum_rows(grad: Tensor, *, groups: Groups) -> Tensor:
     return out.index_add_(0, expert, torch.where(live[:, None], grad, 0.0).to(out.dtype))
 
 
-def _zero_tail(rows: Tensor, *, ends: Tensor) -> Tensor:
+def zero_tail(rows: Tensor, *, ends: Tensor) -> Tensor:
+    """Return rows with those past the segments as zero."""
     live = torch.arange(rows.shape[0], device=rows.device) < ends[-1]
     return torch.where(live[:, None], rows, 0.0)
 

@@ -17,6 +17,7 @@ from moesaic.report.html import Html, join, table, tag
 from moesaic.report.inputs import Inputs, language_name
 
 _WIDTH = 720  # pixels for the cells of all layers beside each other, where they are not too many
+_NOT_EVENING = ("RouterZ", "EntropyBalance")  # terms that do not even the experts' load
 _HEALTH = (
     ("moe/max_vio", "Busiest expert: load above the mean, as a multiple"),
     ("moe/load_entropy", "Evenness of load (entropy; 1 is even)"),
@@ -112,15 +113,17 @@ def setting(inputs: Inputs) -> Setting:
     """Read from the config what the doctor's causes and advice depend on."""
     moe: dict[str, Any] = (inputs.config.get("model") or {}).get("moe") or {}
     select, limit = moe.get("select") or {}, moe.get("limit") or {}
-    weights = {
-        loss.get("kind"): float(loss.get("weight") or 0) for loss in moe.get("balance") or ()
-    }
+    terms = {str(term.get("kind")): term for term in moe.get("balance") or ()}
+    weights = {kind: float(term.get("weight") or 0) for kind, term in terms.items()}
+    evening = {kind: w for kind, w in weights.items() if w and kind not in _NOT_EVENING}
     return Setting(
         languages=inputs.routes.languages if inputs.routes else (),
         top_k=int(select.get("k") or (2 if select.get("kind") == "Top2" else 1)),
-        balance_weight=weights.get("SwitchBalance", 0.0),
+        balance_weight=sum(evening.values()),
         z_weight=weights.get("RouterZ", 0.0),
         capacity_factor=limit.get("factor"),
+        bias_rate=float(terms.get("BiasUpdate", {}).get("rate") or 0),
+        balance=max(evening, key=evening.__getitem__, default="SwitchBalance"),
     )
 
 

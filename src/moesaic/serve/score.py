@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def score_run(
         systems["memory"] = MemorySystem(partial(train_pairs, corpus))
     summary = evaluate(systems, tests=tests, settings=settings, done=done)
     summary = traced(summary, trace=partial(_experts, translator))
+    summary = replace(summary, notes=(*summary.notes, *_cut(translator, tests)))
     return summary.add(
         run=Path(path).name,
         counts={"sentences": sum(len(test) for test in tests)},
@@ -62,6 +64,18 @@ def count_experts(path: Path | str, *, tests: Sequence[TestSet]) -> RouteCounts:
     )
     counts.write(RunDir(Path(path)).routes)
     return counts
+
+
+def _cut(translator: Translator, tests: Sequence[TestSet]) -> Iterator[str]:
+    """A score over texts that the model saw only the beginning of must say so."""
+    counts = [
+        translator.count_cut(test.sources, source=test.source, target=test.target) for test in tests
+    ]
+    if sum(counts):
+        yield (
+            f"{sum(counts)} of {sum(map(len, tests))} sources are longer than the model reads "
+            f"({translator.limits.max_source} tokens): it saw their beginning alone"
+        )
 
 
 def _batches(translator: Translator, tests: Sequence[TestSet]) -> Iterator[Batch]:

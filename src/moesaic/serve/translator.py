@@ -142,6 +142,11 @@ class Translator:
         found = self.translate(texts, source=source, target=target, search=search)
         return [translation.text for translation in found]
 
+    def count_cut(self, texts: Sequence[str], *, source: str, target: str) -> int:
+        """Return how many of the texts are longer than the model reads: their ends are not seen."""
+        rows = self._sources(texts, (self._known(source), self._known(target)))
+        return sum(row.truncated for row in rows)
+
     def batch(
         self, sources: Sequence[str], *, targets: Sequence[str], source: str, target: str
     ) -> Batch:

@@ -34,16 +34,20 @@ BALANCED_TOP1 = MoE(experts=4, select=SwitchTop1(), balance=(SwitchBalance(), Ro
 
 
 def tiny_model_config(*, moe: Sparse = BALANCED_TOP1, layers: int = 1) -> TransformerConfig:
-    """Return an encoder-decoder of ``layers`` layers each, experts in every one."""
+    """Return an encoder-decoder of ``layers`` layers each, experts in every one.
+
+    A rule that is not causal stands in the encoder alone, beside the usual one in the decoder.
+    """
     stack = Stack(layers=layers, moe_every=1)
+    causal = moe if moe.causal else BALANCED_TOP1
     return TransformerConfig(
         vocab_size=VOCABULARY,
         dim=16,
-        encoder=stack,
+        encoder=stack if moe.causal else stack.replace(moe=moe),
         decoder=stack,
         attention=AttentionConfig(heads=2),
         feed_forward=FeedForward(hidden=32),
-        moe=moe,
+        moe=causal,
     )
 
 

@@ -2,14 +2,21 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from moesaic.dist.world import Alone, Ranks, World
-from moesaic.moe.balance import SwitchBalance
-from moesaic.moe.config import MoE
+from moesaic.moe.balance import Balance, RouterZ, SwitchBalance
+from moesaic.moe.balances.bias import BiasUpdate
+from moesaic.moe.balances.device import DeviceBalance
+from moesaic.moe.balances.entropy import EntropyBalance
+from moesaic.moe.balances.sequence import SequenceBalance
+from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.limit import Capacity
 from moesaic.moe.select import TopK
+from moesaic.moe.selects.threshold import Threshold
 from moesaic.observe.routes import Routes, read_routes
+from moesaic.observe.signs import Setting
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import LANGUAGES, TinyStream, tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.hooks.routes import WatchRoutes, doctor_setting
@@ -78,3 +85,22 @@ def test_the_doctor_knows_the_config() -> None:
     setting = doctor_setting(tiny_run(model=tiny_model_config(moe=moe)), languages=LANGUAGES)
     assert (setting.top_k, setting.balance_weight, setting.z_weight) == (2, 0.03, 0.0)
     assert setting.capacity_factor == 1.5
+
+
+def test_the_doctor_counts_at_least_one_expert_and_finds_the_stack_that_has_any() -> None:
+    depths = MoE(experts=1, select=Threshold())
+    model = tiny_model_config(moe=NoMoE())
+    model = model.replace(decoder=model.decoder.replace(moe=depths))
+    assert doctor_setting(tiny_run(model=model), languages=LANGUAGES).top_k == 1
+
+
+def test_the_doctor_knows_every_term_that_evens_the_load() -> None:
+    def setting(*balance: Balance) -> Setting:
+        moe = MoE(experts=8, select=TopK(k=2), balance=balance)
+        return doctor_setting(tiny_run(model=tiny_model_config(moe=moe)), languages=LANGUAGES)
+
+    found = setting(SequenceBalance(weight=0.1), DeviceBalance(weight=0.2), EntropyBalance())
+    assert found.balance_weight == pytest.approx(0.3)
+    assert (found.balance, found.bias_rate) == ("DeviceBalance", 0.0)
+    free = setting(BiasUpdate(rate=0.002), RouterZ(weight=0.5))
+    assert (free.balance_weight, free.bias_rate, free.z_weight) == (0.0, 0.002, 0.5)

@@ -22,6 +22,8 @@ from moesaic.data.home import packages_dir
 _TIMEOUT_S = 3600
 _BATCH = 50
 _AR_HEADER = 60
+_MOST_NAMED = 5
+_IS_GONE = re.compile(r"\b404\b|Not Found|no longer|Can't find a source|Hash Sum mismatch")
 
 
 def debs_dir() -> Path:
@@ -32,7 +34,8 @@ def debs_dir() -> Path:
 def fetch_debs(patterns: tuple[str, ...], *, progress: Progress) -> tuple[Unit, ...]:
     """Return the packages whose names match ``patterns`` (``libreoffice-l10n-*``) as files on disk.
 
-    Without apt, those that lie in the cache are taken. Raises DataError when there are none.
+    One that apt does not know or cannot bring is returned as missing. Without apt, those that lie
+    in the cache are taken. Raises DataError when there are none.
     """
     folder = debs_dir()
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,12 +47,38 @@ def fetch_debs(patterns: tuple[str, ...], *, progress: Progress) -> tuple[Unit, 
             f"apt knows no package named like {', '.join(patterns[:3])} ...: run `apt-get update` "
             "first"
         )
+    gone = {p: "apt does not know it" for p in patterns if "*" not in p and p not in names}
     missing = _missing(names, folder=folder)
     for start in range(0, len(missing), _BATCH):
         batch = missing[start : start + _BATCH]
         progress.say(f"downloading {start + len(batch)}/{len(missing)} Debian packages")
-        run_apt(["apt-get", "download", "-q", *batch], folder=folder)
-    return _units(names, folder=folder)
+        gone |= _download(batch, folder=folder)
+    found = _units(names, folder=folder)
+    if not found:
+        why = next(iter(gone.values()), "apt has names for them, but no files")
+        raise DataError(
+            f"none of {len(names)} packages could be downloaded: {why}; check the network and run "
+            "`apt-get update`"
+        )
+    had = {unit.name for unit in found}
+    left = {name: why for name, why in sorted(gone.items()) if name not in had}
+    if left:
+        some = ", ".join(list(left)[:_MOST_NAMED]) + (" ..." if len(left) > _MOST_NAMED else "")
+        progress.say(f"left out, for they cannot be had: {len(left)} Debian packages ({some})")
+    return found + tuple(Unit(n, folder / n, missing=why) for n, why in left.items())
+
+
+def _download(names: list[str], *, folder: Path) -> dict[str, str]:
+    """Download a batch; when one fails (gone from the archive), each alone. Return what failed."""
+    try:
+        run_apt(["apt-get", "download", "-q", *names], folder=folder)
+        return {}
+    except DataError as error:
+        if not _IS_GONE.search(str(error)):
+            raise
+        if len(names) == 1:
+            return {names[0]: str(error).partition("; check the network")[0]}
+    return {n: why for name in names for n, why in _download([name], folder=folder).items()}
 
 
 def _without_apt(patterns: tuple[str, ...], *, folder: Path) -> tuple[Unit, ...]:

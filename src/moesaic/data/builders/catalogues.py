@@ -50,8 +50,13 @@ def choose_members(files: list[Member], *, kind: str) -> list[Member]:
 
 
 def member_language(name: str) -> Language | None:
-    """Return the language a catalogue's path names: ``locale/de/LC_MESSAGES/x.mo``, ``de.po``."""
-    for pattern in (_IN_NAME, _IN_FOLDER):
+    """Return the language a catalogue's path names: ``locale/de/LC_MESSAGES/x.mo``, ``de.po``.
+
+    Under LC_MESSAGES a file is called for its program, even where that reads like a language:
+    LibreOffice's ``de/LC_MESSAGES/sw.mo`` is Writer in German and not Swahili.
+    """
+    by_folder = "/LC_MESSAGES/" in name
+    for pattern in (_IN_FOLDER,) if by_folder else (_IN_NAME, _IN_FOLDER):
         match = pattern.search(name)
         found = catalogue_language(match[1]) if match else None
         if found is not None:

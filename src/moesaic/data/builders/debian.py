@@ -11,7 +11,7 @@ from moesaic.data.builders.catalogues import ENGLISH, as_pair, member_language, 
 from moesaic.data.builders.source import Progress, Source, Unit, Wanted
 from moesaic.data.pair import Pair
 
-_WANTED = re.compile(r"\.mo$|^\./usr/share/doc/[^/]+/copyright$")
+_COPYRIGHT = re.compile(r"^\./usr/share/doc/[^/]+/copyright$")
 _LICENCE = re.compile(r"^License:[ \t]*(\S[^\n]*)$", re.MULTILINE)
 _MOST_NAMES = 4
 
@@ -31,7 +31,7 @@ class Debian(Source):
         return fetch_debs(self.packages, progress=progress)
 
     def read(self, unit: Unit, *, wanted: Wanted) -> Iterator[Pair]:
-        licence = _licence_of(unit)
+        licence = licence_of(unit)
         for member in deb_members(unit.path, wanted=re.compile(r"\.mo$")):
             found = member_language(member.name)
             if found is None or found.code == ENGLISH or not wanted(found.code):
@@ -42,11 +42,10 @@ class Debian(Source):
                     yield pair
 
 
-def _licence_of(unit: Unit) -> str:
-    """The short names in the package's copyright file; it is a list, as packages mix licences."""
-    for member in deb_members(unit.path, wanted=_WANTED):
-        if member.name.endswith("/copyright"):
-            names = list(dict.fromkeys(_LICENCE.findall(member.read().decode("utf-8", "replace"))))
-            more = " and others" if len(names) > _MOST_NAMES else ""
-            return ", ".join(names[:_MOST_NAMES]) + more or "see its copyright file"
+def licence_of(unit: Unit) -> str:
+    """Return the short names in a package's copyright file: a list, as packages mix licences."""
+    for member in deb_members(unit.path, wanted=_COPYRIGHT):
+        names = list(dict.fromkeys(_LICENCE.findall(member.read().decode("utf-8", "replace"))))
+        more = " and others" if len(names) > _MOST_NAMES else ""
+        return ", ".join(names[:_MOST_NAMES]) + more or "see its copyright file"
     return "see its copyright file"

@@ -9,15 +9,20 @@ from moesaic.data.builders.ddtp import Descriptions
 from moesaic.data.builders.debian import Debian
 from moesaic.data.builders.extract import Extract
 from moesaic.data.builders.files import Files
+from moesaic.data.builders.firefox import Firefox
+from moesaic.data.builders.office_help import OfficeHelp
 from moesaic.data.builders.packages import Package
 from moesaic.data.builders.source import Source
 from moesaic.data.builders.synthetic import Synthetic
 from moesaic.data.builders.together import Together
 from moesaic.data.clean import Clean
-from moesaic.data.split import Split
+from moesaic.data.near import DropNear
+from moesaic.data.split import Domain, Split
 
 # Every source a recipe may name: importing its module is what makes it a member of the family.
-SOURCES = (Catalogues, Debian, Descriptions, Extract, Files, Synthetic, Together)
+SOURCES = (
+    *(Catalogues, Debian, Descriptions, Extract, Files, Firefox, OfficeHelp, Synthetic, Together),
+)
 _SMALL = (
     Package(name="django", version="5.2.19"),
     Package(name="wagtail", version="8.0.1"),
@@ -62,13 +67,29 @@ NAMED: dict[str, CorpusRecipe] = {
     for recipe in (
         CorpusRecipe(name="synthetic", source=Synthetic()),
         CorpusRecipe(name="catalogues-small", source=Catalogues(packages=_SMALL), min_pairs=200),
-        CorpusRecipe(name="catalogues", source=Catalogues(packages=_SMALL + _LARGE), min_pairs=200),
+        CorpusRecipe(
+            name="catalogues",
+            source=Catalogues(packages=_SMALL + _LARGE),
+            split=Split(near=DropNear()),
+            min_pairs=200,
+        ),
         CorpusRecipe(
             name="software-171",
             source=Together(
-                sources=(Catalogues(packages=_SMALL + _LARGE), Debian(), Descriptions())
+                sources=(
+                    Catalogues(packages=_SMALL + _LARGE),
+                    Debian(),
+                    Firefox(),
+                    OfficeHelp(),
+                    Descriptions(),
+                )
             ),
-            split=Split(test=0.02, valid=0.01),
+            split=Split(
+                test=0.02,
+                valid=0.01,
+                near=DropNear(),
+                domains=(Domain(name="wesnoth", packages=("wesnoth-1.16-data",)),),
+            ),
             min_pairs=200,
         ),
     )

@@ -175,7 +175,7 @@ class Member:
 def members(path: Path) -> Iterator[list[Member]]:
     """Give the files inside a wheel or source archive. Raises DataError when it is damaged."""
     try:
-        if path.name.endswith(".tar.gz"):
+        if path.name.endswith((".tar.gz", ".tgz")):
             with tarfile.open(path) as tar:
                 yield [_tar_member(tar, m) for m in tar.getmembers() if m.isfile()]
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 from moesaic.core.config import Choice
-from moesaic.data.pair import Pair, Text
+from moesaic.data.pair import Pair, Text, Unfit
 
 Place = Literal["any", "train", "held-out"]
 Wanted = Callable[[str], bool]  # is this language code asked for?
@@ -32,7 +32,8 @@ class Unit:
     """One thing that is read at a time: a package or a file, on disk, with its version and licence.
 
     ``place`` says where its rows may go: ``any`` (the split decides), or an extract's own split.
-    ``part`` is which source of several it belongs to.
+    ``part`` is which source of several it belongs to. ``missing`` is why a unit could not be had:
+    it is listed and not read.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Unit:
     licence: str = ""
     place: Place = "any"
     part: tuple[int, ...] = ()
+    missing: str = ""
 
 
 class Source(Choice):
@@ -48,12 +50,15 @@ class Source(Choice):
 
     @abstractmethod
     def fetch(self, *, progress: Progress) -> tuple[Unit, ...]:
-        """Bring every unit onto this machine. Raises UserError when one cannot be had."""
+        """Bring every unit onto this machine.
+
+        One of many that cannot be had may be returned as ``missing``; UserError when nothing can.
+        """
 
     def inputs(self) -> tuple[Path, ...]:
         """The user's own files that this reads: when one changes, the corpus is built again."""
         return ()
 
     @abstractmethod
-    def read(self, unit: Unit, *, wanted: Wanted) -> Iterator[Pair | Text]:
+    def read(self, unit: Unit, *, wanted: Wanted) -> Iterator[Pair | Text | Unfit]:
         """Yield the raw pairs and texts of a unit in the languages that are ``wanted``."""

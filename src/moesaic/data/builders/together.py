@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moesaic.data.builders.source import Progress, Source, Unit, Wanted
-from moesaic.data.pair import Pair, Text
+from moesaic.data.pair import Pair, Text, Unfit
 
 
 class Together(Source):
@@ -23,6 +23,6 @@ class Together(Source):
     def inputs(self) -> tuple[Path, ...]:
         return tuple(path for source in self.sources for path in source.inputs())
 
-    def read(self, unit: Unit, *, wanted: Wanted) -> Iterator[Pair | Text]:
+    def read(self, unit: Unit, *, wanted: Wanted) -> Iterator[Pair | Text | Unfit]:
         number, *rest = unit.part
         yield from self.sources[number].read(replace(unit, part=tuple(rest)), wanted=wanted)

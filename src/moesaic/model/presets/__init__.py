@@ -4,13 +4,19 @@
 """
 
 from moesaic.core.registry import Registry
-from moesaic.model.presets import nllb_moe, small, zcode_m3
+from moesaic.model.presets import deepseek_moe, deepspeed_moe, nllb_moe, small, zcode_m3
 from moesaic.model.presets.preset import Preset, Published
 
 __all__ = ["PRESETS", "Preset", "Published", "preset"]
 
 PRESETS: Registry[Preset] = Registry("preset")
-for _family in (small.FAMILY, zcode_m3.FAMILY, nllb_moe.FAMILY):
+for _family in (
+    small.FAMILY,
+    zcode_m3.FAMILY,
+    nllb_moe.FAMILY,
+    deepspeed_moe.FAMILY,
+    deepseek_moe.FAMILY,
+):
     for _name, _make in _family.items():
         PRESETS.register(_name)(_make)
 

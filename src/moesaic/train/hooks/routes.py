@@ -7,7 +7,8 @@ from pathlib import Path
 from moesaic.core.shapes import Int, Tensor
 from moesaic.data.batch import Batch
 from moesaic.dist.world import World
-from moesaic.moe.balance import RouterZ, SwitchBalance
+from moesaic.moe.balance import RouterZ
+from moesaic.moe.balances.bias import BiasUpdate
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity
 from moesaic.moe.record import Record
@@ -103,16 +104,22 @@ def language_of(record: Record, *, batch: Batch) -> Int[Tensor, "B"]:
 
 def doctor_setting(run: Run, *, languages: tuple[str, ...]) -> Setting:
     """Return what the doctor needs of the config for causes and advice."""
-    moe = run.model.moe
-    if not isinstance(moe, MoE):
+    model = run.model
+    mixtures = [model.mixture(stack) for stack in (model.encoder, model.decoder)]
+    moe = next((moe for moe in mixtures if isinstance(moe, MoE)), None)
+    if moe is None:
         return Setting(languages)
     limit = moe.limit
+    strongest = max(moe.balance, key=lambda term: term.evening(), default=None)
+    evens = strongest is not None and strongest.evening() > 0
     return Setting(
         languages,
-        top_k=round(moe.select.experts_per_token(moe.experts)),
-        balance_weight=sum(b.weight for b in moe.balance if isinstance(b, SwitchBalance)),
+        top_k=max(1, round(moe.select.experts_per_token(moe.experts))),
+        balance_weight=sum(b.evening() for b in moe.balance),
         z_weight=sum(b.weight for b in moe.balance if isinstance(b, RouterZ)),
         capacity_factor=limit.factor if isinstance(limit, Capacity) else None,
+        bias_rate=sum(b.rate for b in moe.balance if isinstance(b, BiasUpdate)),
+        balance=type(strongest).__name__ if evens else "SwitchBalance",
     )
 
 

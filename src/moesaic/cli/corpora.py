@@ -1,0 +1,125 @@
+"""How a corpus is shown: what was kept, what was dropped and why, where it came from, its pairs."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moesaic.core.units import show_count
+from moesaic.data.corpus import Corpus
+from moesaic.data.stats import CorpusStats
+from moesaic.data.stats import stats as corpus_stats
+
+_DIRECTIONS = 20
+_SOURCES = 12
+_NAMED = 8
+_SIZES = (1_000, 10_000, 100_000)
+
+
+def show_built(corpus: Corpus, console: Console) -> None:
+    """Print what a build has made, in one line, and what it had to do without in another."""
+    console.print(
+        f"[bold]{corpus.name}[/]: {corpus.about['pairs']:,} pairs, "
+        f"{len(corpus.languages)} languages, in {corpus.path}"
+    )
+    _show_missing(corpus_stats(corpus), console)
+
+
+def show_stats(corpus: Corpus, console: Console, *, every: bool = False) -> None:
+    """Print a corpus in numbers: the largest directions and sources, or every one."""
+    found = corpus_stats(corpus)
+    console.print(f"[bold]{found.name}[/]: {found.kept:,} pairs of {found.read:,} read")
+    sizes = {n: found.with_at_least(n) for n in _SIZES}
+    parts = "".join(f", {count} with {n:,} pairs or more" for n, count in sizes.items() if count)
+    console.print(f"directions: {len(found.directions)}{parts}", highlight=False)
+    for split, packages in found.domains.items():
+        console.print(
+            f"[cyan]{split}[/] never trains: {', '.join(packages)} "
+            f"[dim](moesaic eval RUN --split {split})[/]",
+            highlight=False,
+        )
+    _show_missing(found, console)
+    console.print()
+    _show_directions(found, console, count=len(found.directions) if every else _DIRECTIONS)
+    _show_dropped(found, console)
+    sources = corpus.about["sources"]
+    _show_sources(sources, console, count=len(sources) if every else _SOURCES)
+
+
+def show_pairs(rows: list[dict[str, Any]], codes: tuple[str, str], console: Console) -> None:
+    """Print pairs with their origins."""
+    table = Table(box=None)
+    for column in (*codes, "origin"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(escape(row["source"]), escape(row["target"]), f"[dim]{row['origin']}[/]")
+    console.print(table)
+
+
+def _show_directions(found: CorpusStats, console: Console, *, count: int) -> None:
+    table = Table(box=None)
+    table.add_column("direction")
+    for column in ("read", "kept", *found.splits):
+        table.add_column(column, justify="right")
+    table.add_column("dropped, most for")
+    for d in found.directions[:count]:
+        why = sorted(d.dropped.items(), key=lambda item: -item[1])[:3]
+        table.add_row(
+            f"{d.source}-{d.target}",
+            f"{d.read:,}",
+            f"{d.kept:,}",
+            *(f"{d.splits[name].pairs:,}" for name in found.splits),
+            ", ".join(f"{name} {show_count(n)}" for name, n in why),
+        )
+    counts = (f"{n:,}" for n in (found.read, found.kept, *found.splits.values()))
+    table.add_row("[bold]all[/]", *counts, "")
+    console.print(table)
+    if len(found.directions) > count:
+        left = len(found.directions) - count
+        console.print(f"[dim]and {left} smaller ones: --all shows them[/]", highlight=False)
+    if found.too_small:
+        names = sorted(found.too_small, key=lambda name: -found.too_small[name])
+        console.print(f"[dim]too small to keep: {_some(names)}[/]", highlight=False)
+
+
+def _show_dropped(found: CorpusStats, console: Console) -> None:
+    console.print("\n[bold]dropped[/] [dim](share of what was read)[/]")
+    table = Table(box=None, show_header=False)
+    table.add_column(justify="left", style="cyan")
+    table.add_column(justify="right")
+    table.add_column(justify="right", style="dim")
+    table.add_column(justify="left")
+    for name, count in found.dropped.items():
+        share = f"{100 * count / max(1, found.read):.1f} %"
+        table.add_row(name, f"{count:,}", share, escape(found.reasons[name]))
+    console.print(table)
+
+
+def _show_sources(sources: dict[str, dict[str, Any]], console: Console, *, count: int) -> None:
+    console.print("\n[bold]sources[/] [dim](a pair counts for the first that had it)[/]")
+    table = Table(box=None, show_header=False)
+    table.add_column(style="cyan")
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_column(style="dim")
+    largest = sorted(sources.items(), key=lambda item: (-item[1]["pairs"], item[0]))
+    for name, about in largest[:count]:
+        table.add_row(name, f"{about['pairs']:,}", about["licence"], about["version"])
+    console.print(table)
+    if len(largest) > count:
+        console.print(f"[dim]and {len(largest) - count} smaller ones: --all shows them[/]")
+
+
+def _show_missing(found: CorpusStats, console: Console) -> None:
+    if found.missing:
+        console.print(
+            f"[yellow]{len(found.missing)} packages could not be had[/] and are not in it: "
+            f"{_some(list(found.missing))}",
+            highlight=False,
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

@@ -1,0 +1,42 @@
+"""Matched: two texts under one key, as a pair, unless the two sides visibly disagree."""
+
+import re
+import unicodedata
+from collections.abc import Mapping
+
+from moesaic.data.pair import Pair, Unfit
+from moesaic.data.readers.keyed import Keyed
+
+ENGLISH = "eng_Latn"
+DISAGREE = "disagree"
+_NUMBER = re.compile(r"\d{2,}")  # a single digit may well become a word
+
+
+def matched(
+    source: Keyed, target: Keyed, *, code: str, origin: str, licence: str, numbers: bool = False
+) -> Pair | Unfit:
+    """Return the pair, or Unfit when marks (or, where asked for, numbers) differ.
+
+    A page or message that was rewritten while its translation stayed keeps its key: then inline
+    elements, variants or the numbers in it tell.
+    """
+    differ = source.marks != target.marks or (
+        numbers and _numbers(source.text) != _numbers(target.text)
+    )
+    if differ and source.text != target.text:
+        return Unfit(ENGLISH, code, DISAGREE)
+    return Pair(source.text, target.text, ENGLISH, code, origin, licence)
+
+
+def first_of(*sides: Mapping[str, Keyed]) -> dict[str, Keyed]:
+    """Join several files' texts; the first that has a key wins."""
+    joined: dict[str, Keyed] = {}
+    for side in reversed(sides):
+        joined |= side
+    return joined
+
+
+def _numbers(text: str) -> list[str]:
+    """The numbers of a text, in any script's digits, order and separators ignored."""
+    found = _NUMBER.findall(text)
+    return sorted("".join(str(unicodedata.digit(d)) for d in number) for number in found)

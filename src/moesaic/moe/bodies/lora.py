@@ -1,0 +1,81 @@
+"""LoRA experts: one feed-forward that all share, and a low-rank change of it for each.
+
+Letters: E experts, R rows, D model dim, F hidden width (2F before a gated activation), r rank.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from moesaic.core.shapes import Float, Tensor
+from moesaic.moe.bodies.shared import dense_pieces
+from moesaic.moe.experts import Expert, ExpertBank, Size, as_autocast
+from moesaic.moe.pieces import Piece
+from moesaic.nn.feed_forward import DenseFeedForward
+from moesaic.nn.start import OwnStart, Start
+from moesaic.ops.choose import pick_engine
+from moesaic.ops.group import Groups
+from moesaic.ops.grouped import zero_tail
+from moesaic.ops.product import grouped_product
+
+
+class LoRAExpert(Expert):
+    """Expert e multiplies with ``W + alpha / rank * A_e B_e`` at both products (LoRA, 2106.09685).
+
+    W is one feed-forward for all experts, trained like any other (freezing it is the optimizer's
+    affair); each ``B_e`` starts as zero, so all experts start as W. Mixtures of such changes
+    are MoLoRA (2309.05444), there of a frozen pretrained W and merged softly. Biases belong to W.
+    """
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+
+    def build(self, size: Size) -> "LoRAExperts":
+        return LoRAExperts(size, rank=self.rank, scale=self.alpha / self.rank)
+
+    def pieces(self, size: Size, *, used: float) -> Sequence[Piece]:
+        experts, rank, feed = size.num_experts, self.rank, size.feed_forward
+        width = feed.activation.width(feed.hidden)
+        base = dense_pieces(feed, dim=size.dim, bias=size.bias)
+        banks = ((size.dim, rank), (rank, width), (feed.hidden, rank), (rank, size.dim))
+        return [
+            *(Piece(piece.kind, piece.shape, times=used * experts) for piece in base),
+            *(Piece("expert", (experts, *shape), used) for shape in banks),
+        ]
+
+    def kept(self, size: Size, *, edges: float) -> float:
+        feed = size.feed_forward
+        inner = feed.activation.kept * feed.hidden + 2 * self.rank
+        return edges * (2 * size.dim + inner + 4)
+
+
+class LoRAExperts(ExpertBank, OwnStart):
+    """``up_a`` [E, D, r], ``up_b`` [E, r, F], ``down_a`` [E, F, r], ``down_b`` [E, r, D]."""
+
+    def __init__(self, size: Size, *, rank: int, scale: float) -> None:
+        super().__init__()
+        experts, feed = size.num_experts, size.feed_forward
+        width = feed.activation.width(feed.hidden)
+        self.base = DenseFeedForward(feed, dim=size.dim, bias=size.bias)
+        self.up_a = nn.Parameter(torch.empty(experts, size.dim, rank))
+        self.up_b = nn.Parameter(torch.empty(experts, rank, width))
+        self.down_a = nn.Parameter(torch.empty(experts, feed.hidden, rank))
+        self.down_b = nn.Parameter(torch.empty(experts, rank, size.dim))
+        self.activation, self.scale = feed.activation, scale
+
+    def starts(self) -> Mapping[str, Start]:
+        return {"up_b": Start(std=0.0), "down_b": Start(std=0.0)}
+
+    def forward(self, rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
+        rows = as_autocast(rows)
+        low = self._change(rows, a=self.up_a, b=self.up_b, groups=groups)
+        hidden = self.activation(self.base.up(rows) + low)
+        low = self._change(hidden, a=self.down_a, b=self.down_b, groups=groups)
+        return zero_tail(self.base.down(hidden) + low, ends=groups.ends)
+
+    def _change(self, rows: Tensor, *, a: Tensor, b: Tensor, groups: Groups) -> Tensor:
+        engine = pick_engine(rows)
+        low = grouped_product(rows, bank=a, groups=groups, engine=engine)
+        return self.scale * grouped_product(low, bank=b, groups=groups, engine=engine)

@@ -1,0 +1,51 @@
+"""Narrow: rows travel at a fraction of the model's width.
+
+Letters: T tokens, D model dim, M dim of the rows that travel.
+"""
+
+from collections.abc import Sequence
+
+from pydantic import Field
+from torch import nn
+
+from moesaic.core.shapes import Float, Tensor
+from moesaic.moe.around import Exchange, Passage
+from moesaic.moe.pieces import Piece
+
+
+class Narrow(Exchange):
+    """Descend, communicate, communicate, ascend: BigMac (2502.16927), ``M = ratio * D``.
+
+    One map D to M before rows travel and one M to D after they are home, each shared by all experts
+    of a layer; experts are feed-forwards of dim M, up first. Bytes that travel are ``ratio`` times
+    those of whole rows. The router reads whole rows, and so does what stands beside the experts.
+    That the maps have no bias and no norm is our reading.
+    """
+
+    ratio: float = Field(default=0.25, gt=0, le=1)
+
+    def dim(self, dim: int) -> int:
+        return max(1, round(dim * self.ratio))
+
+    def build(self, *, dim: int) -> Passage:
+        return _Narrow(dim=dim, narrow=self.dim(dim))
+
+    def pieces(self, *, dim: int) -> Sequence[Piece]:
+        narrow = self.dim(dim)
+        return [Piece("matrix", (narrow, dim)), Piece("matrix", (dim, narrow))]
+
+    def kept(self, *, dim: int) -> float:
+        return self.dim(dim)
+
+
+class _Narrow(Passage):
+    def __init__(self, *, dim: int, narrow: int) -> None:
+        super().__init__()
+        self.descend = nn.Linear(dim, narrow, bias=False)
+        self.ascend = nn.Linear(narrow, dim, bias=False)
+
+    def enter(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T M"]:
+        return self.descend(x)
+
+    def leave(self, y: Float[Tensor, "T M"]) -> Float[Tensor, "T D"]:
+        return self.ascend(y)

@@ -1,0 +1,50 @@
+"""Residual: experts as a correction to a fixed feed-forward.
+
+Letters: T tokens, D model dim.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from moesaic.core.shapes import Float, Tensor
+from moesaic.moe.around import Beside
+from moesaic.moe.bodies.shared import dense_pieces
+from moesaic.moe.pieces import Piece
+from moesaic.nn.feed_forward import DenseFeedForward, FeedForward
+from moesaic.nn.start import OwnStart, Start
+
+
+class Residual(Beside):
+    """A fixed feed-forward of an expert's width, mixed with the experts by two learned weights.
+
+    ``out = c_1 moe(x) + c_2 mlp(x)`` with ``c = softmax(W x + b)`` in R^2: Residual-MoE
+    (DeepSpeed-MoE, 2201.05596, section 4.1) as the released code has it (``coefficient``, with a
+    bias whether or not the model has any). The plain sum is ``SharedExperts(number=1)``.
+    """
+
+    def build(self, *, feed_forward: FeedForward, dim: int, bias: bool) -> nn.Module:
+        return _Residual(feed_forward, dim=dim, bias=bias)
+
+    def pieces(self, *, feed_forward: FeedForward, dim: int, bias: bool) -> Sequence[Piece]:
+        fixed = dense_pieces(feed_forward, dim=dim, bias=bias)
+        return [*fixed, Piece("router", (2, dim)), Piece("bias", (2,))]
+
+    def kept(self, *, feed_forward: FeedForward, dim: int) -> float:
+        return feed_forward.activation.kept * feed_forward.hidden + 2 * dim + 2
+
+
+class _Residual(OwnStart):
+    def __init__(self, feed_forward: FeedForward, *, dim: int, bias: bool) -> None:
+        super().__init__()
+        self.fixed = DenseFeedForward(feed_forward, dim=dim, bias=bias)
+        self.coefficient = nn.Linear(dim, 2)
+
+    def starts(self) -> Mapping[str, Start]:
+        return {"coefficient.weight": Start(kind="router")}
+
+    def forward(
+        self, x: Float[Tensor, "T D"], *, mixed: Float[Tensor, "T D"]
+    ) -> Float[Tensor, "T D"]:
+        share = self.coefficient(x).softmax(-1, dtype=mixed.dtype)
+        return share[:, :1] * mixed + share[:, 1:] * self.fixed(x)

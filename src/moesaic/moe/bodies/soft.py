@@ -1,0 +1,137 @@
+"""Soft: experts that read mixtures of a row's tokens, so that nothing is chosen or dropped.
+
+Letters: T tokens, D model dim, B rows, n tokens of the longest row, E experts, S slots.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
+
+from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.moe.config import Sparse
+from moesaic.moe.context import Carry, Context
+from moesaic.moe.experts import Expert, FeedForwardExpert, Size
+from moesaic.moe.layer import Answer
+from moesaic.moe.pieces import Piece
+from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.start import OwnStart, Start
+from moesaic.ops.group import Groups
+
+
+class SoftMixture(Sparse):
+    """Soft MoE (2308.00951, section 2.1; normalised as in its section 2.3).
+
+    Every expert has ``slots`` slots. A slot reads a convex combination of a row's tokens (softmax
+    over tokens), and a token gets a convex combination of all slots' answers (softmax over slots).
+    Both come of the logits ``scale * cos(token, slot)``, the scale learnt. Nothing is routed, so
+    there is no record of it, no balance and no limit.
+
+    Not causal: every token of a row reads all the others. A decoder refuses it. ``length`` is the
+    row length that FLOPs and bytes are counted with, and changes nothing else.
+    """
+
+    experts: int = Field(ge=1)
+    slots: int = Field(default=1, ge=1)
+    hidden: int | None = Field(default=None, ge=1)
+    expert: Expert = FeedForwardExpert()
+    length: int = Field(default=32, ge=1)
+
+    @property
+    def causal(self) -> bool:
+        return False
+
+    @property
+    def all_slots(self) -> int:
+        return self.experts * self.slots
+
+    def size(self, *, feed_forward: FeedForward, dim: int, bias: bool) -> Size:
+        """Return the size of the experts in a model with this dense feed-forward."""
+        hidden = self.hidden or feed_forward.hidden
+        return Size(self.experts, dim, feed_forward.replace(hidden=hidden), bias)
+
+    def build(self, *, feed_forward: FeedForward, dim: int, bias: bool) -> nn.Module:
+        size = self.size(feed_forward=feed_forward, dim=dim, bias=bias)
+        return SoftLayer(self, size=size)
+
+    def pieces(self, *, feed_forward: FeedForward, dim: int, bias: bool) -> Sequence[Piece]:
+        size = self.size(feed_forward=feed_forward, dim=dim, bias=bias)
+        return [
+            Piece("router", (self.all_slots, dim)),
+            Piece("norm", (1,)),
+            *self.expert.pieces(size, used=min(1.0, self.slots / self.length)),
+        ]
+
+    def kept(self, *, feed_forward: FeedForward, dim: int) -> float:
+        size = self.size(feed_forward=feed_forward, dim=dim, bias=False)
+        rows = self.all_slots / self.length
+        weights = 3 * self.all_slots + 2
+        return 2 * dim + weights + self.expert.kept(size, edges=rows) + rows * dim
+
+
+class SoftLayer(OwnStart):
+    """The slots' directions [S, D], expert by expert, the scale, and the experts."""
+
+    def __init__(self, config: SoftMixture, *, size: Size) -> None:
+        super().__init__()
+        self.directions = nn.Parameter(torch.empty(config.all_slots, size.dim))
+        self.scale = nn.Parameter(torch.ones(1))
+        self.experts = config.expert.build(size)
+        self.num_experts = config.experts
+
+    def starts(self) -> Mapping[str, Start]:
+        return {"directions": Start(kind="router")}
+
+    def forward(self, x: Float[Tensor, "T D"], *, context: Context, carry: Carry) -> Answer:
+        if not len(x):
+            return Answer(x, None, carry)
+        grid = Grid.of(context)
+        logits = self.logits(x)
+        into = grid.pad(logits, fill=float("-inf")).softmax(1).to(x.dtype)
+        answers = self._answer(into.transpose(1, 2) @ grid.pad(x, fill=0.0))
+        home = grid.pad(logits.softmax(-1).to(x.dtype), fill=0.0) @ answers
+        return Answer(home.flatten(0, 1).index_select(0, grid.index), None, carry)
+
+    def logits(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T S"]:
+        """Return float32 logits of every token and slot."""
+        with torch.autocast(x.device.type, enabled=False):
+            slots = F.normalize(self.directions.float(), dim=-1) * self.scale.float()
+            return F.normalize(x.float(), dim=-1) @ slots.t()
+
+    def _answer(self, slots: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
+        rows, _, dim = slots.shape
+        sorted_ = slots.unflatten(1, (self.num_experts, -1)).transpose(0, 1)  # by expert
+        each = sorted_[0].shape.numel() // dim
+        y = self.experts(sorted_.reshape(-1, dim), groups=_even(self.num_experts, each, slots))
+        return y.view(self.num_experts, rows, -1, dim).transpose(0, 1).flatten(1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Tokens as [B, n], one line for each row that has any. ``index`` is a token's place in it."""
+
+    rows: int
+    length: int
+    index: Int[Tensor, "T"]
+
+    @staticmethod
+    def of(context: Context) -> "Grid":
+        """Make the grid of a batch's tokens; their number has to come from the device."""
+        held, line = torch.unique(context.row, return_inverse=True)
+        length = int(context.position.max()) + 1
+        return Grid(held.numel(), length, line * length + context.position)
+
+    def pad(self, packed: Float[Tensor, "T C"], *, fill: float) -> Float[Tensor, "B n C"]:
+        """Put tokens in their places, and ``fill`` where there is none."""
+        empty = packed.new_full((self.rows * self.length, packed.shape[1]), fill)
+        return empty.index_copy(0, self.index, packed).unflatten(0, (self.rows, -1))
+
+
+def _even(experts: int, each: int, like: Tensor) -> Groups:
+    """Rows that are sorted already, the same number of each expert."""
+    order = torch.arange(experts * each, device=like.device)
+    counts = torch.full((experts,), each, device=like.device)
+    return Groups(order, order, counts, counts.cumsum(0).to(torch.int32))

@@ -1,0 +1,1 @@
+"""Conditions: what a gate may read besides a token's state."""

@@ -1,0 +1,1 @@
+"""Links: routers that tell the layers above what they know."""

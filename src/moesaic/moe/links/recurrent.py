@@ -1,0 +1,106 @@
+"""Recurrent: routers that remember, token by token, what those of the layers below saw.
+
+Letters: T tokens, C what a gate reads, P width of the state, E experts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from moesaic.core.shapes import Float, Tensor
+from moesaic.moe.context import Carry
+from moesaic.moe.gates import Link, Place, Scored, SharedRouting, Sight
+from moesaic.moe.pieces import Piece
+from moesaic.nn.start import OwnStart, Start
+
+
+class Recurrent(Link):
+    """RMoE, the layerwise recurrent router (2408.06793): a GRU over the MoE layers of a stack.
+
+    Each layer projects what it reads to ``width`` numbers; one cell, shared by all layers, turns
+    them and the token's state from the layer below into its new state, of which the layer's own
+    matrix makes logits. Gradients flow through the state to all layers below. The first layer's
+    state comes from zeros. Encoder and decoder have a cell each.
+    """
+
+    width: int = Field(default=128, ge=1)
+
+    def gate(self, *, dim: int, experts: int, place: Place) -> nn.Module:
+        del place
+        return RecurrentGate(dim=dim, width=self.width, experts=experts)
+
+    def gate_pieces(self, *, dim: int, experts: int, place: Place) -> Sequence[Piece]:
+        del place
+        return (
+            Piece("router", (self.width, dim)),
+            Piece("router", (experts, self.width)),
+        )
+
+    def shared(self, *, dim: int, experts: int, causal: bool) -> SharedRouting | None:
+        del dim, experts, causal
+        return RecurrentCell(self.width)
+
+    def shared_pieces(self, *, dim: int, experts: int) -> Sequence[Piece]:
+        del dim, experts
+        matrix, bias = (
+            Piece("router", (3 * self.width, self.width)),
+            Piece("bias", (3 * self.width,)),
+        )
+        return (matrix, matrix, bias, bias)
+
+    def kept(self, *, dim: int, place: Place) -> int:
+        del dim, place
+        return 8 * self.width
+
+
+class RecurrentCell(SharedRouting, OwnStart):
+    """The GRU cell of a stack, in float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.cell = nn.GRUCell(width, width)
+
+    def start(self, x: Float[Tensor, "T D"], *, sight: Sight) -> Carry:
+        del sight
+        none = torch.zeros(x.shape[0], self.width, device=x.device)
+        return Carry(hidden=none, shared=self)
+
+    def forward(
+        self, x: Float[Tensor, "T P"], *, hidden: Float[Tensor, "T P"]
+    ) -> Float[Tensor, "T P"]:
+        """Return the states after a layer."""
+        cell = self.cell
+        weights = (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
+        return torch.gru_cell(x, hidden, *(weight.float() for weight in weights))
+
+    def starts(self) -> Mapping[str, Start]:
+        inner, bias = Start(std=self.width**-0.5), Start(kind="bias")
+        return {
+            "cell.weight_ih": inner,
+            "cell.weight_hh": inner,
+            "cell.bias_ih": bias,
+            "cell.bias_hh": bias,
+        }
+
+
+class RecurrentGate(OwnStart):
+    """One layer's projection into the cell, and its logits out of it."""
+
+    def __init__(self, *, dim: int, width: int, experts: int) -> None:
+        super().__init__()
+        self.project = nn.Parameter(torch.empty(width, dim))
+        self.weight = nn.Parameter(torch.empty(experts, width))
+
+    def forward(self, x: Float[Tensor, "T C"], *, carry: Carry) -> Scored:
+        cell, below = carry.shared, carry.hidden
+        if not isinstance(cell, RecurrentCell) or below is None:
+            raise TypeError("a recurrent gate needs the carry of its stack's RecurrentCell")
+        hidden = cell(x @ self.project.float().t(), hidden=below)
+        return Scored(hidden @ self.weight.float().t(), replace(carry, hidden=hidden))
+
+    def starts(self) -> Mapping[str, Start]:
+        return {"project": Start(std=self.project.shape[1] ** -0.5)}

@@ -1,0 +1,92 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moesaic.data.markup import placeholders
+from moesaic.data.readers.ftl import parse_ftl
+
+PAGE = """\
+# A comment
+menu-quit = Quit
+    .label = Quit { -brand-short-name }
+    .accesskey = Q
+-brand-short-name = Mosaic
+long =
+    The first line
+      and an indented one.
+
+    After a gap.
+tabs =
+    { $count ->
+        [one] One tab
+       *[other] { NUMBER($count) } tabs
+    } open
+"""
+
+
+def read(text: str) -> dict[str, str]:
+    return {k.key: k.text for k in parse_ftl(text.splitlines())}
+
+
+def test_messages_attributes_and_terms_are_read_under_their_keys() -> None:
+    assert read(PAGE) == {
+        "menu-quit": "Quit",
+        "menu-quit.label": "Quit {-brand-short-name}",
+        "menu-quit.accesskey": "Q",
+        "-brand-short-name": "Mosaic",
+        "long": "The first line\n  and an indented one.\n\nAfter a gap.",
+        "tabs": "{$count} tabs open",
+    }
+
+
+def test_of_a_selector_the_default_variant_is_taken_and_named() -> None:
+    [found] = [k for k in parse_ftl(PAGE.splitlines()) if k.key == "tabs"]
+    assert found.marks == ("other",)
+    nested = "m = { $a ->\n  *[x] { $b ->\n    [y] no\n   *[z] yes }!\n   [w] no\n }"
+    [found] = parse_ftl(nested.splitlines())
+    assert (found.text, found.marks) == ("yes!", ("x", "z"))
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ("{ $user }", "{$user}"),
+        ("{$user}", "{$user}"),
+        ('{ DATETIME($date, month: "long") }', "{$date}"),
+        ('{ -brand(case: "genitive") }', "{-brand}"),
+        ("{ other-message.title }", "{other-message.title}"),
+        ('{ "{" } { "\\u0041" } { "\\"" }', '{ A "'),
+        ("{ 3 } { 2.5 }", "3 2.5"),
+        ("{ { $x } }", "{$x}"),
+        ('a { "->" } b', "a -> b"),
+    ],
+)
+def test_a_placeable_is_a_placeholder_or_its_text(written: str, text: str) -> None:
+    assert read(f"m = {written}") == {"m": text}
+
+
+def test_placeables_are_known_to_the_placeholder_rule() -> None:
+    found = read('m = { $x } { -y(case: "a") } { NUMBER($z) } { a-b.c }')["m"]
+    assert placeholders(found) == tuple(sorted(["{$x}", "{-y}", "{$z}", "{a-b.c}"]))
+
+
+@pytest.mark.parametrize(
+    "junk", ["bad = { $x", "bad = { $n ->\n    [one] only\n }", "= no key", "bad = { ? }", "{"]
+)
+def test_what_is_no_fluent_is_passed_over_and_the_next_message_is_read(junk: str) -> None:
+    assert read(f"{junk}\nnext = Well\n")["next"] == "Well"
+    assert "bad" not in read(f"{junk}\nnext = Well\n")
+
+
+def test_variants_may_stand_at_the_start_of_a_line() -> None:
+    assert read("m = { $n ->\n[one] a tab\n*[other] tabs\n}\nb = Two") == {"m": "tabs", "b": "Two"}
+
+
+def test_a_comment_between_ends_a_message() -> None:
+    assert read("a = One\n# about b\n    two\nb = Two") == {"a": "One", "b": "Two"}
+
+
+@settings(deadline=None)
+@given(st.text(alphabet='ab={}$-.[]*> "\\\n#_1', max_size=60))
+def test_no_text_makes_it_fail(text: str) -> None:
+    list(parse_ftl(text.split("\n")))

@@ -1,0 +1,43 @@
+import pytest
+
+from moesaic.core.errors import UserError
+from moesaic.data.readers.properties import parse_properties
+
+
+def read(text: str) -> dict[str, str]:
+    return {
+        k.key: k.text for k in parse_properties(enumerate(text.split("\n"), 1), name="a.properties")
+    }
+
+
+@pytest.mark.parametrize(
+    "line", ["key=text", "key = text", "key: text", "  key text", "key\t=text"]
+)
+def test_key_and_text_are_parted_as_java_does(line: str) -> None:
+    assert read(line) == {"key": "text"}
+
+
+def test_comments_and_blank_lines_are_no_texts() -> None:
+    assert read("# a=1\n! b=2\n\n  # c=3\nd=4") == {"d": "4"}
+
+
+def test_a_line_goes_on_after_a_backslash_without_its_indent() -> None:
+    assert read("a = one \\\n    two\\\n three\nb = c\\\\\nd = e") == {
+        "a": "one twothree",
+        "b": "c\\",
+        "d": "e",
+    }
+
+
+def test_escapes_are_decoded_in_keys_and_texts() -> None:
+    assert read(r"a\ b\=c = x\ty\nz\u00e9\u20AC\d") == {"a b=c": "x\ty\nzé€d"}
+    assert read("a = \\ud83d\\ude00 \\ud83d") == {"a": "\U0001f600 \ufffd"}
+
+
+def test_a_text_may_be_empty_and_the_last_line_may_go_on() -> None:
+    assert read("a =\nb\nc = x\\") == {"a": "", "b": "", "c": "x"}
+
+
+def test_a_wrong_escape_is_named_with_its_line() -> None:
+    with pytest.raises(UserError, match=r"a\.properties, line 2: found '\\\\u12'.*four hexa"):
+        read("a = b\nc = \\u12")

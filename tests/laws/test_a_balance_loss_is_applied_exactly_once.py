@@ -1,0 +1,84 @@
+"""Law: a balance term enters a step once: not per micro-batch, recomputation, rank or padding.
+
+Ranks: ``test_data_parallel_ranks_give_the_same_loss.py``.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from model.samples import LINKED, padded
+from moe.variants import BALANCES, balanced
+from moesaic.dist.world import Alone
+from moesaic.model.transformer import Transformer
+from moesaic.moe.config import MoE
+from moesaic.moe.layer import layers
+from moesaic.moe.select import TopK
+from moesaic.testing.tiny import LANGUAGES, TASKS, random_batch, tiny_model_config
+from moesaic.train.meters import Categories
+from moesaic.train.precision import Float32
+from moesaic.train.step import Objective
+
+Found = dict[str, torch.Tensor]
+
+
+CASES = {name: balanced(name) for name in BALANCES} | {
+    name: MoE(experts=4, select=TopK(k=2), link=link) for name, link in LINKED.items()
+}
+
+
+def model_of(name: str) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(tiny_model_config(moe=CASES[name], layers=2))
+
+
+def step(model: Transformer, batches: list) -> tuple[Found, Found, list[torch.Tensor]]:
+    """One step's terms, its gradients, and what each router heard."""
+    objective = Objective(Categories(TASKS, LANGUAGES), smoothing=0.1, precision=Float32())
+    seen = objective.gradients(model, batches=batches, world=Alone())
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return dict(seen.sums.terms), grads, [layer.router.heard.clone() for layer in layers(model)]
+
+
+def agree(here: Found, there: Found) -> None:
+    assert here.keys() == there.keys()
+    for name, value in here.items():
+        torch.testing.assert_close(there[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_batch_given_four_times_in_one_step_counts_once(name):
+    batch = random_batch(6, seed=1)
+    terms, grads, heard = step(model_of(name), [batch])
+    again_terms, again_grads, again_heard = step(model_of(name), 4 * [batch])
+    assert any(key.startswith("loss_") for key in terms)
+    agree(terms, again_terms)
+    agree(grads, again_grads)
+    for once, four in zip(heard, again_heard, strict=True):
+        torch.testing.assert_close(four, 4 * once)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_recomputing_activations_changes_no_loss_no_gradient_and_no_counter(name):
+    batches = [random_batch(6, seed=seed) for seed in (1, 2)]
+    plain = step(model_of(name), batches)
+    model = model_of(name)
+    for block in [*model.encoder, *model.decoder]:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    terms, grads, heard = step(model, batches)
+    agree(plain[0], terms)
+    agree(plain[1], grads)
+    assert all(map(torch.equal, plain[2], heard))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_padding_is_never_counted(name):
+    batch = random_batch(6, seed=3)
+    terms, grads, heard = step(model_of(name), [batch])
+    loose_terms, loose_grads, loose_heard = step(model_of(name), [padded(batch, 5)])
+    agree(terms, loose_terms)
+    agree(grads, loose_grads)
+    for here, there in zip(heard, loose_heard, strict=True):
+        torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-4)

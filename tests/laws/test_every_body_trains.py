@@ -1,0 +1,60 @@
+"""Law: whatever an expert is and whatever stands around it, a few steps fit a batch better."""
+
+import pytest
+import torch
+
+from model.samples import BODIES
+from moesaic.model.arrangement import Parallel, Serial
+from moesaic.model.config import Stack
+from moesaic.model.transformer import Transformer
+from moesaic.moe.attention import MixtureOfAttention
+from moesaic.optim.optimizer import AdamW, Muon, Optimizer
+from moesaic.testing.tiny import random_batch, tiny_model_config
+from moesaic.train.precision import BFloat16, Float32, Precision
+
+STEPS = 5
+
+
+def _losses(model: Transformer, *, optimizer: Optimizer, precision: Precision) -> list[float]:
+    batch = random_batch(6, seed=1)
+    built = optimizer.build(model.named_parameters(), kinds=model.parameter_kinds())
+    losses = []
+    for _ in range(STEPS):
+        with precision.autocast(batch.source.device):
+            output = model(batch)
+            loss = model.loss(output).total / batch.num_predicted
+        terms = [term for record in output.records for term in record.losses.values()]
+        (loss + sum(terms)).backward()
+        assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
+        built.step()
+        built.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("decoder_only", [False, True], ids=["translator", "language-model"])
+@pytest.mark.parametrize("body", BODIES)
+def test_every_body_trains(body, decoder_only):
+    config = tiny_model_config(moe=BODIES[body])
+    model = (config.replace(encoder=Stack(layers=0)) if decoder_only else config).build()
+    losses = _losses(model, optimizer=AdamW(lr=0.01), precision=Float32())
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.2
+
+
+@pytest.mark.parametrize("block", [Serial(), Parallel()], ids=repr)
+@pytest.mark.parametrize("keys", ["own", "shared"])
+def test_attention_experts_train(keys, block):
+    experts = MixtureOfAttention(experts=3, keys=keys)
+    model = tiny_model_config().replace(attention_experts=experts, block=block).build()
+    before = model.decoder[0].self_attention.inner.gate.weight.detach().clone()
+    losses = _losses(model, optimizer=Muon(lr=0.01), precision=Float32())
+    assert losses[-1] < losses[0] - 0.1
+    assert not torch.equal(model.decoder[0].self_attention.inner.gate.weight, before)
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_every_body_trains_in_half_precision_with_muon(body):
+    model = tiny_model_config(moe=BODIES[body]).build()
+    losses = _losses(model, optimizer=Muon(lr=0.01), precision=BFloat16())
+    assert losses[-1] < losses[0] - 0.1

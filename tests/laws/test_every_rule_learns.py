@@ -1,0 +1,54 @@
+"""Law: every rule of choosing trains inside a whole model, encoder-decoder or decoder-only."""
+
+import pytest
+import torch
+
+from model.samples import NONE, SPARSELY
+from moesaic.moe.bodies.soft import SoftMixture
+from moesaic.moe.config import MoE
+from moesaic.moe.selects.expert_choice import ExpertChoice
+from moesaic.testing.tiny import TinyStream, random_batch, tiny_model_config, tiny_run, tiny_trainer
+
+RULES = SPARSELY | {
+    "expert-choice": MoE(experts=3, select=ExpertChoice(), balance=()),
+    "soft": SoftMixture(experts=3),
+}
+
+
+class Same(TinyStream):
+    """One batch again and again."""
+
+    def __next__(self):
+        self.drawn += 1
+        return random_batch(8, seed=1)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_learns_a_batch_by_heart(name):
+    run = tiny_run(model=tiny_model_config(moe=RULES[name]), steps=30)
+    trainer = tiny_trainer(run)
+    trainer.data = Same()
+    losses = []
+    for _ in range(30):
+        trainer.advance()
+        losses.append(trainer.meters.take(trainer.world))
+    assert all(torch.tensor(list(row.values())).isfinite().all() for row in losses)
+    assert losses[-1]["train/loss"] < 0.9 * losses[0]["train/loss"]
+
+
+@pytest.mark.parametrize("name", SPARSELY)
+def test_a_rule_writes_and_learns_without_an_encoder(name):
+    config = tiny_model_config(moe=SPARSELY[name]).replace(encoder=NONE)
+    model = config.build()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    batch = random_batch(8, seed=2)
+    losses = []
+    for _ in range(5):
+        output = model(batch)
+        own = [term for record in output.records for term in record.losses.values()]
+        loss = model.loss(output).total / batch.num_predicted
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        (loss + sum(own)).backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]

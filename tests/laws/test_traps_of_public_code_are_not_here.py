@@ -1,0 +1,92 @@
+"""Law: what public MoE code is known to get wrong is right here, trap by trap."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.samples import BASE, batch_for, padded
+from moe.variants import DIM, EXPERTS, layer
+from moesaic.moe.balance import RouterZ, SwitchBalance
+from moesaic.moe.config import MoE
+from moesaic.moe.context import Carry, Context
+from moesaic.moe.gate import Gate
+from moesaic.moe.limit import AtRandom, ByPosition, ByWeight, Capacity
+from moesaic.moe.ranks import Gathered, OneRank
+from moesaic.moe.select import Top2, TopK
+from moesaic.moe.selects.top_p import TopP
+
+X = torch.randn(40, DIM)
+
+
+def _drawn(moe, key):
+    """The answer where random numbers are drawn under another key."""
+    context = Context.plain(40)
+    context = replace(context, row_key=context.row_key + key)
+    return moe(X, context=context, carry=Carry()).out
+
+
+RANDOM = {
+    "random-token-selection": {"limit": Capacity(factor=0.5, eval_factor=0.5, priority=AtRandom())},
+    "gumbel-second-choice": {"select": Top2(second="sampled")},
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_token_selection_and_the_gumbel_second_choice_are_off_in_evaluation(name):
+    moe = layer(MoE(experts=EXPERTS, **RANDOM[name]))
+    assert not torch.equal(_drawn(moe, 1), _drawn(moe, 2))
+    moe.eval()
+    assert torch.equal(_drawn(moe, 1), _drawn(moe, 2))
+
+
+class Shared(OneRank):
+    """One of two ranks; ``other`` are the rows that the other one would send."""
+
+    def __init__(self, other, *, first):
+        self.other, self.first = other, first
+
+    def gather(self, rows):
+        both = [rows, self.other] if self.first else [self.other, rows]
+        return Gathered(torch.cat(both), 0 if self.first else len(self.other))
+
+
+@pytest.mark.parametrize("priority", [ByPosition(), ByWeight(), AtRandom()], ids=repr)
+def test_capacity_counts_the_tokens_of_all_ranks(priority):
+    limit = Capacity(factor=0.7, minimum=0, priority=priority)
+    logits = torch.randn(40, EXPERTS) + torch.linspace(2, 0, 40)[:, None] * torch.eye(EXPERTS)[0]
+    gate = Gate.alone(logits, training=True)
+    whole = limit(TopK(k=2)(gate), gate=gate, ranks=OneRank())
+    kept = []
+    parts = [slice(0, 31), slice(31, 40)]  # very unequal: local counts would drop others
+    gates = [Gate(logits[part], _some(gate.context, part), training=True) for part in parts]
+    sent = []
+    for each in gates:
+        routing = TopK(k=2)(each)
+        key = priority.key(routing, gate=each)
+        sent.append(torch.cat([routing.expert[:, None], key], 1))
+    for number, each in enumerate(gates):
+        ranks = Shared(sent[1 - number], first=number == 0)
+        kept.append(limit(TopK(k=2)(each), gate=each, ranks=ranks).expert)
+    assert torch.equal(torch.cat(kept), whole.expert)
+    assert 0 < whole.dropped.sum() < 80
+
+
+def _some(context, part):
+    names = ("row", "position", "token", "tag", "row_key")
+    return replace(context, **{name: getattr(context, name)[part] for name in names})
+
+
+def test_top_p_takes_one_expert_of_a_certain_token_and_never_all_by_an_empty_mask():
+    certain = 90 * torch.eye(EXPERTS)
+    assert TopP(p=0.999)(Gate.alone(certain)).load().tolist() == [1] * EXPERTS
+
+
+def test_a_balance_loss_never_counts_padding():
+    model = BASE.replace(moe=BASE.moe.replace(balance=(SwitchBalance(), RouterZ()))).build()
+    batch = batch_for(BASE)
+    tight, loose = model(batch).records, model(padded(batch, 50)).records
+    for here, there in zip(tight, loose, strict=True):
+        assert here.sums[-1] == there.sums[-1] == here.routing.num_tokens
+        for name, value in here.losses.items():
+            torch.testing.assert_close(there.losses[name], value, rtol=1e-5, atol=1e-7)

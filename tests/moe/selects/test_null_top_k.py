@@ -1,0 +1,47 @@
+"""Choices spent on null experts cost nothing and leave the weights to the true ones."""
+
+import torch
+
+from moesaic.moe.context import Context
+from moesaic.moe.gate import Gate
+from moesaic.moe.selects.null_top_k import NullTopK
+
+T, TRUE, NULL = 60, 4, 3
+
+
+def _route(logits, k=3):
+    context = Context.plain(len(logits))
+    return NullTopK(k=k)(Gate(logits, context, training=True, spare=NULL))
+
+
+def test_weights_are_normalised_over_the_true_experts_among_the_k():
+    logits = torch.randn(T, TRUE + NULL)
+    routing = _route(logits)
+    expert, weight = routing.expert.view(T, 3), routing.weight.view(T, 3)
+    assert torch.equal(expert, logits.topk(3).indices)
+    true = expert < TRUE
+    p = logits.softmax(-1).gather(-1, expert) * true
+    torch.testing.assert_close(weight, p / p.sum(-1, keepdim=True).clamp(min=1e-9))
+    assert 0 < true.sum() < 3 * T
+
+
+def test_a_token_with_null_choices_alone_gets_nothing_and_no_nan():
+    logits = torch.zeros(2, TRUE + NULL)
+    logits[0, TRUE:] = 5.0
+    logits.requires_grad_()
+    routing = _route(logits)
+    assert routing.weight.view(2, 3)[0].tolist() == [0, 0, 0]
+    routing.weight.square().sum().backward()
+    assert logits.grad.isfinite().all()
+    assert torch.equal(logits.grad[0], torch.zeros(TRUE + NULL))
+
+
+def test_it_wants_null_experts_and_enough_of_all():
+    assert "ZeroExperts" in NullTopK(k=2).refuses(experts=4, spare=0)
+    assert "at least 6" in NullTopK(k=6).refuses(experts=5, spare=1)
+    assert NullTopK(k=5).refuses(experts=5, spare=1) is None
+
+
+def test_gradients_are_those_of_the_formula():
+    logits = torch.randn(5, TRUE + NULL, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: _route(x, k=4).weight, [logits])

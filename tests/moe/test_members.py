@@ -1,0 +1,43 @@
+"""Every rule that has a file of its own is a word in configs without being imported by hand."""
+
+import pytest
+
+from moesaic.core.config import Choice
+from moesaic.moe import members
+from moesaic.moe.among import Among
+from moesaic.moe.around import Beside, Exchange
+from moesaic.moe.attention import AttentionExperts
+from moesaic.moe.balance import Balance
+from moesaic.moe.config import Sparse
+from moesaic.moe.experts import Expert
+from moesaic.moe.gates import Condition, Link
+from moesaic.moe.noise import Noise
+from moesaic.moe.select import Select
+from moesaic.moe.selects.dense_all import Inference
+
+FAMILIES: dict[str, type[Choice]] = {
+    "AMONG": Among,
+    "ATTENTION": AttentionExperts,
+    "BALANCES": Balance,
+    "BESIDES": Beside,
+    "CONDITIONS": Condition,
+    "EXCHANGES": Exchange,
+    "EXPERTS": Expert,
+    "INFERENCES": Inference,
+    "LINKS": Link,
+    "NOISES": Noise,
+    "SELECTS": Select,
+    "SPARSE": Sparse,
+}
+OWN_FILES = tuple(
+    f"moesaic.moe.{room}."
+    for room in ("balances", "bodies", "conditions", "links", "noises", "selects")
+)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_list_of_a_family_leaves_no_file_out(name):
+    listed, family = vars(members)[name], FAMILIES[name]
+    assert all(issubclass(member, family) for member in listed)
+    own = {c for c in family.members.values() if c.__module__.startswith(OWN_FILES)}
+    assert own <= set(listed)

@@ -1,0 +1,32 @@
+"""The report's doctor knows what a run's config says of balance."""
+
+import yaml
+
+from moesaic.moe.balance import RouterZ, SwitchBalance
+from moesaic.moe.balances.bias import BiasUpdate
+from moesaic.moe.balances.entropy import EntropyBalance
+from moesaic.moe.balances.global_batch import GlobalBatchBalance
+from moesaic.moe.config import MoE
+from moesaic.report.inputs import Inputs
+from moesaic.report.routing import setting
+from moesaic.testing.tiny import tiny_model_config, tiny_run
+
+
+def of(*balance):
+    run = tiny_run(model=tiny_model_config(moe=MoE(experts=4, balance=balance)))
+    return setting(Inputs(name="run", config=yaml.safe_load(run.to_yaml())))
+
+
+def test_the_weights_are_those_of_the_terms_that_even_the_load():
+    found = of(SwitchBalance(weight=0.01), GlobalBatchBalance(weight=0.03), RouterZ(weight=0.5))
+    assert (found.balance_weight, found.balance, found.z_weight) == (
+        0.04,
+        "GlobalBatchBalance",
+        0.5,
+    )
+    assert found.bias_rate == 0
+
+
+def test_balance_by_bias_is_not_taken_for_none():
+    found = of(BiasUpdate(rate=0.002), EntropyBalance())
+    assert (found.balance_weight, found.bias_rate) == (0, 0.002)
