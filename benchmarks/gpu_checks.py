@@ -1,6 +1,8 @@
 """Checks of layer_gpu.py: every kernel and the whole mixer against plain torch, on the device."""
 
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +20,9 @@ from moesaic.ops.triton.mixer import TritonMixer
 from moesaic.ops.triton.tiles import Tiles, load_table
 
 Tensor = torch.Tensor
+STEP = Shape(256, 256, 128, 8, 2)  # of the checks of a training step
+Check = tuple[str, float, float]  # what, its error, the most it may be
+Task = Callable[[], list[Check]]
 LIMIT = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
@@ -118,35 +123,42 @@ def _outer(expert: Tensor, experts: int, left: Tensor, right: Tensor) -> Tensor:
     return torch.stack([left[m].float().T @ right[m].float() for m in mine])
 
 
-def all_kernels(*, device: str, tiny: bool) -> Iterator[tuple[str, float, float]]:
-    """Yield (what, error, limit) over dtypes, regimes of tiles, odd and whole shapes."""
+def kernel_tasks(*, device: str, tiny: bool) -> list[Task]:
+    """Checks of every kernel: dtypes, regimes, banks by descriptor, odd shapes and whole ones."""
     table = load_table()
-    card = table.get("sm90", table["any"])
+    card = table["any"] if tiny else table["sm90"]
     if tiny:
         shapes, kinds = [Shape(12, 40, 24, 3, 2)], [("single", torch.float32, ["few"])]
-        card = table["any"]
     else:
         shapes = [Shape(512, 256, 128, 6, 4), Shape(301, 200, 72, 5, 3)]
         kinds = [("half", torch.bfloat16, ["few", "some", "many"])]
         kinds += [("half", torch.float16, ["many"]), ("single", torch.float32, ["some"])]
+    tasks: list[Task] = []
     for kind, dtype, regimes in kinds:
         for regime in regimes:
             plain = card.get(kind, table["any"][kind])[regime]
             variants = {"": plain, " by descriptor": by_descriptor(plain)}
             for shape in shapes:
                 for variant, tiles in variants.items():
-                    found = kernel_errors(shape, tiles=tiles, device=device, dtype=dtype)
-                    for kernel, error in found:
-                        what = f"{kernel} | {dtype} {regime}{variant} | {shape}"
-                        yield what, error, LIMIT[dtype]
+                    what = f"{dtype} {regime}{variant} | {shape}"
+                    given = {"tiles": tiles, "device": device, "dtype": dtype, "what": what}
+                    tasks.append(partial(_check_kernels, shape, **given))
+    return tasks
+
+
+def _check_kernels(
+    shape: Shape, *, tiles: Tiles, device: str, dtype: torch.dtype, what: str
+) -> list[Check]:
+    found = kernel_errors(shape, tiles=tiles, device=device, dtype=dtype)
+    return [(f"{kernel} | {what}", error, LIMIT[dtype]) for kernel, error in found]
 
 
 def by_descriptor(tiles: Tiles) -> Tiles:
     return {op: replace(tile, tma=True) for op, tile in tiles.items()}
 
 
-def all_mixers(*, device: str, tiny: bool) -> Iterator[tuple[str, float, float]]:
-    """Yield (what, error, limit): output and gradients against the plain twin in float32."""
+def mixer_tasks(*, device: str, tiny: bool) -> list[Task]:
+    """Checks of output and gradients against the plain twin in float32."""
     if tiny:
         problems = [(Shape(8, 40, 24, 3, 2), torch.float32, ["dropped"])]
     else:
@@ -158,15 +170,23 @@ def all_mixers(*, device: str, tiny: bool) -> Iterator[tuple[str, float, float]]
             (Shape(500, 200, 72, 5, 1), torch.bfloat16, ["dropped"]),
             (Shape(300, 256, 128, 8, 2), torch.float32, every),
         ]
-    for shape, dtype, cases in problems:
-        for case in cases:
-            edges = edges_for(shape, device=device, case=case)
-            p = make(shape, device=device, dtype=dtype)
-            got = _both(TritonMixer(), edges, [p.x, p.up, p.down], p.back)
-            exact = [t.detach().float().requires_grad_() for t in (p.x, p.up, p.down)]
-            want = _both(Composed(Segments()), edges, exact, p.back.float())
-            for name, a, b in zip(("out", "x", "up", "down", "weight"), got, want, strict=True):
-                yield f"{name} | {dtype} {case} | {shape}", off(a, b), 2 * LIMIT[dtype]
+    return [
+        partial(_check_mixer, shape, device=device, dtype=dtype, cases=cases)
+        for shape, dtype, cases in problems
+    ]
+
+
+def _check_mixer(shape: Shape, *, device: str, dtype: torch.dtype, cases: list[str]) -> list[Check]:
+    found = []
+    for case in cases:
+        edges = edges_for(shape, device=device, case=case)
+        p = make(shape, device=device, dtype=dtype)
+        got = _both(TritonMixer(), edges, [p.x, p.up, p.down], p.back)
+        exact = [t.detach().float().requires_grad_() for t in (p.x, p.up, p.down)]
+        want = _both(Composed(Segments()), edges, exact, p.back.float())
+        for name, a, b in zip(("out", "x", "up", "down", "weight"), got, want, strict=True):
+            found.append((f"{name} | {dtype} {case} | {shape}", off(a, b), 2 * LIMIT[dtype]))
+    return found
 
 
 def _both(mixer: Any, edges: Edges, leaves: list[Tensor], back: Tensor) -> list[Tensor]:
@@ -177,17 +197,41 @@ def _both(mixer: Any, edges: Edges, leaves: list[Tensor], back: Tensor) -> list[
     return [out.detach(), *torch.autograd.grad(out, [*leaves, weight], back)]
 
 
-def verdict(found: Iterator[tuple[str, float, float]]) -> dict[str, Any]:
-    """Gather checks; NaN is wrong."""
+def verdict(tasks: list[Task], *, workers: int, seconds: float) -> dict[str, Any]:
+    """Run checks, in processes of their own (most of the time is compiling); NaN is wrong."""
+    found, failed = [], []
+    for rows, error in _each_result(tasks, workers=workers, seconds=seconds):
+        found += rows
+        failed += [error] if error else []
     rows = [{"what": what, "error": error, "limit": limit} for what, error, limit in found]
     wrong = [row for row in rows if not row["error"] < row["limit"]]
     worst = max((row["error"] / row["limit"] for row in rows), default=float("nan"))
-    return {"right": not wrong, "checks": len(rows), "worst_of_limit": worst, "wrong": wrong[:40]}
+    right = bool(rows) and not wrong and not failed
+    counted = {"right": right, "checks": len(rows), "worst_of_limit": worst}
+    return counted | {"wrong": wrong[:40], "failed": failed[:20]}
+
+
+def _each_result(
+    tasks: list[Task], *, workers: int, seconds: float
+) -> Iterator[tuple[list[Check], str]]:
+    if not workers:
+        yield from ((task(), "") for task in tasks)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context)
+    waiting = [pool.submit(task) for task in tasks]
+    try:
+        for future in as_completed(waiting, timeout=seconds):
+            error = future.exception()
+            yield ([], repr(error)[:300]) if error else (future.result(), "")
+    except TimeoutError:
+        yield [], f"not all checks ended within {seconds:.0f} s"
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 def no_wait(*, device: str) -> dict[str, Any]:
     """A training step of the layer, in which any wait for the device is an error."""
-    p = make(Shape(256, 256, 128, 8, 2), device=device, dtype=torch.bfloat16)
+    p = make(STEP, device=device, dtype=torch.bfloat16)
     ours = with_mixer(p, TritonMixer(), name="ours")
     ours.both()
     wait()
@@ -204,7 +248,7 @@ def no_wait(*, device: str) -> dict[str, Any]:
 
 def graph(*, device: str) -> dict[str, Any]:
     """Capture a training step, replay it under other routings, compare with plain calls."""
-    p = make(Shape(256, 256, 128, 8, 2), device=device, dtype=torch.bfloat16)
+    p = make(STEP, device=device, dtype=torch.bfloat16)
     ours = with_mixer(p, TritonMixer(), name="ours")
 
     def step() -> list[Tensor]:

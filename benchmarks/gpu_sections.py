@@ -34,6 +34,8 @@ TUNED_ON = [SHAPES[0], SHAPES[3]]
 DECODE = [Shape(t, *sizes) for sizes in ((1536, 256, 128, 8), (4096, 512, 128, 8))
           for t in (1, 4, 16, 64)]  # fmt: skip
 GRANULARITY = [Shape(24576, 1536, 1024 // n, 32 * n, 2 * n) for n in (1, 2, 4)]
+BITS = Shape(4096, 1536, 256, 64, 8)
+WORKERS = 14  # processes that compile
 TINY = [Shape(6, 32, 16, 3, 2)]
 
 
@@ -78,6 +80,7 @@ class Bench:
             return {"skipped": "nothing is compiled in the interpreter"}
         many, few = self.tiles(SHAPES[0]), self.tiles(DECODE[0])
         jobs = [(self.tiles(s), s, self.dtype, True) for s in SHAPES]
+        jobs += [(self.tiles(s), s, self.dtype, True) for s in (gpu_checks.STEP, BITS)]
         jobs += [(self.tiles(s), s, self.dtype, True) for s in GRANULARITY]
         jobs += [(self.tiles(s), s, self.dtype, False) for s in DECODE]
         for shape in TUNED_ON:
@@ -87,7 +90,7 @@ class Bench:
             jobs.append((tiles, DECODE[3], self.dtype, False))
         most = min(120.0, self.run.seconds / 4)
         end = self.run.left - most
-        return gpu_tuner.compile_all(jobs, workers=14, left=lambda: self.run.left - end)
+        return gpu_tuner.compile_all(jobs, workers=WORKERS, left=lambda: self.run.left - end)
 
     def table(self, *, tuned: bool) -> Any:
         rows = []
@@ -212,12 +215,17 @@ def prepare(run: Any, *, scattermoe: Path | None) -> dict[str, Callable[[], Any]
     run.found["versions"] = {"torch": torch.__version__, "triton": triton.__version__}
     run.found["card"] = name
     run.say(f"{name}, torch {torch.__version__}, triton {triton.__version__}")
-    small = TINY[0] if tiny else Shape(4096, 1536, 256, 64, 8)
+    small = TINY[0] if tiny else BITS
+    workers = 0 if tiny else WORKERS
     gpu_only = {"skipped": "for a GPU alone"}
     return {
         "compile": bench.compile,
-        "kernels": lambda: gpu_checks.verdict(gpu_checks.all_kernels(device=device, tiny=tiny)),
-        "mixer": lambda: gpu_checks.verdict(gpu_checks.all_mixers(device=device, tiny=tiny)),
+        "kernels": lambda: gpu_checks.verdict(
+            gpu_checks.kernel_tasks(device=device, tiny=tiny), workers=workers, seconds=90
+        ),
+        "mixer": lambda: gpu_checks.verdict(
+            gpu_checks.mixer_tasks(device=device, tiny=tiny), workers=workers, seconds=60
+        ),
         "no_wait": lambda: gpu_only if tiny else gpu_checks.no_wait(device=device),
         "graph": lambda: gpu_only if tiny else gpu_checks.graph(device=device),
         "same_bits": lambda: gpu_checks.same_bits(device=device, dtype=bench.dtype, shape=small),
