@@ -33,7 +33,8 @@ class Mark:
 class Function:
     """One function or method. ``arguments`` counts the named ones, without ``self``.
 
-    The verbs of the command line have options instead, which are not counted.
+    The verbs of the command line have options instead, which are not counted; nor are the
+    pointers and sizes of a Triton kernel, which cannot be held together and have no Python type.
     """
 
     name: str
@@ -133,10 +134,11 @@ def _function(node: DefNode, *, name: str, method: bool) -> Function:
         name=name,
         line=node.lineno,
         lines=(node.end_lineno or node.lineno) - node.lineno + 1,
-        arguments=0 if _is_verb(node) else len(named),
+        arguments=0 if _is_verb(node) or _is_kernel(node) else len(named),
         flags=max(len(flags), unmarked),
         nesting=nesting(node),
-        typed=node.returns is not None and all(a.annotation for a in named + starred),
+        typed=_is_kernel(node)
+        or (node.returns is not None and all(a.annotation for a in named + starred)),
     )
 
 
@@ -144,6 +146,18 @@ def _is_verb(node: DefNode) -> bool:
     """Tell whether typer's ``@app.command()`` stands above it."""
     calls = (d.func for d in node.decorator_list if isinstance(d, ast.Call))
     return any(isinstance(func, ast.Attribute) and func.attr == "command" for func in calls)
+
+
+def _is_kernel(node: DefNode) -> bool:
+    """Tell whether ``@triton.jit`` stands above it."""
+    plain = (d.func if isinstance(d, ast.Call) else d for d in node.decorator_list)
+    return any(
+        isinstance(d, ast.Attribute)
+        and d.attr == "jit"
+        and isinstance(d.value, ast.Name)
+        and d.value.id == "triton"
+        for d in plain
+    )
 
 
 def _described(tree: ast.Module) -> Iterator[bool]:

@@ -4,6 +4,7 @@ Nothing here is a setting. A pick depends on the device and dtype alone, so two 
 take the same path.
 """
 
+import importlib
 from dataclasses import dataclass
 from functools import cache
 
@@ -33,14 +34,44 @@ def pick_engine(rows: Tensor) -> Engine:
 
 def pick_mixer(x: Tensor, *, activation: Activation) -> Mixer:
     """Return the way to compute an MoE layer's mixture on this device, of this dtype."""
-    del activation  # fused kernels know a few by name; the composed path takes any
-    return Composed(pick_engine(x))
+    composed = Composed(pick_engine(x))
+    if activation.kernel and x.device.type not in ("cpu", "meta"):
+        return _kernels(x.device.type, x.dtype, activation.kernel).mixer or composed
+    return composed  # fused kernels know a few activations by name; the composed path takes any
 
 
 def picks(device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32) -> list[Pick]:
     """Every choice made for a device, for ``moesaic doctor``."""
     kind = torch.device(device).type
-    return [_engine(kind, dtype), _attention(kind)]
+    return [_mixture(kind, dtype), _engine(kind, dtype), _attention(kind)]
+
+
+def _mixture(device: str, dtype: torch.dtype) -> Pick:
+    if device in ("cpu", "meta"):
+        return Pick("mixture", "composed", f"there is no fused kernel for {dtype} on {device}")
+    found = _kernels(device, dtype, "swiglu")  # one activation stands for the others
+    return Pick("mixture", "composed" if found.mixer is None else found.mixer.name, found.reason)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kernels:
+    """A fused mixer, or None, and why."""
+
+    mixer: Mixer | None
+    reason: str
+
+
+@cache
+def _kernels(device: str, dtype: torch.dtype, activation: str) -> _Kernels:
+    """Bring in the Triton kernels and try them. By name: nothing else may need Triton."""
+    try:
+        probe = importlib.import_module("moesaic.ops.triton.probe")
+    except ImportError as error:
+        return _Kernels(None, f"Triton cannot be imported: {error}")
+    failure = probe.probe(torch.device(device), dtype=dtype, activation=activation)
+    if failure:
+        return _Kernels(None, f"the Triton kernels failed a trial on {device}: {failure}")
+    return _Kernels(probe.TritonMixer(), f"the Triton kernels passed a trial on {device}")
 
 
 @cache

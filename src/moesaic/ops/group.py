@@ -29,8 +29,11 @@ def group(expert: Int[Tensor, "N"], *, num_experts: int) -> Groups:
 
     N stays what it was (dropped edges keep a place), so nothing waits for the device.
     """
-    order = expert.argsort(stable=True)
+    by_expert, order = expert.sort(stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(order.numel(), device=order.device)
-    counts = torch.bincount(expert, minlength=num_experts + 1)[:num_experts]
-    return Groups(order, place, counts, counts.cumsum(0).to(torch.int32))
+    # not bincount, which waits for a GPU to learn the largest value
+    every = torch.arange(num_experts, device=expert.device, dtype=expert.dtype)
+    ends = torch.searchsorted(by_expert, every, right=True)
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    return Groups(order, place, counts, ends.to(torch.int32))

@@ -1,0 +1,238 @@
+"""Tuner of layer_gpu.py: candidates for each product, compiled in parallel, timed one by one."""
+
+import json
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_problem import Problem, Shape, SwiGLU, interleaved, spread
+from triton.runtime.jit import JITFunction
+
+from moesaic.ops.group import group
+from moesaic.ops.grouped import Banks
+from moesaic.ops.mixture import Edges
+from moesaic.ops.triton import launch
+from moesaic.ops.triton.launch import Job, Way
+from moesaic.ops.triton.mixer import TritonMixer, column_pieces
+from moesaic.ops.triton.tiles import (
+    OUTER_OPS,
+    SEGMENT_OPS,
+    TABLE,
+    Tile,
+    Tiles,
+    as_numbers,
+    load_table,
+    parse_table,
+)
+
+Candidates = dict[str, list[Tile]]
+MANY: Candidates = {
+    "up": [
+        Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4, tma=True),
+        Tile(128, 128, 64, 8, 4, group=4), Tile(128, 64, 64, 4, 4), Tile(128, 64, 64, 8, 4),
+        Tile(64, 128, 64, 4, 4), Tile(64, 128, 64, 4, 4, tma=True), Tile(64, 64, 64, 4, 4),
+    ],
+    "down": [
+        Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 4), Tile(128, 256, 64, 8, 4, tma=True),
+        Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 4, 4), Tile(128, 256, 64, 8, 3, group=4),
+        Tile(64, 256, 64, 4, 4), Tile(64, 256, 64, 4, 4, tma=True), Tile(64, 128, 64, 4, 4),
+    ],
+    "down_back": [
+        Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4, tma=True),
+        Tile(128, 64, 64, 4, 4), Tile(128, 128, 64, 4, 3), Tile(128, 256, 64, 8, 3),
+        Tile(64, 128, 64, 4, 4), Tile(64, 128, 64, 4, 4, tma=True), Tile(64, 64, 64, 4, 4),
+    ],
+    "up_outer": [
+        Tile(128, 256, 64, 8, 5), Tile(128, 256, 64, 8, 4), Tile(256, 128, 64, 8, 5),
+        Tile(128, 128, 64, 8, 5), Tile(128, 128, 64, 4, 5), Tile(128, 128, 32, 4, 6),
+    ],
+}  # fmt: skip
+MANY |= {"up_back": MANY["down"], "down_outer": MANY["up_outer"]}
+FEW: Candidates = {
+    "up": [
+        Tile(16, 32, 128, 4, 4), Tile(16, 32, 256, 4, 3), Tile(16, 16, 256, 4, 4),
+        Tile(16, 64, 128, 4, 4), Tile(16, 32, 128, 2, 5), Tile(16, 32, 128, 4, 4, tma=True),
+    ],
+    "down": [
+        Tile(16, 64, 128, 4, 4), Tile(16, 32, 256, 4, 3), Tile(16, 128, 64, 4, 4),
+        Tile(16, 128, 128, 4, 3), Tile(16, 64, 128, 2, 5), Tile(16, 64, 128, 4, 4, tma=True),
+    ],
+}  # fmt: skip
+TINY: Candidates = {op: [Tile(16, 16, 32, 4, 2), Tile(16, 32, 32, 4, 2)] for op in MANY}
+
+
+def bundles(candidates: Candidates, *, base: Tiles) -> list[Tiles]:
+    """Sets of tiles that hold every candidate once, for compiling."""
+    longest = max(map(len, candidates.values()))
+    every = []
+    for i in range(longest):
+        chosen = {op: tiles[i] for op, tiles in candidates.items() if i < len(tiles)}
+        every.append(base | chosen)
+    return every
+
+
+def compile_one(tiles: Tiles, shape: Shape, dtype: torch.dtype, train: bool) -> int:  # noqa: FBT001
+    """Compile what the mixer would launch, without memory; return how many launches those are.
+
+    Each kernel's binary goes to the cache on disk, where the timing process finds it.
+    """
+    original, seen = JITFunction.run, []
+
+    def warm(self: JITFunction, *args: Any, grid: Any, warmup: Any, **options: Any) -> Any:
+        del warmup
+        seen.append(self)
+        try:
+            return original(self, *args, grid=grid, warmup=True, **options)
+        except Exception as error:  # a candidate that does not fit is told when it is timed
+            print(f"not compiled: {type(error).__name__}: {str(error)[:100]}", flush=True)
+
+    JITFunction.run = warm
+    try:
+        meta_pass(tiles, shape, dtype, train=train)
+    finally:
+        JITFunction.run = original
+    return len(seen)
+
+
+def meta_pass(tiles: Tiles, shape: Shape, dtype: torch.dtype, *, train: bool) -> None:
+    s = shape
+
+    def leaf(*size: int) -> torch.Tensor:
+        return torch.empty(size, device="meta", dtype=dtype, requires_grad=train)
+
+    expert = torch.empty(s.tokens * s.k, device="meta", dtype=torch.long)
+    weight = torch.empty(s.tokens * s.k, device="meta")
+    groups = group(expert, num_experts=s.experts)
+    edges = Edges(torch.empty_like(expert), weight, groups, s.tokens, s.k)
+    banks = Banks(leaf(s.experts, s.dim, 2 * s.hidden), leaf(s.experts, s.hidden, s.dim))
+    x = leaf(s.tokens, s.dim)
+    out = TritonMixer(tiles=tiles)(x, edges=edges, banks=banks, activation=SwiGLU())
+    if train:
+        out.backward(torch.empty_like(out))
+
+
+def compile_all(
+    jobs: Sequence[tuple[Tiles, Shape, torch.dtype, bool]], *, workers: int,
+    left: Callable[[], float],
+) -> dict[str, Any]:  # fmt: skip
+    """Compile in processes of their own until all is done or no time is left."""
+    context = multiprocessing.get_context("spawn")
+    pool, failed, done = ProcessPoolExecutor(workers, mp_context=context), [], 0
+    waiting = [pool.submit(compile_one, *job) for job in jobs]
+    try:
+        for future in as_completed(waiting, timeout=max(1.0, left())):
+            error = future.exception()
+            done += error is None
+            if error is not None:
+                failed.append(f"{type(error).__name__}: {str(error)[:200]}")
+    except TimeoutError:
+        failed.append("no time left")
+    pool.shutdown(wait=False, cancel_futures=True)
+    return {"bundles": len(jobs), "done": done, "failed": failed[:10]}
+
+
+def works_of(p: Problem, op: str, *, base: Tiles) -> Callable[[Tile], Callable[[], Any]]:
+    """Return what makes the work of one product from a tile, on a problem's tensors."""
+    s, edges = p.shape, p.edges()
+    x, up, down, back = (t.detach() for t in (p.x, p.up, p.down, p.back))
+    weight, number = edges.weight.detach(), edges.token.numel()
+    spare = TritonMixer().spare
+    piece = next(column_pieces(s.dim, rows=number, width=2 * s.hidden, spare=spare))
+    hidden, active = x.new_empty(number, 2 * s.hidden).normal_(), x.new_empty(number, s.hidden)
+    active.normal_()
+
+    def make(tile: Tile) -> Callable[[], Any]:
+        tiles = base | {op: tile}
+        rows = tile.rows if op in SEGMENT_OPS else base["up"].rows
+        job = Job(launch.plan(edges, rows=rows), Way(tiles, "swiglu"))
+        train = edges.token.numel() > 16 * s.experts
+        return {
+            "up": lambda: launch.up(x, up, bias=None, keep=train, job=job),
+            "down": lambda: launch.product(
+                active, down, bias=None, turned=False, columns=piece, job=job
+            ),
+            "up_back": lambda: launch.product(
+                hidden, up, bias=None, turned=True, columns=piece, job=job
+            ),
+            "down_back": lambda: launch.down_back(
+                back, down, bias=None, weight=weight, hidden=hidden, job=job
+            ),
+            "up_outer": lambda: launch.outer(x, hidden, op=op, like=up, job=job),
+            "down_outer": lambda: launch.outer(active, back, op=op, like=down, job=job),
+        }[op]
+
+    return make
+
+
+def time_candidates(
+    p: Problem, candidates: Candidates, *, base: Tiles, left: Callable[[], float]
+) -> dict[str, list[dict[str, Any]]]:
+    """Median time of each candidate of each product; one that fails has none."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for op, tiles in candidates.items():
+        make, found[op] = works_of(p, op, base=base), []
+        for tile in tiles:
+            if left() < 0:
+                break
+            times = interleaved({"it": make(tile)}, rounds=5, repeats=4, left=left)
+            median = spread(times.get("it", [])).get("median_ms")
+            problem = next((name for name in times if name != "it"), None)
+            found[op].append({"tile": as_numbers(tile), "median_ms": median, "failed": problem})
+    return found
+
+
+def best(timed: Sequence[dict[str, list[dict[str, Any]]]], *, base: Tiles) -> Tiles:
+    """Return the tiles with the least time, summed over problems as multiples of the best one's.
+
+    The products over segments share their row tiles, so these are chosen together.
+    """
+    cost = {op: costs for op in base if (costs := _costs(timed, op=op))}
+    chosen = dict(base)
+    for op in OUTER_OPS:
+        if op in cost:
+            chosen[op] = _tile(min(cost[op], key=cost[op].__getitem__))
+    segment_ops = [op for op in SEGMENT_OPS if op in cost]
+    every = [{t[0] for t in cost[op]} for op in segment_ops]
+    possible = set.intersection(*every) if every else set()
+    if not possible:
+        return chosen
+
+    def least(op: str, rows: int) -> tuple[float, tuple[int, ...]]:
+        return min((c, t) for t, c in cost[op].items() if t[0] == rows)
+
+    rows = min(possible, key=lambda rows: sum(least(op, rows)[0] for op in segment_ops))
+    for op in SEGMENT_OPS:
+        chosen[op] = _tile(least(op, rows)[1]) if op in cost else replace(base[op], rows=rows)
+    return chosen
+
+
+def _costs(
+    timed: Sequence[dict[str, list[dict[str, Any]]]], *, op: str
+) -> dict[tuple[int, ...], float]:
+    """Cost of the tiles of a product that ran in every problem."""
+    cost: dict[tuple[int, ...], list[float]] = {}
+    for problem in timed:
+        known = {tuple(r["tile"]): r["median_ms"] for r in problem.get(op, []) if r["median_ms"]}
+        for tile, ms in known.items():
+            cost.setdefault(tile, []).append(ms / min(known.values()))
+    return {tile: sum(costs) for tile, costs in cost.items() if len(costs) == len(timed)}
+
+
+def write_table(path: Path, *, card: str, kind: str, tuned: dict[str, Tiles]) -> None:
+    """Write ``tiles.json`` with the tuned entries of one card in place of what it said."""
+    raw = json.loads(TABLE.read_text())
+    table = load_table()
+    before = table.get(card, {}).get(kind, table["any"][kind])
+    entries = raw.setdefault(card, {}).setdefault(kind, {})
+    for regime, tiles in (before | tuned).items():
+        entries[regime] = {op: as_numbers(tile) for op, tile in tiles.items()}
+    parse_table(raw)
+    path.write_text(json.dumps(raw, indent=1) + "\n")
+
+
+def _tile(numbers: tuple[int, ...]) -> Tile:
+    return Tile(*numbers[:6], tma=bool(numbers[6]))

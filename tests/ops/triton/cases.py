@@ -1,0 +1,84 @@
+"""Routes, banks and the definition that kernels are held against."""
+
+from dataclasses import replace
+
+import torch
+
+from moesaic.ops.group import group
+from moesaic.ops.grouped import Banks, expert_of_row
+from moesaic.ops.mixture import Edges
+from moesaic.ops.triton import launch
+from moesaic.ops.triton.launch import Job, Way
+from moesaic.ops.triton.tiles import Tile
+
+EXPERTS, DIM, HIDDEN = 3, 40, 24  # no multiple of a tile of 16 or 32
+SMALL = {  # several tiles in every direction
+    "up": Tile(16, 16, 32, 4, 2, group=2),
+    "down": Tile(16, 32, 32, 4, 2, group=2),
+    "down_back": Tile(16, 16, 32, 4, 2, group=2),
+    "up_back": Tile(16, 32, 32, 4, 2, group=2),
+    "up_outer": Tile(32, 32, 16, 4, 2, group=2),
+    "down_outer": Tile(32, 32, 16, 4, 2, group=2),
+}
+E = EXPERTS
+ROUTES = {  # expert of each edge, edges per token
+    "balanced": (torch.arange(24) % E, 2),
+    "empty-experts": (torch.full((20,), 1), 1),
+    "one-token": (torch.tensor([2, 0]), 2),
+    "some-dropped": (torch.arange(30) * 7 % 11 % (E + 1), 6),
+    "all-dropped": (torch.full((4,), E), 2),
+    "no-tokens": (torch.empty(0, dtype=torch.long), 2),
+}
+
+
+def edges_of(expert, k, device, *, general=False):
+    """Edges in token-major order, or shuffled with a token that has none."""
+    number = expert.numel()
+    token = torch.arange(number) // k
+    tokens = number // k
+    if general:
+        mixed = torch.randperm(number, generator=torch.Generator().manual_seed(3))
+        expert, token, tokens = expert[mixed], token[mixed], tokens + 1
+    weight = torch.rand(number, generator=torch.Generator().manual_seed(4))
+    weight = torch.where(expert < EXPERTS, weight, 0.0)
+    groups = group(expert.to(device), num_experts=EXPERTS)
+    return Edges(token.to(device), weight.to(device), groups, tokens, 0 if general else k)
+
+
+def job_of(edges, *, activation="swiglu", tiles=SMALL):
+    return Job(launch.plan(edges, rows=tiles["up"].rows), Way(tiles, activation))
+
+
+def draw(*shape, device, dtype=torch.float32, seed=0, scale=1.0):
+    random = torch.Generator().manual_seed(seed + 17 * len(shape))
+    return (torch.randn(shape, generator=random) * scale).to(device, dtype)
+
+
+def live_rows(edges):
+    """How many sorted rows lead to an expert, and the expert of each."""
+    expert = expert_of_row(edges.groups, rows=edges.token.numel())
+    live = int(edges.groups.ends[-1])
+    return live, expert[:live]
+
+
+def definition(x, *, edges, banks: Banks, activation):
+    """The sum over edges, edge by edge, differentiated by autograd."""
+    out = torch.zeros(edges.num_tokens, x.shape[1], device=x.device)
+    live, expert = live_rows(edges)
+    for row in range(live):
+        edge, e = int(edges.groups.order[row]), int(expert[row])
+        token = int(edges.token[edge])
+        hidden = x[token] @ banks.up[e]
+        hidden = hidden if banks.up_bias is None else hidden + banks.up_bias[e]
+        answer = activation(hidden) @ banks.down[e]
+        answer = answer if banks.down_bias is None else answer + banks.down_bias[e]
+        place = torch.tensor([token], device=x.device)
+        out = out.index_add(0, place, (edges.weight[edge] * answer)[None])
+    return out
+
+
+def by_descriptor(tiles):
+    return {op: replace(tile, tma=True) for op, tile in tiles.items()}
+
+
+assert (ROUTES["some-dropped"][0] == E).any(), "a route that should drop edges drops none"
