@@ -13,10 +13,11 @@ def test_every_pick_has_a_reason():
 
 def test_the_pick_for_experts_is_an_engine():
     assert pick_engine(torch.zeros(1)) in ENGINES.values()
-    assert picks("cpu")[0].implementation in ENGINES
+    assert picks("cpu")[1].implementation in ENGINES
 
 
 def test_a_device_whose_grouped_mm_fails_falls_back_and_says_so():
-    (experts, _) = picks("mps")  # there is no such device here, so the probe fails
+    (mixture, experts, _) = picks("mps")  # there is no such device here, so the probe fails
+    assert mixture.implementation == "composed"
     assert experts.implementation == "segments"
     assert "did not run" in experts.reason

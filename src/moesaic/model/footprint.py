@@ -17,6 +17,7 @@ from moesaic.model.blueprint import Blueprint, Stack
 from moesaic.model.count import Sizes, count, expert_feed_forward
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.position import Rotary
+from moesaic.ops.choose import pick_mixer
 from moesaic.optim.optimizer import AdamW, Optimizer
 
 
@@ -110,13 +111,15 @@ def _dense(config: Blueprint) -> int:
 
 
 def _sparse(config: Blueprint) -> int:
-    """Rows, pre-activation and answer of each edge; logits, probabilities and choices."""
+    """What the mixer of this machine keeps of each edge; logits, probabilities and choices."""
     moe = config.experts(Stack(layers=1, moe_every=1), layer=0)
     if moe is None:
         return 0
     k = moe.select.experts_per_token(moe.experts)
     feed = expert_feed_forward(config.feed_forward, moe=moe)
-    edge = 2 * config.dim + feed.activation.width(feed.hidden) + 4
+    mixer = pick_mixer(torch.empty(0), activation=feed.activation)
+    width = feed.activation.width(feed.hidden)
+    edge = mixer.kept(dim=config.dim, width=width, bias=config.bias)
     return _norm(config) + math.ceil(k * edge) + 3 * moe.experts + _mask(config)
 
 

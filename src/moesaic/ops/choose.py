@@ -10,6 +10,9 @@ from functools import cache
 import torch
 
 from moesaic.core.shapes import Tensor
+from moesaic.ops.cpu.mixer import Fused
+from moesaic.ops.cpu.native import ACTIVATIONS, KINDS
+from moesaic.ops.cpu.probe import find
 from moesaic.ops.group import group
 from moesaic.ops.grouped import Activation, Engine, GroupedMM, PaddedBMM, Segments
 from moesaic.ops.mixture import Composed, Mixer
@@ -33,14 +36,24 @@ def pick_engine(rows: Tensor) -> Engine:
 
 def pick_mixer(x: Tensor, *, activation: Activation) -> Mixer:
     """Return the way to compute an MoE layer's mixture on this device, of this dtype."""
-    del activation  # fused kernels know a few by name; the composed path takes any
-    return Composed(pick_engine(x))
+    composed = Composed(pick_engine(x))
+    if x.device.type == "cpu" and x.dtype in KINDS and activation.kernel in ACTIVATIONS:
+        library = find().library
+        return composed if library is None else Fused(library, composed)
+    return composed
 
 
 def picks(device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32) -> list[Pick]:
     """Every choice made for a device, for ``moesaic doctor``."""
     kind = torch.device(device).type
-    return [_engine(kind, dtype), _attention(kind)]
+    return [_mixture(kind, dtype), _engine(kind, dtype), _attention(kind)]
+
+
+def _mixture(device: str, dtype: torch.dtype) -> Pick:
+    if device == "cpu" and dtype in KINDS:
+        found = find()
+        return Pick("mixture", "composed" if found.library is None else "fused", found.reason)
+    return Pick("mixture", "composed", f"there is no fused kernel for {dtype} on {device}")
 
 
 @cache

@@ -35,11 +35,16 @@ class Edges:
 class Mixer(Protocol):
     """A way to compute the mixture, differentiable in ``x``, ``edges.weight`` and the banks."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(
         self, x: Float[Tensor, "T D"], *, edges: Edges, banks: Banks, activation: Activation
     ) -> Float[Tensor, "T D"]: ...
+
+    def kept(self, *, dim: int, width: int, bias: bool) -> int:
+        """Values of four bytes that autograd keeps per edge, x left out (for forecasts)."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +73,8 @@ class Composed:
             num_tokens=edges.num_tokens,
             per_token=edges.per_token,
         )
+
+    def kept(self, *, dim: int, width: int, bias: bool) -> int:
+        """The row, the pre-activation, the answer and a few numbers of each edge."""
+        del bias
+        return 2 * dim + width + 4
