@@ -10,6 +10,7 @@ Letters: T tokens, K edges per token, N edges, D model dim.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Int, Tensor
@@ -73,10 +74,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        back = grads[0].index_select(0, ctx.groups.place)
-        if ctx.per_token > 1:
-            back = back.view(-1, ctx.per_token, back.shape[1]).sum(1)
-        return back, None, None
+        return _home(grads[0], ctx.groups.place, per_token=ctx.per_token), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -84,11 +82,7 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, weight: Tensor, groups: Groups, per_token: int) -> Tensor:
         ctx.save_for_backward(y, weight)
         ctx.groups, ctx.per_token = groups, per_token
-        home = y.index_select(0, groups.place).float()
-        home *= weight[:, None]
-        if per_token > 1:
-            home = home.view(-1, per_token, y.shape[1]).sum(1)
-        return home.to(y.dtype)
+        return _home(y, groups.place, per_token=per_token, weight=weight)
 
     @staticmethod
     @once_differentiable
@@ -99,6 +93,20 @@ class _Combine(torch.autograd.Function):
         dot = torch.linalg.vecdot(rows, y.float())  # router gradient: <d out[token], y>
         rows *= weight[groups.order, None]
         return rows.to(y.dtype), dot[groups.place].to(weight.dtype), None, None
+
+
+def _home(rows: Tensor, place: Tensor, *, per_token: int, weight: Tensor | None = None) -> Tensor:
+    """Sum of each token's rows, times their weights if there are any, in float32."""
+    if rows.device.type == "cpu" and rows.dtype == torch.float32:  # one pass over the rows
+        bags = place.view(-1, per_token)
+        weights = None if weight is None else weight.float().view_as(bags)
+        return F.embedding_bag(bags, rows, mode="sum", per_sample_weights=weights)
+    home = rows.index_select(0, place)
+    if weight is not None:
+        home = home.float().mul_(weight[:, None])
+    if per_token > 1:
+        home = home.view(-1, per_token, rows.shape[1]).sum(1)
+    return home.to(rows.dtype)
 
 
 def _token_of(groups: Groups, *, per_token: int) -> Tensor:
