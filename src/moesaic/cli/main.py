@@ -22,6 +22,7 @@ VERBS = {
     "explain": "what a recipe will cost, before anything runs",
     "data": "build, count and look at corpora",
     "report": "write a run's HTML report again",
+    "bench": "how fast a layer is here, beside dense layers and other libraries",
     "config": "recipes, resolved configs, differences, JSON Schema for editors",
     "doctor": "what this machine has, and which implementation each op takes and why",
 }

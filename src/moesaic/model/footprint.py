@@ -144,7 +144,9 @@ def _mixture(config: Blueprint, *, moe: MoE) -> float:
     size = Size(moe.experts, moe.exchange.dim(dim), feed, config.bias)
     edges = moe.select.experts_per_token(moe.routed)
     around = moe.exchange.kept(dim=dim) + moe.beside.kept(feed_forward=feed, dim=dim)
-    return moe.expert.kept(size, edges=edges) + around + 3 * moe.routed
+    return (
+        moe.expert.kept(size, edges=edges, live=moe.experts / moe.routed) + around + 3 * moe.routed
+    )
 
 
 def _head(config: Blueprint, *, tokens: int) -> int:

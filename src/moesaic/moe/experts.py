@@ -40,10 +40,11 @@ class Expert(Choice):
         """Return their parameters; a token uses the share ``used`` of the banks."""
         raise NotImplementedError
 
-    def kept(self, size: Size, *, edges: float) -> float:
+    def kept(self, size: Size, *, edges: float, live: float = 1.0) -> float:
         """Return the values that autograd keeps per token of so many edges (for forecasts).
 
-        Rows and answers of the edges are among them, the token's own state is not.
+        Rows and answers of the edges are among them, the token's own state is not. ``live`` is the
+        share of edges that lead somewhere.
         """
         raise NotImplementedError
 
@@ -82,9 +83,11 @@ class FeedForwardExpert(Expert):
             banks.append(Piece("bias", (experts, size.dim), used))
         return banks
 
-    def kept(self, size: Size, *, edges: float) -> float:
+    def kept(self, size: Size, *, edges: float, live: float = 1.0) -> float:
         feed = size.feed_forward
-        return edges * (2 * size.dim + feed.activation.width(feed.hidden) + 4)
+        mixer = pick_mixer(torch.empty(0), activation=feed.activation)  # the one of this machine
+        width = feed.activation.width(feed.hidden)
+        return edges * mixer.kept(dim=size.dim, width=width, bias=size.bias, live=live)
 
 
 class Experts(ExpertBank):

@@ -11,6 +11,9 @@ from functools import cache
 import torch
 
 from moesaic.core.shapes import Tensor
+from moesaic.ops.cpu.mixer import Fused
+from moesaic.ops.cpu.native import ACTIVATIONS, KINDS
+from moesaic.ops.cpu.probe import find
 from moesaic.ops.group import group
 from moesaic.ops.grouped import Activation, Engine, GroupedMM, PaddedBMM, Segments
 from moesaic.ops.mixture import Composed, Mixer
@@ -35,7 +38,10 @@ def pick_engine(rows: Tensor) -> Engine:
 def pick_mixer(x: Tensor, *, activation: Activation) -> Mixer:
     """Return the way to compute an MoE layer's mixture on this device, of this dtype."""
     composed = Composed(pick_engine(x))
-    if activation.kernel and x.device.type not in ("cpu", "meta"):
+    if x.device.type == "cpu":
+        library = find().library if x.dtype in KINDS and activation.kernel in ACTIVATIONS else None
+        return composed if library is None else Fused(library, composed)
+    if activation.kernel and x.device.type != "meta":
         return _kernels(x.device.type, x.dtype, activation.kernel).mixer or composed
     return composed  # fused kernels know a few activations by name; the composed path takes any
 
@@ -47,6 +53,9 @@ def picks(device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.floa
 
 
 def _mixture(device: str, dtype: torch.dtype) -> Pick:
+    if device == "cpu" and dtype in KINDS:
+        native = find()
+        return Pick("mixture", "composed" if native.library is None else "fused", native.reason)
     if device in ("cpu", "meta"):
         return Pick("mixture", "composed", f"there is no fused kernel for {dtype} on {device}")
     found = _kernels(device, dtype, "swiglu")  # one activation stands for the others

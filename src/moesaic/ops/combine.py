@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Int, Tensor
@@ -78,14 +79,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        way, grad = ctx.way, grads[0]
-        if way.per_token:
-            back = grad.index_select(0, way.groups.place)
-            if way.per_token > 1:
-                back = back.view(-1, way.per_token, back.shape[1]).sum(1)
-        else:
-            back = _home(grad.float(), way).to(grad.dtype)
-        return back, None, None, None
+        return _home(grads[0], ctx.way), None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -95,13 +89,7 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, weight: Tensor, way: _Way) -> Tensor:
         ctx.save_for_backward(y, weight)
         ctx.way = way
-        if not way.per_token:
-            return _home(y.float() * weight[way.groups.order, None], way).to(y.dtype)
-        home = y.index_select(0, way.groups.place).float()
-        home *= weight[:, None]
-        if way.per_token > 1:
-            home = home.view(-1, way.per_token, y.shape[1]).sum(1)
-        return home.to(y.dtype)
+        return _home(y, way, weight=weight)
 
     @staticmethod
     @once_differentiable
@@ -114,9 +102,22 @@ class _Combine(torch.autograd.Function):
         return rows.to(y.dtype), dot[groups.place].to(weight.dtype), None
 
 
-def _home(rows: Tensor, way: _Way) -> Tensor:
-    """Add float32 rows in sorted order to their tokens."""
-    return rows.new_zeros(way.num_tokens, rows.shape[1]).index_add_(0, _token_of(way), rows)
+def _home(rows: Tensor, way: _Way, *, weight: Tensor | None = None) -> Tensor:
+    """Sum of each token's rows, times their weights if there are any, in float32."""
+    if not way.per_token:
+        weighted = rows.float() if weight is None else rows * weight[way.groups.order, None]
+        home = weighted.new_zeros(way.num_tokens, rows.shape[1])
+        return home.index_add_(0, _token_of(way), weighted).to(rows.dtype)
+    if rows.device.type == "cpu" and rows.dtype == torch.float32:  # one pass over the rows
+        bags = way.groups.place.view(-1, way.per_token)
+        weights = None if weight is None else weight.float().view_as(bags)
+        return F.embedding_bag(bags, rows, mode="sum", per_sample_weights=weights)
+    home = rows.index_select(0, way.groups.place)
+    if weight is not None:
+        home = home.float().mul_(weight[:, None])
+    if way.per_token > 1:
+        home = home.view(-1, way.per_token, rows.shape[1]).sum(1)
+    return home.to(rows.dtype)
 
 
 def _token_of(way: _Way) -> Tensor:

@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.ops.group import Groups
 
+CACHED = 1 << 18  # values of a piece of the pre-activation: 1 MiB in float32
+
 
 @runtime_checkable
 class Activation(Protocol):
@@ -186,7 +188,7 @@ class _FeedForward(torch.autograd.Function):
         hidden = engine.apply(rows, up, groups=groups)
         if up_bias is not None:
             hidden += up_bias.to(rows.dtype)[expert_of_row(groups, rows=rows.shape[0])]
-        out = engine.apply(activation(hidden), down, groups=groups)
+        out = engine.apply(_activate(hidden, activation=activation), down, groups=groups)
         if down_bias is not None:
             out += down_bias.to(rows.dtype)[expert_of_row(groups, rows=rows.shape[0])]
             out = zero_tail(out, ends=groups.ends)
@@ -201,13 +203,11 @@ class _FeedForward(torch.autograd.Function):
         rows, up, down, hidden = ctx.saved_tensors
         groups, engine = ctx.groups, ctx.engine
         grad = grads[0].contiguous()
-        with torch.enable_grad():
-            leaf = hidden.detach().requires_grad_()
-            active = ctx.activation(leaf)
         grad_active = engine.apply(grad, down.transpose(1, 2), groups=groups)
-        grad_down = engine.outer(active.detach(), grad, groups=groups)
-        (grad_hidden,) = torch.autograd.grad(active, leaf, grad_active)
-        del active, leaf, grad_active
+        active, grad_hidden = _activate_back(hidden, grad_active, activation=ctx.activation)
+        del grad_active
+        grad_down = engine.outer(active, grad, groups=groups)
+        del active
         grad_rows = None
         if ctx.needs_input_grad[0]:
             grad_rows = engine.apply(grad_hidden, up.transpose(1, 2), groups=groups)
@@ -215,6 +215,40 @@ class _FeedForward(torch.autograd.Function):
         up_bias = _sum_rows(grad_hidden, groups=groups) if ctx.bias else None
         down_bias = _sum_rows(grad, groups=groups) if ctx.bias else None
         return grad_rows, grad_up, grad_down, up_bias, down_bias, None, None, None
+
+
+def _pieces(hidden: Tensor) -> Iterator[slice]:
+    """Rows to activate at a time: on a CPU, so few that what lies between stays in the cache."""
+    rows, width = hidden.shape
+    step = max(1, CACHED // width) if hidden.device.type == "cpu" else max(1, rows)
+    for start in range(0, max(1, rows), step):  # one piece even without rows
+        yield slice(start, start + step)
+
+
+def _activate(hidden: Tensor, *, activation: Activation) -> Tensor:
+    first, *rest = _pieces(hidden)
+    if not rest:
+        return activation(hidden)
+    piece = activation(hidden[first])
+    out = piece.new_empty(hidden.shape[0], piece.shape[1])
+    out[first] = piece
+    for span in rest:
+        out[span] = activation(hidden[span])
+    return out
+
+
+def _activate_back(
+    hidden: Tensor, grad: Tensor, *, activation: Activation
+) -> tuple[Tensor, Tensor]:
+    """Return the activation again, and the gradient of ``hidden``."""
+    grad_hidden, active = torch.empty_like(hidden), torch.empty_like(grad)
+    for span in _pieces(hidden):
+        with torch.enable_grad():
+            leaf = hidden[span].detach().requires_grad_()
+            out = activation(leaf)
+        (grad_hidden[span],) = torch.autograd.grad(out, leaf, grad[span])
+        active[span] = out.detach()
+    return active, grad_hidden
 
 
 def expert_of_row(groups: Groups, *, rows: int) -> Int[Tensor, "R"]:

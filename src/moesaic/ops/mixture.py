@@ -42,6 +42,13 @@ class Mixer(Protocol):
         self, x: Float[Tensor, "T D"], *, edges: Edges, banks: Banks, activation: Activation
     ) -> Float[Tensor, "T D"]: ...
 
+    def kept(self, *, dim: int, width: int, bias: bool, live: float) -> float:
+        """Values of four bytes that autograd keeps per edge, x left out (for forecasts).
+
+        ``live`` is the share of edges that lead somewhere.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Composed:
@@ -61,6 +68,11 @@ class Composed:
             rows, banks=banks, groups=edges.groups, activation=activation, engine=self.engine
         )
         return carry_home(y, edges=edges)
+
+    def kept(self, *, dim: int, width: int, bias: bool, live: float) -> float:
+        """The row, the pre-activation, the answer and a few numbers of each edge."""
+        del bias, live
+        return 2 * dim + width + 4
 
 
 def carry_out(x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "N D"]:

@@ -5,6 +5,7 @@ import torch
 
 from moesaic.nn.activation import ReLU, SwiGLU
 from moesaic.ops import choose
+from moesaic.ops.cpu.mixer import Fused
 from moesaic.ops.mixture import Composed
 from moesaic.ops.triton import launch
 from moesaic.ops.triton.mixer import TritonMixer
@@ -65,4 +66,4 @@ def test_the_pick_follows_the_trial(failure, fresh, monkeypatch):
 
 
 def test_a_cpu_takes_no_kernels():
-    assert isinstance(choose.pick_mixer(torch.zeros(1), activation=SwiGLU()), Composed)
+    assert isinstance(choose.pick_mixer(torch.zeros(1), activation=SwiGLU()), Composed | Fused)

@@ -45,7 +45,8 @@ class LoRAExpert(Expert):
             *(Piece("expert", (experts, *shape), used) for shape in banks),
         ]
 
-    def kept(self, size: Size, *, edges: float) -> float:
+    def kept(self, size: Size, *, edges: float, live: float = 1.0) -> float:
+        del live  # rows of edges that lead nowhere are kept, too
         feed = size.feed_forward
         inner = feed.activation.kept * feed.hidden + 2 * self.rank
         return edges * (2 * size.dim + inner + 4)

@@ -52,6 +52,11 @@ class TritonMixer:
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
         return _Mixture.apply(*given, job, self.spare, keep)
 
+    def kept(self, *, dim: int, width: int, bias: bool, live: float) -> float:
+        """The pre-activation, the weight, and three indices of eight bytes."""
+        del dim, bias, live  # places for edges that lead nowhere are kept
+        return width + 1 + 3 * 2
+
 
 def column_pieces(columns: int, *, rows: int, width: int, spare: int) -> Iterator[range]:
     """Cut ``columns`` so that a piece of ``rows`` rows is no larger than [rows, width] or spare."""

@@ -1,0 +1,134 @@
+"""Our MoE layer on a CPU against the goals it was built for: `moesaic bench layer`, four shapes.
+
+Each run is one call of the same machinery; runs named on the command line are measured again and
+replace those in the result file, the others stay. Every run holds its own machine and commit.
+
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/layer_cpu.py            all of them
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/layer_cpu.py A-forward C-forward-1
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from support import write_result
+
+from moesaic.bench.layer import Question, bench_layer
+from moesaic.bench.shapes import SHAPES
+
+BOTH = "forward+backward"
+RIVALS = ("dense-compiled", "composed", "composed-grouped_mm", "hf", "deepspeed")
+FEW = ("composed", "hf", "deepspeed")
+
+
+def questions(*, rounds: int) -> dict[str, Question]:
+    made: dict[str, Question] = {}
+    for name in "ABD":
+        variants = ("moesaic-zipf", "moesaic-bfloat16") if name == "A" else ("moesaic-zipf",)
+        for passes in ("forward", BOTH):
+            made[f"{name}-{passes}"] = Question(
+                SHAPES[name], passes=passes, against=(*RIVALS, *variants), threads=2, rounds=rounds
+            )
+    for passes in ("forward", BOTH):
+        for threads in (1, 2):
+            made[f"C-{passes}-{threads}"] = Question(
+                SHAPES["C"],
+                passes=passes,
+                against=("dense-compiled", "composed-grouped_mm", "moesaic-bfloat16", *FEW),
+                threads=threads,
+                rounds=3 * rounds,
+            )
+    for name in "AB":  # the path without a compiler, on one thread
+        made[f"{name}-forward-1"] = Question(
+            SHAPES[name], passes="forward", against=("composed", "hf"), threads=1, rounds=rounds
+        )
+    return made
+
+
+@dataclass(frozen=True)
+class Goal:
+    """In a run, a ratio that should be at most, or at least, so much."""
+
+    run: str
+    what: str
+    read: Callable[[dict[str, Any]], float]
+    most: float | None = None
+    least: float | None = None
+
+    def judge(self, runs: dict[str, Any]) -> dict[str, Any] | None:
+        try:
+            value = self.read(runs[self.run]["contenders"])
+        except KeyError:  # the run or the contender is not there
+            return None
+        met = value <= self.most if self.most is not None else value >= (self.least or 0)
+        wanted = f"<= {self.most}" if self.most is not None else f">= {self.least}"
+        return {"run": self.run, "what": self.what, "wanted": wanted, "found": value, "met": met}
+
+
+def of_ours(name: str) -> Callable[[dict[str, Any]], float]:
+    return lambda rows: rows[name]["of_moesaic"]["median"]
+
+
+def of_dense(rows: dict[str, Any]) -> float:
+    return rows["moesaic"]["of_dense"]["median"]
+
+
+def of_reading(rows: dict[str, Any]) -> float:
+    return 1 / rows["read-weights"]["of_moesaic"]["median"]
+
+
+def saved(name: str) -> Callable[[dict[str, Any]], float]:
+    return lambda rows: rows["moesaic"]["saved_bytes"] / (4 * SHAPES[name].kept)
+
+
+def goals() -> list[Goal]:
+    found = []
+    for name in "ABD":
+        for passes in ("forward", BOTH):
+            run, forward = f"{name}-{passes}", passes == "forward"
+            limit = 1.15 if forward or name == "A" else 1.3
+            faster = 2.5 if forward and name == "B" else 1.5
+            found += [
+                Goal(run, "of dense", of_dense, most=limit),
+                Goal(run, "hf grouped_mm of ours", of_ours("hf-grouped_mm"), least=faster),
+                Goal(run, "deepspeed of ours", of_ours("deepspeed"), least=2.0),
+                Goal(run, "skewed of balanced", of_ours("moesaic-zipf"), most=1.2),
+            ]
+    for passes in ("forward", BOTH):
+        half = of_ours("moesaic-bfloat16")
+        found.append(Goal(f"A-{passes}", "bfloat16 weights of float32", half, most=1.25))
+    kept = "saved bytes of x and pre-activation"
+    found += [Goal(f"{name}-{BOTH}", kept, saved(name), most=1.05) for name in "ABD"]
+    run = "C-forward-1"
+    found += [
+        Goal(run, "of reading the weights", of_reading, most=1.7),
+        Goal(run, "hf grouped_mm of ours", of_ours("hf-grouped_mm"), least=1.4),
+        Goal(f"C-{BOTH}-1", "hf grouped_mm of ours", of_ours("hf-grouped_mm"), least=1.5),
+    ]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("runs", nargs="*", help="names of runs; all if none is given")
+    parser.add_argument("--rounds", type=int, default=7)
+    here = Path(__file__).parent
+    parser.add_argument("--out", type=Path, default=here / "results" / "layer_cpu.json")
+    options = parser.parse_args()
+    known = questions(rounds=options.rounds)
+    runs = json.loads(options.out.read_text())["runs"] if options.out.is_file() else {}
+    for name in options.runs or known:
+        runs[name] = bench_layer(known[name])
+    result = {
+        "question": "an MoE layer beside a dense one of as many rows, and beside other libraries",
+        "goals": [judged for goal in goals() if (judged := goal.judge(runs))],
+        "runs": {name: runs[name] for name in known if name in runs},
+    }
+    write_result(options.out, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""From C source to a library in the user's cache: compiled once per source, compiler and CPU.
+
+A library's name holds the hash of what it was made from and of its own bytes. So a reader needs no
+lock: what is there under the right name and with the right bytes is whole, anything else is made
+again. It is written beside its place and renamed; of two builders the later one wins.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+
+from moesaic.core.files import sha256 as hash_of_file
+
+SOURCE = Path(__file__).parent / "source"
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = (
+    *("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+)
+FOR_THIS_CPU = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler takes
+TIMEOUT_S = 300.0
+
+
+class BuildError(Exception):
+    """There is no library, and the text says why."""
+
+
+def library(*, cache: Path | None = None, path: str | None = None) -> Path:
+    """Return the compiled library, from the cache or made now.
+
+    ``cache`` and ``path`` (where compilers are looked for) are those of the user if not given.
+    Raises BuildError when there is no compiler, or none that compiles it.
+    """
+    compilers = [found for name in COMPILERS if (found := shutil.which(name, path=path))]
+    if not compilers:
+        raise BuildError(f"no C compiler ({', '.join(COMPILERS)}) on the PATH")
+    failures = []
+    for compiler in dict.fromkeys(os.path.realpath(each) for each in compilers):
+        made = _library_by(compiler, folder=cache or cache_dir())
+        if isinstance(made, Path):
+            return made
+        failures.append(made)
+    raise BuildError("; ".join(failures))
+
+
+def cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/moesaic``, or ``~/.cache/moesaic``."""
+    base = os.environ.get("XDG_CACHE_HOME") or ""
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "moesaic"
+
+
+def _library_by(compiler: str, *, folder: Path) -> Path | str:
+    """The library by this compiler, or why there is none."""
+    try:
+        key = _key(compiler)
+        return _kept(folder, key=key) or _make(compiler, folder=folder, key=key)
+    except OSError as error:
+        return f"{compiler}: {error}"
+    except subprocess.TimeoutExpired:
+        return f"{compiler} took longer than {TIMEOUT_S:.0f} s"
+    except BuildError as error:
+        return str(error)
+
+
+def _key(compiler: str) -> str:
+    """Hash of everything that the bytes of a library depend on."""
+    parts = [path.read_bytes() for path in sorted(SOURCE.iterdir())]
+    parts += [text.encode() for text in (*FLAGS, _version(compiler), _processor())]
+    return sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _version(compiler: str) -> str:
+    done = _run([compiler, "--version"])
+    if done.returncode:
+        raise BuildError(f"{compiler} --version failed: {_first_line(done.stderr)}")
+    return done.stdout
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home directory may be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    names = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(names)}))
+
+
+def _kept(folder: Path, *, key: str) -> Path | None:
+    for path in sorted(folder.glob(f"mixture-{key}-*.so")):
+        if hash_of_file(path).startswith(path.stem.rpartition("-")[2]):
+            return path
+        path.unlink(missing_ok=True)  # a full disk or a fault of the disk
+    return None
+
+
+def _make(compiler: str, *, folder: Path, key: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as name:
+        part = Path(name) / "mixture.so"
+        _compile(compiler, out=part)
+        place = folder / f"mixture-{key}-{hash_of_file(part)[:16]}.so"
+        part.replace(place)
+    return place
+
+
+def _compile(compiler: str, *, out: Path) -> None:
+    wrong = ""
+    for native in FOR_THIS_CPU:
+        done = _run([compiler, *FLAGS, *native, str(SOURCE / "mixture.c"), "-o", str(out)])
+        if not done.returncode:
+            return
+        wrong = _first_line(done.stderr)
+    raise BuildError(f"{compiler} did not compile mixture.c: {wrong}")
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=False, timeout=TIMEOUT_S
+    )
+
+
+def _first_line(text: str) -> str:
+    wrong = [line for line in text.splitlines() if "error" in line] or text.splitlines() or [""]
+    return wrong[0][:200]

@@ -1,0 +1,151 @@
+"""Fused: the mixture as one compiled operation, and the autograd function around it.
+
+It keeps x and the pre-activation for backward. Every number is one chain of float32 additions in
+an order of its own, so the number of threads and the other rows of a batch change no bit of it.
+
+Letters: T tokens, N edges, E experts, D model dim, F feed-forward dim, G width before activation.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.ops.cpu.native import ACTIVATIONS, GATED, KINDS, Library
+from moesaic.ops.grouped import Activation, Banks
+from moesaic.ops.mixture import Edges, Mixer
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """One operation for what ``twin`` does in three; what it cannot do, the twin does.
+
+    Takes x and banks of float32 or bfloat16, without biases, and the activations that have a
+    ``kernel`` name. bfloat16 is widened in registers: all sums are float32.
+    """
+
+    library: Library
+    twin: Mixer
+
+    @property
+    def name(self) -> str:
+        return "fused"
+
+    def __call__(
+        self, x: Float[Tensor, "T D"], *, edges: Edges, banks: Banks, activation: Activation
+    ) -> Float[Tensor, "T D"]:
+        if not can(x, banks=banks, activation=activation):
+            return self.twin(x, edges=edges, banks=banks, activation=activation)
+        live = int(edges.groups.ends[-1])
+        plan = _Plan(self.library, activation.kernel, edges.per_token, live)
+        return _Mix.apply(x, edges.weight, banks.up, banks.down, _index(edges), plan)
+
+    def kept(self, *, dim: int, width: int, bias: bool, live: float) -> float:
+        """The pre-activation of live edges, the weight, and three indices of eight bytes."""
+        if bias:
+            return self.twin.kept(dim=dim, width=width, bias=bias, live=live)
+        return live * width + 1 + 3 * 2
+
+
+def can(x: Tensor, *, banks: Banks, activation: Activation) -> bool:
+    """Whether the compiled operation covers these inputs."""
+    held = (banks.up, banks.down)
+    return (
+        banks.up_bias is None
+        and activation.kernel in ACTIVATIONS
+        and all(t.device.type == "cpu" and t.dtype in KINDS for t in (x, *held))
+        and banks.up.dtype == banks.down.dtype
+        and banks.up.shape[-1] == banks.down.shape[1] * (1 + (activation.kernel in GATED))
+    )
+
+
+class _Index(NamedTuple):
+    """The edge list as the C code reads it; ``edge`` and ``first`` only if tokens are unordered."""
+
+    order: Int[Tensor, "N"]
+    place: Int[Tensor, "N"]
+    ends: Int[Tensor, "E"]
+    source: Int[Tensor, "N"]
+    edge: Int[Tensor, "N"] | None
+    first: Int[Tensor, "T+1"] | None
+
+
+class _Plan(NamedTuple):
+    """What is no tensor; ``live`` edges lead somewhere."""
+
+    library: Library
+    kernel: str
+    per_token: int
+    live: int
+
+    def sizes(self, *, x: Tensor, up: Tensor, down: Tensor) -> dict[str, int]:
+        experts, dim, width = up.shape
+        return {
+            "tokens": x.shape[0],
+            "experts": experts,
+            "dim": dim,
+            "hidden": down.shape[1],
+            "width": width,
+            "activation": ACTIVATIONS[self.kernel],
+            "x_kind": KINDS[x.dtype],
+            "w_kind": KINDS[up.dtype],
+            "per_token": self.per_token,
+            "threads": torch.get_num_threads(),
+        }
+
+
+def _index(edges: Edges) -> _Index:
+    groups, token = edges.groups, edges.token
+    sorted_ = (groups.order, groups.place, groups.ends, token[groups.order])
+    if edges.per_token:
+        return _Index(*sorted_, None, None)
+    first = torch.zeros(edges.num_tokens + 1, dtype=torch.long)
+    torch.cumsum(torch.bincount(token, minlength=edges.num_tokens), 0, out=first[1:])
+    return _Index(*sorted_, token.argsort(stable=True), first)
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *floats, index, plan = inputs
+        x, weight, up, down = (t.contiguous() for t in floats)
+        weight = weight.float()
+        wanted = any(ctx.needs_input_grad)
+        out = torch.empty_like(x)
+        rows = torch.empty(plan.live, x.shape[1])
+        pre = torch.empty(plan.live, up.shape[2]) if wanted else None
+        tensors = {"x": x, "up": up, "down": down, "weight": weight, "pre": pre}
+        tensors |= {"rows": rows, "out": out}
+        plan.library.forward(plan.sizes(x=x, up=up, down=down), tensors | index._asdict())
+        ctx.save_for_backward(x, weight, up, down, pre, *index)
+        ctx.plan = plan
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, up, down, pre, *index = ctx.saved_tensors
+        plan, (for_x, for_weight, for_up, for_down, *_) = ctx.plan, ctx.needs_input_grad
+        matrices = for_up or for_down
+        tensors = {
+            "x": x,
+            "up": up,
+            "down": down,
+            "weight": weight,
+            "pre": pre,
+            "rows": torch.empty(plan.live, x.shape[1]) if for_x else None,
+            "grad": grads[0].contiguous(),
+            "active": torch.empty(plan.live, down.shape[1]) if matrices else None,
+            "grad_pre": torch.empty(plan.live, up.shape[2]) if matrices else None,
+        }
+        made = {
+            "grad_x": torch.empty_like(x) if for_x else None,
+            "grad_weight": torch.zeros_like(weight) if for_weight else None,
+            "grad_up": torch.empty_like(up) if for_up else None,
+            "grad_down": torch.empty_like(down) if for_down else None,
+        }
+        sizes = plan.sizes(x=x, up=up, down=down)
+        plan.library.backward(sizes, tensors | made | _Index(*index)._asdict())
+        return *made.values(), None, None

@@ -1,0 +1,72 @@
+"""The boundary to C: one struct of sizes and addresses, two functions.
+
+The tensors whose addresses are in a ``Mixture`` must be contiguous and outlive the call.
+"""
+
+import ctypes
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from moesaic.core.shapes import Tensor
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+ACTIVATIONS = {"relu": 0, "relu2": 1, "gelu": 2, "swiglu": 3}
+GATED = ("swiglu",)
+
+_SIZES = (
+    *("tokens", "experts", "dim", "hidden", "width", "activation"),
+    *("x_kind", "w_kind", "per_token", "threads"),
+)
+_ADDRESSES = (
+    *("x", "up", "down", "ends", "source", "order", "place", "edge", "first", "weight"),
+    *("pre", "rows", "out", "grad", "active", "grad_pre"),
+    *("grad_x", "grad_up", "grad_down", "grad_weight"),
+)
+
+
+class Mixture(ctypes.Structure):
+    """``mixture`` of ``source/mixture.h``, which says what each address is of."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _SIZES),
+        *((name, ctypes.c_void_p) for name in _ADDRESSES),
+    )
+
+
+class Library(Protocol):
+    """What is asked of the compiled library."""
+
+    def forward(self, sizes: Mapping[str, int], tensors: Mapping[str, Tensor | None]) -> None: ...
+
+    def backward(self, sizes: Mapping[str, int], tensors: Mapping[str, Tensor | None]) -> None: ...
+
+
+class Native:
+    """The library at a path. Other threads of Python run while it computes."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        self._forward, self._backward = library.moesaic_forward, library.moesaic_backward
+        for function in (self._forward, self._backward):
+            function.argtypes, function.restype = [ctypes.POINTER(Mixture)], ctypes.c_int
+
+    def forward(self, sizes: Mapping[str, int], tensors: Mapping[str, Tensor | None]) -> None:
+        """Fill ``out``, and ``pre`` if it is there."""
+        _succeed(self._forward(_mixture(sizes, tensors)))
+
+    def backward(self, sizes: Mapping[str, int], tensors: Mapping[str, Tensor | None]) -> None:
+        """Fill the gradients that are there."""
+        _succeed(self._backward(_mixture(sizes, tensors)))
+
+
+def _mixture(sizes: Mapping[str, int], tensors: Mapping[str, Tensor | None]) -> Mixture:
+    addresses = {name: t.data_ptr() for name, t in tensors.items() if t is not None}
+    return Mixture(**sizes, **addresses)
+
+
+def _succeed(code: int) -> None:
+    if code:
+        raise MemoryError("no memory left for the working space of the experts")

@@ -1,0 +1,84 @@
+"""Whether this machine has the compiled mixture: it is built, run, and compared with its twin."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from moesaic.core.shapes import Tensor
+from moesaic.ops.cpu.build import BuildError, library
+from moesaic.ops.cpu.mixer import Fused
+from moesaic.ops.cpu.native import Library, Native
+from moesaic.ops.group import group
+from moesaic.ops.grouped import Banks, Segments
+from moesaic.ops.mixture import Composed, Edges, Mixer
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The library if it may be used, and why or why not."""
+
+    library: Library | None
+    reason: str
+
+
+@cache
+def find() -> Found:
+    """Build or load the library, once per process; believe it if it gives the twin's numbers."""
+    try:
+        path = library()
+    except BuildError as error:
+        return Found(None, str(error))
+    return probe(path)
+
+
+def probe(path: Path) -> Found:
+    """Run the library at ``path`` forward and backward on a small mixture."""
+    try:
+        native = Native(path)
+    except (OSError, AttributeError) as error:
+        return Found(None, f"{path.name} cannot be loaded: {error}")
+    wrong = disagreement(Fused(native, Composed(Segments())), twin=Composed(Segments()))
+    if wrong:
+        return Found(None, f"the compiled mixture {wrong}")
+    return Found(native, "compiled for this CPU; agrees with the composed path, gradients included")
+
+
+def disagreement(mixer: Mixer, *, twin: Mixer) -> str:
+    """Say how a mixer differs from its twin on a small mixture; nothing if it does not."""
+    names = ("output", "gradient of x", "gradient of the weights", "gradient of up and down")
+    for name, got, want in zip(names, _answers(mixer), _answers(twin), strict=True):
+        if not torch.allclose(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max())):
+            return f"gives another {name} than the composed path"
+    return ""
+
+
+class _SwiGLU:
+    kernel: ClassVar[str] = "swiglu"
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        gate, value = x.chunk(2, -1)
+        return F.silu(gate) * value
+
+
+def _answers(mixer: Mixer) -> list[Tensor]:
+    """Output and gradients for 40 tokens, 3 of 5 experts each, one of them with most tokens."""
+    draw = torch.Generator().manual_seed(0)
+    tokens, dim, hidden, experts, k = 40, 24, 20, 5, 3
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw).requires_grad_()
+
+    x, up, down = leaf(tokens, dim), leaf(experts, dim, 2 * hidden), leaf(experts, hidden, dim)
+    weight = leaf(tokens * k)
+    expert = torch.randint(0, experts, (tokens * k,), generator=draw).clamp(min=2) - 1
+    token = torch.arange(tokens).repeat_interleave(k)
+    edges = Edges(token, weight, group(expert, num_experts=experts), tokens, k)
+    with torch.enable_grad():
+        out = mixer(x, edges=edges, banks=Banks(up, down), activation=_SwiGLU())
+        for_x, for_weight, *rest = torch.autograd.grad(out.square().sum(), (x, weight, up, down))
+    both = torch.cat([grad.flatten() for grad in rest])
+    return [out.detach(), for_x, for_weight, both]

@@ -1,0 +1,67 @@
+"""A library is believed when it gives its twin's numbers, and otherwise not used."""
+
+import pytest
+import torch
+
+from moesaic.cli.doctor import doctor
+from moesaic.nn.activation import ReLU, SwiGLU
+from moesaic.ops import choose
+from moesaic.ops.choose import pick_mixer, picks
+from moesaic.ops.cpu.mixer import Fused
+from moesaic.ops.cpu.probe import Found, disagreement, find, probe
+from moesaic.ops.grouped import Segments
+from moesaic.ops.mixture import Composed
+
+TWIN = Composed(Segments())
+
+
+class Wrong:
+    """Multiplies one thing by two."""
+
+    name = "wrong"
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __call__(self, x, *, edges, banks, activation):
+        out = TWIN(x, edges=edges, banks=banks, activation=activation)
+        if self.what == "output":
+            return 2 * out
+        return out.detach() + (out - out.detach()) * 2  # right values, wrong gradients
+
+    def kept(self, **sizes):
+        return TWIN.kept(**sizes)
+
+
+def test_the_twin_agrees_with_itself():
+    assert disagreement(TWIN, twin=TWIN) == ""
+
+
+@pytest.mark.parametrize(("what", "named"), [("output", "output"), ("gradient", "gradient of x")])
+def test_a_wrong_number_is_found_and_named(what, named):
+    assert named in disagreement(Wrong(what), twin=TWIN)
+
+
+def test_what_is_no_library_is_not_used(tmp_path):
+    path = tmp_path / "mixture.so"
+    path.write_bytes(b"not an object file")
+    found = probe(path)
+    assert found.library is None
+    assert "cannot be loaded" in found.reason
+
+
+def test_without_a_library_the_composed_path_is_taken_and_the_doctor_says_why(monkeypatch, capsys):
+    monkeypatch.setattr(choose, "find", lambda: Found(None, "no C compiler (cc) on the PATH"))
+    assert isinstance(pick_mixer(torch.zeros(1), activation=SwiGLU()), Composed)
+    pick = picks("cpu")[0]
+    assert (pick.op, pick.implementation) == ("mixture", "composed")
+    doctor(as_json=True)
+    assert "no C compiler (cc) on the PATH" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(find().library is None, reason=find().reason)
+def test_with_a_library_the_fused_path_is_taken_where_it_can():
+    assert isinstance(pick_mixer(torch.zeros(1), activation=ReLU()), Fused)
+    assert isinstance(pick_mixer(torch.zeros(1).bfloat16(), activation=SwiGLU()), Fused)
+    assert isinstance(pick_mixer(torch.zeros(1).double(), activation=SwiGLU()), Composed)
+    assert picks("cpu")[0].implementation == "fused"
