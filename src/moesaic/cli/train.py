@@ -67,11 +67,9 @@ def resume_from(text: str | None) -> Resume:
 
 
 def _show(result: Result, console: Console) -> None:
-    speed = result.tokens / max(result.seconds, 1e-9)
     console.print(
         f"[bold]{result.out}[/]: {result.stopped} after step {result.steps:,}, "
-        f"{show_count(result.tokens)} tokens; this call took {show_seconds(result.seconds)} "
-        f"({show_count(speed)} tokens/s)",
+        f"{show_count(result.tokens)} tokens; this call took {show_seconds(result.seconds)}",
         highlight=False,
     )
     if result.stopped == "finished":
