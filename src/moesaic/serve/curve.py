@@ -98,8 +98,9 @@ def _point(found: Summary, *, step: int, tokens: float | None) -> Curve:
 
 def _tokens(run: RunDir, step: int) -> float | None:
     """Tokens trained on, by the last row of metrics up to a step."""
-    rows = [row for row in read_metrics(run.metrics) if row.get("step", step + 1) <= step]
-    return rows[-1].get("train/tokens") if rows else None
+    rows = [row for row in read_metrics(run.metrics) if "train/tokens" in row]  # others validate
+    before = [row["train/tokens"] for row in rows if row["step"] <= step]
+    return before[-1] if before else None
 
 
 def _score(score: Score) -> dict[str, float]:
