@@ -115,3 +115,11 @@ def test_places_count_the_queue_of_each_expert():
 def test_places_go_by_later_columns_where_earlier_ones_are_equal():
     edges = torch.tensor([[0, 1, -3], [0, 1, -7], [0, 0, 4]])
     assert places(edges).tolist() == [2, 1, 0]
+
+
+def test_spare_experts_take_any_number():
+    expert = torch.tensor([[3], [3], [3], [3], [0], [0], [0], [0]])  # the last one costs nothing
+    routing = Routing.from_topk(torch.ones(8, 1), expert=expert, num_experts=E)
+    gate = Gate(torch.zeros(8, E), Context.plain(8), training=True, spare=1)
+    after = Capacity(factor=1.0, minimum=0)(routing, gate=gate, ranks=OneRank())
+    assert after.load().tolist() == [2, 0, 0, 4]

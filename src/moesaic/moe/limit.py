@@ -81,7 +81,8 @@ class AtRandom(Priority):
 class Capacity(Limit):
     """At most ``max(minimum, ceil(factor * N / E))`` edges per expert; N counts real tokens only.
 
-    N = T * K edges of the micro-batch, over all ranks that share it. ``eval_factor`` applies
+    N = T * K edges of the micro-batch, over all ranks that share it. Spare experts, which cost
+    nothing, take any number. ``eval_factor`` applies
     outside training; None means dropless there, so that decoding does not depend on what else is
     in the batch.
     """
@@ -99,7 +100,8 @@ class Capacity(Limit):
         edges = ranks.gather(torch.cat([routing.expert[:, None], key], 1))
         place = places(edges.rows)[edges.start : edges.start + key.shape[0]]
         room = self.room(edges.rows.shape[0], num_experts=routing.num_experts, factor=factor)
-        return routing.drop(place >= room)
+        costly = routing.expert < routing.num_experts - gate.spare
+        return routing.drop((place >= room) & costly)
 
     def room(self, edges: int, *, num_experts: int, factor: float) -> int:
         """Edges that one expert takes of so many."""

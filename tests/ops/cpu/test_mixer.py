@@ -233,3 +233,23 @@ def test_a_forked_rank_computes_the_same(fused, monkeypatch):
     want = _answers(fused, edges, SwiGLU())
     for rank in run_on_ranks(2, lambda: [t.numpy() for t in _answers(fused, edges, SwiGLU())]):
         assert all(torch.equal(torch.from_numpy(a), b) for a, b in zip(rank, want, strict=True))
+
+
+@pytest.mark.parametrize("activation", [ReLU(), SquaredReLU()], ids=repr)
+def test_what_is_no_number_stays_none(fused, activation):
+    x = torch.randn(30, 16, requires_grad=True)
+    up, down = torch.randn(E, 16, 32), torch.randn(E, 32, 16)
+    up[0, 0, 0] = float("nan")
+    out = fused(x, edges=ROUTES["balanced"](), banks=Banks(up, down), activation=activation)
+    assert out.isnan().any()
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert grad.isnan().any()
+
+
+def test_an_inference_keeps_nothing_and_gives_the_same_bits(fused):
+    x, edges = torch.randn(30, 16), ROUTES["balanced"]()
+    up, down = (torch.randn(E, *shape, requires_grad=True) for shape in ((16, 64), (32, 16)))
+    trained = fused(x, edges=edges, banks=Banks(up, down), activation=SwiGLU())
+    with torch.no_grad():
+        quick = fused(x, edges=edges, banks=Banks(up, down), activation=SwiGLU())
+    assert torch.equal(trained, quick)

@@ -1,5 +1,8 @@
 """A library is believed when it gives its twin's numbers, and otherwise not used."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -65,3 +68,23 @@ def test_with_a_library_the_fused_path_is_taken_where_it_can():
     assert isinstance(pick_mixer(torch.zeros(1).bfloat16(), activation=SwiGLU()), Fused)
     assert isinstance(pick_mixer(torch.zeros(1).double(), activation=SwiGLU()), Composed)
     assert picks("cpu")[0].implementation == "fused"
+
+
+def test_the_trial_may_come_first_in_an_inference_under_autocast():
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_IN_INFERENCE], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "True"]
+
+
+FIRST_IN_INFERENCE = """
+import torch
+from moesaic.ops.cpu.probe import find
+
+torch.set_default_dtype(torch.bfloat16)
+with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+    found = find()
+print(found.library is not None or "compiler" in found.reason)
+print("did not run" not in found.reason)
+"""

@@ -45,7 +45,8 @@ class AdaptiveBalance(Balance):
         return {name: torch.zeros(()) for name in ("log_scale", "average", "steps")}
 
     def learn(self, state: State, *, seen: Seen) -> State:
-        over = 1 - seen.kept.sum() / seen.load.sum().clamp(min=1)
+        total = seen.load.sum()
+        over = (total - seen.kept.sum()) / total.clamp(min=1)
         steps = state["steps"] + 1
         newest = (1 / steps).clamp(min=self.memory)
         average = state["average"] + newest * (over.float() - state["average"])

@@ -49,9 +49,14 @@ def library(*, cache: Path | None = None, path: str | None = None) -> Path:
 
 
 def cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/moesaic``, or ``~/.cache/moesaic``."""
+    """``$XDG_CACHE_HOME/moesaic``, or ``~/.cache/moesaic``. Raises BuildError without a home."""
     base = os.environ.get("XDG_CACHE_HOME") or ""
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "moesaic"
+    try:
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "moesaic"
+    except RuntimeError as error:
+        raise BuildError(
+            f"no folder to keep the library in ({error}); set XDG_CACHE_HOME"
+        ) from error
 
 
 def _library_by(compiler: str, *, folder: Path) -> Path | str:

@@ -39,7 +39,9 @@ class Fused:
         if not can(x, banks=banks, activation=activation):
             return self.twin(x, edges=edges, banks=banks, activation=activation)
         live = int(edges.groups.ends[-1])
-        plan = _Plan(self.library, activation.kernel, edges.per_token, live)
+        given = (x, edges.weight, banks.up, banks.down)
+        keep = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+        plan = _Plan(self.library, activation.kernel, edges.per_token, live, keep)
         return _Mix.apply(x, edges.weight, banks.up, banks.down, _index(edges), plan)
 
     def kept(self, *, dim: int, width: int, bias: bool, live: float) -> float:
@@ -73,12 +75,13 @@ class _Index(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What is no tensor; ``live`` edges lead somewhere."""
+    """What is no tensor; ``live`` edges lead somewhere, ``keep`` says that a backward may come."""
 
     library: Library
     kernel: str
     per_token: int
     live: int
+    keep: bool
 
     def sizes(self, *, x: Tensor, up: Tensor, down: Tensor) -> dict[str, int]:
         experts, dim, width = up.shape
@@ -101,9 +104,14 @@ def _index(edges: Edges) -> _Index:
     sorted_ = (groups.order, groups.place, groups.ends, token[groups.order])
     if edges.per_token:
         return _Index(*sorted_, None, None)
-    first = torch.zeros(edges.num_tokens + 1, dtype=torch.long)
+    first = torch.zeros(edges.num_tokens + 1, dtype=torch.long, device="cpu")
     torch.cumsum(torch.bincount(token, minlength=edges.num_tokens), 0, out=first[1:])
     return _Index(*sorted_, token.argsort(stable=True), first)
+
+
+def _floats(rows: int, columns: int) -> Tensor:
+    """Room for what the C code writes: float32 whatever torch's default is."""
+    return torch.empty(rows, columns, dtype=torch.float32, device="cpu")
 
 
 class _Mix(torch.autograd.Function):
@@ -112,10 +120,9 @@ class _Mix(torch.autograd.Function):
         *floats, index, plan = inputs
         x, weight, up, down = (t.contiguous() for t in floats)
         weight = weight.float()
-        wanted = any(ctx.needs_input_grad)
         out = torch.empty_like(x)
-        rows = torch.empty(plan.live, x.shape[1])
-        pre = torch.empty(plan.live, up.shape[2]) if wanted else None
+        rows = _floats(plan.live, x.shape[1])
+        pre = _floats(plan.live, up.shape[2]) if plan.keep else None
         tensors = {"x": x, "up": up, "down": down, "weight": weight, "pre": pre}
         tensors |= {"rows": rows, "out": out}
         plan.library.forward(plan.sizes(x=x, up=up, down=down), tensors | index._asdict())
@@ -135,10 +142,10 @@ class _Mix(torch.autograd.Function):
             "down": down,
             "weight": weight,
             "pre": pre,
-            "rows": torch.empty(plan.live, x.shape[1]) if for_x else None,
+            "rows": _floats(plan.live, x.shape[1]) if for_x else None,
             "grad": grads[0].contiguous(),
-            "active": torch.empty(plan.live, down.shape[1]) if matrices else None,
-            "grad_pre": torch.empty(plan.live, up.shape[2]) if matrices else None,
+            "active": _floats(plan.live, down.shape[1]) if matrices else None,
+            "grad_pre": _floats(plan.live, up.shape[2]) if matrices else None,
         }
         made = {
             "grad_x": torch.empty_like(x) if for_x else None,

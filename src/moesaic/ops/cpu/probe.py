@@ -41,12 +41,19 @@ def probe(path: Path) -> Found:
         native = Native(path)
     except (OSError, AttributeError) as error:
         return Found(None, f"{path.name} cannot be loaded: {error}")
-    wrong = disagreement(Fused(native, Composed(Segments())), twin=Composed(Segments()))
+    try:
+        wrong = disagreement(Fused(native, Composed(Segments())), twin=Composed(Segments()))
+    except (RuntimeError, MemoryError) as error:
+        wrong = f"did not run: {' '.join(str(error).split())[:120]}"
     if wrong:
         return Found(None, f"the compiled mixture {wrong}")
     return Found(native, "compiled for this CPU; agrees with the composed path, gradients included")
 
 
+# the first forward pass may be an inference's, under autocast: the trial is neither
+@torch.inference_mode(mode=False)
+@torch.enable_grad()
+@torch.autocast("cpu", enabled=False)
 def disagreement(mixer: Mixer, *, twin: Mixer) -> str:
     """Say how a mixer differs from its twin on a small mixture; nothing if it does not."""
     names = ("output", "gradient of x", "gradient of the weights", "gradient of up and down")
@@ -70,15 +77,16 @@ def _answers(mixer: Mixer) -> list[Tensor]:
     tokens, dim, hidden, experts, k = 40, 24, 20, 5, 3
 
     def leaf(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=draw).requires_grad_()
+        made = torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu")
+        return made.requires_grad_()
 
     x, up, down = leaf(tokens, dim), leaf(experts, dim, 2 * hidden), leaf(experts, hidden, dim)
     weight = leaf(tokens * k)
-    expert = torch.randint(0, experts, (tokens * k,), generator=draw).clamp(min=2) - 1
-    token = torch.arange(tokens).repeat_interleave(k)
+    expert = torch.randint(0, experts, (tokens * k,), generator=draw, device="cpu")
+    expert = expert.clamp(min=2) - 1
+    token = torch.arange(tokens, device="cpu").repeat_interleave(k)
     edges = Edges(token, weight, group(expert, num_experts=experts), tokens, k)
-    with torch.enable_grad():
-        out = mixer(x, edges=edges, banks=Banks(up, down), activation=_SwiGLU())
-        for_x, for_weight, *rest = torch.autograd.grad(out.square().sum(), (x, weight, up, down))
+    out = mixer(x, edges=edges, banks=Banks(up, down), activation=_SwiGLU())
+    for_x, for_weight, *rest = torch.autograd.grad(out.square().sum(), (x, weight, up, down))
     both = torch.cat([grad.flatten() for grad in rest])
     return [out.detach(), for_x, for_weight, both]

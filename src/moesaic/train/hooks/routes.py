@@ -69,8 +69,10 @@ class ProbeRoutes(Hook):
         with torch.no_grad(), undisturbed(trainer.world.device):
             for batch in trainer.data.valid_batches("valid", rows=PROBE_ROWS):
                 there = batch.to(trainer.world.device)
-                records = trainer.model(there).records
-                found.append(routes_of(records, language=there.target_language))
+                with trainer.objective.precision.autocast(there.source.device):
+                    records = trainer.model(there).records  # on every rank: limits are collective
+                if trainer.world.rank == 0:
+                    found.append(routes_of(records, language=there.target_language))
         trainer.model.train()
         if trainer.world.rank == 0 and any(found):
             _write(self.folder / f"{_name(trainer.step)}.routes", trainer, found)

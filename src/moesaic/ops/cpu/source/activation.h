@@ -52,9 +52,9 @@ INLINE float normal(float x, float bell) {
 static void activate(enum activation kind, const float *restrict g, const float *restrict v,
                      float *restrict a, i64 n) {
     if (kind == RELU)
-        for (i64 i = 0; i < n; i++) a[i] = g[i] > 0 ? g[i] : 0;
+        for (i64 i = 0; i < n; i++) a[i] = g[i] < 0 ? 0 : g[i]; /* so that NaN stays NaN */
     else if (kind == SQUARED_RELU)
-        for (i64 i = 0; i < n; i++) a[i] = g[i] > 0 ? g[i] * g[i] : 0;
+        for (i64 i = 0; i < n; i++) a[i] = g[i] < 0 ? 0 : g[i] * g[i];
     else if (kind == GELU)
         for (i64 i = 0; i < n; i++) a[i] = g[i] * normal(g[i], exponential(-0.5f * g[i] * g[i]));
     else
@@ -82,14 +82,14 @@ static float activate_back(enum activation kind, float w, const float *restrict 
         }
     else if (kind == SQUARED_RELU)
         for (i64 i = 0; i < n; i++) {
-            float r = g[i] > 0 ? g[i] : 0;
+            float r = g[i] < 0 ? 0 : g[i];
             a[i] = r * r;
             dg[i] = w * d[i] * 2.0f * r;
         }
     else
         for (i64 i = 0; i < n; i++) {
-            a[i] = g[i] > 0 ? g[i] : 0;
-            dg[i] = g[i] > 0 ? w * d[i] : 0;
+            a[i] = g[i] < 0 ? 0 : g[i];
+            dg[i] = g[i] <= 0 ? 0 : w * d[i];
         }
     float sums[SUMS] = {0};
     i64 i = 0;

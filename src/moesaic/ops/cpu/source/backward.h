@@ -120,8 +120,8 @@ static block *gradient_blocks(const mixture *m, i64 *count) {
 }
 
 static void backward_home(void *data, i64 task) {
-    const job *job = data;
-    home(job->m, task, NULL, job->m->grad_x);
+    job *job = data;
+    home(job, task, NULL, job->m->grad_x);
 }
 
 #endif

@@ -76,8 +76,8 @@ static void forward_block(void *data, i64 task) {
 }
 
 static void forward_home(void *data, i64 task) {
-    const job *job = data;
-    home(job->m, task, job->m->weight, job->m->out);
+    job *job = data;
+    home(job, task, job->m->weight, job->m->out);
 }
 
 #endif

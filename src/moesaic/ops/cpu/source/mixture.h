@@ -94,9 +94,14 @@ static block *row_blocks(const mixture *m, i64 *count) {
 }
 
 /* Each token's sum over its edges, in the order of edges: the same bits every time. */
-static void home(const mixture *m, i64 task, const float *weight, void *out) {
+static void home(job *job, i64 task, const float *weight, void *out) {
+    const mixture *m = job->m;
     i64 live = m->ends[m->experts - 1], size = size_of(m->x_kind);
-    float *sum = (float *)thread_memory((size_t)m->dim * 4);
+    float *sum = m->x_kind == FLOAT32 ? NULL : (float *)thread_memory((size_t)m->dim * 4);
+    if (m->x_kind != FLOAT32 && !sum) {
+        atomic_store(&job->failed, 1);
+        return;
+    }
     for (i64 t = task * TOKENS; t < min(m->tokens, (task + 1) * TOKENS); t++) {
         char *to = (char *)out + t * m->dim * size;
         float *restrict s = m->x_kind == FLOAT32 ? (float *)to : sum;
