@@ -5,17 +5,17 @@ A hash of the source keeps equal sources on one side of the split, but ``open th
 3-grams of the split keys: shared grams over all grams.
 """
 
-import math
 from abc import abstractmethod
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Set
 
+import numpy as np
 from pydantic import Field
 
 from moesaic.core.config import Choice
 
 GRAM = 3
-_ROUNDING = 1e-9  # 0.6 * 5 must not need 4 shared grams
+_ROUNDING = 1e-9  # 3 of 5 shared grams are 0.6
 
 
 class NearDuplicates(Choice):
@@ -71,48 +71,32 @@ def jaccard(a: str, b: str) -> float:
 def near(held: Set[str], *, train: Iterable[str], threshold: float) -> frozenset[str]:
     """Return those of ``held`` with a text of ``train`` at ``jaccard >= threshold``. Exact.
 
-    By prefix filtering (Chaudhuri, Ganti, Kaushik 2006; Xiao et al. 2008): with grams ordered from
-    rare to common, two sets that are near share one among the first of each. Only ``held`` is kept
-    in memory; ``train`` is read once.
+    Only ``held`` is kept in memory; ``train`` is read once, a text at a time.
     """
-    index = _Index(held, threshold=threshold)
-    found: set[int] = set()
+    index = _Index(held)
+    found = np.zeros(len(index.texts), dtype=np.bool_)
     for text in train:
-        found |= index.near(text, known=found)
-    return frozenset(index.texts[i] for i in found)
+        found |= index.likeness(text) >= threshold - _ROUNDING
+    return frozenset(index.texts[i] for i in np.flatnonzero(found))
 
 
 class _Index:
-    """Held-out texts by the rarest of their grams. A gram is its rank, rarest first."""
+    """Held-out texts by their grams: counting the lists of a text's grams counts what is shared."""
 
-    def __init__(self, held: Set[str], *, threshold: float) -> None:
+    def __init__(self, held: Set[str]) -> None:
         self.texts = sorted(held)
-        self._threshold = threshold
-        seen = Counter(gram for text in self.texts for gram in grams(text))
-        order = sorted(seen, key=lambda gram: (seen[gram], gram))
-        self._rank = {gram: rank for rank, gram in enumerate(order)}
-        self._ranks = [tuple(sorted(self._rank[g] for g in grams(t))) for t in self.texts]
-        self._by_gram: dict[int, list[int]] = defaultdict(list)
-        for number, ranks in enumerate(self._ranks):
-            for rank in ranks[: self._prefix(len(ranks))]:
-                self._by_gram[rank].append(number)
+        lists: dict[str, list[int]] = defaultdict(list)
+        for number, text in enumerate(self.texts):
+            for gram in grams(text):
+                lists[gram].append(number)
+        self._having = {gram: np.array(found, dtype=np.int32) for gram, found in lists.items()}
+        self._sizes = np.array([len(grams(text)) for text in self.texts], dtype=np.int64)
 
-    def near(self, text: str, *, known: Set[int]) -> set[int]:
-        """Numbers of the texts near to this one, without those ``known`` already."""
+    def likeness(self, text: str) -> np.ndarray:
+        """Return the Jaccard index of ``text`` with each held-out text, float64 [held]."""
         own = grams(text)
-        ranks = sorted(self._rank[g] for g in own if g in self._rank)
-        # grams that no held-out text has are rarer than all others: they fill the prefix first
-        first = max(0, self._prefix(len(own)) - (len(own) - len(ranks)))
-        candidates = {n for rank in ranks[:first] for n in self._by_gram.get(rank, ())} - known
-        inside = set(ranks) if candidates else set()
-        return {n for n in candidates if self._are_near(self._ranks[n], inside, size=len(own))}
-
-    def _are_near(self, held: tuple[int, ...], other: set[int], *, size: int) -> bool:
-        longer = max(len(held), size)
-        if min(len(held), size) < self._threshold * longer - _ROUNDING:
-            return False
-        shared = len(other.intersection(held))
-        return shared >= self._threshold * (len(held) + size - shared) - _ROUNDING
-
-    def _prefix(self, size: int) -> int:
-        return size - math.ceil(self._threshold * size - _ROUNDING) + 1
+        lists = [self._having[gram] for gram in own if gram in self._having]
+        if not lists:
+            return np.zeros(len(self.texts))
+        shared = np.bincount(np.concatenate(lists), minlength=len(self.texts))
+        return shared / (self._sizes + len(own) - shared)
