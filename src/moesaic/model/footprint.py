@@ -2,7 +2,8 @@
 
 Weights, gradients and optimizer state are exact. Activations are what autograd keeps between
 forward and backward in float32 on one device, without padding or recomputation; they follow the
-implementation and are tested against the tensors it really saves.
+implementation and are tested against the tensors it really saves. A mixture keeps what the mixer of
+this CPU keeps; on a GPU the kernels keep as much as the fused one.
 
 Letters: D dim, T tokens, K experts per token, F hidden width, V vocabulary.
 """

@@ -24,8 +24,6 @@ def probe_checkpoints(path: Path | str, *, tests: Sequence[TestSet]) -> list[Pat
     kept = {read_manifest(folder).step: folder for folder in checkpoints(run.checkpoints)[::-1]}
     if not kept:
         raise CheckpointError(f"{run.checkpoints}: no checkpoint is left to look at")
-    for old in run.learning.glob("step-*.routes"):
-        old.unlink()
     written = []
     for step, folder in sorted(kept.items()):
         restore_weights(translator.model, read_tensors(folder / "model.safetensors"))
@@ -42,4 +40,7 @@ def probe_checkpoints(path: Path | str, *, tests: Sequence[TestSet]) -> list[Pat
                 ):
                     writer.add(routes)
         written.append(out)
+    for old in run.learning.glob("step-*.routes"):  # other text, so not to be compared with these
+        if old not in written:
+            old.unlink()
     return written
