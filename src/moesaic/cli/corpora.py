@@ -59,7 +59,7 @@ def show_pairs(rows: list[dict[str, Any]], codes: tuple[str, str], console: Cons
 
 def _show_directions(found: CorpusStats, console: Console, *, count: int) -> None:
     table = Table(box=None)
-    table.add_column("direction")
+    table.add_column("direction", no_wrap=True)
     for column in ("read", "kept", *found.splits):
         table.add_column(column, justify="right")
     table.add_column("dropped, most for")
