@@ -61,18 +61,17 @@ def _show_directions(found: CorpusStats, console: Console, *, count: int) -> Non
     table = Table(box=None)
     table.add_column("direction", no_wrap=True)
     for column in ("read", "kept", *found.splits):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_column("dropped, most for")
     for d in found.directions[:count]:
         why = sorted(d.dropped.items(), key=lambda item: -item[1])[:3]
         table.add_row(
             f"{d.source}-{d.target}",
-            f"{d.read:,}",
-            f"{d.kept:,}",
-            *(f"{d.splits[name].pairs:,}" for name in found.splits),
+            *(_short(n) for n in (d.read, d.kept)),
+            *(_short(d.splits[name].pairs) for name in found.splits),
             ", ".join(f"{name} {show_count(n)}" for name, n in why),
         )
-    counts = (f"{n:,}" for n in (found.read, found.kept, *found.splits.values()))
+    counts = (_short(n) for n in (found.read, found.kept, *found.splits.values()))
     table.add_row("[bold]all[/]", *counts, "")
     console.print(table)
     if len(found.directions) > count:
@@ -123,3 +122,8 @@ def _show_missing(found: CorpusStats, console: Console) -> None:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
+
+
+def _short(count: int) -> str:
+    """Whole up to four digits, so that a table of large corpora fits (--json has them whole)."""
+    return f"{count:,}" if count < 10_000 else show_count(count)
