@@ -59,3 +59,15 @@ def test_a_run_without_checkpoints_is_refused(made, tmp_path):
     shutil.rmtree(RunDir(bare).checkpoints)
     with pytest.raises(CheckpointError, match="no checkpoint"):
         learning_curve(bare, tests=tests, corpus=corpus)
+
+
+def test_a_step_that_was_trained_anew_is_scored_anew(made, tmp_path):
+    path, corpus, tests = made
+    again = tmp_path / "again"
+    shutil.copytree(path, again)
+    curve = learning_curve(again, tests=tests, corpus=corpus)
+    curve["points"][0]["weights"] = "of an earlier run"
+    RunDir(again).curve.write_text(json.dumps(curve))
+    scored = []
+    learning_curve(again, tests=tests, corpus=corpus, done=scored.append)
+    assert [point["step"] for point in scored] == [5]

@@ -3,9 +3,10 @@
 The file ``curve.json`` (``tokens`` as of the last row of metrics by then)::
 
     {"format": 1, "test": "corpus50 test", "limit": 20, "languages": ["deu_Latn", ...],
+     "strings": "<sha256>",
      "baselines": {"copy": {"score": 18.2, "low": .., "high": ..}, "memory": {...}},
-     "points": [{"step": 250, "tokens": 987000, "chrf": {"score": .., "low": .., "high": ..},
-                 "languages": {"deu_Latn": 12.3, ...}}]}
+     "points": [{"step": 250, "weights": "<sha256>", "tokens": 987000,
+                 "chrf": {"score": .., "low": .., "high": ..}, "languages": {"deu_Latn": 12.3, ...}}]}
 
 Scores are chrF++ averaged over the languages, with 95 % intervals.
 """
@@ -13,6 +14,7 @@ Scores are chrF++ averaged over the languages, with 95 % intervals.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +62,15 @@ def learning_curve(
         found = evaluate({"copy": copy_source, "memory": memory}, tests=tests, settings=settings)
         curve["baselines"] = {name: _score(scores["chrf"]) for name, scores in found.mean.items()}
     for checkpoint in kept:
-        step = verify(checkpoint).step
-        if any(point["step"] == step for point in curve["points"]):
+        manifest = verify(checkpoint)
+        step, weights = manifest.step, manifest.files[MODEL].sha256
+        if any((p["step"], p["weights"]) == (step, weights) for p in curve["points"]):
             continue
         translator = Translator.open(path, weights=checkpoint / MODEL)
         found = evaluate({"model": translator.texts}, tests=tests, settings=settings)
-        point = _point(found, step=step, tokens=_tokens(run, step))
-        curve["points"] = sorted([*curve["points"], point], key=lambda p: p["step"])
+        point = {"weights": weights} | _point(found, step=step, tokens=_tokens(run, step))
+        others = [p for p in curve["points"] if p["step"] != step]
+        curve["points"] = sorted([*others, point], key=lambda p: p["step"])
         write_json(run.curve, curve)
         done(point)
     return curve
@@ -74,11 +78,15 @@ def learning_curve(
 
 def _known(run: RunDir, *, tests: Sequence[TestSet], limit: int | None) -> Curve:
     """What an earlier call on the same strings wrote, or an empty curve."""
+    digest = sha256()
+    for test in tests:
+        digest.update("\0".join([*test.sources, *test.references]).encode())
     fresh = {
         "format": FORMAT,
         "test": tests[0].name,
         "limit": limit,
         "languages": [test.key for test in tests],
+        "strings": digest.hexdigest(),
     }
     if run.curve.is_file():
         found = read_json(run.curve)
