@@ -6,7 +6,7 @@ The file ``curve.json`` (``tokens`` as of the last row of metrics by then)::
      "strings": "<sha256>",
      "baselines": {"copy": {"score": 18.2, "low": .., "high": ..}, "memory": {...}},
      "points": [{"step": 250, "weights": "<sha256>", "tokens": 987000,
-                 "chrf": {"score": .., "low": .., "high": ..}, "languages": {"deu_Latn": 12.3, ...}}]}
+                 "chrf": {"score": .., "low": .., "high": ..}, "languages": {"deu_Latn": 12.3}}]}
 
 Scores are chrF++ averaged over the languages, with 95 % intervals.
 """
