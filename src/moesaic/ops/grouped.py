@@ -21,6 +21,8 @@ from moesaic.ops.group import Groups
 
 CACHED = 1 << 18  # values of a piece of the pre-activation: 1 MiB in float32
 
+GATED = ("swiglu",)  # kernel names of activations that read twice the width they write
+
 
 @runtime_checkable
 class Activation(Protocol):

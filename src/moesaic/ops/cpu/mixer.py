@@ -13,8 +13,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.ops.cpu.native import ACTIVATIONS, GATED, KINDS, Library
-from moesaic.ops.grouped import Activation, Banks
+from moesaic.ops.cpu.native import ACTIVATIONS, KINDS, Library
+from moesaic.ops.grouped import GATED, Activation, Banks
 from moesaic.ops.mixture import Edges, Mixer
 
 

@@ -14,7 +14,6 @@ from moesaic.core.shapes import Tensor
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"relu": 0, "relu2": 1, "gelu": 2, "swiglu": 3}
-GATED = ("swiglu",)
 
 _SIZES = (
     *("tokens", "experts", "dim", "hidden", "width", "activation"),

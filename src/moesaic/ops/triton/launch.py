@@ -15,11 +15,11 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.ops.grouped import GATED
 from moesaic.ops.mixture import Edges
 from moesaic.ops.triton import backward, forward
 from moesaic.ops.triton.tiles import Tile, Tiles
 
-GATED = ("swiglu",)
 WARPS = 4  # of the kernel that sums rows
 
 
