@@ -3,14 +3,8 @@
 import pytest
 import torch
 
-from moesaic.nn.attention import (
-    AttentionConfig,
-    CrossAttention,
-    KeyValue,
-    SelfAttention,
-    attend,
-    plain_attend,
-)
+from moesaic.nn.attention import AttentionConfig, CrossAttention, SelfAttention
+from moesaic.nn.looking import KeyValue, attend, plain_attend
 from moesaic.nn.packing import Packing
 from moesaic.nn.position import Rotary
 

@@ -17,8 +17,10 @@ from moesaic.moe.context import Carry, Context
 from moesaic.moe.gates import Place
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.record import Record
-from moesaic.nn.attention import CrossAttention, KeyValue
+from moesaic.nn.attention import CrossAttention
+from moesaic.nn.crew import Crew, Solo
 from moesaic.nn.feed_forward import DenseFeedForward
+from moesaic.nn.looking import KeyValue
 from moesaic.nn.packing import Packing
 from moesaic.nn.position import Rotation
 
@@ -29,7 +31,8 @@ Records = tuple[Record, ...]
 class View:
     """How the tokens of one pass see each other: where they are and how positions turn them.
 
-    ``context`` is what routers may know of them.
+    ``rotation`` is that of the tokens that meet in a matrix (``packing.met``); ``context`` is what
+    routers may know of the tokens held here.
     """
 
     packing: Packing
@@ -124,11 +127,12 @@ class DenseBranch(nn.Module):
         self.norm = config.block.branch_norm(config.norm, dim=config.dim)
         self.inner = DenseFeedForward(config.feed_forward, dim=config.dim, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
+        self.crew: Crew = Solo()
 
-    def forward(self, stream: Stream, *, read: Float[Tensor, "T D"], context: Context) -> Stream:
-        del context
-        x = stream.x + self.dropout(self.inner(self.norm(read)))
-        return replace(stream, x=x)
+    def forward(self, stream: Stream, *, read: Float[Tensor, "T D"], view: View) -> Stream:
+        met = self.crew.meet(self.norm(read), packing=view.packing)
+        y = self.crew.part(self.inner(met), packing=view.packing)
+        return replace(stream, x=stream.x + self.dropout(y))
 
 
 class SparseBranch(nn.Module):
@@ -140,8 +144,8 @@ class SparseBranch(nn.Module):
         self.inner = inner
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, stream: Stream, *, read: Float[Tensor, "T D"], context: Context) -> Stream:
-        answer = self.inner(self.norm(read), context=context, carry=stream.carry)
+    def forward(self, stream: Stream, *, read: Float[Tensor, "T D"], view: View) -> Stream:
+        answer = self.inner(self.norm(read), context=view.context, carry=stream.carry)
         records = stream.records if answer.record is None else (*stream.records, answer.record)
         return Stream(stream.x + self.dropout(answer.out), answer.carry, records)
 
@@ -160,7 +164,7 @@ class EncoderBlock(nn.Module):
         entered, reads = self.entry(stream.x), self.arrangement.reads
         x = self.self_attention(stream.x, read=reads(stream.x, entered=entered), view=view)
         read = reads(x, entered=entered)
-        return self.feed_forward(replace(stream, x=x), read=read, context=view.context)
+        return self.feed_forward(replace(stream, x=x), read=read, view=view)
 
 
 class DecoderBlock(nn.Module):
@@ -220,7 +224,7 @@ class DecoderBlock(nn.Module):
             )
             stream = replace(stream, x=x)
         read = reads(stream.x, entered=look.entered)
-        return self.feed_forward(stream, read=read, context=view.context)
+        return self.feed_forward(stream, read=read, view=view)
 
 
 def feed_forward(

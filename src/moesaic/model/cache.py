@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from moesaic.core.shapes import Bool, Float, Int, Tensor
-from moesaic.nn.attention import KeyValue
+from moesaic.nn.looking import KeyValue
 from moesaic.nn.packing import Packing
 
 

@@ -4,9 +4,9 @@ Letters: B rows, S source length, L target length, T real tokens, N predicted to
 V vocabulary, n new tokens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,8 +21,8 @@ from moesaic.model.output import Output
 from moesaic.moe.config import MoE
 from moesaic.moe.context import Carry, Context
 from moesaic.moe.gates import Past, SharedRouting, Sight
-from moesaic.nn.attention import KeyValue
 from moesaic.nn.embedding import Embedding
+from moesaic.nn.looking import KeyValue
 from moesaic.nn.packing import Packing
 from moesaic.ops.cross_entropy import TokenLoss
 
@@ -35,6 +35,20 @@ class Rows:
     key: Int[Tensor, "B"]
 
 
+Deal = Callable[[Packing], Packing]
+Passing = Callable[..., Stream]
+
+
+def keep_all(packing: Packing) -> Packing:
+    """Hold all tokens of a batch here."""
+    return packing
+
+
+def straight(block: nn.Module, stream: Stream, **parts: Any) -> Stream:
+    """Pass a stream through a block, keeping what its backward needs."""
+    return block(stream, **parts)
+
+
 @dataclass(frozen=True, slots=True)
 class Side:
     """One of the two stacks, and what its routers share."""
@@ -44,7 +58,10 @@ class Side:
 
 
 class Transformer(nn.Module):
-    """Built by ``build(config)``; on the meta device it holds no numbers."""
+    """Built by ``build(config)``; on the meta device it holds no numbers.
+
+    ``deal`` says which tokens of a batch are held here, ``passing`` what is kept of a block.
+    """
 
     def __init__(self, config: Blueprint) -> None:
         super().__init__()
@@ -63,22 +80,26 @@ class Transformer(nn.Module):
         if config.encoder.layers:
             self.encoder_norm = config.norm.build(config.dim)
         self.decoder_norm = config.norm.build(config.dim)
+        self.deal: Deal = keep_all
+        self.passing: Passing = straight
         initialise(self, config)
 
     def forward(self, batch: Batch) -> Output:
         """Return decoder states at the predicted positions and the routing records."""
         memory, heard = self._encode(batch.source, key=batch.key)
         real = (batch.target_in != PAD) | (batch.target_out != PAD)
-        packing = Packing.of(real)
+        packing = self.deal(Packing.of(real))
         ids = batch.target_in.flatten()[packing.index]
         rows = Rows(batch.target_in[:, 0], batch.key)
         stream, view = self._enter(ids, packing=packing, rows=rows, side=self._decoder_side)
         for block in self._decoder_blocks:
             source = block.read(memory.states, packing=memory.packing)
-            stream = block(stream, view=view, source=source, mask=memory.packing.key_mask)
+            stream = self.passing(
+                block, stream, view=view, source=source, mask=memory.packing.key_mask
+            )
         x = stream.x
-        label = batch.target_out.flatten()[packing.index]
-        row = packing.row
+        label = batch.target_out.flatten()[packing.index[packing.own]]
+        row = packing.row[packing.own]
         if batch.num_predicted < packing.num_tokens:
             scored = (label != PAD).nonzero()[:, 0]
             x, label, row = x.index_select(0, scored), label[scored], row[scored]
@@ -159,7 +180,7 @@ class Transformer(nn.Module):
     def _encode(
         self, source: Int[Tensor, "B S"], *, key: Int[Tensor, "B"]
     ) -> tuple[Memory, Records]:
-        packing = Packing.of(source != PAD)
+        packing = self.deal(Packing.of(source != PAD))
         if not self.encoder:
             return Memory(self.embedding.weight.new_zeros(0, self.config.dim), packing), ()
         ids = source.flatten()[packing.index]
@@ -167,7 +188,7 @@ class Transformer(nn.Module):
         side = Side(self.config.encoder, self.encoder_routing)
         stream, view = self._enter(ids, packing=packing, rows=rows, side=side)
         for block in self.encoder:
-            stream = block(stream, view=view)
+            stream = self.passing(block, stream, view=view)
         return Memory(self.encoder_norm(stream.x), packing), stream.records
 
     def _enter(
@@ -180,19 +201,20 @@ class Transformer(nn.Module):
         past: Past | None = None,
     ) -> tuple[Stream, View]:
         place = packing.position if past is None else past.position.flatten()[packing.index]
-        embedded = self.embedding(ids)
-        x = self.dropout(self.position.add(embedded, position=place))
+        own, row = packing.own, packing.row[packing.own]
+        embedded = self.embedding(ids[own])
+        x = self.dropout(self.position.add(embedded, position=place[own]))
         moe = self.config.mixture(side.stack)
         reads = moe.condition.reads() if isinstance(moe, MoE) else "nothing"
         context = Context(
-            row=packing.row,
-            position=place,
-            token=ids,
-            tag=rows.tag[packing.row],
-            row_key=rows.key[packing.row],
+            row=row,
+            position=place[own],
+            token=ids[own],
+            tag=rows.tag[row],
+            row_key=rows.key[row],
             embedded=embedded if reads == "token" else None,
-            prompt=self.embedding(rows.tag)[packing.row] if reads == "prompt" else None,
+            prompt=self.embedding(rows.tag)[row] if reads == "prompt" else None,
         )
         sight = Sight(packing, place, past)
         carry = Carry() if side.routing is None else side.routing.start(x, sight=sight)
-        return Stream(x, carry), View(packing, self.position.rotation(place), context)
+        return Stream(x, carry), View(packing, self.position.rotation(place[packing.met]), context)

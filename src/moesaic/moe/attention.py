@@ -14,7 +14,8 @@ from torch import nn
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.moe.pieces import Piece
-from moesaic.nn.attention import AttentionConfig, KeyValue, SelfAttention
+from moesaic.nn.attention import AttentionConfig, SelfAttention
+from moesaic.nn.looking import KeyValue
 from moesaic.nn.packing import Packing
 from moesaic.nn.position import Rotation
 from moesaic.nn.start import OwnStart, Start

@@ -17,7 +17,7 @@ from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.moe.context import Carry, Context
 from moesaic.moe.pieces import Piece
-from moesaic.nn.attention import KeyValue
+from moesaic.nn.looking import KeyValue
 from moesaic.nn.packing import Packing
 
 

@@ -1,17 +1,17 @@
 """Attention: tokens look at each other (self) or at the source (cross), in several heads.
 
-Letters: B rows, S source length, L target length, T tokens, D model dim, H heads,
+``looking`` and ``crew`` are parts: how tokens reach the others of their row, and the ranks that
+share the matrices. Letters: B rows, S source length, T tokens, D model dim, H heads,
 G key/value heads, d head dim.
 """
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from moesaic.core.config import Config
 from moesaic.core.shapes import Bool, Float, Int, Tensor
+from moesaic.nn.crew import Crew, Solo
+from moesaic.nn.looking import Heads, KeyValue, LookHere, Looking, attend, padded
 from moesaic.nn.packing import Packing
 from moesaic.nn.position import Rotation
 
@@ -35,32 +35,6 @@ class AttentionConfig(Config):
         return self.head_dim or dim // self.heads
 
 
-@dataclass(frozen=True, slots=True)
-class KeyValue:
-    """Keys and values of some tokens, ready to be looked at."""
-
-    key: Float[Tensor, "B G S d"]
-    value: Float[Tensor, "B G S d"]
-
-    def select(self, rows: Int[Tensor, "R"]) -> "KeyValue":
-        """Take some batch rows, in any order and number."""
-        return KeyValue(self.key.index_select(0, rows), self.value.index_select(0, rows))
-
-    def fit(self, length: int) -> "KeyValue":
-        """Return room for at least ``length`` tokens (zeros), doubling when it grows."""
-        have = self.key.shape[2]
-        if have >= length:
-            return self
-        extra = (0, 0, 0, max(length, 2 * have) - have)
-        return KeyValue(F.pad(self.key, extra), F.pad(self.value, extra))
-
-    def write(self, new: "KeyValue", *, position: Int[Tensor, "B n"]) -> None:
-        """Store new keys and values at each row's positions, in place."""
-        row = torch.arange(position.shape[0], device=position.device)[:, None]
-        self.key.transpose(1, 2)[row, position] = new.key.transpose(1, 2)
-        self.value.transpose(1, 2)[row, position] = new.value.transpose(1, 2)
-
-
 class SelfAttention(nn.Module):
     """One product makes queries, keys and values; positions turn the first two."""
 
@@ -69,12 +43,16 @@ class SelfAttention(nn.Module):
         self.heads, self.groups, self.width = config.heads, config.groups(), config.width(dim)
         self.qkv = nn.Linear(dim, (self.heads + 2 * self.groups) * self.width, bias=bias)
         self.out = nn.Linear(self.heads * self.width, dim, bias=bias)
+        self.looking: Looking = LookHere()
+        self.crew: Crew = Solo()
 
     def forward(
         self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
     ) -> Float[Tensor, "T D"]:
         """Attend within each row; ``causal``: a token sees itself and what is before it."""
-        return self.out(self.look(x, packing=packing, rotation=rotation, causal=causal))
+        x = self.crew.meet(x, packing=packing)
+        found = self.look(x, packing=packing, rotation=rotation, causal=causal)
+        return self.crew.part(self.out(found), packing=packing)
 
     def step(
         self,
@@ -94,13 +72,8 @@ class SelfAttention(nn.Module):
     def look(
         self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
     ) -> Float[Tensor, "T HD"]:
-        """What the heads found, side by side, before the last product.
-
-        Causal attention needs no mask: padding is on the right, where no real token looks.
-        """
-        query, new = self._project(x, packing=packing, rotation=rotation)
-        mask = None if causal else packing.key_mask
-        return packing.pack(attend(query, new, mask=mask, causal=causal))
+        """What the heads found, side by side, before the last product."""
+        return self.looking.own(self._project(x, rotation=rotation), packing=packing, causal=causal)
 
     def look_back(
         self,
@@ -112,20 +85,19 @@ class SelfAttention(nn.Module):
         position: Int[Tensor, "B n"],
     ) -> Float[Tensor, "T HD"]:
         """The same for the newest tokens (see ``step``)."""
-        query, new = self._project(x, packing=packing, rotation=rotation)
+        heads = self._project(x, rotation=rotation)
+        new = KeyValue(padded(heads.key, packing), padded(heads.value, packing))
         cache.write(new, position=position)
+        query = padded(heads.query, packing)
         places = torch.arange(cache.key.shape[2], device=x.device)
         seen = places <= position[:, None, :, None]
         return packing.pack(attend(query, cache, mask=seen, causal=False))
 
-    def _project(
-        self, x: Tensor, *, packing: Packing, rotation: Rotation
-    ) -> tuple[Tensor, KeyValue]:
+    def _project(self, x: Float[Tensor, "T D"], *, rotation: Rotation) -> Heads:
         heads, groups = self.heads, self.groups
         both, value = self.qkv(x).unflatten(-1, (-1, self.width)).split([heads + groups, groups], 1)
-        turned = _heads(packing.pad(rotation(both).flatten(1)), width=self.width)
-        query, key = turned.split([heads, groups], 1)
-        return query, KeyValue(key, _heads(packing.pad(value.flatten(1)), width=self.width))
+        query, key = rotation(both).split([heads, groups], 1)
+        return Heads(query, key, value)
 
 
 class CrossAttention(nn.Module):
@@ -137,11 +109,13 @@ class CrossAttention(nn.Module):
         self.query = nn.Linear(dim, self.heads * self.width, bias=bias)
         self.kv = nn.Linear(dim, 2 * self.groups * self.width, bias=bias)
         self.out = nn.Linear(self.heads * self.width, dim, bias=bias)
+        self.looking: Looking = LookHere()
+        self.crew: Crew = Solo()
 
     def read(self, memory: Float[Tensor, "T D"], *, packing: Packing) -> KeyValue:
         """Keys and values of the source, once per layer and batch."""
-        both = _heads(packing.pad(self.kv(memory)), width=self.width)
-        return KeyValue(*both.split(self.groups, 1))
+        both = self.kv(self.crew.meet(memory, packing=packing)).unflatten(-1, (-1, self.width))
+        return self.looking.read(*both.split(self.groups, 1), packing=packing)
 
     def forward(
         self,
@@ -152,47 +126,7 @@ class CrossAttention(nn.Module):
         mask: Bool[Tensor, "B 1 1 S"] | None,
     ) -> Float[Tensor, "T D"]:
         """Attend to ``source`` where ``mask`` is true (None: everywhere)."""
-        query = _heads(packing.pad(self.query(x)), width=self.width)
-        return self.out(packing.pack(attend(query, source, mask=mask, causal=False)))
-
-
-def attend(
-    query: Float[Tensor, "B H L d"],
-    keys: KeyValue,
-    *,
-    mask: Bool[Tensor, "B 1 #L S"] | None,
-    causal: bool,
-) -> Float[Tensor, "B L HD"]:
-    """Softmax attention; heads come back side by side. ``mask`` is true where allowed."""
-    mixed = F.scaled_dot_product_attention(
-        query,
-        keys.key,
-        keys.value,
-        attn_mask=mask,
-        is_causal=causal,
-        enable_gqa=query.shape[1] != keys.key.shape[1],
-    )
-    return mixed.transpose(1, 2).flatten(2)
-
-
-def plain_attend(
-    query: Float[Tensor, "B H L d"],
-    keys: KeyValue,
-    *,
-    mask: Bool[Tensor, "B 1 #L S"] | None,
-    causal: bool,
-) -> Float[Tensor, "B L HD"]:
-    """The definition of ``attend``."""
-    share = query.shape[1] // keys.key.shape[1]
-    key, value = (t.repeat_interleave(share, 1) for t in (keys.key, keys.value))
-    score = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    if causal:
-        allowed = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).tril()
-        mask = allowed if mask is None else mask & allowed
-    if mask is not None:
-        score = score.masked_fill(~mask, float("-inf"))
-    return (score.softmax(-1) @ value).transpose(1, 2).flatten(2)
-
-
-def _heads(flat: Float[Tensor, "B L HD"], *, width: int) -> Float[Tensor, "B H L d"]:
-    return flat.unflatten(-1, (-1, width)).transpose(1, 2)
+        x = self.crew.meet(x, packing=packing)
+        query = self.query(x).unflatten(-1, (-1, self.width))
+        found = self.looking.cross(query, packing=packing, source=source, mask=mask)
+        return self.crew.part(self.out(found), packing=packing)

@@ -15,11 +15,53 @@ from moesaic.core.shapes import Bool, Float, Int, Tensor
 
 
 @dataclass(frozen=True, slots=True)
+class Division:
+    """How the tokens of a batch are dealt out to the ranks that share its rows.
+
+    ``sizes`` are the tokens of each rank, ``lanes`` neighbouring ranks make one *part*: they hold
+    slices of the same layers' matrices and meet in them (tensor parallel), while parts meet only
+    where tokens look at each other (context parallel).
+    """
+
+    sizes: tuple[int, ...]
+    rank: int = 0
+    lanes: int = 1
+
+    @property
+    def own(self) -> slice:
+        """The tokens of this rank."""
+        return _span(self.sizes, self.rank)
+
+    @property
+    def part(self) -> int:
+        """Which part this rank belongs to."""
+        return self.rank // self.lanes
+
+    @property
+    def part_sizes(self) -> tuple[int, ...]:
+        """The tokens of each part."""
+        parts = range(0, len(self.sizes), self.lanes)
+        return tuple(sum(self.sizes[start : start + self.lanes]) for start in parts)
+
+    @property
+    def lane_sizes(self) -> tuple[int, ...]:
+        """The tokens of each rank of this part."""
+        first = self.part * self.lanes
+        return self.sizes[first : first + self.lanes]
+
+    @property
+    def met(self) -> slice:
+        """The tokens of this rank's part."""
+        return _span(self.part_sizes, self.part)
+
+
+@dataclass(frozen=True, slots=True)
 class Packing:
-    """Where the T real tokens of a [B, S] batch are.
+    """Where the T real tokens of a [B, S] batch are, and which of them are held here.
 
     ``row`` and ``position`` say each token's batch row and its place in it; ``index`` is
     ``row * S + position``. ``mask`` is None where nothing is padded: then packing is a reshape.
+    ``division`` is None where all tokens are held here.
     """
 
     rows: int
@@ -28,6 +70,7 @@ class Packing:
     row: Int[Tensor, "T"]
     position: Int[Tensor, "T"]
     mask: Bool[Tensor, "B S"] | None
+    division: Division | None = None
 
     @staticmethod
     def of(real: Bool[Tensor, "B S"]) -> "Packing":
@@ -41,6 +84,16 @@ class Packing:
     @property
     def num_tokens(self) -> int:
         return self.index.numel()
+
+    @property
+    def own(self) -> slice:
+        """Which tokens are held here."""
+        return slice(0, self.num_tokens) if self.division is None else self.division.own
+
+    @property
+    def met(self) -> slice:
+        """Which tokens meet in the matrices that this rank holds a slice of."""
+        return slice(0, self.num_tokens) if self.division is None else self.division.met
 
     @property
     def key_mask(self) -> Bool[Tensor, "B 1 1 S"] | None:
@@ -64,6 +117,11 @@ class Packing:
         if self.mask is not None:
             packed = _Put.apply(packed, self.index, self.rows * self.length)
         return packed.view(self.rows, self.length, packed.shape[-1])
+
+
+def _span(sizes: tuple[int, ...], index: int) -> slice:
+    start = sum(sizes[:index])
+    return slice(start, start + sizes[index])
 
 
 class _Take(torch.autograd.Function):

@@ -15,8 +15,9 @@ from moesaic.moe.context import Carry
 from moesaic.moe.gates import Condition, Link, Place, Scored, SharedRouting, Sight, Unconditioned
 from moesaic.moe.pieces import Piece
 from moesaic.nn.activation import SwiGLU
-from moesaic.nn.attention import AttentionConfig, KeyValue, SelfAttention
+from moesaic.nn.attention import AttentionConfig, SelfAttention
 from moesaic.nn.feed_forward import DenseFeedForward, FeedForward
+from moesaic.nn.looking import KeyValue
 from moesaic.nn.position import Rotary
 from moesaic.nn.start import OwnStart, Start
 
