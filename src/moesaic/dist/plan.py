@@ -1,0 +1,173 @@
+"""ParallelPlan: how many ways each thing is divided, as pure arithmetic over rank numbers.
+
+The ranks of one pipeline stage are folded twice (MoE Parallel Folding, 2504.14960): dense layers
+see them as data x context x tensor, the layers with experts as expert_data x expert x
+expert_tensor, innermost last. Tokens are dealt over all of data, context and tensor; an axis either
+cuts a parameter or holds copies of it. No process is needed: a laptop can check a plan of 8,192.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moesaic.core.config import Config
+from moesaic.core.errors import ConfigError
+
+Degree = Annotated[int, Field(ge=1)]
+DENSE = ("pipe", "data", "context", "tensor")
+EXPERT = ("pipe", "expert_data", "expert", "expert_tensor")
+
+
+class ParallelPlan(Config):
+    """Degrees of parallelism. The default divides the data over all ranks, and nothing else.
+
+    ``data`` None takes the ranks that are left. ``expert`` spreads a layer's experts over so many
+    ranks of a stage, whatever those are for dense layers; a layer of fewer experts is spread over
+    as many ranks as it has experts (2201.05596, section 4.2). ``expert_tensor`` cuts the hidden
+    width of each. ``zero`` is the ZeRO stage (1910.02054): copies of a parameter share out its
+    optimizer state (1), its gradients too (2), and itself (3). ``offload`` keeps those shares in
+    the host's memory (2101.06840).
+    """
+
+    pipe: Degree = 1
+    data: Degree | None = None
+    context: Degree = 1
+    tensor: Degree = 1
+    expert: Degree = 1
+    expert_tensor: Degree = 1
+    zero: Literal[0, 1, 2, 3] = 0
+    offload: bool = False
+
+    def on(self, world: int) -> "ParallelPlan":
+        """Return the plan with ``data`` filled in. Raises ConfigError where ``world`` is no fit."""
+        others = self.pipe * self.context * self.tensor
+        data = self.data or max(1, world // others)
+        if data * others != world:
+            wanted = f"pipe {self.pipe} x data {data} x context {self.context}"
+            raise ConfigError(
+                [
+                    f"parallel: {wanted} x tensor {self.tensor} is {data * others} ranks, but "
+                    f"there are {world}: start as many as that, or change a degree "
+                    f"({_divisors_of(world)} divide {world})"
+                ]
+            )
+        filled = self.replace(data=data)
+        problems = list(filled.problems())
+        if problems:
+            raise ConfigError(problems)
+        return filled
+
+    def problems(self) -> Iterator[str]:
+        """Yield a sentence for every rule of folding that the degrees break."""
+        folded = self.expert * self.expert_tensor
+        if self.stage % folded:
+            yield (
+                f"parallel: expert {self.expert} x expert_tensor {self.expert_tensor} = {folded} "
+                f"must divide data x context x tensor = {self.stage}: experts are folded over the "
+                "ranks of one pipeline stage"
+            )
+        if self.offload and not self.zero:
+            yield (
+                "parallel: offload keeps ZeRO's shares in the host's memory, but zero is 0: set "
+                "zero to 1, 2 or 3"
+            )
+
+    @property
+    def world(self) -> int:
+        """Ranks in all. ``data`` must be filled in."""
+        return self.pipe * self.stage
+
+    @property
+    def stage(self) -> int:
+        """Ranks of one pipeline stage."""
+        return (self.data or 1) * self.context * self.tensor
+
+    @property
+    def short(self) -> str:
+        """The combination in the words of 2109.10465: E, E+D, E+Z, E+D+M, E+Z-Offload+M, ...
+
+        D stands for copies of experts or data parallelism without any, Z for ZeRO, M for slices of
+        layers (tensor), C for context and P for pipeline, which that paper does not have.
+        """
+        copies = self.stage // (self.expert * self.expert_tensor)
+        dense_copies = (self.data or 1) * self.context
+        state = "Z-Offload" if self.offload else "Z" if self.zero else "D"
+        words = [
+            "E" if self.expert > 1 else "",
+            state if (copies > 1 or self.zero) and dense_copies > 1 else "",
+            "M" if self.tensor * self.expert_tensor > 1 else "",
+            "C" if self.context > 1 else "",
+            "P" if self.pipe > 1 else "",
+        ]
+        return "+".join(word for word in words if word) or "one rank"
+
+    def spread(self, experts: int, *, layer: str = "a layer") -> int:
+        """Return the ranks that a layer's experts are spread over. Raises ConfigError."""
+        if experts % self.expert == 0:
+            return self.expert
+        if self.expert % experts == 0:
+            return experts
+        raise ConfigError(
+            [
+                f"parallel.expert={self.expert} neither divides the {experts} experts of {layer} "
+                f"nor is divided by them: choose one of {_divisors_of(experts)}"
+            ]
+        )
+
+    def axes(self, *, experts: int | None = None) -> dict[str, int]:
+        """Return the sizes of the axes, outermost first.
+
+        Those of a layer of so many ``experts``, or of dense layers. Both name the same ranks in the
+        same order.
+        """
+        if experts is None:
+            sizes = (self.pipe, self.data or 1, self.context, self.tensor)
+            return dict(zip(DENSE, sizes, strict=True))
+        spread = self.spread(experts)
+        copies = self.stage // (spread * self.expert_tensor)
+        return dict(zip(EXPERT, (self.pipe, copies, spread, self.expert_tensor), strict=True))
+
+
+class Grid:
+    """Rank numbers laid out over named axes, the last one fastest."""
+
+    def __init__(self, axes: dict[str, int]) -> None:
+        self.axes = axes
+
+    def at(self, rank: int) -> dict[str, int]:
+        """Return a rank's place on every axis."""
+        place: dict[str, int] = {}
+        for name, size in reversed(self.axes.items()):
+            rank, place[name] = divmod(rank, size)
+        return place
+
+    def rank(self, place: dict[str, int]) -> int:
+        """Return the rank at a place."""
+        number = 0
+        for name, size in self.axes.items():
+            number = number * size + place[name]
+        return number
+
+    def size(self, names: Sequence[str]) -> int:
+        """Return how many ranks differ in these axes alone."""
+        return math.prod(self.axes[name] for name in names)
+
+    def group(self, rank: int, names: Sequence[str]) -> tuple[int, ...]:
+        """Return the ranks that differ from this one in ``names`` alone, in rank order."""
+        found = [self.at(rank)]
+        for name in self.axes:
+            if name in names:
+                found = [p | {name: i} for p in found for i in range(self.axes[name])]
+        return tuple(self.rank(p) for p in found)
+
+    def groups(self, names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Return every such group, the one of rank 0 first."""
+        ranks = range(math.prod(self.axes.values()))
+        return tuple(dict.fromkeys(self.group(rank, names) for rank in ranks))
+
+
+def _divisors_of(number: int) -> str:
+    found = [n for n in range(1, number + 1) if number % n == 0]
+    return ", ".join(map(str, found if len(found) <= 12 else [*found[:6], "...", *found[-3:]]))
