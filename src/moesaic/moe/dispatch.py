@@ -1,7 +1,8 @@
 """Dispatchers carry token rows to their experts and bring them home.
 
 A dispatcher holds groups of ranks, never tensors: what ``combine`` needs from ``dispatch`` travels
-in the ``Parcel``, so recomputation and overlapping micro-batches are safe.
+in the ``Parcel``, so recomputation and overlapping micro-batches are safe. Where experts live on
+other ranks, ``dispatch_far.py`` goes there.
 
 Letters: T tokens, N edges, R rows received, D model dim.
 """
@@ -11,9 +12,17 @@ from typing import Protocol, runtime_checkable
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.routing import Routing
-from moesaic.ops.combine import combine, spread
 from moesaic.ops.group import Groups, group
-from moesaic.ops.mixture import Edges
+from moesaic.ops.mixture import Edges, carry_home, carry_out
+
+
+@runtime_checkable
+class Way(Protocol):
+    """The way home of a parcel's rows, once they are answers."""
+
+    def home(self, y: Float[Tensor, "R D"]) -> Float[Tensor, "T D"]:
+        """Return each token's weighted sum of its answers."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +31,7 @@ class Parcel:
 
     rows: Float[Tensor, "R D"]
     groups: Groups
-    routing: Routing
+    way: Way
 
 
 @runtime_checkable
@@ -56,22 +65,27 @@ class LocalDispatcher:
     def carry(
         self, x: Float[Tensor, "T D"], *, routing: Routing, experts: RowExperts
     ) -> Float[Tensor, "T D"]:
-        groups = group(routing.expert, num_experts=routing.num_experts)
-        edges = Edges(routing.token, routing.weight, groups, routing.num_tokens, routing.per_token)
-        return experts.mix(x, edges=edges)
+        return experts.mix(x, edges=edges_of(routing))
 
     def dispatch(self, x: Float[Tensor, "T D"], routing: Routing) -> Parcel:
-        groups = group(routing.expert, num_experts=routing.num_experts)
-        rows = spread(x, token=routing.token, groups=groups, per_token=routing.per_token)
-        return Parcel(rows, groups, routing)
+        edges = edges_of(routing)
+        return Parcel(carry_out(x, edges=edges), edges.groups, Here(edges))
 
     def combine(self, y: Float[Tensor, "R D"], parcel: Parcel) -> Float[Tensor, "T D"]:
-        routing = parcel.routing
-        return combine(
-            y,
-            token=routing.token,
-            weight=routing.weight,
-            groups=parcel.groups,
-            num_tokens=routing.num_tokens,
-            per_token=routing.per_token,
-        )
+        return parcel.way.home(y)
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """Rows that never left: weigh each by its edge, add it to its token."""
+
+    edges: Edges
+
+    def home(self, y: Float[Tensor, "R D"]) -> Float[Tensor, "T D"]:
+        return carry_home(y, edges=self.edges)
+
+
+def edges_of(routing: Routing) -> Edges:
+    """Return the edges of a routing with their order by expert."""
+    groups = group(routing.expert, num_experts=routing.num_experts)
+    return Edges(routing.token, routing.weight, groups, routing.num_tokens, routing.per_token)

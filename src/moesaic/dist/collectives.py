@@ -1,0 +1,174 @@
+"""Collectives that differentiate: the backward of a movement is the movement back.
+
+Rows move between the ranks of one group in blocks of any size, none at all included. Every rank of
+the group calls the same functions in the same order. ``None`` and a group of one rank move nothing.
+Sums over ranks are made in rank order and, below float32, in float32: the same bits every time.
+
+Letters: R rows given, S rows returned, D what a row is (any shape).
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from torch.autograd.function import once_differentiable
+
+from moesaic.core.shapes import Shaped, Tensor
+
+try:
+    from torch.distributed import all_gather_single as _all_gather
+except ImportError:  # before torch 2.13
+    from torch.distributed import all_gather_into_tensor as _all_gather
+
+Group = distributed.ProcessGroup | None
+
+
+def ranks_of(group: Group) -> int:
+    """Return how many ranks share a group."""
+    return 1 if group is None else group.size()
+
+
+def rank_in(group: Group) -> int:
+    """Return this process's place in a group."""
+    return 0 if group is None else group.rank()
+
+
+def all_to_all(
+    x: Shaped[Tensor, "R *D"], *, group: Group, sent: Sequence[int], received: Sequence[int]
+) -> Shaped[Tensor, "S *D"]:
+    """Send ``sent[r]`` rows to rank r, in order, and receive ``received[r]`` rows from it."""
+    if ranks_of(group) == 1:
+        return x
+    return _AllToAll.apply(x, group, tuple(sent), tuple(received))
+
+
+def gather_rows(
+    x: Shaped[Tensor, "R *D"], *, group: Group, sizes: Sequence[int]
+) -> Shaped[Tensor, "S *D"]:
+    """Return the rows of all ranks in rank order; rank r gives ``sizes[r]`` of them.
+
+    A row's gradient is the sum over all ranks of what they found for it.
+    """
+    if ranks_of(group) == 1:
+        return x
+    return _GatherRows.apply(x, group, tuple(sizes))
+
+
+def scatter_rows(
+    x: Shaped[Tensor, "S *D"], *, group: Group, sizes: Sequence[int]
+) -> Shaped[Tensor, "R *D"]:
+    """Return the sum over ranks of this rank's block of rows; block r has ``sizes[r]`` rows."""
+    if ranks_of(group) == 1:
+        return x
+    return _ScatterRows.apply(x, group, tuple(sizes))
+
+
+def sum_copies(x: Shaped[Tensor, "*D"], *, group: Group) -> Shaped[Tensor, "*D"]:
+    """Return the sum over ranks of parts of one value. The gradient of a part is that of the sum,
+    which every rank must hold alike.
+    """
+    return x if ranks_of(group) == 1 else _SumCopies.apply(x, group)
+
+
+def copy_to(x: Shaped[Tensor, "*D"], *, group: Group) -> Shaped[Tensor, "*D"]:
+    """Return a value that all ranks hold alike and each uses in part: its gradients are summed."""
+    return x if ranks_of(group) == 1 else _CopyTo.apply(x, group)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, group: Group, sent: tuple[int, ...], received: tuple[int, ...]
+    ) -> Tensor:
+        ctx.group, ctx.sent, ctx.received = group, sent, received
+        return _move(x, group=group, sent=sent, received=received)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        way_back = _move(grads[0], group=ctx.group, sent=ctx.received, received=ctx.sent)
+        return way_back, None, None, None
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, sizes: tuple[int, ...]) -> Tensor:
+        ctx.group, ctx.sizes = group, sizes
+        return _gather(x, group=group, sizes=sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _scatter(grads[0], group=ctx.group, sizes=ctx.sizes), None, None
+
+
+class _ScatterRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, sizes: tuple[int, ...]) -> Tensor:
+        ctx.group, ctx.sizes = group, sizes
+        return _scatter(x, group=group, sizes=sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _gather(grads[0], group=ctx.group, sizes=ctx.sizes), None, None
+
+
+class _SumCopies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return _sum(x, group=group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grads[0], None
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _sum(grads[0], group=ctx.group), None
+
+
+def _move(
+    x: Tensor, *, group: Group, sent: tuple[int, ...], received: tuple[int, ...]
+) -> Tensor:
+    out = x.new_empty(sum(received), *x.shape[1:])
+    distributed.all_to_all_single(out, x.contiguous(), list(received), list(sent), group=group)
+    return out
+
+
+def _gather(x: Tensor, *, group: Group, sizes: tuple[int, ...]) -> Tensor:
+    ranks = len(sizes)
+    if all(here == there for here, there in pairwise(sizes)):
+        out = x.new_empty(sum(sizes), *x.shape[1:])
+        _all_gather(out, x.contiguous(), group=group)
+        return out
+    # gloo has no gather of unequal blocks; sending one's own to all costs the same bytes
+    copies = x.repeat(ranks, *[1] * (x.dim() - 1))
+    return _move(copies, group=group, sent=(x.shape[0],) * ranks, received=sizes)
+
+
+def _scatter(x: Tensor, *, group: Group, sizes: tuple[int, ...]) -> Tensor:
+    """A reduce-scatter as an all-to-all and a sum here: the same bytes, any sizes, one order."""
+    own = sizes[rank_in(group)]
+    parts = _move(x, group=group, sent=sizes, received=(own,) * len(sizes))
+    parts = parts.view(len(sizes), own, *x.shape[1:])
+    if not x.dtype.is_floating_point:
+        return parts.sum(0, dtype=x.dtype)
+    return parts.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+
+
+def _sum(x: Tensor, *, group: Group) -> Tensor:
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+    distributed.all_reduce(total, group=group)
+    return total

@@ -1,0 +1,122 @@
+"""AllToAllDispatcher: experts are split over ranks, and rows travel to them and back.
+
+Of a group of n ranks, rank r owns the experts [r*E/n, (r+1)*E/n) (Lepikhin et al. 2021, GShard,
+arXiv:2006.16668). Each expert may moreover be cut along its hidden width over the ranks of a second
+group: these see the same rows, and the parts of an answer are added (Liu et al. 2025,
+MoE Parallel Folding, arXiv:2504.14960). Rows travel in the dtype in which experts compute.
+
+Letters: T tokens, N edges, E experts of all ranks, R rows received, D model dim.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.dist.collectives import (
+    Group,
+    all_to_all,
+    gather_rows,
+    rank_in,
+    ranks_of,
+    scatter_rows,
+)
+from moesaic.moe.dispatch import LocalDispatcher, Parcel, RowExperts, edges_of
+from moesaic.moe.experts import as_autocast
+from moesaic.moe.routing import Routing
+from moesaic.ops.combine import spread
+from moesaic.ops.group import Groups, group
+from moesaic.ops.mixture import Edges, carry_home, carry_out
+
+
+class AllToAllDispatcher:
+    """Experts live evenly over ``over``; each is cut into slices over ``slices``.
+
+    The bank given to ``carry`` holds this rank's part: E/n experts of 1/m of the hidden width,
+    without a ``down`` bias where m > 1 (every slice would add it). Edges that lead nowhere do not
+    travel. The host waits for the device once, to learn how many rows come and go.
+    """
+
+    def __init__(self, over: Group, *, slices: Group = None) -> None:
+        self._over, self._slices = over, slices
+
+    def carry(
+        self, x: Float[Tensor, "T D"], *, routing: Routing, experts: RowExperts
+    ) -> Float[Tensor, "T D"]:
+        if ranks_of(self._over) * ranks_of(self._slices) == 1:
+            return LocalDispatcher().carry(x, routing=routing, experts=experts)
+        parcel = self.dispatch(x, routing)
+        return self.combine(experts(parcel.rows, groups=parcel.groups), parcel)
+
+    def dispatch(self, x: Float[Tensor, "T D"], routing: Routing) -> Parcel:
+        edges = edges_of(routing)
+        trip = _plan(edges.groups.counts, over=self._over, slices=self._slices)
+        rows = carry_out(as_autocast(x), edges=edges)[: sum(trip.sent)]
+        rows = all_to_all(rows, group=self._over, sent=trip.sent, received=trip.received)
+        rows = gather_rows(rows, group=self._slices, sizes=trip.shared)
+        return Parcel(permute(rows, groups=trip.groups), trip.groups, Far(edges, trip))
+
+    def combine(self, y: Float[Tensor, "R D"], parcel: Parcel) -> Float[Tensor, "T D"]:
+        return parcel.way.home(y)
+
+
+@dataclass(frozen=True, slots=True)
+class Trip:
+    """Rows per rank: sent, received, and held by each rank of ``slices``; ``groups`` sorts them."""
+
+    over: Group
+    slices: Group
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+    shared: tuple[int, ...]
+    groups: Groups
+
+
+@dataclass(frozen=True, slots=True)
+class Far:
+    """Rows that came from other ranks: the same way back, then weighed and added at home."""
+
+    edges: Edges
+    trip: Trip
+
+    def home(self, y: Float[Tensor, "R D"]) -> Float[Tensor, "T D"]:
+        trip = self.trip
+        y = permute_back(y, groups=trip.groups)
+        y = scatter_rows(y, group=trip.slices, sizes=trip.shared)
+        y = all_to_all(y, group=trip.over, sent=trip.received, received=trip.sent)
+        nowhere = self.edges.groups.order.numel() - y.shape[0]
+        return carry_home(F.pad(y, (0, 0, 0, nowhere)) if nowhere else y, edges=self.edges)
+
+
+def permute(rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
+    """Return rows sorted by expert; unlike an index, its backward is a gather as well."""
+    return spread(rows, token=groups.order, groups=groups, per_token=1)
+
+
+def permute_back(rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
+    """Return sorted rows in the order in which they came."""
+    return permute(rows, groups=replace(groups, order=groups.place, place=groups.order))
+
+
+def _plan(counts: Int[Tensor, "E"], *, over: Group, slices: Group) -> Trip:
+    """Exchange how many rows lead to each expert, and wait once for the sums. Collective."""
+    ranks, cuts = ranks_of(over), ranks_of(slices)
+    if counts.numel() % ranks:
+        raise ValueError(f"{counts.numel()} experts cannot be split evenly over {ranks} ranks")
+    each = [1] * ranks
+    incoming = all_to_all(counts.view(ranks, -1), group=over, sent=each, received=each)
+    every = gather_rows(incoming, group=slices, sizes=[ranks] * cuts)  # [cut and rank, expert]
+    numbers = torch.cat([counts.view(ranks, -1).sum(1), every.sum(1)]).tolist()
+    sent, arrived = tuple(numbers[:ranks]), numbers[ranks:]
+    blocks = [tuple(arrived[cut * ranks :][:ranks]) for cut in range(cuts)]
+    shared = tuple(sum(block) for block in blocks)
+    groups = by_expert(every, rows=sum(shared))
+    return Trip(over, slices, sent, blocks[rank_in(slices)], shared, groups)
+
+
+def by_expert(blocks: Int[Tensor, "B E"], *, rows: int) -> Groups:
+    """Sort rows that come in B blocks, each sorted by expert already: ``blocks`` are the counts."""
+    every = torch.arange(blocks.shape[1], device=blocks.device).repeat(blocks.shape[0])
+    expert = every.repeat_interleave(blocks.flatten(), output_size=rows)
+    return group(expert, num_experts=blocks.shape[1])

@@ -1,0 +1,138 @@
+"""What every dispatcher over several ranks must answer: the sums over all edges, and gradients."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from torch import nn
+
+from moesaic.moe.dispatch import Dispatcher, LocalDispatcher
+from moesaic.moe.experts import Experts, Size
+from moesaic.moe.routing import Routing
+from moesaic.nn.activation import ReLU
+from moesaic.nn.feed_forward import FeedForward
+
+E, D, F, K = 8, 6, 4, 2
+NOWHERE = E
+CASES = {
+    "uneven": (3, 5, 1, 4),
+    "a rank without tokens": (4, 0, 3, 2),
+    "no tokens at all": (0, 0, 0, 0),
+    "all to one rank": (3, 2, 4, 1),
+    "one expert only": (2, 0, 1, 3),
+    "some dropped": (4, 3, 0, 2),
+    "all dropped": (2, 1, 1, 0),
+    "no fixed number of edges": (3, 4, 0, 2),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A rank's part of the answer and of every gradient."""
+
+    out: torch.Tensor
+    x: torch.Tensor
+    weight: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+
+
+def routing(case: str, *, tokens: int) -> Routing:
+    """The edges of all ranks' tokens in a named case."""
+    draw = torch.Generator().manual_seed(7)
+    expert = torch.rand(tokens, E, generator=draw).argsort(1)[:, :K]
+    weight = torch.rand(tokens, K, generator=draw)
+    if case == "all to one rank":
+        expert = expert % 2
+    if case == "one expert only":
+        expert = torch.full_like(expert, 5)
+    edges = Routing.from_topk(weight, expert=expert, num_experts=E)
+    if case == "some dropped":
+        edges = edges.drop(torch.rand(tokens * K, generator=draw) < 0.4)
+    if case == "all dropped":
+        edges = edges.drop(torch.ones(tokens * K, dtype=torch.bool))
+    if case == "no fixed number of edges":
+        chosen = torch.rand(tokens, E, generator=draw) < 0.3
+        edges = Routing.from_mask(torch.rand(tokens, E, generator=draw), chosen=chosen)
+    return edges
+
+
+def of_tokens(edges: Routing, *, start: int, count: int) -> Routing:
+    """The edges that leave some of the tokens."""
+    own = (edges.token >= start) & (edges.token < start + count)
+    return Routing(
+        edges.token[own] - start,
+        edges.expert[own],
+        edges.weight[own],
+        count,
+        edges.num_experts,
+        edges.per_token,
+    )
+
+
+def bank(*, experts: Sequence[int] = range(E), hidden: slice = slice(0, F)) -> Experts:
+    """A part of the experts of all ranks."""
+    torch.manual_seed(3)
+    up, down = torch.randn(E, D, F), torch.randn(E, F, D)
+    feed = FeedForward(hidden=len(range(F)[hidden]), activation=ReLU())
+    made = Experts(Size(len(experts), D, feed, bias=False))
+    made.up = nn.Parameter(up[list(experts)][:, :, hidden].clone())
+    made.down = nn.Parameter(down[list(experts)][:, hidden].clone())
+    return made
+
+
+def carried(dispatcher: Dispatcher, *, experts: Experts, edges: Routing, x: torch.Tensor) -> Result:
+    """Answer and gradients for an upstream gradient that tells every number apart."""
+    x = x.clone().requires_grad_()
+    weight = edges.weight.clone().requires_grad_()
+    edges = Routing(
+        edges.token, edges.expert, weight, edges.num_tokens, edges.num_experts, edges.per_token
+    )
+    out = dispatcher.carry(x, routing=edges, experts=experts)
+    (out.float() * upstream(x)).sum().backward()
+    grads = [t.grad if t.grad is not None else torch.zeros_like(t) for t in (x, weight)]
+    banks = [experts.up.grad, experts.down.grad]
+    assert banks[0] is not None
+    assert banks[1] is not None
+    return Result(out.detach(), *grads, *banks)
+
+
+def upstream(x: torch.Tensor) -> torch.Tensor:
+    """A gradient that is a function of the token's row."""
+    return torch.cos(x.detach().float() * 3)
+
+
+def tokens_of(case: str, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(sum(CASES[case]), D, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def whole(case: str, *, dtype: torch.dtype = torch.float32) -> Result:
+    """What one process that holds everything answers."""
+    x = tokens_of(case, dtype=dtype)
+    edges = routing(case, tokens=len(x))
+    return carried(LocalDispatcher(), experts=bank(), edges=edges, x=x)
+
+
+def here(
+    case: str, *, rank: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, Routing]:
+    """A rank's tokens and edges."""
+    sizes = CASES[case]
+    start = sum(sizes[:rank])
+    x = tokens_of(case, dtype=dtype)
+    edges = routing(case, tokens=len(x))
+    return x[start:][: sizes[rank]], of_tokens(edges, start=start, count=sizes[rank])
+
+
+def compare(
+    build: Callable[[], Dispatcher], *, experts: Callable[[], Experts], cases: Sequence[str]
+) -> dict[str, Result]:
+    """On each rank: the results of every case, by name."""
+    rank = distributed.get_rank()
+    found: dict[str, Any] = {}
+    for case in cases:
+        x, edges = here(case, rank=rank)
+        found[case] = carried(build(), experts=experts(), edges=edges, x=x)
+    return found
