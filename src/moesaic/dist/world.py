@@ -12,6 +12,7 @@ import torch
 import torch.distributed as distributed
 
 from moesaic.core.shapes import Tensor
+from moesaic.dist.local import local
 
 BUCKET_BYTES = 64 * 2**20
 
@@ -92,16 +93,19 @@ class Alone:
 
 
 class Ranks:
-    """The world of an initialised default process group (gloo on CPU, NCCL on CUDA)."""
+    """The world of a process group (gloo on CPU, NCCL on CUDA): the default one, or a part of it."""
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.rank = distributed.get_rank()
-        self.size = distributed.get_world_size()
+    def __init__(
+        self, device: torch.device | str = "cpu", *, group: distributed.ProcessGroup | None = None
+    ) -> None:
+        self._group = group
+        self.rank = distributed.get_rank(group)
+        self.size = distributed.get_world_size(group)
         self.device = torch.device(device)
 
     def sum(self, tensor: Tensor) -> Tensor:
         total = tensor.detach().to(self.device, copy=True).contiguous()
-        distributed.all_reduce(total)
+        distributed.all_reduce(total, group=self._group)
         return total.to(tensor.device)
 
     def sum_floats(self, values: dict[str, float]) -> dict[str, float]:
@@ -111,12 +115,12 @@ class Ranks:
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         for bucket in _buckets([p for p in parameters if p.requires_grad]):
-            parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in bucket]
+            parts = [_gradient(p) for p in bucket]
             flat = torch.cat([part.reshape(-1) for part in parts])
-            distributed.all_reduce(flat)
+            distributed.all_reduce(flat, group=self._group)
             sums = flat.split([part.numel() for part in parts])
-            for parameter, part, total in zip(bucket, parts, sums, strict=True):
-                parameter.grad = part.copy_(total.view_as(part))
+            for part, total in zip(parts, sums, strict=True):
+                part.copy_(total.view_as(part))
 
     def any(self, flag: bool, /) -> bool:  # noqa: FBT001
         return bool(self.sum(torch.tensor(int(flag))).item())
@@ -124,23 +128,23 @@ class Ranks:
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
             here = tensor.detach().to(self.device, copy=True).contiguous()
-            distributed.broadcast(here, src=0)
+            distributed.broadcast(here, group=self._group, group_src=0)
             tensor.detach().copy_(here)
 
     def share(self, value: Any) -> Any:
         text = json.dumps(value if self.rank == 0 else None).encode()
         length = torch.tensor(len(text), device=self.device)
-        distributed.broadcast(length, src=0)
+        distributed.broadcast(length, group=self._group, group_src=0)
         content = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
         if self.rank == 0:
             content.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-        distributed.broadcast(content, src=0)
+        distributed.broadcast(content, group=self._group, group_src=0)
         return json.loads(bytes(content.cpu().tolist()))
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         here = tensor.detach().to(self.device).contiguous()
         parts = [torch.empty_like(here) for _ in range(self.size)]
-        distributed.all_gather(parts, here)
+        distributed.all_gather(parts, here, group=self._group)
         return [part.to(tensor.device) for part in parts]
 
     def barrier(self) -> None:
@@ -148,12 +152,19 @@ class Ranks:
         self.sum(torch.zeros(1))
 
 
+def _gradient(parameter: Tensor) -> Tensor:
+    """Return the gradient held here, in memory; zeros where there was none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return local(parameter.grad)
+
+
 def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
     """Split into runs of one dtype and at most ``BUCKET_BYTES`` (a larger parameter is alone)."""
     bucket: list[Tensor] = []
     held = 0
     for parameter in parameters:
-        size = parameter.numel() * parameter.element_size()
+        size = local(parameter).numel() * parameter.element_size()
         if bucket and (held + size > BUCKET_BYTES or parameter.dtype != bucket[0].dtype):
             yield bucket
             bucket, held = [], 0

@@ -11,6 +11,7 @@ from torch import nn
 
 from moesaic.core.shapes import Bool, Float, Int, Tensor
 from moesaic.model.blueprint import Blueprint, Stack
+from moesaic.model.cache import Memory
 from moesaic.moe.attention import Attends
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.context import Carry, Context
@@ -189,13 +190,13 @@ class DecoderBlock(nn.Module):
         stream: Stream,
         *,
         view: View,
-        source: KeyValue | None,
-        mask: Bool[Tensor, "B 1 1 S"] | None,
+        memory: Memory,
     ) -> Stream:
         entered = self.entry(stream.x)
         read = self.arrangement.reads(stream.x, entered=entered)
         x = self.self_attention(stream.x, read=read, view=view)
-        look = Look(entered, source, mask)
+        source = self.read(memory.states, packing=memory.packing)
+        look = Look(entered, source, memory.packing.key_mask)
         return self._rest(replace(stream, x=x), view=view, look=look)
 
     def step(

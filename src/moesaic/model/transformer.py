@@ -93,10 +93,7 @@ class Transformer(nn.Module):
         rows = Rows(batch.target_in[:, 0], batch.key)
         stream, view = self._enter(ids, packing=packing, rows=rows, side=self._decoder_side)
         for block in self._decoder_blocks:
-            source = block.read(memory.states, packing=memory.packing)
-            stream = self.passing(
-                block, stream, view=view, source=source, mask=memory.packing.key_mask
-            )
+            stream = self.passing(block, stream, view=view, memory=memory)
         x = stream.x
         label = batch.target_out.flatten()[packing.index[packing.own]]
         row = packing.row[packing.own]

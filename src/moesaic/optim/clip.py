@@ -40,7 +40,12 @@ def clip_gradients(parameters: Iterable[Tensor], *, max_norm: float = math.inf) 
     ``math.inf`` only measures. Reads the norm on the host: the caller must know whether to step.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = float(global_norm(grads))
+    return scale_gradients(grads, norm=float(global_norm(grads)), max_norm=max_norm)
+
+
+@torch.no_grad()
+def scale_gradients(grads: list[Tensor], *, norm: float, max_norm: float) -> GradNorm:
+    """Scale gradients whose norm is known, in place, so that it is at most ``max_norm``."""
     if not math.isfinite(norm) or norm <= max_norm:
         return GradNorm(norm, 1.0)
     factor = max_norm / (norm + 1e-6)

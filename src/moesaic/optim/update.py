@@ -1,7 +1,8 @@
 """NamedOptimizer: one ``torch.optim.Optimizer`` whose groups each follow their own update rule.
 
 Every group has a ``name`` (``adamw/norm``), a ``rule`` (how its tensors change), ``lr`` and
-``base_lr``: a schedule writes ``lr = base_lr * factor``. All state is float32. A parameter of a
+``base_lr``: a schedule writes ``lr = base_lr * factor``. All state is float32, and of the part
+of a parameter that this rank holds. A parameter of a
 narrower type (bfloat16) keeps a float32 ``master`` copy that the rule updates and that is rounded
 into the parameter afterwards, so that small updates are not lost.
 """
@@ -13,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from moesaic.core.shapes import Tensor
+from moesaic.dist.local import local
 
 
 @runtime_checkable
@@ -68,6 +70,7 @@ class NamedOptimizer(torch.optim.Optimizer):
     def prepare(self, parameter: Tensor, *, rule: Rule) -> dict[str, Tensor]:
         """Return the parameter's state, made of zeros where it has none yet."""
         state = self.state[parameter]
+        parameter = local(parameter)
         if not state:
             if parameter.dtype != torch.float32:
                 state["master"] = parameter.detach().float()
@@ -79,8 +82,9 @@ class NamedOptimizer(torch.optim.Optimizer):
         if not params:
             return
         slots = [self.prepare(p, rule=group["rule"]) for p in params]
+        grads = [local(p.grad).float() for p in params]
+        params = [local(p) for p in params]
         working = [s.get("master", p) for s, p in zip(slots, params, strict=True)]
-        grads = [p.grad if p.grad.dtype == torch.float32 else p.grad.float() for p in params]
         group["rule"].apply(working, grads=grads, slots=slots, group=group)
         for parameter, master in zip(params, working, strict=True):
             if master is not parameter:

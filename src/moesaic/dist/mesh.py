@@ -1,0 +1,108 @@
+"""Mesh: the process groups of a plan, made once, by every rank in the same order.
+
+Groups are named by the axes in which their ranks differ. An axis of size 1 adds nothing to a name,
+so the same ranks are one group whatever they are called; a group of one rank is None, which every
+collective takes as "nothing to do".
+"""
+
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import cast
+
+import torch
+import torch.distributed as distributed
+from torch.distributed.device_mesh import DeviceMesh
+
+from moesaic.dist.collectives import Group
+from moesaic.dist.plan import Grid, ParallelPlan
+
+STAGE = ("data", "context", "tensor")
+COPIES = ("data", "context")
+
+
+class Mesh:
+    """The ranks of ``plan`` (with ``data`` filled in); ``experts`` are the layers' numbers of them.
+
+    Collective. Without ``torch.distributed`` the plan must be one of a single rank.
+    """
+
+    def __init__(
+        self,
+        plan: ParallelPlan,
+        *,
+        rank: int,
+        device: torch.device,
+        experts: Iterable[int] = (),
+        timeout_s: float = 120.0,
+    ) -> None:
+        self.plan, self.rank, self.device = plan, rank, device
+        self._timeout = timedelta(seconds=timeout_s)
+        self._groups: dict[tuple[tuple[int, ...], ...], Group] = {}
+        self._meshes: dict[tuple[int, ...], DeviceMesh] = {}
+        self.dense = Grid(plan.axes())
+        self._experts = {number: Grid(plan.axes(experts=number)) for number in set(experts)}
+        for axes in (STAGE, COPIES, ("context", "tensor"), ("context",), ("tensor",), ("pipe",)):
+            self._make(self.dense, axes)
+        for number in sorted(self._experts):
+            for axis in ("expert", "expert_tensor", "expert_data"):
+                self._make(self._experts[number], (axis,))
+
+    def group(self, *axes: str, experts: int | None = None) -> Group:
+        """Return this rank's group of the dense axes, or of those of a layer with ``experts``."""
+        return self._make(self.grid(experts), axes)
+
+    def ranks(self, *axes: str, experts: int | None = None) -> tuple[int, ...]:
+        """Return the ranks of that group."""
+        return self.grid(experts).group(self.rank, axes)
+
+    def size(self, *axes: str, experts: int | None = None) -> int:
+        """Return how many ranks that group has."""
+        return self.grid(experts).size(axes)
+
+    def place(self, experts: int | None = None) -> dict[str, int]:
+        """Return this rank's place on each axis."""
+        return self.grid(experts).at(self.rank)
+
+    def grid(self, experts: int | None = None) -> Grid:
+        """Return how the ranks are laid out for dense layers or those with ``experts``."""
+        return self.dense if experts is None else self._experts[experts]
+
+    @property
+    def everyone(self) -> Group:
+        """The group of all ranks."""
+        return None if self.plan.world == 1 else cast("Group", distributed.group.WORLD)
+
+    def device_mesh(self, *axes: str, experts: int | None = None) -> DeviceMesh:
+        """Return torch's one-dimensional mesh of that group, which has more than one rank."""
+        ranks = self.ranks(*axes, experts=experts)
+        if ranks not in self._meshes:
+            group = self.group(*axes, experts=experts)
+            assert group is not None
+            name = ("_".join(axes),)
+            kind = self.device.type
+            self._meshes[ranks] = DeviceMesh.from_group(group, kind, mesh_dim_names=name)
+        return self._meshes[ranks]
+
+    def extra(self, lists: Sequence[Sequence[int]]) -> Group:
+        """Make groups of one's own; every rank gives the same lists, and is in one or none."""
+        return self._of(tuple(tuple(ranks) for ranks in lists))
+
+    def _make(self, grid: Grid, axes: Sequence[str]) -> Group:
+        if grid.size(axes) == 1:
+            return None
+        return self._of(grid.groups(axes))
+
+    def _of(self, lists: tuple[tuple[int, ...], ...]) -> Group:
+        if lists not in self._groups:
+            self._groups[lists] = self._new(lists)
+        return self._groups[lists]
+
+    def _new(self, lists: tuple[tuple[int, ...], ...]) -> Group:
+        if len(lists[0]) == self.plan.world:
+            return self.everyone
+        found: Group = None
+        for ranks in (ranks for ranks in lists if len(ranks) > 1):
+            group = distributed.new_group(list(ranks), timeout=self._timeout)
+            if self.rank in ranks:
+                found = cast("Group", group)
+        return found

@@ -1,0 +1,140 @@
+"""Layout: which dims of which parameters are cut over which axis, and where the copies are.
+
+A table made of the model's modules, as data. A matrix may be several side by side (queries, keys
+and values; gate and value): each *segment* is cut evenly, so that a rank's slice is again such a
+matrix, only narrower. What no axis cuts is held by every rank of a stage.
+
+The cuts are those of Megatron (1909.08053, section 3) for dense layers and of GShard (2006.16668)
+and MoE Parallel Folding (2504.14960) for experts.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from moesaic.model.block import DenseBranch
+from moesaic.model.transformer import Transformer
+from moesaic.moe.experts import ExpertBank, Experts
+from moesaic.moe.layer import MoELayer
+from moesaic.nn.attention import CrossAttention, SelfAttention
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """``dim`` is cut over ``axis``; ``segments`` are the lengths that lie side by side in it."""
+
+    axis: str
+    dim: int
+    segments: tuple[int, ...]
+
+    def spans(self, index: int, count: int) -> tuple[tuple[int, int], ...]:
+        """Return (start, length) of what the rank at ``index`` of ``count`` holds, by segment."""
+        found, offset = [], 0
+        for length in self.segments:
+            first, last = length * index // count, length * (index + 1) // count
+            found.append((offset + first, last - first))
+            offset += length
+        return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Laid:
+    """How one parameter lies: its whole ``shape``, and its cuts.
+
+    ``experts`` is the layer's number of them, where the axes are those of a layer with experts.
+    """
+
+    shape: tuple[int, ...]
+    cuts: tuple[Cut, ...] = ()
+    experts: int | None = None
+
+    def held(self, axes: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the axes of a stage over which every rank holds a copy."""
+        return tuple(axis for axis in axes if axis not in {cut.axis for cut in self.cuts})
+
+
+Layout = dict[str, Laid]
+
+
+def layout(model: Transformer) -> Layout:
+    """Return how every parameter of a whole model lies, by name."""
+    cut = {f"{path}.{name}": laid for path, module in _modules(model) for name, laid in module}
+    return {
+        name: cut.get(name, Laid(tuple(parameter.shape)))
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, Iterator[tuple[str, Laid]]]]:
+    for path, module in model.named_modules():
+        if isinstance(module, SelfAttention):
+            yield path, _self_attention(module)
+        elif isinstance(module, CrossAttention):
+            yield path, _cross_attention(module)
+        elif isinstance(module, DenseBranch):
+            yield path, _dense(module)
+        elif isinstance(module, MoELayer):
+            yield path, _experts(module)
+
+
+def _self_attention(module: SelfAttention) -> Iterator[tuple[str, Laid]]:
+    query, keys = module.heads * module.width, module.groups * module.width
+    yield from _rows("qkv", module.qkv, segments=(query, keys, keys))
+    yield from _columns("out", module.out)
+
+
+def _cross_attention(module: CrossAttention) -> Iterator[tuple[str, Laid]]:
+    keys = module.groups * module.width
+    yield from _rows("query", module.query, segments=(module.heads * module.width,))
+    yield from _rows("kv", module.kv, segments=(keys, keys))
+    yield from _columns("out", module.out)
+
+
+def _dense(branch: DenseBranch) -> Iterator[tuple[str, Laid]]:
+    up, down = branch.inner.up, branch.inner.down
+    hidden = down.in_features
+    yield from _rows("inner.up", up, segments=(hidden,) * (up.out_features // hidden))
+    yield from _columns("inner.down", down)
+
+
+def _rows(name: str, linear: nn.Linear, *, segments: tuple[int, ...]) -> Iterator[tuple[str, Laid]]:
+    """Each rank makes some of the outputs."""
+    cut = (Cut("tensor", 0, segments),)
+    yield f"{name}.weight", Laid(tuple(linear.weight.shape), cut)
+    if linear.bias is not None:
+        yield f"{name}.bias", Laid(tuple(linear.bias.shape), cut)
+
+
+def _columns(name: str, linear: nn.Linear) -> Iterator[tuple[str, Laid]]:
+    """Each rank reads some of the inputs; the parts of an output are added, its bias once."""
+    shape = tuple(linear.weight.shape)
+    yield f"{name}.weight", Laid(shape, (Cut("tensor", 1, (shape[1],)),))
+
+
+def _experts(layer: MoELayer) -> Iterator[tuple[str, Laid]]:
+    bank, experts = layer.experts, layer.router.config.experts
+    hidden = _hidden_cuts(bank) if isinstance(bank, Experts) else {}
+    for name, parameter in bank.named_parameters():
+        shape = tuple(parameter.shape)
+        if "." in name or shape[0] != experts:  # what the experts of a layer share
+            continue
+        cuts = (Cut("expert", 0, (experts,)), *hidden.get(name, ()))
+        yield f"experts.{name}", Laid(shape, cuts, experts)
+
+
+def _hidden_cuts(bank: Experts) -> dict[str, tuple[Cut, ...]]:
+    hidden, width = bank.down.shape[1], bank.up.shape[2]
+    wide = (hidden,) * (width // hidden)
+    return {
+        "up": (Cut("expert_tensor", 2, wide),),
+        "up_bias": (Cut("expert_tensor", 1, wide),),
+        "down": (Cut("expert_tensor", 1, (hidden,)),),
+    }
+
+
+def banks(model: nn.Module) -> Iterator[tuple[str, ExpertBank, MoELayer]]:
+    """Yield the experts of every layer with the name of their module."""
+    for path, module in model.named_modules():
+        if isinstance(module, MoELayer):
+            yield f"{path}.experts", module.experts, module

@@ -1,0 +1,137 @@
+"""Spread: a model that lies over the ranks of a plan, and what a training step asks of it.
+
+Every rank's loss is its share (``moe/ranks.py``), so a gradient is the sum over all ranks that hold
+a copy of its parameter: never a mean, whatever the axes.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moesaic.checkpoint.shard import Shard
+from moesaic.core.shapes import Float, Tensor
+from moesaic.dist.collectives import Group
+from moesaic.dist.local import local
+from moesaic.dist.mesh import STAGE, Mesh
+from moesaic.dist.world import Alone, Ranks, World
+from moesaic.model.transformer import Transformer
+from moesaic.optim.clip import GradNorm, global_norm, scale_gradients
+from moesaic.parallel.layout import Laid, Layout
+from moesaic.parallel.slices import Spans, shard, spans, window
+
+EXPERT_STAGE = ("expert_data", "expert", "expert_tensor")
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """Over which axes the copies of a parameter lie, and the ranks that share out each copy.
+
+    ``axes`` are summed after backward; ``zero`` are those that ZeRO has summed and shared out.
+    """
+
+    axes: tuple[str, ...]
+    zero: tuple[str, ...] = ()
+
+
+class Spread:
+    """``model`` as it lies on this rank of ``mesh``; ``sharing`` is by parameter name."""
+
+    def __init__(
+        self, model: Transformer, *, mesh: Mesh, layout: Layout, sharing: Mapping[str, Sharing]
+    ) -> None:
+        self.model, self.mesh, self.layout, self.sharing = model, mesh, layout, dict(sharing)
+        self.stage = self._world(mesh.group(*STAGE))
+        self.rows = self._world(mesh.group("data"))
+        place = mesh.place()
+        self.leads = not any(place[axis] for axis in ("pipe", "context", "tensor"))
+
+    @property
+    def whole(self) -> bool:
+        """Whether every rank holds every parameter."""
+        return all(
+            not share.zero and not any(self._count(laid, cut.axis) > 1 for cut in laid.cuts)
+            for _, _, laid, share in self._named()
+        )
+
+    def sum_gradients(self) -> None:
+        """Make each gradient that of the whole batch. Collective."""
+        together: dict[Group, list[Tensor]] = {}
+        for _, parameter, laid, share in self._named():
+            group = self.mesh.group(*share.axes, experts=laid.experts)
+            if group is not None:
+                together.setdefault(group, []).append(parameter)
+        for group, parameters in together.items():
+            self._world(group).sum_gradients(parameters)
+
+    def clip(self, max_norm: float = math.inf) -> GradNorm:
+        """Scale all gradients so that their norm as one vector is at most ``max_norm``.
+
+        Each value counts once, wherever it lies. Collective; the same bits on every rank.
+        """
+        grads = [p.grad for _, p, _, _ in self._named() if p.grad is not None]
+        norm = global_norm(grads) if self.whole else self._norm()
+        return scale_gradients([local(g) for g in grads], norm=float(norm), max_norm=max_norm)
+
+    def shards(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Shard]:
+        """Describe what this rank holds of tensors that lie as the parameters of these names do.
+
+        Without ``tensors``: of the parameters themselves. Loading into the blocks changes them.
+        """
+        named = {name: laid for name, _, laid, _ in self._named()}
+        given = tensors if tensors is not None else dict(self.model.named_parameters())
+        found = {}
+        for name, tensor in given.items():
+            held = self.held(name)
+            found[name] = shard(local(tensor), held, shape=named[name].shape)
+        return found
+
+    def held(self, name: str) -> tuple[Spans, ...]:
+        """Return what this rank holds of each dim of a parameter."""
+        laid, parameter = self.layout[name], self._parameters()[name]
+        grid, place = self.mesh.grid(laid.experts), self.mesh.place(laid.experts)
+        found = spans(laid, grid=grid, place=place)
+        zero = self.sharing[name].zero
+        group = self.mesh.ranks(*zero, experts=laid.experts)
+        if len(group) == 1:
+            return found
+        dim = zero_dim(tuple(parameter.shape), ranks=len(group))
+        size = -(-parameter.shape[dim] // len(group))  # as FSDP2 cuts: torch.chunk
+        start = min(group.index(self.mesh.rank) * size, parameter.shape[dim])
+        length = min(size, parameter.shape[dim] - start)
+        return window(found, dim=dim, start=start, length=length)
+
+    def _norm(self) -> Float[Tensor, ""]:
+        square = torch.zeros((), dtype=torch.float64)
+        for _, parameter, laid, share in self._named():
+            if parameter.grad is not None:
+                copies = self.mesh.size(*share.axes, experts=laid.experts)
+                norm = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32)
+                square += norm.double().cpu().square() / copies
+        return self._world(self.mesh.everyone).sum(square).sqrt()
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter, Laid, Sharing]]:
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter, self.layout[name], self.sharing[name]
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def _count(self, laid: Laid, axis: str) -> int:
+        return self.mesh.grid(laid.experts).axes[axis]
+
+    def _world(self, group: Group) -> World:
+        device = self.mesh.device
+        return Alone(device) if group is None else Ranks(device, group=group)
+
+
+def zero_dim(shape: tuple[int, ...], *, ranks: int) -> int:
+    """Return the dim along which ZeRO shares out a parameter: the first, where it is long enough.
+
+    A bank of fewer experts than ranks is shared out along its second dim, if that divides evenly.
+    """
+    if shape and shape[0] < ranks and len(shape) > 2 and shape[1] % ranks == 0:
+        return 1
+    return 0

@@ -1,0 +1,87 @@
+"""Tensor parallel: each rank holds some heads and some hidden channels of every dense layer.
+
+Megatron's cut (1909.08053) with the stream between layers dealt over the same ranks (sequence
+parallelism, 2205.05198): rows are gathered before the first product and their parts added and dealt
+out again after the last one.
+
+Letters: t tokens held here, T tokens of the crew, D model dim.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+
+from moesaic.core.shapes import Float, Tensor
+from moesaic.dist.collectives import Group, gather_rows, rank_in, ranks_of, scatter_rows
+from moesaic.model.block import DenseBranch
+from moesaic.nn.attention import CrossAttention, SelfAttention
+from moesaic.nn.packing import Packing
+
+
+class Lanes:
+    """A ``Crew`` of the ranks of a group, in the order in which they hold a part's tokens."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def meet(self, x: Float[Tensor, "t D"], *, packing: Packing) -> Float[Tensor, "T D"]:
+        return gather_rows(x, group=self._group, sizes=_sizes(packing))
+
+    def part(self, y: Float[Tensor, "T D"], *, packing: Packing) -> Float[Tensor, "t D"]:
+        return scatter_rows(y, group=self._group, sizes=_sizes(packing))
+
+
+class Unbiased(nn.Linear):
+    """A linear map whose bias another rank adds; its bias stays a parameter, without gradient."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight)
+
+
+def narrow(model: nn.Module, *, group: Group) -> None:
+    """Tell the layers, whose parameters are cut already, that they are narrower now."""
+    lanes = ranks_of(group)
+    if lanes == 1:
+        return
+    crew = Lanes(group)
+    for module in model.modules():
+        if isinstance(module, SelfAttention | CrossAttention):
+            module.heads //= lanes
+            module.groups //= lanes
+            module.crew = crew
+        elif isinstance(module, DenseBranch):
+            module.crew = crew
+    if rank_in(group):
+        for owner, name, linear in list(_last_products(model)):
+            setattr(owner, name, Unbiased(linear))
+
+
+def refuses(model: nn.Module, *, lanes: int) -> Iterator[str]:
+    """Yield why a model cannot be cut over so many ranks."""
+    for path, module in model.named_modules():
+        found: dict[str, int] = {}
+        if isinstance(module, SelfAttention | CrossAttention):
+            found = {"heads": module.heads, "kv_heads": module.groups}
+        elif isinstance(module, DenseBranch):
+            found = {"hidden channels": module.inner.down.in_features}
+        yield from (f"{path} has {n} {what}" for what, n in found.items() if n % lanes)
+
+
+def _last_products(model: nn.Module) -> Iterator[tuple[Any, str, nn.Linear]]:
+    for module in model.modules():
+        if isinstance(module, SelfAttention | CrossAttention) and module.out.bias is not None:
+            yield module, "out", module.out
+        elif isinstance(module, DenseBranch) and module.inner.down.bias is not None:
+            yield module.inner, "down", module.inner.down
+
+
+def _sizes(packing: Packing) -> tuple[int, ...]:
+    assert packing.division is not None, "tokens are dealt out wherever matrices are cut"
+    return packing.division.lane_sizes

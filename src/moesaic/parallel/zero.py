@@ -1,0 +1,103 @@
+"""ZeRO: the ranks that hold copies of a parameter share it out (1910.02054), by torch's FSDP2.
+
+Stage 1 shares out the optimizer's state, stage 2 its gradients too, stage 3 the parameters
+themselves. FSDP2 keeps parameters sharded between steps in every stage; what differs is what stays
+whole during one: in stage 3 a block's parameters are gathered for its forward and again for its
+backward, in 1 and 2 once; in stage 1 gradients stay whole until the step's last micro-batch.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from torch import nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as DimShard
+
+from moesaic.dist.mesh import COPIES, Mesh
+from moesaic.model.transformer import Transformer
+from moesaic.parallel.layout import Layout, banks
+from moesaic.parallel.pytree import show_streams
+from moesaic.parallel.spread import Sharing, zero_dim
+
+
+def share_out(
+    model: Transformer, *, mesh: Mesh, sharing: Mapping[str, Sharing], table: Layout
+) -> dict[str, Sharing]:
+    """Shard experts over their copies and everything else over data and context. Collective."""
+    show_streams()
+    # a router's loss is a view of a sum; nothing of ours changes what a block returns in place
+    warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)
+    found = dict(sharing)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    expert: set[nn.Parameter] = set()
+    for _, bank, layer in banks(model):
+        number = layer.router.config.experts
+        own = [p for p in bank.parameters() if table[names[p]].cuts]
+        expert |= set(own)
+        if mesh.size("expert_data", experts=number) > 1:
+            shared = [p for p in bank.parameters() if not table[names[p]].cuts]
+            _shard(bank, mesh=mesh, axes=("expert_data",), experts=number, ignored=shared)
+            register_fsdp_forward_method(bank, "mix")
+    if mesh.size(*COPIES) > 1:
+        for module in [*model.encoder, *model.decoder, model]:
+            _shard(module, mesh=mesh, axes=COPIES, experts=None, ignored=expert)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            axes = ("expert_data",) if table[name].cuts and table[name].experts else COPIES
+            found[name] = _shared(found[name], *axes)
+    return found
+
+
+def accumulating(model: nn.Module, *, last: bool, stage: int) -> None:
+    """Say whether the next backward is the step's last: only then do stage 1's gradients meet."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(last or stage > 1, recurse=False)
+            module.set_is_last_backward(last)
+
+
+def _shard(
+    module: nn.Module,
+    *,
+    mesh: Mesh,
+    axes: tuple[str, ...],
+    experts: int | None,
+    ignored: Iterable[nn.Parameter],
+) -> None:
+    device_mesh = mesh.device_mesh(*axes, experts=experts)
+    ranks = device_mesh.size()
+
+    def along(parameter: nn.Parameter) -> DimShard:
+        return DimShard(zero_dim(tuple(parameter.shape), ranks=ranks))
+
+    sharded = fully_shard(
+        module,
+        mesh=device_mesh,
+        reshard_after_forward=mesh.plan.zero == 3 and not isinstance(module, Transformer),
+        shard_placement_fn=along,
+        offload_policy=_offload(mesh),
+        ignored_params=set(ignored),
+    )
+    # a loss is a share (moe/ranks.py): gradients are summed, and nothing is divided
+    sharded.set_gradient_divide_factor(1.0)
+    sharded.set_force_sum_reduction_for_comms(True)
+
+
+def _offload(mesh: Mesh) -> OffloadPolicy:
+    if not mesh.plan.offload:
+        return OffloadPolicy()
+    return CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda")
+
+
+def _shared(sharing: Sharing, *axes: str) -> Sharing:
+    """Move axes from those that are summed later to those that ZeRO sums."""
+    rest = tuple(axis for axis in sharing.axes if axis not in axes)
+    return replace(sharing, axes=rest, zero=axes)
