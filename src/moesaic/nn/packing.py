@@ -15,17 +15,31 @@ from moesaic.core.shapes import Bool, Float, Int, Tensor
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring tokens of one row, from ``position`` on; ``start`` is where their part has them.
+
+    Plain numbers, so that who looks at whom is known without asking the device.
+    """
+
+    row: int
+    position: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class Division:
     """How the tokens of a batch are dealt out to the ranks that share its rows.
 
     ``sizes`` are the tokens of each rank, ``lanes`` neighbouring ranks make one *part*: they hold
     slices of the same layers' matrices and meet in them (tensor parallel), while parts meet only
-    where tokens look at each other (context parallel).
+    where tokens look at each other (context parallel). ``runs`` are what each part holds.
     """
 
     sizes: tuple[int, ...]
     rank: int = 0
     lanes: int = 1
+    runs: tuple[tuple[Run, ...], ...] = ()
 
     @property
     def own(self) -> slice:
@@ -60,8 +74,8 @@ class Packing:
     """Where the T real tokens of a [B, S] batch are, and which of them are held here.
 
     ``row`` and ``position`` say each token's batch row and its place in it; ``index`` is
-    ``row * S + position``. ``mask`` is None where nothing is padded: then packing is a reshape.
-    ``division`` is None where all tokens are held here.
+    ``row * S + position``. ``mask`` is None where nothing is padded: then packing is a reshape, if
+    the tokens are ``ordered`` row by row. ``division`` is None where all tokens are held here.
     """
 
     rows: int
@@ -71,6 +85,7 @@ class Packing:
     position: Int[Tensor, "T"]
     mask: Bool[Tensor, "B S"] | None
     division: Division | None = None
+    ordered: bool = True
 
     @staticmethod
     def of(real: Bool[Tensor, "B S"]) -> "Packing":
@@ -110,13 +125,17 @@ class Packing:
     def pack(self, padded: Float[Tensor, "B S C"]) -> Float[Tensor, "T C"]:
         """Take the real tokens out of a padded tensor."""
         flat = padded.reshape(self.rows * self.length, padded.shape[-1])
-        return flat if self.mask is None else _Take.apply(flat, self.index)
+        return flat if self._reshapes else _Take.apply(flat, self.index)
 
     def pad(self, packed: Float[Tensor, "T C"]) -> Float[Tensor, "B S C"]:
         """Put packed tokens back; padding becomes zero."""
-        if self.mask is not None:
+        if not self._reshapes:
             packed = _Put.apply(packed, self.index, self.rows * self.length)
         return packed.view(self.rows, self.length, packed.shape[-1])
+
+    @property
+    def _reshapes(self) -> bool:
+        return self.mask is None and self.ordered
 
 
 def _span(sizes: tuple[int, ...], index: int) -> slice:

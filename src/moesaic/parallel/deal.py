@@ -1,19 +1,112 @@
-"""Deal: which tokens of a batch each rank holds."""
+"""Deal: which tokens of a batch each rank holds.
 
+All ranks that share the rows see the whole batch of ids, and each keeps its slice of the packed
+stream. Everything outside attention is token by token, so any slices would do; the cut decides how
+evenly the work of attention is spread.
+
+Letters: T tokens, P parts, n ranks.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
-from moesaic.nn.packing import Division, Packing
+import torch
+
+from moesaic.core.shapes import Int, Tensor
+from moesaic.nn.packing import Division, Packing, Run
+
+LONGEST = 1024
+
+Cut = Callable[[int, int], list[list[range]]]
+
+
+def in_order(tokens: int, parts: int) -> list[list[range]]:
+    """Cut a stream into one run for each part, the first ones a token longer."""
+    return [[run] for run in _runs(even(tokens, parts))]
+
+
+def zigzag(tokens: int, parts: int) -> list[list[range]]:
+    """Cut a stream into two runs for each part, one from each end.
+
+    In causal attention late tokens look at more than early ones: over one long row every part then
+    has the same work (2311.09431 shows why the plain cut has not, and deals token by token; runs
+    from both ends do as well and keep neighbours together).
+    """
+    runs = _runs(even(tokens, 2 * parts))
+    return [[runs[part], runs[-1 - part]] for part in range(parts)]
 
 
 @dataclass(frozen=True, slots=True)
 class Deal:
-    """``rank`` is this process's place among ``ranks`` that share a batch's rows."""
+    """``rank`` is this process's place among ``ranks`` that share a batch's rows.
+
+    ``lanes`` neighbouring ranks make one part (``Division``); within it they hold neighbouring
+    tokens. A rank may hold none. Called once per stream and batch; it waits for the device, as
+    making a ``Packing`` does.
+    """
 
     rank: int
     ranks: int
     lanes: int = 1
+    cut: Cut = in_order
 
     def __call__(self, packing: Packing) -> Packing:
-        size, rest = divmod(packing.num_tokens, self.ranks)
-        sizes = tuple(size + (rank < rest) for rank in range(self.ranks))
-        return replace(packing, division=Division(sizes, self.rank, self.lanes))
+        if self.ranks == 1:
+            return packing
+        parts = self.cut(packing.num_tokens, self.ranks // self.lanes)
+        held = [sum(map(len, runs)) for runs in parts]
+        division = Division(
+            sizes=tuple(size for tokens in held for size in even(tokens, self.lanes)),
+            rank=self.rank,
+            lanes=self.lanes,
+        )
+        if len(parts) > 1:
+            order = _order([run for runs in parts for run in runs], like=packing.index)
+            if order is not None:
+                packing = replace(
+                    packing,
+                    index=packing.index[order],
+                    row=packing.row[order],
+                    position=packing.position[order],
+                    ordered=False,
+                )
+        return replace(packing, division=replace(division, runs=_neighbours(packing, held)))
+
+
+def even(tokens: int, parts: int) -> list[int]:
+    """Return the sizes of parts that are as even as can be, larger ones first."""
+    size, rest = divmod(tokens, parts)
+    return [size + (part < rest) for part in range(parts)]
+
+
+def _runs(sizes: Sequence[int]) -> list[range]:
+    return [range(start, stop) for start, stop in pairwise(accumulate(sizes, initial=0))]
+
+
+def _order(runs: Sequence[range], *, like: Int[Tensor, "T"]) -> Int[Tensor, "T"] | None:
+    """Return the tokens in the order of the runs; None where that is the order they have."""
+    if all(one.stop == next_.start for one, next_ in pairwise(runs)):
+        return None
+    return torch.cat([torch.arange(r.start, r.stop, device=like.device) for r in runs])
+
+
+def _neighbours(packing: Packing, held: Sequence[int]) -> tuple[tuple[Run, ...], ...]:
+    """Return each part's runs of tokens that are neighbours in one row, none over ``LONGEST``."""
+    row, position = packing.row, packing.position
+    new = (row.diff() != 0) | (position.diff() != 1)
+    first = torch.cat([new.new_ones(min(1, len(row))), new]).nonzero()[:, 0]
+    starts, rows, positions = torch.stack([first, row[first], position[first]]).tolist()
+    ends = [*starts[1:], packing.num_tokens]
+    whole = list(zip(map(range, starts, ends), rows, positions, strict=True))
+    return tuple(_within(span, whole) for span in _runs(held))
+
+
+def _within(span: range, whole: Sequence[tuple[range, int, int]]) -> tuple[Run, ...]:
+    """Cut the runs of a stream to a part of it, and into pieces."""
+    return tuple(
+        Run(row, position + first - run.start, first - span.start, min(LONGEST, stop - first))
+        for run, row, position in whole
+        for stop in [min(run.stop, span.stop)]
+        for first in range(max(run.start, span.start), stop, LONGEST)
+    )

@@ -1,0 +1,77 @@
+"""Every token is held by exactly one rank, and each part knows its runs."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moesaic.nn.packing import Packing, Run
+from moesaic.parallel import deal
+from moesaic.parallel.deal import Cut, Deal, in_order, zigzag
+from parallel.looks import packing_of
+
+LENGTHS = st.lists(st.integers(0, 7), min_size=1, max_size=5)
+
+
+@given(lengths=LENGTHS, parts=st.integers(1, 5), lanes=st.integers(1, 3))
+@pytest.mark.parametrize("cut", [in_order, zigzag])
+def test_every_token_is_held_once_and_ranks_hold_evenly_many(
+    cut: Cut, lengths: list[int], parts: int, lanes: int
+) -> None:
+    whole, ranks = packing_of(lengths), parts * lanes
+    dealt = [Deal(rank, ranks, lanes=lanes, cut=cut)(whole) for rank in range(ranks)]
+    held = [packing.index[packing.own] for packing in dealt]
+    assert torch.cat(held).sort().values.tolist() == whole.index.tolist()
+    sizes = [len(index) for index in held]
+    assert max(sizes) - min(sizes) <= (1 if lanes == 1 or cut is in_order else 2)
+    for part in range(parts):
+        met = dealt[part * lanes].index[dealt[part * lanes].met]
+        assert met.tolist() == torch.cat(held[part * lanes : (part + 1) * lanes]).tolist()
+
+
+@given(lengths=LENGTHS, parts=st.integers(2, 4))
+@pytest.mark.parametrize("cut", [in_order, zigzag])
+def test_runs_say_where_the_tokens_of_every_part_are(
+    cut: Cut, lengths: list[int], parts: int
+) -> None:
+    whole = packing_of(lengths)
+    for rank in range(parts):
+        packing = Deal(rank, parts, cut=cut)(whole)
+        assert packing.division is not None
+        said = [
+            run.row * packing.length + run.position + step
+            for run in packing.division.runs[rank]
+            for step in range(run.length)
+        ]
+        assert said == packing.index[packing.own].tolist()
+
+
+def test_no_run_is_longer_than_what_one_tile_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deal, "LONGEST", 3)
+    division = Deal(1, 2)(packing_of([9, 4])).division
+    assert division is not None
+    assert division.runs[1] == (Run(0, 7, 0, 2), Run(1, 0, 2, 3), Run(1, 3, 5, 1))
+
+
+def test_zigzag_gives_the_parts_of_a_long_row_the_same_number_of_pairs() -> None:
+    def pairs(cut: Cut, part: int) -> int:
+        packing = Deal(part, 4, cut=cut)(packing_of([64]))
+        return int((packing.position[packing.own] + 1).sum())
+
+    assert len({pairs(zigzag, part) for part in range(4)}) == 1
+    assert pairs(in_order, 3) > 6 * pairs(in_order, 0)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_padding_and_packing_keep_the_order_of_the_deal(full: bool) -> None:
+    whole = packing_of([6, 6] if full else [6, 3])
+    packing = Deal(0, 2, cut=zigzag)(whole)
+    x = torch.randn(whole.num_tokens, 3)
+    assert torch.equal(packing.pack(packing.pad(x)), x)
+    expected = torch.zeros(12, 3).index_copy(0, packing.index, x)
+    assert torch.equal(packing.pad(x).flatten(0, 1), expected)
+
+
+def test_one_rank_holds_everything_as_before() -> None:
+    whole: Packing = packing_of([3, 1])
+    assert Deal(0, 1)(whole) is whole
