@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moesaic.checkpoint.manifest import verify
-from moesaic.checkpoint.save import STATE, STEP_DIR, checkpoints
+from moesaic.checkpoint.publish import STATE, STEP_DIR, checkpoints
 from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.checkpoint.tensors import check_tensor_file, read_tensors
 from moesaic.core.errors import CheckpointError

@@ -20,7 +20,7 @@ from typing import Any
 
 from moesaic.checkpoint.manifest import verify
 from moesaic.checkpoint.rundir import RunDir
-from moesaic.checkpoint.save import checkpoints
+from moesaic.checkpoint.publish import checkpoints
 from moesaic.core.errors import CheckpointError
 from moesaic.core.files import read_json, write_json
 from moesaic.data.corpus import Corpus

@@ -6,7 +6,7 @@ from pathlib import Path
 from moesaic.checkpoint.manifest import read_manifest
 from moesaic.checkpoint.routes import RoutesWriter
 from moesaic.checkpoint.rundir import RunDir
-from moesaic.checkpoint.save import checkpoints
+from moesaic.checkpoint.publish import checkpoints
 from moesaic.checkpoint.tensors import read_tensors
 from moesaic.core.errors import CheckpointError
 from moesaic.evaluate.testset import TestSet
