@@ -6,6 +6,7 @@ written is ours: safetensors and JSON instead of pickles, blocks weighed by thei
 one by one, and a directory that becomes visible at the end.
 """
 
+import io
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,7 +70,7 @@ def _is_bank(name: str, held: Any, *, banks: Mapping[str, int]) -> bool:
 
 
 def _told_apart(shard: Shard, *, bank: bool) -> Shard:
-    pieces = (piece for piece in shard.pieces if piece.data.numel() or not math.prod(shard.shape))
+    pieces = (piece for piece in shard.pieces if piece.data.numel())
     if not bank:
         return replace(shard, pieces=tuple(pieces))
     alone = (
@@ -109,6 +110,10 @@ class PiecePlanner(SavePlanner):
         heads = _one_head([plan.planner_data for plan in all_plans])
         plans = [replace(plan, planner_data=None) for plan in _once(all_plans)]
         plans, metadata = create_default_global_save_plan(plans)
+        for path, (shape, dtype) in heads.items():
+            if not math.prod(shape):  # nobody writes it, but it is there
+                head = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
+                metadata.state_dict_metadata[path] = head
         _require_cover(heads, metadata=metadata)
         return plans, metadata
 
@@ -318,7 +323,9 @@ class ShardWriter(StorageWriter):
         return True
 
 
-def _stored_as(data: Tensor, *, split: bool) -> Tensor:
+def _stored_as(data: Tensor | io.BytesIO, *, split: bool) -> Tensor:
+    if not isinstance(data, Tensor):
+        raise TypeError("only tensors are saved in shards")
     return data[0] if split else data
 
 
@@ -330,7 +337,7 @@ def _index(
         if not isinstance(held, TensorStorageMetadata):
             continue
         file, _, name = path.partition("/")
-        shape, found = tuple(held.size), sorted(blocks[path], key=lambda b: b.offset)
+        shape, found = tuple(held.size), sorted(blocks.get(path, ()), key=lambda b: b.offset)
         experts = bank_size(name, shape=shape, banks=banks)
         stored = Stored(shape, held.properties.dtype, tuple(found), experts, split=experts > 0)
         files.setdefault(file, {})[name] = stored

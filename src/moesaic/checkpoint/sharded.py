@@ -6,7 +6,7 @@ The directory, its manifest, pointers and pruning are those of ``save.py``; ever
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,7 +87,7 @@ def write_shards(
     writer = ShardWriter(place, head=head, keep=keep, world=world, disk=disk)
     state = as_state(snapshot.files, banks=snapshot.banks)
     try:
-        with _plainly():
+        with _plainly(group):
             state_dict_saver.save(
                 dict(state),
                 storage_writer=writer,
@@ -121,7 +121,7 @@ def load_sharded(path: Path, *, into: Files, world: World) -> dict[str, Any]:
             for file, tensors in into.items()
             for name, held in tensors.items()
         }
-        with _plainly(f"{path}: "):
+        with _plainly(group, where=f"{path}: "):
             state_dict_loader.load(
                 dict(state),
                 storage_reader=ShardReader(path, index=index),
@@ -172,11 +172,12 @@ def _copied(shard: Shard) -> Shard:
 
 
 @contextmanager
-def _plainly(where: str = "") -> Iterator[None]:
+def _plainly(group: Group, *, where: str = "") -> Iterator[None]:
     """Raise what a rank raised as it was, instead of inside the engine's own exception."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        with warnings.catch_warnings() if group is None else nullcontext():
+            if group is None:  # it warns that nobody else takes part
+                warnings.simplefilter("ignore")
             yield
     except CheckpointException as error:
         raised = {rank: found[0] for rank, found in error.failures.items()}
