@@ -16,7 +16,7 @@ from moesaic.testing.layouts import Wholes, deal, differences, emptied
 from moesaic.testing.ranks import run_on_ranks
 
 BANKS = {"experts.up": 6, "experts.bias": 6}
-LAYOUTS = 12
+LAYOUTS = 8
 
 
 def wholes(step: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -103,5 +103,7 @@ def test_what_is_saved_in_the_background_is_what_was_there_when_it_began(tmp_pat
     for path in sorted((tmp_path / "now").glob("step-*")):
         for file in path.iterdir():
             if file.name != "manifest.json":  # it has the same hashes, and the serial number
-                assert file.read_bytes() == (tmp_path / "later" / path.name / file.name).read_bytes()
+                assert (
+                    file.read_bytes() == (tmp_path / "later" / path.name / file.name).read_bytes()
+                )
     assert len(list((tmp_path / "later").glob("step-*"))) == 5

@@ -11,8 +11,9 @@ from moesaic.checkpoint.manifest import problems, read_manifest, refuse, verify
 from moesaic.checkpoint.publish import STATE, STEP_DIR, checkpoints
 from moesaic.checkpoint.reader import reading
 from moesaic.checkpoint.snapshot import Snapshot
-from moesaic.checkpoint.tensors import check_tensor_file
+from moesaic.checkpoint.tensors import check_tensor_file, read_tensors
 from moesaic.core.errors import CheckpointError
+from moesaic.core.shapes import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,20 @@ def load(path: Path, *, only: Container[str] | None = None) -> Snapshot:
         banks=manifest.banks,
         plan=manifest.plan,
     )
+
+
+def read_weights(path: Path, *, device: str = "cpu") -> dict[str, Tensor]:
+    """Read the weights of a safetensors file, or those of a checkpoint directory of either form.
+
+    Hashes are not compared. Raises CheckpointError if it is missing, cut short or a pickle.
+    """
+    if not path.is_dir():
+        return read_tensors(path, device=device)
+    _refuse_pickles(path)
+    index = read_index(path, manifest=read_manifest(path))
+    with reading(path) as reader:
+        held = index.files.get("model", {}).items()
+        return {name: reader.tensor(stored).to(device) for name, stored in held}
 
 
 def read_state(directory: Path) -> dict[str, Any]:

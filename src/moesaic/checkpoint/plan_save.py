@@ -45,8 +45,8 @@ from moesaic.checkpoint.index import (
     gaps,
     some,
 )
-from moesaic.checkpoint.manifest import MANIFEST, FileEntry, Manifest
-from moesaic.checkpoint.publish import STATE, Keep, Place, publish, versions, write_hashed
+from moesaic.checkpoint.manifest import FileEntry
+from moesaic.checkpoint.publish import Head, Keep, Place, complete, publish, write_hashed
 from moesaic.checkpoint.shard import Files, Piece, Shard, as_shard
 from moesaic.checkpoint.tensors import tensor_pieces
 from moesaic.core.errors import CheckpointError
@@ -84,6 +84,9 @@ def _told_apart(shard: Shard, *, bank: bool) -> Shard:
 class PiecePlanner(SavePlanner):
     """Every block is written once, by the holder of it that has the fewest bytes to write."""
 
+    def __init__(self, banks: Mapping[str, int]) -> None:
+        self._banks = banks
+
     def set_up_planner(
         self,
         state_dict: State,
@@ -114,7 +117,7 @@ class PiecePlanner(SavePlanner):
             if not math.prod(shape):  # nobody writes it, but it is there
                 head = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
                 metadata.state_dict_metadata[path] = head
-        _require_cover(heads, metadata=metadata)
+        _require_cover(heads, metadata=metadata, banks=self._banks)
         return plans, metadata
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
@@ -188,28 +191,25 @@ def _once(plans: Sequence[SavePlan]) -> list[SavePlan]:
     return [replace(plan, items=items) for plan, items in zip(plans, kept, strict=True)]
 
 
-def _require_cover(heads: Mapping[str, tuple[Shape, torch.dtype]], *, metadata: Metadata) -> None:
+def _require_cover(
+    heads: Mapping[str, tuple[Shape, torch.dtype]],
+    *,
+    metadata: Metadata,
+    banks: Mapping[str, int],
+) -> None:
     wrong = []
     for path, (shape, dtype) in heads.items():
         held = metadata.state_dict_metadata.get(path)
         chunks = held.chunks if isinstance(held, TensorStorageMetadata) else []
         blocks = (Block("a rank", path, tuple(c.offsets), tuple(c.sizes)) for c in chunks)
-        wrong += [f"{path}: {gap}" for gap in gaps(Stored(shape, dtype, tuple(blocks)))]
+        experts = bank_size(path.partition("/")[2], shape=shape, banks=banks)
+        stored = Stored(shape, dtype, tuple(blocks), experts, split=experts > 0)
+        wrong += [f"{path}: {gap}" for gap in gaps(stored)]
     if wrong:
         raise CheckpointError(
             f"the ranks do not hold every tensor once and whole: {some(wrong)}. "
             "The layout of the model over the ranks is wrong; nothing was written."
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """What a sharded checkpoint says beside its tensors. ``state`` is the content of its file."""
-
-    step: int
-    state: bytes
-    banks: Mapping[str, int]
-    plan: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,20 +285,10 @@ class ShardWriter(StorageWriter):
             self._finish(_index(metadata, blocks=blocks, banks=self.head.banks), entries=entries)
 
     def _finish(self, index: Index, *, entries: dict[str, FileEntry]) -> None:
-        part, write = self.place.part, self.disk
-        entries[INDEX] = write_hashed(part / INDEX, [index.text().encode()], disk=write)
-        entries[STATE] = write_hashed(part / STATE, [self.head.state], disk=write)
-        manifest = Manifest(
-            self.head.step,
-            self._serial,
-            entries,
-            versions(),
-            banks=dict(self.head.banks),
-            plan=dict(self.head.plan),
-        )
-        write.write(part / MANIFEST, pieces=[manifest.text().encode()])
-        write.sync_dir(part)
-        publish(self.place, keep=self.keep, disk=write)
+        text = index.text().encode()
+        entries[INDEX] = write_hashed(self.place.part / INDEX, [text], disk=self.disk)
+        complete(self.place, head=self.head, serial=self._serial, entries=entries, disk=self.disk)
+        publish(self.place, keep=self.keep, disk=self.disk)
 
     def _require_seen(self, entries: Mapping[str, FileEntry]) -> None:
         for name, entry in entries.items():

@@ -7,15 +7,17 @@ whole, and at most a hidden directory that the next save removes. One job saves 
 
 import errno
 import hashlib
+import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from moesaic.checkpoint.disk import Disk, Piece
-from moesaic.checkpoint.manifest import FileEntry, read_manifest
+from moesaic.checkpoint.manifest import MANIFEST, FileEntry, Manifest, read_manifest
 from moesaic.core.errors import CheckpointError
 from moesaic.core.units import show_bytes
 
@@ -85,6 +87,28 @@ class Keep:
     best: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a checkpoint says beside its tensors (see ``Snapshot``); ``state`` as in its file."""
+
+    step: int
+    state: bytes
+    banks: Mapping[str, int]
+    plan: Mapping[str, Any]
+
+
+def complete(
+    place: Place, *, head: Head, serial: int, entries: Mapping[str, FileEntry], disk: Disk
+) -> None:
+    """Write state and manifest of a part whose other files (``entries``) are written."""
+    files = {**entries, STATE: write_hashed(place.part / STATE, [head.state], disk=disk)}
+    manifest = Manifest(
+        head.step, serial, files, _versions(), banks=dict(head.banks), plan=dict(head.plan)
+    )
+    disk.write(place.part / MANIFEST, pieces=[manifest.text().encode()])
+    disk.sync_dir(place.part)
+
+
 def publish(place: Place, *, keep: Keep, disk: Disk) -> None:
     """Make a part that is whole and on the medium visible, point at it and drop the oldest."""
     final = place.final
@@ -126,8 +150,12 @@ def write_hashed(path: Path, pieces: Iterable[Piece], *, disk: Disk) -> FileEntr
     return FileEntry(size, digest.hexdigest())
 
 
-def versions() -> dict[str, str]:
-    """Return the versions that a manifest names."""
+def state_text(state: dict[str, Any]) -> bytes:
+    """Return the content of the file of plain values."""
+    return json.dumps(state, ensure_ascii=False, indent=1).encode()
+
+
+def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("moesaic", "torch", "safetensors")}
 
 

@@ -3,18 +3,17 @@
 ``publish.py`` has the order of writing; ``sharded.py`` is the same by many ranks.
 """
 
-import json
 from pathlib import Path
 
 from moesaic.checkpoint.disk import Disk, tensor_bytes
-from moesaic.checkpoint.manifest import MANIFEST, Manifest
 from moesaic.checkpoint.publish import (
     SLACK_BYTES,
-    STATE,
+    Head,
     Keep,
     Place,
+    complete,
     publish,
-    versions,
+    state_text,
     write_hashed,
 )
 from moesaic.checkpoint.snapshot import Snapshot
@@ -32,9 +31,14 @@ def save(
     """
     disk = disk or Disk()
     place = Place(root, snapshot.step, snapshot_bytes(snapshot))
+    head = Head(snapshot.step, state_text(snapshot.state), snapshot.banks, snapshot.plan)
     try:
         serial = place.begin(disk)
-        _write_part(place.part, snapshot, serial=serial, disk=disk)
+        entries = {}
+        for name, tensors in snapshot.files.items():
+            path = place.part / f"{name}.safetensors"
+            entries[path.name] = write_hashed(path, tensor_pieces(tensors), disk=disk)
+        complete(place, head=head, serial=serial, entries=entries, disk=disk)
         publish(place, keep=Keep(keep, best), disk=disk)
     except OSError as error:
         place.clean(disk)
@@ -46,26 +50,3 @@ def snapshot_bytes(snapshot: Snapshot) -> int:
     """Bytes that saving asks of the disk."""
     data = sum(tensor_bytes(tensors.values()) for tensors in snapshot.files.values())
     return data + SLACK_BYTES
-
-
-def _write_part(part: Path, snapshot: Snapshot, *, serial: int, disk: Disk) -> None:
-    entries = {}
-    for name, tensors in snapshot.files.items():
-        path = part / f"{name}.safetensors"
-        entries[path.name] = write_hashed(path, tensor_pieces(tensors), disk=disk)
-    entries[STATE] = write_hashed(part / STATE, [state_text(snapshot.state)], disk=disk)
-    manifest = Manifest(
-        snapshot.step,
-        serial,
-        entries,
-        versions(),
-        banks=dict(snapshot.banks),
-        plan=dict(snapshot.plan),
-    )
-    disk.write(part / MANIFEST, pieces=[manifest.text().encode()])
-    disk.sync_dir(part)
-
-
-def state_text(state: dict[str, object]) -> bytes:
-    """Return the content of ``state.json``."""
-    return json.dumps(state, ensure_ascii=False, indent=1).encode()

@@ -20,9 +20,8 @@ from moesaic.checkpoint.index import gaps, read_index, some
 from moesaic.checkpoint.load import read_state
 from moesaic.checkpoint.manifest import Manifest, problems, read_manifest, refuse
 from moesaic.checkpoint.plan_load import PieceLoader, ShardReader
-from moesaic.checkpoint.plan_save import Head, PiecePlanner, ShardWriter, as_state
-from moesaic.checkpoint.publish import SLACK_BYTES, Keep, Place
-from moesaic.checkpoint.save import state_text
+from moesaic.checkpoint.plan_save import PiecePlanner, ShardWriter, as_state
+from moesaic.checkpoint.publish import SLACK_BYTES, Head, Keep, Place, state_text
 from moesaic.checkpoint.shard import Files, Piece, Shard, as_shard
 from moesaic.checkpoint.snapshot import RankSnapshot
 from moesaic.core.errors import CheckpointError
@@ -91,7 +90,7 @@ def write_shards(
             state_dict_saver.save(
                 dict(state),
                 storage_writer=writer,
-                planner=PiecePlanner(),
+                planner=PiecePlanner(snapshot.banks),
                 process_group=group,
                 no_dist=group is None,
             )

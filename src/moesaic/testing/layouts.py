@@ -2,11 +2,11 @@
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 
-from moesaic.checkpoint.shard import Files, Piece, Shard
+from moesaic.checkpoint.shard import Files, Piece, Shard, as_shard
 from moesaic.core.shapes import Tensor
 
 Wholes = Mapping[str, Mapping[str, Tensor]]  # file -> name -> tensor
@@ -34,8 +34,8 @@ def emptied(files: Files) -> dict[str, dict[str, Shard | Tensor]]:
     """Fill every piece with a value that is nowhere else, so that what is not loaded shows."""
     for tensors in files.values():
         for held in tensors.values():
-            for data in [p.data for p in held.pieces] if isinstance(held, Shard) else [held]:
-                data.fill_(77)
+            for piece in as_shard(held).pieces:
+                piece.data.fill_(77)
     return {file: dict(tensors) for file, tensors in files.items()}
 
 
@@ -43,11 +43,13 @@ def differences(files: Files, *, wholes: Wholes) -> Iterator[str]:
     """Yield the name of each tensor of which a piece is not the block of the whole one."""
     for file, tensors in files.items():
         for name, held in tensors.items():
-            whole = wholes[file][name]
-            shard = held if isinstance(held, Shard) else Shard.whole(held)
-            for piece in shard.pieces:
-                if not torch.equal(piece.data, block(whole, piece.offset, piece.data.shape)):
-                    yield f"{file}/{name} at {list(piece.offset)}"
+            pieces = as_shard(held).pieces
+            if not all(_is_block(piece, of=wholes[file][name]) for piece in pieces):
+                yield f"{file}/{name}"
+
+
+def _is_block(piece: Piece, *, of: Tensor) -> bool:
+    return torch.equal(piece.data, block(of, piece.offset, piece.data.shape))
 
 
 def block(whole: Tensor, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -83,4 +85,4 @@ def _deal(
 def _cut(length: int, *, draw: random.Random) -> list[tuple[int, int]]:
     inner = sorted(draw.randint(0, length) for _ in range(draw.randint(0, 2)))
     ends = [0, *inner, length]
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(pairwise(ends))
