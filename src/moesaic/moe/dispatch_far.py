@@ -5,7 +5,7 @@ arXiv:2006.16668). Each expert may moreover be cut along its hidden width over t
 group: these see the same rows, and the parts of an answer are added (Liu et al. 2025,
 MoE Parallel Folding, arXiv:2504.14960). Rows travel in the dtype in which experts compute.
 
-Letters: T tokens, N edges, E experts of all ranks, R rows received, D model dim.
+Letters: T tokens, N edges, E experts of all ranks, S rows sent, R rows received, D model dim.
 """
 
 from dataclasses import dataclass, replace
@@ -85,8 +85,13 @@ class Far:
         y = permute_back(y, groups=trip.groups)
         y = scatter_rows(y, group=trip.slices, sizes=trip.shared)
         y = all_to_all(y, group=trip.over, sent=trip.received, received=trip.sent)
-        nowhere = self.edges.groups.order.numel() - y.shape[0]
-        return carry_home(F.pad(y, (0, 0, 0, nowhere)) if nowhere else y, edges=self.edges)
+        return settle(y, edges=self.edges)
+
+
+def settle(y: Float[Tensor, "S D"], *, edges: Edges) -> Float[Tensor, "T D"]:
+    """Add the answers of the edges that lead somewhere to their tokens."""
+    nowhere = edges.groups.order.numel() - y.shape[0]
+    return carry_home(F.pad(y, (0, 0, 0, nowhere)) if nowhere else y, edges=edges)
 
 
 def permute(rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
