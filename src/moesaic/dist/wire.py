@@ -46,6 +46,7 @@ class Wire(TorchDispatchMode):
         named = (axes or {}).items()
         self._names = {group.group_name: name for name, group in named if group is not None}
         self._bytes: Counter[tuple[str, str, int]] = Counter()
+        self._calls: Counter[str] = Counter()
 
     def sent(self) -> list[Sent]:
         """Return what was sent so far, sorted."""
@@ -58,6 +59,10 @@ class Wire(TorchDispatchMode):
             for line in self.sent()
             if kind in (None, line.kind) and axis in (None, line.axis)
         )
+
+    def calls(self, kind: str) -> int:
+        """Return how many collectives of a kind were called."""
+        return self._calls[kind]
 
     def leaving(self, *, ranks_per_node: int) -> int:
         """Return the bytes sent to other nodes, where consecutive ranks share a node."""
@@ -88,6 +93,7 @@ class Wire(TorchDispatchMode):
         group = _group(call)
         axis = self._names.get(group.group_name) or _described(group)
         ranks = distributed.get_process_group_ranks(group)
+        self._calls[kind] += 1
         for place, size in KINDS[kind](call, group):
             if place != group.rank():
                 self._bytes[kind, axis, ranks[place]] += size
