@@ -12,6 +12,7 @@ import torch
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.data.batch import Batch
+from moesaic.dist.flight import at
 from moesaic.dist.world import World
 from moesaic.model.transformer import Transformer
 from moesaic.moe.layer import hear
@@ -47,6 +48,7 @@ class Objective:
             self._micro(model, batch=batch, predicted=predicted, parts=len(batches))
             for batch in batches
         ]
+        at("sum of gradients")
         world.sum_gradients(model.parameters())
         sums = passes[0].sums
         for other in passes[1:]:

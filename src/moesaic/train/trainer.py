@@ -14,6 +14,7 @@ from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.core.errors import UserError
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
+from moesaic.dist.flight import at
 from moesaic.dist.world import World
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights, restore_weights
@@ -98,13 +99,16 @@ class Trainer:
         while True:
             tried = self.retry.next(self.data.state())
             before = time.perf_counter()
+            at("data", step=self.step + 1)
             batches = self._draw(tried)
             waited += time.perf_counter() - before
+            at("forward and backward")
             seen = self.objective.gradients(self.model, batches=batches, world=self.world)
             norm = clip_gradients(self.model.parameters(), max_norm=self.run.clip_norm)
             if norm.finite:
                 break
             self._set_aside(tried, seen=seen)
+        at("update")
         factor = self.run.schedule.at(self.step, steps=self.run.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
