@@ -114,7 +114,7 @@ class Ordeal:
 
 @dataclass(frozen=True, slots=True)
 class Endured:
-    """A series of faults. ``differences`` are those of the finished runs from an undisturbed one."""
+    """A series of faults. ``differences`` are those of finished runs from an undisturbed one."""
 
     ordeals: tuple[Ordeal, ...]
     lives: int
@@ -270,7 +270,7 @@ class _Job:
 
 
 class Inject(Hook):
-    """Strikes its rank once, at the moment of a fault; the other ranks are only made late for it."""
+    """Strikes its rank once, at the moment of a fault; other ranks are only made late for it."""
 
     def __init__(self, fault: Fault, *, stamp: Path, rank: int) -> None:
         self._fault, self._stamp = fault, stamp
@@ -297,7 +297,7 @@ class Inject(Hook):
             case _:
                 pass
 
-    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:  # noqa: ARG002
         if self._mine and self._fault.moment == "between steps" and report.step == self._at:
             self._strike()
 
