@@ -360,11 +360,11 @@ def test_eval_takes_two_aligned_files_and_a_limit(capsys, home):
 
 
 def test_launch_prints_a_whole_file_and_says_how_many_ranks(capsys):
-    words = ["tiny", "--nodes", "2", "--gpus-per-node", "8", "--set", "steps=7"]
+    words = ["tiny", "--nodes", "2", "--gpus-per-node", "8", "--set", "steps=70"]
     main_ok(["launch", *words, "--on", 'Slurm(time="1:00:00", partition="gpu")'])
     said = capsys.readouterr()
     assert said.out.startswith("#!/bin/bash\n# tiny: 2 x 8 GPUs = 16 ranks")
-    assert "--set steps=7" in said.out
+    assert "--set steps=70" in said.out
     assert "#SBATCH --time=1:00:00" in said.out
     assert "16 ranks" in said.err
 

@@ -128,24 +128,31 @@ class Endured:
         return [f"{o.fault} of {o.world}: {why}" for o in self.ordeals for why in o.wrong]
 
 
-def endure(run: Run, *, folder: Path, world: int, faults: int, seed: int) -> Endured:
-    """Give a run of ``world`` ranks ``faults`` faults, one a life; let it finish and compare it.
+def draw_faults(count: int, *, world: int, seed: int) -> list[Fault]:
+    """Return faults of all kinds at all moments in turn, of random ranks at random steps."""
+    draw, faults = random.Random(seed), []
+    for number in range(count):
+        kind, moment = PAIRS[(seed + number) % len(PAIRS)]
+        after = draw.uniform(0.0, 1.5) if moment == "any" else draw.randint(1, 5)
+        faults.append(Fault(kind, moment, draw.randrange(world), after))
+    return faults
 
-    Kinds and moments take turns (``PAIRS``, from place ``seed`` on); ranks and steps are random. A
-    run that finishes is compared as well, and the next one begins in a directory of its own.
+
+def endure(run: Run, *, folder: Path, world: int, faults: Sequence[Fault]) -> Endured:
+    """Give a run of ``world`` ranks one fault a life; let it finish and compare it.
+
+    A run that finishes before a fault struck is compared as well, and the next one begins in a
+    directory of its own, with that fault.
     """
-    draw, began = random.Random(seed), time.monotonic()
+    began = time.monotonic()
     undisturbed = live(run, folder / "whole", world=world)
     if not undisturbed.finished:
         raise RuntimeError(f"an undisturbed run failed: {undisturbed.words}")
     ordeals: list[Ordeal] = []
     differences: list[str] = []
     lives, finished = 1, 0
-    while len(ordeals) < faults and not differences:
-        kind, moment = PAIRS[(seed + len(ordeals)) % len(PAIRS)]
-        after = draw.uniform(0.0, 1.5) if moment == "any" else draw.randint(1, 5)
-        fault = Fault(kind, moment, draw.randrange(world), after)
-        here = folder / f"faulty-{finished}"
+    while len(ordeals) < len(faults) and not differences:
+        fault, here = faults[len(ordeals)], folder / f"faulty-{finished}"
         life = live(run, here, world=world, fault=fault)
         lives += 1
         if life.finished:
