@@ -24,6 +24,7 @@ from moesaic.train.hooks.checkpoint import SaveCheckpoints
 from moesaic.train.hooks.hook import Hook
 from moesaic.train.hooks.log import Log
 from moesaic.train.hooks.routes import ProbeRoutes, RecordRoutes
+from moesaic.train.hooks.stragglers import WatchStragglers
 from moesaic.train.hooks.usage import WatchUsage
 from moesaic.train.hooks.validate import Validate
 from moesaic.train.loop import loop
@@ -118,6 +119,7 @@ def standard_hooks(trainer: Trainer, *, folder: RunDir) -> list[Hook]:
         WatchUsage(folder.usage, trainer=trainer),
         RecordRoutes(folder.routes),
         ProbeRoutes(folder.learning),
+        WatchStragglers(),
     ]
 
 

@@ -10,7 +10,7 @@ from moesaic.core.errors import CheckpointError
 # What may differ from the run that saved: how long, and what is watched and written.
 FREE = ("name", "steps", "checkpoint", "validation", "log", "max_bad_steps", "patience_s")
 # What may differ, but is said: a run that diverged goes on with smaller updates.
-SAID = ("optimizer.lr", "optimizer.adamw.lr", "schedule", "clip_norm")
+SAID = ("optimizer.lr", "optimizer.adamw.lr", "schedule", "clip_norm", "spikes")
 
 
 class Resume(Choice):
