@@ -24,6 +24,7 @@ from moesaic.moe.layer import forget, learn, set_ranks
 from moesaic.optim.clip import GradNorm
 from moesaic.optim.state import export_state, restore_state
 from moesaic.parallel.apply import lay
+from moesaic.parallel.matrices import SpreadMatrices
 from moesaic.train.journal import Journal
 from moesaic.train.meters import Categories, Meters
 from moesaic.train.randomness import random_state, restore_random_state
@@ -91,6 +92,8 @@ class Trainer:
         self.optimizer = run.optimizer.build(
             model.named_parameters(), kinds=model.parameter_kinds()
         )
+        if not self.spread.whole:
+            self.optimizer.matrices = SpreadMatrices(self.spread)
         categories = Categories(tuple(data.tasks), tuple(data.languages))
         self.objective = Objective(categories, run.label_smoothing, run.precision)
         self.meters = Meters(categories, device=world.device)
