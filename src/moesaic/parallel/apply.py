@@ -15,6 +15,7 @@ from moesaic.moe.dispatch_far import AllToAllDispatcher
 from moesaic.moe.experts import Experts
 from moesaic.moe.layer import layers
 from moesaic.nn.attention import CrossAttention, SelfAttention
+from moesaic.parallel import whole_rows
 from moesaic.parallel.config import Parallel
 from moesaic.parallel.deal import Deal
 from moesaic.parallel.layout import Layout, layout
@@ -89,6 +90,7 @@ def check(model: Transformer, *, parallel: Parallel, plan: ParallelPlan) -> None
         for why in refuses(model, lanes=plan.tensor)
     ]
     problems += _cannot_reach(model, parallel=parallel, plan=plan)
+    problems += whole_rows.refuses(model.config, ranks=plan.context * plan.tensor)
     for layer in layers(model):
         config = layer.router.config
         plan.spread(config.experts, layer=layer.name)
