@@ -51,7 +51,7 @@ def apply(model: Transformer, *, parallel: Parallel, mesh: Mesh) -> Spread:
     check(model, parallel=parallel, plan=mesh.plan)
     table = layout(model)
     cut(model, table=table, mesh=mesh)
-    narrow(model, group=mesh.group("tensor"))
+    narrow(model, group=mesh.group("tensor"), vocab_size=model.config.vocab_size)
     deal(model, parallel=parallel, mesh=mesh)
     for layer in layers(model):
         number = layer.router.config.experts
@@ -104,7 +104,7 @@ def cut(model: nn.Module, *, table: Layout, mesh: Mesh) -> None:
     """Replace every parameter by this rank's part of it."""
     done: dict[nn.Parameter, nn.Parameter] = {}
     for path, module in model.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             laid = table.get(f"{path}.{name}" if path else name)
             if parameter not in done and laid is not None:
                 held = spans(laid, grid=mesh.grid(laid.experts), place=mesh.place(laid.experts))
