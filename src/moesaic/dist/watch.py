@@ -174,15 +174,20 @@ class Watch:
                 self._end_it()
 
     def _warn(self) -> None:
-        """Say once, at half of the patience, that a collective waits, and for whom."""
+        """Say once, at half of the patience, that this rank waits, and for whom.
+
+        Also outside of a collective: with NCCL the host waits later than it asked.
+        """
         mark = self.book.read()
         idle_s = time.time() - mark.time_s
-        if not mark.inside or idle_s < self._patience_s / 2 or self._warned == mark.serial:
+        if idle_s < self._patience_s / 2 or self._warned == mark.serial:
             return
         self._warned = mark.serial
+        verdict = self._judge()
+        if not verdict.ranks and not mark.inside:
+            return  # nobody is behind: this rank is at work, or all are
         if self._store.add(f"warned-{mark.group}-{mark.number}", 1) == 1:
-            sentence = self._judge().sentence
-            _say(f"moesaic: still waiting after {idle_s:.0f} s: {sentence}")
+            _say(f"moesaic: nothing has moved for {idle_s:.0f} s: {verdict.sentence}")
 
     def _end_it(self) -> None:
         with suppress(*_STORE_ERRORS):
