@@ -109,6 +109,21 @@ def test_all_ranks_say_what_the_first_one_found() -> None:
     del server
 
 
+def test_a_rank_of_another_machine_is_known_by_its_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = iter(["here 1", "there 2"])
+    monkeypatch.setattr(watch_module, "_machine", lambda: next(names))
+    (here, there), server = _watches(patience_s=1.0)
+    here.start()
+    there.start()
+    here.book.enter("all_reduce", group=ALL)
+    assert "is alive but does not go on" in here._judge().sentence
+    there.close()
+    sentence = here._judge().sentence
+    assert f"nothing is heard of its process {os.getpid()} on there" in sentence
+    here.close()
+    del server
+
+
 def test_a_store_that_is_gone_is_said() -> None:
     (here, _), server = _watches(patience_s=1.0)
     here.book.at("forward", step=3)

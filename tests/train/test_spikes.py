@@ -90,8 +90,8 @@ def _shaken(world: World) -> Trainer:
     class Shaken:
         categories = inner.categories
 
-        def gradients(self, model, *, batches, world):
-            seen = inner.gradients(model, batches=batches, world=world)
+        def gradients(self, spread, *, batches):
+            seen = inner.gradients(spread, batches=batches)
             if not shaken:
                 shaken.append(batches)
                 seen.sums.losses[0] *= 20.0

@@ -121,6 +121,7 @@ class Watch:
     def _unsure(self, rank: int, seen: dict[str, Any] | None) -> bool:
         if rank == self.rank or seen is None or seen["failure"]:
             return False
+        # a process that is being killed closes its connections a little before it is gone
         return seen["machine"] != self._machine or process_state(seen["pid"]) == "alive"
 
     def _peer(
@@ -132,9 +133,8 @@ class Watch:
         state: State = "alive"
         if rank != self.rank and not seen["failure"]:
             here = seen["machine"] == self._machine
-            state = process_state(seen["pid"]) if here else "alive"
             silent = before is not None and before["beats"] == seen["beats"]
-            state = "silent" if state == "alive" and silent else state
+            state = process_state(seen["pid"]) if here else "silent" if silent else "alive"
             there = read_book(Path(seen["book"])) if here and seen["book"] else None
             mark = there if there is not None and there.serial >= mark.serial else mark
         process = f"{seen['pid']} on {seen['machine'].partition(' ')[0]}"
