@@ -19,6 +19,7 @@ VERBS = {
     "eval": "score a run on held-out strings or on your own test set",
     "curve": "score every kept checkpoint of a run",
     "routes": "look into recorded routing, and compare it",
+    "verify": "does a config train alike under every plan of its ranks?",
     "explain": "what a recipe will cost, before anything runs",
     "data": "build, count and look at corpora",
     "report": "write a run's HTML report again",

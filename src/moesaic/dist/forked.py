@@ -61,20 +61,36 @@ def run_each(
     """
     done = 0
     while done < len(cases):
-        with tempfile.TemporaryDirectory() as folder:
-            job = _Job(Path(folder), world, function, cases, done, patience_s or timeout_s)
-            ranks = _start(job)
-            try:
-                for number in range(done, len(cases)):
-                    found = _outcome(job, number, ranks=ranks, timeout_s=timeout_s)
-                    done += 1
-                    yield found
-                    if isinstance(found, RankError):
-                        break
-            finally:
-                for process in ranks:
-                    process.kill()
-                    process.join()
+        for found in _until_one_fails(
+            world, function, cases, first=done, waits=(timeout_s, patience_s or timeout_s)
+        ):
+            done += 1
+            yield found
+
+
+def _until_one_fails(
+    world: int,
+    function: Callable[[Any], Any],
+    cases: Sequence[Any],
+    *,
+    first: int,
+    waits: tuple[float, float],
+) -> Iterator[list[Any] | RankError]:
+    """Fork the ranks, and yield what became of the cases from ``first`` on, a failure last."""
+    timeout_s, patience_s = waits
+    with tempfile.TemporaryDirectory() as folder:
+        job = _Job(Path(folder), world, function, cases, first, patience_s)
+        ranks = _start(job)
+        try:
+            for number in range(first, len(cases)):
+                found = _outcome(job, number, ranks=ranks, timeout_s=timeout_s)
+                yield found
+                if isinstance(found, RankError):
+                    return
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
 
 
 @dataclass(frozen=True, slots=True)
