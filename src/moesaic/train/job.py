@@ -103,7 +103,7 @@ def make_trainer(run: Run, *, prepared: Prepared, world: World) -> Trainer:
         mixture=run.mixture,
         config=run.loader,
         seed=run.seed,
-        place=Place(world.rank, world.size),
+        place=Place(*run.parallel.plan.on(world.size).rows(world.rank)),
     )
     return Trainer(run, model=model, data=data, world=world)
 

@@ -18,8 +18,8 @@ from moesaic.dist.world import World
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights, restore_weights
 from moesaic.moe.layer import forget, learn, set_ranks
-from moesaic.optim.clip import clip_gradients
 from moesaic.optim.state import export_state, restore_state
+from moesaic.parallel.apply import lay
 from moesaic.train.journal import Journal
 from moesaic.train.meters import Categories, Meters
 from moesaic.train.randomness import random_state, restore_random_state
@@ -76,7 +76,8 @@ class Trainer:
     def __init__(self, run: Run, *, model: Transformer, data: Stream, world: World) -> None:
         self.run, self.world, self.data = run, world, data
         self.model = model
-        set_ranks(model, BatchRanks(world))
+        self.spread = lay(model, parallel=run.parallel, world=world, timeout_s=run.patience_s)
+        set_ranks(model, BatchRanks(self.spread.stage))
         self.optimizer = run.optimizer.build(
             model.named_parameters(), kinds=model.parameter_kinds()
         )
@@ -100,8 +101,8 @@ class Trainer:
             before = time.perf_counter()
             batches = self._draw(tried)
             waited += time.perf_counter() - before
-            seen = self.objective.gradients(self.model, batches=batches, world=self.world)
-            norm = clip_gradients(self.model.parameters(), max_norm=self.run.clip_norm)
+            seen = self.objective.gradients(self.spread, batches=batches)
+            norm = self.spread.clip(self.run.clip_norm)
             if norm.finite:
                 break
             self._set_aside(tried, seen=seen)
