@@ -116,6 +116,8 @@ def _gradients(ours: Sequence[Named], theirs: Sequence[Named]) -> Iterator[tuple
 
 
 def _weights(ours: Sequence[Named], theirs: Sequence[Named]) -> Iterator[tuple[float, str]]:
+    for name, weight in ours[0].items():
+        yield _largest(theirs[0][name] - weight) / max(_largest(weight), 1e-30), f"{name}, at first"
     for step, ((before, here), there) in enumerate(
         zip(pairwise(ours), theirs[1:], strict=True), start=1
     ):

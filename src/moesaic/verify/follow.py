@@ -39,8 +39,8 @@ class Trace:
 
     ``rows`` are the trainer's own metrics of each step, ``gradients`` what the optimizer was given,
     ``edges`` how many led to each expert of a layer in each step's last micro-batch (those dropped
-    come last), ``weights`` what was there after each step. ``apart`` is the greatest difference
-    between copies of one value, of weights or gradients, and where.
+    come last), ``weights`` what was there before the first step and after each. ``apart`` is the
+    greatest difference between copies of one value, of weights or gradients, and where.
     """
 
     rows: list[dict[str, float]] = field(default_factory=list)
@@ -67,18 +67,19 @@ def follow(run: Run, *, parallel: Parallel, shape: Shape, steps: int, model: Mod
 
     def before_update(*_: object) -> None:
         given = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
-        _keep(trace.gradients, given, trainer=trainer, model=model, trace=trace)
+        found, apart = whole(given, spread=trainer.spread, shapes=model.shapes)
+        trace.gradients.append(found)
+        trace.apart.append(apart)
 
     trainer.optimizer.register_step_pre_hook(before_update)
-    trace.weights.append({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
+    _keep_weights(trace, trainer=trainer, model=model)
     for _ in range(steps):
         began = time.perf_counter()
         report = trainer.advance()
         trace.seconds.append(time.perf_counter() - began)
         trace.rows.append(trainer.meters.take(world))
         trace.edges.append(_edges(report.seen.records, experts=model.experts, world=world))
-        held = dict(trainer.model.named_parameters())
-        _keep(trace.weights, held, trainer=trainer, model=model, trace=trace)
+        _keep_weights(trace, trainer=trainer, model=model)
     return trace
 
 
@@ -91,11 +92,10 @@ def _trainer(run: Run, *, shape: Shape, world: World) -> Trainer:
     return Trainer(run, model=model, data=data, world=world)
 
 
-def _keep(
-    kept: list[Named], given: Mapping[str, Tensor], *, trainer: Trainer, model: Model, trace: Trace
-) -> None:
-    found, apart = whole(given, spread=trainer.spread, shapes=model.shapes)
-    kept.append(found)
+def _keep_weights(trace: Trace, *, trainer: Trainer, model: Model) -> None:
+    held = dict(trainer.model.named_parameters())
+    found, apart = whole(held, spread=trainer.spread, shapes=model.shapes)
+    trace.weights.append(found)
     trace.apart.append(apart)
 
 
