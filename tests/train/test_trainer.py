@@ -8,8 +8,7 @@ import torch
 
 from moesaic.core.errors import CheckpointError
 from moesaic.data.batch import Batch
-from moesaic.dist.world import Ranks, World
-from moesaic.model.transformer import Transformer
+from moesaic.dist.world import Ranks
 from moesaic.parallel.spread import Spread
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import TinyStream, tiny_run, tiny_trainer
@@ -51,9 +50,10 @@ def test_a_bad_step_changes_nothing_and_its_batch_comes_again() -> None:
     changed: list[bool] = []
     poison_gradients = poison.gradients
 
-    def watching(model: Transformer, *, batches: Sequence[Batch], world: World) -> Pass:
-        changed.append(any(not torch.equal(p, before[n]) for n, p in model.named_parameters()))
-        return poison_gradients(model, batches=batches, world=world)
+    def watching(spread: Spread, *, batches: Sequence[Batch]) -> Pass:
+        named = spread.model.named_parameters()
+        changed.append(any(not torch.equal(p, before[n]) for n, p in named))
+        return poison_gradients(spread, batches=batches)
 
     poison.gradients = watching  # pyright: ignore[reportAttributeAccessIssue]
     report = trainer.advance()

@@ -4,7 +4,8 @@ from moesaic.core.config import Choice, Config
 from moesaic.dist.collectives import Group
 from moesaic.dist.plan import ParallelPlan
 from moesaic.nn.looking import Looking
-from moesaic.parallel.deal import Cut, in_order
+from moesaic.parallel.deal import Cut, in_order, zigzag
+from moesaic.parallel.ring import Ring
 from moesaic.parallel.ulysses import Ulysses
 
 
@@ -33,6 +34,20 @@ class UlyssesReach(Reach):
 
     def refuses(self, *, heads: int, ranks: int) -> str | None:
         return Ulysses.refuses(heads=heads, ranks=ranks)
+
+
+class RingReach(Reach):
+    """Keys and values go round (2310.01889); tokens are dealt from both ends of the stream.
+
+    For more ranks than an attention has heads, and for rows whose keys are too many for one rank.
+    """
+
+    def cut(self) -> Cut:
+        return zigzag
+
+    def build(self, group: Group, *, groups: int) -> Looking:
+        del groups
+        return Ring(group)
 
 
 class Parallel(Config):

@@ -73,13 +73,17 @@ class Spread:
 
         Without ``tensors``: of the parameters themselves. Loading into the blocks changes them.
         """
-        named = {name: laid for name, _, laid, _ in self._named()}
         given = tensors if tensors is not None else dict(self.model.named_parameters())
-        found = {}
-        for name, tensor in given.items():
-            held = self.held(name)
-            found[name] = shard(local(tensor), held, shape=named[name].shape)
-        return found
+        return {name: self.lies(name, tensor) for name, tensor in given.items()}
+
+    def lies(self, name: str, tensor: Tensor) -> Shard:
+        """Describe a tensor that lies as the parameter of this name does."""
+        return shard(local(tensor), self.held(name), shape=self.layout[name].shape)
+
+    @property
+    def banks(self) -> dict[str, int]:
+        """The parameters that hold a layer's experts along their first dim, with their number."""
+        return {name: laid.experts for name, laid in self.layout.items() if laid.experts}
 
     def held(self, name: str) -> tuple[Spans, ...]:
         """Return what this rank holds of each dim of a parameter."""

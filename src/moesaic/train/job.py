@@ -63,7 +63,7 @@ def train(
         trainer = make_trainer(run, prepared=prepared, world=world)
         own = standard_hooks(trainer, folder=folder)
         if start["path"] is not None:
-            trainer.restore(load(Path(start["path"])))
+            trainer.resume(Path(start["path"]))
             shown.note(f"resuming after step {trainer.step:,}, from {start['path']}")
         log = Log(sink=_sink(trainer, folder=folder), board=shown)
         save = SaveCheckpoints(folder.checkpoints, flush=log.flush)
