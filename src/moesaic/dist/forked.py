@@ -161,12 +161,13 @@ def _outcome(
 
 
 def _why(job: _Job, number: int, *, ranks: Sequence[BaseProcess]) -> str:
-    paths = [(job.path(number, rank, "failure"), rank) for rank in range(job.world)]
-    said = [(path.read_text().partition("\n"), rank) for path, rank in paths if path.exists()]
+    paths = [job.path(number, rank, "failure") for rank in range(job.world)]
+    for rank, (process, path) in enumerate(zip(ranks, paths, strict=True)):
+        if process.exitcode and not path.exists():  # others only say that it is gone
+            return f"rank {rank} died with exit code {process.exitcode}"
+    said = [(path.read_text().partition("\n"), rank) for rank, path in enumerate(paths)
+            if path.exists()]
     if said:
         (_, _, text), rank = min(said, key=lambda found: float(found[0][0]))
         return f"rank {rank} failed:\n{text}"
-    for rank, process in enumerate(ranks):
-        if process.exitcode:
-            return f"rank {rank} died with exit code {process.exitcode}"
     return "the ranks did not end in time"

@@ -105,13 +105,13 @@ def _required(member: type[Choice]) -> bool:
 
 def _choices(parallel: Parallel) -> dict[str, object]:
     plan = parallel.plan
-    degrees = {name: getattr(plan, name) for name in (*DENSE, "expert", "expert_tensor")}
+    degrees = {name: getattr(plan, name) or 1 for name in (*DENSE, "expert", "expert_tensor")}
     found: dict[str, object] = {name: n for name, n in degrees.items() if n > 1}
     if plan.zero:
         found["zero"] = plan.zero
     for field, members in _families():
         if NEEDS.get(field, _never)(plan) and len(members) > 1:
-            found[field] = type(getattr(parallel, field)).__name__
+            found[field] = type(getattr(parallel, field)).__name__.removesuffix(field.title())
     return found
 
 

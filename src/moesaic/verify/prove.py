@@ -12,7 +12,7 @@ from moesaic.dist.forked import RankError, run_each
 from moesaic.parallel.config import Parallel
 from moesaic.train.run import Run
 from moesaic.verify.compare import Differences, Tolerances, differences
-from moesaic.verify.follow import Trace, follow, model_of
+from moesaic.verify.follow import Model, Trace, follow, model_of
 from moesaic.verify.plans import Plans, every, named
 from moesaic.verify.stream import Shape
 
@@ -37,13 +37,14 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is run: a small run, its made-up batches, how many steps, and how long a plan may take.
+    """What is run: a small run and its model, made-up batches, and how many steps.
 
-    ``patience_s`` is how long a collective waits, so a plan whose ranks disagree about what comes
+    A plan may take ``timeout_s``. ``patience_s`` is how long a collective waits, so a plan whose ranks disagree about what comes
     next ends after it.
     """
 
     run: Run
+    model: Model
     shape: Shape
     steps: int = 3
     timeout_s: float = 120.0
@@ -55,7 +56,7 @@ def setting(run: Run, *, steps: int = 3, timeout_s: float = 120.0) -> Setting:
     """Return the setting of a run, its batches of the model's kind."""
     shape = Shape(source=run.model.encoder.layers > 0)
     patience = min(20.0, timeout_s)
-    return Setting(run, shape, steps=steps, timeout_s=timeout_s, patience_s=patience)
+    return Setting(run, model_of(run), shape, steps=steps, timeout_s=timeout_s, patience_s=patience)
 
 
 def plans(run: Run, *, world: int) -> Plans:
@@ -98,8 +99,8 @@ def prove(given: Setting, *, chosen: Sequence[Parallel]) -> Iterator[Verdict]:
 
 
 def _follow(given: Setting, parallel: Parallel) -> Trace:
-    model = model_of(given.run)
-    return follow(given.run, parallel=parallel, shape=given.shape, steps=given.steps, model=model)
+    model, shape = given.model, given.shape
+    return follow(given.run, parallel=parallel, shape=shape, steps=given.steps, model=model)
 
 
 def _judged(

@@ -36,10 +36,9 @@ def small(run: Run) -> Small:
 
     It computes in float32, so that what differs is the order of sums and nothing else. It clips
     where the gradients' norm is above 0.5, so that clipping is at work; its learning rate is whole
-    from the first step; dropout, which is drawn by rank, is off. AdamW divides by
-    ``sqrt(v) + eps``: with an eps far below the gradients its first steps are their signs, and a
-    gradient of 1e-9 that another order of sums makes -1e-9 would move its weight the other way.
-    ``eps`` is therefore raised to 1e-3, for the reference as well.
+    from the first step. AdamW divides by ``sqrt(v) + eps``: with an eps far below the gradients its
+    first steps are their signs, and a gradient of 1e-9 that another order of sums makes -1e-9 would
+    move its weight the other way. ``eps`` is therefore raised to 1e-3, for the reference as well.
     """
     model = _model(run.model)
     made = run.replace(
@@ -75,7 +74,6 @@ def _narrow(config: TransformerConfig, *, experts: int) -> TransformerConfig:
         moe=_sparse(config.moe, experts=experts, dense=hidden),
         encoder=_stack(config, config.encoder, experts=experts),
         decoder=_stack(config, config.decoder, experts=experts),
-        dropout=0.0,
     )
 
 
