@@ -39,8 +39,8 @@ class Verdict:
 class Setting:
     """What is run: a small run and its model, made-up batches, and how many steps.
 
-    A plan may take ``timeout_s``. ``patience_s`` is how long a collective waits, so a plan whose ranks disagree about what comes
-    next ends after it.
+    A plan may take ``timeout_s``. ``patience_s`` is how long a collective waits: a plan whose ranks
+    disagree about what comes next ends after it.
     """
 
     run: Run
