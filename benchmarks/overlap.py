@@ -3,8 +3,9 @@
 Random layers: every stage's start and whole time is drawn log-uniformly (a start of 1 to 100 % of a
 second, a whole of 0.3 to 10 seconds), half of them with other traffic between nodes. For each the
 choice by formula is compared with trying every number in the simulated schedule. The measured part
-times gloo's all-to-all over ranks of this machine and the experts of one layer, medians of
-repetitions, and fits a line to each: what ``Degrees.fastest`` is to be given on a cluster.
+times gloo's all-to-all over ranks of this machine and the experts of one layer, the least of
+repetitions since others use the machine too, and fits a line to each: what ``Degrees.fastest`` is
+to be given on a cluster.
 
     python benchmarks/overlap.py
 """
@@ -31,8 +32,8 @@ from moesaic.nn.feed_forward import FeedForward
 from moesaic.ops.group import group
 from moesaic.testing.ranks import run_on_ranks
 
-DIM, HIDDEN, EXPERTS, RANKS = 256, 256, 4, 4
-ROWS = (256, 512, 1024, 2048, 4096)
+DIM, HIDDEN, EXPERTS, RANKS = 256, 256, 4, 2
+ROWS = (1024, 2048, 4096, 8192, 16384)
 
 
 def stage(draw: random.Random) -> Stage:
@@ -72,45 +73,40 @@ def choices(layers: Sequence[Layer], *, candidates: Sequence[int]) -> dict[str, 
     }
 
 
-def median_seconds(action: Callable[[], Any], *, repeats: int) -> float:
-    action()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def least_seconds(actions: Sequence[Callable[[], Any]], *, repeats: int) -> list[float]:
+    """The least time of each action; they take turns, so that a busy spell hits all."""
+    times: list[list[float]] = [[] for _ in actions]
+    for _ in range(repeats + 1):  # the first round warms up
+        for action, each in zip(actions, times, strict=True):
+            start = time.perf_counter()
+            action()
+            each.append(time.perf_counter() - start)
+    return [min(each[1:]) for each in times]
 
 
 def exchange_seconds(repeats: int) -> list[float]:
     """Seconds of an even all-to-all of so many rows, on each rank."""
-    found = []
-    for rows in ROWS:
+
+    def moving(rows: int) -> Callable[[], Any]:
         x, even = torch.randn(rows, DIM), [rows // RANKS] * RANKS
-        world = distributed.group.WORLD
+        return lambda: all_to_all(x, group=distributed.group.WORLD, sent=even, received=even)
 
-        def move(x: torch.Tensor = x, even: list[int] = even, world: Any = world) -> Any:
-            return all_to_all(x, group=world, sent=even, received=even)
-
-        found.append(median_seconds(move, repeats=repeats))
-    return found
+    return least_seconds([moving(rows) for rows in ROWS], repeats=repeats)
 
 
 def expert_seconds(repeats: int) -> list[float]:
+    """Seconds of the experts of one layer with so many rows."""
     feed = FeedForward(hidden=HIDDEN, activation=SwiGLU())
-    bank = Experts(Size(EXPERTS, DIM, feed, bias=False)).requires_grad_(False)
+    bank = Experts(Size(EXPERTS, DIM, feed, bias=False)).requires_grad_(requires_grad=False)
     torch.nn.init.normal_(bank.up)
     torch.nn.init.normal_(bank.down)
-    found = []
-    for rows in ROWS:
+
+    def working(rows: int) -> Callable[[], Any]:
         x = torch.randn(rows, DIM)
         groups = group(torch.arange(rows) % EXPERTS, num_experts=EXPERTS)
+        return lambda: bank(x, groups=groups)
 
-        def work(x: torch.Tensor = x, groups: Any = groups) -> Any:
-            return bank(x, groups=groups)
-
-        found.append(median_seconds(work, repeats=repeats))
-    return found
+    return least_seconds([working(rows) for rows in ROWS], repeats=repeats)
 
 
 def measured(repeats: int) -> dict[str, Any]:
@@ -134,7 +130,7 @@ def measured(repeats: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=1000)
-    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/overlap.json"))
     options = parser.parse_args()
     every = range(1, 17)

@@ -359,3 +359,30 @@ def test_eval_takes_two_aligned_files_and_a_limit(capsys, home):
     main_ok(["eval", "runs/tiny", *words])
     result = last_json(capsys)["languages"]["qaa_Latn"]
     assert (result["count"], result["of"]) == (2, 3)
+
+
+def test_launch_prints_a_whole_file_and_says_how_many_ranks(capsys):
+    words = ["tiny", "--nodes", "2", "--gpus-per-node", "8", "--set", "steps=70"]
+    main_ok(["launch", *words, "--on", 'Slurm(time="1:00:00", partition="gpu")'])
+    said = capsys.readouterr()
+    assert said.out.startswith("#!/bin/bash\n# tiny: 2 x 8 GPUs = 16 ranks")
+    assert "--set steps=70" in said.out
+    assert "#SBATCH --time=1:00:00" in said.out
+    assert "16 ranks" in said.err
+
+
+def test_launch_writes_a_file_instead(capsys, tmp_path):
+    file = tmp_path / "a.sh"
+    main_ok(["launch", "tiny", "--gpus-per-node", "4", "--out", str(file), "--json"])
+    value = json.loads(capsys.readouterr().out)
+    assert value["world"] == 4
+    assert value["file"] == file.read_text()
+    assert "--nproc-per-node=4" in value["file"]
+
+
+def test_launch_refuses_what_cannot_start(capsys):
+    tiny = ["launch", "tiny", "--gpus-per-node", "8"]
+    assert "nodes: found 0, expected at least 1" in refused([*tiny, "--nodes", "0"], capsys)
+    assert 'did you mean "slurm"' in refused([*tiny, "--on", "slrm"], capsys)
+    assert "Kubernetes.image: missing" in refused([*tiny, "--on", "kubernetes"], capsys)
+    assert "unknown key" in refused([*tiny, "--set", "stepz=3"], capsys)

@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.distributed as distributed
 import torch.distributed._functional_collectives as functional
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moesaic.dist.collectives import all_to_all, gather_rows, scatter_rows, sum_copies
@@ -101,6 +104,27 @@ def test_collectives_of_torch_are_counted_alike() -> None:
         # on a ring over two nodes the last rank of each sends to the other node
         assert found["all-gather to other nodes"] == (96 if rank in (1, 3) else 0)
         assert found["functional exchange to other nodes"] == 16
+
+
+def _sharded() -> tuple[int, int, int]:
+    """A block over four ranks by FSDP2, forward and backward, each freed after its forward."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12, bias=False), nn.Linear(12, 8, bias=False))
+    mesh = DeviceMesh("cpu", list(range(RANKS)), mesh_dim_names=("copies",))
+    for layer in model:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh)
+    with Wire(axes={"copies": mesh.get_group()}) as wire:
+        model(torch.randn(4, 8)).sum().backward()
+    parts = [wire.total(kind=kind, axis="copies") for kind in ("all-gather", "reduce-scatter")]
+    return parts[0], parts[1], wire.total()
+
+
+def test_what_fsdp_gathers_and_scatters_is_counted() -> None:
+    shared = 2 * 8 * 12 * 4 * 3 // 4  # what a rank sends to show or to sum all weights once
+    for gathered, scattered, total in run_on_ranks(RANKS, _sharded):
+        assert (gathered, scattered) == (2 * shared, shared)
+        assert total == gathered + scattered
 
 
 @pytest.fixture

@@ -62,9 +62,9 @@ def _count_reductions() -> tuple[int, list[float]]:
     calls = []
     inner = distributed.all_reduce
 
-    def counted(tensor: torch.Tensor) -> None:
+    def counted(tensor: torch.Tensor, *, group: distributed.ProcessGroup | None) -> None:
         calls.append(tensor.numel())
-        inner(tensor)
+        inner(tensor, group=group)
 
     world_module.distributed.all_reduce = counted
     parameters = [torch.nn.Parameter(torch.zeros(100)) for _ in range(50)]

@@ -128,7 +128,7 @@ def test_resuming_equals_never_stopping_on_two_ranks(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
-    run = tiny_run()
+    run = tiny_run(**VARIANTS["dropout-and-random-drops"])
     whole = tiny_trainer(run)
     whole_rows = _rows(whole, steps=20)
     first = tiny_trainer(run)
@@ -140,6 +140,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
 
 
 def _continued(folder: Path) -> list[dict[str, float]]:
-    trainer = tiny_trainer(tiny_run(), world=Ranks())
+    run = tiny_run(**VARIANTS["dropout-and-random-drops"])
+    trainer = tiny_trainer(run, world=Ranks())
     trainer.restore(load(folder))
     return _rows(trainer, steps=10)

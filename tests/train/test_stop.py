@@ -7,6 +7,7 @@ from threading import Thread
 
 import pytest
 
+from moesaic.train import stop as stop_module
 from moesaic.train.stop import StopRequest
 
 
@@ -29,12 +30,20 @@ def test_the_first_signal_is_noted(number: signal.Signals) -> None:
     assert signal.getsignal(number) is before
 
 
-def test_the_second_signal_acts_as_ever() -> None:
+def test_a_later_signal_acts_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop_module, "REPEAT_S", 0.0)
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert stop.asked
+
+
+def test_a_signal_that_torchrun_passes_on_is_no_second_one() -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # would end this process
+    assert stop.signal == signal.SIGINT
 
 
 def test_outside_the_main_thread_nothing_is_caught() -> None:

@@ -15,6 +15,7 @@ from moesaic.core.version import __version__
 VERBS = {
     "demo": "the whole job in ten minutes: data, training, scores, report",
     "train": "train a recipe or a config file; resume a run",
+    "launch": "the file that starts a run on many machines: SLURM, Kubernetes, SkyPilot, torchrun",
     "translate": "translate lines with a trained run",
     "eval": "score a run on held-out strings or on your own test set",
     "curve": "score every kept checkpoint of a run",

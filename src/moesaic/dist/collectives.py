@@ -17,6 +17,7 @@ import torch.distributed as distributed
 from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Shaped, Tensor
+from moesaic.dist.flight import collective
 
 try:
     from torch.distributed import all_gather_single as _all_gather
@@ -171,7 +172,8 @@ def _move(
     x: Tensor, *, group: Group, sent: tuple[int, ...], received: tuple[int, ...]
 ) -> Tensor:
     out = x.new_empty(sum(received), *x.shape[1:])
-    distributed.all_to_all_single(out, x.contiguous(), list(received), list(sent), group=group)
+    with collective("all_to_all", group=group):
+        distributed.all_to_all_single(out, x.contiguous(), list(received), list(sent), group=group)
     return out
 
 
@@ -179,7 +181,8 @@ def _gather(x: Tensor, *, group: Group, sizes: tuple[int, ...]) -> Tensor:
     ranks = len(sizes)
     if all(here == there for here, there in pairwise(sizes)):
         out = x.new_empty(sum(sizes), *x.shape[1:])
-        _all_gather(out, x.contiguous(), group=group)
+        with collective("all_gather", group=group):
+            _all_gather(out, x.contiguous(), group=group)
         return out
     # gloo has no gather of unequal blocks; sending one's own to all costs the same bytes
     copies = x.repeat(ranks, *[1] * (x.dim() - 1))
@@ -198,5 +201,6 @@ def _scatter(x: Tensor, *, group: Group, sizes: tuple[int, ...]) -> Tensor:
 
 def _sum(x: Tensor, *, group: Group) -> Tensor:
     total = x.detach().clone(memory_format=torch.contiguous_format)
-    distributed.all_reduce(total, group=group)
+    with collective("all_reduce", group=group):
+        distributed.all_reduce(total, group=group)
     return total

@@ -1,14 +1,20 @@
 """Joining and leaving a group of ranks, from the environment that ``torchrun`` sets."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as distributed
 
 from moesaic.core.errors import UserError
+from moesaic.dist.flight import FLIGHT, collective
+from moesaic.dist.marks import Book
+from moesaic.dist.watch import Watch
 from moesaic.dist.world import Alone, Ranks, World
 
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -18,10 +24,10 @@ _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 def join(*, timeout_s: float = 120.0, device: str = "auto") -> Iterator[World]:
     """Give this process its ``World`` and leave it cleanly at the end.
 
-    Under ``torchrun`` the ranks meet in one group; a rank that does not answer within ``timeout_s``
-    ends the run with an error instead of hanging it. Outside, the world is ``Alone``. A group that
-    exists already is used and left as it is. ``device`` is ``auto``, ``cpu`` or ``cuda``.
-    Raises UserError when the environment is half set.
+    Under ``torchrun`` the ranks meet in one group; a rank that dies, or does not answer within
+    ``timeout_s``, ends the run on every rank with a LostRankError that names it. Outside, the world
+    is ``Alone``. A group that exists already is used and left as it is, and nobody watches it.
+    ``device`` is ``auto``, ``cpu`` or ``cuda``. Raises UserError when the environment is half set.
     """
     chosen = _device(device)
     if distributed.is_available() and distributed.is_initialized():
@@ -30,17 +36,57 @@ def join(*, timeout_s: float = 120.0, device: str = "auto") -> Iterator[World]:
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         yield Alone(chosen)
         return
-    _init(chosen, timeout_s=timeout_s)
+    meeting = _meeting(timeout_s)
+    FLIGHT.open(meeting.watch())
     try:
-        world = Ranks(chosen)
-        yield world
+        meeting.join(chosen)
+        yield Ranks(chosen)
         # without this a quick rank tears its connections down while others still use them
-        world.barrier()
+        Ranks(chosen).barrier()
+    except BaseException as error:
+        better = FLIGHT.failed(error)
+        if better is not error:
+            raise better from error
+        raise
     finally:
-        distributed.destroy_process_group()
+        FLIGHT.close()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
-def _init(device: torch.device, *, timeout_s: float) -> None:
+@dataclass(frozen=True, slots=True)
+class _Meeting:
+    rank: int
+    size: int
+    timeout: timedelta
+    store: distributed.Store  # pyright: ignore[reportPrivateImportUsage]
+
+    def join(self, device: torch.device) -> None:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        with collective("join"):
+            distributed.init_process_group(
+                backend,
+                store=self.store,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=self.timeout,
+            )
+
+    def watch(self) -> Watch:
+        """Return the watch of this rank; its book has a name that a restart uses again."""
+        address = f"{os.environ['MASTER_ADDR']}-{os.environ['MASTER_PORT']}".replace("/", "-")
+        name = f"moesaic-{os.getuid()}-{address}-rank-{self.rank}"
+        client = distributed.PrefixStore("watch", _store(self.timeout, is_master=False))  # pyright: ignore[reportPrivateImportUsage]
+        return Watch(
+            client,
+            rank=self.rank,
+            size=self.size,
+            patience_s=self.timeout.total_seconds(),
+            book=Book(Path(tempfile.gettempdir()) / name),
+        )
+
+
+def _meeting(timeout_s: float) -> _Meeting:
     missing = [name for name in _NEEDED if name not in os.environ]
     if missing:
         raise UserError(
@@ -49,28 +95,29 @@ def _init(device: torch.device, *, timeout_s: float) -> None:
         )
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = timedelta(seconds=timeout_s)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    store = _store(rank, timeout=timeout)
-    distributed.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=timeout
-    )
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return _Meeting(rank, size, timeout, _store(timeout, is_master=rank == 0 and not shared))
 
 
-def _store(rank: int, *, timeout: timedelta) -> distributed.Store:  # pyright: ignore[reportPrivateImportUsage]
-    """Meet under a name of this attempt.
+def _store(timeout: timedelta, *, is_master: bool) -> distributed.Store:  # pyright: ignore[reportPrivateImportUsage]
+    """Meet under a name of this attempt, and of this number of ranks.
 
     After ``torchrun --max-restarts`` the agent's store still holds the addresses of the ranks that
-    died; without a prefix per attempt gloo connects to those ("connectFullMesh failed").
+    died; without a prefix per attempt gloo connects to those ("connectFullMesh failed"). A node
+    that joins or leaves starts all ranks anew without a new attempt, hence the number.
     """
-    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=rank == 0 and not shared,
-        timeout=timeout,
-    )
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = distributed.TCPStore(address, port, is_master=is_master, timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]
+    except RuntimeError as error:
+        what = "open the store of this run" if is_master else "reach the store that all ranks meet in"
+        raise UserError(
+            f"rank {os.environ['RANK']} cannot {what} at {address}:{port}, within "
+            f"{timeout.total_seconds():.0f} s: {str(error).partition(chr(10))[0]}. Check MASTER_ADDR "
+            "and MASTER_PORT, that rank 0 was started and that no other program has the port"
+        ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    name = f"attempt-{attempt}"
+    name = f"attempt-{attempt}-of-{os.environ['WORLD_SIZE']}"
     return distributed.PrefixStore(name, store)  # pyright: ignore[reportPrivateImportUsage]
 
 

@@ -26,10 +26,11 @@ _IN = ("input", "inputs", "input_tensor", "input_tensors", "input_list", "tensor
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """Bytes that went to the global rank ``to`` over an axis, and how they were moved."""
+    """Bytes of ``dtype`` that went to the global rank ``to`` over an axis, and how."""
 
     kind: str
     axis: str
+    dtype: str
     to: int
     bytes: int
 
@@ -45,29 +46,37 @@ class Wire(TorchDispatchMode):
         super().__init__()
         named = (axes or {}).items()
         self._names = {group.group_name: name for name, group in named if group is not None}
-        self._bytes: Counter[tuple[str, str, int]] = Counter()
+        self._bytes: Counter[tuple[str, str, str, int]] = Counter()
         self._calls: Counter[str] = Counter()
 
     def sent(self) -> list[Sent]:
         """Return what was sent so far, sorted."""
         return [Sent(*key, size) for key, size in sorted(self._bytes.items()) if size]
 
-    def total(self, *, kind: str | None = None, axis: str | None = None) -> int:
-        """Return the bytes sent, of one kind or over one axis if it is named."""
+    def total(
+        self, *, kind: str | None = None, axis: str | None = None, dtype: torch.dtype | None = None
+    ) -> int:
+        """Return the bytes sent: of one kind, over one axis or of one dtype if it is named."""
         return sum(
             line.bytes
             for line in self.sent()
-            if kind in (None, line.kind) and axis in (None, line.axis)
+            if kind in (None, line.kind)
+            and axis in (None, line.axis)
+            and (dtype is None or line.dtype == str(dtype))
         )
 
     def calls(self, kind: str) -> int:
         """Return how many collectives of a kind were called."""
         return self._calls[kind]
 
-    def leaving(self, *, ranks_per_node: int) -> int:
+    def leaving(self, *, ranks_per_node: int, dtype: torch.dtype | None = None) -> int:
         """Return the bytes sent to other nodes, where consecutive ranks share a node."""
         node = distributed.get_rank() // ranks_per_node
-        return sum(line.bytes for line in self.sent() if line.to // ranks_per_node != node)
+        return sum(
+            line.bytes
+            for line in self.sent()
+            if line.to // ranks_per_node != node and (dtype is None or line.dtype == str(dtype))
+        )
 
     def __torch_dispatch__(
         self,
@@ -96,7 +105,8 @@ class Wire(TorchDispatchMode):
         self._calls[kind] += 1
         for place, size in KINDS[kind](call, group):
             if place != group.rank():
-                self._bytes[kind, axis, ranks[place]] += size
+                dtype = str(_first_of(_given(call)).dtype)
+                self._bytes[kind, axis, dtype, ranks[place]] += size
 
 
 def _kind(name: str) -> str | None:
@@ -131,6 +141,10 @@ def _size(value: Any) -> int:
 
 def _given(call: Mapping[str, Any]) -> Any:
     return next(call[name] for name in _IN if name in call)
+
+
+def _first_of(value: Any) -> Tensor:
+    return value if isinstance(value, torch.Tensor) else _first_of(value[0])
 
 
 def _to_each(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as distributed
 
 from moesaic.core.shapes import Tensor
+from moesaic.dist.flight import collective
 from moesaic.dist.local import local
 
 BUCKET_BYTES = 64 * 2**20
@@ -105,7 +106,8 @@ class Ranks:
 
     def sum(self, tensor: Tensor) -> Tensor:
         total = tensor.detach().to(self.device, copy=True).contiguous()
-        distributed.all_reduce(total, group=self._group)
+        with collective("all_reduce", group=self._group):
+            distributed.all_reduce(total, group=self._group)
         return total.to(tensor.device)
 
     def sum_floats(self, values: dict[str, float]) -> dict[str, float]:
@@ -117,7 +119,8 @@ class Ranks:
         for bucket in _buckets([p for p in parameters if p.requires_grad]):
             parts = [_gradient(p) for p in bucket]
             flat = torch.cat([part.reshape(-1) for part in parts])
-            distributed.all_reduce(flat, group=self._group)
+            with collective("all_reduce", group=self._group):
+                distributed.all_reduce(flat, group=self._group)
             sums = flat.split([part.numel() for part in parts])
             for part, total in zip(parts, sums, strict=True):
                 part.copy_(total.view_as(part))
@@ -128,23 +131,27 @@ class Ranks:
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
             here = tensor.detach().to(self.device, copy=True).contiguous()
-            distributed.broadcast(here, group=self._group, group_src=0)
+            with collective("broadcast", group=self._group):
+                distributed.broadcast(here, group=self._group, group_src=0)
             tensor.detach().copy_(here)
 
     def share(self, value: Any) -> Any:
         text = json.dumps(value if self.rank == 0 else None).encode()
         length = torch.tensor(len(text), device=self.device)
-        distributed.broadcast(length, group=self._group, group_src=0)
+        with collective("broadcast", group=self._group):
+            distributed.broadcast(length, group=self._group, group_src=0)
         content = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
         if self.rank == 0:
             content.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-        distributed.broadcast(content, group=self._group, group_src=0)
+        with collective("broadcast", group=self._group):
+            distributed.broadcast(content, group=self._group, group_src=0)
         return json.loads(bytes(content.cpu().tolist()))
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         here = tensor.detach().to(self.device).contiguous()
         parts = [torch.empty_like(here) for _ in range(self.size)]
-        distributed.all_gather(parts, here, group=self._group)
+        with collective("all_gather", group=self._group):
+            distributed.all_gather(parts, here, group=self._group)
         return [part.to(tensor.device) for part in parts]
 
     def barrier(self) -> None:

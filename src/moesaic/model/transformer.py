@@ -201,7 +201,7 @@ class Transformer(nn.Module):
     ) -> tuple[Stream, View]:
         place = packing.position if past is None else past.position.flatten()[packing.index]
         own, row = packing.own, packing.row[packing.own]
-        embedded = self.embedding(ids[own])
+        embedded = self.embedding(ids, packing=packing)
         moe = self.config.mixture(side.stack)
         reads = moe.condition.reads() if isinstance(moe, MoE) else "nothing"
         context = Context(
@@ -211,7 +211,7 @@ class Transformer(nn.Module):
             tag=rows.tag[row],
             row_key=rows.key[row],
             embedded=embedded if reads == "token" else None,
-            prompt=self.embedding(rows.tag)[row] if reads == "prompt" else None,
+            prompt=self.embedding.alike(rows.tag)[row] if reads == "prompt" else None,
         )
         placed = self.position.add(embedded, position=context.position)
         x = self.dropout(placed, context=context.at(side.name))

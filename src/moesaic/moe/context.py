@@ -44,7 +44,8 @@ class Context:
 
     def key(self, purpose: str) -> Int[Tensor, "T"]:
         """Return random int64, a function of row, position, layer and purpose."""
-        return mix(mix(self.row_key, self.position), self.salt ^ salt(purpose))
+        row = mix(self.row_key, salt("row"))  # or keys 2 and 3 would meet at positions 0 and 1
+        return mix(mix(row, self.position), self.salt ^ salt(purpose))
 
     def bits(self, purpose: str, *, width: int) -> Int[Tensor, "T width"]:
         """Return random int64, a function of row, position, layer, purpose and column."""

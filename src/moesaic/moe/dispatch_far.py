@@ -9,6 +9,7 @@ Letters: T tokens, N edges, E experts of all ranks, S rows sent, R rows received
 """
 
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -30,16 +31,42 @@ from moesaic.ops.group import Groups, group
 from moesaic.ops.mixture import Edges, carry_home, carry_out
 
 
+@runtime_checkable
+class Host(Protocol):
+    """How the host learns the numbers of rows that it has to know before they move."""
+
+    def read(self, sums: Int[Tensor, "C"], *, edges: int, ranks: int) -> list[int]:
+        """Return ``sums``: rows to or from one of so many ``ranks``, of so many ``edges`` each."""
+        ...
+
+
+class Waits:
+    """The host waits for the device and reads them."""
+
+    def read(self, sums: Int[Tensor, "C"], *, edges: int, ranks: int) -> list[int]:
+        del edges, ranks
+        return sums.tolist()
+
+
+class Supposes:
+    """Every rank sends every other the same: a forecast, for tensors that hold no numbers."""
+
+    def read(self, sums: Int[Tensor, "C"], *, edges: int, ranks: int) -> list[int]:
+        if edges % ranks:
+            raise ValueError(f"{edges} edges cannot be supposed to go evenly to {ranks} ranks")
+        return [edges // ranks] * sums.numel()
+
+
 class AllToAllDispatcher:
     """Experts live evenly over ``over``; each is cut into slices over ``slices``.
 
     The bank given to ``carry`` holds this rank's part: E/n experts of 1/m of the hidden width,
     without a ``down`` bias where m > 1 (every slice would add it). Edges that lead nowhere do not
-    travel. The host waits for the device once, to learn how many rows come and go.
+    travel. By default the ``host`` waits for the device once, to learn how many rows come and go.
     """
 
-    def __init__(self, over: Group, *, slices: Group = None) -> None:
-        self._over, self._slices = over, slices
+    def __init__(self, over: Group, *, slices: Group = None, host: Host | None = None) -> None:
+        self._over, self._slices, self._host = over, slices, host or Waits()
 
     def carry(
         self, x: Float[Tensor, "T D"], *, routing: Routing, experts: RowExperts
@@ -47,18 +74,32 @@ class AllToAllDispatcher:
         if ranks_of(self._over) * ranks_of(self._slices) == 1:
             return LocalDispatcher().carry(x, routing=routing, experts=experts)
         edges = edges_of(routing)
-        trip = _plan(edges.groups.counts, over=self._over, slices=self._slices)
+        trip = self._plan(edges)
         rows = _go(x, edges=edges, trip=trip)
         return _return(answer(rows, groups=trip.groups, experts=experts), edges=edges, trip=trip)
 
     def dispatch(self, x: Float[Tensor, "T D"], routing: Routing) -> Parcel:
         edges = edges_of(routing)
-        trip = _plan(edges.groups.counts, over=self._over, slices=self._slices)
+        trip = self._plan(edges)
         rows = permute(_go(x, edges=edges, trip=trip), groups=trip.groups)
         return Parcel(rows, trip.groups, Far(edges, trip))
 
     def combine(self, y: Float[Tensor, "R D"], parcel: Parcel) -> Float[Tensor, "T D"]:
         return parcel.way.home(y)
+
+    def _plan(self, edges: Edges) -> "Trip":
+        """Exchange how many rows lead to each expert, and learn the sums. Collective."""
+        over, slices, counts = self._over, self._slices, edges.groups.counts
+        ranks, cuts = ranks_of(over), ranks_of(slices)
+        incoming = exchange_counts(counts, over=over)
+        every = gather_rows(incoming, group=slices, sizes=[ranks] * cuts)  # [cut and rank, expert]
+        sums = torch.cat([counts.view(ranks, -1).sum(1), every.sum(1)])
+        numbers = self._host.read(sums, edges=edges.token.numel(), ranks=ranks)
+        sent, arrived = tuple(numbers[:ranks]), numbers[ranks:]
+        blocks = [tuple(arrived[cut * ranks :][:ranks]) for cut in range(cuts)]
+        shared = tuple(sum(block) for block in blocks)
+        groups = by_expert(every, rows=sum(shared))
+        return Trip(over, slices, sent, blocks[rank_in(slices)], shared, groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,19 +152,6 @@ def permute(rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D
 def permute_back(rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
     """Return sorted rows in the order in which they came."""
     return permute(rows, groups=replace(groups, order=groups.place, place=groups.order))
-
-
-def _plan(counts: Int[Tensor, "E"], *, over: Group, slices: Group) -> Trip:
-    """Exchange how many rows lead to each expert, and wait once for the sums. Collective."""
-    ranks, cuts = ranks_of(over), ranks_of(slices)
-    incoming = exchange_counts(counts, over=over)
-    every = gather_rows(incoming, group=slices, sizes=[ranks] * cuts)  # [cut and rank, expert]
-    numbers = torch.cat([counts.view(ranks, -1).sum(1), every.sum(1)]).tolist()
-    sent, arrived = tuple(numbers[:ranks]), numbers[ranks:]
-    blocks = [tuple(arrived[cut * ranks :][:ranks]) for cut in range(cuts)]
-    shared = tuple(sum(block) for block in blocks)
-    groups = by_expert(every, rows=sum(shared))
-    return Trip(over, slices, sent, blocks[rank_in(slices)], shared, groups)
 
 
 def exchange_counts(counts: Int[Tensor, "E"], *, over: Group) -> Int[Tensor, "P e"]:

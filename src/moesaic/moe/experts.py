@@ -15,7 +15,7 @@ from moesaic.moe.pieces import Piece
 from moesaic.nn.feed_forward import FeedForward
 from moesaic.ops.choose import pick_engine, pick_mixer
 from moesaic.ops.group import Groups
-from moesaic.ops.grouped import Banks, grouped_feed_forward
+from moesaic.ops.grouped import Activation, Banks, grouped_feed_forward
 from moesaic.ops.mixture import Edges, carry_home, carry_out
 
 
@@ -105,6 +105,25 @@ class Experts(ExpertBank):
         self.activation, self.bias = feed.activation, size.bias
 
     def forward(self, rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
+        return Bare(self.banks, self.activation)(rows, groups=groups)
+
+    def mix(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
+        return Bare(self.banks, self.activation).mix(x, edges=edges)
+
+    @property
+    def banks(self) -> Banks:
+        biases = (self.up_bias, self.down_bias) if self.bias else (None, None)
+        return Banks(self.up, self.down, *biases)
+
+
+@dataclass(frozen=True, slots=True)
+class Bare:
+    """What a bank of feed-forwards computes, for matrices that need not be its own."""
+
+    banks: Banks
+    activation: Activation
+
+    def __call__(self, rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
         rows = as_autocast(rows)
         return grouped_feed_forward(
             rows,
@@ -118,11 +137,6 @@ class Experts(ExpertBank):
         x = as_autocast(x)
         mixer = pick_mixer(x, activation=self.activation)
         return mixer(x, edges=edges, banks=self.banks, activation=self.activation)
-
-    @property
-    def banks(self) -> Banks:
-        biases = (self.up_bias, self.down_bias) if self.bias else (None, None)
-        return Banks(self.up, self.down, *biases)
 
 
 def as_autocast(x: Tensor) -> Tensor:

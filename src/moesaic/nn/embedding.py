@@ -1,7 +1,11 @@
 """Embedding: token ids to vectors, and states back to logits over the vocabulary.
 
-Letters: T tokens, N predicted tokens, V vocabulary, D model dim.
+``vocabulary`` is a part: how rows of the table are found, and scored, wherever they are held.
+
+Letters: T tokens, t tokens held here, N predicted tokens, V vocabulary, D model dim.
 """
+
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +13,7 @@ from torch import nn
 
 from moesaic.core.config import Config
 from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.nn.packing import Packing
 from moesaic.ops.cross_entropy import TokenLoss, cross_entropy
 
 
@@ -19,6 +24,56 @@ class EmbeddingConfig(Config):
     scaled: bool = True
 
 
+@runtime_checkable
+class Vocabulary(Protocol):
+    """The rows of a table [V, D], of which ``table`` are held here."""
+
+    def stream(
+        self, ids: Int[Tensor, "T"], *, table: Float[Tensor, "v D"], packing: Packing
+    ) -> Float[Tensor, "t D"]:
+        """Return the vectors of the tokens held here, given the ids of all (``packing``)."""
+        ...
+
+    def alike(self, ids: Int[Tensor, "B"], *, table: Float[Tensor, "v D"]) -> Float[Tensor, "B D"]:
+        """Return the vectors of ids that every rank asks for alike."""
+        ...
+
+    def loss(
+        self,
+        hidden: Float[Tensor, "N D"],
+        *,
+        table: Float[Tensor, "v D"],
+        label: Int[Tensor, "N"],
+        smoothing: float,
+        z: float,
+    ) -> TokenLoss:
+        """Return the loss of the tokens predicted here."""
+        ...
+
+
+class WholeVocabulary:
+    """All rows are held here."""
+
+    def stream(
+        self, ids: Int[Tensor, "T"], *, table: Float[Tensor, "V D"], packing: Packing
+    ) -> Float[Tensor, "t D"]:
+        return F.embedding(ids[packing.own], table)
+
+    def alike(self, ids: Int[Tensor, "B"], *, table: Float[Tensor, "V D"]) -> Float[Tensor, "B D"]:
+        return F.embedding(ids, table)
+
+    def loss(
+        self,
+        hidden: Float[Tensor, "N D"],
+        *,
+        table: Float[Tensor, "V D"],
+        label: Int[Tensor, "N"],
+        smoothing: float,
+        z: float,
+    ) -> TokenLoss:
+        return cross_entropy(hidden, weight=table, label=label, smoothing=smoothing, z=z)
+
+
 class Embedding(nn.Module):
     """One table for both sides' inputs; the output table is the same one or its own."""
 
@@ -27,9 +82,15 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, dim))
         self.output = self.weight if config.tied else nn.Parameter(torch.empty(vocab_size, dim))
         self.scale = dim**0.5 if config.scaled else 1.0
+        self.vocabulary: Vocabulary = WholeVocabulary()
 
-    def forward(self, ids: Int[Tensor, "T"]) -> Float[Tensor, "T D"]:
-        return F.embedding(ids, self.weight) * self.scale
+    def forward(self, ids: Int[Tensor, "T"], *, packing: Packing) -> Float[Tensor, "t D"]:
+        """Return the vectors of the tokens held here, given the ids of all of them."""
+        return self.vocabulary.stream(ids, table=self.weight, packing=packing) * self.scale
+
+    def alike(self, ids: Int[Tensor, "B"]) -> Float[Tensor, "B D"]:
+        """Return the vectors of ids that every rank asks for alike."""
+        return self.vocabulary.alike(ids, table=self.weight) * self.scale
 
     def logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Float32 logits of states."""
@@ -44,4 +105,6 @@ class Embedding(nn.Module):
         z: float = 0.0,
     ) -> TokenLoss:
         """Cross-entropy of labels without ever holding all logits."""
-        return cross_entropy(hidden, weight=self.output, label=label, smoothing=smoothing, z=z)
+        return self.vocabulary.loss(
+            hidden, table=self.output, label=label, smoothing=smoothing, z=z
+        )

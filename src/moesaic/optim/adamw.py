@@ -11,6 +11,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from moesaic.core.shapes import Tensor
+from moesaic.optim.update import Matrices
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -36,7 +37,9 @@ class AdamWRule:
         grads: Sequence[Tensor],
         slots: Sequence[dict[str, Tensor]],
         group: Mapping[str, Any],
+        matrices: Matrices,
     ) -> None:
+        del matrices
         fused = params[0].device.type in FUSED_DEVICES
         adamw(
             list(params),

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from moesaic.core.shapes import Float, Tensor
+from moesaic.optim.update import Matrices
 
 # Jordan's quintic a*x + b*x^3 + c*x^5: singular values end near 1 (0.7 to 1.2), and small ones
 # grow by 3.44 per step
@@ -47,16 +48,19 @@ class MuonRule:
         grads: Sequence[Tensor],
         slots: Sequence[dict[str, Tensor]],
         group: Mapping[str, Any],
+        matrices: Matrices,
     ) -> None:
         buffers = [s["momentum"] for s in slots]
         torch._foreach_lerp_(buffers, list(grads), 1 - self.momentum)
         directions = torch._foreach_lerp(list(grads), buffers, self.momentum)  # Nesterov
         torch._foreach_mul_(list(params), 1 - group["lr"] * group["weight_decay"])
-        for indices in same_shape(params).values():
-            chosen = [params[i] for i in indices]
-            updates = orthogonal_each([directions[i] for i in indices], steps=self.steps)
-            rows, columns = chosen[0].shape[-2:]
-            torch._foreach_add_(chosen, updates, alpha=-group["lr"] * self.scale(rows, columns))
+        directions = matrices.whole(group["updated"], directions)
+        for indices in same_shape(directions).values():
+            names = [group["updated"][i] for i in indices]
+            whole = [directions[i] for i in indices]
+            updates = matrices.own(names, orthogonal_each(whole, steps=self.steps))
+            alpha = -group["lr"] * self.scale(*whole[0].shape[-2:])
+            torch._foreach_add_([params[i] for i in indices], updates, alpha=alpha)
 
 
 def same_shape(tensors: Sequence[Tensor]) -> dict[tuple[int, int], list[int]]:

@@ -32,9 +32,38 @@ class Rule(Protocol):
         grads: Sequence[Tensor],
         slots: Sequence[dict[str, Tensor]],
         group: Mapping[str, Any],
+        matrices: "Matrices",
     ) -> None:
-        """Update ``params`` and ``slots`` in place, by the group's ``lr`` and ``weight_decay``."""
+        """Update ``params`` and ``slots`` in place, by the group's ``lr`` and ``weight_decay``.
+
+        ``group["updated"]`` names the parameters.
+        """
         ...
+
+
+@runtime_checkable
+class Matrices(Protocol):
+    """Where a rule that needs whole matrices finds them, by the names of their parameters."""
+
+    def whole(self, names: Sequence[str], parts: Sequence[Tensor]) -> list[Tensor]:
+        """Return what these are parts of."""
+        ...
+
+    def own(self, names: Sequence[str], whole: Sequence[Tensor]) -> list[Tensor]:
+        """Return the parts of whole matrices that are held here."""
+        ...
+
+
+class Here:
+    """Whole matrices are held here."""
+
+    def whole(self, names: Sequence[str], parts: Sequence[Tensor]) -> list[Tensor]:
+        del names
+        return list(parts)
+
+    def own(self, names: Sequence[str], whole: Sequence[Tensor]) -> list[Tensor]:
+        del names
+        return list(whole)
 
 
 class NamedOptimizer(torch.optim.Optimizer):
@@ -45,6 +74,7 @@ class NamedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
         super().__init__(groups, defaults={})
+        self.matrices: Matrices = Here()
         for group in self.param_groups:
             group["base_lr"] = group["lr"]
 
@@ -78,14 +108,25 @@ class NamedOptimizer(torch.optim.Optimizer):
         return state
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
+        named = zip(group["param_names"], group["params"], strict=True)
+        names, params = [], []
+        for name, parameter in named:
+            if parameter.grad is not None:
+                names.append(name)
+                params.append(parameter)
         if not params:
             return
         slots = [self.prepare(p, rule=group["rule"]) for p in params]
         grads = [local(p.grad).float() for p in params]
         params = [local(p) for p in params]
         working = [s.get("master", p) for s, p in zip(slots, params, strict=True)]
-        group["rule"].apply(working, grads=grads, slots=slots, group=group)
+        group["rule"].apply(
+            working,
+            grads=grads,
+            slots=slots,
+            group={**group, "updated": names},
+            matrices=self.matrices,
+        )
         for parameter, master in zip(params, working, strict=True):
             if master is not parameter:
                 parameter.copy_(master)

@@ -15,6 +15,7 @@ from moesaic.moe.dispatch_far import AllToAllDispatcher
 from moesaic.moe.experts import Experts
 from moesaic.moe.layer import layers
 from moesaic.nn.attention import CrossAttention, SelfAttention
+from moesaic.parallel import whole_rows
 from moesaic.parallel.config import Parallel
 from moesaic.parallel.deal import Deal
 from moesaic.parallel.layout import Layout, layout
@@ -50,7 +51,7 @@ def apply(model: Transformer, *, parallel: Parallel, mesh: Mesh) -> Spread:
     check(model, parallel=parallel, plan=mesh.plan)
     table = layout(model)
     cut(model, table=table, mesh=mesh)
-    narrow(model, group=mesh.group("tensor"))
+    narrow(model, group=mesh.group("tensor"), vocab_size=model.config.vocab_size)
     deal(model, parallel=parallel, mesh=mesh)
     for layer in layers(model):
         number = layer.router.config.experts
@@ -89,6 +90,7 @@ def check(model: Transformer, *, parallel: Parallel, plan: ParallelPlan) -> None
         for why in refuses(model, lanes=plan.tensor)
     ]
     problems += _cannot_reach(model, parallel=parallel, plan=plan)
+    problems += whole_rows.refuses(model.config, ranks=plan.context * plan.tensor)
     for layer in layers(model):
         config = layer.router.config
         plan.spread(config.experts, layer=layer.name)
@@ -102,7 +104,7 @@ def cut(model: nn.Module, *, table: Layout, mesh: Mesh) -> None:
     """Replace every parameter by this rank's part of it."""
     done: dict[nn.Parameter, nn.Parameter] = {}
     for path, module in model.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             laid = table.get(f"{path}.{name}" if path else name)
             if parameter not in done and laid is not None:
                 held = spans(laid, grid=mesh.grid(laid.experts), place=mesh.place(laid.experts))

@@ -18,6 +18,7 @@ from moesaic.model.transformer import Transformer
 from moesaic.moe.experts import ExpertBank, Experts
 from moesaic.moe.layer import MoELayer
 from moesaic.nn.attention import CrossAttention, SelfAttention
+from moesaic.nn.embedding import Embedding
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,8 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, Iterator[tuple[str, Laid]]
             yield path, _dense(module)
         elif isinstance(module, MoELayer):
             yield path, _experts(module)
+        elif isinstance(module, Embedding):
+            yield path, _tables(module)
 
 
 def _self_attention(module: SelfAttention) -> Iterator[tuple[str, Laid]]:
@@ -96,6 +99,12 @@ def _dense(branch: DenseBranch) -> Iterator[tuple[str, Laid]]:
     hidden = down.in_features
     yield from _rows("inner.up", up, segments=(hidden,) * (up.out_features // hidden))
     yield from _columns("inner.down", down)
+
+
+def _tables(module: Embedding) -> Iterator[tuple[str, Laid]]:
+    for name, table in module.named_parameters():
+        shape = tuple(table.shape)
+        yield name, Laid(shape, (Cut("tensor", 0, (shape[0],)),))
 
 
 def _rows(name: str, linear: nn.Linear, *, segments: tuple[int, ...]) -> Iterator[tuple[str, Laid]]:

@@ -90,15 +90,19 @@ class Spread:
         laid, parameter = self.layout[name], self._parameters()[name]
         grid, place = self.mesh.grid(laid.experts), self.mesh.place(laid.experts)
         found = spans(laid, grid=grid, place=place)
-        zero = self.sharing[name].zero
-        group = self.mesh.ranks(*zero, experts=laid.experts)
+        group = self.mesh.ranks(*self.sharing[name].zero, experts=laid.experts)
         if len(group) == 1:
             return found
-        dim = zero_dim(tuple(parameter.shape), ranks=len(group))
+        dim = self.zero_dim(name)
         size = -(-parameter.shape[dim] // len(group))  # as FSDP2 cuts: torch.chunk
         start = min(group.index(self.mesh.rank) * size, parameter.shape[dim])
         length = min(size, parameter.shape[dim] - start)
         return window(found, dim=dim, start=start, length=length)
+
+    def zero_dim(self, name: str) -> int:
+        """Return the dim of a parameter that ZeRO cuts, where it does."""
+        ranks = self.mesh.size(*self.sharing[name].zero, experts=self.layout[name].experts)
+        return zero_dim(tuple(self._parameters()[name].shape), ranks=ranks)
 
     def _norm(self) -> Float[Tensor, ""]:
         square = torch.zeros((), dtype=torch.float64)

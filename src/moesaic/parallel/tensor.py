@@ -17,7 +17,9 @@ from moesaic.core.shapes import Float, Tensor
 from moesaic.dist.collectives import Group, gather_rows, rank_in, ranks_of, scatter_rows
 from moesaic.model.block import DenseBranch
 from moesaic.nn.attention import CrossAttention, SelfAttention
+from moesaic.nn.embedding import Embedding
 from moesaic.nn.packing import Packing
+from moesaic.parallel.vocabulary import CutVocabulary
 
 
 class Lanes:
@@ -45,7 +47,7 @@ class Unbiased(nn.Linear):
         return F.linear(input, self.weight)
 
 
-def narrow(model: nn.Module, *, group: Group) -> None:
+def narrow(model: nn.Module, *, group: Group, vocab_size: int) -> None:
     """Tell the layers, whose parameters are cut already, that they are narrower now."""
     lanes = ranks_of(group)
     if lanes == 1:
@@ -58,6 +60,8 @@ def narrow(model: nn.Module, *, group: Group) -> None:
             module.crew = crew
         elif isinstance(module, DenseBranch):
             module.crew = crew
+        elif isinstance(module, Embedding):
+            module.vocabulary = CutVocabulary(group, size=vocab_size)
     if rank_in(group):
         for owner, name, linear in list(_last_products(model)):
             setattr(owner, name, Unbiased(linear))

@@ -13,6 +13,7 @@ from moesaic.checkpoint.same_config import differences, require_same_config
 from moesaic.core.files import write_whole
 from moesaic.data.loader import Loader, Place
 from moesaic.dist.first import on_first
+from moesaic.dist.flight import at
 from moesaic.dist.launch import join
 from moesaic.dist.world import World
 from moesaic.observe.console import Status
@@ -23,6 +24,7 @@ from moesaic.train.hooks.checkpoint import SaveCheckpoints
 from moesaic.train.hooks.hook import Hook
 from moesaic.train.hooks.log import Log
 from moesaic.train.hooks.routes import ProbeRoutes, RecordRoutes
+from moesaic.train.hooks.stragglers import WatchStragglers
 from moesaic.train.hooks.usage import WatchUsage
 from moesaic.train.hooks.validate import Validate
 from moesaic.train.loop import loop
@@ -59,6 +61,7 @@ def train(
         start = on_first(world, lambda: _open(folder, run=run, resume=resume))
         for sentence in start["notes"]:
             shown.note(sentence)
+        at("preparing the data")
         prepared = prepare(run, folder=folder, world=world, say=shown.note)
         trainer = make_trainer(run, prepared=prepared, world=world)
         own = standard_hooks(trainer, folder=folder)
@@ -71,6 +74,7 @@ def train(
             until = min(until or run.steps, run.steps)
             ending = loop(trainer, hooks=[*own, log, *hooks, save], until=until)
             tokens = trainer.meters.total_tokens(world)
+            at("export")
             on_first(world, lambda: export(trainer, folder=folder, tokens=tokens))
         except NotFiniteError as error:
             way_on = f"The last good state is saved. {_way_on(folder)}"
@@ -115,6 +119,7 @@ def standard_hooks(trainer: Trainer, *, folder: RunDir) -> list[Hook]:
         WatchUsage(folder.usage, trainer=trainer),
         RecordRoutes(folder.routes),
         ProbeRoutes(folder.learning),
+        WatchStragglers(),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from moesaic.dist.flight import at
 from moesaic.train.hooks.hook import Hook
 from moesaic.train.result import Ending
 from moesaic.train.stop import StopRequest
@@ -17,9 +18,10 @@ def loop(trainer: Trainer, *, hooks: Sequence[Hook], until: int) -> Ending:
         for hook in hooks:
             hook.before_run(trainer)
         try:
-            while trainer.step < until and not trainer.world.any(stop.asked):
+            while trainer.step < until and not _asked(trainer, stop):
                 report = trainer.advance()
                 for hook in hooks:
+                    at(type(hook).__name__)
                     hook.after_step(trainer, report)
         except NotFiniteError:
             _end(trainer, hooks)
@@ -30,6 +32,12 @@ def loop(trainer: Trainer, *, hooks: Sequence[Hook], until: int) -> Ending:
     return "until" if trainer.step >= until else stop.ending
 
 
+def _asked(trainer: Trainer, stop: StopRequest) -> bool:
+    at("between steps")
+    return trainer.world.any(stop.asked)
+
+
 def _end(trainer: Trainer, hooks: Sequence[Hook]) -> None:
     for hook in hooks:
+        at(type(hook).__name__)
         hook.after_run(trainer)

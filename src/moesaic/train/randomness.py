@@ -1,7 +1,8 @@
 """Random state: torch's generators of every rank as tensors, so that a checkpoint can hold them.
 
-Only dropout, jitter and random token selection draw from them: data comes from the seed by
-arithmetic, and weights are made before the ranks part ways.
+Nothing of ours draws from them in training: dropout, noise and random token selection are functions
+of the token (``ops/random.py``), data comes from the seed by arithmetic, and weights are made
+before the ranks part ways. A member of a user's own may draw, and then goes on where it was.
 """
 
 from collections.abc import Iterator, Mapping

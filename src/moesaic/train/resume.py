@@ -11,7 +11,7 @@ from moesaic.core.errors import CheckpointError
 WATCHED = ("name", "steps", "checkpoint", "validation", "log", "max_bad_steps", "patience_s")
 FREE = (*WATCHED, "parallel")  # and how it is laid over its ranks, which changes nothing else
 # What may differ, but is said: a run that diverged goes on with smaller updates.
-SAID = ("optimizer.lr", "optimizer.adamw.lr", "schedule", "clip_norm")
+SAID = ("optimizer.lr", "optimizer.adamw.lr", "schedule", "clip_norm", "spikes")
 
 
 class Resume(Choice):

@@ -18,6 +18,7 @@ from moesaic.parallel.config import Parallel
 from moesaic.train.precision import Float32, Precision
 from moesaic.train.sinks import MetricsSink
 from moesaic.train.source import CorpusSource
+from moesaic.train.spikes import Spikes, TakeSpikes
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -64,7 +65,8 @@ class Run(Config):
 
     ``languages`` may be spelt any way (``de``, ``German``, ``deu_Latn``); empty means all of the
     corpus. A step is ``accumulate`` micro-batches of ``loader.batch_tokens`` tokens over all ranks
-    together. After ``max_bad_steps`` non-finite steps in a row the run stops with a checkpoint.
+    together. After ``max_bad_steps`` non-finite steps in a row the run stops with a checkpoint;
+    ``spikes`` says what becomes of a step that is finite but far off.
     ``parallel`` says how it is laid over its ranks; it changes nothing else.
     A rank that keeps the others waiting for ``patience_s`` seconds ends the run with an error.
     """
@@ -89,4 +91,5 @@ class Run(Config):
     validation: Validation = Validation()
     log: Log = Log()
     max_bad_steps: Positive = 5
+    spikes: Spikes = TakeSpikes()
     patience_s: Annotated[float, Field(gt=0)] = 120.0

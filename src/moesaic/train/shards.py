@@ -52,9 +52,6 @@ def _prepare(optimizer: NamedOptimizer, *, stepped: Iterable[str]) -> None:
     """Make room for the state of every parameter that had any."""
     known = set(stepped)
     for group in optimizer.param_groups:
-        named: Iterable[tuple[str, Tensor]] = zip(
-            group["param_names"], group["params"], strict=True
-        )
-        for name, parameter in named:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if name in known:
                 optimizer.prepare(parameter, rule=group["rule"])

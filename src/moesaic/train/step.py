@@ -12,6 +12,7 @@ import torch
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.data.batch import Batch
+from moesaic.dist.flight import at
 from moesaic.dist.local import local
 from moesaic.model.transformer import Transformer
 from moesaic.moe.layer import hear
@@ -49,6 +50,7 @@ class Objective:
         for number, batch in enumerate(batches):
             spread.before_backward(last=number == len(batches) - 1)
             passes.append(self._micro(spread, batch, predicted=predicted, parts=len(batches)))
+        at("sum of gradients")
         spread.sum_gradients()
         sums = passes[0].sums
         for other in passes[1:]:

@@ -1,22 +1,28 @@
 """StopRequest: Ctrl-C and SIGTERM, turned into a wish that the loop reads between two steps."""
 
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Self
 
 from moesaic.train.result import Ending
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+REPEAT_S = 1.0
 
 
 class StopRequest:
-    """While entered, the first signal is noted and the second acts as if we were not here.
+    """While entered, the first signal is noted and a later one acts as if we were not here.
+
+    One within ``REPEAT_S`` is the first come again: a terminal or Slurm signals torchrun and its
+    workers alike, and torchrun passes it on to them.
 
     Outside the main thread no signal can be caught, and nothing is.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._noted_s = 0.0
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
@@ -44,8 +50,11 @@ class StopRequest:
         return "SIGTERM" if self.signal == signal.SIGTERM else "SIGINT"
 
     def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        self.signal = signal.Signals(number)
-        self._give_back()
+        if self.signal is None:
+            self.signal, self._noted_s = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self._noted_s > REPEAT_S:
+            self._give_back()
+            signal.raise_signal(number)
 
     def _give_back(self) -> None:
         for number, handler in self._before.items():

@@ -16,12 +16,15 @@ from moesaic.checkpoint.snapshot import RankSnapshot, Snapshot
 from moesaic.core.errors import UserError
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
+from moesaic.dist.flight import FLIGHT, at
 from moesaic.dist.world import World
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights, restore_weights
 from moesaic.moe.layer import forget, learn, set_ranks
+from moesaic.optim.clip import GradNorm
 from moesaic.optim.state import export_state, restore_state
 from moesaic.parallel.apply import lay
+from moesaic.parallel.matrices import SpreadMatrices
 from moesaic.train.journal import Journal
 from moesaic.train.meters import Categories, Meters
 from moesaic.train.randomness import random_state, restore_random_state
@@ -29,6 +32,7 @@ from moesaic.train.ranks import BatchRanks
 from moesaic.train.retry import Retry, Try
 from moesaic.train.run import Run
 from moesaic.train.shards import restore_shards, shards_of
+from moesaic.train.spikes import Past
 from moesaic.train.step import Objective, Pass, first_not_finite
 
 
@@ -64,13 +68,17 @@ class NotFiniteError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One finished update: its number (from 1), what it saw, and seconds in all and for data."""
+    """One finished update: its number (from 1), what it saw, and seconds.
+
+    ``seconds`` in all, ``data_seconds`` for data, ``waited_seconds`` in collectives on this rank.
+    """
 
     step: int
     seen: Pass
     lr: float
     seconds: float
     data_seconds: float
+    waited_seconds: float = 0.0
 
 
 class Trainer:
@@ -84,32 +92,38 @@ class Trainer:
         self.optimizer = run.optimizer.build(
             model.named_parameters(), kinds=model.parameter_kinds()
         )
+        if not self.spread.whole:
+            self.optimizer.matrices = SpreadMatrices(self.spread)
         categories = Categories(tuple(data.tasks), tuple(data.languages))
         self.objective = Objective(categories, run.label_smoothing, run.precision)
         self.meters = Meters(categories, device=world.device)
         self.parts: dict[str, Part] = {"meters": self.meters}  # hooks add theirs before restore()
         self.retry = Retry()
+        self.past = Past()
         self.step = 0
         self.journal = Journal()
 
     def advance(self) -> StepReport:
-        """Make one update, setting aside work whose loss or gradient is not finite. Collective.
+        """Make one update, setting aside work that is not finite, or a spike. Collective.
 
         Raises NotFiniteError after ``max_bad_steps`` such steps in a row; the state is then that
         of the last good step, with the bad work waiting.
         """
         started, waited = time.perf_counter(), 0.0
+        before_s = FLIGHT.waited_s
         while True:
             tried = self.retry.next(self.data.state())
             before = time.perf_counter()
+            at("data", step=self.step + 1)
             batches = self._draw(tried)
             waited += time.perf_counter() - before
+            at("forward and backward")
             seen = self.objective.gradients(self.spread, batches=batches)
             norm = self.spread.clip(self.run.clip_norm)
-            if norm.finite:
+            if self._usable(tried, seen=seen, norm=norm):
                 break
-            self._set_aside(tried, seen=seen)
-        factor = self.run.schedule.at(self.step, steps=self.run.steps)
+        at("update")
+        factor = self.run.schedule.at(self.step, steps=self.run.steps) * self.past.rate
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.optimizer.step()
@@ -120,7 +134,7 @@ class Trainer:
         self.step += 1
         seconds = time.perf_counter() - started
         lr = max(group["lr"] for group in self.optimizer.param_groups)
-        return StepReport(self.step, seen, lr, seconds, waited)
+        return StepReport(self.step, seen, lr, seconds, waited, FLIGHT.waited_s - before_s)
 
     def _draw(self, tried: Try) -> tuple[Batch, ...]:
         """Return the step's micro-batches; a retry goes back for them and returns to now."""
@@ -133,21 +147,43 @@ class Trainer:
         self.data.restore(now)
         return batches
 
-    def _set_aside(self, tried: Try, *, seen: Pass) -> None:
-        """Skip the update and say what was not finite. The same on every rank."""
-        what = self._what_is_not_finite(seen)
+    def _usable(self, tried: Try, *, seen: Pass, norm: GradNorm) -> bool:
+        """Whether to update; if not, the work is set aside. The same on every rank."""
+        if not norm.finite:
+            what = self._what_is_not_finite(seen)
+            self._set_aside(tried, what=what)
+            self._stop_if_it_lasts(what)
+            return False
+        if not self.run.spikes.watches:
+            return True
+        judged = self.run.spikes.judge(self._loss(seen), past=self.past)
+        self.past = judged.past
+        if judged.skip:
+            self._set_aside(tried, what=judged.note)
+        return not judged.skip
+
+    def _set_aside(self, tried: Try, *, what: str) -> None:
+        """Skip the update and say why."""
         self.optimizer.zero_grad()
         forget(self.model)
         self.retry.bad(tried)
         self.meters.skipped += 1
         fate = "given up after its second try" if tried.again else "kept for one more try"
         self.journal.note(f"step {self.step + 1} skipped: {what}; its batch is {fate}")
+
+    def _stop_if_it_lasts(self, what: str) -> None:
         if self.retry.in_a_row >= self.run.max_bad_steps:
             raise NotFiniteError(
-                f"{self.retry.in_a_row} steps in a row were not finite after step {self.step} "
-                f"(max_bad_steps is {self.run.max_bad_steps}): {what}. Try a lower optimizer.lr, "
-                "a longer schedule.warmup or a smaller clip_norm"
+                f"{self.retry.in_a_row} steps in a row were set aside after step {self.step} "
+                f"(max_bad_steps is {self.run.max_bad_steps}), the last for {what}. Try a lower "
+                "optimizer.lr, a longer schedule.warmup or a smaller clip_norm"
             )
+
+    def _loss(self, seen: Pass) -> float:
+        """Return the step's cross-entropy per predicted token, over all ranks. Collective."""
+        tasks = len(self.objective.categories.tasks)
+        total, count = self.world.sum(seen.sums.losses)[:, :tasks].sum(1).tolist()
+        return total / max(count, 1.0)
 
     def _what_is_not_finite(self, seen: Pass) -> str:
         losses = self.world.sum(seen.sums.losses)[0].tolist()
@@ -180,6 +216,7 @@ class Trainer:
             "config": self.run.plain(),
             "data": self.data.state(),
             "retry": self.retry.waiting,
+            "spikes": self.past.plain(),
             "journal": self.journal.state(),
         }
 
@@ -205,5 +242,7 @@ class Trainer:
             part.restore(snapshot.files.get(name, {}), world=self.world)
         self.data.restore(snapshot.state["data"])
         self.retry = Retry(snapshot.state["retry"])
+        spikes = snapshot.state.get("spikes")  # not in checkpoints from before there was a rule
+        self.past = Past.from_plain(spikes) if spikes else Past()
         self.journal.restore(snapshot.state["journal"])
         self.step = snapshot.step

@@ -1,0 +1,196 @@
+"""Ranks that are killed, stopped, raise or loop for ever, at every moment of a run.
+
+Most jobs are forked ranks that meet as under torchrun; some are torchrun's own, which starts them
+again by itself. After each fault the others must end in time and name the rank and the collective;
+the run must go on and end as an undisturbed one, bit for bit. At last a run of four ranks goes on
+with two, which sum in another order: there the greatest difference of a weight is measured.
+
+    python benchmarks/faults.py --faults 108
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from support import write_result
+
+from moesaic.checkpoint.rundir import RunDir
+from moesaic.checkpoint.tensors import read_tensors
+from moesaic.moe.balance import SwitchBalance
+from moesaic.moe.config import MoE
+from moesaic.moe.select import TopK
+from moesaic.testing.faults import Endured, Fault, Inject, bound_s, draw_faults, endure, live
+from moesaic.testing.kills import compare
+from moesaic.testing.tiny import synthetic_run, tiny_model_config
+from moesaic.train.job import train
+from moesaic.train.resume import Auto
+from moesaic.train.run import Checkpoints, Run
+from moesaic.train.watch import silent
+
+PATIENCE_S = {2: 2.0, 4: 3.0, 8: 6.0}  # eight ranks share two cores here
+TORCHRUN = (  # one an attempt; the last attempt has none
+    Fault("kill", "collective", rank=1, after=3),
+    Fault("exception", "between steps", rank=0, after=2),
+    Fault("loop", "forward", rank=1, after=3),
+    Fault("kill", "save", rank=0, after=2),
+)
+
+
+def the_run(world: int, *, steps: int = 30) -> Run:
+    """Dropout, so that random numbers matter; saves at every other step."""
+    moe = MoE(experts=4, select=TopK(k=2), balance=(SwitchBalance(),))
+    model = tiny_model_config(moe=moe).replace(vocab_size=400, dropout=0.1)
+    return synthetic_run(
+        model=model,
+        steps=steps,
+        checkpoint=Checkpoints(every=2),
+        patience_s=PATIENCE_S[world],
+        name="faulty",
+    )
+
+
+def forked(folder: Path, *, world: int, faults: int, seed: int) -> dict[str, Any]:
+    """Run the forked campaign of one number of ranks, and print a line of it."""
+    run = the_run(world)
+    drawn = draw_faults(faults, world=world, seed=seed)
+    endured = endure(run, folder=folder / f"of-{world}", world=world, faults=drawn)
+    waits = [o.seconds for o in endured.ordeals if o.fault.kind in ("stop", "loop")]
+    quick = [o.seconds for o in endured.ordeals if o.fault.kind not in ("stop", "loop")]
+    found = {
+        "ranks": world,
+        "faults": len(endured.ordeals),
+        "wrong": endured.wrong,
+        "differences": list(endured.differences),
+        "runs_compared": endured.compared,
+        "lives": endured.lives,
+        "patience_s": run.patience_s,
+        "longest_s": {"dies": round(max(quick), 2), "hangs": round(max(waits), 2)},
+        "allowed_s": round(bound_s(run), 1),
+        "seconds": round(endured.seconds),
+        "by_kind_and_moment": _counted(endured),
+        "sentences": [o.sentence for o in endured.ordeals[:: max(1, faults // 6)]],
+    }
+    print(json.dumps(found, indent=1), flush=True)
+    return found
+
+
+def _counted(endured: Endured) -> dict[str, int]:
+    return dict(
+        sorted(Counter(f"{o.fault.kind}, {o.fault.moment}" for o in endured.ordeals).items())
+    )
+
+
+def under_torchrun(folder: Path) -> dict[str, Any]:
+    """Run two ranks under torchrun, which starts them again after each fault of ``TORCHRUN``."""
+    run, began = the_run(2), time.monotonic()
+    whole = live(run, folder / "whole", world=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [f"--max-restarts={len(TORCHRUN)}", "--monitor-interval=0.1"]
+    command += [__file__, "--be", str(folder / "torchrun")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    differences = compare(folder / "whole", folder / "torchrun") if not done.returncode else []
+    if done.returncode or not whole.finished:
+        differences = [done.stderr[-2000:]]
+    named = re.findall(r"LostRankError: (rank \d .*)", done.stderr)
+    wrong = [
+        f"{fault}: not named"
+        for fault in TORCHRUN
+        if not any(sentence.startswith(f"rank {fault.rank} ") for sentence in named)
+    ]
+    found = {
+        "ranks": 2,
+        "faults": len(TORCHRUN),
+        "wrong": wrong,
+        "differences": differences,
+        "seconds": round(time.monotonic() - began),
+        "sentences": sorted({sentence.partition(". The last checkpoint")[0] for sentence in named}),
+    }
+    print(json.dumps(found, indent=1), flush=True)
+    return found
+
+
+def be(out: Path) -> None:
+    """Be one rank under torchrun, with the fault of this attempt."""
+    torch.set_num_threads(1)
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    hooks = ()
+    if attempt < len(TORCHRUN):
+        stamp = out.with_name(f"struck-{attempt}")
+        hooks = (Inject(TORCHRUN[attempt], stamp=stamp, rank=int(os.environ["RANK"])),)
+    train(the_run(2), out, resume=Auto(), hooks=hooks, board=silent)
+
+
+def with_fewer_ranks(folder: Path) -> dict[str, Any]:
+    """Kill one of four ranks, and go on with two."""
+    run, here = the_run(4), folder / "fewer"
+    whole = live(run, folder / "four", world=4)
+    life = live(run, here, world=4, fault=Fault("kill", "collective", rank=3, after=11))
+    resumed = live(run, here, world=2)
+    weights = [read_tensors(RunDir(path).model) for path in (folder / "four", here)]
+    greatest = max(float((weights[0][n] - weights[1][n]).abs().max()) for n in weights[0])
+    lost = [list(v.ranks) for v in life.verdicts.values()]
+    ended = whole.finished and resumed.finished and lost and all(ranks == [3] for ranks in lost)
+    found = {"ranks": "4, then 2", "greatest_difference_of_a_weight": greatest}
+    found |= {"wrong": [] if ended else [str(lost), str(resumed.words)]}
+    print(json.dumps(found, indent=1), flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--faults", type=int, default=108)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--be", type=Path, help=argparse.SUPPRESS)
+    here = Path(__file__).parent
+    parser.add_argument("--out", type=Path, default=here / "results" / "faults.json")
+    options = parser.parse_args()
+    if options.be is not None:
+        return be(options.be)
+    torch.set_num_threads(1)
+    shares = {2: 0.55, 4: 0.3, 8: 0.15}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        os.environ["MOESAIC_HOME"] = str(folder / "home")
+        counts = {world: round(options.faults * share) for world, share in shares.items()}
+        parts = [
+            forked(folder, world=world, faults=count, seed=options.seed + world)
+            for world, count in counts.items()
+        ]
+        launched = under_torchrun(folder)
+        fewer = with_fewer_ranks(folder)
+    wrong = [why for part in (*parts, launched, fewer) for why in part["wrong"]]
+    differences = [why for part in (*parts, launched) for why in part["differences"]]
+    total = sum(part["faults"] for part in (*parts, launched))
+    question = "does a job stop in time, name the rank and go on as if nothing had been?"
+    result = {"question": question, "faults": total, "wrong": wrong, "differences": differences}
+    result |= {"forked": parts, "torchrun": launched, "fewer_ranks": fewer, "seed": options.seed}
+    result |= {"injected_by_torchrun": [asdict(fault) for fault in TORCHRUN]}
+    write_result(options.out, result)
+    _table(parts, launched)
+    return sys.exit(1 if wrong or differences else 0)
+
+
+def _table(parts: list[dict[str, Any]], launched: dict[str, Any]) -> None:
+    print("\n| ranks | faults | wrong | longest when one dies | when one hangs | patience |")
+    print("| --: | --: | --: | --: | --: | --: |")
+    for part in parts:
+        dies, hangs = part["longest_s"]["dies"], part["longest_s"]["hangs"]
+        bad = len(part["wrong"]) + len(part["differences"])
+        row = f"{part['ranks']} | {part['faults']} | {bad} | {dies} s | {hangs} s"
+        print(f"| {row} | {part['patience_s']} s |")
+    bad = len(launched["wrong"]) + len(launched["differences"])
+    print(f"| 2, torchrun | {launched['faults']} | {bad} | | | {PATIENCE_S[2]} s |")
+
+
+if __name__ == "__main__":
+    main()

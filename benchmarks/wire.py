@@ -1,0 +1,272 @@
+"""Bytes on the wire, counted in real runs on eight ranks of this machine beside the closed forms.
+
+Each part moves the rows of one MoE layer forward and backward over gloo, a node being four ranks in
+a row, and counts with ``Wire`` what a rank sends. Routing is even, by having every set of experts
+once, so the closed forms are exact and a run on another machine counts the same. Written to
+``results/wire.json`` and into the guide.
+
+    python benchmarks/wire.py
+"""
+
+import argparse
+from dataclasses import dataclass, replace
+from itertools import combinations
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from support import write_result
+from torch import nn
+from wire_page import write_page
+
+from moesaic.dist.collectives import Group, ranks_of
+from moesaic.dist.fit import Cost
+from moesaic.dist.subgroups import Split, split
+from moesaic.dist.traffic import (
+    Rows,
+    all_to_all,
+    all_to_all_leaving,
+    three_d,
+    two_hops_leaving,
+)
+from moesaic.dist.wire import Wire
+from moesaic.moe.adaptive import Adaptive, Lending, Prices, Step, every_lending
+from moesaic.moe.bodies.narrow import Narrow
+from moesaic.moe.config import MoE
+from moesaic.moe.context import Carry, Context
+from moesaic.moe.dispatch import Dispatcher
+from moesaic.moe.dispatch_far import AllToAllDispatcher
+from moesaic.moe.dispatch_hop import two_hops
+from moesaic.moe.experts import Experts, Size
+from moesaic.moe.gates import Place
+from moesaic.moe.layer import MoELayer
+from moesaic.moe.routing import Routing
+from moesaic.moe.select import TopK
+from moesaic.nn.activation import ReLU
+from moesaic.nn.feed_forward import FeedForward
+from moesaic.testing.ranks import run_on_ranks
+
+RANKS, NODE, E, D, F = 8, 4, 8, 128, 64
+BY_BYTES = Prices(exchange=Cost(0, 1), lend=Cost(0, 1), work=Cost(0, 0))
+FLOAT = torch.float32
+
+
+@dataclass(frozen=True)
+class Folds:
+    """Groups of eight ranks, all made by every rank in the same order."""
+
+    world: Group
+    pairs: Split
+    nodes: Split
+
+    @staticmethod
+    def made() -> "Folds":
+        world = distributed.group.WORLD
+        return Folds(world, split(world, run=2), split(world, run=NODE))
+
+
+def every_set(per_token: int) -> Routing:
+    """One token for each set of experts."""
+    sets = torch.tensor(list(combinations(range(E), per_token)))
+    return Routing.from_topk(torch.ones(sets.shape), expert=sets, num_experts=E)
+
+
+def bank(experts: int, *, hidden: int = F, dim: int = D) -> Experts:
+    feed = FeedForward(hidden=hidden, activation=ReLU())
+    made = Experts(Size(experts, dim, feed, bias=False))
+    for matrix in made.parameters():
+        nn.init.normal_(matrix)
+    return made
+
+
+def there_and_back(way: Dispatcher, *, experts: Experts, routing: Routing) -> None:
+    x = torch.randn(routing.num_tokens, D, requires_grad=True)
+    weighed = replace(routing, weight=routing.weight.clone().requires_grad_())
+    way.carry(x, routing=weighed, experts=experts).sum().backward()
+
+
+def mesh_row(name: str, *, over: Group, slices: Group, data: Group) -> dict[str, Any]:
+    """Rows and gradients of one way to lay the experts over the ranks."""
+    places, cuts, copies = ranks_of(over), ranks_of(slices), ranks_of(data)
+    routing, experts = every_set(2), bank(E // places, hidden=F // cuts)
+    names: dict[str, Group] = {"expert": over, "model": slices, "data": data}
+    with Wire(axes=names) as wire:
+        there_and_back(AllToAllDispatcher(over, slices=slices), experts=experts, routing=routing)
+        for matrix in experts.parameters() if data is not None else ():
+            distributed.all_reduce(matrix.grad, group=data)
+    rows = Rows(tokens=routing.num_tokens, per_token=2, dim=D, itemsize=4)
+    form = three_d(rows, data=copies, expert=places, model=cuts, expert_bytes=2.0 * E * D * F * 4)
+    return {
+        "mesh": name,
+        "counted": {axis: wire.total(axis=axis, dtype=FLOAT) for axis in names},
+        "closed": {"expert": 2 * form.expert, "model": 2 * form.model, "data": form.data},
+        "rows_leaving_node": wire.leaving(ranks_per_node=NODE, dtype=FLOAT)
+        - sum(
+            line.bytes
+            for line in wire.sent()
+            if line.axis == "data" and line.to // NODE != distributed.get_rank() // NODE
+        ),
+    }
+
+
+def meshes() -> list[dict[str, Any]]:
+    fold = Folds.made()
+    inner = split(fold.nodes.near, run=2)
+    return [
+        mesh_row("expert 8", over=fold.world, slices=None, data=None),
+        mesh_row("data 2 x expert 4", over=fold.nodes.near, slices=None, data=fold.nodes.far),
+        mesh_row(
+            "data 2 x expert 2 x model 2", over=inner.far, slices=inner.near, data=fold.nodes.far
+        ),
+    ]
+
+
+def folding() -> list[dict[str, Any]]:
+    """Expert parallelism of degree 4 beside attention cut in two: over data, or folded."""
+    fold, found = Folds.made(), []
+    rows = Rows(tokens=comb(E, 2), per_token=2, dim=D, itemsize=4)
+    for name, over, near in (
+        ("unfolded: every second rank", fold.pairs.far, 2),
+        ("folded: four in a row", fold.nodes.near, 4),
+    ):
+        with Wire() as wire:
+            way = AllToAllDispatcher(over)
+            there_and_back(way, experts=bank(E // 4), routing=every_set(2))
+        found.append(
+            {
+                "expert_group": name,
+                "counted_leaving": wire.leaving(ranks_per_node=NODE, dtype=FLOAT),
+                "closed_leaving": 2 * all_to_all_leaving(rows, ranks=4, on_node=near),
+                "counted": wire.total(dtype=FLOAT),
+                "closed": 2 * all_to_all(rows, ranks=4),
+            }
+        )
+    return found
+
+
+def narrow() -> dict[str, Any]:
+    """A layer whose rows travel whole, and one whose rows travel at a quarter of the width."""
+    counted = {}
+    for name, config in {
+        "whole": MoE(experts=E, select=TopK(k=2)),
+        "narrow": MoE(experts=E, select=TopK(k=2), exchange=Narrow(ratio=0.25)),
+    }.items():
+        torch.manual_seed(0)
+        feed = FeedForward(hidden=F, activation=ReLU())
+        layer = MoELayer(config, dim=D, feed_forward=feed, bias=False, place=Place("moe"))
+        torch.manual_seed(1)
+        for parameter in layer.router.parameters():
+            nn.init.normal_(parameter)
+        layer.experts = bank(E // RANKS, dim=config.exchange.dim(D))
+        layer.dispatcher = AllToAllDispatcher(distributed.group.WORLD)
+        torch.manual_seed(2 + distributed.get_rank())
+        x = torch.randn(64, D, requires_grad=True)
+        with Wire() as wire:
+            answer = layer(x, context=Context.plain(64), carry=Carry())
+            answer.out.sum().backward()
+        counted[name] = wire.total(kind="all-to-all", dtype=FLOAT)
+    return {**counted, "ratio": counted["narrow"] / counted["whole"], "closed": 0.25}
+
+
+def hops() -> list[dict[str, Any]]:
+    """What crosses between nodes, flat and in two hops."""
+    fold, found = Folds.made(), []
+    for per_token in (1, 2, 4):
+        routing = every_set(per_token)
+        rows = Rows(tokens=routing.num_tokens, per_token=per_token, dim=D, itemsize=4)
+        crossing = {}
+        for name, way in (
+            ("flat", AllToAllDispatcher(fold.world)),
+            ("two_hops", two_hops(nodes=fold.nodes.far, inside=fold.nodes.near)),
+        ):
+            with Wire() as wire:
+                there_and_back(way, experts=bank(E // RANKS), routing=routing)
+            crossing[name] = wire.leaving(ranks_per_node=NODE)
+        flat = 2 * all_to_all_leaving(rows, ranks=RANKS, on_node=NODE)
+        once = 2 * two_hops_leaving(rows, experts=E, nodes=RANKS // NODE)
+        # an edge that crosses tells its expert and weight, and gets the weight's gradient
+        edges = rows.tokens * per_token // 2 * (8 + 4 + 4)
+        found.append(
+            {
+                "per_token": per_token,
+                **{f"counted_{name}": size for name, size in crossing.items()},
+                "closed_flat": flat + NODE * 8,
+                "closed_two_hops": once + edges + 2 * 8,
+            }
+        )
+    return found
+
+
+def lending() -> list[dict[str, Any]]:
+    """Two experts, each cut over four ranks: rows repeated, or slices and experts lent."""
+    fold, found = Folds.made(), []
+    over, slices, hidden = fold.nodes.far, fold.nodes.near, 96
+    ways = every_lending(2, slices=NODE)
+    for factor in range(1, 9):
+        tokens = 8 * factor
+        expert = (torch.arange(tokens) % 2)[:, None]
+        routing = Routing.from_topk(torch.ones(tokens, 1), expert=expert, num_experts=2)
+        experts = bank(1, hidden=hidden // NODE)
+        step = Step(
+            torch.full((2, NODE, 2), tokens // 2),
+            row_bytes=4 * D,
+            bank_bytes=4 * sum(matrix.numel() for matrix in experts.parameters()),
+        )
+        row: dict[str, Any] = {"capacity_factor": factor, "counted": {}, "closed": {}}
+        for way in ways:
+            dispatcher = Adaptive(over, slices=slices, prices=BY_BYTES, among=[way])
+            with Wire() as wire:
+                there_and_back(dispatcher, experts=experts, routing=routing)
+            moved = step.moved(way)
+            row["counted"][label(way)] = wire.total(dtype=FLOAT)
+            row["closed"][label(way)] = 2 * (2 * moved.rows + 2 * moved.copies + moved.weights)
+        free = Adaptive(over, slices=slices, prices=BY_BYTES)
+        x = torch.randn(tokens, D)
+        row["chosen"] = label(free.choose(x, routing=routing, experts=experts))
+        found.append(row)
+    return found
+
+
+def label(way: Lending) -> str:
+    """Tutel's r: how often a row is repeated; 0 where weights are all that travels."""
+    return "r=0" if way.experts > 1 else f"r={NODE // way.slices}"
+
+
+def alike(part: Any) -> Any:
+    """Run a part on all ranks, which must have counted the same."""
+    every = run_on_ranks(RANKS, part, timeout_s=300)
+    if any(found != every[0] for found in every):
+        raise ValueError(f"ranks counted differently in {part.__name__}: {every}")
+    return every[0]
+
+
+def summed(part: Any) -> dict[str, Any]:
+    """Run a part whose routing is not even: the sums over ranks."""
+    every = run_on_ranks(RANKS, part, timeout_s=300)
+    whole, less = (sum(found[name] for found in every) for name in ("whole", "narrow"))
+    return {"whole": whole, "narrow": less, "ratio": less / whole, "closed": every[0]["closed"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/wire.json"))
+    parser.add_argument("--page", type=Path, default=Path("docs/guide/bytes-on-the-wire.md"))
+    options = parser.parse_args()
+    result = {
+        "ranks": RANKS,
+        "ranks_per_node": NODE,
+        "row_bytes": 4 * D,
+        "meshes": alike(meshes),
+        "folding": alike(folding),
+        "narrow": summed(narrow),
+        "hops": alike(hops),
+        "lending": alike(lending),
+    }
+    write_result(options.out, result)
+    write_page(options.page, result)
+
+
+if __name__ == "__main__":
+    main()

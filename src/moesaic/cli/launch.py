@@ -1,0 +1,119 @@
+"""``moesaic launch``: the file that starts a recipe on many machines, complete."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from moesaic.cli.common import Json, Set, Use, answer, talk, use, verb_app
+from moesaic.core.errors import ConfigError, nearest
+from moesaic.core.text import read_call
+from moesaic.dist.launchers.kubernetes import Kubernetes
+from moesaic.dist.launchers.launcher import Job, Launcher, Torchrun
+from moesaic.dist.launchers.skypilot import SkyPilot
+from moesaic.dist.launchers.slurm import Slurm
+from moesaic.recipes.find import find
+from moesaic.train.checks import check
+from moesaic.train.run import Run
+
+KNOWN = (Torchrun, Slurm, Kubernetes, SkyPilot)  # importing a member makes it one
+WORDS = {member.__name__.lower(): member for member in KNOWN}
+
+app = verb_app()
+
+
+@app.command()
+def launch(
+    which: Annotated[str, typer.Argument(metavar="RECIPE|CONFIG", help="What is to be trained.")],
+    *,
+    nodes: Annotated[int, typer.Option(help="How many machines.")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus-per-node", help="GPUs of each; one rank a GPU.")],
+    on: Annotated[
+        str,
+        typer.Option(
+            "--on",
+            metavar="torchrun|slurm|kubernetes|skypilot",
+            help='With settings: --on "Slurm(time=12:00:00)" needs quotes inside.',
+        ),
+    ] = "torchrun",
+    changes: Set = None,
+    run_dir: Annotated[str | None, typer.Option("--run", help="The run directory there.")] = None,
+    restarts: Annotated[int, typer.Option(help="How often all ranks may start again.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Write the file here.")] = None,
+    shown: Annotated[
+        bool, typer.Option("--print", help="Print it (without --out anyway).")
+    ] = False,
+    files: Use = None,
+    as_json: Json = False,
+) -> None:
+    """Write the launch file of a training run on many machines, with restarts and resuming.
+
+    Example: [cyan]moesaic launch multilingual-50 --nodes 4 --gpus-per-node 8 --on slurm[/]
+
+    With settings: [cyan]--on 'Slurm(time="12:00:00", partition="gpu")'[/]
+
+    To a file: [cyan]moesaic launch demo --gpus-per-node 8 --on torchrun --out demo.sh[/]
+    """
+    use(files)
+    run = find(which, changes=changes or [])
+    check(run)
+    launcher = read_launcher(on)
+    folder = run_dir or f"runs/{run.name}"
+    words = ["-m", "moesaic", "train", which, "--out", folder, "--resume", "auto"]
+    words += [word for change in changes or [] for word in ("--set", change)]
+    words += [word for file in files or [] for word in ("--use", str(file))]
+    job = Job(
+        name=run.name,
+        command=tuple(words),
+        about=_ranks(run, nodes=nodes, gpus=gpus),
+        nodes=nodes,
+        gpus_per_node=gpus,
+        restarts=restarts,
+    )
+    text = launcher.file(job)
+    if out is not None:
+        out.write_text(text, encoding="utf-8")
+    talk.print(f"{job.about}. Start it with: {_how(launcher, out)}", highlight=False)
+    value = {"world": job.world, "nodes": nodes, "gpus_per_node": gpus, "file": text}
+    value |= {"out": None if out is None else str(out), "on": type(launcher).__name__}
+    answer(value, as_json=as_json, show=_show(text, printed=shown or out is None))
+
+
+def read_launcher(text: str) -> Launcher:
+    """Read ``slurm`` or ``Slurm(time="12:00:00")``. Raises ConfigError."""
+    fields = read_call(text) or {"kind": text}
+    kind = str(fields["kind"])
+    member = WORDS.get(kind.lower())
+    if member is None:
+        known = ", ".join(WORDS)
+        hint = nearest(kind, WORDS)
+        raise ConfigError([f'--on: found "{kind}", expected one of {known}{hint}'])
+    try:
+        return member.from_plain(fields | {"kind": member.__name__})
+    except ConfigError as error:
+        name = member.__name__
+        way = f"write it as --on '{name}(...)', with quotes around texts"
+        raise ConfigError(f"--on {name}.{problem} ({way})" for problem in error.problems) from error
+
+
+def _ranks(run: Run, *, nodes: int, gpus: int) -> str:
+    world = nodes * gpus
+    share = run.loader.batch_tokens / max(world, 1)
+    return (
+        f"{run.name}: {nodes} x {gpus} GPUs = {world} ranks, {share:,.0f} of "
+        f"loader.batch_tokens={run.loader.batch_tokens:,} tokens each"
+    )
+
+
+def _how(launcher: Launcher, out: Path | None) -> str:
+    return launcher.how.replace("FILE", f"FILE{launcher.suffix}" if out is None else str(out))
+
+
+def _show(text: str, *, printed: bool) -> Any:
+    def show(console: Console) -> None:  # noqa: ARG001 - a file is printed as it is
+        if printed:
+            sys.stdout.write(text)
+
+    return show

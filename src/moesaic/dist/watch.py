@@ -1,0 +1,219 @@
+"""Watch: a thread that tells the others where this rank is, and finds out who is missing.
+
+Every rank posts its mark to the store that the ranks met in, some times a minute, and its failure
+when it ends with one. The first rank whose collective fails reads the marks of all and posts a
+verdict, so that all say the same. A rank that is still there a little after that (it hangs, or it
+waits for one that does) prints where it is and ends itself.
+"""
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import time
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import torch.distributed as distributed
+
+from moesaic.dist.marks import ALL, Book, Mark, read_book
+from moesaic.dist.verdict import LostRankError, Peer, State, Verdict, judge
+
+_SLOWEST_BEAT_S, _QUICKEST_BEAT_S = 2.0, 0.1
+_STORE_ERRORS = (RuntimeError, ValueError, OSError)  # torch's DistErrors are RuntimeErrors
+
+
+class Watch:
+    """The watch of one rank. ``store`` is a client of its own: a blocked one would hold it up.
+
+    A job of which a rank died or hung ends at most ``patience_s + grace_s`` later.
+    """
+
+    def __init__(
+        self,
+        store: distributed.Store,  # pyright: ignore[reportPrivateImportUsage]
+        *,
+        rank: int,
+        size: int,
+        patience_s: float,
+        book: Book,
+    ) -> None:
+        self.rank, self.size, self.book = rank, size, book
+        self.beat_s = min(max(patience_s / 30, _QUICKEST_BEAT_S), _SLOWEST_BEAT_S)
+        self.grace_s = max(4 * self.beat_s, 1.0)
+        self._patience_s = patience_s
+        self._store = store
+        self._store.set_timeout(timedelta(seconds=self.grace_s))
+        self._groups = {ALL: tuple(range(size))}
+        self._machine = _machine()
+        self._beats, self._failure = 0, ""
+        self._warned = -1
+        self._ends = Event()
+        self._thread = Thread(target=self._run, daemon=True, name="watch")
+
+    def start(self) -> None:
+        """Post the first mark and go on posting."""
+        with suppress(*_STORE_ERRORS):
+            self._beat()
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop, and remove what was written on this machine."""
+        self._ends.set()
+        self._thread.join(timeout=self.grace_s)
+        self.book.close()
+
+    def meet(self, name: str, *, group: distributed.ProcessGroup) -> None:
+        """Learn the members of a group when it is first used."""
+        if name not in self._groups:
+            self._groups[name] = tuple(distributed.get_process_group_ranks(group))
+
+    def fail(self, text: str) -> None:
+        """Tell the others that this rank ends, and why."""
+        self._failure = text
+        with suppress(*_STORE_ERRORS):
+            self._beat()
+            self._store.set("alarm", str(self.rank))
+
+    def verdict(self, cause: str) -> Verdict:
+        """Return who is missing: the verdict of the first rank that asked, or our own.
+
+        ``cause`` is what torch said.
+        """
+        try:
+            self._store.set("alarm", str(self.rank))
+            if self._store.add("judges", 1) > 1 and (first := self._told()) is not None:
+                return first
+            verdict = self._judge(cause)
+            self._store.set("verdict", json.dumps(verdict.plain()))
+            return verdict
+        except _STORE_ERRORS as error:
+            where = self.book.read()
+            doing = where.collective if where.inside else where.where
+            return Verdict(
+                f"rank {self.rank} lost its peers in {doing}, and the store that they met in does "
+                f"not answer: the launcher, or rank 0 if it had none, ended first ({cause or error})"
+            )
+
+    def _told(self) -> Verdict | None:
+        late = time.monotonic() + self.grace_s
+        while time.monotonic() < late:
+            if self._store.check(["verdict"]):
+                return Verdict.from_plain(json.loads(self._store.get("verdict")))
+            time.sleep(self.beat_s / 5)
+        return None
+
+    def _judge(self, cause: str = "") -> Verdict:
+        """Read all marks; where only time tells whether a rank lives, give it two beats."""
+        before = self._read()
+        unsure = [rank for rank, seen in before.items() if self._unsure(rank, seen)]
+        for _ in range(3 if unsure else 0):
+            time.sleep(0.8 * self.beat_s)
+            self._beat()  # this may be the thread that does it
+        after = self._read()
+        peers = {rank: self._peer(rank, after[rank], before[rank]) for rank in range(self.size)}
+        return judge(peers[self.rank], peers=peers, now_s=time.time(), cause=cause)
+
+    def _unsure(self, rank: int, seen: dict[str, Any] | None) -> bool:
+        if rank == self.rank or seen is None or seen["failure"]:
+            return False
+        return seen["machine"] != self._machine or process_state(seen["pid"]) == "alive"
+
+    def _peer(
+        self, rank: int, seen: dict[str, Any] | None, before: dict[str, Any] | None
+    ) -> Peer:
+        if seen is None:
+            return Peer(rank, members=self._groups[ALL], state="silent")
+        mark = Mark(**seen["mark"])
+        state: State = "alive"
+        if rank != self.rank and not seen["failure"]:
+            here = seen["machine"] == self._machine
+            state = process_state(seen["pid"]) if here else "alive"
+            silent = before is not None and before["beats"] == seen["beats"]
+            state = "silent" if state == "alive" and silent else state
+            there = read_book(Path(seen["book"])) if here and seen["book"] else None
+            mark = there if there is not None and there.serial >= mark.serial else mark
+        process = f"{seen['pid']} on {seen['machine'].partition(' ')[0]}"
+        return Peer(rank, mark, tuple(seen["members"]), process, state, seen["failure"])
+
+    def _read(self) -> dict[int, dict[str, Any] | None]:
+        self._beat()
+        found: dict[int, dict[str, Any] | None] = {}
+        for rank in range(self.size):
+            key = f"beat-{rank}"
+            found[rank] = json.loads(self._store.get(key)) if self._store.check([key]) else None
+        return found
+
+    def _beat(self) -> None:
+        mark = self.book.read()
+        self._beats += 1
+        seen = {
+            "mark": {name: getattr(mark, name) for name in Mark.__slots__},
+            "members": self._groups.get(mark.group, self._groups[ALL]),
+            "beats": self._beats,
+            "machine": self._machine,
+            "pid": os.getpid(),
+            "book": str(self.book.path or ""),
+            "failure": self._failure,
+        }
+        self._store.set(f"beat-{self.rank}", json.dumps(seen))
+
+    def _run(self) -> None:
+        alarmed_s = None
+        while not self._ends.wait(self.beat_s):
+            with suppress(*_STORE_ERRORS):  # no store: the collectives will fail, and say so
+                self._beat()
+                self._warn()
+                if alarmed_s is None and self._store.check(["alarm"]):
+                    alarmed_s = time.monotonic()
+            if alarmed_s is not None and time.monotonic() - alarmed_s > self.grace_s:
+                self._end_it()
+
+    def _warn(self) -> None:
+        """Say once, at half of the patience, that a collective waits, and for whom."""
+        mark = self.book.read()
+        idle_s = time.time() - mark.time_s
+        if not mark.inside or idle_s < self._patience_s / 2 or self._warned == mark.serial:
+            return
+        self._warned = mark.serial
+        if self._store.add(f"warned-{mark.group}-{mark.number}", 1) == 1:
+            sentence = self._judge().sentence
+            _say(f"moesaic: still waiting after {idle_s:.0f} s: {sentence}")
+
+    def _end_it(self) -> None:
+        with suppress(*_STORE_ERRORS):
+            verdict = self.verdict("another rank ended")
+            if not self._ends.is_set():
+                _say(f"moesaic: rank {self.rank} ends itself: {LostRankError(verdict)}. It was here:")
+                faulthandler.dump_traceback(file=2, all_threads=True)
+        if not self._ends.is_set():
+            os._exit(1)
+
+
+def process_state(pid: int) -> State:
+    """Return whether a process of this machine runs, is stopped or is gone (Linux; else alive)."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return "gone" if Path("/proc/self/stat").exists() else "alive"
+    except OSError:
+        return "alive"
+    letter = text.rpartition(")")[2].split()[0]
+    states: dict[str, State] = {"Z": "gone", "X": "gone", "T": "stopped", "t": "stopped"}
+    return states.get(letter, "alive")
+
+
+def _machine() -> str:
+    """This machine as others may know it; with its name space, for containers share a name."""
+    space = ""
+    with suppress(OSError):
+        space = os.readlink("/proc/self/ns/pid")
+    return f"{socket.gethostname()} {space}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.__stderr__, flush=True)  # noqa: T201

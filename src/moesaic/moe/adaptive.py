@@ -1,0 +1,195 @@
+"""Adaptive: rows travel to experts, or experts are lent to rows, whichever is cheaper this step.
+
+Every rank keeps the same part of the experts throughout. Before a step some ranks may lend each
+other their parts, so that rows have fewer places to go to: with nobody lending it is expert
+parallelism, with all of them data parallelism, and nothing is ever moved for a switch (Hwang et al.
+2023, Tutel, arXiv:2206.03382: ZeRO-sliced experts, one layout for every degree r). Where experts
+are cut into m slices, ranks that lend each other q slices repeat a row m/q times: its r.
+
+The choice is made from the load of all ranks, so that they choose alike.
+
+Letters: T tokens, E experts, P ranks that split the experts, M slices, e experts of a rank,
+D model dim, F hidden width, G what the activation reads.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.dist.collectives import Group, gather_rows, ranks_of
+from moesaic.dist.fit import Cost
+from moesaic.dist.subgroups import split
+from moesaic.moe.dispatch import LocalDispatcher, RowExperts
+from moesaic.moe.dispatch_far import AllToAllDispatcher
+from moesaic.moe.experts import Bare, Experts, as_autocast
+from moesaic.moe.routing import Routing
+from moesaic.ops.grouped import Banks
+
+
+@dataclass(frozen=True, slots=True)
+class Lending:
+    """How many neighbours lend each other their experts, and their slices: 1 is nobody."""
+
+    experts: int = 1
+    slices: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """Seconds: of rows sent and of weights lent (by the byte), of an expert's work (by the row)."""
+
+    exchange: Cost
+    lend: Cost
+    work: Cost
+
+
+class Adaptive:
+    """Rows or experts: what the prices say of the load of each step.
+
+    Experts lie over ``over`` and their slices over ``slices``, as for an ``AllToAllDispatcher``;
+    the bank is an ``Experts``. ``among`` are the ways to choose from, all by default. Making one is
+    collective over both groups.
+    """
+
+    def __init__(
+        self,
+        over: Group,
+        *,
+        prices: Prices,
+        slices: Group = None,
+        among: Sequence[Lending] | None = None,
+    ) -> None:
+        self._over, self._slices, self._prices = over, slices, prices
+        choices = among or every_lending(ranks_of(over), slices=ranks_of(slices))
+        self._ways = {each: _Way.made(each, over=over, slices=slices) for each in choices}
+        self._rows = AllToAllDispatcher(over, slices=slices)
+        self.dispatch, self.combine = self._rows.dispatch, self._rows.combine
+
+    def carry(
+        self, x: Float[Tensor, "T D"], *, routing: Routing, experts: RowExperts
+    ) -> Float[Tensor, "T D"]:
+        if ranks_of(self._over) * ranks_of(self._slices) == 1:
+            return LocalDispatcher().carry(x, routing=routing, experts=experts)
+        if not isinstance(experts, Experts):
+            raise TypeError(f"only banks of feed-forwards can be lent, not {type(experts)}")
+        x = as_autocast(x)
+        way = self._ways[self.choose(x, routing=routing, experts=experts)]
+        lent = Bare(_lent(experts.banks, way=way, dtype=x.dtype), experts.activation)
+        rows = AllToAllDispatcher(way.over, slices=way.slices)
+        return rows.carry(x, routing=routing, experts=lent)
+
+    def choose(self, x: Float[Tensor, "T D"], *, routing: Routing, experts: Experts) -> Lending:
+        """Return the way with the least seconds, the same on every rank. Collective."""
+        if len(self._ways) == 1:
+            return next(iter(self._ways))
+        ranks, cuts = ranks_of(self._over), ranks_of(self._slices)
+        own = routing.load()[None]
+        row = gather_rows(own, group=self._slices, sizes=[1] * cuts)
+        table = gather_rows(row, group=self._over, sizes=[cuts] * ranks)
+        step = Step(
+            table.view(ranks, cuts, -1).cpu(),
+            row_bytes=x.shape[1] * x.element_size(),
+            bank_bytes=(experts.up.numel() + experts.down.numel()) * x.element_size(),
+        )
+        return min(self._ways, key=lambda way: step.seconds(way, prices=self._prices))
+
+
+def every_lending(ranks: int, *, slices: int) -> list[Lending]:
+    """Return all ways: first slices are lent, then, once they make whole experts, experts."""
+    within = [Lending(1, cuts) for cuts in range(1, slices + 1) if slices % cuts == 0]
+    across = [Lending(each, slices) for each in range(2, ranks + 1) if ranks % each == 0]
+    return within + across
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What is known of a step before its rows move: ``load[p, m, e]`` rows of each rank's tokens
+    for each expert, and the bytes of a row and of the experts that one rank keeps.
+    """
+
+    load: Int[Tensor, "P M E"]
+    row_bytes: int
+    bank_bytes: int
+
+    def seconds(self, way: Lending, *, prices: Prices) -> float:
+        """Return the time of the busiest rank, forward and backward."""
+        moved = self.moved(way)
+        once = prices.lend.seconds(moved.weights) if moved.weights else 0.0
+        once += sum(
+            2 * prices.exchange.seconds(size) for size in (moved.rows, moved.copies) if size
+        )
+        return 2 * once + 3 * prices.work.seconds(moved.work)
+
+    def moved(self, way: Lending) -> "Moved":
+        """Return what the busiest rank moves, each thing by itself."""
+        ranks, cuts, _ = self.load.shape
+        places, left = ranks // way.experts, cuts // way.slices
+        # [from place, rank of the run, slice, to place]
+        rows = self.load.view(places, way.experts, cuts, places, -1).sum(-1)
+        stay = rows.diagonal(dim1=0, dim2=3).permute(2, 0, 1)
+        sent, came = rows.sum(3), rows.sum(0).permute(2, 0, 1)
+        there = came.view(places, way.experts, left, way.slices)
+        copies = there.sum(2, keepdim=True) - there
+        return Moved(
+            rows=float(torch.maximum(sent - stay, came - stay).max()) * self.row_bytes,
+            copies=float(copies.max()) * self.row_bytes,
+            weights=float((way.experts * way.slices - 1) * self.bank_bytes),
+            work=float(there.sum(2).max()) / left,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Of the busiest rank: bytes of rows to other ranks, of rows repeated for other slices and of
+    weights, one way each; and the rows that its experts work on, by whole experts.
+    """
+
+    rows: float
+    copies: float
+    weights: float
+    work: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    lend: Group
+    lend_slices: Group
+    over: Group
+    slices: Group
+
+    @staticmethod
+    def made(way: Lending, *, over: Group, slices: Group) -> "_Way":
+        experts, cuts = split(over, run=way.experts), split(slices, run=way.slices)
+        return _Way(experts.near, cuts.near, experts.far, cuts.far)
+
+
+def _lent(banks: Banks, *, way: _Way, dtype: torch.dtype) -> Banks:
+    """Return this rank's banks and those of its neighbours. Collective."""
+    segments = banks.up.shape[2] // banks.down.shape[1]  # two if gated: each is cut by itself
+
+    def lend(bank: Tensor, *, dim: int, segments: int) -> Tensor:
+        wide = _widened(bank.to(dtype), group=way.lend_slices, dim=dim, segments=segments)
+        return _more(wide, group=way.lend)
+
+    up, down = lend(banks.up, dim=2, segments=segments), lend(banks.down, dim=1, segments=1)
+    if banks.up_bias is None or banks.down_bias is None:
+        return Banks(up, down)
+    up_bias = lend(banks.up_bias, dim=1, segments=segments)
+    return Banks(up, down, up_bias, _more(banks.down_bias.to(dtype), group=way.lend))
+
+
+def _more(bank: Float[Tensor, "e *D"], *, group: Group) -> Float[Tensor, "E *D"]:
+    """The experts of several ranks, in order."""
+    return gather_rows(bank, group=group, sizes=[bank.shape[0]] * ranks_of(group))
+
+
+def _widened(bank: Tensor, *, group: Group, dim: int, segments: int) -> Tensor:
+    """The slices of several ranks side by side along ``dim``, in each of its segments."""
+    cuts = ranks_of(group)
+    if cuts == 1:
+        return bank
+    every = _more(bank, group=group).unflatten(0, (cuts, -1))
+    apart = every.unflatten(dim + 1, (segments, -1)).movedim(0, dim + 1)
+    return apart.flatten(dim, dim + 2)

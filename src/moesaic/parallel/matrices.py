@@ -1,0 +1,49 @@
+"""Matrices: whole ones for an update that needs them (Muon), of which ranks hold parts.
+
+A bank of experts is a stack: only the last two dims have to be whole, so an expert is never sent to
+a rank that does not hold a part of it.
+"""
+
+from collections.abc import Sequence
+
+from moesaic.core.shapes import Float, Tensor
+from moesaic.dist.collectives import sum_copies
+from moesaic.parallel.slices import Spans, put, shard, take
+from moesaic.parallel.spread import Spread
+
+
+class SpreadMatrices:
+    """Part of an optimizer (``optim.update.Matrices``): fetch and hand back by parameter name."""
+
+    def __init__(self, spread: Spread) -> None:
+        self._spread = spread
+
+    def whole(
+        self, names: Sequence[str], parts: Sequence[Float[Tensor, "*E m n"]]
+    ) -> list[Float[Tensor, "*E M N"]]:
+        """Return the matrices that these are parts of. Collective, one matrix or bank at a time."""
+        return [self._fetch(name, part) for name, part in zip(names, parts, strict=True)]
+
+    def own(
+        self, names: Sequence[str], whole: Sequence[Float[Tensor, "*E M N"]]
+    ) -> list[Float[Tensor, "*E m n"]]:
+        """Return this rank's parts of whole matrices."""
+        return [take(w, self._held(name, w)) for name, w in zip(names, whole, strict=True)]
+
+    def _fetch(self, name: str, part: Tensor) -> Tensor:
+        laid, sharing = self._spread.layout[name], self._spread.sharing[name]
+        shape = (*part.shape[:-2], *laid.shape[-2:])
+        held = self._held(name, part)
+        matrix = range(len(shape) - 2, len(shape))
+        axes = [cut.axis for cut in laid.cuts if cut.dim in matrix]
+        axes += sharing.zero if self._spread.zero_dim(name) in matrix else ()
+        if self._spread.mesh.size(*axes, experts=laid.experts) == 1:
+            return part
+        whole = part.new_zeros(shape)
+        put(whole, shard(part, held, shape=shape))
+        # the parts do not overlap, so a sum with zeros is exact
+        return sum_copies(whole, group=self._spread.mesh.group(*axes, experts=laid.experts))
+
+    def _held(self, name: str, like: Tensor) -> tuple[Spans, ...]:
+        stacked: tuple[Spans, ...] = tuple(((0, size),) for size in like.shape[:-2])
+        return (*stacked, *self._spread.held(name)[-2:])

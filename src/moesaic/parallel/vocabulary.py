@@ -1,0 +1,144 @@
+"""Vocabulary: a table cut by rows over the ranks of a group, and the loss over it.
+
+Megatron's parallel embedding and cross-entropy (1909.08053, section 3), in chunks as in
+``ops/cross_entropy.py``: every rank scores all tokens of the group against its own rows, and only
+maxima, sums and the label's logit travel, never logits.
+
+Letters: T tokens, t tokens held here, N predicted tokens held here, M those of the group, V
+vocabulary, v rows held here, D model dim.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.dist.collectives import (
+    Group,
+    copy_to,
+    gather_rows,
+    rank_in,
+    ranks_of,
+    scatter_rows,
+    sum_copies,
+)
+from moesaic.nn.packing import Packing
+from moesaic.ops.cross_entropy import CHUNK_ELEMENTS, TokenLoss
+
+
+class CutVocabulary:
+    """A ``Vocabulary`` of ``size`` rows in all, of which each rank of ``group`` holds a run."""
+
+    def __init__(self, group: Group, *, size: int) -> None:
+        self._group, self._size = group, size
+        self._first = size * rank_in(group) // ranks_of(group)
+
+    def stream(
+        self, ids: Int[Tensor, "T"], *, table: Float[Tensor, "v D"], packing: Packing
+    ) -> Float[Tensor, "t D"]:
+        assert packing.division is not None
+        rows = self._mine(ids[packing.met], table=table)
+        return scatter_rows(rows, group=self._group, sizes=packing.division.lane_sizes)
+
+    def alike(self, ids: Int[Tensor, "B"], *, table: Float[Tensor, "v D"]) -> Float[Tensor, "B D"]:
+        found = sum_copies(self._mine(ids, table=table), group=self._group)
+        return copy_to(found, group=self._group)  # each rank uses it for tokens of its own
+
+    def loss(
+        self,
+        hidden: Float[Tensor, "N D"],
+        *,
+        table: Float[Tensor, "v D"],
+        label: Int[Tensor, "N"],
+        smoothing: float,
+        z: float,
+    ) -> TokenLoss:
+        ranks = ranks_of(self._group)
+        here = torch.tensor([len(label)], device=label.device)
+        sizes = gather_rows(here, group=self._group, sizes=[1] * ranks).tolist()
+        every = gather_rows(hidden, group=self._group, sizes=sizes)
+        labels = gather_rows(label, group=self._group, sizes=sizes)
+        # this rank's loss is that of its own tokens, but its rows are scored by all
+        first = sum(sizes[: rank_in(self._group)])
+        own = slice(first, first + len(label))
+        terms = _Terms(self._group, self._first, self._size, smoothing, z)
+        total, nll = _Cut.apply(every, table, labels, own, terms)
+        return TokenLoss(total, nll)
+
+    def _mine(self, ids: Int[Tensor, "T"], *, table: Float[Tensor, "v D"]) -> Float[Tensor, "T D"]:
+        place = ids - self._first
+        held = (place >= 0) & (place < table.shape[0])
+        return F.embedding(place.where(held, 0), table) * held[:, None]
+
+
+class _Terms:
+    """What a chunk's loss needs beside logits and labels."""
+
+    def __init__(self, group: Group, first: int, size: int, smoothing: float, z: float) -> None:
+        self.group, self.first, self.size = group, first, size
+        self.smoothing, self.z = smoothing, z
+
+
+class _Cut(torch.autograd.Function):
+    """Gradients are made in the forward pass. Every rank's own loss must reach ``backward`` with
+    the same factor (a loss is a share, ``moe/ranks.py``): rows are scored for others, too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        hidden, weight, label, own, terms = inputs
+        table = weight.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(table, dtype=torch.float32)
+        losses = torch.empty(len(label), device=hidden.device)
+        nll = torch.empty_like(losses)
+        step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[0]))
+        for start in range(0, len(label), step):
+            span = slice(start, start + step)
+            logits = (hidden[span] @ table.t()).float()
+            losses[span], nll[span], grad = _chunk(logits, label[span], terms)
+            grad = grad.to(hidden.dtype)
+            grad_hidden[span] = grad @ table
+            grad_weight += (grad.t() @ hidden[span]).float()
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        nll = nll[own].clone()
+        ctx.mark_non_differentiable(nll)
+        return losses[own].sum(), nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grads[0]
+        weight = (grad_weight * scale).to(ctx.weight_dtype)
+        return grad_hidden * scale.to(grad_hidden.dtype), weight, None, None, None
+
+
+def _chunk(
+    logits: Float[Tensor, "M v"], label: Int[Tensor, "M"], terms: _Terms
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return losses and negative log-likelihoods [M], and this rank's gradient of the logits."""
+    place = label - terms.first
+    held = (place >= 0) & (place < logits.shape[1])
+    place = place.where(held, 0)[:, None]
+    most = _reduced(logits.amax(1), terms.group, distributed.ReduceOp.MAX)
+    power = (logits - most[:, None]).exp_()
+    at_label = logits.gather(1, place)[:, 0] * held
+    sums = torch.stack([power.sum(1), at_label, logits.sum(1)])
+    total, at_label, whole = _reduced(sums, terms.group, distributed.ReduceOp.SUM)
+    lse = total.log() + most
+    nll, smoothing, z = lse - at_label, terms.smoothing, terms.z
+    loss = (1 - smoothing) * nll + smoothing * (lse - whole / terms.size) + z * lse.square()
+    grad = power.div_(total[:, None]).mul_((1 + 2 * z * lse)[:, None])
+    grad.sub_(smoothing / terms.size)
+    hit = (smoothing - 1) * held.to(grad.dtype)
+    return loss, nll, grad.scatter_add_(1, place, hit[:, None])
+
+
+def _reduced(values: Tensor, group: Group, op: Any) -> Tensor:
+    distributed.all_reduce(values, op=op, group=group)
+    return values

@@ -1,0 +1,115 @@
+"""Spikes: what is done with a step whose loss is far above those before it.
+
+The Ling team (arXiv:2503.05139) skip such a step, put its samples in again later, and lower the
+learning rate where spikes go on. What counts as one, and every number here, is ours. A rule sees
+the loss over all ranks, so it decides alike on each of them.
+"""
+
+import math
+from abc import abstractmethod
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from moesaic.core.config import Choice
+
+MAD_TO_DEVIATION = 1.4826  # of a normal distribution
+LEAST_SPREAD = 0.01  # of the usual loss: losses that hardly vary make no spike of a ripple
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What a rule remembers between steps: recent losses, spikes in a row, and the rate's factor.
+
+    ``recent`` holds losses of good steps, oldest first; ``rate`` multiplies every learning rate.
+    """
+
+    recent: tuple[float, ...] = ()
+    in_a_row: int = 0
+    rate: float = 1.0
+
+    def plain(self) -> dict[str, Any]:
+        """Return JSON data, for a checkpoint."""
+        return asdict(self) | {"recent": list(self.recent)}
+
+    @classmethod
+    def from_plain(cls, value: dict[str, Any]) -> "Past":
+        return cls(**{**value, "recent": tuple(value["recent"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Whether the step is skipped, what to remember, and what to say about it."""
+
+    past: Past
+    skip: bool = False
+    note: str = ""
+
+
+class Spikes(Choice):
+    """Family: what counts as a spike of the loss, and what follows."""
+
+    @property
+    @abstractmethod
+    def watches(self) -> bool:
+        """Whether the loss must be known before each update, which costs one small collective."""
+
+    @abstractmethod
+    def judge(self, loss: float, *, past: Past) -> Judged:
+        """Judge a step by its finite ``loss`` per token, over all ranks."""
+
+
+class TakeSpikes(Spikes):
+    """Every finite step is taken: clipping alone bounds what one batch can do."""
+
+    @property
+    def watches(self) -> bool:
+        return False
+
+    def judge(self, loss: float, *, past: Past) -> Judged:  # noqa: ARG002
+        return Judged(past)
+
+
+class SkipSpikes(Spikes):
+    """Skip a step whose loss is more than ``factor`` deviations above the median of ``window``.
+
+    Its batch comes once more after a good step and is given up if it is a spike again
+    (``train/retry.py``). After ``lasting`` spikes in a
+    row it is the model and not the batches: the rates are lowered by ``lower``, for good, and the
+    rule begins to learn anew what is usual. Deviations are those of a normal distribution, from
+    the median distance to the median, so that earlier spikes do not hide later ones.
+    """
+
+    window: Annotated[int, Field(ge=8)] = 64
+    factor: Annotated[float, Field(gt=1)] = 8.0
+    lasting: Annotated[int, Field(ge=2)] = 4
+    lower: Annotated[float, Field(gt=0, lt=1)] = 0.5
+
+    @property
+    def watches(self) -> bool:
+        return True
+
+    def judge(self, loss: float, *, past: Past) -> Judged:
+        limit = self.limit(past.recent)
+        if loss <= limit:
+            recent = (*past.recent, loss)[-self.window :]
+            return Judged(replace(past, recent=recent, in_a_row=0))
+        said = f"the loss of {loss:.4g} is a spike (over {limit:.4g})"
+        if past.in_a_row + 1 < self.lasting:
+            return Judged(replace(past, in_a_row=past.in_a_row + 1), skip=True, note=said)
+        rate = past.rate * self.lower
+        note = (
+            f"{said} and makes {self.lasting} in a row: from here on learning rates are {rate:.3g} "
+            "of their schedule"
+        )
+        return Judged(Past(rate=rate), skip=True, note=note)
+
+    def limit(self, recent: tuple[float, ...]) -> float:
+        """Return the largest loss that is no spike; infinite while there are too few before it."""
+        if len(recent) < self.window // 2:
+            return math.inf
+        usual = median(recent)
+        spread = MAD_TO_DEVIATION * median(abs(loss - usual) for loss in recent)
+        return usual + self.factor * max(spread, LEAST_SPREAD * abs(usual))

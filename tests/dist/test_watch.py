@@ -1,0 +1,98 @@
+"""The watch: what it says of processes, of a store that is gone, and when it warns."""
+
+import os
+import signal
+import time
+from datetime import timedelta
+from multiprocessing import get_context
+
+import pytest
+import torch.distributed as distributed
+
+from moesaic.dist import watch as watch_module
+from moesaic.dist.marks import ALL, Book
+from moesaic.dist.watch import Watch, process_state
+
+
+def _sleep() -> None:
+    time.sleep(60)
+
+
+def _until(pid: int, state: str) -> str:
+    late = time.monotonic() + 10
+    while process_state(pid) != state and time.monotonic() < late:
+        time.sleep(0.005)
+    return process_state(pid)
+
+
+def test_a_process_runs_is_stopped_or_is_gone() -> None:
+    process = get_context("fork").Process(target=_sleep)
+    process.start()
+    assert process.pid is not None
+    assert process_state(process.pid) == "alive"
+    os.kill(process.pid, signal.SIGSTOP)
+    assert _until(process.pid, "stopped") == "stopped"
+    process.kill()
+    assert _until(process.pid, "gone") == "gone", "not collected by its parent, and yet gone"
+    process.join()
+    assert process_state(process.pid) == "gone"
+
+
+def _watches(patience_s: float) -> tuple[list[Watch], distributed.TCPStore]:
+    server = distributed.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5)
+    )
+    clients = [distributed.TCPStore("127.0.0.1", server.port, is_master=False) for _ in range(2)]
+    made = [
+        Watch(client, rank=rank, size=2, patience_s=patience_s, book=Book())
+        for rank, client in enumerate(clients)
+    ]
+    return made, server
+
+
+def test_a_collective_that_waits_is_said_at_half_of_the_patience(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(watch_module, "_say", said.append)
+    (here, there), server = _watches(patience_s=1.0)
+    here.start()
+    there.start()
+    for watch in (here, there):
+        watch.book.at("forward", step=3)
+    here.book.enter("all_reduce", group=ALL)
+    late = time.monotonic() + 10
+    while not said and time.monotonic() < late:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    here.close()
+    there.close()
+    del server
+    (warning,) = said
+    assert "still waiting after" in warning
+    assert "rank 1 did not come to all_reduce #1 (step 3, forward), where rank 0 waited" in warning
+
+
+def test_all_ranks_say_what_the_first_one_found() -> None:
+    (here, there), server = _watches(patience_s=1.0)
+    here.start()
+    there.start()
+    here.book.enter("all_reduce", group=ALL)
+    first = here.verdict("first")
+    there.book.enter("all_reduce", group=ALL)
+    assert there.verdict("second") == first
+    assert first.ranks == (1,)
+    here.close()
+    there.close()
+    del server
+
+
+def test_a_store_that_is_gone_is_said() -> None:
+    (here, _), server = _watches(patience_s=1.0)
+    here.book.at("forward", step=3)
+    here.book.enter("all_reduce", group=ALL)
+    del server
+    verdict = here.verdict("it said so")
+    assert verdict.ranks == ()
+    assert "rank 0 lost its peers in all_reduce #1 (step 3, forward)" in verdict.sentence
+    assert "does not answer" in verdict.sentence

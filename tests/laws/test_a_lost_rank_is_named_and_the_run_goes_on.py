@@ -1,0 +1,33 @@
+"""Law: whatever a rank dies or hangs of, the others name it and stop, and the run goes on as if
+nothing had happened.
+
+``benchmarks/faults.py`` does the same with 100 faults and more, on 2, 4 and 8 ranks.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from moesaic.testing.faults import Fault, endure
+from moesaic.testing.tiny import synthetic_run
+from moesaic.train.run import Checkpoints
+
+FAULTS = (
+    Fault("kill", "collective", rank=1, after=3),
+    Fault("stop", "forward", rank=1, after=2),
+    Fault("exception", "save", rank=0, after=2),
+    Fault("loop", "between steps", rank=0, after=3),
+    Fault("kill", "save", rank=0, after=2),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("data_home")
+def test_a_lost_rank_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
+    run = synthetic_run(steps=16, checkpoint=Checkpoints(every=2), patience_s=1.5)
+    endured = endure(run, folder=tmp_path, world=2, faults=FAULTS)
+    assert endured.wrong == []
+    assert endured.differences == ()
+    assert len(endured.ordeals) == len(FAULTS)
+    for fault, ordeal in zip(FAULTS, endured.ordeals, strict=True):
+        assert f"rank {fault.rank} " in ordeal.sentence

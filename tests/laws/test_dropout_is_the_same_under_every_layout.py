@@ -1,0 +1,87 @@
+"""Law: what is dropped and drawn for a token depends on the token alone, not on who holds it.
+
+Ranks that share rows are in ``test_context_ranks_share_one_loss.py``, with dropout.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from model.samples import VARIANTS, batch_for
+from moesaic.core.shapes import Tensor
+from moesaic.data.batch import Batch
+from moesaic.model.transformer import Transformer
+from moesaic.moe.config import MoE
+from moesaic.moe.noise import Jitter
+from moesaic.moe.select import Top2
+from moesaic.testing.tiny import random_batch, rows_of, tiny_model_config
+
+DRAWS = MoE(experts=4, select=Top2(second="sampled"), noise=Jitter(epsilon=0.2), balance=())
+MODEL = tiny_model_config(moe=DRAWS, layers=2).replace(dropout=0.3)
+LAYOUTS: dict[str, Callable[[Batch], Sequence[Batch]]] = {
+    "two parts": lambda batch: [rows_of(batch, rank=part, world=2) for part in range(2)],
+    "a row at a time": lambda batch: [rows_of(batch, rank=row, world=6) for row in range(6)],
+    "another order": lambda batch: [_rows(batch, [4, 0, 5, 3, 1, 2])],
+    "more padding": lambda batch: [_wider(batch, by=3)],
+}
+
+
+def _rows(batch: Batch, rows: Sequence[int]) -> Batch:
+    return Batch(**{field.name: getattr(batch, field.name)[rows] for field in fields(Batch)})
+
+
+def _wider(batch: Batch, *, by: int) -> Batch:
+    tensors = {field.name: getattr(batch, field.name) for field in fields(Batch)}
+    pad = partial(torch.nn.functional.pad, pad=(0, by))
+    return Batch(**{name: pad(t) if t.dim() == 2 else t for name, t in tensors.items()})
+
+
+def _gradients(batches: Sequence[Batch], *, recompute: bool = False, seed: int = 0) -> list[Tensor]:
+    torch.manual_seed(0)
+    model = Transformer(MODEL)
+    if recompute:
+        model.passing = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    torch.manual_seed(seed)  # the rank's stream, which nothing may depend on
+    totals = [model.loss(model(batch)).total for batch in batches]
+    torch.stack(totals).sum().backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return [torch.stack(totals).sum().detach(), *grads]
+
+
+def _close(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dropout_is_the_same_under_every_layout(layout: str) -> None:
+    batch = random_batch(6, seed=1)
+    _close(_gradients(LAYOUTS[layout](batch), seed=1), _gradients([batch]))
+
+
+def test_a_pass_that_is_repeated_drops_the_same() -> None:
+    batch = random_batch(6, seed=1)
+    _close(_gradients([batch], recompute=True, seed=1), _gradients([batch]))
+
+
+def test_another_draw_of_the_same_rows_drops_others() -> None:
+    batch = random_batch(6, seed=1)
+    other = Batch(
+        **{f.name: getattr(batch, f.name) for f in fields(Batch)} | {"key": batch.key + 1}
+    )
+    assert not torch.allclose(_gradients([other])[0], _gradients([batch])[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_nothing_draws_from_the_stream_of_a_rank(name: str) -> None:
+    config = VARIANTS[name].replace(dropout=0.3)
+    model, batch = config.build(), batch_for(config)
+    before = torch.get_rng_state()
+    output = model(batch)
+    losses = [loss for record in output.records for loss in record.losses.values()]
+    (model.loss(output).total + sum(losses)).backward()
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,41 @@
+"""Dropout of a model: other channels for every token, layer and side, the same every time."""
+
+from dataclasses import replace
+from itertools import combinations
+
+import torch
+
+from moesaic.model.dropout import Dropout
+from moesaic.model.transformer import Transformer
+from moesaic.moe.context import Context
+from moesaic.testing.tiny import tiny_model_config
+
+ONES = torch.ones(6, 64)
+
+
+def _kept(*, name: str = "a", context: Context | None = None) -> torch.Tensor:
+    return Dropout(0.5, name=name)(ONES, context=context or Context.plain(6))
+
+
+def test_tokens_layers_and_draws_lose_different_channels() -> None:
+    here = Context.plain(6)
+    others = [
+        _kept(name="b"),
+        _kept(context=here.at("decoder")),
+        _kept(context=replace(here, row_key=here.row_key + 1)),
+        _kept(context=replace(here, position=here.position + 6)),
+    ]
+    for one, other in combinations([*_kept(), *(row for kept in others for row in kept)], 2):
+        assert not torch.equal(one, other)
+    assert torch.equal(_kept(), _kept())
+
+
+def test_nothing_is_lost_outside_training_or_at_rate_zero() -> None:
+    assert Dropout(0.5, name="a").eval()(ONES, context=Context.plain(6)) is ONES
+    assert Dropout(0.0, name="a")(ONES, context=Context.plain(6)) is ONES
+
+
+def test_no_two_places_of_a_model_share_a_name() -> None:
+    model = Transformer(tiny_model_config(layers=3).replace(dropout=0.1))
+    names = [module.name for module in model.modules() if isinstance(module, Dropout)]
+    assert len(names) == len(set(names)) == 1 + 3 * 2 + 3 * 3
