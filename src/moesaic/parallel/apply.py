@@ -89,6 +89,10 @@ def check(model: Transformer, *, parallel: Parallel, plan: ParallelPlan) -> None
         f"parallel.tensor={plan.tensor} must divide them, but {why}"
         for why in refuses(model, lanes=plan.tensor)
     ]
+    if plan.pipe > 1:
+        problems.append(
+            f"parallel.pipe={plan.pipe}: layers are not cut into stages yet; set it to 1"
+        )
     problems += _cannot_reach(model, parallel=parallel, plan=plan)
     problems += whole_rows.refuses(model.config, ranks=plan.context * plan.tensor)
     for layer in layers(model):
