@@ -72,6 +72,14 @@ class Sight:
     past: Past | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Handing:
+    """Widths of what the layers of a stack hand on of each token (``Carry``); 0 is nothing."""
+
+    hidden: int = 0
+    logits: int = 0
+
+
 class SharedRouting(nn.Module):
     """Base of what the MoE layers of one stack share."""
 
@@ -108,6 +116,11 @@ class Link(Choice):
         """Return the parameters of what is shared."""
         del dim, experts
         return ()
+
+    def hands(self, *, experts: int) -> Handing:
+        """Return what its layers hand on, for a stack that is cut between two of them."""
+        del experts
+        return Handing()
 
     def kept(self, *, dim: int, place: Place) -> int:
         """Return the values per token that autograd keeps of a gate besides state and logits.

@@ -12,7 +12,7 @@ from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.context import Carry
-from moesaic.moe.gates import Link, Place, Scored, SharedRouting, Sight
+from moesaic.moe.gates import Handing, Link, Place, Scored, SharedRouting, Sight
 from moesaic.moe.pieces import Piece
 from moesaic.nn.start import OwnStart, Start
 
@@ -50,6 +50,10 @@ class Recurrent(Link):
             Piece("bias", (3 * self.width,)),
         )
         return (matrix, matrix, bias, bias)
+
+    def hands(self, *, experts: int) -> Handing:
+        del experts
+        return Handing(hidden=self.width)
 
     def kept(self, *, dim: int, place: Place) -> int:
         del dim, place
