@@ -39,11 +39,18 @@ class Rows:
 
 Deal = Callable[[Packing], Packing]
 Passing = Callable[..., Stream]
+Joining = Callable[[Tensor, Tensor], Tensor]
 
 
 def keep_all(packing: Packing) -> Packing:
     """Hold all tokens of a batch here."""
     return packing
+
+
+def apart(x: Float[Tensor, "T D"], memory: Float[Tensor, "S D"]) -> Float[Tensor, "T D"]:
+    """Enter the decoder without a look at what was read."""
+    del memory
+    return x
 
 
 def straight(block: nn.Module, stream: Stream, **parts: Any) -> Stream:
@@ -91,7 +98,8 @@ class Reached:
 class Transformer(nn.Module):
     """Built by ``build(config)``; on the meta device it holds no numbers.
 
-    ``deal`` says which tokens of a batch are held here, ``passing`` what is kept of a block.
+    ``deal`` says which tokens of a batch are held here, ``passing`` what is kept of a block, and
+    ``joining`` what the decoder's first states have to do with what was read.
     """
 
     def __init__(self, config: Blueprint) -> None:
@@ -113,6 +121,7 @@ class Transformer(nn.Module):
         self.decoder_norm = config.norm.build(config.dim)
         self.deal: Deal = keep_all
         self.passing: Passing = straight
+        self.joining: Joining = apart
         initialise(self, config)
 
     def forward(self, batch: Batch) -> Output:
@@ -244,24 +253,35 @@ class Transformer(nn.Module):
 
     def _write(self, batch: Batch, *, blocks: range, given: Handed, read: Reached) -> Reached:
         """Pass through blocks of the decoder, which look at what was read."""
-        ids, memory = batch.target_in, read.memory
+        ids = batch.target_in
         packing = self.deal(Packing.of((ids != PAD) | (batch.target_out != PAD)))
         side, sight = self._decoder_side, Sight(packing, packing.position)
         rows = Rows(ids[:, 0], batch.key)
         view = self._view(ids.flatten()[packing.index], sight=sight, rows=rows, side=side)
-        stream = self._stream(given, view=view, sight=sight, side=side)
+        memory = read.memory or self._unread(batch.source)
+        states = memory.states if self.config.encoder.layers else None
+        stream = self._stream(given, view=view, sight=sight, side=side, read=states)
         for block in list(self._decoder_blocks)[blocks.start : blocks.stop]:
-            source = mask = None
-            if memory is not None:
-                source = block.read(memory.states, packing=memory.packing)
-                mask = memory.packing.key_mask
-            stream = self.passing(block, stream, view=view, source=source, mask=mask)
-        return Reached(stream, view, memory, read.heard)
+            stream = self.passing(block, stream, view=view, memory=memory)
+        return Reached(stream, view, read.memory, read.heard)
 
-    def _stream(self, given: Handed, *, view: View, sight: Sight, side: Side) -> Stream:
+    def _unread(self, source: Int[Tensor, "B S"]) -> Memory:
+        """What a model without an encoder knows of a source."""
+        none = torch.zeros(0, self.config.dim, device=source.device)
+        return Memory(none, self.deal(Packing.of(source != PAD)))
+
+    def _stream(
+        self,
+        given: Handed,
+        *,
+        view: View,
+        sight: Sight,
+        side: Side,
+        read: Float[Tensor, "S D"] | None = None,
+    ) -> Stream:
         """Take up the stream of the leg before this one, or enter the stack."""
         if given.x is None:
-            return self._enter(view.context, sight=sight, side=side)
+            return self._enter(view.context, sight=sight, side=side, read=read)
         return Stream(given.x, Carry(given.hidden, given.logits, side.routing))
 
     def _view(self, ids: Int[Tensor, "T"], *, sight: Sight, rows: Rows, side: Side) -> View:
@@ -280,9 +300,17 @@ class Transformer(nn.Module):
         )
         return View(packing, self.position.rotation(place[packing.met]), context)
 
-    def _enter(self, context: Context, *, sight: Sight, side: Side) -> Stream:
+    def _enter(
+        self,
+        context: Context,
+        *,
+        sight: Sight,
+        side: Side,
+        read: Float[Tensor, "S D"] | None = None,
+    ) -> Stream:
         known = context.embedded
         embedded = self.embedding(context.token) if known is None else known
         x = self.dropout(self.position.add(embedded, position=context.position))
+        x = x if read is None else self.joining(x, read)
         carry = Carry() if side.routing is None else side.routing.start(x, sight=sight)
         return Stream(x, carry)

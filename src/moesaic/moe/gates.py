@@ -8,7 +8,7 @@ Letters: T tokens, D model dim, C what a gate reads, E experts, B rows, n newest
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -96,8 +96,11 @@ class SharedRouting(nn.Module):
 class Link(Choice):
     """Family: where a layer's logits come from. Each member builds the gate of a layer.
 
-    ``dim`` is that of what the gate reads, or, for what is shared, of the states.
+    ``dim`` is that of what the gate reads, or, for what is shared, of the states. ``recurs`` says
+    that what is shared is used again in every layer, not once where the stack is entered.
     """
+
+    recurs: ClassVar[bool] = False
 
     def gate(self, *, dim: int, experts: int, place: Place) -> nn.Module:
         """Return a module of ``forward(x, *, carry) -> Scored``."""

@@ -5,6 +5,7 @@ Letters: T tokens, C what a gate reads, P width of the state, E experts.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -26,6 +27,7 @@ class Recurrent(Link):
     state comes from zeros. Encoder and decoder have a cell each.
     """
 
+    recurs: ClassVar[bool] = True
     width: int = Field(default=128, ge=1)
 
     def gate(self, *, dim: int, experts: int, place: Place) -> nn.Module:
