@@ -28,6 +28,8 @@ from moesaic.moe.links.recurrent import Recurrent
 from moesaic.moe.select import TopK
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.position import Learned
+from moesaic.parallel.apply import lay
+from moesaic.parallel.config import Parallel
 from moesaic.parallel.pipeline import Micro, Pipeline, Scoring
 from moesaic.parallel.schedules import (
     BreadthFirst,
@@ -127,7 +129,8 @@ def _built(config: TransformerConfig) -> Transformer:
 
 def _alone(config: TransformerConfig, *, micro_batches: int) -> Alike:
     model = _built(config)
-    seen = OBJECTIVE.gradients(model, batches=_batches(micro_batches), world=Alone())
+    spread = lay(model, parallel=Parallel(), world=Alone())
+    seen = OBJECTIVE.gradients(spread, batches=_batches(micro_batches))
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
     return Alike({name: float(v) for name, v in seen.sums.terms.items()}, grads, norm)

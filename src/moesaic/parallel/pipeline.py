@@ -46,7 +46,8 @@ class Scoring:
 class Micro:
     """A micro-batch, and what this rank's stages make of it.
 
-    ``terms`` are shares of the loss, detached; ``nll`` is there once the last stage has scored.
+    ``terms`` are shares of the loss, detached. Where the last stage has scored, ``nll`` is each
+    predicted token's negative log-likelihood and ``row`` its row of the batch.
     """
 
     batch: Batch
@@ -54,6 +55,7 @@ class Micro:
     terms: dict[str, Float[Tensor, ""]]
     records: tuple[Record, ...] = ()
     nll: Float[Tensor, "N"] | None = None
+    row: Int[Tensor, "N"] | None = None
 
 
 @dataclass(slots=True)
@@ -91,7 +93,7 @@ class Stage(nn.Module):
                 output = self.model.finish(end, batch=micro.batch)
                 scored = self.model.loss(output, smoothing=scoring.smoothing)
                 terms["cross_entropy"] = scored.total / max(scoring.predicted, 1)
-                micro.nll = scored.nll
+                micro.nll, micro.row = scored.nll, output.row
         terms |= loss_terms(end.records, parts=len(self.job.micros))
         objective = torch.stack(list(terms.values())).sum() if terms else torch.zeros(())
         for name, value in {**terms, "objective": objective}.items():
