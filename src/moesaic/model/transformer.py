@@ -201,11 +201,11 @@ class Transformer(nn.Module):
         position = cache.length[:, None] + torch.arange(ids.shape[1], device=ids.device)
         cache.reserve(int(position.max()) + 1)
         cache.tag = torch.where(cache.length == 0, ids[:, 0], cache.tag)
-        past = Past(position, cache.routing)
-        sight = Sight(packing, position.flatten()[packing.index], past)
-        rows = Rows(cache.tag, torch.zeros_like(cache.tag))
-        side = self._decoder_side
-        view = self._view(ids.flatten()[packing.index], sight=sight, rows=rows, side=side)
+        place = position.flatten()[packing.index]
+        rows, side = Rows(cache.tag, torch.zeros_like(cache.tag)), self._decoder_side
+        ids = ids.flatten()[packing.index]
+        view = self._view(ids, packing=packing, place=place, rows=rows, side=side)
+        sight = Sight(packing, place, Past(position, cache.routing))
         stream = self._enter(view.context, sight=sight, side=side)
         for block, own, source in zip(self._decoder_blocks, cache.own, cache.source, strict=True):
             stream = block.step(
@@ -240,10 +240,10 @@ class Transformer(nn.Module):
     ) -> Reached:
         """Pass through blocks of the encoder; after the last one the source is read."""
         packing = self.deal(Packing.of(source != PAD))
-        side, sight = self._encoder_side, Sight(packing, packing.position)
+        side, place = self._encoder_side, packing.position
         ids, rows = source.flatten()[packing.index], Rows(source[:, 0], key)
-        view = self._view(ids, sight=sight, rows=rows, side=side)
-        stream = self._stream(given, view=view, sight=sight, side=side)
+        view = self._view(ids, packing=packing, place=place, rows=rows, side=side)
+        stream = self._stream(given, view=view, side=side)
         for index in blocks:
             stream = self.passing(self.encoder[index], stream, view=view)
         if blocks.stop < len(self.encoder):
@@ -255,12 +255,12 @@ class Transformer(nn.Module):
         """Pass through blocks of the decoder, which look at what was read."""
         ids = batch.target_in
         packing = self.deal(Packing.of((ids != PAD) | (batch.target_out != PAD)))
-        side, sight = self._decoder_side, Sight(packing, packing.position)
-        rows = Rows(ids[:, 0], batch.key)
-        view = self._view(ids.flatten()[packing.index], sight=sight, rows=rows, side=side)
+        side, place = self._decoder_side, packing.position
+        rows, ids = Rows(ids[:, 0], batch.key), ids.flatten()[packing.index]
+        view = self._view(ids, packing=packing, place=place, rows=rows, side=side)
         memory = read.memory or self._unread(batch.source)
         states = memory.states if self.config.encoder.layers else None
-        stream = self._stream(given, view=view, sight=sight, side=side, read=states)
+        stream = self._stream(given, view=view, side=side, read=states)
         for block in list(self._decoder_blocks)[blocks.start : blocks.stop]:
             stream = self.passing(block, stream, view=view, memory=memory)
         return Reached(stream, view, read.memory, read.heard)
@@ -275,17 +275,25 @@ class Transformer(nn.Module):
         given: Handed,
         *,
         view: View,
-        sight: Sight,
         side: Side,
         read: Float[Tensor, "S D"] | None = None,
     ) -> Stream:
         """Take up the stream of the leg before this one, or enter the stack."""
         if given.x is None:
+            packing = view.packing
+            sight = Sight(packing, packing.position[packing.met])
             return self._enter(view.context, sight=sight, side=side, read=read)
         return Stream(given.x, Carry(given.hidden, given.logits, side.routing))
 
-    def _view(self, ids: Int[Tensor, "T"], *, sight: Sight, rows: Rows, side: Side) -> View:
-        packing, place = sight.packing, sight.position
+    def _view(
+        self,
+        ids: Int[Tensor, "T"],
+        *,
+        packing: Packing,
+        place: Int[Tensor, "T"],
+        rows: Rows,
+        side: Side,
+    ) -> View:
         own, row = packing.own, packing.row[packing.own]
         moe = self.config.mixture(side.stack)
         reads = moe.condition.reads() if isinstance(moe, MoE) else "nothing"
@@ -310,7 +318,8 @@ class Transformer(nn.Module):
     ) -> Stream:
         known = context.embedded
         embedded = self.embedding(context.token) if known is None else known
-        x = self.dropout(self.position.add(embedded, position=context.position))
+        placed = self.position.add(embedded, position=context.position)
+        x = self.dropout(placed, context=context.at(side.name))
         x = x if read is None else self.joining(x, read)
         carry = Carry() if side.routing is None else side.routing.start(x, sight=sight)
         return Stream(x, carry)

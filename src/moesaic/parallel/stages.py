@@ -146,8 +146,9 @@ class Stages:
         instead = f"choose {Interleaved.__name__} or {OneForwardOneBackward.__name__}"
         if zero:
             return (
-                f"{name} makes gradients of weights apart, and the sharding of ZeRO stage {zero} "
-                f"then misses some without a word: {instead}, or zero 0"
+                f"{name} looks for the gradients of weights in the graph of a pass, and ZeRO stage "
+                f"{zero} puts gathered ones in their place there, so that some are missed: "
+                f"{instead}, or zero 0"
             )
         # the first stage makes all of its gradients at once
         for number, leg in enumerate(self.legs[1:], 1):
