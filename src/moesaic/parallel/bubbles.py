@@ -4,6 +4,7 @@ A forward, a backward of what came in and one of the weights take one unit each 
 (the assumption of 2401.10241), whatever its number of stages; sending takes none.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,11 +58,16 @@ def timeline(schedule: PipeSchedule, *, ranks: int, micro_batches: int) -> Timel
 
 
 def _ops(actions: Sequence[Any]) -> Iterator[_Op]:
+    forwards: Counter[int] = Counter()
     for action in actions:
         for part in (action.sub_actions or (action,)) if action is not None else ():
-            kind = part.computation_type.value
-            if kind in UNITS:
-                yield _Op(kind, part.stage_index, part.microbatch_index)
+            kind, stage = part.computation_type.value, part.stage_index
+            if kind == "F":
+                # counted here: torch 2.13 lists those of the last stage of 1F1B from 1
+                yield _Op(kind, stage, forwards[stage])
+                forwards[stage] += 1
+            elif kind in UNITS:
+                yield _Op(kind, stage, part.microbatch_index)
 
 
 def _ready(op: _Op, *, done: dict[_Op, float], stages: int) -> float | None:
