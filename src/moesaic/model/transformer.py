@@ -68,6 +68,17 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
+class Tokens:
+    """All tokens of a batch that a stack sees, and where they are in their rows."""
+
+    ids: Int[Tensor, "T"]
+    packing: Packing
+    place: Int[Tensor, "T"]
+    rows: Rows
+    past: Past | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Reached:
     """A pass that has come to the end of a leg.
 
@@ -201,12 +212,15 @@ class Transformer(nn.Module):
         position = cache.length[:, None] + torch.arange(ids.shape[1], device=ids.device)
         cache.reserve(int(position.max()) + 1)
         cache.tag = torch.where(cache.length == 0, ids[:, 0], cache.tag)
-        place = position.flatten()[packing.index]
-        rows, side = Rows(cache.tag, torch.zeros_like(cache.tag)), self._decoder_side
-        ids = ids.flatten()[packing.index]
-        view = self._view(ids, packing=packing, place=place, rows=rows, side=side)
-        sight = Sight(packing, place, Past(position, cache.routing))
-        stream = self._enter(view.context, sight=sight, side=side)
+        tokens = Tokens(
+            ids.flatten()[packing.index],
+            packing,
+            position.flatten()[packing.index],
+            Rows(cache.tag, torch.zeros_like(cache.tag)),
+            Past(position, cache.routing),
+        )
+        view = self._view(tokens, side=self._decoder_side)
+        stream = self._enter(tokens, context=view.context, side=self._decoder_side)
         for block, own, source in zip(self._decoder_blocks, cache.own, cache.source, strict=True):
             stream = block.step(
                 stream, view=view, cache=own, position=position, source=source, mask=cache.mask
@@ -240,10 +254,12 @@ class Transformer(nn.Module):
     ) -> Reached:
         """Pass through blocks of the encoder; after the last one the source is read."""
         packing = self.deal(Packing.of(source != PAD))
-        side, place = self._encoder_side, packing.position
         ids, rows = source.flatten()[packing.index], Rows(source[:, 0], key)
-        view = self._view(ids, packing=packing, place=place, rows=rows, side=side)
-        stream = self._stream(given, view=view, side=side)
+        tokens, side = Tokens(ids, packing, packing.position, rows), self._encoder_side
+        view = self._view(tokens, side=side)
+        stream = _taken_up(given, side=side)
+        if stream is None:
+            stream = self._enter(tokens, context=view.context, side=side)
         for index in blocks:
             stream = self.passing(self.encoder[index], stream, view=view)
         if blocks.stop < len(self.encoder):
@@ -255,12 +271,13 @@ class Transformer(nn.Module):
         """Pass through blocks of the decoder, which look at what was read."""
         ids = batch.target_in
         packing = self.deal(Packing.of((ids != PAD) | (batch.target_out != PAD)))
-        side, place = self._decoder_side, packing.position
         rows, ids = Rows(ids[:, 0], batch.key), ids.flatten()[packing.index]
-        view = self._view(ids, packing=packing, place=place, rows=rows, side=side)
-        memory = read.memory or self._unread(batch.source)
-        states = memory.states if self.config.encoder.layers else None
-        stream = self._stream(given, view=view, side=side, read=states)
+        tokens, side = Tokens(ids, packing, packing.position, rows), self._decoder_side
+        view, memory = self._view(tokens, side=side), read.memory or self._unread(batch.source)
+        stream = _taken_up(given, side=side)
+        if stream is None:
+            states = memory.states if self.config.encoder.layers else None
+            stream = self._enter(tokens, context=view.context, side=side, read=states)
         for block in list(self._decoder_blocks)[blocks.start : blocks.stop]:
             stream = self.passing(block, stream, view=view, memory=memory)
         return Reached(stream, view, read.memory, read.heard)
@@ -270,56 +287,43 @@ class Transformer(nn.Module):
         none = torch.zeros(0, self.config.dim, device=source.device)
         return Memory(none, self.deal(Packing.of(source != PAD)))
 
-    def _stream(
-        self,
-        given: Handed,
-        *,
-        view: View,
-        side: Side,
-        read: Float[Tensor, "S D"] | None = None,
-    ) -> Stream:
-        """Take up the stream of the leg before this one, or enter the stack."""
-        if given.x is None:
-            packing = view.packing
-            sight = Sight(packing, packing.position[packing.met])
-            return self._enter(view.context, sight=sight, side=side, read=read)
-        return Stream(given.x, Carry(given.hidden, given.logits, side.routing))
-
-    def _view(
-        self,
-        ids: Int[Tensor, "T"],
-        *,
-        packing: Packing,
-        place: Int[Tensor, "T"],
-        rows: Rows,
-        side: Side,
-    ) -> View:
+    def _view(self, tokens: Tokens, *, side: Side) -> View:
+        packing, rows, place = tokens.packing, tokens.rows, tokens.place
         own, row = packing.own, packing.row[packing.own]
         moe = self.config.mixture(side.stack)
         reads = moe.condition.reads() if isinstance(moe, MoE) else "nothing"
         context = Context(
             row=row,
             position=place[own],
-            token=ids[own],
+            token=tokens.ids[own],
             tag=rows.tag[row],
             row_key=rows.key[row],
-            embedded=self.embedding(ids[own]) if reads == "token" else None,
-            prompt=self.embedding(rows.tag)[row] if reads == "prompt" else None,
+            embedded=self.embedding(tokens.ids, packing=packing) if reads == "token" else None,
+            prompt=self.embedding.alike(rows.tag)[row] if reads == "prompt" else None,
         )
         return View(packing, self.position.rotation(place[packing.met]), context)
 
     def _enter(
         self,
-        context: Context,
+        tokens: Tokens,
         *,
-        sight: Sight,
+        context: Context,
         side: Side,
         read: Float[Tensor, "S D"] | None = None,
     ) -> Stream:
-        known = context.embedded
-        embedded = self.embedding(context.token) if known is None else known
+        packing, embedded = tokens.packing, context.embedded
+        if embedded is None:
+            embedded = self.embedding(tokens.ids, packing=packing)
         placed = self.position.add(embedded, position=context.position)
         x = self.dropout(placed, context=context.at(side.name))
         x = x if read is None else self.joining(x, read)
+        sight = Sight(packing, tokens.place[packing.met], tokens.past)
         carry = Carry() if side.routing is None else side.routing.start(x, sight=sight)
         return Stream(x, carry)
+
+
+def _taken_up(given: Handed, *, side: Side) -> Stream | None:
+    """The stream of the leg before this one; None where the stack is entered."""
+    if given.x is None:
+        return None
+    return Stream(given.x, Carry(given.hidden, given.logits, side.routing))

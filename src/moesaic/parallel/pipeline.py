@@ -30,7 +30,7 @@ from moesaic.moe.layer import hear
 from moesaic.moe.record import Record, loss_terms
 from moesaic.nn.packing import Packing
 from moesaic.parallel.stages import Stages
-from moesaic.parallel.wire import Boundary, Tokens, Wire, hang
+from moesaic.parallel.wire import Boundary, Held, Wire, hang
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Micro:
     """
 
     batch: Batch
-    tokens: Tokens
+    tokens: Held
     terms: dict[str, Float[Tensor, ""]]
     records: tuple[Record, ...] = ()
     nll: Float[Tensor, "N"] | None = None
@@ -208,12 +208,12 @@ class Pipeline:
         micros, self._job.micros = self._job.micros, ()
         return micros
 
-    def _tokens(self, batch: Batch) -> Tokens:
+    def _tokens(self, batch: Batch) -> Held:
         """How many tokens of a micro-batch are held here."""
         sides = (batch.source != PAD, (batch.target_in != PAD) | (batch.target_out != PAD))
         packings = [self.model.deal(Packing.of(real)) for real in sides]
         source, target = (len(range(packing.num_tokens)[packing.own]) for packing in packings)
-        return Tokens(source, target)
+        return Held(source, target)
 
     def _wires(self) -> tuple[Wire, ...]:
         dim, tokens = self.stages.config.dim, [micro.tokens for micro in self._job.micros]

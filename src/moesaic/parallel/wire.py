@@ -20,7 +20,7 @@ from moesaic.moe.gates import Handing
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class Held:
     """How many tokens of a micro-batch are held here."""
 
     source: int
@@ -45,11 +45,11 @@ class Boundary:
             return Boundary("source", memory=False, carried=handing(config, config.encoder))
         return Boundary("", memory=True, carried=Handing())
 
-    def states(self, tokens: Tokens) -> int:
+    def states(self, tokens: Held) -> int:
         """Return the T of a micro-batch."""
         return {"source": tokens.source, "target": tokens.target, "": 0}[self.side]
 
-    def rows(self, tokens: Tokens) -> int:
+    def rows(self, tokens: Held) -> int:
         """Return the rows of a micro-batch that cross."""
         return self.states(tokens) + (tokens.source if self.memory else 0)
 
@@ -65,7 +65,7 @@ class Wire:
     carried_rows: int
 
     @staticmethod
-    def of(boundary: Boundary, *, dim: int, dtype: torch.dtype, tokens: Sequence[Tokens]) -> "Wire":
+    def of(boundary: Boundary, *, dim: int, dtype: torch.dtype, tokens: Sequence[Held]) -> "Wire":
         """Make room, a little more than is needed, so that most steps need the same."""
         rows = roomy(max(boundary.rows(each) for each in tokens))
         carried = roomy(max(boundary.states(each) for each in tokens))
@@ -101,7 +101,7 @@ class Wire:
         joined = hang(torch.cat(columns, 1), handed.x)
         return rows, _filled([joined], rows=self.carried_rows)
 
-    def unpack(self, crossed: Sequence[Tensor], *, tokens: Tokens) -> Handed:
+    def unpack(self, crossed: Sequence[Tensor], *, tokens: Held) -> Handed:
         """Return what was handed on, of a micro-batch of so many tokens."""
         boundary, states = self.boundary, self.boundary.states(tokens)
         x = crossed[0][:states] if boundary.side else None
