@@ -88,10 +88,7 @@ def experts_of(model: nn.Module) -> tuple[int, ...]:
 
 def check(model: Transformer, *, parallel: Parallel, plan: ParallelPlan) -> None:
     """Raise ConfigError with a sentence for each layer that the plan does not fit."""
-    problems = [
-        f"parallel.tensor={plan.tensor} must divide them, but {why}"
-        for why in refuses(model, lanes=plan.tensor)
-    ]
+    problems = list(refuses(model, lanes=plan.tensor))
     if plan.pipe > 1:
         problems.append(
             f"parallel.pipe={plan.pipe}: layers are not cut into stages yet; set it to 1"
