@@ -96,10 +96,7 @@ def experts_of(model: nn.Module) -> tuple[int, ...]:
 
 def check(model: Transformer, *, parallel: Parallel, plan: ParallelPlan) -> None:
     """Raise ConfigError with a sentence for each layer that the plan does not fit."""
-    problems = [
-        f"parallel.tensor={plan.tensor} must divide them, but {why}"
-        for why in refuses(model, lanes=plan.tensor)
-    ]
+    problems = list(refuses(model, lanes=plan.tensor))
     problems += _cannot_reach(model, parallel=parallel, plan=plan)
     problems += whole_rows.refuses(model.config, ranks=plan.context * plan.tensor)
     for layer in layers(model):
