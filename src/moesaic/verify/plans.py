@@ -37,14 +37,28 @@ def every(worlds: Iterable[int], *, model: Transformer, base: Parallel) -> Plans
     fit: list[Parallel] = []
     refused: dict[str, list[Parallel]] = {}
     for world in worlds:
+        known: dict[Parallel, str | None] = {}
         for parallel in _parallels(world, base=base):
-            try:
-                check(model, parallel=parallel, plan=parallel.plan.on(world))
-            except ConfigError as error:
-                refused.setdefault(error.problems[0], []).append(parallel)
-            else:
-                fit.append(parallel)
+            alike = _but_for_zero(parallel)
+            if alike not in known:
+                known[alike] = _refusal(alike, model=model)
+            why = known[alike]
+            (fit if why is None else refused.setdefault(why, [])).append(parallel)
     return Plans(tuple(fit), {why: tuple(plans) for why, plans in refused.items()})
+
+
+def _but_for_zero(parallel: Parallel) -> Parallel:
+    """Return the plan whose refusal is that of this one: ZeRO matters in a pipeline only."""
+    plan = parallel.plan
+    return parallel if plan.pipe > 1 else parallel.replace(plan=plan.replace(zero=0))
+
+
+def _refusal(parallel: Parallel, *, model: Transformer) -> str | None:
+    try:
+        check(model, parallel=parallel, plan=parallel.plan.on(parallel.plan.world))
+    except ConfigError as error:
+        return error.problems[0]
+    return None
 
 
 def named(parallel: Parallel) -> str:
@@ -129,5 +143,5 @@ def _cover(fit: Sequence[Parallel]) -> Iterator[Parallel]:
 
 
 def _pairs(parallel: Parallel) -> set[object]:
-    choices = [*_choices(parallel).items(), ("ranks", parallel.plan.world)]
-    return set(combinations(choices, 2))
+    choices = _choices(parallel) | {"zero": parallel.plan.zero, "ranks": parallel.plan.world}
+    return set(combinations(sorted(choices.items()), 2))

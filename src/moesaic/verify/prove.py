@@ -9,6 +9,7 @@ import torch
 import torch.distributed as distributed
 
 from moesaic.dist.forked import RankError, run_each
+from moesaic.parallel.apply import check
 from moesaic.parallel.config import Parallel
 from moesaic.train.run import Run
 from moesaic.verify.compare import Differences, Tolerances, differences
@@ -65,6 +66,15 @@ def plans(run: Run, *, world: int) -> Plans:
         model = run.model.build()
     worlds = [ranks for ranks in range(2, world + 1) if world % ranks == 0]
     return every(worlds, model=model, base=run.parallel)
+
+
+def own(run: Run, *, world: int) -> Plans:
+    """Return the run's own plan for so many ranks."""
+    with torch.device("meta"):
+        model = run.model.build()
+    parallel = run.parallel.replace(plan=run.parallel.plan.on(world))
+    check(model, parallel=parallel, plan=parallel.plan)
+    return Plans((parallel,), {})
 
 
 def reference(given: Setting) -> Trace:
