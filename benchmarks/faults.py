@@ -37,7 +37,7 @@ from moesaic.train.resume import Auto
 from moesaic.train.run import Checkpoints, Run
 from moesaic.train.watch import silent
 
-PATIENCE_S = {2: 2.0, 4: 3.0, 8: 6.0}  # eight ranks share two cores here
+PATIENCE_S = {2: 4.0, 4: 6.0, 8: 12.0}  # two cores, which others may use too
 TORCHRUN = (  # one an attempt; the last attempt has none
     Fault("kill", "collective", rank=1, after=3),
     Fault("exception", "between steps", rank=0, after=2),

@@ -50,9 +50,7 @@ def _watches(patience_s: float) -> tuple[list[Watch], distributed.TCPStore]:
     return made, server
 
 
-def test_a_collective_that_waits_is_said_at_half_of_the_patience(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def _said_while_rank_1_is_away(monkeypatch: pytest.MonkeyPatch, *, inside: bool) -> list[str]:
     said: list[str] = []
     monkeypatch.setattr(watch_module, "_say", said.append)
     (here, there), server = _watches(patience_s=1.0)
@@ -61,6 +59,8 @@ def test_a_collective_that_waits_is_said_at_half_of_the_patience(
     for watch in (here, there):
         watch.book.at("forward", step=3)
     here.book.enter("all_reduce", group=ALL)
+    if not inside:
+        here.book.leave()
     late = time.monotonic() + 10
     while not said and time.monotonic() < late:
         time.sleep(0.01)
@@ -68,9 +68,31 @@ def test_a_collective_that_waits_is_said_at_half_of_the_patience(
     here.close()
     there.close()
     del server
-    (warning,) = said
-    assert "still waiting after" in warning
-    assert "rank 1 did not come to all_reduce #1 (step 3, forward), where rank 0 waited" in warning
+    return said
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["as with gloo", "as with NCCL"])
+def test_a_rank_that_is_waited_for_is_said_at_half_of_the_patience(
+    monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    (warning,) = _said_while_rank_1_is_away(monkeypatch, inside=inside)
+    assert "nothing has moved for" in warning
+    assert "rank 1 did not come to all_reduce #1 (step 3, forward)" in warning
+    assert ("where rank 0 waited" in warning) == inside
+
+
+def test_ranks_that_are_all_at_work_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(watch_module, "_say", said.append)
+    watches, server = _watches(patience_s=0.4)
+    for watch in watches:
+        watch.start()
+        watch.book.at("forward", step=3)
+    time.sleep(0.9)
+    for watch in watches:
+        watch.close()
+    del server
+    assert said == []
 
 
 def test_all_ranks_say_what_the_first_one_found() -> None:
@@ -84,6 +106,21 @@ def test_all_ranks_say_what_the_first_one_found() -> None:
     assert first.ranks == (1,)
     here.close()
     there.close()
+    del server
+
+
+def test_a_rank_of_another_machine_is_known_by_its_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = iter(["here 1", "there 2"])
+    monkeypatch.setattr(watch_module, "_machine", lambda: next(names))
+    (here, there), server = _watches(patience_s=1.0)
+    here.start()
+    there.start()
+    here.book.enter("all_reduce", group=ALL)
+    assert "is alive but does not go on" in here._judge().sentence
+    there.close()
+    sentence = here._judge().sentence
+    assert f"nothing is heard of its process {os.getpid()} on there" in sentence
+    here.close()
     del server
 
 

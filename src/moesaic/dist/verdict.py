@@ -116,12 +116,11 @@ def _accusation(late: Sequence[Peer], *, waiter: Peer, peers: Mapping[int, Peer]
     mark = waiter.mark or Mark()
     who = show_ranks(peer.rank for peer in late)
     was = "was" if len(late) == 1 else "were"
-    if not mark.inside:
-        return f"{who} {was} lost after {mark.collective}"
     others = show_ranks(r for r in waiter.members if _waits_beside(peers[r], waiter))
+    there = f", where {others} waited" if mark.inside else ""
     if all(_came(peer, waiter) for peer in late):
-        return f"{who} {was} lost in {mark.collective}, where {others} waited"
-    return f"{who} did not come to {mark.collective}, where {others} waited"
+        return f"{who} {was} lost {'in' if there else 'after'} {mark.collective}{there}"
+    return f"{who} did not come to {mark.collective}{there}"
 
 
 def _waits_beside(peer: Peer, waiter: Peer) -> bool:

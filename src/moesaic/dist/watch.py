@@ -121,6 +121,7 @@ class Watch:
     def _unsure(self, rank: int, seen: dict[str, Any] | None) -> bool:
         if rank == self.rank or seen is None or seen["failure"]:
             return False
+        # a process that is being killed closes its connections a little before it is gone
         return seen["machine"] != self._machine or process_state(seen["pid"]) == "alive"
 
     def _peer(
@@ -132,9 +133,8 @@ class Watch:
         state: State = "alive"
         if rank != self.rank and not seen["failure"]:
             here = seen["machine"] == self._machine
-            state = process_state(seen["pid"]) if here else "alive"
             silent = before is not None and before["beats"] == seen["beats"]
-            state = "silent" if state == "alive" and silent else state
+            state = process_state(seen["pid"]) if here else "silent" if silent else "alive"
             there = read_book(Path(seen["book"])) if here and seen["book"] else None
             mark = there if there is not None and there.serial >= mark.serial else mark
         process = f"{seen['pid']} on {seen['machine'].partition(' ')[0]}"
@@ -174,15 +174,20 @@ class Watch:
                 self._end_it()
 
     def _warn(self) -> None:
-        """Say once, at half of the patience, that a collective waits, and for whom."""
+        """Say once, at half of the patience, that this rank waits, and for whom.
+
+        Also outside of a collective: with NCCL the host waits later than it asked.
+        """
         mark = self.book.read()
         idle_s = time.time() - mark.time_s
-        if not mark.inside or idle_s < self._patience_s / 2 or self._warned == mark.serial:
+        if idle_s < self._patience_s / 2 or self._warned == mark.serial:
             return
         self._warned = mark.serial
+        verdict = self._judge()
+        if not verdict.ranks and not mark.inside:
+            return  # nobody is behind: this rank is at work, or all are
         if self._store.add(f"warned-{mark.group}-{mark.number}", 1) == 1:
-            sentence = self._judge().sentence
-            _say(f"moesaic: still waiting after {idle_s:.0f} s: {sentence}")
+            _say(f"moesaic: nothing has moved for {idle_s:.0f} s: {verdict.sentence}")
 
     def _end_it(self) -> None:
         with suppress(*_STORE_ERRORS):

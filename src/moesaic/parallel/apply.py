@@ -11,7 +11,6 @@ from moesaic.dist.mesh import STAGE, Mesh
 from moesaic.dist.plan import ParallelPlan
 from moesaic.dist.world import World
 from moesaic.model.transformer import Transformer
-from moesaic.moe.dispatch_far import AllToAllDispatcher
 from moesaic.moe.experts import Experts
 from moesaic.moe.layer import layers
 from moesaic.nn.attention import CrossAttention, SelfAttention
@@ -57,7 +56,8 @@ def apply(model: Transformer, *, parallel: Parallel, mesh: Mesh) -> Spread:
         number = layer.router.config.experts
         over, slices = (mesh.group(axis, experts=number) for axis in ("expert", "expert_tensor"))
         if over is not None or slices is not None:
-            layer.dispatcher = AllToAllDispatcher(over, slices=slices)
+            journey, wait = parallel.journey, mesh.timeout_s
+            layer.dispatcher = journey.build(over, slices=slices, timeout_s=wait)
     sharing = {name: Sharing(laid.held(_axes(laid.experts))) for name, laid in table.items()}
     if mesh.plan.zero:
         sharing = share_out(model, mesh=mesh, sharing=sharing, table=table)
@@ -98,6 +98,10 @@ def check(model: Transformer, *, parallel: Parallel, plan: ParallelPlan) -> None
     for layer in layers(model):
         config = layer.router.config
         plan.spread(config.experts, layer=layer.name)
+        if why := parallel.journey.refuses(plan=plan, bank=layer.experts, experts=config.experts):
+            problems.append(
+                f"parallel.journey={type(parallel.journey).__name__} of {layer.name}: {why}"
+            )
         if plan.expert_tensor > 1:
             problems += _cannot_slice(layer.experts, name=layer.name, cuts=plan.expert_tensor)
     if problems:

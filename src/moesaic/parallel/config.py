@@ -5,6 +5,7 @@ from moesaic.dist.collectives import Group
 from moesaic.dist.plan import ParallelPlan
 from moesaic.nn.looking import Looking
 from moesaic.parallel.deal import Cut, in_order, zigzag
+from moesaic.parallel.journey import Journey, Straight
 from moesaic.parallel.ring import Ring
 from moesaic.parallel.ulysses import Ulysses
 
@@ -53,8 +54,10 @@ class RingReach(Reach):
 class Parallel(Config):
     """``plan`` has the degrees. The default shares the data out over all ranks, and nothing else.
 
-    ``reach`` is how attention crosses ranks where ``plan.context`` is above 1.
+    ``reach`` is how attention crosses ranks where ``plan.context`` is above 1, ``journey`` how rows
+    get to experts where ``plan.expert`` or ``plan.expert_tensor`` is.
     """
 
     plan: ParallelPlan = ParallelPlan()
     reach: Reach = UlyssesReach()
+    journey: Journey = Straight()

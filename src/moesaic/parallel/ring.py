@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Bool, Float, Tensor
 from moesaic.dist.collectives import Group, rank_in, ranks_of
+from moesaic.dist.flight import collective
 from moesaic.nn.looking import Heads, KeyValue
 from moesaic.nn.packing import Packing, Run
 from moesaic.ops.blockwise import Back, Found, add, grads_of, look_at
@@ -119,7 +120,7 @@ class Route:
         tokens = sum(run.length for run in self.asked[self.part(step + 1)])
         arriving = held.new_empty(tokens, *held.shape[1:])
         if self.group is None or self.ranks == 1:
-            return Travel(held, held, ())
+            return Travel(held, held, (), None)
         own = rank_in(self.group)
         to, from_ = (
             distributed.get_global_rank(self.group, rank % self.ranks)
@@ -132,7 +133,7 @@ class Route:
             if tensor.numel()
         ]
         work = distributed.batch_isend_irecv(moves) if moves else []
-        return Travel(held, arriving, tuple(work))
+        return Travel(held, arriving, tuple(work), self.group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +143,14 @@ class Travel:
     sent: Tensor
     arriving: Tensor
     work: tuple[Any, ...]
+    group: Group
 
     def wait(self) -> Tensor:
         """Return what has arrived."""
-        for move in self.work:
-            move.wait()
+        if self.group is not None:
+            with collective("exchange", group=self.group):
+                for move in self.work:
+                    move.wait()
         return self.arriving
 
 

@@ -24,7 +24,7 @@ import torch
 import torch._dynamo  # see testing/ranks.py: without it each life spends seconds on its import
 import torch.distributed as distributed
 
-from moesaic.checkpoint import save as saving
+from moesaic.checkpoint.disk import Disk
 from moesaic.core.errors import UserError
 from moesaic.dist import world as collectives
 from moesaic.dist.verdict import LostRankError, Verdict
@@ -295,9 +295,7 @@ class Inject(Hook):
             case "collective":
                 _before(collectives.distributed, "all_reduce", self._in_collective, when=now)
             case "save" if self._mine:
-                _before(
-                    saving, "_write_hashed", self._strike, when=lambda: trainer.step >= self._at
-                )
+                _before(Disk, "write", self._strike, when=self._second_file(trainer))
                 if trainer.world.rank:
                     original = trainer.snapshot
                     trainer.snapshot = lambda: self._strike() or original()  # pyright: ignore
@@ -307,6 +305,16 @@ class Inject(Hook):
     def after_step(self, trainer: Trainer, report: StepReport) -> None:  # noqa: ARG002
         if self._mine and self._fault.moment == "between steps" and report.step == self._at:
             self._strike()
+
+    def _second_file(self, trainer: Trainer) -> Callable[[], bool]:
+        seen: list[int] = []
+
+        def now() -> bool:
+            if trainer.step >= self._at:
+                seen.append(trainer.step)
+            return len(seen) > 1
+
+        return now
 
     def _in_collective(self) -> None:
         if not self._mine:
@@ -325,11 +333,9 @@ def _at_step(trainer: Trainer, step: int) -> Callable[[], bool]:
     return lambda: trainer.step + 1 == step
 
 
-def _before(
-    module: Any, name: str, action: Callable[[], None], *, when: Callable[[], bool]
-) -> None:
-    """Do ``action`` before the first call of a module's function at which ``when`` holds."""
-    original, done = vars(module)[name], []
+def _before(owner: Any, name: str, action: Callable[[], None], *, when: Callable[[], bool]) -> None:
+    """Do ``action`` before the first call of a function of ``owner`` at which ``when`` holds."""
+    original, done = vars(owner)[name], []
 
     def called(*arguments: Any, **named: Any) -> Any:
         if when() and not done:
@@ -337,7 +343,7 @@ def _before(
             action()
         return original(*arguments, **named)
 
-    setattr(module, name, called)
+    setattr(owner, name, called)
 
 
 def _ordeal(life: Life, *, fault: Fault, run: Run) -> Ordeal:

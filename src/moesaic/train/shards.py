@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from moesaic.checkpoint.index import read_index
-from moesaic.checkpoint.load import load
+from moesaic.checkpoint.load import read_snapshot
 from moesaic.checkpoint.manifest import read_manifest
 from moesaic.checkpoint.shard import Held
 from moesaic.checkpoint.sharded import load_sharded
 from moesaic.checkpoint.snapshot import Snapshot
+from moesaic.core.shapes import Tensor
 from moesaic.dist.world import World
 from moesaic.model.weights import export_weights
 from moesaic.optim.state import export_state
@@ -45,7 +46,7 @@ def restore_shards(
     index = read_index(path, manifest=read_manifest(path))
     _prepare(optimizer, stepped={n.partition("/")[2] for n in index.files.get("optimizer", {})})
     load_sharded(path, into=shards_of(spread, optimizer), world=world)
-    return load(path, only=[file for file in index.files if file not in MINE])
+    return read_snapshot(path, only=[file for file in index.files if file not in MINE])
 
 
 def _prepare(optimizer: NamedOptimizer, *, stepped: Iterable[str]) -> None:

@@ -1,51 +1,55 @@
 """A slow rank is found by the time it works, not by the time its steps take."""
 
-import time
-
-import pytest
+from typing import Any
 
 from moesaic.dist.world import Alone, Ranks, World
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import tiny_run, tiny_trainer
-from moesaic.train.hooks.hook import Hook
 from moesaic.train.hooks.stragglers import WatchStragglers
-from moesaic.train.loop import loop
 from moesaic.train.run import Log
-from moesaic.train.trainer import StepReport, Trainer
+from moesaic.train.trainer import StepReport
+
+NOTHING: Any = None
 
 
-class Keep(Hook):
-    """Keeps what the journal has, step by step."""
-
-    def __init__(self) -> None:
-        self.values: dict[int, dict[str, float]] = {}
-        self.notes: list[str] = []
-
-    def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        self.values[report.step] = trainer.journal.take_values()
-        self.notes += trainer.journal.take_notes()
-
-
-def _train(world: World, slow: int) -> Keep:
-    run = tiny_run(steps=6, log=Log(every=1))
-    trainer, keep = tiny_trainer(run, world=world), Keep()
-    if world.rank == slow:
-        trainer.model.register_forward_pre_hook(lambda *_: time.sleep(0.2))
-    loop(trainer, hooks=[WatchStragglers(slow=3.0, rows=2), keep], until=6)
-    return keep
+def _watch(world: World, *, waited: list[float]) -> tuple[list[dict[str, float]], list[str]]:
+    """Every step takes each rank a second, of which it waits ``waited`` for the others."""
+    trainer = tiny_trainer(tiny_run(steps=6, log=Log(every=1)), world=world)
+    hook, rows, notes = WatchStragglers(slow=3.0, rows=2), [], []
+    for step in range(1, 7):
+        trainer.step = step
+        hook.after_step(trainer, StepReport(step, NOTHING, 0.1, 1.0, 0.0, waited[world.rank]))
+        rows.append(trainer.journal.take_values())
+        notes += trainer.journal.take_notes()
+    return rows, notes
 
 
-@pytest.mark.slow
-def test_the_slowest_rank_is_named_in_the_rows_and_once_in_words() -> None:
-    for keep in run_on_ranks(3, lambda: _train(Ranks(), slow=1)):
-        for values in keep.values.values():
-            assert values["perf/slowest_rank"] == 1.0
-            assert values["perf/slowest_ratio"] > 3.0
-        (note,) = keep.notes
-        assert note.startswith("step 2: rank 1 works")
-        assert "for 2 rows of metrics now" in note
+def test_the_slowest_rank_is_named_in_every_row_and_once_in_words() -> None:
+    for rows, notes in run_on_ranks(3, lambda: _watch(Ranks(), waited=[0.9, 0.0, 0.8])):
+        for row in rows:
+            assert row["perf/slowest_rank"] == 1.0
+            assert round(row["perf/slowest_ratio"], 2) == round(1.0 / 0.15, 2)
+        (note,) = notes
+        assert note.startswith("step 2: rank 1 works 6.7 times as long as the others")
+        assert "(1000 ms a step, theirs 150 ms), for 2 rows of metrics now" in note
+
+
+def test_a_rank_that_is_hardly_slower_is_not_accused() -> None:
+    for _, notes in run_on_ranks(2, lambda: _watch(Ranks(), waited=[0.2, 0.0])):
+        assert notes == []
 
 
 def test_one_rank_alone_is_not_compared() -> None:
-    keep = _train(Alone(), slow=-1)
-    assert not any(keep.values.values())
+    rows, notes = _watch(Alone(), waited=[0.0])
+    assert not any(rows)
+    assert notes == []
+
+
+def _waited() -> tuple[float, float]:
+    report = tiny_trainer(tiny_run(), world=Ranks()).advance()
+    return report.waited_seconds, report.seconds
+
+
+def test_a_step_says_how_much_of_it_was_spent_in_collectives() -> None:
+    for waited, whole in run_on_ranks(2, _waited):
+        assert 0.0 < waited < whole
