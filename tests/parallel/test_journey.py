@@ -24,10 +24,10 @@ from moesaic.moe.select import TopK
 from moesaic.parallel.apply import lay
 from moesaic.parallel.config import Parallel
 from moesaic.parallel.journey import InChunks, Journey, Lend, Straight, TwoHops
+from moesaic.parallel.ranks import BatchRanks
 from moesaic.parallel.slices import take
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import random_batch, rows_of, tiny_model_config
-from moesaic.train.ranks import BatchRanks
 
 MODEL = tiny_model_config(
     moe=MoE(experts=4, select=TopK(k=2), balance=(SwitchBalance(),), beside=SharedExperts())

@@ -16,8 +16,8 @@ from moesaic.moe.ranks import Gathered
 from moesaic.moe.record import Record
 from moesaic.optim.clip import GradNorm
 from moesaic.parallel.layout import Laid
+from moesaic.parallel.ranks import BatchRanks
 from moesaic.parallel.spread import Spread
-from moesaic.train.ranks import BatchRanks
 
 Patch = pytest.MonkeyPatch
 

@@ -18,6 +18,7 @@ from moesaic.parallel import whole_rows
 from moesaic.parallel.config import Parallel
 from moesaic.parallel.deal import Deal
 from moesaic.parallel.layout import Layout, layout
+from moesaic.parallel.ranks import BatchRanks, world_of
 from moesaic.parallel.sharing import Sharing
 from moesaic.parallel.slices import spans, take
 from moesaic.parallel.spread import Spread
@@ -52,8 +53,10 @@ def apply(model: Transformer, *, parallel: Parallel, mesh: Mesh) -> Spread:
     cut(model, table=table, mesh=mesh)
     narrow(model, group=mesh.group("tensor"), vocab_size=model.config.vocab_size)
     deal(model, parallel=parallel, mesh=mesh)
+    stage = world_of(mesh, *STAGE)
     for layer in layers(model):
         number = layer.router.config.experts
+        layer.ranks = BatchRanks(stage, room=parallel.room.world(mesh, experts=number))
         over, slices = (mesh.group(axis, experts=number) for axis in ("expert", "expert_tensor"))
         if over is not None or slices is not None:
             journey, wait = parallel.journey, mesh.timeout_s

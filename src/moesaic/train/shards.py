@@ -12,7 +12,6 @@ from moesaic.checkpoint.manifest import read_manifest
 from moesaic.checkpoint.shard import Held
 from moesaic.checkpoint.sharded import load_sharded
 from moesaic.checkpoint.snapshot import Snapshot
-from moesaic.core.shapes import Tensor
 from moesaic.dist.world import World
 from moesaic.model.weights import export_weights
 from moesaic.optim.state import export_state
