@@ -7,7 +7,7 @@ without a word here.
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -38,7 +38,6 @@ from moesaic.verify.plans import every
 from moesaic.verify.small import small
 from moesaic.verify.stream import VOCABULARY, Shape
 
-Member = TypeVar("Member", bound=Choice)
 APART = (MicroBatchBalance,)  # what it balances is the share of a rank: another loss by definition
 
 
@@ -145,7 +144,7 @@ def _limit(draw: random.Random) -> Limit:
     return Capacity(factor=factor, minimum=draw.randint(0, 2), priority=_any(draw, Priority))
 
 
-def _any(draw: random.Random, family: type[Member]) -> Member:
+def _any(draw: random.Random, family: type[Choice]) -> Any:
     """Return a member as it is by default; every other time the first, which is the plain one."""
     members = [
         member

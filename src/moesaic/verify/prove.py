@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,17 +47,23 @@ class Setting:
     run: Run
     model: Model
     shape: Shape
+    allowed: Tolerances
     steps: int = 3
     timeout_s: float = 120.0
     patience_s: float = 20.0
-    allowed: Tolerances = field(default_factory=Tolerances)
 
 
 def setting(run: Run, *, steps: int = 3, timeout_s: float = 120.0) -> Setting:
     """Return the setting of a run, its batches of the model's kind."""
-    shape = Shape(source=run.model.encoder.layers > 0)
-    patience = min(20.0, timeout_s)
-    return Setting(run, model_of(run), shape, steps=steps, timeout_s=timeout_s, patience_s=patience)
+    return Setting(
+        run,
+        model_of(run),
+        Shape(source=run.model.encoder.layers > 0),
+        Tolerances.of(run),
+        steps=steps,
+        timeout_s=timeout_s,
+        patience_s=min(20.0, timeout_s),
+    )
 
 
 def plans(run: Run, *, world: int) -> Plans:
