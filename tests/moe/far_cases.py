@@ -8,6 +8,7 @@ import torch
 import torch.distributed as distributed
 from torch import nn
 
+from moesaic.dist.collectives import Group
 from moesaic.moe.dispatch import Dispatcher, LocalDispatcher
 from moesaic.moe.experts import Experts, Size
 from moesaic.moe.routing import Routing
@@ -37,6 +38,15 @@ class Result:
     weight: torch.Tensor
     up: torch.Tensor
     down: torch.Tensor
+
+
+def groups(size: int) -> tuple[Group, Group]:
+    """Neighbours in runs of ``size`` and, across them, the ranks of one place in each run."""
+    ranks = range(distributed.get_world_size())
+    runs = [list(ranks[i : i + size]) for i in ranks[::size]]
+    across = [list(ranks[i::size]) for i in range(size)]
+    groups = [distributed.new_subgroups_by_enumeration(each)[0] for each in (runs, across)]
+    return groups[0], groups[1]
 
 
 def routing(case: str, *, tokens: int) -> Routing:
@@ -127,12 +137,12 @@ def here(
 
 
 def compare(
-    build: Callable[[], Dispatcher], *, experts: Callable[[], Experts], cases: Sequence[str]
+    dispatcher: Dispatcher, *, experts: Callable[[], Experts], cases: Sequence[str]
 ) -> dict[str, Result]:
     """On each rank: the results of every case, by name."""
     rank = distributed.get_rank()
     found: dict[str, Any] = {}
     for case in cases:
         x, edges = here(case, rank=rank)
-        found[case] = carried(build(), experts=experts(), edges=edges, x=x)
+        found[case] = carried(dispatcher, experts=experts(), edges=edges, x=x)
     return found

@@ -4,27 +4,17 @@ import pytest
 import torch
 import torch.distributed as distributed
 
-from moe.far_cases import CASES, E, F, Result, bank, carried, compare, here, whole
-from moesaic.dist.collectives import Group
+from moe.far_cases import CASES, E, F, Result, bank, carried, compare, groups, here, whole
 from moesaic.moe.dispatch import Dispatcher, LocalDispatcher
 from moesaic.moe.dispatch_far import AllToAllDispatcher
 from moesaic.testing.ranks import run_on_ranks
-
-
-def _groups(size: int) -> tuple[Group, Group]:
-    """Neighbours in runs of ``size`` and, across them, the ranks of one place in each run."""
-    ranks = range(distributed.get_world_size())
-    runs = [list(ranks[i : i + size]) for i in ranks[::size]]
-    across = [list(ranks[i::size]) for i in range(size)]
-    groups = [distributed.new_subgroups_by_enumeration(each)[0] for each in (runs, across)]
-    return groups[0], groups[1]
 
 
 def _expert_parallel() -> dict[str, Result]:
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     own = range(E)[rank * E // ranks :][: E // ranks]
     return compare(
-        lambda: AllToAllDispatcher(distributed.group.WORLD),
+        AllToAllDispatcher(distributed.group.WORLD),
         experts=lambda: bank(experts=own),
         cases=list(CASES),
     )
@@ -32,11 +22,11 @@ def _expert_parallel() -> dict[str, Result]:
 
 def _sliced() -> dict[str, Result]:
     """Two ranks share an expert's hidden width, two such pairs share the experts."""
-    slices, over = _groups(2)
+    slices, over = groups(2)
     place, pair = distributed.get_rank() % 2, distributed.get_rank() // 2
     own, hidden = range(E)[pair * E // 2 :][: E // 2], slice(place * F // 2, (place + 1) * F // 2)
     return compare(
-        lambda: AllToAllDispatcher(over, slices=slices),
+        AllToAllDispatcher(over, slices=slices),
         experts=lambda: bank(experts=own, hidden=hidden),
         cases=list(CASES),
     )
@@ -45,7 +35,7 @@ def _sliced() -> dict[str, Result]:
 def _only_sliced() -> dict[str, Result]:
     rank = distributed.get_rank()
     return compare(
-        lambda: AllToAllDispatcher(None, slices=distributed.group.WORLD),
+        AllToAllDispatcher(None, slices=distributed.group.WORLD),
         experts=lambda: bank(hidden=slice(rank, rank + 1)),
         cases=list(CASES),
     )

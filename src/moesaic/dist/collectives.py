@@ -8,6 +8,7 @@ Letters: R rows given, S rows returned, D what a row is (any shape).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -42,6 +43,33 @@ def all_to_all(
     if ranks_of(group) == 1:
         return x
     return _AllToAll.apply(x, group, tuple(sent), tuple(received))
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """Rows that are on their way."""
+
+    rows: Tensor
+    work: Any
+
+    def wait(self) -> Shaped[Tensor, "S *D"]:
+        """Return the rows when they are here; on a GPU its stream waits, not the host."""
+        if self.work is not None:
+            self.work.wait()
+        return self.rows
+
+
+def start_all_to_all(
+    x: Shaped[Tensor, "R *D"], *, group: Group, sent: Sequence[int], received: Sequence[int]
+) -> Pending:
+    """Begin an ``all_to_all`` and return at once. Not differentiable; ``x`` must stay as it is."""
+    if ranks_of(group) == 1:
+        return Pending(x, None)
+    out = x.new_empty(sum(received), *x.shape[1:])
+    work = distributed.all_to_all_single(
+        out, x.contiguous(), list(received), list(sent), group=group, async_op=True
+    )
+    return Pending(out, work)
 
 
 def gather_rows(

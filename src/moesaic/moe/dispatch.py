@@ -10,6 +10,8 @@ Letters: T tokens, N edges, R rows received, D model dim.
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
+
 from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.routing import Routing
 from moesaic.ops.group import Groups, group
@@ -89,3 +91,16 @@ def edges_of(routing: Routing) -> Edges:
     """Return the edges of a routing with their order by expert."""
     groups = group(routing.expert, num_experts=routing.num_experts)
     return Edges(routing.token, routing.weight, groups, routing.num_tokens, routing.per_token)
+
+
+def answer(
+    rows: Float[Tensor, "R D"], *, groups: Groups, experts: RowExperts
+) -> Float[Tensor, "R D"]:
+    """Return the experts' answers to rows that ``groups`` would sort, in the order they lie in.
+
+    By definition: sort, ask, sort back; experts that can do it in one go do.
+    """
+    count = rows.shape[0]
+    once = torch.ones(count, dtype=torch.float32, device=rows.device)
+    every = torch.arange(count, device=rows.device)
+    return experts.mix(rows, edges=Edges(every, once, groups, count, 1))

@@ -5,7 +5,7 @@ arXiv:2006.16668). Each expert may moreover be cut along its hidden width over t
 group: these see the same rows, and the parts of an answer are added (Liu et al. 2025,
 MoE Parallel Folding, arXiv:2504.14960). Rows travel in the dtype in which experts compute.
 
-Letters: T tokens, N edges, E experts of all ranks, R rows received, D model dim.
+Letters: T tokens, N edges, E experts of all ranks, S rows sent, R rows received, D model dim.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from moesaic.dist.collectives import (
     ranks_of,
     scatter_rows,
 )
-from moesaic.moe.dispatch import LocalDispatcher, Parcel, RowExperts, edges_of
+from moesaic.moe.dispatch import LocalDispatcher, Parcel, RowExperts, answer, edges_of
 from moesaic.moe.experts import as_autocast
 from moesaic.moe.routing import Routing
 from moesaic.ops.combine import spread
@@ -46,16 +46,16 @@ class AllToAllDispatcher:
     ) -> Float[Tensor, "T D"]:
         if ranks_of(self._over) * ranks_of(self._slices) == 1:
             return LocalDispatcher().carry(x, routing=routing, experts=experts)
-        parcel = self.dispatch(x, routing)
-        return self.combine(experts(parcel.rows, groups=parcel.groups), parcel)
+        edges = edges_of(routing)
+        trip = _plan(edges.groups.counts, over=self._over, slices=self._slices)
+        rows = _go(x, edges=edges, trip=trip)
+        return _return(answer(rows, groups=trip.groups, experts=experts), edges=edges, trip=trip)
 
     def dispatch(self, x: Float[Tensor, "T D"], routing: Routing) -> Parcel:
         edges = edges_of(routing)
         trip = _plan(edges.groups.counts, over=self._over, slices=self._slices)
-        rows = carry_out(as_autocast(x), edges=edges)[: sum(trip.sent)]
-        rows = all_to_all(rows, group=self._over, sent=trip.sent, received=trip.received)
-        rows = gather_rows(rows, group=self._slices, sizes=trip.shared)
-        return Parcel(permute(rows, groups=trip.groups), trip.groups, Far(edges, trip))
+        rows = permute(_go(x, edges=edges, trip=trip), groups=trip.groups)
+        return Parcel(rows, trip.groups, Far(edges, trip))
 
     def combine(self, y: Float[Tensor, "R D"], parcel: Parcel) -> Float[Tensor, "T D"]:
         return parcel.way.home(y)
@@ -81,12 +81,26 @@ class Far:
     trip: Trip
 
     def home(self, y: Float[Tensor, "R D"]) -> Float[Tensor, "T D"]:
-        trip = self.trip
-        y = permute_back(y, groups=trip.groups)
-        y = scatter_rows(y, group=trip.slices, sizes=trip.shared)
-        y = all_to_all(y, group=trip.over, sent=trip.received, received=trip.sent)
-        nowhere = self.edges.groups.order.numel() - y.shape[0]
-        return carry_home(F.pad(y, (0, 0, 0, nowhere)) if nowhere else y, edges=self.edges)
+        y = permute_back(y, groups=self.trip.groups)
+        return _return(y, edges=self.edges, trip=self.trip)
+
+
+def _go(x: Float[Tensor, "T D"], *, edges: Edges, trip: Trip) -> Float[Tensor, "R D"]:
+    rows = carry_out(as_autocast(x), edges=edges)[: sum(trip.sent)]
+    rows = all_to_all(rows, group=trip.over, sent=trip.sent, received=trip.received)
+    return gather_rows(rows, group=trip.slices, sizes=trip.shared)
+
+
+def _return(y: Float[Tensor, "R D"], *, edges: Edges, trip: Trip) -> Float[Tensor, "T D"]:
+    y = scatter_rows(y, group=trip.slices, sizes=trip.shared)
+    y = all_to_all(y, group=trip.over, sent=trip.received, received=trip.sent)
+    return settle(y, edges=edges)
+
+
+def settle(y: Float[Tensor, "S D"], *, edges: Edges) -> Float[Tensor, "T D"]:
+    """Add the answers of the edges that lead somewhere to their tokens."""
+    nowhere = edges.groups.order.numel() - y.shape[0]
+    return carry_home(F.pad(y, (0, 0, 0, nowhere)) if nowhere else y, edges=edges)
 
 
 def permute(rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
@@ -102,10 +116,7 @@ def permute_back(rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor,
 def _plan(counts: Int[Tensor, "E"], *, over: Group, slices: Group) -> Trip:
     """Exchange how many rows lead to each expert, and wait once for the sums. Collective."""
     ranks, cuts = ranks_of(over), ranks_of(slices)
-    if counts.numel() % ranks:
-        raise ValueError(f"{counts.numel()} experts cannot be split evenly over {ranks} ranks")
-    each = [1] * ranks
-    incoming = all_to_all(counts.view(ranks, -1), group=over, sent=each, received=each)
+    incoming = exchange_counts(counts, over=over)
     every = gather_rows(incoming, group=slices, sizes=[ranks] * cuts)  # [cut and rank, expert]
     numbers = torch.cat([counts.view(ranks, -1).sum(1), every.sum(1)]).tolist()
     sent, arrived = tuple(numbers[:ranks]), numbers[ranks:]
@@ -113,6 +124,15 @@ def _plan(counts: Int[Tensor, "E"], *, over: Group, slices: Group) -> Trip:
     shared = tuple(sum(block) for block in blocks)
     groups = by_expert(every, rows=sum(shared))
     return Trip(over, slices, sent, blocks[rank_in(slices)], shared, groups)
+
+
+def exchange_counts(counts: Int[Tensor, "E"], *, over: Group) -> Int[Tensor, "P e"]:
+    """Return how many rows each rank has for each of the experts here. Collective."""
+    ranks = ranks_of(over)
+    if counts.numel() % ranks:
+        raise ValueError(f"{counts.numel()} experts cannot be split evenly over {ranks} ranks")
+    each = [1] * ranks
+    return all_to_all(counts.view(ranks, -1), group=over, sent=each, received=each)
 
 
 def by_expert(blocks: Int[Tensor, "B E"], *, rows: int) -> Groups:

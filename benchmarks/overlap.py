@@ -1,0 +1,153 @@
+"""How well the cost model chooses the number of chunks, and whether a line fits what is measured.
+
+Random layers: every stage's start and whole time is drawn log-uniformly (a start of 1 to 100 % of a
+second, a whole of 0.3 to 10 seconds), half of them with other traffic between nodes. For each the
+choice by formula is compared with trying every number in the simulated schedule. The measured part
+times gloo's all-to-all over ranks of this machine and the experts of one layer, medians of
+repetitions, and fits a line to each: what ``Degrees.fastest`` is to be given on a cluster.
+
+    python benchmarks/overlap.py
+"""
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from support import write_result
+
+from moesaic.dist.collectives import all_to_all
+from moesaic.dist.degrees import CANDIDATES, NOTHING, Layer, Stage, fastest, simulated
+from moesaic.dist.fit import Cost, fit
+from moesaic.moe.experts import Experts, Size
+from moesaic.nn.activation import SwiGLU
+from moesaic.nn.feed_forward import FeedForward
+from moesaic.ops.group import group
+from moesaic.testing.ranks import run_on_ranks
+
+DIM, HIDDEN, EXPERTS, RANKS = 256, 256, 4, 4
+ROWS = (256, 512, 1024, 2048, 4096)
+
+
+def stage(draw: random.Random) -> Stage:
+    return Stage(Cost(10 ** draw.uniform(-2, 0), 10 ** draw.uniform(-0.5, 1)), 1.0)
+
+
+def random_layers(count: int, *, inside: bool) -> list[Layer]:
+    draw = random.Random(0)
+    return [
+        Layer(
+            exchange=stage(draw),
+            experts=stage(draw),
+            gather=stage(draw) if inside else NOTHING,
+            scatter=stage(draw) if inside else NOTHING,
+            gradients=draw.choice([0.0, draw.uniform(0, 20)]),
+        )
+        for _ in range(count)
+    ]
+
+
+def choices(layers: Sequence[Layer], *, candidates: Sequence[int]) -> dict[str, Any]:
+    """Compare the formula's choice with the best of the simulated schedules."""
+    same, apart, lost = 0, 0, []
+    for layer in layers:
+        chosen = fastest(layer, candidates=candidates)
+        best = fastest(layer, seconds=simulated, candidates=candidates)
+        same += chosen == best
+        lost.append(simulated(layer, chosen) / simulated(layer, best) - 1)
+        apart += chosen != fastest(layer.backward(), candidates=candidates)
+    return {
+        "layers": len(layers),
+        "candidates": list(candidates),
+        "same_as_exhaustive": same,
+        "largest_loss": max(lost),
+        "mean_loss": statistics.fmean(lost),
+        "backward_differs_from_forward": apart,
+    }
+
+
+def median_seconds(action: Callable[[], Any], *, repeats: int) -> float:
+    action()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def exchange_seconds(repeats: int) -> list[float]:
+    """Seconds of an even all-to-all of so many rows, on each rank."""
+    found = []
+    for rows in ROWS:
+        x, even = torch.randn(rows, DIM), [rows // RANKS] * RANKS
+        world = distributed.group.WORLD
+
+        def move(x: torch.Tensor = x, even: list[int] = even, world: Any = world) -> Any:
+            return all_to_all(x, group=world, sent=even, received=even)
+
+        found.append(median_seconds(move, repeats=repeats))
+    return found
+
+
+def expert_seconds(repeats: int) -> list[float]:
+    feed = FeedForward(hidden=HIDDEN, activation=SwiGLU())
+    bank = Experts(Size(EXPERTS, DIM, feed, bias=False)).requires_grad_(False)
+    torch.nn.init.normal_(bank.up)
+    torch.nn.init.normal_(bank.down)
+    found = []
+    for rows in ROWS:
+        x = torch.randn(rows, DIM)
+        groups = group(torch.arange(rows) % EXPERTS, num_experts=EXPERTS)
+
+        def work(x: torch.Tensor = x, groups: Any = groups) -> Any:
+            return bank(x, groups=groups)
+
+        found.append(median_seconds(work, repeats=repeats))
+    return found
+
+
+def measured(repeats: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    every = run_on_ranks(RANKS, exchange_seconds, repeats, timeout_s=300)
+    exchange = [max(times) for times in zip(*every, strict=True)]
+    experts = expert_seconds(repeats)
+    lines = {"all_to_all": fit(ROWS, exchange), "experts": fit(ROWS, experts)}
+    layer = Layer(*(Stage(line.cost, ROWS[-1]) for line in lines.values()))
+    return {
+        "rows": list(ROWS),
+        "dim": DIM,
+        "ranks": RANKS,
+        "seconds": {"all_to_all": exchange, "experts": experts},
+        "fits": {name: asdict(line) for name, line in lines.items()},
+        "degree_forward": fastest(layer),
+        "degree_backward": fastest(layer.backward()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=1000)
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/overlap.json"))
+    options = parser.parse_args()
+    every = range(1, 17)
+    result = {
+        "two_links": choices(random_layers(options.layers, inside=False), candidates=CANDIDATES),
+        "three_links": choices(random_layers(options.layers, inside=True), candidates=CANDIDATES),
+        "three_links_1_to_16": choices(
+            random_layers(options.layers, inside=True), candidates=every
+        ),
+        "measured": measured(options.repeats),
+    }
+    write_result(options.out, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Hop: a token goes to a group of experts once, however many of its experts are there.
+
+With its row travel the edges that lead on, so the far side is a mixture over fewer experts, which
+an inner dispatcher serves; one row per token and place comes home, summed there. Two hops, first
+over the nodes and then inside one, are a hierarchical all-to-all whose slow links carry each token
+once per node (Hwang et al. 2023, Tutel, arXiv:2206.03382, has the two hops; that the first is
+without repeats is ours). Partial sums are rounded to the dtype of the rows.
+
+Letters: T tokens, N edges, E experts, P places (ranks of a group), R rows received, D model dim.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+
+from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.dist.collectives import Group, all_to_all, ranks_of
+from moesaic.moe.dispatch import Dispatcher, LocalDispatcher, Parcel, RowExperts, Way, edges_of
+from moesaic.moe.dispatch_far import settle
+from moesaic.moe.experts import as_autocast
+from moesaic.moe.routing import Routing
+from moesaic.ops.group import group
+from moesaic.ops.mixture import Edges, carry_out
+
+
+class Hop:
+    """Experts live evenly over ``over``, by rank; ``inner`` finds them from there.
+
+    By default they are all on the rank itself. The host waits for the device once per hop.
+    """
+
+    def __init__(self, over: Group, *, inner: Dispatcher | None = None) -> None:
+        self._over, self._inner = over, inner or LocalDispatcher()
+
+    def carry(
+        self, x: Float[Tensor, "T D"], *, routing: Routing, experts: RowExperts
+    ) -> Float[Tensor, "T D"]:
+        if ranks_of(self._over) == 1:
+            return self._inner.carry(x, routing=routing, experts=experts)
+        leap = _leap(x, routing=routing, over=self._over)
+        return leap.home(self._inner.carry(leap.rows, routing=leap.routing, experts=experts))
+
+    def dispatch(self, x: Float[Tensor, "T D"], routing: Routing) -> Parcel:
+        leap = _leap(x, routing=routing, over=self._over)
+        parcel = self._inner.dispatch(leap.rows, leap.routing)
+        return replace(parcel, way=_Ways(parcel.way, leap))
+
+    def combine(self, y: Float[Tensor, "R D"], parcel: Parcel) -> Float[Tensor, "T D"]:
+        return parcel.way.home(y)
+
+
+def two_hops(*, nodes: Group, inside: Group) -> Hop:
+    """Return the dispatcher of experts over ranks that are ``inside`` one of several ``nodes``.
+
+    ``nodes`` holds the ranks of one place in every node; experts lie over (node, rank), in order.
+    """
+    return Hop(nodes, inner=Hop(inside))
+
+
+@dataclass(frozen=True, slots=True)
+class _Leap:
+    """Tokens that came here, their edges from here on, and the way of their sums home."""
+
+    over: Group
+    rows: Float[Tensor, "R D"]
+    routing: Routing
+    edges: Edges
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+
+    def home(self, y: Float[Tensor, "R D"]) -> Float[Tensor, "T D"]:
+        y = all_to_all(y, group=self.over, sent=self.received, received=self.sent)
+        return settle(y, edges=self.edges)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ways:
+    inner: Way
+    leap: _Leap
+
+    def home(self, y: Float[Tensor, "R D"]) -> Float[Tensor, "T D"]:
+        return self.leap.home(self.inner.home(y))
+
+
+def _leap(x: Float[Tensor, "T D"], *, routing: Routing, over: Group) -> _Leap:
+    places = ranks_of(over)
+    if routing.num_experts % places:
+        raise ValueError(
+            f"{routing.num_experts} experts cannot be split evenly over {places} ranks"
+        )
+    each = routing.num_experts // places
+    place = routing.expert // each  # that of a dropped edge is ``places``
+    first = _first(routing.token * (places + 1) + place, keys=routing.num_tokens * (places + 1))
+    alone = first == torch.arange(first.numel(), device=first.device)
+    once = replace(
+        routing,
+        expert=torch.where(alone, place, places),
+        weight=torch.ones_like(routing.weight, dtype=torch.float32).detach(),
+        num_experts=places,
+    )
+    edges, onward = edges_of(once), group(place, num_experts=places)
+    counts = torch.stack([edges.groups.counts, onward.counts], 1)
+    trip = _Numbers.exchanged(counts, over=over)
+    starts = edges.groups.ends - edges.groups.counts
+    live = onward.order[: sum(trip.edges_sent)]
+    at = edges.groups.place[first[live]] - starts[place[live]]  # among the rows of one place
+    address = at * each + routing.expert[live] % each
+    out = {"group": over, "sent": trip.edges_sent, "received": trip.edges_received}
+    address = all_to_all(address, **out)
+    weight = all_to_all(routing.weight[live], **out)
+    rows = carry_out(as_autocast(x), edges=edges)[: sum(trip.sent)]
+    rows = all_to_all(rows, group=over, sent=trip.sent, received=trip.received)
+    token = address // each + trip.before(address)
+    there = Routing(token, address % each, weight, rows.shape[0], each)
+    return _Leap(over, rows, there, edges, trip.sent, trip.received)
+
+
+def _first(key: Int[Tensor, "N"], *, keys: int) -> Int[Tensor, "N"]:
+    """Return, for each edge, the first one with the same key."""
+    every = torch.arange(key.numel(), device=key.device)
+    first = torch.full((keys,), key.numel(), device=key.device)
+    return first.scatter_reduce_(0, key, every, "amin")[key]
+
+
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """Rows and edges that go to each place and come from it."""
+
+    sent: tuple[int, ...]
+    edges_sent: tuple[int, ...]
+    received: tuple[int, ...]
+    edges_received: tuple[int, ...]
+
+    @staticmethod
+    def exchanged(counts: Int[Tensor, "P 2"], *, over: Group) -> "_Numbers":
+        each = [1] * counts.shape[0]
+        incoming = all_to_all(counts, group=over, sent=each, received=each)
+        numbers = torch.cat([counts, incoming], 1).t().tolist()
+        return _Numbers(*(tuple(line) for line in numbers))
+
+    def before(self, edges: Int[Tensor, "N"]) -> Int[Tensor, "N"]:
+        """Return, for each edge that came, how many rows came from the places before its own."""
+        starts = torch.tensor([0, *accumulate(self.received)][:-1], device=edges.device)
+        lengths = torch.tensor(self.edges_received, device=edges.device)
+        return starts.repeat_interleave(lengths, output_size=edges.numel())
