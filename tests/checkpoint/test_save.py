@@ -11,7 +11,8 @@ import torch
 from moesaic.checkpoint.disk import Disk
 from moesaic.checkpoint.load import latest, load
 from moesaic.checkpoint.manifest import read_manifest
-from moesaic.checkpoint.save import checkpoints, save
+from moesaic.checkpoint.publish import checkpoints
+from moesaic.checkpoint.save import save
 from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.core.errors import CheckpointError
 

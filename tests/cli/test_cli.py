@@ -49,7 +49,7 @@ def test_every_verb_has_help_with_an_example(capsys):
     for verb in VERBS:
         main_ok([verb, "--help"])
         out = capsys.readouterr().out
-        assert "Example" in out or verb in ("data", "config", "routes", "bench"), verb
+        assert "Example" in out or verb in ("data", "config", "routes", "bench", "ckpt"), verb
 
 
 def test_subverbs_have_help_with_an_example(capsys):
@@ -59,6 +59,8 @@ def test_subverbs_have_help_with_an_example(capsys):
         ["data", "show"],
         ["config", "show"],
         ["routes", "stats"],
+        ["ckpt", "inspect"],
+        ["ckpt", "verify"],
         ["bench", "layer"],
     ):
         main_ok([*words, "--help"])

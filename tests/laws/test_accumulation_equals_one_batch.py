@@ -10,6 +10,8 @@ from moesaic.dist.world import Alone
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE, NoMoE, Sparse
 from moesaic.moe.select import TopK
+from moesaic.parallel.apply import lay
+from moesaic.parallel.config import Parallel
 from moesaic.testing.tiny import LANGUAGES, TASKS, random_batch, tiny_model_config
 from moesaic.train.meters import Categories
 from moesaic.train.precision import Float32
@@ -26,7 +28,7 @@ def _gradients(batches: list[Batch], moe: Sparse) -> tuple[Pass, dict[str, torch
     torch.manual_seed(0)
     model = Transformer(tiny_model_config(moe=moe))
     objective = Objective(Categories(TASKS, LANGUAGES), smoothing=0.1, precision=Float32())
-    seen = objective.gradients(model, batches=batches, world=Alone())
+    seen = objective.gradients(lay(model, parallel=Parallel(), world=Alone()), batches=batches)
     return seen, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 

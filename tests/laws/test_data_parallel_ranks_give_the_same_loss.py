@@ -36,6 +36,8 @@ from moesaic.moe.selects.threshold import Threshold
 from moesaic.moe.selects.top_p import TopP
 from moesaic.moe.spare import IdentityExperts, ZeroExperts
 from moesaic.optim.optimizer import AdamW
+from moesaic.parallel.apply import lay
+from moesaic.parallel.config import Parallel
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import (
     BALANCED_TOP1,
@@ -105,6 +107,7 @@ Outcome = tuple[list[dict[str, float]], dict[str, torch.Tensor]]
 def _train(world: World, moe: Sparse, rows: int) -> Outcome:
     torch.manual_seed(0)
     model = Transformer(tiny_model_config(moe=moe))
+    spread = lay(model, parallel=Parallel(), world=world)
     set_ranks(model, BatchRanks(world))
     categories = Categories(TASKS, LANGUAGES)
     objective = Objective(categories, smoothing=0.1, precision=Float32())
@@ -113,7 +116,7 @@ def _train(world: World, moe: Sparse, rows: int) -> Outcome:
     for step in range(STEPS):
         batches = [random_batch(rows, seed=10 * step + micro) for micro in range(2)]
         mine = [rows_of(batch, rank=world.rank, world=world.size) for batch in batches]
-        seen = objective.gradients(model, batches=mine, world=world)
+        seen = objective.gradients(spread, batches=mine)
         meters = Meters(categories, device=world.device)
         meters.add(seen.sums, norm=0.0)
         history.append(meters.take(world))

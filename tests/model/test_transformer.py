@@ -1,5 +1,7 @@
 """The model returns states where tokens are predicted, trains, and decodes as it trained."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -93,7 +95,9 @@ def test_bfloat16_autocast_is_near_float32():
 
 def test_dropout_acts_in_training_only():
     model, batch = BASE.replace(dropout=0.5).build(), batch_for(BASE)
-    assert not torch.equal(model(batch).hidden, model(batch).hidden)
+    other = replace(batch, key=batch.key + 1)
+    assert torch.equal(model(batch).hidden, model(batch).hidden)
+    assert not torch.equal(model(batch).hidden, model(other).hidden)
     model.eval()
     assert torch.equal(model(batch).hidden, model(batch).hidden)
 

@@ -1,7 +1,9 @@
 """What balance terms look at, for tests: a whole batch, or the parts of it that ranks hold."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 
 import torch
 
@@ -9,28 +11,40 @@ from moesaic.core.shapes import Tensor
 from moesaic.moe.balance import Balance, Scores
 from moesaic.moe.context import Context
 from moesaic.moe.gate import Gate
-from moesaic.moe.ranks import OneRank
+from moesaic.moe.ranks import Gathered, OneRank
 from moesaic.moe.select import Select, TopK
 
 LENGTHS = (3, 9, 1, 20, 5, 26)  # tokens of each row
 TOKENS, EXPERTS = sum(LENGTHS), 8
 
 
-class Added(OneRank):
-    """Ranks in one process: first what each part adds is heard, then the n-th call is answered."""
+class Meeting:
+    """Ranks as threads of one process, which wait for each other."""
 
-    def __init__(self) -> None:
-        self.parts: list[list[Tensor]] = []
-        self.answers: list[Tensor] = []
+    def __init__(self, size: int) -> None:
+        self._all, self._given = Barrier(size, timeout=20), [torch.empty(0)] * size
+
+    def exchange(self, value: Tensor, *, rank: int) -> list[Tensor]:
+        """Return what every rank gave, in order."""
+        self._given[rank] = value
+        self._all.wait()
+        given = list(self._given)
+        self._all.wait()
+        return given
+
+
+class Met(OneRank):
+    """One rank of a meeting."""
+
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        self._meeting, self._rank = meeting, rank
 
     def sum(self, counts: Tensor) -> Tensor:
-        if self.answers:
-            return self.answers.pop(0)
-        self.parts[-1].append(counts)
-        return counts
+        return torch.stack(self._meeting.exchange(counts, rank=self._rank)).sum(0)
 
-    def totals(self) -> list[Tensor]:
-        return [torch.stack(calls).sum(0) for calls in zip(*self.parts, strict=True)]
+    def gather(self, rows: Tensor) -> Gathered:
+        parts = self._meeting.exchange(rows, rank=self._rank)
+        return Gathered(torch.cat(parts), sum(len(part) for part in parts[: self._rank]))
 
 
 def scores_of(
@@ -40,11 +54,15 @@ def scores_of(
     lengths: Sequence[int] = LENGTHS,
     term: Balance | None = None,
     ranks: OneRank | None = None,
+    first: int = 0,
 ) -> Scores:
-    """The scores of one rank that has these rows, alone or (``ranks``) as one of several."""
+    """The scores of one rank that has these rows, alone or (``ranks``) as one of several.
+
+    ``first`` is how many rows of the batch come before.
+    """
     rule = select or TopK(k=2)
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths).long())
-    context = replace(Context.plain(len(logits)), row=row)
+    context = replace(Context.plain(len(logits)), row=row, row_key=row + first)
     state = term.start(logits.shape[1]) if term else {}
     gate = Gate(logits, context, training=True, state=state)
     routing = rule(gate)
@@ -63,18 +81,14 @@ def scores_of(
 
 def shares(term: Balance, logits: Tensor, *, rows: Sequence[int]) -> list[Tensor]:
     """Each rank's share, where rank i has the next ``rows[i]`` rows of the batch."""
-    lengths, ranks, held = list(LENGTHS), Added(), []
-    for count in rows:
+    lengths, meeting, held, first = list(LENGTHS), Meeting(len(rows)), [], 0
+    for rank, count in enumerate(rows):
         mine, lengths = lengths[:count], lengths[count:]
         part, logits = logits[: sum(mine)], logits[sum(mine) :]
-        held.append(scores_of(part, lengths=mine, term=term, ranks=ranks))
+        ranks = Met(meeting, rank)
+        held.append(scores_of(part, lengths=mine, term=term, ranks=ranks, first=first))
+        first += count
     load, tokens = sum(s.load for s in held), sum(s.tokens for s in held)
     held = [replace(s, load=load, tokens=tokens) for s in held]
-    for each in held:
-        ranks.parts.append([])
-        term(each)
-    totals, found = ranks.totals(), []
-    for each in held:
-        ranks.answers = list(totals)
-        found.append(term(each))
-    return found
+    with ThreadPoolExecutor(len(held)) as pool:
+        return list(pool.map(term, held))

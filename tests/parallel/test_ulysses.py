@@ -29,4 +29,4 @@ def test_ranks_find_and_learn_what_one_would(ranks: int) -> None:
 
 def test_more_ranks_than_heads_are_refused_with_the_way_out() -> None:
     assert Ulysses.refuses(heads=4, ranks=4) is None
-    assert "at most 2 context ranks, or Ring" in str(Ulysses.refuses(heads=2, ranks=4))
+    assert "at most 2 context ranks, or RingReach" in str(Ulysses.refuses(heads=2, ranks=4))

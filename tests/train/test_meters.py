@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moesaic.data.batch import PAD, Batch
 from moesaic.dist.world import Alone, Ranks
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import LANGUAGES, TASKS, random_batch
@@ -11,11 +12,19 @@ from moesaic.train.meters import Categories, Meters, Sums
 CATEGORIES = Categories(TASKS, LANGUAGES)
 
 
+def rows_of_loss(batch: Batch) -> torch.Tensor:
+    return (batch.target_out != PAD).nonzero()[:, 0]
+
+
+def _by_category(loss: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return CATEGORIES.sums(loss, row=rows_of_loss(batch), batch=batch)
+
+
 def _sums(seed: int) -> Sums:
     batch = random_batch(6, seed=seed)
     loss = torch.arange(batch.num_predicted, dtype=torch.float32)
     terms = {"cross_entropy": torch.tensor(float(seed)), "loss_z": torch.tensor(0.5)}
-    return Sums(CATEGORIES.sums(loss, batch=batch), terms, batch.num_tokens)
+    return Sums(_by_category(loss, batch), terms, batch.num_tokens)
 
 
 def test_sums_by_category_are_those_of_a_loop() -> None:
@@ -29,7 +38,17 @@ def test_sums_by_category_are_those_of_a_loop() -> None:
                 value = next(left)
                 for column in (batch.task[row], 2 + batch.target_language[row]):
                     expected[:, column] += torch.tensor([value, 1.0])
-    torch.testing.assert_close(CATEGORIES.sums(loss, batch=batch), expected)
+    torch.testing.assert_close(_by_category(loss, batch), expected)
+
+
+def test_the_order_of_the_losses_changes_no_sum() -> None:
+    batch = random_batch(6, seed=3)
+    loss, row = torch.rand(batch.num_predicted), rows_of_loss(batch)
+    order = torch.randperm(len(row))
+    torch.testing.assert_close(
+        CATEGORIES.sums(loss[order], row=row[order], batch=batch),
+        CATEGORIES.sums(loss, row=row, batch=batch),
+    )
 
 
 def test_a_row_is_the_mean_since_the_last_row() -> None:

@@ -8,8 +8,8 @@ import torch
 
 from moesaic.core.errors import CheckpointError
 from moesaic.data.batch import Batch
-from moesaic.dist.world import Ranks, World
-from moesaic.model.transformer import Transformer
+from moesaic.dist.world import Ranks
+from moesaic.parallel.spread import Spread
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import TinyStream, tiny_run, tiny_trainer
 from moesaic.train.step import Objective, Pass
@@ -24,12 +24,12 @@ class Poisoned:
         self.categories = inner.categories
         self.seen: list[Batch] = []
 
-    def gradients(self, model: Transformer, *, batches: Sequence[Batch], world: World) -> Pass:
+    def gradients(self, spread: Spread, *, batches: Sequence[Batch]) -> Pass:
         self.calls += 1
         self.seen.append(batches[0])
-        result = self.inner.gradients(model, batches=batches, world=world)
+        result = self.inner.gradients(spread, batches=batches)
         if self.calls in self.bad:
-            grad = model.decoder_norm.weight.grad
+            grad = spread.model.decoder_norm.weight.grad
             assert grad is not None
             grad[3] = math.nan
         return result
@@ -50,9 +50,10 @@ def test_a_bad_step_changes_nothing_and_its_batch_comes_again() -> None:
     changed: list[bool] = []
     poison_gradients = poison.gradients
 
-    def watching(model: Transformer, *, batches: Sequence[Batch], world: World) -> Pass:
-        changed.append(any(not torch.equal(p, before[n]) for n, p in model.named_parameters()))
-        return poison_gradients(model, batches=batches, world=world)
+    def watching(spread: Spread, *, batches: Sequence[Batch]) -> Pass:
+        named = spread.model.named_parameters()
+        changed.append(any(not torch.equal(p, before[n]) for n, p in named))
+        return poison_gradients(spread, batches=batches)
 
     poison.gradients = watching  # pyright: ignore[reportAttributeAccessIssue]
     report = trainer.advance()

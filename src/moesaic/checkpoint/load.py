@@ -1,14 +1,19 @@
 """Load: a checkpoint is verified before any of it is believed, and never half loaded."""
 
 import json
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from moesaic.checkpoint.manifest import verify
-from moesaic.checkpoint.save import STATE, STEP_DIR, checkpoints
+from moesaic.checkpoint.index import read_index
+from moesaic.checkpoint.manifest import problems, read_manifest, refuse, verify
+from moesaic.checkpoint.publish import STATE, STEP_DIR, checkpoints
+from moesaic.checkpoint.reader import reading
 from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.checkpoint.tensors import check_tensor_file, read_tensors
 from moesaic.core.errors import CheckpointError
+from moesaic.core.shapes import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +37,56 @@ def latest(root: Path) -> Latest:
     return Latest(None, tuple(skipped))
 
 
-def load(path: Path) -> Snapshot:
-    """Read a checkpoint directory, or the newest valid one of a root.
+def load(path: Path, *, only: Container[str] | None = None) -> Snapshot:
+    """Read a checkpoint directory, or the newest valid one of a root: of either form, whole.
 
-    Raises CheckpointError naming each missing, truncated or altered file, or a pickle.
+    ``only`` names the kinds of file to read (``model``, ``random``); None reads all. Raises
+    CheckpointError naming each missing, truncated or altered file, a pickle, or a tensor that the
+    shards do not make up.
     """
     directory = path if STEP_DIR.fullmatch(path.name) else _newest(path)
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such checkpoint{_beside(directory.parent)}")
     _refuse_pickles(directory)
     manifest = verify(directory)
-    names = [n for n in manifest.files if n.endswith(".safetensors")]
+    index = read_index(directory, manifest=manifest)
+    with reading(directory) as reader:
+        files = {
+            file: {name: reader.tensor(stored) for name, stored in tensors.items()}
+            for file, tensors in index.files.items()
+            if only is None or file in only
+        }
     return Snapshot(
         step=manifest.step,
-        files={n.removesuffix(".safetensors"): read_tensors(directory / n) for n in names},
+        files=files,
         state=json.loads((directory / STATE).read_text(encoding="utf-8")),
+        banks=manifest.banks,
+        plan=manifest.plan,
     )
+
+
+def read_weights(path: Path, *, device: str = "cpu") -> dict[str, Tensor]:
+    """Read the weights of a safetensors file, or those of a checkpoint directory of either form.
+
+    Hashes are not compared. Raises CheckpointError if it is missing, cut short or a pickle.
+    """
+    if not path.is_dir():
+        return read_tensors(path, device=device)
+    _refuse_pickles(path)
+    index = read_index(path, manifest=read_manifest(path))
+    with reading(path) as reader:
+        held = index.files.get("model", {}).items()
+        return {name: reader.tensor(stored).to(device) for name, stored in held}
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """Return the plain state of a checkpoint, without a look at its tensors.
+
+    Raises CheckpointError if that file is missing or altered.
+    """
+    manifest = read_manifest(directory)
+    refuse(directory, problems(directory, manifest=manifest, names=[STATE]))
+    return json.loads((directory / STATE).read_text(encoding="utf-8"))
 
 
 def _newest(root: Path) -> Path:

@@ -6,7 +6,8 @@ counts the saves of a root: a run that went back to an earlier step is newer by 
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """``files`` by name, and which versions wrote them."""
+    """``files`` by name, and which versions wrote them; ``banks`` and ``plan`` as in a snapshot."""
 
     step: int
     serial: int
     files: dict[str, FileEntry]
     versions: dict[str, str]
+    banks: dict[str, int] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
 
     def text(self) -> str:
         body = {"format": FORMAT, **asdict(self)}
@@ -63,23 +66,32 @@ def verify(directory: Path) -> Manifest:
     Raises CheckpointError that names each file that is missing, truncated or altered.
     """
     manifest = read_manifest(directory)
-    problems = []
-    for name, entry in manifest.files.items():
-        path = directory / name
+    refuse(directory, problems(directory, manifest=manifest, names=manifest.files))
+    return manifest
+
+
+def problems(directory: Path, *, manifest: Manifest, names: Iterable[str]) -> list[str]:
+    """Hash some files of a checkpoint, and return what is wrong with them."""
+    found = []
+    for name in names:
+        path, entry = directory / name, manifest.files[name]
         if not path.is_file():
-            problems.append(f"{name} is missing")
+            found.append(f"{name} is missing")
         elif path.stat().st_size != entry.bytes:
             size = path.stat().st_size
             word = "truncated" if size < entry.bytes else "too long"
-            problems.append(f"{name} is {word}: {size} bytes, expected {entry.bytes}")
+            found.append(f"{name} is {word}: {size} bytes, expected {entry.bytes}")
         elif sha256(path) != entry.sha256:
-            problems.append(f"{name} was altered: its hash is not the one in {MANIFEST}")
-    if problems:
+            found.append(f"{name} was altered: its hash is not the one in {MANIFEST}")
+    return found
+
+
+def refuse(directory: Path, found: Iterable[str]) -> None:
+    """Raise CheckpointError if something was found wrong."""
+    if text := "; ".join(found):
         raise CheckpointError(
-            f"{directory}: {'; '.join(problems)}. Resume from another checkpoint beside it, "
-            "or restore the file."
+            f"{directory}: {text}. Resume from another checkpoint beside it, or restore the file."
         )
-    return manifest
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ pickle is refused by its name and by its first bytes; nothing here can run code 
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -45,6 +45,19 @@ def tensor_pieces(
     Tensors may be on any device and need not be contiguous. Widest types first, then by name, so
     that every tensor is aligned and the same tensors give the same file.
     """
+    return lazy_pieces(tensors, read=tensors.__getitem__, metadata=metadata)
+
+
+def lazy_pieces(
+    tensors: Mapping[str, Tensor],
+    *,
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> Iterator[Piece]:
+    """Do the same for tensors that are read one by one as they are written.
+
+    ``tensors`` have the shapes and dtypes alone (they may be on ``meta``), ``read`` the values.
+    """
     names = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
     header: dict[str, object] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
     end = 0
@@ -60,7 +73,7 @@ def tensor_pieces(
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
     for name in names:
-        flat = tensors[name].detach().cpu().contiguous().flatten()
+        flat = read(name).detach().cpu().contiguous().flatten()
         if flat.numel():
             yield flat.view(torch.uint8).numpy().data
 

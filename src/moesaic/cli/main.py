@@ -18,6 +18,7 @@ VERBS = {
     "translate": "translate lines with a trained run",
     "eval": "score a run on held-out strings or on your own test set",
     "curve": "score every kept checkpoint of a run",
+    "ckpt": "look into checkpoints, compare, check and reshard them",
     "routes": "look into recorded routing, and compare it",
     "explain": "what a recipe will cost, before anything runs",
     "data": "build, count and look at corpora",

@@ -84,6 +84,10 @@ class ParallelPlan(Config):
         """Ranks of one pipeline stage."""
         return (self.data or 1) * self.context * self.tensor
 
+    def rows(self, rank: int) -> tuple[int, int]:
+        """Return which part of a batch's rows a rank reads, of how many."""
+        return Grid(self.axes()).at(rank)["data"], self.data or 1
+
     @property
     def short(self) -> str:
         """The combination in the words of 2109.10465: E, E+D, E+Z, E+D+M, E+Z-Offload+M, ...

@@ -12,6 +12,7 @@ from torch import nn
 from moesaic.core.shapes import Bool, Float, Int, Tensor
 from moesaic.model.blueprint import Blueprint, Stack
 from moesaic.model.cache import Memory
+from moesaic.model.dropout import Dropout
 from moesaic.moe.attention import Attends
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.context import Carry, Context
@@ -62,13 +63,13 @@ class Look:
 class SelfBranch(nn.Module):
     """``x + attention(norm(read))``."""
 
-    def __init__(self, config: Blueprint, *, causal: bool) -> None:
+    def __init__(self, config: Blueprint, *, causal: bool, name: str) -> None:
         super().__init__()
         self.norm = config.block.branch_norm(config.norm, dim=config.dim)
         self.inner: Attends = config.attention_experts.build(
             config.attention, dim=config.dim, bias=config.bias
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, name=name)
         self.causal = causal
 
     def forward(
@@ -77,7 +78,7 @@ class SelfBranch(nn.Module):
         y = self.inner(
             self.norm(read), packing=view.packing, rotation=view.rotation, causal=self.causal
         )
-        return x + self.dropout(y)
+        return x + self.dropout(y, context=view.context)
 
     def step(
         self,
@@ -101,11 +102,11 @@ class SelfBranch(nn.Module):
 class CrossBranch(nn.Module):
     """``x + attention(norm(read), source)``."""
 
-    def __init__(self, config: Blueprint) -> None:
+    def __init__(self, config: Blueprint, *, name: str) -> None:
         super().__init__()
         self.norm = config.block.branch_norm(config.norm, dim=config.dim)
         self.inner = CrossAttention(config.attention, dim=config.dim, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, name=name)
 
     def forward(
         self,
@@ -117,38 +118,39 @@ class CrossBranch(nn.Module):
         mask: Bool[Tensor, "B 1 1 S"] | None,
     ) -> Float[Tensor, "T D"]:
         y = self.inner(self.norm(read), packing=view.packing, source=source, mask=mask)
-        return x + self.dropout(y)
+        return x + self.dropout(y, context=view.context)
 
 
 class DenseBranch(nn.Module):
     """``x + feed_forward(norm(read))``; nothing is recorded or handed on."""
 
-    def __init__(self, config: Blueprint) -> None:
+    def __init__(self, config: Blueprint, *, name: str) -> None:
         super().__init__()
         self.norm = config.block.branch_norm(config.norm, dim=config.dim)
         self.inner = DenseFeedForward(config.feed_forward, dim=config.dim, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, name=name)
         self.crew: Crew = Solo()
 
     def forward(self, stream: Stream, *, read: Float[Tensor, "T D"], view: View) -> Stream:
         met = self.crew.meet(self.norm(read), packing=view.packing)
         y = self.crew.part(self.inner(met), packing=view.packing)
-        return replace(stream, x=stream.x + self.dropout(y))
+        return replace(stream, x=stream.x + self.dropout(y, context=view.context))
 
 
 class SparseBranch(nn.Module):
     """``x + experts(norm(read))``, and a record if there is a router."""
 
-    def __init__(self, config: Blueprint, *, inner: nn.Module) -> None:
+    def __init__(self, config: Blueprint, *, inner: nn.Module, name: str) -> None:
         super().__init__()
         self.norm = config.block.branch_norm(config.norm, dim=config.dim)
         self.inner = inner
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, name=name)
 
     def forward(self, stream: Stream, *, read: Float[Tensor, "T D"], view: View) -> Stream:
         answer = self.inner(self.norm(read), context=view.context, carry=stream.carry)
         records = stream.records if answer.record is None else (*stream.records, answer.record)
-        return Stream(stream.x + self.dropout(answer.out), answer.carry, records)
+        x = stream.x + self.dropout(answer.out, context=view.context)
+        return Stream(x, answer.carry, records)
 
 
 class EncoderBlock(nn.Module):
@@ -157,7 +159,8 @@ class EncoderBlock(nn.Module):
     def __init__(self, config: Blueprint, *, layer: int) -> None:
         super().__init__()
         self.entry = config.block.entry(config.norm, dim=config.dim)
-        self.self_attention = SelfBranch(config, causal=False)
+        name = f"encoder.{layer} attention"
+        self.self_attention = SelfBranch(config, causal=False, name=name)
         self.feed_forward = feed_forward(config, stack=config.encoder, layer=layer, side="encoder")
         self.arrangement = config.block
 
@@ -174,8 +177,12 @@ class DecoderBlock(nn.Module):
     def __init__(self, config: Blueprint, *, layer: int) -> None:
         super().__init__()
         self.entry = config.block.entry(config.norm, dim=config.dim)
-        self.self_attention = SelfBranch(config, causal=True)
-        self.cross_attention = CrossBranch(config) if config.encoder.layers else None
+        name = f"decoder.{layer} attention"
+        self.self_attention = SelfBranch(config, causal=True, name=name)
+        cross = (
+            CrossBranch(config, name=f"decoder.{layer} source") if config.encoder.layers else None
+        )
+        self.cross_attention = cross
         self.feed_forward = feed_forward(config, stack=config.decoder, layer=layer, side="decoder")
         self.arrangement = config.block
 
@@ -233,12 +240,13 @@ def feed_forward(
 ) -> DenseBranch | SparseBranch:
     """Make a block's last branch: dense, or sparse where the stack says so."""
     sparse, layers = config.sparse(stack, layer=layer), stack.sparse_layers
+    name = f"{side}.{layer} feed-forward"
     if isinstance(sparse, NoMoE):
-        return DenseBranch(config)
+        return DenseBranch(config, name=name)
     dim, feed, bias = config.dim, config.feed_forward, config.bias
     if not isinstance(sparse, MoE):
         own = sparse.build(feed_forward=feed, dim=dim, bias=bias)
-        return SparseBranch(config, inner=own)
+        return SparseBranch(config, inner=own, name=name)
     place = Place(f"{side}.{layer}", index=layers.index(layer), count=len(layers))
     experts = MoELayer(sparse, dim=dim, feed_forward=feed, bias=bias, place=place)
-    return SparseBranch(config, inner=experts)
+    return SparseBranch(config, inner=experts, name=name)

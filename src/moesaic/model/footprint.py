@@ -75,7 +75,8 @@ def _entry(config: Blueprint) -> int:
 
 
 def _mask(config: Blueprint) -> int:
-    return config.dim if config.dropout else 0
+    """Dropout keeps a byte per channel: a quarter of a value."""
+    return math.ceil(config.dim / 4) if config.dropout else 0
 
 
 def _norm(config: Blueprint) -> int:

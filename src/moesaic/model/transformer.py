@@ -16,6 +16,7 @@ from moesaic.data.batch import PAD, Batch
 from moesaic.model.block import DecoderBlock, EncoderBlock, Records, Stream, View
 from moesaic.model.blueprint import Blueprint, Stack
 from moesaic.model.cache import Cache, Memory
+from moesaic.model.dropout import Dropout
 from moesaic.model.init import Kind, initialise, parameter_kinds
 from moesaic.model.output import Output
 from moesaic.moe.config import MoE
@@ -53,6 +54,7 @@ def straight(block: nn.Module, stream: Stream, **parts: Any) -> Stream:
 class Side:
     """One of the two stacks, and what its routers share."""
 
+    name: str
     stack: Stack
     routing: SharedRouting | None
 
@@ -68,7 +70,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = Embedding(config.embedding, vocab_size=config.vocab_size, dim=config.dim)
         self.position = config.position.build(dim=config.dim, head_dim=config.head_dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, name="embedding")
         self.encoder = nn.ModuleList(
             EncoderBlock(config, layer=i) for i in range(config.encoder.layers)
         )
@@ -164,7 +166,7 @@ class Transformer(nn.Module):
 
     @property
     def _decoder_side(self) -> Side:
-        return Side(self.config.decoder, self.decoder_routing)
+        return Side("decoder", self.config.decoder, self.decoder_routing)
 
     def _shared_routing(self, stack: Stack, *, causal: bool) -> SharedRouting | None:
         """What the MoE layers of a stack share, if their routers are linked."""
@@ -182,7 +184,7 @@ class Transformer(nn.Module):
             return Memory(self.embedding.weight.new_zeros(0, self.config.dim), packing), ()
         ids = source.flatten()[packing.index]
         rows = Rows(source[:, 0], key)
-        side = Side(self.config.encoder, self.encoder_routing)
+        side = Side("encoder", self.config.encoder, self.encoder_routing)
         stream, view = self._enter(ids, packing=packing, rows=rows, side=side)
         for block in self.encoder:
             stream = self.passing(block, stream, view=view)
@@ -200,7 +202,6 @@ class Transformer(nn.Module):
         place = packing.position if past is None else past.position.flatten()[packing.index]
         own, row = packing.own, packing.row[packing.own]
         embedded = self.embedding(ids[own])
-        x = self.dropout(self.position.add(embedded, position=place[own]))
         moe = self.config.mixture(side.stack)
         reads = moe.condition.reads() if isinstance(moe, MoE) else "nothing"
         context = Context(
@@ -212,6 +213,8 @@ class Transformer(nn.Module):
             embedded=embedded if reads == "token" else None,
             prompt=self.embedding(rows.tag)[row] if reads == "prompt" else None,
         )
-        sight = Sight(packing, place, past)
+        placed = self.position.add(embedded, position=context.position)
+        x = self.dropout(placed, context=context.at(side.name))
+        sight = Sight(packing, place[packing.met], past)
         carry = Carry() if side.routing is None else side.routing.start(x, sight=sight)
-        return Stream(x, carry), View(packing, self.position.rotation(place[packing.met]), context)
+        return Stream(x, carry), View(packing, self.position.rotation(sight.position), context)

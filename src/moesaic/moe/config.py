@@ -46,6 +46,11 @@ class Sparse(Choice):
         """Whether a token's answer is the same without the tokens after it."""
         return True
 
+    @property
+    def by_row(self) -> bool:
+        """Whether a token's answer needs the other tokens of its row on the same rank."""
+        return False
+
 
 class NoMoE(Sparse):
     """Every feed-forward is dense."""
@@ -70,6 +75,10 @@ class MoE(Sparse):
     @property
     def causal(self) -> bool:
         return self.select.causal
+
+    @property
+    def by_row(self) -> bool:
+        return self.select.by_row
 
     @property
     def routed(self) -> int:

@@ -42,9 +42,13 @@ class Context:
         """Return the same tokens with random numbers of their own for a layer."""
         return replace(self, salt=salt(layer))
 
+    def key(self, purpose: str) -> Int[Tensor, "T"]:
+        """Return random int64, a function of row, position, layer and purpose."""
+        return mix(mix(self.row_key, self.position), self.salt ^ salt(purpose))
+
     def bits(self, purpose: str, *, width: int) -> Int[Tensor, "T width"]:
         """Return random int64, a function of row, position, layer, purpose and column."""
-        key = mix(mix(self.row_key, self.position), self.salt ^ salt(purpose))
+        key = self.key(purpose)
         return mix(key[:, None], torch.arange(width, device=key.device))
 
     def uniform(self, purpose: str, *, width: int) -> Float[Tensor, "T width"]:

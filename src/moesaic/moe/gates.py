@@ -62,7 +62,10 @@ class Past:
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """Where the tokens that enter a stack are; ``past`` is None where whole rows enter at once."""
+    """Where the tokens that enter a stack are; ``past`` is None where whole rows enter at once.
+
+    ``position`` is that of the tokens that meet in a matrix (``packing.met``).
+    """
 
     packing: Packing
     position: Int[Tensor, "T"]

@@ -20,10 +20,12 @@ class Select(Choice, Learner):
     """Family of selection rules; what they see is a ``Gate``.
 
     ``causal`` is false of a rule whose answer for a token depends on later tokens: a decoder, which
-    does not have them yet when it writes, refuses it.
+    does not have them yet when it writes, refuses it. ``by_row`` is true of one that compares the
+    tokens of a row: ranks that hold slices of rows refuse it.
     """
 
     causal: ClassVar[bool] = True
+    by_row: ClassVar[bool] = False
 
     def __call__(self, gate: Gate) -> Routing:
         """Return the edges, weights float32 and in the graph."""

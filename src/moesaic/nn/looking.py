@@ -15,10 +15,15 @@ from moesaic.nn.packing import Packing
 
 @dataclass(frozen=True, slots=True)
 class KeyValue:
-    """Keys and values of some tokens, ready to be looked at."""
+    """Keys and values of some tokens, ready to be looked at, in rows.
+
+    Or, with ``stream``, [t, G, d] of the tokens that are held here, for a ``Looking`` that does not
+    put them into rows.
+    """
 
     key: Float[Tensor, "B G S d"]
     value: Float[Tensor, "B G S d"]
+    stream: Packing | None = None
 
     def select(self, rows: Int[Tensor, "R"]) -> "KeyValue":
         """Take some batch rows, in any order and number."""

@@ -9,44 +9,72 @@ from torch import nn
 from moesaic.core.errors import ConfigError
 from moesaic.dist.mesh import STAGE, Mesh
 from moesaic.dist.plan import ParallelPlan
+from moesaic.dist.world import World
 from moesaic.model.transformer import Transformer
 from moesaic.moe.dispatch_far import AllToAllDispatcher
 from moesaic.moe.experts import Experts
 from moesaic.moe.layer import layers
+from moesaic.nn.attention import CrossAttention, SelfAttention
+from moesaic.parallel.config import Parallel
 from moesaic.parallel.deal import Deal
 from moesaic.parallel.layout import Layout, layout
+from moesaic.parallel.sharing import Sharing
 from moesaic.parallel.slices import spans, take
-from moesaic.parallel.spread import Sharing, Spread
+from moesaic.parallel.spread import Spread
 from moesaic.parallel.tensor import narrow, refuses
 from moesaic.parallel.zero import share_out
 
 EXPERT_COPIES = ("expert_data", "expert", "expert_tensor")
 
 
-def apply(model: Transformer, *, mesh: Mesh) -> Spread:
-    """Lay a whole model, alike on every rank, over the ranks of ``mesh``. Collective.
+def lay(
+    model: Transformer, *, parallel: Parallel, world: World, timeout_s: float = 120.0
+) -> Spread:
+    """Lay a whole model, alike on every rank, over the ranks of ``world``. Collective.
 
-    The model itself becomes this rank's part. Raises ConfigError where it cannot be cut so.
+    The model itself becomes this rank's part. Raises ConfigError where the plan fits neither the
+    number of ranks nor the model.
     """
-    check(model, plan=mesh.plan)
+    mesh = Mesh(
+        parallel.plan.on(world.size),
+        rank=world.rank,
+        device=world.device,
+        experts=experts_of(model),
+        timeout_s=timeout_s,
+    )
+    return apply(model, parallel=parallel, mesh=mesh)
+
+
+def apply(model: Transformer, *, parallel: Parallel, mesh: Mesh) -> Spread:
+    """Lay a whole model over the ranks of a mesh that is there (see ``lay``). Collective."""
+    check(model, parallel=parallel, plan=mesh.plan)
     table = layout(model)
     cut(model, table=table, mesh=mesh)
     narrow(model, group=mesh.group("tensor"))
-    place = mesh.place()
-    rank = place["context"] * mesh.plan.tensor + place["tensor"]
-    lanes = mesh.plan.context * mesh.plan.tensor
-    if lanes > 1:
-        model.deal = Deal(rank, lanes, lanes=mesh.plan.tensor)
+    deal(model, parallel=parallel, mesh=mesh)
     for layer in layers(model):
         number = layer.router.config.experts
-        over = mesh.group("expert", experts=number)
-        layer.dispatcher = AllToAllDispatcher(
-            over, slices=mesh.group("expert_tensor", experts=number)
-        )
+        over, slices = (mesh.group(axis, experts=number) for axis in ("expert", "expert_tensor"))
+        if over is not None or slices is not None:
+            layer.dispatcher = AllToAllDispatcher(over, slices=slices)
     sharing = {name: Sharing(laid.held(_axes(laid.experts))) for name, laid in table.items()}
     if mesh.plan.zero:
         sharing = share_out(model, mesh=mesh, sharing=sharing, table=table)
     return Spread(model, mesh=mesh, layout=table, sharing=sharing)
+
+
+def deal(model: Transformer, *, parallel: Parallel, mesh: Mesh) -> None:
+    """Deal the tokens of a batch over context and tensor, and let attention cross ranks."""
+    plan, place = mesh.plan, mesh.place()
+    lanes = plan.context * plan.tensor
+    if lanes == 1:
+        return
+    rank = place["context"] * plan.tensor + place["tensor"]
+    model.deal = Deal(rank, lanes, lanes=plan.tensor, cut=parallel.reach.cut())
+    group = mesh.group("context")
+    for module in model.modules() if group is not None else ():
+        if isinstance(module, SelfAttention | CrossAttention):
+            module.looking = parallel.reach.build(group, groups=module.groups)
 
 
 def experts_of(model: nn.Module) -> tuple[int, ...]:
@@ -54,12 +82,13 @@ def experts_of(model: nn.Module) -> tuple[int, ...]:
     return tuple(sorted({layer.router.config.experts for layer in layers(model)}))
 
 
-def check(model: Transformer, *, plan: ParallelPlan) -> None:
+def check(model: Transformer, *, parallel: Parallel, plan: ParallelPlan) -> None:
     """Raise ConfigError with a sentence for each layer that the plan does not fit."""
     problems = [
         f"parallel.tensor={plan.tensor} must divide them, but {why}"
         for why in refuses(model, lanes=plan.tensor)
     ]
+    problems += _cannot_reach(model, parallel=parallel, plan=plan)
     for layer in layers(model):
         config = layer.router.config
         plan.spread(config.experts, layer=layer.name)
@@ -85,6 +114,15 @@ def cut(model: nn.Module, *, table: Layout, mesh: Mesh) -> None:
 
 def _axes(experts: int | None) -> tuple[str, ...]:
     return STAGE if experts is None else EXPERT_COPIES
+
+
+def _cannot_reach(model: nn.Module, *, parallel: Parallel, plan: ParallelPlan) -> list[str]:
+    if plan.context == 1:
+        return []
+    attentions = [m for m in model.modules() if isinstance(m, SelfAttention | CrossAttention)]
+    heads = {module.heads // plan.tensor for module in attentions}
+    why = (parallel.reach.refuses(heads=number, ranks=plan.context) for number in sorted(heads))
+    return [f"parallel.context={plan.context}: {reason}" for reason in why if reason]
 
 
 def _cannot_slice(bank: nn.Module, *, name: str, cuts: int) -> list[str]:

@@ -6,7 +6,6 @@ a copy of its parameter: never a mean, whatever the axes.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -20,20 +19,9 @@ from moesaic.dist.world import Alone, Ranks, World
 from moesaic.model.transformer import Transformer
 from moesaic.optim.clip import GradNorm, global_norm, scale_gradients
 from moesaic.parallel.layout import Laid, Layout
+from moesaic.parallel.sharing import Sharing, zero_dim
 from moesaic.parallel.slices import Spans, shard, spans, window
-
-EXPERT_STAGE = ("expert_data", "expert", "expert_tensor")
-
-
-@dataclass(frozen=True, slots=True)
-class Sharing:
-    """Over which axes the copies of a parameter lie, and the ranks that share out each copy.
-
-    ``axes`` are summed after backward; ``zero`` are those that ZeRO has summed and shared out.
-    """
-
-    axes: tuple[str, ...]
-    zero: tuple[str, ...] = ()
+from moesaic.parallel.zero import accumulating
 
 
 class Spread:
@@ -55,6 +43,11 @@ class Spread:
             not share.zero and not any(self._count(laid, cut.axis) > 1 for cut in laid.cuts)
             for _, _, laid, share in self._named()
         )
+
+    def before_backward(self, *, last: bool) -> None:
+        """Say that the next micro-batch follows, and whether it is the step's last."""
+        if self.mesh.plan.zero:
+            accumulating(self.model, last=last, stage=self.mesh.plan.zero)
 
     def sum_gradients(self) -> None:
         """Make each gradient that of the whole batch. Collective."""
@@ -80,13 +73,17 @@ class Spread:
 
         Without ``tensors``: of the parameters themselves. Loading into the blocks changes them.
         """
-        named = {name: laid for name, _, laid, _ in self._named()}
         given = tensors if tensors is not None else dict(self.model.named_parameters())
-        found = {}
-        for name, tensor in given.items():
-            held = self.held(name)
-            found[name] = shard(local(tensor), held, shape=named[name].shape)
-        return found
+        return {name: self.lies(name, tensor) for name, tensor in given.items()}
+
+    def lies(self, name: str, tensor: Tensor) -> Shard:
+        """Describe a tensor that lies as the parameter of this name does."""
+        return shard(local(tensor), self.held(name), shape=self.layout[name].shape)
+
+    @property
+    def banks(self) -> dict[str, int]:
+        """The parameters that hold a layer's experts along their first dim, with their number."""
+        return {name: laid.experts for name, laid in self.layout.items() if laid.experts}
 
     def held(self, name: str) -> tuple[Spans, ...]:
         """Return what this rank holds of each dim of a parameter."""
@@ -125,13 +122,3 @@ class Spread:
     def _world(self, group: Group) -> World:
         device = self.mesh.device
         return Alone(device) if group is None else Ranks(device, group=group)
-
-
-def zero_dim(shape: tuple[int, ...], *, ranks: int) -> int:
-    """Return the dim along which ZeRO shares out a parameter: the first, where it is long enough.
-
-    A bank of fewer experts than ranks is shared out along its second dim, if that divides evenly.
-    """
-    if shape and shape[0] < ranks and len(shape) > 2 and shape[1] % ranks == 0:
-        return 1
-    return 0

@@ -36,7 +36,7 @@ class Ulysses:
             return None
         return (
             f"Ulysses gives each of {ranks} context ranks heads of its own, but an attention has "
-            f"{heads} (on one tensor rank): take at most {heads} context ranks, or Ring"
+            f"{heads} (on one tensor rank): take at most {heads} context ranks, or RingReach"
         )
 
     def own(self, heads: Heads, *, packing: Packing, causal: bool) -> Float[Tensor, "t HD"]:

@@ -25,7 +25,7 @@ from moesaic.dist.mesh import COPIES, Mesh
 from moesaic.model.transformer import Transformer
 from moesaic.parallel.layout import Layout, banks
 from moesaic.parallel.pytree import show_streams
-from moesaic.parallel.spread import Sharing, zero_dim
+from moesaic.parallel.sharing import Sharing, zero_dim
 
 
 def share_out(

@@ -18,9 +18,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from moesaic.checkpoint.manifest import verify
+from moesaic.checkpoint.manifest import Manifest, verify
+from moesaic.checkpoint.publish import checkpoints
 from moesaic.checkpoint.rundir import RunDir
-from moesaic.checkpoint.save import checkpoints
 from moesaic.core.errors import CheckpointError
 from moesaic.core.files import read_json, write_json
 from moesaic.data.corpus import Corpus
@@ -63,10 +63,10 @@ def learning_curve(
         curve["baselines"] = {name: _score(scores["chrf"]) for name, scores in found.mean.items()}
     for checkpoint in kept:
         manifest = verify(checkpoint)
-        step, weights = manifest.step, manifest.files[MODEL].sha256
+        step, weights = manifest.step, _weights(manifest)
         if any((p["step"], p["weights"]) == (step, weights) for p in curve["points"]):
             continue
-        translator = Translator.open(path, weights=checkpoint / MODEL)
+        translator = Translator.open(path, weights=checkpoint)
         found = evaluate({"model": translator.texts}, tests=tests, settings=settings)
         point = {"weights": weights} | _point(found, step=step, tokens=_tokens(run, step))
         others = [p for p in curve["points"] if p["step"] != step]
@@ -93,6 +93,13 @@ def _known(run: RunDir, *, tests: Sequence[TestSet], limit: int | None) -> Curve
         if all(found.get(name) == value for name, value in fresh.items()):
             return found
     return fresh | {"baselines": {}, "points": []}
+
+
+def _weights(manifest: Manifest) -> str:
+    """A hash of the weights; of everything, where they share files with the rest."""
+    if MODEL in manifest.files:
+        return manifest.files[MODEL].sha256
+    return sha256("".join(e.sha256 for e in manifest.files.values()).encode()).hexdigest()
 
 
 def _point(found: Summary, *, step: int, tokens: float | None) -> Curve:

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from moesaic.checkpoint.load import read_weights
 from moesaic.checkpoint.manifest import read_manifest
+from moesaic.checkpoint.publish import checkpoints
 from moesaic.checkpoint.routes import RoutesWriter
 from moesaic.checkpoint.rundir import RunDir
-from moesaic.checkpoint.save import checkpoints
-from moesaic.checkpoint.tensors import read_tensors
 from moesaic.core.errors import CheckpointError
 from moesaic.evaluate.testset import TestSet
 from moesaic.model.weights import restore_weights
@@ -26,7 +26,7 @@ def probe_checkpoints(path: Path | str, *, tests: Sequence[TestSet]) -> list[Pat
         raise CheckpointError(f"{run.checkpoints}: no checkpoint is left to look at")
     written = []
     for step, folder in sorted(kept.items()):
-        restore_weights(translator.model, read_tensors(folder / "model.safetensors"))
+        restore_weights(translator.model, read_weights(folder))
         out = run.learning / f"step-{step:08d}.routes"
         about = {"run": run.path.resolve().name, "step": step}
         with RoutesWriter(out, languages=translator.languages, about=about) as writer:

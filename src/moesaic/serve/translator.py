@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 import yaml
 
+from moesaic.checkpoint.load import read_weights
 from moesaic.checkpoint.rundir import RunDir
-from moesaic.checkpoint.tensors import read_tensors
 from moesaic.core.errors import CheckpointError, DataError, nearest
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import PAD, Batch
@@ -93,7 +93,7 @@ class Translator:
         if not isinstance(config.get("model"), dict):
             raise CheckpointError(f"{run.config}: it has no model; is it the config of a run?")
         model = TransformerConfig.from_plain(config["model"]).build()
-        _load(model, read_tensors(weights, device=device), where=weights)
+        _load(model, read_weights(weights, device=device), where=weights)
         loader = config.get("loader")
         known = loader if isinstance(loader, dict) else {}
         limits = {k: known[k] for k in ("max_source", "max_target") if k in known}

@@ -147,6 +147,5 @@ def tiny_trainer(run: Run, *, world: World | None = None) -> Trainer:
     torch.manual_seed(run.seed)
     model = run.model.build()
     seed_rank(run.seed, world=world)
-    return Trainer(
-        run, model=model, data=TinyStream(rank=world.rank, world=world.size), world=world
-    )
+    part, parts = run.parallel.plan.on(world.size).rows(world.rank)
+    return Trainer(run, model=model, data=TinyStream(rank=part, world=parts), world=world)

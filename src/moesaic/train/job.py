@@ -63,7 +63,7 @@ def train(
         trainer = make_trainer(run, prepared=prepared, world=world)
         own = standard_hooks(trainer, folder=folder)
         if start["path"] is not None:
-            trainer.restore(load(Path(start["path"])))
+            trainer.resume(Path(start["path"]))
             shown.note(f"resuming after step {trainer.step:,}, from {start['path']}")
         log = Log(sink=_sink(trainer, folder=folder), board=shown)
         save = SaveCheckpoints(folder.checkpoints, flush=log.flush)
@@ -103,7 +103,7 @@ def make_trainer(run: Run, *, prepared: Prepared, world: World) -> Trainer:
         mixture=run.mixture,
         config=run.loader,
         seed=run.seed,
-        place=Place(world.rank, world.size),
+        place=Place(*run.parallel.plan.on(world.size).rows(world.rank)),
     )
     return Trainer(run, model=model, data=data, world=world)
 

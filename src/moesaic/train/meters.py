@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from moesaic.core.shapes import Float, Tensor
-from moesaic.data.batch import PAD, Batch
+from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.data.batch import Batch
 from moesaic.dist.world import World
 
 
@@ -26,13 +26,19 @@ class Categories:
     def names(self) -> tuple[str, ...]:
         return self.tasks + self.languages
 
-    def sums(self, loss: Float[Tensor, "N"], *, batch: Batch) -> Float[Tensor, "2 C"]:
+    def sums(
+        self, loss: Float[Tensor, "N"], *, row: Int[Tensor, "N"], batch: Batch
+    ) -> Float[Tensor, "2 C"]:
         """Return per category the summed loss and the number of predicted tokens (float64).
 
-        ``loss`` is in the batch's row-major order. Summed by rows first: no atomics, so the same
-        bits each time on any device.
+        ``row`` is each token's row of the batch. Summed by rows first: no atomics, so the same bits
+        each time on any device.
         """
-        lengths = (batch.target_out != PAD).sum(1)
+        row, order = row.sort(stable=True)
+        every = torch.arange(batch.rows, device=row.device)
+        ends = torch.searchsorted(row, every, right=True)
+        lengths = ends.diff(prepend=ends.new_zeros(1))
+        loss = loss[order]
         # unsafe leaves out checks of the lengths, which wait for a GPU and refuse an empty batch
         rows = torch.segment_reduce(loss.detach().double(), "sum", lengths=lengths, unsafe=True)
         member = torch.zeros(batch.rows, len(self.names), dtype=torch.float64, device=loss.device)

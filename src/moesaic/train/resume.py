@@ -8,7 +8,8 @@ from moesaic.core.config import Choice
 from moesaic.core.errors import CheckpointError
 
 # What may differ from the run that saved: how long, and what is watched and written.
-FREE = ("name", "steps", "checkpoint", "validation", "log", "max_bad_steps", "patience_s")
+WATCHED = ("name", "steps", "checkpoint", "validation", "log", "max_bad_steps", "patience_s")
+FREE = (*WATCHED, "parallel")  # and how it is laid over its ranks, which changes nothing else
 # What may differ, but is said: a run that diverged goes on with smaller updates.
 SAID = ("optimizer.lr", "optimizer.adamw.lr", "schedule", "clip_norm")
 

@@ -14,6 +14,7 @@ from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.model.config import TransformerConfig
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.optim.schedule import WSD, Schedule
+from moesaic.parallel.config import Parallel
 from moesaic.train.precision import Float32, Precision
 from moesaic.train.sinks import MetricsSink
 from moesaic.train.source import CorpusSource
@@ -64,6 +65,7 @@ class Run(Config):
     ``languages`` may be spelt any way (``de``, ``German``, ``deu_Latn``); empty means all of the
     corpus. A step is ``accumulate`` micro-batches of ``loader.batch_tokens`` tokens over all ranks
     together. After ``max_bad_steps`` non-finite steps in a row the run stops with a checkpoint.
+    ``parallel`` says how it is laid over its ranks; it changes nothing else.
     A rank that keeps the others waiting for ``patience_s`` seconds ends the run with an error.
     """
 
@@ -82,6 +84,7 @@ class Run(Config):
     accumulate: Positive = 1
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     precision: Precision = Float32()
+    parallel: Parallel = Parallel()
     checkpoint: Checkpoints = Checkpoints()
     validation: Validation = Validation()
     log: Log = Log()

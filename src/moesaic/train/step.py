@@ -12,10 +12,11 @@ import torch
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.data.batch import Batch
-from moesaic.dist.world import World
+from moesaic.dist.local import local
 from moesaic.model.transformer import Transformer
 from moesaic.moe.layer import hear
 from moesaic.moe.record import Record
+from moesaic.parallel.spread import Spread
 from moesaic.train.meters import Categories, Sums
 from moesaic.train.precision import Precision
 
@@ -37,17 +38,18 @@ class Objective:
     smoothing: float
     precision: Precision
 
-    def gradients(self, model: Transformer, *, batches: Sequence[Batch], world: World) -> Pass:
+    def gradients(self, spread: Spread, *, batches: Sequence[Batch]) -> Pass:
         """Add the loss's gradients to the parameters, summed over ranks. Collective.
 
         Returns the sums of all micro-batches, and the last one with its routing records.
         """
-        predicted = int(world.sum(torch.tensor(sum(b.num_predicted for b in batches))))
-        passes = [
-            self._micro(model, batch=batch, predicted=predicted, parts=len(batches))
-            for batch in batches
-        ]
-        world.sum_gradients(model.parameters())
+        counted = torch.tensor(sum(b.num_predicted for b in batches))
+        predicted = int(spread.rows.sum(counted))
+        passes = []
+        for number, batch in enumerate(batches):
+            spread.before_backward(last=number == len(batches) - 1)
+            passes.append(self._micro(spread, batch, predicted=predicted, parts=len(batches)))
+        spread.sum_gradients()
         sums = passes[0].sums
         for other in passes[1:]:
             sums = sums.plus(other.sums)
@@ -58,11 +60,13 @@ class Objective:
         """Return summed negative log-likelihoods and counts by category, without gradients."""
         batch = batch.to(next(model.parameters()).device)
         with self.precision.autocast(batch.source.device):
-            nll = model.loss(model(batch)).nll
-        return self.categories.sums(nll, batch=batch)
+            output = model(batch)
+            nll = model.loss(output).nll
+        return self.categories.sums(nll, row=output.row, batch=batch)
 
-    def _micro(self, model: Transformer, *, batch: Batch, predicted: int, parts: int) -> Pass:
-        tokens = batch.num_tokens
+    def _micro(self, spread: Spread, batch: Batch, *, predicted: int, parts: int) -> Pass:
+        model = spread.model
+        tokens = batch.num_tokens if spread.leads else 0  # the others read the same rows
         batch = batch.to(next(model.parameters()).device)
         with self.precision.autocast(batch.source.device):
             output = model(batch)
@@ -76,10 +80,10 @@ class Objective:
         hear(model, output.records)
         shares = {name: value.detach().double() for name, value in terms.items()}
         shares["objective"] = objective.detach().double()
-        losses = self.categories.sums(token_loss.nll, batch=batch)
+        losses = self.categories.sums(token_loss.nll, row=output.row, batch=batch)
         return Pass(Sums(losses, shares, tokens), output.records, batch)
 
 
 def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
     """Return the name of the first tensor that holds an infinity or a NaN."""
-    return next((name for name, t in named if not bool(t.isfinite().all())), None)
+    return next((name for name, t in named if not bool(local(t).isfinite().all())), None)

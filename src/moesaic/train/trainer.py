@@ -8,9 +8,11 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from moesaic.checkpoint.snapshot import Snapshot
+from moesaic.checkpoint.load import load
+from moesaic.checkpoint.snapshot import RankSnapshot, Snapshot
 from moesaic.core.errors import UserError
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
@@ -18,14 +20,15 @@ from moesaic.dist.world import World
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights, restore_weights
 from moesaic.moe.layer import forget, learn, set_ranks
-from moesaic.optim.clip import clip_gradients
 from moesaic.optim.state import export_state, restore_state
+from moesaic.parallel.apply import lay
 from moesaic.train.journal import Journal
 from moesaic.train.meters import Categories, Meters
 from moesaic.train.randomness import random_state, restore_random_state
 from moesaic.train.ranks import BatchRanks
 from moesaic.train.retry import Retry, Try
 from moesaic.train.run import Run
+from moesaic.train.shards import restore_shards, shards_of
 from moesaic.train.step import Objective, Pass, first_not_finite
 
 
@@ -76,7 +79,8 @@ class Trainer:
     def __init__(self, run: Run, *, model: Transformer, data: Stream, world: World) -> None:
         self.run, self.world, self.data = run, world, data
         self.model = model
-        set_ranks(model, BatchRanks(world))
+        self.spread = lay(model, parallel=run.parallel, world=world, timeout_s=run.patience_s)
+        set_ranks(model, BatchRanks(self.spread.stage))
         self.optimizer = run.optimizer.build(
             model.named_parameters(), kinds=model.parameter_kinds()
         )
@@ -100,8 +104,8 @@ class Trainer:
             before = time.perf_counter()
             batches = self._draw(tried)
             waited += time.perf_counter() - before
-            seen = self.objective.gradients(self.model, batches=batches, world=self.world)
-            norm = clip_gradients(self.model.parameters(), max_norm=self.run.clip_norm)
+            seen = self.objective.gradients(self.spread, batches=batches)
+            norm = self.spread.clip(self.run.clip_norm)
             if norm.finite:
                 break
             self._set_aside(tried, seen=seen)
@@ -155,25 +159,45 @@ class Trainer:
         where = f"the gradient of {first}" if first else "the norm of the gradients (it overflows)"
         return f"the loss of {', '.join(wrong)} and {where}" if wrong else where
 
-    def snapshot(self) -> Snapshot:
-        """Return everything that decides the next step. Collective; only rank 0 writes it."""
-        files = {
-            "model": export_weights(self.model),
-            "optimizer": export_state(self.optimizer),
-            "random": random_state(self.world),
-        } | {name: part.tensors(self.world) for name, part in self.parts.items()}
-        state = {
+    def snapshot(self) -> Snapshot | RankSnapshot:
+        """Return everything that decides the next step, or this rank's part of it. Collective.
+
+        It is whole where every rank holds every parameter: then only rank 0 writes it.
+        """
+        files = {"random": random_state(self.world)}
+        files |= {name: part.tensors(self.world) for name, part in self.parts.items()}
+        banks, plan = self.spread.banks, self.spread.mesh.plan.plain()
+        state = self._state()
+        if not self.spread.whole:
+            own = shards_of(self.spread, self.optimizer)
+            return RankSnapshot(self.step, own | files, state, banks=banks, plan=plan)
+        files["model"] = export_weights(self.model)
+        files["optimizer"] = export_state(self.optimizer)
+        return Snapshot(self.step, files, state, banks=banks, plan=plan)
+
+    def _state(self) -> dict[str, Any]:
+        return {
             "config": self.run.plain(),
             "data": self.data.state(),
             "retry": self.retry.waiting,
             "journal": self.journal.state(),
         }
-        return Snapshot(self.step, files, state)
+
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint of any plan and number of ranks. Raises CheckpointError."""
+        if self.spread.whole:
+            self.restore(load(path))
+            return
+        rest = restore_shards(path, spread=self.spread, optimizer=self.optimizer, world=self.world)
+        self._go_on(rest)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Continue from a snapshot, whatever number of ranks took it. Raises CheckpointError."""
+        """Continue from a snapshot, where every rank holds every parameter."""
         restore_weights(self.model, snapshot.files["model"])
         restore_state(self.optimizer, snapshot.files["optimizer"])
+        self._go_on(snapshot)
+
+    def _go_on(self, snapshot: Snapshot) -> None:
         restore_random_state(
             snapshot.files["random"], world=self.world, seed=self.run.seed, step=snapshot.step
         )

@@ -1,11 +1,11 @@
 """SequenceBalance: experts used evenly within each row.
 
-Letters: T tokens of this rank, E experts, B rows of this rank, N edges.
+Letters: T tokens of this rank, E experts.
 """
 
 import torch
 
-from moesaic.core.shapes import Float, Tensor
+from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.moe.balance import Balance, Scores
 
 
@@ -14,25 +14,36 @@ class SequenceBalance(Balance):
 
     Within a row of t tokens, f_e is E times the fraction of its edges that chose expert e, and P_e
     its mean probability; ``weight`` when every row is balanced. Rows count alike whatever their
-    length, and the mean is over the rows of all ranks (a row lives on one of them). The paper
-    counts the experts of highest affinity, bias left out; here the edges that were chosen count,
-    with a ``BiasUpdate`` too.
+    length, and the mean is over the rows of all ranks, of which several may hold tokens of one (its
+    key tells). The paper counts the experts of highest affinity, bias left out; here the edges that
+    were chosen count, with a ``BiasUpdate`` too.
     """
 
     weight: float = 0.0001
 
     def __call__(self, scores: Scores) -> Float[Tensor, ""]:
         routing, probabilities = scores.routing, scores.probabilities
-        rows, place = scores.gate.context.row.unique(return_inverse=True)
-        count, experts = rows.numel(), probabilities.shape[1]
-        every = scores.ranks.sum(probabilities.new_full((1,), count, dtype=torch.float64))
+        count, place = _rows(scores)
+        experts = probabilities.shape[1]
         edge = place[routing.token] * (experts + 1) + routing.expert  # lost edges come last
         chosen = torch.bincount(edge, minlength=count * (experts + 1)).view(count, experts + 1)
-        chosen = chosen[:, :experts].float()
-        fraction = chosen / chosen.sum(1, keepdim=True).clamp(min=1)
-        tokens = torch.bincount(place, minlength=count)[:, None]
+        tokens = torch.bincount(place, minlength=count)
+        chosen, tokens = scores.ranks.sum(
+            torch.cat([chosen[:, :experts], tokens[:, None]], 1).double()
+        ).split([experts, 1], 1)
+        fraction = (chosen / chosen.sum(1, keepdim=True).clamp(min=1)).float()
         mean = probabilities.new_zeros(count, experts).index_add(0, place, probabilities) / tokens
-        return self.weight * experts * (fraction * mean).sum() / every[0].clamp(min=1).float()
+        return self.weight * experts * (fraction * mean.float()).sum() / max(count, 1)
 
     def evening(self) -> float:
         return self.weight
+
+
+def _rows(scores: Scores) -> tuple[int, Int[Tensor, "T"]]:
+    """Return how many rows all ranks hold tokens of, and which of them each token here is of."""
+    context = scores.gate.context
+    named = torch.stack([context.row_key, context.row], 1)
+    own, place = named.unique(dim=0, return_inverse=True)
+    held = scores.ranks.gather(own)
+    every, number = held.rows.unique(dim=0, return_inverse=True)
+    return every.shape[0], number[held.start + place]

@@ -45,6 +45,10 @@ class SoftMixture(Sparse):
         return False
 
     @property
+    def by_row(self) -> bool:
+        return True
+
+    @property
     def all_slots(self) -> int:
         return self.experts * self.slots
 

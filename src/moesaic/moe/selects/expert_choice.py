@@ -26,6 +26,7 @@ class ExpertChoice(Select):
     """
 
     causal: ClassVar[bool] = False
+    by_row: ClassVar[bool] = True
 
     factor: float = Field(default=2.0, gt=0)
 

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from moesaic.checkpoint.publish import Keep
 from moesaic.checkpoint.save import save
+from moesaic.checkpoint.saver import Saver
+from moesaic.checkpoint.snapshot import RankSnapshot
 from moesaic.dist.first import on_first
 from moesaic.train.hooks.hook import Hook
 from moesaic.train.trainer import StepReport, Trainer
@@ -19,11 +22,14 @@ class SaveCheckpoints(Hook):
         self.root = root
         self._flush = flush
         self._saved: int | None = None
+        self._saver: Saver | None = None
 
     def before_run(self, trainer: Trainer) -> None:
         self._saved = trainer.step  # what it was resumed from; a fresh start can be made again
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        if self._saver is not None:
+            self._saver.poll()
         every = trainer.run.checkpoint.every
         best = trainer.journal.best.step == report.step
         if best or (every and report.step % every == 0):
@@ -32,14 +38,28 @@ class SaveCheckpoints(Hook):
     def after_run(self, trainer: Trainer) -> None:
         if self._saved != trainer.step or trainer.retry.in_a_row:
             self._save(trainer, best=trainer.journal.best.step == trainer.step)
+        if self._saver is not None:
+            self._saver.close()
+            self._saver = None
 
     def _save(self, trainer: Trainer, *, best: bool) -> None:
         snapshot = trainer.snapshot()
         keep = trainer.run.checkpoint.keep
+        if isinstance(snapshot, RankSnapshot):
+            self._share(trainer, snapshot, keep=Keep(keep, best))
+            return
 
         def write() -> None:
             self._flush()
             save(self.root, snapshot, keep=keep, best=best)
 
         on_first(trainer.world, write)
+        self._saved = trainer.step
+
+    def _share(self, trainer: Trainer, snapshot: RankSnapshot, *, keep: Keep) -> None:
+        """Write what each rank holds: in the background, but for a run that ends."""
+        on_first(trainer.world, self._flush)
+        if self._saver is None:
+            self._saver = Saver(self.root, world=trainer.world)
+        self._saver.start(snapshot, keep=keep)
         self._saved = trainer.step

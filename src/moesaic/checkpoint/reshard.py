@@ -1,0 +1,193 @@
+"""Reshard: a checkpoint written again as one whole, or as another number of shards.
+
+Holds one tensor (or expert) at a time. The same content gives the same files, whatever the source
+was cut like.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from moesaic.checkpoint.disk import Disk
+from moesaic.checkpoint.index import (
+    INDEX,
+    Block,
+    Index,
+    Stored,
+    bank_size,
+    gaps,
+    read_index,
+    some,
+)
+from moesaic.checkpoint.manifest import FileEntry, Manifest, refuse, verify
+from moesaic.checkpoint.publish import (
+    SLACK_BYTES,
+    STATE,
+    Head,
+    Keep,
+    Place,
+    checkpoints,
+    complete,
+    publish,
+    write_hashed,
+)
+from moesaic.checkpoint.reader import Reader, reading
+from moesaic.checkpoint.tensors import lazy_pieces
+from moesaic.checkpoint.units import expert_label
+from moesaic.core.errors import CheckpointError
+from moesaic.core.shapes import Tensor
+
+
+class Form:
+    """Family: how a checkpoint lies on disk."""
+
+    def write(self, source: "Source", *, part: Path, disk: Disk) -> dict[str, FileEntry]:
+        """Write the tensors of ``source`` into the directory ``part``."""
+        raise NotImplementedError
+
+
+class Whole(Form):
+    """A file for each kind: ``model.safetensors``, ``optimizer.safetensors``."""
+
+    def write(self, source: "Source", *, part: Path, disk: Disk) -> dict[str, FileEntry]:
+        entries = {}
+        for kind, tensors in source.index.files.items():
+            items = [_Item(name, stored) for name, stored in tensors.items()]
+            path = part / f"{kind}.safetensors"
+            entries[path.name] = source.write(path, items=items, disk=disk)
+        return entries
+
+
+@dataclass(frozen=True, slots=True)
+class Shards(Form):
+    """``count`` files of about one size; tensors and experts are not cut."""
+
+    count: int
+
+    def write(self, source: "Source", *, part: Path, disk: Disk) -> dict[str, FileEntry]:
+        items = {
+            (kind, name): source.items(f"{kind}/{name}", name=name, stored=stored)
+            for kind, name, stored in source.index
+        }
+        names = [f"shard-{n:05d}.safetensors" for n in range(self.count)]
+        file_of = _spread([item for several in items.values() for item in several], names=names)
+        held = {name: [] for name in names}
+        for item in (item for several in items.values() for item in several):
+            held[file_of[item.key]].append(item)
+        entries = {
+            name: source.write(part / name, items=mine, disk=disk)
+            for name, mine in held.items()
+            if mine
+        }
+        files: dict[str, dict[str, Stored]] = {}
+        for (kind, name), several in sorted(items.items()):
+            stored = source.index.files[kind][name]
+            experts = source.experts(name, stored=stored)
+            blocks = tuple(item.block(file_of[item.key]) for item in several)
+            files.setdefault(kind, {})[name] = replace(
+                stored, blocks=blocks, experts=experts, split=experts > 0
+            )
+        text = Index(files).text().encode()
+        return entries | {INDEX: write_hashed(part / INDEX, [text], disk=disk)}
+
+
+def reshard(source: Path, *, root: Path, form: Form, disk: Disk | None = None) -> Path:
+    """Write the checkpoint ``source`` in another form under ``root``, and return its directory.
+
+    The source is verified first. Raises CheckpointError: it is damaged, ``root`` is where it lies,
+    or the disk refuses.
+    """
+    disk = disk or Disk()
+    if root.resolve() == source.parent.resolve():
+        raise CheckpointError(
+            f"{root}: the checkpoint that is read lies in it; expected another directory to write"
+        )
+    manifest = verify(source)
+    index = read_index(source, manifest=manifest)
+    wrong = [f"{kind}/{name}: {gap}" for kind, name, stored in index for gap in gaps(stored)]
+    refuse(source, [some(wrong)] if wrong else [])
+    state = (source / STATE).read_bytes()
+    data = sum(stored.bytes for _, _, stored in index)
+    place = Place(root, manifest.step, data + len(state) + SLACK_BYTES)
+    head = Head(manifest.step, state, manifest.banks, manifest.plan)
+    try:
+        serial = place.begin(disk)
+        with reading(source) as reader:
+            entries = form.write(Source(reader, index, manifest), part=place.part, disk=disk)
+        complete(place, head=head, serial=serial, entries=entries, disk=disk)
+        publish(place, keep=Keep(len(checkpoints(root)) + 1), disk=disk)
+    except OSError as error:
+        place.clean(disk)
+        raise place.failure(error, disk=disk) from error
+    return place.final
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """What becomes one tensor of a file: a stored tensor, or an expert of it."""
+
+    key: str
+    stored: Stored
+    expert: int | None = None
+
+    @property
+    def like(self) -> Tensor:
+        shape = self.stored.shape if self.expert is None else self.stored.shape[1:]
+        return torch.empty(shape, dtype=self.stored.dtype, device="meta")
+
+    @property
+    def bytes(self) -> int:
+        return self.like.numel() * self.stored.dtype.itemsize
+
+    def block(self, file: str) -> Block:
+        """Where it lies from now on."""
+        shape = self.stored.shape
+        if self.expert is None:
+            return Block(file, self.key, (0,) * len(shape), shape)
+        return Block(file, self.key, (self.expert, *(0 for _ in shape[1:])), (1, *shape[1:]))
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A verified checkpoint that is read as it is written."""
+
+    reader: Reader
+    index: Index
+    manifest: Manifest
+
+    def experts(self, name: str, *, stored: Stored) -> int:
+        """The number of experts that a tensor is split into; 0 if it is no bank."""
+        return bank_size(name, shape=stored.shape, banks=self.manifest.banks)
+
+    def items(self, path: str, *, name: str, stored: Stored) -> list[_Item]:
+        """Return what a tensor becomes in shards; one without a value is in the index alone."""
+        experts = self.experts(name, stored=stored)
+        if experts:
+            return [_Item(expert_label(path, e), stored, e) for e in range(experts)]
+        return [_Item(path, stored)] if stored.numel else []
+
+    def write(self, path: Path, *, items: Sequence[_Item], disk: Disk) -> FileEntry:
+        """Write a file of some items, each read when its turn comes."""
+        by_key = {item.key: item for item in items}
+
+        def read(key: str) -> Tensor:
+            item = by_key[key]
+            if item.expert is None:
+                return self.reader.tensor(item.stored)
+            return self.reader.expert(item.stored, item.expert)
+
+        likes = {key: item.like for key, item in by_key.items()}
+        return write_hashed(path, lazy_pieces(likes, read=read), disk=disk)
+
+
+def _spread(items: Sequence[_Item], *, names: Sequence[str]) -> dict[str, str]:
+    """Say which file each item goes to: the largest first, always to the lightest file."""
+    load = dict.fromkeys(names, 0)
+    file_of = {}
+    for item in sorted(items, key=lambda item: (-item.bytes, item.key)):
+        lightest = min(names, key=lambda name: (load[name], name))
+        file_of[item.key] = lightest
+        load[lightest] += item.bytes
+    return file_of

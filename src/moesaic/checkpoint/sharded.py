@@ -1,0 +1,186 @@
+"""Sharded: one checkpoint written by many ranks at once, and read under any other plan.
+
+The directory, its manifest, pointers and pruning are those of ``save.py``; every rank must see it.
+``index.py`` has the format. Each call is collective: all ranks of ``world`` make it, in one order.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as distributed
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+
+from moesaic.checkpoint.disk import Disk
+from moesaic.checkpoint.index import gaps, read_index, some
+from moesaic.checkpoint.load import read_state
+from moesaic.checkpoint.manifest import Manifest, problems, read_manifest, refuse
+from moesaic.checkpoint.plan_load import PieceLoader, ShardReader
+from moesaic.checkpoint.plan_save import PiecePlanner, ShardWriter, as_state
+from moesaic.checkpoint.publish import SLACK_BYTES, Head, Keep, Place, state_text
+from moesaic.checkpoint.shard import Files, Piece, Shard, as_shard
+from moesaic.checkpoint.snapshot import RankSnapshot
+from moesaic.core.errors import CheckpointError
+from moesaic.dist.world import World
+
+PATIENCE_S = 1800.0  # the slowest disk may keep the others waiting this long
+Group = Any  # torch's process group, or None for a world of one
+Value = TypeVar("Value")
+
+
+def open_group(world: World, *, patience_s: float = PATIENCE_S) -> Group:
+    """Return a gloo group of all ranks for checkpoints alone. Collective.
+
+    A group of its own lets a save go on in the background: its messages cannot be taken for those
+    of training, and it needs no GPU. None for a world of one.
+    """
+    if world.size == 1:
+        return None
+    return distributed.new_group(backend="gloo", timeout=timedelta(seconds=patience_s))
+
+
+def close_group(group: Group) -> None:
+    """Leave a group of ``open_group``."""
+    if group is not None:
+        distributed.destroy_process_group(group)
+
+
+def save_sharded(
+    root: Path,
+    snapshot: RankSnapshot,
+    *,
+    world: World,
+    keep: Keep = Keep(),  # noqa: B008 - a frozen value
+    disk: Disk | None = None,
+) -> Path:
+    """Write ``root/step-N`` whole or not at all, every block by one of its holders; return it.
+
+    Raises CheckpointError on every rank if a disk refuses on any (with that rank), or if the shards
+    do not make up whole tensors; the earlier checkpoints are then as they were.
+    """
+    group = open_group(world)
+    try:
+        return write_shards(root, snapshot, world=world, group=group, keep=keep, disk=disk)
+    finally:
+        close_group(group)
+
+
+def write_shards(
+    root: Path,
+    snapshot: RankSnapshot,
+    *,
+    world: World,
+    group: Group,
+    keep: Keep,
+    disk: Disk | None = None,
+) -> Path:
+    """Do what ``save_sharded`` says, in a group that is there."""
+    disk = disk or Disk()
+    text = state_text(snapshot.state)
+    place = Place(root, snapshot.step, len(text) + SLACK_BYTES)
+    head = Head(snapshot.step, text, snapshot.banks, snapshot.plan)
+    writer = ShardWriter(place, head=head, keep=keep, world=world, disk=disk)
+    state = as_state(snapshot.files, banks=snapshot.banks)
+    try:
+        with _plainly(group):
+            state_dict_saver.save(
+                dict(state),
+                storage_writer=writer,
+                planner=PiecePlanner(snapshot.banks),
+                process_group=group,
+                no_dist=group is None,
+            )
+    except CheckpointError:
+        if world.rank == 0:
+            place.clean(disk)
+        raise
+    return place.final
+
+
+def load_sharded(path: Path, *, into: Files, world: World) -> dict[str, Any]:
+    """Fill the shards and tensors of ``into`` from a checkpoint of either form; return its state.
+
+    The checkpoint may be of any plan and number of ranks. Every rank hashes its part of the files
+    first; nothing is written unless all of them are whole. A tensor of a kind of file that is asked
+    for must have a place on some rank, and every place must be filled. Raises CheckpointError, on
+    every rank, naming what is missing, altered, uncovered or of another shape.
+    """
+    group = open_group(world)
+    try:
+        manifest = together(lambda: _verified(path, world=world), world=world, group=group)
+        index = together(lambda: read_index(path, manifest=manifest), world=world, group=group)
+        wrong = [f"{f}/{n}: {gap}" for f, n, stored in index for gap in gaps(stored)]
+        refuse(path, [some(wrong)] if wrong else [])
+        state = {
+            f"{file}/{name}": as_shard(held)
+            for file, tensors in into.items()
+            for name, held in tensors.items()
+        }
+        with _plainly(group, where=f"{path}: "):
+            state_dict_loader.load(
+                dict(state),
+                storage_reader=ShardReader(path, index=index),
+                planner=PieceLoader(),
+                process_group=group,
+                no_dist=group is None,
+            )
+    finally:
+        close_group(group)
+    return read_state(path)
+
+
+def on_host(files: Files) -> Files:
+    """Return a copy of what a rank holds, in memory that training does not touch."""
+    return {
+        file: {name: _copied(as_shard(held)) for name, held in tensors.items()}
+        for file, tensors in files.items()
+    }
+
+
+def together(action: Callable[[], Value], *, world: World, group: Group) -> Value:
+    """Run ``action`` on every rank; a CheckpointError of any is raised on all. Collective."""
+    found, error = None, ""
+    try:
+        found = action()
+    except (CheckpointError, OSError) as raised:
+        error = str(raised)
+    errors = [error]
+    if group is not None:
+        errors = [""] * world.size
+        distributed.all_gather_object(errors, error, group=group)
+    if any(errors):
+        raise CheckpointError(" | ".join(dict.fromkeys(e for e in errors if e)))
+    return found  # pyright: ignore[reportReturnType] - no rank raised, so it is there
+
+
+def _verified(path: Path, *, world: World) -> Manifest:
+    manifest = read_manifest(path)
+    largest = sorted(manifest.files, key=lambda name: (-manifest.files[name].bytes, name))
+    mine = largest[world.rank :: world.size]
+    refuse(path, problems(path, manifest=manifest, names=mine))
+    return manifest
+
+
+def _copied(shard: Shard) -> Shard:
+    pieces = (Piece(p.offset, p.data.detach().to("cpu", copy=True)) for p in shard.pieces)
+    return Shard(shard.shape, shard.dtype, tuple(pieces))
+
+
+@contextmanager
+def _plainly(group: Group, *, where: str = "") -> Iterator[None]:
+    """Raise what a rank raised as it was, instead of inside the engine's own exception."""
+    try:
+        with warnings.catch_warnings() if group is None else nullcontext():
+            if group is None:  # it warns that nobody else takes part
+                warnings.simplefilter("ignore")
+            yield
+    except CheckpointException as error:
+        raised = {rank: found[0] for rank, found in error.failures.items()}
+        known = [str(e) for e in raised.values() if isinstance(e, CheckpointError)]
+        if len(known) == len(raised):
+            raise CheckpointError(where + " | ".join(dict.fromkeys(known))) from None
+        raise next(e for e in raised.values() if not isinstance(e, CheckpointError)) from error

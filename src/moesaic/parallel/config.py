@@ -1,0 +1,60 @@
+"""Parallel: how a run is laid over its ranks, as one part of its config."""
+
+from moesaic.core.config import Choice, Config
+from moesaic.dist.collectives import Group
+from moesaic.dist.plan import ParallelPlan
+from moesaic.nn.looking import Looking
+from moesaic.parallel.deal import Cut, in_order, zigzag
+from moesaic.parallel.ring import Ring
+from moesaic.parallel.ulysses import Ulysses
+
+
+class Reach(Choice):
+    """Family: how tokens look at those of their row that other ranks hold (context parallelism)."""
+
+    def cut(self) -> Cut:
+        """Return how a stream is cut into parts."""
+        return in_order
+
+    def build(self, group: Group, *, groups: int) -> Looking:
+        """Return the part of an attention with so many key/value heads on this rank."""
+        raise NotImplementedError
+
+    def refuses(self, *, heads: int, ranks: int) -> str | None:
+        """Return why so many ranks cannot share an attention of ``heads`` heads, if they cannot."""
+        del heads, ranks
+        return None
+
+
+class UlyssesReach(Reach):
+    """Tokens are exchanged for heads: each rank sees whole rows, of some heads (2309.14509)."""
+
+    def build(self, group: Group, *, groups: int) -> Looking:
+        return Ulysses(group, groups=groups)
+
+    def refuses(self, *, heads: int, ranks: int) -> str | None:
+        return Ulysses.refuses(heads=heads, ranks=ranks)
+
+
+class RingReach(Reach):
+    """Keys and values go round (2310.01889); tokens are dealt from both ends of the stream.
+
+    For more ranks than an attention has heads, and for rows whose keys are too many for one rank.
+    """
+
+    def cut(self) -> Cut:
+        return zigzag
+
+    def build(self, group: Group, *, groups: int) -> Looking:
+        del groups
+        return Ring(group)
+
+
+class Parallel(Config):
+    """``plan`` has the degrees. The default shares the data out over all ranks, and nothing else.
+
+    ``reach`` is how attention crosses ranks where ``plan.context`` is above 1.
+    """
+
+    plan: ParallelPlan = ParallelPlan()
+    reach: Reach = UlyssesReach()

@@ -1,0 +1,244 @@
+"""Ring: keys and values travel from rank to rank, and each rank's queries look at all of them.
+
+Ring attention (2310.01889): a rank holds the queries of its tokens and never more keys than those
+of two parts. What a query found so far is kept with the logarithm of its denominator, so that
+blocks can be added in any order. Sums are float32. In backward the scores are made again, block by
+block, and the gradients of keys and values travel along with them.
+
+Letters: t queries of this part, s keys of another one, n and m those of one block, H query heads,
+G key/value heads, R = H / G, d head dim.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from torch.autograd.function import once_differentiable
+
+from moesaic.core.shapes import Bool, Float, Tensor
+from moesaic.dist.collectives import Group, rank_in, ranks_of
+from moesaic.nn.looking import Heads, KeyValue
+from moesaic.nn.packing import Packing, Run
+from moesaic.ops.blockwise import Back, Found, add, grads_of, look_at
+
+
+class Ring:
+    """A ``Looking`` whose parts are the ranks of ``group``, in order.
+
+    Blocks that no query looks at are left out (``Division.runs`` says which): causal attention does
+    half of the work, as much on each rank if tokens are dealt in ``zigzag``.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def own(self, heads: Heads, *, packing: Packing, causal: bool) -> Float[Tensor, "t HD"]:
+        route = Route(self._group, _runs(packing), _runs(packing), causal=causal)
+        return _look(heads.query, heads.key, heads.value, route)
+
+    def read(
+        self, key: Float[Tensor, "s G d"], value: Float[Tensor, "s G d"], *, packing: Packing
+    ) -> KeyValue:
+        return KeyValue(key, value, stream=packing)
+
+    def cross(
+        self,
+        query: Float[Tensor, "t H d"],
+        *,
+        packing: Packing,
+        source: KeyValue,
+        mask: Bool[Tensor, "B 1 1 S"] | None,
+    ) -> Float[Tensor, "t HD"]:
+        del mask  # it is true where there is a token, and nothing else travels
+        if source.stream is None:
+            raise TypeError("a ring can only look at what a ring has read")
+        route = Route(self._group, _runs(packing), _runs(source.stream), causal=False)
+        return _look(query, source.key, source.value, route)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some neighbouring queries and keys of one row, by their places in their parts.
+
+    Query i sees the keys up to ``i + diagonal``; None: all of them.
+    """
+
+    queries: slice
+    keys: slice
+    diagonal: int | None
+
+    @staticmethod
+    def of(query: Run, key: Run, *, causal: bool) -> "Block | None":
+        """Return what one run sees of another of its row, every query something; None: nothing."""
+        late = max(0, key.position - query.position) if causal else 0
+        if late >= query.length:
+            return None
+        ahead = query.position + late - key.position
+        seen = min(key.length, ahead + query.length - late) if causal else key.length
+        return Block(
+            slice(query.start + late, query.start + query.length),
+            slice(key.start, key.start + seen),
+            ahead if causal and ahead + 1 < seen else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Whose queries look at whose keys, by part, and how keys go round."""
+
+    group: Group
+    asking: Sequence[Sequence[Run]]
+    asked: Sequence[Sequence[Run]]
+    causal: bool
+
+    @property
+    def ranks(self) -> int:
+        return ranks_of(self.group)
+
+    def part(self, step: int) -> int:
+        """Return whose keys are here after so many steps."""
+        return (rank_in(self.group) - step) % self.ranks
+
+    def blocks(self, step: int) -> Iterator[Block]:
+        """Yield what queries here look at among the keys that are here."""
+        rows: dict[int, list[Run]] = defaultdict(list)
+        for key in self.asked[self.part(step)]:
+            rows[key.row].append(key)
+        for query in self.asking[self.part(0)]:
+            for key in rows[query.row]:
+                block = Block.of(query, key, causal=self.causal)
+                if block is not None:
+                    yield block
+
+    def send(self, held: Float[Tensor, "s C d"], *, step: int, tag: int) -> "Travel":
+        """Begin to give the next rank what is here, and to receive what comes after ``step``."""
+        tokens = sum(run.length for run in self.asked[self.part(step + 1)])
+        arriving = held.new_empty(tokens, *held.shape[1:])
+        if self.group is None or self.ranks == 1:
+            return Travel(held, held, ())
+        own = rank_in(self.group)
+        to, from_ = (
+            distributed.get_global_rank(self.group, rank % self.ranks)
+            for rank in (own + 1, own - 1)
+        )
+        ends = [(distributed.isend, held, to), (distributed.irecv, arriving, from_)]
+        moves = [
+            distributed.P2POp(move, tensor, peer, self.group, tag)
+            for move, tensor, peer in ends
+            if tensor.numel()
+        ]
+        work = distributed.batch_isend_irecv(moves) if moves else []
+        return Travel(held, arriving, tuple(work))
+
+
+@dataclass(frozen=True, slots=True)
+class Travel:
+    """Rows on their way. ``sent`` is kept from being freed until they have left."""
+
+    sent: Tensor
+    arriving: Tensor
+    work: tuple[Any, ...]
+
+    def wait(self) -> Tensor:
+        """Return what has arrived."""
+        for move in self.work:
+            move.wait()
+        return self.arriving
+
+
+class _Round(torch.autograd.Function):
+    """Once round the ring; in backward once more, and home."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, route: Route) -> Tensor:
+        asking = _queries(query, groups=key.shape[1])
+        found = Found(torch.zeros_like(asking), torch.full_like(asking[..., 0], -math.inf))
+        held = torch.cat([key, value], 1)
+        for step in range(route.ranks):
+            coming = route.send(held, step=step, tag=0) if step + 1 < route.ranks else None
+            keys, values = _by_head(held).chunk(2)
+            for block in route.blocks(step):
+                q, k = block.queries, block.keys
+                part = Found(found.out[:, :, q], found.log[:, :, q])
+                seen = look_at(asking[:, :, q], keys[:, k], values[:, k], diagonal=block.diagonal)
+                add(part, seen)
+            held = held if coming is None else coming.wait()
+        out = _tokens(found.out).to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, found.log)
+        ctx.route = route
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        query, key, value, out, log = ctx.saved_tensors
+        groups = key.shape[1]
+        with torch.autocast(query.device.type, enabled=False):
+            asking, grad = _queries(query, groups=groups), _queries(grads[0], groups=groups)
+            back = Back(grad, (grad * _queries(out, groups=groups)).sum(-1), log)
+            held = torch.cat([key, value], 1)
+            of_query, of_held = _round_again(ctx.route, asking=asking, held=held, back=back)
+        of_key, of_value = of_held.chunk(2, 1)
+        return (
+            _tokens(of_query).to(query.dtype),
+            of_key.to(key.dtype),
+            of_value.to(value.dtype),
+            None,
+        )
+
+
+def _round_again(
+    route: Route, *, asking: Tensor, held: Tensor, back: Back
+) -> tuple[Float[Tensor, "G R t d"], Float[Tensor, "s 2G d"]]:
+    """Return the gradients of the queries here, and of the keys and values that began here."""
+    of_query, nothing = torch.zeros_like(asking), torch.zeros_like(held, dtype=asking.dtype)
+    behind = Travel(nothing, nothing, ())
+    for step in range(route.ranks):
+        coming = route.send(held, step=step, tag=0) if step + 1 < route.ranks else None
+        asked = _by_head(held)
+        of_asked = torch.zeros_like(asked)
+        for block in route.blocks(step):
+            _blame(block, asking=asking, asked=asked, back=back, into=(of_query, of_asked))
+        of_held = of_asked.transpose(0, 1) + behind.wait()
+        behind = route.send(of_held.contiguous(), step=step, tag=1)
+        held = held if coming is None else coming.wait()
+    return of_query, behind.wait()
+
+
+def _blame(
+    block: Block, *, asking: Tensor, asked: Tensor, back: Back, into: tuple[Tensor, Tensor]
+) -> None:
+    """Add a block's gradients, in place."""
+    q, (of_query, of_asked) = block.queries, into
+    key, value = asked[:, block.keys].chunk(2)
+    part = Back(back.grad[:, :, q], back.blame[:, :, q], back.log[:, :, q])
+    grads = grads_of(asking[:, :, q], key, value, back=part, diagonal=block.diagonal)
+    of_query[:, :, q] += grads.query
+    of_asked[:, block.keys] += torch.cat([grads.key, grads.value])
+
+
+def _look(query: Tensor, key: Tensor, value: Tensor, route: Route) -> Float[Tensor, "t HD"]:
+    with torch.autocast(query.device.type, enabled=False):
+        return _Round.apply(query, key, value, route).flatten(1)
+
+
+def _runs(packing: Packing) -> Sequence[Sequence[Run]]:
+    if packing.division is None or not packing.division.runs:
+        raise TypeError("a ring needs to know the runs of every part: see parallel/deal.py")
+    return packing.division.runs
+
+
+def _by_head(x: Float[Tensor, "s G d"]) -> Float[Tensor, "G s d"]:
+    return x.transpose(0, 1).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _queries(x: Float[Tensor, "t H d"], *, groups: int) -> Float[Tensor, "G R t d"]:
+    return _by_head(x).unflatten(0, (groups, -1)).contiguous()
+
+
+def _tokens(x: Float[Tensor, "G R t d"]) -> Float[Tensor, "t H d"]:
+    return x.flatten(0, 1).transpose(0, 1)

@@ -1,0 +1,60 @@
+"""Shards: a run's state where no rank holds all of it, and the way back from any other layout.
+
+Names and shapes are those of the whole model, so a checkpoint of one plan is a checkpoint of all.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from moesaic.checkpoint.index import read_index
+from moesaic.checkpoint.load import load
+from moesaic.checkpoint.manifest import read_manifest
+from moesaic.checkpoint.shard import Held
+from moesaic.checkpoint.sharded import load_sharded
+from moesaic.checkpoint.snapshot import Snapshot
+from moesaic.dist.world import World
+from moesaic.model.weights import export_weights
+from moesaic.optim.state import export_state
+from moesaic.optim.update import NamedOptimizer
+from moesaic.parallel.spread import Spread
+
+MINE = ("model", "optimizer")  # the files that no rank holds all of
+
+
+def shards_of(spread: Spread, optimizer: NamedOptimizer) -> dict[str, dict[str, Held]]:
+    """Return what this rank holds of the weights and of the optimizer's state, as live memory."""
+    weights, names = export_weights(spread.model), set(spread.layout)
+    model: dict[str, Held] = {
+        name: spread.lies(name, tensor) if name in names else tensor
+        for name, tensor in weights.items()
+    }
+    state: dict[str, Held] = {}
+    for name, tensor in export_state(optimizer).items():
+        parameter = name.partition("/")[2]
+        state[name] = spread.lies(parameter, tensor) if tensor.dim() else tensor
+    return {"model": model, "optimizer": state}
+
+
+def restore_shards(
+    path: Path, *, spread: Spread, optimizer: NamedOptimizer, world: World
+) -> Snapshot:
+    """Fill weights and optimizer from a checkpoint of any layout; return the rest of it.
+
+    Collective. Raises CheckpointError as ``load_sharded`` does.
+    """
+    index = read_index(path, manifest=read_manifest(path))
+    _prepare(optimizer, stepped={n.partition("/")[2] for n in index.files.get("optimizer", {})})
+    load_sharded(path, into=shards_of(spread, optimizer), world=world)
+    return load(path, only=[file for file in index.files if file not in MINE])
+
+
+def _prepare(optimizer: NamedOptimizer, *, stepped: Iterable[str]) -> None:
+    """Make room for the state of every parameter that had any."""
+    known = set(stepped)
+    for group in optimizer.param_groups:
+        named: Iterable[tuple[str, Tensor]] = zip(
+            group["param_names"], group["params"], strict=True
+        )
+        for name, parameter in named:
+            if name in known:
+                optimizer.prepare(parameter, rule=group["rule"])

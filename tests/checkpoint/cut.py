@@ -1,0 +1,60 @@
+"""A small checkpoint in each form, and a way to change what is in it under a valid manifest."""
+
+import json
+from dataclasses import replace
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from moesaic.checkpoint.manifest import MANIFEST, FileEntry, read_manifest
+from moesaic.checkpoint.reshard import Shards, reshard
+from moesaic.checkpoint.save import save
+from moesaic.checkpoint.snapshot import Snapshot
+from moesaic.core.files import sha256
+
+BANKS = {"up": 4, "up_bias": 4}
+FORMS = {"whole": None, "one shard": 1, "three shards": 3}
+
+
+def snapshot(step=5, **changes):
+    draw = torch.Generator().manual_seed(0)
+    model = {
+        "up": torch.randn(4, 3, 2, generator=draw),
+        "up_bias": torch.zeros(4, 2),
+        "dense": torch.randn(5, 4, generator=draw),
+        "half": torch.randn(3, generator=draw).bfloat16(),
+        "none": torch.empty(0, 2),
+    } | changes
+    optimizer = {f"m/{name}": torch.zeros_like(tensor) for name, tensor in model.items()}
+    steps = {f"step/{name}": torch.tensor(3.0) for name in model}
+    files = {"model": model, "optimizer": optimizer | steps}
+    return Snapshot(step, files, {"a": [1, "ž"]}, BANKS, {"data": 2})
+
+
+def written(tmp_path, form, made=None):
+    """Return a checkpoint directory in a form of ``FORMS``."""
+    path = save(tmp_path / "source", made or snapshot())
+    if FORMS[form] is None:
+        return path
+    return reshard(path, root=tmp_path / f"cut-{FORMS[form]}", form=Shards(FORMS[form]))
+
+
+def rewritten(path, name, change):
+    """Change a file of a checkpoint and hash it again, as one that saved wrongly would have."""
+    file = path / name
+    if file.suffix == ".safetensors":
+        save_file(change(load_file(file)), file)
+    else:
+        file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    manifest = read_manifest(path)
+    entry = FileEntry(file.stat().st_size, sha256(file))
+    changed = replace(manifest, files=manifest.files | {name: entry})
+    (path / MANIFEST).write_text(changed.text())
+
+
+def file_with(path, key):
+    """Return the name of the file that holds a tensor."""
+    for file in sorted(path.glob("*.safetensors")):
+        if key in load_file(file):
+            return file.name
+    raise KeyError(key)

@@ -1,0 +1,311 @@
+import errno
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from test_save import QuickDisk
+
+from moesaic.checkpoint.load import latest, load
+from moesaic.checkpoint.publish import Keep
+from moesaic.checkpoint.saver import Saver
+from moesaic.checkpoint.shard import Piece, Shard
+from moesaic.checkpoint.sharded import load_sharded, save_sharded
+from moesaic.checkpoint.snapshot import RankSnapshot
+from moesaic.core.errors import CheckpointError
+from moesaic.dist.world import Alone, Ranks, World
+from moesaic.testing.ranks import RankError, run_on_ranks
+
+KEEP = Keep(2)
+BANKS = {"up": 4}
+
+
+def share(step: int, world: World) -> RankSnapshot:
+    """Half of the experts and half of the rows for each of two ranks; all of it for one."""
+    n, r = 4 // world.size, world.rank
+    up = torch.arange(4 * 6.0).view(4, 2, 3)[n * r : n * (r + 1)] + step
+    dense = torch.arange(4 * 5.0).view(4, 5)[n * r : n * (r + 1)] - step
+    model = {
+        "up": Shard.block(up, offset=(n * r, 0, 0), shape=(4, 2, 3)),
+        "dense": Shard.block(dense, offset=(n * r, 0), shape=(4, 5)),
+        "norm": torch.full((3,), float(step)),
+    }
+    return RankSnapshot(step, {"model": model}, {"step": step}, BANKS, {"expert": world.size})
+
+
+def is_step(found, step: int) -> bool:
+    model = found.files["model"]
+    return (
+        found.step == step
+        and found.state == {"step": step}
+        and torch.equal(model["up"], torch.arange(4 * 6.0).view(4, 2, 3) + step)
+        and torch.equal(model["dense"], torch.arange(4 * 5.0).view(4, 5) - step)
+        and torch.equal(model["norm"], torch.full((3,), float(step)))
+    )
+
+
+class Dying(QuickDisk):
+    """Sends its process a SIGKILL at the n-th operation, after half of a write."""
+
+    def __init__(self, operations: int) -> None:
+        self.left = operations
+
+    def _live(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def make_dir(self, path):
+        self._live()
+        super().make_dir(path)
+
+    def write(self, path, *, pieces):
+        whole = b"".join(bytes(p) for p in pieces)
+        if self.left == 0:
+            path.write_bytes(whole[: len(whole) // 2])
+        self._live()
+        super().write(path, pieces=[whole])
+
+    def rename(self, old, *, new):
+        self._live()
+        super().rename(old, new=new)
+
+    def sync_dir(self, path):  # noqa: ARG002
+        self._live()
+
+    def remove(self, path):
+        self._live()
+        super().remove(path)
+
+
+def save_and_die(root: Path, victim: int, moment: int) -> None:
+    world = Ranks()
+    disk = Dying(moment) if world.rank == victim else QuickDisk()
+    save_sharded(root, share(9, world), world=world, keep=KEEP, disk=disk)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_killed_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path, victim):
+    kills = 0
+    for moment in range(40):
+        root = tmp_path / str(moment)
+        for step in (1, 2):
+            save_sharded(root, share(step, Alone()), world=Alone(), keep=KEEP, disk=QuickDisk())
+        try:
+            run_on_ranks(2, partial(save_and_die, root, victim, moment), patience_s=5)
+            break
+        except RankError:
+            kills += 1
+        found = load(root)
+        assert is_step(found, found.step)
+        assert found.step in (2, 9)
+        assert latest(root).skipped == ()
+        save_sharded(root, share(4, Alone()), world=Alone(), keep=KEEP, disk=QuickDisk())
+        assert is_step(load(root), 4)
+        assert not [p.name for p in root.iterdir() if p.name.startswith(".")]
+    assert kills >= (1 if victim else 13)
+    assert is_step(load(root), 9)
+
+
+class Refusing(QuickDisk):
+    """Has no room for the n-th file it is to write."""
+
+    def __init__(self, writes: int) -> None:
+        self.left = writes
+
+    def write(self, path, *, pieces):
+        self.left -= 1
+        if self.left < 0:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().write(path, pieces=pieces)
+
+
+def save_on_full_disks(root: Path) -> list[str]:
+    world = Ranks()
+    save_sharded(root, share(1, world), world=world, disk=QuickDisk())
+    said = []
+    for victim, writes in ((0, 0), (1, 0), (0, 1), (0, 2), (0, 3)):
+        disk = Refusing(writes) if world.rank == victim else QuickDisk()
+        try:
+            save_sharded(root, share(2, world), world=world, disk=disk)
+            said.append("saved")
+        except CheckpointError as error:
+            said.append(str(error))
+        world.barrier()
+        if world.rank == 0:
+            said.append(" ".join(sorted(p.name for p in root.iterdir())))
+        world.barrier()
+    return said
+
+
+def test_a_disk_that_is_full_on_one_rank_is_said_on_all_and_loses_nothing(tmp_path):
+    first, second = run_on_ranks(2, partial(save_on_full_disks, tmp_path))
+    assert second == first[::2]
+    for victim, text in zip((0, 1, 0, 0, 0), second, strict=True):
+        assert f"saving failed on rank {victim}, the disk is full: it needs 1.00 MiB" in text
+        assert "Earlier checkpoints are intact" in text
+    assert set(first[1::2]) == {"latest step-00000001"}
+    assert is_step(load(tmp_path), 1)
+
+
+def background(root: Path) -> list[str]:
+    world = Ranks()
+    disk = Refusing(1) if world.rank == 1 else QuickDisk()
+    saver = Saver(root, world=world, patience_s=20, disk=disk)
+    told = []
+    for step in range(1, 4):
+        saver.start(share(step, world), keep=KEEP)
+        for _ in range(10_000):  # steps of training, alike on all ranks
+            try:
+                if path := saver.poll():
+                    told.append(path.name)
+                    break
+            except CheckpointError as error:
+                told.append(str(error))
+                break
+    saver.close()
+    return told
+
+
+def test_an_error_in_the_background_is_raised_by_the_next_poll_of_every_rank(tmp_path):
+    told = run_on_ranks(2, partial(background, tmp_path))
+    assert told[0] == told[1]
+    assert told[0][0] == "step-00000001"
+    assert len(told[0]) == 3
+    assert all("saving failed on rank 1, the disk is full" in text for text in told[0][1:])
+    assert is_step(load(tmp_path), 1)
+
+
+def wrong_layouts() -> list[str]:
+    world = Ranks()
+    r, whole = world.rank, torch.zeros(4, 2)
+    cases = {
+        "a hole": Shard.block(whole[:1], offset=(2 * r, 0), shape=(4, 2)),
+        "an overlap": Shard.block(whole[:3], offset=(r, 0), shape=(4, 2)),
+        "two lengths": Shard.block(whole[: 2 + r], offset=(0, 0), shape=(4, 2)),
+        "two shapes": Shard((4, 2 + r), torch.float32, ()),
+        "nobody": Shard((4, 2), torch.float32, ()),
+        "a lost expert": Shard.block(whole[: 2 - r, :], offset=(2 * r, 0), shape=(4, 2)),
+    }
+    said = []
+    for name, held in cases.items():
+        banks = {"w": 4} if name == "a lost expert" else {}
+        snapshot = RankSnapshot(1, {"model": {"w": held}}, {}, banks)
+        try:
+            save_sharded(Path("never"), snapshot, world=world)
+        except CheckpointError as error:
+            said.append(str(error))
+    return said
+
+
+def test_shards_that_do_not_make_up_a_tensor_are_refused_before_anything_is_written(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    first, second = run_on_ranks(2, wrong_layouts)
+    assert first == second
+    hole, overlap, lengths, shapes, nobody, lost = first
+    assert "model/w: it is covered for 4 of 8 values" in hole
+    assert "model/w: [3, 2] at [0, 0]" in overlap
+    assert "overlap" in overlap
+    assert "model/w: blocks at [0, 0] differ, [2, 2] on rank 0 and [3, 2] on rank 1" in lengths
+    assert "model/w is torch.float32 [4, 2] on rank 0 but torch.float32 [4, 3] on rank 1" in shapes
+    assert "model/w: it is missing" in nobody
+    assert "model/w: expert 3 is missing" in lost
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def make(root):
+        return str(save_sharded(root, share(3, Ranks()), world=Ranks(), disk=QuickDisk()))
+
+    return Path(run_on_ranks(2, partial(make, tmp_path))[0])
+
+
+def room(**changes):
+    up, dense = torch.zeros(4, 2, 3), torch.zeros(4, 5)
+    return {"model": {"up": up, "dense": dense, "norm": torch.zeros(3)} | changes}
+
+
+def test_one_process_loads_in_place_what_two_ranks_saved(saved):
+    into = room()
+    assert load_sharded(saved, into=into, world=Alone()) == {"step": 3}
+    assert torch.equal(into["model"]["up"], torch.arange(4 * 6.0).view(4, 2, 3) + 3)
+    assert is_step(load(saved), 3)
+
+
+MISFITS = {
+    "is not in it": {"other": torch.zeros(2)},
+    r"torch.float32 \[4, 5\] in it, expected torch.float32 \[5, 4\]": {"dense": torch.zeros(5, 4)},
+    r"torch.float32 \[3\] in it, expected torch.bfloat16 \[3\]": {
+        "norm": torch.zeros(3).bfloat16()
+    },
+}
+
+
+@pytest.mark.parametrize("message", MISFITS)
+def test_what_does_not_fit_is_named_and_nothing_is_loaded(saved, message):
+    into = room(**MISFITS[message])
+    with pytest.raises(CheckpointError, match=f"the checkpoint does not fit: .*{message}"):
+        load_sharded(saved, into=into, world=Alone())
+    assert not into["model"]["up"].any()
+
+
+def test_a_tensor_that_no_rank_has_a_place_for_is_named(saved):
+    into = room()
+    del into["model"]["norm"]
+    with pytest.raises(CheckpointError, match="model/norm is in it, but no rank has a place"):
+        load_sharded(saved, into=into, world=Alone())
+
+
+def test_kinds_of_files_that_are_not_asked_for_are_left(saved):
+    assert load_sharded(saved, into={}, world=Alone()) == {"step": 3}
+
+
+def errors_of_loading(path):
+    world = Ranks()
+    with pytest.raises(CheckpointError) as caught:
+        load_sharded(path, into=room(), world=world)
+    return str(caught.value)
+
+
+def test_an_altered_shard_is_named_on_every_rank_whoever_hashed_it(saved):
+    path = saved / "shard-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    told = run_on_ranks(3, partial(errors_of_loading, saved))
+    assert len(set(told)) == 1
+    assert "shard-00001.safetensors was altered" in told[0]
+    with pytest.raises(CheckpointError, match=r"shard-00001\.safetensors was altered"):
+        load(saved)
+    path.unlink()
+    assert (
+        "shard-00001.safetensors is missing"
+        in run_on_ranks(1, partial(errors_of_loading, saved))[0]
+    )
+
+
+def test_a_copy_is_written_once_and_the_work_is_shared(tmp_path):
+    def both(root):
+        world = Ranks()
+        model = {f"w{n}": torch.full((8,), float(n)) for n in range(6)}
+        return str(save_sharded(root, RankSnapshot(1, {"model": model}), world=world))
+
+    path = Path(run_on_ranks(2, partial(both, tmp_path))[0])
+    sizes = [(path / f"shard-0000{rank}.safetensors").stat().st_size for rank in (0, 1)]
+    assert sizes[0] == sizes[1]
+    assert all(
+        torch.equal(t, torch.full((8,), float(n[1]))) for n, t in load(path).files["model"].items()
+    )
+
+
+def test_a_piece_that_reaches_out_of_its_tensor_is_refused():
+    with pytest.raises(ValueError, match="reaches out"):
+        Shard((4,), torch.float32, (Piece((3,), torch.zeros(2)),))
+    with pytest.raises(ValueError, match="bfloat16"):
+        Shard((4,), torch.float32, (Piece((0,), torch.zeros(2).bfloat16()),))

@@ -1,0 +1,109 @@
+"""Law: what some ranks saved in one layout, any number of ranks load in any other, bit for bit."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from moesaic.checkpoint.load import load
+from moesaic.checkpoint.publish import Keep
+from moesaic.checkpoint.save import save
+from moesaic.checkpoint.saver import Saver
+from moesaic.checkpoint.sharded import load_sharded, save_sharded
+from moesaic.checkpoint.snapshot import RankSnapshot, Snapshot
+from moesaic.dist.world import Alone, Ranks
+from moesaic.testing.layouts import Wholes, deal, differences, emptied
+from moesaic.testing.ranks import run_on_ranks
+
+BANKS = {"experts.up": 6, "experts.bias": 6}
+LAYOUTS = 8
+
+
+def wholes(step: int) -> dict[str, dict[str, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(step)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=draw)
+
+    model = {
+        "experts.up": some(6, 4, 5),
+        "experts.bias": some(6, 3),
+        "dense": some(7, 9),
+        "half": some(11).bfloat16(),
+        "cube": some(3, 4, 5),
+        "empty": some(0, 3),
+        "bias_of_the_router": some(6),
+    }
+    slots = {f"exp_avg/{name}": 2 * tensor for name, tensor in model.items()}
+    steps = {f"step/{name}": some() for name in model}
+    return {"model": model, "optimizer": slots | steps, "random": {"0/cpu": torch.arange(9)}}
+
+
+def held(step: int, *, seed: int, rank: int, world: int) -> RankSnapshot:
+    files = deal(wholes(step), seed=seed, rank=rank, world=world, banks=BANKS)
+    return RankSnapshot(step, files, {"step": step}, BANKS, {"seed": seed})
+
+
+def save_in(root: Path) -> None:
+    world = Ranks()
+    for seed in range(LAYOUTS):
+        snapshot = held(seed, seed=seed, rank=world.rank, world=world.size)
+        save_sharded(root, snapshot, world=world, keep=Keep(LAYOUTS))
+
+
+def wrong_after_loading(root: Path) -> list[str]:
+    world = Alone() if not torch.distributed.is_initialized() else Ranks()
+    found = []
+    for seed in range(LAYOUTS):
+        whole: Wholes = wholes(seed)
+        other = deal(whole, seed=seed + 100, rank=world.rank, world=world.size, banks=BANKS)
+        into = emptied(other)
+        state = load_sharded(root / f"step-{seed:08d}", into=into, world=world)
+        found += [] if state == {"step": seed} else [f"state {state}"]
+        found += differences(into, wholes=whole)
+    return found
+
+
+def test_four_ranks_save_and_one_two_and_eight_load_in_other_layouts(tmp_path: Path) -> None:
+    run_on_ranks(4, partial(save_in, tmp_path))
+    assert wrong_after_loading(tmp_path) == []
+    for world in (2, 8):
+        assert run_on_ranks(world, partial(wrong_after_loading, tmp_path)) == [[]] * world
+    for seed in range(LAYOUTS):
+        found = load(tmp_path / f"step-{seed:08d}")
+        assert list(differences(found.files, wholes=wholes(seed))) == []
+        assert found.files.keys() == wholes(seed).keys()
+        assert (found.step, found.state, found.banks) == (seed, {"step": seed}, BANKS)
+
+
+def test_ranks_load_what_one_process_saved_whole(tmp_path: Path) -> None:
+    for seed in range(LAYOUTS):
+        save(tmp_path, Snapshot(seed, wholes(seed), {"step": seed}), keep=LAYOUTS)
+    assert run_on_ranks(2, partial(wrong_after_loading, tmp_path)) == [[]] * 2
+
+
+def in_turn(root: Path) -> list[str]:
+    """Save by both ways while the tensors go on changing."""
+    world = Ranks()
+    saver = Saver(root / "later", world=world, patience_s=30)
+    for step in range(5):
+        snapshot = held(step, seed=step, rank=world.rank, world=world.size)
+        save_sharded(root / "now", snapshot, world=world, keep=Keep(9))
+        saver.start(snapshot, keep=Keep(9))
+        emptied(snapshot.files)
+        snapshot.state["step"] = "changed"
+    last = saver.wait()
+    assert last == root / "later" / "step-00000004"
+    saver.close()
+    return []
+
+
+def test_what_is_saved_in_the_background_is_what_was_there_when_it_began(tmp_path: Path) -> None:
+    run_on_ranks(3, partial(in_turn, tmp_path))
+    for path in sorted((tmp_path / "now").glob("step-*")):
+        for file in path.iterdir():
+            if file.name != "manifest.json":  # it has the same hashes, and the serial number
+                assert (
+                    file.read_bytes() == (tmp_path / "later" / path.name / file.name).read_bytes()
+                )
+    assert len(list((tmp_path / "later").glob("step-*"))) == 5

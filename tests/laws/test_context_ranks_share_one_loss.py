@@ -1,0 +1,143 @@
+"""Law: ranks that hold slices of the same rows share one loss, one gradient and one routing."""
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import pytest
+import torch
+
+from moesaic.core.shapes import Tensor
+from moesaic.data.batch import Batch
+from moesaic.dist.plan import ParallelPlan
+from moesaic.dist.world import Ranks
+from moesaic.model.config import Stack, TransformerConfig
+from moesaic.model.transformer import Transformer
+from moesaic.moe.attention import MixtureOfAttention
+from moesaic.moe.balance import RouterZ, SwitchBalance
+from moesaic.moe.balances.sequence import SequenceBalance
+from moesaic.moe.bodies.shared import GatedSharedExperts
+from moesaic.moe.conditions.embeddings import OnTag
+from moesaic.moe.config import MoE
+from moesaic.moe.layer import set_ranks
+from moesaic.moe.limit import AtRandom, Capacity
+from moesaic.moe.links.decoupled import Decoupled
+from moesaic.moe.select import TopK
+from moesaic.nn.attention import AttentionConfig
+from moesaic.parallel.apply import lay
+from moesaic.parallel.config import Parallel, RingReach
+from moesaic.parallel.slices import take
+from moesaic.testing.ranks import run_on_ranks
+from moesaic.testing.tiny import random_batch, rows_of, tiny_model_config
+from moesaic.train.ranks import BatchRanks
+
+CAPPED = MoE(
+    experts=4,
+    select=TopK(k=2),
+    limit=Capacity(factor=0.7, minimum=0, priority=AtRandom()),
+    balance=(SwitchBalance(), RouterZ(), SequenceBalance(weight=0.1)),
+    beside=GatedSharedExperts(),
+)
+
+
+def _model(moe: MoE) -> TransformerConfig:
+    heads = AttentionConfig(heads=4, kv_heads=2)
+    return tiny_model_config(moe=moe, layers=2).replace(attention=heads, dropout=0.2)
+
+
+MODELS = {
+    "encoder-decoder": _model(CAPPED),
+    "decoder": _model(CAPPED).replace(encoder=Stack(layers=0)),
+    "decoupled": _model(CAPPED.replace(link=Decoupled(dim=8, heads=4))),
+    "attention experts": _model(CAPPED.replace(condition=OnTag())).replace(
+        attention_experts=MixtureOfAttention()
+    ),
+}
+PLANS = {
+    "ulysses": Parallel(plan=ParallelPlan(context=2)),
+    "ring": Parallel(plan=ParallelPlan(context=2), reach=RingReach()),
+    "ring of 4": Parallel(plan=ParallelPlan(context=4), reach=RingReach()),
+    "ulysses of 4": Parallel(plan=ParallelPlan(context=4)),
+    "data and ring": Parallel(plan=ParallelPlan(context=2, data=2), reach=RingReach()),
+    "tensor and ulysses": Parallel(plan=ParallelPlan(context=2, tensor=2)),
+}
+ROWS = {"many rows": (5, 9), "one long row": (1, 40)}
+FEW = [("encoder-decoder", "many rows"), ("decoder", "one long row")]
+CASES = [*FEW, ("decoder", "many rows"), *((model, "many rows") for model in list(MODELS)[2:])]
+
+
+def _cases(parallel: Parallel) -> list[tuple[str, str]]:
+    return CASES if parallel.plan.world == 2 else FEW
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Losses and gradients by name, and (row, position, expert) of every edge by layer."""
+
+    losses: dict[str, float]
+    grads: dict[str, Tensor]
+    edges: dict[str, Tensor]
+
+
+def _batch(case: tuple[str, str]) -> Batch:
+    rows, length = ROWS[case[1]]
+    batch = random_batch(rows, seed=3, length=length)
+    return replace(batch, source=batch.source[:, :0]) if case[0] == "decoder" else batch
+
+
+def _made(case: tuple[str, str]) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(MODELS[case[0]])
+
+
+def _pass(model: Transformer, batch: Batch, *, predicted: int) -> Outcome:
+    output = model(batch)
+    terms = {"cross_entropy": model.loss(output, smoothing=0.1).total / predicted}
+    edges = {}
+    for record in output.records:
+        for name, value in record.losses.items():
+            terms[name] = terms.get(name, 0.0) + value
+        at, routing = record.context, record.routing
+        places = torch.stack([at.row_key, at.position], 1)[routing.token]
+        edges[record.layer] = torch.cat([places, routing.expert[:, None]], 1)
+    torch.stack(list(terms.values())).sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return Outcome({n: float(v.detach()) for n, v in terms.items()}, grads, edges)
+
+
+@cache
+def _whole(case: tuple[str, str]) -> Outcome:
+    batch = _batch(case)
+    return _pass(_made(case), batch, predicted=batch.num_predicted)
+
+
+def _on_ranks(parallel: Parallel) -> list[Outcome]:
+    """Return each case's outcome; gradients are compared here, with this rank's part of all."""
+    found = []
+    for case in _cases(parallel):
+        model, batch = _made(case), _batch(case)
+        spread = lay(model, parallel=parallel, world=Ranks())
+        set_ranks(model, BatchRanks(spread.stage))
+        mine = rows_of(batch, rank=spread.rows.rank, world=spread.rows.size)
+        outcome = _pass(model, mine, predicted=batch.num_predicted)
+        spread.sum_gradients()
+        for name, grad in _whole(case).grads.items():
+            part = take(grad, spread.held(name))
+            torch.testing.assert_close(outcome.grads[name], part, rtol=2e-4, atol=1e-6, msg=name)
+        found.append(replace(outcome, grads={}))
+    return found
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_context_ranks_share_one_loss(name: str) -> None:
+    parallel = PLANS[name]
+    for case in _cases(parallel):
+        _whole(case)  # here, so that ranks need not
+    seen = run_on_ranks(parallel.plan.world, _on_ranks, parallel)
+    for number, case in enumerate(_cases(parallel)):
+        whole, ranks = _whole(case), [rank[number] for rank in seen]
+        for loss, value in whole.losses.items():
+            assert sum(r.losses[loss] for r in ranks) == pytest.approx(value, rel=1e-5), case
+        for layer, edges in whole.edges.items():
+            together = torch.cat([rank.edges[layer] for rank in ranks])
+            assert sorted(together.tolist()) == sorted(edges.tolist()), (case, layer)
+            assert CAPPED.experts in edges[:, 2], "nothing was dropped"

@@ -1,0 +1,95 @@
+"""A run may stop under one plan and go on under another, on another number of ranks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moesaic.checkpoint.load import load
+from moesaic.core.shapes import Tensor
+from moesaic.dist.plan import ParallelPlan
+from moesaic.dist.world import Alone, Ranks, World
+from moesaic.moe.balance import SwitchBalance
+from moesaic.moe.balances.bias import BiasUpdate
+from moesaic.moe.config import MoE
+from moesaic.moe.limit import Capacity
+from moesaic.moe.select import TopK
+from moesaic.optim.optimizer import AdamW
+from moesaic.parallel.config import Parallel
+from moesaic.testing.ranks import run_on_ranks
+from moesaic.testing.tiny import tiny_model_config, tiny_run, tiny_trainer
+from moesaic.train.hooks.checkpoint import SaveCheckpoints
+from moesaic.train.loop import loop
+from moesaic.train.run import Run
+
+STEPS, HALF = 6, 3
+LEARNS = MoE(
+    experts=4,
+    select=TopK(k=2),
+    limit=Capacity(factor=1.0, minimum=1),
+    balance=(SwitchBalance(), BiasUpdate()),
+)
+PLANS = {
+    "expert, tensor and zero": {"expert": 4, "tensor": 2, "zero": 2},
+    "zero 3": {"zero": 3, "expert": 2},
+    "sliced experts": {"expert": 2, "expert_tensor": 2, "zero": 1},
+    "data": {},
+}
+Weights = dict[str, Tensor]
+
+
+def _run(plan: dict[str, int]) -> Run:
+    return tiny_run(
+        steps=STEPS,
+        model=tiny_model_config(moe=LEARNS).replace(dropout=0.0),
+        optimizer=AdamW(lr=1e-3, eps=1e-4),  # a tiny gradient must not decide a whole step's sign
+        parallel=Parallel(plan=ParallelPlan(**plan)),
+    )
+
+
+def _train(plan: dict[str, int], folder: Path, until: int, resume: Path | None) -> None:
+    world: World = Ranks() if torch.distributed.is_initialized() else Alone()
+    trainer = tiny_trainer(_run(plan), world=world)
+    if resume is not None:
+        trainer.resume(resume)
+    loop(trainer, hooks=[SaveCheckpoints(folder, flush=lambda: None)], until=until)
+
+
+def _weights(folder: Path, *, step: int) -> Weights:
+    snapshot = load(folder / f"step-{step:08d}")
+    optimizer = snapshot.files["optimizer"].items()
+    return {**snapshot.files["model"], **{f"optimizer/{n}": t for n, t in optimizer}}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Weights:
+    folder = tmp_path_factory.mktemp("straight")
+    _train({}, folder, STEPS, None)
+    return _weights(folder, step=STEPS)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("expert, tensor and zero", "zero 3"),
+        ("zero 3", "data"),
+        ("data", "sliced experts"),
+        ("sliced experts", "expert, tensor and zero"),
+    ],
+)
+def test_resuming_under_another_plan_equals_never_stopping(
+    first: str, then: str, straight: Weights, tmp_path: Path
+) -> None:
+    run_on_ranks(4, _train, PLANS[first], tmp_path / "first", HALF, None)
+    saved = tmp_path / "first" / f"step-{HALF:08d}"
+    ranks = 4 if "tensor" in then else 2
+    run_on_ranks(ranks, _train, PLANS[then] | _fit(then, ranks), tmp_path / "then", STEPS, saved)
+    found = _weights(tmp_path / "then", step=STEPS)
+    assert found.keys() == straight.keys()
+    for name, value in straight.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-4, atol=2e-5, msg=name)
+
+
+def _fit(plan: str, ranks: int) -> dict[str, int]:
+    """Two ranks cannot hold slices of two halves of the experts."""
+    return {"expert": 1} if plan == "sliced experts" and ranks == 2 else {}
