@@ -70,10 +70,12 @@ class Inventory:
         return {path: layer.router.config.experts for path, _, layer in banks(self._model)}
 
     def on(self, parallel: Parallel, *, world: int, rank: int = 0) -> "Holding":
-        """Return what a rank of ``world`` ranks holds. Raises ConfigError where the plan is no fit."""
+        """Return what a rank of ``world`` holds. Raises ConfigError where the plan is no fit."""
         plan = parallel.plan.on(world)
         if plan.pipe > 1:
-            raise ConfigError([f"parallel.plan.pipe={plan.pipe}: forecasts know one stage, so set it to 1"])
+            raise ConfigError(
+                [f"parallel.plan.pipe={plan.pipe}: forecasts know one stage, so set it to 1"]
+            )
         check(self._model, parallel=parallel, plan=plan)
         return Holding(self, parallel.replace(plan=plan), rank)
 

@@ -104,10 +104,8 @@ def _meeting(tokens: int, *, dim: int, itemsize: int, lanes: int) -> Lines:
     yield from (("all-gather", "tensor", size), ("all-to-all", "tensor", size))
 
 
-def _looks(
-    holding: Holding, stack: Stack, *, asking: int, asked: int, itemsize: int
-) -> Lines:
-    """Tokens exchanged for heads and back: Ulysses (2309.14509), every attention of a stack once."""
+def _looks(holding: Holding, stack: Stack, *, asking: int, asked: int, itemsize: int) -> Lines:
+    """Tokens exchanged for heads and back (Ulysses, 2309.14509), once in each block of a stack."""
     config, plan, ranks = holding.inventory.config, holding.plan, holding.plan.context
     if ranks == 1:
         return
