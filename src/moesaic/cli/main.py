@@ -21,6 +21,7 @@ VERBS = {
     "ckpt": "look into checkpoints, compare, check and reshard them",
     "routes": "look into recorded routing, and compare it",
     "explain": "what a recipe will cost, before anything runs",
+    "scale": "what each rank of a plan would hold and send, before there is any",
     "data": "build, count and look at corpora",
     "report": "write a run's HTML report again",
     "bench": "how fast a layer is here, beside dense layers and other libraries",

@@ -109,18 +109,20 @@ class FewPieces(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         del types
-        if func is not torch.chunk:
-            return func(*args, **(kwargs or {}))
-        return _chunk(*args, **(kwargs or {}))
+        if func is torch.chunk:
+            return _chunk(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def _chunk(whole: Tensor, chunks: int, dim: int = 0) -> list[Tensor]:
+    """Return as many pieces as there are chunks, empty ones too (torch leaves those out)."""
     length = whole.shape[dim]
     size = max(1, -(-length // chunks))
     count = max(1, -(-length // size))
     last = whole.narrow(dim, (count - 1) * size, length - (count - 1) * size)
     first = whole.narrow(dim, 0, size) if count > 1 else last
-    return [*[first] * (count - 1), last]
+    empty = whole.narrow(dim, 0, 0)
+    return [*[first] * (count - 1), last, *[empty] * (chunks - count)]
 
 
 def _floats(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> bool:

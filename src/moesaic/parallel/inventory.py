@@ -21,6 +21,7 @@ from moesaic.parallel.config import Parallel
 from moesaic.parallel.layout import Laid, banks, layout
 from moesaic.parallel.sharing import zero_dim
 from moesaic.parallel.slices import spans
+from moesaic.parallel.tensor import last_products
 
 EXPERT_STAGE = ("expert_data", "expert", "expert_tensor")
 EXPERT_COPIES = ("expert_data",)
@@ -63,6 +64,12 @@ class Inventory:
         self.items = tuple(
             Item(name, laid, kinds[name], _unit(name, laid)) for name, laid in table.items()
         )
+
+    @cached_property
+    def once(self) -> frozenset[str]:
+        """Biases that the first of the ranks which share a matrix adds; others have no gradient."""
+        biases = {linear.bias for _, _, linear in last_products(self._model)}
+        return frozenset(name for name, p in self._model.named_parameters() if p in biases)
 
     @cached_property
     def banks(self) -> dict[str, int]:
@@ -108,7 +115,8 @@ class Holding:
     def named(self, axes: Sequence[str], *, experts: int | None = None) -> str:
         """Return what a group of ranks is called: by the axes in which they differ."""
         there = [axis for axis in axes if self.size((axis,), experts=experts) > 1]
-        return "stage" if experts is None and there == list(STAGE) else "+".join(there)
+        whole = len(there) > 1 and self.size(there, experts=experts) == self.plan.stage
+        return "stage" if whole else "+".join(there)
 
     def _parts(self) -> Iterator[Held]:
         grids = {laid: self.grid(laid) for laid in {i.laid.experts for i in self.inventory.items}}

@@ -125,6 +125,7 @@ def _looks(holding: Holding, stack: Stack, *, asking: int, asked: int, itemsize:
 def _gradients(holding: Holding, *, micro_batches: int) -> Lines:
     """Sums over copies; with ZeRO also what makes weights whole."""
     plan = holding.plan
+    without = holding.inventory.once if holding.grid().at(holding.rank)["tensor"] else frozenset()
     reduced = 1 if plan.zero == 1 else micro_batches
     summed: dict[tuple[tuple[str, ...], int | None], list[int]] = {}
     for part in holding.parts:
@@ -136,7 +137,8 @@ def _gradients(holding: Holding, *, micro_batches: int) -> Lines:
             again = 2 if plan.zero == 3 and part.item.unit else 1
             axis = holding.named(part.zero, experts=number)
             yield "all-gather", axis, size * again * micro_batches
-            yield "reduce-scatter", axis, size * reduced
+            if part.item.name not in without:
+                yield "reduce-scatter", axis, size * reduced
         axes = tuple(a for a in part.sums if holding.size((a,), experts=number) > 1)
         if axes:
             summed.setdefault((axes, number), []).append(4 * math.prod(part.share))

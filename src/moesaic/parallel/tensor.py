@@ -59,7 +59,7 @@ def narrow(model: nn.Module, *, group: Group) -> None:
         elif isinstance(module, DenseBranch):
             module.crew = crew
     if rank_in(group):
-        for owner, name, linear in list(_last_products(model)):
+        for owner, name, linear in list(last_products(model)):
             setattr(owner, name, Unbiased(linear))
 
 
@@ -74,7 +74,8 @@ def refuses(model: nn.Module, *, lanes: int) -> Iterator[str]:
         yield from (f"{path} has {n} {what}" for what, n in found.items() if n % lanes)
 
 
-def _last_products(model: nn.Module) -> Iterator[tuple[Any, str, nn.Linear]]:
+def last_products(model: nn.Module) -> Iterator[tuple[Any, str, nn.Linear]]:
+    """Yield the linear maps whose bias one of several ranks adds: their owner, name and self."""
     for module in model.modules():
         if isinstance(module, SelfAttention | CrossAttention) and module.out.bias is not None:
             yield module, "out", module.out
