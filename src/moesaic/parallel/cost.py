@@ -16,11 +16,14 @@ from torch import nn
 
 from moesaic.core.config import Config
 from moesaic.core.errors import UserError
+from moesaic.dist.plan import ParallelPlan
 from moesaic.model.blueprint import Blueprint, Stack
 from moesaic.model.count import Sizes
 from moesaic.model.footprint import activation_bytes
 from moesaic.moe.config import MoE
-from moesaic.moe.experts import Size
+from moesaic.moe.experts import FeedForwardExpert, Size
+from moesaic.ops.choose import pick_mixer
+from moesaic.ops.mixture import Composed, Mixer
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.inventory import Held, Holding
 
@@ -75,8 +78,14 @@ def rank_bytes(
     sizes: Sizes,
     optimizer: Optimizer | None = None,
     storage: Storage | None = None,
+    mixer: Mixer | None = None,
 ) -> RankBytes:
-    """Forecast a step of which this rank's context and tensor neighbours share ``sizes``."""
+    """Forecast a step of which this rank's context and tensor neighbours share ``sizes``.
+
+    ``mixer`` computes the mixtures; by default the one of this machine's CPU.
+    """
+    feed = holding.inventory.config.feed_forward
+    mixer = mixer or pick_mixer(torch.empty(0), activation=feed.activation)
     storage, optimizer = storage or Storage(), optimizer or AdamW()
     state = [_state(part, storage=storage, optimizer=optimizer) for part in holding.parts]
     shared = [s for s, part in zip(state, holding.parts, strict=True) if part.zero]
@@ -86,7 +95,7 @@ def rank_bytes(
         gradients,
         slots,
         gathered=_gathered(holding, storage=storage),
-        activations=_activations(holding, sizes=sizes) * storage.weight // FLOAT32,
+        activations=_activations(holding, sizes=sizes, mixer=mixer) * storage.weight // FLOAT32,
         host=sum(map(sum, shared)) if holding.plan.offload else 0,
     )
 
@@ -128,40 +137,43 @@ def _gathered(holding: Holding, *, storage: Storage) -> int:
     return weights * storage.weight + gradients * storage.gradient
 
 
-def _activations(holding: Holding, *, sizes: Sizes) -> int:
+def _activations(holding: Holding, *, sizes: Sizes, mixer: Mixer) -> int:
     """What autograd keeps of the tokens of this rank, in float32."""
     config, plan = holding.inventory.config, holding.plan
     source, target = tokens_of(holding, sizes)
     here = Sizes(rows=1, source=source, target=target)
     rest = 0
     for stack, tokens in ((config.encoder, source), (config.decoder, target)):
-        rest += tokens * _beyond(config, stack, plan.tensor, holding=holding)
+        rest += tokens * _beyond(holding, stack, mixer=mixer)
     if config.encoder.layers:  # queries and sources of the cross-attention meet in matrices as well
         rest += config.decoder.layers * (source + target) * (plan.tensor - 1) * config.dim
     return activation_bytes(config, sizes=here) + FLOAT32 * rest
 
 
-def _beyond(config: Blueprint, stack: Stack, tensor: int, *, holding: Holding) -> int:
+def _beyond(holding: Holding, stack: Stack, *, mixer: Mixer) -> int:
     """Values per token that a stack keeps beyond those of a rank that holds all of it."""
-    values = 0
+    config, values = holding.inventory.config, 0
     for layer in range(stack.layers):
         moe = config.experts(stack, layer=layer)
-        met = (tensor - 1) * config.dim  # each rank keeps the rows of all that met
+        met = (holding.plan.tensor - 1) * config.dim  # each rank keeps the rows of all that met
         values += met if moe is not None else 2 * met
         if moe is not None:
-            values += _far(config, moe, holding=holding)
+            values += _experts(config, moe, plan=holding.plan, mixer=mixer)
     return values
 
 
-def _far(config: Blueprint, moe: MoE, *, holding: Holding) -> int:
-    """The difference between rows that travelled and a mixture that never left."""
-    plan = holding.plan
-    over, cuts = plan.spread(moe.experts), plan.expert_tensor
-    if over * cuts == 1:
-        return 0
+def _experts(config: Blueprint, moe: MoE, *, plan: ParallelPlan, mixer: Mixer) -> int:
+    """What a mixture keeps per token beyond what ``model/footprint.py`` says of this machine's."""
     feed, dim = moe.feed_forward(config.feed_forward), moe.exchange.dim(config.dim)
-    edges = moe.select.experts_per_token(moe.routed)
-    width = feed.activation.width(feed.hidden)
+    cuts, edges = plan.expert_tensor, moe.select.experts_per_token(moe.routed)
+    width = feed.activation.width(feed.hidden) // cuts
     size = Size(moe.experts, dim, feed, config.bias)
-    travelled = edges * (dim * (1 + cuts) + width + 2)
-    return math.ceil(travelled - moe.expert.kept(size, edges=edges, live=moe.experts / moe.routed))
+    said = moe.expert.kept(size, edges=edges, live=moe.experts / moe.routed)
+    each = said / edges
+    if isinstance(moe.expert, FeedForwardExpert):
+        each = mixer.kept(dim=dim, width=width, bias=config.bias, live=1.0)
+    if plan.spread(moe.experts) * cuts == 1:
+        return math.ceil(edges * each - said)
+    copies = isinstance(mixer, Composed) or config.bias  # rows in a copy of its own, counted there
+    received = cuts * (each + (0 if copies else dim))
+    return math.ceil(edges * (received + dim + 1) - said)  # and the answers that came home

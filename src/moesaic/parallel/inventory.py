@@ -136,7 +136,9 @@ class Holding:
             return Held(item, whole, whole, math.prod(whole), (), axes)
         dim = zero_dim(whole, ranks=ranks)
         each = -(-whole[dim] // ranks)  # as FSDP2 cuts
-        mine = Grid({axis: size for axis, size in grid.axes.items() if axis in zero}).rank(place)
+        mine = Grid({axis: size for axis, size in grid.axes.items() if axis in zero}).rank(
+            dict(place)
+        )
         length = min(each, max(0, whole[dim] - mine * each))
         share = (*whole[:dim], length, *whole[dim + 1 :])
         padded = math.prod(whole[:dim]) * each * math.prod(whole[dim + 1 :])
