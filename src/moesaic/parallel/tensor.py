@@ -64,7 +64,7 @@ def narrow(model: nn.Module, *, group: Group, vocab_size: int) -> None:
         elif isinstance(module, Embedding):
             module.vocabulary = CutVocabulary(group, size=vocab_size)
     if rank_in(group):
-        for owner, name, linear in list(_last_products(model)):
+        for owner, name, linear in list(last_products(model)):
             setattr(owner, name, Unbiased(linear))
 
 
@@ -86,7 +86,8 @@ def refuses(model: nn.Module, *, lanes: int) -> Iterator[str]:
                 yield f"parallel.tensor={lanes} must divide them, but {path} has {number} {what}"
 
 
-def _last_products(model: nn.Module) -> Iterator[tuple[Any, str, nn.Linear]]:
+def last_products(model: nn.Module) -> Iterator[tuple[Any, str, nn.Linear]]:
+    """Yield the linear maps whose bias one of several ranks adds: their owner, name and self."""
     for module in model.modules():
         if isinstance(module, SelfAttention | CrossAttention) and module.out.bias is not None:
             yield module, "out", module.out
