@@ -94,7 +94,7 @@ def test_a_rank_killed_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_pat
         for step in (1, 2):
             save_sharded(root, share(step, Alone()), world=Alone(), keep=KEEP, disk=QuickDisk())
         try:
-            run_on_ranks(2, partial(save_and_die, root, victim, moment), patience_s=5)
+            run_on_ranks(2, partial(save_and_die, root, victim, moment))
             break
         except RankError:
             kills += 1
@@ -151,14 +151,36 @@ def test_a_disk_that_is_full_on_one_rank_is_said_on_all_and_loses_nothing(tmp_pa
     assert is_step(load(tmp_path), 1)
 
 
+class Elsewhere(QuickDisk):
+    """The disk of a machine that does not share its directory."""
+
+    def write(self, path, *, pieces):
+        del path, pieces
+
+
+def save_on_two_machines(root: Path) -> str:
+    world = Ranks()
+    disk = Elsewhere() if world.rank else QuickDisk()
+    with pytest.raises(CheckpointError) as caught:
+        save_sharded(root, share(2, world), world=world, disk=disk)
+    return str(caught.value)
+
+
+def test_a_directory_that_ranks_do_not_share_is_said_and_nothing_is_published(tmp_path):
+    said = run_on_ranks(2, partial(save_on_two_machines, tmp_path))
+    assert said[0] == said[1]
+    assert "shard-00001.safetensors: written by its rank but not seen by rank 0" in said[0]
+    assert list(tmp_path.iterdir()) == []
+
+
 def background(root: Path) -> list[str]:
     world = Ranks()
     disk = Refusing(1) if world.rank == 1 else QuickDisk()
-    saver = Saver(root, world=world, patience_s=20, disk=disk)
+    saver = Saver(root, world=world, patience_s=60, disk=disk)
     told = []
     for step in range(1, 4):
         saver.start(share(step, world), keep=KEEP)
-        for _ in range(10_000):  # steps of training, alike on all ranks
+        while True:  # steps of training, alike on all ranks
             try:
                 if path := saver.poll():
                     told.append(path.name)

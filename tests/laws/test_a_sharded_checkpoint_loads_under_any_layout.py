@@ -85,7 +85,7 @@ def test_ranks_load_what_one_process_saved_whole(tmp_path: Path) -> None:
 def in_turn(root: Path) -> list[str]:
     """Save by both ways while the tensors go on changing."""
     world = Ranks()
-    saver = Saver(root / "later", world=world, patience_s=30)
+    saver = Saver(root / "later", world=world, patience_s=60)
     for step in range(5):
         snapshot = held(step, seed=step, rank=world.rank, world=world.size)
         save_sharded(root / "now", snapshot, world=world, keep=Keep(9))

@@ -25,10 +25,10 @@ from moesaic.moe.select import TopK
 from moesaic.nn.attention import AttentionConfig
 from moesaic.parallel.apply import lay
 from moesaic.parallel.config import Parallel, RingReach
+from moesaic.parallel.ranks import BatchRanks
 from moesaic.parallel.slices import take
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import random_batch, rows_of, tiny_model_config
-from moesaic.train.ranks import BatchRanks
 
 CAPPED = MoE(
     experts=4,

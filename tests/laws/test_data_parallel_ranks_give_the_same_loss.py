@@ -38,6 +38,7 @@ from moesaic.moe.spare import IdentityExperts, ZeroExperts
 from moesaic.optim.optimizer import AdamW
 from moesaic.parallel.apply import lay
 from moesaic.parallel.config import Parallel
+from moesaic.parallel.ranks import BatchRanks
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import (
     BALANCED_TOP1,
@@ -49,7 +50,6 @@ from moesaic.testing.tiny import (
 )
 from moesaic.train.meters import Categories, Meters
 from moesaic.train.precision import Float32
-from moesaic.train.ranks import BatchRanks
 from moesaic.train.step import Objective
 
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from moesaic.checkpoint.reshard import Shards, reshard
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.core.errors import CheckpointError
 from moesaic.evaluate.harness import Settings
@@ -13,6 +14,7 @@ from moesaic.serve.curve import learning_curve
 from moesaic.serve.score import score_run
 from moesaic.testing.tiny import synthetic_run
 from moesaic.train.job import train
+from moesaic.train.resume import Auto
 
 pytestmark = pytest.mark.usefixtures("data_home")
 
@@ -50,6 +52,21 @@ def test_what_was_scored_before_is_not_scored_again(made, tmp_path):
     assert scored == []
     other = learning_curve(again, tests=tests[:1], corpus=corpus, limit=3, done=scored.append)
     assert [point["step"] for point in other["points"]] == [10]  # other strings: a new curve
+
+
+def test_checkpoints_in_shards_get_the_scores_of_whole_ones(made, tmp_path):
+    path, corpus, tests = made
+    cut = tmp_path / "cut"
+    shutil.copytree(path, cut)
+    RunDir(cut).curve.unlink(missing_ok=True)
+    root = RunDir(cut).checkpoints
+    shutil.rmtree(root)
+    reshard(RunDir(path).checkpoints / "step-00000010", root=root, form=Shards(2))
+    one = learning_curve(path, tests=tests, corpus=corpus, limit=3)
+    other = learning_curve(cut, tests=tests, corpus=corpus, limit=3)
+    assert [p["chrf"] for p in other["points"]] == [one["points"][-1]["chrf"]]
+    config = synthetic_run(steps=12)
+    assert train(config, cut, resume=Auto()).steps == 12  # and a run goes on from them
 
 
 def test_a_run_without_checkpoints_is_refused(made, tmp_path):

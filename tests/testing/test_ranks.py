@@ -6,7 +6,7 @@ import time
 import pytest
 import torch.distributed as distributed
 
-from moesaic.testing.ranks import RankError, run_on_ranks
+from moesaic.testing.ranks import RankError, run_each, run_on_ranks
 
 
 def test_results_come_in_rank_order() -> None:
@@ -32,3 +32,18 @@ def test_a_rank_that_hangs_ends_in_an_error() -> None:
 def test_a_rank_that_dies_is_named() -> None:
     with pytest.raises(RankError, match="rank 0 died with exit code 7"):
         run_on_ranks(2, lambda: os._exit(7) if distributed.get_rank() == 0 else time.sleep(9))
+
+
+def _case(number: int) -> int:
+    if number == 1:
+        _raise_on_one()
+    if number == 2:
+        time.sleep(60)
+    return 10 * number + distributed.get_rank()
+
+
+def test_a_case_that_fails_or_hangs_does_not_end_those_after_it() -> None:
+    first, failed, hung, last = run_each(2, _case, range(4), timeout_s=1.5)
+    assert (first, last) == ([0, 1], [30, 31])
+    assert "the real reason" in str(failed)
+    assert "in time" in str(hung)

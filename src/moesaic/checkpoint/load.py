@@ -48,7 +48,13 @@ def load(path: Path, *, only: Container[str] | None = None) -> Snapshot:
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such checkpoint{_beside(directory.parent)}")
     _refuse_pickles(directory)
-    manifest = verify(directory)
+    verify(directory)
+    return read_snapshot(directory, only=only)
+
+
+def read_snapshot(directory: Path, *, only: Container[str] | None = None) -> Snapshot:
+    """Do what ``load`` does with a checkpoint whose hashes have been compared already."""
+    manifest = read_manifest(directory)
     index = read_index(directory, manifest=manifest)
     with reading(directory) as reader:
         files = {

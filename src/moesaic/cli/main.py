@@ -21,6 +21,7 @@ VERBS = {
     "curve": "score every kept checkpoint of a run",
     "ckpt": "look into checkpoints, compare, check and reshard them",
     "routes": "look into recorded routing, and compare it",
+    "verify": "does a config train alike under every plan of its ranks?",
     "explain": "what a recipe will cost, before anything runs",
     "data": "build, count and look at corpora",
     "report": "write a run's HTML report again",

@@ -36,7 +36,7 @@ class Mesh:
         timeout_s: float = 120.0,
     ) -> None:
         self.plan, self.rank, self.device = plan, rank, device
-        self._timeout = timedelta(seconds=timeout_s)
+        self.timeout_s = timeout_s
         self._groups: dict[tuple[tuple[int, ...], ...], Group] = {}
         self._meshes: dict[tuple[int, ...], DeviceMesh] = {}
         self.dense = Grid(plan.axes())
@@ -102,7 +102,7 @@ class Mesh:
             return self.everyone
         found: Group = None
         for ranks in (ranks for ranks in lists if len(ranks) > 1):
-            group = distributed.new_group(list(ranks), timeout=self._timeout)
+            group = distributed.new_group(list(ranks), timeout=timedelta(seconds=self.timeout_s))
             if self.rank in ranks:
                 found = cast("Group", group)
         return found

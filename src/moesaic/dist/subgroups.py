@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import cast
 
 import torch.distributed as distributed
@@ -17,8 +18,10 @@ class Split:
     far: Group
 
 
-def split(group: Group, *, run: int) -> Split:
+def split(group: Group, *, run: int, timeout_s: float = 120.0) -> Split:
     """Cut a group into runs of so many ranks. Collective over the group alone.
+
+    A rank that does not answer in one of them within ``timeout_s`` ends the run.
 
     Raises ValueError where the runs do not come out even.
     """
@@ -31,10 +34,12 @@ def split(group: Group, *, run: int) -> Split:
         return Split(group, None)
     ranks = distributed.get_process_group_ranks(group)
     start, place = rank_in(group) // run * run, rank_in(group) % run
-    return Split(_new(ranks[start : start + run]), _new(ranks[place::run]))
+    wait = timedelta(seconds=timeout_s)
+    near, far = _new(ranks[start : start + run], wait), _new(ranks[place::run], wait)
+    return Split(near, far)
 
 
-def _new(ranks: Sequence[int]) -> Group:
+def _new(ranks: Sequence[int], timeout: timedelta) -> Group:
     # the other ranks of the world have no part in this, and need not call it
-    made = distributed.new_group(list(ranks), use_local_synchronization=True)
+    made = distributed.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
     return cast(distributed.ProcessGroup, made)

@@ -60,10 +60,11 @@ class Adaptive:
         prices: Prices,
         slices: Group = None,
         among: Sequence[Lending] | None = None,
+        timeout_s: float = 120.0,
     ) -> None:
         self._over, self._slices, self._prices = over, slices, prices
         choices = among or every_lending(ranks_of(over), slices=ranks_of(slices))
-        self._ways = {each: _Way.made(each, over=over, slices=slices) for each in choices}
+        self._ways = {each: self._way(each, timeout_s=timeout_s) for each in choices}
         self._rows = AllToAllDispatcher(over, slices=slices)
         self.dispatch, self.combine = self._rows.dispatch, self._rows.combine
 
@@ -79,6 +80,11 @@ class Adaptive:
         lent = Bare(_lent(experts.banks, way=way, dtype=x.dtype), experts.activation)
         rows = AllToAllDispatcher(way.over, slices=way.slices)
         return rows.carry(x, routing=routing, experts=lent)
+
+    def _way(self, way: Lending, *, timeout_s: float) -> "_Way":
+        experts = split(self._over, run=way.experts, timeout_s=timeout_s)
+        cuts = split(self._slices, run=way.slices, timeout_s=timeout_s)
+        return _Way(experts.near, cuts.near, experts.far, cuts.far)
 
     def choose(self, x: Float[Tensor, "T D"], *, routing: Routing, experts: Experts) -> Lending:
         """Return the way with the least seconds, the same on every rank. Collective."""
@@ -158,11 +164,6 @@ class _Way:
     lend_slices: Group
     over: Group
     slices: Group
-
-    @staticmethod
-    def made(way: Lending, *, over: Group, slices: Group) -> "_Way":
-        experts, cuts = split(over, run=way.experts), split(slices, run=way.slices)
-        return _Way(experts.near, cuts.near, experts.far, cuts.far)
 
 
 def _lent(banks: Banks, *, way: _Way, dtype: torch.dtype) -> Banks:

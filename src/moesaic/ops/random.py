@@ -7,8 +7,6 @@ in ``data/counter.py``; int64 arithmetic wraps, which is arithmetic modulo 2^64.
 Letters: N any shape.
 """
 
-import torch
-
 from moesaic.core.shapes import Float, Int, Tensor
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
@@ -17,10 +15,10 @@ _M1, _M2 = -4658895280553007687, -7723592293110705685  # 0xBF58476D1CE4E5B9, 0x9
 
 def mix(key: Int[Tensor, "*N"], other: Tensor | int) -> Int[Tensor, "*N"]:
     """Return 64 bits (int64) that depend on both arguments; they broadcast."""
-    state = (key ^ other) + _GOLDEN
-    state = (state ^ _shift(state, 30)) * _M1
-    state = (state ^ _shift(state, 27)) * _M2
-    return state ^ _shift(state, 31)
+    state = (key ^ other).add_(_GOLDEN)
+    state.bitwise_xor_(_shift(state, 30)).mul_(_M1)
+    state.bitwise_xor_(_shift(state, 27)).mul_(_M2)
+    return state.bitwise_xor_(_shift(state, 31))
 
 
 def uniform(bits: Int[Tensor, "*N"]) -> Float[Tensor, "*N"]:
@@ -38,4 +36,4 @@ def salt(text: str) -> int:
 
 def _shift(bits: Tensor, places: int) -> Tensor:
     """Shift right, zeros coming in (int64's own shift brings in the sign)."""
-    return torch.bitwise_and(bits >> places, (1 << (64 - places)) - 1)
+    return (bits >> places).bitwise_and_((1 << (64 - places)) - 1)

@@ -11,7 +11,6 @@ from moesaic.dist.mesh import STAGE, Mesh
 from moesaic.dist.plan import ParallelPlan
 from moesaic.dist.world import World
 from moesaic.model.transformer import Transformer
-from moesaic.moe.dispatch_far import AllToAllDispatcher
 from moesaic.moe.experts import Experts
 from moesaic.moe.layer import layers
 from moesaic.nn.attention import CrossAttention, SelfAttention
@@ -19,6 +18,7 @@ from moesaic.parallel import whole_rows
 from moesaic.parallel.config import Parallel
 from moesaic.parallel.deal import Deal
 from moesaic.parallel.layout import Layout, layout
+from moesaic.parallel.ranks import BatchRanks, world_of
 from moesaic.parallel.sharing import Sharing
 from moesaic.parallel.slices import spans, take
 from moesaic.parallel.spread import Spread
@@ -53,11 +53,14 @@ def apply(model: Transformer, *, parallel: Parallel, mesh: Mesh) -> Spread:
     cut(model, table=table, mesh=mesh)
     narrow(model, group=mesh.group("tensor"), vocab_size=model.config.vocab_size)
     deal(model, parallel=parallel, mesh=mesh)
+    stage = world_of(mesh, *STAGE)
     for layer in layers(model):
         number = layer.router.config.experts
+        layer.ranks = BatchRanks(stage, room=parallel.room.world(mesh, experts=number))
         over, slices = (mesh.group(axis, experts=number) for axis in ("expert", "expert_tensor"))
         if over is not None or slices is not None:
-            layer.dispatcher = AllToAllDispatcher(over, slices=slices)
+            journey, wait = parallel.journey, mesh.timeout_s
+            layer.dispatcher = journey.build(over, slices=slices, timeout_s=wait)
     sharing = {name: Sharing(laid.held(_axes(laid.experts))) for name, laid in table.items()}
     if mesh.plan.zero:
         sharing = share_out(model, mesh=mesh, sharing=sharing, table=table)
@@ -89,11 +92,19 @@ def check(model: Transformer, *, parallel: Parallel, plan: ParallelPlan) -> None
         f"parallel.tensor={plan.tensor} must divide them, but {why}"
         for why in refuses(model, lanes=plan.tensor)
     ]
+    if plan.pipe > 1:
+        problems.append(
+            f"parallel.pipe={plan.pipe}: layers are not cut into stages yet; set it to 1"
+        )
     problems += _cannot_reach(model, parallel=parallel, plan=plan)
     problems += whole_rows.refuses(model.config, ranks=plan.context * plan.tensor)
     for layer in layers(model):
         config = layer.router.config
         plan.spread(config.experts, layer=layer.name)
+        if why := parallel.journey.refuses(plan=plan, bank=layer.experts, experts=config.experts):
+            problems.append(
+                f"parallel.journey={type(parallel.journey).__name__} of {layer.name}: {why}"
+            )
         if plan.expert_tensor > 1:
             problems += _cannot_slice(layer.experts, name=layer.name, cuts=plan.expert_tensor)
     if problems:

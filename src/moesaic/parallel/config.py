@@ -5,6 +5,8 @@ from moesaic.dist.collectives import Group
 from moesaic.dist.plan import ParallelPlan
 from moesaic.nn.looking import Looking
 from moesaic.parallel.deal import Cut, in_order, zigzag
+from moesaic.parallel.journey import Journey, Straight
+from moesaic.parallel.ranks import Room, WholeBatch
 from moesaic.parallel.ring import Ring
 from moesaic.parallel.ulysses import Ulysses
 
@@ -53,8 +55,12 @@ class RingReach(Reach):
 class Parallel(Config):
     """``plan`` has the degrees. The default shares the data out over all ranks, and nothing else.
 
-    ``reach`` is how attention crosses ranks where ``plan.context`` is above 1.
+    ``reach`` is how attention crosses ranks where ``plan.context`` is above 1, ``journey`` how rows
+    get to experts where ``plan.expert`` or ``plan.expert_tensor`` is; ``room`` says whose tokens
+    compete where experts take a limited number.
     """
 
     plan: ParallelPlan = ParallelPlan()
     reach: Reach = UlyssesReach()
+    journey: Journey = Straight()
+    room: Room = WholeBatch()

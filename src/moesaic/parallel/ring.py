@@ -200,7 +200,7 @@ def _round_again(
 ) -> tuple[Float[Tensor, "G R t d"], Float[Tensor, "s 2G d"]]:
     """Return the gradients of the queries here, and of the keys and values that began here."""
     of_query, nothing = torch.zeros_like(asking), torch.zeros_like(held, dtype=asking.dtype)
-    behind = Travel(nothing, nothing, ())
+    behind = Travel(nothing, nothing, (), None)
     for step in range(route.ranks):
         coming = route.send(held, step=step, tag=0) if step + 1 < route.ranks else None
         asked = _by_head(held)

@@ -19,6 +19,7 @@ from moesaic.dist.world import Alone, Ranks, World
 from moesaic.model.transformer import Transformer
 from moesaic.optim.clip import GradNorm, global_norm, scale_gradients
 from moesaic.parallel.layout import Laid, Layout
+from moesaic.parallel.ranks import world_of
 from moesaic.parallel.sharing import Sharing, zero_dim
 from moesaic.parallel.slices import Spans, shard, spans, window
 from moesaic.parallel.zero import accumulating
@@ -31,8 +32,8 @@ class Spread:
         self, model: Transformer, *, mesh: Mesh, layout: Layout, sharing: Mapping[str, Sharing]
     ) -> None:
         self.model, self.mesh, self.layout, self.sharing = model, mesh, layout, dict(sharing)
-        self.stage = self._world(mesh.group(*STAGE))
-        self.rows = self._world(mesh.group("data"))
+        self.stage = world_of(mesh, *STAGE)
+        self.rows = world_of(mesh, "data")
         place = mesh.place()
         self.leads = not any(place[axis] for axis in ("pipe", "context", "tensor"))
 

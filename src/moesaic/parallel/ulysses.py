@@ -99,7 +99,7 @@ class Ulysses:
         heads = [span.stop - span.start for span in spans]
         sizes, mine = self._sizes(packing), heads[self._rank]
         rows = all_to_all(
-            found.reshape(sum(sizes) * mine, -1),
+            found.reshape(sum(sizes) * mine, found.shape[1] // mine),
             group=self._group,
             sent=[size * mine for size in sizes],
             received=[sizes[self._rank] * count for count in heads],

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moesaic.checkpoint.load import load
+from moesaic.checkpoint.load import read_state
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.checkpoint.same_config import differences, require_same_config
 from moesaic.core.files import write_whole
@@ -127,7 +127,7 @@ def _open(folder: RunDir, *, run: Run, resume: Resume) -> dict[str, Any]:
     """Make the run directory ready, on rank 0: where to start from, and what to say of it."""
     path, notes = resume.start(folder), [f"skipped {why}" for why in resume.skipped(folder)]
     if path is not None:
-        saved, now = load(path).state["config"], run.plain()
+        saved, now = read_state(path)["config"], run.plain()
         require_same_config(saved, current=now, where=path, free=(*FREE, *SAID))
         changed = differences(saved, now).items()
         notes += [f"{k}: was {a}, now {b}" for k, (a, b) in changed if k.startswith(SAID)]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from moesaic.checkpoint.index import read_index
-from moesaic.checkpoint.load import load
+from moesaic.checkpoint.load import read_snapshot
 from moesaic.checkpoint.manifest import read_manifest
 from moesaic.checkpoint.shard import Held
 from moesaic.checkpoint.sharded import load_sharded
@@ -45,7 +45,7 @@ def restore_shards(
     index = read_index(path, manifest=read_manifest(path))
     _prepare(optimizer, stepped={n.partition("/")[2] for n in index.files.get("optimizer", {})})
     load_sharded(path, into=shards_of(spread, optimizer), world=world)
-    return load(path, only=[file for file in index.files if file not in MINE])
+    return read_snapshot(path, only=[file for file in index.files if file not in MINE])
 
 
 def _prepare(optimizer: NamedOptimizer, *, stepped: Iterable[str]) -> None:

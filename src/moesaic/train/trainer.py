@@ -20,7 +20,7 @@ from moesaic.dist.flight import FLIGHT, at
 from moesaic.dist.world import World
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights, restore_weights
-from moesaic.moe.layer import forget, learn, set_ranks
+from moesaic.moe.layer import forget, learn
 from moesaic.optim.clip import GradNorm
 from moesaic.optim.state import export_state, restore_state
 from moesaic.parallel.apply import lay
@@ -28,7 +28,6 @@ from moesaic.parallel.matrices import SpreadMatrices
 from moesaic.train.journal import Journal
 from moesaic.train.meters import Categories, Meters
 from moesaic.train.randomness import random_state, restore_random_state
-from moesaic.train.ranks import BatchRanks
 from moesaic.train.retry import Retry, Try
 from moesaic.train.run import Run
 from moesaic.train.shards import restore_shards, shards_of
@@ -88,7 +87,6 @@ class Trainer:
         self.run, self.world, self.data = run, world, data
         self.model = model
         self.spread = lay(model, parallel=run.parallel, world=world, timeout_s=run.patience_s)
-        set_ranks(model, BatchRanks(self.spread.stage))
         self.optimizer = run.optimizer.build(
             model.named_parameters(), kinds=model.parameter_kinds()
         )

@@ -9,6 +9,7 @@ from moesaic.dist.world import Alone, Ranks, World
 from moesaic.moe.agreement import compare
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity
+from moesaic.optim.optimizer import AdamW
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import TinyStream, tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.hooks.hook import Hook
@@ -29,7 +30,8 @@ class _Keep(Hook):
 
 def _train(folder: Path, *, until: int, world: World | None = None, **log: int) -> _Keep:
     moe = MoE(experts=4, limit=Capacity(factor=0.7, eval_factor=None))
-    run = tiny_run(log=Log(**log), model=tiny_model_config(moe=moe))
+    fast = AdamW(lr=0.02)  # so that a few steps change who goes where
+    run = tiny_run(log=Log(**log), model=tiny_model_config(moe=moe), optimizer=fast)
     trainer = tiny_trainer(run, world=world)
     kept = _Keep()
     hooks = [RecordRoutes(folder / "routes"), ProbeRoutes(folder / "learning"), kept]

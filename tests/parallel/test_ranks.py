@@ -4,8 +4,8 @@ import torch
 
 from moesaic.dist.world import Alone, Ranks
 from moesaic.moe.ranks import Ranks as MoERanks
+from moesaic.parallel.ranks import BatchRanks
 from moesaic.testing.ranks import run_on_ranks
-from moesaic.train.ranks import BatchRanks
 
 
 def _gather(sizes):

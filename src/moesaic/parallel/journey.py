@@ -1,0 +1,131 @@
+"""Journey: how rows get to experts on other ranks and home, as one part of a run's config."""
+
+from typing import Annotated
+
+import torch.distributed as distributed
+from pydantic import Field
+from torch import nn
+
+from moesaic.core.config import Choice
+from moesaic.core.errors import ConfigError
+from moesaic.dist.collectives import Group
+from moesaic.dist.fit import Cost
+from moesaic.dist.plan import ParallelPlan
+from moesaic.dist.subgroups import split
+from moesaic.moe.adaptive import Adaptive, Prices
+from moesaic.moe.dispatch import Dispatcher
+from moesaic.moe.dispatch_far import AllToAllDispatcher
+from moesaic.moe.dispatch_hop import two_hops
+from moesaic.moe.experts import Experts
+from moesaic.moe.overlap import Chunked, Degrees
+
+Count = Annotated[int, Field(ge=1)]
+Price = Annotated[float, Field(ge=0)]
+
+
+class Journey(Choice):
+    """Family: how rows get to experts on other ranks and home. It changes time and bytes alone."""
+
+    def build(self, over: Group, *, slices: Group, timeout_s: float) -> Dispatcher:
+        """Return the dispatcher of experts that lie over ``over`` and are cut over ``slices``.
+
+        Collective over both groups.
+        """
+        raise NotImplementedError
+
+    def refuses(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
+        """Return why it cannot serve a layer of so many ``experts`` under a plan, if it cannot."""
+        del plan, bank, experts
+        return None
+
+
+class Straight(Journey):
+    """Every edge is a row that travels, all at once (2006.16668)."""
+
+    def build(self, over: Group, *, slices: Group, timeout_s: float) -> Dispatcher:
+        del timeout_s
+        return AllToAllDispatcher(over, slices=slices)
+
+
+class TwoHops(Journey):
+    """A token crosses to a node once for all its experts there, and is spread inside it."""
+
+    ranks_per_node: Count
+
+    def build(self, over: Group, *, slices: Group, timeout_s: float) -> Dispatcher:
+        del slices
+        nodes = split(over, run=self._on_node(over), timeout_s=timeout_s)
+        return two_hops(nodes=nodes.far, inside=nodes.near)
+
+    def refuses(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
+        del bank, experts
+        return _no_slices(plan)
+
+    def _on_node(self, over: Group) -> int:
+        """Return how many ranks of a group share a node: as many on each."""
+        ranks = [] if over is None else distributed.get_process_group_ranks(over)
+        nodes = [rank // self.ranks_per_node for rank in ranks]
+        each = max(1, nodes.count(nodes[0])) if nodes else 1
+        runs = [nodes[start : start + each] for start in range(0, len(nodes), each)]
+        if any(len(run) != each or len(set(run)) > 1 for run in runs):
+            raise ConfigError(
+                [
+                    f"parallel.journey: ranks {ranks} share a layer's experts and lie on nodes "
+                    f"{nodes}, of {self.ranks_per_node} ranks each: two hops need as many on "
+                    "every node; choose another parallel.expert, or Straight()"
+                ]
+            )
+        return each
+
+
+class InChunks(Journey):
+    """Experts work on a chunk of rows while the next is on its way (2206.03382, 2501.10714)."""
+
+    forward: Count = 2
+    backward: Count = 2
+
+    def build(self, over: Group, *, slices: Group, timeout_s: float) -> Dispatcher:
+        del slices, timeout_s
+        return Chunked(over, degrees=Degrees(self.forward, self.backward))
+
+    def refuses(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
+        del bank, experts
+        return _no_slices(plan)
+
+
+class Lend(Journey):
+    """Experts are lent to rows where that is cheaper for the load of a step (2206.03382).
+
+    What it costs to begin a collective, to send a byte of a row or of a weight, and an expert's
+    work on a row. The default counts bytes.
+    """
+
+    start_s: Price = 0.0
+    row_byte_s: Price = 1.0
+    weight_byte_s: Price = 1.0
+    work_row_s: Price = 0.0
+
+    def build(self, over: Group, *, slices: Group, timeout_s: float) -> Dispatcher:
+        prices = Prices(
+            exchange=Cost(self.start_s, self.row_byte_s),
+            lend=Cost(self.start_s, self.weight_byte_s),
+            work=Cost(0.0, self.work_row_s),
+        )
+        return Adaptive(over, slices=slices, prices=prices, timeout_s=timeout_s)
+
+    def refuses(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
+        if not isinstance(bank, Experts):
+            return f"{type(bank).__name__} cannot be lent, only plain feed-forwards can"
+        copies = plan.axes(experts=experts)["expert_data"]
+        if plan.zero and copies > 1:
+            return (
+                f"what is lent must lie whole, but zero={plan.zero} shares it out over {copies} "
+                "copies: raise parallel.expert until there is one, or set parallel.zero=0"
+            )
+        return None
+
+
+def _no_slices(plan: ParallelPlan) -> str | None:
+    if plan.expert_tensor == 1:
+        return None
+    return f"it has no slices of experts, and expert_tensor is {plan.expert_tensor}: set it to 1"

@@ -1,0 +1,68 @@
+"""BatchRanks: the ranks that share a batch, as MoE layers ask for them (``moe/ranks.py``)."""
+
+import torch
+
+from moesaic.core.config import Choice
+from moesaic.core.shapes import Int, Shaped, Tensor
+from moesaic.dist.mesh import STAGE, Mesh
+from moesaic.dist.world import Alone, Ranks, World
+from moesaic.moe.ranks import Gathered
+
+
+class BatchRanks:
+    """Every rank of ``world`` holds a part of the same batch.
+
+    ``room`` are those whose tokens compete for the room of an expert; all of them by default.
+    """
+
+    def __init__(self, world: World, *, room: World | None = None) -> None:
+        self._world, self._room = world, room or world
+
+    def sum(self, counts: Shaped[Tensor, "C"]) -> Shaped[Tensor, "C"]:
+        return self._world.sum(counts)
+
+    def gather(self, rows: Int[Tensor, "N C"]) -> Gathered:
+        room = self._room
+        if room.size == 1:
+            return Gathered(rows, 0)
+        own = torch.tensor([rows.shape[0]], device=rows.device)
+        sizes = [int(size) for size in room.gather(own)]
+        padded = rows.new_zeros(max(sizes), rows.shape[1])
+        padded[: rows.shape[0]] = rows
+        parts = room.gather(padded)
+        whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        return Gathered(whole, sum(sizes[: room.rank]))
+
+
+class Room(Choice):
+    """Family: whose tokens compete for the room of an expert, where that is limited."""
+
+    def world(self, mesh: Mesh, *, experts: int) -> World:
+        """Return those ranks, for a layer of so many experts."""
+        raise NotImplementedError
+
+
+class WholeBatch(Room):
+    """All tokens of the micro-batch: the same edges are dropped under every plan."""
+
+    def world(self, mesh: Mesh, *, experts: int) -> World:
+        del experts
+        return world_of(mesh, *STAGE)
+
+
+class DataRow(Room):
+    """The tokens of the ranks that one set of experts is spread over (2405.15052, table 1).
+
+    In that paper's mesh (data, expert, model) nothing of routing crosses the data axis: neither
+    rows nor what decides who is dropped. So another number of rows drops other edges. Losses that
+    balance are those of the whole batch all the same.
+    """
+
+    def world(self, mesh: Mesh, *, experts: int) -> World:
+        return world_of(mesh, "expert", "expert_tensor", experts=experts)
+
+
+def world_of(mesh: Mesh, *axes: str, experts: int | None = None) -> World:
+    """Return the ranks that differ in these axes, as a world of their own."""
+    group = mesh.group(*axes, experts=experts)
+    return Alone(mesh.device) if group is None else Ranks(mesh.device, group=group)

@@ -1,0 +1,147 @@
+"""Compare: by how much two traces of the same steps differ, and whether that is only rounding."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from moesaic.core.shapes import Tensor
+from moesaic.verify.follow import Named, Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerances:
+    """How far float32 sums in another order may be apart.
+
+    A sum of n numbers in another order differs by about ``sqrt(n) * 6e-8`` of their size. ``loss``
+    (every figure of the trainer, relative), ``norm`` and ``gradient`` (relative to the tensor's
+    greatest value) leave that room for a few thousand numbers, and for the steps before. ``weight``
+    is relative to how far the steps moved the tensor's weights, some hundredth of their size: one
+    rounding of a gain of 1 that moved by 0.01 is 6e-6 of the movement. A gradient that is a mean of
+    two ranks where a sum was meant, or a loss that counts twice, is wrong by 0.01 to 1 of these.
+    """
+
+    loss: float = 2e-6
+    norm: float = 2e-6
+    gradient: float = 2e-5
+    weight: float = 3e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Worst:
+    """The greatest difference of its kind, and where it is."""
+
+    value: float
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Differences:
+    """Of a trace from the reference's: see ``Tolerances`` for the measures.
+
+    ``edges`` counts expert and layer pairs that another number of tokens went to; ``copies`` is by
+    how much copies of one value differ between ranks. Both must be 0.
+    """
+
+    loss: Worst
+    terms: Worst
+    norm: Worst
+    gradient: Worst
+    weight: Worst
+    edges: Worst
+    copies: Worst
+
+    def wrong(self, allowed: Tolerances) -> list[str]:
+        """Return a few words for each measure that is beyond its tolerance, the first cause first.
+
+        NaN is beyond any.
+        """
+        limits = {
+            "edges": 0.0,
+            "loss": allowed.loss,
+            "terms": allowed.loss,
+            "norm": allowed.norm,
+            "gradient": allowed.gradient,
+            "weight": allowed.weight,
+            "copies": 0.0,
+        }
+        found = {name: (getattr(self, name), limit) for name, limit in limits.items()}
+        return [
+            f"{name} {worst.value:.1e} ({worst.where})"
+            for name, (worst, limit) in found.items()
+            if not worst.value <= limit
+        ]
+
+
+def differences(reference: Trace, *, other: Trace) -> Differences:
+    """Measure how two traces of the same steps differ."""
+    steps = len(reference.rows)
+    if len(other.rows) != steps:
+        raise ValueError(f"a trace of {len(other.rows)} steps beside one of {steps}")
+    return Differences(
+        loss=_worst(_figures(reference.rows, other.rows, of=("train/loss",))),
+        terms=_worst(_figures(reference.rows, other.rows, of=TERMS)),
+        norm=_worst(_figures(reference.rows, other.rows, of=("train/grad_norm",))),
+        gradient=_worst(_gradients(reference.gradients, other.gradients)),
+        weight=_worst(_weights(reference.weights, other.weights)),
+        edges=_worst(_edges(reference.edges, other.edges)),
+        copies=_worst((value, name) for value, name in other.apart),
+    )
+
+
+TERMS = ("train/", "tokens")
+
+
+def _figures(
+    ours: Sequence[Mapping[str, float]],
+    theirs: Sequence[Mapping[str, float]],
+    *,
+    of: tuple[str, ...],
+) -> Iterator[tuple[float, str]]:
+    for step, (here, there) in enumerate(zip(ours, theirs, strict=True), start=1):
+        for name, value in here.items():
+            if name.startswith(of):
+                off = abs(there.get(name, torch.nan) - value) / max(abs(value), 1e-12)
+                yield off if value or off else 0.0, f"{name}, step {step}"
+
+
+def _gradients(ours: Sequence[Named], theirs: Sequence[Named]) -> Iterator[tuple[float, str]]:
+    for step, (here, there) in enumerate(zip(ours, theirs, strict=True), start=1):
+        # of a tensor that has next to no gradient, rounding of what it is a difference of is left
+        floor = 1e-3 * max(_largest(grad) for grad in here.values())
+        for name, grad in here.items():
+            off = _largest(there[name] - grad) / max(_largest(grad), floor, 1e-30)
+            yield off, f"{name}, step {step}"
+
+
+def _weights(ours: Sequence[Named], theirs: Sequence[Named]) -> Iterator[tuple[float, str]]:
+    for name, weight in ours[0].items():
+        yield _largest(theirs[0][name] - weight) / max(_largest(weight), 1e-30), f"{name}, at first"
+    for step, ((before, here), there) in enumerate(
+        zip(pairwise(ours), theirs[1:], strict=True), start=1
+    ):
+        for name, weight in here.items():
+            moved = _largest(weight - before[name])
+            yield _largest(there[name] - weight) / max(moved, 1e-30), f"{name}, step {step}"
+
+
+def _edges(ours: Sequence[Named], theirs: Sequence[Named]) -> Iterator[tuple[float, str]]:
+    for step, (here, there) in enumerate(zip(ours, theirs, strict=True), start=1):
+        for name, counts in here.items():
+            yield float((counts != there[name]).sum()), f"{name}, step {step}"
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _worst(found: Iterator[tuple[float, str]]) -> Worst:
+    """Return the greatest; NaN is greater than any number."""
+    worst = Worst(0.0, "")
+    for value, where in found:
+        if value != value:
+            return Worst(value, where)
+        if value > worst.value:
+            worst = Worst(value, where)
+    return worst

@@ -1,0 +1,143 @@
+"""Follow: make training steps with the trainer itself, and keep what each of them left.
+
+Letters: E experts.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as distributed
+
+from moesaic.core.shapes import Tensor
+from moesaic.dist.world import Alone, Ranks, World
+from moesaic.moe.layer import layers
+from moesaic.moe.record import Record
+from moesaic.parallel.config import Parallel
+from moesaic.parallel.slices import put
+from moesaic.parallel.spread import Spread
+from moesaic.train.randomness import seed_rank
+from moesaic.train.run import Run
+from moesaic.train.trainer import Trainer
+from moesaic.verify.stream import Shape, UnevenStream
+
+Named = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is known of a model without its numbers: shapes of parameters, edges per layer."""
+
+    shapes: dict[str, tuple[int, ...]]
+    experts: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What steps left, whole, as every rank sees it.
+
+    ``rows`` are the trainer's own metrics of each step, ``gradients`` what the optimizer was given,
+    ``edges`` how many led to each expert of a layer in each step's last micro-batch (those dropped
+    come last), ``weights`` what was there before the first step and after each. ``apart`` is the
+    greatest difference between copies of one value, of weights or gradients, and where.
+    """
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+    gradients: list[Named] = field(default_factory=list)
+    edges: list[Named] = field(default_factory=list)
+    weights: list[Named] = field(default_factory=list)
+    apart: list[tuple[float, str]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+def model_of(run: Run) -> Model:
+    """Return what is known of a run's model before it is built."""
+    with torch.device("meta"):
+        model = run.model.build()
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return Model(shapes, {layer.name: layer.router.config.routed + 1 for layer in layers(model)})
+
+
+def follow(run: Run, *, parallel: Parallel, shape: Shape, steps: int, model: Model) -> Trace:
+    """Train from the run's seed under a plan, on this rank of those there are. Collective."""
+    world: World = Ranks() if distributed.is_initialized() else Alone()
+    trainer = _trainer(run.replace(parallel=parallel), shape=shape, world=world)
+    trace = Trace()
+
+    def before_update(*_: object) -> None:
+        given = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+        found, apart = whole(given, spread=trainer.spread, shapes=model.shapes)
+        trace.gradients.append(found)
+        trace.apart.append(apart)
+
+    trainer.optimizer.register_step_pre_hook(before_update)
+    _keep_weights(trace, trainer=trainer, model=model)
+    for _ in range(steps):
+        began = time.perf_counter()
+        report = trainer.advance()
+        trace.seconds.append(time.perf_counter() - began)
+        trace.rows.append(trainer.meters.take(world))
+        trace.edges.append(_edges(report.seen.records, experts=model.experts, world=world))
+        _keep_weights(trace, trainer=trainer, model=model)
+    return trace
+
+
+def _trainer(run: Run, *, shape: Shape, world: World) -> Trainer:
+    torch.manual_seed(run.seed)
+    model = run.model.build()
+    seed_rank(run.seed, world=world)
+    part, parts = run.parallel.plan.on(world.size).rows(world.rank)
+    data = UnevenStream(shape, seed=run.seed, part=part, parts=parts)
+    return Trainer(run, model=model, data=data, world=world)
+
+
+def _keep_weights(trace: Trace, *, trainer: Trainer, model: Model) -> None:
+    held = dict(trainer.model.named_parameters())
+    found, apart = whole(held, spread=trainer.spread, shapes=model.shapes)
+    trace.weights.append(found)
+    trace.apart.append(apart)
+
+
+def _edges(records: Sequence[Record], *, experts: Mapping[str, int], world: World) -> Named:
+    counts = {name: torch.zeros(number, dtype=torch.int64) for name, number in experts.items()}
+    for record in records:
+        counts[record.layer] += torch.bincount(
+            record.routing.expert, minlength=experts[record.layer]
+        )
+    return {name: world.sum(count) for name, count in counts.items()}
+
+
+def whole(
+    held: Mapping[str, Tensor], *, spread: Spread, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Named, tuple[float, str]]:
+    """Return whole tensors of what the ranks hold, and by how much copies differ. Collective.
+
+    What no rank holds is NaN, so that it equals nothing.
+    """
+    low, high = ({name: torch.full(s, x) for name, s in shapes.items()} for x in (_INF, -_INF))
+    for name, shard in spread.shards(held).items():
+        put(low[name], shard)
+        put(high[name], shard)
+    if distributed.is_initialized():
+        low = _reduced(low, distributed.ReduceOp.MIN)
+        high = _reduced(high, distributed.ReduceOp.MAX)
+    for name in shapes:
+        high[name][low[name] > high[name]] = torch.nan
+    between = {n: float((high[n] - low[n]).max()) for n in shapes if high[n].numel()}
+    widest = max(between, key=lambda name: between[name])
+    return high, (between[widest], widest)
+
+
+_INF = float("inf")
+
+
+def _reduced(tensors: Named, operation: distributed.ReduceOp.RedOpType) -> Named:
+    """Reduce all tensors over all ranks as one."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
+    distributed.all_reduce(flat, op=operation)
+    parts = flat.split([tensor.numel() for tensor in tensors.values()])
+    return {
+        name: part.view(tensor.shape)
+        for part, (name, tensor) in zip(parts, tensors.items(), strict=True)
+    }

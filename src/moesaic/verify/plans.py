@@ -1,0 +1,133 @@
+"""Plans: every way in which a number of ranks can share a model, and a few that cover them all."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+
+from moesaic.core.config import Choice
+from moesaic.core.errors import ConfigError
+from moesaic.dist.plan import ParallelPlan
+from moesaic.model.transformer import Transformer
+from moesaic.parallel.apply import check
+from moesaic.parallel.config import Parallel
+
+DENSE = ("pipe", "data", "context", "tensor")
+ZERO = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Plans:
+    """``fit`` can be run; ``refused`` are the others, by the reason they are refused for."""
+
+    fit: tuple[Parallel, ...]
+    refused: dict[str, tuple[Parallel, ...]]
+
+    def paired(self) -> "Plans":
+        """Return the fewest found in which any two choices that can meet do meet."""
+        return Plans(tuple(_cover(self.fit)), self.refused)
+
+
+def every(worlds: Iterable[int], *, model: Transformer, base: Parallel) -> Plans:
+    """Return all plans of so many ranks each.
+
+    What a plan does not say (how attention crosses ranks, ...) takes each member of its family that
+    needs no argument, where it is of consequence, and is as in ``base`` elsewhere. ``model`` may be
+    on the meta device.
+    """
+    fit: list[Parallel] = []
+    refused: dict[str, list[Parallel]] = {}
+    for world in worlds:
+        for parallel in _parallels(world, base=base):
+            try:
+                check(model, parallel=parallel, plan=parallel.plan.on(world))
+            except ConfigError as error:
+                refused.setdefault(error.problems[0], []).append(parallel)
+            else:
+                fit.append(parallel)
+    return Plans(tuple(fit), {why: tuple(plans) for why, plans in refused.items()})
+
+
+def named(parallel: Parallel) -> str:
+    """Return what is not as in one process, in a few words."""
+    return ", ".join(f"{name} {value}" for name, value in _choices(parallel).items()) or "alone"
+
+
+def _parallels(world: int, *, base: Parallel) -> Iterator[Parallel]:
+    for plan in _plans(world):
+        options = {
+            field: members
+            for field, members in _families()
+            if NEEDS.get(field, _never)(plan) and len(members) > 1
+        }
+        for chosen in product(*options.values()):
+            yield base.replace(plan=plan, **dict(zip(options, chosen, strict=True)))
+
+
+def _plans(world: int) -> Iterator[ParallelPlan]:
+    for degrees in _factors(world, len(DENSE)):
+        dense = ParallelPlan(**dict(zip(DENSE, degrees, strict=True)))
+        copies = (dense.data or 1) * dense.context
+        for _, expert, slices in _factors(dense.stage, 3):
+            plan = dense.replace(expert=expert, expert_tensor=slices)
+            shares = copies > 1 or plan.stage > expert * slices
+            for zero in ZERO if shares else ZERO[:1]:
+                yield plan.replace(zero=zero)
+
+
+def _factors(number: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """Yield every ordered way to write a number as a product of so many."""
+    if parts == 1:
+        yield (number,)
+        return
+    for first in (n for n in range(1, number + 1) if number % n == 0):
+        yield from ((first, *rest) for rest in _factors(number // first, parts - 1))
+
+
+def _never(plan: ParallelPlan) -> bool:
+    del plan
+    return False
+
+
+NEEDS = {"reach": lambda plan: plan.context > 1}
+
+
+def _families() -> Iterator[tuple[str, list[Choice]]]:
+    """Yield the fields of ``Parallel`` that are a choice, and the members made without one."""
+    for name, field in Parallel.model_fields.items():
+        family = field.annotation
+        if isinstance(family, type) and issubclass(family, Choice):
+            yield name, [m() for m in family.members.values() if not _required(m)]
+
+
+def _required(member: type[Choice]) -> bool:
+    return any(field.is_required() for field in member.model_fields.values())
+
+
+def _choices(parallel: Parallel) -> dict[str, object]:
+    plan = parallel.plan
+    degrees = {name: getattr(plan, name) or 1 for name in (*DENSE, "expert", "expert_tensor")}
+    found: dict[str, object] = {name: n for name, n in degrees.items() if n > 1}
+    if plan.zero:
+        found["zero"] = plan.zero
+    for field, members in _families():
+        if NEEDS.get(field, _never)(plan) and len(members) > 1:
+            found[field] = type(getattr(parallel, field)).__name__.removesuffix(field.title())
+    return found
+
+
+def _cover(fit: Sequence[Parallel]) -> Iterator[Parallel]:
+    """Take the plan with most pairs that no plan before it had, until every pair was had."""
+    left = {plan: _pairs(plan) for plan in fit}
+    had: set[object] = set()
+    while left:
+        best = max(left, key=lambda plan: len(left[plan] - had))
+        new = left.pop(best) - had
+        if not new:
+            return
+        had |= new
+        yield best
+
+
+def _pairs(parallel: Parallel) -> set[object]:
+    choices = [*_choices(parallel).items(), ("ranks", parallel.plan.world)]
+    return set(combinations(choices, 2))

@@ -1,0 +1,119 @@
+"""Small: a run's config with everything that is only size made small, and its structure kept.
+
+Which layers have experts, their rules, top-k, capacity, shared experts, numbers of heads, tied
+tables and the optimizer stay as they are: those decide whether a plan is right. Widths do not.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moesaic.core.errors import ConfigError
+from moesaic.model.blueprint import Stack
+from moesaic.model.config import TransformerConfig
+from moesaic.moe.config import MoE, Sparse
+from moesaic.optim.optimizer import AdamW, Muon, Optimizer
+from moesaic.optim.schedule import Constant
+from moesaic.train.precision import Float32
+from moesaic.train.run import Run
+from moesaic.verify.stream import VOCABULARY
+
+DIM, HEAD_DIM, HIDDEN = 32, 4, 32
+EXPERTS = (8, 16, 32, 64)
+EPS = 1e-3
+CLIP = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Small:
+    """The run, and ``key: before -> after`` of what was changed."""
+
+    run: Run
+    changed: tuple[str, ...]
+
+
+def small(run: Run) -> Small:
+    """Return a run that takes milliseconds a step and makes the same decisions.
+
+    It computes in float32, so that what differs is the order of sums and nothing else. It clips
+    where the gradients' norm is above 0.5, so that clipping is at work; its learning rate is whole
+    from the first step. AdamW divides by ``sqrt(v) + eps``: with an eps far below the gradients its
+    first steps are their signs, and a gradient of 1e-9 that another order of sums makes -1e-9 would
+    move its weight the other way. ``eps`` is therefore raised to 1e-3, for the reference as well.
+    """
+    model = _model(run.model)
+    made = run.replace(
+        model=model,
+        tokenizer=run.tokenizer.replace(vocab_size=VOCABULARY),
+        optimizer=_optimizer(run.optimizer),
+        schedule=Constant(),
+        clip_norm=min(run.clip_norm, CLIP),
+        accumulate=max(run.accumulate, 2) if run.accumulate < 4 else 4,
+        precision=Float32(),
+    )
+    return Small(made, tuple(_changes(run, made)))
+
+
+def _model(config: TransformerConfig) -> TransformerConfig:
+    """Return it with the fewest experts that its rules take."""
+    *fewer, most = EXPERTS
+    for experts in fewer:
+        try:
+            return _narrow(config, experts=experts)
+        except ConfigError:  # a rule wants more of them
+            continue
+    return _narrow(config, experts=most)
+
+
+def _narrow(config: TransformerConfig, *, experts: int) -> TransformerConfig:
+    heads, hidden = config.attention, config.feed_forward.hidden
+    return config.replace(
+        vocab_size=VOCABULARY,
+        dim=min(config.dim, DIM),
+        attention=heads.replace(head_dim=min(heads.width(config.dim), HEAD_DIM)),
+        feed_forward=config.feed_forward.replace(hidden=min(hidden, HIDDEN)),
+        moe=_sparse(config.moe, experts=experts, dense=hidden),
+        encoder=_stack(config, config.encoder, experts=experts),
+        decoder=_stack(config, config.decoder, experts=experts),
+    )
+
+
+def _stack(config: TransformerConfig, stack: Stack, *, experts: int) -> Stack:
+    """Keep the blocks up to the second with experts, at least two where there are as many."""
+    sparse = stack.sparse_layers
+    last = sparse[min(2, len(sparse)) - 1] if sparse else 0
+    layers = min(stack.layers, max(2, last + 1))
+    own = stack.moe
+    fewer = tuple(min(number, experts) for number in stack.experts)
+    return stack.replace(
+        layers=layers,
+        experts=fewer[: sum(layer < layers for layer in sparse)],
+        moe=None if own is None else _sparse(own, experts=experts, dense=_hidden(config)),
+    )
+
+
+def _sparse(moe: Sparse, *, experts: int, dense: int) -> Sparse:
+    if not isinstance(moe, MoE):
+        return moe
+    own = moe.hidden
+    narrow = None if own is None else min(own, max(8, HIDDEN * own // dense // 8 * 8))
+    return moe.replace(experts=min(moe.experts, experts), hidden=narrow)
+
+
+def _hidden(config: TransformerConfig) -> int:
+    return config.feed_forward.hidden
+
+
+def _optimizer(optimizer: Optimizer) -> Optimizer:
+    match optimizer:
+        case AdamW():
+            return optimizer.replace(eps=EPS)
+        case Muon():
+            return optimizer.replace(adamw=optimizer.adamw.replace(eps=EPS))
+    return optimizer
+
+
+def _changes(before: Run, after: Run) -> Iterator[str]:
+    old, new = (dict(line.split(" = ", 1) for line in run.flat()) for run in (before, after))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            yield f"{key}: {old.get(key, 'none')} -> {new.get(key, 'none')}"

@@ -1,0 +1,69 @@
+"""Every plan equals one process: losses, terms, gradients, norms, weights, edges and copies.
+
+``moesaic verify`` runs all plans; here are those in which every axis, ZeRO stage and way of
+crossing ranks occurs, for both kinds of model. Every third batch leaves some ranks without a token.
+"""
+
+import pytest
+
+from moesaic.dist.plan import ParallelPlan
+from moesaic.moe.balance import RouterZ, SwitchBalance
+from moesaic.moe.bodies.shared import SharedExperts
+from moesaic.moe.config import MoE
+from moesaic.moe.limit import Capacity
+from moesaic.moe.select import SwitchTop1, TopK
+from moesaic.nn.attention import AttentionConfig
+from moesaic.optim.optimizer import AdamW
+from moesaic.parallel.config import Parallel, RingReach
+from moesaic.testing.tiny import tiny_model_config, tiny_run
+from moesaic.train.run import Run
+from moesaic.verify.prove import prove, setting
+from moesaic.verify.small import small
+
+BALANCES = (SwitchBalance(), RouterZ())
+CAPPED = MoE(
+    experts=4, select=SwitchTop1(), limit=Capacity(factor=1.0, minimum=1), balance=BALANCES
+)
+SHARED = MoE(experts=8, select=TopK(k=2), beside=SharedExperts(), balance=BALANCES)
+HEADS = AttentionConfig(heads=4, kv_heads=2)
+
+
+def translator() -> Run:
+    """An encoder-decoder: top-1 with a capacity, and random token selection."""
+    model = tiny_model_config(moe=CAPPED).replace(attention=HEADS, dropout=0.1)
+    return tiny_run(model=model, optimizer=AdamW(lr=0.01))
+
+
+def language_model() -> Run:
+    """A decoder alone: dropless top-2 and a shared expert."""
+    model = tiny_model_config(moe=SHARED, layers=2).replace(attention=HEADS)
+    alone = model.replace(encoder=model.encoder.replace(layers=0))
+    return tiny_run(model=alone, optimizer=AdamW(lr=0.01))
+
+
+RUNS = {"translator": translator, "language-model": language_model}
+RING = RingReach()
+PLANS = {
+    "translator": (
+        Parallel(plan=ParallelPlan(data=2, expert=2, zero=1)),
+        Parallel(plan=ParallelPlan(data=1, tensor=2, expert=2)),
+        Parallel(plan=ParallelPlan(data=1, context=2, expert_tensor=2), reach=RING),
+        Parallel(plan=ParallelPlan(data=4, expert=2, zero=3)),
+        Parallel(plan=ParallelPlan(data=2, tensor=2, expert=2, expert_tensor=2, zero=2)),
+        Parallel(plan=ParallelPlan(data=2, context=2, tensor=2, expert=4, expert_tensor=2)),
+    ),
+    "language-model": (
+        Parallel(plan=ParallelPlan(data=2)),
+        Parallel(plan=ParallelPlan(data=1, context=2, expert=2)),
+        Parallel(plan=ParallelPlan(data=1, context=2, tensor=2, expert=4, zero=2)),
+        Parallel(plan=ParallelPlan(data=2, context=2, expert_tensor=4), reach=RING),
+        Parallel(plan=ParallelPlan(data=8, expert=8)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_plan_gives_the_same_loss(name: str) -> None:
+    verdicts = list(prove(setting(small(RUNS[name]()).run), chosen=PLANS[name]))
+    assert {verdict.plan: verdict.wrong for verdict in verdicts if not verdict.equal} == {}
+    assert [verdict.ranks for verdict in verdicts] == [p.plan.world for p in PLANS[name]]

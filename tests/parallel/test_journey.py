@@ -1,0 +1,124 @@
+"""However rows get to their experts, a model learns the same."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from moesaic.core.errors import ConfigError
+from moesaic.core.shapes import Tensor
+from moesaic.dist.local import local
+from moesaic.dist.plan import ParallelPlan
+from moesaic.dist.world import Ranks
+from moesaic.model.transformer import Transformer
+from moesaic.moe.adaptive import Adaptive
+from moesaic.moe.balance import SwitchBalance
+from moesaic.moe.bodies.lora import LoRAExpert
+from moesaic.moe.bodies.shared import SharedExperts
+from moesaic.moe.config import MoE
+from moesaic.moe.dispatch_far import AllToAllDispatcher
+from moesaic.moe.dispatch_hop import Hop
+from moesaic.moe.layer import layers, set_ranks
+from moesaic.moe.overlap import Chunked
+from moesaic.moe.select import TopK
+from moesaic.parallel.apply import lay
+from moesaic.parallel.config import Parallel
+from moesaic.parallel.journey import InChunks, Journey, Lend, Straight, TwoHops
+from moesaic.parallel.ranks import BatchRanks
+from moesaic.parallel.slices import take
+from moesaic.testing.ranks import run_on_ranks
+from moesaic.testing.tiny import random_batch, rows_of, tiny_model_config
+
+MODEL = tiny_model_config(
+    moe=MoE(experts=4, select=TopK(k=2), balance=(SwitchBalance(),), beside=SharedExperts())
+)
+KINDS = {Straight: AllToAllDispatcher, TwoHops: Hop, InChunks: Chunked, Lend: Adaptive}
+LAID: list[tuple[Journey, ParallelPlan]] = [
+    (Straight(), ParallelPlan(expert=4)),
+    (TwoHops(ranks_per_node=2), ParallelPlan(expert=4)),
+    (InChunks(forward=2, backward=4), ParallelPlan(expert=4)),
+    (Lend(), ParallelPlan(expert=4)),
+    (Lend(weight_byte_s=0), ParallelPlan(expert=2, expert_tensor=2)),
+    (TwoHops(ranks_per_node=1), ParallelPlan(expert=2, zero=3)),
+    (InChunks(forward=4, backward=2), ParallelPlan(expert=2, zero=3)),
+    (InChunks(), ParallelPlan(expert=2, zero=1)),
+]
+
+
+def _made() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(MODEL)
+
+
+def _backward(model: Transformer, *, rank: int, world: int) -> float:
+    whole = random_batch(7, seed=3)
+    output = model(rows_of(whole, rank=rank, world=world))
+    terms = [model.loss(output).total / whole.num_predicted]
+    terms += [value for record in output.records for value in record.losses.values()]
+    objective = torch.stack(terms).sum()
+    objective.backward()
+    return float(objective.detach())
+
+
+@cache
+def _whole() -> tuple[float, dict[str, Tensor]]:
+    model = _made()
+    loss = _backward(model, rank=0, world=1)
+    return loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _losses() -> list[float]:
+    """Each case's loss here; gradients are compared with this rank's part of all."""
+    found = []
+    for journey, plan in LAID:
+        model = _made()
+        spread = lay(model, parallel=Parallel(plan=plan, journey=journey), world=Ranks())
+        set_ranks(model, BatchRanks(spread.stage))
+        assert all(type(layer.dispatcher) is KINDS[type(journey)] for layer in layers(model))
+        spread.before_backward(last=True)
+        found.append(_backward(model, rank=spread.rows.rank, world=spread.rows.size))
+        spread.sum_gradients()
+        for name, parameter in model.named_parameters():
+            part = take(_whole()[1][name], spread.held(name))
+            assert parameter.grad is not None, (journey, name)
+            torch.testing.assert_close(
+                local(parameter.grad), part, rtol=1e-3, atol=1e-6, msg=f"{journey} {name}"
+            )
+    return found
+
+
+def test_every_journey_gives_the_loss_and_gradients_of_one_process() -> None:
+    whole, _ = _whole()
+    for losses in zip(*run_on_ranks(4, _losses), strict=True):
+        assert sum(losses) == pytest.approx(whole, rel=1e-5)
+
+
+def _refusals() -> list[str]:
+    found = []
+    low_rank = tiny_model_config(moe=MoE(experts=4, expert=LoRAExpert(rank=2)))
+    for journey, plan, config in (
+        (InChunks(), ParallelPlan(expert=2, expert_tensor=2), MODEL),
+        (TwoHops(ranks_per_node=2), ParallelPlan(expert_tensor=2), MODEL),
+        (TwoHops(ranks_per_node=3), ParallelPlan(expert=4), MODEL),
+        (Lend(), ParallelPlan(expert=2, zero=2), MODEL),
+        (Lend(), ParallelPlan(expert=2), low_rank),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            lay(Transformer(config), parallel=Parallel(plan=plan, journey=journey), world=Ranks())
+        found.append(str(caught.value))
+    return found
+
+
+def test_a_journey_that_cannot_be_is_refused_with_the_reason() -> None:
+    for found in run_on_ranks(4, _refusals):
+        assert "parallel.journey=InChunks" in found[0]
+        assert "no slices of experts, and expert_tensor is 2" in found[0]
+        assert "parallel.journey=TwoHops" in found[1]
+        assert "lie on nodes [0, 0, 0, 1], of 3 ranks each" in found[2]
+        assert "zero=2 shares it out over 2 copies" in found[3]
+        assert "LoRAExperts cannot be lent" in found[4]
+
+
+def test_journeys_are_words_of_a_config() -> None:
+    run = Parallel().override(["journey=TwoHops(ranks_per_node=8)"])
+    assert run.journey == TwoHops(ranks_per_node=8)

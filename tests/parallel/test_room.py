@@ -1,0 +1,52 @@
+"""Capacity within a data row drops what one process drops that holds that row alone."""
+
+import torch
+
+from moesaic.dist.plan import ParallelPlan
+from moesaic.dist.world import Alone, Ranks
+from moesaic.model.transformer import Transformer
+from moesaic.moe.config import MoE
+from moesaic.moe.limit import Capacity
+from moesaic.moe.select import SwitchTop1
+from moesaic.parallel.apply import lay
+from moesaic.parallel.config import Parallel
+from moesaic.parallel.ranks import DataRow, Room, WholeBatch
+from moesaic.testing.ranks import run_on_ranks
+from moesaic.testing.tiny import random_batch, rows_of, tiny_model_config
+
+TIGHT = MoE(experts=4, select=SwitchTop1(), limit=Capacity(factor=0.6, minimum=1))
+BATCH = random_batch(8, seed=3)
+
+
+def _model() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(tiny_model_config(moe=TIGHT))
+
+
+def _dropped(room: Room) -> list[int]:
+    """Dropped edges by layer, on this rank's rows."""
+    world, model = Ranks(), _model()
+    plan = ParallelPlan(expert=2)
+    lay(model, parallel=Parallel(plan=plan, room=room), world=world)
+    records = model(rows_of(BATCH, rank=world.rank, world=world.size)).records
+    return [int(record.routing.dropped.sum()) for record in records]
+
+
+def _alone(ranks: tuple[int, ...]) -> list[int]:
+    """The same of one process that holds the rows of these ranks."""
+    model = _model()
+    lay(model, parallel=Parallel(), world=Alone())
+    parts = [rows_of(BATCH, rank=rank, world=4) for rank in ranks]
+    joined = type(BATCH)(
+        **{name: torch.cat([getattr(p, name) for p in parts]) for name in BATCH.__slots__}
+    )
+    return [int(record.routing.dropped.sum()) for record in model(joined).records]
+
+
+def test_room_within_a_data_row_is_that_of_one_process_with_those_rows() -> None:
+    rows, batch = (run_on_ranks(4, _dropped, room) for room in (DataRow(), WholeBatch()))
+    for ranks in ((0, 1), (2, 3)):  # neighbours share one set of experts
+        found = [sum(counts) for counts in zip(*(rows[rank] for rank in ranks), strict=True)]
+        assert found == _alone(ranks)
+    assert [sum(counts) for counts in zip(*batch, strict=True)] == _alone((0, 1, 2, 3))
+    assert rows != batch

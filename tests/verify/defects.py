@@ -1,0 +1,116 @@
+"""Seeded defects: each is a mistake that real systems make, put in on several ranks only."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.distributed as distributed
+from torch.distributed.fsdp import FSDPModule
+
+from moesaic.dist.mesh import Mesh
+from moesaic.dist.plan import ParallelPlan
+from moesaic.dist.world import Ranks
+from moesaic.moe.context import Context
+from moesaic.moe.ranks import Gathered
+from moesaic.moe.record import Record
+from moesaic.optim.clip import GradNorm
+from moesaic.parallel.layout import Laid
+from moesaic.parallel.ranks import BatchRanks
+from moesaic.parallel.spread import Spread
+
+Patch = pytest.MonkeyPatch
+
+
+@dataclass(frozen=True)
+class Defect:
+    """``seed`` puts it in; under ``plan`` the measure ``shows`` it."""
+
+    seed: Callable[[Patch], None]
+    plan: ParallelPlan
+    shows: str
+
+
+def gradients_averaged(patch: Patch) -> None:
+    summed = Ranks.sum_gradients
+
+    def averaged(self: Ranks, parameters: Sequence[torch.Tensor]) -> None:
+        parameters = list(parameters)
+        summed(self, parameters)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad /= self.size
+
+    patch.setattr(Ranks, "sum_gradients", averaged)
+
+
+def zero_averages(patch: Patch) -> None:
+    patch.setattr(FSDPModule, "set_gradient_divide_factor", lambda *_: None)
+    patch.setattr(FSDPModule, "set_force_sum_reduction_for_comms", lambda *_: None)
+
+
+def aux_loss_counted_twice(patch: Patch) -> None:
+    made = Record.of
+
+    def twice(*arguments: object, **named: object) -> Record:
+        record = made(*arguments, **named)
+        times = distributed.get_world_size() if distributed.is_initialized() else 1
+        return replace(record, losses={n: times * loss for n, loss in record.losses.items()})
+
+    patch.setattr(Record, "of", twice)
+
+
+def axis_not_summed(patch: Patch) -> None:
+    held = Laid.held
+
+    def without(self: Laid, axes: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(axis for axis in held(self, axes) if axis != "tensor")
+
+    patch.setattr(Laid, "held", without)
+
+
+def capacity_of_local_tokens(patch: Patch) -> None:
+    patch.setattr(BatchRanks, "gather", lambda _, rows: Gathered(rows, 0))
+
+
+def norm_counts_copies(patch: Patch) -> None:
+    clip = Spread.clip
+
+    def counted(self: Spread, max_norm: float) -> GradNorm:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Mesh, "size", lambda *_, **__: 1)
+            return clip(self, max_norm)
+
+    patch.setattr(Spread, "clip", counted)
+
+
+def chance_by_rank(patch: Patch) -> None:
+    bits = Context.bits
+
+    def moved(self: Context, name: str, *, width: int) -> torch.Tensor:
+        drawn = bits(self, name, width=width)
+        return drawn.roll(distributed.get_rank() if distributed.is_initialized() else 0, 0)
+
+    patch.setattr(Context, "bits", moved)
+
+
+def loss_by_local_count(patch: Patch) -> None:
+    summed = Ranks.sum
+
+    def local(self: Ranks, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor * self.size if tensor.ndim == 0 else summed(self, tensor)
+
+    patch.setattr(Ranks, "sum", local)
+
+
+DATA, TENSOR = ParallelPlan(data=2), ParallelPlan(data=1, tensor=2)
+DEFECTS = {
+    "gradients averaged over ranks": Defect(gradients_averaged, DATA, "gradient"),
+    "ZeRO averages gradients": Defect(zero_averages, DATA.replace(zero=2), "gradient"),
+    "aux loss counted once per rank": Defect(aux_loss_counted_twice, DATA, "terms"),
+    "an axis that is not summed": Defect(axis_not_summed, TENSOR, "gradient"),
+    "capacity from a rank's own tokens": Defect(capacity_of_local_tokens, DATA, "edges"),
+    "copies counted in the norm": Defect(norm_counts_copies, TENSOR, "norm"),
+    "random numbers of the rank": Defect(chance_by_rank, DATA, "edges"),
+    "loss divided by a guess of the count": Defect(loss_by_local_count, DATA, "terms"),
+}

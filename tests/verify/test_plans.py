@@ -1,0 +1,74 @@
+"""The plans of some ranks: all of them, the few that cover them, and those that are refused."""
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from moesaic.dist.plan import ParallelPlan
+from moesaic.model.transformer import Transformer
+from moesaic.moe.config import MoE
+from moesaic.nn.attention import AttentionConfig
+from moesaic.parallel.config import Parallel
+from moesaic.testing.tiny import tiny_model_config
+from moesaic.verify.plans import every, named
+
+DEGREES = ("data", "context", "tensor", "expert", "expert_tensor", "zero")
+
+
+def model_with(*, heads: int, experts: int = 8) -> Transformer:
+    config = tiny_model_config(moe=MoE(experts=experts))
+    with torch.device("meta"):
+        return config.replace(attention=AttentionConfig(heads=heads, head_dim=4)).build()
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_every_plan_has_its_ranks_and_no_two_are_alike(world: int) -> None:
+    plans = every([world], model=model_with(heads=8), base=Parallel()).fit
+    assert {parallel.plan.world for parallel in plans} == {world}
+    assert len({parallel.to_yaml() for parallel in plans}) == len(plans)
+    assert len({named(parallel) for parallel in plans}) == len(plans)
+
+
+def test_every_fold_of_two_ranks_is_there() -> None:
+    plans = [p.plan for p in every([2], model=model_with(heads=8), base=Parallel()).fit]
+    dense = {(p.data, p.context, p.tensor) for p in plans if p.pipe == 1}
+    folds = {(p.expert, p.expert_tensor) for p in plans if p.pipe == 1}
+    assert dense == {(2, 1, 1), (1, 2, 1), (1, 1, 2)}
+    assert folds == {(1, 1), (2, 1), (1, 2)}
+    assert {p.zero for p in plans} == {0, 1, 2, 3}
+
+
+def test_zero_is_not_asked_of_plans_without_copies() -> None:
+    plans = [p.plan for p in every([2], model=model_with(heads=8), base=Parallel()).fit]
+    assert all(p.zero == 0 for p in plans if (p.tensor, p.expert) == (2, 2))
+
+
+def test_a_plan_that_cuts_heads_in_two_is_refused_with_the_reason() -> None:
+    plans = every([4], model=model_with(heads=2), base=Parallel())
+    assert not any(parallel.plan.tensor == 4 for parallel in plans.fit)
+    refused = {why: len(several) for why, several in plans.refused.items()}
+    assert any("tensor=4" in why and "2 heads" in why for why in refused), refused
+
+
+def test_the_covering_plans_have_every_pair_of_degrees_that_any_plan_has() -> None:
+    plans = every([2, 4], model=model_with(heads=8), base=Parallel())
+    few = plans.paired()
+
+    def pairs(several: tuple[Parallel, ...]) -> set[object]:
+        return {
+            pair
+            for parallel in several
+            for pair in combinations([(n, getattr(parallel.plan, n)) for n in DEGREES], 2)
+            if all(value > 1 or (name == "zero" and value) for name, value in pair)
+        }
+
+    assert pairs(few.fit) == pairs(plans.fit)
+    assert len(few.fit) < len(plans.fit) / 3
+    assert few.refused == plans.refused
+
+
+def test_a_name_says_the_degrees_above_one() -> None:
+    plan = ParallelPlan(data=2, tensor=2, expert=4, zero=3)
+    assert named(Parallel(plan=plan)) == "data 2, tensor 2, expert 4, zero 3"
+    assert named(Parallel(plan=ParallelPlan(data=1))) == "alone"
