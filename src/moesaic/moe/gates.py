@@ -8,7 +8,7 @@ Letters: T tokens, D model dim, C what a gate reads, E experts, B rows, n newest
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -72,6 +72,14 @@ class Sight:
     past: Past | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Handing:
+    """Widths of what the layers of a stack hand on of each token (``Carry``); 0 is nothing."""
+
+    hidden: int = 0
+    logits: int = 0
+
+
 class SharedRouting(nn.Module):
     """Base of what the MoE layers of one stack share."""
 
@@ -88,8 +96,11 @@ class SharedRouting(nn.Module):
 class Link(Choice):
     """Family: where a layer's logits come from. Each member builds the gate of a layer.
 
-    ``dim`` is that of what the gate reads, or, for what is shared, of the states.
+    ``dim`` is that of what the gate reads, or, for what is shared, of the states. ``recurs`` says
+    that what is shared is used again in every layer, not once where the stack is entered.
     """
+
+    recurs: ClassVar[bool] = False
 
     def gate(self, *, dim: int, experts: int, place: Place) -> nn.Module:
         """Return a module of ``forward(x, *, carry) -> Scored``."""
@@ -108,6 +119,11 @@ class Link(Choice):
         """Return the parameters of what is shared."""
         del dim, experts
         return ()
+
+    def hands(self, *, experts: int) -> Handing:
+        """Return what its layers hand on, for a stack that is cut between two of them."""
+        del experts
+        return Handing()
 
     def kept(self, *, dim: int, place: Place) -> int:
         """Return the values per token that autograd keeps of a gate besides state and logits.

@@ -1,6 +1,7 @@
 """What an MoE layer says beside its output: losses and routing travel out with the result."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from moesaic.core.shapes import Float, Int, Tensor
@@ -51,3 +52,12 @@ class Record:
         if self.logits is None or self.logits.numel() == 0:
             return None
         return self.logits.logsumexp(-1).square().mean().sqrt()
+
+
+def loss_terms(records: Iterable[Record], *, parts: int) -> dict[str, Float[Tensor, ""]]:
+    """Add up the loss terms of one of ``parts`` micro-batches, by name (``loss_balance``)."""
+    terms: dict[str, Float[Tensor, ""]] = {}
+    for record in records:
+        for name, value in record.losses.items():
+            terms[f"loss_{name}"] = terms.get(f"loss_{name}", 0.0) + value / parts
+    return terms

@@ -16,7 +16,7 @@ from moesaic.dist.flight import at
 from moesaic.dist.local import local
 from moesaic.model.transformer import Transformer
 from moesaic.moe.layer import hear
-from moesaic.moe.record import Record
+from moesaic.moe.record import Record, loss_terms
 from moesaic.parallel.spread import Spread
 from moesaic.train.meters import Categories, Sums
 from moesaic.train.precision import Precision
@@ -74,9 +74,7 @@ class Objective:
             output = model(batch)
             token_loss = model.loss(output, smoothing=self.smoothing)
         terms = {"cross_entropy": token_loss.total / max(predicted, 1)}
-        for record in output.records:
-            for name, value in record.losses.items():
-                terms[f"loss_{name}"] = terms.get(f"loss_{name}", 0.0) + value / parts
+        terms |= loss_terms(output.records, parts=parts)
         objective = torch.stack(list(terms.values())).sum()
         objective.backward()
         hear(model, output.records)

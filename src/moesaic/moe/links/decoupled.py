@@ -12,7 +12,16 @@ from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.context import Carry
-from moesaic.moe.gates import Condition, Link, Place, Scored, SharedRouting, Sight, Unconditioned
+from moesaic.moe.gates import (
+    Condition,
+    Handing,
+    Link,
+    Place,
+    Scored,
+    SharedRouting,
+    Sight,
+    Unconditioned,
+)
 from moesaic.moe.pieces import Piece
 from moesaic.nn.activation import SwiGLU
 from moesaic.nn.attention import AttentionConfig, SelfAttention
@@ -63,6 +72,9 @@ class Decoupled(Link):
             (experts, self.dim),
         ]
         return [Piece("router", shape) for shape in shapes]
+
+    def hands(self, *, experts: int) -> Handing:
+        return Handing(logits=experts)
 
     def kept(self, *, dim: int, place: Place) -> int:
         del place

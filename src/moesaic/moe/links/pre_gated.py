@@ -11,7 +11,7 @@ from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.context import Carry
-from moesaic.moe.gates import Condition, Link, Place, Scored
+from moesaic.moe.gates import Condition, Handing, Link, Place, Scored
 from moesaic.moe.pieces import Piece
 
 
@@ -29,6 +29,9 @@ class PreGated(Link):
     def gate_pieces(self, *, dim: int, experts: int, place: Place) -> Sequence[Piece]:
         gates = (place.index == 0) + (place.index + 1 < place.count)
         return (Piece("router", (experts, dim)),) * gates
+
+    def hands(self, *, experts: int) -> Handing:
+        return Handing(logits=experts)
 
     def kept(self, *, dim: int, place: Place) -> int:
         return 0 if self.gate_pieces(dim=dim, experts=1, place=place) else -dim

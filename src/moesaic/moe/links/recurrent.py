@@ -5,6 +5,7 @@ Letters: T tokens, C what a gate reads, P width of the state, E experts.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -12,7 +13,7 @@ from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.context import Carry
-from moesaic.moe.gates import Link, Place, Scored, SharedRouting, Sight
+from moesaic.moe.gates import Handing, Link, Place, Scored, SharedRouting, Sight
 from moesaic.moe.pieces import Piece
 from moesaic.nn.start import OwnStart, Start
 
@@ -26,6 +27,7 @@ class Recurrent(Link):
     state comes from zeros. Encoder and decoder have a cell each.
     """
 
+    recurs: ClassVar[bool] = True
     width: int = Field(default=128, ge=1)
 
     def gate(self, *, dim: int, experts: int, place: Place) -> nn.Module:
@@ -50,6 +52,10 @@ class Recurrent(Link):
             Piece("bias", (3 * self.width,)),
         )
         return (matrix, matrix, bias, bias)
+
+    def hands(self, *, experts: int) -> Handing:
+        del experts
+        return Handing(hidden=self.width)
 
     def kept(self, *, dim: int, place: Place) -> int:
         del dim, place

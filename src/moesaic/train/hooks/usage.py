@@ -35,6 +35,8 @@ class WatchUsage(Hook):
         self.path = path
         languages = trainer.objective.categories.languages
         self._new, self._all = _counts(trainer, languages), _counts(trainer, languages)
+        self._nothing = _zeros(trainer.run, languages=len(languages), device=trainer.world.device)
+        self._due = False  # whether a step was counted since the last row, here or elsewhere
         self._doctor = Doctor(doctor_setting(trainer.run, languages=languages))
         self._known: set[tuple[str, str]] = set()
         trainer.parts["routes"] = self  # the name that checkpoints know it by
@@ -42,21 +44,22 @@ class WatchUsage(Hook):
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         log = trainer.run.log
         if report.step % log.routes_every == 0:
+            self._due = bool(self._nothing)
             for record in report.seen.records:
                 self._count(record, batch=report.seen.batch)
-        if log.due(report.step, steps=trainer.run.steps) and self._new.tensors():
+        if log.due(report.step, steps=trainer.run.steps) and self._due:
             self._examine(trainer)
 
     def after_run(self, trainer: Trainer) -> None:
         whole = _counts(trainer, self._all.languages)
         whole.merge(dict(_in_order(self._all.tensors())))
-        whole.merge(_summed(self._new, trainer.world))
+        whole.merge(self._summed(trainer.world))
         if trainer.world.rank == 0 and whole.tensors():
             whole.write(self.path)
 
     def tensors(self, world: World) -> dict[str, Tensor]:
         """Return both sums for a checkpoint. Collective."""
-        new = {f"new/{name}": value for name, value in _summed(self._new, world).items()}
+        new = {f"new/{name}": value for name, value in self._summed(world).items()}
         return new | {f"all/{name}": value for name, value in self._all.tensors().items()}
 
     def restore(self, tensors: Mapping[str, Tensor], *, world: World) -> None:
@@ -68,6 +71,7 @@ class WatchUsage(Hook):
             named = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             counts.clear()
             counts.merge({n: t.to(world.device) * int(mine) for n, t in _in_order(named)})
+        self._due = any(name.startswith("new/") for name in tensors)
 
     def _count(self, record: Record, *, batch: Batch) -> None:
         routing = record.routing
@@ -83,14 +87,22 @@ class WatchUsage(Hook):
 
     def _examine(self, trainer: Trainer) -> None:
         interval = _counts(trainer, self._new.languages)
-        interval.merge(_summed(self._new, trainer.world))
+        interval.merge(self._summed(trainer.world))
         self._new.clear()
+        self._due = False
         self._all.merge(dict(_in_order(interval.tensors())))
         layers = interval.layers()
         findings = self._doctor.examine(layers)
         trainer.journal.put(summary(layers))
         trainer.journal.health = health(findings)
         self._say_new(trainer, findings)
+
+    def _summed(self, world: World) -> dict[str, Tensor]:
+        """Return the counts since the last row over all ranks; nothing where none was made."""
+        if not self._due:
+            return {}
+        here = self._new.tensors()
+        return {name: world.sum(here.get(name, none)) for name, none in self._nothing.items()}
 
     def _say_new(self, trainer: Trainer, findings: tuple[Finding, ...]) -> None:
         fresh = [f for f in findings if (f.layer, f.sign) not in self._known]
@@ -145,8 +157,17 @@ def doctor_setting(run: Run, *, languages: tuple[str, ...]) -> Setting:
     )
 
 
-def _summed(counts: UsageCounts, world: World) -> dict[str, Tensor]:
-    return {name: world.sum(value) for name, value in _in_order(counts.tensors())}
+def _zeros(run: Run, *, languages: int, device: torch.device) -> dict[str, Tensor]:
+    """Return empty counts of every layer with experts: a rank may hold some of them alone."""
+    found: dict[str, Tensor] = {}
+    for side, stack in (("encoder", run.model.encoder), ("decoder", run.model.decoder)):
+        for layer in stack.sparse_layers:
+            moe = run.model.experts(stack, layer=layer)
+            if moe is not None:
+                edges = torch.zeros((moe.routed + 1) * languages + 1, dtype=torch.long)
+                found[f"edges/{side}.{layer}"] = edges.to(device)
+                found[f"scales/{side}.{layer}"] = torch.zeros(4, dtype=torch.float64).to(device)
+    return found
 
 
 def _in_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:

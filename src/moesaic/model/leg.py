@@ -1,0 +1,59 @@
+"""Leg: a run of a model's blocks, and what one leg hands to the next.
+
+The chain of a model is the encoder's blocks, then the decoder's. A pass may stop between any two
+and go on elsewhere: what else a leg needs (packing, rotation, labels) it makes of its own copy of
+the batch.
+
+Letters: T tokens of the stack in progress, S source tokens, D model dim, P width of a router's
+state, E experts.
+"""
+
+from dataclasses import dataclass
+
+from moesaic.core.shapes import Float, Tensor
+from moesaic.model.blueprint import Blueprint, Stack
+from moesaic.moe.config import MoE
+from moesaic.moe.gates import Handing
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """The blocks of each stack that a leg passes through."""
+
+    encoder: range
+    decoder: range
+
+    @staticmethod
+    def whole(config: Blueprint) -> "Leg":
+        """Return the leg of all blocks."""
+        return Leg(range(config.encoder.layers), range(config.decoder.layers))
+
+    @staticmethod
+    def between(start: int, stop: int, *, config: Blueprint) -> "Leg":
+        """Return the blocks ``start`` to ``stop`` (not included) of the chain."""
+        first = config.encoder.layers
+        encoder = range(min(start, first), min(stop, first))
+        return Leg(encoder, range(max(start - first, 0), max(stop - first, 0)))
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """What a leg hands to the next, on this rank.
+
+    ``x`` are the states of the stack in progress (None where the next leg enters a stack), with
+    what its linked routers carry; ``memory`` are those of the source, once it is read.
+    """
+
+    x: Float[Tensor, "T D"] | None = None
+    hidden: Float[Tensor, "T P"] | None = None
+    logits: Float[Tensor, "T E"] | None = None
+    memory: Float[Tensor, "S D"] | None = None
+
+
+def handing(config: Blueprint, stack: Stack) -> Handing:
+    """Return how wide what the routers of a stack hand on is."""
+    moe = config.mixture(stack)
+    if not isinstance(moe, MoE) or not stack.sparse_layers:
+        return Handing()
+    first = config.experts(stack, layer=stack.sparse_layers[0]) or moe
+    return moe.link.hands(experts=first.routed)

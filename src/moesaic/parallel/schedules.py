@@ -1,0 +1,131 @@
+"""Schedules: in which order the stages of a pipeline take up micro-batches.
+
+PyTorch runs them (``torch.distributed.pipelining``); here is what each needs, as arithmetic.
+"""
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from moesaic.core.config import Choice
+
+
+class PipeSchedule(Choice):
+    """Family of schedules.
+
+    ``torch_name`` is the class in ``torch.distributed.pipelining``; ``folded`` means that the chain
+    of stages runs down the ranks and back up (a V), so that the first rank has the last stage too;
+    ``splits`` that the gradients of weights are made apart from those of what came in.
+    """
+
+    torch_name: ClassVar[str]
+    folded: ClassVar[bool] = False
+    splits: ClassVar[bool] = False
+
+    def per_rank(self) -> int:
+        """Return the stages that each rank has."""
+        return 1
+
+    def places(self, ranks: int) -> tuple[int, ...]:
+        """Return which rank of the pipeline has each stage."""
+        if self.folded:
+            return (*range(ranks), *reversed(range(ranks)))
+        return tuple(range(ranks)) * self.per_rank()
+
+    def refuses(self, *, ranks: int, micro_batches: int) -> str | None:
+        """Return what it expects, if so many micro-batches on so many ranks are not it."""
+        del ranks, micro_batches
+        return None
+
+
+class GPipe(PipeSchedule):
+    """All forwards, then all backwards (1811.06965): every micro-batch is kept until then."""
+
+    torch_name = "ScheduleGPipe"
+
+
+class OneForwardOneBackward(PipeSchedule):
+    """One forward, one backward in turn once the pipeline is full (2006.09503, 1F1B with flush).
+
+    The bubble is that of ``GPipe``; a stage keeps at most as many micro-batches as stages follow.
+    """
+
+    torch_name = "Schedule1F1B"
+
+    def refuses(self, *, ranks: int, micro_batches: int) -> str | None:
+        return _at_least(ranks, micro_batches, what="stages")
+
+
+class Interleaved(PipeSchedule):
+    """1F1B with ``stages`` smaller stages per rank, earlier micro-batches first (2104.04473)."""
+
+    torch_name = "ScheduleInterleaved1F1B"
+    stages: int = Field(default=2, ge=2)
+
+    def per_rank(self) -> int:
+        return self.stages
+
+    def refuses(self, *, ranks: int, micro_batches: int) -> str | None:
+        return _rounds(ranks, micro_batches)
+
+
+class BreadthFirst(PipeSchedule):
+    """All micro-batches through one of a rank's ``stages`` before the next (2211.05953)."""
+
+    torch_name = "ScheduleLoopedBFS"
+    stages: int = Field(default=2, ge=2)
+
+    def per_rank(self) -> int:
+        return self.stages
+
+
+class InterleavedZeroBubble(PipeSchedule):
+    """Interleaved 1F1B whose idle time makes gradients of weights (2401.10241)."""
+
+    torch_name = "ScheduleInterleavedZeroBubble"
+    splits = True
+    stages: int = Field(default=2, ge=2)
+
+    def per_rank(self) -> int:
+        return self.stages
+
+    def refuses(self, *, ranks: int, micro_batches: int) -> str | None:
+        return _rounds(ranks, micro_batches)
+
+
+class ZeroBubbleV(PipeSchedule):
+    """Two stages per rank in a V, gradients of weights in the idle time (2401.10241, section 6)."""
+
+    torch_name = "ScheduleZBVZeroBubble"
+    folded = True
+    splits = True
+
+    def per_rank(self) -> int:
+        return 2
+
+
+class DualPipeV(PipeSchedule):
+    """Two stages per rank in a V, a forward and a backward side by side (after 2412.19437)."""
+
+    torch_name = "ScheduleDualPipeV"
+    folded = True
+    splits = True
+
+    def per_rank(self) -> int:
+        return 2
+
+    def refuses(self, *, ranks: int, micro_batches: int) -> str | None:
+        return _at_least(2 * ranks, micro_batches, what="stages")
+
+
+def _at_least(wanted: int, micro_batches: int, *, what: str) -> str | None:
+    if micro_batches >= wanted:
+        return None
+    return f"at least as many micro-batches as {what}, {wanted}, not {micro_batches}"
+
+
+def _rounds(ranks: int, micro_batches: int) -> str | None:
+    rounds = max(1, micro_batches // ranks)
+    if micro_batches % rounds == 0:
+        return None
+    return f"micro-batches that divide into {rounds} equal rounds, not {micro_batches}"

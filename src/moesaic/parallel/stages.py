@@ -1,0 +1,271 @@
+"""Stages: which blocks of a model each stage of a pipeline holds, and what else it needs.
+
+The chain of blocks is the encoder's, then the decoder's. A stage is a run of it (``model/leg.py``);
+a rank with several stages holds one model without the blocks of other ranks, so names, and what the
+weights start as, are those of the whole model. A parameter that several ranks need (a tied
+embedding; what linked routers share) is held by each, and its gradient is the sum over them.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from moesaic.core.config import Choice
+from moesaic.core.errors import ConfigError
+from moesaic.model.blueprint import Blueprint, Stack
+from moesaic.model.count import Sizes, count
+from moesaic.model.leg import Leg
+from moesaic.model.transformer import Transformer
+from moesaic.moe.config import MoE
+from moesaic.parallel.schedules import Interleaved, OneForwardOneBackward, PipeSchedule
+
+
+class Cut(Choice):
+    """Family: where the chain of blocks is cut into stages."""
+
+    def starts(self, config: Blueprint, *, stages: int) -> tuple[int, ...]:
+        """Return the number of the first block of every stage but the first."""
+        raise NotImplementedError
+
+
+class ByCost(Cut):
+    """The slowest stage is as quick as it can be, by FLOPs of rows of these lengths."""
+
+    source: int = 32
+    target: int = 32
+
+    def starts(self, config: Blueprint, *, stages: int) -> tuple[int, ...]:
+        sizes = Sizes(source=self.source if config.encoder.layers else 0, target=self.target)
+        return evenly(block_costs(config, sizes=sizes), parts=stages)
+
+
+class At(Cut):
+    """Stages after the first begin at these blocks, the encoder's counted first."""
+
+    blocks: tuple[int, ...]
+
+    def starts(self, config: Blueprint, *, stages: int) -> tuple[int, ...]:
+        chain = config.encoder.layers + config.decoder.layers
+        whole = (0, *self.blocks, chain)
+        if len(self.blocks) != stages - 1 or any(a >= b for a, b in itertools.pairwise(whole)):
+            raise ConfigError(
+                [
+                    f"cut.blocks={list(self.blocks)} must be {stages - 1} rising numbers between 1 "
+                    f"and {chain - 1}: the first blocks of the {stages} stages but the first"
+                ]
+            )
+        return self.blocks
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The stages of a model on the ``ranks`` of a pipeline. Pure arithmetic."""
+
+    config: Blueprint
+    schedule: PipeSchedule
+    ranks: int
+    legs: tuple[Leg, ...]
+
+    @staticmethod
+    def of(config: Blueprint, *, schedule: PipeSchedule, ranks: int, cut: Cut) -> "Stages":
+        """Cut a model. Raises ConfigError where it has fewer blocks than there are stages."""
+        stages, chain = ranks * schedule.per_rank(), config.encoder.layers + config.decoder.layers
+        if stages > chain:
+            raise ConfigError(
+                [
+                    f"parallel.pipe={ranks} with {type(schedule).__name__} makes {stages} stages, "
+                    f"but the model has {chain} blocks: choose fewer ranks, a schedule of fewer "
+                    "stages, or a deeper model"
+                ]
+            )
+        starts = (0, *cut.starts(config, stages=stages), chain)
+        spans = itertools.pairwise(starts)
+        legs = tuple(Leg.between(start, stop, config=config) for start, stop in spans)
+        return Stages(config, schedule, ranks, legs)
+
+    @cached_property
+    def places(self) -> tuple[int, ...]:
+        """The rank of each stage."""
+        return self.schedule.places(self.ranks)
+
+    def at(self, rank: int) -> tuple[int, ...]:
+        """Return the stages of a rank."""
+        return tuple(stage for stage, place in enumerate(self.places) if place == rank)
+
+    def keep_only(self, model: Transformer, *, rank: int) -> None:
+        """Take out of a whole model what the stages of other ranks alone need, in place."""
+        needed = self._needed(rank)
+        for path in sorted(parts(self.config, Leg.whole(self.config)) - needed):
+            above, _, name = path.rpartition(".")
+            owner = model.get_submodule(above)
+            if name in owner._parameters:
+                owner.register_parameter(name, None)
+            elif name in owner._modules:
+                owner.add_module(name, Elsewhere(path))
+
+    @cached_property
+    def holders(self) -> dict[str, tuple[int, ...]]:
+        """The ranks that hold each parameter, by its name in the whole model, in its order."""
+        with torch.device("meta"):
+            whole = Transformer(self.config)
+        needed = [self._needed(rank) for rank in range(self.ranks)]
+        cut = parts(self.config, Leg.whole(self.config))
+        return {
+            name: tuple(
+                rank
+                for rank in range(self.ranks)
+                if _within(name, needed[rank]) or not _within(name, cut)
+            )
+            for name, _ in whole.named_parameters()
+        }
+
+    @cached_property
+    def sharings(self) -> tuple[tuple[int, ...], ...]:
+        """Every set of more than one rank that holds some parameter together, in a fixed order."""
+        return tuple(sorted({ranks for ranks in self.holders.values() if len(ranks) > 1}))
+
+    def counts(self, name: str, *, rank: int) -> bool:
+        """Whether a rank counts a parameter in sums over ranks (a norm): its first holder does."""
+        return self.holders[name][0] == rank
+
+    def refuses(self, *, micro_batches: int, zero: int) -> str | None:
+        """Return why a step of so many micro-batches cannot run so, if it cannot.
+
+        ``zero`` is the ZeRO stage that shares out what a stage holds.
+        """
+        schedule, name = self.schedule, type(self.schedule).__name__
+        wanted = schedule.refuses(ranks=self.ranks, micro_batches=micro_batches)
+        if wanted:
+            return f"{name} on {self.ranks} ranks expects {wanted}"
+        if not schedule.splits:
+            return None
+        instead = f"choose {Interleaved.__name__} or {OneForwardOneBackward.__name__}"
+        if zero:
+            return (
+                f"{name} looks for the gradients of weights in the graph of a pass, and ZeRO stage "
+                f"{zero} puts gathered ones in their place there, so that some are missed: "
+                f"{instead}, or zero 0"
+            )
+        # the first stage makes all of its gradients at once
+        for number, leg in enumerate(self.legs[1:], 1):
+            again = used_again(self.config, leg)
+            if again:
+                return (
+                    f"{name} makes gradients of weights apart, and cannot where a stage uses some "
+                    f"in several places: stage {number} uses {again} so. Cut elsewhere, or "
+                    f"{instead}"
+                )
+        return None
+
+    def _needed(self, rank: int) -> frozenset[str]:
+        return frozenset().union(*(parts(self.config, self.legs[s]) for s in self.at(rank)))
+
+
+class Elsewhere(nn.Module):
+    """In the place of a part that another rank holds."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def forward(self, *inputs: object, **named: object) -> None:
+        """Raise: nothing here may ask for it."""
+        del inputs, named
+        raise RuntimeError(f"{self.path} is held by another rank of the pipeline")
+
+
+def parts(config: Blueprint, leg: Leg) -> frozenset[str]:
+    """Return the paths of the parts of a model that a leg needs."""
+    found = {f"encoder.{i}" for i in leg.encoder} | {f"decoder.{i}" for i in leg.decoder}
+    ends = leg.decoder and leg.decoder.stop == config.decoder.layers
+    enters = reads = False
+    sides = (("encoder", config.encoder, leg.encoder), ("decoder", config.decoder, leg.decoder))
+    for side, stack, blocks in sides:
+        if not blocks:
+            continue
+        moe = config.mixture(stack)
+        enters = enters or blocks.start == 0
+        linked = isinstance(moe, MoE) and bool(stack.sparse_layers)
+        reads = reads or (isinstance(moe, MoE) and moe.condition.reads() != "nothing")
+        found |= {f"{side}_routing"} if linked else set()
+        found |= {f"{side}_norm"} if blocks.stop == stack.layers else set()
+    tied = config.embedding.tied
+    found |= {"embedding" if tied else "embedding.output"} if ends else set()
+    found |= {"embedding" if tied else "embedding.weight"} if enters or reads else set()
+    return frozenset(found | (_position_parts(config) if enters else set()))
+
+
+def used_again(config: Blueprint, leg: Leg) -> str | None:
+    """Return which parameters a leg uses in several places, one after the other, if any."""
+    ends = bool(leg.decoder) and leg.decoder.stop == config.decoder.layers
+    uses = int(ends and config.embedding.tied)
+    sides = (("encoder", config.encoder, leg.encoder), ("decoder", config.decoder, leg.decoder))
+    for side, stack, blocks in sides:
+        uses += bool(blocks) and blocks.start == 0
+        moe, routed = config.mixture(stack), sum(stack.sparse(layer) for layer in blocks)
+        if not isinstance(moe, MoE):
+            continue
+        if moe.link.recurs and routed > 1:
+            return f"what the routers of the {side} share"
+        uses += routed if moe.condition.reads() != "nothing" else 0
+    return "the embedding" if uses > 1 else None
+
+
+def block_costs(config: Blueprint, *, sizes: Sizes) -> tuple[float, ...]:
+    """Return the forward FLOPs of every block of the chain; the logits count for the last one."""
+    encoder, decoder = config.encoder, config.decoder
+    sides = (("encoder", encoder), ("decoder", decoder))
+    costs = [
+        _block_cost(config, side=side, layer=layer, sizes=sizes)
+        for side, stack in sides
+        for layer in range(stack.layers)
+    ]
+    costs[-1] += 2.0 * sizes.rows * sizes.target * config.dim * config.vocab_size
+    return tuple(costs)
+
+
+def evenly(costs: Sequence[float], *, parts: int) -> tuple[int, ...]:
+    """Cut a list into runs so that the dearest is as cheap as can be; return where runs start.
+
+    Among the best, the first has the earliest cuts.
+    """
+    total = [0.0, *itertools.accumulate(costs)]
+    best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(0, 0): (0.0, ())}
+    for part in range(1, parts + 1):
+        for stop in range(part, len(costs) - (parts - part) + 1):
+            options = (
+                (max(best[part - 1, start][0], total[stop] - total[start]), start)
+                for start in range(part - 1, stop)
+                if (part - 1, start) in best
+            )
+            dearest, start = min(options)
+            best[part, stop] = (dearest, (*best[part - 1, start][1], start))
+    return best[parts, len(costs)][1][1:]
+
+
+def _block_cost(config: Blueprint, *, side: str, layer: int, sizes: Sizes) -> float:
+    """What one more block like this one adds to a model."""
+    stack = config.encoder if side == "encoder" else config.decoder
+    dense = Stack(layers=1, moe_every=0)
+    other = dense if config.encoder.layers else config.encoder
+    alike = Stack(layers=1, moe_every=1, moe=config.sparse(stack, layer=layer))
+    one = config.replace(**{"encoder": other, "decoder": dense} | {side: alike})
+    two = one.replace(**{side: alike.replace(layers=2)})
+    return count(two).forward_flops(sizes) - count(one).forward_flops(sizes)
+
+
+def _position_parts(config: Blueprint) -> set[str]:
+    """What adds positions to embeddings; what turns heads has no parts, and all blocks need it."""
+    with torch.device("meta"):
+        position = config.position.build(dim=config.dim, head_dim=config.head_dim)
+    return {f"position.{name}" for name, _ in position.named_children()}
+
+
+def _within(name: str, paths: frozenset[str]) -> bool:
+    """Whether a parameter is in one of these parts."""
+    words = name.split(".")
+    return any(".".join(words[:length]) in paths for length in range(1, len(words) + 1))

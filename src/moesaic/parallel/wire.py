@@ -1,0 +1,152 @@
+"""Wire: what crosses a boundary between two stages, as tensors whose shape both sides know before.
+
+Micro-batches of a step differ in their tokens, so rows are filled up to the most of any of them.
+
+Letters: R rows on the wire, T tokens of the stack in progress, S source tokens, D model dim,
+C columns that linked routers carry.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from moesaic.core.shapes import Float, Tensor
+from moesaic.model.blueprint import Blueprint
+from moesaic.model.leg import Handed, Leg, handing
+from moesaic.moe.gates import Handing
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """How many tokens of a micro-batch are held here."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """Between two legs: whether states of a stack in progress cross, and those of the source."""
+
+    side: str
+    memory: bool
+    carried: Handing
+
+    @staticmethod
+    def after(leg: Leg, *, config: Blueprint) -> "Boundary":
+        """Return the boundary at the end of a leg."""
+        first = config.encoder.layers
+        if leg.decoder:
+            return Boundary("target", memory=bool(first), carried=handing(config, config.decoder))
+        if leg.encoder.stop < first:
+            return Boundary("source", memory=False, carried=handing(config, config.encoder))
+        return Boundary("", memory=True, carried=Handing())
+
+    def states(self, tokens: Held) -> int:
+        """Return the T of a micro-batch."""
+        return {"source": tokens.source, "target": tokens.target, "": 0}[self.side]
+
+    def rows(self, tokens: Held) -> int:
+        """Return the rows of a micro-batch that cross."""
+        return self.states(tokens) + (tokens.source if self.memory else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """A boundary with room for every micro-batch of a step; values are of ``dtype``."""
+
+    boundary: Boundary
+    dim: int
+    dtype: torch.dtype
+    rows: int
+    carried_rows: int
+
+    @staticmethod
+    def of(boundary: Boundary, *, dim: int, dtype: torch.dtype, tokens: Sequence[Held]) -> "Wire":
+        """Make room, a little more than is needed, so that most steps need the same."""
+        rows = roomy(max(boundary.rows(each) for each in tokens))
+        carried = roomy(max(boundary.states(each) for each in tokens))
+        columns = boundary.carried.hidden + boundary.carried.logits
+        return Wire(boundary, dim, dtype, rows, carried if columns else 0)
+
+    @property
+    def columns(self) -> int:
+        """What linked routers carry of a token."""
+        return self.boundary.carried.hidden + self.boundary.carried.logits
+
+    def blanks(self, device: torch.device | str) -> tuple[Tensor, ...]:
+        """Return tensors of the shapes that cross."""
+        blank = torch.empty(self.rows, self.dim, dtype=self.dtype, device=device)
+        if not self.columns:
+            return (blank.requires_grad_(),)
+        carried = torch.empty(self.carried_rows, self.columns, device=device)
+        return blank.requires_grad_(), carried.requires_grad_()
+
+    def pack(self, handed: Handed, *, term: Float[Tensor, ""]) -> tuple[Tensor, ...]:
+        """Return what crosses. Its backward also adds 1 to the gradient of ``term``, a loss."""
+        there = [states for states in (handed.x, handed.memory) if states is not None]
+        there[0] = attach(there[0], term)
+        rows = _filled(there, rows=self.rows).to(self.dtype)
+        if not self.columns or handed.x is None:
+            return (rows,)
+        tokens, carried = handed.x.shape[0], self.boundary.carried
+        columns = [
+            rows.new_zeros(tokens, width, dtype=torch.float32) if value is None else value
+            for value, width in ((handed.hidden, carried.hidden), (handed.logits, carried.logits))
+        ]
+        # before the first router nothing is carried; the zeros then need a graph all the same
+        joined = hang(torch.cat(columns, 1), handed.x)
+        return rows, _filled([joined], rows=self.carried_rows)
+
+    def unpack(self, crossed: Sequence[Tensor], *, tokens: Held) -> Handed:
+        """Return what was handed on, of a micro-batch of so many tokens."""
+        boundary, states = self.boundary, self.boundary.states(tokens)
+        x = crossed[0][:states] if boundary.side else None
+        memory = crossed[0][states : states + tokens.source] if boundary.memory else None
+        if x is None or not self.columns:
+            return Handed(x, memory=memory)
+        carried = crossed[1][:states]
+        # what no router reads has a gradient all the same, zero
+        x = hang(x, carried)
+        hidden, logits = carried.split([boundary.carried.hidden, boundary.carried.logits], 1)
+        return Handed(
+            x, hidden if hidden.shape[1] else None, logits if logits.shape[1] else None, memory
+        )
+
+
+def attach(x: Float[Tensor, "*S"], term: Float[Tensor, ""]) -> Float[Tensor, "*S"]:
+    """Return ``x``; whoever differentiates it adds 1 to the gradient of ``term``."""
+    return _Attach.apply(x, term)
+
+
+def hang(x: Float[Tensor, "T D"], other: Float[Tensor, "*S"]) -> Float[Tensor, "T D"]:
+    """Return ``x``; whoever differentiates it finds a gradient of ``other`` too: zero."""
+    return _Attach.apply(x, 0.0 * other.sum())
+
+
+def roomy(rows: int) -> int:
+    """Round up by at most an eighth, to one of few numbers."""
+    step = 1 << max(0, rows.bit_length() - 4)
+    return max(1, -(-rows // step) * step)
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, term: Tensor) -> Tensor:
+        ctx.like = (term.dtype, term.device)
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dtype, device = ctx.like
+        return grads[0], torch.ones((), dtype=dtype, device=device)
+
+
+def _filled(parts: Sequence[Tensor], *, rows: int) -> Tensor:
+    """Put tensors under one another, and zeros below."""
+    lacking = rows - sum(part.shape[0] for part in parts)
+    return torch.cat([*parts, parts[0].new_zeros(lacking, *parts[0].shape[1:])])

@@ -1,0 +1,227 @@
+"""Law: stages on several ranks give the loss and every gradient that one process gives."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as distributed
+
+from moesaic.core.shapes import Tensor
+from moesaic.data.batch import Batch
+from moesaic.dist.mesh import STAGE, Mesh
+from moesaic.dist.plan import ParallelPlan
+from moesaic.dist.world import Alone, Ranks
+from moesaic.model.config import Stack, TransformerConfig
+from moesaic.model.transformer import Transformer
+from moesaic.moe.balance import RouterZ, SwitchBalance
+from moesaic.moe.balances.global_batch import GlobalBatchBalance
+from moesaic.moe.bodies.shared import SharedExperts
+from moesaic.moe.conditions.embeddings import OnToken
+from moesaic.moe.config import MoE
+from moesaic.moe.layer import set_ranks
+from moesaic.moe.limit import AtRandom, Capacity
+from moesaic.moe.links.decoupled import Decoupled
+from moesaic.moe.links.pre_gated import PreGated
+from moesaic.moe.links.recurrent import Recurrent
+from moesaic.moe.select import TopK
+from moesaic.nn.embedding import EmbeddingConfig
+from moesaic.nn.position import Learned
+from moesaic.parallel.apply import lay
+from moesaic.parallel.config import Parallel
+from moesaic.parallel.pipeline import Micro, Pipeline, Scoring
+from moesaic.parallel.schedules import (
+    BreadthFirst,
+    DualPipeV,
+    GPipe,
+    Interleaved,
+    InterleavedZeroBubble,
+    OneForwardOneBackward,
+    PipeSchedule,
+    ZeroBubbleV,
+)
+from moesaic.parallel.stages import ByCost, Stages
+from moesaic.testing.ranks import run_on_ranks
+from moesaic.testing.tiny import (
+    BALANCED_TOP1,
+    LANGUAGES,
+    TASKS,
+    random_batch,
+    rows_of,
+    tiny_model_config,
+)
+from moesaic.train.meters import Categories
+from moesaic.train.precision import Float32
+from moesaic.train.ranks import BatchRanks
+from moesaic.train.step import Objective
+
+OBJECTIVE = Objective(Categories(TASKS, LANGUAGES), smoothing=0.1, precision=Float32())
+BALANCES = (SwitchBalance(weight=0.3), RouterZ(weight=0.2))
+RTS = BALANCED_TOP1.replace(
+    balance=BALANCES, limit=Capacity(factor=0.7, minimum=0, priority=AtRandom())
+)
+TOP2 = MoE(experts=4, select=TopK(k=2), balance=BALANCES)
+SHARED = TOP2.replace(beside=SharedExperts(number=1), hidden=16)
+CPU = torch.device("cpu")
+
+
+def _of(moe: MoE, *, layers: int = 2) -> TransformerConfig:
+    return tiny_model_config(moe=moe, layers=layers)
+
+
+def _decoder(moe: MoE, *, layers: int = 4) -> TransformerConfig:
+    return _of(moe, layers=layers).replace(encoder=Stack(layers=0))
+
+
+UNTIED = _of(TOP2.replace(condition=OnToken())).replace(
+    position=Learned(max=32), embedding=EmbeddingConfig(tied=False)
+)
+ALL = (
+    GPipe(),
+    OneForwardOneBackward(),
+    Interleaved(),
+    BreadthFirst(),
+    InterleavedZeroBubble(),
+    ZeroBubbleV(),
+    DualPipeV(),
+)
+WHOLE_BACKWARD = (GPipe(), OneForwardOneBackward(), Interleaved(), BreadthFirst())
+Case = tuple[TransformerConfig, Sequence[PipeSchedule], int]
+ON_TWO: dict[str, Case] = {
+    "top1-rts": (_of(RTS), ALL, 4),
+    "decoder-shared-experts": (_decoder(SHARED), ALL, 8),
+    "recurrent": (_of(TOP2.replace(link=Recurrent(width=6))), WHOLE_BACKWARD[1:3], 4),
+    "pre-gated": (_of(TOP2.replace(link=PreGated())), (Interleaved(), ZeroBubbleV()), 4),
+    "decoupled": (_of(TOP2.replace(link=Decoupled(dim=8, heads=2))), (Interleaved(),), 4),
+    "untied-learned-on-token": (UNTIED, WHOLE_BACKWARD[:3], 4),
+    "balance-over-the-step": (
+        _of(TOP2.replace(balance=(GlobalBatchBalance(weight=0.5),))),
+        (OneForwardOneBackward(), BreadthFirst()),
+        4,
+    ),
+}
+ON_FOUR: dict[str, Case] = {
+    "top1-rts": (_of(RTS), (OneForwardOneBackward(),), 4),
+    "deeper": (_of(TOP2, layers=4), (Interleaved(), InterleavedZeroBubble(), ZeroBubbleV()), 8),
+}
+
+
+@dataclass(frozen=True)
+class Alike:
+    """What one process has: the loss's terms, gradients, their norm, token losses."""
+
+    terms: dict[str, float]
+    grads: dict[str, Tensor]
+    norm: float
+
+
+def _batches(number: int, *, rank: int = 0, world: int = 1) -> list[Batch]:
+    """Micro-batches of uneven lengths."""
+    whole = [random_batch(4, seed=seed, length=4 + 3 * seed % 7) for seed in range(number)]
+    return [rows_of(batch, rank=rank, world=world) for batch in whole]
+
+
+def _built(config: TransformerConfig) -> Transformer:
+    torch.manual_seed(0)
+    return config.build()
+
+
+def _alone(config: TransformerConfig, *, micro_batches: int) -> Alike:
+    model = _built(config)
+    spread = lay(model, parallel=Parallel(), world=Alone())
+    seen = OBJECTIVE.gradients(spread, batches=_batches(micro_batches))
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
+    return Alike({name: float(v) for name, v in seen.sums.terms.items()}, grads, norm)
+
+
+def _mesh(data: int) -> Mesh:
+    plan = ParallelPlan(pipe=distributed.get_world_size() // data, data=data)
+    return Mesh(plan, rank=distributed.get_rank(), device=CPU, timeout_s=10)
+
+
+def _laid(config: TransformerConfig, schedule: PipeSchedule, *, mesh: Mesh) -> Pipeline:
+    stages = Stages.of(config, schedule=schedule, ranks=mesh.plan.pipe, cut=ByCost())
+    model = _built(config)
+    stages.keep_only(model, rank=mesh.place()["pipe"])
+    stage = mesh.group(*STAGE)
+    set_ranks(model, BatchRanks(Alone() if stage is None else Ranks(group=stage)))
+    return Pipeline.on(mesh, model=model, stages=stages)
+
+
+def _sums(micros: Sequence[Micro]) -> dict[str, float]:
+    """The loss's terms, summed over micro-batches and ranks."""
+    here: dict[str, float] = {}
+    for micro in micros:
+        for name, value in micro.terms.items():
+            here[name] = here.get(name, 0.0) + float(value)
+    return Ranks().sum_floats(here)
+
+
+def _compare(case: Case, want: Alike, *, data: int = 1) -> None:
+    config, schedules, micro_batches = case
+    mesh = _mesh(data)
+    rank, copies = mesh.place()["data"], mesh.group("data")
+    batches = _batches(micro_batches, rank=rank, world=data)
+    predicted = sum(batch.num_predicted for batch in _batches(micro_batches))
+    for schedule in schedules:
+        pipe = _laid(config, schedule, mesh=mesh)
+        assert pipe.stages.refuses(micro_batches=micro_batches, zero=0) is None
+        micros = pipe.gradients(batches, scoring=Scoring(predicted, smoothing=0.1))
+        assert _sums(micros) == pytest.approx(want.terms, abs=1e-5), schedule
+        square = 0.0
+        for name, parameter in pipe.model.named_parameters():
+            grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+            if copies is not None:
+                distributed.all_reduce(grad, group=copies)
+            error = (grad - want.grads.get(name, torch.zeros(()))).abs().max()
+            assert float(error) <= 1e-5, (schedule, name)
+            counts = pipe.stages.counts(name, rank=pipe.rank) and rank == 0
+            square += float(grad.square().sum()) if counts else 0.0
+        norm = math.sqrt(Ranks().sum_floats({"square": square})["square"])
+        assert norm == pytest.approx(want.norm, rel=1e-5), schedule
+
+
+@pytest.mark.parametrize("name", ON_TWO)
+def test_two_ranks_give_what_one_gives(name: str) -> None:
+    config, _, micro_batches = ON_TWO[name]
+    want = _alone(config, micro_batches=micro_batches)
+    run_on_ranks(2, _compare, ON_TWO[name], want, patience_s=20)
+
+
+@pytest.mark.parametrize("name", ON_FOUR)
+def test_four_ranks_give_what_one_gives(name: str) -> None:
+    config, _, micro_batches = ON_FOUR[name]
+    want = _alone(config, micro_batches=micro_batches)
+    run_on_ranks(4, _compare, ON_FOUR[name], want, patience_s=20)
+
+
+def test_stages_of_two_ranks_that_share_the_data_give_what_one_process_gives() -> None:
+    case = (_of(RTS), (OneForwardOneBackward(), ZeroBubbleV()), 4)
+    want = _alone(case[0], micro_batches=4)
+
+    def compare() -> None:
+        _compare(case, want, data=2)
+
+    run_on_ranks(4, compare, patience_s=20)
+
+
+def test_a_pipeline_scores_any_number_of_batches_as_one_process_does() -> None:
+    config, batches = _of(RTS), _batches(3)
+    model = _built(config).eval()
+    with torch.no_grad():
+        want = [model.loss(model(batch)).nll for batch in batches]
+
+    def compare() -> None:
+        mesh = _mesh(1)
+        for schedule in (OneForwardOneBackward(), Interleaved(), ZeroBubbleV()):
+            pipe = _laid(config, schedule, mesh=mesh)
+            pipe.model.eval()
+            found = pipe.scores(batches, scoring=Scoring(1))
+            if pipe.last:
+                torch.testing.assert_close([micro.nll for micro in found], want)
+            else:
+                assert all(micro.nll is None for micro in found)
+
+    run_on_ranks(2, compare, patience_s=20)

@@ -1,0 +1,111 @@
+"""Blocks that make their activations again give what they gave, and keep less."""
+
+import pytest
+import torch
+
+from moesaic.core.shapes import Tensor
+from moesaic.dist.world import Alone
+from moesaic.model.transformer import Transformer
+from moesaic.moe.balances.global_batch import GlobalBatchBalance
+from moesaic.moe.config import MoE
+from moesaic.moe.layer import hear
+from moesaic.moe.limit import AtRandom, Capacity
+from moesaic.moe.links.recurrent import Recurrent
+from moesaic.moe.noise import Jitter
+from moesaic.moe.select import TopK
+from moesaic.parallel.apply import lay
+from moesaic.parallel.config import Parallel
+from moesaic.parallel.recompute import Blocks, KeepAll, Recompute, recompute
+from moesaic.testing.tiny import (
+    BALANCED_TOP1,
+    LANGUAGES,
+    TASKS,
+    random_batch,
+    tiny_model_config,
+)
+from moesaic.train.meters import Categories
+from moesaic.train.precision import Float32
+from moesaic.train.step import Objective
+
+MIXTURES = {
+    "top1-rts-jitter": BALANCED_TOP1.replace(
+        limit=Capacity(factor=0.7, minimum=0, priority=AtRandom()), noise=Jitter(epsilon=0.2)
+    ),
+    "recurrent": MoE(experts=4, select=TopK(k=2), link=Recurrent(width=6)),
+    "over-the-step": MoE(experts=4, select=TopK(k=2), balance=(GlobalBatchBalance(weight=0.5),)),
+}
+
+
+def _model(moe: MoE, by: Recompute, *, dropout: float = 0.0) -> Transformer:
+    torch.manual_seed(0)
+    model = tiny_model_config(moe=moe, layers=2).replace(dropout=dropout).build()
+    recompute(model, by=by)
+    return model
+
+
+def _step(model: Transformer) -> tuple[dict[str, float], list[Tensor | None]]:
+    objective = Objective(Categories(TASKS, LANGUAGES), smoothing=0.1, precision=Float32())
+    batches = [random_batch(3, seed=seed) for seed in range(3)]
+    torch.manual_seed(1)  # of dropout
+    seen = objective.gradients(lay(model, parallel=Parallel(), world=Alone()), batches=batches)
+    terms = {name: float(value) for name, value in seen.sums.terms.items()}
+    return terms, [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("by", [Blocks(), Blocks(every=2)], ids=["all", "every-second"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_step_is_the_same_bit_for_bit(name: str, by: Recompute) -> None:
+    want, want_grads = _step(_model(MIXTURES[name], KeepAll(), dropout=0.1))
+    terms, grads = _step(_model(MIXTURES[name], by, dropout=0.1))
+    assert terms == want
+    for grad, wanted in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(grad, wanted, atol=0, rtol=0)
+
+
+def _kept(model: Transformer) -> int:
+    """Bytes kept of one forward pass, by autograd or as what a block was given; once each."""
+    found: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+
+    def keep(tensor: Tensor) -> Tensor:
+        note(tensor)
+        return tensor
+
+    for block in [*model.encoder, *model.decoder]:
+        block.register_forward_pre_hook(lambda _, given: note(given[0].x))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(random_batch(16, seed=0))
+        model.loss(output).total.backward()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return sum(size for place, size in found.items() if place not in weights)
+
+
+def test_fewer_bytes_are_kept() -> None:
+    moe = MIXTURES["top1-rts-jitter"]
+    bytes_kept = [_kept(_model(moe, by)) for by in (KeepAll(), Blocks(every=2), Blocks())]
+    assert bytes_kept == sorted(bytes_kept, reverse=True)
+    assert bytes_kept[2] < bytes_kept[0] / 4
+
+
+def test_what_routers_hear_between_the_passes_does_not_change_the_gradient() -> None:
+    moe = MIXTURES["over-the-step"]
+
+    def grads(by: Recompute, *, early: bool) -> list[Tensor | None]:
+        model, losses = _model(moe, by), []
+        for seed in range(2):
+            output = model(random_batch(3, seed=seed))
+            losses += [sum(record.losses["balance"] for record in output.records)]
+            hear(model, output.records)
+        if early:
+            hear(model, output.records)
+        sum(losses).backward()
+        return [p.grad for p in model.parameters()]
+
+    want = grads(KeepAll(), early=False)
+    found = grads(Blocks(), early=True)
+    assert all(
+        (a is None and b is None) or torch.equal(a, b) for a, b in zip(found, want, strict=True)
+    )
