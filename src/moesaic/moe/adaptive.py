@@ -50,7 +50,7 @@ class Adaptive:
 
     Experts lie over ``over`` and their slices over ``slices``, as for an ``AllToAllDispatcher``;
     the bank is an ``Experts``. ``among`` are the ways to choose from, all by default. Making one is
-    collective over both groups.
+    collective over both groups; to choose, the host waits for the device once more than to move.
     """
 
     def __init__(
