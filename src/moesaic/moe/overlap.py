@@ -69,13 +69,17 @@ class Chunked:
         edges = edges_of(routing)
         plan = _plan(edges.groups.counts, over=self._over, degrees=self._degrees)
         rows = carry_out(as_autocast(x), edges=edges)[: plan.sent]
-        flight = _Flight(plan)
-        out, back = _Depart.apply(rows, flight), []
-        for piece, groups in enumerate(plan.groups):
-            here = _Land.apply(out, flight, piece)
-            y = answer(here, groups=groups, experts=experts)
-            back.append(_Leave.apply(y, flight, piece))
-        return settle(_Arrive.apply(flight, *back), edges=edges)
+
+        def work(rows: Tensor, experts: RowExperts) -> Tensor:
+            flight = _Flight(plan)
+            out, back = _Depart.apply(rows, flight), []
+            for piece, groups in enumerate(plan.groups):
+                here = _Land.apply(out, flight, piece)
+                y = answer(here, groups=groups, experts=experts)
+                back.append(_Leave.apply(y, flight, piece))
+            return _Arrive.apply(flight, *back)
+
+        return settle(experts.within(rows, work=work), edges=edges)
 
 
 @dataclass(frozen=True, slots=True)

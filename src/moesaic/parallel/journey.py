@@ -33,9 +33,9 @@ class Journey(Choice):
         """
         raise NotImplementedError
 
-    def refuses(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
-        """Return why it cannot serve a layer of so many ``experts`` under a plan, if it cannot."""
-        del plan, bank, experts
+    def refuses(self, *, plan: ParallelPlan, bank: nn.Module) -> str | None:
+        """Return why it cannot serve a layer's ``bank`` under a plan, if it cannot."""
+        del plan, bank
         return None
 
 
@@ -57,8 +57,8 @@ class TwoHops(Journey):
         nodes = split(over, run=self._on_node(over), timeout_s=timeout_s)
         return two_hops(nodes=nodes.far, inside=nodes.near)
 
-    def refuses(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
-        del bank, experts
+    def refuses(self, *, plan: ParallelPlan, bank: nn.Module) -> str | None:
+        del bank
         return _no_slices(plan)
 
     def _on_node(self, over: Group) -> int:
@@ -88,8 +88,8 @@ class InChunks(Journey):
         del slices, timeout_s
         return Chunked(over, degrees=Degrees(self.forward, self.backward))
 
-    def refuses(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
-        del bank, experts
+    def refuses(self, *, plan: ParallelPlan, bank: nn.Module) -> str | None:
+        del bank
         return _no_slices(plan)
 
 
@@ -113,15 +113,10 @@ class Lend(Journey):
         )
         return Adaptive(over, slices=slices, prices=prices, timeout_s=timeout_s)
 
-    def refuses(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
+    def refuses(self, *, plan: ParallelPlan, bank: nn.Module) -> str | None:
+        del plan
         if not isinstance(bank, Experts):
             return f"{type(bank).__name__} cannot be lent, only plain feed-forwards can"
-        copies = plan.axes(experts=experts)["expert_data"]
-        if plan.zero and copies > 1:
-            return (
-                f"what is lent must lie whole, but zero={plan.zero} shares it out over {copies} "
-                "copies: raise parallel.expert until there is one, or set parallel.zero=0"
-            )
         return None
 
 
