@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 import torch.distributed as distributed
+from moesaic.train.ranks import BatchRanks
 
 from moesaic.dist.local import local
 from moesaic.dist.mesh import Mesh
@@ -23,7 +24,6 @@ from moesaic.parallel.cost import rank_bytes
 from moesaic.parallel.inventory import Inventory
 from moesaic.parallel.sends import Sending, sends
 from moesaic.testing.ranks import run_on_ranks
-from moesaic.train.ranks import BatchRanks
 from moesaic.train.rehearse import batch_of, evenly, groups, rehearse, sent
 from parallel.prices import BIASED, BOTH, DECODER, SIZES, parallel
 

@@ -56,7 +56,7 @@ class Even(Select):
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """What a step took on one rank: bytes held after it, at most in use during it, and sent.
+    """What a step took on one rank: bytes held after it, most in use before its update, and sent.
 
     ``kept`` is what the forward pass added: for the backward pass, and what ZeRO gathered.
     """
@@ -112,6 +112,7 @@ def rehearse(
             spread.before_backward(last=True)
             loss.backward()
             spread.sum_gradients()
+        peak = alike.peak_bytes
         made = (optimizer or AdamW()).build(model.named_parameters(), kinds=model.parameter_kinds())
         made.step()
         slots = [t for s in made.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
@@ -122,7 +123,7 @@ def rehearse(
             gradients=_bytes(gradients),
             optimizer=_bytes(slots),
             kept=kept,
-            peak=alike.peak_bytes,
+            peak=peak,
             sent=sent(wire),
             seconds=time.perf_counter() - started,
         )
