@@ -16,6 +16,7 @@ from moesaic.parallel.capacity import Budget, Setting, largest, with_experts
 from moesaic.parallel.config import Parallel, RingReach
 from moesaic.parallel.cost import MIXED, RankBytes, rank_bytes
 from moesaic.parallel.inventory import Holding, Inventory
+from moesaic.parallel.recompute import Blocks
 from moesaic.parallel.sends import sends
 from parallel.prices import BOTH, DECODER, SIZES, parallel
 
@@ -97,8 +98,11 @@ def test_what_is_not_forecast_is_refused_with_the_way_out() -> None:
     with pytest.raises(ConfigError, match="pipe=2"):
         held(BOTH, parallel(pipe=2), 4)
     ring = Parallel(plan=parallel(context=2).plan, reach=RingReach())
-    with pytest.raises(UserError, match="UlyssesReach"):
-        sends(held(BOTH, ring, 4), sizes=SIZES)
+    with pytest.raises(ConfigError, match=r"reach=RingReach.*UlyssesReach"):
+        held(BOTH, ring, 4)
+    again = parallel().replace(recompute=Blocks())
+    with pytest.raises(ConfigError, match=r"recompute=Blocks.*KeepAll"):
+        held(BOTH, again, 4)
     with pytest.raises(UserError, match="choose other rows"):
         rank_bytes(held(BOTH, parallel(tensor=2), 4), sizes=Sizes(1, 8, 5))
 

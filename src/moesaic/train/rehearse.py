@@ -24,14 +24,12 @@ from moesaic.model.config import TransformerConfig
 from moesaic.model.count import Sizes
 from moesaic.moe.config import MoE, Sparse
 from moesaic.moe.gate import Gate
-from moesaic.moe.layer import set_ranks
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import Select
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.apply import apply, experts_of
 from moesaic.parallel.config import Parallel
 from moesaic.parallel.inventory import EXPERT_STAGE
-from moesaic.parallel.ranks import BatchRanks
 from moesaic.parallel.sends import Sending
 from moesaic.parallel.spread import Spread
 
@@ -103,7 +101,6 @@ def rehearse(
         )
         with FewPieces():
             spread = apply(model, parallel=parallel, mesh=mesh)
-        set_ranks(model, BatchRanks(spread.stage))
         before = alike.in_use()
         alike.peak_bytes = 0
         with Wire(axes=groups(mesh)) as wire:
