@@ -386,3 +386,5 @@ def test_launch_refuses_what_cannot_start(capsys):
     assert 'did you mean "slurm"' in refused([*tiny, "--on", "slrm"], capsys)
     assert "Kubernetes.image: missing" in refused([*tiny, "--on", "kubernetes"], capsys)
     assert "unknown key" in refused([*tiny, "--set", "stepz=3"], capsys)
+    plan = ["--set", "parallel.plan.tensor=3"]
+    assert "tensor" in refused([*tiny, *plan], capsys), "eight ranks make no such plan"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as distributed
+from moesaic.train.ranks import BatchRanks
 
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
@@ -53,7 +54,6 @@ from moesaic.testing.tiny import (
 )
 from moesaic.train.meters import Categories
 from moesaic.train.precision import Float32
-from moesaic.train.ranks import BatchRanks
 from moesaic.train.step import Objective
 
 OBJECTIVE = Objective(Categories(TASKS, LANGUAGES), smoothing=0.1, precision=Float32())

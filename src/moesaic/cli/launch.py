@@ -41,6 +41,9 @@ def launch(
     changes: Set = None,
     run_dir: Annotated[str | None, typer.Option("--run", help="The run directory there.")] = None,
     restarts: Annotated[int, typer.Option(help="How often all ranks may start again.")] = 3,
+    fewest: Annotated[
+        int | None, typer.Option("--fewest-nodes", help="Go on with so few, if others are gone.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the file here.")] = None,
     shown: Annotated[
         bool, typer.Option("--print", help="Print it (without --out anyway).")
@@ -71,7 +74,9 @@ def launch(
         nodes=nodes,
         gpus_per_node=gpus,
         restarts=restarts,
+        fewest_nodes=fewest,
     )
+    run.parallel.plan.on(job.world)  # a plan that these ranks cannot make is refused here
     text = launcher.file(job)
     if out is not None:
         out.write_text(text, encoding="utf-8")
@@ -99,11 +104,10 @@ def read_launcher(text: str) -> Launcher:
 
 
 def _ranks(run: Run, *, nodes: int, gpus: int) -> str:
-    world = nodes * gpus
-    share = run.loader.batch_tokens / max(world, 1)
+    tokens = f"{run.loader.batch_tokens:,} tokens"
     return (
-        f"{run.name}: {nodes} x {gpus} GPUs = {world} ranks, {share:,.0f} of "
-        f"loader.batch_tokens={run.loader.batch_tokens:,} tokens each"
+        f"{run.name}: {nodes} x {gpus} GPUs = {nodes * gpus} ranks, a micro-batch of {tokens} over "
+        "all of them"
     )
 
 

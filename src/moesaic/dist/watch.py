@@ -30,7 +30,7 @@ _STORE_ERRORS = (RuntimeError, ValueError, OSError)  # torch's DistErrors are Ru
 class Watch:
     """The watch of one rank. ``store`` is a client of its own: a blocked one would hold it up.
 
-    A job of which a rank died or hung ends at most ``patience_s + grace_s`` later.
+    A job of which a rank died or hung ends about ``patience_s + grace_s`` later at most.
     """
 
     def __init__(

@@ -120,7 +120,7 @@ class Route:
         tokens = sum(run.length for run in self.asked[self.part(step + 1)])
         arriving = held.new_empty(tokens, *held.shape[1:])
         if self.group is None or self.ranks == 1:
-            return Travel(held, held, (), None)
+            return Travel(held, held, ())
         own = rank_in(self.group)
         to, from_ = (
             distributed.get_global_rank(self.group, rank % self.ranks)
@@ -143,7 +143,7 @@ class Travel:
     sent: Tensor
     arriving: Tensor
     work: tuple[Any, ...]
-    group: Group
+    group: Group = None
 
     def wait(self) -> Tensor:
         """Return what has arrived."""

@@ -46,6 +46,12 @@ def test_a_job_of_nothing_is_refused(field: str) -> None:
         JOB.replace(**{field: 0})
 
 
+def test_more_machines_than_there_are_cannot_be_the_fewest() -> None:
+    with pytest.raises(ConfigError, match="fewest_nodes=3 must be at most nodes=2"):
+        JOB.replace(fewest_nodes=3)
+    assert not JOB.replace(fewest_nodes=2).shrinks
+
+
 def test_a_name_becomes_one_that_every_system_takes() -> None:
     names = ["My run_1", "50-languages", "é", "x" * 60, "--a--"]
     labels = [JOB.replace(name=name).label for name in names]

@@ -79,3 +79,11 @@ def test_its_options_are_slurms() -> None:
 def test_a_wrong_setting_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         Slurm(**wrong)
+
+
+def test_a_job_that_may_shrink_outlives_a_node() -> None:
+    text = Slurm().file(JOB.replace(fewest_nodes=1))
+    assert "#SBATCH --no-kill" in text
+    assert "--kill-on-bad-exit=0" in text
+    assert parsed(shell_command(text)).nnodes == "1:2"
+    assert "--kill-on-bad-exit=1" in Slurm().file(JOB)

@@ -10,12 +10,13 @@ import string
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch.distributed.run import get_args_parser
 
 from moesaic.core.config import Choice, Config
+from moesaic.core.errors import ConfigError
 
 TEMPLATES = Path(__file__).parent / "templates"
 Positive = Annotated[int, Field(ge=1)]
@@ -26,7 +27,8 @@ class Job(Config):
     """What is started: ``command`` (words after torchrun's own) on ``nodes`` machines.
 
     ``about`` is said at the top of the file. torchrun starts all ranks again up to ``restarts``
-    times, and they meet at ``port`` of the first machine.
+    times, and they meet at ``port`` of the first machine. With ``fewest_nodes`` the run goes on
+    with so few machines, if the others are gone for good.
     """
 
     name: str
@@ -36,6 +38,20 @@ class Job(Config):
     gpus_per_node: Positive
     restarts: Annotated[int, Field(ge=0)] = 3
     port: Annotated[int, Field(ge=1024, le=65535)] = 29500
+    fewest_nodes: Positive | None = None
+
+    @model_validator(mode="after")
+    def _fewest_are_fewer(self) -> Self:
+        if self.fewest_nodes is not None and self.fewest_nodes > self.nodes:
+            raise ConfigError(
+                [f"fewest_nodes={self.fewest_nodes} must be at most nodes={self.nodes}"]
+            )
+        return self
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether it may go on with fewer machines."""
+        return self.fewest_nodes is not None and self.fewest_nodes < self.nodes
 
     @property
     def world(self) -> int:
@@ -107,7 +123,7 @@ def torchrun(
     has. After a signal the ranks have ``stop_s`` seconds to save, where this torch can be told.
     """
     own = {
-        "nnodes": str(job.nodes),
+        "nnodes": f"{job.fewest_nodes}:{job.nodes}" if job.shrinks else str(job.nodes),
         "nproc-per-node": str(job.gpus_per_node),
         "max-restarts": str(job.restarts),
         "rdzv-backend": "c10d",

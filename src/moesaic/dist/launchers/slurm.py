@@ -46,7 +46,14 @@ class Slurm(Launcher):
         )
         named = {"partition": self.partition, "account": self.account}
         options = [f"--{name}={value}" for name, value in named.items() if value]
+        options += ["--no-kill"] * job.shrinks
         more = "".join(f"#SBATCH {option}\n" for option in [*options, *self.more])
         return fill(
-            "slurm.sh", job, torchrun=words, time=self.time, save_s=self.save_s, more=more
+            "slurm.sh",
+            job,
+            torchrun=words,
+            time=self.time,
+            save_s=self.save_s,
+            more=more,
+            kill=int(not job.shrinks),
         )

@@ -23,7 +23,7 @@ stop() {
 }
 trap stop TERM
 
-srun --nodes=@{nodes} --ntasks-per-node=1 --kill-on-bad-exit=1 \
+srun --nodes=@{nodes} --ntasks-per-node=1 --kill-on-bad-exit=@{kill} \
     @{torchrun} &
 step=$!
 code=0
