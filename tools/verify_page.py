@@ -1,6 +1,6 @@
 """The matrix of docs/guide/verify.md: two models under every pair of degrees on 2, 4 and 8 ranks.
 
-    python tools/verify_page.py            minutes on two cores; writes between the page's marks
+python tools/verify_page.py            minutes on two cores; writes between the page's marks
 """
 
 import re
@@ -105,6 +105,7 @@ def write(page: Path, texts: Sequence[str], *, verdicts: Sequence[Verdict]) -> N
 
 
 def main() -> None:
+    """Run every section and write the page."""
     torch.set_num_threads(1)
     texts, verdicts = [], []
     for text, found in sections():
