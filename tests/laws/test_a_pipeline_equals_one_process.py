@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as distributed
-from moesaic.train.ranks import BatchRanks
 
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
@@ -32,6 +31,7 @@ from moesaic.nn.position import Learned
 from moesaic.parallel.apply import lay
 from moesaic.parallel.config import Parallel
 from moesaic.parallel.pipeline import Micro, Pipeline, Scoring
+from moesaic.parallel.ranks import BatchRanks
 from moesaic.parallel.schedules import (
     BreadthFirst,
     DualPipeV,

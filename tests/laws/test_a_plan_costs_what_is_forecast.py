@@ -21,9 +21,9 @@ from moesaic.parallel.apply import apply, experts_of
 from moesaic.parallel.config import Parallel
 from moesaic.parallel.cost import rank_bytes
 from moesaic.parallel.inventory import Inventory
+from moesaic.parallel.ranks import BatchRanks
 from moesaic.parallel.sends import Sending, sends
 from moesaic.testing.ranks import run_on_ranks
-from moesaic.train.ranks import BatchRanks
 from moesaic.train.rehearse import batch_of, evenly, groups, rehearse, sent
 from parallel.prices import BIASED, BOTH, DECODER, SIZES, parallel
 

@@ -3,6 +3,7 @@
 import torch
 
 from moesaic.nn.embedding import Embedding, EmbeddingConfig
+from moesaic.nn.packing import Packing
 
 
 def _build(**fields):
@@ -19,8 +20,8 @@ def test_a_tied_table_is_one_parameter():
 
 def test_scaling_multiplies_inputs_and_not_logits():
     module = _build(tied=True, scaled=True)
-    ids = torch.tensor([3, 5])
-    assert torch.equal(module(ids), module.weight[ids] * 2.0)
+    ids, packing = torch.tensor([3, 5]), Packing.of(torch.ones(1, 2, dtype=torch.bool))
+    assert torch.equal(module(ids, packing=packing), module.weight[ids] * 2.0)
     hidden = torch.randn(2, 4)
     torch.testing.assert_close(module.logits(hidden), hidden @ module.weight.t())
 

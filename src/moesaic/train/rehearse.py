@@ -31,9 +31,9 @@ from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.apply import apply, experts_of
 from moesaic.parallel.config import Parallel
 from moesaic.parallel.inventory import EXPERT_STAGE
+from moesaic.parallel.ranks import BatchRanks
 from moesaic.parallel.sends import Sending
 from moesaic.parallel.spread import Spread
-from moesaic.train.ranks import BatchRanks
 
 TOKEN = 7  # any token but padding
 
