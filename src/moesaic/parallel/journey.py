@@ -1,5 +1,6 @@
 """Journey: how rows get to experts on other ranks and home, as one part of a run's config."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch.distributed as distributed
@@ -10,7 +11,7 @@ from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
 from moesaic.dist.collectives import Group
 from moesaic.dist.fit import Cost
-from moesaic.dist.plan import ParallelPlan
+from moesaic.dist.plan import Grid, ParallelPlan
 from moesaic.dist.subgroups import split
 from moesaic.moe.adaptive import Adaptive, Prices
 from moesaic.moe.dispatch import Dispatcher
@@ -33,9 +34,9 @@ class Journey(Choice):
         """
         raise NotImplementedError
 
-    def refuses(self, *, plan: ParallelPlan, bank: nn.Module) -> str | None:
-        """Return why it cannot serve a layer's ``bank`` under a plan, if it cannot."""
-        del plan, bank
+    def refuses(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
+        """Return why it cannot serve a layer of so many ``experts`` under a plan, if it cannot."""
+        del plan, bank, experts
         return None
 
 
@@ -57,25 +58,34 @@ class TwoHops(Journey):
         nodes = split(over, run=self._on_node(over), timeout_s=timeout_s)
         return two_hops(nodes=nodes.far, inside=nodes.near)
 
-    def refuses(self, *, plan: ParallelPlan, bank: nn.Module) -> str | None:
+    def refuses(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
         del bank
-        return _no_slices(plan)
+        groups = Grid(plan.axes(experts=experts)).groups(("expert",))
+        uneven = (why for ranks in groups if (why := self._uneven(ranks)))
+        return _no_slices(plan) or next(uneven, None)
 
     def _on_node(self, over: Group) -> int:
         """Return how many ranks of a group share a node: as many on each."""
-        ranks = [] if over is None else distributed.get_process_group_ranks(over)
-        nodes = [rank // self.ranks_per_node for rank in ranks]
-        each = max(1, nodes.count(nodes[0])) if nodes else 1
+        ranks = [0] if over is None else distributed.get_process_group_ranks(over)
+        if why := self._uneven(ranks):
+            raise ConfigError([f"parallel.journey: {why}"])
+        return self._first(ranks)
+
+    def _first(self, ranks: Sequence[int]) -> int:
+        """Return how many of the ranks are on the node of the first."""
+        return sum(rank // self.ranks_per_node == ranks[0] // self.ranks_per_node for rank in ranks)
+
+    def _uneven(self, ranks: Sequence[int]) -> str | None:
+        """Return why ranks cannot travel in two hops: other numbers on other nodes."""
+        nodes, each = [rank // self.ranks_per_node for rank in ranks], self._first(ranks)
         runs = [nodes[start : start + each] for start in range(0, len(nodes), each)]
-        if any(len(run) != each or len(set(run)) > 1 for run in runs):
-            raise ConfigError(
-                [
-                    f"parallel.journey: ranks {ranks} share a layer's experts and lie on nodes "
-                    f"{nodes}, of {self.ranks_per_node} ranks each: two hops need as many on "
-                    "every node; choose another parallel.expert, or Straight()"
-                ]
-            )
-        return each
+        if all(len(run) == each and len(set(run)) == 1 for run in runs):
+            return None
+        return (
+            f"ranks {list(ranks)} share a layer's experts and lie on nodes {nodes}, of "
+            f"{self.ranks_per_node} ranks each: two hops need as many on every node; choose "
+            "another parallel.expert, or Straight()"
+        )
 
 
 class InChunks(Journey):
@@ -88,8 +98,8 @@ class InChunks(Journey):
         del slices, timeout_s
         return Chunked(over, degrees=Degrees(self.forward, self.backward))
 
-    def refuses(self, *, plan: ParallelPlan, bank: nn.Module) -> str | None:
-        del bank
+    def refuses(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
+        del bank, experts
         return _no_slices(plan)
 
 
@@ -113,8 +123,8 @@ class Lend(Journey):
         )
         return Adaptive(over, slices=slices, prices=prices, timeout_s=timeout_s)
 
-    def refuses(self, *, plan: ParallelPlan, bank: nn.Module) -> str | None:
-        del plan
+    def refuses(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
+        del plan, experts
         if not isinstance(bank, Experts):
             return f"{type(bank).__name__} cannot be lent, only plain feed-forwards can"
         return None

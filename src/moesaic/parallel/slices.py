@@ -26,7 +26,7 @@ def take(whole: Shaped[Tensor, "*N"], held: Sequence[Spans]) -> Shaped[Tensor, "
     part = whole
     for dim, runs in enumerate(held):
         if sum(length for _, length in runs) < whole.shape[dim]:
-            part = torch.cat([part.narrow(dim, *run) for run in runs], dim)
+            part = torch.cat([part.narrow(dim, *run) for run in runs or [(0, 0)]], dim)
     return part.contiguous()
 
 

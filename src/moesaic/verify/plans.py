@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from itertools import combinations, product
 
 from moesaic.core.config import Choice
@@ -36,8 +37,12 @@ def every(worlds: Iterable[int], *, model: Transformer, base: Parallel) -> Plans
     fit: list[Parallel] = []
     refused: dict[str, list[Parallel]] = {}
     for world in worlds:
+        known: dict[Parallel, str | None] = {}
         for parallel in _parallels(world, base=base):
-            why = _refusal(parallel, model=model)
+            alike = parallel.replace(recompute=base.recompute)  # which any plan can do
+            if alike not in known:
+                known[alike] = _refusal(alike, model=model)
+            why = known[alike]
             (fit if why is None else refused.setdefault(why, [])).append(parallel)
     return Plans(tuple(fit), {why: tuple(plans) for why, plans in refused.items()})
 
@@ -52,7 +57,9 @@ def _refusal(parallel: Parallel, *, model: Transformer) -> str | None:
 
 def named(parallel: Parallel) -> str:
     """Return what is not as in one process, in a few words."""
-    return ", ".join(f"{name} {value}" for name, value in _choices(parallel).items()) or "alone"
+    usual = {n: _short(n, field.default) for n, field in Parallel.model_fields.items()}
+    said = (f"{n} {value}" for n, value in _choices(parallel).items() if usual.get(n) != value)
+    return ", ".join(said) or "alone"
 
 
 def _parallels(world: int, *, base: Parallel) -> Iterator[Parallel]:
@@ -116,23 +123,34 @@ def _choices(parallel: Parallel) -> dict[str, object]:
     if plan.zero:
         found["zero"] = plan.zero
     for field, _ in _families(plan):
-        found[field] = type(getattr(parallel, field)).__name__.removesuffix(field.title())
+        found[field] = _short(field, getattr(parallel, field))
     return found
+
+
+def _short(field: str, member: object) -> str:
+    return type(member).__name__.removesuffix(field.title())
 
 
 def _cover(fit: Sequence[Parallel]) -> Iterator[Parallel]:
     """Take the plan with most pairs that no plan before it had, until every pair was had."""
-    left = {plan: _pairs(plan) for plan in fit}
-    had: set[object] = set()
+    numbers: dict[object, int] = {}
+    pairs = [_pairs(plan, numbers=numbers) for plan in fit]
+    # what a plan adds only shrinks as others are taken, so most need no second look
+    left = [(-own.bit_count(), index) for index, own in enumerate(pairs)]
+    heapify(left)
+    had = 0
     while left:
-        best = max(left, key=lambda plan: len(left[plan] - had))
-        new = left.pop(best) - had
-        if not new:
-            return
-        had |= new
-        yield best
+        _, index = heappop(left)
+        adds = (pairs[index] & ~had).bit_count()
+        if left and adds < -left[0][0]:
+            heappush(left, (-adds, index))
+        elif adds:
+            had |= pairs[index]
+            yield fit[index]
 
 
-def _pairs(parallel: Parallel) -> set[object]:
+def _pairs(parallel: Parallel, *, numbers: dict[object, int]) -> int:
+    """Return a bit for each pair of choices; ``numbers`` says which, and learns new ones."""
     choices = _choices(parallel) | {"zero": parallel.plan.zero, "ranks": parallel.plan.world}
-    return set(combinations(sorted(choices.items()), 2))
+    pairs = combinations(sorted(choices.items()), 2)
+    return sum(1 << numbers.setdefault(pair, len(numbers)) for pair in pairs)

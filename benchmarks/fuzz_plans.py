@@ -1,0 +1,96 @@
+"""Hundreds of random models, batches and plans, each against one process.
+
+    python benchmarks/fuzz_plans.py --cases 300
+
+Everything is drawn (``testing/random_plans.py``): rules of routing, heads, experts, biases,
+lengths, rows (so that some ranks hold no token), ranks and the plan. Two steps each, with AdamW or
+Muon.
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from support import write_result
+
+from moesaic.testing.random_plans import Case, cases
+from moesaic.verify.compare import Differences
+from moesaic.verify.prove import Verdict, prove, setting
+
+PARTS = ("select", "limit", "noise", "expert", "beside", "spare", "exchange", "condition", "link")
+
+
+def judge(case: Case) -> Verdict:
+    given = replace(setting(case.run, steps=2, timeout_s=90.0), shape=case.shape)
+    [verdict] = prove(given, chosen=[case.parallel])
+    return verdict
+
+
+def worst(verdicts: Iterable[Verdict]) -> dict[str, Any]:
+    found = [verdict.found for verdict in verdicts if verdict.found]
+    names = [field.name for field in fields(Differences)]
+    return {n: asdict(max((getattr(f, n) for f in found), key=lambda w: w.value)) for n in names}
+
+
+def drawn(tried: Iterable[Case]) -> dict[str, int]:
+    """Count what was tried, by its name."""
+    counts: Counter[str] = Counter()
+    for case in tried:
+        counts[f"ranks {case.ranks}"] += 1
+        counts[type(case.run.optimizer).__name__] += 1
+        moe = case.run.model.moe.plain()
+        counts.update(moe[part]["kind"] for part in PARTS)
+        counts.update(term["kind"] for term in moe["balance"])
+        plan = case.parallel.plan.plain()
+        counts.update(
+            n for n, v in plan.items() if not isinstance(v, bool) and (v or 0) > (n != "zero")
+        )
+        counts.update(
+            v["kind"] for n, v in case.parallel.plain().items() if n in ("reach", "journey")
+        )
+    return dict(sorted(counts.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cases", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--most", type=int, default=4, help="ranks")
+    here = Path(__file__).parent
+    parser.add_argument("--out", type=Path, default=here / "results" / "fuzz_plans.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    tried: list[Case] = []
+    verdicts: list[Verdict] = []
+    bad: list[dict[str, Any]] = []
+    began = time.monotonic()
+    for case in islice(cases(options.seed, most=options.most), options.cases):
+        verdict = judge(case)
+        tried.append(case)
+        verdicts.append(verdict)
+        if not verdict.equal:
+            bad.append({"number": len(tried) - 1, "wrong": verdict.wrong, **case.about})
+        state = "equal" if verdict.equal else "; ".join(verdict.wrong)
+        print(f"{len(tried)} {case.ranks} ranks, {verdict.plan}: {state}", flush=True)
+    result = {
+        "question": "does a random model train alike under a random plan?",
+        "cases": len(tried),
+        "seed": options.seed,
+        "not equal": bad,
+        "worst": worst(verdicts),
+        "drawn": drawn(tried),
+        "seconds": round(time.monotonic() - began),
+    }
+    write_result(options.out, result)
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
