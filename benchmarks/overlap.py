@@ -27,6 +27,7 @@ from moesaic.dist.collectives import all_to_all
 from moesaic.dist.degrees import CANDIDATES, NOTHING, Layer, Stage, fastest, simulated
 from moesaic.dist.fit import Cost, fit
 from moesaic.moe.experts import Experts, Size
+from moesaic.moe.overlap import Degrees
 from moesaic.nn.activation import SwiGLU
 from moesaic.nn.feed_forward import FeedForward
 from moesaic.ops.group import group
@@ -116,14 +117,14 @@ def measured(repeats: int) -> dict[str, Any]:
     experts = expert_seconds(repeats)
     lines = {"all_to_all": fit(ROWS, exchange), "experts": fit(ROWS, experts)}
     layer = Layer(*(Stage(line.cost, ROWS[-1]) for line in lines.values()))
+    degrees = Degrees.fastest(layer, layer.backward())
     return {
         "rows": list(ROWS),
         "dim": DIM,
         "ranks": RANKS,
         "seconds": {"all_to_all": exchange, "experts": experts},
         "fits": {name: asdict(line) for name, line in lines.items()},
-        "degree_forward": fastest(layer),
-        "degree_backward": fastest(layer.backward()),
+        "journey": f"InChunks(forward={degrees.forward}, backward={degrees.backward})",
     }
 
 

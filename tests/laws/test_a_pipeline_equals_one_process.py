@@ -31,6 +31,7 @@ from moesaic.nn.position import Learned
 from moesaic.parallel.apply import lay
 from moesaic.parallel.config import Parallel
 from moesaic.parallel.pipeline import Micro, Pipeline, Scoring
+from moesaic.parallel.ranks import BatchRanks
 from moesaic.parallel.schedules import (
     BreadthFirst,
     DualPipeV,
@@ -53,7 +54,6 @@ from moesaic.testing.tiny import (
 )
 from moesaic.train.meters import Categories
 from moesaic.train.precision import Float32
-from moesaic.train.ranks import BatchRanks
 from moesaic.train.step import Objective
 
 OBJECTIVE = Objective(Categories(TASKS, LANGUAGES), smoothing=0.1, precision=Float32())

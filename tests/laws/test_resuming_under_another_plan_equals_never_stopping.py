@@ -33,6 +33,8 @@ PLANS = {
     "expert, tensor and zero": {"expert": 4, "tensor": 2, "zero": 2},
     "zero 3": {"zero": 3, "expert": 2},
     "sliced experts": {"expert": 2, "expert_tensor": 2, "zero": 1},
+    "pipe and expert": {"pipe": 2, "expert": 2},
+    "pipe and zero": {"pipe": 2, "zero": 3},
     "data": {},
 }
 Weights = dict[str, Tensor]
@@ -41,6 +43,7 @@ Weights = dict[str, Tensor]
 def _run(plan: dict[str, int]) -> Run:
     return tiny_run(
         steps=STEPS,
+        accumulate=2,
         model=tiny_model_config(moe=LEARNS).replace(dropout=0.0),
         optimizer=AdamW(lr=1e-3, eps=1e-4),  # a tiny gradient must not decide a whole step's sign
         parallel=Parallel(plan=ParallelPlan(**plan)),
@@ -75,6 +78,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Weights:
         ("zero 3", "data"),
         ("data", "sliced experts"),
         ("sliced experts", "expert, tensor and zero"),
+        ("pipe and expert", "zero 3"),
+        ("zero 3", "pipe and zero"),
     ],
 )
 def test_resuming_under_another_plan_equals_never_stopping(
@@ -82,7 +87,7 @@ def test_resuming_under_another_plan_equals_never_stopping(
 ) -> None:
     run_on_ranks(4, _train, PLANS[first], tmp_path / "first", HALF, None)
     saved = tmp_path / "first" / f"step-{HALF:08d}"
-    ranks = 4 if "tensor" in then else 2
+    ranks = 4 if "tensor" in then or "pipe" in then else 2
     run_on_ranks(ranks, _train, PLANS[then] | _fit(then, ranks), tmp_path / "then", STEPS, saved)
     found = _weights(tmp_path / "then", step=STEPS)
     assert found.keys() == straight.keys()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ CASES = {
     "all dropped": (2, 1, 1, 0),
     "no fixed number of edges": (3, 4, 0, 2),
 }
+FEW = ["a rank without tokens", "no tokens at all", "one expert only", "some dropped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,7 @@ def tokens_of(case: str, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(sum(CASES[case]), D, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
+@cache
 def whole(case: str, *, dtype: torch.dtype = torch.float32) -> Result:
     """What one process that holds everything answers."""
     x = tokens_of(case, dtype=dtype)

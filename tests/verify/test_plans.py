@@ -22,7 +22,7 @@ def model_with(*, heads: int, experts: int = 8) -> Transformer:
         return config.replace(attention=AttentionConfig(heads=heads, head_dim=4)).build()
 
 
-@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("world", [2, 6])
 def test_every_plan_has_its_ranks_and_no_two_are_alike(world: int) -> None:
     plans = every([world], model=model_with(heads=8), base=Parallel()).fit
     assert {parallel.plan.world for parallel in plans} == {world}

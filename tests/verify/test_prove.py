@@ -52,7 +52,7 @@ def test_without_a_defect_the_same_plans_are_equal() -> None:
     plans = {defect.plan.to_yaml(): defect.plan for defect in DEFECTS.values()}
     found = verdicts(*(Parallel(plan=plan) for plan in plans.values()), of=given())
     assert [verdict.wrong for verdict in found] == [()] * len(plans)
-    assert summary(found) == f"{len(plans)} plans of 2 ranks: all equal one process"
+    assert summary(found) == f"{len(plans)} plans of 2 ranks: each equals one process"
 
 
 def test_a_rank_that_raises_or_dies_is_a_verdict_and_the_rest_goes_on(

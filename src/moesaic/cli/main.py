@@ -23,6 +23,7 @@ VERBS = {
     "routes": "look into recorded routing, and compare it",
     "verify": "does a config train alike under every plan of its ranks?",
     "explain": "what a recipe will cost, before anything runs",
+    "scale": "what each rank of a plan would hold and send, before there is any",
     "data": "build, count and look at corpora",
     "report": "write a run's HTML report again",
     "bench": "how fast a layer is here, beside dense layers and other libraries",

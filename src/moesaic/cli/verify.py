@@ -13,7 +13,7 @@ from moesaic.cli.common import Json, Set, Use, answer, talk, use, verb_app
 from moesaic.core.errors import UserError
 from moesaic.recipes.find import find
 from moesaic.verify.page import matrix, refusals, summary, tolerances
-from moesaic.verify.prove import Setting, Verdict, failed, plans, prove, setting
+from moesaic.verify.prove import Setting, Verdict, failed, own, plans, prove, setting
 from moesaic.verify.small import small
 
 app = verb_app()
@@ -24,6 +24,7 @@ class Which(StrEnum):
 
     PAIRS = "pairs"
     ALL = "all"
+    OWN = "own"
 
 
 @app.command()
@@ -33,7 +34,8 @@ def verify(
     world: Annotated[int, typer.Option(min=2, help="The most ranks; its divisors too.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Training steps under each plan.")] = 3,
     choice: Annotated[
-        Which, typer.Option("--plans", help="All, or so few that any two degrees meet.")
+        Which,
+        typer.Option("--plans", help="All, so few that any two degrees meet, or the config's own."),
     ] = Which.PAIRS,
     changes: Set = None,
     timeout_s: Annotated[float, typer.Option(min=1, help="Seconds that one plan may take.")] = 120,
@@ -46,13 +48,15 @@ def verify(
     Widths and the vocabulary are made small and the text is made up; layers, rules, heads, experts
     per token and the optimizer are your own. Ends with 1 if any plan differs.
 
-    Example: [cyan]moesaic verify tiny --world 2[/]
+    Example: [cyan]moesaic verify tiny --world 4[/]
+
+    One's own plan: [cyan]moesaic verify mine.yaml --world 8 --plans own[/]
     """
     use(files)
     shrunk = small(find(which, changes=changes or []))
     given = setting(shrunk.run, steps=steps, timeout_s=timeout_s)
-    found = plans(shrunk.run, world=world)
-    chosen = found if choice is Which.ALL else found.paired()
+    found = own(shrunk.run, world=world) if choice is Which.OWN else plans(shrunk.run, world=world)
+    chosen = found.paired() if choice is Which.PAIRS else found
     if not chosen.fit:
         raise UserError(f"no plan of {world} ranks fits: {'; '.join(refusals(found.refused))}")
     talk.print(f"made small: {escape('; '.join(shrunk.changed))}", style="dim", highlight=False)

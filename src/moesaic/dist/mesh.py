@@ -68,6 +68,11 @@ class Mesh:
         return self.dense if experts is None else self._experts[experts]
 
     @property
+    def numbers(self) -> tuple[int, ...]:
+        """The numbers of experts that layers have."""
+        return tuple(sorted(self._experts))
+
+    @property
     def everyone(self) -> Group:
         """The group of all ranks."""
         return None if self.plan.world == 1 else cast("Group", distributed.group.WORLD)

@@ -168,8 +168,12 @@ class Grid:
 
     def groups(self, names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Return every such group, the one of rank 0 first."""
-        ranks = range(math.prod(self.axes.values()))
-        return tuple(dict.fromkeys(self.group(rank, names) for rank in ranks))
+        ranks, seen, found = range(math.prod(self.axes.values())), set[int](), []
+        for rank in ranks:
+            if rank not in seen:  # a group is made once, not by each of its ranks
+                found.append(self.group(rank, names))
+                seen.update(found[-1])
+        return tuple(found)
 
 
 def _divisors_of(number: int) -> str:

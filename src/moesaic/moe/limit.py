@@ -7,6 +7,7 @@ Letters: T tokens, E experts, K experts per token, N edges, C columns of a key.
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -25,6 +26,11 @@ class Limit(Choice):
         """Return the routing with the lost edges leading nowhere. Collective over ``ranks``."""
         raise NotImplementedError
 
+    def tells(self, edges: int) -> int:
+        """Return how many integers a rank with so many edges tells the others (for forecasts)."""
+        del edges
+        return 0
+
 
 class Dropless(Limit):
     """Every edge is served (2211.15841)."""
@@ -35,7 +41,9 @@ class Dropless(Limit):
 
 
 class Priority(Choice):
-    """Family of orders in which edges are given room."""
+    """Family of orders in which edges are given room. ``columns`` is C in training."""
+
+    columns: ClassVar[int]
 
     def key(self, routing: Routing, *, gate: Gate) -> Int[Tensor, "N C"]:
         """Return each edge's key: edges with smaller ones go first, column by column."""
@@ -49,6 +57,8 @@ class ByPosition(Priority):
     see ``AtRandom`` for the cure.
     """
 
+    columns: ClassVar[int] = 3
+
     def key(self, routing: Routing, *, gate: Gate) -> Int[Tensor, "N C"]:
         context, token = gate.context, routing.token
         choice = choices(routing)
@@ -57,6 +67,8 @@ class ByPosition(Priority):
 
 class ByWeight(Priority):
     """Heaviest edges first: batch prioritised routing (2106.05974). Ties go by position."""
+
+    columns: ClassVar[int] = 4
 
     def key(self, routing: Routing, *, gate: Gate) -> Int[Tensor, "N C"]:
         # the bits of a non-negative float32 are in the order of its values
@@ -70,6 +82,8 @@ class AtRandom(Priority):
     In training only. In evaluation edges go by weight, so the same input gives the same output
     (DeepSpeed's stays random there).
     """
+
+    columns: ClassVar[int] = 1
 
     def key(self, routing: Routing, *, gate: Gate) -> Int[Tensor, "N C"]:
         if not gate.training:
@@ -102,6 +116,9 @@ class Capacity(Limit):
         room = self.room(edges.rows.shape[0], num_experts=routing.num_experts, factor=factor)
         costly = routing.expert < routing.num_experts - gate.spare
         return routing.drop((place >= room) & costly)
+
+    def tells(self, edges: int) -> int:
+        return 1 + edges * (1 + self.priority.columns)
 
     def room(self, edges: int, *, num_experts: int, factor: float) -> int:
         """Edges that one expert takes of so many."""

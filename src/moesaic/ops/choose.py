@@ -18,6 +18,7 @@ from moesaic.ops.group import group
 from moesaic.ops.grouped import Activation, Engine, GroupedMM, PaddedBMM, Segments
 from moesaic.ops.mixture import Composed, Mixer
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 ENGINES: dict[str, Engine] = {e.name: e for e in (Segments(), GroupedMM(), PaddedBMM())}
 
 
@@ -38,6 +39,8 @@ def pick_engine(rows: Tensor) -> Engine:
 def pick_mixer(x: Tensor, *, activation: Activation) -> Mixer:
     """Return the way to compute an MoE layer's mixture on this device, of this dtype."""
     composed = Composed(pick_engine(x))
+    if type(x) not in _PLAIN:
+        return composed  # a fake tensor has no memory that a kernel could read
     if x.device.type == "cpu":
         library = find().library if x.dtype in KINDS and activation.kernel in ACTIVATIONS else None
         return composed if library is None else Fused(library, composed)

@@ -18,7 +18,9 @@ from moesaic.parallel import whole_rows
 from moesaic.parallel.config import Parallel
 from moesaic.parallel.deal import Deal
 from moesaic.parallel.layout import Layout, layout
+from moesaic.parallel.pipeline import Pipeline
 from moesaic.parallel.ranks import BatchRanks, world_of
+from moesaic.parallel.recompute import recompute
 from moesaic.parallel.sharing import Sharing
 from moesaic.parallel.slices import spans, take
 from moesaic.parallel.spread import Spread
@@ -49,7 +51,11 @@ def lay(
 def apply(model: Transformer, *, parallel: Parallel, mesh: Mesh) -> Spread:
     """Lay a whole model over the ranks of a mesh that is there (see ``lay``). Collective."""
     check(model, parallel=parallel, plan=mesh.plan)
-    table = layout(model)
+    stages = parallel.staged(model.config) if mesh.plan.pipe > 1 else None
+    whole = layout(model)
+    if stages is not None:
+        stages.keep_only(model, rank=mesh.place()["pipe"])
+    table = {name: whole[name] for name, _ in model.named_parameters()}
     cut(model, table=table, mesh=mesh)
     narrow(model, group=mesh.group("tensor"), vocab_size=model.config.vocab_size)
     deal(model, parallel=parallel, mesh=mesh)
@@ -62,9 +68,11 @@ def apply(model: Transformer, *, parallel: Parallel, mesh: Mesh) -> Spread:
             journey, wait = parallel.journey, mesh.timeout_s
             layer.dispatcher = journey.build(over, slices=slices, timeout_s=wait)
     sharing = {name: Sharing(laid.held(_axes(laid.experts))) for name, laid in table.items()}
+    recompute(model, by=parallel.recompute)
     if mesh.plan.zero:
         sharing = share_out(model, mesh=mesh, sharing=sharing, table=table)
-    return Spread(model, mesh=mesh, layout=table, sharing=sharing)
+    pipeline = None if stages is None else Pipeline.on(mesh, model=model, stages=stages)
+    return Spread(model, mesh=mesh, layout=whole, sharing=sharing, pipeline=pipeline)
 
 
 def deal(model: Transformer, *, parallel: Parallel, mesh: Mesh) -> None:
@@ -88,14 +96,7 @@ def experts_of(model: nn.Module) -> tuple[int, ...]:
 
 def check(model: Transformer, *, parallel: Parallel, plan: ParallelPlan) -> None:
     """Raise ConfigError with a sentence for each layer that the plan does not fit."""
-    problems = [
-        f"parallel.tensor={plan.tensor} must divide them, but {why}"
-        for why in refuses(model, lanes=plan.tensor)
-    ]
-    if plan.pipe > 1:
-        problems.append(
-            f"parallel.pipe={plan.pipe}: layers are not cut into stages yet; set it to 1"
-        )
+    problems = list(refuses(model, lanes=plan.tensor))
     problems += _cannot_reach(model, parallel=parallel, plan=plan)
     problems += whole_rows.refuses(model.config, ranks=plan.context * plan.tensor)
     for layer in layers(model):

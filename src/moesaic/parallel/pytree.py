@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 
 from moesaic.model.block import Stream
 from moesaic.model.cache import Memory
+from moesaic.ops.cross_entropy import TokenLoss
 
 
 def show_streams() -> None:
@@ -25,6 +26,13 @@ def show_streams() -> None:
             lambda memory: ([memory.states], memory.packing),
             lambda children, packing: Memory(*children, packing=packing),
             serialized_type_name="moesaic.Memory",
+        )
+    if TokenLoss not in pytree.SUPPORTED_NODES:
+        pytree.register_pytree_node(
+            TokenLoss,
+            lambda loss: ([loss.total], loss.nll),
+            lambda children, nll: TokenLoss(*children, nll=nll),
+            serialized_type_name="moesaic.TokenLoss",
         )
 
 

@@ -4,8 +4,8 @@ A block then keeps what it was given and nothing else (Chen et al. 2016, 1604.06
 those of the first pass: they are counted once.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from pydantic import Field
@@ -13,9 +13,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from moesaic.core.config import Choice
+from moesaic.core.shapes import Tensor
 from moesaic.model.block import DecoderBlock, EncoderBlock, Stream
 from moesaic.model.transformer import Transformer, straight
 from moesaic.moe.layer import layers
+from moesaic.moe.router import Router
 
 
 class Recompute(Choice):
@@ -76,17 +78,22 @@ class Again:
 
 def _both(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The contexts of the first pass, which begins now, and of the second."""
-    heard = [(layer.router, layer.router.heard.clone()) for layer in layers(block)]
+    return nullcontext(), _AsBefore([layer.router for layer in layers(block)])
 
-    @contextmanager
-    def as_before() -> Iterator[None]:
-        now = [router.heard.clone() for router, _ in heard]
-        for router, then in heard:
+
+class _AsBefore:
+    """Inside, routers have heard what they had when this was made. Entered once per backward."""
+
+    def __init__(self, routers: Sequence[Router]) -> None:
+        self._then = [(router, router.heard.clone()) for router in routers]
+        self._now: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        self._now = [router.heard.clone() for router, _ in self._then]
+        for router, then in self._then:
             router.heard.copy_(then)
-        try:
-            yield
-        finally:
-            for (router, _), value in zip(heard, now, strict=True):
-                router.heard.copy_(value)
 
-    return nullcontext(), as_before()
+    def __exit__(self, *error: object) -> None:
+        for (router, _), now in zip(self._then, self._now, strict=True):
+            router.heard.copy_(now)
+        self._now = []

@@ -19,6 +19,7 @@ from moesaic.dist.world import Alone, Ranks, World
 from moesaic.model.transformer import Transformer
 from moesaic.optim.clip import GradNorm, global_norm, scale_gradients
 from moesaic.parallel.layout import Laid, Layout
+from moesaic.parallel.pipeline import Pipeline
 from moesaic.parallel.ranks import world_of
 from moesaic.parallel.sharing import Sharing, zero_dim
 from moesaic.parallel.slices import Spans, shard, spans, window
@@ -26,12 +27,24 @@ from moesaic.parallel.zero import accumulating
 
 
 class Spread:
-    """``model`` as it lies on this rank of ``mesh``; ``sharing`` is by parameter name."""
+    """``model`` as it lies on this rank of ``mesh``; ``sharing`` is by parameter name.
+
+    ``layout`` is that of the whole model.
+
+    ``pipeline`` is what runs it where its blocks lie on several ranks.
+    """
 
     def __init__(
-        self, model: Transformer, *, mesh: Mesh, layout: Layout, sharing: Mapping[str, Sharing]
+        self,
+        model: Transformer,
+        *,
+        mesh: Mesh,
+        layout: Layout,
+        sharing: Mapping[str, Sharing],
+        pipeline: Pipeline | None = None,
     ) -> None:
         self.model, self.mesh, self.layout, self.sharing = model, mesh, layout, dict(sharing)
+        self.pipeline = pipeline
         self.stage = world_of(mesh, *STAGE)
         self.rows = world_of(mesh, "data")
         place = mesh.place()
@@ -40,7 +53,7 @@ class Spread:
     @property
     def whole(self) -> bool:
         """Whether every rank holds every parameter."""
-        return all(
+        return self.pipeline is None and all(
             not share.zero and not any(self._count(laid, cut.axis) > 1 for cut in laid.cuts)
             for _, _, laid, share in self._named()
         )
@@ -107,12 +120,17 @@ class Spread:
 
     def _norm(self) -> Float[Tensor, ""]:
         square = torch.zeros((), dtype=torch.float64)
-        for _, parameter, laid, share in self._named():
-            if parameter.grad is not None:
+        for name, parameter, laid, share in self._named():
+            if parameter.grad is not None and self._counts(name):
                 copies = self.mesh.size(*share.axes, experts=laid.experts)
                 norm = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32)
                 square += norm.double().cpu().square() / copies
         return self._world(self.mesh.everyone).sum(square).sqrt()
+
+    def _counts(self, name: str) -> bool:
+        """Whether this rank of a pipeline counts what several of its ranks hold."""
+        pipe = self.pipeline
+        return pipe is None or pipe.stages.counts(name, rank=pipe.rank)
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter, Laid, Sharing]]:
         for name, parameter in self.model.named_parameters():

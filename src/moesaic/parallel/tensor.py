@@ -16,6 +16,7 @@ from torch import nn
 from moesaic.core.shapes import Float, Tensor
 from moesaic.dist.collectives import Group, gather_rows, rank_in, ranks_of, scatter_rows
 from moesaic.model.block import DenseBranch
+from moesaic.moe.attention import AttentionMixture
 from moesaic.nn.attention import CrossAttention, SelfAttention
 from moesaic.nn.embedding import Embedding
 from moesaic.nn.packing import Packing
@@ -63,22 +64,30 @@ def narrow(model: nn.Module, *, group: Group, vocab_size: int) -> None:
         elif isinstance(module, Embedding):
             module.vocabulary = CutVocabulary(group, size=vocab_size)
     if rank_in(group):
-        for owner, name, linear in list(_last_products(model)):
+        for owner, name, linear in list(last_products(model)):
             setattr(owner, name, Unbiased(linear))
 
 
 def refuses(model: nn.Module, *, lanes: int) -> Iterator[str]:
-    """Yield why a model cannot be cut over so many ranks."""
+    """Yield a sentence for each reason why a model cannot be cut over so many ranks."""
     for path, module in model.named_modules():
         found: dict[str, int] = {}
+        if isinstance(module, AttentionMixture) and lanes > 1:
+            yield (
+                f"parallel.tensor={lanes} cuts heads, but those of {path} belong to attention "
+                "experts: set tensor to 1, or model.attention_experts to NoAttentionExperts"
+            )
         if isinstance(module, SelfAttention | CrossAttention):
             found = {"heads": module.heads, "kv_heads": module.groups}
         elif isinstance(module, DenseBranch):
             found = {"hidden channels": module.inner.down.in_features}
-        yield from (f"{path} has {n} {what}" for what, n in found.items() if n % lanes)
+        for what, number in found.items():
+            if number % lanes:
+                yield f"parallel.tensor={lanes} must divide them, but {path} has {number} {what}"
 
 
-def _last_products(model: nn.Module) -> Iterator[tuple[Any, str, nn.Linear]]:
+def last_products(model: nn.Module) -> Iterator[tuple[Any, str, nn.Linear]]:
+    """Yield the linear maps whose bias one of several ranks adds: their owner, name and self."""
     for module in model.modules():
         if isinstance(module, SelfAttention | CrossAttention) and module.out.bias is not None:
             yield module, "out", module.out

@@ -7,7 +7,7 @@ backward, in 1 and 2 once; in stage 1 gradients stay whole until the step's last
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -23,6 +23,7 @@ from torch.distributed.tensor import Shard as DimShard
 
 from moesaic.dist.mesh import COPIES, Mesh
 from moesaic.model.transformer import Transformer
+from moesaic.nn.embedding import Embedding
 from moesaic.parallel.layout import Layout, banks
 from moesaic.parallel.pytree import show_streams
 from moesaic.parallel.sharing import Sharing, zero_dim
@@ -47,13 +48,29 @@ def share_out(
             _shard(bank, mesh=mesh, axes=("expert_data",), experts=number, ignored=shared)
             register_fsdp_forward_method(bank, "mix")
     if mesh.size(*COPIES) > 1:
-        for module in [*model.encoder, *model.decoder, model]:
+        for module in _units(model, pipe=mesh.plan.pipe):
             _shard(module, mesh=mesh, axes=COPIES, experts=None, ignored=expert)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             axes = ("expert_data",) if table[name].cuts and table[name].experts else COPIES
             found[name] = _shared(found[name], *axes)
     return found
+
+
+def _units(model: Transformer, *, pipe: int) -> Iterator[nn.Module]:
+    """Yield what is gathered at a time, inner ones first.
+
+    A stage of a pipeline is never called as a whole: each part stands by itself then, and what is
+    left (norms) stays whole.
+    """
+    for module in (*model.encoder, *model.decoder, *([model.embedding] if pipe > 1 else [])):
+        if next(module.parameters(), None) is not None:
+            yield module
+    if pipe == 1:
+        yield model
+        return
+    for method in ("alike", "loss", "logits"):
+        register_fsdp_forward_method(model.embedding, method)
 
 
 def accumulating(model: nn.Module, *, last: bool, stage: int) -> None:
@@ -73,6 +90,8 @@ def _shard(
     ignored: Iterable[nn.Parameter],
 ) -> None:
     device_mesh = mesh.device_mesh(*axes, experts=experts)
+    # what scores after the last block must find its table whole
+    stays = isinstance(module, Transformer | Embedding)
     ranks = device_mesh.size()
 
     def along(parameter: nn.Parameter) -> DimShard:
@@ -81,7 +100,7 @@ def _shard(
     sharded = fully_shard(
         module,
         mesh=device_mesh,
-        reshard_after_forward=mesh.plan.zero == 3 and not isinstance(module, Transformer),
+        reshard_after_forward=mesh.plan.zero == 3 and not stays,
         shard_placement_fn=along,
         offload_policy=_offload(mesh),
         ignored_params=set(ignored),

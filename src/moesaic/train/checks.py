@@ -101,6 +101,16 @@ def schedule_fits_the_steps(run: Run) -> Iterator[str]:
         yield f"schedule.warmup={schedule.warmup} must be less than steps={run.steps}"
 
 
+def the_pipeline_has_work(run: Run) -> Iterator[str]:
+    """A step has enough micro-batches for the schedule, and the schedule is right with ZeRO."""
+    parallel = run.parallel
+    if parallel.plan.pipe == 1:
+        return
+    why = parallel.staged(run.model).refuses(micro_batches=run.accumulate, zero=parallel.plan.zero)
+    if why:
+        yield f"parallel.schedule with accumulate={run.accumulate} micro-batches: {why}"
+
+
 RULES: tuple[Rule, ...] = (
     same_vocabulary,
     known_languages,
@@ -108,4 +118,5 @@ RULES: tuple[Rule, ...] = (
     lengths_fit_the_positions,
     longest_row_fits_a_batch,
     schedule_fits_the_steps,
+    the_pipeline_has_work,
 )

@@ -7,6 +7,7 @@ neither the number of ranks nor that of micro-batches changes what a token count
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -14,9 +15,9 @@ from moesaic.core.shapes import Float, Tensor
 from moesaic.data.batch import Batch
 from moesaic.dist.flight import at
 from moesaic.dist.local import local
-from moesaic.model.transformer import Transformer
 from moesaic.moe.layer import hear
 from moesaic.moe.record import Record, loss_terms
+from moesaic.parallel.pipeline import Micro, Pipeline, Scoring
 from moesaic.parallel.spread import Spread
 from moesaic.train.meters import Categories, Sums
 from moesaic.train.precision import Precision
@@ -46,25 +47,56 @@ class Objective:
         """
         counted = torch.tensor(sum(b.num_predicted for b in batches))
         predicted = int(spread.rows.sum(counted))
+        if spread.pipeline is not None:
+            passes = self._piped(spread, batches, predicted=predicted)
+            at("sum of gradients")
+            spread.sum_gradients()
+            return _all(passes)
         passes = []
         for number, batch in enumerate(batches):
             spread.before_backward(last=number == len(batches) - 1)
             passes.append(self._micro(spread, batch, predicted=predicted, parts=len(batches)))
         at("sum of gradients")
         spread.sum_gradients()
-        sums = passes[0].sums
-        for other in passes[1:]:
-            sums = sums.plus(other.sums)
-        return Pass(sums, passes[-1].records, passes[-1].batch)
+        return _all(passes)
 
     @torch.no_grad()
-    def losses(self, model: Transformer, *, batch: Batch) -> Float[Tensor, "2 C"]:
-        """Return summed negative log-likelihoods and counts by category, without gradients."""
+    def losses(self, spread: Spread, *, batch: Batch) -> Float[Tensor, "2 C"]:
+        """Return summed negative log-likelihoods and counts by category, without gradients.
+
+        They are of the tokens that are scored here. Collective.
+        """
+        if spread.pipeline is not None:
+            scoring = self._scoring(spread.pipeline, predicted=1)
+            (micro,) = spread.pipeline.scores([batch], scoring=scoring)
+            return self._categorised(micro)
+        model = spread.model
         batch = batch.to(next(model.parameters()).device)
         with self.precision.autocast(batch.source.device):
             output = model(batch)
             nll = model.loss(output).nll
         return self.categories.sums(nll, row=output.row, batch=batch)
+
+    def _piped(self, spread: Spread, batches: Sequence[Batch], *, predicted: int) -> list[Pass]:
+        pipeline = spread.pipeline
+        assert pipeline is not None
+        tokens = [batch.num_tokens if spread.leads else 0 for batch in batches]
+        micros = pipeline.gradients(batches, scoring=self._scoring(pipeline, predicted=predicted))
+        return [
+            Pass(Sums(self._categorised(micro), micro.terms, count), micro.records, micro.batch)
+            for micro, count in zip(micros, tokens, strict=True)
+        ]
+
+    def _scoring(self, pipeline: Pipeline, *, predicted: int) -> Scoring:
+        context = partial(self.precision.autocast, pipeline.device)
+        return Scoring(predicted, self.smoothing, context)
+
+    def _categorised(self, micro: Micro) -> Float[Tensor, "2 C"]:
+        """Return a micro-batch's losses by category: zeros where another stage has scored."""
+        if micro.nll is None or micro.row is None:
+            none = micro.batch.key.new_zeros(0)
+            return self.categories.sums(none.double(), row=none, batch=micro.batch)
+        return self.categories.sums(micro.nll, row=micro.row, batch=micro.batch)
 
     def _micro(self, spread: Spread, batch: Batch, *, predicted: int, parts: int) -> Pass:
         model = spread.model
@@ -82,6 +114,14 @@ class Objective:
         shares["objective"] = objective.detach().double()
         losses = self.categories.sums(token_loss.nll, row=output.row, batch=batch)
         return Pass(Sums(losses, shares, tokens), output.records, batch)
+
+
+def _all(passes: Sequence[Pass]) -> Pass:
+    """Return the sums of all micro-batches, and the last one with its records."""
+    sums = passes[0].sums
+    for other in passes[1:]:
+        sums = sums.plus(other.sums)
+    return Pass(sums, passes[-1].records, passes[-1].batch)
 
 
 def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:

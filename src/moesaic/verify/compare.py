@@ -1,12 +1,14 @@
 """Compare: by how much two traces of the same steps differ, and whether that is only rounding."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 
 from moesaic.core.shapes import Tensor
+from moesaic.optim.optimizer import Muon
+from moesaic.train.run import Run
 from moesaic.verify.follow import Named, Trace
 
 
@@ -17,8 +19,9 @@ class Tolerances:
     A sum of n numbers in another order differs by about ``sqrt(n) * 6e-8`` of their size. ``loss``
     (every figure of the trainer, relative), ``norm`` and ``gradient`` (relative to the tensor's
     greatest value) leave that room for a few thousand numbers, and for the steps before. ``weight``
-    is relative to how far the steps moved the tensor's weights, some hundredth of their size: one
-    rounding of a gain of 1 that moved by 0.01 is 6e-6 of the movement. A gradient that is a mean of
+    is relative to how far the step moved the tensor's weights, some hundredth of their size: one
+    rounding of a gain of 1 that moved by 0.01 is 6e-6 of the movement. Muon lifts what is smallest
+    in a matrix by up to ``3.44 ** 5 = 480``, rounding included, so it needs ten times the room. A gradient that is a mean of
     two ranks where a sum was meant, or a loss that counts twice, is wrong by 0.01 to 1 of these.
     """
 
@@ -26,6 +29,13 @@ class Tolerances:
     norm: float = 2e-6
     gradient: float = 2e-5
     weight: float = 3e-4
+
+    @staticmethod
+    def of(run: Run) -> "Tolerances":
+        """Return those of a run's optimizer."""
+        plain = Tolerances()
+        muon = isinstance(run.optimizer, Muon)
+        return replace(plain, weight=10 * plain.weight) if muon else plain
 
 
 @dataclass(frozen=True, slots=True)

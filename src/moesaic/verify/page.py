@@ -20,8 +20,8 @@ def summary(verdicts: Sequence[Verdict]) -> str:
     worlds = sorted({verdict.ranks for verdict in verdicts})
     bad = len(failed(verdicts))
     ranks = ", ".join(map(str, worlds))
-    end = "all equal one process" if not bad else f"{bad} do not equal one process"
-    return f"{len(verdicts)} plans of {ranks} ranks: {end}"
+    end = "each equals one process" if not bad else f"{bad} not equal to one process"
+    return f"{len(verdicts)} plan{'s' * (len(verdicts) != 1)} of {ranks} ranks: {end}"
 
 
 def refusals(refused: Mapping[str, Sequence[Parallel]]) -> Iterator[str]:

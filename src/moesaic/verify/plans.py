@@ -1,6 +1,6 @@
 """Plans: every way in which a number of ranks can share a model, and a few that cover them all."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 
@@ -30,21 +30,24 @@ class Plans:
 def every(worlds: Iterable[int], *, model: Transformer, base: Parallel) -> Plans:
     """Return all plans of so many ranks each.
 
-    What a plan does not say (how attention crosses ranks, ...) takes each member of its family that
-    needs no argument, where it is of consequence, and is as in ``base`` elsewhere. ``model`` may be
-    on the meta device.
+    What a plan does not say (how attention crosses ranks, ...) takes each member of its family
+    where it is of consequence, and is as in ``base`` elsewhere. ``model`` may be on the meta device.
     """
     fit: list[Parallel] = []
     refused: dict[str, list[Parallel]] = {}
     for world in worlds:
         for parallel in _parallels(world, base=base):
-            try:
-                check(model, parallel=parallel, plan=parallel.plan.on(world))
-            except ConfigError as error:
-                refused.setdefault(error.problems[0], []).append(parallel)
-            else:
-                fit.append(parallel)
+            why = _refusal(parallel, model=model)
+            (fit if why is None else refused.setdefault(why, [])).append(parallel)
     return Plans(tuple(fit), {why: tuple(plans) for why, plans in refused.items()})
+
+
+def _refusal(parallel: Parallel, *, model: Transformer) -> str | None:
+    try:
+        check(model, parallel=parallel, plan=parallel.plan.on(parallel.plan.world))
+    except ConfigError as error:
+        return error.problems[0]
+    return None
 
 
 def named(parallel: Parallel) -> str:
@@ -54,11 +57,7 @@ def named(parallel: Parallel) -> str:
 
 def _parallels(world: int, *, base: Parallel) -> Iterator[Parallel]:
     for plan in _plans(world):
-        options = {
-            field: members
-            for field, members in _families()
-            if NEEDS.get(field, _never)(plan) and len(members) > 1
-        }
+        options = dict(_families(plan))
         for chosen in product(*options.values()):
             yield base.replace(plan=plan, **dict(zip(options, chosen, strict=True)))
 
@@ -83,24 +82,31 @@ def _factors(number: int, parts: int) -> Iterator[tuple[int, ...]]:
         yield from ((first, *rest) for rest in _factors(number // first, parts - 1))
 
 
-def _never(plan: ParallelPlan) -> bool:
-    del plan
-    return False
+# Whether a field of ``Parallel`` is of consequence under a plan. ``room`` is not here: where it is
+# not the whole batch, another loss is asked for.
+NEEDS: dict[str, Callable[[ParallelPlan], bool]] = {
+    "reach": lambda plan: plan.context > 1,
+    "journey": lambda plan: plan.expert > 1,
+    "schedule": lambda plan: plan.pipe > 1,
+    "recompute": lambda plan: True,
+}
 
 
-NEEDS = {"reach": lambda plan: plan.context > 1}
+def _families(plan: ParallelPlan) -> Iterator[tuple[str, list[Choice]]]:
+    """Yield the choices that are of consequence under a plan, each with its members.
 
-
-def _families() -> Iterator[tuple[str, list[Choice]]]:
-    """Yield the fields of ``Parallel`` that are a choice, and the members made without one."""
+    A member is as it is by default; numbers that must be given are 2.
+    """
     for name, field in Parallel.model_fields.items():
         family = field.annotation
-        if isinstance(family, type) and issubclass(family, Choice):
-            yield name, [m() for m in family.members.values() if not _required(m)]
+        if isinstance(family, type) and issubclass(family, Choice) and name in NEEDS:
+            members = [_made(member) for member in family.members.values()]
+            if len(members) > 1 and NEEDS[name](plan):
+                yield name, members
 
 
-def _required(member: type[Choice]) -> bool:
-    return any(field.is_required() for field in member.model_fields.values())
+def _made(member: type[Choice]) -> Choice:
+    return member(**{n: 2 for n, field in member.model_fields.items() if field.is_required()})
 
 
 def _choices(parallel: Parallel) -> dict[str, object]:
@@ -109,9 +115,8 @@ def _choices(parallel: Parallel) -> dict[str, object]:
     found: dict[str, object] = {name: n for name, n in degrees.items() if n > 1}
     if plan.zero:
         found["zero"] = plan.zero
-    for field, members in _families():
-        if NEEDS.get(field, _never)(plan) and len(members) > 1:
-            found[field] = type(getattr(parallel, field)).__name__.removesuffix(field.title())
+    for field, _ in _families(plan):
+        found[field] = type(getattr(parallel, field)).__name__.removesuffix(field.title())
     return found
 
 
@@ -129,5 +134,5 @@ def _cover(fit: Sequence[Parallel]) -> Iterator[Parallel]:
 
 
 def _pairs(parallel: Parallel) -> set[object]:
-    choices = [*_choices(parallel).items(), ("ranks", parallel.plan.world)]
-    return set(combinations(choices, 2))
+    choices = _choices(parallel) | {"zero": parallel.plan.zero, "ranks": parallel.plan.world}
+    return set(combinations(sorted(choices.items()), 2))

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as distributed
 
 from moesaic.dist.forked import RankError, run_each
+from moesaic.parallel.apply import check
 from moesaic.parallel.config import Parallel
 from moesaic.train.run import Run
 from moesaic.verify.compare import Differences, Tolerances, differences
@@ -46,17 +47,23 @@ class Setting:
     run: Run
     model: Model
     shape: Shape
+    allowed: Tolerances
     steps: int = 3
     timeout_s: float = 120.0
     patience_s: float = 20.0
-    allowed: Tolerances = field(default_factory=Tolerances)
 
 
 def setting(run: Run, *, steps: int = 3, timeout_s: float = 120.0) -> Setting:
     """Return the setting of a run, its batches of the model's kind."""
-    shape = Shape(source=run.model.encoder.layers > 0)
-    patience = min(20.0, timeout_s)
-    return Setting(run, model_of(run), shape, steps=steps, timeout_s=timeout_s, patience_s=patience)
+    return Setting(
+        run,
+        model_of(run),
+        Shape(source=run.model.encoder.layers > 0),
+        Tolerances.of(run),
+        steps=steps,
+        timeout_s=timeout_s,
+        patience_s=min(20.0, timeout_s),
+    )
 
 
 def plans(run: Run, *, world: int) -> Plans:
@@ -65,6 +72,15 @@ def plans(run: Run, *, world: int) -> Plans:
         model = run.model.build()
     worlds = [ranks for ranks in range(2, world + 1) if world % ranks == 0]
     return every(worlds, model=model, base=run.parallel)
+
+
+def own(run: Run, *, world: int) -> Plans:
+    """Return the run's own plan for so many ranks."""
+    with torch.device("meta"):
+        model = run.model.build()
+    parallel = run.parallel.replace(plan=run.parallel.plan.on(world))
+    check(model, parallel=parallel, plan=parallel.plan)
+    return Plans((parallel,), {})
 
 
 def reference(given: Setting) -> Trace:

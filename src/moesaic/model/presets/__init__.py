@@ -4,7 +4,7 @@
 """
 
 from moesaic.core.registry import Registry
-from moesaic.model.presets import deepseek_moe, deepspeed_moe, nllb_moe, small, zcode_m3
+from moesaic.model.presets import deepseek_moe, deepspeed_moe, large, nllb_moe, small, zcode_m3
 from moesaic.model.presets.preset import Preset, Published
 
 __all__ = ["PRESETS", "Preset", "Published", "preset"]
@@ -16,6 +16,7 @@ for _family in (
     nllb_moe.FAMILY,
     deepspeed_moe.FAMILY,
     deepseek_moe.FAMILY,
+    large.FAMILY,
 ):
     for _name, _make in _family.items():
         PRESETS.register(_name)(_make)

@@ -62,8 +62,8 @@ class ProbeRoutes(Hook):
             self._probe(trainer)
 
     def _probe(self, trainer: Trainer) -> None:
-        if not trainer.run.log.probe_every:
-            return
+        if not trainer.run.log.probe_every or trainer.spread.pipeline is not None:
+            return  # a pipeline has no rank that sees every layer of a batch
         found = []
         trainer.model.eval()
         with torch.no_grad(), undisturbed(trainer.world.device):

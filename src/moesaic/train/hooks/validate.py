@@ -25,6 +25,6 @@ class Validate(Hook):
         trainer.model.eval()
         with torch.no_grad(), undisturbed(trainer.world.device):
             for batch in trainer.data.valid_batches("valid", rows=trainer.run.validation.rows):
-                meters.add_losses(trainer.objective.losses(trainer.model, batch=batch))
+                meters.add_losses(trainer.objective.losses(trainer.spread, batch=batch))
         trainer.model.train()
         return meters.mean_losses(trainer.world, prefix="valid")

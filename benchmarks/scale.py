@@ -1,0 +1,177 @@
+"""What plans for 64 to 8,192 ranks hold and send: closed forms, and one rank rehearsed of each.
+
+Every plan is priced at the tokens of a real step, then one rank takes a step of few tokens on fake
+tensors, in a process of its own, and what it held and sent is compared with the closed form at
+those tokens. Last, the capacity that 2109.10465 claims is asked of the same arithmetic.
+
+    python benchmarks/scale.py
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from support import write_result
+
+from moesaic.dist.plan import ParallelPlan
+from moesaic.model.config import TransformerConfig
+from moesaic.model.count import Sizes, count
+from moesaic.model.presets import preset
+from moesaic.ops.grouped import Segments
+from moesaic.ops.mixture import Composed
+from moesaic.parallel.capacity import Budget, Largest, Setting, largest
+from moesaic.parallel.config import Parallel
+from moesaic.parallel.cost import MIXED, rank_bytes
+from moesaic.parallel.inventory import Inventory
+from moesaic.parallel.sends import sends
+from moesaic.train.rehearse import evenly, rehearse
+
+OUT = Path(__file__).parent / "results" / "scale.json"
+PAIRS, TEXT = Sizes(rows=16, source=128, target=128), Sizes(rows=1, source=0, target=6144)
+FEW_PAIRS, FEW_TEXT = Sizes(rows=4, source=32, target=32), Sizes(rows=1, source=0, target=384)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A preset on so many ranks."""
+
+    preset: str
+    world: int
+    plan: ParallelPlan
+    words: str
+
+    @property
+    def sizes(self) -> tuple[Sizes, Sizes]:
+        """The tokens of a data rank in a real step, and in a rehearsed one."""
+        text = self.preset.startswith("trillion")
+        return (TEXT, FEW_TEXT) if text else (PAIRS, FEW_PAIRS)
+
+
+def plan(**degrees: Any) -> ParallelPlan:
+    return ParallelPlan(**degrees)
+
+
+TEN = "zcode-m3-64"
+CASES = (
+    Case(TEN, 64, plan(expert=64), "E"),
+    Case(TEN, 64, plan(expert=16), "E+D"),
+    Case(TEN, 64, plan(expert=16, zero=2), "E+Z"),
+    Case(TEN, 64, plan(expert=16, tensor=4), "E+D+M"),
+    Case(TEN, 64, plan(expert=16, tensor=4, zero=2), "E+Z+M"),
+    Case(TEN, 64, plan(expert=16, tensor=4, zero=2, offload=True), "E+Z-Offload+M"),
+    Case(TEN, 128, plan(expert=64, zero=2), "E+Z"),
+    Case(TEN, 256, plan(expert=64, zero=2), "E+Z"),
+    Case(TEN, 512, plan(expert=64, zero=2), "E+Z"),
+    Case("zcode-200b", 64, plan(expert=64, tensor=4, zero=3), "E+Z+M"),
+    Case("zcode-200b", 128, plan(expert=128, tensor=4, zero=3), "E+Z+M"),
+    Case("zcode-200b", 256, plan(expert=128, tensor=4, zero=3), "E+Z+M"),
+    Case("zcode-200b", 512, plan(expert=128, tensor=4, zero=3), "E+Z+M"),
+    Case("trillion-384", 1024, plan(expert=128, tensor=8, zero=3), "E+Z+M"),
+    Case("trillion-384", 8192, plan(expert=128, tensor=8, zero=3), "E+Z+M"),
+)
+
+
+def priced(case: Case) -> dict[str, Any]:
+    """Return what rank 0 of a case holds and sends, in closed form."""
+    started = time.perf_counter()
+    config, parallel = preset(case.preset).config, Parallel(plan=case.plan)
+    holding = Inventory(config).on(parallel, world=case.world)
+    sizes = case.sizes[0]
+    held, lines = rank_bytes(holding, sizes=sizes), sends(holding, sizes=sizes)
+    return {
+        "preset": case.preset,
+        "parameters": count(config).total,
+        "world": case.world,
+        "words": case.words,
+        "plan": holding.plan.plain(),
+        "sizes": asdict(sizes),
+        "bytes": asdict(held) | {"device": held.device},
+        "sent": [asdict(line) for line in lines],
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def rehearsed(case: Case) -> dict[str, Any]:
+    """Rehearse a case here and compare it with its closed form."""
+    config, parallel, sizes = preset(case.preset).config, Parallel(plan=case.plan), case.sizes[1]
+    cpu = time.process_time()
+    done = rehearse(config, parallel=parallel, world=case.world, sizes=sizes)
+    cpu = time.process_time() - cpu
+    holding = Inventory(evenly(config)).on(parallel, world=case.world)
+    said = rank_bytes(holding, sizes=sizes, mixer=Composed(Segments()))
+    lines = sends(holding, sizes=sizes)
+    kinds = sorted({line.kind for line in (*lines, *done.sent)})
+    sent = {
+        kind: [sum(line.bytes for line in of if line.kind == kind) for of in (done.sent, lines)]
+        for kind in kinds
+    }
+    held = {
+        name: [asdict(done)[name], asdict(said)[name]]
+        for name in ("weights", "gradients", "optimizer")
+    }
+    return {
+        "sizes": asdict(sizes),
+        "held": held,
+        "sent": sent,
+        "equal": all(a == b for a, b in (*held.values(), *sent.values())),
+        "kept": done.kept,
+        "peak": done.peak,
+        "forecast_peak": said.device - said.optimizer,
+        "seconds": round(done.seconds, 1),
+        "cpu_seconds": round(cpu, 1),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def elsewhere(number: int) -> dict[str, Any]:
+    """Rehearse a case in a process of its own, so that its memory is its own."""
+    command = [sys.executable, __file__, "--only", str(number)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def capacity() -> dict[str, Any]:
+    """The claim of 2109.10465: 512 GPUs of 40 GB, with and without the host's memory."""
+    base: TransformerConfig = preset("zcode-200b").config
+    budget, hosts = 40e9, {"unlimited": float("inf"), "125 GB per GPU": 125e9}
+    without = Setting(Parallel(plan=plan(expert=512)), 512, PAIRS, MIXED)
+    with_host = Parallel(plan=plan(expert=256, tensor=8, zero=3, offload=True))
+    found = {"GPU memory alone (E)": largest(base, setting=without, budget=Budget(budget))}
+    for name, host in hosts.items():
+        setting = Setting(with_host, 512, PAIRS, MIXED)
+        found[f"E+Z-Offload+M, host memory {name}"] = largest(
+            base, setting=setting, budget=Budget(budget, host)
+        )
+    return {name: _shown(each) for name, each in found.items()}
+
+
+def _shown(found: Largest | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {
+        "experts": found.experts,
+        "parameters": found.parameters,
+        "device": found.held.device,
+        "host": found.held.host,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", type=int, help="rehearse this case here and print it")
+    only = parser.parse_args().only
+    if only is not None:
+        print(json.dumps(rehearsed(CASES[only])))
+        return
+    cases = [priced(case) | {"rehearsal": elsewhere(number)} for number, case in enumerate(CASES)]
+    write_result(OUT, {"cases": cases, "capacity": capacity()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Capacity: the largest model of a family that fits, grown in experts until a rank is full.
+
+The family is a config with more or fewer experts in every layer. One expert more on every rank
+costs the same as the one before, so two prices give a guess, which is then made exact.
+"""
+
+from dataclasses import dataclass
+
+from moesaic.core.errors import UserError
+from moesaic.model.blueprint import Blueprint, Stack
+from moesaic.model.count import Sizes, count
+from moesaic.moe.config import MoE, Sparse
+from moesaic.optim.optimizer import Optimizer
+from moesaic.parallel.config import Parallel
+from moesaic.parallel.cost import RankBytes, Storage, rank_bytes
+from moesaic.parallel.inventory import Inventory
+
+MOST = 1 << 20  # experts per rank
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes of each device, and of the host's memory for each device."""
+
+    device: float
+    host: float = float("inf")
+
+    def holds(self, found: RankBytes) -> bool:
+        """Whether a rank is within it."""
+        return found.device <= self.device and found.host <= self.host
+
+
+@dataclass(frozen=True, slots=True)
+class Largest:
+    """The most experts per layer that fit, what the model then is, and what rank 0 holds."""
+
+    experts: int
+    parameters: int
+    held: RankBytes
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Everything but the number of experts."""
+
+    parallel: Parallel
+    world: int
+    sizes: Sizes
+    storage: Storage | None = None
+    optimizer: Optimizer | None = None
+
+    def price(self, config: Blueprint) -> RankBytes:
+        """Return what rank 0 holds."""
+        holding = Inventory(config).on(self.parallel, world=self.world)
+        return rank_bytes(holding, sizes=self.sizes, storage=self.storage, optimizer=self.optimizer)
+
+
+def largest(config: Blueprint, *, setting: Setting, budget: Budget) -> Largest | None:
+    """Return the largest model of the family, or None if not even one expert per rank fits.
+
+    Raises UserError for a model without experts or with a number of its own in some layers.
+    """
+    step = setting.parallel.plan.expert
+
+    def price(each: int) -> RankBytes:
+        return setting.price(with_experts(config, step * each))
+
+    # at least as many experts as a token takes
+    first = -(-_fewest(config) // step)
+    one, two = price(first), price(first + 1)
+    if not budget.holds(one):
+        return None
+    each = first + _room(one, two, budget)
+    held = price(each)
+    while each > first and not budget.holds(held):
+        each -= 1
+        held = price(each)
+    made = with_experts(config, step * each)
+    return Largest(step * each, count(made).total, held)
+
+
+def with_experts(config: Blueprint, experts: int) -> Blueprint:
+    """Return a config with so many experts in every sparse layer."""
+    sides = {"encoder": config.encoder, "decoder": config.decoder}
+    if any(stack.experts for stack in sides.values()) or not isinstance(config.moe, MoE):
+        raise UserError(
+            "capacity is asked of a model with one number of experts in all its layers: set "
+            "model.moe to an MoE, and no encoder.experts or decoder.experts"
+        )
+    changed = {side: _grown(stack, experts) for side, stack in sides.items()}
+    return config.replace(moe=config.moe.replace(experts=experts), **changed)
+
+
+def _grown(stack: Stack, experts: int) -> Stack:
+    return stack.replace(moe=_many(stack.moe, experts)) if stack.moe is not None else stack
+
+
+def _many(sparse: Sparse, experts: int) -> Sparse:
+    return sparse.replace(experts=experts) if isinstance(sparse, MoE) else sparse
+
+
+def _fewest(config: Blueprint) -> int:
+    bodies = [config.moe, config.encoder.moe, config.decoder.moe]
+    chosen = [m.select.experts_per_token(m.routed) for m in bodies if isinstance(m, MoE)]
+    return max(1, *map(round, chosen))
+
+
+def _room(one: RankBytes, two: RankBytes, budget: Budget) -> int:
+    """How many experts more a rank has room for, if each costs what the second did."""
+    rooms = [MOST]
+    for now, then, most in (
+        (one.device, two.device, budget.device),
+        (one.host, two.host, budget.host),
+    ):
+        if then > now and most < float("inf"):
+            rooms.append(int((most - now) // (then - now)))
+    return max(0, min(rooms))

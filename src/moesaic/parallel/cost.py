@@ -1,0 +1,179 @@
+"""Cost: the bytes a rank of a plan holds during a training step, from the config alone.
+
+Weights, gradients and optimizer state are exact. Activations are what ``model/footprint.py`` says
+of this rank's tokens, and what ZeRO gathers at the peak is a bound; both are forecasts (see the law
+of that name). Where a plan offloads, the shares of ZeRO lie in the host's memory.
+
+Letters: t tokens of a rank, D model dim.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moesaic.core.config import Config
+from moesaic.core.errors import UserError
+from moesaic.dist.plan import ParallelPlan
+from moesaic.model.blueprint import Blueprint, Stack
+from moesaic.model.count import Sizes
+from moesaic.model.footprint import activation_bytes
+from moesaic.moe.config import MoE
+from moesaic.moe.experts import FeedForwardExpert, Size
+from moesaic.ops.choose import pick_mixer
+from moesaic.ops.mixture import Composed, Mixer
+from moesaic.optim.optimizer import AdamW, Optimizer
+from moesaic.parallel.inventory import Held, Holding
+
+FLOAT32 = 4
+
+
+class Storage(Config):
+    """Bytes per value: of a weight, of its gradient, and of the copy that an update adds to.
+
+    The default is what this package does: float32 weights (autocast computes in bfloat16), no
+    second copy. ``MIXED`` is mixed precision as ZeRO counts it (1910.02054, section 3.1): 2 + 2
+    bytes, and 12 of optimizer state with AdamW.
+    """
+
+    weight: int = 4
+    gradient: int = 4
+    master: int = 0
+
+
+MIXED = Storage(weight=2, gradient=2, master=4)
+
+
+@dataclass(frozen=True, slots=True)
+class RankBytes:
+    """Bytes by purpose on one rank; those of ``host`` are not on the device.
+
+    ``gathered`` is what ZeRO makes whole beyond its shares: weights, and gradients not shared out
+    yet. ``activations`` are kept between forward and backward.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    activations: int
+    host: int = 0
+
+    @property
+    def state(self) -> int:
+        """Weights, gradients and optimizer state, wherever they lie."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def device(self) -> int:
+        """What the device needs at the peak of a step."""
+        return self.state - self.host + self.gathered + self.activations
+
+
+def rank_bytes(
+    holding: Holding,
+    *,
+    sizes: Sizes,
+    optimizer: Optimizer | None = None,
+    storage: Storage | None = None,
+    mixer: Mixer | None = None,
+) -> RankBytes:
+    """Forecast a step of which this rank's context and tensor neighbours share ``sizes``.
+
+    ``mixer`` computes the mixtures; by default the one of this machine's CPU.
+    """
+    feed = holding.inventory.config.feed_forward
+    mixer = mixer or pick_mixer(torch.empty(0), activation=feed.activation)
+    storage, optimizer = storage or Storage(), optimizer or AdamW()
+    state = [_state(part, storage=storage, optimizer=optimizer) for part in holding.parts]
+    shared = [s for s, part in zip(state, holding.parts, strict=True) if part.zero]
+    weights, gradients, slots = (sum(s[i] for s in state) for i in range(3))
+    return RankBytes(
+        weights,
+        gradients,
+        slots,
+        gathered=_gathered(holding, storage=storage),
+        activations=_activations(holding, sizes=sizes, mixer=mixer) * storage.weight // FLOAT32,
+        host=sum(map(sum, shared)) if holding.plan.offload else 0,
+    )
+
+
+def tokens_of(holding: Holding, sizes: Sizes) -> tuple[int, int]:
+    """Return the source and target tokens that a rank holds. Raises UserError if uneven."""
+    lanes = holding.plan.context * holding.plan.tensor
+    source = sizes.rows * sizes.source if holding.inventory.config.encoder.layers else 0
+    target = sizes.rows * sizes.target
+    if source % lanes or target % lanes:
+        raise UserError(
+            f"{source} source and {target} target tokens cannot be dealt evenly to the {lanes} "
+            "ranks of context x tensor, which forecasts take for granted: choose other rows"
+        )
+    return source // lanes, target // lanes
+
+
+def _state(part: Held, *, storage: Storage, optimizer: Optimizer) -> tuple[int, int, int]:
+    values = math.prod(part.share)
+    parameter = nn.Parameter(torch.empty(part.share, device="meta"))
+    rule = optimizer.assign(parameter, kind=part.item.kind)["rule"]
+    slots = sum(s.numel() * s.element_size() for s in rule.slots(parameter).values())
+    return values * storage.weight, values * storage.gradient, values * storage.master + slots
+
+
+def _gathered(holding: Holding, *, storage: Storage) -> int:
+    """Bytes of whole weights and gradients beside the shares, at most."""
+    stage, units = holding.plan.zero, dict[str, int]()
+    for part in holding.parts:
+        if part.zero:
+            unit = part.item.unit
+            units[unit] = units.get(unit, 0) + math.prod(part.whole)
+    root = units.pop("", 0)
+    # a block is gathered while the one before it is still at work
+    pairs = itertools.pairwise([0, *units.values()])
+    two, every = max((a + b for a, b in pairs), default=0), sum(units.values())
+    weights = root + (two if stage == 3 else every)
+    gradients = root + (every if stage == 1 else two)
+    return weights * storage.weight + gradients * storage.gradient
+
+
+def _activations(holding: Holding, *, sizes: Sizes, mixer: Mixer) -> int:
+    """What autograd keeps of the tokens of this rank, in float32."""
+    config, plan = holding.inventory.config, holding.plan
+    source, target = tokens_of(holding, sizes)
+    here = Sizes(rows=1, source=source, target=target)
+    rest = 0
+    for stack, tokens in ((config.encoder, source), (config.decoder, target)):
+        rest += tokens * _beyond(holding, stack, mixer=mixer)
+    if config.encoder.layers:  # queries and sources of the cross-attention meet in matrices as well
+        rest += config.decoder.layers * (source + target) * (plan.tensor - 1) * config.dim
+    return activation_bytes(config, sizes=here) + FLOAT32 * rest
+
+
+def _beyond(holding: Holding, stack: Stack, *, mixer: Mixer) -> int:
+    """Values per token that a stack keeps beyond those of a rank that holds all of it."""
+    config, values = holding.inventory.config, 0
+    for layer in range(stack.layers):
+        moe = config.experts(stack, layer=layer)
+        met = (holding.plan.tensor - 1) * config.dim  # each rank keeps the rows of all that met
+        values += met if moe is not None else 2 * met
+        if moe is not None:
+            values += _experts(config, moe, plan=holding.plan, mixer=mixer)
+    return values
+
+
+def _experts(config: Blueprint, moe: MoE, *, plan: ParallelPlan, mixer: Mixer) -> int:
+    """What a mixture keeps per token beyond what ``model/footprint.py`` says of this machine's."""
+    feed, dim = moe.feed_forward(config.feed_forward), moe.exchange.dim(config.dim)
+    cuts, edges = plan.expert_tensor, moe.select.experts_per_token(moe.routed)
+    width = feed.activation.width(feed.hidden) // cuts
+    size = Size(moe.experts, dim, feed, config.bias)
+    said = moe.expert.kept(size, edges=edges, live=moe.experts / moe.routed)
+    each = said / edges
+    if isinstance(moe.expert, FeedForwardExpert):
+        each = mixer.kept(dim=dim, width=width, bias=config.bias, live=1.0)
+    if plan.spread(moe.experts) * cuts == 1:
+        return math.ceil(edges * each - said)
+    copies = isinstance(mixer, Composed) or config.bias  # rows in a copy of its own, counted there
+    received = cuts * (each + (0 if copies else dim))
+    return math.ceil(edges * (received + dim + 1) - said)  # and the answers that came home

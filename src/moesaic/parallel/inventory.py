@@ -1,0 +1,154 @@
+"""Inventory: what one rank of a plan holds of every parameter, as arithmetic.
+
+A model is made once on the meta device, where it holds no numbers; after that a plan costs nothing
+to price. The numbers are those of ``apply.py``: cuts first, then the shares of ZeRO.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from moesaic.core.errors import ConfigError
+from moesaic.dist.mesh import COPIES, STAGE
+from moesaic.dist.plan import Grid, ParallelPlan
+from moesaic.model.blueprint import Blueprint
+from moesaic.model.transformer import Transformer
+from moesaic.parallel.apply import check
+from moesaic.parallel.config import Parallel
+from moesaic.parallel.layout import Laid, banks, layout
+from moesaic.parallel.sharing import zero_dim
+from moesaic.parallel.slices import spans
+from moesaic.parallel.tensor import last_products
+
+EXPERT_STAGE = ("expert_data", "expert", "expert_tensor")
+EXPERT_COPIES = ("expert_data",)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One parameter of the whole model. ``unit`` is the module that ZeRO gathers it with."""
+
+    name: str
+    laid: Laid
+    kind: str
+    unit: str
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a rank holds of a parameter: ``whole`` is its cut part, ``share`` what ZeRO leaves.
+
+    ``padded`` values travel when shares are gathered. ``zero`` are the axes of the ranks that share
+    it out, and ``sums`` those over which its gradient is still to be summed.
+    """
+
+    item: Item
+    whole: tuple[int, ...]
+    share: tuple[int, ...]
+    padded: int
+    zero: tuple[str, ...]
+    sums: tuple[str, ...]
+
+
+class Inventory:
+    """The parameters of a config, made without allocating any. Raises ConfigError with ``on``."""
+
+    def __init__(self, config: Blueprint) -> None:
+        with torch.device("meta"):
+            model = Transformer(config)
+        self.config, self._model = config, model
+        kinds, table = model.parameter_kinds(), layout(model)
+        self.items = tuple(
+            Item(name, laid, kinds[name], _unit(name, laid)) for name, laid in table.items()
+        )
+
+    @cached_property
+    def once(self) -> frozenset[str]:
+        """Biases that the first of the ranks which share a matrix adds; others have no gradient."""
+        biases = {linear.bias for _, _, linear in last_products(self._model)}
+        return frozenset(name for name, p in self._model.named_parameters() if p in biases)
+
+    @cached_property
+    def banks(self) -> dict[str, int]:
+        """The experts' modules, and how many experts each has."""
+        return {path: layer.router.config.experts for path, _, layer in banks(self._model)}
+
+    def on(self, parallel: Parallel, *, world: int, rank: int = 0) -> "Holding":
+        """Return what a rank of ``world`` holds. Raises ConfigError where the plan is no fit."""
+        plan = parallel.plan.on(world)
+        if plan.pipe > 1:
+            raise ConfigError(
+                [f"parallel.plan.pipe={plan.pipe}: forecasts know one stage, so set it to 1"]
+            )
+        check(self._model, parallel=parallel, plan=plan)
+        return Holding(self, parallel.replace(plan=plan), rank)
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What ``rank`` of a plan, with its ``data`` filled in, holds."""
+
+    inventory: Inventory
+    parallel: Parallel
+    rank: int
+
+    @property
+    def plan(self) -> ParallelPlan:
+        return self.parallel.plan
+
+    @cached_property
+    def parts(self) -> tuple[Held, ...]:
+        """Every parameter's part."""
+        return tuple(self._parts())
+
+    def size(self, axes: Sequence[str], *, experts: int | None = None) -> int:
+        """Return how many ranks differ in these axes alone."""
+        return self.grid(experts).size(axes)
+
+    def grid(self, experts: int | None = None) -> Grid:
+        """Return the axes of dense layers or of those with so many experts."""
+        return Grid(self.plan.axes(experts=experts))
+
+    def named(self, axes: Sequence[str], *, experts: int | None = None) -> str:
+        """Return what a group of ranks is called: by the axes in which they differ."""
+        there = [axis for axis in axes if self.size((axis,), experts=experts) > 1]
+        whole = len(there) > 1 and self.size(there, experts=experts) == self.plan.stage
+        return "stage" if whole else "+".join(there)
+
+    def _parts(self) -> Iterator[Held]:
+        grids = {laid: self.grid(laid) for laid in {i.laid.experts for i in self.inventory.items}}
+        places = {number: grid.at(self.rank) for number, grid in grids.items()}
+        for item in self.inventory.items:
+            number = item.laid.experts
+            yield self._part(item, grid=grids[number], place=places[number])
+
+    def _part(self, item: Item, *, grid: Grid, place: Mapping[str, int]) -> Held:
+        laid, number = item.laid, item.laid.experts
+        runs = spans(laid, grid=grid, place=place)
+        whole = tuple(sum(length for _, length in dim) for dim in runs)
+        axes = laid.held(STAGE if number is None else EXPERT_STAGE)
+        zero = COPIES if number is None else EXPERT_COPIES
+        ranks = grid.size(zero)
+        if not self.plan.zero or ranks == 1:
+            return Held(item, whole, whole, math.prod(whole), (), axes)
+        dim = zero_dim(whole, ranks=ranks)
+        each = -(-whole[dim] // ranks)  # as FSDP2 cuts
+        mine = Grid({axis: size for axis, size in grid.axes.items() if axis in zero}).rank(
+            dict(place)
+        )
+        length = min(each, max(0, whole[dim] - mine * each))
+        share = (*whole[:dim], length, *whole[dim + 1 :])
+        padded = math.prod(whole[:dim]) * each * math.prod(whole[dim + 1 :])
+        rest = tuple(axis for axis in axes if axis not in zero)
+        return Held(item, whole, share, padded, zero, rest)
+
+
+def _unit(name: str, laid: Laid) -> str:
+    """Experts are gathered by themselves, a block at a time, and the rest with the model."""
+    if laid.experts is not None:
+        return name.rpartition(".")[0]
+    words = name.split(".")
+    return ".".join(words[:2]) if words[0] in ("encoder", "decoder") else ""

@@ -1,0 +1,160 @@
+"""Sends: the bytes that a rank of a plan puts on the wire in one training step, in closed form.
+
+Routing is taken to be even. What is counted is what ``dist/wire.py`` counts: each collective once,
+on a wire that carries no byte twice. The axis of a line is the one that the plan names; a
+collective over several of them joins their names.
+
+Letters: t tokens of a rank, D dim of the rows that travel, k experts per token.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moesaic.core.errors import UserError
+from moesaic.dist.traffic import Rows, all_to_all, slices
+from moesaic.dist.world import BUCKET_BYTES
+from moesaic.model.blueprint import Stack
+from moesaic.model.count import Sizes
+from moesaic.moe.config import MoE
+from moesaic.parallel.config import UlyssesReach
+from moesaic.parallel.cost import tokens_of
+from moesaic.parallel.inventory import Holding
+
+INT = DOUBLE = 8
+Lines = Iterator[tuple[str, str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sending:
+    """Bytes that one rank sends in a step by one kind of collective over one axis."""
+
+    kind: str
+    axis: str
+    bytes: int
+
+
+def sends(
+    holding: Holding, *, sizes: Sizes, micro_batches: int = 1, itemsize: int = 4
+) -> tuple[Sending, ...]:
+    """Return what a rank sends in a step of so many micro-batches of ``sizes``, sorted.
+
+    ``itemsize`` is that of the rows that travel; weights and gradients travel in float32.
+    """
+    sums: Counter[tuple[str, str]] = Counter()
+    for kind, axis, size in _passes(holding, sizes=sizes, itemsize=itemsize):
+        sums[kind, axis] += round(micro_batches * size)
+    for kind, axis, size in _gradients(holding, micro_batches=micro_batches):
+        sums[kind, axis] += round(size)
+    return tuple(Sending(*key, size) for key, size in sorted(sums.items()) if size)
+
+
+def _passes(holding: Holding, *, sizes: Sizes, itemsize: int) -> Lines:
+    """Forward and backward of a micro-batch."""
+    config = holding.inventory.config
+    tokens = tokens_of(holding, sizes)
+    for stack, count in zip((config.encoder, config.decoder), tokens, strict=True):
+        for layer in range(stack.layers):
+            moe = config.experts(stack, layer=layer)
+            if moe is not None:
+                yield from _mixture(holding, moe, tokens=count, itemsize=itemsize)
+        yield from _meetings(holding, stack, tokens=count, itemsize=itemsize)
+        yield from _looks(holding, stack, asking=count, asked=count, itemsize=itemsize)
+    if config.encoder.layers:  # the cross-attention's queries part again, its sources do not
+        source, target = (config.decoder.layers * count for count in tokens)
+        lanes = holding.plan.tensor
+        yield from _meeting(target, dim=config.dim, itemsize=itemsize, lanes=lanes)
+        size = (lanes - 1) * source * config.dim * itemsize
+        yield from (("all-gather", "tensor", size), ("all-to-all", "tensor", size))
+        yield from _looks(
+            holding, config.decoder, asking=tokens[1], asked=tokens[0], itemsize=itemsize
+        )
+
+
+def _mixture(holding: Holding, moe: MoE, *, tokens: int, itemsize: int) -> Lines:
+    plan, dim = holding.plan, moe.exchange.dim(holding.inventory.config.dim)
+    over, cuts = plan.spread(moe.experts), plan.expert_tensor
+    chosen = round(moe.select.experts_per_token(moe.routed))
+    rows = Rows(tokens, per_token=chosen, dim=dim, itemsize=itemsize)
+    if over * cuts > 1:
+        counts = moe.experts * INT
+        yield "all-to-all", "expert", counts * (over - 1) / over
+        yield "all-gather", "expert_tensor", counts * (cuts - 1)
+        yield "all-to-all", "expert", 2 * all_to_all(rows, ranks=over)
+        # gathered going out and scattered home; going back the other way round
+        yield "all-gather", "expert_tensor", slices(rows, cuts=cuts)
+        yield "all-to-all", "expert_tensor", slices(rows, cuts=cuts)
+    ranks = plan.stage
+    statistics = (4 * moe.routed + 1) * DOUBLE
+    yield "all-reduce", "stage", 2 * statistics * (ranks - 1) // ranks
+    yield "all-gather", "stage", moe.limit.tells(tokens * chosen) * INT * (ranks - 1)
+
+
+def _meetings(holding: Holding, stack: Stack, *, tokens: int, itemsize: int) -> Lines:
+    """Rows that meet in matrices cut over tensor ranks: every attention and dense feed-forward."""
+    config = holding.inventory.config
+    dense = sum(config.experts(stack, layer=i) is None for i in range(stack.layers))
+    met = (stack.layers + dense) * tokens
+    yield from _meeting(met, dim=config.dim, itemsize=itemsize, lanes=holding.plan.tensor)
+
+
+def _meeting(tokens: int, *, dim: int, itemsize: int, lanes: int) -> Lines:
+    size = 2 * (lanes - 1) * tokens * dim * itemsize
+    yield from (("all-gather", "tensor", size), ("all-to-all", "tensor", size))
+
+
+def _looks(holding: Holding, stack: Stack, *, asking: int, asked: int, itemsize: int) -> Lines:
+    """Tokens exchanged for heads and back (Ulysses, 2309.14509), once in each block of a stack."""
+    config, plan, ranks = holding.inventory.config, holding.plan, holding.plan.context
+    if ranks == 1:
+        return
+    if not isinstance(holding.parallel.reach, UlyssesReach):
+        raise UserError(
+            f"the bytes that {type(holding.parallel.reach).__name__} sends are not forecast: "
+            "take UlyssesReach, or count them in a run (dist/wire.py)"
+        )
+    heads = config.attention.heads // plan.tensor
+    groups = config.attention.groups() // plan.tensor
+    read = sum(-(-(r + 1) * groups // ranks) - r * groups // ranks for r in range(ranks))
+    per_token = 2 * heads * asking * (ranks - 1) / ranks + 2 * asked * read * (ranks - 1) / ranks
+    size = 2 * stack.layers * plan.tensor * per_token * config.head_dim * itemsize
+    yield "all-to-all", "context", size
+
+
+def _gradients(holding: Holding, *, micro_batches: int) -> Lines:
+    """Sums over copies; with ZeRO also what makes weights whole."""
+    plan = holding.plan
+    without = holding.inventory.once if holding.grid().at(holding.rank)["tensor"] else frozenset()
+    reduced = 1 if plan.zero == 1 else micro_batches
+    summed: dict[tuple[tuple[str, ...], int | None], list[int]] = {}
+    for part in holding.parts:
+        number = part.item.laid.experts
+        if part.zero:
+            ranks = holding.size(part.zero, experts=number)
+            size = 4 * part.padded * (ranks - 1)
+            # the model's own parameters stay whole between forward and backward
+            again = 2 if plan.zero == 3 and part.item.unit else 1
+            axis = holding.named(part.zero, experts=number)
+            yield "all-gather", axis, size * again * micro_batches
+            if part.item.name not in without:
+                yield "reduce-scatter", axis, size * reduced
+        axes = tuple(a for a in part.sums if holding.size((a,), experts=number) > 1)
+        if axes:
+            summed.setdefault((axes, number), []).append(4 * math.prod(part.share))
+    for (axes, number), parts in summed.items():
+        ranks = holding.size(axes, experts=number)
+        for size in _buckets(parts):
+            axis = holding.named(axes, experts=number)
+            yield "all-reduce", axis, 2 * size * (ranks - 1) // ranks
+
+
+def _buckets(sizes: list[int]) -> Iterator[int]:
+    """As ``dist/world.py`` sums gradients: together while they are small."""
+    held = 0
+    for size in sizes:
+        if held and held + size > BUCKET_BYTES:
+            yield held
+            held = 0
+        held += size
+    yield held

@@ -1,0 +1,154 @@
+"""Random plans: a random small model, random batches, and a random plan that fits both.
+
+Everything a model may be made of is drawn from its family, so a new rule is tried under every plan
+without a word here.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moesaic.core.config import Choice
+from moesaic.core.errors import ConfigError
+from moesaic.model.config import Stack, TransformerConfig
+from moesaic.moe.around import Beside, Exchange
+from moesaic.moe.balance import Balance
+from moesaic.moe.balances.global_batch import MicroBatchBalance
+from moesaic.moe.config import MoE
+from moesaic.moe.experts import Expert, FeedForwardExpert
+from moesaic.moe.gates import Condition, Link
+from moesaic.moe.limit import Capacity, Dropless, Limit, Priority
+from moesaic.moe.noise import Noise
+from moesaic.moe.select import Select, TopK
+from moesaic.moe.spare import Spare
+from moesaic.nn.activation import Activation
+from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.embedding import EmbeddingConfig
+from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.norm import Norm
+from moesaic.nn.position import Position
+from moesaic.optim.optimizer import AdamW, Muon
+from moesaic.parallel.config import Parallel
+from moesaic.testing.tiny import tiny_run
+from moesaic.train.run import Run
+from moesaic.verify.plans import every
+from moesaic.verify.small import small
+from moesaic.verify.stream import VOCABULARY, Shape
+
+APART = (MicroBatchBalance,)  # what it balances is the share of a rank: another loss by definition
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A run, its batches and a plan of ``ranks``."""
+
+    run: Run
+    shape: Shape
+    parallel: Parallel
+    ranks: int
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What tells this case from others, as plain data."""
+        model = self.run.model.plain()
+        return {
+            "ranks": self.ranks,
+            "plan": self.parallel.plain(),
+            "rows": self.shape.rows,
+            "length": self.shape.length,
+            "model": model,
+            "optimizer": type(self.run.optimizer).__name__,
+        }
+
+
+def cases(seed: int, *, most: int = 4) -> Iterator[Case]:
+    """Yield cases of 2 to ``most`` ranks without end; the n-th depends on ``seed`` and n alone."""
+    number = 0
+    while True:
+        draw = random.Random(f"{seed}/{number}")
+        number += 1
+        case = _case(draw, most=most)
+        if case is not None:
+            yield case
+
+
+def _case(draw: random.Random, *, most: int) -> Case | None:
+    """Return None where what was drawn does not go together."""
+    try:
+        model = _model(draw)
+        optimizer = draw.choice((AdamW(lr=0.01), Muon(lr=0.01, adamw=AdamW(lr=0.01))))
+        smoothing = draw.choice((0.0, 0.1))
+        run = small(tiny_run(model=model, optimizer=optimizer, label_smoothing=smoothing)).run
+        with torch.device("meta"):
+            built = run.model.build()
+    except ConfigError:
+        return None
+    ranks = draw.randint(2, most)
+    fit = every([ranks], model=built, base=run.parallel).fit
+    if not fit:
+        return None
+    source = run.model.encoder.layers > 0
+    shape = Shape(rows=draw.randint(1, 9), length=draw.randint(2, 12), source=source)
+    return Case(run.replace(seed=draw.randrange(10**6)), shape, draw.choice(fit), ranks)
+
+
+def _model(draw: random.Random) -> TransformerConfig:
+    heads = draw.choice((1, 2, 3, 4, 6, 8))
+    groups = draw.choice([n for n in range(1, heads + 1) if heads % n == 0])
+    hidden = draw.choice((8, 12, 24))
+    return TransformerConfig(
+        vocab_size=VOCABULARY,
+        dim=draw.choice((8, 12, 16)),
+        encoder=_stack(draw, layers=draw.randint(0, 2)),
+        decoder=_stack(draw, layers=draw.randint(1, 2)),
+        attention=AttentionConfig(heads=heads, kv_heads=groups, head_dim=4),
+        feed_forward=FeedForward(hidden=hidden, activation=_any(draw, Activation)),
+        moe=_moe(draw),
+        norm=_any(draw, Norm),
+        position=_any(draw, Position),
+        embedding=EmbeddingConfig(tied=draw.random() < 0.7),
+        bias=draw.random() < 0.4,
+        dropout=draw.choice((0.0, 0.0, 0.1)),
+    )
+
+
+def _stack(draw: random.Random, *, layers: int) -> Stack:
+    return Stack(layers=layers, moe_every=draw.choice((0, 1, 1, 2)))
+
+
+def _moe(draw: random.Random) -> MoE:
+    balances = [_any(draw, Balance) for _ in range(draw.randint(0, 2))]
+    return MoE(
+        experts=draw.choice((1, 2, 3, 4, 6, 8)),
+        hidden=draw.choice((None, 4, 8, 16)),
+        select=TopK(k=draw.randint(1, 3)) if draw.random() < 0.4 else _any(draw, Select),
+        limit=_limit(draw),
+        balance=tuple(term for term in balances if not isinstance(term, APART)),
+        noise=_any(draw, Noise),
+        expert=FeedForwardExpert() if draw.random() < 0.8 else _any(draw, Expert),
+        beside=_any(draw, Beside),
+        spare=_any(draw, Spare),
+        exchange=_any(draw, Exchange),
+        condition=_any(draw, Condition),
+        link=_any(draw, Link),
+    )
+
+
+def _limit(draw: random.Random) -> Limit:
+    if draw.random() < 0.5:
+        return Dropless()
+    factor = draw.choice((0.5, 1.0, 1.5))
+    return Capacity(factor=factor, minimum=draw.randint(0, 2), priority=_any(draw, Priority))
+
+
+def _any(draw: random.Random, family: type[Choice]) -> Any:
+    """Return a member as it is by default; every other time the first, which is the plain one."""
+    members = [
+        member
+        for member in family.members.values()
+        if not any(field.is_required() for field in member.model_fields.values())
+    ]
+    return (members[0] if draw.random() < 0.5 else draw.choice(members))()

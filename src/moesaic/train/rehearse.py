@@ -1,0 +1,177 @@
+"""Rehearse: one training step of one rank of many, without the others and without any numbers.
+
+The step is the real one: ``lay`` cuts the model, ZeRO shares it out, tokens are dealt, rows travel,
+gradients are summed, the optimizer updates. Only tensors are fake (``dist/alike.py``), so a plan of
+8,192 ranks is tried on a laptop. Experts are chosen evenly, whatever rule the config names: what a
+router would choose is a question of numbers.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from moesaic.core.shapes import Tensor
+from moesaic.data.batch import Batch
+from moesaic.dist.alike import Alike, FewPieces, fake_ranks
+from moesaic.dist.collectives import Group
+from moesaic.dist.local import local
+from moesaic.dist.mesh import COPIES, STAGE, Mesh
+from moesaic.dist.wire import Wire
+from moesaic.model.config import TransformerConfig
+from moesaic.model.count import Sizes
+from moesaic.moe.config import MoE, Sparse
+from moesaic.moe.gate import Gate
+from moesaic.moe.layer import set_ranks
+from moesaic.moe.routing import Routing
+from moesaic.moe.select import Select
+from moesaic.optim.optimizer import AdamW, Optimizer
+from moesaic.parallel.apply import apply, experts_of
+from moesaic.parallel.config import Parallel
+from moesaic.parallel.inventory import EXPERT_STAGE
+from moesaic.parallel.ranks import BatchRanks
+from moesaic.parallel.sends import Sending
+from moesaic.parallel.spread import Spread
+
+TOKEN = 7  # any token but padding
+
+
+class Even(Select):
+    """Token t goes to the k experts that follow those of token t - 1: every load is the same."""
+
+    k: int = 1
+
+    def __call__(self, gate: Gate) -> Routing:
+        tokens, experts = gate.logits.shape
+        first = self.k * torch.arange(tokens, device=gate.context.row.device)[:, None]
+        expert = (first + torch.arange(self.k, device=first.device)) % experts
+        weight = gate.logits.softmax(-1).gather(-1, expert)
+        return Routing.from_topk(weight, expert=expert, num_experts=experts)
+
+    def experts_per_token(self, num_experts: int) -> float:
+        return float(min(self.k, num_experts))
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """What a step took on one rank: bytes held after it, at most in use during it, and sent.
+
+    ``kept`` is what the forward pass added: for the backward pass, and what ZeRO gathered.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    kept: int
+    peak: int
+    sent: tuple[Sending, ...]
+    seconds: float
+
+
+def evenly(config: TransformerConfig) -> TransformerConfig:
+    """Return a config whose routers choose evenly, as many experts per token as before."""
+    stacks = {
+        side: stack if stack.moe is None else stack.replace(moe=_even(stack.moe))
+        for side, stack in (("encoder", config.encoder), ("decoder", config.decoder))
+    }
+    return config.replace(moe=_even(config.moe), **stacks)
+
+
+def rehearse(
+    config: TransformerConfig,
+    *,
+    parallel: Parallel,
+    world: int,
+    sizes: Sizes,
+    rank: int = 0,
+    optimizer: Optimizer | None = None,
+) -> Rehearsal:
+    """Take one step of one micro-batch as one of ``world`` ranks; no process group may be there.
+
+    Raises ConfigError where the plan fits neither the number of ranks nor the model.
+    """
+    started = time.perf_counter()
+    with fake_ranks(world, rank=rank), Alike() as alike:
+        model = evenly(config).build()
+        mesh = Mesh(
+            parallel.plan.on(world),
+            rank=rank,
+            device=torch.device("cpu"),
+            experts=experts_of(model),
+        )
+        with FewPieces():
+            spread = apply(model, parallel=parallel, mesh=mesh)
+        set_ranks(model, BatchRanks(spread.stage))
+        before = alike.in_use()
+        alike.peak_bytes = 0
+        with Wire(axes=groups(mesh)) as wire:
+            loss = _loss(spread, batch=batch_of(config, sizes))
+            kept = alike.in_use() - before
+            spread.before_backward(last=True)
+            loss.backward()
+            spread.sum_gradients()
+        made = (optimizer or AdamW()).build(model.named_parameters(), kinds=model.parameter_kinds())
+        made.step()
+        slots = [t for s in made.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+        parameters = [local(p) for p in model.parameters()]
+        gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+        return Rehearsal(
+            weights=_bytes(parameters),
+            gradients=_bytes(gradients),
+            optimizer=_bytes(slots),
+            kept=kept,
+            peak=alike.peak_bytes,
+            sent=sent(wire),
+            seconds=time.perf_counter() - started,
+        )
+
+
+def groups(mesh: Mesh) -> dict[str, Group]:
+    """Return the groups of a mesh by what ``Holding.named`` calls them.
+
+    Of two names for the same ranks the first is taken.
+    """
+    found: dict[str, Group] = {}
+    said: list[tuple[str, Group]] = [("stage", mesh.group(*STAGE))]
+    for axes in (COPIES, ("data",), ("context",), ("tensor",)):
+        said.append(("+".join(axes), mesh.group(*axes)))
+    for number in mesh.numbers:
+        said += [(axis, mesh.group(axis, experts=number)) for axis in EXPERT_STAGE]
+    for name, group in said:
+        if group is not None and all(group is not other for other in found.values()):
+            found[name] = group
+    return found
+
+
+def batch_of(config: TransformerConfig, sizes: Sizes) -> Batch:
+    """Return rows without padding."""
+    target = torch.full((sizes.rows, sizes.target), TOKEN)
+    source = torch.full((sizes.rows, sizes.source if config.encoder.layers else 0), TOKEN)
+    zero = torch.zeros(sizes.rows, dtype=torch.long)
+    return Batch(source, target, target, zero, zero, zero, zero)
+
+
+def sent(wire: Wire) -> tuple[Sending, ...]:
+    """Return what a wire counted, all receivers together."""
+    sums: Counter[tuple[str, str]] = Counter()
+    for line in wire.sent():
+        sums[line.kind, line.axis] += line.bytes
+    return tuple(Sending(*key, size) for key, size in sorted(sums.items()))
+
+
+def _even(sparse: Sparse) -> Sparse:
+    if not isinstance(sparse, MoE):
+        return sparse
+    return sparse.replace(select=Even(k=round(sparse.select.experts_per_token(sparse.routed))))
+
+
+def _loss(spread: Spread, *, batch: Batch) -> Tensor:
+    output = spread.model(batch)
+    terms = [value for record in output.records for value in record.losses.values()]
+    return torch.stack([spread.model.loss(output).total, *terms]).sum()
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,85 @@
+"""Law: what a run sends for its experts is what arithmetic says, to the byte."""
+
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+import torch
+import torch.distributed as distributed
+from torch import nn
+
+from moe.far_cases import D, E, F, bank
+from moesaic.dist.collectives import ranks_of
+from moesaic.dist.subgroups import split
+from moesaic.dist.traffic import Rows, three_d
+from moesaic.dist.wire import Wire
+from moesaic.moe.bodies.narrow import Narrow
+from moesaic.moe.config import MoE
+from moesaic.moe.context import Carry, Context
+from moesaic.moe.dispatch_far import AllToAllDispatcher
+from moesaic.moe.experts import Experts, Size
+from moesaic.moe.gates import Place
+from moesaic.moe.layer import MoELayer
+from moesaic.moe.routing import Routing
+from moesaic.moe.select import TopK
+from moesaic.nn.activation import ReLU
+from moesaic.nn.feed_forward import FeedForward
+from moesaic.testing.ranks import run_on_ranks
+
+RANKS, K = 4, 2
+SETS = torch.tensor(list(combinations(range(E), K)))  # a token for each: an even load
+MESHES = {"expert 4": (1, 4, 1), "data 2 x expert 2": (2, 2, 1), "expert 2 x model 2": (1, 2, 2)}
+
+
+def _counted(mesh: tuple[int, int, int]) -> dict[str, int]:
+    """Bytes of floats over each axis, forward, backward and in the sum of gradients."""
+    copies, _, cuts = mesh
+    rows = split(distributed.group.WORLD, run=RANKS // copies)
+    model = split(rows.near, run=cuts)
+    axes = {"data": rows.far if copies > 1 else None, "expert": model.far, "model": model.near}
+    experts = bank(experts=range(E // ranks_of(axes["expert"])), hidden=slice(0, F // cuts))
+    weight = torch.ones(SETS.shape, requires_grad=True)
+    routing = Routing.from_topk(weight, expert=SETS, num_experts=E)
+    with Wire(axes=axes) as wire:
+        x = torch.randn(len(SETS), D, requires_grad=True)
+        way = AllToAllDispatcher(axes["expert"], slices=axes["model"])
+        way.carry(x, routing=routing, experts=experts).sum().backward()
+        for matrix in experts.parameters() if axes["data"] is not None else ():
+            assert matrix.grad is not None
+            distributed.all_reduce(matrix.grad, group=axes["data"])
+    return {axis: wire.total(axis=axis, dtype=torch.float32) for axis in axes}
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
+def test_rows_stay_on_the_expert_axis_and_gradients_on_the_data_axis(
+    mesh: tuple[int, int, int],
+) -> None:
+    data, expert, model = mesh
+    rows = Rows(tokens=len(SETS), per_token=K, dim=D, itemsize=4)
+    bytes_ = 2.0 * E * D * F * 4
+    form = three_d(rows, data=data, expert=expert, model=model, expert_bytes=bytes_)
+    both = replace(form, expert=2 * form.expert, model=2 * form.model)  # forward and backward
+    for found in run_on_ranks(RANKS, _counted, mesh):
+        assert found == {"data": both.data, "expert": both.expert, "model": both.model}
+
+
+def _narrow(ratio: float) -> int:
+    config = MoE(experts=E, select=TopK(k=K), exchange=Narrow(ratio=ratio))
+    feed = FeedForward(hidden=F, activation=ReLU())
+    torch.manual_seed(0)
+    layer = MoELayer(config, dim=16, feed_forward=feed, bias=False, place=Place("layer"))
+    for parameter in layer.router.parameters():
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    size = Size(E // RANKS, config.exchange.dim(16), feed, bias=False)
+    layer.experts = Experts(size)
+    layer.dispatcher = AllToAllDispatcher(distributed.group.WORLD)
+    x = torch.randn(12, 16, generator=torch.Generator().manual_seed(2 + distributed.get_rank()))
+    with Wire() as wire:
+        answer = layer(x.requires_grad_(), context=Context.plain(12), carry=Carry())
+        answer.out.sum().backward()
+    return wire.total(kind="all-to-all", dtype=torch.float32)
+
+
+def test_narrow_rows_cost_exactly_their_share() -> None:
+    whole, quarter = (sum(run_on_ranks(RANKS, _narrow, ratio)) for ratio in (1.0, 0.25))
+    assert quarter * 4 == whole > 0

@@ -1,0 +1,72 @@
+"""Schedules played through wait as long as the closed forms of their papers say."""
+
+from pathlib import Path
+
+import pytest
+
+from moesaic.parallel.bubbles import timeline
+from moesaic.parallel.schedules import (
+    BreadthFirst,
+    DualPipeV,
+    GPipe,
+    Interleaved,
+    InterleavedZeroBubble,
+    OneForwardOneBackward,
+    PipeSchedule,
+    ZeroBubbleV,
+)
+
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "pipeline.md"
+SIZES = ((2, 8), (4, 8), (4, 32), (8, 32))
+ROWS = (
+    GPipe(),
+    OneForwardOneBackward(),
+    Interleaved(),
+    Interleaved(stages=4),
+    BreadthFirst(),
+    InterleavedZeroBubble(),
+    ZeroBubbleV(),
+    DualPipeV(),
+)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("schedule", ROWS, ids=repr)
+def test_idle_time_is_that_of_the_closed_form(
+    schedule: PipeSchedule, size: tuple[int, int]
+) -> None:
+    ranks, micro_batches = size
+    if schedule.refuses(ranks=ranks, micro_batches=micro_batches):
+        pytest.skip("not possible")
+    work = micro_batches * schedule.per_rank() * (3 if schedule.splits else 1)
+    idle = timeline(schedule, ranks=ranks, micro_batches=micro_batches).idle
+    assert idle == pytest.approx((ranks - 1) / (work + ranks - 1))
+
+
+def test_one_forward_one_backward_keeps_a_micro_batch_per_stage_and_gpipe_all() -> None:
+    kept = [timeline(s, ranks=4, micro_batches=32).kept for s in (GPipe(), OneForwardOneBackward())]
+    assert kept == [32, 4]
+
+
+def test_the_table_in_the_guide_is_what_the_schedules_say() -> None:
+    assert table() in PAGE.read_text(encoding="utf-8"), f"expected in {PAGE.name}:\n{table()}"
+
+
+def table() -> str:
+    """Idle share of the ranks' time, and micro-batches kept, for several sizes."""
+    heads = [f"{ranks} ranks, {number}" for ranks, number in SIZES]
+    lines = [f"| schedule | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
+    for schedule in ROWS:
+        cells = [_cell(schedule, *size) for size in SIZES]
+        lines.append(f"| `{_name(schedule)}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _name(schedule: PipeSchedule) -> str:
+    usual = schedule == type(schedule)()
+    return type(schedule).__name__ if usual else f"{type(schedule).__name__}(stages=4)"
+
+
+def _cell(schedule: PipeSchedule, ranks: int, micro_batches: int) -> str:
+    found = timeline(schedule, ranks=ranks, micro_batches=micro_batches)
+    return f"{100 * found.idle:.1f} %, {found.kept:g}"

@@ -1,0 +1,35 @@
+"""What tensor parallelism cannot cut is refused before anything is, with the way out."""
+
+import pytest
+
+from moesaic.core.errors import ConfigError
+from moesaic.dist.plan import ParallelPlan
+from moesaic.model.transformer import Transformer
+from moesaic.moe.attention import MixtureOfAttention
+from moesaic.nn.attention import AttentionConfig
+from moesaic.parallel.apply import check
+from moesaic.parallel.config import Parallel
+from moesaic.testing.tiny import tiny_model_config
+
+MODEL = tiny_model_config()
+REFUSED = {
+    "has 2 heads": (MODEL, 4),
+    "has 1 kv_heads": (MODEL.replace(attention=AttentionConfig(heads=2, kv_heads=1)), 2),
+    "belong to attention experts: set tensor to 1": (
+        MODEL.replace(attention_experts=MixtureOfAttention()),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_cannot_be_cut_is_refused_with_the_reason(why: str) -> None:
+    config, lanes = REFUSED[why]
+    plan = ParallelPlan(data=1, tensor=lanes)
+    with pytest.raises(ConfigError, match=f"parallel.tensor={lanes}.*{why}"):
+        check(Transformer(config), parallel=Parallel(plan=plan), plan=plan)
+
+
+def test_attention_experts_may_stay_where_no_head_is_cut() -> None:
+    config, plan = MODEL.replace(attention_experts=MixtureOfAttention()), ParallelPlan(data=2)
+    check(Transformer(config), parallel=Parallel(plan=plan), plan=plan)

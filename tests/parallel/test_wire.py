@@ -1,0 +1,95 @@
+"""What crosses a boundary arrives as it was handed on, gradients included."""
+
+import pytest
+import torch
+
+from moesaic.model.leg import Handed, Leg
+from moesaic.moe.config import MoE
+from moesaic.moe.links.pre_gated import PreGated
+from moesaic.moe.links.recurrent import Recurrent
+from moesaic.moe.select import TopK
+from moesaic.parallel.wire import Boundary, Held, Wire, attach, hang, roomy
+from moesaic.testing.tiny import tiny_model_config
+
+LINKS = {"recurrent": Recurrent(width=6), "pre-gated": PreGated()}
+HELD = (Held(5, 3), Held(2, 7), Held(0, 0))
+
+
+def _wire(link: str, *, stop: int) -> Wire:
+    moe = MoE(experts=4, select=TopK(k=2), link=LINKS[link])
+    config = tiny_model_config(moe=moe, layers=2)
+    boundary = Boundary.after(Leg.between(0, stop, config=config), config=config)
+    return Wire.of(boundary, dim=config.dim, dtype=torch.float32, tokens=HELD)
+
+
+def _handed(link: str, *, held: Held, stop: int) -> Handed:
+    def draw(rows: int, width: int) -> torch.Tensor:
+        return torch.randn(rows, width, requires_grad=True)
+
+    memory = draw(held.source, 16) if stop >= 2 else None
+    rows = {1: held.source, 2: None, 3: held.target}[stop]
+    if rows is None:
+        return Handed(memory=memory)
+    hidden = draw(rows, 6) if link == "recurrent" else None
+    logits = draw(rows, 4) if link == "pre-gated" else None
+    return Handed(draw(rows, 16), hidden, logits, memory)
+
+
+FIELDS = ("x", "hidden", "logits", "memory")
+
+
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize("held", HELD, ids=str)
+def test_what_arrives_is_what_was_handed_on(link: str, stop: int, held: Held) -> None:
+    wire, given = _wire(link, stop=stop), _handed(link, held=held, stop=stop)
+    crossed = wire.pack(given, term=torch.zeros(()))
+    assert [c.shape for c in crossed] == [blank.shape for blank in wire.blanks("cpu")]
+    found = wire.unpack(crossed, tokens=held)
+    there = [(getattr(given, name), getattr(found, name)) for name in FIELDS]
+    for before, after in there:
+        assert (before is None) == (after is None)
+        if before is not None:
+            assert torch.equal(before, after)
+    pulls = [torch.randn_like(after) for _, after in there if after is not None]
+    torch.autograd.backward([after for _, after in there if after is not None], pulls)
+    for before, pull in zip([b for b, _ in there if b is not None], pulls, strict=True):
+        torch.testing.assert_close(before.grad, pull)
+
+
+def test_logits_that_are_not_there_yet_cross_as_zeros_with_a_gradient() -> None:
+    wire = _wire("pre-gated", stop=1)
+    x = torch.randn(5, 16, requires_grad=True)
+    rows, carried = wire.pack(Handed(x), term=torch.zeros(()))
+    assert carried.requires_grad
+    assert not carried.any()
+    received = [t.detach().requires_grad_() for t in (rows, carried)]
+    found = wire.unpack(received, tokens=HELD[0])
+    assert found.x is not None
+    found.x.sum().backward()
+    assert all(t.grad is not None for t in received)
+
+
+def test_a_term_that_is_attached_gets_the_gradient_one_whatever_follows() -> None:
+    x = torch.randn(4, 3, requires_grad=True)
+    weight = torch.tensor(2.0, requires_grad=True)
+    y = attach(x, weight.square())
+    assert torch.equal(y, x)
+    (7.0 * y).sum().backward()
+    assert x.grad is not None
+    assert (x.grad == 7.0).all()
+    assert weight.grad == 4.0
+
+
+def test_what_is_hung_on_another_gives_it_a_gradient_of_zeros() -> None:
+    x, other = torch.randn(4, 3, requires_grad=True), torch.randn(5, requires_grad=True)
+    hang(x, other).sum().backward()
+    assert other.grad is not None
+    assert not other.grad.any()
+
+
+def test_room_is_at_most_an_eighth_too_much_and_of_few_sizes() -> None:
+    rows = range(1, 5000)
+    assert all(n <= roomy(n) <= max(n * 9 / 8, 1) for n in rows)
+    assert len({roomy(n) for n in rows}) < 90
+    assert roomy(0) == 1
