@@ -72,6 +72,8 @@ class Spread:
                 together.setdefault(group, []).append(parameter)
         for group, parameters in together.items():
             self._world(group).sum_gradients(parameters)
+        if self.pipeline is not None:
+            self.pipeline.share_gradients()
 
     def clip(self, max_norm: float = math.inf) -> GradNorm:
         """Scale all gradients so that their norm as one vector is at most ``max_norm``.
