@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
 from moesaic.model.config import Stack, TransformerConfig
@@ -82,12 +80,11 @@ def _case(draw: random.Random, *, most: int) -> Case | None:
         optimizer = draw.choice((AdamW(lr=0.01), Muon(lr=0.01, adamw=AdamW(lr=0.01))))
         smoothing = draw.choice((0.0, 0.1))
         run = small(tiny_run(model=model, optimizer=optimizer, label_smoothing=smoothing)).run
-        with torch.device("meta"):
-            built = run.model.build()
+        run = run.replace(accumulate=draw.randint(1, 4))
+        ranks = draw.randint(2, most)
+        fit = every([ranks], run=run).fit
     except ConfigError:
         return None
-    ranks = draw.randint(2, most)
-    fit = every([ranks], model=built, base=run.parallel).fit
     if not fit:
         return None
     source = run.model.encoder.layers > 0
