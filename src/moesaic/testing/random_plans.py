@@ -32,7 +32,7 @@ from moesaic.optim.optimizer import AdamW, Muon
 from moesaic.parallel.config import Parallel
 from moesaic.testing.tiny import tiny_run
 from moesaic.train.run import Run
-from moesaic.verify.plans import every
+from moesaic.verify.plans import one
 from moesaic.verify.small import small
 from moesaic.verify.stream import VOCABULARY, Shape
 
@@ -82,14 +82,14 @@ def _case(draw: random.Random, *, most: int) -> Case | None:
         run = small(tiny_run(model=model, optimizer=optimizer, label_smoothing=smoothing)).run
         run = run.replace(accumulate=draw.randint(1, 4))
         ranks = draw.randint(2, most)
-        fit = every([ranks], run=run).fit
+        parallel = one(ranks, run=run, draw=draw)
     except ConfigError:
         return None
-    if not fit:
+    if parallel is None:
         return None
     source = run.model.encoder.layers > 0
     shape = Shape(rows=draw.randint(1, 9), length=draw.randint(2, 12), source=source)
-    return Case(run.replace(seed=draw.randrange(10**6)), shape, draw.choice(fit), ranks)
+    return Case(run.replace(seed=draw.randrange(10**6)), shape, parallel, ranks)
 
 
 def _model(draw: random.Random) -> TransformerConfig:

@@ -1,5 +1,6 @@
 """Plans: every way in which a number of ranks can share a model, and a few that cover them all."""
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
@@ -52,6 +53,20 @@ def every(worlds: Iterable[int], *, run: Run) -> Plans:
             why = known[alike]
             (fit if why is None else refused.setdefault(why, [])).append(parallel)
     return Plans(tuple(fit), {why: tuple(plans) for why, plans in refused.items()})
+
+
+def one(world: int, *, run: Run, draw: random.Random) -> Parallel | None:
+    """Return a plan of ``every`` at random; None if there is none."""
+    with torch.device("meta"):
+        model = run.model.build()
+    plans = list(_plans(world))
+    draw.shuffle(plans)
+    for plan in plans:
+        options = {field: draw.choice(members) for field, members in _families(plan)}
+        parallel = run.parallel.replace(plan=plan, **options)
+        if _refusal(parallel, model=model, run=run) is None:
+            return parallel
+    return None
 
 
 def _refusal(parallel: Parallel, *, model: Transformer, run: Run) -> str | None:
