@@ -20,7 +20,6 @@ from typing import Any
 from support import write_result
 
 from moesaic.dist.plan import ParallelPlan
-from moesaic.model.config import TransformerConfig
 from moesaic.model.count import Sizes, count
 from moesaic.model.presets import preset
 from moesaic.ops.grouped import Segments
@@ -137,18 +136,26 @@ def elsewhere(number: int) -> dict[str, Any]:
 
 
 def capacity() -> dict[str, Any]:
-    """The claim of 2109.10465: 512 GPUs of 40 GB, with and without the host's memory."""
-    base: TransformerConfig = preset("zcode-200b").config
-    budget, hosts = 40e9, {"unlimited": float("inf"), "125 GB per GPU": 125e9}
-    without = Setting(Parallel(plan=plan(expert=512)), 512, PAIRS, MIXED)
-    with_host = Parallel(plan=plan(expert=256, tensor=8, zero=3, offload=True))
-    found = {"GPU memory alone (E)": largest(base, setting=without, budget=Budget(budget))}
-    for name, host in hosts.items():
-        setting = Setting(with_host, 512, PAIRS, MIXED)
-        found[f"E+Z-Offload+M, host memory {name}"] = largest(
-            base, setting=setting, budget=Budget(budget, host)
-        )
-    return {name: _shown(each) for name, each in found.items()}
+    """The claim of 2109.10465: 512 GPUs of 40 GB, with and without the host's memory.
+
+    2 + 2 + 12 bytes per parameter. The bases are those of two presets; experts are added until a
+    GPU, or its share of the host's memory, is full. 125 GB per GPU are 1 TB for eight.
+    """
+    small, wide = preset(TEN).config, preset("zcode-200b").config
+    alone, sliced = plan(expert=512), plan(expert=512, tensor=8)
+    hosted = plan(expert=256, tensor=8, zero=3, offload=True)
+    asked = {
+        "E, base of 0.6B": (small, alone, float("inf")),
+        "E, base of 5B": (wide, alone, float("inf")),
+        "E+M, base of 5B": (wide, sliced, float("inf")),
+        "E+Z-Offload+M, base of 5B, 125 GB of host memory per GPU": (wide, hosted, 125e9),
+        "E+Z-Offload+M, base of 5B, 250 GB of host memory per GPU": (wide, hosted, 250e9),
+    }
+    found = {}
+    for name, (base, degrees, host) in asked.items():
+        setting = Setting(Parallel(plan=degrees), 512, PAIRS, MIXED)
+        found[name] = _shown(largest(base, setting=setting, budget=Budget(40e9, host)))
+    return found
 
 
 def _shown(found: Largest | None) -> dict[str, Any] | None:

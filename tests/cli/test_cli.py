@@ -116,6 +116,45 @@ def test_explain_compares_a_preset_with_what_was_published(capsys):
     assert "dim" in found["guessed"]
 
 
+SCALE = ["scale", "tiny", "--world", "8", "--rows", "2x8+8"]
+
+
+def test_scale_prices_a_plan_and_a_rehearsal_agrees(capsys):
+    main_ok([*SCALE, "--set", "parallel.plan.zero=3", "--rehearse", "--json"])
+    found = last_json(capsys)
+    said, done = found["bytes"], found["rehearsal"]
+    assert [done[k] for k in ("weights", "gradients", "optimizer")] == [
+        said[k] for k in ("weights", "gradients", "optimizer")
+    ]
+    assert done["sent_total"] == found["sent_total"] > 0
+    assert done["peak"] <= said["device"]
+    assert found["grid"]["dense layers"]["data"] == 8
+    assert found["capacity"]["parameters"] > found["parameters"]
+
+
+def test_scale_shows_tables_and_takes_presets(capsys):
+    main_ok([*SCALE])
+    shown = capsys.readouterr().out
+    assert "rank 0 sends per step" in shown
+    assert "all-reduce" in shown
+    main_ok(["scale", "zcode-m3", "--world", "2", "--rows", "1x8+8", "--mixed", "--json"])
+    found = last_json(capsys)
+    assert found["capacity"] is None, "a dense model has no experts to add"
+    assert found["storage"]["weight"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--rows", "8"], "8x512+512"),
+        (["--set", "parallel.plan.data=3"], "3 ranks, but there are 8"),
+        (["--set", "parallel.plan.tensor=8"], "must divide"),
+    ],
+)
+def test_scale_refuses_what_does_not_fit(words, said, capsys):
+    assert said in refused([*SCALE, *words], capsys)
+
+
 def test_config_show_prints_a_config_that_trains_the_same(capsys, tmp_path):
     main_ok(["config", "show", "tiny"])
     path = tmp_path / "mine.yaml"

@@ -71,9 +71,7 @@ def _gathers(sizes: tuple[int, ...]) -> dict[str, Any]:
     group, rank = distributed.group.WORLD, distributed.get_rank()
     found: dict[str, Any] = {}
     for dtype in DTYPES:
-        whole = gather_rows(
-            _rows(sizes[rank], rank=rank, dtype=dtype), group=group, sizes=sizes
-        )
+        whole = gather_rows(_rows(sizes[rank], rank=rank, dtype=dtype), group=group, sizes=sizes)
         parts = _rows(sum(sizes), rank=rank, dtype=dtype)
         summed = scatter_rows(parts, group=group, sizes=sizes)
         assert (whole.dtype, summed.dtype) == (dtype, dtype)
@@ -81,9 +79,7 @@ def _gathers(sizes: tuple[int, ...]) -> dict[str, Any]:
     x = _rows(sizes[rank], rank=rank).requires_grad_()
     found["grad"] = _grad_back(gather_rows(x, group=group, sizes=sizes), x, rank=rank)
     parts = _rows(sum(sizes), rank=rank).requires_grad_()
-    found["sum grad"] = _grad_back(
-        scatter_rows(parts, group=group, sizes=sizes), parts, rank=rank
-    )
+    found["sum grad"] = _grad_back(scatter_rows(parts, group=group, sizes=sizes), parts, rank=rank)
     return found
 
 

@@ -31,9 +31,7 @@ def test_three_d_with_one_row_and_no_cuts_is_expert_parallelism_over_all() -> No
 
 
 def test_rows_travel_as_far_as_the_expert_axis_whatever_the_world() -> None:
-    few, many = (
-        three_d(ROWS, data=data, expert=4, model=2, expert_bytes=1e6) for data in (1, 64)
-    )
+    few, many = (three_d(ROWS, data=data, expert=4, model=2, expert_bytes=1e6) for data in (1, 64))
     assert few.expert == many.expert
     assert few.model == many.model == slices(ROWS, cuts=2)
 
@@ -63,6 +61,4 @@ def test_lending_weights_to_all_leaves_no_row_to_send() -> None:
     assert adaptive(ROWS, expert_bytes=8e3, ranks=8, together=8) == 7e3
     assert adaptive(ROWS, expert_bytes=8e3, ranks=8, together=1) == all_to_all(ROWS, ranks=8)
     half = adaptive(ROWS, expert_bytes=8e3, ranks=8, together=2)
-    assert half == shared_weights(expert_bytes=8e3, ranks=8, together=2) + all_to_all(
-        ROWS, ranks=4
-    )
+    assert half == shared_weights(expert_bytes=8e3, ranks=8, together=2) + all_to_all(ROWS, ranks=4)

@@ -8,9 +8,7 @@ from moesaic.dist.marks import ALL, Mark
 from moesaic.dist.verdict import LostRankError, Peer, Verdict, judge, show_ranks
 
 
-def _peer(
-    rank: int, count: int, *, inside: bool = False, world: int = 4, **changes: Any
-) -> Peer:
+def _peer(rank: int, count: int, *, inside: bool = False, world: int = 4, **changes: Any) -> Peer:
     mark = Mark(
         serial=count,
         time_s=69.0,
@@ -73,7 +71,9 @@ def test_a_rank_that_waits_elsewhere_is_no_cause() -> None:
     """Rank 0 waits for 1 in one group, 1 for 2 in another, and 2 is dead."""
     pair = Mark(op="all_to_all", group="pair", inside=True, counts={"pair": 9, ALL: 117})
     middle = _peer(1, 117, mark=pair, members=(1, 2))
-    verdict = _judge(_peer(0, 118, inside=True), middle, _peer(2, 117, state="gone"), _peer(3, 118, inside=True))
+    verdict = _judge(
+        _peer(0, 118, inside=True), middle, _peer(2, 117, state="gone"), _peer(3, 118, inside=True)
+    )
     assert verdict.ranks == (2,)
     assert (verdict.op, verdict.number) == ("all_to_all", 9)
     assert "did not come to all_to_all #9" in verdict.sentence
@@ -102,7 +102,12 @@ def test_a_verdict_survives_being_sent() -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "text"),
-    [([3], "rank 3"), ([2, 0, 1, 5], "ranks 0-2, 5"), ([0, 1], "ranks 0-1"), ([0, 2], "ranks 0, 2")],
+    [
+        ([3], "rank 3"),
+        ([2, 0, 1, 5], "ranks 0-2, 5"),
+        ([0, 1], "ranks 0-1"),
+        ([0, 2], "ranks 0, 2"),
+    ],
 )
 def test_ranks_are_shown_in_runs(ranks: list[int], text: str) -> None:
     assert show_ranks(ranks) == text

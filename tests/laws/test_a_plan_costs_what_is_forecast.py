@@ -15,13 +15,11 @@ from moesaic.dist.local import local
 from moesaic.dist.mesh import Mesh
 from moesaic.dist.wire import Wire
 from moesaic.model.config import TransformerConfig
-from moesaic.moe.layer import set_ranks
 from moesaic.optim.optimizer import AdamW
 from moesaic.parallel.apply import apply, experts_of
 from moesaic.parallel.config import Parallel
 from moesaic.parallel.cost import rank_bytes
 from moesaic.parallel.inventory import Inventory
-from moesaic.parallel.ranks import BatchRanks
 from moesaic.parallel.sends import Sending, sends
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.train.rehearse import batch_of, evenly, groups, rehearse, sent
@@ -77,7 +75,6 @@ def _step() -> dict[str, tuple[list[int], Lines, list[int], Lines]]:
         plan = laid.plan.on(4)
         mesh = Mesh(plan, rank=rank, device=torch.device("cpu"), experts=experts_of(model))
         spread = apply(model, parallel=laid, mesh=mesh)
-        set_ranks(model, BatchRanks(spread.stage))
         with Wire(axes=groups(mesh)) as wire:
             output = model(batch_of(config, SIZES))
             terms = [value for record in output.records for value in record.losses.values()]

@@ -27,6 +27,7 @@ def test_a_preset_builds_on_the_meta_device_as_counted(name):
         ("deepseek-moe-2b", 0.02),
         ("deepspeed-moe-128", 0.03),
         ("pr-moe-350m", 0.03),
+        ("trillion-384", 0.04),
     ],
 )
 def test_the_published_size_is_met(name, apart):

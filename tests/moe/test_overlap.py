@@ -83,6 +83,9 @@ class _Watching:
         out.register_hook(self._note)
         return out
 
+    def within(self, x, *, work):
+        return work(x, self)
+
     def _note(self, _):
         self.backward.append(self.wire.calls("all-to-all"))
 

@@ -23,6 +23,7 @@ from moesaic.parallel.schedules import (
     OneForwardOneBackward,
     PipeSchedule,
     ZeroBubbleV,
+    can_split,
 )
 from moesaic.parallel.stages import At, ByCost, Stages, block_costs, evenly
 from moesaic.testing.tiny import BALANCED_TOP1, random_batch, tiny_model_config
@@ -151,7 +152,8 @@ def test_a_part_that_is_elsewhere_says_so_when_it_is_asked() -> None:
 
 def test_gradients_apart_are_refused_where_torch_would_miss_some() -> None:
     splitting = _stages(CONFIG, schedule=InterleavedZeroBubble())
-    assert splitting.refuses(micro_batches=4, zero=0) is None
+    why = splitting.refuses(micro_batches=4, zero=0)
+    assert (why is None) if can_split() else ("or a newer PyTorch" in (why or ""))
     assert "ZeRO stage 3" in (splitting.refuses(micro_batches=4, zero=3) or "")
     assert _stages(CONFIG).refuses(micro_batches=4, zero=3) is None
     few = _stages(CONFIG, schedule=DualPipeV()).refuses(micro_batches=3, zero=0)
@@ -176,4 +178,5 @@ def test_a_decoder_in_one_stage_uses_a_tied_table_twice() -> None:
     why = _stages(shallow, schedule=ZeroBubbleV()).refuses(micro_batches=4, zero=0)
     assert "stage 3 uses the embedding" in (why or "")
     untied = shallow.replace(embedding=EmbeddingConfig(tied=False))
-    assert _stages(untied, schedule=ZeroBubbleV()).refuses(micro_batches=4, zero=0) is None
+    why = _stages(untied, schedule=ZeroBubbleV()).refuses(micro_batches=4, zero=0)
+    assert "uses" not in (why or "")

@@ -99,7 +99,7 @@ class Alike(TorchDispatchMode):
 
 
 class FewPieces(TorchFunctionMode):
-    """Cuts a tensor into equal pieces by making one of them: FSDP2 makes thousands and reads two."""
+    """Cuts a tensor into equal pieces by making one: FSDP2 makes thousands and reads two."""
 
     def __torch_function__(
         self,

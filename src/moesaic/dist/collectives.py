@@ -147,12 +147,12 @@ class _ScatterRows(torch.autograd.Function):
 
 class _SumCopies(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:  # noqa: ARG004
         return _sum(x, group=group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: ARG004  # pyright: ignore[reportIncompatibleMethodOverride]
         return grads[0], None
 
 
@@ -168,9 +168,7 @@ class _CopyTo(torch.autograd.Function):
         return _sum(grads[0], group=ctx.group), None
 
 
-def _move(
-    x: Tensor, *, group: Group, sent: tuple[int, ...], received: tuple[int, ...]
-) -> Tensor:
+def _move(x: Tensor, *, group: Group, sent: tuple[int, ...], received: tuple[int, ...]) -> Tensor:
     out = x.new_empty(sum(received), *x.shape[1:])
     with collective("all_to_all", group=group):
         distributed.all_to_all_single(out, x.contiguous(), list(received), list(sent), group=group)

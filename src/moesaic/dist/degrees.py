@@ -3,9 +3,10 @@
 A chunk goes through five stages: out to its experts' node, gathered over the ranks that hold slices
 of an expert, multiplied, summed back over the slices, home. The links between nodes, those inside
 one and the processor work at the same time, each on one chunk. More chunks overlap more and start
-more often. After Pan et al. 2025, FSMoE, arXiv:2501.10714: one formula for each link that everything may
-wait for. The paper has conditions that say which one holds and solves for the number of chunks; we
-take the largest of lower bounds and try the numbers. ``simulated`` plays the schedule: its twin.
+more often. After Pan et al. 2025, FSMoE, arXiv:2501.10714: one formula for each link that
+everything may wait for. The paper has conditions that say which one holds and solves for the number
+of chunks; we take the largest of lower bounds and try the numbers. ``simulated`` plays the
+schedule: its twin.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,7 +53,7 @@ class Layer:
 
 
 def modelled(layer: Layer, degree: int) -> float:
-    """Return the seconds of a pass in ``degree`` chunks: the longest of what cannot be shortened."""
+    """Return the seconds of a pass in ``degree`` chunks: the largest of its lower bounds."""
     exchange, experts = layer.exchange.seconds(degree), layer.experts.seconds(degree)
     gather, scatter = layer.gather.seconds(degree), layer.scatter.seconds(degree)
     others = degree - 1  # chunks beside the one that goes all the way

@@ -2,8 +2,8 @@
 
 Whoever calls ``torch.distributed`` does it inside ``collective("all_reduce")``; whoever begins a
 part of a step says so with ``at("forward")``. When a collective fails because a rank is missing,
-the error that comes out names the rank (``verdict.py``). Without a group of ours nothing is sent and
-errors are left as they are.
+the error that comes out names the rank (``verdict.py``). Without a group of ours nothing is sent
+and errors are left as they are.
 """
 
 import re
@@ -69,7 +69,10 @@ class Flight:
         return LostRankError(self._watch.verdict(_first_line(error)))
 
     def failed(self, error: BaseException) -> BaseException:
-        """Tell the others that this rank ends with ``error``; return it, or one that names a rank."""
+        """Tell the others that this rank ends with ``error``.
+
+        Returns it, or a better one that names a rank.
+        """
         better = self.named(error)
         if self._watch is not None and not isinstance(better, LostRankError):
             self._watch.fail(f"{type(error).__name__}: {error}")

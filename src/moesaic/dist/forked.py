@@ -107,7 +107,7 @@ class _Job:
         torch.set_num_threads(1)
         number = self.first
         try:
-            for number in range(self.first, len(self.cases)):  # noqa: B007 - read when it fails
+            for number in range(self.first, len(self.cases)):
                 self._one(rank, number)
             code = 0
         except BaseException:
@@ -165,8 +165,9 @@ def _why(job: _Job, number: int, *, ranks: Sequence[BaseProcess]) -> str:
     for rank, (process, path) in enumerate(zip(ranks, paths, strict=True)):
         if process.exitcode and not path.exists():  # others only say that it is gone
             return f"rank {rank} died with exit code {process.exitcode}"
-    said = [(path.read_text().partition("\n"), rank) for rank, path in enumerate(paths)
-            if path.exists()]
+    said = [
+        (path.read_text().partition("\n"), rank) for rank, path in enumerate(paths) if path.exists()
+    ]
     if said:
         (_, _, text), rank = min(said, key=lambda found: float(found[0][0]))
         return f"rank {rank} failed:\n{text}"

@@ -110,11 +110,12 @@ def _store(timeout: timedelta, *, is_master: bool) -> distributed.Store:  # pyri
     try:
         store = distributed.TCPStore(address, port, is_master=is_master, timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]
     except RuntimeError as error:
-        what = "open the store of this run" if is_master else "reach the store that all ranks meet in"
+        what = "open the store of this run" if is_master else "reach the store that all meet in"
         raise UserError(
             f"rank {os.environ['RANK']} cannot {what} at {address}:{port}, within "
-            f"{timeout.total_seconds():.0f} s: {str(error).partition(chr(10))[0]}. Check MASTER_ADDR "
-            "and MASTER_PORT, that rank 0 was started and that no other program has the port"
+            f"{timeout.total_seconds():.0f} s: {str(error).partition(chr(10))[0]}. Check "
+            "MASTER_ADDR and MASTER_PORT, that rank 0 was started and that no other program has "
+            "the port"
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     name = f"attempt-{attempt}-of-{os.environ['WORLD_SIZE']}"

@@ -50,9 +50,7 @@ class ThreeD:
     model: float
 
 
-def three_d(
-    rows: Rows, *, data: int, expert: int, model: int, expert_bytes: float
-) -> ThreeD:
+def three_d(rows: Rows, *, data: int, expert: int, model: int, expert_bytes: float) -> ThreeD:
     """Experts sharded over ``expert``, cut over ``model``, copied over ``data``.
 
     Du et al. 2024, arXiv:2405.15052: routing and capacity are local to a row of the data axis, so

@@ -96,7 +96,8 @@ class Watch:
             doing = where.collective if where.inside else where.where
             return Verdict(
                 f"rank {self.rank} lost its peers in {doing}, and the store that they met in does "
-                f"not answer: the launcher, or rank 0 if it had none, ended first ({cause or error})"
+                "not answer: the launcher, or rank 0 if it had none, ended first "
+                f"({cause or error})"
             )
 
     def _told(self) -> Verdict | None:
@@ -124,9 +125,7 @@ class Watch:
         # a process that is being killed closes its connections a little before it is gone
         return seen["machine"] != self._machine or process_state(seen["pid"]) == "alive"
 
-    def _peer(
-        self, rank: int, seen: dict[str, Any] | None, before: dict[str, Any] | None
-    ) -> Peer:
+    def _peer(self, rank: int, seen: dict[str, Any] | None, before: dict[str, Any] | None) -> Peer:
         if seen is None:
             return Peer(rank, members=self._groups[ALL], state="silent")
         mark = Mark(**seen["mark"])
@@ -193,7 +192,8 @@ class Watch:
         with suppress(*_STORE_ERRORS):
             verdict = self.verdict("another rank ended")
             if not self._ends.is_set():
-                _say(f"moesaic: rank {self.rank} ends itself: {LostRankError(verdict)}. It was here:")
+                lost = LostRankError(verdict)
+                _say(f"moesaic: rank {self.rank} ends itself: {lost}. It was here:")
                 faulthandler.dump_traceback(file=2, all_threads=True)
         if not self._ends.is_set():
             os._exit(1)
@@ -221,4 +221,4 @@ def _machine() -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.__stderr__, flush=True)  # noqa: T201
+    print(text, file=sys.__stderr__, flush=True)

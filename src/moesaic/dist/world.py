@@ -94,7 +94,7 @@ class Alone:
 
 
 class Ranks:
-    """The world of a process group (gloo on CPU, NCCL on CUDA): the default one, or a part of it."""
+    """The world of a process group (gloo on CPU, NCCL on CUDA): the default one, or part of it."""
 
     def __init__(
         self, device: torch.device | str = "cpu", *, group: distributed.ProcessGroup | None = None

@@ -50,7 +50,7 @@ class Adaptive:
 
     Experts lie over ``over`` and their slices over ``slices``, as for an ``AllToAllDispatcher``;
     the bank is an ``Experts``. ``among`` are the ways to choose from, all by default. Making one is
-    collective over both groups.
+    collective over both groups; to choose, the host waits for the device once more than to move.
     """
 
     def __init__(
@@ -75,11 +75,15 @@ class Adaptive:
             return LocalDispatcher().carry(x, routing=routing, experts=experts)
         if not isinstance(experts, Experts):
             raise TypeError(f"only banks of feed-forwards can be lent, not {type(experts)}")
-        x = as_autocast(x)
-        way = self._ways[self.choose(x, routing=routing, experts=experts)]
-        lent = Bare(_lent(experts.banks, way=way, dtype=x.dtype), experts.activation)
-        rows = AllToAllDispatcher(way.over, slices=way.slices)
-        return rows.carry(x, routing=routing, experts=lent)
+        bank = experts
+
+        def work(x: Tensor, _: RowExperts) -> Tensor:
+            way = self._ways[self.choose(x, routing=routing, experts=bank)]
+            lent = Bare(_lent(bank.banks, way=way, dtype=x.dtype), bank.activation)
+            rows = AllToAllDispatcher(way.over, slices=way.slices)
+            return rows.carry(x, routing=routing, experts=lent)
+
+        return bank.within(as_autocast(x), work=work)
 
     def _way(self, way: Lending, *, timeout_s: float) -> "_Way":
         experts = split(self._over, run=way.experts, timeout_s=timeout_s)

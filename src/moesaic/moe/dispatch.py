@@ -7,6 +7,7 @@ other ranks, ``dispatch_far.py`` goes there.
 Letters: T tokens, N edges, R rows received, D model dim.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -43,6 +44,15 @@ class RowExperts(Protocol):
     def __call__(self, rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]: ...
 
     def mix(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]: ...
+
+    def within(
+        self, x: Float[Tensor, "T D"], *, work: Callable[[Tensor, "RowExperts"], Tensor]
+    ) -> Float[Tensor, "T D"]:
+        """Return ``work(x, experts)``, which may ask them many times.
+
+        To whoever gathers their parameters when they are asked, it is once.
+        """
+        ...
 
 
 @runtime_checkable

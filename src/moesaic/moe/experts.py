@@ -3,8 +3,9 @@
 Letters: E experts, R rows, D model dim, F hidden width (2F before a gated activation).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,7 +63,31 @@ class ExpertBank(nn.Module):
         By definition: ``carry_home(self(carry_out(x)))``; a bank that can do it in one go does.
         """
         rows = carry_out(x, edges=edges)
-        return carry_home(self(rows, groups=edges.groups), edges=edges)
+        return carry_home(self.forward(rows, groups=edges.groups), edges=edges)
+
+    def within(
+        self, x: Float[Tensor, "T D"], *, work: Callable[[Tensor, Any], Tensor]
+    ) -> Float[Tensor, "T D"]:
+        """Return ``work(x, experts)`` for experts whose calls run no hooks of this module."""
+        return work(x, _Unwatched(self))
+
+
+class _Unwatched:
+    """A bank as its class defines it, whatever was hung on the instance."""
+
+    def __init__(self, bank: ExpertBank) -> None:
+        self._bank = bank
+
+    def __call__(self, rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
+        return type(self._bank).forward(self._bank, rows, groups=groups)
+
+    def mix(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
+        return type(self._bank).mix(self._bank, x, edges=edges)
+
+    def within(
+        self, x: Float[Tensor, "T D"], *, work: Callable[[Tensor, Any], Tensor]
+    ) -> Float[Tensor, "T D"]:
+        return work(x, self)
 
 
 class FeedForwardExpert(Expert):
@@ -137,6 +162,11 @@ class Bare:
         x = as_autocast(x)
         mixer = pick_mixer(x, activation=self.activation)
         return mixer(x, edges=edges, banks=self.banks, activation=self.activation)
+
+    def within(
+        self, x: Float[Tensor, "T D"], *, work: Callable[[Tensor, Any], Tensor]
+    ) -> Float[Tensor, "T D"]:
+        return work(x, self)
 
 
 def as_autocast(x: Tensor) -> Tensor:

@@ -69,13 +69,17 @@ class Chunked:
         edges = edges_of(routing)
         plan = _plan(edges.groups.counts, over=self._over, degrees=self._degrees)
         rows = carry_out(as_autocast(x), edges=edges)[: plan.sent]
-        flight = _Flight(plan)
-        out, back = _Depart.apply(rows, flight), []
-        for piece, groups in enumerate(plan.groups):
-            here = _Land.apply(out, flight, piece)
-            y = answer(here, groups=groups, experts=experts)
-            back.append(_Leave.apply(y, flight, piece))
-        return settle(_Arrive.apply(flight, *back), edges=edges)
+
+        def work(rows: Tensor, experts: RowExperts) -> Tensor:
+            flight = _Flight(plan)
+            out, back = _Depart.apply(rows, flight), []
+            for piece, groups in enumerate(plan.groups):
+                here = _Land.apply(out, flight, piece)
+                y = answer(here, groups=groups, experts=experts)
+                back.append(_Leave.apply(y, flight, piece))
+            return _Arrive.apply(flight, *back)
+
+        return settle(experts.within(rows, work=work), edges=edges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +116,7 @@ class _Movement:
     def __init__(self, over: Group, lane: _Lane, *, homeward: bool) -> None:
         self._over, self._lane, self._homeward = over, lane, homeward
         self._filling: dict[int, Tensor] = {}
-        self._missing: dict[int, int] = {}
+        self._missing = dict.fromkeys(range(len(lane.sent)), lane.wide)  # pieces of a chunk
         self._flying: dict[int, Pending] = {}
         self._here: dict[int, Tensor] = {}
 
@@ -135,18 +139,19 @@ class _Movement:
         if chunk not in self._filling:
             count = sum(self._lane.received[chunk])
             self._filling[chunk] = rows.new_empty(count, rows.shape[1])
-            self._missing[chunk] = self._lane.wide
         self._filling[chunk].index_copy_(0, self._lane.places[piece], rows)
         self._missing[chunk] -= 1
         if not self._missing[chunk]:
             self.start(chunk, self._filling.pop(chunk))
 
     def take(self, piece: int) -> Tensor:
-        """On the far side: a piece, sorted by expert."""
+        """On the far side: a piece, sorted by expert. A chunk is let go with its last one."""
         chunk = piece // self._lane.wide
         if chunk not in self._here:
             self._here[chunk] = self._flying.pop(chunk).wait()
-        return self._here[chunk].index_select(0, self._lane.places[piece])
+        self._missing[chunk] -= 1
+        rows = self._here[chunk] if self._missing[chunk] else self._here.pop(chunk)
+        return rows.index_select(0, self._lane.places[piece])
 
     def take_all(self) -> Tensor:
         """At home: everything, in the order of experts."""

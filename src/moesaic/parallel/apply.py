@@ -102,7 +102,8 @@ def check(model: Transformer, *, parallel: Parallel, plan: ParallelPlan) -> None
     for layer in layers(model):
         config = layer.router.config
         plan.spread(config.experts, layer=layer.name)
-        if why := parallel.journey.refuses(plan=plan, bank=layer.experts, experts=config.experts):
+        why = parallel.journey.refuses(plan=plan, bank=layer.experts, experts=config.experts)
+        if why:
             problems.append(
                 f"parallel.journey={type(parallel.journey).__name__} of {layer.name}: {why}"
             )

@@ -147,6 +147,9 @@ def _activations(holding: Holding, *, sizes: Sizes, mixer: Mixer) -> int:
         rest += tokens * _beyond(holding, stack, mixer=mixer)
     if config.encoder.layers:  # queries and sources of the cross-attention meet in matrices as well
         rest += config.decoder.layers * (source + target) * (plan.tensor - 1) * config.dim
+    # every rank scores all tokens that met against its own rows of the table
+    table = config.vocab_size * config.dim
+    rest += (plan.tensor - 1) * target * config.dim - (table - table // plan.tensor)
     return activation_bytes(config, sizes=here) + FLOAT32 * rest
 
 

@@ -17,8 +17,10 @@ from moesaic.dist.plan import Grid, ParallelPlan
 from moesaic.model.blueprint import Blueprint
 from moesaic.model.transformer import Transformer
 from moesaic.parallel.apply import check
-from moesaic.parallel.config import Parallel
+from moesaic.parallel.config import Parallel, UlyssesReach
+from moesaic.parallel.journey import Straight
 from moesaic.parallel.layout import Laid, banks, layout
+from moesaic.parallel.recompute import KeepAll
 from moesaic.parallel.sharing import zero_dim
 from moesaic.parallel.slices import spans
 from moesaic.parallel.tensor import last_products
@@ -79,10 +81,9 @@ class Inventory:
     def on(self, parallel: Parallel, *, world: int, rank: int = 0) -> "Holding":
         """Return what a rank of ``world`` holds. Raises ConfigError where the plan is no fit."""
         plan = parallel.plan.on(world)
-        if plan.pipe > 1:
-            raise ConfigError(
-                [f"parallel.plan.pipe={plan.pipe}: forecasts know one stage, so set it to 1"]
-            )
+        problems = list(_unknown(parallel.replace(plan=plan)))
+        if problems:
+            raise ConfigError(problems)
         check(self._model, parallel=parallel, plan=plan)
         return Holding(self, parallel.replace(plan=plan), rank)
 
@@ -144,6 +145,25 @@ class Holding:
         padded = math.prod(whole[:dim]) * each * math.prod(whole[dim + 1 :])
         rest = tuple(axis for axis in axes if axis not in zero)
         return Held(item, whole, share, padded, zero, rest)
+
+
+def _unknown(parallel: Parallel) -> Iterator[str]:
+    """Yield what forecasts know nothing of."""
+    plan = parallel.plan
+    far = plan.expert * plan.expert_tensor > 1
+    parts: list[tuple[str, object, type, bool]] = [
+        ("reach", parallel.reach, UlyssesReach, plan.context > 1),
+        ("journey", parallel.journey, Straight, far),
+        ("recompute", parallel.recompute, KeepAll, True),
+    ]
+    if plan.pipe > 1:
+        yield f"parallel.plan.pipe={plan.pipe}: forecasts know one stage alone, so set it to 1"
+    for name, found, known, matters in parts:
+        if matters and not isinstance(found, known):
+            yield (
+                f"parallel.{name}={type(found).__name__}: what it takes is not forecast, expected "
+                f"{known.__name__}; a run can count it (dist/wire.py)"
+            )
 
 
 def _unit(name: str, laid: Laid) -> str:

@@ -124,14 +124,9 @@ class Lend(Journey):
         return Adaptive(over, slices=slices, prices=prices, timeout_s=timeout_s)
 
     def refuses(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
+        del plan, experts
         if not isinstance(bank, Experts):
             return f"{type(bank).__name__} cannot be lent, only plain feed-forwards can"
-        copies = plan.axes(experts=experts)["expert_data"]
-        if plan.zero and copies > 1:
-            return (
-                f"what is lent must lie whole, but zero={plan.zero} shares it out over {copies} "
-                "copies: raise parallel.expert until there is one, or set parallel.zero=0"
-            )
         return None
 
 

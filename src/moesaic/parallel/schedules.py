@@ -3,11 +3,15 @@
 PyTorch runs them (``torch.distributed.pipelining``); here is what each needs, as arithmetic.
 """
 
-from typing import ClassVar
+import functools
+from typing import Any, ClassVar
 
+import torch
 from pydantic import Field
+from torch.autograd.graph import GradientEdge
 
 from moesaic.core.config import Choice
+from moesaic.core.shapes import Tensor
 
 
 class PipeSchedule(Choice):
@@ -116,6 +120,30 @@ class DualPipeV(PipeSchedule):
 
     def refuses(self, *, ranks: int, micro_batches: int) -> str | None:
         return _at_least(2 * ranks, micro_batches, what="stages")
+
+
+@functools.cache
+def can_split() -> bool:
+    """Whether this PyTorch begins a backward at an operation of our own: 2.13 does, not 2.11."""
+    x = torch.ones(1, requires_grad=True)
+    edge = GradientEdge(_Own.apply(x).grad_fn, 0)
+    try:
+        torch.autograd.grad([edge], [x], grad_outputs=[torch.ones(1)])
+    except RuntimeError:
+        return False
+    return True
+
+
+class _Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        del ctx
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        del ctx
+        return grads[0]
 
 
 def _at_least(wanted: int, micro_batches: int, *, what: str) -> str | None:

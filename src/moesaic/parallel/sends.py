@@ -12,15 +12,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moesaic.core.errors import UserError
 from moesaic.dist.traffic import Rows, all_to_all, slices
 from moesaic.dist.world import BUCKET_BYTES
 from moesaic.model.blueprint import Stack
 from moesaic.model.count import Sizes
 from moesaic.moe.config import MoE
-from moesaic.parallel.config import UlyssesReach
 from moesaic.parallel.cost import tokens_of
 from moesaic.parallel.inventory import Holding
+from moesaic.parallel.ranks import WholeBatch
 
 INT = DOUBLE = 8
 Lines = Iterator[tuple[str, str, float]]
@@ -61,6 +60,8 @@ def _passes(holding: Holding, *, sizes: Sizes, itemsize: int) -> Lines:
                 yield from _mixture(holding, moe, tokens=count, itemsize=itemsize)
         yield from _meetings(holding, stack, tokens=count, itemsize=itemsize)
         yield from _looks(holding, stack, asking=count, asked=count, itemsize=itemsize)
+        yield from _words(holding, tokens=count, itemsize=itemsize)
+    yield from _scores(holding, tokens=tokens[1], itemsize=itemsize)
     if config.encoder.layers:  # the cross-attention's queries part again, its sources do not
         source, target = (config.decoder.layers * count for count in tokens)
         lanes = holding.plan.tensor
@@ -88,7 +89,11 @@ def _mixture(holding: Holding, moe: MoE, *, tokens: int, itemsize: int) -> Lines
     ranks = plan.stage
     statistics = (4 * moe.routed + 1) * DOUBLE
     yield "all-reduce", "stage", 2 * statistics * (ranks - 1) // ranks
-    yield "all-gather", "stage", moe.limit.tells(tokens * chosen) * INT * (ranks - 1)
+    told, room = moe.limit.tells(tokens * chosen) * INT, "stage"
+    if not isinstance(holding.parallel.room, WholeBatch):
+        room = holding.named(("expert", "expert_tensor"), experts=moe.experts)
+        ranks = over * cuts
+    yield "all-gather", room, told * (ranks - 1)
 
 
 def _meetings(holding: Holding, stack: Stack, *, tokens: int, itemsize: int) -> Lines:
@@ -104,16 +109,26 @@ def _meeting(tokens: int, *, dim: int, itemsize: int, lanes: int) -> Lines:
     yield from (("all-gather", "tensor", size), ("all-to-all", "tensor", size))
 
 
+def _words(holding: Holding, *, tokens: int, itemsize: int) -> Lines:
+    """Vectors of tokens from a table cut by rows: parts added up, gradients gathered."""
+    size = (holding.plan.tensor - 1) * tokens * holding.inventory.config.dim * itemsize
+    yield from (("all-to-all", "tensor", size), ("all-gather", "tensor", size))
+
+
+def _scores(holding: Holding, *, tokens: int, itemsize: int) -> Lines:
+    """States and labels of all ranks, and four numbers for each where a vocabulary is cut."""
+    others = holding.plan.tensor - 1
+    size = others * tokens * holding.inventory.config.dim * itemsize
+    yield from (("all-to-all", "tensor", size), ("all-gather", "tensor", size))
+    yield "all-gather", "tensor", others * (tokens + 1) * INT
+    yield "all-reduce", "tensor", 2 * others * tokens * 4 * 4
+
+
 def _looks(holding: Holding, stack: Stack, *, asking: int, asked: int, itemsize: int) -> Lines:
     """Tokens exchanged for heads and back (Ulysses, 2309.14509), once in each block of a stack."""
     config, plan, ranks = holding.inventory.config, holding.plan, holding.plan.context
     if ranks == 1:
         return
-    if not isinstance(holding.parallel.reach, UlyssesReach):
-        raise UserError(
-            f"the bytes that {type(holding.parallel.reach).__name__} sends are not forecast: "
-            "take UlyssesReach, or count them in a run (dist/wire.py)"
-        )
     heads = config.attention.heads // plan.tensor
     groups = config.attention.groups() // plan.tensor
     read = sum(-(-(r + 1) * groups // ranks) - r * groups // ranks for r in range(ranks))

@@ -21,7 +21,12 @@ from moesaic.model.count import Sizes, count
 from moesaic.model.leg import Leg
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
-from moesaic.parallel.schedules import Interleaved, OneForwardOneBackward, PipeSchedule
+from moesaic.parallel.schedules import (
+    Interleaved,
+    OneForwardOneBackward,
+    PipeSchedule,
+    can_split,
+)
 
 
 class Cut(Choice):
@@ -159,6 +164,11 @@ class Stages:
                     f"in several places: stage {number} uses {again} so. Cut elsewhere, or "
                     f"{instead}"
                 )
+        if not can_split():
+            return (
+                f"{name} makes gradients of weights apart, which PyTorch {torch.__version__} "
+                f"cannot where operations are not its own: {instead}, or a newer PyTorch (2.13 can)"
+            )
         return None
 
     def _needed(self, rank: int) -> frozenset[str]:

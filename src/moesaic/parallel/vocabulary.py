@@ -25,6 +25,7 @@ from moesaic.dist.collectives import (
     scatter_rows,
     sum_copies,
 )
+from moesaic.dist.flight import collective
 from moesaic.nn.packing import Packing
 from moesaic.ops.cross_entropy import CHUNK_ELEMENTS, TokenLoss
 
@@ -140,5 +141,6 @@ def _chunk(
 
 
 def _reduced(values: Tensor, group: Group, op: Any) -> Tensor:
-    distributed.all_reduce(values, op=op, group=group)
+    with collective("all_reduce", group=group):
+        distributed.all_reduce(values, op=op, group=group)
     return values

@@ -46,7 +46,8 @@ def share_out(
         if mesh.size("expert_data", experts=number) > 1:
             shared = [p for p in bank.parameters() if not table[names[p]].cuts]
             _shard(bank, mesh=mesh, axes=("expert_data",), experts=number, ignored=shared)
-            register_fsdp_forward_method(bank, "mix")
+            for method in ("mix", "within"):
+                register_fsdp_forward_method(bank, method)
     if mesh.size(*COPIES) > 1:
         for module in _units(model, pipe=mesh.plan.pipe):
             _shard(module, mesh=mesh, axes=COPIES, experts=None, ignored=expert)

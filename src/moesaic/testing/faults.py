@@ -26,6 +26,7 @@ import torch.distributed as distributed
 
 from moesaic.checkpoint.disk import Disk
 from moesaic.core.errors import UserError
+from moesaic.core.files import write_whole
 from moesaic.dist import world as collectives
 from moesaic.dist.verdict import LostRankError, Verdict
 from moesaic.testing.kills import compare
@@ -176,15 +177,17 @@ def live(run: Run, out: Path, *, world: int, fault: Fault | None = None) -> Life
     notes.mkdir(exist_ok=True)
     for old in notes.iterdir():
         old.unlink()
-    store = distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30)
-    )
-    job = _Job(run, out, notes, world, store.port, fault)
+    job = _Job(run, out, notes, world, fault)
     fork = get_context("fork")
     ranks = [fork.Process(target=job.be, args=(rank,)) for rank in range(world)]
     for process in ranks:
         process.start()
+    # after the forks: a thread of the store's may hold a lock, which a fork would hold for ever
+    store = distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30)
+    )
     try:
+        write_whole(job.port, str(store.port))
         if fault is not None and fault.moment == "any":
             job.strike_from_outside(ranks[fault.rank])
         job.wait(ranks)
@@ -206,8 +209,12 @@ class _Job:
     out: Path
     notes: Path
     world: int
-    port: int
     fault: Fault | None
+
+    @property
+    def port(self) -> Path:
+        """Where the launcher writes at which port its store is."""
+        return self.notes / "port"
 
     @property
     def stamp(self) -> Path:
@@ -219,7 +226,9 @@ class _Job:
         words = os.open(self.notes / f"{rank}.err", os.O_WRONLY | os.O_CREAT)
         os.dup2(words, 2)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.world)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port)}
+        while not self.port.is_file():
+            time.sleep(0.005)
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.port.read_text()}
         os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         code = 0
         try:

@@ -63,9 +63,11 @@ def train(
             shown.note(sentence)
         at("preparing the data")
         prepared = prepare(run, folder=folder, world=world, say=shown.note)
+        at("making the model")
         trainer = make_trainer(run, prepared=prepared, world=world)
         own = standard_hooks(trainer, folder=folder)
         if start["path"] is not None:
+            at("resuming")
             trainer.resume(Path(start["path"]))
             shown.note(f"resuming after step {trainer.step:,}, from {start['path']}")
         log = Log(sink=_sink(trainer, folder=folder), board=shown)

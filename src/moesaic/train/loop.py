@@ -16,6 +16,7 @@ def loop(trainer: Trainer, *, hooks: Sequence[Hook], until: int) -> Ending:
     """
     with StopRequest() as stop:
         for hook in hooks:
+            at(f"{type(hook).__name__} before the run")
             hook.before_run(trainer)
         try:
             while trainer.step < until and not _asked(trainer, stop):

@@ -24,14 +24,12 @@ from moesaic.model.config import TransformerConfig
 from moesaic.model.count import Sizes
 from moesaic.moe.config import MoE, Sparse
 from moesaic.moe.gate import Gate
-from moesaic.moe.layer import set_ranks
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import Select
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.apply import apply, experts_of
 from moesaic.parallel.config import Parallel
 from moesaic.parallel.inventory import EXPERT_STAGE
-from moesaic.parallel.ranks import BatchRanks
 from moesaic.parallel.sends import Sending
 from moesaic.parallel.spread import Spread
 
@@ -56,7 +54,7 @@ class Even(Select):
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """What a step took on one rank: bytes held after it, at most in use during it, and sent.
+    """What a step took on one rank: bytes held after it, most in use before its update, and sent.
 
     ``kept`` is what the forward pass added: for the backward pass, and what ZeRO gathered.
     """
@@ -103,7 +101,6 @@ def rehearse(
         )
         with FewPieces():
             spread = apply(model, parallel=parallel, mesh=mesh)
-        set_ranks(model, BatchRanks(spread.stage))
         before = alike.in_use()
         alike.peak_bytes = 0
         with Wire(axes=groups(mesh)) as wire:
@@ -112,6 +109,7 @@ def rehearse(
             spread.before_backward(last=True)
             loss.backward()
             spread.sum_gradients()
+        peak = alike.peak_bytes
         made = (optimizer or AdamW()).build(model.named_parameters(), kinds=model.parameter_kinds())
         made.step()
         slots = [t for s in made.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
@@ -122,7 +120,7 @@ def rehearse(
             gradients=_bytes(gradients),
             optimizer=_bytes(slots),
             kept=kept,
-            peak=alike.peak_bytes,
+            peak=peak,
             sent=sent(wire),
             seconds=time.perf_counter() - started,
         )

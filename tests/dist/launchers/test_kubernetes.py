@@ -2,8 +2,8 @@
 
 import pytest
 import yaml
-from dist.launchers.jobs import JOB, assert_starts_the_job, parsed
 
+from dist.launchers.jobs import JOB, assert_starts_the_job, parsed
 from moesaic.core.errors import ConfigError
 from moesaic.dist.launchers.kubernetes import Kubernetes
 

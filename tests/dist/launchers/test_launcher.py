@@ -4,8 +4,8 @@ import os
 import subprocess
 
 import pytest
-from dist.launchers.jobs import COMMAND, JOB, assert_starts_the_job, parsed, shell_command
 
+from dist.launchers.jobs import COMMAND, JOB, assert_starts_the_job, parsed, shell_command
 from moesaic.core.errors import ConfigError
 from moesaic.dist.launchers import launcher
 from moesaic.dist.launchers.launcher import Job, Torchrun

@@ -3,8 +3,8 @@
 import subprocess
 
 import yaml
-from dist.launchers.jobs import JOB, assert_starts_the_job, parsed, shell_command
 
+from dist.launchers.jobs import JOB, assert_starts_the_job, parsed, shell_command
 from moesaic.dist.launchers.skypilot import SkyPilot
 
 TASK = SkyPilot(accelerator="H100", volume="runs", setup="pip install a\npip install b")

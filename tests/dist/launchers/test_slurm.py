@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from dist.launchers.jobs import JOB, assert_starts_the_job, parsed, shell_command
 
+from dist.launchers.jobs import JOB, assert_starts_the_job, parsed, shell_command
 from moesaic.core.errors import ConfigError
 from moesaic.dist.launchers.slurm import Slurm
 
@@ -36,9 +36,7 @@ def cluster(tmp_path: Path) -> Path:
 def _start(cluster: Path, **environment: str) -> subprocess.Popen[bytes]:
     path = f"{cluster / 'bin'}:{os.environ['PATH']}"
     known = {"PATH": path, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node-[a-b]"}
-    return subprocess.Popen(
-        ["bash", "-c", Slurm().file(JOB)], cwd=cluster, env=known | environment
-    )
+    return subprocess.Popen(["bash", "-c", Slurm().file(JOB)], cwd=cluster, env=known | environment)
 
 
 def test_torchrun_reads_its_command_as_it_was_meant() -> None:

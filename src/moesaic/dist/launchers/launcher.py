@@ -114,9 +114,7 @@ class Command:
         return ["torchrun", *self.own, *self.starts]
 
 
-def torchrun(
-    job: Job, *, endpoint: str, identity: str, stop_s: int = 30
-) -> "Command":
+def torchrun(job: Job, *, endpoint: str, identity: str, stop_s: int = 30) -> "Command":
     """Return the torchrun command line of a job.
 
     ``endpoint`` is ``host:port`` of the first machine, ``identity`` a name that no other job there

@@ -28,7 +28,7 @@ class SkyPilot(Launcher):
     def file(self, job: Job) -> str:
         words = shell_words(
             job,
-            endpoint=f"$(echo \"$SKYPILOT_NODE_IPS\" | head -n 1):{job.port}",
+            endpoint=f'$(echo "$SKYPILOT_NODE_IPS" | head -n 1):{job.port}',
             identity="$SKYPILOT_TASK_ID",
         )
         volumes = f"volumes:\n  {json.dumps(self.shared)}: {json.dumps(self.volume)}\n"
