@@ -27,7 +27,7 @@ CAPPED = MoE(
 
 def given(*, steps: int = 1, timeout_s: float = 60.0) -> Setting:
     run = tiny_run(model=tiny_model_config(moe=CAPPED))
-    return setting(small(run).run, steps=steps, timeout_s=timeout_s)
+    return setting(small(run).run.replace(accumulate=2), steps=steps, timeout_s=timeout_s)
 
 
 def verdicts(*chosen: Parallel, of: Setting) -> list[Verdict]:

@@ -21,8 +21,9 @@ class Tolerances:
     greatest value) leave that room for a few thousand numbers, and for the steps before. ``weight``
     is relative to how far the step moved the tensor's weights, some hundredth of their size: one
     rounding of a gain of 1 that moved by 0.01 is 6e-6 of the movement. Muon lifts what is smallest
-    in a matrix by up to ``3.44 ** 5 = 480``, rounding included, so it needs ten times the room. A gradient that is a mean of
-    two ranks where a sum was meant, or a loss that counts twice, is wrong by 0.01 to 1 of these.
+    in a matrix by up to ``3.44 ** 5 = 480``, rounding included, so it needs ten times the room. A
+    gradient that is a mean of two ranks where a sum was meant, or a loss that counts twice, is
+    wrong by 0.01 to 1 of these.
     """
 
     loss: float = 2e-6

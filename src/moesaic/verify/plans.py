@@ -1,9 +1,12 @@
 """Plans: every way in which a number of ranks can share a model, and a few that cover them all."""
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import combinations, product
+
+import torch
 
 from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
@@ -11,6 +14,8 @@ from moesaic.dist.plan import ParallelPlan
 from moesaic.model.transformer import Transformer
 from moesaic.parallel.apply import check
 from moesaic.parallel.config import Parallel
+from moesaic.train.checks import the_pipeline_has_work
+from moesaic.train.run import Run
 
 DENSE = ("pipe", "data", "context", "tensor")
 ZERO = (0, 1, 2, 3)
@@ -28,12 +33,15 @@ class Plans:
         return Plans(tuple(_cover(self.fit)), self.refused)
 
 
-def every(worlds: Iterable[int], *, model: Transformer, base: Parallel) -> Plans:
+def every(worlds: Iterable[int], *, run: Run) -> Plans:
     """Return all plans of so many ranks each.
 
     What a plan does not say (how attention crosses ranks, ...) takes each member of its family
-    where it is of consequence, and is as in ``base`` elsewhere. ``model`` may be on the meta device.
+    where it is of consequence, and is as in ``run.parallel`` elsewhere.
     """
+    with torch.device("meta"):
+        model = run.model.build()
+    base = run.parallel
     fit: list[Parallel] = []
     refused: dict[str, list[Parallel]] = {}
     for world in worlds:
@@ -41,18 +49,32 @@ def every(worlds: Iterable[int], *, model: Transformer, base: Parallel) -> Plans
         for parallel in _parallels(world, base=base):
             alike = parallel.replace(recompute=base.recompute)  # which any plan can do
             if alike not in known:
-                known[alike] = _refusal(alike, model=model)
+                known[alike] = _refusal(alike, model=model, run=run)
             why = known[alike]
             (fit if why is None else refused.setdefault(why, [])).append(parallel)
     return Plans(tuple(fit), {why: tuple(plans) for why, plans in refused.items()})
 
 
-def _refusal(parallel: Parallel, *, model: Transformer) -> str | None:
+def one(world: int, *, run: Run, draw: random.Random) -> Parallel | None:
+    """Return a plan of ``every`` at random; None if there is none."""
+    with torch.device("meta"):
+        model = run.model.build()
+    plans = list(_plans(world))
+    draw.shuffle(plans)
+    for plan in plans:
+        options = {field: draw.choice(members) for field, members in _families(plan)}
+        parallel = run.parallel.replace(plan=plan, **options)
+        if _refusal(parallel, model=model, run=run) is None:
+            return parallel
+    return None
+
+
+def _refusal(parallel: Parallel, *, model: Transformer, run: Run) -> str | None:
     try:
         check(model, parallel=parallel, plan=parallel.plan.on(parallel.plan.world))
+        return next(the_pipeline_has_work(run.model_copy(update={"parallel": parallel})), None)
     except ConfigError as error:
         return error.problems[0]
-    return None
 
 
 def named(parallel: Parallel) -> str:
@@ -95,7 +117,7 @@ NEEDS: dict[str, Callable[[ParallelPlan], bool]] = {
     "reach": lambda plan: plan.context > 1,
     "journey": lambda plan: plan.expert > 1,
     "schedule": lambda plan: plan.pipe > 1,
-    "recompute": lambda plan: True,
+    "recompute": lambda plan: plan.world > 1,
 }
 
 

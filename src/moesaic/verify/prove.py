@@ -8,9 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 
+from moesaic.core.errors import ConfigError
 from moesaic.dist.forked import RankError, run_each
 from moesaic.parallel.apply import check
 from moesaic.parallel.config import Parallel
+from moesaic.train.checks import the_pipeline_has_work
 from moesaic.train.run import Run
 from moesaic.verify.compare import Differences, Tolerances, differences
 from moesaic.verify.follow import Model, Trace, follow, model_of
@@ -68,10 +70,8 @@ def setting(run: Run, *, steps: int = 3, timeout_s: float = 120.0) -> Setting:
 
 def plans(run: Run, *, world: int) -> Plans:
     """Return every plan for 2 ranks and for each number up to ``world`` that divides it."""
-    with torch.device("meta"):
-        model = run.model.build()
     worlds = [ranks for ranks in range(2, world + 1) if world % ranks == 0]
-    return every(worlds, model=model, base=run.parallel)
+    return every(worlds, run=run)
 
 
 def own(run: Run, *, world: int) -> Plans:
@@ -80,6 +80,9 @@ def own(run: Run, *, world: int) -> Plans:
         model = run.model.build()
     parallel = run.parallel.replace(plan=run.parallel.plan.on(world))
     check(model, parallel=parallel, plan=parallel.plan)
+    problems = list(the_pipeline_has_work(run.replace(parallel=parallel)))
+    if problems:
+        raise ConfigError(problems)
     return Plans((parallel,), {})
 
 

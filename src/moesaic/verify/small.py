@@ -21,6 +21,7 @@ DIM, HEAD_DIM, HIDDEN = 32, 4, 32
 EXPERTS = (8, 16, 32, 64)
 EPS = 1e-3
 CLIP = 0.5
+MICRO_BATCHES = 4  # the fewest that two ranks with two stages each, or four with one, can work on
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ def small(run: Run) -> Small:
         optimizer=_optimizer(run.optimizer),
         schedule=Constant(),
         clip_norm=min(run.clip_norm, CLIP),
-        accumulate=max(run.accumulate, 2) if run.accumulate < 4 else 4,
+        accumulate=MICRO_BATCHES,
         precision=Float32(),
     )
     return Small(made, tuple(_changes(run, made)))
