@@ -170,6 +170,7 @@ def _compare(case: Case, want: Alike, *, data: int = 1) -> None:
         pipe = _laid(config, schedule, mesh=mesh)
         assert pipe.stages.refuses(micro_batches=micro_batches, zero=0) is None
         micros = pipe.gradients(batches, scoring=Scoring(predicted, smoothing=0.1))
+        pipe.share_gradients()
         assert _sums(micros) == pytest.approx(want.terms, abs=1e-5), schedule
         square = 0.0
         for name, parameter in pipe.model.named_parameters():

@@ -159,8 +159,8 @@ class Pipeline:
     def gradients(self, batches: Sequence[Batch], *, scoring: Scoring) -> tuple[Micro, ...]:
         """Add the gradients of this rank's share of the loss. Collective over the pipeline.
 
-        What is held by several ranks gets the sum of theirs. Sums over ranks of the results'
-        ``terms`` are what one process has.
+        What several ranks hold is not summed yet (``share_gradients``). Sums over ranks of the
+        results' ``terms`` are what one process has.
         """
         self._begin(batches, scoring=scoring)
         wires = self._wires()
@@ -168,7 +168,6 @@ class Pipeline:
             self._built = ((wires, len(batches)), self._engine(wires, micro_batches=len(batches)))
         which = torch.arange(len(batches))
         self._built[1].step(which, index=which, target=which, return_outputs=False)
-        self._share_gradients()
         return self._end()
 
     @torch.no_grad()
@@ -256,8 +255,8 @@ class Pipeline:
             distributed.recv(blank, group=self.group, group_src=self.stages.places[stage])
         return blanks
 
-    def _share_gradients(self) -> None:
-        """Give what several ranks hold the sum of their gradients."""
+    def share_gradients(self) -> None:
+        """Give what several ranks hold the sum of their gradients. Collective over the pipeline."""
         named = dict(self.model.named_parameters())
         for ranks in self.stages.sharings:
             if self.rank in ranks:

@@ -72,6 +72,10 @@ class Spread:
                 together.setdefault(group, []).append(parameter)
         for group, parameters in together.items():
             self._world(group).sum_gradients(parameters)
+        if self.pipeline is not None:
+            # last: a stage's sum depends on what else is summed with it, and would not be the bits
+            # of another stage that holds the same parameter
+            self.pipeline.share_gradients()
 
     def clip(self, max_norm: float = math.inf) -> GradNorm:
         """Scale all gradients so that their norm as one vector is at most ``max_norm``.
