@@ -7,6 +7,7 @@ import torch
 
 from moesaic.checkpoint.load import load
 from moesaic.checkpoint.publish import Keep
+from moesaic.checkpoint.reshard import Shards, reshard
 from moesaic.checkpoint.save import save
 from moesaic.checkpoint.saver import Saver
 from moesaic.checkpoint.sharded import load_sharded, save_sharded
@@ -74,6 +75,9 @@ def test_four_ranks_save_and_one_two_and_eight_load_in_other_layouts(tmp_path: P
         assert list(differences(found.files, wholes=wholes(seed))) == []
         assert found.files.keys() == wholes(seed).keys()
         assert (found.step, found.state, found.banks) == (seed, {"step": seed}, BANKS)
+    path = tmp_path / "step-00000003"  # its experts lie in several blocks each
+    again = load(reshard(path, root=tmp_path / "again", form=Shards(2)))
+    assert list(differences(again.files, wholes=wholes(3))) == []
 
 
 def test_ranks_load_what_one_process_saved_whole(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moesaic.checkpoint.index import Block, Shape, Stored, gaps
+from moesaic.checkpoint.index import Block, Shape, Stored, gaps, overlaps, some
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
 
@@ -57,9 +57,10 @@ class Reader:
         return self.part(stored, block=block, start=(0,) * len(block.shape), shape=block.shape)
 
     def tensor(self, stored: Stored) -> Tensor:
-        """Return a whole tensor; not copied where it lies in one block."""
-        if len(stored.blocks) == 1:
-            return self.block(stored, stored.blocks[0]).view(stored.shape)
+        """Return a whole tensor; not copied where it lies in one block.
+
+        Raises CheckpointError, also if its blocks do not make it up.
+        """
         return self._joined(stored, blocks=stored.blocks, first=0, shape=stored.shape)
 
     def expert(self, stored: Stored, expert: int) -> Tensor:
@@ -67,16 +68,17 @@ class Reader:
         if not stored.split:
             return self.tensor(stored)[expert]
         blocks, shape = stored.of_expert(expert), (1, *stored.shape[1:])
-        if len(blocks) == 1:
-            return self.block(stored, blocks[0]).view(shape)[0]
         return self._joined(stored, blocks=blocks, first=expert, shape=shape)[0]
 
     def _joined(
         self, stored: Stored, *, blocks: tuple[Block, ...], first: int, shape: Shape
     ) -> Tensor:
+        if len(blocks) == 1 and blocks[0].shape == shape:
+            return self.block(stored, blocks[0])
         whole = torch.empty(shape, dtype=stored.dtype)
-        if sum(block.numel for block in blocks) != whole.numel():
-            raise CheckpointError(f"{self.directory}: {'; '.join(gaps(stored))}")
+        held = sum(block.numel for block in blocks)
+        if held != whole.numel() or any(overlaps(blocks)):
+            raise CheckpointError(f"{self.directory}: {some(gaps(stored))}")
         for block in blocks:
             part = whole
             for dim, (offset, length) in enumerate(zip(block.offset, block.shape, strict=True)):

@@ -159,8 +159,8 @@ class Pipeline:
     def gradients(self, batches: Sequence[Batch], *, scoring: Scoring) -> tuple[Micro, ...]:
         """Add the gradients of this rank's share of the loss. Collective over the pipeline.
 
-        What several ranks hold is not summed yet (``share_gradients``). Sums over ranks of the
-        results' ``terms`` are what one process has.
+        Sums over ranks of the results' ``terms`` are what one process has. ``share_gradients``
+        comes after whatever else adds gradients up.
         """
         self._begin(batches, scoring=scoring)
         wires = self._wires()
@@ -256,7 +256,11 @@ class Pipeline:
         return blanks
 
     def share_gradients(self) -> None:
-        """Give what several ranks hold the sum of their gradients. Collective over the pipeline."""
+        """Give what several ranks hold the sum of their gradients. Collective.
+
+        Last of all sums: what other groups add up, each in an order of its own, would differ in
+        its last bits from rank to rank.
+        """
         named = dict(self.model.named_parameters())
         for ranks in self.stages.sharings:
             if self.rank in ranks:

@@ -73,8 +73,6 @@ class Spread:
         for group, parameters in together.items():
             self._world(group).sum_gradients(parameters)
         if self.pipeline is not None:
-            # last: a stage's sum depends on what else is summed with it, and would not be the bits
-            # of another stage that holds the same parameter
             self.pipeline.share_gradients()
 
     def clip(self, max_norm: float = math.inf) -> GradNorm:
