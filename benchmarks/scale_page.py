@@ -67,7 +67,7 @@ def _held(cases: list[dict[str, Any]]) -> str:
         "## What rank 0 holds",
         "",
         "`device` is the sum at the peak of a step, `host` what offloading moves off it. The ranks",
-        "that share rows (context x tensor) have 16 rows of 128 + 128 tokens, those of the trillion",
+        "that share rows (context x tensor) have 16 rows of 128 + 128 tokens, the trillion's",
         "one row of 6,144.",
         "",
         "| model | ranks | | plan | " + " | ".join(kinds) + " |",
