@@ -42,7 +42,7 @@ class SpreadMatrices:
         whole = part.new_zeros(shape)
         put(whole, shard(part, held, shape=shape))
         group = self._spread.mesh.group(*axes, experts=laid.experts)
-        # the parts do not overlap, so a sum with zeros is exact; offloaded ones are summed on the device
+        # the parts do not overlap, so a sum with zeros is exact; on the device, where NCCL reaches
         return sum_copies(whole.to(self._spread.mesh.device), group=group).to(part.device)
 
     def _held(self, name: str, like: Tensor) -> tuple[Spans, ...]:
