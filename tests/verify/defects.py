@@ -111,6 +111,6 @@ DEFECTS = {
     "an axis that is not summed": Defect(axis_not_summed, TENSOR, "gradient"),
     "capacity from a rank's own tokens": Defect(capacity_of_local_tokens, DATA, "edges"),
     "copies counted in the norm": Defect(norm_counts_copies, TENSOR, "norm"),
-    "random numbers of the rank": Defect(chance_by_rank, DATA, "edges"),
+    "random numbers of the rank": Defect(chance_by_rank, DATA, "loss"),
     "loss divided by a guess of the count": Defect(loss_by_local_count, DATA, "terms"),
 }

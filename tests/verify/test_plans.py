@@ -21,7 +21,7 @@ def run_with(*, heads: int, experts: int = 8) -> Run:
     return tiny_run(model=model, accumulate=4)
 
 
-@pytest.mark.parametrize("world", [2, 6])
+@pytest.mark.parametrize("world", [2, 3])
 def test_every_plan_has_its_ranks_and_no_two_are_alike(world: int) -> None:
     plans = every([world], run=run_with(heads=8)).fit
     assert {parallel.plan.world for parallel in plans} == {world}

@@ -1,5 +1,6 @@
 """Forked: functions on N CPU ranks (gloo), forked from this process; failures are raised here."""
 
+import importlib
 import os
 import pickle
 import tempfile
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # torch.optim imports it when first used: seconds that each fork would pay
 import torch.distributed as distributed
 
 
@@ -137,6 +137,8 @@ class _Job:
 
 
 def _start(job: _Job) -> list[BaseProcess]:
+    # torch.optim imports it when first used: seconds that each fork would pay
+    importlib.import_module("torch._dynamo")
     fork = get_context("fork")
     ranks: list[BaseProcess] = [fork.Process(target=job.run, args=(r,)) for r in range(job.world)]
     for process in ranks:

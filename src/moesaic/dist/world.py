@@ -118,7 +118,8 @@ class Ranks:
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         for bucket in _buckets([p for p in parameters if p.requires_grad]):
             parts = [_gradient(p) for p in bucket]
-            flat = torch.cat([part.reshape(-1) for part in parts])
+            # offloaded gradients are in the host's memory, which NCCL does not reach
+            flat = torch.cat([part.reshape(-1) for part in parts]).to(self.device)
             with collective("all_reduce", group=self._group):
                 distributed.all_reduce(flat, group=self._group)
             sums = flat.split([part.numel() for part in parts])

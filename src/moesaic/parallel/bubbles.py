@@ -9,10 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.distributed import pipelining
-from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
-
-from moesaic.parallel.schedules import PipeSchedule
+from moesaic.parallel.schedules import PipeSchedule, engine
 
 UNITS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 
@@ -37,8 +34,10 @@ class _Op:
 
 def timeline(schedule: PipeSchedule, *, ranks: int, micro_batches: int) -> Timeline:
     """Play a schedule through. Needs no ranks."""
-    torch_class = getattr(pipelining, schedule.torch_name)
-    listed = get_schedule_ops(torch_class, ranks, micro_batches, schedule.per_rank())
+    torch_class = getattr(engine(), schedule.torch_name)
+    listed = engine("._schedule_visualizer").get_schedule_ops(
+        torch_class, ranks, micro_batches, schedule.per_rank()
+    )
     waiting = [list(_ops(actions)) for actions in listed]
     unit, stages = 1.0 / schedule.per_rank(), ranks * schedule.per_rank()
     kept = max(_most_kept(ops) for ops in waiting) * unit

@@ -1,7 +1,7 @@
 """Capacity: the largest model of a family that fits, grown in experts until a rank is full.
 
-The family is a config with more or fewer experts in every layer. One expert more on every rank
-costs the same as the one before, so two prices give a guess, which is then made exact.
+The family is a config with more or fewer experts in every layer. A rank that holds more of them
+never holds fewer bytes, so the most that fit are found by halving, in some forty prices.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from moesaic.parallel.config import Parallel
 from moesaic.parallel.cost import RankBytes, Storage, rank_bytes
 from moesaic.parallel.inventory import Inventory
 
-MOST = 1 << 20  # experts per rank
+MOST = 1 << 20  # experts per rank: the search ends there
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +66,21 @@ def largest(config: Blueprint, *, setting: Setting, budget: Budget) -> Largest |
         return setting.price(with_experts(config, step * each))
 
     # at least as many experts as a token takes
-    first = -(-_fewest(config) // step)
-    one, two = price(first), price(first + 1)
-    if not budget.holds(one):
+    fits = -(-_fewest(config) // step)
+    held = price(fits)
+    if not budget.holds(held):
         return None
-    each = first + _room(one, two, budget)
-    held = price(each)
-    while each > first and not budget.holds(held):
-        each -= 1
-        held = price(each)
+    over = fits
+    while over < MOST:
+        over = min(2 * over, MOST)
+        if not budget.holds(price(over)):
+            break
+        fits = over
+    # ZeRO's shares are rounded up, so what an expert costs is no straight line: halve what is left
+    while over - fits > 1:
+        half = (fits + over) // 2
+        fits, over = (half, over) if budget.holds(price(half)) else (fits, half)
+    each, held = fits, price(fits)
     made = with_experts(config, step * each)
     return Largest(step * each, count(made).total, held)
 
@@ -103,15 +109,3 @@ def _fewest(config: Blueprint) -> int:
     bodies = [config.moe, config.encoder.moe, config.decoder.moe]
     chosen = [m.select.experts_per_token(m.routed) for m in bodies if isinstance(m, MoE)]
     return max(1, *map(round, chosen))
-
-
-def _room(one: RankBytes, two: RankBytes, budget: Budget) -> int:
-    """How many experts more a rank has room for, if each costs what the second did."""
-    rooms = [MOST]
-    for now, then, most in (
-        (one.device, two.device, budget.device),
-        (one.host, two.host, budget.host),
-    ):
-        if then > now and most < float("inf"):
-            rooms.append(int((most - now) // (then - now)))
-    return max(0, min(rooms))

@@ -41,8 +41,9 @@ class SpreadMatrices:
             return part
         whole = part.new_zeros(shape)
         put(whole, shard(part, held, shape=shape))
-        # the parts do not overlap, so a sum with zeros is exact
-        return sum_copies(whole, group=self._spread.mesh.group(*axes, experts=laid.experts))
+        group = self._spread.mesh.group(*axes, experts=laid.experts)
+        # the parts do not overlap, so a sum with zeros is exact; on the device, where NCCL reaches
+        return sum_copies(whole.to(self._spread.mesh.device), group=group).to(part.device)
 
     def _held(self, name: str, like: Tensor) -> tuple[Spans, ...]:
         stacked: tuple[Spans, ...] = tuple(((0, size),) for size in like.shape[:-2])

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 from torch import nn
-from torch.distributed import pipelining
-from torch.distributed.pipelining import PipelineStage
 
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.data.batch import PAD, Batch
@@ -29,6 +27,7 @@ from moesaic.moe.config import MoE
 from moesaic.moe.layer import hear
 from moesaic.moe.record import Record, loss_terms
 from moesaic.nn.packing import Packing
+from moesaic.parallel.schedules import engine
 from moesaic.parallel.stages import Stages
 from moesaic.parallel.wire import Boundary, Held, Wire, hang
 
@@ -229,17 +228,17 @@ class Pipeline:
         """PyTorch's schedule over this rank's stages."""
         schedule = self.stages.schedule
         made = [self._torch_stage(number, wires=wires) for number in self.stages.at(self.rank)]
-        return getattr(pipelining, schedule.torch_name)(
+        return getattr(engine(), schedule.torch_name)(
             made[0] if schedule.per_rank() == 1 else made,
             n_microbatches=micro_batches,
             loss_fn=lambda loss, _: loss,
             scale_grads=False,
         )
 
-    def _torch_stage(self, number: int, *, wires: Sequence[Wire]) -> PipelineStage:
+    def _torch_stage(self, number: int, *, wires: Sequence[Wire]) -> Any:
         # shapes are said here, so that nothing is run to find them out
         root, loss = torch.empty(1, dtype=torch.long), torch.empty((), requires_grad=True)
-        return PipelineStage(
+        return engine().PipelineStage(
             self._stage(number, wires=wires),
             number,
             len(wires) + 1,

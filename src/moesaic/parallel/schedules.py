@@ -4,6 +4,7 @@ PyTorch runs them (``torch.distributed.pipelining``); here is what each needs, a
 """
 
 import functools
+import importlib
 from typing import Any, ClassVar
 
 import torch
@@ -120,6 +121,15 @@ class DualPipeV(PipeSchedule):
 
     def refuses(self, *, ranks: int, micro_batches: int) -> str | None:
         return _at_least(2 * ranks, micro_batches, what="stages")
+
+
+def engine(module: str = "") -> Any:
+    """Return PyTorch's package of pipelines, or a module of it.
+
+    Imported when it is asked for: it brings torch's compiler and Triton, seconds that a run
+    without a pipeline need not pay.
+    """
+    return importlib.import_module(f"torch.distributed.pipelining{module}")
 
 
 @functools.cache

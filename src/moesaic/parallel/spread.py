@@ -64,7 +64,14 @@ class Spread:
             accumulating(self.model, last=last, stage=self.mesh.plan.zero)
 
     def sum_gradients(self) -> None:
-        """Make each gradient that of the whole batch. Collective."""
+        """Make each gradient that of the whole batch. Collective.
+
+        What nothing has asked for has a gradient of zero, on one rank as on many: so weight decay
+        treats it alike under every plan.
+        """
+        for _, parameter, _, _ in self._named():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         together: dict[Group, list[Tensor]] = {}
         for _, parameter, laid, share in self._named():
             group = self.mesh.group(*share.axes, experts=laid.experts)

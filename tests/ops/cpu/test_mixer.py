@@ -253,3 +253,11 @@ def test_an_inference_keeps_nothing_and_gives_the_same_bits(fused):
     with torch.no_grad():
         quick = fused(x, edges=edges, banks=Banks(up, down), activation=SwiGLU())
     assert torch.equal(trained, quick)
+
+
+def test_a_bank_whose_memory_is_gone_is_an_error_and_not_the_end_of_the_process(fused):
+    up, down = torch.randn(E, 16, 32), torch.randn(E, 32, 16)
+    up.untyped_storage().resize_(0)  # as FSDP2 does with what it has gathered
+    edges = ROUTES["balanced"]()
+    with pytest.raises(RuntimeError, match="a shape but no memory"):
+        fused(torch.randn(30, 16), edges=edges, banks=Banks(up, down), activation=ReLU())

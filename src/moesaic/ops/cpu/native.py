@@ -62,7 +62,14 @@ class Native:
 
 
 def _mixture(sizes: Mapping[str, int], tensors: Mapping[str, Tensor | None]) -> Mixture:
-    addresses = {name: t.data_ptr() for name, t in tensors.items() if t is not None}
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    addresses = {name: tensor.data_ptr() for name, tensor in given.items()}
+    gone = [name for name, tensor in given.items() if tensor.numel() and not addresses[name]]
+    if gone:  # read all the same, it would end the process
+        raise RuntimeError(
+            f"{', '.join(gone)}: these tensors have a shape but no memory, as parameters have that "
+            "were shared out again (ZeRO) and are used outside of their module's pass"
+        )
     return Mixture(**sizes, **addresses)
 
 
