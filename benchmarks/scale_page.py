@@ -38,8 +38,9 @@ What is exact and what is not:
 
 - Weights, gradients, optimizer state and every collective's bytes are equal, to the byte, to those
   of real ranks and of rehearsed ones (`tests/laws/test_a_plan_costs_what_is_forecast.py`).
-- Activations are a forecast in float32, without recomputation; what ZeRO gathers is a bound. Their
-  sum is an upper bound of the measured peak.
+- Activations are a forecast in float32, without recomputation; what ZeRO gathers is a bound. The
+  sum is above the measured peak in every rehearsal below; in models of a few dozen channels, where
+  what travels weighs as much as what is kept, the peak may be above it.
 - Routing is taken to be even. A real router sends more to some ranks.
 - One pipeline stage. Storage is what this package does: float32 weights, gradients and AdamW, 16
   bytes per parameter (`--mixed`: 2 + 2 + 12, also 16).
