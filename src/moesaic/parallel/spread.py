@@ -45,6 +45,8 @@ class Spread:
     ) -> None:
         self.model, self.mesh, self.layout, self.sharing = model, mesh, layout, dict(sharing)
         self.pipeline = pipeline
+        # before ZeRO shares them out, after other axes have cut them
+        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.stage = world_of(mesh, *STAGE)
         self.rows = world_of(mesh, "data")
         place = mesh.place()
@@ -110,22 +112,22 @@ class Spread:
 
     def held(self, name: str) -> tuple[Spans, ...]:
         """Return what this rank holds of each dim of a parameter."""
-        laid, parameter = self.layout[name], self._parameters()[name]
+        laid, shape = self.layout[name], self._shapes[name]
         grid, place = self.mesh.grid(laid.experts), self.mesh.place(laid.experts)
         found = spans(laid, grid=grid, place=place)
         group = self.mesh.ranks(*self.sharing[name].zero, experts=laid.experts)
         if len(group) == 1:
             return found
         dim = self.zero_dim(name)
-        size = -(-parameter.shape[dim] // len(group))  # as FSDP2 cuts: torch.chunk
-        start = min(group.index(self.mesh.rank) * size, parameter.shape[dim])
-        length = min(size, parameter.shape[dim] - start)
+        size = -(-shape[dim] // len(group))  # as FSDP2 cuts: torch.chunk
+        start = min(group.index(self.mesh.rank) * size, shape[dim])
+        length = min(size, shape[dim] - start)
         return window(found, dim=dim, start=start, length=length)
 
     def zero_dim(self, name: str) -> int:
         """Return the dim of a parameter that ZeRO cuts, where it does."""
         ranks = self.mesh.size(*self.sharing[name].zero, experts=self.layout[name].experts)
-        return zero_dim(tuple(self._parameters()[name].shape), ranks=ranks)
+        return zero_dim(self._shapes[name], ranks=ranks)
 
     def _norm(self) -> Float[Tensor, ""]:
         square = torch.zeros((), dtype=torch.float64)
@@ -144,9 +146,6 @@ class Spread:
     def _named(self) -> Iterator[tuple[str, nn.Parameter, Laid, Sharing]]:
         for name, parameter in self.model.named_parameters():
             yield name, parameter, self.layout[name], self.sharing[name]
-
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.model.named_parameters())
 
     def _count(self, laid: Laid, axis: str) -> int:
         return self.mesh.grid(laid.experts).axes[axis]
