@@ -23,11 +23,11 @@ from moesaic.core.files import write_json
 from moesaic.data.corpus import Corpus
 from moesaic.data.loader import Loader, LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
-from moesaic.data.shards import ABOUT, FORMAT, Shards
+from moesaic.data.shards import MANIFEST, FORMAT, TokenShards
 from moesaic.data.tasks import Denoising, Translation
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
-from moesaic.data.write_shards import file_table, write_shards
+from moesaic.data.write_shards import file_manifest, write_shards
 
 LANGUAGES = tuple(f"x{chr(97 + i // 26)}{chr(97 + i % 26)}_Latn" for i in range(170))
 ENGLISH = 472_000  # distinct sources of the software corpus
@@ -71,9 +71,9 @@ def make_shards(root: Path, *, pairs: int) -> None:
             for key, (s, n) in held.items()
         },
         "pairs": table,
-        "files": file_table(root),
+        "files": file_manifest(root),
     }
-    write_json(root / ABOUT, about)
+    write_json(root / MANIFEST, about)
 
 
 def encode_corpus(root: Path, *, path: Path) -> dict[str, float]:
@@ -86,9 +86,9 @@ def encode_corpus(root: Path, *, path: Path) -> dict[str, float]:
     trained = time.perf_counter()
     shards = write_shards(corpus, tokenizer, out=root / "shards")
     seconds = time.perf_counter() - trained
-    held = shards.about["texts"].values()
+    held = shards.manifest["texts"].values()
     return {
-        "pairs": sum(held["count"] for held in shards.about["pairs"].values()),
+        "pairs": sum(held["count"] for held in shards.manifest["pairs"].values()),
         "tokenizer_s": trained - began,
         "write_s": seconds,
         "tokens_written_per_s": sum(table["tokens"] for table in held) / seconds,
@@ -99,7 +99,7 @@ def measure(root: Path, *, tokens: int) -> dict[str, float]:
     """Open shards and draw batches, in a process that did nothing else before."""
     tokenizer = Tokenizer.load(_tokenizer(root))
     before, began = _private_mib(), time.perf_counter()
-    shards = Shards.open(root)
+    shards = TokenShards.open(root)
     opened = time.perf_counter() - began
     tasks = (
         WeightedTask(task=Translation(), weight=0.8),

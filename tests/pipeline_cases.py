@@ -5,10 +5,10 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from moesaic.data.loader import Loader, LoaderConfig, Place
+from moesaic.data.loader import Loader, LoaderConfig, DataReplica
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.pair import Pair, Text
-from moesaic.data.shards import Shards
+from moesaic.data.shards import TokenShards
 from moesaic.data.tasks import Denoising, Translation
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
@@ -54,11 +54,11 @@ class ToyCorpus:
 @functools.cache
 def tokenizer() -> Tokenizer:
     texts = {code: [sentence(code, i) for i in range(100)] for code in LANGUAGES}
-    return train_tokenizer(texts, LANGUAGES, TokenizerConfig(vocab_size=400, lines=500))
+    return train_tokenizer(texts, LANGUAGES, TokenizerConfig(vocab_size=400, sample_lines=500))
 
 
 @functools.cache
-def shards() -> Shards:
+def shards() -> TokenShards:
     return write_shards(ToyCorpus(), tokenizer(), out=Path(tempfile.mkdtemp()) / "shards")
 
 
@@ -69,7 +69,7 @@ MIXTURE = MixtureConfig(
     ),
     temperature=2.0,
 )
-SMALL = LoaderConfig(batch_tokens=256, window=64, max_source=40, max_target=40, prefetch=0)
+SMALL = LoaderConfig(batch_tokens=256, bucket_window=64, max_source=40, max_target=40, prefetch=0)
 
 
 def loader(
@@ -86,7 +86,7 @@ def loader(
         mixture=mixture,
         config=config,
         seed=seed,
-        place=Place(rank, world),
+        replica=DataReplica(rank, world),
     )
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from moesaic.core.version import __version__
 
 if TYPE_CHECKING:
-    from moesaic.data.build import build as build_corpus
+    from moesaic.data.build import build_corpus as build_corpus
     from moesaic.data.corpus import Corpus
     from moesaic.model.count import count
     from moesaic.recipes.find import find as recipe

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from moesaic.data.background import Background
+from moesaic.data.background import PrefetchIterator
 
 
 def failing():
@@ -13,13 +13,13 @@ def failing():
 
 
 def test_items_come_in_order_and_the_end_ends():
-    ahead = Background(iter(range(50)), ahead=3)
+    ahead = PrefetchIterator(iter(range(50)), depth=3)
     assert list(ahead) == list(range(50))
     assert list(ahead) == []
 
 
 def test_an_error_of_the_thread_is_raised_at_its_place_and_stays():
-    ahead = Background(failing(), ahead=4)
+    ahead = PrefetchIterator(failing(), depth=4)
     assert next(ahead) == 1
     for _ in range(2):
         with pytest.raises(ValueError, match="broken row"):
@@ -28,7 +28,7 @@ def test_an_error_of_the_thread_is_raised_at_its_place_and_stays():
 
 def test_no_more_than_asked_for_is_made_early():
     made = []
-    ahead = Background((made.append(i) or i for i in range(100)), ahead=2)
+    ahead = PrefetchIterator((made.append(i) or i for i in range(100)), depth=2)
     for _ in range(5):
         next(ahead)
     ahead.close()
@@ -37,7 +37,7 @@ def test_no_more_than_asked_for_is_made_early():
 
 def test_closing_ends_a_thread_that_waits_for_room():
     before = threading.active_count()
-    ahead = Background(iter(int, 1), ahead=1)
+    ahead = PrefetchIterator(iter(int, 1), depth=1)
     next(ahead)
     ahead.close()
     assert threading.active_count() == before

@@ -5,17 +5,17 @@ import pytest
 
 from moesaic.core.errors import UserError
 from moesaic.data import spill
-from moesaic.data.build import build
-from moesaic.data.builders.extract import Extract
-from moesaic.data.builders.files import File, Files
+from moesaic.data.build import build_corpus
+from moesaic.data.builders.extract import PresplitFolder
+from moesaic.data.builders.files import LocalFile, LocalFiles
 from moesaic.data.builders.named import CorpusRecipe
-from moesaic.data.builders.source import Progress, Source, Unit, Wanted
-from moesaic.data.builders.synthetic import Synthetic
-from moesaic.data.builders.together import Together
+from moesaic.data.builders.source import ProgressListener, TextSource, SourceFile, LanguageFilter
+from moesaic.data.builders.synthetic import SyntheticLanguages
+from moesaic.data.builders.together import CombinedSources
 from moesaic.data.corpus import Corpus
-from moesaic.data.near import DropNear, jaccard
-from moesaic.data.pair import Pair, Text, Unfit
-from moesaic.data.split import SPLITS, Domain, Split, split_key
+from moesaic.data.near import DropNearDuplicates, jaccard
+from moesaic.data.pair import Pair, Text, RejectedPair
+from moesaic.data.split import SPLITS, HeldOutDomain, SplitConfig, split_key
 
 WORDS = [
     "alpha",
@@ -32,33 +32,33 @@ WORDS = [
     "lima",
     "mike",
 ]
-HALVES = Split(test=0.3, valid=0.2)
+HALVES = SplitConfig(test=0.3, valid=0.2)
 
 
 def english(i: int) -> str:
     return f"{WORDS[i % 13]} {WORDS[i // 13 % 13]} {WORDS[i // 169 % 13]}"
 
 
-class Given(Source):
+class Given(TextSource):
     """Pairs written down in the test: (unit, source, target, language) in reading order."""
 
     rows: tuple[tuple[str, str, str, str], ...]
     texts: tuple[str, ...] = ()
     unfit: int = 0
 
-    def fetch(self, *, progress: Progress) -> tuple[Unit, ...]:
+    def fetch(self, *, progress: ProgressListener) -> tuple[SourceFile, ...]:
         del progress
         names = dict.fromkeys(row[0] for row in self.rows)
-        return tuple(Unit(n, Path(n), version="1", licence=f"licence of {n}") for n in names)
+        return tuple(SourceFile(n, Path(n), version="1", licence=f"licence of {n}") for n in names)
 
-    def read(self, unit: Unit, *, wanted: Wanted) -> Iterator[Pair | Text | Unfit]:
+    def read(self, unit: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair | Text | RejectedPair]:
         for name, source, target, code in self.rows:
             if name == unit.name and wanted(code):
                 yield Pair(source, target, "eng_Latn", code, name, unit.licence)
         for text in self.texts:
             yield Text(text, "eng_Latn", unit.name, unit.licence)
         for _ in range(self.unfit):
-            yield Unfit("eng_Latn", "deu_Latn", "disagree")
+            yield RejectedPair("eng_Latn", "deu_Latn", "disagree")
 
 
 def recipe(*rows: tuple[str, str, str, str], **more: object) -> CorpusRecipe:
@@ -74,9 +74,9 @@ def french(count: int) -> list[tuple[str, str, str, str]]:
 
 
 def test_a_corpus_comes_back_from_disk_as_it_was_built(tmp_path: Path) -> None:
-    built = build(recipe(*german(200), *french(150)), out=tmp_path / "c")
+    built = build_corpus(recipe(*german(200), *french(150)), out=tmp_path / "c")
     corpus = Corpus.open(tmp_path / "c")
-    assert corpus.about == built.about
+    assert corpus.manifest == built.manifest
     assert corpus.languages == ("deu_Latn", "eng_Latn", "fra_Latn")
     assert corpus.directions == (("eng_Latn", "deu_Latn"), ("eng_Latn", "fra_Latn"))
     kept = {p.source: p for s in SPLITS for p in corpus.iter_pairs("en", "de", split=s)}
@@ -87,7 +87,7 @@ def test_a_corpus_comes_back_from_disk_as_it_was_built(tmp_path: Path) -> None:
 
 
 def test_a_direction_can_be_read_the_other_way_round(tmp_path: Path) -> None:
-    corpus = build(recipe(*german(50)), out=tmp_path / "c")
+    corpus = build_corpus(recipe(*german(50)), out=tmp_path / "c")
     there = [(p.source, p.target) for p in corpus.iter_pairs("en", "de")]
     back = [(p.target, p.source) for p in corpus.iter_pairs("de", "en")]
     assert there == back != []
@@ -95,7 +95,7 @@ def test_a_direction_can_be_read_the_other_way_round(tmp_path: Path) -> None:
 
 
 def test_a_source_falls_into_the_same_split_in_every_language(tmp_path: Path) -> None:
-    corpus = build(recipe(*german(300), *french(300)), out=tmp_path / "c")
+    corpus = build_corpus(recipe(*german(300), *french(300)), out=tmp_path / "c")
     where = {
         code: {p.source: s for s in SPLITS for p in corpus.iter_pairs("en", code, split=s)}
         for code in ("de", "fr")
@@ -107,14 +107,14 @@ def test_a_source_falls_into_the_same_split_in_every_language(tmp_path: Path) ->
 def test_no_held_out_row_shares_source_or_target_with_train(tmp_path: Path) -> None:
     rows = [("a", english(i), f"Ziel Nummer {'abcdefgh'[i % 8]}", "deu_Latn") for i in range(200)]
     rows += german(400)[200:]
-    corpus = build(recipe(*rows), out=tmp_path / "c")
+    corpus = build_corpus(recipe(*rows), out=tmp_path / "c")
     train = list(corpus.iter_pairs("en", "de"))
     held = [p for s in SPLITS[1:] for p in corpus.iter_pairs("en", "de", split=s)]
     assert held
     for side in ("source", "target"):
         known = {split_key(getattr(p, side)) for p in train}
         assert not known & {split_key(getattr(p, side)) for p in held}
-    assert corpus.about["directions"][0]["dropped"]["target_in_train"] > 20
+    assert corpus.manifest["directions"][0]["dropped"]["target_in_train"] > 20
 
 
 def test_the_majority_decides_between_targets_whatever_the_order(tmp_path: Path) -> None:
@@ -125,17 +125,17 @@ def test_the_majority_decides_between_targets_whatever_the_order(tmp_path: Path)
         ("a", "Open", "Öffnen", "deu_Latn"),
         ("b", "Open", "Aufmachen", "deu_Latn"),
     ]
-    everything = Split(test=0, valid=0)
-    corpus = build(recipe(*rows, split=everything), out=tmp_path / "c")
+    everything = SplitConfig(test=0, valid=0)
+    corpus = build_corpus(recipe(*rows, split=everything), out=tmp_path / "c")
     found = {p.source: (p.target, p.origin) for p in corpus.iter_pairs("en", "de")}
     assert found == {"Save": ("Sichern", "b"), "Open": ("Öffnen", "a")}
-    assert corpus.about["directions"][0]["dropped"] == {"duplicate": 1, "other_target": 2}
+    assert corpus.manifest["directions"][0]["dropped"] == {"duplicate": 1, "other_target": 2}
 
 
 def test_every_row_read_is_kept_or_accounted_for(tmp_path: Path) -> None:
     bad = [("a", "Same", "same", "deu_Latn"), ("a", "Hi %s", "Hallo", "deu_Latn")]
-    corpus = build(recipe(*german(100), *german(30, "z"), *bad), out=tmp_path / "c")
-    [direction] = corpus.about["directions"]
+    corpus = build_corpus(recipe(*german(100), *german(30, "z"), *bad), out=tmp_path / "c")
+    [direction] = corpus.manifest["directions"]
     kept = sum(part["pairs"] for part in direction["splits"].values())
     assert direction["read"] == 132 == kept + sum(direction["dropped"].values())
     assert direction["dropped"]["untranslated"] == direction["dropped"]["placeholders"] == 1
@@ -145,33 +145,33 @@ def test_buckets_do_not_change_what_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [*german(300), *german(120, "z")]
-    whole = build(recipe(*rows), out=tmp_path / "whole")
+    whole = build_corpus(recipe(*rows), out=tmp_path / "whole")
     monkeypatch.setattr(spill, "BUCKET_BYTES", 4000)
-    parts = build(recipe(*rows), out=tmp_path / "parts")
+    parts = build_corpus(recipe(*rows), out=tmp_path / "parts")
     for split in SPLITS:
         assert set(whole.pairs(split)) == set(parts.pairs(split))
 
 
 def test_tabs_and_newlines_inside_a_text_survive(tmp_path: Path) -> None:
     rows = [("a b", "Back\\slash\\n here", "Rück\\t wärts \\ hier", "deu_Latn")]
-    corpus = build(recipe(*rows, split=Split(test=0, valid=0)), out=tmp_path / "c")
+    corpus = build_corpus(recipe(*rows, split=SplitConfig(test=0, valid=0)), out=tmp_path / "c")
     [pair] = corpus.iter_pairs("en", "de")
     assert (pair.source, pair.target, pair.origin) == (*rows[0][1:3], "a b")
 
 
 def test_a_finished_corpus_of_the_same_recipe_is_not_built_again(tmp_path: Path) -> None:
-    build(recipe(*german(20)), out=tmp_path / "c")
+    build_corpus(recipe(*german(20)), out=tmp_path / "c")
     before = (tmp_path / "c/corpus.json").stat().st_mtime_ns
-    build(recipe(*german(20)), out=tmp_path / "c")
+    build_corpus(recipe(*german(20)), out=tmp_path / "c")
     assert (tmp_path / "c/corpus.json").stat().st_mtime_ns == before
-    again = build(recipe(*german(30)), out=tmp_path / "c")
-    assert again.about["pairs"] == 30
+    again = build_corpus(recipe(*german(30)), out=tmp_path / "c")
+    assert again.manifest["pairs"] == 30
 
 
 def test_a_build_that_fails_leaves_the_old_corpus_and_no_parts(tmp_path: Path) -> None:
-    old = build(recipe(*german(20)), out=tmp_path / "c")
+    old = build_corpus(recipe(*german(20)), out=tmp_path / "c")
     with pytest.raises(UserError, match=r"nothing to keep of 1 pairs read \(1 untranslated\)"):
-        build(recipe(("a", "Same", "same", "deu_Latn")), out=tmp_path / "c")
+        build_corpus(recipe(("a", "Same", "same", "deu_Latn")), out=tmp_path / "c")
     assert Corpus.open(tmp_path / "c").fingerprint == old.fingerprint
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
@@ -180,23 +180,23 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
     (tmp_path / "c").mkdir()
     (tmp_path / "c/thesis.tex").write_text("mine")
     with pytest.raises(UserError, match="holds something that is no corpus"):
-        build(recipe(*german(20)), out=tmp_path / "c")
+        build_corpus(recipe(*german(20)), out=tmp_path / "c")
     assert (tmp_path / "c/thesis.tex").read_text() == "mine"
 
 
 def test_only_the_languages_asked_for_are_read_and_small_directions_go(tmp_path: Path) -> None:
     rows = [*german(60), *french(60), ("a", "Yes", "Sì", "ita_Latn")]
-    few = build(recipe(*rows, min_pairs=10), out=tmp_path / "few")
+    few = build_corpus(recipe(*rows, min_pairs=10), out=tmp_path / "few")
     assert few.languages == ("deu_Latn", "eng_Latn", "fra_Latn")
-    assert few.about["too_small"] == {"eng_Latn-ita_Latn": 1}
-    one = build(recipe(*rows, languages=("fr",)), out=tmp_path / "one")
+    assert few.manifest["too_small"] == {"eng_Latn-ita_Latn": 1}
+    one = build_corpus(recipe(*rows, languages=("fr",)), out=tmp_path / "one")
     assert one.directions == (("eng_Latn", "fra_Latn"),)
 
 
 def test_texts_are_the_sides_of_train_rows_and_monolingual_text(tmp_path: Path) -> None:
     source = Given(rows=(*german(80), *french(80)), texts=("Only English here",))
     # the text is given twice, once by each unit
-    corpus = build(recipe(source=source, split=Split(test=0.3, valid=0)), out=tmp_path / "c")
+    corpus = build_corpus(recipe(source=source, split=SplitConfig(test=0.3, valid=0)), out=tmp_path / "c")
     train = {p.target for p in corpus.iter_pairs("en", "de")}
     assert {t.text for t in corpus.iter_texts("de")} == train
     every = [t.text for s in SPLITS for t in corpus.iter_texts("en", split=s)]
@@ -205,7 +205,7 @@ def test_texts_are_the_sides_of_train_rows_and_monolingual_text(tmp_path: Path) 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "format", "json"])
 def test_a_damaged_corpus_is_named(tmp_path: Path, damage: str) -> None:
-    build(recipe(*german(50)), out=tmp_path / "c")
+    build_corpus(recipe(*german(50)), out=tmp_path / "c")
     train = tmp_path / "c/eng_Latn-deu_Latn.train.tsv"
     about = tmp_path / "c/corpus.json"
     if damage == "cut":
@@ -227,7 +227,7 @@ def test_a_damaged_corpus_is_named(tmp_path: Path, damage: str) -> None:
 
 
 def test_an_altered_file_of_the_same_size_is_found_by_its_hash(tmp_path: Path) -> None:
-    corpus = build(recipe(*german(50)), out=tmp_path / "c")
+    corpus = build_corpus(recipe(*german(50)), out=tmp_path / "c")
     train = tmp_path / "c/eng_Latn-deu_Latn.train.tsv"
     train.write_text(train.read_text().replace("deutsch", "DEUTSCH"))
     with pytest.raises(UserError, match=r"deu_Latn\.train\.tsv: altered"):
@@ -235,7 +235,7 @@ def test_an_altered_file_of_the_same_size_is_found_by_its_hash(tmp_path: Path) -
 
 
 def test_what_a_corpus_does_not_have_is_named(tmp_path: Path) -> None:
-    corpus = build(recipe(*german(20), *french(20)), out=tmp_path / "c")
+    corpus = build_corpus(recipe(*german(20), *french(20)), out=tmp_path / "c")
     with pytest.raises(UserError, match=r"has no ita_Latn: it has deu_Latn, eng_Latn, fra_Latn"):
         next(corpus.iter_pairs("en", "it"))
     with pytest.raises(UserError, match="no pairs between deu_Latn and fra_Latn"):
@@ -245,7 +245,7 @@ def test_what_a_corpus_does_not_have_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no corpus here"):
         Corpus.open(tmp_path / "nothing")
     with pytest.raises(UserError, match=r'unknown corpus "catalogs-small".*"catalogues-small"'):
-        build("catalogs-small")
+        build_corpus("catalogs-small")
 
 
 def test_a_users_own_files_become_a_corpus(tmp_path: Path) -> None:
@@ -255,13 +255,13 @@ def test_a_users_own_files_become_a_corpus(tmp_path: Path) -> None:
     (tmp_path / "news.fr").write_text("\n".join(r[2] for r in french(40)))
     (tmp_path / "more.txt").write_text("Noch ein Satz\n")
     files = (
-        File(path=str(tmp_path / "mine.tsv"), source="en", target="de", licence="CC0-1.0"),
-        File(path=str(tmp_path / "news"), source="en", target="fr"),
-        File(path=str(tmp_path / "more.txt"), language="de"),
+        LocalFile(path=str(tmp_path / "mine.tsv"), source="en", target="de", licence="CC0-1.0"),
+        LocalFile(path=str(tmp_path / "news"), source="en", target="fr"),
+        LocalFile(path=str(tmp_path / "more.txt"), language="de"),
     )
-    corpus = build(CorpusRecipe(name="mine", source=Files(files=files)), out=tmp_path / "c")
-    assert corpus.about["pairs"] == 100
-    assert corpus.about["sources"]["mine.tsv"]["licence"] == "CC0-1.0"
+    corpus = build_corpus(CorpusRecipe(name="mine", source=LocalFiles(files=files)), out=tmp_path / "c")
+    assert corpus.manifest["pairs"] == 100
+    assert corpus.manifest["sources"]["mine.tsv"]["licence"] == "CC0-1.0"
     texts = [t.text for s in SPLITS for t in corpus.iter_texts("de", split=s)]
     assert "Noch ein Satz" in texts
     assert len(texts) == 61
@@ -269,12 +269,12 @@ def test_a_users_own_files_become_a_corpus(tmp_path: Path) -> None:
 
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "mine.tsv"
-    source = Files(files=(File(path=str(path), source="en", target="de"),))
+    source = LocalFiles(files=(LocalFile(path=str(path), source="en", target="de"),))
     path.write_text("Save\tSichern\n")
     what = CorpusRecipe(name="mine", source=source)
-    assert build(what, out=tmp_path / "c").about["pairs"] == 1
+    assert build_corpus(what, out=tmp_path / "c").manifest["pairs"] == 1
     path.write_text("Save\tSichern\nOpen all\tAlles öffnen\n")
-    assert build(what, out=tmp_path / "c").about["pairs"] == 2
+    assert build_corpus(what, out=tmp_path / "c").manifest["pairs"] == 2
 
 
 def test_an_extract_keeps_its_own_split_and_leaks_nothing(tmp_path: Path) -> None:
@@ -284,57 +284,57 @@ def test_an_extract_keeps_its_own_split_and_leaks_nothing(tmp_path: Path) -> Non
     for name, part in (("train", rows[:90]), ("valid", [*rows[90:], leak])):
         lines = [f"gimp\t{'X' * (r is leak and name == 'valid')}{r[1]}\t{r[2]}" for r in part]
         (tmp_path / f"x/de.{name}.tsv").write_text("\n".join(lines))
-    corpus = build(
-        CorpusRecipe(name="x", source=Extract(folder=str(tmp_path / "x"))), out=tmp_path / "c"
+    corpus = build_corpus(
+        CorpusRecipe(name="x", source=PresplitFolder(folder=str(tmp_path / "x"))), out=tmp_path / "c"
     )
     assert {p.source for p in corpus.iter_pairs("en", "de")} == {r[1] for r in rows[:90]}
     held = {p.source for s in SPLITS[1:] for p in corpus.iter_pairs("en", "de", split=s)}
     assert held == {r[1] for r in rows[90:]}
-    assert corpus.about["sources"]["gimp"]["pairs"] == 120
+    assert corpus.manifest["sources"]["gimp"]["pairs"] == 120
 
 
 def test_missing_files_and_folders_are_named_before_anything_is_read(tmp_path: Path) -> None:
-    gone = File(path=str(tmp_path / "gone"), source="en", target="de")
+    gone = LocalFile(path=str(tmp_path / "gone"), source="en", target="de")
     with pytest.raises(UserError, match=r"gone: no such file \(nor gone.<language> beside it"):
-        build(CorpusRecipe(name="m", source=Files(files=(gone,))), out=tmp_path / "c")
+        build_corpus(CorpusRecipe(name="m", source=LocalFiles(files=(gone,))), out=tmp_path / "c")
     with pytest.raises(UserError, match="no such folder"):
-        build(
-            CorpusRecipe(name="m", source=Extract(folder=str(tmp_path / "no"))), out=tmp_path / "c"
+        build_corpus(
+            CorpusRecipe(name="m", source=PresplitFolder(folder=str(tmp_path / "no"))), out=tmp_path / "c"
         )
 
 
 def test_what_a_source_refuses_itself_is_counted(tmp_path: Path) -> None:
     source = Given(rows=tuple(german(20)), unfit=3)
-    [direction] = build(recipe(source=source), out=tmp_path / "c").about["directions"]
+    [direction] = build_corpus(recipe(source=source), out=tmp_path / "c").manifest["directions"]
     assert (direction["read"], direction["dropped"]["disagree"]) == (23, 3)
 
 
 def test_the_number_of_processes_changes_nothing(tmp_path: Path) -> None:
-    made = [Synthetic(phrases=90, seed=seed) for seed in range(3)]
+    made = [SyntheticLanguages(phrases=90, seed=seed) for seed in range(3)]
     (tmp_path / "more.txt").write_text("Only this\n")
-    own = Files(files=(File(path=str(tmp_path / "more.txt"), language="en"),))
+    own = LocalFiles(files=(LocalFile(path=str(tmp_path / "more.txt"), language="en"),))
     what = CorpusRecipe(
-        name="many", source=Together(sources=(*made, own)), split=Split(near=DropNear())
+        name="many", source=CombinedSources(sources=(*made, own)), split=SplitConfig(near_duplicates=DropNearDuplicates())
     )
-    one = build(what, out=tmp_path / "one")
-    two = build(what, out=tmp_path / "two", workers=2)
-    assert one.about == two.about
-    assert one.about["directions"][0]["dropped"]["near_train"] > 0
+    one = build_corpus(what, out=tmp_path / "one")
+    two = build_corpus(what, out=tmp_path / "two", workers=2)
+    assert one.manifest == two.manifest
+    assert one.manifest["directions"][0]["dropped"]["near_train"] > 0
 
 
 def test_no_held_out_source_is_nearly_a_train_source_of_any_language(tmp_path: Path) -> None:
     # German and French share no source, so what is near must be found across the languages
     rows = [*german(300)[::2], *(r for i, r in enumerate(french(300)) if i % 2)]
-    keep = build(recipe(*rows), out=tmp_path / "keep")
-    split = HALVES.replace(near=DropNear(threshold=0.8))
-    drop = build(recipe(*rows, split=split), out=tmp_path / "drop")
+    keep = build_corpus(recipe(*rows), out=tmp_path / "keep")
+    split = HALVES.replace(near=DropNearDuplicates(threshold=0.8))
+    drop = build_corpus(recipe(*rows, split=split), out=tmp_path / "drop")
     assert list(keep.pairs("train")) == list(drop.pairs("train"))
     train = {split_key(p.source) for p in keep.pairs("train")}
     held = [p for s in SPLITS[1:] for p in keep.pairs(s)]
     far = [p for p in held if max(jaccard(split_key(p.source), t) for t in train) < 0.8]
     assert [p for s in SPLITS[1:] for p in drop.pairs(s)] == far
     assert 0 < len(far) < len(held)
-    dropped = sum(d["dropped"].get("near_train", 0) for d in drop.about["directions"])
+    dropped = sum(d["dropped"].get("near_train", 0) for d in drop.manifest["directions"])
     assert dropped == len(held) - len(far)
 
 
@@ -344,8 +344,8 @@ def test_a_domain_never_trains_and_is_a_split_of_its_own(tmp_path: Path) -> None
         for i in range(60)
     ]
     shared = [("game", *r[1:]) for r in german(100)[:40]]
-    split = HALVES.replace(domains=(Domain(name="tales", packages=("game",)),))
-    corpus = build(recipe(*german(100), *game, *shared, split=split), out=tmp_path / "c")
+    split = HALVES.replace(domains=(HeldOutDomain(name="tales", packages=("game",)),))
+    corpus = build_corpus(recipe(*german(100), *game, *shared, split=split), out=tmp_path / "c")
     assert corpus.splits == (*SPLITS, "tales")
     tales = list(corpus.iter_pairs("en", "de", split="tales"))
     assert {p.origin for p in tales} == {"game"}
@@ -353,7 +353,7 @@ def test_a_domain_never_trains_and_is_a_split_of_its_own(tmp_path: Path) -> None
     train = {split_key(p.source) for p in corpus.pairs("train")}
     assert not train & {split_key(p.source) for p in tales}
     assert {p.source for p in tales} >= {r[1] for r in game}
-    [direction] = corpus.about["directions"]
+    [direction] = corpus.manifest["directions"]
     assert direction["dropped"]["source_in_train"] == sum(split_key(r[1]) in train for r in shared)
     kept = sum(part["pairs"] for part in direction["splits"].values())
     assert direction["read"] == 200 == kept + sum(direction["dropped"].values())
@@ -363,15 +363,15 @@ def test_a_domain_never_trains_and_is_a_split_of_its_own(tmp_path: Path) -> None
 def test_a_domains_votes_do_not_decide_what_trains(tmp_path: Path) -> None:
     rows = [("a", "Save", "Sichern", "deu_Latn")]
     rows += [(f"game-{i}", "Save", "Retten", "deu_Latn") for i in range(3)]
-    split = Split(test=0, valid=0, domains=(Domain(name="game", packages=("game-*",)),))
-    corpus = build(recipe(*rows, split=split), out=tmp_path / "c")
+    split = SplitConfig(test=0, valid=0, domains=(HeldOutDomain(name="game", packages=("game-*",)),))
+    corpus = build_corpus(recipe(*rows, split=split), out=tmp_path / "c")
     assert [p.target for p in corpus.iter_pairs("en", "de")] == ["Sichern"]
 
 
 def test_a_language_that_only_a_domain_has_is_left_out(tmp_path: Path) -> None:
     rows = [*german(40), *(("game", *r[1:]) for r in french(40))]
-    split = HALVES.replace(domains=(Domain(name="game", packages=("game",)),))
-    corpus = build(recipe(*rows, split=split), out=tmp_path / "c")
+    split = HALVES.replace(domains=(HeldOutDomain(name="game", packages=("game",)),))
+    corpus = build_corpus(recipe(*rows, split=split), out=tmp_path / "c")
     assert corpus.languages == ("deu_Latn", "eng_Latn")
-    assert corpus.about["too_small"] == {"eng_Latn-fra_Latn": 0}
+    assert corpus.manifest["too_small"] == {"eng_Latn-fra_Latn": 0}
     assert sorted(p.name for p in (tmp_path / "c").glob("*fra_Latn*")) == []

@@ -2,19 +2,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.data.clean import RULES, Clean, Cleaner, normalise
+from moesaic.data.clean import CLEANING_RULES, CleaningConfig, PairCleaner, normalise_text
 from moesaic.data.pair import Pair
 
 
 def reason(source: str, target: str, code: str = "deu_Latn", **config: float) -> str:
-    return Cleaner(Clean(**config)).clean(Pair(source, target, "eng_Latn", code))[1]
+    return PairCleaner(CleaningConfig(**config)).clean(Pair(source, target, "eng_Latn", code))[1]
 
 
 def test_a_good_pair_is_kept_and_normalised() -> None:
     pair = Pair(
         "_Save <b>%s</b> &amp;  close", "%s  speichern und schließen", "eng_Latn", "deu_Latn"
     )
-    kept, why = Cleaner(Clean()).clean(pair)
+    kept, why = PairCleaner(CleaningConfig()).clean(pair)
     assert why == ""
     assert kept is not None
     assert (kept.source, kept.target) == ("Save %s & close", "%s speichern und schließen")
@@ -39,7 +39,7 @@ def test_each_rule_drops_what_it_names(rule: str, source: str, target: str, code
 
 def test_every_rule_is_tried_above() -> None:
     tried = {"empty", "too_long", "broken", "untranslated", "few_letters", "length_ratio"}
-    assert {rule.name for rule in RULES} == tried | {"placeholders", "script"}
+    assert {rule.name for rule in CLEANING_RULES} == tried | {"placeholders", "script"}
 
 
 def test_a_name_kept_from_the_source_does_not_count_against_the_script() -> None:
@@ -54,6 +54,6 @@ def test_thresholds_are_the_users() -> None:
 @settings(deadline=None)
 @given(st.text(max_size=60))
 def test_normalising_leaves_no_control_characters_and_single_spaces(text: str) -> None:
-    done = normalise(text)
+    done = normalise_text(text)
     assert done == " ".join(done.split())
     assert not any(ord(c) < 32 for c in done)

@@ -5,18 +5,18 @@ import pytest
 from catalogue_files import deb_bytes, mo_bytes, write_wheel
 
 from moesaic.core.errors import UserError
-from moesaic.data.build import build
+from moesaic.data.build import build_corpus
 from moesaic.data.builders import apt, ddtp
-from moesaic.data.builders.catalogues import Catalogues
-from moesaic.data.builders.ddtp import Descriptions
-from moesaic.data.builders.debian import Debian, desktop_packages
-from moesaic.data.builders.named import CorpusRecipe, named_recipe
-from moesaic.data.builders.packages import Package
-from moesaic.data.builders.source import Quiet
-from moesaic.data.builders.together import Together
-from moesaic.data.split import Split
+from moesaic.data.builders.catalogues import PyPICatalogues
+from moesaic.data.builders.ddtp import DebianDescriptions
+from moesaic.data.builders.debian import DebianCatalogues, desktop_packages
+from moesaic.data.builders.named import CorpusRecipe, named_corpus
+from moesaic.data.builders.packages import PyPIPackage
+from moesaic.data.builders.source import SilentProgress
+from moesaic.data.builders.together import CombinedSources
+from moesaic.data.split import SplitConfig
 
-ALL_TRAIN = Split(test=0, valid=0)
+ALL_TRAIN = SplitConfig(test=0, valid=0)
 FILES = {
     "./usr/share/locale/de/LC_MESSAGES/demo.mo": mo_bytes({b"Save file": b"Datei sichern"}),
     "./usr/share/locale/en_GB/LC_MESSAGES/demo.mo": mo_bytes({b"Color": b"Colour"}),
@@ -105,8 +105,8 @@ def debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Apt:
 def test_the_catalogues_of_a_deb_are_read(debian: Apt, tmp_path: Path, suffix: str) -> None:
     (tmp_path / "packages/deb").mkdir(parents=True)
     (tmp_path / "packages/deb/demo-data_1%3a2.0_all.deb").write_bytes(deb_bytes(FILES, suffix))
-    source = Debian(packages=("demo-*",))
-    [unit] = source.fetch(progress=Quiet())
+    source = DebianCatalogues(packages=("demo-*",))
+    [unit] = source.fetch(progress=SilentProgress())
     assert (unit.name, unit.version) == ("demo-data", "1:2.0")
     [pair] = source.read(unit, wanted=lambda _: True)
     assert (pair.source, pair.target, pair.target_language) == (
@@ -119,10 +119,10 @@ def test_the_catalogues_of_a_deb_are_read(debian: Apt, tmp_path: Path, suffix: s
 
 
 def test_packages_are_downloaded_once(debian: Apt) -> None:
-    source = Debian(packages=("demo-*", "other-data", "unknown"))
-    units = source.fetch(progress=Quiet())
-    assert [u.name for u in units if not u.missing] == ["demo-data", "other-data"]
-    source.fetch(progress=Quiet())
+    source = DebianCatalogues(packages=("demo-*", "other-data", "unknown"))
+    units = source.fetch(progress=SilentProgress())
+    assert [u.name for u in units if not u.missing_reason] == ["demo-data", "other-data"]
+    source.fetch(progress=SilentProgress())
     assert debian.commands.count("download") == 1
 
 
@@ -130,41 +130,41 @@ def test_a_package_that_is_gone_from_the_archive_is_left_out_said_and_counted(
     debian: Apt, tmp_path: Path
 ) -> None:
     debian.gone, heard = "demo-data", []
-    listener = Quiet()
-    listener.say = heard.append
-    source = Debian(packages=("demo-data", "other-data", "unheard-of"))
+    listener = SilentProgress()
+    listener.report_progress = heard.append
+    source = DebianCatalogues(packages=("demo-data", "other-data", "unheard-of"))
     what = CorpusRecipe(name="d", source=source, split=ALL_TRAIN)
-    corpus = build(what, out=tmp_path / "c", progress=listener)
+    corpus = build_corpus(what, out=tmp_path / "c", progress=listener)
     assert corpus.count("en", "de") == 1
-    assert set(corpus.about["missing"]) == {"demo-data", "unheard-of"}
-    assert "404" in corpus.about["missing"]["demo-data"]
-    assert corpus.about["missing"]["unheard-of"] == "apt does not know it"
-    assert [r["name"] for r in corpus.about["read"]] == ["other-data"]
+    assert set(corpus.manifest["missing"]) == {"demo-data", "unheard-of"}
+    assert "404" in corpus.manifest["missing"]["demo-data"]
+    assert corpus.manifest["missing"]["unheard-of"] == "apt does not know it"
+    assert [r["name"] for r in corpus.manifest["read"]] == ["other-data"]
     assert any("left out" in t and "2 Debian packages (demo-data, unheard-of)" in t for t in heard)
 
 
 def test_when_every_package_is_gone_the_way_out_is_said(debian: Apt) -> None:
     debian.gone = "demo-data"
     with pytest.raises(UserError, match=r"none of 1 packages.*404.*run `apt-get update`"):
-        Debian(packages=("demo-data",)).fetch(progress=Quiet())
+        DebianCatalogues(packages=("demo-data",)).fetch(progress=SilentProgress())
 
 
 def test_without_apt_kept_packages_serve_or_the_way_out_is_said(
     debian: Apt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Debian(packages=("demo-data",)).fetch(progress=Quiet())
+    DebianCatalogues(packages=("demo-data",)).fetch(progress=SilentProgress())
     monkeypatch.setattr(apt.shutil, "which", lambda _: None)
-    assert [u.name for u in Debian(packages=("demo-*",)).fetch(progress=Quiet())] == ["demo-data"]
+    assert [u.name for u in DebianCatalogues(packages=("demo-*",)).fetch(progress=SilentProgress())] == ["demo-data"]
     with pytest.raises(UserError, match=r"apt-get was not found.*container.*packages/deb"):
-        Debian(packages=("other-data",)).fetch(progress=Quiet())
+        DebianCatalogues(packages=("other-data",)).fetch(progress=SilentProgress())
     with pytest.raises(UserError, match="apt-get was not found"):
-        Descriptions().fetch(progress=Quiet())
+        DebianDescriptions().fetch(progress=SilentProgress())
 
 
 def test_what_apt_says_is_passed_on(debian: Apt) -> None:
     debian.problem = "Temporary failure resolving"
     with pytest.raises(UserError, match=r"failed: E: Temporary failure.*run `apt-get update`"):
-        Debian(packages=("demo-data",)).fetch(progress=Quiet())
+        DebianCatalogues(packages=("demo-data",)).fetch(progress=SilentProgress())
 
 
 @pytest.mark.parametrize("damage", ["short", "odd", "cut"])
@@ -173,12 +173,12 @@ def test_a_damaged_deb_is_named(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "demo_1_all.deb"
     path.write_bytes({"short": whole[:100], "odd": b"PK" + whole, "cut": whole[:-60]}[damage])
     with pytest.raises(UserError, match=r"demo_1_all\.deb: (not a Debian|the package is)"):
-        list(apt.deb_members(path, wanted=ddtp.re.compile(".")))
+        list(apt.deb_members(path, pattern=ddtp.re.compile(".")))
 
 
 def test_descriptions_are_paired_by_paragraph_when_the_english_is_unchanged(debian: Apt) -> None:
-    source = Descriptions(languages=("de", "ja"))
-    units = source.fetch(progress=Quiet())
+    source = DebianDescriptions(languages=("de", "ja"))
+    units = source.fetch(progress=SilentProgress())
     found = {
         u.version: [(p.source, p.target) for p in source.read(u, wanted=lambda _: True)]
         for u in units
@@ -191,23 +191,23 @@ def test_descriptions_are_paired_by_paragraph_when_the_english_is_unchanged(debi
         ("It is quick.", "Es ist schnell."),
     ]
     assert found["ja"][1][1] == "紙の上に線や円を描きます:"
-    source.fetch(progress=Quiet())
+    source.fetch(progress=SilentProgress())
     assert debian.commands.count("update") == 1
 
 
 def test_several_sources_make_one_corpus(debian: Apt, tmp_path: Path) -> None:
     files = {"demo/locale/fr/LC_MESSAGES/x.mo": mo_bytes({b"Save file": b"Enregistrer"})}
     write_wheel(tmp_path / "packages/pypi", "wheel", "1.0", files)
-    catalogues = Catalogues(packages=(Package(name="wheel", version="1.0"),))
-    both = Together(sources=(catalogues, Debian(packages=("demo-data",)), Descriptions()))
-    corpus = build(CorpusRecipe(name="both", source=both, split=ALL_TRAIN))
+    catalogues = PyPICatalogues(packages=(PyPIPackage(name="wheel", version="1.0"),))
+    both = CombinedSources(sources=(catalogues, DebianCatalogues(packages=("demo-data",)), DebianDescriptions()))
+    corpus = build_corpus(CorpusRecipe(name="both", source=both, split=ALL_TRAIN))
     assert corpus.languages == ("deu_Latn", "eng_Latn", "fra_Latn", "jpn_Jpan")
-    assert set(corpus.about["sources"]) == {"wheel", "demo-data", "debian-descriptions"}
+    assert set(corpus.manifest["sources"]) == {"wheel", "demo-data", "debian-descriptions"}
     assert corpus.count("en", "de") == 6
 
 
 def test_the_large_corpus_is_a_recipe_that_reads_back() -> None:
-    what = named_recipe("software-171")
+    what = named_corpus("software-171")
     assert CorpusRecipe.from_yaml(what.to_yaml()) == what
     assert len(desktop_packages()) > 250
     kinds = {type(source).__name__ for source in what.source.sources}

@@ -4,7 +4,7 @@ import pytest
 
 import pipeline_cases as cases
 from moesaic.core.errors import DataError
-from moesaic.data.directions import AsStored, BothWays, FromEnglish, Joined, Only, ToEnglish
+from moesaic.data.directions import StoredDirections, BothDirections, FromEnglish, PivotDirections, ListedDirections, ToEnglish
 from moesaic.data.tasks import Translation
 
 FORTH = [("eng_Latn", code) for code in ("deu_Latn", "ell_Grek", "jpn_Jpan")]
@@ -16,11 +16,11 @@ BACK = [(target, source) for source, target in FORTH]
     [
         (FromEnglish(), FORTH),
         (ToEnglish(), BACK),
-        (AsStored(), FORTH),
-        (BothWays(), sorted(FORTH + BACK)),
-        (Only(pairs=("jpn_Jpan-eng_Latn",)), [("jpn_Jpan", "eng_Latn")]),
+        (StoredDirections(), FORTH),
+        (BothDirections(), sorted(FORTH + BACK)),
+        (ListedDirections(pairs=("jpn_Jpan-eng_Latn",)), [("jpn_Jpan", "eng_Latn")]),
         (
-            Joined(languages=("deu_Latn", "jpn_Jpan")),
+            PivotDirections(languages=("deu_Latn", "jpn_Jpan")),
             [("deu_Latn", "jpn_Jpan"), ("jpn_Jpan", "deu_Latn")],
         ),
     ],
@@ -37,7 +37,7 @@ def test_names_of_directions(directions, expected):
 def test_an_unknown_direction_is_refused_with_the_nearest():
     for wrong in ("eng_Latn-fra_Latn", "deu_Latn", "eng_Latn>deu_Latn"):
         with pytest.raises(DataError, match="eng_Latn-deu_Latn"):
-            Only(pairs=(wrong,)).names(cases.shards())
+            ListedDirections(pairs=(wrong,)).language_pairs(cases.shards())
 
 
 def test_languages_that_the_run_leaves_out_have_no_streams():

@@ -6,9 +6,9 @@ from catalogue_files import deb_bytes, zip_bytes
 
 from moesaic.core.errors import UserError
 from moesaic.data.builders import apt
-from moesaic.data.builders.firefox import Firefox
-from moesaic.data.builders.source import Quiet
-from moesaic.data.pair import Pair, Unfit
+from moesaic.data.builders.firefox import FirefoxMessages
+from moesaic.data.builders.source import SilentProgress
+from moesaic.data.pair import Pair, RejectedPair
 
 CANADA = {
     "browser.ftl": "quit = Quit { -brand }\n    .accesskey = Q\nhide = { $on ->\n [true] Hide\n"
@@ -47,9 +47,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_messages_are_paired_by_file_and_key_and_canada_comes_before_britain(home: Path) -> None:
     write_pack(home, "en-CA", CANADA)
     write_pack(home, "en-GB", BRITAIN)
-    [unit] = Firefox().fetch(progress=Quiet())
+    [unit] = FirefoxMessages().fetch(progress=SilentProgress())
     assert unit.name == "firefox-esr-l10n-de"
-    found = list(Firefox().read(unit, wanted=lambda _: True))
+    found = list(FirefoxMessages().read(unit, wanted=lambda _: True))
     assert [(p.source, p.target) for p in found if isinstance(p, Pair)] == [
         ("Quit {-brand}", "{-brand} beenden"),
         ("Colour", "Farbe"),
@@ -61,22 +61,22 @@ def test_messages_are_paired_by_file_and_key_and_canada_comes_before_britain(hom
     ]
     assert {p.target_language for p in found} == {"deu_Latn"}
     # the default of the one is not the default of the other: not a translation
-    assert [p.reason for p in found if isinstance(p, Unfit)] == ["disagree"]
+    assert [p.reason for p in found if isinstance(p, RejectedPair)] == ["disagree"]
 
 
 def test_one_english_is_enough_and_none_is_said(home: Path) -> None:
     with pytest.raises(UserError, match=r"neither firefox-esr-l10n-en-ca nor firefox-esr-l10n-en"):
-        Firefox().fetch(progress=Quiet())
+        FirefoxMessages().fetch(progress=SilentProgress())
     write_pack(home, "en-GB", BRITAIN)
-    [unit] = Firefox().fetch(progress=Quiet())
-    pairs = list(Firefox().read(unit, wanted=lambda _: True))
+    [unit] = FirefoxMessages().fetch(progress=SilentProgress())
+    pairs = list(FirefoxMessages().read(unit, wanted=lambda _: True))
     assert [p.source for p in pairs if isinstance(p, Pair)] == ["British colour", "Lift"]
-    assert list(Firefox().read(unit, wanted=lambda _: False)) == []
+    assert list(FirefoxMessages().read(unit, wanted=lambda _: False)) == []
 
 
 def test_a_damaged_language_pack_is_named(home: Path) -> None:
     write_pack(home, "en-CA", CANADA)
     write_pack(home, "de", {}, data=b"PK no zip")
-    [unit] = Firefox().fetch(progress=Quiet())
+    [unit] = FirefoxMessages().fetch(progress=SilentProgress())
     with pytest.raises(UserError, match=r"l10n-de_140_all\.deb: .*langpack-de.* is damaged"):
-        list(Firefox().read(unit, wanted=lambda _: True))
+        list(FirefoxMessages().read(unit, wanted=lambda _: True))

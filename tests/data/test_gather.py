@@ -4,23 +4,23 @@ from pathlib import Path
 import pytest
 
 from moesaic.core.errors import UserError
-from moesaic.data.gather import in_order
-from moesaic.data.languages import language
+from moesaic.data.gather import map_in_order
+from moesaic.data.languages import resolve_language
 from moesaic.data.leaks import find_leaks
-from moesaic.data.near import DropNear, Keep
+from moesaic.data.near import DropNearDuplicates, KeepNearDuplicates
 from moesaic.data.split import digest64
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_results_come_in_the_order_of_the_jobs_and_errors_as_they_are(workers: int) -> None:
-    assert list(in_order(abs, [-3, 1, -2, 0], workers=workers)) == [3, 1, 2, 0]
+    assert list(map_in_order(abs, [-3, 1, -2, 0], workers=workers)) == [3, 1, 2, 0]
     with pytest.raises(UserError, match='unknown language "nowhere"'):
-        list(in_order(language, ["de", "nowhere"], workers=workers))
+        list(map_in_order(resolve_language, ["de", "nowhere"], workers=workers))
 
 
 def test_a_process_that_the_system_ends_is_a_users_error() -> None:
     with pytest.raises(UserError, match=r"ended by the system.*--workers 1"):
-        list(in_order(os._exit, [1, 1], workers=2))
+        list(map_in_order(os._exit, [1, 1], workers=2))
 
 
 def test_held_out_keys_that_train_exactly_or_nearly_are_found(tmp_path: Path) -> None:
@@ -34,8 +34,8 @@ def test_held_out_keys_that_train_exactly_or_nearly_are_found(tmp_path: Path) ->
         "tclose it",
     ]
     path.write_text("".join(f"{line}\n" for line in lines))
-    found = find_leaks(path, near=DropNear(threshold=0.6))
+    found = find_leaks(path, near_duplicates=DropNearDuplicates(threshold=0.6))
     assert found.exact == {digest64("close it")}
     assert found.near == {digest64("open the file")}
-    kept = find_leaks(path, near=Keep())
+    kept = find_leaks(path, near_duplicates=KeepNearDuplicates())
     assert (kept.exact, kept.near) == (found.exact, frozenset())

@@ -1,7 +1,7 @@
 import pytest
 
 from moesaic.core.errors import UserError
-from moesaic.data.languages import all_languages, catalogue_language, language
+from moesaic.data.languages import all_languages, resolve_locale, resolve_language
 
 CORPUS50 = [
     "ar",
@@ -84,26 +84,26 @@ CORPUS50 = [
     ],
 )
 def test_every_spelling_of_a_language_leads_to_one_code(spelled: str, code: str) -> None:
-    assert language(spelled).code == code
+    assert resolve_language(spelled).code == code
 
 
 def test_a_misspelt_language_is_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r'unknown language "Germna".*did you mean "German"'):
-        language("Germna")
+        resolve_language("Germna")
 
 
 @pytest.mark.parametrize("variant", ["es_MX", "fr_CA", "ca@valencia", "de_CH", "de_Informal", "x"])
 def test_a_catalogue_of_a_variant_is_not_taken_for_the_main_language(variant: str) -> None:
-    assert catalogue_language(variant) is None
+    assert resolve_locale(variant) is None
 
 
 @pytest.mark.parametrize("locale", ["fr_FR", "ko_KR", "nb-no", "hy-am", "zh_Hans_CN", "tr_TR"])
 def test_a_catalogue_at_home_is_the_main_language(locale: str) -> None:
-    assert catalogue_language(locale) == language(locale.replace("-", "_").split("_")[0])
+    assert resolve_locale(locale) == resolve_language(locale.replace("-", "_").split("_")[0])
 
 
 def test_the_fifty_languages_of_the_extract_are_fifty_codes() -> None:
-    assert len({language(name).code for name in CORPUS50}) == 50
+    assert len({resolve_language(name).code for name in CORPUS50}) == 50
 
 
 def test_codes_and_tags_are_unique_and_resolve_to_themselves() -> None:
@@ -111,6 +111,6 @@ def test_codes_and_tags_are_unique_and_resolve_to_themselves() -> None:
     assert len(table) >= 350
     assert len({row.code for row in table}) == len(table) == len({row.bcp47 for row in table})
     for row in table:
-        assert language(row.code) == row
-        assert language(row.bcp47) == row
+        assert resolve_language(row.code) == row
+        assert resolve_language(row.bcp47) == row
         assert row.script == row.code.split("_")[1]

@@ -7,8 +7,8 @@ import pytest
 
 import pipeline_cases as cases
 from moesaic.core.errors import CheckpointError, ConfigError, DataError
-from moesaic.data.layout import DecoderOnly
-from moesaic.data.loader import Loader, Place
+from moesaic.data.layout import DecoderOnlyCollator
+from moesaic.data.loader import Loader, DataReplica
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import CausalLM, Translation
 from moesaic.data.tokenizer import MASK
@@ -22,7 +22,7 @@ def test_rows_are_pairs_of_the_corpus_under_their_labels():
         for i in range(batch.rows):
             target = tokenizer.decode(batch.target_out[i].tolist())
             code = stream.languages[batch.target_language[i]]
-            assert batch.target_in[i, 0] == batch.source[i, 0] == tokenizer.tag(code)
+            assert batch.target_in[i, 0] == batch.source[i, 0] == tokenizer.language_token_id(code)
             number = int(target.removesuffix(" δ").split()[-1])
             assert target.removesuffix(" δ") == cases.sentence(code, number)
             if stream.tasks[batch.task[i]] == "translation":
@@ -47,7 +47,7 @@ def test_denoising_sources_are_damaged_and_translation_sources_are_not():
 
 def test_causal_lm_has_no_source_and_its_padding_is_not_counted():
     mixture = MixtureConfig(tasks=(WeightedTask(task=CausalLM()),))
-    batch = next(cases.loader(mixture=mixture, config=cases.SMALL.replace(layout=DecoderOnly())))
+    batch = next(cases.loader(mixture=mixture, config=cases.SMALL.replace(layout=DecoderOnlyCollator())))
     assert batch.source.shape[1] == 0
     assert batch.num_predicted == batch.num_tokens
     assert next(cases.loader(mixture=mixture)).source.shape[1] == 2  # tag and end
@@ -90,7 +90,7 @@ def test_shards_of_another_tokenizer_and_a_rank_out_of_range_are_refused():
     with pytest.raises(DataError, match="another tokenizer"):
         Loader(cases.shards(), tokenizer=other, **parts)
     with pytest.raises(ConfigError, match="rank 2 is not one of 2 ranks"):
-        Loader(cases.shards(), tokenizer=cases.tokenizer(), place=Place(2, 2), **parts)
+        Loader(cases.shards(), tokenizer=cases.tokenizer(), replica=DataReplica(2, 2), **parts)
 
 
 def test_closing_ends_the_thread_and_the_next_batch_goes_on():
@@ -110,12 +110,12 @@ def test_two_seeds_draw_other_rows():
 
 def test_held_out_rows_are_limited_per_stream_and_never_from_train():
     stream = cases.loader(mixture=MixtureConfig(tasks=(WeightedTask(task=Translation()),)))
-    batches = list(stream.valid_batches("valid", rows=10))
+    batches = list(stream.held_out_batches("valid", rows=10))
     assert sum(batch.rows for batch in batches) == 10 + 10 + 6
     for batch in batches:
         for row in batch.target_out.tolist():
             assert int(cases.tokenizer().decode(row).split()[-1]) >= 1000
-    assert list(stream.valid_batches("test")) == []
+    assert list(stream.held_out_batches("test")) == []
 
 
 def test_batches_are_frozen_values():

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.data.markup import placeholders, strip_accelerators, strip_tags, unescape
+from moesaic.data.markup import placeholders, strip_accelerators, strip_tags, unescape_entities
 
 HOLDERS = ["%(name)s", "%s", "%d", "%1$s", "%1", "{name}", "{0}", "{}", "${var}", "$var", "{{ x }}"]
 
@@ -83,4 +83,4 @@ def test_tags_go_and_what_looks_like_one_stays(text: str, plain: str) -> None:
 
 
 def test_entities_are_decoded() -> None:
-    assert unescape("Caf&eacute; &amp; bar &lt;x&gt;") == "Café & bar <x>"
+    assert unescape_entities("Caf&eacute; &amp; bar &lt;x&gt;") == "Café & bar <x>"

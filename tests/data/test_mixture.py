@@ -29,7 +29,7 @@ def test_a_task_without_rows_is_refused_by_name():
 )
 def test_a_boost_of_an_unknown_language_or_by_nothing_is_refused(boost, message):
     with pytest.raises(ConfigError, match=message):
-        mixed(MixtureConfig(boost=boost))
+        mixed(MixtureConfig(language_weights=boost))
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,6 @@ def test_wrong_values_are_refused_with_their_path(wrong):
 
 def test_epochs_count_how_often_a_stream_was_walked():
     mixture = mixed(MixtureConfig(tasks=(WeightedTask(task=Translation()),)))
-    draws = mixture.draw(0, count=840, counts=mixture.start())
-    table = mixture.shares(mixture.after(draws, counts=mixture.start()))
+    draws = mixture.draw(0, count=840, counts=mixture.initial_counts())
+    table = mixture.frequencies(mixture.counts_after(draws, counts=mixture.initial_counts()))
     assert [line.epochs for line in table] == pytest.approx([2.0, 2.0, 2.0], abs=0.1)

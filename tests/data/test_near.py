@@ -3,8 +3,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.core.errors import ConfigError
-from moesaic.data.near import DropNear, Keep, grams, jaccard, near
-from moesaic.data.split import Split
+from moesaic.data.near import DropNearDuplicates, KeepNearDuplicates, character_trigrams, jaccard, find_near_duplicates
+from moesaic.data.split import SplitConfig
 
 WORDS = ["open", "opens", "close", "file", "files", "the", "a", "page", "pages", "in", ""]
 texts = st.lists(st.sampled_from(WORDS), max_size=6).map(" ".join)
@@ -23,12 +23,12 @@ def by_definition(held: set[str], train: list[str], threshold: float) -> set[str
 def test_the_index_finds_what_comparing_every_pair_finds(
     held: set[str], train: list[str], threshold: float
 ) -> None:
-    assert near(held, train=train, threshold=threshold) == by_definition(held, train, threshold)
+    assert find_near_duplicates(held, train=train, threshold=threshold) == by_definition(held, train, threshold)
 
 
 def test_likeness_is_shared_grams_over_all_grams() -> None:
-    assert grams("ab") == {" ab", "ab "}
-    assert grams("") == {"  "}
+    assert character_trigrams("ab") == {" ab", "ab "}
+    assert character_trigrams("") == {"  "}
     assert jaccard("open the file", "open the file") == 1
     assert jaccard("abcd", "abce") == 2 / 6
     assert jaccard("abc", "xyz") == 0
@@ -36,24 +36,24 @@ def test_likeness_is_shared_grams_over_all_grams() -> None:
 
 def test_one_letter_more_is_near_and_another_word_is_not() -> None:
     held = {"delete the selected files", "print the selected page"}
-    found = near(held, train=iter(["delete the selected file"]), threshold=0.6)
+    found = find_near_duplicates(held, train=iter(["delete the selected file"]), threshold=0.6)
     assert found == {"delete the selected files"}
 
 
 def test_the_threshold_itself_is_near() -> None:
     assert jaccard("abcdef", "abcdex") == 4 / 8
-    assert near({"abcdef"}, train=["abcdex"], threshold=0.5) == {"abcdef"}
-    assert near({"abcdef"}, train=["abcdex"], threshold=0.51) == frozenset()
+    assert find_near_duplicates({"abcdef"}, train=["abcdex"], threshold=0.5) == {"abcdef"}
+    assert find_near_duplicates({"abcdef"}, train=["abcdex"], threshold=0.51) == frozenset()
 
 
 def test_keeping_asks_nobody() -> None:
-    assert not Keep().looks
-    assert Keep().among({"a"}, train=["a"]) == frozenset()
-    assert DropNear().among({"a"}, train=["a"]) == {"a"}
+    assert not KeepNearDuplicates().enabled
+    assert KeepNearDuplicates().find({"a"}, train=["a"]) == frozenset()
+    assert DropNearDuplicates().find({"a"}, train=["a"]) == {"a"}
 
 
 def test_what_is_done_with_them_is_chosen_in_a_recipe() -> None:
-    split = Split.from_plain({"near": {"kind": "DropNear", "threshold": 0.8}})
-    assert split.near == DropNear(threshold=0.8)
+    split = SplitConfig.from_plain({"near": {"kind": "DropNear", "threshold": 0.8}})
+    assert split.near_duplicates == DropNearDuplicates(threshold=0.8)
     with pytest.raises(ConfigError, match="threshold"):
-        Split.from_plain({"near": {"kind": "DropNear", "threshold": 0}})
+        SplitConfig.from_plain({"near": {"kind": "DropNear", "threshold": 0}})

@@ -5,20 +5,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.data.counter import mix
-from moesaic.data.noise import BlankTokens, DropTokens, InfillSpans, ShuffleNearby
+from moesaic.data.counter import random_bits
+from moesaic.data.noise import MaskTokens, DeleteTokens, InfillSpans, ShuffleTokens
 from moesaic.data.ragged import Ragged
 from moesaic.data.tasks import Denoising
 from moesaic.data.tokenizer import MASK
 
-NOISES = [InfillSpans(), DropTokens(ratio=0.5), BlankTokens(), ShuffleNearby(), Denoising()]
+NOISES = [InfillSpans(), DeleteTokens(ratio=0.5), MaskTokens(), ShuffleTokens(), Denoising()]
 ROWS = st.lists(st.lists(st.integers(10, 99), max_size=40), max_size=12)
 
 
 def damaged(noise, rows: list[list[int]], *, seed: int = 0) -> list[list[int]]:
-    ragged, key = Ragged.of(rows), mix(seed, np.arange(len(rows)))
-    call = noise.source_rows if isinstance(noise, Denoising) else noise
-    return call(ragged, key=key).rows() if rows else []
+    ragged, key = Ragged.from_lists(rows), random_bits(seed, np.arange(len(rows)))
+    call = noise.corrupt_source if isinstance(noise, Denoising) else noise
+    return call(ragged, key=key).to_lists() if rows else []
 
 
 @pytest.mark.parametrize("noise", NOISES, ids=lambda noise: type(noise).__name__)
@@ -34,12 +34,12 @@ def test_no_noise_makes_a_row_longer_or_empty(noise, rows, seed):
 @pytest.mark.parametrize("noise", NOISES, ids=lambda noise: type(noise).__name__)
 def test_the_noise_of_a_row_does_not_depend_on_the_rows_beside_it(noise):
     rows = [list(range(10, 10 + n)) for n in (5, 0, 17, 1, 40)]
-    key = mix(7, np.arange(len(rows)))
-    call = noise.source_rows if isinstance(noise, Denoising) else noise
-    together = call(Ragged.of(rows), key=key).rows()
-    alone = [call(Ragged.of([r]), key=key[i : i + 1]).rows()[0] for i, r in enumerate(rows)]
+    key = random_bits(7, np.arange(len(rows)))
+    call = noise.corrupt_source if isinstance(noise, Denoising) else noise
+    together = call(Ragged.from_lists(rows), key=key).to_lists()
+    alone = [call(Ragged.from_lists([r]), key=key[i : i + 1]).to_lists()[0] for i, r in enumerate(rows)]
     assert together == alone
-    assert call(Ragged.of(rows), key=mix(8, np.arange(len(rows)))).rows() != together
+    assert call(Ragged.from_lists(rows), key=random_bits(8, np.arange(len(rows)))).to_lists() != together
 
 
 @settings(max_examples=60, deadline=None)
@@ -67,16 +67,16 @@ def test_infilled_spans_are_poisson_and_anywhere_in_the_row():
 @pytest.mark.parametrize("ratio", [0.1, 0.4])
 def test_drop_and_blank_hit_their_share_of_tokens(ratio):
     rows = [list(range(100, 300))] * 200
-    dropped = sum(map(len, damaged(DropTokens(ratio=ratio), rows))) / 40_000
-    blanked = sum(r.count(MASK) for r in damaged(BlankTokens(ratio=ratio), rows)) / 40_000
+    dropped = sum(map(len, damaged(DeleteTokens(ratio=ratio), rows))) / 40_000
+    blanked = sum(r.count(MASK) for r in damaged(MaskTokens(ratio=ratio), rows)) / 40_000
     assert dropped == pytest.approx(1 - ratio, abs=0.012)
     assert blanked == pytest.approx(ratio, abs=0.012)
 
 
 def test_shuffling_moves_no_token_further_than_its_distance_and_some_that_far():
     rows = [list(range(100, 200))] * 300
-    found = np.array(damaged(ShuffleNearby(distance=3), rows))
+    found = np.array(damaged(ShuffleTokens(distance=3), rows))
     moved = np.abs(found - np.arange(100, 200))
     assert moved.max() == 3
     assert sorted(found[0].tolist()) == rows[0]
-    assert damaged(ShuffleNearby(distance=0), rows[:1]) == rows[:1]
+    assert damaged(ShuffleTokens(distance=0), rows[:1]) == rows[:1]

@@ -5,14 +5,14 @@ import pytest
 from catalogue_files import deb_bytes
 
 from moesaic.core.errors import UserError
-from moesaic.data.build import build
+from moesaic.data.build import build_corpus
 from moesaic.data.builders import apt
 from moesaic.data.builders.named import CorpusRecipe
-from moesaic.data.builders.office_help import OfficeHelp
-from moesaic.data.builders.source import Quiet
-from moesaic.data.pair import Pair, Unfit
-from moesaic.data.readers.office_help import parse_office_help
-from moesaic.data.split import Split
+from moesaic.data.builders.office_help import LibreOfficeHelp
+from moesaic.data.builders.source import SilentProgress
+from moesaic.data.pair import Pair, RejectedPair
+from moesaic.data.readers.office_help import parse_help_page
+from moesaic.data.split import SplitConfig
 
 SWITCH = (
     '<span id="swlnsys_1" class="switchinline"><span hidden="true" id="MAC_1" class="MAC">'
@@ -59,16 +59,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_of_texts_that_differ_between_systems_the_default_is_read() -> None:
-    found = {k.key: k.text for k in parse_office_help(page(ENGLISH))}
+    found = {k.key: k.text for k in parse_help_page(page(ENGLISH))}
     assert found["par_1"] == "Press Ctrl+D to copy."
     assert found["par_4"] == "Click here <now>."
     only_mac = 'Do it.<span hidden="true" class="MAC"> On a <b><span>Mac</span></b>.</span> Now.'
-    assert [k.text for k in parse_office_help(page({"par_9": only_mac}))] == ["Do it. Now."]
+    assert [k.text for k in parse_help_page(page({"par_9": only_mac}))] == ["Do it. Now."]
 
 
 def test_listings_of_code_and_paragraphs_without_id_are_left_out() -> None:
     code = '<p id="par_1" class="bascode">Print "x"</p><p id="par_2" class="code">y</p>'
-    assert list(parse_office_help(code + page({}))) == []
+    assert list(parse_help_page(code + page({}))) == []
 
 
 def test_paragraphs_are_paired_by_page_and_id_and_a_row_that_disagrees_is_counted(
@@ -77,28 +77,28 @@ def test_paragraphs_are_paired_by_page_and_id_and_a_row_that_disagrees_is_counte
     write_help(home / "packages/deb", "en-US", ENGLISH)
     write_help(home / "packages/deb", "de", GERMAN)
     write_help(home / "packages/deb", "en-GB", ENGLISH)
-    [unit] = OfficeHelp().fetch(progress=Quiet())
-    found = list(OfficeHelp().read(unit, wanted=lambda _: True))
+    [unit] = LibreOfficeHelp().fetch(progress=SilentProgress())
+    found = list(LibreOfficeHelp().read(unit, wanted=lambda _: True))
     pairs = [(p.source, p.target) for p in found if isinstance(p, Pair)]
     assert pairs[:2] == [
         ("Press Ctrl+D to copy.", "Zum Kopieren Strg+D drücken."),
         ("Click here <now>.", "Hier klicken <now>."),
     ]
     assert len(pairs) == 4
-    assert [p.reason for p in found if isinstance(p, Unfit)] == ["disagree"] * 4
-    what = CorpusRecipe(name="h", source=OfficeHelp(), split=Split(test=0, valid=0))
-    [direction] = build(what, out=home / "c").about["directions"]
+    assert [p.reason for p in found if isinstance(p, RejectedPair)] == ["disagree"] * 4
+    what = CorpusRecipe(name="h", source=LibreOfficeHelp(), split=SplitConfig(test=0, valid=0))
+    [direction] = build_corpus(what, out=home / "c").manifest["directions"]
     assert (direction["read"], direction["dropped"]) == (8, {"disagree": 4, "duplicate": 2})
 
 
 def test_without_the_english_package_there_is_nothing_to_pair(home: Path) -> None:
     write_help(home / "packages/deb", "de", GERMAN)
     with pytest.raises(UserError, match="libreoffice-help-en-us could not be had"):
-        OfficeHelp().fetch(progress=Quiet())
+        LibreOfficeHelp().fetch(progress=SilentProgress())
 
 
 def test_a_language_that_is_not_wanted_is_not_read(home: Path) -> None:
     write_help(home / "packages/deb", "en-US", ENGLISH)
     write_help(home / "packages/deb", "de", GERMAN)
-    [unit] = OfficeHelp().fetch(progress=Quiet())
-    assert list(OfficeHelp().read(unit, wanted=lambda code: code == "fra_Latn")) == []
+    [unit] = LibreOfficeHelp().fetch(progress=SilentProgress())
+    assert list(LibreOfficeHelp().read(unit, wanted=lambda code: code == "fra_Latn")) == []

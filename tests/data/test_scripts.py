@@ -1,7 +1,7 @@
 import pytest
 
 from moesaic.data.languages import all_languages
-from moesaic.data.scripts import classes, count_letters, is_known, share_of_script
+from moesaic.data.scripts import script_classes, count_letters, is_known_script, script_share
 
 
 @pytest.mark.parametrize(
@@ -18,19 +18,19 @@ from moesaic.data.scripts import classes, count_letters, is_known, share_of_scri
     ],
 )
 def test_a_text_is_wholly_in_its_own_script_and_not_in_another(text: str, script: str) -> None:
-    assert share_of_script(text, script=script) == 1.0
-    assert share_of_script(text, script="Grek") == 0.0
+    assert script_share(text, script=script) == 1.0
+    assert script_share(text, script="Grek") == 0.0
 
 
 def test_vowel_signs_count_as_letters() -> None:
-    assert count_letters(classes("की %1")) == 2
+    assert count_letters(script_classes("की %1")) == 2
 
 
 def test_an_ascii_text_and_its_slow_twin_agree() -> None:
     text = "".join(chr(i) for i in range(128))
-    assert classes(text) == classes(text + "é")[:-1]
+    assert script_classes(text) == script_classes(text + "é")[:-1]
 
 
 def test_most_languages_can_be_told_by_script() -> None:
-    unknown = {row.script for row in all_languages() if not is_known(row.script)}
+    unknown = {row.script for row in all_languages() if not is_known_script(row.script)}
     assert len(unknown) <= 2, unknown

@@ -8,16 +8,16 @@ import pytest
 
 import pipeline_cases as cases
 from moesaic.core.errors import DataError
-from moesaic.data.shards import FILES, Shards
+from moesaic.data.shards import DATA_FILES, TokenShards
 
 
 def texts_of(numbers) -> list[str]:
-    return [cases.tokenizer().decode(row) for row in cases.shards().gather(numbers).rows()]
+    return [cases.tokenizer().decode(row) for row in cases.shards().gather(numbers).to_lists()]
 
 
 def test_pairs_read_back_as_the_corpus_has_them():
     rows = cases.shards().pair_rows("eng_Latn", "ell_Grek")
-    source, target = rows.texts(np.arange(rows.size))
+    source, target = rows.text_ids(np.arange(rows.size))
     assert rows.size == cases.SIZES["ell_Grek"]
     assert texts_of(source) == [cases.sentence("eng_Latn", i) for i in range(rows.size)]
     assert texts_of(target) == [cases.sentence("ell_Grek", i) for i in range(rows.size)]
@@ -27,9 +27,9 @@ def test_a_direction_reads_backwards_too():
     forth = cases.shards().pair_rows("eng_Latn", "deu_Latn")
     back = cases.shards().pair_rows("deu_Latn", "eng_Latn")
     index = np.array([5, 0, 7])
-    assert [a.tolist() for a in back.texts(index)] == [a.tolist() for a in forth.texts(index)[::-1]]
-    lengths = cases.shards().lengths(back.texts(np.arange(back.size))[1])
-    assert back.tokens == lengths.sum()
+    assert [a.tolist() for a in back.text_ids(index)] == [a.tolist() for a in forth.text_ids(index)[::-1]]
+    lengths = cases.shards().lengths(back.text_ids(np.arange(back.size))[1])
+    assert back.num_tokens == lengths.sum()
 
 
 def test_a_text_that_directions_share_is_stored_once():
@@ -41,14 +41,14 @@ def test_a_text_that_directions_share_is_stored_once():
 def test_texts_without_a_pair_are_there_after_those_of_pairs():
     greek = cases.shards().text_rows("ell_Grek")
     assert greek.size == cases.SIZES["ell_Grek"] + 20
-    assert texts_of(greek.texts(np.array([greek.size - 1]))[0])[0].endswith("δ")
+    assert texts_of(greek.text_ids(np.array([greek.size - 1]))[0])[0].endswith("δ")
     lengths = cases.shards().lengths(np.arange(greek.size) + greek.start)
-    assert greek.tokens == lengths.sum()
+    assert greek.num_tokens == lengths.sum()
 
 
 def test_joined_pairs_share_their_english():
-    rows = cases.shards().joined_rows("deu_Latn", "jpn_Jpan", pivot="eng_Latn", split="train")
-    source, target = rows.texts(np.arange(rows.size))
+    rows = cases.shards().pivot_rows("deu_Latn", "jpn_Jpan", pivot="eng_Latn", split="train")
+    source, target = rows.text_ids(np.arange(rows.size))
     numbers = [text.split()[-1] for text in texts_of(source)]
     assert numbers == [text.split()[-1] for text in texts_of(target)]
     assert len(numbers) == cases.SIZES["jpn_Jpan"]
@@ -62,25 +62,25 @@ def test_a_split_without_rows_is_empty_and_an_unknown_direction_is_refused():
         cases.shards().text_rows("deu_latn")
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", DATA_FILES)
 def test_a_missing_shortened_or_altered_file_is_named(tmp_path, name):
     path = tmp_path / "shards"
     shutil.copytree(cases.shards().path, path)
     content = (path / name).read_bytes()
     (path / name).write_bytes(content[:-1])
     with pytest.raises(DataError, match=f"{name}: {len(content) - 1} bytes, expected"):
-        Shards.open(path)
+        TokenShards.open(path)
     (path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(DataError, match=f"{name}: altered"):
-        Shards.open(path).verify()
+        TokenShards.open(path).verify()
     (path / name).unlink()
     with pytest.raises(DataError, match=f"{name}: missing"):
-        Shards.open(path)
+        TokenShards.open(path)
 
 
 def test_no_shards_and_another_format_are_refused(tmp_path):
     with pytest.raises(DataError, match="no shards here"):
-        Shards.open(tmp_path)
+        TokenShards.open(tmp_path)
     (tmp_path / "shards.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(DataError, match="shard format 99, expected 1"):
-        Shards.open(tmp_path)
+        TokenShards.open(tmp_path)

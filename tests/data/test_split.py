@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.core.errors import ConfigError
-from moesaic.data.split import Domain, Split, split_key
+from moesaic.data.split import HeldOutDomain, SplitConfig, split_key
 
 
 @pytest.mark.parametrize(
@@ -11,8 +11,8 @@ from moesaic.data.split import Domain, Split, split_key
 )
 def test_sources_that_differ_in_no_letter_fall_into_one_split(twin: str) -> None:
     for salt in map(str, range(20)):
-        split = Split(test=0.3, valid=0.3, salt=salt)
-        assert split.of(twin) == split.of("Save the file")
+        split = SplitConfig(test=0.3, valid=0.3, salt=salt)
+        assert split.split_of(twin) == split.split_of("Save the file")
 
 
 def test_vowel_signs_tell_sources_apart() -> None:
@@ -23,7 +23,7 @@ def test_shares_are_kept() -> None:
     texts = [
         f"text {chr(97 + i % 26)}{chr(97 + i // 26 % 26)}{chr(97 + i // 676)}" for i in range(9000)
     ]
-    drawn = [Split(test=0.2, valid=0.1).of(t) for t in texts]
+    drawn = [SplitConfig(test=0.2, valid=0.1).split_of(t) for t in texts]
     assert drawn.count("test") / len(texts) == pytest.approx(0.2, abs=0.02)
     assert drawn.count("valid") / len(texts) == pytest.approx(0.1, abs=0.02)
 
@@ -31,18 +31,18 @@ def test_shares_are_kept() -> None:
 @settings(deadline=None)
 @given(st.text())
 def test_any_text_has_a_split(text: str) -> None:
-    assert Split().of(text) in ("train", "valid", "test")
+    assert SplitConfig().split_of(text) in ("train", "valid", "test")
 
 
 def test_a_split_that_leaves_nothing_to_train_on_is_refused() -> None:
     with pytest.raises(ConfigError, match="leave nothing to train on"):
-        Split.from_plain({"test": 0.6, "valid": 0.4})
+        SplitConfig.from_plain({"test": 0.6, "valid": 0.4})
 
 
 def test_a_domain_has_the_packages_that_its_patterns_name() -> None:
-    games = Domain(name="games", packages=("wesnoth-*", "tux"))
-    split = Split(domains=(games, Domain(name="office", packages=("*-help",))))
-    found = {o: split.domain(o) for o in ("wesnoth-1.16-data", "tux", "tuxed", "my-help", "gimp")}
+    games = HeldOutDomain(name="games", packages=("wesnoth-*", "tux"))
+    split = SplitConfig(domains=(games, HeldOutDomain(name="office", packages=("*-help",))))
+    found = {o: split.domain_of(o) for o in ("wesnoth-1.16-data", "tux", "tuxed", "my-help", "gimp")}
     assert found == {
         "wesnoth-1.16-data": "games",
         "tux": "games",
@@ -56,4 +56,4 @@ def test_a_domain_has_the_packages_that_its_patterns_name() -> None:
 def test_two_splits_of_one_name_are_refused(names: tuple[str, ...]) -> None:
     domains = [{"name": name, "packages": ["a"]} for name in names]
     with pytest.raises(ConfigError, match=f"two splits are called {names[0]}"):
-        Split.from_plain({"domains": domains})
+        SplitConfig.from_plain({"domains": domains})

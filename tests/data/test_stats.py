@@ -3,25 +3,25 @@ from pathlib import Path
 import pytest
 
 from moesaic.core.errors import UserError
-from moesaic.data.build import build
-from moesaic.data.builders.files import File, Files
+from moesaic.data.build import build_corpus
+from moesaic.data.builders.files import LocalFile, LocalFiles
 from moesaic.data.builders.named import CorpusRecipe
 from moesaic.data.corpus import Corpus
-from moesaic.data.split import Split
-from moesaic.data.stats import sample, stats
+from moesaic.data.split import SplitConfig
+from moesaic.data.stats import sample_pairs, corpus_stats
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Corpus:
     rows = [f"open the {'x' * i}\töffne {'x' * i}" for i in range(1, 30)]
     (tmp_path / "a.tsv").write_text("\n".join([*rows, "same\tsame", rows[0]]))
-    source = Files(files=(File(path=str(tmp_path / "a.tsv"), source="en", target="de"),))
-    what = CorpusRecipe(name="a", source=source, split=Split(test=0, valid=0))
-    return build(what, out=tmp_path / "c")
+    source = LocalFiles(files=(LocalFile(path=str(tmp_path / "a.tsv"), source="en", target="de"),))
+    what = CorpusRecipe(name="a", source=source, split=SplitConfig(test=0, valid=0))
+    return build_corpus(what, out=tmp_path / "c")
 
 
 def test_the_numbers_add_up(corpus: Corpus) -> None:
-    found = stats(corpus)
+    found = corpus_stats(corpus)
     [german] = found.directions
     assert found.read == 31
     assert found.kept == german.kept == german.splits["train"].pairs == 29
@@ -32,14 +32,14 @@ def test_the_numbers_add_up(corpus: Corpus) -> None:
 
 
 def test_a_sample_is_drawn_from_the_corpus_and_repeats_with_its_seed(corpus: Corpus) -> None:
-    drawn = sample(corpus, source="en", target="de", count=5, seed=1)
+    drawn = sample_pairs(corpus, source="en", target="de", count=5, seed=1)
     assert len(drawn) == 5
     assert set(drawn) <= set(corpus.iter_pairs("en", "de"))
-    assert drawn == sample(corpus, source="en", target="de", count=5, seed=1)
-    assert drawn != sample(corpus, source="en", target="de", count=5, seed=2)
-    assert len(sample(corpus, source="de", target="en", count=99)) == 29
+    assert drawn == sample_pairs(corpus, source="en", target="de", count=5, seed=1)
+    assert drawn != sample_pairs(corpus, source="en", target="de", count=5, seed=2)
+    assert len(sample_pairs(corpus, source="de", target="en", count=99)) == 29
 
 
 def test_an_empty_split_is_named(corpus: Corpus) -> None:
     with pytest.raises(UserError, match="no test pairs from en to de"):
-        sample(corpus, source="en", target="de", split="test")
+        sample_pairs(corpus, source="en", target="de", split="test")

@@ -21,9 +21,9 @@ from moesaic.data.tokenizer import (
 
 def test_ids_are_laid_out_as_specials_tags_bytes_pieces():
     tokenizer = cases.tokenizer()
-    assert [tokenizer.token(i) for i in (PAD, BOS, EOS, UNK, MASK)] == list(SPECIALS)
-    assert [tokenizer.tag(code) for code in cases.LANGUAGES] == [5, 6, 7, 8]
-    assert [tokenizer.token(9), tokenizer.token(9 + 255)] == ["<0x00>", "<0xFF>"]
+    assert [tokenizer.id_to_token(i) for i in (PAD, BOS, EOS, UNK, MASK)] == list(SPECIALS)
+    assert [tokenizer.language_token_id(code) for code in cases.LANGUAGES] == [5, 6, 7, 8]
+    assert [tokenizer.id_to_token(9), tokenizer.id_to_token(9 + 255)] == ["<0x00>", "<0xFF>"]
     assert tokenizer.languages == cases.LANGUAGES
 
 
@@ -59,7 +59,7 @@ def test_a_missing_file_is_refused_by_name(tmp_path):
 
 def test_a_foreign_tokenizer_is_refused(tmp_path):
     path = tmp_path / "tokenizer.json"
-    other = HfTokenizer.from_str(cases.tokenizer()._inner.to_str().replace("<mask>", "[MASK]"))
+    other = HfTokenizer.from_str(cases.tokenizer()._hf_tokenizer.to_str().replace("<mask>", "[MASK]"))
     other.save(str(path))
     with pytest.raises(DataError, match="not written by moesaic"):
         Tokenizer.load(path)
@@ -67,14 +67,14 @@ def test_a_foreign_tokenizer_is_refused(tmp_path):
 
 def test_an_unknown_language_names_the_nearest_tag():
     with pytest.raises(DataError, match='did you mean "deu_Latn"'):
-        cases.tokenizer().tag("deu_latn")
+        cases.tokenizer().language_token_id("deu_latn")
 
 
 def test_text_that_utf8_cannot_hold_is_a_clear_error():
     with pytest.raises(DataError, match="cannot be encoded"):
         cases.tokenizer().encode("a\ud800")
     with pytest.raises(DataError, match="cannot be encoded"):
-        cases.tokenizer().encode_many(["a", "a\ud800"])
+        cases.tokenizer().encode_batch(["a", "a\ud800"])
 
 
 def test_encoding_in_parallel_leaves_forks_safe(monkeypatch):

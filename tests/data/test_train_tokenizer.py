@@ -28,16 +28,16 @@ for algorithm in (BPE(), Unigram()):
 @pytest.mark.parametrize("algorithm", [BPE(), Unigram()], ids=["bpe", "unigram"])
 @pytest.mark.parametrize("size", [266, 300, 3000])
 def test_the_vocabulary_has_exactly_the_size_asked_for(algorithm, size):
-    config = TokenizerConfig(algorithm=algorithm, vocab_size=size, lines=300)
+    config = TokenizerConfig(algorithm=algorithm, vocab_size=size, sample_lines=300)
     tokenizer = train_tokenizer(TEXTS, cases.LANGUAGES, config)
     assert tokenizer.vocab_size == size
-    names = [tokenizer.token(i) for i in range(size)]
+    names = [tokenizer.id_to_token(i) for i in range(size)]
     assert len(set(names)) == size
     assert any(name.startswith("<unused_") for name in names) == (size == 3000)
 
 
 def test_training_in_another_process_gives_the_same_tokenizer():
-    configs = [TokenizerConfig(algorithm=a, vocab_size=340, lines=300) for a in (BPE(), Unigram())]
+    configs = [TokenizerConfig(algorithm=a, vocab_size=340, sample_lines=300) for a in (BPE(), Unigram())]
     here = [train_tokenizer(TEXTS, cases.LANGUAGES, config).fingerprint for config in configs]
     command = [sys.executable, "-c", _TRAIN % (TEXTS, cases.LANGUAGES)]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -74,7 +74,7 @@ def test_the_sample_does_not_depend_on_the_order_or_repetition_of_lines():
 def test_a_small_language_gets_pieces_of_its_own():
     rare = ["ქართული ენა", "ენა ქართული", "ქართული"]
     texts = {"eng_Latn": [f"word{i} and word{i + 1}" for i in range(3000)], "kat_Geor": rare}
-    tokenizer = train_tokenizer(texts, tuple(texts), TokenizerConfig(vocab_size=420, lines=2000))
+    tokenizer = train_tokenizer(texts, tuple(texts), TokenizerConfig(vocab_size=420, sample_lines=2000))
     assert fertility(tokenizer, {"kat_Geor": rare})["kat_Geor"] < 0.5
 
 
@@ -82,7 +82,7 @@ def test_a_frequent_placeholder_becomes_one_piece():
     texts = {
         "eng_Latn": [f"{w} %(count)s {{name}} %d" for w in ("add", "move", "drop", "list")] * 9
     }
-    config = TokenizerConfig(vocab_size=400, lines=500)
+    config = TokenizerConfig(vocab_size=400, sample_lines=500)
     tokenizer = train_tokenizer(texts, ("eng_Latn",), config)
-    pieces = [tokenizer.token(i) for i in tokenizer.encode("add %(count)s {name} %d")]
+    pieces = [tokenizer.id_to_token(i) for i in tokenizer.encode("add %(count)s {name} %d")]
     assert pieces[-3:] == [" %(count)s", " {name}", " %d"]

@@ -5,7 +5,7 @@ import pytest
 
 import pipeline_cases as cases
 from moesaic.core.errors import DataError
-from moesaic.data.write_shards import cached_shards, token_type, write_shards
+from moesaic.data.write_shards import cached_shards, token_dtype, write_shards
 
 
 class Broken(cases.ToyCorpus):
@@ -54,10 +54,10 @@ def test_the_cache_is_written_once_per_corpus_and_tokenizer(tmp_path):
 
 def test_writing_twice_gives_the_same_bytes(tmp_path):
     again = write_shards(cases.ToyCorpus(), cases.tokenizer(), out=tmp_path / "again")
-    assert again.about == cases.shards().about
+    assert again.manifest == cases.shards().manifest
 
 
 def test_ids_are_stored_in_the_narrowest_type():
-    assert token_type(65_536) == np.dtype("<u2")
-    assert token_type(65_537) == np.dtype("<u4")
-    assert cases.shards().about["token_type"] == "<u2"
+    assert token_dtype(65_536) == np.dtype("<u2")
+    assert token_dtype(65_537) == np.dtype("<u4")
+    assert cases.shards().manifest["token_type"] == "<u2"

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from moesaic.core.errors import DataError
-from moesaic.data.languages import language
+from moesaic.data.languages import resolve_language
 from moesaic.evaluate.baselines import copy_source
 from moesaic.evaluate.harness import Settings, evaluate, traced
 from moesaic.evaluate.summary import read_summary
@@ -67,7 +67,7 @@ def test_the_file_holds_what_its_docstring_promises(summary, tmp_path):
     told.write(tmp_path / "summary.json")
     found = read_summary(tmp_path / "summary.json")
     german = found["languages"]["deu_Latn"]
-    assert german["name"] == language("deu_Latn").name
+    assert german["name"] == resolve_language("deu_Latn").name
     assert german["count"] == len(SOURCES)
     assert set(german["model"]) == {"chrf", "bleu", "off_target", "empty", "seconds"}
     assert set(german["model"]["chrf"]) == {"score", "low", "high"}
@@ -96,7 +96,7 @@ def test_a_direction_into_english_has_its_own_key():
     assert into.key == "deu_Latn-eng_Latn"
     found = evaluate({"model": copy_source}, tests=[into, *TESTS], settings=SETTINGS)
     assert list(found.languages) == ["deu_Latn-eng_Latn", "deu_Latn", "fra_Latn"]
-    assert found.plain()["languages"]["deu_Latn-eng_Latn"]["name"] == language("deu_Latn").name
+    assert found.plain()["languages"]["deu_Latn-eng_Latn"]["name"] == resolve_language("deu_Latn").name
 
 
 def test_a_system_that_loses_lines_is_a_bug_and_is_named():

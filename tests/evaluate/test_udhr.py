@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from moesaic.core.errors import UserError
-from moesaic.data.builders.named import NAMED
-from moesaic.data.builders.source import Quiet
+from moesaic.data.builders.named import NAMED_CORPORA
+from moesaic.data.builders.source import SilentProgress
 from moesaic.data.readers.udhr import parse_udhr
 from moesaic.evaluate.udhr import udhr_tests
 
@@ -80,8 +80,8 @@ def test_paragraphs_are_aligned_where_an_article_has_as_many() -> None:
 @pytest.mark.usefixtures("home")
 def test_a_language_without_a_declaration_is_said_and_left_out() -> None:
     heard: list[str] = []
-    listener = Quiet()
-    listener.say = heard.append
+    listener = SilentProgress()
+    listener.report_progress = heard.append
     sets = udhr_tests([("en", "it"), ("en", "de")], progress=listener)
     assert [test.target for test in sets] == ["deu_Latn"]
     assert heard == ["udhr has no declaration in ita_Latn"]
@@ -90,4 +90,4 @@ def test_a_language_without_a_declaration_is_said_and_left_out() -> None:
 
 
 def test_no_corpus_with_a_name_reads_it() -> None:
-    assert all("udhr" not in recipe.to_yaml().casefold() for recipe in NAMED.values())
+    assert all("udhr" not in recipe.to_yaml().casefold() for recipe in NAMED_CORPORA.values())

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline_cases as cases
-from moesaic.data.layout import DecoderOnly
+from moesaic.data.layout import DecoderOnlyCollator
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -27,7 +27,7 @@ def test_the_union_over_ranks_is_the_same_for_any_number(world):
 def test_no_batch_is_over_the_token_budget(batch_tokens, decoder_only, seed):
     config = cases.SMALL.replace(batch_tokens=batch_tokens)
     if decoder_only:
-        config = config.replace(layout=DecoderOnly(), max_target=80)
+        config = config.replace(layout=DecoderOnlyCollator(), max_target=80)
     stream = cases.loader(config=config, seed=seed)
     for _ in range(30):
         batch = next(stream)
@@ -48,9 +48,9 @@ def test_a_rank_without_rows_gets_an_empty_batch_of_the_same_kind():
 
 def test_held_out_batches_are_the_same_in_every_call_and_for_any_number_of_ranks():
     one = cases.loader()
-    first = [cases.rows(b) for b in one.valid_batches("valid", rows=20)]
+    first = [cases.rows(b) for b in one.held_out_batches("valid", rows=20)]
     next(one)
-    assert [cases.rows(b) for b in one.valid_batches("valid", rows=20)] == first
+    assert [cases.rows(b) for b in one.held_out_batches("valid", rows=20)] == first
     parts = [cases.loader(rank=r, world=2) for r in range(2)]
-    shares = zip(*(part.valid_batches("valid", rows=20) for part in parts), strict=True)
+    shares = zip(*(part.held_out_batches("valid", rows=20) for part in parts), strict=True)
     assert [sorted(row for s in pair for row in cases.rows(s)) for pair in shares] == first

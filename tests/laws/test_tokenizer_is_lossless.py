@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline_cases as cases
-from moesaic.data.tokenizer import SPECIALS, Tokenizer, tag_text
+from moesaic.data.tokenizer import SPECIALS, Tokenizer, language_token
 from moesaic.data.train_tokenizer import BPE, TokenizerConfig, Unigram, train_tokenizer
 
 SPELT = ("<deu_Latn>", "<0x41>", "<unused_0>", "▁", "Ġ", "%(name)s", "{0}", "%1$d", "\ufeff")
@@ -20,7 +20,7 @@ def tokenizer(request) -> Tokenizer:
     lines = [cases.sentence("eng_Latn", i) for i in range(60)] + [
         "<deu_Latn> <0x41> <pad> ▁ {0}"
     ] * 9
-    config = TokenizerConfig(algorithm=request.param, vocab_size=330, lines=200)
+    config = TokenizerConfig(algorithm=request.param, vocab_size=330, sample_lines=200)
     return train_tokenizer({"eng_Latn": lines}, ("eng_Latn", "deu_Latn"), config)
 
 
@@ -37,11 +37,11 @@ def test_no_text_encodes_to_a_tag_or_special_token(tokenizer, text):
     ids = tokenizer.encode(text)
     assert all(reserved <= i < tokenizer.vocab_size for i in ids)
     assert not any(tokenizer.token(i).startswith("<unused_") for i in ids)
-    assert tokenizer.encode_many([text, "a"])[0] == ids
+    assert tokenizer.encode_batch([text, "a"])[0] == ids
 
 
 def test_specials_and_tags_are_left_out_of_decoded_text(tokenizer):
     body = tokenizer.encode("aei 12")
     ids = [0, 1, tokenizer.tag("deu_Latn"), *body, 2, 3, 4, 0]
     assert tokenizer.decode(ids) == "aei 12"
-    assert tokenizer.token(tokenizer.tag("deu_Latn")) == tag_text("deu_Latn")
+    assert tokenizer.token(tokenizer.tag("deu_Latn")) == language_token("deu_Latn")

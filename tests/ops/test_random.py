@@ -9,7 +9,7 @@ from moesaic.ops.random import mix, salt, uniform
 
 def test_the_mixer_is_that_of_the_data_pipeline():
     first, second = (torch.randint(2**62, (100,)) for _ in range(2))
-    chained = counter.mix(first.numpy(), second.numpy()).view(np.int64)
+    chained = counter.random_bits(first.numpy(), second.numpy()).view(np.int64)
     start = torch.zeros(100, dtype=torch.long)
     assert mix(mix(start, first), second).tolist() == chained.tolist()
 

@@ -153,7 +153,7 @@ def test_usage_counts_every_edge_under_its_language(translator):
 
 def test_a_batch_predicts_the_target_and_its_end(translator):
     batch = translator.batch(TEXTS, targets=TEXTS, source="en", target="de")
-    count = sum(len(ids[:9]) + 1 for ids in translator.tokenizer.encode_many(TEXTS))
+    count = sum(len(ids[:9]) + 1 for ids in translator.tokenizer.encode_batch(TEXTS))
     assert batch.num_predicted == count
     assert batch.target_in.shape == batch.target_out.shape
 

@@ -3,7 +3,7 @@
 import pytest
 
 from moesaic.core.errors import ConfigError
-from moesaic.data.layout import DecoderOnly
+from moesaic.data.layout import DecoderOnlyCollator
 from moesaic.model.config import Stack
 from moesaic.nn.position import Learned
 from moesaic.optim.schedule import WSD, Cosine
@@ -25,7 +25,7 @@ WRONG = {
         r"layout=EncoderDecoder needs an encoder",
     ),
     "idle-encoder": (
-        {"loader": LOADER.replace(layout=DecoderOnly())},
+        {"loader": LOADER.replace(layout=DecoderOnlyCollator())},
         r"model\.encoder\.layers=1 without input",
     ),
     "positions": (

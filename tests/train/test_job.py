@@ -11,7 +11,7 @@ import yaml
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.checkpoint.tensors import read_tensors
 from moesaic.core.errors import CheckpointError, ConfigError, UserError
-from moesaic.data.layout import DecoderOnly
+from moesaic.data.layout import DecoderOnlyCollator
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import CausalLM, Translation
 from moesaic.model.config import Stack
@@ -204,7 +204,7 @@ VARIANTS = {
     "bfloat16": {"precision": BFloat16()},
     "decoder-only": {
         "model": tiny_model_config().replace(vocab_size=400, encoder=Stack(layers=0)),
-        "loader": synthetic_run().loader.replace(layout=DecoderOnly()),
+        "loader": synthetic_run().loader.replace(layout=DecoderOnlyCollator()),
         "mixture": MixtureConfig(
             tasks=(WeightedTask(task=CausalLM()), WeightedTask(task=Translation()))
         ),

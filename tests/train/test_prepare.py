@@ -6,7 +6,7 @@ import pytest
 
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.core.errors import ConfigError, DataError
-from moesaic.data.shards import Shards
+from moesaic.data.shards import TokenShards
 from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.dist.world import Alone
 from moesaic.testing.tiny import synthetic_run
@@ -33,7 +33,7 @@ def test_what_was_made_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
     run = synthetic_run()
     first = _prepare(run, tmp_path)
     written = (tmp_path / "tokenizer.json").stat().st_mtime_ns
-    monkeypatch.setattr(Shards, "verify", None)
+    monkeypatch.setattr(TokenShards, "verify", None)
     second = _prepare(run, tmp_path)
     assert (tmp_path / "tokenizer.json").stat().st_mtime_ns == written
     assert second.shards.path == first.shards.path

@@ -30,7 +30,7 @@ talk = Console(stderr=True)
 class Talk:
     """Progress of whatever takes long, as lines on stderr."""
 
-    def say(self, text: str) -> None:
+    def report_progress(self, text: str) -> None:
         talk.print(f"[dim]{escape(text)}[/]", highlight=False)
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from moesaic.core.units import show_count
 from moesaic.data.corpus import Corpus
 from moesaic.data.stats import CorpusStats
-from moesaic.data.stats import stats as corpus_stats
+from moesaic.data.stats import corpus_stats as corpus_stats
 
 _DIRECTIONS = 20
 _SOURCES = 12
@@ -20,7 +20,7 @@ _SIZES = (1_000, 10_000, 100_000)
 def show_built(corpus: Corpus, console: Console) -> None:
     """Print what a build has made, in one line, and what it had to do without in another."""
     console.print(
-        f"[bold]{corpus.name}[/]: {corpus.about['pairs']:,} pairs, "
+        f"[bold]{corpus.name}[/]: {corpus.manifest['pairs']:,} pairs, "
         f"{len(corpus.languages)} languages, in {corpus.path}"
     )
     _show_missing(corpus_stats(corpus), console)
@@ -30,7 +30,7 @@ def show_stats(corpus: Corpus, console: Console, *, every: bool = False) -> None
     """Print a corpus in numbers: the largest directions and sources, or every one."""
     found = corpus_stats(corpus)
     console.print(f"[bold]{found.name}[/]: {found.kept:,} pairs of {found.read:,} read")
-    sizes = {n: found.with_at_least(n) for n in _SIZES}
+    sizes = {n: found.num_directions_with(n) for n in _SIZES}
     parts = "".join(f", {count} with {n:,} pairs or more" for n, count in sizes.items() if count)
     console.print(f"directions: {len(found.directions)}{parts}", highlight=False)
     for split, packages in found.domains.items():
@@ -43,7 +43,7 @@ def show_stats(corpus: Corpus, console: Console, *, every: bool = False) -> None
     console.print()
     _show_directions(found, console, count=len(found.directions) if every else _DIRECTIONS)
     _show_dropped(found, console)
-    sources = corpus.about["sources"]
+    sources = corpus.manifest["sources"]
     _show_sources(sources, console, count=len(sources) if every else _SOURCES)
 
 

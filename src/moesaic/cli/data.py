@@ -10,13 +10,13 @@ import typer
 from moesaic.cli.common import Json, Talk, answer, verb_app
 from moesaic.cli.corpora import show_built, show_pairs, show_stats
 from moesaic.core.errors import DataError, nearest
-from moesaic.data.build import build
-from moesaic.data.builders.named import NAMED, CorpusRecipe
+from moesaic.data.build import build_corpus
+from moesaic.data.builders.named import NAMED_CORPORA, CorpusRecipe
 from moesaic.data.corpus import Corpus
 from moesaic.data.home import corpora_dir
-from moesaic.data.languages import language
-from moesaic.data.stats import sample
-from moesaic.data.stats import stats as corpus_stats
+from moesaic.data.languages import resolve_language
+from moesaic.data.stats import sample_pairs
+from moesaic.data.stats import corpus_stats as corpus_stats
 
 _MOST_WORKERS = 8  # each holds a direction at a time in memory
 
@@ -28,7 +28,7 @@ Which = Annotated[
 
 
 @app.command("build")
-def build_corpus(
+def build_command(
     which: Which,
     *,
     out: Annotated[Path | None, typer.Option(help="The corpus folder to write.")] = None,
@@ -42,8 +42,8 @@ def build_corpus(
     Example: [cyan]moesaic data build catalogues-small[/]
     """
     count = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
-    corpus = build(_recipe(which), out=out, progress=Talk(), workers=count)
-    value = {"path": str(corpus.path), "pairs": corpus.about["pairs"]} | {
+    corpus = build_corpus(_recipe(which), out=out, progress=Talk(), workers=count)
+    value = {"path": str(corpus.path), "pairs": corpus.manifest["pairs"]} | {
         "languages": len(corpus.languages)
     }
     answer(value, as_json=as_json, show=lambda console: show_built(corpus, console))
@@ -63,7 +63,7 @@ def stats(
     corpus = _open(which)
     found = corpus_stats(corpus)
     value = asdict(found) | {"read": found.read, "pairs": found.kept, "dropped": found.dropped}
-    value |= {"splits": found.splits, "sources": corpus.about["sources"]}
+    value |= {"splits": found.splits, "sources": corpus.manifest["sources"]}
     answer(value, as_json=as_json, show=lambda console: show_stats(corpus, console, every=every))
 
 
@@ -83,8 +83,8 @@ def show(
     Example: [cyan]moesaic data show catalogues-small --to de -n 5[/]
     """
     corpus = _open(which)
-    codes = language(source).code, language(target).code
-    chosen = sample(corpus, source=codes[0], target=codes[1], split=split, count=count, seed=seed)
+    codes = resolve_language(source).code, resolve_language(target).code
+    chosen = sample_pairs(corpus, source=codes[0], target=codes[1], split=split, count=count, seed=seed)
     rows = [{"source": p.source, "target": p.target, "origin": p.origin} for p in chosen]
     answer(
         {"direction": "-".join(codes), "split": split, "pairs": rows},
@@ -108,10 +108,10 @@ def _open(which: str) -> Corpus:
         return Corpus.open(here)
     if (corpora_dir() / which / "corpus.json").is_file():
         return Corpus.open(corpora_dir() / which)
-    if which in NAMED:
+    if which in NAMED_CORPORA:
         raise DataError(f"{which} is not built yet: run `moesaic data build {which}`")
     built = [p.name for p in corpora_dir().glob("*") if (p / "corpus.json").is_file()]
-    known = sorted({*NAMED, *built})
+    known = sorted({*NAMED_CORPORA, *built})
     raise DataError(
         f'there is no corpus "{which}"{nearest(which, known)} (known: {", ".join(known)})'
     )

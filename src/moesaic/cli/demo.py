@@ -62,7 +62,7 @@ def demo(
     run, phases = find(recipe, changes=changes or []), Phases()
     phases.start("1/4  text: ordinary packages, read as files")
     corpus = run.corpus.open()
-    phases.say(f"{corpus.name}: {corpus.about['pairs']:,} pairs, {len(corpus.languages)} languages")
+    phases.say(f"{corpus.name}: {corpus.manifest['pairs']:,} pairs, {len(corpus.languages)} languages")
     phases.end("data")
     phases.start("2/4  training: translation and denoising")
     result = train(run, out, resume=Auto())

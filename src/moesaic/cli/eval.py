@@ -11,7 +11,7 @@ from moesaic.cli.common import Json, RunPath, Talk, Use, answer, talk, use, verb
 from moesaic.cli.scores import show_samples, show_scores
 from moesaic.core.errors import UserError, nearest
 from moesaic.data.corpus import Corpus
-from moesaic.data.languages import language
+from moesaic.data.languages import resolve_language
 from moesaic.data.split import SPLITS
 from moesaic.evaluate.harness import Settings
 from moesaic.evaluate.summary import LanguageResult, Summary
@@ -111,8 +111,8 @@ def run_tests(
 
 def run_directions(run: Run, *, corpus: Corpus, target: str | None = None) -> list[tuple[str, str]]:
     """Return the directions from English into the run's languages, or into ``target`` alone."""
-    known = [language(code).code for code in run.languages] or list(corpus.languages)
-    wanted = [language(target).code] if target else [c for c in known if c != "eng_Latn"]
+    known = [resolve_language(code).code for code in run.languages] or list(corpus.languages)
+    wanted = [resolve_language(target).code] if target else [c for c in known if c != "eng_Latn"]
     return [("eng_Latn", code) for code in wanted]
 
 

@@ -107,7 +107,7 @@ def _text(tokenizer: Path | None) -> Any:
 
     def text(index: int) -> str:
         said = known.decode([index])
-        return said if said and "\ufffd" not in said else known.token(index)
+        return said if said and "\ufffd" not in said else known.id_to_token(index)
 
     return text
 

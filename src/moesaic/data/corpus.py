@@ -12,14 +12,14 @@ from typing import Any
 
 from moesaic.core.errors import DataError, nearest
 from moesaic.core.files import read_json, sha256
-from moesaic.data.languages import language
+from moesaic.data.languages import resolve_language
 from moesaic.data.pair import Pair, Text
 from moesaic.data.readers.text import read_lines
-from moesaic.data.readers.tsv import read_rows, unescape
+from moesaic.data.readers.tsv import read_rows, unescape_field
 from moesaic.data.split import SPLITS, digest64
 
-FORMAT = 1
-ABOUT = "corpus.json"
+CORPUS_FORMAT = 1
+CORPUS_MANIFEST = "corpus.json"
 
 
 def pair_file(source: str, target: str, split: str) -> str:
@@ -37,56 +37,56 @@ class Corpus:
     """A finished corpus. ``about`` is corpus.json; ``open`` checks that every file is there."""
 
     path: Path
-    about: dict[str, Any]
+    manifest: dict[str, Any]
 
     @classmethod
     def open(cls, path: Path | str) -> "Corpus":
         """Open a corpus directory. Raises DataError: none there, another format, files missing."""
         root = Path(path)
         try:
-            about = read_json(root / ABOUT)
+            about = read_json(root / CORPUS_MANIFEST)
         except FileNotFoundError as error:
             raise DataError(
-                f"{root}: no corpus here ({ABOUT} is missing); build one with `moesaic data build`"
+                f"{root}: no corpus here ({CORPUS_MANIFEST} is missing); build one with `moesaic data build`"
             ) from error
         except (ValueError, OSError) as error:
-            raise DataError(f"{root / ABOUT}: cannot be read: {error}") from error
-        if not isinstance(about, dict) or about.get("format") != FORMAT:
+            raise DataError(f"{root / CORPUS_MANIFEST}: cannot be read: {error}") from error
+        if not isinstance(about, dict) or about.get("format") != CORPUS_FORMAT:
             found = about.get("format") if isinstance(about, dict) else "no format"
-            raise DataError(f"{root}: corpus format {found}, expected {FORMAT}; build it again")
+            raise DataError(f"{root}: corpus format {found}, expected {CORPUS_FORMAT}; build it again")
         corpus = cls(root, about)
         corpus._check_sizes()
         return corpus
 
     @property
     def name(self) -> str:
-        return self.about["name"]
+        return self.manifest["name"]
 
     @property
     def languages(self) -> tuple[str, ...]:
         """Codes of all languages, sorted."""
-        return tuple(self.about["languages"])
+        return tuple(self.manifest["languages"])
 
     @property
     def directions(self) -> tuple[tuple[str, str], ...]:
         """(source, target) codes as stored; each can be read the other way round as well."""
-        return tuple((d["source"], d["target"]) for d in self.about["directions"])
+        return tuple((d["source"], d["target"]) for d in self.manifest["directions"])
 
     @property
     def splits(self) -> tuple[str, ...]:
         """Train, valid and test, then the domains held out whole."""
-        return (*SPLITS, *self.about.get("domains", {}))
+        return (*SPLITS, *self.manifest.get("domains", {}))
 
     @property
     def fingerprint(self) -> str:
         """A hash of everything the corpus holds."""
-        parts = [f"{name} {f['sha256']}" for name, f in sorted(self.about["files"].items())]
+        parts = [f"{name} {f['sha256']}" for name, f in sorted(self.manifest["files"].items())]
         return new_sha256("\n".join(parts).encode()).hexdigest()
 
     def count(self, source: str, target: str, *, split: str = "train") -> int:
         """Number of pairs of a direction, either way round."""
-        stored = self._stored(source, target)
-        return self._rows(pair_file(*stored, split))
+        stored = self._stored_direction(source, target)
+        return self._num_rows(pair_file(*stored, split))
 
     def pairs(self, split: str = "train") -> Iterator[Pair]:
         """Yield every pair of a split, direction by direction as stored."""
@@ -98,15 +98,15 @@ class Corpus:
 
         Raises DataError when the corpus has no such direction or split.
         """
-        stored = self._stored(source, target)
-        turned = stored[0] != self._known(source)
-        licences = {name: s["licence"] for name, s in self.about["sources"].items()}
+        stored = self._stored_direction(source, target)
+        turned = stored[0] != self._known_language(source)
+        licences = {name: s["licence"] for name, s in self.manifest["sources"].items()}
         path = self._split_path(pair_file(*stored, split), split=split)
         for row in read_rows(path, columns=3) if path else ():
-            origin = unescape(row.fields[2])
+            origin = unescape_field(row.fields[2])
             pair = Pair(
-                unescape(row.fields[0]),
-                unescape(row.fields[1]),
+                unescape_field(row.fields[0]),
+                unescape_field(row.fields[1]),
                 *stored,
                 origin,
                 licences.get(origin, ""),
@@ -116,7 +116,7 @@ class Corpus:
     def iter_texts(self, code: str, *, split: str = "train") -> Iterator[Text]:
         """Yield text in one language, each once: its side of the pairs, then monolingual text."""
         seen: set[int] = set()
-        for text in self._texts(self._known(code), split=split):
+        for text in self._texts(self._known_language(code), split=split):
             mark = digest64(text.text)
             if mark not in seen:
                 seen.add(mark)
@@ -124,7 +124,7 @@ class Corpus:
 
     def verify(self) -> None:
         """Read every file against its hash. Raises DataError naming the altered one."""
-        for name, known in self.about["files"].items():
+        for name, known in self.manifest["files"].items():
             if sha256(self.path / name) != known["sha256"]:
                 raise DataError(
                     f"{self.path / name}: altered since the corpus was built (its hash differs); "
@@ -139,10 +139,10 @@ class Corpus:
                     yield Text(text, code, pair.origin, pair.licence)
         path = self._split_path(text_file(code, split), split=split)
         for _, line in read_lines(path) if path else ():
-            yield Text(unescape(line), code)
+            yield Text(unescape_field(line), code)
 
     def _check_sizes(self) -> None:
-        for name, known in self.about["files"].items():
+        for name, known in self.manifest["files"].items():
             path = self.path / name
             found = path.stat().st_size if path.is_file() else None
             if found is None:
@@ -153,8 +153,8 @@ class Corpus:
                     "build the corpus again"
                 )
 
-    def _known(self, code: str) -> str:
-        found = language(code).code
+    def _known_language(self, code: str) -> str:
+        found = resolve_language(code).code
         if found not in self.languages:
             raise DataError(
                 f"corpus {self.name} has no {found}: it has {', '.join(self.languages)}"
@@ -162,8 +162,8 @@ class Corpus:
             )
         return found
 
-    def _stored(self, source: str, target: str) -> tuple[str, str]:
-        pair = self._known(source), self._known(target)
+    def _stored_direction(self, source: str, target: str) -> tuple[str, str]:
+        pair = self._known_language(source), self._known_language(target)
         for direction in (pair, pair[::-1]):
             if direction in self.directions:
                 return direction[0], direction[1]
@@ -175,7 +175,7 @@ class Corpus:
                 f'corpus {self.name}: unknown split "{split}": expected one of '
                 f"{', '.join(self.splits)}{nearest(split, self.splits)}"
             )
-        return self.path / name if name in self.about["files"] else None
+        return self.path / name if name in self.manifest["files"] else None
 
-    def _rows(self, name: str) -> int:
-        return self.about["files"].get(name, {}).get("rows", 0)
+    def _num_rows(self, name: str) -> int:
+        return self.manifest["files"].get(name, {}).get("rows", 0)

@@ -10,19 +10,19 @@ from pydantic import Field
 
 from moesaic.core.config import Choice
 from moesaic.core.errors import DataError
-from moesaic.data.shards import PairRows, Shards
+from moesaic.data.shards import PairRows, TokenShards
 
-Pair = tuple[str, str]
+LanguagePair = tuple[str, str]
 
 
 class Directions(Choice):
     """See the module's first lines."""
 
-    def names(self, shards: Shards) -> list[Pair]:
+    def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
         """Return (source, target) codes, in an order that does not depend on the machine."""
         raise NotImplementedError
 
-    def rows(self, shards: Shards, pair: Pair, *, split: str) -> PairRows:
+    def rows(self, shards: TokenShards, pair: LanguagePair, *, split: str) -> PairRows:
         """Return the rows of one of ``names``."""
         return shards.pair_rows(*pair, split=split)
 
@@ -30,38 +30,38 @@ class Directions(Choice):
 class FromEnglish(Directions):
     """English to every language that has pairs with it."""
 
-    def names(self, shards: Shards) -> list[Pair]:
-        return [pair for pair in _both(shards.directions) if pair[0] == "eng_Latn"]
+    def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
+        return [pair for pair in _both_directions(shards.directions) if pair[0] == "eng_Latn"]
 
 
 class ToEnglish(Directions):
     """Every language that has pairs with English, to English."""
 
-    def names(self, shards: Shards) -> list[Pair]:
-        return [pair for pair in _both(shards.directions) if pair[1] == "eng_Latn"]
+    def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
+        return [pair for pair in _both_directions(shards.directions) if pair[1] == "eng_Latn"]
 
 
-class AsStored(Directions):
+class StoredDirections(Directions):
     """The directions of the corpus as they are."""
 
-    def names(self, shards: Shards) -> list[Pair]:
+    def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
         return sorted(shards.directions)
 
 
-class BothWays(Directions):
+class BothDirections(Directions):
     """Every direction of the corpus and its reverse."""
 
-    def names(self, shards: Shards) -> list[Pair]:
-        return _both(shards.directions)
+    def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
+        return _both_directions(shards.directions)
 
 
-class Only(Directions):
+class ListedDirections(Directions):
     """The directions listed, e.g. ``["eng_Latn-deu_Latn", "fra_Latn-eng_Latn"]``."""
 
     pairs: Annotated[tuple[str, ...], Field(min_length=1)]
 
-    def names(self, shards: Shards) -> list[Pair]:
-        known = set(_both(shards.directions))
+    def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
+        known = set(_both_directions(shards.directions))
         found = []
         for text in self.pairs:
             source, dash, target = text.partition("-")
@@ -72,7 +72,7 @@ class Only(Directions):
         return found
 
 
-class Joined(Directions):
+class PivotDirections(Directions):
     """Every pair of languages that share texts of ``pivot``, neither of them the pivot.
 
     The pairs are joined through the shared text and held in memory, 8 bytes each.
@@ -81,20 +81,20 @@ class Joined(Directions):
     pivot: str = "eng_Latn"
     languages: Annotated[tuple[str, ...], Field(description="only between these; empty: all")] = ()
 
-    def names(self, shards: Shards) -> list[Pair]:
-        ends = sorted(t for s, t in _both(shards.directions) if s == self.pivot)
+    def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
+        ends = sorted(t for s, t in _both_directions(shards.directions) if s == self.pivot)
         chosen = [e for e in ends if not self.languages or e in self.languages]
         return [(s, t) for s in chosen for t in chosen if s != t]
 
-    def rows(self, shards: Shards, pair: Pair, *, split: str) -> PairRows:
-        return shards.joined_rows(*pair, pivot=self.pivot, split=split)
+    def rows(self, shards: TokenShards, pair: LanguagePair, *, split: str) -> PairRows:
+        return shards.pivot_rows(*pair, pivot=self.pivot, split=split)
 
 
-def _both(directions: Iterable[Pair]) -> list[Pair]:
-    return sorted(set(_each_way(directions)))
+def _both_directions(directions: Iterable[LanguagePair]) -> list[LanguagePair]:
+    return sorted(set(_with_reverse(directions)))
 
 
-def _each_way(directions: Iterable[Pair]) -> Iterator[Pair]:
+def _with_reverse(directions: Iterable[LanguagePair]) -> Iterator[LanguagePair]:
     for source, target in directions:
         yield source, target
         yield target, source

@@ -14,18 +14,18 @@ from pydantic import Field
 from moesaic.core.config import Config
 from moesaic.core.errors import ConfigError, DataError
 from moesaic.data.batch import Batch
-from moesaic.data.counter import mix
-from moesaic.data.layout import EncoderDecoder, Layout, Lengths, Samples
-from moesaic.data.mixture import Draws, Mixture
-from moesaic.data.permute import permute
-from moesaic.data.plan import cut, share
-from moesaic.data.ragged import Ints, Ragged
-from moesaic.data.shards import Shards
-from moesaic.data.tasks import Stream
+from moesaic.data.counter import random_bits
+from moesaic.data.layout import EncoderDecoderCollator, Collator, RowLengths, TokenizedSamples
+from moesaic.data.mixture import SampleDraws, Mixture
+from moesaic.data.permute import random_permutation
+from moesaic.data.plan import bucket_by_length, rows_of_rank
+from moesaic.data.ragged import IntArray, Ragged
+from moesaic.data.shards import TokenShards
+from moesaic.data.tasks import TaskStream
 from moesaic.data.tokenizer import Tokenizer
 
-_NOISE, _TIE, _ORDER, _HELD_OUT = 21, 22, 23, 24
-_EMPTY_WINDOWS = 100
+_NOISE, _TIE_BREAK, _ORDER, _HELD_OUT = 21, 22, 23, 24
+_MAX_EMPTY_WINDOWS = 100
 
 
 class LoaderConfig(Config):
@@ -35,7 +35,7 @@ class LoaderConfig(Config):
         int,
         Field(ge=8, description="largest rows * (longest source + longest target), over all ranks"),
     ] = 4096
-    window: Annotated[int, Field(ge=1, description="draws that are sorted by length together")] = (
+    bucket_window: Annotated[int, Field(ge=1, description="draws that are sorted by length together")] = (
         16384
     )
     max_source: Annotated[
@@ -44,92 +44,92 @@ class LoaderConfig(Config):
     max_target: Annotated[
         int, Field(ge=2, description="a row with a longer target is skipped, counted")
     ] = 256
-    layout: Layout = EncoderDecoder()
+    collator: Collator = EncoderDecoderCollator()
     prefetch: Annotated[
         int, Field(ge=0, description="batches made early by a thread; 0: no thread")
     ] = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class DataReplica:
     """Which of ``world`` data ranks this is. No place changes what a global batch holds."""
 
     rank: int = 0
-    world: int = 1
+    num_replicas: int = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Position:
+class LoaderPosition:
     """Where a run is in its data: batch ``batch`` of the window that starts at draw ``first``.
 
     ``counts`` and ``skipped`` [M] are draws, and over-long rows among them, before the window.
     """
 
-    first: int
-    batch: int
-    counts: Ints
-    skipped: Ints
+    first_draw: int
+    batch_index: int
+    counts: IntArray
+    skipped: IntArray
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class PlannedWindow:
     """Planned rows: their streams, texts and lengths [N], and the rows of each batch in order."""
 
-    stream: Ints
-    source: Ints
-    target: Ints
-    key: Ints
-    lengths: Lengths
-    batches: tuple[Ints, ...]
-    skipped: Ints
+    stream: IntArray
+    source: IntArray
+    target: IntArray
+    key: IntArray
+    lengths: RowLengths
+    batches: tuple[IntArray, ...]
+    skipped: IntArray
 
 
 @dataclass(frozen=True, slots=True)
-class Handed:
+class PositionedBatch:
     """A batch, the position after it, and the draws and skips so far, its whole window included."""
 
     batch: Batch
-    after: Position
-    counts: Ints
-    skipped: Ints
+    next_position: LoaderPosition
+    counts: IntArray
+    skipped: IntArray
 
 
-class Feed:
+class BatchStream:
     """See the module's first lines. Frozen: all state is in ``Position``."""
 
     def __init__(
-        self, shards: Shards, *, tokenizer: Tokenizer, mixture: Mixture, config: LoaderConfig
+        self, shards: TokenShards, *, tokenizer: Tokenizer, mixture: Mixture, config: LoaderConfig
     ) -> None:
-        _check(shards, tokenizer=tokenizer, config=config)
+        _check_limits(shards, tokenizer=tokenizer, config=config)
         self.shards, self.mixture, self.config = shards, mixture, config
         self._tokenizer = tokenizer
 
-    def start(self) -> Position:
-        counts = self.mixture.start()
-        return Position(0, 0, counts, counts)
+    def initial_position(self) -> LoaderPosition:
+        counts = self.mixture.initial_counts()
+        return LoaderPosition(0, 0, counts, counts)
 
-    def follow(self, position: Position, *, place: Place) -> Iterator[Handed]:
+    def batches_from(self, position: LoaderPosition, *, replica: DataReplica) -> Iterator[PositionedBatch]:
         """Yield this rank's part of every global batch from ``position`` on, without end.
 
         Raises DataError when window after window holds nothing but over-long rows.
         """
-        labels, empty = self._labels(self.mixture.streams, self.mixture.task_of), 0
+        labels, empty = self._labels(self.mixture.streams, self.mixture.stream_task), 0
         while True:
             draws = self.mixture.draw(
-                position.first, count=self.config.window, counts=position.counts
+                position.first_draw, count=self.config.bucket_window, counts=position.counts
             )
-            window = self._training_window(draws)
-            counts = self.mixture.after(draws, counts=position.counts)
+            window = self._plan_training_window(draws)
+            counts = self.mixture.counts_after(draws, counts=position.counts)
             skipped = position.skipped + window.skipped
             empty = 0 if window.batches else empty + 1
-            if empty == _EMPTY_WINDOWS:
-                raise DataError(self._nothing_fits(empty * self.config.window))
-            for b in range(position.batch, len(window.batches)):
-                batch = self._batch(window, b, labels=labels, place=place)
-                yield Handed(batch, replace(position, batch=b + 1), counts, skipped)
-            position = Position(position.first + self.config.window, 0, counts, skipped)
+            if empty == _MAX_EMPTY_WINDOWS:
+                raise DataError(self._nothing_fits_message(empty * self.config.bucket_window))
+            for b in range(position.batch_index, len(window.batches)):
+                batch = self._make_batch(window, b, labels=labels, replica=replica)
+                yield PositionedBatch(batch, replace(position, batch=b + 1), counts, skipped)
+            position = LoaderPosition(position.first_draw + self.config.bucket_window, 0, counts, skipped)
 
-    def held_out(self, split: str, *, rows: int | None, place: Place) -> Iterator[Batch]:
+    def held_out_batches(self, split: str, *, rows: int | None, replica: DataReplica) -> Iterator[Batch]:
         """Yield this rank's part of every batch of a split: the same ones in every call.
 
         At most ``rows`` rows of a stream are taken, chosen by hash. Batches come in mixed lengths.
@@ -147,84 +147,84 @@ class Feed:
             lengths=np.array(sizes, dtype=np.int64),
         ).tokens
         whole = np.array([s.size for s in streams], dtype=np.int64)[stream]
-        index = permute(turn, size=whole, key=mix(_HELD_OUT, stream))
-        draws = Draws(mix(_HELD_OUT, stream, index), stream, index)
-        window = self._window(draws, streams, np.array(task_of, dtype=np.int64))
+        index = random_permutation(turn, size=whole, key=random_bits(_HELD_OUT, stream))
+        draws = SampleDraws(random_bits(_HELD_OUT, stream, index), stream, index)
+        window = self._plan_window(draws, streams, np.array(task_of, dtype=np.int64))
         labels = self._labels(streams, np.array(task_of, dtype=np.int64))
         for b in range(len(window.batches)):
-            yield self._batch(window, b, labels=labels, place=place)
+            yield self._make_batch(window, b, labels=labels, replica=replica)
 
-    def _training_window(self, draws: Draws) -> Window:
-        return self._window(draws, self.mixture.streams, self.mixture.task_of)
+    def _plan_training_window(self, draws: SampleDraws) -> PlannedWindow:
+        return self._plan_window(draws, self.mixture.streams, self.mixture.stream_task)
 
-    def _window(self, draws: Draws, streams: Sequence[Stream], task_of: Ints) -> Window:
-        source, target = _texts(draws, streams)
-        text = Lengths(self.shards.lengths(source), self.shards.lengths(target))
+    def _plan_window(self, draws: SampleDraws, streams: Sequence[TaskStream], task_of: IntArray) -> PlannedWindow:
+        source, target = _text_ids(draws, streams)
+        text = RowLengths(self.shards.lengths(source), self.shards.lengths(target))
         read = text.source.copy()
         for t, task in enumerate(self.mixture.tasks):
             mine = task_of[draws.stream] == t
-            read[mine] = task.longest_source(text.source[mine])
-        lengths = self.config.layout.lengths(read, target=text.target)
+            read[mine] = task.max_source_lengths(text.source[mine])
+        lengths = self.config.collator.lengths(read, target=text.target)
         fits = lengths.source <= self.config.max_source
         fits &= lengths.target <= self.config.max_target
         over = np.bincount(draws.stream[~fits], minlength=len(streams))
         seed = self.mixture.seed
-        kept = Lengths(lengths.source[fits], lengths.target[fits])
-        key = mix(seed, _TIE, draws.number[fits])
-        batches = cut(kept, batch_tokens=self.config.batch_tokens, key=key)
+        kept = RowLengths(lengths.source[fits], lengths.target[fits])
+        key = random_bits(seed, _TIE_BREAK, draws.number[fits])
+        batches = bucket_by_length(kept, batch_tokens=self.config.batch_tokens, key=key)
         first = draws.number[0] if len(draws) else 0
-        order = np.argsort(mix(seed, _ORDER, first, np.arange(len(batches))))
-        return Window(
+        order = np.argsort(random_bits(seed, _ORDER, first, np.arange(len(batches))))
+        return PlannedWindow(
             stream=draws.stream[fits],
             source=source[fits],
             target=target[fits],
-            key=mix(seed, _NOISE, draws.number[fits]),
+            key=random_bits(seed, _NOISE, draws.number[fits]),
             lengths=kept,
             batches=tuple(batches[i] for i in order),
             skipped=over,
         )
 
-    def _batch(self, window: Window, number: int, *, labels: "_Labels", place: Place) -> Batch:
+    def _make_batch(self, window: PlannedWindow, number: int, *, labels: "_StreamLabels", replica: DataReplica) -> Batch:
         whole = window.batches[number]
-        rows = share(whole, rank=place.rank, world=place.world)
+        rows = rows_of_rank(whole, rank=replica.rank, num_replicas=replica.num_replicas)
         # rows of one task side by side: each task then makes its sources in one go
         rows = rows[np.argsort(labels.task[window.stream[rows]], kind="stable")]
         stream = window.stream[rows]
         task = labels.task[stream]
         texts, key = self.shards.gather(window.source[rows]), window.key[rows]
         edges = np.searchsorted(task, np.arange(len(self.mixture.tasks) + 1))
-        source = Ragged.join(
+        source = Ragged.concatenate(
             [
-                one.source_rows(texts.slice(start, stop), key=key[start:stop])
+                one.corrupt_source(texts.slice(start, stop), key=key[start:stop])
                 for one, start, stop in zip(
                     self.mixture.tasks, edges[:-1].tolist(), edges[1:].tolist(), strict=True
                 )
                 if stop > start
             ]
         )
-        samples = Samples(
+        samples = TokenizedSamples(
             source=source,
             target=self.shards.gather(window.target[rows]),
             task=task,
             source_language=labels.source_language[stream],
             target_language=labels.target_language[stream],
-            source_tag=labels.source_tag[stream],
-            target_tag=labels.target_tag[stream],
+            source_language_token=labels.source_tag[stream],
+            target_language_token=labels.target_tag[stream],
             key=key,
         )
-        empty = Lengths(window.lengths.source[whole], window.lengths.target[whole])
-        return self.config.layout.batch(samples, empty=empty)
+        empty = RowLengths(window.lengths.source[whole], window.lengths.target[whole])
+        return self.config.collator.collate(samples, empty=empty)
 
-    def _labels(self, streams: Sequence[Stream], task_of: Ints) -> "_Labels":
+    def _labels(self, streams: Sequence[TaskStream], task_of: IntArray) -> "_StreamLabels":
         place = {code: i for i, code in enumerate(self._tokenizer.languages)}
-        tag = self._tokenizer.tag
+        tag = self._tokenizer.language_token_id
         ends = [(s.source_language, s.target_language) for s in streams]
         columns = np.array(
             [(place[s], place[t], tag(s), tag(t)) for s, t in ends], dtype=np.int64
         ).reshape(-1, 4)
-        return _Labels(task_of, *columns.T)
+        return _StreamLabels(task_of, *columns.T)
 
-    def _nothing_fits(self, draws: int) -> str:
+    def _nothing_fits_message(self, draws: int) -> str:
         return (
             f"none of {draws} rows drawn fits loader.max_source={self.config.max_source} and "
             f"max_target={self.config.max_target}; raise them"
@@ -232,27 +232,27 @@ class Feed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Labels:
+class _StreamLabels:
     """What each stream's rows are labelled with [M]."""
 
-    task: Ints
-    source_language: Ints
-    target_language: Ints
-    source_tag: Ints
-    target_tag: Ints
+    task: IntArray
+    source_language: IntArray
+    target_language: IntArray
+    source_tag: IntArray
+    target_tag: IntArray
 
 
-def _texts(draws: Draws, streams: Sequence[Stream]) -> tuple[Ints, Ints]:
+def _text_ids(draws: SampleDraws, streams: Sequence[TaskStream]) -> tuple[IntArray, IntArray]:
     """Return the text numbers [N] of both sides, reading each stream's rows in one go."""
     source, target = np.zeros((2, len(draws)), dtype=np.int64)
     order = np.argsort(draws.stream, kind="stable")
     present, starts = np.unique(draws.stream[order], return_index=True)
     for m, rows in zip(present, np.split(order, starts)[1:], strict=True):
-        source[rows], target[rows] = streams[m].rows.texts(draws.index[rows])
+        source[rows], target[rows] = streams[m].rows.texts(draws.row[rows])
     return source, target
 
 
-def _check(shards: Shards, *, tokenizer: Tokenizer, config: LoaderConfig) -> None:
+def _check_limits(shards: TokenShards, *, tokenizer: Tokenizer, config: LoaderConfig) -> None:
     if shards.tokenizer_fingerprint != tokenizer.fingerprint:
         raise DataError(
             f"{shards.path} was written with another tokenizer (its fingerprint starts "
@@ -260,7 +260,7 @@ def _check(shards: Shards, *, tokenizer: Tokenizer, config: LoaderConfig) -> Non
             "write the shards again with this one"
         )
     zero = np.zeros(1, dtype=np.int64)
-    reads = config.layout.lengths(zero, target=zero).source[0] > 0
+    reads = config.collator.lengths(zero, target=zero).source[0] > 0
     longest = config.max_target + (config.max_source if reads else 0)
     if longest > config.batch_tokens:
         raise ConfigError(

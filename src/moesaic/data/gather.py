@@ -16,14 +16,14 @@ from typing import TextIO, TypeVar
 
 from moesaic.core.errors import DataError
 from moesaic.data.builders.named import CorpusRecipe
-from moesaic.data.builders.source import Unit, Wanted
-from moesaic.data.clean import Cleaner
+from moesaic.data.builders.source import SourceFile, LanguageFilter
+from moesaic.data.clean import PairCleaner
 from moesaic.data.corpus import text_file
-from moesaic.data.languages import language
-from moesaic.data.pair import Pair, Text, Unfit
-from moesaic.data.readers.tsv import escape
-from moesaic.data.spill import Direction, Spill, Tally
-from moesaic.data.split import Split, split_key
+from moesaic.data.languages import resolve_language
+from moesaic.data.pair import Pair, Text, RejectedPair
+from moesaic.data.readers.tsv import escape_field
+from moesaic.data.spill import Direction, PairSpill, DropCounts
+from moesaic.data.split import SplitConfig, split_key
 
 ENGLISH = "eng_Latn"
 Job = TypeVar("Job")
@@ -31,11 +31,11 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ReadJob:
     """A unit to read, its place among the others, and the folder to write to."""
 
     recipe: CorpusRecipe
-    unit: Unit
+    unit: SourceFile
     rank: int
     folder: Path
 
@@ -53,23 +53,23 @@ class Reading:
 
 
 @dataclass(slots=True)
-class Gathered:
+class ReadResult:
     """What a unit held, counted; its rows are on disk."""
 
-    tallies: dict[Direction, Tally] = field(default_factory=lambda: defaultdict(Tally))
+    counts: dict[Direction, DropCounts] = field(default_factory=lambda: defaultdict(DropCounts))
     sources: dict[str, dict[str, str]] = field(default_factory=dict)
     text_rows: Counter[str] = field(default_factory=Counter)
 
-    def add(self, other: "Gathered") -> None:
+    def add(self, other: "ReadResult") -> None:
         """Count another unit's as well; an origin keeps the words of the unit read first."""
-        for direction, tally in other.tallies.items():
-            self.tallies[direction].read += tally.read
-            self.tallies[direction].dropped.update(tally.dropped)
+        for direction, tally in other.counts.items():
+            self.counts[direction].read += tally.read
+            self.counts[direction].dropped.update(tally.dropped)
         self.sources = other.sources | self.sources
         self.text_rows.update(other.text_rows)
 
 
-def in_order(
+def map_in_order(
     function: Callable[[Job], Result], jobs: Iterable[Job], *, workers: int
 ) -> Iterator[Result]:
     """Yield ``function(job)`` for each job, in their order, computed by ``workers`` processes.
@@ -97,31 +97,31 @@ def in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def read_unit(job: Reading) -> Gathered:
+def read_source_file(job: ReadJob) -> ReadResult:
     """Read and clean one unit into its folder."""
-    found = Gathered()
-    cleaner, wanted, split = Cleaner(job.recipe.clean), _wanted(job.recipe), job.recipe.split
-    spill, texts, keys = Spill(job.pairs), _Texts(job.texts, split), _Keys(split)
+    found = ReadResult()
+    cleaner, wanted, split = PairCleaner(job.recipe.clean), _language_filter(job.recipe), job.recipe.split
+    spill, texts, keys = PairSpill(job.pairs), _TextWriter(job.texts, split), _SplitKeyWriter(split)
     try:
         for item in job.recipe.source.read(job.unit, wanted=wanted):
-            if isinstance(item, Unfit):
-                found.tallies[item.direction].read += 1
-                found.tallies[item.direction].dropped[item.reason] += 1
+            if isinstance(item, RejectedPair):
+                found.counts[item.direction].read += 1
+                found.counts[item.direction].dropped[item.reason] += 1
                 continue
             if item.origin not in found.sources:
                 found.sources[item.origin] = {"version": job.unit.version, "licence": item.licence}
             if isinstance(item, Text):
                 texts.add(item)
                 continue
-            tally = found.tallies[item.direction]
+            tally = found.counts[item.direction]
             tally.read += 1
             pair, reason = cleaner.clean(item)
             if pair is None:
                 tally.dropped[reason] += 1
                 continue
-            domain = split.domain(pair.origin)
-            spill.add(pair, rank=job.rank, place=job.unit.place, domain=domain)
-            keys.add(pair, place=job.unit.place, domain=domain)
+            domain = split.domain_of(pair.origin)
+            spill.add(pair, rank=job.rank, allowed_split=job.unit.allowed_split, domain=domain)
+            keys.add(pair, allowed_split=job.unit.allowed_split, domain=domain)
     finally:
         spill.close()
         texts.close()
@@ -135,38 +135,38 @@ def english_side(pair: Pair) -> str:
     return pair.target if pair.target_language == ENGLISH else pair.source
 
 
-def _wanted(recipe: CorpusRecipe) -> Wanted:
-    codes = {language(text).code for text in recipe.languages} | {ENGLISH}
+def _language_filter(recipe: CorpusRecipe) -> LanguageFilter:
+    codes = {resolve_language(text).code for text in recipe.languages} | {ENGLISH}
     return (lambda code: code in codes) if recipe.languages else (lambda _: True)
 
 
-class _Keys:
+class _SplitKeyWriter:
     """The split keys of a unit's sources, train and held out, each once; only if someone looks."""
 
-    def __init__(self, split: Split) -> None:
-        self._split, self._looks = split, split.near.looks or bool(split.domains)
+    def __init__(self, split: SplitConfig) -> None:
+        self._split, self._enabled = split, split.near_duplicates.enabled or bool(split.domains)
         self._sources: set[tuple[str, str]] = set()
 
-    def add(self, pair: Pair, *, place: str, domain: str) -> None:
-        if self._looks:
-            self._sources.add((english_side(pair), "held-out" if domain else place))
+    def add(self, pair: Pair, *, allowed_split: str, domain: str) -> None:
+        if self._enabled:
+            self._sources.add((english_side(pair), "held-out" if domain else allowed_split))
 
     def write(self, path: Path) -> None:
         """One key a line after ``t`` or ``h``, sorted."""
         lines = {
-            f"{'t' if self._trains(text, place) else 'h'}{split_key(text)}\n"
+            f"{'t' if self._is_train(text, place) else 'h'}{split_key(text)}\n"
             for text, place in self._sources
         }
         path.write_text("".join(sorted(lines)), encoding="utf-8", newline="\n")
 
-    def _trains(self, text: str, place: str) -> bool:
-        return place == "train" or (place == "any" and self._split.of(text) == "train")
+    def _is_train(self, text: str, place: str) -> bool:
+        return place == "train" or (place == "any" and self._split.split_of(text) == "train")
 
 
-class _Texts:
+class _TextWriter:
     """Writes monolingual texts, split like sources."""
 
-    def __init__(self, folder: Path, split: Split) -> None:
+    def __init__(self, folder: Path, split: SplitConfig) -> None:
         self._folder, self._split = folder, split
         self._streams: dict[str, TextIO] = {}
         self.rows: Counter[str] = Counter()
@@ -176,11 +176,11 @@ class _Texts:
         text = " ".join(found.text.split())
         if not text:
             return
-        domain = self._split.domain(found.origin)
-        name = text_file(found.language, domain or self._split.of(text))
+        domain = self._split.domain_of(found.origin)
+        name = text_file(found.language, domain or self._split.split_of(text))
         if name not in self._streams:
             self._streams[name] = (self._folder / name).open("w", encoding="utf-8", newline="\n")
-        self._streams[name].write(escape(text) + "\n")
+        self._streams[name].write(escape_field(text) + "\n")
         self.rows[name] += 1
 
     def close(self) -> None:

@@ -42,7 +42,7 @@ class Language:
 
 
 @dataclass(frozen=True, slots=True)
-class _Parts:
+class _LocaleParts:
     """A locale name taken apart: ``sr_RS@latin`` is sr, Latn, RS."""
 
     language: str
@@ -51,18 +51,18 @@ class _Parts:
     modifier: str
 
 
-def language(text: str) -> Language:
+def resolve_language(text: str) -> Language:
     """Resolve FLORES, BCP-47, POSIX, ISO 639-1/2/3 codes and English names.
 
     A region without a row of its own is left out: ``es-MX`` is ``spa_Latn``. Raises DataError with
     the nearest known spelling.
     """
     table = _spellings()
-    found = table.get(_key(text))
+    found = table.get(_normalise_spelling(text))
     if found is None:
-        parts = _take_apart(text)
+        parts = _parse_locale(text)
         if parts is not None and not parts.modifier:
-            found = _lookup(parts, region=parts.region) or _lookup(parts, region="")
+            found = _find_language(parts, region=parts.region) or _find_language(parts, region="")
     if found is None:
         raise DataError(
             f'unknown language "{text}": expected a code such as deu_Latn, de, pt-BR, zh_Hans or '
@@ -71,19 +71,19 @@ def language(text: str) -> Language:
     return found
 
 
-def catalogue_language(locale: str) -> Language | None:
+def resolve_locale(locale: str) -> Language | None:
     """Resolve the name of a catalogue's folder or file; None for variants and unknown names.
 
     ``fr_FR`` is French; ``fr_CA``, ``es_MX`` and ``ca@valencia`` are variants, and mixing them into
     the main language would teach it two standards at once.
     """
-    found = _spellings().get(_key(locale))
+    found = _spellings().get(_normalise_spelling(locale))
     if found is not None:
         return found
-    parts = _take_apart(locale)
+    parts = _parse_locale(locale)
     if parts is None or parts.modifier:
         return None
-    found = _lookup(parts, region=parts.region) or _lookup(parts, region="")
+    found = _find_language(parts, region=parts.region) or _find_language(parts, region="")
     if found is None:
         return None
     at_home = not parts.region or parts.region == found.region
@@ -92,11 +92,11 @@ def catalogue_language(locale: str) -> Language | None:
 
 def all_languages() -> tuple[Language, ...]:
     """Return the whole table, sorted by code."""
-    return tuple(row for row, _ in _rows())
+    return tuple(row for row, _ in _language_table())
 
 
 @cache
-def _rows() -> tuple[tuple[Language, tuple[str, ...]], ...]:
+def _language_table() -> tuple[tuple[Language, tuple[str, ...]], ...]:
     text = files("moesaic.data").joinpath("languages.tsv").read_text(encoding="utf-8")
     rows = []
     for line in text.splitlines()[1:]:
@@ -110,10 +110,10 @@ def _rows() -> tuple[tuple[Language, tuple[str, ...]], ...]:
 def _spellings() -> dict[str, Language]:
     """Every known spelling; the plainest row of a language owns its bare codes."""
     table: dict[str, Language] = {}
-    plain_first = sorted(_rows(), key=lambda r: (r[0].bcp47.count("-"), r[0].code))
+    plain_first = sorted(_language_table(), key=lambda r: (r[0].bcp47.count("-"), r[0].code))
     for row, aliases in plain_first:
         for spelling in _spellings_of(row, aliases):
-            table.setdefault(_key(spelling), row)
+            table.setdefault(_normalise_spelling(spelling), row)
     return table
 
 
@@ -131,19 +131,19 @@ def _spellings_of(row: Language, aliases: tuple[str, ...]) -> Iterator[str]:
 
 @cache
 def _shown_names() -> tuple[str, ...]:
-    return tuple(n for row, aliases in _rows() for n in (row.code, row.bcp47, row.name, *aliases))
+    return tuple(n for row, aliases in _language_table() for n in (row.code, row.bcp47, row.name, *aliases))
 
 
-def _lookup(parts: _Parts, *, region: str) -> Language | None:
+def _find_language(parts: _LocaleParts, *, region: str) -> Language | None:
     steps = [s for s in (parts.language, parts.script, region) if s]
-    return _spellings().get(_key("-".join(steps)))
+    return _spellings().get(_normalise_spelling("-".join(steps)))
 
 
-def _key(text: str) -> str:
+def _normalise_spelling(text: str) -> str:
     return text.strip().replace("_", "-").casefold()
 
 
-def _take_apart(text: str) -> _Parts | None:
+def _parse_locale(text: str) -> _LocaleParts | None:
     match = re.fullmatch(
         r"([A-Za-z]{2,3})(?:[_-]([A-Za-z]{4}))?(?:[_-]([A-Za-z]{2}|\d{3}))?"
         r"(?:\.[\w-]+)?(?:@(\w+))?",
@@ -154,4 +154,4 @@ def _take_apart(text: str) -> _Parts | None:
     lang, script, region, modifier = (g or "" for g in match.groups())
     known = _SCRIPT_OF_MODIFIER.get(modifier.casefold(), "")
     rest = "" if known or modifier.casefold() == "euro" else modifier
-    return _Parts(lang.casefold(), script or known, region.upper(), rest)
+    return _LocaleParts(lang.casefold(), script or known, region.upper(), rest)

@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 
 from moesaic.core.errors import CheckpointError, ConfigError
-from moesaic.data.background import Background
+from moesaic.data.background import PrefetchIterator
 from moesaic.data.batch import Batch
-from moesaic.data.feed import Feed, Handed, LoaderConfig, Place, Position
-from moesaic.data.mixture import Mixture, MixtureConfig, Share
-from moesaic.data.shards import Shards
+from moesaic.data.feed import BatchStream, PositionedBatch, LoaderConfig, DataReplica, LoaderPosition
+from moesaic.data.mixture import Mixture, MixtureConfig, StreamFrequency
+from moesaic.data.shards import TokenShards
 from moesaic.data.tokenizer import Tokenizer
 
-__all__ = ["Loader", "LoaderConfig", "Place"]
+__all__ = ["Loader", "LoaderConfig", "DataReplica"]
 
 STATE_FORMAT = 1
-_ALONE = Place()
+_SINGLE_REPLICA = DataReplica()
 
 
 class Loader:
@@ -31,34 +31,34 @@ class Loader:
 
     def __init__(
         self,
-        shards: Shards,
+        shards: TokenShards,
         *,
         tokenizer: Tokenizer,
         mixture: MixtureConfig,
         config: LoaderConfig,
         seed: int,
-        place: Place = _ALONE,
+        replica: DataReplica = _SINGLE_REPLICA,
     ) -> None:
         """Raises ConfigError or DataError where the parts do not fit together."""
-        self._ahead: Iterator[Handed] | None = None
-        if not 0 <= place.rank < place.world:
-            raise ConfigError([f"rank {place.rank} is not one of {place.world} ranks"])
+        self._iterator: Iterator[PositionedBatch] | None = None
+        if not 0 <= replica.rank < replica.num_replicas:
+            raise ConfigError([f"rank {replica.rank} is not one of {replica.num_replicas} ranks"])
         self.languages = tokenizer.languages
         mixed = Mixture(mixture, shards=shards, languages=tokenizer.languages, seed=seed)
         self.tasks = mixed.task_names
-        self._feed = Feed(shards, tokenizer=tokenizer, mixture=mixed, config=config)
-        self._place = place
+        self._stream = BatchStream(shards, tokenizer=tokenizer, mixture=mixed, config=config)
+        self._replica = replica
         self._fingerprint = _fingerprint(shards, mixture=mixture, config=config, seed=seed)
-        self._move(self._feed.start())
+        self._seek(self._stream.initial_position())
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        if self._ahead is None:
-            self._ahead = self._follow()
-        handed = next(self._ahead)
-        self._position, self._seen = handed.after, _Seen(handed.counts, handed.skipped)
+        if self._iterator is None:
+            self._iterator = self._start_iterator()
+        handed = next(self._iterator)
+        self._position, self._drawn = handed.next_position, _DrawCounts(handed.counts, handed.skipped)
         return handed.batch
 
     def __enter__(self) -> "Loader":
@@ -72,8 +72,8 @@ class Loader:
 
     def close(self) -> None:
         """End the thread. The next batch asked for starts another: nothing is lost."""
-        ahead, self._ahead = self._ahead, None
-        if isinstance(ahead, Background):
+        ahead, self._iterator = self._iterator, None
+        if isinstance(ahead, PrefetchIterator):
             ahead.close()
 
     def state(self) -> dict[str, Any]:
@@ -82,8 +82,8 @@ class Loader:
         return {
             "format": STATE_FORMAT,
             "fingerprint": self._fingerprint,
-            "first": at.first,
-            "batch": at.batch,
+            "first": at.first_draw,
+            "batch": at.batch_index,
             "counts": at.counts.tolist(),
             "skipped": at.skipped.tolist(),
         }
@@ -101,47 +101,47 @@ class Loader:
             )
         self.close()
         arrays = (np.array(state[name], dtype=np.int64) for name in ("counts", "skipped"))
-        self._move(Position(int(state["first"]), int(state["batch"]), *arrays))
+        self._seek(LoaderPosition(int(state["first"]), int(state["batch"]), *arrays))
 
-    def expected(self) -> list[Share]:
+    def frequencies(self) -> list[StreamFrequency]:
         """Return a line per stream: its weight, and the frequency drawn so far."""
-        return self._feed.mixture.shares(self._seen.counts)
+        return self._stream.mixture.frequencies(self._drawn.counts)
 
     @property
     def skipped(self) -> dict[str, int]:
         """Rows left out because they are over the length limits, by direction."""
         found: dict[str, int] = {}
-        for stream, count in zip(self._feed.mixture.streams, self._seen.skipped, strict=True):
+        for stream, count in zip(self._stream.mixture.streams, self._drawn.skipped, strict=True):
             name = f"{stream.source_language}-{stream.target_language}"
             if count:
                 found[name] = found.get(name, 0) + int(count)
         return found
 
-    def valid_batches(self, split: str = "valid", *, rows: int | None = None) -> Iterator[Batch]:
+    def held_out_batches(self, split: str = "valid", *, rows: int | None = None) -> Iterator[Batch]:
         """Yield this rank's part of a held-out split once; every call yields the same.
 
         At most ``rows`` rows are taken of each task and direction, chosen by hash; the noise of
         denoising is the same in every call too.
         """
-        return self._feed.held_out(split, rows=rows, place=self._place)
+        return self._stream.held_out_batches(split, rows=rows, replica=self._replica)
 
-    def _follow(self) -> Iterator[Handed]:
-        made = self._feed.follow(self._position, place=self._place)
-        ahead = self._feed.config.prefetch
-        return Background(made, ahead=ahead) if ahead else made
+    def _start_iterator(self) -> Iterator[PositionedBatch]:
+        made = self._stream.batches_from(self._position, replica=self._replica)
+        ahead = self._stream.config.prefetch
+        return PrefetchIterator(made, depth=ahead) if ahead else made
 
-    def _move(self, position: Position) -> None:
+    def _seek(self, position: LoaderPosition) -> None:
         self._position = position
-        self._seen = _Seen(position.counts, position.skipped)
+        self._drawn = _DrawCounts(position.counts, position.skipped)
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class _DrawCounts:
     counts: np.ndarray
     skipped: np.ndarray
 
 
-def _fingerprint(shards: Shards, *, mixture: MixtureConfig, config: LoaderConfig, seed: int) -> str:
+def _fingerprint(shards: TokenShards, *, mixture: MixtureConfig, config: LoaderConfig, seed: int) -> str:
     # the thread decides when batches are made, never which
     parts = [shards.fingerprint, mixture.plain(), config.replace(prefetch=0).plain(), seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

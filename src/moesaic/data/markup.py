@@ -67,7 +67,7 @@ def strip_tags(text: str) -> str:
     return _TAG.sub(replace, text)
 
 
-def unescape(text: str) -> str:
+def unescape_entities(text: str) -> str:
     """Decode HTML entities: ``&amp;`` and friends."""
     return html.unescape(text) if "&" in text and ";" in text else text
 

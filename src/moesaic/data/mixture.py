@@ -17,34 +17,34 @@ from pydantic import Field
 
 from moesaic.core.config import Choice, Config
 from moesaic.core.errors import ConfigError, DataError, nearest
-from moesaic.data.counter import GOLDEN, mix
-from moesaic.data.permute import permute
-from moesaic.data.ragged import Ints
-from moesaic.data.shards import Shards
-from moesaic.data.tasks import Stream, Task, Translation
+from moesaic.data.counter import GOLDEN_RATIO_64, random_bits
+from moesaic.data.permute import random_permutation
+from moesaic.data.ragged import IntArray
+from moesaic.data.shards import TokenShards
+from moesaic.data.tasks import TaskStream, Task, Translation
 
-_ORIGIN, _EPOCH = 11, 12
+_OFFSET, _EPOCH = 11, 12
 
 
-class Unit(Choice):
+class StreamSize(Choice):
     """What the size of a stream is counted in."""
 
-    def size(self, stream: Stream) -> float:
+    def size(self, stream: TaskStream) -> float:
         raise NotImplementedError
 
 
-class Rows(Unit):
+class RowCount(StreamSize):
     """Pairs or texts."""
 
-    def size(self, stream: Stream) -> float:
+    def size(self, stream: TaskStream) -> float:
         return float(stream.rows.size)
 
 
-class Tokens(Unit):
+class TokenCount(StreamSize):
     """Tokens of the target side."""
 
-    def size(self, stream: Stream) -> float:
-        return float(stream.rows.tokens)
+    def size(self, stream: TaskStream) -> float:
+        return float(stream.rows.num_tokens)
 
 
 class WeightedTask(Config):
@@ -64,30 +64,30 @@ class MixtureConfig(Config):
         float,
         Field(ge=1, description="1: proportional to size; 5: NLLB-like; large: all streams alike"),
     ] = 1.0
-    unit: Unit = Rows()
-    cap: Annotated[
+    size_unit: StreamSize = RowCount()
+    size_limit: Annotated[
         int | None,
         Field(ge=1, description="a size counts as at most this (T5's limit, arXiv:1910.10683)"),
     ] = None
-    boost: dict[str, float] = Field(
+    language_weights: dict[str, float] = Field(
         default_factory=dict, description="language code -> factor on its weight"
     )
 
 
 @dataclass(frozen=True, slots=True)
-class Draws:
+class SampleDraws:
     """Draws by their number in the run [N], each a row ``index`` of a ``stream``."""
 
-    number: Ints
-    stream: Ints
-    index: Ints
+    number: IntArray
+    stream: IntArray
+    row: IntArray
 
     def __len__(self) -> int:
         return self.number.shape[0]
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class StreamFrequency:
     """A line of the table of expected and actual frequencies."""
 
     task: str
@@ -107,12 +107,12 @@ class Mixture:
     """The streams of a config over shards, and their weights. Frozen; ``counts`` are the state."""
 
     def __init__(
-        self, config: MixtureConfig, *, shards: Shards, languages: Sequence[str], seed: int
+        self, config: MixtureConfig, *, shards: TokenShards, languages: Sequence[str], seed: int
     ) -> None:
-        _check_boost(config, languages)
+        _check_language_weights(config, languages)
         self.seed = seed
         self.tasks = tuple(weighted.task for weighted in config.tasks)
-        self.task_names = _distinct([task.name for task in self.tasks])
+        self.task_names = _unique_names([task.name for task in self.tasks])
         streams, task_of, weights = [], [], []
         for t, weighted in enumerate(config.tasks):
             found = weighted.task.streams(shards, languages=languages, split="train")
@@ -123,12 +123,12 @@ class Mixture:
                     f"task {self.task_names[t]} has no training rows in the languages "
                     f"{', '.join(languages)}; the shards have the directions {known}"
                 )
-            powers = np.array([_power(stream, config) for stream in found])
+            powers = np.array([_stream_weight(stream, config) for stream in found])
             weights.append(weighted.weight * powers / powers.sum())
             streams += found
             task_of += [t] * len(found)
-        self.streams: tuple[Stream, ...] = tuple(streams)
-        self.task_of = np.array(task_of, dtype=np.int64)
+        self.streams: tuple[TaskStream, ...] = tuple(streams)
+        self.stream_task = np.array(task_of, dtype=np.int64)
         joint = np.concatenate(weights)
         self.weights = joint / joint.sum()
         self._sizes = np.array([stream.size for stream in streams], dtype=np.int64)
@@ -136,38 +136,38 @@ class Mixture:
         ends = np.minimum(np.cumsum(self.weights)[:-1] * 2.0**64, 2.0**64 - 2048)
         self._ends = ends.astype(np.uint64)
 
-    def start(self) -> Ints:
+    def initial_counts(self) -> IntArray:
         """Return the counts [M] of a run that has drawn nothing."""
         return np.zeros(len(self.streams), dtype=np.int64)
 
-    def streams_of(self, number: Ints) -> Ints:
+    def stream_of_draws(self, number: IntArray) -> IntArray:
         """Return the stream [N] of each draw, given the draws' numbers [N]."""
         with np.errstate(over="ignore"):
-            point = mix(self.seed, _ORIGIN) + number.astype(np.uint64) * GOLDEN
+            point = random_bits(self.seed, _OFFSET) + number.astype(np.uint64) * GOLDEN_RATIO_64
         return np.searchsorted(self._ends, point, side="right")
 
-    def draw(self, first: int, *, count: int, counts: Ints) -> Draws:
+    def draw(self, first: int, *, count: int, counts: IntArray) -> SampleDraws:
         """Return draws ``first`` to ``first + count``; ``counts`` [M] were drawn before them."""
         number = np.arange(first, first + count)
-        stream = self.streams_of(number)
+        stream = self.stream_of_draws(number)
         order = np.argsort(stream, kind="stable")
         fresh = np.bincount(stream, minlength=len(self.streams))
         earlier = np.empty_like(order)  # draws of the same stream before this one, in the window
         earlier[order] = np.arange(count) - np.repeat(np.cumsum(fresh) - fresh, fresh)
         turn, size = counts[stream] + earlier, self._sizes[stream]
-        key = mix(self.seed, _EPOCH, stream, turn // size)
-        return Draws(number, stream, permute(turn % size, size=size, key=key))
+        key = random_bits(self.seed, _EPOCH, stream, turn // size)
+        return SampleDraws(number, stream, random_permutation(turn % size, size=size, key=key))
 
-    def after(self, draws: Draws, *, counts: Ints) -> Ints:
+    def counts_after(self, draws: SampleDraws, *, counts: IntArray) -> IntArray:
         """Return the counts [M] once ``draws`` are made."""
         return counts + np.bincount(draws.stream, minlength=len(self.streams))
 
-    def shares(self, counts: Ints) -> list[Share]:
+    def frequencies(self, counts: IntArray) -> list[StreamFrequency]:
         """Return the table of expected and actual frequencies after ``counts`` draws."""
         total = max(1, int(counts.sum()))
         return [
-            Share(
-                task=self.task_names[self.task_of[m]],
+            StreamFrequency(
+                task=self.task_names[self.stream_task[m]],
                 source_language=stream.source_language,
                 target_language=stream.target_language,
                 size=stream.size,
@@ -179,17 +179,17 @@ class Mixture:
         ]
 
 
-def _power(stream: Stream, config: MixtureConfig) -> float:
-    size = config.unit.size(stream)
-    size = min(size, config.cap) if config.cap else size
+def _stream_weight(stream: TaskStream, config: MixtureConfig) -> float:
+    size = config.size_unit.size(stream)
+    size = min(size, config.size_limit) if config.size_limit else size
     codes = {stream.source_language, stream.target_language}
     return max(size, 1.0) ** (1 / config.temperature) * float(
-        np.prod([config.boost.get(code, 1.0) for code in sorted(codes)])
+        np.prod([config.language_weights.get(code, 1.0) for code in sorted(codes)])
     )
 
 
-def _check_boost(config: MixtureConfig, languages: Sequence[str]) -> None:
-    for code, factor in config.boost.items():
+def _check_language_weights(config: MixtureConfig, languages: Sequence[str]) -> None:
+    for code, factor in config.language_weights.items():
         if code not in languages:
             hint = nearest(code, languages)
             raise ConfigError([f"mixture.boost.{code}: not a language of this run{hint}"])
@@ -197,7 +197,7 @@ def _check_boost(config: MixtureConfig, languages: Sequence[str]) -> None:
             raise ConfigError([f"mixture.boost.{code}: found {factor}, expected more than 0"])
 
 
-def _distinct(names: Sequence[str]) -> tuple[str, ...]:
+def _unique_names(names: Sequence[str]) -> tuple[str, ...]:
     """``translation, translation -> translation, translation-2``."""
     seen: Counter[str] = Counter()
     found = []

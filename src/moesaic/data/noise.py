@@ -12,23 +12,23 @@ import numpy as np
 from pydantic import Field
 
 from moesaic.core.config import Choice
-from moesaic.data.counter import U64, uniform
-from moesaic.data.ragged import Ints, Ragged
+from moesaic.data.counter import UInt64Array, random_uniform
+from moesaic.data.ragged import IntArray, Ragged
 from moesaic.data.tokenizer import MASK
 
 # one stream of random numbers per purpose, so that adding a noise changes no other
-_SPAN_LENGTH, _SPAN_PLACE, _DROP, _BLANK, _SHUFFLE = 1, 2, 3, 4, 5
+_SPAN_LENGTH, _SPAN_PLACE, _DELETE, _MASK, _SHUFFLE = 1, 2, 3, 4, 5
 
 
-class Noise(Choice):
+class TextNoise(Choice):
     """One way of damaging rows. Members compose in the order in which they are listed."""
 
-    def __call__(self, rows: Ragged, *, key: U64) -> Ragged:
+    def __call__(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
         """Return damaged ``rows``; ``key[B]`` says which noise each row gets."""
         raise NotImplementedError
 
 
-class InfillSpans(Noise):
+class InfillSpans(TextNoise):
     """Replace spans, each by a single mask, so that their length must be guessed too.
 
     Text infilling of BART (arXiv:1910.13461) with the numbers of mBART (arXiv:2001.08210): spans of
@@ -44,14 +44,14 @@ class InfillSpans(Noise):
         3.5
     )
 
-    def __call__(self, rows: Ragged, *, key: U64) -> Ragged:
+    def __call__(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
         lengths = rows.lengths
         masked = np.ceil(lengths * self.ratio).astype(np.int64)
         spans = self._spans(masked, key=key)
         slots = lengths - masked + spans.lengths  # what is kept, and one mask per span
         grid = Ragged(np.zeros(int(slots.sum()), dtype=np.int64), slots)
-        rank = _ranks(grid, uniform(key[grid.row], _SPAN_PLACE, grid.position))
-        is_span = rank < spans.lengths[grid.row]
+        rank = _rank_in_row(grid, random_uniform(key[grid.row_index], _SPAN_PLACE, grid.position_in_row))
+        is_span = rank < spans.lengths[grid.row_index]
         step = np.ones(grid.tokens.size, dtype=np.int64)
         step[is_span] = spans.tokens  # in slot order, as the spans are in row order
         where = np.cumsum(step) - step  # rows follow each other in both arrays
@@ -59,45 +59,45 @@ class InfillSpans(Noise):
         out[~is_span] = rows.tokens[where[~is_span]]
         return Ragged(out, slots)
 
-    def _spans(self, masked: Ints, *, key: U64) -> Ragged:
+    def _spans(self, masked: IntArray, *, key: UInt64Array) -> Ragged:
         """Return span lengths that sum to ``masked`` in every row."""
         draws = Ragged(np.zeros(int(masked.sum()), dtype=np.int64), masked)
-        numbers = uniform(key[draws.row], _SPAN_LENGTH, draws.position)
+        numbers = random_uniform(key[draws.row_index], _SPAN_LENGTH, draws.position_in_row)
         drawn = np.searchsorted(_poisson_cdf(self.mean_length), numbers, side="right")
         total = np.concatenate(([0], np.cumsum(drawn)))
-        before = total[:-1] - total[draws.starts][draws.row]  # by the earlier spans of the row
-        left = masked[draws.row] - before
-        last = draws.position == masked[draws.row] - 1  # the last draw must fill what is left
+        before = total[:-1] - total[draws.starts][draws.row_index]  # by the earlier spans of the row
+        left = masked[draws.row_index] - before
+        last = draws.position_in_row == masked[draws.row_index] - 1  # the last draw must fill what is left
         lengths = np.where(last, left, np.minimum(drawn, left))
-        return Ragged(lengths, masked).keep(left > 0)
+        return Ragged(lengths, masked).select_tokens(left > 0)
 
 
-class DropTokens(Noise):
+class DeleteTokens(TextNoise):
     """Leave tokens out (Lample et al. 2018, arXiv:1711.00043: word drop with p = 0.1)."""
 
     ratio: Annotated[
         float, Field(ge=0, lt=1, description="probability that a token is left out")
     ] = 0.1
 
-    def __call__(self, rows: Ragged, *, key: U64) -> Ragged:
-        numbers = uniform(key[rows.row], _DROP, rows.position)
+    def __call__(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
+        numbers = random_uniform(key[rows.row_index], _DELETE, rows.position_in_row)
         # the token with the largest number stays, so that no row ends empty
-        return rows.keep((numbers >= self.ratio) | (_ranks(rows, -numbers) == 0))
+        return rows.select_tokens((numbers >= self.ratio) | (_rank_in_row(rows, -numbers) == 0))
 
 
-class BlankTokens(Noise):
+class MaskTokens(TextNoise):
     """Replace tokens by the mask, one for one (Wang et al. 2020, arXiv:2010.02523; p = 0.1)."""
 
     ratio: Annotated[float, Field(ge=0, le=1, description="probability that a token is masked")] = (
         0.1
     )
 
-    def __call__(self, rows: Ragged, *, key: U64) -> Ragged:
-        hit = uniform(key[rows.row], _BLANK, rows.position) < self.ratio
+    def __call__(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
+        hit = random_uniform(key[rows.row_index], _MASK, rows.position_in_row) < self.ratio
         return Ragged(np.where(hit, MASK, rows.tokens), rows.lengths)
 
 
-class ShuffleNearby(Noise):
+class ShuffleTokens(TextNoise):
     """Permute so that no token moves further than ``distance`` (arXiv:1711.00043: k = 3).
 
     Sorts by position + U(0, distance + 1).
@@ -105,17 +105,17 @@ class ShuffleNearby(Noise):
 
     distance: Annotated[int, Field(ge=0, description="furthest that a token may move")] = 3
 
-    def __call__(self, rows: Ragged, *, key: U64) -> Ragged:
-        push = uniform(key[rows.row], _SHUFFLE, rows.position) * (self.distance + 1)
-        order = np.lexsort((rows.position + push, rows.row))
+    def __call__(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
+        push = random_uniform(key[rows.row_index], _SHUFFLE, rows.position_in_row) * (self.distance + 1)
+        order = np.lexsort((rows.position_in_row + push, rows.row_index))
         return Ragged(rows.tokens[order], rows.lengths)
 
 
-def _ranks(rows: Ragged, numbers: np.ndarray) -> Ints:
+def _rank_in_row(rows: Ragged, numbers: np.ndarray) -> IntArray:
     """Return the rank of every number [N] among those of its row."""
-    order = np.lexsort((numbers, rows.row))
+    order = np.lexsort((numbers, rows.row_index))
     ranks = np.empty_like(order)
-    ranks[order] = rows.position
+    ranks[order] = rows.position_in_row
     return ranks
 
 

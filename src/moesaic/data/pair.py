@@ -41,7 +41,7 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class Unfit:
+class RejectedPair:
     """A pair that a builder itself refuses, so that it is counted: ``reason`` names why."""
 
     source_language: str

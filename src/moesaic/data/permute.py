@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from moesaic.data.counter import U64, mix
+from moesaic.data.counter import UInt64Array, random_bits
 
-ROUNDS = 4
+FEISTEL_ROUNDS = 4
 
 
-def permute(index: Any, *, size: Any, key: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
+def random_permutation(index: Any, *, size: Any, key: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Return where each ``index`` goes in its own permutation of ``range(size)``.
 
     All three broadcast; ``0 <= index < size``; two keys give two unrelated permutations.
@@ -23,23 +23,23 @@ def permute(index: Any, *, size: Any, key: Any) -> np.ndarray[Any, np.dtype[np.i
     shape = whole[0].shape
     index, size, key = (np.ravel(x).astype(np.uint64) for x in whole)
     half = _half_bits(size)
-    out = _encrypt(index, half=half, key=key)
+    out = _feistel(index, half=half, key=key)
     outside = np.flatnonzero(out >= size)
     while outside.size:
-        out[outside] = _encrypt(out[outside], half=half[outside], key=key[outside])
+        out[outside] = _feistel(out[outside], half=half[outside], key=key[outside])
         outside = outside[out[outside] >= size[outside]]
     return out.astype(np.int64).reshape(shape)
 
 
-def _half_bits(size: U64) -> U64:
+def _half_bits(size: UInt64Array) -> UInt64Array:
     # frexp of size-1 is its bit length, exact below 2^53
     bits = np.frexp(np.maximum(size, 1).astype(np.float64) - 1)[1]
     return np.maximum((bits + 1) // 2, 1).astype(np.uint64)
 
 
-def _encrypt(value: U64, *, half: U64, key: U64) -> U64:
+def _feistel(value: UInt64Array, *, half: UInt64Array, key: UInt64Array) -> UInt64Array:
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = value >> half, value & mask
-    for turn in range(ROUNDS):
-        left, right = right, left ^ (mix(key, turn, right) & mask)
+    for turn in range(FEISTEL_ROUNDS):
+        left, right = right, left ^ (random_bits(key, turn, right) & mask)
     return (left << half) | right

@@ -9,27 +9,27 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-Ints: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+IntArray: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
     """``tokens[N]`` int64, and ``lengths[B]`` int64 that sum to N."""
 
-    tokens: Ints
-    lengths: Ints
+    tokens: IntArray
+    lengths: IntArray
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[int]]) -> "Ragged":
+    def from_lists(cls, rows: Sequence[Sequence[int]]) -> "Ragged":
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         flat = [token for row in rows for token in row]
         return cls(np.array(flat, dtype=np.int64), lengths)
 
     @classmethod
-    def gather(cls, tokens: Ints, *, starts: Ints, lengths: Ints) -> "Ragged":
+    def gather(cls, tokens: IntArray, *, starts: IntArray, lengths: IntArray) -> "Ragged":
         """Read the rows ``tokens[start : start + length]`` in one go."""
         lengths = lengths.astype(np.int64)
-        where = np.repeat(starts.astype(np.int64) - _before(lengths), lengths)
+        where = np.repeat(starts.astype(np.int64) - _exclusive_cumsum(lengths), lengths)
         return cls(tokens[where + np.arange(where.size)].astype(np.int64), lengths)
 
     @classmethod
@@ -37,7 +37,7 @@ class Ragged:
         return cls(np.zeros(0, dtype=np.int64), np.zeros(rows, dtype=np.int64))
 
     @classmethod
-    def join(cls, parts: Sequence["Ragged"]) -> "Ragged":
+    def concatenate(cls, parts: Sequence["Ragged"]) -> "Ragged":
         """Put the rows of all parts below each other."""
         if not parts:
             return cls.empty(0)
@@ -49,16 +49,16 @@ class Ragged:
         return self.lengths.shape[0]
 
     @property
-    def starts(self) -> Ints:
-        return _before(self.lengths)
+    def starts(self) -> IntArray:
+        return _exclusive_cumsum(self.lengths)
 
     @property
-    def row(self) -> Ints:
+    def row_index(self) -> IntArray:
         """The row of every token [N]."""
         return np.repeat(np.arange(len(self)), self.lengths)
 
     @property
-    def position(self) -> Ints:
+    def position_in_row(self) -> IntArray:
         """The place of every token in its row [N]."""
         return np.arange(self.tokens.size) - np.repeat(self.starts, self.lengths)
 
@@ -69,15 +69,15 @@ class Ragged:
         last = int(ends[stop - 1]) if stop else 0
         return Ragged(self.tokens[first:last], self.lengths[start:stop])
 
-    def keep(self, chosen: Ints) -> "Ragged":
+    def select_tokens(self, mask: IntArray) -> "Ragged":
         """Return the rows with only the tokens where ``chosen[N]`` is true."""
         return Ragged(
-            self.tokens[chosen], np.bincount(self.row[chosen], minlength=len(self)).astype(np.int64)
+            self.tokens[mask], np.bincount(self.row_index[mask], minlength=len(self)).astype(np.int64)
         )
 
-    def rows(self) -> list[list[int]]:
+    def to_lists(self) -> list[list[int]]:
         return [part.tolist() for part in np.split(self.tokens, np.cumsum(self.lengths)[:-1])]
 
 
-def _before(lengths: Ints) -> Ints:
+def _exclusive_cumsum(lengths: IntArray) -> IntArray:
     return np.cumsum(lengths) - lengths

@@ -8,7 +8,7 @@ import unicodedata
 _SPACE, _OTHER, _MARK, _FOREIGN = " ", ".", "*", "?"
 
 # first words of Unicode character names -> ISO 15924
-_NAMED = {
+_SCRIPT_OF_NAME = {
     "LATIN": "Latn", "CYRILLIC": "Cyrl", "GREEK": "Grek", "ARABIC": "Arab", "HEBREW": "Hebr",
     "DEVANAGARI": "Deva", "BENGALI": "Beng", "GURMUKHI": "Guru", "GUJARATI": "Gujr",
     "ORIYA": "Orya", "TAMIL": "Taml", "TELUGU": "Telu", "KANNADA": "Knda", "MALAYALAM": "Mlym",
@@ -23,7 +23,7 @@ _NAMED = {
 }  # fmt: skip
 
 # what a text of a language's script may be written with
-_MADE_OF = {
+_COMPOSITE_SCRIPTS = {
     "Hans": ("Hani",),
     "Hant": ("Hani",),
     "Jpan": ("Hani", "Kana"),
@@ -31,10 +31,10 @@ _MADE_OF = {
     "Kore": ("Hang", "Hani"),
 }
 
-_CLASS = {script: chr(0x61 + i) for i, script in enumerate(sorted(set(_NAMED.values())))}
+_CLASS = {script: chr(0x61 + i) for i, script in enumerate(sorted(set(_SCRIPT_OF_NAME.values())))}
 
 
-class _Table(dict[int, str]):
+class _ScriptClassTable(dict[int, str]):
     """Fills itself: character -> class."""
 
     def __missing__(self, point: int) -> str:
@@ -52,44 +52,44 @@ def _class_of(char: str) -> str:
     words = unicodedata.name(char, "").replace("FULLWIDTH ", "").replace("HALFWIDTH ", "").split()
     if not words or words[0] in ("COMBINING", "MODIFIER"):
         return _MARK
-    script = _NAMED.get(words[0])
+    script = _SCRIPT_OF_NAME.get(words[0])
     return _CLASS[script] if script else _FOREIGN
 
 
-_TABLE = _Table()
+_TABLE = _ScriptClassTable()
 _ASCII = "".join(_class_of(chr(i)) for i in range(128)).encode("ascii").ljust(256, b".")
 
 
-def classes(text: str) -> str:
+def script_classes(text: str) -> str:
     """Return one class character per character of ``text``."""
     if text.isascii():
         return text.encode("ascii").translate(_ASCII).decode("ascii")
     return text.translate(_TABLE)
 
 
-def count_letters(seen: str) -> int:
+def count_letters(classes: str) -> int:
     """Letters and combining marks in a string of classes."""
-    return len(seen) - seen.count(_SPACE) - seen.count(_OTHER)
+    return len(classes) - classes.count(_SPACE) - classes.count(_OTHER)
 
 
-def count_visible(seen: str) -> int:
+def count_visible(classes: str) -> int:
     """All but white space."""
-    return len(seen) - seen.count(_SPACE)
+    return len(classes) - classes.count(_SPACE)
 
 
-def count_script(seen: str, *, script: str) -> int:
+def count_script(classes: str, *, script: str) -> int:
     """Letters that a text in ``script`` (ISO 15924, also Jpan, Hans, ...) is written with."""
-    own = _MADE_OF.get(script, (script,))
-    return seen.count(_MARK) + sum(seen.count(_CLASS[s]) for s in own if s in _CLASS)
+    own = _COMPOSITE_SCRIPTS.get(script, (script,))
+    return classes.count(_MARK) + sum(classes.count(_CLASS[s]) for s in own if s in _CLASS)
 
 
-def is_known(script: str) -> bool:
+def is_known_script(script: str) -> bool:
     """Whether letters of ``script`` can be told apart at all."""
-    return all(s in _CLASS for s in _MADE_OF.get(script, (script,)))
+    return all(s in _CLASS for s in _COMPOSITE_SCRIPTS.get(script, (script,)))
 
 
-def share_of_script(text: str, *, script: str) -> float:
+def script_share(text: str, *, script: str) -> float:
     """Return the share of the letters of ``text`` that are of ``script``; 1.0 without letters."""
-    seen = classes(text)
+    seen = script_classes(text)
     letters = count_letters(seen)
     return count_script(seen, script=script) / letters if letters else 1.0

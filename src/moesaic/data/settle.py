@@ -11,30 +11,30 @@ import numpy as np
 
 from moesaic.core.files import sha256
 from moesaic.data.corpus import pair_file
-from moesaic.data.leaks import Leaks
-from moesaic.data.readers.tsv import escape
-from moesaic.data.spill import Bin, Candidate, Direction, Spill, Tally
-from moesaic.data.split import SPLITS, Split, digest64, split_key
+from moesaic.data.leaks import LeakedSources
+from moesaic.data.readers.tsv import escape_field
+from moesaic.data.spill import SpillBin, TargetCandidate, Direction, PairSpill, DropCounts
+from moesaic.data.split import SPLITS, SplitConfig, digest64, split_key
 
 ENGLISH = "eng_Latn"
-_SIZE = ("pairs", "source_characters", "target_characters", "source_words", "target_words")
+_COUNT_NAMES = ("pairs", "source_characters", "target_characters", "source_words", "target_words")
 
 
 @dataclass(frozen=True, slots=True)
-class Settling:
+class DirectionJob:
     """A direction to write: from where, to where, and what the whole corpus has found out."""
 
     direction: Direction
     spill: Path
     work: Path
-    split: Split
-    leaks: Leaks
-    tally: Tally
+    split: SplitConfig
+    leaks: LeakedSources
+    counts: DropCounts
     min_pairs: int
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
+class DirectionResult:
     """A direction written: ``splits`` are counts by split, ``files`` what corpus.json says of each.
 
     It has no files when fewer than ``min_pairs`` pairs were left outside of the domains.
@@ -43,39 +43,39 @@ class Settled:
     direction: Direction
     pairs: int
     splits: dict[str, dict[str, int]]
-    tally: Tally
+    counts: DropCounts
     origins: Counter[str]
     files: dict[str, dict[str, Any]]
 
     @property
-    def about(self) -> dict[str, Any]:
+    def manifest_entry(self) -> dict[str, Any]:
         """What corpus.json says of the direction."""
         return {
             "source": self.direction[0],
             "target": self.direction[1],
-            "read": self.tally.read,
-            "dropped": dict(sorted((k, v) for k, v in self.tally.dropped.items() if v)),
+            "read": self.counts.read,
+            "dropped": dict(sorted((k, v) for k, v in self.counts.dropped.items() if v)),
             "splits": self.splits,
         }
 
 
-def settle(job: Settling) -> Settled:
+def resolve_conflicts(job: DirectionJob) -> DirectionResult:
     """Write the files of a direction."""
-    spill, writer = Spill(job.spill), _Writer(job)
+    spill, writer = PairSpill(job.spill), _DirectionWriter(job)
     for domain in ("", *(domain.name for domain in job.split.domains)):
-        for candidate in spill.chosen(Bin(job.direction, domain), tally=job.tally):
+        for candidate in spill.majority_targets(SpillBin(job.direction, domain), counts=job.counts):
             writer.add(candidate, domain=domain)
     splits = writer.close()
     pairs = sum(splits[name]["pairs"] for name in SPLITS)
-    files = {} if pairs < job.min_pairs else _files(job, splits)
+    files = {} if pairs < job.min_pairs else _file_manifest(job, splits)
     for name in splits:
         path = pair_file(*job.direction, name)
         if path not in files:
             (job.work / path).unlink()
-    return Settled(job.direction, pairs, splits, job.tally, writer.origins, files)
+    return DirectionResult(job.direction, pairs, splits, job.counts, writer.origins, files)
 
 
-def _files(job: Settling, splits: dict[str, dict[str, int]]) -> dict[str, dict[str, Any]]:
+def _file_manifest(job: DirectionJob, splits: dict[str, dict[str, int]]) -> dict[str, dict[str, Any]]:
     found = {}
     for split, counts in splits.items():
         if counts["pairs"]:
@@ -89,32 +89,32 @@ def _files(job: Settling, splits: dict[str, dict[str, int]]) -> dict[str, dict[s
     return found
 
 
-class _Writer:
+class _DirectionWriter:
     """Writes one direction's splits; held-out rows wait until all train targets are known."""
 
-    def __init__(self, job: Settling) -> None:
+    def __init__(self, job: DirectionJob) -> None:
         self._names = (*SPLITS, *(domain.name for domain in job.split.domains))
         self._paths = {s: job.work / pair_file(*job.direction, s) for s in self._names}
         self._train = self._paths["train"].open("w", encoding="utf-8", newline="\n")
         self._held = job.work / f"held-{'-'.join(job.direction)}"
         self._waiting = self._held.open("w", encoding="utf-8", newline="\n")
-        self._split, self._tally, self._leaks = job.split, job.tally, job.leaks
+        self._split, self._tally, self._leaks = job.split, job.counts, job.leaks
         self._english = 1 if job.direction[1] == ENGLISH else 0
         self._sources, self._targets = array("Q"), array("Q")
-        self._counts = {s: [0] * len(_SIZE) for s in self._names}
+        self._counts = {s: [0] * len(_COUNT_NAMES) for s in self._names}
         self.origins: Counter[str] = Counter()
 
-    def add(self, row: Candidate, *, domain: str = "") -> None:
+    def add(self, row: TargetCandidate, *, domain: str = "") -> None:
         # English decides when it is there, so both directions of a pair fall into one split
         text = row.target if self._english else row.source
-        split = domain or (self._split.of(text) if row.place == "any" else row.place)
+        split = domain or (self._split.split_of(text) if row.allowed_split == "any" else row.allowed_split)
         if split == "held-out":
-            split = self._split.held_out(text)
-        line = f"{escape(row.source)}\t{escape(row.target)}\t{escape(row.origin)}\n"
+            split = self._split.held_out_split_of(text)
+        line = f"{escape_field(row.source)}\t{escape_field(row.target)}\t{escape_field(row.origin)}\n"
         if split == "train":
             self._train.write(line)
             self._targets.append(digest64(split_key(row.target)))
-            if row.place != "any":
+            if row.allowed_split != "any":
                 self._sources.append(digest64(split_key(row.source)))
             self._count(row.source, row.target, split=split, origin=row.origin)
             return
@@ -146,9 +146,9 @@ class _Writer:
             np.unique(np.array(a, np.uint64)) for a in (self._sources, self._targets)
         )
         for split, marks, fields in self._held_out():
-            if _has(sources, marks[0]):
+            if _contains_sorted(sources, marks[0]):
                 self._tally.dropped["source_in_train"] += 1
-            elif _has(targets, marks[1]):
+            elif _contains_sorted(targets, marks[1]):
                 self._tally.dropped["target_in_train"] += 1
             else:
                 streams[split].write("\t".join(fields))
@@ -157,7 +157,7 @@ class _Writer:
         for stream in streams.values():
             stream.close()
         self._held.unlink()
-        return {s: dict(zip(_SIZE, self._counts[s], strict=True)) for s in self._names}
+        return {s: dict(zip(_COUNT_NAMES, self._counts[s], strict=True)) for s in self._names}
 
     def _held_out(self) -> Iterator[tuple[str, tuple[int, int], list[str]]]:
         with self._held.open(encoding="utf-8", newline="\n") as lines:
@@ -166,6 +166,6 @@ class _Writer:
                 yield split, (int(source), int(target)), fields
 
 
-def _has(marks: np.ndarray, mark: int) -> bool:
+def _contains_sorted(marks: np.ndarray, mark: int) -> bool:
     place = int(np.searchsorted(marks, np.uint64(mark)))
     return place < len(marks) and int(marks[place]) == mark

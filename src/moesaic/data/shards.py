@@ -14,25 +14,25 @@ import numpy as np
 
 from moesaic.core.errors import DataError, nearest
 from moesaic.core.files import read_json, sha256
-from moesaic.data.ragged import Ints, Ragged
+from moesaic.data.ragged import IntArray, Ragged
 
 FORMAT = 1
-ABOUT = "shards.json"
-FILES = ("tokens.bin", "offsets.bin", "pairs.bin")
+MANIFEST = "shards.json"
+DATA_FILES = ("tokens.bin", "offsets.bin", "pairs.bin")
 
 
-class Rows(Protocol):
+class IndexedRows(Protocol):
     """A list of (source text, target text) that is read by number, many at a time."""
 
     @property
     def size(self) -> int: ...
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """Tokens of the target side (estimated for joined rows)."""
         ...
 
-    def texts(self, index: Ints) -> tuple[Ints, Ints]:
+    def text_ids(self, index: IntArray) -> tuple[IntArray, IntArray]:
         """Return the text numbers of both sides of rows ``index``."""
         ...
 
@@ -41,17 +41,17 @@ class Rows(Protocol):
 class PairRows:
     """Rows of ``pairs[N, 2]``; ``source`` is the column that is the source."""
 
-    pairs: Ints
-    source: int
-    tokens: int
+    pairs: IntArray
+    source_column: int
+    num_tokens: int
 
     @property
     def size(self) -> int:
         return self.pairs.shape[0]
 
-    def texts(self, index: Ints) -> tuple[Ints, Ints]:
+    def text_ids(self, index: IntArray) -> tuple[IntArray, IntArray]:
         found = self.pairs[index].astype(np.int64)
-        return found[:, self.source], found[:, 1 - self.source]
+        return found[:, self.source_column], found[:, 1 - self.source_column]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,37 +60,37 @@ class TextRows:
 
     start: int
     size: int
-    tokens: int
+    num_tokens: int
 
-    def texts(self, index: Ints) -> tuple[Ints, Ints]:
+    def text_ids(self, index: IntArray) -> tuple[IntArray, IntArray]:
         found = index + self.start
         return found, found
 
 
-class Shards:
+class TokenShards:
     """A read-only view of a shard directory. Memory use does not depend on the corpus size."""
 
-    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
-        self.about = about
-        kind = np.dtype(about["token_type"])
-        self._tokens = _map(path / "tokens.bin", kind)
-        self._offsets = _map(path / "offsets.bin", np.dtype("<u8"))
-        self._pairs = _map(path / "pairs.bin", np.dtype("<u4")).reshape(-1, 2)
+        self.manifest = manifest
+        kind = np.dtype(manifest["token_type"])
+        self._tokens = _memory_map(path / "tokens.bin", kind)
+        self._offsets = _memory_map(path / "offsets.bin", np.dtype("<u8"))
+        self._pairs = _memory_map(path / "pairs.bin", np.dtype("<u4")).reshape(-1, 2)
 
     @classmethod
-    def open(cls, path: Path | str) -> "Shards":
+    def open(cls, path: Path | str) -> "TokenShards":
         """Map the files. Raises DataError naming a missing or shortened one."""
         path = Path(path)
-        if not (path / ABOUT).is_file():
-            raise DataError(f"{path}: no shards here; expected {ABOUT} and {', '.join(FILES)}")
-        about = read_json(path / ABOUT)
+        if not (path / MANIFEST).is_file():
+            raise DataError(f"{path}: no shards here; expected {MANIFEST} and {', '.join(DATA_FILES)}")
+        about = read_json(path / MANIFEST)
         if about.get("format") != FORMAT:
             raise DataError(
                 f"{path}: shard format {about.get('format')}, expected {FORMAT}; "
                 "delete the directory and it is written anew"
             )
-        for name in FILES:
+        for name in DATA_FILES:
             found = (path / name).stat().st_size if (path / name).is_file() else None
             expected = about["files"][name]["bytes"]
             if found != expected:
@@ -100,8 +100,8 @@ class Shards:
 
     def verify(self) -> None:
         """Read every file and compare its hash. Raises DataError naming an altered file."""
-        for name in FILES:
-            if sha256(self.path / name) != self.about["files"][name]["sha256"]:
+        for name in DATA_FILES:
+            if sha256(self.path / name) != self.manifest["files"][name]["sha256"]:
                 raise DataError(
                     f"{self.path / name}: altered since it was written; delete {self.path}"
                 )
@@ -109,26 +109,26 @@ class Shards:
     @property
     def fingerprint(self) -> str:
         """Hex digest of the corpus and tokenizer that these shards were made from."""
-        return self.about["fingerprint"]
+        return self.manifest["fingerprint"]
 
     @property
     def tokenizer_fingerprint(self) -> str:
-        return self.about["tokenizer"]
+        return self.manifest["tokenizer"]
 
     @property
     def languages(self) -> tuple[str, ...]:
-        return tuple(sorted({code for code, _ in _names(self.about["texts"])}))
+        return tuple(sorted({code for code, _ in _split_names(self.manifest["texts"])}))
 
     @property
     def directions(self) -> tuple[tuple[str, str], ...]:
         """(source, target) as the corpus has them; each can be read the other way round too."""
-        found = {name for name, _ in _names(self.about["pairs"])}
+        found = {name for name, _ in _split_names(self.manifest["pairs"])}
         return tuple(sorted((s, t) for s, _, t in (name.partition("-") for name in found)))
 
     def pair_rows(self, source: str, target: str, *, split: str = "train") -> PairRows:
         """Return the pairs of a direction, which may be the reverse of one in the corpus."""
         for name, column in ((f"{source}-{target}", 0), (f"{target}-{source}", 1)):
-            held = self.about["pairs"].get(f"{name}.{split}")
+            held = self.manifest["pairs"].get(f"{name}.{split}")
             if held:
                 part = self._pairs[held["start"] : held["start"] + held["count"]]
                 side = "target_tokens" if column == 0 else "source_tokens"
@@ -148,40 +148,40 @@ class Shards:
                 f'no text in "{language}" in these shards; they have {", ".join(self.languages)}'
                 f"{nearest(language, self.languages)}"
             )
-        held = self.about["texts"].get(f"{language}.{split}")
+        held = self.manifest["texts"].get(f"{language}.{split}")
         return TextRows(held["start"], held["count"], held["tokens"]) if held else TextRows(0, 0, 0)
 
-    def joined_rows(self, source: str, target: str, *, pivot: str, split: str) -> PairRows:
+    def pivot_rows(self, source: str, target: str, *, pivot: str, split: str) -> PairRows:
         """Return pairs of two languages that share a text of ``pivot``.
 
         They are held in memory, 8 bytes each. Where a text has several translations, the first.
         """
         left = self.pair_rows(pivot, source, split=split)
         right = self.pair_rows(pivot, target, split=split)
-        ends = [rows.texts(np.arange(rows.size)) for rows in (left, right)]
+        ends = [rows.text_ids(np.arange(rows.size)) for rows in (left, right)]
         _, at_left, at_right = np.intersect1d(ends[0][0], ends[1][0], return_indices=True)
         pairs = np.stack([ends[0][1][at_left], ends[1][1][at_right]], axis=1).astype(np.uint32)
-        mean = right.tokens / max(1, right.size)
+        mean = right.num_tokens / max(1, right.size)
         return PairRows(pairs, 0, round(mean * pairs.shape[0]))
 
-    def lengths(self, texts: Ints) -> Ints:
+    def lengths(self, texts: IntArray) -> IntArray:
         """Return the token counts of texts (special tokens are not stored)."""
         return (self._offsets[texts + 1] - self._offsets[texts]).astype(np.int64)
 
-    def gather(self, texts: Ints) -> Ragged:
+    def gather(self, texts: IntArray) -> Ragged:
         """Return the tokens of texts, given by number."""
         starts = self._offsets[texts]
         return Ragged.gather(self._tokens, starts=starts, lengths=self._offsets[texts + 1] - starts)
 
 
-def _map(path: Path, kind: np.dtype[Any]) -> Ints:
+def _memory_map(path: Path, kind: np.dtype[Any]) -> IntArray:
     if path.stat().st_size == 0:  # an empty file cannot be mapped
         return np.zeros(0, dtype=kind)
     # a plain view of the map: indexing a memmap object costs ten times more
     return np.asarray(np.memmap(path, dtype=kind, mode="r"))
 
 
-def _names(table: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _split_names(table: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for key in table:
         name, _, split = key.rpartition(".")
         yield name, split

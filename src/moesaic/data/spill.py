@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from moesaic.data.pair import Pair
-from moesaic.data.readers.tsv import escape, unescape
+from moesaic.data.readers.tsv import escape_field, unescape_field
 from moesaic.data.split import digest64
 
 BUCKET_BYTES = 96 * 2**20
@@ -20,7 +20,7 @@ Direction = tuple[str, str]
 
 
 @dataclass(slots=True)
-class Tally:
+class DropCounts:
     """What happened to the rows of a direction: how many were read, how many fell to which rule."""
 
     read: int = 0
@@ -28,14 +28,14 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class TargetCandidate:
     """A source, a target it was given, by whom (rank: when that unit is read), and where to."""
 
     source: str
     target: str
     rank: int
     origin: str
-    place: str
+    allowed_split: str
 
 
 @dataclass(slots=True)
@@ -43,11 +43,11 @@ class _Votes:
     """How often a target was given, and its first giver."""
 
     count: int
-    first: Candidate
+    first: TargetCandidate
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Bin:
+class SpillBin:
     """What is brought down to one target per source together: a direction, whole or in a domain."""
 
     direction: Direction
@@ -58,52 +58,52 @@ class Bin:
         return "-".join(self.direction) + (f"@{self.domain}" if self.domain else "")
 
     @classmethod
-    def of(cls, file: str) -> "Bin":
+    def from_file_name(cls, file: str) -> "SpillBin":
         """Read a bin back from its file's name."""
         both, _, domain = file.partition("@")
         source, target = both.split("-")
         return cls((source, target), domain)
 
 
-class Spill:
+class PairSpill:
     """A folder of rows by bin: takes pairs, gives them back bin by bin."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files: dict[Bin, TextIO] = {}
+        self._files: dict[SpillBin, TextIO] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
-    def add(self, pair: Pair, *, rank: int, place: str, domain: str = "") -> None:
+    def add(self, pair: Pair, *, rank: int, allowed_split: str, domain: str = "") -> None:
         """Write a pair down. Several processes may not write to one folder: see ``take``."""
-        which = Bin(pair.direction, domain)
+        which = SpillBin(pair.direction, domain)
         stream = self._files.get(which)
         if stream is None:
             stream = (self._folder / which.file).open("w", encoding="utf-8", newline="\n")
             self._files[which] = stream
         stream.write(
-            f"{escape(pair.source)}\t{escape(pair.target)}\t{rank}\t{escape(pair.origin)}\t{place}\n"
+            f"{escape_field(pair.source)}\t{escape_field(pair.target)}\t{rank}\t{escape_field(pair.origin)}\t{allowed_split}\n"
         )
 
     def close(self) -> None:
         for stream in self._files.values():
             stream.close()
 
-    def take(self, folder: Path) -> None:
+    def append_from(self, folder: Path) -> None:
         """Append the rows of another, closed spill's folder to this one's, and remove them."""
         for path in sorted(folder.iterdir()):
             with (self._folder / path.name).open("ab") as whole, path.open("rb") as part:
                 shutil.copyfileobj(part, whole)
             path.unlink()
 
-    def bins(self) -> list[Bin]:
+    def bins(self) -> list[SpillBin]:
         """Return every bin that holds rows, sorted, whoever wrote it."""
-        return sorted(Bin.of(path.name) for path in self._folder.iterdir())
+        return sorted(SpillBin.from_file_name(path.name) for path in self._folder.iterdir())
 
-    def chosen(self, which: Bin, *, tally: Tally) -> Iterator[Candidate]:
+    def majority_targets(self, which: SpillBin, *, counts: DropCounts) -> Iterator[TargetCandidate]:
         """Yield one target per source of a bin, by majority, in the order first seen."""
         path = self._folder / which.file
         for bucket in self._buckets(path) if path.is_file() else ():
-            yield from _choose(_read(bucket), tally=tally)
+            yield from _majority_vote(_read_candidates(bucket), counts=counts)
             bucket.unlink()
 
     def _buckets(self, path: Path) -> list[Path]:
@@ -121,14 +121,14 @@ class Spill:
         return paths
 
 
-def _read(path: Path) -> Iterator[Candidate]:
+def _read_candidates(path: Path) -> Iterator[TargetCandidate]:
     with path.open(encoding="utf-8", newline="\n") as lines:
         for line in lines:
             source, target, rank, origin, place = line.rstrip("\n").split("\t")
-            yield Candidate(unescape(source), unescape(target), int(rank), unescape(origin), place)
+            yield TargetCandidate(unescape_field(source), unescape_field(target), int(rank), unescape_field(origin), place)
 
 
-def _choose(candidates: Iterator[Candidate], *, tally: Tally) -> Iterator[Candidate]:
+def _majority_vote(candidates: Iterator[TargetCandidate], *, counts: DropCounts) -> Iterator[TargetCandidate]:
     votes: dict[str, dict[str, _Votes]] = {}
     for found in candidates:
         targets = votes.setdefault(found.source, {})
@@ -137,13 +137,13 @@ def _choose(candidates: Iterator[Candidate], *, tally: Tally) -> Iterator[Candid
             targets[found.target] = _Votes(1, found)
         else:
             held.count += 1
-            tally.dropped["duplicate"] += 1
+            counts.dropped["duplicate"] += 1
     for targets in votes.values():
-        best = min(targets.values(), key=_order)
-        tally.dropped["other_target"] += len(targets) - 1
+        best = min(targets.values(), key=_vote_order)
+        counts.dropped["other_target"] += len(targets) - 1
         yield best.first
 
 
-def _order(votes: _Votes) -> tuple[int, int, str]:
+def _vote_order(votes: _Votes) -> tuple[int, int, str]:
     """Most votes; then the unit read first; then the smaller text: no order of files decides."""
     return -votes.count, votes.first.rank, votes.first.target

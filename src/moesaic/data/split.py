@@ -14,13 +14,13 @@ from pydantic import Field, model_validator
 
 from moesaic.core.config import Config
 from moesaic.data.markup import without_placeholders
-from moesaic.data.near import Keep, NearDuplicates
+from moesaic.data.near import KeepNearDuplicates, NearDuplicates
 
 SPLITS = ("train", "valid", "test")
 SplitName = Literal["train", "valid", "test"]
 
 
-class _Letters(dict[int, str]):
+class _LetterTable(dict[int, str]):
     """Letters and their marks as they are, all else a space."""
 
     def __missing__(self, point: int) -> str:
@@ -29,10 +29,10 @@ class _Letters(dict[int, str]):
         return self[point]
 
 
-_LETTERS = _Letters()
+_LETTERS = _LetterTable()
 
 
-class Domain(Config):
+class HeldOutDomain(Config):
     """Packages (names or patterns such as ``wesnoth-*``) that never train.
 
     All their rows are a test set of their own, a split called ``name``: text of a kind that
@@ -42,12 +42,12 @@ class Domain(Config):
     name: str = Field(pattern=r"^[A-Za-z][\w-]*$")
     packages: tuple[str, ...] = Field(min_length=1)
 
-    def has(self, origin: str) -> bool:
+    def contains(self, origin: str) -> bool:
         """Whether rows of this origin belong here."""
         return any(fnmatch.fnmatchcase(origin, pattern) for pattern in self.packages)
 
 
-class Split(Config):
+class SplitConfig(Config):
     """Shares of 1 that go to test and valid; ``salt`` draws another split.
 
     ``domains`` are held out whole; ``near`` says what becomes of held-out sources that are almost
@@ -57,11 +57,11 @@ class Split(Config):
     test: float = Field(default=0.10, ge=0, lt=1)
     valid: float = Field(default=0.05, ge=0, lt=1)
     salt: str = ""
-    near: NearDuplicates = Keep()
-    domains: tuple[Domain, ...] = ()
+    near_duplicates: NearDuplicates = KeepNearDuplicates()
+    domains: tuple[HeldOutDomain, ...] = ()
 
     @model_validator(mode="after")
-    def _leaves_something(self) -> "Split":
+    def _leaves_something(self) -> "SplitConfig":
         if self.test + self.valid >= 1:
             raise ValueError(f"test={self.test} and valid={self.valid} leave nothing to train on")
         names = [*SPLITS, *(domain.name for domain in self.domains)]
@@ -70,28 +70,28 @@ class Split(Config):
             raise ValueError(f"two splits are called {', '.join(twice)}: name the domain otherwise")
         return self
 
-    def domain(self, origin: str) -> str:
+    def domain_of(self, origin: str) -> str:
         """Return the name of the domain that rows of this origin belong to; empty for none."""
-        return next((domain.name for domain in self.domains if domain.has(origin)), "")
+        return next((domain.name for domain in self.domains if domain.contains(origin)), "")
 
-    def of(self, source: str) -> SplitName:
+    def split_of(self, source: str) -> SplitName:
         """Return the split of a source text."""
-        place = self._place(source)
+        place = self._unit_hash(source)
         if place < self.test:
             return "test"
         return "valid" if place < self.test + self.valid else "train"
 
-    def held_out(self, source: str) -> SplitName:
+    def held_out_split_of(self, source: str) -> SplitName:
         """Return valid or test, in the proportion of their shares, for a row that is not train."""
         share = self.test / (self.test + self.valid) if self.test + self.valid else 0.5
-        return "test" if self._place(source) < share else "valid"
+        return "test" if self._unit_hash(source) < share else "valid"
 
-    def _place(self, source: str) -> float:
-        return _place(source, self.salt)
+    def _unit_hash(self, source: str) -> float:
+        return _unit_hash(source, self.salt)
 
 
 @lru_cache(maxsize=1 << 16)  # a source recurs in every language
-def _place(source: str, salt: str) -> float:
+def _unit_hash(source: str, salt: str) -> float:
     return digest64(f"{salt}\0{split_key(source)}") / 2**64
 
 

@@ -10,7 +10,7 @@ from moesaic.data.split import SPLITS
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class SplitCounts:
     """Of one split: pairs, and characters and words of each side."""
 
     pairs: int
@@ -28,7 +28,7 @@ class DirectionStats:
     target: str
     read: int
     dropped: dict[str, int]
-    splits: dict[str, Counts]
+    splits: dict[str, SplitCounts]
 
     @property
     def kept(self) -> int:
@@ -64,7 +64,7 @@ class CorpusStats:
         names = (*SPLITS, *self.domains)
         return {s: sum(d.splits[s].pairs for d in self.directions) for s in names}
 
-    def with_at_least(self, pairs: int) -> int:
+    def num_directions_with(self, pairs: int) -> int:
         """Number of directions that hold so many pairs."""
         return sum(d.kept >= pairs for d in self.directions)
 
@@ -75,7 +75,7 @@ class CorpusStats:
         return {r: n for r, n in sorted(total.items(), key=lambda item: -item[1]) if n}
 
 
-def stats(corpus: Corpus) -> CorpusStats:
+def corpus_stats(corpus: Corpus) -> CorpusStats:
     """Return what was kept and dropped, and why. Reads corpus.json only."""
     directions = [
         DirectionStats(
@@ -83,12 +83,12 @@ def stats(corpus: Corpus) -> CorpusStats:
             d["target"],
             d["read"],
             dict(d["dropped"]),
-            {split: Counts(**counts) for split, counts in d["splits"].items()},
+            {split: SplitCounts(**counts) for split, counts in d["splits"].items()},
         )
-        for d in corpus.about["directions"]
+        for d in corpus.manifest["directions"]
     ]
     directions.sort(key=lambda d: (-d.kept, d.source, d.target))
-    about = corpus.about
+    about = corpus.manifest
     return CorpusStats(
         corpus.name,
         tuple(directions),
@@ -99,7 +99,7 @@ def stats(corpus: Corpus) -> CorpusStats:
     )
 
 
-def sample(
+def sample_pairs(
     corpus: Corpus,
     *,
     source: str,

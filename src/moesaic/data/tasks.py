@@ -11,20 +11,20 @@ from typing import Annotated
 from pydantic import Field
 
 from moesaic.core.config import Choice
-from moesaic.data.counter import U64, mix
+from moesaic.data.counter import UInt64Array, random_bits
 from moesaic.data.directions import Directions, FromEnglish
-from moesaic.data.noise import BlankTokens, DropTokens, InfillSpans, Noise, ShuffleNearby
-from moesaic.data.ragged import Ints, Ragged
-from moesaic.data.shards import Rows, Shards
+from moesaic.data.noise import MaskTokens, DeleteTokens, InfillSpans, TextNoise, ShuffleTokens
+from moesaic.data.ragged import IntArray, Ragged
+from moesaic.data.shards import IndexedRows, TokenShards
 
 
 @dataclass(frozen=True, slots=True)
-class Stream:
+class TaskStream:
     """The rows of one task in one direction; what a mixture mixes."""
 
     source_language: str
     target_language: str
-    rows: Rows
+    rows: IndexedRows
 
     @property
     def size(self) -> int:
@@ -38,15 +38,15 @@ class Task(Choice):
     def name(self) -> str:
         raise NotImplementedError
 
-    def streams(self, shards: Shards, *, languages: Sequence[str], split: str) -> list[Stream]:
+    def streams(self, shards: TokenShards, *, languages: Sequence[str], split: str) -> list[TaskStream]:
         """Return the streams among ``languages``, empty ones included."""
         raise NotImplementedError
 
-    def longest_source(self, source: Ints) -> Ints:
+    def max_source_lengths(self, source: IntArray) -> IntArray:
         """Return an upper bound [B] of the source lengths after ``source_rows``."""
         return source
 
-    def source_rows(self, rows: Ragged, *, key: U64) -> Ragged:
+    def corrupt_source(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
         """Return what the model reads for ``rows``; ``key[B]`` is the rows' own randomness."""
         raise NotImplementedError
 
@@ -60,11 +60,11 @@ class Translation(Task):
     def name(self) -> str:
         return "translation"
 
-    def streams(self, shards: Shards, *, languages: Sequence[str], split: str) -> list[Stream]:
-        pairs = [p for p in self.directions.names(shards) if set(p) <= set(languages)]
-        return [Stream(*p, self.directions.rows(shards, p, split=split)) for p in pairs]
+    def streams(self, shards: TokenShards, *, languages: Sequence[str], split: str) -> list[TaskStream]:
+        pairs = [p for p in self.directions.language_pairs(shards) if set(p) <= set(languages)]
+        return [TaskStream(*p, self.directions.rows(shards, p, split=split)) for p in pairs]
 
-    def source_rows(self, rows: Ragged, *, key: U64) -> Ragged:  # noqa: ARG002
+    def corrupt_source(self, rows: Ragged, *, key: UInt64Array) -> Ragged:  # noqa: ARG002
         return rows
 
 
@@ -76,19 +76,19 @@ class Denoising(Task):
     mBART's (arXiv:2001.08210).
     """
 
-    noise: tuple[Noise, ...] = (InfillSpans(), DropTokens(), BlankTokens(), ShuffleNearby())
+    noise: tuple[TextNoise, ...] = (InfillSpans(), DeleteTokens(), MaskTokens(), ShuffleTokens())
     languages: Annotated[tuple[str, ...], Field(description="only these; empty: all")] = ()
 
     @property
     def name(self) -> str:
         return "denoising"
 
-    def streams(self, shards: Shards, *, languages: Sequence[str], split: str) -> list[Stream]:
-        return _texts(shards, self.languages or languages, languages=languages, split=split)
+    def streams(self, shards: TokenShards, *, languages: Sequence[str], split: str) -> list[TaskStream]:
+        return _text_streams(shards, self.languages or languages, languages=languages, split=split)
 
-    def source_rows(self, rows: Ragged, *, key: U64) -> Ragged:
+    def corrupt_source(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
         for step, noise in enumerate(self.noise):
-            rows = noise(rows, key=mix(key, step))
+            rows = noise(rows, key=random_bits(key, step))
         return rows
 
 
@@ -101,18 +101,18 @@ class CausalLM(Task):
     def name(self) -> str:
         return "causal-lm"
 
-    def streams(self, shards: Shards, *, languages: Sequence[str], split: str) -> list[Stream]:
-        return _texts(shards, self.languages or languages, languages=languages, split=split)
+    def streams(self, shards: TokenShards, *, languages: Sequence[str], split: str) -> list[TaskStream]:
+        return _text_streams(shards, self.languages or languages, languages=languages, split=split)
 
-    def longest_source(self, source: Ints) -> Ints:
+    def max_source_lengths(self, source: IntArray) -> IntArray:
         return source * 0
 
-    def source_rows(self, rows: Ragged, *, key: U64) -> Ragged:  # noqa: ARG002
+    def corrupt_source(self, rows: Ragged, *, key: UInt64Array) -> Ragged:  # noqa: ARG002
         return Ragged.empty(len(rows))
 
 
-def _texts(
-    shards: Shards, chosen: Sequence[str], *, languages: Sequence[str], split: str
-) -> list[Stream]:
+def _text_streams(
+    shards: TokenShards, chosen: Sequence[str], *, languages: Sequence[str], split: str
+) -> list[TaskStream]:
     held = [code for code in sorted(chosen) if code in languages and code in shards.languages]
-    return [Stream(code, code, shards.text_rows(code, split=split)) for code in held]
+    return [TaskStream(code, code, shards.text_rows(code, split=split)) for code in held]

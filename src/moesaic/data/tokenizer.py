@@ -18,13 +18,13 @@ from moesaic.core.errors import DataError, nearest
 from moesaic.core.files import write_whole
 from moesaic.data.batch import PAD
 
-__all__ = ["BOS", "EOS", "MASK", "PAD", "SPECIALS", "UNK", "Tokenizer", "tag_text"]
+__all__ = ["BOS", "EOS", "MASK", "PAD", "SPECIALS", "UNK", "Tokenizer", "language_token"]
 
 BOS, EOS, UNK, MASK = 1, 2, 3, 4
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
 
 
-def tag_text(language: str) -> str:
+def language_token(language: str) -> str:
     """``'deu_Latn' -> '<deu_Latn>'``."""
     return f"<{language}>"
 
@@ -32,12 +32,12 @@ def tag_text(language: str) -> str:
 class Tokenizer:
     """A trained vocabulary. Frozen: two tokenizers with the same ``fingerprint`` are the same."""
 
-    def __init__(self, inner: HfTokenizer) -> None:
+    def __init__(self, hf_tokenizer: HfTokenizer) -> None:
         # a tag typed by a user is text: only `tag()` makes a tag
-        inner.encode_special_tokens = True
-        self._inner = inner
-        self._languages = _languages(inner)
-        self._tags = {code: len(SPECIALS) + i for i, code in enumerate(self._languages)}
+        hf_tokenizer.encode_special_tokens = True
+        self._hf_tokenizer = hf_tokenizer
+        self._languages = _tagged_languages(hf_tokenizer)
+        self._language_token_ids = {code: len(SPECIALS) + i for i, code in enumerate(self._languages)}
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
@@ -59,11 +59,11 @@ class Tokenizer:
 
     def save(self, path: Path | str) -> None:
         """Write the file that ``load`` and Hugging Face ``tokenizers`` read."""
-        write_whole(Path(path), self._inner.to_str(pretty=True))
+        write_whole(Path(path), self._hf_tokenizer.to_str(pretty=True))
 
     @property
     def vocab_size(self) -> int:
-        return self._inner.get_vocab_size()
+        return self._hf_tokenizer.get_vocab_size()
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -73,41 +73,41 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """Hex digest of everything that decides how text is encoded."""
-        return hashlib.sha256(self._inner.to_str().encode()).hexdigest()
+        return hashlib.sha256(self._hf_tokenizer.to_str().encode()).hexdigest()
 
-    def tag(self, language: str) -> int:
+    def language_token_id(self, language: str) -> int:
         """Return the id of a language's tag. Raises DataError naming the nearest language."""
-        if language not in self._tags:
+        if language not in self._language_token_ids:
             known = ", ".join(self._languages[:12]) + (", ..." if len(self._languages) > 12 else "")
             hint = nearest(language, self._languages)
             raise DataError(f'this tokenizer has no language "{language}"; it has {known}{hint}')
-        return self._tags[language]
+        return self._language_token_ids[language]
 
-    def token(self, index: int) -> str:
+    def id_to_token(self, index: int) -> str:
         """Return the written form of one id, for people."""
-        return self._inner.id_to_token(index) or f"<{index}?>"
+        return self._hf_tokenizer.id_to_token(index) or f"<{index}?>"
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``: pieces and bytes only, never a special token or a tag."""
         try:
-            return self._inner.encode(text, add_special_tokens=False).ids
+            return self._hf_tokenizer.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError) as error:
-            raise _not_text(text, error) from error
+            raise _not_text_error(text, error) from error
 
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode many texts at once; see ``encode_on_all_cores`` for several threads."""
         try:
-            found = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+            found = self._hf_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
             wrong = next((t for t in texts if not _is_text(t)), "")
-            raise _not_text(wrong, error) from error
+            raise _not_text_error(wrong, error) from error
         return [encoding.ids for encoding in found]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids``; special tokens and tags are left out."""
-        return self._inner.decode([int(i) for i in ids], skip_special_tokens=True)
+        return self._hf_tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def decode_many(self, rows: Sequence[Sequence[int]]) -> list[str]:
+    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
         return [self.decode(ids) for ids in rows]
 
 
@@ -126,7 +126,7 @@ def encode_on_all_cores() -> Iterator[None]:
         os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
 
 
-def _languages(inner: HfTokenizer) -> tuple[str, ...]:
+def _tagged_languages(inner: HfTokenizer) -> tuple[str, ...]:
     added = sorted(inner.get_added_tokens_decoder().items())
     names = [token.content for index, token in added if index >= len(SPECIALS)]
     return tuple(n[1:-1] for n in names if not n.startswith("<unused_"))
@@ -136,7 +136,7 @@ def _is_text(text: str) -> bool:
     return isinstance(text, str) and not any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def _not_text(text: object, error: Exception) -> DataError:
+def _not_text_error(text: object, error: Exception) -> DataError:
     shown = repr(text)[:60]
     return DataError(
         f"{shown} cannot be encoded: expected Unicode text that UTF-8 can hold ({error})"

@@ -18,13 +18,13 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from moesaic.core.config import Choice, Config
 from moesaic.core.errors import ConfigError, DataError
-from moesaic.data.tokenizer import SPECIALS, UNK, Tokenizer, encode_on_all_cores, tag_text
+from moesaic.data.tokenizer import SPECIALS, UNK, Tokenizer, encode_on_all_cores, language_token
 
-BYTES = tuple(f"<0x{i:02X}>" for i in range(256))
+BYTE_PIECES = tuple(f"<0x{i:02X}>" for i in range(256))
 
 # Letters and punctuation never share a piece, so no piece is spelt like "<deu_Latn>" or "<0x41>".
 # Placeholders come first, so that a frequent one becomes one piece and is copied in one step.
-_WORDS = "|".join(
+_WORD_PATTERN = "|".join(
     (
         r" ?%\(\w+\)[a-zA-Z]",  # %(name)s
         r" ?%(?:\d+\$)?[sdiufxc@]",  # %s %1$d
@@ -39,7 +39,7 @@ _WORDS = "|".join(
 
 
 @dataclass(frozen=True, slots=True)
-class Pieces:
+class LearnedPieces:
     """What an algorithm learned: pieces in id order, and how they combine."""
 
     names: tuple[str, ...]
@@ -47,28 +47,28 @@ class Pieces:
     scores: tuple[float, ...] = ()
 
 
-class Algorithm(Choice):
+class TokenizerAlgorithm(Choice):
     """How pieces are learned. The vocabulary layout around them is the same."""
 
-    def learn(self, lines: Iterable[str], *, size: int, alphabet: Sequence[str]) -> Pieces:
+    def train(self, lines: Iterable[str], *, size: int, alphabet: Sequence[str]) -> LearnedPieces:
         raise NotImplementedError
 
-    def model(self, vocabulary: Sequence[str], *, pieces: Pieces) -> models.Model:
+    def build_model(self, vocabulary: Sequence[str], *, pieces: LearnedPieces) -> models.Model:
         raise NotImplementedError
 
 
-class BPE(Algorithm):
+class BPE(TokenizerAlgorithm):
     """Byte-pair encoding over characters (Sennrich et al. 2016, arXiv:1508.07909)."""
 
-    min_count: Annotated[int, Field(ge=1, description="a pair seen less often is not merged")] = 2
-    max_piece: Annotated[int, Field(ge=2, description="longest piece, in characters")] = 16
+    min_frequency: Annotated[int, Field(ge=1, description="a pair seen less often is not merged")] = 2
+    max_piece_length: Annotated[int, Field(ge=2, description="longest piece, in characters")] = 16
 
-    def learn(self, lines: Iterable[str], *, size: int, alphabet: Sequence[str]) -> Pieces:
-        inner = _wrap(models.BPE())
+    def train(self, lines: Iterable[str], *, size: int, alphabet: Sequence[str]) -> LearnedPieces:
+        inner = _with_word_splitter(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=size,
-            min_frequency=self.min_count,
-            max_token_length=self.max_piece,
+            min_frequency=self.min_frequency,
+            max_token_length=self.max_piece_length,
             initial_alphabet=list(alphabet),
             limit_alphabet=len(alphabet),
             show_progress=False,
@@ -76,40 +76,40 @@ class BPE(Algorithm):
         inner.train_from_iterator(lines, trainer)
         # a merge may spell a piece that another merge made already: the vocabulary has it once
         order = sorted(inner.get_vocab().items(), key=lambda item: item[1])
-        return Pieces(tuple(name for name, _ in order), merges=tuple(_merges(inner)))
+        return LearnedPieces(tuple(name for name, _ in order), merges=tuple(_merges(inner)))
 
-    def model(self, vocabulary: Sequence[str], *, pieces: Pieces) -> models.Model:
+    def build_model(self, vocabulary: Sequence[str], *, pieces: LearnedPieces) -> models.Model:
         ids = {name: i for i, name in enumerate(vocabulary)}
         return models.BPE(
             vocab=ids, merges=list(pieces.merges), unk_token=SPECIALS[UNK], byte_fallback=True
         )
 
 
-class Unigram(Algorithm):
+class Unigram(TokenizerAlgorithm):
     """The most probable segmentation under a unigram model (Kudo 2018, arXiv:1804.10959)."""
 
-    max_piece: Annotated[int, Field(ge=2, description="longest piece, in characters")] = 16
+    max_piece_length: Annotated[int, Field(ge=2, description="longest piece, in characters")] = 16
 
-    def learn(self, lines: Iterable[str], *, size: int, alphabet: Sequence[str]) -> Pieces:
-        inner = _wrap(models.Unigram())
+    def train(self, lines: Iterable[str], *, size: int, alphabet: Sequence[str]) -> LearnedPieces:
+        inner = _with_word_splitter(models.Unigram())
         trainer = trainers.UnigramTrainer(
             vocab_size=size + len(SPECIALS),
-            max_piece_length=self.max_piece,
+            max_piece_length=self.max_piece_length,
             initial_alphabet=list(alphabet),
             unk_token=SPECIALS[UNK],
             special_tokens=[SPECIALS[UNK]],
             show_progress=False,
         )
         keep = frozenset(alphabet)
-        inner.train_from_iterator((_only(line, keep) for line in lines), trainer)
+        inner.train_from_iterator((_restrict_to_alphabet(line, keep) for line in lines), trainer)
         scores = {n: round(s, 6) for n, s in _scores(inner) if keep.issuperset(n)}
         floor = min(scores.values(), default=0.0) - 1.0
         scores |= {c: floor for c in alphabet if c not in scores}
         rest = sorted((n for n in scores if n not in keep), key=lambda n: (-scores[n], n))
         names = (*alphabet, *rest[: size - len(alphabet)])
-        return Pieces(names, scores=tuple(scores[n] for n in names))
+        return LearnedPieces(names, scores=tuple(scores[n] for n in names))
 
-    def model(self, vocabulary: Sequence[str], *, pieces: Pieces) -> models.Model:
+    def build_model(self, vocabulary: Sequence[str], *, pieces: LearnedPieces) -> models.Model:
         known = dict(zip(pieces.names, pieces.scores, strict=True))
         # specials, bytes and unused ids cannot be spelt by any word, so their score is never read
         floor = min(pieces.scores, default=0.0) - 1.0
@@ -120,19 +120,19 @@ class Unigram(Algorithm):
 class TokenizerConfig(Config):
     """A vocabulary of exactly ``vocab_size`` ids and how its pieces are learned."""
 
-    algorithm: Algorithm = BPE()
+    algorithm: TokenizerAlgorithm = BPE()
     vocab_size: Annotated[int, Field(ge=1)] = 8000
-    lines: Annotated[
+    sample_lines: Annotated[
         int, Field(ge=1, description="lines that training reads, over all languages")
     ] = 400_000
     temperature: Annotated[
         float, Field(ge=1, description="a language's share of the lines is size^(1/temperature)")
     ] = 5.0
-    coverage: Annotated[
+    character_coverage: Annotated[
         float,
         Field(gt=0, le=1, description="share of characters the alphabet spells without bytes"),
     ] = 0.9995
-    max_alphabet: Annotated[
+    max_alphabet_share: Annotated[
         float,
         Field(
             gt=0, le=1, description="largest share of the pieces that single characters may take"
@@ -148,7 +148,7 @@ def train_tokenizer(
     ``languages`` get a tag each, in this order; a language without text has only its tag.
     Raises ConfigError when ``vocab_size`` has no room for pieces, DataError when there is no text.
     """
-    fixed = (*SPECIALS, *(tag_text(code) for code in languages), *BYTES)
+    fixed = (*SPECIALS, *(language_token(code) for code in languages), *BYTE_PIECES)
     if len(set(languages)) != len(languages):
         raise ConfigError([f"languages: found one twice in {', '.join(languages)}"])
     room = config.vocab_size - len(fixed)
@@ -157,20 +157,20 @@ def train_tokenizer(
             [
                 f"tokenizer.vocab_size: found {config.vocab_size}, expected at least "
                 f"{len(fixed) + 1}: {len(SPECIALS)} special tokens, {len(languages)} language "
-                f"tags, {len(BYTES)} bytes and one piece"
+                f"tags, {len(BYTE_PIECES)} bytes and one piece"
             ]
         )
-    sample = balanced_lines(texts, lines=config.lines, temperature=config.temperature)
+    sample = balanced_lines(texts, lines=config.sample_lines, temperature=config.temperature)
     if not sample:
         raise DataError("no text to train a tokenizer on: every language given is empty")
     alphabet = _alphabet(sample, config=config, room=room)
     with encode_on_all_cores():
-        pieces = config.algorithm.learn(_chunks(sample), size=room, alphabet=alphabet)
+        pieces = config.algorithm.train(_repeated_lines(sample), size=room, alphabet=alphabet)
     unused = (f"<unused_{i}>" for i in range(room - len(pieces.names)))
     vocabulary = (*fixed, *pieces.names, *unused)
-    inner = _wrap(config.algorithm.model(vocabulary, pieces=pieces))
+    inner = _with_word_splitter(config.algorithm.build_model(vocabulary, pieces=pieces))
     special = [name for name in vocabulary if name in SPECIALS or name.startswith("<unused_")]
-    tags = [tag_text(code) for code in languages]
+    tags = [language_token(code) for code in languages]
     inner.add_special_tokens(
         [AddedToken(n, special=True, normalized=False) for n in (*special, *tags)]
     )
@@ -186,7 +186,7 @@ def balanced_lines(
     share has each repeated; size is the number of distinct lines (a k-minimum-values estimate
     where more than ``lines`` were seen).
     """
-    kept = {code: _smallest(iterable, lines) for code, iterable in sorted(texts.items())}
+    kept = {code: _sample_by_hash(iterable, lines) for code, iterable in sorted(texts.items())}
     kept = {code: found for code, found in kept.items() if found.lines}
     powers = {code: found.distinct ** (1 / temperature) for code, found in kept.items()}
     # repeating lines to fill a large budget would only take time
@@ -204,18 +204,18 @@ def fertility(tokenizer: Tokenizer, texts: Mapping[str, Sequence[str]]) -> dict[
     """Return tokens per character for each language: lower is cheaper, 1.0 is one per character."""
     found = {}
     for code, lines in texts.items():
-        tokens = sum(len(ids) for ids in tokenizer.encode_many(lines))
+        tokens = sum(len(ids) for ids in tokenizer.encode_batch(lines))
         found[code] = tokens / max(1, sum(len(line) for line in lines))
     return found
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class _LineSample:
     lines: list[str]
     distinct: float
 
 
-def _smallest(texts: Iterable[str], count: int) -> _Kept:
+def _sample_by_hash(texts: Iterable[str], count: int) -> _LineSample:
     """Keep the ``count`` distinct texts with the smallest hashes, in hash order."""
     heap: list[tuple[int, str]] = []
     held: set[int] = set()
@@ -230,7 +230,7 @@ def _smallest(texts: Iterable[str], count: int) -> _Kept:
             held.discard(-heapq.heapreplace(heap, (-key, text))[0])
     full = len(heap) == count and count > 1
     distinct = (count - 1) / (-heap[0][0] / 2**64) if full else float(len(heap))
-    return _Kept([text for _, text in sorted(heap, reverse=True)], distinct)
+    return _LineSample([text for _, text in sorted(heap, reverse=True)], distinct)
 
 
 def _alphabet(
@@ -242,26 +242,26 @@ def _alphabet(
             counts[character] += times
     counts[" "] += 1
     total, seen, found = sum(counts.values()), 0, []
-    limit = max(1, int(room * config.max_alphabet))
+    limit = max(1, int(room * config.max_alphabet_share))
     for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        if len(found) == limit or seen >= config.coverage * total:
+        if len(found) == limit or seen >= config.character_coverage * total:
             break
         found.append(character)
         seen += count
     return tuple(found)
 
 
-def _chunks(sample: Sequence[tuple[str, int]]) -> Iterator[str]:
+def _repeated_lines(sample: Sequence[tuple[str, int]]) -> Iterator[str]:
     for line, times in sample:
         for _ in range(times):
             yield line
 
 
-def _only(line: str, keep: frozenset[str]) -> str:
+def _restrict_to_alphabet(line: str, keep: frozenset[str]) -> str:
     return line if keep.issuperset(line) else "".join(c if c in keep else "\n" for c in line)
 
 
-def _wrap(model: models.Model) -> HfTokenizer:
+def _with_word_splitter(model: models.Model) -> HfTokenizer:
     """Put a model between the word splitter and its exact inverse.
 
     Every text gets one leading space, so that a word has the same pieces at the start as in the
@@ -269,7 +269,7 @@ def _wrap(model: models.Model) -> HfTokenizer:
     """
     inner = HfTokenizer(model)
     inner.normalizer = normalizers.Prepend(" ")
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD_PATTERN), behavior="isolated")
     inner.decoder = decoders.Sequence(
         [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -277,12 +277,12 @@ def _wrap(model: models.Model) -> HfTokenizer:
 
 
 def _merges(inner: HfTokenizer) -> Iterator[tuple[str, str]]:
-    yield from ((left, right) for left, right in _state(inner)["merges"])
+    yield from ((left, right) for left, right in _model_state(inner)["merges"])
 
 
 def _scores(inner: HfTokenizer) -> Iterator[tuple[str, float]]:
-    yield from ((name, score) for name, score in _state(inner)["vocab"])
+    yield from ((name, score) for name, score in _model_state(inner)["vocab"])
 
 
-def _state(inner: HfTokenizer) -> dict[str, Any]:
+def _model_state(inner: HfTokenizer) -> dict[str, Any]:
     return json.loads(inner.to_str())["model"]

@@ -20,7 +20,7 @@ from moesaic.core.errors import DataError
 from moesaic.core.files import sha256, write_json
 from moesaic.data.home import data_home
 from moesaic.data.pair import Pair, Text
-from moesaic.data.shards import ABOUT, FILES, FORMAT, Shards
+from moesaic.data.shards import MANIFEST, DATA_FILES, FORMAT, TokenShards
 from moesaic.data.tokenizer import Tokenizer, encode_on_all_cores
 
 SPLITS = ("train", "valid", "test")
@@ -29,7 +29,7 @@ _CHUNK = 4096
 T = TypeVar("T")
 
 
-class PairSource(Protocol):
+class CorpusLike(Protocol):
     """What is asked of a corpus; ``data.corpus.Corpus`` is one."""
 
     @property
@@ -42,22 +42,22 @@ class PairSource(Protocol):
     def iter_texts(self, code: str, *, split: str) -> Iterable[Text]: ...
 
 
-def shards_fingerprint(corpus: PairSource, tokenizer: Tokenizer) -> str:
+def shards_fingerprint(corpus: CorpusLike, tokenizer: Tokenizer) -> str:
     """Hex digest that names the shards of a corpus under a tokenizer."""
     text = f"{FORMAT} {corpus.fingerprint} {tokenizer.fingerprint}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def cached_shards(corpus: PairSource, tokenizer: Tokenizer, *, root: Path | None = None) -> Shards:
+def cached_shards(corpus: CorpusLike, tokenizer: Tokenizer, *, root: Path | None = None) -> TokenShards:
     """Open the shards of this corpus and tokenizer, writing them first if they are not there."""
     name = shards_fingerprint(corpus, tokenizer)[:16]
     path = (root or data_home() / "shards") / name
-    if (path / ABOUT).is_file():
-        return Shards.open(path)
+    if (path / MANIFEST).is_file():
+        return TokenShards.open(path)
     return write_shards(corpus, tokenizer, out=path)
 
 
-def write_shards(corpus: PairSource, tokenizer: Tokenizer, *, out: Path | str) -> Shards:
+def write_shards(corpus: CorpusLike, tokenizer: Tokenizer, *, out: Path | str) -> TokenShards:
     """Encode a corpus to ``out``, which appears only when all of it is on disk.
 
     Raises DataError if ``out`` exists or the corpus holds no text.
@@ -69,7 +69,7 @@ def write_shards(corpus: PairSource, tokenizer: Tokenizer, *, out: Path | str) -
     part.mkdir(parents=True)
     try:
         with encode_on_all_cores():
-            about = _Writer(part, tokenizer).write(corpus)
+            about = _ShardWriter(part, tokenizer).write(corpus)
         about |= {
             "format": FORMAT,
             "fingerprint": shards_fingerprint(corpus, tokenizer),
@@ -77,35 +77,35 @@ def write_shards(corpus: PairSource, tokenizer: Tokenizer, *, out: Path | str) -
             "tokenizer": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
         }
-        write_json(part / ABOUT, about)
-        _move_whole(part, out)
+        write_json(part / MANIFEST, about)
+        _publish(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return Shards.open(out)
+    return TokenShards.open(out)
 
 
-def token_type(vocab_size: int) -> np.dtype[Any]:
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The narrowest little-endian unsigned type that holds every id."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
-def file_table(path: Path) -> dict[str, Any]:
+def file_manifest(path: Path) -> dict[str, Any]:
     """Size and hash of each data file, as ``shards.json`` has them; flushes them to disk."""
     table = {}
-    for name in FILES:
+    for name in DATA_FILES:
         with (path / name).open("rb") as stream:
             os.fsync(stream.fileno())
         table[name] = {"bytes": (path / name).stat().st_size, "sha256": sha256(path / name)}
     return table
 
 
-class _Table:
+class _TextTable:
     """The texts of one language and split: a file of tokens and a length per text."""
 
     def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
         self._file = path.open("wb")
         self._tokenizer = tokenizer
-        self._kind = token_type(tokenizer.vocab_size)
+        self._kind = token_dtype(tokenizer.vocab_size)
         self._seen: dict[bytes, int] = {}
         self.path = path
         self.lengths = array("I")
@@ -120,7 +120,7 @@ class _Table:
                 fresh.append(text)
             numbers.append(number)
         if fresh:
-            rows = self._tokenizer.encode_many(fresh)
+            rows = self._tokenizer.encode_batch(fresh)
             self.lengths.extend(map(len, rows))
             flat = array("I", (token for row in rows for token in row))
             self._file.write(np.frombuffer(flat, dtype=np.uint32).astype(self._kind).tobytes())
@@ -132,25 +132,25 @@ class _Table:
         self._file.close()
 
 
-class _Writer:
+class _ShardWriter:
     def __init__(self, root: Path, tokenizer: Tokenizer) -> None:
         self._root = root
         self._tokenizer = tokenizer
-        self._tables: dict[str, _Table] = {}
+        self._tables: dict[str, _TextTable] = {}
         self._pairs: dict[str, int] = {}
 
-    def write(self, corpus: PairSource) -> dict[str, Any]:
+    def write(self, corpus: CorpusLike) -> dict[str, Any]:
         for split in SPLITS:
             self._add_split(corpus, split)
         texts = self._join_texts()
         if not texts:
             raise DataError(f"corpus {corpus.fingerprint[:12]} holds no text to encode")
         pairs = self._join_pairs(texts)
-        kind = token_type(self._tokenizer.vocab_size)
-        table = file_table(self._root)
+        kind = token_dtype(self._tokenizer.vocab_size)
+        table = file_manifest(self._root)
         return {"token_type": kind.str, "texts": texts, "pairs": pairs, "files": table}
 
-    def _add_split(self, corpus: PairSource, split: str) -> None:
+    def _add_split(self, corpus: CorpusLike, split: str) -> None:
         directions = sorted(corpus.directions)
         last = {code: n for n, pair in enumerate(directions) for code in pair}
         for n, (source, target) in enumerate(directions):
@@ -161,13 +161,13 @@ class _Writer:
         for code in sorted(set(corpus.languages) - set(last)):
             self._add_texts(corpus, code, split)
 
-    def _table(self, code: str, split: str) -> _Table:
+    def _table(self, code: str, split: str) -> _TextTable:
         key = f"{code}.{split}"
         if key not in self._tables:
-            self._tables[key] = _Table(self._root / f"{key}.part", self._tokenizer)
+            self._tables[key] = _TextTable(self._root / f"{key}.part", self._tokenizer)
         return self._tables[key]
 
-    def _add_pairs(self, corpus: PairSource, source: str, target: str, split: str) -> None:
+    def _add_pairs(self, corpus: CorpusLike, source: str, target: str, split: str) -> None:
         left, right = self._table(source, split), self._table(target, split)
         key, count = f"{source}-{target}.{split}", 0
         with (self._root / f"{key}.pairs").open("wb") as stream:
@@ -180,7 +180,7 @@ class _Writer:
                 count += len(chunk)
         self._pairs[key] = count
 
-    def _add_texts(self, corpus: PairSource, code: str, split: str) -> None:
+    def _add_texts(self, corpus: CorpusLike, code: str, split: str) -> None:
         table = self._table(code, split)
         for chunk in _chunks(corpus.iter_texts(code, split=split)):
             table.add([text.text for text in chunk])
@@ -235,9 +235,9 @@ def _chunks(items: Iterable[T]) -> Iterator[list[T]]:
         yield chunk
 
 
-def _move_whole(part: Path, out: Path) -> None:
+def _publish(part: Path, out: Path) -> None:
     try:
         part.rename(out)
     except OSError:
-        if not (out / ABOUT).is_file():  # another process wrote the same shards first
+        if not (out / MANIFEST).is_file():  # another process wrote the same shards first
             raise

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from moesaic.data.languages import language
-from moesaic.data.scripts import classes, count_letters, is_known, share_of_script
+from moesaic.data.languages import resolve_language
+from moesaic.data.scripts import script_classes, count_letters, is_known_script, script_share
 
 MIN_LETTERS = 20  # below, identification errs too often to accuse anyone
 HALF = 0.5
@@ -55,7 +55,7 @@ def off_target(
     identify: Identify | None,
 ) -> OffTarget:
     """Count off-target outputs. Empty outputs are wrong, but in no language: not counted."""
-    said = [(o, r) for o, r in zip(outputs, references, strict=True) if count_letters(classes(o))]
+    said = [(o, r) for o, r in zip(outputs, references, strict=True) if count_letters(script_classes(o))]
     return OffTarget(_by_script(said, target=target), _by_identity(said, target, identify))
 
 
@@ -89,23 +89,23 @@ class _LangId:
 
 
 def _library_name(code: str) -> str:
-    row = language(code)
+    row = resolve_language(code)
     return {"nb": "no"}.get(row.iso1 or "", row.iso1 or code)
 
 
 def _by_script(said: Sequence[tuple[str, str]], *, target: str) -> Rate:
-    script = language(target).script
-    if not is_known(script):
+    script = resolve_language(target).script
+    if not is_known_script(script):
         return Rate(0, 0, f"not measured: letters of {script} are not told apart")
-    fair = [o for o, r in said if share_of_script(r, script=script) >= HALF]
-    return Rate(sum(share_of_script(o, script=script) < HALF for o in fair), len(fair))
+    fair = [o for o, r in said if script_share(r, script=script) >= HALF]
+    return Rate(sum(script_share(o, script=script) < HALF for o in fair), len(fair))
 
 
 def _by_identity(said: Sequence[tuple[str, str]], target: str, identify: Identify | None) -> Rate:
     if identify is None:
         return Rate(0, 0, "not measured")
     long = [
-        (o, r) for o, r in said if min(count_letters(classes(t)) for t in (o, r)) >= MIN_LETTERS
+        (o, r) for o, r in said if min(count_letters(script_classes(t)) for t in (o, r)) >= MIN_LETTERS
     ]
     fair = [o for o, r in long if identify(r) == target]
     note = "" if fair else "no reference is long enough and recognised"

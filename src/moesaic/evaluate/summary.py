@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.core.files import read_json, write_json
-from moesaic.data.languages import language
+from moesaic.data.languages import resolve_language
 from moesaic.evaluate.bootstrap import Difference, Score
 from moesaic.evaluate.offtarget import OffTarget, Rate
 from moesaic.evaluate.testset import TestSet
@@ -96,7 +96,7 @@ class LanguageResult:
         test = self.test
         other = test.target if test.key == test.target else test.source
         return {
-            "name": language(other).name,
+            "name": resolve_language(other).name,
             "source": test.source,
             "target": test.target,
             "test": test.name,

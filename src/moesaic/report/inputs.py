@@ -13,7 +13,7 @@ from moesaic.checkpoint.routes import RoutesFile
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.core.errors import UserError
 from moesaic.core.files import read_json
-from moesaic.data.languages import language
+from moesaic.data.languages import resolve_language
 from moesaic.moe.agreement import Agreement, compare
 from moesaic.observe.metrics import read_metrics
 from moesaic.observe.usage import Usage, read_usage
@@ -76,7 +76,7 @@ def read_inputs(run: RunDir) -> Inputs:
 def language_name(code: str) -> str:
     """Return a language's English name; an unknown code, and a direction, stay as they are."""
     try:
-        return language(code).name
+        return resolve_language(code).name
     except UserError:
         return code
 

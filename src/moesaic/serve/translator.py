@@ -15,7 +15,7 @@ from moesaic.checkpoint.rundir import RunDir
 from moesaic.core.errors import CheckpointError, DataError, nearest
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import PAD, Batch
-from moesaic.data.languages import language
+from moesaic.data.languages import resolve_language
 from moesaic.data.tokenizer import EOS, Tokenizer
 from moesaic.model.config import TransformerConfig
 from moesaic.model.generate import UNSAYABLE, generate
@@ -71,9 +71,9 @@ class Translator:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.limits = limits or Limits()
-        tags = [tokenizer.tag(code) for code in tokenizer.languages]
+        tags = [tokenizer.language_token_id(code) for code in tokenizer.languages]
         unused = [
-            i for i in range(tokenizer.vocab_size) if tokenizer.token(i).startswith("<unused_")
+            i for i in range(tokenizer.vocab_size) if tokenizer.id_to_token(i).startswith("<unused_")
         ]
         self._forbidden = (*UNSAYABLE, *tags, *unused)
 
@@ -126,7 +126,7 @@ class Translator:
             found = generate(
                 self.model,
                 ids,
-                tag=torch.full((len(batch),), self.tokenizer.tag(codes[1]), device=self._device),
+                tag=torch.full((len(batch),), self.tokenizer.language_token_id(codes[1]), device=self._device),
                 search=search or Greedy(),
                 max_tokens=torch.tensor([self._room(rows[i]) for i in batch], device=self._device),
                 forbid=self._forbidden,
@@ -155,8 +155,8 @@ class Translator:
         Languages index ``languages``. Both sides are cut at their limits.
         """
         codes = self._known(source), self._known(target)
-        tag = self.tokenizer.tag(codes[1])
-        said = [ids[: self.limits.max_target] for ids in self.tokenizer.encode_many(targets)]
+        tag = self.tokenizer.language_token_id(codes[1])
+        said = [ids[: self.limits.max_target] for ids in self.tokenizer.encode_batch(targets)]
         heard = [row.ids for row in self._sources(sources, codes)]
         if self.model.config.encoder.layers:
             inputs = [[tag, *ids] for ids in said]
@@ -194,7 +194,7 @@ class Translator:
         return self.model.embedding.weight.device
 
     def _known(self, name: str) -> str:
-        code = language(name).code
+        code = resolve_language(name).code
         if code not in self.languages:
             raise DataError(
                 f'this model does not know "{name}" ({code}): it has '
@@ -205,10 +205,10 @@ class Translator:
     def _sources(self, texts: Sequence[str], codes: tuple[str, str]) -> list["_Source"]:
         """An encoder is told what to say (arXiv:1611.04558), a decoder what it reads."""
         spoken = codes[1] if self.model.config.encoder.layers else codes[0]
-        tag, room = self.tokenizer.tag(spoken), self.limits.max_source
+        tag, room = self.tokenizer.language_token_id(spoken), self.limits.max_source
         return [
             _Source((tag, *ids[:room], EOS), truncated=len(ids) > room)
-            for ids in self.tokenizer.encode_many([text.strip() for text in texts])
+            for ids in self.tokenizer.encode_batch([text.strip() for text in texts])
         ]
 
     def _batches(self, rows: Sequence["_Source"]) -> Iterator[list[int]]:
@@ -231,7 +231,7 @@ class Translator:
     def shown(self, index: int) -> str:
         """Return a token as text; one that is no text of its own by its name."""
         text = self.tokenizer.decode([index])
-        return text if text and "\ufffd" not in text else self.tokenizer.token(index)
+        return text if text and "\ufffd" not in text else self.tokenizer.id_to_token(index)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import torch
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import PAD, Batch
 from moesaic.data.builders.named import CorpusRecipe
-from moesaic.data.builders.synthetic import Synthetic
+from moesaic.data.builders.synthetic import SyntheticLanguages
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import Denoising, Translation
@@ -29,7 +29,7 @@ from moesaic.train.trainer import Trainer
 VOCABULARY = 64
 TASKS = ("translation", "denoising")
 LANGUAGES = ("deu_Latn", "ell_Grek", "fra_Latn")
-FEW_PHRASES = CorpusRecipe(name="few-phrases", source=Synthetic(phrases=500))
+FEW_PHRASES = CorpusRecipe(name="few-phrases", source=SyntheticLanguages(phrases=500))
 BALANCED_TOP1 = MoE(experts=4, select=SwitchTop1(), balance=(SwitchBalance(), RouterZ()))
 
 
@@ -128,9 +128,9 @@ def synthetic_run(**changes: object) -> Run:
     base = Run(
         name="synthetic",
         corpus=BuiltCorpus(recipe=FEW_PHRASES),
-        tokenizer=TokenizerConfig(vocab_size=400, lines=2000),
+        tokenizer=TokenizerConfig(vocab_size=400, sample_lines=2000),
         mixture=MixtureConfig(tasks=both),
-        loader=LoaderConfig(batch_tokens=512, max_source=64, max_target=64, window=256),
+        loader=LoaderConfig(batch_tokens=512, max_source=64, max_target=64, bucket_window=256),
         model=tiny_model_config().replace(vocab_size=400),
         schedule=WSD(warmup=4),
         steps=20,

@@ -7,8 +7,8 @@ rules are the part's. Everything here is arithmetic on the config: nothing is op
 from collections.abc import Callable, Iterator
 
 from moesaic.core.errors import ConfigError, DataError
-from moesaic.data.languages import language
-from moesaic.data.layout import DecoderOnly, EncoderDecoder
+from moesaic.data.languages import resolve_language
+from moesaic.data.layout import DecoderOnlyCollator, EncoderDecoderCollator
 from moesaic.nn.position import Learned
 from moesaic.optim.schedule import WSD, Cosine
 from moesaic.train.run import Run
@@ -38,7 +38,7 @@ def known_languages(run: Run) -> Iterator[str]:
     found: dict[str, str] = {}
     for index, text in enumerate(run.languages):
         try:
-            code = language(text).code
+            code = resolve_language(text).code
         except DataError as error:
             yield f"languages.{index}: {error}"
             continue
@@ -49,13 +49,13 @@ def known_languages(run: Run) -> Iterator[str]:
 
 def layout_fits_the_model(run: Run) -> Iterator[str]:
     """An encoder has a source to read."""
-    layers, layout = run.model.encoder.layers, run.loader.layout
-    if isinstance(layout, EncoderDecoder) and not layers:
+    layers, layout = run.model.encoder.layers, run.loader.collator
+    if isinstance(layout, EncoderDecoderCollator) and not layers:
         yield (
             "loader.layout=EncoderDecoder needs an encoder, but model.encoder.layers=0: give it "
             "layers, or choose loader.layout=DecoderOnly"
         )
-    if isinstance(layout, DecoderOnly) and layers:
+    if isinstance(layout, DecoderOnlyCollator) and layers:
         yield (
             f"loader.layout=DecoderOnly leaves model.encoder.layers={layers} without input: set "
             "them to 0, or choose loader.layout=EncoderDecoder"
@@ -78,7 +78,7 @@ def lengths_fit_the_positions(run: Run) -> Iterator[str]:
 def longest_row_fits_a_batch(run: Run) -> Iterator[str]:
     """A row at the length limits is a batch."""
     loader = run.loader
-    source = 0 if isinstance(loader.layout, DecoderOnly) else loader.max_source
+    source = 0 if isinstance(loader.collator, DecoderOnlyCollator) else loader.max_source
     if loader.batch_tokens < source + loader.max_target:
         yield (
             f"loader.batch_tokens={loader.batch_tokens} cannot hold one row of "

@@ -6,7 +6,7 @@ from moesaic.checkpoint.rundir import RunDir
 from moesaic.checkpoint.tensors import write_tensors
 from moesaic.core.files import write_whole
 from moesaic.core.units import show_count
-from moesaic.data.languages import language
+from moesaic.data.languages import resolve_language
 from moesaic.model.count import count
 from moesaic.model.weights import export_weights
 from moesaic.train.run import Run
@@ -38,7 +38,7 @@ def model_card(trainer: Trainer, *, tokens: float) -> ModelCard:
         parts[entry.part] = (total + entry.size, active + round(entry.size * entry.used))
     return ModelCard(
         name=run.name,
-        languages=[language(code).bcp47 for code in trainer.objective.categories.languages],
+        languages=[resolve_language(code).bcp47 for code in trainer.objective.categories.languages],
         licence="other",
         parameters=parts,
         sources=_sources(run),
@@ -48,5 +48,5 @@ def model_card(trainer: Trainer, *, tokens: float) -> ModelCard:
 
 
 def _sources(run: Run) -> list[DataSource]:
-    held = run.corpus.open().about["sources"]
+    held = run.corpus.open().manifest["sources"]
     return [DataSource(name, about["licence"], about["pairs"]) for name, about in held.items()]

@@ -11,7 +11,7 @@ from moesaic.checkpoint.load import read_state
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.checkpoint.same_config import differences, require_same_config
 from moesaic.core.files import write_whole
-from moesaic.data.loader import Loader, Place
+from moesaic.data.loader import Loader, DataReplica
 from moesaic.dist.first import on_first
 from moesaic.dist.flight import at
 from moesaic.dist.launch import join
@@ -109,7 +109,7 @@ def make_trainer(run: Run, *, prepared: Prepared, world: World) -> Trainer:
         mixture=run.mixture,
         config=run.loader,
         seed=run.seed,
-        place=Place(*run.parallel.plan.on(world.size).rows(world.rank)),
+        replica=DataReplica(*run.parallel.plan.on(world.size).rows(world.rank)),
     )
     return Trainer(run, model=model, data=data, world=world)
 

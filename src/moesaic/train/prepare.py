@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.core.errors import ConfigError
-from moesaic.data.shards import Shards
+from moesaic.data.shards import TokenShards
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.train_tokenizer import train_tokenizer
 from moesaic.data.write_shards import cached_shards
@@ -23,7 +23,7 @@ class Prepared:
     """What training reads; the same on every rank."""
 
     tokenizer: Tokenizer
-    shards: Shards
+    shards: TokenShards
 
 
 def prepare(run: Run, *, folder: RunDir, world: World, say: Say) -> Prepared:
@@ -41,7 +41,7 @@ def prepare(run: Run, *, folder: RunDir, world: World, say: Say) -> Prepared:
         return str(cached_shards(chosen, tokenizer=tokenizer).path)
 
     shards = on_first(world, work)
-    return Prepared(Tokenizer.load(folder.tokenizer), Shards.open(Path(shards)))
+    return Prepared(Tokenizer.load(folder.tokenizer), TokenShards.open(Path(shards)))
 
 
 def _tokenizer(run: Run, *, chosen: Selection, folder: RunDir, say: Say) -> Tokenizer:

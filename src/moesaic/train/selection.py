@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from moesaic.core.errors import ConfigError, nearest
 from moesaic.data.corpus import Corpus
-from moesaic.data.languages import language
+from moesaic.data.languages import resolve_language
 from moesaic.data.pair import Pair, Text
 
 
@@ -16,7 +16,7 @@ class Selection:
         """Choose ``languages`` in any spelling; none means all. Raises ConfigError."""
         self.corpus = corpus
         known = corpus.languages
-        codes = [language(text).code for text in languages] or known
+        codes = [resolve_language(text).code for text in languages] or known
         missing = [code for code in codes if code not in known]
         if missing:
             raise ConfigError(

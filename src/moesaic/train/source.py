@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from moesaic.core.config import Choice
-from moesaic.data.build import build
+from moesaic.data.build import build_corpus
 from moesaic.data.builders.named import CorpusRecipe
 from moesaic.data.corpus import Corpus
 
@@ -22,7 +22,7 @@ class Catalogue(CorpusSource):
     name: str
 
     def open(self) -> Corpus:
-        return build(self.name)
+        return build_corpus(self.name)
 
 
 class BuiltCorpus(CorpusSource):
@@ -31,7 +31,7 @@ class BuiltCorpus(CorpusSource):
     recipe: CorpusRecipe
 
     def open(self) -> Corpus:
-        return build(self.recipe)
+        return build_corpus(self.recipe)
 
 
 class CorpusFolder(CorpusSource):

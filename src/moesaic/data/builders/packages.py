@@ -15,18 +15,18 @@ from typing import Literal
 
 from moesaic.core.config import Config
 from moesaic.core.errors import DataError
-from moesaic.data.builders.source import Progress, Unit
+from moesaic.data.builders.source import ProgressListener, SourceFile
 from moesaic.data.home import packages_dir
 
 _NOT_THERE = ("No matching distribution found", "Could not find a version")
-_TIMEOUT_S = 1800
-_MACHINES = (
+_PIP_TIMEOUT_S = 1800
+_PLATFORMS = (
     (),
     ("--platform", "win_amd64", "--python-version", "3.12", "--implementation", "cp"),
 )
 
 
-class Package(Config):
+class PyPIPackage(Config):
     """A package to read catalogues from, pinned; ``catalogues`` says which kind it carries best."""
 
     name: str
@@ -35,14 +35,14 @@ class Package(Config):
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _DownloadedFile:
     """A downloaded file and the version in its name."""
 
     path: Path
     version: str
 
 
-def fetch_package(package: Package, *, progress: Progress) -> Unit:
+def fetch_package(package: PyPIPackage, *, progress: ProgressListener) -> SourceFile:
     """Return the package as a file on disk, from the cache or by pip.
 
     When the pinned version cannot be had, the nearest one that can is taken and named. Raises
@@ -52,11 +52,11 @@ def fetch_package(package: Package, *, progress: Progress) -> Unit:
     cached = _cached(package.name, folder=folder)
     exact = [f for f in cached if f.version == package.version]
     if exact:
-        return _unit(package, exact[0])
-    progress.say(f"downloading {package.name} {package.version}")
+        return _source_file(package, exact[0])
+    progress.report_progress(f"downloading {package.name} {package.version}")
     problem = ""
     for wanted in _requirements(package):
-        problem = _download(wanted, folder=folder)
+        problem = _pip_download(wanted, folder=folder)
         if not problem:
             break
         if not any(words in problem for words in _NOT_THERE):
@@ -68,16 +68,16 @@ def fetch_package(package: Package, *, progress: Progress) -> Unit:
             f"with your own pip and its configuration: check the network or PIP_INDEX_URL, or put "
             f"the wheel into {folder}"
         )
-    taken = max(cached, key=lambda f: _number(f.version))
+    taken = max(cached, key=lambda f: _version_key(f.version))
     if taken.version != package.version:
-        progress.say(
+        progress.report_progress(
             f"{package.name} {package.version} cannot be had, taking {taken.version}: "
             "counts will differ a little from the published ones"
         )
-    return _unit(package, taken)
+    return _source_file(package, taken)
 
 
-def _requirements(package: Package) -> Iterator[str]:
+def _requirements(package: PyPIPackage) -> Iterator[str]:
     """The exact version, then its series, then any."""
     series = ".".join(package.version.split(".")[:2])
     yield f"{package.name}=={package.version}"
@@ -85,7 +85,7 @@ def _requirements(package: Package) -> Iterator[str]:
     yield package.name
 
 
-def _download(requirement: str, *, folder: Path) -> str:
+def _pip_download(requirement: str, *, folder: Path) -> str:
     """Download into ``folder``; return pip's reason for failing, or an empty string.
 
     A wheel of any machine will do, as it is only read. No source archives: pip runs those to learn
@@ -93,7 +93,7 @@ def _download(requirement: str, *, folder: Path) -> str:
     """
     folder.mkdir(parents=True, exist_ok=True)
     problem = ""
-    for machine in _MACHINES:
+    for machine in _PLATFORMS:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as part:
             command = [
                 *(sys.executable, "-m", "pip", "download", "--no-deps", "--no-input"),
@@ -101,7 +101,7 @@ def _download(requirement: str, *, folder: Path) -> str:
                 *("--only-binary=:all:", *machine),
                 requirement,
             ]
-            problem = _run(command)
+            problem = _run_pip(command)
             if not problem:
                 for path in Path(part).iterdir():
                     path.replace(folder / path.name)
@@ -111,44 +111,44 @@ def _download(requirement: str, *, folder: Path) -> str:
     return problem
 
 
-def _run(command: list[str]) -> str:
+def _run_pip(command: list[str]) -> str:
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+            command, capture_output=True, text=True, timeout=_PIP_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired:
-        return f"pip did not finish in {_TIMEOUT_S} s"
+        return f"pip did not finish in {_PIP_TIMEOUT_S} s"
     if done.returncode == 0:
         return ""
     lines = [x for x in done.stderr.splitlines() if x.strip() and not x.startswith("WARNING")]
     return "; ".join(x.removeprefix("ERROR: ") for x in lines[-2:]) or "pip failed without a word"
 
 
-def _cached(name: str, *, folder: Path) -> list[_Found]:
-    plain = _plain(name)
+def _cached(name: str, *, folder: Path) -> list[_DownloadedFile]:
+    plain = _normalised_name(name)
     found = []
     for path in sorted(folder.glob("*")) if folder.is_dir() else []:
         match = re.fullmatch(r"(.+?)-(\d[^-]*?)(?:-.+\.whl|\.tar\.gz|\.zip)", path.name)
-        if match and _plain(match[1]) == plain:
-            found.append(_Found(path, match[2]))
+        if match and _normalised_name(match[1]) == plain:
+            found.append(_DownloadedFile(path, match[2]))
     return sorted(found, key=lambda f: (f.path.suffix != ".whl", f.path.name))
 
 
-def _plain(name: str) -> str:
+def _normalised_name(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).casefold()
 
 
-def _number(version: str) -> tuple[int, ...]:
+def _version_key(version: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", version))
 
 
-def _unit(package: Package, found: _Found) -> Unit:
-    return Unit(package.name, found.path, found.version, _licence(found.path))
+def _source_file(package: PyPIPackage, found: _DownloadedFile) -> SourceFile:
+    return SourceFile(package.name, found.path, found.version, _licence(found.path))
 
 
 def _licence(path: Path) -> str:
     """Read the licence a package states about itself (its METADATA or PKG-INFO)."""
-    with members(path) as files:
+    with archive_members(path) as files:
         inside = [m for m in files if re.search(r"(\.dist-info/METADATA|^[^/]+/PKG-INFO)$", m.name)]
         if not inside:
             return "not stated"
@@ -164,7 +164,7 @@ def _licence(path: Path) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class ArchiveMember:
     """A file inside an archive."""
 
     name: str
@@ -172,7 +172,7 @@ class Member:
 
 
 @contextmanager
-def members(path: Path) -> Iterator[list[Member]]:
+def archive_members(path: Path) -> Iterator[list[ArchiveMember]]:
     """Give the files inside a wheel or source archive. Raises DataError when it is damaged."""
     try:
         if path.name.endswith((".tar.gz", ".tgz")):
@@ -187,13 +187,13 @@ def members(path: Path) -> Iterator[list[Member]]:
         ) from error
 
 
-def _zip_member(archive: zipfile.ZipFile, name: str) -> Member:
-    return Member(name, lambda: archive.read(name))
+def _zip_member(archive: zipfile.ZipFile, name: str) -> ArchiveMember:
+    return ArchiveMember(name, lambda: archive.read(name))
 
 
-def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> Member:
+def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> ArchiveMember:
     def read() -> bytes:
         stream = tar.extractfile(info)
         return stream.read() if stream else b""
 
-    return Member(info.name, read)
+    return ArchiveMember(info.name, read)

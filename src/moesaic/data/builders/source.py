@@ -7,28 +7,28 @@ from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 from moesaic.core.config import Choice
-from moesaic.data.pair import Pair, Text, Unfit
+from moesaic.data.pair import Pair, Text, RejectedPair
 
-Place = Literal["any", "train", "held-out"]
-Wanted = Callable[[str], bool]  # is this language code asked for?
+AllowedSplit = Literal["any", "train", "held-out"]
+LanguageFilter = Callable[[str], bool]  # is this language code asked for?
 
 
 @runtime_checkable
-class Progress(Protocol):
+class ProgressListener(Protocol):
     """Whoever listens while a corpus is built."""
 
-    def say(self, text: str) -> None: ...
+    def report_progress(self, text: str) -> None: ...
 
 
-class Quiet:
+class SilentProgress:
     """Listens to nothing."""
 
-    def say(self, text: str) -> None:
+    def report_progress(self, text: str) -> None:
         del text
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class SourceFile:
     """One thing that is read at a time: a package or a file, on disk, with its version and licence.
 
     ``place`` says where its rows may go: ``any`` (the split decides), or an extract's own split.
@@ -40,16 +40,16 @@ class Unit:
     path: Path
     version: str = ""
     licence: str = ""
-    place: Place = "any"
-    part: tuple[int, ...] = ()
-    missing: str = ""
+    allowed_split: AllowedSplit = "any"
+    source_index: tuple[int, ...] = ()
+    missing_reason: str = ""
 
 
-class Source(Choice):
+class TextSource(Choice):
     """Family: fetch makes everything local (the only step that uses the network); read reads it."""
 
     @abstractmethod
-    def fetch(self, *, progress: Progress) -> tuple[Unit, ...]:
+    def fetch(self, *, progress: ProgressListener) -> tuple[SourceFile, ...]:
         """Bring every unit onto this machine.
 
         One of many that cannot be had may be returned as ``missing``; UserError when nothing can.
@@ -60,5 +60,5 @@ class Source(Choice):
         return ()
 
     @abstractmethod
-    def read(self, unit: Unit, *, wanted: Wanted) -> Iterator[Pair | Text | Unfit]:
+    def read(self, unit: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair | Text | RejectedPair]:
         """Yield the raw pairs and texts of a unit in the languages that are ``wanted``."""

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from moesaic.data.builders.source import Progress, Source, Unit, Wanted
-from moesaic.data.languages import language
+from moesaic.data.builders.source import ProgressListener, TextSource, SourceFile, LanguageFilter
+from moesaic.data.languages import resolve_language
 from moesaic.data.pair import Pair
 
 ENGLISH = "eng_Latn"
@@ -65,22 +65,22 @@ ALPHABETS = {
 }
 
 
-class Synthetic(Source):
+class SyntheticLanguages(TextSource):
     """``phrases`` English phrases and their translations into each of ``languages``."""
 
     languages: tuple[str, ...] = ("qaa_Latn", "qab_Cyrl", "qac_Grek")
     phrases: int = Field(default=2000, ge=10, le=8640)
     seed: int = 0
 
-    def fetch(self, *, progress: Progress) -> tuple[Unit, ...]:
+    def fetch(self, *, progress: ProgressListener) -> tuple[SourceFile, ...]:
         del progress
-        return (Unit("synthetic", Path("synthetic"), version=str(self.seed), licence="CC0-1.0"),)
+        return (SourceFile("synthetic", Path("synthetic"), version=str(self.seed), licence="CC0-1.0"),)
 
-    def read(self, unit: Unit, *, wanted: Wanted) -> Iterator[Pair]:
+    def read(self, unit: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair]:
         for code in self.languages:
             if not wanted(code):
                 continue
-            lexicon = _Lexicon(language(code).script, seed=f"{self.seed}-{code}")
+            lexicon = _Lexicon(resolve_language(code).script, seed=f"{self.seed}-{code}")
             for phrase in self._phrases():
                 english, target = " ".join(phrase), lexicon.translate(phrase)
                 yield Pair(english, target, ENGLISH, code, unit.name, unit.licence)

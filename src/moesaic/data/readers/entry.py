@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class CatalogueEntry:
     """``default`` is the English of a catalogue whose messages are keys (``#. Default: ...``)."""
 
     source: str

@@ -5,14 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from moesaic.core.errors import DataError
-from moesaic.data.languages import language
+from moesaic.data.languages import resolve_language
 from moesaic.data.pair import Pair, Text
-from moesaic.data.readers.entry import Entry
+from moesaic.data.readers.entry import CatalogueEntry
 from moesaic.data.readers.jsonl import read_jsonl_pairs, read_jsonl_texts
 from moesaic.data.readers.mo import parse_mo
 from moesaic.data.readers.moses import moses_file, read_moses
 from moesaic.data.readers.po import parse_po
-from moesaic.data.readers.text import not_empty, plain_name, read_lines, read_whole
+from moesaic.data.readers.text import require_rows, name_without_compression, read_lines, read_all_bytes
 from moesaic.data.readers.tmx import read_tmx
 from moesaic.data.readers.tsv import read_rows
 
@@ -35,12 +35,12 @@ def read_pairs(
     default the file's name. Raises DataError naming file and line.
     """
     where = Path(path)
-    codes = tuple(language(x).code if x else "" for x in (source, target))
-    kind = Path(plain_name(where)).suffix.casefold()
+    codes = tuple(resolve_language(x).code if x else "" for x in (source, target))
+    kind = Path(name_without_compression(where)).suffix.casefold()
     if not all(codes) and kind != ".jsonl":
         raise DataError(f"{where}: say which languages it holds: source and target")
     rows = _pairs(where, kind=kind, source=codes[0], target=codes[1])
-    for pair in not_empty(rows, path=where, what="pairs"):
+    for pair in require_rows(rows, path=where, what="pairs"):
         yield replace(pair, origin=origin or where.name, licence=licence)
 
 
@@ -48,13 +48,13 @@ def read_texts(
     path: Path | str, *, code: str, origin: str = "", licence: str = "not stated"
 ) -> Iterator[Text]:
     """Yield the texts of a file in one language: .jsonl objects, or lines of anything else."""
-    where, known = Path(path), language(code).code
-    kind = Path(plain_name(where)).suffix.casefold()
+    where, known = Path(path), resolve_language(code).code
+    kind = Path(name_without_compression(where)).suffix.casefold()
     if kind == ".jsonl":
         rows = read_jsonl_texts(where, code=known)
     else:
         rows = (Text(line, known) for _, line in read_lines(where) if line.strip())
-    for text in not_empty(rows, path=where, what="text"):
+    for text in require_rows(rows, path=where, what="text"):
         yield replace(text, origin=origin or where.name, licence=licence)
 
 
@@ -67,7 +67,7 @@ def _pairs(path: Path, *, kind: str, source: str, target: str) -> Iterator[Pair]
     if kind == ".tmx":
         return read_tmx(path, source=source, target=target)
     if kind == ".mo":
-        return _entries(parse_mo(read_whole(path), name=str(path)), source=source, target=target)
+        return _entries(parse_mo(read_all_bytes(path), name=str(path)), source=source, target=target)
     if kind == ".po":
         return _entries(parse_po(read_lines(path), name=str(path)), source=source, target=target)
     if moses_file(path, code=source) or moses_file(path, code=target):
@@ -78,5 +78,5 @@ def _pairs(path: Path, *, kind: str, source: str, target: str) -> Iterator[Pair]
     raise DataError(f"{path}: no such file, and no {path.name}.{source} beside it")
 
 
-def _entries(entries: Iterator[Entry], *, source: str, target: str) -> Iterator[Pair]:
+def _entries(entries: Iterator[CatalogueEntry], *, source: str, target: str) -> Iterator[Pair]:
     return (Pair(e.default or e.source, e.target, source, target) for e in entries)

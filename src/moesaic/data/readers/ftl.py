@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from textwrap import dedent
 
-from moesaic.data.readers.keyed import Keyed
+from moesaic.data.readers.keyed import KeyedText
 
 _ENTRY = re.compile(r"(-?[A-Za-z][\w-]*) *=(.*)", re.DOTALL)
 _ATTRIBUTE = re.compile(r"[ ]+\.([A-Za-z][\w-]*) *=(.*)", re.DOTALL)
@@ -21,7 +21,7 @@ _VARIABLE = re.compile(r"\$[A-Za-z][\w-]*")
 _REFERENCE = re.compile(r"-?[A-Za-z][\w-]*(?:\.[A-Za-z][\w-]*)?")
 _LITERAL = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _ESCAPE = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{6})|(.))")
-_MOST_DEEP = 20  # selectors inside selectors
+_MAX_DEPTH = 20  # selectors inside selectors
 
 
 class _JunkError(Exception):
@@ -29,7 +29,7 @@ class _JunkError(Exception):
 
 
 @dataclass(slots=True)
-class _Open:
+class _OpenPattern:
     """The pattern being read, line by line; ``depth`` counts its open braces."""
 
     key: str
@@ -42,7 +42,7 @@ class _Open:
         return f"{self.first.strip()}\n{dedent(chr(10).join(self.rest))}".strip()
 
 
-def parse_ftl(lines: Iterable[str]) -> Iterator[Keyed]:
+def parse_fluent(lines: Iterable[str]) -> Iterator[KeyedText]:
     """Yield the texts of a file, under ``message``, ``message.attribute`` or ``-term``.
 
     Never raises: a message that cannot be read is left out. Line breaks inside a text are kept.
@@ -50,14 +50,14 @@ def parse_ftl(lines: Iterable[str]) -> Iterator[Keyed]:
     for pattern in _patterns(lines):
         taken: list[str] = []
         try:
-            text = _render(pattern.text(), taken=taken, deep=0)
+            text = _render(pattern.text(), taken=taken, depth=0)
         except _JunkError:
             continue
         if text.strip():
-            yield Keyed(pattern.key, text, tuple(taken))
+            yield KeyedText(pattern.key, text, tuple(taken))
 
 
-def _patterns(lines: Iterable[str]) -> Iterator[_Open]:
+def _patterns(lines: Iterable[str]) -> Iterator[_OpenPattern]:
     entry, pattern = "", None
     for raw in lines:
         line = raw.rstrip("\r\n")
@@ -78,13 +78,13 @@ def _patterns(lines: Iterable[str]) -> Iterator[_Open]:
         yield pattern
 
 
-def _starts(line: str, *, entry: str, inside: bool) -> _Open | None:
+def _starts(line: str, *, entry: str, inside: bool) -> _OpenPattern | None:
     """The pattern that this line begins; a new message begins even where braces are open."""
     match = _ENTRY.fullmatch(line)
     if match:
-        return _Open(match[1], match[2], depth=_braces(match[2]))
+        return _OpenPattern(match[1], match[2], depth=_braces(match[2]))
     match = _ATTRIBUTE.fullmatch(line) if entry and not inside else None
-    return _Open(f"{entry}.{match[1]}", match[2], depth=_braces(match[2])) if match else None
+    return _OpenPattern(f"{entry}.{match[1]}", match[2], depth=_braces(match[2])) if match else None
 
 
 def _continues(line: str, *, inside: bool) -> bool:
@@ -96,14 +96,14 @@ def _braces(line: str) -> int:
     return plain.count("{") - plain.count("}")
 
 
-def _render(text: str, *, taken: list[str], deep: int) -> str:
+def _render(text: str, *, taken: list[str], depth: int) -> str:
     """Replace every placeable of a pattern."""
-    if deep > _MOST_DEEP:
+    if depth > _MAX_DEPTH:
         raise _JunkError
     parts, at = [], 0
     while (start := text.find("{", at)) >= 0:
         end = _closing(text, start)
-        parts += [text[at:start], _placeable(text[start + 1 : end].strip(), taken=taken, deep=deep)]
+        parts += [text[at:start], _placeable(text[start + 1 : end].strip(), taken=taken, depth=depth)]
         at = end + 1
     return "".join([*parts, text[at:]])
 
@@ -123,17 +123,17 @@ def _closing(text: str, start: int) -> int:
     raise _JunkError
 
 
-def _placeable(inside: str, *, taken: list[str], deep: int) -> str:
+def _placeable(inside: str, *, taken: list[str], depth: int) -> str:
     literal = _LITERAL.fullmatch(inside)
     if literal:
         return _ESCAPE.sub(_character, literal[1])
     if re.fullmatch(r"-?\d+(?:\.\d+)?", inside):
         return inside
     if inside.startswith("{"):
-        return _render(inside, taken=taken, deep=deep + 1)
+        return _render(inside, taken=taken, depth=depth + 1)
     selector, arrow, variants = inside.partition("->")
     if arrow and '"' not in selector.partition("(")[0]:
-        return _default(variants, taken=taken, deep=deep)
+        return _default_variant(variants, taken=taken, depth=depth)
     variable, reference = _VARIABLE.search(inside), _REFERENCE.match(inside)
     if variable and not inside.startswith("-"):
         return f"{{{variable[0]}}}"
@@ -142,13 +142,13 @@ def _placeable(inside: str, *, taken: list[str], deep: int) -> str:
     raise _JunkError
 
 
-def _default(variants: str, *, taken: list[str], deep: int) -> str:
+def _default_variant(variants: str, *, taken: list[str], depth: int) -> str:
     found = [m for m in _VARIANT.finditer(variants) if _braces(variants[: m.start()]) == 0]
     for number, match in enumerate(found):
         if match[1]:
             end = found[number + 1].start() if number + 1 < len(found) else len(variants)
             taken.append(match[2])
-            return _render(variants[match.end() : end].strip(), taken=taken, deep=deep + 1)
+            return _render(variants[match.end() : end].strip(), taken=taken, depth=depth + 1)
     raise _JunkError
 
 

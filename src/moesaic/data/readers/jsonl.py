@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.core.errors import DataError
-from moesaic.data.languages import language
+from moesaic.data.languages import resolve_language
 from moesaic.data.pair import Pair, Text
 from moesaic.data.readers.text import read_lines
 
@@ -88,6 +88,6 @@ def _code(value: object, *, default: str, key: str, where: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{where}: no language: give {key} in the line, or say it for the file")
     try:
-        return language(value).code
+        return resolve_language(value).code
     except DataError as error:
         raise DataError(f"{where}: {error}") from error

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Keyed:
+class KeyedText:
     """``marks`` is what two sides under one key should have in common beside the text."""
 
     key: str
     text: str
-    marks: tuple[str, ...] = ()
+    invariants: tuple[str, ...] = ()

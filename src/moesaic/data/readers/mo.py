@@ -5,12 +5,12 @@ import struct
 from collections.abc import Iterator
 
 from moesaic.core.errors import DataError
-from moesaic.data.readers.entry import Entry
+from moesaic.data.readers.entry import CatalogueEntry
 
 _CHARSET = re.compile(rb"charset=([\w-]+)", re.IGNORECASE)
 
 
-def parse_mo(data: bytes, *, name: str) -> Iterator[Entry]:
+def parse_mo(data: bytes, *, name: str) -> Iterator[CatalogueEntry]:
     """Yield translated entries; context removed, first plural form only.
 
     ``name`` is for errors. Raises DataError when the bytes are no catalogue or are cut short.
@@ -40,7 +40,7 @@ def parse_mo(data: bytes, *, name: str) -> Iterator[Entry]:
             continue
         if not target:
             continue
-        yield _entry(source, target, charset=charset, name=name)
+        yield _decode_entry(source, target, charset=charset, name=name)
 
 
 def _charset(header: bytes) -> str | None:
@@ -49,9 +49,9 @@ def _charset(header: bytes) -> str | None:
     return None if name.upper() in ("", "CHARSET") else name
 
 
-def _entry(source: bytes, target: bytes, *, charset: str, name: str) -> Entry:
+def _decode_entry(source: bytes, target: bytes, *, charset: str, name: str) -> CatalogueEntry:
     *_, msgid = source.split(b"\0", 1)[0].rpartition(b"\x04")
     try:
-        return Entry(msgid.decode(charset), target.split(b"\0", 1)[0].decode(charset))
+        return CatalogueEntry(msgid.decode(charset), target.split(b"\0", 1)[0].decode(charset))
     except (UnicodeDecodeError, LookupError) as error:
         raise DataError(f"{name}: a text cannot be decoded as {charset}: {error}") from error

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moesaic.core.errors import DataError
-from moesaic.data.languages import catalogue_language
+from moesaic.data.languages import resolve_locale
 from moesaic.data.pair import Pair
 from moesaic.data.readers.text import COMPRESSED, read_lines
 
@@ -16,7 +16,7 @@ def moses_file(prefix: Path, *, code: str) -> Path | None:
         ending = path.name[len(prefix.name) + 1 :]
         for suffix in COMPRESSED:
             ending = ending.removesuffix(suffix)
-        known = catalogue_language(ending)
+        known = resolve_locale(ending)
         if known is not None and known.code == code:
             found.append(path)
     return found[0] if found else None

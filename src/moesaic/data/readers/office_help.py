@@ -8,8 +8,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from moesaic.data.markup import strip_tags, unescape
-from moesaic.data.readers.keyed import Keyed
+from moesaic.data.markup import strip_tags, unescape_entities
+from moesaic.data.readers.keyed import KeyedText
 
 _BLOCK = re.compile(
     r'<(p|h[1-6])\s+id="((?:par|hd)_[^"]+)"([^>]*)>(.*?)</\1>', re.DOTALL | re.IGNORECASE
@@ -22,7 +22,7 @@ _INLINE = re.compile(r'<(?:span\b[^>]*\bclass="([\w ]+)"|(a)\s[^>]*\bhref=|(sup|
 _LAYOUT = ("switchinline", "avis")  # wrap whatever stands there: no part of the text
 
 
-def parse_office_help(page: str) -> Iterator[Keyed]:
+def parse_help_page(page: str) -> Iterator[KeyedText]:
     """Yield the texts of a page; ``marks`` names their inline elements, sorted.
 
     Never raises: what is no such paragraph is passed over.
@@ -32,9 +32,9 @@ def parse_office_help(page: str) -> Iterator[Keyed]:
         if _CODE.search(attributes):
             continue
         shown = _without_variants(inner)
-        text = " ".join(unescape(strip_tags(shown)).split())
+        text = " ".join(unescape_entities(strip_tags(shown)).split())
         if text:
-            yield Keyed(key, text, _marks(shown))
+            yield KeyedText(key, text, _inline_elements(shown))
 
 
 def _without_variants(inner: str) -> str:
@@ -61,6 +61,6 @@ def _without_variants(inner: str) -> str:
     return "".join([*kept, "" if hidden else inner[at:]])
 
 
-def _marks(shown: str) -> tuple[str, ...]:
+def _inline_elements(shown: str) -> tuple[str, ...]:
     found = Counter(next(g for g in m.groups() if g) for m in _INLINE.finditer(shown))
     return tuple(f"{name} {n}" for name, n in sorted(found.items()) if name not in _LAYOUT)

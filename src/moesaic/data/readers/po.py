@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from moesaic.core.errors import DataError
-from moesaic.data.readers.entry import Entry
+from moesaic.data.readers.entry import CatalogueEntry
 
 _ESCAPE = re.compile(r"\\(?:([0-7]{1,3})|x([0-9A-Fa-f]{1,2})|(.))", re.DOTALL)
 _SIMPLE = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v"}
@@ -15,7 +15,7 @@ _DEFAULT = re.compile(r'Default:\s*"?(.*)', re.DOTALL)
 
 
 @dataclass(slots=True)
-class _Open:
+class _OpenEntry:
     """The entry being read: its fields and its comments."""
 
     fields: dict[str, list[str]] = field(default_factory=dict)
@@ -23,28 +23,28 @@ class _Open:
     fuzzy: bool = False
     current: str = ""
 
-    def close(self) -> Entry | None:
+    def close(self) -> CatalogueEntry | None:
         source = "".join(self.fields.get("msgid", ()))
         target = "".join(self.fields.get("msgstr", self.fields.get("msgstr[0]", ())))
         if self.fuzzy or not source or not target:
             return None
-        return Entry(source, target, _default(self.comments))
+        return CatalogueEntry(source, target, _default_text(self.comments))
 
 
-def parse_po(lines: Iterable[tuple[int, str]], *, name: str) -> Iterator[Entry]:
+def parse_po(lines: Iterable[tuple[int, str]], *, name: str) -> Iterator[CatalogueEntry]:
     """Yield translated entries of (number, line) pairs; context removed, first plural form only.
 
     Raises DataError with file and line on a line that is no PO syntax.
     """
-    entry = _Open()
+    entry = _OpenEntry()
     for number, line in lines:
         text = line.strip()
-        if _starts_next(text, entry):
-            done, entry = entry.close(), _Open()
+        if _starts_next_entry(text, entry):
+            done, entry = entry.close(), _OpenEntry()
             if done:
                 yield done
         if text:
-            _take(text, entry, where=f"{name}, line {number}")
+            _take_line(text, entry, where=f"{name}, line {number}")
     done = entry.close()
     if done:
         yield done
@@ -70,14 +70,14 @@ def escape_po(text: str) -> str:
     return text.translate(str.maketrans(table))
 
 
-def _starts_next(text: str, entry: _Open) -> bool:
+def _starts_next_entry(text: str, entry: _OpenEntry) -> bool:
     """An entry ends at a blank line, or where the next one's comments or first keyword begin."""
     if not entry.current.startswith("msgstr"):
         return not text and not entry.fields
     return not text or text.startswith(("#", "msgctxt", "msgid"))
 
 
-def _take(text: str, entry: _Open, *, where: str) -> None:
+def _take_line(text: str, entry: _OpenEntry, *, where: str) -> None:
     if text.startswith("#"):
         entry.fuzzy = entry.fuzzy or (text.startswith("#,") and "fuzzy" in text)
         if text.startswith("#."):
@@ -96,6 +96,6 @@ def _take(text: str, entry: _Open, *, where: str) -> None:
     entry.fields[entry.current].append(unescape_po(quoted[1]))
 
 
-def _default(comments: list[str]) -> str:
+def _default_text(comments: list[str]) -> str:
     found = _DEFAULT.search(" ".join(comments))
     return unescape_po(found[1].strip().rstrip('"')) if found else ""

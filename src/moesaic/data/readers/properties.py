@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from moesaic.core.errors import DataError
-from moesaic.data.readers.keyed import Keyed
+from moesaic.data.readers.keyed import KeyedText
 
 _KEY = re.compile(r"((?:[^\\=:\s]|\\.)*)[ \t\f]*[=: \t\f]?[ \t\f]*(.*)", re.DOTALL)
 _ESCAPE = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|(.))", re.DOTALL)
@@ -12,7 +12,7 @@ _SIMPLE = {"n": "\n", "t": "\t", "r": "\r", "f": "\f"}
 _BLANK = " \t\f"
 
 
-def parse_properties(lines: Iterable[tuple[int, str]], *, name: str) -> Iterator[Keyed]:
+def parse_properties(lines: Iterable[tuple[int, str]], *, name: str) -> Iterator[KeyedText]:
     r"""Yield the texts of (number, line) pairs; a line that ends in ``\`` goes on in the next.
 
     Raises DataError with file and line on a ``\u`` that four hexadecimal digits do not follow.
@@ -24,7 +24,7 @@ def parse_properties(lines: Iterable[tuple[int, str]], *, name: str) -> Iterator
             continue
         begun = begun or number
         held += text
-        if _goes_on(held):
+        if _continues_on_next_line(held):
             held = held[:-1]
             continue
         yield _property(held, where=f"{name}, line {begun}")
@@ -33,14 +33,14 @@ def parse_properties(lines: Iterable[tuple[int, str]], *, name: str) -> Iterator
         yield _property(held, where=f"{name}, line {begun}")
 
 
-def _goes_on(text: str) -> bool:
+def _continues_on_next_line(text: str) -> bool:
     return (len(text) - len(text.rstrip("\\"))) % 2 == 1
 
 
-def _property(line: str, *, where: str) -> Keyed:
+def _property(line: str, *, where: str) -> KeyedText:
     match = _KEY.fullmatch(line)
     assert match is not None  # every part may be empty
-    return Keyed(_unescape(match[1], where=where), _unescape(match[2], where=where))
+    return KeyedText(_unescape(match[1], where=where), _unescape(match[2], where=where))
 
 
 def _unescape(text: str, *, where: str) -> str:

@@ -19,7 +19,7 @@ COMPRESSED = (".gz", ".xz", ".zst")
 _DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstandard.ZstdError)
 
 
-def plain_name(path: Path) -> str:
+def name_without_compression(path: Path) -> str:
     """Return the name without a compression suffix: ``a.tsv.xz -> a.tsv``."""
     return path.stem if path.suffix in COMPRESSED else path.name
 
@@ -49,11 +49,11 @@ def _opened(path: Path) -> BinaryIO:
     if path.suffix == ".xz":
         return cast(BinaryIO, lzma.open(path, "rb"))
     if path.suffix == ".zst":
-        return cast(BinaryIO, io.BufferedReader(_Zstd(path.open("rb")), 1 << 16))
+        return cast(BinaryIO, io.BufferedReader(_ZstdStream(path.open("rb")), 1 << 16))
     return path.open("rb")
 
 
-class _Zstd(io.RawIOBase):
+class _ZstdStream(io.RawIOBase):
     """A zstd stream that notices a missing end: the library's own reader takes it for the end."""
 
     def __init__(self, raw: BinaryIO) -> None:
@@ -96,16 +96,16 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (number from 1, line without its end). Raises DataError on bytes that are not UTF-8."""
     with open_bytes(path) as stream:
         for number, raw in enumerate(stream, start=1):
-            yield number, decode(raw, path=path, line=number).rstrip("\r\n")
+            yield number, decode_utf8(raw, path=path, line=number).rstrip("\r\n")
 
 
-def read_whole(path: Path) -> bytes:
+def read_all_bytes(path: Path) -> bytes:
     """Return all bytes of a file, decompressed."""
     with open_bytes(path) as stream:
         return stream.read()
 
 
-def decode(raw: bytes, *, path: Path | str, line: int) -> str:
+def decode_utf8(raw: bytes, *, path: Path | str, line: int) -> str:
     """Decode UTF-8, a byte-order mark left out."""
     try:
         text = raw.decode("utf-8")
@@ -118,7 +118,7 @@ def decode(raw: bytes, *, path: Path | str, line: int) -> str:
     return text.removeprefix("\ufeff") if line == 1 else text
 
 
-def not_empty(rows: Iterator[Row], *, path: Path, what: str) -> Iterator[Row]:
+def require_rows(rows: Iterator[Row], *, path: Path, what: str) -> Iterator[Row]:
     """Pass rows on; raise DataError when there is none."""
     number = 0
     for number, row in enumerate(rows, start=1):  # noqa: B007

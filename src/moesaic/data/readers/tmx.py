@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moesaic.core.errors import DataError
-from moesaic.data.languages import language
+from moesaic.data.languages import resolve_language
 from moesaic.data.pair import Pair
 from moesaic.data.readers.text import open_bytes
 
@@ -57,7 +57,7 @@ def _texts(unit: ET.Element, *, where: str) -> dict[str, str]:
         if segment is None:
             continue
         try:
-            texts.setdefault(language(spelled).code, "".join(_plain(segment)).strip())
+            texts.setdefault(resolve_language(spelled).code, "".join(_plain(segment)).strip())
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
     return texts

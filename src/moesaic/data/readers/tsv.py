@@ -13,21 +13,21 @@ _BACK = {"\\": "\\", "t": "\t", "n": "\n", "r": "\r"}
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TsvRow:
     """A line's number and its fields."""
 
     line: int
     fields: tuple[str, ...]
 
 
-def escape(text: str) -> str:
+def escape_field(text: str) -> str:
     """Make a text safe for one field of one line."""
     if "\\" not in text and text.isprintable():
         return text
     return text.translate(_TABLE)
 
 
-def unescape(text: str) -> str:
+def unescape_field(text: str) -> str:
     """Undo ``escape``; a backslash before anything else stays as it is."""
     if "\\" not in text:
         return text
@@ -39,7 +39,7 @@ def unescape(text: str) -> str:
     return "".join([*parts, text[i:]])
 
 
-def read_rows(path: Path, *, columns: int) -> Iterator[Row]:
+def read_rows(path: Path, *, columns: int) -> Iterator[TsvRow]:
     """Yield rows of at least ``columns`` fields, blank lines left out, fields as written.
 
     Raises DataError naming file and line when a line has fewer.
@@ -53,4 +53,4 @@ def read_rows(path: Path, *, columns: int) -> Iterator[Row]:
                 f"{path}, line {number}: found {len(fields)} column(s), expected at least "
                 f"{columns} separated by tabs: {line[:60]!r}"
             )
-        yield Row(number, tuple(fields))
+        yield TsvRow(number, tuple(fields))

@@ -43,7 +43,7 @@ class Declaration:
 
 def parse_udhr(page: str, *, name: str) -> Declaration:
     """Read one page. Raises DataError when it is no such page or holds no article."""
-    parser = _Page()
+    parser = _UdhrPageParser()
     parser.feed(page)
     parser.close()
     if not parser.code or not any(parser.articles.values()):
@@ -52,7 +52,7 @@ def parse_udhr(page: str, *, name: str) -> Declaration:
     return Declaration(parser.code, parser.iso3, parser.tag, articles)
 
 
-class _Page(HTMLParser):
+class _UdhrPageParser(HTMLParser):
     """Collects the paragraphs of each article."""
 
     def __init__(self) -> None:
