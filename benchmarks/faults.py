@@ -29,8 +29,8 @@ from moesaic.checkpoint.tensors import read_tensors
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.select import TopK
-from moesaic.testing.faults import Endured, Fault, Inject, bound_s, draw_faults, endure, live
-from moesaic.testing.kills import compare
+from moesaic.testing.faults import FaultResult, Fault, FaultInjection, max_shutdown_s, sample_faults, run_fault_trials, run_job
+from moesaic.testing.kills import compare_run_dirs
 from moesaic.testing.tiny import synthetic_run, tiny_model_config
 from moesaic.train.job import train
 from moesaic.train.resume import Auto
@@ -62,43 +62,43 @@ def the_run(world: int, *, steps: int = 30) -> Run:
 def forked(folder: Path, *, world: int, faults: int, seed: int) -> dict[str, Any]:
     """Run the forked campaign of one number of ranks, and print a line of it."""
     run = the_run(world)
-    drawn = draw_faults(faults, world=world, seed=seed)
-    endured = endure(run, folder=folder / f"of-{world}", world=world, faults=drawn)
-    waits = [o.seconds for o in endured.ordeals if o.fault.kind in ("stop", "loop")]
-    quick = [o.seconds for o in endured.ordeals if o.fault.kind not in ("stop", "loop")]
+    drawn = sample_faults(faults, world_size=world, seed=seed)
+    endured = run_fault_trials(run, folder=folder / f"of-{world}", world_size=world, faults=drawn)
+    waits = [o.seconds for o in endured.trials if o.fault.kind in ("stop", "loop")]
+    quick = [o.seconds for o in endured.trials if o.fault.kind not in ("stop", "loop")]
     found = {
         "ranks": world,
-        "faults": len(endured.ordeals),
-        "wrong": endured.wrong,
+        "faults": len(endured.trials),
+        "wrong": endured.problems,
         "differences": list(endured.differences),
         "runs_compared": endured.compared,
-        "lives": endured.lives,
+        "lives": endured.job_runs,
         "patience_s": run.patience_s,
         "longest_s": {"dies": round(max(quick), 2), "hangs": round(max(waits), 2)},
-        "allowed_s": round(bound_s(run), 1),
+        "allowed_s": round(max_shutdown_s(run), 1),
         "seconds": round(endured.seconds),
         "by_kind_and_moment": _counted(endured),
-        "sentences": [o.sentence for o in endured.ordeals[:: max(1, faults // 6)]],
+        "sentences": [o.sentence for o in endured.trials[:: max(1, faults // 6)]],
     }
     print(json.dumps(found, indent=1), flush=True)
     return found
 
 
-def _counted(endured: Endured) -> dict[str, int]:
+def _counted(endured: FaultResult) -> dict[str, int]:
     return dict(
-        sorted(Counter(f"{o.fault.kind}, {o.fault.moment}" for o in endured.ordeals).items())
+        sorted(Counter(f"{o.fault.kind}, {o.fault.point}" for o in endured.trials).items())
     )
 
 
 def under_torchrun(folder: Path) -> dict[str, Any]:
     """Run two ranks under torchrun, which starts them again after each fault of ``TORCHRUN``."""
     run, began = the_run(2), time.monotonic()
-    whole = live(run, folder / "whole", world=2)
+    whole = run_job(run, folder / "whole", world_size=2)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [f"--max-restarts={len(TORCHRUN)}", "--monitor-interval=0.1"]
     command += [__file__, "--be", str(folder / "torchrun")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-    differences = compare(folder / "whole", folder / "torchrun") if not done.returncode else []
+    differences = compare_run_dirs(folder / "whole", folder / "torchrun") if not done.returncode else []
     if done.returncode or not whole.finished:
         differences = [done.stderr[-2000:]]
     named = re.findall(r"LostRankError: (rank \d .*)", done.stderr)
@@ -126,22 +126,22 @@ def be(out: Path) -> None:
     hooks = ()
     if attempt < len(TORCHRUN):
         stamp = out.with_name(f"struck-{attempt}")
-        hooks = (Inject(TORCHRUN[attempt], stamp=stamp, rank=int(os.environ["RANK"])),)
+        hooks = (FaultInjection(TORCHRUN[attempt], stamp=stamp, rank=int(os.environ["RANK"])),)
     train(the_run(2), out, resume=Auto(), hooks=hooks, board=silent)
 
 
 def with_fewer_ranks(folder: Path) -> dict[str, Any]:
     """Kill one of four ranks, and go on with two."""
     run, here = the_run(4), folder / "fewer"
-    whole = live(run, folder / "four", world=4)
-    life = live(run, here, world=4, fault=Fault("kill", "collective", rank=3, after=11))
-    resumed = live(run, here, world=2)
+    whole = run_job(run, folder / "four", world_size=4)
+    life = run_job(run, here, world_size=4, fault=Fault("kill", "collective", rank=3, after=11))
+    resumed = run_job(run, here, world_size=2)
     weights = [read_tensors(RunDir(path).model) for path in (folder / "four", here)]
     greatest = max(float((weights[0][n] - weights[1][n]).abs().max()) for n in weights[0])
-    lost = [list(v.ranks) for v in life.verdicts.values()]
+    lost = [list(v.ranks) for v in life.reports.values()]
     ended = whole.finished and resumed.finished and lost and all(ranks == [3] for ranks in lost)
     found = {"ranks": "4, then 2", "greatest_difference_of_a_weight": greatest}
-    found |= {"wrong": [] if ended else [str(lost), str(resumed.words)]}
+    found |= {"wrong": [] if ended else [str(lost), str(resumed.stderr)]}
     print(json.dumps(found, indent=1), flush=True)
     return found
 

@@ -20,30 +20,30 @@ from typing import Any
 import torch
 from support import write_result
 
-from moesaic.testing.random_plans import Case, cases
-from moesaic.verify.compare import Differences
-from moesaic.verify.prove import Verdict, prove, setting
+from moesaic.testing.random_plans import RandomCase, random_cases
+from moesaic.verify.compare import TraceDifferences
+from moesaic.verify.prove import PlanResult, compare_plans, make_setup
 
 PARTS = ("select", "limit", "noise", "expert", "beside", "spare", "exchange", "condition", "link")
 
 
-def judge(case: Case) -> Verdict:
-    given = replace(setting(case.run, steps=2, timeout_s=90.0), shape=case.shape)
-    [verdict] = prove(given, chosen=[case.parallel])
+def judge(case: RandomCase) -> PlanResult:
+    given = replace(make_setup(case.run, steps=2, timeout_s=90.0), shape=case.shape)
+    [verdict] = compare_plans(given, plans=[case.parallel])
     return verdict
 
 
-def worst(verdicts: Iterable[Verdict]) -> dict[str, Any]:
-    found = [verdict.found for verdict in verdicts if verdict.found]
-    names = [field.name for field in fields(Differences)]
+def worst(verdicts: Iterable[PlanResult]) -> dict[str, Any]:
+    found = [verdict.differences for verdict in verdicts if verdict.differences]
+    names = [field.name for field in fields(TraceDifferences)]
     return {n: asdict(max((getattr(f, n) for f in found), key=lambda w: w.value)) for n in names}
 
 
-def drawn(tried: Iterable[Case]) -> dict[str, int]:
+def drawn(tried: Iterable[RandomCase]) -> dict[str, int]:
     """Count what was tried, by its name."""
     counts: Counter[str] = Counter()
     for case in tried:
-        counts[f"ranks {case.ranks}"] += 1
+        counts[f"ranks {case.world_size}"] += 1
         counts[type(case.run.optimizer).__name__] += 1
         moe = case.run.model.moe.plain()
         counts.update(moe[part]["kind"] for part in PARTS)
@@ -67,18 +67,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=here / "results" / "fuzz_plans.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    tried: list[Case] = []
-    verdicts: list[Verdict] = []
+    tried: list[RandomCase] = []
+    verdicts: list[PlanResult] = []
     bad: list[dict[str, Any]] = []
     began = time.monotonic()
-    for case in islice(cases(options.seed, most=options.most), options.cases):
+    for case in islice(random_cases(options.seed, max_ranks=options.most), options.cases):
         verdict = judge(case)
         tried.append(case)
         verdicts.append(verdict)
         if not verdict.equal:
-            bad.append({"number": len(tried) - 1, "wrong": verdict.wrong, **case.about})
-        state = "equal" if verdict.equal else "; ".join(verdict.wrong)
-        print(f"{len(tried)} {case.ranks} ranks, {verdict.plan}: {state}", flush=True)
+            bad.append({"number": len(tried) - 1, "wrong": verdict.problems, **case.summary})
+        state = "equal" if verdict.equal else "; ".join(verdict.problems)
+        print(f"{len(tried)} {case.world_size} ranks, {verdict.plan}: {state}", flush=True)
     result = {
         "question": "does a random model train alike under a random plan?",
         "cases": len(tried),

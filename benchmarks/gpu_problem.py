@@ -18,7 +18,7 @@ from moesaic.ops.grouped import Banks, GroupedMM
 from moesaic.ops.mixture import Composed, Edges, Mixer
 from moesaic.ops.triton.mixer import TritonMixer
 from moesaic.ops.triton.tiles import Tiles
-from moesaic.testing.interpreter import interpreting
+from moesaic.testing.interpreter import is_interpreted
 
 Tensor = torch.Tensor
 
@@ -200,13 +200,13 @@ def sides_of(
 
 
 def wait() -> None:
-    if not interpreting():
+    if not is_interpreted():
         torch.cuda.synchronize()
 
 
 def milliseconds(work: Callable[[], Any], *, repeats: int) -> float:
     """Time of one call on the device, the mean over ``repeats`` calls queued together."""
-    if interpreting():
+    if is_interpreted():
         began = time.perf_counter()
         work()
         return (time.perf_counter() - began) * 1e3
@@ -224,7 +224,7 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Times of each work, round by round; one that raises drops out and is not in the result."""
     times: dict[str, list[float]] = {}
-    warm_ups, rounds = (0, 1) if interpreting() else (3, rounds)
+    warm_ups, rounds = (0, 1) if is_interpreted() else (3, rounds)
     for name, work in list(works.items()):
         try:
             for _ in range(warm_ups):

@@ -22,7 +22,7 @@ from gpu_problem import (
 )
 
 from moesaic.ops.triton.tiles import Tiles, card_of, regime, tiles_for
-from moesaic.testing.interpreter import interpreting, mend_interpreter
+from moesaic.testing.interpreter import is_interpreted, patch_interpreter
 
 SHAPES = [
     Shape(24576, 1536, 256, 128, 8),
@@ -207,8 +207,8 @@ class Bench:
 
 def prepare(run: Any, *, scattermoe: Path | None) -> dict[str, Callable[[], Any]]:
     """Return the work of each section by name, and note what there is here."""
-    if interpreting():
-        mend_interpreter()
+    if is_interpreted():
+        patch_interpreter()
     bench = Bench(run, scattermoe=scattermoe)
     device, tiny = bench.device, bench.tiny
     name = "interpreter" if tiny else torch.cuda.get_device_name()
@@ -332,5 +332,5 @@ def _short(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _forget() -> None:
-    if not interpreting():
+    if not is_interpreted():
         torch.cuda.empty_cache()

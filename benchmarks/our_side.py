@@ -10,7 +10,7 @@ import torch
 from random_pairs import CLIP, LR, SHAPE, SMOOTHING, STEPS, WARM, Pair, batches, real_tokens
 
 from moesaic.data.batch import Batch
-from moesaic.dist.world import Alone
+from moesaic.dist.world import SingleProcess
 from moesaic.model.config import Stack, TransformerConfig
 from moesaic.nn.activation import ReLU
 from moesaic.nn.attention import AttentionConfig
@@ -87,7 +87,7 @@ def main(seed: int, threads: int) -> None:
         steps=WARM + STEPS,
     )
     trainer = Trainer(
-        run, model=run.model.build(), data=Given([padded(b) for b in found]), world=Alone()
+        run, model=run.model.build(), data=Given([padded(b) for b in found]), world=SingleProcess()
     )
     for _ in range(WARM):
         trainer.advance()

@@ -24,8 +24,8 @@ import torch.distributed as distributed
 from support import write_result
 
 from moesaic.dist.collectives import all_to_all
-from moesaic.dist.degrees import CANDIDATES, NOTHING, Layer, Stage, fastest, simulated
-from moesaic.dist.fit import Cost, fit
+from moesaic.dist.degrees import CHUNK_CANDIDATES, NO_COST, LayerCost, StageCost, best_num_chunks, simulated_seconds
+from moesaic.dist.fit import LinearCost, fit_cost
 from moesaic.moe.experts import Experts, Size
 from moesaic.moe.overlap import Degrees
 from moesaic.nn.activation import SwiGLU
@@ -37,33 +37,33 @@ DIM, HIDDEN, EXPERTS, RANKS = 256, 256, 4, 2
 ROWS = (1024, 2048, 4096, 8192, 16384)
 
 
-def stage(draw: random.Random) -> Stage:
-    return Stage(Cost(10 ** draw.uniform(-2, 0), 10 ** draw.uniform(-0.5, 1)), 1.0)
+def stage(draw: random.Random) -> StageCost:
+    return StageCost(LinearCost(10 ** draw.uniform(-2, 0), 10 ** draw.uniform(-0.5, 1)), 1.0)
 
 
-def random_layers(count: int, *, inside: bool) -> list[Layer]:
+def random_layers(count: int, *, inside: bool) -> list[LayerCost]:
     draw = random.Random(0)
     return [
-        Layer(
-            exchange=stage(draw),
+        LayerCost(
+            all_to_all=stage(draw),
             experts=stage(draw),
-            gather=stage(draw) if inside else NOTHING,
-            scatter=stage(draw) if inside else NOTHING,
-            gradients=draw.choice([0.0, draw.uniform(0, 20)]),
+            all_gather=stage(draw) if inside else NO_COST,
+            reduce_scatter=stage(draw) if inside else NO_COST,
+            gradient_s=draw.choice([0.0, draw.uniform(0, 20)]),
         )
         for _ in range(count)
     ]
 
 
-def choices(layers: Sequence[Layer], *, candidates: Sequence[int]) -> dict[str, Any]:
+def choices(layers: Sequence[LayerCost], *, candidates: Sequence[int]) -> dict[str, Any]:
     """Compare the formula's choice with the best of the simulated schedules."""
     same, apart, lost = 0, 0, []
     for layer in layers:
-        chosen = fastest(layer, candidates=candidates)
-        best = fastest(layer, seconds=simulated, candidates=candidates)
+        chosen = best_num_chunks(layer, candidates=candidates)
+        best = best_num_chunks(layer, seconds=simulated_seconds, candidates=candidates)
         same += chosen == best
-        lost.append(simulated(layer, chosen) / simulated(layer, best) - 1)
-        apart += chosen != fastest(layer.backward(), candidates=candidates)
+        lost.append(simulated_seconds(layer, chosen) / simulated_seconds(layer, best) - 1)
+        apart += chosen != best_num_chunks(layer.backward(), candidates=candidates)
     return {
         "layers": len(layers),
         "candidates": list(candidates),
@@ -90,7 +90,7 @@ def exchange_seconds(repeats: int) -> list[float]:
 
     def moving(rows: int) -> Callable[[], Any]:
         x, even = torch.randn(rows, DIM), [rows // RANKS] * RANKS
-        return lambda: all_to_all(x, group=distributed.group.WORLD, sent=even, received=even)
+        return lambda: all_to_all(x, group=distributed.group.WORLD, input_splits=even, output_splits=even)
 
     return least_seconds([moving(rows) for rows in ROWS], repeats=repeats)
 
@@ -115,8 +115,8 @@ def measured(repeats: int) -> dict[str, Any]:
     every = run_on_ranks(RANKS, exchange_seconds, repeats, timeout_s=300)
     exchange = [max(times) for times in zip(*every, strict=True)]
     experts = expert_seconds(repeats)
-    lines = {"all_to_all": fit(ROWS, exchange), "experts": fit(ROWS, experts)}
-    layer = Layer(*(Stage(line.cost, ROWS[-1]) for line in lines.values()))
+    lines = {"all_to_all": fit_cost(ROWS, exchange), "experts": fit_cost(ROWS, experts)}
+    layer = LayerCost(*(StageCost(line.cost, ROWS[-1]) for line in lines.values()))
     degrees = Degrees.fastest(layer, layer.backward())
     return {
         "rows": list(ROWS),
@@ -136,8 +136,8 @@ def main() -> None:
     options = parser.parse_args()
     every = range(1, 17)
     result = {
-        "two_links": choices(random_layers(options.layers, inside=False), candidates=CANDIDATES),
-        "three_links": choices(random_layers(options.layers, inside=True), candidates=CANDIDATES),
+        "two_links": choices(random_layers(options.layers, inside=False), candidates=CHUNK_CANDIDATES),
+        "three_links": choices(random_layers(options.layers, inside=True), candidates=CHUNK_CANDIDATES),
         "three_links_1_to_16": choices(
             random_layers(options.layers, inside=True), candidates=every
         ),

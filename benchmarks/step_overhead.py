@@ -28,7 +28,7 @@ from moesaic.data.batch import Batch
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import Denoising, Translation
 from moesaic.data.train_tokenizer import TokenizerConfig
-from moesaic.dist.world import Alone
+from moesaic.dist.world import SingleProcess
 from moesaic.model.config import Stack, TransformerConfig
 from moesaic.moe.config import MoE
 from moesaic.nn.activation import ReLU
@@ -162,9 +162,9 @@ def main() -> None:
     run = the_run(Catalogue(name=options.corpus), steps=(options.blocks + 1) * options.steps)
     with tempfile.TemporaryDirectory() as name:
         folder = RunDir(Path(name))
-        prepared = prepare(run, folder=folder, world=Alone(), say=print)
-        trainer = make_trainer(run, prepared=prepared, world=Alone())
-        twin = make_trainer(run, prepared=prepared, world=Alone())
+        prepared = prepare(run, folder=folder, world=SingleProcess(), say=print)
+        trainer = make_trainer(run, prepared=prepared, world=SingleProcess())
+        twin = make_trainer(run, prepared=prepared, world=SingleProcess())
         log = LogHook(sink=JsonlSink(folder.metrics), board=SilentBoard())
         ours = Ours(trainer, [*standard_hooks(trainer, folder=folder), log])
         raw = Raw(twin.model, twin.data)

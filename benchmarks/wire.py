@@ -21,17 +21,17 @@ from support import write_result
 from torch import nn
 from wire_page import write_page
 
-from moesaic.dist.collectives import Group, ranks_of
-from moesaic.dist.fit import Cost
-from moesaic.dist.subgroups import Split, split
+from moesaic.dist.collectives import Group, group_size
+from moesaic.dist.fit import LinearCost
+from moesaic.dist.subgroups import Subgroups, split_group
 from moesaic.dist.traffic import (
-    Rows,
-    all_to_all,
-    all_to_all_leaving,
-    three_d,
-    two_hops_leaving,
+    DispatchedTokens,
+    all_to_all_bytes,
+    all_to_all_inter_node_bytes,
+    data_expert_model_bytes,
+    hierarchical_inter_node_bytes,
 )
-from moesaic.dist.wire import Wire
+from moesaic.dist.wire import CommunicationCounter
 from moesaic.moe.adaptive import Adaptive, Lending, Prices, Step, every_lending
 from moesaic.moe.bodies.narrow import Narrow
 from moesaic.moe.config import MoE
@@ -49,7 +49,7 @@ from moesaic.nn.feed_forward import FeedForward
 from moesaic.testing.ranks import run_on_ranks
 
 RANKS, NODE, E, D, F = 8, 4, 8, 128, 64
-BY_BYTES = Prices(exchange=Cost(0, 1), lend=Cost(0, 1), work=Cost(0, 0))
+BY_BYTES = Prices(exchange=LinearCost(0, 1), lend=LinearCost(0, 1), work=LinearCost(0, 0))
 FLOAT = torch.float32
 
 
@@ -58,13 +58,13 @@ class Folds:
     """Groups of eight ranks, all made by every rank in the same order."""
 
     world: Group
-    pairs: Split
-    nodes: Split
+    pairs: Subgroups
+    nodes: Subgroups
 
     @staticmethod
     def made() -> "Folds":
         world = distributed.group.WORLD
-        return Folds(world, split(world, run=2), split(world, run=NODE))
+        return Folds(world, split_group(world, inner_size=2), split_group(world, inner_size=NODE))
 
 
 def every_set(per_token: int) -> Routing:
@@ -89,36 +89,36 @@ def there_and_back(way: Dispatcher, *, experts: Experts, routing: Routing) -> No
 
 def mesh_row(name: str, *, over: Group, slices: Group, data: Group) -> dict[str, Any]:
     """Rows and gradients of one way to lay the experts over the ranks."""
-    places, cuts, copies = ranks_of(over), ranks_of(slices), ranks_of(data)
+    places, cuts, copies = group_size(over), group_size(slices), group_size(data)
     routing, experts = every_set(2), bank(E // places, hidden=F // cuts)
     names: dict[str, Group] = {"expert": over, "model": slices, "data": data}
-    with Wire(axes=names) as wire:
+    with CommunicationCounter(axes=names) as wire:
         there_and_back(AllToAllDispatcher(over, slices=slices), experts=experts, routing=routing)
         for matrix in experts.parameters() if data is not None else ():
             distributed.all_reduce(matrix.grad, group=data)
-    rows = Rows(tokens=routing.num_tokens, per_token=2, dim=D, itemsize=4)
-    form = three_d(rows, data=copies, expert=places, model=cuts, expert_bytes=2.0 * E * D * F * 4)
+    rows = DispatchedTokens(tokens=routing.num_tokens, experts_per_token=2, dim=D, itemsize=4)
+    form = data_expert_model_bytes(rows, data=copies, expert=places, model=cuts, expert_bytes=2.0 * E * D * F * 4)
     return {
         "mesh": name,
-        "counted": {axis: wire.total(axis=axis, dtype=FLOAT) for axis in names},
+        "counted": {axis: wire.total_bytes(axis=axis, dtype=FLOAT) for axis in names},
         "closed": {"expert": 2 * form.expert, "model": 2 * form.model, "data": form.data},
-        "rows_leaving_node": wire.leaving(ranks_per_node=NODE, dtype=FLOAT)
+        "rows_leaving_node": wire.inter_node_bytes(ranks_per_node=NODE, dtype=FLOAT)
         - sum(
             line.bytes
-            for line in wire.sent()
-            if line.axis == "data" and line.to // NODE != distributed.get_rank() // NODE
+            for line in wire.entries()
+            if line.axis == "data" and line.destination // NODE != distributed.get_rank() // NODE
         ),
     }
 
 
 def meshes() -> list[dict[str, Any]]:
     fold = Folds.made()
-    inner = split(fold.nodes.near, run=2)
+    inner = split_group(fold.nodes.inner, inner_size=2)
     return [
         mesh_row("expert 8", over=fold.world, slices=None, data=None),
-        mesh_row("data 2 x expert 4", over=fold.nodes.near, slices=None, data=fold.nodes.far),
+        mesh_row("data 2 x expert 4", over=fold.nodes.inner, slices=None, data=fold.nodes.outer),
         mesh_row(
-            "data 2 x expert 2 x model 2", over=inner.far, slices=inner.near, data=fold.nodes.far
+            "data 2 x expert 2 x model 2", over=inner.outer, slices=inner.inner, data=fold.nodes.outer
         ),
     ]
 
@@ -126,21 +126,21 @@ def meshes() -> list[dict[str, Any]]:
 def folding() -> list[dict[str, Any]]:
     """Expert parallelism of degree 4 beside attention cut in two: over data, or folded."""
     fold, found = Folds.made(), []
-    rows = Rows(tokens=comb(E, 2), per_token=2, dim=D, itemsize=4)
+    rows = DispatchedTokens(tokens=comb(E, 2), experts_per_token=2, dim=D, itemsize=4)
     for name, over, near in (
-        ("unfolded: every second rank", fold.pairs.far, 2),
-        ("folded: four in a row", fold.nodes.near, 4),
+        ("unfolded: every second rank", fold.pairs.outer, 2),
+        ("folded: four in a row", fold.nodes.inner, 4),
     ):
-        with Wire() as wire:
+        with CommunicationCounter() as wire:
             way = AllToAllDispatcher(over)
             there_and_back(way, experts=bank(E // 4), routing=every_set(2))
         found.append(
             {
                 "expert_group": name,
-                "counted_leaving": wire.leaving(ranks_per_node=NODE, dtype=FLOAT),
-                "closed_leaving": 2 * all_to_all_leaving(rows, ranks=4, on_node=near),
-                "counted": wire.total(dtype=FLOAT),
-                "closed": 2 * all_to_all(rows, ranks=4),
+                "counted_leaving": wire.inter_node_bytes(ranks_per_node=NODE, dtype=FLOAT),
+                "closed_leaving": 2 * all_to_all_inter_node_bytes(rows, ranks=4, ranks_per_node=near),
+                "counted": wire.total_bytes(dtype=FLOAT),
+                "closed": 2 * all_to_all_bytes(rows, ranks=4),
             }
         )
     return found
@@ -163,10 +163,10 @@ def narrow() -> dict[str, Any]:
         layer.dispatcher = AllToAllDispatcher(distributed.group.WORLD)
         torch.manual_seed(2 + distributed.get_rank())
         x = torch.randn(64, D, requires_grad=True)
-        with Wire() as wire:
+        with CommunicationCounter() as wire:
             answer = layer(x, context=Context.plain(64), carry=Carry())
             answer.out.sum().backward()
-        counted[name] = wire.total(kind="all-to-all", dtype=FLOAT)
+        counted[name] = wire.total_bytes(kind="all-to-all", dtype=FLOAT)
     return {**counted, "ratio": counted["narrow"] / counted["whole"], "closed": 0.25}
 
 
@@ -175,17 +175,17 @@ def hops() -> list[dict[str, Any]]:
     fold, found = Folds.made(), []
     for per_token in (1, 2, 4):
         routing = every_set(per_token)
-        rows = Rows(tokens=routing.num_tokens, per_token=per_token, dim=D, itemsize=4)
+        rows = DispatchedTokens(tokens=routing.num_tokens, experts_per_token=per_token, dim=D, itemsize=4)
         crossing = {}
         for name, way in (
             ("flat", AllToAllDispatcher(fold.world)),
-            ("two_hops", two_hops(nodes=fold.nodes.far, inside=fold.nodes.near)),
+            ("two_hops", two_hops(nodes=fold.nodes.outer, inside=fold.nodes.inner)),
         ):
-            with Wire() as wire:
+            with CommunicationCounter() as wire:
                 there_and_back(way, experts=bank(E // RANKS), routing=routing)
-            crossing[name] = wire.leaving(ranks_per_node=NODE)
-        flat = 2 * all_to_all_leaving(rows, ranks=RANKS, on_node=NODE)
-        once = 2 * two_hops_leaving(rows, experts=E, nodes=RANKS // NODE)
+            crossing[name] = wire.inter_node_bytes(ranks_per_node=NODE)
+        flat = 2 * all_to_all_inter_node_bytes(rows, ranks=RANKS, ranks_per_node=NODE)
+        once = 2 * hierarchical_inter_node_bytes(rows, experts=E, nodes=RANKS // NODE)
         # an edge that crosses tells its expert and weight, and gets the weight's gradient
         edges = rows.tokens * per_token // 2 * (8 + 4 + 4)
         found.append(
@@ -202,7 +202,7 @@ def hops() -> list[dict[str, Any]]:
 def lending() -> list[dict[str, Any]]:
     """Two experts, each cut over four ranks: rows repeated, or slices and experts lent."""
     fold, found = Folds.made(), []
-    over, slices, hidden = fold.nodes.far, fold.nodes.near, 96
+    over, slices, hidden = fold.nodes.outer, fold.nodes.inner, 96
     ways = every_lending(2, slices=NODE)
     for factor in range(1, 9):
         tokens = 8 * factor
@@ -217,10 +217,10 @@ def lending() -> list[dict[str, Any]]:
         row: dict[str, Any] = {"capacity_factor": factor, "counted": {}, "closed": {}}
         for way in ways:
             dispatcher = Adaptive(over, slices=slices, prices=BY_BYTES, among=[way])
-            with Wire() as wire:
+            with CommunicationCounter() as wire:
                 there_and_back(dispatcher, experts=experts, routing=routing)
             moved = step.moved(way)
-            row["counted"][label(way)] = wire.total(dtype=FLOAT)
+            row["counted"][label(way)] = wire.total_bytes(dtype=FLOAT)
             row["closed"][label(way)] = 2 * (2 * moved.rows + 2 * moved.copies + moved.weights)
         free = Adaptive(over, slices=slices, prices=BY_BYTES)
         x = torch.randn(tokens, D)

@@ -14,10 +14,10 @@ import torch
 
 from moesaic.recipes.find import find
 from moesaic.train.run import Run
-from moesaic.verify.page import matrix, refusals, summary, tolerances
-from moesaic.verify.plans import Plans
-from moesaic.verify.prove import Verdict, dropped, failed, machine, plans, prove, reference, setting
-from moesaic.verify.small import small
+from moesaic.verify.page import to_markdown, rejection_lines, summarize, tolerances_text
+from moesaic.verify.plans import PlanSet
+from moesaic.verify.prove import PlanResult, count_dropped, unequal_plans, describe_machine, plans_up_to, compare_plans, run_reference, make_setup
+from moesaic.verify.small import shrink_config
 
 PAGE = Path(__file__).parents[1] / "docs" / "guide" / "verify.md"
 MARKS = re.compile(r"(<!-- matrix: begin -->\n).*(<!-- matrix: end -->)", re.S)
@@ -35,12 +35,12 @@ class Section:
     @property
     def run(self) -> Run:
         """The small run."""
-        return small(find(self.recipe, changes=list(self.changes))).run
+        return shrink_config(find(self.recipe, changes=list(self.changes))).run
 
     @property
-    def plans(self) -> Plans:
+    def plans(self) -> PlanSet:
         """The plans of its table."""
-        return plans(self.run, world=WORLD).paired()
+        return plans_up_to(self.run, world_size=WORLD).pairwise_cover()
 
     @property
     def command(self) -> str:
@@ -73,32 +73,32 @@ SECTIONS = (
 )
 
 
-def sections() -> Iterator[tuple[str, list[Verdict]]]:
+def sections() -> Iterator[tuple[str, list[PlanResult]]]:
     """Yield each section's text and its verdicts."""
     for section in SECTIONS:
-        given, chosen = setting(section.run), section.plans
-        lost, edges = dropped(reference(given))
-        verdicts = list(_told(prove(given, chosen=chosen.fit), of=len(chosen.fit)))
+        given, chosen = make_setup(section.run), section.plans
+        lost, edges = count_dropped(run_reference(given))
+        verdicts = list(_told(compare_plans(given, plans=chosen.valid), of=len(chosen.valid)))
         parts = [
             f"### {section.title}",
             f"```sh\n{section.command}\n```",
-            f"{summary(verdicts)}; {lost} of {edges:,} edges that were looked at are dropped.",
-            matrix(verdicts),
-            "\n".join(f"- {line}" for line in refusals(chosen.refused)),
+            f"{summarize(verdicts)}; {lost} of {edges:,} edges that were looked at are dropped.",
+            to_markdown(verdicts),
+            "\n".join(f"- {line}" for line in rejection_lines(chosen.rejected)),
         ]
         yield "\n\n".join(part for part in parts if part), verdicts
 
 
-def _told(verdicts: Iterator[Verdict], *, of: int) -> Iterator[Verdict]:
+def _told(verdicts: Iterator[PlanResult], *, of: int) -> Iterator[PlanResult]:
     for number, verdict in enumerate(verdicts, start=1):
-        print(number, "of", of, verdict.ranks, verdict.plan, verdict.wrong or "equal", flush=True)
+        print(number, "of", of, verdict.world_size, verdict.plan, verdict.problems or "equal", flush=True)
         yield verdict
 
 
-def write(page: Path, texts: Sequence[str], *, verdicts: Sequence[Verdict]) -> None:
+def write(page: Path, texts: Sequence[str], *, verdicts: Sequence[PlanResult]) -> None:
     """Put the sections between the marks of a page."""
-    total = f"{len(verdicts)} plans, {len(failed(verdicts))} of them not equal; {machine()}."
-    allowed = [tolerances(setting(section.run).allowed) for section in SECTIONS]
+    total = f"{len(verdicts)} plans, {len(unequal_plans(verdicts))} of them not equal; {describe_machine()}."
+    allowed = [tolerances_text(make_setup(section.run).tolerances) for section in SECTIONS]
     body = "\n\n".join([total, *texts, *dict.fromkeys(allowed)])
     text = page.read_text(encoding="utf-8")
     page.write_text(MARKS.sub(lambda m: f"{m[1]}\n{body}\n\n{m[2]}", text), encoding="utf-8")
@@ -112,7 +112,7 @@ def main() -> None:
         texts.append(text)
         verdicts += found
     write(PAGE, texts, verdicts=verdicts)
-    sys.exit(1 if failed(verdicts) else 0)
+    sys.exit(1 if unequal_plans(verdicts) else 0)
 
 
 if __name__ == "__main__":

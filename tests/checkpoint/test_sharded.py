@@ -15,7 +15,7 @@ from moesaic.checkpoint.shard import Piece, Shard
 from moesaic.checkpoint.sharded import load_sharded, save_sharded
 from moesaic.checkpoint.snapshot import RankSnapshot
 from moesaic.core.errors import CheckpointError
-from moesaic.dist.world import Alone, Ranks, World
+from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
 from moesaic.testing.ranks import RankError, run_on_ranks
 
 KEEP = Keep(2)
@@ -81,7 +81,7 @@ class Dying(QuickDisk):
 
 
 def save_and_die(root: Path, victim: int, moment: int) -> None:
-    world = Ranks()
+    world = ProcessGroupWorld()
     disk = Dying(moment) if world.rank == victim else QuickDisk()
     save_sharded(root, share(9, world), world=world, keep=KEEP, disk=disk)
 
@@ -92,7 +92,7 @@ def test_a_rank_killed_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_pat
     for moment in range(40):
         root = tmp_path / str(moment)
         for step in (1, 2):
-            save_sharded(root, share(step, Alone()), world=Alone(), keep=KEEP, disk=QuickDisk())
+            save_sharded(root, share(step, SingleProcess()), world=SingleProcess(), keep=KEEP, disk=QuickDisk())
         try:
             run_on_ranks(2, partial(save_and_die, root, victim, moment))
             break
@@ -102,7 +102,7 @@ def test_a_rank_killed_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_pat
         assert is_step(found, found.step)
         assert found.step in (2, 9)
         assert latest(root).skipped == ()
-        save_sharded(root, share(4, Alone()), world=Alone(), keep=KEEP, disk=QuickDisk())
+        save_sharded(root, share(4, SingleProcess()), world=SingleProcess(), keep=KEEP, disk=QuickDisk())
         assert is_step(load(root), 4)
         assert not [p.name for p in root.iterdir() if p.name.startswith(".")]
     assert kills >= (1 if victim else 13)
@@ -124,7 +124,7 @@ class Refusing(QuickDisk):
 
 
 def save_on_full_disks(root: Path) -> list[str]:
-    world = Ranks()
+    world = ProcessGroupWorld()
     save_sharded(root, share(1, world), world=world, disk=QuickDisk())
     said = []
     for victim, writes in ((0, 0), (1, 0), (0, 1), (0, 2), (0, 3)):
@@ -159,7 +159,7 @@ class Elsewhere(QuickDisk):
 
 
 def save_on_two_machines(root: Path) -> str:
-    world = Ranks()
+    world = ProcessGroupWorld()
     disk = Elsewhere() if world.rank else QuickDisk()
     with pytest.raises(CheckpointError) as caught:
         save_sharded(root, share(2, world), world=world, disk=disk)
@@ -174,7 +174,7 @@ def test_a_directory_that_ranks_do_not_share_is_said_and_nothing_is_published(tm
 
 
 def background(root: Path) -> list[str]:
-    world = Ranks()
+    world = ProcessGroupWorld()
     disk = Refusing(1) if world.rank == 1 else QuickDisk()
     saver = Saver(root, world=world, patience_s=60, disk=disk)
     told = []
@@ -202,7 +202,7 @@ def test_an_error_in_the_background_is_raised_by_the_next_poll_of_every_rank(tmp
 
 
 def wrong_layouts() -> list[str]:
-    world = Ranks()
+    world = ProcessGroupWorld()
     r, whole = world.rank, torch.zeros(4, 2)
     cases = {
         "a hole": Shard.block(whole[:1], offset=(2 * r, 0), shape=(4, 2)),
@@ -243,7 +243,7 @@ def test_shards_that_do_not_make_up_a_tensor_are_refused_before_anything_is_writ
 @pytest.fixture
 def saved(tmp_path):
     def make(root):
-        return str(save_sharded(root, share(3, Ranks()), world=Ranks(), disk=QuickDisk()))
+        return str(save_sharded(root, share(3, ProcessGroupWorld()), world=ProcessGroupWorld(), disk=QuickDisk()))
 
     return Path(run_on_ranks(2, partial(make, tmp_path))[0])
 
@@ -255,7 +255,7 @@ def room(**changes):
 
 def test_one_process_loads_in_place_what_two_ranks_saved(saved):
     into = room()
-    assert load_sharded(saved, into=into, world=Alone()) == {"step": 3}
+    assert load_sharded(saved, into=into, world=SingleProcess()) == {"step": 3}
     assert torch.equal(into["model"]["up"], torch.arange(4 * 6.0).view(4, 2, 3) + 3)
     assert is_step(load(saved), 3)
 
@@ -273,7 +273,7 @@ MISFITS = {
 def test_what_does_not_fit_is_named_and_nothing_is_loaded(saved, message):
     into = room(**MISFITS[message])
     with pytest.raises(CheckpointError, match=f"the checkpoint does not fit: .*{message}"):
-        load_sharded(saved, into=into, world=Alone())
+        load_sharded(saved, into=into, world=SingleProcess())
     assert not into["model"]["up"].any()
 
 
@@ -281,15 +281,15 @@ def test_a_tensor_that_no_rank_has_a_place_for_is_named(saved):
     into = room()
     del into["model"]["norm"]
     with pytest.raises(CheckpointError, match="model/norm is in it, but no rank has a place"):
-        load_sharded(saved, into=into, world=Alone())
+        load_sharded(saved, into=into, world=SingleProcess())
 
 
 def test_kinds_of_files_that_are_not_asked_for_are_left(saved):
-    assert load_sharded(saved, into={}, world=Alone()) == {"step": 3}
+    assert load_sharded(saved, into={}, world=SingleProcess()) == {"step": 3}
 
 
 def errors_of_loading(path):
-    world = Ranks()
+    world = ProcessGroupWorld()
     with pytest.raises(CheckpointError) as caught:
         load_sharded(path, into=room(), world=world)
     return str(caught.value)
@@ -314,7 +314,7 @@ def test_an_altered_shard_is_named_on_every_rank_whoever_hashed_it(saved):
 
 def test_a_copy_is_written_once_and_the_work_is_shared(tmp_path):
     def both(root):
-        world = Ranks()
+        world = ProcessGroupWorld()
         model = {f"w{n}": torch.full((8,), float(n)) for n in range(6)}
         return str(save_sharded(root, RankSnapshot(1, {"model": model}), world=world))
 

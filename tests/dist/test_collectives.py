@@ -8,12 +8,12 @@ import torch.distributed as distributed
 
 from moesaic.dist.collectives import (
     all_to_all,
-    copy_to,
-    gather_rows,
-    rank_in,
-    ranks_of,
-    scatter_rows,
-    sum_copies,
+    copy_to_group,
+    all_gather_rows,
+    group_rank,
+    group_size,
+    reduce_scatter_rows,
+    reduce_from_group,
 )
 from moesaic.testing.ranks import run_on_ranks
 
@@ -37,16 +37,16 @@ def _grad_back(out: torch.Tensor, x: torch.Tensor, *, rank: int) -> list[list[fl
 
 def _exchanges() -> dict[str, Any]:
     group, rank = distributed.group.WORLD, distributed.get_rank()
-    assert (ranks_of(group), rank_in(group)) == (RANKS, rank)
+    assert (group_size(group), group_rank(group)) == (RANKS, rank)
     sent, received = SENT[rank], [row[rank] for row in SENT]
     found: dict[str, Any] = {}
     for dtype in DTYPES:
         x = _rows(sum(sent), rank=rank, dtype=dtype)
-        out = all_to_all(x, group=group, sent=sent, received=received)
+        out = all_to_all(x, group=group, input_splits=sent, output_splits=received)
         assert out.dtype == dtype
         found[str(dtype)] = out.double()
     x = _rows(sum(sent), rank=rank).requires_grad_()
-    out = all_to_all(x, group=group, sent=sent, received=received)
+    out = all_to_all(x, group=group, input_splits=sent, output_splits=received)
     return {**found, "grad": _grad_back(out, x, rank=rank)}
 
 
@@ -71,15 +71,15 @@ def _gathers(sizes: tuple[int, ...]) -> dict[str, Any]:
     group, rank = distributed.group.WORLD, distributed.get_rank()
     found: dict[str, Any] = {}
     for dtype in DTYPES:
-        whole = gather_rows(_rows(sizes[rank], rank=rank, dtype=dtype), group=group, sizes=sizes)
+        whole = all_gather_rows(_rows(sizes[rank], rank=rank, dtype=dtype), group=group, sizes=sizes)
         parts = _rows(sum(sizes), rank=rank, dtype=dtype)
-        summed = scatter_rows(parts, group=group, sizes=sizes)
+        summed = reduce_scatter_rows(parts, group=group, sizes=sizes)
         assert (whole.dtype, summed.dtype) == (dtype, dtype)
         found[str(dtype)] = (whole.double(), summed.double())
     x = _rows(sizes[rank], rank=rank).requires_grad_()
-    found["grad"] = _grad_back(gather_rows(x, group=group, sizes=sizes), x, rank=rank)
+    found["grad"] = _grad_back(all_gather_rows(x, group=group, sizes=sizes), x, rank=rank)
     parts = _rows(sum(sizes), rank=rank).requires_grad_()
-    found["sum grad"] = _grad_back(scatter_rows(parts, group=group, sizes=sizes), parts, rank=rank)
+    found["sum grad"] = _grad_back(reduce_scatter_rows(parts, group=group, sizes=sizes), parts, rank=rank)
     return found
 
 
@@ -104,10 +104,10 @@ def test_gathering_and_scattering_rows_are_each_others_way_back(sizes: tuple[int
 def _sums() -> dict[str, Any]:
     group, rank = distributed.group.WORLD, distributed.get_rank()
     parts = torch.full((2,), rank + 1.0, requires_grad=True)
-    total = sum_copies(parts, group=group)
+    total = reduce_from_group(parts, group=group)
     (total * 3).sum().backward()
     whole = torch.ones(2, requires_grad=True)
-    (copy_to(whole, group=group) * (rank + 1)).sum().backward()
+    (copy_to_group(whole, group=group) * (rank + 1)).sum().backward()
     assert parts.grad is not None
     assert whole.grad is not None
     return {"sum": total.tolist(), "part": parts.grad.tolist(), "copy": whole.grad.tolist()}
@@ -121,8 +121,8 @@ def test_a_sum_of_parts_and_a_copy_to_parts_are_each_others_way_back() -> None:
 @pytest.mark.parametrize("x", [torch.ones(2, 3), torch.ones(0, 3)])
 def test_a_null_group_moves_nothing(x: torch.Tensor) -> None:
     rows = [len(x)]
-    assert all_to_all(x, group=None, sent=rows, received=rows) is x
-    assert gather_rows(x, group=None, sizes=rows) is x
-    assert scatter_rows(x, group=None, sizes=rows) is x
-    assert sum_copies(x, group=None) is x
-    assert copy_to(x, group=None) is x
+    assert all_to_all(x, group=None, input_splits=rows, output_splits=rows) is x
+    assert all_gather_rows(x, group=None, sizes=rows) is x
+    assert reduce_scatter_rows(x, group=None, sizes=rows) is x
+    assert reduce_from_group(x, group=None) is x
+    assert copy_to_group(x, group=None) is x

@@ -6,33 +6,33 @@ import pytest
 
 from moesaic.core.errors import UserError
 from moesaic.dist import first
-from moesaic.dist.first import on_first
-from moesaic.dist.world import Alone, Ranks
+from moesaic.dist.first import run_on_rank0
+from moesaic.dist.world import SingleProcess, ProcessGroupWorld
 from moesaic.testing.ranks import RankError, run_on_ranks
 
 
 def _answer() -> tuple[list[int], list[int]]:
-    world, worked = Ranks(), []
+    world, worked = ProcessGroupWorld(), []
 
     def work() -> list[int]:
         worked.append(world.rank)
         return [1, 2]
 
-    return on_first(world, work), worked
+    return run_on_rank0(world, work), worked
 
 
 def test_one_rank_works_and_all_know() -> None:
     assert run_on_ranks(3, _answer) == [([1, 2], [0]), ([1, 2], []), ([1, 2], [])]
-    assert on_first(Alone(), lambda: "here") == "here"
+    assert run_on_rank0(SingleProcess(), lambda: "here") == "here"
 
 
 def _slow() -> str:
-    first.NEWS_S = 0.1
-    return on_first(Ranks(), lambda: time.sleep(1.5) or "done")
+    first.KEEPALIVE_S = 0.1
+    return run_on_rank0(ProcessGroupWorld(), lambda: time.sleep(1.5) or "done")
 
 
 def test_it_may_take_longer_than_a_collective() -> None:
-    assert run_on_ranks(2, _slow, timeout_s=30, patience_s=1.0) == ["done", "done"]
+    assert run_on_ranks(2, _slow, timeout_s=30, collective_timeout_s=1.0) == ["done", "done"]
 
 
 def _mistake() -> str:
@@ -40,7 +40,7 @@ def _mistake() -> str:
         raise UserError("no such corpus")
 
     try:
-        on_first(Ranks(), work)
+        run_on_rank0(ProcessGroupWorld(), work)
     except UserError as error:
         return str(error)
     return "nothing"
@@ -51,7 +51,7 @@ def test_a_users_mistake_is_raised_on_every_rank() -> None:
 
 
 def _bug() -> None:
-    on_first(Ranks(), lambda: 1 // 0)
+    run_on_rank0(ProcessGroupWorld(), lambda: 1 // 0)
 
 
 def test_a_bug_ends_the_run() -> None:

@@ -3,8 +3,8 @@
 import pytest
 
 from moesaic.core.errors import UserError
-from moesaic.dist.launch import join
-from moesaic.dist.world import Alone, Ranks
+from moesaic.dist.launch import init_distributed
+from moesaic.dist.world import SingleProcess, ProcessGroupWorld
 from moesaic.testing.ranks import run_on_ranks
 
 
@@ -15,21 +15,21 @@ def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_process_is_a_world() -> None:
-    with join(device="cpu") as world:
-        assert isinstance(world, Alone)
+    with init_distributed(device="cpu") as world:
+        assert isinstance(world, SingleProcess)
         assert (world.rank, world.size) == (0, 1)
 
 
 def test_a_half_set_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UserError, match="WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"), join():
+    with pytest.raises(UserError, match="WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"), init_distributed():
         pass
 
 
 def _join_existing() -> tuple[bool, int]:
-    with join(device="cpu") as world:
-        inside = isinstance(world, Ranks)
-    return inside, Ranks().size
+    with init_distributed(device="cpu") as world:
+        inside = isinstance(world, ProcessGroupWorld)
+    return inside, ProcessGroupWorld().size
 
 
 def test_an_existing_group_is_used_and_left() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch.distributed as distributed
 
 from moesaic.dist.collectives import Group
-from moesaic.dist.subgroups import split
+from moesaic.dist.subgroups import split_group
 from moesaic.testing.ranks import run_on_ranks
 
 
@@ -14,10 +14,10 @@ def _ranks(group: Group) -> list[int] | None:
 
 def _splits() -> list[tuple[list[int] | None, list[int] | None]]:
     world = distributed.group.WORLD
-    pairs = split(world, run=2)
-    again = split(pairs.far, run=2)  # the other pair of the world cuts itself
-    parts = [split(world, run=1), pairs, split(world, run=4), again]
-    return [(_ranks(part.near), _ranks(part.far)) for part in parts]
+    pairs = split_group(world, inner_size=2)
+    again = split_group(pairs.outer, inner_size=2)  # the other pair of the world cuts itself
+    parts = [split_group(world, inner_size=1), pairs, split_group(world, inner_size=4), again]
+    return [(_ranks(part.inner), _ranks(part.outer)) for part in parts]
 
 
 def test_runs_are_neighbours_and_their_places_are_groups() -> None:
@@ -29,4 +29,4 @@ def test_runs_are_neighbours_and_their_places_are_groups() -> None:
 
 def test_runs_come_out_even() -> None:
     with pytest.raises(ValueError, match="1 ranks cannot be cut into runs of 2"):
-        split(None, run=2)
+        split_group(None, inner_size=2)

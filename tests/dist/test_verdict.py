@@ -4,26 +4,26 @@ from typing import Any
 
 import pytest
 
-from moesaic.dist.marks import ALL, Mark
-from moesaic.dist.verdict import LostRankError, Peer, Verdict, judge, show_ranks
+from moesaic.dist.marks import DEFAULT_GROUP, Heartbeat
+from moesaic.dist.verdict import LostRankError, Peer, HangReport, find_lost_ranks, format_ranks
 
 
 def _peer(rank: int, count: int, *, inside: bool = False, world: int = 4, **changes: Any) -> Peer:
-    mark = Mark(
+    mark = Heartbeat(
         serial=count,
         time_s=69.0,
         step=7,
-        place="sum of gradients",
+        phase="sum of gradients",
         op="all_reduce",
-        inside=inside,
-        counts={ALL: count},
+        in_collective=inside,
+        collective_counts={DEFAULT_GROUP: count},
     )
     given = {"mark": mark, "members": tuple(range(world)), "process": f"{40 + rank} on a"}
     return Peer(rank, **given | changes)
 
 
-def _judge(*peers: Peer) -> Verdict:
-    return judge(peers[0], peers={p.rank: p for p in peers}, now_s=100.0, cause="it said so")
+def _judge(*peers: Peer) -> HangReport:
+    return find_lost_ranks(peers[0], peers={p.rank: p for p in peers}, now_s=100.0, cause="it said so")
 
 
 WAITING = tuple(_peer(rank, 118, inside=True) for rank in range(3))
@@ -41,7 +41,7 @@ WAITING = tuple(_peer(rank, 118, inside=True) for rank in range(3))
 def test_a_rank_that_did_not_come_is_named_with_what_became_of_it(state: Any, words: str) -> None:
     verdict = _judge(*WAITING, _peer(3, 117, state=state))
     assert verdict.ranks == (3,)
-    assert (verdict.op, verdict.number, verdict.step) == ("all_reduce", 118, 7)
+    assert (verdict.op, verdict.sequence_number, verdict.step) == ("all_reduce", 118, 7)
     assert verdict.sentence.startswith(
         "rank 3 did not come to all_reduce #118 (step 7, sum of gradients), where ranks 0-2 waited"
     )
@@ -69,13 +69,13 @@ def test_a_rank_that_was_never_heard_of_is_named() -> None:
 
 def test_a_rank_that_waits_elsewhere_is_no_cause() -> None:
     """Rank 0 waits for 1 in one group, 1 for 2 in another, and 2 is dead."""
-    pair = Mark(op="all_to_all", group="pair", inside=True, counts={"pair": 9, ALL: 117})
+    pair = Heartbeat(op="all_to_all", group="pair", in_collective=True, collective_counts={"pair": 9, DEFAULT_GROUP: 117})
     middle = _peer(1, 117, mark=pair, members=(1, 2))
     verdict = _judge(
         _peer(0, 118, inside=True), middle, _peer(2, 117, state="gone"), _peer(3, 118, inside=True)
     )
     assert verdict.ranks == (2,)
-    assert (verdict.op, verdict.number) == ("all_to_all", 9)
+    assert (verdict.op, verdict.sequence_number) == ("all_to_all", 9)
     assert "did not come to all_to_all #9" in verdict.sentence
     assert "where rank 1 waited" in verdict.sentence
 
@@ -87,7 +87,7 @@ def test_several_lost_ranks_are_named_together() -> None:
 
 
 def test_where_nobody_is_missing_all_places_and_torchs_words_are_given() -> None:
-    other = Mark(op="all_gather", inside=True, step=7, counts={ALL: 118})
+    other = Heartbeat(op="all_gather", in_collective=True, step=7, collective_counts={DEFAULT_GROUP: 118})
     verdict = _judge(*WAITING, _peer(3, 118, mark=other))
     assert verdict.ranks == ()
     assert "it said so" in verdict.sentence
@@ -96,7 +96,7 @@ def test_where_nobody_is_missing_all_places_and_torchs_words_are_given() -> None
 
 def test_a_verdict_survives_being_sent() -> None:
     verdict = _judge(*WAITING, _peer(3, 117))
-    assert Verdict.from_plain(verdict.plain()) == verdict
+    assert HangReport.from_dict(verdict.to_dict()) == verdict
     assert "--resume auto" in str(LostRankError(verdict))
 
 
@@ -110,4 +110,4 @@ def test_a_verdict_survives_being_sent() -> None:
     ],
 )
 def test_ranks_are_shown_in_runs(ranks: list[int], text: str) -> None:
-    assert show_ranks(ranks) == text
+    assert format_ranks(ranks) == text

@@ -10,8 +10,8 @@ import pytest
 import torch.distributed as distributed
 
 from moesaic.dist import watch as watch_module
-from moesaic.dist.marks import ALL, Book
-from moesaic.dist.watch import Watch, process_state
+from moesaic.dist.marks import DEFAULT_GROUP, HeartbeatFile
+from moesaic.dist.watch import Watchdog, process_state
 
 
 def _sleep() -> None:
@@ -38,13 +38,13 @@ def test_a_process_runs_is_stopped_or_is_gone() -> None:
     assert process_state(process.pid) == "gone"
 
 
-def _watches(patience_s: float) -> tuple[list[Watch], distributed.TCPStore]:
+def _watches(patience_s: float) -> tuple[list[Watchdog], distributed.TCPStore]:
     server = distributed.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5)
     )
     clients = [distributed.TCPStore("127.0.0.1", server.port, is_master=False) for _ in range(2)]
     made = [
-        Watch(client, rank=rank, size=2, patience_s=patience_s, book=Book())
+        Watchdog(client, rank=rank, size=2, timeout_s=patience_s, heartbeat_file=HeartbeatFile())
         for rank, client in enumerate(clients)
     ]
     return made, server
@@ -57,10 +57,10 @@ def _said_while_rank_1_is_away(monkeypatch: pytest.MonkeyPatch, *, inside: bool)
     here.start()
     there.start()
     for watch in (here, there):
-        watch.book.at("forward", step=3)
-    here.book.enter("all_reduce", group=ALL)
+        watch.heartbeat_file.mark_phase("forward", step=3)
+    here.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
     if not inside:
-        here.book.leave()
+        here.heartbeat_file.end_collective()
     late = time.monotonic() + 10
     while not said and time.monotonic() < late:
         time.sleep(0.01)
@@ -87,7 +87,7 @@ def test_ranks_that_are_all_at_work_are_left_alone(monkeypatch: pytest.MonkeyPat
     watches, server = _watches(patience_s=0.4)
     for watch in watches:
         watch.start()
-        watch.book.at("forward", step=3)
+        watch.heartbeat_file.mark_phase("forward", step=3)
     time.sleep(0.9)
     for watch in watches:
         watch.close()
@@ -99,10 +99,10 @@ def test_all_ranks_say_what_the_first_one_found() -> None:
     (here, there), server = _watches(patience_s=1.0)
     here.start()
     there.start()
-    here.book.enter("all_reduce", group=ALL)
-    first = here.verdict("first")
-    there.book.enter("all_reduce", group=ALL)
-    assert there.verdict("second") == first
+    here.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
+    first = here.report_hang("first")
+    there.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
+    assert there.report_hang("second") == first
     assert first.ranks == (1,)
     here.close()
     there.close()
@@ -115,10 +115,10 @@ def test_a_rank_of_another_machine_is_known_by_its_beats(monkeypatch: pytest.Mon
     (here, there), server = _watches(patience_s=1.0)
     here.start()
     there.start()
-    here.book.enter("all_reduce", group=ALL)
-    assert "is alive but does not go on" in here._judge().sentence
+    here.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
+    assert "is alive but does not go on" in here._find_lost_ranks().sentence
     there.close()
-    sentence = here._judge().sentence
+    sentence = here._find_lost_ranks().sentence
     assert f"nothing is heard of its process {os.getpid()} on there" in sentence
     here.close()
     del server
@@ -126,10 +126,10 @@ def test_a_rank_of_another_machine_is_known_by_its_beats(monkeypatch: pytest.Mon
 
 def test_a_store_that_is_gone_is_said() -> None:
     (here, _), server = _watches(patience_s=1.0)
-    here.book.at("forward", step=3)
-    here.book.enter("all_reduce", group=ALL)
+    here.heartbeat_file.mark_phase("forward", step=3)
+    here.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
     del server
-    verdict = here.verdict("it said so")
+    verdict = here.report_hang("it said so")
     assert verdict.ranks == ()
     assert "rank 0 lost its peers in all_reduce #1 (step 3, forward)" in verdict.sentence
     assert "does not answer" in verdict.sentence

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moesaic.dist.collectives import all_to_all, gather_rows, scatter_rows, sum_copies
-from moesaic.dist.wire import Wire
+from moesaic.dist.collectives import all_to_all, all_gather_rows, reduce_scatter_rows, reduce_from_group
+from moesaic.dist.wire import CommunicationCounter
 from moesaic.testing.ranks import run_on_ranks
 
 RANKS, D = 4, 6
@@ -27,20 +27,20 @@ def _ours() -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
 
     def count(name: str, make: Any) -> None:
-        forward, backward = Wire(axes={"all": group}), Wire(axes={"all": group})
+        forward, backward = CommunicationCounter(axes={"all": group}), CommunicationCounter(axes={"all": group})
         with forward:
             out = make()
         with backward:
             out.sum().backward()
-        found[name] = [forward.total(axis="all"), backward.total()]
-        assert forward.total() == forward.total(axis="all")
+        found[name] = [forward.total_bytes(axis="all"), backward.total_bytes()]
+        assert forward.total_bytes() == forward.total_bytes(axis="all")
 
     even = [2] * RANKS
-    count("all-to-all", lambda: all_to_all(x, group=group, sent=even, received=even))
-    count("gather", lambda: gather_rows(x, group=group, sizes=[8] * RANKS))
-    count("uneven gather", lambda: gather_rows(own, group=group, sizes=sizes))
-    count("scatter", lambda: scatter_rows(x, group=group, sizes=even))
-    count("sum", lambda: sum_copies(x, group=group))
+    count("all-to-all", lambda: all_to_all(x, group=group, input_splits=even, output_splits=even))
+    count("gather", lambda: all_gather_rows(x, group=group, sizes=[8] * RANKS))
+    count("uneven gather", lambda: all_gather_rows(own, group=group, sizes=sizes))
+    count("scatter", lambda: reduce_scatter_rows(x, group=group, sizes=even))
+    count("sum", lambda: reduce_from_group(x, group=group))
     return found
 
 
@@ -80,10 +80,10 @@ def _of_torch() -> dict[str, int]:
     }
     found = {}
     for name, call in calls.items():
-        with Wire() as wire:
+        with CommunicationCounter() as wire:
             call()
-        found[name] = wire.total()
-        found[f"{name} to other nodes"] = wire.leaving(ranks_per_node=2)
+        found[name] = wire.total_bytes()
+        found[f"{name} to other nodes"] = wire.inter_node_bytes(ranks_per_node=2)
     return found
 
 
@@ -114,10 +114,10 @@ def _sharded() -> tuple[int, int, int]:
     for layer in model:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh)
-    with Wire(axes={"copies": mesh.get_group()}) as wire:
+    with CommunicationCounter(axes={"copies": mesh.get_group()}) as wire:
         model(torch.randn(4, 8)).sum().backward()
-    parts = [wire.total(kind=kind, axis="copies") for kind in ("all-gather", "reduce-scatter")]
-    return parts[0], parts[1], wire.total()
+    parts = [wire.total_bytes(kind=kind, axis="copies") for kind in ("all-gather", "reduce-scatter")]
+    return parts[0], parts[1], wire.total_bytes()
 
 
 def test_what_fsdp_gathers_and_scatters_is_counted() -> None:
@@ -137,11 +137,11 @@ def _thousand_ranks() -> Any:
 @pytest.mark.usefixtures("_thousand_ranks")
 def test_a_thousand_ranks_are_counted_where_there_is_one_process() -> None:
     group = distributed.group.WORLD
-    with FakeTensorMode(), Wire() as wire:
+    with FakeTensorMode(), CommunicationCounter() as wire:
         x = torch.randn(2048, 7168, dtype=torch.bfloat16, requires_grad=True)
         even = [2] * 1024
-        out = all_to_all(x, group=group, sent=even, received=even)
-        gather_rows(out, group=group, sizes=[2048] * 1024).sum().backward()
+        out = all_to_all(x, group=group, input_splits=even, output_splits=even)
+        all_gather_rows(out, group=group, sizes=[2048] * 1024).sum().backward()
     row = 7168 * 2
-    assert wire.total(kind="all-gather") == 1023 * 2048 * row
-    assert wire.total(kind="all-to-all") == 2 * 1023 * 2 * row + 1023 * 2048 * row
+    assert wire.total_bytes(kind="all-gather") == 1023 * 2048 * row
+    assert wire.total_bytes(kind="all-to-all") == 2 * 1023 * 2 * row + 1023 * 2048 * row

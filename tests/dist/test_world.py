@@ -5,28 +5,28 @@ import torch
 import torch.distributed as distributed
 
 from moesaic.dist import world as world_module
-from moesaic.dist.world import Alone, Ranks, World
+from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
 from moesaic.testing.ranks import run_on_ranks
 
 
 def _everything() -> dict[str, object]:
-    world = Ranks()
+    world = ProcessGroupWorld()
     weight = torch.nn.Parameter(torch.zeros(3))
     unused = torch.nn.Parameter(torch.zeros(2, 2))
     weight.grad = torch.full((3,), float(world.rank + 1))
     unused.grad = torch.ones(2, 2) if world.rank == 0 else None
-    world.sum_gradients([weight, unused])
+    world.all_reduce_gradients([weight, unused])
     value = torch.tensor([float(world.rank)])
     world.broadcast([value])
     mine = torch.tensor([world.rank])
     return {
-        "sum": world.sum(torch.tensor([1, world.rank])).tolist(),
-        "floats": world.sum_floats({"a": 0.5, "b": float(world.rank)}),
+        "sum": world.all_reduce(torch.tensor([1, world.rank])).tolist(),
+        "floats": world.all_reduce_floats({"a": 0.5, "b": float(world.rank)}),
         "grads": [weight.grad.tolist(), unused.grad.tolist()],
-        "any": (world.any(world.rank == 1), world.any(False)),
+        "any": (world.any_rank(world.rank == 1), world.any_rank(False)),
         "broadcast": value.tolist(),
-        "share": world.share({"path": f"of rank {world.rank}"}),
-        "gather": [part.tolist() for part in world.gather(mine)],
+        "share": world.broadcast_object({"path": f"of rank {world.rank}"}),
+        "gather": [part.tolist() for part in world.all_gather(mine)],
         "mine": mine.tolist(),
     }
 
@@ -46,16 +46,16 @@ def test_every_rank_gets_the_same_sums(size: int) -> None:
 
 
 def test_alone_has_the_same_methods_and_changes_nothing() -> None:
-    world = Alone()
+    world = SingleProcess()
     assert isinstance(world, World)
     weight = torch.nn.Parameter(torch.zeros(2))
-    world.sum_gradients([weight])
+    world.all_reduce_gradients([weight])
     assert weight.grad is None
-    assert world.sum(torch.tensor([2.0])).tolist() == [2.0]
-    assert world.sum_floats({"a": 1.0}) == {"a": 1.0}
-    assert world.any(True)
-    assert world.share([1]) == [1]
-    assert world.gather(torch.tensor([3]))[0].tolist() == [3]
+    assert world.all_reduce(torch.tensor([2.0])).tolist() == [2.0]
+    assert world.all_reduce_floats({"a": 1.0}) == {"a": 1.0}
+    assert world.any_rank(True)
+    assert world.broadcast_object([1]) == [1]
+    assert world.all_gather(torch.tensor([3]))[0].tolist() == [3]
 
 
 def _count_reductions() -> tuple[int, list[float]]:
@@ -70,7 +70,7 @@ def _count_reductions() -> tuple[int, list[float]]:
     parameters = [torch.nn.Parameter(torch.zeros(100)) for _ in range(50)]
     for parameter in parameters:
         parameter.grad = torch.ones(100)
-    Ranks().sum_gradients(parameters)
+    ProcessGroupWorld().all_reduce_gradients(parameters)
     return len(calls), [float(p.grad.sum()) for p in parameters]
 
 

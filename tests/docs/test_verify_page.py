@@ -8,9 +8,9 @@ from verify_page import PAGE, SECTIONS, Section
 from moesaic.core.config import Choice
 from moesaic.dist.plan import ParallelPlan
 from moesaic.parallel.config import Parallel
-from moesaic.verify.page import summary
-from moesaic.verify.plans import NEEDS, named
-from moesaic.verify.prove import Verdict
+from moesaic.verify.page import summarize
+from moesaic.verify.plans import APPLIES_TO, describe_plan
+from moesaic.verify.prove import PlanResult
 
 ROW = re.compile(r"^\| (\d+) \| ([^|]+) \|.*\| ([^|]+) \|$", re.M)
 AXES = ("pipe", "data", "context", "tensor", "expert", "expert_tensor")
@@ -22,7 +22,7 @@ def rows(section: Section) -> list[tuple[str, str, str]]:
 
 
 def families() -> list[tuple[str, type[Choice]]]:
-    fields = ((name, Parallel.model_fields[name].annotation) for name in NEEDS)
+    fields = ((name, Parallel.model_fields[name].annotation) for name in APPLIES_TO)
     return [(n, f) for n, f in fields if isinstance(f, type) and issubclass(f, Choice)]
 
 
@@ -47,10 +47,10 @@ def test_every_degree_and_every_choice_there_is_has_a_row() -> None:
 
 
 def test_the_plain_choices_are_not_said() -> None:
-    assert named(Parallel(plan=ParallelPlan(data=2, expert=2))) == "data 2, expert 2"
+    assert describe_plan(Parallel(plan=ParallelPlan(data=2, expert=2))) == "data 2, expert 2"
 
 
 def test_a_summary_counts_what_is_not_equal() -> None:
     plan = Parallel()
-    both = [Verdict(2, "a", plan, None, ()), Verdict(4, "b", plan, None, ("failed: x",))]
-    assert summary(both) == "2 plans of 2, 4 ranks: 1 not equal to one process"
+    both = [PlanResult(2, "a", plan, None, ()), PlanResult(4, "b", plan, None, ("failed: x",))]
+    assert summarize(both) == "2 plans of 2, 4 ranks: 1 not equal to one process"

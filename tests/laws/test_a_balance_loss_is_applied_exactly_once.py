@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.samples import LINKED, padded
 from moe.variants import BALANCES, balanced
-from moesaic.dist.world import Alone
+from moesaic.dist.world import SingleProcess
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.layer import layers
@@ -39,7 +39,7 @@ def model_of(name: str) -> Transformer:
 def step(model: Transformer, batches: list) -> tuple[Found, Found, list[torch.Tensor]]:
     """One step's terms, its gradients, and what each router heard."""
     objective = Objective(Categories(TASKS, LANGUAGES), smoothing=0.1, precision=Float32())
-    seen = objective.gradients(lay(model, parallel=Parallel(), world=Alone()), batches=batches)
+    seen = objective.gradients(lay(model, parallel=Parallel(), world=SingleProcess()), batches=batches)
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return dict(seen.sums.terms), grads, [layer.router.heard.clone() for layer in layers(model)]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.testing.faults import Fault, endure
+from moesaic.testing.faults import Fault, run_fault_trials
 from moesaic.testing.tiny import synthetic_run
 from moesaic.train.run import Checkpoints
 
@@ -25,9 +25,9 @@ FAULTS = (
 @pytest.mark.usefixtures("data_home")
 def test_a_lost_rank_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
     run = synthetic_run(steps=16, checkpoint=Checkpoints(every=2), patience_s=3.0)
-    endured = endure(run, folder=tmp_path, world=2, faults=FAULTS)
-    assert endured.wrong == []
+    endured = run_fault_trials(run, folder=tmp_path, world_size=2, faults=FAULTS)
+    assert endured.problems == []
     assert endured.differences == ()
-    assert len(endured.ordeals) == len(FAULTS)
-    for fault, ordeal in zip(FAULTS, endured.ordeals, strict=True):
+    assert len(endured.trials) == len(FAULTS)
+    for fault, ordeal in zip(FAULTS, endured.trials, strict=True):
         assert f"rank {fault.rank} " in ordeal.sentence

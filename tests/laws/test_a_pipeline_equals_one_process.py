@@ -10,9 +10,9 @@ import torch.distributed as distributed
 
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
-from moesaic.dist.mesh import STAGE, Mesh
+from moesaic.dist.mesh import STAGE_AXES, Mesh
 from moesaic.dist.plan import ParallelPlan
-from moesaic.dist.world import Alone, Ranks
+from moesaic.dist.world import SingleProcess, ProcessGroupWorld
 from moesaic.model.config import Stack, TransformerConfig
 from moesaic.model.transformer import Transformer
 from moesaic.moe.balance import RouterZ, SwitchBalance
@@ -50,7 +50,7 @@ from moesaic.testing.tiny import (
     LANGUAGES,
     TASKS,
     random_batch,
-    rows_of,
+    shard_batch,
     tiny_model_config,
 )
 from moesaic.train.meters import Categories
@@ -120,7 +120,7 @@ class Alike:
 def _batches(number: int, *, rank: int = 0, world: int = 1) -> list[Batch]:
     """Micro-batches of uneven lengths."""
     whole = [random_batch(4, seed=seed, length=4 + 3 * seed % 7) for seed in range(number)]
-    return [rows_of(batch, rank=rank, world=world) for batch in whole]
+    return [shard_batch(batch, rank=rank, world_size=world) for batch in whole]
 
 
 def _built(config: TransformerConfig) -> Transformer:
@@ -130,7 +130,7 @@ def _built(config: TransformerConfig) -> Transformer:
 
 def _alone(config: TransformerConfig, *, micro_batches: int) -> Alike:
     model = _built(config)
-    spread = lay(model, parallel=Parallel(), world=Alone())
+    spread = lay(model, parallel=Parallel(), world=SingleProcess())
     seen = OBJECTIVE.gradients(spread, batches=_batches(micro_batches))
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
@@ -145,9 +145,9 @@ def _mesh(data: int) -> Mesh:
 def _laid(config: TransformerConfig, schedule: PipeSchedule, *, mesh: Mesh) -> Pipeline:
     stages = Stages.of(config, schedule=schedule, ranks=mesh.plan.pipe, cut=ByCost())
     model = _built(config)
-    stages.keep_only(model, rank=mesh.place()["pipe"])
-    stage = mesh.group(*STAGE)
-    set_ranks(model, BatchRanks(Alone() if stage is None else Ranks(group=stage)))
+    stages.keep_only(model, rank=mesh.coordinates()["pipe"])
+    stage = mesh.group(*STAGE_AXES)
+    set_ranks(model, BatchRanks(SingleProcess() if stage is None else ProcessGroupWorld(group=stage)))
     return Pipeline.on(mesh, model=model, stages=stages)
 
 
@@ -157,13 +157,13 @@ def _sums(micros: Sequence[Micro]) -> dict[str, float]:
     for micro in micros:
         for name, value in micro.terms.items():
             here[name] = here.get(name, 0.0) + float(value)
-    return Ranks().sum_floats(here)
+    return ProcessGroupWorld().all_reduce_floats(here)
 
 
 def _compare(case: Case, want: Alike, *, data: int = 1) -> None:
     config, schedules, micro_batches = case
     mesh = _mesh(data)
-    rank, copies = mesh.place()["data"], mesh.group("data")
+    rank, copies = mesh.coordinates()["data"], mesh.group("data")
     batches = _batches(micro_batches, rank=rank, world=data)
     predicted = sum(batch.num_predicted for batch in _batches(micro_batches))
     for schedule in (s for s in schedules if can_split() or not s.splits):
@@ -181,7 +181,7 @@ def _compare(case: Case, want: Alike, *, data: int = 1) -> None:
             assert float(error) <= 1e-5, (schedule, name)
             counts = pipe.stages.counts(name, rank=pipe.rank) and rank == 0
             square += float(grad.square().sum()) if counts else 0.0
-        norm = math.sqrt(Ranks().sum_floats({"square": square})["square"])
+        norm = math.sqrt(ProcessGroupWorld().all_reduce_floats({"square": square})["square"])
         assert norm == pytest.approx(want.norm, rel=1e-5), schedule
 
 
@@ -189,14 +189,14 @@ def _compare(case: Case, want: Alike, *, data: int = 1) -> None:
 def test_two_ranks_give_what_one_gives(name: str) -> None:
     config, _, micro_batches = ON_TWO[name]
     want = _alone(config, micro_batches=micro_batches)
-    run_on_ranks(2, _compare, ON_TWO[name], want, patience_s=20)
+    run_on_ranks(2, _compare, ON_TWO[name], want, collective_timeout_s=20)
 
 
 @pytest.mark.parametrize("name", ON_FOUR)
 def test_four_ranks_give_what_one_gives(name: str) -> None:
     config, _, micro_batches = ON_FOUR[name]
     want = _alone(config, micro_batches=micro_batches)
-    run_on_ranks(4, _compare, ON_FOUR[name], want, patience_s=20)
+    run_on_ranks(4, _compare, ON_FOUR[name], want, collective_timeout_s=20)
 
 
 def test_stages_of_two_ranks_that_share_the_data_give_what_one_process_gives() -> None:
@@ -206,7 +206,7 @@ def test_stages_of_two_ranks_that_share_the_data_give_what_one_process_gives() -
     def compare() -> None:
         _compare(case, want, data=2)
 
-    run_on_ranks(4, compare, patience_s=20)
+    run_on_ranks(4, compare, collective_timeout_s=20)
 
 
 def test_a_pipeline_scores_any_number_of_batches_as_one_process_does() -> None:
@@ -226,4 +226,4 @@ def test_a_pipeline_scores_any_number_of_batches_as_one_process_does() -> None:
             else:
                 assert all(micro.nll is None for micro in found)
 
-    run_on_ranks(2, compare, patience_s=20)
+    run_on_ranks(2, compare, collective_timeout_s=20)

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.distributed as distributed
 
-from moesaic.dist.local import local
+from moesaic.dist.local import local_tensor
 from moesaic.dist.mesh import Mesh
-from moesaic.dist.wire import Wire
+from moesaic.dist.wire import CommunicationCounter
 from moesaic.model.config import TransformerConfig
 from moesaic.ops.grouped import Segments
 from moesaic.ops.mixture import Composed
@@ -62,9 +62,9 @@ def _same(mesh: Mesh) -> dict[str, str]:
     """The first name of the ranks that an axis stands for."""
     named = {id(group): name for name, group in groups(mesh).items()}
     pairs = [(axis, mesh.group(axis)) for axis in ("data", "context", "tensor")]
-    for number in mesh.numbers:
+    for number in mesh.expert_counts:
         axes = ("expert", "expert_data", "expert_tensor")
-        pairs += [(axis, mesh.group(axis, experts=number)) for axis in axes]
+        pairs += [(axis, mesh.group(axis, num_experts=number)) for axis in axes]
     pairs.append(("data+context", mesh.group("data", "context")))
     return {axis: named[id(group)] for axis, group in pairs if group is not None}
 
@@ -74,10 +74,10 @@ def _step() -> dict[str, tuple[list[int], Lines, list[int], Lines]]:
     rank, found = distributed.get_rank(), {}
     for name, (config, laid) in REAL.items():
         model = evenly(config).build()
-        plan = laid.plan.on(4)
-        mesh = Mesh(plan, rank=rank, device=torch.device("cpu"), experts=experts_of(model))
+        plan = laid.plan.resolve(4)
+        mesh = Mesh(plan, rank=rank, device=torch.device("cpu"), expert_counts=experts_of(model))
         spread = apply(model, parallel=laid, mesh=mesh)
-        with Wire(axes=groups(mesh)) as wire:
+        with CommunicationCounter(axes=groups(mesh)) as wire:
             output = model(batch_of(config, SIZES))
             terms = [value for record in output.records for value in record.losses.values()]
             torch.stack([model.loss(output).total, *terms]).sum().backward()
@@ -97,7 +97,7 @@ def _step() -> dict[str, tuple[list[int], Lines, list[int], Lines]]:
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(local(t).numel() * t.element_size() for t in tensors)
+    return sum(local_tensor(t).numel() * t.element_size() for t in tensors)
 
 
 def test_real_ranks_hold_and_send_what_is_forecast() -> None:

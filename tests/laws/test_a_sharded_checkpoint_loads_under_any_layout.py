@@ -12,8 +12,8 @@ from moesaic.checkpoint.save import save
 from moesaic.checkpoint.saver import Saver
 from moesaic.checkpoint.sharded import load_sharded, save_sharded
 from moesaic.checkpoint.snapshot import RankSnapshot, Snapshot
-from moesaic.dist.world import Alone, Ranks
-from moesaic.testing.layouts import Wholes, deal, differences, emptied
+from moesaic.dist.world import SingleProcess, ProcessGroupWorld
+from moesaic.testing.layouts import FullTensors, random_shards, mismatched_tensors, fill_with_sentinel
 from moesaic.testing.ranks import run_on_ranks
 
 BANKS = {"experts.up": 6, "experts.bias": 6}
@@ -41,27 +41,27 @@ def wholes(step: int) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def held(step: int, *, seed: int, rank: int, world: int) -> RankSnapshot:
-    files = deal(wholes(step), seed=seed, rank=rank, world=world, banks=BANKS)
+    files = random_shards(wholes(step), seed=seed, rank=rank, world_size=world, expert_tensors=BANKS)
     return RankSnapshot(step, files, {"step": step}, BANKS, {"seed": seed})
 
 
 def save_in(root: Path) -> None:
-    world = Ranks()
+    world = ProcessGroupWorld()
     for seed in range(LAYOUTS):
         snapshot = held(seed, seed=seed, rank=world.rank, world=world.size)
         save_sharded(root, snapshot, world=world, keep=Keep(LAYOUTS))
 
 
 def wrong_after_loading(root: Path) -> list[str]:
-    world = Alone() if not torch.distributed.is_initialized() else Ranks()
+    world = SingleProcess() if not torch.distributed.is_initialized() else ProcessGroupWorld()
     found = []
     for seed in range(LAYOUTS):
-        whole: Wholes = wholes(seed)
-        other = deal(whole, seed=seed + 100, rank=world.rank, world=world.size, banks=BANKS)
-        into = emptied(other)
+        whole: FullTensors = wholes(seed)
+        other = random_shards(whole, seed=seed + 100, rank=world.rank, world_size=world.size, expert_tensors=BANKS)
+        into = fill_with_sentinel(other)
         state = load_sharded(root / f"step-{seed:08d}", into=into, world=world)
         found += [] if state == {"step": seed} else [f"state {state}"]
-        found += differences(into, wholes=whole)
+        found += mismatched_tensors(into, full_tensors=whole)
     return found
 
 
@@ -72,12 +72,12 @@ def test_four_ranks_save_and_one_two_and_eight_load_in_other_layouts(tmp_path: P
         assert run_on_ranks(world, partial(wrong_after_loading, tmp_path)) == [[]] * world
     for seed in range(LAYOUTS):
         found = load(tmp_path / f"step-{seed:08d}")
-        assert list(differences(found.files, wholes=wholes(seed))) == []
+        assert list(mismatched_tensors(found.files, full_tensors=wholes(seed))) == []
         assert found.files.keys() == wholes(seed).keys()
         assert (found.step, found.state, found.banks) == (seed, {"step": seed}, BANKS)
     path = tmp_path / "step-00000003"  # its experts lie in several blocks each
     again = load(reshard(path, root=tmp_path / "again", form=Shards(2)))
-    assert list(differences(again.files, wholes=wholes(3))) == []
+    assert list(mismatched_tensors(again.files, full_tensors=wholes(3))) == []
 
 
 def test_ranks_load_what_one_process_saved_whole(tmp_path: Path) -> None:
@@ -88,13 +88,13 @@ def test_ranks_load_what_one_process_saved_whole(tmp_path: Path) -> None:
 
 def in_turn(root: Path) -> list[str]:
     """Save by both ways while the tensors go on changing."""
-    world = Ranks()
+    world = ProcessGroupWorld()
     saver = Saver(root / "later", world=world, patience_s=60)
     for step in range(5):
         snapshot = held(step, seed=step, rank=world.rank, world=world.size)
         save_sharded(root / "now", snapshot, world=world, keep=Keep(9))
         saver.start(snapshot, keep=Keep(9))
-        emptied(snapshot.files)
+        fill_with_sentinel(snapshot.files)
         snapshot.state["step"] = "changed"
     last = saver.wait()
     assert last == root / "later" / "step-00000004"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moesaic.data.batch import Batch
-from moesaic.dist.world import Alone
+from moesaic.dist.world import SingleProcess
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE, NoMoE, Sparse
 from moesaic.moe.select import TopK
@@ -28,7 +28,7 @@ def _gradients(batches: list[Batch], moe: Sparse) -> tuple[Pass, dict[str, torch
     torch.manual_seed(0)
     model = Transformer(tiny_model_config(moe=moe))
     objective = Objective(Categories(TASKS, LANGUAGES), smoothing=0.1, precision=Float32())
-    seen = objective.gradients(lay(model, parallel=Parallel(), world=Alone()), batches=batches)
+    seen = objective.gradients(lay(model, parallel=Parallel(), world=SingleProcess()), batches=batches)
     return seen, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 

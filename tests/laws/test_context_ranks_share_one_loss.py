@@ -9,7 +9,7 @@ import torch
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
 from moesaic.dist.plan import ParallelPlan
-from moesaic.dist.world import Ranks
+from moesaic.dist.world import ProcessGroupWorld
 from moesaic.model.config import Stack, TransformerConfig
 from moesaic.model.transformer import Transformer
 from moesaic.moe.attention import MixtureOfAttention
@@ -28,7 +28,7 @@ from moesaic.parallel.config import Parallel, RingReach
 from moesaic.parallel.ranks import BatchRanks
 from moesaic.parallel.slices import take
 from moesaic.testing.ranks import run_on_ranks
-from moesaic.testing.tiny import random_batch, rows_of, tiny_model_config
+from moesaic.testing.tiny import random_batch, shard_batch, tiny_model_config
 
 CAPPED = MoE(
     experts=4,
@@ -66,7 +66,7 @@ CASES = [*FEW, ("decoder", "many rows"), *((model, "many rows") for model in lis
 
 
 def _cases(parallel: Parallel) -> list[tuple[str, str]]:
-    return CASES if parallel.plan.world == 2 else FEW
+    return CASES if parallel.plan.world_size == 2 else FEW
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +115,9 @@ def _on_ranks(parallel: Parallel) -> list[Outcome]:
     found = []
     for case in _cases(parallel):
         model, batch = _made(case), _batch(case)
-        spread = lay(model, parallel=parallel, world=Ranks())
+        spread = lay(model, parallel=parallel, world=ProcessGroupWorld())
         set_ranks(model, BatchRanks(spread.stage))
-        mine = rows_of(batch, rank=spread.rows.rank, world=spread.rows.size)
+        mine = shard_batch(batch, rank=spread.rows.rank, world_size=spread.rows.size)
         outcome = _pass(model, mine, predicted=batch.num_predicted)
         spread.sum_gradients()
         for name, grad in _whole(case).grads.items():
@@ -132,7 +132,7 @@ def test_context_ranks_share_one_loss(name: str) -> None:
     parallel = PLANS[name]
     for case in _cases(parallel):
         _whole(case)  # here, so that ranks need not
-    seen = run_on_ranks(parallel.plan.world, _on_ranks, parallel)
+    seen = run_on_ranks(parallel.plan.world_size, _on_ranks, parallel)
     for number, case in enumerate(_cases(parallel)):
         whole, ranks = _whole(case), [rank[number] for rank in seen]
         for loss, value in whole.losses.items():

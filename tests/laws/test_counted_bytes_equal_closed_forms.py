@@ -9,10 +9,10 @@ import torch.distributed as distributed
 from torch import nn
 
 from moe.far_cases import D, E, F, bank
-from moesaic.dist.collectives import ranks_of
-from moesaic.dist.subgroups import split
-from moesaic.dist.traffic import Rows, three_d
-from moesaic.dist.wire import Wire
+from moesaic.dist.collectives import group_size
+from moesaic.dist.subgroups import split_group
+from moesaic.dist.traffic import DispatchedTokens, data_expert_model_bytes
+from moesaic.dist.wire import CommunicationCounter
 from moesaic.moe.bodies.narrow import Narrow
 from moesaic.moe.config import MoE
 from moesaic.moe.context import Carry, Context
@@ -34,20 +34,20 @@ MESHES = {"expert 4": (1, 4, 1), "data 2 x expert 2": (2, 2, 1), "expert 2 x mod
 def _counted(mesh: tuple[int, int, int]) -> dict[str, int]:
     """Bytes of floats over each axis, forward, backward and in the sum of gradients."""
     copies, _, cuts = mesh
-    rows = split(distributed.group.WORLD, run=RANKS // copies)
-    model = split(rows.near, run=cuts)
-    axes = {"data": rows.far if copies > 1 else None, "expert": model.far, "model": model.near}
-    experts = bank(experts=range(E // ranks_of(axes["expert"])), hidden=slice(0, F // cuts))
+    rows = split_group(distributed.group.WORLD, inner_size=RANKS // copies)
+    model = split_group(rows.inner, inner_size=cuts)
+    axes = {"data": rows.outer if copies > 1 else None, "expert": model.outer, "model": model.inner}
+    experts = bank(experts=range(E // group_size(axes["expert"])), hidden=slice(0, F // cuts))
     weight = torch.ones(SETS.shape, requires_grad=True)
     routing = Routing.from_topk(weight, expert=SETS, num_experts=E)
-    with Wire(axes=axes) as wire:
+    with CommunicationCounter(axes=axes) as wire:
         x = torch.randn(len(SETS), D, requires_grad=True)
         way = AllToAllDispatcher(axes["expert"], slices=axes["model"])
         way.carry(x, routing=routing, experts=experts).sum().backward()
         for matrix in experts.parameters() if axes["data"] is not None else ():
             assert matrix.grad is not None
             distributed.all_reduce(matrix.grad, group=axes["data"])
-    return {axis: wire.total(axis=axis, dtype=torch.float32) for axis in axes}
+    return {axis: wire.total_bytes(axis=axis, dtype=torch.float32) for axis in axes}
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
@@ -55,9 +55,9 @@ def test_rows_stay_on_the_expert_axis_and_gradients_on_the_data_axis(
     mesh: tuple[int, int, int],
 ) -> None:
     data, expert, model = mesh
-    rows = Rows(tokens=len(SETS), per_token=K, dim=D, itemsize=4)
+    rows = DispatchedTokens(tokens=len(SETS), experts_per_token=K, dim=D, itemsize=4)
     bytes_ = 2.0 * E * D * F * 4
-    form = three_d(rows, data=data, expert=expert, model=model, expert_bytes=bytes_)
+    form = data_expert_model_bytes(rows, data=data, expert=expert, model=model, expert_bytes=bytes_)
     both = replace(form, expert=2 * form.expert, model=2 * form.model)  # forward and backward
     for found in run_on_ranks(RANKS, _counted, mesh):
         assert found == {"data": both.data, "expert": both.expert, "model": both.model}
@@ -74,10 +74,10 @@ def _narrow(ratio: float) -> int:
     layer.experts = Experts(size)
     layer.dispatcher = AllToAllDispatcher(distributed.group.WORLD)
     x = torch.randn(12, 16, generator=torch.Generator().manual_seed(2 + distributed.get_rank()))
-    with Wire() as wire:
+    with CommunicationCounter() as wire:
         answer = layer(x.requires_grad_(), context=Context.plain(12), carry=Carry())
         answer.out.sum().backward()
-    return wire.total(kind="all-to-all", dtype=torch.float32)
+    return wire.total_bytes(kind="all-to-all", dtype=torch.float32)
 
 
 def test_narrow_rows_cost_exactly_their_share() -> None:

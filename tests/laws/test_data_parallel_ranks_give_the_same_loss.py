@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe.variants import BALANCES, balanced
-from moesaic.dist.world import Alone, Ranks, World
+from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
 from moesaic.model.transformer import Transformer
 from moesaic.moe.among import BestGroups
 from moesaic.moe.balances.adamoe import NullBalance
@@ -45,7 +45,7 @@ from moesaic.testing.tiny import (
     LANGUAGES,
     TASKS,
     random_batch,
-    rows_of,
+    shard_batch,
     tiny_model_config,
 )
 from moesaic.train.meters import Categories, Meters
@@ -115,7 +115,7 @@ def _train(world: World, moe: Sparse, rows: int) -> Outcome:
     history = []
     for step in range(STEPS):
         batches = [random_batch(rows, seed=10 * step + micro) for micro in range(2)]
-        mine = [rows_of(batch, rank=world.rank, world=world.size) for batch in batches]
+        mine = [shard_batch(batch, rank=world.rank, world_size=world.size) for batch in batches]
         seen = objective.gradients(spread, batches=mine)
         meters = Meters(categories, device=world.device)
         meters.add(seen.sums, norm=0.0)
@@ -128,13 +128,13 @@ def _train(world: World, moe: Sparse, rows: int) -> Outcome:
 
 
 def _on_rank(moe: Sparse, rows: int) -> Outcome:
-    return _train(Ranks(), moe, rows)
+    return _train(ProcessGroupWorld(), moe, rows)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_data_parallel_ranks_give_the_same_loss(size: int, variant: str) -> None:
-    losses, grads = _train(Alone(), VARIANTS[variant], 8)
+    losses, grads = _train(SingleProcess(), VARIANTS[variant], 8)
     for there, there_grads in run_on_ranks(size, _on_rank, VARIANTS[variant], 8):
         for here, row in zip(losses, there, strict=True):
             assert row == pytest.approx(here, rel=1e-6, abs=1e-9)
@@ -143,6 +143,6 @@ def test_data_parallel_ranks_give_the_same_loss(size: int, variant: str) -> None
 
 
 def test_a_rank_without_rows_takes_part() -> None:
-    losses, _ = _train(Alone(), BALANCED_TOP1, 3)
+    losses, _ = _train(SingleProcess(), BALANCED_TOP1, 3)
     for there, _ in run_on_ranks(4, _on_rank, BALANCED_TOP1, 3):
         assert there[-1] == pytest.approx(losses[-1], rel=1e-6, abs=1e-9)

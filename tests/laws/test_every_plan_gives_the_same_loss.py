@@ -18,8 +18,8 @@ from moesaic.parallel.config import Parallel, RingReach
 from moesaic.parallel.recompute import Blocks
 from moesaic.testing.tiny import tiny_model_config, tiny_run
 from moesaic.train.run import Run
-from moesaic.verify.prove import prove, setting
-from moesaic.verify.small import small
+from moesaic.verify.prove import compare_plans, make_setup
+from moesaic.verify.small import shrink_config
 
 BALANCES = (SwitchBalance(), RouterZ())
 CAPPED = MoE(
@@ -66,7 +66,7 @@ PLANS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_plan_gives_the_same_loss(name: str) -> None:
-    run = small(RUNS[name]()).run.replace(accumulate=2)
-    verdicts = list(prove(setting(run), chosen=PLANS[name]))
-    assert {verdict.plan: verdict.wrong for verdict in verdicts if not verdict.equal} == {}
-    assert [verdict.ranks for verdict in verdicts] == [p.plan.world for p in PLANS[name]]
+    run = shrink_config(RUNS[name]()).run.replace(accumulate=2)
+    verdicts = list(compare_plans(make_setup(run), plans=PLANS[name]))
+    assert {verdict.plan: verdict.problems for verdict in verdicts if not verdict.equal} == {}
+    assert [verdict.world_size for verdict in verdicts] == [p.plan.world_size for p in PLANS[name]]

@@ -5,21 +5,21 @@ from itertools import islice
 
 import pytest
 
-from moesaic.testing.random_plans import cases
-from moesaic.verify.prove import prove, setting
+from moesaic.testing.random_plans import random_cases
+from moesaic.verify.prove import compare_plans, make_setup
 
-CASES = list(islice(cases(7, most=3), 6))
+CASES = list(islice(random_cases(7, max_ranks=3), 6))
 
 
 def test_cases_are_a_function_of_their_seed() -> None:
-    again = list(islice(cases(7, most=3), 6))
-    assert [case.about for case in again] == [case.about for case in CASES]
-    assert len({repr(case.about) for case in [*CASES, *islice(cases(8, most=3), 6)]}) == 12
+    again = list(islice(random_cases(7, max_ranks=3), 6))
+    assert [case.summary for case in again] == [case.summary for case in CASES]
+    assert len({repr(case.summary) for case in [*CASES, *islice(random_cases(8, max_ranks=3), 6)]}) == 12
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_a_random_plan_of_a_random_model_equals_one_process(number: int) -> None:
     case = CASES[number]
-    given = replace(setting(case.run, steps=2), shape=case.shape)
-    [verdict] = prove(given, chosen=[case.parallel])
-    assert verdict.wrong == (), case.about
+    given = replace(make_setup(case.run, steps=2), shape=case.shape)
+    [verdict] = compare_plans(given, plans=[case.parallel])
+    assert verdict.problems == (), case.summary

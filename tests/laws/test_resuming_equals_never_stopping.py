@@ -9,7 +9,7 @@ import torch
 from moe.variants import balanced
 from moesaic.checkpoint.load import load
 from moesaic.checkpoint.save import save
-from moesaic.dist.world import Ranks
+from moesaic.dist.world import ProcessGroupWorld
 from moesaic.model.arrangement import Parallel
 from moesaic.moe.attention import MixtureOfAttention
 from moesaic.moe.balance import SwitchBalance
@@ -109,7 +109,7 @@ def test_resuming_equals_never_stopping(variant: str, tmp_path: Path) -> None:
 
 
 def _on_two(folder: Path, stop: bool) -> list[dict[str, float]]:
-    run, world = tiny_run(**VARIANTS["dropout-and-random-drops"]), Ranks()
+    run, world = tiny_run(**VARIANTS["dropout-and-random-drops"]), ProcessGroupWorld()
     trainer = tiny_trainer(run, world=world)
     rows = _rows(trainer, steps=6)
     if stop:
@@ -141,6 +141,6 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
 
 def _continued(folder: Path) -> list[dict[str, float]]:
     run = tiny_run(**VARIANTS["dropout-and-random-drops"])
-    trainer = tiny_trainer(run, world=Ranks())
+    trainer = tiny_trainer(run, world=ProcessGroupWorld())
     trainer.restore(load(folder))
     return _rows(trainer, steps=10)

@@ -8,7 +8,7 @@ import torch
 from moesaic.checkpoint.load import load
 from moesaic.core.shapes import Tensor
 from moesaic.dist.plan import ParallelPlan
-from moesaic.dist.world import Alone, Ranks, World
+from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.balances.bias import BiasUpdate
 from moesaic.moe.config import MoE
@@ -51,7 +51,7 @@ def _run(plan: dict[str, int]) -> Run:
 
 
 def _train(plan: dict[str, int], folder: Path, until: int, resume: Path | None) -> None:
-    world: World = Ranks() if torch.distributed.is_initialized() else Alone()
+    world: World = ProcessGroupWorld() if torch.distributed.is_initialized() else SingleProcess()
     trainer = tiny_trainer(_run(plan), world=world)
     if resume is not None:
         trainer.resume(resume)

@@ -6,9 +6,9 @@ import torch.distributed as distributed
 from torch import nn
 
 from moe.far_cases import FEW, D, E, F, Result, bank, carried, compare, groups, here, whole
-from moesaic.dist.fit import Cost
-from moesaic.dist.traffic import Rows, adaptive, all_to_all, shared_weights, slices
-from moesaic.dist.wire import Wire
+from moesaic.dist.fit import LinearCost
+from moesaic.dist.traffic import DispatchedTokens, adaptive_experts_bytes, all_to_all_bytes, gathered_expert_bytes, expert_tensor_bytes
+from moesaic.dist.wire import CommunicationCounter
 from moesaic.moe.adaptive import Adaptive, Lending, Prices, Step, every_lending
 from moesaic.moe.bodies.lora import LoRAExpert
 from moesaic.moe.dispatch import Dispatcher
@@ -18,7 +18,7 @@ from moesaic.nn.activation import SwiGLU
 from moesaic.nn.feed_forward import FeedForward
 from moesaic.testing.ranks import run_on_ranks
 
-BY_BYTES = Prices(exchange=Cost(0, 1), lend=Cost(0, 1), work=Cost(0, 0))
+BY_BYTES = Prices(exchange=LinearCost(0, 1), lend=LinearCost(0, 1), work=LinearCost(0, 0))
 SPLIT = [Lending(1), Lending(2), Lending(4)]
 SLICED = [Lending(1, 1), Lending(1, 2), Lending(2, 2), Lending(2, 1)]
 HALF = F // 2
@@ -104,37 +104,37 @@ def _bytes(tokens: int) -> list[tuple[int, int]]:
     found = []
     for way in SPLIT:
         dispatcher = Adaptive(distributed.group.WORLD, prices=BY_BYTES, among=[way])
-        with Wire() as wire:
+        with CommunicationCounter() as wire:
             x = torch.randn(tokens, D)
             carried(dispatcher, experts=bank(experts=own), edges=_even(tokens), x=x)
-        found.append((wire.total(kind="all-to-all"), wire.total(kind="all-gather")))
+        found.append((wire.total_bytes(kind="all-to-all"), wire.total_bytes(kind="all-gather")))
     return found
 
 
 def test_what_travels_is_what_the_closed_form_says() -> None:
     tokens, bank_bytes = 16, 2 * E * D * F * 4
-    rows = Rows(tokens=tokens, per_token=2, dim=D, itemsize=4)
+    rows = DispatchedTokens(tokens=tokens, experts_per_token=2, dim=D, itemsize=4)
     for found in run_on_ranks(4, _bytes, tokens):
         for way, (sent, gathered) in zip(SPLIT, found, strict=True):
             places = 4 // way.experts
             counts = (places - 1) * E // places * 8
-            lent = shared_weights(expert_bytes=bank_bytes, ranks=4, together=way.experts)
-            moved = all_to_all(rows, ranks=places)
+            lent = gathered_expert_bytes(expert_bytes=bank_bytes, ranks=4, gather_size=way.experts)
+            moved = all_to_all_bytes(rows, ranks=places)
             assert gathered == lent
             # forward and backward; gradients of what was lent are summed by an all-to-all
             assert sent == 2 * moved + counts + lent
-            both = adaptive(rows, expert_bytes=bank_bytes, ranks=4, together=way.experts)
+            both = adaptive_experts_bytes(rows, expert_bytes=bank_bytes, ranks=4, gather_size=way.experts)
             assert both == moved + lent
 
 
 def test_even_loads_cost_what_the_closed_forms_say() -> None:
     load = torch.full((4, 2, 8), 4)
     step = Step(load, row_bytes=10, bank_bytes=100)
-    rows = Rows(tokens=16, per_token=2, dim=10, itemsize=1)
+    rows = DispatchedTokens(tokens=16, experts_per_token=2, dim=10, itemsize=1)
     for way in (Lending(1, 1), Lending(1, 2), Lending(2, 2), Lending(4, 2)):
         moved = step.moved(way)
-        assert 2 * moved.rows == all_to_all(rows, ranks=4 // way.experts)
-        assert 2 * moved.copies == slices(rows, cuts=2 // way.slices)
+        assert 2 * moved.rows == all_to_all_bytes(rows, ranks=4 // way.experts)
+        assert 2 * moved.copies == expert_tensor_bytes(rows, expert_tensor=2 // way.slices)
         assert moved.weights == (way.experts * way.slices - 1) * 100
         assert moved.work == 32  # all lend: its own rows, whole; nobody: twice as many, by halves
 
@@ -158,7 +158,7 @@ def test_all_ranks_choose_alike_and_by_the_load() -> None:
 def test_a_skewed_load_is_a_reason_to_lend() -> None:
     even, skewed = torch.full((4, 1, 4), 8), torch.zeros(4, 1, 4, dtype=torch.int64)
     skewed[:, :, 0] = 32
-    prices = Prices(exchange=Cost(0, 0.01), lend=Cost(0, 0.01), work=Cost(0, 1))
+    prices = Prices(exchange=LinearCost(0, 0.01), lend=LinearCost(0, 0.01), work=LinearCost(0, 1))
     ways = every_lending(4, slices=1)
 
     def chosen(load: torch.Tensor) -> Lending:

@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moe.far_cases import CASES, E, F, Result, bank, carried, compare, groups, here, whole
-from moesaic.dist.traffic import Rows, all_to_all
-from moesaic.dist.wire import Wire
+from moesaic.dist.traffic import DispatchedTokens, all_to_all_bytes
+from moesaic.dist.wire import CommunicationCounter
 from moesaic.moe.dispatch import Dispatcher, LocalDispatcher
 from moesaic.moe.dispatch_far import AllToAllDispatcher, Supposes
 from moesaic.moe.routing import Routing
@@ -110,9 +110,9 @@ def _many_ranks() -> Iterator[None]:
 @pytest.mark.usefixtures("_many_ranks")
 def test_a_forecast_for_many_ranks_moves_what_the_closed_form_says() -> None:
     tokens, dim, per_token = 2048, 4096, 8
-    rows = Rows(tokens=tokens, per_token=per_token, dim=dim, itemsize=2)
+    rows = DispatchedTokens(tokens=tokens, experts_per_token=per_token, dim=dim, itemsize=2)
     far = AllToAllDispatcher(distributed.group.WORLD, host=Supposes())
-    with FakeTensorMode(), Wire() as wire:
+    with FakeTensorMode(), CommunicationCounter() as wire:
         x = torch.randn(tokens, dim, dtype=torch.bfloat16, requires_grad=True)
         expert = torch.randint(512, (tokens, per_token))
         edges = Routing.from_topk(torch.rand(tokens, per_token), expert=expert, num_experts=512)
@@ -120,7 +120,7 @@ def test_a_forecast_for_many_ranks_moves_what_the_closed_form_says() -> None:
         assert parcel.rows.shape == (tokens * per_token, dim)
         far.combine(parcel.rows, parcel).sum().backward()
     counts = 511 * 8  # bytes that say how many rows come
-    assert wire.total() == 2 * all_to_all(rows, ranks=512) + counts
+    assert wire.total_bytes() == 2 * all_to_all_bytes(rows, ranks=512) + counts
 
 
 def test_what_is_uneven_cannot_be_supposed_to_be_even() -> None:

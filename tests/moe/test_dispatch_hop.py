@@ -7,8 +7,8 @@ import torch
 import torch.distributed as distributed
 
 from moe.far_cases import CASES, D, E, K, Result, bank, carried, compare, groups, here, whole
-from moesaic.dist.traffic import Rows, all_to_all_leaving, nodes_met, two_hops_leaving
-from moesaic.dist.wire import Wire
+from moesaic.dist.traffic import DispatchedTokens, all_to_all_inter_node_bytes, mean_remote_nodes, hierarchical_inter_node_bytes
+from moesaic.dist.wire import CommunicationCounter
 from moesaic.moe.dispatch import Dispatcher
 from moesaic.moe.dispatch_far import AllToAllDispatcher
 from moesaic.moe.dispatch_hop import Hop, two_hops
@@ -77,17 +77,17 @@ def _leaving() -> dict[str, tuple[int, int]]:
     own = range(E)[rank * E // 4 :][: E // 4]
     found = {}
     for name, way in ways.items():
-        with Wire() as wire:
+        with CommunicationCounter() as wire:
             carried(way, experts=bank(experts=own), edges=edges, x=x)
-        found[name] = wire.leaving(ranks_per_node=2)
+        found[name] = wire.inter_node_bytes(ranks_per_node=2)
     return found
 
 
 def test_a_node_is_crossed_to_once_per_token() -> None:
-    rows = Rows(tokens=28, per_token=K, dim=D, itemsize=4)
-    assert nodes_met(experts=E, nodes=2, per_token=K) == 1 - 6 / 28
-    flat = 2 * all_to_all_leaving(rows, ranks=4, on_node=2)  # forward and backward
-    hops = 2 * two_hops_leaving(rows, experts=E, nodes=2)
+    rows = DispatchedTokens(tokens=28, experts_per_token=K, dim=D, itemsize=4)
+    assert mean_remote_nodes(experts=E, nodes=2, experts_per_token=K) == 1 - 6 / 28
+    flat = 2 * all_to_all_inter_node_bytes(rows, ranks=4, ranks_per_node=2)  # forward and backward
+    hops = 2 * hierarchical_inter_node_bytes(rows, experts=E, nodes=2)
     for found in run_on_ranks(4, _leaving):
         counts = 2 * E // 4 * 8  # what the host has to know: rows per expert of two ranks
         assert found["flat"] == flat + counts

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as distributed
 
 from moe.far_cases import FEW, E, Result, bank, carried, compare, here, whole
-from moesaic.dist.wire import Wire
+from moesaic.dist.wire import CommunicationCounter
 from moesaic.moe.dispatch import Dispatcher
 from moesaic.moe.dispatch_far import AllToAllDispatcher
 from moesaic.moe.overlap import Chunked, Degrees
@@ -51,12 +51,12 @@ def _calls() -> list[tuple[int, int]]:
     found = []
     for degrees in DEGREES:
         way = Chunked(distributed.group.WORLD, degrees=degrees)
-        forward, backward = Wire(), Wire()
+        forward, backward = CommunicationCounter(), CommunicationCounter()
         with forward:
             out = way.carry(x, routing=edges, experts=bank(experts=own))
         with backward:
             out.sum().backward()
-        found.append((forward.calls("all-to-all"), backward.calls("all-to-all")))
+        found.append((forward.num_calls("all-to-all"), backward.num_calls("all-to-all")))
     return found
 
 
@@ -71,14 +71,14 @@ class _Watching:
 
     def __init__(self, rank: int) -> None:
         self.experts = bank(experts=range(E)[rank * E // 2 :][: E // 2])
-        self.wire = Wire()
+        self.wire = CommunicationCounter()
         self.forward, self.backward = [], []
 
     def __call__(self, rows, *, groups):
         return self.experts(rows, groups=groups)
 
     def mix(self, x, *, edges):
-        self.forward.append(self.wire.calls("all-to-all"))
+        self.forward.append(self.wire.num_calls("all-to-all"))
         out = self.experts.mix(x, edges=edges)
         out.register_hook(self._note)
         return out
@@ -87,7 +87,7 @@ class _Watching:
         return work(x, self)
 
     def _note(self, _):
-        self.backward.append(self.wire.calls("all-to-all"))
+        self.backward.append(self.wire.num_calls("all-to-all"))
 
 
 def _in_flight() -> tuple[list[int], list[int]]:

@@ -7,10 +7,10 @@ import torch
 
 from moesaic.core.errors import ConfigError
 from moesaic.core.shapes import Tensor
-from moesaic.dist.local import local
+from moesaic.dist.local import local_tensor
 from moesaic.dist.plan import ParallelPlan
-from moesaic.dist.wire import Wire
-from moesaic.dist.world import Ranks
+from moesaic.dist.wire import CommunicationCounter
+from moesaic.dist.world import ProcessGroupWorld
 from moesaic.model.transformer import Transformer
 from moesaic.moe.adaptive import Adaptive
 from moesaic.moe.balance import SwitchBalance
@@ -28,7 +28,7 @@ from moesaic.parallel.journey import InChunks, Journey, Lend, Straight, TwoHops
 from moesaic.parallel.ranks import BatchRanks
 from moesaic.parallel.slices import take
 from moesaic.testing.ranks import run_on_ranks
-from moesaic.testing.tiny import random_batch, rows_of, tiny_model_config
+from moesaic.testing.tiny import random_batch, shard_batch, tiny_model_config
 
 MODEL = tiny_model_config(
     moe=MoE(experts=4, select=TopK(k=2), balance=(SwitchBalance(),), beside=SharedExperts())
@@ -54,7 +54,7 @@ def _made() -> Transformer:
 
 def _backward(model: Transformer, *, rank: int, world: int) -> float:
     whole = random_batch(7, seed=3)
-    output = model(rows_of(whole, rank=rank, world=world))
+    output = model(shard_batch(whole, rank=rank, world_size=world))
     terms = [model.loss(output).total / whole.num_predicted]
     terms += [value for record in output.records for value in record.losses.values()]
     objective = torch.stack(terms).sum()
@@ -74,7 +74,7 @@ def _losses() -> list[float]:
     found = []
     for journey, plan in LAID:
         model = _made()
-        spread = lay(model, parallel=Parallel(plan=plan, journey=journey), world=Ranks())
+        spread = lay(model, parallel=Parallel(plan=plan, journey=journey), world=ProcessGroupWorld())
         set_ranks(model, BatchRanks(spread.stage))
         assert all(type(layer.dispatcher) is KINDS[type(journey)] for layer in layers(model))
         spread.before_backward(last=True)
@@ -84,7 +84,7 @@ def _losses() -> list[float]:
             part = take(_whole()[1][name], spread.held(name))
             assert parameter.grad is not None, (journey, name)
             torch.testing.assert_close(
-                local(parameter.grad), part, rtol=1e-3, atol=1e-6, msg=f"{journey} {name}"
+                local_tensor(parameter.grad), part, rtol=1e-3, atol=1e-6, msg=f"{journey} {name}"
             )
     return found
 
@@ -105,7 +105,7 @@ def _refusals() -> list[str]:
         (Lend(), ParallelPlan(expert=2), low_rank),
     ):
         with pytest.raises(ConfigError) as caught:
-            lay(Transformer(config), parallel=Parallel(plan=plan, journey=journey), world=Ranks())
+            lay(Transformer(config), parallel=Parallel(plan=plan, journey=journey), world=ProcessGroupWorld())
         found.append(str(caught.value))
     return found
 
@@ -131,12 +131,12 @@ def _gathered() -> list[int]:
         for journey in (Straight(), InChunks(forward=4, backward=4)):
             plan = ParallelPlan(expert=2, zero=zero)
             model = _made()
-            spread = lay(model, parallel=Parallel(plan=plan, journey=journey), world=Ranks())
+            spread = lay(model, parallel=Parallel(plan=plan, journey=journey), world=ProcessGroupWorld())
             set_ranks(model, BatchRanks(spread.stage))
             spread.before_backward(last=True)
-            with Wire() as wire:
+            with CommunicationCounter() as wire:
                 _backward(model, rank=spread.rows.rank, world=spread.rows.size)
-            found.append(wire.total(kind="all-gather"))
+            found.append(wire.total_bytes(kind="all-gather"))
     return found
 
 

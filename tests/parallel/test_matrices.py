@@ -4,7 +4,7 @@ import torch
 
 from moesaic.core.shapes import Tensor
 from moesaic.dist.plan import ParallelPlan
-from moesaic.dist.world import Alone, Ranks, World
+from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
 from moesaic.moe.config import MoE
 from moesaic.moe.select import TopK
 from moesaic.optim.optimizer import Muon
@@ -22,7 +22,7 @@ PLANS = [
 
 
 def _weights(plan: ParallelPlan) -> dict[str, Tensor]:
-    world: World = Ranks() if torch.distributed.is_initialized() else Alone()
+    world: World = ProcessGroupWorld() if torch.distributed.is_initialized() else SingleProcess()
     model = tiny_model_config(moe=MoE(experts=2, select=TopK(k=2)))
     run = tiny_run(model=model, optimizer=Muon(lr=0.01), parallel=Parallel(plan=plan))
     trainer = tiny_trainer(run, world=world)
@@ -37,7 +37,7 @@ def _weights(plan: ParallelPlan) -> dict[str, Tensor]:
                 slice(o, o + n) for o, n in zip(piece.offset, piece.data.shape, strict=True)
             )
             times[where] += 1
-        found[name] = world.sum(whole) / world.sum(times)
+        found[name] = world.all_reduce(whole) / world.all_reduce(times)
     return found
 
 

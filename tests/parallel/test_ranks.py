@@ -2,14 +2,14 @@
 
 import torch
 
-from moesaic.dist.world import Alone, Ranks
+from moesaic.dist.world import SingleProcess, ProcessGroupWorld
 from moesaic.moe.ranks import Ranks as MoERanks
 from moesaic.parallel.ranks import BatchRanks
 from moesaic.testing.ranks import run_on_ranks
 
 
 def _gather(sizes):
-    world = Ranks()
+    world = ProcessGroupWorld()
     rows = torch.full((sizes[world.rank], 2), world.rank)
     gathered = BatchRanks(world).gather(rows)
     return gathered.rows[:, 0].tolist(), gathered.start
@@ -22,6 +22,6 @@ def test_uneven_rows_are_gathered_in_rank_order():
 
 
 def test_one_rank_gathers_nothing():
-    ranks, rows = BatchRanks(Alone()), torch.ones(3, 2, dtype=torch.long)
+    ranks, rows = BatchRanks(SingleProcess()), torch.ones(3, 2, dtype=torch.long)
     assert isinstance(ranks, MoERanks)
     assert ranks.gather(rows).rows is rows

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moesaic.core.shapes import Tensor
-from moesaic.dist.world import Alone
+from moesaic.dist.world import SingleProcess
 from moesaic.model.transformer import Transformer
 from moesaic.moe.balances.global_batch import GlobalBatchBalance
 from moesaic.moe.config import MoE
@@ -47,7 +47,7 @@ def _step(model: Transformer) -> tuple[dict[str, float], list[Tensor | None]]:
     objective = Objective(Categories(TASKS, LANGUAGES), smoothing=0.1, precision=Float32())
     batches = [random_batch(3, seed=seed) for seed in range(3)]
     torch.manual_seed(1)  # of dropout
-    seen = objective.gradients(lay(model, parallel=Parallel(), world=Alone()), batches=batches)
+    seen = objective.gradients(lay(model, parallel=Parallel(), world=SingleProcess()), batches=batches)
     terms = {name: float(value) for name, value in seen.sums.terms.items()}
     return terms, [p.grad for p in model.parameters()]
 

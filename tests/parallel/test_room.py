@@ -3,7 +3,7 @@
 import torch
 
 from moesaic.dist.plan import ParallelPlan
-from moesaic.dist.world import Alone, Ranks
+from moesaic.dist.world import SingleProcess, ProcessGroupWorld
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity
@@ -12,7 +12,7 @@ from moesaic.parallel.apply import lay
 from moesaic.parallel.config import Parallel
 from moesaic.parallel.ranks import DataRow, Room, WholeBatch
 from moesaic.testing.ranks import run_on_ranks
-from moesaic.testing.tiny import random_batch, rows_of, tiny_model_config
+from moesaic.testing.tiny import random_batch, shard_batch, tiny_model_config
 
 TIGHT = MoE(experts=4, select=SwitchTop1(), limit=Capacity(factor=0.6, minimum=1))
 BATCH = random_batch(8, seed=3)
@@ -25,18 +25,18 @@ def _model() -> Transformer:
 
 def _dropped(room: Room) -> list[int]:
     """Dropped edges by layer, on this rank's rows."""
-    world, model = Ranks(), _model()
+    world, model = ProcessGroupWorld(), _model()
     plan = ParallelPlan(expert=2)
     lay(model, parallel=Parallel(plan=plan, room=room), world=world)
-    records = model(rows_of(BATCH, rank=world.rank, world=world.size)).records
+    records = model(shard_batch(BATCH, rank=world.rank, world_size=world.size)).records
     return [int(record.routing.dropped.sum()) for record in records]
 
 
 def _alone(ranks: tuple[int, ...]) -> list[int]:
     """The same of one process that holds the rows of these ranks."""
     model = _model()
-    lay(model, parallel=Parallel(), world=Alone())
-    parts = [rows_of(BATCH, rank=rank, world=4) for rank in ranks]
+    lay(model, parallel=Parallel(), world=SingleProcess())
+    parts = [shard_batch(BATCH, rank=rank, world_size=4) for rank in ranks]
     joined = type(BATCH)(
         **{name: torch.cat([getattr(p, name) for p in parts]) for name in BATCH.__slots__}
     )

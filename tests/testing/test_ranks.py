@@ -6,7 +6,7 @@ import time
 import pytest
 import torch.distributed as distributed
 
-from moesaic.testing.ranks import RankError, run_each, run_on_ranks
+from moesaic.testing.ranks import RankError, run_cases_on_ranks, run_on_ranks
 
 
 def test_results_come_in_rank_order() -> None:
@@ -43,7 +43,7 @@ def _case(number: int) -> int:
 
 
 def test_a_case_that_fails_or_hangs_does_not_end_those_after_it() -> None:
-    first, failed, hung, last = run_each(2, _case, range(4), timeout_s=1.5)
+    first, failed, hung, last = run_cases_on_ranks(2, _case, range(4), timeout_s=1.5)
     assert (first, last) == ([0, 1], [30, 31])
     assert "the real reason" in str(failed)
     assert "in time" in str(hung)

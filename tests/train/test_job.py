@@ -20,7 +20,7 @@ from moesaic.observe.console import Status
 from moesaic.observe.metrics import read_metrics
 from moesaic.optim.optimizer import AdamW
 from moesaic.optim.schedule import WSD
-from moesaic.testing.kills import compare
+from moesaic.testing.kills import compare_run_dirs
 from moesaic.testing.tiny import synthetic_run, tiny_model_config
 from moesaic.train.hooks.hook import Hook
 from moesaic.train.job import train
@@ -119,7 +119,7 @@ def test_train_ends_where_it_is_told_and_goes_on_to_the_same_end(
     assert (first.stopped, first.steps, first.exit_code) == ("until", 7, 0)
     second = train(synthetic_run(), tmp_path / "run", resume=Auto(), board=silent)
     assert (second.stopped, second.steps) == ("finished", 20)
-    assert compare(whole, tmp_path / "run") == []
+    assert compare_run_dirs(whole, tmp_path / "run") == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -135,7 +135,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
         f"{number.name}: saved after step 6. Continue with: moesaic train --resume {out}"
     )
     train(synthetic_run(), out, resume=Auto(), board=silent)
-    assert compare(whole, out) == []
+    assert compare_run_dirs(whole, out) == []
 
 
 def test_a_directory_in_use_is_refused_with_the_way_out(whole: Path, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_is_skipped_and_said(whole: Path, tmp_path: Path) -
     train(synthetic_run(), out, resume=Auto(), board=board)
     assert any("skipped" in n and "model.safetensors is truncated" in n for n in board.said)
     assert any("resuming after step 10" in n for n in board.said)
-    assert compare(whole, out) == []
+    assert compare_run_dirs(whole, out) == []
 
 
 def test_a_run_goes_on_in_another_directory(whole: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moesaic.data.batch import PAD, Batch
-from moesaic.dist.world import Alone, Ranks
+from moesaic.dist.world import SingleProcess, ProcessGroupWorld
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import LANGUAGES, TASKS, random_batch
 from moesaic.train.meters import Categories, Meters, Sums
@@ -52,7 +52,7 @@ def test_the_order_of_the_losses_changes_no_sum() -> None:
 
 
 def test_a_row_is_the_mean_since_the_last_row() -> None:
-    meters, world = Meters(CATEGORIES, device=torch.device("cpu")), Alone()
+    meters, world = Meters(CATEGORIES, device=torch.device("cpu")), SingleProcess()
     for seed in (1, 2):
         meters.add(_sums(seed), norm=float(seed))
     row = meters.take(world)
@@ -76,12 +76,12 @@ def test_a_row_is_the_mean_since_the_last_row() -> None:
 def test_a_category_without_tokens_has_no_value() -> None:
     meters = Meters(Categories(TASKS, (*LANGUAGES, "xho_Latn")), device=torch.device("cpu"))
     meters.add_losses(torch.ones(2, 6) * torch.tensor([1, 1, 1, 1, 1, 0]))
-    assert "valid/loss/xho_Latn" not in meters.mean_losses(Alone(), prefix="valid")
-    assert Meters(CATEGORIES, device=torch.device("cpu")).mean_losses(Alone(), prefix="x") == {}
+    assert "valid/loss/xho_Latn" not in meters.mean_losses(SingleProcess(), prefix="valid")
+    assert Meters(CATEGORIES, device=torch.device("cpu")).mean_losses(SingleProcess(), prefix="x") == {}
 
 
 def _saved_and_restored() -> dict[str, float]:
-    world, device = Ranks(), torch.device("cpu")
+    world, device = ProcessGroupWorld(), torch.device("cpu")
     meters, again = Meters(CATEGORIES, device=device), Meters(CATEGORIES, device=device)
     meters.add(_sums(1 + world.rank), norm=2.0)
     again.restore(meters.tensors(world), world=world)
@@ -93,6 +93,6 @@ def test_a_restart_in_the_middle_changes_no_row() -> None:
     meters = Meters(CATEGORIES, device=torch.device("cpu"))
     for first, second, norm in ((1, 2, 2.0), (3, 4, 4.0)):
         meters.add(_sums(first).plus(_sums(second)), norm=norm)
-    expected = meters.take(Alone())
+    expected = meters.take(SingleProcess())
     for row in run_on_ranks(2, _saved_and_restored):
         assert row == pytest.approx(expected)

@@ -8,7 +8,7 @@ from moesaic.checkpoint.rundir import RunDir
 from moesaic.core.errors import ConfigError, DataError
 from moesaic.data.shards import TokenShards
 from moesaic.data.train_tokenizer import TokenizerConfig
-from moesaic.dist.world import Alone
+from moesaic.dist.world import SingleProcess
 from moesaic.testing.tiny import synthetic_run
 from moesaic.train.prepare import Prepared, prepare
 from moesaic.train.run import Run
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("data_home")
 
 
 def _prepare(run: Run, folder: Path) -> Prepared:
-    return prepare(run, folder=RunDir(folder), world=Alone(), say=lambda _: None)
+    return prepare(run, folder=RunDir(folder), world=SingleProcess(), say=lambda _: None)
 
 
 def test_a_run_sees_only_its_languages(tmp_path: Path) -> None:

@@ -2,22 +2,22 @@
 
 import torch
 
-from moesaic.dist.world import Alone, Ranks
+from moesaic.dist.world import SingleProcess, ProcessGroupWorld
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.train.randomness import random_state, restore_random_state, seed_rank, undisturbed
 
 
 def test_a_stream_continues_from_its_state() -> None:
-    seed_rank(3, world=Alone())
-    state = random_state(Alone())
+    seed_rank(3, world=SingleProcess())
+    state = random_state(SingleProcess())
     expected = torch.rand(4)
     torch.manual_seed(99)
-    restore_random_state(state, world=Alone(), seed=3, step=7)
+    restore_random_state(state, world=SingleProcess(), seed=3, step=7)
     assert torch.equal(torch.rand(4), expected)
 
 
 def _first_number() -> float:
-    seed_rank(3, world=Ranks())
+    seed_rank(3, world=ProcessGroupWorld())
     return float(torch.rand(()))
 
 
@@ -26,11 +26,11 @@ def test_ranks_have_streams_of_their_own() -> None:
 
 
 def test_another_number_of_ranks_starts_new_streams() -> None:
-    seed_rank(3, world=Alone())
+    seed_rank(3, world=SingleProcess())
     two = {"0/cpu": torch.get_rng_state(), "1/cpu": torch.get_rng_state()}
-    restore_random_state(two, world=Alone(), seed=3, step=7)
+    restore_random_state(two, world=SingleProcess(), seed=3, step=7)
     here = torch.rand(4)
-    restore_random_state(two, world=Alone(), seed=3, step=8)
+    restore_random_state(two, world=SingleProcess(), seed=3, step=8)
     assert not torch.equal(torch.rand(4), here)
 
 

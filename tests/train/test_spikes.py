@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from moesaic.dist.world import Alone, Ranks, World
+from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import tiny_run, tiny_trainer
 from moesaic.train.run import Run
@@ -114,7 +114,7 @@ def _spike(world: World) -> tuple[list[str], int, float]:
 
 
 def test_a_spike_is_skipped_in_training_and_its_batch_comes_again() -> None:
-    notes, step, _ = _spike(Alone())
+    notes, step, _ = _spike(SingleProcess())
     (note,) = notes
     assert note.startswith("step 6 skipped: the loss of")
     assert note.endswith("its batch is kept for one more try")
@@ -122,9 +122,9 @@ def test_a_spike_is_skipped_in_training_and_its_batch_comes_again() -> None:
 
 
 def test_all_ranks_skip_the_same_spike() -> None:
-    first, second = run_on_ranks(2, lambda: _spike(Ranks()))
+    first, second = run_on_ranks(2, lambda: _spike(ProcessGroupWorld()))
     assert first == second
-    assert first[:2] == _spike(Alone())[:2]
+    assert first[:2] == _spike(SingleProcess())[:2]
 
 
 def test_the_rate_stays_lowered_after_a_restart() -> None:

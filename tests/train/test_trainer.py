@@ -8,7 +8,7 @@ import torch
 
 from moesaic.core.errors import CheckpointError
 from moesaic.data.batch import Batch
-from moesaic.dist.world import Ranks
+from moesaic.dist.world import ProcessGroupWorld
 from moesaic.parallel.spread import Spread
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import TinyStream, tiny_run, tiny_trainer
@@ -104,7 +104,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_language() -> None:
 
 
 def _bad_on_one_rank() -> tuple[list[str], float]:
-    world = Ranks()
+    world = ProcessGroupWorld()
     trainer = tiny_trainer(tiny_run(), world=world)
     if world.rank == 1:
         weight = trainer.model.decoder_norm.weight

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from moesaic.dist.mesh import Mesh
 from moesaic.dist.plan import ParallelPlan
-from moesaic.dist.world import Ranks
+from moesaic.dist.world import ProcessGroupWorld
 from moesaic.moe.context import Context
 from moesaic.moe.ranks import Gathered
 from moesaic.moe.record import Record
@@ -32,16 +32,16 @@ class Defect:
 
 
 def gradients_averaged(patch: Patch) -> None:
-    summed = Ranks.sum_gradients
+    summed = ProcessGroupWorld.all_reduce_gradients
 
-    def averaged(self: Ranks, parameters: Sequence[torch.Tensor]) -> None:
+    def averaged(self: ProcessGroupWorld, parameters: Sequence[torch.Tensor]) -> None:
         parameters = list(parameters)
         summed(self, parameters)
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad /= self.size
 
-    patch.setattr(Ranks, "sum_gradients", averaged)
+    patch.setattr(ProcessGroupWorld, "sum_gradients", averaged)
 
 
 def zero_averages(patch: Patch) -> None:
@@ -95,12 +95,12 @@ def chance_by_rank(patch: Patch) -> None:
 
 
 def loss_by_local_count(patch: Patch) -> None:
-    summed = Ranks.sum
+    summed = ProcessGroupWorld.all_reduce
 
-    def local(self: Ranks, tensor: torch.Tensor) -> torch.Tensor:
+    def local(self: ProcessGroupWorld, tensor: torch.Tensor) -> torch.Tensor:
         return tensor * self.size if tensor.ndim == 0 else summed(self, tensor)
 
-    patch.setattr(Ranks, "sum", local)
+    patch.setattr(ProcessGroupWorld, "sum", local)
 
 
 DATA, TENSOR = ParallelPlan(data=2), ParallelPlan(data=1, tensor=2)

@@ -6,24 +6,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moesaic.verify.compare import Tolerances, differences
-from moesaic.verify.follow import Trace
+from moesaic.verify.compare import Tolerances, compare_traces
+from moesaic.verify.follow import TrainingTrace
 
 LIMITS = Tolerances()
 
 
-def trace() -> Trace:
-    return Trace(
-        rows=[{"train/loss": 2.0, "train/loss_balance": 0.1, "train/grad_norm": 4.0, "tokens": 9}],
+def trace() -> TrainingTrace:
+    return TrainingTrace(
+        metrics=[{"train/loss": 2.0, "train/loss_balance": 0.1, "train/grad_norm": 4.0, "tokens": 9}],
         gradients=[{"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([1e-9])}],
-        edges=[{"encoder.1": torch.tensor([3, 4, 2])}],
+        expert_counts=[{"encoder.1": torch.tensor([3, 4, 2])}],
         weights=[{"a": torch.tensor([5.0, 5.0])}, {"a": torch.tensor([5.1, 5.0])}],
-        apart=[(0.0, "a")],
+        replica_differences=[(0.0, "a")],
     )
 
 
-def wrong(other: Trace) -> str:
-    return "; ".join(differences(trace(), other=other).wrong(LIMITS))
+def wrong(other: TrainingTrace) -> str:
+    return "; ".join(compare_traces(trace(), other=other).exceeding(LIMITS))
 
 
 def test_a_trace_equals_itself() -> None:
@@ -33,10 +33,10 @@ def test_a_trace_equals_itself() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rows": [trace().rows[0] | {"train/loss": 2.001}]}, "loss 5.0e-04 (train/loss, step 1)"),
-        ({"rows": [trace().rows[0] | {"train/loss_balance": 0.2}]}, "train/loss_balance, step 1"),
-        ({"rows": [trace().rows[0] | {"train/grad_norm": 4.01}]}, "norm 2.5e-03"),
-        ({"rows": [trace().rows[0] | {"tokens": 10}]}, "tokens, step 1"),
+        ({"rows": [trace().metrics[0] | {"train/loss": 2.001}]}, "loss 5.0e-04 (train/loss, step 1)"),
+        ({"rows": [trace().metrics[0] | {"train/loss_balance": 0.2}]}, "train/loss_balance, step 1"),
+        ({"rows": [trace().metrics[0] | {"train/grad_norm": 4.01}]}, "norm 2.5e-03"),
+        ({"rows": [trace().metrics[0] | {"tokens": 10}]}, "tokens, step 1"),
         ({"rows": [{"train/loss": 2.0}]}, "terms nan"),
         ({"gradients": [{"a": torch.tensor([1.0, -1.0]), "b": torch.tensor([0.0])}]}, "(a, step"),
         ({"edges": [{"encoder.1": torch.tensor([4, 3, 2])}]}, "edges 2.0e+00 (encoder.1, step 1)"),
@@ -62,4 +62,4 @@ def test_rounding_of_a_gradient_that_is_next_to_nothing_is_no_difference() -> No
 
 def test_traces_of_other_lengths_are_not_compared() -> None:
     with pytest.raises(ValueError, match="0 steps beside one of 1"):
-        differences(trace(), other=replace(trace(), rows=[]))
+        compare_traces(trace(), other=replace(trace(), rows=[]))

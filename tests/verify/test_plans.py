@@ -10,7 +10,7 @@ from moesaic.nn.attention import AttentionConfig
 from moesaic.parallel.config import Parallel
 from moesaic.testing.tiny import tiny_model_config, tiny_run
 from moesaic.train.run import Run
-from moesaic.verify.plans import every, named
+from moesaic.verify.plans import enumerate_plans, describe_plan
 
 DEGREES = ("data", "context", "tensor", "expert", "expert_tensor", "zero")
 
@@ -23,14 +23,14 @@ def run_with(*, heads: int, experts: int = 8) -> Run:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_every_plan_has_its_ranks_and_no_two_are_alike(world: int) -> None:
-    plans = every([world], run=run_with(heads=8)).fit
-    assert {parallel.plan.world for parallel in plans} == {world}
+    plans = enumerate_plans([world], run=run_with(heads=8)).valid
+    assert {parallel.plan.world_size for parallel in plans} == {world}
     assert len({parallel.to_yaml() for parallel in plans}) == len(plans)
-    assert len({named(parallel) for parallel in plans}) == len(plans)
+    assert len({describe_plan(parallel) for parallel in plans}) == len(plans)
 
 
 def test_every_fold_of_two_ranks_is_there() -> None:
-    plans = [p.plan for p in every([2], run=run_with(heads=8)).fit]
+    plans = [p.plan for p in enumerate_plans([2], run=run_with(heads=8)).valid]
     dense = {(p.data, p.context, p.tensor) for p in plans if p.pipe == 1}
     folds = {(p.expert, p.expert_tensor) for p in plans if p.pipe == 1}
     assert dense == {(2, 1, 1), (1, 2, 1), (1, 1, 2)}
@@ -39,20 +39,20 @@ def test_every_fold_of_two_ranks_is_there() -> None:
 
 
 def test_zero_is_not_asked_of_plans_without_copies() -> None:
-    plans = [p.plan for p in every([2], run=run_with(heads=8)).fit]
+    plans = [p.plan for p in enumerate_plans([2], run=run_with(heads=8)).valid]
     assert all(p.zero == 0 for p in plans if (p.tensor, p.expert) == (2, 2))
 
 
 def test_a_plan_that_cuts_heads_in_two_is_refused_with_the_reason() -> None:
-    plans = every([4], run=run_with(heads=2))
-    assert not any(parallel.plan.tensor == 4 for parallel in plans.fit)
-    refused = {why: len(several) for why, several in plans.refused.items()}
+    plans = enumerate_plans([4], run=run_with(heads=2))
+    assert not any(parallel.plan.tensor == 4 for parallel in plans.valid)
+    refused = {why: len(several) for why, several in plans.rejected.items()}
     assert any("tensor=4" in why and "2 heads" in why for why in refused), refused
 
 
 def test_the_covering_plans_have_every_pair_of_degrees_that_any_plan_has() -> None:
-    plans = every([2, 4], run=run_with(heads=8))
-    few = plans.paired()
+    plans = enumerate_plans([2, 4], run=run_with(heads=8))
+    few = plans.pairwise_cover()
 
     def pairs(several: tuple[Parallel, ...]) -> set[object]:
         return {
@@ -62,20 +62,20 @@ def test_the_covering_plans_have_every_pair_of_degrees_that_any_plan_has() -> No
             if all(value > 1 or (name == "zero" and value) for name, value in pair)
         }
 
-    assert pairs(few.fit) == pairs(plans.fit)
-    assert len(few.fit) < len(plans.fit) / 3
-    assert few.refused == plans.refused
+    assert pairs(few.valid) == pairs(plans.valid)
+    assert len(few.valid) < len(plans.valid) / 3
+    assert few.rejected == plans.rejected
 
 
 def test_a_name_says_the_degrees_above_one() -> None:
     plan = ParallelPlan(data=2, tensor=2, expert=4, zero=3)
-    assert named(Parallel(plan=plan)) == "data 2, tensor 2, expert 4, zero 3"
-    assert named(Parallel(plan=ParallelPlan(data=1))) == "alone"
+    assert describe_plan(Parallel(plan=plan)) == "data 2, tensor 2, expert 4, zero 3"
+    assert describe_plan(Parallel(plan=ParallelPlan(data=1))) == "alone"
 
 
 def test_a_pipeline_is_refused_where_it_has_too_few_blocks_or_micro_batches_or_shares_out() -> None:
     run = run_with(heads=2)
-    assert {p.plan.pipe for p in every([4], run=run).fit} == {1, 2}  # of two blocks
-    few = every([2], run=run.replace(accumulate=1)).fit
+    assert {p.plan.pipe for p in enumerate_plans([4], run=run).valid} == {1, 2}  # of two blocks
+    few = enumerate_plans([2], run=run.replace(accumulate=1)).valid
     assert {type(p.schedule).__name__ for p in few if p.plan.pipe == 2} == {"GPipe"}
-    assert not any(p.schedule.splits and p.plan.zero for p in every([4], run=run).fit)
+    assert not any(p.schedule.splits and p.plan.zero for p in enumerate_plans([4], run=run).valid)

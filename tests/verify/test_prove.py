@@ -13,9 +13,9 @@ from moesaic.moe.select import SwitchTop1
 from moesaic.parallel.config import Parallel
 from moesaic.testing.tiny import tiny_model_config, tiny_run
 from moesaic.train.trainer import Trainer
-from moesaic.verify.page import matrix, summary
-from moesaic.verify.prove import Setting, Verdict, dropped, prove, reference, setting
-from moesaic.verify.small import small
+from moesaic.verify.page import to_markdown, summarize
+from moesaic.verify.prove import VerifySetup, PlanResult, count_dropped, compare_plans, run_reference, make_setup
+from moesaic.verify.small import shrink_config
 
 CAPPED = MoE(
     experts=4,
@@ -25,17 +25,17 @@ CAPPED = MoE(
 )
 
 
-def given(*, steps: int = 1, timeout_s: float = 60.0) -> Setting:
+def given(*, steps: int = 1, timeout_s: float = 60.0) -> VerifySetup:
     run = tiny_run(model=tiny_model_config(moe=CAPPED))
-    return setting(small(run).run.replace(accumulate=2), steps=steps, timeout_s=timeout_s)
+    return make_setup(shrink_config(run).run.replace(accumulate=2), steps=steps, timeout_s=timeout_s)
 
 
-def verdicts(*chosen: Parallel, of: Setting) -> list[Verdict]:
-    return list(prove(of, chosen=chosen))
+def verdicts(*chosen: Parallel, of: VerifySetup) -> list[PlanResult]:
+    return list(compare_plans(of, plans=chosen))
 
 
 def test_the_steps_drop_edges_so_that_capacity_is_at_work() -> None:
-    lost, edges = dropped(reference(given()))
+    lost, edges = count_dropped(run_reference(given()))
     assert 0 < lost < edges
 
 
@@ -44,15 +44,15 @@ def test_a_seeded_defect_is_found(name: str, monkeypatch: pytest.MonkeyPatch) ->
     defect = DEFECTS[name]
     defect.seed(monkeypatch)
     [verdict] = verdicts(Parallel(plan=defect.plan), of=given())
-    measures = [words.split()[0] for words in verdict.wrong]
-    assert defect.shows in measures, verdict.wrong
+    measures = [words.split()[0] for words in verdict.problems]
+    assert defect.shows in measures, verdict.problems
 
 
 def test_without_a_defect_the_same_plans_are_equal() -> None:
     plans = {defect.plan.to_yaml(): defect.plan for defect in DEFECTS.values()}
     found = verdicts(*(Parallel(plan=plan) for plan in plans.values()), of=given())
-    assert [verdict.wrong for verdict in found] == [()] * len(plans)
-    assert summary(found) == f"{len(plans)} plans of 2 ranks: each equals one process"
+    assert [verdict.problems for verdict in found] == [()] * len(plans)
+    assert summarize(found) == f"{len(plans)} plans of 2 ranks: each equals one process"
 
 
 def test_a_rank_that_raises_or_dies_is_a_verdict_and_the_rest_goes_on(
@@ -71,7 +71,7 @@ def test_a_rank_that_raises_or_dies_is_a_verdict_and_the_rest_goes_on(
     monkeypatch.setattr(Trainer, "advance", sometimes)
     plans = [Parallel(plan=p) for p in (TENSOR, DATA.replace(expert=2), DATA)]
     raised, died, right = verdicts(*plans, of=given())
-    assert raised.wrong == ("failed: rank 1 failed: ValueError: no such tensor | here",)
-    assert died.wrong == ("failed: rank 1 died with exit code 3",)
+    assert raised.problems == ("failed: rank 1 failed: ValueError: no such tensor | here",)
+    assert died.problems == ("failed: rank 1 died with exit code 3",)
     assert right.equal
-    assert r"no such tensor \| here" in matrix([raised, died, right])
+    assert r"no such tensor \| here" in to_markdown([raised, died, right])

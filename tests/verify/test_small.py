@@ -12,7 +12,7 @@ from moesaic.nn.attention import AttentionConfig
 from moesaic.optim.optimizer import AdamW, Muon
 from moesaic.recipes.find import RECIPES, find
 from moesaic.train.run import Run
-from moesaic.verify.small import DIM, EPS, EXPERTS, HIDDEN, small
+from moesaic.verify.small import DIM, EPS, EXPERTS, HIDDEN, shrink_config
 
 
 def sparse_pattern(run: Run) -> list[list[bool]]:
@@ -23,7 +23,7 @@ def sparse_pattern(run: Run) -> list[list[bool]]:
 @pytest.mark.parametrize("name", RECIPES.lines())
 def test_every_recipe_becomes_small_and_keeps_its_rules(name: str) -> None:
     before = find(name)
-    after = small(before).run
+    after = shrink_config(before).run
     assert after.model.dim <= DIM
     assert after.model.feed_forward.hidden <= HIDDEN
     for ours, theirs in zip(sparse_pattern(after), sparse_pattern(before), strict=True):
@@ -40,7 +40,7 @@ def test_every_recipe_becomes_small_and_keeps_its_rules(name: str) -> None:
 
 def test_heads_and_groups_stay_and_their_width_shrinks() -> None:
     model = find("tiny").model.replace(dim=512, attention=AttentionConfig(heads=16, kv_heads=4))
-    after = small(find("tiny").replace(model=model)).run.model.attention
+    after = shrink_config(find("tiny").replace(model=model)).run.model.attention
     assert (after.heads, after.kv_heads, after.head_dim) == (16, 4, 4)
 
 
@@ -48,7 +48,7 @@ def test_experts_stay_as_many_as_their_rule_needs() -> None:
     rule = SigmoidTopK(k=4, among=BestGroups(groups=16, kept=4))
     moe = MoE(experts=256, select=rule, limit=Capacity(), beside=SharedExperts(), hidden=32)
     model = find("tiny").model.replace(moe=moe)
-    after = small(find("tiny").replace(model=model)).run.model.moe
+    after = shrink_config(find("tiny").replace(model=model)).run.model.moe
     assert isinstance(after, MoE)
     assert after.experts in EXPERTS
     assert after.experts % 16 == 0
@@ -59,19 +59,19 @@ def test_experts_stay_as_many_as_their_rule_needs() -> None:
 def test_a_pyramid_keeps_one_number_of_experts_for_each_block_that_has_any() -> None:
     stack = Stack(layers=6, moe_every=2, experts=(4, 32, 64))
     model = find("tiny").model.replace(encoder=stack, moe=MoE(experts=4))
-    after = small(find("tiny").replace(model=model)).run.model.encoder
+    after = shrink_config(find("tiny").replace(model=model)).run.model.encoder
     assert (after.layers, after.experts) == (4, (4, 8))
 
 
 @pytest.mark.parametrize("optimizer", [AdamW(lr=0.5), Muon(adamw=AdamW(lr=0.5))])
 def test_tiny_gradients_do_not_move_weights_by_their_sign(optimizer: AdamW | Muon) -> None:
-    after = small(find("tiny").replace(optimizer=optimizer)).run.optimizer
+    after = shrink_config(find("tiny").replace(optimizer=optimizer)).run.optimizer
     inner = after.adamw if isinstance(after, Muon) else after
     assert isinstance(inner, AdamW)
     assert (inner.eps, inner.lr) == (EPS, 0.5)
 
 
 def test_what_was_changed_is_said() -> None:
-    changed = small(find("tiny")).changed
+    changed = shrink_config(find("tiny")).changes
     assert "model.dim: 64 -> 32" in changed
     assert not any("select" in line for line in changed)

@@ -3,9 +3,9 @@
 import torch
 
 from moesaic.data.batch import PAD, Batch
-from moesaic.verify.stream import Shape, UnevenStream, uneven_batch
+from moesaic.verify.stream import SyntheticShape, UnevenBatches, uneven_batch
 
-SHAPE = Shape(rows=7, length=9)
+SHAPE = SyntheticShape(rows=7, length=9)
 
 
 def rows(batch: Batch) -> list[list[int]]:
@@ -15,15 +15,15 @@ def rows(batch: Batch) -> list[list[int]]:
 
 def test_the_parts_of_a_batch_are_the_batch() -> None:
     for number in range(1, 7):
-        whole = UnevenStream(SHAPE, seed=3)
-        parts = [UnevenStream(SHAPE, seed=3, part=part, parts=4) for part in range(4)]
+        whole = UnevenBatches(SHAPE, seed=3)
+        parts = [UnevenBatches(SHAPE, seed=3, shard=part, num_shards=4) for part in range(4)]
         for stream in (whole, *parts):
             stream.restore({"drawn": number - 1})
         assert rows(next(whole)) == sorted(row for part in parts for row in rows(next(part)))
 
 
 def test_some_batches_leave_readers_without_a_row() -> None:
-    streams = [UnevenStream(SHAPE, seed=3, part=part, parts=4) for part in range(4)]
+    streams = [UnevenBatches(SHAPE, seed=3, shard=part, num_shards=4) for part in range(4)]
     counts = [[next(stream).rows for stream in streams] for _ in range(3)]
     assert min(map(min, counts)) == 0
     assert min(map(max, counts)) > 0
@@ -37,11 +37,11 @@ def test_rows_are_of_many_lengths_and_padding_is_not_predicted() -> None:
 
 
 def test_without_an_encoder_there_is_no_source_and_not_every_token_is_predicted() -> None:
-    batch = uneven_batch(Shape(rows=7, length=9, source=False), rows=20, seed=1)
+    batch = uneven_batch(SyntheticShape(rows=7, length=9, source=False), rows=20, seed=1)
     assert batch.source.shape == (20, 0)
     assert (batch.target_out[:, 0] == PAD).any()
     assert (batch.target_out[:, 0] != PAD).any()
 
 
 def test_seeds_give_other_text() -> None:
-    assert rows(next(UnevenStream(SHAPE, seed=1))) != rows(next(UnevenStream(SHAPE, seed=2)))
+    assert rows(next(UnevenBatches(SHAPE, seed=1))) != rows(next(UnevenBatches(SHAPE, seed=2)))

@@ -63,7 +63,7 @@ class Saver:
         Collective while a save is under way (one number is summed), so that its end, or its error,
         is met by all ranks at the same step. Raises CheckpointError.
         """
-        if self._under_way is None or self.world.any(not self._under_way.done()):
+        if self._under_way is None or self.world.any_rank(not self._under_way.done()):
             return None
         return self.wait()
 

@@ -11,7 +11,7 @@ from moesaic.cli.common import Json, Set, Use, answer, talk, use, verb_app
 from moesaic.core.errors import ConfigError, nearest
 from moesaic.core.text import read_call
 from moesaic.dist.launchers.kubernetes import Kubernetes
-from moesaic.dist.launchers.launcher import Job, Launcher, Torchrun
+from moesaic.dist.launchers.launcher import LaunchJob, Launcher, Torchrun
 from moesaic.dist.launchers.skypilot import SkyPilot
 from moesaic.dist.launchers.slurm import Slurm
 from moesaic.recipes.find import find
@@ -67,21 +67,21 @@ def launch(
     words = ["-m", "moesaic", "train", which, "--out", folder, "--resume", "auto"]
     words += [word for change in changes or [] for word in ("--set", change)]
     words += [word for file in files or [] for word in ("--use", str(file))]
-    job = Job(
+    job = LaunchJob(
         name=run.name,
         command=tuple(words),
-        about=_ranks(run, nodes=nodes, gpus=gpus),
+        description=_ranks(run, nodes=nodes, gpus=gpus),
         nodes=nodes,
         gpus_per_node=gpus,
-        restarts=restarts,
-        fewest_nodes=fewest,
+        max_restarts=restarts,
+        min_nodes=fewest,
     )
-    run.parallel.plan.on(job.world)  # a plan that these ranks cannot make is refused here
-    text = launcher.file(job)
+    run.parallel.plan.resolve(job.world_size)  # a plan that these ranks cannot make is refused here
+    text = launcher.render(job)
     if out is not None:
         out.write_text(text, encoding="utf-8")
-    talk.print(f"{job.about}. Start it with: {_how(launcher, out)}", highlight=False)
-    value = {"world": job.world, "nodes": nodes, "gpus_per_node": gpus, "file": text}
+    talk.print(f"{job.description}. Start it with: {_how(launcher, out)}", highlight=False)
+    value = {"world": job.world_size, "nodes": nodes, "gpus_per_node": gpus, "file": text}
     value |= {"out": None if out is None else str(out), "on": type(launcher).__name__}
     answer(value, as_json=as_json, show=_show(text, printed=shown or out is None))
 
@@ -112,7 +112,7 @@ def _ranks(run: Run, *, nodes: int, gpus: int) -> str:
 
 
 def _how(launcher: Launcher, out: Path | None) -> str:
-    return launcher.how.replace("FILE", f"FILE{launcher.suffix}" if out is None else str(out))
+    return launcher.submit_command.replace("FILE", f"FILE{launcher.suffix}" if out is None else str(out))
 
 
 def _show(text: str, *, printed: bool) -> Any:

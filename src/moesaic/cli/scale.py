@@ -101,7 +101,7 @@ def price(laid: Laid, *, world: int, sizes: Sizes, storage: Storage) -> dict[str
     values = sum(math.prod(part.item.laid.shape) for part in holding.parts)
     return {
         "world": world,
-        "short": holding.plan.short,
+        "short": holding.plan.acronym,
         "parameters": values,
         "grid": _grids(holding),
         "batch": asdict(sizes) | {"micro_batches": laid.accumulate},

@@ -12,9 +12,9 @@ from rich.markup import escape
 from moesaic.cli.common import Json, Set, Use, answer, talk, use, verb_app
 from moesaic.core.errors import UserError
 from moesaic.recipes.find import find
-from moesaic.verify.page import matrix, refusals, summary, tolerances
-from moesaic.verify.prove import Setting, Verdict, failed, own, plans, prove, setting
-from moesaic.verify.small import small
+from moesaic.verify.page import to_markdown, rejection_lines, summarize, tolerances_text
+from moesaic.verify.prove import VerifySetup, PlanResult, unequal_plans, configured_plan, plans_up_to, compare_plans, make_setup
+from moesaic.verify.small import shrink_config
 
 app = verb_app()
 
@@ -53,36 +53,36 @@ def verify(
     One's own plan: [cyan]moesaic verify mine.yaml --world 8 --plans own[/]
     """
     use(files)
-    shrunk = small(find(which, changes=changes or []))
-    given = setting(shrunk.run, steps=steps, timeout_s=timeout_s)
-    found = own(shrunk.run, world=world) if choice is Which.OWN else plans(shrunk.run, world=world)
-    chosen = found.paired() if choice is Which.PAIRS else found
-    if not chosen.fit:
-        raise UserError(f"no plan of {world} ranks fits: {'; '.join(refusals(found.refused))}")
-    talk.print(f"made small: {escape('; '.join(shrunk.changed))}", style="dim", highlight=False)
-    verdicts: list[Verdict] = []
-    for verdict in prove(given, chosen=chosen.fit):
+    shrunk = shrink_config(find(which, changes=changes or []))
+    given = make_setup(shrunk.run, steps=steps, timeout_s=timeout_s)
+    found = configured_plan(shrunk.run, world_size=world) if choice is Which.OWN else plans_up_to(shrunk.run, world_size=world)
+    chosen = found.pairwise_cover() if choice is Which.PAIRS else found
+    if not chosen.valid:
+        raise UserError(f"no plan of {world} ranks fits: {'; '.join(rejection_lines(found.rejected))}")
+    talk.print(f"made small: {escape('; '.join(shrunk.changes))}", style="dim", highlight=False)
+    verdicts: list[PlanResult] = []
+    for verdict in compare_plans(given, plans=chosen.valid):
         verdicts.append(verdict)
-        _tell(verdict, of=len(chosen.fit), number=len(verdicts))
-    text = _page(verdicts, given=given, left=list(refusals(found.refused)))
+        _tell(verdict, of=len(chosen.valid), number=len(verdicts))
+    text = _page(verdicts, given=given, left=list(rejection_lines(found.rejected)))
     if out is not None:
         out.write_text(text, encoding="utf-8")
-    value = _plain(verdicts) | {"changed": shrunk.changed, "plans that fit": len(found.fit)}
+    value = _plain(verdicts) | {"changed": shrunk.changes, "plans that fit": len(found.valid)}
     answer(value, as_json=as_json, show=lambda console: _show(text, console))
-    if failed(verdicts):
+    if unequal_plans(verdicts):
         raise typer.Exit(1)
 
 
-def _tell(verdict: Verdict, *, of: int, number: int) -> None:
-    word = "equal" if verdict.equal else "; ".join(verdict.wrong)
+def _tell(verdict: PlanResult, *, of: int, number: int) -> None:
+    word = "equal" if verdict.equal else "; ".join(verdict.problems)
     style = "dim" if verdict.equal else "red"
-    ranks = f"{number}/{of} {verdict.ranks} ranks, {verdict.plan}: {word}"
+    ranks = f"{number}/{of} {verdict.world_size} ranks, {verdict.plan}: {word}"
     talk.print(escape(ranks), style=style, highlight=False)
 
 
-def _page(verdicts: list[Verdict], *, given: Setting, left: list[str]) -> str:
+def _page(verdicts: list[PlanResult], *, given: VerifySetup, left: list[str]) -> str:
     refused = "".join(f"- {line}\n" for line in left)
-    parts = [matrix(verdicts), f"{summary(verdicts)}. {tolerances(given.allowed)}", refused]
+    parts = [to_markdown(verdicts), f"{summarize(verdicts)}. {tolerances_text(given.tolerances)}", refused]
     return "\n\n".join(part for part in parts if part).rstrip() + "\n"
 
 
@@ -90,16 +90,16 @@ def _show(text: str, console: Console) -> None:
     console.print(escape(text), highlight=False, soft_wrap=True, end="")
 
 
-def _plain(verdicts: list[Verdict]) -> dict[str, Any]:
+def _plain(verdicts: list[PlanResult]) -> dict[str, Any]:
     rows = [
         {
-            "ranks": v.ranks,
+            "ranks": v.world_size,
             "plan": v.plan,
             "parallel": v.parallel.plain(),
-            "found": None if v.found is None else asdict(v.found),
-            "wrong": v.wrong,
+            "found": None if v.differences is None else asdict(v.differences),
+            "wrong": v.problems,
             "step_s": v.step_s,
         }
         for v in verdicts
     ]
-    return {"summary": summary(verdicts), "plans": rows}
+    return {"summary": summarize(verdicts), "plans": rows}

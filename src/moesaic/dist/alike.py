@@ -24,21 +24,21 @@ from torch.utils._pytree import tree_leaves
 
 from moesaic.core.shapes import Tensor
 
-_MADE = ("empty", "empty_strided", "zeros", "ones", "full", "rand", "randn")
-_EVERY = 64  # operations between two looks at the memory in use
+_FACTORY_OPS = ("empty", "empty_strided", "zeros", "ones", "full", "rand", "randn")
+_PEAK_INTERVAL = 64  # operations between two looks at the memory in use
 
 
 @contextmanager
-def fake_ranks(world: int, *, rank: int = 0) -> Iterator[None]:
+def fake_process_group(world_size: int, *, rank: int = 0) -> Iterator[None]:
     """Be one of ``world`` ranks of which no other is there. No group may exist yet."""
-    distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield
     finally:
         distributed.destroy_process_group()
 
 
-class Alike(TorchDispatchMode):
+class SimulatedRank(TorchDispatchMode):
     """See the module's first lines. ``peak_bytes`` is the most that was in use at once, looked at
     after every collective and every few operations.
     """
@@ -50,7 +50,7 @@ class Alike(TorchDispatchMode):
         self._operations = 0
         self.peak_bytes = 0
 
-    def in_use(self) -> int:
+    def allocated_bytes(self) -> int:
         """Return the bytes of all fake tensors that are alive."""
         alive = (storage() for storage in list(self._storages.values()))
         return sum(storage.nbytes() for storage in alive if storage is not None)
@@ -70,16 +70,16 @@ class Alike(TorchDispatchMode):
         tensors = [x for x in tree_leaves((args, named)) if isinstance(x, torch.Tensor)]
         fake = any(isinstance(x, FakeTensor) for x in tensors)
         if func.namespace == "c10d":
-            self._look()
-            return func(*args, **named) if fake else _meet(func, args, named)
-        if not fake and (tensors or not _floats(func, args, named)):
+            self._update_peak()
+            return func(*args, **named) if fake else _simulate_collective(func, args, named)
+        if not fake and (tensors or not _creates_floats(func, args, named)):
             return func(*args, **named)
         with self._fake:
             out = func(*args, **named)
-        self._count(out)
+        self._track_storages(out)
         return out
 
-    def _count(self, out: Any) -> None:
+    def _track_storages(self, out: Any) -> None:
         for tensor in out if isinstance(out, list | tuple) else (out,):
             if isinstance(tensor, FakeTensor):
                 storage = tensor.untyped_storage()
@@ -88,17 +88,17 @@ class Alike(TorchDispatchMode):
                 if known is None or known() is not storage:
                     self._storages[key] = weakref.ref(storage)
         self._operations += 1
-        if self._operations % _EVERY == 0:
-            self._look()
+        if self._operations % _PEAK_INTERVAL == 0:
+            self._update_peak()
 
-    def _look(self) -> None:
+    def _update_peak(self) -> None:
         gone = [key for key, storage in self._storages.items() if storage() is None]
         for key in gone:
             del self._storages[key]
-        self.peak_bytes = max(self.peak_bytes, self.in_use())
+        self.peak_bytes = max(self.peak_bytes, self.allocated_bytes())
 
 
-class FewPieces(TorchFunctionMode):
+class SharedChunks(TorchFunctionMode):
     """Cuts a tensor into equal pieces by making one: FSDP2 makes thousands and reads two."""
 
     def __torch_function__(
@@ -125,15 +125,15 @@ def _chunk(whole: Tensor, chunks: int, dim: int = 0) -> list[Tensor]:
     return [*[first] * (count - 1), last, *[empty] * (chunks - count)]
 
 
-def _floats(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> bool:
+def _creates_floats(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> bool:
     """Whether an operation on no tensors makes floating-point ones."""
     dtype = named.get("dtype") or torch.get_default_dtype()
     if func._opname == "full" and named.get("dtype") is None:
         return isinstance(args[1], float)
-    return func._opname in _MADE and dtype.is_floating_point
+    return func._opname in _FACTORY_OPS and dtype.is_floating_point
 
 
-def _meet(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+def _simulate_collective(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """Do what a collective would, on real tensors, if every rank gave what this one gives."""
     done = func(*args, **named)  # the fake group only makes the answer
     names = [argument.name for argument in func._schema.arguments]

@@ -17,7 +17,7 @@ import torch.distributed as distributed
 from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Shaped, Tensor
-from moesaic.dist.flight import collective
+from moesaic.dist.flight import record_collective
 
 try:
     from torch.distributed import all_gather_single as _all_gather
@@ -27,27 +27,27 @@ except ImportError:  # before torch 2.13
 Group = distributed.ProcessGroup | None
 
 
-def ranks_of(group: Group) -> int:
+def group_size(group: Group) -> int:
     """Return how many ranks share a group."""
     return 1 if group is None else group.size()
 
 
-def rank_in(group: Group) -> int:
+def group_rank(group: Group) -> int:
     """Return this process's place in a group."""
     return 0 if group is None else group.rank()
 
 
 def all_to_all(
-    x: Shaped[Tensor, "R *D"], *, group: Group, sent: Sequence[int], received: Sequence[int]
+    x: Shaped[Tensor, "R *D"], *, group: Group, input_splits: Sequence[int], output_splits: Sequence[int]
 ) -> Shaped[Tensor, "S *D"]:
     """Send ``sent[r]`` rows to rank r, in order, and receive ``received[r]`` rows from it."""
-    if ranks_of(group) == 1:
+    if group_size(group) == 1:
         return x
-    return _AllToAll.apply(x, group, tuple(sent), tuple(received))
+    return _AllToAll.apply(x, group, tuple(input_splits), tuple(output_splits))
 
 
 @dataclass(frozen=True, slots=True)
-class Pending:
+class AsyncRows:
     """Rows that are on their way."""
 
     rows: Tensor
@@ -60,50 +60,50 @@ class Pending:
         return self.rows
 
 
-def start_all_to_all(
-    x: Shaped[Tensor, "R *D"], *, group: Group, sent: Sequence[int], received: Sequence[int]
-) -> Pending:
+def all_to_all_async(
+    x: Shaped[Tensor, "R *D"], *, group: Group, input_splits: Sequence[int], output_splits: Sequence[int]
+) -> AsyncRows:
     """Begin an ``all_to_all`` and return at once. Not differentiable; ``x`` must stay as it is."""
-    if ranks_of(group) == 1:
-        return Pending(x, None)
-    out = x.new_empty(sum(received), *x.shape[1:])
+    if group_size(group) == 1:
+        return AsyncRows(x, None)
+    out = x.new_empty(sum(output_splits), *x.shape[1:])
     work = distributed.all_to_all_single(
-        out, x.contiguous(), list(received), list(sent), group=group, async_op=True
+        out, x.contiguous(), list(output_splits), list(input_splits), group=group, async_op=True
     )
-    return Pending(out, work)
+    return AsyncRows(out, work)
 
 
-def gather_rows(
+def all_gather_rows(
     x: Shaped[Tensor, "R *D"], *, group: Group, sizes: Sequence[int]
 ) -> Shaped[Tensor, "S *D"]:
     """Return the rows of all ranks in rank order; rank r gives ``sizes[r]`` of them.
 
     A row's gradient is the sum over all ranks of what they found for it.
     """
-    if ranks_of(group) == 1:
+    if group_size(group) == 1:
         return x
-    return _GatherRows.apply(x, group, tuple(sizes))
+    return _AllGatherRows.apply(x, group, tuple(sizes))
 
 
-def scatter_rows(
+def reduce_scatter_rows(
     x: Shaped[Tensor, "S *D"], *, group: Group, sizes: Sequence[int]
 ) -> Shaped[Tensor, "R *D"]:
     """Return the sum over ranks of this rank's block of rows; block r has ``sizes[r]`` rows."""
-    if ranks_of(group) == 1:
+    if group_size(group) == 1:
         return x
-    return _ScatterRows.apply(x, group, tuple(sizes))
+    return _ReduceScatterRows.apply(x, group, tuple(sizes))
 
 
-def sum_copies(x: Shaped[Tensor, "*D"], *, group: Group) -> Shaped[Tensor, "*D"]:
+def reduce_from_group(x: Shaped[Tensor, "*D"], *, group: Group) -> Shaped[Tensor, "*D"]:
     """Return the sum over ranks of parts of one value. The gradient of a part is that of the sum,
     which every rank must hold alike.
     """
-    return x if ranks_of(group) == 1 else _SumCopies.apply(x, group)
+    return x if group_size(group) == 1 else _ReduceFromGroup.apply(x, group)
 
 
-def copy_to(x: Shaped[Tensor, "*D"], *, group: Group) -> Shaped[Tensor, "*D"]:
+def copy_to_group(x: Shaped[Tensor, "*D"], *, group: Group) -> Shaped[Tensor, "*D"]:
     """Return a value that all ranks hold alike and each uses in part: its gradients are summed."""
-    return x if ranks_of(group) == 1 else _CopyTo.apply(x, group)
+    return x if group_size(group) == 1 else _CopyToGroup.apply(x, group)
 
 
 class _AllToAll(torch.autograd.Function):
@@ -112,43 +112,43 @@ class _AllToAll(torch.autograd.Function):
         ctx: Any, x: Tensor, group: Group, sent: tuple[int, ...], received: tuple[int, ...]
     ) -> Tensor:
         ctx.group, ctx.sent, ctx.received = group, sent, received
-        return _move(x, group=group, sent=sent, received=received)
+        return _all_to_all(x, group=group, input_splits=sent, output_splits=received)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        way_back = _move(grads[0], group=ctx.group, sent=ctx.received, received=ctx.sent)
+        way_back = _all_to_all(grads[0], group=ctx.group, input_splits=ctx.received, output_splits=ctx.sent)
         return way_back, None, None, None
 
 
-class _GatherRows(torch.autograd.Function):
+class _AllGatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, sizes: tuple[int, ...]) -> Tensor:
         ctx.group, ctx.sizes = group, sizes
-        return _gather(x, group=group, sizes=sizes)
+        return _all_gather_blocks(x, group=group, sizes=sizes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _scatter(grads[0], group=ctx.group, sizes=ctx.sizes), None, None
+        return _reduce_scatter_blocks(grads[0], group=ctx.group, sizes=ctx.sizes), None, None
 
 
-class _ScatterRows(torch.autograd.Function):
+class _ReduceScatterRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, sizes: tuple[int, ...]) -> Tensor:
         ctx.group, ctx.sizes = group, sizes
-        return _scatter(x, group=group, sizes=sizes)
+        return _reduce_scatter_blocks(x, group=group, sizes=sizes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _gather(grads[0], group=ctx.group, sizes=ctx.sizes), None, None
+        return _all_gather_blocks(grads[0], group=ctx.group, sizes=ctx.sizes), None, None
 
 
-class _SumCopies(torch.autograd.Function):
+class _ReduceFromGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:  # noqa: ARG004
-        return _sum(x, group=group)
+        return _all_reduce(x, group=group)
 
     @staticmethod
     @once_differentiable
@@ -156,7 +156,7 @@ class _SumCopies(torch.autograd.Function):
         return grads[0], None
 
 
-class _CopyTo(torch.autograd.Function):
+class _CopyToGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
@@ -165,40 +165,40 @@ class _CopyTo(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _sum(grads[0], group=ctx.group), None
+        return _all_reduce(grads[0], group=ctx.group), None
 
 
-def _move(x: Tensor, *, group: Group, sent: tuple[int, ...], received: tuple[int, ...]) -> Tensor:
-    out = x.new_empty(sum(received), *x.shape[1:])
-    with collective("all_to_all", group=group):
-        distributed.all_to_all_single(out, x.contiguous(), list(received), list(sent), group=group)
+def _all_to_all(x: Tensor, *, group: Group, input_splits: tuple[int, ...], output_splits: tuple[int, ...]) -> Tensor:
+    out = x.new_empty(sum(output_splits), *x.shape[1:])
+    with record_collective("all_to_all", group=group):
+        distributed.all_to_all_single(out, x.contiguous(), list(output_splits), list(input_splits), group=group)
     return out
 
 
-def _gather(x: Tensor, *, group: Group, sizes: tuple[int, ...]) -> Tensor:
+def _all_gather_blocks(x: Tensor, *, group: Group, sizes: tuple[int, ...]) -> Tensor:
     ranks = len(sizes)
     if all(here == there for here, there in pairwise(sizes)):
         out = x.new_empty(sum(sizes), *x.shape[1:])
-        with collective("all_gather", group=group):
+        with record_collective("all_gather", group=group):
             _all_gather(out, x.contiguous(), group=group)
         return out
     # gloo has no gather of unequal blocks; sending one's own to all costs the same bytes
     copies = x.repeat(ranks, *[1] * (x.dim() - 1))
-    return _move(copies, group=group, sent=(x.shape[0],) * ranks, received=sizes)
+    return _all_to_all(copies, group=group, input_splits=(x.shape[0],) * ranks, output_splits=sizes)
 
 
-def _scatter(x: Tensor, *, group: Group, sizes: tuple[int, ...]) -> Tensor:
+def _reduce_scatter_blocks(x: Tensor, *, group: Group, sizes: tuple[int, ...]) -> Tensor:
     """A reduce-scatter as an all-to-all and a sum here: the same bytes, any sizes, one order."""
-    own = sizes[rank_in(group)]
-    parts = _move(x, group=group, sent=sizes, received=(own,) * len(sizes))
+    own = sizes[group_rank(group)]
+    parts = _all_to_all(x, group=group, input_splits=sizes, output_splits=(own,) * len(sizes))
     parts = parts.view(len(sizes), own, *x.shape[1:])
     if not x.dtype.is_floating_point:
         return parts.sum(0, dtype=x.dtype)
     return parts.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
 
 
-def _sum(x: Tensor, *, group: Group) -> Tensor:
+def _all_reduce(x: Tensor, *, group: Group) -> Tensor:
     total = x.detach().clone(memory_format=torch.contiguous_format)
-    with collective("all_reduce", group=group):
+    with record_collective("all_reduce", group=group):
         distributed.all_reduce(total, group=group)
     return total

@@ -9,10 +9,10 @@ from typing import Any
 from moesaic.core.errors import UserError
 from moesaic.dist.world import World
 
-NEWS_S = 1.0  # rank 0 says this often that it is still at work
+KEEPALIVE_S = 1.0  # rank 0 says this often that it is still at work
 
 
-def on_first(world: World, action: Callable[[], Any]) -> Any:
+def run_on_rank0(world: World, action: Callable[[], Any]) -> Any:
     """Run ``action`` on rank 0 and return its value (JSON data) on every rank. Collective.
 
     It may take longer than the collectives' timeout: rank 0 works in a thread and keeps telling the
@@ -21,34 +21,34 @@ def on_first(world: World, action: Callable[[], Any]) -> Any:
     if world.size == 1:
         return action()
     if world.rank == 0:
-        return _work(world, action)
+        return _run_with_keepalive(world, action)
     while True:
-        news = world.share(None)
+        news = world.broadcast_object(None)
         if news["error"] is not None:
             raise UserError(news["error"])
         if news["done"]:
             return news["value"]
 
 
-def _work(world: World, action: Callable[[], Any]) -> Any:
+def _run_with_keepalive(world: World, action: Callable[[], Any]) -> Any:
     future: Future[Any] = Future()
-    Thread(target=_into, args=(future, action), daemon=True).start()
+    Thread(target=_run_into_future, args=(future, action), daemon=True).start()
     said = time.monotonic()
     while not future.done():
         time.sleep(0.002)
-        if time.monotonic() - said > NEWS_S:
-            world.share({"done": False, "error": None, "value": None})
+        if time.monotonic() - said > KEEPALIVE_S:
+            world.broadcast_object({"done": False, "error": None, "value": None})
             said = time.monotonic()
     error = future.exception()
     if error is None:
-        world.share({"done": True, "error": None, "value": future.result()})
+        world.broadcast_object({"done": True, "error": None, "value": future.result()})
         return future.result()
     if isinstance(error, UserError):
-        world.share({"done": True, "error": str(error), "value": None})
+        world.broadcast_object({"done": True, "error": str(error), "value": None})
     raise error
 
 
-def _into(future: Future[Any], action: Callable[[], Any]) -> None:
+def _run_into_future(future: Future[Any], action: Callable[[], Any]) -> None:
     try:
         future.set_result(action())
     except BaseException as error:

@@ -11,7 +11,7 @@ from moesaic.core.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class LinearCost:
     """Seconds of one call: ``alpha`` to start it and ``beta`` for each unit of its size."""
 
     alpha: float
@@ -20,20 +20,20 @@ class Cost:
     def seconds(self, size: float) -> float:
         return self.alpha + self.beta * size
 
-    def times(self, factor: float) -> "Cost":
+    def scaled(self, factor: float) -> "LinearCost":
         """Return the cost of doing it so many times as much."""
-        return Cost(self.alpha * factor, self.beta * factor)
+        return LinearCost(self.alpha * factor, self.beta * factor)
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
+class CostFit:
     """A cost, and the share of the variance of the measured times that it explains."""
 
-    cost: Cost
-    explained: float
+    cost: LinearCost
+    r_squared: float
 
 
-def fit(sizes: Sequence[float], seconds: Sequence[float]) -> Fitted:
+def fit_cost(sizes: Sequence[float], seconds: Sequence[float]) -> CostFit:
     """Return the least-squares line. Neither number can be negative: if one is, it is zero.
 
     Raises UserError when there are fewer than two different sizes.
@@ -52,7 +52,7 @@ def fit(sizes: Sequence[float], seconds: Sequence[float]) -> Fitted:
     elif alpha < 0:
         dot = sum(n * t for n, t in zip(sizes, seconds, strict=True))
         alpha, beta = 0.0, dot / sum(n * n for n in sizes)
-    cost = Cost(alpha, beta)
+    cost = LinearCost(alpha, beta)
     left = sum((t - cost.seconds(n)) ** 2 for n, t in zip(sizes, seconds, strict=True)) / count
     varied = sum((t - level) ** 2 for t in seconds) / count
-    return Fitted(cost, 1 - left / varied if varied else 1.0)
+    return CostFit(cost, 1 - left / varied if varied else 1.0)

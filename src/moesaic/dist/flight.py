@@ -14,82 +14,82 @@ from types import TracebackType
 import torch
 import torch.distributed as distributed
 
-from moesaic.dist.marks import ALL, Book
+from moesaic.dist.marks import DEFAULT_GROUP, HeartbeatFile
 from moesaic.dist.verdict import LostRankError
-from moesaic.dist.watch import Watch
+from moesaic.dist.watch import Watchdog
 
 # What gloo, NCCL and the store say of a rank that is away; anything else is an error of the caller.
-_AWAY = re.compile(
+_LOST_PEER = re.compile(
     r"timed? ?out|timeout|closed by peer|reset by peer|broken pipe|connection refused|"
     r"connectfullmesh|socket error|remote process|nccl error|net(work)? ?error|connection was",
     re.IGNORECASE,
 )
 
 
-class Flight:
+class FlightRecorder:
     """See the module's first lines. ``waited_s`` is the time spent in collectives so far."""
 
     def __init__(self) -> None:
-        self.waited_s = 0.0
-        self._book = Book()
-        self._watch: Watch | None = None
+        self.collective_s = 0.0
+        self._heartbeat = HeartbeatFile()
+        self._watchdog: Watchdog | None = None
 
-    def open(self, watch: Watch) -> None:
+    def open(self, watchdog: Watchdog) -> None:
         """From now on write to the watch's book and ask it who is missing."""
-        self._book, self._watch = watch.book, watch
-        watch.start()
+        self._heartbeat, self._watchdog = watchdog.heartbeat_file, watchdog
+        watchdog.start()
 
     def close(self) -> None:
         """Stop the watch."""
-        watch, self._watch, self._book = self._watch, None, Book()
+        watch, self._watchdog, self._heartbeat = self._watchdog, None, HeartbeatFile()
         if watch is not None:
             watch.close()
 
-    def at(self, place: str, *, step: int | None = None) -> None:
+    def mark_phase(self, phase: str, *, step: int | None = None) -> None:
         """Note a place of the step."""
-        self._book.at(place, step=step)
+        self._heartbeat.mark_phase(phase, step=step)
 
-    def enter(self, op: str, *, group: distributed.ProcessGroup | None) -> None:
+    def begin_collective(self, op: str, *, group: distributed.ProcessGroup | None) -> None:
         """Note a collective that begins."""
-        name = _name(group)
-        if self._watch is not None and group is not None:
-            self._watch.meet(name, group=group)
-        self._book.enter(op, group=name)
+        name = _group_name(group)
+        if self._watchdog is not None and group is not None:
+            self._watchdog.add_group(name, group=group)
+        self._heartbeat.begin_collective(op, group=name)
 
-    def leave(self, *, seconds: float) -> None:
+    def end_collective(self, *, seconds: float) -> None:
         """Note its end."""
-        self._book.leave()
-        self.waited_s += seconds
+        self._heartbeat.end_collective()
+        self.collective_s += seconds
 
-    def named(self, error: BaseException) -> BaseException:
+    def name_lost_rank(self, error: BaseException) -> BaseException:
         """Return the error that names the missing rank, or ``error`` if it is about none."""
-        away = isinstance(error, RuntimeError) and _AWAY.search(str(error))
-        if self._watch is None or not away:
+        away = isinstance(error, RuntimeError) and _LOST_PEER.search(str(error))
+        if self._watchdog is None or not away:
             return error
-        return LostRankError(self._watch.verdict(_first_line(error)))
+        return LostRankError(self._watchdog.report_hang(_first_line(error)))
 
-    def failed(self, error: BaseException) -> BaseException:
+    def report_failure(self, error: BaseException) -> BaseException:
         """Tell the others that this rank ends with ``error``.
 
         Returns it, or a better one that names a rank.
         """
-        better = self.named(error)
-        if self._watch is not None and not isinstance(better, LostRankError):
-            self._watch.fail(f"{type(error).__name__}: {error}")
+        better = self.name_lost_rank(error)
+        if self._watchdog is not None and not isinstance(better, LostRankError):
+            self._watchdog.post_failure(f"{type(error).__name__}: {error}")
         return better
 
 
-FLIGHT = Flight()
+FLIGHT_RECORDER = FlightRecorder()
 
 
-def at(place: str, *, step: int | None = None) -> None:
+def mark_phase(phase: str, *, step: int | None = None) -> None:
     """Say where in the step this rank is now; some microseconds, nothing is sent."""
-    FLIGHT.at(place, step=step)
+    FLIGHT_RECORDER.mark_phase(phase, step=step)
 
 
-def collective(
+def record_collective(
     op: str, *, group: distributed.ProcessGroup | None = None
-) -> "_Inside | nullcontext[None]":
+) -> "_RecordedCollective | nullcontext[None]":
     """Return a context for one collective of ``group`` (None: all ranks): ``with collective(...)``.
 
     All members must come to their group's collectives in the same order, as torch asks anyway.
@@ -97,17 +97,17 @@ def collective(
     """
     if torch.compiler.is_compiling():
         return nullcontext()
-    return _Inside(op, group)
+    return _RecordedCollective(op, group)
 
 
-class _Inside:
+class _RecordedCollective:
     __slots__ = ("_began", "_group", "_op")
 
     def __init__(self, op: str, group: distributed.ProcessGroup | None) -> None:
         self._op, self._group = op, group
 
     def __enter__(self) -> None:
-        FLIGHT.enter(self._op, group=self._group)
+        FLIGHT_RECORDER.begin_collective(self._op, group=self._group)
         self._began = time.perf_counter()
 
     def __exit__(
@@ -117,16 +117,16 @@ class _Inside:
         trace: TracebackType | None,
     ) -> None:
         if error is None:
-            FLIGHT.leave(seconds=time.perf_counter() - self._began)
+            FLIGHT_RECORDER.end_collective(seconds=time.perf_counter() - self._began)
             return
-        better = FLIGHT.named(error)  # the mark stays inside: the others see where we waited
+        better = FLIGHT_RECORDER.name_lost_rank(error)  # the mark stays inside: the others see where we waited
         if better is not error:
             raise better from error
 
 
-def _name(group: distributed.ProcessGroup | None) -> str:
+def _group_name(group: distributed.ProcessGroup | None) -> str:
     if group is None or group is distributed.group.WORLD:
-        return ALL
+        return DEFAULT_GROUP
     return group.group_name
 
 

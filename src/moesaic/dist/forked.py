@@ -23,11 +23,11 @@ class RankError(AssertionError):
 
 
 def run_on_ranks(
-    world: int,
+    world_size: int,
     function: Callable[..., Any],
     *arguments: Any,
     timeout_s: float = 60.0,
-    patience_s: float | None = None,
+    collective_timeout_s: float | None = None,
 ) -> list[Any]:
     """Run ``function(*arguments)`` on ``world`` ranks; return their results in rank order.
 
@@ -39,20 +39,20 @@ def run_on_ranks(
     def once(case: tuple[Any, ...]) -> Any:
         return function(*case)
 
-    cases = run_each(world, once, [arguments], timeout_s=timeout_s, patience_s=patience_s)
+    cases = run_cases_on_ranks(world_size, once, [arguments], timeout_s=timeout_s, collective_timeout_s=collective_timeout_s)
     found = next(iter(cases))
     if isinstance(found, RankError):
         raise found
     return found
 
 
-def run_each(
-    world: int,
+def run_cases_on_ranks(
+    world_size: int,
     function: Callable[[Any], Any],
     cases: Sequence[Any],
     *,
     timeout_s: float = 60.0,
-    patience_s: float | None = None,
+    collective_timeout_s: float | None = None,
 ) -> Iterator[list[Any] | RankError]:
     """Yield for each case what ``function(case)`` returned on each rank, or why it did not.
 
@@ -61,29 +61,29 @@ def run_each(
     """
     done = 0
     while done < len(cases):
-        for found in _until_one_fails(
-            world, function, cases, first=done, waits=(timeout_s, patience_s or timeout_s)
+        for found in _run_until_failure(
+            world_size, function, cases, first=done, timeouts=(timeout_s, collective_timeout_s or timeout_s)
         ):
             done += 1
             yield found
 
 
-def _until_one_fails(
-    world: int,
+def _run_until_failure(
+    world_size: int,
     function: Callable[[Any], Any],
     cases: Sequence[Any],
     *,
     first: int,
-    waits: tuple[float, float],
+    timeouts: tuple[float, float],
 ) -> Iterator[list[Any] | RankError]:
     """Fork the ranks, and yield what became of the cases from ``first`` on, a failure last."""
-    timeout_s, patience_s = waits
+    timeout_s, patience_s = timeouts
     with tempfile.TemporaryDirectory() as folder:
-        job = _Job(Path(folder), world, function, cases, first, patience_s)
-        ranks = _start(job)
+        job = _ForkedRanks(Path(folder), world_size, function, cases, first, patience_s)
+        ranks = _fork_ranks(job)
         try:
             for number in range(first, len(cases)):
-                found = _outcome(job, number, ranks=ranks, timeout_s=timeout_s)
+                found = _case_outcome(job, number, ranks=ranks, timeout_s=timeout_s)
                 yield found
                 if isinstance(found, RankError):
                     return
@@ -94,13 +94,13 @@ def _until_one_fails(
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _ForkedRanks:
     folder: Path
-    world: int
+    world_size: int
     function: Callable[[Any], Any]
     cases: Sequence[Any]
     first: int
-    patience_s: float
+    collective_timeout_s: float
 
     def run(self, rank: int) -> None:
         """Be one rank, and leave a result of each case in the folder, or the first failure."""
@@ -108,7 +108,7 @@ class _Job:
         number = self.first
         try:
             for number in range(self.first, len(self.cases)):
-                self._one(rank, number)
+                self._run_case(rank, number)
             code = 0
         except BaseException:
             text = f"{time.time()}\n{traceback.format_exc()}"
@@ -120,13 +120,13 @@ class _Job:
         """Return where a rank leaves what became of a case."""
         return self.folder / f"{number}.{rank}.{kind}"
 
-    def _one(self, rank: int, number: int) -> None:
+    def _run_case(self, rank: int, number: int) -> None:
         distributed.init_process_group(
             "gloo",
             init_method=f"file://{self.folder}/store-{number}",
             rank=rank,
-            world_size=self.world,
-            timeout=timedelta(seconds=self.patience_s),
+            world_size=self.world_size,
+            timeout=timedelta(seconds=self.collective_timeout_s),
         )
         result = pickle.dumps(self.function(self.cases[number]))
         distributed.barrier()  # a quick rank must not tear down while others still connect
@@ -136,25 +136,25 @@ class _Job:
         part.rename(self.path(number, rank, "result"))
 
 
-def _start(job: _Job) -> list[BaseProcess]:
+def _fork_ranks(job: _ForkedRanks) -> list[BaseProcess]:
     # torch.optim imports it when first used: seconds that each fork would pay
     importlib.import_module("torch._dynamo")
     fork = get_context("fork")
-    ranks: list[BaseProcess] = [fork.Process(target=job.run, args=(r,)) for r in range(job.world)]
+    ranks: list[BaseProcess] = [fork.Process(target=job.run, args=(r,)) for r in range(job.world_size)]
     for process in ranks:
         process.start()
     return ranks
 
 
-def _outcome(
-    job: _Job, number: int, *, ranks: Sequence[BaseProcess], timeout_s: float
+def _case_outcome(
+    job: _ForkedRanks, number: int, *, ranks: Sequence[BaseProcess], timeout_s: float
 ) -> list[Any] | RankError:
     """Wait until all ranks have a result, it is late, or one has ended (and the others said so)."""
-    results = [job.path(number, rank, "result") for rank in range(job.world)]
+    results = [job.path(number, rank, "result") for rank in range(job.world_size)]
     until, ended = time.monotonic() + timeout_s, False
     while not all(path.exists() for path in results):
         if time.monotonic() > until:
-            return RankError(_why(job, number, ranks=ranks))
+            return RankError(_failure_text(job, number, ranks=ranks))
         if not ended and not all(process.is_alive() for process in ranks):
             ended = any(process.exitcode for process in ranks)
             until = min(until, time.monotonic() + 1.0) if ended else until
@@ -162,8 +162,8 @@ def _outcome(
     return [pickle.loads(path.read_bytes()) for path in results]
 
 
-def _why(job: _Job, number: int, *, ranks: Sequence[BaseProcess]) -> str:
-    paths = [job.path(number, rank, "failure") for rank in range(job.world)]
+def _failure_text(job: _ForkedRanks, number: int, *, ranks: Sequence[BaseProcess]) -> str:
+    paths = [job.path(number, rank, "failure") for rank in range(job.world_size)]
     for rank, (process, path) in enumerate(zip(ranks, paths, strict=True)):
         if process.exitcode and not path.exists():  # others only say that it is gone
             return f"rank {rank} died with exit code {process.exitcode}"

@@ -12,16 +12,16 @@ import torch
 import torch.distributed as distributed
 
 from moesaic.core.errors import UserError
-from moesaic.dist.flight import FLIGHT, collective
-from moesaic.dist.marks import Book
-from moesaic.dist.watch import Watch
-from moesaic.dist.world import Alone, Ranks, World
+from moesaic.dist.flight import FLIGHT_RECORDER, record_collective
+from moesaic.dist.marks import HeartbeatFile
+from moesaic.dist.watch import Watchdog
+from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
 
-_NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_REQUIRED_ENV = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @contextmanager
-def join(*, timeout_s: float = 120.0, device: str = "auto") -> Iterator[World]:
+def init_distributed(*, timeout_s: float = 120.0, device: str = "auto") -> Iterator[World]:
     """Give this process its ``World`` and leave it cleanly at the end.
 
     Under ``torchrun`` the ranks meet in one group; a rank that dies, or does not answer within
@@ -29,41 +29,41 @@ def join(*, timeout_s: float = 120.0, device: str = "auto") -> Iterator[World]:
     is ``Alone``. A group that exists already is used and left as it is, and nobody watches it.
     ``device`` is ``auto``, ``cpu`` or ``cuda``. Raises UserError when the environment is half set.
     """
-    chosen = _device(device)
+    chosen = _select_device(device)
     if distributed.is_available() and distributed.is_initialized():
-        yield Ranks(chosen)
+        yield ProcessGroupWorld(chosen)
         return
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        yield Alone(chosen)
+        yield SingleProcess(chosen)
         return
-    meeting = _meeting(timeout_s)
-    FLIGHT.open(meeting.watch())
+    meeting = _rendezvous(timeout_s)
+    FLIGHT_RECORDER.open(meeting.watchdog())
     try:
-        meeting.join(chosen)
-        yield Ranks(chosen)
+        meeting.init_process_group(chosen)
+        yield ProcessGroupWorld(chosen)
         # without this a quick rank tears its connections down while others still use them
-        Ranks(chosen).barrier()
+        ProcessGroupWorld(chosen).barrier()
     except BaseException as error:
-        better = FLIGHT.failed(error)
+        better = FLIGHT_RECORDER.report_failure(error)
         if better is not error:
             raise better from error
         raise
     finally:
-        FLIGHT.close()
+        FLIGHT_RECORDER.close()
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
 
 @dataclass(frozen=True, slots=True)
-class _Meeting:
+class _Rendezvous:
     rank: int
     size: int
     timeout: timedelta
     store: distributed.Store  # pyright: ignore[reportPrivateImportUsage]
 
-    def join(self, device: torch.device) -> None:
+    def init_process_group(self, device: torch.device) -> None:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        with collective("join"):
+        with record_collective("join"):
             distributed.init_process_group(
                 backend,
                 store=self.store,
@@ -72,22 +72,22 @@ class _Meeting:
                 timeout=self.timeout,
             )
 
-    def watch(self) -> Watch:
+    def watchdog(self) -> Watchdog:
         """Return the watch of this rank; its book has a name that a restart uses again."""
         address = f"{os.environ['MASTER_ADDR']}-{os.environ['MASTER_PORT']}".replace("/", "-")
         name = f"moesaic-{os.getuid()}-{address}-rank-{self.rank}"
         client = distributed.PrefixStore("watch", _store(self.timeout, is_master=False))  # pyright: ignore[reportPrivateImportUsage]
-        return Watch(
+        return Watchdog(
             client,
             rank=self.rank,
             size=self.size,
-            patience_s=self.timeout.total_seconds(),
-            book=Book(Path(tempfile.gettempdir()) / name),
+            timeout_s=self.timeout.total_seconds(),
+            heartbeat_file=HeartbeatFile(Path(tempfile.gettempdir()) / name),
         )
 
 
-def _meeting(timeout_s: float) -> _Meeting:
-    missing = [name for name in _NEEDED if name not in os.environ]
+def _rendezvous(timeout_s: float) -> _Rendezvous:
+    missing = [name for name in _REQUIRED_ENV if name not in os.environ]
     if missing:
         raise UserError(
             f"the environment names a rank but not {', '.join(missing)}: start with "
@@ -96,7 +96,7 @@ def _meeting(timeout_s: float) -> _Meeting:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = timedelta(seconds=timeout_s)
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return _Meeting(rank, size, timeout, _store(timeout, is_master=rank == 0 and not shared))
+    return _Rendezvous(rank, size, timeout, _store(timeout, is_master=rank == 0 and not shared))
 
 
 def _store(timeout: timedelta, *, is_master: bool) -> distributed.Store:  # pyright: ignore[reportPrivateImportUsage]
@@ -122,7 +122,7 @@ def _store(timeout: timedelta, *, is_master: bool) -> distributed.Store:  # pyri
     return distributed.PrefixStore(name, store)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _device(name: str) -> torch.device:
+def _select_device(name: str) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -14,10 +14,10 @@ import torch.distributed as distributed
 from torch.distributed.device_mesh import DeviceMesh
 
 from moesaic.dist.collectives import Group
-from moesaic.dist.plan import Grid, ParallelPlan
+from moesaic.dist.plan import RankGrid, ParallelPlan
 
-STAGE = ("data", "context", "tensor")
-COPIES = ("data", "context")
+STAGE_AXES = ("data", "context", "tensor")
+DATA_CONTEXT_AXES = ("data", "context")
 
 
 class Mesh:
@@ -32,79 +32,79 @@ class Mesh:
         *,
         rank: int,
         device: torch.device,
-        experts: Iterable[int] = (),
+        expert_counts: Iterable[int] = (),
         timeout_s: float = 120.0,
     ) -> None:
         self.plan, self.rank, self.device = plan, rank, device
         self.timeout_s = timeout_s
         self._groups: dict[tuple[tuple[int, ...], ...], Group] = {}
         self._meshes: dict[tuple[int, ...], DeviceMesh] = {}
-        self.dense = Grid(plan.axes())
-        self._experts = {number: Grid(plan.axes(experts=number)) for number in set(experts)}
-        for axes in (STAGE, COPIES, ("context", "tensor"), ("context",), ("tensor",), ("pipe",)):
-            self._make(self.dense, axes)
-        for number in sorted(self._experts):
+        self.dense_grid = RankGrid(plan.axes())
+        self._expert_grids = {number: RankGrid(plan.axes(num_experts=number)) for number in set(expert_counts)}
+        for axes in (STAGE_AXES, DATA_CONTEXT_AXES, ("context", "tensor"), ("context",), ("tensor",), ("pipe",)):
+            self._axes_group(self.dense_grid, axes)
+        for number in sorted(self._expert_grids):
             for axis in ("expert", "expert_tensor", "expert_data"):
-                self._make(self._experts[number], (axis,))
+                self._axes_group(self._expert_grids[number], (axis,))
 
-    def group(self, *axes: str, experts: int | None = None) -> Group:
+    def group(self, *axes: str, num_experts: int | None = None) -> Group:
         """Return this rank's group of the dense axes, or of those of a layer with ``experts``."""
-        return self._make(self.grid(experts), axes)
+        return self._axes_group(self.grid(num_experts), axes)
 
-    def ranks(self, *axes: str, experts: int | None = None) -> tuple[int, ...]:
+    def ranks(self, *axes: str, num_experts: int | None = None) -> tuple[int, ...]:
         """Return the ranks of that group."""
-        return self.grid(experts).group(self.rank, axes)
+        return self.grid(num_experts).group(self.rank, axes)
 
-    def size(self, *axes: str, experts: int | None = None) -> int:
+    def size(self, *axes: str, num_experts: int | None = None) -> int:
         """Return how many ranks that group has."""
-        return self.grid(experts).size(axes)
+        return self.grid(num_experts).size(axes)
 
-    def place(self, experts: int | None = None) -> dict[str, int]:
+    def coordinates(self, num_experts: int | None = None) -> dict[str, int]:
         """Return this rank's place on each axis."""
-        return self.grid(experts).at(self.rank)
+        return self.grid(num_experts).coordinates(self.rank)
 
-    def grid(self, experts: int | None = None) -> Grid:
+    def grid(self, num_experts: int | None = None) -> RankGrid:
         """Return how the ranks are laid out for dense layers or those with ``experts``."""
-        return self.dense if experts is None else self._experts[experts]
+        return self.dense_grid if num_experts is None else self._expert_grids[num_experts]
 
     @property
-    def numbers(self) -> tuple[int, ...]:
+    def expert_counts(self) -> tuple[int, ...]:
         """The numbers of experts that layers have."""
-        return tuple(sorted(self._experts))
+        return tuple(sorted(self._expert_grids))
 
     @property
-    def everyone(self) -> Group:
+    def world_group(self) -> Group:
         """The group of all ranks."""
-        return None if self.plan.world == 1 else cast("Group", distributed.group.WORLD)
+        return None if self.plan.world_size == 1 else cast("Group", distributed.group.WORLD)
 
-    def device_mesh(self, *axes: str, experts: int | None = None) -> DeviceMesh:
+    def device_mesh(self, *axes: str, num_experts: int | None = None) -> DeviceMesh:
         """Return torch's one-dimensional mesh of that group, which has more than one rank."""
-        ranks = self.ranks(*axes, experts=experts)
+        ranks = self.ranks(*axes, num_experts=num_experts)
         if ranks not in self._meshes:
-            group = self.group(*axes, experts=experts)
+            group = self.group(*axes, num_experts=num_experts)
             assert group is not None
             name = ("_".join(axes),)
             kind = self.device.type
             self._meshes[ranks] = DeviceMesh.from_group(group, kind, mesh_dim_names=name)
         return self._meshes[ranks]
 
-    def extra(self, lists: Sequence[Sequence[int]]) -> Group:
+    def new_group(self, lists: Sequence[Sequence[int]]) -> Group:
         """Make groups of one's own; every rank gives the same lists, and is in one or none."""
-        return self._of(tuple(tuple(ranks) for ranks in lists))
+        return self._cached_group(tuple(tuple(ranks) for ranks in lists))
 
-    def _make(self, grid: Grid, axes: Sequence[str]) -> Group:
+    def _axes_group(self, grid: RankGrid, axes: Sequence[str]) -> Group:
         if grid.size(axes) == 1:
             return None
-        return self._of(grid.groups(axes))
+        return self._cached_group(grid.groups(axes))
 
-    def _of(self, lists: tuple[tuple[int, ...], ...]) -> Group:
+    def _cached_group(self, lists: tuple[tuple[int, ...], ...]) -> Group:
         if lists not in self._groups:
-            self._groups[lists] = self._new(lists)
+            self._groups[lists] = self._create_groups(lists)
         return self._groups[lists]
 
-    def _new(self, lists: tuple[tuple[int, ...], ...]) -> Group:
-        if len(lists[0]) == self.plan.world:
-            return self.everyone
+    def _create_groups(self, lists: tuple[tuple[int, ...], ...]) -> Group:
+        if len(lists[0]) == self.plan.world_size:
+            return self.world_group
         found: Group = None
         for ranks in (ranks for ranks in lists if len(ranks) > 1):
             group = distributed.new_group(list(ranks), timeout=timedelta(seconds=self.timeout_s))

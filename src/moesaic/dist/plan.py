@@ -16,8 +16,8 @@ from moesaic.core.config import Config
 from moesaic.core.errors import ConfigError
 
 Degree = Annotated[int, Field(ge=1)]
-DENSE = ("pipe", "data", "context", "tensor")
-EXPERT = ("pipe", "expert_data", "expert", "expert_tensor")
+DENSE_AXES = ("pipe", "data", "context", "tensor")
+EXPERT_AXES = ("pipe", "expert_data", "expert", "expert_tensor")
 
 
 class ParallelPlan(Config):
@@ -40,17 +40,17 @@ class ParallelPlan(Config):
     zero: Literal[0, 1, 2, 3] = 0
     offload: bool = False
 
-    def on(self, world: int) -> "ParallelPlan":
+    def resolve(self, world_size: int) -> "ParallelPlan":
         """Return the plan with ``data`` filled in. Raises ConfigError where ``world`` is no fit."""
         others = self.pipe * self.context * self.tensor
-        data = self.data or max(1, world // others)
-        if data * others != world:
+        data = self.data or max(1, world_size // others)
+        if data * others != world_size:
             wanted = f"pipe {self.pipe} x data {data} x context {self.context}"
             raise ConfigError(
                 [
                     f"parallel: {wanted} x tensor {self.tensor} is {data * others} ranks, but "
-                    f"there are {world}: start as many as that, or change a degree "
-                    f"({_divisors_of(world)} divide {world})"
+                    f"there are {world_size}: start as many as that, or change a degree "
+                    f"({_divisors_text(world_size)} divide {world_size})"
                 ]
             )
         filled = self.replace(data=data)
@@ -62,10 +62,10 @@ class ParallelPlan(Config):
     def problems(self) -> Iterator[str]:
         """Yield a sentence for every rule of folding that the degrees break."""
         folded = self.expert * self.expert_tensor
-        if self.stage % folded:
+        if self.stage_size % folded:
             yield (
                 f"parallel: expert {self.expert} x expert_tensor {self.expert_tensor} = {folded} "
-                f"must divide data x context x tensor = {self.stage}: experts are folded over the "
+                f"must divide data x context x tensor = {self.stage_size}: experts are folded over the "
                 "ranks of one pipeline stage"
             )
         if self.offload and not self.zero:
@@ -75,27 +75,27 @@ class ParallelPlan(Config):
             )
 
     @property
-    def world(self) -> int:
+    def world_size(self) -> int:
         """Ranks in all. ``data`` must be filled in."""
-        return self.pipe * self.stage
+        return self.pipe * self.stage_size
 
     @property
-    def stage(self) -> int:
+    def stage_size(self) -> int:
         """Ranks of one pipeline stage."""
         return (self.data or 1) * self.context * self.tensor
 
-    def rows(self, rank: int) -> tuple[int, int]:
+    def data_shard(self, rank: int) -> tuple[int, int]:
         """Return which part of a batch's rows a rank reads, of how many."""
-        return Grid(self.axes()).at(rank)["data"], self.data or 1
+        return RankGrid(self.axes()).coordinates(rank)["data"], self.data or 1
 
     @property
-    def short(self) -> str:
+    def acronym(self) -> str:
         """The combination in the words of 2109.10465: E, E+D, E+Z, E+D+M, E+Z-Offload+M, ...
 
         D stands for copies of experts or data parallelism without any, Z for ZeRO, M for slices of
         layers (tensor), C for context and P for pipeline, which that paper does not have.
         """
-        copies = self.stage // (self.expert * self.expert_tensor)
+        copies = self.stage_size // (self.expert * self.expert_tensor)
         dense_copies = (self.data or 1) * self.context
         state = "Z-Offload" if self.offload else "Z" if self.zero else "D"
         words = [
@@ -107,51 +107,51 @@ class ParallelPlan(Config):
         ]
         return "+".join(word for word in words if word) or "one rank"
 
-    def spread(self, experts: int, *, layer: str = "a layer") -> int:
+    def expert_ranks(self, num_experts: int, *, layer: str = "a layer") -> int:
         """Return the ranks that a layer's experts are spread over. Raises ConfigError."""
-        if experts % self.expert == 0:
+        if num_experts % self.expert == 0:
             return self.expert
-        if self.expert % experts == 0:
-            return experts
+        if self.expert % num_experts == 0:
+            return num_experts
         raise ConfigError(
             [
-                f"parallel.expert={self.expert} neither divides the {experts} experts of {layer} "
-                f"nor is divided by them: choose one of {_divisors_of(experts)}"
+                f"parallel.expert={self.expert} neither divides the {num_experts} experts of {layer} "
+                f"nor is divided by them: choose one of {_divisors_text(num_experts)}"
             ]
         )
 
-    def axes(self, *, experts: int | None = None) -> dict[str, int]:
+    def axes(self, *, num_experts: int | None = None) -> dict[str, int]:
         """Return the sizes of the axes, outermost first.
 
         Those of a layer of so many ``experts``, or of dense layers. Both name the same ranks in the
         same order.
         """
-        if experts is None:
+        if num_experts is None:
             sizes = (self.pipe, self.data or 1, self.context, self.tensor)
-            return dict(zip(DENSE, sizes, strict=True))
-        spread = self.spread(experts)
-        copies = self.stage // (spread * self.expert_tensor)
-        return dict(zip(EXPERT, (self.pipe, copies, spread, self.expert_tensor), strict=True))
+            return dict(zip(DENSE_AXES, sizes, strict=True))
+        spread = self.expert_ranks(num_experts)
+        copies = self.stage_size // (spread * self.expert_tensor)
+        return dict(zip(EXPERT_AXES, (self.pipe, copies, spread, self.expert_tensor), strict=True))
 
 
-class Grid:
+class RankGrid:
     """Rank numbers laid out over named axes, the last one fastest."""
 
     def __init__(self, axes: dict[str, int]) -> None:
         self.axes = axes
 
-    def at(self, rank: int) -> dict[str, int]:
+    def coordinates(self, rank: int) -> dict[str, int]:
         """Return a rank's place on every axis."""
         place: dict[str, int] = {}
         for name, size in reversed(self.axes.items()):
             rank, place[name] = divmod(rank, size)
         return place
 
-    def rank(self, place: dict[str, int]) -> int:
+    def rank_at(self, coordinates: dict[str, int]) -> int:
         """Return the rank at a place."""
         number = 0
         for name, size in self.axes.items():
-            number = number * size + place[name]
+            number = number * size + coordinates[name]
         return number
 
     def size(self, names: Sequence[str]) -> int:
@@ -160,11 +160,11 @@ class Grid:
 
     def group(self, rank: int, names: Sequence[str]) -> tuple[int, ...]:
         """Return the ranks that differ from this one in ``names`` alone, in rank order."""
-        found = [self.at(rank)]
+        found = [self.coordinates(rank)]
         for name in self.axes:
             if name in names:
                 found = [p | {name: i} for p in found for i in range(self.axes[name])]
-        return tuple(self.rank(p) for p in found)
+        return tuple(self.rank_at(p) for p in found)
 
     def groups(self, names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Return every such group, the one of rank 0 first."""
@@ -176,6 +176,6 @@ class Grid:
         return tuple(found)
 
 
-def _divisors_of(number: int) -> str:
+def _divisors_text(number: int) -> str:
     found = [n for n in range(1, number + 1) if number % n == 0]
     return ", ".join(map(str, found if len(found) <= 12 else [*found[:6], "...", *found[-3:]]))

@@ -7,39 +7,39 @@ from typing import cast
 
 import torch.distributed as distributed
 
-from moesaic.dist.collectives import Group, rank_in, ranks_of
+from moesaic.dist.collectives import Group, group_rank, group_size
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class Subgroups:
     """``near`` are this rank's neighbours in its run, ``far`` those at its place in each run."""
 
-    near: Group
-    far: Group
+    inner: Group
+    outer: Group
 
 
-def split(group: Group, *, run: int, timeout_s: float = 120.0) -> Split:
+def split_group(group: Group, *, inner_size: int, timeout_s: float = 120.0) -> Subgroups:
     """Cut a group into runs of so many ranks. Collective over the group alone.
 
     A rank that does not answer in one of them within ``timeout_s`` ends the run.
 
     Raises ValueError where the runs do not come out even.
     """
-    size = ranks_of(group)
-    if run < 1 or size % run:
-        raise ValueError(f"{size} ranks cannot be cut into runs of {run}")
-    if group is None or run == 1:
-        return Split(None, group)
-    if run == size:
-        return Split(group, None)
+    size = group_size(group)
+    if inner_size < 1 or size % inner_size:
+        raise ValueError(f"{size} ranks cannot be cut into runs of {inner_size}")
+    if group is None or inner_size == 1:
+        return Subgroups(None, group)
+    if inner_size == size:
+        return Subgroups(group, None)
     ranks = distributed.get_process_group_ranks(group)
-    start, place = rank_in(group) // run * run, rank_in(group) % run
+    start, place = group_rank(group) // inner_size * inner_size, group_rank(group) % inner_size
     wait = timedelta(seconds=timeout_s)
-    near, far = _new(ranks[start : start + run], wait), _new(ranks[place::run], wait)
-    return Split(near, far)
+    near, far = _new_group(ranks[start : start + inner_size], wait), _new_group(ranks[place::inner_size], wait)
+    return Subgroups(near, far)
 
 
-def _new(ranks: Sequence[int], timeout: timedelta) -> Group:
+def _new_group(ranks: Sequence[int], timeout: timedelta) -> Group:
     # the other ranks of the world have no part in this, and need not call it
     made = distributed.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
     return cast(distributed.ProcessGroup, made)

@@ -12,37 +12,37 @@ from math import comb
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class DispatchedTokens:
     """What one rank brings to the layer: ``tokens`` rows of ``dim`` numbers, each for k experts."""
 
     tokens: int
-    per_token: int
+    experts_per_token: int
     dim: int
     itemsize: int
 
     @property
-    def bytes(self) -> float:
+    def total_bytes(self) -> float:
         """Bytes of one copy of a row for each of its experts."""
-        return float(self.tokens * self.per_token * self.dim * self.itemsize)
+        return float(self.tokens * self.experts_per_token * self.dim * self.itemsize)
 
 
-def all_to_all(rows: Rows, *, ranks: int) -> float:
+def all_to_all_bytes(rows: DispatchedTokens, *, ranks: int) -> float:
     """Out to experts on other ranks and home: ``2 k (n-1)/n`` rows per token."""
-    return 2 * rows.bytes * (ranks - 1) / ranks
+    return 2 * rows.total_bytes * (ranks - 1) / ranks
 
 
-def all_to_all_leaving(rows: Rows, *, ranks: int, on_node: int) -> float:
+def all_to_all_inter_node_bytes(rows: DispatchedTokens, *, ranks: int, ranks_per_node: int) -> float:
     """The part of ``all_to_all`` that leaves the node, if ``on_node`` of the ranks share one."""
-    return 2 * rows.bytes * (ranks - on_node) / ranks
+    return 2 * rows.total_bytes * (ranks - ranks_per_node) / ranks
 
 
-def slices(rows: Rows, *, cuts: int) -> float:
+def expert_tensor_bytes(rows: DispatchedTokens, *, expert_tensor: int) -> float:
     """Rows gathered over the ranks that hold slices of an expert, partial answers summed back."""
-    return 2 * rows.bytes * (cuts - 1)
+    return 2 * rows.total_bytes * (expert_tensor - 1)
 
 
 @dataclass(frozen=True, slots=True)
-class ThreeD:
+class MeshAxisBytes:
     """Bytes over each axis of a (data, expert, model) mesh; ``data`` is of gradients, per step."""
 
     data: float
@@ -50,7 +50,7 @@ class ThreeD:
     model: float
 
 
-def three_d(rows: Rows, *, data: int, expert: int, model: int, expert_bytes: float) -> ThreeD:
+def data_expert_model_bytes(rows: DispatchedTokens, *, data: int, expert: int, model: int, expert_bytes: float) -> MeshAxisBytes:
     """Experts sharded over ``expert``, cut over ``model``, copied over ``data``.
 
     Du et al. 2024, arXiv:2405.15052: routing and capacity are local to a row of the data axis, so
@@ -58,38 +58,38 @@ def three_d(rows: Rows, *, data: int, expert: int, model: int, expert_bytes: flo
     ``expert_bytes`` are those of all experts of the layer.
     """
     local = expert_bytes / (expert * model)
-    return ThreeD(
+    return MeshAxisBytes(
         data=2 * local * (data - 1) / data,
-        expert=all_to_all(rows, ranks=expert),
-        model=slices(rows, cuts=model),
+        expert=all_to_all_bytes(rows, ranks=expert),
+        model=expert_tensor_bytes(rows, expert_tensor=model),
     )
 
 
-def nodes_met(*, experts: int, nodes: int, per_token: int) -> float:
+def mean_remote_nodes(*, experts: int, nodes: int, experts_per_token: int) -> float:
     """Return how many *other* nodes a token's experts are on, on average, if all k-sets are alike.
 
     A node holds ``experts / nodes`` experts and is missed when all k are among the others.
     """
-    missed = comb(experts - experts // nodes, per_token) / comb(experts, per_token)
+    missed = comb(experts - experts // nodes, experts_per_token) / comb(experts, experts_per_token)
     return (nodes - 1) * (1 - missed)
 
 
-def two_hops_leaving(rows: Rows, *, experts: int, nodes: int) -> float:
+def hierarchical_inter_node_bytes(rows: DispatchedTokens, *, experts: int, nodes: int) -> float:
     """Bytes that leave a node where a token crosses once for all its experts there, and home."""
-    once = nodes_met(experts=experts, nodes=nodes, per_token=rows.per_token)
+    once = mean_remote_nodes(experts=experts, nodes=nodes, experts_per_token=rows.experts_per_token)
     return 2 * once * rows.tokens * rows.dim * rows.itemsize
 
 
-def shared_weights(*, expert_bytes: float, ranks: int, together: int) -> float:
+def gathered_expert_bytes(*, expert_bytes: float, ranks: int, gather_size: int) -> float:
     """Bytes of weights that a rank sends if ``together`` of the ranks lend each other theirs.
 
     Hwang et al. 2023 (Tutel), arXiv:2206.03382: each rank keeps 1/n of the layer's experts. Going
     forward ``together`` of them gather theirs; going back they sum the gradients, as many bytes.
     """
-    return expert_bytes / ranks * (together - 1)
+    return expert_bytes / ranks * (gather_size - 1)
 
 
-def adaptive(rows: Rows, *, expert_bytes: float, ranks: int, together: int) -> float:
+def adaptive_experts_bytes(rows: DispatchedTokens, *, expert_bytes: float, ranks: int, gather_size: int) -> float:
     """Rows and weights together: rows need only go to n / ``together`` places."""
-    weights = shared_weights(expert_bytes=expert_bytes, ranks=ranks, together=together)
-    return weights + all_to_all(rows, ranks=ranks // together)
+    weights = gathered_expert_bytes(expert_bytes=expert_bytes, ranks=ranks, gather_size=gather_size)
+    return weights + all_to_all_bytes(rows, ranks=ranks // gather_size)

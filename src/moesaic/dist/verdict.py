@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from moesaic.core.errors import UserError
 from moesaic.core.units import show_seconds
-from moesaic.dist.marks import Mark
+from moesaic.dist.marks import Heartbeat
 
-State = Literal["alive", "stopped", "gone", "silent"]
-WAY_OUT = (
+ProcessState = Literal["alive", "stopped", "gone", "silent"]
+RESUME_HINT = (
     "The last checkpoint is whole: start the same command again with --resume auto (torchrun "
     "--max-restarts does it by itself)"
 )
@@ -27,117 +27,117 @@ class Peer:
     """
 
     rank: int
-    mark: Mark | None = None
+    heartbeat: Heartbeat | None = None
     members: tuple[int, ...] = ()
     process: str = ""
-    state: State = "alive"
+    state: ProcessState = "alive"
     failure: str = ""
 
     @property
-    def waits(self) -> bool:
+    def is_waiting(self) -> bool:
         """Whether it is held up by others, and no cause itself."""
-        held = self.mark is not None and self.mark.inside
+        held = self.heartbeat is not None and self.heartbeat.in_collective
         return held and self.state == "alive" and not self.failure
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class HangReport:
     """Which ranks the others waited for, at which collective, and all of it as a sentence."""
 
     sentence: str
     ranks: tuple[int, ...] = ()
     op: str = ""
-    number: int = 0
+    sequence_number: int = 0
     step: int = 0
-    place: str = ""
+    phase: str = ""
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return JSON data."""
         return asdict(self)
 
     @classmethod
-    def from_plain(cls, value: Mapping[str, Any]) -> "Verdict":
+    def from_dict(cls, value: Mapping[str, Any]) -> "HangReport":
         return cls(**{**value, "ranks": tuple(value["ranks"])})
 
 
 class LostRankError(UserError):
     """A rank died, hung or lost its connection. ``verdict`` says which and where."""
 
-    def __init__(self, verdict: Verdict) -> None:
-        self.verdict = verdict
-        super().__init__(f"{verdict.sentence}. {WAY_OUT}")
+    def __init__(self, report: HangReport) -> None:
+        self.report = report
+        super().__init__(f"{report.sentence}. {RESUME_HINT}")
 
 
 @dataclass(slots=True)
-class _Search:
+class _LostRankSearch:
     peers: Mapping[int, Peer]
     seen: set[int] = field(default_factory=set)
     found: dict[int, Peer] = field(default_factory=dict)  # a cause -> who waits for it
 
-    def follow(self, waiter: Peer) -> None:
+    def visit(self, waiter: Peer) -> None:
         self.seen.add(waiter.rank)
         for rank in waiter.members:
             peer = self.peers[rank]
             if rank == waiter.rank or rank in self.seen:
                 continue
-            late = not _came(peer, waiter)
-            if late and peer.waits:
-                self.follow(peer)
+            late = not _has_entered(peer, waiter)
+            if late and peer.is_waiting:
+                self.visit(peer)
             elif late or peer.failure or peer.state != "alive":
                 self.found.setdefault(rank, waiter)
 
 
-def judge(me: Peer, *, peers: Mapping[int, Peer], now_s: float, cause: str = "") -> Verdict:
+def find_lost_ranks(me: Peer, *, peers: Mapping[int, Peer], now_s: float, cause: str = "") -> HangReport:
     """Return who keeps ``me`` waiting. ``peers`` holds every rank, ``me`` too.
 
     ``cause`` is what torch said; it is repeated where no rank is found to be missing.
     """
-    search = _Search(peers)
-    search.follow(me)
+    search = _LostRankSearch(peers)
+    search.visit(me)
     if not search.found:
-        return _disagreement(me, peers=peers, cause=cause)
+        return _report_without_lost_rank(me, peers=peers, cause=cause)
     waiter = next(iter(search.found.values()))
     late = [peers[rank] for rank, other in search.found.items() if other is waiter]
     rest = [peers[rank] for rank, other in search.found.items() if other is not waiter]
-    sentence = _accusation(late, waiter=waiter, peers=peers)
-    sentence += "".join(f". {_described(peer, now_s=now_s)}" for peer in [*late, *rest][:3])
-    mark = waiter.mark or Mark()
+    sentence = _lost_ranks_sentence(late, waiter=waiter, peers=peers)
+    sentence += "".join(f". {_describe_peer(peer, now_s=now_s)}" for peer in [*late, *rest][:3])
+    mark = waiter.heartbeat or Heartbeat()
     ranks = tuple(sorted(search.found))
-    return Verdict(sentence, ranks, mark.op, mark.number, mark.step, mark.place)
+    return HangReport(sentence, ranks, mark.op, mark.sequence_number, mark.step, mark.phase)
 
 
-def _came(peer: Peer, waiter: Peer) -> bool:
-    if waiter.mark is None or peer.mark is None:
+def _has_entered(peer: Peer, waiter: Peer) -> bool:
+    if waiter.heartbeat is None or peer.heartbeat is None:
         return False
-    return peer.mark.came_to(waiter.mark.group) >= waiter.mark.number
+    return peer.heartbeat.collectives_entered(waiter.heartbeat.group) >= waiter.heartbeat.sequence_number
 
 
-def _accusation(late: Sequence[Peer], *, waiter: Peer, peers: Mapping[int, Peer]) -> str:
-    mark = waiter.mark or Mark()
-    who = show_ranks(peer.rank for peer in late)
+def _lost_ranks_sentence(late: Sequence[Peer], *, waiter: Peer, peers: Mapping[int, Peer]) -> str:
+    mark = waiter.heartbeat or Heartbeat()
+    who = format_ranks(peer.rank for peer in late)
     was = "was" if len(late) == 1 else "were"
-    others = show_ranks(r for r in waiter.members if _waits_beside(peers[r], waiter))
-    there = f", where {others} waited" if mark.inside else ""
-    if all(_came(peer, waiter) for peer in late):
-        return f"{who} {was} lost {'in' if there else 'after'} {mark.collective}{there}"
-    return f"{who} did not come to {mark.collective}{there}"
+    others = format_ranks(r for r in waiter.members if _waits_in_same_collective(peers[r], waiter))
+    there = f", where {others} waited" if mark.in_collective else ""
+    if all(_has_entered(peer, waiter) for peer in late):
+        return f"{who} {was} lost {'in' if there else 'after'} {mark.collective_text}{there}"
+    return f"{who} did not come to {mark.collective_text}{there}"
 
 
-def _waits_beside(peer: Peer, waiter: Peer) -> bool:
-    if peer.mark is None or waiter.mark is None:
+def _waits_in_same_collective(peer: Peer, waiter: Peer) -> bool:
+    if peer.heartbeat is None or waiter.heartbeat is None:
         return peer is waiter
-    same = peer.mark.group == waiter.mark.group
-    return peer is waiter or (same and peer.waits and _came(peer, waiter))
+    same = peer.heartbeat.group == waiter.heartbeat.group
+    return peer is waiter or (same and peer.is_waiting and _has_entered(peer, waiter))
 
 
-def _described(peer: Peer, *, now_s: float) -> str:
+def _describe_peer(peer: Peer, *, now_s: float) -> str:
     process = f"its process {peer.process}" if peer.process else "its process"
-    if peer.mark is None:
+    if peer.heartbeat is None:
         return f"Rank {peer.rank} was never heard of"
-    ago = show_seconds(max(now_s - peer.mark.time_s, 0.0))
-    seen = f"{ago} ago {_last(peer.mark)}"
+    ago = show_seconds(max(now_s - peer.heartbeat.time_s, 0.0))
+    seen = f"{ago} ago {_last_activity(peer.heartbeat)}"
     if peer.failure:
-        return f"Rank {peer.rank} failed {ago} ago ({peer.mark.where}): {peer.failure}"
+        return f"Rank {peer.rank} failed {ago} ago ({peer.heartbeat.phase_text}): {peer.failure}"
     match peer.state:
         case "gone":
             what = f"{process} has ended without a word"
@@ -153,26 +153,26 @@ def _described(peer: Peer, *, now_s: float) -> str:
     return f"Rank {peer.rank} was last seen {seen}; {what}"
 
 
-def _last(mark: Mark) -> str:
-    if mark.inside:
-        return f"entering {mark.collective}"
-    after = f", after {mark.op} #{mark.number}" if mark.op else ""
-    return f"at {mark.where}{after}"
+def _last_activity(mark: Heartbeat) -> str:
+    if mark.in_collective:
+        return f"entering {mark.collective_text}"
+    after = f", after {mark.op} #{mark.sequence_number}" if mark.op else ""
+    return f"at {mark.phase_text}{after}"
 
 
-def _disagreement(me: Peer, *, peers: Mapping[int, Peer], cause: str) -> Verdict:
-    mark = me.mark or Mark()
+def _report_without_lost_rank(me: Peer, *, peers: Mapping[int, Peer], cause: str) -> HangReport:
+    mark = me.heartbeat or Heartbeat()
     places = [
-        f"rank {rank} in {other.collective}"
+        f"rank {rank} in {other.collective_text}"
         for rank in me.members[:8]
-        if (other := peers[rank].mark) is not None
+        if (other := peers[rank].heartbeat) is not None
     ]
     said = f" ({cause})" if cause else ""
-    sentence = f"no rank is missing, and yet {mark.collective} failed{said}: {'; '.join(places)}"
-    return Verdict(sentence, (), mark.op, mark.number, mark.step, mark.place)
+    sentence = f"no rank is missing, and yet {mark.collective_text} failed{said}: {'; '.join(places)}"
+    return HangReport(sentence, (), mark.op, mark.sequence_number, mark.step, mark.phase)
 
 
-def show_ranks(ranks: Iterable[int]) -> str:
+def format_ranks(ranks: Iterable[int]) -> str:
     """``[0, 1, 2, 5] -> 'ranks 0-2, 5'``; ``[3] -> 'rank 3'``."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):

@@ -21,21 +21,21 @@ from moesaic.core.shapes import Tensor
 from moesaic.dist.collectives import Group
 
 NAMESPACES = ("c10d", "_c10d_functional")
-_IN = ("input", "inputs", "input_tensor", "input_tensors", "input_list", "tensors", "tensor")
+_INPUT_NAMES = ("input", "inputs", "input_tensor", "input_tensors", "input_list", "tensors", "tensor")
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
+class SentBytes:
     """Bytes of ``dtype`` that went to the global rank ``to`` over an axis, and how."""
 
     kind: str
     axis: str
     dtype: str
-    to: int
+    destination: int
     bytes: int
 
 
-class Wire(TorchDispatchMode):
+class CommunicationCounter(TorchDispatchMode):
     """While it is entered, counts what this rank sends.
 
     ``axes`` names groups; others go by their description (an axis of a DeviceMesh by its name).
@@ -49,33 +49,33 @@ class Wire(TorchDispatchMode):
         self._bytes: Counter[tuple[str, str, str, int]] = Counter()
         self._calls: Counter[str] = Counter()
 
-    def sent(self) -> list[Sent]:
+    def entries(self) -> list[SentBytes]:
         """Return what was sent so far, sorted."""
-        return [Sent(*key, size) for key, size in sorted(self._bytes.items()) if size]
+        return [SentBytes(*key, size) for key, size in sorted(self._bytes.items()) if size]
 
-    def total(
+    def total_bytes(
         self, *, kind: str | None = None, axis: str | None = None, dtype: torch.dtype | None = None
     ) -> int:
         """Return the bytes sent: of one kind, over one axis or of one dtype if it is named."""
         return sum(
             line.bytes
-            for line in self.sent()
+            for line in self.entries()
             if kind in (None, line.kind)
             and axis in (None, line.axis)
             and (dtype is None or line.dtype == str(dtype))
         )
 
-    def calls(self, kind: str) -> int:
+    def num_calls(self, kind: str) -> int:
         """Return how many collectives of a kind were called."""
         return self._calls[kind]
 
-    def leaving(self, *, ranks_per_node: int, dtype: torch.dtype | None = None) -> int:
+    def inter_node_bytes(self, *, ranks_per_node: int, dtype: torch.dtype | None = None) -> int:
         """Return the bytes sent to other nodes, where consecutive ranks share a node."""
         node = distributed.get_rank() // ranks_per_node
         return sum(
             line.bytes
-            for line in self.sent()
-            if line.to // ranks_per_node != node and (dtype is None or line.dtype == str(dtype))
+            for line in self.entries()
+            if line.destination // ranks_per_node != node and (dtype is None or line.dtype == str(dtype))
         )
 
     def __torch_dispatch__(
@@ -94,130 +94,130 @@ class Wire(TorchDispatchMode):
         return out
 
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kind = _kind(func._opname)
+        kind = _collective_kind(func._opname)
         if kind is None:
             return
         names = [argument.name for argument in func._schema.arguments]
         call = dict(zip(names, args, strict=False)) | kwargs
-        group = _group(call)
-        axis = self._names.get(group.group_name) or _described(group)
+        group = _call_group(call)
+        axis = self._names.get(group.group_name) or _axis_name(group)
         ranks = distributed.get_process_group_ranks(group)
         self._calls[kind] += 1
-        for place, size in KINDS[kind](call, group):
+        for place, size in BLOCKS_SENT[kind](call, group):
             if place != group.rank():
-                dtype = str(_first_of(_given(call)).dtype)
+                dtype = str(_first_tensor(_input_of(call)).dtype)
                 self._bytes[kind, axis, dtype, ranks[place]] += size
 
 
-def _kind(name: str) -> str | None:
+def _collective_kind(name: str) -> str | None:
     plain = name.replace("_", "")
-    return next((kind for kind in KINDS if plain.startswith(kind.replace("-", ""))), None)
+    return next((kind for kind in BLOCKS_SENT if plain.startswith(kind.replace("-", ""))), None)
 
 
-def _group(call: Mapping[str, Any]) -> distributed.ProcessGroup:
+def _call_group(call: Mapping[str, Any]) -> distributed.ProcessGroup:
     given = call["process_group"] if "process_group" in call else call["group_name"]
     if isinstance(given, str):
-        return _by_name(given)
+        return _resolve_group(given)
     if isinstance(given, distributed.ProcessGroup):
         return given
     return distributed.ProcessGroup.unbox(given)
 
 
-def _by_name(name: Any) -> distributed.ProcessGroup:
+def _resolve_group(name: Any) -> distributed.ProcessGroup:
     return distributed.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _described(group: distributed.ProcessGroup) -> str:
+def _axis_name(group: distributed.ProcessGroup) -> str:
     desc = group.group_desc
     return group.group_name if desc in ("", "undefined") else desc.removeprefix("mesh_")
 
 
-def _size(value: Any) -> int:
+def _num_bytes(value: Any) -> int:
     """Bytes of a tensor or of lists of tensors."""
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
-    return sum(_size(each) for each in value)
+    return sum(_num_bytes(each) for each in value)
 
 
-def _given(call: Mapping[str, Any]) -> Any:
-    return next(call[name] for name in _IN if name in call)
+def _input_of(call: Mapping[str, Any]) -> Any:
+    return next(call[name] for name in _INPUT_NAMES if name in call)
 
 
-def _first_of(value: Any) -> Tensor:
-    return value if isinstance(value, torch.Tensor) else _first_of(value[0])
+def _first_tensor(value: Any) -> Tensor:
+    return value if isinstance(value, torch.Tensor) else _first_tensor(value[0])
 
 
-def _to_each(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:
+def _all_to_all_blocks(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:
     """An all-to-all: block r goes to rank r."""
-    given = _given(call)
+    given = _input_of(call)
     if not isinstance(given, torch.Tensor):
-        yield from ((place, _size(block)) for place, block in enumerate(given))
+        yield from ((place, _num_bytes(block)) for place, block in enumerate(given))
         return
-    rows = call.get("input_split_sizes") or [_even(given, group)] * group.size()
-    row = _size(given) // max(given.shape[0], 1)
+    rows = call.get("input_split_sizes") or [_even_split(given, group)] * group.size()
+    row = _num_bytes(given) // max(given.shape[0], 1)
     yield from ((place, int(count) * row) for place, count in enumerate(rows))
 
 
-def _even(given: Tensor, group: Any) -> int:
+def _even_split(given: Tensor, group: Any) -> int:
     return given.shape[0] // group.size()
 
 
-def _around(times: Callable[[int, int], int]) -> Callable[..., Iterator[tuple[int, int]]]:
+def _ring_blocks(times: Callable[[int, int], int]) -> Callable[..., Iterator[tuple[int, int]]]:
     """A ring: everything goes to the next rank; ``times(bytes, ranks)`` says how much it is."""
 
     def sent(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:
         ranks = group.size()
-        yield (group.rank() + 1) % ranks, times(_size(_given(call)), ranks)
+        yield (group.rank() + 1) % ranks, times(_num_bytes(_input_of(call)), ranks)
 
     return sent
 
 
-def _scattered(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:
+def _reduce_scatter_blocks(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:
     """A ring that sums: all blocks pass but this rank's own, which ends here."""
-    given, ranks = _given(call), group.size()
+    given, ranks = _input_of(call), group.size()
     blocks = given[0] if call.get("input_tensors") is not None else None
-    own = _size(blocks[group.rank()]) if blocks is not None else _size(given) // ranks
-    yield (group.rank() + 1) % ranks, _size(given) - own
+    own = _num_bytes(blocks[group.rank()]) if blocks is not None else _num_bytes(given) // ranks
+    yield (group.rank() + 1) % ranks, _num_bytes(given) - own
 
 
-def _from_root(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:
+def _broadcast_blocks(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:
     """One rank sends the same to every other."""
     if group.rank() == call.get("root_rank", call.get("src")):
-        yield from ((place, _size(_given(call))) for place in range(group.size()))
+        yield from ((place, _num_bytes(_input_of(call))) for place in range(group.size()))
 
 
-def _to_root(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:  # noqa: ARG001
+def _reduce_blocks(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:  # noqa: ARG001
     """Every rank sends its own to one."""
-    yield call["root_rank"], _size(_given(call))
+    yield call["root_rank"], _num_bytes(_input_of(call))
 
 
-def _blocks_from_root(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:
+def _scatter_blocks(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:
     """One rank sends to every other a block of its own."""
     if group.rank() == call["root_rank"]:
-        yield from ((place, _size(block)) for place, block in enumerate(call["input_tensors"][0]))
+        yield from ((place, _num_bytes(block)) for place, block in enumerate(call["input_tensors"][0]))
 
 
-def _to_one(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:  # noqa: ARG001
+def _send_blocks(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:  # noqa: ARG001
     """A message."""
-    yield call["dst"], _size(_given(call))
+    yield call["dst"], _num_bytes(_input_of(call))
 
 
-def _messages(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:  # noqa: ARG001
+def _batch_p2p_blocks(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:  # noqa: ARG001
     """Several messages at once; what comes is in the list as well."""
     every = zip(call["op_list"], call["peer_list"], call["tensors"], strict=True)
-    yield from ((peer, _size(tensor)) for op, peer, tensor in every if op == "isend")
+    yield from ((peer, _num_bytes(tensor)) for op, peer, tensor in every if op == "isend")
 
 
-KINDS: dict[str, Callable[[Mapping[str, Any], Any], Iterator[tuple[int, int]]]] = {
-    "all-to-all": _to_each,
-    "all-gather": _around(lambda size, ranks: size * (ranks - 1)),
-    "reduce-scatter": _scattered,
-    "all-reduce": _around(lambda size, ranks: 2 * size * (ranks - 1) // ranks),
-    "reduce": _to_root,
-    "broadcast": _from_root,
-    "gather": _to_root,
-    "scatter": _blocks_from_root,
-    "send": _to_one,
-    "isend": _to_one,
-    "batch-p2p": _messages,
+BLOCKS_SENT: dict[str, Callable[[Mapping[str, Any], Any], Iterator[tuple[int, int]]]] = {
+    "all-to-all": _all_to_all_blocks,
+    "all-gather": _ring_blocks(lambda size, ranks: size * (ranks - 1)),
+    "reduce-scatter": _reduce_scatter_blocks,
+    "all-reduce": _ring_blocks(lambda size, ranks: 2 * size * (ranks - 1) // ranks),
+    "reduce": _reduce_blocks,
+    "broadcast": _broadcast_blocks,
+    "gather": _reduce_blocks,
+    "scatter": _scatter_blocks,
+    "send": _send_blocks,
+    "isend": _send_blocks,
+    "batch-p2p": _batch_p2p_blocks,
 }

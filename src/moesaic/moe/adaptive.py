@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.dist.collectives import Group, gather_rows, ranks_of
-from moesaic.dist.fit import Cost
-from moesaic.dist.subgroups import split
+from moesaic.dist.collectives import Group, all_gather_rows, group_size
+from moesaic.dist.fit import LinearCost
+from moesaic.dist.subgroups import split_group
 from moesaic.moe.dispatch import LocalDispatcher, RowExperts
 from moesaic.moe.dispatch_far import AllToAllDispatcher
 from moesaic.moe.experts import Bare, Experts, as_autocast
@@ -40,9 +40,9 @@ class Lending:
 class Prices:
     """Seconds: of rows sent and of weights lent (by the byte), of an expert's work (by the row)."""
 
-    exchange: Cost
-    lend: Cost
-    work: Cost
+    exchange: LinearCost
+    lend: LinearCost
+    work: LinearCost
 
 
 class Adaptive:
@@ -63,7 +63,7 @@ class Adaptive:
         timeout_s: float = 120.0,
     ) -> None:
         self._over, self._slices, self._prices = over, slices, prices
-        choices = among or every_lending(ranks_of(over), slices=ranks_of(slices))
+        choices = among or every_lending(group_size(over), slices=group_size(slices))
         self._ways = {each: self._way(each, timeout_s=timeout_s) for each in choices}
         self._rows = AllToAllDispatcher(over, slices=slices)
         self.dispatch, self.combine = self._rows.dispatch, self._rows.combine
@@ -71,7 +71,7 @@ class Adaptive:
     def carry(
         self, x: Float[Tensor, "T D"], *, routing: Routing, experts: RowExperts
     ) -> Float[Tensor, "T D"]:
-        if ranks_of(self._over) * ranks_of(self._slices) == 1:
+        if group_size(self._over) * group_size(self._slices) == 1:
             return LocalDispatcher().carry(x, routing=routing, experts=experts)
         if not isinstance(experts, Experts):
             raise TypeError(f"only banks of feed-forwards can be lent, not {type(experts)}")
@@ -86,18 +86,18 @@ class Adaptive:
         return bank.within(as_autocast(x), work=work)
 
     def _way(self, way: Lending, *, timeout_s: float) -> "_Way":
-        experts = split(self._over, run=way.experts, timeout_s=timeout_s)
-        cuts = split(self._slices, run=way.slices, timeout_s=timeout_s)
-        return _Way(experts.near, cuts.near, experts.far, cuts.far)
+        experts = split_group(self._over, inner_size=way.experts, timeout_s=timeout_s)
+        cuts = split_group(self._slices, inner_size=way.slices, timeout_s=timeout_s)
+        return _Way(experts.inner, cuts.inner, experts.outer, cuts.outer)
 
     def choose(self, x: Float[Tensor, "T D"], *, routing: Routing, experts: Experts) -> Lending:
         """Return the way with the least seconds, the same on every rank. Collective."""
         if len(self._ways) == 1:
             return next(iter(self._ways))
-        ranks, cuts = ranks_of(self._over), ranks_of(self._slices)
+        ranks, cuts = group_size(self._over), group_size(self._slices)
         own = routing.load()[None]
-        row = gather_rows(own, group=self._slices, sizes=[1] * cuts)
-        table = gather_rows(row, group=self._over, sizes=[cuts] * ranks)
+        row = all_gather_rows(own, group=self._slices, sizes=[1] * cuts)
+        table = all_gather_rows(row, group=self._over, sizes=[cuts] * ranks)
         step = Step(
             table.view(ranks, cuts, -1).cpu(),
             row_bytes=x.shape[1] * x.element_size(),
@@ -187,12 +187,12 @@ def _lent(banks: Banks, *, way: _Way, dtype: torch.dtype) -> Banks:
 
 def _more(bank: Float[Tensor, "e *D"], *, group: Group) -> Float[Tensor, "E *D"]:
     """The experts of several ranks, in order."""
-    return gather_rows(bank, group=group, sizes=[bank.shape[0]] * ranks_of(group))
+    return all_gather_rows(bank, group=group, sizes=[bank.shape[0]] * group_size(group))
 
 
 def _widened(bank: Tensor, *, group: Group, dim: int, segments: int) -> Tensor:
     """The slices of several ranks side by side along ``dim``, in each of its segments."""
-    cuts = ranks_of(group)
+    cuts = group_size(group)
     if cuts == 1:
         return bank
     every = _more(bank, group=group).unflatten(0, (cuts, -1))

@@ -18,10 +18,10 @@ from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.dist.collectives import (
     Group,
     all_to_all,
-    gather_rows,
-    rank_in,
-    ranks_of,
-    scatter_rows,
+    all_gather_rows,
+    group_rank,
+    group_size,
+    reduce_scatter_rows,
 )
 from moesaic.moe.dispatch import LocalDispatcher, Parcel, RowExperts, answer, edges_of
 from moesaic.moe.experts import as_autocast
@@ -71,7 +71,7 @@ class AllToAllDispatcher:
     def carry(
         self, x: Float[Tensor, "T D"], *, routing: Routing, experts: RowExperts
     ) -> Float[Tensor, "T D"]:
-        if ranks_of(self._over) * ranks_of(self._slices) == 1:
+        if group_size(self._over) * group_size(self._slices) == 1:
             return LocalDispatcher().carry(x, routing=routing, experts=experts)
         edges = edges_of(routing)
         trip = self._plan(edges)
@@ -90,16 +90,16 @@ class AllToAllDispatcher:
     def _plan(self, edges: Edges) -> "Trip":
         """Exchange how many rows lead to each expert, and learn the sums. Collective."""
         over, slices, counts = self._over, self._slices, edges.groups.counts
-        ranks, cuts = ranks_of(over), ranks_of(slices)
+        ranks, cuts = group_size(over), group_size(slices)
         incoming = exchange_counts(counts, over=over)
-        every = gather_rows(incoming, group=slices, sizes=[ranks] * cuts)  # [cut and rank, expert]
+        every = all_gather_rows(incoming, group=slices, sizes=[ranks] * cuts)  # [cut and rank, expert]
         sums = torch.cat([counts.view(ranks, -1).sum(1), every.sum(1)])
         numbers = self._host.read(sums, edges=edges.token.numel(), ranks=ranks)
         sent, arrived = tuple(numbers[:ranks]), numbers[ranks:]
         blocks = [tuple(arrived[cut * ranks :][:ranks]) for cut in range(cuts)]
         shared = tuple(sum(block) for block in blocks)
         groups = by_expert(every, rows=sum(shared))
-        return Trip(over, slices, sent, blocks[rank_in(slices)], shared, groups)
+        return Trip(over, slices, sent, blocks[group_rank(slices)], shared, groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +128,13 @@ class Far:
 
 def _go(x: Float[Tensor, "T D"], *, edges: Edges, trip: Trip) -> Float[Tensor, "R D"]:
     rows = carry_out(as_autocast(x), edges=edges)[: sum(trip.sent)]
-    rows = all_to_all(rows, group=trip.over, sent=trip.sent, received=trip.received)
-    return gather_rows(rows, group=trip.slices, sizes=trip.shared)
+    rows = all_to_all(rows, group=trip.over, input_splits=trip.sent, output_splits=trip.received)
+    return all_gather_rows(rows, group=trip.slices, sizes=trip.shared)
 
 
 def _return(y: Float[Tensor, "R D"], *, edges: Edges, trip: Trip) -> Float[Tensor, "T D"]:
-    y = scatter_rows(y, group=trip.slices, sizes=trip.shared)
-    y = all_to_all(y, group=trip.over, sent=trip.received, received=trip.sent)
+    y = reduce_scatter_rows(y, group=trip.slices, sizes=trip.shared)
+    y = all_to_all(y, group=trip.over, input_splits=trip.received, output_splits=trip.sent)
     return settle(y, edges=edges)
 
 
@@ -156,11 +156,11 @@ def permute_back(rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor,
 
 def exchange_counts(counts: Int[Tensor, "E"], *, over: Group) -> Int[Tensor, "P e"]:
     """Return how many rows each rank has for each of the experts here. Collective."""
-    ranks = ranks_of(over)
+    ranks = group_size(over)
     if counts.numel() % ranks:
         raise ValueError(f"{counts.numel()} experts cannot be split evenly over {ranks} ranks")
     each = [1] * ranks
-    return all_to_all(counts.view(ranks, -1), group=over, sent=each, received=each)
+    return all_to_all(counts.view(ranks, -1), group=over, input_splits=each, output_splits=each)
 
 
 def by_expert(blocks: Int[Tensor, "B E"], *, rows: int) -> Groups:

@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.dist.collectives import Group, all_to_all, ranks_of
+from moesaic.dist.collectives import Group, all_to_all, group_size
 from moesaic.moe.dispatch import Dispatcher, LocalDispatcher, Parcel, RowExperts, Way, edges_of
 from moesaic.moe.dispatch_far import settle
 from moesaic.moe.experts import as_autocast
@@ -36,7 +36,7 @@ class Hop:
     def carry(
         self, x: Float[Tensor, "T D"], *, routing: Routing, experts: RowExperts
     ) -> Float[Tensor, "T D"]:
-        if ranks_of(self._over) == 1:
+        if group_size(self._over) == 1:
             return self._inner.carry(x, routing=routing, experts=experts)
         leap = _leap(x, routing=routing, over=self._over)
         return leap.home(self._inner.carry(leap.rows, routing=leap.routing, experts=experts))
@@ -70,7 +70,7 @@ class _Leap:
     received: tuple[int, ...]
 
     def home(self, y: Float[Tensor, "R D"]) -> Float[Tensor, "T D"]:
-        y = all_to_all(y, group=self.over, sent=self.received, received=self.sent)
+        y = all_to_all(y, group=self.over, input_splits=self.received, output_splits=self.sent)
         return settle(y, edges=self.edges)
 
 
@@ -84,7 +84,7 @@ class _Ways:
 
 
 def _leap(x: Float[Tensor, "T D"], *, routing: Routing, over: Group) -> _Leap:
-    places = ranks_of(over)
+    places = group_size(over)
     if routing.num_experts % places:
         raise ValueError(
             f"{routing.num_experts} experts cannot be split evenly over {places} ranks"
@@ -110,7 +110,7 @@ def _leap(x: Float[Tensor, "T D"], *, routing: Routing, over: Group) -> _Leap:
     address = all_to_all(address, **out)
     weight = all_to_all(routing.weight[live], **out)
     rows = carry_out(as_autocast(x), edges=edges)[: sum(trip.sent)]
-    rows = all_to_all(rows, group=over, sent=trip.sent, received=trip.received)
+    rows = all_to_all(rows, group=over, input_splits=trip.sent, output_splits=trip.received)
     token = address // each + trip.before(address)
     there = Routing(token, address % each, weight, rows.shape[0], each)
     return _Leap(over, rows, there, edges, trip.sent, trip.received)
@@ -135,7 +135,7 @@ class _Numbers:
     @staticmethod
     def exchanged(counts: Int[Tensor, "P 2"], *, over: Group) -> "_Numbers":
         each = [1] * counts.shape[0]
-        incoming = all_to_all(counts, group=over, sent=each, received=each)
+        incoming = all_to_all(counts, group=over, input_splits=each, output_splits=each)
         numbers = torch.cat([counts, incoming], 1).t().tolist()
         return _Numbers(*(tuple(line) for line in numbers))
 

@@ -22,8 +22,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.dist.collectives import Group, Pending, ranks_of, start_all_to_all
-from moesaic.dist.degrees import Layer, fastest
+from moesaic.dist.collectives import Group, AsyncRows, group_size, all_to_all_async
+from moesaic.dist.degrees import LayerCost, best_num_chunks
 from moesaic.moe.dispatch import RowExperts, answer, edges_of
 from moesaic.moe.dispatch_far import AllToAllDispatcher, exchange_counts, settle
 from moesaic.moe.experts import as_autocast
@@ -48,9 +48,9 @@ class Degrees:
         return lcm(self.forward, self.backward)
 
     @staticmethod
-    def fastest(forward: Layer, backward: Layer) -> "Degrees":
+    def fastest(forward: LayerCost, backward: LayerCost) -> "Degrees":
         """Return the degrees that the cost model finds fastest, each pass for itself."""
-        return Degrees(fastest(forward), fastest(backward))
+        return Degrees(best_num_chunks(forward), best_num_chunks(backward))
 
 
 class Chunked:
@@ -64,7 +64,7 @@ class Chunked:
     def carry(
         self, x: Float[Tensor, "T D"], *, routing: Routing, experts: RowExperts
     ) -> Float[Tensor, "T D"]:
-        if ranks_of(self._over) == 1 or self._degrees.pieces == 1:
+        if group_size(self._over) == 1 or self._degrees.pieces == 1:
             return self._whole.carry(x, routing=routing, experts=experts)
         edges = edges_of(routing)
         plan = _plan(edges.groups.counts, over=self._over, degrees=self._degrees)
@@ -117,14 +117,14 @@ class _Movement:
         self._over, self._lane, self._homeward = over, lane, homeward
         self._filling: dict[int, Tensor] = {}
         self._missing = dict.fromkeys(range(len(lane.sent)), lane.wide)  # pieces of a chunk
-        self._flying: dict[int, Pending] = {}
+        self._flying: dict[int, AsyncRows] = {}
         self._here: dict[int, Tensor] = {}
 
     def start(self, chunk: int, rows: Tensor) -> None:
         sent, received = self._lane.sent[chunk], self._lane.received[chunk]
         if self._homeward:
             sent, received = received, sent
-        self._flying[chunk] = start_all_to_all(rows, group=self._over, sent=sent, received=received)
+        self._flying[chunk] = all_to_all_async(rows, group=self._over, input_splits=sent, output_splits=received)
 
     def start_all(self, rows: Tensor, *, last_first: bool = False) -> None:
         """From home: everything is there, in the order of experts."""

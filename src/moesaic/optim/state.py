@@ -10,7 +10,7 @@ import torch
 
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
-from moesaic.dist.local import local
+from moesaic.dist.local import local_tensor
 from moesaic.optim.update import NamedOptimizer, Rule
 
 
@@ -50,7 +50,7 @@ def _parameters(optimizer: NamedOptimizer) -> Iterator[tuple[str, Tensor, Rule]]
 
 
 def _empty_slots(parameter: Tensor, *, rule: Rule) -> dict[str, Tensor]:
-    like = torch.empty_like(local(parameter), dtype=torch.float32, device="meta")
+    like = torch.empty_like(local_tensor(parameter), dtype=torch.float32, device="meta")
     slots = dict(rule.slots(like))
     return slots if parameter.dtype == torch.float32 else {"master": like} | slots
 

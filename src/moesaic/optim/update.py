@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from moesaic.core.shapes import Tensor
-from moesaic.dist.local import local
+from moesaic.dist.local import local_tensor
 
 
 @runtime_checkable
@@ -100,7 +100,7 @@ class NamedOptimizer(torch.optim.Optimizer):
     def prepare(self, parameter: Tensor, *, rule: Rule) -> dict[str, Tensor]:
         """Return the parameter's state, made of zeros where it has none yet."""
         state = self.state[parameter]
-        parameter = local(parameter)
+        parameter = local_tensor(parameter)
         if not state:
             if parameter.dtype != torch.float32:
                 state["master"] = parameter.detach().float()
@@ -117,8 +117,8 @@ class NamedOptimizer(torch.optim.Optimizer):
         if not params:
             return
         slots = [self.prepare(p, rule=group["rule"]) for p in params]
-        grads = [local(p.grad).float() for p in params]
-        params = [local(p) for p in params]
+        grads = [local_tensor(p.grad).float() for p in params]
+        params = [local_tensor(p) for p in params]
         working = [s.get("master", p) for s, p in zip(slots, params, strict=True)]
         group["rule"].apply(
             working,

@@ -7,7 +7,7 @@ let ZeRO share out what is left.
 from torch import nn
 
 from moesaic.core.errors import ConfigError
-from moesaic.dist.mesh import STAGE, Mesh
+from moesaic.dist.mesh import STAGE_AXES, Mesh
 from moesaic.dist.plan import ParallelPlan
 from moesaic.dist.world import World
 from moesaic.model.transformer import Transformer
@@ -39,10 +39,10 @@ def lay(
     number of ranks nor the model.
     """
     mesh = Mesh(
-        parallel.plan.on(world.size),
+        parallel.plan.resolve(world.size),
         rank=world.rank,
         device=world.device,
-        experts=experts_of(model),
+        expert_counts=experts_of(model),
         timeout_s=timeout_s,
     )
     return apply(model, parallel=parallel, mesh=mesh)
@@ -54,16 +54,16 @@ def apply(model: Transformer, *, parallel: Parallel, mesh: Mesh) -> Spread:
     stages = parallel.staged(model.config) if mesh.plan.pipe > 1 else None
     whole = layout(model)
     if stages is not None:
-        stages.keep_only(model, rank=mesh.place()["pipe"])
+        stages.keep_only(model, rank=mesh.coordinates()["pipe"])
     table = {name: whole[name] for name, _ in model.named_parameters()}
     cut(model, table=table, mesh=mesh)
     narrow(model, group=mesh.group("tensor"), vocab_size=model.config.vocab_size)
     deal(model, parallel=parallel, mesh=mesh)
-    stage = world_of(mesh, *STAGE)
+    stage = world_of(mesh, *STAGE_AXES)
     for layer in layers(model):
         number = layer.router.config.experts
         layer.ranks = BatchRanks(stage, room=parallel.room.world(mesh, experts=number))
-        over, slices = (mesh.group(axis, experts=number) for axis in ("expert", "expert_tensor"))
+        over, slices = (mesh.group(axis, num_experts=number) for axis in ("expert", "expert_tensor"))
         if over is not None or slices is not None:
             journey, wait = parallel.journey, mesh.timeout_s
             layer.dispatcher = journey.build(over, slices=slices, timeout_s=wait)
@@ -77,7 +77,7 @@ def apply(model: Transformer, *, parallel: Parallel, mesh: Mesh) -> Spread:
 
 def deal(model: Transformer, *, parallel: Parallel, mesh: Mesh) -> None:
     """Deal the tokens of a batch over context and tensor, and let attention cross ranks."""
-    plan, place = mesh.plan, mesh.place()
+    plan, place = mesh.plan, mesh.coordinates()
     lanes = plan.context * plan.tensor
     if lanes == 1:
         return
@@ -101,7 +101,7 @@ def check(model: Transformer, *, parallel: Parallel, plan: ParallelPlan) -> None
     problems += whole_rows.refuses(model.config, ranks=plan.context * plan.tensor)
     for layer in layers(model):
         config = layer.router.config
-        plan.spread(config.experts, layer=layer.name)
+        plan.expert_ranks(config.experts, layer=layer.name)
         why = parallel.journey.refuses(plan=plan, bank=layer.experts, experts=config.experts)
         if why:
             problems.append(
@@ -120,7 +120,7 @@ def cut(model: nn.Module, *, table: Layout, mesh: Mesh) -> None:
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             laid = table.get(f"{path}.{name}" if path else name)
             if parameter not in done and laid is not None:
-                held = spans(laid, grid=mesh.grid(laid.experts), place=mesh.place(laid.experts))
+                held = spans(laid, grid=mesh.grid(laid.experts), place=mesh.coordinates(laid.experts))
                 part = take(parameter.detach(), held)
                 same = part.shape == parameter.shape
                 done[parameter] = parameter if same else nn.Parameter(part)
@@ -128,7 +128,7 @@ def cut(model: nn.Module, *, table: Layout, mesh: Mesh) -> None:
 
 
 def _axes(experts: int | None) -> tuple[str, ...]:
-    return STAGE if experts is None else EXPERT_COPIES
+    return STAGE_AXES if experts is None else EXPERT_COPIES
 
 
 def _cannot_reach(model: nn.Module, *, parallel: Parallel, plan: ParallelPlan) -> list[str]:

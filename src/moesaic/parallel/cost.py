@@ -175,7 +175,7 @@ def _experts(config: Blueprint, moe: MoE, *, plan: ParallelPlan, mixer: Mixer) -
     each = said / edges
     if isinstance(moe.expert, FeedForwardExpert):
         each = mixer.kept(dim=dim, width=width, bias=config.bias, live=1.0)
-    if plan.spread(moe.experts) * cuts == 1:
+    if plan.expert_ranks(moe.experts) * cuts == 1:
         return math.ceil(edges * each - said)
     copies = isinstance(mixer, Composed) or config.bias  # rows in a copy of its own, counted there
     received = cuts * (each + (0 if copies else dim))

@@ -12,8 +12,8 @@ from functools import cached_property
 import torch
 
 from moesaic.core.errors import ConfigError
-from moesaic.dist.mesh import COPIES, STAGE
-from moesaic.dist.plan import Grid, ParallelPlan
+from moesaic.dist.mesh import DATA_CONTEXT_AXES, STAGE_AXES
+from moesaic.dist.plan import RankGrid, ParallelPlan
 from moesaic.model.blueprint import Blueprint
 from moesaic.model.transformer import Transformer
 from moesaic.parallel.apply import check
@@ -80,7 +80,7 @@ class Inventory:
 
     def on(self, parallel: Parallel, *, world: int, rank: int = 0) -> "Holding":
         """Return what a rank of ``world`` holds. Raises ConfigError where the plan is no fit."""
-        plan = parallel.plan.on(world)
+        plan = parallel.plan.resolve(world)
         problems = list(_unknown(parallel.replace(plan=plan)))
         if problems:
             raise ConfigError(problems)
@@ -109,35 +109,35 @@ class Holding:
         """Return how many ranks differ in these axes alone."""
         return self.grid(experts).size(axes)
 
-    def grid(self, experts: int | None = None) -> Grid:
+    def grid(self, experts: int | None = None) -> RankGrid:
         """Return the axes of dense layers or of those with so many experts."""
-        return Grid(self.plan.axes(experts=experts))
+        return RankGrid(self.plan.axes(num_experts=experts))
 
     def named(self, axes: Sequence[str], *, experts: int | None = None) -> str:
         """Return what a group of ranks is called: by the axes in which they differ."""
         there = [axis for axis in axes if self.size((axis,), experts=experts) > 1]
-        whole = len(there) > 1 and self.size(there, experts=experts) == self.plan.stage
+        whole = len(there) > 1 and self.size(there, experts=experts) == self.plan.stage_size
         return "stage" if whole else "+".join(there)
 
     def _parts(self) -> Iterator[Held]:
         grids = {laid: self.grid(laid) for laid in {i.laid.experts for i in self.inventory.items}}
-        places = {number: grid.at(self.rank) for number, grid in grids.items()}
+        places = {number: grid.coordinates(self.rank) for number, grid in grids.items()}
         for item in self.inventory.items:
             number = item.laid.experts
             yield self._part(item, grid=grids[number], place=places[number])
 
-    def _part(self, item: Item, *, grid: Grid, place: Mapping[str, int]) -> Held:
+    def _part(self, item: Item, *, grid: RankGrid, place: Mapping[str, int]) -> Held:
         laid, number = item.laid, item.laid.experts
         runs = spans(laid, grid=grid, place=place)
         whole = tuple(sum(length for _, length in dim) for dim in runs)
-        axes = laid.held(STAGE if number is None else EXPERT_STAGE)
-        zero = COPIES if number is None else EXPERT_COPIES
+        axes = laid.held(STAGE_AXES if number is None else EXPERT_STAGE)
+        zero = DATA_CONTEXT_AXES if number is None else EXPERT_COPIES
         ranks = grid.size(zero)
         if not self.plan.zero or ranks == 1:
             return Held(item, whole, whole, math.prod(whole), (), axes)
         dim = zero_dim(whole, ranks=ranks)
         each = -(-whole[dim] // ranks)  # as FSDP2 cuts
-        mine = Grid({axis: size for axis, size in grid.axes.items() if axis in zero}).rank(
+        mine = RankGrid({axis: size for axis, size in grid.axes.items() if axis in zero}).rank_at(
             dict(place)
         )
         length = min(each, max(0, whole[dim] - mine * each))

@@ -10,9 +10,9 @@ from torch import nn
 from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
 from moesaic.dist.collectives import Group
-from moesaic.dist.fit import Cost
-from moesaic.dist.plan import Grid, ParallelPlan
-from moesaic.dist.subgroups import split
+from moesaic.dist.fit import LinearCost
+from moesaic.dist.plan import RankGrid, ParallelPlan
+from moesaic.dist.subgroups import split_group
 from moesaic.moe.adaptive import Adaptive, Prices
 from moesaic.moe.dispatch import Dispatcher
 from moesaic.moe.dispatch_far import AllToAllDispatcher
@@ -55,12 +55,12 @@ class TwoHops(Journey):
 
     def build(self, over: Group, *, slices: Group, timeout_s: float) -> Dispatcher:
         del slices
-        nodes = split(over, run=self._on_node(over), timeout_s=timeout_s)
-        return two_hops(nodes=nodes.far, inside=nodes.near)
+        nodes = split_group(over, inner_size=self._on_node(over), timeout_s=timeout_s)
+        return two_hops(nodes=nodes.outer, inside=nodes.inner)
 
     def refuses(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
         del bank
-        groups = Grid(plan.axes(experts=experts)).groups(("expert",))
+        groups = RankGrid(plan.axes(num_experts=experts)).groups(("expert",))
         uneven = (why for ranks in groups if (why := self._uneven(ranks)))
         return _no_slices(plan) or next(uneven, None)
 
@@ -117,9 +117,9 @@ class Lend(Journey):
 
     def build(self, over: Group, *, slices: Group, timeout_s: float) -> Dispatcher:
         prices = Prices(
-            exchange=Cost(self.start_s, self.row_byte_s),
-            lend=Cost(self.start_s, self.weight_byte_s),
-            work=Cost(0.0, self.work_row_s),
+            exchange=LinearCost(self.start_s, self.row_byte_s),
+            lend=LinearCost(self.start_s, self.weight_byte_s),
+            work=LinearCost(0.0, self.work_row_s),
         )
         return Adaptive(over, slices=slices, prices=prices, timeout_s=timeout_s)
 

@@ -7,7 +7,7 @@ a rank that does not hold a part of it.
 from collections.abc import Sequence
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.dist.collectives import sum_copies
+from moesaic.dist.collectives import reduce_from_group
 from moesaic.parallel.slices import Spans, put, shard, take
 from moesaic.parallel.spread import Spread
 
@@ -37,13 +37,13 @@ class SpreadMatrices:
         matrix = range(len(shape) - 2, len(shape))
         axes = [cut.axis for cut in laid.cuts if cut.dim in matrix]
         axes += sharing.zero if self._spread.zero_dim(name) in matrix else ()
-        if self._spread.mesh.size(*axes, experts=laid.experts) == 1:
+        if self._spread.mesh.size(*axes, num_experts=laid.experts) == 1:
             return part
         whole = part.new_zeros(shape)
         put(whole, shard(part, held, shape=shape))
-        group = self._spread.mesh.group(*axes, experts=laid.experts)
+        group = self._spread.mesh.group(*axes, num_experts=laid.experts)
         # the parts do not overlap, so a sum with zeros is exact; on the device, where NCCL reaches
-        return sum_copies(whole.to(self._spread.mesh.device), group=group).to(part.device)
+        return reduce_from_group(whole.to(self._spread.mesh.device), group=group).to(part.device)
 
     def _held(self, name: str, like: Tensor) -> tuple[Spans, ...]:
         stacked: tuple[Spans, ...] = tuple(((0, size),) for size in like.shape[:-2])

@@ -21,7 +21,7 @@ from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.data.batch import PAD, Batch
 from moesaic.dist.collectives import Group
 from moesaic.dist.mesh import Mesh
-from moesaic.dist.world import Ranks, World
+from moesaic.dist.world import ProcessGroupWorld, World
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.layer import hear
@@ -137,10 +137,10 @@ class Pipeline:
         """Make the pipeline of this rank of a mesh. Collective over the whole mesh."""
         sharing: dict[tuple[int, ...], World] = {}
         for ranks in stages.sharings:
-            lists = [[line[rank] for rank in ranks] for line in mesh.dense.groups(("pipe",))]
-            group = mesh.extra(lists)
-            if mesh.place()["pipe"] in ranks:
-                sharing[ranks] = Ranks(mesh.device, group=group)
+            lists = [[line[rank] for rank in ranks] for line in mesh.dense_grid.groups(("pipe",))]
+            group = mesh.new_group(lists)
+            if mesh.coordinates()["pipe"] in ranks:
+                sharing[ranks] = ProcessGroupWorld(mesh.device, group=group)
         return Pipeline(
             model, stages=stages, group=mesh.group("pipe"), sharing=sharing, device=mesh.device
         )
@@ -264,7 +264,7 @@ class Pipeline:
         for ranks in self.stages.sharings:
             if self.rank in ranks:
                 held = [p for name, p in named.items() if self.stages.holders[name] == ranks]
-                self.sharing[ranks].sum_gradients(held)
+                self.sharing[ranks].all_reduce_gradients(held)
 
 
 def term_names(stages: Stages) -> tuple[str, ...]:

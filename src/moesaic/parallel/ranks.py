@@ -4,8 +4,8 @@ import torch
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Int, Shaped, Tensor
-from moesaic.dist.mesh import STAGE, Mesh
-from moesaic.dist.world import Alone, Ranks, World
+from moesaic.dist.mesh import STAGE_AXES, Mesh
+from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
 from moesaic.moe.ranks import Gathered
 
 
@@ -19,17 +19,17 @@ class BatchRanks:
         self._world, self._room = world, room or world
 
     def sum(self, counts: Shaped[Tensor, "C"]) -> Shaped[Tensor, "C"]:
-        return self._world.sum(counts)
+        return self._world.all_reduce(counts)
 
     def gather(self, rows: Int[Tensor, "N C"]) -> Gathered:
         room = self._room
         if room.size == 1:
             return Gathered(rows, 0)
         own = torch.tensor([rows.shape[0]], device=rows.device)
-        sizes = [int(size) for size in room.gather(own)]
+        sizes = [int(size) for size in room.all_gather(own)]
         padded = rows.new_zeros(max(sizes), rows.shape[1])
         padded[: rows.shape[0]] = rows
-        parts = room.gather(padded)
+        parts = room.all_gather(padded)
         whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
         return Gathered(whole, sum(sizes[: room.rank]))
 
@@ -47,7 +47,7 @@ class WholeBatch(Room):
 
     def world(self, mesh: Mesh, *, experts: int) -> World:
         del experts
-        return world_of(mesh, *STAGE)
+        return world_of(mesh, *STAGE_AXES)
 
 
 class DataRow(Room):
@@ -64,5 +64,5 @@ class DataRow(Room):
 
 def world_of(mesh: Mesh, *axes: str, experts: int | None = None) -> World:
     """Return the ranks that differ in these axes, as a world of their own."""
-    group = mesh.group(*axes, experts=experts)
-    return Alone(mesh.device) if group is None else Ranks(mesh.device, group=group)
+    group = mesh.group(*axes, num_experts=experts)
+    return SingleProcess(mesh.device) if group is None else ProcessGroupWorld(mesh.device, group=group)

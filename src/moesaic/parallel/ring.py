@@ -20,8 +20,8 @@ import torch.distributed as distributed
 from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Bool, Float, Tensor
-from moesaic.dist.collectives import Group, rank_in, ranks_of
-from moesaic.dist.flight import collective
+from moesaic.dist.collectives import Group, group_rank, group_size
+from moesaic.dist.flight import record_collective
 from moesaic.nn.looking import Heads, KeyValue
 from moesaic.nn.packing import Packing, Run
 from moesaic.ops.blockwise import Back, Found, add, grads_of, look_at
@@ -98,11 +98,11 @@ class Route:
 
     @property
     def ranks(self) -> int:
-        return ranks_of(self.group)
+        return group_size(self.group)
 
     def part(self, step: int) -> int:
         """Return whose keys are here after so many steps."""
-        return (rank_in(self.group) - step) % self.ranks
+        return (group_rank(self.group) - step) % self.ranks
 
     def blocks(self, step: int) -> Iterator[Block]:
         """Yield what queries here look at among the keys that are here."""
@@ -121,7 +121,7 @@ class Route:
         arriving = held.new_empty(tokens, *held.shape[1:])
         if self.group is None or self.ranks == 1:
             return Travel(held, held, ())
-        own = rank_in(self.group)
+        own = group_rank(self.group)
         to, from_ = (
             distributed.get_global_rank(self.group, rank % self.ranks)
             for rank in (own + 1, own - 1)
@@ -148,7 +148,7 @@ class Travel:
     def wait(self) -> Tensor:
         """Return what has arrived."""
         if self.group is not None:
-            with collective("exchange", group=self.group):
+            with record_collective("exchange", group=self.group):
                 for move in self.work:
                     move.wait()
         return self.arriving

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moesaic.dist.traffic import Rows, all_to_all, slices
+from moesaic.dist.traffic import DispatchedTokens, all_to_all_bytes, expert_tensor_bytes
 from moesaic.dist.world import BUCKET_BYTES
 from moesaic.model.blueprint import Stack
 from moesaic.model.count import Sizes
@@ -75,18 +75,18 @@ def _passes(holding: Holding, *, sizes: Sizes, itemsize: int) -> Lines:
 
 def _mixture(holding: Holding, moe: MoE, *, tokens: int, itemsize: int) -> Lines:
     plan, dim = holding.plan, moe.exchange.dim(holding.inventory.config.dim)
-    over, cuts = plan.spread(moe.experts), plan.expert_tensor
+    over, cuts = plan.expert_ranks(moe.experts), plan.expert_tensor
     chosen = round(moe.select.experts_per_token(moe.routed))
-    rows = Rows(tokens, per_token=chosen, dim=dim, itemsize=itemsize)
+    rows = DispatchedTokens(tokens, experts_per_token=chosen, dim=dim, itemsize=itemsize)
     if over * cuts > 1:
         counts = moe.experts * INT
         yield "all-to-all", "expert", counts * (over - 1) / over
         yield "all-gather", "expert_tensor", counts * (cuts - 1)
-        yield "all-to-all", "expert", 2 * all_to_all(rows, ranks=over)
+        yield "all-to-all", "expert", 2 * all_to_all_bytes(rows, ranks=over)
         # gathered going out and scattered home; going back the other way round
-        yield "all-gather", "expert_tensor", slices(rows, cuts=cuts)
-        yield "all-to-all", "expert_tensor", slices(rows, cuts=cuts)
-    ranks = plan.stage
+        yield "all-gather", "expert_tensor", expert_tensor_bytes(rows, expert_tensor=cuts)
+        yield "all-to-all", "expert_tensor", expert_tensor_bytes(rows, expert_tensor=cuts)
+    ranks = plan.stage_size
     statistics = (4 * moe.routed + 1) * DOUBLE
     yield "all-reduce", "stage", 2 * statistics * (ranks - 1) // ranks
     told, room = moe.limit.tells(tokens * chosen) * INT, "stage"
@@ -140,7 +140,7 @@ def _looks(holding: Holding, stack: Stack, *, asking: int, asked: int, itemsize:
 def _gradients(holding: Holding, *, micro_batches: int) -> Lines:
     """Sums over copies; with ZeRO also what makes weights whole."""
     plan = holding.plan
-    without = holding.inventory.once if holding.grid().at(holding.rank)["tensor"] else frozenset()
+    without = holding.inventory.once if holding.grid().coordinates(holding.rank)["tensor"] else frozenset()
     reduced = 1 if plan.zero == 1 else micro_batches
     summed: dict[tuple[tuple[str, ...], int | None], list[int]] = {}
     for part in holding.parts:

@@ -7,13 +7,13 @@ import torch
 
 from moesaic.checkpoint.shard import Piece, Shard
 from moesaic.core.shapes import Shaped, Tensor
-from moesaic.dist.plan import Grid
+from moesaic.dist.plan import RankGrid
 from moesaic.parallel.layout import Laid
 
 Spans = tuple[tuple[int, int], ...]  # (start, length) of runs of a dim that are held side by side
 
 
-def spans(laid: Laid, *, grid: Grid, place: Mapping[str, int]) -> tuple[Spans, ...]:
+def spans(laid: Laid, *, grid: RankGrid, place: Mapping[str, int]) -> tuple[Spans, ...]:
     """Return what the rank at ``place`` holds of each dim of a parameter."""
     found: list[Spans] = [((0, size),) for size in laid.shape]
     for cut in laid.cuts:

@@ -13,9 +13,9 @@ from torch import nn
 from moesaic.checkpoint.shard import Shard
 from moesaic.core.shapes import Float, Tensor
 from moesaic.dist.collectives import Group
-from moesaic.dist.local import local
-from moesaic.dist.mesh import STAGE, Mesh
-from moesaic.dist.world import Alone, Ranks, World
+from moesaic.dist.local import local_tensor
+from moesaic.dist.mesh import STAGE_AXES, Mesh
+from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
 from moesaic.model.transformer import Transformer
 from moesaic.optim.clip import GradNorm, global_norm, scale_gradients
 from moesaic.parallel.layout import Laid, Layout
@@ -47,9 +47,9 @@ class Spread:
         self.pipeline = pipeline
         # before ZeRO shares them out, after other axes have cut them
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self.stage = world_of(mesh, *STAGE)
+        self.stage = world_of(mesh, *STAGE_AXES)
         self.rows = world_of(mesh, "data")
-        place = mesh.place()
+        place = mesh.coordinates()
         self.leads = not any(place[axis] for axis in ("pipe", "context", "tensor"))
 
     @property
@@ -76,11 +76,11 @@ class Spread:
                 parameter.grad = torch.zeros_like(parameter)
         together: dict[Group, list[Tensor]] = {}
         for _, parameter, laid, share in self._named():
-            group = self.mesh.group(*share.axes, experts=laid.experts)
+            group = self.mesh.group(*share.axes, num_experts=laid.experts)
             if group is not None:
                 together.setdefault(group, []).append(parameter)
         for group, parameters in together.items():
-            self._world(group).sum_gradients(parameters)
+            self._world(group).all_reduce_gradients(parameters)
         if self.pipeline is not None:
             self.pipeline.share_gradients()
 
@@ -91,7 +91,7 @@ class Spread:
         """
         grads = [p.grad for _, p, _, _ in self._named() if p.grad is not None]
         norm = global_norm(grads) if self.whole else self._norm()
-        return scale_gradients([local(g) for g in grads], norm=float(norm), max_norm=max_norm)
+        return scale_gradients([local_tensor(g) for g in grads], norm=float(norm), max_norm=max_norm)
 
     def shards(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Shard]:
         """Describe what this rank holds of tensors that lie as the parameters of these names do.
@@ -103,7 +103,7 @@ class Spread:
 
     def lies(self, name: str, tensor: Tensor) -> Shard:
         """Describe a tensor that lies as the parameter of this name does."""
-        return shard(local(tensor), self.held(name), shape=self.layout[name].shape)
+        return shard(local_tensor(tensor), self.held(name), shape=self.layout[name].shape)
 
     @property
     def banks(self) -> dict[str, int]:
@@ -113,9 +113,9 @@ class Spread:
     def held(self, name: str) -> tuple[Spans, ...]:
         """Return what this rank holds of each dim of a parameter."""
         laid, shape = self.layout[name], self._shapes[name]
-        grid, place = self.mesh.grid(laid.experts), self.mesh.place(laid.experts)
+        grid, place = self.mesh.grid(laid.experts), self.mesh.coordinates(laid.experts)
         found = spans(laid, grid=grid, place=place)
-        group = self.mesh.ranks(*self.sharing[name].zero, experts=laid.experts)
+        group = self.mesh.ranks(*self.sharing[name].zero, num_experts=laid.experts)
         if len(group) == 1:
             return found
         dim = self.zero_dim(name)
@@ -126,17 +126,17 @@ class Spread:
 
     def zero_dim(self, name: str) -> int:
         """Return the dim of a parameter that ZeRO cuts, where it does."""
-        ranks = self.mesh.size(*self.sharing[name].zero, experts=self.layout[name].experts)
+        ranks = self.mesh.size(*self.sharing[name].zero, num_experts=self.layout[name].experts)
         return zero_dim(self._shapes[name], ranks=ranks)
 
     def _norm(self) -> Float[Tensor, ""]:
         square = torch.zeros((), dtype=torch.float64)
         for name, parameter, laid, share in self._named():
             if parameter.grad is not None and self._counts(name):
-                copies = self.mesh.size(*share.axes, experts=laid.experts)
-                norm = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32)
+                copies = self.mesh.size(*share.axes, num_experts=laid.experts)
+                norm = torch.linalg.vector_norm(local_tensor(parameter.grad), dtype=torch.float32)
                 square += norm.double().cpu().square() / copies
-        return self._world(self.mesh.everyone).sum(square).sqrt()
+        return self._world(self.mesh.world_group).all_reduce(square).sqrt()
 
     def _counts(self, name: str) -> bool:
         """Whether this rank of a pipeline counts what several of its ranks hold."""
@@ -152,4 +152,4 @@ class Spread:
 
     def _world(self, group: Group) -> World:
         device = self.mesh.device
-        return Alone(device) if group is None else Ranks(device, group=group)
+        return SingleProcess(device) if group is None else ProcessGroupWorld(device, group=group)

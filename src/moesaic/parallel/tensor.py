@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.dist.collectives import Group, gather_rows, rank_in, ranks_of, scatter_rows
+from moesaic.dist.collectives import Group, all_gather_rows, group_rank, group_size, reduce_scatter_rows
 from moesaic.model.block import DenseBranch
 from moesaic.moe.attention import AttentionMixture
 from moesaic.nn.attention import CrossAttention, SelfAttention
@@ -30,10 +30,10 @@ class Lanes:
         self._group = group
 
     def meet(self, x: Float[Tensor, "t D"], *, packing: Packing) -> Float[Tensor, "T D"]:
-        return gather_rows(x, group=self._group, sizes=_sizes(packing))
+        return all_gather_rows(x, group=self._group, sizes=_sizes(packing))
 
     def part(self, y: Float[Tensor, "T D"], *, packing: Packing) -> Float[Tensor, "t D"]:
-        return scatter_rows(y, group=self._group, sizes=_sizes(packing))
+        return reduce_scatter_rows(y, group=self._group, sizes=_sizes(packing))
 
 
 class Unbiased(nn.Linear):
@@ -50,7 +50,7 @@ class Unbiased(nn.Linear):
 
 def narrow(model: nn.Module, *, group: Group, vocab_size: int) -> None:
     """Tell the layers, whose parameters are cut already, that they are narrower now."""
-    lanes = ranks_of(group)
+    lanes = group_size(group)
     if lanes == 1:
         return
     crew = Lanes(group)
@@ -63,7 +63,7 @@ def narrow(model: nn.Module, *, group: Group, vocab_size: int) -> None:
             module.crew = crew
         elif isinstance(module, Embedding):
             module.vocabulary = CutVocabulary(group, size=vocab_size)
-    if rank_in(group):
+    if group_rank(group):
         for owner, name, linear in list(last_products(model)):
             setattr(owner, name, Unbiased(linear))
 

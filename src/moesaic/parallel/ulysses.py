@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from moesaic.core.shapes import Bool, Float, Tensor
-from moesaic.dist.collectives import Group, all_to_all, rank_in, ranks_of
+from moesaic.dist.collectives import Group, all_to_all, group_rank, group_size
 from moesaic.nn.looking import Heads, KeyValue, LookHere
 from moesaic.nn.packing import Packing
 
@@ -27,7 +27,7 @@ class Ulysses:
 
     def __init__(self, group: Group, *, groups: int) -> None:
         self._group, self._groups, self._here = group, groups, LookHere()
-        self._ranks, self._rank = ranks_of(group), rank_in(group)
+        self._ranks, self._rank = group_size(group), group_rank(group)
 
     @staticmethod
     def refuses(*, heads: int, ranks: int) -> str | None:
@@ -86,8 +86,8 @@ class Ulysses:
         rows = all_to_all(
             torch.cat(blocks),
             group=self._group,
-            sent=[block.shape[0] for block in blocks],
-            received=[size * sum(mine) for size in sizes],
+            input_splits=[block.shape[0] for block in blocks],
+            output_splits=[size * sum(mine) for size in sizes],
         )
         return rows.view(sum(sizes), sum(mine), width).split(mine, 1)
 
@@ -101,8 +101,8 @@ class Ulysses:
         rows = all_to_all(
             found.reshape(sum(sizes) * mine, found.shape[1] // mine),
             group=self._group,
-            sent=[size * mine for size in sizes],
-            received=[sizes[self._rank] * count for count in heads],
+            input_splits=[size * mine for size in sizes],
+            output_splits=[sizes[self._rank] * count for count in heads],
         )
         blocks = rows.split([sizes[self._rank] * count for count in heads])
         parts = [b.view(-1, c * rows.shape[1]) for b, c in zip(blocks, heads, strict=True)]

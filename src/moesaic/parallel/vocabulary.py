@@ -18,14 +18,14 @@ from torch.autograd.function import once_differentiable
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.dist.collectives import (
     Group,
-    copy_to,
-    gather_rows,
-    rank_in,
-    ranks_of,
-    scatter_rows,
-    sum_copies,
+    copy_to_group,
+    all_gather_rows,
+    group_rank,
+    group_size,
+    reduce_scatter_rows,
+    reduce_from_group,
 )
-from moesaic.dist.flight import collective
+from moesaic.dist.flight import record_collective
 from moesaic.nn.packing import Packing
 from moesaic.ops.cross_entropy import CHUNK_ELEMENTS, TokenLoss
 
@@ -35,18 +35,18 @@ class CutVocabulary:
 
     def __init__(self, group: Group, *, size: int) -> None:
         self._group, self._size = group, size
-        self._first = size * rank_in(group) // ranks_of(group)
+        self._first = size * group_rank(group) // group_size(group)
 
     def stream(
         self, ids: Int[Tensor, "T"], *, table: Float[Tensor, "v D"], packing: Packing
     ) -> Float[Tensor, "t D"]:
         assert packing.division is not None
         rows = self._mine(ids[packing.met], table=table)
-        return scatter_rows(rows, group=self._group, sizes=packing.division.lane_sizes)
+        return reduce_scatter_rows(rows, group=self._group, sizes=packing.division.lane_sizes)
 
     def alike(self, ids: Int[Tensor, "B"], *, table: Float[Tensor, "v D"]) -> Float[Tensor, "B D"]:
-        found = sum_copies(self._mine(ids, table=table), group=self._group)
-        return copy_to(found, group=self._group)  # each rank uses it for tokens of its own
+        found = reduce_from_group(self._mine(ids, table=table), group=self._group)
+        return copy_to_group(found, group=self._group)  # each rank uses it for tokens of its own
 
     def loss(
         self,
@@ -57,13 +57,13 @@ class CutVocabulary:
         smoothing: float,
         z: float,
     ) -> TokenLoss:
-        ranks = ranks_of(self._group)
+        ranks = group_size(self._group)
         here = torch.tensor([len(label)], device=label.device)
-        sizes = gather_rows(here, group=self._group, sizes=[1] * ranks).tolist()
-        every = gather_rows(hidden, group=self._group, sizes=sizes)
-        labels = gather_rows(label, group=self._group, sizes=sizes)
+        sizes = all_gather_rows(here, group=self._group, sizes=[1] * ranks).tolist()
+        every = all_gather_rows(hidden, group=self._group, sizes=sizes)
+        labels = all_gather_rows(label, group=self._group, sizes=sizes)
         # this rank's loss is that of its own tokens, but its rows are scored by all
-        first = sum(sizes[: rank_in(self._group)])
+        first = sum(sizes[: group_rank(self._group)])
         own = slice(first, first + len(label))
         terms = _Terms(self._group, self._first, self._size, smoothing, z)
         total, nll = _Cut.apply(every, table, labels, own, terms)
@@ -141,6 +141,6 @@ def _chunk(
 
 
 def _reduced(values: Tensor, group: Group, op: Any) -> Tensor:
-    with collective("all_reduce", group=group):
+    with record_collective("all_reduce", group=group):
         distributed.all_reduce(values, op=op, group=group)
     return values

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as DimShard
 
-from moesaic.dist.mesh import COPIES, Mesh
+from moesaic.dist.mesh import DATA_CONTEXT_AXES, Mesh
 from moesaic.model.transformer import Transformer
 from moesaic.nn.embedding import Embedding
 from moesaic.parallel.layout import Layout, banks
@@ -43,17 +43,17 @@ def share_out(
         number = layer.router.config.experts
         own = [p for p in bank.parameters() if table[names[p]].cuts]
         expert |= set(own)
-        if mesh.size("expert_data", experts=number) > 1:
+        if mesh.size("expert_data", num_experts=number) > 1:
             shared = [p for p in bank.parameters() if not table[names[p]].cuts]
             _shard(bank, mesh=mesh, axes=("expert_data",), experts=number, ignored=shared)
             for method in ("mix", "within"):
                 register_fsdp_forward_method(bank, method)
-    if mesh.size(*COPIES) > 1:
+    if mesh.size(*DATA_CONTEXT_AXES) > 1:
         for module in _units(model, pipe=mesh.plan.pipe):
-            _shard(module, mesh=mesh, axes=COPIES, experts=None, ignored=expert)
+            _shard(module, mesh=mesh, axes=DATA_CONTEXT_AXES, experts=None, ignored=expert)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
-            axes = ("expert_data",) if table[name].cuts and table[name].experts else COPIES
+            axes = ("expert_data",) if table[name].cuts and table[name].experts else DATA_CONTEXT_AXES
             found[name] = _shared(found[name], *axes)
     return found
 
@@ -90,7 +90,7 @@ def _shard(
     experts: int | None,
     ignored: Iterable[nn.Parameter],
 ) -> None:
-    device_mesh = mesh.device_mesh(*axes, experts=experts)
+    device_mesh = mesh.device_mesh(*axes, num_experts=experts)
     # what scores after the last block must find its table whole
     stays = isinstance(module, Transformer | Embedding)
     ranks = device_mesh.size()

@@ -9,12 +9,12 @@ import os
 from typing import Any
 
 
-def interpreting() -> bool:
+def is_interpreted() -> bool:
     """Tell whether kernels that are imported now are interpreted."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def mend_interpreter() -> None:
+def patch_interpreter() -> None:
     """Let loops of a kernel have bounds from memory with numpy 2.4 and later.
 
     The interpreter holds a number as an array of one element, which ``int`` no longer takes.

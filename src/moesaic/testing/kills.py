@@ -28,15 +28,15 @@ from moesaic.train.resume import Auto
 from moesaic.train.run import Run
 from moesaic.train.watch import silent
 
-TIMED = ("perf/", "time/", "mem/")  # metrics that tell how fast, not what
+TIMING_METRICS = ("perf/", "time/", "mem/")  # metrics that tell how fast, not what
 
 
 @dataclass(frozen=True, slots=True)
-class Campaign:
+class KillCampaign:
     """What a series of kills did. ``moments`` counts what the process was doing when it died."""
 
     kills: int
-    lives: int
+    processes: int
     moments: dict[str, int]
     seconds: float
     differences: tuple[str, ...]
@@ -45,14 +45,14 @@ class Campaign:
 def train_once(run: Run, out: Path) -> float:
     """Train without a kill, in a process like those that get one. Returns seconds."""
     began = time.monotonic()
-    life = _start(run, out)
+    life = _start_process(run, out)
     life.join()
     if life.exitcode:
         raise RuntimeError(f"an undisturbed run ended with exit code {life.exitcode}")
     return time.monotonic() - began
 
 
-def kill_and_resume(run: Run, *, folder: Path, kills: int, seed: int) -> Campaign:
+def kill_and_resume(run: Run, *, folder: Path, kills: int, seed: int) -> KillCampaign:
     """Kill a run ``kills`` times, let it finish, and compare it with an undisturbed one.
 
     A run that finishes before all kills are done is compared as well, and the next one begins in a
@@ -62,30 +62,30 @@ def kill_and_resume(run: Run, *, folder: Path, kills: int, seed: int) -> Campaig
     reference = folder / "whole"
     train_once(run, reference)  # builds the corpus and the shards too
     longest = train_once(run, folder / "timed")
-    differences, lives, finished = compare(reference, folder / "timed"), 0, 0
+    differences, lives, finished = compare_run_dirs(reference, folder / "timed"), 0, 0
     here = folder / "killed-0"
     while moments.total() < kills and not differences:
-        life = _start(run, here)
+        life = _start_process(run, here)
         lives += 1
         life.join(timeout=draw.uniform(0.0, longest))
         if life.exitcode is None and life.pid is not None:
             os.kill(life.pid, signal.SIGKILL)
             life.join()
-            moments[_moment(RunDir(here))] += 1
+            moments[_phase_at_kill(RunDir(here))] += 1
         elif life.exitcode:
             differences.append(f"life {lives} ended with exit code {life.exitcode}")
         else:
             longest *= 0.8  # the machine has become quicker: wait less, or no life is ever killed
-            differences += compare(reference, here)
+            differences += compare_run_dirs(reference, here)
             finished += 1
             here = folder / f"killed-{finished}"
     train_once(run, here)
-    differences += compare(reference, here)
+    differences += compare_run_dirs(reference, here)
     seconds = time.monotonic() - began
-    return Campaign(moments.total(), lives + 1, dict(moments), seconds, tuple(differences))
+    return KillCampaign(moments.total(), lives + 1, dict(moments), seconds, tuple(differences))
 
 
-def compare(left: Path, right: Path) -> list[str]:
+def compare_run_dirs(left: Path, right: Path) -> list[str]:
     """Return how two finished runs differ; nothing means bit for bit equal.
 
     Weights, optimizer, random numbers, running sums, place in the data, and metrics but for times.
@@ -105,7 +105,7 @@ def metric_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of metrics of a run directory without those that depend on the clock."""
     lines = RunDir(path).metrics.read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(TIMING_METRICS)} for row in rows]
 
 
 def _snapshot_differences(one: Snapshot, other: Snapshot) -> Iterator[str]:
@@ -118,13 +118,13 @@ def _snapshot_differences(one: Snapshot, other: Snapshot) -> Iterator[str]:
                 yield f"{name}: {key}"
 
 
-def _start(run: Run, out: Path) -> Any:
-    process = get_context("fork").Process(target=_live, args=(run, out))
+def _start_process(run: Run, out: Path) -> Any:
+    process = get_context("fork").Process(target=_train_and_exit, args=(run, out))
     process.start()
     return process
 
 
-def _live(run: Run, out: Path) -> None:
+def _train_and_exit(run: Run, out: Path) -> None:
     torch.set_num_threads(1)
     try:
         train(run, out, resume=Auto(), board=silent)
@@ -135,7 +135,7 @@ def _live(run: Run, out: Path) -> None:
     os._exit(0)
 
 
-def _moment(folder: RunDir) -> str:
+def _phase_at_kill(folder: RunDir) -> str:
     if any(folder.checkpoints.glob(".*.part")) or any(folder.checkpoints.glob(".*.gone")):
         return "in a save"
     if not folder.tokenizer.is_file():

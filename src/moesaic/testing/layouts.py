@@ -9,11 +9,11 @@ import torch
 from moesaic.checkpoint.shard import Files, Piece, Shard, as_shard
 from moesaic.core.shapes import Tensor
 
-Wholes = Mapping[str, Mapping[str, Tensor]]  # file -> name -> tensor
+FullTensors = Mapping[str, Mapping[str, Tensor]]  # file -> name -> tensor
 
 
-def deal(
-    wholes: Wholes, *, seed: int, rank: int, world: int, banks: Mapping[str, int] | None = None
+def random_shards(
+    full_tensors: FullTensors, *, seed: int, rank: int, world_size: int, expert_tensors: Mapping[str, int] | None = None
 ) -> dict[str, dict[str, Shard | Tensor]]:
     """Return copies of what ``rank`` holds in the layout of ``seed``; the same call on every rank.
 
@@ -23,14 +23,14 @@ def deal(
     draw = random.Random(seed)
     return {
         file: {
-            name: _deal(tensor, draw=draw, rank=rank, world=world, bank=_holds(name, banks or {}))
+            name: _random_shard(tensor, draw=draw, rank=rank, world_size=world_size, is_expert=_is_expert_tensor(name, expert_tensors or {}))
             for name, tensor in tensors.items()
         }
-        for file, tensors in wholes.items()
+        for file, tensors in full_tensors.items()
     }
 
 
-def emptied(files: Files) -> dict[str, dict[str, Shard | Tensor]]:
+def fill_with_sentinel(files: Files) -> dict[str, dict[str, Shard | Tensor]]:
     """Fill every piece with a value that is nowhere else, so that what is not loaded shows."""
     for tensors in files.values():
         for held in tensors.values():
@@ -39,50 +39,50 @@ def emptied(files: Files) -> dict[str, dict[str, Shard | Tensor]]:
     return {file: dict(tensors) for file, tensors in files.items()}
 
 
-def differences(files: Files, *, wholes: Wholes) -> Iterator[str]:
+def mismatched_tensors(files: Files, *, full_tensors: FullTensors) -> Iterator[str]:
     """Yield the name of each tensor of which a piece is not the block of the whole one."""
     for file, tensors in files.items():
         for name, held in tensors.items():
             pieces = as_shard(held).pieces
-            if not all(_is_block(piece, of=wholes[file][name]) for piece in pieces):
+            if not all(_is_block(piece, of=full_tensors[file][name]) for piece in pieces):
                 yield f"{file}/{name}"
 
 
 def _is_block(piece: Piece, *, of: Tensor) -> bool:
-    return torch.equal(piece.data, block(of, piece.offset, piece.data.shape))
+    return torch.equal(piece.data, slice_block(of, piece.offset, piece.data.shape))
 
 
-def block(whole: Tensor, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+def slice_block(whole: Tensor, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Return the block of a tensor at ``offset``."""
     for dim, (start, length) in enumerate(zip(offset, shape, strict=True)):
         whole = whole.narrow(dim, start, length)
     return whole
 
 
-def _holds(name: str, banks: Mapping[str, int]) -> bool:
+def _is_expert_tensor(name: str, banks: Mapping[str, int]) -> bool:
     return name in banks or name.partition("/")[2] in banks
 
 
-def _deal(
-    tensor: Tensor, *, draw: random.Random, rank: int, world: int, bank: bool
+def _random_shard(
+    tensor: Tensor, *, draw: random.Random, rank: int, world_size: int, is_expert: bool
 ) -> Shard | Tensor:
     if tensor.dim() == 0:
         return tensor.clone()
-    sides = [_cut(length, draw=draw) for length in tensor.shape]
+    sides = [_random_intervals(length, draw=draw) for length in tensor.shape]
     pieces = []
     for ends in product(*sides):
         offset, shape = tuple(a for a, _ in ends), tuple(b - a for a, b in ends)
-        holders = draw.sample(range(world), draw.randint(1, min(2, world)))
-        other = draw.randrange(world)
+        holders = draw.sample(range(world_size), draw.randint(1, min(2, world_size)))
+        other = draw.randrange(world_size)
         if rank in holders:
-            pieces.append(Piece(offset, block(tensor, offset, shape).clone()))
-        elif bank and shape[0] > 1 and rank == other:
+            pieces.append(Piece(offset, slice_block(tensor, offset, shape).clone()))
+        elif is_expert and shape[0] > 1 and rank == other:
             shape = (shape[0] - 1, *shape[1:])  # all of its experts but the last, a second time
-            pieces.append(Piece(offset, block(tensor, offset, shape).clone()))
+            pieces.append(Piece(offset, slice_block(tensor, offset, shape).clone()))
     return Shard(tuple(tensor.shape), tensor.dtype, tuple(pieces))
 
 
-def _cut(length: int, *, draw: random.Random) -> list[tuple[int, int]]:
+def _random_intervals(length: int, *, draw: random.Random) -> list[tuple[int, int]]:
     inner = sorted(draw.randint(0, length) for _ in range(draw.randint(0, 2)))
     ends = [0, *inner, length]
     return list(pairwise(ends))

@@ -33,28 +33,28 @@ from moesaic.optim.optimizer import AdamW, Muon
 from moesaic.parallel.config import Parallel
 from moesaic.testing.tiny import tiny_run
 from moesaic.train.run import Run
-from moesaic.verify.plans import one
-from moesaic.verify.small import small
-from moesaic.verify.stream import VOCABULARY, Shape
+from moesaic.verify.plans import sample_plan
+from moesaic.verify.small import shrink_config
+from moesaic.verify.stream import VOCABULARY, SyntheticShape
 
-APART = (MicroBatchBalance,)  # what it balances is the share of a rank: another loss by definition
+EXCLUDED = (MicroBatchBalance,)  # what it balances is the share of a rank: another loss by definition
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class RandomCase:
     """A run, its batches and a plan of ``ranks``."""
 
     run: Run
-    shape: Shape
+    shape: SyntheticShape
     parallel: Parallel
-    ranks: int
+    world_size: int
 
     @property
-    def about(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """What tells this case from others, as plain data."""
         model = self.run.model.plain()
         return {
-            "ranks": self.ranks,
+            "ranks": self.world_size,
             "plan": self.parallel.plain(),
             "rows": self.shape.rows,
             "length": self.shape.length,
@@ -63,90 +63,90 @@ class Case:
         }
 
 
-def cases(seed: int, *, most: int = 4) -> Iterator[Case]:
+def random_cases(seed: int, *, max_ranks: int = 4) -> Iterator[RandomCase]:
     """Yield cases of 2 to ``most`` ranks without end; the n-th depends on ``seed`` and n alone."""
     number = 0
     while True:
         draw = random.Random(f"{seed}/{number}")
         number += 1
-        case = _case(draw, most=most)
+        case = _random_case(draw, max_ranks=max_ranks)
         if case is not None:
             yield case
 
 
-def _case(draw: random.Random, *, most: int) -> Case | None:
+def _random_case(draw: random.Random, *, max_ranks: int) -> RandomCase | None:
     """Return None where what was drawn does not go together."""
     try:
-        model = _model(draw)
+        model = _random_model(draw)
         optimizer = draw.choice((AdamW(lr=0.01), Muon(lr=0.01, adamw=AdamW(lr=0.01))))
         if isinstance(model.moe, MoE) and isinstance(model.moe.expert, LoRAExpert):
             # half of its matrices start at zero: what Muon lifts there is rounding, and the other
             # half's gradients are made of it
             optimizer = AdamW(lr=0.01)
         smoothing = draw.choice((0.0, 0.1))
-        run = small(tiny_run(model=model, optimizer=optimizer, label_smoothing=smoothing)).run
+        run = shrink_config(tiny_run(model=model, optimizer=optimizer, label_smoothing=smoothing)).run
         run = run.replace(accumulate=draw.randint(1, 4))
-        ranks = draw.randint(2, most)
-        parallel = one(ranks, run=run, draw=draw)
+        ranks = draw.randint(2, max_ranks)
+        parallel = sample_plan(ranks, run=run, draw=draw)
     except ConfigError:
         return None
     if parallel is None:
         return None
     source = run.model.encoder.layers > 0
-    shape = Shape(rows=draw.randint(1, 9), length=draw.randint(2, 12), source=source)
-    return Case(run.replace(seed=draw.randrange(10**6)), shape, parallel, ranks)
+    shape = SyntheticShape(rows=draw.randint(1, 9), length=draw.randint(2, 12), source=source)
+    return RandomCase(run.replace(seed=draw.randrange(10**6)), shape, parallel, ranks)
 
 
-def _model(draw: random.Random) -> TransformerConfig:
+def _random_model(draw: random.Random) -> TransformerConfig:
     heads = draw.choice((1, 2, 3, 4, 6, 8))
     groups = draw.choice([n for n in range(1, heads + 1) if heads % n == 0])
     hidden = draw.choice((8, 12, 24))
     return TransformerConfig(
         vocab_size=VOCABULARY,
         dim=draw.choice((8, 12, 16)),
-        encoder=_stack(draw, layers=draw.randint(0, 2)),
-        decoder=_stack(draw, layers=draw.randint(1, 2)),
+        encoder=_random_stack(draw, layers=draw.randint(0, 2)),
+        decoder=_random_stack(draw, layers=draw.randint(1, 2)),
         attention=AttentionConfig(heads=heads, kv_heads=groups, head_dim=4),
-        feed_forward=FeedForward(hidden=hidden, activation=_any(draw, Activation)),
-        moe=_moe(draw),
-        norm=_any(draw, Norm),
-        position=_any(draw, Position),
+        feed_forward=FeedForward(hidden=hidden, activation=_random_member(draw, Activation)),
+        moe=_random_moe(draw),
+        norm=_random_member(draw, Norm),
+        position=_random_member(draw, Position),
         embedding=EmbeddingConfig(tied=draw.random() < 0.7),
         bias=draw.random() < 0.4,
         dropout=draw.choice((0.0, 0.0, 0.1)),
     )
 
 
-def _stack(draw: random.Random, *, layers: int) -> Stack:
+def _random_stack(draw: random.Random, *, layers: int) -> Stack:
     return Stack(layers=layers, moe_every=draw.choice((0, 1, 1, 2)))
 
 
-def _moe(draw: random.Random) -> MoE:
-    balances = [_any(draw, Balance) for _ in range(draw.randint(0, 2))]
+def _random_moe(draw: random.Random) -> MoE:
+    balances = [_random_member(draw, Balance) for _ in range(draw.randint(0, 2))]
     return MoE(
         experts=draw.choice((1, 2, 3, 4, 6, 8)),
         hidden=draw.choice((None, 4, 8, 16)),
-        select=TopK(k=draw.randint(1, 3)) if draw.random() < 0.4 else _any(draw, Select),
-        limit=_limit(draw),
-        balance=tuple(term for term in balances if not isinstance(term, APART)),
-        noise=_any(draw, Noise),
-        expert=FeedForwardExpert() if draw.random() < 0.8 else _any(draw, Expert),
-        beside=_any(draw, Beside),
-        spare=_any(draw, Spare),
-        exchange=_any(draw, Exchange),
-        condition=_any(draw, Condition),
-        link=_any(draw, Link),
+        select=TopK(k=draw.randint(1, 3)) if draw.random() < 0.4 else _random_member(draw, Select),
+        limit=_random_limit(draw),
+        balance=tuple(term for term in balances if not isinstance(term, EXCLUDED)),
+        noise=_random_member(draw, Noise),
+        expert=FeedForwardExpert() if draw.random() < 0.8 else _random_member(draw, Expert),
+        beside=_random_member(draw, Beside),
+        spare=_random_member(draw, Spare),
+        exchange=_random_member(draw, Exchange),
+        condition=_random_member(draw, Condition),
+        link=_random_member(draw, Link),
     )
 
 
-def _limit(draw: random.Random) -> Limit:
+def _random_limit(draw: random.Random) -> Limit:
     if draw.random() < 0.5:
         return Dropless()
     factor = draw.choice((0.5, 1.0, 1.5))
-    return Capacity(factor=factor, minimum=draw.randint(0, 2), priority=_any(draw, Priority))
+    return Capacity(factor=factor, minimum=draw.randint(0, 2), priority=_random_member(draw, Priority))
 
 
-def _any(draw: random.Random, family: type[Choice]) -> Any:
+def _random_member(draw: random.Random, family: type[Choice]) -> Any:
     """Return a member as it is by default; every other time the first, which is the plain one."""
     members = [
         member

@@ -13,7 +13,7 @@ from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import Denoising, Translation
 from moesaic.data.train_tokenizer import TokenizerConfig
-from moesaic.dist.world import Alone, World
+from moesaic.dist.world import SingleProcess, World
 from moesaic.model.config import Stack, TransformerConfig
 from moesaic.moe.balance import RouterZ, SwitchBalance
 from moesaic.moe.config import MoE, Sparse
@@ -29,7 +29,7 @@ from moesaic.train.trainer import Trainer
 VOCABULARY = 64
 TASKS = ("translation", "denoising")
 LANGUAGES = ("deu_Latn", "ell_Grek", "fra_Latn")
-FEW_PHRASES = CorpusRecipe(name="few-phrases", source=SyntheticLanguages(phrases=500))
+SMALL_SYNTHETIC_CORPUS = CorpusRecipe(name="few-phrases", source=SyntheticLanguages(phrases=500))
 BALANCED_TOP1 = MoE(experts=4, select=SwitchTop1(), balance=(SwitchBalance(), RouterZ()))
 
 
@@ -72,9 +72,9 @@ def random_batch(rows: int, *, seed: int, length: int = 9) -> Batch:
     )
 
 
-def rows_of(batch: Batch, *, rank: int, world: int) -> Batch:
+def shard_batch(batch: Batch, *, rank: int, world_size: int) -> Batch:
     """Return every ``world``-th row, from ``rank`` on."""
-    return Batch(**{field.name: getattr(batch, field.name)[rank::world] for field in fields(Batch)})
+    return Batch(**{field.name: getattr(batch, field.name)[rank::world_size] for field in fields(Batch)})
 
 
 class TinyStream:
@@ -83,22 +83,22 @@ class TinyStream:
     tasks = TASKS
     languages = LANGUAGES
 
-    def __init__(self, *, rows: int = 8, rank: int = 0, world: int = 1) -> None:
-        self._rows, self._rank, self._world = rows, rank, world
+    def __init__(self, *, rows: int = 8, rank: int = 0, world_size: int = 1) -> None:
+        self._rows, self._rank, self._world = rows, rank, world_size
         self.drawn = 0
         self.skipped: dict[str, int] = {}
 
     def __next__(self) -> Batch:
         self.drawn += 1
         whole = random_batch(self._rows, seed=self.drawn)
-        return rows_of(whole, rank=self._rank, world=self._world)
+        return shard_batch(whole, rank=self._rank, world_size=self._world)
 
     def state(self) -> dict[str, int]:
         return {"drawn": self.drawn}
 
     def valid_batches(self, split: str, *, rows: int | None) -> Iterator[Batch]:
         del split, rows
-        yield rows_of(random_batch(self._rows, seed=0), rank=self._rank, world=self._world)
+        yield shard_batch(random_batch(self._rows, seed=0), rank=self._rank, world_size=self._world)
 
     def close(self) -> None: ...
 
@@ -127,7 +127,7 @@ def synthetic_run(**changes: object) -> Run:
     both = (WeightedTask(task=Translation()), WeightedTask(task=Denoising(), weight=0.5))
     base = Run(
         name="synthetic",
-        corpus=BuiltCorpus(recipe=FEW_PHRASES),
+        corpus=BuiltCorpus(recipe=SMALL_SYNTHETIC_CORPUS),
         tokenizer=TokenizerConfig(vocab_size=400, sample_lines=2000),
         mixture=MixtureConfig(tasks=both),
         loader=LoaderConfig(batch_tokens=512, max_source=64, max_target=64, bucket_window=256),
@@ -143,9 +143,9 @@ def synthetic_run(**changes: object) -> Run:
 
 def tiny_trainer(run: Run, *, world: World | None = None) -> Trainer:
     """Return a trainer on random batches, seeded as a real one is."""
-    world = world or Alone()
+    world = world or SingleProcess()
     torch.manual_seed(run.seed)
     model = run.model.build()
     seed_rank(run.seed, world=world)
-    part, parts = run.parallel.plan.on(world.size).rows(world.rank)
-    return Trainer(run, model=model, data=TinyStream(rank=part, world=parts), world=world)
+    part, parts = run.parallel.plan.resolve(world.size).data_shard(world.rank)
+    return Trainer(run, model=model, data=TinyStream(rank=part, world_size=parts), world=world)

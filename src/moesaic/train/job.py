@@ -12,9 +12,9 @@ from moesaic.checkpoint.rundir import RunDir
 from moesaic.checkpoint.same_config import differences, require_same_config
 from moesaic.core.files import write_whole
 from moesaic.data.loader import Loader, DataReplica
-from moesaic.dist.first import on_first
-from moesaic.dist.flight import at
-from moesaic.dist.launch import join
+from moesaic.dist.first import run_on_rank0
+from moesaic.dist.flight import mark_phase
+from moesaic.dist.launch import init_distributed
 from moesaic.dist.world import World
 from moesaic.observe.console import Status
 from moesaic.observe.metrics import JsonlSink, Sink, Tee
@@ -55,19 +55,19 @@ def train(
     """
     check(run)
     folder, began = RunDir(Path(out)), time.monotonic()
-    with join(timeout_s=run.patience_s) as world:
+    with init_distributed(timeout_s=run.patience_s) as world:
         losses = tuple(f"train/loss/{weighted.task.name}" for weighted in run.mixture.tasks)
         shown = (board if world.rank == 0 else silent)(Status(steps=run.steps, losses=losses))
-        start = on_first(world, lambda: _open(folder, run=run, resume=resume))
+        start = run_on_rank0(world, lambda: _open(folder, run=run, resume=resume))
         for sentence in start["notes"]:
             shown.note(sentence)
-        at("preparing the data")
+        mark_phase("preparing the data")
         prepared = prepare(run, folder=folder, world=world, say=shown.note)
-        at("making the model")
+        mark_phase("making the model")
         trainer = make_trainer(run, prepared=prepared, world=world)
         own = standard_hooks(trainer, folder=folder)
         if start["path"] is not None:
-            at("resuming")
+            mark_phase("resuming")
             trainer.resume(Path(start["path"]))
             shown.note(f"resuming after step {trainer.step:,}, from {start['path']}")
         log = Log(sink=_sink(trainer, folder=folder), board=shown)
@@ -76,8 +76,8 @@ def train(
             until = min(until or run.steps, run.steps)
             ending = loop(trainer, hooks=[*own, log, *hooks, save], until=until)
             tokens = trainer.meters.total_tokens(world)
-            at("export")
-            on_first(world, lambda: export(trainer, folder=folder, tokens=tokens))
+            mark_phase("export")
+            run_on_rank0(world, lambda: export(trainer, folder=folder, tokens=tokens))
         except NotFiniteError as error:
             way_on = f"The last good state is saved. {_way_on(folder)}"
             raise NotFiniteError(f"{error}. {way_on}") from None
@@ -109,7 +109,7 @@ def make_trainer(run: Run, *, prepared: Prepared, world: World) -> Trainer:
         mixture=run.mixture,
         config=run.loader,
         seed=run.seed,
-        replica=DataReplica(*run.parallel.plan.on(world.size).rows(world.rank)),
+        replica=DataReplica(*run.parallel.plan.resolve(world.size).data_shard(world.rank)),
     )
     return Trainer(run, model=model, data=data, world=world)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from moesaic.dist.flight import at
+from moesaic.dist.flight import mark_phase
 from moesaic.train.hooks.hook import Hook
 from moesaic.train.result import Ending
 from moesaic.train.stop import StopRequest
@@ -16,13 +16,13 @@ def loop(trainer: Trainer, *, hooks: Sequence[Hook], until: int) -> Ending:
     """
     with StopRequest() as stop:
         for hook in hooks:
-            at(f"{type(hook).__name__} before the run")
+            mark_phase(f"{type(hook).__name__} before the run")
             hook.before_run(trainer)
         try:
             while trainer.step < until and not _asked(trainer, stop):
                 report = trainer.advance()
                 for hook in hooks:
-                    at(type(hook).__name__)
+                    mark_phase(type(hook).__name__)
                     hook.after_step(trainer, report)
         except NotFiniteError:
             _end(trainer, hooks)
@@ -34,11 +34,11 @@ def loop(trainer: Trainer, *, hooks: Sequence[Hook], until: int) -> Ending:
 
 
 def _asked(trainer: Trainer, stop: StopRequest) -> bool:
-    at("between steps")
-    return trainer.world.any(stop.asked)
+    mark_phase("between steps")
+    return trainer.world.any_rank(stop.asked)
 
 
 def _end(trainer: Trainer, hooks: Sequence[Hook]) -> None:
     for hook in hooks:
-        at(type(hook).__name__)
+        mark_phase(type(hook).__name__)
         hook.after_run(trainer)

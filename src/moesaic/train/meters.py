@@ -100,7 +100,7 @@ class Meters:
         ``tokens`` is their number since then, ``train/tokens`` since the run began.
         """
         row = self.mean_losses(world, prefix="train")
-        terms = world.sum_floats({name: float(value) for name, value in self._terms.items()})
+        terms = world.all_reduce_floats({name: float(value) for name, value in self._terms.items()})
         new = self.total_tokens(world) - self._total
         self._total += new
         steps = max(self._steps, 1)
@@ -112,7 +112,7 @@ class Meters:
 
     def mean_losses(self, world: World, *, prefix: str) -> dict[str, float]:
         """Return ``prefix/loss`` and ``prefix/loss/<category>`` where any token was predicted."""
-        total, count = world.sum(self._losses).tolist()
+        total, count = world.all_reduce(self._losses).tolist()
         tasks = len(self.categories.tasks)
         row = {f"{prefix}/loss": sum(total[:tasks]) / sum(count[:tasks])} if sum(count) else {}
         for index, name in enumerate(self.categories.names):
@@ -122,7 +122,7 @@ class Meters:
 
     def total_tokens(self, world: World) -> float:
         """Return the real tokens of both sides trained on since the run began. Collective."""
-        return self._total + world.sum_floats({"tokens": self._tokens})["tokens"]
+        return self._total + world.all_reduce_floats({"tokens": self._tokens})["tokens"]
 
     def tensors(self, world: World) -> dict[str, Tensor]:
         """Return the sums over all ranks under names, for a checkpoint. Collective."""
@@ -131,7 +131,7 @@ class Meters:
         alike = torch.tensor(
             [self._steps, self._norm, self.skipped, self._total], dtype=torch.float64
         )
-        return {"alike": alike} | {name: world.sum(value.double()) for name, value in here.items()}
+        return {"alike": alike} | {name: world.all_reduce(value.double()) for name, value in here.items()}
 
     def restore(self, tensors: Mapping[str, Tensor], *, world: World) -> None:
         """Put back what ``tensors`` gave: rank 0 takes the sums, the others start from zero."""

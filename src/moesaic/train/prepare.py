@@ -10,7 +10,7 @@ from moesaic.data.shards import TokenShards
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.train_tokenizer import train_tokenizer
 from moesaic.data.write_shards import cached_shards
-from moesaic.dist.first import on_first
+from moesaic.dist.first import run_on_rank0
 from moesaic.dist.world import World
 from moesaic.train.run import Run
 from moesaic.train.selection import Selection
@@ -40,7 +40,7 @@ def prepare(run: Run, *, folder: RunDir, world: World, say: Say) -> Prepared:
         say("opening the token shards (they are written the first time)")
         return str(cached_shards(chosen, tokenizer=tokenizer).path)
 
-    shards = on_first(world, work)
+    shards = run_on_rank0(world, work)
     return Prepared(Tokenizer.load(folder.tokenizer), TokenShards.open(Path(shards)))
 
 

@@ -28,7 +28,7 @@ def random_state(world: World) -> dict[str, Tensor]:
     return {
         f"{rank}/{device}": part
         for device, state in states.items()
-        for rank, part in enumerate(world.gather(state))
+        for rank, part in enumerate(world.all_gather(state))
     }
 
 

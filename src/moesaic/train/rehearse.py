@@ -15,11 +15,11 @@ import torch
 
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
-from moesaic.dist.alike import Alike, FewPieces, fake_ranks
+from moesaic.dist.alike import SimulatedRank, SharedChunks, fake_process_group
 from moesaic.dist.collectives import Group
-from moesaic.dist.local import local
-from moesaic.dist.mesh import COPIES, STAGE, Mesh
-from moesaic.dist.wire import Wire
+from moesaic.dist.local import local_tensor
+from moesaic.dist.mesh import DATA_CONTEXT_AXES, STAGE_AXES, Mesh
+from moesaic.dist.wire import CommunicationCounter
 from moesaic.model.config import TransformerConfig
 from moesaic.model.count import Sizes
 from moesaic.moe.config import MoE, Sparse
@@ -91,21 +91,21 @@ def rehearse(
     Raises ConfigError where the plan fits neither the number of ranks nor the model.
     """
     started = time.perf_counter()
-    with fake_ranks(world, rank=rank), Alike() as alike:
+    with fake_process_group(world, rank=rank), SimulatedRank() as alike:
         model = evenly(config).build()
         mesh = Mesh(
-            parallel.plan.on(world),
+            parallel.plan.resolve(world),
             rank=rank,
             device=torch.device("cpu"),
-            experts=experts_of(model),
+            expert_counts=experts_of(model),
         )
-        with FewPieces():
+        with SharedChunks():
             spread = apply(model, parallel=parallel, mesh=mesh)
-        before = alike.in_use()
+        before = alike.allocated_bytes()
         alike.peak_bytes = 0
-        with Wire(axes=groups(mesh)) as wire:
+        with CommunicationCounter(axes=groups(mesh)) as wire:
             loss = _loss(spread, batch=batch_of(config, sizes))
-            kept = alike.in_use() - before
+            kept = alike.allocated_bytes() - before
             spread.before_backward(last=True)
             loss.backward()
             spread.sum_gradients()
@@ -113,8 +113,8 @@ def rehearse(
         made = (optimizer or AdamW()).build(model.named_parameters(), kinds=model.parameter_kinds())
         made.step()
         slots = [t for s in made.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
-        parameters = [local(p) for p in model.parameters()]
-        gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+        parameters = [local_tensor(p) for p in model.parameters()]
+        gradients = [local_tensor(p.grad) for p in model.parameters() if p.grad is not None]
         return Rehearsal(
             weights=_bytes(parameters),
             gradients=_bytes(gradients),
@@ -132,11 +132,11 @@ def groups(mesh: Mesh) -> dict[str, Group]:
     Of two names for the same ranks the first is taken.
     """
     found: dict[str, Group] = {}
-    said: list[tuple[str, Group]] = [("stage", mesh.group(*STAGE))]
-    for axes in (COPIES, ("data",), ("context",), ("tensor",)):
+    said: list[tuple[str, Group]] = [("stage", mesh.group(*STAGE_AXES))]
+    for axes in (DATA_CONTEXT_AXES, ("data",), ("context",), ("tensor",)):
         said.append(("+".join(axes), mesh.group(*axes)))
-    for number in mesh.numbers:
-        said += [(axis, mesh.group(axis, experts=number)) for axis in EXPERT_STAGE]
+    for number in mesh.expert_counts:
+        said += [(axis, mesh.group(axis, num_experts=number)) for axis in EXPERT_STAGE]
     for name, group in said:
         if group is not None and all(group is not other for other in found.values()):
             found[name] = group
@@ -151,10 +151,10 @@ def batch_of(config: TransformerConfig, sizes: Sizes) -> Batch:
     return Batch(source, target, target, zero, zero, zero, zero)
 
 
-def sent(wire: Wire) -> tuple[Sending, ...]:
+def sent(wire: CommunicationCounter) -> tuple[Sending, ...]:
     """Return what a wire counted, all receivers together."""
     sums: Counter[tuple[str, str]] = Counter()
-    for line in wire.sent():
+    for line in wire.entries():
         sums[line.kind, line.axis] += line.bytes
     return tuple(Sending(*key, size) for key, size in sorted(sums.items()))
 

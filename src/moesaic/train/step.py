@@ -13,8 +13,8 @@ import torch
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.data.batch import Batch
-from moesaic.dist.flight import at
-from moesaic.dist.local import local
+from moesaic.dist.flight import mark_phase
+from moesaic.dist.local import local_tensor
 from moesaic.moe.layer import hear
 from moesaic.moe.record import Record, loss_terms
 from moesaic.parallel.pipeline import Micro, Pipeline, Scoring
@@ -46,17 +46,17 @@ class Objective:
         Returns the sums of all micro-batches, and the last one with its routing records.
         """
         counted = torch.tensor(sum(b.num_predicted for b in batches))
-        predicted = int(spread.rows.sum(counted))
+        predicted = int(spread.rows.all_reduce(counted))
         if spread.pipeline is not None:
             passes = self._piped(spread, batches, predicted=predicted)
-            at("sum of gradients")
+            mark_phase("sum of gradients")
             spread.sum_gradients()
             return _all(passes)
         passes = []
         for number, batch in enumerate(batches):
             spread.before_backward(last=number == len(batches) - 1)
             passes.append(self._micro(spread, batch, predicted=predicted, parts=len(batches)))
-        at("sum of gradients")
+        mark_phase("sum of gradients")
         spread.sum_gradients()
         return _all(passes)
 
@@ -126,4 +126,4 @@ def _all(passes: Sequence[Pass]) -> Pass:
 
 def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
     """Return the name of the first tensor that holds an infinity or a NaN."""
-    return next((name for name, t in named if not bool(local(t).isfinite().all())), None)
+    return next((name for name, t in named if not bool(local_tensor(t).isfinite().all())), None)

@@ -16,7 +16,7 @@ from moesaic.checkpoint.snapshot import RankSnapshot, Snapshot
 from moesaic.core.errors import UserError
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
-from moesaic.dist.flight import FLIGHT, at
+from moesaic.dist.flight import FLIGHT_RECORDER, mark_phase
 from moesaic.dist.world import World
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights, restore_weights
@@ -108,19 +108,19 @@ class Trainer:
         of the last good step, with the bad work waiting.
         """
         started, waited = time.perf_counter(), 0.0
-        before_s = FLIGHT.waited_s
+        before_s = FLIGHT_RECORDER.collective_s
         while True:
             tried = self.retry.next(self.data.state())
             before = time.perf_counter()
-            at("data", step=self.step + 1)
+            mark_phase("data", step=self.step + 1)
             batches = self._draw(tried)
             waited += time.perf_counter() - before
-            at("forward and backward")
+            mark_phase("forward and backward")
             seen = self.objective.gradients(self.spread, batches=batches)
             norm = self.spread.clip(self.run.clip_norm)
             if self._usable(tried, seen=seen, norm=norm):
                 break
-        at("update")
+        mark_phase("update")
         factor = self.run.schedule.at(self.step, steps=self.run.steps) * self.past.rate
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
@@ -132,7 +132,7 @@ class Trainer:
         self.step += 1
         seconds = time.perf_counter() - started
         lr = max(group["lr"] for group in self.optimizer.param_groups)
-        return StepReport(self.step, seen, lr, seconds, waited, FLIGHT.waited_s - before_s)
+        return StepReport(self.step, seen, lr, seconds, waited, FLIGHT_RECORDER.collective_s - before_s)
 
     def _draw(self, tried: Try) -> tuple[Batch, ...]:
         """Return the step's micro-batches; a retry goes back for them and returns to now."""
@@ -180,12 +180,12 @@ class Trainer:
     def _loss(self, seen: Pass) -> float:
         """Return the step's cross-entropy per predicted token, over all ranks. Collective."""
         tasks = len(self.objective.categories.tasks)
-        total, count = self.world.sum(seen.sums.losses)[:, :tasks].sum(1).tolist()
+        total, count = self.world.all_reduce(seen.sums.losses)[:, :tasks].sum(1).tolist()
         return total / max(count, 1.0)
 
     def _what_is_not_finite(self, seen: Pass) -> str:
-        losses = self.world.sum(seen.sums.losses)[0].tolist()
-        terms = self.world.sum_floats({n: float(v) for n, v in seen.sums.terms.items()})
+        losses = self.world.all_reduce(seen.sums.losses)[0].tolist()
+        terms = self.world.all_reduce_floats({n: float(v) for n, v in seen.sums.terms.items()})
         named = [*zip(self.objective.categories.names, losses, strict=True), *terms.items()]
         wrong = [name for name, value in named if not math.isfinite(value)]
         grads = ((n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None)

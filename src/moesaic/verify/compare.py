@@ -9,7 +9,7 @@ import torch
 from moesaic.core.shapes import Tensor
 from moesaic.optim.optimizer import Muon
 from moesaic.train.run import Run
-from moesaic.verify.follow import Named, Trace
+from moesaic.verify.follow import NamedTensors, TrainingTrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Tolerances:
     weight: float = 3e-4
 
     @staticmethod
-    def of(run: Run) -> "Tolerances":
+    def for_run(run: Run) -> "Tolerances":
         """Return those of a run's optimizer."""
         plain = Tolerances()
         muon = isinstance(run.optimizer, Muon)
@@ -40,7 +40,7 @@ class Tolerances:
 
 
 @dataclass(frozen=True, slots=True)
-class Worst:
+class MaxDifference:
     """The greatest difference of its kind, and where it is."""
 
     value: float
@@ -48,33 +48,33 @@ class Worst:
 
 
 @dataclass(frozen=True, slots=True)
-class Differences:
+class TraceDifferences:
     """Of a trace from the reference's: see ``Tolerances`` for the measures.
 
     ``edges`` counts expert and layer pairs that another number of tokens went to; ``copies`` is by
     how much copies of one value differ between ranks. Both must be 0.
     """
 
-    loss: Worst
-    terms: Worst
-    norm: Worst
-    gradient: Worst
-    weight: Worst
-    edges: Worst
-    copies: Worst
+    loss: MaxDifference
+    metrics: MaxDifference
+    norm: MaxDifference
+    gradient: MaxDifference
+    weight: MaxDifference
+    expert_counts: MaxDifference
+    replicas: MaxDifference
 
-    def wrong(self, allowed: Tolerances) -> list[str]:
+    def exceeding(self, tolerances: Tolerances) -> list[str]:
         """Return a few words for each measure that is beyond its tolerance, the first cause first.
 
         NaN is beyond any.
         """
         limits = {
             "edges": 0.0,
-            "loss": allowed.loss,
-            "terms": allowed.loss,
-            "norm": allowed.norm,
-            "gradient": allowed.gradient,
-            "weight": allowed.weight,
+            "loss": tolerances.loss,
+            "terms": tolerances.loss,
+            "norm": tolerances.norm,
+            "gradient": tolerances.gradient,
+            "weight": tolerances.weight,
             "copies": 0.0,
         }
         found = {name: (getattr(self, name), limit) for name, limit in limits.items()}
@@ -85,26 +85,26 @@ class Differences:
         ]
 
 
-def differences(reference: Trace, *, other: Trace) -> Differences:
+def compare_traces(reference: TrainingTrace, *, other: TrainingTrace) -> TraceDifferences:
     """Measure how two traces of the same steps differ."""
-    steps = len(reference.rows)
-    if len(other.rows) != steps:
-        raise ValueError(f"a trace of {len(other.rows)} steps beside one of {steps}")
-    return Differences(
-        loss=_worst(_figures(reference.rows, other.rows, of=("train/loss",))),
-        terms=_worst(_figures(reference.rows, other.rows, of=TERMS)),
-        norm=_worst(_figures(reference.rows, other.rows, of=("train/grad_norm",))),
-        gradient=_worst(_gradients(reference.gradients, other.gradients)),
-        weight=_worst(_weights(reference.weights, other.weights)),
-        edges=_worst(_edges(reference.edges, other.edges)),
-        copies=_worst((value, name) for value, name in other.apart),
+    steps = len(reference.metrics)
+    if len(other.metrics) != steps:
+        raise ValueError(f"a trace of {len(other.metrics)} steps beside one of {steps}")
+    return TraceDifferences(
+        loss=_max_difference(_metric_differences(reference.metrics, other.metrics, of=("train/loss",))),
+        metrics=_max_difference(_metric_differences(reference.metrics, other.metrics, of=TRAIN_METRICS)),
+        norm=_max_difference(_metric_differences(reference.metrics, other.metrics, of=("train/grad_norm",))),
+        gradient=_max_difference(_gradient_differences(reference.gradients, other.gradients)),
+        weight=_max_difference(_weight_differences(reference.weights, other.weights)),
+        expert_counts=_max_difference(_expert_count_differences(reference.expert_counts, other.expert_counts)),
+        replicas=_max_difference((value, name) for value, name in other.replica_differences),
     )
 
 
-TERMS = ("train/", "tokens")
+TRAIN_METRICS = ("train/", "tokens")
 
 
-def _figures(
+def _metric_differences(
     ours: Sequence[Mapping[str, float]],
     theirs: Sequence[Mapping[str, float]],
     *,
@@ -117,42 +117,42 @@ def _figures(
                 yield off if value or off else 0.0, f"{name}, step {step}"
 
 
-def _gradients(ours: Sequence[Named], theirs: Sequence[Named]) -> Iterator[tuple[float, str]]:
+def _gradient_differences(ours: Sequence[NamedTensors], theirs: Sequence[NamedTensors]) -> Iterator[tuple[float, str]]:
     for step, (here, there) in enumerate(zip(ours, theirs, strict=True), start=1):
         # of a tensor that has next to no gradient, rounding of what it is a difference of is left
-        floor = 1e-3 * max(_largest(grad) for grad in here.values())
+        floor = 1e-3 * max(_max_abs(grad) for grad in here.values())
         for name, grad in here.items():
-            off = _largest(there[name] - grad) / max(_largest(grad), floor, 1e-30)
+            off = _max_abs(there[name] - grad) / max(_max_abs(grad), floor, 1e-30)
             yield off, f"{name}, step {step}"
 
 
-def _weights(ours: Sequence[Named], theirs: Sequence[Named]) -> Iterator[tuple[float, str]]:
+def _weight_differences(ours: Sequence[NamedTensors], theirs: Sequence[NamedTensors]) -> Iterator[tuple[float, str]]:
     for name, weight in ours[0].items():
-        yield _largest(theirs[0][name] - weight) / max(_largest(weight), 1e-30), f"{name}, at first"
+        yield _max_abs(theirs[0][name] - weight) / max(_max_abs(weight), 1e-30), f"{name}, at first"
     for step, ((before, here), there) in enumerate(
         zip(pairwise(ours), theirs[1:], strict=True), start=1
     ):
         for name, weight in here.items():
-            moved = _largest(weight - before[name])
-            yield _largest(there[name] - weight) / max(moved, 1e-30), f"{name}, step {step}"
+            moved = _max_abs(weight - before[name])
+            yield _max_abs(there[name] - weight) / max(moved, 1e-30), f"{name}, step {step}"
 
 
-def _edges(ours: Sequence[Named], theirs: Sequence[Named]) -> Iterator[tuple[float, str]]:
+def _expert_count_differences(ours: Sequence[NamedTensors], theirs: Sequence[NamedTensors]) -> Iterator[tuple[float, str]]:
     for step, (here, there) in enumerate(zip(ours, theirs, strict=True), start=1):
         for name, counts in here.items():
             yield float((counts != there[name]).sum()), f"{name}, step {step}"
 
 
-def _largest(tensor: Tensor) -> float:
+def _max_abs(tensor: Tensor) -> float:
     return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
-def _worst(found: Iterator[tuple[float, str]]) -> Worst:
+def _max_difference(found: Iterator[tuple[float, str]]) -> MaxDifference:
     """Return the greatest; NaN is greater than any number."""
-    worst = Worst(0.0, "")
+    worst = MaxDifference(0.0, "")
     for value, where in found:
         if value != value:
-            return Worst(value, where)
+            return MaxDifference(value, where)
         if value > worst.value:
-            worst = Worst(value, where)
+            worst = MaxDifference(value, where)
     return worst

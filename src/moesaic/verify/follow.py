@@ -11,7 +11,7 @@ import torch
 import torch.distributed as distributed
 
 from moesaic.core.shapes import Tensor
-from moesaic.dist.world import Alone, Ranks, World
+from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
 from moesaic.moe.layer import layers
 from moesaic.moe.record import Record
 from moesaic.parallel.config import Parallel
@@ -20,13 +20,13 @@ from moesaic.parallel.spread import Spread
 from moesaic.train.randomness import seed_rank
 from moesaic.train.run import Run
 from moesaic.train.trainer import Trainer
-from moesaic.verify.stream import Shape, UnevenStream
+from moesaic.verify.stream import SyntheticShape, UnevenBatches
 
-Named = dict[str, Tensor]
+NamedTensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class ModelShapes:
     """What is known of a model without its numbers: shapes of parameters, edges per layer."""
 
     shapes: dict[str, tuple[int, ...]]
@@ -34,7 +34,7 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
-class Trace:
+class TrainingTrace:
     """What steps left, whole, as every rank sees it.
 
     ``rows`` are the trainer's own metrics of each step, ``gradients`` what the optimizer was given,
@@ -43,74 +43,74 @@ class Trace:
     greatest difference between copies of one value, of weights or gradients, and where.
     """
 
-    rows: list[dict[str, float]] = field(default_factory=list)
-    gradients: list[Named] = field(default_factory=list)
-    edges: list[Named] = field(default_factory=list)
-    weights: list[Named] = field(default_factory=list)
-    apart: list[tuple[float, str]] = field(default_factory=list)
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    gradients: list[NamedTensors] = field(default_factory=list)
+    expert_counts: list[NamedTensors] = field(default_factory=list)
+    weights: list[NamedTensors] = field(default_factory=list)
+    replica_differences: list[tuple[float, str]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
 
-def model_of(run: Run) -> Model:
+def model_shapes(run: Run) -> ModelShapes:
     """Return what is known of a run's model before it is built."""
     with torch.device("meta"):
         model = run.model.build()
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return Model(shapes, {layer.name: layer.router.config.routed + 1 for layer in layers(model)})
+    return ModelShapes(shapes, {layer.name: layer.router.config.routed + 1 for layer in layers(model)})
 
 
-def follow(run: Run, *, parallel: Parallel, shape: Shape, steps: int, model: Model) -> Trace:
+def record_run(run: Run, *, parallel: Parallel, shape: SyntheticShape, steps: int, model: ModelShapes) -> TrainingTrace:
     """Train from the run's seed under a plan, on this rank of those there are. Collective."""
-    world: World = Ranks() if distributed.is_initialized() else Alone()
-    trainer = _trainer(run.replace(parallel=parallel), shape=shape, world=world)
-    trace = Trace()
+    world: World = ProcessGroupWorld() if distributed.is_initialized() else SingleProcess()
+    trainer = _build_trainer(run.replace(parallel=parallel), shape=shape, world=world)
+    trace = TrainingTrace()
 
     def before_update(*_: object) -> None:
         given = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
-        found, apart = whole(given, spread=trainer.spread, shapes=model.shapes)
+        found, apart = gather_full_tensors(given, spread=trainer.spread, shapes=model.shapes)
         trace.gradients.append(found)
-        trace.apart.append(apart)
+        trace.replica_differences.append(apart)
 
     trainer.optimizer.register_step_pre_hook(before_update)
-    _keep_weights(trace, trainer=trainer, model=model)
+    _record_weights(trace, trainer=trainer, model=model)
     for _ in range(steps):
         began = time.perf_counter()
         report = trainer.advance()
         trace.seconds.append(time.perf_counter() - began)
-        trace.rows.append(trainer.meters.take(world))
-        trace.edges.append(_edges(report.seen.records, experts=model.experts, world=world))
-        _keep_weights(trace, trainer=trainer, model=model)
+        trace.metrics.append(trainer.meters.take(world))
+        trace.expert_counts.append(_expert_counts(report.seen.records, experts=model.experts, world=world))
+        _record_weights(trace, trainer=trainer, model=model)
     return trace
 
 
-def _trainer(run: Run, *, shape: Shape, world: World) -> Trainer:
+def _build_trainer(run: Run, *, shape: SyntheticShape, world: World) -> Trainer:
     torch.manual_seed(run.seed)
     model = run.model.build()
     seed_rank(run.seed, world=world)
-    part, parts = run.parallel.plan.on(world.size).rows(world.rank)
-    data = UnevenStream(shape, seed=run.seed, part=part, parts=parts)
+    part, parts = run.parallel.plan.resolve(world.size).data_shard(world.rank)
+    data = UnevenBatches(shape, seed=run.seed, shard=part, num_shards=parts)
     return Trainer(run, model=model, data=data, world=world)
 
 
-def _keep_weights(trace: Trace, *, trainer: Trainer, model: Model) -> None:
+def _record_weights(trace: TrainingTrace, *, trainer: Trainer, model: ModelShapes) -> None:
     held = dict(trainer.model.named_parameters())
-    found, apart = whole(held, spread=trainer.spread, shapes=model.shapes)
+    found, apart = gather_full_tensors(held, spread=trainer.spread, shapes=model.shapes)
     trace.weights.append(found)
-    trace.apart.append(apart)
+    trace.replica_differences.append(apart)
 
 
-def _edges(records: Sequence[Record], *, experts: Mapping[str, int], world: World) -> Named:
+def _expert_counts(records: Sequence[Record], *, experts: Mapping[str, int], world: World) -> NamedTensors:
     counts = {name: torch.zeros(number, dtype=torch.int64) for name, number in experts.items()}
     for record in records:
         counts[record.layer] += torch.bincount(
             record.routing.expert, minlength=experts[record.layer]
         )
-    return {name: world.sum(count) for name, count in counts.items()}
+    return {name: world.all_reduce(count) for name, count in counts.items()}
 
 
-def whole(
+def gather_full_tensors(
     held: Mapping[str, Tensor], *, spread: Spread, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[Named, tuple[float, str]]:
+) -> tuple[NamedTensors, tuple[float, str]]:
     """Return whole tensors of what the ranks hold, and by how much copies differ. Collective.
 
     What no rank holds is NaN, so that it equals nothing.
@@ -120,8 +120,8 @@ def whole(
         put(low[name], shard)
         put(high[name], shard)
     if distributed.is_initialized():
-        low = _reduced(low, distributed.ReduceOp.MIN)
-        high = _reduced(high, distributed.ReduceOp.MAX)
+        low = _all_reduce_flat(low, distributed.ReduceOp.MIN)
+        high = _all_reduce_flat(high, distributed.ReduceOp.MAX)
     for name in shapes:
         high[name][low[name] > high[name]] = torch.nan
     between = {n: float((high[n] - low[n]).max()) for n in shapes if high[n].numel()}
@@ -132,7 +132,7 @@ def whole(
 _INF = float("inf")
 
 
-def _reduced(tensors: Named, operation: distributed.ReduceOp.RedOpType) -> Named:
+def _all_reduce_flat(tensors: NamedTensors, operation: distributed.ReduceOp.RedOpType) -> NamedTensors:
     """Reduce all tensors over all ranks as one."""
     flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
     distributed.all_reduce(flat, op=operation)

@@ -17,23 +17,23 @@ from moesaic.parallel.config import Parallel
 from moesaic.train.checks import the_pipeline_has_work
 from moesaic.train.run import Run
 
-DENSE = ("pipe", "data", "context", "tensor")
-ZERO = (0, 1, 2, 3)
+PLAN_AXES = ("pipe", "data", "context", "tensor")
+ZERO_STAGES = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True, slots=True)
-class Plans:
+class PlanSet:
     """``fit`` can be run; ``refused`` are the others, by the reason they are refused for."""
 
-    fit: tuple[Parallel, ...]
-    refused: dict[str, tuple[Parallel, ...]]
+    valid: tuple[Parallel, ...]
+    rejected: dict[str, tuple[Parallel, ...]]
 
-    def paired(self) -> "Plans":
+    def pairwise_cover(self) -> "PlanSet":
         """Return the fewest found in which any two choices that can meet do meet."""
-        return Plans(tuple(_cover(self.fit)), self.refused)
+        return PlanSet(tuple(_pairwise_cover(self.valid)), self.rejected)
 
 
-def every(worlds: Iterable[int], *, run: Run) -> Plans:
+def enumerate_plans(worlds: Iterable[int], *, run: Run) -> PlanSet:
     """Return all plans of so many ranks each.
 
     What a plan does not say (how attention crosses ranks, ...) takes each member of its family
@@ -46,114 +46,114 @@ def every(worlds: Iterable[int], *, run: Run) -> Plans:
     refused: dict[str, list[Parallel]] = {}
     for world in worlds:
         known: dict[Parallel, str | None] = {}
-        for parallel in _parallels(world, base=base):
+        for parallel in _parallel_configs(world, base=base):
             alike = parallel.replace(recompute=base.recompute)  # which any plan can do
             if alike not in known:
-                known[alike] = _refusal(alike, model=model, run=run)
+                known[alike] = _rejection_reason(alike, model=model, run=run)
             why = known[alike]
             (fit if why is None else refused.setdefault(why, [])).append(parallel)
-    return Plans(tuple(fit), {why: tuple(plans) for why, plans in refused.items()})
+    return PlanSet(tuple(fit), {why: tuple(plans) for why, plans in refused.items()})
 
 
-def one(world: int, *, run: Run, draw: random.Random) -> Parallel | None:
+def sample_plan(world_size: int, *, run: Run, draw: random.Random) -> Parallel | None:
     """Return a plan of ``every`` at random; None if there is none."""
     with torch.device("meta"):
         model = run.model.build()
-    plans = list(_plans(world))
+    plans = list(_plans(world_size))
     draw.shuffle(plans)
     for plan in plans:
-        options = {field: draw.choice(members) for field, members in _families(plan)}
+        options = {field: draw.choice(members) for field, members in _option_families(plan)}
         parallel = run.parallel.replace(plan=plan, **options)
-        if _refusal(parallel, model=model, run=run) is None:
+        if _rejection_reason(parallel, model=model, run=run) is None:
             return parallel
     return None
 
 
-def _refusal(parallel: Parallel, *, model: Transformer, run: Run) -> str | None:
+def _rejection_reason(parallel: Parallel, *, model: Transformer, run: Run) -> str | None:
     try:
-        check(model, parallel=parallel, plan=parallel.plan.on(parallel.plan.world))
+        check(model, parallel=parallel, plan=parallel.plan.resolve(parallel.plan.world_size))
         return next(the_pipeline_has_work(run.model_copy(update={"parallel": parallel})), None)
     except ConfigError as error:
         return error.problems[0]
 
 
-def named(parallel: Parallel) -> str:
+def describe_plan(parallel: Parallel) -> str:
     """Return what is not as in one process, in a few words."""
-    usual = {n: _short(n, field.default) for n, field in Parallel.model_fields.items()}
+    usual = {n: _short_name(n, field.default) for n, field in Parallel.model_fields.items()}
     said = (f"{n} {value}" for n, value in _choices(parallel).items() if usual.get(n) != value)
     return ", ".join(said) or "alone"
 
 
-def _parallels(world: int, *, base: Parallel) -> Iterator[Parallel]:
+def _parallel_configs(world: int, *, base: Parallel) -> Iterator[Parallel]:
     for plan in _plans(world):
-        options = dict(_families(plan))
+        options = dict(_option_families(plan))
         for chosen in product(*options.values()):
             yield base.replace(plan=plan, **dict(zip(options, chosen, strict=True)))
 
 
 def _plans(world: int) -> Iterator[ParallelPlan]:
-    for degrees in _factors(world, len(DENSE)):
-        dense = ParallelPlan(**dict(zip(DENSE, degrees, strict=True)))
+    for degrees in _factorizations(world, len(PLAN_AXES)):
+        dense = ParallelPlan(**dict(zip(PLAN_AXES, degrees, strict=True)))
         copies = (dense.data or 1) * dense.context
-        for _, expert, slices in _factors(dense.stage, 3):
+        for _, expert, slices in _factorizations(dense.stage_size, 3):
             plan = dense.replace(expert=expert, expert_tensor=slices)
-            shares = copies > 1 or plan.stage > expert * slices
-            for zero in ZERO if shares else ZERO[:1]:
+            shares = copies > 1 or plan.stage_size > expert * slices
+            for zero in ZERO_STAGES if shares else ZERO_STAGES[:1]:
                 yield plan.replace(zero=zero)
 
 
-def _factors(number: int, parts: int) -> Iterator[tuple[int, ...]]:
+def _factorizations(number: int, parts: int) -> Iterator[tuple[int, ...]]:
     """Yield every ordered way to write a number as a product of so many."""
     if parts == 1:
         yield (number,)
         return
     for first in (n for n in range(1, number + 1) if number % n == 0):
-        yield from ((first, *rest) for rest in _factors(number // first, parts - 1))
+        yield from ((first, *rest) for rest in _factorizations(number // first, parts - 1))
 
 
 # Whether a field of ``Parallel`` is of consequence under a plan. ``room`` is not here: where it is
 # not the whole batch, another loss is asked for.
-NEEDS: dict[str, Callable[[ParallelPlan], bool]] = {
+APPLIES_TO: dict[str, Callable[[ParallelPlan], bool]] = {
     "reach": lambda plan: plan.context > 1,
     "journey": lambda plan: plan.expert > 1,
     "schedule": lambda plan: plan.pipe > 1,
-    "recompute": lambda plan: plan.world > 1,
+    "recompute": lambda plan: plan.world_size > 1,
 }
 
 
-def _families(plan: ParallelPlan) -> Iterator[tuple[str, list[Choice]]]:
+def _option_families(plan: ParallelPlan) -> Iterator[tuple[str, list[Choice]]]:
     """Yield the choices that are of consequence under a plan, each with its members.
 
     A member is as it is by default; numbers that must be given are 2.
     """
     for name, field in Parallel.model_fields.items():
         family = field.annotation
-        if isinstance(family, type) and issubclass(family, Choice) and name in NEEDS:
-            members = [_made(member) for member in family.members.values()]
-            if len(members) > 1 and NEEDS[name](plan):
+        if isinstance(family, type) and issubclass(family, Choice) and name in APPLIES_TO:
+            members = [_default_member(member) for member in family.members.values()]
+            if len(members) > 1 and APPLIES_TO[name](plan):
                 yield name, members
 
 
-def _made(member: type[Choice]) -> Choice:
+def _default_member(member: type[Choice]) -> Choice:
     return member(**{n: 2 for n, field in member.model_fields.items() if field.is_required()})
 
 
 def _choices(parallel: Parallel) -> dict[str, object]:
     plan = parallel.plan
-    degrees = {name: getattr(plan, name) or 1 for name in (*DENSE, "expert", "expert_tensor")}
+    degrees = {name: getattr(plan, name) or 1 for name in (*PLAN_AXES, "expert", "expert_tensor")}
     found: dict[str, object] = {name: n for name, n in degrees.items() if n > 1}
     if plan.zero:
         found["zero"] = plan.zero
-    for field, _ in _families(plan):
-        found[field] = _short(field, getattr(parallel, field))
+    for field, _ in _option_families(plan):
+        found[field] = _short_name(field, getattr(parallel, field))
     return found
 
 
-def _short(field: str, member: object) -> str:
+def _short_name(field: str, member: object) -> str:
     return type(member).__name__.removesuffix(field.title())
 
 
-def _cover(fit: Sequence[Parallel]) -> Iterator[Parallel]:
+def _pairwise_cover(fit: Sequence[Parallel]) -> Iterator[Parallel]:
     """Take the plan with most pairs that no plan before it had, until every pair was had."""
     numbers: dict[object, int] = {}
     pairs = [_pairs(plan, numbers=numbers) for plan in fit]
@@ -173,6 +173,6 @@ def _cover(fit: Sequence[Parallel]) -> Iterator[Parallel]:
 
 def _pairs(parallel: Parallel, *, numbers: dict[object, int]) -> int:
     """Return a bit for each pair of choices; ``numbers`` says which, and learns new ones."""
-    choices = _choices(parallel) | {"zero": parallel.plan.zero, "ranks": parallel.plan.world}
+    choices = _choices(parallel) | {"zero": parallel.plan.zero, "ranks": parallel.plan.world_size}
     pairs = combinations(sorted(choices.items()), 2)
     return sum(1 << numbers.setdefault(pair, len(numbers)) for pair in pairs)

@@ -9,37 +9,37 @@ import torch
 import torch.distributed as distributed
 
 from moesaic.core.errors import ConfigError
-from moesaic.dist.forked import RankError, run_each
+from moesaic.dist.forked import RankError, run_cases_on_ranks
 from moesaic.parallel.apply import check
 from moesaic.parallel.config import Parallel
 from moesaic.train.checks import the_pipeline_has_work
 from moesaic.train.run import Run
-from moesaic.verify.compare import Differences, Tolerances, differences
-from moesaic.verify.follow import Model, Trace, follow, model_of
-from moesaic.verify.plans import Plans, every, named
-from moesaic.verify.stream import Shape
+from moesaic.verify.compare import TraceDifferences, Tolerances, compare_traces
+from moesaic.verify.follow import ModelShapes, TrainingTrace, record_run, model_shapes
+from moesaic.verify.plans import PlanSet, enumerate_plans, describe_plan
+from moesaic.verify.stream import SyntheticShape
 
-ALONE = Parallel()
+SINGLE_PROCESS_PLAN = Parallel()
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class PlanResult:
     """What became of one plan: its differences, or why it did not end; nothing wrong is equal."""
 
-    ranks: int
+    world_size: int
     plan: str
     parallel: Parallel
-    found: Differences | None
-    wrong: tuple[str, ...]
+    differences: TraceDifferences | None
+    problems: tuple[str, ...]
     step_s: float = 0.0
 
     @property
     def equal(self) -> bool:
-        return not self.wrong
+        return not self.problems
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class VerifySetup:
     """What is run: a small run and its model, made-up batches, and how many steps.
 
     A plan may take ``timeout_s``. ``patience_s`` is how long a collective waits: a plan whose ranks
@@ -47,109 +47,109 @@ class Setting:
     """
 
     run: Run
-    model: Model
-    shape: Shape
-    allowed: Tolerances
+    model: ModelShapes
+    shape: SyntheticShape
+    tolerances: Tolerances
     steps: int = 3
     timeout_s: float = 120.0
-    patience_s: float = 20.0
+    collective_timeout_s: float = 20.0
 
 
-def setting(run: Run, *, steps: int = 3, timeout_s: float = 120.0) -> Setting:
+def make_setup(run: Run, *, steps: int = 3, timeout_s: float = 120.0) -> VerifySetup:
     """Return the setting of a run, its batches of the model's kind."""
-    return Setting(
+    return VerifySetup(
         run,
-        model_of(run),
-        Shape(source=run.model.encoder.layers > 0),
-        Tolerances.of(run),
+        model_shapes(run),
+        SyntheticShape(source=run.model.encoder.layers > 0),
+        Tolerances.for_run(run),
         steps=steps,
         timeout_s=timeout_s,
-        patience_s=min(20.0, timeout_s),
+        collective_timeout_s=min(20.0, timeout_s),
     )
 
 
-def plans(run: Run, *, world: int) -> Plans:
+def plans_up_to(run: Run, *, world_size: int) -> PlanSet:
     """Return every plan for 2 ranks and for each number up to ``world`` that divides it."""
-    worlds = [ranks for ranks in range(2, world + 1) if world % ranks == 0]
-    return every(worlds, run=run)
+    worlds = [ranks for ranks in range(2, world_size + 1) if world_size % ranks == 0]
+    return enumerate_plans(worlds, run=run)
 
 
-def own(run: Run, *, world: int) -> Plans:
+def configured_plan(run: Run, *, world_size: int) -> PlanSet:
     """Return the run's own plan for so many ranks."""
     with torch.device("meta"):
         model = run.model.build()
-    parallel = run.parallel.replace(plan=run.parallel.plan.on(world))
+    parallel = run.parallel.replace(plan=run.parallel.plan.resolve(world_size))
     check(model, parallel=parallel, plan=parallel.plan)
     problems = list(the_pipeline_has_work(run.replace(parallel=parallel)))
     if problems:
         raise ConfigError(problems)
-    return Plans((parallel,), {})
+    return PlanSet((parallel,), {})
 
 
-def reference(given: Setting) -> Trace:
+def run_reference(setup: VerifySetup) -> TrainingTrace:
     """Make the steps in one process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as every rank does
     try:
-        return _follow(given, ALONE)
+        return _record(setup, SINGLE_PROCESS_PLAN)
     finally:
         torch.set_num_threads(threads)
 
 
-def prove(given: Setting, *, chosen: Sequence[Parallel]) -> Iterator[Verdict]:
+def compare_plans(setup: VerifySetup, *, plans: Sequence[Parallel]) -> Iterator[PlanResult]:
     """Yield a verdict on each plan, in the order of their numbers of ranks.
 
     The plans of one number of ranks share a fork of this process, whose memory must hold no CUDA
     context. A plan that raises, dies or hangs is a verdict too.
     """
-    truth = reference(given)
-    for ranks in sorted({parallel.plan.world for parallel in chosen}):
-        several = [parallel for parallel in chosen if parallel.plan.world == ranks]
+    truth = run_reference(setup)
+    for ranks in sorted({parallel.plan.world_size for parallel in plans}):
+        several = [parallel for parallel in plans if parallel.plan.world_size == ranks]
 
-        def one(parallel: Parallel) -> Trace | None:
-            trace = _follow(given, parallel)
+        def one(parallel: Parallel) -> TrainingTrace | None:
+            trace = _record(setup, parallel)
             return None if distributed.get_rank() else trace
 
-        outcomes = run_each(
-            ranks, one, several, timeout_s=given.timeout_s, patience_s=given.patience_s
+        outcomes = run_cases_on_ranks(
+            ranks, one, several, timeout_s=setup.timeout_s, collective_timeout_s=setup.collective_timeout_s
         )
         for parallel, outcome in zip(several, outcomes, strict=True):
-            yield _judged(parallel, outcome, truth=truth, allowed=given.allowed)
+            yield _plan_result(parallel, outcome, reference=truth, tolerances=setup.tolerances)
 
 
-def _follow(given: Setting, parallel: Parallel) -> Trace:
-    model, shape = given.model, given.shape
-    return follow(given.run, parallel=parallel, shape=shape, steps=given.steps, model=model)
+def _record(setup: VerifySetup, parallel: Parallel) -> TrainingTrace:
+    model, shape = setup.model, setup.shape
+    return record_run(setup.run, parallel=parallel, shape=shape, steps=setup.steps, model=model)
 
 
-def _judged(
-    parallel: Parallel, outcome: list[Any] | RankError, *, truth: Trace, allowed: Tolerances
-) -> Verdict:
-    ranks, plan = parallel.plan.world, named(parallel)
+def _plan_result(
+    parallel: Parallel, outcome: list[Any] | RankError, *, reference: TrainingTrace, tolerances: Tolerances
+) -> PlanResult:
+    ranks, plan = parallel.plan.world_size, describe_plan(parallel)
     if isinstance(outcome, RankError):
-        return Verdict(ranks, plan, parallel, None, (f"failed: {_last(str(outcome))}",))
-    found = differences(truth, other=outcome[0])
+        return PlanResult(ranks, plan, parallel, None, (f"failed: {_last_line(str(outcome))}",))
+    found = compare_traces(reference, other=outcome[0])
     step_s = min(outcome[0].seconds)
-    return Verdict(ranks, plan, parallel, found, tuple(found.wrong(allowed)), step_s)
+    return PlanResult(ranks, plan, parallel, found, tuple(found.exceeding(tolerances)), step_s)
 
 
-def _last(text: str) -> str:
+def _last_line(text: str) -> str:
     """Return which rank it was and the last line of its traceback, or the whole of a sentence."""
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[0] if len(lines) == 1 else f"{lines[0].rstrip(':')}: {lines[-1].strip()}"
 
 
-def machine() -> str:
+def describe_machine() -> str:
     """Return what the proof was run on, in a few words."""
     return f"{os.cpu_count()} CPU cores, torch {torch.__version__}, gloo"
 
 
-def dropped(trace: Trace) -> tuple[int, int]:
+def count_dropped(trace: TrainingTrace) -> tuple[int, int]:
     """Return how many edges of the traced micro-batches were dropped, and how many there were."""
-    counts = [count for step in trace.edges for count in step.values()]
+    counts = [count for step in trace.expert_counts for count in step.values()]
     return sum(int(c[-1]) for c in counts), sum(int(c.sum()) for c in counts)
 
 
-def failed(verdicts: Iterable[Verdict]) -> list[Verdict]:
+def unequal_plans(results: Iterable[PlanResult]) -> list[PlanResult]:
     """Return those that are not equal."""
-    return [verdict for verdict in verdicts if not verdict.equal]
+    return [verdict for verdict in results if not verdict.equal]

@@ -25,14 +25,14 @@ MICRO_BATCHES = 4  # the fewest that two ranks with two stages each, or four wit
 
 
 @dataclass(frozen=True, slots=True)
-class Small:
+class ShrunkRun:
     """The run, and ``key: before -> after`` of what was changed."""
 
     run: Run
-    changed: tuple[str, ...]
+    changes: tuple[str, ...]
 
 
-def small(run: Run) -> Small:
+def shrink_config(run: Run) -> ShrunkRun:
     """Return a run that takes milliseconds a step and makes the same decisions.
 
     It computes in float32, so that what differs is the order of sums and nothing else. It clips
@@ -41,44 +41,44 @@ def small(run: Run) -> Small:
     first steps are their signs, and a gradient of 1e-9 that another order of sums makes -1e-9 would
     move its weight the other way. ``eps`` is therefore raised to 1e-3, for the reference as well.
     """
-    model = _model(run.model)
+    model = _shrink_model(run.model)
     made = run.replace(
         model=model,
         tokenizer=run.tokenizer.replace(vocab_size=VOCABULARY),
-        optimizer=_optimizer(run.optimizer),
+        optimizer=_raise_eps(run.optimizer),
         schedule=Constant(),
         clip_norm=min(run.clip_norm, CLIP),
         accumulate=MICRO_BATCHES,
         precision=Float32(),
     )
-    return Small(made, tuple(_changes(run, made)))
+    return ShrunkRun(made, tuple(_list_changes(run, made)))
 
 
-def _model(config: TransformerConfig) -> TransformerConfig:
+def _shrink_model(config: TransformerConfig) -> TransformerConfig:
     """Return it with the fewest experts that its rules take."""
     *fewer, most = EXPERTS
     for experts in fewer:
         try:
-            return _narrow(config, experts=experts)
+            return _narrow_model(config, experts=experts)
         except ConfigError:  # a rule wants more of them
             continue
-    return _narrow(config, experts=most)
+    return _narrow_model(config, experts=most)
 
 
-def _narrow(config: TransformerConfig, *, experts: int) -> TransformerConfig:
+def _narrow_model(config: TransformerConfig, *, experts: int) -> TransformerConfig:
     heads, hidden = config.attention, config.feed_forward.hidden
     return config.replace(
         vocab_size=VOCABULARY,
         dim=min(config.dim, DIM),
         attention=heads.replace(head_dim=min(heads.width(config.dim), HEAD_DIM)),
         feed_forward=config.feed_forward.replace(hidden=min(hidden, HIDDEN)),
-        moe=_sparse(config.moe, experts=experts, dense=hidden),
-        encoder=_stack(config, config.encoder, experts=experts),
-        decoder=_stack(config, config.decoder, experts=experts),
+        moe=_shrink_moe(config.moe, experts=experts, dense=hidden),
+        encoder=_shrink_stack(config, config.encoder, experts=experts),
+        decoder=_shrink_stack(config, config.decoder, experts=experts),
     )
 
 
-def _stack(config: TransformerConfig, stack: Stack, *, experts: int) -> Stack:
+def _shrink_stack(config: TransformerConfig, stack: Stack, *, experts: int) -> Stack:
     """Keep the blocks up to the second with experts, at least two where there are as many."""
     sparse = stack.sparse_layers
     last = sparse[min(2, len(sparse)) - 1] if sparse else 0
@@ -88,11 +88,11 @@ def _stack(config: TransformerConfig, stack: Stack, *, experts: int) -> Stack:
     return stack.replace(
         layers=layers,
         experts=fewer[: sum(layer < layers for layer in sparse)],
-        moe=None if own is None else _sparse(own, experts=experts, dense=_hidden(config)),
+        moe=None if own is None else _shrink_moe(own, experts=experts, dense=_hidden_width(config)),
     )
 
 
-def _sparse(moe: Sparse, *, experts: int, dense: int) -> Sparse:
+def _shrink_moe(moe: Sparse, *, experts: int, dense: int) -> Sparse:
     if not isinstance(moe, MoE):
         return moe
     own = moe.hidden
@@ -100,11 +100,11 @@ def _sparse(moe: Sparse, *, experts: int, dense: int) -> Sparse:
     return moe.replace(experts=min(moe.experts, experts), hidden=narrow)
 
 
-def _hidden(config: TransformerConfig) -> int:
+def _hidden_width(config: TransformerConfig) -> int:
     return config.feed_forward.hidden
 
 
-def _optimizer(optimizer: Optimizer) -> Optimizer:
+def _raise_eps(optimizer: Optimizer) -> Optimizer:
     match optimizer:
         case AdamW():
             return optimizer.replace(eps=EPS)
@@ -113,7 +113,7 @@ def _optimizer(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def _changes(before: Run, after: Run) -> Iterator[str]:
+def _list_changes(before: Run, after: Run) -> Iterator[str]:
     old, new = (dict(line.split(" = ", 1) for line in run.flat()) for run in (before, after))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):

@@ -6,10 +6,10 @@ from argparse import Namespace
 
 from torch.distributed.run import get_args_parser
 
-from moesaic.dist.launchers.launcher import Job
+from moesaic.dist.launchers.launcher import LaunchJob
 
 COMMAND = ("-m", "moesaic", "train", "tiny", "--set", "model.moe.select=TopK(k=2)", "--set", "a=$b")
-JOB = Job(name="My run_1", command=COMMAND, about="16 ranks", nodes=2, gpus_per_node=8)
+JOB = LaunchJob(name="My run_1", command=COMMAND, description="16 ranks", nodes=2, gpus_per_node=8)
 
 
 def parsed(words: list[str]) -> Namespace:

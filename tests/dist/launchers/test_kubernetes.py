@@ -11,7 +11,7 @@ HERE = Kubernetes(image='registry/"odd":1', claim="runs", namespace="train", sav
 
 
 def test_the_job_and_the_service_are_one() -> None:
-    service, job = yaml.safe_load_all(HERE.file(JOB))
+    service, job = yaml.safe_load_all(HERE.render(JOB))
     pod = job["spec"]["template"]["spec"]
     assert (service["kind"], job["kind"]) == ("Service", "Job")
     assert service["metadata"] == job["metadata"] == {"name": "my-run-1", "namespace": "train"}
@@ -24,7 +24,7 @@ def test_the_job_and_the_service_are_one() -> None:
 
 
 def test_the_container_runs_torchrun_as_it_was_meant() -> None:
-    _, job = yaml.safe_load_all(HERE.file(JOB))
+    _, job = yaml.safe_load_all(HERE.render(JOB))
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert container["image"] == HERE.image
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
@@ -36,7 +36,7 @@ def test_the_container_runs_torchrun_as_it_was_meant() -> None:
 
 def test_kubernetes_expands_no_word_of_the_command() -> None:
     odd = JOB.replace(command=("-m", "moesaic", "train", "$(HOME)"))
-    _, job = yaml.safe_load_all(HERE.file(odd))
+    _, job = yaml.safe_load_all(HERE.render(odd))
     assert job["spec"]["template"]["spec"]["containers"][0]["command"][-1] == "$$(HOME)"
 
 

@@ -11,17 +11,17 @@ TASK = SkyPilot(accelerator="H100", volume="runs", setup="pip install a\npip ins
 
 
 def test_the_task_asks_for_what_the_job_needs() -> None:
-    task = yaml.safe_load(TASK.file(JOB))
+    task = yaml.safe_load(TASK.render(JOB))
     assert (task["name"], task["num_nodes"]) == ("my-run-1", 2)
     assert task["resources"]["accelerators"] == "H100:8"
     assert task["resources"]["job_recovery"]["max_restarts_on_errors"] == 3
     assert task["volumes"] == {"/shared": "runs"}
     assert task["setup"].splitlines() == ["pip install a", "pip install b"]
-    assert "volumes" not in yaml.safe_load(TASK.replace(volume="").file(JOB))
+    assert "volumes" not in yaml.safe_load(TASK.replace(volume="").render(JOB))
 
 
 def test_its_command_is_for_bash_and_torchrun() -> None:
-    run = yaml.safe_load(TASK.file(JOB))["run"]
+    run = yaml.safe_load(TASK.render(JOB))["run"]
     assert subprocess.run(["bash", "-n", "-c", run], check=False).returncode == 0
     script = run.replace('cd "$SHARED"', "").replace("torchrun", "printf '%s\\n'")
     addresses = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_TASK_ID": "sky-7"}

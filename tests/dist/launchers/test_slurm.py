@@ -36,11 +36,11 @@ def cluster(tmp_path: Path) -> Path:
 def _start(cluster: Path, **environment: str) -> subprocess.Popen[bytes]:
     path = f"{cluster / 'bin'}:{os.environ['PATH']}"
     known = {"PATH": path, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node-[a-b]"}
-    return subprocess.Popen(["bash", "-c", Slurm().file(JOB)], cwd=cluster, env=known | environment)
+    return subprocess.Popen(["bash", "-c", Slurm().render(JOB)], cwd=cluster, env=known | environment)
 
 
 def test_torchrun_reads_its_command_as_it_was_meant() -> None:
-    arguments = parsed(shell_command(Slurm().file(JOB)))
+    arguments = parsed(shell_command(Slurm().render(JOB)))
     identity = "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
     assert_starts_the_job(arguments, identity=identity, endpoint="$head:29500")
 
@@ -65,8 +65,8 @@ def test_before_its_time_is_over_it_stops_the_run_and_goes_back_in_line(cluster:
 
 
 def test_its_options_are_slurms() -> None:
-    own = Slurm(time="2-00:00:00", save_s=120, partition="gpu", more=("--qos=long",))
-    lines = own.file(JOB).splitlines()
+    own = Slurm(time="2-00:00:00", save_s=120, partition="gpu", extra_options=("--qos=long",))
+    lines = own.render(JOB).splitlines()
     for option in ("--time=2-00:00:00", "--signal=B:TERM@120", "--partition=gpu", "--qos=long"):
         assert f"#SBATCH {option}" in lines
     first_command = next(i for i, line in enumerate(lines) if line[:1] not in ("#", ""))
@@ -80,8 +80,8 @@ def test_a_wrong_setting_is_refused(wrong: dict[str, object]) -> None:
 
 
 def test_a_job_that_may_shrink_outlives_a_node() -> None:
-    text = Slurm().file(JOB.replace(fewest_nodes=1))
+    text = Slurm().render(JOB.replace(fewest_nodes=1))
     assert "#SBATCH --no-kill" in text
     assert "--kill-on-bad-exit=0" in text
     assert parsed(shell_command(text)).nnodes == "1:2"
-    assert "--kill-on-bad-exit=1" in Slurm().file(JOB)
+    assert "--kill-on-bad-exit=1" in Slurm().render(JOB)

@@ -9,13 +9,13 @@ import importlib.util
 import pytest
 import torch
 
-from moesaic.testing.interpreter import interpreting, mend_interpreter
+from moesaic.testing.interpreter import is_interpreted, patch_interpreter
 
 LAUNCHING = ["test_backward.py", "test_forward.py", "test_mixer.py", "test_probe.py"]
 COMPILING = ["test_compile.py"]
 
-if interpreting():
-    mend_interpreter()
+if is_interpreted():
+    patch_interpreter()
     collect_ignore = [*COMPILING, "test_in_the_interpreter.py", "test_tiles.py"]
 elif importlib.util.find_spec("triton") is None:
     collect_ignore = [*COMPILING, *LAUNCHING]
@@ -25,4 +25,4 @@ elif not torch.cuda.is_available():
 
 @pytest.fixture
 def device() -> torch.device:
-    return torch.device("cpu" if interpreting() else "cuda")
+    return torch.device("cpu" if is_interpreted() else "cuda")

@@ -6,7 +6,7 @@ import pytest
 
 from moesaic.checkpoint.load import load
 from moesaic.core.errors import UserError
-from moesaic.dist.world import Ranks
+from moesaic.dist.world import ProcessGroupWorld
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import tiny_run, tiny_trainer
 from moesaic.train.hooks.checkpoint import SaveCheckpoints
@@ -56,7 +56,7 @@ def _on_a_full_disk(root: Path) -> str:
     def refuse() -> None:
         raise UserError("the disk is full")
 
-    trainer = tiny_trainer(tiny_run(checkpoint=Checkpoints(every=1)), world=Ranks())
+    trainer = tiny_trainer(tiny_run(checkpoint=Checkpoints(every=1)), world=ProcessGroupWorld())
     with pytest.raises(UserError) as caught:
         loop(trainer, hooks=[SaveCheckpoints(root, flush=refuse)], until=3)
     return str(caught.value)

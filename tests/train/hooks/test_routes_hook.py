@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from moesaic.checkpoint.routes import RoutesFile
-from moesaic.dist.world import Alone, Ranks, World
+from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
 from moesaic.moe.agreement import compare
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity
@@ -89,12 +89,12 @@ def test_files_of_later_steps_go_when_a_run_goes_back(tmp_path: Path) -> None:
 
 
 def _on_rank(folder: Path) -> None:
-    _train(folder, until=1, world=Ranks(), probe_every=1, record_every=1)
+    _train(folder, until=1, world=ProcessGroupWorld(), probe_every=1, record_every=1)
 
 
 def test_each_rank_records_its_own_rows_and_the_first_one_probes(tmp_path: Path) -> None:
     run_on_ranks(2, _on_rank, tmp_path)
-    _train(tmp_path / "alone", until=1, world=Alone(), record_every=1)
+    _train(tmp_path / "alone", until=1, world=SingleProcess(), record_every=1)
     names = [f"step-00000001.rank-{rank}.routes" for rank in (0, 1)]
     assert _names(tmp_path / "routes") == names
     assert _names(tmp_path / "learning") == ["step-00000000.routes", "step-00000001.routes"]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moesaic.dist.world import Alone, Ranks, World
+from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import tiny_run, tiny_trainer
 from moesaic.train.hooks.stragglers import WatchStragglers
@@ -25,7 +25,7 @@ def _watch(world: World, *, waited: list[float]) -> tuple[list[dict[str, float]]
 
 
 def test_the_slowest_rank_is_named_in_every_row_and_once_in_words() -> None:
-    for rows, notes in run_on_ranks(3, lambda: _watch(Ranks(), waited=[0.9, 0.0, 0.8])):
+    for rows, notes in run_on_ranks(3, lambda: _watch(ProcessGroupWorld(), waited=[0.9, 0.0, 0.8])):
         for row in rows:
             assert row["perf/slowest_rank"] == 1.0
             assert round(row["perf/slowest_ratio"], 2) == round(1.0 / 0.15, 2)
@@ -35,18 +35,18 @@ def test_the_slowest_rank_is_named_in_every_row_and_once_in_words() -> None:
 
 
 def test_a_rank_that_is_hardly_slower_is_not_accused() -> None:
-    for _, notes in run_on_ranks(2, lambda: _watch(Ranks(), waited=[0.2, 0.0])):
+    for _, notes in run_on_ranks(2, lambda: _watch(ProcessGroupWorld(), waited=[0.2, 0.0])):
         assert notes == []
 
 
 def test_one_rank_alone_is_not_compared() -> None:
-    rows, notes = _watch(Alone(), waited=[0.0])
+    rows, notes = _watch(SingleProcess(), waited=[0.0])
     assert not any(rows)
     assert notes == []
 
 
 def _waited() -> tuple[float, float]:
-    report = tiny_trainer(tiny_run(), world=Ranks()).advance()
+    report = tiny_trainer(tiny_run(), world=ProcessGroupWorld()).advance()
     return report.waited_seconds, report.seconds
 
 

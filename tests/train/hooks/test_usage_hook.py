@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moesaic.dist.world import Alone, Ranks, World
+from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
 from moesaic.moe.balance import Balance, RouterZ, SwitchBalance
 from moesaic.moe.balances.bias import BiasUpdate
 from moesaic.moe.balances.device import DeviceBalance
@@ -32,7 +32,7 @@ def _watch(path: Path, world: World) -> None:
 
 
 def _on_rank(path: Path) -> None:
-    _watch(path, Ranks())
+    _watch(path, ProcessGroupWorld())
 
 
 def _equal(left: Usage, right: Usage) -> bool:
@@ -41,7 +41,7 @@ def _equal(left: Usage, right: Usage) -> bool:
 
 
 def test_every_token_of_every_other_step_is_counted_once(tmp_path: Path) -> None:
-    _watch(tmp_path / "usage.json", Alone())
+    _watch(tmp_path / "usage.json", SingleProcess())
     usage = read_usage(tmp_path / "usage.json")
     assert [layer.layer for layer in usage.layers] == ["encoder.0", "decoder.0"]
     stream = TinyStream()
@@ -57,7 +57,7 @@ def test_every_token_of_every_other_step_is_counted_once(tmp_path: Path) -> None
 
 
 def test_ranks_count_what_one_counts(tmp_path: Path) -> None:
-    _watch(tmp_path / "one.json", Alone())
+    _watch(tmp_path / "one.json", SingleProcess())
     run_on_ranks(2, _on_rank, tmp_path / "two.json")
     assert _equal(read_usage(tmp_path / "one.json"), read_usage(tmp_path / "two.json"))
 

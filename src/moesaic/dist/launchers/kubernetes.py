@@ -6,7 +6,7 @@ Indexed Job that is known (``NAME-0.NAME``).
 
 import json
 
-from moesaic.dist.launchers.launcher import Job, Launcher, Seconds, fill, torchrun
+from moesaic.dist.launchers.launcher import LaunchJob, Launcher, Seconds, fill_template, torchrun_command
 
 
 class Kubernetes(Launcher):
@@ -27,18 +27,18 @@ class Kubernetes(Launcher):
         return ".yaml"
 
     @property
-    def how(self) -> str:
+    def submit_command(self) -> str:
         return "kubectl apply -f FILE"
 
-    def file(self, job: Job) -> str:
-        command = torchrun(
+    def render(self, job: LaunchJob) -> str:
+        command = torchrun_command(
             job,
-            endpoint=f"{job.label}-0.{job.label}:{job.port}",
-            identity=job.label,
-            stop_s=max(self.save_s - 30, 1),
+            rdzv_endpoint=f"{job.label}-0.{job.label}:{job.port}",
+            rdzv_id=job.label,
+            shutdown_timeout_s=max(self.save_s - 30, 1),
         )
         words = [word.replace("$(", "$$(") for word in command.words]
-        return fill(
+        return fill_template(
             "kubernetes.yaml",
             job,
             words="".join(f"\n            - {json.dumps(word)}" for word in words),
@@ -47,5 +47,5 @@ class Kubernetes(Launcher):
             namespace=json.dumps(self.namespace),
             gpu=json.dumps(self.gpu),
             save_s=self.save_s,
-            pod_restarts=job.nodes * max(job.restarts, 1),
+            pod_restarts=job.nodes * max(job.max_restarts, 1),
         )

@@ -23,7 +23,7 @@ Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[int, Field(ge=1)]
 
 
-class Job(Config):
+class LaunchJob(Config):
     """What is started: ``command`` (words after torchrun's own) on ``nodes`` machines.
 
     ``about`` is said at the top of the file. torchrun starts all ranks again up to ``restarts``
@@ -33,28 +33,28 @@ class Job(Config):
 
     name: str
     command: tuple[str, ...]
-    about: str = ""
+    description: str = ""
     nodes: Positive
     gpus_per_node: Positive
-    restarts: Annotated[int, Field(ge=0)] = 3
+    max_restarts: Annotated[int, Field(ge=0)] = 3
     port: Annotated[int, Field(ge=1024, le=65535)] = 29500
-    fewest_nodes: Positive | None = None
+    min_nodes: Positive | None = None
 
     @model_validator(mode="after")
-    def _fewest_are_fewer(self) -> Self:
-        if self.fewest_nodes is not None and self.fewest_nodes > self.nodes:
+    def _check_min_nodes(self) -> Self:
+        if self.min_nodes is not None and self.min_nodes > self.nodes:
             raise ConfigError(
-                [f"fewest_nodes={self.fewest_nodes} must be at most nodes={self.nodes}"]
+                [f"fewest_nodes={self.min_nodes} must be at most nodes={self.nodes}"]
             )
         return self
 
     @property
-    def shrinks(self) -> bool:
+    def is_elastic(self) -> bool:
         """Whether it may go on with fewer machines."""
-        return self.fewest_nodes is not None and self.fewest_nodes < self.nodes
+        return self.min_nodes is not None and self.min_nodes < self.nodes
 
     @property
-    def world(self) -> int:
+    def world_size(self) -> int:
         """The number of ranks: one per GPU."""
         return self.nodes * self.gpus_per_node
 
@@ -69,7 +69,7 @@ class Launcher(Choice):
     """Family: where a job runs (``Torchrun``, ``Slurm``, ``Kubernetes``, ``SkyPilot``)."""
 
     @abstractmethod
-    def file(self, job: Job) -> str:
+    def render(self, job: LaunchJob) -> str:
         """Return the whole launch file of ``job``."""
 
     @property
@@ -79,7 +79,7 @@ class Launcher(Choice):
 
     @property
     @abstractmethod
-    def how(self) -> str:
+    def submit_command(self) -> str:
         """Return the command that starts it; ``FILE`` is the file."""
 
 
@@ -91,64 +91,64 @@ class Torchrun(Launcher):
         return ".sh"
 
     @property
-    def how(self) -> str:
+    def submit_command(self) -> str:
         return "on every machine: HEAD=<name of the first machine> bash FILE"
 
-    def file(self, job: Job) -> str:
+    def render(self, job: LaunchJob) -> str:
         meeting = f"${{HEAD:?set HEAD to the name of the first machine}}:{job.port}"
-        words = shell_words(job, endpoint=meeting, identity=job.label)
+        words = shell_command(job, rdzv_endpoint=meeting, rdzv_id=job.label)
         alone = "HEAD=localhost\n" if job.nodes == 1 else ""
-        return fill("torchrun.sh", job, torchrun=words, alone=alone)
+        return fill_template("torchrun.sh", job, torchrun=words, alone=alone)
 
 
 @dataclass(frozen=True, slots=True)
-class Command:
+class TorchrunCommand:
     """torchrun's ``own`` words, and those of what it ``starts``."""
 
-    own: list[str]
-    starts: list[str]
+    torchrun_args: list[str]
+    script_args: list[str]
 
     @property
     def words(self) -> list[str]:
         """All of them."""
-        return ["torchrun", *self.own, *self.starts]
+        return ["torchrun", *self.torchrun_args, *self.script_args]
 
 
-def torchrun(job: Job, *, endpoint: str, identity: str, stop_s: int = 30) -> "Command":
+def torchrun_command(job: LaunchJob, *, rdzv_endpoint: str, rdzv_id: str, shutdown_timeout_s: int = 30) -> "TorchrunCommand":
     """Return the torchrun command line of a job.
 
     ``endpoint`` is ``host:port`` of the first machine, ``identity`` a name that no other job there
     has. After a signal the ranks have ``stop_s`` seconds to save, where this torch can be told.
     """
     own = {
-        "nnodes": f"{job.fewest_nodes}:{job.nodes}" if job.shrinks else str(job.nodes),
+        "nnodes": f"{job.min_nodes}:{job.nodes}" if job.is_elastic else str(job.nodes),
         "nproc-per-node": str(job.gpus_per_node),
-        "max-restarts": str(job.restarts),
+        "max-restarts": str(job.max_restarts),
         "rdzv-backend": "c10d",
-        "rdzv-endpoint": endpoint,
-        "rdzv-id": identity,
+        "rdzv-endpoint": rdzv_endpoint,
+        "rdzv-id": rdzv_id,
     }
     if "--shutdown-timeout" in get_args_parser().format_help():  # not before torch 2.12
-        own["shutdown-timeout"] = str(stop_s)
-    return Command([f"--{name}={value}" for name, value in own.items()], list(job.command))
+        own["shutdown-timeout"] = str(shutdown_timeout_s)
+    return TorchrunCommand([f"--{name}={value}" for name, value in own.items()], list(job.command))
 
 
-def shell_words(job: Job, *, endpoint: str, identity: str, stop_s: int = 30) -> str:
+def shell_command(job: LaunchJob, *, rdzv_endpoint: str, rdzv_id: str, shutdown_timeout_s: int = 30) -> str:
     """Return the command for a shell, a word a line; its variables stay variables."""
-    command = torchrun(job, endpoint=endpoint, identity=identity, stop_s=stop_s)
-    lines = ["torchrun", *(_in_shell(word) for word in command.own), shlex.join(command.starts)]
+    command = torchrun_command(job, rdzv_endpoint=rdzv_endpoint, rdzv_id=rdzv_id, shutdown_timeout_s=shutdown_timeout_s)
+    lines = ["torchrun", *(_quote_for_shell(word) for word in command.torchrun_args), shlex.join(command.script_args)]
     return " \\\n    ".join(lines)
 
 
-def fill(template: str, job: Job, **values: object) -> str:
+def fill_template(template: str, job: LaunchJob, **values: object) -> str:
     """Return the template with ``@{name}`` replaced: those of the job, and ``values``."""
     own = {
         "name": job.label,
-        "about": job.about or job.name,
+        "about": job.description or job.name,
         "nodes": job.nodes,
         "gpus": job.gpus_per_node,
-        "world": job.world,
-        "restarts": job.restarts,
+        "world": job.world_size,
+        "restarts": job.max_restarts,
     }
     text = (TEMPLATES / template).read_text(encoding="utf-8")
     return _Template(text).substitute(own | values)
@@ -158,6 +158,6 @@ class _Template(string.Template):
     delimiter = "@"  # $ is the shell's
 
 
-def _in_shell(word: str) -> str:
+def _quote_for_shell(word: str) -> str:
     name, _, value = word.partition("=")
     return f'{name}="{value}"' if "$" in value else word

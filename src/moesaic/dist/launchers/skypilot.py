@@ -2,7 +2,7 @@
 
 import json
 
-from moesaic.dist.launchers.launcher import Job, Launcher, fill, shell_words
+from moesaic.dist.launchers.launcher import LaunchJob, Launcher, fill_template, shell_command
 
 
 class SkyPilot(Launcher):
@@ -22,17 +22,17 @@ class SkyPilot(Launcher):
         return ".yaml"
 
     @property
-    def how(self) -> str:
+    def submit_command(self) -> str:
         return "sky jobs launch FILE"
 
-    def file(self, job: Job) -> str:
-        words = shell_words(
+    def render(self, job: LaunchJob) -> str:
+        words = shell_command(
             job,
-            endpoint=f'$(echo "$SKYPILOT_NODE_IPS" | head -n 1):{job.port}',
-            identity="$SKYPILOT_TASK_ID",
+            rdzv_endpoint=f'$(echo "$SKYPILOT_NODE_IPS" | head -n 1):{job.port}',
+            rdzv_id="$SKYPILOT_TASK_ID",
         )
         volumes = f"volumes:\n  {json.dumps(self.shared)}: {json.dumps(self.volume)}\n"
-        return fill(
+        return fill_template(
             "skypilot.yaml",
             job,
             torchrun=words.replace("\n", "\n  "),

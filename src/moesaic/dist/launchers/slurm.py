@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from moesaic.core.errors import ConfigError
-from moesaic.dist.launchers.launcher import Job, Launcher, Seconds, fill, shell_words
+from moesaic.dist.launchers.launcher import LaunchJob, Launcher, Seconds, fill_template, shell_command
 
 
 class Slurm(Launcher):
@@ -19,11 +19,11 @@ class Slurm(Launcher):
     save_s: Seconds = 300
     partition: str = ""
     account: str = ""
-    more: tuple[str, ...] = ()
+    extra_options: tuple[str, ...] = ()
 
     @field_validator("more")
     @classmethod
-    def _options(cls, more: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_extra_options(cls, more: tuple[str, ...]) -> tuple[str, ...]:
         wrong = [word for word in more if not word.startswith("-") or "\n" in word]
         if wrong:
             raise ConfigError([f'"{wrong[0]}" is no option of sbatch: expected e.g. "--qos=long"'])
@@ -34,26 +34,26 @@ class Slurm(Launcher):
         return ".sbatch"
 
     @property
-    def how(self) -> str:
+    def submit_command(self) -> str:
         return "sbatch FILE"
 
-    def file(self, job: Job) -> str:
-        words = shell_words(
+    def render(self, job: LaunchJob) -> str:
+        words = shell_command(
             job,
-            endpoint=f"$head:{job.port}",
-            identity="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}",
-            stop_s=max(self.save_s - 30, 1),
+            rdzv_endpoint=f"$head:{job.port}",
+            rdzv_id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}",
+            shutdown_timeout_s=max(self.save_s - 30, 1),
         )
         named = {"partition": self.partition, "account": self.account}
         options = [f"--{name}={value}" for name, value in named.items() if value]
-        options += ["--no-kill"] * job.shrinks
-        more = "".join(f"#SBATCH {option}\n" for option in [*options, *self.more])
-        return fill(
+        options += ["--no-kill"] * job.is_elastic
+        more = "".join(f"#SBATCH {option}\n" for option in [*options, *self.extra_options])
+        return fill_template(
             "slurm.sh",
             job,
             torchrun=words,
             time=self.time,
             save_s=self.save_s,
             more=more,
-            kill=int(not job.shrinks),
+            kill=int(not job.is_elastic),
         )

@@ -7,7 +7,7 @@ from moesaic.checkpoint.publish import Keep
 from moesaic.checkpoint.save import save
 from moesaic.checkpoint.saver import Saver
 from moesaic.checkpoint.snapshot import RankSnapshot
-from moesaic.dist.first import on_first
+from moesaic.dist.first import run_on_rank0
 from moesaic.train.hooks.hook import Hook
 from moesaic.train.trainer import StepReport, Trainer
 
@@ -53,12 +53,12 @@ class SaveCheckpoints(Hook):
             self._flush()
             save(self.root, snapshot, keep=keep, best=best)
 
-        on_first(trainer.world, write)
+        run_on_rank0(trainer.world, write)
         self._saved = trainer.step
 
     def _share(self, trainer: Trainer, snapshot: RankSnapshot, *, keep: Keep) -> None:
         """Write what each rank holds: in the background, but for a run that ends."""
-        on_first(trainer.world, self._flush)
+        run_on_rank0(trainer.world, self._flush)
         if self._saver is None:
             self._saver = Saver(self.root, world=trainer.world)
         self._saver.start(snapshot, keep=keep)

@@ -30,7 +30,7 @@ class WatchStragglers(Hook):
         run = trainer.run
         if trainer.world.size > 1 and run.log.due(report.step, steps=run.steps):
             mine = torch.tensor([self._worked_s / self._steps], dtype=torch.float64)
-            seconds = [float(part) for part in trainer.world.gather(mine)]
+            seconds = [float(part) for part in trainer.world.all_gather(mine)]
             self._worked_s, self._steps = 0.0, 0
             self._compare(trainer, seconds)
 

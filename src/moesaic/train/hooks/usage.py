@@ -102,7 +102,7 @@ class WatchUsage(Hook):
         if not self._due:
             return {}
         here = self._new.tensors()
-        return {name: world.sum(here.get(name, none)) for name, none in self._nothing.items()}
+        return {name: world.all_reduce(here.get(name, none)) for name, none in self._nothing.items()}
 
     def _say_new(self, trainer: Trainer, findings: tuple[Finding, ...]) -> None:
         fresh = [f for f in findings if (f.layer, f.sign) not in self._known]
