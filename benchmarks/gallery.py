@@ -23,11 +23,11 @@ from support import stamped
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.cli.eval import run_tests
 from moesaic.core.errors import ConfigError, UserError
-from moesaic.model.count import count
+from moesaic.model.count import count_parameters
 from moesaic.observe.doctor import Doctor
 from moesaic.observe.layer_counts import summary
 from moesaic.observe.metrics import read_metrics
-from moesaic.recipes.find import find
+from moesaic.recipes.find import find_recipe
 from moesaic.serve.score import count_experts
 from moesaic.train.hooks.usage import doctor_setting
 from moesaic.train.job import train
@@ -76,7 +76,7 @@ def _one(rule: dict[str, Any], recipe: str, changes: list[str], runs: Path) -> d
     told: dict[str, Any] = {"what": rule["what"], "changes": changes}
     began = time.perf_counter()
     try:
-        run = find(recipe, changes=changes).replace(name=rule["name"])
+        run = find_recipe(recipe, changes=changes).replace(name=rule["name"])
         told |= _trained(run, runs / rule["name"])
     except (ConfigError, UserError) as error:
         told["skipped"] = " ".join(str(error).split())
@@ -95,7 +95,7 @@ def _trained(run: Run, out: Path) -> dict[str, Any]:
     tests = run_tests(run, corpus=run.corpus.open(), split="valid", limit=SENTENCES)
     counts = count_experts(out, tests=tests)
     rows = list(read_metrics(RunDir(out).metrics))
-    layers, size = counts.layers(), count(run.model)
+    layers, size = counts.layers(), count_parameters(run.model)
     setting = doctor_setting(run, languages=counts.languages)
     return {
         "parameters": size.total,

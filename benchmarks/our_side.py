@@ -11,10 +11,10 @@ from random_pairs import CLIP, LR, SHAPE, SMOOTHING, STEPS, WARM, Pair, batches,
 
 from moesaic.data.batch import Batch
 from moesaic.dist.world import SingleProcess
-from moesaic.model.config import Stack, TransformerConfig
+from moesaic.model.config import Stack, ModelConfig
 from moesaic.nn.activation import ReLU
 from moesaic.nn.attention import AttentionConfig
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.position import Sinusoidal
 from moesaic.optim.optimizer import AdamW
@@ -60,15 +60,15 @@ def _pad(rows: list[list[int]]) -> torch.Tensor:
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
 
 
-def model_config() -> TransformerConfig:
+def model_config() -> ModelConfig:
     stack = Stack(layers=SHAPE["layers"], moe_every=0)
-    return TransformerConfig(
+    return ModelConfig(
         vocab_size=SHAPE["vocab"],
         dim=SHAPE["dim"],
         encoder=stack,
         decoder=stack,
         attention=AttentionConfig(heads=SHAPE["heads"]),
-        feed_forward=FeedForward(hidden=SHAPE["hidden"], activation=ReLU()),
+        feed_forward=FeedForwardConfig(hidden=SHAPE["hidden"], activation=ReLU()),
         norm=LayerNorm(),
         position=Sinusoidal(),
         bias=True,

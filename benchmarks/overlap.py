@@ -29,7 +29,7 @@ from moesaic.dist.fit import LinearCost, fit_cost
 from moesaic.moe.experts import Experts, Size
 from moesaic.moe.overlap import Degrees
 from moesaic.nn.activation import SwiGLU
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.ops.group import group
 from moesaic.testing.ranks import run_on_ranks
 
@@ -97,7 +97,7 @@ def exchange_seconds(repeats: int) -> list[float]:
 
 def expert_seconds(repeats: int) -> list[float]:
     """Seconds of the experts of one layer with so many rows."""
-    feed = FeedForward(hidden=HIDDEN, activation=SwiGLU())
+    feed = FeedForwardConfig(hidden=HIDDEN, activation=SwiGLU())
     bank = Experts(Size(EXPERTS, DIM, feed, bias=False)).requires_grad_(requires_grad=False)
     torch.nn.init.normal_(bank.up)
     torch.nn.init.normal_(bank.down)

@@ -20,7 +20,7 @@ from typing import Any
 from support import write_result
 
 from moesaic.dist.plan import ParallelPlan
-from moesaic.model.count import Sizes, count
+from moesaic.model.count import BatchDims, count_parameters
 from moesaic.model.presets import preset
 from moesaic.ops.grouped import Segments
 from moesaic.ops.mixture import Composed
@@ -32,9 +32,9 @@ from moesaic.parallel.sends import sends
 from moesaic.train.rehearse import evenly, rehearse
 
 OUT = Path(__file__).parent / "results" / "scale.json"
-PAIRS, TEXT = Sizes(rows=16, source=128, target=128), Sizes(rows=1, source=0, target=6144)
+PAIRS, TEXT = BatchDims(rows=16, source=128, target=128), BatchDims(rows=1, source=0, target=6144)
 # as few as are even over the experts
-FEW_PAIRS, FEW_TEXT = Sizes(rows=16, source=32, target=32), Sizes(rows=1, source=0, target=384)
+FEW_PAIRS, FEW_TEXT = BatchDims(rows=16, source=32, target=32), BatchDims(rows=1, source=0, target=384)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Case:
     words: str
 
     @property
-    def sizes(self) -> tuple[Sizes, Sizes]:
+    def sizes(self) -> tuple[BatchDims, BatchDims]:
         """The tokens of a data rank in a real step, and in a rehearsed one."""
         text = self.preset.startswith("trillion")
         return (TEXT, FEW_TEXT) if text else (PAIRS, FEW_PAIRS)
@@ -86,7 +86,7 @@ def priced(case: Case) -> dict[str, Any]:
     held, lines = rank_bytes(holding, sizes=sizes), sends(holding, sizes=sizes)
     return {
         "preset": case.preset,
-        "parameters": count(config).total,
+        "parameters": count_parameters(config).total,
         "world": case.world,
         "words": case.words,
         "plan": holding.plan.plain(),

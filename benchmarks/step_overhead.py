@@ -29,11 +29,11 @@ from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import Denoising, Translation
 from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.dist.world import SingleProcess
-from moesaic.model.config import Stack, TransformerConfig
+from moesaic.model.config import Stack, ModelConfig
 from moesaic.moe.config import MoE
 from moesaic.nn.activation import ReLU
 from moesaic.nn.attention import AttentionConfig
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import LayerNorm
 from moesaic.observe.metrics import JsonlSink
 from moesaic.testing.tiny import synthetic_run
@@ -51,13 +51,13 @@ WARM = 5
 
 def the_run(corpus: CorpusSource, *, steps: int) -> Run:
     """A small mixture of experts as the demo trains one."""
-    model = TransformerConfig(
+    model = ModelConfig(
         vocab_size=4000,
         dim=192,
         encoder=Stack(layers=4),
         decoder=Stack(layers=2),
         attention=AttentionConfig(heads=4),
-        feed_forward=FeedForward(hidden=384, activation=ReLU()),
+        feed_forward=FeedForwardConfig(hidden=384, activation=ReLU()),
         moe=MoE(experts=8),
         norm=LayerNorm(),
     )

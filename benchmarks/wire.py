@@ -45,7 +45,7 @@ from moesaic.moe.layer import MoELayer
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import TopK
 from moesaic.nn.activation import ReLU
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.testing.ranks import run_on_ranks
 
 RANKS, NODE, E, D, F = 8, 4, 8, 128, 64
@@ -74,7 +74,7 @@ def every_set(per_token: int) -> Routing:
 
 
 def bank(experts: int, *, hidden: int = F, dim: int = D) -> Experts:
-    feed = FeedForward(hidden=hidden, activation=ReLU())
+    feed = FeedForwardConfig(hidden=hidden, activation=ReLU())
     made = Experts(Size(experts, dim, feed, bias=False))
     for matrix in made.parameters():
         nn.init.normal_(matrix)
@@ -154,7 +154,7 @@ def narrow() -> dict[str, Any]:
         "narrow": MoE(experts=E, select=TopK(k=2), exchange=Narrow(ratio=0.25)),
     }.items():
         torch.manual_seed(0)
-        feed = FeedForward(hidden=F, activation=ReLU())
+        feed = FeedForwardConfig(hidden=F, activation=ReLU())
         layer = MoELayer(config, dim=D, feed_forward=feed, bias=False, place=Place("moe"))
         torch.manual_seed(1)
         for parameter in layer.router.parameters():

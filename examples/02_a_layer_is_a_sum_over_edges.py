@@ -8,14 +8,14 @@ from moesaic.moe.gates import Place
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.select import TopK
 from moesaic.nn.activation import SwiGLU
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 
 torch.manual_seed(0)
 config = MoE(experts=4, select=TopK(k=2))
 layer = MoELayer(
     config,
     dim=16,
-    feed_forward=FeedForward(hidden=32, activation=SwiGLU()),
+    feed_forward=FeedForwardConfig(hidden=32, activation=SwiGLU()),
     bias=False,
     place=Place("here"),
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 import moesaic
 
 run = moesaic.recipe("tiny", changes=["steps=60", "model.moe.experts=8"])
-counted = moesaic.count(run.model)
+counted = moesaic.count_parameters(run.model)
 print(f"{counted.total:,} parameters, {counted.active:,} active per token")
 
 out = Path(tempfile.mkdtemp()) / "tiny"

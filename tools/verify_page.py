@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from moesaic.recipes.find import find
+from moesaic.recipes.find import find_recipe
 from moesaic.train.run import Run
 from moesaic.verify.page import to_markdown, rejection_lines, summarize, tolerances_text
 from moesaic.verify.plans import PlanSet
@@ -35,7 +35,7 @@ class Section:
     @property
     def run(self) -> Run:
         """The small run."""
-        return shrink_config(find(self.recipe, changes=list(self.changes))).run
+        return shrink_config(find_recipe(self.recipe, changes=list(self.changes))).run
 
     @property
     def plans(self) -> PlanSet:

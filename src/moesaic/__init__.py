@@ -19,8 +19,8 @@ from moesaic.core.version import __version__
 if TYPE_CHECKING:
     from moesaic.data.build import build_corpus as build_corpus
     from moesaic.data.corpus import Corpus
-    from moesaic.model.count import count
-    from moesaic.recipes.find import find as recipe
+    from moesaic.model.count import count_parameters
+    from moesaic.recipes.find import find_recipe as recipe
     from moesaic.report.write import write_report
     from moesaic.serve.score import score_run
     from moesaic.serve.translator import Translator
@@ -45,7 +45,7 @@ __all__ = [
     "Translator",
     "__version__",
     "build_corpus",
-    "count",
+    "count_parameters",
     "fit",
     "recipe",
     "score_run",

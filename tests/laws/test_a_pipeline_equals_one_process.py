@@ -13,7 +13,7 @@ from moesaic.data.batch import Batch
 from moesaic.dist.mesh import STAGE_AXES, Mesh
 from moesaic.dist.plan import ParallelPlan
 from moesaic.dist.world import SingleProcess, ProcessGroupWorld
-from moesaic.model.config import Stack, TransformerConfig
+from moesaic.model.config import Stack, ModelConfig
 from moesaic.model.transformer import Transformer
 from moesaic.moe.balance import RouterZ, SwitchBalance
 from moesaic.moe.balances.global_batch import GlobalBatchBalance
@@ -27,7 +27,7 @@ from moesaic.moe.links.pre_gated import PreGated
 from moesaic.moe.links.recurrent import Recurrent
 from moesaic.moe.select import TopK
 from moesaic.nn.embedding import EmbeddingConfig
-from moesaic.nn.position import Learned
+from moesaic.nn.position import LearnedPositions
 from moesaic.parallel.apply import lay
 from moesaic.parallel.config import Parallel
 from moesaic.parallel.pipeline import Micro, Pipeline, Scoring
@@ -67,16 +67,16 @@ SHARED = TOP2.replace(beside=SharedExperts(number=1), hidden=16)
 CPU = torch.device("cpu")
 
 
-def _of(moe: MoE, *, layers: int = 2) -> TransformerConfig:
+def _of(moe: MoE, *, layers: int = 2) -> ModelConfig:
     return tiny_model_config(moe=moe, layers=layers)
 
 
-def _decoder(moe: MoE, *, layers: int = 4) -> TransformerConfig:
+def _decoder(moe: MoE, *, layers: int = 4) -> ModelConfig:
     return _of(moe, layers=layers).replace(encoder=Stack(layers=0))
 
 
 UNTIED = _of(TOP2.replace(condition=OnToken())).replace(
-    position=Learned(max=32), embedding=EmbeddingConfig(tied=False)
+    position=LearnedPositions(max_length=32), embedding=EmbeddingConfig(tied=False)
 )
 ALL = (
     GPipe(),
@@ -88,7 +88,7 @@ ALL = (
     DualPipeV(),
 )
 WHOLE_BACKWARD = (GPipe(), OneForwardOneBackward(), Interleaved(), BreadthFirst())
-Case = tuple[TransformerConfig, Sequence[PipeSchedule], int]
+Case = tuple[ModelConfig, Sequence[PipeSchedule], int]
 ON_TWO: dict[str, Case] = {
     "top1-rts": (_of(RTS), ALL, 4),
     "decoder-shared-experts": (_decoder(SHARED), ALL, 8),
@@ -123,12 +123,12 @@ def _batches(number: int, *, rank: int = 0, world: int = 1) -> list[Batch]:
     return [shard_batch(batch, rank=rank, world_size=world) for batch in whole]
 
 
-def _built(config: TransformerConfig) -> Transformer:
+def _built(config: ModelConfig) -> Transformer:
     torch.manual_seed(0)
     return config.build()
 
 
-def _alone(config: TransformerConfig, *, micro_batches: int) -> Alike:
+def _alone(config: ModelConfig, *, micro_batches: int) -> Alike:
     model = _built(config)
     spread = lay(model, parallel=Parallel(), world=SingleProcess())
     seen = OBJECTIVE.gradients(spread, batches=_batches(micro_batches))
@@ -142,7 +142,7 @@ def _mesh(data: int) -> Mesh:
     return Mesh(plan, rank=distributed.get_rank(), device=CPU, timeout_s=10)
 
 
-def _laid(config: TransformerConfig, schedule: PipeSchedule, *, mesh: Mesh) -> Pipeline:
+def _laid(config: ModelConfig, schedule: PipeSchedule, *, mesh: Mesh) -> Pipeline:
     stages = Stages.of(config, schedule=schedule, ranks=mesh.plan.pipe, cut=ByCost())
     model = _built(config)
     stages.keep_only(model, rank=mesh.coordinates()["pipe"])
@@ -168,7 +168,7 @@ def _compare(case: Case, want: Alike, *, data: int = 1) -> None:
     predicted = sum(batch.num_predicted for batch in _batches(micro_batches))
     for schedule in (s for s in schedules if can_split() or not s.splits):
         pipe = _laid(config, schedule, mesh=mesh)
-        assert pipe.stages.refuses(micro_batches=micro_batches, zero=0) is None
+        assert pipe.stages.problems(micro_batches=micro_batches, zero=0) is None
         micros = pipe.gradients(batches, scoring=Scoring(predicted, smoothing=0.1))
         pipe.share_gradients()
         assert _sums(micros) == pytest.approx(want.terms, abs=1e-5), schedule

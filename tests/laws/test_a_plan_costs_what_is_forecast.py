@@ -14,7 +14,7 @@ import torch.distributed as distributed
 from moesaic.dist.local import local_tensor
 from moesaic.dist.mesh import Mesh
 from moesaic.dist.wire import CommunicationCounter
-from moesaic.model.config import TransformerConfig
+from moesaic.model.config import ModelConfig
 from moesaic.ops.grouped import Segments
 from moesaic.ops.mixture import Composed
 from moesaic.optim.optimizer import AdamW
@@ -28,7 +28,7 @@ from moesaic.train.rehearse import batch_of, evenly, groups, rehearse, sent
 from parallel.prices import BIASED, BOTH, DECODER, SIZES, parallel
 
 Lines = dict[tuple[str, str], int]
-REAL: dict[str, tuple[TransformerConfig, Parallel]] = {
+REAL: dict[str, tuple[ModelConfig, Parallel]] = {
     "E": (BOTH, parallel(expert=4)),
     "E+D": (BIASED, parallel(expert=2)),
     "E+Z": (DECODER, parallel(expert=2, zero=3)),
@@ -37,7 +37,7 @@ REAL: dict[str, tuple[TransformerConfig, Parallel]] = {
     "E+C": (BOTH, parallel(expert=4, context=2)),
     "E+Z2": (BIASED, parallel(expert=2, zero=2, tensor=2)),
 }
-REHEARSED: dict[str, tuple[TransformerConfig, Parallel, int, int]] = {
+REHEARSED: dict[str, tuple[ModelConfig, Parallel, int, int]] = {
     "E+D of 64": (BIASED, parallel(expert=4), 64, 63),
     "E+Z of 48": (BOTH, parallel(expert=4, zero=3), 48, 2),
     "E+Z+M+C of 64": (

@@ -10,7 +10,7 @@ from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
 from moesaic.dist.plan import ParallelPlan
 from moesaic.dist.world import ProcessGroupWorld
-from moesaic.model.config import Stack, TransformerConfig
+from moesaic.model.config import Stack, ModelConfig
 from moesaic.model.transformer import Transformer
 from moesaic.moe.attention import MixtureOfAttention
 from moesaic.moe.balance import RouterZ, SwitchBalance
@@ -39,7 +39,7 @@ CAPPED = MoE(
 )
 
 
-def _model(moe: MoE) -> TransformerConfig:
+def _model(moe: MoE) -> ModelConfig:
     heads = AttentionConfig(heads=4, kv_heads=2)
     return tiny_model_config(moe=moe, layers=2).replace(attention=heads, dropout=0.2)
 

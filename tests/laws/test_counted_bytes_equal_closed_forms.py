@@ -23,7 +23,7 @@ from moesaic.moe.layer import MoELayer
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import TopK
 from moesaic.nn.activation import ReLU
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.testing.ranks import run_on_ranks
 
 RANKS, K = 4, 2
@@ -65,7 +65,7 @@ def test_rows_stay_on_the_expert_axis_and_gradients_on_the_data_axis(
 
 def _narrow(ratio: float) -> int:
     config = MoE(experts=E, select=TopK(k=K), exchange=Narrow(ratio=ratio))
-    feed = FeedForward(hidden=F, activation=ReLU())
+    feed = FeedForwardConfig(hidden=F, activation=ReLU())
     torch.manual_seed(0)
     layer = MoELayer(config, dim=16, feed_forward=feed, bias=False, place=Place("layer"))
     for parameter in layer.router.parameters():

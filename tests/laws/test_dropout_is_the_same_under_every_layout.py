@@ -44,7 +44,7 @@ def _gradients(batches: Sequence[Batch], *, recompute: bool = False, seed: int =
     torch.manual_seed(0)
     model = Transformer(MODEL)
     if recompute:
-        model.passing = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        model.run_block = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     torch.manual_seed(seed)  # the rank's stream, which nothing may depend on
     totals = [model.loss(model(batch)).total for batch in batches]
     torch.stack(totals).sum().backward()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.samples import BODIES
-from moesaic.model.arrangement import Parallel, Serial
+from moesaic.model.arrangement import ParallelResidual, SequentialResidual
 from moesaic.model.config import Stack
 from moesaic.model.transformer import Transformer
 from moesaic.moe.attention import MixtureOfAttention
@@ -42,7 +42,7 @@ def test_every_body_trains(body, decoder_only):
     assert losses[-1] < losses[0] - 0.2
 
 
-@pytest.mark.parametrize("block", [Serial(), Parallel()], ids=repr)
+@pytest.mark.parametrize("block", [SequentialResidual(), ParallelResidual()], ids=repr)
 @pytest.mark.parametrize("keys", ["own", "shared"])
 def test_attention_experts_train(keys, block):
     experts = MixtureOfAttention(experts=3, keys=keys)

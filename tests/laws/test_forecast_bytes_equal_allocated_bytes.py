@@ -9,14 +9,14 @@ import torch
 
 from model.samples import BASE, VARIANTS
 from moesaic.data.batch import Batch
-from moesaic.model.config import Stack, TransformerConfig
-from moesaic.model.count import Sizes
-from moesaic.model.footprint import activation_bytes, footprint
+from moesaic.model.config import Stack, ModelConfig
+from moesaic.model.count import BatchDims
+from moesaic.model.footprint import activation_bytes, estimate_training_memory
 from moesaic.model.presets import PRESETS, preset
 from moesaic.moe.config import MoE
 from moesaic.nn.activation import GELU, SquaredReLU
 from moesaic.nn.attention import AttentionConfig
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 
 ROWS, SOURCE, TARGET = 6, 12, 10
 WIDE = {  # large enough that what is kept per token outweighs bookkeeping
@@ -28,9 +28,9 @@ WIDE = {  # large enough that what is kept per token outweighs bookkeeping
     for name, config in VARIANTS.items()
 } | {
     "dropout": BASE.replace(dim=48, dropout=0.1),
-    "gelu": BASE.replace(dim=48, feed_forward=FeedForward(hidden=64, activation=GELU())),
+    "gelu": BASE.replace(dim=48, feed_forward=FeedForwardConfig(hidden=64, activation=GELU())),
     "squared-relu": BASE.replace(
-        dim=48, feed_forward=FeedForward(hidden=64, activation=SquaredReLU())
+        dim=48, feed_forward=FeedForwardConfig(hidden=64, activation=SquaredReLU())
     ),
     "many-experts": BASE.replace(dim=48, moe=MoE(experts=16), encoder=Stack(layers=1, moe_every=1)),
 }
@@ -42,10 +42,10 @@ def test_forecast_bytes_equal_allocated_bytes(name):
     with torch.device("meta"):
         model = config.build()
     allocated = sum(p.numel() * p.element_size() for p in model.parameters())
-    assert footprint(config, sizes=Sizes()).weights == allocated
+    assert estimate_training_memory(config, sizes=BatchDims()).weights == allocated
 
 
-def kept_bytes(config: TransformerConfig, batch: Batch) -> int:
+def kept_bytes(config: ModelConfig, batch: Batch) -> int:
     """Bytes of the distinct storages that autograd keeps, weights left out."""
     model = config.build()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -70,5 +70,5 @@ def test_forecast_activations_are_those_autograd_keeps(name):
     target = torch.randint(5, config.vocab_size, (ROWS, TARGET))
     zero = torch.zeros(ROWS, dtype=torch.long)
     real = kept_bytes(config, Batch(source, target, target, zero, zero, zero, zero))
-    sizes = Sizes(rows=ROWS, source=columns, target=TARGET)
+    sizes = BatchDims(rows=ROWS, source=columns, target=TARGET)
     assert activation_bytes(config, sizes=sizes) == pytest.approx(real, rel=0.05)

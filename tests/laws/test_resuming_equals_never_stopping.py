@@ -10,7 +10,7 @@ from moe.variants import balanced
 from moesaic.checkpoint.load import load
 from moesaic.checkpoint.save import save
 from moesaic.dist.world import ProcessGroupWorld
-from moesaic.model.arrangement import Parallel
+from moesaic.model.arrangement import ParallelResidual
 from moesaic.moe.attention import MixtureOfAttention
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.balances.adamoe import NullBalance
@@ -57,7 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "attention-experts-in-parallel": {
         "model": tiny_model_config().replace(
-            attention_experts=MixtureOfAttention(), block=Parallel()
+            attention_experts=MixtureOfAttention(), block=ParallelResidual()
         )
     },
     "memory": {"model": tiny_model_config(moe=ProductKeyMemory(side=4, slots=3))},

@@ -3,8 +3,8 @@
 import torch
 
 from moesaic.data.batch import PAD, Batch
-from moesaic.model.arrangement import Parallel
-from moesaic.model.config import Stack, TransformerConfig
+from moesaic.model.arrangement import ParallelResidual
+from moesaic.model.config import Stack, ModelConfig
 from moesaic.moe.among import BestGroups
 from moesaic.moe.attention import MixtureOfAttention
 from moesaic.moe.balance import RouterZ, SwitchBalance
@@ -35,18 +35,18 @@ from moesaic.moe.spare import IdentityExperts, ZeroExperts
 from moesaic.nn.activation import ReLU, SquaredReLU, SwiGLU
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import LayerNorm
-from moesaic.nn.position import Learned, NoPosition, Sinusoidal
+from moesaic.nn.position import LearnedPositions, NoPositionalEncoding, Sinusoidal
 
 VOCABULARY = 40
-BASE = TransformerConfig(
+BASE = ModelConfig(
     vocab_size=VOCABULARY,
     dim=16,
     encoder=Stack(layers=2),
     decoder=Stack(layers=2, moe_every=1),
     attention=AttentionConfig(heads=4, kv_heads=2),
-    feed_forward=FeedForward(hidden=24, activation=SwiGLU()),
+    feed_forward=FeedForwardConfig(hidden=24, activation=SwiGLU()),
     moe=MoE(experts=4, select=TopK(k=2), balance=(SwitchBalance(), RouterZ())),
 )
 NONE = Stack(layers=0)
@@ -63,7 +63,7 @@ CONDITIONED = {
 }
 
 
-def _with(**fields: object) -> TransformerConfig:
+def _with(**fields: object) -> ModelConfig:
     return BASE.replace(moe=MoE(experts=4, select=TopK(k=2), **fields))
 
 
@@ -75,11 +75,11 @@ VARIANTS = {
         norm=LayerNorm(bias=True),
         position=Sinusoidal(),
         bias=True,
-        feed_forward=FeedForward(hidden=24, activation=ReLU()),
+        feed_forward=FeedForwardConfig(hidden=24, activation=ReLU()),
     ),
     "gshard-learned-untied": BASE.replace(
         moe=MoE(experts=4, select=Top2()),
-        position=Learned(max=32),
+        position=LearnedPositions(max_length=32),
         embedding=EmbeddingConfig(tied=False, scaled=False),
         attention=AttentionConfig(heads=2, head_dim=6),
     ),
@@ -87,8 +87,8 @@ VARIANTS = {
     "decoder-only-dense-nope": BASE.replace(
         encoder=NONE,
         moe=NoMoE(),
-        position=NoPosition(),
-        feed_forward=FeedForward(hidden=24, activation=SquaredReLU()),
+        position=NoPositionalEncoding(),
+        feed_forward=FeedForwardConfig(hidden=24, activation=SquaredReLU()),
     ),
     **{name: _with(link=link) for name, link in LINKED.items()},
     **{name: _with(condition=condition) for name, condition in CONDITIONED.items()},
@@ -132,17 +132,17 @@ VARIANTS |= {name: BASE.replace(moe=moe) for name, moe in BODIES.items()}
 VARIANTS |= {
     "attention-experts-own-keys": BASE.replace(attention_experts=MixtureOfAttention(experts=3)),
     "attention-experts-shared-keys-parallel": BASE.replace(
-        attention_experts=MixtureOfAttention(experts=3, keys="shared"), block=Parallel(), bias=True
+        attention_experts=MixtureOfAttention(experts=3, keys="shared"), block=ParallelResidual(), bias=True
     ),
     "parallel-decoder-only": BASE.replace(
         encoder=NONE,
         attention_experts=MixtureOfAttention(experts=2),
-        block=Parallel(),
+        block=ParallelResidual(),
         norm=LayerNorm(),
     ),
 }
 VARIANTS["residual-pyramid-bias"] = BASE.replace(
-    decoder=Stack(layers=3, moe_every=1, dense=1, experts=(2, 5)),
+    decoder=Stack(layers=3, moe_every=1, first_dense_layers=1, experts_per_layer=(2, 5)),
     moe=MIXTURE.replace(select=SwitchTop1(), beside=Residual()),
     bias=True,
 )
@@ -154,7 +154,7 @@ def ids(rows: int, lengths: list[int], *, width: int) -> torch.Tensor:
     return torch.where(torch.arange(width) < torch.tensor(lengths)[:, None], tokens, PAD)
 
 
-def batch_for(config: TransformerConfig, *, padding: int = 0) -> Batch:
+def batch_for(config: ModelConfig, *, padding: int = 0) -> Batch:
     """Four rows of different lengths; ``padding`` adds empty columns on both sides."""
     lengths = [5, 1, 3, 6]
     target = ids(4, lengths, width=6)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from model.samples import BASE, NONE, batch_for
-from moesaic.model.arrangement import Parallel, Serial
-from moesaic.model.count import count
+from moesaic.model.arrangement import ParallelResidual, SequentialResidual
+from moesaic.model.count import count_parameters
 from moesaic.moe.attention import MixtureOfAttention
 from moesaic.moe.config import NoMoE
 
@@ -32,7 +32,7 @@ def _seen(model, block):
 
 
 def test_a_parallel_block_adds_all_branches_of_one_norm():
-    model = DENSE.replace(encoder=NONE, block=Parallel()).build()
+    model = DENSE.replace(encoder=NONE, block=ParallelResidual()).build()
     seen = _seen(model, model.decoder[0])
     (stream,), _, after = seen["block"]
     _, _, attention = seen["self_attention.inner"]
@@ -55,7 +55,7 @@ def test_a_serial_block_feeds_each_branch_what_the_one_before_wrote():
 
 
 def test_a_source_is_looked_at_from_the_same_norm():
-    model = DENSE.replace(block=Parallel()).build()
+    model = DENSE.replace(block=ParallelResidual()).build()
     seen = _seen(model, model.decoder[0])
     (stream,), _, after = seen["block"]
     added = [seen[f"{b}.inner"][2] for b in ("self_attention", "cross_attention", "feed_forward")]
@@ -64,19 +64,19 @@ def test_a_source_is_looked_at_from_the_same_norm():
 
 @pytest.mark.parametrize("branches", [2, 3])
 def test_norms_are_counted(branches):
-    assert Serial().norms(branches) == branches
-    assert Parallel().norms(branches) == 1
-    serial, parallel = count(DENSE), count(DENSE.replace(block=Parallel()))
+    assert SequentialResidual().num_norms(branches) == branches
+    assert ParallelResidual().num_norms(branches) == 1
+    serial, parallel = count_parameters(DENSE), count_parameters(DENSE.replace(block=ParallelResidual()))
     gone = DENSE.encoder.layers + 2 * DENSE.decoder.layers
     assert serial.total - parallel.total == gone * DENSE.dim
 
 
 def test_attention_experts_multiply_what_attention_costs():
-    plain = count(DENSE)
-    many = count(DENSE.replace(attention_experts=MixtureOfAttention(experts=3)))
+    plain = count_parameters(DENSE)
+    many = count_parameters(DENSE.replace(attention_experts=MixtureOfAttention(experts=3)))
     part = "encoder self-attention"
     routers = DENSE.encoder.layers * 3 * DENSE.dim
     assert many.parts[part] == 3 * plain.parts[part] + routers
     shared = MixtureOfAttention(experts=3, keys="shared")
-    few = count(DENSE.replace(attention_experts=shared))
+    few = count_parameters(DENSE.replace(attention_experts=shared))
     assert plain.parts[part] < few.parts[part] < many.parts[part]

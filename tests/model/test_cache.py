@@ -11,10 +11,10 @@ def test_reordered_rows_go_on_as_if_they_had_been_there(name):
     model = VARIANTS[name].build().eval()
     source, prefix = ids(3, [4, 2, 3], width=4), ids(3, [3, 3, 3], width=3)
     order = torch.tensor([2, 0, 0])
-    moved = model.start(model.encode(source), torch.arange(3))
+    moved = model.init_cache(model.encode(source), torch.arange(3))
     model.step(prefix, moved)
     moved.reorder(order)
-    fresh = model.start(model.encode(source), order)
+    fresh = model.init_cache(model.encode(source), order)
     model.step(prefix[order], fresh)
     token = torch.full((3, 1), 9)
     torch.testing.assert_close(model.step(token, moved), model.step(token, fresh))
@@ -23,7 +23,7 @@ def test_reordered_rows_go_on_as_if_they_had_been_there(name):
 
 def test_a_cache_can_drop_rows():
     model = BASE.build().eval()
-    cache = model.start(model.encode(ids(3, [4, 2, 3], width=4)), torch.arange(3))
+    cache = model.init_cache(model.encode(ids(3, [4, 2, 3], width=4)), torch.arange(3))
     model.step(torch.full((3, 1), 9), cache)
     cache.reorder(torch.tensor([1]))
     assert cache.rows == 1

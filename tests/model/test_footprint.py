@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from model.samples import BASE, VARIANTS
-from moesaic.model.count import Sizes
-from moesaic.model.footprint import activation_bytes, footprint, optimizer_bytes
+from moesaic.model.count import BatchDims
+from moesaic.model.footprint import activation_bytes, estimate_training_memory, optimizer_bytes
 from moesaic.optim.optimizer import AdamW, Muon
 
 
@@ -25,13 +25,13 @@ def test_optimizer_state_is_forecast_to_the_byte(name, optimizer):
 
 
 def test_the_parts_add_up():
-    found = footprint(BASE, sizes=Sizes(rows=2))
+    found = estimate_training_memory(BASE, sizes=BatchDims(rows=2))
     parts = found.weights + found.gradients + found.optimizer + found.activations
     assert found.total == parts
     assert found.weights == found.gradients
 
 
 def test_activations_grow_with_the_batch():
-    one, two = (activation_bytes(BASE, sizes=Sizes(rows=n)) for n in (1, 2))
+    one, two = (activation_bytes(BASE, sizes=BatchDims(rows=n)) for n in (1, 2))
     table = 4 * BASE.vocab_size * BASE.dim  # the gradient of the output table
     assert two - table == 2 * (one - table)

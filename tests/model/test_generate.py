@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.samples import VARIANTS, ids
-from moesaic.model.generate import append, generate
+from moesaic.model.generate import append_tag, generate
 from moesaic.model.search import Beam, Greedy
 
 TAG = torch.tensor([6, 7])
@@ -24,7 +24,7 @@ def test_the_greedy_answer_is_the_argmax_of_full_forward_passes(name):
         for place, token in enumerate(said):
             fed = torch.tensor([[*prompt, *said[:place]]])
             one = torch.zeros(1, dtype=torch.long)
-            cache = model.start(model.encode(words[None]), one)
+            cache = model.init_cache(model.encode(words[None]), one)
             logits = model.step(fed, cache)[0]
             logits[[0, 1, 3, 4]] = float("-inf")
             assert int(logits.argmax()) == token
@@ -36,7 +36,7 @@ def test_forbidden_ids_are_not_said():
     free = generate(model, source, tag=TAG, max_tokens=8)
     said = {token for (best,) in free for token in best.ids}
     assert said
-    other = generate(model, source, tag=TAG, max_tokens=8, forbid=tuple(said))
+    other = generate(model, source, tag=TAG, max_tokens=8, suppress_tokens=tuple(said))
     assert not said & {token for (best,) in other for token in best.ids}
 
 
@@ -53,5 +53,5 @@ def test_no_sources_have_no_answers():
 
 
 def test_a_tag_goes_after_the_last_real_token():
-    rows = append(torch.tensor([[5, 6, 0], [5, 6, 7]]), tag=torch.tensor([9, 8]))
+    rows = append_tag(torch.tensor([[5, 6, 0], [5, 6, 7]]), tag=torch.tensor([9, 8]))
     assert rows.tolist() == [[5, 6, 9, 0], [5, 6, 7, 8]]

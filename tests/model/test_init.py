@@ -4,23 +4,23 @@ import pytest
 import torch
 
 from model.samples import VARIANTS
-from moesaic.model.config import Init, Stack, TransformerConfig
+from moesaic.model.config import InitConfig, Stack, ModelConfig
 from moesaic.moe.bodies.lora import LoRAExpert
 from moesaic.moe.bodies.memory import ProductKeyMemory
 from moesaic.moe.bodies.residual import Residual
 from moesaic.moe.config import MoE
 from moesaic.nn.attention import AttentionConfig
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import LayerNorm
 
 DIM, HIDDEN = 64, 96
-CONFIG = TransformerConfig(
+CONFIG = ModelConfig(
     vocab_size=512,
     dim=DIM,
     encoder=Stack(layers=2),
     decoder=Stack(layers=2),
     attention=AttentionConfig(heads=4),
-    feed_forward=FeedForward(hidden=HIDDEN),
+    feed_forward=FeedForwardConfig(hidden=HIDDEN),
     moe=MoE(experts=16),
     norm=LayerNorm(bias=True),
     bias=True,
@@ -53,7 +53,7 @@ def test_gains_start_at_one_and_biases_at_zero():
 
 
 def test_stated_deviations_are_taken():
-    init = Init(std=0.02, embedding_std=0.3, router_std=0.5, scale_by_depth=False)
+    init = InitConfig(std=0.02, embedding_std=0.3, router_std=0.5, scale_by_depth=False)
     model = CONFIG.replace(init=init).build()
     assert float(model.embedding.weight.detach().std()) == pytest.approx(0.3, rel=0.05)
     for name, std in (("router.gate.weight", 0.5), ("experts.down", 0.02), ("experts.up", 0.02)):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moesaic.core.errors import UserError
-from moesaic.model.count import count
+from moesaic.model.count import count_parameters
 from moesaic.model.presets import PRESETS, preset
 
 
@@ -15,7 +15,7 @@ def test_a_preset_builds_on_the_meta_device_as_counted(name):
     with torch.device("meta"):
         model = made.config.build()
     assert all(p.is_meta for p in model.parameters())
-    assert sum(p.numel() for p in model.parameters()) == count(made.config).total
+    assert sum(p.numel() for p in model.parameters()) == count_parameters(made.config).total
 
 
 @pytest.mark.parametrize(
@@ -34,26 +34,26 @@ def test_the_published_size_is_met(name, apart):
     made = preset(name)
     assert made.published
     for said in made.published:
-        counted = count(made.config)
+        counted = count_parameters(made.config)
         found = {"total": counted.total, "active": counted.active}[said.quantity]
         assert found == pytest.approx(said.value, rel=apart)
 
 
 def test_the_dense_base_of_zcode_is_known_to_count_less_than_published():
     made = preset("zcode-m3")
-    total = count(made.config).total
+    total = count_parameters(made.config).total
     assert "vocab_size" in made.guessed
     assert 0.6e9 < total < made.published[0].value
 
 
 def test_doubling_the_experts_doubles_them():
-    half, whole = (count(preset(f"zcode-m3-{n}").config) for n in (64, 128))
+    half, whole = (count_parameters(preset(f"zcode-m3-{n}").config) for n in (64, 128))
     assert whole.parts["encoder experts"] == 2 * half.parts["encoder experts"]
     assert whole.total > 19e9
 
 
 def test_a_pyramid_of_residual_mixtures_has_less_than_a_third_of_the_experts():
-    uniform, pyramid = (count(preset(n).config) for n in ("deepspeed-moe-128", "pr-moe-350m"))
+    uniform, pyramid = (count_parameters(preset(n).config) for n in ("deepspeed-moe-128", "pr-moe-350m"))
     assert pyramid.parts["decoder experts"] * 12 * 128 == uniform.parts["decoder experts"] * 448
     assert pyramid.active > uniform.active  # by what stands beside the experts
 

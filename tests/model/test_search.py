@@ -7,7 +7,7 @@ import torch
 
 from moesaic.core.errors import ConfigError
 from moesaic.data.tokenizer import EOS
-from moesaic.model.search import Beam, Greedy, Problem
+from moesaic.model.search import Beam, Greedy, SearchInputs
 
 V, ROOM = 6, 4
 
@@ -23,12 +23,12 @@ class Table:
     def problem(self, *, room=ROOM, forbidden=()):
         mask = torch.zeros(V, dtype=torch.bool)
         mask[list(forbidden)] = True
-        return Problem(
+        return SearchInputs(
             logits=self.first,
             step=lambda last: self.table[last],
-            keep=lambda _: None,
+            reorder_cache=lambda _: None,
             max_tokens=torch.full((len(self.first),), room),
-            forbidden=mask,
+            suppressed=mask,
         )
 
     def log_prob(self, ids, source=0):
@@ -100,7 +100,7 @@ def test_sources_end_at_their_own_limits():
     table.first[:, EOS] = -50.0
     problem = table.problem()
     limits = torch.tensor([1, 5, 3])
-    problem = Problem(problem.logits, problem.step, problem.keep, limits, problem.forbidden)
+    problem = SearchInputs(problem.logits, problem.step, problem.reorder_cache, limits, problem.suppressed)
     answers = Beam(size=3)(problem)
     assert [len(best.ids) for (best,) in answers] == [1, 5, 3]
     assert not any(best.finished for (best,) in answers)

@@ -53,7 +53,7 @@ def test_steps_with_a_cache_equal_the_forward_pass(name):
     whole = type(batch)(batch.source, batch.target_in, says, rows, rows, rows, rows)
     output = model(whole)
     logits = model.logits(output.hidden)
-    cache = model.start(model.encode(batch.source), rows)
+    cache = model.init_cache(model.encode(batch.source), rows)
     longest = batch.target_in.shape[1]
     for place in range(longest):
         alive = (batch.target_in[rows, place] != PAD).nonzero()[:, 0]

@@ -14,7 +14,7 @@ from moesaic.moe.dispatch import Dispatcher, LocalDispatcher
 from moesaic.moe.experts import Experts, Size
 from moesaic.moe.routing import Routing
 from moesaic.nn.activation import ReLU
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 
 E, D, F, K = 8, 6, 4, 2
 NOWHERE = E
@@ -88,7 +88,7 @@ def bank(*, experts: Sequence[int] = range(E), hidden: slice = slice(0, F)) -> E
     """A part of the experts of all ranks."""
     torch.manual_seed(3)
     up, down = torch.randn(E, D, F), torch.randn(E, F, D)
-    feed = FeedForward(hidden=len(range(F)[hidden]), activation=ReLU())
+    feed = FeedForwardConfig(hidden=len(range(F)[hidden]), activation=ReLU())
     made = Experts(Size(len(experts), D, feed, bias=False))
     made.up = nn.Parameter(up[list(experts)][:, :, hidden].clone())
     made.down = nn.Parameter(down[list(experts)][:, hidden].clone())

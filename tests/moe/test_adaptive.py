@@ -15,7 +15,7 @@ from moesaic.moe.dispatch import Dispatcher
 from moesaic.moe.experts import Experts, Size
 from moesaic.moe.routing import Routing
 from moesaic.nn.activation import SwiGLU
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.testing.ranks import run_on_ranks
 
 BY_BYTES = Prices(exchange=LinearCost(0, 1), lend=LinearCost(0, 1), work=LinearCost(0, 0))
@@ -51,7 +51,7 @@ def _gated(hidden: slice, *, experts: range) -> Experts:
     torch.manual_seed(4)
     up, down = torch.randn(E, D, 2, F), torch.randn(E, F, D)
     own = list(experts)
-    feed = FeedForward(hidden=len(range(F)[hidden]), activation=SwiGLU())
+    feed = FeedForwardConfig(hidden=len(range(F)[hidden]), activation=SwiGLU())
     made = Experts(Size(len(own), D, feed, bias=False))
     made.up = nn.Parameter(up[own][..., hidden].flatten(2).clone())
     made.down = nn.Parameter(down[own][:, hidden].clone())
@@ -181,7 +181,7 @@ def test_ways_go_from_slices_to_experts() -> None:
 def _refused() -> None:
     x, edges = here("uneven", rank=distributed.get_rank())
     dispatcher: Dispatcher = Adaptive(distributed.group.WORLD, prices=BY_BYTES)
-    low_rank = LoRAExpert(rank=2).build(Size(E, D, FeedForward(hidden=F), bias=False))
+    low_rank = LoRAExpert(rank=2).build(Size(E, D, FeedForwardConfig(hidden=F), bias=False))
     with pytest.raises(TypeError, match="only banks of feed-forwards can be lent"):
         dispatcher.carry(x, routing=edges, experts=low_rank)
 

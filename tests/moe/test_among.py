@@ -43,6 +43,6 @@ def test_groups_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match="at most groups=2"):
         BestGroups(groups=2, kept=3)
     narrow = SigmoidTopK(k=4, among=BestGroups(groups=4, kept=1))
-    assert "groups=4 divides" in narrow.refuses(experts=10, spare=0)
-    assert "at most 2" in narrow.refuses(experts=8, spare=0)
-    assert narrow.refuses(experts=16, spare=0) is None
+    assert "groups=4 divides" in narrow.problems(experts=10, spare=0)
+    assert "at most 2" in narrow.problems(experts=8, spare=0)
+    assert narrow.problems(experts=16, spare=0) is None

@@ -4,11 +4,11 @@ import torch
 
 from moesaic.moe.experts import Experts, Size
 from moesaic.nn.activation import SwiGLU
-from moesaic.nn.feed_forward import DenseFeedForward, FeedForward
+from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig
 from moesaic.ops.group import group
 
 D, E = 8, 3
-FEED = FeedForward(hidden=12, activation=SwiGLU())
+FEED = FeedForwardConfig(hidden=12, activation=SwiGLU())
 
 
 def _experts():

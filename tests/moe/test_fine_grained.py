@@ -4,7 +4,7 @@ import pytest
 
 from model.samples import BASE
 from moesaic.core.errors import ConfigError
-from moesaic.model.count import count
+from moesaic.model.count import count_parameters
 from moesaic.moe.around import NothingBeside
 from moesaic.moe.config import MoE
 from moesaic.moe.fine_grained import fine_grained
@@ -19,8 +19,8 @@ COARSE = {
 
 def _experts(moe):
     """Parameters of the experts, shared ones included: all, and those that a token uses."""
-    entries = [e for e in count(BASE.replace(moe=moe)).entries if "experts" in e.part]
-    return sum(e.size for e in entries), round(sum(e.size * e.used for e in entries))
+    entries = [e for e in count_parameters(BASE.replace(moe=moe)).entries if "experts" in e.part]
+    return sum(e.size for e in entries), round(sum(e.size * e.active_fraction for e in entries))
 
 
 @pytest.mark.parametrize("shared", [0, 1, 2])

@@ -11,7 +11,7 @@ from moesaic.moe.dispatch import LocalDispatcher
 from moesaic.moe.gates import Place
 from moesaic.moe.layer import MoELayer, set_dispatcher, set_ranks
 from moesaic.moe.ranks import OneRank
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 
 D = 8
 
@@ -19,7 +19,7 @@ D = 8
 def _layer(**fields):
     config = MoE(experts=4, **fields)
     layer = MoELayer(
-        config, dim=D, feed_forward=FeedForward(hidden=12), bias=False, place=Place("x.1")
+        config, dim=D, feed_forward=FeedForwardConfig(hidden=12), bias=False, place=Place("x.1")
     )
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.3)

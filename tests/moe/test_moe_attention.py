@@ -10,9 +10,9 @@ from moesaic.nn.position import Rotary
 
 DIM, N = 24, 3
 HEADS = AttentionConfig(heads=4, kv_heads=2)
-WIDTH = HEADS.width(DIM)
+WIDTH = HEADS.head_width(DIM)
 REAL = torch.arange(5) < torch.tensor([5, 2, 4])[:, None]
-PACKING = Packing.of(REAL)
+PACKING = Packing.from_mask(REAL)
 ROTATION = Rotary().build(dim=DIM, head_dim=WIDTH).rotation(PACKING.position)
 
 
@@ -25,7 +25,7 @@ def _mixture(keys):
 
 def _alone(made, *, keys, expert):
     """The expert as an attention of its own, its weights cut out of the mixture's."""
-    heads, groups = HEADS.heads, HEADS.groups()
+    heads, groups = HEADS.heads, HEADS.num_kv_heads()
     one = SelfAttention(HEADS, dim=DIM, bias=False)
     sets = N if keys == "own" else 1
     sizes = [N * heads * WIDTH, sets * groups * WIDTH, sets * groups * WIDTH]
@@ -66,8 +66,8 @@ def test_own_keys_take_as_many_caches_as_there_are_experts():
         MixtureOfAttention(experts=N, keys=keys).all_heads(HEADS, dim=DIM)
         for keys in ("own", "shared")
     )
-    assert own.groups() == N * HEADS.groups()
-    assert shared.groups() == HEADS.groups()
+    assert own.num_kv_heads() == N * HEADS.num_kv_heads()
+    assert shared.num_kv_heads() == HEADS.num_kv_heads()
     assert own.heads == shared.heads == N * HEADS.heads
 
 

@@ -11,7 +11,7 @@ from moesaic.moe.record import Record
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import TopK
 from moesaic.nn.activation import ReLU
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 
 ROUTING = Routing(torch.zeros(2).long(), torch.zeros(2).long(), torch.ones(2), 2, 4)
 
@@ -39,7 +39,7 @@ def test_a_layer_hands_out_its_logits_without_their_graph():
     layer = MoELayer(
         MoE(experts=4, select=TopK(k=2)),
         dim=8,
-        feed_forward=FeedForward(hidden=16, activation=ReLU()),
+        feed_forward=FeedForwardConfig(hidden=16, activation=ReLU()),
         bias=False,
         place=Place("here"),
     )

@@ -31,7 +31,7 @@ from moesaic.moe.selects.threshold import Threshold
 from moesaic.moe.selects.top_p import TopP
 from moesaic.moe.spare import IdentityExperts, NoSpare, ZeroExperts
 from moesaic.nn.activation import ReLU, SwiGLU
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 
 DIM, HIDDEN, EXPERTS = 12, 20, 5
 SELECTS = {
@@ -98,7 +98,7 @@ def mixture(select: str, limit: str) -> MoE:
 
 def layer(config: MoE, *, gated: bool = True, bias: bool = False) -> MoELayer:
     """A layer with weights of a useful size."""
-    feed = FeedForward(hidden=HIDDEN, activation=SwiGLU() if gated else ReLU())
+    feed = FeedForwardConfig(hidden=HIDDEN, activation=SwiGLU() if gated else ReLU())
     made = MoELayer(config, dim=DIM, feed_forward=feed, bias=bias, place=Place("test.0"))
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moesaic.nn.attention import AttentionConfig, CrossAttention, SelfAttention
-from moesaic.nn.looking import KeyValue, attend, plain_attend
+from moesaic.nn.looking import KeyValue, attend, reference_attend
 from moesaic.nn.packing import Packing
 from moesaic.nn.position import Rotary
 
@@ -23,7 +23,7 @@ def test_attention_equals_its_definition_with_gradients(groups, look):
     keys = KeyValue(*(torch.randn(2, groups, 5, 4, requires_grad=True) for _ in range(2)))
     mask = REAL[:, None, None] if look == "masked" else None
     results = []
-    for function in (attend, plain_attend):
+    for function in (attend, reference_attend):
         out = function(query, keys, mask=mask, causal=look == "causal")
         results.append([out, *torch.autograd.grad(out.square().sum(), (query, keys.key))])
     for got, want in zip(*results, strict=True):
@@ -33,19 +33,19 @@ def test_attention_equals_its_definition_with_gradients(groups, look):
 @pytest.mark.parametrize("causal", [False, True])
 def test_padding_changes_no_real_token(causal):
     layer = SelfAttention(AttentionConfig(heads=4, kv_heads=2), dim=DIM, bias=True)
-    packing = Packing.of(REAL)
+    packing = Packing.from_mask(REAL)
     x = torch.randn(packing.num_tokens, DIM)
     both = layer(x, packing=packing, rotation=_rotation(packing.position), causal=causal)
     for row in range(2):
         mine = packing.row == row
-        alone = Packing.of(torch.ones(1, int(mine.sum()), dtype=torch.bool))
+        alone = Packing.from_mask(torch.ones(1, int(mine.sum()), dtype=torch.bool))
         one = layer(x[mine], packing=alone, rotation=_rotation(alone.position), causal=causal)
         torch.testing.assert_close(both[mine], one, rtol=1e-4, atol=1e-5)
 
 
 def test_a_causal_token_does_not_see_what_follows():
     layer = SelfAttention(AttentionConfig(heads=4), dim=DIM, bias=False)
-    packing = Packing.of(torch.ones(1, 5, dtype=torch.bool))
+    packing = Packing.from_mask(torch.ones(1, 5, dtype=torch.bool))
     x = torch.randn(5, DIM)
     rotation = _rotation(packing.position)
     before = layer(x, packing=packing, rotation=rotation, causal=True)
@@ -57,7 +57,7 @@ def test_a_causal_token_does_not_see_what_follows():
 
 def test_steps_through_a_cache_equal_one_causal_pass():
     layer = SelfAttention(AttentionConfig(heads=4, kv_heads=2), dim=DIM, bias=False)
-    packing = Packing.of(torch.ones(2, 5, dtype=torch.bool))
+    packing = Packing.from_mask(torch.ones(2, 5, dtype=torch.bool))
     x = torch.randn(2, 5, DIM)
     whole = layer(
         x.flatten(0, 1), packing=packing, rotation=_rotation(packing.position), causal=True
@@ -65,8 +65,8 @@ def test_steps_through_a_cache_equal_one_causal_pass():
     cache = KeyValue(torch.zeros(2, 2, 0, 4), torch.zeros(2, 2, 0, 4))
     done = 0
     for count in (2, 1, 2):  # a prompt, then tokens
-        cache = cache.fit(done + count)
-        now = Packing.of(torch.ones(2, count, dtype=torch.bool))
+        cache = cache.grow(done + count)
+        now = Packing.from_mask(torch.ones(2, count, dtype=torch.bool))
         place = torch.arange(done, done + count).expand(2, -1)
         part = layer.step(
             x[:, done : done + count].flatten(0, 1),
@@ -82,22 +82,22 @@ def test_steps_through_a_cache_equal_one_causal_pass():
 
 def test_cross_attention_sees_each_row_its_own_source():
     layer = CrossAttention(AttentionConfig(heads=4), dim=DIM, bias=False)
-    source, target = Packing.of(REAL), Packing.of(torch.ones(2, 2, dtype=torch.bool))
+    source, target = Packing.from_mask(REAL), Packing.from_mask(torch.ones(2, 2, dtype=torch.bool))
     memory = torch.randn(source.num_tokens, DIM)
     x = torch.randn(4, DIM)
-    read = layer.read(memory, packing=source)
+    read = layer.project_source(memory, packing=source)
     out = layer(x, packing=target, source=read, mask=source.key_mask)
-    alone = Packing.of(torch.ones(1, 3, dtype=torch.bool))
-    read = layer.read(memory[source.row == 1], packing=alone)
+    alone = Packing.from_mask(torch.ones(1, 3, dtype=torch.bool))
+    read = layer.project_source(memory[source.row == 1], packing=alone)
     one = layer(
-        x[2:], packing=Packing.of(torch.ones(1, 2, dtype=torch.bool)), source=read, mask=None
+        x[2:], packing=Packing.from_mask(torch.ones(1, 2, dtype=torch.bool)), source=read, mask=None
     )
     torch.testing.assert_close(out[2:], one, rtol=1e-4, atol=1e-5)
 
 
 def test_a_cache_grows_by_doubling_and_keeps_what_it_holds():
     held = KeyValue(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4))
-    grown = held.fit(4)
+    grown = held.grow(4)
     assert grown.key.shape[2] == 6
     assert torch.equal(grown.key[:, :, :3], held.key)
-    assert grown.fit(6) is grown
+    assert grown.grow(6) is grown

@@ -20,7 +20,7 @@ def test_a_tied_table_is_one_parameter():
 
 def test_scaling_multiplies_inputs_and_not_logits():
     module = _build(tied=True, scaled=True)
-    ids, packing = torch.tensor([3, 5]), Packing.of(torch.ones(1, 2, dtype=torch.bool))
+    ids, packing = torch.tensor([3, 5]), Packing.from_mask(torch.ones(1, 2, dtype=torch.bool))
     assert torch.equal(module(ids, packing=packing), module.weight[ids] * 2.0)
     hidden = torch.randn(2, 4)
     torch.testing.assert_close(module.logits(hidden), hidden @ module.weight.t())

@@ -3,11 +3,11 @@
 import torch
 
 from moesaic.nn.activation import SwiGLU
-from moesaic.nn.feed_forward import DenseFeedForward, FeedForward
+from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig
 
 
 def test_it_is_down_of_activation_of_up():
-    module = DenseFeedForward(FeedForward(hidden=6, activation=SwiGLU()), dim=4, bias=True)
+    module = DenseFeedForward(FeedForwardConfig(hidden=6, activation=SwiGLU()), dim=4, bias=True)
     x = torch.randn(3, 4)
     inner = x @ module.up.weight.t() + module.up.bias
     want = SwiGLU()(inner) @ module.down.weight.t() + module.down.bias

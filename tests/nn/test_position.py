@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moesaic.core.errors import ConfigError
-from moesaic.nn.position import Learned, NoPosition, Rotary, Sinusoidal
+from moesaic.nn.position import LearnedPositions, NoPositionalEncoding, Rotary, Sinusoidal
 
 PLACE = torch.tensor([0, 1, 2, 5])
 
@@ -52,13 +52,13 @@ def test_sinusoidal_adds_the_wave_of_each_position():
 
 
 def test_learned_looks_up_a_vector_per_position():
-    module = Learned(max=6).build(dim=8, head_dim=4)
+    module = LearnedPositions(max_length=6).build(dim=8, head_dim=4)
     table = next(module.parameters())
-    assert table.numel() == Learned(max=6).parameters(8)
+    assert table.numel() == LearnedPositions(max_length=6).parameters(8)
     assert torch.equal(module.add(torch.zeros(4, 8), position=PLACE), table[PLACE])
 
 
-@pytest.mark.parametrize("position", [NoPosition(), Sinusoidal(), Learned()], ids=repr)
+@pytest.mark.parametrize("position", [NoPositionalEncoding(), Sinusoidal(), LearnedPositions()], ids=repr)
 def test_a_position_that_adds_does_not_turn(position):
     heads = torch.randn(4, 2, 4)
     assert position.build(dim=8, head_dim=4).rotation(PLACE)(heads) is heads
@@ -66,4 +66,4 @@ def test_a_position_that_adds_does_not_turn(position):
 
 def test_no_position_leaves_embeddings_alone():
     x = torch.randn(4, 8)
-    assert NoPosition().build(dim=8, head_dim=4).add(x, position=PLACE) is x
+    assert NoPositionalEncoding().build(dim=8, head_dim=4).add(x, position=PLACE) is x

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moesaic.core.shapes import Tensor
-from moesaic.nn.looking import KeyValue, plain_attend
+from moesaic.nn.looking import KeyValue, reference_attend
 from moesaic.ops.blockwise import Back, Found, add, grads_of, look_at
 
 GROUPS, SHARED, QUERIES, WIDTH = 2, 3, 5, 4
@@ -21,7 +21,7 @@ def _inputs(keys: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
     keys = KeyValue(key[None], value[None])
-    out = plain_attend(query.flatten(0, 1)[None], keys, mask=None, causal=causal)
+    out = reference_attend(query.flatten(0, 1)[None], keys, mask=None, causal=causal)
     return out[0].unflatten(-1, (GROUPS, SHARED, WIDTH)).permute(1, 2, 0, 3)
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moesaic.optim.muon import _iterate, _iterate_gram, newton_schulz, orthogonal_each
+from moesaic.optim.muon import _newton_schulz_direct, _newton_schulz_gram, newton_schulz, orthogonalize
 
 
 def test_singular_values_come_near_one_and_vectors_stay():
@@ -19,7 +19,7 @@ def test_singular_values_come_near_one_and_vectors_stay():
 def test_stacking_banks_equals_one_matrix_at_a_time():
     make = torch.Generator().manual_seed(0)
     tensors = [torch.randn(s, generator=make) for s in ((8, 5), (4, 8, 5), (1, 8, 5))]
-    together = orthogonal_each(tensors, steps=5)
+    together = orthogonalize(tensors, steps=5)
     for tensor, result in zip(tensors, together, strict=True):
         assert result.shape == tensor.shape
         for one, part in zip(tensor.view(-1, 8, 5), result.view(-1, 8, 5), strict=True):
@@ -34,8 +34,8 @@ def test_iterating_on_gram_matrices_equals_the_published_iteration(rank):
     x = torch.randn(4, 16, rank, generator=make) @ torch.randn(4, rank, 64, generator=make)
     x = x + 1e-4 * torch.randn(4, 16, 64, generator=make)
     x = x / x.norm(dim=(-2, -1), keepdim=True)
-    plain = _iterate(x.double(), steps=5).float()
-    torch.testing.assert_close(_iterate_gram(x, steps=5), plain, rtol=0, atol=1e-4)
+    plain = _newton_schulz_direct(x.double(), steps=5).float()
+    torch.testing.assert_close(_newton_schulz_gram(x, steps=5), plain, rtol=0, atol=1e-4)
 
 
 def test_a_tall_bank_is_the_transpose_of_a_wide_one():

@@ -4,7 +4,7 @@ from torch import nn
 
 from moesaic.core.config import Config
 from moesaic.core.errors import ConfigError
-from moesaic.optim.optimizer import AdamW, MatchAdamW, Muon, Optimizer, Spectral
+from moesaic.optim.optimizer import AdamW, MatchRMSAdamW, Muon, Optimizer, Spectral
 
 SHAPES = {
     "embed.weight": ("embedding", (50, 16)),
@@ -62,7 +62,7 @@ def plain_muon_step(w, grad, buffer, *, lr, decay, momentum, scale, out_in):
     return w * (1 - lr * decay) - lr * scale(*out_in) * x
 
 
-@pytest.mark.parametrize("scale", [MatchAdamW(), Spectral()], ids=["match-adamw", "spectral"])
+@pytest.mark.parametrize("scale", [MatchRMSAdamW(), Spectral()], ids=["match-adamw", "spectral"])
 def test_muon_equals_its_definition_matrix_by_matrix(scale):
     params = parameters()
     plain = {n: p.detach().double() for n, p in params.items() if "muon" in rule_of(n)}

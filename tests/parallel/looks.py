@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from moesaic.core.shapes import Tensor
-from moesaic.nn.looking import Heads, LookHere, Looking
+from moesaic.nn.looking import QueryKeyValue, LocalAttention, AttentionBackend
 from moesaic.nn.packing import Packing
 from moesaic.parallel.deal import Cut, Deal, in_order
 
@@ -46,22 +46,22 @@ Outcome = list[Tensor]
 
 def packing_of(lengths: Sequence[int]) -> Packing:
     """Return the packing of right-padded rows."""
-    return Packing.of(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None])
+    return Packing.from_mask(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None])
 
 
 def look_here(case: Case) -> Outcome:
     """Return what all tokens find, and the gradients of queries, keys and values."""
-    return _look(case, looking=LookHere(), deal=lambda packing: packing)
+    return _look(case, looking=LocalAttention(), deal=lambda packing: packing)
 
 
 def look_as(
-    case: Case, *, looking: Looking, rank: int, ranks: int, lanes: int = 1, cut: Cut = in_order
+    case: Case, *, looking: AttentionBackend, rank: int, ranks: int, lanes: int = 1, cut: Cut = in_order
 ) -> Outcome:
     """Return the same of the tokens of one rank, at their places in the batch; zeros elsewhere."""
     return _look(case, looking=looking, deal=Deal(rank, ranks, lanes=lanes, cut=cut))
 
 
-def _look(case: Case, *, looking: Looking, deal: Callable[[Packing], Packing]) -> Outcome:
+def _look(case: Case, *, looking: AttentionBackend, deal: Callable[[Packing], Packing]) -> Outcome:
     draw = torch.Generator().manual_seed(0)
     whole = packing_of(case.lengths)
     asked_at = whole if case.source is None else packing_of(case.source)
@@ -72,12 +72,12 @@ def _look(case: Case, *, looking: Looking, deal: Callable[[Packing], Packing]) -
     packing, other = deal(whole), deal(asked_at)
     mine, its = _held(packing, whole), _held(other, asked_at)
     if case.source is None:
-        heads = Heads(query[mine], key[its], value[its])
-        found = looking.own(heads, packing=packing, causal=case.causal)
+        heads = QueryKeyValue(query[mine], key[its], value[its])
+        found = looking.self_attention(heads, packing=packing, causal=case.causal)
     else:
-        source = looking.read(key[its], value[its], packing=other)
+        source = looking.project_source(key[its], value[its], packing=other)
         mask = other.key_mask
-        found = looking.cross(query[mine], packing=packing, source=source, mask=mask)
+        found = looking.cross_attention(query[mine], packing=packing, source=source, mask=mask)
     (found * weight[mine]).sum().backward()
     out = torch.zeros_like(weight).index_copy(0, mine, found.detach())
     return [out, *(x.grad if x.grad is not None else torch.zeros_like(x) for x in leaves)]
@@ -85,4 +85,4 @@ def _look(case: Case, *, looking: Looking, deal: Callable[[Packing], Packing]) -
 
 def _held(packing: Packing, whole: Packing) -> Tensor:
     """Return where the tokens that meet here are in the whole stream."""
-    return torch.searchsorted(whole.index, packing.index[packing.met])
+    return torch.searchsorted(whole.index, packing.index[packing.gathered_tokens])

@@ -1,8 +1,8 @@
 """Small models and plans that are priced, rehearsed, and run on real ranks."""
 
 from moesaic.dist.plan import ParallelPlan
-from moesaic.model.config import Stack, TransformerConfig
-from moesaic.model.count import Sizes
+from moesaic.model.config import Stack, ModelConfig
+from moesaic.model.count import BatchDims
 from moesaic.moe.bodies.shared import SharedExperts
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity
@@ -10,32 +10,32 @@ from moesaic.moe.select import SwitchTop1, TopK
 from moesaic.nn.activation import ReLU
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import LayerNorm
 from moesaic.parallel.config import Parallel
 
-BOTH = TransformerConfig(
+BOTH = ModelConfig(
     vocab_size=40,
     dim=16,
     encoder=Stack(layers=2, moe_every=2),
     decoder=Stack(layers=2, moe_every=2),
     attention=AttentionConfig(heads=4, kv_heads=2),
-    feed_forward=FeedForward(hidden=24),
+    feed_forward=FeedForwardConfig(hidden=24),
     moe=MoE(experts=4, select=TopK(k=2)),
 )
 BIASED = BOTH.replace(
-    feed_forward=FeedForward(hidden=24, activation=ReLU()),
+    feed_forward=FeedForwardConfig(hidden=24, activation=ReLU()),
     norm=LayerNorm(bias=True),
     bias=True,
     moe=MoE(experts=4, select=SwitchTop1(), limit=Capacity(factor=1.0)),
 )
 DECODER = BOTH.replace(
     encoder=Stack(layers=0),
-    decoder=Stack(layers=3, moe_every=1, dense=1),
+    decoder=Stack(layers=3, moe_every=1, first_dense_layers=1),
     moe=MoE(experts=8, hidden=12, select=TopK(k=2), beside=SharedExperts()),
     embedding=EmbeddingConfig(tied=False),
 )
-SIZES = Sizes(rows=2, source=8, target=16)
+SIZES = BatchDims(rows=2, source=8, target=16)
 
 
 def parallel(**degrees: object) -> Parallel:

@@ -36,7 +36,7 @@ def test_idle_time_is_that_of_the_closed_form(
     schedule: PipeSchedule, size: tuple[int, int]
 ) -> None:
     ranks, micro_batches = size
-    if schedule.refuses(ranks=ranks, micro_batches=micro_batches):
+    if schedule.problems(ranks=ranks, micro_batches=micro_batches):
         pytest.skip("not possible")
     work = micro_batches * schedule.per_rank() * (3 if schedule.splits else 1)
     idle = timeline(schedule, ranks=ranks, micro_batches=micro_batches).idle

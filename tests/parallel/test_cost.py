@@ -5,9 +5,9 @@ import math
 import pytest
 
 from moesaic.core.errors import ConfigError, UserError
-from moesaic.model.config import TransformerConfig
-from moesaic.model.count import Sizes, count
-from moesaic.model.footprint import footprint
+from moesaic.model.config import ModelConfig
+from moesaic.model.count import BatchDims, count_parameters
+from moesaic.model.footprint import estimate_training_memory
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.ops.grouped import Segments
 from moesaic.ops.mixture import Composed
@@ -21,14 +21,14 @@ from moesaic.parallel.sends import sends
 from parallel.prices import BOTH, DECODER, SIZES, parallel
 
 
-def held(config: TransformerConfig, laid: Parallel, world: int, rank: int = 0) -> Holding:
+def held(config: ModelConfig, laid: Parallel, world: int, rank: int = 0) -> Holding:
     return Inventory(config).on(laid, world=world, rank=rank)
 
 
 @pytest.mark.parametrize("config", [BOTH, DECODER])
-def test_one_rank_holds_what_the_model_takes(config: TransformerConfig) -> None:
+def test_one_rank_holds_what_the_model_takes(config: ModelConfig) -> None:
     found = rank_bytes(held(config, parallel(), 1), sizes=SIZES)
-    alone = footprint(config, sizes=Sizes(1, 2 * 8 if config.encoder.layers else 0, 2 * 16))
+    alone = estimate_training_memory(config, sizes=BatchDims(1, 2 * 8 if config.encoder.layers else 0, 2 * 16))
     assert (found.weights, found.gradients) == (alone.weights, alone.gradients)
     assert found.activations == pytest.approx(alone.activations, rel=0.01)
     assert found.gathered == found.host == 0
@@ -42,7 +42,7 @@ def test_all_ranks_together_hold_each_value_once_when_everything_is_shared_out()
     # what no axis cuts is shared out over data, and copied over the two tensor ranks
     copied = {part.item.name for part in holdings[0].parts if "tensor" in part.sums}
     twice = sum(math.prod(i.laid.shape) for i in inventory.items if i.name in copied)
-    assert sum(found) == 4 * (count(DECODER).total + twice)
+    assert sum(found) == 4 * (count_parameters(DECODER).total + twice)
 
 
 def test_offloading_moves_the_shares_and_nothing_else() -> None:
@@ -104,7 +104,7 @@ def test_what_is_not_forecast_is_refused_with_the_way_out() -> None:
     with pytest.raises(ConfigError, match=r"recompute=Blocks.*KeepAll"):
         held(BOTH, again, 4)
     with pytest.raises(UserError, match="choose other rows"):
-        rank_bytes(held(BOTH, parallel(tensor=2), 4), sizes=Sizes(1, 8, 5))
+        rank_bytes(held(BOTH, parallel(tensor=2), 4), sizes=BatchDims(1, 8, 5))
 
 
 def test_the_composed_mixture_keeps_more_than_the_compiled_one() -> None:
@@ -123,7 +123,7 @@ def test_the_largest_model_fits_and_one_expert_more_does_not() -> None:
     assert found.held == setting.price(with_experts(DECODER, found.experts))
     assert budget.holds(found.held)
     assert not budget.holds(setting.price(with_experts(DECODER, found.experts + 4)))
-    assert found.parameters == count(with_experts(DECODER, found.experts)).total
+    assert found.parameters == count_parameters(with_experts(DECODER, found.experts)).total
 
 
 def test_the_memory_of_the_host_is_a_limit_too() -> None:

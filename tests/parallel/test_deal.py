@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.nn.packing import Packing, Run
+from moesaic.nn.packing import Packing, TokenSpan
 from moesaic.parallel import deal
 from moesaic.parallel.deal import Cut, Deal, in_order, zigzag
 from parallel.looks import packing_of
@@ -20,12 +20,12 @@ def test_every_token_is_held_once_and_ranks_hold_evenly_many(
 ) -> None:
     whole, ranks = packing_of(lengths), parts * lanes
     dealt = [Deal(rank, ranks, lanes=lanes, cut=cut)(whole) for rank in range(ranks)]
-    held = [packing.index[packing.own] for packing in dealt]
+    held = [packing.index[packing.local_tokens] for packing in dealt]
     assert torch.cat(held).sort().values.tolist() == whole.index.tolist()
     sizes = [len(index) for index in held]
     assert max(sizes) - min(sizes) <= (1 if lanes == 1 or cut is in_order else 2)
     for part in range(parts):
-        met = dealt[part * lanes].index[dealt[part * lanes].met]
+        met = dealt[part * lanes].index[dealt[part * lanes].gathered_tokens]
         assert met.tolist() == torch.cat(held[part * lanes : (part + 1) * lanes]).tolist()
 
 
@@ -37,26 +37,26 @@ def test_runs_say_where_the_tokens_of_every_part_are(
     whole = packing_of(lengths)
     for rank in range(parts):
         packing = Deal(rank, parts, cut=cut)(whole)
-        assert packing.division is not None
+        assert packing.partition is not None
         said = [
             run.row * packing.length + run.position + step
-            for run in packing.division.runs[rank]
+            for run in packing.partition.spans[rank]
             for step in range(run.length)
         ]
-        assert said == packing.index[packing.own].tolist()
+        assert said == packing.index[packing.local_tokens].tolist()
 
 
 def test_no_run_is_longer_than_what_one_tile_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deal, "LONGEST", 3)
-    division = Deal(1, 2)(packing_of([9, 4])).division
+    division = Deal(1, 2)(packing_of([9, 4])).partition
     assert division is not None
-    assert division.runs[1] == (Run(0, 7, 0, 2), Run(1, 0, 2, 3), Run(1, 3, 5, 1))
+    assert division.spans[1] == (TokenSpan(0, 7, 0, 2), TokenSpan(1, 0, 2, 3), TokenSpan(1, 3, 5, 1))
 
 
 def test_zigzag_gives_the_parts_of_a_long_row_the_same_number_of_pairs() -> None:
     def pairs(cut: Cut, part: int) -> int:
         packing = Deal(part, 4, cut=cut)(packing_of([64]))
-        return int((packing.position[packing.own] + 1).sum())
+        return int((packing.position[packing.local_tokens] + 1).sum())
 
     assert len({pairs(zigzag, part) for part in range(4)}) == 1
     assert pairs(in_order, 3) > 6 * pairs(in_order, 0)

@@ -51,8 +51,8 @@ def test_sums_are_float32_under_autocast() -> None:
 
 def _pairs(cut: Cut, rank: int) -> int:
     packing = Deal(rank, 4, cut=cut)(packing_of([64]))
-    assert packing.division is not None
-    runs = packing.division.runs
+    assert packing.partition is not None
+    runs = packing.partition.spans
     blocks = [
         Block.of(query, key, causal=True) for query in runs[rank] for part in runs for key in part
     ]

@@ -54,7 +54,7 @@ def test_only_those_that_say_so_make_gradients_of_weights_apart(schedule: PipeSc
 @pytest.mark.parametrize("schedule", ALL[2:], ids=repr)
 @pytest.mark.parametrize("micro_batches", range(1, 10))
 def test_what_is_refused_is_what_torch_refuses(schedule: PipeSchedule, micro_batches: int) -> None:
-    refused = schedule.refuses(ranks=3, micro_batches=micro_batches)
+    refused = schedule.problems(ranks=3, micro_batches=micro_batches)
     if refused is None:
         assert _ops(schedule, ranks=3, micro_batches=micro_batches)
     else:
@@ -64,8 +64,8 @@ def test_what_is_refused_is_what_torch_refuses(schedule: PipeSchedule, micro_bat
 
 def test_one_forward_one_backward_wants_a_micro_batch_per_stage() -> None:
     schedule = OneForwardOneBackward()
-    assert schedule.refuses(ranks=4, micro_batches=4) is None
-    why = schedule.refuses(ranks=4, micro_batches=3)
+    assert schedule.problems(ranks=4, micro_batches=4) is None
+    why = schedule.problems(ranks=4, micro_batches=3)
     assert why == "at least as many micro-batches as stages, 4, not 3"
 
 

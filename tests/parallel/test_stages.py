@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from moesaic.core.errors import ConfigError
-from moesaic.model.config import Stack, TransformerConfig
-from moesaic.model.count import Sizes, count
-from moesaic.model.leg import Leg
+from moesaic.model.config import Stack, ModelConfig
+from moesaic.model.count import BatchDims, count_parameters
+from moesaic.model.leg import BlockRange
 from moesaic.moe.conditions.embeddings import OnTag
 from moesaic.moe.config import MoE
 from moesaic.moe.links.recurrent import Recurrent
 from moesaic.moe.select import TopK
 from moesaic.nn.embedding import EmbeddingConfig
-from moesaic.nn.position import Learned
+from moesaic.nn.position import LearnedPositions
 from moesaic.parallel.schedules import (
     DualPipeV,
     GPipe,
@@ -33,7 +33,7 @@ DECODER = CONFIG.replace(encoder=Stack(layers=0), decoder=Stack(layers=8))
 
 
 def _stages(
-    config: TransformerConfig, *, ranks: int = 2, schedule: PipeSchedule | None = None
+    config: ModelConfig, *, ranks: int = 2, schedule: PipeSchedule | None = None
 ) -> Stages:
     return Stages.of(config, schedule=schedule or Interleaved(), ranks=ranks, cut=ByCost())
 
@@ -41,7 +41,7 @@ def _stages(
 @pytest.mark.parametrize("config", [CONFIG, DECODER], ids=["encoder-decoder", "decoder"])
 @pytest.mark.parametrize("schedule", [GPipe(), Interleaved(), ZeroBubbleV()], ids=repr)
 def test_every_block_is_in_one_stage_and_order_is_kept(
-    config: TransformerConfig, schedule: PipeSchedule
+    config: ModelConfig, schedule: PipeSchedule
 ) -> None:
     legs = _stages(config, schedule=schedule).legs
     assert [i for leg in legs for i in leg.encoder] == [*range(config.encoder.layers)]
@@ -63,11 +63,11 @@ def test_the_dearest_stage_is_as_cheap_as_any_cut_makes_it() -> None:
 
 def test_costs_of_blocks_add_up_to_the_model() -> None:
     config = tiny_model_config(layers=4).replace(
-        encoder=Stack(layers=4), decoder=Stack(layers=3, moe_every=1, experts=(2, 4, 8))
+        encoder=Stack(layers=4), decoder=Stack(layers=3, moe_every=1, experts_per_layer=(2, 4, 8))
     )
-    sizes = Sizes(rows=2, source=20, target=30)
+    sizes = BatchDims(rows=2, source=20, target=30)
     assert sum(block_costs(config, sizes=sizes)) == pytest.approx(
-        count(config).forward_flops(sizes)
+        count_parameters(config).forward_flops(sizes)
     )
 
 
@@ -80,7 +80,7 @@ def test_a_cut_by_hand_is_kept_and_an_impossible_one_refused() -> None:
     def cut(*blocks: int) -> Stages:
         return Stages.of(CONFIG, schedule=GPipe(), ranks=2, cut=At(blocks=blocks))
 
-    assert cut(6).legs == (Leg(range(4), range(2)), Leg(range(4, 4), range(2, 4)))
+    assert cut(6).legs == (BlockRange(range(4), range(2)), BlockRange(range(4, 4), range(2, 4)))
     for wrong in ((), (0,), (8,), (2, 3)):
         with pytest.raises(ConfigError, match=r"cut\.blocks=.* must be 1 rising numbers"):
             cut(*wrong)
@@ -95,7 +95,7 @@ VARIANTS = {
     "tied": CONFIG,
     "decoder": DECODER,
     "untied-learned": CONFIG.replace(
-        embedding=EmbeddingConfig(tied=False), position=Learned(max=16)
+        embedding=EmbeddingConfig(tied=False), position=LearnedPositions(max_length=16)
     ),
     "recurrent": tiny_model_config(
         moe=MoE(experts=4, select=TopK(k=2), link=Recurrent(width=6)), layers=4
@@ -104,7 +104,7 @@ VARIANTS = {
 }
 
 
-def _built(config: TransformerConfig) -> torch.nn.Module:
+def _built(config: ModelConfig) -> torch.nn.Module:
     torch.manual_seed(0)
     return config.build()
 
@@ -147,16 +147,16 @@ def test_a_part_that_is_elsewhere_says_so_when_it_is_asked() -> None:
     model = CONFIG.build()
     _stages(CONFIG, schedule=GPipe()).keep_only(model, rank=1)
     with pytest.raises(RuntimeError, match=r"encoder\.0 is held by another rank"):
-        model.travel(random_batch(2, seed=0), leg=Leg.whole(CONFIG))
+        model.forward_blocks(random_batch(2, seed=0), blocks=BlockRange.all_blocks(CONFIG))
 
 
 def test_gradients_apart_are_refused_where_torch_would_miss_some() -> None:
     splitting = _stages(CONFIG, schedule=InterleavedZeroBubble())
-    why = splitting.refuses(micro_batches=4, zero=0)
+    why = splitting.problems(micro_batches=4, zero=0)
     assert (why is None) if can_split() else ("or a newer PyTorch" in (why or ""))
-    assert "ZeRO stage 3" in (splitting.refuses(micro_batches=4, zero=3) or "")
-    assert _stages(CONFIG).refuses(micro_batches=4, zero=3) is None
-    few = _stages(CONFIG, schedule=DualPipeV()).refuses(micro_batches=3, zero=0)
+    assert "ZeRO stage 3" in (splitting.problems(micro_batches=4, zero=3) or "")
+    assert _stages(CONFIG).problems(micro_batches=4, zero=3) is None
+    few = _stages(CONFIG, schedule=DualPipeV()).problems(micro_batches=3, zero=0)
     assert few == (
         "DualPipeV on 2 ranks expects at least as many micro-batches as stages, 4, not 3"
     )
@@ -168,15 +168,15 @@ def test_gradients_apart_are_refused_where_torch_would_miss_some() -> None:
 )
 def test_gradients_apart_are_refused_where_weights_are_used_again(name: str, what: str) -> None:
     deep = VARIANTS[name].replace(encoder=Stack(layers=8, moe_every=1))
-    why = _stages(deep, schedule=ZeroBubbleV(), ranks=2).refuses(micro_batches=4, zero=0)
+    why = _stages(deep, schedule=ZeroBubbleV(), ranks=2).problems(micro_batches=4, zero=0)
     assert what in (why or "")
-    assert _stages(deep).refuses(micro_batches=4, zero=0) is None
+    assert _stages(deep).problems(micro_batches=4, zero=0) is None
 
 
 def test_a_decoder_in_one_stage_uses_a_tied_table_twice() -> None:
     shallow = CONFIG.replace(encoder=Stack(layers=7), decoder=Stack(layers=1))
-    why = _stages(shallow, schedule=ZeroBubbleV()).refuses(micro_batches=4, zero=0)
+    why = _stages(shallow, schedule=ZeroBubbleV()).problems(micro_batches=4, zero=0)
     assert "stage 3 uses the embedding" in (why or "")
     untied = shallow.replace(embedding=EmbeddingConfig(tied=False))
-    why = _stages(untied, schedule=ZeroBubbleV()).refuses(micro_batches=4, zero=0)
+    why = _stages(untied, schedule=ZeroBubbleV()).problems(micro_batches=4, zero=0)
     assert "uses" not in (why or "")

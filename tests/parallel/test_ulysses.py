@@ -11,7 +11,7 @@ from parallel.looks import CASES, Outcome, look_as, look_here
 
 def _everything(ranks: int) -> dict[str, Outcome]:
     rank, group = distributed.get_rank(), distributed.group.WORLD
-    fits = {name: c for name, c in CASES.items() if not Ulysses.refuses(heads=c.heads, ranks=ranks)}
+    fits = {name: c for name, c in CASES.items() if not Ulysses.problems(heads=c.heads, ranks=ranks)}
     return {
         name: look_as(case, looking=Ulysses(group, groups=case.groups), rank=rank, ranks=ranks)
         for name, case in fits.items()
@@ -28,5 +28,5 @@ def test_ranks_find_and_learn_what_one_would(ranks: int) -> None:
 
 
 def test_more_ranks_than_heads_are_refused_with_the_way_out() -> None:
-    assert Ulysses.refuses(heads=4, ranks=4) is None
-    assert "at most 2 context ranks, or RingReach" in str(Ulysses.refuses(heads=2, ranks=4))
+    assert Ulysses.problems(heads=4, ranks=4) is None
+    assert "at most 2 context ranks, or RingReach" in str(Ulysses.problems(heads=2, ranks=4))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moesaic.model.leg import Handed, Leg
+from moesaic.model.leg import StageIO, BlockRange
 from moesaic.moe.config import MoE
 from moesaic.moe.links.pre_gated import PreGated
 from moesaic.moe.links.recurrent import Recurrent
@@ -18,21 +18,21 @@ HELD = (Held(5, 3), Held(2, 7), Held(0, 0))
 def _wire(link: str, *, stop: int) -> Wire:
     moe = MoE(experts=4, select=TopK(k=2), link=LINKS[link])
     config = tiny_model_config(moe=moe, layers=2)
-    boundary = Boundary.after(Leg.between(0, stop, config=config), config=config)
+    boundary = Boundary.after(BlockRange.between(0, stop, config=config), config=config)
     return Wire.of(boundary, dim=config.dim, dtype=torch.float32, tokens=HELD)
 
 
-def _handed(link: str, *, held: Held, stop: int) -> Handed:
+def _handed(link: str, *, held: Held, stop: int) -> StageIO:
     def draw(rows: int, width: int) -> torch.Tensor:
         return torch.randn(rows, width, requires_grad=True)
 
     memory = draw(held.source, 16) if stop >= 2 else None
     rows = {1: held.source, 2: None, 3: held.target}[stop]
     if rows is None:
-        return Handed(memory=memory)
+        return StageIO(encoder_states=memory)
     hidden = draw(rows, 6) if link == "recurrent" else None
     logits = draw(rows, 4) if link == "pre-gated" else None
-    return Handed(draw(rows, 16), hidden, logits, memory)
+    return StageIO(draw(rows, 16), hidden, logits, memory)
 
 
 FIELDS = ("x", "hidden", "logits", "memory")
@@ -60,7 +60,7 @@ def test_what_arrives_is_what_was_handed_on(link: str, stop: int, held: Held) ->
 def test_logits_that_are_not_there_yet_cross_as_zeros_with_a_gradient() -> None:
     wire = _wire("pre-gated", stop=1)
     x = torch.randn(5, 16, requires_grad=True)
-    rows, carried = wire.pack(Handed(x), term=torch.zeros(()))
+    rows, carried = wire.pack(StageIO(x), term=torch.zeros(()))
     assert carried.requires_grad
     assert not carried.any()
     received = [t.detach().requires_grad_() for t in (rows, carried)]

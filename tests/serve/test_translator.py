@@ -8,13 +8,13 @@ from moesaic.core.errors import CheckpointError, DataError
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
 from moesaic.evaluate.experts import describe, expert_usage, read_routes
-from moesaic.model.config import Stack, TransformerConfig
+from moesaic.model.config import Stack, ModelConfig
 from moesaic.model.search import Beam, Greedy
 from moesaic.model.weights import export_weights
 from moesaic.moe.config import MoE
 from moesaic.moe.select import Top2
 from moesaic.nn.attention import AttentionConfig
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.serve.translator import Limits, Translator
 
 LANGUAGES = ("eng_Latn", "deu_Latn", "rus_Cyrl")
@@ -22,13 +22,13 @@ TEXTS = ["Open the file", "Save", "Close all of the windows now", "Yes", "Print 
 
 
 def _config(encoder_layers):
-    return TransformerConfig(
+    return ModelConfig(
         vocab_size=400,
         dim=16,
         encoder=Stack(layers=encoder_layers, moe_every=2),
         decoder=Stack(layers=2, moe_every=2),
         attention=AttentionConfig(heads=2),
-        feed_forward=FeedForward(hidden=16),
+        feed_forward=FeedForwardConfig(hidden=16),
         moe=MoE(experts=4, select=Top2()),
     )
 

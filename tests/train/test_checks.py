@@ -5,7 +5,7 @@ import pytest
 from moesaic.core.errors import ConfigError
 from moesaic.data.layout import DecoderOnlyCollator
 from moesaic.model.config import Stack
-from moesaic.nn.position import Learned
+from moesaic.nn.position import LearnedPositions
 from moesaic.optim.schedule import WSD, Cosine
 from moesaic.testing.tiny import synthetic_run
 from moesaic.train.checks import check
@@ -29,7 +29,7 @@ WRONG = {
         r"model\.encoder\.layers=1 without input",
     ),
     "positions": (
-        {"model": MODEL.replace(position=Learned(max=50))},
+        {"model": MODEL.replace(position=LearnedPositions(max_length=50))},
         r"loader\.max_source=64 is longer than the table model\.position\.max=50",
     ),
     "batch": (

@@ -10,19 +10,19 @@ from moesaic.moe.limit import Capacity
 from moesaic.moe.selects.sigmoid import SigmoidTopK
 from moesaic.nn.attention import AttentionConfig
 from moesaic.optim.optimizer import AdamW, Muon
-from moesaic.recipes.find import RECIPES, find
+from moesaic.recipes.find import RECIPES, find_recipe
 from moesaic.train.run import Run
 from moesaic.verify.small import DIM, EPS, EXPERTS, HIDDEN, shrink_config
 
 
 def sparse_pattern(run: Run) -> list[list[bool]]:
     stacks = (run.model.encoder, run.model.decoder)
-    return [[stack.sparse(layer) for layer in range(stack.layers)] for stack in stacks]
+    return [[stack.is_moe_layer(layer) for layer in range(stack.layers)] for stack in stacks]
 
 
 @pytest.mark.parametrize("name", RECIPES.lines())
 def test_every_recipe_becomes_small_and_keeps_its_rules(name: str) -> None:
-    before = find(name)
+    before = find_recipe(name)
     after = shrink_config(before).run
     assert after.model.dim <= DIM
     assert after.model.feed_forward.hidden <= HIDDEN
@@ -39,16 +39,16 @@ def test_every_recipe_becomes_small_and_keeps_its_rules(name: str) -> None:
 
 
 def test_heads_and_groups_stay_and_their_width_shrinks() -> None:
-    model = find("tiny").model.replace(dim=512, attention=AttentionConfig(heads=16, kv_heads=4))
-    after = shrink_config(find("tiny").replace(model=model)).run.model.attention
+    model = find_recipe("tiny").model.replace(dim=512, attention=AttentionConfig(heads=16, kv_heads=4))
+    after = shrink_config(find_recipe("tiny").replace(model=model)).run.model.attention
     assert (after.heads, after.kv_heads, after.head_dim) == (16, 4, 4)
 
 
 def test_experts_stay_as_many_as_their_rule_needs() -> None:
     rule = SigmoidTopK(k=4, among=BestGroups(groups=16, kept=4))
     moe = MoE(experts=256, select=rule, limit=Capacity(), beside=SharedExperts(), hidden=32)
-    model = find("tiny").model.replace(moe=moe)
-    after = shrink_config(find("tiny").replace(model=model)).run.model.moe
+    model = find_recipe("tiny").model.replace(moe=moe)
+    after = shrink_config(find_recipe("tiny").replace(model=model)).run.model.moe
     assert isinstance(after, MoE)
     assert after.experts in EXPERTS
     assert after.experts % 16 == 0
@@ -57,21 +57,21 @@ def test_experts_stay_as_many_as_their_rule_needs() -> None:
 
 
 def test_a_pyramid_keeps_one_number_of_experts_for_each_block_that_has_any() -> None:
-    stack = Stack(layers=6, moe_every=2, experts=(4, 32, 64))
-    model = find("tiny").model.replace(encoder=stack, moe=MoE(experts=4))
-    after = shrink_config(find("tiny").replace(model=model)).run.model.encoder
-    assert (after.layers, after.experts) == (4, (4, 8))
+    stack = Stack(layers=6, moe_every=2, experts_per_layer=(4, 32, 64))
+    model = find_recipe("tiny").model.replace(encoder=stack, moe=MoE(experts=4))
+    after = shrink_config(find_recipe("tiny").replace(model=model)).run.model.encoder
+    assert (after.layers, after.experts_per_layer) == (4, (4, 8))
 
 
 @pytest.mark.parametrize("optimizer", [AdamW(lr=0.5), Muon(adamw=AdamW(lr=0.5))])
 def test_tiny_gradients_do_not_move_weights_by_their_sign(optimizer: AdamW | Muon) -> None:
-    after = shrink_config(find("tiny").replace(optimizer=optimizer)).run.optimizer
+    after = shrink_config(find_recipe("tiny").replace(optimizer=optimizer)).run.optimizer
     inner = after.adamw if isinstance(after, Muon) else after
     assert isinstance(inner, AdamW)
     assert (inner.eps, inner.lr) == (EPS, 0.5)
 
 
 def test_what_was_changed_is_said() -> None:
-    changed = shrink_config(find("tiny")).changes
+    changed = shrink_config(find_recipe("tiny")).changes
     assert "model.dim: 64 -> 32" in changed
     assert not any("select" in line for line in changed)

@@ -14,7 +14,7 @@ from moesaic.moe.experts import Experts, Size
 from moesaic.moe.gate import Gate
 from moesaic.moe.select import TopK
 from moesaic.nn.activation import SwiGLU
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.ops.choose import ENGINES, pick_mixer
 from moesaic.ops.mixture import Composed, Edges, Mixer
 
@@ -91,7 +91,7 @@ class _With(Experts):
 
     def __init__(self, problem: Problem, *, mixer: Mixer) -> None:
         shape = problem.shape
-        feed_forward = FeedForward(hidden=shape.hidden, activation=SwiGLU())
+        feed_forward = FeedForwardConfig(hidden=shape.hidden, activation=SwiGLU())
         with torch.device("meta"):
             super().__init__(Size(shape.experts, shape.dim, feed_forward, bias=False))
         self.up = torch.nn.Parameter(problem.up.clone(), requires_grad=problem.trains)

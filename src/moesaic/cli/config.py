@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moesaic.cli.common import Json, Set, answer, verb_app
-from moesaic.recipes.find import RECIPES, find
+from moesaic.recipes.find import RECIPES, find_recipe
 from moesaic.train.run import Run
 
 app = verb_app(no_args_is_help=True, help="Recipes and configs as text.")
@@ -35,7 +35,7 @@ def show(which: Which, *, changes: Set = None, as_json: Json = False) -> None:
 
     Example: [cyan]moesaic config show demo > mine.yaml[/]
     """
-    run = find(which, changes=changes or [])
+    run = find_recipe(which, changes=changes or [])
     answer(run.plain(), as_json=as_json, show=lambda _: _write(run.to_yaml()))
 
 
@@ -45,7 +45,7 @@ def diff(first: Which, second: Which, *, as_json: Json = False) -> None:
 
     Example: [cyan]moesaic config diff demo runs/demo/config.yaml[/]
     """
-    ours, theirs = find(first).flat(), find(second).flat()
+    ours, theirs = find_recipe(first).flat(), find_recipe(second).flat()
     lines = [x for x in difflib.ndiff(ours, theirs) if x[0] in "+-"]
     answer(
         {"lines": lines}, as_json=as_json, show=lambda _: _write("".join(f"{x}\n" for x in lines))

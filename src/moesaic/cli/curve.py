@@ -9,7 +9,7 @@ from rich.table import Table
 from moesaic.cli.common import Json, RunPath, Use, answer, talk, use, verb_app
 from moesaic.cli.eval import run_tests
 from moesaic.core.units import show_count
-from moesaic.recipes.find import find
+from moesaic.recipes.find import find_recipe
 from moesaic.serve.curve import learning_curve
 
 app = verb_app()
@@ -33,7 +33,7 @@ def curve(
     Example: [cyan]moesaic curve runs/demo --limit 50[/]
     """
     use(files)
-    config = find(str(run))
+    config = find_recipe(str(run))
     corpus = config.corpus.open()
     tests = run_tests(config, corpus=corpus, split=split, limit=limit, target=target)
     found = learning_curve(run, tests=tests, corpus=corpus, limit=limit, done=_say)

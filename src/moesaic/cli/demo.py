@@ -15,8 +15,8 @@ from moesaic.cli.scores import show_samples, show_scores
 from moesaic.core.units import show_seconds
 from moesaic.data.corpus import Corpus
 from moesaic.evaluate.summary import Summary
-from moesaic.model.count import count
-from moesaic.recipes.find import find
+from moesaic.model.count import count_parameters
+from moesaic.recipes.find import find_recipe
 from moesaic.serve.score import score_run
 from moesaic.serve.translator import Translator
 from moesaic.train.job import train
@@ -59,7 +59,7 @@ def demo(
 
     Example: [cyan]moesaic demo --out runs/demo[/]
     """
-    run, phases = find(recipe, changes=changes or []), Phases()
+    run, phases = find_recipe(recipe, changes=changes or []), Phases()
     phases.start("1/4  text: ordinary packages, read as files")
     corpus = run.corpus.open()
     phases.say(f"{corpus.name}: {corpus.manifest['pairs']:,} pairs, {len(corpus.languages)} languages")
@@ -92,7 +92,7 @@ def demo(
 
 def counts(run: Run, *, steps: int, tokens: int) -> dict[str, int]:
     """Return the counts that summary.json holds and the report shows."""
-    model = count(run.model)
+    model = count_parameters(run.model)
     return {
         "parameters": model.total,
         "active_parameters": model.active,

@@ -19,7 +19,7 @@ from moesaic.evaluate.testset import TestSet, from_corpus, from_file, from_moses
 from moesaic.evaluate.udhr import NAME as UDHR
 from moesaic.evaluate.udhr import udhr_tests
 from moesaic.model.search import Beam, Greedy
-from moesaic.recipes.find import find
+from moesaic.recipes.find import find_recipe
 from moesaic.report.write import write_report
 from moesaic.serve.score import count_experts, record_routes, score_run
 from moesaic.train.run import Run
@@ -66,7 +66,7 @@ def evaluate(
     use(files)
     RunDir.open(run).require_model()
     _only_one({"--pairs": pairs, "--moses": moses, "--testset": testset})
-    corpus = (config := find(str(run))).corpus.open()
+    corpus = (config := find_recipe(str(run))).corpus.open()
     if testset is not None:
         directions = run_directions(config, corpus=corpus, target=target)
         tests = _named_tests(testset, directions=directions, limit=limit)

@@ -9,12 +9,12 @@ from rich.table import Table
 
 from moesaic.cli.common import Json, Set, Use, answer, use, verb_app
 from moesaic.core.units import show_bytes, show_count, show_flops
-from moesaic.model.blueprint import Blueprint
-from moesaic.model.count import Count, Sizes, count
-from moesaic.model.footprint import footprint
+from moesaic.model.blueprint import ModelConfig
+from moesaic.model.count import ParameterCount, BatchDims, count_parameters
+from moesaic.model.footprint import estimate_training_memory
 from moesaic.model.presets import PRESETS, preset
 from moesaic.optim.optimizer import AdamW, Optimizer
-from moesaic.recipes.find import RECIPES, find
+from moesaic.recipes.find import RECIPES, find_recipe
 from moesaic.train.checks import check
 
 app = verb_app()
@@ -51,7 +51,7 @@ def explain(
 def _preset(name: str, changes: list[str] | None) -> dict[str, Any]:
     known = preset(name)
     model = known.config.override(changes) if changes else known.config
-    found = _found(name, count(model), sizes=Sizes(rows=64), optimizer=AdamW())
+    found = _found(name, count_parameters(model), sizes=BatchDims(rows=64), optimizer=AdamW())
     counted = found["parameters"]
     published = [asdict(p) | {"counted": counted[p.quantity]} for p in known.published]
     return found | {
@@ -63,11 +63,11 @@ def _preset(name: str, changes: list[str] | None) -> dict[str, Any]:
 
 
 def _run(which: str, changes: list[str] | None) -> dict[str, Any]:
-    run = find(which, changes=changes or [])
+    run = find_recipe(which, changes=changes or [])
     check(run)
     loader = run.loader
     sizes = _sizes(loader.batch_tokens, loader.max_source, loader.max_target, run.model)
-    found = _found(which, count(run.model), sizes=sizes, optimizer=run.optimizer)
+    found = _found(which, count_parameters(run.model), sizes=sizes, optimizer=run.optimizer)
     tokens = run.steps * run.accumulate * loader.batch_tokens
     plan = {
         "steps": run.steps,
@@ -77,15 +77,15 @@ def _run(which: str, changes: list[str] | None) -> dict[str, Any]:
     return found | {"config": run.flat(), "plan": plan}
 
 
-def _sizes(tokens: int, source: int, target: int, model: Blueprint) -> Sizes:
+def _sizes(tokens: int, source: int, target: int, model: ModelConfig) -> BatchDims:
     """A full batch of texts half as long as the longest allowed."""
     source = max(1, source // 2) if model.encoder.layers else 0
     target = max(1, target // 2)
-    return Sizes(rows=max(1, tokens // (source + target)), source=source, target=target)
+    return BatchDims(rows=max(1, tokens // (source + target)), source=source, target=target)
 
 
-def _found(which: str, counted: Count, *, sizes: Sizes, optimizer: Optimizer) -> dict[str, Any]:
-    memory = footprint(counted.config, sizes=sizes, optimizer=optimizer)
+def _found(which: str, counted: ParameterCount, *, sizes: BatchDims, optimizer: Optimizer) -> dict[str, Any]:
+    memory = estimate_training_memory(counted.config, sizes=sizes, optimizer=optimizer)
     return {
         "name": which,
         "parameters": {"total": counted.total, "active": counted.active, "by_part": counted.parts},

@@ -14,7 +14,7 @@ from moesaic.dist.launchers.kubernetes import Kubernetes
 from moesaic.dist.launchers.launcher import LaunchJob, Launcher, Torchrun
 from moesaic.dist.launchers.skypilot import SkyPilot
 from moesaic.dist.launchers.slurm import Slurm
-from moesaic.recipes.find import find
+from moesaic.recipes.find import find_recipe
 from moesaic.train.checks import check
 from moesaic.train.run import Run
 
@@ -60,7 +60,7 @@ def launch(
     To a file: [cyan]moesaic launch demo --gpus-per-node 8 --on torchrun --out demo.sh[/]
     """
     use(files)
-    run = find(which, changes=changes or [])
+    run = find_recipe(which, changes=changes or [])
     check(run)
     launcher = read_launcher(on)
     folder = run_dir or f"runs/{run.name}"

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from moesaic.cli.common import Json, RunPath, answer, talk, verb_app
 from moesaic.cli.eval import run_tests
-from moesaic.recipes.find import find
+from moesaic.recipes.find import find_recipe
 from moesaic.report.write import write_report
 from moesaic.serve.learning import probe_checkpoints
 
@@ -29,7 +29,7 @@ def report(
     Example: [cyan]moesaic report runs/demo[/]
     """
     if checkpoints:
-        config = find(str(run))
+        config = find_recipe(str(run))
         tests = run_tests(config, corpus=config.corpus.open(), split="valid", limit=_SENTENCES)
         found = probe_checkpoints(run, tests=tests)
         talk.print(f"[dim]routed held-out text with {len(found)} checkpoints[/]", highlight=False)

@@ -13,8 +13,8 @@ from moesaic.cli.common import Json, Set, Use, answer, use, verb_app
 from moesaic.core.config import Config
 from moesaic.core.errors import UserError
 from moesaic.core.units import parse_bytes, show_bytes, show_count, show_seconds
-from moesaic.model.config import TransformerConfig
-from moesaic.model.count import Sizes
+from moesaic.model.config import ModelConfig
+from moesaic.model.count import BatchDims
 from moesaic.model.presets import PRESETS, preset
 from moesaic.moe.config import MoE
 from moesaic.optim.optimizer import AdamW, Optimizer
@@ -23,7 +23,7 @@ from moesaic.parallel.config import Parallel
 from moesaic.parallel.cost import MIXED, Storage, rank_bytes
 from moesaic.parallel.inventory import Holding, Inventory
 from moesaic.parallel.sends import sends
-from moesaic.recipes.find import RECIPES, find
+from moesaic.recipes.find import RECIPES, find_recipe
 from moesaic.train.rehearse import Rehearsal, rehearse
 
 app = verb_app()
@@ -32,7 +32,7 @@ app = verb_app()
 class Laid(Config):
     """A model, how it is laid over ranks, and what trains it."""
 
-    model: TransformerConfig
+    model: ModelConfig
     parallel: Parallel = Parallel()
     optimizer: Optimizer = AdamW()
     accumulate: int = 1
@@ -93,7 +93,7 @@ def scale(
     answer(found, as_json=as_json, show=lambda console: _show(found, console))
 
 
-def price(laid: Laid, *, world: int, sizes: Sizes, storage: Storage) -> dict[str, Any]:
+def price(laid: Laid, *, world: int, sizes: BatchDims, storage: Storage) -> dict[str, Any]:
     """Return what rank 0 holds and sends, as data."""
     holding = Inventory(laid.model).on(laid.parallel, world=world)
     held = rank_bytes(holding, sizes=sizes, storage=storage, optimizer=laid.optimizer)
@@ -116,7 +116,7 @@ def _laid(which: str, changes: list[str] | None) -> Laid:
     if which in PRESETS and which not in RECIPES:
         laid = Laid(model=preset(which).config)
         return laid.override(changes) if changes else laid
-    run = find(which, changes=changes or [])
+    run = find_recipe(which, changes=changes or [])
     return Laid(
         model=run.model,
         parallel=run.parallel,
@@ -125,14 +125,14 @@ def _laid(which: str, changes: list[str] | None) -> Laid:
     )
 
 
-def _sizes(text: str) -> Sizes:
+def _sizes(text: str) -> BatchDims:
     found = re.fullmatch(r"(\d+)x(\d+)\+(\d+)", text)
     if found is None or "0" in (found[1], found[3]):
         raise UserError(
             f'--rows {text}: expected rows, source and target tokens as "8x512+512" '
             '("8x0+512" for a decoder alone)'
         )
-    return Sizes(*map(int, found.groups()))
+    return BatchDims(*map(int, found.groups()))
 
 
 def _grids(holding: Holding) -> dict[str, dict[str, int]]:
@@ -143,7 +143,7 @@ def _grids(holding: Holding) -> dict[str, dict[str, int]]:
 
 def _capacity(laid: Laid, setting: Setting, memory: str) -> dict[str, Any] | None:
     model = laid.model
-    if not isinstance(model.moe, MoE) or model.encoder.experts or model.decoder.experts:
+    if not isinstance(model.moe, MoE) or model.encoder.experts_per_layer or model.decoder.experts_per_layer:
         return None
     budget = Budget(parse_bytes(memory))
     found = largest(model, setting=setting, budget=budget)

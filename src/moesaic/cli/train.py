@@ -11,7 +11,7 @@ from rich.console import Console
 from moesaic.cli.common import Json, Set, Use, answer, use, verb_app
 from moesaic.core.errors import UserError
 from moesaic.core.units import show_count, show_seconds
-from moesaic.recipes.find import find
+from moesaic.recipes.find import find_recipe
 from moesaic.train.job import train as run_training
 from moesaic.train.result import Result
 from moesaic.train.resume import Auto, Fresh, From, Resume
@@ -47,7 +47,7 @@ def train(
     use(files)
     if which is None and resume in (None, "auto"):
         raise UserError("what is to be trained? name a recipe, a config.yaml, or --resume DIR")
-    run = find(which or str(resume), changes=changes or [])
+    run = find_recipe(which or str(resume), changes=changes or [])
     folder = out or (Path("runs") / run.name if which else Path(str(resume)))
     result = run_training(
         run, folder, resume=resume_from(resume), until=until, board=silent if quiet else on_terminal

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from moesaic.cli.common import Json, Set, Use, answer, talk, use, verb_app
 from moesaic.core.errors import UserError
-from moesaic.recipes.find import find
+from moesaic.recipes.find import find_recipe
 from moesaic.verify.page import to_markdown, rejection_lines, summarize, tolerances_text
 from moesaic.verify.prove import VerifySetup, PlanResult, unequal_plans, configured_plan, plans_up_to, compare_plans, make_setup
 from moesaic.verify.small import shrink_config
@@ -53,7 +53,7 @@ def verify(
     One's own plan: [cyan]moesaic verify mine.yaml --world 8 --plans own[/]
     """
     use(files)
-    shrunk = shrink_config(find(which, changes=changes or []))
+    shrunk = shrink_config(find_recipe(which, changes=changes or []))
     given = make_setup(shrunk.run, steps=steps, timeout_s=timeout_s)
     found = configured_plan(shrunk.run, world_size=world) if choice is Which.OWN else plans_up_to(shrunk.run, world_size=world)
     chosen = found.pairwise_cover() if choice is Which.PAIRS else found

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from moesaic.core.shapes import Bool, Float, Int, Tensor
-from moesaic.model.blueprint import Blueprint, Stack
-from moesaic.model.cache import Memory
+from moesaic.model.blueprint import ModelConfig, Stack
+from moesaic.model.cache import EncoderOutput
 from moesaic.model.dropout import Dropout
 from moesaic.moe.attention import Attends
 from moesaic.moe.config import MoE, NoMoE
@@ -20,7 +20,7 @@ from moesaic.moe.gates import Place
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.record import Record
 from moesaic.nn.attention import CrossAttention
-from moesaic.nn.crew import Crew, Solo
+from moesaic.nn.crew import TensorParallelGroup, NoTensorParallel
 from moesaic.nn.feed_forward import DenseFeedForward
 from moesaic.nn.looking import KeyValue
 from moesaic.nn.packing import Packing
@@ -30,7 +30,7 @@ Records = tuple[Record, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class ForwardContext:
     """How the tokens of one pass see each other: where they are and how positions turn them.
 
     ``rotation`` is that of the tokens that meet in a matrix (``packing.met``); ``context`` is what
@@ -39,33 +39,33 @@ class View:
 
     packing: Packing
     rotation: Rotation
-    context: Context
+    routing_context: Context
 
 
 @dataclass(frozen=True, slots=True)
-class Stream:
+class BlockState:
     """The states between two blocks, and what the MoE layers of the stack hand on."""
 
     x: Float[Tensor, "T D"]
-    carry: Carry
+    router_state: Carry
     records: Records = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class CrossAttentionInputs:
     """What a decoder block's later branches need: how it was entered, and the source."""
 
-    entered: Float[Tensor, "T D"]
+    block_input: Float[Tensor, "T D"]
     source: KeyValue | None
     mask: Bool[Tensor, "B 1 1 S"] | None
 
 
-class SelfBranch(nn.Module):
+class SelfAttentionBranch(nn.Module):
     """``x + attention(norm(read))``."""
 
-    def __init__(self, config: Blueprint, *, causal: bool, name: str) -> None:
+    def __init__(self, config: ModelConfig, *, causal: bool, name: str) -> None:
         super().__init__()
-        self.norm = config.block.branch_norm(config.norm, dim=config.dim)
+        self.norm = config.block_layout.branch_norm(config.norm, dim=config.dim)
         self.inner: Attends = config.attention_experts.build(
             config.attention, dim=config.dim, bias=config.bias
         )
@@ -73,19 +73,19 @@ class SelfBranch(nn.Module):
         self.causal = causal
 
     def forward(
-        self, x: Float[Tensor, "T D"], *, read: Float[Tensor, "T D"], view: View
+        self, x: Float[Tensor, "T D"], *, read: Float[Tensor, "T D"], view: ForwardContext
     ) -> Float[Tensor, "T D"]:
         y = self.inner(
             self.norm(read), packing=view.packing, rotation=view.rotation, causal=self.causal
         )
-        return x + self.dropout(y, context=view.context)
+        return x + self.dropout(y, context=view.routing_context)
 
     def step(
         self,
         x: Float[Tensor, "T D"],
         *,
         read: Float[Tensor, "T D"],
-        view: View,
+        view: ForwardContext,
         cache: KeyValue,
         position: Int[Tensor, "B n"],
     ) -> Float[Tensor, "T D"]:
@@ -99,12 +99,12 @@ class SelfBranch(nn.Module):
         )
 
 
-class CrossBranch(nn.Module):
+class CrossAttentionBranch(nn.Module):
     """``x + attention(norm(read), source)``."""
 
-    def __init__(self, config: Blueprint, *, name: str) -> None:
+    def __init__(self, config: ModelConfig, *, name: str) -> None:
         super().__init__()
-        self.norm = config.block.branch_norm(config.norm, dim=config.dim)
+        self.norm = config.block_layout.branch_norm(config.norm, dim=config.dim)
         self.inner = CrossAttention(config.attention, dim=config.dim, bias=config.bias)
         self.dropout = Dropout(config.dropout, name=name)
 
@@ -113,140 +113,140 @@ class CrossBranch(nn.Module):
         x: Float[Tensor, "T D"],
         *,
         read: Float[Tensor, "T D"],
-        view: View,
+        view: ForwardContext,
         source: KeyValue,
         mask: Bool[Tensor, "B 1 1 S"] | None,
     ) -> Float[Tensor, "T D"]:
         y = self.inner(self.norm(read), packing=view.packing, source=source, mask=mask)
-        return x + self.dropout(y, context=view.context)
+        return x + self.dropout(y, context=view.routing_context)
 
 
-class DenseBranch(nn.Module):
+class FeedForwardBranch(nn.Module):
     """``x + feed_forward(norm(read))``; nothing is recorded or handed on."""
 
-    def __init__(self, config: Blueprint, *, name: str) -> None:
+    def __init__(self, config: ModelConfig, *, name: str) -> None:
         super().__init__()
-        self.norm = config.block.branch_norm(config.norm, dim=config.dim)
+        self.norm = config.block_layout.branch_norm(config.norm, dim=config.dim)
         self.inner = DenseFeedForward(config.feed_forward, dim=config.dim, bias=config.bias)
         self.dropout = Dropout(config.dropout, name=name)
-        self.crew: Crew = Solo()
+        self.tensor_parallel: TensorParallelGroup = NoTensorParallel()
 
-    def forward(self, stream: Stream, *, read: Float[Tensor, "T D"], view: View) -> Stream:
-        met = self.crew.meet(self.norm(read), packing=view.packing)
-        y = self.crew.part(self.inner(met), packing=view.packing)
-        return replace(stream, x=stream.x + self.dropout(y, context=view.context))
+    def forward(self, stream: BlockState, *, read: Float[Tensor, "T D"], view: ForwardContext) -> BlockState:
+        met = self.tensor_parallel.all_gather_tokens(self.norm(read), packing=view.packing)
+        y = self.tensor_parallel.reduce_scatter_tokens(self.inner(met), packing=view.packing)
+        return replace(stream, x=stream.x + self.dropout(y, context=view.routing_context))
 
 
-class SparseBranch(nn.Module):
+class MoEBranch(nn.Module):
     """``x + experts(norm(read))``, and a record if there is a router."""
 
-    def __init__(self, config: Blueprint, *, inner: nn.Module, name: str) -> None:
+    def __init__(self, config: ModelConfig, *, inner: nn.Module, name: str) -> None:
         super().__init__()
-        self.norm = config.block.branch_norm(config.norm, dim=config.dim)
+        self.norm = config.block_layout.branch_norm(config.norm, dim=config.dim)
         self.inner = inner
         self.dropout = Dropout(config.dropout, name=name)
 
-    def forward(self, stream: Stream, *, read: Float[Tensor, "T D"], view: View) -> Stream:
-        answer = self.inner(self.norm(read), context=view.context, carry=stream.carry)
+    def forward(self, stream: BlockState, *, read: Float[Tensor, "T D"], view: ForwardContext) -> BlockState:
+        answer = self.inner(self.norm(read), context=view.routing_context, carry=stream.router_state)
         records = stream.records if answer.record is None else (*stream.records, answer.record)
-        x = stream.x + self.dropout(answer.out, context=view.context)
-        return Stream(x, answer.carry, records)
+        x = stream.x + self.dropout(answer.out, context=view.routing_context)
+        return BlockState(x, answer.carry, records)
 
 
 class EncoderBlock(nn.Module):
     """Self-attention, feed-forward."""
 
-    def __init__(self, config: Blueprint, *, layer: int) -> None:
+    def __init__(self, config: ModelConfig, *, layer: int) -> None:
         super().__init__()
-        self.entry = config.block.entry(config.norm, dim=config.dim)
+        self.input_norm = config.block_layout.input_norm(config.norm, dim=config.dim)
         name = f"encoder.{layer} attention"
-        self.self_attention = SelfBranch(config, causal=False, name=name)
-        self.feed_forward = feed_forward(config, stack=config.encoder, layer=layer, side="encoder")
-        self.arrangement = config.block
+        self.self_attention = SelfAttentionBranch(config, causal=False, name=name)
+        self.feed_forward = build_feed_forward_branch(config, stack=config.encoder, layer=layer, side="encoder")
+        self.layout = config.block_layout
 
-    def forward(self, stream: Stream, *, view: View) -> Stream:
-        entered, reads = self.entry(stream.x), self.arrangement.reads
-        x = self.self_attention(stream.x, read=reads(stream.x, entered=entered), view=view)
-        read = reads(x, entered=entered)
+    def forward(self, stream: BlockState, *, view: ForwardContext) -> BlockState:
+        entered, reads = self.input_norm(stream.x), self.layout.branch_input
+        x = self.self_attention(stream.x, read=reads(stream.x, block_input=entered), view=view)
+        read = reads(x, block_input=entered)
         return self.feed_forward(replace(stream, x=x), read=read, view=view)
 
 
 class DecoderBlock(nn.Module):
     """Causal self-attention, cross-attention if there is an encoder, feed-forward."""
 
-    def __init__(self, config: Blueprint, *, layer: int) -> None:
+    def __init__(self, config: ModelConfig, *, layer: int) -> None:
         super().__init__()
-        self.entry = config.block.entry(config.norm, dim=config.dim)
+        self.input_norm = config.block_layout.input_norm(config.norm, dim=config.dim)
         name = f"decoder.{layer} attention"
-        self.self_attention = SelfBranch(config, causal=True, name=name)
+        self.self_attention = SelfAttentionBranch(config, causal=True, name=name)
         cross = (
-            CrossBranch(config, name=f"decoder.{layer} source") if config.encoder.layers else None
+            CrossAttentionBranch(config, name=f"decoder.{layer} source") if config.encoder.layers else None
         )
         self.cross_attention = cross
-        self.feed_forward = feed_forward(config, stack=config.decoder, layer=layer, side="decoder")
-        self.arrangement = config.block
+        self.feed_forward = build_feed_forward_branch(config, stack=config.decoder, layer=layer, side="decoder")
+        self.layout = config.block_layout
 
-    def read(self, memory: Float[Tensor, "T D"], *, packing: Packing) -> KeyValue | None:
+    def project_source(self, memory: Float[Tensor, "T D"], *, packing: Packing) -> KeyValue | None:
         """Keys and values of the source, if this block looks at one."""
         if self.cross_attention is None:
             return None
-        return self.cross_attention.inner.read(memory, packing=packing)
+        return self.cross_attention.inner.project_source(memory, packing=packing)
 
     def forward(
         self,
-        stream: Stream,
+        stream: BlockState,
         *,
-        view: View,
-        memory: Memory,
-    ) -> Stream:
-        entered = self.entry(stream.x)
-        read = self.arrangement.reads(stream.x, entered=entered)
+        view: ForwardContext,
+        memory: EncoderOutput,
+    ) -> BlockState:
+        entered = self.input_norm(stream.x)
+        read = self.layout.branch_input(stream.x, block_input=entered)
         x = self.self_attention(stream.x, read=read, view=view)
-        source = self.read(memory.states, packing=memory.packing)
-        look = Look(entered, source, memory.packing.key_mask)
-        return self._rest(replace(stream, x=x), view=view, look=look)
+        source = self.project_source(memory.states, packing=memory.packing)
+        look = CrossAttentionInputs(entered, source, memory.packing.key_mask)
+        return self._cross_attention_and_feed_forward(replace(stream, x=x), view=view, look=look)
 
     def step(
         self,
-        stream: Stream,
+        stream: BlockState,
         *,
-        view: View,
+        view: ForwardContext,
         cache: KeyValue,
         position: Int[Tensor, "B n"],
         source: KeyValue | None,
         mask: Bool[Tensor, "B 1 1 S"] | None,
-    ) -> Stream:
+    ) -> BlockState:
         """The same for the newest tokens, with what came before in ``cache``."""
-        entered = self.entry(stream.x)
-        read = self.arrangement.reads(stream.x, entered=entered)
+        entered = self.input_norm(stream.x)
+        read = self.layout.branch_input(stream.x, block_input=entered)
         x = self.self_attention.step(stream.x, read=read, view=view, cache=cache, position=position)
-        look = Look(entered, source, mask)
-        return self._rest(replace(stream, x=x), view=view, look=look)
+        look = CrossAttentionInputs(entered, source, mask)
+        return self._cross_attention_and_feed_forward(replace(stream, x=x), view=view, look=look)
 
-    def _rest(self, stream: Stream, *, view: View, look: Look) -> Stream:
-        reads = self.arrangement.reads
+    def _cross_attention_and_feed_forward(self, stream: BlockState, *, view: ForwardContext, look: CrossAttentionInputs) -> BlockState:
+        reads = self.layout.branch_input
         if self.cross_attention is not None and look.source is not None:
-            read = reads(stream.x, entered=look.entered)
+            read = reads(stream.x, block_input=look.block_input)
             x = self.cross_attention(
                 stream.x, read=read, view=view, source=look.source, mask=look.mask
             )
             stream = replace(stream, x=x)
-        read = reads(stream.x, entered=look.entered)
+        read = reads(stream.x, block_input=look.block_input)
         return self.feed_forward(stream, read=read, view=view)
 
 
-def feed_forward(
-    config: Blueprint, *, stack: Stack, layer: int, side: str
-) -> DenseBranch | SparseBranch:
+def build_feed_forward_branch(
+    config: ModelConfig, *, stack: Stack, layer: int, side: str
+) -> FeedForwardBranch | MoEBranch:
     """Make a block's last branch: dense, or sparse where the stack says so."""
-    sparse, layers = config.sparse(stack, layer=layer), stack.sparse_layers
+    sparse, layers = config.moe_of_layer(stack, layer=layer), stack.moe_layers
     name = f"{side}.{layer} feed-forward"
     if isinstance(sparse, NoMoE):
-        return DenseBranch(config, name=name)
+        return FeedForwardBranch(config, name=name)
     dim, feed, bias = config.dim, config.feed_forward, config.bias
     if not isinstance(sparse, MoE):
         own = sparse.build(feed_forward=feed, dim=dim, bias=bias)
-        return SparseBranch(config, inner=own, name=name)
+        return MoEBranch(config, inner=own, name=name)
     place = Place(f"{side}.{layer}", index=layers.index(layer), count=len(layers))
     experts = MoELayer(sparse, dim=dim, feed_forward=feed, bias=bias, place=place)
-    return SparseBranch(config, inner=experts, name=name)
+    return MoEBranch(config, inner=experts, name=name)

@@ -6,15 +6,15 @@
 from pydantic import Field, model_validator
 
 from moesaic.core.config import Config
-from moesaic.model.arrangement import Arrangement, Serial
+from moesaic.model.arrangement import BlockLayout, SequentialResidual
 from moesaic.moe import members as members  # every rule is a word of a blueprint
 from moesaic.moe.attention import AttentionExperts, NoAttentionExperts
 from moesaic.moe.config import MoE, NoMoE, Sparse
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import Norm, RMSNorm
-from moesaic.nn.position import Position, Rotary
+from moesaic.nn.position import PositionalEncoding, Rotary
 
 
 class Stack(Config):
@@ -28,30 +28,30 @@ class Stack(Config):
 
     layers: int = Field(ge=0)
     moe_every: int = Field(default=2, ge=0)
-    dense: int = Field(default=0, ge=0)
-    experts: tuple[int, ...] = ()
+    first_dense_layers: int = Field(default=0, ge=0)
+    experts_per_layer: tuple[int, ...] = ()
     moe: Sparse | None = None
 
-    def sparse(self, layer: int) -> bool:
+    def is_moe_layer(self, layer: int) -> bool:
         """Whether block ``layer`` may have experts."""
-        return layer >= self.dense and self.moe_every > 0 and (layer + 1) % self.moe_every == 0
+        return layer >= self.first_dense_layers and self.moe_every > 0 and (layer + 1) % self.moe_every == 0
 
     @property
-    def sparse_layers(self) -> tuple[int, ...]:
+    def moe_layers(self) -> tuple[int, ...]:
         """The blocks that may have experts."""
-        return tuple(layer for layer in range(self.layers) if self.sparse(layer))
+        return tuple(layer for layer in range(self.layers) if self.is_moe_layer(layer))
 
     @model_validator(mode="after")
     def _check(self) -> "Stack":
-        if self.experts and len(self.experts) != len(self.sparse_layers):
+        if self.experts_per_layer and len(self.experts_per_layer) != len(self.moe_layers):
             raise ValueError(
-                f"experts with one number for each of the {len(self.sparse_layers)} blocks that "
-                f"have any, not {len(self.experts)}"
+                f"experts with one number for each of the {len(self.moe_layers)} blocks that "
+                f"have any, not {len(self.experts_per_layer)}"
             )
         return self
 
 
-class Init(Config):
+class InitConfig(Config):
     """Standard deviations of the normal distributions that weights start from.
 
     =====================================  ====================================================
@@ -76,7 +76,7 @@ class Init(Config):
     scale_by_depth: bool = True
 
 
-class Blueprint(Config):
+class ModelConfig(Config):
     """An encoder-decoder if ``encoder.layers > 0``, else a decoder-only model. Pre-norm.
 
     ``attention_experts`` are those of every self-attention; cross-attention has none.
@@ -87,85 +87,85 @@ class Blueprint(Config):
     encoder: Stack
     decoder: Stack
     attention: AttentionConfig
-    feed_forward: FeedForward
+    feed_forward: FeedForwardConfig
     moe: Sparse = NoMoE()
     norm: Norm = RMSNorm()
-    position: Position = Rotary()
+    position: PositionalEncoding = Rotary()
     embedding: EmbeddingConfig = EmbeddingConfig()
     attention_experts: AttentionExperts = NoAttentionExperts()
-    block: Arrangement = Serial()
+    block_layout: BlockLayout = SequentialResidual()
     bias: bool = False
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    init: Init = Init()
+    init: InitConfig = InitConfig()
 
     @property
     def head_dim(self) -> int:
-        return self.attention.width(self.dim)
+        return self.attention.head_width(self.dim)
 
     @property
     def self_attention(self) -> AttentionConfig:
         """All heads of a block's self-attention, whichever expert they belong to."""
         return self.attention_experts.all_heads(self.attention, dim=self.dim)
 
-    def mixture(self, stack: Stack) -> Sparse:
+    def moe_of_stack(self, stack: Stack) -> Sparse:
         """What stands in the sparse blocks of a stack."""
         return self.moe if stack.moe is None else stack.moe
 
-    def sparse(self, stack: Stack, *, layer: int) -> Sparse:
+    def moe_of_layer(self, stack: Stack, *, layer: int) -> Sparse:
         """What stands in the place of a block's feed-forward; ``NoMoE`` where it is dense."""
-        if not stack.sparse(layer):
+        if not stack.is_moe_layer(layer):
             return NoMoE()
-        moe = self.mixture(stack)
-        if not isinstance(moe, MoE) or not stack.experts:
+        moe = self.moe_of_stack(stack)
+        if not isinstance(moe, MoE) or not stack.experts_per_layer:
             return moe
-        return moe.replace(experts=stack.experts[stack.sparse_layers.index(layer)])
+        return moe.replace(experts=stack.experts_per_layer[stack.moe_layers.index(layer)])
 
-    def experts(self, stack: Stack, *, layer: int) -> MoE | None:
+    def routed_moe_of_layer(self, stack: Stack, *, layer: int) -> MoE | None:
         """The mixture in a block, or None where there is none."""
-        sparse = self.sparse(stack, layer=layer)
+        sparse = self.moe_of_layer(stack, layer=layer)
         return sparse if isinstance(sparse, MoE) else None
 
     @model_validator(mode="after")
-    def _check(self) -> "Blueprint":
+    def _check(self) -> "ModelConfig":
         heads = self.attention
         if self.decoder.layers < 1:
             raise ValueError("decoder.layers of at least 1")
         if heads.head_dim is None and self.dim % heads.heads:
             raise ValueError(f"attention.heads={heads.heads} to divide dim={self.dim}")
-        if heads.heads % heads.groups():
-            raise ValueError(f"attention.kv_heads={heads.groups()} to divide heads={heads.heads}")
+        if heads.heads % heads.num_kv_heads():
+            raise ValueError(f"attention.kv_heads={heads.num_kv_heads()} to divide heads={heads.heads}")
         if isinstance(self.position, Rotary) and self.head_dim % 2:
             raise ValueError(f"an even head_dim for Rotary, not {self.head_dim}")
         for stack in (self.encoder, self.decoder):
-            body = self.mixture(stack)
-            if not isinstance(body, MoE | NoMoE) and stack.experts:
+            body = self.moe_of_stack(stack)
+            if not isinstance(body, MoE | NoMoE) and stack.experts_per_layer:
                 name = type(body).__name__
                 raise ValueError(f"no number of experts per block (stack.experts) with {name}")
             if isinstance(body, MoE):
-                _check_link(body, experts=stack.experts)
-            for layer in stack.sparse_layers:
-                _check_experts(self.experts(stack, layer=layer))
-        wanted = self.mixture(self.decoder)
-        if self.decoder.sparse_layers and not wanted.causal:
+                _check_link(body, experts=stack.experts_per_layer)
+            for layer in stack.moe_layers:
+                _check_select(self.routed_moe_of_layer(stack, layer=layer))
+        wanted = self.moe_of_stack(self.decoder)
+        if self.decoder.moe_layers and not wanted.causal:
             raise ValueError(
-                f"found {_rule(wanted)} in the decoder, expected a rule that does not look at "
+                f"found {_rule_name(wanted)} in the decoder, expected a rule that does not look at "
                 f"later tokens: they are not there yet when it writes. Put it into encoder.moe, "
                 f"and another rule into moe (or decoder.moe)"
             )
         return self
 
 
-def _check_experts(moe: MoE | None) -> None:
-    refused = moe and moe.select.refuses(experts=moe.routed, spare=moe.spare.count())
+def _check_select(moe: MoE | None) -> None:
+    refused = moe and moe.select.problems(experts=moe.routed, spare=moe.spare.count())
     if moe and refused:
-        raise ValueError(f"found moe.experts={moe.experts}, {_rule(moe)} expects {refused}")
+        raise ValueError(f"found moe.experts={moe.experts}, {_rule_name(moe)} expects {refused}")
 
 
 def _check_link(moe: MoE, *, experts: tuple[int, ...]) -> None:
-    refused = moe.link.refuses(experts=experts, condition=moe.condition)
+    refused = moe.link.problems(experts=experts, condition=moe.condition)
     if refused:
         raise ValueError(f"{type(moe.link).__name__} expects {refused}")
 
 
-def _rule(moe: Sparse) -> str:
+def _rule_name(moe: Sparse) -> str:
     return type(moe.select if isinstance(moe, MoE) else moe).__name__

@@ -13,14 +13,14 @@ from moesaic.nn.packing import Packing
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class EncoderOutput:
     """The encoder's states of a batch of sources (empty for a decoder-only model)."""
 
     states: Float[Tensor, "T D"]
     packing: Packing
 
 
-class Cache:
+class KVCache:
     """Keys and values of each decoder block, each row's length and its first token.
 
     ``routing`` is what the routers keep of earlier tokens, where they look at them.
@@ -32,14 +32,14 @@ class Cache:
     def __init__(
         self,
         *,
-        own: list[KeyValue],
-        source: list[KeyValue | None],
+        self_attention: list[KeyValue],
+        cross_attention: list[KeyValue | None],
         mask: Bool[Tensor, "B 1 1 S"] | None,
         length: Int[Tensor, "B"],
         tag: Int[Tensor, "B"],
         routing: KeyValue | None = None,
     ) -> None:
-        self.own, self.source, self.mask, self.length = own, source, mask, length
+        self.self_attention, self.cross_attention, self.mask, self.length = self_attention, cross_attention, mask, length
         self.tag, self.routing = tag, routing
 
     @property
@@ -48,8 +48,8 @@ class Cache:
 
     def reserve(self, length: int) -> None:
         """Make room for ``length`` tokens per row."""
-        self.own = [layer.fit(length) for layer in self.own]
-        self.routing = self.routing.fit(length) if self.routing else None
+        self.self_attention = [layer.grow(length) for layer in self.self_attention]
+        self.routing = self.routing.grow(length) if self.routing else None
 
     def reorder(self, index: Int[Tensor, "R"]) -> None:
         """Keep the rows ``index``, in that order; a row may be taken twice or not at all."""
@@ -57,10 +57,10 @@ class Cache:
             (index == torch.arange(self.rows, device=index.device)).all()
         ):
             return
-        self.own = [layer.select(index) for layer in self.own]
+        self.self_attention = [layer.select(index) for layer in self.self_attention]
         self.routing = self.routing.select(index) if self.routing else None
         self.length = self.length.index_select(0, index)
         self.tag = self.tag.index_select(0, index)
-        self.source = [layer.select(index) if layer else None for layer in self.source]
+        self.cross_attention = [layer.select(index) if layer else None for layer in self.cross_attention]
         if self.mask is not None:
             self.mask = self.mask.index_select(0, index)

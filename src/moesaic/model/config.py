@@ -1,12 +1,12 @@
 """TransformerConfig: a blueprint that can be built. The name users meet."""
 
-from moesaic.model.blueprint import Blueprint, Init, Stack
+from moesaic.model.blueprint import ModelConfig, InitConfig, Stack
 from moesaic.model.transformer import Transformer
 
-__all__ = ["Init", "Stack", "TransformerConfig"]
+__all__ = ["InitConfig", "Stack", "ModelConfig"]
 
 
-class TransformerConfig(Blueprint):
+class ModelConfig(ModelConfig):
     """An encoder-decoder if ``encoder.layers > 0``, else decoder-only (see ``Blueprint``)."""
 
     def build(self) -> Transformer:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moesaic.model.blueprint import Blueprint, Stack
-from moesaic.model.count import Sizes, count
+from moesaic.model.blueprint import ModelConfig, Stack
+from moesaic.model.count import BatchDims, count_parameters
 from moesaic.moe.config import MoE, NoMoE, Sparse
 from moesaic.moe.experts import Size
 from moesaic.moe.gates import Place
@@ -25,7 +25,7 @@ from moesaic.optim.optimizer import AdamW, Optimizer
 
 
 @dataclass(frozen=True, slots=True)
-class Footprint:
+class TrainingMemory:
     """Bytes by purpose."""
 
     weights: int
@@ -38,70 +38,70 @@ class Footprint:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def footprint(config: Blueprint, *, sizes: Sizes, optimizer: Optimizer | None = None) -> Footprint:
+def estimate_training_memory(config: ModelConfig, *, sizes: BatchDims, optimizer: Optimizer | None = None) -> TrainingMemory:
     """Forecast one training step in float32 (the default optimizer is AdamW)."""
-    weights = 4 * count(config).total
+    weights = 4 * count_parameters(config).total
     state = optimizer_bytes(config, optimizer=optimizer or AdamW())
-    return Footprint(weights, weights, state, activation_bytes(config, sizes=sizes))
+    return TrainingMemory(weights, weights, state, activation_bytes(config, sizes=sizes))
 
 
-def optimizer_bytes(config: Blueprint, *, optimizer: Optimizer) -> int:
+def optimizer_bytes(config: ModelConfig, *, optimizer: Optimizer) -> int:
     """Bytes of optimizer state, asked of its rules on tensors that hold no numbers."""
     total = 0
-    for entry in count(config).entries:
+    for entry in count_parameters(config).entries:
         parameter = nn.Parameter(torch.empty(entry.shape, device="meta"))
-        slots = optimizer.assign(parameter, kind=entry.kind)["rule"].slots(parameter)
+        slots = optimizer.param_group(parameter, kind=entry.kind)["rule"].slots(parameter)
         total += entry.copies * sum(slot.numel() * slot.element_size() for slot in slots.values())
     return total
 
 
-def activation_bytes(config: Blueprint, *, sizes: Sizes) -> int:
+def activation_bytes(config: ModelConfig, *, sizes: BatchDims) -> int:
     """Bytes that autograd keeps from the forward pass of a batch."""
     source, target = sizes.rows * sizes.source, sizes.rows * sizes.target
-    values = target * _entry(config) + _head(config, tokens=target)
+    values = target * _embedding_values(config) + _loss_values(config, tokens=target)
     if config.encoder.layers:
-        values += source * (_entry(config) + _norm(config))  # the last norm's output is the memory
-        values += source * _stack(config, stack=config.encoder)
-    values += target * _stack(config, stack=config.decoder)
+        values += source * (_embedding_values(config) + _norm_values(config))  # the last norm's output is the memory
+        values += source * _stack_values(config, stack=config.encoder)
+    values += target * _stack_values(config, stack=config.decoder)
     if config.encoder.layers:
-        each = target * _cross(config) + source * 2 * _key_width(config)
+        each = target * _cross_attention_values(config) + source * 2 * _key_width(config)
         values += config.decoder.layers * each
     return 4 * values
 
 
-def _entry(config: Blueprint) -> int:
+def _embedding_values(config: ModelConfig) -> int:
     turn = config.head_dim if isinstance(config.position, Rotary) else 0
-    return turn + _mask(config)
+    return turn + _dropout_mask_values(config)
 
 
-def _mask(config: Blueprint) -> int:
+def _dropout_mask_values(config: ModelConfig) -> int:
     """Dropout keeps a byte per channel: a quarter of a value."""
     return math.ceil(config.dim / 4) if config.dropout else 0
 
 
-def _norm(config: Blueprint) -> int:
+def _norm_values(config: ModelConfig) -> int:
     """Input, one or two statistics, and the output that the next product keeps."""
     return 2 * config.dim + (2 if isinstance(config.norm, LayerNorm) else 1)
 
 
-def _key_width(config: Blueprint) -> int:
-    return config.attention.groups() * config.head_dim
+def _key_width(config: ModelConfig) -> int:
+    return config.attention.num_kv_heads() * config.head_dim
 
 
-def _stack(config: Blueprint, *, stack: Stack) -> int:
+def _stack_values(config: ModelConfig, *, stack: Stack) -> int:
     """Values kept per token by the self-attention and feed-forward branches of a stack."""
-    values = stack.layers * (_attention(config) + config.block.norms(2) * _norm(config))
+    values = stack.layers * (_self_attention_values(config) + config.block_layout.num_norms(2) * _norm_values(config))
     for layer in range(stack.layers):
-        sparse = config.sparse(stack, layer=layer)
-        values += _dense(config) if isinstance(sparse, NoMoE) else _sparse(config, sparse=sparse)
-    return values + _routers(config, stack=stack)
+        sparse = config.moe_of_layer(stack, layer=layer)
+        values += _feed_forward_values(config) if isinstance(sparse, NoMoE) else _moe_layer_values(config, sparse=sparse)
+    return values + _shared_router_values(config, stack=stack)
 
 
-def _routers(config: Blueprint, *, stack: Stack) -> int:
+def _shared_router_values(config: ModelConfig, *, stack: Stack) -> int:
     """What routers keep per token beyond the plain ones of ``_sparse``."""
-    values, sparse = 0, stack.sparse_layers
+    values, sparse = 0, stack.moe_layers
     for index, layer in enumerate(sparse):
-        moe = config.experts(stack, layer=layer)
+        moe = config.routed_moe_of_layer(stack, layer=layer)
         if moe is not None:
             place = Place("", index=index, count=len(sparse))
             values += moe.link.kept(dim=config.dim, place=place) + moe.condition.kept(config.dim)
@@ -110,37 +110,37 @@ def _routers(config: Blueprint, *, stack: Stack) -> int:
     return values
 
 
-def _attention(config: Blueprint) -> int:
+def _self_attention_values(config: ModelConfig) -> int:
     attention = config.self_attention
     heads, query = attention.heads, attention.heads * config.head_dim
-    key = attention.groups() * config.head_dim
+    key = attention.num_kv_heads() * config.head_dim
     turned = query + key if isinstance(config.position, Rotary) else 0
     mixed = math.ceil(config.attention_experts.kept(config.attention, dim=config.dim))
-    return query + 2 * key + turned + query + heads + mixed + _mask(config)
+    return query + 2 * key + turned + query + heads + mixed + _dropout_mask_values(config)
 
 
-def _cross(config: Blueprint) -> int:
+def _cross_attention_values(config: ModelConfig) -> int:
     query = config.attention.heads * config.head_dim
-    norms = config.block.norms(3) - config.block.norms(2)
-    return norms * _norm(config) + 2 * query + config.attention.heads + _mask(config)
+    norms = config.block_layout.num_norms(3) - config.block_layout.num_norms(2)
+    return norms * _norm_values(config) + 2 * query + config.attention.heads + _dropout_mask_values(config)
 
 
-def _dense(config: Blueprint) -> int:
+def _feed_forward_values(config: ModelConfig) -> int:
     feed = config.feed_forward
-    return feed.activation.kept * feed.hidden + _mask(config)
+    return feed.activation.saved_activations * feed.hidden + _dropout_mask_values(config)
 
 
-def _sparse(config: Blueprint, *, sparse: Sparse) -> int:
+def _moe_layer_values(config: ModelConfig, *, sparse: Sparse) -> int:
     dim, feed = config.dim, config.feed_forward
     inner = (
-        _mixture(config, moe=sparse)
+        _routed_experts_values(config, moe=sparse)
         if isinstance(sparse, MoE)
         else sparse.kept(feed_forward=feed, dim=dim)
     )
-    return math.ceil(inner) + _mask(config)
+    return math.ceil(inner) + _dropout_mask_values(config)
 
 
-def _mixture(config: Blueprint, *, moe: MoE) -> float:
+def _routed_experts_values(config: ModelConfig, *, moe: MoE) -> float:
     """What each part says, and the router's logits, probabilities and choices."""
     dim, feed = config.dim, moe.feed_forward(config.feed_forward)
     size = Size(moe.experts, moe.exchange.dim(dim), feed, config.bias)
@@ -151,6 +151,6 @@ def _mixture(config: Blueprint, *, moe: MoE) -> float:
     )
 
 
-def _head(config: Blueprint, *, tokens: int) -> int:
+def _loss_values(config: ModelConfig, *, tokens: int) -> int:
     """The last norm, and the loss's ready-made gradients of states and of the output table."""
-    return tokens * (_norm(config) + config.dim) + config.vocab_size * config.dim
+    return tokens * (_norm_values(config) + config.dim) + config.vocab_size * config.dim

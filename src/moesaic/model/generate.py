@@ -9,10 +9,10 @@ import torch
 
 from moesaic.core.shapes import Int, Tensor
 from moesaic.data.tokenizer import BOS, MASK, PAD, UNK
-from moesaic.model.search import Greedy, Hypothesis, Problem, Search
+from moesaic.model.search import Greedy, Hypothesis, SearchInputs, Search
 from moesaic.model.transformer import Transformer
 
-UNSAYABLE = (PAD, BOS, UNK, MASK)
+SUPPRESSED_TOKENS = (PAD, BOS, UNK, MASK)
 
 
 @torch.inference_mode()
@@ -23,7 +23,7 @@ def generate(
     tag: Int[Tensor, "B"],
     search: Search | None = None,
     max_tokens: int | Int[Tensor, "B"] = 128,
-    forbid: Sequence[int] = UNSAYABLE,
+    suppress_tokens: Sequence[int] = SUPPRESSED_TOKENS,
 ) -> list[list[Hypothesis]]:
     """Decode each source (right-padded with ``PAD``), the first token forced to be ``tag``.
 
@@ -37,35 +37,35 @@ def generate(
     training = model.training
     model.eval()
     try:
-        return (search or Greedy())(_problem(model, source, tag, max_tokens, tuple(forbid)))
+        return (search or Greedy())(_search_inputs(model, source, tag, max_tokens, tuple(suppress_tokens)))
     finally:
         model.train(training)
 
 
-def _problem(
+def _search_inputs(
     model: Transformer,
     source: Tensor,
     tag: Tensor,
     max_tokens: int | Tensor,
-    forbid: tuple[int, ...],
-) -> Problem:
+    suppress_tokens: tuple[int, ...],
+) -> SearchInputs:
     rows = torch.arange(source.shape[0], device=source.device)
-    cache = model.start(model.encode(source), rows)
-    prompt = tag[:, None] if model.config.encoder.layers else append(source, tag=tag)
+    cache = model.init_cache(model.encode(source), rows)
+    prompt = tag[:, None] if model.config.encoder.layers else append_tag(source, tag=tag)
     logits = model.step(prompt, cache)
     limit = torch.as_tensor(max_tokens, device=source.device).expand(source.shape[0])
     forbidden = torch.zeros(logits.shape[-1], dtype=torch.bool, device=source.device)
-    forbidden[list(forbid)] = True
-    return Problem(
+    forbidden[list(suppress_tokens)] = True
+    return SearchInputs(
         logits=logits,
         step=lambda ids: model.step(ids[:, None], cache),
-        keep=cache.reorder,
+        reorder_cache=cache.reorder,
         max_tokens=limit,
-        forbidden=forbidden,
+        suppressed=forbidden,
     )
 
 
-def append(source: Int[Tensor, "B S"], *, tag: Int[Tensor, "B"]) -> Int[Tensor, "B S1"]:
+def append_tag(source: Int[Tensor, "B S"], *, tag: Int[Tensor, "B"]) -> Int[Tensor, "B S1"]:
     """Put a token after the last real one of each right-padded row."""
     longer = torch.nn.functional.pad(source, (0, 1), value=PAD)
     return longer.scatter(1, (source != PAD).sum(1, keepdim=True), tag[:, None])

@@ -5,16 +5,16 @@ from typing import Literal, cast
 import torch
 from torch import nn
 
-from moesaic.model.blueprint import Blueprint, Init
+from moesaic.model.blueprint import ModelConfig, InitConfig
 from moesaic.moe.experts import ExpertBank
 from moesaic.moe.router import Router
 from moesaic.nn.embedding import Embedding
-from moesaic.nn.start import Start, own_starts
+from moesaic.nn.start import Initializer, custom_initializers
 
-Kind = Literal["embedding", "norm", "bias", "matrix", "expert", "router"]
+ParameterKind = Literal["embedding", "norm", "bias", "matrix", "expert", "router"]
 
 
-def parameter_kinds(model: nn.Module) -> dict[str, Kind]:
+def parameter_kinds(model: nn.Module) -> dict[str, ParameterKind]:
     """The kind of every parameter, by name, in the order of ``named_parameters``."""
     owners = {
         f"{path}.{name}" if path else name: (module, name)
@@ -23,16 +23,16 @@ def parameter_kinds(model: nn.Module) -> dict[str, Kind]:
     }
     routers = tuple(f"{path}." for path, m in model.named_modules() if isinstance(m, Router))
     routers += ("encoder_routing.", "decoder_routing.")  # what routers of a stack share
-    said = {name: start.kind for name, start in own_starts(model).items() if start.kind}
+    said = {name: start.kind for name, start in custom_initializers(model).items() if start.kind}
     return {
         name: cast("Kind", said[name])
         if name in said
-        else _kind(*owners[name], routes=name.startswith(routers))
+        else _kind_of(*owners[name], routes=name.startswith(routers))
         for name, _ in model.named_parameters()
     }
 
 
-def _kind(module: nn.Module, name: str, *, routes: bool) -> Kind:
+def _kind_of(module: nn.Module, name: str, *, routes: bool) -> ParameterKind:
     if name.endswith("bias"):
         return "bias"
     if routes:
@@ -45,9 +45,9 @@ def _kind(module: nn.Module, name: str, *, routes: bool) -> Kind:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, config: Blueprint) -> None:
+def initialize_weights(model: nn.Module, config: ModelConfig) -> None:
     """Draw every parameter from torch's global generator, in the order of the kinds."""
-    kinds, said = parameter_kinds(model), own_starts(model)
+    kinds, said = parameter_kinds(model), custom_initializers(model)
     for name, parameter in model.named_parameters():
         kind = kinds[name]
         if kind == "norm":
@@ -55,29 +55,29 @@ def initialise(model: nn.Module, config: Blueprint) -> None:
         elif kind == "bias":
             parameter.zero_()
         else:
-            own = said.get(name, Start())
-            std = start_std(name, kind=kind, shape=parameter.shape, own=own, config=config)
+            own = said.get(name, Initializer())
+            std = init_std(name, kind=kind, shape=parameter.shape, initializer=own, config=config)
             parameter.normal_(std=std)
 
 
-def start_std(name: str, *, kind: Kind, shape: torch.Size, own: Start, config: Blueprint) -> float:
+def init_std(name: str, *, kind: ParameterKind, shape: torch.Size, initializer: Initializer, config: ModelConfig) -> float:
     """Standard deviation that a weight starts with."""
-    init: Init = config.init
-    if own.std is not None:
-        return own.std
+    init: InitConfig = config.init
+    if initializer.std is not None:
+        return initializer.std
     if kind == "embedding":
         return init.embedding_std or config.dim**-0.5
     if kind == "router":
         return init.router_std or (0.1 / shape[-1]) ** 0.5
     # Linear is [out, in], a bank [E, in, out]
-    fan_in = own.fan_in or (shape[-1] if kind == "matrix" else shape[-2])
+    fan_in = initializer.fan_in or (shape[-1] if kind == "matrix" else shape[-2])
     std = init.std or fan_in**-0.5
     back = name.rsplit(".", 2)[-2:]
     returns = "down" in back or "out" in back
-    return std * branches(name, config) ** -0.5 if returns and init.scale_by_depth else std
+    return std * num_residual_branches(name, config) ** -0.5 if returns and init.scale_by_depth else std
 
 
-def branches(name: str, config: Blueprint) -> int:
+def num_residual_branches(name: str, config: ModelConfig) -> int:
     """Residual branches of the stack that a parameter is in."""
     if name.startswith("encoder"):
         return 2 * config.encoder.layers

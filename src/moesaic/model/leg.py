@@ -11,33 +11,33 @@ state, E experts.
 from dataclasses import dataclass
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.model.blueprint import Blueprint, Stack
+from moesaic.model.blueprint import ModelConfig, Stack
 from moesaic.moe.config import MoE
 from moesaic.moe.gates import Handing
 
 
 @dataclass(frozen=True, slots=True)
-class Leg:
+class BlockRange:
     """The blocks of each stack that a leg passes through."""
 
     encoder: range
     decoder: range
 
     @staticmethod
-    def whole(config: Blueprint) -> "Leg":
+    def all_blocks(config: ModelConfig) -> "BlockRange":
         """Return the leg of all blocks."""
-        return Leg(range(config.encoder.layers), range(config.decoder.layers))
+        return BlockRange(range(config.encoder.layers), range(config.decoder.layers))
 
     @staticmethod
-    def between(start: int, stop: int, *, config: Blueprint) -> "Leg":
+    def between(start: int, stop: int, *, config: ModelConfig) -> "BlockRange":
         """Return the blocks ``start`` to ``stop`` (not included) of the chain."""
         first = config.encoder.layers
         encoder = range(min(start, first), min(stop, first))
-        return Leg(encoder, range(max(start - first, 0), max(stop - first, 0)))
+        return BlockRange(encoder, range(max(start - first, 0), max(stop - first, 0)))
 
 
 @dataclass(frozen=True, slots=True)
-class Handed:
+class StageIO:
     """What a leg hands to the next, on this rank.
 
     ``x`` are the states of the stack in progress (None where the next leg enters a stack), with
@@ -45,15 +45,15 @@ class Handed:
     """
 
     x: Float[Tensor, "T D"] | None = None
-    hidden: Float[Tensor, "T P"] | None = None
-    logits: Float[Tensor, "T E"] | None = None
-    memory: Float[Tensor, "S D"] | None = None
+    router_hidden: Float[Tensor, "T P"] | None = None
+    router_logits: Float[Tensor, "T E"] | None = None
+    encoder_states: Float[Tensor, "S D"] | None = None
 
 
-def handing(config: Blueprint, stack: Stack) -> Handing:
+def router_state_widths(config: ModelConfig, stack: Stack) -> Handing:
     """Return how wide what the routers of a stack hand on is."""
-    moe = config.mixture(stack)
-    if not isinstance(moe, MoE) or not stack.sparse_layers:
+    moe = config.moe_of_stack(stack)
+    if not isinstance(moe, MoE) or not stack.moe_layers:
         return Handing()
-    first = config.experts(stack, layer=stack.sparse_layers[0]) or moe
+    first = config.routed_moe_of_layer(stack, layer=stack.moe_layers[0]) or moe
     return moe.link.hands(experts=first.routed)

@@ -7,7 +7,7 @@ from moesaic.moe.record import Record
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class ModelOutput:
     """Decoder states at the predicted positions only, in row-major order.
 
     Logits are not made here: ``model.logits(hidden)`` or a chunked loss makes them, so a batch

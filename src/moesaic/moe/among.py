@@ -16,7 +16,7 @@ class Among(Choice):
         """Return the scores to choose by, minus infinity where there is no choice."""
         raise NotImplementedError
 
-    def refuses(self, *, experts: int, k: int) -> str | None:
+    def problems(self, *, experts: int, k: int) -> str | None:
         """Return what it expects instead of so many experts, of which k are chosen, or None."""
         del experts, k
         return None
@@ -53,7 +53,7 @@ class BestGroups(Among):
         lost = good.new_ones(good.shape).scatter(-1, good.topk(self.kept, dim=-1).indices, 0)
         return each.masked_fill(lost.bool()[..., None], float("-inf")).flatten(-2)
 
-    def refuses(self, *, experts: int, k: int) -> str | None:
+    def problems(self, *, experts: int, k: int) -> str | None:
         if experts % self.groups:
             return f"a number of experts that groups={self.groups} divides, not {experts}"
         room = experts // self.groups * self.kept

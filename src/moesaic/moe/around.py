@@ -13,7 +13,7 @@ from torch import nn
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.pieces import Piece
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 
 
 class Passage(nn.Module):
@@ -64,16 +64,16 @@ class Whole(Exchange):
 class Beside(Choice):
     """Family: the branch that every token takes beside its experts."""
 
-    def build(self, *, feed_forward: FeedForward, dim: int, bias: bool) -> nn.Module:
+    def build(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> nn.Module:
         """Return a module of ``forward(x, *, mixed) -> out``; ``mixed`` is the experts' answer."""
         raise NotImplementedError
 
-    def pieces(self, *, feed_forward: FeedForward, dim: int, bias: bool) -> Sequence[Piece]:
+    def pieces(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> Sequence[Piece]:
         """Return its parameters."""
         del feed_forward, dim, bias
         return ()
 
-    def kept(self, *, feed_forward: FeedForward, dim: int) -> float:
+    def kept(self, *, feed_forward: FeedForwardConfig, dim: int) -> float:
         """Return the values that autograd keeps per token (for forecasts)."""
         del feed_forward, dim
         return 0
@@ -82,7 +82,7 @@ class Beside(Choice):
 class NothingBeside(Beside):
     """The experts' answer is the layer's."""
 
-    def build(self, *, feed_forward: FeedForward, dim: int, bias: bool) -> nn.Module:
+    def build(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> nn.Module:
         del feed_forward, dim, bias
         return _Alone()
 

@@ -18,7 +18,7 @@ from moesaic.nn.attention import AttentionConfig, SelfAttention
 from moesaic.nn.looking import KeyValue
 from moesaic.nn.packing import Packing
 from moesaic.nn.position import Rotation
-from moesaic.nn.start import OwnStart, Start
+from moesaic.nn.start import CustomInitializers, Initializer
 
 
 @runtime_checkable
@@ -84,8 +84,8 @@ class MixtureOfAttention(AttentionExperts):
     keys: Literal["own", "shared"] = "own"
 
     def all_heads(self, config: AttentionConfig, *, dim: int) -> AttentionConfig:
-        groups = config.groups() * (self.experts if self.keys == "own" else 1)
-        heads, width = config.heads * self.experts, config.width(dim)
+        groups = config.num_kv_heads() * (self.experts if self.keys == "own" else 1)
+        heads, width = config.heads * self.experts, config.head_width(dim)
         return AttentionConfig(heads=heads, kv_heads=groups, head_dim=width)
 
     def build(self, config: AttentionConfig, *, dim: int, bias: bool) -> Attends:
@@ -96,10 +96,10 @@ class MixtureOfAttention(AttentionExperts):
 
     def kept(self, config: AttentionConfig, *, dim: int) -> float:
         heads = self.all_heads(config, dim=dim)
-        return heads.heads * heads.width(dim) + self.experts
+        return heads.heads * heads.head_width(dim) + self.experts
 
 
-class AttentionMixture(OwnStart):
+class AttentionMixture(CustomInitializers):
     """One attention with the heads of all experts; each expert's heads are weighted before ``out``.
 
     The last product adds over all heads, so weighting what it reads is weighting what each expert
@@ -113,17 +113,17 @@ class AttentionMixture(OwnStart):
         self.gate = nn.Linear(dim, mixture.experts, bias=False)
         self.all = SelfAttention(mixture.all_heads(config, dim=dim), dim=dim, bias=bias)
         self.experts = mixture.experts
-        self.blocks = 1 if mixture.keys == "own" else config.groups()
-        self.read = config.heads * config.width(dim)
+        self.blocks = 1 if mixture.keys == "own" else config.num_kv_heads()
+        self.read = config.heads * config.head_width(dim)
 
-    def starts(self) -> Mapping[str, Start]:
-        return {"gate.weight": Start(kind="router"), "all.out.weight": Start(fan_in=self.read)}
+    def initializers(self) -> Mapping[str, Initializer]:
+        return {"gate.weight": Initializer(kind="router"), "all.out.weight": Initializer(fan_in=self.read)}
 
     def forward(
         self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
     ) -> Float[Tensor, "T D"]:
         """Attend within each row (see ``SelfAttention``)."""
-        found = self.all.look(x, packing=packing, rotation=rotation, causal=causal)
+        found = self.all.attend_heads(x, packing=packing, rotation=rotation, causal=causal)
         return self.all.out(self._weighted(found, x=x))
 
     def step(
@@ -136,7 +136,7 @@ class AttentionMixture(OwnStart):
         position: Int[Tensor, "B n"],
     ) -> Float[Tensor, "T D"]:
         """The same for the newest tokens; ``cache`` holds the keys of all experts."""
-        found = self.all.look_back(
+        found = self.all.attend_heads_cached(
             x, packing=packing, rotation=rotation, cache=cache, position=position
         )
         return self.all.out(self._weighted(found, x=x))

@@ -64,7 +64,7 @@ class Balance(Choice, Learner):
         """Return the weight with which the loss evens the experts' load; 0 if it does not."""
         return 0.0
 
-    def refuses(self, *, experts: int, limit: Limit) -> str | None:
+    def problems(self, *, experts: int, limit: Limit) -> str | None:
         """Return what the term expects of a layer with so many working experts, if not this."""
         del experts, limit
         return None

@@ -17,7 +17,7 @@ from moesaic.moe.noise import Noise, NoNoise
 from moesaic.moe.pieces import Piece
 from moesaic.moe.select import Select, SwitchTop1
 from moesaic.moe.spare import NoSpare, Spare
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 
 
 class Sparse(Choice):
@@ -29,15 +29,15 @@ class Sparse(Choice):
 
     part: ClassVar[str] = "experts"
 
-    def build(self, *, feed_forward: FeedForward, dim: int, bias: bool) -> nn.Module:
+    def build(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> nn.Module:
         """Return a module of ``forward(x, *, context, carry) -> layer.Answer``."""
         raise NotImplementedError
 
-    def pieces(self, *, feed_forward: FeedForward, dim: int, bias: bool) -> Sequence[Piece]:
+    def pieces(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> Sequence[Piece]:
         """Return the parameters of that module."""
         raise NotImplementedError
 
-    def kept(self, *, feed_forward: FeedForward, dim: int) -> float:
+    def kept(self, *, feed_forward: FeedForwardConfig, dim: int) -> float:
         """Return the values that autograd keeps per token (for forecasts)."""
         raise NotImplementedError
 
@@ -85,7 +85,7 @@ class MoE(Sparse):
         """Experts that the router chooses from, spare ones included."""
         return self.experts + self.spare.count()
 
-    def feed_forward(self, dense: FeedForward) -> FeedForward:
+    def feed_forward(self, dense: FeedForwardConfig) -> FeedForwardConfig:
         """Return the feed-forward of one expert in a model with this dense one."""
         return dense if self.hidden is None else dense.replace(hidden=self.hidden)
 
@@ -99,6 +99,6 @@ class MoE(Sparse):
     @model_validator(mode="after")
     def _check(self) -> "MoE":
         for term in self.balance:
-            if expected := term.refuses(experts=self.experts, limit=self.limit):
+            if expected := term.problems(experts=self.experts, limit=self.limit):
                 raise ValueError(f"{type(term).__name__} expects {expected}")
         return self

@@ -13,7 +13,7 @@ from torch import nn
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.pieces import Piece
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.ops.choose import pick_engine, pick_mixer
 from moesaic.ops.group import Groups
 from moesaic.ops.grouped import Activation, Banks, grouped_feed_forward
@@ -26,7 +26,7 @@ class Size:
 
     num_experts: int
     dim: int
-    feed_forward: FeedForward
+    feed_forward: FeedForwardConfig
     bias: bool
 
 

@@ -137,7 +137,7 @@ class Link(Choice):
         """Return the values per token that autograd keeps of what is shared."""
         return 0
 
-    def refuses(self, *, experts: Sequence[int], condition: "Condition") -> str | None:
+    def problems(self, *, experts: Sequence[int], condition: "Condition") -> str | None:
         """Return what it expects of a stack whose layers have so many experts, if not this."""
         del experts, condition
         return None

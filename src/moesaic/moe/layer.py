@@ -18,7 +18,7 @@ from moesaic.moe.ranks import OneRank, Ranks
 from moesaic.moe.record import Record
 from moesaic.moe.router import Router
 from moesaic.moe.spare import working
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class MoELayer(nn.Module):
     """Router, dispatcher, experts. ``place.name`` is the layer's name in records."""
 
     def __init__(
-        self, config: MoE, *, dim: int, feed_forward: FeedForward, bias: bool, place: Place
+        self, config: MoE, *, dim: int, feed_forward: FeedForwardConfig, bias: bool, place: Place
     ) -> None:
         super().__init__()
         feed = config.feed_forward(feed_forward)

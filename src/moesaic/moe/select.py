@@ -43,7 +43,7 @@ class Select(Choice, Learner):
         """Edges per token, on average: what FLOPs are counted with."""
         raise NotImplementedError
 
-    def refuses(self, *, experts: int, spare: int) -> str | None:
+    def problems(self, *, experts: int, spare: int) -> str | None:
         """Return what it expects instead of so many experts (spare ones included), or None."""
         del spare
         k = self.experts_per_token(2**30)
@@ -83,9 +83,9 @@ class TopK(Select):
     def experts_per_token(self, num_experts: int) -> float:
         return float(min(self.k, num_experts))
 
-    def refuses(self, *, experts: int, spare: int) -> str | None:
-        few = super().refuses(experts=experts, spare=spare)
-        return few or self.among.refuses(experts=experts, k=self.k)
+    def problems(self, *, experts: int, spare: int) -> str | None:
+        few = super().problems(experts=experts, spare=spare)
+        return few or self.among.problems(experts=experts, k=self.k)
 
 
 class SwitchTop1(Select):

@@ -23,7 +23,7 @@ class Activation(Choice):
 
     kernel: ClassVar[str] = ""
     gated: ClassVar[bool] = False
-    kept: ClassVar[int] = 2
+    saved_activations: ClassVar[int] = 2
 
     def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
         """Apply to the pre-activation (G = F, or 2F if gated)."""
@@ -38,7 +38,7 @@ class ReLU(Activation):
     """``max(x, 0)``, the activation of the original transformer (1706.03762)."""
 
     kernel: ClassVar[str] = "relu"
-    kept: ClassVar[int] = 1
+    saved_activations: ClassVar[int] = 1
 
     def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
         return x.relu()
@@ -67,7 +67,7 @@ class SwiGLU(Activation):
 
     kernel: ClassVar[str] = "swiglu"
     gated: ClassVar[bool] = True
-    kept: ClassVar[int] = 4
+    saved_activations: ClassVar[int] = 4
 
     def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
         gate, value = x.chunk(2, -1)

@@ -10,8 +10,8 @@ from torch import nn
 
 from moesaic.core.config import Config
 from moesaic.core.shapes import Bool, Float, Int, Tensor
-from moesaic.nn.crew import Crew, Solo
-from moesaic.nn.looking import Heads, KeyValue, LookHere, Looking, attend, padded
+from moesaic.nn.crew import TensorParallelGroup, NoTensorParallel
+from moesaic.nn.looking import QueryKeyValue, KeyValue, LocalAttention, AttentionBackend, attend, pad_heads
 from moesaic.nn.packing import Packing
 from moesaic.nn.position import Rotation
 
@@ -26,11 +26,11 @@ class AttentionConfig(Config):
     kv_heads: int | None = None
     head_dim: int | None = None
 
-    def groups(self) -> int:
+    def num_kv_heads(self) -> int:
         """Key/value heads."""
         return self.kv_heads or self.heads
 
-    def width(self, dim: int) -> int:
+    def head_width(self, dim: int) -> int:
         """Channels per head."""
         return self.head_dim or dim // self.heads
 
@@ -40,19 +40,19 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: AttentionConfig, *, dim: int, bias: bool) -> None:
         super().__init__()
-        self.heads, self.groups, self.width = config.heads, config.groups(), config.width(dim)
-        self.qkv = nn.Linear(dim, (self.heads + 2 * self.groups) * self.width, bias=bias)
-        self.out = nn.Linear(self.heads * self.width, dim, bias=bias)
-        self.looking: Looking = LookHere()
-        self.crew: Crew = Solo()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.num_kv_heads(), config.head_width(dim)
+        self.qkv = nn.Linear(dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=bias)
+        self.out = nn.Linear(self.heads * self.head_dim, dim, bias=bias)
+        self.backend: AttentionBackend = LocalAttention()
+        self.tensor_parallel: TensorParallelGroup = NoTensorParallel()
 
     def forward(
         self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
     ) -> Float[Tensor, "T D"]:
         """Attend within each row; ``causal``: a token sees itself and what is before it."""
-        x = self.crew.meet(x, packing=packing)
-        found = self.look(x, packing=packing, rotation=rotation, causal=causal)
-        return self.crew.part(self.out(found), packing=packing)
+        x = self.tensor_parallel.all_gather_tokens(x, packing=packing)
+        found = self.attend_heads(x, packing=packing, rotation=rotation, causal=causal)
+        return self.tensor_parallel.reduce_scatter_tokens(self.out(found), packing=packing)
 
     def step(
         self,
@@ -64,18 +64,18 @@ class SelfAttention(nn.Module):
         position: Int[Tensor, "B n"],
     ) -> Float[Tensor, "T D"]:
         """Attend from the newest tokens to all so far; ``cache`` is written at ``position``."""
-        found = self.look_back(
+        found = self.attend_heads_cached(
             x, packing=packing, rotation=rotation, cache=cache, position=position
         )
         return self.out(found)
 
-    def look(
+    def attend_heads(
         self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
     ) -> Float[Tensor, "T HD"]:
         """What the heads found, side by side, before the last product."""
-        return self.looking.own(self._project(x, rotation=rotation), packing=packing, causal=causal)
+        return self.backend.self_attention(self._project(x, rotation=rotation), packing=packing, causal=causal)
 
-    def look_back(
+    def attend_heads_cached(
         self,
         x: Float[Tensor, "T D"],
         *,
@@ -86,18 +86,18 @@ class SelfAttention(nn.Module):
     ) -> Float[Tensor, "T HD"]:
         """The same for the newest tokens (see ``step``)."""
         heads = self._project(x, rotation=rotation)
-        new = KeyValue(padded(heads.key, packing), padded(heads.value, packing))
+        new = KeyValue(pad_heads(heads.key, packing), pad_heads(heads.value, packing))
         cache.write(new, position=position)
-        query = padded(heads.query, packing)
+        query = pad_heads(heads.query, packing)
         places = torch.arange(cache.key.shape[2], device=x.device)
         seen = places <= position[:, None, :, None]
         return packing.pack(attend(query, cache, mask=seen, causal=False))
 
-    def _project(self, x: Float[Tensor, "T D"], *, rotation: Rotation) -> Heads:
-        heads, groups = self.heads, self.groups
-        both, value = self.qkv(x).unflatten(-1, (-1, self.width)).split([heads + groups, groups], 1)
+    def _project(self, x: Float[Tensor, "T D"], *, rotation: Rotation) -> QueryKeyValue:
+        heads, groups = self.heads, self.kv_heads
+        both, value = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split([heads + groups, groups], 1)
         query, key = rotation(both).split([heads, groups], 1)
-        return Heads(query, key, value)
+        return QueryKeyValue(query, key, value)
 
 
 class CrossAttention(nn.Module):
@@ -105,17 +105,17 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config: AttentionConfig, *, dim: int, bias: bool) -> None:
         super().__init__()
-        self.heads, self.groups, self.width = config.heads, config.groups(), config.width(dim)
-        self.query = nn.Linear(dim, self.heads * self.width, bias=bias)
-        self.kv = nn.Linear(dim, 2 * self.groups * self.width, bias=bias)
-        self.out = nn.Linear(self.heads * self.width, dim, bias=bias)
-        self.looking: Looking = LookHere()
-        self.crew: Crew = Solo()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.num_kv_heads(), config.head_width(dim)
+        self.query = nn.Linear(dim, self.heads * self.head_dim, bias=bias)
+        self.kv = nn.Linear(dim, 2 * self.kv_heads * self.head_dim, bias=bias)
+        self.out = nn.Linear(self.heads * self.head_dim, dim, bias=bias)
+        self.backend: AttentionBackend = LocalAttention()
+        self.tensor_parallel: TensorParallelGroup = NoTensorParallel()
 
-    def read(self, memory: Float[Tensor, "T D"], *, packing: Packing) -> KeyValue:
+    def project_source(self, encoder_states: Float[Tensor, "T D"], *, packing: Packing) -> KeyValue:
         """Keys and values of the source, once per layer and batch."""
-        both = self.kv(self.crew.meet(memory, packing=packing)).unflatten(-1, (-1, self.width))
-        return self.looking.read(*both.split(self.groups, 1), packing=packing)
+        both = self.kv(self.tensor_parallel.all_gather_tokens(encoder_states, packing=packing)).unflatten(-1, (-1, self.head_dim))
+        return self.backend.project_source(*both.split(self.kv_heads, 1), packing=packing)
 
     def forward(
         self,
@@ -126,7 +126,7 @@ class CrossAttention(nn.Module):
         mask: Bool[Tensor, "B 1 1 S"] | None,
     ) -> Float[Tensor, "T D"]:
         """Attend to ``source`` where ``mask`` is true (None: everywhere)."""
-        x = self.crew.meet(x, packing=packing)
-        query = self.query(x).unflatten(-1, (-1, self.width))
-        found = self.looking.cross(query, packing=packing, source=source, mask=mask)
-        return self.crew.part(self.out(found), packing=packing)
+        x = self.tensor_parallel.all_gather_tokens(x, packing=packing)
+        query = self.query(x).unflatten(-1, (-1, self.head_dim))
+        found = self.backend.cross_attention(query, packing=packing, source=source, mask=mask)
+        return self.tensor_parallel.reduce_scatter_tokens(self.out(found), packing=packing)

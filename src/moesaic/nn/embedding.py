@@ -25,16 +25,16 @@ class EmbeddingConfig(Config):
 
 
 @runtime_checkable
-class Vocabulary(Protocol):
+class EmbeddingBackend(Protocol):
     """The rows of a table [V, D], of which ``table`` are held here."""
 
-    def stream(
+    def embed_tokens(
         self, ids: Int[Tensor, "T"], *, table: Float[Tensor, "v D"], packing: Packing
     ) -> Float[Tensor, "t D"]:
         """Return the vectors of the tokens held here, given the ids of all (``packing``)."""
         ...
 
-    def alike(self, ids: Int[Tensor, "B"], *, table: Float[Tensor, "v D"]) -> Float[Tensor, "B D"]:
+    def embed_replicated(self, ids: Int[Tensor, "B"], *, table: Float[Tensor, "v D"]) -> Float[Tensor, "B D"]:
         """Return the vectors of ids that every rank asks for alike."""
         ...
 
@@ -51,15 +51,15 @@ class Vocabulary(Protocol):
         ...
 
 
-class WholeVocabulary:
+class LocalEmbedding:
     """All rows are held here."""
 
-    def stream(
+    def embed_tokens(
         self, ids: Int[Tensor, "T"], *, table: Float[Tensor, "V D"], packing: Packing
     ) -> Float[Tensor, "t D"]:
-        return F.embedding(ids[packing.own], table)
+        return F.embedding(ids[packing.local_tokens], table)
 
-    def alike(self, ids: Int[Tensor, "B"], *, table: Float[Tensor, "V D"]) -> Float[Tensor, "B D"]:
+    def embed_replicated(self, ids: Int[Tensor, "B"], *, table: Float[Tensor, "V D"]) -> Float[Tensor, "B D"]:
         return F.embedding(ids, table)
 
     def loss(
@@ -82,15 +82,15 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, dim))
         self.output = self.weight if config.tied else nn.Parameter(torch.empty(vocab_size, dim))
         self.scale = dim**0.5 if config.scaled else 1.0
-        self.vocabulary: Vocabulary = WholeVocabulary()
+        self.backend: EmbeddingBackend = LocalEmbedding()
 
     def forward(self, ids: Int[Tensor, "T"], *, packing: Packing) -> Float[Tensor, "t D"]:
         """Return the vectors of the tokens held here, given the ids of all of them."""
-        return self.vocabulary.stream(ids, table=self.weight, packing=packing) * self.scale
+        return self.backend.embed_tokens(ids, table=self.weight, packing=packing) * self.scale
 
-    def alike(self, ids: Int[Tensor, "B"]) -> Float[Tensor, "B D"]:
+    def embed_replicated(self, ids: Int[Tensor, "B"]) -> Float[Tensor, "B D"]:
         """Return the vectors of ids that every rank asks for alike."""
-        return self.vocabulary.alike(ids, table=self.weight) * self.scale
+        return self.backend.embed_replicated(ids, table=self.weight) * self.scale
 
     def logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Float32 logits of states."""
@@ -105,6 +105,6 @@ class Embedding(nn.Module):
         z: float = 0.0,
     ) -> TokenLoss:
         """Cross-entropy of labels without ever holding all logits."""
-        return self.vocabulary.loss(
+        return self.backend.loss(
             hidden, table=self.output, label=label, smoothing=smoothing, z=z
         )

@@ -10,7 +10,7 @@ from moesaic.core.shapes import Float, Tensor
 from moesaic.nn.activation import Activation, SwiGLU
 
 
-class FeedForward(Config):
+class FeedForwardConfig(Config):
     """Hidden width and activation, of a dense layer and of each expert unless that says its own."""
 
     hidden: int
@@ -20,7 +20,7 @@ class FeedForward(Config):
 class DenseFeedForward(nn.Module):
     """The layer of a ``FeedForward``."""
 
-    def __init__(self, config: FeedForward, *, dim: int, bias: bool) -> None:
+    def __init__(self, config: FeedForwardConfig, *, dim: int, bias: bool) -> None:
         super().__init__()
         self.up = nn.Linear(dim, config.activation.width(config.hidden), bias=bias)
         self.down = nn.Linear(config.hidden, dim, bias=bias)

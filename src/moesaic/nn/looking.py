@@ -23,13 +23,13 @@ class KeyValue:
 
     key: Float[Tensor, "B G S d"]
     value: Float[Tensor, "B G S d"]
-    stream: Packing | None = None
+    packing: Packing | None = None
 
     def select(self, rows: Int[Tensor, "R"]) -> "KeyValue":
         """Take some batch rows, in any order and number."""
         return KeyValue(self.key.index_select(0, rows), self.value.index_select(0, rows))
 
-    def fit(self, length: int) -> "KeyValue":
+    def grow(self, length: int) -> "KeyValue":
         """Return room for at least ``length`` tokens (zeros), doubling when it grows."""
         have = self.key.shape[2]
         if have >= length:
@@ -45,7 +45,7 @@ class KeyValue:
 
 
 @dataclass(frozen=True, slots=True)
-class Heads:
+class QueryKeyValue:
     """Queries, keys and values of the tokens that meet here (``packing.met``), as a stream."""
 
     query: Float[Tensor, "T H d"]
@@ -54,20 +54,20 @@ class Heads:
 
 
 @runtime_checkable
-class Looking(Protocol):
+class AttentionBackend(Protocol):
     """How tokens find the others of their row, wherever those are held."""
 
-    def own(self, heads: Heads, *, packing: Packing, causal: bool) -> Float[Tensor, "T HD"]:
+    def self_attention(self, heads: QueryKeyValue, *, packing: Packing, causal: bool) -> Float[Tensor, "T HD"]:
         """Look within each row; ``causal``: a token sees itself and what is before it."""
         ...
 
-    def read(
+    def project_source(
         self, key: Float[Tensor, "T G d"], value: Float[Tensor, "T G d"], *, packing: Packing
     ) -> KeyValue:
         """Make a source ready to be looked at, once per layer and batch."""
         ...
 
-    def cross(
+    def cross_attention(
         self,
         query: Float[Tensor, "T H d"],
         *,
@@ -79,21 +79,21 @@ class Looking(Protocol):
         ...
 
 
-class LookHere:
+class LocalAttention:
     """All tokens of a row are held here."""
 
-    def own(self, heads: Heads, *, packing: Packing, causal: bool) -> Float[Tensor, "T HD"]:
+    def self_attention(self, heads: QueryKeyValue, *, packing: Packing, causal: bool) -> Float[Tensor, "T HD"]:
         # causal attention needs no mask: padding is on the right, where no real token looks
         mask = None if causal else packing.key_mask
-        keys = self.read(heads.key, heads.value, packing=packing)
-        return packing.pack(attend(padded(heads.query, packing), keys, mask=mask, causal=causal))
+        keys = self.project_source(heads.key, heads.value, packing=packing)
+        return packing.pack(attend(pad_heads(heads.query, packing), keys, mask=mask, causal=causal))
 
-    def read(
+    def project_source(
         self, key: Float[Tensor, "T G d"], value: Float[Tensor, "T G d"], *, packing: Packing
     ) -> KeyValue:
-        return KeyValue(padded(key, packing), padded(value, packing))
+        return KeyValue(pad_heads(key, packing), pad_heads(value, packing))
 
-    def cross(
+    def cross_attention(
         self,
         query: Float[Tensor, "T H d"],
         *,
@@ -101,10 +101,10 @@ class LookHere:
         source: KeyValue,
         mask: Bool[Tensor, "B 1 1 S"] | None,
     ) -> Float[Tensor, "T HD"]:
-        return packing.pack(attend(padded(query, packing), source, mask=mask, causal=False))
+        return packing.pack(attend(pad_heads(query, packing), source, mask=mask, causal=False))
 
 
-def padded(heads: Float[Tensor, "T H d"], packing: Packing) -> Float[Tensor, "B H S d"]:
+def pad_heads(heads: Float[Tensor, "T H d"], packing: Packing) -> Float[Tensor, "B H S d"]:
     """Put a stream of heads into rows."""
     rows = packing.pad(heads.flatten(1))
     return rows.unflatten(-1, heads.shape[1:]).transpose(1, 2)
@@ -129,7 +129,7 @@ def attend(
     return mixed.transpose(1, 2).flatten(2)
 
 
-def plain_attend(
+def reference_attend(
     query: Float[Tensor, "B H L d"],
     keys: KeyValue,
     *,

@@ -29,7 +29,7 @@ class RMSNorm(Norm):
     eps: float = 1e-6
 
     def build(self, dim: int) -> nn.Module:
-        return RootMeanSquare(self, dim=dim)
+        return RMSNormModule(self, dim=dim)
 
     def parameters(self, dim: int) -> int:
         return dim
@@ -48,7 +48,7 @@ class LayerNorm(Norm):
         return 2 * dim if self.bias else dim
 
 
-class RootMeanSquare(nn.Module):
+class RMSNormModule(nn.Module):
     """The module of ``RMSNorm``."""
 
     def __init__(self, config: RMSNorm, *, dim: int) -> None:

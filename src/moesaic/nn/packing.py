@@ -15,7 +15,7 @@ from moesaic.core.shapes import Bool, Float, Int, Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TokenSpan:
     """Neighbouring tokens of one row, from ``position`` on; ``start`` is where their part has them.
 
     Plain numbers, so that who looks at whom is known without asking the device.
@@ -28,7 +28,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Division:
+class TokenPartition:
     """How the tokens of a batch are dealt out to the ranks that share its rows.
 
     ``sizes`` are the tokens of each rank, ``lanes`` neighbouring ranks make one *part*: they hold
@@ -38,35 +38,35 @@ class Division:
 
     sizes: tuple[int, ...]
     rank: int = 0
-    lanes: int = 1
-    runs: tuple[tuple[Run, ...], ...] = ()
+    tensor_ranks: int = 1
+    spans: tuple[tuple[TokenSpan, ...], ...] = ()
 
     @property
-    def own(self) -> slice:
+    def local_tokens(self) -> slice:
         """The tokens of this rank."""
-        return _span(self.sizes, self.rank)
+        return _slice_of(self.sizes, self.rank)
 
     @property
-    def part(self) -> int:
+    def context_rank(self) -> int:
         """Which part this rank belongs to."""
-        return self.rank // self.lanes
+        return self.rank // self.tensor_ranks
 
     @property
-    def part_sizes(self) -> tuple[int, ...]:
+    def context_sizes(self) -> tuple[int, ...]:
         """The tokens of each part."""
-        parts = range(0, len(self.sizes), self.lanes)
-        return tuple(sum(self.sizes[start : start + self.lanes]) for start in parts)
+        parts = range(0, len(self.sizes), self.tensor_ranks)
+        return tuple(sum(self.sizes[start : start + self.tensor_ranks]) for start in parts)
 
     @property
-    def lane_sizes(self) -> tuple[int, ...]:
+    def tensor_sizes(self) -> tuple[int, ...]:
         """The tokens of each rank of this part."""
-        first = self.part * self.lanes
-        return self.sizes[first : first + self.lanes]
+        first = self.context_rank * self.tensor_ranks
+        return self.sizes[first : first + self.tensor_ranks]
 
     @property
-    def met(self) -> slice:
+    def gathered_tokens(self) -> slice:
         """The tokens of this rank's part."""
-        return _span(self.part_sizes, self.part)
+        return _slice_of(self.context_sizes, self.context_rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +84,11 @@ class Packing:
     row: Int[Tensor, "T"]
     position: Int[Tensor, "T"]
     mask: Bool[Tensor, "B S"] | None
-    division: Division | None = None
+    partition: TokenPartition | None = None
     ordered: bool = True
 
     @staticmethod
-    def of(real: Bool[Tensor, "B S"]) -> "Packing":
+    def from_mask(real: Bool[Tensor, "B S"]) -> "Packing":
         """Make the packing of a mask that is true at real tokens."""
         rows, length = real.shape
         index = real.flatten().nonzero()[:, 0]
@@ -101,14 +101,14 @@ class Packing:
         return self.index.numel()
 
     @property
-    def own(self) -> slice:
+    def local_tokens(self) -> slice:
         """Which tokens are held here."""
-        return slice(0, self.num_tokens) if self.division is None else self.division.own
+        return slice(0, self.num_tokens) if self.partition is None else self.partition.local_tokens
 
     @property
-    def met(self) -> slice:
+    def gathered_tokens(self) -> slice:
         """Which tokens meet in the matrices that this rank holds a slice of."""
-        return slice(0, self.num_tokens) if self.division is None else self.division.met
+        return slice(0, self.num_tokens) if self.partition is None else self.partition.gathered_tokens
 
     @property
     def key_mask(self) -> Bool[Tensor, "B 1 1 S"] | None:
@@ -125,25 +125,25 @@ class Packing:
     def pack(self, padded: Float[Tensor, "B S C"]) -> Float[Tensor, "T C"]:
         """Take the real tokens out of a padded tensor."""
         flat = padded.reshape(self.rows * self.length, padded.shape[-1])
-        return flat if self._reshapes else _Take.apply(flat, self.index)
+        return flat if self._is_reshape else _GatherRows.apply(flat, self.index)
 
     def pad(self, packed: Float[Tensor, "T C"]) -> Float[Tensor, "B S C"]:
         """Put packed tokens back; padding becomes zero."""
-        if not self._reshapes:
-            packed = _Put.apply(packed, self.index, self.rows * self.length)
+        if not self._is_reshape:
+            packed = _ScatterRows.apply(packed, self.index, self.rows * self.length)
         return packed.view(self.rows, self.length, packed.shape[-1])
 
     @property
-    def _reshapes(self) -> bool:
+    def _is_reshape(self) -> bool:
         return self.mask is None and self.ordered
 
 
-def _span(sizes: tuple[int, ...], index: int) -> slice:
+def _slice_of(sizes: tuple[int, ...], index: int) -> slice:
     start = sum(sizes[:index])
     return slice(start, start + sizes[index])
 
 
-class _Take(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     """Gather of distinct rows: its gradient is a copy, not an accumulation."""
 
     @staticmethod
@@ -158,7 +158,7 @@ class _Take(torch.autograd.Function):
         return grad.new_zeros(ctx.size, grad.shape[1]).index_copy_(0, ctx.index, grad), None
 
 
-class _Put(torch.autograd.Function):
+class _ScatterRows(torch.autograd.Function):
     """Scatter to distinct rows of zeros."""
 
     @staticmethod

@@ -19,15 +19,15 @@ from moesaic.core.shapes import Float, Int, Tensor
 Rotation = Callable[[Tensor], Tensor]
 
 
-def unturned(heads: Float[Tensor, "T H d"]) -> Float[Tensor, "T H d"]:
+def no_rotation(heads: Float[Tensor, "T H d"]) -> Float[Tensor, "T H d"]:
     """The rotation of positions that do not rotate."""
     return heads
 
 
-class Position(Choice):
+class PositionalEncoding(Choice):
     """Family of positions."""
 
-    def build(self, *, dim: int, head_dim: int) -> "PositionModule":
+    def build(self, *, dim: int, head_dim: int) -> "PositionalEncodingModule":
         """Make the module."""
         raise NotImplementedError
 
@@ -36,7 +36,7 @@ class Position(Choice):
         return 0 * dim
 
 
-class PositionModule(nn.Module):
+class PositionalEncodingModule(nn.Module):
     """What a position does to embeddings and to heads; the base does nothing."""
 
     def add(self, x: Float[Tensor, "T D"], *, position: Int[Tensor, "T"]) -> Float[Tensor, "T D"]:
@@ -47,53 +47,53 @@ class PositionModule(nn.Module):
     def rotation(self, position: Int[Tensor, "T"]) -> Rotation:
         """Return the function that turns the queries and keys of these tokens."""
         del position
-        return unturned
+        return no_rotation
 
 
-class NoPosition(Position):
+class NoPositionalEncoding(PositionalEncoding):
     """No position at all: a causal decoder can still count (2203.16634)."""
 
-    def build(self, *, dim: int, head_dim: int) -> PositionModule:
+    def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:
         del dim, head_dim
-        return PositionModule()
+        return PositionalEncodingModule()
 
 
-class Rotary(Position):
+class Rotary(PositionalEncoding):
     """Rotary position (2104.09864): neighbouring channels turn as pairs."""
 
     theta: float = 10000.0
 
-    def build(self, *, dim: int, head_dim: int) -> PositionModule:
+    def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:
         del dim
         if head_dim % 2:
             raise ConfigError(
                 [f"position: Rotary turns pairs, so head_dim={head_dim} must be even"]
             )
-        return _Rotary(self, head_dim=head_dim)
+        return _RotaryModule(self, head_dim=head_dim)
 
 
-class Sinusoidal(Position):
+class Sinusoidal(PositionalEncoding):
     """Fixed sines and cosines added to the embedding (1706.03762)."""
 
-    def build(self, *, dim: int, head_dim: int) -> PositionModule:
+    def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:
         del head_dim
-        return _Sinusoidal(dim)
+        return _SinusoidalModule(dim)
 
 
-class Learned(Position):
+class LearnedPositions(PositionalEncoding):
     """One learned vector per position, for sequences of at most ``max`` tokens."""
 
-    max: int = 512
+    max_length: int = 512
 
-    def build(self, *, dim: int, head_dim: int) -> PositionModule:
+    def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:
         del head_dim
-        return _Learned(self, dim=dim)
+        return _LearnedPositionsModule(self, dim=dim)
 
     def parameters(self, dim: int) -> int:
-        return self.max * dim
+        return self.max_length * dim
 
 
-class _Rotary(PositionModule):
+class _RotaryModule(PositionalEncodingModule):
     def __init__(self, config: Rotary, *, head_dim: int) -> None:
         super().__init__()
         self.theta, self.pairs = config.theta, head_dim // 2
@@ -111,7 +111,7 @@ class _Rotary(PositionModule):
         return rotate
 
 
-class _Sinusoidal(PositionModule):
+class _SinusoidalModule(PositionalEncodingModule):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
@@ -124,10 +124,10 @@ class _Sinusoidal(PositionModule):
         return x + nn.functional.pad(wave, (0, self.dim - 2 * half)).to(x.dtype)
 
 
-class _Learned(PositionModule):
-    def __init__(self, config: Learned, *, dim: int) -> None:
+class _LearnedPositionsModule(PositionalEncodingModule):
+    def __init__(self, config: LearnedPositions, *, dim: int) -> None:
         super().__init__()
-        self.table = nn.Embedding(config.max, dim)
+        self.table = nn.Embedding(config.max_length, dim)
 
     def add(self, x: Float[Tensor, "T D"], *, position: Int[Tensor, "T"]) -> Float[Tensor, "T D"]:
         return x + self.table(position.clamp(max=self.table.num_embeddings - 1))

@@ -7,7 +7,7 @@ from torch import nn
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class Initializer:
     """One parameter's ``kind``, and the standard deviation it starts with (zero: as zeros).
 
     ``fan_in`` is how many values one result adds up, where the shape does not say. None leaves the
@@ -19,19 +19,19 @@ class Start:
     fan_in: float | None = None
 
 
-class OwnStart(nn.Module):
+class CustomInitializers(nn.Module):
     """Base of modules of which some parameters start in a way of their own."""
 
-    def starts(self) -> Mapping[str, Start]:
+    def initializers(self) -> Mapping[str, Initializer]:
         """Return those parameters, by their names in this module."""
         raise NotImplementedError
 
 
-def own_starts(model: nn.Module) -> dict[str, Start]:
+def custom_initializers(model: nn.Module) -> dict[str, Initializer]:
     """What the modules of a model say of their parameters, by name in the model."""
     return {
         f"{path}.{name}" if path else name: start
         for path, module in model.named_modules()
-        if isinstance(module, OwnStart)
-        for name, start in module.starts().items()
+        if isinstance(module, CustomInitializers)
+        for name, start in module.initializers().items()
     }

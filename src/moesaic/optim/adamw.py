@@ -11,7 +11,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from moesaic.core.shapes import Tensor
-from moesaic.optim.update import Matrices
+from moesaic.optim.update import MatrixSharding
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -23,7 +23,7 @@ class AdamWRule:
     betas: tuple[float, float]
     eps: float
 
-    def slots(self, parameter: Tensor) -> dict[str, Tensor]:
+    def initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
         return {
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
@@ -35,19 +35,19 @@ class AdamWRule:
         params: Sequence[Tensor],
         *,
         grads: Sequence[Tensor],
-        slots: Sequence[dict[str, Tensor]],
+        states: Sequence[dict[str, Tensor]],
         group: Mapping[str, Any],
-        matrices: Matrices,
+        sharding: MatrixSharding,
     ) -> None:
-        del matrices
+        del sharding
         fused = params[0].device.type in FUSED_DEVICES
         adamw(
             list(params),
             list(grads),
-            [s["exp_avg"] for s in slots],
-            [s["exp_avg_sq"] for s in slots],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
             [],
-            [s["step"] for s in slots],
+            [s["step"] for s in states],
             fused=fused,
             foreach=not fused,
             amsgrad=False,

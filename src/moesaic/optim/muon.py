@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.optim.update import Matrices
+from moesaic.optim.update import MatrixSharding
 
 # Jordan's quintic a*x + b*x^3 + c*x^5: singular values end near 1 (0.7 to 1.2), and small ones
 # grow by 3.44 per step
@@ -38,7 +38,7 @@ class MuonRule:
     steps: int
     scale: Callable[[int, int], float]
 
-    def slots(self, parameter: Tensor) -> dict[str, Tensor]:
+    def initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
         return {"momentum": torch.zeros_like(parameter)}
 
     def apply(
@@ -46,24 +46,24 @@ class MuonRule:
         params: Sequence[Tensor],
         *,
         grads: Sequence[Tensor],
-        slots: Sequence[dict[str, Tensor]],
+        states: Sequence[dict[str, Tensor]],
         group: Mapping[str, Any],
-        matrices: Matrices,
+        sharding: MatrixSharding,
     ) -> None:
-        buffers = [s["momentum"] for s in slots]
+        buffers = [s["momentum"] for s in states]
         torch._foreach_lerp_(buffers, list(grads), 1 - self.momentum)
         directions = torch._foreach_lerp(list(grads), buffers, self.momentum)  # Nesterov
         torch._foreach_mul_(list(params), 1 - group["lr"] * group["weight_decay"])
-        directions = matrices.whole(group["updated"], directions)
-        for indices in same_shape(directions).values():
+        directions = sharding.all_gather_matrices(group["updated"], directions)
+        for indices in group_by_matrix_shape(directions).values():
             names = [group["updated"][i] for i in indices]
             whole = [directions[i] for i in indices]
-            updates = matrices.own(names, orthogonal_each(whole, steps=self.steps))
+            updates = sharding.local_shards(names, orthogonalize(whole, steps=self.steps))
             alpha = -group["lr"] * self.scale(*whole[0].shape[-2:])
             torch._foreach_add_([params[i] for i in indices], updates, alpha=alpha)
 
 
-def same_shape(tensors: Sequence[Tensor]) -> dict[tuple[int, int], list[int]]:
+def group_by_matrix_shape(tensors: Sequence[Tensor]) -> dict[tuple[int, int], list[int]]:
     """Group the indices of ``tensors`` by the shape of their matrices, whatever the bank size."""
     found: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, tensor in enumerate(tensors):
@@ -71,7 +71,7 @@ def same_shape(tensors: Sequence[Tensor]) -> dict[tuple[int, int], list[int]]:
     return dict(found)
 
 
-def orthogonal_each(tensors: Sequence[Tensor], *, steps: int) -> list[Tensor]:
+def orthogonalize(tensors: Sequence[Tensor], *, steps: int) -> list[Tensor]:
     """Orthogonalise every matrix of every tensor ``[M, N]`` or ``[E, M, N]`` in one batch."""
     rows, columns = tensors[0].shape[-2:]
     stacks = [t.reshape(-1, rows, columns) for t in tensors]
@@ -92,11 +92,11 @@ def newton_schulz(matrices: Float[Tensor, "B M N"], *, steps: int) -> Float[Tens
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     # through the Gram matrices it is fewer FLOPs for long rows, but it needs float32's precision
     through_gram = x.dtype == torch.float32 and x.shape[-1] >= 2 * x.shape[-2]
-    x = _iterate_gram(x, steps=steps) if through_gram else _iterate(x, steps=steps)
+    x = _newton_schulz_gram(x, steps=steps) if through_gram else _newton_schulz_direct(x, steps=steps)
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def _iterate(x: Float[Tensor, "B M N"], *, steps: int) -> Float[Tensor, "B M N"]:
+def _newton_schulz_direct(x: Float[Tensor, "B M N"], *, steps: int) -> Float[Tensor, "B M N"]:
     """Apply the quintic ``steps`` times, as published."""
     a, b, c = QUINTIC
     for _ in range(steps):
@@ -105,7 +105,7 @@ def _iterate(x: Float[Tensor, "B M N"], *, steps: int) -> Float[Tensor, "B M N"]
     return x
 
 
-def _iterate_gram(x: Float[Tensor, "B M N"], *, steps: int) -> Float[Tensor, "B M N"]:
+def _newton_schulz_gram(x: Float[Tensor, "B M N"], *, steps: int) -> Float[Tensor, "B M N"]:
     """The same, with all steps but the last product on ``[M, M]`` matrices.
 
     One step is ``x -> p x`` with p a polynomial of the Gram matrix g; p and g are symmetric and

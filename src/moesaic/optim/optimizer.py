@@ -17,21 +17,21 @@ from torch import nn
 from moesaic.core.config import Choice
 from moesaic.optim.adamw import AdamWRule
 from moesaic.optim.muon import MuonRule
-from moesaic.optim.update import NamedOptimizer, Rule
+from moesaic.optim.update import NamedOptimizer, UpdateRule
 
-Kind = Literal["embedding", "norm", "bias", "matrix", "expert", "router"]
-KINDS: tuple[str, ...] = get_args(Kind)
+ParameterKind = Literal["embedding", "norm", "bias", "matrix", "expert", "router"]
+PARAMETER_KINDS: tuple[str, ...] = get_args(ParameterKind)
 
-Rate = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Size = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+NonNegative = Annotated[float, Field(ge=0)]
 
 
 class Optimizer(Choice):
     """How parameters follow their gradients."""
 
     @abstractmethod
-    def assign(self, parameter: nn.Parameter, *, kind: str) -> dict[str, Any]:
+    def param_group(self, parameter: nn.Parameter, *, kind: str) -> dict[str, Any]:
         """Return a parameter's group fields: ``name``, ``rule``, ``lr``, ``weight_decay``."""
 
     def build(
@@ -48,9 +48,9 @@ class Optimizer(Choice):
             if not parameter.requires_grad:
                 continue
             kind = kinds.get(name)
-            if kind not in KINDS:
-                raise ValueError(f"{name}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
-            fields = self.assign(parameter, kind=kind)
+            if kind not in PARAMETER_KINDS:
+                raise ValueError(f"{name}: kind is {kind!r}, expected one of {', '.join(PARAMETER_KINDS)}")
+            fields = self.param_group(parameter, kind=kind)
             groups.setdefault(fields["name"], fields)
             members[fields["name"]].append((name, parameter))
         return NamedOptimizer([groups[name] | {"params": members[name]} for name in sorted(groups)])
@@ -62,14 +62,14 @@ class AdamW(Optimizer):
     ``decayed`` are the kinds that weight decay pulls to zero; norms and biases are left alone.
     """
 
-    lr: Rate = 1e-3
-    betas: tuple[Share, Share] = (0.9, 0.98)
-    eps: Rate = 1e-8
-    weight_decay: Size = 0.01
-    decayed: tuple[Kind, ...] = ("embedding", "matrix", "expert", "router")
+    lr: Positive = 1e-3
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.01
+    decayed_kinds: tuple[ParameterKind, ...] = ("embedding", "matrix", "expert", "router")
 
-    def assign(self, parameter: nn.Parameter, *, kind: str) -> dict[str, Any]:  # noqa: ARG002
-        decay = self.weight_decay if kind in self.decayed else 0.0
+    def param_group(self, parameter: nn.Parameter, *, kind: str) -> dict[str, Any]:  # noqa: ARG002
+        decay = self.weight_decay if kind in self.decayed_kinds else 0.0
         return _group(f"adamw/{kind}", AdamWRule(self.betas, self.eps), lr=self.lr, decay=decay)
 
 
@@ -80,12 +80,12 @@ class UpdateScale(Choice):
     def __call__(self, rows: int, columns: int) -> float: ...
 
 
-class MatchAdamW(UpdateScale):
+class MatchRMSAdamW(UpdateScale):
     """``rms * sqrt(max(M, N))``: the update has AdamW's usual root mean square, so both rules can
     share a learning rate and a weight decay (Moonlight, arXiv:2502.16982).
     """
 
-    rms: Rate = 0.2
+    rms: Positive = 0.2
 
     def __call__(self, rows: int, columns: int) -> float:
         return self.rms * math.sqrt(max(rows, columns))
@@ -108,25 +108,25 @@ class Muon(Optimizer):
     Newton-Schulz iterations.
     """
 
-    lr: Rate = 1e-3
-    momentum: Share = 0.95
-    weight_decay: Size = 0.01
-    steps: Annotated[int, Field(ge=1, le=20)] = 5
-    scale: UpdateScale = MatchAdamW()
+    lr: Positive = 1e-3
+    momentum: Fraction = 0.95
+    weight_decay: NonNegative = 0.01
+    ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
+    scale: UpdateScale = MatchRMSAdamW()
     adamw: AdamW = AdamW()
 
-    def assign(self, parameter: nn.Parameter, *, kind: str) -> dict[str, Any]:
+    def param_group(self, parameter: nn.Parameter, *, kind: str) -> dict[str, Any]:
         if (kind, parameter.ndim) not in (("matrix", 2), ("expert", 3)):
-            return self.adamw.assign(parameter, kind=kind)
+            return self.adamw.param_group(parameter, kind=kind)
         # a matrix is stored [out, in], a bank of experts [E, in, out]
-        scale = self.scale if kind == "matrix" else partial(_turned, self.scale)
-        rule = MuonRule(self.momentum, self.steps, scale)
+        scale = self.scale if kind == "matrix" else partial(_transposed_scale, self.scale)
+        rule = MuonRule(self.momentum, self.ns_steps, scale)
         return _group(f"muon/{kind}", rule, lr=self.lr, decay=self.weight_decay)
 
 
-def _turned(scale: UpdateScale, rows: int, columns: int) -> float:
+def _transposed_scale(scale: UpdateScale, rows: int, columns: int) -> float:
     return scale(columns, rows)
 
 
-def _group(name: str, rule: Rule, *, lr: float, decay: float) -> dict[str, Any]:
+def _group(name: str, rule: UpdateRule, *, lr: float, decay: float) -> dict[str, Any]:
     return {"name": name, "rule": rule, "lr": lr, "weight_decay": decay}

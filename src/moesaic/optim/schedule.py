@@ -14,14 +14,14 @@ from pydantic import Field
 from moesaic.core.config import Choice
 
 Steps = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+FractionOfRun = Annotated[float, Field(ge=0, le=1)]
 
 
-class Schedule(Choice):
+class LRSchedule(Choice):
     """How learning rates change over a run."""
 
     @abstractmethod
-    def at(self, step: int, *, steps: int) -> float:
+    def lr_factor(self, step: int, *, steps: int) -> float:
         """Return the factor for ``step`` of ``steps``; 1 is the full learning rate."""
 
 
@@ -32,70 +32,70 @@ class DecayShape(Choice):
     def __call__(self, progress: float) -> float: ...
 
 
-class Linear(DecayShape):
+class LinearDecay(DecayShape):
     """``1 - p``."""
 
     def __call__(self, progress: float) -> float:
         return 1 - progress
 
 
-class OneMinusSqrt(DecayShape):
+class OneMinusSqrtDecay(DecayShape):
     """``1 - sqrt(p)``: quick at first; the better cool-down in arXiv:2405.18392."""
 
     def __call__(self, progress: float) -> float:
         return 1 - math.sqrt(progress)
 
 
-class Constant(Schedule):
+class Constant(LRSchedule):
     """Warm up, then stay."""
 
     warmup: Steps = 0
 
-    def at(self, step: int, *, steps: int) -> float:  # noqa: ARG002
-        return _warm(step, self.warmup)
+    def lr_factor(self, step: int, *, steps: int) -> float:  # noqa: ARG002
+        return _warmup_factor(step, self.warmup)
 
 
-class WSD(Schedule):
+class WSD(LRSchedule):
     """Warm up, stay, and decay over the last share of the run (arXiv:2404.06395, MiniCPM).
 
     ``decay`` is the share of all steps spent in the decay, ``final`` the factor it ends at.
     """
 
     warmup: Steps = 100
-    decay: Share = 0.2
-    shape: DecayShape = OneMinusSqrt()
-    final: Share = 0.0
+    decay: FractionOfRun = 0.2
+    shape: DecayShape = OneMinusSqrtDecay()
+    final: FractionOfRun = 0.0
 
-    def at(self, step: int, *, steps: int) -> float:
-        progress = _progress(step, start=steps * (1 - self.decay), end=steps)
-        return _warm(step, self.warmup) * (self.final + (1 - self.final) * self.shape(progress))
+    def lr_factor(self, step: int, *, steps: int) -> float:
+        progress = _decay_progress(step, start=steps * (1 - self.decay), end=steps)
+        return _warmup_factor(step, self.warmup) * (self.final + (1 - self.final) * self.shape(progress))
 
 
-class Cosine(Schedule):
+class Cosine(LRSchedule):
     """Warm up, then half a cosine down to ``final`` (arXiv:1608.03983)."""
 
     warmup: Steps = 100
-    final: Share = 0.1
+    final: FractionOfRun = 0.1
 
-    def at(self, step: int, *, steps: int) -> float:
+    def lr_factor(self, step: int, *, steps: int) -> float:
         if step < self.warmup:
-            return _warm(step, self.warmup)
-        wave = 0.5 * (1 + math.cos(math.pi * _progress(step, start=self.warmup, end=steps)))
+            return _warmup_factor(step, self.warmup)
+        wave = 0.5 * (1 + math.cos(math.pi * _decay_progress(step, start=self.warmup, end=steps)))
         return self.final + (1 - self.final) * wave
 
 
-class InverseSqrt(Schedule):
+class InverseSqrt(LRSchedule):
     """Warm up, then ``sqrt(warmup / step)``: needs no end (arXiv:1706.03762)."""
 
     warmup: Annotated[int, Field(ge=1)] = 4000
 
-    def at(self, step: int, *, steps: int) -> float:  # noqa: ARG002
-        return min(_warm(step, self.warmup), math.sqrt(self.warmup / (step + 1)))
+    def lr_factor(self, step: int, *, steps: int) -> float:  # noqa: ARG002
+        return min(_warmup_factor(step, self.warmup), math.sqrt(self.warmup / (step + 1)))
 
 
-def _warm(step: int, warmup: int) -> float:
+def _warmup_factor(step: int, warmup: int) -> float:
     return min(1.0, (step + 1) / warmup) if warmup else 1.0
 
 
-def _progress(step: int, *, start: float, end: float) -> float:
+def _decay_progress(step: int, *, start: float, end: float) -> float:
     return min(1.0, max(0.0, (step - start) / (end - start))) if end > start else 0.0

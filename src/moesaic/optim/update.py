@@ -18,10 +18,10 @@ from moesaic.dist.local import local_tensor
 
 
 @runtime_checkable
-class Rule(Protocol):
+class UpdateRule(Protocol):
     """How a group of tensors follows its gradients. Holds no tensors."""
 
-    def slots(self, parameter: Tensor) -> dict[str, Tensor]:
+    def initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return the zero state of one float32 tensor."""
         ...
 
@@ -30,9 +30,9 @@ class Rule(Protocol):
         params: Sequence[Tensor],
         *,
         grads: Sequence[Tensor],
-        slots: Sequence[dict[str, Tensor]],
+        states: Sequence[dict[str, Tensor]],
         group: Mapping[str, Any],
-        matrices: "Matrices",
+        sharding: "MatrixSharding",
     ) -> None:
         """Update ``params`` and ``slots`` in place, by the group's ``lr`` and ``weight_decay``.
 
@@ -42,26 +42,26 @@ class Rule(Protocol):
 
 
 @runtime_checkable
-class Matrices(Protocol):
+class MatrixSharding(Protocol):
     """Where a rule that needs whole matrices finds them, by the names of their parameters."""
 
-    def whole(self, names: Sequence[str], parts: Sequence[Tensor]) -> list[Tensor]:
+    def all_gather_matrices(self, names: Sequence[str], parts: Sequence[Tensor]) -> list[Tensor]:
         """Return what these are parts of."""
         ...
 
-    def own(self, names: Sequence[str], whole: Sequence[Tensor]) -> list[Tensor]:
+    def local_shards(self, names: Sequence[str], whole: Sequence[Tensor]) -> list[Tensor]:
         """Return the parts of whole matrices that are held here."""
         ...
 
 
-class Here:
+class UnshardedMatrices:
     """Whole matrices are held here."""
 
-    def whole(self, names: Sequence[str], parts: Sequence[Tensor]) -> list[Tensor]:
+    def all_gather_matrices(self, names: Sequence[str], parts: Sequence[Tensor]) -> list[Tensor]:
         del names
         return list(parts)
 
-    def own(self, names: Sequence[str], whole: Sequence[Tensor]) -> list[Tensor]:
+    def local_shards(self, names: Sequence[str], whole: Sequence[Tensor]) -> list[Tensor]:
         del names
         return list(whole)
 
@@ -74,7 +74,7 @@ class NamedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
         super().__init__(groups, defaults={})
-        self.matrices: Matrices = Here()
+        self.matrix_sharding: MatrixSharding = UnshardedMatrices()
         for group in self.param_groups:
             group["base_lr"] = group["lr"]
 
@@ -97,14 +97,14 @@ class NamedOptimizer(torch.optim.Optimizer):
             self._step_group(group)
         return loss
 
-    def prepare(self, parameter: Tensor, *, rule: Rule) -> dict[str, Tensor]:
+    def ensure_state(self, parameter: Tensor, *, rule: UpdateRule) -> dict[str, Tensor]:
         """Return the parameter's state, made of zeros where it has none yet."""
         state = self.state[parameter]
         parameter = local_tensor(parameter)
         if not state:
             if parameter.dtype != torch.float32:
                 state["master"] = parameter.detach().float()
-            state.update(rule.slots(state.get("master", parameter)))
+            state.update(rule.initial_state(state.get("master", parameter)))
         return state
 
     def _step_group(self, group: dict[str, Any]) -> None:
@@ -116,7 +116,7 @@ class NamedOptimizer(torch.optim.Optimizer):
                 params.append(parameter)
         if not params:
             return
-        slots = [self.prepare(p, rule=group["rule"]) for p in params]
+        slots = [self.ensure_state(p, rule=group["rule"]) for p in params]
         grads = [local_tensor(p.grad).float() for p in params]
         params = [local_tensor(p) for p in params]
         working = [s.get("master", p) for s, p in zip(slots, params, strict=True)]
@@ -125,7 +125,7 @@ class NamedOptimizer(torch.optim.Optimizer):
             grads=grads,
             slots=slots,
             group={**group, "updated": names},
-            matrices=self.matrices,
+            matrices=self.matrix_sharding,
         )
         for parameter, master in zip(params, working, strict=True):
             if master is not parameter:

@@ -82,11 +82,11 @@ def deal(model: Transformer, *, parallel: Parallel, mesh: Mesh) -> None:
     if lanes == 1:
         return
     rank = place["context"] * plan.tensor + place["tensor"]
-    model.deal = Deal(rank, lanes, lanes=plan.tensor, cut=parallel.reach.cut())
+    model.sequence_sharding = Deal(rank, lanes, lanes=plan.tensor, cut=parallel.reach.cut())
     group = mesh.group("context")
     for module in model.modules() if group is not None else ():
         if isinstance(module, SelfAttention | CrossAttention):
-            module.looking = parallel.reach.build(group, groups=module.groups)
+            module.backend = parallel.reach.build(group, groups=module.kv_heads)
 
 
 def experts_of(model: nn.Module) -> tuple[int, ...]:
@@ -102,7 +102,7 @@ def check(model: Transformer, *, parallel: Parallel, plan: ParallelPlan) -> None
     for layer in layers(model):
         config = layer.router.config
         plan.expert_ranks(config.experts, layer=layer.name)
-        why = parallel.journey.refuses(plan=plan, bank=layer.experts, experts=config.experts)
+        why = parallel.journey.problems(plan=plan, bank=layer.experts, experts=config.experts)
         if why:
             problems.append(
                 f"parallel.journey={type(parallel.journey).__name__} of {layer.name}: {why}"
@@ -136,7 +136,7 @@ def _cannot_reach(model: nn.Module, *, parallel: Parallel, plan: ParallelPlan) -
         return []
     attentions = [m for m in model.modules() if isinstance(m, SelfAttention | CrossAttention)]
     heads = {module.heads // plan.tensor for module in attentions}
-    why = (parallel.reach.refuses(heads=number, ranks=plan.context) for number in sorted(heads))
+    why = (parallel.reach.problems(heads=number, ranks=plan.context) for number in sorted(heads))
     return [f"parallel.context={plan.context}: {reason}" for reason in why if reason]
 
 

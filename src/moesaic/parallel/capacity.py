@@ -7,8 +7,8 @@ never holds fewer bytes, so the most that fit are found by halving, in some fort
 from dataclasses import dataclass
 
 from moesaic.core.errors import UserError
-from moesaic.model.blueprint import Blueprint, Stack
-from moesaic.model.count import Sizes, count
+from moesaic.model.blueprint import ModelConfig, Stack
+from moesaic.model.count import BatchDims, count_parameters
 from moesaic.moe.config import MoE, Sparse
 from moesaic.optim.optimizer import Optimizer
 from moesaic.parallel.config import Parallel
@@ -45,17 +45,17 @@ class Setting:
 
     parallel: Parallel
     world: int
-    sizes: Sizes
+    sizes: BatchDims
     storage: Storage | None = None
     optimizer: Optimizer | None = None
 
-    def price(self, config: Blueprint) -> RankBytes:
+    def price(self, config: ModelConfig) -> RankBytes:
         """Return what rank 0 holds."""
         holding = Inventory(config).on(self.parallel, world=self.world)
         return rank_bytes(holding, sizes=self.sizes, storage=self.storage, optimizer=self.optimizer)
 
 
-def largest(config: Blueprint, *, setting: Setting, budget: Budget) -> Largest | None:
+def largest(config: ModelConfig, *, setting: Setting, budget: Budget) -> Largest | None:
     """Return the largest model of the family, or None if not even one expert per rank fits.
 
     Raises UserError for a model without experts or with a number of its own in some layers.
@@ -82,13 +82,13 @@ def largest(config: Blueprint, *, setting: Setting, budget: Budget) -> Largest |
         fits, over = (half, over) if budget.holds(price(half)) else (fits, half)
     each, held = fits, price(fits)
     made = with_experts(config, step * each)
-    return Largest(step * each, count(made).total, held)
+    return Largest(step * each, count_parameters(made).total, held)
 
 
-def with_experts(config: Blueprint, experts: int) -> Blueprint:
+def with_experts(config: ModelConfig, experts: int) -> ModelConfig:
     """Return a config with so many experts in every sparse layer."""
     sides = {"encoder": config.encoder, "decoder": config.decoder}
-    if any(stack.experts for stack in sides.values()) or not isinstance(config.moe, MoE):
+    if any(stack.experts_per_layer for stack in sides.values()) or not isinstance(config.moe, MoE):
         raise UserError(
             "capacity is asked of a model with one number of experts in all its layers: set "
             "model.moe to an MoE, and no encoder.experts or decoder.experts"
@@ -105,7 +105,7 @@ def _many(sparse: Sparse, experts: int) -> Sparse:
     return sparse.replace(experts=experts) if isinstance(sparse, MoE) else sparse
 
 
-def _fewest(config: Blueprint) -> int:
+def _fewest(config: ModelConfig) -> int:
     bodies = [config.moe, config.encoder.moe, config.decoder.moe]
     chosen = [m.select.experts_per_token(m.routed) for m in bodies if isinstance(m, MoE)]
     return max(1, *map(round, chosen))

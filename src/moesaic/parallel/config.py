@@ -3,8 +3,8 @@
 from moesaic.core.config import Choice, Config
 from moesaic.dist.collectives import Group
 from moesaic.dist.plan import ParallelPlan
-from moesaic.model.blueprint import Blueprint
-from moesaic.nn.looking import Looking
+from moesaic.model.blueprint import ModelConfig
+from moesaic.nn.looking import AttentionBackend
 from moesaic.parallel.deal import Cut as StreamCut
 from moesaic.parallel.deal import in_order, zigzag
 from moesaic.parallel.journey import Journey, Straight
@@ -23,11 +23,11 @@ class Reach(Choice):
         """Return how a stream is cut into parts."""
         return in_order
 
-    def build(self, group: Group, *, groups: int) -> Looking:
+    def build(self, group: Group, *, groups: int) -> AttentionBackend:
         """Return the part of an attention with so many key/value heads on this rank."""
         raise NotImplementedError
 
-    def refuses(self, *, heads: int, ranks: int) -> str | None:
+    def problems(self, *, heads: int, ranks: int) -> str | None:
         """Return why so many ranks cannot share an attention of ``heads`` heads, if they cannot."""
         del heads, ranks
         return None
@@ -36,11 +36,11 @@ class Reach(Choice):
 class UlyssesReach(Reach):
     """Tokens are exchanged for heads: each rank sees whole rows, of some heads (2309.14509)."""
 
-    def build(self, group: Group, *, groups: int) -> Looking:
+    def build(self, group: Group, *, groups: int) -> AttentionBackend:
         return Ulysses(group, groups=groups)
 
-    def refuses(self, *, heads: int, ranks: int) -> str | None:
-        return Ulysses.refuses(heads=heads, ranks=ranks)
+    def problems(self, *, heads: int, ranks: int) -> str | None:
+        return Ulysses.problems(heads=heads, ranks=ranks)
 
 
 class RingReach(Reach):
@@ -52,7 +52,7 @@ class RingReach(Reach):
     def cut(self) -> StreamCut:
         return zigzag
 
-    def build(self, group: Group, *, groups: int) -> Looking:
+    def build(self, group: Group, *, groups: int) -> AttentionBackend:
         del groups
         return Ring(group)
 
@@ -75,6 +75,6 @@ class Parallel(Config):
     stages: Cut = ByCost()
     recompute: Recompute = KeepAll()
 
-    def staged(self, config: Blueprint) -> Stages:
+    def staged(self, config: ModelConfig) -> Stages:
         """Return how the blocks of a model lie over the ranks of a pipeline."""
         return Stages.of(config, schedule=self.schedule, ranks=self.plan.pipe, cut=self.stages)

@@ -17,8 +17,8 @@ from torch import nn
 from moesaic.core.config import Config
 from moesaic.core.errors import UserError
 from moesaic.dist.plan import ParallelPlan
-from moesaic.model.blueprint import Blueprint, Stack
-from moesaic.model.count import Sizes
+from moesaic.model.blueprint import ModelConfig, Stack
+from moesaic.model.count import BatchDims
 from moesaic.model.footprint import activation_bytes
 from moesaic.moe.config import MoE
 from moesaic.moe.experts import FeedForwardExpert, Size
@@ -75,7 +75,7 @@ class RankBytes:
 def rank_bytes(
     holding: Holding,
     *,
-    sizes: Sizes,
+    sizes: BatchDims,
     optimizer: Optimizer | None = None,
     storage: Storage | None = None,
     mixer: Mixer | None = None,
@@ -100,7 +100,7 @@ def rank_bytes(
     )
 
 
-def tokens_of(holding: Holding, sizes: Sizes) -> tuple[int, int]:
+def tokens_of(holding: Holding, sizes: BatchDims) -> tuple[int, int]:
     """Return the source and target tokens that a rank holds. Raises UserError if uneven."""
     lanes = holding.plan.context * holding.plan.tensor
     source = sizes.rows * sizes.source if holding.inventory.config.encoder.layers else 0
@@ -116,7 +116,7 @@ def tokens_of(holding: Holding, sizes: Sizes) -> tuple[int, int]:
 def _state(part: Held, *, storage: Storage, optimizer: Optimizer) -> tuple[int, int, int]:
     values = math.prod(part.share)
     parameter = nn.Parameter(torch.empty(part.share, device="meta"))
-    rule = optimizer.assign(parameter, kind=part.item.kind)["rule"]
+    rule = optimizer.param_group(parameter, kind=part.item.kind)["rule"]
     slots = sum(s.numel() * s.element_size() for s in rule.slots(parameter).values())
     return values * storage.weight, values * storage.gradient, values * storage.master + slots
 
@@ -137,11 +137,11 @@ def _gathered(holding: Holding, *, storage: Storage) -> int:
     return weights * storage.weight + gradients * storage.gradient
 
 
-def _activations(holding: Holding, *, sizes: Sizes, mixer: Mixer) -> int:
+def _activations(holding: Holding, *, sizes: BatchDims, mixer: Mixer) -> int:
     """What autograd keeps of the tokens of this rank, in float32."""
     config, plan = holding.inventory.config, holding.plan
     source, target = tokens_of(holding, sizes)
-    here = Sizes(rows=1, source=source, target=target)
+    here = BatchDims(rows=1, source=source, target=target)
     rest = 0
     for stack, tokens in ((config.encoder, source), (config.decoder, target)):
         rest += tokens * _beyond(holding, stack, mixer=mixer)
@@ -157,7 +157,7 @@ def _beyond(holding: Holding, stack: Stack, *, mixer: Mixer) -> int:
     """Values per token that a stack keeps beyond those of a rank that holds all of it."""
     config, values = holding.inventory.config, 0
     for layer in range(stack.layers):
-        moe = config.experts(stack, layer=layer)
+        moe = config.routed_moe_of_layer(stack, layer=layer)
         met = (holding.plan.tensor - 1) * config.dim  # each rank keeps the rows of all that met
         values += met if moe is not None else 2 * met
         if moe is not None:
@@ -165,7 +165,7 @@ def _beyond(holding: Holding, stack: Stack, *, mixer: Mixer) -> int:
     return values
 
 
-def _experts(config: Blueprint, moe: MoE, *, plan: ParallelPlan, mixer: Mixer) -> int:
+def _experts(config: ModelConfig, moe: MoE, *, plan: ParallelPlan, mixer: Mixer) -> int:
     """What a mixture keeps per token beyond what ``model/footprint.py`` says of this machine's."""
     feed, dim = moe.feed_forward(config.feed_forward), moe.exchange.dim(config.dim)
     cuts, edges = plan.expert_tensor, moe.select.experts_per_token(moe.routed)

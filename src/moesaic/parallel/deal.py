@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from moesaic.core.shapes import Int, Tensor
-from moesaic.nn.packing import Division, Packing, Run
+from moesaic.nn.packing import TokenPartition, Packing, TokenSpan
 
 LONGEST = 1024
 
@@ -56,10 +56,10 @@ class Deal:
             return packing
         parts = self.cut(packing.num_tokens, self.ranks // self.lanes)
         held = [sum(map(len, runs)) for runs in parts]
-        division = Division(
+        division = TokenPartition(
             sizes=tuple(size for tokens in held for size in even(tokens, self.lanes)),
             rank=self.rank,
-            lanes=self.lanes,
+            tensor_ranks=self.lanes,
         )
         if len(parts) > 1:
             order = _order([run for runs in parts for run in runs], like=packing.index)
@@ -91,7 +91,7 @@ def _order(runs: Sequence[range], *, like: Int[Tensor, "T"]) -> Int[Tensor, "T"]
     return torch.cat([torch.arange(r.start, r.stop, device=like.device) for r in runs])
 
 
-def _neighbours(packing: Packing, held: Sequence[int]) -> tuple[tuple[Run, ...], ...]:
+def _neighbours(packing: Packing, held: Sequence[int]) -> tuple[tuple[TokenSpan, ...], ...]:
     """Return each part's runs of tokens that are neighbours in one row, none over ``LONGEST``."""
     row, position = packing.row, packing.position
     new = (row.diff() != 0) | (position.diff() != 1)
@@ -102,10 +102,10 @@ def _neighbours(packing: Packing, held: Sequence[int]) -> tuple[tuple[Run, ...],
     return tuple(_within(span, whole) for span in _runs(held))
 
 
-def _within(span: range, whole: Sequence[tuple[range, int, int]]) -> tuple[Run, ...]:
+def _within(span: range, whole: Sequence[tuple[range, int, int]]) -> tuple[TokenSpan, ...]:
     """Cut the runs of a stream to a part of it, and into pieces."""
     return tuple(
-        Run(row, position + first - run.start, first - span.start, min(LONGEST, stop - first))
+        TokenSpan(row, position + first - run.start, first - span.start, min(LONGEST, stop - first))
         for run, row, position in whole
         for stop in [min(run.stop, span.stop)]
         for first in range(max(run.start, span.start), stop, LONGEST)

@@ -14,7 +14,7 @@ import torch
 from moesaic.core.errors import ConfigError
 from moesaic.dist.mesh import DATA_CONTEXT_AXES, STAGE_AXES
 from moesaic.dist.plan import RankGrid, ParallelPlan
-from moesaic.model.blueprint import Blueprint
+from moesaic.model.blueprint import ModelConfig
 from moesaic.model.transformer import Transformer
 from moesaic.parallel.apply import check
 from moesaic.parallel.config import Parallel, UlyssesReach
@@ -58,7 +58,7 @@ class Held:
 class Inventory:
     """The parameters of a config, made without allocating any. Raises ConfigError with ``on``."""
 
-    def __init__(self, config: Blueprint) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         with torch.device("meta"):
             model = Transformer(config)
         self.config, self._model = config, model

@@ -34,7 +34,7 @@ class Journey(Choice):
         """
         raise NotImplementedError
 
-    def refuses(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
+    def problems(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
         """Return why it cannot serve a layer of so many ``experts`` under a plan, if it cannot."""
         del plan, bank, experts
         return None
@@ -58,7 +58,7 @@ class TwoHops(Journey):
         nodes = split_group(over, inner_size=self._on_node(over), timeout_s=timeout_s)
         return two_hops(nodes=nodes.outer, inside=nodes.inner)
 
-    def refuses(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
+    def problems(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
         del bank
         groups = RankGrid(plan.axes(num_experts=experts)).groups(("expert",))
         uneven = (why for ranks in groups if (why := self._uneven(ranks)))
@@ -98,7 +98,7 @@ class InChunks(Journey):
         del slices, timeout_s
         return Chunked(over, degrees=Degrees(self.forward, self.backward))
 
-    def refuses(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
+    def problems(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
         del bank, experts
         return _no_slices(plan)
 
@@ -123,7 +123,7 @@ class Lend(Journey):
         )
         return Adaptive(over, slices=slices, prices=prices, timeout_s=timeout_s)
 
-    def refuses(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
+    def problems(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
         del plan, experts
         if not isinstance(bank, Experts):
             return f"{type(bank).__name__} cannot be lent, only plain feed-forwards can"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from moesaic.model.block import DenseBranch
+from moesaic.model.block import FeedForwardBranch
 from moesaic.model.transformer import Transformer
 from moesaic.moe.experts import ExpertBank, Experts
 from moesaic.moe.layer import MoELayer
@@ -73,7 +73,7 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, Iterator[tuple[str, Laid]]
             yield path, _self_attention(module)
         elif isinstance(module, CrossAttention):
             yield path, _cross_attention(module)
-        elif isinstance(module, DenseBranch):
+        elif isinstance(module, FeedForwardBranch):
             yield path, _dense(module)
         elif isinstance(module, MoELayer):
             yield path, _experts(module)
@@ -82,19 +82,19 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, Iterator[tuple[str, Laid]]
 
 
 def _self_attention(module: SelfAttention) -> Iterator[tuple[str, Laid]]:
-    query, keys = module.heads * module.width, module.groups * module.width
+    query, keys = module.heads * module.head_dim, module.kv_heads * module.head_dim
     yield from _rows("qkv", module.qkv, segments=(query, keys, keys))
     yield from _columns("out", module.out)
 
 
 def _cross_attention(module: CrossAttention) -> Iterator[tuple[str, Laid]]:
-    keys = module.groups * module.width
-    yield from _rows("query", module.query, segments=(module.heads * module.width,))
+    keys = module.kv_heads * module.head_dim
+    yield from _rows("query", module.query, segments=(module.heads * module.head_dim,))
     yield from _rows("kv", module.kv, segments=(keys, keys))
     yield from _columns("out", module.out)
 
 
-def _dense(branch: DenseBranch) -> Iterator[tuple[str, Laid]]:
+def _dense(branch: FeedForwardBranch) -> Iterator[tuple[str, Laid]]:
     up, down = branch.inner.up, branch.inner.down
     hidden = down.in_features
     yield from _rows("inner.up", up, segments=(hidden,) * (up.out_features // hidden))

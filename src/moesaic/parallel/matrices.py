@@ -18,13 +18,13 @@ class SpreadMatrices:
     def __init__(self, spread: Spread) -> None:
         self._spread = spread
 
-    def whole(
+    def all_gather_matrices(
         self, names: Sequence[str], parts: Sequence[Float[Tensor, "*E m n"]]
     ) -> list[Float[Tensor, "*E M N"]]:
         """Return the matrices that these are parts of. Collective, one matrix or bank at a time."""
         return [self._fetch(name, part) for name, part in zip(names, parts, strict=True)]
 
-    def own(
+    def local_shards(
         self, names: Sequence[str], whole: Sequence[Float[Tensor, "*E M N"]]
     ) -> list[Float[Tensor, "*E m n"]]:
         """Return this rank's parts of whole matrices."""

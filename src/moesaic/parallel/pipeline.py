@@ -87,9 +87,9 @@ class Stage(nn.Module):
         given = self.source.unpack(received, tokens=micro.tokens) if self.source else None
         terms: dict[str, Tensor] = {}
         with scoring.autocast():
-            end = self.model.travel(micro.batch, leg=self.leg, given=given)
+            end = self.model.forward_blocks(micro.batch, blocks=self.leg, stage_input=given)
             if self.drain is None:
-                output = self.model.finish(end, batch=micro.batch)
+                output = self.model.output_of(end, batch=micro.batch)
                 scored = self.model.loss(output, smoothing=scoring.smoothing)
                 terms["cross_entropy"] = scored.total / max(scoring.predicted, 1)
                 micro.nll, micro.row = scored.nll, output.row
@@ -103,7 +103,7 @@ class Stage(nn.Module):
             hear(self.model, end.records)
         if self.drain is None:
             return objective
-        return self.drain.pack(end.handed, term=objective.to(micro.batch.source.device))
+        return self.drain.pack(end.stage_output, term=objective.to(micro.batch.source.device))
 
 
 class Pipeline:
@@ -129,7 +129,7 @@ class Pipeline:
         self._names = term_names(stages)
         self._boundaries = [Boundary.after(leg, config=stages.config) for leg in stages.legs[:-1]]
         self._job = Job()
-        model.joining = hang
+        model.attach_encoder = hang
         self._built: tuple[Any, Any] = (None, None)
 
     @staticmethod
@@ -209,8 +209,8 @@ class Pipeline:
     def _tokens(self, batch: Batch) -> Held:
         """How many tokens of a micro-batch are held here."""
         sides = (batch.source != PAD, (batch.target_in != PAD) | (batch.target_out != PAD))
-        packings = [self.model.deal(Packing.of(real)) for real in sides]
-        source, target = (len(range(packing.num_tokens)[packing.own]) for packing in packings)
+        packings = [self.model.sequence_sharding(Packing.from_mask(real)) for real in sides]
+        source, target = (len(range(packing.num_tokens)[packing.local_tokens]) for packing in packings)
         return Held(source, target)
 
     def _wires(self) -> tuple[Wire, ...]:
@@ -271,7 +271,7 @@ def term_names(stages: Stages) -> tuple[str, ...]:
     """The names of every part of the training loss, on whichever stage it is."""
     config, names = stages.config, {"cross_entropy", "objective"}
     for stack in (config.encoder, config.decoder):
-        moe = config.mixture(stack)
-        if isinstance(moe, MoE) and stack.sparse_layers:
+        moe = config.moe_of_stack(stack)
+        if isinstance(moe, MoE) and stack.moe_layers:
             names |= {f"loss_{term.name}" for term in moe.balance}
     return tuple(sorted(names))

@@ -9,22 +9,22 @@ from typing import Any
 
 import torch.utils._pytree as pytree
 
-from moesaic.model.block import Stream
-from moesaic.model.cache import Memory
+from moesaic.model.block import BlockState
+from moesaic.model.cache import EncoderOutput
 from moesaic.ops.cross_entropy import TokenLoss
 
 
 def show_streams() -> None:
     """Register both as trees of their tensors; once is enough."""
-    if Stream not in pytree.SUPPORTED_NODES:
+    if BlockState not in pytree.SUPPORTED_NODES:
         pytree.register_pytree_node(
-            Stream, _flatten, _unflatten, serialized_type_name="moesaic.Stream"
+            BlockState, _flatten, _unflatten, serialized_type_name="moesaic.Stream"
         )
-    if Memory not in pytree.SUPPORTED_NODES:
+    if EncoderOutput not in pytree.SUPPORTED_NODES:
         pytree.register_pytree_node(
-            Memory,
+            EncoderOutput,
             lambda memory: ([memory.states], memory.packing),
-            lambda children, packing: Memory(*children, packing=packing),
+            lambda children, packing: EncoderOutput(*children, packing=packing),
             serialized_type_name="moesaic.Memory",
         )
     if TokenLoss not in pytree.SUPPORTED_NODES:
@@ -36,17 +36,17 @@ def show_streams() -> None:
         )
 
 
-def _flatten(stream: Stream) -> tuple[list[Any], Any]:
-    carry = stream.carry
+def _flatten(stream: BlockState) -> tuple[list[Any], Any]:
+    carry = stream.router_state
     losses = [value for record in stream.records for value in record.losses.values()]
     return [stream.x, carry.hidden, carry.logits, *losses], stream
 
 
-def _unflatten(children: Any, stream: Any) -> Stream:
+def _unflatten(children: Any, stream: Any) -> BlockState:
     x, hidden, logits, *losses = children
     given = iter(losses)
     records = tuple(
         replace(record, losses={name: next(given) for name in record.losses})
         for record in stream.records
     )
-    return Stream(x, replace(stream.carry, hidden=hidden, logits=logits), records)
+    return BlockState(x, replace(stream.carry, hidden=hidden, logits=logits), records)

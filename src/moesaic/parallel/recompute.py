@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Tensor
-from moesaic.model.block import DecoderBlock, EncoderBlock, Stream
-from moesaic.model.transformer import Transformer, straight
+from moesaic.model.block import DecoderBlock, EncoderBlock, BlockState
+from moesaic.model.transformer import Transformer, run_block
 from moesaic.moe.layer import layers
 from moesaic.moe.router import Router
 
@@ -53,7 +53,7 @@ def recompute(model: Transformer, *, by: Recompute) -> None:
         for layer, block in enumerate(stack)
         if by.again(layer)
     }
-    model.passing = Again(found) if found else straight
+    model.run_block = Again(found) if found else run_block
 
 
 class Again:
@@ -66,9 +66,9 @@ class Again:
     def __init__(self, blocks: set[nn.Module]) -> None:
         self._blocks = blocks
 
-    def __call__(self, block: EncoderBlock | DecoderBlock, stream: Stream, **parts: Any) -> Stream:
+    def __call__(self, block: EncoderBlock | DecoderBlock, stream: BlockState, **parts: Any) -> BlockState:
         if block not in self._blocks:
-            return straight(block, stream, **parts)
+            return run_block(block, stream, **parts)
         # to stop early would leave out the collectives after the last tensor that is wanted
         with set_checkpoint_early_stop(False):
             return checkpoint(

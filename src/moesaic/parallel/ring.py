@@ -22,8 +22,8 @@ from torch.autograd.function import once_differentiable
 from moesaic.core.shapes import Bool, Float, Tensor
 from moesaic.dist.collectives import Group, group_rank, group_size
 from moesaic.dist.flight import record_collective
-from moesaic.nn.looking import Heads, KeyValue
-from moesaic.nn.packing import Packing, Run
+from moesaic.nn.looking import QueryKeyValue, KeyValue
+from moesaic.nn.packing import Packing, TokenSpan
 from moesaic.ops.blockwise import Back, Found, add, grads_of, look_at
 
 
@@ -37,14 +37,14 @@ class Ring:
     def __init__(self, group: Group) -> None:
         self._group = group
 
-    def own(self, heads: Heads, *, packing: Packing, causal: bool) -> Float[Tensor, "t HD"]:
+    def own(self, heads: QueryKeyValue, *, packing: Packing, causal: bool) -> Float[Tensor, "t HD"]:
         route = Route(self._group, _runs(packing), _runs(packing), causal=causal)
         return _look(heads.query, heads.key, heads.value, route)
 
     def read(
         self, key: Float[Tensor, "s G d"], value: Float[Tensor, "s G d"], *, packing: Packing
     ) -> KeyValue:
-        return KeyValue(key, value, stream=packing)
+        return KeyValue(key, value, packing=packing)
 
     def cross(
         self,
@@ -55,9 +55,9 @@ class Ring:
         mask: Bool[Tensor, "B 1 1 S"] | None,
     ) -> Float[Tensor, "t HD"]:
         del mask  # it is true where there is a token, and nothing else travels
-        if source.stream is None:
+        if source.packing is None:
             raise TypeError("a ring can only look at what a ring has read")
-        route = Route(self._group, _runs(packing), _runs(source.stream), causal=False)
+        route = Route(self._group, _runs(packing), _runs(source.packing), causal=False)
         return _look(query, source.key, source.value, route)
 
 
@@ -73,7 +73,7 @@ class Block:
     diagonal: int | None
 
     @staticmethod
-    def of(query: Run, key: Run, *, causal: bool) -> "Block | None":
+    def of(query: TokenSpan, key: TokenSpan, *, causal: bool) -> "Block | None":
         """Return what one run sees of another of its row, every query something; None: nothing."""
         late = max(0, key.position - query.position) if causal else 0
         if late >= query.length:
@@ -92,8 +92,8 @@ class Route:
     """Whose queries look at whose keys, by part, and how keys go round."""
 
     group: Group
-    asking: Sequence[Sequence[Run]]
-    asked: Sequence[Sequence[Run]]
+    asking: Sequence[Sequence[TokenSpan]]
+    asked: Sequence[Sequence[TokenSpan]]
     causal: bool
 
     @property
@@ -106,7 +106,7 @@ class Route:
 
     def blocks(self, step: int) -> Iterator[Block]:
         """Yield what queries here look at among the keys that are here."""
-        rows: dict[int, list[Run]] = defaultdict(list)
+        rows: dict[int, list[TokenSpan]] = defaultdict(list)
         for key in self.asked[self.part(step)]:
             rows[key.row].append(key)
         for query in self.asking[self.part(0)]:
@@ -230,10 +230,10 @@ def _look(query: Tensor, key: Tensor, value: Tensor, route: Route) -> Float[Tens
         return _Round.apply(query, key, value, route).flatten(1)
 
 
-def _runs(packing: Packing) -> Sequence[Sequence[Run]]:
-    if packing.division is None or not packing.division.runs:
+def _runs(packing: Packing) -> Sequence[Sequence[TokenSpan]]:
+    if packing.partition is None or not packing.partition.spans:
         raise TypeError("a ring needs to know the runs of every part: see parallel/deal.py")
-    return packing.division.runs
+    return packing.partition.spans
 
 
 def _by_head(x: Float[Tensor, "s G d"]) -> Float[Tensor, "G s d"]:

@@ -37,7 +37,7 @@ class PipeSchedule(Choice):
             return (*range(ranks), *reversed(range(ranks)))
         return tuple(range(ranks)) * self.per_rank()
 
-    def refuses(self, *, ranks: int, micro_batches: int) -> str | None:
+    def problems(self, *, ranks: int, micro_batches: int) -> str | None:
         """Return what it expects, if so many micro-batches on so many ranks are not it."""
         del ranks, micro_batches
         return None
@@ -57,7 +57,7 @@ class OneForwardOneBackward(PipeSchedule):
 
     torch_name = "Schedule1F1B"
 
-    def refuses(self, *, ranks: int, micro_batches: int) -> str | None:
+    def problems(self, *, ranks: int, micro_batches: int) -> str | None:
         return _at_least(ranks, micro_batches, what="stages")
 
 
@@ -70,7 +70,7 @@ class Interleaved(PipeSchedule):
     def per_rank(self) -> int:
         return self.stages
 
-    def refuses(self, *, ranks: int, micro_batches: int) -> str | None:
+    def problems(self, *, ranks: int, micro_batches: int) -> str | None:
         return _rounds(ranks, micro_batches)
 
 
@@ -94,7 +94,7 @@ class InterleavedZeroBubble(PipeSchedule):
     def per_rank(self) -> int:
         return self.stages
 
-    def refuses(self, *, ranks: int, micro_batches: int) -> str | None:
+    def problems(self, *, ranks: int, micro_batches: int) -> str | None:
         return _rounds(ranks, micro_batches)
 
 
@@ -119,7 +119,7 @@ class DualPipeV(PipeSchedule):
     def per_rank(self) -> int:
         return 2
 
-    def refuses(self, *, ranks: int, micro_batches: int) -> str | None:
+    def problems(self, *, ranks: int, micro_batches: int) -> str | None:
         return _at_least(2 * ranks, micro_batches, what="stages")
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from moesaic.dist.traffic import DispatchedTokens, all_to_all_bytes, expert_tensor_bytes
 from moesaic.dist.world import BUCKET_BYTES
 from moesaic.model.blueprint import Stack
-from moesaic.model.count import Sizes
+from moesaic.model.count import BatchDims
 from moesaic.moe.config import MoE
 from moesaic.parallel.cost import tokens_of
 from moesaic.parallel.inventory import Holding
@@ -35,7 +35,7 @@ class Sending:
 
 
 def sends(
-    holding: Holding, *, sizes: Sizes, micro_batches: int = 1, itemsize: int = 4
+    holding: Holding, *, sizes: BatchDims, micro_batches: int = 1, itemsize: int = 4
 ) -> tuple[Sending, ...]:
     """Return what a rank sends in a step of so many micro-batches of ``sizes``, sorted.
 
@@ -49,13 +49,13 @@ def sends(
     return tuple(Sending(*key, size) for key, size in sorted(sums.items()) if size)
 
 
-def _passes(holding: Holding, *, sizes: Sizes, itemsize: int) -> Lines:
+def _passes(holding: Holding, *, sizes: BatchDims, itemsize: int) -> Lines:
     """Forward and backward of a micro-batch."""
     config = holding.inventory.config
     tokens = tokens_of(holding, sizes)
     for stack, count in zip((config.encoder, config.decoder), tokens, strict=True):
         for layer in range(stack.layers):
-            moe = config.experts(stack, layer=layer)
+            moe = config.routed_moe_of_layer(stack, layer=layer)
             if moe is not None:
                 yield from _mixture(holding, moe, tokens=count, itemsize=itemsize)
         yield from _meetings(holding, stack, tokens=count, itemsize=itemsize)
@@ -99,7 +99,7 @@ def _mixture(holding: Holding, moe: MoE, *, tokens: int, itemsize: int) -> Lines
 def _meetings(holding: Holding, stack: Stack, *, tokens: int, itemsize: int) -> Lines:
     """Rows that meet in matrices cut over tensor ranks: every attention and dense feed-forward."""
     config = holding.inventory.config
-    dense = sum(config.experts(stack, layer=i) is None for i in range(stack.layers))
+    dense = sum(config.routed_moe_of_layer(stack, layer=i) is None for i in range(stack.layers))
     met = (stack.layers + dense) * tokens
     yield from _meeting(met, dim=config.dim, itemsize=itemsize, lanes=holding.plan.tensor)
 
@@ -130,7 +130,7 @@ def _looks(holding: Holding, stack: Stack, *, asking: int, asked: int, itemsize:
     if ranks == 1:
         return
     heads = config.attention.heads // plan.tensor
-    groups = config.attention.groups() // plan.tensor
+    groups = config.attention.num_kv_heads() // plan.tensor
     read = sum(-(-(r + 1) * groups // ranks) - r * groups // ranks for r in range(ranks))
     per_token = 2 * heads * asking * (ranks - 1) / ranks + 2 * asked * read * (ranks - 1) / ranks
     size = 2 * stack.layers * plan.tensor * per_token * config.head_dim * itemsize

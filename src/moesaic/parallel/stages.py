@@ -16,9 +16,9 @@ from torch import nn
 
 from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
-from moesaic.model.blueprint import Blueprint, Stack
-from moesaic.model.count import Sizes, count
-from moesaic.model.leg import Leg
+from moesaic.model.blueprint import ModelConfig, Stack
+from moesaic.model.count import BatchDims, count_parameters
+from moesaic.model.leg import BlockRange
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.parallel.schedules import (
@@ -32,7 +32,7 @@ from moesaic.parallel.schedules import (
 class Cut(Choice):
     """Family: where the chain of blocks is cut into stages."""
 
-    def starts(self, config: Blueprint, *, stages: int) -> tuple[int, ...]:
+    def starts(self, config: ModelConfig, *, stages: int) -> tuple[int, ...]:
         """Return the number of the first block of every stage but the first."""
         raise NotImplementedError
 
@@ -43,8 +43,8 @@ class ByCost(Cut):
     source: int = 32
     target: int = 32
 
-    def starts(self, config: Blueprint, *, stages: int) -> tuple[int, ...]:
-        sizes = Sizes(source=self.source if config.encoder.layers else 0, target=self.target)
+    def starts(self, config: ModelConfig, *, stages: int) -> tuple[int, ...]:
+        sizes = BatchDims(source=self.source if config.encoder.layers else 0, target=self.target)
         return evenly(block_costs(config, sizes=sizes), parts=stages)
 
 
@@ -53,7 +53,7 @@ class At(Cut):
 
     blocks: tuple[int, ...]
 
-    def starts(self, config: Blueprint, *, stages: int) -> tuple[int, ...]:
+    def starts(self, config: ModelConfig, *, stages: int) -> tuple[int, ...]:
         chain = config.encoder.layers + config.decoder.layers
         whole = (0, *self.blocks, chain)
         if len(self.blocks) != stages - 1 or any(a >= b for a, b in itertools.pairwise(whole)):
@@ -70,13 +70,13 @@ class At(Cut):
 class Stages:
     """The stages of a model on the ``ranks`` of a pipeline. Pure arithmetic."""
 
-    config: Blueprint
+    config: ModelConfig
     schedule: PipeSchedule
     ranks: int
-    legs: tuple[Leg, ...]
+    legs: tuple[BlockRange, ...]
 
     @staticmethod
-    def of(config: Blueprint, *, schedule: PipeSchedule, ranks: int, cut: Cut) -> "Stages":
+    def of(config: ModelConfig, *, schedule: PipeSchedule, ranks: int, cut: Cut) -> "Stages":
         """Cut a model. Raises ConfigError where it has fewer blocks than there are stages."""
         stages, chain = ranks * schedule.per_rank(), config.encoder.layers + config.decoder.layers
         if stages > chain:
@@ -89,7 +89,7 @@ class Stages:
             )
         starts = (0, *cut.starts(config, stages=stages), chain)
         spans = itertools.pairwise(starts)
-        legs = tuple(Leg.between(start, stop, config=config) for start, stop in spans)
+        legs = tuple(BlockRange.between(start, stop, config=config) for start, stop in spans)
         return Stages(config, schedule, ranks, legs)
 
     @cached_property
@@ -104,7 +104,7 @@ class Stages:
     def keep_only(self, model: Transformer, *, rank: int) -> None:
         """Take out of a whole model what the stages of other ranks alone need, in place."""
         needed = self._needed(rank)
-        for path in sorted(parts(self.config, Leg.whole(self.config)) - needed):
+        for path in sorted(parts(self.config, BlockRange.all_blocks(self.config)) - needed):
             above, _, name = path.rpartition(".")
             owner = model.get_submodule(above)
             if name in owner._parameters:
@@ -118,7 +118,7 @@ class Stages:
         with torch.device("meta"):
             whole = Transformer(self.config)
         needed = [self._needed(rank) for rank in range(self.ranks)]
-        cut = parts(self.config, Leg.whole(self.config))
+        cut = parts(self.config, BlockRange.all_blocks(self.config))
         return {
             name: tuple(
                 rank
@@ -137,13 +137,13 @@ class Stages:
         """Whether a rank counts a parameter in sums over ranks (a norm): its first holder does."""
         return self.holders[name][0] == rank
 
-    def refuses(self, *, micro_batches: int, zero: int) -> str | None:
+    def problems(self, *, micro_batches: int, zero: int) -> str | None:
         """Return why a step of so many micro-batches cannot run so, if it cannot.
 
         ``zero`` is the ZeRO stage that shares out what a stage holds.
         """
         schedule, name = self.schedule, type(self.schedule).__name__
-        wanted = schedule.refuses(ranks=self.ranks, micro_batches=micro_batches)
+        wanted = schedule.problems(ranks=self.ranks, micro_batches=micro_batches)
         if wanted:
             return f"{name} on {self.ranks} ranks expects {wanted}"
         if not schedule.splits:
@@ -188,7 +188,7 @@ class Elsewhere(nn.Module):
         raise RuntimeError(f"{self.path} is held by another rank of the pipeline")
 
 
-def parts(config: Blueprint, leg: Leg) -> frozenset[str]:
+def parts(config: ModelConfig, leg: BlockRange) -> frozenset[str]:
     """Return the paths of the parts of a model that a leg needs."""
     found = {f"encoder.{i}" for i in leg.encoder} | {f"decoder.{i}" for i in leg.decoder}
     ends = leg.decoder and leg.decoder.stop == config.decoder.layers
@@ -197,9 +197,9 @@ def parts(config: Blueprint, leg: Leg) -> frozenset[str]:
     for side, stack, blocks in sides:
         if not blocks:
             continue
-        moe = config.mixture(stack)
+        moe = config.moe_of_stack(stack)
         enters = enters or blocks.start == 0
-        linked = isinstance(moe, MoE) and bool(stack.sparse_layers)
+        linked = isinstance(moe, MoE) and bool(stack.moe_layers)
         reads = reads or (isinstance(moe, MoE) and moe.condition.reads() != "nothing")
         found |= {f"{side}_routing"} if linked else set()
         found |= {f"{side}_norm"} if blocks.stop == stack.layers else set()
@@ -209,14 +209,14 @@ def parts(config: Blueprint, leg: Leg) -> frozenset[str]:
     return frozenset(found | (_position_parts(config) if enters else set()))
 
 
-def used_again(config: Blueprint, leg: Leg) -> str | None:
+def used_again(config: ModelConfig, leg: BlockRange) -> str | None:
     """Return which parameters a leg uses in several places, one after the other, if any."""
     ends = bool(leg.decoder) and leg.decoder.stop == config.decoder.layers
     uses = int(ends and config.embedding.tied)
     sides = (("encoder", config.encoder, leg.encoder), ("decoder", config.decoder, leg.decoder))
     for side, stack, blocks in sides:
         uses += bool(blocks) and blocks.start == 0
-        moe, routed = config.mixture(stack), sum(stack.sparse(layer) for layer in blocks)
+        moe, routed = config.moe_of_stack(stack), sum(stack.is_moe_layer(layer) for layer in blocks)
         if not isinstance(moe, MoE):
             continue
         if moe.link.recurs and routed > 1:
@@ -225,7 +225,7 @@ def used_again(config: Blueprint, leg: Leg) -> str | None:
     return "the embedding" if uses > 1 else None
 
 
-def block_costs(config: Blueprint, *, sizes: Sizes) -> tuple[float, ...]:
+def block_costs(config: ModelConfig, *, sizes: BatchDims) -> tuple[float, ...]:
     """Return the forward FLOPs of every block of the chain; the logits count for the last one."""
     encoder, decoder = config.encoder, config.decoder
     sides = (("encoder", encoder), ("decoder", decoder))
@@ -257,18 +257,18 @@ def evenly(costs: Sequence[float], *, parts: int) -> tuple[int, ...]:
     return best[parts, len(costs)][1][1:]
 
 
-def _block_cost(config: Blueprint, *, side: str, layer: int, sizes: Sizes) -> float:
+def _block_cost(config: ModelConfig, *, side: str, layer: int, sizes: BatchDims) -> float:
     """What one more block like this one adds to a model."""
     stack = config.encoder if side == "encoder" else config.decoder
     dense = Stack(layers=1, moe_every=0)
     other = dense if config.encoder.layers else config.encoder
-    alike = Stack(layers=1, moe_every=1, moe=config.sparse(stack, layer=layer))
+    alike = Stack(layers=1, moe_every=1, moe=config.moe_of_layer(stack, layer=layer))
     one = config.replace(**{"encoder": other, "decoder": dense} | {side: alike})
     two = one.replace(**{side: alike.replace(layers=2)})
-    return count(two).forward_flops(sizes) - count(one).forward_flops(sizes)
+    return count_parameters(two).forward_flops(sizes) - count_parameters(one).forward_flops(sizes)
 
 
-def _position_parts(config: Blueprint) -> set[str]:
+def _position_parts(config: ModelConfig) -> set[str]:
     """What adds positions to embeddings; what turns heads has no parts, and all blocks need it."""
     with torch.device("meta"):
         position = config.position.build(dim=config.dim, head_dim=config.head_dim)

@@ -15,7 +15,7 @@ from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.dist.collectives import Group, all_gather_rows, group_rank, group_size, reduce_scatter_rows
-from moesaic.model.block import DenseBranch
+from moesaic.model.block import FeedForwardBranch
 from moesaic.moe.attention import AttentionMixture
 from moesaic.nn.attention import CrossAttention, SelfAttention
 from moesaic.nn.embedding import Embedding
@@ -57,12 +57,12 @@ def narrow(model: nn.Module, *, group: Group, vocab_size: int) -> None:
     for module in model.modules():
         if isinstance(module, SelfAttention | CrossAttention):
             module.heads //= lanes
-            module.groups //= lanes
-            module.crew = crew
-        elif isinstance(module, DenseBranch):
-            module.crew = crew
+            module.kv_heads //= lanes
+            module.tensor_parallel = crew
+        elif isinstance(module, FeedForwardBranch):
+            module.tensor_parallel = crew
         elif isinstance(module, Embedding):
-            module.vocabulary = CutVocabulary(group, size=vocab_size)
+            module.backend = CutVocabulary(group, size=vocab_size)
     if group_rank(group):
         for owner, name, linear in list(last_products(model)):
             setattr(owner, name, Unbiased(linear))
@@ -78,8 +78,8 @@ def refuses(model: nn.Module, *, lanes: int) -> Iterator[str]:
                 "experts: set tensor to 1, or model.attention_experts to NoAttentionExperts"
             )
         if isinstance(module, SelfAttention | CrossAttention):
-            found = {"heads": module.heads, "kv_heads": module.groups}
-        elif isinstance(module, DenseBranch):
+            found = {"heads": module.heads, "kv_heads": module.kv_heads}
+        elif isinstance(module, FeedForwardBranch):
             found = {"hidden channels": module.inner.down.in_features}
         for what, number in found.items():
             if number % lanes:
@@ -91,10 +91,10 @@ def last_products(model: nn.Module) -> Iterator[tuple[Any, str, nn.Linear]]:
     for module in model.modules():
         if isinstance(module, SelfAttention | CrossAttention) and module.out.bias is not None:
             yield module, "out", module.out
-        elif isinstance(module, DenseBranch) and module.inner.down.bias is not None:
+        elif isinstance(module, FeedForwardBranch) and module.inner.down.bias is not None:
             yield module.inner, "down", module.inner.down
 
 
 def _sizes(packing: Packing) -> tuple[int, ...]:
-    assert packing.division is not None, "tokens are dealt out wherever matrices are cut"
-    return packing.division.lane_sizes
+    assert packing.partition is not None, "tokens are dealt out wherever matrices are cut"
+    return packing.partition.tensor_sizes

@@ -13,7 +13,7 @@ import torch
 
 from moesaic.core.shapes import Bool, Float, Tensor
 from moesaic.dist.collectives import Group, all_to_all, group_rank, group_size
-from moesaic.nn.looking import Heads, KeyValue, LookHere
+from moesaic.nn.looking import QueryKeyValue, KeyValue, LocalAttention
 from moesaic.nn.packing import Packing
 
 
@@ -26,11 +26,11 @@ class Ulysses:
     """
 
     def __init__(self, group: Group, *, groups: int) -> None:
-        self._group, self._groups, self._here = group, groups, LookHere()
+        self._group, self._groups, self._here = group, groups, LocalAttention()
         self._ranks, self._rank = group_size(group), group_rank(group)
 
     @staticmethod
-    def refuses(*, heads: int, ranks: int) -> str | None:
+    def problems(*, heads: int, ranks: int) -> str | None:
         """Return why so many ranks cannot share ``heads`` query heads, or None."""
         if heads >= ranks:
             return None
@@ -39,21 +39,21 @@ class Ulysses:
             f"{heads} (on one tensor rank): take at most {heads} context ranks, or RingReach"
         )
 
-    def own(self, heads: Heads, *, packing: Packing, causal: bool) -> Float[Tensor, "t HD"]:
+    def own(self, heads: QueryKeyValue, *, packing: Packing, causal: bool) -> Float[Tensor, "t HD"]:
         total = heads.query.shape[1]
         given = (heads.query, heads.key, heads.value)
         query, key, value = self._spread(given, queries=1, packing=packing)
         read = self._read_by(query.shape[1], total=total)
         if read is not None:
             key, value = key[:, read], value[:, read]
-        found = self._here.own(Heads(query, key, value), packing=packing, causal=causal)
+        found = self._here.self_attention(QueryKeyValue(query, key, value), packing=packing, causal=causal)
         return self._home(found, total=total, packing=packing)
 
     def read(
         self, key: Float[Tensor, "t G d"], value: Float[Tensor, "t G d"], *, packing: Packing
     ) -> KeyValue:
         spread = self._spread((key, value), queries=0, packing=packing)
-        return self._here.read(*spread, packing=packing)
+        return self._here.project_source(*spread, packing=packing)
 
     def cross(
         self,
@@ -67,7 +67,7 @@ class Ulysses:
         read = self._read_by(mine.shape[1], total=query.shape[1])
         if read is not None:
             source = KeyValue(source.key[:, read], source.value[:, read])
-        found = self._here.cross(mine, packing=packing, source=source, mask=mask)
+        found = self._here.cross_attention(mine, packing=packing, source=source, mask=mask)
         return self._home(found, total=query.shape[1], packing=packing)
 
     def _spread(
@@ -109,8 +109,8 @@ class Ulysses:
         return torch.cat(parts, 1)
 
     def _sizes(self, packing: Packing) -> Sequence[int]:
-        division = packing.division
-        return [packing.num_tokens] if division is None else division.part_sizes
+        division = packing.partition
+        return [packing.num_tokens] if division is None else division.context_sizes
 
     def _queries(self, heads: int, rank: int) -> slice:
         return slice(rank * heads // self._ranks, (rank + 1) * heads // self._ranks)

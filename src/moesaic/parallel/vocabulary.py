@@ -37,14 +37,14 @@ class CutVocabulary:
         self._group, self._size = group, size
         self._first = size * group_rank(group) // group_size(group)
 
-    def stream(
+    def embed_tokens(
         self, ids: Int[Tensor, "T"], *, table: Float[Tensor, "v D"], packing: Packing
     ) -> Float[Tensor, "t D"]:
-        assert packing.division is not None
-        rows = self._mine(ids[packing.met], table=table)
-        return reduce_scatter_rows(rows, group=self._group, sizes=packing.division.lane_sizes)
+        assert packing.partition is not None
+        rows = self._mine(ids[packing.gathered_tokens], table=table)
+        return reduce_scatter_rows(rows, group=self._group, sizes=packing.partition.tensor_sizes)
 
-    def alike(self, ids: Int[Tensor, "B"], *, table: Float[Tensor, "v D"]) -> Float[Tensor, "B D"]:
+    def embed_replicated(self, ids: Int[Tensor, "B"], *, table: Float[Tensor, "v D"]) -> Float[Tensor, "B D"]:
         found = reduce_from_group(self._mine(ids, table=table), group=self._group)
         return copy_to_group(found, group=self._group)  # each rank uses it for tokens of its own
 

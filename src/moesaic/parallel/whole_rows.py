@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator
 
-from moesaic.model.blueprint import Blueprint
+from moesaic.model.blueprint import ModelConfig
 from moesaic.moe.config import MoE
 
 
-def refuses(config: Blueprint, *, ranks: int) -> Iterator[str]:
+def refuses(config: ModelConfig, *, ranks: int) -> Iterator[str]:
     """Yield a sentence for each stack whose rules need whole rows, if so many ranks share them."""
     if ranks == 1:
         return
     for side, stack in (("encoder", config.encoder), ("decoder", config.decoder)):
-        sparse = config.mixture(stack)
-        if stack.sparse_layers and sparse.by_row:
+        sparse = config.moe_of_stack(stack)
+        if stack.moe_layers and sparse.by_row:
             rule = type(sparse.select if isinstance(sparse, MoE) else sparse).__name__
             yield (
                 f"parallel.plan: {rule} of the {side} compares the tokens of a row, but "

@@ -14,8 +14,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.model.blueprint import Blueprint
-from moesaic.model.leg import Handed, Leg, handing
+from moesaic.model.blueprint import ModelConfig
+from moesaic.model.leg import StageIO, BlockRange, router_state_widths
 from moesaic.moe.gates import Handing
 
 
@@ -36,13 +36,13 @@ class Boundary:
     carried: Handing
 
     @staticmethod
-    def after(leg: Leg, *, config: Blueprint) -> "Boundary":
+    def after(leg: BlockRange, *, config: ModelConfig) -> "Boundary":
         """Return the boundary at the end of a leg."""
         first = config.encoder.layers
         if leg.decoder:
-            return Boundary("target", memory=bool(first), carried=handing(config, config.decoder))
+            return Boundary("target", memory=bool(first), carried=router_state_widths(config, config.decoder))
         if leg.encoder.stop < first:
-            return Boundary("source", memory=False, carried=handing(config, config.encoder))
+            return Boundary("source", memory=False, carried=router_state_widths(config, config.encoder))
         return Boundary("", memory=True, carried=Handing())
 
     def states(self, tokens: Held) -> int:
@@ -85,9 +85,9 @@ class Wire:
         carried = torch.empty(self.carried_rows, self.columns, device=device)
         return blank.requires_grad_(), carried.requires_grad_()
 
-    def pack(self, handed: Handed, *, term: Float[Tensor, ""]) -> tuple[Tensor, ...]:
+    def pack(self, handed: StageIO, *, term: Float[Tensor, ""]) -> tuple[Tensor, ...]:
         """Return what crosses. Its backward also adds 1 to the gradient of ``term``, a loss."""
-        there = [states for states in (handed.x, handed.memory) if states is not None]
+        there = [states for states in (handed.x, handed.encoder_states) if states is not None]
         there[0] = attach(there[0], term)
         rows = _filled(there, rows=self.rows).to(self.dtype)
         if not self.columns or handed.x is None:
@@ -95,24 +95,24 @@ class Wire:
         tokens, carried = handed.x.shape[0], self.boundary.carried
         columns = [
             rows.new_zeros(tokens, width, dtype=torch.float32) if value is None else value
-            for value, width in ((handed.hidden, carried.hidden), (handed.logits, carried.logits))
+            for value, width in ((handed.router_hidden, carried.hidden), (handed.router_logits, carried.logits))
         ]
         # before the first router nothing is carried; the zeros then need a graph all the same
         joined = hang(torch.cat(columns, 1), handed.x)
         return rows, _filled([joined], rows=self.carried_rows)
 
-    def unpack(self, crossed: Sequence[Tensor], *, tokens: Held) -> Handed:
+    def unpack(self, crossed: Sequence[Tensor], *, tokens: Held) -> StageIO:
         """Return what was handed on, of a micro-batch of so many tokens."""
         boundary, states = self.boundary, self.boundary.states(tokens)
         x = crossed[0][:states] if boundary.side else None
         memory = crossed[0][states : states + tokens.source] if boundary.memory else None
         if x is None or not self.columns:
-            return Handed(x, memory=memory)
+            return StageIO(x, encoder_states=memory)
         carried = crossed[1][:states]
         # what no router reads has a gradient all the same, zero
         x = hang(x, carried)
         hidden, logits = carried.split([boundary.carried.hidden, boundary.carried.logits], 1)
-        return Handed(
+        return StageIO(
             x, hidden if hidden.shape[1] else None, logits if logits.shape[1] else None, memory
         )
 

@@ -8,16 +8,16 @@ from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import Denoising, Translation
 from moesaic.data.train_tokenizer import TokenizerConfig
-from moesaic.model.config import Stack, TransformerConfig
+from moesaic.model.config import Stack, ModelConfig
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.select import SwitchTop1
 from moesaic.nn.activation import SquaredReLU
 from moesaic.nn.attention import AttentionConfig
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import LayerNorm
 from moesaic.optim.optimizer import AdamW, Muon, Spectral
-from moesaic.optim.schedule import WSD, Linear
+from moesaic.optim.schedule import WSD, LinearDecay
 from moesaic.recipes.registry import RECIPES
 from moesaic.train.run import Checkpoints, Log, Run, Validation
 from moesaic.train.source import Catalogue
@@ -41,24 +41,24 @@ def demo() -> Run:
             )
         ),
         loader=LoaderConfig(batch_tokens=4096, max_source=40, max_target=48),
-        model=TransformerConfig(
+        model=ModelConfig(
             vocab_size=VOCABULARY,
             dim=128,
             encoder=Stack(layers=3, moe_every=2),
             decoder=Stack(layers=2, moe_every=2),
             attention=AttentionConfig(heads=4),
-            feed_forward=FeedForward(hidden=256, activation=SquaredReLU()),
+            feed_forward=FeedForwardConfig(hidden=256, activation=SquaredReLU()),
             moe=MoE(experts=8, select=SwitchTop1(), balance=(SwitchBalance(weight=0.01),)),
             norm=LayerNorm(),
         ),
         optimizer=Muon(
             lr=0.04,
             weight_decay=0.05,
-            steps=4,
+            ns_steps=4,
             scale=Spectral(),
-            adamw=AdamW(lr=6e-3, weight_decay=0.05, decayed=("router",)),
+            adamw=AdamW(lr=6e-3, weight_decay=0.05, decayed_kinds=("router",)),
         ),
-        schedule=WSD(warmup=45, decay=0.95, shape=Linear()),
+        schedule=WSD(warmup=45, decay=0.95, shape=LinearDecay()),
         steps=900,
         checkpoint=Checkpoints(every=150, keep=2),
         validation=Validation(every=150, rows=32),

@@ -7,11 +7,11 @@ from moesaic.recipes import demo, multilingual, tiny
 from moesaic.recipes.registry import RECIPES
 from moesaic.train.run import Run
 
-__all__ = ["RECIPES", "find"]
+__all__ = ["RECIPES", "find_recipe"]
 MODULES = (demo, multilingual, tiny)  # importing a module registers its recipes
 
 
-def find(which: str, *, changes: list[str] | None = None) -> Run:
+def find_recipe(which: str, *, changes: list[str] | None = None) -> Run:
     """Return the Run of a recipe, a config file, or a run directory, with ``changes`` applied.
 
     Raises UserError: no recipe or file of that name, or a config that is wrong (each key named).

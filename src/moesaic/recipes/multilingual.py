@@ -12,16 +12,16 @@ from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import Denoising, Translation
 from moesaic.data.train_tokenizer import TokenizerConfig
-from moesaic.model.config import Stack, TransformerConfig
+from moesaic.model.config import Stack, ModelConfig
 from moesaic.moe.balance import RouterZ, SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.select import SwitchTop1, TopK
 from moesaic.nn.activation import SquaredReLU, SwiGLU
 from moesaic.nn.attention import AttentionConfig
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import LayerNorm, RMSNorm
 from moesaic.optim.optimizer import AdamW, Muon, Spectral
-from moesaic.optim.schedule import WSD, Linear
+from moesaic.optim.schedule import WSD, LinearDecay
 from moesaic.recipes.registry import RECIPES
 from moesaic.train.precision import BFloat16
 from moesaic.train.run import Checkpoints, Log, Run, Validation
@@ -47,13 +47,13 @@ def multilingual_50() -> Run:
         tokenizer=TokenizerConfig(vocab_size=vocabulary, sample_lines=2_000_000),
         mixture=_mixture(both_ways=True),
         loader=LoaderConfig(batch_tokens=65_536, max_source=192, max_target=224),
-        model=TransformerConfig(
+        model=ModelConfig(
             vocab_size=vocabulary,
             dim=768,
             encoder=Stack(layers=12, moe_every=2),
             decoder=Stack(layers=6, moe_every=2),
             attention=AttentionConfig(heads=12),
-            feed_forward=FeedForward(hidden=2048, activation=SwiGLU()),
+            feed_forward=FeedForwardConfig(hidden=2048, activation=SwiGLU()),
             moe=MoE(experts=32, select=TopK(k=2), balance=(SwitchBalance(), RouterZ())),
             norm=RMSNorm(),
             dropout=0.1,
@@ -79,24 +79,24 @@ def multilingual_50_laptop() -> Run:
         tokenizer=TokenizerConfig(vocab_size=vocabulary),
         mixture=_mixture(both_ways=False),
         loader=LoaderConfig(batch_tokens=4096, max_source=64, max_target=80),
-        model=TransformerConfig(
+        model=ModelConfig(
             vocab_size=vocabulary,
             dim=192,
             encoder=Stack(layers=4, moe_every=2),
             decoder=Stack(layers=2, moe_every=2),
             attention=AttentionConfig(heads=4),
-            feed_forward=FeedForward(hidden=384, activation=SquaredReLU()),
+            feed_forward=FeedForwardConfig(hidden=384, activation=SquaredReLU()),
             moe=MoE(experts=16, select=SwitchTop1(), balance=(SwitchBalance(weight=0.02),)),
             norm=LayerNorm(),
         ),
         optimizer=Muon(
             lr=0.03,
             weight_decay=0.02,
-            steps=4,
+            ns_steps=4,
             scale=Spectral(),
-            adamw=AdamW(lr=6e-3, decayed=("router",)),
+            adamw=AdamW(lr=6e-3, decayed_kinds=("router",)),
         ),
-        schedule=WSD(warmup=200, decay=0.9, shape=Linear()),
+        schedule=WSD(warmup=200, decay=0.9, shape=LinearDecay()),
         steps=20_000,
         checkpoint=Checkpoints(every=500, keep=2),
         validation=Validation(every=500, rows=40),

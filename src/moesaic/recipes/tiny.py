@@ -5,12 +5,12 @@ from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import CausalLM, Denoising, Translation
 from moesaic.data.train_tokenizer import TokenizerConfig
-from moesaic.model.config import Stack, TransformerConfig
+from moesaic.model.config import Stack, ModelConfig
 from moesaic.moe.config import MoE
 from moesaic.moe.select import TopK
 from moesaic.nn.activation import ReLU
 from moesaic.nn.attention import AttentionConfig
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import LayerNorm
 from moesaic.optim.optimizer import AdamW, Muon
 from moesaic.optim.schedule import WSD
@@ -57,14 +57,14 @@ def tiny_lm() -> Run:
     )
 
 
-def _model(*, encoder: int) -> TransformerConfig:
-    return TransformerConfig(
+def _model(*, encoder: int) -> ModelConfig:
+    return ModelConfig(
         vocab_size=VOCABULARY,
         dim=64,
         encoder=Stack(layers=encoder, moe_every=2),
         decoder=Stack(layers=2, moe_every=2),
         attention=AttentionConfig(heads=2),
-        feed_forward=FeedForward(hidden=128, activation=ReLU()),
+        feed_forward=FeedForwardConfig(hidden=128, activation=ReLU()),
         moe=MoE(experts=4, select=TopK(k=2)),
         norm=LayerNorm(),
     )

@@ -17,8 +17,8 @@ from moesaic.core.shapes import Tensor
 from moesaic.data.batch import PAD, Batch
 from moesaic.data.languages import resolve_language
 from moesaic.data.tokenizer import EOS, Tokenizer
-from moesaic.model.config import TransformerConfig
-from moesaic.model.generate import UNSAYABLE, generate
+from moesaic.model.config import ModelConfig
+from moesaic.model.generate import SUPPRESSED_TOKENS, generate
 from moesaic.model.search import Greedy, Hypothesis, Search
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import restore_weights
@@ -75,7 +75,7 @@ class Translator:
         unused = [
             i for i in range(tokenizer.vocab_size) if tokenizer.id_to_token(i).startswith("<unused_")
         ]
-        self._forbidden = (*UNSAYABLE, *tags, *unused)
+        self._forbidden = (*SUPPRESSED_TOKENS, *tags, *unused)
 
     @classmethod
     def open(
@@ -92,7 +92,7 @@ class Translator:
         config = _config(run)
         if not isinstance(config.get("model"), dict):
             raise CheckpointError(f"{run.config}: it has no model; is it the config of a run?")
-        model = TransformerConfig.from_plain(config["model"]).build()
+        model = ModelConfig.from_plain(config["model"]).build()
         _load(model, read_weights(weights, device=device), where=weights)
         loader = config.get("loader")
         known = loader if isinstance(loader, dict) else {}
@@ -129,7 +129,7 @@ class Translator:
                 tag=torch.full((len(batch),), self.tokenizer.language_token_id(codes[1]), device=self._device),
                 search=search or Greedy(),
                 max_tokens=torch.tensor([self._room(rows[i]) for i in batch], device=self._device),
-                forbid=self._forbidden,
+                suppress_tokens=self._forbidden,
             )
             for i, hypotheses in zip(batch, found, strict=True):
                 answers[i] = self._answer(hypotheses, truncated=rows[i].truncated)

@@ -11,7 +11,7 @@ from typing import Any
 
 from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
-from moesaic.model.config import Stack, TransformerConfig
+from moesaic.model.config import Stack, ModelConfig
 from moesaic.moe.around import Beside, Exchange
 from moesaic.moe.balance import Balance
 from moesaic.moe.balances.global_batch import MicroBatchBalance
@@ -26,9 +26,9 @@ from moesaic.moe.spare import Spare
 from moesaic.nn.activation import Activation
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import Norm
-from moesaic.nn.position import Position
+from moesaic.nn.position import PositionalEncoding
 from moesaic.optim.optimizer import AdamW, Muon
 from moesaic.parallel.config import Parallel
 from moesaic.testing.tiny import tiny_run
@@ -97,20 +97,20 @@ def _random_case(draw: random.Random, *, max_ranks: int) -> RandomCase | None:
     return RandomCase(run.replace(seed=draw.randrange(10**6)), shape, parallel, ranks)
 
 
-def _random_model(draw: random.Random) -> TransformerConfig:
+def _random_model(draw: random.Random) -> ModelConfig:
     heads = draw.choice((1, 2, 3, 4, 6, 8))
     groups = draw.choice([n for n in range(1, heads + 1) if heads % n == 0])
     hidden = draw.choice((8, 12, 24))
-    return TransformerConfig(
+    return ModelConfig(
         vocab_size=VOCABULARY,
         dim=draw.choice((8, 12, 16)),
         encoder=_random_stack(draw, layers=draw.randint(0, 2)),
         decoder=_random_stack(draw, layers=draw.randint(1, 2)),
         attention=AttentionConfig(heads=heads, kv_heads=groups, head_dim=4),
-        feed_forward=FeedForward(hidden=hidden, activation=_random_member(draw, Activation)),
+        feed_forward=FeedForwardConfig(hidden=hidden, activation=_random_member(draw, Activation)),
         moe=_random_moe(draw),
         norm=_random_member(draw, Norm),
-        position=_random_member(draw, Position),
+        position=_random_member(draw, PositionalEncoding),
         embedding=EmbeddingConfig(tied=draw.random() < 0.7),
         bias=draw.random() < 0.4,
         dropout=draw.choice((0.0, 0.0, 0.1)),

@@ -14,12 +14,12 @@ from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import Denoising, Translation
 from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.dist.world import SingleProcess, World
-from moesaic.model.config import Stack, TransformerConfig
+from moesaic.model.config import Stack, ModelConfig
 from moesaic.moe.balance import RouterZ, SwitchBalance
 from moesaic.moe.config import MoE, Sparse
 from moesaic.moe.select import SwitchTop1
 from moesaic.nn.attention import AttentionConfig
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.optim.schedule import WSD
 from moesaic.train.randomness import seed_rank
 from moesaic.train.run import Checkpoints, Log, Run, Validation
@@ -33,20 +33,20 @@ SMALL_SYNTHETIC_CORPUS = CorpusRecipe(name="few-phrases", source=SyntheticLangua
 BALANCED_TOP1 = MoE(experts=4, select=SwitchTop1(), balance=(SwitchBalance(), RouterZ()))
 
 
-def tiny_model_config(*, moe: Sparse = BALANCED_TOP1, layers: int = 1) -> TransformerConfig:
+def tiny_model_config(*, moe: Sparse = BALANCED_TOP1, layers: int = 1) -> ModelConfig:
     """Return an encoder-decoder of ``layers`` layers each, experts in every one.
 
     A rule that is not causal stands in the encoder alone, beside the usual one in the decoder.
     """
     stack = Stack(layers=layers, moe_every=1)
     causal = moe if moe.causal else BALANCED_TOP1
-    return TransformerConfig(
+    return ModelConfig(
         vocab_size=VOCABULARY,
         dim=16,
         encoder=stack if moe.causal else stack.replace(moe=moe),
         decoder=stack,
         attention=AttentionConfig(heads=2),
-        feed_forward=FeedForward(hidden=32),
+        feed_forward=FeedForwardConfig(hidden=32),
         moe=causal,
     )
 

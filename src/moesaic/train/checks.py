@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from moesaic.core.errors import ConfigError, DataError
 from moesaic.data.languages import resolve_language
 from moesaic.data.layout import DecoderOnlyCollator, EncoderDecoderCollator
-from moesaic.nn.position import Learned
+from moesaic.nn.position import LearnedPositions
 from moesaic.optim.schedule import WSD, Cosine
 from moesaic.train.run import Run
 
@@ -64,10 +64,10 @@ def layout_fits_the_model(run: Run) -> Iterator[str]:
 
 def lengths_fit_the_positions(run: Run) -> Iterator[str]:
     """The longest rows have a place in a learned position table."""
-    if not isinstance(run.model.position, Learned):
+    if not isinstance(run.model.position, LearnedPositions):
         return
     for side in ("max_source", "max_target"):
-        longest, room = run.loader.plain()[side], run.model.position.max
+        longest, room = run.loader.plain()[side], run.model.position.max_length
         if isinstance(longest, int) and longest > room:
             yield (
                 f"loader.{side}={longest} is longer than the table model.position.max={room}: "
@@ -106,7 +106,7 @@ def the_pipeline_has_work(run: Run) -> Iterator[str]:
     parallel = run.parallel
     if parallel.plan.pipe == 1:
         return
-    why = parallel.staged(run.model).refuses(micro_batches=run.accumulate, zero=parallel.plan.zero)
+    why = parallel.staged(run.model).problems(micro_batches=run.accumulate, zero=parallel.plan.zero)
     if why:
         yield f"parallel.schedule with accumulate={run.accumulate} micro-batches: {why}"
 

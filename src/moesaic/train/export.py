@@ -7,7 +7,7 @@ from moesaic.checkpoint.tensors import write_tensors
 from moesaic.core.files import write_whole
 from moesaic.core.units import show_count
 from moesaic.data.languages import resolve_language
-from moesaic.model.count import count
+from moesaic.model.count import count_parameters
 from moesaic.model.weights import export_weights
 from moesaic.train.run import Run
 from moesaic.train.trainer import Trainer
@@ -33,9 +33,9 @@ def model_card(trainer: Trainer, *, tokens: float) -> ModelCard:
     if best.step:
         facts["best validation loss"] = f"{best.loss:.3f} nats per token, at step {best.step:,}"
     parts: dict[str, tuple[int, int]] = {}
-    for entry in count(run.model).entries:
+    for entry in count_parameters(run.model).entries:
         total, active = parts.get(entry.part, (0, 0))
-        parts[entry.part] = (total + entry.size, active + round(entry.size * entry.used))
+        parts[entry.part] = (total + entry.size, active + round(entry.size * entry.active_fraction))
     return ModelCard(
         name=run.name,
         languages=[resolve_language(code).bcp47 for code in trainer.objective.categories.languages],

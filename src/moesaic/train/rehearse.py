@@ -20,8 +20,8 @@ from moesaic.dist.collectives import Group
 from moesaic.dist.local import local_tensor
 from moesaic.dist.mesh import DATA_CONTEXT_AXES, STAGE_AXES, Mesh
 from moesaic.dist.wire import CommunicationCounter
-from moesaic.model.config import TransformerConfig
-from moesaic.model.count import Sizes
+from moesaic.model.config import ModelConfig
+from moesaic.model.count import BatchDims
 from moesaic.moe.config import MoE, Sparse
 from moesaic.moe.gate import Gate
 from moesaic.moe.routing import Routing
@@ -68,7 +68,7 @@ class Rehearsal:
     seconds: float
 
 
-def evenly(config: TransformerConfig) -> TransformerConfig:
+def evenly(config: ModelConfig) -> ModelConfig:
     """Return a config whose routers choose evenly, as many experts per token as before."""
     stacks = {
         side: stack if stack.moe is None else stack.replace(moe=_even(stack.moe))
@@ -78,11 +78,11 @@ def evenly(config: TransformerConfig) -> TransformerConfig:
 
 
 def rehearse(
-    config: TransformerConfig,
+    config: ModelConfig,
     *,
     parallel: Parallel,
     world: int,
-    sizes: Sizes,
+    sizes: BatchDims,
     rank: int = 0,
     optimizer: Optimizer | None = None,
 ) -> Rehearsal:
@@ -143,7 +143,7 @@ def groups(mesh: Mesh) -> dict[str, Group]:
     return found
 
 
-def batch_of(config: TransformerConfig, sizes: Sizes) -> Batch:
+def batch_of(config: ModelConfig, sizes: BatchDims) -> Batch:
     """Return rows without padding."""
     target = torch.full((sizes.rows, sizes.target), TOKEN)
     source = torch.full((sizes.rows, sizes.source if config.encoder.layers else 0), TOKEN)

@@ -11,9 +11,9 @@ from moesaic.core.config import Config
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig
 from moesaic.data.train_tokenizer import TokenizerConfig
-from moesaic.model.config import TransformerConfig
+from moesaic.model.config import ModelConfig
 from moesaic.optim.optimizer import AdamW, Optimizer
-from moesaic.optim.schedule import WSD, Schedule
+from moesaic.optim.schedule import WSD, LRSchedule
 from moesaic.parallel.config import Parallel
 from moesaic.train.precision import Float32, Precision
 from moesaic.train.sinks import MetricsSink
@@ -78,10 +78,10 @@ class Run(Config):
     tokenizer: TokenizerConfig
     mixture: MixtureConfig
     loader: LoaderConfig
-    model: TransformerConfig
+    model: ModelConfig
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     optimizer: Optimizer = AdamW()
-    schedule: Schedule = WSD()
+    schedule: LRSchedule = WSD()
     steps: Positive
     accumulate: Positive = 1
     clip_norm: Annotated[float, Field(gt=0)] = 1.0

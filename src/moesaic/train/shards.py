@@ -54,4 +54,4 @@ def _prepare(optimizer: NamedOptimizer, *, stepped: Iterable[str]) -> None:
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if name in known:
-                optimizer.prepare(parameter, rule=group["rule"])
+                optimizer.ensure_state(parameter, rule=group["rule"])

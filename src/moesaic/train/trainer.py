@@ -91,7 +91,7 @@ class Trainer:
             model.named_parameters(), kinds=model.parameter_kinds()
         )
         if not self.spread.whole:
-            self.optimizer.matrices = SpreadMatrices(self.spread)
+            self.optimizer.matrix_sharding = SpreadMatrices(self.spread)
         categories = Categories(tuple(data.tasks), tuple(data.languages))
         self.objective = Objective(categories, run.label_smoothing, run.precision)
         self.meters = Meters(categories, device=world.device)
@@ -121,7 +121,7 @@ class Trainer:
             if self._usable(tried, seen=seen, norm=norm):
                 break
         mark_phase("update")
-        factor = self.run.schedule.at(self.step, steps=self.run.steps) * self.past.rate
+        factor = self.run.schedule.lr_factor(self.step, steps=self.run.steps) * self.past.rate
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.optimizer.step()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from moesaic.core.errors import ConfigError
 from moesaic.model.blueprint import Stack
-from moesaic.model.config import TransformerConfig
+from moesaic.model.config import ModelConfig
 from moesaic.moe.config import MoE, Sparse
 from moesaic.optim.optimizer import AdamW, Muon, Optimizer
 from moesaic.optim.schedule import Constant
@@ -54,7 +54,7 @@ def shrink_config(run: Run) -> ShrunkRun:
     return ShrunkRun(made, tuple(_list_changes(run, made)))
 
 
-def _shrink_model(config: TransformerConfig) -> TransformerConfig:
+def _shrink_model(config: ModelConfig) -> ModelConfig:
     """Return it with the fewest experts that its rules take."""
     *fewer, most = EXPERTS
     for experts in fewer:
@@ -65,12 +65,12 @@ def _shrink_model(config: TransformerConfig) -> TransformerConfig:
     return _narrow_model(config, experts=most)
 
 
-def _narrow_model(config: TransformerConfig, *, experts: int) -> TransformerConfig:
+def _narrow_model(config: ModelConfig, *, experts: int) -> ModelConfig:
     heads, hidden = config.attention, config.feed_forward.hidden
     return config.replace(
         vocab_size=VOCABULARY,
         dim=min(config.dim, DIM),
-        attention=heads.replace(head_dim=min(heads.width(config.dim), HEAD_DIM)),
+        attention=heads.replace(head_dim=min(heads.head_width(config.dim), HEAD_DIM)),
         feed_forward=config.feed_forward.replace(hidden=min(hidden, HIDDEN)),
         moe=_shrink_moe(config.moe, experts=experts, dense=hidden),
         encoder=_shrink_stack(config, config.encoder, experts=experts),
@@ -78,13 +78,13 @@ def _narrow_model(config: TransformerConfig, *, experts: int) -> TransformerConf
     )
 
 
-def _shrink_stack(config: TransformerConfig, stack: Stack, *, experts: int) -> Stack:
+def _shrink_stack(config: ModelConfig, stack: Stack, *, experts: int) -> Stack:
     """Keep the blocks up to the second with experts, at least two where there are as many."""
-    sparse = stack.sparse_layers
+    sparse = stack.moe_layers
     last = sparse[min(2, len(sparse)) - 1] if sparse else 0
     layers = min(stack.layers, max(2, last + 1))
     own = stack.moe
-    fewer = tuple(min(number, experts) for number in stack.experts)
+    fewer = tuple(min(number, experts) for number in stack.experts_per_layer)
     return stack.replace(
         layers=layers,
         experts=fewer[: sum(layer < layers for layer in sparse)],
@@ -100,7 +100,7 @@ def _shrink_moe(moe: Sparse, *, experts: int, dense: int) -> Sparse:
     return moe.replace(experts=min(moe.experts, experts), hidden=narrow)
 
 
-def _hidden_width(config: TransformerConfig) -> int:
+def _hidden_width(config: ModelConfig) -> int:
     return config.feed_forward.hidden
 
 

@@ -6,7 +6,7 @@ import torch
 from moesaic.moe.bodies.lora import LoRAExpert
 from moesaic.moe.experts import Size
 from moesaic.nn.activation import SwiGLU
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.ops.group import group
 
 D, F, E, RANK, ALPHA = 8, 12, 4, 3, 6.0
@@ -14,11 +14,11 @@ CHOSEN = torch.tensor([2, 0, 2, 1, 0, 2, E])  # expert 3 is idle, the last row w
 
 
 def _bank(*, bias, zero=False):
-    size = Size(E, D, FeedForward(hidden=F, activation=SwiGLU()), bias=bias)
+    size = Size(E, D, FeedForwardConfig(hidden=F, activation=SwiGLU()), bias=bias)
     bank = LoRAExpert(rank=RANK, alpha=ALPHA).build(size)
     for name, parameter in bank.named_parameters():
         torch.nn.init.normal_(parameter, std=0.4)
-        if zero and name in bank.starts():
+        if zero and name in bank.initializers():
             torch.nn.init.zeros_(parameter)
     return bank
 

@@ -4,11 +4,11 @@ import torch
 
 from moesaic.moe.bodies.memory import ProductKeyMemory
 from moesaic.moe.context import Carry, Context
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 
 DIM, SIDE, SLOTS = 32, 8, 5
 CONFIG = ProductKeyMemory(side=SIDE, slots=SLOTS)
-FEED = FeedForward(hidden=24)
+FEED = FeedForwardConfig(hidden=24)
 
 
 def _layer(config=CONFIG):

@@ -11,7 +11,7 @@ DIM, SIDE, KEY = 12, 7, 6
 def _keys(*, read, rank=2):
     keys = ProductKeys(dim=DIM, side=SIDE, read=read, rank=rank, key_dim=KEY)
     for name, parameter in keys.named_parameters():
-        torch.nn.init.normal_(parameter, std=keys.starts()[name].std or 0.3)
+        torch.nn.init.normal_(parameter, std=keys.initializers()[name].std or 0.3)
     return keys
 
 

@@ -10,7 +10,7 @@ from moesaic.core.errors import ConfigError
 from moesaic.moe.bodies.soft import SoftMixture
 from moesaic.moe.context import Carry, Context
 from moesaic.nn.activation import SwiGLU
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 
 DIM, EXPERTS, SLOTS = 6, 3, 2
 LENGTHS = [4, 1, 7]
@@ -19,7 +19,7 @@ PLACE = torch.cat([torch.arange(n) for n in LENGTHS])
 
 
 def _layer():
-    feed = FeedForward(hidden=10, activation=SwiGLU())
+    feed = FeedForwardConfig(hidden=10, activation=SwiGLU())
     made = SoftMixture(experts=EXPERTS, slots=SLOTS).build(feed_forward=feed, dim=DIM, bias=False)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.5)

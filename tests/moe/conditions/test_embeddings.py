@@ -78,7 +78,7 @@ def test_with_the_token_alone_an_id_takes_one_expert_wherever_it_stands():
 def test_decoding_remembers_the_tag_of_each_row():
     model, batch = model_with(OnlyTag()), tagged_batch()
     memory = model.encode(batch.source)
-    cache = model.start(memory, torch.arange(4))
+    cache = model.init_cache(memory, torch.arange(4))
     model.step(batch.target_in[:, :1], cache)
     cache.reorder(torch.tensor([3, 1, 1]))
     model.step(torch.tensor([[8], [12], [15]]), cache)

@@ -55,7 +55,7 @@ def test_all_layers_teach_the_router():
 
 def test_what_it_cannot_do_is_refused():
     with pytest.raises(ConfigError, match="Decoupled expects one number of experts"):
-        CONFIG.replace(decoder=Stack(layers=2, moe_every=1, experts=(4, 8)))
+        CONFIG.replace(decoder=Stack(layers=2, moe_every=1, experts_per_layer=(4, 8)))
     with pytest.raises(ConfigError, match="Decoupled expects condition=Unconditioned"):
         CONFIG.replace(moe=CONFIG.moe.replace(condition=OnTag()))
     with pytest.raises(ConfigError, match="heads=3"):

@@ -45,4 +45,4 @@ def test_a_layers_logits_are_known_before_it_runs():
 
 def test_layers_of_unlike_sizes_are_refused():
     with pytest.raises(ConfigError, match=r"PreGated expects one number of experts .* \(4, 8\)"):
-        CONFIG.replace(decoder=Stack(layers=2, moe_every=1, experts=(4, 8)))
+        CONFIG.replace(decoder=Stack(layers=2, moe_every=1, experts_per_layer=(4, 8)))

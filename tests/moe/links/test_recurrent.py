@@ -29,7 +29,7 @@ def stack():
 
 
 def logits_of(cell, gates, reads, *, detach=False):
-    packing = Packing.of(torch.ones(1, T, dtype=torch.bool))
+    packing = Packing.from_mask(torch.ones(1, T, dtype=torch.bool))
     carry, found = cell.start(reads[0], sight=Sight(packing, packing.position)), []
     for gate, x in zip(gates, reads, strict=True):
         scored = gate(x, carry=carry)

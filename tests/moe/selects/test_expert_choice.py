@@ -79,8 +79,8 @@ def test_a_decoder_refuses_it_and_an_encoder_takes_it():
     with pytest.raises(ConfigError, match="later tokens"):
         BASE.replace(decoder=BASE.decoder.replace(moe=MOE))
     mixed = BASE.replace(encoder=BASE.encoder.replace(moe=MOE))
-    assert mixed.experts(mixed.encoder, layer=1) == MOE
-    assert mixed.experts(mixed.decoder, layer=1) == BASE.moe
+    assert mixed.routed_moe_of_layer(mixed.encoder, layer=1) == MOE
+    assert mixed.routed_moe_of_layer(mixed.decoder, layer=1) == BASE.moe
     BASE.replace(moe=MOE, decoder=BASE.decoder.replace(moe=NoMoE()))
     BASE.replace(moe=MOE, decoder=Stack(layers=2, moe_every=0))
 

@@ -37,9 +37,9 @@ def test_a_token_with_null_choices_alone_gets_nothing_and_no_nan():
 
 
 def test_it_wants_null_experts_and_enough_of_all():
-    assert "ZeroExperts" in NullTopK(k=2).refuses(experts=4, spare=0)
-    assert "at least 6" in NullTopK(k=6).refuses(experts=5, spare=1)
-    assert NullTopK(k=5).refuses(experts=5, spare=1) is None
+    assert "ZeroExperts" in NullTopK(k=2).problems(experts=4, spare=0)
+    assert "at least 6" in NullTopK(k=6).problems(experts=5, spare=1)
+    assert NullTopK(k=5).problems(experts=5, spare=1) is None
 
 
 def test_gradients_are_those_of_the_formula():

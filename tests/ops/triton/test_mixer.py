@@ -5,7 +5,7 @@ import torch
 
 from moesaic.moe.experts import Experts, Size
 from moesaic.nn.activation import GELU, ReLU, SquaredReLU, SwiGLU
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.ops.grouped import Banks, Segments
 from moesaic.ops.mixture import Composed, Edges, Mixer
 from moesaic.ops.triton.mixer import TritonMixer, column_pieces
@@ -170,7 +170,7 @@ def test_it_is_a_mixer():
 
 
 def test_a_layer_gives_the_same_with_the_kernels_as_without(device, monkeypatch):
-    size = Size(EXPERTS, DIM, FeedForward(hidden=HIDDEN, activation=SwiGLU()), bias=True)
+    size = Size(EXPERTS, DIM, FeedForwardConfig(hidden=HIDDEN, activation=SwiGLU()), bias=True)
     experts = Experts(size)
     for seed, bank in enumerate(experts.parameters()):
         bank.data = draw(*bank.shape, device=device, seed=seed, scale=0.2)

@@ -8,7 +8,7 @@ four of which one is shared and seven are chosen; its feed-forward and vocabular
 which the count agrees with "2B".
 """
 
-from moesaic.model.config import Stack, TransformerConfig
+from moesaic.model.config import Stack, ModelConfig
 from moesaic.model.presets.preset import Preset, Published
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.bodies.shared import SharedExperts
@@ -17,7 +17,7 @@ from moesaic.moe.fine_grained import fine_grained
 from moesaic.moe.select import TopK
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 
 SOURCE = "Dai et al. 2024, arXiv:2401.06066"
 NONE = Stack(layers=0)
@@ -25,13 +25,13 @@ NONE = Stack(layers=0)
 
 def deepseek_moe_16b() -> Preset:
     """DeepSeekMoE-16B shaped: 27 of 28 layers with 2 shared and 64 routed experts, 6 per token."""
-    config = TransformerConfig(
+    config = ModelConfig(
         vocab_size=102_400,
         dim=2048,
         encoder=NONE,
-        decoder=Stack(layers=28, moe_every=1, dense=1),
+        decoder=Stack(layers=28, moe_every=1, first_dense_layers=1),
         attention=AttentionConfig(heads=16),
-        feed_forward=FeedForward(hidden=10_944),
+        feed_forward=FeedForwardConfig(hidden=10_944),
         moe=MoE(
             experts=64,
             hidden=1408,
@@ -52,13 +52,13 @@ def deepseek_moe_2b() -> Preset:
     """The validation model: 16 experts, two of them active, split in four; one part is shared."""
     hidden = 3412
     coarse = MoE(experts=16, select=TopK(k=2), balance=(SwitchBalance(weight=0.01),))
-    config = TransformerConfig(
+    config = ModelConfig(
         vocab_size=8_000,
         dim=1280,
         encoder=NONE,
         decoder=Stack(layers=9, moe_every=1),
         attention=AttentionConfig(heads=10),
-        feed_forward=FeedForward(hidden=hidden),
+        feed_forward=FeedForwardConfig(hidden=hidden),
         moe=fine_grained(coarse, hidden=hidden, parts=4, shared=1),
         embedding=EmbeddingConfig(tied=False, scaled=False),
     )

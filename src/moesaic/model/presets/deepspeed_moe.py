@@ -6,7 +6,7 @@ feed-forward beside them ("PR-MoE", 4B). The vocabulary, learned positions, GELU
 usual ones of such decoders and our guesses; with them the counts agree.
 """
 
-from moesaic.model.config import Stack, TransformerConfig
+from moesaic.model.config import Stack, ModelConfig
 from moesaic.model.presets.preset import Preset, Published
 from moesaic.moe.bodies.residual import Residual
 from moesaic.moe.config import MoE
@@ -15,9 +15,9 @@ from moesaic.moe.select import SwitchTop1
 from moesaic.nn.activation import GELU
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import LayerNorm
-from moesaic.nn.position import Learned
+from moesaic.nn.position import LearnedPositions
 
 SOURCE = "Rajbhandari et al. 2022, arXiv:2201.05596"
 GUESSED = ("vocab_size", "feed_forward", "norm", "position", "embedding", "bias", "moe.balance")
@@ -40,16 +40,16 @@ def pyramid_residual() -> Preset:
 
 
 def _preset(moe: MoE, *, published: float, pyramid: tuple[int, ...] = ()) -> Preset:
-    config = TransformerConfig(
+    config = ModelConfig(
         vocab_size=50_304,
         dim=1024,
         encoder=Stack(layers=0),
-        decoder=Stack(layers=24, moe_every=2, experts=pyramid),
+        decoder=Stack(layers=24, moe_every=2, experts_per_layer=pyramid),
         attention=AttentionConfig(heads=16),
-        feed_forward=FeedForward(hidden=4096, activation=GELU()),
+        feed_forward=FeedForwardConfig(hidden=4096, activation=GELU()),
         moe=moe,
         norm=LayerNorm(bias=True),
-        position=Learned(max=2048),
+        position=LearnedPositions(max_length=2048),
         embedding=EmbeddingConfig(scaled=False),
         bias=True,
     )

@@ -11,7 +11,7 @@ K2 as secondary texts quote them (61 layers, the first dense and 18432 wide, wid
 instead of a latent one, softmax scores instead of sigmoid ones and the balance term.
 """
 
-from moesaic.model.config import Stack, TransformerConfig
+from moesaic.model.config import Stack, ModelConfig
 from moesaic.model.presets import zcode_m3
 from moesaic.model.presets.preset import Preset, Published
 from moesaic.moe.balance import SwitchBalance
@@ -20,7 +20,7 @@ from moesaic.moe.config import MoE
 from moesaic.moe.select import TopK
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 
 KIMI_K2 = "the released config of Kimi K2 (moonshotai.github.io/Kimi-K2), as quoted elsewhere"
 
@@ -38,13 +38,13 @@ def zcode_200b() -> Preset:
 
 def trillion() -> Preset:
     """61 layers of 384 experts, 8 per token and one for all."""
-    config = TransformerConfig(
+    config = ModelConfig(
         vocab_size=163_840,
         dim=7168,
         encoder=Stack(layers=0),
-        decoder=Stack(layers=61, moe_every=1, dense=1),
+        decoder=Stack(layers=61, moe_every=1, first_dense_layers=1),
         attention=AttentionConfig(heads=64),
-        feed_forward=FeedForward(hidden=18_432),
+        feed_forward=FeedForwardConfig(hidden=18_432),
         moe=MoE(
             experts=384,
             hidden=2048,

@@ -7,27 +7,27 @@ scripts; 256,206 is the vocabulary of the released model. With them the count ag
 do not load its weights: details that change no shape (capacity, dropout) are guesses.
 """
 
-from moesaic.model.config import Stack, TransformerConfig
+from moesaic.model.config import Stack, ModelConfig
 from moesaic.model.presets.preset import Preset, Published
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import ByWeight, Capacity
 from moesaic.moe.select import Top2
 from moesaic.nn.activation import ReLU
 from moesaic.nn.attention import AttentionConfig
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.position import Sinusoidal
 
 
 def nllb_moe_54b() -> Preset:
     """NLLB-MoE-54B shaped: 24 + 24 layers, 128 experts in every fourth, two per token."""
-    config = TransformerConfig(
+    config = ModelConfig(
         vocab_size=256_206,
         dim=2048,
         encoder=Stack(layers=24, moe_every=4),
         decoder=Stack(layers=24, moe_every=4),
         attention=AttentionConfig(heads=16),
-        feed_forward=FeedForward(hidden=8192, activation=ReLU()),
+        feed_forward=FeedForwardConfig(hidden=8192, activation=ReLU()),
         moe=MoE(
             experts=128,
             select=Top2(),

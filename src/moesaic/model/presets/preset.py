@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from moesaic.model.config import TransformerConfig
+from moesaic.model.config import ModelConfig
 
 Basis = Literal["paper", "code", "secondary", "guess"]
 
@@ -25,7 +25,7 @@ class Published:
 class Preset:
     """``guessed`` names the fields of ``config`` that no source gives: they are ours."""
 
-    config: TransformerConfig
+    config: ModelConfig
     source: str
     published: tuple[Published, ...] = ()
     guessed: tuple[str, ...] = ()

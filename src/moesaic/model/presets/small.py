@@ -4,13 +4,13 @@ Deep encoder, shallow decoder: reading is parallel and writing is not, so at equ
 the faster translator (Kasai et al. 2021, 2006.10369).
 """
 
-from moesaic.model.config import Stack, TransformerConfig
+from moesaic.model.config import Stack, ModelConfig
 from moesaic.model.presets.preset import Preset
 from moesaic.moe.config import MoE
 from moesaic.moe.select import SwitchTop1, TopK
 from moesaic.nn.activation import ReLU, SwiGLU
 from moesaic.nn.attention import AttentionConfig
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import LayerNorm
 
 OURS = "moesaic's own"
@@ -30,20 +30,20 @@ def base() -> Preset:
     """For one GPU: the size of transformer-base (1706.03762), 16 experts, two per token."""
     config = _sparse(dim=512, heads=8, layers=(12, 4), experts=16, vocab_size=32000)
     moe = MoE(experts=16, select=TopK(k=2))
-    feed = FeedForward(hidden=1408, activation=SwiGLU())
+    feed = FeedForwardConfig(hidden=1408, activation=SwiGLU())
     return Preset(config.replace(moe=moe, feed_forward=feed, dropout=0.1), OURS)
 
 
 def _sparse(
     *, dim: int, heads: int, layers: tuple[int, int], experts: int, vocab_size: int
-) -> TransformerConfig:
-    return TransformerConfig(
+) -> ModelConfig:
+    return ModelConfig(
         vocab_size=vocab_size,
         dim=dim,
         encoder=Stack(layers=layers[0], moe_every=2),
         decoder=Stack(layers=layers[1], moe_every=2 if layers[1] > 1 else 1),
         attention=AttentionConfig(heads=heads),
-        feed_forward=FeedForward(hidden=2 * dim, activation=ReLU()),
+        feed_forward=FeedForwardConfig(hidden=2 * dim, activation=ReLU()),
         moe=MoE(experts=experts, select=SwitchTop1()),
         norm=LayerNorm(),
     )

@@ -11,7 +11,7 @@ agrees with "10B" and counts less than 0.7B for the dense base (a vocabulary nea
 close that gap), so it fits; it does not confirm.
 """
 
-from moesaic.model.config import Stack, TransformerConfig
+from moesaic.model.config import Stack, ModelConfig
 from moesaic.model.presets.preset import Preset, Published
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.config import MoE, NoMoE, Sparse
@@ -19,7 +19,7 @@ from moesaic.moe.limit import AtRandom, Capacity
 from moesaic.moe.select import SwitchTop1
 from moesaic.nn.activation import ReLU
 from moesaic.nn.attention import AttentionConfig
-from moesaic.nn.feed_forward import FeedForward
+from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.position import Sinusoidal
 
@@ -62,13 +62,13 @@ def _moe(experts: int) -> MoE:
 
 
 def _preset(moe: Sparse, *, published: tuple[Published, ...] = ()) -> Preset:
-    config = TransformerConfig(
+    config = ModelConfig(
         vocab_size=128_000,
         dim=1024,
         encoder=Stack(layers=24, moe_every=2),
         decoder=Stack(layers=12, moe_every=2),
         attention=AttentionConfig(heads=16),
-        feed_forward=FeedForward(hidden=4096, activation=ReLU()),
+        feed_forward=FeedForwardConfig(hidden=4096, activation=ReLU()),
         moe=moe,
         norm=LayerNorm(bias=True),
         position=Sinusoidal(),

@@ -36,7 +36,7 @@ class AdaptiveBalance(Balance):
     def evening(self) -> float:
         return self.weight
 
-    def refuses(self, *, experts: int, limit: Limit) -> str | None:
+    def problems(self, *, experts: int, limit: Limit) -> str | None:
         del experts
         return "a limit that can drop edges, not Dropless" if isinstance(limit, Dropless) else None
 

@@ -32,7 +32,7 @@ class DeviceBalance(Balance):
     def evening(self) -> float:
         return self.weight
 
-    def refuses(self, *, experts: int, limit: Limit) -> str | None:
+    def problems(self, *, experts: int, limit: Limit) -> str | None:
         del limit
         if experts % self.groups == 0:
             return None

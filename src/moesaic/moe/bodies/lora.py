@@ -14,7 +14,7 @@ from moesaic.moe.bodies.shared import dense_pieces
 from moesaic.moe.experts import Expert, ExpertBank, Size, as_autocast
 from moesaic.moe.pieces import Piece
 from moesaic.nn.feed_forward import DenseFeedForward
-from moesaic.nn.start import OwnStart, Start
+from moesaic.nn.start import CustomInitializers, Initializer
 from moesaic.ops.choose import pick_engine
 from moesaic.ops.group import Groups
 from moesaic.ops.grouped import zero_tail
@@ -48,11 +48,11 @@ class LoRAExpert(Expert):
     def kept(self, size: Size, *, edges: float, live: float = 1.0) -> float:
         del live  # rows of edges that lead nowhere are kept, too
         feed = size.feed_forward
-        inner = feed.activation.kept * feed.hidden + 2 * self.rank
+        inner = feed.activation.saved_activations * feed.hidden + 2 * self.rank
         return edges * (2 * size.dim + inner + 4)
 
 
-class LoRAExperts(ExpertBank, OwnStart):
+class LoRAExperts(ExpertBank, CustomInitializers):
     """``up_a`` [E, D, r], ``up_b`` [E, r, F], ``down_a`` [E, F, r], ``down_b`` [E, r, D]."""
 
     def __init__(self, size: Size, *, rank: int, scale: float) -> None:
@@ -66,8 +66,8 @@ class LoRAExperts(ExpertBank, OwnStart):
         self.down_b = nn.Parameter(torch.empty(experts, rank, size.dim))
         self.activation, self.scale = feed.activation, scale
 
-    def starts(self) -> Mapping[str, Start]:
-        return {"up_b": Start(std=0.0), "down_b": Start(std=0.0)}
+    def initializers(self) -> Mapping[str, Initializer]:
+        return {"up_b": Initializer(std=0.0), "down_b": Initializer(std=0.0)}
 
     def forward(self, rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
         rows = as_autocast(rows)

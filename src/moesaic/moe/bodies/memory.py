@@ -20,8 +20,8 @@ from moesaic.moe.config import Sparse
 from moesaic.moe.context import Carry, Context
 from moesaic.moe.layer import Answer
 from moesaic.moe.pieces import Piece
-from moesaic.nn.feed_forward import DenseFeedForward, FeedForward
-from moesaic.nn.start import OwnStart, Start
+from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig
+from moesaic.nn.start import CustomInitializers, Initializer
 
 
 class ProductKeyMemory(Sparse):
@@ -62,10 +62,10 @@ class ProductKeyMemory(Sparse):
         """Slots that a token reads: no more than there are."""
         return min(self.slots, self.side**2)
 
-    def build(self, *, feed_forward: FeedForward, dim: int, bias: bool) -> nn.Module:
+    def build(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> nn.Module:
         return MemoryLayer(self, feed_forward=feed_forward, dim=dim, bias=bias)
 
-    def pieces(self, *, feed_forward: FeedForward, dim: int, bias: bool) -> Sequence[Piece]:
+    def pieces(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> Sequence[Piece]:
         (pre, value), keys, slots = self.widths(dim), self.keys(dim), self.side**2
         share = self.read() / slots
         return [
@@ -79,21 +79,21 @@ class ProductKeyMemory(Sparse):
             Piece("matrix", (dim, value)),
         ]
 
-    def kept(self, *, feed_forward: FeedForward, dim: int) -> float:
+    def kept(self, *, feed_forward: FeedForwardConfig, dim: int) -> float:
         (pre, value), rank, read = self.widths(dim), self.rank, self.read()
         best = min(read, self.side)
         query = 2 * 2 * rank * self.keys(dim)  # before and after it is normalised
         grid = 3 * rank * best + 2 * 2 * rank * best  # both sides, one with C, and their places
         slots = read * (pre + 3 + 3 * 2)  # pre-values, three weights, places
-        dense = feed_forward.activation.kept * feed_forward.hidden
+        dense = feed_forward.activation.saved_activations * feed_forward.hidden
         return dense + query + grid + slots + pre + value
 
 
-class MemoryLayer(OwnStart):
+class MemoryLayer(CustomInitializers):
     """A dense feed-forward and the memory beside it, both added."""
 
     def __init__(
-        self, config: ProductKeyMemory, *, feed_forward: FeedForward, dim: int, bias: bool
+        self, config: ProductKeyMemory, *, feed_forward: FeedForwardConfig, dim: int, bias: bool
     ) -> None:
         super().__init__()
         (pre, value), slots = config.widths(dim), config.side**2
@@ -111,12 +111,12 @@ class MemoryLayer(OwnStart):
         self.out = nn.Linear(value, dim, bias=False)
         self.config = config
 
-    def starts(self) -> Mapping[str, Start]:
+    def initializers(self) -> Mapping[str, Initializer]:
         config = self.config
         largest = 2 * math.log(max(config.side, 2))  # of n * n products of two normal scores
         return {
-            "pre_values": Start(kind="expert", fan_in=self.pre_values.shape[1]),
-            "values": Start(kind="expert", fan_in=config.read() * largest**2),
+            "pre_values": Initializer(kind="expert", fan_in=self.pre_values.shape[1]),
+            "values": Initializer(kind="expert", fan_in=config.read() * largest**2),
         }
 
     def forward(self, x: Float[Tensor, "T D"], *, context: Context, carry: Carry) -> Answer:

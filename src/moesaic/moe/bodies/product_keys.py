@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.nn.start import OwnStart, Start
+from moesaic.nn.start import CustomInitializers, Initializer
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Found:
     score: Float[Tensor, "T m"]
 
 
-class ProductKeys(OwnStart):
+class ProductKeys(CustomInitializers):
     """Keys of both sides, one query per rank and side, and the core that joins them."""
 
     def __init__(self, *, dim: int, side: int, read: int, rank: int, key_dim: int) -> None:
@@ -33,12 +33,12 @@ class ProductKeys(OwnStart):
         self.core_change = nn.Parameter(torch.empty(rank, rank))
         self.side, self.read, self.rank = side, read, rank
 
-    def starts(self) -> Mapping[str, Start]:
+    def initializers(self) -> Mapping[str, Initializer]:
         return {
-            "query.weight": Start(kind="router"),
-            "row": Start(kind="router", std=1.0),
-            "column": Start(kind="router", std=1.0),
-            "core_change": Start(kind="router", std=0.0),
+            "query.weight": Initializer(kind="router"),
+            "row": Initializer(kind="router", std=1.0),
+            "column": Initializer(kind="router", std=1.0),
+            "core_change": Initializer(kind="router", std=0.0),
         }
 
     @property

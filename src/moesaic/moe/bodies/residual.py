@@ -11,8 +11,8 @@ from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.around import Beside
 from moesaic.moe.bodies.shared import dense_pieces
 from moesaic.moe.pieces import Piece
-from moesaic.nn.feed_forward import DenseFeedForward, FeedForward
-from moesaic.nn.start import OwnStart, Start
+from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig
+from moesaic.nn.start import CustomInitializers, Initializer
 
 
 class Residual(Beside):
@@ -23,25 +23,25 @@ class Residual(Beside):
     bias whether or not the model has any). The plain sum is ``SharedExperts(number=1)``.
     """
 
-    def build(self, *, feed_forward: FeedForward, dim: int, bias: bool) -> nn.Module:
+    def build(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> nn.Module:
         return _Residual(feed_forward, dim=dim, bias=bias)
 
-    def pieces(self, *, feed_forward: FeedForward, dim: int, bias: bool) -> Sequence[Piece]:
+    def pieces(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> Sequence[Piece]:
         fixed = dense_pieces(feed_forward, dim=dim, bias=bias)
         return [*fixed, Piece("router", (2, dim)), Piece("bias", (2,))]
 
-    def kept(self, *, feed_forward: FeedForward, dim: int) -> float:
-        return feed_forward.activation.kept * feed_forward.hidden + 2 * dim + 2
+    def kept(self, *, feed_forward: FeedForwardConfig, dim: int) -> float:
+        return feed_forward.activation.saved_activations * feed_forward.hidden + 2 * dim + 2
 
 
-class _Residual(OwnStart):
-    def __init__(self, feed_forward: FeedForward, *, dim: int, bias: bool) -> None:
+class _Residual(CustomInitializers):
+    def __init__(self, feed_forward: FeedForwardConfig, *, dim: int, bias: bool) -> None:
         super().__init__()
         self.fixed = DenseFeedForward(feed_forward, dim=dim, bias=bias)
         self.coefficient = nn.Linear(dim, 2)
 
-    def starts(self) -> Mapping[str, Start]:
-        return {"coefficient.weight": Start(kind="router")}
+    def initializers(self) -> Mapping[str, Initializer]:
+        return {"coefficient.weight": Initializer(kind="router")}
 
     def forward(
         self, x: Float[Tensor, "T D"], *, mixed: Float[Tensor, "T D"]

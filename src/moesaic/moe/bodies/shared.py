@@ -11,8 +11,8 @@ from torch import nn
 from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.around import Beside
 from moesaic.moe.pieces import Piece
-from moesaic.nn.feed_forward import DenseFeedForward, FeedForward
-from moesaic.nn.start import OwnStart, Start
+from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig
+from moesaic.nn.start import CustomInitializers, Initializer
 
 
 class SharedExperts(Beside):
@@ -25,15 +25,15 @@ class SharedExperts(Beside):
 
     number: int = Field(default=1, ge=1)
 
-    def build(self, *, feed_forward: FeedForward, dim: int, bias: bool) -> nn.Module:
+    def build(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> nn.Module:
         return _Shared(widened(feed_forward, self.number), dim=dim, bias=bias)
 
-    def pieces(self, *, feed_forward: FeedForward, dim: int, bias: bool) -> Sequence[Piece]:
+    def pieces(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> Sequence[Piece]:
         return dense_pieces(widened(feed_forward, self.number), dim=dim, bias=bias)
 
-    def kept(self, *, feed_forward: FeedForward, dim: int) -> float:
+    def kept(self, *, feed_forward: FeedForwardConfig, dim: int) -> float:
         del dim
-        return feed_forward.activation.kept * self.number * feed_forward.hidden
+        return feed_forward.activation.saved_activations * self.number * feed_forward.hidden
 
 
 class GatedSharedExperts(Beside):
@@ -44,19 +44,19 @@ class GatedSharedExperts(Beside):
 
     number: int = Field(default=1, ge=1)
 
-    def build(self, *, feed_forward: FeedForward, dim: int, bias: bool) -> nn.Module:
+    def build(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> nn.Module:
         return _GatedShared(widened(feed_forward, self.number), dim=dim, bias=bias)
 
-    def pieces(self, *, feed_forward: FeedForward, dim: int, bias: bool) -> Sequence[Piece]:
+    def pieces(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> Sequence[Piece]:
         shared = dense_pieces(widened(feed_forward, self.number), dim=dim, bias=bias)
         return [*shared, Piece("router", (1, dim))]
 
-    def kept(self, *, feed_forward: FeedForward, dim: int) -> float:
-        return feed_forward.activation.kept * self.number * feed_forward.hidden + dim + 1
+    def kept(self, *, feed_forward: FeedForwardConfig, dim: int) -> float:
+        return feed_forward.activation.saved_activations * self.number * feed_forward.hidden + dim + 1
 
 
 class _Shared(nn.Module):
-    def __init__(self, feed_forward: FeedForward, *, dim: int, bias: bool) -> None:
+    def __init__(self, feed_forward: FeedForwardConfig, *, dim: int, bias: bool) -> None:
         super().__init__()
         self.always = DenseFeedForward(feed_forward, dim=dim, bias=bias)
 
@@ -66,14 +66,14 @@ class _Shared(nn.Module):
         return mixed + self.always(x)
 
 
-class _GatedShared(OwnStart):
-    def __init__(self, feed_forward: FeedForward, *, dim: int, bias: bool) -> None:
+class _GatedShared(CustomInitializers):
+    def __init__(self, feed_forward: FeedForwardConfig, *, dim: int, bias: bool) -> None:
         super().__init__()
         self.always = DenseFeedForward(feed_forward, dim=dim, bias=bias)
         self.gate = nn.Linear(dim, 1, bias=False)
 
-    def starts(self) -> Mapping[str, Start]:
-        return {"gate.weight": Start(kind="router")}
+    def initializers(self) -> Mapping[str, Initializer]:
+        return {"gate.weight": Initializer(kind="router")}
 
     def forward(
         self, x: Float[Tensor, "T D"], *, mixed: Float[Tensor, "T D"]
@@ -81,12 +81,12 @@ class _GatedShared(OwnStart):
         return mixed + self.gate(x).sigmoid() * self.always(x)
 
 
-def widened(feed_forward: FeedForward, number: int) -> FeedForward:
+def widened(feed_forward: FeedForwardConfig, number: int) -> FeedForwardConfig:
     """Return the feed-forward that ``number`` of these are, side by side."""
     return feed_forward.replace(hidden=number * feed_forward.hidden)
 
 
-def dense_pieces(feed_forward: FeedForward, *, dim: int, bias: bool) -> list[Piece]:
+def dense_pieces(feed_forward: FeedForwardConfig, *, dim: int, bias: bool) -> list[Piece]:
     """Return the parameters of a dense feed-forward."""
     width = feed_forward.activation.width(feed_forward.hidden)
     pieces = [Piece("matrix", (width, dim)), Piece("matrix", (dim, feed_forward.hidden))]

@@ -17,8 +17,8 @@ from moesaic.moe.context import Carry, Context
 from moesaic.moe.experts import Expert, FeedForwardExpert, Size
 from moesaic.moe.layer import Answer
 from moesaic.moe.pieces import Piece
-from moesaic.nn.feed_forward import FeedForward
-from moesaic.nn.start import OwnStart, Start
+from moesaic.nn.feed_forward import FeedForwardConfig
+from moesaic.nn.start import CustomInitializers, Initializer
 from moesaic.ops.group import Groups
 
 
@@ -52,16 +52,16 @@ class SoftMixture(Sparse):
     def all_slots(self) -> int:
         return self.experts * self.slots
 
-    def size(self, *, feed_forward: FeedForward, dim: int, bias: bool) -> Size:
+    def size(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> Size:
         """Return the size of the experts in a model with this dense feed-forward."""
         hidden = self.hidden or feed_forward.hidden
         return Size(self.experts, dim, feed_forward.replace(hidden=hidden), bias)
 
-    def build(self, *, feed_forward: FeedForward, dim: int, bias: bool) -> nn.Module:
+    def build(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> nn.Module:
         size = self.size(feed_forward=feed_forward, dim=dim, bias=bias)
         return SoftLayer(self, size=size)
 
-    def pieces(self, *, feed_forward: FeedForward, dim: int, bias: bool) -> Sequence[Piece]:
+    def pieces(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> Sequence[Piece]:
         size = self.size(feed_forward=feed_forward, dim=dim, bias=bias)
         return [
             Piece("router", (self.all_slots, dim)),
@@ -69,14 +69,14 @@ class SoftMixture(Sparse):
             *self.expert.pieces(size, used=min(1.0, self.slots / self.length)),
         ]
 
-    def kept(self, *, feed_forward: FeedForward, dim: int) -> float:
+    def kept(self, *, feed_forward: FeedForwardConfig, dim: int) -> float:
         size = self.size(feed_forward=feed_forward, dim=dim, bias=False)
         rows = self.all_slots / self.length
         weights = 3 * self.all_slots + 2
         return 2 * dim + weights + self.expert.kept(size, edges=rows) + rows * dim
 
 
-class SoftLayer(OwnStart):
+class SoftLayer(CustomInitializers):
     """The slots' directions [S, D], expert by expert, the scale, and the experts."""
 
     def __init__(self, config: SoftMixture, *, size: Size) -> None:
@@ -86,8 +86,8 @@ class SoftLayer(OwnStart):
         self.experts = config.expert.build(size)
         self.num_experts = config.experts
 
-    def starts(self) -> Mapping[str, Start]:
-        return {"directions": Start(kind="router")}
+    def initializers(self) -> Mapping[str, Initializer]:
+        return {"directions": Initializer(kind="router")}
 
     def forward(self, x: Float[Tensor, "T D"], *, context: Context, carry: Carry) -> Answer:
         if not len(x):

@@ -25,10 +25,10 @@ from moesaic.moe.gates import (
 from moesaic.moe.pieces import Piece
 from moesaic.nn.activation import SwiGLU
 from moesaic.nn.attention import AttentionConfig, SelfAttention
-from moesaic.nn.feed_forward import DenseFeedForward, FeedForward
+from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig
 from moesaic.nn.looking import KeyValue
 from moesaic.nn.position import Rotary
-from moesaic.nn.start import OwnStart, Start
+from moesaic.nn.start import CustomInitializers, Initializer
 
 
 class Decoupled(Link):
@@ -83,7 +83,7 @@ class Decoupled(Link):
     def shared_kept(self) -> int:
         return 20 * self.dim + self.heads + 3
 
-    def refuses(self, *, experts: Sequence[int], condition: Condition) -> str | None:
+    def problems(self, *, experts: Sequence[int], condition: Condition) -> str | None:
         if not isinstance(condition, Unconditioned):
             return "condition=Unconditioned, since no layer has a gate that could read it"
         return f"one number of experts in a stack, not {experts}" if len(set(experts)) > 1 else None
@@ -99,7 +99,7 @@ class DecidedGate(nn.Module):
         return Scored(carry.logits, carry)
 
 
-class DecoupledRouter(SharedRouting, OwnStart):
+class DecoupledRouter(SharedRouting, CustomInitializers):
     """The transformer of a stack, without autocast."""
 
     def __init__(self, config: Decoupled, *, dim: int, experts: int, causal: bool) -> None:
@@ -107,7 +107,7 @@ class DecoupledRouter(SharedRouting, OwnStart):
         width = config.dim
         self.project = nn.Parameter(torch.empty(width, dim))
         self.attention = SelfAttention(AttentionConfig(heads=config.heads), dim=width, bias=False)
-        feed = FeedForward(hidden=2 * width, activation=SwiGLU())
+        feed = FeedForwardConfig(hidden=2 * width, activation=SwiGLU())
         self.feed_forward = DenseFeedForward(feed, dim=width, bias=False)
         self.weight = nn.Parameter(torch.empty(experts, width))
         self.position = Rotary().build(dim=width, head_dim=width // config.heads)
@@ -121,13 +121,13 @@ class DecoupledRouter(SharedRouting, OwnStart):
             return Carry(logits=_norm(h).float() @ self.weight.float().t())
 
     def memory(self, rows: int) -> KeyValue | None:
-        heads, width = self.attention.heads, self.attention.width
+        heads, width = self.attention.heads, self.attention.head_dim
         empty = self.project.new_zeros(rows, heads, 0, width)
         return KeyValue(empty, empty)
 
-    def starts(self) -> Mapping[str, Start]:
+    def initializers(self) -> Mapping[str, Initializer]:
         inner = {name: p for name, p in self.named_parameters() if name != "weight"}
-        return {name: Start(std=p.shape[1] ** -0.5) for name, p in inner.items()}
+        return {name: Initializer(std=p.shape[1] ** -0.5) for name, p in inner.items()}
 
     def _attend(self, h: Float[Tensor, "T W"], *, sight: Sight) -> Float[Tensor, "T W"]:
         rotation, past = self.position.rotation(sight.position), sight.past

@@ -36,7 +36,7 @@ class PreGated(Link):
     def kept(self, *, dim: int, place: Place) -> int:
         return 0 if self.gate_pieces(dim=dim, experts=1, place=place) else -dim
 
-    def refuses(self, *, experts: Sequence[int], condition: Condition) -> str | None:
+    def problems(self, *, experts: Sequence[int], condition: Condition) -> str | None:
         del condition
         return f"one number of experts in a stack, not {experts}" if len(set(experts)) > 1 else None
 

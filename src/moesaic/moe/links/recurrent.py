@@ -15,7 +15,7 @@ from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.context import Carry
 from moesaic.moe.gates import Handing, Link, Place, Scored, SharedRouting, Sight
 from moesaic.moe.pieces import Piece
-from moesaic.nn.start import OwnStart, Start
+from moesaic.nn.start import CustomInitializers, Initializer
 
 
 class Recurrent(Link):
@@ -62,7 +62,7 @@ class Recurrent(Link):
         return 8 * self.width
 
 
-class RecurrentCell(SharedRouting, OwnStart):
+class RecurrentCell(SharedRouting, CustomInitializers):
     """The GRU cell of a stack, in float32."""
 
     def __init__(self, width: int) -> None:
@@ -83,8 +83,8 @@ class RecurrentCell(SharedRouting, OwnStart):
         weights = (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
         return torch.gru_cell(x, hidden, *(weight.float() for weight in weights))
 
-    def starts(self) -> Mapping[str, Start]:
-        inner, bias = Start(std=self.width**-0.5), Start(kind="bias")
+    def initializers(self) -> Mapping[str, Initializer]:
+        inner, bias = Initializer(std=self.width**-0.5), Initializer(kind="bias")
         return {
             "cell.weight_ih": inner,
             "cell.weight_hh": inner,
@@ -93,7 +93,7 @@ class RecurrentCell(SharedRouting, OwnStart):
         }
 
 
-class RecurrentGate(OwnStart):
+class RecurrentGate(CustomInitializers):
     """One layer's projection into the cell, and its logits out of it."""
 
     def __init__(self, *, dim: int, width: int, experts: int) -> None:
@@ -108,5 +108,5 @@ class RecurrentGate(OwnStart):
         hidden = cell(x @ self.project.float().t(), hidden=below)
         return Scored(hidden @ self.weight.float().t(), replace(carry, hidden=hidden))
 
-    def starts(self) -> Mapping[str, Start]:
-        return {"project": Start(std=self.project.shape[1] ** -0.5)}
+    def initializers(self) -> Mapping[str, Initializer]:
+        return {"project": Initializer(std=self.project.shape[1] ** -0.5)}

@@ -65,7 +65,7 @@ class DenseAll(Select):
     def experts_per_token(self, num_experts: int) -> float:
         return float(num_experts)
 
-    def refuses(self, *, experts: int, spare: int) -> str | None:
+    def problems(self, *, experts: int, spare: int) -> str | None:
         del experts, spare
         return None
 

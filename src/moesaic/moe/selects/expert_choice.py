@@ -40,7 +40,7 @@ class ExpertChoice(Select):
     def experts_per_token(self, num_experts: int) -> float:
         return min(self.factor, float(num_experts))
 
-    def refuses(self, *, experts: int, spare: int) -> str | None:
+    def problems(self, *, experts: int, spare: int) -> str | None:
         del experts, spare
         return None
 

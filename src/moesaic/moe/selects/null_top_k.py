@@ -34,7 +34,7 @@ class NullTopK(Select):
     def experts_per_token(self, num_experts: int) -> float:
         return float(min(self.k, num_experts))
 
-    def refuses(self, *, experts: int, spare: int) -> str | None:
+    def problems(self, *, experts: int, spare: int) -> str | None:
         if not spare:
             return "null experts beside the true ones (moe.spare=ZeroExperts(number=8))"
-        return super().refuses(experts=experts, spare=spare)
+        return super().problems(experts=experts, spare=spare)

@@ -39,9 +39,9 @@ class SigmoidTopK(Select):
     def experts_per_token(self, num_experts: int) -> float:
         return float(min(self.k, num_experts))
 
-    def refuses(self, *, experts: int, spare: int) -> str | None:
-        few = super().refuses(experts=experts, spare=spare)
-        return few or self.among.refuses(experts=experts, k=self.k)
+    def problems(self, *, experts: int, spare: int) -> str | None:
+        few = super().problems(experts=experts, spare=spare)
+        return few or self.among.problems(experts=experts, k=self.k)
 
 
 def normalised_sigmoid(logits: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:

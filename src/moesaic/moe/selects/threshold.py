@@ -38,6 +38,6 @@ class Threshold(Select):
     def experts_per_token(self, num_experts: int) -> float:
         return self.expected * num_experts
 
-    def refuses(self, *, experts: int, spare: int) -> str | None:
+    def problems(self, *, experts: int, spare: int) -> str | None:
         del experts, spare
         return None

@@ -40,7 +40,7 @@ class TopP(Select):
     def experts_per_token(self, num_experts: int) -> float:
         return float(min(math.floor(self.p * num_experts) + 1, self._most(num_experts)))
 
-    def refuses(self, *, experts: int, spare: int) -> str | None:
+    def problems(self, *, experts: int, spare: int) -> str | None:
         del experts, spare
         return None
 

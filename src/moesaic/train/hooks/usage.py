@@ -134,7 +134,7 @@ def _counts(trainer: Trainer, languages: tuple[str, ...]) -> UsageCounts:
 def _mixture(run: Run) -> MoE | None:
     """The mixture of the first stack that has one."""
     model = run.model
-    mixtures = [model.mixture(stack) for stack in (model.encoder, model.decoder)]
+    mixtures = [model.moe_of_stack(stack) for stack in (model.encoder, model.decoder)]
     return next((moe for moe in mixtures if isinstance(moe, MoE)), None)
 
 
@@ -161,8 +161,8 @@ def _zeros(run: Run, *, languages: int, device: torch.device) -> dict[str, Tenso
     """Return empty counts of every layer with experts: a rank may hold some of them alone."""
     found: dict[str, Tensor] = {}
     for side, stack in (("encoder", run.model.encoder), ("decoder", run.model.decoder)):
-        for layer in stack.sparse_layers:
-            moe = run.model.experts(stack, layer=layer)
+        for layer in stack.moe_layers:
+            moe = run.model.routed_moe_of_layer(stack, layer=layer)
             if moe is not None:
                 edges = torch.zeros((moe.routed + 1) * languages + 1, dtype=torch.long)
                 found[f"edges/{side}.{layer}"] = edges.to(device)
