@@ -45,15 +45,15 @@ def drawn(tried: Iterable[RandomCase]) -> dict[str, int]:
     for case in tried:
         counts[f"ranks {case.world_size}"] += 1
         counts[type(case.run.optimizer).__name__] += 1
-        moe = case.run.model.moe.plain()
+        moe = case.run.model.moe.to_dict()
         counts.update(moe[part]["kind"] for part in PARTS)
         counts.update(term["kind"] for term in moe["balance"])
-        plan = case.parallel.plan.plain()
+        plan = case.parallel.plan.to_dict()
         counts.update(
             n for n, v in plan.items() if not isinstance(v, bool) and (v or 0) > (n != "zero")
         )
         counts.update(
-            v["kind"] for n, v in case.parallel.plain().items() if n in ("reach", "journey")
+            v["kind"] for n, v in case.parallel.to_dict().items() if n in ("reach", "journey")
         )
     return dict(sorted(counts.items()))
 

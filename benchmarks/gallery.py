@@ -24,8 +24,8 @@ from moesaic.checkpoint.rundir import RunDir
 from moesaic.cli.eval import run_tests
 from moesaic.core.errors import ConfigError, UserError
 from moesaic.model.count import count_parameters
-from moesaic.observe.doctor import Doctor
-from moesaic.observe.layer_counts import summary
+from moesaic.observe.doctor import RouterHealthMonitor
+from moesaic.observe.layer_counts import summarize_load
 from moesaic.observe.metrics import read_metrics
 from moesaic.recipes.find import find_recipe
 from moesaic.serve.score import count_experts
@@ -104,11 +104,11 @@ def _trained(run: Run, out: Path) -> dict[str, Any]:
         "tokens": result.tokens,
         "train": _curve(rows, "train/loss"),
         "valid": _curve(rows, "valid/loss"),
-        "load": {name: round(value, 4) for name, value in summary(layers).items()},
-        "findings": [f.text for f in Doctor(setting, patience=1).examine(layers)],
+        "load": {name: round(value, 4) for name, value in summarize_load(layers).items()},
+        "findings": [f.text for f in RouterHealthMonitor(setting, patience=1).check_interval(layers)],
         "languages": list(counts.languages),
         "layers": {
-            layer.layer: {"counts": np.asarray(layer.counts).tolist(), "spare": layer.spare}
+            layer.layer: {"counts": np.asarray(layer.counts).tolist(), "spare": layer.num_null_experts}
             for layer in layers
         },
     }

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 
 from moesaic.core.units import show_count
-from moesaic.observe.affinity import usage
-from moesaic.report.charts import Frame, Series, line_chart
-from moesaic.report.heat import ROW, HeatMap
-from moesaic.report.html import Html, join, tag
+from moesaic.observe.affinity import expert_share_by_language
+from moesaic.report.charts import ChartFrame, ChartSeries, line_chart
+from moesaic.report.heat import ROW_HEIGHT, ExpertHeatMap
+from moesaic.report.html import Html, join_html, tag
 from moesaic.report.inputs import language_name
 from moesaic.report.palette import css_variables
 
 PICTURES = Path("docs") / "pictures" / "gallery"
-LOSS = Frame(width=420, height=210, left=44, right=14, top=12, bottom=26)
+LOSS = ChartFrame(width=420, height=210, left=44, right=14, top=12, bottom=26)
 NAMES = 70  # pixels for the names of languages
 STYLE = """
 text{font:12px system-ui,sans-serif;fill:var(--ink)} .axis{font-size:11px;fill:var(--faint)}
@@ -67,14 +67,14 @@ def write_page(results: Mapping[str, Any], *, root: Path) -> str:
 def picture(rule: Mapping[str, Any]) -> str:
     """Return one rule's SVG: the loss to the left, its last MoE layer's use to the right."""
     curves = [
-        Series(label, [x for x, _ in rule[key]], [y for _, y in rule[key]], tint, tint)
+        ChartSeries(label, [x for x, _ in rule[key]], [y for _, y in rule[key]], tint, tint)
         for tint, (key, label) in enumerate((("train", "training"), ("valid", "held-out")))
     ]
     loss = _placed(line_chart(curves, title="Loss, nats per token", frame=LOSS), 0, 22, frame=LOSS)
     title = tag("text", "loss: line training, dashes held-out", x=LOSS.left, y=16, class_="title")
     heat, width, height = _heat(rule)
     size = (LOSS.width + 16 + width, max(LOSS.height + 24, height + 8))
-    body = join([tag("rect", width=size[0], height=size[1], class_="page"), title, loss, heat])
+    body = join_html([tag("rect", width=size[0], height=size[1], class_="page"), title, loss, heat])
     style = Html(f"<style>{css_variables()}{STYLE}</style>")
     drawn = tag(
         "svg",
@@ -99,7 +99,7 @@ def _heat(rule: Mapping[str, Any]) -> tuple[Html, int, int]:
     rows = np.flatnonzero(counts.sum(0) > 0).tolist()
     names = [language_name(code) for code in rule["languages"]]
     cell = max(14, min(34, 300 // counts.shape[0]))
-    heat = HeatMap(layer, usage(counts), rows, names, 2.0, cell)
+    heat = ExpertHeatMap(layer, expert_share_by_language(counts), rows, names, 2.0, cell)
     left, width = LOSS.width + 16, counts.shape[0] * cell
     work = counts.shape[0] - found["spare"]
     idle = f" ({work} on: spare)" if found["spare"] else ""
@@ -109,18 +109,18 @@ def _heat(rule: Mapping[str, Any]) -> tuple[Html, int, int]:
             "text",
             names[g],
             x=left + NAMES - 6,
-            y=22 + (i + 1.5) * ROW + 4,
+            y=22 + (i + 1.5) * ROW_HEIGHT + 4,
             text_anchor="end",
         )
         for i, g in enumerate(rows)
     ]
-    drawn = tag("g", heat.draw(), transform=f"translate({left + NAMES} 22)")
+    drawn = tag("g", heat.render(), transform=f"translate({left + NAMES} 22)")
     heading = tag("text", title, x=left, y=16, class_="title")
     room = max(NAMES + width + 8, 7 * len(title))
-    return join([heading, *labels, drawn]), room, 22 + (len(rows) + 1) * ROW
+    return join_html([heading, *labels, drawn]), room, 22 + (len(rows) + 1) * ROW_HEIGHT
 
 
-def _placed(chart: Html, x: int, y: int, *, frame: Frame) -> Html:
+def _placed(chart: Html, x: int, y: int, *, frame: ChartFrame) -> Html:
     """A chart's SVG out of its figure, at a place of its own."""
     found = re.search(r"<svg (?=[^>]*class=\"lines\").*</svg>", chart.text, re.S)
     assert found is not None

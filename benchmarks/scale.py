@@ -89,7 +89,7 @@ def priced(case: Case) -> dict[str, Any]:
         "parameters": count_parameters(config).total,
         "world": case.world,
         "words": case.words,
-        "plan": holding.plan.plain(),
+        "plan": holding.plan.to_dict(),
         "sizes": asdict(sizes),
         "bytes": asdict(held) | {"device": held.device},
         "sent": [asdict(line) for line in lines],

@@ -35,7 +35,7 @@ from moesaic.nn.activation import ReLU
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import LayerNorm
-from moesaic.observe.metrics import JsonlSink
+from moesaic.observe.metrics import JsonlWriter
 from moesaic.testing.tiny import synthetic_run
 from moesaic.train.hooks.hook import Hook
 from moesaic.train.hooks.log import Log as LogHook
@@ -165,7 +165,7 @@ def main() -> None:
         prepared = prepare(run, folder=folder, world=SingleProcess(), say=print)
         trainer = make_trainer(run, prepared=prepared, world=SingleProcess())
         twin = make_trainer(run, prepared=prepared, world=SingleProcess())
-        log = LogHook(sink=JsonlSink(folder.metrics), board=SilentBoard())
+        log = LogHook(sink=JsonlWriter(folder.metrics), board=SilentBoard())
         ours = Ours(trainer, [*standard_hooks(trainer, folder=folder), log])
         raw = Raw(twin.model, twin.data)
         ours.block(WARM), raw.block(WARM)

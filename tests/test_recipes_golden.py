@@ -16,7 +16,7 @@ WRITE = os.environ.get("MOESAIC_WRITE_GOLDEN") == "1"
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_what_was_reviewed(name: str) -> None:
     path = GOLDEN / f"{name}.txt"
-    text = "\n".join(RECIPES(name).flat()) + "\n"
+    text = "\n".join(RECIPES(name).to_flat_lines()) + "\n"
     if WRITE:
         path.write_text(text, encoding="utf-8")
     assert path.exists(), f"a new recipe: run `make golden` and look at {path.name}"
@@ -43,6 +43,6 @@ def test_a_recipe_reads_back_from_its_yaml(name: str) -> None:
 def test_the_schema_of_a_run_describes_every_recipe_key() -> None:
     schema = json.loads(Run.schema_json())
     for name in RECIPES:
-        assert set(RECIPES(name).plain()) == set(schema["properties"])
+        assert set(RECIPES(name).to_dict()) == set(schema["properties"])
     assert "Norm.RMSNorm" in schema["$defs"]
     assert "Optimizer.Muon" in schema["$defs"]

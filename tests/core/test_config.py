@@ -90,7 +90,7 @@ class Model(Config):
 
 def complaint(cls: type[Config] = Model, **fields: Any) -> str:
     with pytest.raises(ConfigError) as caught:
-        cls.from_plain({"dim": 4, **fields} if cls is Model else fields)
+        cls.from_dict({"dim": 4, **fields} if cls is Model else fields)
     assert len(caught.value.problems) == 1, caught.value.problems
     return caught.value.problems[0]
 
@@ -163,7 +163,7 @@ def test_a_wrong_name_is_refused_with_its_path_and_the_nearest_name(
 
 def test_every_wrong_key_is_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        Model.from_plain({"rate": "x", "nme": "y", "layers": [{"width": None}]})
+        Model.from_dict({"rate": "x", "nme": "y", "layers": [{"width": None}]})
     assert [p.split(":")[0] for p in caught.value.problems] == [
         "dim", "rate", "layers.0.width", "nme",
     ]  # fmt: skip
@@ -171,13 +171,13 @@ def test_every_wrong_key_is_named_at_once() -> None:
 
 def test_a_missing_field_is_named() -> None:
     with pytest.raises(ConfigError, match=r"^dim: missing, and it has no default$"):
-        Model.from_plain({})
+        Model.from_dict({})
 
 
 @pytest.mark.parametrize("value", [None, 3, "text", ["dim"]])
 def test_what_is_not_a_mapping_is_no_config(value: object) -> None:
     with pytest.raises(ConfigError, match="expected a mapping of Model fields"):
-        Model.from_plain(value)
+        Model.from_dict(value)
 
 
 def test_the_constructor_and_replace_complain_in_the_same_words() -> None:
@@ -245,13 +245,13 @@ def test_a_member_may_be_defined_again_in_its_place() -> None:
     ],
 )
 def test_a_choice_is_read_from_its_name_its_call_or_a_mapping(text: object, expected: Norm) -> None:
-    assert Norm.from_plain(text) == expected
-    assert Layer.from_plain({"norm": text}).norm == expected
+    assert Norm.from_dict(text) == expected
+    assert Layer.from_dict({"norm": text}).norm == expected
 
 
 def test_calls_may_stand_inside_calls() -> None:
     text = "Both(first=Both(first=TopK), second=TopK(k=3))"
-    assert Select.from_plain(text) == Both(first=Both(first=TopK()), second=TopK(k=3))
+    assert Select.from_dict(text) == Both(first=Both(first=TopK()), second=TopK(k=3))
 
 
 norms = st.one_of(
@@ -282,27 +282,27 @@ models = st.builds(
 @given(models)
 def test_a_config_reads_back_what_it_writes(model: Model) -> None:
     assert Model.from_yaml(model.to_yaml()) == model
-    assert Model.from_plain(json.loads(json.dumps(model.plain()))) == model
+    assert Model.from_dict(json.loads(json.dumps(model.to_dict()))) == model
     assert pickle.loads(pickle.dumps(model)) == model
     assert copy.deepcopy(model) == model
 
 
 @given(models)
 def test_flat_lines_say_everything_once(model: Model) -> None:
-    lines = model.flat()
+    lines = model.to_flat_lines()
     assert lines == sorted(lines)
     assert all(" = " in line for line in lines)
-    assert model.replace(rate=model.rate).flat() == lines
-    assert model.replace(tied=not model.tied).flat() != lines
+    assert model.replace(rate=model.rate).to_flat_lines() == lines
+    assert model.replace(tied=not model.tied).to_flat_lines() != lines
 
 
 def test_flat_is_readable() -> None:
-    assert Layer(norm=RMSNorm()).flat() == [
+    assert Layer(norm=RMSNorm()).to_flat_lines() == [
         "norm.eps = 1.0e-06",
         "norm.kind = RMSNorm",
         "width = 4",
     ]
-    lines = Model(dim=4, weights={"a": 1}).flat()
+    lines = Model(dim=4, weights={"a": 1}).to_flat_lines()
     assert "betas = [0.9, 0.95]" in lines
     assert "layers.0.norm.bias = true" in lines
     assert "weights.a = 1.0" in lines

@@ -1,6 +1,6 @@
 import pytest
 
-from moesaic.core.errors import CheckpointError, ConfigError, DataError, UserError, nearest
+from moesaic.core.errors import CheckpointError, ConfigError, DataError, UserError, did_you_mean
 
 
 @pytest.mark.parametrize(
@@ -15,11 +15,11 @@ from moesaic.core.errors import CheckpointError, ConfigError, DataError, UserErr
     ],
 )
 def test_the_nearest_name_is_offered_and_a_far_one_is_not(name: str, hint: str) -> None:
-    assert nearest(name, ["TopK", "ExpertChoice", "Hash"]) == hint
+    assert did_you_mean(name, ["TopK", "ExpertChoice", "Hash"]) == hint
 
 
 def test_nothing_is_near_to_nothing() -> None:
-    assert nearest("x", []) == ""
+    assert did_you_mean("x", []) == ""
 
 
 def test_every_error_of_ours_is_a_user_error() -> None:

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.core.files import read_json, sha256, write_json, write_whole
+from moesaic.core.files import read_json, sha256, write_json, atomic_write
 
 
 def test_a_file_is_written_with_its_folders(tmp_path: Path) -> None:
-    write_whole(tmp_path / "a" / "b.txt", "Größe\n")
+    atomic_write(tmp_path / "a" / "b.txt", "Größe\n")
     assert (tmp_path / "a" / "b.txt").read_bytes() == "Größe\n".encode()
 
 
@@ -17,14 +17,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     path = tmp_path / "state.json"
-    write_whole(path, b"old")
+    atomic_write(path, b"old")
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os if broken == "fsync" else Path, broken, full)
     with pytest.raises(OSError, match="No space"):
-        write_whole(path, b"new")
+        atomic_write(path, b"new")
     monkeypatch.undo()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
@@ -34,10 +34,10 @@ def test_the_old_file_is_whole_until_the_new_one_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "state.json"
-    write_whole(path, b"old")
+    atomic_write(path, b"old")
     seen: list[bytes] = []
     monkeypatch.setattr(os, "fsync", lambda _: seen.append(path.read_bytes()))
-    write_whole(path, b"new")
+    atomic_write(path, b"new")
     assert seen == [b"old"]
     assert path.read_bytes() == b"new"
 

@@ -35,7 +35,7 @@ def test_a_function_is_found_by_its_name() -> None:
 
 
 def test_a_listing_shows_first_lines() -> None:
-    assert filled().lines() == {"pi": "About 3.", "the-answer": "Return the answer."}
+    assert filled().descriptions() == {"pi": "About 3.", "the-answer": "Return the answer."}
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:

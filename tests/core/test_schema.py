@@ -47,7 +47,7 @@ def fits(value: Any, shape: dict[str, Any]) -> bool:
     ],
 )
 def test_the_schema_takes_what_a_config_writes(model: Model) -> None:
-    assert fits(model.plain(), SCHEMA)
+    assert fits(model.to_dict(), SCHEMA)
 
 
 def test_the_schema_takes_a_choice_in_words() -> None:
@@ -73,14 +73,14 @@ def test_the_schema_takes_a_choice_in_words() -> None:
 def test_the_schema_refuses_what_the_config_refuses(wrong: dict[str, Any]) -> None:
     assert not fits(wrong, SCHEMA)
     with pytest.raises(ConfigError):
-        Model.from_plain(wrong)
+        Model.from_dict(wrong)
 
 
 def test_a_default_carries_its_kind() -> None:
     properties = SCHEMA["properties"]
-    assert properties["norm"]["default"] == RMSNorm().plain()
-    assert properties["layers"]["default"] == [Layer().plain()]
-    assert SCHEMA["$defs"]["Select.Both"]["properties"]["second"]["default"] == TopK(k=2).plain()
+    assert properties["norm"]["default"] == RMSNorm().to_dict()
+    assert properties["layers"]["default"] == [Layer().to_dict()]
+    assert SCHEMA["$defs"]["Select.Both"]["properties"]["second"]["default"] == TopK(k=2).to_dict()
 
 
 def test_docstrings_are_descriptions() -> None:

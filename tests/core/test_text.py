@@ -1,25 +1,25 @@
 import pytest
 
 from moesaic.core.errors import ConfigError
-from moesaic.core.text import assign, flat_lines, read_call, read_yaml, write_yaml
+from moesaic.core.text import set_by_path, flat_lines, parse_call, read_yaml, write_yaml
 
 
 @pytest.mark.parametrize(
     "text", ["", "a b", "f(1)", "f(x=)", "3", "[1]", "a.b", "f(x=1+g())", "f("]
 )
 def test_what_is_no_call_is_none(text: str) -> None:
-    assert read_call(text) is None
+    assert parse_call(text) is None
 
 
 def test_a_call_holds_words_numbers_lists_and_calls() -> None:
-    assert read_call("A(x=1e-3, y=[1, two], z=B(w=null), on=true, t='a b', n=-1)") == {
+    assert parse_call("A(x=1e-3, y=[1, two], z=B(w=null), on=true, t='a b', n=-1)") == {
         "kind": "A", "x": 1e-3, "y": [1, "two"], "z": {"kind": "B", "w": None},
         "on": True, "t": "a b", "n": -1,
     }  # fmt: skip
 
 
 def test_a_call_runs_nothing() -> None:
-    assert read_call("A(x=__import__('os'))") is None
+    assert parse_call("A(x=__import__('os'))") is None
 
 
 def test_yaml_keeps_the_order_and_the_script() -> None:
@@ -35,7 +35,7 @@ def test_yaml_says_where_a_key_stands_twice() -> None:
 
 def test_assigning_to_an_empty_list_is_refused() -> None:
     with pytest.raises(ConfigError, match="a has no places"):
-        assign({"a": []}, "a.0=1")
+        set_by_path({"a": []}, "a.0=1")
 
 
 def test_flat_lines_of_nested_lists() -> None:

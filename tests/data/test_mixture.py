@@ -37,7 +37,7 @@ def test_a_boost_of_an_unknown_language_or_by_nothing_is_refused(boost, message)
 )
 def test_wrong_values_are_refused_with_their_path(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        MixtureConfig.from_plain(wrong)
+        MixtureConfig.from_dict(wrong)
 
 
 def test_epochs_count_how_often_a_stream_was_walked():

@@ -53,7 +53,7 @@ def test_keeping_asks_nobody() -> None:
 
 
 def test_what_is_done_with_them_is_chosen_in_a_recipe() -> None:
-    split = SplitConfig.from_plain({"near": {"kind": "DropNear", "threshold": 0.8}})
+    split = SplitConfig.from_dict({"near": {"kind": "DropNear", "threshold": 0.8}})
     assert split.near_duplicates == DropNearDuplicates(threshold=0.8)
     with pytest.raises(ConfigError, match="threshold"):
-        SplitConfig.from_plain({"near": {"kind": "DropNear", "threshold": 0}})
+        SplitConfig.from_dict({"near": {"kind": "DropNear", "threshold": 0}})

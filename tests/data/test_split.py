@@ -36,7 +36,7 @@ def test_any_text_has_a_split(text: str) -> None:
 
 def test_a_split_that_leaves_nothing_to_train_on_is_refused() -> None:
     with pytest.raises(ConfigError, match="leave nothing to train on"):
-        SplitConfig.from_plain({"test": 0.6, "valid": 0.4})
+        SplitConfig.from_dict({"test": 0.6, "valid": 0.4})
 
 
 def test_a_domain_has_the_packages_that_its_patterns_name() -> None:
@@ -56,4 +56,4 @@ def test_a_domain_has_the_packages_that_its_patterns_name() -> None:
 def test_two_splits_of_one_name_are_refused(names: tuple[str, ...]) -> None:
     domains = [{"name": name, "packages": ["a"]} for name in names]
     with pytest.raises(ConfigError, match=f"two splits are called {names[0]}"):
-        SplitConfig.from_plain({"domains": domains})
+        SplitConfig.from_dict({"domains": domains})

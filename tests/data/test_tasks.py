@@ -37,4 +37,4 @@ def test_a_mixture_reads_and_writes_itself_as_yaml():
 
 def test_a_misspelt_task_names_the_nearest():
     with pytest.raises(ConfigError, match='did you mean "Denoising"'):
-        MixtureConfig.from_plain({"tasks": [{"task": "Denoisng"}]})
+        MixtureConfig.from_dict({"tasks": [{"task": "Denoisng"}]})

@@ -5,7 +5,7 @@ import pytest
 
 from moesaic.core.errors import DataError
 from moesaic.evaluate import baselines
-from moesaic.evaluate.baselines import MemorySystem, TranslationMemory, copy_source
+from moesaic.evaluate.baselines import TranslationMemorySystem, TranslationMemory, copy_source
 
 WORDS = "open|file|close|window|save|print|all|new|copy|paste|undo|Größe|файл|打开|文件|%s|..."
 
@@ -87,7 +87,7 @@ def test_a_memory_system_holds_one_direction_and_survives_an_empty_one():
         asked.append(target)
         return iter([] if target == "fra_Latn" else [("open", f"{target} open")])
 
-    system = MemorySystem(pairs)
+    system = TranslationMemorySystem(pairs)
     assert system(["open", "open"], source="eng_Latn", target="deu_Latn") == ["deu_Latn open"] * 2
     system(["open"], source="eng_Latn", target="deu_Latn")
     assert system(["open"], source="eng_Latn", target="fra_Latn") == [""]

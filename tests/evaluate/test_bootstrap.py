@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from moesaic.evaluate import bootstrap
-from moesaic.evaluate.bootstrap import Sampled, mean, resample
+from moesaic.evaluate.bootstrap import BootstrapScores, macro_average, bootstrap_resample
 from moesaic.evaluate.metrics import Bleu, ChrF
 
 WORDS = "open file close window save print all new copy paste undo cut find next"
@@ -23,8 +23,8 @@ def test_the_interval_holds_the_score_and_narrows_with_more_sentences():
     widths = []
     for count in (50, 800):
         outputs, references = _corpus(count, noise=0.3)
-        drawn = resample(ChrF(), statistics=ChrF().sentences(outputs, references=references))
-        found = drawn.interval()
+        drawn = bootstrap_resample(ChrF(), statistics=ChrF().sentence_statistics(outputs, references=references))
+        found = drawn.confidence_interval()
         assert found.low < found.score < found.high
         widths.append(found.high - found.low)
     assert widths[1] < widths[0] / 2
@@ -32,20 +32,20 @@ def test_the_interval_holds_the_score_and_narrows_with_more_sentences():
 
 def test_draws_depend_on_the_seed_alone(monkeypatch):
     outputs, references = _corpus(40, noise=0.3)
-    statistics = ChrF().sentences(outputs, references=references)
-    first = resample(ChrF(), statistics=statistics, resamples=60, seed=3)
-    again = resample(ChrF(), statistics=statistics, resamples=60, seed=3)
-    other = resample(ChrF(), statistics=statistics, resamples=60, seed=4)
+    statistics = ChrF().sentence_statistics(outputs, references=references)
+    first = bootstrap_resample(ChrF(), statistics=statistics, resamples=60, seed=3)
+    again = bootstrap_resample(ChrF(), statistics=statistics, resamples=60, seed=3)
+    other = bootstrap_resample(ChrF(), statistics=statistics, resamples=60, seed=4)
     assert (first.resampled == again.resampled).all()
     assert (first.resampled != other.resampled).any()
 
 
 def test_drawing_in_pieces_changes_nothing(monkeypatch):
     outputs, references = _corpus(40, noise=0.3)
-    statistics = Bleu().sentences(outputs, references=references)
-    whole = resample(Bleu(), statistics=statistics, resamples=60)
+    statistics = Bleu().sentence_statistics(outputs, references=references)
+    whole = bootstrap_resample(Bleu(), statistics=statistics, resamples=60)
     monkeypatch.setattr(bootstrap, "_CELLS", 40 * 7)
-    parts = resample(Bleu(), statistics=statistics, resamples=60)
+    parts = bootstrap_resample(Bleu(), statistics=statistics, resamples=60)
     assert (whole.resampled == parts.resampled).all()
 
 
@@ -53,12 +53,12 @@ def test_a_clear_difference_is_significant_and_equal_systems_are_not():
     good, references = _corpus(300, noise=0.1)
     bad, _ = _corpus(300, noise=0.5)
     drawn = [
-        resample(ChrF(), statistics=ChrF().sentences(o, references=references)) for o in (good, bad)
+        bootstrap_resample(ChrF(), statistics=ChrF().sentence_statistics(o, references=references)) for o in (good, bad)
     ]
-    lead = drawn[0].minus(drawn[1])
+    lead = drawn[0].compare(drawn[1])
     assert lead.low > 0
     assert lead.p < 0.01
-    same = drawn[0].minus(drawn[0])
+    same = drawn[0].compare(drawn[0])
     assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
 
 
@@ -68,12 +68,12 @@ def test_a_pairing_is_sharper_than_two_intervals():
         r if i % 20 == 0 else b for i, (b, r) in enumerate(zip(base, references, strict=True))
     ]
     drawn = [
-        resample(ChrF(), statistics=ChrF().sentences(o, references=references))
+        bootstrap_resample(ChrF(), statistics=ChrF().sentence_statistics(o, references=references))
         for o in (better, base)
     ]
-    first, second = (d.interval() for d in drawn)
+    first, second = (d.confidence_interval() for d in drawn)
     assert first.low < second.high  # the intervals overlap
-    assert drawn[0].minus(drawn[1]).low > 0  # and yet the lead is certain
+    assert drawn[0].compare(drawn[1]).low > 0  # and yet the lead is certain
 
 
 def test_p_values_of_equal_systems_are_spread_evenly():
@@ -81,16 +81,16 @@ def test_p_values_of_equal_systems_are_spread_evenly():
     for seed in range(120):
         random = np.random.default_rng(seed)
         statistics = random.poisson(5, (60, 3)).astype(float), random.poisson(5, (60, 3))
-        drawn = [resample(_Sum(), statistics=s, resamples=200, seed=seed) for s in statistics]
-        values.append(drawn[0].minus(drawn[1]).p)
+        drawn = [bootstrap_resample(_Sum(), statistics=s, resamples=200, seed=seed) for s in statistics]
+        values.append(drawn[0].compare(drawn[1]).p)
     assert 0.3 < np.mean(values) < 0.7
     assert np.mean(np.array(values) < 0.05) < 0.15
 
 
 def test_a_macro_average_weighs_languages_equally():
-    one = Sampled(10.0, np.array([9.0, 11.0]))
-    two = Sampled(30.0, np.array([30.0, 34.0]))
-    both = mean([one, two])
+    one = BootstrapScores(10.0, np.array([9.0, 11.0]))
+    two = BootstrapScores(30.0, np.array([30.0, 34.0]))
+    both = macro_average([one, two])
     assert both.score == 20.0
     assert both.resampled == pytest.approx([19.5, 22.5])
 

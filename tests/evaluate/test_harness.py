@@ -5,7 +5,7 @@ import pytest
 from moesaic.core.errors import DataError
 from moesaic.data.languages import resolve_language
 from moesaic.evaluate.baselines import copy_source
-from moesaic.evaluate.harness import Settings, evaluate, traced
+from moesaic.evaluate.harness import EvaluationSettings, evaluate, add_expert_traces
 from moesaic.evaluate.summary import read_summary
 from moesaic.evaluate.testset import TestSet
 
@@ -18,7 +18,7 @@ FRENCH = (
     "Ouvrir le fichier", "Fermer le fichier", "Enregistrer le fichier", "Imprimer la page",
     "Quitter maintenant", "Oui",
 )  # fmt: skip
-SETTINGS = Settings(resamples=200, samples=3)
+SETTINGS = EvaluationSettings(resamples=200, samples=3)
 
 
 def _test(target, references, source="eng_Latn"):
@@ -86,8 +86,8 @@ def test_samples_are_spread_over_the_test_set_and_can_be_traced(summary):
     samples = summary.languages["deu_Latn"].samples
     assert [s.source for s in samples] == [SOURCES[1], SOURCES[3], SOURCES[5]]
     assert samples[0].outputs["memory"] == GERMAN[1]
-    told = traced(summary, trace=lambda test, s: {"who": f"{test.target} {s.source}"})
-    plain = told.plain()["languages"]["deu_Latn"]["samples"][0]
+    told = add_expert_traces(summary, trace=lambda test, s: {"who": f"{test.target} {s.source}"})
+    plain = told.to_dict()["languages"]["deu_Latn"]["samples"][0]
     assert plain["experts"] == {"who": "deu_Latn Close the file"}
 
 
@@ -96,7 +96,7 @@ def test_a_direction_into_english_has_its_own_key():
     assert into.key == "deu_Latn-eng_Latn"
     found = evaluate({"model": copy_source}, tests=[into, *TESTS], settings=SETTINGS)
     assert list(found.languages) == ["deu_Latn-eng_Latn", "deu_Latn", "fra_Latn"]
-    assert found.plain()["languages"]["deu_Latn-eng_Latn"]["name"] == resolve_language("deu_Latn").name
+    assert found.to_dict()["languages"]["deu_Latn-eng_Latn"]["name"] == resolve_language("deu_Latn").name
 
 
 def test_a_system_that_loses_lines_is_a_bug_and_is_named():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moesaic.evaluate.insight import POSITIONS, Insight, would_drop
+from moesaic.evaluate.insight import MAX_POSITIONS, RoutingAnalysis, simulate_drops
 from moesaic.moe.routes import LayerRoutes, Tokens
 from moesaic.moe.routing import Routing
 
@@ -24,10 +24,10 @@ def routes(rule, *, spare=0, k=1, seed=0):
 
 
 def found(*batches):
-    insight = Insight()
+    insight = RoutingAnalysis()
     for batch in batches:
         insight.add((batch,))
-    return insight.plain(show=lambda index: f"<{index}>")["layers"]["encoder.0"]
+    return insight.to_dict(show=lambda index: f"<{index}>")["layers"]["encoder.0"]
 
 
 def test_a_router_that_reads_the_token_alone_is_found_out():
@@ -85,9 +85,9 @@ def test_room_is_a_rows_fair_share_counted_by_hand():
     )
     expert = torch.tensor([[0], [0], [0], [1], [0]])
     routing = Routing.from_topk(torch.ones(5, 1), expert=expert, num_experts=2)
-    lost = would_drop(LayerRoutes("e.0", routing, tokens), order=tokens.position)
+    lost = simulate_drops(LayerRoutes("e.0", routing, tokens), order=tokens.position)
     assert lost.tolist() == [False, False, True, False, False]  # room for 4 / 2 in the first row
-    last_first = would_drop(LayerRoutes("e.0", routing, tokens), order=-tokens.position)
+    last_first = simulate_drops(LayerRoutes("e.0", routing, tokens), order=-tokens.position)
     assert last_first.tolist() == [True, False, False, False, False]
 
 
@@ -107,7 +107,7 @@ def test_first_choices_come_before_second_ones():
     k = batch.routing.per_token
     choice = torch.arange(batch.routing.expert.numel()) % k
     positions = found(batch)["positions"]
-    lost = would_drop(batch, order=choice * LENGTH + batch.tokens.position[batch.routing.token])
+    lost = simulate_drops(batch, order=choice * LENGTH + batch.tokens.position[batch.routing.token])
     assert sum(positions["first_come"]) == int(lost.sum())
     assert not lost[choice == 1].any()  # spread over three experts, they fit
 
@@ -117,7 +117,7 @@ def test_positions_beyond_the_last_count_as_the_last():
     far = Tokens(batch.tokens.token, batch.tokens.position + 10_000, batch.tokens.row,
                  batch.tokens.language)  # fmt: skip
     positions = found(LayerRoutes("encoder.0", batch.routing, far))["positions"]
-    assert len(positions["asked"]) == POSITIONS
+    assert len(positions["asked"]) == MAX_POSITIONS
     assert positions["asked"][-1] == ROWS * LENGTH
 
 

@@ -5,7 +5,7 @@ from sacrebleu.metrics.chrf import CHRF
 
 from moesaic.core.errors import DataError
 from moesaic.evaluate import metrics
-from moesaic.evaluate.metrics import Bleu, ChrF, bleu_for, spbleu
+from moesaic.evaluate.metrics import Bleu, ChrF, bleu_for_language, load_spbleu
 
 REFERENCES = [
     "The file could not be opened.",
@@ -39,7 +39,7 @@ CASES = {
 def test_bleu_of_summed_statistics_equals_sacrebleu(case, tokenize):
     outputs, references = CASES[case]
     ours = Bleu(tokenize=tokenize)
-    sums = ours.sentences(outputs, references=references).sum(0)
+    sums = ours.sentence_statistics(outputs, references=references).sum(0)
     theirs = BLEU(tokenize=tokenize, force=True).corpus_score(outputs, [references]).score
     assert float(ours.score(sums)) == pytest.approx(theirs, abs=1e-9)
 
@@ -47,16 +47,16 @@ def test_bleu_of_summed_statistics_equals_sacrebleu(case, tokenize):
 @pytest.mark.parametrize("case", CASES)
 def test_chrf_of_summed_statistics_equals_sacrebleu(case):
     outputs, references = CASES[case]
-    sums = ChrF().sentences(outputs, references=references).sum(0)
+    sums = ChrF().sentence_statistics(outputs, references=references).sum(0)
     theirs = CHRF(word_order=2).corpus_score(outputs, [references]).score
     assert float(ChrF().score(sums)) == pytest.approx(theirs, abs=1e-9)
 
 
 def test_scores_of_many_resamples_are_those_of_each():
-    statistics = ChrF().sentences(OUTPUTS, references=REFERENCES)
+    statistics = ChrF().sentence_statistics(OUTPUTS, references=REFERENCES)
     draws = np.random.default_rng(1).integers(0, 3, (7, len(OUTPUTS)))
     for metric in (ChrF(), Bleu()):
-        statistics = metric.sentences(OUTPUTS, references=REFERENCES)
+        statistics = metric.sentence_statistics(OUTPUTS, references=REFERENCES)
         together = metric.score(draws @ statistics)
         apart = [float(metric.score(draw @ statistics)) for draw in draws]
         assert together == pytest.approx(apart)
@@ -65,19 +65,19 @@ def test_scores_of_many_resamples_are_those_of_each():
 def test_signatures_name_tokenizer_order_and_version():
     assert "nw:2" in ChrF().signature
     assert "version:" in ChrF().signature
-    assert "tok:zh" in bleu_for("zho_Hans").signature
-    assert "tok:char" in bleu_for("jpn_Jpan").signature
-    assert "tok:13a" in bleu_for("deu_Latn").signature
+    assert "tok:zh" in bleu_for_language("zho_Hans").signature
+    assert "tok:char" in bleu_for_language("jpn_Jpan").signature
+    assert "tok:13a" in bleu_for_language("deu_Latn").signature
 
 
 def test_an_empty_test_set_is_the_users_mistake():
     with pytest.raises(DataError, match="empty"):
-        ChrF().sentences([], references=[])
+        ChrF().sentence_statistics([], references=[])
 
 
 def test_spbleu_without_its_model_says_so_and_downloads_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(metrics.sacrebleu.utils, "SACREBLEU_DIR", str(tmp_path))
-    found = spbleu()
+    found = load_spbleu()
     assert isinstance(found, str)
     assert "not computed" in found
     assert not list(tmp_path.iterdir())

@@ -2,7 +2,7 @@ import importlib.util
 
 import pytest
 
-from moesaic.evaluate.offtarget import identifier, off_target
+from moesaic.evaluate.offtarget import load_language_identifier, measure_off_target
 
 GERMAN = "Die Datei konnte nicht geöffnet werden, weil sie beschädigt ist."
 ENGLISH = "The file could not be opened because it is damaged."
@@ -10,7 +10,7 @@ RUSSIAN = "Не удалось открыть файл, потому что он
 
 
 def test_another_script_is_off_target():
-    found = off_target(
+    found = measure_off_target(
         [RUSSIAN, ENGLISH, ENGLISH, ""],
         references=[RUSSIAN] * 4,
         target="rus_Cyrl",
@@ -21,7 +21,7 @@ def test_another_script_is_off_target():
 
 
 def test_names_that_stay_as_they_are_accuse_nobody():
-    found = off_target(
+    found = measure_off_target(
         ["LibreOffice Writer"],
         references=["LibreOffice Writer"],
         target="rus_Cyrl",
@@ -33,8 +33,8 @@ def test_names_that_stay_as_they_are_accuse_nobody():
 
 @pytest.mark.skipif(importlib.util.find_spec("py3langid") is None, reason="needs py3langid")
 def test_another_language_of_the_same_script_is_identified():
-    identify = identifier(["deu_Latn", "eng_Latn", "fra_Latn"])
-    found = off_target(
+    identify = load_language_identifier(["deu_Latn", "eng_Latn", "fra_Latn"])
+    found = measure_off_target(
         [ENGLISH, GERMAN, "Datei"],
         references=[GERMAN, GERMAN, "Datei"],
         target="deu_Latn",
@@ -46,14 +46,14 @@ def test_another_language_of_the_same_script_is_identified():
 
 def test_identification_says_why_it_is_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
-    found = identifier(["deu_Latn", "eng_Latn"])
+    found = load_language_identifier(["deu_Latn", "eng_Latn"])
     assert isinstance(found, str)
     assert "moesaic[lid]" in found
 
 
 @pytest.mark.skipif(importlib.util.find_spec("py3langid") is None, reason="needs py3langid")
 def test_languages_unknown_to_the_identifier_are_not_measured():
-    identify = identifier(["deu_Latn", "eng_Latn", "szl_Latn"])
-    found = off_target([ENGLISH], references=[GERMAN], target="szl_Latn", identify=identify)
+    identify = load_language_identifier(["deu_Latn", "eng_Latn", "szl_Latn"])
+    found = measure_off_target([ENGLISH], references=[GERMAN], target="szl_Latn", identify=identify)
     assert found.identified.rate is None
     assert found.identified.note

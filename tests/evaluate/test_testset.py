@@ -2,14 +2,14 @@ import pytest
 
 from moesaic.core.errors import DataError
 from moesaic.data.pair import Pair
-from moesaic.evaluate.testset import from_file, from_moses, from_pairs
+from moesaic.evaluate.testset import testset_from_file, testset_from_moses, testset_from_pairs
 
 
 def test_a_limit_keeps_the_same_sentences_every_time():
     pairs = [Pair(f"s{i}", f"t{i}", "eng_Latn", "deu_Latn") for i in range(50)]
-    found = [from_pairs(pairs, name="x", source="en", target="de", limit=7) for _ in range(2)]
+    found = [testset_from_pairs(pairs, name="x", source="en", target="de", limit=7) for _ in range(2)]
     assert found[0] == found[1]
-    assert (len(found[0]), found[0].of) == (7, 50)
+    assert (len(found[0]), found[0].total_count) == (7, 50)
     assert found[0].target == "deu_Latn"
     assert all(s[1:] == t[1:] for s, t in zip(found[0].sources, found[0].references, strict=True))
 
@@ -17,7 +17,7 @@ def test_a_limit_keeps_the_same_sentences_every_time():
 def test_a_tsv_file_is_a_test_set(tmp_path):
     path = tmp_path / "pairs.tsv"
     path.write_text("Open\tÖffnen\nClose\tSchließen\n", encoding="utf-8")
-    found = from_file(path, source="en", target="de")
+    found = testset_from_file(path, source="en", target="de")
     assert found.sources == ("Open", "Close")
     assert found.name == "pairs.tsv"
 
@@ -25,13 +25,13 @@ def test_a_tsv_file_is_a_test_set(tmp_path):
 def test_moses_files_are_read_line_against_line(tmp_path):
     (tmp_path / "a").write_text("Open\nClose\n", encoding="utf-8")
     (tmp_path / "b").write_text("Öffnen\nSchließen\n", encoding="utf-8")
-    found = from_moses(tmp_path / "a", tmp_path / "b", source="en", target="de")
+    found = testset_from_moses(tmp_path / "a", tmp_path / "b", source="en", target="de")
     assert found.references == ("Öffnen", "Schließen")
     (tmp_path / "b").write_text("Öffnen\n", encoding="utf-8")
     with pytest.raises(DataError, match="1 lines"):
-        from_moses(tmp_path / "a", tmp_path / "b", source="en", target="de")
+        testset_from_moses(tmp_path / "a", tmp_path / "b", source="en", target="de")
 
 
 def test_nothing_to_test_on_is_said():
     with pytest.raises(DataError, match="no sentences"):
-        from_pairs([], name="mine", source="en", target="de")
+        testset_from_pairs([], name="mine", source="en", target="de")

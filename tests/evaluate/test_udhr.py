@@ -9,7 +9,7 @@ from moesaic.core.errors import UserError
 from moesaic.data.builders.named import NAMED_CORPORA
 from moesaic.data.builders.source import SilentProgress
 from moesaic.data.readers.udhr import parse_udhr
-from moesaic.evaluate.udhr import udhr_tests
+from moesaic.evaluate.udhr import udhr_testsets
 
 # code: language tag, preamble, article 1, article 2 (a list)
 PAGES = {
@@ -64,13 +64,13 @@ def test_a_page_is_read_by_article() -> None:
 
 @pytest.mark.usefixtures("home")
 def test_paragraphs_are_aligned_where_an_article_has_as_many() -> None:
-    german, french = udhr_tests([("en", "de"), ("eng_Latn", "fr")])
+    german, french = udhr_testsets([("en", "de"), ("eng_Latn", "fr")])
     # the newest orthography; its preamble is shorter than the English one and left out
     assert german.references == ("Alle sind frei geboren, dass.", "Eins", "Zwei")
     assert german.sources == ("All are born free.", "One", "Two")
     assert french.references == ("Considérant", "Or", "Tous naissent libres.")
-    assert (german.name, german.target, german.of) == ("udhr 6.0.0", "deu_Latn", 3)
-    [back] = udhr_tests([("fr", "de")], limit=1)
+    assert (german.name, german.target, german.total_count) == ("udhr 6.0.0", "deu_Latn", 3)
+    [back] = udhr_testsets([("fr", "de")], limit=1)
     assert (back.sources, back.references) == (
         ("Tous naissent libres.",),
         ("Alle sind frei geboren, dass.",),
@@ -82,11 +82,11 @@ def test_a_language_without_a_declaration_is_said_and_left_out() -> None:
     heard: list[str] = []
     listener = SilentProgress()
     listener.report_progress = heard.append
-    sets = udhr_tests([("en", "it"), ("en", "de")], progress=listener)
+    sets = udhr_testsets([("en", "it"), ("en", "de")], progress=listener)
     assert [test.target for test in sets] == ["deu_Latn"]
     assert heard == ["udhr has no declaration in ita_Latn"]
     with pytest.raises(UserError, match="none of the directions asked for: ita_Latn"):
-        udhr_tests([("en", "it")])
+        udhr_testsets([("en", "it")])
 
 
 def test_no_corpus_with_a_name_reads_it() -> None:

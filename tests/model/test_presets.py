@@ -62,7 +62,7 @@ def test_guesses_name_fields_that_exist():
     for name in PRESETS:
         made = preset(name)
         for path in made.guessed:
-            value = made.config.plain()
+            value = made.config.to_dict()
             for step in path.split("."):
                 if value.get("kind") == "NoMoE":  # the dense base has no mixture to guess about
                     break

@@ -4,13 +4,13 @@ import pytest
 from rich.console import Console
 
 from moesaic.observe.console import (
-    LiveBoard,
-    PlainBoard,
-    QuietBoard,
-    Status,
-    line,
-    open_board,
-    table,
+    LiveDisplay,
+    LineDisplay,
+    NotesOnlyDisplay,
+    RunStatus,
+    format_status_line,
+    make_display,
+    render_status,
 )
 
 VALUES = {
@@ -28,7 +28,7 @@ TASKS = ("train/loss/translation", "train/loss/denoising")
 
 def status(**changes):
     fields = {"steps": 1200, "losses": TASKS, "step": 300, "values": VALUES, "seconds_left": 75.0}
-    return Status(**fields | changes)
+    return RunStatus(**fields | changes)
 
 
 def screen(renderable):
@@ -38,7 +38,7 @@ def screen(renderable):
 
 
 def test_the_table_shows_progress_speed_losses_and_health():
-    text = screen(table(status(health="layer encoder.3 collapsed to 2/8 experts")))
+    text = screen(render_status(status(health="layer encoder.3 collapsed to 2/8 experts")))
     for part in (
         "step 300/1,200", "7.51k tokens/s", "1m15s left", "loss 3.210", "translation 3.500",
         "denoising 2.750", "valid/loss 3.000", "lr 0.002", "max vio 0.31",
@@ -49,12 +49,12 @@ def test_the_table_shows_progress_speed_losses_and_health():
 
 
 def test_an_empty_status_draws_too():
-    assert "step 0/5" in screen(table(Status(steps=5)))
-    assert line(Status(steps=5)) == "step 0/5"
+    assert "step 0/5" in screen(render_status(RunStatus(steps=5)))
+    assert format_status_line(RunStatus(steps=5)) == "step 0/5"
 
 
 def test_the_line_says_the_same_in_one_row():
-    text = line(status(health="healthy"))
+    text = format_status_line(status(health="healthy"))
     assert text == (
         "step 300/1200 | loss 3.210 | translation 3.500 | denoising 2.750 | valid/loss 3.000"
         " | 7.51k tokens/s | 1m15s left | healthy"
@@ -71,10 +71,10 @@ class Clock:
 
 def test_plain_lines_come_at_their_interval_and_the_last_row_is_never_lost():
     stream, clock = io.StringIO(), Clock()
-    board = PlainBoard(Console(file=stream), status=Status(steps=100), every_s=10, clock=clock)
+    board = LineDisplay(Console(file=stream), status=RunStatus(steps=100), every_s=10, clock=clock)
     for step in range(1, 36):
-        board.tick(step)
-        board.show({"train/loss": float(step)})
+        board.advance(step)
+        board.update_metrics({"train/loss": float(step)})
         clock.now += 1
     board.close()
     said = [text.split(" |")[0] for text in stream.getvalue().splitlines()]
@@ -85,12 +85,12 @@ def test_plain_lines_come_at_their_interval_and_the_last_row_is_never_lost():
 def test_the_live_table_is_drawn_at_most_four_times_a_second():
     clock = Clock()
     console = Console(file=io.StringIO(), force_terminal=True, width=110)
-    board = LiveBoard(console, status=Status(steps=100), clock=clock)
+    board = LiveDisplay(console, status=RunStatus(steps=100), clock=clock)
     draws = []
     board._live.update = lambda renderable, **_: draws.append(renderable)
     board.open()
     for step in range(1, 101):
-        board.tick(step)
+        board.advance(step)
         clock.now += 0.01
     board.close()
     assert 4 <= len(draws) <= 6
@@ -100,7 +100,7 @@ def test_the_live_table_is_drawn_at_most_four_times_a_second():
 def test_a_slow_terminal_is_drawn_less_often():
     clock = Clock()
     console = Console(file=io.StringIO(), force_terminal=True, width=110)
-    board = LiveBoard(console, status=Status(steps=100), clock=clock)
+    board = LiveDisplay(console, status=RunStatus(steps=100), clock=clock)
     draws = []
 
     def slow(renderable, **_):
@@ -109,15 +109,15 @@ def test_a_slow_terminal_is_drawn_less_often():
 
     board._live.update = slow
     for step in range(1, 401):
-        board.tick(step)
+        board.advance(step)
         clock.now += 0.01
     assert len(draws) == 2
 
 
 def test_notes_stay_whatever_the_board(capsys):
     for board in (
-        QuietBoard(Console(file=io.StringIO())),
-        PlainBoard(Console(file=io.StringIO()), status=Status(steps=1)),
+        NotesOnlyDisplay(Console(file=io.StringIO())),
+        LineDisplay(Console(file=io.StringIO()), status=RunStatus(steps=1)),
     ):
         board.open()
         board.note("step 7 skipped: [not] finite")
@@ -126,10 +126,10 @@ def test_notes_stay_whatever_the_board(capsys):
 
 def test_a_quiet_board_says_nothing_else():
     stream = io.StringIO()
-    board = QuietBoard(Console(file=stream))
+    board = NotesOnlyDisplay(Console(file=stream))
     board.open()
-    board.tick(1)
-    board.show(VALUES, health="healthy")
+    board.advance(1)
+    board.update_metrics(VALUES, health="healthy")
     board.close()
     assert stream.getvalue() == ""
 
@@ -142,10 +142,10 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize(
     ("stream", "quiet", "term", "expected"),
     [
-        (Terminal(), False, "xterm-256color", LiveBoard),
-        (Terminal(), False, "dumb", PlainBoard),
-        (io.StringIO(), False, "xterm-256color", PlainBoard),
-        (Terminal(), True, "xterm-256color", QuietBoard),
+        (Terminal(), False, "xterm-256color", LiveDisplay),
+        (Terminal(), False, "dumb", LineDisplay),
+        (io.StringIO(), False, "xterm-256color", LineDisplay),
+        (Terminal(), True, "xterm-256color", NotesOnlyDisplay),
     ],
     ids=["terminal", "dumb terminal", "pipe", "quiet"],
 )
@@ -153,15 +153,15 @@ def test_the_board_suits_the_stream(stream, quiet, term, expected, monkeypatch):
     monkeypatch.setenv("TERM", term)
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
-    board = open_board(status=Status(steps=1), quiet=quiet, stream=stream)
+    board = make_display(status=RunStatus(steps=1), quiet=quiet, stream=stream)
     assert type(board) is expected
 
 
 def test_everything_goes_to_standard_error(capsys):
-    board = open_board(status=Status(steps=10))
+    board = make_display(status=RunStatus(steps=10))
     board.open()
-    board.tick(1)
-    board.show(VALUES)
+    board.advance(1)
+    board.update_metrics(VALUES)
     board.note("a note")
     board.close()
     captured = capsys.readouterr()
@@ -173,7 +173,7 @@ def test_no_color_leaves_no_colour(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     stream = Terminal()
-    board = open_board(status=status(health="healthy"), stream=stream)
+    board = make_display(status=status(health="healthy"), stream=stream)
     board.open()
     board.close()
     assert "healthy" in stream.getvalue()

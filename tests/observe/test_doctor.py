@@ -4,31 +4,31 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moesaic.observe.doctor import Doctor, health, report, state_of
-from moesaic.observe.layer_counts import LayerCounts
-from moesaic.observe.signs import SIGNS, Setting, State, View
+from moesaic.observe.doctor import RouterHealthMonitor, summarize_health, describe_findings, state_of
+from moesaic.observe.layer_counts import LayerUsage
+from moesaic.observe.signs import HEALTH_RULES, RouterSettings, HealthState, LayerInterval
 
 LANGUAGES = ("deu_Latn", "ces_Latn", "ukr_Cyrl", "amh_Ethi")
-SETTING = Setting(LANGUAGES, top_k=1, balance_weight=0.01, z_weight=0.001, capacity_factor=1.25)
+SETTING = RouterSettings(LANGUAGES, top_k=1, balance_weight=0.01, z_weight=0.001, capacity_factor=1.25)
 EVEN = [100] * 8
 
 
 def layer(loads=EVEN, *, dropped=(0, 0, 0, 0), **facts):
     """Loads spread evenly over four languages."""
     table = np.array(loads, dtype=np.int64)[:, None] * np.ones((1, 4), dtype=np.int64)
-    return LayerCounts("encoder.3", table, np.array(dropped), **facts)
+    return LayerUsage("encoder.3", table, np.array(dropped), **facts)
 
 
 def examined(*intervals, setting=SETTING):
-    doctor = Doctor(setting)
+    doctor = RouterHealthMonitor(setting)
     findings = ()
     for interval in intervals:
-        findings = doctor.examine([interval])
+        findings = doctor.check_interval([interval])
     return findings
 
 
 def signs(*intervals, setting=SETTING):
-    return {f.sign for f in examined(*intervals, setting=setting)}
+    return {f.rule for f in examined(*intervals, setting=setting)}
 
 
 COLLAPSED = layer([0, 0, 0, 0, 0, 900, 2, 800])
@@ -37,32 +37,32 @@ MONOPOLY = replace(
 )
 
 CASES = {
-    "collapsed": (COLLAPSED, State.COLLAPSING, ["2/8 experts (5, 7 take 100%"]),
-    "dead_experts": (layer([100] * 6 + [0, 0]), State.DEAD, ["2/8", "(6, 7)"]),
-    "no_tokens": (layer([0] * 8), State.DEAD, ["no tokens"]),
-    "overflow": (layer(dropped=(90, 90, 90, 90)), State.OVERFLOW, ["drops 10%", "factor 1.25"]),
+    "collapsed": (COLLAPSED, HealthState.COLLAPSING, ["2/8 experts (5, 7 take 100%"]),
+    "dead_experts": (layer([100] * 6 + [0, 0]), HealthState.DEAD, ["2/8", "(6, 7)"]),
+    "no_tokens": (layer([0] * 8), HealthState.DEAD, ["no tokens"]),
+    "overflow": (layer(dropped=(90, 90, 90, 90)), HealthState.OVERFLOW, ["drops 10%", "factor 1.25"]),
     "late_drops": (
         layer(dropped=(30, 30, 30, 30), dropped_late=110),
-        State.OVERFLOW,
+        HealthState.OVERFLOW,
         ["92% of its drops", "by position", "AtRandom"],
     ),
     "language_drops": (
         layer(dropped=(4, 4, 4, 300)),
-        State.OVERFLOW,
+        HealthState.OVERFLOW,
         ["drops 27% of amh_Ethi, 0% of the others"],
     ),
-    "monopoly": (MONOPOLY, State.SKEWED, ["expert 7", "amh_Ethi: it sends 93%", "temperature"]),
-    "skewed": (layer([400, 60, 60, 60, 60, 60, 60, 60]), State.SKEWED, ["expert 0 has 3.9 times"]),
-    "not_finite": (layer(router_entropy=math.nan), State.UNSTABLE, ["not finite"]),
-    "exploding_logits": (layer(logit_rms=120.0), State.UNSTABLE, ["size 120", "z-loss"]),
-    "saturated": (layer(router_entropy=0.004), State.UNSTABLE, ["saturated", "0.004"]),
+    "monopoly": (MONOPOLY, HealthState.SKEWED, ["expert 7", "amh_Ethi: it sends 93%", "temperature"]),
+    "skewed": (layer([400, 60, 60, 60, 60, 60, 60, 60]), HealthState.SKEWED, ["expert 0 has 3.9 times"]),
+    "not_finite": (layer(router_entropy=math.nan), HealthState.UNSTABLE, ["not finite"]),
+    "exploding_logits": (layer(logit_rms=120.0), HealthState.UNSTABLE, ["size 120", "z-loss"]),
+    "saturated": (layer(router_entropy=0.004), HealthState.UNSTABLE, ["saturated", "0.004"]),
 }
 
 
 @pytest.mark.parametrize("sign", CASES)
 def test_each_failure_is_named_with_its_layer_and_words(sign):
     interval, state, words = CASES[sign]
-    found = {f.sign: f for f in examined(interval, interval)}
+    found = {f.rule: f for f in examined(interval, interval)}
     assert sign in found
     assert found[sign].state == state
     assert found[sign].layer == "encoder.3"
@@ -81,7 +81,7 @@ def test_one_failure_raises_one_alarm(sign):
 def test_a_falling_load_entropy_warns_before_the_collapse():
     loads = [[100 + 30 * i] * 3 + [100 - 16 * i] * 5 for i in range(6)]
     findings = examined(*(layer(load) for load in loads))
-    assert {f.sign for f in findings} == {"falling"}
+    assert {f.rule for f in findings} == {"falling"}
     assert "fell from" in findings[0].text
     assert "falling" not in signs(*(layer(load) for load in reversed(loads)))
 
@@ -90,7 +90,7 @@ def test_a_router_that_never_chooses_is_blamed_on_a_balance_loss_that_is_too_str
     strong = replace(SETTING, balance_weight=1.0)
     intervals = [layer(router_entropy=0.995)] * 8
     (finding,) = examined(*intervals, setting=strong)
-    assert finding.state == State.UNIFORM
+    assert finding.state == HealthState.UNIFORM
     assert "balance weight 1 outweighs the task" in finding.cause
     (finding,) = examined(*intervals)
     assert "hardly learns" in finding.cause
@@ -123,7 +123,7 @@ def test_advice_names_the_balance_loss_that_the_run_has():
 
 def test_drops_of_an_uneven_layer_are_blamed_on_the_load():
     uneven = layer([200, 200, 40, 40, 40, 200, 40, 40], dropped=(50, 50, 50, 50))
-    finding = next(f for f in examined(uneven, uneven) if f.sign == "overflow")
+    finding = next(f for f in examined(uneven, uneven) if f.rule == "overflow")
     assert "uneven" in finding.cause
 
 
@@ -167,28 +167,28 @@ def test_values_that_are_not_finite_are_believed_at_once():
 
 
 def test_layers_are_judged_apart_and_the_worst_comes_first():
-    doctor = Doctor(SETTING)
+    doctor = RouterHealthMonitor(SETTING)
     bad = replace(CASES["skewed"][0], layer="decoder.1")
     for _ in range(2):
-        findings = doctor.examine([layer(), bad, replace(COLLAPSED, layer="decoder.3")])
+        findings = doctor.check_interval([layer(), bad, replace(COLLAPSED, layer="decoder.3")])
     assert [f.layer for f in findings] == ["decoder.3", "decoder.1"]
-    assert state_of(findings, layer="decoder.1") == State.SKEWED
-    assert state_of(findings, layer="encoder.3") == State.OK
-    assert health(findings) == (
+    assert state_of(findings, layer="decoder.1") == HealthState.SKEWED
+    assert state_of(findings, layer="encoder.3") == HealthState.OK
+    assert summarize_health(findings) == (
         "layer decoder.3 collapsed to 2/8 experts (5, 7 take 100% of the edges) (+1 more)"
     )
-    assert len(report(findings)) == 2
+    assert len(describe_findings(findings)) == 2
 
 
 def test_no_findings_are_healthy():
-    assert health(()) == "healthy"
+    assert summarize_health(()) == "healthy"
 
 
-@pytest.mark.parametrize("sign", SIGNS, ids=lambda s: s.__name__)
+@pytest.mark.parametrize("sign", HEALTH_RULES, ids=lambda s: s.__name__)
 def test_no_sign_fails_on_odd_counts(sign):
-    empty = LayerCounts("x", np.zeros((4, 0), dtype=np.int64), np.zeros(0, dtype=np.int64))
+    empty = LayerUsage("x", np.zeros((4, 0), dtype=np.int64), np.zeros(0, dtype=np.int64))
     for odd in (layer([0] * 8), layer([5]), empty, layer([0] * 8, dropped=(500, 0, 0, 0))):
-        sign(View(odd, SETTING))
+        sign(LayerInterval(odd, SETTING))
 
 
 def test_a_null_expert_without_tokens_is_not_dead():
@@ -197,7 +197,7 @@ def test_a_null_expert_without_tokens_is_not_dead():
     assert signs(layer([100] * 6 + [0, 0])) == set()
     dead = layer([100] * 5 + [0, 400, 0], spare=2)
     (finding,) = examined(dead, dead)
-    assert (finding.sign, finding.text) == (
+    assert (finding.rule, finding.text) == (
         "dead_experts", "has 1/6 experts without a token (5)",
     )  # fmt: skip
 
@@ -214,6 +214,6 @@ def test_a_busy_null_expert_is_neither_a_skew_nor_a_monopoly():
 def test_a_router_that_only_idles_is_said_to():
     idle = layer([4] * 6 + [0, 6000], spare=1)
     (finding,) = examined(idle, idle)
-    assert (finding.sign, finding.state) == ("all_spare", State.COLLAPSING)
+    assert (finding.rule, finding.state) == ("all_spare", HealthState.COLLAPSING)
     assert "100% of its edges to experts that do no work" in finding.text
     assert signs(layer([4] * 6 + [0, 6000]), layer([4] * 6 + [0, 6000])) == {"collapsed"}

@@ -3,12 +3,12 @@ import math
 import numpy as np
 import pytest
 
-from moesaic.observe.layer_counts import LayerCounts, summary
+from moesaic.observe.layer_counts import LayerUsage, summarize_load
 
 
 def counts(*loads, dropped=0, **facts):
     table = np.array(loads, dtype=np.int64)[:, None]
-    return LayerCounts("a", table, np.array([dropped]), **facts)
+    return LayerUsage("a", table, np.array([dropped]), **facts)
 
 
 def test_a_balanced_layer_has_the_perfect_numbers():
@@ -41,31 +41,31 @@ def test_a_layer_without_tokens_or_with_one_expert_has_numbers_too():
 
 def test_a_row_holds_the_worst_layer():
     layers = [counts(5, 5), counts(10, 0, dropped=10, router_entropy=0.5), counts(0, 4)]
-    row = summary(layers)
+    row = summarize_load(layers)
     assert row["moe/max_vio"] == 1
     assert row["moe/dead_experts"] == 2
     assert row["moe/drop_frac"] == 0.5
     assert row["moe/router_entropy"] == 0.5
     assert "moe/logit_rms" not in row
-    assert summary([]) == {}
+    assert summarize_load([]) == {}
 
 
 def test_spare_experts_are_left_out_of_what_is_said_of_balance():
     counts = np.array([[30], [30], [30], [0], [110]])
-    found = LayerCounts("x", counts, np.zeros(1, dtype=np.int64), spare=2)
+    found = LayerUsage("x", counts, np.zeros(1, dtype=np.int64), num_null_experts=2)
     assert (found.max_vio, found.min_load, found.dead_experts) == (0.0, 1.0, 0)
     assert found.load_entropy == pytest.approx(1.0)
-    assert found.spare_frac == pytest.approx(110 / 200)
-    assert summary([found])["moe/spare_frac"] == found.spare_frac
-    assert "moe/spare_frac" not in summary([LayerCounts("x", counts, np.zeros(1))])
+    assert found.null_expert_frac == pytest.approx(110 / 200)
+    assert summarize_load([found])["moe/spare_frac"] == found.null_expert_frac
+    assert "moe/spare_frac" not in summarize_load([LayerUsage("x", counts, np.zeros(1))])
 
 
 def test_percentiles_are_over_the_layers():
     layers = [
-        LayerCounts("x", np.array([[100 + n], [100 - n]]), np.zeros(1, dtype=np.int64))
+        LayerUsage("x", np.array([[100 + n], [100 - n]]), np.zeros(1, dtype=np.int64))
         for n in (0, 10, 20, 30, 40)
     ]
-    row = summary(layers)
+    row = summarize_load(layers)
     assert row["moe/max_vio_p50"] == pytest.approx(0.2)
     assert row["moe/max_vio_p95"] == pytest.approx(0.38)
     assert row["moe/max_vio"] == pytest.approx(0.4)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moesaic.core.errors import DataError
-from moesaic.observe.usage import Scales, UsageCounts, read_usage
+from moesaic.observe.usage import LogitStats, UsageCounter, read_usage
 
 LANGUAGES = ("deu_Latn", "ces_Latn", "ukr_Cyrl")
 
@@ -17,17 +17,17 @@ def edges(seed, n=200, num_experts=4):
 
 
 def counted(*seeds):
-    counts = UsageCounts(LANGUAGES)
+    counts = UsageCounter(LANGUAGES)
     for seed in seeds:
         for layer in ("encoder.1", "decoder.1"):
             expert, language = edges(seed)
-            counts.add(
+            counts.add_edges(
                 layer,
                 expert=expert,
                 language=language,
                 num_experts=4,
                 late=torch.arange(200) >= 100,
-                scales=Scales(logit_rms=seed + 1.0),
+                logit_stats=LogitStats(logit_rms=seed + 1.0),
             )
     return counts
 
@@ -47,7 +47,7 @@ def test_counts_equal_a_count_by_hand():
 
 def test_counts_of_ranks_add_up_to_those_of_one():
     whole, parts = counted(0, 1, 2), [counted(0), counted(1, 2)]
-    together = UsageCounts(LANGUAGES)
+    together = UsageCounter(LANGUAGES)
     for part in parts:
         together.merge(part.tensors())
     assert together.tensors().keys() == whole.tensors().keys()
@@ -56,11 +56,11 @@ def test_counts_of_ranks_add_up_to_those_of_one():
 
 
 def test_merging_leaves_the_other_alone():
-    other, mine = counted(0), UsageCounts(LANGUAGES)
+    other, mine = counted(0), UsageCounter(LANGUAGES)
     mine.merge(other.tensors())
     mine.merge(other.tensors())
     assert other.layers()[0].edges == 200
-    mine.clear()
+    mine.reset()
     assert mine.layers() == ()
 
 
@@ -84,10 +84,10 @@ def test_the_file_holds_what_was_counted(tmp_path):
 
 
 def test_a_value_that_json_lacks_is_left_out_of_the_file(tmp_path):
-    counts = UsageCounts(LANGUAGES)
+    counts = UsageCounter(LANGUAGES)
     expert, language = edges(0)
-    counts.add(
-        "a", expert=expert, language=language, num_experts=4, scales=Scales(logit_rms=float("nan"))
+    counts.add_edges(
+        "a", expert=expert, language=language, num_experts=4, logit_stats=LogitStats(logit_rms=float("nan"))
     )
     counts.write(tmp_path / "usage.json")
     json.loads((tmp_path / "usage.json").read_text(), parse_constant=pytest.fail)
@@ -95,7 +95,7 @@ def test_a_value_that_json_lacks_is_left_out_of_the_file(tmp_path):
 
 
 def test_a_model_without_experts_writes_an_empty_file(tmp_path):
-    UsageCounts(LANGUAGES).write(tmp_path / "usage.json")
+    UsageCounter(LANGUAGES).write(tmp_path / "usage.json")
     assert read_usage(tmp_path / "usage.json").layers == ()
 
 

@@ -172,8 +172,8 @@ class Holder(Config):
 
 def test_members_read_themselves_from_text():
     plain = {"kind": "Muon", "scale": "Spectral", "adamw": {"lr": 0.1}}
-    config = Holder.from_plain({"optimizer": plain})
+    config = Holder.from_dict({"optimizer": plain})
     assert config.optimizer == Muon(scale=Spectral(), adamw=AdamW(lr=0.1))
     assert Holder.from_yaml(config.to_yaml()) == config
     with pytest.raises(ConfigError, match=r"optimizer\.lr: found -1"):
-        Holder.from_plain({"optimizer": {"kind": "AdamW", "lr": -1}})
+        Holder.from_dict({"optimizer": {"kind": "AdamW", "lr": -1}})

@@ -62,4 +62,4 @@ class Holder(Config):
 
 def test_a_misspelt_schedule_names_the_nearest():
     with pytest.raises(ConfigError, match="Cosine"):
-        Holder.from_plain({"schedule": {"kind": "cosine"}})
+        Holder.from_dict({"schedule": {"kind": "cosine"}})

@@ -70,4 +70,4 @@ def test_one_forward_one_backward_wants_a_micro_batch_per_stage() -> None:
 
 
 def test_a_schedule_is_read_from_words() -> None:
-    assert PipeSchedule._choose("Interleaved(stages=3)") == Interleaved(stages=3)
+    assert PipeSchedule._validate_choice("Interleaved(stages=3)") == Interleaved(stages=3)

@@ -1,18 +1,18 @@
 import numpy as np
 import pytest
 
-from moesaic.report.cluster import Join, Leaf, cluster
+from moesaic.report.cluster import ClusterNode, ClusterLeaf, average_linkage
 
 
 def test_the_nearest_join_first_and_heights_grow():
     points = np.array([0.0, 10.0, 0.4, 11.0, 30.0])
-    tree = cluster(np.abs(points[:, None] - points))
-    assert isinstance(tree, Join)
+    tree = average_linkage(np.abs(points[:, None] - points))
+    assert isinstance(tree, ClusterNode)
     assert tree.leaves == (0, 2, 1, 3, 4)
     heights = []
 
     def walk(node):
-        if isinstance(node, Join):
+        if isinstance(node, ClusterNode):
             heights.append(node.height)
             assert max(node.left.height, node.right.height) <= node.height
             walk(node.left)
@@ -28,16 +28,16 @@ def test_a_join_is_as_high_as_the_mean_distance_between_its_leaves():
     distance = np.linalg.norm(points[:, None] - points, axis=-1)
 
     def walk(node):
-        if isinstance(node, Join):
+        if isinstance(node, ClusterNode):
             pairs = distance[np.ix_(node.left.leaves, node.right.leaves)]
             assert node.height == pytest.approx(pairs.mean())
             walk(node.left)
             walk(node.right)
 
-    tree = cluster(distance)
+    tree = average_linkage(distance)
     assert sorted(tree.leaves) == list(range(9))
     walk(tree)
 
 
 def test_one_item_is_a_leaf():
-    assert cluster(np.zeros((1, 1))) == Leaf(0)
+    assert average_linkage(np.zeros((1, 1))) == ClusterLeaf(0)

@@ -1,7 +1,7 @@
 import json
 import re
 
-from moesaic.report.html import Html, data, join, table, tag
+from moesaic.report.html import Html, data, join_html, html_table, tag
 
 
 def test_text_and_attributes_are_escaped_and_markup_is_not():
@@ -14,11 +14,11 @@ def test_text_and_attributes_are_escaped_and_markup_is_not():
 def test_numbers_are_short_and_none_is_left_out():
     assert tag("a", 1.0, None, 2.50, 3, x=0.125).text == '<a x="0.12">12.53</a>'
     assert tag("br").text == "<br/>"
-    assert join(["a", Html("<b/>")]).text == "a<b/>"
+    assert join_html(["a", Html("<b/>")]).text == "a<b/>"
 
 
 def test_a_table_names_itself_and_its_rows():
-    found = table(["a", "b"], rows=[["x", 1]], caption="C & D").text
+    found = html_table(["a", "b"], rows=[["x", 1]], caption="C & D").text
     assert '<th scope="row">x</th>' in found
     assert "<caption>C &amp; D</caption>" in found
 

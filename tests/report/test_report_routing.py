@@ -7,14 +7,14 @@ from moesaic.moe.balances.bias import BiasUpdate
 from moesaic.moe.balances.entropy import EntropyBalance
 from moesaic.moe.balances.global_batch import GlobalBatchBalance
 from moesaic.moe.config import MoE
-from moesaic.report.inputs import Inputs
-from moesaic.report.routing import setting
+from moesaic.report.inputs import ReportInputs
+from moesaic.report.routing import router_settings
 from moesaic.testing.tiny import tiny_model_config, tiny_run
 
 
 def of(*balance):
     run = tiny_run(model=tiny_model_config(moe=MoE(experts=4, balance=balance)))
-    return setting(Inputs(name="run", config=yaml.safe_load(run.to_yaml())))
+    return router_settings(ReportInputs(name="run", config=yaml.safe_load(run.to_yaml())))
 
 
 def test_the_weights_are_those_of_the_terms_that_even_the_load():

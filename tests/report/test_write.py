@@ -9,9 +9,9 @@ from fake_run import SAMPLES, write_fake_run
 
 from moesaic.core.errors import CheckpointError
 from moesaic.evaluate.baselines import copy_source
-from moesaic.evaluate.harness import Settings, evaluate
+from moesaic.evaluate.harness import EvaluationSettings, evaluate
 from moesaic.evaluate.testset import TestSet
-from moesaic.report.palette import HOUSE
+from moesaic.report.palette import PALETTE
 from moesaic.report.write import write_report
 
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\" onload='x'"
@@ -163,9 +163,9 @@ def test_a_real_evaluation_is_shown(tmp_path):
     found = evaluate(
         {"model": lambda *_, **__: ["Öffnen", "Datei"], "copy": copy_source},
         tests=[test],
-        settings=Settings(resamples=50),
+        settings=EvaluationSettings(resamples=50),
     )
-    found.add(run="real", counts={"parameters": 10}, seconds={"train": 2.0}).write(
+    found.with_run_facts(run="real", counts={"parameters": 10}, seconds={"train": 2.0}).write(
         tmp_path / "summary.json"
     )
     page = write_report(tmp_path).read_text(encoding="utf-8")
@@ -191,6 +191,6 @@ def test_the_five_house_colours_stand_out_on_both_grounds():
         linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    for colour in HOUSE:
+    for colour in PALETTE:
         assert 1.05 / (luminance(colour.light) + 0.05) > 3, colour.name  # WCAG: graphics
         assert (luminance(colour.dark) + 0.05) / (luminance("#181d23") + 0.05) > 3, colour.name

@@ -8,8 +8,8 @@ import pytest
 from moesaic.checkpoint.reshard import Shards, reshard
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.core.errors import CheckpointError
-from moesaic.evaluate.harness import Settings
-from moesaic.evaluate.testset import from_corpus
+from moesaic.evaluate.harness import EvaluationSettings
+from moesaic.evaluate.testset import testsets_from_corpus
 from moesaic.serve.curve import learning_curve
 from moesaic.serve.score import score_run
 from moesaic.testing.tiny import synthetic_run
@@ -26,7 +26,7 @@ def made(data_home, tmp_path_factory):
     run, path = synthetic_run(steps=10), tmp_path_factory.mktemp("runs") / "curve"
     train(run, path)
     corpus = run.corpus.open()
-    return path, corpus, from_corpus(corpus, split="valid", limit=3)
+    return path, corpus, testsets_from_corpus(corpus, split="valid", limit=3)
 
 
 def test_every_checkpoint_is_scored_and_the_last_is_the_run(made):
@@ -34,7 +34,7 @@ def test_every_checkpoint_is_scored_and_the_last_is_the_run(made):
     curve = learning_curve(path, tests=tests, corpus=corpus, limit=3)
     assert [point["step"] for point in curve["points"]] == [5, 10]
     assert curve["points"][1]["tokens"] > curve["points"][0]["tokens"] > 0
-    summary = score_run(path, tests=tests, corpus=corpus, settings=Settings(samples=0))
+    summary = score_run(path, tests=tests, corpus=corpus, settings=EvaluationSettings(samples=0))
     for name, key in (("model", "points"), ("memory", "baselines"), ("copy", "baselines")):
         found = curve[key][-1]["chrf"] if key == "points" else curve[key][name]
         assert found["score"] == pytest.approx(summary.mean[name]["chrf"].score, abs=0.006)

@@ -7,7 +7,7 @@ from moesaic.checkpoint.tensors import write_tensors
 from moesaic.core.errors import CheckpointError, DataError
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
-from moesaic.evaluate.experts import describe, expert_usage, read_routes
+from moesaic.evaluate.experts import describe_usage, count_expert_usage, record_routes
 from moesaic.model.config import Stack, ModelConfig
 from moesaic.model.search import Beam, Greedy
 from moesaic.model.weights import export_weights
@@ -45,7 +45,7 @@ def run(request, tmp_path_factory, tokenizer):
     path = tmp_path_factory.mktemp("runs") / "tiny"
     torch.manual_seed(1)
     config = _config(request.param)
-    plain = {"name": "tiny", "model": config.plain(), "loader": {"max_source": 12, "max_target": 9}}
+    plain = {"name": "tiny", "model": config.to_dict(), "loader": {"max_source": 12, "max_target": 9}}
     folder = RunDir.create(path, config_yaml=yaml.safe_dump(plain))
     model = config.build()
     torch.nn.init.normal_(model.embedding.weight, std=1.0)  # decisive logits: no near ties
@@ -140,13 +140,13 @@ def test_usage_counts_every_edge_under_its_language(translator):
     batches = [
         translator.batch(TEXTS, targets=TEXTS, source="en", target=code) for code in ("de", "ru")
     ]
-    routes = (read_routes(translator.model, batch) for batch in batches)
-    counts = expert_usage(routes, languages=translator.languages)
+    routes = (record_routes(translator.model, batch) for batch in batches)
+    counts = count_expert_usage(routes, languages=translator.languages)
     for layer in counts.layers():
         assert layer.counts.shape == (4, 3)
         assert layer.counts[:, 0].sum() == 0  # English is only the source here
         assert (layer.counts[:, 1:].sum(0) > 0).all()
-    told = describe(counts)
+    told = describe_usage(counts)
     assert set(told["layers"]) == {layer.layer for layer in counts.layers()}
     assert len(told["distance"]) == 3
 

@@ -68,4 +68,4 @@ def test_a_run_round_trips_through_yaml() -> None:
 
 def test_a_misspelt_key_is_named() -> None:
     with pytest.raises(ConfigError, match=r"lable_smoothing.*label_smoothing"):
-        Run.from_plain(GOOD.plain() | {"lable_smoothing": 0.1})
+        Run.from_dict(GOOD.to_dict() | {"lable_smoothing": 0.1})

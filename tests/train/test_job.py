@@ -16,7 +16,7 @@ from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import CausalLM, Translation
 from moesaic.model.config import Stack
 from moesaic.moe.config import NoMoE
-from moesaic.observe.console import Status
+from moesaic.observe.console import RunStatus
 from moesaic.observe.metrics import read_metrics
 from moesaic.optim.optimizer import AdamW
 from moesaic.optim.schedule import WSD
@@ -64,7 +64,7 @@ class Notes(SilentBoard):
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    def __call__(self, _: Status) -> "Notes":
+    def __call__(self, _: RunStatus) -> "Notes":
         return self
 
     def note(self, text: str) -> None:

@@ -20,7 +20,7 @@ def sparse_pattern(run: Run) -> list[list[bool]]:
     return [[stack.is_moe_layer(layer) for layer in range(stack.layers)] for stack in stacks]
 
 
-@pytest.mark.parametrize("name", RECIPES.lines())
+@pytest.mark.parametrize("name", RECIPES.descriptions())
 def test_every_recipe_becomes_small_and_keeps_its_rules(name: str) -> None:
     before = find_recipe(name)
     after = shrink_config(before).run

@@ -13,7 +13,7 @@ from moesaic.bench.problem import Absent, Contender, Passes, Problem, Skew, make
 from moesaic.bench.saved import saved_bytes
 from moesaic.bench.shapes import Shape
 from moesaic.bench.timing import Laps, against, fastest, measure, of_pacer
-from moesaic.core.errors import UserError, nearest
+from moesaic.core.errors import UserError, did_you_mean
 from moesaic.core.shapes import Tensor
 
 Maker = Callable[[Problem], Contender | Absent]
@@ -88,7 +88,7 @@ def contender_names(question: Question) -> list[str]:
         if name not in CONTENDERS:
             known = [*SHORT, *CONTENDERS]
             raise UserError(
-                f'there is no contender "{name}"{nearest(name, known)} (known: {", ".join(known)})'
+                f'there is no contender "{name}"{did_you_mean(name, known)} (known: {", ".join(known)})'
             )
     asked += ["dense", "moesaic"]
     shape = question.shape

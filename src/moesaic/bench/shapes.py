@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moesaic.core.errors import UserError, nearest
+from moesaic.core.errors import UserError, did_you_mean
 from moesaic.core.shapes import Float, Tensor
 
 
@@ -51,7 +51,7 @@ def parse_shape(text: str) -> Shape:
         return SHAPES[text.upper()]
     numbers = text.split(",")
     if len(numbers) != 5 or not all(n.strip().isdecimal() and int(n) for n in numbers):
-        known = f"{', '.join(SHAPES)}{nearest(text, SHAPES)}"
+        known = f"{', '.join(SHAPES)}{did_you_mean(text, SHAPES)}"
         raise UserError(
             f'"{text}" is no shape: expected one of {known}, or five numbers '
             "tokens,dim,hidden,experts,k such as 2048,512,1408,8,2"

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from moesaic.core.errors import CheckpointError, nearest
-from moesaic.core.files import write_whole
+from moesaic.core.errors import CheckpointError, did_you_mean
+from moesaic.core.files import atomic_write
 
 MODEL_FILES = ("config.yaml", "tokenizer.json", "model.safetensors")
 
@@ -83,7 +83,7 @@ class RunDir:
         run = cls(path)
         path.mkdir(parents=True, exist_ok=True)
         if not run.config.exists():
-            write_whole(run.config, config_yaml)
+            atomic_write(run.config, config_yaml)
         return run
 
     @classmethod
@@ -93,7 +93,7 @@ class RunDir:
         if not path.is_dir():
             beside = path.parent.iterdir() if path.parent.is_dir() else ()
             names = [p.name for p in beside if cls(p).config.is_file()]
-            raise CheckpointError(f"{path}: no such run directory{nearest(path.name, names)}")
+            raise CheckpointError(f"{path}: no such run directory{did_you_mean(path.name, names)}")
         if not run.config.is_file():
             inside = [p.name for p in path.iterdir() if cls(p).config.is_file()]
             has = f"; it holds the runs {', '.join(sorted(inside))}" if inside else ""

@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.core.errors import CheckpointError
-from moesaic.core.text import leaves
+from moesaic.core.text import iter_leaves
 
 SHOWN = 8
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Return ``{path: (saved, current)}`` of two plain configs; "-" where one has no value."""
-    old = {path: str(value) for path, value in leaves(dict(saved), "")}
-    new = {path: str(value) for path, value in leaves(dict(current), "")}
+    old = {path: str(value) for path, value in iter_leaves(dict(saved), "")}
+    new = {path: str(value) for path, value in iter_leaves(dict(current), "")}
     paths = [*old, *(p for p in new if p not in old)]
     return {p: (old.get(p, "-"), new.get(p, "-")) for p in paths if old.get(p) != new.get(p)}
 

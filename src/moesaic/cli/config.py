@@ -25,7 +25,7 @@ def recipes(*, as_json: Json = False) -> None:
 
     Example: [cyan]moesaic config recipes[/]
     """
-    lines = RECIPES.lines()
+    lines = RECIPES.descriptions()
     answer({"recipes": lines}, as_json=as_json, show=lambda console: _show(lines, console))
 
 
@@ -36,7 +36,7 @@ def show(which: Which, *, changes: Set = None, as_json: Json = False) -> None:
     Example: [cyan]moesaic config show demo > mine.yaml[/]
     """
     run = find_recipe(which, changes=changes or [])
-    answer(run.plain(), as_json=as_json, show=lambda _: _write(run.to_yaml()))
+    answer(run.to_dict(), as_json=as_json, show=lambda _: _write(run.to_yaml()))
 
 
 @app.command()
@@ -45,7 +45,7 @@ def diff(first: Which, second: Which, *, as_json: Json = False) -> None:
 
     Example: [cyan]moesaic config diff demo runs/demo/config.yaml[/]
     """
-    ours, theirs = find_recipe(first).flat(), find_recipe(second).flat()
+    ours, theirs = find_recipe(first).to_flat_lines(), find_recipe(second).to_flat_lines()
     lines = [x for x in difflib.ndiff(ours, theirs) if x[0] in "+-"]
     answer(
         {"lines": lines}, as_json=as_json, show=lambda _: _write("".join(f"{x}\n" for x in lines))

@@ -9,7 +9,7 @@ import typer
 
 from moesaic.cli.common import Json, Talk, answer, verb_app
 from moesaic.cli.corpora import show_built, show_pairs, show_stats
-from moesaic.core.errors import DataError, nearest
+from moesaic.core.errors import DataError, did_you_mean
 from moesaic.data.build import build_corpus
 from moesaic.data.builders.named import NAMED_CORPORA, CorpusRecipe
 from moesaic.data.corpus import Corpus
@@ -113,5 +113,5 @@ def _open(which: str) -> Corpus:
     built = [p.name for p in corpora_dir().glob("*") if (p / "corpus.json").is_file()]
     known = sorted({*NAMED_CORPORA, *built})
     raise DataError(
-        f'there is no corpus "{which}"{nearest(which, known)} (known: {", ".join(known)})'
+        f'there is no corpus "{which}"{did_you_mean(which, known)} (known: {", ".join(known)})'
     )

@@ -14,7 +14,7 @@ from moesaic.cli.eval import keep, run_tests
 from moesaic.cli.scores import show_samples, show_scores
 from moesaic.core.units import show_seconds
 from moesaic.data.corpus import Corpus
-from moesaic.evaluate.summary import Summary
+from moesaic.evaluate.summary import EvaluationSummary
 from moesaic.model.count import count_parameters
 from moesaic.recipes.find import find_recipe
 from moesaic.serve.score import score_run
@@ -76,13 +76,13 @@ def demo(
         out, tests=tests, corpus=corpus, done=lambda test, _: phases.say(f"scored {test.key}")
     )
     phases.end("evaluate")
-    summary = summary.add(
+    summary = summary.with_run_facts(
         counts=counts(run, steps=result.steps, tokens=result.tokens), seconds=phases.seconds
     )
     phases.start("4/4  report")
     report = keep(out, summary=summary, tests=tests)
     phases.end("report")
-    value = summary.plain() | {"report": str(report), "run_directory": str(out)}
+    value = summary.to_dict() | {"report": str(report), "run_directory": str(out)}
 
     def show(console: Console) -> None:
         _show(out, corpus=corpus, summary=summary, phases=phases, console=console)
@@ -101,7 +101,7 @@ def counts(run: Run, *, steps: int, tokens: int) -> dict[str, int]:
     }
 
 
-def _show(out: Path, *, corpus: Corpus, summary: Summary, phases: Phases, console: Console) -> None:
+def _show(out: Path, *, corpus: Corpus, summary: EvaluationSummary, phases: Phases, console: Console) -> None:
     show_scores(summary, console)
     show_samples(summary, console, each=1)
     console.print("\n[bold]common strings[/] [dim](* it was trained on this string)[/]")

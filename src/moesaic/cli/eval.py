@@ -9,15 +9,15 @@ from rich.console import Console
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.cli.common import Json, RunPath, Talk, Use, answer, talk, use, verb_app
 from moesaic.cli.scores import show_samples, show_scores
-from moesaic.core.errors import UserError, nearest
+from moesaic.core.errors import UserError, did_you_mean
 from moesaic.data.corpus import Corpus
 from moesaic.data.languages import resolve_language
 from moesaic.data.split import SPLITS
-from moesaic.evaluate.harness import Settings
-from moesaic.evaluate.summary import LanguageResult, Summary
-from moesaic.evaluate.testset import TestSet, from_corpus, from_file, from_moses
-from moesaic.evaluate.udhr import NAME as UDHR
-from moesaic.evaluate.udhr import udhr_tests
+from moesaic.evaluate.harness import EvaluationSettings
+from moesaic.evaluate.summary import TestSetResult, EvaluationSummary
+from moesaic.evaluate.testset import TestSet, testsets_from_corpus, testset_from_file, testset_from_moses
+from moesaic.evaluate.udhr import UDHR_NAME as UDHR
+from moesaic.evaluate.udhr import udhr_testsets
 from moesaic.model.search import Beam, Greedy
 from moesaic.recipes.find import find_recipe
 from moesaic.report.write import write_report
@@ -80,14 +80,14 @@ def evaluate(
         tests=tests,
         corpus=corpus,
         search=Greedy() if beam == 1 else Beam(size=beam),
-        settings=Settings(resamples=resamples),
+        settings=EvaluationSettings(resamples=resamples),
         done=_said,
     )
     if headline:
         keep(run, summary=summary, tests=tests, routes=routes)
     elif routes is not None:
         record_routes(run, tests=tests, out=routes)
-    answer(summary.plain(), as_json=as_json, show=lambda console: _show(summary, console))
+    answer(summary.to_dict(), as_json=as_json, show=lambda console: _show(summary, console))
 
 
 def run_tests(
@@ -106,7 +106,7 @@ def run_tests(
     if split not in SPLITS and target is None:
         held = [d for d in directions if corpus.count(*d, split=split)]
         directions = held or directions
-    return from_corpus(corpus, directions=directions, split=split, limit=limit)
+    return testsets_from_corpus(corpus, directions=directions, split=split, limit=limit)
 
 
 def run_directions(run: Run, *, corpus: Corpus, target: str | None = None) -> list[tuple[str, str]]:
@@ -116,7 +116,7 @@ def run_directions(run: Run, *, corpus: Corpus, target: str | None = None) -> li
     return [("eng_Latn", code) for code in wanted]
 
 
-def keep(run: Path, *, summary: Summary, tests: list[TestSet], routes: Path | None = None) -> Path:
+def keep(run: Path, *, summary: EvaluationSummary, tests: list[TestSet], routes: Path | None = None) -> Path:
     """Write what an evaluation found into the run directory; return the report's path."""
     summary.write(RunDir(run).summary)
     count_experts(run, tests=tests, routes=routes)
@@ -134,10 +134,10 @@ def _named_tests(
 ) -> list[TestSet]:
     if name.casefold() != UDHR:
         raise UserError(
-            f'unknown test set "{name}": expected {UDHR}{nearest(name, [UDHR])} (the splits of '
+            f'unknown test set "{name}": expected {UDHR}{did_you_mean(name, [UDHR])} (the splits of '
             "the run's corpus are chosen with --split)"
         )
-    return udhr_tests(directions, limit=limit, progress=Talk())
+    return udhr_testsets(directions, limit=limit, progress=Talk())
 
 
 def _own_test(
@@ -151,15 +151,15 @@ def _own_test(
     if target is None:
         raise UserError("--to is missing: which language are the references in? e.g. --to de")
     if pairs is not None:
-        return from_file(pairs, source=source, target=target, limit=limit)
+        return testset_from_file(pairs, source=source, target=target, limit=limit)
     assert moses is not None
-    return from_moses(*moses, source=source, target=target, limit=limit)
+    return testset_from_moses(*moses, source=source, target=target, limit=limit)
 
 
-def _said(test: TestSet, _: LanguageResult) -> None:
+def _said(test: TestSet, _: TestSetResult) -> None:
     talk.print(f"[dim]scored {test.key} ({len(test)})[/]", highlight=False)
 
 
-def _show(summary: Summary, console: Console) -> None:
+def _show(summary: EvaluationSummary, console: Console) -> None:
     show_scores(summary, console)
     show_samples(summary, console)

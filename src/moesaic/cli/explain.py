@@ -55,7 +55,7 @@ def _preset(name: str, changes: list[str] | None) -> dict[str, Any]:
     counted = found["parameters"]
     published = [asdict(p) | {"counted": counted[p.quantity]} for p in known.published]
     return found | {
-        "config": model.flat(),
+        "config": model.to_flat_lines(),
         "source": known.source,
         "guessed": list(known.guessed),
         "published": published,
@@ -74,7 +74,7 @@ def _run(which: str, changes: list[str] | None) -> dict[str, Any]:
         "tokens_at_most": tokens,
         "flops_at_most": tokens * found["flops_per_token"]["training"],
     }
-    return found | {"config": run.flat(), "plan": plan}
+    return found | {"config": run.to_flat_lines(), "plan": plan}
 
 
 def _sizes(tokens: int, source: int, target: int, model: ModelConfig) -> BatchDims:

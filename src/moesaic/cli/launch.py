@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 
 from moesaic.cli.common import Json, Set, Use, answer, talk, use, verb_app
-from moesaic.core.errors import ConfigError, nearest
-from moesaic.core.text import read_call
+from moesaic.core.errors import ConfigError, did_you_mean
+from moesaic.core.text import parse_call
 from moesaic.dist.launchers.kubernetes import Kubernetes
 from moesaic.dist.launchers.launcher import LaunchJob, Launcher, Torchrun
 from moesaic.dist.launchers.skypilot import SkyPilot
@@ -88,15 +88,15 @@ def launch(
 
 def read_launcher(text: str) -> Launcher:
     """Read ``slurm`` or ``Slurm(time="12:00:00")``. Raises ConfigError."""
-    fields = read_call(text) or {"kind": text}
+    fields = parse_call(text) or {"kind": text}
     kind = str(fields["kind"])
     member = WORDS.get(kind.lower())
     if member is None:
         known = ", ".join(WORDS)
-        hint = nearest(kind, WORDS)
+        hint = did_you_mean(kind, WORDS)
         raise ConfigError([f'--on: found "{kind}", expected one of {known}{hint}'])
     try:
-        return member.from_plain(fields | {"kind": member.__name__})
+        return member.from_dict(fields | {"kind": member.__name__})
     except ConfigError as error:
         name = member.__name__
         way = f"write it as --on '{name}(...)', with quotes around texts"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from moesaic.core.errors import UserError, nearest
+from moesaic.core.errors import UserError, did_you_mean
 from moesaic.core.version import __version__
 
 VERBS = {
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     verb, *rest = words
     if verb not in VERBS:
-        hint = nearest(verb, VERBS)
+        hint = did_you_mean(verb, VERBS)
         _fail(UserError(f'there is no verb "{verb}"{hint} (moesaic --help lists them)'), rest)
     module = importlib.import_module(f"moesaic.cli.{verb}")
     try:

@@ -14,10 +14,10 @@ from moesaic.cli.common import Json, answer, verb_app
 from moesaic.core.errors import UserError
 from moesaic.core.units import show_bytes
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.evaluate.experts import describe, expert_usage
-from moesaic.evaluate.insight import Insight
+from moesaic.evaluate.experts import describe_usage, count_expert_usage
+from moesaic.evaluate.insight import RoutingAnalysis
 from moesaic.moe.agreement import Agreement, compare
-from moesaic.observe.layer_counts import LayerCounts, summary
+from moesaic.observe.layer_counts import LayerUsage, summarize_load
 
 app = verb_app()
 RoutesPath = Annotated[Path, typer.Argument(metavar="FILE", help="A routes file.")]
@@ -66,21 +66,21 @@ def stats(
 
     Example: [cyan]moesaic routes stats out.routes[/]
     """
-    file, insight = RoutesFile(path), Insight()
+    file, insight = RoutesFile(path), RoutingAnalysis()
 
     def counted() -> Any:
         for routes in file:
             insight.add(routes)
             yield routes
 
-    counts = expert_usage(counted(), languages=file.languages)
+    counts = count_expert_usage(counted(), languages=file.languages)
     layers = counts.layers()
     text = _text(tokenizer)
     value = {
-        "summary": summary(layers),
+        "summary": summarize_load(layers),
         "layers": {layer.layer: _numbers(layer) for layer in layers},
-        "languages": describe(counts)["layers"],
-        "insight": insight.plain(show=text)["layers"],
+        "languages": describe_usage(counts)["layers"],
+        "insight": insight.to_dict(show=text)["layers"],
     }
     answer(value, as_json=as_json, show=lambda console: _show_stats(value, console))
 
@@ -133,7 +133,7 @@ def _row(file: RoutesFile, *, batch: int, row: int, tokenizer: Path | None) -> d
     return sides
 
 
-def _numbers(layer: LayerCounts) -> dict[str, float]:
+def _numbers(layer: LayerUsage) -> dict[str, float]:
     return {
         "edges": layer.edges,
         "load_entropy": layer.load_entropy,
@@ -141,7 +141,7 @@ def _numbers(layer: LayerCounts) -> dict[str, float]:
         "min_load": layer.min_load,
         "dead_experts": layer.dead_experts,
         "drop_frac": layer.drop_frac,
-        "spare_frac": layer.spare_frac,
+        "spare_frac": layer.null_expert_frac,
     }
 
 

@@ -105,7 +105,7 @@ def price(laid: Laid, *, world: int, sizes: BatchDims, storage: Storage) -> dict
         "parameters": values,
         "grid": _grids(holding),
         "batch": asdict(sizes) | {"micro_batches": laid.accumulate},
-        "storage": storage.plain(),
+        "storage": storage.to_dict(),
         "bytes": asdict(held) | {"state": held.state, "device": held.device},
         "sent": [asdict(line) for line in lines],
         "sent_total": sum(line.bytes for line in lines),

@@ -6,14 +6,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moesaic.evaluate.summary import Summary
+from moesaic.evaluate.summary import EvaluationSummary
 
 TITLES = {"model": "model", "copy": "copying", "memory": "memory"}
 
 
-def show_scores(summary: Summary, console: Console) -> None:
+def show_scores(summary: EvaluationSummary, console: Console) -> None:
     """Print chrF++ (with its 95 % interval) and BLEU of every system per language."""
-    found = summary.plain()
+    found = summary.to_dict()
     tests = ", ".join(dict.fromkeys(result["test"] for result in found["languages"].values()))
     title = f"chrF++ [dim]± half of the 95 % interval[/] and BLEU on {escape(tests)}"
     table = Table(box=None, title=title, title_justify="left", padding=(0, 1))
@@ -35,7 +35,7 @@ def show_scores(summary: Summary, console: Console) -> None:
         console.print(f"[dim]{escape(note)}[/]", highlight=False)
 
 
-def show_samples(summary: Summary, console: Console, *, each: int = 2) -> None:
+def show_samples(summary: EvaluationSummary, console: Console, *, each: int = 2) -> None:
     """Print a few translations, taken at even distances, and the experts that wrote them."""
     console.print("\n[bold]translations[/] [dim](not chosen; experts of the last MoE layer)[/]")
     for result in summary.languages.values():

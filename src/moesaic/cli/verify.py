@@ -95,7 +95,7 @@ def _plain(verdicts: list[PlanResult]) -> dict[str, Any]:
         {
             "ranks": v.world_size,
             "plan": v.plan,
-            "parallel": v.parallel.plain(),
+            "parallel": v.parallel.to_dict(),
             "found": None if v.differences is None else asdict(v.differences),
             "wrong": v.problems,
             "step_s": v.step_s,

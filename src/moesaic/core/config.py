@@ -24,10 +24,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, core_schema
 
-from moesaic.core.errors import ConfigError, nearest
-from moesaic.core.problems import located, problems, shown
+from moesaic.core.errors import ConfigError, did_you_mean
+from moesaic.core.problems import locate_errors, describe_errors, show_value
 from moesaic.core.schema import json_schema
-from moesaic.core.text import Plain, assign, flat_lines, read_call, read_yaml, write_yaml
+from moesaic.core.text import JsonValue, set_by_path, flat_lines, parse_call, read_yaml, write_yaml
 
 
 class Config(BaseModel):
@@ -49,7 +49,7 @@ class Config(BaseModel):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise ConfigError(problems(type(self), error, given=fields)) from error
+            raise ConfigError(describe_errors(type(self), error, given=fields)) from error
 
     # pydantic itself builds nested configs without calling it, so that paths stay whole
     __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess]
@@ -71,34 +71,34 @@ class Config(BaseModel):
         own = {name: getattr(self, name) for name in type(self).model_fields}
         return type(self)(**own | changes)
 
-    def plain(self) -> dict[str, Plain]:
+    def to_dict(self) -> dict[str, JsonValue]:
         """Return the config as nested dicts, lists and scalars (what YAML and JSON hold)."""
-        own = {name: _plain(getattr(self, name)) for name in type(self).model_fields}
+        own = {name: _to_json_value(getattr(self, name)) for name in type(self).model_fields}
         return {"kind": type(self).__name__, **own} if isinstance(self, Choice) else own
 
-    def flat(self) -> list[str]:
+    def to_flat_lines(self) -> list[str]:
         """Return sorted ``a.b.c = value`` lines: for golden files, diffs and ``--set``."""
-        return flat_lines(self.plain())
+        return flat_lines(self.to_dict())
 
     def to_yaml(self) -> str:
         """Return the YAML that ``from_yaml`` reads back to an equal config."""
-        return write_yaml(self.plain())
+        return write_yaml(self.to_dict())
 
     @classmethod
-    def from_plain(cls, value: object) -> Self:
+    def from_dict(cls, value: object) -> Self:
         """Check ``value`` (nested dicts). Raises ConfigError naming every wrong key."""
         if not isinstance(value, Mapping) and not issubclass(cls, Choice):
             expected = f"expected a mapping of {cls.__name__} fields"
-            raise ConfigError([f"found {shown(value)}, {expected}"])
+            raise ConfigError([f"found {show_value(value)}, {expected}"])
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            raise ConfigError(problems(cls, error, given=value)) from error
+            raise ConfigError(describe_errors(cls, error, given=value)) from error
 
     @classmethod
     def from_yaml(cls, text: str) -> Self:
         """Read what ``to_yaml`` writes. Raises ConfigError, for a key that stands twice too."""
-        return cls.from_plain(read_yaml(text))
+        return cls.from_dict(read_yaml(text))
 
     @classmethod
     def schema_json(cls, **_: Any) -> str:
@@ -114,10 +114,10 @@ class Config(BaseModel):
         fields of that choice to the new member's defaults: those of the old one say nothing about
         it. Raises ConfigError on an unknown path or a wrong value.
         """
-        tree = self.plain()
+        tree = self.to_dict()
         for change in changes:
-            assign(tree, change)
-        return type(self).from_plain(tree)
+            set_by_path(tree, change)
+        return type(self).from_dict(tree)
 
 
 class Choice(Config):
@@ -127,7 +127,7 @@ class Choice(Config):
     members: ClassVar[dict[str, type["Choice"]]] = {}
 
     def __init__(self, **fields: Any) -> None:
-        if self._is_family():
+        if self._is_family_base():
             known = ", ".join(self.members)
             raise TypeError(f"{type(self).__name__} is a family: choose one of {known}")
         super().__init__(**fields)
@@ -135,90 +135,90 @@ class Choice(Config):
     __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess]
 
     @classmethod
-    def _is_family(cls) -> bool:
+    def _is_family_base(cls) -> bool:
         return cls.__mro__.index(Config) <= 2  # Choice itself is at 1, a family at 2, a member at 3
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
-        if cls._is_family():
-            cls.members = cls.families[_full(cls)] = {}
+        if cls._is_family_base():
+            cls.members = cls.families[_qualified_name(cls)] = {}
             return
         twin = cls.members.setdefault(cls.__name__, cls)
-        if _full(twin) != _full(cls):
+        if _qualified_name(twin) != _qualified_name(cls):
             why = f"the family already has a {cls.__name__}, from {twin.__module__}"
-            raise ConfigError([f"{_full(cls)}: {why}; choose another class name"])
+            raise ConfigError([f"{_qualified_name(cls)}: {why}; choose another class name"])
         cls.members[cls.__name__] = cls  # a module loaded again, or a notebook cell run twice
 
     @model_validator(mode="before")
     @classmethod
     def _read_kind(cls, value: Any) -> Any:
-        fields = read_call(value) if isinstance(value, str) else value
+        fields = parse_call(value) if isinstance(value, str) else value
         if not isinstance(fields, Mapping) or "kind" not in fields:
             return value
         if fields["kind"] != cls.__name__:
-            raise _wrong_kind(fields["kind"], [cls.__name__])
+            raise _unknown_kind_error(fields["kind"], [cls.__name__])
         return {name: inner for name, inner in fields.items() if name != "kind"}
 
     @model_serializer(mode="plain")
-    def _write(self) -> dict[str, Any]:
-        return self.plain()
+    def _serialize(self) -> dict[str, Any]:
+        return self.to_dict()
 
     @classmethod
     def __get_pydantic_core_schema__(
         cls, source: Any, handler: GetCoreSchemaHandler
     ) -> core_schema.CoreSchema:
-        if cls._is_family():
-            return core_schema.no_info_plain_validator_function(cls._choose)
+        if cls._is_family_base():
+            return core_schema.no_info_plain_validator_function(cls._validate_choice)
         return handler(source)
 
     @classmethod
     def __get_pydantic_json_schema__(
         cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        if cls._is_family():  # core/schema.py puts the members in
+        if cls._is_family_base():  # core/schema.py puts the members in
             about = {"description": cls.__doc__} if cls.__doc__ else {}
-            return {"family": _full(cls), "title": cls.__name__, **about}
+            return {"family": _qualified_name(cls), "title": cls.__name__, **about}
         own = handler(schema)
         shape = handler.resolve_ref_schema(own)
         shape["properties"] = {"kind": {"const": cls.__name__}} | shape.get("properties", {})
         return own
 
     @classmethod
-    def _choose(cls, value: object) -> "Choice":
+    def _validate_choice(cls, value: object) -> "Choice":
         if isinstance(value, cls):
             return value
-        fields = read_call(value) if isinstance(value, str) else value
+        fields = parse_call(value) if isinstance(value, str) else value
         if not isinstance(fields, Mapping) or "kind" not in fields:
             known = list(cls.members)
             about = {"known": ", ".join(known), "first": f"{{kind: {known[0]}}}" if known else ""}
             raise PydanticCustomError("choice", "one of {known}, e.g. {first}", about)
         if (kind := str(fields["kind"])) not in cls.members:
-            raise _wrong_kind(kind, list(cls.members))
+            raise _unknown_kind_error(kind, list(cls.members))
         try:
             return cls.members[kind].model_validate(fields)
         except ValidationError as error:
-            inner = located(cls.members[kind], error, given=fields)
+            inner = locate_errors(cls.members[kind], error, given=fields)
             raise PydanticCustomError("inside", "{inner}", {"inner": inner}) from error
 
 
-def _full(cls: type) -> str:
+def _qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _wrong_kind(kind: object, known: list[str]) -> PydanticCustomError:
-    sentence = f"found {shown(kind)}, expected one of {', '.join(known)}{nearest(str(kind), known)}"
+def _unknown_kind_error(kind: object, known: list[str]) -> PydanticCustomError:
+    sentence = f"found {show_value(kind)}, expected one of {', '.join(known)}{did_you_mean(str(kind), known)}"
     return PydanticCustomError("inside", "{inner}", {"inner": [("kind", sentence)]})
 
 
-def _plain(value: Any) -> Plain:
+def _to_json_value(value: Any) -> JsonValue:
     match value:
         case Config():
-            return value.plain()
+            return value.to_dict()
         case list() | tuple():
-            return [_plain(v) for v in value]
+            return [_to_json_value(v) for v in value]
         case Mapping():
-            return {str(k): _plain(v) for k, v in value.items()}
+            return {str(k): _to_json_value(v) for k, v in value.items()}
         case PurePath():
             return str(value)
         case Enum():

@@ -27,7 +27,7 @@ class CheckpointError(UserError):
     """A checkpoint or run directory that is missing, incomplete, altered or of another config."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``'; did you mean "x"?'`` for the closest known name, or an empty string."""
     folded = {str(k).casefold(): str(k) for k in known}  # "topk" is clearly "TopK"
     close = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.5)

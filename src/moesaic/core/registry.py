@@ -3,64 +3,64 @@
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
-from moesaic.core.errors import UserError, nearest
+from moesaic.core.errors import UserError, did_you_mean
 
 T = TypeVar("T")
-Made = Callable[..., T]
+Factory = Callable[..., T]
 
 
 class Registry(Generic[T]):
     """Named functions that make a ``T``. The first line of a docstring is what a listing shows."""
 
-    def __init__(self, noun: str) -> None:
-        self.noun = noun
-        self._made: dict[str, Made[T]] = {}
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._factories: dict[str, Factory[T]] = {}
 
-    def register(self, name: str | None = None) -> Callable[[Made[T]], Made[T]]:
+    def register(self, name: str | None = None) -> Callable[[Factory[T]], Factory[T]]:
         """Decorate a function: it becomes ``name``, or its own name with ``-`` for ``_``.
 
         Raises ValueError for a second function of one name or a function without a docstring.
         """
 
-        def enter(function: Made[T]) -> Made[T]:
+        def enter(function: Factory[T]) -> Factory[T]:
             key = name or function.__name__.replace("_", "-")
-            known = self._made.get(key, function)
-            if _place(known) != _place(function):  # the same place again is a module loaded again
-                raise ValueError(f'two {self.noun}s "{key}": {_place(known)}, {_place(function)}')
+            known = self._factories.get(key, function)
+            if _qualified_name(known) != _qualified_name(function):  # the same place again is a module loaded again
+                raise ValueError(f'two {self.kind}s "{key}": {_qualified_name(known)}, {_qualified_name(function)}')
             if not function.__doc__:
-                raise ValueError(f'{self.noun} "{key}" needs a docstring: its first line is listed')
-            self._made[key] = function
+                raise ValueError(f'{self.kind} "{key}" needs a docstring: its first line is listed')
+            self._factories[key] = function
             return function
 
         return enter
 
-    def __getitem__(self, name: str) -> Made[T]:
+    def __getitem__(self, name: str) -> Factory[T]:
         """Return the function of that name. Raises UserError with the nearest name."""
         key = name.replace("_", "-")
-        if key not in self._made:
+        if key not in self._factories:
             raise UserError(
-                f'there is no {self.noun} "{name}"{nearest(key, self._made)} '
-                f"(known: {', '.join(sorted(self._made)) or 'none'})"
+                f'there is no {self.kind} "{name}"{did_you_mean(key, self._factories)} '
+                f"(known: {', '.join(sorted(self._factories)) or 'none'})"
             )
-        return self._made[key]
+        return self._factories[key]
 
     def __call__(self, name: str, **settings: Any) -> T:
         """Make the named thing: ``recipe("demo", seed=2)``."""
         return self[name](**settings)
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name.replace("_", "-") in self._made
+        return isinstance(name, str) and name.replace("_", "-") in self._factories
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._made))
+        return iter(sorted(self._factories))
 
     def __len__(self) -> int:
-        return len(self._made)
+        return len(self._factories)
 
-    def lines(self) -> dict[str, str]:
+    def descriptions(self) -> dict[str, str]:
         """Return name -> first docstring line, in the order of the names."""
-        return {name: (self._made[name].__doc__ or "").strip().splitlines()[0] for name in self}
+        return {name: (self._factories[name].__doc__ or "").strip().splitlines()[0] for name in self}
 
 
-def _place(function: Callable[..., object]) -> str:
+def _qualified_name(function: Callable[..., object]) -> str:
     return f"{function.__module__}.{function.__qualname__}"

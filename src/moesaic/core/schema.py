@@ -21,7 +21,7 @@ def json_schema(cls: type[BaseModel], *, families: Families) -> dict[str, Any]:
     defs: dict[str, Any] = schema.pop("$defs", {})
     waiting = [schema, *defs.values()]
     while waiting:
-        for node in _places(waiting.pop()):
+        for node in _family_nodes(waiting.pop()):
             full, title = node.pop("family"), node.pop("title")
             node["$ref"] = f"#/$defs/{title}"
             if title not in defs:
@@ -46,14 +46,14 @@ def _definitions(family: str, members: Mapping[str, type[BaseModel]]) -> dict[st
     return found | {family: {"title": family, "anyOf": [*refs, word]}}
 
 
-def _places(node: Any) -> Iterator[dict[str, Any]]:
+def _family_nodes(node: Any) -> Iterator[dict[str, Any]]:
     """Yield the places for a choice; a default or a constant is not looked into."""
     if isinstance(node, dict):
         if isinstance(node.get("family"), str):
             yield node
         for name, inner in node.items():
             if name not in ("default", "const", "enum"):
-                yield from _places(inner)
+                yield from _family_nodes(inner)
     elif isinstance(node, list):
         for inner in node:
-            yield from _places(inner)
+            yield from _family_nodes(inner)

@@ -7,9 +7,9 @@ from typing import Any
 import yaml
 
 from moesaic.core.errors import ConfigError
-from moesaic.core.problems import shown
+from moesaic.core.problems import show_value
 
-Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
+JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
 
 
 def read_yaml(text: str) -> Any:
@@ -20,15 +20,15 @@ def read_yaml(text: str) -> Any:
         raise ConfigError([f"not valid YAML: {' '.join(str(error).split())}"]) from error
 
 
-def write_yaml(value: Plain) -> str:
+def write_yaml(value: JsonValue) -> str:
     """Return ``value`` as YAML, keys in their own order."""
     return _dump(value, sort_keys=False)
 
 
-def read_call(text: str) -> dict[str, Any] | None:
+def parse_call(text: str) -> dict[str, Any] | None:
     """Read ``TopK``, ``TopK(k=2)`` or ``Muon(adamw=AdamW(lr=1e-3))``; else None."""
     try:
-        value = _call_value(ast.parse(text.strip(), mode="eval").body)
+        value = _parse_call_value(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError):
         return None
     if isinstance(value, str):
@@ -36,18 +36,18 @@ def read_call(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and "kind" in value else None
 
 
-def _call_value(node: ast.expr) -> Any:
+def _parse_call_value(node: ast.expr) -> Any:
     match node:
         case ast.Call(func=ast.Name(id=kind), args=[]):
-            return {"kind": kind} | {str(w.arg): _call_value(w.value) for w in node.keywords}
+            return {"kind": kind} | {str(w.arg): _parse_call_value(w.value) for w in node.keywords}
         case ast.Name(id=word):
             return {"true": True, "false": False, "null": None}.get(word, word)
         case ast.List(elts=inner) | ast.Tuple(elts=inner):
-            return [_call_value(n) for n in inner]
+            return [_parse_call_value(n) for n in inner]
     return ast.literal_eval(node)
 
 
-def assign(tree: dict[str, Any], change: str) -> None:
+def set_by_path(tree: dict[str, Any], change: str) -> None:
     """Apply one ``path=value`` to a plain config. A wrong name is set as well.
 
     The check of the whole refuses it, in the same words as in a file. Raises ConfigError where
@@ -63,21 +63,21 @@ def assign(tree: dict[str, Any], change: str) -> None:
         raise ConfigError([f'--set "{change}": the value is not valid YAML']) from error
     here: Any = tree
     for depth, step in enumerate(steps[:-1]):
-        place = _place(here, step, path=".".join(steps[:depth]))
+        place = _resolve_step(here, step, path=".".join(steps[:depth]))
         if isinstance(here, dict) and here.get(place) is None:
             here[place] = {}  # below a null: a record of defaults
         elif isinstance(here[place], str):
-            here[place] = read_call(here[place]) or here[place]
+            here[place] = parse_call(here[place]) or here[place]
         here = here[place]
-    last = _place(here, steps[-1], path=".".join(steps[:-1]))
+    last = _resolve_step(here, steps[-1], path=".".join(steps[:-1]))
     if last == "kind":
         here.clear()  # what the old member was set to says nothing about the new one
     here[last] = value
 
 
-def flat_lines(value: Plain) -> list[str]:
+def flat_lines(value: JsonValue) -> list[str]:
     """Return sorted ``a.b.c = value`` lines; a list of scalars stays on one line."""
-    return sorted(f"{path} = {_scalar(leaf)}" for path, leaf in leaves(value, ""))
+    return sorted(f"{path} = {_scalar(leaf)}" for path, leaf in iter_leaves(value, ""))
 
 
 class _Loader(yaml.SafeLoader):
@@ -92,7 +92,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _place(here: Any, step: str, *, path: str) -> Any:
+def _resolve_step(here: Any, step: str, *, path: str) -> Any:
     """Return the key or index that ``step`` names in ``here``, which stands at ``path``."""
     if isinstance(here, list):
         if not step.isdigit() or int(step) >= len(here):
@@ -100,27 +100,27 @@ def _place(here: Any, step: str, *, path: str) -> Any:
             raise ConfigError([f"{path}.{step}: {path} has {known}"])
         return int(step)
     if not isinstance(here, dict):
-        raise ConfigError([f"{path}.{step}: {path} is {shown(here)}, not a record"])
+        raise ConfigError([f"{path}.{step}: {path} is {show_value(here)}, not a record"])
     return step
 
 
-def leaves(value: Plain, path: str) -> Iterator[tuple[str, Plain]]:
+def iter_leaves(value: JsonValue, path: str) -> Iterator[tuple[str, JsonValue]]:
     """Yield ``(path, value)`` of every scalar, and of every list of scalars, below ``path``."""
     if isinstance(value, dict) and value:
         for name, inner in value.items():
-            yield from leaves(inner, f"{path}.{name}" if path else name)
+            yield from iter_leaves(inner, f"{path}.{name}" if path else name)
     elif isinstance(value, list) and any(isinstance(v, dict | list) for v in value):
         for i, inner in enumerate(value):
-            yield from leaves(inner, f"{path}.{i}")
+            yield from iter_leaves(inner, f"{path}.{i}")
     else:
         yield path, value
 
 
-def _scalar(value: Plain) -> str:
+def _scalar(value: JsonValue) -> str:
     return _dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
 
 
-def _dump(value: Plain, **style: Any) -> str:
+def _dump(value: JsonValue, **style: Any) -> str:
     text = yaml.safe_dump(value, allow_unicode=True, **style)
     if yaml.safe_load(text) == value:
         return text

@@ -70,7 +70,7 @@ def build_corpus(
 
 def recipe_hash(recipe: CorpusRecipe) -> str:
     """Return the hash that tells one recipe's corpus from another's."""
-    text = json.dumps([CORPUS_FORMAT, recipe.plain()], sort_keys=True, ensure_ascii=False)
+    text = json.dumps([CORPUS_FORMAT, recipe.to_dict()], sort_keys=True, ensure_ascii=False)
     return new_sha256(text.encode()).hexdigest()
 
 
@@ -193,7 +193,7 @@ class _CorpusBuilder:
             "format": CORPUS_FORMAT,
             "name": self.recipe.name,
             "moesaic": version("moesaic"),
-            "recipe": self.recipe.plain(),
+            "recipe": self.recipe.to_dict(),
             "recipe_hash": recipe_hash(self.recipe),
             "inputs": _file_stamps(self.recipe),
             "languages": sorted(codes),

@@ -10,7 +10,7 @@ from hashlib import sha256 as new_sha256
 from pathlib import Path
 from typing import Any
 
-from moesaic.core.errors import DataError, nearest
+from moesaic.core.errors import DataError, did_you_mean
 from moesaic.core.files import read_json, sha256
 from moesaic.data.languages import resolve_language
 from moesaic.data.pair import Pair, Text
@@ -158,7 +158,7 @@ class Corpus:
         if found not in self.languages:
             raise DataError(
                 f"corpus {self.name} has no {found}: it has {', '.join(self.languages)}"
-                f"{nearest(found, self.languages)}"
+                f"{did_you_mean(found, self.languages)}"
             )
         return found
 
@@ -173,7 +173,7 @@ class Corpus:
         if split not in self.splits:
             raise DataError(
                 f'corpus {self.name}: unknown split "{split}": expected one of '
-                f"{', '.join(self.splits)}{nearest(split, self.splits)}"
+                f"{', '.join(self.splits)}{did_you_mean(split, self.splits)}"
             )
         return self.path / name if name in self.manifest["files"] else None
 

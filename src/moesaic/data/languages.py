@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-from moesaic.core.errors import DataError, nearest
+from moesaic.core.errors import DataError, did_you_mean
 
 _SCRIPT_OF_MODIFIER = {
     "latin": "Latn",
@@ -66,7 +66,7 @@ def resolve_language(text: str) -> Language:
     if found is None:
         raise DataError(
             f'unknown language "{text}": expected a code such as deu_Latn, de, pt-BR, zh_Hans or '
-            f"sr@latin{nearest(text, _shown_names())}"
+            f"sr@latin{did_you_mean(text, _shown_names())}"
         )
     return found
 

@@ -143,5 +143,5 @@ class _DrawCounts:
 
 def _fingerprint(shards: TokenShards, *, mixture: MixtureConfig, config: LoaderConfig, seed: int) -> str:
     # the thread decides when batches are made, never which
-    parts = [shards.fingerprint, mixture.plain(), config.replace(prefetch=0).plain(), seed]
+    parts = [shards.fingerprint, mixture.to_dict(), config.replace(prefetch=0).to_dict(), seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from moesaic.core.config import Choice, Config
-from moesaic.core.errors import ConfigError, DataError, nearest
+from moesaic.core.errors import ConfigError, DataError, did_you_mean
 from moesaic.data.counter import GOLDEN_RATIO_64, random_bits
 from moesaic.data.permute import random_permutation
 from moesaic.data.ragged import IntArray
@@ -191,7 +191,7 @@ def _stream_weight(stream: TaskStream, config: MixtureConfig) -> float:
 def _check_language_weights(config: MixtureConfig, languages: Sequence[str]) -> None:
     for code, factor in config.language_weights.items():
         if code not in languages:
-            hint = nearest(code, languages)
+            hint = did_you_mean(code, languages)
             raise ConfigError([f"mixture.boost.{code}: not a language of this run{hint}"])
         if not factor > 0:
             raise ConfigError([f"mixture.boost.{code}: found {factor}, expected more than 0"])

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moesaic.core.errors import DataError, nearest
+from moesaic.core.errors import DataError, did_you_mean
 from moesaic.core.files import read_json, sha256
 from moesaic.data.ragged import IntArray, Ragged
 
@@ -137,7 +137,7 @@ class TokenShards:
         if (source, target) not in self.directions and (target, source) not in self.directions:
             raise DataError(
                 f"no pairs {source}-{target} in these shards; they have {', '.join(known[:8])}"
-                f"{', ...' if len(known) > 8 else ''}{nearest(f'{source}-{target}', known)}"
+                f"{', ...' if len(known) > 8 else ''}{did_you_mean(f'{source}-{target}', known)}"
             )
         return PairRows(self._pairs[:0], 0, 0)
 
@@ -146,7 +146,7 @@ class TokenShards:
         if language not in self.languages:
             raise DataError(
                 f'no text in "{language}" in these shards; they have {", ".join(self.languages)}'
-                f"{nearest(language, self.languages)}"
+                f"{did_you_mean(language, self.languages)}"
             )
         held = self.manifest["texts"].get(f"{language}.{split}")
         return TextRows(held["start"], held["count"], held["tokens"]) if held else TextRows(0, 0, 0)

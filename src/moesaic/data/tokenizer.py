@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as HfTokenizer
 
-from moesaic.core.errors import DataError, nearest
-from moesaic.core.files import write_whole
+from moesaic.core.errors import DataError, did_you_mean
+from moesaic.core.files import atomic_write
 from moesaic.data.batch import PAD
 
 __all__ = ["BOS", "EOS", "MASK", "PAD", "SPECIALS", "UNK", "Tokenizer", "language_token"]
@@ -59,7 +59,7 @@ class Tokenizer:
 
     def save(self, path: Path | str) -> None:
         """Write the file that ``load`` and Hugging Face ``tokenizers`` read."""
-        write_whole(Path(path), self._hf_tokenizer.to_str(pretty=True))
+        atomic_write(Path(path), self._hf_tokenizer.to_str(pretty=True))
 
     @property
     def vocab_size(self) -> int:
@@ -79,7 +79,7 @@ class Tokenizer:
         """Return the id of a language's tag. Raises DataError naming the nearest language."""
         if language not in self._language_token_ids:
             known = ", ".join(self._languages[:12]) + (", ..." if len(self._languages) > 12 else "")
-            hint = nearest(language, self._languages)
+            hint = did_you_mean(language, self._languages)
             raise DataError(f'this tokenizer has no language "{language}"; it has {known}{hint}')
         return self._language_token_ids[language]
 

@@ -15,12 +15,12 @@ import numpy as np
 
 from moesaic.core.errors import DataError
 
-ORDERS = (1, 2, 3, 4)
-BUCKETS = 1 << 22  # n-grams are hashed: collisions are rarer than one posting in a thousand
-_CHUNK = 20_000  # sources counted at a time: bounds the working memory
-_COMMON = 1 / 8  # an n-gram in more of the sources than this is common: see TranslationMemory
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-_SHIFT = np.uint64(64 - 22)
+NGRAM_ORDERS = (1, 2, 3, 4)
+NGRAM_BUCKETS = 1 << 22  # n-grams are hashed: collisions are rarer than one posting in a thousand
+_CHUNK_SIZE = 20_000  # sources counted at a time: bounds the working memory
+_COMMON_FRACTION = 1 / 8  # an n-gram in more of the sources than this is common: see TranslationMemory
+_HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_HASH_SHIFT = np.uint64(64 - 22)
 
 
 def copy_source(texts: list[str], *, source: str, target: str) -> list[str]:
@@ -30,7 +30,7 @@ def copy_source(texts: list[str], *, source: str, target: str) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Match:
+class MemoryMatch:
     """A memory's answer: the stored pair and the similarity in 0..1 of its source to the query."""
 
     target: str
@@ -53,8 +53,8 @@ class TranslationMemory:
         if not sources:
             raise DataError("a translation memory needs at least one training pair, found none")
         self._targets = targets
-        counts = _count(sources)
-        documents = np.bincount(counts.gram, minlength=BUCKETS)
+        counts = _count_ngrams(sources)
+        documents = np.bincount(counts.gram, minlength=NGRAM_BUCKETS)
         self._idf = np.log((2 + len(sources)) / (1 + documents)).astype(np.float32)
         weight = counts.times * self._idf[counts.gram]
         # every row has a posting: a text is counted with a space on either side
@@ -62,7 +62,7 @@ class TranslationMemory:
         norm = np.sqrt(np.add.reduceat(weight * weight, self._start[:-1]))
         weight /= np.maximum(norm, 1e-9)[counts.row]
         self._gram, self._weight = counts.gram, weight
-        self._common = documents > max(16, len(sources) * _COMMON)
+        self._common = documents > max(16, len(sources) * _COMMON_FRACTION)
         rare = ~self._common[counts.gram]
         squares = np.where(rare, np.float32(0), weight * weight)
         self._common_norm = np.sqrt(np.add.reduceat(squares, self._start[:-1]))
@@ -71,23 +71,23 @@ class TranslationMemory:
         keys.sort()
         place = keys & 0xFFFFFFFF
         self._posting_row, self._posting_weight = counts.row[place], weight[place]
-        self._posting_end = np.cumsum(np.bincount(keys >> 32, minlength=BUCKETS))
+        self._posting_end = np.cumsum(np.bincount(keys >> 32, minlength=NGRAM_BUCKETS))
 
     def __len__(self) -> int:
         return len(self._targets)
 
-    def find(self, texts: Sequence[str]) -> list[Match]:
+    def find(self, texts: Sequence[str]) -> list[MemoryMatch]:
         """Return the best match of every text; an empty one when nothing is shared at all."""
         found = []
-        query = np.zeros(BUCKETS, dtype=np.float32)
-        for gram, times in _count(texts).rows() if texts else ():
+        query = np.zeros(NGRAM_BUCKETS, dtype=np.float32)
+        for gram, times in _count_ngrams(texts).rows() if texts else ():
             weight = times * self._idf[gram]
             norm = float(np.sqrt((weight.astype(np.float64) ** 2).sum()))
             query[gram] = weight / np.float32(max(norm, 1e-9))
             best, similarity = self._nearest(query, gram)
             query[gram] = 0.0
             target = self._targets[best] if similarity > 0 else ""
-            found.append(Match(target, min(similarity, 1.0), best))
+            found.append(MemoryMatch(target, min(similarity, 1.0), best))
         return found
 
     def __call__(self, texts: list[str], *, source: str, target: str) -> list[str]:
@@ -97,31 +97,31 @@ class TranslationMemory:
     def _nearest(self, query: np.ndarray, gram: np.ndarray) -> tuple[int, float]:
         weight = query[gram]
         rare = ~self._common[gram]
-        votes = self._votes(gram[rare], weight[rare])
+        votes = self._score_rare_ngrams(gram[rare], weight[rare])
         bound = votes + self._common_norm * np.sqrt((weight[~rare].astype(np.float64) ** 2).sum())
         # Score a few promising sources, then all that could still be as good as the best of them.
         few = np.argpartition(-bound, min(32, len(bound) - 1))[:32]
-        floor = self._exact(few, query).max()
+        floor = self._score_all_ngrams(few, query).max()
         rows = np.flatnonzero(bound >= floor - 1e-5)
-        scores = self._exact(rows, query)
+        scores = self._score_all_ngrams(rows, query)
         best = int(np.argmax(scores >= scores.max() - 1e-6))
         return int(rows[best]), float(scores[best])
 
-    def _votes(self, gram: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    def _score_rare_ngrams(self, gram: np.ndarray, weight: np.ndarray) -> np.ndarray:
         ends = self._posting_end[gram]
         starts = np.where(gram > 0, self._posting_end[gram - 1], 0)
-        at = _ranges(starts, ends - starts)
+        at = _concatenate_ranges(starts, ends - starts)
         shares = np.repeat(weight, ends - starts) * self._posting_weight[at]
         return np.bincount(self._posting_row[at], weights=shares, minlength=len(self))
 
-    def _exact(self, rows: np.ndarray, query: np.ndarray) -> np.ndarray:
+    def _score_all_ngrams(self, rows: np.ndarray, query: np.ndarray) -> np.ndarray:
         lengths = self._start[rows + 1] - self._start[rows]
-        at = _ranges(self._start[rows], lengths)
+        at = _concatenate_ranges(self._start[rows], lengths)
         shares = query[self._gram[at]] * self._weight[at]
         return np.bincount(np.repeat(np.arange(len(rows)), lengths), shares, minlength=len(rows))
 
 
-class MemorySystem:
+class TranslationMemorySystem:
     """A translation memory per direction, filled when a direction is first asked for.
 
     ``pairs(source, target)`` yields the training pairs of a direction. One memory is kept at a
@@ -130,28 +130,28 @@ class MemorySystem:
 
     def __init__(self, pairs: Callable[[str, str], Iterator[tuple[str, str]]]) -> None:
         self._pairs = pairs
-        self._held: tuple[tuple[str, str], TranslationMemory | None] | None = None
+        self._cached_memory: tuple[tuple[str, str], TranslationMemory | None] | None = None
 
     def __call__(self, texts: list[str], *, source: str, target: str) -> list[str]:
         return [match.target for match in self.find(texts, source=source, target=target)]
 
-    def find(self, texts: Sequence[str], *, source: str, target: str) -> list[Match]:
+    def find(self, texts: Sequence[str], *, source: str, target: str) -> list[MemoryMatch]:
         """Return matches; empty ones for a direction without training pairs."""
         memory = self._memory(source, target)
-        return memory.find(texts) if memory else [Match("", 0.0, -1)] * len(texts)
+        return memory.find(texts) if memory else [MemoryMatch("", 0.0, -1)] * len(texts)
 
     def _memory(self, source: str, target: str) -> TranslationMemory | None:
-        if self._held is None or self._held[0] != (source, target):
+        if self._cached_memory is None or self._cached_memory[0] != (source, target):
             rows = list(self._pairs(source, target))
             memory = None
             if rows:
                 memory = TranslationMemory([s for s, _ in rows], targets=[t for _, t in rows])
-            self._held = (source, target), memory
-        return self._held[1]
+            self._cached_memory = (source, target), memory
+        return self._cached_memory[1]
 
 
 @dataclass(frozen=True, slots=True)
-class _Counts:
+class _NgramCounts:
     """How often an n-gram is in a text: int32 rows and buckets sorted by (row, bucket), float32."""
 
     row: np.ndarray
@@ -165,35 +165,35 @@ class _Counts:
             yield self.gram[start:end], self.times[start:end]
 
 
-def _count(texts: Sequence[str]) -> _Counts:
+def _count_ngrams(texts: Sequence[str]) -> _NgramCounts:
     parts = [
-        _count_chunk(texts[start : start + _CHUNK], start) for start in range(0, len(texts), _CHUNK)
+        _count_ngrams_of_chunk(texts[start : start + _CHUNK_SIZE], start) for start in range(0, len(texts), _CHUNK_SIZE)
     ]
     columns = [np.concatenate([part[i] for part in parts]) for i in range(3)]
-    return _Counts(columns[0], columns[1], columns[2], len(texts))
+    return _NgramCounts(columns[0], columns[1], columns[2], len(texts))
 
 
-def _count_chunk(texts: Sequence[str], first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _count_ngrams_of_chunk(texts: Sequence[str], first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Hash all n-grams of all texts, spaces around each, at once: one array of letters."""
     padded = [f" {' '.join(text.casefold().split())} " for text in texts]
     letters = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     row = np.repeat(np.arange(len(texts), dtype=np.uint64), [len(p) for p in padded])
     keys, rolling = [], np.zeros(len(letters), dtype=np.uint64)
-    for order in range(1, max(ORDERS) + 1):
+    for order in range(1, max(NGRAM_ORDERS) + 1):
         ends = len(letters) - order + 1
         if ends <= 0:
             break
-        rolling = (rolling[:ends] + letters[order - 1 :] + np.uint64(1)) * _MULTIPLIER
+        rolling = (rolling[:ends] + letters[order - 1 :] + np.uint64(1)) * _HASH_MULTIPLIER
         rolling ^= rolling >> np.uint64(29)
-        if order in ORDERS:
+        if order in NGRAM_ORDERS:
             inside = row[:ends] == row[order - 1 :]
-            keys.append((row[:ends][inside] << np.uint64(22)) | (rolling[inside] >> _SHIFT))
+            keys.append((row[:ends][inside] << np.uint64(22)) | (rolling[inside] >> _HASH_SHIFT))
     both, times = np.unique(np.concatenate(keys), return_counts=True)
-    gram = (both & np.uint64(BUCKETS - 1)).astype(np.int32)
+    gram = (both & np.uint64(NGRAM_BUCKETS - 1)).astype(np.int32)
     return (both >> np.uint64(22)).astype(np.int32) + first, gram, times.astype(np.float32)
 
 
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def _concatenate_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Concatenate ``arange(start, start + length)`` of every range."""
     before = np.cumsum(lengths) - lengths
     return np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)

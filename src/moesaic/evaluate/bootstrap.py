@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moesaic.evaluate.metrics import Metric
+from moesaic.evaluate.metrics import CorpusMetric
 
-_CELLS = 2**24  # of the draws matrix held at once: 128 MiB as float64
+_MAX_DRAW_CELLS = 2**24  # of the draws matrix held at once: 128 MiB as float64
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class ScoreInterval:
     """A score and its 95 % interval."""
 
     score: float
@@ -26,7 +26,7 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class ScoreDifference:
     """A difference of two scores on the same sentences, its 95 % interval, and a p-value.
 
     ``p`` is the two-sided chance of a difference this large if the systems were equal: the share of
@@ -40,27 +40,27 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
+class BootstrapScores:
     """A score on the real corpus and on every resample (float64 [R])."""
 
     score: float
     resampled: np.ndarray
 
-    def interval(self) -> Score:
-        return Score(self.score, *_bounds(self.resampled))
+    def confidence_interval(self) -> ScoreInterval:
+        return ScoreInterval(self.score, *_percentile_interval(self.resampled))
 
-    def minus(self, other: "Sampled") -> Difference:
+    def compare(self, other: "BootstrapScores") -> ScoreDifference:
         """Compare with another system's scores on the same resamples."""
         real, drawn = self.score - other.score, self.resampled - other.resampled
         centred = np.abs(drawn - drawn.mean())
         p = (int((centred > abs(real)).sum()) + 1) / (len(drawn) + 1)
-        low, high = _bounds(drawn)
-        return Difference(real, low, high, p if real else 1.0)
+        low, high = _percentile_interval(drawn)
+        return ScoreDifference(real, low, high, p if real else 1.0)
 
 
-def resample(
-    metric: Metric, *, statistics: np.ndarray, resamples: int = 1000, seed: int = 0
-) -> Sampled:
+def bootstrap_resample(
+    metric: CorpusMetric, *, statistics: np.ndarray, resamples: int = 1000, seed: int = 0
+) -> BootstrapScores:
     """Score the corpus and ``resamples`` corpora of N sentences drawn with replacement from it.
 
     The draws depend on ``seed``, ``resamples`` and N alone: systems scored on the same sentences
@@ -68,7 +68,7 @@ def resample(
     """
     count = len(statistics)
     random = np.random.default_rng(seed)
-    rows = max(1, min(resamples, _CELLS // count))
+    rows = max(1, min(resamples, _MAX_DRAW_CELLS // count))
     scores = []
     for start in range(0, resamples, rows):
         size = min(rows, resamples - start)
@@ -77,16 +77,16 @@ def resample(
         draws = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)
         scores.append(metric.score(draws.astype(np.float64) @ statistics))
     score = float(metric.score(statistics.sum(0)))
-    return Sampled(score, np.concatenate(scores) if scores else np.full(1, score))
+    return BootstrapScores(score, np.concatenate(scores) if scores else np.full(1, score))
 
 
-def mean(samples: "list[Sampled]") -> Sampled:
+def macro_average(samples: "list[BootstrapScores]") -> BootstrapScores:
     """Average scores over languages (macro average), resampling each language independently."""
-    return Sampled(
+    return BootstrapScores(
         float(np.mean([s.score for s in samples])), np.mean([s.resampled for s in samples], axis=0)
     )
 
 
-def _bounds(resampled: np.ndarray) -> tuple[float, float]:
+def _percentile_interval(resampled: np.ndarray) -> tuple[float, float]:
     low, high = np.percentile(resampled, [2.5, 97.5])
     return float(low), float(high)

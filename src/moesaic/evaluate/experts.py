@@ -9,12 +9,12 @@ import torch
 from moesaic.data.batch import Batch
 from moesaic.model.transformer import Transformer
 from moesaic.moe.routes import LayerRoutes, routes_of
-from moesaic.observe.affinity import language_distance, specialisation
-from moesaic.observe.usage import UsageCounts
+from moesaic.observe.affinity import routing_distance, measure_specialization
+from moesaic.observe.usage import UsageCounter
 
 
 @torch.inference_mode()
-def read_routes(model: Transformer, batch: Batch) -> tuple[LayerRoutes, ...]:
+def record_routes(model: Transformer, batch: Batch) -> tuple[LayerRoutes, ...]:
     """Return how a model routes a batch when it evaluates; tokens count for the target language."""
     training = model.training
     model.eval()
@@ -23,19 +23,19 @@ def read_routes(model: Transformer, batch: Batch) -> tuple[LayerRoutes, ...]:
     return routes
 
 
-def expert_usage(
+def count_expert_usage(
     routes: Iterable[Sequence[LayerRoutes]], *, languages: Sequence[str]
-) -> UsageCounts:
+) -> UsageCounter:
     """Count every edge under the language of its token. The result writes ``usage.json``.
 
     ``languages`` are what ``Tokens.language`` indexes.
     """
-    counts = UsageCounts(languages)
+    counts = UsageCounter(languages)
     for batch in routes:
         for found in batch:
             routing = found.routing
-            counts.spare = found.spare
-            counts.add(
+            counts.num_null_experts = found.spare
+            counts.add_edges(
                 found.layer,
                 expert=routing.expert,
                 language=found.tokens.language[routing.token],
@@ -44,7 +44,7 @@ def expert_usage(
     return counts
 
 
-def describe(counts: UsageCounts) -> dict[str, Any]:
+def describe_usage(counts: UsageCounter) -> dict[str, Any]:
     """Return plain data for people and for summary.json: how specialised each layer is.
 
     ``layers``: entropies, ``information`` in bits, and per expert its typical languages with how
@@ -54,14 +54,14 @@ def describe(counts: UsageCounts) -> dict[str, Any]:
     names, layers = counts.languages, counts.layers()
     described = {}
     for layer in layers:
-        found = specialisation(layer.counts)
+        found = measure_specialization(layer.counts)
         described[layer.layer] = {
             "load_entropy": round(found.load_entropy, 4),
             "language_entropy": round(found.language_entropy, 4),
-            "information": round(found.information, 4),
-            "typical": [[[names[g], round(ratio, 2)] for g, ratio in row] for row in found.typical],
+            "information": round(found.mutual_information, 4),
+            "typical": [[[names[g], round(ratio, 2)] for g, ratio in row] for row in found.top_languages],
         }
-    distances = [language_distance(layer.counts[None]) for layer in layers]
+    distances = [routing_distance(layer.counts[None]) for layer in layers]
     mean = np.mean(distances, axis=0) if distances else np.zeros((0, 0))
     return {
         "languages": list(names),

@@ -9,22 +9,22 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from moesaic.core.errors import DataError
-from moesaic.evaluate.bootstrap import Difference, Sampled, mean, resample
-from moesaic.evaluate.metrics import ChrF, Metric, bleu_for, spbleu
-from moesaic.evaluate.offtarget import Identify, identifier, off_target
-from moesaic.evaluate.summary import LanguageResult, Sample, Summary, SystemResult
+from moesaic.evaluate.bootstrap import ScoreDifference, BootstrapScores, macro_average, bootstrap_resample
+from moesaic.evaluate.metrics import ChrF, CorpusMetric, bleu_for_language, load_spbleu
+from moesaic.evaluate.offtarget import LanguageIdentifier, load_language_identifier, measure_off_target
+from moesaic.evaluate.summary import TestSetResult, SampleTranslation, EvaluationSummary, SystemResult
 from moesaic.evaluate.testset import TestSet
 
 
 @runtime_checkable
-class Translate(Protocol):
+class TranslationSystem(Protocol):
     """A system: one output per text, in order. ``source`` and ``target`` are language codes."""
 
     def __call__(self, texts: list[str], *, source: str, target: str) -> list[str]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class EvaluationSettings:
     """How much to measure. ``samples`` sentences per language are kept in the summary."""
 
     resamples: int = 1000
@@ -32,53 +32,53 @@ class Settings:
     samples: int = 5
 
 
-Trace = Callable[[TestSet, Sample], dict[str, Any] | None]
+TraceSample = Callable[[TestSet, SampleTranslation], dict[str, Any] | None]
 
 
 def evaluate(
-    systems: Mapping[str, Translate],
+    systems: Mapping[str, TranslationSystem],
     *,
     tests: Sequence[TestSet],
-    settings: Settings | None = None,
-    done: Callable[[TestSet, LanguageResult], None] = lambda *_: None,
-) -> Summary:
+    settings: EvaluationSettings | None = None,
+    on_result: Callable[[TestSet, TestSetResult], None] = lambda *_: None,
+) -> EvaluationSummary:
     """Run every system on every test set and score them.
 
     The first system is the one under test: differences are its lead over each of the others, paired
     over the same resamples. ``done`` is called after each test set, for progress. Raises DataError
     when there is nothing to test or two test sets go under one key.
     """
-    settings = settings or Settings()
-    _check(systems, tests)
-    identify = identifier(sorted({t.target for t in tests} | {t.source for t in tests}))
-    extra = spbleu()
-    languages: dict[str, LanguageResult] = {}
-    drawn: dict[str, list[dict[str, Sampled]]] = {name: [] for name in systems}
+    settings = settings or EvaluationSettings()
+    _check_inputs(systems, tests)
+    identify = load_language_identifier(sorted({t.target for t in tests} | {t.source for t in tests}))
+    extra = load_spbleu()
+    languages: dict[str, TestSetResult] = {}
+    drawn: dict[str, list[dict[str, BootstrapScores]]] = {name: [] for name in systems}
     for number, test in enumerate(tests):
-        metrics: list[Metric] = [ChrF(), bleu_for(test.target)]
+        metrics: list[CorpusMetric] = [ChrF(), bleu_for_language(test.target)]
         metrics += [extra] if not isinstance(extra, str) else []
-        judge = _Judge(
-            test, metrics, replace(settings, seed=settings.seed + number), _or_none(identify)
+        judge = _TestSetScorer(
+            test, metrics, replace(settings, seed=settings.seed + number), _identifier_or_none(identify)
         )
-        languages[test.key] = result = judge.result(systems)
+        languages[test.key] = result = judge.score_systems(systems)
         for name in systems:
-            drawn[name].append(judge.drawn[name])
-        done(test, result)
+            drawn[name].append(judge.resampled[name])
+        on_result(test, result)
     names = list(next(iter(languages.values())).signatures)
-    means = {name: {m: mean([d[m] for d in rows]) for m in names} for name, rows in drawn.items()}
+    means = {name: {m: macro_average([d[m] for d in rows]) for m in names} for name, rows in drawn.items()}
     first, *others = systems
     notes = [f"spBLEU {extra}"] if isinstance(extra, str) else []
     notes += [f"off-target by identification {identify}"] if isinstance(identify, str) else []
-    return Summary(
+    return EvaluationSummary(
         systems=tuple(systems),
         languages=languages,
-        mean={s: {m: x.interval() for m, x in found.items()} for s, found in means.items()},
-        mean_differences={other: _lead(means[first], means[other]) for other in others},
+        mean={s: {m: x.confidence_interval() for m, x in found.items()} for s, found in means.items()},
+        mean_differences={other: _score_differences(means[first], means[other]) for other in others},
         notes=tuple(notes),
     )
 
 
-def traced(summary: Summary, *, trace: Trace) -> Summary:
+def add_expert_traces(summary: EvaluationSummary, *, trace: TraceSample) -> EvaluationSummary:
     """Return a copy with ``trace(test, sample)`` beside each sample: which experts spoke."""
     languages = {
         key: replace(
@@ -90,21 +90,21 @@ def traced(summary: Summary, *, trace: Trace) -> Summary:
     return replace(summary, languages=languages)
 
 
-class _Judge:
+class _TestSetScorer:
     """Scores systems on one test set; keeps the resampled scores for means and differences."""
 
     def __init__(
         self,
         test: TestSet,
-        metrics: Sequence[Metric],
-        settings: Settings,
-        identify: Identify | None,
+        metrics: Sequence[CorpusMetric],
+        settings: EvaluationSettings,
+        identify: LanguageIdentifier | None,
     ) -> None:
         self._test, self._metrics, self._settings = test, metrics, settings
         self._identify = identify
-        self.drawn: dict[str, dict[str, Sampled]] = {}
+        self.resampled: dict[str, dict[str, BootstrapScores]] = {}
 
-    def result(self, systems: Mapping[str, Translate]) -> LanguageResult:
+    def score_systems(self, systems: Mapping[str, TranslationSystem]) -> TestSetResult:
         test = self._test
         outputs: dict[str, list[str]] = {}
         results: dict[str, SystemResult] = {}
@@ -117,39 +117,39 @@ class _Judge:
             outputs[name] = said
             results[name] = self._score(name, said, seconds=seconds)
         first, *others = systems
-        return LanguageResult(
+        return TestSetResult(
             test,
             {metric.name: metric.signature for metric in self._metrics},
             results,
-            {other: _lead(self.drawn[first], self.drawn[other]) for other in others},
+            {other: _score_differences(self.resampled[first], self.resampled[other]) for other in others},
             self._samples(outputs),
         )
 
     def _score(self, name: str, said: list[str], *, seconds: float) -> SystemResult:
-        self.drawn[name] = {
-            metric.name: resample(
+        self.resampled[name] = {
+            metric.name: bootstrap_resample(
                 metric,
-                statistics=metric.sentences(said, references=self._test.references),
+                statistics=metric.sentence_statistics(said, references=self._test.references),
                 resamples=self._settings.resamples,
                 seed=self._settings.seed,
             )
             for metric in self._metrics
         }
-        off = off_target(
+        off = measure_off_target(
             said,
             references=self._test.references,
             target=self._test.target,
             identify=self._identify,
         )
-        scores = {metric: drawn.interval() for metric, drawn in self.drawn[name].items()}
+        scores = {metric: drawn.confidence_interval() for metric, drawn in self.resampled[name].items()}
         return SystemResult(scores, off, sum(not text.strip() for text in said), seconds)
 
-    def _samples(self, outputs: Mapping[str, list[str]]) -> tuple[Sample, ...]:
+    def _samples(self, outputs: Mapping[str, list[str]]) -> tuple[SampleTranslation, ...]:
         """Evenly spaced through the test set: not chosen by how good they are."""
         count = min(self._settings.samples, len(self._test))
         chosen = [(2 * i + 1) * len(self._test) // (2 * count) for i in range(count)]
         return tuple(
-            Sample(
+            SampleTranslation(
                 self._test.sources[i],
                 self._test.references[i],
                 {name: said[i] for name, said in outputs.items()},
@@ -158,15 +158,15 @@ class _Judge:
         )
 
 
-def _lead(ours: Mapping[str, Sampled], theirs: Mapping[str, Sampled]) -> dict[str, Difference]:
-    return {name: ours[name].minus(theirs[name]) for name in ours}
+def _score_differences(ours: Mapping[str, BootstrapScores], theirs: Mapping[str, BootstrapScores]) -> dict[str, ScoreDifference]:
+    return {name: ours[name].compare(theirs[name]) for name in ours}
 
 
-def _or_none(identify: Identify | str) -> Identify | None:
+def _identifier_or_none(identify: LanguageIdentifier | str) -> LanguageIdentifier | None:
     return None if isinstance(identify, str) else identify
 
 
-def _check(systems: Mapping[str, Translate], tests: Sequence[TestSet]) -> None:
+def _check_inputs(systems: Mapping[str, TranslationSystem], tests: Sequence[TestSet]) -> None:
     if not systems:
         raise ValueError("evaluate needs at least one system")
     if not tests:

@@ -18,37 +18,37 @@ import torch
 from moesaic.core.shapes import Bool, Int, Tensor
 from moesaic.moe.limit import choices, places
 from moesaic.moe.routes import LayerRoutes
-from moesaic.observe.insight import dealt_anew, typical, uncertainty
+from moesaic.observe.insight import shuffle_counts, characteristic_inputs, conditional_entropy
 from moesaic.ops.random import mix
 
-FORMAT = 1
-POSITIONS = 512  # later ones count as the last
+ANALYSIS_FORMAT = 1
+MAX_POSITIONS = 512  # later ones count as the last
 
 
 @dataclass(slots=True)
-class _Layer:
+class _LayerStatistics:
     """Counts of one layer. ``by_position`` [E, P] is of kept edges.
 
     ``pairs`` are codes of (vocabulary id, expert) that were met, ``met`` how often: a large
     vocabulary times many experts is mostly empty.
     """
 
-    experts: int
-    spare: int
-    by_position: np.ndarray
-    pairs: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    met: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    asked: np.ndarray = field(default_factory=lambda: _none())
-    dropped: np.ndarray = field(default_factory=lambda: _none())
-    first_come: np.ndarray = field(default_factory=lambda: _none())
-    at_random: np.ndarray = field(default_factory=lambda: _none())
+    num_experts: int
+    num_null_experts: int
+    position_counts: np.ndarray
+    token_expert_pairs: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    pair_counts: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    requested: np.ndarray = field(default_factory=lambda: _empty_bins())
+    dropped: np.ndarray = field(default_factory=lambda: _empty_bins())
+    first_come: np.ndarray = field(default_factory=lambda: _empty_bins())
+    at_random: np.ndarray = field(default_factory=lambda: _empty_bins())
 
 
-class Insight:
+class RoutingAnalysis:
     """Counts batch after batch: ``add`` routes, then read ``plain``."""
 
     def __init__(self) -> None:
-        self._layers: dict[str, _Layer] = {}
+        self._layers: dict[str, _LayerStatistics] = {}
 
     def add(self, routes: Sequence[LayerRoutes]) -> None:
         """Count the routes of one batch."""
@@ -56,11 +56,11 @@ class Insight:
             experts = found.routing.num_experts
             layer = self._layers.setdefault(
                 found.layer,
-                _Layer(experts, found.spare, np.zeros((experts, POSITIONS), dtype=np.int64)),
+                _LayerStatistics(experts, found.spare, np.zeros((experts, MAX_POSITIONS), dtype=np.int64)),
             )
-            _count(layer, found)
+            _count_layer(layer, found)
 
-    def plain(self, *, show: Callable[[int], str]) -> dict[str, Any]:
+    def to_dict(self, *, show: Callable[[int], str]) -> dict[str, Any]:
         """Return what ``insight.json`` holds; ``show`` gives the text of a vocabulary id.
 
         Per layer ``uncertainty`` of the expert given the ``token`` id or the ``position`` (shares
@@ -69,11 +69,11 @@ class Insight:
         ``dropped``, and those that room for just a fair share of each row's edges would have
         dropped: ``first_come`` and ``at_random``, in edges.
         """
-        layers = {name: _plain(layer, show=show) for name, layer in self._layers.items()}
-        return {"format": FORMAT, "layers": layers}
+        layers = {name: _layer_to_dict(layer, show=show) for name, layer in self._layers.items()}
+        return {"format": ANALYSIS_FORMAT, "layers": layers}
 
 
-def would_drop(routes: LayerRoutes, *, order: Int[Tensor, "N"]) -> Bool[Tensor, "N"]:
+def simulate_drops(routes: LayerRoutes, *, order: Int[Tensor, "N"]) -> Bool[Tensor, "N"]:
     """Return the edges beyond each row's fair share, were room given in the order of ``order``.
 
     Each row has room for ``ceil(edges / experts)`` edges per working expert, a capacity factor of
@@ -90,67 +90,67 @@ def would_drop(routes: LayerRoutes, *, order: Int[Tensor, "N"]) -> Bool[Tensor, 
     return lost
 
 
-def _count(layer: _Layer, found: LayerRoutes) -> None:
+def _count_layer(layer: _LayerStatistics, found: LayerRoutes) -> None:
     routing, tokens = found.routing, found.tokens
     ids, position = tokens.token[routing.token], tokens.position[routing.token]
-    position = position.clamp(max=POSITIONS - 1)
+    position = position.clamp(max=MAX_POSITIONS - 1)
     kept = ~routing.dropped
-    _meet(layer, (ids * layer.experts + routing.expert)[kept].numpy())
-    layer.by_position += _table(routing.expert[kept], position[kept], layer.by_position.shape)
-    layer.asked += _bins(position)
-    layer.dropped += _bins(position[~kept])
+    _add_pairs(layer, (ids * layer.num_experts + routing.expert)[kept].numpy())
+    layer.position_counts += _expert_table(routing.expert[kept], position[kept], layer.position_counts.shape)
+    layer.requested += _position_bins(position)
+    layer.dropped += _position_bins(position[~kept])
     choice, places_ = choices(routing), tokens.position[routing.token]
     first_come = choice * (int(places_.max()) + 1 if places_.numel() else 1) + places_
     at_random = mix(mix(mix(ids, tokens.row[routing.token]), places_), routing.expert)
-    layer.first_come += _bins(position[would_drop(found, order=first_come)])
-    layer.at_random += _bins(position[would_drop(found, order=at_random)])
+    layer.first_come += _position_bins(position[simulate_drops(found, order=first_come)])
+    layer.at_random += _position_bins(position[simulate_drops(found, order=at_random)])
 
 
-def _meet(layer: _Layer, pairs: np.ndarray) -> None:
+def _add_pairs(layer: _LayerStatistics, pairs: np.ndarray) -> None:
     new, met = np.unique(pairs, return_counts=True)
-    together = np.concatenate([layer.pairs, new])
-    layer.pairs, place = np.unique(together, return_inverse=True)
-    weight = np.concatenate([layer.met, met])
-    layer.met = np.bincount(place, weights=weight, minlength=layer.pairs.size).astype(np.int64)
+    together = np.concatenate([layer.token_expert_pairs, new])
+    layer.token_expert_pairs, place = np.unique(together, return_inverse=True)
+    weight = np.concatenate([layer.pair_counts, met])
+    layer.pair_counts = np.bincount(place, weights=weight, minlength=layer.token_expert_pairs.size).astype(np.int64)
 
 
-def _by_token(layer: _Layer) -> tuple[np.ndarray, np.ndarray]:
+def _token_counts(layer: _LayerStatistics) -> tuple[np.ndarray, np.ndarray]:
     """Return the vocabulary ids that were met [X], and the edges of each [E, X]."""
-    ids, place = np.unique(layer.pairs // layer.experts, return_inverse=True)
-    table = np.zeros((layer.experts, ids.size), dtype=np.int64)
-    table[layer.pairs % layer.experts, place] = layer.met
+    ids, place = np.unique(layer.token_expert_pairs // layer.num_experts, return_inverse=True)
+    table = np.zeros((layer.num_experts, ids.size), dtype=np.int64)
+    table[layer.token_expert_pairs % layer.num_experts, place] = layer.pair_counts
     return ids, table
 
 
-def _plain(layer: _Layer, *, show: Callable[[int], str]) -> dict[str, Any]:
-    ids, by_token = _by_token(layer)
-    known = {"token": by_token, "position": layer.by_position}
-    shares = {name: uncertainty(counts) for name, counts in known.items()}
-    shares |= {f"{name}_by_chance": uncertainty(dealt_anew(c)) for name, c in known.items()}
-    heard = int(layer.asked.nonzero()[0].max(initial=-1)) + 1
+def _layer_to_dict(layer: _LayerStatistics, *, show: Callable[[int], str]) -> dict[str, Any]:
+    ids, by_token = _token_counts(layer)
+    known = {"token": by_token, "position": layer.position_counts}
+    shares = {name: conditional_entropy(counts) for name, counts in known.items()}
+    shares |= {f"{name}_by_chance": conditional_entropy(shuffle_counts(c)) for name, c in known.items()}
+    heard = int(layer.requested.nonzero()[0].max(initial=-1)) + 1
     bins = {
-        "asked": layer.asked,
+        "asked": layer.requested,
         "dropped": layer.dropped,
         "first_come": layer.first_come,
         "at_random": layer.at_random,
     }
     return {
-        "experts": layer.experts,
-        "spare": layer.spare,
+        "experts": layer.num_experts,
+        "spare": layer.num_null_experts,
         "uncertainty": {name: round(share, 4) for name, share in shares.items()},
-        "typical": [[show(int(ids[x])) for x in row] for row in typical(by_token)],
+        "typical": [[show(int(ids[x])) for x in row] for row in characteristic_inputs(by_token)],
         "positions": {name: counts[:heard].tolist() for name, counts in bins.items()},
     }
 
 
-def _none() -> np.ndarray:
-    return np.zeros(POSITIONS, dtype=np.int64)
+def _empty_bins() -> np.ndarray:
+    return np.zeros(MAX_POSITIONS, dtype=np.int64)
 
 
-def _bins(position: Int[Tensor, "N"]) -> np.ndarray:
-    return torch.bincount(position, minlength=POSITIONS).numpy()
+def _position_bins(position: Int[Tensor, "N"]) -> np.ndarray:
+    return torch.bincount(position, minlength=MAX_POSITIONS).numpy()
 
 
-def _table(expert: Int[Tensor, "N"], x: Int[Tensor, "N"], shape: tuple[int, ...]) -> np.ndarray:
+def _expert_table(expert: Int[Tensor, "N"], x: Int[Tensor, "N"], shape: tuple[int, ...]) -> np.ndarray:
     cells = torch.bincount(expert * shape[1] + x, minlength=math.prod(shape))
     return cells.numpy().reshape(shape)

@@ -29,7 +29,7 @@ _BLEU_TOKENIZER = {"zho": "zh", "yue": "zh", "wuu": "zh", "lzh": "zh"} | dict.fr
 
 
 @runtime_checkable
-class Metric(Protocol):
+class CorpusMetric(Protocol):
     """A corpus score in 0..100 that is a function of summed sentence statistics."""
 
     @property
@@ -40,7 +40,7 @@ class Metric(Protocol):
         """sacreBLEU's signature: what to quote beside the number."""
         ...
 
-    def sentences(self, hypotheses: Sequence[str], *, references: Sequence[str]) -> np.ndarray:
+    def sentence_statistics(self, hypotheses: Sequence[str], *, references: Sequence[str]) -> np.ndarray:
         """Return the statistics of every sentence, float64 [N, C]."""
         ...
 
@@ -62,8 +62,8 @@ class ChrF:
     def signature(self) -> str:
         return _signature(self._sacrebleu())
 
-    def sentences(self, hypotheses: Sequence[str], *, references: Sequence[str]) -> np.ndarray:
-        return _statistics(self._sacrebleu(), hypotheses=hypotheses, references=references)
+    def sentence_statistics(self, hypotheses: Sequence[str], *, references: Sequence[str]) -> np.ndarray:
+        return _sentence_statistics(self._sacrebleu(), hypotheses=hypotheses, references=references)
 
     def score(self, sums: np.ndarray) -> np.ndarray:
         hyp, ref, match = sums[..., 0::3], sums[..., 1::3], sums[..., 2::3]
@@ -92,10 +92,10 @@ class Bleu:
     def signature(self) -> str:
         return _signature(BLEU(tokenize=self.tokenize))
 
-    def sentences(self, hypotheses: Sequence[str], *, references: Sequence[str]) -> np.ndarray:
+    def sentence_statistics(self, hypotheses: Sequence[str], *, references: Sequence[str]) -> np.ndarray:
         # force: text that looks tokenized is our business, not worth a warning on standard error
         metric = BLEU(tokenize=self.tokenize, force=True)
-        return _statistics(metric, hypotheses=hypotheses, references=references)
+        return _sentence_statistics(metric, hypotheses=hypotheses, references=references)
 
     def score(self, sums: np.ndarray) -> np.ndarray:
         sums = np.asarray(sums, dtype=np.float64)
@@ -112,7 +112,7 @@ class Bleu:
         return np.where(some, 100 * brevity * np.exp(logs), 0.0)
 
 
-def bleu_for(language: str) -> Bleu:
+def bleu_for_language(language: str) -> Bleu:
     """Return BLEU with the tokenizer its users expect for a language code such as ``zho_Hans``.
 
     Chinese by character and Latin word (``zh``), unspaced scripts by character, others ``13a``.
@@ -120,7 +120,7 @@ def bleu_for(language: str) -> Bleu:
     return Bleu(tokenize=_BLEU_TOKENIZER.get(language.split("_")[0], "13a"))
 
 
-def spbleu() -> Bleu | str:
+def load_spbleu() -> Bleu | str:
     """Return spBLEU (BLEU over FLORES-200 SentencePiece tokens), or why it is not to be had.
 
     sacreBLEU would download the model on first use; nothing is downloaded here.
@@ -134,7 +134,7 @@ def spbleu() -> Bleu | str:
     return Bleu(tokenize=SPBLEU_MODEL, name="spbleu")
 
 
-def _statistics(
+def _sentence_statistics(
     metric: BLEU | CHRF, *, hypotheses: Sequence[str], references: Sequence[str]
 ) -> np.ndarray:
     if len(hypotheses) != len(references):

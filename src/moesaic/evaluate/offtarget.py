@@ -17,17 +17,17 @@ from moesaic.data.languages import resolve_language
 from moesaic.data.scripts import script_classes, count_letters, is_known_script, script_share
 
 MIN_LETTERS = 20  # below, identification errs too often to accuse anyone
-HALF = 0.5
+MIN_SCRIPT_SHARE = 0.5
 
 
-class Identify(Protocol):
+class LanguageIdentifier(Protocol):
     """Says which language a text is in: a code, one of those it was made for."""
 
     def __call__(self, text: str) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Rate:
+class OffTargetRate:
     """``off`` of ``counted`` sentences; ``note`` says why nothing was counted."""
 
     off: int
@@ -40,26 +40,26 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True)
-class OffTarget:
+class OffTargetRates:
     """Both views of one system in one language."""
 
-    script: Rate
-    identified: Rate
+    script: OffTargetRate
+    identified: OffTargetRate
 
 
-def off_target(
+def measure_off_target(
     outputs: Sequence[str],
     *,
     references: Sequence[str],
     target: str,
-    identify: Identify | None,
-) -> OffTarget:
+    identify: LanguageIdentifier | None,
+) -> OffTargetRates:
     """Count off-target outputs. Empty outputs are wrong, but in no language: not counted."""
     said = [(o, r) for o, r in zip(outputs, references, strict=True) if count_letters(script_classes(o))]
-    return OffTarget(_by_script(said, target=target), _by_identity(said, target, identify))
+    return OffTargetRates(_by_script(said, target=target), _by_identification(said, target, identify))
 
 
-def identifier(languages: Sequence[str]) -> Identify | str:
+def load_language_identifier(languages: Sequence[str]) -> LanguageIdentifier | str:
     """Return py3langid restricted to ``languages`` (codes), or why there is none.
 
     A language that the library does not know is no candidate. Two candidates of one library code
@@ -71,15 +71,15 @@ def identifier(languages: Sequence[str]) -> Identify | str:
     model = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE)
     names: dict[str, str] = {}
     for code in languages:
-        names.setdefault(_library_name(code), code)
+        names.setdefault(_py3langid_code(code), code)
     known = [name for name in names if name in set(model.nb_classes)]
     if len(known) < 2:
         return "not measured: py3langid knows fewer than two of these languages"
     model.set_languages(known)
-    return _LangId(model, {name: names[name] for name in known})
+    return _Py3LangId(model, {name: names[name] for name in known})
 
 
-class _LangId:
+class _Py3LangId:
     def __init__(self, model: object, names: dict[str, str]) -> None:
         self._model, self._names = model, names
 
@@ -88,25 +88,25 @@ class _LangId:
         return self._names[str(name)]
 
 
-def _library_name(code: str) -> str:
+def _py3langid_code(code: str) -> str:
     row = resolve_language(code)
     return {"nb": "no"}.get(row.iso1 or "", row.iso1 or code)
 
 
-def _by_script(said: Sequence[tuple[str, str]], *, target: str) -> Rate:
+def _by_script(said: Sequence[tuple[str, str]], *, target: str) -> OffTargetRate:
     script = resolve_language(target).script
     if not is_known_script(script):
-        return Rate(0, 0, f"not measured: letters of {script} are not told apart")
-    fair = [o for o, r in said if script_share(r, script=script) >= HALF]
-    return Rate(sum(script_share(o, script=script) < HALF for o in fair), len(fair))
+        return OffTargetRate(0, 0, f"not measured: letters of {script} are not told apart")
+    fair = [o for o, r in said if script_share(r, script=script) >= MIN_SCRIPT_SHARE]
+    return OffTargetRate(sum(script_share(o, script=script) < MIN_SCRIPT_SHARE for o in fair), len(fair))
 
 
-def _by_identity(said: Sequence[tuple[str, str]], target: str, identify: Identify | None) -> Rate:
+def _by_identification(said: Sequence[tuple[str, str]], target: str, identify: LanguageIdentifier | None) -> OffTargetRate:
     if identify is None:
-        return Rate(0, 0, "not measured")
+        return OffTargetRate(0, 0, "not measured")
     long = [
         (o, r) for o, r in said if min(count_letters(script_classes(t)) for t in (o, r)) >= MIN_LETTERS
     ]
     fair = [o for o, r in long if identify(r) == target]
     note = "" if fair else "no reference is long enough and recognised"
-    return Rate(sum(identify(o) != target for o in fair), len(fair), note)
+    return OffTargetRate(sum(identify(o) != target for o in fair), len(fair), note)

@@ -37,11 +37,11 @@ from typing import Any
 
 from moesaic.core.files import read_json, write_json
 from moesaic.data.languages import resolve_language
-from moesaic.evaluate.bootstrap import Difference, Score
-from moesaic.evaluate.offtarget import OffTarget, Rate
+from moesaic.evaluate.bootstrap import ScoreDifference, ScoreInterval
+from moesaic.evaluate.offtarget import OffTargetRates, OffTargetRate
 from moesaic.evaluate.testset import TestSet
 
-FORMAT = 1
+SUMMARY_FORMAT = 1
 VERDICTS = ("better", "worse", "unclear")
 _PACKAGES = ("moesaic", "torch", "numpy", "tokenizers", "sacrebleu", "safetensors", "py3langid")
 
@@ -50,18 +50,18 @@ _PACKAGES = ("moesaic", "torch", "numpy", "tokenizers", "sacrebleu", "safetensor
 class SystemResult:
     """One system on one test set; ``scores`` by metric name."""
 
-    scores: dict[str, Score]
-    off_target: OffTarget
+    scores: dict[str, ScoreInterval]
+    off_target: OffTargetRates
     empty: int
     seconds: float
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         off = {
-            "script": _rate(self.off_target.script),
-            "identified": _rate(self.off_target.identified),
+            "script": _rate_to_dict(self.off_target.script),
+            "identified": _rate_to_dict(self.off_target.identified),
         }
         return {
-            **{name: _rounded(asdict(score)) for name, score in self.scores.items()},
+            **{name: _round_values(asdict(score)) for name, score in self.scores.items()},
             "off_target": off,
             "empty": self.empty,
             "seconds": round(self.seconds, 3),
@@ -69,7 +69,7 @@ class SystemResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class SampleTranslation:
     """A test sentence and what every system made of it; ``experts`` as the caller traced them."""
 
     source: str
@@ -77,22 +77,22 @@ class Sample:
     outputs: dict[str, str]
     experts: dict[str, Any] | None = None
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         shown = {"source": self.source, "reference": self.reference, **self.outputs}
         return shown | ({"experts": self.experts} if self.experts else {})
 
 
 @dataclass(frozen=True, slots=True)
-class LanguageResult:
+class TestSetResult:
     """All systems on one test set. ``differences`` are the first system's lead over each other."""
 
     test: TestSet
     signatures: dict[str, str]
     systems: dict[str, SystemResult]
-    differences: dict[str, dict[str, Difference]]
-    samples: tuple[Sample, ...]
+    differences: dict[str, dict[str, ScoreDifference]]
+    samples: tuple[SampleTranslation, ...]
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         test = self.test
         other = test.target if test.key == test.target else test.source
         return {
@@ -101,28 +101,28 @@ class LanguageResult:
             "target": test.target,
             "test": test.name,
             "count": len(test),
-            "of": test.of or len(test),
+            "of": test.total_count or len(test),
             "signatures": self.signatures,
-            **{name: system.plain() for name, system in self.systems.items()},
-            "differences": {name: _differences(d) for name, d in self.differences.items()},
-            "samples": [sample.plain() for sample in self.samples],
+            **{name: system.to_dict() for name, system in self.systems.items()},
+            "differences": {name: _differences_to_dict(d) for name, d in self.differences.items()},
+            "samples": [sample.to_dict() for sample in self.samples],
         }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
+class EvaluationSummary:
     """An evaluation. ``add`` what only the caller knows, then ``write``."""
 
     systems: tuple[str, ...]
-    languages: dict[str, LanguageResult]
-    mean: dict[str, dict[str, Score]]
-    mean_differences: dict[str, dict[str, Difference]]
+    languages: dict[str, TestSetResult]
+    mean: dict[str, dict[str, ScoreInterval]]
+    mean_differences: dict[str, dict[str, ScoreDifference]]
     notes: tuple[str, ...] = ()
     run: str = ""
     counts: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def add(self, *, run: str = "", counts: dict[str, Any], seconds: dict[str, float]) -> "Summary":
+    def with_run_facts(self, *, run: str = "", counts: dict[str, Any], seconds: dict[str, float]) -> "EvaluationSummary":
         """Return a copy that also says whose it is, what was counted, how long it took."""
         return replace(
             self,
@@ -139,40 +139,40 @@ class Summary:
                 found[other][verdict(difference)].append(key)
         return found
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the content of summary.json."""
         return {
-            "format": FORMAT,
+            "format": SUMMARY_FORMAT,
             "run": self.run,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "systems": list(self.systems),
-            "languages": {key: result.plain() for key, result in self.languages.items()},
+            "languages": {key: result.to_dict() for key, result in self.languages.items()},
             "mean": {
-                system: {name: _rounded(asdict(score)) for name, score in scores.items()}
+                system: {name: _round_values(asdict(score)) for name, score in scores.items()}
                 for system, scores in self.mean.items()
             },
             "mean_differences": {
-                other: _differences(found) for other, found in self.mean_differences.items()
+                other: _differences_to_dict(found) for other, found in self.mean_differences.items()
             },
             "verdicts": self.verdicts(),
             "notes": list(self.notes),
             "counts": self.counts,
             "seconds": {phase: round(s, 3) for phase, s in self.seconds.items()},
-            "versions": versions(),
+            "versions": package_versions(),
         }
 
     def write(self, path: Path) -> None:
         """Write summary.json, whole or not at all."""
-        write_json(path, self.plain())
+        write_json(path, self.to_dict())
 
 
-def verdict(differences: dict[str, Difference]) -> str:
+def verdict(differences: dict[str, ScoreDifference]) -> str:
     """Return ``better``, ``worse`` or ``unclear`` by the first metric's interval."""
     first = next(iter(differences.values()))
     return "better" if first.low > 0 else "worse" if first.high < 0 else "unclear"
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Return what this machine ran: interpreter, platform and the packages that decide a result."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for name in _PACKAGES:
@@ -188,17 +188,17 @@ def read_summary(path: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def _rate(rate: Rate) -> dict[str, Any]:
+def _rate_to_dict(rate: OffTargetRate) -> dict[str, Any]:
     share = None if rate.rate is None else round(rate.rate, 4)
     return {"rate": share, "off": rate.off, "counted": rate.counted, "note": rate.note}
 
 
-def _differences(found: dict[str, Difference]) -> dict[str, Any]:
+def _differences_to_dict(found: dict[str, ScoreDifference]) -> dict[str, Any]:
     return {
-        **{name: _rounded(asdict(difference)) for name, difference in found.items()},
+        **{name: _round_values(asdict(difference)) for name, difference in found.items()},
         "verdict": verdict(found),
     }
 
 
-def _rounded(values: dict[str, float]) -> dict[str, float]:
+def _round_values(values: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 4 if name == "p" else 2) for name, value in values.items()}

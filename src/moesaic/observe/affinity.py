@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_EMPTY = 1e-12
+_EPSILON = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
-class Specialisation:
+class LayerSpecialization:
     """One layer. Entropies are shares of the maximum: 1 is even, 0 is one expert for everything.
 
     ``load_entropy`` is of the experts over all languages, ``language_entropy`` the mean within one
@@ -24,51 +24,51 @@ class Specialisation:
 
     load_entropy: float
     language_entropy: float
-    information: float
-    typical: tuple[tuple[tuple[int, float], ...], ...]
+    mutual_information: float
+    top_languages: tuple[tuple[tuple[int, float], ...], ...]
 
 
-def usage(counts: np.ndarray) -> np.ndarray:
+def expert_share_by_language(counts: np.ndarray) -> np.ndarray:
     """Return p(expert | language) of counts [..., E, G]; zero where a language has no tokens."""
     counts = np.asarray(counts, dtype=np.float64)
-    return counts / np.maximum(counts.sum(-2, keepdims=True), _EMPTY)
+    return counts / np.maximum(counts.sum(-2, keepdims=True), _EPSILON)
 
 
-def specialisation(counts: np.ndarray, *, top: int = 3) -> Specialisation:
+def measure_specialization(counts: np.ndarray, *, top: int = 3) -> LayerSpecialization:
     """Measure one layer's counts [E, G]. Languages without tokens are left out."""
     heard = np.flatnonzero(np.asarray(counts).sum(0) > 0)
-    share = usage(np.asarray(counts)[:, heard])
+    share = expert_share_by_language(np.asarray(counts)[:, heard])
     experts = share.shape[0]
     if not heard.size:
-        return Specialisation(0.0, 0.0, 0.0, ((),) * experts)
+        return LayerSpecialization(0.0, 0.0, 0.0, ((),) * experts)
     overall = share.mean(1)
     most = np.log2(experts) if experts > 1 else 1.0
-    within = float(_entropy(share, axis=0).mean())
-    ratio = share / np.maximum(overall[:, None], _EMPTY)
+    within = float(_entropy_bits(share, axis=0).mean())
+    ratio = share / np.maximum(overall[:, None], _EPSILON)
     order = np.argsort(-ratio, axis=1, kind="stable")[:, :top]
     typical = tuple(
         tuple((int(heard[g]), float(ratio[e, g])) for g in row if share[e, g] > 0)
         for e, row in enumerate(order)
     )
-    total = float(_entropy(overall, axis=0))
-    return Specialisation(total / most, within / most, max(0.0, total - within), typical)
+    total = float(_entropy_bits(overall, axis=0))
+    return LayerSpecialization(total / most, within / most, max(0.0, total - within), typical)
 
 
-def language_distance(counts: np.ndarray) -> np.ndarray:
+def routing_distance(counts: np.ndarray) -> np.ndarray:
     """Return how differently languages are routed, float64 [G, G] in 0..1.
 
     The Jensen-Shannon distance (the square root of the divergence in bits, a metric) between
     p(expert | language), averaged over the layers of counts [M, E, G].
     """
-    share = usage(counts)
+    share = expert_share_by_language(counts)
     one, other = share[..., :, None], share[..., None, :]
-    between = _entropy((one + other) / 2, axis=-3)
-    own = _entropy(share, axis=-2)
+    between = _entropy_bits((one + other) / 2, axis=-3)
+    own = _entropy_bits(share, axis=-2)
     divergence = between - (own[..., :, None] + own[..., None, :]) / 2
     distance = np.sqrt(np.maximum(divergence, 0.0)).mean(0)
     np.fill_diagonal(distance, 0.0)
     return distance
 
 
-def _entropy(share: np.ndarray, *, axis: int) -> np.ndarray:
-    return -(share * np.log2(np.maximum(share, _EMPTY))).sum(axis)
+def _entropy_bits(share: np.ndarray, *, axis: int) -> np.ndarray:
+    return -(share * np.log2(np.maximum(share, _EPSILON))).sum(axis)

@@ -17,9 +17,9 @@ from rich.text import Text
 
 from moesaic.core.units import show_count, show_seconds
 
-REFRESH_S = 0.25
-LINE_S = 10.0
-NUMBERS = (
+REFRESH_INTERVAL_S = 0.25
+LINE_INTERVAL_S = 10.0
+METRIC_LABELS = (
     ("train/lr", "lr"),
     ("train/grad_norm", "grad norm"),
     ("train/loss_balance", "balance"),
@@ -30,7 +30,7 @@ NUMBERS = (
 
 
 @dataclass(slots=True)
-class Status:
+class RunStatus:
     """What a board shows. ``values`` is the newest row of metrics, ``losses`` the names to show."""
 
     steps: int
@@ -42,16 +42,16 @@ class Status:
 
 
 @runtime_checkable
-class Board(Protocol):
+class ProgressDisplay(Protocol):
     """Told of every step; shows itself when it is time."""
 
     def open(self) -> None: ...
 
-    def tick(self, step: int) -> None:
+    def advance(self, step: int) -> None:
         """One more step is done. Costs microseconds."""
         ...
 
-    def show(self, values: Mapping[str, float], *, health: str = "") -> None:
+    def update_metrics(self, values: Mapping[str, float], *, health: str = "") -> None:
         """Take a new row of metrics and the router's health in words."""
         ...
 
@@ -62,7 +62,7 @@ class Board(Protocol):
     def close(self) -> None: ...
 
 
-class QuietBoard:
+class NotesOnlyDisplay:
     """Says only notes."""
 
     def __init__(self, console: Console) -> None:
@@ -70,9 +70,9 @@ class QuietBoard:
 
     def open(self) -> None: ...
 
-    def tick(self, step: int) -> None: ...
+    def advance(self, step: int) -> None: ...
 
-    def show(self, values: Mapping[str, float], *, health: str = "") -> None: ...
+    def update_metrics(self, values: Mapping[str, float], *, health: str = "") -> None: ...
 
     def note(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=True)
@@ -80,68 +80,68 @@ class QuietBoard:
     def close(self) -> None: ...
 
 
-class PlainBoard:
+class LineDisplay:
     """A line every ``every_s`` seconds, and one for the last row."""
 
     def __init__(
         self,
         console: Console,
         *,
-        status: Status,
-        every_s: float = LINE_S,
+        status: RunStatus,
+        every_s: float = LINE_INTERVAL_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console, self._every_s, self._clock = console, every_s, clock
-        self._pace = Pace(status, clock=clock)
-        self._due, self._said = clock(), -1
+        self._eta = EtaEstimator(status, clock=clock)
+        self._due, self._printed_step = clock(), -1
 
     def open(self) -> None: ...
 
-    def tick(self, step: int) -> None:
-        self._pace.step(step)
+    def advance(self, step: int) -> None:
+        self._eta.record_step(step)
 
-    def show(self, values: Mapping[str, float], *, health: str = "") -> None:
-        self._pace.take(values, health=health)
+    def update_metrics(self, values: Mapping[str, float], *, health: str = "") -> None:
+        self._eta.update_metrics(values, health=health)
         if self._clock() >= self._due:
-            self._say()
+            self._print_status()
             self._due = self._clock() + self._every_s
 
     def note(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=True)
 
     def close(self) -> None:
-        if self._pace.status.values and self._said != self._pace.status.step:
-            self._say()
+        if self._eta.status.values and self._printed_step != self._eta.status.step:
+            self._print_status()
 
-    def _say(self) -> None:
-        self._said = self._pace.status.step
-        self._console.print(Text(line(self._pace.now())), soft_wrap=True)
+    def _print_status(self) -> None:
+        self._printed_step = self._eta.status.step
+        self._console.print(Text(format_status_line(self._eta.current_status())), soft_wrap=True)
 
 
-class LiveBoard:
+class LiveDisplay:
     """A table that redraws itself at most four times a second, from the training thread.
 
     A slow terminal is redrawn less often, so that drawing takes one percent of the time at most.
     """
 
     def __init__(
-        self, console: Console, *, status: Status, clock: Callable[[], float] = time.monotonic
+        self, console: Console, *, status: RunStatus, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._clock = clock
-        self._pace = Pace(status, clock=clock)
+        self._eta = EtaEstimator(status, clock=clock)
         self._live = Live(console=console, auto_refresh=False, redirect_stdout=False)
         self._due = clock()
 
     def open(self) -> None:
         self._live.start()
 
-    def tick(self, step: int) -> None:
-        self._pace.step(step)
+    def advance(self, step: int) -> None:
+        self._eta.record_step(step)
         if self._clock() >= self._due:
             self._draw()
 
-    def show(self, values: Mapping[str, float], *, health: str = "") -> None:
-        self._pace.take(values, health=health)
+    def update_metrics(self, values: Mapping[str, float], *, health: str = "") -> None:
+        self._eta.update_metrics(values, health=health)
 
     def note(self, text: str) -> None:
         self._live.console.print(Text(text), soft_wrap=True)
@@ -152,29 +152,29 @@ class LiveBoard:
 
     def _draw(self) -> None:
         started = self._clock()
-        self._live.update(table(self._pace.now()), refresh=True)
+        self._live.update(render_status(self._eta.current_status()), refresh=True)
         ended = self._clock()
-        self._due = ended + max(REFRESH_S, 100 * (ended - started))
+        self._due = ended + max(REFRESH_INTERVAL_S, 100 * (ended - started))
 
 
-class Pace:
+class EtaEstimator:
     """Keeps a status and estimates the time left from the steps this process made."""
 
-    def __init__(self, status: Status, *, clock: Callable[[], float]) -> None:
+    def __init__(self, status: RunStatus, *, clock: Callable[[], float]) -> None:
         self.status = status
         self._clock = clock
         self._first: tuple[int, float] | None = None
 
-    def step(self, step: int) -> None:
+    def record_step(self, step: int) -> None:
         self.status.step = step
         if self._first is None:  # the first step warms up, so the clock starts after it
             self._first = (step, self._clock())
 
-    def take(self, values: Mapping[str, float], *, health: str) -> None:
+    def update_metrics(self, values: Mapping[str, float], *, health: str) -> None:
         self.status.values.update(values)
         self.status.health = health or self.status.health
 
-    def now(self) -> Status:
+    def current_status(self) -> RunStatus:
         """Return the status with the time left filled in."""
         if self._first is not None and self.status.step > self._first[0]:
             per_step = (self._clock() - self._first[1]) / (self.status.step - self._first[0])
@@ -182,30 +182,30 @@ class Pace:
         return self.status
 
 
-def open_board(
-    *, status: Status, quiet: bool = False, stream: TextIO | None = None
-) -> QuietBoard | PlainBoard | LiveBoard:
+def make_display(
+    *, status: RunStatus, quiet: bool = False, stream: TextIO | None = None
+) -> NotesOnlyDisplay | LineDisplay | LiveDisplay:
     """Return the board that suits the stream (standard error unless given). Call its ``open``."""
     console = Console(file=stream or sys.stderr, highlight=False)
     if quiet:
-        return QuietBoard(console)
+        return NotesOnlyDisplay(console)
     if console.is_terminal and not console.is_dumb_terminal:
-        return LiveBoard(console, status=status)
-    return PlainBoard(console, status=status)
+        return LiveDisplay(console, status=status)
+    return LineDisplay(console, status=status)
 
 
-def table(status: Status) -> RenderableType:
+def render_status(status: RunStatus) -> RenderableType:
     """Draw a status as the live table."""
     head = Table.grid(padding=(0, 2))
     head.add_row(
         ProgressBar(total=max(status.steps, 1), completed=status.step, width=32),
         f"step {status.step:,}/{status.steps:,}",
         f"{show_count(status.values.get('perf/tokens_per_s', 0.0))} tokens/s",
-        _left(status),
+        _time_left(status),
     )
     body = Table.grid(padding=(0, 2))
-    losses = Text.assemble(*_pairs(_losses(status), style="bold cyan"))
-    numbers = Text.assemble(*_pairs(_numbers(status), style="cyan"))
+    losses = Text.assemble(*_styled_cells(_loss_cells(status), style="bold cyan"))
+    numbers = Text.assemble(*_styled_cells(_metric_cells(status), style="cyan"))
     for name, cells in (("loss", losses), ("", numbers)):
         if cells.plain:
             body.add_row(Text(name, style="dim"), cells)
@@ -217,17 +217,17 @@ def table(status: Status) -> RenderableType:
     return Group(head, body)
 
 
-def line(status: Status) -> str:
+def format_status_line(status: RunStatus) -> str:
     """Say a status in one line, for logs."""
     parts = [f"step {status.step}/{status.steps}"]
-    parts += [f"{name} {value}" for name, value in _losses(status)]
+    parts += [f"{name} {value}" for name, value in _loss_cells(status)]
     if "perf/tokens_per_s" in status.values:
         parts.append(f"{show_count(status.values['perf/tokens_per_s'])} tokens/s")
-    parts += [part for part in (_left(status), status.health) if part]
+    parts += [part for part in (_time_left(status), status.health) if part]
     return " | ".join(parts)
 
 
-def _losses(status: Status) -> list[tuple[str, str]]:
+def _loss_cells(status: RunStatus) -> list[tuple[str, str]]:
     names = ("train/loss", *status.losses, "valid/loss")
     return [
         (name.removeprefix("train/loss/").removeprefix("train/"), f"{status.values[name]:.3f}")
@@ -236,13 +236,13 @@ def _losses(status: Status) -> list[tuple[str, str]]:
     ]
 
 
-def _numbers(status: Status) -> list[tuple[str, str]]:
-    return [(word, f"{status.values[name]:.3g}") for name, word in NUMBERS if name in status.values]
+def _metric_cells(status: RunStatus) -> list[tuple[str, str]]:
+    return [(word, f"{status.values[name]:.3g}") for name, word in METRIC_LABELS if name in status.values]
 
 
-def _pairs(cells: list[tuple[str, str]], *, style: str) -> list[tuple[str, str]]:
+def _styled_cells(cells: list[tuple[str, str]], *, style: str) -> list[tuple[str, str]]:
     return [part for name, value in cells for part in ((f"{name} ", "dim"), (f"{value}   ", style))]
 
 
-def _left(status: Status) -> str:
+def _time_left(status: RunStatus) -> str:
     return f"{show_seconds(status.seconds_left)} left" if status.seconds_left is not None else ""

@@ -8,66 +8,66 @@ believed at once.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from moesaic.observe.layer_counts import LayerCounts
-from moesaic.observe.signs import SIGNS, Finding, Setting, State, View
+from moesaic.observe.layer_counts import LayerUsage
+from moesaic.observe.signs import HEALTH_RULES, HealthFinding, RouterSettings, HealthState, LayerInterval
 
-HISTORY = 8
-_ORDER = tuple(State)
+HISTORY_LENGTH = 8
+_SEVERITY = tuple(HealthState)
 
 
 @dataclass(frozen=True, slots=True)
-class _Watch:
+class _RuleHistory:
     """One sign in one layer: the newest finding, and intervals in a row with or without it."""
 
-    finding: Finding
-    seen: int = 0
-    absent: int = 0
-    believed: bool = False
+    finding: HealthFinding
+    intervals_with: int = 0
+    intervals_without: int = 0
+    confirmed: bool = False
 
 
-class Doctor:
+class RouterHealthMonitor:
     """Give it the counts of every interval, in order."""
 
-    def __init__(self, setting: Setting, *, patience: int = 2) -> None:
-        self.setting = setting
+    def __init__(self, settings: RouterSettings, *, patience: int = 2) -> None:
+        self.settings = settings
         self.patience = patience
-        self._past: dict[str, tuple[float, ...]] = {}
-        self._watches: dict[tuple[str, str], _Watch] = {}
+        self._past_load_entropies: dict[str, tuple[float, ...]] = {}
+        self._histories: dict[tuple[str, str], _RuleHistory] = {}
 
-    def examine(self, layers: Sequence[LayerCounts]) -> tuple[Finding, ...]:
+    def check_interval(self, layers: Sequence[LayerUsage]) -> tuple[HealthFinding, ...]:
         """Return what is believed after this interval, worst first."""
         for layer in layers:
-            past = self._past.get(layer.layer, ())
-            for sign in SIGNS:
-                finding = sign(View(layer, self.setting, past))
+            past = self._past_load_entropies.get(layer.layer, ())
+            for sign in HEALTH_RULES:
+                finding = sign(LayerInterval(layer, self.settings, past))
                 self._update((layer.layer, sign.__name__), finding)
-            self._past[layer.layer] = (*past, layer.load_entropy)[-HISTORY:]
-        believed = [w.finding for w in self._watches.values() if w.believed]
-        return tuple(sorted(believed, key=lambda f: -_ORDER.index(f.state)))
+            self._past_load_entropies[layer.layer] = (*past, layer.load_entropy)[-HISTORY_LENGTH:]
+        believed = [w.finding for w in self._histories.values() if w.confirmed]
+        return tuple(sorted(believed, key=lambda f: -_SEVERITY.index(f.state)))
 
-    def _update(self, key: tuple[str, str], finding: Finding | None) -> None:
-        watch = self._watches.get(key)
+    def _update(self, key: tuple[str, str], finding: HealthFinding | None) -> None:
+        watch = self._histories.get(key)
         if finding is not None:
             finding = replace(finding, sign=key[1])
-            seen = watch.seen + 1 if watch else 1
+            seen = watch.intervals_with + 1 if watch else 1
             at_once = key[1] == "not_finite"
-            believed = at_once or seen >= self.patience or (watch is not None and watch.believed)
-            self._watches[key] = _Watch(finding, seen=seen, believed=believed)
+            believed = at_once or seen >= self.patience or (watch is not None and watch.confirmed)
+            self._histories[key] = _RuleHistory(finding, intervals_with=seen, confirmed=believed)
         elif watch is not None:
-            absent = watch.absent + 1
-            if absent >= self.patience or not watch.believed:
-                del self._watches[key]
+            absent = watch.intervals_without + 1
+            if absent >= self.patience or not watch.confirmed:
+                del self._histories[key]
             else:
-                self._watches[key] = replace(watch, seen=0, absent=absent)
+                self._histories[key] = replace(watch, seen=0, absent=absent)
 
 
-def state_of(findings: Sequence[Finding], *, layer: str) -> State:
+def state_of(findings: Sequence[HealthFinding], *, layer: str) -> HealthState:
     """Return a layer's worst state."""
     states = [f.state for f in findings if f.layer == layer]
-    return max(states, key=_ORDER.index, default=State.OK)
+    return max(states, key=_SEVERITY.index, default=HealthState.OK)
 
 
-def health(findings: Sequence[Finding]) -> str:
+def summarize_health(findings: Sequence[HealthFinding]) -> str:
     """Return a few words for a status line: ``healthy``, or the worst finding and how many more."""
     if not findings:
         return "healthy"
@@ -75,6 +75,6 @@ def health(findings: Sequence[Finding]) -> str:
     return f"layer {findings[0].layer} {findings[0].text}{more}"
 
 
-def report(findings: Sequence[Finding]) -> list[str]:
+def describe_findings(findings: Sequence[HealthFinding]) -> list[str]:
     """Return one sentence per finding: what, likely cause, what to try."""
     return [finding.sentence for finding in findings]

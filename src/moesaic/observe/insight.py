@@ -9,10 +9,10 @@ Letters: E experts, X values of what is known (vocabulary ids, positions).
 
 import numpy as np
 
-Counts = np.ndarray
+CountTable = np.ndarray
 
 
-def uncertainty(counts: Counts) -> float:
+def conditional_entropy(counts: CountTable) -> float:
     """Return the mean entropy of p(expert | x) of counts [E, X], as a share of ``log2 E``.
 
     Each x weighs as many edges as it has: 1 is no idea, 0 is certainty.
@@ -26,7 +26,7 @@ def uncertainty(counts: Counts) -> float:
     return float((entropy * known).sum() / known.sum() / np.log2(counts.shape[0]))
 
 
-def dealt_anew(counts: Counts, *, seed: int = 0) -> Counts:
+def shuffle_counts(counts: CountTable, *, seed: int = 0) -> CountTable:
     """Return counts [E, X] with the same sums over experts and over x, otherwise at random.
 
     As if the values of x were shuffled among the edges.
@@ -41,7 +41,7 @@ def dealt_anew(counts: Counts, *, seed: int = 0) -> Counts:
     return dealt
 
 
-def typical(counts: Counts, *, top: int = 8, enough: int = 8) -> tuple[tuple[int, ...], ...]:
+def characteristic_inputs(counts: CountTable, *, top: int = 8, min_count: int = 8) -> tuple[tuple[int, ...], ...]:
     """Return per expert the x that are most its own, of counts [E, X].
 
     Those of at least ``enough`` edges with the largest share there, against the expert's share of
@@ -51,6 +51,6 @@ def typical(counts: Counts, *, top: int = 8, enough: int = 8) -> tuple[tuple[int
     known = counts.sum(0)
     fair = counts.sum(1, keepdims=True) / max(counts.sum(), 1)
     surplus = counts - fair * known  # edges beyond those that chance would send
-    strength = np.where(known >= enough, surplus / np.sqrt(np.maximum(known, 1)), -np.inf)
+    strength = np.where(known >= min_count, surplus / np.sqrt(np.maximum(known, 1)), -np.inf)
     order = np.argsort(-strength, axis=1, kind="stable")[:, :top]
     return tuple(tuple(int(x) for x in row if strength[e, x] > 0) for e, row in enumerate(order))

@@ -11,7 +11,7 @@ import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
-class LayerCounts:
+class LayerUsage:
     """Edges of some steps.
 
     ``counts`` [E, G] reached their expert, ``dropped`` [G] did not; ``dropped_late`` of those left
@@ -27,7 +27,7 @@ class LayerCounts:
     dropped_late: int = 0
     router_entropy: float | None = None
     logit_rms: float | None = None
-    spare: int = 0
+    num_null_experts: int = 0
 
     @property
     def num_experts(self) -> int:
@@ -39,23 +39,23 @@ class LayerCounts:
         return self.counts.sum(1)
 
     @property
-    def working(self) -> np.ndarray:
+    def computing_load(self) -> np.ndarray:
         """Edges per expert that does work [E - spare]."""
-        return self.load[: self.num_experts - self.spare]
+        return self.load[: self.num_experts - self.num_null_experts]
 
     @property
-    def spare_frac(self) -> float:
+    def null_expert_frac(self) -> float:
         """The share of served edges that cost nothing."""
-        return 1 - float(self.working.sum()) / max(float(self.load.sum()), 1) if self.spare else 0.0
+        return 1 - float(self.computing_load.sum()) / max(float(self.load.sum()), 1) if self.num_null_experts else 0.0
 
     @property
     def edges(self) -> int:
         return int(self.counts.sum() + self.dropped.sum())
 
     @property
-    def fair(self) -> float:
+    def mean_load(self) -> float:
         """Edges per working expert if all were alike."""
-        return float(self.working.mean()) if self.working.size else 0.0
+        return float(self.computing_load.mean()) if self.computing_load.size else 0.0
 
     @property
     def drop_frac(self) -> float:
@@ -64,32 +64,32 @@ class LayerCounts:
     @property
     def max_vio(self) -> float:
         """``max load / mean load - 1`` (arXiv:2408.15664): 0 is balanced, E - 1 is one expert."""
-        return float(self.working.max()) / self.fair - 1 if self.fair else 0.0
+        return float(self.computing_load.max()) / self.mean_load - 1 if self.mean_load else 0.0
 
     @property
     def min_load(self) -> float:
         """The least used expert's load as a share of the mean."""
-        return float(self.working.min()) / self.fair if self.fair else 0.0
+        return float(self.computing_load.min()) / self.mean_load if self.mean_load else 0.0
 
     @property
     def dead_experts(self) -> int:
-        return int((self.working == 0).sum())
+        return int((self.computing_load == 0).sum())
 
     @property
     def effective_experts(self) -> float:
         """``exp(entropy of the load)``: E when balanced, 1 when one expert takes everything."""
-        share = self.working[self.working > 0] / max(self.working.sum(), 1)
+        share = self.computing_load[self.computing_load > 0] / max(self.computing_load.sum(), 1)
         return float(np.exp(-(share * np.log(share)).sum()))
 
     @property
     def load_entropy(self) -> float:
         """Entropy of the load as a share of its maximum: 1 is balanced."""
-        if self.working.size == 1:
+        if self.computing_load.size == 1:
             return 1.0
-        return math.log(self.effective_experts) / math.log(self.working.size) if self.fair else 0.0
+        return math.log(self.effective_experts) / math.log(self.computing_load.size) if self.mean_load else 0.0
 
 
-def summary(layers: Sequence[LayerCounts]) -> dict[str, float]:
+def summarize_load(layers: Sequence[LayerUsage]) -> dict[str, float]:
     """Return the metrics of a row: the worst layer for each, the sum for dead experts.
 
     ``moe/max_vio`` (and its ``_p50`` and ``_p95`` over the layers), ``moe/min_load``,
@@ -108,8 +108,8 @@ def summary(layers: Sequence[LayerCounts]) -> dict[str, float]:
         "moe/load_entropy": min(x.load_entropy for x in layers),
         "moe/drop_frac": max(x.drop_frac for x in layers),
     }
-    if any(x.spare for x in layers):
-        row["moe/spare_frac"] = max(x.spare_frac for x in layers)
+    if any(x.num_null_experts for x in layers):
+        row["moe/spare_frac"] = max(x.null_expert_frac for x in layers)
     entropies = [x.router_entropy for x in layers if x.router_entropy is not None]
     scales = [x.logit_rms for x in layers if x.logit_rms is not None]
     row |= {"moe/router_entropy": min(entropies)} if entropies else {}

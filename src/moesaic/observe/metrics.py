@@ -13,14 +13,14 @@ from typing import Any, Protocol, runtime_checkable
 
 from moesaic.core.errors import UserError
 
-Row = Mapping[str, float]
+MetricRow = Mapping[str, float]
 
 
 @runtime_checkable
-class Sink(Protocol):
+class MetricWriter(Protocol):
     """Takes one row per step, in order."""
 
-    def write(self, step: int, *, values: Row) -> None: ...
+    def write(self, step: int, *, values: MetricRow) -> None: ...
 
     def flush(self) -> None:
         """Return when all rows are on the medium."""
@@ -29,7 +29,7 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-class JsonlSink:
+class JsonlWriter:
     """One JSON object per line: ``{"step": 40, "train/loss": 3.2, ...}``.
 
     Values that JSON lacks are the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``. Opening
@@ -40,11 +40,11 @@ class JsonlSink:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        _cut(path, after=math.inf)
+        _truncate_rows(path, after=math.inf)
         self._stream = path.open("ab")
 
-    def write(self, step: int, *, values: Row) -> None:
-        row = {"step": step} | {name: _plain(value) for name, value in values.items()}
+    def write(self, step: int, *, values: MetricRow) -> None:
+        row = {"step": step} | {name: _to_json_number(value) for name, value in values.items()}
         self._stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
     def flush(self) -> None:
@@ -59,10 +59,10 @@ class JsonlSink:
     def truncate_after(self, step: int) -> None:
         """Forget the rows of later steps: a resumed run writes them again."""
         self.flush()
-        _cut(self.path, after=step)
+        _truncate_rows(self.path, after=step)
 
 
-class TensorBoardSink:
+class TensorBoardWriter:
     """Event files for TensorBoard. Raises UserError where it is not installed.
 
     ``purge_after`` hides what an earlier process wrote for later steps than that.
@@ -79,7 +79,7 @@ class TensorBoardSink:
         purge = None if purge_after is None else purge_after + 1
         self._writer = module.SummaryWriter(str(directory), purge_step=purge)
 
-    def write(self, step: int, *, values: Row) -> None:
+    def write(self, step: int, *, values: MetricRow) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
@@ -90,22 +90,22 @@ class TensorBoardSink:
         self._writer.close()
 
 
-class Tee:
+class MultiWriter:
     """Several sinks as one; no sinks at all is a sink that forgets."""
 
-    def __init__(self, sinks: Sequence[Sink] = ()) -> None:
-        self.sinks = tuple(sinks)
+    def __init__(self, writers: Sequence[MetricWriter] = ()) -> None:
+        self.writers = tuple(writers)
 
-    def write(self, step: int, *, values: Row) -> None:
-        for sink in self.sinks:
+    def write(self, step: int, *, values: MetricRow) -> None:
+        for sink in self.writers:
             sink.write(step, values=values)
 
     def flush(self) -> None:
-        for sink in self.sinks:
+        for sink in self.writers:
             sink.flush()
 
     def close(self) -> None:
-        for sink in self.sinks:
+        for sink in self.writers:
             sink.close()
 
 
@@ -113,17 +113,17 @@ def read_metrics(path: Path) -> Iterator[dict[str, float]]:
     """Yield the rows of a ``metrics.jsonl``, also while a run is writing it."""
     with path.open("rb") as stream:
         for line in stream:
-            row = _parsed(line)
+            row = _parse_row(line)
             if row is not None:
                 yield {name: float(v) if isinstance(v, str) else v for name, v in row.items()}
 
 
-def _cut(path: Path, *, after: float) -> None:
+def _truncate_rows(path: Path, *, after: float) -> None:
     """Drop rows of steps past ``after`` and whatever follows the last whole line."""
     end = 0
     with path.open("r+b") as stream:
         for line in stream:
-            row = _parsed(line)
+            row = _parse_row(line)
             if not line.endswith(b"\n") or (row is not None and row.get("step", 0) > after):
                 break
             end += len(line)
@@ -131,7 +131,7 @@ def _cut(path: Path, *, after: float) -> None:
         os.fsync(stream.fileno())
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _parse_row(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
     except ValueError:
@@ -139,7 +139,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def _plain(value: float) -> float | str:
+def _to_json_number(value: float) -> float | str:
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

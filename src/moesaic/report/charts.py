@@ -7,27 +7,27 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moesaic.report.html import Html, join, tag
-from moesaic.report.palette import series as colour
-from moesaic.report.scale import Scale, bounds, short, thin, ticks
+from moesaic.report.html import Html, join_html, tag
+from moesaic.report.palette import series_color as colour
+from moesaic.report.scale import AxisScale, axis_range, format_tick, thin_curve, tick_values
 
 _DASHES = (None, "5 3", "2 2")
-_MARKS = ("circle", "square", "diamond")
+_MARKER_SHAPES = ("circle", "square", "diamond")
 
 
 @dataclass(frozen=True, slots=True)
-class Series:
+class ChartSeries:
     """A curve. ``tint`` picks the house colour, ``dash`` the stroke (0 is solid)."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    tint: int = 0
+    color: int = 0
     dash: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Dot:
+class IntervalDot:
     """A value with its interval."""
 
     value: float
@@ -36,7 +36,7 @@ class Dot:
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class ChartFrame:
     """The pixels of a chart and of the margins around its plot."""
 
     width: int = 440
@@ -48,34 +48,34 @@ class Frame:
 
 
 def line_chart(
-    curves: Sequence[Series],
+    curves: Sequence[ChartSeries],
     *,
     title: str,
-    zero: bool = False,
-    frame: Frame | None = None,
-    across: str = "step",
+    from_zero: bool = False,
+    frame: ChartFrame | None = None,
+    x_label: str = "step",
 ) -> Html:
     """Draw curves over ``across``, with a legend; the page's script adds a reading at the pointer.
 
     ``zero`` begins the other axis there.
     """
-    box = frame or Frame()
-    thinned = [(c, *thin(c.x, c.y)) for c in curves]
+    box = frame or ChartFrame()
+    thinned = [(c, *thin_curve(c.x, c.y)) for c in curves]
     drawn = [item for item in thinned if item[1]]
     if not drawn:
         return figure(title, body=tag("p", "No values.", class_="gap"))
     xs = [v for _, x, _ in drawn for v in x]
-    flat = Scale(min(xs), max(xs), box.left, box.width - box.right)
-    low, high = bounds([v for _, _, y in drawn for v in y], zero=zero)
-    up = Scale(low, high, box.height - box.bottom, box.top)
+    flat = AxisScale(min(xs), max(xs), box.left, box.width - box.right)
+    low, high = axis_range([v for _, _, y in drawn for v in y], from_zero=from_zero)
+    up = AxisScale(low, high, box.height - box.bottom, box.top)
     told = [
-        {"name": c.name, "tint": colour(c.tint), "x": x, "y": [float(f"{v:.5g}") for v in y]}
+        {"name": c.name, "tint": colour(c.color), "x": x, "y": [float(f"{v:.5g}") for v in y]}
         for c, x, y in drawn
     ]
     plot = tag(
         "svg",
         tag("title", title),
-        _grid(flat, up, box, across),
+        _grid(flat, up, box, x_label),
         *(_curve(c, x, y, (flat, up)) for c, x, y in drawn),
         tag("line", class_="cursor", y1=box.top, y2=box.height - box.bottom, x1=-9, x2=-9),
         viewBox=f"0 0 {box.width} {box.height}",
@@ -83,17 +83,17 @@ def line_chart(
         role="img",
         data_curves=json.dumps(told, ensure_ascii=False),
         data_scale=json.dumps([flat.low, flat.high, flat.start, flat.end]),
-        data_across=across,
+        data_across=x_label,
     )
-    return figure(title, body=plot, legend=[(c.name, c.tint, c.dash) for c, _, _ in drawn])
+    return figure(title, body=plot, legend=[(c.name, c.color, c.dash) for c, _, _ in drawn])
 
 
-def bar_chart(rows: Sequence[tuple[str, float]], *, title: str, tint: int = 0) -> Html:
+def bar_chart(rows: Sequence[tuple[str, float]], *, title: str, color: int = 0) -> Html:
     """Draw labelled horizontal bars from zero, in the given order."""
     if not rows:
         return figure(title, body=tag("p", "No values.", class_="gap"))
     width, step, left = 440, 20, 132
-    across = Scale(0.0, max(v for _, v in rows) or 1.0, left, width - 48)
+    across = AxisScale(0.0, max(v for _, v in rows) or 1.0, left, width - 48)
     parts = []
     for i, (name, value) in enumerate(rows):
         y = i * step
@@ -106,7 +106,7 @@ def bar_chart(rows: Sequence[tuple[str, float]], *, title: str, tint: int = 0) -
                 width=max(1.0, across(value) - left),
                 height=step - 7,
                 rx=2,
-                fill=colour(tint),
+                fill=colour(color),
             ),
             tag("text", f"{value:.2f}", x=across(value) + 6, y=y + 14, class_="value"),
         ]
@@ -120,7 +120,7 @@ def bar_chart(rows: Sequence[tuple[str, float]], *, title: str, tint: int = 0) -
     return figure(title, body=body)
 
 
-def share_bar(parts: Sequence[tuple[str, float, str]], *, title: str) -> Html:
+def stacked_bar(parts: Sequence[tuple[str, float, str]], *, title: str) -> Html:
     """Draw one bar cut into shares; each part is (name, size, what to show)."""
     total = sum(size for _, size, _ in parts) or 1.0
     cuts = [
@@ -136,18 +136,18 @@ def share_bar(parts: Sequence[tuple[str, float, str]], *, title: str) -> Html:
         tag("li", tag("i", class_=f"tint{i % 5}"), name, " ", tag("b", shown))
         for i, (name, _, shown) in enumerate(parts)
     ]
-    body = join([tag("div", *cuts, class_="share"), tag("ul", *names, class_="legend")])
+    body = join_html([tag("div", *cuts, class_="share"), tag("ul", *names, class_="legend")])
     return figure(title, body=body)
 
 
 def dot_chart(
-    rows: Sequence[tuple[str, Sequence[Dot | None]]],
+    rows: Sequence[tuple[str, Sequence[IntervalDot | None]]],
     *,
     systems: Sequence[str],
     title: str,
     note: str = "line: 95 % interval",
     digits: int = 1,
-    most: float = 0.0,
+    max_value: float = 0.0,
 ) -> Html:
     """Draw per row one mark with its interval for each system; shapes differ as colours do.
 
@@ -158,22 +158,22 @@ def dot_chart(
     top, left, step = 26, 12 + round(7.4 * max((len(name) for name, _ in rows), default=0)), 32
     height = top + step * len(rows) + 6
     high = max((d.high for _, dots in rows for d in dots if d), default=1.0)
-    high = max(high, most)
-    marks = ticks(0.0, high, count=6)
-    across = Scale(0.0, max(high, marks[-1]) * 1.02, 1.5, 98.5)
+    high = max(high, max_value)
+    marks = tick_values(0.0, high, count=6)
+    across = AxisScale(0.0, max(high, marks[-1]) * 1.02, 1.5, 98.5)
     stripes = [
         tag("rect", x=0, y=top + i * step, width="100%", height=step, class_="stripe")
         for i in range(0, len(rows), 2)
     ]
-    grid = _uprights(marks, across, top=top, height=height)
+    grid = _vertical_grid(marks, across, top=top, height=height)
     between = (step - 16) / max(len(systems) - 1, 1)
     dots = [
-        _dot(
+        _interval_dot(
             dot,
             index=j,
             y=top + i * step + 8 + between * j,
             across=across,
-            label=_words(name, dot, digits=digits),
+            label=_dot_label(name, dot, digits=digits),
         )
         for i, (name, found) in enumerate(rows)
         for j, dot in enumerate(found)
@@ -194,9 +194,9 @@ def dot_chart(
         role="img",
         style=f"width:100%;{size}",
     )
-    keys = [tag("li", _legend_mark(j), name) for j, name in enumerate(systems)]
+    keys = [tag("li", _legend_marker(j), name) for j, name in enumerate(systems)]
     legend = tag("ul", *keys, tag("li", note, class_="soft"), class_="legend")
-    return figure(title, body=join([legend, tag("div", labels, plot, class_="dots")]))
+    return figure(title, body=join_html([legend, tag("div", labels, plot, class_="dots")]))
 
 
 def figure(title: str, *, body: Html, legend: Sequence[tuple[str, int, int]] = ()) -> Html:
@@ -219,19 +219,19 @@ def figure(title: str, *, body: Html, legend: Sequence[tuple[str, int, int]] = (
     return tag("figure", tag("figcaption", title), shown, body)
 
 
-def _grid(across: Scale, up: Scale, box: Frame, name: str) -> Html:
+def _grid(across: AxisScale, up: AxisScale, box: ChartFrame, name: str) -> Html:
     parts = []
-    for value in ticks(up.low, up.high, count=5):
+    for value in tick_values(up.low, up.high, count=5):
         y = up(value)
         parts.append(tag("line", x1=box.left, x2=box.width - box.right, y1=y, y2=y, class_="grid"))
         parts.append(
-            tag("text", short(value), x=box.left - 7, y=y + 4, text_anchor="end", class_="axis")
+            tag("text", format_tick(value), x=box.left - 7, y=y + 4, text_anchor="end", class_="axis")
         )
-    for value in ticks(across.low, across.high, count=5):
+    for value in tick_values(across.low, across.high, count=5):
         parts.append(
             tag(
                 "text",
-                short(value),
+                format_tick(value),
                 x=across(value),
                 y=box.height - 8,
                 text_anchor="middle",
@@ -252,51 +252,51 @@ def _grid(across: Scale, up: Scale, box: Frame, name: str) -> Html:
 
 
 def _curve(
-    curve: Series, x: Sequence[float], y: Sequence[float], scales: tuple[Scale, Scale]
+    curve: ChartSeries, x: Sequence[float], y: Sequence[float], scales: tuple[AxisScale, AxisScale]
 ) -> Html:
     across, up = scales
     points = [f"{across(a)} {up(b)}" for a, b in zip(x, y, strict=True)]
     if len(points) == 1:
-        return tag("circle", cx=across(x[0]), cy=up(y[0]), r=3, fill=colour(curve.tint))
+        return tag("circle", cx=across(x[0]), cy=up(y[0]), r=3, fill=colour(curve.color))
     return tag(
         "path",
         d="M" + "L".join(points),
-        stroke=colour(curve.tint),
+        stroke=colour(curve.color),
         stroke_dasharray=_DASHES[curve.dash % 3],
         class_="curve",
     )
 
 
-def _dot(dot: Dot, *, index: int, y: float, across: Scale, label: str) -> Html:
+def _interval_dot(dot: IntervalDot, *, index: int, y: float, across: AxisScale, label: str) -> Html:
     ends = {"x1": f"{across(dot.low)}%", "x2": f"{across(dot.high)}%", "y1": y, "y2": y}
     return tag(
         "g",
         tag("title", label),
         tag("line", **ends, stroke=colour(index), class_="span"),
-        tag("svg", _mark(index), x=f"{across(dot.value)}%", y=y, class_="spot"),
+        tag("svg", _marker(index), x=f"{across(dot.value)}%", y=y, class_="spot"),
     )
 
 
-def _uprights(marks: Sequence[float], across: Scale, *, top: float, height: float) -> list[Html]:
+def _vertical_grid(marks: Sequence[float], across: AxisScale, *, top: float, height: float) -> list[Html]:
     lines = [
         tag("line", x1=x, x2=x, y1=top - 4, y2=height - 6, class_="grid")
         for x in (f"{across(value)}%" for value in marks)
     ]
     numbers = [
-        tag("text", short(v), x=f"{across(v)}%", y=14, text_anchor="middle", class_="axis")
+        tag("text", format_tick(v), x=f"{across(v)}%", y=14, text_anchor="middle", class_="axis")
         for v in marks
     ]
     return lines + numbers
 
 
-def _words(name: str, dot: Dot, *, digits: int) -> str:
+def _dot_label(name: str, dot: IntervalDot, *, digits: int) -> str:
     interval = f" ({dot.low:.{digits}f} to {dot.high:.{digits}f})" if dot.high > dot.low else ""
     return f"{name}: {dot.value:.{digits}f}{interval}"
 
 
-def _mark(index: int) -> Html:
+def _marker(index: int) -> Html:
     """A mark around the origin."""
-    shape, tint = _MARKS[index % 3], colour(index)
+    shape, tint = _MARKER_SHAPES[index % 3], colour(index)
     if shape == "circle":
         return tag("circle", r=4.4, fill=tint, class_="mark")
     turn = "rotate(45)" if shape == "diamond" else None
@@ -305,5 +305,5 @@ def _mark(index: int) -> Html:
     )
 
 
-def _legend_mark(index: int) -> Html:
-    return tag("svg", _mark(index), viewBox="-9 -6 18 12", class_="key", aria_hidden="true")
+def _legend_marker(index: int) -> Html:
+    return tag("svg", _marker(index), viewBox="-9 -6 18 12", class_="key", aria_hidden="true")

@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
-class Leaf:
+class ClusterLeaf:
     """One item of the distance matrix."""
 
     index: int
@@ -24,24 +24,24 @@ class Leaf:
 
 
 @dataclass(frozen=True, slots=True)
-class Join:
+class ClusterNode:
     """Two trees that meet at a distance. ``leaves`` is the order in which a picture shows them."""
 
-    left: "Tree"
-    right: "Tree"
+    left: "ClusterTree"
+    right: "ClusterTree"
     height: float
     leaves: tuple[int, ...]
 
 
-Tree = Leaf | Join
+ClusterTree = ClusterLeaf | ClusterNode
 
 
-def cluster(distance: np.ndarray) -> Tree:
+def average_linkage(distance: np.ndarray) -> ClusterTree:
     """Join the nearest two trees until one is left; ties go to the earlier items. O(G^3).
 
     ``distance`` is [G, G], symmetric, G >= 1.
     """
-    trees: list[Tree] = [Leaf(i) for i in range(len(distance))]
+    trees: list[ClusterTree] = [ClusterLeaf(i) for i in range(len(distance))]
     between = np.array(distance, dtype=np.float64)
     np.fill_diagonal(between, np.inf)
     while len(trees) > 1:
@@ -49,7 +49,7 @@ def cluster(distance: np.ndarray) -> Tree:
         height = float(between[a, b])
         sizes = len(trees[a].leaves), len(trees[b].leaves)
         merged = (between[a] * sizes[0] + between[b] * sizes[1]) / sum(sizes)
-        joined = _join(trees[a], trees[b], height=height)
+        joined = _merge_clusters(trees[a], trees[b], height=height)
         between[a], between[:, a] = merged, merged
         between[a, a] = np.inf
         between = np.delete(np.delete(between, b, axis=0), b, axis=1)
@@ -58,7 +58,7 @@ def cluster(distance: np.ndarray) -> Tree:
     return trees[0]
 
 
-def _join(one: Tree, other: Tree, *, height: float) -> Join:
+def _merge_clusters(one: ClusterTree, other: ClusterTree, *, height: float) -> ClusterNode:
     """Put the tree that holds the earliest item first, so that pictures of runs look alike."""
     left, right = (one, other) if min(one.leaves) < min(other.leaves) else (other, one)
-    return Join(left, right, height, left.leaves + right.leaves)
+    return ClusterNode(left, right, height, left.leaves + right.leaves)

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moesaic.report.cluster import Join, Tree
+from moesaic.report.cluster import ClusterNode, ClusterTree
 from moesaic.report.html import Html, tag
-from moesaic.report.scale import Scale
+from moesaic.report.scale import AxisScale
 
 SHADES = 6  # steps of each colour
-ROW = 24
-_REACHES = (0.5, 1, 2, 3)  # doublings at the strongest shade: chosen to suit what is shown
+ROW_HEIGHT = 24
+_LOG2_RATIO_CHOICES = (0.5, 1, 2, 3)  # doublings at the strongest shade: chosen to suit what is shown
 
 
 @dataclass(frozen=True, slots=True)
-class HeatMap:
+class ExpertHeatMap:
     """``share`` [E, G] is p(expert | language); languages are shown in the order ``rows``.
 
     The strongest shade is at ``reach`` doublings of the fair share; ``cell`` is a cell's width.
@@ -32,7 +32,7 @@ class HeatMap:
     share: np.ndarray
     rows: Sequence[int]
     names: Sequence[str]
-    reach: float = 3.0
+    max_log2_ratio: float = 3.0
     cell: int = 24
 
     def shades(self) -> np.ndarray:
@@ -40,9 +40,9 @@ class HeatMap:
         fair = 1 / self.share.shape[0]
         with np.errstate(divide="ignore"):
             doublings = np.log2(self.share / fair)
-        return np.rint(np.clip(doublings / self.reach, -1, 1) * SHADES).astype(int)
+        return np.rint(np.clip(doublings / self.max_log2_ratio, -1, 1) * SHADES).astype(int)
 
-    def draw(self) -> Html:
+    def render(self) -> Html:
         """Draw rows of ``ROW`` pixels under a row of expert numbers."""
         experts = self.share.shape[0]
         cell = self.cell
@@ -51,7 +51,7 @@ class HeatMap:
         paths = []
         for shade in [s for s in range(-SHADES, SHADES + 1) if s]:
             spots = [
-                f"M{e * cell} {(i + 1) * ROW}h{cell - 1}v{ROW - 1}h-{cell - 1}z"
+                f"M{e * cell} {(i + 1) * ROW_HEIGHT}h{cell - 1}v{ROW_HEIGHT - 1}h-{cell - 1}z"
                 for i, g in enumerate(self.rows)
                 for e in range(experts)
                 if shades[e, g] == shade
@@ -64,8 +64,8 @@ class HeatMap:
             tag("text", e, x=e * cell + cell / 2, y=15, text_anchor="middle", class_="axis")
             for e in range(0, experts, every)
         ]
-        width, height = experts * cell, (len(self.rows) + 1) * ROW
-        ground = tag("rect", x=0, y=ROW, width=width, height=height - ROW, class_="ground")
+        width, height = experts * cell, (len(self.rows) + 1) * ROW_HEIGHT
+        ground = tag("rect", x=0, y=ROW_HEIGHT, width=width, height=height - ROW_HEIGHT, class_="ground")
         told = [[round(1000 * float(self.share[e, g])) for e in range(experts)] for g in self.rows]
         return tag(
             "svg",
@@ -79,22 +79,22 @@ class HeatMap:
             class_="heat",
             role="img",
             data_cell=cell,
-            data_row=ROW,
+            data_row=ROW_HEIGHT,
             data_share=str(told).replace(" ", ""),
         )
 
 
-def reach_of(shares: Sequence[np.ndarray]) -> float:
+def choose_max_log2_ratio(shares: Sequence[np.ndarray]) -> float:
     """Return the reach that shows nearly all of some maps [E, G] without running out of shades."""
     with np.errstate(divide="ignore"):
         sizes = [np.abs(np.log2(share * share.shape[0])).ravel() for share in shares]
     wanted = float(np.quantile(np.minimum(np.concatenate(sizes), 9.0), 0.95))
-    return next((reach for reach in _REACHES if reach >= wanted), _REACHES[-1])
+    return next((reach for reach in _LOG2_RATIO_CHOICES if reach >= wanted), _LOG2_RATIO_CHOICES[-1])
 
 
-def legend(reach: float) -> Html:
+def heat_map_legend(max_log2_ratio: float) -> Html:
     """Draw the shades with what they mean."""
-    cell, most = 22, 2**reach
+    cell, most = 22, 2**max_log2_ratio
     parts = []
     for i, shade in enumerate(range(-SHADES, SHADES + 1)):
         kind = "more" if shade > 0 else "less" if shade < 0 else "ground"
@@ -131,15 +131,15 @@ def legend(reach: float) -> Html:
     )
 
 
-def dendrogram(tree: Tree, *, names: Sequence[str], width: int = 110) -> Html:
+def dendrogram(tree: ClusterTree, *, names: Sequence[str], width: int = 110) -> Html:
     """Draw the tree with its root to the left and a language per row, level with a heat map's."""
     order = tree.leaves
-    across = Scale(tree.height or 1.0, 0.0, 6, width)
+    across = AxisScale(tree.height or 1.0, 0.0, 6, width)
     lines: list[str] = []
 
-    def place(node: Tree) -> float:
-        if not isinstance(node, Join):
-            return (order.index(node.index) + 1.5) * ROW
+    def place(node: ClusterTree) -> float:
+        if not isinstance(node, ClusterNode):
+            return (order.index(node.index) + 1.5) * ROW_HEIGHT
         ends = [(child.height, place(child)) for child in (node.left, node.right)]
         x = across(node.height)
         lines.append("".join(f"M{across(h)} {y}H{x}" for h, y in ends) + f"V{ends[0][1]}")
@@ -148,10 +148,10 @@ def dendrogram(tree: Tree, *, names: Sequence[str], width: int = 110) -> Html:
     place(tree)
     label = 8 + round(7.2 * max(len(names[g]) for g in order))
     texts = [
-        tag("text", names[g], x=width + 8, y=(i + 1.5) * ROW + 4, class_="name")
+        tag("text", names[g], x=width + 8, y=(i + 1.5) * ROW_HEIGHT + 4, class_="name")
         for i, g in enumerate(order)
     ]
-    height = (len(order) + 1) * ROW
+    height = (len(order) + 1) * ROW_HEIGHT
     return tag(
         "svg",
         tag("title", "Languages grouped by how alike their routing is"),

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-_VOID = frozenset(("br", "hr", "img", "input", "meta", "link", "line", "rect", "circle", "path"))
+_VOID_ELEMENTS = frozenset(("br", "hr", "img", "input", "meta", "link", "line", "rect", "circle", "path"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,31 +19,31 @@ class Html:
         return self.text
 
 
-Child = Html | str | float | int | None
+HtmlChild = Html | str | float | int | None
 
 
-def tag(name: str, /, *children: Child, **attributes: str | float | int | None) -> Html:
+def tag(name: str, /, *children: HtmlChild, **attributes: str | float | int | None) -> Html:
     """Return an element. Strings are escaped; None children and attributes are left out.
 
     Attribute names are written with ``_`` for ``-``; a trailing ``_`` frees a Python word
     (``class_``).
     """
     shown = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(_number(value), quote=True)}"'
+        f' {key.rstrip("_").replace("_", "-")}="{html.escape(_format_number(value), quote=True)}"'
         for key, value in attributes.items()
         if value is not None
     )
-    inside = join(children).text
-    if name in _VOID and not inside:
+    inside = join_html(children).text
+    if name in _VOID_ELEMENTS and not inside:
         return Html(f"<{name}{shown}/>")
     return Html(f"<{name}{shown}>{inside}</{name}>")
 
 
-def join(children: Iterable[Child]) -> Html:
+def join_html(children: Iterable[HtmlChild]) -> Html:
     """Concatenate pieces, escaping those that are text."""
     return Html(
         "".join(
-            child.text if isinstance(child, Html) else html.escape(_number(child), quote=False)
+            child.text if isinstance(child, Html) else html.escape(_format_number(child), quote=False)
             for child in children
             if child is not None
         )
@@ -58,7 +58,7 @@ def data(value: Any, *, id_: str) -> Html:
     return Html(f'<script type="application/json" id="{html.escape(id_)}">{text}</script>')
 
 
-def table(head: Iterable[Child], *, rows: Iterable[Iterable[Child]], caption: str) -> Html:
+def html_table(head: Iterable[HtmlChild], *, rows: Iterable[Iterable[HtmlChild]], caption: str) -> Html:
     """Return a table; the first cell of a row is its header."""
     body = []
     for row in rows:
@@ -79,7 +79,7 @@ def table(head: Iterable[Child], *, rows: Iterable[Iterable[Child]], caption: st
     )
 
 
-def _number(value: str | float | int) -> str:
+def _format_number(value: str | float | int) -> str:
     if isinstance(value, float):
         return f"{value:.2f}".rstrip("0").rstrip(".") if value == value else ""
     return str(value)

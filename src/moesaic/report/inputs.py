@@ -16,15 +16,15 @@ from moesaic.core.files import read_json
 from moesaic.data.languages import resolve_language
 from moesaic.moe.agreement import Agreement, compare
 from moesaic.observe.metrics import read_metrics
-from moesaic.observe.usage import Usage, read_usage
-from moesaic.report.charts import Series
+from moesaic.observe.usage import RecordedUsage, read_usage
+from moesaic.report.charts import ChartSeries
 
 T = TypeVar("T")
-_LANGUAGE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}(_\w+)?")
+_LANGUAGE_CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}(_\w+)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
+class ReportInputs:
     """The files of a run. ``gaps`` has one sentence per file that could not be read, by name.
 
     ``learning`` says per step how alike held-out text was routed then and at the last one.
@@ -33,42 +33,42 @@ class Inputs:
     name: str
     config: dict[str, Any] = field(default_factory=dict)
     config_text: str = ""
-    metrics: dict[str, Series] = field(default_factory=dict)
+    metrics: dict[str, ChartSeries] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
-    usage: Usage | None = None
+    usage: RecordedUsage | None = None
     insight: dict[str, Any] = field(default_factory=dict)
-    learning: tuple[tuple[int, Agreement], ...] = ()
-    quality: dict[str, Any] = field(default_factory=dict)
+    agreement_by_step: tuple[tuple[int, Agreement], ...] = ()
+    quality_curve: dict[str, Any] = field(default_factory=dict)
     gaps: dict[str, str] = field(default_factory=dict)
 
-    def curve(self, name: str, *, label: str = "", tint: int = 0, dash: int = 0) -> Series | None:
+    def curve(self, name: str, *, label: str = "", color: int = 0, dash: int = 0) -> ChartSeries | None:
         """Return one metric as a curve, or None if it was never written."""
         found = self.metrics.get(name)
-        return Series(label or name, found.x, found.y, tint, dash) if found else None
+        return ChartSeries(label or name, found.x, found.y, color, dash) if found else None
 
-    def split(self, prefix: str) -> tuple[list[str], list[str]]:
+    def tasks_and_languages(self, prefix: str) -> tuple[list[str], list[str]]:
         """Return the tasks and the languages that have metrics ``prefix/...``."""
         ends = [n.removeprefix(prefix) for n in self.metrics if n.startswith(prefix)]
-        languages = [end for end in ends if _LANGUAGE.fullmatch(end)]
+        languages = [end for end in ends if _LANGUAGE_CODE.fullmatch(end)]
         return [end for end in ends if end not in languages], languages
 
 
-def read_inputs(run: RunDir) -> Inputs:
+def read_report_inputs(run: RunDir) -> ReportInputs:
     """Read what is there. A missing or damaged file becomes a gap, never an exception."""
     gaps: dict[str, str] = {}
-    text = _try(run.config, _text, "", gaps)
-    config = _try(run.config, lambda _: _mapping(yaml.safe_load(text)), {}, gaps)
+    text = _read_or_gap(run.config, _read_text, "", gaps)
+    config = _read_or_gap(run.config, lambda _: _require_mapping(yaml.safe_load(text)), {}, gaps)
     name = str(config.get("name") or run.path.resolve().name)
-    return Inputs(
+    return ReportInputs(
         name=name,
         config=config,
         config_text=text,
-        metrics=_try(run.metrics, _curves, {}, gaps),
-        summary=_try(run.summary, lambda path: _mapping(read_json(path)), {}, gaps),
-        usage=_try(_usage_file(run), _usage, None, gaps),
-        insight=_try(run.insight, _insight, {}, gaps),
-        learning=_learning(run.learning, gaps),
-        quality=_try(run.curve, lambda path: _mapping(read_json(path)), {}, {}),
+        metrics=_read_or_gap(run.metrics, _read_curves, {}, gaps),
+        summary=_read_or_gap(run.summary, lambda path: _require_mapping(read_json(path)), {}, gaps),
+        usage=_read_or_gap(_usage_file(run), _read_usage, None, gaps),
+        insight=_read_or_gap(run.insight, _read_insight, {}, gaps),
+        agreement_by_step=_read_agreement(run.learning, gaps),
+        quality_curve=_read_or_gap(run.curve, lambda path: _require_mapping(read_json(path)), {}, {}),
         gaps=gaps,
     )
 
@@ -81,7 +81,7 @@ def language_name(code: str) -> str:
         return code
 
 
-def _try(path: Path, read: Callable[[Path], T], empty: T, gaps: dict[str, str]) -> T:
+def _read_or_gap(path: Path, read: Callable[[Path], T], empty: T, gaps: dict[str, str]) -> T:
     if not path.is_file():
         gaps[path.name] = f"There is no {path.name} yet."
         return empty
@@ -92,11 +92,11 @@ def _try(path: Path, read: Callable[[Path], T], empty: T, gaps: dict[str, str]) 
         return empty
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _mapping(value: object) -> dict[str, Any]:
+def _require_mapping(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"expected a mapping, found {type(value).__name__}")
     return value
@@ -108,13 +108,13 @@ def _usage_file(run: RunDir) -> Path:
     return old if old.is_file() and not run.usage.is_file() else run.usage
 
 
-def _usage(path: Path) -> Usage | None:
+def _read_usage(path: Path) -> RecordedUsage | None:
     found = read_usage(path)
     return found if any(layer.edges for layer in found.layers) else None
 
 
-def _insight(path: Path) -> dict[str, Any]:
-    found = _mapping(read_json(path))
+def _read_insight(path: Path) -> dict[str, Any]:
+    found = _require_mapping(read_json(path))
     if found["format"] != 1:
         raise ValueError(f"format {found['format']}, expected 1")
     wanted = {"experts", "spare", "uncertainty", "typical", "positions"}
@@ -124,7 +124,7 @@ def _insight(path: Path) -> dict[str, Any]:
     return found
 
 
-def _learning(folder: Path, gaps: dict[str, str]) -> tuple[tuple[int, Agreement], ...]:
+def _read_agreement(folder: Path, gaps: dict[str, str]) -> tuple[tuple[int, Agreement], ...]:
     files = sorted(folder.glob("step-*.routes"))
     if not files:
         return ()
@@ -137,7 +137,7 @@ def _learning(folder: Path, gaps: dict[str, str]) -> tuple[tuple[int, Agreement]
         return ()
 
 
-def _curves(path: Path) -> dict[str, Series]:
+def _read_curves(path: Path) -> dict[str, ChartSeries]:
     points: dict[str, tuple[list[float], list[float]]] = {}
     for row in read_metrics(path):
         step = row.get("step")
@@ -146,9 +146,9 @@ def _curves(path: Path) -> dict[str, Series]:
                 xs, ys = points.setdefault(name, ([], []))
                 xs.append(float(step))
                 ys.append(float(value))
-    return {name: Series(name, xs, ys) for name, (xs, ys) in points.items()}
+    return {name: ChartSeries(name, xs, ys) for name, (xs, ys) in points.items()}
 
 
-def plain(value: object) -> str:
+def to_text(value: object) -> str:
     """Return any JSON value as one line of text."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

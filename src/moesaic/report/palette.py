@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Colour:
+class PaletteColor:
     """A house colour on a light and on a dark ground, and what it usually stands for."""
 
     name: str
@@ -17,15 +17,15 @@ class Colour:
     use: str
 
 
-HOUSE = (
-    Colour("blue", "#0072b2", "#56b4e9", "the model; experts used more than their fair share"),
-    Colour("orange", "#c77700", "#e9a23b", "copying the source"),
-    Colour("green", "#00805d", "#3cc79b", "the translation memory"),
-    Colour("red", "#c24e00", "#f0855a", "warnings; experts used less than their fair share"),
-    Colour("purple", "#a8518a", "#d996c0", "a further series"),
+PALETTE = (
+    PaletteColor("blue", "#0072b2", "#56b4e9", "the model; experts used more than their fair share"),
+    PaletteColor("orange", "#c77700", "#e9a23b", "copying the source"),
+    PaletteColor("green", "#00805d", "#3cc79b", "the translation memory"),
+    PaletteColor("red", "#c24e00", "#f0855a", "warnings; experts used less than their fair share"),
+    PaletteColor("purple", "#a8518a", "#d996c0", "a further series"),
 )
 
-_GROUND = {
+_BACKGROUND_COLORS = {
     "page": ("#f5f6f8", "#101418"),
     "card": ("#ffffff", "#181d23"),
     "ink": ("#17202a", "#e6eaee"),
@@ -38,19 +38,19 @@ _GROUND = {
 
 def css_variables() -> str:
     """Return ``:root`` rules that define every colour as a variable, light first, then dark."""
-    light = {name: pair[0] for name, pair in _GROUND.items()} | {c.name: c.light for c in HOUSE}
-    dark = {name: pair[1] for name, pair in _GROUND.items()} | {c.name: c.dark for c in HOUSE}
+    light = {name: pair[0] for name, pair in _BACKGROUND_COLORS.items()} | {c.name: c.light for c in PALETTE}
+    dark = {name: pair[1] for name, pair in _BACKGROUND_COLORS.items()} | {c.name: c.dark for c in PALETTE}
     return (
-        f":root{{color-scheme:light dark;{_rules(light)}}}\n"
-        f"@media (prefers-color-scheme:dark){{:root{{{_rules(dark)}}}}}\n"
-        f"@media print{{:root{{color-scheme:light;{_rules(light)}}}}}\n"
+        f":root{{color-scheme:light dark;{_css_rules(light)}}}\n"
+        f"@media (prefers-color-scheme:dark){{:root{{{_css_rules(dark)}}}}}\n"
+        f"@media print{{:root{{color-scheme:light;{_css_rules(light)}}}}}\n"
     )
 
 
-def series(index: int) -> str:
+def series_color(index: int) -> str:
     """Return the CSS colour of the n-th series; they repeat after five."""
-    return f"var(--{HOUSE[index % len(HOUSE)].name})"
+    return f"var(--{PALETTE[index % len(PALETTE)].name})"
 
 
-def _rules(values: dict[str, str]) -> str:
+def _css_rules(values: dict[str, str]) -> str:
     return "".join(f"--{name}:{value};" for name, value in values.items())

@@ -24,10 +24,10 @@ from moesaic.checkpoint.rundir import RunDir
 from moesaic.core.errors import CheckpointError
 from moesaic.core.files import read_json, write_json
 from moesaic.data.corpus import Corpus
-from moesaic.evaluate.baselines import MemorySystem, copy_source
-from moesaic.evaluate.bootstrap import Score
-from moesaic.evaluate.harness import Settings, evaluate
-from moesaic.evaluate.summary import Summary
+from moesaic.evaluate.baselines import TranslationMemorySystem, copy_source
+from moesaic.evaluate.bootstrap import ScoreInterval
+from moesaic.evaluate.harness import EvaluationSettings, evaluate
+from moesaic.evaluate.summary import EvaluationSummary
 from moesaic.evaluate.testset import TestSet
 from moesaic.observe.metrics import read_metrics
 from moesaic.serve.score import train_pairs
@@ -55,10 +55,10 @@ def learning_curve(
     kept = sorted(checkpoints(run.checkpoints))
     if not kept:
         raise CheckpointError(f"{run.checkpoints}: no checkpoint to score; training writes them")
-    settings = Settings(samples=0)
+    settings = EvaluationSettings(samples=0)
     curve = _known(run, tests=tests, limit=limit)
     if not curve["baselines"]:
-        memory = MemorySystem(partial(train_pairs, corpus))
+        memory = TranslationMemorySystem(partial(train_pairs, corpus))
         found = evaluate({"copy": copy_source, "memory": memory}, tests=tests, settings=settings)
         curve["baselines"] = {name: _score(scores["chrf"]) for name, scores in found.mean.items()}
     for checkpoint in kept:
@@ -102,7 +102,7 @@ def _weights(manifest: Manifest) -> str:
     return sha256("".join(e.sha256 for e in manifest.files.values()).encode()).hexdigest()
 
 
-def _point(found: Summary, *, step: int, tokens: float | None) -> Curve:
+def _point(found: EvaluationSummary, *, step: int, tokens: float | None) -> Curve:
     by_language = {
         key: round(result.systems["model"].scores["chrf"].score, 2)
         for key, result in found.languages.items()
@@ -118,5 +118,5 @@ def _tokens(run: RunDir, step: int) -> float | None:
     return before[-1] if before else None
 
 
-def _score(score: Score) -> dict[str, float]:
+def _score(score: ScoreInterval) -> dict[str, float]:
     return {name: round(value, 2) for name, value in asdict(score).items()}

@@ -6,7 +6,7 @@ token and what came before it alone.
 
 from collections.abc import Iterator, Sequence
 
-from moesaic.evaluate.experts import read_routes
+from moesaic.evaluate.experts import record_routes
 from moesaic.moe.routes import LayerRoutes
 from moesaic.serve.translator import Translator
 
@@ -26,4 +26,4 @@ def translation_routes(
     for start in range(0, len(pairs), CHUNK):
         sources, targets = zip(*pairs[start : start + CHUNK], strict=True)
         batch = translator.batch(sources, targets=targets, source=source, target=target)
-        yield read_routes(translator.model, batch)
+        yield record_routes(translator.model, batch)

@@ -12,19 +12,19 @@ from moesaic.checkpoint.routes import RoutesWriter
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.core.files import write_json
 from moesaic.data.corpus import Corpus
-from moesaic.evaluate.baselines import MemorySystem, copy_source
-from moesaic.evaluate.experts import expert_usage
-from moesaic.evaluate.harness import Settings, Translate, evaluate, traced
-from moesaic.evaluate.insight import Insight
-from moesaic.evaluate.summary import LanguageResult, Sample, Summary
+from moesaic.evaluate.baselines import TranslationMemorySystem, copy_source
+from moesaic.evaluate.experts import count_expert_usage
+from moesaic.evaluate.harness import EvaluationSettings, TranslationSystem, evaluate, add_expert_traces
+from moesaic.evaluate.insight import RoutingAnalysis
+from moesaic.evaluate.summary import TestSetResult, SampleTranslation, EvaluationSummary
 from moesaic.evaluate.testset import TestSet
 from moesaic.model.search import Greedy, Search
 from moesaic.moe.routes import LayerRoutes
-from moesaic.observe.usage import UsageCounts
+from moesaic.observe.usage import UsageCounter
 from moesaic.serve.routes import translation_routes
 from moesaic.serve.translator import Translator
 
-Done = Callable[[TestSet, LanguageResult], None]
+Done = Callable[[TestSet, TestSetResult], None]
 Routes = tuple[LayerRoutes, ...]
 
 
@@ -34,9 +34,9 @@ def score_run(
     tests: Sequence[TestSet],
     corpus: Corpus | None = None,
     search: Search | None = None,
-    settings: Settings | None = None,
+    settings: EvaluationSettings | None = None,
     done: Done = lambda *_: None,
-) -> Summary:
+) -> EvaluationSummary:
     """Translate ``tests`` with a run and score it beside copying and a translation memory.
 
     The memory holds the train rows of ``corpus``; without one it is left out. Writes nothing: see
@@ -44,14 +44,14 @@ def score_run(
     """
     began = time.monotonic()
     translator = Translator.open(path)
-    model: Translate = partial(translator.texts, search=search or Greedy())
-    systems: dict[str, Translate] = {"model": model, "copy": copy_source}
+    model: TranslationSystem = partial(translator.texts, search=search or Greedy())
+    systems: dict[str, TranslationSystem] = {"model": model, "copy": copy_source}
     if corpus is not None:
-        systems["memory"] = MemorySystem(partial(train_pairs, corpus))
-    summary = evaluate(systems, tests=tests, settings=settings, done=done)
-    summary = traced(summary, trace=partial(_experts, translator))
+        systems["memory"] = TranslationMemorySystem(partial(train_pairs, corpus))
+    summary = evaluate(systems, tests=tests, settings=settings, on_result=done)
+    summary = add_expert_traces(summary, trace=partial(_experts, translator))
     summary = replace(summary, notes=(*summary.notes, *_cut(translator, tests)))
-    return summary.add(
+    return summary.with_run_facts(
         run=Path(path).name,
         counts={"sentences": sum(len(test) for test in tests)},
         seconds={"evaluate": time.monotonic() - began},
@@ -60,14 +60,14 @@ def score_run(
 
 def count_experts(
     path: Path | str, *, tests: Sequence[TestSet], routes: Path | None = None
-) -> UsageCounts:
+) -> UsageCounter:
     """Count which experts read and write the test sentences, by target language.
 
     Writes the run's ``usage.json`` and ``insight.json``, and every edge to ``routes`` if given.
     Returns the counts.
     """
     run, translator = RunDir(Path(path)), Translator.open(path)
-    insight = Insight()
+    insight = RoutingAnalysis()
 
     def studied() -> Iterator[Routes]:
         for found in _routes(translator, tests):
@@ -75,10 +75,10 @@ def count_experts(
             yield found
 
     with _recording(routes, translator=translator, tests=tests) as record:
-        counts = expert_usage(map(record, studied()), languages=translator.languages)
+        counts = count_expert_usage(map(record, studied()), languages=translator.languages)
     counts.write(run.usage)
     if counts.layers():
-        write_json(run.insight, insight.plain(show=translator.shown))
+        write_json(run.insight, insight.to_dict(show=translator.shown))
     return counts
 
 
@@ -137,7 +137,7 @@ def train_pairs(corpus: Corpus, source: str, target: str) -> Iterator[tuple[str,
         yield pair.source, pair.target
 
 
-def _experts(translator: Translator, test: TestSet, sample: Sample) -> dict[str, Any]:
+def _experts(translator: Translator, test: TestSet, sample: SampleTranslation) -> dict[str, Any]:
     trace = translator.experts(
         sample.source,
         translation=sample.outputs["model"],

@@ -12,7 +12,7 @@ import yaml
 
 from moesaic.checkpoint.load import read_weights
 from moesaic.checkpoint.rundir import RunDir
-from moesaic.core.errors import CheckpointError, DataError, nearest
+from moesaic.core.errors import CheckpointError, DataError, did_you_mean
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import PAD, Batch
 from moesaic.data.languages import resolve_language
@@ -92,7 +92,7 @@ class Translator:
         config = _config(run)
         if not isinstance(config.get("model"), dict):
             raise CheckpointError(f"{run.config}: it has no model; is it the config of a run?")
-        model = ModelConfig.from_plain(config["model"]).build()
+        model = ModelConfig.from_dict(config["model"]).build()
         _load(model, read_weights(weights, device=device), where=weights)
         loader = config.get("loader")
         known = loader if isinstance(loader, dict) else {}
@@ -198,7 +198,7 @@ class Translator:
         if code not in self.languages:
             raise DataError(
                 f'this model does not know "{name}" ({code}): it has '
-                f"{', '.join(self.languages)}{nearest(code, self.languages)}"
+                f"{', '.join(self.languages)}{did_you_mean(code, self.languages)}"
             )
         return code
 

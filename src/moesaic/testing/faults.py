@@ -26,7 +26,7 @@ import torch.distributed as distributed
 
 from moesaic.checkpoint.disk import Disk
 from moesaic.core.errors import UserError
-from moesaic.core.files import write_whole
+from moesaic.core.files import atomic_write
 from moesaic.dist import world as collectives
 from moesaic.dist.verdict import LostRankError, HangReport
 from moesaic.testing.kills import compare_run_dirs
@@ -187,7 +187,7 @@ def run_job(run: Run, out: Path, *, world_size: int, fault: Fault | None = None)
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30)
     )
     try:
-        write_whole(job.port, str(store.port))
+        atomic_write(job.port, str(store.port))
         if fault is not None and fault.point == "any":
             job.signal_rank(ranks[fault.rank])
         job.wait(ranks)

@@ -52,10 +52,10 @@ class RandomCase:
     @property
     def summary(self) -> dict[str, Any]:
         """What tells this case from others, as plain data."""
-        model = self.run.model.plain()
+        model = self.run.model.to_dict()
         return {
             "ranks": self.world_size,
-            "plan": self.parallel.plain(),
+            "plan": self.parallel.to_dict(),
             "rows": self.shape.rows,
             "length": self.shape.length,
             "model": model,

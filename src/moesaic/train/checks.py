@@ -67,7 +67,7 @@ def lengths_fit_the_positions(run: Run) -> Iterator[str]:
     if not isinstance(run.model.position, LearnedPositions):
         return
     for side in ("max_source", "max_target"):
-        longest, room = run.loader.plain()[side], run.model.position.max_length
+        longest, room = run.loader.to_dict()[side], run.model.position.max_length
         if isinstance(longest, int) and longest > room:
             yield (
                 f"loader.{side}={longest} is longer than the table model.position.max={room}: "

@@ -4,7 +4,7 @@ from moesaic.checkpoint.card import DataSource, ModelCard
 from moesaic.checkpoint.load import load
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.checkpoint.tensors import write_tensors
-from moesaic.core.files import write_whole
+from moesaic.core.files import atomic_write
 from moesaic.core.units import show_count
 from moesaic.data.languages import resolve_language
 from moesaic.model.count import count_parameters
@@ -19,7 +19,7 @@ def export(trainer: Trainer, *, folder: RunDir, tokens: float) -> None:
     if not trainer.spread.whole:  # the run has just ended, and saved what no rank holds alone
         weights = load(folder.checkpoints, only=("model",)).files["model"]
     write_tensors(folder.model, tensors=weights)
-    write_whole(folder.card, model_card(trainer, tokens=tokens).text())
+    atomic_write(folder.card, model_card(trainer, tokens=tokens).text())
 
 
 def model_card(trainer: Trainer, *, tokens: float) -> ModelCard:

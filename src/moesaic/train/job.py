@@ -10,14 +10,14 @@ import torch
 from moesaic.checkpoint.load import read_state
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.checkpoint.same_config import differences, require_same_config
-from moesaic.core.files import write_whole
+from moesaic.core.files import atomic_write
 from moesaic.data.loader import Loader, DataReplica
 from moesaic.dist.first import run_on_rank0
 from moesaic.dist.flight import mark_phase
 from moesaic.dist.launch import init_distributed
 from moesaic.dist.world import World
-from moesaic.observe.console import Status
-from moesaic.observe.metrics import JsonlSink, Sink, Tee
+from moesaic.observe.console import RunStatus
+from moesaic.observe.metrics import JsonlWriter, MetricWriter, MultiWriter
 from moesaic.train.checks import check
 from moesaic.train.export import export
 from moesaic.train.hooks.checkpoint import SaveCheckpoints
@@ -57,7 +57,7 @@ def train(
     folder, began = RunDir(Path(out)), time.monotonic()
     with init_distributed(timeout_s=run.patience_s) as world:
         losses = tuple(f"train/loss/{weighted.task.name}" for weighted in run.mixture.tasks)
-        shown = (board if world.rank == 0 else silent)(Status(steps=run.steps, losses=losses))
+        shown = (board if world.rank == 0 else silent)(RunStatus(steps=run.steps, losses=losses))
         start = run_on_rank0(world, lambda: _open(folder, run=run, resume=resume))
         for sentence in start["notes"]:
             shown.note(sentence)
@@ -129,14 +129,14 @@ def _open(folder: RunDir, *, run: Run, resume: Resume) -> dict[str, Any]:
     """Make the run directory ready, on rank 0: where to start from, and what to say of it."""
     path, notes = resume.start(folder), [f"skipped {why}" for why in resume.skipped(folder)]
     if path is not None:
-        saved, now = read_state(path)["config"], run.plain()
+        saved, now = read_state(path)["config"], run.to_dict()
         require_same_config(saved, current=now, where=path, free=(*FREE, *SAID))
         changed = differences(saved, now).items()
         notes += [f"{k}: was {a}, now {b}" for k, (a, b) in changed if k.startswith(SAID)]
         tokenizer = RunDir(path.parent.parent).tokenizer
         if not folder.tokenizer.is_file() and tokenizer.is_file():
-            write_whole(folder.tokenizer, tokenizer.read_bytes())
-    write_whole(folder.config, run.to_yaml())
+            atomic_write(folder.tokenizer, tokenizer.read_bytes())
+    atomic_write(folder.config, run.to_yaml())
     return {"path": None if path is None else str(path), "notes": notes}
 
 
@@ -150,12 +150,12 @@ def _left_out(skipped: Mapping[str, int], *, run: Run) -> list[str]:
     return [f"{sum(skipped.values()):,} draws were over {limits} tokens and left out: {where}"]
 
 
-def _sink(trainer: Trainer, *, folder: RunDir) -> Sink:
+def _sink(trainer: Trainer, *, folder: RunDir) -> MetricWriter:
     if trainer.world.rank:
-        return Tee()
-    rows = JsonlSink(folder.metrics)
+        return MultiWriter()
+    rows = JsonlWriter(folder.metrics)
     rows.truncate_after(trainer.step)
-    return Tee([rows, *(s.open(folder, step=trainer.step) for s in trainer.run.log.also)])
+    return MultiWriter([rows, *(s.open(folder, step=trainer.step) for s in trainer.run.log.also)])
 
 
 def _way_on(folder: RunDir) -> str:

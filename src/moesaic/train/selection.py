@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 
-from moesaic.core.errors import ConfigError, nearest
+from moesaic.core.errors import ConfigError, did_you_mean
 from moesaic.data.corpus import Corpus
 from moesaic.data.languages import resolve_language
 from moesaic.data.pair import Pair, Text
@@ -21,7 +21,7 @@ class Selection:
         if missing:
             raise ConfigError(
                 f"languages: the corpus {corpus.name} has no {code}; it has "
-                f"{', '.join(known)}{nearest(code, known)}"
+                f"{', '.join(known)}{did_you_mean(code, known)}"
                 for code in missing
             )
         self.languages: tuple[str, ...] = tuple(sorted(set(codes)))

@@ -2,13 +2,13 @@
 
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.core.config import Choice
-from moesaic.observe.metrics import Sink, TensorBoardSink
+from moesaic.observe.metrics import MetricWriter, TensorBoardWriter
 
 
 class MetricsSink(Choice):
     """Family of optional sinks."""
 
-    def open(self, folder: RunDir, *, step: int) -> Sink:
+    def open(self, folder: RunDir, *, step: int) -> MetricWriter:
         """Return the sink of a run that starts after ``step``. Raises UserError if it cannot."""
         raise NotImplementedError
 
@@ -16,5 +16,5 @@ class MetricsSink(Choice):
 class TensorBoard(MetricsSink):
     """Event files under the run directory; needs ``pip install "moesaic[tb]"``."""
 
-    def open(self, folder: RunDir, *, step: int) -> Sink:
-        return TensorBoardSink(folder.tensorboard, purge_after=step)
+    def open(self, folder: RunDir, *, step: int) -> MetricWriter:
+        return TensorBoardWriter(folder.tensorboard, purge_after=step)

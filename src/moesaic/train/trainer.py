@@ -200,7 +200,7 @@ class Trainer:
         """
         files = {"random": random_state(self.world)}
         files |= {name: part.tensors(self.world) for name, part in self.parts.items()}
-        banks, plan = self.spread.banks, self.spread.mesh.plan.plain()
+        banks, plan = self.spread.banks, self.spread.mesh.plan.to_dict()
         state = self._state()
         if not self.spread.whole:
             own = shards_of(self.spread, self.optimizer)
@@ -211,7 +211,7 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "config": self.run.plain(),
+            "config": self.run.to_dict(),
             "data": self.data.state(),
             "retry": self.retry.waiting,
             "spikes": self.past.plain(),

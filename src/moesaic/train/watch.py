@@ -2,17 +2,17 @@
 
 from collections.abc import Callable, Mapping
 
-from moesaic.observe.console import Board, Status, open_board
+from moesaic.observe.console import ProgressDisplay, RunStatus, make_display
 
-MakeBoard = Callable[[Status], Board]
+MakeBoard = Callable[[RunStatus], ProgressDisplay]
 
 
-def on_terminal(status: Status) -> Board:
+def on_terminal(status: RunStatus) -> ProgressDisplay:
     """A live table on a terminal, plain lines elsewhere; on standard error."""
-    return open_board(status=status)
+    return make_display(status=status)
 
 
-def silent(status: Status) -> Board:  # noqa: ARG001
+def silent(status: RunStatus) -> ProgressDisplay:  # noqa: ARG001
     """Nothing at all: other ranks, tests, and callers with a board of their own."""
     return SilentBoard()
 
@@ -22,9 +22,9 @@ class SilentBoard:
 
     def open(self) -> None: ...
 
-    def tick(self, step: int) -> None: ...
+    def advance(self, step: int) -> None: ...
 
-    def show(self, values: Mapping[str, float], *, health: str = "") -> None: ...
+    def update_metrics(self, values: Mapping[str, float], *, health: str = "") -> None: ...
 
     def note(self, text: str) -> None: ...
 

@@ -114,7 +114,7 @@ def _raise_eps(optimizer: Optimizer) -> Optimizer:
 
 
 def _list_changes(before: Run, after: Run) -> Iterator[str]:
-    old, new = (dict(line.split(" = ", 1) for line in run.flat()) for run in (before, after))
+    old, new = (dict(line.split(" = ", 1) for line in run.to_flat_lines()) for run in (before, after))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             yield f"{key}: {old.get(key, 'none')} -> {new.get(key, 'none')}"

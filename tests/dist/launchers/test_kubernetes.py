@@ -42,4 +42,4 @@ def test_kubernetes_expands_no_word_of_the_command() -> None:
 
 def test_it_needs_an_image_and_a_claim() -> None:
     with pytest.raises(ConfigError, match="image: missing"):
-        Kubernetes.from_plain({"kind": "Kubernetes", "claim": "runs"})
+        Kubernetes.from_dict({"kind": "Kubernetes", "claim": "runs"})

@@ -16,8 +16,8 @@ from moesaic.moe.context import Context
 from moesaic.moe.limit import AtRandom, ByPosition, Capacity
 from moesaic.moe.select import TopK
 from moesaic.moe.selects.threshold import Threshold
-from moesaic.observe.signs import Setting
-from moesaic.observe.usage import Usage, read_usage
+from moesaic.observe.signs import RouterSettings
+from moesaic.observe.usage import RecordedUsage, read_usage
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import LANGUAGES, TinyStream, tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.hooks.usage import WatchUsage, doctor_setting, late_in_queue
@@ -35,7 +35,7 @@ def _on_rank(path: Path) -> None:
     _watch(path, ProcessGroupWorld())
 
 
-def _equal(left: Usage, right: Usage) -> bool:
+def _equal(left: RecordedUsage, right: RecordedUsage) -> bool:
     pairs = zip(left.layers, right.layers, strict=True)
     return all(a.layer == b.layer and (a.counts == b.counts).all() for a, b in pairs)
 
@@ -96,7 +96,7 @@ def test_the_doctor_counts_at_least_one_expert_and_finds_the_stack_that_has_any(
 
 
 def test_the_doctor_knows_every_term_that_evens_the_load() -> None:
-    def setting(*balance: Balance) -> Setting:
+    def setting(*balance: Balance) -> RouterSettings:
         moe = MoE(experts=8, select=TopK(k=2), balance=balance)
         return doctor_setting(tiny_run(model=tiny_model_config(moe=moe)), languages=LANGUAGES)
 

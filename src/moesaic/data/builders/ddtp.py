@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from moesaic.core.errors import DataError
-from moesaic.core.files import write_whole
+from moesaic.core.files import atomic_write
 from moesaic.data.builders.apt import run_apt
 from moesaic.data.builders.source import ProgressListener, TextSource, SourceFile, LanguageFilter
 from moesaic.data.home import packages_dir
@@ -89,7 +89,7 @@ def _download(lists: Path, *, languages: tuple[str, ...]) -> None:
     }
     run_apt(["apt-get", "update", "-q", *(f"-o{k}={v}" for k, v in options.items())], folder=part)
     shutil.rmtree(lists, ignore_errors=True)
-    write_whole(part / "lists" / _REQUESTED_FILE, "\n".join(languages))
+    atomic_write(part / "lists" / _REQUESTED_FILE, "\n".join(languages))
     (part / "lists").replace(lists)
     shutil.rmtree(part)
 

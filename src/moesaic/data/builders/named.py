@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from moesaic.core.config import Config
-from moesaic.core.errors import DataError, nearest
+from moesaic.core.errors import DataError, did_you_mean
 from moesaic.data.builders.catalogues import PyPICatalogues
 from moesaic.data.builders.ddtp import DebianDescriptions
 from moesaic.data.builders.debian import DebianCatalogues
@@ -58,7 +58,7 @@ def named_corpus(name: str) -> CorpusRecipe:
     """Return a corpus by name. Raises DataError with the nearest name."""
     if name not in NAMED_CORPORA:
         known = ", ".join(NAMED_CORPORA)
-        raise DataError(f'unknown corpus "{name}": expected one of {known}{nearest(name, NAMED_CORPORA)}')
+        raise DataError(f'unknown corpus "{name}": expected one of {known}{did_you_mean(name, NAMED_CORPORA)}')
     return NAMED_CORPORA[name]
 
 

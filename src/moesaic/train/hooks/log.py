@@ -1,7 +1,7 @@
 """Log: a row of metrics every so often, to files and to the person who watches."""
 
-from moesaic.observe.console import Board
-from moesaic.observe.metrics import Sink
+from moesaic.observe.console import ProgressDisplay
+from moesaic.observe.metrics import MetricWriter
 from moesaic.train.hooks.hook import Hook
 from moesaic.train.trainer import StepReport, Trainer
 
@@ -12,7 +12,7 @@ class Log(Hook):
     Comes after those hooks. Only rank 0 has sinks and a board; the sums are of all ranks.
     """
 
-    def __init__(self, *, sink: Sink, board: Board) -> None:
+    def __init__(self, *, sink: MetricWriter, board: ProgressDisplay) -> None:
         self._sink, self._board = sink, board
         self._steps, self._seconds, self._data_seconds = 0, 0.0, 0.0
 
@@ -24,13 +24,13 @@ class Log(Hook):
         self._steps += 1
         self._seconds += report.seconds
         self._data_seconds += report.data_seconds
-        self._board.tick(report.step)
+        self._board.advance(report.step)
         if trainer.run.log.due(report.step, steps=trainer.run.steps):
             trainer.journal.put(self._row(trainer, lr=report.lr))
         values = trainer.journal.take_values()
         if values:
             self._sink.write(report.step, values=values)
-            self._board.show(values, health=trainer.journal.health)
+            self._board.update_metrics(values, health=trainer.journal.health)
         self._say_notes(trainer)
 
     def after_run(self, trainer: Trainer) -> None:

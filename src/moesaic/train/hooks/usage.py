@@ -15,10 +15,10 @@ from moesaic.moe.config import MoE
 from moesaic.moe.context import Context
 from moesaic.moe.limit import Capacity
 from moesaic.moe.record import Record
-from moesaic.observe.doctor import Doctor, health, report
-from moesaic.observe.layer_counts import summary
-from moesaic.observe.signs import Finding, Setting
-from moesaic.observe.usage import Scales, UsageCounts
+from moesaic.observe.doctor import RouterHealthMonitor, summarize_health, describe_findings
+from moesaic.observe.layer_counts import summarize_load
+from moesaic.observe.signs import HealthFinding, RouterSettings
+from moesaic.observe.usage import LogitStats, UsageCounter
 from moesaic.train.hooks.hook import Hook
 from moesaic.train.run import Run
 from moesaic.train.trainer import StepReport, Trainer
@@ -37,7 +37,7 @@ class WatchUsage(Hook):
         self._new, self._all = _counts(trainer, languages), _counts(trainer, languages)
         self._nothing = _zeros(trainer.run, languages=len(languages), device=trainer.world.device)
         self._due = False  # whether a step was counted since the last row, here or elsewhere
-        self._doctor = Doctor(doctor_setting(trainer.run, languages=languages))
+        self._doctor = RouterHealthMonitor(doctor_setting(trainer.run, languages=languages))
         self._known: set[tuple[str, str]] = set()
         trainer.parts["routes"] = self  # the name that checkpoints know it by
 
@@ -69,32 +69,32 @@ class WatchUsage(Hook):
             (self._all, "all/", True),
         ):
             named = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            counts.clear()
+            counts.reset()
             counts.merge({n: t.to(world.device) * int(mine) for n, t in _in_order(named)})
         self._due = any(name.startswith("new/") for name in tensors)
 
     def _count(self, record: Record, *, batch: Batch) -> None:
         routing = record.routing
         languages = language_of(record, batch=batch)
-        self._new.add(
+        self._new.add_edges(
             record.layer,
             expert=routing.expert,
             language=languages[record.row[routing.token]],
             num_experts=routing.num_experts,
             late=late_in_queue(record.context)[routing.token],
-            scales=Scales(record.router_entropy(), record.logit_rms()),
+            logit_stats=LogitStats(record.router_entropy(), record.logit_rms()),
         )
 
     def _examine(self, trainer: Trainer) -> None:
         interval = _counts(trainer, self._new.languages)
         interval.merge(self._summed(trainer.world))
-        self._new.clear()
+        self._new.reset()
         self._due = False
         self._all.merge(dict(_in_order(interval.tensors())))
         layers = interval.layers()
-        findings = self._doctor.examine(layers)
-        trainer.journal.put(summary(layers))
-        trainer.journal.health = health(findings)
+        findings = self._doctor.check_interval(layers)
+        trainer.journal.put(summarize_load(layers))
+        trainer.journal.health = summarize_health(findings)
         self._say_new(trainer, findings)
 
     def _summed(self, world: World) -> dict[str, Tensor]:
@@ -104,10 +104,10 @@ class WatchUsage(Hook):
         here = self._new.tensors()
         return {name: world.all_reduce(here.get(name, none)) for name, none in self._nothing.items()}
 
-    def _say_new(self, trainer: Trainer, findings: tuple[Finding, ...]) -> None:
-        fresh = [f for f in findings if (f.layer, f.sign) not in self._known]
-        self._known = {(f.layer, f.sign) for f in findings}
-        for sentence in report(fresh):
+    def _say_new(self, trainer: Trainer, findings: tuple[HealthFinding, ...]) -> None:
+        fresh = [f for f in findings if (f.layer, f.rule) not in self._known]
+        self._known = {(f.layer, f.rule) for f in findings}
+        for sentence in describe_findings(fresh):
             trainer.journal.note(f"step {trainer.step}: {sentence}")
 
 
@@ -126,9 +126,9 @@ def late_in_queue(context: Context) -> Bool[Tensor, "T"]:
     return late
 
 
-def _counts(trainer: Trainer, languages: tuple[str, ...]) -> UsageCounts:
+def _counts(trainer: Trainer, languages: tuple[str, ...]) -> UsageCounter:
     moe = _mixture(trainer.run)
-    return UsageCounts(languages, spare=moe.spare.count() if moe else 0)
+    return UsageCounter(languages, num_null_experts=moe.spare.count() if moe else 0)
 
 
 def _mixture(run: Run) -> MoE | None:
@@ -138,15 +138,15 @@ def _mixture(run: Run) -> MoE | None:
     return next((moe for moe in mixtures if isinstance(moe, MoE)), None)
 
 
-def doctor_setting(run: Run, *, languages: tuple[str, ...]) -> Setting:
+def doctor_setting(run: Run, *, languages: tuple[str, ...]) -> RouterSettings:
     """Return what the doctor needs of the config for causes and advice."""
     moe = _mixture(run)
     if moe is None:
-        return Setting(languages)
+        return RouterSettings(languages)
     limit = moe.limit
     strongest = max(moe.balance, key=lambda term: term.evening(), default=None)
     evens = strongest is not None and strongest.evening() > 0
-    return Setting(
+    return RouterSettings(
         languages,
         top_k=max(1, round(moe.select.experts_per_token(moe.routed))),
         balance_weight=sum(b.evening() for b in moe.balance),
