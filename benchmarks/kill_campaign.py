@@ -19,7 +19,7 @@ from support import write_result
 
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import AtRandom, Capacity
+from moesaic.moe.limit import RandomPriority, Capacity
 from moesaic.moe.select import TopK
 from moesaic.testing.kills import kill_and_resume
 from moesaic.testing.tiny import synthetic_run, tiny_model_config
@@ -28,7 +28,7 @@ from moesaic.train.run import Checkpoints, Run
 MOE = MoE(
     experts=4,
     select=TopK(k=2),
-    limit=Capacity(factor=1.0, minimum=1, priority=AtRandom()),
+    limit=Capacity(factor=1.0, minimum=1, priority=RandomPriority()),
     balance=(SwitchBalance(),),
 )
 

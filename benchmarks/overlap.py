@@ -26,8 +26,8 @@ from support import write_result
 from moesaic.dist.collectives import all_to_all
 from moesaic.dist.degrees import CHUNK_CANDIDATES, NO_COST, LayerCost, StageCost, best_num_chunks, simulated_seconds
 from moesaic.dist.fit import LinearCost, fit_cost
-from moesaic.moe.experts import Experts, Size
-from moesaic.moe.overlap import Degrees
+from moesaic.moe.experts import GroupedExperts, ExpertShape
+from moesaic.moe.overlap import OverlapDegrees
 from moesaic.nn.activation import SwiGLU
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.ops.group import group
@@ -98,7 +98,7 @@ def exchange_seconds(repeats: int) -> list[float]:
 def expert_seconds(repeats: int) -> list[float]:
     """Seconds of the experts of one layer with so many rows."""
     feed = FeedForwardConfig(hidden=HIDDEN, activation=SwiGLU())
-    bank = Experts(Size(EXPERTS, DIM, feed, bias=False)).requires_grad_(requires_grad=False)
+    bank = GroupedExperts(ExpertShape(EXPERTS, DIM, feed, bias=False)).requires_grad_(requires_grad=False)
     torch.nn.init.normal_(bank.up)
     torch.nn.init.normal_(bank.down)
 
@@ -117,7 +117,7 @@ def measured(repeats: int) -> dict[str, Any]:
     experts = expert_seconds(repeats)
     lines = {"all_to_all": fit_cost(ROWS, exchange), "experts": fit_cost(ROWS, experts)}
     layer = LayerCost(*(StageCost(line.cost, ROWS[-1]) for line in lines.values()))
-    degrees = Degrees.fastest(layer, layer.backward())
+    degrees = OverlapDegrees.fastest(layer, layer.backward())
     return {
         "rows": list(ROWS),
         "dim": DIM,

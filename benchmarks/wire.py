@@ -32,15 +32,15 @@ from moesaic.dist.traffic import (
     hierarchical_inter_node_bytes,
 )
 from moesaic.dist.wire import CommunicationCounter
-from moesaic.moe.adaptive import Adaptive, Lending, Prices, Step, every_lending
-from moesaic.moe.bodies.narrow import Narrow
+from moesaic.moe.adaptive import AdaptiveDispatcher, GatherDegrees, DispatchCosts, StepLoad, possible_gather_degrees
+from moesaic.moe.bodies.narrow import DownProjection
 from moesaic.moe.config import MoE
-from moesaic.moe.context import Carry, Context
+from moesaic.moe.context import RouterState, TokenContext
 from moesaic.moe.dispatch import Dispatcher
 from moesaic.moe.dispatch_far import AllToAllDispatcher
-from moesaic.moe.dispatch_hop import two_hops
-from moesaic.moe.experts import Experts, Size
-from moesaic.moe.gates import Place
+from moesaic.moe.dispatch_hop import hierarchical_dispatcher
+from moesaic.moe.experts import GroupedExperts, ExpertShape
+from moesaic.moe.gates import LayerIndex
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import TopK
@@ -49,7 +49,7 @@ from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.testing.ranks import run_on_ranks
 
 RANKS, NODE, E, D, F = 8, 4, 8, 128, 64
-BY_BYTES = Prices(exchange=LinearCost(0, 1), lend=LinearCost(0, 1), work=LinearCost(0, 0))
+BY_BYTES = DispatchCosts(all_to_all=LinearCost(0, 1), gather_weights=LinearCost(0, 1), compute=LinearCost(0, 0))
 FLOAT = torch.float32
 
 
@@ -73,18 +73,18 @@ def every_set(per_token: int) -> Routing:
     return Routing.from_topk(torch.ones(sets.shape), expert=sets, num_experts=E)
 
 
-def bank(experts: int, *, hidden: int = F, dim: int = D) -> Experts:
+def bank(experts: int, *, hidden: int = F, dim: int = D) -> GroupedExperts:
     feed = FeedForwardConfig(hidden=hidden, activation=ReLU())
-    made = Experts(Size(experts, dim, feed, bias=False))
+    made = GroupedExperts(ExpertShape(experts, dim, feed, bias=False))
     for matrix in made.parameters():
         nn.init.normal_(matrix)
     return made
 
 
-def there_and_back(way: Dispatcher, *, experts: Experts, routing: Routing) -> None:
+def there_and_back(way: Dispatcher, *, experts: GroupedExperts, routing: Routing) -> None:
     x = torch.randn(routing.num_tokens, D, requires_grad=True)
     weighed = replace(routing, weight=routing.weight.clone().requires_grad_())
-    way.carry(x, routing=weighed, experts=experts).sum().backward()
+    way.run_experts(x, routing=weighed, experts=experts).sum().backward()
 
 
 def mesh_row(name: str, *, over: Group, slices: Group, data: Group) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def mesh_row(name: str, *, over: Group, slices: Group, data: Group) -> dict[str,
     routing, experts = every_set(2), bank(E // places, hidden=F // cuts)
     names: dict[str, Group] = {"expert": over, "model": slices, "data": data}
     with CommunicationCounter(axes=names) as wire:
-        there_and_back(AllToAllDispatcher(over, slices=slices), experts=experts, routing=routing)
+        there_and_back(AllToAllDispatcher(over, slice_group=slices), experts=experts, routing=routing)
         for matrix in experts.parameters() if data is not None else ():
             distributed.all_reduce(matrix.grad, group=data)
     rows = DispatchedTokens(tokens=routing.num_tokens, experts_per_token=2, dim=D, itemsize=4)
@@ -151,20 +151,20 @@ def narrow() -> dict[str, Any]:
     counted = {}
     for name, config in {
         "whole": MoE(experts=E, select=TopK(k=2)),
-        "narrow": MoE(experts=E, select=TopK(k=2), exchange=Narrow(ratio=0.25)),
+        "narrow": MoE(experts=E, select=TopK(k=2), dispatch_projection=DownProjection(ratio=0.25)),
     }.items():
         torch.manual_seed(0)
         feed = FeedForwardConfig(hidden=F, activation=ReLU())
-        layer = MoELayer(config, dim=D, feed_forward=feed, bias=False, place=Place("moe"))
+        layer = MoELayer(config, dim=D, feed_forward=feed, bias=False, layer_index=LayerIndex("moe"))
         torch.manual_seed(1)
         for parameter in layer.router.parameters():
             nn.init.normal_(parameter)
-        layer.experts = bank(E // RANKS, dim=config.exchange.dim(D))
+        layer.experts = bank(E // RANKS, dim=config.dispatch_projection.expert_dim(D))
         layer.dispatcher = AllToAllDispatcher(distributed.group.WORLD)
         torch.manual_seed(2 + distributed.get_rank())
         x = torch.randn(64, D, requires_grad=True)
         with CommunicationCounter() as wire:
-            answer = layer(x, context=Context.plain(64), carry=Carry())
+            answer = layer(x, context=TokenContext.unbatched(64), carry=RouterState())
             answer.out.sum().backward()
         counted[name] = wire.total_bytes(kind="all-to-all", dtype=FLOAT)
     return {**counted, "ratio": counted["narrow"] / counted["whole"], "closed": 0.25}
@@ -179,7 +179,7 @@ def hops() -> list[dict[str, Any]]:
         crossing = {}
         for name, way in (
             ("flat", AllToAllDispatcher(fold.world)),
-            ("two_hops", two_hops(nodes=fold.nodes.outer, inside=fold.nodes.inner)),
+            ("two_hops", hierarchical_dispatcher(inter_node=fold.nodes.outer, intra_node=fold.nodes.inner)),
         ):
             with CommunicationCounter() as wire:
                 there_and_back(way, experts=bank(E // RANKS), routing=routing)
@@ -203,33 +203,33 @@ def lending() -> list[dict[str, Any]]:
     """Two experts, each cut over four ranks: rows repeated, or slices and experts lent."""
     fold, found = Folds.made(), []
     over, slices, hidden = fold.nodes.outer, fold.nodes.inner, 96
-    ways = every_lending(2, slices=NODE)
+    ways = possible_gather_degrees(2, slices=NODE)
     for factor in range(1, 9):
         tokens = 8 * factor
         expert = (torch.arange(tokens) % 2)[:, None]
         routing = Routing.from_topk(torch.ones(tokens, 1), expert=expert, num_experts=2)
         experts = bank(1, hidden=hidden // NODE)
-        step = Step(
+        step = StepLoad(
             torch.full((2, NODE, 2), tokens // 2),
             row_bytes=4 * D,
             bank_bytes=4 * sum(matrix.numel() for matrix in experts.parameters()),
         )
         row: dict[str, Any] = {"capacity_factor": factor, "counted": {}, "closed": {}}
         for way in ways:
-            dispatcher = Adaptive(over, slices=slices, prices=BY_BYTES, among=[way])
+            dispatcher = AdaptiveDispatcher(over, slice_group=slices, costs=BY_BYTES, candidates=[way])
             with CommunicationCounter() as wire:
                 there_and_back(dispatcher, experts=experts, routing=routing)
-            moved = step.moved(way)
+            moved = step.traffic(way)
             row["counted"][label(way)] = wire.total_bytes(dtype=FLOAT)
             row["closed"][label(way)] = 2 * (2 * moved.rows + 2 * moved.copies + moved.weights)
-        free = Adaptive(over, slices=slices, prices=BY_BYTES)
+        free = AdaptiveDispatcher(over, slice_group=slices, costs=BY_BYTES)
         x = torch.randn(tokens, D)
         row["chosen"] = label(free.choose(x, routing=routing, experts=experts))
         found.append(row)
     return found
 
 
-def label(way: Lending) -> str:
+def label(way: GatherDegrees) -> str:
     """Tutel's r: how often a row is repeated; 0 where weights are all that travels."""
     return "r=0" if way.experts > 1 else f"r={NODE // way.slices}"
 

@@ -3,8 +3,8 @@
 import torch
 
 from moesaic.moe.config import MoE
-from moesaic.moe.context import Carry, Context
-from moesaic.moe.gates import Place
+from moesaic.moe.context import RouterState, TokenContext
+from moesaic.moe.gates import LayerIndex
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.select import TopK
 from moesaic.nn.activation import SwiGLU
@@ -17,14 +17,14 @@ layer = MoELayer(
     dim=16,
     feed_forward=FeedForwardConfig(hidden=32, activation=SwiGLU()),
     bias=False,
-    place=Place("here"),
+    layer_index=LayerIndex("here"),
 )
 torch.nn.init.normal_(layer.experts.up, std=0.2)
 torch.nn.init.normal_(layer.experts.down, std=0.2)
 torch.nn.init.normal_(layer.router.gate.weight, std=0.5)
 x = torch.randn(6, 16)
 
-answer = layer(x, context=Context.plain(6), carry=Carry())
+answer = layer(x, context=TokenContext.unbatched(6), carry=RouterState())
 fast, record = answer.out, answer.record
 
 slow = torch.zeros_like(x)

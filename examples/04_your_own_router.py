@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import moesaic
-from moesaic.moe.gate import Gate
+from moesaic.moe.gate import RouterContext
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import Select
 
@@ -16,7 +16,7 @@ class HashByPosition(Select):
 
     stride: int = 1
 
-    def __call__(self, gate: Gate) -> Routing:
+    def __call__(self, gate: RouterContext) -> Routing:
         tokens, experts = gate.logits.shape
         expert = (torch.arange(tokens) * self.stride % experts)[:, None]
         weight = torch.ones(tokens, 1)

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import moesaic.moe
 from moesaic.core.config import Choice
-from moesaic.moe.around import Beside, Exchange
+from moesaic.moe.around import SharedExpertBranch, DispatchProjection
 from moesaic.moe.balance import Balance
-from moesaic.moe.config import Sparse
+from moesaic.moe.config import SparseLayer
 from moesaic.moe.experts import Expert
-from moesaic.moe.gates import Condition, Link
+from moesaic.moe.gates import RouterInput, CrossLayerRouting
 from moesaic.moe.limit import Limit, Priority
-from moesaic.moe.noise import Noise
+from moesaic.moe.noise import RouterNoise
 from moesaic.moe.select import Select
-from moesaic.moe.spare import Spare
+from moesaic.moe.spare import NullExperts
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "family.md"
@@ -34,14 +34,14 @@ FAMILIES: tuple[type[Choice], ...] = (
     Limit,
     Priority,
     Balance,
-    Noise,
-    Condition,
-    Link,
+    RouterNoise,
+    RouterInput,
+    CrossLayerRouting,
     Expert,
-    Beside,
-    Exchange,
-    Spare,
-    Sparse,
+    SharedExpertBranch,
+    DispatchProjection,
+    NullExperts,
+    SparseLayer,
 )
 ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
 ARXIV_IN_BRACKETS = re.compile(r" \((?:arXiv:)?\d{4}\.\d{5}\)")

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from moesaic.checkpoint.routes import RoutesFile, RoutesWriter
 from moesaic.core.errors import CheckpointError, DataError
-from moesaic.moe.routes import LayerRoutes, Tokens
+from moesaic.moe.routes import LayerRoutes, RoutedTokens
 from moesaic.moe.routing import Routing
 
 LANGUAGES = ("deu_Latn", "ell_Grek")
@@ -20,8 +20,8 @@ def batch(seed, *, tokens=7, experts=5, k=2, irregular=True):
     def ints(high, n):
         return torch.randint(high, (n,), generator=make)
 
-    heard = Tokens(ints(60_000, tokens), ints(2_000, tokens), ints(3, tokens), ints(2, tokens))
-    said = Tokens(*(ints(99, tokens + 2) for _ in range(4)))
+    heard = RoutedTokens(ints(60_000, tokens), ints(2_000, tokens), ints(3, tokens), ints(2, tokens))
+    said = RoutedTokens(*(ints(99, tokens + 2) for _ in range(4)))
     expert = torch.randint(experts + 1, (tokens, k), generator=make)
     weight = torch.where(expert == experts, 0.0, torch.rand(tokens, k, generator=make))
     routes = [
@@ -29,7 +29,7 @@ def batch(seed, *, tokens=7, experts=5, k=2, irregular=True):
             "encoder.1",
             Routing.from_topk(weight, expert=expert, num_experts=experts),
             heard,
-            spare=1,
+            num_null_experts=1,
         )
     ]
     if irregular:

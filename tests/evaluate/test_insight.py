@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moesaic.evaluate.insight import MAX_POSITIONS, RoutingAnalysis, simulate_drops
-from moesaic.moe.routes import LayerRoutes, Tokens
+from moesaic.moe.routes import LayerRoutes, RoutedTokens
 from moesaic.moe.routing import Routing
 
 EXPERTS, ROWS, LENGTH = 4, 60, 20
@@ -19,7 +19,7 @@ def routes(rule, *, spare=0, k=1, seed=0):
     expert = rule(ids, position).view(count, k)
     weight = torch.ones(count, k)
     routing = Routing.from_topk(weight, expert=expert, num_experts=EXPERTS)
-    tokens = Tokens(ids, position, row, torch.zeros(count, dtype=torch.long))
+    tokens = RoutedTokens(ids, position, row, torch.zeros(count, dtype=torch.long))
     return LayerRoutes("encoder.0", routing, tokens, spare)
 
 
@@ -80,7 +80,7 @@ def test_with_first_come_first_served_late_tokens_would_be_dropped_and_at_random
 
 
 def test_room_is_a_rows_fair_share_counted_by_hand():
-    tokens = Tokens(
+    tokens = RoutedTokens(
         *(torch.tensor(x) for x in ([1] * 5, [0, 1, 2, 3, 0], [0, 0, 0, 0, 1], [0] * 5))
     )
     expert = torch.tensor([[0], [0], [0], [1], [0]])
@@ -114,7 +114,7 @@ def test_first_choices_come_before_second_ones():
 
 def test_positions_beyond_the_last_count_as_the_last():
     batch = routes(lambda ids, _: ids % EXPERTS)
-    far = Tokens(batch.tokens.token, batch.tokens.position + 10_000, batch.tokens.row,
+    far = RoutedTokens(batch.tokens.token, batch.tokens.position + 10_000, batch.tokens.row,
                  batch.tokens.language)  # fmt: skip
     positions = found(LayerRoutes("encoder.0", batch.routing, far))["positions"]
     assert len(positions["asked"]) == MAX_POSITIONS
@@ -124,6 +124,6 @@ def test_positions_beyond_the_last_count_as_the_last():
 def test_a_batch_without_tokens_counts_nothing():
     none = torch.zeros(0, dtype=torch.long)
     routing = Routing.from_topk(torch.zeros(0, 1), expert=none.view(0, 1), num_experts=EXPERTS)
-    told = found(LayerRoutes("encoder.0", routing, Tokens(none, none, none, none)))
+    told = found(LayerRoutes("encoder.0", routing, RoutedTokens(none, none, none, none)))
     assert told["positions"]["asked"] == []
     assert told["typical"] == [[]] * EXPERTS

@@ -14,7 +14,7 @@ from moe.variants import BALANCES, balanced
 from moesaic.dist.world import SingleProcess
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
-from moesaic.moe.layer import layers
+from moesaic.moe.layer import moe_layers
 from moesaic.moe.select import TopK
 from moesaic.parallel.apply import lay
 from moesaic.parallel.config import Parallel
@@ -27,7 +27,7 @@ Found = dict[str, torch.Tensor]
 
 
 CASES = {name: balanced(name) for name in BALANCES} | {
-    name: MoE(experts=4, select=TopK(k=2), link=link) for name, link in LINKED.items()
+    name: MoE(experts=4, select=TopK(k=2), cross_layer=link) for name, link in LINKED.items()
 }
 
 
@@ -41,7 +41,7 @@ def step(model: Transformer, batches: list) -> tuple[Found, Found, list[torch.Te
     objective = Objective(Categories(TASKS, LANGUAGES), smoothing=0.1, precision=Float32())
     seen = objective.gradients(lay(model, parallel=Parallel(), world=SingleProcess()), batches=batches)
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return dict(seen.sums.terms), grads, [layer.router.heard.clone() for layer in layers(model)]
+    return dict(seen.sums.terms), grads, [layer.router.stats_sum.clone() for layer in moe_layers(model)]
 
 
 def agree(here: Found, there: Found) -> None:

@@ -5,9 +5,9 @@ import torch
 
 from moe.variants import BODIES, DIM, layer, mixture, run
 from moesaic.moe.config import MoE
-from moesaic.moe.gate import Gate
+from moesaic.moe.gate import RouterContext
 from moesaic.moe.limit import Limit
-from moesaic.moe.ranks import Ranks
+from moesaic.moe.ranks import BatchGroup
 from moesaic.moe.routing import Routing
 
 
@@ -16,7 +16,7 @@ class DropOne(Limit):
 
     edge: int
 
-    def __call__(self, routing: Routing, *, gate: Gate, ranks: Ranks) -> Routing:
+    def __call__(self, routing: Routing, *, gate: RouterContext, ranks: BatchGroup) -> Routing:
         del gate, ranks
         return routing.drop(torch.arange(routing.expert.numel()) == self.edge)
 

@@ -15,16 +15,16 @@ from moesaic.dist.plan import ParallelPlan
 from moesaic.dist.world import SingleProcess, ProcessGroupWorld
 from moesaic.model.config import Stack, ModelConfig
 from moesaic.model.transformer import Transformer
-from moesaic.moe.balance import RouterZ, SwitchBalance
+from moesaic.moe.balance import RouterZLoss, SwitchBalance
 from moesaic.moe.balances.global_batch import GlobalBatchBalance
 from moesaic.moe.bodies.shared import SharedExperts
-from moesaic.moe.conditions.embeddings import OnToken
+from moesaic.moe.conditions.embeddings import HiddenStateAndToken
 from moesaic.moe.config import MoE
 from moesaic.moe.layer import set_ranks
-from moesaic.moe.limit import AtRandom, Capacity
-from moesaic.moe.links.decoupled import Decoupled
-from moesaic.moe.links.pre_gated import PreGated
-from moesaic.moe.links.recurrent import Recurrent
+from moesaic.moe.limit import RandomPriority, Capacity
+from moesaic.moe.links.decoupled import DecoupledRouting
+from moesaic.moe.links.pre_gated import PreGatedRouting
+from moesaic.moe.links.recurrent import RecurrentRouting
 from moesaic.moe.select import TopK
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.position import LearnedPositions
@@ -58,9 +58,9 @@ from moesaic.train.precision import Float32
 from moesaic.train.step import Objective
 
 OBJECTIVE = Objective(Categories(TASKS, LANGUAGES), smoothing=0.1, precision=Float32())
-BALANCES = (SwitchBalance(weight=0.3), RouterZ(weight=0.2))
+BALANCES = (SwitchBalance(weight=0.3), RouterZLoss(weight=0.2))
 RTS = BALANCED_TOP1.replace(
-    balance=BALANCES, limit=Capacity(factor=0.7, minimum=0, priority=AtRandom())
+    balance=BALANCES, limit=Capacity(factor=0.7, minimum=0, priority=RandomPriority())
 )
 TOP2 = MoE(experts=4, select=TopK(k=2), balance=BALANCES)
 SHARED = TOP2.replace(beside=SharedExperts(number=1), hidden=16)
@@ -75,7 +75,7 @@ def _decoder(moe: MoE, *, layers: int = 4) -> ModelConfig:
     return _of(moe, layers=layers).replace(encoder=Stack(layers=0))
 
 
-UNTIED = _of(TOP2.replace(condition=OnToken())).replace(
+UNTIED = _of(TOP2.replace(condition=HiddenStateAndToken())).replace(
     position=LearnedPositions(max_length=32), embedding=EmbeddingConfig(tied=False)
 )
 ALL = (
@@ -92,9 +92,9 @@ Case = tuple[ModelConfig, Sequence[PipeSchedule], int]
 ON_TWO: dict[str, Case] = {
     "top1-rts": (_of(RTS), ALL, 4),
     "decoder-shared-experts": (_decoder(SHARED), ALL, 8),
-    "recurrent": (_of(TOP2.replace(link=Recurrent(width=6))), WHOLE_BACKWARD[1:3], 4),
-    "pre-gated": (_of(TOP2.replace(link=PreGated())), (Interleaved(), ZeroBubbleV()), 4),
-    "decoupled": (_of(TOP2.replace(link=Decoupled(dim=8, heads=2))), (Interleaved(),), 4),
+    "recurrent": (_of(TOP2.replace(link=RecurrentRouting(width=6))), WHOLE_BACKWARD[1:3], 4),
+    "pre-gated": (_of(TOP2.replace(link=PreGatedRouting())), (Interleaved(), ZeroBubbleV()), 4),
+    "decoupled": (_of(TOP2.replace(link=DecoupledRouting(dim=8, heads=2))), (Interleaved(),), 4),
     "untied-learned-on-token": (UNTIED, WHOLE_BACKWARD[:3], 4),
     "balance-over-the-step": (
         _of(TOP2.replace(balance=(GlobalBatchBalance(weight=0.5),))),

@@ -8,7 +8,7 @@ import torch
 from moesaic.data.batch import Batch
 from moesaic.dist.world import SingleProcess
 from moesaic.model.transformer import Transformer
-from moesaic.moe.config import MoE, NoMoE, Sparse
+from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.select import TopK
 from moesaic.parallel.apply import lay
 from moesaic.parallel.config import Parallel
@@ -24,7 +24,7 @@ def _joined(batches: list[Batch]) -> Batch:
     )
 
 
-def _gradients(batches: list[Batch], moe: Sparse) -> tuple[Pass, dict[str, torch.Tensor]]:
+def _gradients(batches: list[Batch], moe: SparseLayer) -> tuple[Pass, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     model = Transformer(tiny_model_config(moe=moe))
     objective = Objective(Categories(TASKS, LANGUAGES), smoothing=0.1, precision=Float32())
@@ -33,7 +33,7 @@ def _gradients(batches: list[Batch], moe: Sparse) -> tuple[Pass, dict[str, torch
 
 
 @pytest.mark.parametrize("moe", [NoMoE(), MoE(experts=4, select=TopK(k=2), balance=())])
-def test_accumulation_equals_one_batch(moe: Sparse) -> None:
+def test_accumulation_equals_one_batch(moe: SparseLayer) -> None:
     batches = [random_batch(rows, seed=rows) for rows in (1, 7, 4)]  # of very different sizes
     parts, part_grads = _gradients(batches, moe)
     whole, whole_grads = _gradients([_joined(batches)], moe)

@@ -13,14 +13,14 @@ from moesaic.dist.world import ProcessGroupWorld
 from moesaic.model.config import Stack, ModelConfig
 from moesaic.model.transformer import Transformer
 from moesaic.moe.attention import MixtureOfAttention
-from moesaic.moe.balance import RouterZ, SwitchBalance
+from moesaic.moe.balance import RouterZLoss, SwitchBalance
 from moesaic.moe.balances.sequence import SequenceBalance
 from moesaic.moe.bodies.shared import GatedSharedExperts
-from moesaic.moe.conditions.embeddings import OnTag
+from moesaic.moe.conditions.embeddings import HiddenStateAndTag
 from moesaic.moe.config import MoE
 from moesaic.moe.layer import set_ranks
-from moesaic.moe.limit import AtRandom, Capacity
-from moesaic.moe.links.decoupled import Decoupled
+from moesaic.moe.limit import RandomPriority, Capacity
+from moesaic.moe.links.decoupled import DecoupledRouting
 from moesaic.moe.select import TopK
 from moesaic.nn.attention import AttentionConfig
 from moesaic.parallel.apply import lay
@@ -33,9 +33,9 @@ from moesaic.testing.tiny import random_batch, shard_batch, tiny_model_config
 CAPPED = MoE(
     experts=4,
     select=TopK(k=2),
-    limit=Capacity(factor=0.7, minimum=0, priority=AtRandom()),
-    balance=(SwitchBalance(), RouterZ(), SequenceBalance(weight=0.1)),
-    beside=GatedSharedExperts(),
+    limit=Capacity(factor=0.7, minimum=0, priority=RandomPriority()),
+    balance=(SwitchBalance(), RouterZLoss(), SequenceBalance(weight=0.1)),
+    shared_experts=GatedSharedExperts(),
 )
 
 
@@ -47,8 +47,8 @@ def _model(moe: MoE) -> ModelConfig:
 MODELS = {
     "encoder-decoder": _model(CAPPED),
     "decoder": _model(CAPPED).replace(encoder=Stack(layers=0)),
-    "decoupled": _model(CAPPED.replace(link=Decoupled(dim=8, heads=4))),
-    "attention experts": _model(CAPPED.replace(condition=OnTag())).replace(
+    "decoupled": _model(CAPPED.replace(link=DecoupledRouting(dim=8, heads=4))),
+    "attention experts": _model(CAPPED.replace(condition=HiddenStateAndTag())).replace(
         attention_experts=MixtureOfAttention()
     ),
 }

@@ -13,12 +13,12 @@ from moesaic.dist.collectives import group_size
 from moesaic.dist.subgroups import split_group
 from moesaic.dist.traffic import DispatchedTokens, data_expert_model_bytes
 from moesaic.dist.wire import CommunicationCounter
-from moesaic.moe.bodies.narrow import Narrow
+from moesaic.moe.bodies.narrow import DownProjection
 from moesaic.moe.config import MoE
-from moesaic.moe.context import Carry, Context
+from moesaic.moe.context import RouterState, TokenContext
 from moesaic.moe.dispatch_far import AllToAllDispatcher
-from moesaic.moe.experts import Experts, Size
-from moesaic.moe.gates import Place
+from moesaic.moe.experts import GroupedExperts, ExpertShape
+from moesaic.moe.gates import LayerIndex
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import TopK
@@ -42,8 +42,8 @@ def _counted(mesh: tuple[int, int, int]) -> dict[str, int]:
     routing = Routing.from_topk(weight, expert=SETS, num_experts=E)
     with CommunicationCounter(axes=axes) as wire:
         x = torch.randn(len(SETS), D, requires_grad=True)
-        way = AllToAllDispatcher(axes["expert"], slices=axes["model"])
-        way.carry(x, routing=routing, experts=experts).sum().backward()
+        way = AllToAllDispatcher(axes["expert"], slice_group=axes["model"])
+        way.run_experts(x, routing=routing, experts=experts).sum().backward()
         for matrix in experts.parameters() if axes["data"] is not None else ():
             assert matrix.grad is not None
             distributed.all_reduce(matrix.grad, group=axes["data"])
@@ -64,18 +64,18 @@ def test_rows_stay_on_the_expert_axis_and_gradients_on_the_data_axis(
 
 
 def _narrow(ratio: float) -> int:
-    config = MoE(experts=E, select=TopK(k=K), exchange=Narrow(ratio=ratio))
+    config = MoE(experts=E, select=TopK(k=K), dispatch_projection=DownProjection(ratio=ratio))
     feed = FeedForwardConfig(hidden=F, activation=ReLU())
     torch.manual_seed(0)
-    layer = MoELayer(config, dim=16, feed_forward=feed, bias=False, place=Place("layer"))
+    layer = MoELayer(config, dim=16, feed_forward=feed, bias=False, layer_index=LayerIndex("layer"))
     for parameter in layer.router.parameters():
         nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
-    size = Size(E // RANKS, config.exchange.dim(16), feed, bias=False)
-    layer.experts = Experts(size)
+    size = ExpertShape(E // RANKS, config.dispatch_projection.expert_dim(16), feed, bias=False)
+    layer.experts = GroupedExperts(size)
     layer.dispatcher = AllToAllDispatcher(distributed.group.WORLD)
     x = torch.randn(12, 16, generator=torch.Generator().manual_seed(2 + distributed.get_rank()))
     with CommunicationCounter() as wire:
-        answer = layer(x.requires_grad_(), context=Context.plain(12), carry=Carry())
+        answer = layer(x.requires_grad_(), context=TokenContext.unbatched(12), carry=RouterState())
         answer.out.sum().backward()
     return wire.total_bytes(kind="all-to-all", dtype=torch.float32)
 

@@ -6,26 +6,26 @@ import torch
 from moe.variants import BALANCES, balanced
 from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
 from moesaic.model.transformer import Transformer
-from moesaic.moe.among import BestGroups
+from moesaic.moe.among import TopGroups
 from moesaic.moe.balances.adamoe import NullBalance
 from moesaic.moe.balances.bias import BiasUpdate
-from moesaic.moe.balances.kept_fraction import KeptFraction
-from moesaic.moe.balances.mutual_information import MutualInformation
+from moesaic.moe.balances.kept_fraction import TargetLoadBalance
+from moesaic.moe.balances.mutual_information import MutualInformationBalance
 from moesaic.moe.balances.sequence import SequenceBalance
 from moesaic.moe.bodies.lora import LoRAExpert
 from moesaic.moe.bodies.memory import ProductKeyMemory
-from moesaic.moe.bodies.narrow import Narrow
-from moesaic.moe.bodies.residual import Residual
+from moesaic.moe.bodies.narrow import DownProjection
+from moesaic.moe.bodies.residual import ResidualExpert
 from moesaic.moe.bodies.shared import GatedSharedExperts
-from moesaic.moe.bodies.soft import SoftMixture
-from moesaic.moe.conditions.embeddings import OnTag
-from moesaic.moe.config import MoE, NoMoE, Sparse
-from moesaic.moe.layer import learn, set_ranks
-from moesaic.moe.limit import AtRandom, ByPosition, ByWeight, Capacity, Priority
-from moesaic.moe.links.decoupled import Decoupled
-from moesaic.moe.links.recurrent import Recurrent
+from moesaic.moe.bodies.soft import SoftMoE
+from moesaic.moe.conditions.embeddings import HiddenStateAndTag
+from moesaic.moe.config import MoE, NoMoE, SparseLayer
+from moesaic.moe.layer import update_stateful_rules, set_ranks
+from moesaic.moe.limit import RandomPriority, PositionPriority, WeightPriority, Capacity, Priority
+from moesaic.moe.links.decoupled import DecoupledRouting
+from moesaic.moe.links.recurrent import RecurrentRouting
 from moesaic.moe.noise import Jitter
-from moesaic.moe.noises.warm_up import StochasticWarmUp
+from moesaic.moe.noises.warm_up import StochasticWarmup
 from moesaic.moe.select import Top2, TopK
 from moesaic.moe.selects.dense_all import DenseAll
 from moesaic.moe.selects.expert_choice import ExpertChoice
@@ -61,50 +61,50 @@ VARIANTS = {
     "dense": NoMoE(),
     "top1-balance-z": BALANCED_TOP1,
     "top2": MoE(experts=4, select=TopK(k=2)),
-    "by-position": _capped(ByPosition()),
-    "by-weight": _capped(ByWeight()),
-    "random-token-selection": _capped(AtRandom()),
+    "by-position": _capped(PositionPriority()),
+    "by-weight": _capped(WeightPriority()),
+    "random-token-selection": _capped(RandomPriority()),
     "jitter": BALANCED_TOP1.replace(noise=Jitter(epsilon=0.2)),
     "sampled-second": MoE(experts=4, select=Top2(second="sampled")),
     "sigmoid": MoE(experts=4, select=SigmoidTopK(k=2)),
     "deepseek-v3": MoE(
         experts=4,
-        select=SigmoidTopK(k=2, among=BestGroups(groups=2, kept=1)),
+        select=SigmoidTopK(k=2, expert_groups=TopGroups(num_groups=2, top_groups=1)),
         balance=(BiasUpdate(rate=0.05), SequenceBalance(weight=0.1)),
     ),
     "top-p": MoE(experts=4, select=TopP()),
     "null": MoE(
         experts=4,
         select=NullTopK(),
-        spare=ZeroExperts(number=2),
-        balance=(NullBalance(weight=0.5, steps=2),),
+        null_experts=ZeroExperts(number=2),
+        balance=(NullBalance(weight=0.5, decay_steps=2),),
     ),
     "hash": MoE(experts=4, select=Hash(), balance=()),
-    "dense-all": MoE(experts=4, select=DenseAll(), balance=(MutualInformation(weight=0.5),)),
-    "mixture-of-depths": MoE(experts=1, select=Threshold(), balance=(KeptFraction(target=0.3),)),
+    "dense-all": MoE(experts=4, select=DenseAll(), balance=(MutualInformationBalance(weight=0.5),)),
+    "mixture-of-depths": MoE(experts=1, select=Threshold(), balance=(TargetLoadBalance(target=0.3),)),
     "expert-choice": MoE(experts=4, select=ExpertChoice(), balance=()),
-    "warm-up": BALANCED_TOP1.replace(noise=StochasticWarmUp(steps=3)),
+    "warm-up": BALANCED_TOP1.replace(noise=StochasticWarmup(warmup_steps=3)),
     **{name: balanced(name) for name in BALANCES if name != "micro-batch"},  # its ranks differ
     "all-bodies": MoE(
         experts=4,
         select=TopK(k=2),
         expert=LoRAExpert(rank=2),
-        beside=GatedSharedExperts(),
-        exchange=Narrow(ratio=0.5),
-        spare=IdentityExperts(),
+        shared_experts=GatedSharedExperts(),
+        dispatch_projection=DownProjection(ratio=0.5),
+        null_experts=IdentityExperts(),
     ),
-    "residual": BALANCED_TOP1.replace(beside=Residual()),
-    "soft": SoftMixture(experts=3, slots=2),
-    "memory": ProductKeyMemory(side=4, slots=3),
-    "recurrent": MoE(experts=4, select=TopK(k=2), link=Recurrent(width=6)),
-    "decoupled": MoE(experts=4, select=TopK(k=2), link=Decoupled(dim=8, heads=2)),
-    "on-tag": MoE(experts=4, select=TopK(k=2), condition=OnTag()),
+    "residual": BALANCED_TOP1.replace(beside=ResidualExpert()),
+    "soft": SoftMoE(experts=3, slots=2),
+    "memory": ProductKeyMemory(keys_per_side=4, slots=3),
+    "recurrent": MoE(experts=4, select=TopK(k=2), cross_layer=RecurrentRouting(width=6)),
+    "decoupled": MoE(experts=4, select=TopK(k=2), cross_layer=DecoupledRouting(dim=8, heads=2)),
+    "on-tag": MoE(experts=4, select=TopK(k=2), router_input=HiddenStateAndTag()),
 }
 STEPS = 3
 Outcome = tuple[list[dict[str, float]], dict[str, torch.Tensor]]
 
 
-def _train(world: World, moe: Sparse, rows: int) -> Outcome:
+def _train(world: World, moe: SparseLayer, rows: int) -> Outcome:
     torch.manual_seed(0)
     model = Transformer(tiny_model_config(moe=moe))
     spread = lay(model, parallel=Parallel(), world=world)
@@ -123,11 +123,11 @@ def _train(world: World, moe: Sparse, rows: int) -> Outcome:
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
         optimizer.zero_grad()
-        learn(model)
+        update_stateful_rules(model)
     return history, grads
 
 
-def _on_rank(moe: Sparse, rows: int) -> Outcome:
+def _on_rank(moe: SparseLayer, rows: int) -> Outcome:
     return _train(ProcessGroupWorld(), moe, rows)
 
 

@@ -45,7 +45,7 @@ def test_every_body_trains(body, decoder_only):
 @pytest.mark.parametrize("block", [SequentialResidual(), ParallelResidual()], ids=repr)
 @pytest.mark.parametrize("keys", ["own", "shared"])
 def test_attention_experts_train(keys, block):
-    experts = MixtureOfAttention(experts=3, keys=keys)
+    experts = MixtureOfAttention(experts=3, key_values=keys)
     model = tiny_model_config().replace(attention_experts=experts, block=block).build()
     before = model.decoder[0].self_attention.inner.gate.weight.detach().clone()
     losses = _losses(model, optimizer=Muon(lr=0.01), precision=Float32())

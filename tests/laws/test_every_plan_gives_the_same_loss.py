@@ -7,7 +7,7 @@ crossing ranks occurs, for both kinds of model. Every third batch leaves some ra
 import pytest
 
 from moesaic.dist.plan import ParallelPlan
-from moesaic.moe.balance import RouterZ, SwitchBalance
+from moesaic.moe.balance import RouterZLoss, SwitchBalance
 from moesaic.moe.bodies.shared import SharedExperts
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity
@@ -21,11 +21,11 @@ from moesaic.train.run import Run
 from moesaic.verify.prove import compare_plans, make_setup
 from moesaic.verify.small import shrink_config
 
-BALANCES = (SwitchBalance(), RouterZ())
+BALANCES = (SwitchBalance(), RouterZLoss())
 CAPPED = MoE(
     experts=4, select=SwitchTop1(), limit=Capacity(factor=1.0, minimum=1), balance=BALANCES
 )
-SHARED = MoE(experts=8, select=TopK(k=2), beside=SharedExperts(), balance=BALANCES)
+SHARED = MoE(experts=8, select=TopK(k=2), shared_experts=SharedExperts(), balance=BALANCES)
 HEADS = AttentionConfig(heads=4, kv_heads=2)
 
 

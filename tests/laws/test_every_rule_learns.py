@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from model.samples import NONE, SPARSELY
-from moesaic.moe.bodies.soft import SoftMixture
+from moesaic.moe.bodies.soft import SoftMoE
 from moesaic.moe.config import MoE
 from moesaic.moe.selects.expert_choice import ExpertChoice
 from moesaic.testing.tiny import TinyStream, random_batch, tiny_model_config, tiny_run, tiny_trainer
 
 RULES = SPARSELY | {
     "expert-choice": MoE(experts=3, select=ExpertChoice(), balance=()),
-    "soft": SoftMixture(experts=3),
+    "soft": SoftMoE(experts=3),
 }
 
 

@@ -16,11 +16,11 @@ from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.balances.adamoe import NullBalance
 from moesaic.moe.bodies.lora import LoRAExpert
 from moesaic.moe.bodies.memory import ProductKeyMemory
-from moesaic.moe.bodies.narrow import Narrow
-from moesaic.moe.bodies.residual import Residual
+from moesaic.moe.bodies.narrow import DownProjection
+from moesaic.moe.bodies.residual import ResidualExpert
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import AtRandom, Capacity
-from moesaic.moe.noises.warm_up import StochasticWarmUp
+from moesaic.moe.limit import RandomPriority, Capacity
+from moesaic.moe.noises.warm_up import StochasticWarmup
 from moesaic.moe.select import TopK
 from moesaic.moe.selects.null_top_k import NullTopK
 from moesaic.moe.spare import ZeroExperts
@@ -33,15 +33,15 @@ from moesaic.train.trainer import Trainer
 RANDOM_TOKENS = MoE(
     experts=4,
     select=TopK(k=2),
-    limit=Capacity(factor=1.0, minimum=1, priority=AtRandom()),
+    limit=Capacity(factor=1.0, minimum=1, priority=RandomPriority()),
     balance=(SwitchBalance(),),
 )
 ANNEALED = MoE(
     experts=3,
     select=NullTopK(k=2),
-    spare=ZeroExperts(number=2),
-    balance=(NullBalance(steps=15),),
-    noise=StochasticWarmUp(steps=15),
+    null_experts=ZeroExperts(number=2),
+    balance=(NullBalance(decay_steps=15),),
+    noise=StochasticWarmup(warmup_steps=15),
 )
 VARIANTS: dict[str, dict[str, Any]] = {
     "adamw": {},
@@ -50,7 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all-bodies": {
         "model": tiny_model_config(
             moe=RANDOM_TOKENS.replace(
-                expert=LoRAExpert(rank=2), beside=Residual(), exchange=Narrow(ratio=0.5)
+                expert=LoRAExpert(rank=2), beside=ResidualExpert(), exchange=DownProjection(ratio=0.5)
             )
         ),
         "optimizer": Muon(),
@@ -60,7 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
             attention_experts=MixtureOfAttention(), block=ParallelResidual()
         )
     },
-    "memory": {"model": tiny_model_config(moe=ProductKeyMemory(side=4, slots=3))},
+    "memory": {"model": tiny_model_config(moe=ProductKeyMemory(keys_per_side=4, slots=3))},
     "dropout-and-random-drops": {
         "model": tiny_model_config(moe=RANDOM_TOKENS).replace(dropout=0.1)
     },

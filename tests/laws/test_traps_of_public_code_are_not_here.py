@@ -7,12 +7,12 @@ import torch
 
 from model.samples import BASE, batch_for, padded
 from moe.variants import DIM, EXPERTS, layer
-from moesaic.moe.balance import RouterZ, SwitchBalance
+from moesaic.moe.balance import RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE
-from moesaic.moe.context import Carry, Context
-from moesaic.moe.gate import Gate
-from moesaic.moe.limit import AtRandom, ByPosition, ByWeight, Capacity
-from moesaic.moe.ranks import Gathered, OneRank
+from moesaic.moe.context import RouterState, TokenContext
+from moesaic.moe.gate import RouterContext
+from moesaic.moe.limit import RandomPriority, PositionPriority, WeightPriority, Capacity
+from moesaic.moe.ranks import GatheredRows, SingleRankBatch
 from moesaic.moe.select import Top2, TopK
 from moesaic.moe.selects.top_p import TopP
 
@@ -21,13 +21,13 @@ X = torch.randn(40, DIM)
 
 def _drawn(moe, key):
     """The answer where random numbers are drawn under another key."""
-    context = Context.plain(40)
+    context = TokenContext.unbatched(40)
     context = replace(context, row_key=context.row_key + key)
-    return moe(X, context=context, carry=Carry()).out
+    return moe(X, context=context, carry=RouterState()).out
 
 
 RANDOM = {
-    "random-token-selection": {"limit": Capacity(factor=0.5, eval_factor=0.5, priority=AtRandom())},
+    "random-token-selection": {"limit": Capacity(factor=0.5, eval_factor=0.5, priority=RandomPriority())},
     "gumbel-second-choice": {"select": Top2(second="sampled")},
 }
 
@@ -40,7 +40,7 @@ def test_random_token_selection_and_the_gumbel_second_choice_are_off_in_evaluati
     assert torch.equal(_drawn(moe, 1), _drawn(moe, 2))
 
 
-class Shared(OneRank):
+class Shared(SingleRankBatch):
     """One of two ranks; ``other`` are the rows that the other one would send."""
 
     def __init__(self, other, *, first):
@@ -48,18 +48,18 @@ class Shared(OneRank):
 
     def gather(self, rows):
         both = [rows, self.other] if self.first else [self.other, rows]
-        return Gathered(torch.cat(both), 0 if self.first else len(self.other))
+        return GatheredRows(torch.cat(both), 0 if self.first else len(self.other))
 
 
-@pytest.mark.parametrize("priority", [ByPosition(), ByWeight(), AtRandom()], ids=repr)
+@pytest.mark.parametrize("priority", [PositionPriority(), WeightPriority(), RandomPriority()], ids=repr)
 def test_capacity_counts_the_tokens_of_all_ranks(priority):
     limit = Capacity(factor=0.7, minimum=0, priority=priority)
     logits = torch.randn(40, EXPERTS) + torch.linspace(2, 0, 40)[:, None] * torch.eye(EXPERTS)[0]
-    gate = Gate.alone(logits, training=True)
-    whole = limit(TopK(k=2)(gate), gate=gate, ranks=OneRank())
+    gate = RouterContext.from_logits(logits, training=True)
+    whole = limit(TopK(k=2)(gate), gate=gate, ranks=SingleRankBatch())
     kept = []
     parts = [slice(0, 31), slice(31, 40)]  # very unequal: local counts would drop others
-    gates = [Gate(logits[part], _some(gate.context, part), training=True) for part in parts]
+    gates = [RouterContext(logits[part], _some(gate.context, part), training=True) for part in parts]
     sent = []
     for each in gates:
         routing = TopK(k=2)(each)
@@ -79,11 +79,11 @@ def _some(context, part):
 
 def test_top_p_takes_one_expert_of_a_certain_token_and_never_all_by_an_empty_mask():
     certain = 90 * torch.eye(EXPERTS)
-    assert TopP(p=0.999)(Gate.alone(certain)).load().tolist() == [1] * EXPERTS
+    assert TopP(p=0.999)(RouterContext.from_logits(certain)).load().tolist() == [1] * EXPERTS
 
 
 def test_a_balance_loss_never_counts_padding():
-    model = BASE.replace(moe=BASE.moe.replace(balance=(SwitchBalance(), RouterZ()))).build()
+    model = BASE.replace(moe=BASE.moe.replace(balance=(SwitchBalance(), RouterZLoss()))).build()
     batch = batch_for(BASE)
     tight, loose = model(batch).records, model(padded(batch, 50)).records
     for here, there in zip(tight, loose, strict=True):

@@ -5,24 +5,24 @@ import torch
 from moesaic.data.batch import PAD, Batch
 from moesaic.model.arrangement import ParallelResidual
 from moesaic.model.config import Stack, ModelConfig
-from moesaic.moe.among import BestGroups
+from moesaic.moe.among import TopGroups
 from moesaic.moe.attention import MixtureOfAttention
-from moesaic.moe.balance import RouterZ, SwitchBalance
+from moesaic.moe.balance import RouterZLoss, SwitchBalance
 from moesaic.moe.balances.adamoe import NullBalance
-from moesaic.moe.balances.kept_fraction import KeptFraction
-from moesaic.moe.balances.mutual_information import MutualInformation
+from moesaic.moe.balances.kept_fraction import TargetLoadBalance
+from moesaic.moe.balances.mutual_information import MutualInformationBalance
 from moesaic.moe.bodies.lora import LoRAExpert
 from moesaic.moe.bodies.memory import ProductKeyMemory
-from moesaic.moe.bodies.narrow import Narrow
-from moesaic.moe.bodies.residual import Residual
+from moesaic.moe.bodies.narrow import DownProjection
+from moesaic.moe.bodies.residual import ResidualExpert
 from moesaic.moe.bodies.shared import GatedSharedExperts, SharedExperts
-from moesaic.moe.bodies.soft import SoftMixture
-from moesaic.moe.conditions.embeddings import OnlyTag, OnlyToken, OnTag, OnToken
+from moesaic.moe.bodies.soft import SoftMoE
+from moesaic.moe.conditions.embeddings import TagOnly, TokenOnly, HiddenStateAndTag, HiddenStateAndToken
 from moesaic.moe.config import MoE, NoMoE
-from moesaic.moe.links.decoupled import Decoupled
-from moesaic.moe.links.pre_gated import PreGated
-from moesaic.moe.links.recurrent import Recurrent
-from moesaic.moe.noises.warm_up import StochasticWarmUp
+from moesaic.moe.links.decoupled import DecoupledRouting
+from moesaic.moe.links.pre_gated import PreGatedRouting
+from moesaic.moe.links.recurrent import RecurrentRouting
+from moesaic.moe.noises.warm_up import StochasticWarmup
 from moesaic.moe.select import SwitchTop1, Top2, TopK
 from moesaic.moe.selects.dense_all import DenseAll
 from moesaic.moe.selects.expert_choice import ExpertChoice
@@ -47,19 +47,19 @@ BASE = ModelConfig(
     decoder=Stack(layers=2, moe_every=1),
     attention=AttentionConfig(heads=4, kv_heads=2),
     feed_forward=FeedForwardConfig(hidden=24, activation=SwiGLU()),
-    moe=MoE(experts=4, select=TopK(k=2), balance=(SwitchBalance(), RouterZ())),
+    moe=MoE(experts=4, select=TopK(k=2), balance=(SwitchBalance(), RouterZLoss())),
 )
 NONE = Stack(layers=0)
 LINKED = {
-    "recurrent": Recurrent(width=6),
-    "pre-gated": PreGated(),
-    "decoupled": Decoupled(dim=8, heads=2),
+    "recurrent": RecurrentRouting(width=6),
+    "pre-gated": PreGatedRouting(),
+    "decoupled": DecoupledRouting(dim=8, heads=2),
 }
 CONDITIONED = {
-    "on-tag": OnTag(),
-    "only-tag": OnlyTag(),
-    "on-token": OnToken(),
-    "only-token": OnlyToken(),
+    "on-tag": HiddenStateAndTag(),
+    "only-tag": TagOnly(),
+    "on-token": HiddenStateAndToken(),
+    "only-token": TokenOnly(),
 }
 
 
@@ -92,21 +92,21 @@ VARIANTS = {
     ),
     **{name: _with(link=link) for name, link in LINKED.items()},
     **{name: _with(condition=condition) for name, condition in CONDITIONED.items()},
-    "recurrent-on-tag": _with(link=Recurrent(width=6), condition=OnTag()),
+    "recurrent-on-tag": _with(link=RecurrentRouting(width=6), condition=HiddenStateAndTag()),
     "decoupled-decoder-only": _with(link=LINKED["decoupled"]).replace(encoder=NONE),
 }
 SPARSELY = {  # every rule of choosing in a whole model; encoders alone where it is not causal
     "sigmoid-in-groups": MoE(
-        experts=4, select=SigmoidTopK(k=2, among=BestGroups(groups=2, kept=1)), balance=()
+        experts=4, select=SigmoidTopK(k=2, expert_groups=TopGroups(num_groups=2, top_groups=1)), balance=()
     ),
     "top-p": MoE(experts=4, select=TopP(p=0.45)),
     "null-experts": MoE(
-        experts=3, select=NullTopK(k=2), spare=ZeroExperts(number=2), balance=(NullBalance(),)
+        experts=3, select=NullTopK(k=2), null_experts=ZeroExperts(number=2), balance=(NullBalance(),)
     ),
     "hash": MoE(experts=4, select=Hash(), balance=()),
-    "dense-all": MoE(experts=3, select=DenseAll(), balance=(MutualInformation(),)),
+    "dense-all": MoE(experts=3, select=DenseAll(), balance=(MutualInformationBalance(),)),
     "mixture-of-depths": MoE(
-        experts=1, select=Threshold(), balance=(KeptFraction(),), noise=StochasticWarmUp()
+        experts=1, select=Threshold(), balance=(TargetLoadBalance(),), noise=StochasticWarmup()
     ),
 }
 VARIANTS |= {name: BASE.replace(moe=moe) for name, moe in SPARSELY.items()}
@@ -116,23 +116,23 @@ VARIANTS["expert-choice"] = BASE.replace(
 
 
 VARIANTS["soft"] = BASE.replace(
-    encoder=BASE.encoder.replace(moe=SoftMixture(experts=3, slots=2, length=12))
+    encoder=BASE.encoder.replace(moe=SoftMoE(experts=3, slots=2, assumed_length=12))
 )
 MIXTURE = MoE(experts=4, select=TopK(k=2))
 BODIES = {  # what an expert is, and what stands around it
     "shared": MIXTURE.replace(beside=SharedExperts(number=2), hidden=12),
     "gated-shared": MIXTURE.replace(beside=GatedSharedExperts()),
-    "narrow": MIXTURE.replace(exchange=Narrow(ratio=0.5)),
+    "narrow": MIXTURE.replace(exchange=DownProjection(ratio=0.5)),
     "lora": MIXTURE.replace(expert=LoRAExpert(rank=2)),
     "null": MIXTURE.replace(spare=ZeroExperts(number=2)),
     "identity": MIXTURE.replace(spare=IdentityExperts(number=2)),
-    "memory": ProductKeyMemory(side=8, slots=6),
+    "memory": ProductKeyMemory(keys_per_side=8, slots=6),
 }
 VARIANTS |= {name: BASE.replace(moe=moe) for name, moe in BODIES.items()}
 VARIANTS |= {
     "attention-experts-own-keys": BASE.replace(attention_experts=MixtureOfAttention(experts=3)),
     "attention-experts-shared-keys-parallel": BASE.replace(
-        attention_experts=MixtureOfAttention(experts=3, keys="shared"), block=ParallelResidual(), bias=True
+        attention_experts=MixtureOfAttention(experts=3, key_values="shared"), block=ParallelResidual(), bias=True
     ),
     "parallel-decoder-only": BASE.replace(
         encoder=NONE,
@@ -143,7 +143,7 @@ VARIANTS |= {
 }
 VARIANTS["residual-pyramid-bias"] = BASE.replace(
     decoder=Stack(layers=3, moe_every=1, first_dense_layers=1, experts_per_layer=(2, 5)),
-    moe=MIXTURE.replace(select=SwitchTop1(), beside=Residual()),
+    moe=MIXTURE.replace(select=SwitchTop1(), beside=ResidualExpert()),
     bias=True,
 )
 

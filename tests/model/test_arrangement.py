@@ -77,6 +77,6 @@ def test_attention_experts_multiply_what_attention_costs():
     part = "encoder self-attention"
     routers = DENSE.encoder.layers * 3 * DENSE.dim
     assert many.parts[part] == 3 * plain.parts[part] + routers
-    shared = MixtureOfAttention(experts=3, keys="shared")
+    shared = MixtureOfAttention(experts=3, key_values="shared")
     few = count_parameters(DENSE.replace(attention_experts=shared))
     assert plain.parts[part] < few.parts[part] < many.parts[part]

@@ -63,7 +63,7 @@ def test_the_first_blocks_may_stay_dense():
 
 
 def test_a_memory_stands_where_experts_would_but_is_no_mixture():
-    config = BASE.replace(moe=ProductKeyMemory(side=4, slots=2))
+    config = BASE.replace(moe=ProductKeyMemory(keys_per_side=4, slots=2))
     assert config.moe_of_layer(config.encoder, layer=1) == config.moe
     assert config.moe_of_layer(config.encoder, layer=0) == NoMoE()
     assert config.routed_moe_of_layer(config.encoder, layer=1) is None

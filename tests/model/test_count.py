@@ -79,9 +79,9 @@ def test_what_every_expert_shares_is_multiplied_once_per_edge():
 
 
 def test_a_memory_touches_the_rows_that_it_reads():
-    memory = ProductKeyMemory(side=8, slots=6)
+    memory = ProductKeyMemory(keys_per_side=8, slots=6)
     counted = count_parameters(BASE.replace(moe=memory))
-    tables = 3 * 64 * sum(memory.widths(16))  # in three layers
+    tables = 3 * 64 * sum(memory.value_dims(16))  # in three layers
     assert counted.total - counted.active == tables - tables * 6 // 64
 
 

@@ -7,21 +7,21 @@ import torch
 
 from moesaic.model.dropout import Dropout
 from moesaic.model.transformer import Transformer
-from moesaic.moe.context import Context
+from moesaic.moe.context import TokenContext
 from moesaic.testing.tiny import tiny_model_config
 
 ONES = torch.ones(6, 64)
 
 
-def _kept(*, name: str = "a", context: Context | None = None) -> torch.Tensor:
-    return Dropout(0.5, name=name)(ONES, context=context or Context.plain(6))
+def _kept(*, name: str = "a", context: TokenContext | None = None) -> torch.Tensor:
+    return Dropout(0.5, name=name)(ONES, context=context or TokenContext.unbatched(6))
 
 
 def test_tokens_layers_and_draws_lose_different_channels() -> None:
-    here = Context.plain(6)
+    here = TokenContext.unbatched(6)
     others = [
         _kept(name="b"),
-        _kept(context=here.at("decoder")),
+        _kept(context=here.for_layer("decoder")),
         _kept(context=replace(here, row_key=here.row_key + 1)),
         _kept(context=replace(here, position=here.position + 6)),
     ]
@@ -31,8 +31,8 @@ def test_tokens_layers_and_draws_lose_different_channels() -> None:
 
 
 def test_nothing_is_lost_outside_training_or_at_rate_zero() -> None:
-    assert Dropout(0.5, name="a").eval()(ONES, context=Context.plain(6)) is ONES
-    assert Dropout(0.0, name="a")(ONES, context=Context.plain(6)) is ONES
+    assert Dropout(0.5, name="a").eval()(ONES, context=TokenContext.unbatched(6)) is ONES
+    assert Dropout(0.0, name="a")(ONES, context=TokenContext.unbatched(6)) is ONES
 
 
 def test_no_two_places_of_a_model_share_a_name() -> None:

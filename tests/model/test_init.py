@@ -7,7 +7,7 @@ from model.samples import VARIANTS
 from moesaic.model.config import InitConfig, Stack, ModelConfig
 from moesaic.moe.bodies.lora import LoRAExpert
 from moesaic.moe.bodies.memory import ProductKeyMemory
-from moesaic.moe.bodies.residual import Residual
+from moesaic.moe.bodies.residual import ResidualExpert
 from moesaic.moe.config import MoE
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
@@ -79,7 +79,7 @@ def test_a_fresh_model_predicts_about_evenly():
 
 
 def test_a_memory_starts_as_loud_as_the_feed_forward_beside_it():
-    config = CONFIG.replace(moe=ProductKeyMemory(side=64, slots=16))
+    config = CONFIG.replace(moe=ProductKeyMemory(keys_per_side=64, slots=16))
     layer = config.build().encoder[1].feed_forward.inner
     with torch.no_grad():
         x = torch.randn(400, DIM)
@@ -88,7 +88,7 @@ def test_a_memory_starts_as_loud_as_the_feed_forward_beside_it():
 
 
 def test_a_module_has_the_last_word_on_how_its_parameters_start():
-    moe = MoE(experts=4, expert=LoRAExpert(rank=8), beside=Residual())
+    moe = MoE(experts=4, expert=LoRAExpert(rank=8), shared_experts=ResidualExpert())
     model = CONFIG.replace(moe=moe).build()
     kinds = model.parameter_kinds()
     inner = "encoder.1.feed_forward.inner."

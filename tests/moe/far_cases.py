@@ -11,7 +11,7 @@ from torch import nn
 
 from moesaic.dist.collectives import Group
 from moesaic.moe.dispatch import Dispatcher, LocalDispatcher
-from moesaic.moe.experts import Experts, Size
+from moesaic.moe.experts import GroupedExperts, ExpertShape
 from moesaic.moe.routing import Routing
 from moesaic.nn.activation import ReLU
 from moesaic.nn.feed_forward import FeedForwardConfig
@@ -84,25 +84,25 @@ def of_tokens(edges: Routing, *, start: int, count: int) -> Routing:
     )
 
 
-def bank(*, experts: Sequence[int] = range(E), hidden: slice = slice(0, F)) -> Experts:
+def bank(*, experts: Sequence[int] = range(E), hidden: slice = slice(0, F)) -> GroupedExperts:
     """A part of the experts of all ranks."""
     torch.manual_seed(3)
     up, down = torch.randn(E, D, F), torch.randn(E, F, D)
     feed = FeedForwardConfig(hidden=len(range(F)[hidden]), activation=ReLU())
-    made = Experts(Size(len(experts), D, feed, bias=False))
+    made = GroupedExperts(ExpertShape(len(experts), D, feed, bias=False))
     made.up = nn.Parameter(up[list(experts)][:, :, hidden].clone())
     made.down = nn.Parameter(down[list(experts)][:, hidden].clone())
     return made
 
 
-def carried(dispatcher: Dispatcher, *, experts: Experts, edges: Routing, x: torch.Tensor) -> Result:
+def carried(dispatcher: Dispatcher, *, experts: GroupedExperts, edges: Routing, x: torch.Tensor) -> Result:
     """Answer and gradients for an upstream gradient that tells every number apart."""
     x = x.clone().requires_grad_()
     weight = edges.weight.clone().requires_grad_()
     edges = Routing(
         edges.token, edges.expert, weight, edges.num_tokens, edges.num_experts, edges.per_token
     )
-    out = dispatcher.carry(x, routing=edges, experts=experts)
+    out = dispatcher.run_experts(x, routing=edges, experts=experts)
     (out.float() * upstream(x)).sum().backward()
     grads = [t.grad if t.grad is not None else torch.zeros_like(t) for t in (x, weight)]
     banks = [experts.up.grad, experts.down.grad]
@@ -140,7 +140,7 @@ def here(
 
 
 def compare(
-    dispatcher: Dispatcher, *, experts: Callable[[], Experts], cases: Sequence[str]
+    dispatcher: Dispatcher, *, experts: Callable[[], GroupedExperts], cases: Sequence[str]
 ) -> dict[str, Result]:
     """On each rank: the results of every case, by name."""
     rank = distributed.get_rank()

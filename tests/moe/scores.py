@@ -8,10 +8,10 @@ from threading import Barrier
 import torch
 
 from moesaic.core.shapes import Tensor
-from moesaic.moe.balance import Balance, Scores
-from moesaic.moe.context import Context
-from moesaic.moe.gate import Gate
-from moesaic.moe.ranks import Gathered, OneRank
+from moesaic.moe.balance import Balance, BalanceInputs
+from moesaic.moe.context import TokenContext
+from moesaic.moe.gate import RouterContext
+from moesaic.moe.ranks import GatheredRows, SingleRankBatch
 from moesaic.moe.select import Select, TopK
 
 LENGTHS = (3, 9, 1, 20, 5, 26)  # tokens of each row
@@ -33,7 +33,7 @@ class Meeting:
         return given
 
 
-class Met(OneRank):
+class Met(SingleRankBatch):
     """One rank of a meeting."""
 
     def __init__(self, meeting: Meeting, rank: int) -> None:
@@ -42,9 +42,9 @@ class Met(OneRank):
     def sum(self, counts: Tensor) -> Tensor:
         return torch.stack(self._meeting.exchange(counts, rank=self._rank)).sum(0)
 
-    def gather(self, rows: Tensor) -> Gathered:
+    def gather(self, rows: Tensor) -> GatheredRows:
         parts = self._meeting.exchange(rows, rank=self._rank)
-        return Gathered(torch.cat(parts), sum(len(part) for part in parts[: self._rank]))
+        return GatheredRows(torch.cat(parts), sum(len(part) for part in parts[: self._rank]))
 
 
 def scores_of(
@@ -53,29 +53,29 @@ def scores_of(
     select: Select | None = None,
     lengths: Sequence[int] = LENGTHS,
     term: Balance | None = None,
-    ranks: OneRank | None = None,
+    ranks: SingleRankBatch | None = None,
     first: int = 0,
-) -> Scores:
+) -> BalanceInputs:
     """The scores of one rank that has these rows, alone or (``ranks``) as one of several.
 
     ``first`` is how many rows of the batch come before.
     """
     rule = select or TopK(k=2)
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths).long())
-    context = replace(Context.plain(len(logits)), row=row, row_key=row + first)
-    state = term.start(logits.shape[1]) if term else {}
-    gate = Gate(logits, context, training=True, state=state)
+    context = replace(TokenContext.unbatched(len(logits)), row=row, row_key=row + first)
+    state = term.initial_state(logits.shape[1]) if term else {}
+    gate = RouterContext(logits, context, training=True, state=state)
     routing = rule(gate)
     load = routing.load().double()
     tokens = torch.tensor(float(len(logits)), dtype=torch.float64)
-    return Scores(
-        gate=gate,
+    return BalanceInputs(
+        router=gate,
         routing=routing,
         probabilities=rule.probabilities(gate),
         load=load,
-        heard=torch.zeros_like(load),
-        tokens=tokens,
-        ranks=ranks or OneRank(),
+        accumulated_load=torch.zeros_like(load),
+        num_tokens=tokens,
+        batch_group=ranks or SingleRankBatch(),
     )
 
 

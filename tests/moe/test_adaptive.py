@@ -9,18 +9,18 @@ from moe.far_cases import FEW, D, E, F, Result, bank, carried, compare, groups, 
 from moesaic.dist.fit import LinearCost
 from moesaic.dist.traffic import DispatchedTokens, adaptive_experts_bytes, all_to_all_bytes, gathered_expert_bytes, expert_tensor_bytes
 from moesaic.dist.wire import CommunicationCounter
-from moesaic.moe.adaptive import Adaptive, Lending, Prices, Step, every_lending
+from moesaic.moe.adaptive import AdaptiveDispatcher, GatherDegrees, DispatchCosts, StepLoad, possible_gather_degrees
 from moesaic.moe.bodies.lora import LoRAExpert
 from moesaic.moe.dispatch import Dispatcher
-from moesaic.moe.experts import Experts, Size
+from moesaic.moe.experts import GroupedExperts, ExpertShape
 from moesaic.moe.routing import Routing
 from moesaic.nn.activation import SwiGLU
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.testing.ranks import run_on_ranks
 
-BY_BYTES = Prices(exchange=LinearCost(0, 1), lend=LinearCost(0, 1), work=LinearCost(0, 0))
-SPLIT = [Lending(1), Lending(2), Lending(4)]
-SLICED = [Lending(1, 1), Lending(1, 2), Lending(2, 2), Lending(2, 1)]
+BY_BYTES = DispatchCosts(all_to_all=LinearCost(0, 1), gather_weights=LinearCost(0, 1), compute=LinearCost(0, 0))
+SPLIT = [GatherDegrees(1), GatherDegrees(2), GatherDegrees(4)]
+SLICED = [GatherDegrees(1, 1), GatherDegrees(1, 2), GatherDegrees(2, 2), GatherDegrees(2, 1)]
 HALF = F // 2
 
 
@@ -29,7 +29,7 @@ def _split() -> list[dict[str, Result]]:
     own = range(E)[rank * E // 4 :][: E // 4]
     return [
         compare(
-            Adaptive(distributed.group.WORLD, prices=BY_BYTES, among=[way]),
+            AdaptiveDispatcher(distributed.group.WORLD, costs=BY_BYTES, candidates=[way]),
             experts=lambda: bank(experts=own),
             cases=FEW,
         )
@@ -46,13 +46,13 @@ def test_every_way_to_lend_experts_gives_the_same() -> None:
                 torch.testing.assert_close(got, getattr(expected, part), rtol=1e-5, atol=1e-5)
 
 
-def _gated(hidden: slice, *, experts: range) -> Experts:
+def _gated(hidden: slice, *, experts: range) -> GroupedExperts:
     """A part of a bank whose activation reads two segments, with a bias before it."""
     torch.manual_seed(4)
     up, down = torch.randn(E, D, 2, F), torch.randn(E, F, D)
     own = list(experts)
     feed = FeedForwardConfig(hidden=len(range(F)[hidden]), activation=SwiGLU())
-    made = Experts(Size(len(own), D, feed, bias=False))
+    made = GroupedExperts(ExpertShape(len(own), D, feed, bias=False))
     made.up = nn.Parameter(up[own][..., hidden].flatten(2).clone())
     made.down = nn.Parameter(down[own][:, hidden].clone())
     return made
@@ -67,7 +67,7 @@ def _sliced() -> list[Result]:
     x, edges = here("some dropped", rank=distributed.get_rank())
     found = []
     for way in SLICED:
-        dispatcher = Adaptive(over, slices=cuts, prices=BY_BYTES, among=[way])
+        dispatcher = AdaptiveDispatcher(over, slice_group=cuts, costs=BY_BYTES, candidates=[way])
         experts = _gated(hidden, experts=own)
         found.append(carried(dispatcher, experts=experts, edges=edges, x=x))
     return found
@@ -79,7 +79,7 @@ def test_every_way_to_lend_slices_gives_the_same() -> None:
     for rank, found in enumerate(every):
         x, edges = one[rank]
         alone = carried(
-            Adaptive(None, prices=BY_BYTES),
+            AdaptiveDispatcher(None, costs=BY_BYTES),
             experts=_gated(slice(0, F), experts=range(E)),
             edges=edges,
             x=x,
@@ -103,7 +103,7 @@ def _bytes(tokens: int) -> list[tuple[int, int]]:
     own = range(E)[rank * E // 4 :][: E // 4]
     found = []
     for way in SPLIT:
-        dispatcher = Adaptive(distributed.group.WORLD, prices=BY_BYTES, among=[way])
+        dispatcher = AdaptiveDispatcher(distributed.group.WORLD, costs=BY_BYTES, candidates=[way])
         with CommunicationCounter() as wire:
             x = torch.randn(tokens, D)
             carried(dispatcher, experts=bank(experts=own), edges=_even(tokens), x=x)
@@ -129,21 +129,21 @@ def test_what_travels_is_what_the_closed_form_says() -> None:
 
 def test_even_loads_cost_what_the_closed_forms_say() -> None:
     load = torch.full((4, 2, 8), 4)
-    step = Step(load, row_bytes=10, bank_bytes=100)
+    step = StepLoad(load, row_bytes=10, bank_bytes=100)
     rows = DispatchedTokens(tokens=16, experts_per_token=2, dim=10, itemsize=1)
-    for way in (Lending(1, 1), Lending(1, 2), Lending(2, 2), Lending(4, 2)):
-        moved = step.moved(way)
+    for way in (GatherDegrees(1, 1), GatherDegrees(1, 2), GatherDegrees(2, 2), GatherDegrees(4, 2)):
+        moved = step.traffic(way)
         assert 2 * moved.rows == all_to_all_bytes(rows, ranks=4 // way.experts)
         assert 2 * moved.copies == expert_tensor_bytes(rows, expert_tensor=2 // way.slices)
         assert moved.weights == (way.experts * way.slices - 1) * 100
         assert moved.work == 32  # all lend: its own rows, whole; nobody: twice as many, by halves
 
 
-def _chosen() -> list[Lending]:
+def _chosen() -> list[GatherDegrees]:
     """With tokens on one rank alone, then with many on all."""
     rank = distributed.get_rank()
     own = range(E)[rank * E // 4 :][: E // 4]
-    dispatcher = Adaptive(distributed.group.WORLD, prices=BY_BYTES)
+    dispatcher = AdaptiveDispatcher(distributed.group.WORLD, costs=BY_BYTES)
     return [
         dispatcher.choose(torch.randn(tokens, D), routing=_even(tokens), experts=bank(experts=own))
         for tokens in (4 if rank == 1 else 0, 16, 400)
@@ -152,38 +152,38 @@ def _chosen() -> list[Lending]:
 
 def test_all_ranks_choose_alike_and_by_the_load() -> None:
     for found in run_on_ranks(4, _chosen):
-        assert found == [Lending(1), Lending(1), Lending(4)]
+        assert found == [GatherDegrees(1), GatherDegrees(1), GatherDegrees(4)]
 
 
 def test_a_skewed_load_is_a_reason_to_lend() -> None:
     even, skewed = torch.full((4, 1, 4), 8), torch.zeros(4, 1, 4, dtype=torch.int64)
     skewed[:, :, 0] = 32
-    prices = Prices(exchange=LinearCost(0, 0.01), lend=LinearCost(0, 0.01), work=LinearCost(0, 1))
-    ways = every_lending(4, slices=1)
+    prices = DispatchCosts(all_to_all=LinearCost(0, 0.01), gather_weights=LinearCost(0, 0.01), compute=LinearCost(0, 1))
+    ways = possible_gather_degrees(4, slices=1)
 
-    def chosen(load: torch.Tensor) -> Lending:
-        step = Step(load, row_bytes=10, bank_bytes=1000)
-        return min(ways, key=lambda way: step.seconds(way, prices=prices))
+    def chosen(load: torch.Tensor) -> GatherDegrees:
+        step = StepLoad(load, row_bytes=10, bank_bytes=1000)
+        return min(ways, key=lambda way: step.seconds(way, costs=prices))
 
-    assert chosen(even) == Lending(1)
-    assert chosen(skewed) == Lending(4)
+    assert chosen(even) == GatherDegrees(1)
+    assert chosen(skewed) == GatherDegrees(4)
 
 
 def test_ways_go_from_slices_to_experts() -> None:
-    assert every_lending(4, slices=2) == [
-        Lending(1, 1),
-        Lending(1, 2),
-        Lending(2, 2),
-        Lending(4, 2),
+    assert possible_gather_degrees(4, slices=2) == [
+        GatherDegrees(1, 1),
+        GatherDegrees(1, 2),
+        GatherDegrees(2, 2),
+        GatherDegrees(4, 2),
     ]
 
 
 def _refused() -> None:
     x, edges = here("uneven", rank=distributed.get_rank())
-    dispatcher: Dispatcher = Adaptive(distributed.group.WORLD, prices=BY_BYTES)
-    low_rank = LoRAExpert(rank=2).build(Size(E, D, FeedForwardConfig(hidden=F), bias=False))
+    dispatcher: Dispatcher = AdaptiveDispatcher(distributed.group.WORLD, costs=BY_BYTES)
+    low_rank = LoRAExpert(rank=2).build(ExpertShape(E, D, FeedForwardConfig(hidden=F), bias=False))
     with pytest.raises(TypeError, match="only banks of feed-forwards can be lent"):
-        dispatcher.carry(x, routing=edges, experts=low_rank)
+        dispatcher.run_experts(x, routing=edges, experts=low_rank)
 
 
 def test_what_is_no_bank_cannot_be_lent() -> None:

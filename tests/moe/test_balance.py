@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from moesaic.moe.balance import RouterZ, Scores, SwitchBalance
-from moesaic.moe.gate import Gate
-from moesaic.moe.ranks import OneRank
+from moesaic.moe.balance import RouterZLoss, BalanceInputs, SwitchBalance
+from moesaic.moe.gate import RouterContext
+from moesaic.moe.ranks import SingleRankBatch
 from moesaic.moe.select import SwitchTop1, TopK
 
 T, E = 64, 8
@@ -13,12 +13,12 @@ T, E = 64, 8
 
 def _scores(logits, select=None, *, load=None):
     """The scores of one rank; ``load`` is that of all ranks together, T tokens in all."""
-    rule, gate = select or SwitchTop1(), Gate.alone(logits, training=True)
+    rule, gate = select or SwitchTop1(), RouterContext.from_logits(logits, training=True)
     routing = rule(gate)
     load = routing.load().double() if load is None else load
     tokens = torch.tensor(float(T), dtype=torch.float64)
     none = torch.zeros_like(load)
-    return Scores(gate, routing, rule.probabilities(gate), load, none, tokens, OneRank())
+    return BalanceInputs(gate, routing, rule.probabilities(gate), load, none, tokens, SingleRankBatch())
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -49,10 +49,10 @@ def test_the_switch_loss_equals_its_formula_and_differentiates_only_probabilitie
 def test_the_z_loss_equals_its_formula():
     logits = torch.randn(T, E)
     want = 0.5 * logits.logsumexp(-1).square().mean()
-    torch.testing.assert_close(RouterZ(weight=0.5)(_scores(logits)), want)
+    torch.testing.assert_close(RouterZLoss(weight=0.5)(_scores(logits)), want)
 
 
-@pytest.mark.parametrize("term", [SwitchBalance(), RouterZ()], ids=repr)
+@pytest.mark.parametrize("term", [SwitchBalance(), RouterZLoss()], ids=repr)
 def test_shares_of_unequal_ranks_add_up_with_gradients(term):
     logits = torch.randn(T, E, requires_grad=True)
     whole = term(_scores(logits))

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import torch
 
-from moesaic.moe.context import Context
+from moesaic.moe.context import TokenContext
 
 
 def _context(keys, positions):
     keys, positions = torch.tensor(keys), torch.tensor(positions)
-    return replace(Context.plain(len(keys)), row_key=keys, position=positions)
+    return replace(TokenContext.unbatched(len(keys)), row_key=keys, position=positions)
 
 
 def test_a_token_draws_the_same_whoever_else_is_in_the_batch():
@@ -21,7 +21,7 @@ def test_a_token_draws_the_same_whoever_else_is_in_the_batch():
 def test_layers_and_purposes_draw_their_own():
     context = _context([5, 5], [0, 1])
     draws = [
-        context.at(layer).uniform(purpose, width=1)
+        context.for_layer(layer).uniform(purpose, width=1)
         for layer in ("encoder.1", "decoder.1")
         for purpose in ("jitter", "room")
     ]
@@ -29,6 +29,6 @@ def test_layers_and_purposes_draw_their_own():
 
 
 def test_normal_numbers_have_mean_zero_and_deviation_one():
-    drawn = Context.plain(20_000).normal("x", width=2)
+    drawn = TokenContext.unbatched(20_000).normal("x", width=2)
     assert drawn.mean().abs() < 0.02
     assert (drawn.std() - 1).abs() < 0.02

@@ -3,14 +3,14 @@
 import torch
 
 from moesaic.moe.dispatch import Dispatcher, LocalDispatcher
-from moesaic.moe.gate import Gate
+from moesaic.moe.gate import RouterContext
 from moesaic.moe.select import TopK
 
 T, E, D = 20, 5, 4
 
 
 def test_rows_are_grouped_by_expert():
-    routing = TopK(k=2)(Gate.alone(torch.randn(T, E)))
+    routing = TopK(k=2)(RouterContext.from_logits(torch.randn(T, E)))
     x = torch.randn(T, D)
     parcel = LocalDispatcher().dispatch(x, routing)
     start = 0
@@ -21,7 +21,7 @@ def test_rows_are_grouped_by_expert():
 
 
 def test_what_is_sent_comes_home_weighted():
-    routing = TopK(k=2)(Gate.alone(torch.randn(T, E)))
+    routing = TopK(k=2)(RouterContext.from_logits(torch.randn(T, E)))
     x = torch.randn(T, D)
     dispatcher = LocalDispatcher()
     assert isinstance(dispatcher, Dispatcher)

@@ -33,7 +33,7 @@ def _sliced() -> dict[str, Result]:
     place, pair = distributed.get_rank() % 2, distributed.get_rank() // 2
     own, hidden = range(E)[pair * E // 2 :][: E // 2], slice(place * F // 2, (place + 1) * F // 2)
     return compare(
-        AllToAllDispatcher(over, slices=slices),
+        AllToAllDispatcher(over, slice_group=slices),
         experts=lambda: bank(experts=own, hidden=hidden),
         cases=list(CASES),
     )
@@ -42,7 +42,7 @@ def _sliced() -> dict[str, Result]:
 def _only_sliced() -> dict[str, Result]:
     rank = distributed.get_rank()
     return compare(
-        AllToAllDispatcher(None, slices=distributed.group.WORLD),
+        AllToAllDispatcher(None, slice_group=distributed.group.WORLD),
         experts=lambda: bank(hidden=slice(rank, rank + 1)),
         cases=list(CASES),
     )

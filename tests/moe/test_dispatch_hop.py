@@ -11,23 +11,23 @@ from moesaic.dist.traffic import DispatchedTokens, all_to_all_inter_node_bytes, 
 from moesaic.dist.wire import CommunicationCounter
 from moesaic.moe.dispatch import Dispatcher
 from moesaic.moe.dispatch_far import AllToAllDispatcher
-from moesaic.moe.dispatch_hop import Hop, two_hops
+from moesaic.moe.dispatch_hop import DeduplicatedAllToAllDispatcher, hierarchical_dispatcher
 from moesaic.moe.routing import Routing
 from moesaic.testing.ranks import run_on_ranks
 
 
 def _one_hop() -> Dispatcher:
-    return Hop(distributed.group.WORLD)
+    return DeduplicatedAllToAllDispatcher(distributed.group.WORLD)
 
 
 def _two_hops() -> Dispatcher:
     inside, nodes = groups(2)
-    return two_hops(nodes=nodes, inside=inside)
+    return hierarchical_dispatcher(inter_node=nodes, intra_node=inside)
 
 
 def _hop_and_rows() -> Dispatcher:
     inside, nodes = groups(2)
-    return Hop(nodes, inner=AllToAllDispatcher(inside))
+    return DeduplicatedAllToAllDispatcher(nodes, inner=AllToAllDispatcher(inside))
 
 
 class _InParts:
@@ -69,7 +69,7 @@ def _leaving() -> dict[str, tuple[int, int]]:
     rank = distributed.get_rank()
     inside, nodes = groups(2)
     every = distributed.group.WORLD
-    ways = {"flat": AllToAllDispatcher(every), "hops": two_hops(nodes=nodes, inside=inside)}
+    ways = {"flat": AllToAllDispatcher(every), "hops": hierarchical_dispatcher(inter_node=nodes, intra_node=inside)}
     x, _ = here("uneven", rank=0)
     x = x[:1].repeat(28, 1)
     pairs = torch.combinations(torch.arange(E), K)  # every set of experts once
@@ -99,7 +99,7 @@ def test_a_node_is_crossed_to_once_per_token() -> None:
 def _refused() -> None:
     x, edges = here("uneven", rank=distributed.get_rank())
     with pytest.raises(ValueError, match="8 experts cannot be split evenly over 3 ranks"):
-        Hop(distributed.group.WORLD).dispatch(x, edges)
+        DeduplicatedAllToAllDispatcher(distributed.group.WORLD).dispatch(x, edges)
 
 
 def test_experts_that_cannot_be_split_evenly_are_refused() -> None:
@@ -108,8 +108,8 @@ def test_experts_that_cannot_be_split_evenly_are_refused() -> None:
 
 def test_a_null_group_is_the_inner_dispatcher() -> None:
     x, edges = here("some dropped", rank=0)
-    got = carried(two_hops(nodes=None, inside=None), experts=bank(), edges=edges, x=x)
-    parts = carried(_InParts(Hop(None)), experts=bank(), edges=edges, x=x)
+    got = carried(hierarchical_dispatcher(inter_node=None, intra_node=None), experts=bank(), edges=edges, x=x)
+    parts = carried(_InParts(DeduplicatedAllToAllDispatcher(None)), experts=bank(), edges=edges, x=x)
     assert torch.equal(
         got.out, carried(AllToAllDispatcher(None), experts=bank(), edges=edges, x=x).out
     )

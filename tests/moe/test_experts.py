@@ -2,7 +2,7 @@
 
 import torch
 
-from moesaic.moe.experts import Experts, Size
+from moesaic.moe.experts import GroupedExperts, ExpertShape
 from moesaic.nn.activation import SwiGLU
 from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig
 from moesaic.ops.group import group
@@ -12,7 +12,7 @@ FEED = FeedForwardConfig(hidden=12, activation=SwiGLU())
 
 
 def _experts():
-    experts = Experts(Size(E, D, FEED, bias=True))
+    experts = GroupedExperts(ExpertShape(E, D, FEED, bias=True))
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     return experts

@@ -5,7 +5,7 @@ import pytest
 from model.samples import BASE
 from moesaic.core.errors import ConfigError
 from moesaic.model.count import count_parameters
-from moesaic.moe.around import NothingBeside
+from moesaic.moe.around import NoSharedExperts
 from moesaic.moe.config import MoE
 from moesaic.moe.fine_grained import fine_grained
 from moesaic.moe.select import SwitchTop1, TopK
@@ -30,19 +30,19 @@ def test_total_and_active_parameters_of_the_experts_stay(coarse, parts, shared):
     moe = COARSE[coarse]
     if shared >= parts * moe.select.experts_per_token(moe.experts):
         with pytest.raises(ConfigError, match=f"shared={shared}"):
-            fine_grained(moe, hidden=HIDDEN, parts=parts, shared=shared)
+            fine_grained(moe, hidden=HIDDEN, splits=parts, shared=shared)
         return
-    fine = fine_grained(moe, hidden=HIDDEN, parts=parts, shared=shared)
+    fine = fine_grained(moe, hidden=HIDDEN, splits=parts, shared=shared)
     assert fine.experts == parts * moe.experts - shared
     assert _experts(fine) == _experts(moe)
 
 
 def test_a_width_that_does_not_divide_is_refused():
     with pytest.raises(ConfigError, match="parts=5"):
-        fine_grained(COARSE["top2"], hidden=HIDDEN, parts=5)
+        fine_grained(COARSE["top2"], hidden=HIDDEN, splits=5)
 
 
 def test_chosen_experts_are_weighted_by_their_plain_probabilities():
-    fine = fine_grained(COARSE["top2"], hidden=HIDDEN, parts=4, shared=1)
+    fine = fine_grained(COARSE["top2"], hidden=HIDDEN, splits=4, shared=1)
     assert fine.select == TopK(k=7, normalise="none")
-    assert isinstance(fine_grained(COARSE["top2"], hidden=HIDDEN, parts=4).beside, NothingBeside)
+    assert isinstance(fine_grained(COARSE["top2"], hidden=HIDDEN, splits=4).shared_experts, NoSharedExperts)

@@ -4,28 +4,28 @@ from dataclasses import replace
 
 import torch
 
-from moesaic.moe.gate import Gate, Learner, Seen
+from moesaic.moe.gate import RouterContext, StatefulRule, RoutingStats
 
 
 def test_scores_to_choose_by_carry_the_bias_and_no_gradient():
     logits = torch.zeros(3, 2, requires_grad=True)
-    gate = Gate.alone(logits)
-    assert torch.equal(gate.biased(logits), logits.detach())
-    biased = replace(gate, bias=torch.tensor([0.0, 1.0])).biased(logits)
+    gate = RouterContext.from_logits(logits)
+    assert torch.equal(gate.biased_scores(logits), logits.detach())
+    biased = replace(gate, bias=torch.tensor([0.0, 1.0])).biased_scores(logits)
     assert biased.argmax(-1).tolist() == [1, 1, 1]
     assert not biased.requires_grad
 
 
 def test_sums_read_back_as_what_was_seen():
-    seen = Seen.of(torch.arange(9.0).double())
+    seen = RoutingStats.from_vector(torch.arange(9.0).double())
     assert seen.load.tolist() == [0, 1]
-    assert seen.kept.tolist() == [2, 3]
-    assert seen.logits.tolist() == [4, 5]
-    assert seen.squares.tolist() == [6, 7]
-    assert seen.tokens == 8
+    assert seen.kept_load.tolist() == [2, 3]
+    assert seen.logit_sum.tolist() == [4, 5]
+    assert seen.logit_square_sum.tolist() == [6, 7]
+    assert seen.num_tokens == 8
 
 
 def test_a_rule_without_a_state_learns_nothing():
-    assert Learner().start(4) == {}
+    assert StatefulRule().initial_state(4) == {}
     state = {"bias": torch.ones(2)}
-    assert Learner().learn(state, seen=Seen.of(torch.zeros(9).double())) is state
+    assert StatefulRule().update_state(state, stats=RoutingStats.from_vector(torch.zeros(9).double())) is state

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from moesaic.moe.config import MoE
-from moesaic.moe.context import Carry, Context
+from moesaic.moe.context import RouterState, TokenContext
 from moesaic.moe.dispatch import LocalDispatcher
-from moesaic.moe.gates import Place
+from moesaic.moe.gates import LayerIndex
 from moesaic.moe.layer import MoELayer, set_dispatcher, set_ranks
-from moesaic.moe.ranks import OneRank
+from moesaic.moe.ranks import SingleRankBatch
 from moesaic.nn.feed_forward import FeedForwardConfig
 
 D = 8
@@ -19,7 +19,7 @@ D = 8
 def _layer(**fields):
     config = MoE(experts=4, **fields)
     layer = MoELayer(
-        config, dim=D, feed_forward=FeedForwardConfig(hidden=12), bias=False, place=Place("x.1")
+        config, dim=D, feed_forward=FeedForwardConfig(hidden=12), bias=False, layer_index=LayerIndex("x.1")
     )
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -33,8 +33,8 @@ def test_experts_may_have_their_own_width():
 
 def test_the_record_names_the_layer_and_the_rows():
     row = torch.tensor([0, 0, 1, 2])
-    context = replace(Context.plain(4), row=row)
-    answer = _layer()(torch.randn(4, D), context=context, carry=Carry())
+    context = replace(TokenContext.unbatched(4), row=row)
+    answer = _layer()(torch.randn(4, D), context=context, carry=RouterState())
     out, record = answer.out, answer.record
     assert out.shape == (4, D)
     assert record.layer == "x.1"
@@ -44,7 +44,7 @@ def test_the_record_names_the_layer_and_the_rows():
 
 def test_parts_are_given_to_every_layer_of_a_model():
     model = nn.Sequential(_layer(), nn.Linear(2, 2), _layer())
-    ranks, dispatcher = OneRank(), LocalDispatcher()
+    ranks, dispatcher = SingleRankBatch(), LocalDispatcher()
     set_ranks(model, ranks)
     set_dispatcher(model, dispatcher)
     for layer in (model[0], model[2]):
@@ -54,7 +54,7 @@ def test_parts_are_given_to_every_layer_of_a_model():
 
 def test_no_tokens_pass_through_and_can_be_differentiated():
     layer = _layer()
-    answer = layer(torch.randn(0, D), context=Context.plain(0), carry=Carry())
+    answer = layer(torch.randn(0, D), context=TokenContext.unbatched(0), carry=RouterState())
     out, record = answer.out, answer.record
     (out.sum() + sum(record.losses.values())).backward()
     assert all(p.grad is None or p.grad.abs().sum() == 0 for p in layer.parameters())

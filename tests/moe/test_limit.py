@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moesaic.moe.context import Context
-from moesaic.moe.gate import Gate
-from moesaic.moe.limit import AtRandom, ByPosition, ByWeight, Capacity, Dropless, places
-from moesaic.moe.ranks import OneRank
+from moesaic.moe.context import TokenContext
+from moesaic.moe.gate import RouterContext
+from moesaic.moe.limit import RandomPriority, PositionPriority, WeightPriority, Capacity, Dropless, queue_positions
+from moesaic.moe.ranks import SingleRankBatch
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import SwitchTop1, TopK
 
@@ -17,16 +17,16 @@ T, E = 60, 4
 
 def _routing(select=None):
     logits = torch.randn(T, E) + torch.tensor([2.0, 0, 0, 0])  # expert 0 is crowded
-    return (select or SwitchTop1())(Gate.alone(logits, training=True))
+    return (select or SwitchTop1())(RouterContext.from_logits(logits, training=True))
 
 
 def _limited(limit, routing, *, training, key=0):
     """The routing under a limit; ``key`` is that of the one batch row all tokens are in."""
     context = replace(
-        Context.plain(routing.num_tokens), row_key=torch.full((routing.num_tokens,), key)
+        TokenContext.unbatched(routing.num_tokens), row_key=torch.full((routing.num_tokens,), key)
     )
-    gate = Gate(torch.zeros(routing.num_tokens, E), context, training)
-    return limit(routing, gate=gate, ranks=OneRank())
+    gate = RouterContext(torch.zeros(routing.num_tokens, E), context, training)
+    return limit(routing, gate=gate, ranks=SingleRankBatch())
 
 
 def _to_one_expert(tokens, weight=None):
@@ -35,7 +35,7 @@ def _to_one_expert(tokens, weight=None):
     return Routing.from_topk(weight, expert=expert, num_experts=E)
 
 
-PRIORITIES = [ByPosition(), ByWeight(), AtRandom()]
+PRIORITIES = [PositionPriority(), WeightPriority(), RandomPriority()]
 
 
 @pytest.mark.parametrize("priority", PRIORITIES, ids=repr)
@@ -44,19 +44,19 @@ def test_no_expert_takes_more_than_its_room_and_none_wastes_it(priority, select)
     before = _routing(select)
     limit = Capacity(factor=1.0, minimum=0, priority=priority)
     after = _limited(limit, before, training=True)
-    room = limit.room(before.expert.numel(), num_experts=E, factor=1.0)
+    room = limit.expert_capacity(before.expert.numel(), num_experts=E, factor=1.0)
     assert after.load().tolist() == before.load().clamp(max=room).tolist()
     assert after.dropped.any()
 
 
 def test_capacity_is_the_ceiling_of_the_fair_share_and_at_least_the_minimum():
-    assert Capacity(minimum=0).room(10, num_experts=4, factor=1.0) == 3  # ceil(10 / 4)
-    assert Capacity(minimum=4).room(10, num_experts=4, factor=1.0) == 4
+    assert Capacity(minimum=0).expert_capacity(10, num_experts=4, factor=1.0) == 3  # ceil(10 / 4)
+    assert Capacity(minimum=4).expert_capacity(10, num_experts=4, factor=1.0) == 4
 
 
 def test_by_position_keeps_the_first_tokens():
     after = _limited(
-        Capacity(factor=1.0, minimum=0, priority=ByPosition()), _to_one_expert(12), training=True
+        Capacity(factor=1.0, minimum=0, priority=PositionPriority()), _to_one_expert(12), training=True
     )
     assert after.dropped.tolist() == 3 * [False] + 9 * [True]
 
@@ -64,19 +64,19 @@ def test_by_position_keeps_the_first_tokens():
 def test_by_position_serves_all_first_choices_before_any_second():
     expert = torch.tensor([[1, 0], [1, 0], [0, 1], [0, 1]])
     routing = Routing.from_topk(torch.ones(4, 2), expert=expert, num_experts=2)
-    after = _limited(Capacity(factor=0.5, minimum=0, priority=ByPosition()), routing, training=True)
+    after = _limited(Capacity(factor=0.5, minimum=0, priority=PositionPriority()), routing, training=True)
     assert after.dropped.view(4, 2).tolist() == [[False, True]] * 4
 
 
 def test_by_weight_keeps_the_heaviest():
     weight = torch.rand(12)
-    limit = Capacity(factor=1.0, minimum=0, priority=ByWeight())
+    limit = Capacity(factor=1.0, minimum=0, priority=WeightPriority())
     after = _limited(limit, _to_one_expert(12, weight), training=True)
     assert set((~after.dropped).nonzero()[:, 0].tolist()) == set(weight.topk(3).indices.tolist())
 
 
 def test_at_random_survival_does_not_depend_on_position():
-    limit = Capacity(factor=1.0, minimum=0, priority=AtRandom())
+    limit = Capacity(factor=1.0, minimum=0, priority=RandomPriority())
     survived = torch.zeros(20)
     for draw in range(2000):
         survived += ~_limited(limit, _to_one_expert(20), training=True, key=draw).dropped
@@ -89,7 +89,7 @@ def test_at_random_is_by_weight_in_evaluation():
         _limited(
             Capacity(factor=1.0, eval_factor=1.0, minimum=0, priority=p), routing, training=False
         )
-        for p in (AtRandom(), ByWeight())
+        for p in (RandomPriority(), WeightPriority())
     )
     assert random.dropped.any()
     assert torch.equal(random.expert, heavy.expert)
@@ -109,17 +109,17 @@ def test_dropless_changes_nothing():
 
 def test_places_count_the_queue_of_each_expert():
     edges = torch.tensor([[1, 5], [0, 2], [1, 9], [1, 1], [0, 3]])
-    assert places(edges).tolist() == [1, 0, 2, 0, 1]
+    assert queue_positions(edges).tolist() == [1, 0, 2, 0, 1]
 
 
 def test_places_go_by_later_columns_where_earlier_ones_are_equal():
     edges = torch.tensor([[0, 1, -3], [0, 1, -7], [0, 0, 4]])
-    assert places(edges).tolist() == [2, 1, 0]
+    assert queue_positions(edges).tolist() == [2, 1, 0]
 
 
 def test_spare_experts_take_any_number():
     expert = torch.tensor([[3], [3], [3], [3], [0], [0], [0], [0]])  # the last one costs nothing
     routing = Routing.from_topk(torch.ones(8, 1), expert=expert, num_experts=E)
-    gate = Gate(torch.zeros(8, E), Context.plain(8), training=True, spare=1)
-    after = Capacity(factor=1.0, minimum=0)(routing, gate=gate, ranks=OneRank())
+    gate = RouterContext(torch.zeros(8, E), TokenContext.unbatched(8), training=True, num_null_experts=1)
+    after = Capacity(factor=1.0, minimum=0)(routing, gate=gate, ranks=SingleRankBatch())
     assert after.load().tolist() == [2, 0, 0, 4]

@@ -4,30 +4,30 @@ import pytest
 
 from moesaic.core.config import Choice
 from moesaic.moe import members
-from moesaic.moe.among import Among
-from moesaic.moe.around import Beside, Exchange
+from moesaic.moe.among import ExpertGroups
+from moesaic.moe.around import SharedExpertBranch, DispatchProjection
 from moesaic.moe.attention import AttentionExperts
 from moesaic.moe.balance import Balance
-from moesaic.moe.config import Sparse
+from moesaic.moe.config import SparseLayer
 from moesaic.moe.experts import Expert
-from moesaic.moe.gates import Condition, Link
-from moesaic.moe.noise import Noise
+from moesaic.moe.gates import RouterInput, CrossLayerRouting
+from moesaic.moe.noise import RouterNoise
 from moesaic.moe.select import Select
-from moesaic.moe.selects.dense_all import Inference
+from moesaic.moe.selects.dense_all import InferenceSelect
 
 FAMILIES: dict[str, type[Choice]] = {
-    "AMONG": Among,
+    "AMONG": ExpertGroups,
     "ATTENTION": AttentionExperts,
     "BALANCES": Balance,
-    "BESIDES": Beside,
-    "CONDITIONS": Condition,
-    "EXCHANGES": Exchange,
+    "BESIDES": SharedExpertBranch,
+    "CONDITIONS": RouterInput,
+    "EXCHANGES": DispatchProjection,
     "EXPERTS": Expert,
-    "INFERENCES": Inference,
-    "LINKS": Link,
-    "NOISES": Noise,
+    "INFERENCES": InferenceSelect,
+    "LINKS": CrossLayerRouting,
+    "NOISES": RouterNoise,
     "SELECTS": Select,
-    "SPARSE": Sparse,
+    "SPARSE": SparseLayer,
 }
 OWN_FILES = tuple(
     f"moesaic.moe.{room}."

@@ -17,7 +17,7 @@ ROTATION = Rotary().build(dim=DIM, head_dim=WIDTH).rotation(PACKING.position)
 
 
 def _mixture(keys):
-    made = MixtureOfAttention(experts=N, keys=keys).build(HEADS, dim=DIM, bias=False)
+    made = MixtureOfAttention(experts=N, key_values=keys).build(HEADS, dim=DIM, bias=False)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return made
@@ -56,14 +56,14 @@ def test_a_mixture_is_the_weighted_sum_of_its_experts(keys):
 
 @pytest.mark.parametrize("keys", ["own", "shared"])
 def test_one_expert_alone_is_plain_attention(keys):
-    made = MixtureOfAttention(experts=1, keys=keys).build(HEADS, dim=DIM, bias=True)
+    made = MixtureOfAttention(experts=1, key_values=keys).build(HEADS, dim=DIM, bias=True)
     x = torch.randn(PACKING.num_tokens, DIM)
     torch.testing.assert_close(_forward(made, x), _forward(made.all, x))
 
 
 def test_own_keys_take_as_many_caches_as_there_are_experts():
     own, shared = (
-        MixtureOfAttention(experts=N, keys=keys).all_heads(HEADS, dim=DIM)
+        MixtureOfAttention(experts=N, key_values=keys).combined_attention(HEADS, dim=DIM)
         for keys in ("own", "shared")
     )
     assert own.num_kv_heads() == N * HEADS.num_kv_heads()

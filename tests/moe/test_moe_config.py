@@ -1,15 +1,15 @@
 """The sparse family reads and writes itself."""
 
 from moesaic.core.config import Config
-from moesaic.moe.balance import RouterZ, SwitchBalance
-from moesaic.moe.config import MoE, NoMoE, Sparse
-from moesaic.moe.limit import ByPosition, Capacity
+from moesaic.moe.balance import RouterZLoss, SwitchBalance
+from moesaic.moe.config import MoE, NoMoE, SparseLayer
+from moesaic.moe.limit import PositionPriority, Capacity
 from moesaic.moe.noise import Jitter
 from moesaic.moe.select import TopK
 
 
 class Holder(Config):
-    sparse: Sparse
+    sparse: SparseLayer
 
 
 def test_a_mixture_round_trips_through_yaml():
@@ -17,8 +17,8 @@ def test_a_mixture_round_trips_through_yaml():
         experts=8,
         hidden=32,
         select=TopK(k=3, normalise="after"),
-        limit=Capacity(factor=2.0, priority=ByPosition()),
-        balance=(SwitchBalance(weight=0.1), RouterZ()),
+        limit=Capacity(factor=2.0, priority=PositionPriority()),
+        balance=(SwitchBalance(weight=0.1), RouterZLoss()),
         noise=Jitter(epsilon=0.02),
     )
     for sparse in (moe, NoMoE()):

@@ -8,10 +8,10 @@ from moe.far_cases import FEW, E, Result, bank, carried, compare, here, whole
 from moesaic.dist.wire import CommunicationCounter
 from moesaic.moe.dispatch import Dispatcher
 from moesaic.moe.dispatch_far import AllToAllDispatcher
-from moesaic.moe.overlap import Chunked, Degrees
+from moesaic.moe.overlap import ChunkedAllToAllDispatcher, OverlapDegrees
 from moesaic.testing.ranks import run_on_ranks
 
-DEGREES = [Degrees(1, 1), Degrees(4, 2), Degrees(1, 8), Degrees(2, 3)]
+DEGREES = [OverlapDegrees(1, 1), OverlapDegrees(4, 2), OverlapDegrees(1, 8), OverlapDegrees(2, 3)]
 
 
 def _chunked() -> list[dict[str, Result]]:
@@ -19,7 +19,7 @@ def _chunked() -> list[dict[str, Result]]:
     own = range(E)[rank * E // ranks :][: E // ranks]
     return [
         compare(
-            Chunked(distributed.group.WORLD, degrees=degrees),
+            ChunkedAllToAllDispatcher(distributed.group.WORLD, degrees=degrees),
             experts=lambda: bank(experts=own),
             cases=FEW,
         )
@@ -50,10 +50,10 @@ def _calls() -> list[tuple[int, int]]:
     x = x.requires_grad_()
     found = []
     for degrees in DEGREES:
-        way = Chunked(distributed.group.WORLD, degrees=degrees)
+        way = ChunkedAllToAllDispatcher(distributed.group.WORLD, degrees=degrees)
         forward, backward = CommunicationCounter(), CommunicationCounter()
         with forward:
-            out = way.carry(x, routing=edges, experts=bank(experts=own))
+            out = way.run_experts(x, routing=edges, experts=bank(experts=own))
         with backward:
             out.sum().backward()
         found.append((forward.num_calls("all-to-all"), backward.num_calls("all-to-all")))
@@ -79,7 +79,7 @@ class _Watching:
 
     def mix(self, x, *, edges):
         self.forward.append(self.wire.num_calls("all-to-all"))
-        out = self.experts.mix(x, edges=edges)
+        out = self.experts.forward_edges(x, edges=edges)
         out.register_hook(self._note)
         return out
 
@@ -95,8 +95,8 @@ def _in_flight() -> tuple[list[int], list[int]]:
     x, edges = here("uneven", rank=rank)
     experts = _Watching(rank)
     with experts.wire:
-        way = Chunked(distributed.group.WORLD, degrees=Degrees(2, 4))
-        out = way.carry(x.requires_grad_(), routing=edges, experts=experts)
+        way = ChunkedAllToAllDispatcher(distributed.group.WORLD, degrees=OverlapDegrees(2, 4))
+        out = way.run_experts(x.requires_grad_(), routing=edges, experts=experts)
         out.sum().backward()
     return experts.forward, experts.backward
 
@@ -110,7 +110,7 @@ def test_the_next_chunk_is_on_its_way_while_experts_work() -> None:
 
 
 def test_a_null_group_is_the_local_dispatcher() -> None:
-    way: Dispatcher = Chunked(None, degrees=Degrees(2, 4))
+    way: Dispatcher = ChunkedAllToAllDispatcher(None, degrees=OverlapDegrees(2, 4))
     assert isinstance(way, Dispatcher)
     x, edges = here("some dropped", rank=0)
     got = carried(way, experts=bank(), edges=edges, x=x)
@@ -120,4 +120,4 @@ def test_a_null_group_is_the_local_dispatcher() -> None:
 
 def test_no_chunks_are_refused() -> None:
     with pytest.raises(ValueError, match="one chunk at least"):
-        Degrees(0, 2)
+        OverlapDegrees(0, 2)

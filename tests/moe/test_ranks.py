@@ -2,17 +2,17 @@
 
 import torch
 
-from moesaic.moe.ranks import OneRank, Ranks
+from moesaic.moe.ranks import SingleRankBatch, BatchGroup
 
 
 def test_what_one_rank_counts_is_global():
     counts = torch.tensor([1, 2])
-    assert OneRank().sum(counts) is counts
-    assert isinstance(OneRank(), Ranks)
+    assert SingleRankBatch().sum(counts) is counts
+    assert isinstance(SingleRankBatch(), BatchGroup)
 
 
 def test_what_one_rank_gathers_is_its_own():
     rows = torch.arange(6).view(3, 2)
-    gathered = OneRank().gather(rows)
+    gathered = SingleRankBatch().gather(rows)
     assert gathered.rows is rows
     assert gathered.start == 0

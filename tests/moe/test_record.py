@@ -2,13 +2,13 @@
 
 import torch
 
-from moesaic.moe.context import Context
-from moesaic.moe.record import Record
+from moesaic.moe.context import TokenContext
+from moesaic.moe.record import RoutingRecord
 from moesaic.moe.routing import Routing
 
 
 def test_records_do_not_share_losses():
     routing = Routing.from_topk(torch.ones(1, 1), expert=torch.zeros(1, 1).long(), num_experts=1)
-    first, second = (Record("encoder.1", routing, Context.plain(1)) for _ in range(2))
+    first, second = (RoutingRecord("encoder.1", routing, TokenContext.unbatched(1)) for _ in range(2))
     assert first.losses == {}
     assert first.losses is not second.losses

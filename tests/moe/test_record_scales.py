@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from moesaic.moe.config import MoE
-from moesaic.moe.context import Carry, Context
-from moesaic.moe.gates import Place
+from moesaic.moe.context import RouterState, TokenContext
+from moesaic.moe.gates import LayerIndex
 from moesaic.moe.layer import MoELayer
-from moesaic.moe.record import Record
+from moesaic.moe.record import RoutingRecord
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import TopK
 from moesaic.nn.activation import ReLU
@@ -17,7 +17,7 @@ ROUTING = Routing(torch.zeros(2).long(), torch.zeros(2).long(), torch.ones(2), 2
 
 
 def record(logits):
-    return Record("here", ROUTING, Context.plain(2), logits=logits)
+    return RoutingRecord("here", ROUTING, TokenContext.unbatched(2), logits=logits)
 
 
 def test_a_router_that_does_not_choose_has_entropy_one():
@@ -41,12 +41,12 @@ def test_a_layer_hands_out_its_logits_without_their_graph():
         dim=8,
         feed_forward=FeedForwardConfig(hidden=16, activation=ReLU()),
         bias=False,
-        place=Place("here"),
+        layer_index=LayerIndex("here"),
     )
     torch.nn.init.normal_(layer.router.gate.weight)
     for bank in (layer.experts.up, layer.experts.down):
         torch.nn.init.normal_(bank)
-    said = layer(torch.randn(5, 8), context=Context.plain(5), carry=Carry()).record
+    said = layer(torch.randn(5, 8), context=TokenContext.unbatched(5), carry=RouterState()).record
     assert said.logits.shape == (5, 4)
     assert not said.logits.requires_grad
 

@@ -2,25 +2,25 @@
 
 import torch
 
-from moesaic.moe.balance import RouterZ, SwitchBalance
+from moesaic.moe.balance import RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE
-from moesaic.moe.context import Carry, Context
-from moesaic.moe.gates import Place
-from moesaic.moe.ranks import OneRank
+from moesaic.moe.context import RouterState, TokenContext
+from moesaic.moe.gates import LayerIndex
+from moesaic.moe.ranks import SingleRankBatch
 from moesaic.moe.router import Router
 
 D, E = 16, 4
 
 
 def _router(**fields):
-    router = Router(MoE(experts=E, **fields), dim=D, place=Place("test.0"))
+    router = Router(MoE(experts=E, **fields), dim=D, layer_index=LayerIndex("test.0"))
     torch.nn.init.normal_(router.gate.weight)
     return router
 
 
 def _route(router, x, *, ranks=None):
-    context = Context.plain(len(x))
-    return router(x, context=context, carry=Carry(), ranks=ranks or OneRank())
+    context = TokenContext.unbatched(len(x))
+    return router(x, context=context, carry=RouterState(), ranks=ranks or SingleRankBatch())
 
 
 def test_autocast_and_half_inputs_do_not_round_the_decision():
@@ -34,10 +34,10 @@ def test_autocast_and_half_inputs_do_not_round_the_decision():
 
 def test_losses_exist_in_training_only_and_same_names_add_up():
     x = torch.randn(50, D)
-    router = _router(balance=(SwitchBalance(), RouterZ(), RouterZ()))
+    router = _router(balance=(SwitchBalance(), RouterZLoss(), RouterZLoss()))
     losses = _route(router, x).losses
     assert set(losses) == {"balance", "z"}
-    single = _router(balance=(RouterZ(),))
+    single = _router(balance=(RouterZLoss(),))
     single.load_state_dict(router.state_dict())
     torch.testing.assert_close(losses["z"], 2 * _route(single, x).losses["z"])
     router.eval()
@@ -47,12 +47,12 @@ def test_losses_exist_in_training_only_and_same_names_add_up():
 def test_counts_go_through_the_reduce_once():
     seen = []
 
-    class Twice(OneRank):
+    class Twice(SingleRankBatch):
         def sum(self, counts):
             seen.append(counts)
             return counts * 2  # as if another rank had the same tokens
 
-    router, x = _router(balance=(SwitchBalance(), RouterZ())), torch.randn(50, D)
+    router, x = _router(balance=(SwitchBalance(), RouterZLoss())), torch.randn(50, D)
     shared = _route(router, x, ranks=Twice()).losses
     alone = _route(router, x).losses
     assert len(seen) == 1

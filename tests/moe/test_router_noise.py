@@ -2,14 +2,14 @@
 
 import torch
 
-from moesaic.moe.context import Context
-from moesaic.moe.noise import Jitter, NoNoise
+from moesaic.moe.context import TokenContext
+from moesaic.moe.noise import Jitter, NoRouterNoise
 
 X = torch.rand(100, 8) + 1
 
 
 def _read(noise, *, training):
-    return noise.on_input(X, context=Context.plain(len(X)), training=training)
+    return noise.on_input(X, context=TokenContext.unbatched(len(X)), training=training)
 
 
 def test_jitter_stays_within_epsilon_and_moves_something():
@@ -21,4 +21,4 @@ def test_jitter_stays_within_epsilon_and_moves_something():
 
 def test_without_training_nothing_moves():
     assert _read(Jitter(), training=False) is X
-    assert _read(NoNoise(), training=True) is X
+    assert _read(NoRouterNoise(), training=True) is X

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from moesaic.moe.gate import Gate
-from moesaic.moe.limit import ByWeight, Capacity
-from moesaic.moe.ranks import OneRank
+from moesaic.moe.gate import RouterContext
+from moesaic.moe.limit import WeightPriority, Capacity
+from moesaic.moe.ranks import SingleRankBatch
 from moesaic.moe.select import SwitchTop1, Top2, TopK
 
 T, E = 50, 6
@@ -17,7 +17,7 @@ def _logits():
 
 def test_switch_weighs_the_likeliest_expert_by_its_probability():
     logits = _logits()
-    routing = SwitchTop1()(Gate.alone(logits, training=True))
+    routing = SwitchTop1()(RouterContext.from_logits(logits, training=True))
     probability = logits.softmax(-1)
     assert torch.equal(routing.expert, probability.argmax(-1))
     torch.testing.assert_close(routing.weight, probability.max(-1).values)
@@ -26,7 +26,7 @@ def test_switch_weighs_the_likeliest_expert_by_its_probability():
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_topk_before_sums_to_one_over_the_chosen(k):
     logits = _logits()
-    routing = TopK(k=k, normalise="before")(Gate.alone(logits, training=True))
+    routing = TopK(k=k, normalise="before")(RouterContext.from_logits(logits, training=True))
     top, expert = logits.softmax(-1).topk(k)
     assert torch.equal(routing.expert.view(T, k), expert)
     torch.testing.assert_close(routing.weight.view(T, k), top / top.sum(-1, keepdim=True))
@@ -34,15 +34,15 @@ def test_topk_before_sums_to_one_over_the_chosen(k):
 
 def test_topk_none_keeps_plain_probabilities():
     logits = _logits()
-    routing = TopK(k=3, normalise="none")(Gate.alone(logits, training=True))
+    routing = TopK(k=3, normalise="none")(RouterContext.from_logits(logits, training=True))
     torch.testing.assert_close(routing.weight.view(T, 3), logits.softmax(-1).topk(3).values)
 
 
 def test_topk_after_shares_everything_among_the_survivors():
     select = TopK(k=2, normalise="after")
-    limit = Capacity(factor=0.5, minimum=0, priority=ByWeight())
-    gate = Gate.alone(_logits(), training=True)
-    routing = select.finish(limit(select(gate), gate=gate, ranks=OneRank()))
+    limit = Capacity(factor=0.5, minimum=0, priority=WeightPriority())
+    gate = RouterContext.from_logits(_logits(), training=True)
+    routing = select.renormalise(limit(select(gate), gate=gate, ranks=SingleRankBatch()))
     weight, alive = routing.weight.view(T, 2), ~routing.dropped.view(T, 2)
     assert alive.sum() < 2 * T
     torch.testing.assert_close(weight.sum(-1), alive.any(-1).float())
@@ -51,7 +51,7 @@ def test_topk_after_shares_everything_among_the_survivors():
 
 def test_top2_normalises_over_its_two_experts():
     logits = _logits()
-    routing = Top2()(Gate.alone(logits, training=True))
+    routing = Top2()(RouterContext.from_logits(logits, training=True))
     top, expert = logits.softmax(-1).topk(2)
     assert torch.equal(routing.expert.view(T, 2), expert)
     torch.testing.assert_close(routing.weight.view(T, 2), top / top.sum(-1, keepdim=True))
@@ -59,7 +59,7 @@ def test_top2_normalises_over_its_two_experts():
 
 def test_a_sampled_second_choice_follows_the_softmax_of_the_others():
     logits = torch.tensor([[3.0, 1.0, 0.0, -1.0]]).expand(20000, -1)
-    routing = Top2(second="sampled")(Gate.alone(logits, training=True))
+    routing = Top2(second="sampled")(RouterContext.from_logits(logits, training=True))
     chosen = routing.expert.view(-1, 2)
     assert (chosen[:, 0] == 0).all()
     share = torch.bincount(chosen[:, 1], minlength=4) / 20000
@@ -70,15 +70,15 @@ def test_a_sampled_second_choice_follows_the_softmax_of_the_others():
 def test_nothing_is_sampled_in_evaluation():
     logits = _logits()
     select = Top2(second="sampled")
-    first, again = (select(Gate.alone(logits, training=False)) for _ in range(2))
+    first, again = (select(RouterContext.from_logits(logits, training=False)) for _ in range(2))
     assert torch.equal(first.expert, again.expert)
-    assert torch.equal(first.expert, Top2()(Gate.alone(logits, training=False)).expert)
+    assert torch.equal(first.expert, Top2()(RouterContext.from_logits(logits, training=False)).expert)
 
 
 @pytest.mark.parametrize("select", [SwitchTop1(), TopK(k=2), TopK(k=2, normalise="none"), Top2()])
 def test_the_router_gets_a_gradient(select):
     logits = _logits()
     weigh = torch.randn(T * round(select.experts_per_token(E)))
-    (select(Gate.alone(logits, training=True)).weight * weigh).sum().backward()
+    (select(RouterContext.from_logits(logits, training=True)).weight * weigh).sum().backward()
     assert logits.grad is not None
     assert logits.grad.abs().sum() > 0

@@ -6,23 +6,23 @@ import torch
 from moe.variants import DIM, EXPERTS, layer, run
 from moesaic.moe.config import MoE
 from moesaic.moe.select import TopK
-from moesaic.moe.spare import IdentityExperts, NoSpare, ZeroExperts, working
+from moesaic.moe.spare import IdentityExperts, NoNullExperts, ZeroExperts, drop_null_edges
 
 X = torch.randn(30, DIM)
 
 
 def _layer(spare):
-    return layer(MoE(experts=EXPERTS, select=TopK(k=2), spare=spare))
+    return layer(MoE(experts=EXPERTS, select=TopK(k=2), null_experts=spare))
 
 
 def test_edges_to_spare_experts_are_counted_but_not_carried():
     moe = _layer(ZeroExperts(number=3))
     routing = run(moe, X)[1].routing
     assert routing.num_experts == EXPERTS + 3
-    carried = working(routing, spare=3)
+    carried = drop_null_edges(routing, num_null_experts=3)
     assert carried.num_experts == EXPERTS
     assert carried.dropped.sum() == (routing.expert >= EXPERTS).sum() > 0
-    assert working(routing, spare=0) is routing
+    assert drop_null_edges(routing, num_null_experts=0) is routing
 
 
 def test_a_zero_expert_answers_nothing():
@@ -48,4 +48,4 @@ def test_the_choice_of_a_spare_expert_is_learnt(spare):
     moe = _layer(spare)
     run(moe, X)[0].square().sum().backward()
     assert moe.router.gate.weight.grad[EXPERTS:].abs().sum() > 0
-    assert NoSpare().count() == 0
+    assert NoNullExperts().count() == 0

@@ -32,7 +32,7 @@ BIASED = BOTH.replace(
 DECODER = BOTH.replace(
     encoder=Stack(layers=0),
     decoder=Stack(layers=3, moe_every=1, first_dense_layers=1),
-    moe=MoE(experts=8, hidden=12, select=TopK(k=2), beside=SharedExperts()),
+    moe=MoE(experts=8, hidden=12, select=TopK(k=2), shared_experts=SharedExperts()),
     embedding=EmbeddingConfig(tied=False),
 )
 SIZES = BatchDims(rows=2, source=8, target=16)

@@ -12,15 +12,15 @@ from moesaic.dist.plan import ParallelPlan
 from moesaic.dist.wire import CommunicationCounter
 from moesaic.dist.world import ProcessGroupWorld
 from moesaic.model.transformer import Transformer
-from moesaic.moe.adaptive import Adaptive
+from moesaic.moe.adaptive import AdaptiveDispatcher
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.bodies.lora import LoRAExpert
 from moesaic.moe.bodies.shared import SharedExperts
 from moesaic.moe.config import MoE
 from moesaic.moe.dispatch_far import AllToAllDispatcher
-from moesaic.moe.dispatch_hop import Hop
-from moesaic.moe.layer import layers, set_ranks
-from moesaic.moe.overlap import Chunked
+from moesaic.moe.dispatch_hop import DeduplicatedAllToAllDispatcher
+from moesaic.moe.layer import moe_layers, set_ranks
+from moesaic.moe.overlap import ChunkedAllToAllDispatcher
 from moesaic.moe.select import TopK
 from moesaic.parallel.apply import lay
 from moesaic.parallel.config import Parallel
@@ -31,9 +31,9 @@ from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import random_batch, shard_batch, tiny_model_config
 
 MODEL = tiny_model_config(
-    moe=MoE(experts=4, select=TopK(k=2), balance=(SwitchBalance(),), beside=SharedExperts())
+    moe=MoE(experts=4, select=TopK(k=2), balance=(SwitchBalance(),), shared_experts=SharedExperts())
 )
-KINDS = {Straight: AllToAllDispatcher, TwoHops: Hop, InChunks: Chunked, Lend: Adaptive}
+KINDS = {Straight: AllToAllDispatcher, TwoHops: DeduplicatedAllToAllDispatcher, InChunks: ChunkedAllToAllDispatcher, Lend: AdaptiveDispatcher}
 LAID: list[tuple[Journey, ParallelPlan]] = [
     (Straight(), ParallelPlan(expert=4)),
     (TwoHops(ranks_per_node=2), ParallelPlan(expert=4)),
@@ -76,7 +76,7 @@ def _losses() -> list[float]:
         model = _made()
         spread = lay(model, parallel=Parallel(plan=plan, journey=journey), world=ProcessGroupWorld())
         set_ranks(model, BatchRanks(spread.stage))
-        assert all(type(layer.dispatcher) is KINDS[type(journey)] for layer in layers(model))
+        assert all(type(layer.dispatcher) is KINDS[type(journey)] for layer in moe_layers(model))
         spread.before_backward(last=True)
         found.append(_backward(model, rank=spread.rows.rank, world=spread.rows.size))
         spread.sum_gradients()

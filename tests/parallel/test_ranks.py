@@ -3,7 +3,7 @@
 import torch
 
 from moesaic.dist.world import SingleProcess, ProcessGroupWorld
-from moesaic.moe.ranks import Ranks as MoERanks
+from moesaic.moe.ranks import BatchGroup as MoERanks
 from moesaic.parallel.ranks import BatchRanks
 from moesaic.testing.ranks import run_on_ranks
 

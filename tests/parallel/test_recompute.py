@@ -8,9 +8,9 @@ from moesaic.dist.world import SingleProcess
 from moesaic.model.transformer import Transformer
 from moesaic.moe.balances.global_batch import GlobalBatchBalance
 from moesaic.moe.config import MoE
-from moesaic.moe.layer import hear
-from moesaic.moe.limit import AtRandom, Capacity
-from moesaic.moe.links.recurrent import Recurrent
+from moesaic.moe.layer import accumulate_routing_stats
+from moesaic.moe.limit import RandomPriority, Capacity
+from moesaic.moe.links.recurrent import RecurrentRouting
 from moesaic.moe.noise import Jitter
 from moesaic.moe.select import TopK
 from moesaic.parallel.apply import lay
@@ -29,9 +29,9 @@ from moesaic.train.step import Objective
 
 MIXTURES = {
     "top1-rts-jitter": BALANCED_TOP1.replace(
-        limit=Capacity(factor=0.7, minimum=0, priority=AtRandom()), noise=Jitter(epsilon=0.2)
+        limit=Capacity(factor=0.7, minimum=0, priority=RandomPriority()), noise=Jitter(epsilon=0.2)
     ),
-    "recurrent": MoE(experts=4, select=TopK(k=2), link=Recurrent(width=6)),
+    "recurrent": MoE(experts=4, select=TopK(k=2), cross_layer=RecurrentRouting(width=6)),
     "over-the-step": MoE(experts=4, select=TopK(k=2), balance=(GlobalBatchBalance(weight=0.5),)),
 }
 
@@ -98,9 +98,9 @@ def test_what_routers_hear_between_the_passes_does_not_change_the_gradient() -> 
         for seed in range(2):
             output = model(random_batch(3, seed=seed))
             losses += [sum(record.losses["balance"] for record in output.records)]
-            hear(model, output.records)
+            accumulate_routing_stats(model, output.records)
         if early:
-            hear(model, output.records)
+            accumulate_routing_stats(model, output.records)
         sum(losses).backward()
         return [p.grad for p in model.parameters()]
 

@@ -9,9 +9,9 @@ from moesaic.core.errors import ConfigError
 from moesaic.model.config import Stack, ModelConfig
 from moesaic.model.count import BatchDims, count_parameters
 from moesaic.model.leg import BlockRange
-from moesaic.moe.conditions.embeddings import OnTag
+from moesaic.moe.conditions.embeddings import HiddenStateAndTag
 from moesaic.moe.config import MoE
-from moesaic.moe.links.recurrent import Recurrent
+from moesaic.moe.links.recurrent import RecurrentRouting
 from moesaic.moe.select import TopK
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.position import LearnedPositions
@@ -98,9 +98,9 @@ VARIANTS = {
         embedding=EmbeddingConfig(tied=False), position=LearnedPositions(max_length=16)
     ),
     "recurrent": tiny_model_config(
-        moe=MoE(experts=4, select=TopK(k=2), link=Recurrent(width=6)), layers=4
+        moe=MoE(experts=4, select=TopK(k=2), cross_layer=RecurrentRouting(width=6)), layers=4
     ),
-    "on-tag": tiny_model_config(moe=BALANCED_TOP1.replace(condition=OnTag()), layers=4),
+    "on-tag": tiny_model_config(moe=BALANCED_TOP1.replace(condition=HiddenStateAndTag()), layers=4),
 }
 
 

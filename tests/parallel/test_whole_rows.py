@@ -5,8 +5,8 @@ import pytest
 from moesaic.core.errors import ConfigError
 from moesaic.dist.plan import ParallelPlan
 from moesaic.model.transformer import Transformer
-from moesaic.moe.bodies.soft import SoftMixture
-from moesaic.moe.config import MoE, NoMoE, Sparse
+from moesaic.moe.bodies.soft import SoftMoE
+from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.select import TopK
 from moesaic.moe.selects.expert_choice import ExpertChoice
 from moesaic.parallel.apply import check
@@ -14,9 +14,9 @@ from moesaic.parallel.config import Parallel
 from moesaic.parallel.whole_rows import refuses
 from moesaic.testing.tiny import tiny_model_config
 
-BY_ROW: dict[str, Sparse] = {
+BY_ROW: dict[str, SparseLayer] = {
     "ExpertChoice": MoE(experts=4, select=ExpertChoice(), balance=()),
-    "SoftMixture": SoftMixture(experts=2),
+    "SoftMixture": SoftMoE(experts=2),
 }
 
 
@@ -34,5 +34,5 @@ def test_it_may_stay_where_rows_are_whole(rule: str) -> None:
 
 
 @pytest.mark.parametrize("moe", [NoMoE(), MoE(experts=4, select=TopK(k=2))])
-def test_rules_of_single_tokens_are_not_refused(moe: Sparse) -> None:
+def test_rules_of_single_tokens_are_not_refused(moe: SparseLayer) -> None:
     assert not list(refuses(tiny_model_config(moe=moe), ranks=4))

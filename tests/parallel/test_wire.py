@@ -5,18 +5,18 @@ import torch
 
 from moesaic.model.leg import StageIO, BlockRange
 from moesaic.moe.config import MoE
-from moesaic.moe.links.pre_gated import PreGated
-from moesaic.moe.links.recurrent import Recurrent
+from moesaic.moe.links.pre_gated import PreGatedRouting
+from moesaic.moe.links.recurrent import RecurrentRouting
 from moesaic.moe.select import TopK
 from moesaic.parallel.wire import Boundary, Held, Wire, attach, hang, roomy
 from moesaic.testing.tiny import tiny_model_config
 
-LINKS = {"recurrent": Recurrent(width=6), "pre-gated": PreGated()}
+LINKS = {"recurrent": RecurrentRouting(width=6), "pre-gated": PreGatedRouting()}
 HELD = (Held(5, 3), Held(2, 7), Held(0, 0))
 
 
 def _wire(link: str, *, stop: int) -> Wire:
-    moe = MoE(experts=4, select=TopK(k=2), link=LINKS[link])
+    moe = MoE(experts=4, select=TopK(k=2), cross_layer=LINKS[link])
     config = tiny_model_config(moe=moe, layers=2)
     boundary = Boundary.after(BlockRange.between(0, stop, config=config), config=config)
     return Wire.of(boundary, dim=config.dim, dtype=torch.float32, tokens=HELD)

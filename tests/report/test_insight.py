@@ -8,7 +8,7 @@ import torch
 from fake_run import write_fake_run
 
 from moesaic.checkpoint.routes import RoutesWriter
-from moesaic.moe.routes import LayerRoutes, Tokens
+from moesaic.moe.routes import LayerRoutes, RoutedTokens
 from moesaic.moe.routing import Routing
 from moesaic.report.write import write_report
 
@@ -27,7 +27,7 @@ def write_step(run, step, experts, *, layers=("encoder.1",), ids=None):
     count = len(experts)
     token = torch.arange(count) if ids is None else torch.tensor(ids)
     none = torch.zeros(count, dtype=torch.long)
-    tokens = Tokens(token, torch.arange(count), none, none)
+    tokens = RoutedTokens(token, torch.arange(count), none, none)
     expert = torch.tensor(experts)[:, None]
     routing = Routing.from_topk(torch.ones(count, 1), expert=expert, num_experts=4)
     path = run / "learning" / f"step-{step:08d}.routes"

@@ -2,7 +2,7 @@
 
 import yaml
 
-from moesaic.moe.balance import RouterZ, SwitchBalance
+from moesaic.moe.balance import RouterZLoss, SwitchBalance
 from moesaic.moe.balances.bias import BiasUpdate
 from moesaic.moe.balances.entropy import EntropyBalance
 from moesaic.moe.balances.global_batch import GlobalBatchBalance
@@ -18,7 +18,7 @@ def of(*balance):
 
 
 def test_the_weights_are_those_of_the_terms_that_even_the_load():
-    found = of(SwitchBalance(weight=0.01), GlobalBatchBalance(weight=0.03), RouterZ(weight=0.5))
+    found = of(SwitchBalance(weight=0.01), GlobalBatchBalance(weight=0.03), RouterZLoss(weight=0.5))
     assert (found.balance_weight, found.balance, found.z_weight) == (
         0.04,
         "GlobalBatchBalance",

@@ -15,8 +15,8 @@ from moesaic.testing.tiny import TinyStream, random_batch, tiny_model_config, ti
 STEPS = 5
 RULES = (
     {f"balance-{name}": balanced(name) for name in BALANCES}
-    | {name: MoE(experts=4, select=TopK(k=2), link=link) for name, link in LINKED.items()}
-    | {name: MoE(experts=4, select=TopK(k=2), condition=c) for name, c in CONDITIONED.items()}
+    | {name: MoE(experts=4, select=TopK(k=2), cross_layer=link) for name, link in LINKED.items()}
+    | {name: MoE(experts=4, select=TopK(k=2), router_input=c) for name, c in CONDITIONED.items()}
 )
 
 

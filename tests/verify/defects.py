@@ -11,9 +11,9 @@ from torch.distributed.fsdp import FSDPModule
 from moesaic.dist.mesh import Mesh
 from moesaic.dist.plan import ParallelPlan
 from moesaic.dist.world import ProcessGroupWorld
-from moesaic.moe.context import Context
-from moesaic.moe.ranks import Gathered
-from moesaic.moe.record import Record
+from moesaic.moe.context import TokenContext
+from moesaic.moe.ranks import GatheredRows
+from moesaic.moe.record import RoutingRecord
 from moesaic.optim.clip import GradNorm
 from moesaic.parallel.layout import Laid
 from moesaic.parallel.ranks import BatchRanks
@@ -50,14 +50,14 @@ def zero_averages(patch: Patch) -> None:
 
 
 def aux_loss_counted_twice(patch: Patch) -> None:
-    made = Record.of
+    made = RoutingRecord.from_router
 
-    def twice(*arguments: object, **named: object) -> Record:
+    def twice(*arguments: object, **named: object) -> RoutingRecord:
         record = made(*arguments, **named)
         times = distributed.get_world_size() if distributed.is_initialized() else 1
         return replace(record, losses={n: times * loss for n, loss in record.losses.items()})
 
-    patch.setattr(Record, "of", twice)
+    patch.setattr(RoutingRecord, "of", twice)
 
 
 def axis_not_summed(patch: Patch) -> None:
@@ -70,7 +70,7 @@ def axis_not_summed(patch: Patch) -> None:
 
 
 def capacity_of_local_tokens(patch: Patch) -> None:
-    patch.setattr(BatchRanks, "gather", lambda _, rows: Gathered(rows, 0))
+    patch.setattr(BatchRanks, "gather", lambda _, rows: GatheredRows(rows, 0))
 
 
 def norm_counts_copies(patch: Patch) -> None:
@@ -85,13 +85,13 @@ def norm_counts_copies(patch: Patch) -> None:
 
 
 def chance_by_rank(patch: Patch) -> None:
-    bits = Context.bits
+    bits = TokenContext.random_bits
 
-    def moved(self: Context, name: str, *, width: int) -> torch.Tensor:
+    def moved(self: TokenContext, name: str, *, width: int) -> torch.Tensor:
         drawn = bits(self, name, width=width)
         return drawn.roll(distributed.get_rank() if distributed.is_initialized() else 0, 0)
 
-    patch.setattr(Context, "bits", moved)
+    patch.setattr(TokenContext, "bits", moved)
 
 
 def loss_by_local_count(patch: Patch) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as distributed
 from defects import DATA, DEFECTS, TENSOR
 
-from moesaic.moe.balance import RouterZ, SwitchBalance
+from moesaic.moe.balance import RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity
 from moesaic.moe.select import SwitchTop1
@@ -21,7 +21,7 @@ CAPPED = MoE(
     experts=4,
     select=SwitchTop1(),
     limit=Capacity(factor=1.0, minimum=1),
-    balance=(SwitchBalance(), RouterZ()),
+    balance=(SwitchBalance(), RouterZLoss()),
 )
 
 

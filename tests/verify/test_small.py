@@ -3,7 +3,7 @@
 import pytest
 
 from moesaic.model.config import Stack
-from moesaic.moe.among import BestGroups
+from moesaic.moe.among import TopGroups
 from moesaic.moe.bodies.shared import SharedExperts
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity
@@ -45,14 +45,14 @@ def test_heads_and_groups_stay_and_their_width_shrinks() -> None:
 
 
 def test_experts_stay_as_many_as_their_rule_needs() -> None:
-    rule = SigmoidTopK(k=4, among=BestGroups(groups=16, kept=4))
-    moe = MoE(experts=256, select=rule, limit=Capacity(), beside=SharedExperts(), hidden=32)
+    rule = SigmoidTopK(k=4, expert_groups=TopGroups(num_groups=16, top_groups=4))
+    moe = MoE(experts=256, select=rule, limit=Capacity(), shared_experts=SharedExperts(), hidden=32)
     model = find_recipe("tiny").model.replace(moe=moe)
     after = shrink_config(find_recipe("tiny").replace(model=model)).run.model.moe
     assert isinstance(after, MoE)
     assert after.experts in EXPERTS
     assert after.experts % 16 == 0
-    assert (after.select, after.limit, after.beside) == (rule, Capacity(), SharedExperts())
+    assert (after.select, after.limit, after.shared_experts) == (rule, Capacity(), SharedExperts())
     assert after.hidden == 8  # a quarter of the dense width, as before
 
 

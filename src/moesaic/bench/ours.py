@@ -10,8 +10,8 @@ from moesaic.bench.problem import Absent, Contender, Problem
 from moesaic.bench.shapes import zipf_bias
 from moesaic.core.shapes import Tensor
 from moesaic.moe.dispatch import LocalDispatcher
-from moesaic.moe.experts import Experts, Size
-from moesaic.moe.gate import Gate
+from moesaic.moe.experts import GroupedExperts, ExpertShape
+from moesaic.moe.gate import RouterContext
 from moesaic.moe.select import TopK
 from moesaic.nn.activation import SwiGLU
 from moesaic.nn.feed_forward import FeedForwardConfig
@@ -86,20 +86,20 @@ def read_weights(problem: Problem) -> Contender:
     return Contender("read-weights", forward, problem.x.detach(), (), problem.pull)
 
 
-class _With(Experts):
+class _With(GroupedExperts):
     """Experts that go by a mixer of our choice."""
 
     def __init__(self, problem: Problem, *, mixer: Mixer) -> None:
         shape = problem.shape
         feed_forward = FeedForwardConfig(hidden=shape.hidden, activation=SwiGLU())
         with torch.device("meta"):
-            super().__init__(Size(shape.experts, shape.dim, feed_forward, bias=False))
+            super().__init__(ExpertShape(shape.experts, shape.dim, feed_forward, bias=False))
         self.up = torch.nn.Parameter(problem.up.clone(), requires_grad=problem.trains)
         self.down = torch.nn.Parameter(problem.down.clone(), requires_grad=problem.trains)
         self.mixer = mixer
 
     def mix(self, x: Tensor, *, edges: Edges) -> Tensor:
-        return self.mixer(x, edges=edges, banks=self.banks, activation=self.activation)
+        return self.mixer(x, edges=edges, banks=self.weights, activation=self.activation)
 
 
 def _layer(name: str, problem: Problem, *, mixer: Mixer) -> Contender:
@@ -112,7 +112,7 @@ def _layer(name: str, problem: Problem, *, mixer: Mixer) -> Contender:
 
     def forward() -> Tensor:
         logits = F.linear(x, gate).float()
-        routing = select(Gate.alone(logits, training=problem.trains))
-        return dispatcher.carry(x, routing=routing, experts=experts)
+        routing = select(RouterContext.from_logits(logits, training=problem.trains))
+        return dispatcher.run_experts(x, routing=routing, experts=experts)
 
     return Contender(name, forward, x, (gate, experts.up, experts.down), problem.pull)

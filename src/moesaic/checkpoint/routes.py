@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from moesaic.checkpoint.tensors import check_tensor_file, write_tensors
 from moesaic.core.errors import DataError
 from moesaic.core.shapes import Tensor
-from moesaic.moe.routes import LayerRoutes, Tokens
+from moesaic.moe.routes import LayerRoutes, RoutedTokens
 from moesaic.moe.routing import Routing
 
 VERSION = 1
@@ -47,7 +47,7 @@ class LayerHead:
     def of(found: LayerRoutes) -> "LayerHead":
         """Read it from one batch."""
         routing = found.routing
-        return LayerHead(found.layer, routing.num_experts, found.spare, routing.per_token)
+        return LayerHead(found.layer, routing.num_experts, found.num_null_experts, routing.per_token)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -213,7 +213,7 @@ class RoutesFile:
             kind, _, side = name.partition("/")
             if kind == "tokens":
                 columns = (file.get_slice(f"{name}/{c}")[part].long() for c in _TOKEN_COLUMNS)
-                sides[side] = Tokens(*columns)
+                sides[side] = RoutedTokens(*columns)
         found = []
         for head in self.layers:
             tokens = sides[head.layer.partition(".")[0]]

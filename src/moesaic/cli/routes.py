@@ -16,7 +16,7 @@ from moesaic.core.units import show_bytes
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.evaluate.experts import describe_usage, count_expert_usage
 from moesaic.evaluate.insight import RoutingAnalysis
-from moesaic.moe.agreement import Agreement, compare
+from moesaic.moe.agreement import RoutingAgreement, compare_routes
 from moesaic.observe.layer_counts import LayerUsage, summarize_load
 
 app = verb_app()
@@ -91,7 +91,7 @@ def compare_files(path: RoutesPath, other: RoutesPath, *, as_json: Json = False)
 
     Example: [cyan]moesaic routes compare early.routes late.routes[/]
     """
-    found = compare(RoutesFile(path), RoutesFile(other))
+    found = compare_routes(RoutesFile(path), RoutesFile(other))
     value = {
         "edges": found.edges,
         "tokens": found.tokens,
@@ -198,7 +198,7 @@ def _halves(positions: dict[str, list[int]]) -> tuple[float, float]:
     return first, second
 
 
-def _show_agreement(found: Agreement, console: Console) -> None:
+def _show_agreement(found: RoutingAgreement, console: Console) -> None:
     table = Table(box=None)
     for name in ("layer", "edges alike", "tokens alike"):
         table.add_column(name, justify="right" if name != "layer" else "left")

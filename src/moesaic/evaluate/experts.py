@@ -8,7 +8,7 @@ import torch
 
 from moesaic.data.batch import Batch
 from moesaic.model.transformer import Transformer
-from moesaic.moe.routes import LayerRoutes, routes_of
+from moesaic.moe.routes import LayerRoutes, routes_from_records
 from moesaic.observe.affinity import routing_distance, measure_specialization
 from moesaic.observe.usage import UsageCounter
 
@@ -18,7 +18,7 @@ def record_routes(model: Transformer, batch: Batch) -> tuple[LayerRoutes, ...]:
     """Return how a model routes a batch when it evaluates; tokens count for the target language."""
     training = model.training
     model.eval()
-    routes = routes_of(model(batch).records, language=batch.target_language)
+    routes = routes_from_records(model(batch).records, language=batch.target_language)
     model.train(training)
     return routes
 
@@ -34,7 +34,7 @@ def count_expert_usage(
     for batch in routes:
         for found in batch:
             routing = found.routing
-            counts.num_null_experts = found.spare
+            counts.num_null_experts = found.num_null_experts
             counts.add_edges(
                 found.layer,
                 expert=routing.expert,

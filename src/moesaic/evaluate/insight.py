@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from moesaic.core.shapes import Bool, Int, Tensor
-from moesaic.moe.limit import choices, places
+from moesaic.moe.limit import choice_ranks, queue_positions
 from moesaic.moe.routes import LayerRoutes
 from moesaic.observe.insight import shuffle_counts, characteristic_inputs, conditional_entropy
 from moesaic.ops.random import mix
@@ -56,7 +56,7 @@ class RoutingAnalysis:
             experts = found.routing.num_experts
             layer = self._layers.setdefault(
                 found.layer,
-                _LayerStatistics(experts, found.spare, np.zeros((experts, MAX_POSITIONS), dtype=np.int64)),
+                _LayerStatistics(experts, found.num_null_experts, np.zeros((experts, MAX_POSITIONS), dtype=np.int64)),
             )
             _count_layer(layer, found)
 
@@ -80,10 +80,10 @@ def simulate_drops(routes: LayerRoutes, *, order: Int[Tensor, "N"]) -> Bool[Tens
     one with the row as its group. Edges to spare experts, and those that were dropped, need none.
     """
     routing, rows = routes.routing, routes.tokens.row[routes.routing.token]
-    experts = routing.num_experts - routes.spare
+    experts = routing.num_experts - routes.num_null_experts
     wants = routing.expert < experts
     row, expert = rows[wants], routing.expert[wants]
-    place = places(torch.stack([row * experts + expert, order[wants]], 1))
+    place = queue_positions(torch.stack([row * experts + expert, order[wants]], 1))
     room = torch.ceil(torch.bincount(row).double() / experts)
     lost = torch.zeros_like(wants)
     lost[wants] = place >= room[row]
@@ -99,7 +99,7 @@ def _count_layer(layer: _LayerStatistics, found: LayerRoutes) -> None:
     layer.position_counts += _expert_table(routing.expert[kept], position[kept], layer.position_counts.shape)
     layer.requested += _position_bins(position)
     layer.dropped += _position_bins(position[~kept])
-    choice, places_ = choices(routing), tokens.position[routing.token]
+    choice, places_ = choice_ranks(routing), tokens.position[routing.token]
     first_come = choice * (int(places_.max()) + 1 if places_.numel() else 1) + places_
     at_random = mix(mix(mix(ids, tokens.row[routing.token]), places_), routing.expert)
     layer.first_come += _position_bins(position[simulate_drops(found, order=first_come)])

@@ -13,12 +13,12 @@ from moesaic.core.shapes import Bool, Float, Int, Tensor
 from moesaic.model.blueprint import ModelConfig, Stack
 from moesaic.model.cache import EncoderOutput
 from moesaic.model.dropout import Dropout
-from moesaic.moe.attention import Attends
+from moesaic.moe.attention import SelfAttentionModule
 from moesaic.moe.config import MoE, NoMoE
-from moesaic.moe.context import Carry, Context
-from moesaic.moe.gates import Place
+from moesaic.moe.context import RouterState, TokenContext
+from moesaic.moe.gates import LayerIndex
 from moesaic.moe.layer import MoELayer
-from moesaic.moe.record import Record
+from moesaic.moe.record import RoutingRecord
 from moesaic.nn.attention import CrossAttention
 from moesaic.nn.crew import TensorParallelGroup, NoTensorParallel
 from moesaic.nn.feed_forward import DenseFeedForward
@@ -26,7 +26,7 @@ from moesaic.nn.looking import KeyValue
 from moesaic.nn.packing import Packing
 from moesaic.nn.position import Rotation
 
-Records = tuple[Record, ...]
+Records = tuple[RoutingRecord, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class ForwardContext:
 
     packing: Packing
     rotation: Rotation
-    routing_context: Context
+    routing_context: TokenContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class BlockState:
     """The states between two blocks, and what the MoE layers of the stack hand on."""
 
     x: Float[Tensor, "T D"]
-    router_state: Carry
+    router_state: RouterState
     records: Records = ()
 
 
@@ -66,7 +66,7 @@ class SelfAttentionBranch(nn.Module):
     def __init__(self, config: ModelConfig, *, causal: bool, name: str) -> None:
         super().__init__()
         self.norm = config.block_layout.branch_norm(config.norm, dim=config.dim)
-        self.inner: Attends = config.attention_experts.build(
+        self.inner: SelfAttentionModule = config.attention_experts.build(
             config.attention, dim=config.dim, bias=config.bias
         )
         self.dropout = Dropout(config.dropout, name=name)
@@ -247,6 +247,6 @@ def build_feed_forward_branch(
     if not isinstance(sparse, MoE):
         own = sparse.build(feed_forward=feed, dim=dim, bias=bias)
         return MoEBranch(config, inner=own, name=name)
-    place = Place(f"{side}.{layer}", index=layers.index(layer), count=len(layers))
-    experts = MoELayer(sparse, dim=dim, feed_forward=feed, bias=bias, place=place)
+    place = LayerIndex(f"{side}.{layer}", index=layers.index(layer), count=len(layers))
+    experts = MoELayer(sparse, dim=dim, feed_forward=feed, bias=bias, layer_index=place)
     return MoEBranch(config, inner=experts, name=name)

@@ -9,7 +9,7 @@ from moesaic.core.config import Config
 from moesaic.model.arrangement import BlockLayout, SequentialResidual
 from moesaic.moe import members as members  # every rule is a word of a blueprint
 from moesaic.moe.attention import AttentionExperts, NoAttentionExperts
-from moesaic.moe.config import MoE, NoMoE, Sparse
+from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
@@ -30,7 +30,7 @@ class Stack(Config):
     moe_every: int = Field(default=2, ge=0)
     first_dense_layers: int = Field(default=0, ge=0)
     experts_per_layer: tuple[int, ...] = ()
-    moe: Sparse | None = None
+    moe: SparseLayer | None = None
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether block ``layer`` may have experts."""
@@ -88,7 +88,7 @@ class ModelConfig(Config):
     decoder: Stack
     attention: AttentionConfig
     feed_forward: FeedForwardConfig
-    moe: Sparse = NoMoE()
+    moe: SparseLayer = NoMoE()
     norm: Norm = RMSNorm()
     position: PositionalEncoding = Rotary()
     embedding: EmbeddingConfig = EmbeddingConfig()
@@ -105,13 +105,13 @@ class ModelConfig(Config):
     @property
     def self_attention(self) -> AttentionConfig:
         """All heads of a block's self-attention, whichever expert they belong to."""
-        return self.attention_experts.all_heads(self.attention, dim=self.dim)
+        return self.attention_experts.combined_attention(self.attention, dim=self.dim)
 
-    def moe_of_stack(self, stack: Stack) -> Sparse:
+    def moe_of_stack(self, stack: Stack) -> SparseLayer:
         """What stands in the sparse blocks of a stack."""
         return self.moe if stack.moe is None else stack.moe
 
-    def moe_of_layer(self, stack: Stack, *, layer: int) -> Sparse:
+    def moe_of_layer(self, stack: Stack, *, layer: int) -> SparseLayer:
         """What stands in the place of a block's feed-forward; ``NoMoE`` where it is dense."""
         if not stack.is_moe_layer(layer):
             return NoMoE()
@@ -156,16 +156,16 @@ class ModelConfig(Config):
 
 
 def _check_select(moe: MoE | None) -> None:
-    refused = moe and moe.select.problems(experts=moe.routed, spare=moe.spare.count())
+    refused = moe and moe.select.problems(experts=moe.num_router_outputs, num_null_experts=moe.null_experts.count())
     if moe and refused:
         raise ValueError(f"found moe.experts={moe.experts}, {_rule_name(moe)} expects {refused}")
 
 
 def _check_link(moe: MoE, *, experts: tuple[int, ...]) -> None:
-    refused = moe.link.problems(experts=experts, condition=moe.condition)
+    refused = moe.cross_layer.problems(experts=experts, router_input=moe.router_input)
     if refused:
-        raise ValueError(f"{type(moe.link).__name__} expects {refused}")
+        raise ValueError(f"{type(moe.cross_layer).__name__} expects {refused}")
 
 
-def _rule_name(moe: Sparse) -> str:
+def _rule_name(moe: SparseLayer) -> str:
     return type(moe.select if isinstance(moe, MoE) else moe).__name__

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from moesaic.model.blueprint import ModelConfig, Stack
 from moesaic.moe.config import MoE, NoMoE
-from moesaic.moe.experts import Size
-from moesaic.moe.gates import Place
-from moesaic.moe.pieces import Piece
+from moesaic.moe.experts import ExpertShape
+from moesaic.moe.gates import LayerIndex
+from moesaic.moe.pieces import ParameterSpec
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.position import LearnedPositions
@@ -145,15 +145,15 @@ def _stack_entries(config: ModelConfig, *, stack: Stack, side: str) -> Iterator[
     yield from _linear_entries(config, part=f"{side} {DENSE}", fan=(dim, width), copies=dense)
     yield from _linear_entries(config, part=f"{side} {DENSE}", fan=(feed.hidden, dim), copies=dense)
     for index, moe in enumerate(mixtures):
-        place = Place(side, index=index, count=len(mixtures))
+        place = LayerIndex(side, index=index, count=len(mixtures))
         yield from _moe_entries(config, moe=moe, side=side, place=place)
     if mixtures:
-        shared = mixtures[0].link.shared_pieces(dim=dim, experts=mixtures[0].routed)
+        shared = mixtures[0].cross_layer.shared_parameter_specs(dim=dim, experts=mixtures[0].num_router_outputs)
         yield from _entries_of_specs(shared, part=f"{side} router")
     for body in bodies:
         if not isinstance(body, MoE | NoMoE):
-            pieces = body.pieces(feed_forward=feed, dim=dim, bias=config.bias)
-            yield from _entries_of_specs(pieces, part=f"{side} {body.part}")
+            pieces = body.parameter_specs(feed_forward=feed, dim=dim, bias=config.bias)
+            yield from _entries_of_specs(pieces, part=f"{side} {body.count_label}")
 
 
 def _self_attention_entries(config: ModelConfig, *, part: str, copies: int) -> Iterator[ParameterEntry]:
@@ -161,7 +161,7 @@ def _self_attention_entries(config: ModelConfig, *, part: str, copies: int) -> I
     yield from _linear_entries(config, part=part, fan=(dim, query + both), copies=copies)
     yield from _linear_entries(config, part=part, fan=(query, dim), copies=copies)
     for _ in range(copies):
-        yield from _entries_of_specs(config.attention_experts.pieces(dim=dim), part=part)
+        yield from _entries_of_specs(config.attention_experts.parameter_specs(dim=dim), part=part)
 
 
 def _projection_widths(config: AttentionConfig, *, dim: int) -> tuple[int, int]:
@@ -169,29 +169,29 @@ def _projection_widths(config: AttentionConfig, *, dim: int) -> tuple[int, int]:
     return config.heads * config.head_width(dim), 2 * config.num_kv_heads() * config.head_width(dim)
 
 
-def _moe_entries(config: ModelConfig, *, moe: MoE, side: str, place: Place) -> Iterator[ParameterEntry]:
+def _moe_entries(config: ModelConfig, *, moe: MoE, side: str, place: LayerIndex) -> Iterator[ParameterEntry]:
     dim, feed, bias = config.dim, moe.feed_forward(config.feed_forward), config.bias
-    reads = moe.condition.dim(dim)
-    gate = moe.link.gate_pieces(dim=reads, experts=moe.routed, place=place)
-    yield from _entries_of_specs([*gate, *moe.condition.pieces(dim=dim)], part=f"{side} router")
-    size = Size(moe.experts, moe.exchange.dim(dim), feed, bias)
-    yield from _entries_of_specs(moe.expert.pieces(size, used=active_expert_fraction(moe)), part=f"{side} {EXPERTS}")
+    reads = moe.router_input.input_dim(dim)
+    gate = moe.cross_layer.gate_parameter_specs(dim=reads, experts=moe.num_router_outputs, layer_index=place)
+    yield from _entries_of_specs([*gate, *moe.router_input.parameter_specs(dim=dim)], part=f"{side} router")
+    size = ExpertShape(moe.experts, moe.dispatch_projection.expert_dim(dim), feed, bias)
+    yield from _entries_of_specs(moe.expert.parameter_specs(size, active_fraction=active_expert_fraction(moe)), part=f"{side} {EXPERTS}")
     around = [
-        *moe.exchange.pieces(dim=dim),
-        *moe.beside.pieces(feed_forward=feed, dim=dim, bias=bias),
+        *moe.dispatch_projection.parameter_specs(dim=dim),
+        *moe.shared_experts.parameter_specs(feed_forward=feed, dim=dim, bias=bias),
     ]
     yield from _entries_of_specs(around, part=f"{side} beside experts")
 
 
 def active_expert_fraction(moe: MoE) -> float:
     """The share of the working experts that a token uses, on average."""
-    chosen = moe.select.experts_per_token(moe.routed)
-    return min(1.0, chosen / moe.routed)
+    chosen = moe.select.experts_per_token(moe.num_router_outputs)
+    return min(1.0, chosen / moe.num_router_outputs)
 
 
-def _entries_of_specs(pieces: Iterable[Piece], *, part: str) -> Iterator[ParameterEntry]:
+def _entries_of_specs(pieces: Iterable[ParameterSpec], *, part: str) -> Iterator[ParameterEntry]:
     for piece in pieces:
-        yield ParameterEntry(part, piece.kind, piece.shape, 1, piece.used, piece.times)
+        yield ParameterEntry(part, piece.kind, piece.shape, 1, piece.active_fraction, piece.uses_per_token)
 
 
 def _linear_entries(config: ModelConfig, *, part: str, fan: tuple[int, int], copies: int) -> Iterator[ParameterEntry]:

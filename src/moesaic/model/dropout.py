@@ -7,7 +7,7 @@ repeated, and after resuming on another number of ranks. torch's own draws from 
 from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.context import Context
+from moesaic.moe.context import TokenContext
 from moesaic.ops.drop import drop
 
 
@@ -21,7 +21,7 @@ class Dropout(nn.Module):
         super().__init__()
         self.rate, self.name = rate, name
 
-    def forward(self, x: Float[Tensor, "T D"], *, context: Context) -> Float[Tensor, "T D"]:
+    def forward(self, x: Float[Tensor, "T D"], *, context: TokenContext) -> Float[Tensor, "T D"]:
         if not self.training or not self.rate:
             return x
-        return drop(x, key=context.key(self.name), rate=self.rate)
+        return drop(x, key=context.random_key(self.name), rate=self.rate)

@@ -16,9 +16,9 @@ from torch import nn
 
 from moesaic.model.blueprint import ModelConfig, Stack
 from moesaic.model.count import BatchDims, count_parameters
-from moesaic.moe.config import MoE, NoMoE, Sparse
-from moesaic.moe.experts import Size
-from moesaic.moe.gates import Place
+from moesaic.moe.config import MoE, NoMoE, SparseLayer
+from moesaic.moe.experts import ExpertShape
+from moesaic.moe.gates import LayerIndex
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.position import Rotary
 from moesaic.optim.optimizer import AdamW, Optimizer
@@ -103,10 +103,10 @@ def _shared_router_values(config: ModelConfig, *, stack: Stack) -> int:
     for index, layer in enumerate(sparse):
         moe = config.routed_moe_of_layer(stack, layer=layer)
         if moe is not None:
-            place = Place("", index=index, count=len(sparse))
-            values += moe.link.kept(dim=config.dim, place=place) + moe.condition.kept(config.dim)
+            place = LayerIndex("", index=index, count=len(sparse))
+            values += moe.cross_layer.saved_activations(dim=config.dim, layer_index=place) + moe.router_input.saved_activations(config.dim)
             if index == 0:
-                values += moe.link.shared_kept() + moe.condition.shared_kept(config.dim)
+                values += moe.cross_layer.shared_saved_activations() + moe.router_input.shared_saved_activations(config.dim)
     return values
 
 
@@ -115,7 +115,7 @@ def _self_attention_values(config: ModelConfig) -> int:
     heads, query = attention.heads, attention.heads * config.head_dim
     key = attention.num_kv_heads() * config.head_dim
     turned = query + key if isinstance(config.position, Rotary) else 0
-    mixed = math.ceil(config.attention_experts.kept(config.attention, dim=config.dim))
+    mixed = math.ceil(config.attention_experts.saved_activations(config.attention, dim=config.dim))
     return query + 2 * key + turned + query + heads + mixed + _dropout_mask_values(config)
 
 
@@ -130,12 +130,12 @@ def _feed_forward_values(config: ModelConfig) -> int:
     return feed.activation.saved_activations * feed.hidden + _dropout_mask_values(config)
 
 
-def _moe_layer_values(config: ModelConfig, *, sparse: Sparse) -> int:
+def _moe_layer_values(config: ModelConfig, *, sparse: SparseLayer) -> int:
     dim, feed = config.dim, config.feed_forward
     inner = (
         _routed_experts_values(config, moe=sparse)
         if isinstance(sparse, MoE)
-        else sparse.kept(feed_forward=feed, dim=dim)
+        else sparse.saved_activations(feed_forward=feed, dim=dim)
     )
     return math.ceil(inner) + _dropout_mask_values(config)
 
@@ -143,11 +143,11 @@ def _moe_layer_values(config: ModelConfig, *, sparse: Sparse) -> int:
 def _routed_experts_values(config: ModelConfig, *, moe: MoE) -> float:
     """What each part says, and the router's logits, probabilities and choices."""
     dim, feed = config.dim, moe.feed_forward(config.feed_forward)
-    size = Size(moe.experts, moe.exchange.dim(dim), feed, config.bias)
-    edges = moe.select.experts_per_token(moe.routed)
-    around = moe.exchange.kept(dim=dim) + moe.beside.kept(feed_forward=feed, dim=dim)
+    size = ExpertShape(moe.experts, moe.dispatch_projection.expert_dim(dim), feed, config.bias)
+    edges = moe.select.experts_per_token(moe.num_router_outputs)
+    around = moe.dispatch_projection.saved_activations(dim=dim) + moe.shared_experts.saved_activations(feed_forward=feed, dim=dim)
     return (
-        moe.expert.kept(size, edges=edges, live=moe.experts / moe.routed) + around + 3 * moe.routed
+        moe.expert.saved_activations(size, edges=edges, live_fraction=moe.experts / moe.num_router_outputs) + around + 3 * moe.num_router_outputs
     )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from moesaic.model.blueprint import ModelConfig, InitConfig
-from moesaic.moe.experts import ExpertBank
+from moesaic.moe.experts import ExpertModule
 from moesaic.moe.router import Router
 from moesaic.nn.embedding import Embedding
 from moesaic.nn.start import Initializer, custom_initializers
@@ -39,7 +39,7 @@ def _kind_of(module: nn.Module, name: str, *, routes: bool) -> ParameterKind:
         return "router"
     if isinstance(module, Embedding | nn.Embedding):
         return "embedding"
-    if isinstance(module, ExpertBank):
+    if isinstance(module, ExpertModule):
         return "expert"
     return "matrix" if isinstance(module, nn.Linear) else "norm"
 

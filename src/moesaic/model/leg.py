@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from moesaic.core.shapes import Float, Tensor
 from moesaic.model.blueprint import ModelConfig, Stack
 from moesaic.moe.config import MoE
-from moesaic.moe.gates import Handing
+from moesaic.moe.gates import RouterStateWidths
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +50,10 @@ class StageIO:
     encoder_states: Float[Tensor, "S D"] | None = None
 
 
-def router_state_widths(config: ModelConfig, stack: Stack) -> Handing:
+def router_state_widths(config: ModelConfig, stack: Stack) -> RouterStateWidths:
     """Return how wide what the routers of a stack hand on is."""
     moe = config.moe_of_stack(stack)
     if not isinstance(moe, MoE) or not stack.moe_layers:
-        return Handing()
+        return RouterStateWidths()
     first = config.routed_moe_of_layer(stack, layer=stack.moe_layers[0]) or moe
-    return moe.link.hands(experts=first.routed)
+    return moe.cross_layer.state_widths(experts=first.num_router_outputs)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.moe.record import Record
+from moesaic.moe.record import RoutingRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,4 +17,4 @@ class ModelOutput:
     hidden: Float[Tensor, "N D"]
     label: Int[Tensor, "N"]
     row: Int[Tensor, "N"]
-    records: tuple[Record, ...]
+    records: tuple[RoutingRecord, ...]

@@ -21,8 +21,8 @@ from moesaic.model.init import ParameterKind, initialize_weights, parameter_kind
 from moesaic.model.leg import StageIO, BlockRange
 from moesaic.model.output import ModelOutput
 from moesaic.moe.config import MoE
-from moesaic.moe.context import Carry, Context
-from moesaic.moe.gates import Past, SharedRouting, Sight
+from moesaic.moe.context import RouterState, TokenContext
+from moesaic.moe.gates import RouterDecodeState, SharedRouter, StackInput
 from moesaic.nn.embedding import Embedding
 from moesaic.nn.looking import KeyValue
 from moesaic.nn.packing import Packing
@@ -64,7 +64,7 @@ class StackSpec:
 
     name: str
     stack: Stack
-    routing: SharedRouting | None
+    routing: SharedRouter | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class PackedTokens:
     packing: Packing
     position: Int[Tensor, "T"]
     rows: RowMetadata
-    decode_state: Past | None = None
+    decode_state: RouterDecodeState | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +202,7 @@ class Transformer(nn.Module):
             mask=None if mask is None else mask.index_select(0, rows),
             length=torch.zeros_like(rows),
             tag=torch.zeros_like(rows),
-            routing=self.decoder_routing.memory(rows.numel()) if self.decoder_routing else None,
+            routing=self.decoder_routing.empty_cache(rows.numel()) if self.decoder_routing else None,
         )
 
     def step(self, ids: Int[Tensor, "B n"], cache: KVCache) -> Float[Tensor, "B V"]:
@@ -217,7 +217,7 @@ class Transformer(nn.Module):
             packing,
             position.flatten()[packing.index],
             RowMetadata(cache.tag, torch.zeros_like(cache.tag)),
-            Past(position, cache.routing),
+            RouterDecodeState(position, cache.routing),
         )
         view = self._forward_context(tokens, side=self._decoder_spec)
         stream = self._embed(tokens, context=view.routing_context, side=self._decoder_spec)
@@ -241,13 +241,13 @@ class Transformer(nn.Module):
     def _decoder_spec(self) -> StackSpec:
         return StackSpec("decoder", self.config.decoder, self.decoder_routing)
 
-    def _shared_routing(self, stack: Stack, *, causal: bool) -> SharedRouting | None:
+    def _shared_routing(self, stack: Stack, *, causal: bool) -> SharedRouter | None:
         """What the MoE layers of a stack share, if their routers are linked."""
         moe = self.config.moe_of_stack(stack)
         if not isinstance(moe, MoE) or not stack.moe_layers:
             return None
         first = self.config.routed_moe_of_layer(stack, layer=stack.moe_layers[0]) or moe
-        return moe.link.shared(dim=self.config.dim, experts=first.routed, causal=causal)
+        return moe.cross_layer.build_shared(dim=self.config.dim, experts=first.num_router_outputs, causal=causal)
 
     def _forward_encoder(
         self, source: Int[Tensor, "B S"], *, key: Int[Tensor, "B"], blocks: range, given: StageIO
@@ -291,15 +291,15 @@ class Transformer(nn.Module):
         packing, rows, place = tokens.packing, tokens.rows, tokens.position
         own, row = packing.local_tokens, packing.row[packing.local_tokens]
         moe = self.config.moe_of_stack(side.stack)
-        reads = moe.condition.reads() if isinstance(moe, MoE) else "nothing"
-        context = Context(
+        reads = moe.router_input.embedding_source() if isinstance(moe, MoE) else "nothing"
+        context = TokenContext(
             row=row,
             position=place[own],
             token=tokens.ids[own],
             tag=rows.tag[row],
             row_key=rows.key[row],
-            embedded=self.embedding(tokens.ids, packing=packing) if reads == "token" else None,
-            prompt=self.embedding.embed_replicated(rows.tag)[row] if reads == "prompt" else None,
+            token_embedding=self.embedding(tokens.ids, packing=packing) if reads == "token" else None,
+            tag_embedding=self.embedding.embed_replicated(rows.tag)[row] if reads == "prompt" else None,
         )
         return ForwardContext(packing, self.position.rotation(place[packing.gathered_tokens]), context)
 
@@ -307,18 +307,18 @@ class Transformer(nn.Module):
         self,
         tokens: PackedTokens,
         *,
-        context: Context,
+        context: TokenContext,
         side: StackSpec,
         read: Float[Tensor, "S D"] | None = None,
     ) -> BlockState:
-        packing, embedded = tokens.packing, context.embedded
+        packing, embedded = tokens.packing, context.token_embedding
         if embedded is None:
             embedded = self.embedding(tokens.ids, packing=packing)
         placed = self.position.add(embedded, position=context.position)
-        x = self.dropout(placed, context=context.at(side.name))
+        x = self.dropout(placed, context=context.for_layer(side.name))
         x = x if read is None else self.attach_encoder(x, read)
-        sight = Sight(packing, tokens.position[packing.gathered_tokens], tokens.decode_state)
-        carry = Carry() if side.routing is None else side.routing.start(x, sight=sight)
+        sight = StackInput(packing, tokens.position[packing.gathered_tokens], tokens.decode_state)
+        carry = RouterState() if side.routing is None else side.routing.initial_state(x, stack_input=sight)
         return BlockState(x, carry)
 
 
@@ -326,4 +326,4 @@ def _resume_state(given: StageIO, *, side: StackSpec) -> BlockState | None:
     """The stream of the leg before this one; None where the stack is entered."""
     if given.x is None:
         return None
-    return BlockState(given.x, Carry(given.router_hidden, given.router_logits, side.routing))
+    return BlockState(given.x, RouterState(given.router_hidden, given.router_logits, side.routing))

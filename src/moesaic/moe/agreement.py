@@ -15,7 +15,7 @@ from moesaic.moe.routing import Routing
 
 
 @dataclass(slots=True)
-class _Sums:
+class _MatchCounts:
     same: int = 0
     edges: int = 0
     tokens: int = 0
@@ -23,7 +23,7 @@ class _Sums:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerAgreement:
+class LayerRoutingAgreement:
     """``edges`` is the share of edges that both have; ``tokens`` that of tokens with all alike.
 
     Of kept edges, against those of the side that has more; the order of choices does not count.
@@ -35,10 +35,10 @@ class LayerAgreement:
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
+class RoutingAgreement:
     """``tokens`` is the share of tokens routed alike in every layer of their side."""
 
-    layers: tuple[LayerAgreement, ...]
+    layers: tuple[LayerRoutingAgreement, ...]
     tokens: float
 
     @property
@@ -49,11 +49,11 @@ class Agreement:
 
 
 @dataclass(slots=True)
-class Comparison:
+class RoutingComparison:
     """Adds up batch after batch: ``add`` the routes of both sides, then read ``result()``."""
 
-    _layers: dict[str, _Sums] = field(default_factory=dict)
-    _sides: _Sums = field(default_factory=_Sums)
+    _layers: dict[str, _MatchCounts] = field(default_factory=dict)
+    _sides: _MatchCounts = field(default_factory=_MatchCounts)
 
     def add(self, left: Sequence[LayerRoutes], right: Sequence[LayerRoutes]) -> None:
         """Compare one batch. Raises DataError unless layers and tokens are the same."""
@@ -65,8 +65,8 @@ class Comparison:
                 raise DataError(
                     f"layer {one.layer}: the two routed other tokens; record both on the same text"
                 )
-            same, edges, tokens = _compare(one.routing, other.routing)
-            sums = self._layers.setdefault(one.layer, _Sums())
+            same, edges, tokens = _count_matches(one.routing, other.routing)
+            sums = self._layers.setdefault(one.layer, _MatchCounts())
             sums.same, sums.edges = sums.same + same, sums.edges + edges
             sums.tokens += tokens.numel()
             sums.tokens_same += int(tokens.sum())
@@ -74,20 +74,20 @@ class Comparison:
         self._sides.tokens += sum(tokens.numel() for tokens in alike.values())
         self._sides.tokens_same += sum(int(tokens.sum()) for tokens in alike.values())
 
-    def result(self) -> Agreement:
+    def result(self) -> RoutingAgreement:
         """Return the shares so far."""
         layers = tuple(
-            LayerAgreement(name, sums.same / max(sums.edges, 1), _share(sums))
+            LayerRoutingAgreement(name, sums.same / max(sums.edges, 1), _matching_share(sums))
             for name, sums in self._layers.items()
         )
-        return Agreement(layers, _share(self._sides))
+        return RoutingAgreement(layers, _matching_share(self._sides))
 
 
-def compare(
+def compare_routes(
     left: Iterable[Sequence[LayerRoutes]], right: Iterable[Sequence[LayerRoutes]]
-) -> Agreement:
+) -> RoutingAgreement:
     """Compare two records batch by batch. Raises DataError where they are of other text."""
-    comparison = Comparison()
+    comparison = RoutingComparison()
     try:
         for one, other in zip(left, right, strict=True):
             comparison.add(one, other)
@@ -96,21 +96,21 @@ def compare(
     return comparison.result()
 
 
-def _compare(one: Routing, other: Routing) -> tuple[int, int, Bool[Tensor, "T"]]:
+def _count_matches(one: Routing, other: Routing) -> tuple[int, int, Bool[Tensor, "T"]]:
     """Return edges in both, edges of the fuller side, and which tokens have the same."""
     experts = max(one.num_experts, other.num_experts)
-    has = [_matrix(routing, experts) for routing in (one, other)]
+    has = [_edge_mask(routing, experts) for routing in (one, other)]
     both = int((has[0] & has[1]).sum())
     most = max(int(h.sum()) for h in has)
     return both, most, (has[0] == has[1]).all(1)
 
 
-def _matrix(routing: Routing, experts: int) -> Bool[Tensor, "T E"]:
+def _edge_mask(routing: Routing, experts: int) -> Bool[Tensor, "T E"]:
     has = torch.zeros(routing.num_tokens, experts, dtype=torch.bool)
     kept = ~routing.dropped
     has[routing.token[kept], routing.expert[kept]] = True
     return has
 
 
-def _share(sums: _Sums) -> float:
+def _matching_share(sums: _MatchCounts) -> float:
     return sums.tokens_same / max(sums.tokens, 1)

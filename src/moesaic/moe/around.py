@@ -12,84 +12,84 @@ from torch import nn
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.pieces import Piece
+from moesaic.moe.pieces import ParameterSpec
 from moesaic.nn.feed_forward import FeedForwardConfig
 
 
-class Passage(nn.Module):
+class IdentityProjection(nn.Module):
     """The way out and home of a layer's rows; this one changes nothing."""
 
-    def enter(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T M"]:
+    def project(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T M"]:
         """Return what travels."""
         return x
 
-    def leave(self, y: Float[Tensor, "T M"]) -> Float[Tensor, "T D"]:
+    def unproject(self, y: Float[Tensor, "T M"]) -> Float[Tensor, "T D"]:
         """Return what came home as the model reads it."""
         return y
 
 
-class Exchange(Choice):
+class DispatchProjection(Choice):
     """Family: the form in which rows travel between ranks."""
 
-    def dim(self, dim: int) -> int:
+    def expert_dim(self, dim: int) -> int:
         """Return M for a model dim: what experts read and write."""
         raise NotImplementedError
 
-    def build(self, *, dim: int) -> Passage:
+    def build(self, *, dim: int) -> IdentityProjection:
         """Return the way of a layer's rows."""
         raise NotImplementedError
 
-    def pieces(self, *, dim: int) -> Sequence[Piece]:
+    def parameter_specs(self, *, dim: int) -> Sequence[ParameterSpec]:
         """Return its parameters."""
         del dim
         return ()
 
-    def kept(self, *, dim: int) -> float:
+    def saved_activations(self, *, dim: int) -> float:
         """Return the values that autograd keeps per token (for forecasts)."""
         del dim
         return 0
 
 
-class Whole(Exchange):
+class NoDispatchProjection(DispatchProjection):
     """Rows travel as they are."""
 
-    def dim(self, dim: int) -> int:
+    def expert_dim(self, dim: int) -> int:
         return dim
 
-    def build(self, *, dim: int) -> Passage:
+    def build(self, *, dim: int) -> IdentityProjection:
         del dim
-        return Passage()
+        return IdentityProjection()
 
 
-class Beside(Choice):
+class SharedExpertBranch(Choice):
     """Family: the branch that every token takes beside its experts."""
 
     def build(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> nn.Module:
         """Return a module of ``forward(x, *, mixed) -> out``; ``mixed`` is the experts' answer."""
         raise NotImplementedError
 
-    def pieces(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> Sequence[Piece]:
+    def parameter_specs(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> Sequence[ParameterSpec]:
         """Return its parameters."""
         del feed_forward, dim, bias
         return ()
 
-    def kept(self, *, feed_forward: FeedForwardConfig, dim: int) -> float:
+    def saved_activations(self, *, feed_forward: FeedForwardConfig, dim: int) -> float:
         """Return the values that autograd keeps per token (for forecasts)."""
         del feed_forward, dim
         return 0
 
 
-class NothingBeside(Beside):
+class NoSharedExperts(SharedExpertBranch):
     """The experts' answer is the layer's."""
 
     def build(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> nn.Module:
         del feed_forward, dim, bias
-        return _Alone()
+        return _NoBranch()
 
 
-class _Alone(nn.Module):
+class _NoBranch(nn.Module):
     def forward(
-        self, x: Float[Tensor, "T D"], *, mixed: Float[Tensor, "T D"]
+        self, x: Float[Tensor, "T D"], *, routed_output: Float[Tensor, "T D"]
     ) -> Float[Tensor, "T D"]:
         del x
-        return mixed
+        return routed_output

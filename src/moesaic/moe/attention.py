@@ -13,7 +13,7 @@ from torch import nn
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.moe.pieces import Piece
+from moesaic.moe.pieces import ParameterSpec
 from moesaic.nn.attention import AttentionConfig, SelfAttention
 from moesaic.nn.looking import KeyValue
 from moesaic.nn.packing import Packing
@@ -22,7 +22,7 @@ from moesaic.nn.start import CustomInitializers, Initializer
 
 
 @runtime_checkable
-class Attends(Protocol):
+class SelfAttentionModule(Protocol):
     """What a block asks of its self-attention (see ``SelfAttention``)."""
 
     def __call__(
@@ -43,21 +43,21 @@ class Attends(Protocol):
 class AttentionExperts(Choice):
     """Family: whether a block's self-attention is one or a mixture."""
 
-    def all_heads(self, config: AttentionConfig, *, dim: int) -> AttentionConfig:
+    def combined_attention(self, config: AttentionConfig, *, dim: int) -> AttentionConfig:
         """Return the heads of the whole mixture, given those of one attention."""
         del dim
         return config
 
-    def build(self, config: AttentionConfig, *, dim: int, bias: bool) -> Attends:
+    def build(self, config: AttentionConfig, *, dim: int, bias: bool) -> SelfAttentionModule:
         """Return the module of a block's self-attention."""
         raise NotImplementedError
 
-    def pieces(self, *, dim: int) -> Sequence[Piece]:
+    def parameter_specs(self, *, dim: int) -> Sequence[ParameterSpec]:
         """Return its parameters beyond those of an attention with all heads."""
         del dim
         return ()
 
-    def kept(self, config: AttentionConfig, *, dim: int) -> float:
+    def saved_activations(self, config: AttentionConfig, *, dim: int) -> float:
         """Return the values kept per token beyond those of an attention with all heads."""
         del config, dim
         return 0
@@ -66,7 +66,7 @@ class AttentionExperts(Choice):
 class NoAttentionExperts(AttentionExperts):
     """One self-attention, as in a dense transformer."""
 
-    def build(self, config: AttentionConfig, *, dim: int, bias: bool) -> Attends:
+    def build(self, config: AttentionConfig, *, dim: int, bias: bool) -> SelfAttentionModule:
         return SelfAttention(config, dim=dim, bias=bias)
 
 
@@ -81,21 +81,21 @@ class MixtureOfAttention(AttentionExperts):
     """
 
     experts: int = Field(default=2, ge=1)
-    keys: Literal["own", "shared"] = "own"
+    key_values: Literal["own", "shared"] = "own"
 
-    def all_heads(self, config: AttentionConfig, *, dim: int) -> AttentionConfig:
-        groups = config.num_kv_heads() * (self.experts if self.keys == "own" else 1)
+    def combined_attention(self, config: AttentionConfig, *, dim: int) -> AttentionConfig:
+        groups = config.num_kv_heads() * (self.experts if self.key_values == "own" else 1)
         heads, width = config.heads * self.experts, config.head_width(dim)
         return AttentionConfig(heads=heads, kv_heads=groups, head_dim=width)
 
-    def build(self, config: AttentionConfig, *, dim: int, bias: bool) -> Attends:
+    def build(self, config: AttentionConfig, *, dim: int, bias: bool) -> SelfAttentionModule:
         return AttentionMixture(self, config=config, dim=dim, bias=bias)
 
-    def pieces(self, *, dim: int) -> Sequence[Piece]:
-        return (Piece("router", (self.experts, dim)),)
+    def parameter_specs(self, *, dim: int) -> Sequence[ParameterSpec]:
+        return (ParameterSpec("router", (self.experts, dim)),)
 
-    def kept(self, config: AttentionConfig, *, dim: int) -> float:
-        heads = self.all_heads(config, dim=dim)
+    def saved_activations(self, config: AttentionConfig, *, dim: int) -> float:
+        heads = self.combined_attention(config, dim=dim)
         return heads.heads * heads.head_width(dim) + self.experts
 
 
@@ -111,20 +111,20 @@ class AttentionMixture(CustomInitializers):
     ) -> None:
         super().__init__()
         self.gate = nn.Linear(dim, mixture.experts, bias=False)
-        self.all = SelfAttention(mixture.all_heads(config, dim=dim), dim=dim, bias=bias)
+        self.attention = SelfAttention(mixture.combined_attention(config, dim=dim), dim=dim, bias=bias)
         self.experts = mixture.experts
-        self.blocks = 1 if mixture.keys == "own" else config.num_kv_heads()
-        self.read = config.heads * config.head_width(dim)
+        self.blocks = 1 if mixture.key_values == "own" else config.num_kv_heads()
+        self.head_width = config.heads * config.head_width(dim)
 
     def initializers(self) -> Mapping[str, Initializer]:
-        return {"gate.weight": Initializer(kind="router"), "all.out.weight": Initializer(fan_in=self.read)}
+        return {"gate.weight": Initializer(kind="router"), "all.out.weight": Initializer(fan_in=self.head_width)}
 
     def forward(
         self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
     ) -> Float[Tensor, "T D"]:
         """Attend within each row (see ``SelfAttention``)."""
-        found = self.all.attend_heads(x, packing=packing, rotation=rotation, causal=causal)
-        return self.all.out(self._weighted(found, x=x))
+        found = self.attention.attend_heads(x, packing=packing, rotation=rotation, causal=causal)
+        return self.attention.out(self._weight_heads(found, x=x))
 
     def step(
         self,
@@ -136,19 +136,19 @@ class AttentionMixture(CustomInitializers):
         position: Int[Tensor, "B n"],
     ) -> Float[Tensor, "T D"]:
         """The same for the newest tokens; ``cache`` holds the keys of all experts."""
-        found = self.all.attend_heads_cached(
+        found = self.attention.attend_heads_cached(
             x, packing=packing, rotation=rotation, cache=cache, position=position
         )
-        return self.all.out(self._weighted(found, x=x))
+        return self.attention.out(self._weight_heads(found, x=x))
 
-    def share(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T N"]:
+    def expert_weights(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T N"]:
         """Weights of the experts, float32."""
         with torch.autocast(x.device.type, enabled=False):
             return self.gate(x.float()).softmax(-1)
 
-    def _weighted(
+    def _weight_heads(
         self, found: Float[Tensor, "T HD"], *, x: Float[Tensor, "T D"]
     ) -> Float[Tensor, "T HD"]:
-        share = self.share(x).to(found.dtype)
+        share = self.expert_weights(x).to(found.dtype)
         apart = found.unflatten(-1, (self.blocks, self.experts, -1))
         return (apart * share[:, None, :, None]).flatten(1)

@@ -13,14 +13,14 @@ import torch
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.gate import Gate, Learner, State
+from moesaic.moe.gate import RouterContext, StatefulRule, RuleState
 from moesaic.moe.limit import Limit
-from moesaic.moe.ranks import Ranks
+from moesaic.moe.ranks import BatchGroup
 from moesaic.moe.routing import Routing
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class BalanceInputs:
     """What a balance term may look at.
 
     ``routing`` is as selected, before any limit; ``probabilities`` are the select's own.
@@ -29,38 +29,38 @@ class Scores:
     ``gate.state`` is the term's own state. ``ranks`` serve a term that adds up something else.
     """
 
-    gate: Gate
+    router: RouterContext
     routing: Routing
     probabilities: Float[Tensor, "T E"]
     load: Float[Tensor, "E"]
-    heard: Float[Tensor, "E"]
-    tokens: Float[Tensor, ""]
-    ranks: Ranks
+    accumulated_load: Float[Tensor, "E"]
+    num_tokens: Float[Tensor, ""]
+    batch_group: BatchGroup
 
     @property
     def logits(self) -> Float[Tensor, "T E"]:
-        return self.gate.logits
+        return self.router.logits
 
     def zero(self) -> Float[Tensor, ""]:
         """Return the share of a rank that has nothing to say; a gradient may pass through it."""
-        return 0.0 * self.gate.logits.sum()
+        return 0.0 * self.router.logits.sum()
 
 
-class Balance(Choice, Learner):
+class Balance(Choice, StatefulRule):
     """Family of balance terms. ``name`` is its key in ``Record.losses``."""
 
     name: ClassVar[str] = "balance"
 
-    def __call__(self, scores: Scores) -> Float[Tensor, ""]:
+    def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
         """Return this rank's share of the weighted term."""
         raise NotImplementedError
 
-    def bias(self, state: State) -> Float[Tensor, "E"] | None:
+    def selection_bias(self, state: RuleState) -> Float[Tensor, "E"] | None:
         """Return what is added to scores when experts are chosen (never to weights)."""
         del state
         return None
 
-    def evening(self) -> float:
+    def balancing_weight(self) -> float:
         """Return the weight with which the loss evens the experts' load; 0 if it does not."""
         return 0.0
 
@@ -78,26 +78,26 @@ class SwitchBalance(Balance):
 
     weight: float = 0.01
 
-    def __call__(self, scores: Scores) -> Float[Tensor, ""]:
-        return self.weight * agreement(scores, load=scores.load)
+    def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
+        return self.weight * load_balance_loss(inputs, load=inputs.load)
 
-    def evening(self) -> float:
+    def balancing_weight(self) -> float:
         return self.weight
 
 
-class RouterZ(Balance):
+class RouterZLoss(Balance):
     """``weight * mean over tokens of logsumexp(logits)^2`` (ST-MoE, 2202.08906, equation 5)."""
 
     name: ClassVar[str] = "z"
     weight: float = 0.001
 
-    def __call__(self, scores: Scores) -> Float[Tensor, ""]:
-        square = scores.logits.logsumexp(-1).square().sum()
-        return self.weight * square / scores.tokens.clamp(min=1).float()
+    def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
+        square = inputs.logits.logsumexp(-1).square().sum()
+        return self.weight * square / inputs.num_tokens.clamp(min=1).float()
 
 
-def agreement(scores: Scores, *, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
+def load_balance_loss(inputs: BalanceInputs, *, load: Float[Tensor, "E"]) -> Float[Tensor, ""]:
     """Return this rank's share of ``E * sum_e f_e p_e``, f being the fractions of ``load``."""
     fraction = (load / load.sum().clamp(min=1)).float()
-    mean = scores.probabilities.sum(0) / scores.tokens.clamp(min=1).float()
+    mean = inputs.probabilities.sum(0) / inputs.num_tokens.clamp(min=1).float()
     return load.numel() * torch.dot(fraction, mean)

@@ -7,37 +7,37 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from moesaic.core.config import Choice
-from moesaic.moe.around import Beside, Exchange, NothingBeside, Whole
+from moesaic.moe.around import SharedExpertBranch, DispatchProjection, NoSharedExperts, NoDispatchProjection
 from moesaic.moe.balance import Balance, SwitchBalance
 from moesaic.moe.experts import Expert, FeedForwardExpert
-from moesaic.moe.gate import Learner
-from moesaic.moe.gates import Condition, Link, Unconditioned, Unlinked
+from moesaic.moe.gate import StatefulRule
+from moesaic.moe.gates import RouterInput, CrossLayerRouting, HiddenState, IndependentRouters
 from moesaic.moe.limit import Dropless, Limit
-from moesaic.moe.noise import Noise, NoNoise
-from moesaic.moe.pieces import Piece
+from moesaic.moe.noise import RouterNoise, NoRouterNoise
+from moesaic.moe.pieces import ParameterSpec
 from moesaic.moe.select import Select, SwitchTop1
-from moesaic.moe.spare import NoSpare, Spare
+from moesaic.moe.spare import NoNullExperts, NullExperts
 from moesaic.nn.feed_forward import FeedForwardConfig
 
 
-class Sparse(Choice):
+class SparseLayer(Choice):
     """Family: what stands in the place of every k-th feed-forward.
 
     ``NoMoE`` leaves the dense one, ``MoE`` becomes a ``layer.MoELayer``; any other member builds a
     layer of its own and counts it. ``part`` is the name of its parameters in counts.
     """
 
-    part: ClassVar[str] = "experts"
+    count_label: ClassVar[str] = "experts"
 
     def build(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> nn.Module:
         """Return a module of ``forward(x, *, context, carry) -> layer.Answer``."""
         raise NotImplementedError
 
-    def pieces(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> Sequence[Piece]:
+    def parameter_specs(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> Sequence[ParameterSpec]:
         """Return the parameters of that module."""
         raise NotImplementedError
 
-    def kept(self, *, feed_forward: FeedForwardConfig, dim: int) -> float:
+    def saved_activations(self, *, feed_forward: FeedForwardConfig, dim: int) -> float:
         """Return the values that autograd keeps per token (for forecasts)."""
         raise NotImplementedError
 
@@ -47,16 +47,16 @@ class Sparse(Choice):
         return True
 
     @property
-    def by_row(self) -> bool:
+    def needs_whole_rows(self) -> bool:
         """Whether a token's answer needs the other tokens of its row on the same rank."""
         return False
 
 
-class NoMoE(Sparse):
+class NoMoE(SparseLayer):
     """Every feed-forward is dense."""
 
 
-class MoE(Sparse):
+class MoE(SparseLayer):
     """A mixture of ``experts`` feed-forwards; ``hidden`` defaults to the dense width."""
 
     experts: int = Field(ge=1)
@@ -64,32 +64,32 @@ class MoE(Sparse):
     select: Select = SwitchTop1()
     limit: Limit = Dropless()
     balance: tuple[Balance, ...] = (SwitchBalance(),)
-    noise: Noise = NoNoise()
+    noise: RouterNoise = NoRouterNoise()
     expert: Expert = FeedForwardExpert()
-    beside: Beside = NothingBeside()
-    spare: Spare = NoSpare()
-    exchange: Exchange = Whole()
-    condition: Condition = Unconditioned()
-    link: Link = Unlinked()
+    shared_experts: SharedExpertBranch = NoSharedExperts()
+    null_experts: NullExperts = NoNullExperts()
+    dispatch_projection: DispatchProjection = NoDispatchProjection()
+    router_input: RouterInput = HiddenState()
+    cross_layer: CrossLayerRouting = IndependentRouters()
 
     @property
     def causal(self) -> bool:
         return self.select.causal
 
     @property
-    def by_row(self) -> bool:
-        return self.select.by_row
+    def needs_whole_rows(self) -> bool:
+        return self.select.needs_whole_rows
 
     @property
-    def routed(self) -> int:
+    def num_router_outputs(self) -> int:
         """Experts that the router chooses from, spare ones included."""
-        return self.experts + self.spare.count()
+        return self.experts + self.null_experts.count()
 
     def feed_forward(self, dense: FeedForwardConfig) -> FeedForwardConfig:
         """Return the feed-forward of one expert in a model with this dense one."""
         return dense if self.hidden is None else dense.replace(hidden=self.hidden)
 
-    def learners(self) -> Iterator[tuple[str, Learner]]:
+    def stateful_rules(self) -> Iterator[tuple[str, StatefulRule]]:
         """Yield the rules that may have a state of their own, by name."""
         yield "select", self.select
         yield "noise", self.noise

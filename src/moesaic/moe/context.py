@@ -13,7 +13,7 @@ from moesaic.ops.random import mix, salt, uniform
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
+class TokenContext:
     """One pass's real tokens, padding left out.
 
     ``row`` and ``position`` are a token's place in the batch, ``token`` its vocabulary id, ``tag``
@@ -28,33 +28,33 @@ class Context:
     token: Int[Tensor, "T"]
     tag: Int[Tensor, "T"]
     row_key: Int[Tensor, "T"]
-    embedded: Float[Tensor, "T D"] | None = None
-    prompt: Float[Tensor, "T D"] | None = None
+    token_embedding: Float[Tensor, "T D"] | None = None
+    tag_embedding: Float[Tensor, "T D"] | None = None
     salt: int = 0
 
     @staticmethod
-    def plain(tokens: int, *, device: torch.device | str = "cpu") -> "Context":
+    def unbatched(tokens: int, *, device: torch.device | str = "cpu") -> "TokenContext":
         """Make the context of tokens that belong to no batch: one row, in order, ids zero."""
         none = torch.zeros(tokens, dtype=torch.long, device=device)
-        return Context(none, torch.arange(tokens, device=device), none, none, none)
+        return TokenContext(none, torch.arange(tokens, device=device), none, none, none)
 
-    def at(self, layer: str) -> "Context":
+    def for_layer(self, layer: str) -> "TokenContext":
         """Return the same tokens with random numbers of their own for a layer."""
         return replace(self, salt=salt(layer))
 
-    def key(self, purpose: str) -> Int[Tensor, "T"]:
+    def random_key(self, purpose: str) -> Int[Tensor, "T"]:
         """Return random int64, a function of row, position, layer and purpose."""
         row = mix(self.row_key, salt("row"))  # or keys 2 and 3 would meet at positions 0 and 1
         return mix(mix(row, self.position), self.salt ^ salt(purpose))
 
-    def bits(self, purpose: str, *, width: int) -> Int[Tensor, "T width"]:
+    def random_bits(self, purpose: str, *, width: int) -> Int[Tensor, "T width"]:
         """Return random int64, a function of row, position, layer, purpose and column."""
-        key = self.key(purpose)
+        key = self.random_key(purpose)
         return mix(key[:, None], torch.arange(width, device=key.device))
 
     def uniform(self, purpose: str, *, width: int) -> Float[Tensor, "T width"]:
         """Return float32 in [0, 1), drawn as ``bits`` are."""
-        return uniform(self.bits(purpose, width=width))
+        return uniform(self.random_bits(purpose, width=width))
 
     def normal(self, purpose: str, *, width: int) -> Float[Tensor, "T width"]:
         """Return standard normal float32 (Box and Muller 1958), drawn as ``bits`` are."""
@@ -64,7 +64,7 @@ class Context:
 
 
 @dataclass(frozen=True, slots=True)
-class Carry:
+class RouterState:
     """What the MoE layers of one stack hand on, token by token.
 
     ``hidden`` is a recurrent router's state, ``logits`` are scores decided before (by the layer

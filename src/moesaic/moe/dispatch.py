@@ -20,33 +20,33 @@ from moesaic.ops.mixture import Edges, carry_home, carry_out
 
 
 @runtime_checkable
-class Way(Protocol):
+class DispatchHandle(Protocol):
     """The way home of a parcel's rows, once they are answers."""
 
-    def home(self, y: Float[Tensor, "R D"]) -> Float[Tensor, "T D"]:
+    def combine(self, y: Float[Tensor, "R D"]) -> Float[Tensor, "T D"]:
         """Return each token's weighted sum of its answers."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class DispatchedRows:
     """Rows sorted by local expert (``groups`` says where each starts), and the way home."""
 
     rows: Float[Tensor, "R D"]
     groups: Groups
-    way: Way
+    handle: DispatchHandle
 
 
 @runtime_checkable
-class RowExperts(Protocol):
+class ExpertCompute(Protocol):
     """What a dispatcher asks of experts: answer sorted rows, or take the whole way at once."""
 
     def __call__(self, rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]: ...
 
-    def mix(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]: ...
+    def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]: ...
 
-    def within(
-        self, x: Float[Tensor, "T D"], *, work: Callable[[Tensor, "RowExperts"], Tensor]
+    def in_one_call(
+        self, x: Float[Tensor, "T D"], *, function: Callable[[Tensor, "ExpertCompute"], Tensor]
     ) -> Float[Tensor, "T D"]:
         """Return ``work(x, experts)``, which may ask them many times.
 
@@ -62,49 +62,49 @@ class Dispatcher(Protocol):
     ``carry`` is the whole way; by definition ``combine(experts(dispatch(x)))``.
     """
 
-    def carry(
-        self, x: Float[Tensor, "T D"], *, routing: Routing, experts: RowExperts
+    def run_experts(
+        self, x: Float[Tensor, "T D"], *, routing: Routing, experts: ExpertCompute
     ) -> Float[Tensor, "T D"]: ...
 
-    def dispatch(self, x: Float[Tensor, "T D"], routing: Routing) -> Parcel: ...
+    def dispatch(self, x: Float[Tensor, "T D"], routing: Routing) -> DispatchedRows: ...
 
-    def combine(self, y: Float[Tensor, "R D"], parcel: Parcel) -> Float[Tensor, "T D"]: ...
+    def combine(self, y: Float[Tensor, "R D"], dispatched: DispatchedRows) -> Float[Tensor, "T D"]: ...
 
 
 class LocalDispatcher:
     """Every expert lives here: sorting is the whole job, and the rest may be one operation."""
 
-    def carry(
-        self, x: Float[Tensor, "T D"], *, routing: Routing, experts: RowExperts
+    def run_experts(
+        self, x: Float[Tensor, "T D"], *, routing: Routing, experts: ExpertCompute
     ) -> Float[Tensor, "T D"]:
-        return experts.mix(x, edges=edges_of(routing))
+        return experts.forward_edges(x, edges=sort_edges(routing))
 
-    def dispatch(self, x: Float[Tensor, "T D"], routing: Routing) -> Parcel:
-        edges = edges_of(routing)
-        return Parcel(carry_out(x, edges=edges), edges.groups, Here(edges))
+    def dispatch(self, x: Float[Tensor, "T D"], routing: Routing) -> DispatchedRows:
+        edges = sort_edges(routing)
+        return DispatchedRows(carry_out(x, edges=edges), edges.groups, LocalHandle(edges))
 
-    def combine(self, y: Float[Tensor, "R D"], parcel: Parcel) -> Float[Tensor, "T D"]:
-        return parcel.way.home(y)
+    def combine(self, y: Float[Tensor, "R D"], dispatched: DispatchedRows) -> Float[Tensor, "T D"]:
+        return dispatched.handle.combine(y)
 
 
 @dataclass(frozen=True, slots=True)
-class Here:
+class LocalHandle:
     """Rows that never left: weigh each by its edge, add it to its token."""
 
     edges: Edges
 
-    def home(self, y: Float[Tensor, "R D"]) -> Float[Tensor, "T D"]:
+    def combine(self, y: Float[Tensor, "R D"]) -> Float[Tensor, "T D"]:
         return carry_home(y, edges=self.edges)
 
 
-def edges_of(routing: Routing) -> Edges:
+def sort_edges(routing: Routing) -> Edges:
     """Return the edges of a routing with their order by expert."""
     groups = group(routing.expert, num_experts=routing.num_experts)
     return Edges(routing.token, routing.weight, groups, routing.num_tokens, routing.per_token)
 
 
-def answer(
-    rows: Float[Tensor, "R D"], *, groups: Groups, experts: RowExperts
+def apply_experts(
+    rows: Float[Tensor, "R D"], *, groups: Groups, experts: ExpertCompute
 ) -> Float[Tensor, "R D"]:
     """Return the experts' answers to rows that ``groups`` would sort, in the order they lie in.
 
@@ -113,4 +113,4 @@ def answer(
     count = rows.shape[0]
     once = torch.ones(count, dtype=torch.float32, device=rows.device)
     every = torch.arange(count, device=rows.device)
-    return experts.mix(rows, edges=Edges(every, once, groups, count, 1))
+    return experts.forward_edges(rows, edges=Edges(every, once, groups, count, 1))

@@ -23,7 +23,7 @@ from moesaic.dist.collectives import (
     group_size,
     reduce_scatter_rows,
 )
-from moesaic.moe.dispatch import LocalDispatcher, Parcel, RowExperts, answer, edges_of
+from moesaic.moe.dispatch import LocalDispatcher, DispatchedRows, ExpertCompute, apply_experts, sort_edges
 from moesaic.moe.experts import as_autocast
 from moesaic.moe.routing import Routing
 from moesaic.ops.combine import spread
@@ -32,7 +32,7 @@ from moesaic.ops.mixture import Edges, carry_home, carry_out
 
 
 @runtime_checkable
-class Host(Protocol):
+class CountReader(Protocol):
     """How the host learns the numbers of rows that it has to know before they move."""
 
     def read(self, sums: Int[Tensor, "C"], *, edges: int, ranks: int) -> list[int]:
@@ -40,7 +40,7 @@ class Host(Protocol):
         ...
 
 
-class Waits:
+class SyncCountReader:
     """The host waits for the device and reads them."""
 
     def read(self, sums: Int[Tensor, "C"], *, edges: int, ranks: int) -> list[int]:
@@ -65,105 +65,105 @@ class AllToAllDispatcher:
     travel. By default the ``host`` waits for the device once, to learn how many rows come and go.
     """
 
-    def __init__(self, over: Group, *, slices: Group = None, host: Host | None = None) -> None:
-        self._over, self._slices, self._host = over, slices, host or Waits()
+    def __init__(self, group: Group, *, slice_group: Group = None, host: CountReader | None = None) -> None:
+        self._group, self._slice_group, self._host = group, slice_group, host or SyncCountReader()
 
-    def carry(
-        self, x: Float[Tensor, "T D"], *, routing: Routing, experts: RowExperts
+    def run_experts(
+        self, x: Float[Tensor, "T D"], *, routing: Routing, experts: ExpertCompute
     ) -> Float[Tensor, "T D"]:
-        if group_size(self._over) * group_size(self._slices) == 1:
-            return LocalDispatcher().carry(x, routing=routing, experts=experts)
-        edges = edges_of(routing)
+        if group_size(self._group) * group_size(self._slice_group) == 1:
+            return LocalDispatcher().run_experts(x, routing=routing, experts=experts)
+        edges = sort_edges(routing)
         trip = self._plan(edges)
-        rows = _go(x, edges=edges, trip=trip)
-        return _return(answer(rows, groups=trip.groups, experts=experts), edges=edges, trip=trip)
+        rows = _dispatch_rows(x, edges=edges, plan=trip)
+        return _combine_rows(apply_experts(rows, groups=trip.groups, experts=experts), edges=edges, plan=trip)
 
-    def dispatch(self, x: Float[Tensor, "T D"], routing: Routing) -> Parcel:
-        edges = edges_of(routing)
+    def dispatch(self, x: Float[Tensor, "T D"], routing: Routing) -> DispatchedRows:
+        edges = sort_edges(routing)
         trip = self._plan(edges)
-        rows = permute(_go(x, edges=edges, trip=trip), groups=trip.groups)
-        return Parcel(rows, trip.groups, Far(edges, trip))
+        rows = sort_rows(_dispatch_rows(x, edges=edges, plan=trip), groups=trip.groups)
+        return DispatchedRows(rows, trip.groups, AllToAllHandle(edges, trip))
 
-    def combine(self, y: Float[Tensor, "R D"], parcel: Parcel) -> Float[Tensor, "T D"]:
-        return parcel.way.home(y)
+    def combine(self, y: Float[Tensor, "R D"], dispatched: DispatchedRows) -> Float[Tensor, "T D"]:
+        return dispatched.handle.combine(y)
 
-    def _plan(self, edges: Edges) -> "Trip":
+    def _plan(self, edges: Edges) -> "AllToAllPlan":
         """Exchange how many rows lead to each expert, and learn the sums. Collective."""
-        over, slices, counts = self._over, self._slices, edges.groups.counts
+        over, slices, counts = self._group, self._slice_group, edges.groups.counts
         ranks, cuts = group_size(over), group_size(slices)
-        incoming = exchange_counts(counts, over=over)
+        incoming = all_to_all_counts(counts, group=over)
         every = all_gather_rows(incoming, group=slices, sizes=[ranks] * cuts)  # [cut and rank, expert]
         sums = torch.cat([counts.view(ranks, -1).sum(1), every.sum(1)])
         numbers = self._host.read(sums, edges=edges.token.numel(), ranks=ranks)
         sent, arrived = tuple(numbers[:ranks]), numbers[ranks:]
         blocks = [tuple(arrived[cut * ranks :][:ranks]) for cut in range(cuts)]
         shared = tuple(sum(block) for block in blocks)
-        groups = by_expert(every, rows=sum(shared))
-        return Trip(over, slices, sent, blocks[group_rank(slices)], shared, groups)
+        groups = group_blocks_by_expert(every, rows=sum(shared))
+        return AllToAllPlan(over, slices, sent, blocks[group_rank(slices)], shared, groups)
 
 
 @dataclass(frozen=True, slots=True)
-class Trip:
+class AllToAllPlan:
     """Rows per rank: sent, received, and held by each rank of ``slices``; ``groups`` sorts them."""
 
-    over: Group
-    slices: Group
-    sent: tuple[int, ...]
-    received: tuple[int, ...]
-    shared: tuple[int, ...]
+    group: Group
+    slice_group: Group
+    send_sizes: tuple[int, ...]
+    receive_sizes: tuple[int, ...]
+    slice_sizes: tuple[int, ...]
     groups: Groups
 
 
 @dataclass(frozen=True, slots=True)
-class Far:
+class AllToAllHandle:
     """Rows that came from other ranks: the same way back, then weighed and added at home."""
 
     edges: Edges
-    trip: Trip
+    plan: AllToAllPlan
 
-    def home(self, y: Float[Tensor, "R D"]) -> Float[Tensor, "T D"]:
-        y = permute_back(y, groups=self.trip.groups)
-        return _return(y, edges=self.edges, trip=self.trip)
-
-
-def _go(x: Float[Tensor, "T D"], *, edges: Edges, trip: Trip) -> Float[Tensor, "R D"]:
-    rows = carry_out(as_autocast(x), edges=edges)[: sum(trip.sent)]
-    rows = all_to_all(rows, group=trip.over, input_splits=trip.sent, output_splits=trip.received)
-    return all_gather_rows(rows, group=trip.slices, sizes=trip.shared)
+    def combine(self, y: Float[Tensor, "R D"]) -> Float[Tensor, "T D"]:
+        y = unsort_rows(y, groups=self.plan.groups)
+        return _combine_rows(y, edges=self.edges, plan=self.plan)
 
 
-def _return(y: Float[Tensor, "R D"], *, edges: Edges, trip: Trip) -> Float[Tensor, "T D"]:
-    y = reduce_scatter_rows(y, group=trip.slices, sizes=trip.shared)
-    y = all_to_all(y, group=trip.over, input_splits=trip.received, output_splits=trip.sent)
-    return settle(y, edges=edges)
+def _dispatch_rows(x: Float[Tensor, "T D"], *, edges: Edges, plan: AllToAllPlan) -> Float[Tensor, "R D"]:
+    rows = carry_out(as_autocast(x), edges=edges)[: sum(plan.send_sizes)]
+    rows = all_to_all(rows, group=plan.group, input_splits=plan.send_sizes, output_splits=plan.receive_sizes)
+    return all_gather_rows(rows, group=plan.slice_group, sizes=plan.slice_sizes)
 
 
-def settle(y: Float[Tensor, "S D"], *, edges: Edges) -> Float[Tensor, "T D"]:
+def _combine_rows(y: Float[Tensor, "R D"], *, edges: Edges, plan: AllToAllPlan) -> Float[Tensor, "T D"]:
+    y = reduce_scatter_rows(y, group=plan.slice_group, sizes=plan.slice_sizes)
+    y = all_to_all(y, group=plan.group, input_splits=plan.receive_sizes, output_splits=plan.send_sizes)
+    return unpermute_sum(y, edges=edges)
+
+
+def unpermute_sum(y: Float[Tensor, "S D"], *, edges: Edges) -> Float[Tensor, "T D"]:
     """Add the answers of the edges that lead somewhere to their tokens."""
     nowhere = edges.groups.order.numel() - y.shape[0]
     return carry_home(F.pad(y, (0, 0, 0, nowhere)) if nowhere else y, edges=edges)
 
 
-def permute(rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
+def sort_rows(rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
     """Return rows sorted by expert; unlike an index, its backward is a gather as well."""
     return spread(rows, token=groups.order, groups=groups, per_token=1)
 
 
-def permute_back(rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
+def unsort_rows(rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
     """Return sorted rows in the order in which they came."""
-    return permute(rows, groups=replace(groups, order=groups.place, place=groups.order))
+    return sort_rows(rows, groups=replace(groups, order=groups.place, place=groups.order))
 
 
-def exchange_counts(counts: Int[Tensor, "E"], *, over: Group) -> Int[Tensor, "P e"]:
+def all_to_all_counts(counts: Int[Tensor, "E"], *, group: Group) -> Int[Tensor, "P e"]:
     """Return how many rows each rank has for each of the experts here. Collective."""
-    ranks = group_size(over)
+    ranks = group_size(group)
     if counts.numel() % ranks:
         raise ValueError(f"{counts.numel()} experts cannot be split evenly over {ranks} ranks")
     each = [1] * ranks
-    return all_to_all(counts.view(ranks, -1), group=over, input_splits=each, output_splits=each)
+    return all_to_all(counts.view(ranks, -1), group=group, input_splits=each, output_splits=each)
 
 
-def by_expert(blocks: Int[Tensor, "B E"], *, rows: int) -> Groups:
+def group_blocks_by_expert(blocks: Int[Tensor, "B E"], *, rows: int) -> Groups:
     """Sort rows that come in B blocks, each sorted by expert already: ``blocks`` are the counts."""
     every = torch.arange(blocks.shape[1], device=blocks.device).repeat(blocks.shape[0])
     expert = every.repeat_interleave(blocks.flatten(), output_size=rows)

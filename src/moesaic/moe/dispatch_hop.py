@@ -16,82 +16,82 @@ import torch
 
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.dist.collectives import Group, all_to_all, group_size
-from moesaic.moe.dispatch import Dispatcher, LocalDispatcher, Parcel, RowExperts, Way, edges_of
-from moesaic.moe.dispatch_far import settle
+from moesaic.moe.dispatch import Dispatcher, LocalDispatcher, DispatchedRows, ExpertCompute, DispatchHandle, sort_edges
+from moesaic.moe.dispatch_far import unpermute_sum
 from moesaic.moe.experts import as_autocast
 from moesaic.moe.routing import Routing
 from moesaic.ops.group import group
 from moesaic.ops.mixture import Edges, carry_out
 
 
-class Hop:
+class DeduplicatedAllToAllDispatcher:
     """Experts live evenly over ``over``, by rank; ``inner`` finds them from there.
 
     By default they are all on the rank itself. The host waits for the device once per hop.
     """
 
-    def __init__(self, over: Group, *, inner: Dispatcher | None = None) -> None:
-        self._over, self._inner = over, inner or LocalDispatcher()
+    def __init__(self, group: Group, *, inner: Dispatcher | None = None) -> None:
+        self._group, self._inner = group, inner or LocalDispatcher()
 
-    def carry(
-        self, x: Float[Tensor, "T D"], *, routing: Routing, experts: RowExperts
+    def run_experts(
+        self, x: Float[Tensor, "T D"], *, routing: Routing, experts: ExpertCompute
     ) -> Float[Tensor, "T D"]:
-        if group_size(self._over) == 1:
-            return self._inner.carry(x, routing=routing, experts=experts)
-        leap = _leap(x, routing=routing, over=self._over)
-        return leap.home(self._inner.carry(leap.rows, routing=leap.routing, experts=experts))
+        if group_size(self._group) == 1:
+            return self._inner.run_experts(x, routing=routing, experts=experts)
+        leap = _dispatch_deduplicated(x, routing=routing, group=self._group)
+        return leap.combine(self._inner.run_experts(leap.rows, routing=leap.routing, experts=experts))
 
-    def dispatch(self, x: Float[Tensor, "T D"], routing: Routing) -> Parcel:
-        leap = _leap(x, routing=routing, over=self._over)
+    def dispatch(self, x: Float[Tensor, "T D"], routing: Routing) -> DispatchedRows:
+        leap = _dispatch_deduplicated(x, routing=routing, group=self._group)
         parcel = self._inner.dispatch(leap.rows, leap.routing)
-        return replace(parcel, way=_Ways(parcel.way, leap))
+        return replace(parcel, way=_NestedHandle(parcel.handle, leap))
 
-    def combine(self, y: Float[Tensor, "R D"], parcel: Parcel) -> Float[Tensor, "T D"]:
-        return parcel.way.home(y)
+    def combine(self, y: Float[Tensor, "R D"], dispatched: DispatchedRows) -> Float[Tensor, "T D"]:
+        return dispatched.handle.combine(y)
 
 
-def two_hops(*, nodes: Group, inside: Group) -> Hop:
+def hierarchical_dispatcher(*, inter_node: Group, intra_node: Group) -> DeduplicatedAllToAllDispatcher:
     """Return the dispatcher of experts over ranks that are ``inside`` one of several ``nodes``.
 
     ``nodes`` holds the ranks of one place in every node; experts lie over (node, rank), in order.
     """
-    return Hop(nodes, inner=Hop(inside))
+    return DeduplicatedAllToAllDispatcher(inter_node, inner=DeduplicatedAllToAllDispatcher(intra_node))
 
 
 @dataclass(frozen=True, slots=True)
-class _Leap:
+class _DeduplicatedRows:
     """Tokens that came here, their edges from here on, and the way of their sums home."""
 
-    over: Group
+    group: Group
     rows: Float[Tensor, "R D"]
     routing: Routing
     edges: Edges
-    sent: tuple[int, ...]
-    received: tuple[int, ...]
+    send_sizes: tuple[int, ...]
+    receive_sizes: tuple[int, ...]
 
-    def home(self, y: Float[Tensor, "R D"]) -> Float[Tensor, "T D"]:
-        y = all_to_all(y, group=self.over, input_splits=self.received, output_splits=self.sent)
-        return settle(y, edges=self.edges)
+    def combine(self, y: Float[Tensor, "R D"]) -> Float[Tensor, "T D"]:
+        y = all_to_all(y, group=self.group, input_splits=self.receive_sizes, output_splits=self.send_sizes)
+        return unpermute_sum(y, edges=self.edges)
 
 
 @dataclass(frozen=True, slots=True)
-class _Ways:
-    inner: Way
-    leap: _Leap
+class _NestedHandle:
+    inner: DispatchHandle
+    outer: _DeduplicatedRows
 
-    def home(self, y: Float[Tensor, "R D"]) -> Float[Tensor, "T D"]:
-        return self.leap.home(self.inner.home(y))
+    def combine(self, y: Float[Tensor, "R D"]) -> Float[Tensor, "T D"]:
+        return self.outer.combine(self.inner.combine(y))
 
 
-def _leap(x: Float[Tensor, "T D"], *, routing: Routing, over: Group) -> _Leap:
-    places = group_size(over)
+def _dispatch_deduplicated(x: Float[Tensor, "T D"], *, routing: Routing, group: Group) -> _DeduplicatedRows:
+    places = group_size(group)
     if routing.num_experts % places:
         raise ValueError(
             f"{routing.num_experts} experts cannot be split evenly over {places} ranks"
         )
     each = routing.num_experts // places
     place = routing.expert // each  # that of a dropped edge is ``places``
-    first = _first(routing.token * (places + 1) + place, keys=routing.num_tokens * (places + 1))
+    first = _first_occurrence(routing.token * (places + 1) + place, keys=routing.num_tokens * (places + 1))
     alone = first == torch.arange(first.numel(), device=first.device)
     once = replace(
         routing,
@@ -99,24 +99,24 @@ def _leap(x: Float[Tensor, "T D"], *, routing: Routing, over: Group) -> _Leap:
         weight=torch.ones_like(routing.weight, dtype=torch.float32).detach(),
         num_experts=places,
     )
-    edges, onward = edges_of(once), group(place, num_experts=places)
+    edges, onward = sort_edges(once), group(place, num_experts=places)
     counts = torch.stack([edges.groups.counts, onward.counts], 1)
-    trip = _Numbers.exchanged(counts, over=over)
+    trip = _ExchangedSizes.exchange(counts, group=group)
     starts = edges.groups.ends - edges.groups.counts
     live = onward.order[: sum(trip.edges_sent)]
     at = edges.groups.place[first[live]] - starts[place[live]]  # among the rows of one place
     address = at * each + routing.expert[live] % each
-    out = {"group": over, "sent": trip.edges_sent, "received": trip.edges_received}
+    out = {"group": group, "sent": trip.edges_sent, "received": trip.edges_received}
     address = all_to_all(address, **out)
     weight = all_to_all(routing.weight[live], **out)
     rows = carry_out(as_autocast(x), edges=edges)[: sum(trip.sent)]
-    rows = all_to_all(rows, group=over, input_splits=trip.sent, output_splits=trip.received)
-    token = address // each + trip.before(address)
+    rows = all_to_all(rows, group=group, input_splits=trip.sent, output_splits=trip.received)
+    token = address // each + trip.row_offsets(address)
     there = Routing(token, address % each, weight, rows.shape[0], each)
-    return _Leap(over, rows, there, edges, trip.sent, trip.received)
+    return _DeduplicatedRows(group, rows, there, edges, trip.sent, trip.received)
 
 
-def _first(key: Int[Tensor, "N"], *, keys: int) -> Int[Tensor, "N"]:
+def _first_occurrence(key: Int[Tensor, "N"], *, keys: int) -> Int[Tensor, "N"]:
     """Return, for each edge, the first one with the same key."""
     every = torch.arange(key.numel(), device=key.device)
     first = torch.full((keys,), key.numel(), device=key.device)
@@ -124,7 +124,7 @@ def _first(key: Int[Tensor, "N"], *, keys: int) -> Int[Tensor, "N"]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Numbers:
+class _ExchangedSizes:
     """Rows and edges that go to each place and come from it."""
 
     sent: tuple[int, ...]
@@ -133,13 +133,13 @@ class _Numbers:
     edges_received: tuple[int, ...]
 
     @staticmethod
-    def exchanged(counts: Int[Tensor, "P 2"], *, over: Group) -> "_Numbers":
+    def exchange(counts: Int[Tensor, "P 2"], *, group: Group) -> "_ExchangedSizes":
         each = [1] * counts.shape[0]
-        incoming = all_to_all(counts, group=over, input_splits=each, output_splits=each)
+        incoming = all_to_all(counts, group=group, input_splits=each, output_splits=each)
         numbers = torch.cat([counts, incoming], 1).t().tolist()
-        return _Numbers(*(tuple(line) for line in numbers))
+        return _ExchangedSizes(*(tuple(line) for line in numbers))
 
-    def before(self, edges: Int[Tensor, "N"]) -> Int[Tensor, "N"]:
+    def row_offsets(self, edges: Int[Tensor, "N"]) -> Int[Tensor, "N"]:
         """Return, for each edge that came, how many rows came from the places before its own."""
         starts = torch.tensor([0, *accumulate(self.received)][:-1], device=edges.device)
         lengths = torch.tensor(self.edges_received, device=edges.device)

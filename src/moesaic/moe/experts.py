@@ -12,7 +12,7 @@ from torch import nn
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.pieces import Piece
+from moesaic.moe.pieces import ParameterSpec
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.ops.choose import pick_engine, pick_mixer
 from moesaic.ops.group import Groups
@@ -21,7 +21,7 @@ from moesaic.ops.mixture import Edges, carry_home, carry_out
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
+class ExpertShape:
     """How many experts of which feed-forward, and the dim of the rows they read and write."""
 
     num_experts: int
@@ -33,15 +33,15 @@ class Size:
 class Expert(Choice):
     """Family: what an expert is. A member builds all experts of a layer at once."""
 
-    def build(self, size: Size) -> "ExpertBank":
+    def build(self, size: ExpertShape) -> "ExpertModule":
         """Return the experts of a layer."""
         raise NotImplementedError
 
-    def pieces(self, size: Size, *, used: float) -> Sequence[Piece]:
+    def parameter_specs(self, size: ExpertShape, *, active_fraction: float) -> Sequence[ParameterSpec]:
         """Return their parameters; a token uses the share ``used`` of the banks."""
         raise NotImplementedError
 
-    def kept(self, size: Size, *, edges: float, live: float = 1.0) -> float:
+    def saved_activations(self, size: ExpertShape, *, edges: float, live_fraction: float = 1.0) -> float:
         """Return the values that autograd keeps per token of so many edges (for forecasts).
 
         Rows and answers of the edges are among them, the token's own state is not. ``live`` is the
@@ -50,14 +50,14 @@ class Expert(Choice):
         raise NotImplementedError
 
 
-class ExpertBank(nn.Module):
+class ExpertModule(nn.Module):
     """Base of modules that hold the experts of a layer (see ``dispatch.RowExperts``)."""
 
     def forward(self, rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
         """Apply each row's expert; rows past the groups come out as zero."""
         raise NotImplementedError
 
-    def mix(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
+    def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
         """Return each token's weighted sum of its experts' answers.
 
         By definition: ``carry_home(self(carry_out(x)))``; a bank that can do it in one go does.
@@ -65,60 +65,60 @@ class ExpertBank(nn.Module):
         rows = carry_out(x, edges=edges)
         return carry_home(self.forward(rows, groups=edges.groups), edges=edges)
 
-    def within(
-        self, x: Float[Tensor, "T D"], *, work: Callable[[Tensor, Any], Tensor]
+    def in_one_call(
+        self, x: Float[Tensor, "T D"], *, function: Callable[[Tensor, Any], Tensor]
     ) -> Float[Tensor, "T D"]:
         """Return ``work(x, experts)`` for experts whose calls run no hooks of this module."""
-        return work(x, _Unwatched(self))
+        return function(x, _WithoutHooks(self))
 
 
-class _Unwatched:
+class _WithoutHooks:
     """A bank as its class defines it, whatever was hung on the instance."""
 
-    def __init__(self, bank: ExpertBank) -> None:
+    def __init__(self, bank: ExpertModule) -> None:
         self._bank = bank
 
     def __call__(self, rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
         return type(self._bank).forward(self._bank, rows, groups=groups)
 
-    def mix(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
-        return type(self._bank).mix(self._bank, x, edges=edges)
+    def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
+        return type(self._bank).forward_edges(self._bank, x, edges=edges)
 
-    def within(
-        self, x: Float[Tensor, "T D"], *, work: Callable[[Tensor, Any], Tensor]
+    def in_one_call(
+        self, x: Float[Tensor, "T D"], *, function: Callable[[Tensor, Any], Tensor]
     ) -> Float[Tensor, "T D"]:
-        return work(x, self)
+        return function(x, self)
 
 
 class FeedForwardExpert(Expert):
     """Two products with an activation between, a pair of matrices per expert."""
 
-    def build(self, size: Size) -> "Experts":
-        return Experts(size)
+    def build(self, size: ExpertShape) -> "GroupedExperts":
+        return GroupedExperts(size)
 
-    def pieces(self, size: Size, *, used: float) -> Sequence[Piece]:
+    def parameter_specs(self, size: ExpertShape, *, active_fraction: float) -> Sequence[ParameterSpec]:
         experts, feed = size.num_experts, size.feed_forward
         width = feed.activation.width(feed.hidden)
         banks = [
-            Piece("expert", (experts, size.dim, width), used),
-            Piece("expert", (experts, feed.hidden, size.dim), used),
+            ParameterSpec("expert", (experts, size.dim, width), active_fraction),
+            ParameterSpec("expert", (experts, feed.hidden, size.dim), active_fraction),
         ]
         if size.bias:
-            banks.append(Piece("bias", (experts, width), used))
-            banks.append(Piece("bias", (experts, size.dim), used))
+            banks.append(ParameterSpec("bias", (experts, width), active_fraction))
+            banks.append(ParameterSpec("bias", (experts, size.dim), active_fraction))
         return banks
 
-    def kept(self, size: Size, *, edges: float, live: float = 1.0) -> float:
+    def saved_activations(self, size: ExpertShape, *, edges: float, live_fraction: float = 1.0) -> float:
         feed = size.feed_forward
         mixer = pick_mixer(torch.empty(0), activation=feed.activation)  # the one of this machine
         width = feed.activation.width(feed.hidden)
-        return edges * mixer.kept(dim=size.dim, width=width, bias=size.bias, live=live)
+        return edges * mixer.kept(dim=size.dim, width=width, bias=size.bias, live=live_fraction)
 
 
-class Experts(ExpertBank):
+class GroupedExperts(ExpertModule):
     """``up`` [E, D, F] and ``down`` [E, F, D]: rows are multiplied from the left."""
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: ExpertShape) -> None:
         super().__init__()
         experts, feed = size.num_experts, size.feed_forward
         width = feed.activation.width(feed.hidden)
@@ -130,43 +130,43 @@ class Experts(ExpertBank):
         self.activation, self.bias = feed.activation, size.bias
 
     def forward(self, rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
-        return Bare(self.banks, self.activation)(rows, groups=groups)
+        return FunctionalExperts(self.weights, self.activation)(rows, groups=groups)
 
-    def mix(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
-        return Bare(self.banks, self.activation).mix(x, edges=edges)
+    def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
+        return FunctionalExperts(self.weights, self.activation).forward_edges(x, edges=edges)
 
     @property
-    def banks(self) -> Banks:
+    def weights(self) -> Banks:
         biases = (self.up_bias, self.down_bias) if self.bias else (None, None)
         return Banks(self.up, self.down, *biases)
 
 
 @dataclass(frozen=True, slots=True)
-class Bare:
+class FunctionalExperts:
     """What a bank of feed-forwards computes, for matrices that need not be its own."""
 
-    banks: Banks
+    weights: Banks
     activation: Activation
 
     def __call__(self, rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
         rows = as_autocast(rows)
         return grouped_feed_forward(
             rows,
-            banks=self.banks,
+            banks=self.weights,
             groups=groups,
             activation=self.activation,
             engine=pick_engine(rows),
         )
 
-    def mix(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
+    def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
         x = as_autocast(x)
         mixer = pick_mixer(x, activation=self.activation)
-        return mixer(x, edges=edges, banks=self.banks, activation=self.activation)
+        return mixer(x, edges=edges, banks=self.weights, activation=self.activation)
 
-    def within(
-        self, x: Float[Tensor, "T D"], *, work: Callable[[Tensor, Any], Tensor]
+    def in_one_call(
+        self, x: Float[Tensor, "T D"], *, function: Callable[[Tensor, Any], Tensor]
     ) -> Float[Tensor, "T D"]:
-        return work(x, self)
+        return function(x, self)
 
 
 def as_autocast(x: Tensor) -> Tensor:

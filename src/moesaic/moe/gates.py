@@ -15,14 +15,14 @@ from torch import nn
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.moe.context import Carry, Context
-from moesaic.moe.pieces import Piece
+from moesaic.moe.context import RouterState, TokenContext
+from moesaic.moe.pieces import ParameterSpec
 from moesaic.nn.looking import KeyValue
 from moesaic.nn.packing import Packing
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class LayerIndex:
     """Which of a stack's MoE layers this is: ``index`` of ``count``, called ``name``."""
 
     name: str
@@ -31,11 +31,11 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class GateOutput:
     """A gate's logits, float32, and what the next layer gets."""
 
     logits: Float[Tensor, "T E"]
-    carry: Carry
+    router_state: RouterState
 
 
 class LinearGate(nn.Module):
@@ -45,23 +45,23 @@ class LinearGate(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, dim))
 
-    def forward(self, x: Float[Tensor, "T D"], *, carry: Carry) -> Scored:
-        return Scored(x @ self.weight.float().t(), carry)
+    def forward(self, x: Float[Tensor, "T D"], *, router_state: RouterState) -> GateOutput:
+        return GateOutput(x @ self.weight.float().t(), router_state)
 
 
 @dataclass(frozen=True, slots=True)
-class Past:
+class RouterDecodeState:
     """In decoding: where the newest tokens are in their rows, and what is kept of those before.
 
     ``kept`` is what shared routing asked for (``SharedRouting.memory``), with room for the newest.
     """
 
     position: Int[Tensor, "B n"]
-    kept: KeyValue | None
+    cache: KeyValue | None
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class StackInput:
     """Where the tokens that enter a stack are; ``past`` is None where whole rows enter at once.
 
     ``position`` is that of the tokens that meet in a matrix (``packing.met``).
@@ -69,107 +69,107 @@ class Sight:
 
     packing: Packing
     position: Int[Tensor, "T"]
-    past: Past | None = None
+    decode_state: RouterDecodeState | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Handing:
+class RouterStateWidths:
     """Widths of what the layers of a stack hand on of each token (``Carry``); 0 is nothing."""
 
     hidden: int = 0
     logits: int = 0
 
 
-class SharedRouting(nn.Module):
+class SharedRouter(nn.Module):
     """Base of what the MoE layers of one stack share."""
 
-    def start(self, x: Float[Tensor, "T D"], *, sight: Sight) -> Carry:
+    def initial_state(self, x: Float[Tensor, "T D"], *, stack_input: StackInput) -> RouterState:
         """Return what the first MoE layer is handed; ``x`` is what enters the stack."""
         raise NotImplementedError
 
-    def memory(self, rows: int) -> KeyValue | None:
+    def empty_cache(self, rows: int) -> KeyValue | None:
         """Return an empty memory of so many rows for decoding, if tokens look at earlier ones."""
         del rows
         return None
 
 
-class Link(Choice):
+class CrossLayerRouting(Choice):
     """Family: where a layer's logits come from. Each member builds the gate of a layer.
 
     ``dim`` is that of what the gate reads, or, for what is shared, of the states. ``recurs`` says
     that what is shared is used again in every layer, not once where the stack is entered.
     """
 
-    recurs: ClassVar[bool] = False
+    shared_every_layer: ClassVar[bool] = False
 
-    def gate(self, *, dim: int, experts: int, place: Place) -> nn.Module:
+    def build_gate(self, *, dim: int, experts: int, layer_index: LayerIndex) -> nn.Module:
         """Return a module of ``forward(x, *, carry) -> Scored``."""
         raise NotImplementedError
 
-    def gate_pieces(self, *, dim: int, experts: int, place: Place) -> Sequence[Piece]:
+    def gate_parameter_specs(self, *, dim: int, experts: int, layer_index: LayerIndex) -> Sequence[ParameterSpec]:
         """Return the parameters of such a gate."""
         raise NotImplementedError
 
-    def shared(self, *, dim: int, experts: int, causal: bool) -> SharedRouting | None:
+    def build_shared(self, *, dim: int, experts: int, causal: bool) -> SharedRouter | None:
         """Return what the MoE layers of one stack share, or None."""
         del dim, experts, causal
         return None
 
-    def shared_pieces(self, *, dim: int, experts: int) -> Sequence[Piece]:
+    def shared_parameter_specs(self, *, dim: int, experts: int) -> Sequence[ParameterSpec]:
         """Return the parameters of what is shared."""
         del dim, experts
         return ()
 
-    def hands(self, *, experts: int) -> Handing:
+    def state_widths(self, *, experts: int) -> RouterStateWidths:
         """Return what its layers hand on, for a stack that is cut between two of them."""
         del experts
-        return Handing()
+        return RouterStateWidths()
 
-    def kept(self, *, dim: int, place: Place) -> int:
+    def saved_activations(self, *, dim: int, layer_index: LayerIndex) -> int:
         """Return the values per token that autograd keeps of a gate besides state and logits.
 
         The state counts as kept (``model/footprint.py``): ``-dim`` of a gate that does not read it.
         """
-        del dim, place
+        del dim, layer_index
         return 0
 
-    def shared_kept(self) -> int:
+    def shared_saved_activations(self) -> int:
         """Return the values per token that autograd keeps of what is shared."""
         return 0
 
-    def problems(self, *, experts: Sequence[int], condition: "Condition") -> str | None:
+    def problems(self, *, experts: Sequence[int], router_input: "RouterInput") -> str | None:
         """Return what it expects of a stack whose layers have so many experts, if not this."""
-        del experts, condition
+        del experts, router_input
         return None
 
 
-class Unlinked(Link):
+class IndependentRouters(CrossLayerRouting):
     """Each layer decides by itself."""
 
-    def gate(self, *, dim: int, experts: int, place: Place) -> nn.Module:
-        del place
+    def build_gate(self, *, dim: int, experts: int, layer_index: LayerIndex) -> nn.Module:
+        del layer_index
         return LinearGate(dim=dim, experts=experts)
 
-    def gate_pieces(self, *, dim: int, experts: int, place: Place) -> Sequence[Piece]:
-        del place
-        return (Piece("router", (experts, dim)),)
+    def gate_parameter_specs(self, *, dim: int, experts: int, layer_index: LayerIndex) -> Sequence[ParameterSpec]:
+        del layer_index
+        return (ParameterSpec("router", (experts, dim)),)
 
 
-Reads = Literal["nothing", "token", "prompt"]
+EmbeddingSource = Literal["nothing", "token", "prompt"]
 
 
-class Condition(Choice):
+class RouterInput(Choice):
     """Family: what the gate knows besides the token's state.
 
     ``reads`` says which embeddings the model must put into the ``Context``, ``dim`` how wide what
     the gate reads is.
     """
 
-    def reads(self) -> Reads:
+    def embedding_source(self) -> EmbeddingSource:
         """Return what of the context it needs."""
         return "nothing"
 
-    def dim(self, dim: int) -> int:
+    def input_dim(self, dim: int) -> int:
         """Return C for a model dim."""
         return dim
 
@@ -177,31 +177,31 @@ class Condition(Choice):
         """Return a module of ``forward(x, *, context) -> [T, C]``, float32."""
         raise NotImplementedError
 
-    def pieces(self, *, dim: int) -> Sequence[Piece]:
+    def parameter_specs(self, *, dim: int) -> Sequence[ParameterSpec]:
         """Return its parameters."""
         del dim
         return ()
 
-    def kept(self, dim: int) -> int:
+    def saved_activations(self, dim: int) -> int:
         """Return the values per token that autograd keeps of it, as for ``Link.kept``."""
         del dim
         return 0
 
-    def shared_kept(self, dim: int) -> int:
+    def shared_saved_activations(self, dim: int) -> int:
         """Return those of a stack, whatever its number of layers."""
         del dim
         return 0
 
 
-class Unconditioned(Condition):
+class HiddenState(RouterInput):
     """The state alone."""
 
     def build(self, *, dim: int) -> nn.Module:
         del dim
-        return _Pass()
+        return _HiddenStateInput()
 
 
-class _Pass(nn.Module):
-    def forward(self, x: Float[Tensor, "T D"], *, context: Context) -> Float[Tensor, "T D"]:
+class _HiddenStateInput(nn.Module):
+    def forward(self, x: Float[Tensor, "T D"], *, context: TokenContext) -> Float[Tensor, "T D"]:
         del context
         return x

@@ -14,19 +14,19 @@ from pydantic import Field
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Int, Tensor
-from moesaic.moe.gate import Gate
-from moesaic.moe.ranks import Ranks
+from moesaic.moe.gate import RouterContext
+from moesaic.moe.ranks import BatchGroup
 from moesaic.moe.routing import Routing
 
 
 class Limit(Choice):
     """Family of limits: each re-labels the edges that an expert has no room for."""
 
-    def __call__(self, routing: Routing, *, gate: Gate, ranks: Ranks) -> Routing:
+    def __call__(self, routing: Routing, *, router: RouterContext, batch_group: BatchGroup) -> Routing:
         """Return the routing with the lost edges leading nowhere. Collective over ``ranks``."""
         raise NotImplementedError
 
-    def tells(self, edges: int) -> int:
+    def num_gathered_integers(self, edges: int) -> int:
         """Return how many integers a rank with so many edges tells the others (for forecasts)."""
         del edges
         return 0
@@ -35,60 +35,60 @@ class Limit(Choice):
 class Dropless(Limit):
     """Every edge is served (2211.15841)."""
 
-    def __call__(self, routing: Routing, *, gate: Gate, ranks: Ranks) -> Routing:
-        del gate, ranks
+    def __call__(self, routing: Routing, *, router: RouterContext, batch_group: BatchGroup) -> Routing:
+        del router, batch_group
         return routing
 
 
 class Priority(Choice):
     """Family of orders in which edges are given room. ``columns`` is C in training."""
 
-    columns: ClassVar[int]
+    num_key_columns: ClassVar[int]
 
-    def key(self, routing: Routing, *, gate: Gate) -> Int[Tensor, "N C"]:
+    def key(self, routing: Routing, *, router: RouterContext) -> Int[Tensor, "N C"]:
         """Return each edge's key: edges with smaller ones go first, column by column."""
         raise NotImplementedError
 
 
-class ByPosition(Priority):
+class PositionPriority(Priority):
     """Earlier tokens first, and all first choices before any second one (GShard, 2006.16668).
 
     Rows of the batch go one after the other, by their keys. Later tokens are dropped more often:
     see ``AtRandom`` for the cure.
     """
 
-    columns: ClassVar[int] = 3
+    num_key_columns: ClassVar[int] = 3
 
-    def key(self, routing: Routing, *, gate: Gate) -> Int[Tensor, "N C"]:
-        context, token = gate.context, routing.token
-        choice = choices(routing)
+    def key(self, routing: Routing, *, router: RouterContext) -> Int[Tensor, "N C"]:
+        context, token = router.context, routing.token
+        choice = choice_ranks(routing)
         return torch.stack([choice, context.row_key[token], context.position[token]], 1)
 
 
-class ByWeight(Priority):
+class WeightPriority(Priority):
     """Heaviest edges first: batch prioritised routing (2106.05974). Ties go by position."""
 
-    columns: ClassVar[int] = 4
+    num_key_columns: ClassVar[int] = 4
 
-    def key(self, routing: Routing, *, gate: Gate) -> Int[Tensor, "N C"]:
+    def key(self, routing: Routing, *, router: RouterContext) -> Int[Tensor, "N C"]:
         # the bits of a non-negative float32 are in the order of its values
         weight = routing.weight.detach().float().contiguous().view(torch.int32).long()
-        return torch.cat([-weight[:, None], ByPosition().key(routing, gate=gate)], 1)
+        return torch.cat([-weight[:, None], PositionPriority().key(routing, router=router)], 1)
 
 
-class AtRandom(Priority):
+class RandomPriority(Priority):
     """Random Token Selection (2109.10465): survival depends on congestion only, not on position.
 
     In training only. In evaluation edges go by weight, so the same input gives the same output
     (DeepSpeed's stays random there).
     """
 
-    columns: ClassVar[int] = 1
+    num_key_columns: ClassVar[int] = 1
 
-    def key(self, routing: Routing, *, gate: Gate) -> Int[Tensor, "N C"]:
-        if not gate.training:
-            return ByWeight().key(routing, gate=gate)
-        draws = gate.context.bits("room", width=routing.num_experts + 1)
+    def key(self, routing: Routing, *, router: RouterContext) -> Int[Tensor, "N C"]:
+        if not router.training:
+            return WeightPriority().key(routing, router=router)
+        draws = router.context.random_bits("room", width=routing.num_experts + 1)
         return draws[routing.token, routing.expert][:, None]
 
 
@@ -104,35 +104,35 @@ class Capacity(Limit):
     factor: float = Field(default=1.25, gt=0)
     eval_factor: float | None = Field(default=None, gt=0)
     minimum: int = Field(default=4, ge=0)
-    priority: Priority = AtRandom()
+    priority: Priority = RandomPriority()
 
-    def __call__(self, routing: Routing, *, gate: Gate, ranks: Ranks) -> Routing:
-        factor = self.factor if gate.training else self.eval_factor
+    def __call__(self, routing: Routing, *, router: RouterContext, batch_group: BatchGroup) -> Routing:
+        factor = self.factor if router.training else self.eval_factor
         if factor is None:
             return routing
-        key = self.priority.key(routing, gate=gate)
-        edges = ranks.gather(torch.cat([routing.expert[:, None], key], 1))
-        place = places(edges.rows)[edges.start : edges.start + key.shape[0]]
-        room = self.room(edges.rows.shape[0], num_experts=routing.num_experts, factor=factor)
-        costly = routing.expert < routing.num_experts - gate.spare
+        key = self.priority.key(routing, router=router)
+        edges = batch_group.gather(torch.cat([routing.expert[:, None], key], 1))
+        place = queue_positions(edges.rows)[edges.start : edges.start + key.shape[0]]
+        room = self.expert_capacity(edges.rows.shape[0], num_experts=routing.num_experts, factor=factor)
+        costly = routing.expert < routing.num_experts - router.num_null_experts
         return routing.drop((place >= room) & costly)
 
-    def tells(self, edges: int) -> int:
-        return 1 + edges * (1 + self.priority.columns)
+    def num_gathered_integers(self, edges: int) -> int:
+        return 1 + edges * (1 + self.priority.num_key_columns)
 
-    def room(self, edges: int, *, num_experts: int, factor: float) -> int:
+    def expert_capacity(self, edges: int, *, num_experts: int, factor: float) -> int:
         """Edges that one expert takes of so many."""
         return max(self.minimum, math.ceil(factor * edges / num_experts))
 
 
-def choices(routing: Routing) -> Int[Tensor, "N"]:
+def choice_ranks(routing: Routing) -> Int[Tensor, "N"]:
     """Return which of its token's choices an edge is: 0 for the first (0 for all if unknown)."""
     k = routing.per_token
     edges = torch.arange(routing.expert.numel(), device=routing.expert.device)
     return edges % k if k else torch.zeros_like(edges)
 
 
-def places(edges: Int[Tensor, "N C"]) -> Int[Tensor, "N"]:
+def queue_positions(edges: Int[Tensor, "N C"]) -> Int[Tensor, "N"]:
     """Each edge's place in its expert's queue; columns are the expert, then the edge's key."""
     order = torch.arange(edges.shape[0], device=edges.device)
     for column in reversed(range(edges.shape[1])):

@@ -3,7 +3,7 @@
 Importing a class is what makes it a word in configs; importing this module imports them all.
 """
 
-from moesaic.moe.among import AllExperts, BestGroups
+from moesaic.moe.among import AllExperts, TopGroups
 from moesaic.moe.attention import MixtureOfAttention
 from moesaic.moe.balances.adamoe import NullBalance
 from moesaic.moe.balances.adaptive import AdaptiveBalance
@@ -11,21 +11,21 @@ from moesaic.moe.balances.bias import BiasUpdate
 from moesaic.moe.balances.device import DeviceBalance
 from moesaic.moe.balances.entropy import EntropyBalance
 from moesaic.moe.balances.global_batch import GlobalBatchBalance, MicroBatchBalance
-from moesaic.moe.balances.importance import Importance
-from moesaic.moe.balances.kept_fraction import KeptFraction
-from moesaic.moe.balances.mutual_information import MutualInformation
+from moesaic.moe.balances.importance import ImportanceBalance
+from moesaic.moe.balances.kept_fraction import TargetLoadBalance
+from moesaic.moe.balances.mutual_information import MutualInformationBalance
 from moesaic.moe.balances.sequence import SequenceBalance
 from moesaic.moe.bodies.lora import LoRAExpert
 from moesaic.moe.bodies.memory import ProductKeyMemory
-from moesaic.moe.bodies.narrow import Narrow
-from moesaic.moe.bodies.residual import Residual
+from moesaic.moe.bodies.narrow import DownProjection
+from moesaic.moe.bodies.residual import ResidualExpert
 from moesaic.moe.bodies.shared import GatedSharedExperts, SharedExperts
-from moesaic.moe.bodies.soft import SoftMixture
-from moesaic.moe.conditions.embeddings import OnlyTag, OnlyToken, OnTag, OnToken
-from moesaic.moe.links.decoupled import Decoupled
-from moesaic.moe.links.pre_gated import PreGated
-from moesaic.moe.links.recurrent import Recurrent
-from moesaic.moe.noises.warm_up import StochasticWarmUp
+from moesaic.moe.bodies.soft import SoftMoE
+from moesaic.moe.conditions.embeddings import TagOnly, TokenOnly, HiddenStateAndTag, HiddenStateAndToken
+from moesaic.moe.links.decoupled import DecoupledRouting
+from moesaic.moe.links.pre_gated import PreGatedRouting
+from moesaic.moe.links.recurrent import RecurrentRouting
+from moesaic.moe.noises.warm_up import StochasticWarmup
 from moesaic.moe.selects.dense_all import (
     AllAtInference,
     DenseAll,
@@ -49,41 +49,41 @@ SELECTS = (
     TopP,
 )
 INFERENCES = (AllAtInference, ThresholdAtInference, TopKAtInference)
-AMONG = (AllExperts, BestGroups)
+EXPERT_GROUPS = (AllExperts, TopGroups)
 BALANCES = (
     AdaptiveBalance,
     BiasUpdate,
     DeviceBalance,
     EntropyBalance,
     GlobalBatchBalance,
-    Importance,
-    KeptFraction,
+    ImportanceBalance,
+    TargetLoadBalance,
     MicroBatchBalance,
-    MutualInformation,
+    MutualInformationBalance,
     NullBalance,
     SequenceBalance,
 )
-NOISES = (StochasticWarmUp,)
-ATTENTION = (MixtureOfAttention,)
-SPARSE = (
+NOISES = (StochasticWarmup,)
+ATTENTION_EXPERTS = (MixtureOfAttention,)
+SPARSE_LAYERS = (
     ProductKeyMemory,
-    SoftMixture,
+    SoftMoE,
 )
 EXPERTS = (LoRAExpert,)
-BESIDES = (
+SHARED_EXPERT_BRANCHES = (
     SharedExperts,
     GatedSharedExperts,
-    Residual,
+    ResidualExpert,
 )
-EXCHANGES = (Narrow,)
-CONDITIONS = (
-    OnTag,
-    OnToken,
-    OnlyTag,
-    OnlyToken,
+DISPATCH_PROJECTIONS = (DownProjection,)
+ROUTER_INPUTS = (
+    HiddenStateAndTag,
+    HiddenStateAndToken,
+    TagOnly,
+    TokenOnly,
 )
-LINKS = (
-    Decoupled,
-    PreGated,
-    Recurrent,
+CROSS_LAYER_ROUTINGS = (
+    DecoupledRouting,
+    PreGatedRouting,
+    RecurrentRouting,
 )

@@ -7,36 +7,36 @@ from pydantic import Field
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.context import Context
-from moesaic.moe.gate import Gate, Learner
+from moesaic.moe.context import TokenContext
+from moesaic.moe.gate import RouterContext, StatefulRule
 
 
-class Noise(Choice, Learner):
+class RouterNoise(Choice, StatefulRule):
     """Family of router noises. Each changes the input or the logits, in training only."""
 
-    def on_input(
-        self, x: Float[Tensor, "T D"], *, context: Context, training: bool
+    def apply_to_input(
+        self, x: Float[Tensor, "T D"], *, context: TokenContext, training: bool
     ) -> Float[Tensor, "T D"]:
         """Return the router's input, float32."""
         del context, training
         return x
 
-    def on_logits(self, gate: Gate) -> Float[Tensor, "T E"]:
+    def apply_to_logits(self, router: RouterContext) -> Float[Tensor, "T E"]:
         """Return the logits that everything after sees."""
-        return gate.logits
+        return router.logits
 
 
-class NoNoise(Noise):
+class NoRouterNoise(RouterNoise):
     """Input and logits as they are."""
 
 
-class Jitter(Noise):
+class Jitter(RouterNoise):
     """In training, the input times U(1 - epsilon, 1 + epsilon) (2101.03961, section 2.4)."""
 
     epsilon: float = Field(default=0.01, gt=0, lt=1)
 
-    def on_input(
-        self, x: Float[Tensor, "T D"], *, context: Context, training: bool
+    def apply_to_input(
+        self, x: Float[Tensor, "T D"], *, context: TokenContext, training: bool
     ) -> Float[Tensor, "T D"]:
         if not training:
             return x

@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.dist.collectives import Group, AsyncRows, group_size, all_to_all_async
 from moesaic.dist.degrees import LayerCost, best_num_chunks
-from moesaic.moe.dispatch import RowExperts, answer, edges_of
-from moesaic.moe.dispatch_far import AllToAllDispatcher, exchange_counts, settle
+from moesaic.moe.dispatch import ExpertCompute, apply_experts, sort_edges
+from moesaic.moe.dispatch_far import AllToAllDispatcher, all_to_all_counts, unpermute_sum
 from moesaic.moe.experts import as_autocast
 from moesaic.moe.routing import Routing
 from moesaic.ops.group import Groups
@@ -33,7 +33,7 @@ from moesaic.ops.mixture import carry_out
 
 
 @dataclass(frozen=True, slots=True)
-class Degrees:
+class OverlapDegrees:
     """In how many chunks rows travel, each way out and home: in the forward and backward pass."""
 
     forward: int = 1
@@ -44,139 +44,139 @@ class Degrees:
             raise ValueError(f"rows travel in one chunk at least, not {self}")
 
     @property
-    def pieces(self) -> int:
+    def num_pieces(self) -> int:
         return lcm(self.forward, self.backward)
 
     @staticmethod
-    def fastest(forward: LayerCost, backward: LayerCost) -> "Degrees":
+    def fastest(forward: LayerCost, backward: LayerCost) -> "OverlapDegrees":
         """Return the degrees that the cost model finds fastest, each pass for itself."""
-        return Degrees(best_num_chunks(forward), best_num_chunks(backward))
+        return OverlapDegrees(best_num_chunks(forward), best_num_chunks(backward))
 
 
-class Chunked:
+class ChunkedAllToAllDispatcher:
     """An ``AllToAllDispatcher`` whose ``carry`` moves and computes at the same time."""
 
-    def __init__(self, over: Group, *, degrees: Degrees) -> None:
-        self._over, self._degrees = over, degrees
-        self._whole = AllToAllDispatcher(over)
-        self.dispatch, self.combine = self._whole.dispatch, self._whole.combine
+    def __init__(self, group: Group, *, degrees: OverlapDegrees) -> None:
+        self._group, self._degrees = group, degrees
+        self._unchunked = AllToAllDispatcher(group)
+        self.dispatch, self.combine = self._unchunked.dispatch, self._unchunked.combine
 
-    def carry(
-        self, x: Float[Tensor, "T D"], *, routing: Routing, experts: RowExperts
+    def run_experts(
+        self, x: Float[Tensor, "T D"], *, routing: Routing, experts: ExpertCompute
     ) -> Float[Tensor, "T D"]:
-        if group_size(self._over) == 1 or self._degrees.pieces == 1:
-            return self._whole.carry(x, routing=routing, experts=experts)
-        edges = edges_of(routing)
-        plan = _plan(edges.groups.counts, over=self._over, degrees=self._degrees)
-        rows = carry_out(as_autocast(x), edges=edges)[: plan.sent]
+        if group_size(self._group) == 1 or self._degrees.num_pieces == 1:
+            return self._unchunked.run_experts(x, routing=routing, experts=experts)
+        edges = sort_edges(routing)
+        plan = _chunk_plan(edges.groups.counts, group=self._group, degrees=self._degrees)
+        rows = carry_out(as_autocast(x), edges=edges)[: plan.num_sent]
 
-        def work(rows: Tensor, experts: RowExperts) -> Tensor:
-            flight = _Flight(plan)
-            out, back = _Depart.apply(rows, flight), []
+        def work(rows: Tensor, experts: ExpertCompute) -> Tensor:
+            flight = _OverlappedTransfers(plan)
+            out, back = _SendDispatch.apply(rows, flight), []
             for piece, groups in enumerate(plan.groups):
-                here = _Land.apply(out, flight, piece)
-                y = answer(here, groups=groups, experts=experts)
-                back.append(_Leave.apply(y, flight, piece))
-            return _Arrive.apply(flight, *back)
+                here = _ReceiveDispatch.apply(out, flight, piece)
+                y = apply_experts(here, groups=groups, experts=experts)
+                back.append(_SendCombine.apply(y, flight, piece))
+            return _ReceiveCombine.apply(flight, *back)
 
-        return settle(experts.within(rows, work=work), edges=edges)
+        return unpermute_sum(experts.in_one_call(rows, function=work), edges=edges)
 
 
 @dataclass(frozen=True, slots=True)
-class _Lane:
+class _ChunkLayout:
     """One pass over the wire: chunk by chunk the rows that each rank sends and receives.
 
     ``order[j]`` is the row, sorted by expert, that is j-th on the wire; ``places[c]`` are the
     places of piece c, sorted by expert, in its chunk on the far side.
     """
 
-    sent: tuple[tuple[int, ...], ...]
-    received: tuple[tuple[int, ...], ...]
+    send_sizes: tuple[tuple[int, ...], ...]
+    receive_sizes: tuple[tuple[int, ...], ...]
     order: Int[Tensor, "N"]
-    places: tuple[Int[Tensor, "R"], ...]
+    piece_rows: tuple[Int[Tensor, "R"], ...]
 
     @property
-    def wide(self) -> int:
+    def pieces_per_chunk(self) -> int:
         """Pieces in a chunk."""
-        return len(self.places) // len(self.sent)
+        return len(self.piece_rows) // len(self.send_sizes)
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    over: Group
-    forward: _Lane
-    backward: _Lane
+class _ChunkPlan:
+    group: Group
+    forward: _ChunkLayout
+    backward: _ChunkLayout
     groups: tuple[Groups, ...]
-    sent: int
+    num_sent: int
 
 
-class _Movement:
+class _ChunkedTransfer:
     """Chunks of one movement, each started when it is whole and waited for when it is wanted."""
 
-    def __init__(self, over: Group, lane: _Lane, *, homeward: bool) -> None:
-        self._over, self._lane, self._homeward = over, lane, homeward
-        self._filling: dict[int, Tensor] = {}
-        self._missing = dict.fromkeys(range(len(lane.sent)), lane.wide)  # pieces of a chunk
-        self._flying: dict[int, AsyncRows] = {}
-        self._here: dict[int, Tensor] = {}
+    def __init__(self, group: Group, layout: _ChunkLayout, *, reverse: bool) -> None:
+        self._group, self._layout, self._reverse = group, layout, reverse
+        self._partial_chunks: dict[int, Tensor] = {}
+        self._missing_pieces = dict.fromkeys(range(len(layout.send_sizes)), layout.pieces_per_chunk)  # pieces of a chunk
+        self._pending: dict[int, AsyncRows] = {}
+        self._received: dict[int, Tensor] = {}
 
-    def start(self, chunk: int, rows: Tensor) -> None:
-        sent, received = self._lane.sent[chunk], self._lane.received[chunk]
-        if self._homeward:
+    def send_chunk(self, chunk: int, rows: Tensor) -> None:
+        sent, received = self._layout.send_sizes[chunk], self._layout.receive_sizes[chunk]
+        if self._reverse:
             sent, received = received, sent
-        self._flying[chunk] = all_to_all_async(rows, group=self._over, input_splits=sent, output_splits=received)
+        self._pending[chunk] = all_to_all_async(rows, group=self._group, input_splits=sent, output_splits=received)
 
-    def start_all(self, rows: Tensor, *, last_first: bool = False) -> None:
+    def send_all(self, rows: Tensor, *, last_first: bool = False) -> None:
         """From home: everything is there, in the order of experts."""
-        every = rows.index_select(0, self._lane.order).split([sum(s) for s in self._lane.sent])
+        every = rows.index_select(0, self._layout.order).split([sum(s) for s in self._layout.send_sizes])
         numbers = range(len(every))
         for chunk in reversed(numbers) if last_first else numbers:
-            self.start(chunk, every[chunk])
+            self.send_chunk(chunk, every[chunk])
 
-    def put(self, piece: int, rows: Tensor) -> None:
+    def send_piece(self, piece: int, rows: Tensor) -> None:
         """From the far side: a piece is ready; its chunk leaves with the last one."""
-        chunk = piece // self._lane.wide
-        if chunk not in self._filling:
-            count = sum(self._lane.received[chunk])
-            self._filling[chunk] = rows.new_empty(count, rows.shape[1])
-        self._filling[chunk].index_copy_(0, self._lane.places[piece], rows)
-        self._missing[chunk] -= 1
-        if not self._missing[chunk]:
-            self.start(chunk, self._filling.pop(chunk))
+        chunk = piece // self._layout.pieces_per_chunk
+        if chunk not in self._partial_chunks:
+            count = sum(self._layout.receive_sizes[chunk])
+            self._partial_chunks[chunk] = rows.new_empty(count, rows.shape[1])
+        self._partial_chunks[chunk].index_copy_(0, self._layout.piece_rows[piece], rows)
+        self._missing_pieces[chunk] -= 1
+        if not self._missing_pieces[chunk]:
+            self.send_chunk(chunk, self._partial_chunks.pop(chunk))
 
-    def take(self, piece: int) -> Tensor:
+    def receive_piece(self, piece: int) -> Tensor:
         """On the far side: a piece, sorted by expert. A chunk is let go with its last one."""
-        chunk = piece // self._lane.wide
-        if chunk not in self._here:
-            self._here[chunk] = self._flying.pop(chunk).wait()
-        self._missing[chunk] -= 1
-        rows = self._here[chunk] if self._missing[chunk] else self._here.pop(chunk)
-        return rows.index_select(0, self._lane.places[piece])
+        chunk = piece // self._layout.pieces_per_chunk
+        if chunk not in self._received:
+            self._received[chunk] = self._pending.pop(chunk).wait()
+        self._missing_pieces[chunk] -= 1
+        rows = self._received[chunk] if self._missing_pieces[chunk] else self._received.pop(chunk)
+        return rows.index_select(0, self._layout.piece_rows[piece])
 
-    def take_all(self) -> Tensor:
+    def receive_all(self) -> Tensor:
         """At home: everything, in the order of experts."""
-        numbers = range(len(self._lane.sent))
-        wire = torch.cat([self._flying.pop(chunk).wait() for chunk in numbers])
-        return torch.empty_like(wire).index_copy_(0, self._lane.order, wire)
+        numbers = range(len(self._layout.send_sizes))
+        wire = torch.cat([self._pending.pop(chunk).wait() for chunk in numbers])
+        return torch.empty_like(wire).index_copy_(0, self._layout.order, wire)
 
 
-class _Flight:
+class _OverlappedTransfers:
     """What the four functions of one journey share. It lives as long as the graph does."""
 
-    def __init__(self, plan: _Plan) -> None:
-        self.out = _Movement(plan.over, plan.forward, homeward=False)
-        self.home = _Movement(plan.over, plan.forward, homeward=True)
-        self.grad_out = _Movement(plan.over, plan.backward, homeward=False)
-        self.grad_home = _Movement(plan.over, plan.backward, homeward=True)
+    def __init__(self, plan: _ChunkPlan) -> None:
+        self.dispatch = _ChunkedTransfer(plan.group, plan.forward, reverse=False)
+        self.combine = _ChunkedTransfer(plan.group, plan.forward, reverse=True)
+        self.combine_grad = _ChunkedTransfer(plan.group, plan.backward, reverse=False)
+        self.dispatch_grad = _ChunkedTransfer(plan.group, plan.backward, reverse=True)
 
 
-class _Depart(torch.autograd.Function):
+class _SendDispatch(torch.autograd.Function):
     """Rows leave home. What it returns is a thread that ties the pieces to it."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, flight: _Flight) -> Tensor:
-        ctx.flight = flight
-        flight.out.start_all(rows)
+    def forward(ctx: Any, rows: Tensor, transfers: _OverlappedTransfers) -> Tensor:
+        ctx.flight = transfers
+        transfers.dispatch.send_all(rows)
         return rows.new_zeros(())
 
     @staticmethod
@@ -185,13 +185,13 @@ class _Depart(torch.autograd.Function):
         return ctx.flight.grad_home.take_all(), None
 
 
-class _Land(torch.autograd.Function):
+class _ReceiveDispatch(torch.autograd.Function):
     """A piece is on the far side."""
 
     @staticmethod
-    def forward(ctx: Any, thread: Tensor, flight: _Flight, piece: int) -> Tensor:  # noqa: ARG004
-        ctx.flight, ctx.piece = flight, piece
-        return flight.out.take(piece)
+    def forward(ctx: Any, thread: Tensor, transfers: _OverlappedTransfers, piece: int) -> Tensor:  # noqa: ARG004
+        ctx.flight, ctx.piece = transfers, piece
+        return transfers.dispatch.receive_piece(piece)
 
     @staticmethod
     @once_differentiable
@@ -200,13 +200,13 @@ class _Land(torch.autograd.Function):
         return grads[0].new_zeros(()), None, None
 
 
-class _Leave(torch.autograd.Function):
+class _SendCombine(torch.autograd.Function):
     """The answers of a piece leave the far side."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, flight: _Flight, piece: int) -> Tensor:
-        ctx.flight, ctx.piece = flight, piece
-        flight.home.put(piece, y)
+    def forward(ctx: Any, y: Tensor, transfers: _OverlappedTransfers, piece: int) -> Tensor:
+        ctx.flight, ctx.piece = transfers, piece
+        transfers.combine.send_piece(piece, y)
         return y.new_zeros(())
 
     @staticmethod
@@ -215,13 +215,13 @@ class _Leave(torch.autograd.Function):
         return ctx.flight.grad_out.take(ctx.piece), None, None
 
 
-class _Arrive(torch.autograd.Function):
+class _ReceiveCombine(torch.autograd.Function):
     """All answers are home, in the order of experts."""
 
     @staticmethod
-    def forward(ctx: Any, flight: _Flight, *threads: Tensor) -> Tensor:
-        ctx.flight, ctx.threads = flight, len(threads)
-        return flight.home.take_all()
+    def forward(ctx: Any, transfers: _OverlappedTransfers, *threads: Tensor) -> Tensor:
+        ctx.flight, ctx.threads = transfers, len(threads)
+        return transfers.combine.receive_all()
 
     @staticmethod
     @once_differentiable
@@ -231,56 +231,56 @@ class _Arrive(torch.autograd.Function):
         return None, *[grads[0].new_zeros(())] * ctx.threads
 
 
-def _plan(counts: Int[Tensor, "E"], *, over: Group, degrees: Degrees) -> _Plan:
+def _chunk_plan(counts: Int[Tensor, "E"], *, group: Group, degrees: OverlapDegrees) -> _ChunkPlan:
     """Exchange the counts and wait once for them. Collective."""
-    incoming = exchange_counts(counts, over=over)
+    incoming = all_to_all_counts(counts, group=group)
     ranks, experts = incoming.shape
     both = torch.stack([counts.view(ranks, experts), incoming])  # [here and there, rank, expert]
-    cells = _cut(both, pieces=degrees.pieces)
+    cells = _split_counts(both, pieces=degrees.num_pieces)
     known = cells.cpu()
     lanes = [
-        _lane(cells, known=known, degree=degree) for degree in (degrees.forward, degrees.backward)
+        _chunk_layout(cells, known=known, degree=degree) for degree in (degrees.forward, degrees.backward)
     ]
     # [expert, piece] of what comes here: a piece lies sorted by expert
     per_piece = cells[1].sum(0).t()
     groups = tuple(
-        _sorted(of_experts, rows=int(rows))
+        _sorted_groups(of_experts, rows=int(rows))
         for of_experts, rows in zip(per_piece, known[1].sum((0, 1)), strict=True)
     )
-    return _Plan(over, lanes[0], lanes[1], groups, int(known[0].sum()))
+    return _ChunkPlan(group, lanes[0], lanes[1], groups, int(known[0].sum()))
 
 
-def _cut(counts: Int[Tensor, "*B"], *, pieces: int) -> Int[Tensor, "*B C"]:
+def _split_counts(counts: Int[Tensor, "*B"], *, pieces: int) -> Int[Tensor, "*B C"]:
     """Cut every count into ``pieces`` nearly equal ones; both sides of the wire agree on them."""
     ends = counts[..., None] * torch.arange(pieces + 1, device=counts.device) // pieces
     return ends.diff()
 
 
-def _sorted(counts: Int[Tensor, "e"], *, rows: int) -> Groups:
+def _sorted_groups(counts: Int[Tensor, "e"], *, rows: int) -> Groups:
     every = torch.arange(rows, device=counts.device)
     return Groups(every, every, counts, counts.cumsum(0).to(torch.int32))
 
 
-def _lane(cells: Int[Tensor, "2 P e C"], *, known: Int[Tensor, "2 P e C"], degree: int) -> _Lane:
+def _chunk_layout(cells: Int[Tensor, "2 P e C"], *, known: Int[Tensor, "2 P e C"], degree: int) -> _ChunkLayout:
     """Lay cells on the wire: chunk, rank, piece of the chunk, expert."""
     _, ranks, experts, pieces = cells.shape
     split = (ranks, experts, degree, pieces // degree)
     every = torch.arange(cells[0].numel(), device=cells.device)
     wire = every.view(split).permute(2, 0, 3, 1).flatten()
     sent, received = known.view(2, *split).sum((2, 4)).transpose(1, 2).tolist()
-    order = _moved(cells[0].flatten(), to=wire, rows=int(known[0].sum()))
+    order = _reorder_index(cells[0].flatten(), to=wire, rows=int(known[0].sum()))
     there = cells[1].flatten()[wire]
     by_piece = every.view(degree, ranks, pieces // degree, experts).permute(0, 2, 3, 1).flatten()
-    places = _moved(there, to=by_piece, rows=int(known[1].sum()))
+    places = _reorder_index(there, to=by_piece, rows=int(known[1].sum()))
     each = places.split(known[1].sum((0, 1)).tolist())
     starts = torch.tensor(received).sum(1).cumsum(0).roll(1).tolist()
     starts[0] = 0
     wide = pieces // degree
     local = tuple(at - starts[piece // wide] for piece, at in enumerate(each))
-    return _Lane(_tuples(sent), _tuples(received), order, local)
+    return _ChunkLayout(_tuples(sent), _tuples(received), order, local)
 
 
-def _moved(counts: Int[Tensor, "M"], *, to: Int[Tensor, "M"], rows: int) -> Int[Tensor, "N"]:
+def _reorder_index(counts: Int[Tensor, "M"], *, to: Int[Tensor, "M"], rows: int) -> Int[Tensor, "N"]:
     """Return the index that brings rows that lie in cells into another order of the cells."""
     starts = counts.cumsum(0) - counts
     lengths = counts[to]

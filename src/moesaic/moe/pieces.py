@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ParameterSpec:
     """One parameter: its kind (``matrix``, ``expert``, ``router``, ``bias``) and shape.
 
     ``used`` is the share of it that one token multiplies with, and ``times`` how often it does.
@@ -12,5 +12,5 @@ class Piece:
 
     kind: str
     shape: tuple[int, ...]
-    used: float = 1.0
-    times: float = 1.0
+    active_fraction: float = 1.0
+    uses_per_token: float = 1.0

@@ -16,7 +16,7 @@ from moesaic.core.shapes import Int, Shaped, Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Gathered:
+class GatheredRows:
     """The rows of every rank, in rank order, and where this rank's begin."""
 
     rows: Int[Tensor, "M C"]
@@ -24,23 +24,23 @@ class Gathered:
 
 
 @runtime_checkable
-class Ranks(Protocol):
+class BatchGroup(Protocol):
     """The ranks that share a batch. Every rank makes the same calls in the same order."""
 
     def sum(self, counts: Shaped[Tensor, "C"]) -> Shaped[Tensor, "C"]:
         """Return the sum over ranks."""
         ...
 
-    def gather(self, rows: Int[Tensor, "N C"]) -> Gathered:
+    def gather(self, rows: Int[Tensor, "N C"]) -> GatheredRows:
         """Return the rows of all ranks; each may have another number of them."""
         ...
 
 
-class OneRank:
+class SingleRankBatch:
     """One rank holds the whole batch."""
 
     def sum(self, counts: Shaped[Tensor, "C"]) -> Shaped[Tensor, "C"]:
         return counts
 
-    def gather(self, rows: Int[Tensor, "N C"]) -> Gathered:
-        return Gathered(rows, 0)
+    def gather(self, rows: Int[Tensor, "N C"]) -> GatheredRows:
+        return GatheredRows(rows, 0)

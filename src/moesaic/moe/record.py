@@ -5,13 +5,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.moe.context import Context
-from moesaic.moe.router import Routed
+from moesaic.moe.context import TokenContext
+from moesaic.moe.router import RouterOutput
 from moesaic.moe.routing import Routing
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class RoutingRecord:
     """One layer's routing in one forward pass.
 
     ``losses`` holds the layer's weighted loss terms by name (``balance``, ``z``), scalars in the
@@ -24,17 +24,17 @@ class Record:
 
     layer: str
     routing: Routing
-    context: Context
+    context: TokenContext
     losses: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
     logits: Float[Tensor, "T E"] | None = None
-    sums: Float[Tensor, "S"] | None = None
-    spare: int = 0
+    stats_vector: Float[Tensor, "S"] | None = None
+    num_null_experts: int = 0
 
     @staticmethod
-    def of(layer: str, routed: Routed, *, context: Context, spare: int = 0) -> "Record":
+    def from_router(layer: str, routed: RouterOutput, *, context: TokenContext, num_null_experts: int = 0) -> "RoutingRecord":
         """Make the record of what a router did."""
-        losses, logits, sums = routed.losses, routed.logits, routed.sums
-        return Record(layer, routed.routing, context, losses, logits, sums, spare)
+        losses, logits, sums = routed.losses, routed.logits, routed.stats_vector
+        return RoutingRecord(layer, routed.routing, context, losses, logits, sums, num_null_experts)
 
     @property
     def row(self) -> Int[Tensor, "T"]:
@@ -54,10 +54,10 @@ class Record:
         return self.logits.logsumexp(-1).square().mean().sqrt()
 
 
-def loss_terms(records: Iterable[Record], *, parts: int) -> dict[str, Float[Tensor, ""]]:
+def loss_terms(records: Iterable[RoutingRecord], *, num_micro_batches: int) -> dict[str, Float[Tensor, ""]]:
     """Add up the loss terms of one of ``parts`` micro-batches, by name (``loss_balance``)."""
     terms: dict[str, Float[Tensor, ""]] = {}
     for record in records:
         for name, value in record.losses.items():
-            terms[f"loss_{name}"] = terms.get(f"loss_{name}", 0.0) + value / parts
+            terms[f"loss_{name}"] = terms.get(f"loss_{name}", 0.0) + value / num_micro_batches
     return terms

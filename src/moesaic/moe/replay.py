@@ -15,15 +15,15 @@ from torch import nn
 
 from moesaic.core.errors import UserError
 from moesaic.core.shapes import Tensor
-from moesaic.moe.context import Context
-from moesaic.moe.layer import layers
-from moesaic.moe.router import Routed
+from moesaic.moe.context import TokenContext
+from moesaic.moe.layer import moe_layers
+from moesaic.moe.router import RouterOutput
 from moesaic.moe.routes import LayerRoutes
 from moesaic.moe.routing import Routing
 
 
 @contextmanager
-def replaying(model: nn.Module, routes: Sequence[LayerRoutes]) -> Iterator[None]:
+def replay_routing(model: nn.Module, routes: Sequence[LayerRoutes]) -> Iterator[None]:
     """Inside, the MoE layers of ``model`` route as recorded; layers without a record decide.
 
     Edges and weights are the recorded ones (so no gradient reaches a router through them); losses
@@ -32,8 +32,8 @@ def replaying(model: nn.Module, routes: Sequence[LayerRoutes]) -> Iterator[None]
     """
     wanted = {found.layer: found for found in routes}
     handles = [
-        layer.router.register_forward_hook(_Instead(wanted[layer.name]), with_kwargs=True)
-        for layer in layers(model)
+        layer.router.register_forward_hook(_ReplayHook(wanted[layer.name]), with_kwargs=True)
+        for layer in moe_layers(model)
         if layer.name in wanted
     ]
     try:
@@ -44,14 +44,14 @@ def replaying(model: nn.Module, routes: Sequence[LayerRoutes]) -> Iterator[None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Instead:
+class _ReplayHook:
     """A forward hook of a router that puts the recorded edges in the place of its own."""
 
     routes: LayerRoutes
 
     def __call__(
-        self, router: nn.Module, args: tuple[Tensor, ...], named: dict[str, Any], said: Routed
-    ) -> Routed:
+        self, router: nn.Module, args: tuple[Tensor, ...], named: dict[str, Any], said: RouterOutput
+    ) -> RouterOutput:
         del router, args
         recorded = self.routes.routing
         if said.routing.num_experts != recorded.num_experts:
@@ -65,15 +65,15 @@ class _Instead:
                 f"({len(self.routes.tokens)}) than this batch's "
                 f"({said.routing.num_tokens}); replay each batch with its own routes"
             )
-        return replace(said, routing=_beside(recorded, said.routing.expert))
+        return replace(said, routing=_to_device_of(recorded, said.routing.expert))
 
-    def _same_tokens(self, context: Context) -> bool:
+    def _same_tokens(self, context: TokenContext) -> bool:
         here = (context.token.cpu(), context.position.cpu(), context.row.cpu())
         tokens = self.routes.tokens
         return tokens.equal(replace(tokens, token=here[0], position=here[1], row=here[2]))
 
 
-def _beside(routing: Routing, where: Tensor) -> Routing:
+def _to_device_of(routing: Routing, where: Tensor) -> Routing:
     token, expert, weight = (
         part.to(where.device) for part in (routing.token, routing.expert, routing.weight)
     )

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from moesaic.core.shapes import Int, Tensor
-from moesaic.moe.record import Record
+from moesaic.moe.record import RoutingRecord
 from moesaic.moe.routing import Routing
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class RoutedTokens:
     """Which tokens were routed: vocabulary id, place in the row, row of the batch, and language.
 
     All int64. ``language`` is the number of the language that the token counts for.
@@ -31,7 +31,7 @@ class Tokens:
     def __len__(self) -> int:
         return self.token.numel()
 
-    def equal(self, other: "Tokens") -> bool:
+    def equal(self, other: "RoutedTokens") -> bool:
         """Whether they are the same tokens at the same places."""
         pairs = ((self.token, other.token), (self.position, other.position), (self.row, other.row))
         return all(torch.equal(a, b) for a, b in pairs)
@@ -43,8 +43,8 @@ class LayerRoutes:
 
     layer: str
     routing: Routing
-    tokens: Tokens
-    spare: int = 0
+    tokens: RoutedTokens
+    num_null_experts: int = 0
 
     @property
     def side(self) -> str:
@@ -52,21 +52,21 @@ class LayerRoutes:
         return self.layer.partition(".")[0]
 
 
-def routes_of(records: Iterable[Record], *, language: Int[Tensor, "B"]) -> tuple[LayerRoutes, ...]:
+def routes_from_records(records: Iterable[RoutingRecord], *, language: Int[Tensor, "B"]) -> tuple[LayerRoutes, ...]:
     """Return the routes of a pass on the host; ``language`` is that of each row of its batch."""
-    sides: dict[str, Tokens] = {}
+    sides: dict[str, RoutedTokens] = {}
     found = []
     for record in records:
         side = record.layer.partition(".")[0]
         if side not in sides:
             context, spoken = record.context, language.to(record.row.device)
             parts = (context.token, context.position, context.row, spoken[context.row])
-            sides[side] = Tokens(*(part.detach().cpu() for part in parts))
-        found.append(LayerRoutes(record.layer, _home(record.routing), sides[side], record.spare))
+            sides[side] = RoutedTokens(*(part.detach().cpu() for part in parts))
+        found.append(LayerRoutes(record.layer, _detach_to_cpu(record.routing), sides[side], record.num_null_experts))
     return tuple(found)
 
 
-def _home(routing: Routing) -> Routing:
+def _detach_to_cpu(routing: Routing) -> Routing:
     return replace(
         routing,
         token=routing.token.detach().cpu(),

@@ -11,12 +11,12 @@ from pydantic import Field
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.among import AllExperts, Among
-from moesaic.moe.gate import Gate, Learner
+from moesaic.moe.among import AllExperts, ExpertGroups
+from moesaic.moe.gate import RouterContext, StatefulRule
 from moesaic.moe.routing import Routing
 
 
-class Select(Choice, Learner):
+class Select(Choice, StatefulRule):
     """Family of selection rules; what they see is a ``Gate``.
 
     ``causal`` is false of a rule whose answer for a token depends on later tokens: a decoder, which
@@ -25,17 +25,17 @@ class Select(Choice, Learner):
     """
 
     causal: ClassVar[bool] = True
-    by_row: ClassVar[bool] = False
+    needs_whole_rows: ClassVar[bool] = False
 
-    def __call__(self, gate: Gate) -> Routing:
+    def __call__(self, router: RouterContext) -> Routing:
         """Return the edges, weights float32 and in the graph."""
         raise NotImplementedError
 
-    def probabilities(self, gate: Gate) -> Float[Tensor, "T E"]:
+    def probabilities(self, router: RouterContext) -> Float[Tensor, "T E"]:
         """Return what balance terms take as each token's probabilities: they sum to one."""
-        return gate.logits.softmax(-1)
+        return router.logits.softmax(-1)
 
-    def finish(self, routing: Routing) -> Routing:
+    def renormalise(self, routing: Routing) -> Routing:
         """Adjust weights once a limit has dropped edges; most rules leave them."""
         return routing
 
@@ -43,9 +43,9 @@ class Select(Choice, Learner):
         """Edges per token, on average: what FLOPs are counted with."""
         raise NotImplementedError
 
-    def problems(self, *, experts: int, spare: int) -> str | None:
+    def problems(self, *, experts: int, num_null_experts: int) -> str | None:
         """Return what it expects instead of so many experts (spare ones included), or None."""
-        del spare
+        del num_null_experts
         k = self.experts_per_token(2**30)
         return None if k <= experts else f"at least {k:g} experts, not {experts}"
 
@@ -61,11 +61,11 @@ class TopK(Select):
 
     k: int = Field(default=2, ge=1)
     normalise: Literal["before", "after", "none"] = "before"
-    among: Among = AllExperts()
+    expert_groups: ExpertGroups = AllExperts()
 
-    def __call__(self, gate: Gate) -> Routing:
-        logits = gate.logits
-        expert = self.among(gate.biased(logits)).topk(self.k, dim=-1).indices
+    def __call__(self, router: RouterContext) -> Routing:
+        logits = router.logits
+        expert = self.expert_groups(router.biased_scores(logits)).topk(self.k, dim=-1).indices
         if self.normalise == "before":
             # equals softmax over all, then divided by the chosen sum
             weight = logits.gather(-1, expert).softmax(-1)
@@ -73,7 +73,7 @@ class TopK(Select):
             weight = logits.softmax(-1).gather(-1, expert)
         return Routing.from_topk(weight, expert=expert, num_experts=logits.shape[-1])
 
-    def finish(self, routing: Routing) -> Routing:
+    def renormalise(self, routing: Routing) -> Routing:
         if self.normalise != "after":
             return routing
         weight = routing.weight.view(-1, self.k)
@@ -83,18 +83,18 @@ class TopK(Select):
     def experts_per_token(self, num_experts: int) -> float:
         return float(min(self.k, num_experts))
 
-    def problems(self, *, experts: int, spare: int) -> str | None:
-        few = super().problems(experts=experts, spare=spare)
-        return few or self.among.problems(experts=experts, k=self.k)
+    def problems(self, *, experts: int, num_null_experts: int) -> str | None:
+        few = super().problems(experts=experts, num_null_experts=num_null_experts)
+        return few or self.expert_groups.problems(experts=experts, k=self.k)
 
 
 class SwitchTop1(Select):
     """The likeliest expert, weighted by its softmax probability (2101.03961, equations 1 and 2)."""
 
-    def __call__(self, gate: Gate) -> Routing:
-        expert = gate.biased(gate.logits).argmax(-1, keepdim=True)
-        weight = gate.logits.softmax(-1).gather(-1, expert)
-        return Routing.from_topk(weight, expert=expert, num_experts=gate.logits.shape[-1])
+    def __call__(self, router: RouterContext) -> Routing:
+        expert = router.biased_scores(router.logits).argmax(-1, keepdim=True)
+        weight = router.logits.softmax(-1).gather(-1, expert)
+        return Routing.from_topk(weight, expert=expert, num_experts=router.logits.shape[-1])
 
     def experts_per_token(self, num_experts: int) -> float:
         return float(min(1, num_experts))
@@ -109,11 +109,11 @@ class Top2(Select):
 
     second: Literal["highest", "sampled"] = "highest"
 
-    def __call__(self, gate: Gate) -> Routing:
-        logits, rest = gate.logits, gate.biased(gate.logits)
+    def __call__(self, router: RouterContext) -> Routing:
+        logits, rest = router.logits, router.biased_scores(router.logits)
         first = rest.argmax(-1, keepdim=True)
-        if gate.training and self.second == "sampled":
-            draw = gate.context.uniform("second choice", width=rest.shape[-1])
+        if router.training and self.second == "sampled":
+            draw = router.context.uniform("second choice", width=rest.shape[-1])
             rest = rest - (-draw.clamp(min=1e-12).log()).log()
         second = rest.scatter(-1, first, float("-inf")).argmax(-1, keepdim=True)
         expert = torch.cat([first, second], -1)

@@ -16,14 +16,14 @@ from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.routing import Routing
 
 
-class Spare(Choice):
+class NullExperts(Choice):
     """Family of spare experts. ``number`` is how many there are."""
 
     def count(self) -> int:
         """Return the number of experts beyond those that work."""
         raise NotImplementedError
 
-    def add(
+    def add_output(
         self, out: Float[Tensor, "T D"], *, x: Float[Tensor, "T D"], routing: Routing
     ) -> Float[Tensor, "T D"]:
         """Return the working experts' answer with that of the spare ones added."""
@@ -31,14 +31,14 @@ class Spare(Choice):
         return out
 
 
-class NoSpare(Spare):
+class NoNullExperts(NullExperts):
     """Every expert works."""
 
     def count(self) -> int:
         return 0
 
 
-class ZeroExperts(Spare):
+class ZeroExperts(NullExperts):
     """``number`` null experts that answer zero (AdaMoE, 2406.13233): choices that cost nothing."""
 
     number: int = Field(default=1, ge=1)
@@ -47,7 +47,7 @@ class ZeroExperts(Spare):
         return self.number
 
 
-class IdentityExperts(Spare):
+class IdentityExperts(NullExperts):
     """``number`` experts that answer with the token itself, times the edge's weight."""
 
     number: int = Field(default=1, ge=1)
@@ -55,7 +55,7 @@ class IdentityExperts(Spare):
     def count(self) -> int:
         return self.number
 
-    def add(
+    def add_output(
         self, out: Float[Tensor, "T D"], *, x: Float[Tensor, "T D"], routing: Routing
     ) -> Float[Tensor, "T D"]:
         working = routing.num_experts - self.number
@@ -65,11 +65,11 @@ class IdentityExperts(Spare):
         return out + (x.float() * share[:, None]).to(out.dtype)
 
 
-def working(routing: Routing, *, spare: int) -> Routing:
+def drop_null_edges(routing: Routing, *, num_null_experts: int) -> Routing:
     """Return the edges that a dispatcher carries: those to spare experts lead nowhere."""
-    if not spare:
+    if not num_null_experts:
         return routing
-    experts = routing.num_experts - spare
+    experts = routing.num_experts - num_null_experts
     idle = routing.expert >= experts
     return replace(
         routing,

@@ -11,8 +11,8 @@ from moesaic.dist.mesh import STAGE_AXES, Mesh
 from moesaic.dist.plan import ParallelPlan
 from moesaic.dist.world import World
 from moesaic.model.transformer import Transformer
-from moesaic.moe.experts import Experts
-from moesaic.moe.layer import layers
+from moesaic.moe.experts import GroupedExperts
+from moesaic.moe.layer import moe_layers
 from moesaic.nn.attention import CrossAttention, SelfAttention
 from moesaic.parallel import whole_rows
 from moesaic.parallel.config import Parallel
@@ -60,9 +60,9 @@ def apply(model: Transformer, *, parallel: Parallel, mesh: Mesh) -> Spread:
     narrow(model, group=mesh.group("tensor"), vocab_size=model.config.vocab_size)
     deal(model, parallel=parallel, mesh=mesh)
     stage = world_of(mesh, *STAGE_AXES)
-    for layer in layers(model):
+    for layer in moe_layers(model):
         number = layer.router.config.experts
-        layer.ranks = BatchRanks(stage, room=parallel.room.world(mesh, experts=number))
+        layer.batch_group = BatchRanks(stage, room=parallel.room.world(mesh, experts=number))
         over, slices = (mesh.group(axis, num_experts=number) for axis in ("expert", "expert_tensor"))
         if over is not None or slices is not None:
             journey, wait = parallel.journey, mesh.timeout_s
@@ -91,7 +91,7 @@ def deal(model: Transformer, *, parallel: Parallel, mesh: Mesh) -> None:
 
 def experts_of(model: nn.Module) -> tuple[int, ...]:
     """Return the numbers of experts that the layers of a model have, for its ``Mesh``."""
-    return tuple(sorted({layer.router.config.experts for layer in layers(model)}))
+    return tuple(sorted({layer.router.config.experts for layer in moe_layers(model)}))
 
 
 def check(model: Transformer, *, parallel: Parallel, plan: ParallelPlan) -> None:
@@ -99,7 +99,7 @@ def check(model: Transformer, *, parallel: Parallel, plan: ParallelPlan) -> None
     problems = list(refuses(model, lanes=plan.tensor))
     problems += _cannot_reach(model, parallel=parallel, plan=plan)
     problems += whole_rows.refuses(model.config, ranks=plan.context * plan.tensor)
-    for layer in layers(model):
+    for layer in moe_layers(model):
         config = layer.router.config
         plan.expert_ranks(config.experts, layer=layer.name)
         why = parallel.journey.problems(plan=plan, bank=layer.experts, experts=config.experts)
@@ -141,7 +141,7 @@ def _cannot_reach(model: nn.Module, *, parallel: Parallel, plan: ParallelPlan) -
 
 
 def _cannot_slice(bank: nn.Module, *, name: str, cuts: int) -> list[str]:
-    if not isinstance(bank, Experts):
+    if not isinstance(bank, GroupedExperts):
         kind = type(bank).__name__
         return [f"parallel.expert_tensor={cuts}: {kind} of {name} have no hidden width to cut"]
     if bank.bias:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from moesaic.core.errors import UserError
 from moesaic.model.blueprint import ModelConfig, Stack
 from moesaic.model.count import BatchDims, count_parameters
-from moesaic.moe.config import MoE, Sparse
+from moesaic.moe.config import MoE, SparseLayer
 from moesaic.optim.optimizer import Optimizer
 from moesaic.parallel.config import Parallel
 from moesaic.parallel.cost import RankBytes, Storage, rank_bytes
@@ -101,11 +101,11 @@ def _grown(stack: Stack, experts: int) -> Stack:
     return stack.replace(moe=_many(stack.moe, experts)) if stack.moe is not None else stack
 
 
-def _many(sparse: Sparse, experts: int) -> Sparse:
+def _many(sparse: SparseLayer, experts: int) -> SparseLayer:
     return sparse.replace(experts=experts) if isinstance(sparse, MoE) else sparse
 
 
 def _fewest(config: ModelConfig) -> int:
     bodies = [config.moe, config.encoder.moe, config.decoder.moe]
-    chosen = [m.select.experts_per_token(m.routed) for m in bodies if isinstance(m, MoE)]
+    chosen = [m.select.experts_per_token(m.num_router_outputs) for m in bodies if isinstance(m, MoE)]
     return max(1, *map(round, chosen))

@@ -21,7 +21,7 @@ from moesaic.model.blueprint import ModelConfig, Stack
 from moesaic.model.count import BatchDims
 from moesaic.model.footprint import activation_bytes
 from moesaic.moe.config import MoE
-from moesaic.moe.experts import FeedForwardExpert, Size
+from moesaic.moe.experts import FeedForwardExpert, ExpertShape
 from moesaic.ops.choose import pick_mixer
 from moesaic.ops.mixture import Composed, Mixer
 from moesaic.optim.optimizer import AdamW, Optimizer
@@ -167,11 +167,11 @@ def _beyond(holding: Holding, stack: Stack, *, mixer: Mixer) -> int:
 
 def _experts(config: ModelConfig, moe: MoE, *, plan: ParallelPlan, mixer: Mixer) -> int:
     """What a mixture keeps per token beyond what ``model/footprint.py`` says of this machine's."""
-    feed, dim = moe.feed_forward(config.feed_forward), moe.exchange.dim(config.dim)
-    cuts, edges = plan.expert_tensor, moe.select.experts_per_token(moe.routed)
+    feed, dim = moe.feed_forward(config.feed_forward), moe.dispatch_projection.expert_dim(config.dim)
+    cuts, edges = plan.expert_tensor, moe.select.experts_per_token(moe.num_router_outputs)
     width = feed.activation.width(feed.hidden) // cuts
-    size = Size(moe.experts, dim, feed, config.bias)
-    said = moe.expert.kept(size, edges=edges, live=moe.experts / moe.routed)
+    size = ExpertShape(moe.experts, dim, feed, config.bias)
+    said = moe.expert.saved_activations(size, edges=edges, live_fraction=moe.experts / moe.num_router_outputs)
     each = said / edges
     if isinstance(moe.expert, FeedForwardExpert):
         each = mixer.kept(dim=dim, width=width, bias=config.bias, live=1.0)

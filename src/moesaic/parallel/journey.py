@@ -13,12 +13,12 @@ from moesaic.dist.collectives import Group
 from moesaic.dist.fit import LinearCost
 from moesaic.dist.plan import RankGrid, ParallelPlan
 from moesaic.dist.subgroups import split_group
-from moesaic.moe.adaptive import Adaptive, Prices
+from moesaic.moe.adaptive import AdaptiveDispatcher, DispatchCosts
 from moesaic.moe.dispatch import Dispatcher
 from moesaic.moe.dispatch_far import AllToAllDispatcher
-from moesaic.moe.dispatch_hop import two_hops
-from moesaic.moe.experts import Experts
-from moesaic.moe.overlap import Chunked, Degrees
+from moesaic.moe.dispatch_hop import hierarchical_dispatcher
+from moesaic.moe.experts import GroupedExperts
+from moesaic.moe.overlap import ChunkedAllToAllDispatcher, OverlapDegrees
 
 Count = Annotated[int, Field(ge=1)]
 Price = Annotated[float, Field(ge=0)]
@@ -45,7 +45,7 @@ class Straight(Journey):
 
     def build(self, over: Group, *, slices: Group, timeout_s: float) -> Dispatcher:
         del timeout_s
-        return AllToAllDispatcher(over, slices=slices)
+        return AllToAllDispatcher(over, slice_group=slices)
 
 
 class TwoHops(Journey):
@@ -56,7 +56,7 @@ class TwoHops(Journey):
     def build(self, over: Group, *, slices: Group, timeout_s: float) -> Dispatcher:
         del slices
         nodes = split_group(over, inner_size=self._on_node(over), timeout_s=timeout_s)
-        return two_hops(nodes=nodes.outer, inside=nodes.inner)
+        return hierarchical_dispatcher(inter_node=nodes.outer, intra_node=nodes.inner)
 
     def problems(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
         del bank
@@ -96,7 +96,7 @@ class InChunks(Journey):
 
     def build(self, over: Group, *, slices: Group, timeout_s: float) -> Dispatcher:
         del slices, timeout_s
-        return Chunked(over, degrees=Degrees(self.forward, self.backward))
+        return ChunkedAllToAllDispatcher(over, degrees=OverlapDegrees(self.forward, self.backward))
 
     def problems(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
         del bank, experts
@@ -116,16 +116,16 @@ class Lend(Journey):
     work_row_s: Price = 0.0
 
     def build(self, over: Group, *, slices: Group, timeout_s: float) -> Dispatcher:
-        prices = Prices(
-            exchange=LinearCost(self.start_s, self.row_byte_s),
-            lend=LinearCost(self.start_s, self.weight_byte_s),
-            work=LinearCost(0.0, self.work_row_s),
+        prices = DispatchCosts(
+            all_to_all=LinearCost(self.start_s, self.row_byte_s),
+            gather_weights=LinearCost(self.start_s, self.weight_byte_s),
+            compute=LinearCost(0.0, self.work_row_s),
         )
-        return Adaptive(over, slices=slices, prices=prices, timeout_s=timeout_s)
+        return AdaptiveDispatcher(over, slice_group=slices, costs=prices, timeout_s=timeout_s)
 
     def problems(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
         del plan, experts
-        if not isinstance(bank, Experts):
+        if not isinstance(bank, GroupedExperts):
             return f"{type(bank).__name__} cannot be lent, only plain feed-forwards can"
         return None
 

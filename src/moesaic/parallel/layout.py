@@ -15,7 +15,7 @@ from torch import nn
 
 from moesaic.model.block import FeedForwardBranch
 from moesaic.model.transformer import Transformer
-from moesaic.moe.experts import ExpertBank, Experts
+from moesaic.moe.experts import ExpertModule, GroupedExperts
 from moesaic.moe.layer import MoELayer
 from moesaic.nn.attention import CrossAttention, SelfAttention
 from moesaic.nn.embedding import Embedding
@@ -123,7 +123,7 @@ def _columns(name: str, linear: nn.Linear) -> Iterator[tuple[str, Laid]]:
 
 def _experts(layer: MoELayer) -> Iterator[tuple[str, Laid]]:
     bank, experts = layer.experts, layer.router.config.experts
-    hidden = _hidden_cuts(bank) if isinstance(bank, Experts) else {}
+    hidden = _hidden_cuts(bank) if isinstance(bank, GroupedExperts) else {}
     for name, parameter in bank.named_parameters():
         shape = tuple(parameter.shape)
         if "." in name or shape[0] != experts:  # what the experts of a layer share
@@ -132,7 +132,7 @@ def _experts(layer: MoELayer) -> Iterator[tuple[str, Laid]]:
         yield f"experts.{name}", Laid(shape, cuts, experts)
 
 
-def _hidden_cuts(bank: Experts) -> dict[str, tuple[Cut, ...]]:
+def _hidden_cuts(bank: GroupedExperts) -> dict[str, tuple[Cut, ...]]:
     hidden, width = bank.down.shape[1], bank.up.shape[2]
     wide = (hidden,) * (width // hidden)
     return {
@@ -142,7 +142,7 @@ def _hidden_cuts(bank: Experts) -> dict[str, tuple[Cut, ...]]:
     }
 
 
-def banks(model: nn.Module) -> Iterator[tuple[str, ExpertBank, MoELayer]]:
+def banks(model: nn.Module) -> Iterator[tuple[str, ExpertModule, MoELayer]]:
     """Yield the experts of every layer with the name of their module."""
     for path, module in model.named_modules():
         if isinstance(module, MoELayer):

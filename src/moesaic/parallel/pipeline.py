@@ -24,8 +24,8 @@ from moesaic.dist.mesh import Mesh
 from moesaic.dist.world import ProcessGroupWorld, World
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
-from moesaic.moe.layer import hear
-from moesaic.moe.record import Record, loss_terms
+from moesaic.moe.layer import accumulate_routing_stats
+from moesaic.moe.record import RoutingRecord, loss_terms
 from moesaic.nn.packing import Packing
 from moesaic.parallel.schedules import engine
 from moesaic.parallel.stages import Stages
@@ -52,7 +52,7 @@ class Micro:
     batch: Batch
     tokens: Held
     terms: dict[str, Float[Tensor, ""]]
-    records: tuple[Record, ...] = ()
+    records: tuple[RoutingRecord, ...] = ()
     nll: Float[Tensor, "N"] | None = None
     row: Int[Tensor, "N"] | None = None
 
@@ -93,14 +93,14 @@ class Stage(nn.Module):
                 scored = self.model.loss(output, smoothing=scoring.smoothing)
                 terms["cross_entropy"] = scored.total / max(scoring.predicted, 1)
                 micro.nll, micro.row = scored.nll, output.row
-        terms |= loss_terms(end.records, parts=len(self.job.micros))
+        terms |= loss_terms(end.records, num_micro_batches=len(self.job.micros))
         objective = torch.stack(list(terms.values())).sum() if terms else torch.zeros(())
         for name, value in {**terms, "objective": objective}.items():
             micro.terms[name] = micro.terms[name] + value.detach().double()
         micro.records += end.records
         if self.training:
             # now, not after backward: the next micro-batch comes before that
-            hear(self.model, end.records)
+            accumulate_routing_stats(self.model, end.records)
         if self.drain is None:
             return objective
         return self.drain.pack(end.stage_output, term=objective.to(micro.batch.source.device))

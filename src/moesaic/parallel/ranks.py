@@ -6,7 +6,7 @@ from moesaic.core.config import Choice
 from moesaic.core.shapes import Int, Shaped, Tensor
 from moesaic.dist.mesh import STAGE_AXES, Mesh
 from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
-from moesaic.moe.ranks import Gathered
+from moesaic.moe.ranks import GatheredRows
 
 
 class BatchRanks:
@@ -21,17 +21,17 @@ class BatchRanks:
     def sum(self, counts: Shaped[Tensor, "C"]) -> Shaped[Tensor, "C"]:
         return self._world.all_reduce(counts)
 
-    def gather(self, rows: Int[Tensor, "N C"]) -> Gathered:
+    def gather(self, rows: Int[Tensor, "N C"]) -> GatheredRows:
         room = self._room
         if room.size == 1:
-            return Gathered(rows, 0)
+            return GatheredRows(rows, 0)
         own = torch.tensor([rows.shape[0]], device=rows.device)
         sizes = [int(size) for size in room.all_gather(own)]
         padded = rows.new_zeros(max(sizes), rows.shape[1])
         padded[: rows.shape[0]] = rows
         parts = room.all_gather(padded)
         whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-        return Gathered(whole, sum(sizes[: room.rank]))
+        return GatheredRows(whole, sum(sizes[: room.rank]))
 
 
 class Room(Choice):

@@ -16,7 +16,7 @@ from moesaic.core.config import Choice
 from moesaic.core.shapes import Tensor
 from moesaic.model.block import DecoderBlock, EncoderBlock, BlockState
 from moesaic.model.transformer import Transformer, run_block
-from moesaic.moe.layer import layers
+from moesaic.moe.layer import moe_layers
 from moesaic.moe.router import Router
 
 
@@ -78,22 +78,22 @@ class Again:
 
 def _both(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The contexts of the first pass, which begins now, and of the second."""
-    return nullcontext(), _AsBefore([layer.router for layer in layers(block)])
+    return nullcontext(), _AsBefore([layer.router for layer in moe_layers(block)])
 
 
 class _AsBefore:
     """Inside, routers have heard what they had when this was made. Entered once per backward."""
 
     def __init__(self, routers: Sequence[Router]) -> None:
-        self._then = [(router, router.heard.clone()) for router in routers]
+        self._then = [(router, router.stats_sum.clone()) for router in routers]
         self._now: list[Tensor] = []
 
     def __enter__(self) -> None:
-        self._now = [router.heard.clone() for router, _ in self._then]
+        self._now = [router.stats_sum.clone() for router, _ in self._then]
         for router, then in self._then:
-            router.heard.copy_(then)
+            router.stats_sum.copy_(then)
 
     def __exit__(self, *error: object) -> None:
         for (router, _), now in zip(self._then, self._now, strict=True):
-            router.heard.copy_(now)
+            router.stats_sum.copy_(now)
         self._now = []

@@ -74,9 +74,9 @@ def _passes(holding: Holding, *, sizes: BatchDims, itemsize: int) -> Lines:
 
 
 def _mixture(holding: Holding, moe: MoE, *, tokens: int, itemsize: int) -> Lines:
-    plan, dim = holding.plan, moe.exchange.dim(holding.inventory.config.dim)
+    plan, dim = holding.plan, moe.dispatch_projection.expert_dim(holding.inventory.config.dim)
     over, cuts = plan.expert_ranks(moe.experts), plan.expert_tensor
-    chosen = round(moe.select.experts_per_token(moe.routed))
+    chosen = round(moe.select.experts_per_token(moe.num_router_outputs))
     rows = DispatchedTokens(tokens, experts_per_token=chosen, dim=dim, itemsize=itemsize)
     if over * cuts > 1:
         counts = moe.experts * INT
@@ -87,9 +87,9 @@ def _mixture(holding: Holding, moe: MoE, *, tokens: int, itemsize: int) -> Lines
         yield "all-gather", "expert_tensor", expert_tensor_bytes(rows, expert_tensor=cuts)
         yield "all-to-all", "expert_tensor", expert_tensor_bytes(rows, expert_tensor=cuts)
     ranks = plan.stage_size
-    statistics = (4 * moe.routed + 1) * DOUBLE
+    statistics = (4 * moe.num_router_outputs + 1) * DOUBLE
     yield "all-reduce", "stage", 2 * statistics * (ranks - 1) // ranks
-    told, room = moe.limit.tells(tokens * chosen) * INT, "stage"
+    told, room = moe.limit.num_gathered_integers(tokens * chosen) * INT, "stage"
     if not isinstance(holding.parallel.room, WholeBatch):
         room = holding.named(("expert", "expert_tensor"), experts=moe.experts)
         ranks = over * cuts

@@ -200,7 +200,7 @@ def parts(config: ModelConfig, leg: BlockRange) -> frozenset[str]:
         moe = config.moe_of_stack(stack)
         enters = enters or blocks.start == 0
         linked = isinstance(moe, MoE) and bool(stack.moe_layers)
-        reads = reads or (isinstance(moe, MoE) and moe.condition.reads() != "nothing")
+        reads = reads or (isinstance(moe, MoE) and moe.router_input.embedding_source() != "nothing")
         found |= {f"{side}_routing"} if linked else set()
         found |= {f"{side}_norm"} if blocks.stop == stack.layers else set()
     tied = config.embedding.tied
@@ -219,9 +219,9 @@ def used_again(config: ModelConfig, leg: BlockRange) -> str | None:
         moe, routed = config.moe_of_stack(stack), sum(stack.is_moe_layer(layer) for layer in blocks)
         if not isinstance(moe, MoE):
             continue
-        if moe.link.recurs and routed > 1:
+        if moe.cross_layer.shared_every_layer and routed > 1:
             return f"what the routers of the {side} share"
-        uses += routed if moe.condition.reads() != "nothing" else 0
+        uses += routed if moe.router_input.embedding_source() != "nothing" else 0
     return "the embedding" if uses > 1 else None
 
 

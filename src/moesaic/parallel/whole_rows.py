@@ -12,7 +12,7 @@ def refuses(config: ModelConfig, *, ranks: int) -> Iterator[str]:
         return
     for side, stack in (("encoder", config.encoder), ("decoder", config.decoder)):
         sparse = config.moe_of_stack(stack)
-        if stack.moe_layers and sparse.by_row:
+        if stack.moe_layers and sparse.needs_whole_rows:
             rule = type(sparse.select if isinstance(sparse, MoE) else sparse).__name__
             yield (
                 f"parallel.plan: {rule} of the {side} compares the tokens of a row, but "

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from moesaic.core.shapes import Float, Tensor
 from moesaic.model.blueprint import ModelConfig
 from moesaic.model.leg import StageIO, BlockRange, router_state_widths
-from moesaic.moe.gates import Handing
+from moesaic.moe.gates import RouterStateWidths
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Boundary:
 
     side: str
     memory: bool
-    carried: Handing
+    carried: RouterStateWidths
 
     @staticmethod
     def after(leg: BlockRange, *, config: ModelConfig) -> "Boundary":
@@ -43,7 +43,7 @@ class Boundary:
             return Boundary("target", memory=bool(first), carried=router_state_widths(config, config.decoder))
         if leg.encoder.stop < first:
             return Boundary("source", memory=False, carried=router_state_widths(config, config.encoder))
-        return Boundary("", memory=True, carried=Handing())
+        return Boundary("", memory=True, carried=RouterStateWidths())
 
     def states(self, tokens: Held) -> int:
         """Return the T of a micro-batch."""

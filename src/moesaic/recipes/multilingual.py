@@ -13,7 +13,7 @@ from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import Denoising, Translation
 from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.model.config import Stack, ModelConfig
-from moesaic.moe.balance import RouterZ, SwitchBalance
+from moesaic.moe.balance import RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.select import SwitchTop1, TopK
 from moesaic.nn.activation import SquaredReLU, SwiGLU
@@ -54,7 +54,7 @@ def multilingual_50() -> Run:
             decoder=Stack(layers=6, moe_every=2),
             attention=AttentionConfig(heads=12),
             feed_forward=FeedForwardConfig(hidden=2048, activation=SwiGLU()),
-            moe=MoE(experts=32, select=TopK(k=2), balance=(SwitchBalance(), RouterZ())),
+            moe=MoE(experts=32, select=TopK(k=2), balance=(SwitchBalance(), RouterZLoss())),
             norm=RMSNorm(),
             dropout=0.1,
         ),

@@ -14,7 +14,7 @@ from moesaic.checkpoint.rundir import RunDir
 from moesaic.core.errors import UserError
 from moesaic.core.files import read_json
 from moesaic.data.languages import resolve_language
-from moesaic.moe.agreement import Agreement, compare
+from moesaic.moe.agreement import RoutingAgreement, compare_routes
 from moesaic.observe.metrics import read_metrics
 from moesaic.observe.usage import RecordedUsage, read_usage
 from moesaic.report.charts import ChartSeries
@@ -37,7 +37,7 @@ class ReportInputs:
     summary: dict[str, Any] = field(default_factory=dict)
     usage: RecordedUsage | None = None
     insight: dict[str, Any] = field(default_factory=dict)
-    agreement_by_step: tuple[tuple[int, Agreement], ...] = ()
+    agreement_by_step: tuple[tuple[int, RoutingAgreement], ...] = ()
     quality_curve: dict[str, Any] = field(default_factory=dict)
     gaps: dict[str, str] = field(default_factory=dict)
 
@@ -124,14 +124,14 @@ def _read_insight(path: Path) -> dict[str, Any]:
     return found
 
 
-def _read_agreement(folder: Path, gaps: dict[str, str]) -> tuple[tuple[int, Agreement], ...]:
+def _read_agreement(folder: Path, gaps: dict[str, str]) -> tuple[tuple[int, RoutingAgreement], ...]:
     files = sorted(folder.glob("step-*.routes"))
     if not files:
         return ()
     try:
         last = list(RoutesFile(files[-1]))
         steps = [int(path.stem.partition("-")[2]) for path in files]
-        return tuple((s, compare(RoutesFile(f), last)) for s, f in zip(steps, files, strict=True))
+        return tuple((s, compare_routes(RoutesFile(f), last)) for s, f in zip(steps, files, strict=True))
     except (OSError, ValueError, UserError) as error:
         gaps["learning"] = f"learning could not be read: {' '.join(str(error).split())[:200]}."
         return ()

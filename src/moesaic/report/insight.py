@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moesaic.moe.agreement import Agreement
+from moesaic.moe.agreement import RoutingAgreement
 from moesaic.report.charts import IntervalDot, ChartFrame, ChartSeries, dot_chart, line_chart
 from moesaic.report.html import Html, join_html, html_table, tag
 from moesaic.report.inputs import ReportInputs
@@ -111,7 +111,7 @@ def _agreement_chart(inputs: ReportInputs) -> Html:
     return tag("div", chart, tag("p", words, class_="soft"))
 
 
-def _agreement_curves(told: Sequence[Agreement]) -> dict[str, list[float]]:
+def _agreement_curves(told: Sequence[RoutingAgreement]) -> dict[str, list[float]]:
     by_layer = {x.layer: [a.layers[i].edges for a in told] for i, x in enumerate(told[0].layers)}
     if len(by_layer) <= _MAX_CURVES:
         return by_layer

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moesaic.core.shapes import Tensor
-from moesaic.moe.record import Record
+from moesaic.moe.record import RoutingRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Trace:
         return {"source": self.source.plain(), "target": self.target.plain()}
 
 
-def visits(record: Record) -> tuple[tuple[Visit, ...], ...]:
+def visits(record: RoutingRecord) -> tuple[tuple[Visit, ...], ...]:
     """Return the kept edges of every token, heaviest first."""
     routing = record.routing
     rows: list[list[Visit]] = [[] for _ in range(routing.num_tokens)]

@@ -12,17 +12,17 @@ from typing import Any
 from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
 from moesaic.model.config import Stack, ModelConfig
-from moesaic.moe.around import Beside, Exchange
+from moesaic.moe.around import SharedExpertBranch, DispatchProjection
 from moesaic.moe.balance import Balance
 from moesaic.moe.balances.global_batch import MicroBatchBalance
 from moesaic.moe.bodies.lora import LoRAExpert
 from moesaic.moe.config import MoE
 from moesaic.moe.experts import Expert, FeedForwardExpert
-from moesaic.moe.gates import Condition, Link
+from moesaic.moe.gates import RouterInput, CrossLayerRouting
 from moesaic.moe.limit import Capacity, Dropless, Limit, Priority
-from moesaic.moe.noise import Noise
+from moesaic.moe.noise import RouterNoise
 from moesaic.moe.select import Select, TopK
-from moesaic.moe.spare import Spare
+from moesaic.moe.spare import NullExperts
 from moesaic.nn.activation import Activation
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
@@ -129,13 +129,13 @@ def _random_moe(draw: random.Random) -> MoE:
         select=TopK(k=draw.randint(1, 3)) if draw.random() < 0.4 else _random_member(draw, Select),
         limit=_random_limit(draw),
         balance=tuple(term for term in balances if not isinstance(term, EXCLUDED)),
-        noise=_random_member(draw, Noise),
+        noise=_random_member(draw, RouterNoise),
         expert=FeedForwardExpert() if draw.random() < 0.8 else _random_member(draw, Expert),
-        beside=_random_member(draw, Beside),
-        spare=_random_member(draw, Spare),
-        exchange=_random_member(draw, Exchange),
-        condition=_random_member(draw, Condition),
-        link=_random_member(draw, Link),
+        shared_experts=_random_member(draw, SharedExpertBranch),
+        null_experts=_random_member(draw, NullExperts),
+        dispatch_projection=_random_member(draw, DispatchProjection),
+        router_input=_random_member(draw, RouterInput),
+        cross_layer=_random_member(draw, CrossLayerRouting),
     )
 
 

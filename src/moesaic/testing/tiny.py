@@ -15,8 +15,8 @@ from moesaic.data.tasks import Denoising, Translation
 from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.dist.world import SingleProcess, World
 from moesaic.model.config import Stack, ModelConfig
-from moesaic.moe.balance import RouterZ, SwitchBalance
-from moesaic.moe.config import MoE, Sparse
+from moesaic.moe.balance import RouterZLoss, SwitchBalance
+from moesaic.moe.config import MoE, SparseLayer
 from moesaic.moe.select import SwitchTop1
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
@@ -30,10 +30,10 @@ VOCABULARY = 64
 TASKS = ("translation", "denoising")
 LANGUAGES = ("deu_Latn", "ell_Grek", "fra_Latn")
 SMALL_SYNTHETIC_CORPUS = CorpusRecipe(name="few-phrases", source=SyntheticLanguages(phrases=500))
-BALANCED_TOP1 = MoE(experts=4, select=SwitchTop1(), balance=(SwitchBalance(), RouterZ()))
+BALANCED_TOP1 = MoE(experts=4, select=SwitchTop1(), balance=(SwitchBalance(), RouterZLoss()))
 
 
-def tiny_model_config(*, moe: Sparse = BALANCED_TOP1, layers: int = 1) -> ModelConfig:
+def tiny_model_config(*, moe: SparseLayer = BALANCED_TOP1, layers: int = 1) -> ModelConfig:
     """Return an encoder-decoder of ``layers`` layers each, experts in every one.
 
     A rule that is not causal stands in the encoder alone, beside the usual one in the decoder.

@@ -22,8 +22,8 @@ from moesaic.dist.mesh import DATA_CONTEXT_AXES, STAGE_AXES, Mesh
 from moesaic.dist.wire import CommunicationCounter
 from moesaic.model.config import ModelConfig
 from moesaic.model.count import BatchDims
-from moesaic.moe.config import MoE, Sparse
-from moesaic.moe.gate import Gate
+from moesaic.moe.config import MoE, SparseLayer
+from moesaic.moe.gate import RouterContext
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import Select
 from moesaic.optim.optimizer import AdamW, Optimizer
@@ -41,7 +41,7 @@ class Even(Select):
 
     k: int = 1
 
-    def __call__(self, gate: Gate) -> Routing:
+    def __call__(self, gate: RouterContext) -> Routing:
         tokens, experts = gate.logits.shape
         first = self.k * torch.arange(tokens, device=gate.context.row.device)[:, None]
         expert = (first + torch.arange(self.k, device=first.device)) % experts
@@ -159,10 +159,10 @@ def sent(wire: CommunicationCounter) -> tuple[Sending, ...]:
     return tuple(Sending(*key, size) for key, size in sorted(sums.items()))
 
 
-def _even(sparse: Sparse) -> Sparse:
+def _even(sparse: SparseLayer) -> SparseLayer:
     if not isinstance(sparse, MoE):
         return sparse
-    return sparse.replace(select=Even(k=round(sparse.select.experts_per_token(sparse.routed))))
+    return sparse.replace(select=Even(k=round(sparse.select.experts_per_token(sparse.num_router_outputs))))
 
 
 def _loss(spread: Spread, *, batch: Batch) -> Tensor:

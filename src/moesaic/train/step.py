@@ -15,8 +15,8 @@ from moesaic.core.shapes import Float, Tensor
 from moesaic.data.batch import Batch
 from moesaic.dist.flight import mark_phase
 from moesaic.dist.local import local_tensor
-from moesaic.moe.layer import hear
-from moesaic.moe.record import Record, loss_terms
+from moesaic.moe.layer import accumulate_routing_stats
+from moesaic.moe.record import RoutingRecord, loss_terms
 from moesaic.parallel.pipeline import Micro, Pipeline, Scoring
 from moesaic.parallel.spread import Spread
 from moesaic.train.meters import Categories, Sums
@@ -28,7 +28,7 @@ class Pass:
     """What one forward and backward over the step's micro-batches gave on this rank."""
 
     sums: Sums
-    records: tuple[Record, ...]
+    records: tuple[RoutingRecord, ...]
     batch: Batch
 
 
@@ -106,10 +106,10 @@ class Objective:
             output = model(batch)
             token_loss = model.loss(output, smoothing=self.smoothing)
         terms = {"cross_entropy": token_loss.total / max(predicted, 1)}
-        terms |= loss_terms(output.records, parts=parts)
+        terms |= loss_terms(output.records, num_micro_batches=parts)
         objective = torch.stack(list(terms.values())).sum()
         objective.backward()
-        hear(model, output.records)
+        accumulate_routing_stats(model, output.records)
         shares = {name: value.detach().double() for name, value in terms.items()}
         shares["objective"] = objective.detach().double()
         losses = self.categories.sums(token_loss.nll, row=output.row, batch=batch)

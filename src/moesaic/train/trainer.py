@@ -20,7 +20,7 @@ from moesaic.dist.flight import FLIGHT_RECORDER, mark_phase
 from moesaic.dist.world import World
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights, restore_weights
-from moesaic.moe.layer import forget, learn
+from moesaic.moe.layer import reset_routing_stats, update_stateful_rules
 from moesaic.optim.clip import GradNorm
 from moesaic.optim.state import export_state, restore_state
 from moesaic.parallel.apply import lay
@@ -126,7 +126,7 @@ class Trainer:
             group["lr"] = group["base_lr"] * factor
         self.optimizer.step()
         self.optimizer.zero_grad()
-        learn(self.model)
+        update_stateful_rules(self.model)
         self.retry.good()
         self.meters.add(seen.sums, norm=norm.norm)
         self.step += 1
@@ -163,7 +163,7 @@ class Trainer:
     def _set_aside(self, tried: Try, *, what: str) -> None:
         """Skip the update and say why."""
         self.optimizer.zero_grad()
-        forget(self.model)
+        reset_routing_stats(self.model)
         self.retry.bad(tried)
         self.meters.skipped += 1
         fate = "given up after its second try" if tried.again else "kept for one more try"

@@ -12,8 +12,8 @@ import torch.distributed as distributed
 
 from moesaic.core.shapes import Tensor
 from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
-from moesaic.moe.layer import layers
-from moesaic.moe.record import Record
+from moesaic.moe.layer import moe_layers
+from moesaic.moe.record import RoutingRecord
 from moesaic.parallel.config import Parallel
 from moesaic.parallel.slices import put
 from moesaic.parallel.spread import Spread
@@ -56,7 +56,7 @@ def model_shapes(run: Run) -> ModelShapes:
     with torch.device("meta"):
         model = run.model.build()
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return ModelShapes(shapes, {layer.name: layer.router.config.routed + 1 for layer in layers(model)})
+    return ModelShapes(shapes, {layer.name: layer.router.config.num_router_outputs + 1 for layer in moe_layers(model)})
 
 
 def record_run(run: Run, *, parallel: Parallel, shape: SyntheticShape, steps: int, model: ModelShapes) -> TrainingTrace:
@@ -99,7 +99,7 @@ def _record_weights(trace: TrainingTrace, *, trainer: Trainer, model: ModelShape
     trace.replica_differences.append(apart)
 
 
-def _expert_counts(records: Sequence[Record], *, experts: Mapping[str, int], world: World) -> NamedTensors:
+def _expert_counts(records: Sequence[RoutingRecord], *, experts: Mapping[str, int], world: World) -> NamedTensors:
     counts = {name: torch.zeros(number, dtype=torch.int64) for name, number in experts.items()}
     for record in records:
         counts[record.layer] += torch.bincount(

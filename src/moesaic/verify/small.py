@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from moesaic.core.errors import ConfigError
 from moesaic.model.blueprint import Stack
 from moesaic.model.config import ModelConfig
-from moesaic.moe.config import MoE, Sparse
+from moesaic.moe.config import MoE, SparseLayer
 from moesaic.optim.optimizer import AdamW, Muon, Optimizer
 from moesaic.optim.schedule import Constant
 from moesaic.train.precision import Float32
@@ -92,7 +92,7 @@ def _shrink_stack(config: ModelConfig, stack: Stack, *, experts: int) -> Stack:
     )
 
 
-def _shrink_moe(moe: Sparse, *, experts: int, dense: int) -> Sparse:
+def _shrink_moe(moe: SparseLayer, *, experts: int, dense: int) -> SparseLayer:
     if not isinstance(moe, MoE):
         return moe
     own = moe.hidden

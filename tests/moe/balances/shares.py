@@ -4,13 +4,13 @@ from itertools import pairwise
 
 import torch
 
-from moesaic.moe.balance import Scores
-from moesaic.moe.context import Context
-from moesaic.moe.gate import Gate
-from moesaic.moe.ranks import OneRank
+from moesaic.moe.balance import BalanceInputs
+from moesaic.moe.context import TokenContext
+from moesaic.moe.gate import RouterContext
+from moesaic.moe.ranks import SingleRankBatch
 
 
-class Told(OneRank):
+class Told(SingleRankBatch):
     """Every sum over ranks is that of the probabilities."""
 
     def __init__(self, total):
@@ -31,12 +31,12 @@ def scores_of(logits, *, select, spare=0, state=None, parts=1):
     for first, last in pairwise(cuts):
         gate = _gate(logits[first:last], spare, state)
         p, zero = select.probabilities(gate), torch.zeros_like(load)
-        yield Scores(gate, select(gate), p, load, zero, tokens, ranks)
+        yield BalanceInputs(gate, select(gate), p, load, zero, tokens, ranks)
 
 
 def _gate(logits, spare, state):
-    context = Context.plain(len(logits))
-    return Gate(logits, context, training=True, spare=spare, state=state or {})
+    context = TokenContext.unbatched(len(logits))
+    return RouterContext(logits, context, training=True, num_null_experts=spare, state=state or {})
 
 
 def value_and_gradient(term, logits, **given):

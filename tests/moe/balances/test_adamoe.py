@@ -6,7 +6,7 @@ import torch
 from moe.balances.shares import value_and_gradient
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.balances.adamoe import NullBalance
-from moesaic.moe.gate import Seen
+from moesaic.moe.gate import RoutingStats
 from moesaic.moe.selects.null_top_k import NullTopK
 
 T, TRUE, NULL = 40, 4, 3
@@ -47,7 +47,7 @@ def test_how_null_experts_share_their_tokens_changes_nothing():
     ("step", "weight"), [(0, 0.02), (50, 0.01005), (100, 0.0001), (900, 0.0001)]
 )
 def test_the_weight_is_annealed_between_its_ends(step, weight):
-    term = NullBalance(weight=0.02, final=0.0001, steps=100)
+    term = NullBalance(weight=0.02, final_weight=0.0001, decay_steps=100)
     logits = torch.randn(T, E)
     given = {"select": SELECT, "spare": NULL}
     now, _ = value_and_gradient(term, logits, state=_state(step), **given)
@@ -56,7 +56,7 @@ def test_the_weight_is_annealed_between_its_ends(step, weight):
 
 
 def test_it_counts_optimizer_steps():
-    state = NullBalance().start(E)
+    state = NullBalance().initial_state(E)
     for _ in range(3):
-        state = NullBalance().learn(state, seen=Seen.of(torch.zeros(4 * E + 1).double()))
+        state = NullBalance().update_state(state, stats=RoutingStats.from_vector(torch.zeros(4 * E + 1).double()))
     assert state["step"] == 3

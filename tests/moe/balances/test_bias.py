@@ -8,11 +8,11 @@ from moesaic.checkpoint.load import load
 from moesaic.checkpoint.save import save
 from moesaic.moe.balances.bias import BiasUpdate
 from moesaic.moe.config import MoE
-from moesaic.moe.context import Carry, Context
-from moesaic.moe.gate import Seen
-from moesaic.moe.gates import Place
-from moesaic.moe.layer import layers
-from moesaic.moe.ranks import OneRank
+from moesaic.moe.context import RouterState, TokenContext
+from moesaic.moe.gate import RoutingStats
+from moesaic.moe.gates import LayerIndex
+from moesaic.moe.layer import moe_layers
+from moesaic.moe.ranks import SingleRankBatch
 from moesaic.moe.router import Router
 from moesaic.moe.select import TopK
 from moesaic.testing.tiny import tiny_model_config, tiny_run, tiny_trainer
@@ -21,11 +21,11 @@ FREE = MoE(experts=4, select=TopK(k=2), balance=(BiasUpdate(rate=0.05),))
 
 
 def route(router, x):
-    return router(x, context=Context.plain(len(x)), carry=Carry(), ranks=OneRank())
+    return router(x, context=TokenContext.unbatched(len(x)), carry=RouterState(), ranks=SingleRankBatch())
 
 
 def made(config=FREE):
-    router = Router(config, dim=8, place=Place("test.0"))
+    router = Router(config, dim=8, layer_index=LayerIndex("test.0"))
     torch.nn.init.normal_(router.gate.weight)
     return router
 
@@ -33,7 +33,7 @@ def made(config=FREE):
 def test_the_bias_moves_by_the_sign_of_what_an_expert_lacks():
     sums = torch.zeros(17, dtype=torch.float64)
     sums[:4] = torch.tensor([10, 4, 6, 4])  # mean 6
-    state = BiasUpdate(rate=0.1).learn({"bias": torch.ones(4)}, seen=Seen.of(sums))
+    state = BiasUpdate(rate=0.1).update_state({"bias": torch.ones(4)}, stats=RoutingStats.from_vector(sums))
     torch.testing.assert_close(state["bias"], torch.tensor([0.9, 1.1, 1.0, 1.1]))
 
 
@@ -58,8 +58,8 @@ def test_an_uneven_load_evens_out_step_by_step():
     for step in range(120):
         torch.manual_seed(step)
         routed = route(router, torch.randn(400, 8) + 1)
-        router.hear(routed.sums)
-        router.learn()
+        router.accumulate_stats(routed.sums)
+        router.update_rules()
         most.append(float(routed.routing.load().max()) / 200)
     assert most[0] > 1.6
     assert sum(most[-10:]) / 10 < 1.2
@@ -78,13 +78,13 @@ def test_the_bias_learns_in_training_and_survives_a_checkpoint(tmp_path: Path):
     trainer = tiny_trainer(run)
     for _ in range(3):
         trainer.advance()
-    biases = [layer.router.get_buffer("balance0_bias").clone() for layer in layers(trainer.model)]
+    biases = [layer.router.get_buffer("balance0_bias").clone() for layer in moe_layers(trainer.model)]
     assert len(biases) == 2
     assert all((bias != 0).any() for bias in biases)
     save(tmp_path, trainer.snapshot())
     again = tiny_trainer(run)
     again.restore(load(tmp_path))
-    for layer, bias in zip(layers(again.model), biases, strict=True):
+    for layer, bias in zip(moe_layers(again.model), biases, strict=True):
         found = layer.router.get_buffer("balance0_bias")
         assert found.dtype == torch.float32
         assert torch.equal(found, bias)

@@ -9,4 +9,4 @@ from moesaic.moe.config import MoE
 
 def test_groups_that_do_not_divide_the_experts_are_refused():
     with pytest.raises(ConfigError, match="3 groups of 4"):
-        MoE(experts=4, balance=(DeviceBalance(groups=3),))
+        MoE(experts=4, balance=(DeviceBalance(num_groups=3),))

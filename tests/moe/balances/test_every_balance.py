@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from moe.scores import EXPERTS, LENGTHS, TOKENS, scores_of, shares
-from moesaic.moe.balance import RouterZ, SwitchBalance
+from moesaic.moe.balance import RouterZLoss, SwitchBalance
 from moesaic.moe.balances.adaptive import AdaptiveBalance
 from moesaic.moe.balances.bias import BiasUpdate
 from moesaic.moe.balances.device import DeviceBalance
 from moesaic.moe.balances.entropy import EntropyBalance
 from moesaic.moe.balances.global_batch import GlobalBatchBalance, MicroBatchBalance
-from moesaic.moe.balances.importance import Importance
+from moesaic.moe.balances.importance import ImportanceBalance
 from moesaic.moe.balances.sequence import SequenceBalance
 from moesaic.moe.select import TopK
 
@@ -51,10 +51,10 @@ def entropy(logits):
 
 CASES = {
     "switch": (SwitchBalance(weight=0.3), switch),
-    "z": (RouterZ(weight=0.3), lambda x: x.logsumexp(-1).square().mean()),
+    "z": (RouterZLoss(weight=0.3), lambda x: x.logsumexp(-1).square().mean()),
     "sequence": (SequenceBalance(weight=0.3), by_row),
-    "device": (DeviceBalance(weight=0.3, groups=4), by_device),
-    "importance": (Importance(weight=0.3), importance),
+    "device": (DeviceBalance(weight=0.3, num_groups=4), by_device),
+    "importance": (ImportanceBalance(weight=0.3), importance),
     "entropy": (EntropyBalance(weight=0.3), entropy),
     "adaptive": (AdaptiveBalance(weight=0.3), switch),
     "global-batch": (GlobalBatchBalance(weight=0.3), switch),

@@ -8,32 +8,32 @@ from moe.scores import EXPERTS, TOKENS, scores_of, shares
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.balances.global_batch import GlobalBatchBalance, MicroBatchBalance
 from moesaic.moe.config import MoE
-from moesaic.moe.context import Carry, Context
-from moesaic.moe.gates import Place
-from moesaic.moe.ranks import OneRank
+from moesaic.moe.context import RouterState, TokenContext
+from moesaic.moe.gates import LayerIndex
+from moesaic.moe.ranks import SingleRankBatch
 from moesaic.moe.router import Router
 from moesaic.moe.select import TopK
 
 
 def test_the_last_micro_batch_sees_the_load_of_one_large_batch():
     config = MoE(experts=4, select=TopK(k=1), balance=(GlobalBatchBalance(weight=1.0),))
-    router = Router(config, dim=6, place=Place("test.0"))
+    router = Router(config, dim=6, layer_index=LayerIndex("test.0"))
     torch.nn.init.normal_(router.gate.weight)
     x = torch.randn(60, 6)
 
     def route(part):
-        return router(part, context=Context.plain(len(part)), carry=Carry(), ranks=OneRank())
+        return router(part, context=TokenContext.unbatched(len(part)), carry=RouterState(), ranks=SingleRankBatch())
 
     whole = route(x).routing.load().double()
     losses = []
     for part in x.split(20):
         routed = route(part)
         losses.append(routed.losses["balance"])
-        router.hear(routed.sums)
+        router.accumulate_stats(routed.sums)
     mean = routed.logits.softmax(-1).mean(0)
     want = 4 * (whole / 60).float() @ mean
     torch.testing.assert_close(losses[-1], want)
-    router.learn()
+    router.update_rules()
     torch.testing.assert_close(route(x.split(20)[0]).losses["balance"], losses[0])
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from moe.balances.shares import value_and_gradient
-from moesaic.moe.balances.mutual_information import MutualInformation
+from moesaic.moe.balances.mutual_information import MutualInformationBalance
 from moesaic.moe.selects.dense_all import DenseAll
 
 T, E = 30, 5
-TERM = MutualInformation(weight=0.3)
+TERM = MutualInformationBalance(weight=0.3)
 
 
 def _by_hand(logits):

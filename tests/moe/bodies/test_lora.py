@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moesaic.moe.bodies.lora import LoRAExpert
-from moesaic.moe.experts import Size
+from moesaic.moe.experts import ExpertShape
 from moesaic.nn.activation import SwiGLU
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.ops.group import group
@@ -14,7 +14,7 @@ CHOSEN = torch.tensor([2, 0, 2, 1, 0, 2, E])  # expert 3 is idle, the last row w
 
 
 def _bank(*, bias, zero=False):
-    size = Size(E, D, FeedForwardConfig(hidden=F, activation=SwiGLU()), bias=bias)
+    size = ExpertShape(E, D, FeedForwardConfig(hidden=F, activation=SwiGLU()), bias=bias)
     bank = LoRAExpert(rank=RANK, alpha=ALPHA).build(size)
     for name, parameter in bank.named_parameters():
         torch.nn.init.normal_(parameter, std=0.4)

@@ -3,11 +3,11 @@
 import torch
 
 from moesaic.moe.bodies.memory import ProductKeyMemory
-from moesaic.moe.context import Carry, Context
+from moesaic.moe.context import RouterState, TokenContext
 from moesaic.nn.feed_forward import FeedForwardConfig
 
 DIM, SIDE, SLOTS = 32, 8, 5
-CONFIG = ProductKeyMemory(side=SIDE, slots=SLOTS)
+CONFIG = ProductKeyMemory(keys_per_side=SIDE, slots=SLOTS)
 FEED = FeedForwardConfig(hidden=24)
 
 
@@ -19,7 +19,7 @@ def _layer(config=CONFIG):
 
 
 def _run(made, x):
-    return made(x, context=Context.plain(len(x)), carry=Carry())
+    return made(x, context=TokenContext.unbatched(len(x)), carry=RouterState())
 
 
 def test_a_memory_is_a_sum_over_its_slots_beside_the_feed_forward():
@@ -52,17 +52,17 @@ def test_gradients_are_those_of_the_sum():
 def test_a_token_touches_the_share_of_both_tables_that_is_counted():
     made, x = _layer(), torch.randn(1, DIM)
     _run(made, x).out.square().sum().backward()
-    pieces = CONFIG.pieces(feed_forward=FEED, dim=DIM, bias=False)
-    shares = {piece.shape: piece.used for piece in pieces if piece.kind == "expert"}
+    pieces = CONFIG.parameter_specs(feed_forward=FEED, dim=DIM, bias=False)
+    shares = {piece.shape: piece.active_fraction for piece in pieces if piece.kind == "expert"}
     for table in (made.pre_values, made.values):
         touched = (table.grad.abs().sum(1) > 0).sum()
         assert touched == SLOTS == shares[tuple(table.shape)] * SIDE * SIDE
 
 
 def test_default_widths_are_those_of_the_paper():
-    assert CONFIG.widths(64) == (4, 12)  # one to three, a quarter of the model together
-    assert CONFIG.keys(64) == 32
-    assert CONFIG.replace(side=2, slots=16).read() == 4  # no more than there are
+    assert CONFIG.value_dims(64) == (4, 12)  # one to three, a quarter of the model together
+    assert CONFIG.resolved_key_dim(64) == 32
+    assert CONFIG.replace(side=2, slots=16).num_slots_read() == 4  # no more than there are
 
 
 def test_tokens_do_not_see_each_other():

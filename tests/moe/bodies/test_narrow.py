@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe.variants import DIM, EXPERTS, layer, run
-from moesaic.moe.bodies.narrow import Narrow
+from moesaic.moe.bodies.narrow import DownProjection
 from moesaic.moe.config import MoE
 from moesaic.moe.dispatch import LocalDispatcher
 from moesaic.moe.select import TopK
@@ -44,12 +44,12 @@ def _travelled(config):
 def test_the_bytes_that_travel_are_exactly_the_ratio(ratio):
     whole = _travelled(MIXTURE)
     assert whole == 2 * 2 * 9 * DIM * 4
-    assert _travelled(MIXTURE.replace(exchange=Narrow(ratio=ratio))) == ratio * whole
+    assert _travelled(MIXTURE.replace(exchange=DownProjection(ratio=ratio))) == ratio * whole
 
 
 def test_experts_stand_between_one_way_down_and_one_way_up():
-    made = layer(MIXTURE.replace(exchange=Narrow()))
-    low = X @ made.exchange.descend.weight.t()
+    made = layer(MIXTURE.replace(exchange=DownProjection()))
+    low = X @ made.dispatch_projection.descend.weight.t()
     assert low.shape == (9, DIM // 4)
     out, record = run(made, X)
     home = torch.zeros_like(low)
@@ -57,12 +57,12 @@ def test_experts_stand_between_one_way_down_and_one_way_up():
     for token, expert, weight in zip(edges.token, edges.expert, edges.weight, strict=True):
         hidden = made.experts.activation(low[token] @ made.experts.up[expert])
         home[token] += weight * (hidden @ made.experts.down[expert])
-    wanted = home @ made.exchange.ascend.weight.t()
+    wanted = home @ made.dispatch_projection.ascend.weight.t()
     torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_the_router_reads_whole_rows():
-    made = layer(MIXTURE.replace(exchange=Narrow()))
+    made = layer(MIXTURE.replace(exchange=DownProjection()))
     plain = layer(MIXTURE)
     plain.router.load_state_dict(made.router.state_dict())
     ours, theirs = run(made, X)[1].routing, run(plain, X)[1].routing
@@ -70,7 +70,7 @@ def test_the_router_reads_whole_rows():
 
 
 def test_both_maps_learn():
-    made = layer(MIXTURE.replace(exchange=Narrow()))
+    made = layer(MIXTURE.replace(exchange=DownProjection()))
     run(made, X)[0].square().sum().backward()
-    for part in (made.exchange.descend, made.exchange.ascend):
+    for part in (made.dispatch_projection.descend, made.dispatch_projection.ascend):
         assert part.weight.grad.abs().sum() > 0

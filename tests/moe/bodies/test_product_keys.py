@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from moesaic.moe.bodies.product_keys import ProductKeys, leading_pair, unit
+from moesaic.moe.bodies.product_keys import ProductKeys, leading_singular_vectors, unit_rms
 
 DIM, SIDE, KEY = 12, 7, 6
 
 
 def _keys(*, read, rank=2):
-    keys = ProductKeys(dim=DIM, side=SIDE, read=read, rank=rank, key_dim=KEY)
+    keys = ProductKeys(dim=DIM, keys_per_side=SIDE, num_slots_read=read, rank=rank, key_dim=KEY)
     for name, parameter in keys.named_parameters():
         torch.nn.init.normal_(parameter, std=keys.initializers()[name].std or 0.3)
     return keys
@@ -17,9 +17,9 @@ def _keys(*, read, rank=2):
 
 def _grid(keys, x):
     """Scores of all slots, by the formula."""
-    query = unit(keys.query(x).view(len(x), 2, keys.rank, KEY))
-    row = torch.einsum("trd,nd->trn", query[:, 0], unit(keys.row)) / KEY**0.5
-    column = torch.einsum("trd,nd->trn", query[:, 1], unit(keys.column)) / KEY**0.5
+    query = unit_rms(keys.query(x).view(len(x), 2, keys.rank, KEY))
+    row = torch.einsum("trd,nd->trn", query[:, 0], unit_rms(keys.row)) / KEY**0.5
+    column = torch.einsum("trd,nd->trn", query[:, 1], unit_rms(keys.column)) / KEY**0.5
     return torch.einsum("tri,rs,tsj->tij", row, keys.core, column)
 
 
@@ -58,17 +58,17 @@ def test_the_core_and_all_keys_learn():
 
 
 def test_the_core_starts_as_one_number_everywhere():
-    keys = ProductKeys(dim=DIM, side=SIDE, read=3, rank=2, key_dim=KEY)
+    keys = ProductKeys(dim=DIM, keys_per_side=SIDE, num_slots_read=3, rank=2, key_dim=KEY)
     torch.nn.init.zeros_(keys.core_change)
     assert torch.equal(keys.core, torch.full((2, 2), 0.5))
-    left, right = leading_pair(keys.core.detach())
+    left, right = leading_singular_vectors(keys.core.detach())
     for vector in (left, right):
         torch.testing.assert_close(vector, torch.full((2,), 0.5**0.5))
 
 
 def test_the_best_are_the_same_whatever_sign_the_decomposition_gives():
     core = torch.tensor([[1.0, 0.2], [0.1, 0.5]])
-    left, right = leading_pair(core)
+    left, right = leading_singular_vectors(core)
     assert left.sum() > 0
     largest = torch.linalg.svdvals(core)[0]
     torch.testing.assert_close(left @ core @ right, largest)

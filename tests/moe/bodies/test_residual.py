@@ -3,7 +3,7 @@
 import torch
 
 from moe.variants import DIM, EXPERTS, layer, run
-from moesaic.moe.bodies.residual import Residual
+from moesaic.moe.bodies.residual import ResidualExpert
 from moesaic.moe.bodies.shared import SharedExperts
 from moesaic.moe.config import MoE
 from moesaic.moe.select import SwitchTop1
@@ -20,29 +20,29 @@ def _mixed(made):
 
 
 def test_two_learned_weights_that_sum_to_one_mix_both_answers():
-    made = layer(MIXTURE.replace(beside=Residual()))
-    beside = made.beside
+    made = layer(MIXTURE.replace(beside=ResidualExpert()))
+    beside = made.shared_experts
     both = torch.softmax(X @ beside.coefficient.weight.t() + beside.coefficient.bias, -1)
     wanted = both[:, :1] * _mixed(made) + both[:, 1:] * beside.fixed(X)
     torch.testing.assert_close(run(made, X)[0], wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_with_even_weights_it_is_half_the_plain_sum():
-    made = layer(MIXTURE.replace(beside=Residual()))
+    made = layer(MIXTURE.replace(beside=ResidualExpert()))
     plain = layer(MIXTURE.replace(beside=SharedExperts(number=1)))
     state = {k.replace("fixed", "always"): v for k, v in made.state_dict().items()}
     plain.load_state_dict({k: v for k, v in state.items() if "coefficient" not in k})
     with torch.no_grad():
-        made.beside.coefficient.weight.zero_()
-        made.beside.coefficient.bias.zero_()
+        made.shared_experts.coefficient.weight.zero_()
+        made.shared_experts.coefficient.bias.zero_()
     torch.testing.assert_close(2 * run(made, X)[0], run(plain, X)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_the_weights_are_learnt_from_both_answers():
-    made = layer(MIXTURE.replace(beside=Residual()))
+    made = layer(MIXTURE.replace(beside=ResidualExpert()))
     weigh = torch.randn(9, DIM)
     (run(made, X)[0] * weigh).sum().backward()
-    beside = made.beside
+    beside = made.shared_experts
     both = torch.softmax(X @ beside.coefficient.weight.t() + beside.coefficient.bias, -1)
     gap = ((_mixed(made) - beside.fixed(X)) * weigh).sum(1)
     slope = both[:, 0] * both[:, 1] * gap

@@ -22,7 +22,7 @@ def _mixed(made):
 
 def test_shared_experts_are_added_whole_and_unweighted():
     made = layer(ROUTED.replace(beside=SharedExperts(number=3)), gated=False)
-    up, down = made.beside.always.up.weight, made.beside.always.down.weight
+    up, down = made.shared_experts.always.up.weight, made.shared_experts.always.down.weight
     wanted = _mixed(made)
     for one in range(3):
         mine = slice(one * HIDDEN, (one + 1) * HIDDEN)
@@ -32,8 +32,8 @@ def test_shared_experts_are_added_whole_and_unweighted():
 
 def test_a_gate_weighs_the_shared_experts_of_each_token():
     made = layer(ROUTED.replace(beside=GatedSharedExperts(number=2)), gated=False)
-    gate = torch.sigmoid(X @ made.beside.gate.weight.t())
-    wanted = _mixed(made) + gate * made.beside.always(X)
+    gate = torch.sigmoid(X @ made.shared_experts.gate.weight.t())
+    wanted = _mixed(made) + gate * made.shared_experts.always(X)
     assert gate.shape == (9, 1)
     torch.testing.assert_close(run(made, X)[0], wanted, rtol=1e-4, atol=1e-4)
 
@@ -42,14 +42,14 @@ def test_the_gate_learns_from_what_its_experts_answer():
     made = layer(ROUTED.replace(beside=GatedSharedExperts()), gated=False)
     weigh = torch.randn(9, DIM)
     (run(made, X)[0] * weigh).sum().backward()
-    gate = torch.sigmoid(X @ made.beside.gate.weight.t())
-    dot = (made.beside.always(X) * weigh).sum(1, keepdim=True)
+    gate = torch.sigmoid(X @ made.shared_experts.gate.weight.t())
+    dot = (made.shared_experts.always(X) * weigh).sum(1, keepdim=True)
     wanted = (dot * gate * (1 - gate) * X).sum(0, keepdim=True)
-    torch.testing.assert_close(made.beside.gate.weight.grad, wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(made.shared_experts.gate.weight.grad, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_shared_experts_answer_where_every_routed_edge_was_lost():
     made = layer(ROUTED.replace(beside=SharedExperts()), gated=False)
     with torch.no_grad():
         made.experts.down.zero_()
-    torch.testing.assert_close(run(made, X)[0], made.beside.always(X))
+    torch.testing.assert_close(run(made, X)[0], made.shared_experts.always(X))

@@ -7,8 +7,8 @@ import torch
 
 from model.samples import BASE
 from moesaic.core.errors import ConfigError
-from moesaic.moe.bodies.soft import SoftMixture
-from moesaic.moe.context import Carry, Context
+from moesaic.moe.bodies.soft import SoftMoE
+from moesaic.moe.context import RouterState, TokenContext
 from moesaic.nn.activation import SwiGLU
 from moesaic.nn.feed_forward import FeedForwardConfig
 
@@ -20,7 +20,7 @@ PLACE = torch.cat([torch.arange(n) for n in LENGTHS])
 
 def _layer():
     feed = FeedForwardConfig(hidden=10, activation=SwiGLU())
-    made = SoftMixture(experts=EXPERTS, slots=SLOTS).build(feed_forward=feed, dim=DIM, bias=False)
+    made = SoftMoE(experts=EXPERTS, slots=SLOTS).build(feed_forward=feed, dim=DIM, bias=False)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     torch.nn.init.constant_(made.scale, 3.0)
@@ -28,8 +28,8 @@ def _layer():
 
 
 def _run(layer, x, *, row=ROW, place=PLACE):
-    context = replace(Context.plain(len(x)), row=row, position=place)
-    return layer(x, context=context, carry=Carry()).out
+    context = replace(TokenContext.unbatched(len(x)), row=row, position=place)
+    return layer(x, context=context, carry=RouterState()).out
 
 
 def _definition(layer, x):
@@ -76,4 +76,4 @@ def test_every_token_reads_the_later_ones():
 
 def test_a_decoder_refuses_it():
     with pytest.raises(ConfigError, match=r"SoftMixture .*encoder\.moe"):
-        BASE.replace(moe=SoftMixture(experts=2))
+        BASE.replace(moe=SoftMoE(experts=2))

@@ -8,9 +8,9 @@ import torch
 from model.samples import BASE, ids
 from moesaic.data.batch import Batch
 from moesaic.model.transformer import Transformer
-from moesaic.moe.conditions.embeddings import OnlyTag, OnlyToken, OnTag, OnToken
+from moesaic.moe.conditions.embeddings import TagOnly, TokenOnly, HiddenStateAndTag, HiddenStateAndToken
 from moesaic.moe.config import MoE
-from moesaic.moe.context import Context
+from moesaic.moe.context import TokenContext
 from moesaic.moe.select import TopK
 
 TAGS = torch.tensor([7, 9, 7, 11])
@@ -18,7 +18,7 @@ TAGS = torch.tensor([7, 9, 7, 11])
 
 def model_with(condition) -> Transformer:
     """A model whose gates are large enough to have opinions."""
-    model = BASE.replace(moe=MoE(experts=4, select=TopK(k=1), condition=condition)).build().eval()
+    model = BASE.replace(moe=MoE(experts=4, select=TopK(k=1), router_input=condition)).build().eval()
     for name, parameter in model.named_parameters():
         if name.endswith("gate.weight"):
             torch.nn.init.normal_(parameter)
@@ -32,10 +32,10 @@ def tagged_batch() -> Batch:
     return Batch(source, target, target, none, none, none, none)
 
 
-@pytest.mark.parametrize("condition", [OnTag(), OnToken()], ids=["tag", "token"])
+@pytest.mark.parametrize("condition", [HiddenStateAndTag(), HiddenStateAndToken()], ids=["tag", "token"])
 def test_logits_are_the_sum_of_two_products(condition):
     given, x, weight = torch.randn(6, 5), torch.randn(6, 5), torch.randn(3, 10)
-    plain = Context.plain(6)
+    plain = TokenContext.unbatched(6)
     told = replace(plain, embedded=given, prompt=given)
     read = condition.build(dim=5)(x, context=told)
     torch.testing.assert_close(read @ weight.t(), x @ weight[:, :5].t() + given @ weight[:, 5:].t())
@@ -44,7 +44,7 @@ def test_logits_are_the_sum_of_two_products(condition):
 
 
 def test_with_the_tag_alone_all_tokens_of_a_row_take_one_expert_and_languages_differ():
-    model = model_with(OnlyTag())
+    model = model_with(TagOnly())
     for record in model(tagged_batch()).records:
         taken = [record.routing.expert[record.row == row].unique().tolist() for row in range(4)]
         assert all(len(experts) == 1 for experts in taken)
@@ -56,7 +56,7 @@ def test_with_the_tag_alone_all_tokens_of_a_row_take_one_expert_and_languages_di
 
 
 def test_a_tag_beside_the_state_moves_every_token_of_its_row():
-    model, batch = model_with(OnTag()), tagged_batch()
+    model, batch = model_with(HiddenStateAndTag()), tagged_batch()
     before = model(batch).records[0]
     other = batch.source.clone()
     other[1, 0] = 13
@@ -67,7 +67,7 @@ def test_a_tag_beside_the_state_moves_every_token_of_its_row():
 
 
 def test_with_the_token_alone_an_id_takes_one_expert_wherever_it_stands():
-    model, batch = model_with(OnlyToken()), tagged_batch()
+    model, batch = model_with(TokenOnly()), tagged_batch()
     for record in model(batch).records:
         tokens, experts = record.context.token, record.routing.expert
         for token in tokens.unique():
@@ -76,7 +76,7 @@ def test_with_the_token_alone_an_id_takes_one_expert_wherever_it_stands():
 
 
 def test_decoding_remembers_the_tag_of_each_row():
-    model, batch = model_with(OnlyTag()), tagged_batch()
+    model, batch = model_with(TagOnly()), tagged_batch()
     memory = model.encode(batch.source)
     cache = model.init_cache(memory, torch.arange(4))
     model.step(batch.target_in[:, :1], cache)

@@ -8,14 +8,14 @@ import torch
 from model.samples import BASE, batch_for
 from moesaic.core.errors import ConfigError
 from moesaic.model.config import Stack
-from moesaic.moe.conditions.embeddings import OnTag
+from moesaic.moe.conditions.embeddings import HiddenStateAndTag
 from moesaic.moe.config import MoE
-from moesaic.moe.links.decoupled import Decoupled
+from moesaic.moe.links.decoupled import DecoupledRouting
 from moesaic.moe.select import TopK
 
-LINK = Decoupled(dim=8, heads=2)
+LINK = DecoupledRouting(dim=8, heads=2)
 CONFIG = BASE.replace(
-    moe=MoE(experts=4, select=TopK(k=2), link=LINK),
+    moe=MoE(experts=4, select=TopK(k=2), cross_layer=LINK),
     encoder=Stack(layers=2, moe_every=1),
     decoder=Stack(layers=3, moe_every=1),
 )
@@ -57,6 +57,6 @@ def test_what_it_cannot_do_is_refused():
     with pytest.raises(ConfigError, match="Decoupled expects one number of experts"):
         CONFIG.replace(decoder=Stack(layers=2, moe_every=1, experts_per_layer=(4, 8)))
     with pytest.raises(ConfigError, match="Decoupled expects condition=Unconditioned"):
-        CONFIG.replace(moe=CONFIG.moe.replace(condition=OnTag()))
+        CONFIG.replace(moe=CONFIG.moe.replace(condition=HiddenStateAndTag()))
     with pytest.raises(ConfigError, match="heads=3"):
-        Decoupled(dim=8, heads=3)
+        DecoupledRouting(dim=8, heads=3)

@@ -7,12 +7,12 @@ from model.samples import BASE, batch_for
 from moesaic.core.errors import ConfigError
 from moesaic.model.config import Stack
 from moesaic.moe.config import MoE
-from moesaic.moe.layer import layers
-from moesaic.moe.links.pre_gated import PreGated
+from moesaic.moe.layer import moe_layers
+from moesaic.moe.links.pre_gated import PreGatedRouting
 from moesaic.moe.select import TopK
 
 CONFIG = BASE.replace(
-    moe=MoE(experts=4, select=TopK(k=2), link=PreGated()), decoder=Stack(layers=3, moe_every=1)
+    moe=MoE(experts=4, select=TopK(k=2), cross_layer=PreGatedRouting()), decoder=Stack(layers=3, moe_every=1)
 )
 
 
@@ -29,12 +29,12 @@ def test_the_first_has_two_gates_the_last_none_and_an_only_one_its_own():
 
 def test_a_layers_logits_are_known_before_it_runs():
     model, reads = CONFIG.build().eval(), {}
-    for layer in layers(model):
+    for layer in moe_layers(model):
         layer.router.register_forward_pre_hook(
             lambda _, args, name=layer.name: reads.update({name: args[0]})
         )
     logits = {record.layer: record.logits for record in model(batch_for(CONFIG)).records}
-    gates = {layer.name: layer.router.gate for layer in layers(model)}
+    gates = {layer.name: layer.router.gate for layer in moe_layers(model)}
     for below, above in (("decoder.0", "decoder.1"), ("decoder.1", "decoder.2")):
         want = reads[below] @ gates[below].ahead.t()
         torch.testing.assert_close(logits[above], want)

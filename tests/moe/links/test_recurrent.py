@@ -8,9 +8,9 @@ import torch
 from model.samples import BASE, batch_for
 from moesaic.model.config import Stack
 from moesaic.moe.config import MoE
-from moesaic.moe.gates import Place, Sight
-from moesaic.moe.layer import layers
-from moesaic.moe.links.recurrent import Recurrent
+from moesaic.moe.gates import LayerIndex, StackInput
+from moesaic.moe.layer import moe_layers
+from moesaic.moe.links.recurrent import RecurrentRouting
 from moesaic.moe.select import TopK
 from moesaic.nn.packing import Packing
 
@@ -19,9 +19,9 @@ T, D, P, E, LAYERS = 7, 10, 4, 5, 3
 
 def stack():
     """A shared cell, a gate per layer, and what each layer reads."""
-    link = Recurrent(width=P)
-    cell = link.shared(dim=D, experts=E, causal=True)
-    gates = [link.gate(dim=D, experts=E, place=Place("x", i, LAYERS)) for i in range(LAYERS)]
+    link = RecurrentRouting(width=P)
+    cell = link.build_shared(dim=D, experts=E, causal=True)
+    gates = [link.build_gate(dim=D, experts=E, layer_index=LayerIndex("x", i, LAYERS)) for i in range(LAYERS)]
     for module in [cell, *gates]:
         for parameter in module.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
@@ -30,7 +30,7 @@ def stack():
 
 def logits_of(cell, gates, reads, *, detach=False):
     packing = Packing.from_mask(torch.ones(1, T, dtype=torch.bool))
-    carry, found = cell.start(reads[0], sight=Sight(packing, packing.position)), []
+    carry, found = cell.start(reads[0], sight=StackInput(packing, packing.position)), []
     for gate, x in zip(gates, reads, strict=True):
         scored = gate(x, carry=carry)
         carry = scored.carry
@@ -71,16 +71,16 @@ def test_the_last_layers_logits_teach_the_first_projection_unless_the_state_is_d
 
 
 def test_the_layers_of_a_stack_share_one_cell_and_stacks_do_not():
-    moe = MoE(experts=4, select=TopK(k=2), link=Recurrent(width=6))
+    moe = MoE(experts=4, select=TopK(k=2), cross_layer=RecurrentRouting(width=6))
     model = BASE.replace(moe=moe, decoder=Stack(layers=3, moe_every=1)).build()
     cells = [name for name, _ in model.named_parameters() if name.endswith("cell.weight_ih")]
     assert cells == ["encoder_routing.cell.weight_ih", "decoder_routing.cell.weight_ih"]
     model.eval()(batch_for(BASE))
-    assert len(list(layers(model))) == 4
+    assert len(list(moe_layers(model))) == 4
 
 
 def test_a_gate_outside_its_stack_says_what_it_lacks():
     cell, gates, reads = stack()
-    carry = cell.start(reads[0], sight=None)
+    carry = cell.initial_state(reads[0], stack_input=None)
     with pytest.raises(TypeError, match="RecurrentCell"):
         gates[0](reads[0], carry=replace(carry, shared=None))

@@ -9,8 +9,8 @@ from model.samples import BASE
 from moesaic.core.errors import ConfigError
 from moesaic.model.config import Stack
 from moesaic.moe.config import MoE, NoMoE
-from moesaic.moe.context import Context
-from moesaic.moe.gate import Gate
+from moesaic.moe.context import TokenContext
+from moesaic.moe.gate import RouterContext
 from moesaic.moe.selects.expert_choice import ExpertChoice
 from moesaic.moe.selects.threshold import Threshold
 
@@ -19,8 +19,8 @@ MOE = MoE(experts=E, select=ExpertChoice())
 
 
 def _route(logits, row, factor=2.0):
-    context = replace(Context.plain(len(logits)), row=row)
-    return ExpertChoice(factor=factor)(Gate(logits, context))
+    context = replace(TokenContext.unbatched(len(logits)), row=row)
+    return ExpertChoice(capacity_factor=factor)(RouterContext(logits, context))
 
 
 def test_each_expert_takes_its_best_tokens_of_each_row_with_their_scores():
@@ -62,8 +62,8 @@ def test_a_choice_over_the_sequence_leaks_the_future_and_a_threshold_does_not():
     logits = torch.zeros(6, E)
     logits[:, 0] = torch.tensor([0.1, 0.2, 0.3, 0.4, 8.0, 9.0])
     changed = []
-    for rule in (ExpertChoice(factor=2.0), Threshold(p=0.51)):
-        whole, part = (rule(Gate.alone(part)) for part in (logits, logits[:4]))
+    for rule in (ExpertChoice(capacity_factor=2.0), Threshold(p=0.51)):
+        whole, part = (rule(RouterContext.from_logits(part)) for part in (logits, logits[:4]))
         early = whole.token < 4
         pairs = [
             set(zip(r.token[m].tolist(), r.expert[m].tolist(), strict=True))
@@ -87,4 +87,4 @@ def test_a_decoder_refuses_it_and_an_encoder_takes_it():
 
 def test_gradients_are_those_of_plain_scores():
     logits = torch.randn(6, E, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: ExpertChoice()(Gate.alone(x)).weight, [logits])
+    assert torch.autograd.gradcheck(lambda x: ExpertChoice()(RouterContext.from_logits(x)).weight, [logits])

@@ -4,16 +4,16 @@ from dataclasses import replace
 
 import torch
 
-from moesaic.moe.context import Context
-from moesaic.moe.gate import Gate
+from moesaic.moe.context import TokenContext
+from moesaic.moe.gate import RouterContext
 from moesaic.moe.selects.hash import Hash
 
 E = 8
 
 
 def _route(token, *, layer="encoder.1"):
-    context = replace(Context.plain(len(token)), token=token).at(layer)
-    return Hash()(Gate(torch.randn(len(token), E), context))
+    context = replace(TokenContext.unbatched(len(token)), token=token).for_layer(layer)
+    return Hash()(RouterContext(torch.randn(len(token), E), context))
 
 
 def test_the_same_id_goes_to_the_same_expert_wherever_it_stands():

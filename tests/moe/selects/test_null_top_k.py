@@ -2,16 +2,16 @@
 
 import torch
 
-from moesaic.moe.context import Context
-from moesaic.moe.gate import Gate
+from moesaic.moe.context import TokenContext
+from moesaic.moe.gate import RouterContext
 from moesaic.moe.selects.null_top_k import NullTopK
 
 T, TRUE, NULL = 60, 4, 3
 
 
 def _route(logits, k=3):
-    context = Context.plain(len(logits))
-    return NullTopK(k=k)(Gate(logits, context, training=True, spare=NULL))
+    context = TokenContext.unbatched(len(logits))
+    return NullTopK(k=k)(RouterContext(logits, context, training=True, num_null_experts=NULL))
 
 
 def test_weights_are_normalised_over_the_true_experts_among_the_k():
@@ -37,9 +37,9 @@ def test_a_token_with_null_choices_alone_gets_nothing_and_no_nan():
 
 
 def test_it_wants_null_experts_and_enough_of_all():
-    assert "ZeroExperts" in NullTopK(k=2).problems(experts=4, spare=0)
-    assert "at least 6" in NullTopK(k=6).problems(experts=5, spare=1)
-    assert NullTopK(k=5).problems(experts=5, spare=1) is None
+    assert "ZeroExperts" in NullTopK(k=2).problems(experts=4, num_null_experts=0)
+    assert "at least 6" in NullTopK(k=6).problems(experts=5, num_null_experts=1)
+    assert NullTopK(k=5).problems(experts=5, num_null_experts=1) is None
 
 
 def test_gradients_are_those_of_the_formula():

@@ -2,13 +2,13 @@
 
 import torch
 
-from moesaic.moe.gate import Gate
+from moesaic.moe.gate import RouterContext
 from moesaic.moe.selects.threshold import Threshold
 
 
 def test_an_edge_is_wherever_the_score_passes_and_weighs_it():
     logits = torch.randn(50, 4)
-    routing = Threshold(p=0.6)(Gate.alone(logits))
+    routing = Threshold(p=0.6)(RouterContext.from_logits(logits))
     score = logits.sigmoid()
     passed = score > 0.6
     assert torch.equal(torch.stack([routing.token, routing.expert], 1), passed.nonzero())
@@ -17,7 +17,7 @@ def test_an_edge_is_wherever_the_score_passes_and_weighs_it():
 
 def test_one_expert_makes_a_mixture_of_depths():
     logits = torch.tensor([[1.0], [-1.0], [0.1], [0.0]])
-    routing = Threshold()(Gate.alone(logits))
+    routing = Threshold()(RouterContext.from_logits(logits))
     assert routing.token.tolist() == [0, 2]
     assert routing.load().tolist() == [2]
     assert not routing.dropped.any()
@@ -25,7 +25,7 @@ def test_one_expert_makes_a_mixture_of_depths():
 
 def test_a_prefix_is_routed_the_same_with_and_without_what_follows():
     logits = torch.randn(30, 4)
-    whole, part = Threshold()(Gate.alone(logits)), Threshold()(Gate.alone(logits[:20]))
+    whole, part = Threshold()(RouterContext.from_logits(logits)), Threshold()(RouterContext.from_logits(logits[:20]))
     early = whole.token < 20
     assert torch.equal(whole.expert[early], part.expert)
     assert torch.equal(whole.weight[early], part.weight)
@@ -33,4 +33,4 @@ def test_a_prefix_is_routed_the_same_with_and_without_what_follows():
 
 def test_gradients_are_those_of_the_sigmoid():
     logits = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: Threshold()(Gate.alone(x)).weight, [logits])
+    assert torch.autograd.gradcheck(lambda x: Threshold()(RouterContext.from_logits(x)).weight, [logits])

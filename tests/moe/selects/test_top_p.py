@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from moesaic.core.errors import ConfigError
-from moesaic.moe.gate import Gate
+from moesaic.moe.gate import RouterContext
 from moesaic.moe.selects.top_p import TopP
 
 P = torch.tensor([[0.1, 0.5, 0.15, 0.25]])
 
 
 def _route(rule, probability):
-    return rule(Gate.alone(probability.log()))
+    return rule(RouterContext.from_logits(probability.log()))
 
 
 @pytest.mark.parametrize(
@@ -38,23 +38,23 @@ def test_top_p_that_is_never_reached_takes_all_and_one_that_is_reached_at_once_t
     certain = torch.tensor([[0.0, 200.0, 0.0, 0.0]])
     assert even.log().softmax(-1).cumsum(-1)[0, -1] <= 1
     assert sorted(_route(TopP(p=almost), even).expert.tolist()) == list(range(7))
-    assert TopP(p=almost)(Gate.alone(certain)).expert.tolist() == [1]
+    assert TopP(p=almost)(RouterContext.from_logits(certain)).expert.tolist() == [1]
     with pytest.raises(ConfigError, match="less than 1"):
         TopP(p=1.0)
 
 
 def test_a_cap_keeps_the_likeliest():
-    assert _route(TopP(p=0.95, most=2), P).expert.tolist() == [1, 3]
-    assert _route(TopP(p=0.95, most=9), P).expert.tolist() == [0, 1, 2, 3]
+    assert _route(TopP(p=0.95, max_experts=2), P).expert.tolist() == [1, 3]
+    assert _route(TopP(p=0.95, max_experts=9), P).expert.tolist() == [0, 1, 2, 3]
 
 
 def test_no_token_takes_more_than_is_counted_with():
     for p, most in ((0.3, None), (0.8, None), (0.8, 3)):
-        rule = TopP(p=p, most=most)
-        routing = rule(Gate.alone(0.01 * torch.randn(500, 9)))
+        rule = TopP(p=p, max_experts=most)
+        routing = rule(RouterContext.from_logits(0.01 * torch.randn(500, 9)))
         assert torch.bincount(routing.token).max() == rule.experts_per_token(9)
 
 
 def test_gradients_are_those_of_plain_probabilities():
     logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: TopP(p=0.6)(Gate.alone(x)).weight, [logits])
+    assert torch.autograd.gradcheck(lambda x: TopP(p=0.6)(RouterContext.from_logits(x)).weight, [logits])

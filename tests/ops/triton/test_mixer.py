@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moesaic.moe.experts import Experts, Size
+from moesaic.moe.experts import GroupedExperts, ExpertShape
 from moesaic.nn.activation import GELU, ReLU, SquaredReLU, SwiGLU
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.ops.grouped import Banks, Segments
@@ -170,8 +170,8 @@ def test_it_is_a_mixer():
 
 
 def test_a_layer_gives_the_same_with_the_kernels_as_without(device, monkeypatch):
-    size = Size(EXPERTS, DIM, FeedForwardConfig(hidden=HIDDEN, activation=SwiGLU()), bias=True)
-    experts = Experts(size)
+    size = ExpertShape(EXPERTS, DIM, FeedForwardConfig(hidden=HIDDEN, activation=SwiGLU()), bias=True)
+    experts = GroupedExperts(size)
     for seed, bank in enumerate(experts.parameters()):
         bank.data = draw(*bank.shape, device=device, seed=seed, scale=0.2)
     edges = edges_of(*ROUTES["some-dropped"], device)
@@ -179,7 +179,7 @@ def test_a_layer_gives_the_same_with_the_kernels_as_without(device, monkeypatch)
     results = []
     for mixer in (Composed(Segments()), MIXER):
         monkeypatch.setattr("moesaic.moe.experts.pick_mixer", lambda *_, m=mixer, **__: m)
-        out = experts.mix(x, edges=edges)
+        out = experts.forward_edges(x, edges=edges)
         results.append([out, *torch.autograd.grad(out.square().sum(), list(experts.parameters()))])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -6,7 +6,7 @@ import torch
 
 from moesaic.checkpoint.routes import RoutesFile
 from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
-from moesaic.moe.agreement import compare
+from moesaic.moe.agreement import compare_routes
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity
 from moesaic.optim.optimizer import AdamW
@@ -69,8 +69,8 @@ def test_the_probe_routes_the_same_text_before_training_and_every_so_often(tmp_p
     ((encoder, _),) = files[0]
     assert torch.equal(encoder.tokens.token, held_out.source[held_out.source_mask])
     assert not encoder.routing.dropped.any()  # in evaluation nothing is
-    assert compare(files[0], files[0]).edges == 1
-    assert compare(files[0], files[2]).edges < 1
+    assert compare_routes(files[0], files[0]).edges == 1
+    assert compare_routes(files[0], files[2]).edges < 1
 
 
 def test_probing_and_recording_change_nothing_in_training(tmp_path: Path) -> None:

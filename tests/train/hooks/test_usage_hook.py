@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
-from moesaic.moe.balance import Balance, RouterZ, SwitchBalance
+from moesaic.moe.balance import Balance, RouterZLoss, SwitchBalance
 from moesaic.moe.balances.bias import BiasUpdate
 from moesaic.moe.balances.device import DeviceBalance
 from moesaic.moe.balances.entropy import EntropyBalance
 from moesaic.moe.balances.sequence import SequenceBalance
 from moesaic.moe.config import MoE, NoMoE
-from moesaic.moe.context import Context
-from moesaic.moe.limit import AtRandom, ByPosition, Capacity
+from moesaic.moe.context import TokenContext
+from moesaic.moe.limit import RandomPriority, PositionPriority, Capacity
 from moesaic.moe.select import TopK
 from moesaic.moe.selects.threshold import Threshold
 from moesaic.observe.signs import RouterSettings
@@ -103,7 +103,7 @@ def test_the_doctor_knows_every_term_that_evens_the_load() -> None:
     found = setting(SequenceBalance(weight=0.1), DeviceBalance(weight=0.2), EntropyBalance())
     assert found.balance_weight == pytest.approx(0.3)
     assert (found.balance, found.bias_rate) == ("DeviceBalance", 0.0)
-    free = setting(BiasUpdate(rate=0.002), RouterZ(weight=0.5))
+    free = setting(BiasUpdate(rate=0.002), RouterZLoss(weight=0.5))
     assert (free.balance_weight, free.bias_rate, free.z_weight) == (0.0, 0.002, 0.5)
 
 
@@ -111,13 +111,13 @@ def test_the_queue_is_that_of_the_rows_keys_whatever_their_order_in_the_batch() 
     row = torch.tensor([0, 0, 1, 1, 2, 2])
     key = torch.tensor([70, 10, 40])[row]
     none = torch.zeros(6, dtype=torch.long)
-    context = Context(row, torch.tensor([0, 1] * 3), none, none, key)
+    context = TokenContext(row, torch.tensor([0, 1] * 3), none, none, key)
     assert late_in_queue(context).tolist() == [True, True, False, False, False, True]
 
 
 def test_room_by_position_is_seen_and_room_at_random_is_not(tmp_path: Path) -> None:
     shares = {}
-    for priority in (ByPosition(), AtRandom()):
+    for priority in (PositionPriority(), RandomPriority()):
         moe = MoE(experts=4, limit=Capacity(factor=0.5, priority=priority))
         run = tiny_run(log=Log(every=1, routes_every=1), model=tiny_model_config(moe=moe))
         trainer = tiny_trainer(run)
@@ -125,5 +125,5 @@ def test_room_by_position_is_seen_and_room_at_random_is_not(tmp_path: Path) -> N
         loop(trainer, hooks=[WatchUsage(tmp_path / "u.json", trainer=trainer)], until=1)
         (layer, _) = read_usage(tmp_path / "u.json").layers
         shares[type(priority)] = layer.dropped_late / layer.dropped.sum()
-    assert shares[ByPosition] > 0.8
-    assert 0.4 < shares[AtRandom] < 0.6
+    assert shares[PositionPriority] > 0.8
+    assert 0.4 < shares[RandomPriority] < 0.6

@@ -4,14 +4,14 @@ import torch
 
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import AtRandom, Capacity
+from moesaic.moe.limit import RandomPriority, Capacity
 from moesaic.testing.tiny import tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.hooks.validate import Validate
 from moesaic.train.loop import loop
 from moesaic.train.run import Validation
 from moesaic.train.trainer import Trainer
 
-MOE = MoE(experts=4, limit=Capacity(factor=1.0, priority=AtRandom()), balance=(SwitchBalance(),))
+MOE = MoE(experts=4, limit=Capacity(factor=1.0, priority=RandomPriority()), balance=(SwitchBalance(),))
 
 
 def _trainer(every: int) -> Trainer:

@@ -37,7 +37,7 @@ def deepseek_moe_16b() -> Preset:
             hidden=1408,
             select=TopK(k=6, normalise="none"),
             balance=(SwitchBalance(weight=0.001),),
-            beside=SharedExperts(number=2),
+            shared_experts=SharedExperts(number=2),
         ),
         embedding=EmbeddingConfig(tied=False, scaled=False),
     )
@@ -59,7 +59,7 @@ def deepseek_moe_2b() -> Preset:
         decoder=Stack(layers=9, moe_every=1),
         attention=AttentionConfig(heads=10),
         feed_forward=FeedForwardConfig(hidden=hidden),
-        moe=fine_grained(coarse, hidden=hidden, parts=4, shared=1),
+        moe=fine_grained(coarse, hidden=hidden, splits=4, shared=1),
         embedding=EmbeddingConfig(tied=False, scaled=False),
     )
     guessed = ("vocab_size", "feed_forward", "embedding", "init")

@@ -8,9 +8,9 @@ usual ones of such decoders and our guesses; with them the counts agree.
 
 from moesaic.model.config import Stack, ModelConfig
 from moesaic.model.presets.preset import Preset, Published
-from moesaic.moe.bodies.residual import Residual
+from moesaic.moe.bodies.residual import ResidualExpert
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import AtRandom, Capacity
+from moesaic.moe.limit import RandomPriority, Capacity
 from moesaic.moe.select import SwitchTop1
 from moesaic.nn.activation import GELU
 from moesaic.nn.attention import AttentionConfig
@@ -24,7 +24,7 @@ GUESSED = ("vocab_size", "feed_forward", "norm", "position", "embedding", "bias"
 MIXTURE = MoE(
     experts=128,
     select=SwitchTop1(),
-    limit=Capacity(factor=1.0, eval_factor=1.0, priority=AtRandom()),
+    limit=Capacity(factor=1.0, eval_factor=1.0, priority=RandomPriority()),
 )
 
 
@@ -35,7 +35,7 @@ def moe_128() -> Preset:
 
 def pyramid_residual() -> Preset:
     """350M+PR-MoE-32/64: a pyramid of residual mixtures (published as 4B)."""
-    residual = MIXTURE.replace(experts=32, beside=Residual())
+    residual = MIXTURE.replace(experts=32, beside=ResidualExpert())
     return _preset(residual, pyramid=(32,) * 10 + (64,) * 2, published=4e9)
 
 

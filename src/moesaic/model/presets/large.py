@@ -50,7 +50,7 @@ def trillion() -> Preset:
             hidden=2048,
             select=TopK(k=8),
             balance=(SwitchBalance(weight=0.001),),
-            beside=SharedExperts(number=1),
+            shared_experts=SharedExperts(number=1),
         ),
         embedding=EmbeddingConfig(tied=False, scaled=False),
     )

@@ -10,7 +10,7 @@ do not load its weights: details that change no shape (capacity, dropout) are gu
 from moesaic.model.config import Stack, ModelConfig
 from moesaic.model.presets.preset import Preset, Published
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import ByWeight, Capacity
+from moesaic.moe.limit import WeightPriority, Capacity
 from moesaic.moe.select import Top2
 from moesaic.nn.activation import ReLU
 from moesaic.nn.attention import AttentionConfig
@@ -31,7 +31,7 @@ def nllb_moe_54b() -> Preset:
         moe=MoE(
             experts=128,
             select=Top2(),
-            limit=Capacity(factor=1.0, priority=ByWeight()),
+            limit=Capacity(factor=1.0, priority=WeightPriority()),
         ),
         norm=LayerNorm(bias=True),
         position=Sinusoidal(),

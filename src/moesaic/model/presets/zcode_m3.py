@@ -14,8 +14,8 @@ close that gap), so it fits; it does not confirm.
 from moesaic.model.config import Stack, ModelConfig
 from moesaic.model.presets.preset import Preset, Published
 from moesaic.moe.balance import SwitchBalance
-from moesaic.moe.config import MoE, NoMoE, Sparse
-from moesaic.moe.limit import AtRandom, Capacity
+from moesaic.moe.config import MoE, NoMoE, SparseLayer
+from moesaic.moe.limit import RandomPriority, Capacity
 from moesaic.moe.select import SwitchTop1
 from moesaic.nn.activation import ReLU
 from moesaic.nn.attention import AttentionConfig
@@ -56,12 +56,12 @@ def _moe(experts: int) -> MoE:
     return MoE(
         experts=experts,
         select=SwitchTop1(),
-        limit=Capacity(factor=1.0, eval_factor=2.0, priority=AtRandom()),
+        limit=Capacity(factor=1.0, eval_factor=2.0, priority=RandomPriority()),
         balance=(SwitchBalance(weight=0.01),),
     )
 
 
-def _preset(moe: Sparse, *, published: tuple[Published, ...] = ()) -> Preset:
+def _preset(moe: SparseLayer, *, published: tuple[Published, ...] = ()) -> Preset:
     config = ModelConfig(
         vocab_size=128_000,
         dim=1024,

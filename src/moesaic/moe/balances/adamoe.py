@@ -7,8 +7,8 @@ import torch
 from pydantic import Field
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.balance import Balance, Scores
-from moesaic.moe.gate import Seen, State
+from moesaic.moe.balance import Balance, BalanceInputs
+from moesaic.moe.gate import RoutingStats, RuleState
 
 
 class NullBalance(Balance):
@@ -21,28 +21,28 @@ class NullBalance(Balance):
     """
 
     weight: float = Field(default=0.02, ge=0)
-    final: float = Field(default=0.0001, ge=0)
-    steps: int = Field(default=1000, ge=1)
+    final_weight: float = Field(default=0.0001, ge=0)
+    decay_steps: int = Field(default=1000, ge=1)
 
-    def __call__(self, scores: Scores) -> Float[Tensor, ""]:
-        load = scores.load
+    def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
+        load = inputs.load
         fraction = load / load.sum().clamp(min=1)
-        true = load.numel() - scores.gate.spare
-        if scores.gate.spare:
-            nulls = fraction[true:].mean().expand(scores.gate.spare)
+        true = load.numel() - inputs.router.num_null_experts
+        if inputs.router.num_null_experts:
+            nulls = fraction[true:].mean().expand(inputs.router.num_null_experts)
             fraction = torch.cat([fraction[:true], nulls])
-        mean = scores.probabilities.sum(0) / scores.tokens.clamp(min=1).float()
-        done = (scores.gate.state["step"] / self.steps).clamp(max=1)
-        alpha = self.weight + (self.final - self.weight) * done
+        mean = inputs.probabilities.sum(0) / inputs.num_tokens.clamp(min=1).float()
+        done = (inputs.router.state["step"] / self.decay_steps).clamp(max=1)
+        alpha = self.weight + (self.final_weight - self.weight) * done
         return alpha * load.numel() * torch.dot(fraction.float(), mean)
 
-    def evening(self) -> float:
+    def balancing_weight(self) -> float:
         return self.weight
 
-    def start(self, num_experts: int) -> dict[str, Tensor]:
+    def initial_state(self, num_experts: int) -> dict[str, Tensor]:
         del num_experts
         return {"step": torch.zeros(())}
 
-    def learn(self, state: State, *, seen: Seen) -> State:
-        del seen
+    def update_state(self, state: RuleState, *, stats: RoutingStats) -> RuleState:
+        del stats
         return {"step": state["step"] + 1}

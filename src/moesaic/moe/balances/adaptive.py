@@ -7,8 +7,8 @@ import torch
 from pydantic import Field
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.balance import Balance, Scores, agreement
-from moesaic.moe.gate import Seen, State
+from moesaic.moe.balance import Balance, BalanceInputs, load_balance_loss
+from moesaic.moe.gate import RoutingStats, RuleState
 from moesaic.moe.limit import Dropless, Limit
 
 
@@ -24,32 +24,32 @@ class AdaptiveBalance(Balance):
     """
 
     weight: float = 0.01
-    most: float = Field(default=0.05, gt=0)
-    least: float = Field(default=0.001, ge=0)
+    max_dropped: float = Field(default=0.05, gt=0)
+    min_dropped: float = Field(default=0.001, ge=0)
     log_step: float = Field(default=0.01, gt=0)
-    memory: float = Field(default=0.01, gt=0, le=1)
+    ema_weight: float = Field(default=0.01, gt=0, le=1)
 
-    def __call__(self, scores: Scores) -> Float[Tensor, ""]:
-        scale = scores.gate.state["log_scale"].exp()
-        return scale * self.weight * agreement(scores, load=scores.load)
+    def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
+        scale = inputs.router.state["log_scale"].exp()
+        return scale * self.weight * load_balance_loss(inputs, load=inputs.load)
 
-    def evening(self) -> float:
+    def balancing_weight(self) -> float:
         return self.weight
 
     def problems(self, *, experts: int, limit: Limit) -> str | None:
         del experts
         return "a limit that can drop edges, not Dropless" if isinstance(limit, Dropless) else None
 
-    def start(self, num_experts: int) -> dict[str, Tensor]:
+    def initial_state(self, num_experts: int) -> dict[str, Tensor]:
         del num_experts
         return {name: torch.zeros(()) for name in ("log_scale", "average", "steps")}
 
-    def learn(self, state: State, *, seen: Seen) -> State:
-        total = seen.load.sum()
-        over = (total - seen.kept.sum()) / total.clamp(min=1)
+    def update_state(self, state: RuleState, *, stats: RoutingStats) -> RuleState:
+        total = stats.load.sum()
+        over = (total - stats.kept_load.sum()) / total.clamp(min=1)
         steps = state["steps"] + 1
-        newest = (1 / steps).clamp(min=self.memory)
+        newest = (1 / steps).clamp(min=self.ema_weight)
         average = state["average"] + newest * (over.float() - state["average"])
-        move = (average > self.most).float() - (average < self.least).float()
+        move = (average > self.max_dropped).float() - (average < self.min_dropped).float()
         log_scale = state["log_scale"] + self.log_step * move
         return {"log_scale": log_scale, "average": average, "steps": steps}

@@ -7,8 +7,8 @@ import torch
 from pydantic import Field
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.balance import Balance, Scores
-from moesaic.moe.gate import Seen, State
+from moesaic.moe.balance import Balance, BalanceInputs
+from moesaic.moe.gate import RoutingStats, RuleState
 
 
 class BiasUpdate(Balance):
@@ -22,15 +22,15 @@ class BiasUpdate(Balance):
 
     rate: float = Field(default=0.001, gt=0)
 
-    def __call__(self, scores: Scores) -> Float[Tensor, ""]:
-        return scores.zero()
+    def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
+        return inputs.zero()
 
-    def bias(self, state: State) -> Float[Tensor, "E"] | None:
+    def selection_bias(self, state: RuleState) -> Float[Tensor, "E"] | None:
         return state["bias"]
 
-    def start(self, num_experts: int) -> dict[str, Tensor]:
+    def initial_state(self, num_experts: int) -> dict[str, Tensor]:
         return {"bias": torch.zeros(num_experts)}
 
-    def learn(self, state: State, *, seen: Seen) -> State:
-        wanting = seen.load.mean() - seen.load
+    def update_state(self, state: RuleState, *, stats: RoutingStats) -> RuleState:
+        wanting = stats.load.mean() - stats.load
         return {"bias": state["bias"] + self.rate * wanting.sign().float()}

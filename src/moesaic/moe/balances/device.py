@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.balance import Balance, Scores
+from moesaic.moe.balance import Balance, BalanceInputs
 from moesaic.moe.limit import Limit
 
 
@@ -20,20 +20,20 @@ class DeviceBalance(Balance):
     """
 
     weight: float = 0.05
-    groups: int = Field(default=2, ge=1)
+    num_groups: int = Field(default=2, ge=1)
 
-    def __call__(self, scores: Scores) -> Float[Tensor, ""]:
-        working = scores.load.numel() - scores.gate.spare
-        share = scores.load[:working] / scores.load.sum().clamp(min=1)
-        used = scores.load.numel() * share.float().view(self.groups, -1).mean(1)
-        mean = scores.probabilities[:, :working].sum(0) / scores.tokens.clamp(min=1).float()
-        return self.weight * torch.dot(used, mean.view(self.groups, -1).sum(1))
+    def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
+        working = inputs.load.numel() - inputs.router.num_null_experts
+        share = inputs.load[:working] / inputs.load.sum().clamp(min=1)
+        used = inputs.load.numel() * share.float().view(self.num_groups, -1).mean(1)
+        mean = inputs.probabilities[:, :working].sum(0) / inputs.num_tokens.clamp(min=1).float()
+        return self.weight * torch.dot(used, mean.view(self.num_groups, -1).sum(1))
 
-    def evening(self) -> float:
+    def balancing_weight(self) -> float:
         return self.weight
 
     def problems(self, *, experts: int, limit: Limit) -> str | None:
         del limit
-        if experts % self.groups == 0:
+        if experts % self.num_groups == 0:
             return None
-        return f"groups to divide the experts, not {self.groups} groups of {experts}"
+        return f"groups to divide the experts, not {self.num_groups} groups of {experts}"

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.balance import Balance, Scores
+from moesaic.moe.balance import Balance, BalanceInputs
 
 
 class EntropyBalance(Balance):
@@ -21,7 +21,7 @@ class EntropyBalance(Balance):
     name: ClassVar[str] = "entropy"
     weight: float = 0.0001
 
-    def __call__(self, scores: Scores) -> Float[Tensor, ""]:
-        p = scores.probabilities
+    def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
+        p = inputs.probabilities
         log = p.clamp(min=torch.finfo(p.dtype).tiny).log()
-        return -self.weight * (p * log).sum() / scores.tokens.clamp(min=1).float()
+        return -self.weight * (p * log).sum() / inputs.num_tokens.clamp(min=1).float()

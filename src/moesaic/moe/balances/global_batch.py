@@ -6,7 +6,7 @@ Letters: E experts, R ranks.
 import torch
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.balance import Balance, Scores, agreement
+from moesaic.moe.balance import Balance, BalanceInputs, load_balance_loss
 
 
 class GlobalBatchBalance(Balance):
@@ -21,10 +21,10 @@ class GlobalBatchBalance(Balance):
 
     weight: float = 0.01
 
-    def __call__(self, scores: Scores) -> Float[Tensor, ""]:
-        return self.weight * agreement(scores, load=scores.heard + scores.load)
+    def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
+        return self.weight * load_balance_loss(inputs, load=inputs.accumulated_load + inputs.load)
 
-    def evening(self) -> float:
+    def balancing_weight(self) -> float:
         return self.weight
 
 
@@ -37,14 +37,14 @@ class MicroBatchBalance(Balance):
 
     weight: float = 0.01
 
-    def __call__(self, scores: Scores) -> Float[Tensor, ""]:
-        tokens = scores.routing.num_tokens
-        busy = scores.ranks.sum(scores.tokens.new_full((1,), float(tokens > 0)))
-        load = scores.routing.load()
+    def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
+        tokens = inputs.routing.num_tokens
+        busy = inputs.batch_group.sum(inputs.num_tokens.new_full((1,), float(tokens > 0)))
+        load = inputs.routing.load()
         fraction = (load / load.sum().clamp(min=1)).float()
-        mean = scores.probabilities.sum(0) / max(tokens, 1)
+        mean = inputs.probabilities.sum(0) / max(tokens, 1)
         own = self.weight * load.numel() * torch.dot(fraction, mean)
         return own / busy[0].clamp(min=1).float()
 
-    def evening(self) -> float:
+    def balancing_weight(self) -> float:
         return self.weight

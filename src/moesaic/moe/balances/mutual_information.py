@@ -8,10 +8,10 @@ from typing import ClassVar
 from pydantic import Field
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.balance import Balance, Scores
+from moesaic.moe.balance import Balance, BalanceInputs
 
 
-class MutualInformation(Balance):
+class MutualInformationBalance(Balance):
     """``weight * (mean over tokens of H(e | x) - H(e))``, natural logs (DS-MoE, 2404.05567).
 
     Minus the mutual information of tokens and experts: between ``-weight * log E`` and 0. H(e) is
@@ -24,17 +24,17 @@ class MutualInformation(Balance):
     name: ClassVar[str] = "mutual_information"
     weight: float = Field(default=0.0005, ge=0)
 
-    def __call__(self, scores: Scores) -> Float[Tensor, ""]:
-        tokens = scores.tokens.clamp(min=1).float()
-        p = scores.probabilities
-        mean = scores.ranks.sum(p.detach().double().sum(0)).float() / tokens
+    def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
+        tokens = inputs.num_tokens.clamp(min=1).float()
+        p = inputs.probabilities
+        mean = inputs.batch_group.sum(p.detach().double().sum(0)).float() / tokens
         # one sum: the difference of two large ones would be rounded away
-        return self.weight * (p * (_log(mean) - _log(p))).sum() / tokens
+        return self.weight * (p * (_clamped_log(mean) - _clamped_log(p))).sum() / tokens
 
-    def evening(self) -> float:
+    def balancing_weight(self) -> float:
         return self.weight
 
 
-def _log(p: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+def _clamped_log(p: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
     """Natural logarithm, large and finite at zero (0 log 0 is 0)."""
     return p.clamp(min=1e-30).log()

@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.bodies.shared import dense_pieces
-from moesaic.moe.experts import Expert, ExpertBank, Size, as_autocast
-from moesaic.moe.pieces import Piece
+from moesaic.moe.bodies.shared import feed_forward_parameter_specs
+from moesaic.moe.experts import Expert, ExpertModule, ExpertShape, as_autocast
+from moesaic.moe.pieces import ParameterSpec
 from moesaic.nn.feed_forward import DenseFeedForward
 from moesaic.nn.start import CustomInitializers, Initializer
 from moesaic.ops.choose import pick_engine
@@ -32,30 +32,30 @@ class LoRAExpert(Expert):
     rank: int = Field(default=8, ge=1)
     alpha: float = Field(default=16.0, gt=0)
 
-    def build(self, size: Size) -> "LoRAExperts":
+    def build(self, size: ExpertShape) -> "LoRAExperts":
         return LoRAExperts(size, rank=self.rank, scale=self.alpha / self.rank)
 
-    def pieces(self, size: Size, *, used: float) -> Sequence[Piece]:
+    def parameter_specs(self, size: ExpertShape, *, active_fraction: float) -> Sequence[ParameterSpec]:
         experts, rank, feed = size.num_experts, self.rank, size.feed_forward
         width = feed.activation.width(feed.hidden)
-        base = dense_pieces(feed, dim=size.dim, bias=size.bias)
+        base = feed_forward_parameter_specs(feed, dim=size.dim, bias=size.bias)
         banks = ((size.dim, rank), (rank, width), (feed.hidden, rank), (rank, size.dim))
         return [
-            *(Piece(piece.kind, piece.shape, times=used * experts) for piece in base),
-            *(Piece("expert", (experts, *shape), used) for shape in banks),
+            *(ParameterSpec(piece.kind, piece.shape, uses_per_token=active_fraction * experts) for piece in base),
+            *(ParameterSpec("expert", (experts, *shape), active_fraction) for shape in banks),
         ]
 
-    def kept(self, size: Size, *, edges: float, live: float = 1.0) -> float:
-        del live  # rows of edges that lead nowhere are kept, too
+    def saved_activations(self, size: ExpertShape, *, edges: float, live_fraction: float = 1.0) -> float:
+        del live_fraction  # rows of edges that lead nowhere are kept, too
         feed = size.feed_forward
         inner = feed.activation.saved_activations * feed.hidden + 2 * self.rank
         return edges * (2 * size.dim + inner + 4)
 
 
-class LoRAExperts(ExpertBank, CustomInitializers):
+class LoRAExperts(ExpertModule, CustomInitializers):
     """``up_a`` [E, D, r], ``up_b`` [E, r, F], ``down_a`` [E, F, r], ``down_b`` [E, r, D]."""
 
-    def __init__(self, size: Size, *, rank: int, scale: float) -> None:
+    def __init__(self, size: ExpertShape, *, rank: int, scale: float) -> None:
         super().__init__()
         experts, feed = size.num_experts, size.feed_forward
         width = feed.activation.width(feed.hidden)
@@ -71,12 +71,12 @@ class LoRAExperts(ExpertBank, CustomInitializers):
 
     def forward(self, rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
         rows = as_autocast(rows)
-        low = self._change(rows, a=self.up_a, b=self.up_b, groups=groups)
+        low = self._low_rank_product(rows, a=self.up_a, b=self.up_b, groups=groups)
         hidden = self.activation(self.base.up(rows) + low)
-        low = self._change(hidden, a=self.down_a, b=self.down_b, groups=groups)
+        low = self._low_rank_product(hidden, a=self.down_a, b=self.down_b, groups=groups)
         return zero_tail(self.base.down(hidden) + low, ends=groups.ends)
 
-    def _change(self, rows: Tensor, *, a: Tensor, b: Tensor, groups: Groups) -> Tensor:
+    def _low_rank_product(self, rows: Tensor, *, a: Tensor, b: Tensor, groups: Groups) -> Tensor:
         engine = pick_engine(rows)
         low = grouped_product(rows, bank=a, groups=groups, engine=engine)
         return self.scale * grouped_product(low, bank=b, groups=groups, engine=engine)

@@ -9,11 +9,11 @@ from pydantic import Field
 from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.around import Exchange, Passage
-from moesaic.moe.pieces import Piece
+from moesaic.moe.around import DispatchProjection, IdentityProjection
+from moesaic.moe.pieces import ParameterSpec
 
 
-class Narrow(Exchange):
+class DownProjection(DispatchProjection):
     """Descend, communicate, communicate, ascend: BigMac (2502.16927), ``M = ratio * D``.
 
     One map D to M before rows travel and one M to D after they are home, each shared by all experts
@@ -24,28 +24,28 @@ class Narrow(Exchange):
 
     ratio: float = Field(default=0.25, gt=0, le=1)
 
-    def dim(self, dim: int) -> int:
+    def expert_dim(self, dim: int) -> int:
         return max(1, round(dim * self.ratio))
 
-    def build(self, *, dim: int) -> Passage:
-        return _Narrow(dim=dim, narrow=self.dim(dim))
+    def build(self, *, dim: int) -> IdentityProjection:
+        return _LinearProjection(dim=dim, narrow=self.expert_dim(dim))
 
-    def pieces(self, *, dim: int) -> Sequence[Piece]:
-        narrow = self.dim(dim)
-        return [Piece("matrix", (narrow, dim)), Piece("matrix", (dim, narrow))]
+    def parameter_specs(self, *, dim: int) -> Sequence[ParameterSpec]:
+        narrow = self.expert_dim(dim)
+        return [ParameterSpec("matrix", (narrow, dim)), ParameterSpec("matrix", (dim, narrow))]
 
-    def kept(self, *, dim: int) -> float:
-        return self.dim(dim)
+    def saved_activations(self, *, dim: int) -> float:
+        return self.expert_dim(dim)
 
 
-class _Narrow(Passage):
+class _LinearProjection(IdentityProjection):
     def __init__(self, *, dim: int, narrow: int) -> None:
         super().__init__()
         self.descend = nn.Linear(dim, narrow, bias=False)
         self.ascend = nn.Linear(narrow, dim, bias=False)
 
-    def enter(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T M"]:
+    def project(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T M"]:
         return self.descend(x)
 
-    def leave(self, y: Float[Tensor, "T M"]) -> Float[Tensor, "T D"]:
+    def unproject(self, y: Float[Tensor, "T M"]) -> Float[Tensor, "T D"]:
         return self.ascend(y)

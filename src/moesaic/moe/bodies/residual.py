@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.around import Beside
-from moesaic.moe.bodies.shared import dense_pieces
-from moesaic.moe.pieces import Piece
+from moesaic.moe.around import SharedExpertBranch
+from moesaic.moe.bodies.shared import feed_forward_parameter_specs
+from moesaic.moe.pieces import ParameterSpec
 from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig
 from moesaic.nn.start import CustomInitializers, Initializer
 
 
-class Residual(Beside):
+class ResidualExpert(SharedExpertBranch):
     """A fixed feed-forward of an expert's width, mixed with the experts by two learned weights.
 
     ``out = c_1 moe(x) + c_2 mlp(x)`` with ``c = softmax(W x + b)`` in R^2: Residual-MoE
@@ -24,27 +24,27 @@ class Residual(Beside):
     """
 
     def build(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> nn.Module:
-        return _Residual(feed_forward, dim=dim, bias=bias)
+        return _ResidualBranch(feed_forward, dim=dim, bias=bias)
 
-    def pieces(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> Sequence[Piece]:
-        fixed = dense_pieces(feed_forward, dim=dim, bias=bias)
-        return [*fixed, Piece("router", (2, dim)), Piece("bias", (2,))]
+    def parameter_specs(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> Sequence[ParameterSpec]:
+        fixed = feed_forward_parameter_specs(feed_forward, dim=dim, bias=bias)
+        return [*fixed, ParameterSpec("router", (2, dim)), ParameterSpec("bias", (2,))]
 
-    def kept(self, *, feed_forward: FeedForwardConfig, dim: int) -> float:
+    def saved_activations(self, *, feed_forward: FeedForwardConfig, dim: int) -> float:
         return feed_forward.activation.saved_activations * feed_forward.hidden + 2 * dim + 2
 
 
-class _Residual(CustomInitializers):
+class _ResidualBranch(CustomInitializers):
     def __init__(self, feed_forward: FeedForwardConfig, *, dim: int, bias: bool) -> None:
         super().__init__()
-        self.fixed = DenseFeedForward(feed_forward, dim=dim, bias=bias)
+        self.feed_forward = DenseFeedForward(feed_forward, dim=dim, bias=bias)
         self.coefficient = nn.Linear(dim, 2)
 
     def initializers(self) -> Mapping[str, Initializer]:
         return {"coefficient.weight": Initializer(kind="router")}
 
     def forward(
-        self, x: Float[Tensor, "T D"], *, mixed: Float[Tensor, "T D"]
+        self, x: Float[Tensor, "T D"], *, routed_output: Float[Tensor, "T D"]
     ) -> Float[Tensor, "T D"]:
-        share = self.coefficient(x).softmax(-1, dtype=mixed.dtype)
-        return share[:, :1] * mixed + share[:, 1:] * self.fixed(x)
+        share = self.coefficient(x).softmax(-1, dtype=routed_output.dtype)
+        return share[:, :1] * routed_output + share[:, 1:] * self.feed_forward(x)

@@ -9,13 +9,13 @@ from pydantic import Field
 from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.around import Beside
-from moesaic.moe.pieces import Piece
+from moesaic.moe.around import SharedExpertBranch
+from moesaic.moe.pieces import ParameterSpec
 from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig
 from moesaic.nn.start import CustomInitializers, Initializer
 
 
-class SharedExperts(Beside):
+class SharedExperts(SharedExpertBranch):
     """``number`` experts that every token takes, unweighted (DeepSeekMoE, 2401.06066, section 3.2).
 
     ``out = sum_i shared_i(x) + routed(x)``; K experts of the routed ones' width are one dense
@@ -26,17 +26,17 @@ class SharedExperts(Beside):
     number: int = Field(default=1, ge=1)
 
     def build(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> nn.Module:
-        return _Shared(widened(feed_forward, self.number), dim=dim, bias=bias)
+        return _SharedBranch(side_by_side(feed_forward, self.number), dim=dim, bias=bias)
 
-    def pieces(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> Sequence[Piece]:
-        return dense_pieces(widened(feed_forward, self.number), dim=dim, bias=bias)
+    def parameter_specs(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> Sequence[ParameterSpec]:
+        return feed_forward_parameter_specs(side_by_side(feed_forward, self.number), dim=dim, bias=bias)
 
-    def kept(self, *, feed_forward: FeedForwardConfig, dim: int) -> float:
+    def saved_activations(self, *, feed_forward: FeedForwardConfig, dim: int) -> float:
         del dim
         return feed_forward.activation.saved_activations * self.number * feed_forward.hidden
 
 
-class GatedSharedExperts(Beside):
+class GatedSharedExperts(SharedExpertBranch):
     """Shared experts times ``sigmoid(w x)``, one number per token.
 
     As in the released code of Qwen's mixtures (``shared_expert_gate``: linear, without a bias).
@@ -45,49 +45,49 @@ class GatedSharedExperts(Beside):
     number: int = Field(default=1, ge=1)
 
     def build(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> nn.Module:
-        return _GatedShared(widened(feed_forward, self.number), dim=dim, bias=bias)
+        return _GatedSharedBranch(side_by_side(feed_forward, self.number), dim=dim, bias=bias)
 
-    def pieces(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> Sequence[Piece]:
-        shared = dense_pieces(widened(feed_forward, self.number), dim=dim, bias=bias)
-        return [*shared, Piece("router", (1, dim))]
+    def parameter_specs(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> Sequence[ParameterSpec]:
+        shared = feed_forward_parameter_specs(side_by_side(feed_forward, self.number), dim=dim, bias=bias)
+        return [*shared, ParameterSpec("router", (1, dim))]
 
-    def kept(self, *, feed_forward: FeedForwardConfig, dim: int) -> float:
+    def saved_activations(self, *, feed_forward: FeedForwardConfig, dim: int) -> float:
         return feed_forward.activation.saved_activations * self.number * feed_forward.hidden + dim + 1
 
 
-class _Shared(nn.Module):
+class _SharedBranch(nn.Module):
     def __init__(self, feed_forward: FeedForwardConfig, *, dim: int, bias: bool) -> None:
         super().__init__()
-        self.always = DenseFeedForward(feed_forward, dim=dim, bias=bias)
+        self.feed_forward = DenseFeedForward(feed_forward, dim=dim, bias=bias)
 
     def forward(
-        self, x: Float[Tensor, "T D"], *, mixed: Float[Tensor, "T D"]
+        self, x: Float[Tensor, "T D"], *, routed_output: Float[Tensor, "T D"]
     ) -> Float[Tensor, "T D"]:
-        return mixed + self.always(x)
+        return routed_output + self.feed_forward(x)
 
 
-class _GatedShared(CustomInitializers):
+class _GatedSharedBranch(CustomInitializers):
     def __init__(self, feed_forward: FeedForwardConfig, *, dim: int, bias: bool) -> None:
         super().__init__()
-        self.always = DenseFeedForward(feed_forward, dim=dim, bias=bias)
+        self.feed_forward = DenseFeedForward(feed_forward, dim=dim, bias=bias)
         self.gate = nn.Linear(dim, 1, bias=False)
 
     def initializers(self) -> Mapping[str, Initializer]:
         return {"gate.weight": Initializer(kind="router")}
 
     def forward(
-        self, x: Float[Tensor, "T D"], *, mixed: Float[Tensor, "T D"]
+        self, x: Float[Tensor, "T D"], *, routed_output: Float[Tensor, "T D"]
     ) -> Float[Tensor, "T D"]:
-        return mixed + self.gate(x).sigmoid() * self.always(x)
+        return routed_output + self.gate(x).sigmoid() * self.feed_forward(x)
 
 
-def widened(feed_forward: FeedForwardConfig, number: int) -> FeedForwardConfig:
+def side_by_side(feed_forward: FeedForwardConfig, number: int) -> FeedForwardConfig:
     """Return the feed-forward that ``number`` of these are, side by side."""
     return feed_forward.replace(hidden=number * feed_forward.hidden)
 
 
-def dense_pieces(feed_forward: FeedForwardConfig, *, dim: int, bias: bool) -> list[Piece]:
+def feed_forward_parameter_specs(feed_forward: FeedForwardConfig, *, dim: int, bias: bool) -> list[ParameterSpec]:
     """Return the parameters of a dense feed-forward."""
     width = feed_forward.activation.width(feed_forward.hidden)
-    pieces = [Piece("matrix", (width, dim)), Piece("matrix", (dim, feed_forward.hidden))]
-    return [*pieces, Piece("bias", (width,)), Piece("bias", (dim,))] if bias else pieces
+    pieces = [ParameterSpec("matrix", (width, dim)), ParameterSpec("matrix", (dim, feed_forward.hidden))]
+    return [*pieces, ParameterSpec("bias", (width,)), ParameterSpec("bias", (dim,))] if bias else pieces

@@ -11,18 +11,18 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.context import Carry
+from moesaic.moe.context import RouterState
 from moesaic.moe.gates import (
-    Condition,
-    Handing,
-    Link,
-    Place,
-    Scored,
-    SharedRouting,
-    Sight,
-    Unconditioned,
+    RouterInput,
+    RouterStateWidths,
+    CrossLayerRouting,
+    LayerIndex,
+    GateOutput,
+    SharedRouter,
+    StackInput,
+    HiddenState,
 )
-from moesaic.moe.pieces import Piece
+from moesaic.moe.pieces import ParameterSpec
 from moesaic.nn.activation import SwiGLU
 from moesaic.nn.attention import AttentionConfig, SelfAttention
 from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig
@@ -31,7 +31,7 @@ from moesaic.nn.position import Rotary
 from moesaic.nn.start import CustomInitializers, Initializer
 
 
-class Decoupled(Link):
+class DecoupledRouting(CrossLayerRouting):
     """Read-ME's decoupled router (2410.19123): a small causal transformer, one set of logits.
 
     One pre-norm block of ``heads`` attention heads and a SwiGLU feed-forward of twice its ``dim``
@@ -46,23 +46,23 @@ class Decoupled(Link):
     heads: int = Field(default=4, ge=1)
 
     @model_validator(mode="after")
-    def _check(self) -> "Decoupled":
+    def _check(self) -> "DecoupledRouting":
         if self.dim % (2 * self.heads):
             raise ValueError(f"heads={self.heads} of an even width to divide dim={self.dim}")
         return self
 
-    def gate(self, *, dim: int, experts: int, place: Place) -> nn.Module:
-        del dim, experts, place
-        return DecidedGate()
+    def build_gate(self, *, dim: int, experts: int, layer_index: LayerIndex) -> nn.Module:
+        del dim, experts, layer_index
+        return PrecomputedGate()
 
-    def gate_pieces(self, *, dim: int, experts: int, place: Place) -> Sequence[Piece]:
-        del dim, experts, place
+    def gate_parameter_specs(self, *, dim: int, experts: int, layer_index: LayerIndex) -> Sequence[ParameterSpec]:
+        del dim, experts, layer_index
         return ()
 
-    def shared(self, *, dim: int, experts: int, causal: bool) -> SharedRouting | None:
+    def build_shared(self, *, dim: int, experts: int, causal: bool) -> SharedRouter | None:
         return DecoupledRouter(self, dim=dim, experts=experts, causal=causal)
 
-    def shared_pieces(self, *, dim: int, experts: int) -> Sequence[Piece]:
+    def shared_parameter_specs(self, *, dim: int, experts: int) -> Sequence[ParameterSpec]:
         shapes = [
             (self.dim, dim),
             (3 * self.dim, self.dim),
@@ -71,38 +71,38 @@ class Decoupled(Link):
             (self.dim, 2 * self.dim),
             (experts, self.dim),
         ]
-        return [Piece("router", shape) for shape in shapes]
+        return [ParameterSpec("router", shape) for shape in shapes]
 
-    def hands(self, *, experts: int) -> Handing:
-        return Handing(logits=experts)
+    def state_widths(self, *, experts: int) -> RouterStateWidths:
+        return RouterStateWidths(logits=experts)
 
-    def kept(self, *, dim: int, place: Place) -> int:
-        del place
+    def saved_activations(self, *, dim: int, layer_index: LayerIndex) -> int:
+        del layer_index
         return -dim
 
-    def shared_kept(self) -> int:
+    def shared_saved_activations(self) -> int:
         return 20 * self.dim + self.heads + 3
 
-    def problems(self, *, experts: Sequence[int], condition: Condition) -> str | None:
-        if not isinstance(condition, Unconditioned):
+    def problems(self, *, experts: Sequence[int], router_input: RouterInput) -> str | None:
+        if not isinstance(router_input, HiddenState):
             return "condition=Unconditioned, since no layer has a gate that could read it"
         return f"one number of experts in a stack, not {experts}" if len(set(experts)) > 1 else None
 
 
-class DecidedGate(nn.Module):
+class PrecomputedGate(nn.Module):
     """The gate of a layer for which all is decided."""
 
-    def forward(self, x: Float[Tensor, "T C"], *, carry: Carry) -> Scored:
+    def forward(self, x: Float[Tensor, "T C"], *, router_state: RouterState) -> GateOutput:
         del x
-        if carry.logits is None:
+        if router_state.logits is None:
             raise TypeError("a decoupled layer needs the logits of its stack's DecoupledRouter")
-        return Scored(carry.logits, carry)
+        return GateOutput(router_state.logits, router_state)
 
 
-class DecoupledRouter(SharedRouting, CustomInitializers):
+class DecoupledRouter(SharedRouter, CustomInitializers):
     """The transformer of a stack, without autocast."""
 
-    def __init__(self, config: Decoupled, *, dim: int, experts: int, causal: bool) -> None:
+    def __init__(self, config: DecoupledRouting, *, dim: int, experts: int, causal: bool) -> None:
         super().__init__()
         width = config.dim
         self.project = nn.Parameter(torch.empty(width, dim))
@@ -113,14 +113,14 @@ class DecoupledRouter(SharedRouting, CustomInitializers):
         self.position = Rotary().build(dim=width, head_dim=width // config.heads)
         self.causal = causal
 
-    def start(self, x: Float[Tensor, "T D"], *, sight: Sight) -> Carry:
+    def initial_state(self, x: Float[Tensor, "T D"], *, stack_input: StackInput) -> RouterState:
         with torch.autocast(x.device.type, enabled=False):
             h = x.to(self.project.dtype) @ self.project.t()
-            h = h + self._attend(_norm(h), sight=sight)
-            h = h + self.feed_forward(_norm(h))
-            return Carry(logits=_norm(h).float() @ self.weight.float().t())
+            h = h + self._attend(_rms_norm(h), stack_input=stack_input)
+            h = h + self.feed_forward(_rms_norm(h))
+            return RouterState(logits=_rms_norm(h).float() @ self.weight.float().t())
 
-    def memory(self, rows: int) -> KeyValue | None:
+    def empty_cache(self, rows: int) -> KeyValue | None:
         heads, width = self.attention.heads, self.attention.head_dim
         empty = self.project.new_zeros(rows, heads, 0, width)
         return KeyValue(empty, empty)
@@ -129,14 +129,14 @@ class DecoupledRouter(SharedRouting, CustomInitializers):
         inner = {name: p for name, p in self.named_parameters() if name != "weight"}
         return {name: Initializer(std=p.shape[1] ** -0.5) for name, p in inner.items()}
 
-    def _attend(self, h: Float[Tensor, "T W"], *, sight: Sight) -> Float[Tensor, "T W"]:
-        rotation, past = self.position.rotation(sight.position), sight.past
-        if past is None or past.kept is None:
-            return self.attention(h, packing=sight.packing, rotation=rotation, causal=self.causal)
+    def _attend(self, h: Float[Tensor, "T W"], *, stack_input: StackInput) -> Float[Tensor, "T W"]:
+        rotation, past = self.position.rotation(stack_input.position), stack_input.decode_state
+        if past is None or past.cache is None:
+            return self.attention(h, packing=stack_input.packing, rotation=rotation, causal=self.causal)
         return self.attention.step(
-            h, packing=sight.packing, rotation=rotation, cache=past.kept, position=past.position
+            h, packing=stack_input.packing, rotation=rotation, cache=past.cache, position=past.position
         )
 
 
-def _norm(h: Float[Tensor, "T W"]) -> Float[Tensor, "T W"]:
+def _rms_norm(h: Float[Tensor, "T W"]) -> Float[Tensor, "T W"]:
     return F.rms_norm(h, (h.shape[-1],))

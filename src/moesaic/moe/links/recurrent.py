@@ -12,13 +12,13 @@ from pydantic import Field
 from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.context import Carry
-from moesaic.moe.gates import Handing, Link, Place, Scored, SharedRouting, Sight
-from moesaic.moe.pieces import Piece
+from moesaic.moe.context import RouterState
+from moesaic.moe.gates import RouterStateWidths, CrossLayerRouting, LayerIndex, GateOutput, SharedRouter, StackInput
+from moesaic.moe.pieces import ParameterSpec
 from moesaic.nn.start import CustomInitializers, Initializer
 
 
-class Recurrent(Link):
+class RecurrentRouting(CrossLayerRouting):
     """RMoE, the layerwise recurrent router (2408.06793): a GRU over the MoE layers of a stack.
 
     Each layer projects what it reads to ``width`` numbers; one cell, shared by all layers, turns
@@ -27,42 +27,42 @@ class Recurrent(Link):
     state comes from zeros. Encoder and decoder have a cell each.
     """
 
-    recurs: ClassVar[bool] = True
+    shared_every_layer: ClassVar[bool] = True
     width: int = Field(default=128, ge=1)
 
-    def gate(self, *, dim: int, experts: int, place: Place) -> nn.Module:
-        del place
+    def build_gate(self, *, dim: int, experts: int, layer_index: LayerIndex) -> nn.Module:
+        del layer_index
         return RecurrentGate(dim=dim, width=self.width, experts=experts)
 
-    def gate_pieces(self, *, dim: int, experts: int, place: Place) -> Sequence[Piece]:
-        del place
+    def gate_parameter_specs(self, *, dim: int, experts: int, layer_index: LayerIndex) -> Sequence[ParameterSpec]:
+        del layer_index
         return (
-            Piece("router", (self.width, dim)),
-            Piece("router", (experts, self.width)),
+            ParameterSpec("router", (self.width, dim)),
+            ParameterSpec("router", (experts, self.width)),
         )
 
-    def shared(self, *, dim: int, experts: int, causal: bool) -> SharedRouting | None:
+    def build_shared(self, *, dim: int, experts: int, causal: bool) -> SharedRouter | None:
         del dim, experts, causal
-        return RecurrentCell(self.width)
+        return RecurrentRouterCell(self.width)
 
-    def shared_pieces(self, *, dim: int, experts: int) -> Sequence[Piece]:
+    def shared_parameter_specs(self, *, dim: int, experts: int) -> Sequence[ParameterSpec]:
         del dim, experts
         matrix, bias = (
-            Piece("router", (3 * self.width, self.width)),
-            Piece("bias", (3 * self.width,)),
+            ParameterSpec("router", (3 * self.width, self.width)),
+            ParameterSpec("bias", (3 * self.width,)),
         )
         return (matrix, matrix, bias, bias)
 
-    def hands(self, *, experts: int) -> Handing:
+    def state_widths(self, *, experts: int) -> RouterStateWidths:
         del experts
-        return Handing(hidden=self.width)
+        return RouterStateWidths(hidden=self.width)
 
-    def kept(self, *, dim: int, place: Place) -> int:
-        del dim, place
+    def saved_activations(self, *, dim: int, layer_index: LayerIndex) -> int:
+        del dim, layer_index
         return 8 * self.width
 
 
-class RecurrentCell(SharedRouting, CustomInitializers):
+class RecurrentRouterCell(SharedRouter, CustomInitializers):
     """The GRU cell of a stack, in float32."""
 
     def __init__(self, width: int) -> None:
@@ -70,10 +70,10 @@ class RecurrentCell(SharedRouting, CustomInitializers):
         self.width = width
         self.cell = nn.GRUCell(width, width)
 
-    def start(self, x: Float[Tensor, "T D"], *, sight: Sight) -> Carry:
-        del sight
+    def initial_state(self, x: Float[Tensor, "T D"], *, stack_input: StackInput) -> RouterState:
+        del stack_input
         none = torch.zeros(x.shape[0], self.width, device=x.device)
-        return Carry(hidden=none, shared=self)
+        return RouterState(hidden=none, shared=self)
 
     def forward(
         self, x: Float[Tensor, "T P"], *, hidden: Float[Tensor, "T P"]
@@ -101,12 +101,12 @@ class RecurrentGate(CustomInitializers):
         self.project = nn.Parameter(torch.empty(width, dim))
         self.weight = nn.Parameter(torch.empty(experts, width))
 
-    def forward(self, x: Float[Tensor, "T C"], *, carry: Carry) -> Scored:
-        cell, below = carry.shared, carry.hidden
-        if not isinstance(cell, RecurrentCell) or below is None:
+    def forward(self, x: Float[Tensor, "T C"], *, router_state: RouterState) -> GateOutput:
+        cell, below = router_state.shared, router_state.hidden
+        if not isinstance(cell, RecurrentRouterCell) or below is None:
             raise TypeError("a recurrent gate needs the carry of its stack's RecurrentCell")
         hidden = cell(x @ self.project.float().t(), hidden=below)
-        return Scored(hidden @ self.weight.float().t(), replace(carry, hidden=hidden))
+        return GateOutput(hidden @ self.weight.float().t(), replace(router_state, hidden=hidden))
 
     def initializers(self) -> Mapping[str, Initializer]:
         return {"project": Initializer(std=self.project.shape[1] ** -0.5)}

@@ -7,11 +7,11 @@ import torch
 from pydantic import Field
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.gate import Gate, Seen, State
-from moesaic.moe.noise import Noise
+from moesaic.moe.gate import RouterContext, RoutingStats, RuleState
+from moesaic.moe.noise import RouterNoise
 
 
-class StochasticWarmUp(Noise):
+class StochasticWarmup(RouterNoise):
     """``alpha s + (1 - alpha) (mu + sigma eps)`` in place of logits s (Ling, 2503.05139).
 
     ``alpha = min(i / steps, 1)`` at step i and eps is standard normal, so that experts start alike
@@ -20,29 +20,29 @@ class StochasticWarmUp(Noise):
     per-expert statistics are ours). After ``steps``, and outside training, logits are exactly s.
     """
 
-    steps: int = Field(default=200, ge=1)
+    warmup_steps: int = Field(default=200, ge=1)
     rate: float = Field(default=0.1, gt=0, le=1)
 
-    def on_logits(self, gate: Gate) -> Float[Tensor, "T E"]:
-        if not gate.training:
-            return gate.logits
-        state, experts = gate.state, gate.logits.shape[-1]
-        alpha = (state["step"] / self.steps).clamp(max=1)
-        draw = gate.context.normal("routing warm-up", width=experts)
+    def apply_to_logits(self, router: RouterContext) -> Float[Tensor, "T E"]:
+        if not router.training:
+            return router.logits
+        state, experts = router.state, router.logits.shape[-1]
+        alpha = (state["step"] / self.warmup_steps).clamp(max=1)
+        draw = router.context.normal("routing warm-up", width=experts)
         random = state["mean"] + state["std"] * draw
-        return alpha * gate.logits + (1 - alpha) * random
+        return alpha * router.logits + (1 - alpha) * random
 
-    def start(self, num_experts: int) -> dict[str, Tensor]:
+    def initial_state(self, num_experts: int) -> dict[str, Tensor]:
         return {
             "step": torch.zeros(()),
             "mean": torch.zeros(num_experts),
             "std": torch.ones(num_experts),
         }
 
-    def learn(self, state: State, *, seen: Seen) -> State:
-        tokens = seen.tokens.clamp(min=1)
-        mean = seen.logits / tokens
-        std = (seen.squares / tokens - mean.square()).clamp(min=0).sqrt()
+    def update_state(self, state: RuleState, *, stats: RoutingStats) -> RuleState:
+        tokens = stats.num_tokens.clamp(min=1)
+        mean = stats.logit_sum / tokens
+        std = (stats.logit_square_sum / tokens - mean.square()).clamp(min=0).sqrt()
         # the first step replaces what the state started with
         rate = torch.where(state["step"] == 0, 1.0, self.rate)
         return {

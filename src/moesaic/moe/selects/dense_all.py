@@ -8,12 +8,12 @@ from pydantic import Field
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.gate import Gate
+from moesaic.moe.gate import RouterContext
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import Select
 
 
-class Inference(Choice):
+class InferenceSelect(Choice):
     """Family: which experts are asked outside training. Weights stay plain probabilities."""
 
     def __call__(self, weight: Float[Tensor, "T E"]) -> Routing:
@@ -21,14 +21,14 @@ class Inference(Choice):
         raise NotImplementedError
 
 
-class AllAtInference(Inference):
+class AllAtInference(InferenceSelect):
     """Every expert, as in training."""
 
     def __call__(self, weight: Float[Tensor, "T E"]) -> Routing:
-        return _all(weight)
+        return _all_experts(weight)
 
 
-class TopKAtInference(Inference):
+class TopKAtInference(InferenceSelect):
     """The k likeliest (DS-MoE's first way); all of them where there are fewer."""
 
     k: int = Field(default=2, ge=1)
@@ -39,7 +39,7 @@ class TopKAtInference(Inference):
         return Routing.from_topk(top.values, expert=top.indices, num_experts=experts)
 
 
-class ThresholdAtInference(Inference):
+class ThresholdAtInference(InferenceSelect):
     """Those with ``E * probability > epsilon`` (DS-MoE's second way): never none."""
 
     epsilon: float = Field(default=0.48, gt=0, lt=1)
@@ -56,21 +56,21 @@ class DenseAll(Select):
     training.
     """
 
-    inference: Inference = TopKAtInference()
+    inference: InferenceSelect = TopKAtInference()
 
-    def __call__(self, gate: Gate) -> Routing:
-        weight = gate.logits.softmax(-1)
-        return _all(weight) if gate.training else self.inference(weight)
+    def __call__(self, router: RouterContext) -> Routing:
+        weight = router.logits.softmax(-1)
+        return _all_experts(weight) if router.training else self.inference(weight)
 
     def experts_per_token(self, num_experts: int) -> float:
         return float(num_experts)
 
-    def problems(self, *, experts: int, spare: int) -> str | None:
-        del experts, spare
+    def problems(self, *, experts: int, num_null_experts: int) -> str | None:
+        del experts, num_null_experts
         return None
 
 
-def _all(weight: Float[Tensor, "T E"]) -> Routing:
+def _all_experts(weight: Float[Tensor, "T E"]) -> Routing:
     tokens, experts = weight.shape
     every = torch.arange(experts, device=weight.device).expand(tokens, -1)
     return Routing.from_topk(weight, expert=every, num_experts=experts)

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.moe.gate import Gate
+from moesaic.moe.gate import RouterContext
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import Select
 
@@ -26,26 +26,26 @@ class ExpertChoice(Select):
     """
 
     causal: ClassVar[bool] = False
-    by_row: ClassVar[bool] = True
+    needs_whole_rows: ClassVar[bool] = True
 
-    factor: float = Field(default=2.0, gt=0)
+    capacity_factor: float = Field(default=2.0, gt=0)
 
-    def __call__(self, gate: Gate) -> Routing:
-        scores, row = gate.logits.softmax(-1), gate.context.row
-        place = _places(gate.biased(scores), row=row)
+    def __call__(self, router: RouterContext) -> Routing:
+        scores, row = router.logits.softmax(-1), router.context.row
+        place = _rank_within_row(router.biased_scores(scores), row=row)
         length = torch.bincount(row)[row].float()
-        room = (length * (self.factor / scores.shape[-1])).ceil().long()
+        room = (length * (self.capacity_factor / scores.shape[-1])).ceil().long()
         return Routing.from_mask(scores, chosen=place < room[:, None])
 
     def experts_per_token(self, num_experts: int) -> float:
-        return min(self.factor, float(num_experts))
+        return min(self.capacity_factor, float(num_experts))
 
-    def problems(self, *, experts: int, spare: int) -> str | None:
-        del experts, spare
+    def problems(self, *, experts: int, num_null_experts: int) -> str | None:
+        del experts, num_null_experts
         return None
 
 
-def _places(scores: Float[Tensor, "T E"], *, row: Int[Tensor, "T"]) -> Int[Tensor, "T E"]:
+def _rank_within_row(scores: Float[Tensor, "T E"], *, row: Int[Tensor, "T"]) -> Int[Tensor, "T E"]:
     """Return each token's place among its row, for each expert: 0 for the highest score."""
     best = scores.argsort(dim=0, descending=True, stable=True)
     order = best.gather(0, row[best].argsort(dim=0, stable=True))

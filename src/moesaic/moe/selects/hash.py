@@ -3,7 +3,7 @@
 Letters: T tokens, E experts.
 """
 
-from moesaic.moe.gate import Gate
+from moesaic.moe.gate import RouterContext
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import Select
 from moesaic.ops.random import mix, salt
@@ -17,11 +17,11 @@ class Hash(Select):
     The paper's balanced assignment, which knows how frequent each id is, is not here.
     """
 
-    def __call__(self, gate: Gate) -> Routing:
-        tokens, experts = gate.logits.shape
-        key = mix(gate.context.token, gate.context.salt ^ salt("hash"))
+    def __call__(self, router: RouterContext) -> Routing:
+        tokens, experts = router.logits.shape
+        key = mix(router.context.token, router.context.salt ^ salt("hash"))
         expert = (key % experts)[:, None]
-        weight = gate.logits.new_ones(tokens, 1)
+        weight = router.logits.new_ones(tokens, 1)
         return Routing.from_topk(weight, expert=expert, num_experts=experts)
 
     def experts_per_token(self, num_experts: int) -> float:

@@ -6,7 +6,7 @@ Letters: T tokens, E experts (null ones included), K choices per token.
 import torch
 from pydantic import Field
 
-from moesaic.moe.gate import Gate
+from moesaic.moe.gate import RouterContext
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import Select
 
@@ -21,11 +21,11 @@ class NullTopK(Select):
 
     k: int = Field(default=3, ge=1)
 
-    def __call__(self, gate: Gate) -> Routing:
-        logits = gate.logits
+    def __call__(self, router: RouterContext) -> Routing:
+        logits = router.logits
         experts = logits.shape[-1]
-        expert = gate.biased(logits).topk(self.k, dim=-1).indices
-        null = expert >= experts - gate.spare
+        expert = router.biased_scores(logits).topk(self.k, dim=-1).indices
+        null = expert >= experts - router.num_null_experts
         # finite, so that a row of nulls alone is no 0 / 0
         true = logits.gather(-1, expert).masked_fill(null, torch.finfo(logits.dtype).min)
         weight = torch.where(null, 0.0, true.softmax(-1))
@@ -34,7 +34,7 @@ class NullTopK(Select):
     def experts_per_token(self, num_experts: int) -> float:
         return float(min(self.k, num_experts))
 
-    def problems(self, *, experts: int, spare: int) -> str | None:
-        if not spare:
+    def problems(self, *, experts: int, num_null_experts: int) -> str | None:
+        if not num_null_experts:
             return "null experts beside the true ones (moe.spare=ZeroExperts(number=8))"
-        return super().problems(experts=experts, spare=spare)
+        return super().problems(experts=experts, num_null_experts=num_null_experts)

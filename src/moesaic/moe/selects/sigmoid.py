@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.among import AllExperts, Among
-from moesaic.moe.gate import Gate
+from moesaic.moe.among import AllExperts, ExpertGroups
+from moesaic.moe.gate import RouterContext
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import Select
 
@@ -25,23 +25,23 @@ class SigmoidTopK(Select):
 
     k: int = Field(default=2, ge=1)
     scale: float = Field(default=1.0, gt=0)
-    among: Among = AllExperts()
+    expert_groups: ExpertGroups = AllExperts()
 
-    def __call__(self, gate: Gate) -> Routing:
-        scores = self.among(gate.biased(gate.logits.sigmoid()))
+    def __call__(self, router: RouterContext) -> Routing:
+        scores = self.expert_groups(router.biased_scores(router.logits.sigmoid()))
         expert = scores.topk(self.k, dim=-1).indices
-        weight = normalised_sigmoid(gate.logits.gather(-1, expert)) * self.scale
-        return Routing.from_topk(weight, expert=expert, num_experts=gate.logits.shape[-1])
+        weight = normalised_sigmoid(router.logits.gather(-1, expert)) * self.scale
+        return Routing.from_topk(weight, expert=expert, num_experts=router.logits.shape[-1])
 
-    def probabilities(self, gate: Gate) -> Float[Tensor, "T E"]:
-        return normalised_sigmoid(gate.logits)
+    def probabilities(self, router: RouterContext) -> Float[Tensor, "T E"]:
+        return normalised_sigmoid(router.logits)
 
     def experts_per_token(self, num_experts: int) -> float:
         return float(min(self.k, num_experts))
 
-    def problems(self, *, experts: int, spare: int) -> str | None:
-        few = super().problems(experts=experts, spare=spare)
-        return few or self.among.problems(experts=experts, k=self.k)
+    def problems(self, *, experts: int, num_null_experts: int) -> str | None:
+        few = super().problems(experts=experts, num_null_experts=num_null_experts)
+        return few or self.expert_groups.problems(experts=experts, k=self.k)
 
 
 def normalised_sigmoid(logits: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:

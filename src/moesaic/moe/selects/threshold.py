@@ -6,7 +6,7 @@ Letters: T tokens, E experts.
 from pydantic import Field
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.gate import Gate
+from moesaic.moe.gate import RouterContext
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import Select
 from moesaic.moe.selects.sigmoid import normalised_sigmoid
@@ -26,18 +26,18 @@ class Threshold(Select):
     """
 
     p: float = Field(default=0.5, ge=0, lt=1)
-    expected: float = Field(default=0.5, gt=0, le=1)
+    expected_fraction: float = Field(default=0.5, gt=0, le=1)
 
-    def __call__(self, gate: Gate) -> Routing:
-        weight = gate.logits.sigmoid()
-        return Routing.from_mask(weight, chosen=gate.biased(weight) > self.p)
+    def __call__(self, router: RouterContext) -> Routing:
+        weight = router.logits.sigmoid()
+        return Routing.from_mask(weight, chosen=router.biased_scores(weight) > self.p)
 
-    def probabilities(self, gate: Gate) -> Float[Tensor, "T E"]:
-        return normalised_sigmoid(gate.logits)
+    def probabilities(self, router: RouterContext) -> Float[Tensor, "T E"]:
+        return normalised_sigmoid(router.logits)
 
     def experts_per_token(self, num_experts: int) -> float:
-        return self.expected * num_experts
+        return self.expected_fraction * num_experts
 
-    def problems(self, *, experts: int, spare: int) -> str | None:
-        del experts, spare
+    def problems(self, *, experts: int, num_null_experts: int) -> str | None:
+        del experts, num_null_experts
         return None

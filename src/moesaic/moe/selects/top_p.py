@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from moesaic.moe.gate import Gate
+from moesaic.moe.gate import RouterContext
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import Select
 
@@ -26,23 +26,23 @@ class TopP(Select):
     """
 
     p: float = Field(default=0.4, ge=0, lt=1)
-    most: int | None = Field(default=None, ge=1)
+    max_experts: int | None = Field(default=None, ge=1)
 
-    def __call__(self, gate: Gate) -> Routing:
-        probability = gate.logits.softmax(-1)
-        order = gate.biased(probability).argsort(dim=-1, descending=True, stable=True)
+    def __call__(self, router: RouterContext) -> Routing:
+        probability = router.logits.softmax(-1)
+        order = router.biased_scores(probability).argsort(dim=-1, descending=True, stable=True)
         sums = probability.detach().gather(-1, order).cumsum(-1)
         taken = F.pad(sums[:, :-1], (1, 0)) <= self.p  # what the better ones sum to
-        taken[:, self._most(gate.logits.shape[-1]) :] = False
+        taken[:, self._max_experts(router.logits.shape[-1]) :] = False
         chosen = torch.zeros_like(taken).scatter(-1, order, taken)
         return Routing.from_mask(probability, chosen=chosen)
 
     def experts_per_token(self, num_experts: int) -> float:
-        return float(min(math.floor(self.p * num_experts) + 1, self._most(num_experts)))
+        return float(min(math.floor(self.p * num_experts) + 1, self._max_experts(num_experts)))
 
-    def problems(self, *, experts: int, spare: int) -> str | None:
-        del experts, spare
+    def problems(self, *, experts: int, num_null_experts: int) -> str | None:
+        del experts, num_null_experts
         return None
 
-    def _most(self, num_experts: int) -> int:
-        return num_experts if self.most is None else min(self.most, num_experts)
+    def _max_experts(self, num_experts: int) -> int:
+        return num_experts if self.max_experts is None else min(self.max_experts, num_experts)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from moesaic.checkpoint.routes import RoutesWriter
-from moesaic.moe.routes import LayerRoutes, routes_of
+from moesaic.moe.routes import LayerRoutes, routes_from_records
 from moesaic.train.hooks.hook import Hook
 from moesaic.train.hooks.usage import language_of
 from moesaic.train.randomness import undisturbed
@@ -36,7 +36,7 @@ class RecordRoutes(Hook):
             return
         found: list[LayerRoutes] = []
         for record in records:
-            found += routes_of([record], language=language_of(record, batch=report.seen.batch))
+            found += routes_from_records([record], language=language_of(record, batch=report.seen.batch))
         world = trainer.world
         rank = f".rank-{world.rank}" if world.size > 1 else ""
         _write(self.folder / f"{_name(report.step)}{rank}.routes", trainer, [found])
@@ -72,7 +72,7 @@ class ProbeRoutes(Hook):
                 with trainer.objective.precision.autocast(there.source.device):
                     records = trainer.model(there).records  # on every rank: limits are collective
                 if trainer.world.rank == 0:
-                    found.append(routes_of(records, language=there.target_language))
+                    found.append(routes_from_records(records, language=there.target_language))
         trainer.model.train()
         if trainer.world.rank == 0 and any(found):
             _write(self.folder / f"{_name(trainer.step)}.routes", trainer, found)

@@ -9,12 +9,12 @@ import torch
 from moesaic.core.shapes import Bool, Int, Tensor
 from moesaic.data.batch import Batch
 from moesaic.dist.world import World
-from moesaic.moe.balance import RouterZ
+from moesaic.moe.balance import RouterZLoss
 from moesaic.moe.balances.bias import BiasUpdate
 from moesaic.moe.config import MoE
-from moesaic.moe.context import Context
+from moesaic.moe.context import TokenContext
 from moesaic.moe.limit import Capacity
-from moesaic.moe.record import Record
+from moesaic.moe.record import RoutingRecord
 from moesaic.observe.doctor import RouterHealthMonitor, summarize_health, describe_findings
 from moesaic.observe.layer_counts import summarize_load
 from moesaic.observe.signs import HealthFinding, RouterSettings
@@ -73,7 +73,7 @@ class WatchUsage(Hook):
             counts.merge({n: t.to(world.device) * int(mine) for n, t in _in_order(named)})
         self._due = any(name.startswith("new/") for name in tensors)
 
-    def _count(self, record: Record, *, batch: Batch) -> None:
+    def _count(self, record: RoutingRecord, *, batch: Batch) -> None:
         routing = record.routing
         languages = language_of(record, batch=batch)
         self._new.add_edges(
@@ -111,13 +111,13 @@ class WatchUsage(Hook):
             trainer.journal.note(f"step {trainer.step}: {sentence}")
 
 
-def language_of(record: Record, *, batch: Batch) -> Int[Tensor, "B"]:
+def language_of(record: RoutingRecord, *, batch: Batch) -> Int[Tensor, "B"]:
     """Return the language index that a batch row's tokens have in this layer."""
     encoder = record.layer.startswith("encoder")
     return batch.source_language if encoder else batch.target_language
 
 
-def late_in_queue(context: Context) -> Bool[Tensor, "T"]:
+def late_in_queue(context: TokenContext) -> Bool[Tensor, "T"]:
     """Return which tokens are in the later half, in the order in which rows queue for room."""
     order = context.position.argsort(stable=True)
     order = order[context.row_key[order].argsort(stable=True)]
@@ -128,7 +128,7 @@ def late_in_queue(context: Context) -> Bool[Tensor, "T"]:
 
 def _counts(trainer: Trainer, languages: tuple[str, ...]) -> UsageCounter:
     moe = _mixture(trainer.run)
-    return UsageCounter(languages, num_null_experts=moe.spare.count() if moe else 0)
+    return UsageCounter(languages, num_null_experts=moe.null_experts.count() if moe else 0)
 
 
 def _mixture(run: Run) -> MoE | None:
@@ -144,13 +144,13 @@ def doctor_setting(run: Run, *, languages: tuple[str, ...]) -> RouterSettings:
     if moe is None:
         return RouterSettings(languages)
     limit = moe.limit
-    strongest = max(moe.balance, key=lambda term: term.evening(), default=None)
-    evens = strongest is not None and strongest.evening() > 0
+    strongest = max(moe.balance, key=lambda term: term.balancing_weight(), default=None)
+    evens = strongest is not None and strongest.balancing_weight() > 0
     return RouterSettings(
         languages,
-        top_k=max(1, round(moe.select.experts_per_token(moe.routed))),
-        balance_weight=sum(b.evening() for b in moe.balance),
-        z_weight=sum(b.weight for b in moe.balance if isinstance(b, RouterZ)),
+        top_k=max(1, round(moe.select.experts_per_token(moe.num_router_outputs))),
+        balance_weight=sum(b.balancing_weight() for b in moe.balance),
+        z_weight=sum(b.weight for b in moe.balance if isinstance(b, RouterZLoss)),
         capacity_factor=limit.factor if isinstance(limit, Capacity) else None,
         bias_rate=sum(b.rate for b in moe.balance if isinstance(b, BiasUpdate)),
         balance=type(strongest).__name__ if evens else "SwitchBalance",
@@ -164,7 +164,7 @@ def _zeros(run: Run, *, languages: int, device: torch.device) -> dict[str, Tenso
         for layer in stack.moe_layers:
             moe = run.model.routed_moe_of_layer(stack, layer=layer)
             if moe is not None:
-                edges = torch.zeros((moe.routed + 1) * languages + 1, dtype=torch.long)
+                edges = torch.zeros((moe.num_router_outputs + 1) * languages + 1, dtype=torch.long)
                 found[f"edges/{side}.{layer}"] = edges.to(device)
                 found[f"scales/{side}.{layer}"] = torch.zeros(4, dtype=torch.float64).to(device)
     return found
