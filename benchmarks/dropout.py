@@ -14,9 +14,9 @@ import torch
 from support import write_result
 from torch import nn
 
-from moesaic.bench.timing import measure, of_pacer
+from moesaic.bench.timing import measure_in_turns, ratio_to_baseline
 from moesaic.core.shapes import Tensor
-from moesaic.ops.drop import drop
+from moesaic.ops.drop import dropout
 
 SHAPES = ((2048, 512), (8192, 512), (2048, 2048))
 RATE = 0.1
@@ -31,12 +31,12 @@ def ratio(tokens: int, dim: int, *, rounds: int) -> dict[str, float | list[float
     key = torch.randint(2**62, (tokens,))
     contenders = {
         "torch": partial(both_ways, nn.Dropout(RATE), x),
-        "token": partial(both_ways, partial(drop, key=key, rate=RATE), x),
+        "token": partial(both_ways, partial(dropout, key=key, rate=RATE), x),
     }
     for run in contenders.values():
         run()
-    laps = measure(contenders, pacer="torch", rounds=rounds)
-    found = of_pacer(laps["token"], laps["torch"])
+    laps = measure_in_turns(contenders, baseline="torch", rounds=rounds)
+    found = ratio_to_baseline(laps["token"], laps["torch"])
     return {
         "ratio": round(found.median, 2),
         "quartiles": [round(q, 2) for q in found.quartiles],

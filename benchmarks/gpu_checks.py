@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from gpu_problem import Shape, SwiGLU, make, wait, with_mixer
 
-from moesaic.ops.combine import plain_combine
-from moesaic.ops.group import group
-from moesaic.ops.grouped import Banks, Segments, expert_of_row
-from moesaic.ops.mixture import Composed, Edges
+from moesaic.ops.combine import reference_unpermute
+from moesaic.ops.group import group_by_expert
+from moesaic.ops.grouped import FeedForwardWeights, SequentialGEMM, expert_of_row
+from moesaic.ops.mixture import UnfusedMoEKernel, Edges
 from moesaic.ops.triton import launch
-from moesaic.ops.triton.launch import Job, Way
-from moesaic.ops.triton.mixer import TritonMixer
+from moesaic.ops.triton.launch import LaunchContext, KernelOptions
+from moesaic.ops.triton.mixer import TritonMoEKernel
 from moesaic.ops.triton.tiles import Tiles, load_table
 
 Tensor = torch.Tensor
@@ -46,7 +46,7 @@ def edges_for(shape: Shape, *, device: str, case: str) -> Edges:
         mixed = torch.randperm(t * k, generator=draw)
         expert, token = expert[mixed], token[mixed]
     weight = torch.where(expert < e, torch.rand(t * k, generator=draw), 0.0)
-    groups = group(expert.to(device), num_experts=e)
+    groups = group_by_expert(expert.to(device), num_experts=e)
     per_token = 0 if case == "any order" else k
     return Edges(token.to(device), weight.to(device), groups, t, per_token)
 
@@ -56,8 +56,8 @@ def kernel_errors(
 ) -> Iterator[tuple[str, float]]:
     """Yield (kernel, its error) for SwiGLU with biases and some edges dropped."""
     s, edges = shape, edges_for(shape, device=device, case="dropped")
-    job = Job(launch.plan(edges, rows=tiles["up"].rows), Way(tiles, "swiglu"))
-    routes, live = job.routes, int(edges.groups.ends[-1])
+    job = LaunchContext(launch.schedule_tiles(edges, rows=tiles["up"].block_m), KernelOptions(tiles, "swiglu"))
+    routes, live = job.schedule, int(edges.groups.offsets[-1])
     number = edges.token.numel()
     expert = expert_of_row(edges.groups, rows=number)[:live]
     draw = torch.Generator(device).manual_seed(1)
@@ -72,23 +72,23 @@ def kernel_errors(
     token, w = routes.token[:live], edges.weight[routes.order[:live], None]
 
     each, outer = partial(_each, expert), partial(_outer, expert, s.experts)
-    hidden, active = launch.up(x, up, bias=up_bias, keep=True, job=job)
+    hidden, active = launch.up_projection(x, up, bias=up_bias, save_hidden=True, job=job)
     assert hidden is not None
     want = each(x[token], up) + up_bias[expert].float()
     yield "up: hidden", off(hidden[:live], want)
     yield "up: active", off(active[:live], SwiGLU()(hidden[:live].float()))
     every = range(s.dim)
-    y = launch.product(active, down, bias=down_bias, turned=False, columns=every, job=job)
+    y = launch.row_matmul(active, down, bias=down_bias, transposed=False, columns=every, job=job)
     yield "down", off(y[:live], each(active[:live], down) + down_bias[expert].float())
-    dx = launch.product(hidden, up, bias=None, turned=True, columns=every, job=job)
+    dx = launch.row_matmul(hidden, up, bias=None, transposed=True, columns=every, job=job)
     yield "up turned", off(dx[:live], each(hidden[:live], up.transpose(1, 2)))
     y[live:] = torch.nan
     out = torch.empty_like(x)
-    launch.home(y, weight=edges.weight, out=out, first=0, routes=routes)
+    launch.unpermute_sum(y, weight=edges.weight, out=out, first=0, schedule=routes)
     y[live:] = 0
     named = {"token": edges.token, "weight": edges.weight, "groups": edges.groups}
-    yield "home", off(out, plain_combine(y, num_tokens=s.tokens, **named))
-    through = launch.down_back(
+    yield "home", off(out, reference_unpermute(y, num_tokens=s.tokens, **named))
+    through = launch.down_backward(
         back, down, bias=down_bias, weight=edges.weight, hidden=hidden, job=job
     )
     leaf = hidden[:live].float().requires_grad_()
@@ -101,11 +101,11 @@ def kernel_errors(
     dots += (back[token].float() * down_bias[expert].float()).sum(1)
     yield "down back: weight", off(through.weight[routes.order[:live]], dots)
     through.hidden[live:] = torch.nan
-    to_up = launch.outer(x, through.hidden, op="up_outer", like=up, job=job)
+    to_up = launch.weight_gradient(x, through.hidden, op="up_outer", like=up, job=job)
     yield "up outer", off(to_up, outer(x[token], through.hidden[:live]))
-    to_down = launch.outer(through.scaled, back, op="down_outer", like=down, job=job)
+    to_down = launch.weight_gradient(through.scaled, back, op="down_outer", like=down, job=job)
     yield "down outer", off(to_down, outer(through.scaled[:live], back[token]))
-    to_bias = launch.sums(back, weight=edges.weight, like=down_bias, routes=routes)
+    to_bias = launch.bias_gradient(back, weight=edges.weight, like=down_bias, schedule=routes)
     yield "sums", off(to_bias[:, None], outer(w, back[token]))
 
 
@@ -181,9 +181,9 @@ def _check_mixer(shape: Shape, *, device: str, dtype: torch.dtype, cases: list[s
     for case in cases:
         edges = edges_for(shape, device=device, case=case)
         p = make(shape, device=device, dtype=dtype)
-        got = _both(TritonMixer(), edges, [p.x, p.up, p.down], p.back)
+        got = _both(TritonMoEKernel(), edges, [p.x, p.up, p.down], p.back)
         exact = [t.detach().float().requires_grad_() for t in (p.x, p.up, p.down)]
-        want = _both(Composed(Segments()), edges, exact, p.back.float())
+        want = _both(UnfusedMoEKernel(SequentialGEMM()), edges, exact, p.back.float())
         for name, a, b in zip(("out", "x", "up", "down", "weight"), got, want, strict=True):
             found.append((f"{name} | {dtype} {case} | {shape}", off(a, b), 2 * LIMIT[dtype]))
     return found
@@ -193,7 +193,7 @@ def _both(mixer: Any, edges: Edges, leaves: list[Tensor], back: Tensor) -> list[
     weight = edges.weight.detach().clone().requires_grad_()
     x, up, down = leaves
     given = Edges(edges.token, weight, edges.groups, edges.num_tokens, edges.per_token)
-    out = mixer(x, edges=given, banks=Banks(up, down), activation=SwiGLU())
+    out = mixer(x, edges=given, banks=FeedForwardWeights(up, down), activation=SwiGLU())
     return [out.detach(), *torch.autograd.grad(out, [*leaves, weight], back)]
 
 
@@ -232,7 +232,7 @@ def _each_result(
 def no_wait(*, device: str) -> dict[str, Any]:
     """A training step of the layer, in which any wait for the device is an error."""
     p = make(STEP, device=device, dtype=torch.bfloat16)
-    ours = with_mixer(p, TritonMixer(), name="ours")
+    ours = with_mixer(p, TritonMoEKernel(), name="ours")
     ours.both()
     wait()
     before = torch.cuda.get_sync_debug_mode()
@@ -249,7 +249,7 @@ def no_wait(*, device: str) -> dict[str, Any]:
 def graph(*, device: str) -> dict[str, Any]:
     """Capture a training step, replay it under other routings, compare with plain calls."""
     p = make(STEP, device=device, dtype=torch.bfloat16)
-    ours = with_mixer(p, TritonMixer(), name="ours")
+    ours = with_mixer(p, TritonMoEKernel(), name="ours")
 
     def step() -> list[Tensor]:
         out = ours.forward()
@@ -279,7 +279,7 @@ def graph(*, device: str) -> dict[str, Any]:
 def same_bits(*, device: str, dtype: torch.dtype, shape: Shape) -> dict[str, Any]:
     """Two runs of forward and backward, under load, give the same bits."""
     p = make(shape, device=device, dtype=dtype)
-    ours = with_mixer(p, TritonMixer(), name="ours")
+    ours = with_mixer(p, TritonMoEKernel(), name="ours")
     first = [ours.forward().detach(), *ours.both()]
     equal = True
     for _ in range(3):

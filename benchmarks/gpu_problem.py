@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from moesaic.ops.group import group
-from moesaic.ops.grouped import Banks, GroupedMM
-from moesaic.ops.mixture import Composed, Edges, Mixer
-from moesaic.ops.triton.mixer import TritonMixer
+from moesaic.ops.group import group_by_expert
+from moesaic.ops.grouped import FeedForwardWeights, GroupedMM
+from moesaic.ops.mixture import UnfusedMoEKernel, Edges, MoEKernel
+from moesaic.ops.triton.mixer import TritonMoEKernel
 from moesaic.ops.triton.tiles import Tiles
 from moesaic.testing.interpreter import is_interpreted
 
@@ -71,7 +71,7 @@ class Problem:
 
     def edges(self) -> Edges:
         """Sort by expert: every side begins with the router's answer, so this is in its time."""
-        groups = group(self.expert.flatten(), num_experts=self.shape.experts)
+        groups = group_by_expert(self.expert.flatten(), num_experts=self.shape.experts)
         number = self.shape.tokens, self.shape.k
         return Edges(self.token, self.weight.flatten(), groups, *number)
 
@@ -111,8 +111,8 @@ def side(name: str, forward: Callable[[], Tensor], leaves: list[Tensor], back: T
     return Side(name, forward, leaves, lambda: torch.autograd.grad(forward(), leaves, back))
 
 
-def with_mixer(p: Problem, mixer: Mixer, *, name: str) -> Side:
-    banks = Banks(p.up, p.down)
+def with_mixer(p: Problem, mixer: MoEKernel, *, name: str) -> Side:
+    banks = FeedForwardWeights(p.up, p.down)
 
     def forward() -> Tensor:
         return mixer(p.x, edges=p.edges(), banks=banks, activation=SwiGLU())
@@ -182,10 +182,10 @@ def sides_of(
 ) -> list[Side]:
     """Every side that can be built here; the others are named with the reason."""
     builders: dict[str, Callable[[], Side]] = {
-        name: lambda name=name, tiles=tiles: with_mixer(p, TritonMixer(tiles=tiles), name=name)
+        name: lambda name=name, tiles=tiles: with_mixer(p, TritonMoEKernel(tiles=tiles), name=name)
         for name, tiles in ours.items()
     }
-    builders["grouped_mm"] = lambda: with_mixer(p, Composed(GroupedMM()), name="grouped_mm")
+    builders["grouped_mm"] = lambda: with_mixer(p, UnfusedMoEKernel(GroupedMM()), name="grouped_mm")
     builders["hf_grouped_mm"] = lambda: hugging_face(p)
     if scatter is not None:
         builders["scattermoe"] = lambda: scattermoe(p, scatter)

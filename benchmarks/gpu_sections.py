@@ -21,7 +21,7 @@ from gpu_problem import (
     wait,
 )
 
-from moesaic.ops.triton.tiles import Tiles, card_of, regime, tiles_for
+from moesaic.ops.triton.tiles import Tiles, gpu_architecture, regime, tiles_for
 from moesaic.testing.interpreter import is_interpreted, patch_interpreter
 
 SHAPES = [
@@ -50,14 +50,14 @@ class Bench:
         self.run, self.scatter, self.tiny = run, scattermoe, run.rehearse
         self.device = "cpu" if self.tiny else "cuda"
         self.dtype = torch.float32 if self.tiny else torch.bfloat16
-        self.card = card_of(torch.device(self.device))
+        self.card = gpu_architecture(torch.device(self.device))
         self.shapes = TINY if self.tiny else SHAPES
         self.decode_shapes = TINY if self.tiny else DECODE
         self.tuned: dict[str, Tiles] = {}
 
     def tiles(self, shape: Shape) -> Tiles:
         edges = shape.tokens * shape.k
-        return tiles_for(edges=edges, experts=shape.experts, dtype=self.dtype, card=self.card)
+        return tiles_for(edges=edges, experts=shape.experts, dtype=self.dtype, architecture=self.card)
 
     def ours(self, shape: Shape, *, tuned: bool) -> dict[str, Tiles | None]:
         """Our side under the table's tiles and, once known, under the tuned ones."""
@@ -196,7 +196,7 @@ class Bench:
             timed.append(found_here)
             _forget()
         self.tuned[name] = gpu_tuner.best(timed, base=base)
-        chosen = {op: gpu_tuner.as_numbers(tile) for op, tile in self.tuned[name].items()}
+        chosen = {op: gpu_tuner.to_numbers(tile) for op, tile in self.tuned[name].items()}
         found[name] = {"chosen": chosen}
         if not self.tiny:
             found[name]["timed"] = [

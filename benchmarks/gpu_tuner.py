@@ -12,19 +12,19 @@ import torch
 from gpu_problem import Problem, Shape, SwiGLU, interleaved, spread
 from triton.runtime.jit import JITFunction
 
-from moesaic.ops.group import group
-from moesaic.ops.grouped import Banks
+from moesaic.ops.group import group_by_expert
+from moesaic.ops.grouped import FeedForwardWeights
 from moesaic.ops.mixture import Edges
 from moesaic.ops.triton import launch
-from moesaic.ops.triton.launch import Job, Way
-from moesaic.ops.triton.mixer import TritonMixer, column_pieces
+from moesaic.ops.triton.launch import LaunchContext, KernelOptions
+from moesaic.ops.triton.mixer import TritonMoEKernel, column_chunks
 from moesaic.ops.triton.tiles import (
-    OUTER_OPS,
-    SEGMENT_OPS,
+    WEIGHT_GRADIENT_OPS,
+    ROW_TILE_OPS,
     TABLE,
     Tile,
     Tiles,
-    as_numbers,
+    to_numbers,
     load_table,
     parse_table,
 )
@@ -33,12 +33,12 @@ Candidates = dict[str, list[Tile]]
 MANY: Candidates = {
     "up": [
         Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4, tma=True),
-        Tile(128, 128, 64, 8, 4, group=4), Tile(128, 64, 64, 4, 4), Tile(128, 64, 64, 8, 4),
+        Tile(128, 128, 64, 8, 4, group_m=4), Tile(128, 64, 64, 4, 4), Tile(128, 64, 64, 8, 4),
         Tile(64, 128, 64, 4, 4), Tile(64, 128, 64, 4, 4, tma=True), Tile(64, 64, 64, 4, 4),
     ],
     "down": [
         Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 4), Tile(128, 256, 64, 8, 4, tma=True),
-        Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 4, 4), Tile(128, 256, 64, 8, 3, group=4),
+        Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 4, 4), Tile(128, 256, 64, 8, 3, group_m=4),
         Tile(64, 256, 64, 4, 4), Tile(64, 256, 64, 4, 4, tma=True), Tile(64, 128, 64, 4, 4),
     ],
     "down_back": [
@@ -106,11 +106,11 @@ def meta_pass(tiles: Tiles, shape: Shape, dtype: torch.dtype, *, train: bool) ->
 
     expert = torch.empty(s.tokens * s.k, device="meta", dtype=torch.long)
     weight = torch.empty(s.tokens * s.k, device="meta")
-    groups = group(expert, num_experts=s.experts)
+    groups = group_by_expert(expert, num_experts=s.experts)
     edges = Edges(torch.empty_like(expert), weight, groups, s.tokens, s.k)
-    banks = Banks(leaf(s.experts, s.dim, 2 * s.hidden), leaf(s.experts, s.hidden, s.dim))
+    banks = FeedForwardWeights(leaf(s.experts, s.dim, 2 * s.hidden), leaf(s.experts, s.hidden, s.dim))
     x = leaf(s.tokens, s.dim)
-    out = TritonMixer(tiles=tiles)(x, edges=edges, banks=banks, activation=SwiGLU())
+    out = TritonMoEKernel(tiles=tiles)(x, edges=edges, banks=banks, activation=SwiGLU())
     if train:
         out.backward(torch.empty_like(out))
 
@@ -140,29 +140,29 @@ def works_of(p: Problem, op: str, *, base: Tiles) -> Callable[[Tile], Callable[[
     s, edges = p.shape, p.edges()
     x, up, down, back = (t.detach() for t in (p.x, p.up, p.down, p.back))
     weight, number = edges.weight.detach(), edges.token.numel()
-    spare = TritonMixer().spare
-    piece = next(column_pieces(s.dim, rows=number, width=2 * s.hidden, spare=spare))
+    spare = TritonMoEKernel().max_buffer_elements
+    piece = next(column_chunks(s.dim, rows=number, width=2 * s.hidden, max_elements=spare))
     hidden, active = x.new_empty(number, 2 * s.hidden).normal_(), x.new_empty(number, s.hidden)
     active.normal_()
 
     def make(tile: Tile) -> Callable[[], Any]:
         tiles = base | {op: tile}
-        rows = tile.rows if op in SEGMENT_OPS else base["up"].rows
-        job = Job(launch.plan(edges, rows=rows), Way(tiles, "swiglu"))
+        rows = tile.block_m if op in ROW_TILE_OPS else base["up"].block_m
+        job = LaunchContext(launch.schedule_tiles(edges, rows=rows), KernelOptions(tiles, "swiglu"))
         train = edges.token.numel() > 16 * s.experts
         return {
-            "up": lambda: launch.up(x, up, bias=None, keep=train, job=job),
-            "down": lambda: launch.product(
-                active, down, bias=None, turned=False, columns=piece, job=job
+            "up": lambda: launch.up_projection(x, up, bias=None, save_hidden=train, job=job),
+            "down": lambda: launch.row_matmul(
+                active, down, bias=None, transposed=False, columns=piece, job=job
             ),
-            "up_back": lambda: launch.product(
-                hidden, up, bias=None, turned=True, columns=piece, job=job
+            "up_back": lambda: launch.row_matmul(
+                hidden, up, bias=None, transposed=True, columns=piece, job=job
             ),
-            "down_back": lambda: launch.down_back(
+            "down_back": lambda: launch.down_backward(
                 back, down, bias=None, weight=weight, hidden=hidden, job=job
             ),
-            "up_outer": lambda: launch.outer(x, hidden, op=op, like=up, job=job),
-            "down_outer": lambda: launch.outer(active, back, op=op, like=down, job=job),
+            "up_outer": lambda: launch.weight_gradient(x, hidden, op=op, like=up, job=job),
+            "down_outer": lambda: launch.weight_gradient(active, back, op=op, like=down, job=job),
         }[op]
 
     return make
@@ -181,7 +181,7 @@ def time_candidates(
             times = interleaved({"it": make(tile)}, rounds=5, repeats=4, left=left)
             median = spread(times.get("it", [])).get("median_ms")
             problem = next((name for name in times if name != "it"), None)
-            found[op].append({"tile": as_numbers(tile), "median_ms": median, "failed": problem})
+            found[op].append({"tile": to_numbers(tile), "median_ms": median, "failed": problem})
     return found
 
 
@@ -192,10 +192,10 @@ def best(timed: Sequence[dict[str, list[dict[str, Any]]]], *, base: Tiles) -> Ti
     """
     cost = {op: costs for op in base if (costs := _costs(timed, op=op))}
     chosen = dict(base)
-    for op in OUTER_OPS:
+    for op in WEIGHT_GRADIENT_OPS:
         if op in cost:
             chosen[op] = _tile(min(cost[op], key=cost[op].__getitem__))
-    segment_ops = [op for op in SEGMENT_OPS if op in cost]
+    segment_ops = [op for op in ROW_TILE_OPS if op in cost]
     every = [{t[0] for t in cost[op]} for op in segment_ops]
     possible = set.intersection(*every) if every else set()
     if not possible:
@@ -205,7 +205,7 @@ def best(timed: Sequence[dict[str, list[dict[str, Any]]]], *, base: Tiles) -> Ti
         return min((c, t) for t, c in cost[op].items() if t[0] == rows)
 
     rows = min(possible, key=lambda rows: sum(least(op, rows)[0] for op in segment_ops))
-    for op in SEGMENT_OPS:
+    for op in ROW_TILE_OPS:
         chosen[op] = _tile(least(op, rows)[1]) if op in cost else replace(base[op], rows=rows)
     return chosen
 
@@ -229,7 +229,7 @@ def write_table(path: Path, *, card: str, kind: str, tuned: dict[str, Tiles]) ->
     before = table.get(card, {}).get(kind, table["any"][kind])
     entries = raw.setdefault(card, {}).setdefault(kind, {})
     for regime, tiles in (before | tuned).items():
-        entries[regime] = {op: as_numbers(tile) for op, tile in tiles.items()}
+        entries[regime] = {op: to_numbers(tile) for op, tile in tiles.items()}
     parse_table(raw)
     path.write_text(json.dumps(raw, indent=1) + "\n")
 

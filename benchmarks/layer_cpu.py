@@ -16,34 +16,34 @@ from typing import Any
 
 from support import write_result
 
-from moesaic.bench.layer import Question, bench_layer
-from moesaic.bench.shapes import SHAPES
+from moesaic.bench.layer import LayerBenchmark, run_layer_benchmark
+from moesaic.bench.shapes import LAYER_SHAPES
 
 BOTH = "forward+backward"
 RIVALS = ("dense-compiled", "composed", "composed-grouped_mm", "hf", "deepspeed")
 FEW = ("composed", "hf", "deepspeed")
 
 
-def questions(*, rounds: int) -> dict[str, Question]:
-    made: dict[str, Question] = {}
+def questions(*, rounds: int) -> dict[str, LayerBenchmark]:
+    made: dict[str, LayerBenchmark] = {}
     for name in "ABD":
         variants = ("moesaic-zipf", "moesaic-bfloat16") if name == "A" else ("moesaic-zipf",)
         for passes in ("forward", BOTH):
-            made[f"{name}-{passes}"] = Question(
-                SHAPES[name], passes=passes, against=(*RIVALS, *variants), threads=2, rounds=rounds
+            made[f"{name}-{passes}"] = LayerBenchmark(
+                LAYER_SHAPES[name], passes=passes, against=(*RIVALS, *variants), threads=2, rounds=rounds
             )
     for passes in ("forward", BOTH):
         for threads in (1, 2):
-            made[f"C-{passes}-{threads}"] = Question(
-                SHAPES["C"],
+            made[f"C-{passes}-{threads}"] = LayerBenchmark(
+                LAYER_SHAPES["C"],
                 passes=passes,
                 against=("dense-compiled", "composed-grouped_mm", "moesaic-bfloat16", *FEW),
                 threads=threads,
                 rounds=3 * rounds,
             )
     for name in "AB":  # the path without a compiler, on one thread
-        made[f"{name}-forward-1"] = Question(
-            SHAPES[name], passes="forward", against=("composed", "hf"), threads=1, rounds=rounds
+        made[f"{name}-forward-1"] = LayerBenchmark(
+            LAYER_SHAPES[name], passes="forward", against=("composed", "hf"), threads=1, rounds=rounds
         )
     return made
 
@@ -81,7 +81,7 @@ def of_reading(rows: dict[str, Any]) -> float:
 
 
 def saved(name: str) -> Callable[[dict[str, Any]], float]:
-    return lambda rows: rows["moesaic"]["saved_bytes"] / (4 * SHAPES[name].kept)
+    return lambda rows: rows["moesaic"]["saved_bytes"] / (4 * LAYER_SHAPES[name].min_saved_values)
 
 
 def goals() -> list[Goal]:
@@ -121,7 +121,7 @@ def main() -> None:
     known = questions(rounds=options.rounds)
     runs = json.loads(options.out.read_text())["runs"] if options.out.is_file() else {}
     for name in options.runs or known:
-        runs[name] = bench_layer(known[name])
+        runs[name] = run_layer_benchmark(known[name])
     result = {
         "question": "an MoE layer beside a dense one of as many rows, and beside other libraries",
         "goals": [judged for goal in goals() if (judged := goal.judge(runs))],

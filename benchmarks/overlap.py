@@ -30,7 +30,7 @@ from moesaic.moe.experts import GroupedExperts, ExpertShape
 from moesaic.moe.overlap import OverlapDegrees
 from moesaic.nn.activation import SwiGLU
 from moesaic.nn.feed_forward import FeedForwardConfig
-from moesaic.ops.group import group
+from moesaic.ops.group import group_by_expert
 from moesaic.testing.ranks import run_on_ranks
 
 DIM, HIDDEN, EXPERTS, RANKS = 256, 256, 4, 2
@@ -104,7 +104,7 @@ def expert_seconds(repeats: int) -> list[float]:
 
     def working(rows: int) -> Callable[[], Any]:
         x = torch.randn(rows, DIM)
-        groups = group(torch.arange(rows) % EXPERTS, num_experts=EXPERTS)
+        groups = group_by_expert(torch.arange(rows) % EXPERTS, num_experts=EXPERTS)
         return lambda: bank(x, groups=groups)
 
     return least_seconds([working(rows) for rows in ROWS], repeats=repeats)

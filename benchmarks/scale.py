@@ -22,8 +22,8 @@ from support import write_result
 from moesaic.dist.plan import ParallelPlan
 from moesaic.model.count import BatchDims, count_parameters
 from moesaic.model.presets import preset
-from moesaic.ops.grouped import Segments
-from moesaic.ops.mixture import Composed
+from moesaic.ops.grouped import SequentialGEMM
+from moesaic.ops.mixture import UnfusedMoEKernel
 from moesaic.parallel.capacity import Budget, Largest, Setting, largest
 from moesaic.parallel.config import Parallel
 from moesaic.parallel.cost import MIXED, rank_bytes
@@ -104,7 +104,7 @@ def rehearsed(case: Case) -> dict[str, Any]:
     done = rehearse(config, parallel=parallel, world=case.world, sizes=sizes)
     cpu = time.process_time() - cpu
     holding = Inventory(evenly(config)).on(parallel, world=case.world)
-    said = rank_bytes(holding, sizes=sizes, mixer=Composed(Segments()))
+    said = rank_bytes(holding, sizes=sizes, mixer=UnfusedMoEKernel(SequentialGEMM()))
     lines = sends(holding, sizes=sizes)
     kinds = sorted({line.kind for line in (*lines, *done.sent)})
     sent = {

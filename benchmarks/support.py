@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moesaic.bench.machine import commit, machine
+from moesaic.bench.machine import git_commit, machine
 
 
 def stamped(result: dict[str, Any]) -> dict[str, Any]:
@@ -14,7 +14,7 @@ def stamped(result: dict[str, Any]) -> dict[str, Any]:
     return {
         **result,
         "machine": machine(),
-        "commit": commit(),
+        "commit": git_commit(),
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
     }

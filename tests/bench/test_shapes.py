@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from moesaic.bench.shapes import SHAPES, Shape, parse_shape, zipf_bias
+from moesaic.bench.shapes import LAYER_SHAPES, LayerShape, parse_shape, zipf_bias
 from moesaic.core.errors import UserError
 
 
 def test_a_shape_is_a_name_or_five_numbers():
-    assert parse_shape("a") is SHAPES["A"]
-    assert parse_shape("64, 32,48,8,2") == Shape(64, 32, 48, 8, 2)
-    assert parse_shape(str(SHAPES["D"])) == SHAPES["D"]
+    assert parse_shape("a") is LAYER_SHAPES["A"]
+    assert parse_shape("64, 32,48,8,2") == LayerShape(64, 32, 48, 8, 2)
+    assert parse_shape(str(LAYER_SHAPES["D"])) == LAYER_SHAPES["D"]
 
 
 @pytest.mark.parametrize("text", ["Z", "1,2,3", "1,2,3,4,0", "1,2,3,x,1", "8,8,8,4,5", ""])
@@ -34,4 +34,4 @@ def test_zipf_gives_each_expert_its_share(experts, k):
 
 
 def test_what_is_kept_is_x_and_two_hidden_widths_per_row():
-    assert Shape(10, 3, 5, 4, 2).kept == 10 * 3 + 2 * 10 * 2 * 5
+    assert LayerShape(10, 3, 5, 4, 2).min_saved_values == 10 * 3 + 2 * 10 * 2 * 5

@@ -1,7 +1,7 @@
 """Ratios are of runs side by side; what is slow gets few rounds."""
 
 from moesaic.bench import timing
-from moesaic.bench.timing import against, fastest, measure, of_pacer
+from moesaic.bench.timing import ratio_between, fastest, measure_in_turns, ratio_to_baseline
 
 
 class Clock:
@@ -20,15 +20,15 @@ class Clock:
 
 def test_a_contender_of_half_the_speed_has_ratio_two(monkeypatch):
     clock = Clock(monkeypatch)
-    laps = measure(
+    laps = measure_in_turns(
         {"dense": clock.takes(1.0), "slow": clock.takes(2.0), "quick": clock.takes(0.5)},
-        pacer="dense",
+        baseline="dense",
         rounds=4,
     )
-    assert of_pacer(laps["slow"], laps["dense"]).median == 2.0
-    assert of_pacer(laps["dense"], laps["dense"]).median == 1.0
-    assert against(laps["slow"], laps["quick"]).median == 4.0
-    assert against(laps["slow"], laps["quick"]).best_over_best == 4.0
+    assert ratio_to_baseline(laps["slow"], laps["dense"]).median == 2.0
+    assert ratio_to_baseline(laps["dense"], laps["dense"]).median == 1.0
+    assert ratio_between(laps["slow"], laps["quick"]).median == 4.0
+    assert ratio_between(laps["slow"], laps["quick"]).best_over_best == 4.0
 
 
 def test_a_machine_that_slows_down_changes_no_ratio(monkeypatch):
@@ -40,8 +40,8 @@ def test_a_machine_that_slows_down_changes_no_ratio(monkeypatch):
 
         return run
 
-    laps = measure({"dense": growing(1.0), "other": growing(1.5)}, pacer="dense", rounds=9)
-    spread = of_pacer(laps["other"], laps["dense"])
+    laps = measure_in_turns({"dense": growing(1.0), "other": growing(1.5)}, baseline="dense", rounds=9)
+    spread = ratio_to_baseline(laps["other"], laps["dense"])
     assert 1.45 < spread.median < 1.55
     assert max(laps["other"].seconds.values()) > 1.2 * min(laps["other"].seconds.values())
 
@@ -49,10 +49,10 @@ def test_a_machine_that_slows_down_changes_no_ratio(monkeypatch):
 def test_a_very_slow_contender_gets_three_rounds(monkeypatch):
     clock = Clock(monkeypatch)
     runs = {"dense": clock.takes(1.0), "snail": clock.takes(50.0), "other": clock.takes(1.0)}
-    laps = measure(runs, pacer="dense", rounds=6)
+    laps = measure_in_turns(runs, baseline="dense", rounds=6)
     assert len(laps["snail"].seconds) == 3
     assert len(laps["other"].seconds) == 6
-    assert against(laps["snail"], laps["other"]).median == 50.0
+    assert ratio_between(laps["snail"], laps["other"]).median == 50.0
 
 
 def test_the_pacer_is_the_fastest_of_those_that_may_be(monkeypatch):
@@ -62,5 +62,5 @@ def test_the_pacer_is_the_fastest_of_those_that_may_be(monkeypatch):
 
 
 def test_the_pacer_alone_is_measured_too(monkeypatch):
-    laps = measure({"dense": Clock(monkeypatch).takes(1.0)}, pacer="dense", rounds=2)
-    assert of_pacer(laps["dense"], laps["dense"]).median == 1.0
+    laps = measure_in_turns({"dense": Clock(monkeypatch).takes(1.0)}, baseline="dense", rounds=2)
+    assert ratio_to_baseline(laps["dense"], laps["dense"]).median == 1.0

@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 from safetensors.torch import load_file, save_file
 
-from moesaic.checkpoint.manifest import MANIFEST, FileEntry, read_manifest
-from moesaic.checkpoint.reshard import Shards, reshard
-from moesaic.checkpoint.save import save
+from moesaic.checkpoint.manifest import MANIFEST_FILE, FileEntry, read_manifest
+from moesaic.checkpoint.reshard import ShardedForm, reshard
+from moesaic.checkpoint.save import save_checkpoint
 from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.core.files import sha256
 
@@ -33,10 +33,10 @@ def snapshot(step=5, **changes):
 
 def written(tmp_path, form, made=None):
     """Return a checkpoint directory in a form of ``FORMS``."""
-    path = save(tmp_path / "source", made or snapshot())
+    path = save_checkpoint(tmp_path / "source", made or snapshot())
     if FORMS[form] is None:
         return path
-    return reshard(path, root=tmp_path / f"cut-{FORMS[form]}", form=Shards(FORMS[form]))
+    return reshard(path, root=tmp_path / f"cut-{FORMS[form]}", form=ShardedForm(FORMS[form]))
 
 
 def rewritten(path, name, change):
@@ -49,7 +49,7 @@ def rewritten(path, name, change):
     manifest = read_manifest(path)
     entry = FileEntry(file.stat().st_size, sha256(file))
     changed = replace(manifest, files=manifest.files | {name: entry})
-    (path / MANIFEST).write_text(changed.text())
+    (path / MANIFEST_FILE).write_text(changed.to_json())
 
 
 def file_with(path, key):

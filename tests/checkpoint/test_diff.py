@@ -5,21 +5,21 @@ import pytest
 import torch
 from cut import FORMS, snapshot, written
 
-from moesaic.checkpoint.diff import Difference, diff
+from moesaic.checkpoint.diff import TensorDifference, diff_checkpoints
 
 PAIRS = pytest.mark.parametrize(("one", "other"), list(product(FORMS, FORMS)))
 
 
 def differing(one, other):
-    return [found for found in diff(one, other) if not found.same]
+    return [found for found in diff_checkpoints(one, other) if not found.equal]
 
 
 @PAIRS
 def test_the_same_tensors_in_any_two_forms_are_the_same(tmp_path, one, other):
     left, right = written(tmp_path / "l", one), written(tmp_path / "r", other)
-    found = list(diff(left, right))
+    found = list(diff_checkpoints(left, right))
     assert len(found) == 15
-    assert all(difference.same for difference in found)
+    assert all(difference.equal for difference in found)
 
 
 @PAIRS
@@ -31,7 +31,7 @@ def test_a_difference_has_its_size_and_its_expert(tmp_path, one, other):
     left = written(tmp_path / "l", one)
     right = written(tmp_path / "r", other, snapshot(up=up))
     (found,) = differing(left, right)
-    assert (found.name, found.at, found.note) == ("model/up", 2, "")
+    assert (found.name, found.expert, found.note) == ("model/up", 2, "")
     assert found.largest == pytest.approx(3.0)
     assert found.relative == pytest.approx(math.sqrt(10) / float(norm))
 
@@ -62,4 +62,4 @@ def test_a_nan_equals_a_nan_and_nothing_else(tmp_path):
 
 
 def test_zeros_that_changed_differ_infinitely():
-    assert Difference("x", largest=1.0, relative=math.inf).same is False
+    assert TensorDifference("x", largest=1.0, relative=math.inf).equal is False

@@ -6,15 +6,15 @@ import torch
 from cut import BANKS, file_with, rewritten, snapshot, written
 
 from moesaic.checkpoint.index import (
-    Block,
-    Stored,
-    bank_size,
+    StoredBlock,
+    StoredTensor,
+    num_experts_of,
     block_key,
-    gaps,
-    overlaps,
+    coverage_problems,
+    overlapping_blocks,
     read_index,
 )
-from moesaic.checkpoint.load import load, read_weights
+from moesaic.checkpoint.load import load_checkpoint, read_weights
 from moesaic.checkpoint.manifest import read_manifest
 from moesaic.core.errors import CheckpointError
 
@@ -25,7 +25,7 @@ def some_blocks(draw):
     for n in range(draw.randint(0, 6)):
         offset = tuple(draw.randrange(size) for size in shape)
         length = tuple(draw.randint(0, size - o) for size, o in zip(shape, offset, strict=True))
-        blocks.append(Block("f", str(n), offset, length))
+        blocks.append(StoredBlock("f", str(n), offset, length))
     return shape, blocks
 
 
@@ -42,28 +42,28 @@ def test_overlaps_and_gaps_are_those_of_counting_every_value(seed):
         for a, b in itertools.combinations(blocks, 2)
         if values(a) & values(b)
     }
-    assert {frozenset((a.key, b.key)) for a, b in overlaps(blocks)} == expected
+    assert {frozenset((a.key, b.key)) for a, b in overlapping_blocks(blocks)} == expected
     covered = [v for block in blocks for v in values(block)]
     everything = set(itertools.product(*(range(n) for n in shape)))
     once = sorted(covered) == sorted(everything)
-    assert (gaps(Stored(shape, torch.float32, tuple(blocks))) == []) == once
+    assert (coverage_problems(StoredTensor(shape, torch.float32, tuple(blocks))) == []) == once
 
 
 def test_a_value_without_dims_is_held_once():
-    one = Block("f", "a", (), ())
-    assert gaps(Stored((), torch.float32, (one,))) == []
-    assert "overlap" in gaps(Stored((), torch.float32, (one, one)))[0]
-    assert gaps(Stored((), torch.float32, ())) == ["it is missing"]
+    one = StoredBlock("f", "a", (), ())
+    assert coverage_problems(StoredTensor((), torch.float32, (one,))) == []
+    assert "overlap" in coverage_problems(StoredTensor((), torch.float32, (one, one)))[0]
+    assert coverage_problems(StoredTensor((), torch.float32, ())) == ["it is missing"]
 
 
 def test_a_bank_is_known_by_its_parameter_and_its_first_dim():
     banks = {"layer.up": 4, "layer.none": 4}
-    assert bank_size("layer.up", shape=(4, 2, 3), banks=banks) == 4
-    assert bank_size("exp_avg/layer.up", shape=(4, 2, 3), banks=banks) == 4
-    assert bank_size("step/layer.up", shape=(), banks=banks) == 0
-    assert bank_size("layer.up", shape=(3, 2), banks=banks) == 0
-    assert bank_size("layer.router", shape=(4, 2), banks=banks) == 0
-    assert bank_size("layer.none", shape=(4, 0), banks=banks) == 0
+    assert num_experts_of("layer.up", shape=(4, 2, 3), expert_parameters=banks) == 4
+    assert num_experts_of("exp_avg/layer.up", shape=(4, 2, 3), expert_parameters=banks) == 4
+    assert num_experts_of("step/layer.up", shape=(), expert_parameters=banks) == 0
+    assert num_experts_of("layer.up", shape=(3, 2), expert_parameters=banks) == 0
+    assert num_experts_of("layer.router", shape=(4, 2), expert_parameters=banks) == 0
+    assert num_experts_of("layer.none", shape=(4, 0), expert_parameters=banks) == 0
 
 
 def test_a_block_is_named_after_its_expert_and_its_place():
@@ -94,7 +94,7 @@ def renumbered(body):
     return body
 
 
-@pytest.mark.parametrize("read", [load, read_weights])
+@pytest.mark.parametrize("read", [load_checkpoint, read_weights])
 def test_a_tensor_that_blocks_do_not_make_up_is_not_loaded(tmp_path, read):
     path = written(tmp_path, "three shards")
     rewritten(path, "index.json", renumbered)
@@ -108,6 +108,6 @@ def test_weights_are_read_from_either_form_and_from_a_file(tmp_path):
         found = read_weights(path)
         assert found.keys() == snapshot().files["model"].keys()
         assert all(torch.equal(found[n], t) for n, t in snapshot().files["model"].items())
-    assert read_manifest(cut).banks == BANKS
-    assert load(cut, only=("optimizer",)).files.keys() == {"optimizer"}
+    assert read_manifest(cut).expert_parameters == BANKS
+    assert load_checkpoint(cut, only=("optimizer",)).files.keys() == {"optimizer"}
     assert file_with(cut, "model/up/expert-0003").startswith("shard-0000")

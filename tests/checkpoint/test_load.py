@@ -5,15 +5,15 @@ import pytest
 import torch
 from test_save import same, snapshot
 
-from moesaic.checkpoint.load import latest, load
-from moesaic.checkpoint.save import save
+from moesaic.checkpoint.load import find_latest_checkpoint, load_checkpoint
+from moesaic.checkpoint.save import save_checkpoint
 from moesaic.core.errors import CheckpointError
 
 
 @pytest.fixture
 def root(tmp_path):
     for step in (1, 2):
-        save(tmp_path, snapshot(step))
+        save_checkpoint(tmp_path, snapshot(step))
     return tmp_path
 
 
@@ -48,16 +48,16 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(root, damage
     path = root / "step-00000002"
     message = damage(path / name)
     with pytest.raises(CheckpointError, match=message):
-        load(path)
-    found = latest(root)
+        load_checkpoint(path)
+    found = find_latest_checkpoint(root)
     assert found.path == root / "step-00000001"
     assert len(found.skipped) == 1
     assert message in found.skipped[0]
-    assert same(load(root), snapshot(1))
+    assert same(load_checkpoint(root), snapshot(1))
 
 
 def test_every_single_flipped_byte_of_a_checkpoint_is_noticed(tmp_path):
-    path = save(tmp_path, snapshot(1, size=1))
+    path = save_checkpoint(tmp_path, snapshot(1, size=1))
     for file in path.iterdir():
         whole = file.read_bytes()
         for position in range(0, len(whole), 7):
@@ -65,20 +65,20 @@ def test_every_single_flipped_byte_of_a_checkpoint_is_noticed(tmp_path):
             damaged[position] ^= 1
             file.write_bytes(bytes(damaged))
             with pytest.raises(CheckpointError, match=file.name):
-                load(path)
+                load_checkpoint(path)
         file.write_bytes(whole)
-    assert same(load(path), snapshot(1, size=1))
+    assert same(load_checkpoint(path), snapshot(1, size=1))
 
 
 def test_a_manifest_that_is_missing_or_damaged_is_named(root):
     path = root / "step-00000002" / "manifest.json"
     path.write_text(path.read_text()[:50])
     with pytest.raises(CheckpointError, match=r"manifest\.json: damaged"):
-        load(path.parent)
+        load_checkpoint(path.parent)
     path.unlink()
     with pytest.raises(CheckpointError, match=r"manifest\.json: missing"):
-        load(path.parent)
-    assert latest(root).path == root / "step-00000001"
+        load_checkpoint(path.parent)
+    assert find_latest_checkpoint(root).path == root / "step-00000001"
 
 
 class Bomb:
@@ -100,16 +100,16 @@ def test_a_pickle_inside_a_checkpoint_is_refused_and_never_run(root, make):
     path = root / "step-00000002" / "model.safetensors"
     make(path)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: this is a pickle .* refused"):
-        load(path.parent)
-    assert "pickle" in latest(root).skipped[0]
+        load_checkpoint(path.parent)
+    assert "pickle" in find_latest_checkpoint(root).skipped[0]
 
 
 def test_a_missing_checkpoint_names_those_that_are_there(root):
     with pytest.raises(CheckpointError, match="has step-00000002, step-00000001"):
-        load(root / "step-00000009")
+        load_checkpoint(root / "step-00000009")
 
 
 def test_a_root_without_checkpoints_says_so(tmp_path):
-    assert latest(tmp_path).path is None
+    assert find_latest_checkpoint(tmp_path).path is None
     with pytest.raises(CheckpointError, match="no valid checkpoint"):
-        load(tmp_path)
+        load_checkpoint(tmp_path)

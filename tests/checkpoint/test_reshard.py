@@ -8,10 +8,10 @@ from cut import FORMS, snapshot, written
 from safetensors import safe_open
 from test_save import FullDisk, QuickDisk, same
 
-from moesaic.checkpoint.load import load
+from moesaic.checkpoint.load import load_checkpoint
 from moesaic.checkpoint.manifest import read_manifest
-from moesaic.checkpoint.reshard import Shards, Whole, reshard
-from moesaic.checkpoint.save import save
+from moesaic.checkpoint.reshard import ShardedForm, FullForm, reshard
+from moesaic.checkpoint.save import save_checkpoint
 from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.core.errors import CheckpointError
 
@@ -24,19 +24,19 @@ def content(path):
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_holds_the_same(tmp_path, form):
     path = written(tmp_path, form)
-    found = load(path)
+    found = load_checkpoint(path)
     assert same(found, snapshot())
-    assert (found.banks, found.plan) == (snapshot().banks, snapshot().plan)
+    assert (found.expert_parameters, found.plan) == (snapshot().expert_parameters, snapshot().plan)
 
 
 def test_there_and_back_gives_the_same_bytes(tmp_path):
-    whole = save(tmp_path / "whole", snapshot())
-    three = reshard(whole, root=tmp_path / "three", form=Shards(3))
-    two = reshard(three, root=tmp_path / "two", form=Shards(2))
-    back = reshard(two, root=tmp_path / "back", form=Whole())
+    whole = save_checkpoint(tmp_path / "whole", snapshot())
+    three = reshard(whole, root=tmp_path / "three", form=ShardedForm(3))
+    two = reshard(three, root=tmp_path / "two", form=ShardedForm(2))
+    back = reshard(two, root=tmp_path / "back", form=FullForm())
     assert content(back) == content(whole)
-    assert content(reshard(back, root=tmp_path / "again", form=Shards(3))) == content(three)
-    assert content(reshard(two, root=tmp_path / "once more", form=Shards(3))) == content(three)
+    assert content(reshard(back, root=tmp_path / "again", form=ShardedForm(3))) == content(three)
+    assert content(reshard(two, root=tmp_path / "once more", form=ShardedForm(3))) == content(three)
     assert read_manifest(back).files == read_manifest(whole).files
 
 
@@ -62,8 +62,8 @@ def keys(file):
 
 def test_shards_are_of_about_one_size(tmp_path):
     tensors = {f"w{n}": torch.zeros(100 + n) for n in range(30)}
-    path = save(tmp_path / "a", Snapshot(1, {"model": tensors}))
-    cut = reshard(path, root=tmp_path / "b", form=Shards(4))
+    path = save_checkpoint(tmp_path / "a", Snapshot(1, {"model": tensors}))
+    cut = reshard(path, root=tmp_path / "b", form=ShardedForm(4))
     sizes = [p.stat().st_size for p in cut.glob("shard-*")]
     assert len(sizes) == 4
     assert max(sizes) < 1.25 * min(sizes)
@@ -74,17 +74,17 @@ def test_a_damaged_source_writes_nothing(tmp_path):
     file = path / "shard-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"shard-00001\.safetensors is truncated"):
-        reshard(path, root=tmp_path / "out", form=Whole())
+        reshard(path, root=tmp_path / "out", form=FullForm())
     assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_is_not_written_over_itself(tmp_path):
-    path = save(tmp_path, snapshot())
+    path = save_checkpoint(tmp_path, snapshot())
     with pytest.raises(CheckpointError, match="expected another directory"):
-        reshard(path, root=tmp_path, form=Shards(2))
+        reshard(path, root=tmp_path, form=ShardedForm(2))
 
 
-@pytest.mark.parametrize("form", [Whole(), Shards(2)], ids=["whole", "shards"])
+@pytest.mark.parametrize("form", [FullForm(), ShardedForm(2)], ids=["whole", "shards"])
 def test_a_full_disk_leaves_nothing(tmp_path, form):
     path = written(tmp_path, "three shards")
     with pytest.raises(CheckpointError, match="disk is full"):
@@ -129,9 +129,9 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
     megabyte = 1 << 20
     tensors = {f"w{n:02d}": torch.full((megabyte // 4,), float(n)) for n in range(24)}
     bank = {"up": torch.arange(8.0).repeat_interleave(megabyte // 4).view(8, 512, 512)}
-    made = Snapshot(1, {"model": tensors | bank}, banks={"up": 8})
-    path = save(tmp_path / "whole", made, disk=QuickDisk())
-    cut = reshard(path, root=tmp_path / "cut", form=Shards(3), disk=QuickDisk())
-    for source, form in ((path, Shards(2)), (cut, Whole()), (cut, Shards(5))):
+    made = Snapshot(1, {"model": tensors | bank}, expert_parameters={"up": 8})
+    path = save_checkpoint(tmp_path / "whole", made, disk=QuickDisk())
+    cut = reshard(path, root=tmp_path / "cut", form=ShardedForm(3), disk=QuickDisk())
+    for source, form in ((path, ShardedForm(2)), (cut, FullForm()), (cut, ShardedForm(5))):
         most = memory_of_resharding(source, tmp_path / f"out-{source.parent.name}-{form}", form)
         assert most < 12 * megabyte  # the bank has 8, all of them 32

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from moesaic.checkpoint.disk import Disk
-from moesaic.checkpoint.load import latest, load
+from moesaic.checkpoint.load import find_latest_checkpoint, load_checkpoint
 from moesaic.checkpoint.manifest import read_manifest
-from moesaic.checkpoint.publish import checkpoints
-from moesaic.checkpoint.save import save
+from moesaic.checkpoint.publish import list_checkpoints
+from moesaic.checkpoint.save import save_checkpoint
 from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.core.errors import CheckpointError
 
@@ -42,37 +42,37 @@ def names(root):
 
 
 def test_what_is_loaded_is_what_was_saved(tmp_path):
-    path = save(tmp_path, snapshot(7))
+    path = save_checkpoint(tmp_path, snapshot(7))
     assert names(path) == [
         "manifest.json",
         "model.safetensors",
         "optimizer.safetensors",
         "state.json",
     ]
-    assert same(load(path), snapshot(7))
-    assert same(load(tmp_path), snapshot(7))
+    assert same(load_checkpoint(path), snapshot(7))
+    assert same(load_checkpoint(tmp_path), snapshot(7))
     assert (tmp_path / "latest").read_text() == "step-00000007\n"
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
     for step in range(1, 7):
-        save(tmp_path, snapshot(step), keep=2, best=step == 2)
+        save_checkpoint(tmp_path, snapshot(step), keep=2, best=step == 2)
     assert names(tmp_path) == ["best", "latest", "step-00000002", "step-00000005", "step-00000006"]
     assert (tmp_path / "best").read_text() == "step-00000002\n"
 
 
 def test_a_run_that_went_back_keeps_what_it_saves_now_not_its_abandoned_future(tmp_path):
     for step in (10, 20, 30):
-        save(tmp_path, snapshot(step), keep=2)
-    save(tmp_path, snapshot(25), keep=2)
-    assert latest(tmp_path).path == tmp_path / "step-00000025"
-    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000025", "step-00000030"]
+        save_checkpoint(tmp_path, snapshot(step), keep=2)
+    save_checkpoint(tmp_path, snapshot(25), keep=2)
+    assert find_latest_checkpoint(tmp_path).path == tmp_path / "step-00000025"
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000025", "step-00000030"]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
-    save(tmp_path, snapshot(3, fill=1))
-    save(tmp_path, snapshot(3, fill=2))
-    assert same(load(tmp_path), snapshot(3, fill=2))
+    save_checkpoint(tmp_path, snapshot(3, fill=1))
+    save_checkpoint(tmp_path, snapshot(3, fill=2))
+    assert same(load_checkpoint(tmp_path), snapshot(3, fill=2))
     assert names(tmp_path) == ["latest", "step-00000003"]
 
 
@@ -139,22 +139,22 @@ def test_a_kill_at_any_operation_leaves_a_whole_checkpoint_and_the_next_save_wor
     moments = 0
     for moment in range(200):
         root = tmp_path / str(moment)
-        save(root, snapshot(1), keep=2, disk=QuickDisk())
-        save(root, snapshot(2, fill=20), keep=2, disk=QuickDisk())
+        save_checkpoint(root, snapshot(1), keep=2, disk=QuickDisk())
+        save_checkpoint(root, snapshot(2, fill=20), keep=2, disk=QuickDisk())
         new = snapshot(step, fill=30)
         try:
-            save(root, new, keep=2, disk=DyingDisk(moment))
+            save_checkpoint(root, new, keep=2, disk=DyingDisk(moment))
             break
         except Killed:
             moments += 1
-        found = load(root)
+        found = load_checkpoint(root)
         assert same(found, new) or same(found, snapshot(2, fill=20))
-        assert latest(root).skipped == ()
-        save(root, snapshot(4), keep=2, disk=QuickDisk())
-        assert same(load(root), snapshot(4))
+        assert find_latest_checkpoint(root).skipped == ()
+        save_checkpoint(root, snapshot(4), keep=2, disk=QuickDisk())
+        assert same(load_checkpoint(root), snapshot(4))
         assert not [n for n in names(root) if n.startswith(".")]
     assert moments >= 13
-    assert same(load(root), new)
+    assert same(load_checkpoint(root), new)
 
 
 class FullDisk(Disk):
@@ -172,7 +172,7 @@ class FullDisk(Disk):
                     raise OSError(self.code, os.strerror(self.code))
                 yield piece
 
-        super().write(path, pieces=passing())
+        super().write(path, chunks=passing())
 
 
 REFUSALS = {
@@ -184,13 +184,13 @@ REFUSALS = {
 
 @pytest.mark.parametrize("code", REFUSALS, ids=errno.errorcode.get)
 def test_a_disk_that_refuses_at_any_byte_loses_nothing(tmp_path, code):
-    save(tmp_path, snapshot(1))
+    save_checkpoint(tmp_path, snapshot(1))
     before = names(tmp_path)
     for room in range(0, 1400, 100):
         with pytest.raises(CheckpointError, match=REFUSALS[code]):
-            save(tmp_path, snapshot(2), disk=FullDisk(room, code))
+            save_checkpoint(tmp_path, snapshot(2), disk=FullDisk(room, code))
         assert names(tmp_path) == before
-        assert same(load(tmp_path), snapshot(1))
+        assert same(load_checkpoint(tmp_path), snapshot(1))
 
 
 class SmallDisk(Disk):
@@ -200,7 +200,7 @@ class SmallDisk(Disk):
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path):
     with pytest.raises(CheckpointError, match=r"disk is full: it needs 1.*free are 1000 B"):
-        save(tmp_path, snapshot(1), disk=SmallDisk())
+        save_checkpoint(tmp_path, snapshot(1), disk=SmallDisk())
     assert names(tmp_path) == []
 
 
@@ -228,31 +228,31 @@ class BlindDisk(Disk):
 
 @pytest.mark.parametrize("disk", [Disk(), BlindDisk()], ids=["foreseen", "met"])
 def test_a_really_full_disk_loses_nothing(small_mount, disk):
-    save(small_mount, snapshot(1))
+    save_checkpoint(small_mount, snapshot(1))
     with pytest.raises(CheckpointError, match="disk is full"):
-        save(small_mount, snapshot(2, size=2 << 16), disk=disk)
+        save_checkpoint(small_mount, snapshot(2, size=2 << 16), disk=disk)
     assert names(small_mount) == ["latest", "step-00000001"]
-    assert same(load(small_mount), snapshot(1))
+    assert same(load_checkpoint(small_mount), snapshot(1))
 
 
 def test_a_process_killed_while_saving_leaves_a_checkpoint_that_loads(tmp_path):
-    save(tmp_path, snapshot(1), keep=2)
+    save_checkpoint(tmp_path, snapshot(1), keep=2)
     for delay in (0.002, 0.005, 0.011, 0.02, 0.031, 0.043):
         child = os.fork()
         if child == 0:
             for step in range(2, 10_000):
-                save(tmp_path, snapshot(step), keep=2)
+                save_checkpoint(tmp_path, snapshot(step), keep=2)
             os._exit(0)
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        found = load(tmp_path)
+        found = load_checkpoint(tmp_path)
         assert same(found, snapshot(found.step))
 
 
 def test_the_manifest_names_versions_and_every_file(tmp_path):
-    manifest = read_manifest(save(tmp_path, snapshot(5)))
+    manifest = read_manifest(save_checkpoint(tmp_path, snapshot(5)))
     assert manifest.step == 5
     assert set(manifest.versions) == {"moesaic", "torch", "safetensors"}
     assert set(manifest.files) == {"model.safetensors", "optimizer.safetensors", "state.json"}
-    assert json.loads(manifest.text())["digest"]
+    assert json.loads(manifest.to_json())["digest"]

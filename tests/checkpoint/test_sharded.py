@@ -8,17 +8,17 @@ import pytest
 import torch
 from test_save import QuickDisk
 
-from moesaic.checkpoint.load import latest, load
-from moesaic.checkpoint.publish import Keep
-from moesaic.checkpoint.saver import Saver
-from moesaic.checkpoint.shard import Piece, Shard
+from moesaic.checkpoint.load import find_latest_checkpoint, load_checkpoint
+from moesaic.checkpoint.publish import RetentionPolicy
+from moesaic.checkpoint.saver import CheckpointSaver
+from moesaic.checkpoint.shard import ShardBlock, Shard
 from moesaic.checkpoint.sharded import load_sharded, save_sharded
 from moesaic.checkpoint.snapshot import RankSnapshot
 from moesaic.core.errors import CheckpointError
 from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
 from moesaic.testing.ranks import RankError, run_on_ranks
 
-KEEP = Keep(2)
+KEEP = RetentionPolicy(2)
 BANKS = {"up": 4}
 
 
@@ -28,8 +28,8 @@ def share(step: int, world: World) -> RankSnapshot:
     up = torch.arange(4 * 6.0).view(4, 2, 3)[n * r : n * (r + 1)] + step
     dense = torch.arange(4 * 5.0).view(4, 5)[n * r : n * (r + 1)] - step
     model = {
-        "up": Shard.block(up, offset=(n * r, 0, 0), shape=(4, 2, 3)),
-        "dense": Shard.block(dense, offset=(n * r, 0), shape=(4, 5)),
+        "up": Shard.from_block(up, offset=(n * r, 0, 0), shape=(4, 2, 3)),
+        "dense": Shard.from_block(dense, offset=(n * r, 0), shape=(4, 5)),
         "norm": torch.full((3,), float(step)),
     }
     return RankSnapshot(step, {"model": model}, {"step": step}, BANKS, {"expert": world.size})
@@ -83,7 +83,7 @@ class Dying(QuickDisk):
 def save_and_die(root: Path, victim: int, moment: int) -> None:
     world = ProcessGroupWorld()
     disk = Dying(moment) if world.rank == victim else QuickDisk()
-    save_sharded(root, share(9, world), world=world, keep=KEEP, disk=disk)
+    save_sharded(root, share(9, world), world=world, retention=KEEP, disk=disk)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -92,21 +92,21 @@ def test_a_rank_killed_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_pat
     for moment in range(40):
         root = tmp_path / str(moment)
         for step in (1, 2):
-            save_sharded(root, share(step, SingleProcess()), world=SingleProcess(), keep=KEEP, disk=QuickDisk())
+            save_sharded(root, share(step, SingleProcess()), world=SingleProcess(), retention=KEEP, disk=QuickDisk())
         try:
             run_on_ranks(2, partial(save_and_die, root, victim, moment))
             break
         except RankError:
             kills += 1
-        found = load(root)
+        found = load_checkpoint(root)
         assert is_step(found, found.step)
         assert found.step in (2, 9)
-        assert latest(root).skipped == ()
-        save_sharded(root, share(4, SingleProcess()), world=SingleProcess(), keep=KEEP, disk=QuickDisk())
-        assert is_step(load(root), 4)
+        assert find_latest_checkpoint(root).skipped == ()
+        save_sharded(root, share(4, SingleProcess()), world=SingleProcess(), retention=KEEP, disk=QuickDisk())
+        assert is_step(load_checkpoint(root), 4)
         assert not [p.name for p in root.iterdir() if p.name.startswith(".")]
     assert kills >= (1 if victim else 13)
-    assert is_step(load(root), 9)
+    assert is_step(load_checkpoint(root), 9)
 
 
 class Refusing(QuickDisk):
@@ -148,7 +148,7 @@ def test_a_disk_that_is_full_on_one_rank_is_said_on_all_and_loses_nothing(tmp_pa
         assert f"saving failed on rank {victim}, the disk is full: it needs 1.00 MiB" in text
         assert "Earlier checkpoints are intact" in text
     assert set(first[1::2]) == {"latest step-00000001"}
-    assert is_step(load(tmp_path), 1)
+    assert is_step(load_checkpoint(tmp_path), 1)
 
 
 class Elsewhere(QuickDisk):
@@ -176,10 +176,10 @@ def test_a_directory_that_ranks_do_not_share_is_said_and_nothing_is_published(tm
 def background(root: Path) -> list[str]:
     world = ProcessGroupWorld()
     disk = Refusing(1) if world.rank == 1 else QuickDisk()
-    saver = Saver(root, world=world, patience_s=60, disk=disk)
+    saver = CheckpointSaver(root, world=world, timeout_s=60, disk=disk)
     told = []
     for step in range(1, 4):
-        saver.start(share(step, world), keep=KEEP)
+        saver.save_async(share(step, world), retention=KEEP)
         while True:  # steps of training, alike on all ranks
             try:
                 if path := saver.poll():
@@ -198,19 +198,19 @@ def test_an_error_in_the_background_is_raised_by_the_next_poll_of_every_rank(tmp
     assert told[0][0] == "step-00000001"
     assert len(told[0]) == 3
     assert all("saving failed on rank 1, the disk is full" in text for text in told[0][1:])
-    assert is_step(load(tmp_path), 1)
+    assert is_step(load_checkpoint(tmp_path), 1)
 
 
 def wrong_layouts() -> list[str]:
     world = ProcessGroupWorld()
     r, whole = world.rank, torch.zeros(4, 2)
     cases = {
-        "a hole": Shard.block(whole[:1], offset=(2 * r, 0), shape=(4, 2)),
-        "an overlap": Shard.block(whole[:3], offset=(r, 0), shape=(4, 2)),
-        "two lengths": Shard.block(whole[: 2 + r], offset=(0, 0), shape=(4, 2)),
+        "a hole": Shard.from_block(whole[:1], offset=(2 * r, 0), shape=(4, 2)),
+        "an overlap": Shard.from_block(whole[:3], offset=(r, 0), shape=(4, 2)),
+        "two lengths": Shard.from_block(whole[: 2 + r], offset=(0, 0), shape=(4, 2)),
         "two shapes": Shard((4, 2 + r), torch.float32, ()),
         "nobody": Shard((4, 2), torch.float32, ()),
-        "a lost expert": Shard.block(whole[: 2 - r, :], offset=(2 * r, 0), shape=(4, 2)),
+        "a lost expert": Shard.from_block(whole[: 2 - r, :], offset=(2 * r, 0), shape=(4, 2)),
     }
     said = []
     for name, held in cases.items():
@@ -257,7 +257,7 @@ def test_one_process_loads_in_place_what_two_ranks_saved(saved):
     into = room()
     assert load_sharded(saved, into=into, world=SingleProcess()) == {"step": 3}
     assert torch.equal(into["model"]["up"], torch.arange(4 * 6.0).view(4, 2, 3) + 3)
-    assert is_step(load(saved), 3)
+    assert is_step(load_checkpoint(saved), 3)
 
 
 MISFITS = {
@@ -304,7 +304,7 @@ def test_an_altered_shard_is_named_on_every_rank_whoever_hashed_it(saved):
     assert len(set(told)) == 1
     assert "shard-00001.safetensors was altered" in told[0]
     with pytest.raises(CheckpointError, match=r"shard-00001\.safetensors was altered"):
-        load(saved)
+        load_checkpoint(saved)
     path.unlink()
     assert (
         "shard-00001.safetensors is missing"
@@ -322,12 +322,12 @@ def test_a_copy_is_written_once_and_the_work_is_shared(tmp_path):
     sizes = [(path / f"shard-0000{rank}.safetensors").stat().st_size for rank in (0, 1)]
     assert sizes[0] == sizes[1]
     assert all(
-        torch.equal(t, torch.full((8,), float(n[1]))) for n, t in load(path).files["model"].items()
+        torch.equal(t, torch.full((8,), float(n[1]))) for n, t in load_checkpoint(path).files["model"].items()
     )
 
 
 def test_a_piece_that_reaches_out_of_its_tensor_is_refused():
     with pytest.raises(ValueError, match="reaches out"):
-        Shard((4,), torch.float32, (Piece((3,), torch.zeros(2)),))
+        Shard((4,), torch.float32, (ShardBlock((3,), torch.zeros(2)),))
     with pytest.raises(ValueError, match="bfloat16"):
-        Shard((4,), torch.float32, (Piece((0,), torch.zeros(2).bfloat16()),))
+        Shard((4,), torch.float32, (ShardBlock((0,), torch.zeros(2).bfloat16()),))

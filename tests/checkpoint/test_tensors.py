@@ -4,12 +4,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from moesaic.checkpoint.tensors import NAMES, read_tensors, tensor_pieces, write_tensors
+from moesaic.checkpoint.tensors import DTYPE_NAMES, read_tensors, serialize_tensors, write_tensors
 from moesaic.core.errors import CheckpointError
 
 
 def of_every_type():
-    made = {str(t): torch.arange(6).reshape(2, 3).to(t) for t in NAMES}
+    made = {str(t): torch.arange(6).reshape(2, 3).to(t) for t in DTYPE_NAMES}
     return made | {
         "empty": torch.empty(0, 4),
         "scalar": torch.tensor(2.5),
@@ -62,7 +62,7 @@ def test_a_pickle_is_refused_by_content(tmp_path, protocol):
 def test_a_header_whose_length_looks_like_a_pickle_is_still_read(tmp_path):
     path = tmp_path / "x.safetensors"
     for pad in range(700):
-        file = b"".join(tensor_pieces({"a": torch.ones(1)}, metadata={"pad": "x" * pad}))
+        file = b"".join(serialize_tensors({"a": torch.ones(1)}, metadata={"pad": "x" * pad}))
         if file.startswith(b"\x80\x02"):
             break
     else:

@@ -7,8 +7,8 @@ import torch
 from cut import snapshot, written
 from test_save import same
 
-from moesaic.checkpoint.load import load
-from moesaic.checkpoint.save import save
+from moesaic.checkpoint.load import load_checkpoint
+from moesaic.checkpoint.save import save_checkpoint
 from moesaic.cli.main import main
 
 
@@ -48,7 +48,7 @@ def test_inspect_says_what_is_in_a_checkpoint_and_who_wrote_it(tmp_path, capsys)
 def test_a_root_and_a_run_mean_their_newest_checkpoint(tmp_path, capsys):
     root = tmp_path / "run" / "checkpoints"
     for step in (3, 8, 5):
-        save(root, snapshot(step=step))
+        save_checkpoint(root, snapshot(step=step))
     for path in (root, root.parent):
         assert told(["ckpt", "inspect", str(path)], capsys)["step"] == 5
     error = told(["ckpt", "inspect", str(tmp_path)], capsys, code=2)["error"]
@@ -99,6 +99,6 @@ def test_reshard_writes_the_form_that_is_asked_for(tmp_path, capsys):
     cut = told(["ckpt", "reshard", path, "--ranks", "2", "--out", str(tmp_path / "c")], capsys)
     assert "shard-00001.safetensors" in cut["files"]
     for made in ("w", "c"):
-        assert same(load(tmp_path / made), snapshot())
+        assert same(load_checkpoint(tmp_path / made), snapshot())
     error = told(["ckpt", "reshard", path, "--out", str(tmp_path / "x")], capsys, code=2)["error"]
     assert "expected one of --ranks N and --whole" in error

@@ -15,8 +15,8 @@ from moesaic.dist.local import local_tensor
 from moesaic.dist.mesh import Mesh
 from moesaic.dist.wire import CommunicationCounter
 from moesaic.model.config import ModelConfig
-from moesaic.ops.grouped import Segments
-from moesaic.ops.mixture import Composed
+from moesaic.ops.grouped import SequentialGEMM
+from moesaic.ops.mixture import UnfusedMoEKernel
 from moesaic.optim.optimizer import AdamW
 from moesaic.parallel.apply import apply, experts_of
 from moesaic.parallel.config import Parallel
@@ -112,7 +112,7 @@ def test_a_rehearsed_rank_holds_and_sends_what_is_forecast(name: str) -> None:
     config, laid, world, rank = REHEARSED[name]
     done = rehearse(config, parallel=laid, world=world, sizes=SIZES, rank=rank)
     holding = Inventory(evenly(config)).on(laid, world=world, rank=rank)
-    said = rank_bytes(holding, sizes=SIZES, mixer=Composed(Segments()))
+    said = rank_bytes(holding, sizes=SIZES, mixer=UnfusedMoEKernel(SequentialGEMM()))
     assert [done.weights, done.gradients] == [said.weights, said.gradients]
     assert done.optimizer == said.optimizer
     kinds = {line.kind for line in done.sent}

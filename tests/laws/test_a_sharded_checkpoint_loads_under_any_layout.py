@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from moesaic.checkpoint.load import load
-from moesaic.checkpoint.publish import Keep
-from moesaic.checkpoint.reshard import Shards, reshard
-from moesaic.checkpoint.save import save
-from moesaic.checkpoint.saver import Saver
+from moesaic.checkpoint.load import load_checkpoint
+from moesaic.checkpoint.publish import RetentionPolicy
+from moesaic.checkpoint.reshard import ShardedForm, reshard
+from moesaic.checkpoint.save import save_checkpoint
+from moesaic.checkpoint.saver import CheckpointSaver
 from moesaic.checkpoint.sharded import load_sharded, save_sharded
 from moesaic.checkpoint.snapshot import RankSnapshot, Snapshot
 from moesaic.dist.world import SingleProcess, ProcessGroupWorld
@@ -49,7 +49,7 @@ def save_in(root: Path) -> None:
     world = ProcessGroupWorld()
     for seed in range(LAYOUTS):
         snapshot = held(seed, seed=seed, rank=world.rank, world=world.size)
-        save_sharded(root, snapshot, world=world, keep=Keep(LAYOUTS))
+        save_sharded(root, snapshot, world=world, retention=RetentionPolicy(LAYOUTS))
 
 
 def wrong_after_loading(root: Path) -> list[str]:
@@ -71,29 +71,29 @@ def test_four_ranks_save_and_one_two_and_eight_load_in_other_layouts(tmp_path: P
     for world in (2, 8):
         assert run_on_ranks(world, partial(wrong_after_loading, tmp_path)) == [[]] * world
     for seed in range(LAYOUTS):
-        found = load(tmp_path / f"step-{seed:08d}")
+        found = load_checkpoint(tmp_path / f"step-{seed:08d}")
         assert list(mismatched_tensors(found.files, full_tensors=wholes(seed))) == []
         assert found.files.keys() == wholes(seed).keys()
-        assert (found.step, found.state, found.banks) == (seed, {"step": seed}, BANKS)
+        assert (found.step, found.state, found.expert_parameters) == (seed, {"step": seed}, BANKS)
     path = tmp_path / "step-00000003"  # its experts lie in several blocks each
-    again = load(reshard(path, root=tmp_path / "again", form=Shards(2)))
+    again = load_checkpoint(reshard(path, root=tmp_path / "again", form=ShardedForm(2)))
     assert list(mismatched_tensors(again.files, full_tensors=wholes(3))) == []
 
 
 def test_ranks_load_what_one_process_saved_whole(tmp_path: Path) -> None:
     for seed in range(LAYOUTS):
-        save(tmp_path, Snapshot(seed, wholes(seed), {"step": seed}), keep=LAYOUTS)
+        save_checkpoint(tmp_path, Snapshot(seed, wholes(seed), {"step": seed}), keep=LAYOUTS)
     assert run_on_ranks(2, partial(wrong_after_loading, tmp_path)) == [[]] * 2
 
 
 def in_turn(root: Path) -> list[str]:
     """Save by both ways while the tensors go on changing."""
     world = ProcessGroupWorld()
-    saver = Saver(root / "later", world=world, patience_s=60)
+    saver = CheckpointSaver(root / "later", world=world, timeout_s=60)
     for step in range(5):
         snapshot = held(step, seed=step, rank=world.rank, world=world.size)
-        save_sharded(root / "now", snapshot, world=world, keep=Keep(9))
-        saver.start(snapshot, keep=Keep(9))
+        save_sharded(root / "now", snapshot, world=world, retention=RetentionPolicy(9))
+        saver.save_async(snapshot, retention=RetentionPolicy(9))
         fill_with_sentinel(snapshot.files)
         snapshot.state["step"] = "changed"
     last = saver.wait()

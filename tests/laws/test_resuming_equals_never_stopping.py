@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from moe.variants import balanced
-from moesaic.checkpoint.load import load
-from moesaic.checkpoint.save import save
+from moesaic.checkpoint.load import load_checkpoint
+from moesaic.checkpoint.save import save_checkpoint
 from moesaic.dist.world import ProcessGroupWorld
 from moesaic.model.arrangement import ParallelResidual
 from moesaic.moe.attention import MixtureOfAttention
@@ -91,10 +91,10 @@ def _same(left: Trainer, right: Trainer) -> None:
 def _resumed(run: Run, folder: Path) -> tuple[Trainer, list[dict[str, float]]]:
     first = tiny_trainer(run)
     rows = _rows(first, steps=10)
-    save(folder, first.snapshot())
+    save_checkpoint(folder, first.snapshot())
     second = tiny_trainer(run)
     torch.rand(3)  # whatever happened in the new process must not matter
-    second.restore(load(folder))
+    second.restore(load_checkpoint(folder))
     return second, rows + _rows(second, steps=10)
 
 
@@ -115,10 +115,10 @@ def _on_two(folder: Path, stop: bool) -> list[dict[str, float]]:
     if stop:
         snapshot = trainer.snapshot()
         if world.rank == 0:
-            save(folder, snapshot)
+            save_checkpoint(folder, snapshot)
         world.barrier()
         trainer = tiny_trainer(run, world=world)
-        trainer.restore(load(folder))
+        trainer.restore(load_checkpoint(folder))
     return rows + _rows(trainer, steps=6)
 
 
@@ -133,7 +133,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     whole_rows = _rows(whole, steps=20)
     first = tiny_trainer(run)
     rows = _rows(first, steps=10)
-    save(tmp_path, first.snapshot())
+    save_checkpoint(tmp_path, first.snapshot())
     rest = run_on_ranks(2, _continued, tmp_path)[0]
     for row, here in zip(rows + rest, whole_rows, strict=True):
         assert row == pytest.approx(here, rel=1e-4)
@@ -142,5 +142,5 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
 def _continued(folder: Path) -> list[dict[str, float]]:
     run = tiny_run(**VARIANTS["dropout-and-random-drops"])
     trainer = tiny_trainer(run, world=ProcessGroupWorld())
-    trainer.restore(load(folder))
+    trainer.restore(load_checkpoint(folder))
     return _rows(trainer, steps=10)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moesaic.checkpoint.load import load
+from moesaic.checkpoint.load import load_checkpoint
 from moesaic.core.shapes import Tensor
 from moesaic.dist.plan import ParallelPlan
 from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
@@ -59,7 +59,7 @@ def _train(plan: dict[str, int], folder: Path, until: int, resume: Path | None) 
 
 
 def _weights(folder: Path, *, step: int) -> Weights:
-    snapshot = load(folder / f"step-{step:08d}")
+    snapshot = load_checkpoint(folder / f"step-{step:08d}")
     optimizer = snapshot.files["optimizer"].items()
     return {**snapshot.files["model"], **{f"optimizer/{n}": t for n, t in optimizer}}
 

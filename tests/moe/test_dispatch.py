@@ -14,7 +14,7 @@ def test_rows_are_grouped_by_expert():
     x = torch.randn(T, D)
     parcel = LocalDispatcher().dispatch(x, routing)
     start = 0
-    for expert, count in enumerate(parcel.groups.counts.tolist()):
+    for expert, count in enumerate(parcel.groups.rows_per_expert.tolist()):
         tokens = routing.token[routing.expert == expert]
         assert torch.equal(parcel.rows[start : start + count], x[tokens])
         start += count

@@ -5,7 +5,7 @@ import torch
 from moesaic.moe.experts import GroupedExperts, ExpertShape
 from moesaic.nn.activation import SwiGLU
 from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig
-from moesaic.ops.group import group
+from moesaic.ops.group import group_by_expert
 
 D, E = 8, 3
 FEED = FeedForwardConfig(hidden=12, activation=SwiGLU())
@@ -29,13 +29,13 @@ def test_an_expert_is_a_dense_feed_forward():
             "down.bias": experts.down_bias[1],
         }
     )
-    groups = group(torch.full((6,), 1), num_experts=E)
+    groups = group_by_expert(torch.full((6,), 1), num_experts=E)
     torch.testing.assert_close(experts(x, groups=groups), dense(x), rtol=1e-4, atol=1e-4)
 
 
 def test_autocast_computes_in_half_and_trains_float32_banks():
     experts, x = _experts(), torch.randn(6, D)
-    groups = group(torch.arange(6) % E, num_experts=E)
+    groups = group_by_expert(torch.arange(6) % E, num_experts=E)
     order = groups.order
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = experts(x[order], groups=groups)

@@ -7,7 +7,7 @@ import torch
 
 from moesaic.core.shapes import Tensor
 from moesaic.nn.looking import KeyValue, reference_attend
-from moesaic.ops.blockwise import Back, Found, add, grads_of, look_at
+from moesaic.ops.blockwise import AttentionBackward, PartialAttention, merge_block, attend_block_backward, attend_block
 
 GROUPS, SHARED, QUERIES, WIDTH = 2, 3, 5, 4
 
@@ -33,16 +33,16 @@ def test_blocks_in_any_order_add_up_to_attention(order: tuple[int, ...]) -> None
     wanted = torch.autograd.grad(expected, [query, key, value], grad)
 
     blocks = [slice(0, 2), slice(2, 7), slice(7, 9)]
-    found = Found(torch.zeros_like(query), torch.full_like(query[..., 0], -math.inf))
+    found = PartialAttention(torch.zeros_like(query), torch.full_like(query[..., 0], -math.inf))
     got = [torch.zeros_like(x) for x in (query, key, value)]
     with torch.no_grad():
         for number in order:
             span = blocks[number]
-            add(found, look_at(query, key[:, span], value[:, span], diagonal=None))
+            merge_block(found, attend_block(query, key[:, span], value[:, span], diagonal=None))
         torch.testing.assert_close(found.out, expected)
-        back = Back(grad, (grad * found.out).sum(-1), found.log)
+        back = AttentionBackward(grad, (grad * found.out).sum(-1), found.lse)
         for span in blocks:
-            part = grads_of(query, key[:, span], value[:, span], back=back, diagonal=None)
+            part = attend_block_backward(query, key[:, span], value[:, span], backward=back, diagonal=None)
             got[0] += part.query
             got[1][:, span] += part.key
             got[2][:, span] += part.value
@@ -56,9 +56,9 @@ def test_a_diagonal_hides_what_comes_later() -> None:
     grad = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, [query, key, value], grad)
     with torch.no_grad():
-        found = look_at(query, key, value, diagonal=0)
-        back = Back(grad, (grad * found.out).sum(-1), found.log)
-        got = grads_of(query, key, value, back=back, diagonal=0)
+        found = attend_block(query, key, value, diagonal=0)
+        back = AttentionBackward(grad, (grad * found.out).sum(-1), found.lse)
+        got = attend_block_backward(query, key, value, backward=back, diagonal=0)
     torch.testing.assert_close(found.out, expected)
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other)

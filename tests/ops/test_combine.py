@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moesaic.ops.combine import combine, plain_combine, plain_spread, spread
-from moesaic.ops.group import group
+from moesaic.ops.combine import unpermute, reference_unpermute, reference_permute, permute
+from moesaic.ops.group import group_by_expert
 
 T, D, E = 13, 6, 4
 
@@ -12,7 +12,7 @@ T, D, E = 13, 6, 4
 def _edges(k):
     expert = torch.randint(0, E + 1, (T * k,), generator=torch.Generator().manual_seed(k))
     token = torch.arange(T).repeat_interleave(k)
-    return token, group(expert, num_experts=E)
+    return token, group_by_expert(expert, num_experts=E)
 
 
 def _some_edges():
@@ -20,7 +20,7 @@ def _some_edges():
     draw = torch.Generator().manual_seed(1)
     token = torch.randint(0, T, (3 * T // 2,), generator=draw)
     expert = torch.randint(0, E + 1, token.shape, generator=draw)
-    return token, group(expert, num_experts=E)
+    return token, group_by_expert(expert, num_experts=E)
 
 
 @pytest.mark.parametrize("k", [0, 1, 2, 3])
@@ -28,8 +28,8 @@ def test_spread_equals_its_definition_with_gradients(k):
     token, groups = _edges(k) if k else _some_edges()
     x = torch.randn(T, D, requires_grad=True)
     weigh = torch.randn(len(token), D)
-    want = plain_spread(x, token=token, groups=groups)
-    got = spread(x, token=token, groups=groups, per_token=k)
+    want = reference_permute(x, token=token, groups=groups)
+    got = permute(x, token=token, groups=groups, per_token=k)
     assert torch.equal(got, want)
     grads = [torch.autograd.grad((y * weigh).sum(), x)[0] for y in (got, want)]
     torch.testing.assert_close(*grads)
@@ -41,7 +41,7 @@ def test_combine_equals_its_definition_with_gradients(k):
     y = torch.randn(len(token), D, requires_grad=True)
     weight = torch.rand(len(token), requires_grad=True)
     results = []
-    for function, extra in ((combine, {"per_token": k}), (plain_combine, {})):
+    for function, extra in ((unpermute, {"per_token": k}), (reference_unpermute, {})):
         out = function(y, token=token, weight=weight, groups=groups, num_tokens=T, **extra)
         results.append([out, *torch.autograd.grad(out.square().sum(), (y, weight))])
     for got, want in zip(*results, strict=True):
@@ -50,11 +50,11 @@ def test_combine_equals_its_definition_with_gradients(k):
 
 def test_edges_in_any_order_come_home():
     token = torch.tensor([2, 0, 0, 2, 1])
-    groups = group(torch.tensor([1, 0, 1, 0, 1]), num_experts=2)
+    groups = group_by_expert(torch.tensor([1, 0, 1, 0, 1]), num_experts=2)
     x = torch.eye(3)
-    rows = spread(x, token=token, groups=groups, per_token=0)
+    rows = permute(x, token=token, groups=groups, per_token=0)
     weight = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
-    home = combine(rows, token=token, weight=weight, groups=groups, num_tokens=3, per_token=0)
+    home = unpermute(rows, token=token, weight=weight, groups=groups, num_tokens=3, per_token=0)
     assert torch.equal(home, torch.diag(torch.tensor([5.0, 5.0, 5.0])))
 
 
@@ -63,6 +63,6 @@ def test_halves_are_summed_in_float32():
     y = torch.randn(2 * T, D).bfloat16()
     weight = torch.rand(2 * T)
     settings = {"token": token, "weight": weight, "groups": groups, "num_tokens": T}
-    got = combine(y, per_token=2, **settings)
+    got = unpermute(y, per_token=2, **settings)
     assert got.dtype == torch.bfloat16
-    assert torch.equal(got, plain_combine(y.float(), **settings).bfloat16())
+    assert torch.equal(got, reference_unpermute(y.float(), **settings).bfloat16())

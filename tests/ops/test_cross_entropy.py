@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moesaic.ops import cross_entropy as module
-from moesaic.ops.cross_entropy import cross_entropy, plain_cross_entropy
+from moesaic.ops.cross_entropy import cross_entropy, reference_cross_entropy
 
 N, V, D = 37, 50, 8
 
@@ -18,8 +18,8 @@ def test_the_chunked_loss_equals_its_definition(monkeypatch, chunk, smoothing, z
     weight = torch.randn(V, D, requires_grad=True)
     label = torch.randint(0, V, (N,))
     results = []
-    for function in (cross_entropy, plain_cross_entropy):
-        loss = function(hidden, weight=weight, label=label, smoothing=smoothing, z=z)
+    for function in (cross_entropy, reference_cross_entropy):
+        loss = function(hidden, weight=weight, label=label, label_smoothing=smoothing, z_loss=z)
         grads = torch.autograd.grad(loss.total * 0.37, (hidden, weight))
         results.append([loss.total, loss.nll, *grads])
     for got, want in zip(*results, strict=True):
@@ -29,7 +29,7 @@ def test_the_chunked_loss_equals_its_definition(monkeypatch, chunk, smoothing, z
 def test_the_per_token_losses_are_plain_and_outside_the_graph():
     hidden = torch.randn(N, D, requires_grad=True)
     label = torch.randint(0, V, (N,))
-    loss = cross_entropy(hidden, weight=torch.randn(V, D), label=label, smoothing=0.2)
+    loss = cross_entropy(hidden, weight=torch.randn(V, D), label=label, label_smoothing=0.2)
     assert not loss.nll.requires_grad
     assert loss.total.requires_grad
 
@@ -47,7 +47,7 @@ def test_it_works_without_gradients_and_in_bfloat16():
         hidden, weight = torch.randn(N, D).bfloat16(), torch.randn(V, D)
         label = torch.randint(0, V, (N,))
         got = cross_entropy(hidden, weight=weight, label=label)
-        want = plain_cross_entropy(hidden, weight=weight, label=label)
+        want = reference_cross_entropy(hidden, weight=weight, label=label)
     torch.testing.assert_close(got.nll, want.nll, rtol=1e-2, atol=1e-2)
 
 
@@ -56,5 +56,5 @@ def test_bfloat16_gradients_are_near_those_of_float32():
     weight = torch.randn(V, D, requires_grad=True)
     label = torch.randint(0, V, (N,))
     got = torch.autograd.grad(cross_entropy(hidden, weight=weight, label=label).total, weight)[0]
-    plain = plain_cross_entropy(hidden.float(), weight=weight, label=label).total
+    plain = reference_cross_entropy(hidden.float(), weight=weight, label=label).total
     torch.testing.assert_close(got, torch.autograd.grad(plain, weight)[0], rtol=0.05, atol=0.1)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from moesaic.nn.activation import GELU, ReLU, SquaredReLU, SwiGLU
-from moesaic.ops.choose import ENGINES
-from moesaic.ops.group import group
-from moesaic.ops.grouped import Banks, expert_of_row, grouped_feed_forward, plain_feed_forward
+from moesaic.ops.choose import GROUPED_GEMMS
+from moesaic.ops.group import group_by_expert
+from moesaic.ops.grouped import FeedForwardWeights, expert_of_row, grouped_feed_forward, reference_feed_forward
 
 D, HIDDEN, E = 8, 12, 4
 ROUTES = {
@@ -29,8 +29,8 @@ def _run(compute, expert, activation, *, bias, **options):
     rows = leaf(expert.numel(), D)
     up, down = leaf(E, D, activation.width(HIDDEN)), leaf(E, HIDDEN, D)
     biases = (leaf(E, activation.width(HIDDEN)), leaf(E, D)) if bias else ()
-    groups = group(expert, num_experts=E)
-    banks = Banks(up, down, *biases)
+    groups = group_by_expert(expert, num_experts=E)
+    banks = FeedForwardWeights(up, down, *biases)
     out = compute(rows, banks=banks, groups=groups, activation=activation, **options)
     leaves = [rows, up, down, *biases]
     loss = out.square().sum() + 0 * rows.sum()  # in the graph even if no row has an expert
@@ -41,31 +41,31 @@ def _run(compute, expert, activation, *, bias, **options):
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", GROUPED_GEMMS)
 def test_an_engine_equals_the_definition_with_gradients(engine, route, bias):
     options = {"bias": bias}
-    want = _run(plain_feed_forward, ROUTES[route], SwiGLU(), **options)
-    got = _run(grouped_feed_forward, ROUTES[route], SwiGLU(), engine=ENGINES[engine], **options)
+    want = _run(reference_feed_forward, ROUTES[route], SwiGLU(), **options)
+    got = _run(grouped_feed_forward, ROUTES[route], SwiGLU(), engine=GROUPED_GEMMS[engine], **options)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("activation", [ReLU(), GELU(), SquaredReLU()], ids=repr)
 def test_any_activation_is_differentiated(activation):
-    want = _run(plain_feed_forward, ROUTES["skewed"], activation, bias=False)
-    engine = ENGINES["segments"]
+    want = _run(reference_feed_forward, ROUTES["skewed"], activation, bias=False)
+    engine = GROUPED_GEMMS["segments"]
     got = _run(grouped_feed_forward, ROUTES["skewed"], activation, bias=False, engine=engine)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", GROUPED_GEMMS)
 def test_an_expanded_gradient_is_fine(engine):
-    groups = group(torch.arange(8) % E, num_experts=E)
+    groups = group_by_expert(torch.arange(8) % E, num_experts=E)
     rows = torch.randn(8, D, requires_grad=True)
     up, down = torch.randn(E, D, HIDDEN), torch.randn(E, HIDDEN, D)
     out = grouped_feed_forward(
-        rows, banks=Banks(up, down), groups=groups, activation=ReLU(), engine=ENGINES[engine]
+        rows, weights=FeedForwardWeights(up, down), groups=groups, activation=ReLU(), gemm=GROUPED_GEMMS[engine]
     )
     out.sum().backward()  # the gradient of a sum has stride 0
     assert rows.grad is not None
@@ -74,18 +74,18 @@ def test_an_expanded_gradient_is_fine(engine):
 
 def test_only_the_input_and_the_pre_activation_are_saved():
     saved = []
-    groups = group(torch.arange(16) % E, num_experts=E)
+    groups = group_by_expert(torch.arange(16) % E, num_experts=E)
     rows = torch.randn(16, D, requires_grad=True)
     up = torch.randn(E, D, 2 * HIDDEN, requires_grad=True)
-    banks = Banks(up, torch.randn(E, HIDDEN, D, requires_grad=True))
+    banks = FeedForwardWeights(up, torch.randn(E, HIDDEN, D, requires_grad=True))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         grouped_feed_forward(
-            rows, banks=banks, groups=groups, activation=SwiGLU(), engine=ENGINES["segments"]
+            rows, weights=banks, groups=groups, activation=SwiGLU(), gemm=GROUPED_GEMMS["segments"]
         )
     sizes = sorted(t.numel() for t in saved if t.dim() == 2)
     assert sizes == [16 * D, 16 * 2 * HIDDEN]
 
 
 def test_the_expert_of_a_row_skips_empty_experts():
-    groups = group(torch.tensor([1, 3, 3]), num_experts=E)
+    groups = group_by_expert(torch.tensor([1, 3, 3]), num_experts=E)
     assert expert_of_row(groups, rows=3).tolist() == [1, 3, 3]

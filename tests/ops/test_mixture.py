@@ -4,23 +4,23 @@ import pytest
 import torch
 
 from moesaic.nn.activation import ReLU
-from moesaic.ops.choose import ENGINES
-from moesaic.ops.group import group
-from moesaic.ops.grouped import Banks
-from moesaic.ops.mixture import Composed, Edges
+from moesaic.ops.choose import GROUPED_GEMMS
+from moesaic.ops.group import group_by_expert
+from moesaic.ops.grouped import FeedForwardWeights
+from moesaic.ops.mixture import UnfusedMoEKernel, Edges
 
 T, K, E, D, F = 9, 2, 4, 8, 12
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", GROUPED_GEMMS)
 @pytest.mark.parametrize("per_token", [K, 0], ids=["token-major", "any order"])
 def test_a_composed_mixture_is_the_sum_over_edges(engine, per_token):
     token = torch.arange(T).repeat_interleave(K)
     expert = torch.randint(E + 1, (T * K,))  # some lead nowhere
     weight = torch.where(expert == E, 0.0, torch.rand(T * K))
     x, up, down = torch.randn(T, D), torch.randn(E, D, F), torch.randn(E, F, D)
-    edges = Edges(token, weight, group(expert, num_experts=E), T, per_token)
-    got = Composed(ENGINES[engine])(x, edges=edges, banks=Banks(up, down), activation=ReLU())
+    edges = Edges(token, weight, group_by_expert(expert, num_experts=E), T, per_token)
+    got = UnfusedMoEKernel(GROUPED_GEMMS[engine])(x, edges=edges, banks=FeedForwardWeights(up, down), activation=ReLU())
     want = torch.zeros(T, D)
     for t, e, w in zip(token.tolist(), expert.tolist(), weight.tolist(), strict=True):
         if e < E:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from moesaic.ops.choose import ENGINES
-from moesaic.ops.group import group
-from moesaic.ops.product import grouped_product, plain_product
+from moesaic.ops.choose import GROUPED_GEMMS
+from moesaic.ops.group import group_by_expert
+from moesaic.ops.product import grouped_matmul, reference_grouped_matmul
 
 D, F, E = 16, 8, 3
 EXPERTS = {
@@ -15,15 +15,15 @@ EXPERTS = {
 }
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", GROUPED_GEMMS)
 @pytest.mark.parametrize("case", EXPERTS)
 def test_a_grouped_product_equals_its_definition(case, engine):
-    groups = group(torch.tensor(EXPERTS[case]), num_experts=E)
+    groups = group_by_expert(torch.tensor(EXPERTS[case]), num_experts=E)
     rows = torch.randn(6, D, requires_grad=True)
     bank = torch.randn(E, D, F, requires_grad=True)
     weigh = torch.randn(6, F)
-    fast = grouped_product(rows, bank=bank, groups=groups, engine=ENGINES[engine])
-    plain = plain_product(rows, bank=bank, groups=groups)
+    fast = grouped_matmul(rows, weight=bank, groups=groups, gemm=GROUPED_GEMMS[engine])
+    plain = reference_grouped_matmul(rows, weight=bank, groups=groups)
     torch.testing.assert_close(fast, plain)
     for got, want in zip(
         torch.autograd.grad((fast * weigh).sum(), (rows, bank)),
@@ -34,11 +34,11 @@ def test_a_grouped_product_equals_its_definition(case, engine):
 
 
 def test_the_bank_takes_the_dtype_of_rows_and_keeps_its_own_gradient():
-    groups = group(torch.tensor([0, 1]), num_experts=2)
+    groups = group_by_expert(torch.tensor([0, 1]), num_experts=2)
     bank = torch.randn(2, D, F, requires_grad=True)
     rows = torch.randn(2, D, dtype=torch.bfloat16)
-    engine = ENGINES["segments"]
-    out = grouped_product(rows, bank=bank, groups=groups, engine=engine)
+    engine = GROUPED_GEMMS["segments"]
+    out = grouped_matmul(rows, weight=bank, groups=groups, gemm=engine)
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
     assert bank.grad is not None

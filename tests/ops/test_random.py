@@ -4,18 +4,18 @@ import numpy as np
 import torch
 
 from moesaic.data import counter
-from moesaic.ops.random import mix, salt, uniform
+from moesaic.ops.random import hash_combine, hash_name, bits_to_uniform
 
 
 def test_the_mixer_is_that_of_the_data_pipeline():
     first, second = (torch.randint(2**62, (100,)) for _ in range(2))
     chained = counter.random_bits(first.numpy(), second.numpy()).view(np.int64)
     start = torch.zeros(100, dtype=torch.long)
-    assert mix(mix(start, first), second).tolist() == chained.tolist()
+    assert hash_combine(hash_combine(start, first), second).tolist() == chained.tolist()
 
 
 def test_numbers_are_uniform_and_neighbouring_keys_are_unrelated():
-    draws = uniform(mix(torch.arange(100_000), 7))
+    draws = bits_to_uniform(hash_combine(torch.arange(100_000), 7))
     assert draws.min() >= 0
     assert draws.max() < 1
     counts = torch.histc(draws, bins=10, min=0, max=1) / 10_000
@@ -26,5 +26,5 @@ def test_numbers_are_uniform_and_neighbouring_keys_are_unrelated():
 
 def test_names_have_salts_of_their_own():
     names = [f"{side}.{layer}" for side in ("encoder", "decoder") for layer in range(100)]
-    assert len({salt(name) for name in names}) == len(names)
-    assert all(-(2**63) <= salt(name) < 2**63 for name in names)
+    assert len({hash_name(name) for name in names}) == len(names)
+    assert all(-(2**63) <= hash_name(name) < 2**63 for name in names)

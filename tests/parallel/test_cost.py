@@ -9,8 +9,8 @@ from moesaic.model.config import ModelConfig
 from moesaic.model.count import BatchDims, count_parameters
 from moesaic.model.footprint import estimate_training_memory
 from moesaic.moe.config import MoE, NoMoE
-from moesaic.ops.grouped import Segments
-from moesaic.ops.mixture import Composed
+from moesaic.ops.grouped import SequentialGEMM
+from moesaic.ops.mixture import UnfusedMoEKernel
 from moesaic.optim.optimizer import Muon
 from moesaic.parallel.capacity import Budget, Setting, largest, with_experts
 from moesaic.parallel.config import Parallel, RingReach
@@ -109,7 +109,7 @@ def test_what_is_not_forecast_is_refused_with_the_way_out() -> None:
 
 def test_the_composed_mixture_keeps_more_than_the_compiled_one() -> None:
     holding = held(BOTH, parallel(expert=4), 4)
-    composed = Composed(Segments())
+    composed = UnfusedMoEKernel(SequentialGEMM())
     fused = rank_bytes(holding, sizes=SIZES)
     plain = rank_bytes(holding, sizes=SIZES, mixer=composed)
     assert plain.activations >= fused.activations

@@ -32,7 +32,7 @@ def _weights(plan: ParallelPlan) -> dict[str, Tensor]:
     for name, held in trainer.spread.shards().items():
         whole, times = torch.zeros(held.shape), torch.zeros(held.shape)
         put(whole, held)
-        for piece in held.pieces:
+        for piece in held.blocks:
             where = tuple(
                 slice(o, o + n) for o, n in zip(piece.offset, piece.data.shape, strict=True)
             )

@@ -9,7 +9,7 @@ def test_a_rank_may_hold_no_row_of_a_matrix() -> None:
     whole = torch.arange(6.0).view(2, 3)
     part = take(whole, ((), ((0, 3),)))
     assert part.shape == (0, 3)
-    assert shard(part, ((), ((0, 3),)), shape=(2, 3)).pieces == ()
+    assert shard(part, ((), ((0, 3),)), shape=(2, 3)).blocks == ()
 
 
 def test_runs_that_lie_apart_stand_side_by_side() -> None:

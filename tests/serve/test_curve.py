@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from moesaic.checkpoint.reshard import Shards, reshard
+from moesaic.checkpoint.reshard import ShardedForm, reshard
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.core.errors import CheckpointError
 from moesaic.evaluate.harness import EvaluationSettings
@@ -48,7 +48,7 @@ def test_what_was_scored_before_is_not_scored_again(made, tmp_path):
     shutil.rmtree(RunDir(again).checkpoints / "step-00000005")
     scored = []
     second = learning_curve(again, tests=tests, corpus=corpus, limit=3, done=scored.append)
-    assert second == first == json.loads(RunDir(again).curve.read_text())
+    assert second == first == json.loads(RunDir(again).score_curve.read_text())
     assert scored == []
     other = learning_curve(again, tests=tests[:1], corpus=corpus, limit=3, done=scored.append)
     assert [point["step"] for point in other["points"]] == [10]  # other strings: a new curve
@@ -58,10 +58,10 @@ def test_checkpoints_in_shards_get_the_scores_of_whole_ones(made, tmp_path):
     path, corpus, tests = made
     cut = tmp_path / "cut"
     shutil.copytree(path, cut)
-    RunDir(cut).curve.unlink(missing_ok=True)
+    RunDir(cut).score_curve.unlink(missing_ok=True)
     root = RunDir(cut).checkpoints
     shutil.rmtree(root)
-    reshard(RunDir(path).checkpoints / "step-00000010", root=root, form=Shards(2))
+    reshard(RunDir(path).checkpoints / "step-00000010", root=root, form=ShardedForm(2))
     one = learning_curve(path, tests=tests, corpus=corpus, limit=3)
     other = learning_curve(cut, tests=tests, corpus=corpus, limit=3)
     assert [p["chrf"] for p in other["points"]] == [one["points"][-1]["chrf"]]
@@ -84,7 +84,7 @@ def test_a_step_that_was_trained_anew_is_scored_anew(made, tmp_path):
     shutil.copytree(path, again)
     curve = learning_curve(again, tests=tests, corpus=corpus)
     curve["points"][0]["weights"] = "of an earlier run"
-    RunDir(again).curve.write_text(json.dumps(curve))
+    RunDir(again).score_curve.write_text(json.dumps(curve))
     scored = []
     learning_curve(again, tests=tests, corpus=corpus, done=scored.append)
     assert [point["step"] for point in scored] == [5]

@@ -12,7 +12,7 @@ import torch
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy")
 
 
-def machine() -> dict[str, Any]:
+def machine_info() -> dict[str, Any]:
     """Processor, cores, memory, load before, and library versions."""
     names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     memory = [line for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
@@ -27,7 +27,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def commit() -> str:
+def git_commit() -> str:
     """The commit of the code that runs, or nothing outside a clone of it."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:

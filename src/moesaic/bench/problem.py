@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from moesaic.bench.shapes import Shape, zipf_bias
+from moesaic.bench.shapes import LayerShape, zipf_bias
 from moesaic.core.shapes import Float, Tensor
 
 Passes = Literal["forward", "forward+backward"]
@@ -17,31 +17,31 @@ Skew = Literal["none", "zipf"]
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class LayerWorkload:
     """Inputs, weights, and ``pull``, the gradient that comes back to the output."""
 
-    shape: Shape
+    shape: LayerShape
     passes: Passes
     x: Float[Tensor, "T D"]
-    gate: Float[Tensor, "E D"]
+    router_weight: Float[Tensor, "E D"]
     up: Float[Tensor, "E D 2*F"]
     down: Float[Tensor, "E F D"]
-    pull: Float[Tensor, "T D"]
+    grad_out: Float[Tensor, "T D"]
 
     @property
-    def trains(self) -> bool:
+    def runs_backward(self) -> bool:
         return self.passes == "forward+backward"
 
-    def leaf(self, tensor: Tensor) -> Tensor:
+    def leaf_copy(self, tensor: Tensor) -> Tensor:
         """A contender's own copy, with a gradient if this problem has a way back."""
-        return tensor.detach().clone().requires_grad_(self.trains)
+        return tensor.detach().clone().requires_grad_(self.runs_backward)
 
-    def to(self, dtype: torch.dtype) -> "Problem":
-        tensors = (self.x, self.gate, self.up, self.down, self.pull)
-        return Problem(self.shape, self.passes, *(t.to(dtype) for t in tensors))
+    def to(self, dtype: torch.dtype) -> "LayerWorkload":
+        tensors = (self.x, self.router_weight, self.up, self.down, self.grad_out)
+        return LayerWorkload(self.shape, self.passes, *(t.to(dtype) for t in tensors))
 
 
-def make_problem(shape: Shape, *, passes: Passes, skew: Skew = "none", seed: int = 0) -> Problem:
+def make_workload(shape: LayerShape, *, passes: Passes, skew: Skew = "none", seed: int = 0) -> LayerWorkload:
     """Draw the tensors of a problem, float32. The first feature of x is one: it carries a skew."""
     draw = torch.Generator().manual_seed(seed)
 
@@ -55,18 +55,18 @@ def make_problem(shape: Shape, *, passes: Passes, skew: Skew = "none", seed: int
     x[:, 0], gate[:, 0] = 1.0, 0.0
     if skew == "zipf":
         gate[:, 0] = zipf_bias(x @ gate.t(), k=shape.k)
-    return Problem(shape, passes, x, gate, up, down, normal(shape.tokens, shape.dim))
+    return LayerWorkload(shape, passes, x, gate, up, down, normal(shape.tokens, shape.dim))
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
+class Implementation:
     """Something that computes a layer. ``weights`` are its parameters, ``x`` its input."""
 
     name: str
     forward: Callable[[], Tensor]
     x: Tensor
     weights: tuple[Tensor, ...]
-    pull: Tensor
+    grad_out: Tensor
 
     def run(self) -> Tensor:
         """Forward, and backward to x and every weight if they ask for it."""
@@ -74,13 +74,13 @@ class Contender:
         with torch.set_grad_enabled(bool(leaves)):
             out = self.forward()
         if leaves:
-            pull = self.pull.to(out.dtype).view(out.shape)
+            pull = self.grad_out.to(out.dtype).view(out.shape)
             torch.autograd.grad(out, leaves, pull, allow_unused=True)
         return out.detach()
 
 
 @dataclass(frozen=True, slots=True)
-class Absent:
+class UnavailableImplementation:
     """A contender that cannot take part, and what to do about it."""
 
     name: str

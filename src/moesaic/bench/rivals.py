@@ -17,17 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import distributed, nn
 
-from moesaic.bench.problem import Absent, Contender, Problem
+from moesaic.bench.problem import UnavailableImplementation, Implementation, LayerWorkload
 from moesaic.core.shapes import Tensor
 
 
-def hugging_face(implementation: str) -> Callable[[Problem], Contender | Absent]:
+def hugging_face(implementation: str) -> Callable[[LayerWorkload], Implementation | UnavailableImplementation]:
     """Mixtral's sparse block of ``transformers``, with one of its ways to compute experts."""
     name = f"hf-{implementation}"
 
-    def make(problem: Problem) -> Contender | Absent:
+    def make(problem: LayerWorkload) -> Implementation | UnavailableImplementation:
         if importlib.util.find_spec("transformers") is None:
-            return Absent(name, "not installed: pip install transformers")
+            return UnavailableImplementation(name, "not installed: pip install transformers")
         config: Any = importlib.import_module("transformers").MixtralConfig
         room: Any = importlib.import_module("transformers.models.mixtral.modeling_mixtral")
         shape = problem.shape
@@ -40,28 +40,28 @@ def hugging_face(implementation: str) -> Callable[[Problem], Contender | Absent]
         settings._experts_implementation = implementation
         block = room.MixtralSparseMoeBlock(settings).to(problem.x.dtype)
         with torch.no_grad():
-            block.gate.weight.copy_(problem.gate)
+            block.gate.weight.copy_(problem.router_weight)
             block.experts.gate_up_proj.copy_(problem.up.transpose(1, 2))
             block.experts.down_proj.copy_(problem.down.transpose(1, 2))
-        return _contender(name, problem, block, lambda x: block(x[None]))
+        return _from_module(name, problem, block, lambda x: block(x[None]))
 
     return make
 
 
-def deepspeed(problem: Problem) -> Contender | Absent:
+def deepspeed(workload: LayerWorkload) -> Implementation | UnavailableImplementation:
     """DeepSpeed's ``MoE`` on one rank, dropping nothing."""
     if importlib.util.find_spec("deepspeed") is None:
-        return Absent("deepspeed", "not installed: DS_BUILD_OPS=0 pip install deepspeed")
+        return UnavailableImplementation("deepspeed", "not installed: DS_BUILD_OPS=0 pip install deepspeed")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         package: Any = importlib.import_module("deepspeed")
         layer: Any = importlib.import_module("deepspeed.moe.layer")
-        _join(package)
-        shape = problem.shape
+        _init_single_rank_group(package)
+        shape = workload.shape
         block = layer.MoE(
             shape.dim,
-            _Expert(shape.dim, shape.hidden),
+            _DeepSpeedExpert(shape.dim, shape.hidden),
             num_experts=shape.experts,
             k=shape.k,
             drop_tokens=False,
@@ -69,18 +69,18 @@ def deepspeed(problem: Problem) -> Contender | Absent:
             top2_2nd_expert_sampling=False,
         )
         block.set_deepspeed_parallelism()
-    block.to(problem.x.dtype)
+    block.to(workload.x.dtype)
     block.deepspeed_moe.gate.wg.float()
     experts = block.deepspeed_moe.experts.deepspeed_experts
     with torch.no_grad():
-        block.deepspeed_moe.gate.wg.weight.copy_(problem.gate)
-        for expert, up, down in zip(experts, problem.up, problem.down, strict=True):
+        block.deepspeed_moe.gate.wg.weight.copy_(workload.router_weight)
+        for expert, up, down in zip(experts, workload.up, workload.down, strict=True):
             expert.up.weight.copy_(up.t())
             expert.down.weight.copy_(down.t())
-    return _contender("deepspeed", problem, block, lambda x: block(x)[0])
+    return _from_module("deepspeed", workload, block, lambda x: block(x)[0])
 
 
-class _Expert(nn.Module):
+class _DeepSpeedExpert(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.up = nn.Linear(dim, 2 * hidden, bias=False)
@@ -91,7 +91,7 @@ class _Expert(nn.Module):
         return self.down(F.silu(gate) * value)
 
 
-def _join(package: Any) -> None:
+def _init_single_rank_group(package: Any) -> None:
     """A world of one rank, as DeepSpeed wants."""
     if not distributed.is_initialized():
         folder = tempfile.mkdtemp(prefix="moesaic-bench-")
@@ -101,11 +101,11 @@ def _join(package: Any) -> None:
     package.init_distributed("gloo", verbose=False, auto_mpi_discovery=False)
 
 
-def _contender(
-    name: str, problem: Problem, block: nn.Module, call: Callable[[Tensor], Tensor]
-) -> Contender:
+def _from_module(
+    name: str, workload: LayerWorkload, block: nn.Module, call: Callable[[Tensor], Tensor]
+) -> Implementation:
     weights = tuple(block.parameters())
     for weight in weights:
-        weight.requires_grad_(problem.trains)
-    x = problem.leaf(problem.x)
-    return Contender(name, lambda: call(x).view(x.shape), x, weights, problem.pull)
+        weight.requires_grad_(workload.runs_backward)
+    x = workload.leaf_copy(workload.x)
+    return Implementation(name, lambda: call(x).view(x.shape), x, weights, workload.grad_out)

@@ -2,12 +2,12 @@
 
 import torch
 
-from moesaic.bench.problem import Contender
+from moesaic.bench.problem import Implementation
 
 
-def saved_bytes(contender: Contender) -> int:
+def saved_bytes(implementation: Implementation) -> int:
     """Bytes of the distinct storages that a forward pass saves, weights left out, x included."""
-    weights = {weight.untyped_storage().data_ptr() for weight in contender.weights}
+    weights = {weight.untyped_storage().data_ptr() for weight in implementation.weights}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -16,5 +16,5 @@ def saved_bytes(contender: Contender) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
-        contender.forward()
+        implementation.forward()
     return sum(s.nbytes() for address, s in kept.items() if address not in weights)

@@ -9,7 +9,7 @@ from moesaic.core.shapes import Float, Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class LayerShape:
     """Tokens of dim numbers, experts of a hidden width, k of them for each token."""
 
     tokens: int
@@ -29,7 +29,7 @@ class Shape:
         return 6 * self.rows * self.dim * self.hidden
 
     @property
-    def kept(self) -> int:
+    def min_saved_values(self) -> int:
         """Values that a backward pass cannot do without: x and the gated pre-activation."""
         return self.tokens * self.dim + 2 * self.rows * self.hidden
 
@@ -37,26 +37,26 @@ class Shape:
         return ",".join(str(n) for n in (self.tokens, self.dim, self.hidden, self.experts, self.k))
 
 
-SHAPES = {
-    "A": Shape(2048, 512, 1408, 8, 2),  # few large experts, as in Mixtral
-    "B": Shape(4096, 512, 512, 64, 6),  # many small ones, as in DeepSeekMoE
-    "C": Shape(64, 512, 512, 64, 6),  # the same while decoding: a few rows per expert
-    "D": Shape(8192, 768, 2048, 16, 1),  # one expert per token, as in Switch
+LAYER_SHAPES = {
+    "A": LayerShape(2048, 512, 1408, 8, 2),  # few large experts, as in Mixtral
+    "B": LayerShape(4096, 512, 512, 64, 6),  # many small ones, as in DeepSeekMoE
+    "C": LayerShape(64, 512, 512, 64, 6),  # the same while decoding: a few rows per expert
+    "D": LayerShape(8192, 768, 2048, 16, 1),  # one expert per token, as in Switch
 }
 
 
-def parse_shape(text: str) -> Shape:
+def parse_shape(text: str) -> LayerShape:
     """Return ``SHAPES[text]``, or the shape of ``tokens,dim,hidden,experts,k``."""
-    if text.upper() in SHAPES:
-        return SHAPES[text.upper()]
+    if text.upper() in LAYER_SHAPES:
+        return LAYER_SHAPES[text.upper()]
     numbers = text.split(",")
     if len(numbers) != 5 or not all(n.strip().isdecimal() and int(n) for n in numbers):
-        known = f"{', '.join(SHAPES)}{did_you_mean(text, SHAPES)}"
+        known = f"{', '.join(LAYER_SHAPES)}{did_you_mean(text, LAYER_SHAPES)}"
         raise UserError(
             f'"{text}" is no shape: expected one of {known}, or five numbers '
             "tokens,dim,hidden,experts,k such as 2048,512,1408,8,2"
         )
-    shape = Shape(*(int(n) for n in numbers))
+    shape = LayerShape(*(int(n) for n in numbers))
     if shape.k > shape.experts:
         raise UserError(
             f"shape {text}: k={shape.k} of {shape.experts} experts; k may be at most that"

@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-SLOW = 20  # times the pacer: such a contender gets few rounds
-FEW = 3
+SLOW_RATIO = 20  # times the pacer: such a contender gets few rounds
+SLOW_ROUNDS = 3
 
 
 @dataclass(slots=True)
-class Laps:
+class RunTimes:
     """Seconds of each run, and its ratio to the pacer's runs around it, by round."""
 
     seconds: dict[int, float] = field(default_factory=dict)
@@ -23,7 +23,7 @@ class Laps:
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class RatioSummary:
     """A ratio: median, quartiles, and the best run over the best run."""
 
     median: float
@@ -31,54 +31,54 @@ class Spread:
     best_over_best: float
 
 
-def measure(
-    contenders: Mapping[str, Callable[[], object]], *, pacer: str, rounds: int
-) -> dict[str, Laps]:
+def measure_in_turns(
+    implementations: Mapping[str, Callable[[], object]], *, baseline: str, rounds: int
+) -> dict[str, RunTimes]:
     """Run all in ``rounds`` rounds of random order; return the laps of each, the pacer too."""
-    laps = {name: Laps() for name in contenders}
+    laps = {name: RunTimes() for name in implementations}
     order = random.Random(0)
-    before, paced = _time(contenders[pacer]), []
-    names = [name for name in contenders if name != pacer]
+    before, paced = _time(implementations[baseline]), []
+    names = [name for name in implementations if name != baseline]
     for turn in range(rounds):
         order.shuffle(names)
         for name in names:
-            if turn >= FEW and laps[name].ratios[0] > SLOW:
+            if turn >= SLOW_ROUNDS and laps[name].ratios[0] > SLOW_RATIO:
                 continue
-            spent = _time(contenders[name])
-            after = _time(contenders[pacer])
+            spent = _time(implementations[name])
+            after = _time(implementations[baseline])
             laps[name].seconds[turn] = spent
             laps[name].ratios[turn] = spent / ((before + after) / 2)
             paced.append(after)
             before = after
-    laps[pacer].seconds.update(enumerate(paced or [before]))
-    laps[pacer].ratios.update(dict.fromkeys(laps[pacer].seconds, 1.0))
+    laps[baseline].seconds.update(enumerate(paced or [before]))
+    laps[baseline].ratios.update(dict.fromkeys(laps[baseline].seconds, 1.0))
     return laps
 
 
-def fastest(contenders: Mapping[str, Callable[[], object]], *, among: Sequence[str]) -> str:
+def fastest(implementations: Mapping[str, Callable[[], object]], *, among: Sequence[str]) -> str:
     """Warm every contender up, and return which of some is fastest (median of three runs)."""
-    for run in contenders.values():
+    for run in implementations.values():
         run()
-    return min(among, key=lambda name: statistics.median(_time(contenders[name]) for _ in range(3)))
+    return min(among, key=lambda name: statistics.median(_time(implementations[name]) for _ in range(3)))
 
 
-def of_pacer(laps: Laps, pacer: Laps) -> Spread:
+def ratio_to_baseline(times: RunTimes, baseline: RunTimes) -> RatioSummary:
     """The ratio to the pacer."""
-    best = min(laps.seconds.values()) / min(pacer.seconds.values())
-    return _spread(list(laps.ratios.values()), best=best)
+    best = min(times.seconds.values()) / min(baseline.seconds.values())
+    return _summarize(list(times.ratios.values()), best=best)
 
 
-def against(laps: Laps, other: Laps) -> Spread:
+def ratio_between(times: RunTimes, other: RunTimes) -> RatioSummary:
     """The ratio of two contenders' ratios in the same rounds."""
-    both = sorted(laps.ratios.keys() & other.ratios.keys())
-    best = min(laps.seconds.values()) / min(other.seconds.values())
-    return _spread([laps.ratios[turn] / other.ratios[turn] for turn in both], best=best)
+    both = sorted(times.ratios.keys() & other.ratios.keys())
+    best = min(times.seconds.values()) / min(other.seconds.values())
+    return _summarize([times.ratios[turn] / other.ratios[turn] for turn in both], best=best)
 
 
-def _spread(ratios: list[float], *, best: float) -> Spread:
+def _summarize(ratios: list[float], *, best: float) -> RatioSummary:
     ordered = sorted(ratios)
     quarter = len(ordered) // 4
-    return Spread(statistics.median(ordered), (ordered[quarter], ordered[-1 - quarter]), best)
+    return RatioSummary(statistics.median(ordered), (ordered[quarter], ordered[-1 - quarter]), best)
 
 
 def _time(run: Callable[[], object]) -> float:

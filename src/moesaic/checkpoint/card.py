@@ -44,9 +44,9 @@ class ModelCard:
         parts = [self._front_matter(), f"# {self.name}\n", self._model()]
         if self.sources:
             rows = [{"source": s.name, "licence": s.licence, "rows": s.rows} for s in self.sources]
-            parts.append("## Training data\n\n" + _table(rows))
+            parts.append("## Training data\n\n" + _markdown_table(rows))
         if self.scores:
-            parts.append("## Scores\n\n" + _table(self.scores))
+            parts.append("## Scores\n\n" + _markdown_table(self.scores))
         if self.notes:
             parts.append("## Limits\n\n" + "".join(f"- {note}\n" for note in self.notes))
         return "\n".join(parts)
@@ -77,17 +77,17 @@ class ModelCard:
             }
         )
         facts = "".join(f"- {name}: {value}\n" for name, value in self.facts.items())
-        return "## Model\n\n" + _table(rows) + (f"\n{facts}" if facts else "")
+        return "## Model\n\n" + _markdown_table(rows) + (f"\n{facts}" if facts else "")
 
 
-def _table(rows: Sequence[Mapping[str, str | float]]) -> str:
+def _markdown_table(rows: Sequence[Mapping[str, str | float]]) -> str:
     heads = list(dict.fromkeys(name for row in rows for name in row))
     lines = [heads, ["---"] * len(heads)]
-    lines += [[_cell(row.get(head, "")) for head in heads] for row in rows]
+    lines += [[_markdown_cell(row.get(head, "")) for head in heads] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _cell(value: str | float) -> str:
+def _markdown_cell(value: str | float) -> str:
     text = (
         f"{value:.1f}"
         if isinstance(value, float)

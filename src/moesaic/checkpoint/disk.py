@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moesaic.core.shapes import Tensor
 
-Piece = bytes | memoryview
+Buffer = bytes | memoryview
 
 
 class Disk:
@@ -16,10 +16,10 @@ class Disk:
     def make_dir(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
-    def write(self, path: Path, *, pieces: Iterable[Piece]) -> None:
+    def write(self, path: Path, *, chunks: Iterable[Buffer]) -> None:
         """Write a new file and wait until it is on the medium."""
         with path.open("wb") as stream:
-            for piece in pieces:
+            for piece in chunks:
                 stream.write(piece)
             stream.flush()
             os.fsync(stream.fileno())

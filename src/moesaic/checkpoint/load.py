@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.checkpoint.index import read_index
-from moesaic.checkpoint.manifest import problems, read_manifest, refuse, verify
-from moesaic.checkpoint.publish import STATE, STEP_DIR, checkpoints
-from moesaic.checkpoint.reader import reading
+from moesaic.checkpoint.manifest import file_problems, read_manifest, raise_if_damaged, verify_checkpoint
+from moesaic.checkpoint.publish import STATE_FILE, STEP_DIRECTORY, list_checkpoints
+from moesaic.checkpoint.reader import open_reader
 from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.checkpoint.tensors import check_tensor_file, read_tensors
 from moesaic.core.errors import CheckpointError
@@ -17,38 +17,38 @@ from moesaic.core.shapes import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Latest:
+class LatestCheckpoint:
     """The newest valid checkpoint, or None, and a sentence for each newer one that was skipped."""
 
     path: Path | None
     skipped: tuple[str, ...] = ()
 
 
-def latest(root: Path) -> Latest:
+def find_latest_checkpoint(root: Path) -> LatestCheckpoint:
     """Find the newest checkpoint under ``root`` that verifies."""
     skipped = []
-    for path in checkpoints(root):
+    for path in list_checkpoints(root):
         try:
-            _refuse_pickles(path)
-            verify(path)
-            return Latest(path, tuple(skipped))
+            _reject_pickles(path)
+            verify_checkpoint(path)
+            return LatestCheckpoint(path, tuple(skipped))
         except CheckpointError as error:
             skipped.append(str(error))
-    return Latest(None, tuple(skipped))
+    return LatestCheckpoint(None, tuple(skipped))
 
 
-def load(path: Path, *, only: Container[str] | None = None) -> Snapshot:
+def load_checkpoint(path: Path, *, only: Container[str] | None = None) -> Snapshot:
     """Read a checkpoint directory, or the newest valid one of a root: of either form, whole.
 
     ``only`` names the kinds of file to read (``model``, ``random``); None reads all. Raises
     CheckpointError naming each missing, truncated or altered file, a pickle, or a tensor that the
     shards do not make up.
     """
-    directory = path if STEP_DIR.fullmatch(path.name) else _newest(path)
+    directory = path if STEP_DIRECTORY.fullmatch(path.name) else _require_latest(path)
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such checkpoint{_beside(directory.parent)}")
-    _refuse_pickles(directory)
-    verify(directory)
+        raise CheckpointError(f"{directory}: no such checkpoint{_list_available(directory.parent)}")
+    _reject_pickles(directory)
+    verify_checkpoint(directory)
     return read_snapshot(directory, only=only)
 
 
@@ -56,17 +56,17 @@ def read_snapshot(directory: Path, *, only: Container[str] | None = None) -> Sna
     """Do what ``load`` does with a checkpoint whose hashes have been compared already."""
     manifest = read_manifest(directory)
     index = read_index(directory, manifest=manifest)
-    with reading(directory) as reader:
+    with open_reader(directory) as reader:
         files = {
-            file: {name: reader.tensor(stored) for name, stored in tensors.items()}
+            file: {name: reader.read_tensor(stored) for name, stored in tensors.items()}
             for file, tensors in index.files.items()
             if only is None or file in only
         }
     return Snapshot(
         step=manifest.step,
         files=files,
-        state=json.loads((directory / STATE).read_text(encoding="utf-8")),
-        banks=manifest.banks,
+        state=json.loads((directory / STATE_FILE).read_text(encoding="utf-8")),
+        expert_parameters=manifest.expert_parameters,
         plan=manifest.plan,
     )
 
@@ -78,11 +78,11 @@ def read_weights(path: Path, *, device: str = "cpu") -> dict[str, Tensor]:
     """
     if not path.is_dir():
         return read_tensors(path, device=device)
-    _refuse_pickles(path)
+    _reject_pickles(path)
     index = read_index(path, manifest=read_manifest(path))
-    with reading(path) as reader:
+    with open_reader(path) as reader:
         held = index.files.get("model", {}).items()
-        return {name: reader.tensor(stored).to(device) for name, stored in held}
+        return {name: reader.read_tensor(stored).to(device) for name, stored in held}
 
 
 def read_state(directory: Path) -> dict[str, Any]:
@@ -91,31 +91,31 @@ def read_state(directory: Path) -> dict[str, Any]:
     Raises CheckpointError if that file is missing or altered.
     """
     manifest = read_manifest(directory)
-    refuse(directory, problems(directory, manifest=manifest, names=[STATE]))
-    return json.loads((directory / STATE).read_text(encoding="utf-8"))
+    raise_if_damaged(directory, file_problems(directory, manifest=manifest, names=[STATE_FILE]))
+    return json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
 
 
-def _newest(root: Path) -> Path:
-    found = latest(root)
+def _require_latest(root: Path) -> Path:
+    found = find_latest_checkpoint(root)
     if found.path is None:
         why = f": {' | '.join(found.skipped)}" if found.skipped else ""
         raise CheckpointError(f"{root}: no valid checkpoint in it{why}")
     return found.path
 
 
-def _beside(root: Path) -> str:
-    names = [p.name for p in checkpoints(root)] if root.is_dir() else []
+def _list_available(root: Path) -> str:
+    names = [p.name for p in list_checkpoints(root)] if root.is_dir() else []
     return f"; {root} has {', '.join(names)}" if names else f"; {root} has none"
 
 
-def _refuse_pickles(directory: Path) -> None:
+def _reject_pickles(directory: Path) -> None:
     """Look at the tensor files before hashing: "a pickle" says more than "altered"."""
     for path in sorted(directory.glob("*")):
         if path.suffix == ".safetensors" and path.stat().st_size >= 9:
-            _refuse_pickle(path)
+            _reject_pickle(path)
 
 
-def _refuse_pickle(path: Path) -> None:
+def _reject_pickle(path: Path) -> None:
     try:
         check_tensor_file(path)
     except CheckpointError as error:

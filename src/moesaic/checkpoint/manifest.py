@@ -15,9 +15,9 @@ from typing import Any
 from moesaic.core.errors import CheckpointError
 from moesaic.core.files import sha256
 
-MANIFEST = "manifest.json"
-FORMAT = 1
-HASHED_AT_ONCE = 8  # a file system of many machines is quicker so
+MANIFEST_FILE = "manifest.json"
+MANIFEST_FORMAT = 1
+HASH_THREADS = 8  # a file system of many machines is quicker so
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +36,17 @@ class Manifest:
     serial: int
     files: dict[str, FileEntry]
     versions: dict[str, str]
-    banks: dict[str, int] = field(default_factory=dict)
+    expert_parameters: dict[str, int] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
 
-    def text(self) -> str:
-        body = {"format": FORMAT, **asdict(self)}
+    def to_json(self) -> str:
+        body = {"format": MANIFEST_FORMAT, **asdict(self)}
         return json.dumps(body | {"digest": _digest(body)}, indent=1) + "\n"
 
 
 def read_manifest(directory: Path) -> Manifest:
     """Read and check ``directory/manifest.json``. Raises CheckpointError."""
-    path = directory / MANIFEST
+    path = directory / MANIFEST_FILE
     if not path.is_file():
         raise CheckpointError(f"{path}: missing, so the checkpoint is incomplete")
     try:
@@ -54,7 +54,7 @@ def read_manifest(directory: Path) -> Manifest:
         digest = body.pop("digest")
         if digest != _digest(body):
             raise CheckpointError(f"{path}: altered, its content does not match its digest")
-        if body.pop("format") != FORMAT:
+        if body.pop("format") != MANIFEST_FORMAT:
             raise CheckpointError(f"{path}: written by another version of moesaic")
         files = {name: FileEntry(**entry) for name, entry in body.pop("files").items()}
         return Manifest(files=files, **body)
@@ -62,27 +62,27 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{path}: damaged ({error})") from error
 
 
-def verify(directory: Path) -> Manifest:
+def verify_checkpoint(directory: Path) -> Manifest:
     """Hash every file of a checkpoint against its manifest.
 
     Raises CheckpointError that names each file that is missing, truncated or altered.
     """
     manifest = read_manifest(directory)
-    refuse(directory, problems(directory, manifest=manifest, names=manifest.files))
+    raise_if_damaged(directory, file_problems(directory, manifest=manifest, names=manifest.files))
     return manifest
 
 
-def problems(directory: Path, *, manifest: Manifest, names: Iterable[str]) -> list[str]:
+def file_problems(directory: Path, *, manifest: Manifest, names: Iterable[str]) -> list[str]:
     """Hash some files of a checkpoint, several at a time, and return what is wrong with them."""
 
     def problem(name: str) -> str:
-        return _problem(directory / name, entry=manifest.files[name])
+        return _file_problem(directory / name, entry=manifest.files[name])
 
-    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
         return [found for found in pool.map(problem, names) if found]
 
 
-def _problem(path: Path, *, entry: FileEntry) -> str:
+def _file_problem(path: Path, *, entry: FileEntry) -> str:
     if not path.is_file():
         return f"{path.name} is missing"
     size = path.stat().st_size
@@ -90,11 +90,11 @@ def _problem(path: Path, *, entry: FileEntry) -> str:
         word = "truncated" if size < entry.bytes else "too long"
         return f"{path.name} is {word}: {size} bytes, expected {entry.bytes}"
     if sha256(path) != entry.sha256:
-        return f"{path.name} was altered: its hash is not the one in {MANIFEST}"
+        return f"{path.name} was altered: its hash is not the one in {MANIFEST_FILE}"
     return ""
 
 
-def refuse(directory: Path, found: Iterable[str]) -> None:
+def raise_if_damaged(directory: Path, found: Iterable[str]) -> None:
     """Raise CheckpointError if something was found wrong."""
     if text := "; ".join(found):
         raise CheckpointError(

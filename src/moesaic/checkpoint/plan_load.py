@@ -21,19 +21,19 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from moesaic.checkpoint.index import Block, Index, Stored, some
-from moesaic.checkpoint.plan_save import State, said
-from moesaic.checkpoint.reader import reading
+from moesaic.checkpoint.index import StoredBlock, BlockIndex, StoredTensor, first_few
+from moesaic.checkpoint.plan_save import ShardedStateDict, describe_tensor
+from moesaic.checkpoint.reader import open_reader
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
 
 
-class PieceLoader(LoadPlanner):
+class BlockLoadPlanner(LoadPlanner):
     """Every rank reads the blocks that meet its own pieces; all is checked before any is read."""
 
     def set_up_planner(
         self,
-        state_dict: State,
+        state_dict: ShardedStateDict,
         metadata: Metadata | None = None,
         is_coordinator: bool = False,  # noqa: ARG002, FBT001, FBT002
     ) -> None:
@@ -50,15 +50,15 @@ class PieceLoader(LoadPlanner):
                 continue
             head = (tuple(stored.size), stored.properties.dtype)
             if head != (shard.shape, shard.dtype):
-                want = said((shard.shape, shard.dtype))
-                wrong.append(f"{path} is {said(head)} in it, expected {want}")
+                want = describe_tensor((shard.shape, shard.dtype))
+                wrong.append(f"{path} is {describe_tensor(head)} in it, expected {want}")
                 continue
             chunks = [
-                ChunkStorageMetadata(torch.Size(p.offset), p.data.shape) for p in shard.pieces
+                ChunkStorageMetadata(torch.Size(p.offset), p.data.shape) for p in shard.blocks
             ]
             items += create_read_items_for_chunk_list(path, stored, chunks)
         if wrong:
-            raise CheckpointError(f"the checkpoint does not fit: {some(wrong)}")
+            raise CheckpointError(f"the checkpoint does not fit: {first_few(wrong)}")
         return LoadPlan(items, planner_data=list(self._state))
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
@@ -67,7 +67,7 @@ class PieceLoader(LoadPlanner):
         left = [p for p in self._stored if p.partition("/")[0] in asked and p not in wanted]
         if left:
             wrong = [f"{path} is in it, but no rank has a place for it" for path in left]
-            raise CheckpointError(f"the checkpoint does not fit: {some(wrong)}")
+            raise CheckpointError(f"the checkpoint does not fit: {first_few(wrong)}")
         return global_plan
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
@@ -78,7 +78,7 @@ class PieceLoader(LoadPlanner):
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         index = read_item.dest_index
-        target = self._state[index.fqn].pieces[index.index or 0].data.detach()
+        target = self._state[index.fqn].blocks[index.index or 0].data.detach()
         for dim, (start, length) in enumerate(
             zip(read_item.dest_offsets, read_item.lengths, strict=True)
         ):
@@ -89,10 +89,10 @@ class PieceLoader(LoadPlanner):
         pass
 
 
-class ShardReader(StorageReader):
+class SafetensorsStorageReader(StorageReader):
     """Reads the parts that a plan asks for, file by file."""
 
-    def __init__(self, directory: Path, *, index: Index) -> None:
+    def __init__(self, directory: Path, *, index: BlockIndex) -> None:
         self.directory = directory
         self._stored = {f"{file}/{name}": stored for file, name, stored in index}
 
@@ -100,7 +100,7 @@ class ShardReader(StorageReader):
         pass
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ARG002
-        return Metadata({path: _metadata(stored) for path, stored in self._stored.items()})
+        return Metadata({path: _tensor_metadata(stored) for path, stored in self._stored.items()})
 
     def set_up_storage_reader(
         self,
@@ -119,17 +119,17 @@ class ShardReader(StorageReader):
 
     @torch.no_grad()
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        with reading(self.directory) as reader:
+        with open_reader(self.directory) as reader:
             for stored, block, item in self._by_file(plan.items):
                 start, shape = tuple(item.storage_offsets), tuple(item.lengths)
                 target = planner.resolve_tensor(item)
-                target.copy_(reader.part(stored, block=block, start=start, shape=shape))
+                target.copy_(reader.read_slice(stored, block=block, start=start, shape=shape))
                 planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _by_file(self, items: Iterable[ReadItem]) -> Iterator[tuple[Stored, Block, ReadItem]]:
+    def _by_file(self, items: Iterable[ReadItem]) -> Iterator[tuple[StoredTensor, StoredBlock, ReadItem]]:
         found = []
         for item in items:
             stored = self._stored[item.storage_index.fqn]
@@ -141,7 +141,7 @@ class ShardReader(StorageReader):
         return True
 
 
-def _metadata(stored: Stored) -> TensorStorageMetadata:
+def _tensor_metadata(stored: StoredTensor) -> TensorStorageMetadata:
     chunks = [
         ChunkStorageMetadata(torch.Size(b.offset), torch.Size(b.shape)) for b in stored.blocks
     ]

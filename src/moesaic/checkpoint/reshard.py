@@ -12,67 +12,67 @@ import torch
 
 from moesaic.checkpoint.disk import Disk
 from moesaic.checkpoint.index import (
-    INDEX,
-    Block,
-    Index,
-    Stored,
-    bank_size,
-    gaps,
+    INDEX_FILE,
+    StoredBlock,
+    BlockIndex,
+    StoredTensor,
+    num_experts_of,
+    coverage_problems,
     read_index,
-    some,
+    first_few,
 )
-from moesaic.checkpoint.manifest import FileEntry, Manifest, refuse, verify
+from moesaic.checkpoint.manifest import FileEntry, Manifest, raise_if_damaged, verify_checkpoint
 from moesaic.checkpoint.publish import (
-    SLACK_BYTES,
-    STATE,
-    Head,
-    Keep,
-    Place,
-    checkpoints,
-    complete,
-    publish,
+    OVERHEAD_BYTES,
+    STATE_FILE,
+    CheckpointMetadata,
+    RetentionPolicy,
+    CheckpointPaths,
+    list_checkpoints,
+    write_manifest,
+    publish_checkpoint,
     write_hashed,
 )
-from moesaic.checkpoint.reader import Reader, reading
-from moesaic.checkpoint.tensors import lazy_pieces
+from moesaic.checkpoint.reader import TensorReader, open_reader
+from moesaic.checkpoint.tensors import serialize_lazily
 from moesaic.checkpoint.units import expert_label
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
 
 
-class Form:
+class CheckpointForm:
     """Family: how a checkpoint lies on disk."""
 
-    def write(self, source: "Source", *, part: Path, disk: Disk) -> dict[str, FileEntry]:
+    def write(self, source: "ReshardSource", *, part: Path, disk: Disk) -> dict[str, FileEntry]:
         """Write the tensors of ``source`` into the directory ``part``."""
         raise NotImplementedError
 
 
-class Whole(Form):
+class FullForm(CheckpointForm):
     """A file for each kind: ``model.safetensors``, ``optimizer.safetensors``."""
 
-    def write(self, source: "Source", *, part: Path, disk: Disk) -> dict[str, FileEntry]:
+    def write(self, source: "ReshardSource", *, part: Path, disk: Disk) -> dict[str, FileEntry]:
         entries = {}
         for kind, tensors in source.index.files.items():
-            items = [_Item(name, stored) for name, stored in tensors.items()]
+            items = [_OutputTensor(name, stored) for name, stored in tensors.items()]
             path = part / f"{kind}.safetensors"
             entries[path.name] = source.write(path, items=items, disk=disk)
         return entries
 
 
 @dataclass(frozen=True, slots=True)
-class Shards(Form):
+class ShardedForm(CheckpointForm):
     """``count`` files of about one size; tensors and experts are not cut."""
 
     count: int
 
-    def write(self, source: "Source", *, part: Path, disk: Disk) -> dict[str, FileEntry]:
+    def write(self, source: "ReshardSource", *, part: Path, disk: Disk) -> dict[str, FileEntry]:
         items = {
             (kind, name): source.items(f"{kind}/{name}", name=name, stored=stored)
             for kind, name, stored in source.index
         }
         names = [f"shard-{n:05d}.safetensors" for n in range(self.count)]
-        file_of = _spread([item for several in items.values() for item in several], names=names)
+        file_of = _assign_to_files([item for several in items.values() for item in several], names=names)
         held = {name: [] for name in names}
         for item in (item for several in items.values() for item in several):
             held[file_of[item.key]].append(item)
@@ -81,7 +81,7 @@ class Shards(Form):
             for name, mine in held.items()
             if mine
         }
-        files: dict[str, dict[str, Stored]] = {}
+        files: dict[str, dict[str, StoredTensor]] = {}
         for (kind, name), several in sorted(items.items()):
             stored = source.index.files[kind][name]
             experts = source.experts(name, stored=stored)
@@ -89,11 +89,11 @@ class Shards(Form):
             files.setdefault(kind, {})[name] = replace(
                 stored, blocks=blocks, experts=experts, split=experts > 0
             )
-        text = Index(files).text().encode()
-        return entries | {INDEX: write_hashed(part / INDEX, [text], disk=disk)}
+        text = BlockIndex(files).to_json().encode()
+        return entries | {INDEX_FILE: write_hashed(part / INDEX_FILE, [text], disk=disk)}
 
 
-def reshard(source: Path, *, root: Path, form: Form, disk: Disk | None = None) -> Path:
+def reshard(source: Path, *, root: Path, form: CheckpointForm, disk: Disk | None = None) -> Path:
     """Write the checkpoint ``source`` in another form under ``root``, and return its directory.
 
     The source is verified first. Raises CheckpointError: it is damaged, ``root`` is where it lies,
@@ -104,32 +104,32 @@ def reshard(source: Path, *, root: Path, form: Form, disk: Disk | None = None) -
         raise CheckpointError(
             f"{root}: the checkpoint that is read lies in it; expected another directory to write"
         )
-    manifest = verify(source)
+    manifest = verify_checkpoint(source)
     index = read_index(source, manifest=manifest)
-    wrong = [f"{kind}/{name}: {gap}" for kind, name, stored in index for gap in gaps(stored)]
-    refuse(source, [some(wrong)] if wrong else [])
-    state = (source / STATE).read_bytes()
+    wrong = [f"{kind}/{name}: {gap}" for kind, name, stored in index for gap in coverage_problems(stored)]
+    raise_if_damaged(source, [first_few(wrong)] if wrong else [])
+    state = (source / STATE_FILE).read_bytes()
     data = sum(stored.bytes for _, _, stored in index)
-    place = Place(root, manifest.step, data + len(state) + SLACK_BYTES)
-    head = Head(manifest.step, state, manifest.banks, manifest.plan)
+    place = CheckpointPaths(root, manifest.step, data + len(state) + OVERHEAD_BYTES)
+    head = CheckpointMetadata(manifest.step, state, manifest.expert_parameters, manifest.plan)
     try:
-        serial = place.begin(disk)
-        with reading(source) as reader:
-            entries = form.write(Source(reader, index, manifest), part=place.part, disk=disk)
-        complete(place, head=head, serial=serial, entries=entries, disk=disk)
-        publish(place, keep=Keep(len(checkpoints(root)) + 1), disk=disk)
+        serial = place.create_staging(disk)
+        with open_reader(source) as reader:
+            entries = form.write(ReshardSource(reader, index, manifest), part=place.staging, disk=disk)
+        write_manifest(place, metadata=head, serial=serial, entries=entries, disk=disk)
+        publish_checkpoint(place, retention=RetentionPolicy(len(list_checkpoints(root)) + 1), disk=disk)
     except OSError as error:
-        place.clean(disk)
-        raise place.failure(error, disk=disk) from error
+        place.remove_staging(disk)
+        raise place.disk_error(error, disk=disk) from error
     return place.final
 
 
 @dataclass(frozen=True, slots=True)
-class _Item:
+class _OutputTensor:
     """What becomes one tensor of a file: a stored tensor, or an expert of it."""
 
     key: str
-    stored: Stored
+    stored: StoredTensor
     expert: int | None = None
 
     @property
@@ -141,48 +141,48 @@ class _Item:
     def bytes(self) -> int:
         return self.like.numel() * self.stored.dtype.itemsize
 
-    def block(self, file: str) -> Block:
+    def block(self, file: str) -> StoredBlock:
         """Where it lies from now on."""
         shape = self.stored.shape
         if self.expert is None:
-            return Block(file, self.key, (0,) * len(shape), shape)
-        return Block(file, self.key, (self.expert, *(0 for _ in shape[1:])), (1, *shape[1:]))
+            return StoredBlock(file, self.key, (0,) * len(shape), shape)
+        return StoredBlock(file, self.key, (self.expert, *(0 for _ in shape[1:])), (1, *shape[1:]))
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ReshardSource:
     """A verified checkpoint that is read as it is written."""
 
-    reader: Reader
-    index: Index
+    reader: TensorReader
+    index: BlockIndex
     manifest: Manifest
 
-    def experts(self, name: str, *, stored: Stored) -> int:
+    def experts(self, name: str, *, stored: StoredTensor) -> int:
         """The number of experts that a tensor is split into; 0 if it is no bank."""
-        return bank_size(name, shape=stored.shape, banks=self.manifest.banks)
+        return num_experts_of(name, shape=stored.shape, expert_parameters=self.manifest.expert_parameters)
 
-    def items(self, path: str, *, name: str, stored: Stored) -> list[_Item]:
+    def items(self, path: str, *, name: str, stored: StoredTensor) -> list[_OutputTensor]:
         """Return what a tensor becomes in shards; one without a value is in the index alone."""
         experts = self.experts(name, stored=stored)
         if experts:
-            return [_Item(expert_label(path, e), stored, e) for e in range(experts)]
-        return [_Item(path, stored)] if stored.numel else []
+            return [_OutputTensor(expert_label(path, e), stored, e) for e in range(experts)]
+        return [_OutputTensor(path, stored)] if stored.numel else []
 
-    def write(self, path: Path, *, items: Sequence[_Item], disk: Disk) -> FileEntry:
+    def write(self, path: Path, *, items: Sequence[_OutputTensor], disk: Disk) -> FileEntry:
         """Write a file of some items, each read when its turn comes."""
         by_key = {item.key: item for item in items}
 
         def read(key: str) -> Tensor:
             item = by_key[key]
             if item.expert is None:
-                return self.reader.tensor(item.stored)
-            return self.reader.expert(item.stored, item.expert)
+                return self.reader.read_tensor(item.stored)
+            return self.reader.read_expert(item.stored, item.expert)
 
         likes = {key: item.like for key, item in by_key.items()}
-        return write_hashed(path, lazy_pieces(likes, read=read), disk=disk)
+        return write_hashed(path, serialize_lazily(likes, read=read), disk=disk)
 
 
-def _spread(items: Sequence[_Item], *, names: Sequence[str]) -> dict[str, str]:
+def _assign_to_files(items: Sequence[_OutputTensor], *, names: Sequence[str]) -> dict[str, str]:
     """Say which file each item goes to: the largest first, always to the lightest file."""
     load = dict.fromkeys(names, 0)
     file_of = {}

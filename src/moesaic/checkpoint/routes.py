@@ -35,19 +35,19 @@ _TOKEN_COLUMNS = {
 
 
 @dataclass(frozen=True, slots=True)
-class LayerHead:
+class LayerHeader:
     """What is the same for every batch of a layer. ``per_token`` is that of ``Routing``."""
 
     layer: str
     experts: int
-    spare: int
+    null_experts: int
     per_token: int
 
     @staticmethod
-    def of(found: LayerRoutes) -> "LayerHead":
+    def of(found: LayerRoutes) -> "LayerHeader":
         """Read it from one batch."""
         routing = found.routing
-        return LayerHead(found.layer, routing.num_experts, found.num_null_experts, routing.per_token)
+        return LayerHeader(found.layer, routing.num_experts, found.num_null_experts, routing.per_token)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -56,7 +56,7 @@ class LayerHead:
 
 
 @dataclass(frozen=True, slots=True)
-class _Column:
+class _ColumnOnDisk:
     """Values that grow on disk; ``ends`` are their numbers after each batch."""
 
     path: Path
@@ -89,8 +89,8 @@ class RoutesWriter:
     ) -> None:
         self.path = path
         self._head = {"languages": list(languages), "about": dict(about or {})}
-        self._layers: dict[str, LayerHead] = {}
-        self._columns: dict[str, _Column] = {}
+        self._layers: dict[str, LayerHeader] = {}
+        self._columns: dict[str, _ColumnOnDisk] = {}
         self._batches = 0
         path.parent.mkdir(parents=True, exist_ok=True)
         self._folder = TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
@@ -100,13 +100,13 @@ class RoutesWriter:
 
         Raises DataError for layers that differ from those of the first batch.
         """
-        heads = {found.layer: LayerHead.of(found) for found in routes}
+        heads = {found.layer: LayerHeader.of(found) for found in routes}
         if not self._batches:
             self._layers = heads
         if heads != self._layers:
             raise DataError(
-                f"{self.path}: a batch has the layers {_shown(heads)}, the first one had "
-                f"{_shown(self._layers)}; write them into files of their own"
+                f"{self.path}: a batch has the layers {_describe_layers(heads)}, the first one had "
+                f"{_describe_layers(self._layers)}; write them into files of their own"
             )
         for side, tokens in {found.side: found.tokens for found in routes}.items():
             for name, dtype in _TOKEN_COLUMNS.items():
@@ -135,10 +135,10 @@ class RoutesWriter:
         finally:
             self._folder.cleanup()
 
-    def _column(self, name: str, dtype: torch.dtype) -> _Column:
+    def _column(self, name: str, dtype: torch.dtype) -> _ColumnOnDisk:
         if name not in self._columns:
             path = Path(self._folder.name) / str(len(self._columns))
-            self._columns[name] = _Column(path, dtype)
+            self._columns[name] = _ColumnOnDisk(path, dtype)
         return self._columns[name]
 
     def __enter__(self) -> Self:
@@ -182,7 +182,7 @@ class RoutesFile:
             whole = json.loads(metadata["routes"])
             self.languages: tuple[str, ...] = tuple(whole["languages"])
             self.about: dict[str, Any] = whole["about"]
-            self.layers = tuple(_head(head) for head in whole["layers"])
+            self.layers = tuple(_parse_header(head) for head in whole["layers"])
             self._batches: int = whole["batches"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.path}: damaged description of its routes ({error})") from error
@@ -217,17 +217,17 @@ class RoutesFile:
         found = []
         for head in self.layers:
             tokens = sides[head.layer.partition(".")[0]]
-            routing = _routing(file, head, part=parts[f"edges/{head.layer}"], tokens=len(tokens))
-            found.append(LayerRoutes(head.layer, routing, tokens, head.spare))
+            routing = _read_routing(file, head, part=parts[f"edges/{head.layer}"], tokens=len(tokens))
+            found.append(LayerRoutes(head.layer, routing, tokens, head.null_experts))
         return tuple(found)
 
 
-def _head(given: Mapping[str, Any]) -> LayerHead:
+def _parse_header(given: Mapping[str, Any]) -> LayerHeader:
     """Read what is known; a later writer of the same version may say more."""
-    return LayerHead(given["layer"], given["experts"], given["spare"], given["per_token"])
+    return LayerHeader(given["layer"], given["experts"], given["spare"], given["per_token"])
 
 
-def _routing(file: Any, head: LayerHead, *, part: slice, tokens: int) -> Routing:
+def _read_routing(file: Any, head: LayerHeader, *, part: slice, tokens: int) -> Routing:
     name = f"edges/{head.layer}"
     expert = file.get_slice(f"{name}/expert")[part].long()
     weight = file.get_slice(f"{name}/weight")[part].float()
@@ -238,7 +238,7 @@ def _routing(file: Any, head: LayerHead, *, part: slice, tokens: int) -> Routing
     return Routing(token, expert, weight, tokens, head.experts, head.per_token)
 
 
-def _shown(heads: Mapping[str, LayerHead]) -> str:
+def _describe_layers(heads: Mapping[str, LayerHeader]) -> str:
     return ", ".join(
         f"{name} ({head.experts} experts, {head.per_token or 'any number'} per token)"
         for name, head in heads.items()

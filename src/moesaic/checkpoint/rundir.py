@@ -60,7 +60,7 @@ class RunDir:
         return self.path / "routes"
 
     @property
-    def learning(self) -> Path:
+    def routing_snapshots(self) -> Path:
         """Routing of the same held-out text at several steps of training, a file each."""
         return self.path / "learning"
 
@@ -69,7 +69,7 @@ class RunDir:
         return self.path / "summary.json"
 
     @property
-    def curve(self) -> Path:
+    def score_curve(self) -> Path:
         """Scores of the kept checkpoints, one after the other."""
         return self.path / "curve.json"
 

@@ -7,20 +7,20 @@ from pathlib import Path
 
 from moesaic.checkpoint.disk import Disk, tensor_bytes
 from moesaic.checkpoint.publish import (
-    SLACK_BYTES,
-    Head,
-    Keep,
-    Place,
-    complete,
-    publish,
-    state_text,
+    OVERHEAD_BYTES,
+    CheckpointMetadata,
+    RetentionPolicy,
+    CheckpointPaths,
+    write_manifest,
+    publish_checkpoint,
+    encode_state,
     write_hashed,
 )
 from moesaic.checkpoint.snapshot import Snapshot
-from moesaic.checkpoint.tensors import tensor_pieces
+from moesaic.checkpoint.tensors import serialize_tensors
 
 
-def save(
+def save_checkpoint(
     root: Path, snapshot: Snapshot, *, keep: int = 3, best: bool = False, disk: Disk | None = None
 ) -> Path:
     """Write ``root/step-N`` whole or not at all, and return it.
@@ -30,23 +30,23 @@ def save(
     new checkpoint is left and the earlier ones are as they were.
     """
     disk = disk or Disk()
-    place = Place(root, snapshot.step, snapshot_bytes(snapshot))
-    head = Head(snapshot.step, state_text(snapshot.state), snapshot.banks, snapshot.plan)
+    place = CheckpointPaths(root, snapshot.step, snapshot_bytes(snapshot))
+    head = CheckpointMetadata(snapshot.step, encode_state(snapshot.state), snapshot.expert_parameters, snapshot.plan)
     try:
-        serial = place.begin(disk)
+        serial = place.create_staging(disk)
         entries = {}
         for name, tensors in snapshot.files.items():
-            path = place.part / f"{name}.safetensors"
-            entries[path.name] = write_hashed(path, tensor_pieces(tensors), disk=disk)
-        complete(place, head=head, serial=serial, entries=entries, disk=disk)
-        publish(place, keep=Keep(keep, best), disk=disk)
+            path = place.staging / f"{name}.safetensors"
+            entries[path.name] = write_hashed(path, serialize_tensors(tensors), disk=disk)
+        write_manifest(place, metadata=head, serial=serial, entries=entries, disk=disk)
+        publish_checkpoint(place, retention=RetentionPolicy(keep, best), disk=disk)
     except OSError as error:
-        place.clean(disk)
-        raise place.failure(error, disk=disk) from error
+        place.remove_staging(disk)
+        raise place.disk_error(error, disk=disk) from error
     return place.final
 
 
 def snapshot_bytes(snapshot: Snapshot) -> int:
     """Bytes that saving asks of the disk."""
     data = sum(tensor_bytes(tensors.values()) for tensors in snapshot.files.values())
-    return data + SLACK_BYTES
+    return data + OVERHEAD_BYTES

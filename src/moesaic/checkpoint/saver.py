@@ -11,11 +11,11 @@ from pathlib import Path
 from threading import Thread
 
 from moesaic.checkpoint.disk import Disk
-from moesaic.checkpoint.publish import Keep
+from moesaic.checkpoint.publish import RetentionPolicy
 from moesaic.checkpoint.sharded import (
-    PATIENCE_S,
+    COLLECTIVE_TIMEOUT_S,
     close_group,
-    on_host,
+    copy_to_host,
     open_group,
     write_shards,
 )
@@ -23,7 +23,7 @@ from moesaic.checkpoint.snapshot import RankSnapshot
 from moesaic.dist.world import World
 
 
-class Saver:
+class CheckpointSaver:
     """Saves into ``root``. Made, called and closed by every rank at the same points of the run.
 
     ``start`` returns as soon as the state is copied; call ``poll`` after every step: it raises, on
@@ -36,26 +36,26 @@ class Saver:
         root: Path,
         *,
         world: World,
-        patience_s: float = PATIENCE_S,
+        timeout_s: float = COLLECTIVE_TIMEOUT_S,
         disk: Disk | None = None,
     ) -> None:
         self.root, self.world, self._disk = root, world, disk
-        self._group = open_group(world, patience_s=patience_s)
-        self._under_way: Future[Path] | None = None
+        self._group = open_group(world, timeout_s=timeout_s)
+        self._pending: Future[Path] | None = None
 
-    def save(self, snapshot: RankSnapshot, *, keep: Keep) -> Path:
+    def save(self, snapshot: RankSnapshot, *, retention: RetentionPolicy) -> Path:
         """Write a checkpoint and return its directory. Collective."""
         self.wait()
-        return self._write(snapshot, keep)
+        return self._write(snapshot, retention)
 
-    def start(self, snapshot: RankSnapshot, *, keep: Keep) -> None:
+    def save_async(self, snapshot: RankSnapshot, *, retention: RetentionPolicy) -> None:
         """Copy the state and begin to write it; waits for the save before. Collective."""
         self.wait()
-        copy = replace(snapshot, files=on_host(snapshot.files), state=deepcopy(snapshot.state))
+        copy = replace(snapshot, files=copy_to_host(snapshot.files), state=deepcopy(snapshot.state))
         future: Future[Path] = Future()
         # a daemon: a process that has to end must not wait for a rank that is gone
-        Thread(target=self._into, args=(future, copy, keep), daemon=True).start()
-        self._under_way = future
+        Thread(target=self._write_into, args=(future, copy, retention), daemon=True).start()
+        self._pending = future
 
     def poll(self) -> Path | None:
         """Return the checkpoint that has become visible since the last call, if one has.
@@ -63,7 +63,7 @@ class Saver:
         Collective while a save is under way (one number is summed), so that its end, or its error,
         is met by all ranks at the same step. Raises CheckpointError.
         """
-        if self._under_way is None or self.world.any_rank(not self._under_way.done()):
+        if self._pending is None or self.world.any_rank(not self._pending.done()):
             return None
         return self.wait()
 
@@ -72,9 +72,9 @@ class Saver:
 
         Raises what it met: CheckpointError where a disk refused.
         """
-        if self._under_way is None:
+        if self._pending is None:
             return None
-        under_way, self._under_way = self._under_way, None
+        under_way, self._pending = self._pending, None
         return under_way.result()
 
     def close(self) -> None:
@@ -84,12 +84,12 @@ class Saver:
         finally:
             close_group(self._group)
 
-    def _write(self, snapshot: RankSnapshot, keep: Keep) -> Path:
+    def _write(self, snapshot: RankSnapshot, keep: RetentionPolicy) -> Path:
         return write_shards(
-            self.root, snapshot, world=self.world, group=self._group, keep=keep, disk=self._disk
+            self.root, snapshot, world=self.world, group=self._group, retention=keep, disk=self._disk
         )
 
-    def _into(self, future: Future[Path], snapshot: RankSnapshot, keep: Keep) -> None:
+    def _write_into(self, future: Future[Path], snapshot: RankSnapshot, keep: RetentionPolicy) -> None:
         try:
             future.set_result(self._write(snapshot, keep))
         except BaseException as error:

@@ -13,7 +13,7 @@ from moesaic.core.shapes import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ShardBlock:
     """One block of a tensor: ``data.shape`` long, starting at ``offset``.
 
     ``data`` is a view of live memory: loading writes into it in place.
@@ -32,10 +32,10 @@ class Shard:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    pieces: tuple[Piece, ...]
+    blocks: tuple[ShardBlock, ...]
 
     def __post_init__(self) -> None:
-        for piece in self.pieces:
+        for piece in self.blocks:
             if piece.data.dtype != self.dtype:
                 raise ValueError(f"a piece of {piece.data.dtype} in a tensor of {self.dtype}")
             ends = [o + n for o, n in zip(piece.offset, piece.data.shape, strict=True)]
@@ -47,23 +47,23 @@ class Shard:
                 )
 
     @staticmethod
-    def whole(tensor: Tensor) -> "Shard":
+    def from_tensor(tensor: Tensor) -> "Shard":
         """Return the shard of a rank that holds all of ``tensor``."""
         data = tensor.detach()
-        piece = Piece((0,) * data.dim(), data)
+        piece = ShardBlock((0,) * data.dim(), data)
         return Shard(tuple(data.shape), data.dtype, (piece,))
 
     @staticmethod
-    def block(data: Tensor, *, offset: tuple[int, ...], shape: tuple[int, ...]) -> "Shard":
+    def from_block(data: Tensor, *, offset: tuple[int, ...], shape: tuple[int, ...]) -> "Shard":
         """Return the shard of a rank that holds one block of a tensor of ``shape``."""
         data = data.detach()
-        return Shard(tuple(shape), data.dtype, (Piece(tuple(offset), data),))
+        return Shard(tuple(shape), data.dtype, (ShardBlock(tuple(offset), data),))
 
 
-Held = Shard | Tensor  # a plain tensor is held whole
-Files = Mapping[str, Mapping[str, Held]]  # file name -> tensor name -> what this rank holds
+TensorOrShard = Shard | Tensor  # a plain tensor is held whole
+ShardFiles = Mapping[str, Mapping[str, TensorOrShard]]  # file name -> tensor name -> what this rank holds
 
 
-def as_shard(held: Held) -> Shard:
+def as_shard(tensor: TensorOrShard) -> Shard:
     """Return a plain tensor as the shard that is all of it."""
-    return held if isinstance(held, Shard) else Shard.whole(held)
+    return tensor if isinstance(tensor, Shard) else Shard.from_tensor(tensor)

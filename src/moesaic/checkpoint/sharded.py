@@ -16,23 +16,23 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moesaic.checkpoint.disk import Disk
-from moesaic.checkpoint.index import gaps, read_index, some
+from moesaic.checkpoint.index import coverage_problems, read_index, first_few
 from moesaic.checkpoint.load import read_state
-from moesaic.checkpoint.manifest import Manifest, problems, read_manifest, refuse
-from moesaic.checkpoint.plan_load import PieceLoader, ShardReader
-from moesaic.checkpoint.plan_save import PiecePlanner, ShardWriter, as_state
-from moesaic.checkpoint.publish import SLACK_BYTES, Head, Keep, Place, state_text
-from moesaic.checkpoint.shard import Files, Piece, Shard, as_shard
+from moesaic.checkpoint.manifest import Manifest, file_problems, read_manifest, raise_if_damaged
+from moesaic.checkpoint.plan_load import BlockLoadPlanner, SafetensorsStorageReader
+from moesaic.checkpoint.plan_save import BalancedSavePlanner, SafetensorsStorageWriter, to_state_dict
+from moesaic.checkpoint.publish import OVERHEAD_BYTES, CheckpointMetadata, RetentionPolicy, CheckpointPaths, encode_state
+from moesaic.checkpoint.shard import ShardFiles, ShardBlock, Shard, as_shard
 from moesaic.checkpoint.snapshot import RankSnapshot
 from moesaic.core.errors import CheckpointError
 from moesaic.dist.world import World
 
-PATIENCE_S = 1800.0  # the slowest disk may keep the others waiting this long
-Group = Any  # torch's process group, or None for a world of one
+COLLECTIVE_TIMEOUT_S = 1800.0  # the slowest disk may keep the others waiting this long
+ProcessGroupOrNone = Any  # torch's process group, or None for a world of one
 Value = TypeVar("Value")
 
 
-def open_group(world: World, *, patience_s: float = PATIENCE_S) -> Group:
+def open_group(world: World, *, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> ProcessGroupOrNone:
     """Return a gloo group of all ranks for checkpoints alone. Collective.
 
     A group of its own lets a save go on in the background: its messages cannot be taken for those
@@ -40,10 +40,10 @@ def open_group(world: World, *, patience_s: float = PATIENCE_S) -> Group:
     """
     if world.size == 1:
         return None
-    return distributed.new_group(backend="gloo", timeout=timedelta(seconds=patience_s))
+    return distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
 
-def close_group(group: Group) -> None:
+def close_group(group: ProcessGroupOrNone) -> None:
     """Leave a group of ``open_group``."""
     if group is not None:
         distributed.destroy_process_group(group)
@@ -54,7 +54,7 @@ def save_sharded(
     snapshot: RankSnapshot,
     *,
     world: World,
-    keep: Keep = Keep(),  # noqa: B008 - a frozen value
+    retention: RetentionPolicy = RetentionPolicy(),  # noqa: B008 - a frozen value
     disk: Disk | None = None,
 ) -> Path:
     """Write ``root/step-N`` whole or not at all, every block by one of its holders; return it.
@@ -64,7 +64,7 @@ def save_sharded(
     """
     group = open_group(world)
     try:
-        return write_shards(root, snapshot, world=world, group=group, keep=keep, disk=disk)
+        return write_shards(root, snapshot, world=world, group=group, retention=retention, disk=disk)
     finally:
         close_group(group)
 
@@ -74,34 +74,34 @@ def write_shards(
     snapshot: RankSnapshot,
     *,
     world: World,
-    group: Group,
-    keep: Keep,
+    group: ProcessGroupOrNone,
+    retention: RetentionPolicy,
     disk: Disk | None = None,
 ) -> Path:
     """Do what ``save_sharded`` says, in a group that is there."""
     disk = disk or Disk()
-    text = state_text(snapshot.state)
-    place = Place(root, snapshot.step, len(text) + SLACK_BYTES)
-    head = Head(snapshot.step, text, snapshot.banks, snapshot.plan)
-    writer = ShardWriter(place, head=head, keep=keep, world=world, disk=disk)
-    state = as_state(snapshot.files, banks=snapshot.banks)
+    text = encode_state(snapshot.state)
+    place = CheckpointPaths(root, snapshot.step, len(text) + OVERHEAD_BYTES)
+    head = CheckpointMetadata(snapshot.step, text, snapshot.expert_parameters, snapshot.plan)
+    writer = SafetensorsStorageWriter(place, metadata=head, retention=retention, world=world, disk=disk)
+    state = to_state_dict(snapshot.files, expert_parameters=snapshot.expert_parameters)
     try:
-        with _plainly(group):
+        with _unwrap_rank_errors(group):
             state_dict_saver.save(
                 dict(state),
                 storage_writer=writer,
-                planner=PiecePlanner(snapshot.banks),
+                planner=BalancedSavePlanner(snapshot.expert_parameters),
                 process_group=group,
                 no_dist=group is None,
             )
     except CheckpointError:
         if world.rank == 0:
-            place.clean(disk)
+            place.remove_staging(disk)
         raise
     return place.final
 
 
-def load_sharded(path: Path, *, into: Files, world: World) -> dict[str, Any]:
+def load_sharded(path: Path, *, into: ShardFiles, world: World) -> dict[str, Any]:
     """Fill the shards and tensors of ``into`` from a checkpoint of either form; return its state.
 
     The checkpoint may be of any plan and number of ranks. Every rank hashes its part of the files
@@ -111,20 +111,20 @@ def load_sharded(path: Path, *, into: Files, world: World) -> dict[str, Any]:
     """
     group = open_group(world)
     try:
-        manifest = together(lambda: _verified(path, world=world), world=world, group=group)
-        index = together(lambda: read_index(path, manifest=manifest), world=world, group=group)
-        wrong = [f"{f}/{n}: {gap}" for f, n, stored in index for gap in gaps(stored)]
-        refuse(path, [some(wrong)] if wrong else [])
+        manifest = run_on_all_ranks(lambda: _verify_files_of_rank(path, world=world), world=world, group=group)
+        index = run_on_all_ranks(lambda: read_index(path, manifest=manifest), world=world, group=group)
+        wrong = [f"{f}/{n}: {gap}" for f, n, stored in index for gap in coverage_problems(stored)]
+        raise_if_damaged(path, [first_few(wrong)] if wrong else [])
         state = {
             f"{file}/{name}": as_shard(held)
             for file, tensors in into.items()
             for name, held in tensors.items()
         }
-        with _plainly(group, where=f"{path}: "):
+        with _unwrap_rank_errors(group, where=f"{path}: "):
             state_dict_loader.load(
                 dict(state),
-                storage_reader=ShardReader(path, index=index),
-                planner=PieceLoader(),
+                storage_reader=SafetensorsStorageReader(path, index=index),
+                planner=BlockLoadPlanner(),
                 process_group=group,
                 no_dist=group is None,
             )
@@ -133,15 +133,15 @@ def load_sharded(path: Path, *, into: Files, world: World) -> dict[str, Any]:
     return read_state(path)
 
 
-def on_host(files: Files) -> Files:
+def copy_to_host(files: ShardFiles) -> ShardFiles:
     """Return a copy of what a rank holds, in memory that training does not touch."""
     return {
-        file: {name: _copied(as_shard(held)) for name, held in tensors.items()}
+        file: {name: _copy_shard(as_shard(held)) for name, held in tensors.items()}
         for file, tensors in files.items()
     }
 
 
-def together(action: Callable[[], Value], *, world: World, group: Group) -> Value:
+def run_on_all_ranks(action: Callable[[], Value], *, world: World, group: ProcessGroupOrNone) -> Value:
     """Run ``action`` on every rank; a CheckpointError of any is raised on all. Collective."""
     found, error = None, ""
     try:
@@ -157,21 +157,21 @@ def together(action: Callable[[], Value], *, world: World, group: Group) -> Valu
     return found  # pyright: ignore[reportReturnType] - no rank raised, so it is there
 
 
-def _verified(path: Path, *, world: World) -> Manifest:
+def _verify_files_of_rank(path: Path, *, world: World) -> Manifest:
     manifest = read_manifest(path)
     largest = sorted(manifest.files, key=lambda name: (-manifest.files[name].bytes, name))
     mine = largest[world.rank :: world.size]
-    refuse(path, problems(path, manifest=manifest, names=mine))
+    raise_if_damaged(path, file_problems(path, manifest=manifest, names=mine))
     return manifest
 
 
-def _copied(shard: Shard) -> Shard:
-    pieces = (Piece(p.offset, p.data.detach().to("cpu", copy=True)) for p in shard.pieces)
+def _copy_shard(shard: Shard) -> Shard:
+    pieces = (ShardBlock(p.offset, p.data.detach().to("cpu", copy=True)) for p in shard.blocks)
     return Shard(shard.shape, shard.dtype, tuple(pieces))
 
 
 @contextmanager
-def _plainly(group: Group, *, where: str = "") -> Iterator[None]:
+def _unwrap_rank_errors(group: ProcessGroupOrNone, *, where: str = "") -> Iterator[None]:
     """Raise what a rank raised as it was, instead of inside the engine's own exception."""
     try:
         with warnings.catch_warnings() if group is None else nullcontext():

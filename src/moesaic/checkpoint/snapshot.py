@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moesaic.checkpoint.shard import Files
+from moesaic.checkpoint.shard import ShardFiles
 from moesaic.core.shapes import Tensor
 
 
@@ -21,7 +21,7 @@ class Snapshot:
     step: int
     files: Mapping[str, Mapping[str, Tensor]]
     state: dict[str, Any] = field(default_factory=dict)
-    banks: Mapping[str, int] = field(default_factory=dict)
+    expert_parameters: Mapping[str, int] = field(default_factory=dict)
     plan: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -34,7 +34,7 @@ class RankSnapshot:
     """
 
     step: int
-    files: Files
+    files: ShardFiles
     state: dict[str, Any] = field(default_factory=dict)
-    banks: Mapping[str, int] = field(default_factory=dict)
+    expert_parameters: Mapping[str, int] = field(default_factory=dict)
     plan: Mapping[str, Any] = field(default_factory=dict)

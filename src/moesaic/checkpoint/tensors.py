@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moesaic.checkpoint.disk import Disk, Piece
+from moesaic.checkpoint.disk import Disk, Buffer
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
 from moesaic.core.units import show_bytes
 
-NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -32,28 +32,28 @@ NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-PICKLE_NAMES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 # a zip archive (torch.save), a tar (older torch.save), or the PROTO opcode of pickle 2 to 5
-PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-def tensor_pieces(
+def serialize_tensors(
     tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
-) -> Iterator[Piece]:
+) -> Iterator[Buffer]:
     """Yield the bytes of a safetensors file, one tensor at a time.
 
     Tensors may be on any device and need not be contiguous. Widest types first, then by name, so
     that every tensor is aligned and the same tensors give the same file.
     """
-    return lazy_pieces(tensors, read=tensors.__getitem__, metadata=metadata)
+    return serialize_lazily(tensors, read=tensors.__getitem__, metadata=metadata)
 
 
-def lazy_pieces(
+def serialize_lazily(
     tensors: Mapping[str, Tensor],
     *,
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
-) -> Iterator[Piece]:
+) -> Iterator[Buffer]:
     """Do the same for tensors that are read one by one as they are written.
 
     ``tensors`` have the shapes and dtypes alone (they may be on ``meta``), ``read`` the values.
@@ -65,7 +65,7 @@ def lazy_pieces(
         tensor, start = tensors[name], end
         end += tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": NAMES[tensor.dtype],
+            "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
@@ -90,7 +90,7 @@ def write_tensors(
     part = path.with_name(f".{path.name}.part")
     try:
         disk.make_dir(path.parent)
-        disk.write(part, pieces=tensor_pieces(tensors, metadata=metadata))
+        disk.write(part, chunks=serialize_tensors(tensors, metadata=metadata))
         disk.rename(part, new=path)
     except OSError as error:
         with suppress(OSError):
@@ -112,7 +112,7 @@ def check_tensor_file(path: Path) -> None:
     """Refuse what is not a whole safetensors file, looking at its name, start and size only."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    if path.suffix in PICKLE_NAMES:
+    if path.suffix in PICKLE_SUFFIXES:
         raise CheckpointError(
             f"{path}: a {path.suffix} file is a pickle, which can run code when it is read; "
             "expected .safetensors. Convert it where you trust it: "
@@ -123,16 +123,16 @@ def check_tensor_file(path: Path) -> None:
         start = stream.read(9)
         length = struct.unpack("<Q", start[:8])[0] if len(start) == 9 else 0
         if len(start) < 9 or start[8:9] != b"{":
-            raise CheckpointError(f"{path}: {_what_it_is(path, start)}")
+            raise CheckpointError(f"{path}: {_describe_content(path, start)}")
         if length > size - 8:
             raise CheckpointError(f"{path}: truncated inside its header ({show_bytes(size)})")
-        expected = 8 + length + _data_bytes(path, b"{" + stream.read(length - 1))
+        expected = 8 + length + _data_size(path, b"{" + stream.read(length - 1))
     if expected != size:
         word = "truncated" if size < expected else "longer than its header says"
         raise CheckpointError(f"{path}: {word}: {size} bytes, expected {expected}")
 
 
-def _data_bytes(path: Path, header: bytes) -> int:
+def _data_size(path: Path, header: bytes) -> int:
     try:
         entries = json.loads(header)
         return max(
@@ -142,10 +142,10 @@ def _data_bytes(path: Path, header: bytes) -> int:
         raise CheckpointError(f"{path}: damaged safetensors header") from error
 
 
-def _what_it_is(path: Path, start: bytes) -> str:
+def _describe_content(path: Path, start: bytes) -> str:
     if not path.stat().st_size:
         return "empty file, expected safetensors"
-    if start.startswith(PICKLE_STARTS):
+    if start.startswith(PICKLE_MAGIC):
         return (
             "this is a pickle under a safetensors name, and reading it could run code: refused. "
             "Get the weights as safetensors from their source"

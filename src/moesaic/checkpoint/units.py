@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moesaic.checkpoint.index import Stored
-from moesaic.checkpoint.reader import Reader
+from moesaic.checkpoint.index import StoredTensor
+from moesaic.checkpoint.reader import TensorReader
 from moesaic.core.shapes import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class LoadedTensor:
     """A tensor, or one expert of a bank (without the bank's first dim)."""
 
     label: str
@@ -17,13 +17,13 @@ class Unit:
     expert: int | None = None
 
 
-def units(reader: Reader, *, label: str, stored: Stored, experts: int = 0) -> Iterator[Unit]:
+def read_by_expert(reader: TensorReader, *, label: str, stored: StoredTensor, num_experts: int = 0) -> Iterator[LoadedTensor]:
     """Yield a tensor, or its experts; ``experts`` splits one that does not know it is a bank."""
-    count = stored.experts or experts
+    count = stored.num_experts or num_experts
     if not count:
-        yield Unit(label, reader.tensor(stored))
+        yield LoadedTensor(label, reader.read_tensor(stored))
     for expert in range(count):
-        yield Unit(expert_label(label, expert), reader.expert(stored, expert), expert)
+        yield LoadedTensor(expert_label(label, expert), reader.read_expert(stored, expert), expert)
 
 
 def expert_label(label: str, expert: int) -> str:

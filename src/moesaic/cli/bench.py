@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moesaic.bench.layer import Question, bench_layer
+from moesaic.bench.layer import LayerBenchmark, run_layer_benchmark
 from moesaic.bench.problem import Skew
 from moesaic.bench.shapes import parse_shape
 from moesaic.cli.common import Json, answer, verb_app
@@ -45,7 +45,7 @@ def layer(
     Example: [cyan]moesaic bench layer --shape B --against hf,deepspeed --threads 2[/]
     """
     names = [name.strip() for name in against.split(",") if name.strip()]
-    question = Question(
+    question = LayerBenchmark(
         parse_shape(shape),
         passes="forward+backward" if backward else "forward",
         against=names,
@@ -54,7 +54,7 @@ def layer(
         threads=threads,
         rounds=rounds,
     )
-    found = bench_layer(question)
+    found = run_layer_benchmark(question)
     answer(found, as_json=as_json, show=lambda console: _show(found, console))
 
 

@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moesaic.checkpoint.check import Finding, check
-from moesaic.checkpoint.diff import Difference, diff
-from moesaic.checkpoint.index import INDEX, Stored, read_index
-from moesaic.checkpoint.manifest import MANIFEST, read_manifest
-from moesaic.checkpoint.publish import checkpoints
-from moesaic.checkpoint.reshard import Form, Shards, Whole, reshard
+from moesaic.checkpoint.check import IntegrityProblem, check_checkpoint
+from moesaic.checkpoint.diff import TensorDifference, diff_checkpoints
+from moesaic.checkpoint.index import INDEX_FILE, StoredTensor, read_index
+from moesaic.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from moesaic.checkpoint.publish import list_checkpoints
+from moesaic.checkpoint.reshard import CheckpointForm, ShardedForm, FullForm, reshard
 from moesaic.checkpoint.rundir import RunDir
-from moesaic.checkpoint.tensors import NAMES
+from moesaic.checkpoint.tensors import DTYPE_NAMES
 from moesaic.cli.common import Json, answer, verb_app
 from moesaic.core.errors import CheckpointError, UserError
 from moesaic.core.units import show_bytes, show_count
@@ -58,8 +58,8 @@ def compare(
 
     Example: [cyan]moesaic ckpt diff runs/a runs/b[/]
     """
-    found = list(diff(find(path), find(other)))
-    differ = [d for d in found if not d.same]
+    found = list(diff_checkpoints(find(path), find(other)))
+    differ = [d for d in found if not d.equal]
     value = {
         "tensors": len(found),
         "same": len(found) - len(differ),
@@ -86,8 +86,8 @@ def verify(
     Example: [cyan]moesaic ckpt verify runs/demo/checkpoints/step-00000500[/]
     """
     directory = find(path)
-    found = check(directory)
-    wrong = [f for f in found if not (lenient and f.doubt)]
+    found = check_checkpoint(directory)
+    wrong = [f for f in found if not (lenient and f.uncertain)]
     value = {"path": str(directory), "sound": not wrong, "findings": [asdict(f) for f in found]}
     answer(value, as_json=as_json, show=lambda console: _show_findings(directory, found, console))
     if wrong:
@@ -112,7 +112,7 @@ def write_again(
     """
     if whole == (ranks is not None):
         raise UserError("expected one of --ranks N and --whole: the form to write")
-    form: Form = Whole() if ranks is None else Shards(ranks)
+    form: CheckpointForm = FullForm() if ranks is None else ShardedForm(ranks)
     made = reshard(find(path), root=out, form=form)
     value = {"path": str(made), "files": sorted(p.name for p in made.iterdir())}
     answer(value, as_json=as_json, show=lambda console: console.print(str(made)))
@@ -120,14 +120,14 @@ def write_again(
 
 def find(path: Path) -> Path:
     """Return the checkpoint that a path means: itself, or the newest of a root or of a run."""
-    if (path / MANIFEST).is_file():
+    if (path / MANIFEST_FILE).is_file():
         return path
     for root in (path, RunDir(path).checkpoints):
-        found = checkpoints(root) if root.is_dir() else []
+        found = list_checkpoints(root) if root.is_dir() else []
         if found:
             return found[0]
     raise CheckpointError(
-        f"{path}: no checkpoint here; expected a directory step-N with its {MANIFEST}, the "
+        f"{path}: no checkpoint here; expected a directory step-N with its {MANIFEST_FILE}, the "
         "directory of several, or a run"
     )
 
@@ -139,7 +139,7 @@ def describe(directory: Path, *, tensors: bool = False) -> dict[str, Any]:
     blocks = Counter(block.file for _, _, stored in index for block in stored.blocks)
     return {
         "path": str(directory),
-        "form": "shards" if INDEX in manifest.files else "whole",
+        "form": "shards" if INDEX_FILE in manifest.files else "whole",
         "step": manifest.step,
         "serial": manifest.serial,
         "versions": manifest.versions,
@@ -150,14 +150,14 @@ def describe(directory: Path, *, tensors: bool = False) -> dict[str, Any]:
         ],
         "kinds": {kind: _sums(list(held.values())) for kind, held in index.files.items()},
         "banks": {
-            f"{kind}/{name}": stored.experts for kind, name, stored in index if stored.experts
+            f"{kind}/{name}": stored.num_experts for kind, name, stored in index if stored.num_experts
         },
         "tensors": [
             {
                 "name": f"{kind}/{name}",
-                "dtype": NAMES[stored.dtype],
+                "dtype": DTYPE_NAMES[stored.dtype],
                 "shape": list(stored.shape),
-                "experts": stored.experts,
+                "experts": stored.num_experts,
                 "blocks": len(stored.blocks),
             }
             for kind, name, stored in index
@@ -166,7 +166,7 @@ def describe(directory: Path, *, tensors: bool = False) -> dict[str, Any]:
     }
 
 
-def _sums(held: list[Stored]) -> dict[str, int]:
+def _sums(held: list[StoredTensor]) -> dict[str, int]:
     return {
         "tensors": len(held),
         "values": sum(s.numel for s in held),
@@ -223,11 +223,11 @@ def _table(
     console.print(table)
 
 
-def _show_diff(differ: list[Difference], count: int, console: Console) -> None:
+def _show_diff(differ: list[TensorDifference], count: int, console: Console) -> None:
     console.print(f"{count - len(differ):,} of {count:,} tensors are the same", highlight=False)
     rows = []
     for found in differ:
-        where = found.name if found.at is None else f"{found.name} (most: expert {found.at})"
+        where = found.name if found.expert is None else f"{found.name} (most: expert {found.expert})"
         numbers = (f"{found.largest:.3g}", f"{found.relative:.3g}")
         rows.append((where, *(("", "") if found.note else numbers), found.note))
     if rows:
@@ -235,11 +235,11 @@ def _show_diff(differ: list[Difference], count: int, console: Console) -> None:
         _table(console, title="", columns=columns, rows=rows)
 
 
-def _show_findings(directory: Path, found: list[Finding], console: Console) -> None:
+def _show_findings(directory: Path, found: list[IntegrityProblem], console: Console) -> None:
     if not found:
         console.print(f"{escape(str(directory))}: sound", highlight=False)
     for finding in found:
-        colour = "yellow" if finding.doubt else "red"
+        colour = "yellow" if finding.uncertain else "red"
         console.print(
-            f"[{colour}]{escape(finding.where)}[/]: {escape(finding.what)}", highlight=False
+            f"[{colour}]{escape(finding.location)}[/]: {escape(finding.message)}", highlight=False
         )

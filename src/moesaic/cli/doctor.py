@@ -13,7 +13,7 @@ from rich.table import Table
 from moesaic.cli.common import Json, answer, verb_app
 from moesaic.core.units import show_bytes
 from moesaic.data.home import data_home
-from moesaic.ops.choose import picks
+from moesaic.ops.choose import selected_kernels
 
 app = verb_app()
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "sacrebleu", "pydantic", "typer", "rich")
@@ -36,9 +36,9 @@ def doctor(*, as_json: Json = False) -> None:
         "versions": {name: _version(name) for name in PACKAGES},
         "extras": {name: _version(name) for name in EXTRAS},
         "picks": [
-            {"device": d, "op": p.op, "takes": p.implementation, "why": p.reason}
+            {"device": d, "op": p.operation, "takes": p.implementation, "why": p.reason}
             for d in devices
-            for p in picks(d)
+            for p in selected_kernels(d)
         ],
     }
     answer(found, as_json=as_json, show=lambda console: _show(found, console))

@@ -45,7 +45,7 @@ def show(
         "batches": len(file),
         "bytes": path.stat().st_size,
         "layers": [
-            {"layer": h.layer, "experts": h.experts, "spare": h.spare, "per_token": h.per_token}
+            {"layer": h.layer, "experts": h.experts, "spare": h.null_experts, "per_token": h.per_token}
             for h in file.layers
         ],
         "sides": _row(file, batch=batch, row=row, tokenizer=tokenizer),

@@ -19,7 +19,7 @@ from moesaic.core.shapes import Bool, Int, Tensor
 from moesaic.moe.limit import choice_ranks, queue_positions
 from moesaic.moe.routes import LayerRoutes
 from moesaic.observe.insight import shuffle_counts, characteristic_inputs, conditional_entropy
-from moesaic.ops.random import mix
+from moesaic.ops.random import hash_combine
 
 ANALYSIS_FORMAT = 1
 MAX_POSITIONS = 512  # later ones count as the last
@@ -101,7 +101,7 @@ def _count_layer(layer: _LayerStatistics, found: LayerRoutes) -> None:
     layer.dropped += _position_bins(position[~kept])
     choice, places_ = choice_ranks(routing), tokens.position[routing.token]
     first_come = choice * (int(places_.max()) + 1 if places_.numel() else 1) + places_
-    at_random = mix(mix(mix(ids, tokens.row[routing.token]), places_), routing.expert)
+    at_random = hash_combine(hash_combine(hash_combine(ids, tokens.row[routing.token]), places_), routing.expert)
     layer.first_come += _position_bins(position[simulate_drops(found, order=first_come)])
     layer.at_random += _position_bins(position[simulate_drops(found, order=at_random)])
 

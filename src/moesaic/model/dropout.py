@@ -8,7 +8,7 @@ from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.context import TokenContext
-from moesaic.ops.drop import drop
+from moesaic.ops.drop import dropout
 
 
 class Dropout(nn.Module):
@@ -24,4 +24,4 @@ class Dropout(nn.Module):
     def forward(self, x: Float[Tensor, "T D"], *, context: TokenContext) -> Float[Tensor, "T D"]:
         if not self.training or not self.rate:
             return x
-        return drop(x, key=context.random_key(self.name), rate=self.rate)
+        return dropout(x, key=context.random_key(self.name), rate=self.rate)

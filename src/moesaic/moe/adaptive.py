@@ -25,7 +25,7 @@ from moesaic.moe.dispatch import LocalDispatcher, ExpertCompute
 from moesaic.moe.dispatch_far import AllToAllDispatcher
 from moesaic.moe.experts import FunctionalExperts, GroupedExperts, as_autocast
 from moesaic.moe.routing import Routing
-from moesaic.ops.grouped import Banks
+from moesaic.ops.grouped import FeedForwardWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,7 @@ class _GatherGroups:
     all_to_all_slices: Group
 
 
-def _gather_weights(banks: Banks, *, groups: _GatherGroups, dtype: torch.dtype) -> Banks:
+def _gather_weights(banks: FeedForwardWeights, *, groups: _GatherGroups, dtype: torch.dtype) -> FeedForwardWeights:
     """Return this rank's banks and those of its neighbours. Collective."""
     segments = banks.up.shape[2] // banks.down.shape[1]  # two if gated: each is cut by itself
 
@@ -180,9 +180,9 @@ def _gather_weights(banks: Banks, *, groups: _GatherGroups, dtype: torch.dtype) 
 
     up, down = lend(banks.up, dim=2, segments=segments), lend(banks.down, dim=1, segments=1)
     if banks.up_bias is None or banks.down_bias is None:
-        return Banks(up, down)
+        return FeedForwardWeights(up, down)
     up_bias = lend(banks.up_bias, dim=1, segments=segments)
-    return Banks(up, down, up_bias, _gather_experts(banks.down_bias.to(dtype), group=groups.experts))
+    return FeedForwardWeights(up, down, up_bias, _gather_experts(banks.down_bias.to(dtype), group=groups.experts))
 
 
 def _gather_experts(bank: Float[Tensor, "e *D"], *, group: Group) -> Float[Tensor, "E *D"]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.ops.random import mix, salt, uniform
+from moesaic.ops.random import hash_combine, hash_name, bits_to_uniform
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +40,21 @@ class TokenContext:
 
     def for_layer(self, layer: str) -> "TokenContext":
         """Return the same tokens with random numbers of their own for a layer."""
-        return replace(self, salt=salt(layer))
+        return replace(self, salt=hash_name(layer))
 
     def random_key(self, purpose: str) -> Int[Tensor, "T"]:
         """Return random int64, a function of row, position, layer and purpose."""
-        row = mix(self.row_key, salt("row"))  # or keys 2 and 3 would meet at positions 0 and 1
-        return mix(mix(row, self.position), self.salt ^ salt(purpose))
+        row = hash_combine(self.row_key, hash_name("row"))  # or keys 2 and 3 would meet at positions 0 and 1
+        return hash_combine(hash_combine(row, self.position), self.salt ^ hash_name(purpose))
 
     def random_bits(self, purpose: str, *, width: int) -> Int[Tensor, "T width"]:
         """Return random int64, a function of row, position, layer, purpose and column."""
         key = self.random_key(purpose)
-        return mix(key[:, None], torch.arange(width, device=key.device))
+        return hash_combine(key[:, None], torch.arange(width, device=key.device))
 
     def uniform(self, purpose: str, *, width: int) -> Float[Tensor, "T width"]:
         """Return float32 in [0, 1), drawn as ``bits`` are."""
-        return uniform(self.random_bits(purpose, width=width))
+        return bits_to_uniform(self.random_bits(purpose, width=width))
 
     def normal(self, purpose: str, *, width: int) -> Float[Tensor, "T width"]:
         """Return standard normal float32 (Box and Muller 1958), drawn as ``bits`` are."""

@@ -15,8 +15,8 @@ import torch
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.routing import Routing
-from moesaic.ops.group import Groups, group
-from moesaic.ops.mixture import Edges, carry_home, carry_out
+from moesaic.ops.group import RowGroups, group_by_expert
+from moesaic.ops.mixture import Edges, unpermute_tokens, permute_tokens
 
 
 @runtime_checkable
@@ -33,7 +33,7 @@ class DispatchedRows:
     """Rows sorted by local expert (``groups`` says where each starts), and the way home."""
 
     rows: Float[Tensor, "R D"]
-    groups: Groups
+    groups: RowGroups
     handle: DispatchHandle
 
 
@@ -41,7 +41,7 @@ class DispatchedRows:
 class ExpertCompute(Protocol):
     """What a dispatcher asks of experts: answer sorted rows, or take the whole way at once."""
 
-    def __call__(self, rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]: ...
+    def __call__(self, rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]: ...
 
     def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]: ...
 
@@ -81,7 +81,7 @@ class LocalDispatcher:
 
     def dispatch(self, x: Float[Tensor, "T D"], routing: Routing) -> DispatchedRows:
         edges = sort_edges(routing)
-        return DispatchedRows(carry_out(x, edges=edges), edges.groups, LocalHandle(edges))
+        return DispatchedRows(permute_tokens(x, edges=edges), edges.groups, LocalHandle(edges))
 
     def combine(self, y: Float[Tensor, "R D"], dispatched: DispatchedRows) -> Float[Tensor, "T D"]:
         return dispatched.handle.combine(y)
@@ -94,17 +94,17 @@ class LocalHandle:
     edges: Edges
 
     def combine(self, y: Float[Tensor, "R D"]) -> Float[Tensor, "T D"]:
-        return carry_home(y, edges=self.edges)
+        return unpermute_tokens(y, edges=self.edges)
 
 
 def sort_edges(routing: Routing) -> Edges:
     """Return the edges of a routing with their order by expert."""
-    groups = group(routing.expert, num_experts=routing.num_experts)
+    groups = group_by_expert(routing.expert, num_experts=routing.num_experts)
     return Edges(routing.token, routing.weight, groups, routing.num_tokens, routing.per_token)
 
 
 def apply_experts(
-    rows: Float[Tensor, "R D"], *, groups: Groups, experts: ExpertCompute
+    rows: Float[Tensor, "R D"], *, groups: RowGroups, experts: ExpertCompute
 ) -> Float[Tensor, "R D"]:
     """Return the experts' answers to rows that ``groups`` would sort, in the order they lie in.
 

@@ -26,9 +26,9 @@ from moesaic.dist.collectives import (
 from moesaic.moe.dispatch import LocalDispatcher, DispatchedRows, ExpertCompute, apply_experts, sort_edges
 from moesaic.moe.experts import as_autocast
 from moesaic.moe.routing import Routing
-from moesaic.ops.combine import spread
-from moesaic.ops.group import Groups, group
-from moesaic.ops.mixture import Edges, carry_home, carry_out
+from moesaic.ops.combine import permute
+from moesaic.ops.group import RowGroups, group_by_expert
+from moesaic.ops.mixture import Edges, unpermute_tokens, permute_tokens
 
 
 @runtime_checkable
@@ -89,7 +89,7 @@ class AllToAllDispatcher:
 
     def _plan(self, edges: Edges) -> "AllToAllPlan":
         """Exchange how many rows lead to each expert, and learn the sums. Collective."""
-        over, slices, counts = self._group, self._slice_group, edges.groups.counts
+        over, slices, counts = self._group, self._slice_group, edges.groups.rows_per_expert
         ranks, cuts = group_size(over), group_size(slices)
         incoming = all_to_all_counts(counts, group=over)
         every = all_gather_rows(incoming, group=slices, sizes=[ranks] * cuts)  # [cut and rank, expert]
@@ -111,7 +111,7 @@ class AllToAllPlan:
     send_sizes: tuple[int, ...]
     receive_sizes: tuple[int, ...]
     slice_sizes: tuple[int, ...]
-    groups: Groups
+    groups: RowGroups
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class AllToAllHandle:
 
 
 def _dispatch_rows(x: Float[Tensor, "T D"], *, edges: Edges, plan: AllToAllPlan) -> Float[Tensor, "R D"]:
-    rows = carry_out(as_autocast(x), edges=edges)[: sum(plan.send_sizes)]
+    rows = permute_tokens(as_autocast(x), edges=edges)[: sum(plan.send_sizes)]
     rows = all_to_all(rows, group=plan.group, input_splits=plan.send_sizes, output_splits=plan.receive_sizes)
     return all_gather_rows(rows, group=plan.slice_group, sizes=plan.slice_sizes)
 
@@ -141,17 +141,17 @@ def _combine_rows(y: Float[Tensor, "R D"], *, edges: Edges, plan: AllToAllPlan) 
 def unpermute_sum(y: Float[Tensor, "S D"], *, edges: Edges) -> Float[Tensor, "T D"]:
     """Add the answers of the edges that lead somewhere to their tokens."""
     nowhere = edges.groups.order.numel() - y.shape[0]
-    return carry_home(F.pad(y, (0, 0, 0, nowhere)) if nowhere else y, edges=edges)
+    return unpermute_tokens(F.pad(y, (0, 0, 0, nowhere)) if nowhere else y, edges=edges)
 
 
-def sort_rows(rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
+def sort_rows(rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
     """Return rows sorted by expert; unlike an index, its backward is a gather as well."""
-    return spread(rows, token=groups.order, groups=groups, per_token=1)
+    return permute(rows, token=groups.order, groups=groups, per_token=1)
 
 
-def unsort_rows(rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
+def unsort_rows(rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
     """Return sorted rows in the order in which they came."""
-    return sort_rows(rows, groups=replace(groups, order=groups.place, place=groups.order))
+    return sort_rows(rows, groups=replace(groups, order=groups.inverse, place=groups.order))
 
 
 def all_to_all_counts(counts: Int[Tensor, "E"], *, group: Group) -> Int[Tensor, "P e"]:
@@ -163,8 +163,8 @@ def all_to_all_counts(counts: Int[Tensor, "E"], *, group: Group) -> Int[Tensor, 
     return all_to_all(counts.view(ranks, -1), group=group, input_splits=each, output_splits=each)
 
 
-def group_blocks_by_expert(blocks: Int[Tensor, "B E"], *, rows: int) -> Groups:
+def group_blocks_by_expert(blocks: Int[Tensor, "B E"], *, rows: int) -> RowGroups:
     """Sort rows that come in B blocks, each sorted by expert already: ``blocks`` are the counts."""
     every = torch.arange(blocks.shape[1], device=blocks.device).repeat(blocks.shape[0])
     expert = every.repeat_interleave(blocks.flatten(), output_size=rows)
-    return group(expert, num_experts=blocks.shape[1])
+    return group_by_expert(expert, num_experts=blocks.shape[1])

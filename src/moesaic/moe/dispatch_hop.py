@@ -20,8 +20,8 @@ from moesaic.moe.dispatch import Dispatcher, LocalDispatcher, DispatchedRows, Ex
 from moesaic.moe.dispatch_far import unpermute_sum
 from moesaic.moe.experts import as_autocast
 from moesaic.moe.routing import Routing
-from moesaic.ops.group import group
-from moesaic.ops.mixture import Edges, carry_out
+from moesaic.ops.group import group_by_expert
+from moesaic.ops.mixture import Edges, permute_tokens
 
 
 class DeduplicatedAllToAllDispatcher:
@@ -99,17 +99,17 @@ def _dispatch_deduplicated(x: Float[Tensor, "T D"], *, routing: Routing, group: 
         weight=torch.ones_like(routing.weight, dtype=torch.float32).detach(),
         num_experts=places,
     )
-    edges, onward = sort_edges(once), group(place, num_experts=places)
-    counts = torch.stack([edges.groups.counts, onward.counts], 1)
+    edges, onward = sort_edges(once), group_by_expert(place, num_experts=places)
+    counts = torch.stack([edges.groups.rows_per_expert, onward.rows_per_expert], 1)
     trip = _ExchangedSizes.exchange(counts, group=group)
-    starts = edges.groups.ends - edges.groups.counts
+    starts = edges.groups.offsets - edges.groups.rows_per_expert
     live = onward.order[: sum(trip.edges_sent)]
-    at = edges.groups.place[first[live]] - starts[place[live]]  # among the rows of one place
+    at = edges.groups.inverse[first[live]] - starts[place[live]]  # among the rows of one place
     address = at * each + routing.expert[live] % each
     out = {"group": group, "sent": trip.edges_sent, "received": trip.edges_received}
     address = all_to_all(address, **out)
     weight = all_to_all(routing.weight[live], **out)
-    rows = carry_out(as_autocast(x), edges=edges)[: sum(trip.sent)]
+    rows = permute_tokens(as_autocast(x), edges=edges)[: sum(trip.sent)]
     rows = all_to_all(rows, group=group, input_splits=trip.sent, output_splits=trip.received)
     token = address // each + trip.row_offsets(address)
     there = Routing(token, address % each, weight, rows.shape[0], each)

@@ -14,10 +14,10 @@ from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.pieces import ParameterSpec
 from moesaic.nn.feed_forward import FeedForwardConfig
-from moesaic.ops.choose import pick_engine, pick_mixer
-from moesaic.ops.group import Groups
-from moesaic.ops.grouped import Activation, Banks, grouped_feed_forward
-from moesaic.ops.mixture import Edges, carry_home, carry_out
+from moesaic.ops.choose import select_grouped_gemm, select_moe_kernel
+from moesaic.ops.group import RowGroups
+from moesaic.ops.grouped import ActivationFunction, FeedForwardWeights, grouped_feed_forward
+from moesaic.ops.mixture import Edges, unpermute_tokens, permute_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Expert(Choice):
 class ExpertModule(nn.Module):
     """Base of modules that hold the experts of a layer (see ``dispatch.RowExperts``)."""
 
-    def forward(self, rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
+    def forward(self, rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
         """Apply each row's expert; rows past the groups come out as zero."""
         raise NotImplementedError
 
@@ -62,8 +62,8 @@ class ExpertModule(nn.Module):
 
         By definition: ``carry_home(self(carry_out(x)))``; a bank that can do it in one go does.
         """
-        rows = carry_out(x, edges=edges)
-        return carry_home(self.forward(rows, groups=edges.groups), edges=edges)
+        rows = permute_tokens(x, edges=edges)
+        return unpermute_tokens(self.forward(rows, groups=edges.groups), edges=edges)
 
     def in_one_call(
         self, x: Float[Tensor, "T D"], *, function: Callable[[Tensor, Any], Tensor]
@@ -78,7 +78,7 @@ class _WithoutHooks:
     def __init__(self, bank: ExpertModule) -> None:
         self._bank = bank
 
-    def __call__(self, rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
+    def __call__(self, rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
         return type(self._bank).forward(self._bank, rows, groups=groups)
 
     def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
@@ -110,9 +110,9 @@ class FeedForwardExpert(Expert):
 
     def saved_activations(self, size: ExpertShape, *, edges: float, live_fraction: float = 1.0) -> float:
         feed = size.feed_forward
-        mixer = pick_mixer(torch.empty(0), activation=feed.activation)  # the one of this machine
+        mixer = select_moe_kernel(torch.empty(0), activation=feed.activation)  # the one of this machine
         width = feed.activation.width(feed.hidden)
-        return edges * mixer.kept(dim=size.dim, width=width, bias=size.bias, live=live_fraction)
+        return edges * mixer.saved_activations(dim=size.dim, width=width, bias=size.bias, live_share=live_fraction)
 
 
 class GroupedExperts(ExpertModule):
@@ -129,38 +129,38 @@ class GroupedExperts(ExpertModule):
             self.down_bias = nn.Parameter(torch.zeros(experts, size.dim))
         self.activation, self.bias = feed.activation, size.bias
 
-    def forward(self, rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
+    def forward(self, rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
         return FunctionalExperts(self.weights, self.activation)(rows, groups=groups)
 
     def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
         return FunctionalExperts(self.weights, self.activation).forward_edges(x, edges=edges)
 
     @property
-    def weights(self) -> Banks:
+    def weights(self) -> FeedForwardWeights:
         biases = (self.up_bias, self.down_bias) if self.bias else (None, None)
-        return Banks(self.up, self.down, *biases)
+        return FeedForwardWeights(self.up, self.down, *biases)
 
 
 @dataclass(frozen=True, slots=True)
 class FunctionalExperts:
     """What a bank of feed-forwards computes, for matrices that need not be its own."""
 
-    weights: Banks
-    activation: Activation
+    weights: FeedForwardWeights
+    activation: ActivationFunction
 
-    def __call__(self, rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
+    def __call__(self, rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
         rows = as_autocast(rows)
         return grouped_feed_forward(
             rows,
-            banks=self.weights,
+            weights=self.weights,
             groups=groups,
             activation=self.activation,
-            engine=pick_engine(rows),
+            gemm=select_grouped_gemm(rows),
         )
 
     def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
         x = as_autocast(x)
-        mixer = pick_mixer(x, activation=self.activation)
+        mixer = select_moe_kernel(x, activation=self.activation)
         return mixer(x, edges=edges, banks=self.weights, activation=self.activation)
 
     def in_one_call(

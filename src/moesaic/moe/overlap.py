@@ -28,8 +28,8 @@ from moesaic.moe.dispatch import ExpertCompute, apply_experts, sort_edges
 from moesaic.moe.dispatch_far import AllToAllDispatcher, all_to_all_counts, unpermute_sum
 from moesaic.moe.experts import as_autocast
 from moesaic.moe.routing import Routing
-from moesaic.ops.group import Groups
-from moesaic.ops.mixture import carry_out
+from moesaic.ops.group import RowGroups
+from moesaic.ops.mixture import permute_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,8 @@ class ChunkedAllToAllDispatcher:
         if group_size(self._group) == 1 or self._degrees.num_pieces == 1:
             return self._unchunked.run_experts(x, routing=routing, experts=experts)
         edges = sort_edges(routing)
-        plan = _chunk_plan(edges.groups.counts, group=self._group, degrees=self._degrees)
-        rows = carry_out(as_autocast(x), edges=edges)[: plan.num_sent]
+        plan = _chunk_plan(edges.groups.rows_per_expert, group=self._group, degrees=self._degrees)
+        rows = permute_tokens(as_autocast(x), edges=edges)[: plan.num_sent]
 
         def work(rows: Tensor, experts: ExpertCompute) -> Tensor:
             flight = _OverlappedTransfers(plan)
@@ -106,7 +106,7 @@ class _ChunkPlan:
     group: Group
     forward: _ChunkLayout
     backward: _ChunkLayout
-    groups: tuple[Groups, ...]
+    groups: tuple[RowGroups, ...]
     num_sent: int
 
 
@@ -256,9 +256,9 @@ def _split_counts(counts: Int[Tensor, "*B"], *, pieces: int) -> Int[Tensor, "*B 
     return ends.diff()
 
 
-def _sorted_groups(counts: Int[Tensor, "e"], *, rows: int) -> Groups:
+def _sorted_groups(counts: Int[Tensor, "e"], *, rows: int) -> RowGroups:
     every = torch.arange(rows, device=counts.device)
-    return Groups(every, every, counts, counts.cumsum(0).to(torch.int32))
+    return RowGroups(every, every, counts, counts.cumsum(0).to(torch.int32))
 
 
 def _chunk_layout(cells: Int[Tensor, "2 P e C"], *, known: Int[Tensor, "2 P e C"], degree: int) -> _ChunkLayout:

@@ -21,7 +21,7 @@ class Activation(Choice):
     by; empty, as in a member of your own, means that the composed path is taken.
     """
 
-    kernel: ClassVar[str] = ""
+    kernel_name: ClassVar[str] = ""
     gated: ClassVar[bool] = False
     saved_activations: ClassVar[int] = 2
 
@@ -37,7 +37,7 @@ class Activation(Choice):
 class ReLU(Activation):
     """``max(x, 0)``, the activation of the original transformer (1706.03762)."""
 
-    kernel: ClassVar[str] = "relu"
+    kernel_name: ClassVar[str] = "relu"
     saved_activations: ClassVar[int] = 1
 
     def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
@@ -47,7 +47,7 @@ class ReLU(Activation):
 class GELU(Activation):
     """Gaussian error linear unit (1606.08415), exact form."""
 
-    kernel: ClassVar[str] = "gelu"
+    kernel_name: ClassVar[str] = "gelu"
 
     def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
         return F.gelu(x)
@@ -56,7 +56,7 @@ class GELU(Activation):
 class SquaredReLU(Activation):
     """``max(x, 0)^2`` (Primer, 2109.08668)."""
 
-    kernel: ClassVar[str] = "relu2"
+    kernel_name: ClassVar[str] = "relu2"
 
     def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
         return x.relu().square()
@@ -65,7 +65,7 @@ class SquaredReLU(Activation):
 class SwiGLU(Activation):
     """``silu(gate) * value`` (2002.05202)."""
 
-    kernel: ClassVar[str] = "swiglu"
+    kernel_name: ClassVar[str] = "swiglu"
     gated: ClassVar[bool] = True
     saved_activations: ClassVar[int] = 4
 

@@ -71,7 +71,7 @@ class LocalEmbedding:
         smoothing: float,
         z: float,
     ) -> TokenLoss:
-        return cross_entropy(hidden, weight=table, label=label, smoothing=smoothing, z=z)
+        return cross_entropy(hidden, weight=table, label=label, label_smoothing=smoothing, z_loss=z)
 
 
 class Embedding(nn.Module):

@@ -14,25 +14,25 @@ import torch
 from moesaic.core.shapes import Float, Tensor
 
 
-class Found(NamedTuple):
+class PartialAttention(NamedTuple):
     """A weighted mean of values, and the logarithm of the sum of its weights."""
 
     out: Float[Tensor, "G R n d"]
-    log: Float[Tensor, "G R n"]
+    lse: Float[Tensor, "G R n"]
 
 
-class Back(NamedTuple):
+class AttentionBackward(NamedTuple):
     """What backward knows of some queries.
 
     The gradient of what they found, its product with what they found, and ``Found.log``.
     """
 
-    grad: Float[Tensor, "G R n d"]
-    blame: Float[Tensor, "G R n"]
-    log: Float[Tensor, "G R n"]
+    grad_out: Float[Tensor, "G R n d"]
+    delta: Float[Tensor, "G R n"]
+    lse: Float[Tensor, "G R n"]
 
 
-class Grads(NamedTuple):
+class BlockGradients(NamedTuple):
     """What one block gives to the gradients of its queries, keys and values."""
 
     query: Float[Tensor, "G R n d"]
@@ -40,44 +40,44 @@ class Grads(NamedTuple):
     value: Float[Tensor, "G m d"]
 
 
-def look_at(
+def attend_block(
     query: Float[Tensor, "G R n d"],
     key: Float[Tensor, "G m d"],
     value: Float[Tensor, "G m d"],
     *,
     diagonal: int | None,
-) -> Found:
+) -> PartialAttention:
     """Look at one block; query i sees the keys up to ``i + diagonal`` (None: all), at least one."""
     scores = _scores(query, key, diagonal=diagonal)
     log = scores.logsumexp(-1)
     weight = scores.sub_(log[..., None]).exp_()
-    return Found((weight.flatten(1, 2) @ value).view_as(query), log)
+    return PartialAttention((weight.flatten(1, 2) @ value).view_as(query), log)
 
 
-def add(found: Found, block: Found) -> None:
+def merge_block(total: PartialAttention, block: PartialAttention) -> None:
     """Add what another block gave to what was found before (nothing: ``log`` is -inf), in place."""
-    log = torch.logaddexp(found.log, block.log)
-    before, new = (part.sub(log).exp_()[..., None] for part in (found.log, block.log))
-    found.out.mul_(before).addcmul_(block.out, new)
-    found.log.copy_(log)
+    log = torch.logaddexp(total.lse, block.lse)
+    before, new = (part.sub(log).exp_()[..., None] for part in (total.lse, block.lse))
+    total.out.mul_(before).addcmul_(block.out, new)
+    total.lse.copy_(log)
 
 
-def grads_of(
+def attend_block_backward(
     query: Float[Tensor, "G R n d"],
     key: Float[Tensor, "G m d"],
     value: Float[Tensor, "G m d"],
     *,
-    back: Back,
+    backward: AttentionBackward,
     diagonal: int | None,
-) -> Grads:
+) -> BlockGradients:
     """Return what ``look_at`` of this block gives, once all blocks have been added."""
     scores = _scores(query, key, diagonal=diagonal)
-    weight = scores.sub_(back.log[..., None]).exp_().flatten(1, 2)
-    grad, asked = back.grad.flatten(1, 2), query.flatten(1, 2)
+    weight = scores.sub_(backward.lse[..., None]).exp_().flatten(1, 2)
+    grad, asked = backward.grad_out.flatten(1, 2), query.flatten(1, 2)
     of_value = weight.transpose(1, 2) @ grad
-    of_score = (grad @ value.transpose(1, 2)).sub_(back.blame.flatten(1)[..., None]).mul_(weight)
+    of_score = (grad @ value.transpose(1, 2)).sub_(backward.delta.flatten(1)[..., None]).mul_(weight)
     of_score.mul_(query.shape[-1] ** -0.5)
-    return Grads((of_score @ key).view_as(query), of_score.transpose(1, 2) @ asked, of_value)
+    return BlockGradients((of_score @ key).view_as(query), of_score.transpose(1, 2) @ asked, of_value)
 
 
 def _scores(

@@ -15,22 +15,22 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.ops.group import Groups
+from moesaic.ops.group import RowGroups
 
 
-def plain_spread(
-    x: Float[Tensor, "T D"], *, token: Int[Tensor, "N"], groups: Groups
+def reference_permute(
+    x: Float[Tensor, "T D"], *, token: Int[Tensor, "N"], groups: RowGroups
 ) -> Float[Tensor, "N D"]:
     """The definition of ``spread``."""
     return x[token[groups.order]]
 
 
-def plain_combine(
+def reference_unpermute(
     y: Float[Tensor, "N D"],
     *,
     token: Int[Tensor, "N"],
     weight: Float[Tensor, "N"],
-    groups: Groups,
+    groups: RowGroups,
     num_tokens: int,
 ) -> Float[Tensor, "T D"]:
     """The definition of ``combine``: sorted rows times edge weights, added to their tokens."""
@@ -39,89 +39,89 @@ def plain_combine(
     return out.index_add(0, token[groups.order], weighted).to(y.dtype)
 
 
-def spread(
-    x: Float[Tensor, "T D"], *, token: Int[Tensor, "N"], groups: Groups, per_token: int
+def permute(
+    x: Float[Tensor, "T D"], *, token: Int[Tensor, "N"], groups: RowGroups, per_token: int
 ) -> Float[Tensor, "N D"]:
     """Copy each token's row to the sorted places of its edges.
 
     ``per_token`` is K if edges are token-major with K per token, else 0.
     """
-    return _Spread.apply(x, token, groups, per_token)
+    return _Permute.apply(x, token, groups, per_token)
 
 
-def combine(
+def unpermute(
     y: Float[Tensor, "N D"],
     *,
     token: Int[Tensor, "N"],
     weight: Float[Tensor, "N"],
-    groups: Groups,
+    groups: RowGroups,
     num_tokens: int,
     per_token: int,
 ) -> Float[Tensor, "T D"]:
     """Add sorted rows to their tokens, each times its edge's float32 weight, summed in float32."""
-    return _Combine.apply(y, weight, _Way(token, groups, num_tokens, per_token))
+    return _Unpermute.apply(y, weight, _EdgeList(token, groups, num_tokens, per_token))
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
+class _EdgeList:
     token: Int[Tensor, "N"]
-    groups: Groups
+    groups: RowGroups
     num_tokens: int
     per_token: int
 
 
-class _Spread(torch.autograd.Function):
+class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, groups: Groups, per_token: int) -> Tensor:
-        ctx.way = _Way(token, groups, x.shape[0], per_token)
-        return x.index_select(0, _token_of(ctx.way))
+    def forward(ctx: Any, x: Tensor, token: Tensor, groups: RowGroups, per_token: int) -> Tensor:
+        ctx.way = _EdgeList(token, groups, x.shape[0], per_token)
+        return x.index_select(0, _token_of_rows(ctx.way))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _home(grads[0], ctx.way), None, None, None
+        return _sum_by_token(grads[0], ctx.way), None, None, None
 
 
-class _Combine(torch.autograd.Function):
+class _Unpermute(torch.autograd.Function):
     """Keeps rows and weights; autograd's own ``index_add`` would keep the weighted rows as well."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, weight: Tensor, way: _Way) -> Tensor:
+    def forward(ctx: Any, y: Tensor, weight: Tensor, way: _EdgeList) -> Tensor:
         ctx.save_for_backward(y, weight)
         ctx.way = way
-        return _home(y, way, weight=weight)
+        return _sum_by_token(y, way, weight=weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         y, weight = ctx.saved_tensors
         groups = ctx.way.groups
-        rows = grads[0].index_select(0, _token_of(ctx.way)).float()
+        rows = grads[0].index_select(0, _token_of_rows(ctx.way)).float()
         dot = torch.linalg.vecdot(rows, y.float())  # router gradient: <d out[token], y>
         rows *= weight[groups.order, None]
         return rows.to(y.dtype), dot[groups.place].to(weight.dtype), None
 
 
-def _home(rows: Tensor, way: _Way, *, weight: Tensor | None = None) -> Tensor:
+def _sum_by_token(rows: Tensor, edges: _EdgeList, *, weight: Tensor | None = None) -> Tensor:
     """Sum of each token's rows, times their weights if there are any, in float32."""
-    if not way.per_token:
-        weighted = rows.float() if weight is None else rows * weight[way.groups.order, None]
-        home = weighted.new_zeros(way.num_tokens, rows.shape[1])
-        return home.index_add_(0, _token_of(way), weighted).to(rows.dtype)
+    if not edges.per_token:
+        weighted = rows.float() if weight is None else rows * weight[edges.groups.order, None]
+        home = weighted.new_zeros(edges.num_tokens, rows.shape[1])
+        return home.index_add_(0, _token_of_rows(edges), weighted).to(rows.dtype)
     if rows.device.type == "cpu" and rows.dtype == torch.float32:  # one pass over the rows
-        bags = way.groups.place.view(-1, way.per_token)
+        bags = edges.groups.inverse.view(-1, edges.per_token)
         weights = None if weight is None else weight.float().view_as(bags)
         return F.embedding_bag(bags, rows, mode="sum", per_sample_weights=weights)
-    home = rows.index_select(0, way.groups.place)
+    home = rows.index_select(0, edges.groups.inverse)
     if weight is not None:
         home = home.float().mul_(weight[:, None])
-    if way.per_token > 1:
-        home = home.view(-1, way.per_token, rows.shape[1]).sum(1)
+    if edges.per_token > 1:
+        home = home.view(-1, edges.per_token, rows.shape[1]).sum(1)
     return home.to(rows.dtype)
 
 
-def _token_of(way: _Way) -> Tensor:
-    order = way.groups.order
-    if not way.per_token:
-        return way.token[order]
-    return order if way.per_token == 1 else order // way.per_token
+def _token_of_rows(edges: _EdgeList) -> Tensor:
+    order = edges.groups.order
+    if not edges.per_token:
+        return edges.token[order]
+    return order if edges.per_token == 1 else order // edges.per_token

@@ -28,18 +28,18 @@ class TokenLoss:
     nll: Float[Tensor, "N"]
 
 
-def plain_cross_entropy(
+def reference_cross_entropy(
     hidden: Float[Tensor, "N D"],
     *,
     weight: Float[Tensor, "V D"],
     label: Int[Tensor, "N"],
-    smoothing: float = 0.0,
-    z: float = 0.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> TokenLoss:
     """The definition: ``(1-s) * nll + s * mean over V of -log p``, plus ``z * logsumexp^2``."""
     logits = (hidden @ weight.to(hidden.dtype).t()).float()
-    total = F.cross_entropy(logits, label, label_smoothing=smoothing, reduction="sum")
-    total = total + z * logits.logsumexp(-1).square().sum()
+    total = F.cross_entropy(logits, label, label_smoothing=label_smoothing, reduction="sum")
+    total = total + z_loss * logits.logsumexp(-1).square().sum()
     return TokenLoss(total, F.cross_entropy(logits.detach(), label, reduction="none"))
 
 
@@ -48,18 +48,18 @@ def cross_entropy(
     *,
     weight: Float[Tensor, "V D"],
     label: Int[Tensor, "N"],
-    smoothing: float = 0.0,
-    z: float = 0.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> TokenLoss:
     """Sum of token losses, with label smoothing (1512.00567) and a softmax z term (2204.02311).
 
     Logits are ``hidden @ weight.T`` in the dtype of ``hidden``; the softmax is float32.
     """
-    total, nll = _Chunked.apply(hidden, weight, label, smoothing, z)
+    total, nll = _ChunkedCrossEntropy.apply(hidden, weight, label, label_smoothing, z_loss)
     return TokenLoss(total, nll)
 
 
-class _Chunked(torch.autograd.Function):
+class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
         hidden, weight, label, smoothing, z = inputs

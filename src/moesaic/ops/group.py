@@ -11,7 +11,7 @@ from moesaic.core.shapes import Int, Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Groups:
+class RowGroups:
     """``order[j]`` is the edge at sorted place j, ``place`` its inverse: ``place[order[j]] == j``.
 
     ``counts[e]`` edges lead to expert e and ``ends`` is their running sum (int32, what
@@ -19,12 +19,12 @@ class Groups:
     """
 
     order: Int[Tensor, "N"]
-    place: Int[Tensor, "N"]
-    counts: Int[Tensor, "E"]
-    ends: Int[Tensor, "E"]
+    inverse: Int[Tensor, "N"]
+    rows_per_expert: Int[Tensor, "E"]
+    offsets: Int[Tensor, "E"]
 
 
-def group(expert: Int[Tensor, "N"], *, num_experts: int) -> Groups:
+def group_by_expert(expert: Int[Tensor, "N"], *, num_experts: int) -> RowGroups:
     """Sort edges by expert, stably; ``num_experts`` as an expert means dropped.
 
     N stays what it was (dropped edges keep a place), so nothing waits for the device.
@@ -36,4 +36,4 @@ def group(expert: Int[Tensor, "N"], *, num_experts: int) -> Groups:
     every = torch.arange(num_experts, device=expert.device, dtype=expert.dtype)
     ends = torch.searchsorted(by_expert, every, right=True)
     counts = ends.diff(prepend=ends.new_zeros(1))
-    return Groups(order, place, counts, ends.to(torch.int32))
+    return RowGroups(order, place, counts, ends.to(torch.int32))

@@ -17,47 +17,47 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.ops.group import Groups
+from moesaic.ops.group import RowGroups
 
-CACHED = 1 << 18  # values of a piece of the pre-activation: 1 MiB in float32
+ACTIVATION_CHUNK_ELEMENTS = 1 << 18  # values of a piece of the pre-activation: 1 MiB in float32
 
-GATED = ("swiglu",)  # kernel names of activations that read twice the width they write
+GATED_ACTIVATIONS = ("swiglu",)  # kernel names of activations that read twice the width they write
 
 
 @runtime_checkable
-class Activation(Protocol):
+class ActivationFunction(Protocol):
     """What happens between the two products: [R, G] -> [R, F].
 
     ``kernel`` is the name under which fused kernels know it (``relu``, ``relu2``, ``gelu``,
     ``swiglu``); with an empty one the composed path is taken.
     """
 
-    kernel: ClassVar[str]
+    kernel_name: ClassVar[str]
 
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
 
 @runtime_checkable
-class Engine(Protocol):
+class GroupedGEMM(Protocol):
     """Products over segments. Rows past the last segment come out as zero."""
 
     name: str
 
-    def apply(
-        self, rows: Float[Tensor, "R D"], bank: Float[Tensor, "E D F"], *, groups: Groups
+    def matmul(
+        self, rows: Float[Tensor, "R D"], weight: Float[Tensor, "E D F"], *, groups: RowGroups
     ) -> Float[Tensor, "R F"]:
         """Each row times the matrix of its expert. ``bank`` may be a transposed view."""
         ...
 
-    def outer(
-        self, left: Float[Tensor, "R D"], right: Float[Tensor, "R F"], *, groups: Groups
+    def weight_gradient(
+        self, left: Float[Tensor, "R D"], right: Float[Tensor, "R F"], *, groups: RowGroups
     ) -> Float[Tensor, "E D F"]:
         """``left[e].T @ right[e]`` of each segment: the gradient of a bank."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Banks:
+class FeedForwardWeights:
     """The matrices of all experts; biases are both there or both None."""
 
     up: Float[Tensor, "E D G"]
@@ -66,37 +66,37 @@ class Banks:
     down_bias: Float[Tensor, "E D"] | None = None
 
 
-def segments(groups: Groups) -> Iterator[tuple[int, slice]]:
+def expert_slices(groups: RowGroups) -> Iterator[tuple[int, slice]]:
     """Yield ``(expert, rows)`` of the experts that have any. Waits for the device."""
     start = 0
-    for expert, count in enumerate(groups.counts.tolist()):
+    for expert, count in enumerate(groups.rows_per_expert.tolist()):
         if count:
             yield expert, slice(start, start + count)
         start += count
 
 
-class Segments:
+class SequentialGEMM:
     """One ``mm`` per expert, written straight into the result: the fastest on a CPU."""
 
     name = "segments"
 
-    def apply(
-        self, rows: Float[Tensor, "R D"], bank: Float[Tensor, "E D F"], *, groups: Groups
+    def matmul(
+        self, rows: Float[Tensor, "R D"], weight: Float[Tensor, "E D F"], *, groups: RowGroups
     ) -> Float[Tensor, "R F"]:
-        out = rows.new_empty(rows.shape[0], bank.shape[-1])
+        out = rows.new_empty(rows.shape[0], weight.shape[-1])
         done = 0
-        for expert, span in segments(groups):
-            torch.mm(rows[span], bank[expert], out=out[span])
+        for expert, span in expert_slices(groups):
+            torch.mm(rows[span], weight[expert], out=out[span])
             done = span.stop
         out[done:].zero_()
         return out
 
-    def outer(
-        self, left: Float[Tensor, "R D"], right: Float[Tensor, "R F"], *, groups: Groups
+    def weight_gradient(
+        self, left: Float[Tensor, "R D"], right: Float[Tensor, "R F"], *, groups: RowGroups
     ) -> Float[Tensor, "E D F"]:
-        out = left.new_empty(groups.counts.numel(), left.shape[-1], right.shape[-1])
+        out = left.new_empty(groups.rows_per_expert.numel(), left.shape[-1], right.shape[-1])
         filled = set()
-        for expert, span in segments(groups):
+        for expert, span in expert_slices(groups):
             torch.mm(left[span].t(), right[span], out=out[expert])
             filled.add(expert)
         for expert in set(range(out.shape[0])) - filled:
@@ -113,16 +113,16 @@ class GroupedMM:
 
     name = "grouped_mm"
 
-    def apply(
-        self, rows: Float[Tensor, "R D"], bank: Float[Tensor, "E D F"], *, groups: Groups
+    def matmul(
+        self, rows: Float[Tensor, "R D"], weight: Float[Tensor, "E D F"], *, groups: RowGroups
     ) -> Float[Tensor, "R F"]:
-        out = F.grouped_mm(rows.contiguous(), bank, offs=groups.ends)
-        return zero_tail(out, ends=groups.ends)
+        out = F.grouped_mm(rows.contiguous(), weight, offs=groups.offsets)
+        return zero_rows_past_groups(out, offsets=groups.offsets)
 
-    def outer(
-        self, left: Float[Tensor, "R D"], right: Float[Tensor, "R F"], *, groups: Groups
+    def weight_gradient(
+        self, left: Float[Tensor, "R D"], right: Float[Tensor, "R F"], *, groups: RowGroups
     ) -> Float[Tensor, "E D F"]:
-        return F.grouped_mm(left.contiguous().t(), right.contiguous(), offs=groups.ends)
+        return F.grouped_mm(left.contiguous().t(), right.contiguous(), offs=groups.offsets)
 
 
 class PaddedBMM:
@@ -131,7 +131,7 @@ class PaddedBMM:
     name = "padded_bmm"
 
     def apply(
-        self, rows: Float[Tensor, "R D"], bank: Float[Tensor, "E D F"], *, groups: Groups
+        self, rows: Float[Tensor, "R D"], bank: Float[Tensor, "E D F"], *, groups: RowGroups
     ) -> Float[Tensor, "R F"]:
         slots, live = _slots(groups)
         padded = _into_slots(rows, slots=slots, groups=groups)
@@ -140,27 +140,27 @@ class PaddedBMM:
         return out
 
     def outer(
-        self, left: Float[Tensor, "R D"], right: Float[Tensor, "R F"], *, groups: Groups
+        self, left: Float[Tensor, "R D"], right: Float[Tensor, "R F"], *, groups: RowGroups
     ) -> Float[Tensor, "E D F"]:
         slots, _ = _slots(groups)
         a = _into_slots(left, slots=slots, groups=groups)
         return torch.bmm(a.transpose(1, 2), _into_slots(right, slots=slots, groups=groups))
 
 
-def plain_feed_forward(
+def reference_feed_forward(
     rows: Float[Tensor, "R D"],
     *,
-    banks: Banks,
-    groups: Groups,
-    activation: Activation,
+    weights: FeedForwardWeights,
+    groups: RowGroups,
+    activation: ActivationFunction,
 ) -> Float[Tensor, "R D"]:
     """The definition: expert by expert, differentiated by autograd alone."""
     out = torch.zeros_like(rows)
-    for e, span in segments(groups):
-        hidden = rows[span] @ banks.up[e]
-        hidden = hidden if banks.up_bias is None else hidden + banks.up_bias[e]
-        result = activation(hidden) @ banks.down[e]
-        result = result if banks.down_bias is None else result + banks.down_bias[e]
+    for e, span in expert_slices(groups):
+        hidden = rows[span] @ weights.up[e]
+        hidden = hidden if weights.up_bias is None else hidden + weights.up_bias[e]
+        result = activation(hidden) @ weights.down[e]
+        result = result if weights.down_bias is None else result + weights.down_bias[e]
         place = torch.arange(span.start, span.stop, device=out.device)
         out = out.index_copy(0, place, result)
     return out
@@ -169,31 +169,31 @@ def plain_feed_forward(
 def grouped_feed_forward(
     rows: Float[Tensor, "R D"],
     *,
-    banks: Banks,
-    groups: Groups,
-    activation: Activation,
-    engine: Engine,
+    weights: FeedForwardWeights,
+    groups: RowGroups,
+    activation: ActivationFunction,
+    gemm: GroupedGEMM,
 ) -> Float[Tensor, "R D"]:
     """``activation(rows @ up[e]) @ down[e]`` for the expert e of each row; zero past the segments.
 
     Saves ``rows`` and the pre-activation for backward, nothing else. Banks take the dtype of rows.
     """
-    up, down = banks.up.to(rows.dtype), banks.down.to(rows.dtype)
-    biases = (banks.up_bias, banks.down_bias)
-    return _FeedForward.apply(rows, up, down, *biases, groups, activation, engine)
+    up, down = weights.up.to(rows.dtype), weights.down.to(rows.dtype)
+    biases = (weights.up_bias, weights.down_bias)
+    return _GroupedFeedForward.apply(rows, up, down, *biases, groups, activation, gemm)
 
 
-class _FeedForward(torch.autograd.Function):
+class _GroupedFeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         rows, up, down, up_bias, down_bias, groups, activation, engine = inputs
         hidden = engine.apply(rows, up, groups=groups)
         if up_bias is not None:
             hidden += up_bias.to(rows.dtype)[expert_of_row(groups, rows=rows.shape[0])]
-        out = engine.apply(_activate(hidden, activation=activation), down, groups=groups)
+        out = engine.apply(_activation_forward(hidden, activation=activation), down, groups=groups)
         if down_bias is not None:
             out += down_bias.to(rows.dtype)[expert_of_row(groups, rows=rows.shape[0])]
-            out = zero_tail(out, ends=groups.ends)
+            out = zero_rows_past_groups(out, offsets=groups.ends)
         ctx.save_for_backward(rows, up, down, hidden)
         ctx.groups, ctx.activation, ctx.engine = groups, activation, engine
         ctx.bias = up_bias is not None
@@ -206,7 +206,7 @@ class _FeedForward(torch.autograd.Function):
         groups, engine = ctx.groups, ctx.engine
         grad = grads[0].contiguous()
         grad_active = engine.apply(grad, down.transpose(1, 2), groups=groups)
-        active, grad_hidden = _activate_back(hidden, grad_active, activation=ctx.activation)
+        active, grad_hidden = _activation_backward(hidden, grad_active, activation=ctx.activation)
         del grad_active
         grad_down = engine.outer(active, grad, groups=groups)
         del active
@@ -214,21 +214,21 @@ class _FeedForward(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_rows = engine.apply(grad_hidden, up.transpose(1, 2), groups=groups)
         grad_up = engine.outer(rows, grad_hidden, groups=groups)
-        up_bias = _sum_rows(grad_hidden, groups=groups) if ctx.bias else None
-        down_bias = _sum_rows(grad, groups=groups) if ctx.bias else None
+        up_bias = _bias_gradient(grad_hidden, groups=groups) if ctx.bias else None
+        down_bias = _bias_gradient(grad, groups=groups) if ctx.bias else None
         return grad_rows, grad_up, grad_down, up_bias, down_bias, None, None, None
 
 
-def _pieces(hidden: Tensor) -> Iterator[slice]:
+def _activation_chunks(hidden: Tensor) -> Iterator[slice]:
     """Rows to activate at a time: on a CPU, so few that what lies between stays in the cache."""
     rows, width = hidden.shape
-    step = max(1, CACHED // width) if hidden.device.type == "cpu" else max(1, rows)
+    step = max(1, ACTIVATION_CHUNK_ELEMENTS // width) if hidden.device.type == "cpu" else max(1, rows)
     for start in range(0, max(1, rows), step):  # one piece even without rows
         yield slice(start, start + step)
 
 
-def _activate(hidden: Tensor, *, activation: Activation) -> Tensor:
-    first, *rest = _pieces(hidden)
+def _activation_forward(hidden: Tensor, *, activation: ActivationFunction) -> Tensor:
+    first, *rest = _activation_chunks(hidden)
     if not rest:
         return activation(hidden)
     piece = activation(hidden[first])
@@ -239,12 +239,12 @@ def _activate(hidden: Tensor, *, activation: Activation) -> Tensor:
     return out
 
 
-def _activate_back(
-    hidden: Tensor, grad: Tensor, *, activation: Activation
+def _activation_backward(
+    hidden: Tensor, grad: Tensor, *, activation: ActivationFunction
 ) -> tuple[Tensor, Tensor]:
     """Return the activation again, and the gradient of ``hidden``."""
     grad_hidden, active = torch.empty_like(hidden), torch.empty_like(grad)
-    for span in _pieces(hidden):
+    for span in _activation_chunks(hidden):
         with torch.enable_grad():
             leaf = hidden[span].detach().requires_grad_()
             out = activation(leaf)
@@ -253,36 +253,36 @@ def _activate_back(
     return active, grad_hidden
 
 
-def expert_of_row(groups: Groups, *, rows: int) -> Int[Tensor, "R"]:
+def expert_of_row(groups: RowGroups, *, rows: int) -> Int[Tensor, "R"]:
     """The expert of each sorted row; rows past the segments say the last expert."""
-    place = torch.arange(rows, device=groups.ends.device, dtype=groups.ends.dtype)
-    found = torch.searchsorted(groups.ends, place, right=True)
-    return found.clamp(max=groups.ends.numel() - 1)
+    place = torch.arange(rows, device=groups.offsets.device, dtype=groups.offsets.dtype)
+    found = torch.searchsorted(groups.offsets, place, right=True)
+    return found.clamp(max=groups.offsets.numel() - 1)
 
 
-def _sum_rows(grad: Tensor, *, groups: Groups) -> Tensor:
+def _bias_gradient(grad: Tensor, *, groups: RowGroups) -> Tensor:
     expert = expert_of_row(groups, rows=grad.shape[0])
-    live = torch.arange(grad.shape[0], device=grad.device) < groups.ends[-1]
-    out = torch.zeros(groups.ends.numel(), grad.shape[1], device=grad.device)
+    live = torch.arange(grad.shape[0], device=grad.device) < groups.offsets[-1]
+    out = torch.zeros(groups.offsets.numel(), grad.shape[1], device=grad.device)
     return out.index_add_(0, expert, torch.where(live[:, None], grad, 0.0).to(out.dtype))
 
 
-def zero_tail(rows: Tensor, *, ends: Tensor) -> Tensor:
+def zero_rows_past_groups(rows: Tensor, *, offsets: Tensor) -> Tensor:
     """Return rows with those past the segments as zero."""
-    live = torch.arange(rows.shape[0], device=rows.device) < ends[-1]
+    live = torch.arange(rows.shape[0], device=rows.device) < offsets[-1]
     return torch.where(live[:, None], rows, 0.0)
 
 
-def _slots(groups: Groups) -> tuple[Tensor, int]:
+def _slots(groups: RowGroups) -> tuple[Tensor, int]:
     """Where each live row sits in a padded [E * longest] buffer."""
-    counts = groups.counts.tolist()
+    counts = groups.rows_per_expert.tolist()
     longest = max([1, *counts])
     spans = [torch.arange(count) + e * longest for e, count in enumerate(counts)]
-    return torch.cat(spans).to(groups.counts.device), sum(counts)
+    return torch.cat(spans).to(groups.rows_per_expert.device), sum(counts)
 
 
-def _into_slots(rows: Tensor, *, slots: Tensor, groups: Groups) -> Tensor:
-    experts = groups.counts.numel()
-    longest = max([1, *groups.counts.tolist()])
+def _into_slots(rows: Tensor, *, slots: Tensor, groups: RowGroups) -> Tensor:
+    experts = groups.rows_per_expert.numel()
+    longest = max([1, *groups.rows_per_expert.tolist()])
     padded = rows.new_zeros(experts * longest, rows.shape[1])
     return padded.index_copy_(0, slots, rows[: slots.numel()]).view(experts, longest, -1)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.ops.combine import combine, spread
-from moesaic.ops.group import Groups
-from moesaic.ops.grouped import Activation, Banks, Engine, grouped_feed_forward
+from moesaic.ops.combine import unpermute, permute
+from moesaic.ops.group import RowGroups
+from moesaic.ops.grouped import ActivationFunction, FeedForwardWeights, GroupedGEMM, grouped_feed_forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,23 +26,23 @@ class Edges:
 
     token: Int[Tensor, "N"]
     weight: Float[Tensor, "N"]
-    groups: Groups
+    groups: RowGroups
     num_tokens: int
     per_token: int
 
 
 @runtime_checkable
-class Mixer(Protocol):
+class MoEKernel(Protocol):
     """A way to compute the mixture, differentiable in ``x``, ``edges.weight`` and the banks."""
 
     @property
     def name(self) -> str: ...
 
     def __call__(
-        self, x: Float[Tensor, "T D"], *, edges: Edges, banks: Banks, activation: Activation
+        self, x: Float[Tensor, "T D"], *, edges: Edges, weights: FeedForwardWeights, activation: ActivationFunction
     ) -> Float[Tensor, "T D"]: ...
 
-    def kept(self, *, dim: int, width: int, bias: bool, live: float) -> float:
+    def saved_activations(self, *, dim: int, width: int, bias: bool, live_share: float) -> float:
         """Values of four bytes that autograd keeps per edge, x left out (for forecasts).
 
         ``live`` is the share of edges that lead somewhere.
@@ -51,38 +51,38 @@ class Mixer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Composed:
+class UnfusedMoEKernel:
     """Carry rows, multiply segments with ``engine``, carry home: three operations."""
 
-    engine: Engine
+    gemm: GroupedGEMM
 
     @property
     def name(self) -> str:
-        return f"composed ({self.engine.name})"
+        return f"composed ({self.gemm.name})"
 
     def __call__(
-        self, x: Float[Tensor, "T D"], *, edges: Edges, banks: Banks, activation: Activation
+        self, x: Float[Tensor, "T D"], *, edges: Edges, weights: FeedForwardWeights, activation: ActivationFunction
     ) -> Float[Tensor, "T D"]:
-        rows = carry_out(x, edges=edges)
+        rows = permute_tokens(x, edges=edges)
         y = grouped_feed_forward(
-            rows, banks=banks, groups=edges.groups, activation=activation, engine=self.engine
+            rows, weights=weights, groups=edges.groups, activation=activation, gemm=self.gemm
         )
-        return carry_home(y, edges=edges)
+        return unpermute_tokens(y, edges=edges)
 
-    def kept(self, *, dim: int, width: int, bias: bool, live: float) -> float:
+    def saved_activations(self, *, dim: int, width: int, bias: bool, live_share: float) -> float:
         """The row, the pre-activation, the answer and a few numbers of each edge."""
-        del bias, live
+        del bias, live_share
         return 2 * dim + width + 4
 
 
-def carry_out(x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "N D"]:
+def permute_tokens(x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "N D"]:
     """Copy each token's row to the sorted places of its edges."""
-    return spread(x, token=edges.token, groups=edges.groups, per_token=edges.per_token)
+    return permute(x, token=edges.token, groups=edges.groups, per_token=edges.per_token)
 
 
-def carry_home(y: Float[Tensor, "N D"], *, edges: Edges) -> Float[Tensor, "T D"]:
+def unpermute_tokens(y: Float[Tensor, "N D"], *, edges: Edges) -> Float[Tensor, "T D"]:
     """Add the sorted rows to their tokens, each times its edge's weight."""
-    return combine(
+    return unpermute(
         y,
         token=edges.token,
         weight=edges.weight,

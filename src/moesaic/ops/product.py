@@ -9,37 +9,37 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.ops.group import Groups
-from moesaic.ops.grouped import Engine, segments
+from moesaic.ops.group import RowGroups
+from moesaic.ops.grouped import GroupedGEMM, expert_slices
 
 
-def plain_product(
-    rows: Float[Tensor, "R D"], *, bank: Float[Tensor, "E D F"], groups: Groups
+def reference_grouped_matmul(
+    rows: Float[Tensor, "R D"], *, weight: Float[Tensor, "E D F"], groups: RowGroups
 ) -> Float[Tensor, "R F"]:
     """The definition: expert by expert, differentiated by autograd alone."""
-    out = rows.new_zeros(rows.shape[0], bank.shape[-1])
-    for expert, span in segments(groups):
+    out = rows.new_zeros(rows.shape[0], weight.shape[-1])
+    for expert, span in expert_slices(groups):
         place = torch.arange(span.start, span.stop, device=out.device)
-        out = out.index_copy(0, place, rows[span] @ bank[expert])
+        out = out.index_copy(0, place, rows[span] @ weight[expert])
     return out
 
 
-def grouped_product(
-    rows: Float[Tensor, "R D"], *, bank: Float[Tensor, "E D F"], groups: Groups, engine: Engine
+def grouped_matmul(
+    rows: Float[Tensor, "R D"], *, weight: Float[Tensor, "E D F"], groups: RowGroups, gemm: GroupedGEMM
 ) -> Float[Tensor, "R F"]:
     """``rows @ bank[e]`` for the expert e of each row; zero past the segments.
 
     The bank takes the dtype of rows.
     """
-    return _Product.apply(rows, bank.to(rows.dtype), groups, engine)
+    return _GroupedMatmul.apply(rows, weight.to(rows.dtype), groups, gemm)
 
 
-class _Product(torch.autograd.Function):
+class _GroupedMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, bank: Tensor, groups: Groups, engine: Engine) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, bank: Tensor, groups: RowGroups, engine: GroupedGEMM) -> Tensor:
         ctx.save_for_backward(rows, bank)
         ctx.groups, ctx.engine = groups, engine
-        return engine.apply(rows, bank, groups=groups)
+        return engine.matmul(rows, bank, groups=groups)
 
     @staticmethod
     @once_differentiable

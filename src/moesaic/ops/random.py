@@ -10,23 +10,23 @@ Letters: N any shape.
 from moesaic.core.shapes import Float, Int, Tensor
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
-_M1, _M2 = -4658895280553007687, -7723592293110705685  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_MULTIPLIER_1, _MULTIPLIER_2 = -4658895280553007687, -7723592293110705685  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
-def mix(key: Int[Tensor, "*N"], other: Tensor | int) -> Int[Tensor, "*N"]:
+def hash_combine(key: Int[Tensor, "*N"], other: Tensor | int) -> Int[Tensor, "*N"]:
     """Return 64 bits (int64) that depend on both arguments; they broadcast."""
     state = (key ^ other).add_(_GOLDEN)
-    state.bitwise_xor_(_shift(state, 30)).mul_(_M1)
-    state.bitwise_xor_(_shift(state, 27)).mul_(_M2)
-    return state.bitwise_xor_(_shift(state, 31))
+    state.bitwise_xor_(_logical_shift_right(state, 30)).mul_(_MULTIPLIER_1)
+    state.bitwise_xor_(_logical_shift_right(state, 27)).mul_(_MULTIPLIER_2)
+    return state.bitwise_xor_(_logical_shift_right(state, 31))
 
 
-def uniform(bits: Int[Tensor, "*N"]) -> Float[Tensor, "*N"]:
+def bits_to_uniform(bits: Int[Tensor, "*N"]) -> Float[Tensor, "*N"]:
     """Return a float32 in [0, 1) for each of some mixed bits."""
-    return _shift(bits, 40).float() * 2.0**-24
+    return _logical_shift_right(bits, 40).float() * 2.0**-24
 
 
-def salt(text: str) -> int:
+def hash_name(text: str) -> int:
     """Return an int64 for a name: FNV-1a, the same in every process."""
     value = 0xCBF29CE484222325
     for byte in text.encode():
@@ -34,6 +34,6 @@ def salt(text: str) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-def _shift(bits: Tensor, places: int) -> Tensor:
+def _logical_shift_right(bits: Tensor, places: int) -> Tensor:
     """Shift right, zeros coming in (int64's own shift brings in the sign)."""
     return (bits >> places).bitwise_and_((1 << (64 - places)) - 1)

@@ -22,8 +22,8 @@ from moesaic.model.count import BatchDims
 from moesaic.model.footprint import activation_bytes
 from moesaic.moe.config import MoE
 from moesaic.moe.experts import FeedForwardExpert, ExpertShape
-from moesaic.ops.choose import pick_mixer
-from moesaic.ops.mixture import Composed, Mixer
+from moesaic.ops.choose import select_moe_kernel
+from moesaic.ops.mixture import UnfusedMoEKernel, MoEKernel
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.inventory import Held, Holding
 
@@ -78,14 +78,14 @@ def rank_bytes(
     sizes: BatchDims,
     optimizer: Optimizer | None = None,
     storage: Storage | None = None,
-    mixer: Mixer | None = None,
+    mixer: MoEKernel | None = None,
 ) -> RankBytes:
     """Forecast a step of which this rank's context and tensor neighbours share ``sizes``.
 
     ``mixer`` computes the mixtures; by default the one of this machine's CPU.
     """
     feed = holding.inventory.config.feed_forward
-    mixer = mixer or pick_mixer(torch.empty(0), activation=feed.activation)
+    mixer = mixer or select_moe_kernel(torch.empty(0), activation=feed.activation)
     storage, optimizer = storage or Storage(), optimizer or AdamW()
     state = [_state(part, storage=storage, optimizer=optimizer) for part in holding.parts]
     shared = [s for s, part in zip(state, holding.parts, strict=True) if part.zero]
@@ -137,7 +137,7 @@ def _gathered(holding: Holding, *, storage: Storage) -> int:
     return weights * storage.weight + gradients * storage.gradient
 
 
-def _activations(holding: Holding, *, sizes: BatchDims, mixer: Mixer) -> int:
+def _activations(holding: Holding, *, sizes: BatchDims, mixer: MoEKernel) -> int:
     """What autograd keeps of the tokens of this rank, in float32."""
     config, plan = holding.inventory.config, holding.plan
     source, target = tokens_of(holding, sizes)
@@ -153,7 +153,7 @@ def _activations(holding: Holding, *, sizes: BatchDims, mixer: Mixer) -> int:
     return activation_bytes(config, sizes=here) + FLOAT32 * rest
 
 
-def _beyond(holding: Holding, stack: Stack, *, mixer: Mixer) -> int:
+def _beyond(holding: Holding, stack: Stack, *, mixer: MoEKernel) -> int:
     """Values per token that a stack keeps beyond those of a rank that holds all of it."""
     config, values = holding.inventory.config, 0
     for layer in range(stack.layers):
@@ -165,7 +165,7 @@ def _beyond(holding: Holding, stack: Stack, *, mixer: Mixer) -> int:
     return values
 
 
-def _experts(config: ModelConfig, moe: MoE, *, plan: ParallelPlan, mixer: Mixer) -> int:
+def _experts(config: ModelConfig, moe: MoE, *, plan: ParallelPlan, mixer: MoEKernel) -> int:
     """What a mixture keeps per token beyond what ``model/footprint.py`` says of this machine's."""
     feed, dim = moe.feed_forward(config.feed_forward), moe.dispatch_projection.expert_dim(config.dim)
     cuts, edges = plan.expert_tensor, moe.select.experts_per_token(moe.num_router_outputs)
@@ -174,9 +174,9 @@ def _experts(config: ModelConfig, moe: MoE, *, plan: ParallelPlan, mixer: Mixer)
     said = moe.expert.saved_activations(size, edges=edges, live_fraction=moe.experts / moe.num_router_outputs)
     each = said / edges
     if isinstance(moe.expert, FeedForwardExpert):
-        each = mixer.kept(dim=dim, width=width, bias=config.bias, live=1.0)
+        each = mixer.saved_activations(dim=dim, width=width, bias=config.bias, live_share=1.0)
     if plan.expert_ranks(moe.experts) * cuts == 1:
         return math.ceil(edges * each - said)
-    copies = isinstance(mixer, Composed) or config.bias  # rows in a copy of its own, counted there
+    copies = isinstance(mixer, UnfusedMoEKernel) or config.bias  # rows in a copy of its own, counted there
     received = cuts * (each + (0 if copies else dim))
     return math.ceil(edges * (received + dim + 1) - said)  # and the answers that came home

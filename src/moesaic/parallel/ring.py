@@ -24,7 +24,7 @@ from moesaic.dist.collectives import Group, group_rank, group_size
 from moesaic.dist.flight import record_collective
 from moesaic.nn.looking import QueryKeyValue, KeyValue
 from moesaic.nn.packing import Packing, TokenSpan
-from moesaic.ops.blockwise import Back, Found, add, grads_of, look_at
+from moesaic.ops.blockwise import AttentionBackward, PartialAttention, merge_block, attend_block_backward, attend_block
 
 
 class Ring:
@@ -160,19 +160,19 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, route: Route) -> Tensor:
         asking = _queries(query, groups=key.shape[1])
-        found = Found(torch.zeros_like(asking), torch.full_like(asking[..., 0], -math.inf))
+        found = PartialAttention(torch.zeros_like(asking), torch.full_like(asking[..., 0], -math.inf))
         held = torch.cat([key, value], 1)
         for step in range(route.ranks):
             coming = route.send(held, step=step, tag=0) if step + 1 < route.ranks else None
             keys, values = _by_head(held).chunk(2)
             for block in route.blocks(step):
                 q, k = block.queries, block.keys
-                part = Found(found.out[:, :, q], found.log[:, :, q])
-                seen = look_at(asking[:, :, q], keys[:, k], values[:, k], diagonal=block.diagonal)
-                add(part, seen)
+                part = PartialAttention(found.out[:, :, q], found.lse[:, :, q])
+                seen = attend_block(asking[:, :, q], keys[:, k], values[:, k], diagonal=block.diagonal)
+                merge_block(part, seen)
             held = held if coming is None else coming.wait()
         out = _tokens(found.out).to(query.dtype)
-        ctx.save_for_backward(query, key, value, out, found.log)
+        ctx.save_for_backward(query, key, value, out, found.lse)
         ctx.route = route
         return out
 
@@ -183,7 +183,7 @@ class _Round(torch.autograd.Function):
         groups = key.shape[1]
         with torch.autocast(query.device.type, enabled=False):
             asking, grad = _queries(query, groups=groups), _queries(grads[0], groups=groups)
-            back = Back(grad, (grad * _queries(out, groups=groups)).sum(-1), log)
+            back = AttentionBackward(grad, (grad * _queries(out, groups=groups)).sum(-1), log)
             held = torch.cat([key, value], 1)
             of_query, of_held = _round_again(ctx.route, asking=asking, held=held, back=back)
         of_key, of_value = of_held.chunk(2, 1)
@@ -196,7 +196,7 @@ class _Round(torch.autograd.Function):
 
 
 def _round_again(
-    route: Route, *, asking: Tensor, held: Tensor, back: Back
+    route: Route, *, asking: Tensor, held: Tensor, back: AttentionBackward
 ) -> tuple[Float[Tensor, "G R t d"], Float[Tensor, "s 2G d"]]:
     """Return the gradients of the queries here, and of the keys and values that began here."""
     of_query, nothing = torch.zeros_like(asking), torch.zeros_like(held, dtype=asking.dtype)
@@ -214,13 +214,13 @@ def _round_again(
 
 
 def _blame(
-    block: Block, *, asking: Tensor, asked: Tensor, back: Back, into: tuple[Tensor, Tensor]
+    block: Block, *, asking: Tensor, asked: Tensor, back: AttentionBackward, into: tuple[Tensor, Tensor]
 ) -> None:
     """Add a block's gradients, in place."""
     q, (of_query, of_asked) = block.queries, into
     key, value = asked[:, block.keys].chunk(2)
-    part = Back(back.grad[:, :, q], back.blame[:, :, q], back.log[:, :, q])
-    grads = grads_of(asking[:, :, q], key, value, back=part, diagonal=block.diagonal)
+    part = AttentionBackward(back.grad_out[:, :, q], back.delta[:, :, q], back.lse[:, :, q])
+    grads = attend_block_backward(asking[:, :, q], key, value, backward=part, diagonal=block.diagonal)
     of_query[:, :, q] += grads.query
     of_asked[:, block.keys] += torch.cat([grads.key, grads.value])
 

@@ -5,7 +5,7 @@ from itertools import product
 
 import torch
 
-from moesaic.checkpoint.shard import Piece, Shard
+from moesaic.checkpoint.shard import ShardBlock, Shard
 from moesaic.core.shapes import Shaped, Tensor
 from moesaic.dist.plan import RankGrid
 from moesaic.parallel.layout import Laid
@@ -48,13 +48,13 @@ def shard(part: Shaped[Tensor, "*n"], held: Sequence[Spans], *, shape: Sequence[
         block = part.detach()
         for dim, (_, here, length) in enumerate(runs):
             block = block.narrow(dim, here, length)
-        pieces.append(Piece(tuple(start for start, _, _ in runs), block))
+        pieces.append(ShardBlock(tuple(start for start, _, _ in runs), block))
     return Shard(tuple(shape), part.dtype, tuple(pieces))
 
 
 def put(whole: Shaped[Tensor, "*N"], found: Shard) -> None:
     """Write a rank's blocks into a whole tensor."""
-    for piece in found.pieces:
+    for piece in found.blocks:
         target = whole
         for dim, (start, length) in enumerate(zip(piece.offset, piece.data.shape, strict=True)):
             target = target.narrow(dim, start, length)

@@ -67,8 +67,8 @@ def read_report_inputs(run: RunDir) -> ReportInputs:
         summary=_read_or_gap(run.summary, lambda path: _require_mapping(read_json(path)), {}, gaps),
         usage=_read_or_gap(_usage_file(run), _read_usage, None, gaps),
         insight=_read_or_gap(run.insight, _read_insight, {}, gaps),
-        agreement_by_step=_read_agreement(run.learning, gaps),
-        quality_curve=_read_or_gap(run.curve, lambda path: _require_mapping(read_json(path)), {}, {}),
+        agreement_by_step=_read_agreement(run.routing_snapshots, gaps),
+        quality_curve=_read_or_gap(run.score_curve, lambda path: _require_mapping(read_json(path)), {}, {}),
         gaps=gaps,
     )
 

@@ -18,8 +18,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from moesaic.checkpoint.manifest import Manifest, verify
-from moesaic.checkpoint.publish import checkpoints
+from moesaic.checkpoint.manifest import Manifest, verify_checkpoint
+from moesaic.checkpoint.publish import list_checkpoints
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.core.errors import CheckpointError
 from moesaic.core.files import read_json, write_json
@@ -52,7 +52,7 @@ def learning_curve(
     by now, so a curve grows while a run goes on. Raises CheckpointError if there is no checkpoint.
     """
     run = RunDir.open(path)
-    kept = sorted(checkpoints(run.checkpoints))
+    kept = sorted(list_checkpoints(run.checkpoints))
     if not kept:
         raise CheckpointError(f"{run.checkpoints}: no checkpoint to score; training writes them")
     settings = EvaluationSettings(samples=0)
@@ -62,7 +62,7 @@ def learning_curve(
         found = evaluate({"copy": copy_source, "memory": memory}, tests=tests, settings=settings)
         curve["baselines"] = {name: _score(scores["chrf"]) for name, scores in found.mean.items()}
     for checkpoint in kept:
-        manifest = verify(checkpoint)
+        manifest = verify_checkpoint(checkpoint)
         step, weights = manifest.step, _weights(manifest)
         if any((p["step"], p["weights"]) == (step, weights) for p in curve["points"]):
             continue
@@ -71,7 +71,7 @@ def learning_curve(
         point = {"weights": weights} | _point(found, step=step, tokens=_tokens(run, step))
         others = [p for p in curve["points"] if p["step"] != step]
         curve["points"] = sorted([*others, point], key=lambda p: p["step"])
-        write_json(run.curve, curve)
+        write_json(run.score_curve, curve)
         done(point)
     return curve
 
@@ -88,8 +88,8 @@ def _known(run: RunDir, *, tests: Sequence[TestSet], limit: int | None) -> Curve
         "languages": [test.key for test in tests],
         "strings": digest.hexdigest(),
     }
-    if run.curve.is_file():
-        found = read_json(run.curve)
+    if run.score_curve.is_file():
+        found = read_json(run.score_curve)
         if all(found.get(name) == value for name, value in fresh.items()):
             return found
     return fresh | {"baselines": {}, "points": []}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch._dynamo  # see testing/ranks.py: without it each life spends seconds on its import
 
-from moesaic.checkpoint.load import load
+from moesaic.checkpoint.load import load_checkpoint
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.core.errors import UserError
@@ -90,7 +90,7 @@ def compare_run_dirs(left: Path, right: Path) -> list[str]:
 
     Weights, optimizer, random numbers, running sums, place in the data, and metrics but for times.
     """
-    one, other = (load(RunDir(path).checkpoints) for path in (left, right))
+    one, other = (load_checkpoint(RunDir(path).checkpoints) for path in (left, right))
     found = list(_snapshot_differences(one, other))
     if metric_rows(left) != metric_rows(right):
         found.append("metrics.jsonl")

@@ -6,7 +6,7 @@ from itertools import pairwise, product
 
 import torch
 
-from moesaic.checkpoint.shard import Files, Piece, Shard, as_shard
+from moesaic.checkpoint.shard import ShardFiles, ShardBlock, Shard, as_shard
 from moesaic.core.shapes import Tensor
 
 FullTensors = Mapping[str, Mapping[str, Tensor]]  # file -> name -> tensor
@@ -30,25 +30,25 @@ def random_shards(
     }
 
 
-def fill_with_sentinel(files: Files) -> dict[str, dict[str, Shard | Tensor]]:
+def fill_with_sentinel(files: ShardFiles) -> dict[str, dict[str, Shard | Tensor]]:
     """Fill every piece with a value that is nowhere else, so that what is not loaded shows."""
     for tensors in files.values():
         for held in tensors.values():
-            for piece in as_shard(held).pieces:
+            for piece in as_shard(held).blocks:
                 piece.data.fill_(77)
     return {file: dict(tensors) for file, tensors in files.items()}
 
 
-def mismatched_tensors(files: Files, *, full_tensors: FullTensors) -> Iterator[str]:
+def mismatched_tensors(files: ShardFiles, *, full_tensors: FullTensors) -> Iterator[str]:
     """Yield the name of each tensor of which a piece is not the block of the whole one."""
     for file, tensors in files.items():
         for name, held in tensors.items():
-            pieces = as_shard(held).pieces
+            pieces = as_shard(held).blocks
             if not all(_is_block(piece, of=full_tensors[file][name]) for piece in pieces):
                 yield f"{file}/{name}"
 
 
-def _is_block(piece: Piece, *, of: Tensor) -> bool:
+def _is_block(piece: ShardBlock, *, of: Tensor) -> bool:
     return torch.equal(piece.data, slice_block(of, piece.offset, piece.data.shape))
 
 
@@ -75,10 +75,10 @@ def _random_shard(
         holders = draw.sample(range(world_size), draw.randint(1, min(2, world_size)))
         other = draw.randrange(world_size)
         if rank in holders:
-            pieces.append(Piece(offset, slice_block(tensor, offset, shape).clone()))
+            pieces.append(ShardBlock(offset, slice_block(tensor, offset, shape).clone()))
         elif is_expert and shape[0] > 1 and rank == other:
             shape = (shape[0] - 1, *shape[1:])  # all of its experts but the last, a second time
-            pieces.append(Piece(offset, slice_block(tensor, offset, shape).clone()))
+            pieces.append(ShardBlock(offset, slice_block(tensor, offset, shape).clone()))
     return Shard(tuple(tensor.shape), tensor.dtype, tuple(pieces))
 
 

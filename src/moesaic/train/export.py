@@ -1,7 +1,7 @@
 """Export: the weights and the card that make a run directory a model directory."""
 
 from moesaic.checkpoint.card import DataSource, ModelCard
-from moesaic.checkpoint.load import load
+from moesaic.checkpoint.load import load_checkpoint
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.checkpoint.tensors import write_tensors
 from moesaic.core.files import atomic_write
@@ -17,7 +17,7 @@ def export(trainer: Trainer, *, folder: RunDir, tokens: float) -> None:
     """Write ``model.safetensors`` and the model card. Rank 0 only."""
     weights = export_weights(trainer.model)
     if not trainer.spread.whole:  # the run has just ended, and saved what no rank holds alone
-        weights = load(folder.checkpoints, only=("model",)).files["model"]
+        weights = load_checkpoint(folder.checkpoints, only=("model",)).files["model"]
     write_tensors(folder.model, tensors=weights)
     atomic_write(folder.card, model_card(trainer, tokens=tokens).text())
 

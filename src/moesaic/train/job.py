@@ -9,7 +9,7 @@ import torch
 
 from moesaic.checkpoint.load import read_state
 from moesaic.checkpoint.rundir import RunDir
-from moesaic.checkpoint.same_config import differences, require_same_config
+from moesaic.checkpoint.same_config import config_differences, require_same_config
 from moesaic.core.files import atomic_write
 from moesaic.data.loader import Loader, DataReplica
 from moesaic.dist.first import run_on_rank0
@@ -120,7 +120,7 @@ def standard_hooks(trainer: Trainer, *, folder: RunDir) -> list[Hook]:
         Validate(),
         WatchUsage(folder.usage, trainer=trainer),
         RecordRoutes(folder.routes),
-        ProbeRoutes(folder.learning),
+        ProbeRoutes(folder.routing_snapshots),
         WatchStragglers(),
     ]
 
@@ -130,8 +130,8 @@ def _open(folder: RunDir, *, run: Run, resume: Resume) -> dict[str, Any]:
     path, notes = resume.start(folder), [f"skipped {why}" for why in resume.skipped(folder)]
     if path is not None:
         saved, now = read_state(path)["config"], run.to_dict()
-        require_same_config(saved, current=now, where=path, free=(*FREE, *SAID))
-        changed = differences(saved, now).items()
+        require_same_config(saved, current=now, where=path, ignored=(*FREE, *SAID))
+        changed = config_differences(saved, now).items()
         notes += [f"{k}: was {a}, now {b}" for k, (a, b) in changed if k.startswith(SAID)]
         tokenizer = RunDir(path.parent.parent).tokenizer
         if not folder.tokenizer.is_file() and tokenizer.is_file():

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from moesaic.checkpoint.load import latest
+from moesaic.checkpoint.load import find_latest_checkpoint
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.core.config import Choice
 from moesaic.core.errors import CheckpointError
@@ -47,10 +47,10 @@ class Auto(Resume):
     """Continue from the newest valid checkpoint of the directory; start anew if there is none."""
 
     def start(self, folder: RunDir) -> Path | None:
-        return latest(folder.checkpoints).path
+        return find_latest_checkpoint(folder.checkpoints).path
 
     def skipped(self, folder: RunDir) -> tuple[str, ...]:
-        return latest(folder.checkpoints).skipped
+        return find_latest_checkpoint(folder.checkpoints).skipped
 
 
 class From(Resume):
@@ -62,7 +62,7 @@ class From(Resume):
         given = Path(self.path)
         if (given / "manifest.json").is_file():
             return given
-        found = latest(RunDir(given).checkpoints)
+        found = find_latest_checkpoint(RunDir(given).checkpoints)
         if found.path is None:
             why = f": {' | '.join(found.skipped)}" if found.skipped else ""
             raise CheckpointError(f"{given}: no valid checkpoint to resume from{why}")
@@ -71,4 +71,4 @@ class From(Resume):
     def skipped(self, folder: RunDir) -> tuple[str, ...]:  # noqa: ARG002
         given = Path(self.path)
         exact = (given / "manifest.json").is_file()
-        return () if exact else latest(RunDir(given).checkpoints).skipped
+        return () if exact else find_latest_checkpoint(RunDir(given).checkpoints).skipped

@@ -9,7 +9,7 @@ from pathlib import Path
 from moesaic.checkpoint.index import read_index
 from moesaic.checkpoint.load import read_snapshot
 from moesaic.checkpoint.manifest import read_manifest
-from moesaic.checkpoint.shard import Held
+from moesaic.checkpoint.shard import TensorOrShard
 from moesaic.checkpoint.sharded import load_sharded
 from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.dist.world import World
@@ -21,14 +21,14 @@ from moesaic.parallel.spread import Spread
 MINE = ("model", "optimizer")  # the files that no rank holds all of
 
 
-def shards_of(spread: Spread, optimizer: NamedOptimizer) -> dict[str, dict[str, Held]]:
+def shards_of(spread: Spread, optimizer: NamedOptimizer) -> dict[str, dict[str, TensorOrShard]]:
     """Return what this rank holds of the weights and of the optimizer's state, as live memory."""
     weights, names = export_weights(spread.model), set(spread.layout)
-    model: dict[str, Held] = {
+    model: dict[str, TensorOrShard] = {
         name: spread.lies(name, tensor) if name in names else tensor
         for name, tensor in weights.items()
     }
-    state: dict[str, Held] = {}
+    state: dict[str, TensorOrShard] = {}
     for name, tensor in export_state(optimizer).items():
         parameter = name.partition("/")[2]
         state[name] = spread.lies(parameter, tensor) if tensor.dim() else tensor

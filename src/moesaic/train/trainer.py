@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from moesaic.checkpoint.load import load
+from moesaic.checkpoint.load import load_checkpoint
 from moesaic.checkpoint.snapshot import RankSnapshot, Snapshot
 from moesaic.core.errors import UserError
 from moesaic.core.shapes import Tensor
@@ -204,10 +204,10 @@ class Trainer:
         state = self._state()
         if not self.spread.whole:
             own = shards_of(self.spread, self.optimizer)
-            return RankSnapshot(self.step, own | files, state, banks=banks, plan=plan)
+            return RankSnapshot(self.step, own | files, state, expert_parameters=banks, plan=plan)
         files["model"] = export_weights(self.model)
         files["optimizer"] = export_state(self.optimizer)
-        return Snapshot(self.step, files, state, banks=banks, plan=plan)
+        return Snapshot(self.step, files, state, expert_parameters=banks, plan=plan)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -221,7 +221,7 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint of any plan and number of ranks. Raises CheckpointError."""
         if self.spread.whole:
-            self.restore(load(path))
+            self.restore(load_checkpoint(path))
             return
         rest = restore_shards(path, spread=self.spread, optimizer=self.optimizer, world=self.world)
         self._go_on(rest)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from moesaic.checkpoint.load import load
-from moesaic.checkpoint.save import save
+from moesaic.checkpoint.load import load_checkpoint
+from moesaic.checkpoint.save import save_checkpoint
 from moesaic.moe.balances.bias import BiasUpdate
 from moesaic.moe.config import MoE
 from moesaic.moe.context import RouterState, TokenContext
@@ -81,9 +81,9 @@ def test_the_bias_learns_in_training_and_survives_a_checkpoint(tmp_path: Path):
     biases = [layer.router.get_buffer("balance0_bias").clone() for layer in moe_layers(trainer.model)]
     assert len(biases) == 2
     assert all((bias != 0).any() for bias in biases)
-    save(tmp_path, trainer.snapshot())
+    save_checkpoint(tmp_path, trainer.snapshot())
     again = tiny_trainer(run)
-    again.restore(load(tmp_path))
+    again.restore(load_checkpoint(tmp_path))
     for layer, bias in zip(moe_layers(again.model), biases, strict=True):
         found = layer.router.get_buffer("balance0_bias")
         assert found.dtype == torch.float32

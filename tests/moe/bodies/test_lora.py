@@ -7,7 +7,7 @@ from moesaic.moe.bodies.lora import LoRAExpert
 from moesaic.moe.experts import ExpertShape
 from moesaic.nn.activation import SwiGLU
 from moesaic.nn.feed_forward import FeedForwardConfig
-from moesaic.ops.group import group
+from moesaic.ops.group import group_by_expert
 
 D, F, E, RANK, ALPHA = 8, 12, 4, 3, 6.0
 CHOSEN = torch.tensor([2, 0, 2, 1, 0, 2, E])  # expert 3 is idle, the last row was dropped
@@ -36,8 +36,8 @@ def _definition(bank, rows, expert):
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 def test_each_row_meets_its_own_matrices_with_gradients(bias):
     bank, x = _bank(bias=bias), torch.randn(7, D, requires_grad=True)
-    groups = group(CHOSEN, num_experts=E)
-    out = bank(x[groups.order], groups=groups)[groups.place]
+    groups = group_by_expert(CHOSEN, num_experts=E)
+    out = bank(x[groups.order], groups=groups)[groups.inverse]
     rows = [
         torch.zeros(D) if int(e) == E else _definition(bank, x[i], int(e))
         for i, e in enumerate(CHOSEN)
@@ -53,13 +53,13 @@ def test_each_row_meets_its_own_matrices_with_gradients(bias):
 
 def test_every_expert_starts_as_the_shared_feed_forward():
     bank, x = _bank(bias=True, zero=True), torch.randn(4, D)
-    groups = group(torch.arange(E), num_experts=E)
+    groups = group_by_expert(torch.arange(E), num_experts=E)
     torch.testing.assert_close(bank(x, groups=groups), bank.base(x))
 
 
 def test_the_change_is_learnt_from_its_zero_start():
     bank, x = _bank(bias=False, zero=True), torch.randn(4, D)
-    bank(x, groups=group(torch.arange(E), num_experts=E)).square().sum().backward()
+    bank(x, groups=group_by_expert(torch.arange(E), num_experts=E)).square().sum().backward()
     assert (bank.up_b.grad.flatten(1).abs().sum(1) > 0).all()
     assert bank.up_a.grad.abs().sum() == 0  # until its partner has moved
 
@@ -67,7 +67,7 @@ def test_the_change_is_learnt_from_its_zero_start():
 def test_autocast_computes_in_half_and_trains_float32_banks():
     bank, x = _bank(bias=True), torch.randn(4, D)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = bank(x, groups=group(torch.arange(E), num_experts=E))
+        out = bank(x, groups=group_by_expert(torch.arange(E), num_experts=E))
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
     assert {p.grad.dtype for p in bank.parameters()} == {torch.float32}

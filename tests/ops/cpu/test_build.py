@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from moesaic.ops.cpu import build
-from moesaic.ops.cpu.build import COMPILERS, BuildError, cache_dir, library
-from moesaic.ops.cpu.probe import probe
+from moesaic.ops.cpu.build import COMPILERS, BuildError, cache_directory, build_library
+from moesaic.ops.cpu.probe import check_library
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, COMPILERS)), reason="this machine has no C compiler"
@@ -19,13 +19,13 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture(scope="module", autouse=True)
 def _quick_to_compile():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "FLAGS", tuple("-O0" if f == "-O3" else f for f in build.FLAGS))
+        patch.setattr(build, "FLAGS", tuple("-O0" if f == "-O3" else f for f in build.COMPILER_FLAGS))
         yield
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    return library(cache=tmp_path_factory.mktemp("built"))
+    return build_library(cache=tmp_path_factory.mktemp("built"))
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def cache(built, tmp_path) -> Path:
 @needs_compiler
 def test_a_kept_library_is_not_compiled_again(cache, built, monkeypatch):
     monkeypatch.setattr(build, "_compile", lambda *_, **__: pytest.fail("compiled again"))
-    assert library(cache=cache).name == built.name
+    assert build_library(cache=cache).name == built.name
 
 
 @needs_compiler
@@ -47,33 +47,33 @@ def test_a_damaged_library_is_made_again(cache, built, fault):
     middle = len(whole) // 2
     flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
     place.write_bytes({"cut short": whole[:middle], "one bit": flipped, "empty": b""}[fault])
-    made = library(cache=cache)
-    assert probe(made).library is not None
+    made = build_library(cache=cache)
+    assert check_library(made).library is not None
     assert [p for p in cache.iterdir() if p.suffix != ".so"] == []
 
 
 @needs_compiler
 def test_two_builders_at_once_both_get_a_whole_library(tmp_path):
     with ThreadPoolExecutor(2) as pool:
-        made = list(pool.map(lambda _: library(cache=tmp_path), range(2)))
+        made = list(pool.map(lambda _: build_library(cache=tmp_path), range(2)))
     for path in made:
-        assert probe(path).library is not None
+        assert check_library(path).library is not None
     assert all(path.suffix == ".so" for path in tmp_path.iterdir())
 
 
 @needs_compiler
 def test_another_source_gets_another_library(cache, built, tmp_path_factory, monkeypatch):
     changed = tmp_path_factory.mktemp("source")
-    for path in build.SOURCE.iterdir():
+    for path in build.SOURCE_DIRECTORY.iterdir():
         shutil.copy(path, changed)
     (changed / "mixture.c").open("a").write("\n/* changed */\n")
     monkeypatch.setattr(build, "SOURCE", changed)
-    assert library(cache=cache).name != built.name
+    assert build_library(cache=cache).name != built.name
 
 
 def test_without_a_compiler_the_reason_says_so(tmp_path):
     with pytest.raises(BuildError, match="no C compiler"):
-        library(cache=tmp_path, path=str(tmp_path))
+        build_library(cache=tmp_path, path=str(tmp_path))
 
 
 def test_a_compiler_that_fails_is_named(tmp_path):
@@ -83,18 +83,18 @@ def test_a_compiler_that_fails_is_named(tmp_path):
     )
     compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
     with pytest.raises(BuildError, match=r"cc did not compile mixture\.c: error: broken"):
-        library(cache=tmp_path / "cache", path=str(tmp_path))
+        build_library(cache=tmp_path / "cache", path=str(tmp_path))
 
 
 @needs_compiler
 def test_a_cache_that_cannot_be_written_is_no_crash(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BuildError, match="file"):
-        library(cache=tmp_path / "file" / "cache")
+        build_library(cache=tmp_path / "file" / "cache")
 
 
 def test_the_cache_is_where_the_user_wants_it(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_dir() == tmp_path / "moesaic"
+    assert cache_directory() == tmp_path / "moesaic"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says the specification
-    assert cache_dir() == Path.home() / ".cache" / "moesaic"
+    assert cache_directory() == Path.home() / ".cache" / "moesaic"

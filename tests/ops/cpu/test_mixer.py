@@ -4,18 +4,18 @@ import pytest
 import torch
 
 from moesaic.nn.activation import GELU, Activation, ReLU, SquaredReLU, SwiGLU
-from moesaic.ops.cpu.mixer import Fused
-from moesaic.ops.cpu.probe import find
-from moesaic.ops.group import group
-from moesaic.ops.grouped import Banks, Segments
-from moesaic.ops.mixture import Composed, Edges
+from moesaic.ops.cpu.mixer import CPUMoEKernel
+from moesaic.ops.cpu.probe import load_library
+from moesaic.ops.group import group_by_expert
+from moesaic.ops.grouped import FeedForwardWeights, SequentialGEMM
+from moesaic.ops.mixture import UnfusedMoEKernel, Edges
 from moesaic.testing.ranks import run_on_ranks
 
-LIBRARY = find().library
-pytestmark = pytest.mark.skipif(LIBRARY is None, reason=find().reason)
+LIBRARY = load_library().library
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason=load_library().reason)
 
 E = 4
-TWIN = Composed(Segments())
+TWIN = UnfusedMoEKernel(SequentialGEMM())
 ACTIVATIONS = {"relu": ReLU(), "relu2": SquaredReLU(), "gelu": GELU(), "swiglu": SwiGLU()}
 
 
@@ -26,14 +26,14 @@ def _draw(seed: int = 0) -> torch.Generator:
 def _topk(tokens: int, k: int, expert: torch.Tensor) -> Edges:
     token = torch.arange(tokens).repeat_interleave(k)
     weight = torch.rand(tokens * k, generator=_draw(1)) * (expert < E)
-    return Edges(token, weight, group(expert, num_experts=E), tokens, k)
+    return Edges(token, weight, group_by_expert(expert, num_experts=E), tokens, k)
 
 
 def _loose() -> Edges:
     """Edges in no order; token 5 has none, token 2 has three, one edge leads nowhere."""
     token = torch.tensor([2, 0, 4, 2, 1, 3, 2, 0])
     expert = torch.tensor([1, 0, 3, 0, E, 1, 3, 3])
-    return Edges(token, torch.rand(8, generator=_draw(1)), group(expert, num_experts=E), 6, 0)
+    return Edges(token, torch.rand(8, generator=_draw(1)), group_by_expert(expert, num_experts=E), 6, 0)
 
 
 ROUTES = {
@@ -63,7 +63,7 @@ def _answers(mixer, edges: Edges, activation: Activation, sizes=(16, 32), *, hal
         leaves = [leaf.to(like) for leaf in leaves]
     x, weight, up, down = (leaf.requires_grad_() for leaf in leaves)
     placed = Edges(edges.token, weight, edges.groups, edges.num_tokens, edges.per_token)
-    out = mixer(x, edges=placed, banks=Banks(up, down), activation=activation)
+    out = mixer(x, edges=placed, banks=FeedForwardWeights(up, down), activation=activation)
     pull = torch.randn(out.shape, generator=_draw(3)).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, (x, weight, up, down), pull)]
 
@@ -81,8 +81,8 @@ def _definition(x, *, edges, banks, activation):
 
 
 @pytest.fixture
-def fused() -> Fused:
-    return Fused(LIBRARY, TWIN)
+def fused() -> CPUMoEKernel:
+    return CPUMoEKernel(LIBRARY, TWIN)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -130,8 +130,8 @@ def test_halved_banks_give_what_the_same_numbers_give_in_float32(fused):
     edges = ROUTES["skewed"]()
     x, up, down = torch.randn(211, 16), torch.randn(E, 16, 64).bfloat16(), torch.randn(E, 32, 16)
     down = down.bfloat16()
-    got = fused(x, edges=edges, banks=Banks(up, down), activation=SwiGLU())
-    wide = Banks(up.float(), down.float())
+    got = fused(x, edges=edges, banks=FeedForwardWeights(up, down), activation=SwiGLU())
+    wide = FeedForwardWeights(up.float(), down.float())
     assert torch.equal(got, fused(x, edges=edges, banks=wide, activation=SwiGLU()))
 
 
@@ -147,7 +147,7 @@ def test_the_number_of_threads_changes_no_bit(fused, route, monkeypatch):
 
 
 def test_a_token_alone_gets_the_same_bits_as_in_a_batch(fused):
-    banks = Banks(torch.randn(E, 40, 48), torch.randn(E, 24, 40))
+    banks = FeedForwardWeights(torch.randn(E, 40, 48), torch.randn(E, 24, 40))
     x, expert = torch.randn(100, 40), torch.randint(0, E, (200,), generator=_draw())
 
     def mix(rows, chosen):
@@ -174,7 +174,7 @@ def test_only_what_is_wanted_gets_a_gradient(fused, wanted):
     results = []
     for mixer in (fused, TWIN):
         placed = Edges(edges.token, leaves["weight"], edges.groups, 211, 3)
-        banks = Banks(leaves["up"], leaves["down"])
+        banks = FeedForwardWeights(leaves["up"], leaves["down"])
         out = mixer(leaves["x"], edges=placed, banks=banks, activation=SwiGLU())
         assert out.requires_grad == (wanted != "nothing")
         back = torch.autograd.grad(out.square().mean(), leaves[wanted]) if out.requires_grad else ()
@@ -187,7 +187,7 @@ def test_strided_inputs_and_expanded_gradients_are_fine(fused):
     edges = ROUTES["balanced"]()
     x = torch.randn(16, 30).t().requires_grad_()
     up, down = torch.randn(E, 64, 16).transpose(1, 2), torch.randn(E, 16, 32).transpose(1, 2)
-    outs = [m(x, edges=edges, banks=Banks(up, down), activation=SwiGLU()) for m in (fused, TWIN)]
+    outs = [m(x, edges=edges, banks=FeedForwardWeights(up, down), activation=SwiGLU()) for m in (fused, TWIN)]
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
     grads = [torch.autograd.grad(out.sum(), x)[0] for out in outs]
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-3)
@@ -196,7 +196,7 @@ def test_strided_inputs_and_expanded_gradients_are_fine(fused):
 def test_backward_can_be_run_twice(fused):
     edges = ROUTES["skewed"]()
     x = torch.randn(211, 16, requires_grad=True)
-    banks = Banks(torch.randn(E, 16, 64, requires_grad=True), torch.randn(E, 32, 16))
+    banks = FeedForwardWeights(torch.randn(E, 16, 64, requires_grad=True), torch.randn(E, 32, 16))
     loss = fused(x, edges=edges, banks=banks, activation=SwiGLU()).square().sum()
     first, second = (
         torch.autograd.grad(loss, (x, banks.up), retain_graph=again) for again in (True, False)
@@ -208,7 +208,7 @@ def test_what_is_kept_is_x_the_pre_activation_and_a_few_numbers_per_edge(fused):
     saved = []
     edges = ROUTES["balanced"]()
     x = torch.randn(30, 16, requires_grad=True)
-    banks = Banks(torch.randn(E, 16, 64), torch.randn(E, 32, 16))
+    banks = FeedForwardWeights(torch.randn(E, 16, 64), torch.randn(E, 32, 16))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         fused(x, edges=edges, banks=banks, activation=SwiGLU())
     held = {t.data_ptr() for t in (x, banks.up, banks.down)}
@@ -219,10 +219,10 @@ def test_what_is_kept_is_x_the_pre_activation_and_a_few_numbers_per_edge(fused):
 def test_biases_and_other_dtypes_take_the_composed_path(fused):
     edges = ROUTES["balanced"]()
     x, up, down = torch.randn(30, 16), torch.randn(E, 16, 64), torch.randn(E, 32, 16)
-    biased = Banks(up, down, torch.randn(E, 64), torch.randn(E, 16))
+    biased = FeedForwardWeights(up, down, torch.randn(E, 64), torch.randn(E, 16))
     settings = {"edges": edges, "activation": SwiGLU()}
     assert torch.equal(fused(x, banks=biased, **settings), TWIN(x, banks=biased, **settings))
-    double = Banks(up.double(), down.double())
+    double = FeedForwardWeights(up.double(), down.double())
     want = TWIN(x.double(), banks=double, **settings)
     assert torch.equal(fused(x.double(), banks=double, **settings), want)
 
@@ -240,7 +240,7 @@ def test_what_is_no_number_stays_none(fused, activation):
     x = torch.randn(30, 16, requires_grad=True)
     up, down = torch.randn(E, 16, 32), torch.randn(E, 32, 16)
     up[0, 0, 0] = float("nan")
-    out = fused(x, edges=ROUTES["balanced"](), banks=Banks(up, down), activation=activation)
+    out = fused(x, edges=ROUTES["balanced"](), banks=FeedForwardWeights(up, down), activation=activation)
     assert out.isnan().any()
     (grad,) = torch.autograd.grad(out.sum(), x)
     assert grad.isnan().any()
@@ -249,9 +249,9 @@ def test_what_is_no_number_stays_none(fused, activation):
 def test_an_inference_keeps_nothing_and_gives_the_same_bits(fused):
     x, edges = torch.randn(30, 16), ROUTES["balanced"]()
     up, down = (torch.randn(E, *shape, requires_grad=True) for shape in ((16, 64), (32, 16)))
-    trained = fused(x, edges=edges, banks=Banks(up, down), activation=SwiGLU())
+    trained = fused(x, edges=edges, banks=FeedForwardWeights(up, down), activation=SwiGLU())
     with torch.no_grad():
-        quick = fused(x, edges=edges, banks=Banks(up, down), activation=SwiGLU())
+        quick = fused(x, edges=edges, banks=FeedForwardWeights(up, down), activation=SwiGLU())
     assert torch.equal(trained, quick)
 
 
@@ -260,4 +260,4 @@ def test_a_bank_whose_memory_is_gone_is_an_error_and_not_the_end_of_the_process(
     up.untyped_storage().resize_(0)  # as FSDP2 does with what it has gathered
     edges = ROUTES["balanced"]()
     with pytest.raises(RuntimeError, match="a shape but no memory"):
-        fused(torch.randn(30, 16), edges=edges, banks=Banks(up, down), activation=ReLU())
+        fused(torch.randn(30, 16), edges=edges, banks=FeedForwardWeights(up, down), activation=ReLU())

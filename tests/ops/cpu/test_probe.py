@@ -9,13 +9,13 @@ import torch
 from moesaic.cli.doctor import doctor
 from moesaic.nn.activation import ReLU, SwiGLU
 from moesaic.ops import choose
-from moesaic.ops.choose import pick_mixer, picks
-from moesaic.ops.cpu.mixer import Fused
-from moesaic.ops.cpu.probe import Found, disagreement, find, probe
-from moesaic.ops.grouped import Segments
-from moesaic.ops.mixture import Composed
+from moesaic.ops.choose import select_moe_kernel, selected_kernels
+from moesaic.ops.cpu.mixer import CPUMoEKernel
+from moesaic.ops.cpu.probe import LibraryStatus, compare_with_reference, load_library, check_library
+from moesaic.ops.grouped import SequentialGEMM
+from moesaic.ops.mixture import UnfusedMoEKernel
 
-TWIN = Composed(Segments())
+TWIN = UnfusedMoEKernel(SequentialGEMM())
 
 
 class Wrong:
@@ -33,41 +33,41 @@ class Wrong:
         return out.detach() + (out - out.detach()) * 2  # right values, wrong gradients
 
     def kept(self, **sizes):
-        return TWIN.kept(**sizes)
+        return TWIN.saved_activations(**sizes)
 
 
 def test_the_twin_agrees_with_itself():
-    assert disagreement(TWIN, twin=TWIN) == ""
+    assert compare_with_reference(TWIN, reference=TWIN) == ""
 
 
 @pytest.mark.parametrize(("what", "named"), [("output", "output"), ("gradient", "gradient of x")])
 def test_a_wrong_number_is_found_and_named(what, named):
-    assert named in disagreement(Wrong(what), twin=TWIN)
+    assert named in compare_with_reference(Wrong(what), reference=TWIN)
 
 
 def test_what_is_no_library_is_not_used(tmp_path):
     path = tmp_path / "mixture.so"
     path.write_bytes(b"not an object file")
-    found = probe(path)
+    found = check_library(path)
     assert found.library is None
     assert "cannot be loaded" in found.reason
 
 
 def test_without_a_library_the_composed_path_is_taken_and_the_doctor_says_why(monkeypatch, capsys):
-    monkeypatch.setattr(choose, "find", lambda: Found(None, "no C compiler (cc) on the PATH"))
-    assert isinstance(pick_mixer(torch.zeros(1), activation=SwiGLU()), Composed)
-    pick = picks("cpu")[0]
-    assert (pick.op, pick.implementation) == ("mixture", "composed")
+    monkeypatch.setattr(choose, "find", lambda: LibraryStatus(None, "no C compiler (cc) on the PATH"))
+    assert isinstance(select_moe_kernel(torch.zeros(1), activation=SwiGLU()), UnfusedMoEKernel)
+    pick = selected_kernels("cpu")[0]
+    assert (pick.operation, pick.implementation) == ("mixture", "composed")
     doctor(as_json=True)
     assert "no C compiler (cc) on the PATH" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(find().library is None, reason=find().reason)
+@pytest.mark.skipif(load_library().library is None, reason=load_library().reason)
 def test_with_a_library_the_fused_path_is_taken_where_it_can():
-    assert isinstance(pick_mixer(torch.zeros(1), activation=ReLU()), Fused)
-    assert isinstance(pick_mixer(torch.zeros(1).bfloat16(), activation=SwiGLU()), Fused)
-    assert isinstance(pick_mixer(torch.zeros(1).double(), activation=SwiGLU()), Composed)
-    assert picks("cpu")[0].implementation == "fused"
+    assert isinstance(select_moe_kernel(torch.zeros(1), activation=ReLU()), CPUMoEKernel)
+    assert isinstance(select_moe_kernel(torch.zeros(1).bfloat16(), activation=SwiGLU()), CPUMoEKernel)
+    assert isinstance(select_moe_kernel(torch.zeros(1).double(), activation=SwiGLU()), UnfusedMoEKernel)
+    assert selected_kernels("cpu")[0].implementation == "fused"
 
 
 def test_the_trial_may_come_first_in_an_inference_under_autocast():

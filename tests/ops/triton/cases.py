@@ -4,21 +4,21 @@ from dataclasses import replace
 
 import torch
 
-from moesaic.ops.group import group
-from moesaic.ops.grouped import Banks, expert_of_row
+from moesaic.ops.group import group_by_expert
+from moesaic.ops.grouped import FeedForwardWeights, expert_of_row
 from moesaic.ops.mixture import Edges
 from moesaic.ops.triton import launch
-from moesaic.ops.triton.launch import Job, Way
+from moesaic.ops.triton.launch import LaunchContext, KernelOptions
 from moesaic.ops.triton.tiles import Tile
 
 EXPERTS, DIM, HIDDEN = 3, 40, 24  # no multiple of a tile of 16 or 32
 SMALL = {  # several tiles in every direction
-    "up": Tile(16, 16, 32, 4, 2, group=2),
-    "down": Tile(16, 32, 32, 4, 2, group=2),
-    "down_back": Tile(16, 16, 32, 4, 2, group=2),
-    "up_back": Tile(16, 32, 32, 4, 2, group=2),
-    "up_outer": Tile(32, 32, 16, 4, 2, group=2),
-    "down_outer": Tile(32, 32, 16, 4, 2, group=2),
+    "up": Tile(16, 16, 32, 4, 2, group_m=2),
+    "down": Tile(16, 32, 32, 4, 2, group_m=2),
+    "down_back": Tile(16, 16, 32, 4, 2, group_m=2),
+    "up_back": Tile(16, 32, 32, 4, 2, group_m=2),
+    "up_outer": Tile(32, 32, 16, 4, 2, group_m=2),
+    "down_outer": Tile(32, 32, 16, 4, 2, group_m=2),
 }
 E = EXPERTS
 ROUTES = {  # expert of each edge, edges per token
@@ -41,12 +41,12 @@ def edges_of(expert, k, device, *, general=False):
         expert, token, tokens = expert[mixed], token[mixed], tokens + 1
     weight = torch.rand(number, generator=torch.Generator().manual_seed(4))
     weight = torch.where(expert < EXPERTS, weight, 0.0)
-    groups = group(expert.to(device), num_experts=EXPERTS)
+    groups = group_by_expert(expert.to(device), num_experts=EXPERTS)
     return Edges(token.to(device), weight.to(device), groups, tokens, 0 if general else k)
 
 
 def job_of(edges, *, activation="swiglu", tiles=SMALL):
-    return Job(launch.plan(edges, rows=tiles["up"].rows), Way(tiles, activation))
+    return LaunchContext(launch.schedule_tiles(edges, rows=tiles["up"].rows), KernelOptions(tiles, activation))
 
 
 def draw(*shape, device, dtype=torch.float32, seed=0, scale=1.0):
@@ -61,7 +61,7 @@ def live_rows(edges):
     return live, expert[:live]
 
 
-def definition(x, *, edges, banks: Banks, activation):
+def definition(x, *, edges, banks: FeedForwardWeights, activation):
     """The sum over edges, edge by edge, differentiated by autograd."""
     out = torch.zeros(edges.num_tokens, x.shape[1], device=x.device)
     live, expert = live_rows(edges)

@@ -11,8 +11,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moesaic.ops.group import group
-from moesaic.ops.grouped import Banks
+from moesaic.ops.group import group_by_expert
+from moesaic.ops.grouped import FeedForwardWeights
 from moesaic.ops.mixture import Edges
 
 TYPES = {
@@ -85,10 +85,10 @@ def launches(mixer, activation, *, shape, dtype, bias=False, per_token=True):
 
     expert = torch.empty(tokens * k, device="meta", dtype=torch.long)
     token, weight = torch.empty_like(expert), torch.empty(tokens * k, device="meta")
-    groups = group(expert, num_experts=experts)
+    groups = group_by_expert(expert, num_experts=experts)
     edges = Edges(token, weight, groups, tokens, k if per_token else 0)
     biases = (leaf(experts, width), leaf(experts, dim)) if bias else (None, None)
-    banks = Banks(leaf(experts, dim, width), leaf(experts, hidden, dim), *biases)
+    banks = FeedForwardWeights(leaf(experts, dim, width), leaf(experts, hidden, dim), *biases)
     with recorded() as found:
         out = mixer(leaf(tokens, dim), edges=edges, banks=banks, activation=activation)
         out.backward(torch.empty_like(out))

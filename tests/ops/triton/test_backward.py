@@ -40,7 +40,7 @@ def test_the_way_back_through_the_second_product_equals_autograd(activation, dty
     bank = draw(EXPERTS, HIDDEN, DIM, device=device, dtype=dtype, scale=0.2)
     more = draw(EXPERTS, DIM, device=device, dtype=dtype) if bias else None
     grad = draw(edges.num_tokens, DIM, device=device, dtype=dtype)
-    got = launch.down_back(grad, bank, bias=more, weight=edges.weight, hidden=hidden, job=job)
+    got = launch.down_backward(grad, bank, bias=more, weight=edges.weight, hidden=hidden, job=job)
 
     leaf = hidden[:live].float().requires_grad_()
     weight = edges.weight.clone().requires_grad_()
@@ -48,7 +48,7 @@ def test_the_way_back_through_the_second_product_equals_autograd(activation, dty
     answer = torch.einsum("rf,rfd->rd", active, bank[expert].float())
     answer = answer + more[expert].float() if bias else answer
     sorted_weight = weight[edges.groups.order[:live], None]
-    rows = grad[job.routes.token[:live]].float()
+    rows = grad[job.schedule.token[:live]].float()
     want = torch.autograd.grad((sorted_weight * answer * rows).sum(), [leaf, weight])
     torch.testing.assert_close(got.hidden[:live].float(), want[0], **CLOSE[dtype])
     torch.testing.assert_close(got.weight, want[1], **CLOSE[dtype])
@@ -76,10 +76,10 @@ def test_the_gradient_of_a_bank_equals_a_product_per_segment(route, op, dtype, d
     sides = (tokens, rows) if op == "up_outer" else (rows, tokens)
     sizes = (DIM, HIDDEN) if op == "up_outer" else (HIDDEN, DIM)
     like = torch.empty(EXPERTS, *sizes, device=device)  # a float32 bank keeps a float32 gradient
-    got = launch.outer(*sides, op=op, like=like, job=job)
-    gathered = tokens[job.routes.token].float()
+    got = launch.weight_gradient(*sides, op=op, like=like, job=job)
+    gathered = tokens[job.schedule.token].float()
     left, right = (gathered, rows.float()) if op == "up_outer" else (rows.float(), gathered)
-    ends = [0, *edges.groups.ends.tolist()]
+    ends = [0, *edges.groups.offsets.tolist()]
     for e in range(EXPERTS):
         span = slice(ends[e], ends[e + 1])
         torch.testing.assert_close(got[e], left[span].T @ right[span], **CLOSE[dtype])
@@ -88,30 +88,30 @@ def test_the_gradient_of_a_bank_equals_a_product_per_segment(route, op, dtype, d
 @pytest.mark.parametrize("route", ["balanced", "some-dropped", "no-tokens"])
 def test_the_gradient_of_a_bias_is_its_segments_sum(route, device):
     edges = edges_of(*ROUTES[route], device)
-    routes = job_of(edges).routes
+    routes = job_of(edges).schedule
     live, expert = live_rows(edges)
     by_row = draw(edges.token.numel(), HIDDEN, device=device)
     by_token = draw(edges.num_tokens, DIM, device=device)
     by_row[live:] = torch.nan
-    got = launch.sums(by_row, weight=None, like=torch.empty(EXPERTS, HIDDEN), routes=routes)
+    got = launch.bias_gradient(by_row, weight=None, like=torch.empty(EXPERTS, HIDDEN), schedule=routes)
     want = torch.zeros(EXPERTS, HIDDEN, device=device).index_add(0, expert, by_row[:live])
     torch.testing.assert_close(got.to(device), want)
     like = torch.empty(EXPERTS, DIM, device=device)
-    got = launch.sums(by_token, weight=edges.weight, like=like, routes=routes)
+    got = launch.bias_gradient(by_token, weight=edges.weight, like=like, schedule=routes)
     weight = edges.weight[edges.groups.order[:live], None]
     rows = weight * by_token[routes.token[:live]]
     torch.testing.assert_close(got, torch.zeros_like(like).index_add(0, expert, rows))
 
 
 def test_the_shares_of_column_tiles_add_up_to_the_weights_gradient(device):
-    assert SMALL["down_back"].columns < HIDDEN  # so that there are several
+    assert SMALL["down_back"].block_n < HIDDEN  # so that there are several
     edges = edges_of(*ROUTES["balanced"], device)
     job = job_of(edges, activation="relu")
     hidden = draw(edges.token.numel(), HIDDEN, device=device)
     bank = draw(EXPERTS, HIDDEN, DIM, device=device)
     grad = draw(edges.num_tokens, DIM, device=device)
-    got = launch.down_back(grad, bank, bias=None, weight=edges.weight, hidden=hidden, job=job)
+    got = launch.down_backward(grad, bank, bias=None, weight=edges.weight, hidden=hidden, job=job)
     _, expert = live_rows(edges)
     answer = torch.einsum("rf,rfd->rd", hidden.relu(), bank[expert])
-    by_row = (answer * grad[job.routes.token]).sum(1)
+    by_row = (answer * grad[job.schedule.token]).sum(1)
     torch.testing.assert_close(got.weight[edges.groups.order], by_row, rtol=1e-4, atol=1e-4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moesaic.nn.activation import SwiGLU
-from moesaic.ops.triton.mixer import TritonMixer
+from moesaic.ops.triton.mixer import TritonMoEKernel
 from moesaic.ops.triton.tiles import load_table
 from ops.triton.compiling import launches
 
@@ -29,7 +29,7 @@ def compiled(mixer, capability, **options):
 def test_every_kernel_compiles_to_a_binary(capability, card):
     tiles = load_table()[card]["half"]["few"]  # larger ones take seconds each
     done = compiled(
-        TritonMixer(tiles=tiles), capability, shape=SHAPE, dtype=torch.bfloat16, bias=True
+        TritonMoEKernel(tiles=tiles), capability, shape=SHAPE, dtype=torch.bfloat16, bias=True
     )
     assert {launch.name for launch, _ in done} == EVERY
     for launch, kernel in done:

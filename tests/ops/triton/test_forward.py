@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moesaic.nn.activation import GELU, ReLU, SquaredReLU, SwiGLU
-from moesaic.ops.combine import plain_combine
+from moesaic.ops.combine import reference_unpermute
 from moesaic.ops.triton import launch
 from ops.triton.cases import (
     DIM,
@@ -26,12 +26,12 @@ CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float16: {"rtol": 4e
 def test_the_schedule_covers_every_live_row_once_and_says_none_for_the_rest(route, device):
     edges = edges_of(*ROUTES[route], device)
     rows = 4
-    routes = launch.plan(edges, rows=rows)
+    routes = launch.schedule_tiles(edges, rows=rows)
     live, expert = live_rows(edges)
     covered = []
     for e, start in zip(routes.tile_expert.tolist(), routes.tile_row.tolist(), strict=True):
         if e >= 0:
-            stop = min(start + rows, int(edges.groups.ends[e]))
+            stop = min(start + rows, int(edges.groups.offsets[e]))
             assert expert[start:stop].tolist() == [e] * (stop - start)
             covered += range(start, stop)
     assert sorted(covered) == list(range(live))
@@ -55,13 +55,13 @@ def test_up_equals_gather_multiply_activate(activation, dtype, device):
     x = draw(edges.num_tokens, DIM, device=device, dtype=dtype)
     bank = draw(EXPERTS, DIM, width, device=device, dtype=dtype, scale=0.2)
     bias = draw(EXPERTS, width, device=device, dtype=dtype)
-    hidden, active = launch.up(x, bank, bias=bias, keep=True, job=job)
+    hidden, active = launch.up_projection(x, bank, bias=bias, save_hidden=True, job=job)
     live, expert = live_rows(edges)
-    rows = x[job.routes.token[:live]].float()
+    rows = x[job.schedule.token[:live]].float()
     want = torch.einsum("rd,rdg->rg", rows, bank[expert].float()) + bias[expert].float()
     torch.testing.assert_close(hidden[:live].float(), want, **CLOSE[dtype])
     torch.testing.assert_close(active[:live].float(), activation(want), **CLOSE[dtype])
-    nothing, again = launch.up(x, bank, bias=bias, keep=False, job=job)
+    nothing, again = launch.up_projection(x, bank, bias=bias, save_hidden=False, job=job)
     assert nothing is None
     assert torch.equal(again[:live], active[:live])
 
@@ -79,7 +79,7 @@ def test_a_product_of_rows_equals_torch_for_any_range_of_columns(turned, dtype, 
     want = want if bias is None else want + bias[expert].float()
     given = bank.transpose(1, 2).contiguous() if turned else bank
     for columns in (range(DIM), range(16, 33)):
-        got = launch.product(left, given, bias=bias, turned=turned, columns=columns, job=job)
+        got = launch.row_matmul(left, given, bias=bias, transposed=turned, columns=columns, job=job)
         piece = want[:, columns.start : columns.stop]
         torch.testing.assert_close(got[:live].float(), piece, **CLOSE[dtype])
 
@@ -92,7 +92,7 @@ def test_the_way_home_equals_combine_whatever_stands_past_the_segments(route, ge
     rows = draw(edges.token.numel(), DIM, device=device)
     live, _ = live_rows(edges)
     rows[live:] = 0.0
-    want = plain_combine(
+    want = reference_unpermute(
         rows, token=edges.token, weight=edges.weight, groups=edges.groups,
         num_tokens=edges.num_tokens,
     )  # fmt: skip
@@ -100,7 +100,7 @@ def test_the_way_home_equals_combine_whatever_stands_past_the_segments(route, ge
     out = torch.empty_like(want)
     for first in (0, 24):
         piece = rows[:, first : first + 24].contiguous()
-        launch.home(piece, weight=edges.weight, out=out, first=first, routes=job.routes)
+        launch.unpermute_sum(piece, weight=edges.weight, out=out, first=first, schedule=job.schedule)
     torch.testing.assert_close(out, want)
 
 
@@ -109,7 +109,7 @@ def test_banks_read_by_descriptor_give_the_same(device):
     x = draw(edges.num_tokens, DIM, device=device)
     bank = draw(EXPERTS, DIM, 2 * HIDDEN, device=device)
     pointers, descriptors = (
-        launch.up(x, bank, bias=None, keep=True, job=job_of(edges, tiles=tiles))
+        launch.up_projection(x, bank, bias=None, save_hidden=True, job=job_of(edges, tiles=tiles))
         for tiles in (SMALL, by_descriptor(SMALL))
     )
     live, _ = live_rows(edges)

@@ -6,9 +6,9 @@ import torch
 from moesaic.moe.experts import GroupedExperts, ExpertShape
 from moesaic.nn.activation import GELU, ReLU, SquaredReLU, SwiGLU
 from moesaic.nn.feed_forward import FeedForwardConfig
-from moesaic.ops.grouped import Banks, Segments
-from moesaic.ops.mixture import Composed, Edges, Mixer
-from moesaic.ops.triton.mixer import TritonMixer, column_pieces
+from moesaic.ops.grouped import FeedForwardWeights, SequentialGEMM
+from moesaic.ops.mixture import UnfusedMoEKernel, Edges, MoEKernel
+from moesaic.ops.triton.mixer import TritonMoEKernel, column_chunks
 from ops.triton.cases import (
     DIM,
     EXPERTS,
@@ -21,7 +21,7 @@ from ops.triton.cases import (
     edges_of,
 )
 
-MIXER = TritonMixer(tiles=SMALL)
+MIXER = TritonMoEKernel(tiles=SMALL)
 
 
 def run(mixer, edges, activation, *, bias=False, dim=DIM, dtype=torch.float32):
@@ -34,9 +34,9 @@ def run(mixer, edges, activation, *, bias=False, dim=DIM, dtype=torch.float32):
         return exact.to(dtype).requires_grad_()
 
     x = leaf(edges.num_tokens, dim)
-    banks = Banks(leaf(EXPERTS, dim, width, scale=0.2), leaf(EXPERTS, HIDDEN, dim, scale=0.2))
+    banks = FeedForwardWeights(leaf(EXPERTS, dim, width, scale=0.2), leaf(EXPERTS, HIDDEN, dim, scale=0.2))
     if bias:
-        banks = Banks(banks.up, banks.down, leaf(EXPERTS, width), leaf(EXPERTS, dim))
+        banks = FeedForwardWeights(banks.up, banks.down, leaf(EXPERTS, width), leaf(EXPERTS, dim))
     weight = edges.weight.clone().requires_grad_()
     edges = Edges(edges.token, weight, edges.groups, edges.num_tokens, edges.per_token)
     out = mixer(x, edges=edges, banks=banks, activation=activation)
@@ -77,25 +77,25 @@ def test_the_mixer_is_right_in_half_precision(device):
 
 
 def test_the_mixer_is_right_with_the_tiles_of_the_table(device):
-    agree(TritonMixer(), edges_of(*ROUTES["balanced"], device), SwiGLU())
+    agree(TritonMoEKernel(), edges_of(*ROUTES["balanced"], device), SwiGLU())
 
 
 def test_the_mixer_is_right_with_banks_read_by_descriptor(device):
-    mixer = TritonMixer(tiles=by_descriptor(SMALL))
+    mixer = TritonMoEKernel(tiles=by_descriptor(SMALL))
     agree(mixer, edges_of(*ROUTES["some-dropped"], device), SwiGLU())
 
 
 def test_answers_brought_home_in_pieces_are_the_same(device):
     edges = edges_of(torch.arange(12) % EXPERTS, 2, device)
-    pieces, whole = TritonMixer(spare=0, tiles=SMALL), TritonMixer(tiles=SMALL)
-    assert len(list(column_pieces(136, rows=12, width=HIDDEN, spare=0))) == 2
+    pieces, whole = TritonMoEKernel(max_buffer_elements=0, tiles=SMALL), TritonMoEKernel(tiles=SMALL)
+    assert len(list(column_chunks(136, rows=12, width=HIDDEN, max_elements=0))) == 2
     for a, b in zip(*(run(m, edges, ReLU(), dim=136) for m in (pieces, whole)), strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(("columns", "rows", "width"), [(4096, 1000, 1024), (1536, 1000, 512)])
 def test_pieces_cover_all_columns_and_are_no_larger_than_what_is_kept(columns, rows, width):
-    pieces = list(column_pieces(columns, rows=rows, width=width, spare=0))
+    pieces = list(column_chunks(columns, rows=rows, width=width, max_elements=0))
     assert [c for piece in pieces for c in piece] == list(range(columns))
     assert max(map(len, pieces)) <= width
 
@@ -108,7 +108,7 @@ def test_the_same_bits_come_back_each_time(device):
 
 def test_rows_that_are_not_contiguous_are_read_right(device):
     edges = edges_of(*ROUTES["balanced"], device)
-    banks = Banks(
+    banks = FeedForwardWeights(
         draw(EXPERTS, HIDDEN, DIM, device=device).transpose(1, 2),
         draw(EXPERTS, DIM, HIDDEN, device=device).transpose(1, 2),
     )
@@ -123,7 +123,7 @@ def test_float32_banks_under_half_rows_keep_float32_gradients(device):
     up = draw(EXPERTS, DIM, HIDDEN, device=device).requires_grad_()
     down = draw(EXPERTS, HIDDEN, DIM, device=device).requires_grad_()
     x = draw(edges.num_tokens, DIM, device=device, dtype=torch.half)
-    out = MIXER(x, edges=edges, banks=Banks(up, down), activation=ReLU())
+    out = MIXER(x, edges=edges, banks=FeedForwardWeights(up, down), activation=ReLU())
     out.float().square().mean().backward()
     assert out.dtype == torch.half
     assert up.grad is not None
@@ -134,7 +134,7 @@ def test_no_more_is_kept_than_rows_what_the_activation_reads_and_the_routing(dev
     kept = []
     edges = edges_of(*ROUTES["balanced"], device)
     x = draw(edges.num_tokens, DIM, device=device).requires_grad_()
-    banks = Banks(
+    banks = FeedForwardWeights(
         draw(EXPERTS, DIM, 2 * HIDDEN, device=device).requires_grad_(),
         draw(EXPERTS, HIDDEN, DIM, device=device).requires_grad_(),
     )
@@ -153,7 +153,7 @@ def test_no_more_is_kept_than_rows_what_the_activation_reads_and_the_routing(dev
 def test_without_gradients_the_pre_activation_is_not_even_written(device):
     edges = edges_of(*ROUTES["balanced"], device)
     x = draw(edges.num_tokens, DIM, device=device)
-    banks = Banks(
+    banks = FeedForwardWeights(
         draw(EXPERTS, DIM, 2 * HIDDEN, device=device).requires_grad_(),
         draw(EXPERTS, HIDDEN, DIM, device=device),
     )
@@ -166,7 +166,7 @@ def test_without_gradients_the_pre_activation_is_not_even_written(device):
 
 
 def test_it_is_a_mixer():
-    assert isinstance(MIXER, Mixer)
+    assert isinstance(MIXER, MoEKernel)
 
 
 def test_a_layer_gives_the_same_with_the_kernels_as_without(device, monkeypatch):
@@ -177,7 +177,7 @@ def test_a_layer_gives_the_same_with_the_kernels_as_without(device, monkeypatch)
     edges = edges_of(*ROUTES["some-dropped"], device)
     x = draw(edges.num_tokens, DIM, device=device)
     results = []
-    for mixer in (Composed(Segments()), MIXER):
+    for mixer in (UnfusedMoEKernel(SequentialGEMM()), MIXER):
         monkeypatch.setattr("moesaic.moe.experts.pick_mixer", lambda *_, m=mixer, **__: m)
         out = experts.forward_edges(x, edges=edges)
         results.append([out, *torch.autograd.grad(out.square().sum(), list(experts.parameters()))])

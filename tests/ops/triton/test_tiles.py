@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from moesaic.ops.triton.tiles import (
-    OUTER_OPS,
+    WEIGHT_GRADIENT_OPS,
     REGIMES,
-    SEGMENT_OPS,
+    ROW_TILE_OPS,
     TABLE,
-    as_numbers,
-    card_of,
+    to_numbers,
+    gpu_architecture,
     load_table,
     parse_table,
     regime,
@@ -26,7 +26,7 @@ def test_every_entry_of_the_table_has_every_product():
         for regimes in kinds.values():
             assert set(regimes) == set(REGIMES)
             for tiles in regimes.values():
-                assert set(tiles) == {*SEGMENT_OPS, *OUTER_OPS}
+                assert set(tiles) == {*ROW_TILE_OPS, *WEIGHT_GRADIENT_OPS}
 
 
 def test_a_tile_is_written_as_it_is_read():
@@ -34,7 +34,7 @@ def test_a_tile_is_written_as_it_is_read():
     for card, kinds in RAW.items():
         for kind, regimes in kinds.items():
             for name, ops in regimes.items():
-                written = {op: as_numbers(tile) for op, tile in table[card][kind][name].items()}
+                written = {op: to_numbers(tile) for op, tile in table[card][kind][name].items()}
                 assert written == ops
 
 
@@ -53,9 +53,9 @@ def test_a_regime_is_told_by_rows_per_expert(edges, name):
 
 def test_a_card_without_an_entry_takes_the_tiles_of_any():
     shape = {"edges": 10_000, "experts": 4}
-    old = tiles_for(**shape, dtype=torch.bfloat16, card="sm70")
+    old = tiles_for(**shape, dtype=torch.bfloat16, architecture="sm70")
     assert old == load_table()["any"]["half"]["many"]
-    assert tiles_for(**shape, dtype=torch.bfloat16, card="sm90") != old
-    single = tiles_for(**shape, dtype=torch.float32, card="sm90")
+    assert tiles_for(**shape, dtype=torch.bfloat16, architecture="sm90") != old
+    single = tiles_for(**shape, dtype=torch.float32, architecture="sm90")
     assert single == load_table()["any"]["single"]["many"]
-    assert card_of(torch.device("cpu")) == "any"
+    assert gpu_architecture(torch.device("cpu")) == "any"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.checkpoint.load import load
+from moesaic.checkpoint.load import load_checkpoint
 from moesaic.core.errors import UserError
 from moesaic.dist.world import ProcessGroupWorld
 from moesaic.testing.ranks import run_on_ranks
@@ -42,7 +42,7 @@ def test_the_best_is_kept_beyond_the_newest(tmp_path: Path) -> None:
     assert _names(tmp_path) == ["step-00000003", "step-00000009"]
     assert (tmp_path / "best").read_text().strip() == "step-00000003"
     again = tiny_trainer(tiny_run())
-    again.restore(load(tmp_path))
+    again.restore(load_checkpoint(tmp_path))
     assert (again.journal.best.step, again.journal.best.loss) == (3, 0.0)
 
 

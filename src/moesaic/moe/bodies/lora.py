@@ -15,10 +15,10 @@ from moesaic.moe.experts import Expert, ExpertModule, ExpertShape, as_autocast
 from moesaic.moe.pieces import ParameterSpec
 from moesaic.nn.feed_forward import DenseFeedForward
 from moesaic.nn.start import CustomInitializers, Initializer
-from moesaic.ops.choose import pick_engine
-from moesaic.ops.group import Groups
-from moesaic.ops.grouped import zero_tail
-from moesaic.ops.product import grouped_product
+from moesaic.ops.choose import select_grouped_gemm
+from moesaic.ops.group import RowGroups
+from moesaic.ops.grouped import zero_rows_past_groups
+from moesaic.ops.product import grouped_matmul
 
 
 class LoRAExpert(Expert):
@@ -69,14 +69,14 @@ class LoRAExperts(ExpertModule, CustomInitializers):
     def initializers(self) -> Mapping[str, Initializer]:
         return {"up_b": Initializer(std=0.0), "down_b": Initializer(std=0.0)}
 
-    def forward(self, rows: Float[Tensor, "R D"], *, groups: Groups) -> Float[Tensor, "R D"]:
+    def forward(self, rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
         rows = as_autocast(rows)
         low = self._low_rank_product(rows, a=self.up_a, b=self.up_b, groups=groups)
         hidden = self.activation(self.base.up(rows) + low)
         low = self._low_rank_product(hidden, a=self.down_a, b=self.down_b, groups=groups)
-        return zero_tail(self.base.down(hidden) + low, ends=groups.ends)
+        return zero_rows_past_groups(self.base.down(hidden) + low, offsets=groups.offsets)
 
-    def _low_rank_product(self, rows: Tensor, *, a: Tensor, b: Tensor, groups: Groups) -> Tensor:
-        engine = pick_engine(rows)
-        low = grouped_product(rows, bank=a, groups=groups, engine=engine)
-        return self.scale * grouped_product(low, bank=b, groups=groups, engine=engine)
+    def _low_rank_product(self, rows: Tensor, *, a: Tensor, b: Tensor, groups: RowGroups) -> Tensor:
+        engine = select_grouped_gemm(rows)
+        low = grouped_matmul(rows, weight=a, groups=groups, gemm=engine)
+        return self.scale * grouped_matmul(low, weight=b, groups=groups, gemm=engine)

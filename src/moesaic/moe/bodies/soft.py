@@ -19,7 +19,7 @@ from moesaic.moe.layer import MoEOutput
 from moesaic.moe.pieces import ParameterSpec
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.start import CustomInitializers, Initializer
-from moesaic.ops.group import Groups
+from moesaic.ops.group import RowGroups
 
 
 class SoftMoE(SparseLayer):
@@ -134,8 +134,8 @@ class PaddedRows:
         return empty.index_copy(0, self.index, packed).unflatten(0, (self.rows, -1))
 
 
-def _even_groups(experts: int, each: int, like: Tensor) -> Groups:
+def _even_groups(experts: int, each: int, like: Tensor) -> RowGroups:
     """Rows that are sorted already, the same number of each expert."""
     order = torch.arange(experts * each, device=like.device)
     counts = torch.full((experts,), each, device=like.device)
-    return Groups(order, order, counts, counts.cumsum(0).to(torch.int32))
+    return RowGroups(order, order, counts, counts.cumsum(0).to(torch.int32))

@@ -6,7 +6,7 @@ Letters: T tokens, E experts.
 from moesaic.moe.gate import RouterContext
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import Select
-from moesaic.ops.random import mix, salt
+from moesaic.ops.random import hash_combine, hash_name
 
 
 class Hash(Select):
@@ -19,7 +19,7 @@ class Hash(Select):
 
     def __call__(self, router: RouterContext) -> Routing:
         tokens, experts = router.logits.shape
-        key = mix(router.context.token, router.context.salt ^ salt("hash"))
+        key = hash_combine(router.context.token, router.context.salt ^ hash_name("hash"))
         expert = (key % experts)[:, None]
         weight = router.logits.new_ones(tokens, 1)
         return Routing.from_topk(weight, expert=expert, num_experts=experts)

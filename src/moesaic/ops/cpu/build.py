@@ -16,21 +16,21 @@ from pathlib import Path
 
 from moesaic.core.files import sha256 as hash_of_file
 
-SOURCE = Path(__file__).parent / "source"
+SOURCE_DIRECTORY = Path(__file__).parent / "source"
 COMPILERS = ("cc", "gcc", "clang")
-FLAGS = (
+COMPILER_FLAGS = (
     *("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 )
-FOR_THIS_CPU = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler takes
-TIMEOUT_S = 300.0
+NATIVE_FLAGS = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler takes
+COMPILE_TIMEOUT_S = 300.0
 
 
 class BuildError(Exception):
     """There is no library, and the text says why."""
 
 
-def library(*, cache: Path | None = None, path: str | None = None) -> Path:
+def build_library(*, cache: Path | None = None, path: str | None = None) -> Path:
     """Return the compiled library, from the cache or made now.
 
     ``cache`` and ``path`` (where compilers are looked for) are those of the user if not given.
@@ -41,14 +41,14 @@ def library(*, cache: Path | None = None, path: str | None = None) -> Path:
         raise BuildError(f"no C compiler ({', '.join(COMPILERS)}) on the PATH")
     failures = []
     for compiler in dict.fromkeys(os.path.realpath(each) for each in compilers):
-        made = _library_by(compiler, folder=cache or cache_dir())
+        made = _build_with(compiler, folder=cache or cache_directory())
         if isinstance(made, Path):
             return made
         failures.append(made)
     raise BuildError("; ".join(failures))
 
 
-def cache_dir() -> Path:
+def cache_directory() -> Path:
     """``$XDG_CACHE_HOME/moesaic``, or ``~/.cache/moesaic``. Raises BuildError without a home."""
     base = os.environ.get("XDG_CACHE_HOME") or ""
     try:
@@ -59,34 +59,34 @@ def cache_dir() -> Path:
         ) from error
 
 
-def _library_by(compiler: str, *, folder: Path) -> Path | str:
+def _build_with(compiler: str, *, folder: Path) -> Path | str:
     """The library by this compiler, or why there is none."""
     try:
-        key = _key(compiler)
-        return _kept(folder, key=key) or _make(compiler, folder=folder, key=key)
+        key = _cache_key(compiler)
+        return _cached_library(folder, key=key) or _compile_into_cache(compiler, folder=folder, key=key)
     except OSError as error:
         return f"{compiler}: {error}"
     except subprocess.TimeoutExpired:
-        return f"{compiler} took longer than {TIMEOUT_S:.0f} s"
+        return f"{compiler} took longer than {COMPILE_TIMEOUT_S:.0f} s"
     except BuildError as error:
         return str(error)
 
 
-def _key(compiler: str) -> str:
+def _cache_key(compiler: str) -> str:
     """Hash of everything that the bytes of a library depend on."""
-    parts = [path.read_bytes() for path in sorted(SOURCE.iterdir())]
-    parts += [text.encode() for text in (*FLAGS, _version(compiler), _processor())]
+    parts = [path.read_bytes() for path in sorted(SOURCE_DIRECTORY.iterdir())]
+    parts += [text.encode() for text in (*COMPILER_FLAGS, _compiler_version(compiler), _cpu_description())]
     return sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
-def _version(compiler: str) -> str:
-    done = _run([compiler, "--version"])
+def _compiler_version(compiler: str) -> str:
+    done = _run_command([compiler, "--version"])
     if done.returncode:
-        raise BuildError(f"{compiler} --version failed: {_first_line(done.stderr)}")
+        raise BuildError(f"{compiler} --version failed: {_first_error_line(done.stderr)}")
     return done.stdout
 
 
-def _processor() -> str:
+def _cpu_description() -> str:
     """What -march=native depends on: a home directory may be shared by unlike machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -96,7 +96,7 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(names)}))
 
 
-def _kept(folder: Path, *, key: str) -> Path | None:
+def _cached_library(folder: Path, *, key: str) -> Path | None:
     for path in sorted(folder.glob(f"mixture-{key}-*.so")):
         if hash_of_file(path).startswith(path.stem.rpartition("-")[2]):
             return path
@@ -104,7 +104,7 @@ def _kept(folder: Path, *, key: str) -> Path | None:
     return None
 
 
-def _make(compiler: str, *, folder: Path, key: str) -> Path:
+def _compile_into_cache(compiler: str, *, folder: Path, key: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as name:
         part = Path(name) / "mixture.so"
@@ -116,20 +116,20 @@ def _make(compiler: str, *, folder: Path, key: str) -> Path:
 
 def _compile(compiler: str, *, out: Path) -> None:
     wrong = ""
-    for native in FOR_THIS_CPU:
-        done = _run([compiler, *FLAGS, *native, str(SOURCE / "mixture.c"), "-o", str(out)])
+    for native in NATIVE_FLAGS:
+        done = _run_command([compiler, *COMPILER_FLAGS, *native, str(SOURCE_DIRECTORY / "mixture.c"), "-o", str(out)])
         if not done.returncode:
             return
-        wrong = _first_line(done.stderr)
+        wrong = _first_error_line(done.stderr)
     raise BuildError(f"{compiler} did not compile mixture.c: {wrong}")
 
 
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def _run_command(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, capture_output=True, text=True, errors="replace", check=False, timeout=TIMEOUT_S
+        command, capture_output=True, text=True, errors="replace", check=False, timeout=COMPILE_TIMEOUT_S
     )
 
 
-def _first_line(text: str) -> str:
+def _first_error_line(text: str) -> str:
     wrong = [line for line in text.splitlines() if "error" in line] or text.splitlines() or [""]
     return wrong[0][:200]

@@ -13,57 +13,57 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.ops.cpu.native import ACTIVATIONS, KINDS, Library
-from moesaic.ops.grouped import GATED, Activation, Banks
-from moesaic.ops.mixture import Edges, Mixer
+from moesaic.ops.cpu.native import ACTIVATION_CODES, DTYPE_CODES, CPULibraryProtocol
+from moesaic.ops.grouped import GATED_ACTIVATIONS, ActivationFunction, FeedForwardWeights
+from moesaic.ops.mixture import Edges, MoEKernel
 
 
 @dataclass(frozen=True, slots=True)
-class Fused:
+class CPUMoEKernel:
     """One operation for what ``twin`` does in three; what it cannot do, the twin does.
 
     Takes x and banks of float32 or bfloat16, without biases, and the activations that have a
     ``kernel`` name. bfloat16 is widened in registers: all sums are float32.
     """
 
-    library: Library
-    twin: Mixer
+    library: CPULibraryProtocol
+    fallback: MoEKernel
 
     @property
     def name(self) -> str:
         return "fused"
 
     def __call__(
-        self, x: Float[Tensor, "T D"], *, edges: Edges, banks: Banks, activation: Activation
+        self, x: Float[Tensor, "T D"], *, edges: Edges, weights: FeedForwardWeights, activation: ActivationFunction
     ) -> Float[Tensor, "T D"]:
-        if not can(x, banks=banks, activation=activation):
-            return self.twin(x, edges=edges, banks=banks, activation=activation)
-        live = int(edges.groups.ends[-1])
-        given = (x, edges.weight, banks.up, banks.down)
+        if not supports(x, weights=weights, activation=activation):
+            return self.fallback(x, edges=edges, banks=weights, activation=activation)
+        live = int(edges.groups.offsets[-1])
+        given = (x, edges.weight, weights.up, weights.down)
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-        plan = _Plan(self.library, activation.kernel, edges.per_token, live, keep)
-        return _Mix.apply(x, edges.weight, banks.up, banks.down, _index(edges), plan)
+        plan = _CallOptions(self.library, activation.kernel_name, edges.per_token, live, keep)
+        return _FusedMoE.apply(x, edges.weight, weights.up, weights.down, _sort_edges(edges), plan)
 
-    def kept(self, *, dim: int, width: int, bias: bool, live: float) -> float:
+    def saved_activations(self, *, dim: int, width: int, bias: bool, live_share: float) -> float:
         """The pre-activation of live edges, the weight, and three indices of eight bytes."""
         if bias:
-            return self.twin.kept(dim=dim, width=width, bias=bias, live=live)
-        return live * width + 1 + 3 * 2
+            return self.fallback.saved_activations(dim=dim, width=width, bias=bias, live_share=live_share)
+        return live_share * width + 1 + 3 * 2
 
 
-def can(x: Tensor, *, banks: Banks, activation: Activation) -> bool:
+def supports(x: Tensor, *, weights: FeedForwardWeights, activation: ActivationFunction) -> bool:
     """Whether the compiled operation covers these inputs."""
-    held = (banks.up, banks.down)
+    held = (weights.up, weights.down)
     return (
-        banks.up_bias is None
-        and activation.kernel in ACTIVATIONS
-        and all(t.device.type == "cpu" and t.dtype in KINDS for t in (x, *held))
-        and banks.up.dtype == banks.down.dtype
-        and banks.up.shape[-1] == banks.down.shape[1] * (1 + (activation.kernel in GATED))
+        weights.up_bias is None
+        and activation.kernel_name in ACTIVATION_CODES
+        and all(t.device.type == "cpu" and t.dtype in DTYPE_CODES for t in (x, *held))
+        and weights.up.dtype == weights.down.dtype
+        and weights.up.shape[-1] == weights.down.shape[1] * (1 + (activation.kernel_name in GATED_ACTIVATIONS))
     )
 
 
-class _Index(NamedTuple):
+class _SortedEdges(NamedTuple):
     """The edge list as the C code reads it; ``edge`` and ``first`` only if tokens are unordered."""
 
     order: Int[Tensor, "N"]
@@ -74,14 +74,14 @@ class _Index(NamedTuple):
     first: Int[Tensor, "T+1"] | None
 
 
-class _Plan(NamedTuple):
+class _CallOptions(NamedTuple):
     """What is no tensor; ``live`` edges lead somewhere, ``keep`` says that a backward may come."""
 
-    library: Library
-    kernel: str
+    library: CPULibraryProtocol
+    activation: str
     per_token: int
-    live: int
-    keep: bool
+    live_rows: int
+    save_for_backward: bool
 
     def sizes(self, *, x: Tensor, up: Tensor, down: Tensor) -> dict[str, int]:
         experts, dim, width = up.shape
@@ -91,38 +91,38 @@ class _Plan(NamedTuple):
             "dim": dim,
             "hidden": down.shape[1],
             "width": width,
-            "activation": ACTIVATIONS[self.kernel],
-            "x_kind": KINDS[x.dtype],
-            "w_kind": KINDS[up.dtype],
+            "activation": ACTIVATION_CODES[self.activation],
+            "x_kind": DTYPE_CODES[x.dtype],
+            "w_kind": DTYPE_CODES[up.dtype],
             "per_token": self.per_token,
             "threads": torch.get_num_threads(),
         }
 
 
-def _index(edges: Edges) -> _Index:
+def _sort_edges(edges: Edges) -> _SortedEdges:
     groups, token = edges.groups, edges.token
-    sorted_ = (groups.order, groups.place, groups.ends, token[groups.order])
+    sorted_ = (groups.order, groups.inverse, groups.offsets, token[groups.order])
     if edges.per_token:
-        return _Index(*sorted_, None, None)
+        return _SortedEdges(*sorted_, None, None)
     first = torch.zeros(edges.num_tokens + 1, dtype=torch.long, device="cpu")
     torch.cumsum(torch.bincount(token, minlength=edges.num_tokens), 0, out=first[1:])
-    return _Index(*sorted_, token.argsort(stable=True), first)
+    return _SortedEdges(*sorted_, token.argsort(stable=True), first)
 
 
-def _floats(rows: int, columns: int) -> Tensor:
+def _empty_float32(rows: int, columns: int) -> Tensor:
     """Room for what the C code writes: float32 whatever torch's default is."""
     return torch.empty(rows, columns, dtype=torch.float32, device="cpu")
 
 
-class _Mix(torch.autograd.Function):
+class _FusedMoE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *floats, index, plan = inputs
         x, weight, up, down = (t.contiguous() for t in floats)
         weight = weight.float()
         out = torch.empty_like(x)
-        rows = _floats(plan.live, x.shape[1])
-        pre = _floats(plan.live, up.shape[2]) if plan.keep else None
+        rows = _empty_float32(plan.live, x.shape[1])
+        pre = _empty_float32(plan.live, up.shape[2]) if plan.keep else None
         tensors = {"x": x, "up": up, "down": down, "weight": weight, "pre": pre}
         tensors |= {"rows": rows, "out": out}
         plan.library.forward(plan.sizes(x=x, up=up, down=down), tensors | index._asdict())
@@ -142,10 +142,10 @@ class _Mix(torch.autograd.Function):
             "down": down,
             "weight": weight,
             "pre": pre,
-            "rows": _floats(plan.live, x.shape[1]) if for_x else None,
+            "rows": _empty_float32(plan.live, x.shape[1]) if for_x else None,
             "grad": grads[0].contiguous(),
-            "active": _floats(plan.live, down.shape[1]) if matrices else None,
-            "grad_pre": _floats(plan.live, up.shape[2]) if matrices else None,
+            "active": _empty_float32(plan.live, down.shape[1]) if matrices else None,
+            "grad_pre": _empty_float32(plan.live, up.shape[2]) if matrices else None,
         }
         made = {
             "grad_x": torch.empty_like(x) if for_x else None,
@@ -154,5 +154,5 @@ class _Mix(torch.autograd.Function):
             "grad_down": torch.empty_like(down) if for_down else None,
         }
         sizes = plan.sizes(x=x, up=up, down=down)
-        plan.library.backward(sizes, tensors | made | _Index(*index)._asdict())
+        plan.library.backward(sizes, tensors | made | _SortedEdges(*index)._asdict())
         return *made.values(), None, None

@@ -11,11 +11,11 @@ With ``y = active @ down`` and ``out = sum of weight * y``, the gradient of an e
 import triton
 import triton.language as tl
 
-from moesaic.ops.triton.parts import activate, activate_back, bank_tile, tile_at
+from moesaic.ops.triton.parts import activation_forward, activation_backward, load_weight_tile, swizzled_tile
 
 
 @triton.jit(do_not_specialize=["tiles", "edges"])
-def down_back_kernel(
+def down_backward_kernel(
     grad, bank, bias, token, order, weight, hidden,
     grad_hidden, scaled, dots, tile_expert, tile_row, ends, tiles, edges,
     D: tl.constexpr, F: tl.constexpr, ACT: tl.constexpr,
@@ -29,7 +29,7 @@ def down_back_kernel(
     GATED: tl.constexpr = ACT == "swiglu"
     G: tl.constexpr = 2 * F if GATED else F
     EVEN: tl.constexpr = D % BK == 0 and F % BN == 0
-    row_tile, column_tile = tile_at(tl.program_id(0), tiles, tl.cdiv(F, BN), GROUP)
+    row_tile, column_tile = swizzled_tile(tl.program_id(0), tiles, tl.cdiv(F, BN), GROUP)
     expert = tl.load(tile_expert + row_tile)
     if expert < 0:
         return
@@ -47,7 +47,7 @@ def down_back_kernel(
             a = tl.load(at + k)
         else:
             a = tl.load(at + k, mask=depth[None, :] < D - k, other=0.0)
-        b = bank_tile(bank, expert, column, k, F, D, BN, BK, EVEN, TMA)
+        b = load_weight_tile(bank, expert, column, k, F, D, BN, BK, EVEN, TMA)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
         if BIAS:
             more = tl.load(bias + expert * D + k + depth, mask=depth < D - k, other=0.0)
@@ -61,15 +61,15 @@ def down_back_kernel(
     hidden += long * G
     grad_hidden += long * G
     scaled += long * F
-    dot = _half_back(left, w, live, column, hidden, grad_hidden, scaled, F, ACT)
-    dot += _half_back(right, w, live, column + BN // 2, hidden, grad_hidden, scaled, F, ACT)
+    dot = _half_tile_backward(left, w, live, column, hidden, grad_hidden, scaled, F, ACT)
+    dot += _half_tile_backward(right, w, live, column + BN // 2, hidden, grad_hidden, scaled, F, ACT)
     if BIAS:
         dot += tl.where(column_tile == 0, from_bias, 0.0)
     tl.store(dots + column_tile * edges + edge, dot, mask=live)
 
 
 @triton.jit
-def _half_back(
+def _half_tile_backward(
     acc, w, live, column, hidden, grad_hidden, scaled, F: tl.constexpr, ACT: tl.constexpr
 ):
     """Store the gradient of ``hidden`` and ``w * active``; return the rows' <acc, active>."""
@@ -82,8 +82,8 @@ def _half_back(
     value = gate
     if GATED:
         value = tl.load(hidden + F + r * G + c, mask=mask, other=0.0).to(tl.float32)
-    active = activate(gate, value, ACT)
-    to_gate, to_value = activate_back(gate, value, acc * w, ACT)
+    active = activation_forward(gate, value, ACT)
+    to_gate, to_value = activation_backward(gate, value, acc * w, ACT)
     tl.store(grad_hidden + r * G + c, to_gate.to(grad_hidden.dtype.element_ty), mask=mask)
     if GATED:
         at_value = grad_hidden + F + r * G + c
@@ -93,7 +93,7 @@ def _half_back(
 
 
 @triton.jit
-def outer_kernel(
+def weight_gradient_kernel(
     left, right, token, ends, out,
     P: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
@@ -102,7 +102,7 @@ def outer_kernel(
     """``out[e] = left[rows of e].T @ right[rows of e]``; a gathered side is read by token."""
     TILES: tl.constexpr = tl.cdiv(P, BP) * tl.cdiv(Q, BQ)
     expert = tl.program_id(0) // TILES
-    p_tile, q_tile = tile_at(tl.program_id(0) % TILES, tl.cdiv(P, BP), tl.cdiv(Q, BQ), GROUP)
+    p_tile, q_tile = swizzled_tile(tl.program_id(0) % TILES, tl.cdiv(P, BP), tl.cdiv(Q, BQ), GROUP)
     start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends + expert)
     p = p_tile * BP + tl.arange(0, BP)
@@ -128,7 +128,7 @@ def outer_kernel(
 
 
 @triton.jit
-def sum_kernel(
+def bias_gradient_kernel(
     rows, index, order, weight, ends, out,
     C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     GATHER: tl.constexpr, WEIGHTED: tl.constexpr,

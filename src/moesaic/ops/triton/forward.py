@@ -11,11 +11,11 @@ on the device alone: a grid covers the most there can be, and programs past the 
 import triton
 import triton.language as tl
 
-from moesaic.ops.triton.parts import activate, bank_tile, tile_at
+from moesaic.ops.triton.parts import activation_forward, load_weight_tile, swizzled_tile
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def plan_kernel(
+def tile_schedule_kernel(
     ends, tile_expert, tile_row, tiles,
     E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +39,7 @@ def plan_kernel(
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def up_kernel(
+def up_projection_kernel(
     x, bank, bias, token, hidden, active, tile_expert, tile_row, ends, tiles,
     D: tl.constexpr, F: tl.constexpr, ACT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -49,7 +49,7 @@ def up_kernel(
     GATED: tl.constexpr = ACT == "swiglu"
     G: tl.constexpr = 2 * F if GATED else F
     EVEN: tl.constexpr = D % BK == 0 and F % BN == 0
-    row_tile, column_tile = tile_at(tl.program_id(0), tiles, tl.cdiv(F, BN), GROUP)
+    row_tile, column_tile = swizzled_tile(tl.program_id(0), tiles, tl.cdiv(F, BN), GROUP)
     expert = tl.load(tile_expert + row_tile)
     if expert < 0:
         return
@@ -68,10 +68,10 @@ def up_kernel(
             a = tl.load(at + k)
         else:
             a = tl.load(at + k, mask=depth[None, :] < D - k, other=0.0)
-        b = bank_tile(bank, expert, k, column, D, G, BK, BN, EVEN, TMA)
+        b = load_weight_tile(bank, expert, k, column, D, G, BK, BN, EVEN, TMA)
         gate = tl.dot(a, b, gate, input_precision=PRECISION)
         if GATED:
-            b = bank_tile(bank, expert, k, F + column, D, G, BK, BN, EVEN, TMA)
+            b = load_weight_tile(bank, expert, k, F + column, D, G, BK, BN, EVEN, TMA)
             value = tl.dot(a, b, value, input_precision=PRECISION)
     columns = column + tl.arange(0, BN)
     inside = columns < F
@@ -90,13 +90,13 @@ def up_kernel(
         tl.store(at_hidden, kept_gate, mask=mask)
         if GATED:
             tl.store(at_hidden + F, kept_value, mask=mask)
-    out = activate(kept_gate.to(tl.float32), kept_value.to(tl.float32), ACT)
+    out = activation_forward(kept_gate.to(tl.float32), kept_value.to(tl.float32), ACT)
     at_active = active + top.to(tl.int64) * F + r[:, None] * F + columns[None, :]
     tl.store(at_active, out.to(active.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def rows_kernel(
+def row_matmul_kernel(
     left, bank, bias, out, tile_expert, tile_row, ends, tiles, first,
     P: tl.constexpr, Q: tl.constexpr, WIDTH: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -107,7 +107,7 @@ def rows_kernel(
     ``left`` is [N, P]; the bank is [E, P, Q], or [E, Q, P] if TURNED, and then transposed.
     """
     EVEN: tl.constexpr = P % BK == 0 and WIDTH % BN == 0
-    row_tile, column_tile = tile_at(tl.program_id(0), tiles, tl.cdiv(WIDTH, BN), GROUP)
+    row_tile, column_tile = swizzled_tile(tl.program_id(0), tiles, tl.cdiv(WIDTH, BN), GROUP)
     expert = tl.load(tile_expert + row_tile)
     if expert < 0:
         return
@@ -124,9 +124,9 @@ def rows_kernel(
         else:
             a = tl.load(at + k, mask=depth[None, :] < P - k, other=0.0)
         if TURNED:
-            b = bank_tile(bank, expert, first + column, k, Q, P, BN, BK, EVEN, TMA).T
+            b = load_weight_tile(bank, expert, first + column, k, Q, P, BN, BK, EVEN, TMA).T
         else:
-            b = bank_tile(bank, expert, k, first + column, P, Q, BK, BN, EVEN, TMA)
+            b = load_weight_tile(bank, expert, k, first + column, P, Q, BK, BN, EVEN, TMA)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     columns = column + tl.arange(0, BN)
     inside = columns < WIDTH
@@ -139,7 +139,7 @@ def rows_kernel(
 
 
 @triton.jit
-def home_kernel(
+def unpermute_sum_kernel(
     rows, place, weight, edge_of, starts, ends, out, first,
     E: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr,
     BD: tl.constexpr, WEIGHTED: tl.constexpr,

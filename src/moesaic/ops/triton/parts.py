@@ -12,7 +12,7 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_at(pid, tiles, columns: tl.constexpr, GROUP: tl.constexpr):
+def swizzled_tile(pid, tiles, columns: tl.constexpr, GROUP: tl.constexpr):
     """Return (row tile, column tile) of a program: GROUP row tiles share their columns in L2."""
     width = GROUP * columns
     first = pid // width * GROUP
@@ -22,7 +22,7 @@ def tile_at(pid, tiles, columns: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def bank_tile(
+def load_weight_tile(
     bank, expert, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def bank_tile(
 
 
 @triton.jit
-def activate(gate, value, ACT: tl.constexpr):
+def activation_forward(gate, value, ACT: tl.constexpr):
     """Return the activation in float32; ``value`` counts only if gated. NaN stays NaN."""
     if ACT == "swiglu":
         out = gate * tl.sigmoid(gate) * value
@@ -55,7 +55,7 @@ def activate(gate, value, ACT: tl.constexpr):
 
 
 @triton.jit
-def activate_back(gate, value, grad, ACT: tl.constexpr):
+def activation_backward(gate, value, grad, ACT: tl.constexpr):
     """Return the gradients of gate and value (the latter counts only if gated)."""
     if ACT == "swiglu":
         s = tl.sigmoid(gate)

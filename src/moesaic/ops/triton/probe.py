@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from moesaic.core.shapes import Tensor
-from moesaic.ops.group import group
-from moesaic.ops.grouped import Activation, Banks, Segments
-from moesaic.ops.mixture import Composed, Edges, Mixer
-from moesaic.ops.triton.mixer import DTYPES, TritonMixer
+from moesaic.ops.group import group_by_expert
+from moesaic.ops.grouped import ActivationFunction, FeedForwardWeights, SequentialGEMM
+from moesaic.ops.mixture import UnfusedMoEKernel, Edges, MoEKernel
+from moesaic.ops.triton.mixer import DTYPES, TritonMoEKernel
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+REFERENCE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "relu2": lambda x: x.relu().square(),
     "gelu": F.gelu,
@@ -22,21 +22,21 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
 TOKENS, DIM, HIDDEN, EXPERTS, K = 48, 64, 32, 4, 2
 
 
-def _named(activation: str) -> Activation:
+def _activation_by_name(activation: str) -> ActivationFunction:
     """Return an activation by the name that kernels know."""
 
     class Named:
         kernel: ClassVar[str] = activation
 
         def __call__(self, x: Tensor, /) -> Tensor:
-            return PLAIN[activation](x)
+            return REFERENCE_ACTIVATIONS[activation](x)
 
     return Named()
 
 
-def probe(device: torch.device, *, dtype: torch.dtype, activation: str) -> str:
+def kernel_failure(device: torch.device, *, dtype: torch.dtype, activation: str) -> str:
     """Return what went wrong, or nothing. Compiles the kernels and waits for the device."""
-    if dtype not in DTYPES or activation not in PLAIN:
+    if dtype not in DTYPES or activation not in REFERENCE_ACTIVATIONS:
         return f"there is no kernel for {dtype} and {activation!r}"
     try:
         # whatever the layer that asks first runs under
@@ -45,9 +45,9 @@ def probe(device: torch.device, *, dtype: torch.dtype, activation: str) -> str:
             torch.enable_grad(),
             torch.autocast(device.type, enabled=False),
         ):
-            got = _run(TritonMixer(), device=device, dtype=dtype, activation=activation)
-            twin = Composed(Segments())
-            want = _run(twin, device=device, dtype=torch.float32, activation=activation)
+            got = _output_and_gradients(TritonMoEKernel(), device=device, dtype=dtype, activation=activation)
+            twin = UnfusedMoEKernel(SequentialGEMM())
+            want = _output_and_gradients(twin, device=device, dtype=torch.float32, activation=activation)
     except Exception as error:  # a compiler and a driver may raise anything; the reason is kept
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     for name, a, b in zip(("output", "x", "weights", "up", "down"), got, want, strict=True):
@@ -57,8 +57,8 @@ def probe(device: torch.device, *, dtype: torch.dtype, activation: str) -> str:
     return ""
 
 
-def _run(
-    mixer: Mixer, *, device: torch.device, dtype: torch.dtype, activation: str
+def _output_and_gradients(
+    kernel: MoEKernel, *, device: torch.device, dtype: torch.dtype, activation: str
 ) -> list[Tensor]:
     """Return the output and every gradient; the inputs are those that ``dtype`` can hold."""
     draw = torch.Generator().manual_seed(0)
@@ -73,7 +73,7 @@ def _run(
     back = torch.randn(TOKENS, DIM, generator=draw).bfloat16().to(device, dtype)
     expert = (torch.arange(TOKENS * K) ** 2 % (EXPERTS + 1)).to(device)  # some lead nowhere
     token = torch.arange(TOKENS).repeat_interleave(K).to(device)
-    groups = group(expert, num_experts=EXPERTS)
+    groups = group_by_expert(expert, num_experts=EXPERTS)
     edges = Edges(token, weight.requires_grad_(), groups, TOKENS, K)
-    out = mixer(x, edges=edges, banks=Banks(up, down), activation=_named(activation))
+    out = kernel(x, edges=edges, banks=FeedForwardWeights(up, down), activation=_activation_by_name(activation))
     return [out.detach(), *torch.autograd.grad(out, [x, weight, up, down], back)]

@@ -14,8 +14,8 @@ import torch
 from moesaic.core.files import read_json
 
 TABLE = Path(__file__).with_name("tiles.json")
-SEGMENT_OPS = ("up", "down", "down_back", "up_back")  # these share the schedule of row tiles
-OUTER_OPS = ("up_outer", "down_outer")
+ROW_TILE_OPS = ("up", "down", "down_back", "up_back")  # these share the schedule of row tiles
+WEIGHT_GRADIENT_OPS = ("up_outer", "down_outer")
 REGIMES = {"few": 16.0, "some": 64.0, "many": float("inf")}  # most rows per expert, on average
 
 
@@ -26,12 +26,12 @@ class Tile:
     ``group`` row tiles run beside each other for the L2 cache; ``tma`` reads banks by descriptor.
     """
 
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-    group: int = 8
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
     tma: bool = False
 
 
@@ -43,15 +43,15 @@ def regime(*, edges: int, experts: int) -> str:
     return next(name for name, most in REGIMES.items() if edges <= most * experts)
 
 
-def tiles_for(*, edges: int, experts: int, dtype: torch.dtype, card: str) -> Tiles:
+def tiles_for(*, edges: int, experts: int, dtype: torch.dtype, architecture: str) -> Tiles:
     """Return the tile of each product for a shape on a card (``card_of``)."""
     table = load_table()
     kind = "single" if dtype == torch.float32 else "half"
     name = regime(edges=edges, experts=experts)
-    return table.get(card, {}).get(kind, {}).get(name) or table["any"][kind][name]
+    return table.get(architecture, {}).get(kind, {}).get(name) or table["any"][kind][name]
 
 
-def card_of(device: torch.device) -> str:
+def gpu_architecture(device: torch.device) -> str:
     """Return ``sm90`` for a Hopper, ``sm80`` for any Ampere or Ada, ``any`` where it is unknown."""
     if device.type != "cuda" or torch.version.hip:
         return "any"
@@ -77,12 +77,12 @@ def parse_table(raw: dict[str, Any]) -> dict[str, dict[str, dict[str, Tiles]]]:
 
 def _parse(where: str, ops: dict[str, list[int]]) -> Tiles:
     tiles = {op: Tile(*numbers[:6], tma=bool(numbers[6])) for op, numbers in ops.items()}
-    if len({tiles[op].rows for op in SEGMENT_OPS}) > 1:
-        raise ValueError(f"tiles for {where}: {', '.join(SEGMENT_OPS)} must have the same rows")
+    if len({tiles[op].block_m for op in ROW_TILE_OPS}) > 1:
+        raise ValueError(f"tiles for {where}: {', '.join(ROW_TILE_OPS)} must have the same rows")
     return tiles
 
 
-def as_numbers(tile: Tile) -> list[int]:
+def to_numbers(tile: Tile) -> list[int]:
     """Return a tile as it stands in ``tiles.json``."""
-    numbers = [tile.rows, tile.columns, tile.depth, tile.warps, tile.stages, tile.group]
+    numbers = [tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages, tile.group_m]
     return [*numbers, int(tile.tma)]

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from moesaic.checkpoint.publish import Keep
-from moesaic.checkpoint.save import save
-from moesaic.checkpoint.saver import Saver
+from moesaic.checkpoint.publish import RetentionPolicy
+from moesaic.checkpoint.save import save_checkpoint
+from moesaic.checkpoint.saver import CheckpointSaver
 from moesaic.checkpoint.snapshot import RankSnapshot
 from moesaic.dist.first import run_on_rank0
 from moesaic.train.hooks.hook import Hook
@@ -22,7 +22,7 @@ class SaveCheckpoints(Hook):
         self.root = root
         self._flush = flush
         self._saved: int | None = None
-        self._saver: Saver | None = None
+        self._saver: CheckpointSaver | None = None
 
     def before_run(self, trainer: Trainer) -> None:
         self._saved = trainer.step  # what it was resumed from; a fresh start can be made again
@@ -46,20 +46,20 @@ class SaveCheckpoints(Hook):
         snapshot = trainer.snapshot()
         keep = trainer.run.checkpoint.keep
         if isinstance(snapshot, RankSnapshot):
-            self._share(trainer, snapshot, keep=Keep(keep, best))
+            self._share(trainer, snapshot, keep=RetentionPolicy(keep, best))
             return
 
         def write() -> None:
             self._flush()
-            save(self.root, snapshot, keep=keep, best=best)
+            save_checkpoint(self.root, snapshot, keep=keep, best=best)
 
         run_on_rank0(trainer.world, write)
         self._saved = trainer.step
 
-    def _share(self, trainer: Trainer, snapshot: RankSnapshot, *, keep: Keep) -> None:
+    def _share(self, trainer: Trainer, snapshot: RankSnapshot, *, keep: RetentionPolicy) -> None:
         """Write what each rank holds: in the background, but for a run that ends."""
         run_on_rank0(trainer.world, self._flush)
         if self._saver is None:
-            self._saver = Saver(self.root, world=trainer.world)
-        self._saver.start(snapshot, keep=keep)
+            self._saver = CheckpointSaver(self.root, world=trainer.world)
+        self._saver.save_async(snapshot, retention=keep)
         self._saved = trainer.step
