@@ -24,11 +24,11 @@ from moesaic.model.count import BatchDims, count_parameters
 from moesaic.model.presets import preset
 from moesaic.ops.grouped import SequentialGEMM
 from moesaic.ops.mixture import UnfusedMoEKernel
-from moesaic.parallel.capacity import Budget, Largest, Setting, largest
-from moesaic.parallel.config import Parallel
-from moesaic.parallel.cost import MIXED, rank_bytes
-from moesaic.parallel.inventory import Inventory
-from moesaic.parallel.sends import sends
+from moesaic.parallel.capacity import MemoryBudget, LargestModel, EstimateSettings, largest_fitting_model
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.cost import MIXED_PRECISION, estimate_memory
+from moesaic.parallel.inventory import ParameterInventory
+from moesaic.parallel.sends import communication_volume
 from moesaic.train.rehearse import evenly, rehearse
 
 OUT = Path(__file__).parent / "results" / "scale.json"
@@ -80,10 +80,10 @@ CASES = (
 def priced(case: Case) -> dict[str, Any]:
     """Return what rank 0 of a case holds and sends, in closed form."""
     started = time.perf_counter()
-    config, parallel = preset(case.preset).config, Parallel(plan=case.plan)
-    holding = Inventory(config).on(parallel, world=case.world)
+    config, parallel = preset(case.preset).config, ParallelConfig(plan=case.plan)
+    holding = ParameterInventory(config).on_rank(parallel, world=case.world)
     sizes = case.sizes[0]
-    held, lines = rank_bytes(holding, sizes=sizes), sends(holding, sizes=sizes)
+    held, lines = estimate_memory(holding, sizes=sizes), communication_volume(holding, sizes=sizes)
     return {
         "preset": case.preset,
         "parameters": count_parameters(config).total,
@@ -99,13 +99,13 @@ def priced(case: Case) -> dict[str, Any]:
 
 def rehearsed(case: Case) -> dict[str, Any]:
     """Rehearse a case here and compare it with its closed form."""
-    config, parallel, sizes = preset(case.preset).config, Parallel(plan=case.plan), case.sizes[1]
+    config, parallel, sizes = preset(case.preset).config, ParallelConfig(plan=case.plan), case.sizes[1]
     cpu = time.process_time()
     done = rehearse(config, parallel=parallel, world=case.world, sizes=sizes)
     cpu = time.process_time() - cpu
-    holding = Inventory(evenly(config)).on(parallel, world=case.world)
-    said = rank_bytes(holding, sizes=sizes, mixer=UnfusedMoEKernel(SequentialGEMM()))
-    lines = sends(holding, sizes=sizes)
+    holding = ParameterInventory(evenly(config)).on_rank(parallel, world=case.world)
+    said = estimate_memory(holding, sizes=sizes, kernel=UnfusedMoEKernel(SequentialGEMM()))
+    lines = communication_volume(holding, sizes=sizes)
     kinds = sorted({line.kind for line in (*lines, *done.sent)})
     sent = {
         kind: [sum(line.bytes for line in of if line.kind == kind) for of in (done.sent, lines)]
@@ -154,19 +154,19 @@ def capacity() -> dict[str, Any]:
     }
     found = {}
     for name, (base, degrees, host) in asked.items():
-        setting = Setting(Parallel(plan=degrees), 512, PAIRS, MIXED)
-        found[name] = _shown(largest(base, setting=setting, budget=Budget(40e9, host)))
+        setting = EstimateSettings(ParallelConfig(plan=degrees), 512, PAIRS, MIXED_PRECISION)
+        found[name] = _shown(largest_fitting_model(base, settings=setting, budget=MemoryBudget(40e9, host)))
     return found
 
 
-def _shown(found: Largest | None) -> dict[str, Any] | None:
+def _shown(found: LargestModel | None) -> dict[str, Any] | None:
     if found is None:
         return None
     return {
         "experts": found.experts,
         "parameters": found.parameters,
-        "device": found.held.device,
-        "host": found.held.host,
+        "device": found.memory.device,
+        "host": found.memory.host,
     }
 
 

@@ -7,7 +7,7 @@ from verify_page import PAGE, SECTIONS, Section
 
 from moesaic.core.config import Choice
 from moesaic.dist.plan import ParallelPlan
-from moesaic.parallel.config import Parallel
+from moesaic.parallel.config import ParallelConfig
 from moesaic.verify.page import summarize
 from moesaic.verify.plans import APPLIES_TO, describe_plan
 from moesaic.verify.prove import PlanResult
@@ -22,7 +22,7 @@ def rows(section: Section) -> list[tuple[str, str, str]]:
 
 
 def families() -> list[tuple[str, type[Choice]]]:
-    fields = ((name, Parallel.model_fields[name].annotation) for name in APPLIES_TO)
+    fields = ((name, ParallelConfig.model_fields[name].annotation) for name in APPLIES_TO)
     return [(n, f) for n, f in fields if isinstance(f, type) and issubclass(f, Choice)]
 
 
@@ -40,17 +40,17 @@ def test_every_degree_and_every_choice_there_is_has_a_row() -> None:
     words = [f"{axis} {degree}" for axis in AXES for degree in (2, 4)]
     words += [f"zero {stage}" for stage in (1, 2, 3)]
     for name, family in families():
-        usual = type(Parallel.model_fields[name].default).__name__
+        usual = type(ParallelConfig.model_fields[name].default).__name__
         words += [f"{name} {m.removesuffix(name.title())}" for m in family.members if m != usual]
     lacking = [word for word in words if not any(word in plan.split(", ") for plan in plans)]
     assert lacking == [], "python tools/verify_page.py writes the page again"
 
 
 def test_the_plain_choices_are_not_said() -> None:
-    assert describe_plan(Parallel(plan=ParallelPlan(data=2, expert=2))) == "data 2, expert 2"
+    assert describe_plan(ParallelConfig(plan=ParallelPlan(data=2, expert=2))) == "data 2, expert 2"
 
 
 def test_a_summary_counts_what_is_not_equal() -> None:
-    plan = Parallel()
+    plan = ParallelConfig()
     both = [PlanResult(2, "a", plan, None, ()), PlanResult(4, "b", plan, None, ("failed: x",))]
     assert summarize(both) == "2 plans of 2, 4 ranks: 1 not equal to one process"

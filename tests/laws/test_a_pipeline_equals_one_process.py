@@ -28,9 +28,9 @@ from moesaic.moe.links.recurrent import RecurrentRouting
 from moesaic.moe.select import TopK
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.position import LearnedPositions
-from moesaic.parallel.apply import lay
-from moesaic.parallel.config import Parallel
-from moesaic.parallel.pipeline import Micro, Pipeline, Scoring
+from moesaic.parallel.apply import parallelize
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.pipeline import MicroBatch, Pipeline, LossSettings
 from moesaic.parallel.ranks import BatchRanks
 from moesaic.parallel.schedules import (
     BreadthFirst,
@@ -39,11 +39,11 @@ from moesaic.parallel.schedules import (
     Interleaved,
     InterleavedZeroBubble,
     OneForwardOneBackward,
-    PipeSchedule,
+    PipelineSchedule,
     ZeroBubbleV,
-    can_split,
+    can_split_backward,
 )
-from moesaic.parallel.stages import ByCost, Stages
+from moesaic.parallel.stages import BalancedSplit, PipelineStages
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import (
     BALANCED_TOP1,
@@ -88,7 +88,7 @@ ALL = (
     DualPipeV(),
 )
 WHOLE_BACKWARD = (GPipe(), OneForwardOneBackward(), Interleaved(), BreadthFirst())
-Case = tuple[ModelConfig, Sequence[PipeSchedule], int]
+Case = tuple[ModelConfig, Sequence[PipelineSchedule], int]
 ON_TWO: dict[str, Case] = {
     "top1-rts": (_of(RTS), ALL, 4),
     "decoder-shared-experts": (_decoder(SHARED), ALL, 8),
@@ -130,7 +130,7 @@ def _built(config: ModelConfig) -> Transformer:
 
 def _alone(config: ModelConfig, *, micro_batches: int) -> Alike:
     model = _built(config)
-    spread = lay(model, parallel=Parallel(), world=SingleProcess())
+    spread = parallelize(model, parallel=ParallelConfig(), world=SingleProcess())
     seen = OBJECTIVE.gradients(spread, batches=_batches(micro_batches))
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
@@ -142,16 +142,16 @@ def _mesh(data: int) -> Mesh:
     return Mesh(plan, rank=distributed.get_rank(), device=CPU, timeout_s=10)
 
 
-def _laid(config: ModelConfig, schedule: PipeSchedule, *, mesh: Mesh) -> Pipeline:
-    stages = Stages.of(config, schedule=schedule, ranks=mesh.plan.pipe, cut=ByCost())
+def _laid(config: ModelConfig, schedule: PipelineSchedule, *, mesh: Mesh) -> Pipeline:
+    stages = PipelineStages.of(config, schedule=schedule, ranks=mesh.plan.pipe, split=BalancedSplit())
     model = _built(config)
-    stages.keep_only(model, rank=mesh.coordinates()["pipe"])
+    stages.remove_other_stages(model, rank=mesh.coordinates()["pipe"])
     stage = mesh.group(*STAGE_AXES)
     set_ranks(model, BatchRanks(SingleProcess() if stage is None else ProcessGroupWorld(group=stage)))
-    return Pipeline.on(mesh, model=model, stages=stages)
+    return Pipeline.from_mesh(mesh, model=model, stages=stages)
 
 
-def _sums(micros: Sequence[Micro]) -> dict[str, float]:
+def _sums(micros: Sequence[MicroBatch]) -> dict[str, float]:
     """The loss's terms, summed over micro-batches and ranks."""
     here: dict[str, float] = {}
     for micro in micros:
@@ -166,11 +166,11 @@ def _compare(case: Case, want: Alike, *, data: int = 1) -> None:
     rank, copies = mesh.coordinates()["data"], mesh.group("data")
     batches = _batches(micro_batches, rank=rank, world=data)
     predicted = sum(batch.num_predicted for batch in _batches(micro_batches))
-    for schedule in (s for s in schedules if can_split() or not s.splits):
+    for schedule in (s for s in schedules if can_split_backward() or not s.splits_backward):
         pipe = _laid(config, schedule, mesh=mesh)
         assert pipe.stages.problems(micro_batches=micro_batches, zero=0) is None
-        micros = pipe.gradients(batches, scoring=Scoring(predicted, smoothing=0.1))
-        pipe.share_gradients()
+        micros = pipe.forward_backward(batches, loss_settings=LossSettings(predicted, smoothing=0.1))
+        pipe.sum_shared_gradients()
         assert _sums(micros) == pytest.approx(want.terms, abs=1e-5), schedule
         square = 0.0
         for name, parameter in pipe.model.named_parameters():
@@ -179,7 +179,7 @@ def _compare(case: Case, want: Alike, *, data: int = 1) -> None:
                 distributed.all_reduce(grad, group=copies)
             error = (grad - want.grads.get(name, torch.zeros(()))).abs().max()
             assert float(error) <= 1e-5, (schedule, name)
-            counts = pipe.stages.counts(name, rank=pipe.rank) and rank == 0
+            counts = pipe.stages.is_first_holder(name, rank=pipe.rank) and rank == 0
             square += float(grad.square().sum()) if counts else 0.0
         norm = math.sqrt(ProcessGroupWorld().all_reduce_floats({"square": square})["square"])
         assert norm == pytest.approx(want.norm, rel=1e-5), schedule
@@ -220,8 +220,8 @@ def test_a_pipeline_scores_any_number_of_batches_as_one_process_does() -> None:
         for schedule in (OneForwardOneBackward(), Interleaved(), ZeroBubbleV()):
             pipe = _laid(config, schedule, mesh=mesh)
             pipe.model.eval()
-            found = pipe.scores(batches, scoring=Scoring(1))
-            if pipe.last:
+            found = pipe.forward_only(batches, loss_settings=LossSettings(1))
+            if pipe.has_last_stage:
                 torch.testing.assert_close([micro.nll for micro in found], want)
             else:
                 assert all(micro.nll is None for micro in found)

@@ -18,17 +18,17 @@ from moesaic.model.config import ModelConfig
 from moesaic.ops.grouped import SequentialGEMM
 from moesaic.ops.mixture import UnfusedMoEKernel
 from moesaic.optim.optimizer import AdamW
-from moesaic.parallel.apply import apply, experts_of
-from moesaic.parallel.config import Parallel
-from moesaic.parallel.cost import rank_bytes
-from moesaic.parallel.inventory import Inventory
-from moesaic.parallel.sends import Sending, sends
+from moesaic.parallel.apply import parallelize_on_mesh, expert_counts
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.cost import estimate_memory
+from moesaic.parallel.inventory import ParameterInventory
+from moesaic.parallel.sends import CommunicationVolume, communication_volume
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.train.rehearse import batch_of, evenly, groups, rehearse, sent
 from parallel.prices import BIASED, BOTH, DECODER, SIZES, parallel
 
 Lines = dict[tuple[str, str], int]
-REAL: dict[str, tuple[ModelConfig, Parallel]] = {
+REAL: dict[str, tuple[ModelConfig, ParallelConfig]] = {
     "E": (BOTH, parallel(expert=4)),
     "E+D": (BIASED, parallel(expert=2)),
     "E+Z": (DECODER, parallel(expert=2, zero=3)),
@@ -37,7 +37,7 @@ REAL: dict[str, tuple[ModelConfig, Parallel]] = {
     "E+C": (BOTH, parallel(expert=4, context=2)),
     "E+Z2": (BIASED, parallel(expert=2, zero=2, tensor=2)),
 }
-REHEARSED: dict[str, tuple[ModelConfig, Parallel, int, int]] = {
+REHEARSED: dict[str, tuple[ModelConfig, ParallelConfig, int, int]] = {
     "E+D of 64": (BIASED, parallel(expert=4), 64, 63),
     "E+Z of 48": (BOTH, parallel(expert=4, zero=3), 48, 2),
     "E+Z+M+C of 64": (
@@ -50,7 +50,7 @@ REHEARSED: dict[str, tuple[ModelConfig, Parallel, int, int]] = {
 }
 
 
-def _sums(lines: Iterable[Sending], same: dict[str, str]) -> Lines:
+def _sums(lines: Iterable[CommunicationVolume], same: dict[str, str]) -> Lines:
     """Bytes by collective and group: two axes of the same ranks are one."""
     found: Counter[tuple[str, str]] = Counter()
     for line in lines:
@@ -75,8 +75,8 @@ def _step() -> dict[str, tuple[list[int], Lines, list[int], Lines]]:
     for name, (config, laid) in REAL.items():
         model = evenly(config).build()
         plan = laid.plan.resolve(4)
-        mesh = Mesh(plan, rank=rank, device=torch.device("cpu"), expert_counts=experts_of(model))
-        spread = apply(model, parallel=laid, mesh=mesh)
+        mesh = Mesh(plan, rank=rank, device=torch.device("cpu"), expert_counts=expert_counts(model))
+        spread = parallelize_on_mesh(model, parallel=laid, mesh=mesh)
         with CommunicationCounter(axes=groups(mesh)) as wire:
             output = model(batch_of(config, SIZES))
             terms = [value for record in output.records for value in record.losses.values()]
@@ -87,11 +87,11 @@ def _step() -> dict[str, tuple[list[int], Lines, list[int], Lines]]:
         slots = [t for state in optimizer.state.values() for t in state.values()]
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         held = [_bytes(group) for group in (list(model.parameters()), grads, slots)]
-        holding = Inventory(config).on(laid, world=4, rank=rank)
-        said = rank_bytes(holding, sizes=SIZES)
+        holding = ParameterInventory(config).on_rank(laid, world=4, rank=rank)
+        said = estimate_memory(holding, sizes=SIZES)
         forecast = [said.weights, said.gradients, said.optimizer]
         same = _same(mesh)
-        lines = _sums(sends(holding, sizes=SIZES), same)
+        lines = _sums(communication_volume(holding, sizes=SIZES), same)
         found[name] = (held, _sums(sent(wire), same), forecast, lines)
     return found
 
@@ -111,12 +111,12 @@ def test_real_ranks_hold_and_send_what_is_forecast() -> None:
 def test_a_rehearsed_rank_holds_and_sends_what_is_forecast(name: str) -> None:
     config, laid, world, rank = REHEARSED[name]
     done = rehearse(config, parallel=laid, world=world, sizes=SIZES, rank=rank)
-    holding = Inventory(evenly(config)).on(laid, world=world, rank=rank)
-    said = rank_bytes(holding, sizes=SIZES, mixer=UnfusedMoEKernel(SequentialGEMM()))
+    holding = ParameterInventory(evenly(config)).on_rank(laid, world=world, rank=rank)
+    said = estimate_memory(holding, sizes=SIZES, kernel=UnfusedMoEKernel(SequentialGEMM()))
     assert [done.weights, done.gradients] == [said.weights, said.gradients]
     assert done.optimizer == said.optimizer
     kinds = {line.kind for line in done.sent}
-    lines = sends(holding, sizes=SIZES)
+    lines = communication_volume(holding, sizes=SIZES)
     for kind in kinds | {line.kind for line in lines}:
         wanted = sum(line.bytes for line in lines if line.kind == kind)
         assert sum(line.bytes for line in done.sent if line.kind == kind) == wanted, kind

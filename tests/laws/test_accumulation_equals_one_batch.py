@@ -10,8 +10,8 @@ from moesaic.dist.world import SingleProcess
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.select import TopK
-from moesaic.parallel.apply import lay
-from moesaic.parallel.config import Parallel
+from moesaic.parallel.apply import parallelize
+from moesaic.parallel.config import ParallelConfig
 from moesaic.testing.tiny import LANGUAGES, TASKS, random_batch, tiny_model_config
 from moesaic.train.meters import Categories
 from moesaic.train.precision import Float32
@@ -28,7 +28,7 @@ def _gradients(batches: list[Batch], moe: SparseLayer) -> tuple[Pass, dict[str, 
     torch.manual_seed(0)
     model = Transformer(tiny_model_config(moe=moe))
     objective = Objective(Categories(TASKS, LANGUAGES), smoothing=0.1, precision=Float32())
-    seen = objective.gradients(lay(model, parallel=Parallel(), world=SingleProcess()), batches=batches)
+    seen = objective.gradients(parallelize(model, parallel=ParallelConfig(), world=SingleProcess()), batches=batches)
     return seen, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 

@@ -23,10 +23,10 @@ from moesaic.moe.limit import RandomPriority, Capacity
 from moesaic.moe.links.decoupled import DecoupledRouting
 from moesaic.moe.select import TopK
 from moesaic.nn.attention import AttentionConfig
-from moesaic.parallel.apply import lay
-from moesaic.parallel.config import Parallel, RingReach
+from moesaic.parallel.apply import parallelize
+from moesaic.parallel.config import ParallelConfig, Ring
 from moesaic.parallel.ranks import BatchRanks
-from moesaic.parallel.slices import take
+from moesaic.parallel.slices import slice_local
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import random_batch, shard_batch, tiny_model_config
 
@@ -53,19 +53,19 @@ MODELS = {
     ),
 }
 PLANS = {
-    "ulysses": Parallel(plan=ParallelPlan(context=2)),
-    "ring": Parallel(plan=ParallelPlan(context=2), reach=RingReach()),
-    "ring of 4": Parallel(plan=ParallelPlan(context=4), reach=RingReach()),
-    "ulysses of 4": Parallel(plan=ParallelPlan(context=4)),
-    "data and ring": Parallel(plan=ParallelPlan(context=2, data=2), reach=RingReach()),
-    "tensor and ulysses": Parallel(plan=ParallelPlan(context=2, tensor=2)),
+    "ulysses": ParallelConfig(plan=ParallelPlan(context=2)),
+    "ring": ParallelConfig(plan=ParallelPlan(context=2), context_parallel=Ring()),
+    "ring of 4": ParallelConfig(plan=ParallelPlan(context=4), context_parallel=Ring()),
+    "ulysses of 4": ParallelConfig(plan=ParallelPlan(context=4)),
+    "data and ring": ParallelConfig(plan=ParallelPlan(context=2, data=2), context_parallel=Ring()),
+    "tensor and ulysses": ParallelConfig(plan=ParallelPlan(context=2, tensor=2)),
 }
 ROWS = {"many rows": (5, 9), "one long row": (1, 40)}
 FEW = [("encoder-decoder", "many rows"), ("decoder", "one long row")]
 CASES = [*FEW, ("decoder", "many rows"), *((model, "many rows") for model in list(MODELS)[2:])]
 
 
-def _cases(parallel: Parallel) -> list[tuple[str, str]]:
+def _cases(parallel: ParallelConfig) -> list[tuple[str, str]]:
     return CASES if parallel.plan.world_size == 2 else FEW
 
 
@@ -110,18 +110,18 @@ def _whole(case: tuple[str, str]) -> Outcome:
     return _pass(_made(case), batch, predicted=batch.num_predicted)
 
 
-def _on_ranks(parallel: Parallel) -> list[Outcome]:
+def _on_ranks(parallel: ParallelConfig) -> list[Outcome]:
     """Return each case's outcome; gradients are compared here, with this rank's part of all."""
     found = []
     for case in _cases(parallel):
         model, batch = _made(case), _batch(case)
-        spread = lay(model, parallel=parallel, world=ProcessGroupWorld())
-        set_ranks(model, BatchRanks(spread.stage))
-        mine = shard_batch(batch, rank=spread.rows.rank, world_size=spread.rows.size)
+        spread = parallelize(model, parallel=parallel, world=ProcessGroupWorld())
+        set_ranks(model, BatchRanks(spread.stage_world))
+        mine = shard_batch(batch, rank=spread.data_world.rank, world_size=spread.data_world.size)
         outcome = _pass(model, mine, predicted=batch.num_predicted)
         spread.sum_gradients()
         for name, grad in _whole(case).grads.items():
-            part = take(grad, spread.held(name))
+            part = slice_local(grad, spread.local_spans(name))
             torch.testing.assert_close(outcome.grads[name], part, rtol=2e-4, atol=1e-6, msg=name)
         found.append(replace(outcome, grads={}))
     return found

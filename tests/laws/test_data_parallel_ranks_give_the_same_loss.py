@@ -36,8 +36,8 @@ from moesaic.moe.selects.threshold import Threshold
 from moesaic.moe.selects.top_p import TopP
 from moesaic.moe.spare import IdentityExperts, ZeroExperts
 from moesaic.optim.optimizer import AdamW
-from moesaic.parallel.apply import lay
-from moesaic.parallel.config import Parallel
+from moesaic.parallel.apply import parallelize
+from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.ranks import BatchRanks
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import (
@@ -107,7 +107,7 @@ Outcome = tuple[list[dict[str, float]], dict[str, torch.Tensor]]
 def _train(world: World, moe: SparseLayer, rows: int) -> Outcome:
     torch.manual_seed(0)
     model = Transformer(tiny_model_config(moe=moe))
-    spread = lay(model, parallel=Parallel(), world=world)
+    spread = parallelize(model, parallel=ParallelConfig(), world=world)
     set_ranks(model, BatchRanks(world))
     categories = Categories(TASKS, LANGUAGES)
     objective = Objective(categories, smoothing=0.1, precision=Float32())

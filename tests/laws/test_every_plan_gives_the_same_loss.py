@@ -14,8 +14,8 @@ from moesaic.moe.limit import Capacity
 from moesaic.moe.select import SwitchTop1, TopK
 from moesaic.nn.attention import AttentionConfig
 from moesaic.optim.optimizer import AdamW
-from moesaic.parallel.config import Parallel, RingReach
-from moesaic.parallel.recompute import Blocks
+from moesaic.parallel.config import ParallelConfig, Ring
+from moesaic.parallel.recompute import CheckpointBlocks
 from moesaic.testing.tiny import tiny_model_config, tiny_run
 from moesaic.train.run import Run
 from moesaic.verify.prove import compare_plans, make_setup
@@ -43,23 +43,23 @@ def language_model() -> Run:
 
 
 RUNS = {"translator": translator, "language-model": language_model}
-RING = RingReach()
+RING = Ring()
 PLANS = {
     "translator": (
-        Parallel(plan=ParallelPlan(data=2, expert=2, zero=1)),
-        Parallel(plan=ParallelPlan(data=1, tensor=2, expert=2)),
-        Parallel(plan=ParallelPlan(data=1, context=2, expert_tensor=2), reach=RING),
-        Parallel(plan=ParallelPlan(data=4, expert=2, zero=3)),
-        Parallel(plan=ParallelPlan(data=2, tensor=2, expert=2, expert_tensor=2, zero=2)),
-        Parallel(plan=ParallelPlan(data=2, context=2, tensor=2, expert=4, expert_tensor=2)),
+        ParallelConfig(plan=ParallelPlan(data=2, expert=2, zero=1)),
+        ParallelConfig(plan=ParallelPlan(data=1, tensor=2, expert=2)),
+        ParallelConfig(plan=ParallelPlan(data=1, context=2, expert_tensor=2), context_parallel=RING),
+        ParallelConfig(plan=ParallelPlan(data=4, expert=2, zero=3)),
+        ParallelConfig(plan=ParallelPlan(data=2, tensor=2, expert=2, expert_tensor=2, zero=2)),
+        ParallelConfig(plan=ParallelPlan(data=2, context=2, tensor=2, expert=4, expert_tensor=2)),
     ),
     "language-model": (
-        Parallel(plan=ParallelPlan(data=2)),
-        Parallel(plan=ParallelPlan(data=1, context=2, expert=2)),
-        Parallel(plan=ParallelPlan(data=1, context=2, tensor=2, expert=4, zero=2)),
-        Parallel(plan=ParallelPlan(data=2, context=2, expert_tensor=4), reach=RING),
-        Parallel(plan=ParallelPlan(pipe=2, data=2, expert=2, zero=1), recompute=Blocks()),
-        Parallel(plan=ParallelPlan(data=8, expert=8)),
+        ParallelConfig(plan=ParallelPlan(data=2)),
+        ParallelConfig(plan=ParallelPlan(data=1, context=2, expert=2)),
+        ParallelConfig(plan=ParallelPlan(data=1, context=2, tensor=2, expert=4, zero=2)),
+        ParallelConfig(plan=ParallelPlan(data=2, context=2, expert_tensor=4), context_parallel=RING),
+        ParallelConfig(plan=ParallelPlan(pipe=2, data=2, expert=2, zero=1), activation_checkpointing=CheckpointBlocks()),
+        ParallelConfig(plan=ParallelPlan(data=8, expert=8)),
     ),
 }
 

@@ -15,7 +15,7 @@ from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity
 from moesaic.moe.select import TopK
 from moesaic.optim.optimizer import AdamW
-from moesaic.parallel.config import Parallel
+from moesaic.parallel.config import ParallelConfig
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.hooks.checkpoint import SaveCheckpoints
@@ -46,7 +46,7 @@ def _run(plan: dict[str, int]) -> Run:
         accumulate=2,
         model=tiny_model_config(moe=LEARNS).replace(dropout=0.0),
         optimizer=AdamW(lr=1e-3, eps=1e-4),  # a tiny gradient must not decide a whole step's sign
-        parallel=Parallel(plan=ParallelPlan(**plan)),
+        parallel=ParallelConfig(plan=ParallelPlan(**plan)),
     )
 
 

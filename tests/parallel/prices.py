@@ -12,7 +12,7 @@ from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import LayerNorm
-from moesaic.parallel.config import Parallel
+from moesaic.parallel.config import ParallelConfig
 
 BOTH = ModelConfig(
     vocab_size=40,
@@ -38,6 +38,6 @@ DECODER = BOTH.replace(
 SIZES = BatchDims(rows=2, source=8, target=16)
 
 
-def parallel(**degrees: object) -> Parallel:
+def parallel(**degrees: object) -> ParallelConfig:
     """Return a plan of these degrees."""
-    return Parallel(plan=ParallelPlan(**degrees))
+    return ParallelConfig(plan=ParallelPlan(**degrees))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.parallel.bubbles import timeline
+from moesaic.parallel.bubbles import simulate_schedule
 from moesaic.parallel.schedules import (
     BreadthFirst,
     DualPipeV,
@@ -12,7 +12,7 @@ from moesaic.parallel.schedules import (
     Interleaved,
     InterleavedZeroBubble,
     OneForwardOneBackward,
-    PipeSchedule,
+    PipelineSchedule,
     ZeroBubbleV,
 )
 
@@ -33,18 +33,18 @@ ROWS = (
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("schedule", ROWS, ids=repr)
 def test_idle_time_is_that_of_the_closed_form(
-    schedule: PipeSchedule, size: tuple[int, int]
+    schedule: PipelineSchedule, size: tuple[int, int]
 ) -> None:
     ranks, micro_batches = size
     if schedule.problems(ranks=ranks, micro_batches=micro_batches):
         pytest.skip("not possible")
-    work = micro_batches * schedule.per_rank() * (3 if schedule.splits else 1)
-    idle = timeline(schedule, ranks=ranks, micro_batches=micro_batches).idle
+    work = micro_batches * schedule.stages_per_rank() * (3 if schedule.splits_backward else 1)
+    idle = simulate_schedule(schedule, ranks=ranks, micro_batches=micro_batches).idle
     assert idle == pytest.approx((ranks - 1) / (work + ranks - 1))
 
 
 def test_one_forward_one_backward_keeps_a_micro_batch_per_stage_and_gpipe_all() -> None:
-    kept = [timeline(s, ranks=4, micro_batches=32).kept for s in (GPipe(), OneForwardOneBackward())]
+    kept = [simulate_schedule(s, ranks=4, micro_batches=32).peak_micro_batches for s in (GPipe(), OneForwardOneBackward())]
     assert kept == [32, 4]
 
 
@@ -62,11 +62,11 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _name(schedule: PipeSchedule) -> str:
+def _name(schedule: PipelineSchedule) -> str:
     usual = schedule == type(schedule)()
     return type(schedule).__name__ if usual else f"{type(schedule).__name__}(stages=4)"
 
 
-def _cell(schedule: PipeSchedule, ranks: int, micro_batches: int) -> str:
-    found = timeline(schedule, ranks=ranks, micro_batches=micro_batches)
-    return f"{100 * found.idle:.1f} %, {found.kept:g}"
+def _cell(schedule: PipelineSchedule, ranks: int, micro_batches: int) -> str:
+    found = simulate_schedule(schedule, ranks=ranks, micro_batches=micro_batches)
+    return f"{100 * found.idle:.1f} %, {found.peak_micro_batches:g}"

@@ -12,22 +12,22 @@ from moesaic.moe.config import MoE, NoMoE
 from moesaic.ops.grouped import SequentialGEMM
 from moesaic.ops.mixture import UnfusedMoEKernel
 from moesaic.optim.optimizer import Muon
-from moesaic.parallel.capacity import Budget, Setting, largest, with_experts
-from moesaic.parallel.config import Parallel, RingReach
-from moesaic.parallel.cost import MIXED, RankBytes, rank_bytes
-from moesaic.parallel.inventory import Holding, Inventory
-from moesaic.parallel.recompute import Blocks
-from moesaic.parallel.sends import sends
+from moesaic.parallel.capacity import MemoryBudget, EstimateSettings, largest_fitting_model, with_experts
+from moesaic.parallel.config import ParallelConfig, Ring
+from moesaic.parallel.cost import MIXED_PRECISION, RankMemory, estimate_memory
+from moesaic.parallel.inventory import RankParameters, ParameterInventory
+from moesaic.parallel.recompute import CheckpointBlocks
+from moesaic.parallel.sends import communication_volume
 from parallel.prices import BOTH, DECODER, SIZES, parallel
 
 
-def held(config: ModelConfig, laid: Parallel, world: int, rank: int = 0) -> Holding:
-    return Inventory(config).on(laid, world=world, rank=rank)
+def held(config: ModelConfig, laid: ParallelConfig, world: int, rank: int = 0) -> RankParameters:
+    return ParameterInventory(config).on_rank(laid, world=world, rank=rank)
 
 
 @pytest.mark.parametrize("config", [BOTH, DECODER])
 def test_one_rank_holds_what_the_model_takes(config: ModelConfig) -> None:
-    found = rank_bytes(held(config, parallel(), 1), sizes=SIZES)
+    found = estimate_memory(held(config, parallel(), 1), sizes=SIZES)
     alone = estimate_training_memory(config, sizes=BatchDims(1, 2 * 8 if config.encoder.layers else 0, 2 * 16))
     assert (found.weights, found.gradients) == (alone.weights, alone.gradients)
     assert found.activations == pytest.approx(alone.activations, rel=0.01)
@@ -36,18 +36,18 @@ def test_one_rank_holds_what_the_model_takes(config: ModelConfig) -> None:
 
 def test_all_ranks_together_hold_each_value_once_when_everything_is_shared_out() -> None:
     plan = parallel(expert=4, tensor=2, zero=3)
-    inventory = Inventory(DECODER)
-    holdings = [inventory.on(plan, world=8, rank=rank) for rank in range(8)]
-    found = [rank_bytes(holding, sizes=SIZES).weights for holding in holdings]
+    inventory = ParameterInventory(DECODER)
+    holdings = [inventory.on_rank(plan, world=8, rank=rank) for rank in range(8)]
+    found = [estimate_memory(holding, sizes=SIZES).weights for holding in holdings]
     # what no axis cuts is shared out over data, and copied over the two tensor ranks
-    copied = {part.item.name for part in holdings[0].parts if "tensor" in part.sums}
-    twice = sum(math.prod(i.laid.shape) for i in inventory.items if i.name in copied)
+    copied = {part.parameter.name for part in holdings[0].shards if "tensor" in part.all_reduce_axes}
+    twice = sum(math.prod(i.placement.shape) for i in inventory.parameters if i.name in copied)
     assert sum(found) == 4 * (count_parameters(DECODER).total + twice)
 
 
 def test_offloading_moves_the_shares_and_nothing_else() -> None:
     on, off = (
-        rank_bytes(held(BOTH, parallel(expert=2, zero=2, offload=there), 4), sizes=SIZES)
+        estimate_memory(held(BOTH, parallel(expert=2, zero=2, offload=there), 4), sizes=SIZES)
         for there in (False, True)
     )
     assert off.host == on.state == off.state
@@ -55,14 +55,14 @@ def test_offloading_moves_the_shares_and_nothing_else() -> None:
 
 
 def test_experts_without_a_copy_stay_on_the_device() -> None:
-    found = rank_bytes(held(BOTH, parallel(expert=4, zero=2, offload=True), 4), sizes=SIZES)
+    found = estimate_memory(held(BOTH, parallel(expert=4, zero=2, offload=True), 4), sizes=SIZES)
     experts = 2 * 16 * (2 * 24 + 24) * 4  # two banks of one expert each
     assert found.state - found.host >= 4 * experts
 
 
 def test_mixed_precision_costs_as_much_state_and_half_the_activations() -> None:
     holding = held(BOTH, parallel(expert=2), 4)
-    plain, mixed = (rank_bytes(holding, sizes=SIZES, storage=s) for s in (None, MIXED))
+    plain, mixed = (estimate_memory(holding, sizes=SIZES, bytes_per_value=s) for s in (None, MIXED_PRECISION))
     assert mixed.weights * 2 == plain.weights
     assert mixed.state == plain.state
     assert mixed.activations * 2 == plain.activations
@@ -70,13 +70,13 @@ def test_mixed_precision_costs_as_much_state_and_half_the_activations() -> None:
 
 def test_the_optimizer_is_asked() -> None:
     holding = held(BOTH, parallel(expert=2), 4)
-    adamw, muon = (rank_bytes(holding, sizes=SIZES, optimizer=o) for o in (None, Muon()))
+    adamw, muon = (estimate_memory(holding, sizes=SIZES, optimizer=o) for o in (None, Muon()))
     assert muon.optimizer < adamw.optimizer
 
 
 def test_later_stages_of_zero_hold_less_at_once() -> None:
     found = [
-        rank_bytes(held(BOTH, parallel(expert=2, zero=stage), 8), sizes=SIZES)
+        estimate_memory(held(BOTH, parallel(expert=2, zero=stage), 8), sizes=SIZES)
         for stage in (1, 2, 3)
     ]
     peaks = [each.device for each in found]
@@ -87,7 +87,7 @@ def test_later_stages_of_zero_hold_less_at_once() -> None:
 def test_gradients_of_stage_one_travel_once_a_step() -> None:
     def reduced(stage: int, micro_batches: int) -> int:
         holding = held(BOTH, parallel(expert=2, zero=stage), 4)
-        lines = sends(holding, sizes=SIZES, micro_batches=micro_batches)
+        lines = communication_volume(holding, sizes=SIZES, micro_batches=micro_batches)
         return sum(line.bytes for line in lines if line.kind == "reduce-scatter")
 
     assert reduced(1, 4) == reduced(1, 1) == reduced(2, 1)
@@ -97,44 +97,44 @@ def test_gradients_of_stage_one_travel_once_a_step() -> None:
 def test_what_is_not_forecast_is_refused_with_the_way_out() -> None:
     with pytest.raises(ConfigError, match="pipe=2"):
         held(BOTH, parallel(pipe=2), 4)
-    ring = Parallel(plan=parallel(context=2).plan, reach=RingReach())
+    ring = ParallelConfig(plan=parallel(context=2).plan, context_parallel=Ring())
     with pytest.raises(ConfigError, match=r"reach=RingReach.*UlyssesReach"):
         held(BOTH, ring, 4)
-    again = parallel().replace(recompute=Blocks())
+    again = parallel().replace(recompute=CheckpointBlocks())
     with pytest.raises(ConfigError, match=r"recompute=Blocks.*KeepAll"):
         held(BOTH, again, 4)
     with pytest.raises(UserError, match="choose other rows"):
-        rank_bytes(held(BOTH, parallel(tensor=2), 4), sizes=BatchDims(1, 8, 5))
+        estimate_memory(held(BOTH, parallel(tensor=2), 4), sizes=BatchDims(1, 8, 5))
 
 
 def test_the_composed_mixture_keeps_more_than_the_compiled_one() -> None:
     holding = held(BOTH, parallel(expert=4), 4)
     composed = UnfusedMoEKernel(SequentialGEMM())
-    fused = rank_bytes(holding, sizes=SIZES)
-    plain = rank_bytes(holding, sizes=SIZES, mixer=composed)
+    fused = estimate_memory(holding, sizes=SIZES)
+    plain = estimate_memory(holding, sizes=SIZES, kernel=composed)
     assert plain.activations >= fused.activations
 
 
 def test_the_largest_model_fits_and_one_expert_more_does_not() -> None:
-    setting = Setting(parallel(expert=4, zero=3), 8, SIZES)
-    budget = Budget(device=3e5)
-    found = largest(DECODER, setting=setting, budget=budget)
+    setting = EstimateSettings(parallel(expert=4, zero=3), 8, SIZES)
+    budget = MemoryBudget(device=3e5)
+    found = largest_fitting_model(DECODER, settings=setting, budget=budget)
     assert found is not None
-    assert found.held == setting.price(with_experts(DECODER, found.experts))
-    assert budget.holds(found.held)
-    assert not budget.holds(setting.price(with_experts(DECODER, found.experts + 4)))
+    assert found.memory == setting.estimate(with_experts(DECODER, found.experts))
+    assert budget.fits(found.memory)
+    assert not budget.fits(setting.estimate(with_experts(DECODER, found.experts + 4)))
     assert found.parameters == count_parameters(with_experts(DECODER, found.experts)).total
 
 
 def test_the_memory_of_the_host_is_a_limit_too() -> None:
-    setting = Setting(parallel(expert=4, zero=3, offload=True), 8, SIZES)
-    free = largest(DECODER, setting=setting, budget=Budget(3e5))
-    bound = largest(DECODER, setting=setting, budget=Budget(3e5, host=1e5))
+    setting = EstimateSettings(parallel(expert=4, zero=3, offload=True), 8, SIZES)
+    free = largest_fitting_model(DECODER, settings=setting, budget=MemoryBudget(3e5))
+    bound = largest_fitting_model(DECODER, settings=setting, budget=MemoryBudget(3e5, host=1e5))
     assert free is not None
     assert bound is not None
     assert bound.experts < free.experts
-    assert bound.held.host <= 1e5
-    assert largest(DECODER, setting=setting, budget=Budget(1e3)) is None
+    assert bound.memory.host <= 1e5
+    assert largest_fitting_model(DECODER, settings=setting, budget=MemoryBudget(1e3)) is None
 
 
 def test_capacity_wants_one_number_of_experts() -> None:
@@ -146,6 +146,6 @@ def test_capacity_wants_one_number_of_experts() -> None:
 
 
 def test_a_rank_needs_on_the_device_what_is_not_in_the_host() -> None:
-    found = RankBytes(weights=1, gradients=2, optimizer=4, gathered=8, activations=16, host=3)
+    found = RankMemory(weights=1, gradients=2, optimizer=4, gathered=8, activations=16, host=3)
     assert found.state == 7
     assert found.device == 28

@@ -22,28 +22,28 @@ from moesaic.moe.dispatch_hop import DeduplicatedAllToAllDispatcher
 from moesaic.moe.layer import moe_layers, set_ranks
 from moesaic.moe.overlap import ChunkedAllToAllDispatcher
 from moesaic.moe.select import TopK
-from moesaic.parallel.apply import lay
-from moesaic.parallel.config import Parallel
-from moesaic.parallel.journey import InChunks, Journey, Lend, Straight, TwoHops
+from moesaic.parallel.apply import parallelize
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.journey import ChunkedAllToAll, ExpertDispatch, AdaptiveExperts, AllToAll, HierarchicalAllToAll
 from moesaic.parallel.ranks import BatchRanks
-from moesaic.parallel.slices import take
+from moesaic.parallel.slices import slice_local
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import random_batch, shard_batch, tiny_model_config
 
 MODEL = tiny_model_config(
     moe=MoE(experts=4, select=TopK(k=2), balance=(SwitchBalance(),), shared_experts=SharedExperts())
 )
-KINDS = {Straight: AllToAllDispatcher, TwoHops: DeduplicatedAllToAllDispatcher, InChunks: ChunkedAllToAllDispatcher, Lend: AdaptiveDispatcher}
-LAID: list[tuple[Journey, ParallelPlan]] = [
-    (Straight(), ParallelPlan(expert=4)),
-    (TwoHops(ranks_per_node=2), ParallelPlan(expert=4)),
-    (InChunks(forward=2, backward=4), ParallelPlan(expert=4)),
-    (Lend(), ParallelPlan(expert=4)),
-    (Lend(weight_byte_s=0), ParallelPlan(expert=2, expert_tensor=2)),
-    (TwoHops(ranks_per_node=1), ParallelPlan(expert=2, zero=3)),
-    (InChunks(forward=4, backward=2), ParallelPlan(expert=2, zero=3)),
-    (InChunks(), ParallelPlan(expert=2, zero=1)),
-    (Lend(weight_byte_s=0), ParallelPlan(expert=2, zero=3)),
+KINDS = {AllToAll: AllToAllDispatcher, HierarchicalAllToAll: DeduplicatedAllToAllDispatcher, ChunkedAllToAll: ChunkedAllToAllDispatcher, AdaptiveExperts: AdaptiveDispatcher}
+LAID: list[tuple[ExpertDispatch, ParallelPlan]] = [
+    (AllToAll(), ParallelPlan(expert=4)),
+    (HierarchicalAllToAll(ranks_per_node=2), ParallelPlan(expert=4)),
+    (ChunkedAllToAll(forward=2, backward=4), ParallelPlan(expert=4)),
+    (AdaptiveExperts(), ParallelPlan(expert=4)),
+    (AdaptiveExperts(weight_byte_s=0), ParallelPlan(expert=2, expert_tensor=2)),
+    (HierarchicalAllToAll(ranks_per_node=1), ParallelPlan(expert=2, zero=3)),
+    (ChunkedAllToAll(forward=4, backward=2), ParallelPlan(expert=2, zero=3)),
+    (ChunkedAllToAll(), ParallelPlan(expert=2, zero=1)),
+    (AdaptiveExperts(weight_byte_s=0), ParallelPlan(expert=2, zero=3)),
 ]
 
 
@@ -74,14 +74,14 @@ def _losses() -> list[float]:
     found = []
     for journey, plan in LAID:
         model = _made()
-        spread = lay(model, parallel=Parallel(plan=plan, journey=journey), world=ProcessGroupWorld())
-        set_ranks(model, BatchRanks(spread.stage))
+        spread = parallelize(model, parallel=ParallelConfig(plan=plan, dispatch=journey), world=ProcessGroupWorld())
+        set_ranks(model, BatchRanks(spread.stage_world))
         assert all(type(layer.dispatcher) is KINDS[type(journey)] for layer in moe_layers(model))
         spread.before_backward(last=True)
-        found.append(_backward(model, rank=spread.rows.rank, world=spread.rows.size))
+        found.append(_backward(model, rank=spread.data_world.rank, world=spread.data_world.size))
         spread.sum_gradients()
         for name, parameter in model.named_parameters():
-            part = take(_whole()[1][name], spread.held(name))
+            part = slice_local(_whole()[1][name], spread.local_spans(name))
             assert parameter.grad is not None, (journey, name)
             torch.testing.assert_close(
                 local_tensor(parameter.grad), part, rtol=1e-3, atol=1e-6, msg=f"{journey} {name}"
@@ -99,13 +99,13 @@ def _refusals() -> list[str]:
     found = []
     low_rank = tiny_model_config(moe=MoE(experts=4, expert=LoRAExpert(rank=2)))
     for journey, plan, config in (
-        (InChunks(), ParallelPlan(expert=2, expert_tensor=2), MODEL),
-        (TwoHops(ranks_per_node=2), ParallelPlan(expert_tensor=2), MODEL),
-        (TwoHops(ranks_per_node=3), ParallelPlan(expert=4), MODEL),
-        (Lend(), ParallelPlan(expert=2), low_rank),
+        (ChunkedAllToAll(), ParallelPlan(expert=2, expert_tensor=2), MODEL),
+        (HierarchicalAllToAll(ranks_per_node=2), ParallelPlan(expert_tensor=2), MODEL),
+        (HierarchicalAllToAll(ranks_per_node=3), ParallelPlan(expert=4), MODEL),
+        (AdaptiveExperts(), ParallelPlan(expert=2), low_rank),
     ):
         with pytest.raises(ConfigError) as caught:
-            lay(Transformer(config), parallel=Parallel(plan=plan, journey=journey), world=ProcessGroupWorld())
+            parallelize(Transformer(config), parallel=ParallelConfig(plan=plan, dispatch=journey), world=ProcessGroupWorld())
         found.append(str(caught.value))
     return found
 
@@ -120,22 +120,22 @@ def test_a_journey_that_cannot_be_is_refused_with_the_reason() -> None:
 
 
 def test_journeys_are_words_of_a_config() -> None:
-    run = Parallel().override(["journey=TwoHops(ranks_per_node=8)"])
-    assert run.journey == TwoHops(ranks_per_node=8)
+    run = ParallelConfig().override(["journey=TwoHops(ranks_per_node=8)"])
+    assert run.dispatch == HierarchicalAllToAll(ranks_per_node=8)
 
 
 def _gathered() -> list[int]:
     """Bytes gathered in a step under ZeRO 1 and 3, each with rows at once and in four chunks."""
     found = []
     for zero in (1, 3):
-        for journey in (Straight(), InChunks(forward=4, backward=4)):
+        for journey in (AllToAll(), ChunkedAllToAll(forward=4, backward=4)):
             plan = ParallelPlan(expert=2, zero=zero)
             model = _made()
-            spread = lay(model, parallel=Parallel(plan=plan, journey=journey), world=ProcessGroupWorld())
-            set_ranks(model, BatchRanks(spread.stage))
+            spread = parallelize(model, parallel=ParallelConfig(plan=plan, dispatch=journey), world=ProcessGroupWorld())
+            set_ranks(model, BatchRanks(spread.stage_world))
             spread.before_backward(last=True)
             with CommunicationCounter() as wire:
-                _backward(model, rank=spread.rows.rank, world=spread.rows.size)
+                _backward(model, rank=spread.data_world.rank, world=spread.data_world.size)
             found.append(wire.total_bytes(kind="all-gather"))
     return found
 

@@ -8,8 +8,8 @@ from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
 from moesaic.moe.config import MoE
 from moesaic.moe.select import TopK
 from moesaic.optim.optimizer import Muon
-from moesaic.parallel.config import Parallel
-from moesaic.parallel.slices import put
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.slices import write_shard
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import tiny_model_config, tiny_run, tiny_trainer
 
@@ -24,14 +24,14 @@ PLANS = [
 def _weights(plan: ParallelPlan) -> dict[str, Tensor]:
     world: World = ProcessGroupWorld() if torch.distributed.is_initialized() else SingleProcess()
     model = tiny_model_config(moe=MoE(experts=2, select=TopK(k=2)))
-    run = tiny_run(model=model, optimizer=Muon(lr=0.01), parallel=Parallel(plan=plan))
+    run = tiny_run(model=model, optimizer=Muon(lr=0.01), parallel=ParallelConfig(plan=plan))
     trainer = tiny_trainer(run, world=world)
     for _ in range(2):
         trainer.advance()
     found = {}
     for name, held in trainer.spread.shards().items():
         whole, times = torch.zeros(held.shape), torch.zeros(held.shape)
-        put(whole, held)
+        write_shard(whole, held)
         for piece in held.blocks:
             where = tuple(
                 slice(o, o + n) for o, n in zip(piece.offset, piece.data.shape, strict=True)

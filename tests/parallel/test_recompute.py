@@ -13,9 +13,9 @@ from moesaic.moe.limit import RandomPriority, Capacity
 from moesaic.moe.links.recurrent import RecurrentRouting
 from moesaic.moe.noise import Jitter
 from moesaic.moe.select import TopK
-from moesaic.parallel.apply import lay
-from moesaic.parallel.config import Parallel
-from moesaic.parallel.recompute import Blocks, KeepAll, Recompute, recompute
+from moesaic.parallel.apply import parallelize
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.recompute import CheckpointBlocks, NoCheckpointing, ActivationCheckpointing, apply_activation_checkpointing
 from moesaic.testing.tiny import (
     BALANCED_TOP1,
     LANGUAGES,
@@ -36,10 +36,10 @@ MIXTURES = {
 }
 
 
-def _model(moe: MoE, by: Recompute, *, dropout: float = 0.0) -> Transformer:
+def _model(moe: MoE, by: ActivationCheckpointing, *, dropout: float = 0.0) -> Transformer:
     torch.manual_seed(0)
     model = tiny_model_config(moe=moe, layers=2).replace(dropout=dropout).build()
-    recompute(model, by=by)
+    apply_activation_checkpointing(model, by=by)
     return model
 
 
@@ -47,15 +47,15 @@ def _step(model: Transformer) -> tuple[dict[str, float], list[Tensor | None]]:
     objective = Objective(Categories(TASKS, LANGUAGES), smoothing=0.1, precision=Float32())
     batches = [random_batch(3, seed=seed) for seed in range(3)]
     torch.manual_seed(1)  # of dropout
-    seen = objective.gradients(lay(model, parallel=Parallel(), world=SingleProcess()), batches=batches)
+    seen = objective.gradients(parallelize(model, parallel=ParallelConfig(), world=SingleProcess()), batches=batches)
     terms = {name: float(value) for name, value in seen.sums.terms.items()}
     return terms, [p.grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize("by", [Blocks(), Blocks(every=2)], ids=["all", "every-second"])
+@pytest.mark.parametrize("by", [CheckpointBlocks(), CheckpointBlocks(every=2)], ids=["all", "every-second"])
 @pytest.mark.parametrize("name", MIXTURES)
-def test_a_step_is_the_same_bit_for_bit(name: str, by: Recompute) -> None:
-    want, want_grads = _step(_model(MIXTURES[name], KeepAll(), dropout=0.1))
+def test_a_step_is_the_same_bit_for_bit(name: str, by: ActivationCheckpointing) -> None:
+    want, want_grads = _step(_model(MIXTURES[name], NoCheckpointing(), dropout=0.1))
     terms, grads = _step(_model(MIXTURES[name], by, dropout=0.1))
     assert terms == want
     for grad, wanted in zip(grads, want_grads, strict=True):
@@ -85,7 +85,7 @@ def _kept(model: Transformer) -> int:
 
 def test_fewer_bytes_are_kept() -> None:
     moe = MIXTURES["top1-rts-jitter"]
-    bytes_kept = [_kept(_model(moe, by)) for by in (KeepAll(), Blocks(every=2), Blocks())]
+    bytes_kept = [_kept(_model(moe, by)) for by in (NoCheckpointing(), CheckpointBlocks(every=2), CheckpointBlocks())]
     assert bytes_kept == sorted(bytes_kept, reverse=True)
     assert bytes_kept[2] < bytes_kept[0] / 4
 
@@ -93,7 +93,7 @@ def test_fewer_bytes_are_kept() -> None:
 def test_what_routers_hear_between_the_passes_does_not_change_the_gradient() -> None:
     moe = MIXTURES["over-the-step"]
 
-    def grads(by: Recompute, *, early: bool) -> list[Tensor | None]:
+    def grads(by: ActivationCheckpointing, *, early: bool) -> list[Tensor | None]:
         model, losses = _model(moe, by), []
         for seed in range(2):
             output = model(random_batch(3, seed=seed))
@@ -104,8 +104,8 @@ def test_what_routers_hear_between_the_passes_does_not_change_the_gradient() -> 
         sum(losses).backward()
         return [p.grad for p in model.parameters()]
 
-    want = grads(KeepAll(), early=False)
-    found = grads(Blocks(), early=True)
+    want = grads(NoCheckpointing(), early=False)
+    found = grads(CheckpointBlocks(), early=True)
     assert all(
         (a is None and b is None) or torch.equal(a, b) for a, b in zip(found, want, strict=True)
     )

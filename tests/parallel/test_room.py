@@ -8,9 +8,9 @@ from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity
 from moesaic.moe.select import SwitchTop1
-from moesaic.parallel.apply import lay
-from moesaic.parallel.config import Parallel
-from moesaic.parallel.ranks import DataRow, Room, WholeBatch
+from moesaic.parallel.apply import parallelize
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.ranks import DataParallelRank, CapacityScope, GlobalBatch
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import random_batch, shard_batch, tiny_model_config
 
@@ -23,11 +23,11 @@ def _model() -> Transformer:
     return Transformer(tiny_model_config(moe=TIGHT))
 
 
-def _dropped(room: Room) -> list[int]:
+def _dropped(room: CapacityScope) -> list[int]:
     """Dropped edges by layer, on this rank's rows."""
     world, model = ProcessGroupWorld(), _model()
     plan = ParallelPlan(expert=2)
-    lay(model, parallel=Parallel(plan=plan, room=room), world=world)
+    parallelize(model, parallel=ParallelConfig(plan=plan, capacity_scope=room), world=world)
     records = model(shard_batch(BATCH, rank=world.rank, world_size=world.size)).records
     return [int(record.routing.dropped.sum()) for record in records]
 
@@ -35,7 +35,7 @@ def _dropped(room: Room) -> list[int]:
 def _alone(ranks: tuple[int, ...]) -> list[int]:
     """The same of one process that holds the rows of these ranks."""
     model = _model()
-    lay(model, parallel=Parallel(), world=SingleProcess())
+    parallelize(model, parallel=ParallelConfig(), world=SingleProcess())
     parts = [shard_batch(BATCH, rank=rank, world_size=4) for rank in ranks]
     joined = type(BATCH)(
         **{name: torch.cat([getattr(p, name) for p in parts]) for name in BATCH.__slots__}
@@ -44,7 +44,7 @@ def _alone(ranks: tuple[int, ...]) -> list[int]:
 
 
 def test_room_within_a_data_row_is_that_of_one_process_with_those_rows() -> None:
-    rows, batch = (run_on_ranks(4, _dropped, room) for room in (DataRow(), WholeBatch()))
+    rows, batch = (run_on_ranks(4, _dropped, room) for room in (DataParallelRank(), GlobalBatch()))
     for ranks in ((0, 1), (2, 3)):  # neighbours share one set of experts
         found = [sum(counts) for counts in zip(*(rows[rank] for rank in ranks), strict=True)]
         assert found == _alone(ranks)

@@ -11,7 +11,7 @@ from moesaic.parallel.schedules import (
     Interleaved,
     InterleavedZeroBubble,
     OneForwardOneBackward,
-    PipeSchedule,
+    PipelineSchedule,
     ZeroBubbleV,
 )
 
@@ -27,9 +27,9 @@ ALL = (
 )
 
 
-def _ops(schedule: PipeSchedule, *, ranks: int, micro_batches: int) -> list[list[object]]:
+def _ops(schedule: PipelineSchedule, *, ranks: int, micro_batches: int) -> list[list[object]]:
     torch_class = getattr(pipelining, schedule.torch_name)
-    return get_schedule_ops(torch_class, ranks, micro_batches, schedule.per_rank())
+    return get_schedule_ops(torch_class, ranks, micro_batches, schedule.stages_per_rank())
 
 
 def _of(op: object) -> list[object]:
@@ -38,22 +38,22 @@ def _of(op: object) -> list[object]:
 
 
 @pytest.mark.parametrize("schedule", ALL, ids=repr)
-def test_each_rank_runs_the_stages_that_are_placed_on_it(schedule: PipeSchedule) -> None:
+def test_each_rank_runs_the_stages_that_are_placed_on_it(schedule: PipelineSchedule) -> None:
     for rank, ops in enumerate(_ops(schedule, ranks=3, micro_batches=6)):
         ran = {part.stage_index for op in ops for part in _of(op)}
-        assert ran == {s for s, place in enumerate(schedule.places(3)) if place == rank}
+        assert ran == {s for s, place in enumerate(schedule.rank_of_stage(3)) if place == rank}
 
 
 @pytest.mark.parametrize("schedule", ALL, ids=repr)
-def test_only_those_that_say_so_make_gradients_of_weights_apart(schedule: PipeSchedule) -> None:
+def test_only_those_that_say_so_make_gradients_of_weights_apart(schedule: PipelineSchedule) -> None:
     ops = _ops(schedule, ranks=2, micro_batches=4)
     kinds = {part.computation_type.name for rank in ops for op in rank for part in _of(op)}
-    assert ("BACKWARD_WEIGHT" in kinds) == schedule.splits
+    assert ("BACKWARD_WEIGHT" in kinds) == schedule.splits_backward
 
 
 @pytest.mark.parametrize("schedule", ALL[2:], ids=repr)
 @pytest.mark.parametrize("micro_batches", range(1, 10))
-def test_what_is_refused_is_what_torch_refuses(schedule: PipeSchedule, micro_batches: int) -> None:
+def test_what_is_refused_is_what_torch_refuses(schedule: PipelineSchedule, micro_batches: int) -> None:
     refused = schedule.problems(ranks=3, micro_batches=micro_batches)
     if refused is None:
         assert _ops(schedule, ranks=3, micro_batches=micro_batches)
@@ -70,4 +70,4 @@ def test_one_forward_one_backward_wants_a_micro_batch_per_stage() -> None:
 
 
 def test_a_schedule_is_read_from_words() -> None:
-    assert PipeSchedule._validate_choice("Interleaved(stages=3)") == Interleaved(stages=3)
+    assert PipelineSchedule._validate_choice("Interleaved(stages=3)") == Interleaved(stages=3)

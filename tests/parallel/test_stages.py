@@ -21,11 +21,11 @@ from moesaic.parallel.schedules import (
     Interleaved,
     InterleavedZeroBubble,
     OneForwardOneBackward,
-    PipeSchedule,
+    PipelineSchedule,
     ZeroBubbleV,
-    can_split,
+    can_split_backward,
 )
-from moesaic.parallel.stages import At, ByCost, Stages, block_costs, evenly
+from moesaic.parallel.stages import SplitAt, BalancedSplit, PipelineStages, block_costs, balanced_split
 from moesaic.testing.tiny import BALANCED_TOP1, random_batch, tiny_model_config
 
 CONFIG = tiny_model_config(layers=4)
@@ -33,17 +33,17 @@ DECODER = CONFIG.replace(encoder=Stack(layers=0), decoder=Stack(layers=8))
 
 
 def _stages(
-    config: ModelConfig, *, ranks: int = 2, schedule: PipeSchedule | None = None
-) -> Stages:
-    return Stages.of(config, schedule=schedule or Interleaved(), ranks=ranks, cut=ByCost())
+    config: ModelConfig, *, ranks: int = 2, schedule: PipelineSchedule | None = None
+) -> PipelineStages:
+    return PipelineStages.of(config, schedule=schedule or Interleaved(), ranks=ranks, split=BalancedSplit())
 
 
 @pytest.mark.parametrize("config", [CONFIG, DECODER], ids=["encoder-decoder", "decoder"])
 @pytest.mark.parametrize("schedule", [GPipe(), Interleaved(), ZeroBubbleV()], ids=repr)
 def test_every_block_is_in_one_stage_and_order_is_kept(
-    config: ModelConfig, schedule: PipeSchedule
+    config: ModelConfig, schedule: PipelineSchedule
 ) -> None:
-    legs = _stages(config, schedule=schedule).legs
+    legs = _stages(config, schedule=schedule).block_ranges
     assert [i for leg in legs for i in leg.encoder] == [*range(config.encoder.layers)]
     assert [i for leg in legs for i in leg.decoder] == [*range(config.decoder.layers)]
 
@@ -58,7 +58,7 @@ def test_the_dearest_stage_is_as_cheap_as_any_cut_makes_it() -> None:
             return max(sum(costs[a:b]) for a, b in spans)
 
         every = itertools.combinations(range(1, len(costs)), parts - 1)
-        assert dearest(evenly(costs, parts=parts)) == pytest.approx(min(map(dearest, every)))
+        assert dearest(balanced_split(costs, parts=parts)) == pytest.approx(min(map(dearest, every)))
 
 
 def test_costs_of_blocks_add_up_to_the_model() -> None:
@@ -73,14 +73,14 @@ def test_costs_of_blocks_add_up_to_the_model() -> None:
 
 def test_the_logits_make_the_last_stage_shorter() -> None:
     wide = DECODER.replace(vocab_size=4096)
-    assert len(_stages(wide).legs[-1].decoder) < len(_stages(wide).legs[0].decoder)
+    assert len(_stages(wide).block_ranges[-1].decoder) < len(_stages(wide).block_ranges[0].decoder)
 
 
 def test_a_cut_by_hand_is_kept_and_an_impossible_one_refused() -> None:
-    def cut(*blocks: int) -> Stages:
-        return Stages.of(CONFIG, schedule=GPipe(), ranks=2, cut=At(blocks=blocks))
+    def cut(*blocks: int) -> PipelineStages:
+        return PipelineStages.of(CONFIG, schedule=GPipe(), ranks=2, split=SplitAt(blocks=blocks))
 
-    assert cut(6).legs == (BlockRange(range(4), range(2)), BlockRange(range(4, 4), range(2, 4)))
+    assert cut(6).block_ranges == (BlockRange(range(4), range(2)), BlockRange(range(4, 4), range(2, 4)))
     for wrong in ((), (0,), (8,), (2, 3)):
         with pytest.raises(ConfigError, match=r"cut\.blocks=.* must be 1 rising numbers"):
             cut(*wrong)
@@ -112,24 +112,24 @@ def _built(config: ModelConfig) -> torch.nn.Module:
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("schedule", [Interleaved(), ZeroBubbleV()], ids=repr)
 def test_parts_have_the_names_and_the_weights_of_the_whole(
-    name: str, schedule: PipeSchedule
+    name: str, schedule: PipelineSchedule
 ) -> None:
     config = VARIANTS[name]
     stages, whole = _stages(config, schedule=schedule), dict(_built(config).named_parameters())
     found: dict[str, list[int]] = {}
     for rank in range(2):
         model = _built(config)
-        stages.keep_only(model, rank=rank)
+        stages.remove_other_stages(model, rank=rank)
         for path, parameter in model.named_parameters():
             assert torch.equal(parameter, whole[path])
             found.setdefault(path, []).append(rank)
-    assert {path: tuple(ranks) for path, ranks in found.items()} == stages.holders
+    assert {path: tuple(ranks) for path, ranks in found.items()} == stages.ranks_of_parameter
     assert set(found) == set(whole)
 
 
 def test_a_block_and_an_untied_table_lie_on_one_rank_alone() -> None:
     stages = _stages(VARIANTS["untied-learned"], schedule=OneForwardOneBackward(), ranks=4)
-    holders = stages.holders
+    holders = stages.ranks_of_parameter
     shared = {name for name, ranks in holders.items() if len(ranks) > 1}
     assert shared == {"embedding.weight", "position.table.weight"}
     assert holders["embedding.output"] == (3,)
@@ -137,15 +137,15 @@ def test_a_block_and_an_untied_table_lie_on_one_rank_alone() -> None:
 
 def test_a_tied_table_is_held_where_tokens_enter_and_where_they_are_scored() -> None:
     stages = _stages(CONFIG, schedule=OneForwardOneBackward(), ranks=4)
-    entry = next(rank for rank, leg in enumerate(stages.legs) if 0 in leg.decoder)
-    assert stages.holders["embedding.weight"] == (0, entry, 3)
-    assert stages.sharings == ((0, entry, 3),)
-    assert [stages.counts("embedding.weight", rank=r) for r in range(4)] == [1, 0, 0, 0]
+    entry = next(rank for rank, leg in enumerate(stages.block_ranges) if 0 in leg.decoder)
+    assert stages.ranks_of_parameter["embedding.weight"] == (0, entry, 3)
+    assert stages.shared_rank_sets == ((0, entry, 3),)
+    assert [stages.is_first_holder("embedding.weight", rank=r) for r in range(4)] == [1, 0, 0, 0]
 
 
 def test_a_part_that_is_elsewhere_says_so_when_it_is_asked() -> None:
     model = CONFIG.build()
-    _stages(CONFIG, schedule=GPipe()).keep_only(model, rank=1)
+    _stages(CONFIG, schedule=GPipe()).remove_other_stages(model, rank=1)
     with pytest.raises(RuntimeError, match=r"encoder\.0 is held by another rank"):
         model.forward_blocks(random_batch(2, seed=0), blocks=BlockRange.all_blocks(CONFIG))
 
@@ -153,7 +153,7 @@ def test_a_part_that_is_elsewhere_says_so_when_it_is_asked() -> None:
 def test_gradients_apart_are_refused_where_torch_would_miss_some() -> None:
     splitting = _stages(CONFIG, schedule=InterleavedZeroBubble())
     why = splitting.problems(micro_batches=4, zero=0)
-    assert (why is None) if can_split() else ("or a newer PyTorch" in (why or ""))
+    assert (why is None) if can_split_backward() else ("or a newer PyTorch" in (why or ""))
     assert "ZeRO stage 3" in (splitting.problems(micro_batches=4, zero=3) or "")
     assert _stages(CONFIG).problems(micro_batches=4, zero=3) is None
     few = _stages(CONFIG, schedule=DualPipeV()).problems(micro_batches=3, zero=0)

@@ -7,8 +7,8 @@ from moesaic.dist.plan import ParallelPlan
 from moesaic.model.transformer import Transformer
 from moesaic.moe.attention import MixtureOfAttention
 from moesaic.nn.attention import AttentionConfig
-from moesaic.parallel.apply import check
-from moesaic.parallel.config import Parallel
+from moesaic.parallel.apply import check_parallel
+from moesaic.parallel.config import ParallelConfig
 from moesaic.testing.tiny import tiny_model_config
 
 MODEL = tiny_model_config()
@@ -27,9 +27,9 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(why: str) -> None:
     config, lanes = REFUSED[why]
     plan = ParallelPlan(data=1, tensor=lanes)
     with pytest.raises(ConfigError, match=f"parallel.tensor={lanes}.*{why}"):
-        check(Transformer(config), parallel=Parallel(plan=plan), plan=plan)
+        check_parallel(Transformer(config), parallel=ParallelConfig(plan=plan), plan=plan)
 
 
 def test_attention_experts_may_stay_where_no_head_is_cut() -> None:
     config, plan = MODEL.replace(attention_experts=MixtureOfAttention()), ParallelPlan(data=2)
-    check(Transformer(config), parallel=Parallel(plan=plan), plan=plan)
+    check_parallel(Transformer(config), parallel=ParallelConfig(plan=plan), plan=plan)

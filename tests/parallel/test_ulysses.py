@@ -4,16 +4,16 @@ import pytest
 import torch
 import torch.distributed as distributed
 
-from moesaic.parallel.ulysses import Ulysses
+from moesaic.parallel.ulysses import UlyssesAttention
 from moesaic.testing.ranks import run_on_ranks
 from parallel.looks import CASES, Outcome, look_as, look_here
 
 
 def _everything(ranks: int) -> dict[str, Outcome]:
     rank, group = distributed.get_rank(), distributed.group.WORLD
-    fits = {name: c for name, c in CASES.items() if not Ulysses.problems(heads=c.heads, ranks=ranks)}
+    fits = {name: c for name, c in CASES.items() if not UlyssesAttention.problems(heads=c.heads, ranks=ranks)}
     return {
-        name: look_as(case, looking=Ulysses(group, groups=case.groups), rank=rank, ranks=ranks)
+        name: look_as(case, looking=UlyssesAttention(group, kv_heads=case.groups), rank=rank, ranks=ranks)
         for name, case in fits.items()
     }
 
@@ -28,5 +28,5 @@ def test_ranks_find_and_learn_what_one_would(ranks: int) -> None:
 
 
 def test_more_ranks_than_heads_are_refused_with_the_way_out() -> None:
-    assert Ulysses.problems(heads=4, ranks=4) is None
-    assert "at most 2 context ranks, or RingReach" in str(Ulysses.problems(heads=2, ranks=4))
+    assert UlyssesAttention.problems(heads=4, ranks=4) is None
+    assert "at most 2 context ranks, or RingReach" in str(UlyssesAttention.problems(heads=2, ranks=4))

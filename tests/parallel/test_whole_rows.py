@@ -9,9 +9,9 @@ from moesaic.moe.bodies.soft import SoftMoE
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.select import TopK
 from moesaic.moe.selects.expert_choice import ExpertChoice
-from moesaic.parallel.apply import check
-from moesaic.parallel.config import Parallel
-from moesaic.parallel.whole_rows import refuses
+from moesaic.parallel.apply import check_parallel
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.whole_rows import whole_row_problems
 from moesaic.testing.tiny import tiny_model_config
 
 BY_ROW: dict[str, SparseLayer] = {
@@ -25,14 +25,14 @@ def test_a_rule_of_whole_rows_is_refused_with_the_way_out(rule: str) -> None:
     model = Transformer(tiny_model_config(moe=BY_ROW[rule]))
     plan = ParallelPlan(data=1, context=2)
     with pytest.raises(ConfigError, match=f"{rule} of the encoder .* context x tensor = 2 ranks"):
-        check(model, parallel=Parallel(plan=plan), plan=plan)
+        check_parallel(model, parallel=ParallelConfig(plan=plan), plan=plan)
 
 
 @pytest.mark.parametrize("rule", BY_ROW)
 def test_it_may_stay_where_rows_are_whole(rule: str) -> None:
-    assert not list(refuses(tiny_model_config(moe=BY_ROW[rule]), ranks=1))
+    assert not list(whole_row_problems(tiny_model_config(moe=BY_ROW[rule]), ranks=1))
 
 
 @pytest.mark.parametrize("moe", [NoMoE(), MoE(experts=4, select=TopK(k=2))])
 def test_rules_of_single_tokens_are_not_refused(moe: SparseLayer) -> None:
-    assert not list(refuses(tiny_model_config(moe=moe), ranks=4))
+    assert not list(whole_row_problems(tiny_model_config(moe=moe), ranks=4))

@@ -8,21 +8,21 @@ from moesaic.moe.config import MoE
 from moesaic.moe.links.pre_gated import PreGatedRouting
 from moesaic.moe.links.recurrent import RecurrentRouting
 from moesaic.moe.select import TopK
-from moesaic.parallel.wire import Boundary, Held, Wire, attach, hang, roomy
+from moesaic.parallel.wire import StageBoundary, LocalTokens, StageSerializer, attach_loss, connect_graph, round_up_rows
 from moesaic.testing.tiny import tiny_model_config
 
 LINKS = {"recurrent": RecurrentRouting(width=6), "pre-gated": PreGatedRouting()}
-HELD = (Held(5, 3), Held(2, 7), Held(0, 0))
+HELD = (LocalTokens(5, 3), LocalTokens(2, 7), LocalTokens(0, 0))
 
 
-def _wire(link: str, *, stop: int) -> Wire:
+def _wire(link: str, *, stop: int) -> StageSerializer:
     moe = MoE(experts=4, select=TopK(k=2), cross_layer=LINKS[link])
     config = tiny_model_config(moe=moe, layers=2)
-    boundary = Boundary.after(BlockRange.between(0, stop, config=config), config=config)
-    return Wire.of(boundary, dim=config.dim, dtype=torch.float32, tokens=HELD)
+    boundary = StageBoundary.after(BlockRange.between(0, stop, config=config), config=config)
+    return StageSerializer.of(boundary, dim=config.dim, dtype=torch.float32, tokens=HELD)
 
 
-def _handed(link: str, *, held: Held, stop: int) -> StageIO:
+def _handed(link: str, *, held: LocalTokens, stop: int) -> StageIO:
     def draw(rows: int, width: int) -> torch.Tensor:
         return torch.randn(rows, width, requires_grad=True)
 
@@ -41,10 +41,10 @@ FIELDS = ("x", "hidden", "logits", "memory")
 @pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize("stop", [1, 2, 3])
 @pytest.mark.parametrize("held", HELD, ids=str)
-def test_what_arrives_is_what_was_handed_on(link: str, stop: int, held: Held) -> None:
+def test_what_arrives_is_what_was_handed_on(link: str, stop: int, held: LocalTokens) -> None:
     wire, given = _wire(link, stop=stop), _handed(link, held=held, stop=stop)
     crossed = wire.pack(given, term=torch.zeros(()))
-    assert [c.shape for c in crossed] == [blank.shape for blank in wire.blanks("cpu")]
+    assert [c.shape for c in crossed] == [blank.shape for blank in wire.empty_buffers("cpu")]
     found = wire.unpack(crossed, tokens=held)
     there = [(getattr(given, name), getattr(found, name)) for name in FIELDS]
     for before, after in there:
@@ -73,7 +73,7 @@ def test_logits_that_are_not_there_yet_cross_as_zeros_with_a_gradient() -> None:
 def test_a_term_that_is_attached_gets_the_gradient_one_whatever_follows() -> None:
     x = torch.randn(4, 3, requires_grad=True)
     weight = torch.tensor(2.0, requires_grad=True)
-    y = attach(x, weight.square())
+    y = attach_loss(x, weight.square())
     assert torch.equal(y, x)
     (7.0 * y).sum().backward()
     assert x.grad is not None
@@ -83,13 +83,13 @@ def test_a_term_that_is_attached_gets_the_gradient_one_whatever_follows() -> Non
 
 def test_what_is_hung_on_another_gives_it_a_gradient_of_zeros() -> None:
     x, other = torch.randn(4, 3, requires_grad=True), torch.randn(5, requires_grad=True)
-    hang(x, other).sum().backward()
+    connect_graph(x, other).sum().backward()
     assert other.grad is not None
     assert not other.grad.any()
 
 
 def test_room_is_at_most_an_eighth_too_much_and_of_few_sizes() -> None:
     rows = range(1, 5000)
-    assert all(n <= roomy(n) <= max(n * 9 / 8, 1) for n in rows)
-    assert len({roomy(n) for n in rows}) < 90
-    assert roomy(0) == 1
+    assert all(n <= round_up_rows(n) <= max(n * 9 / 8, 1) for n in rows)
+    assert len({round_up_rows(n) for n in rows}) < 90
+    assert round_up_rows(0) == 1

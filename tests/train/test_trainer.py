@@ -9,7 +9,7 @@ import torch
 from moesaic.core.errors import CheckpointError
 from moesaic.data.batch import Batch
 from moesaic.dist.world import ProcessGroupWorld
-from moesaic.parallel.spread import Spread
+from moesaic.parallel.spread import ParallelModel
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import TinyStream, tiny_run, tiny_trainer
 from moesaic.train.step import Objective, Pass
@@ -24,7 +24,7 @@ class Poisoned:
         self.categories = inner.categories
         self.seen: list[Batch] = []
 
-    def gradients(self, spread: Spread, *, batches: Sequence[Batch]) -> Pass:
+    def gradients(self, spread: ParallelModel, *, batches: Sequence[Batch]) -> Pass:
         self.calls += 1
         self.seen.append(batches[0])
         result = self.inner.gradients(spread, batches=batches)
@@ -50,7 +50,7 @@ def test_a_bad_step_changes_nothing_and_its_batch_comes_again() -> None:
     changed: list[bool] = []
     poison_gradients = poison.gradients
 
-    def watching(spread: Spread, *, batches: Sequence[Batch]) -> Pass:
+    def watching(spread: ParallelModel, *, batches: Sequence[Batch]) -> Pass:
         named = spread.model.named_parameters()
         changed.append(any(not torch.equal(p, before[n]) for n, p in named))
         return poison_gradients(spread, batches=batches)

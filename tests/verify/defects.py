@@ -15,9 +15,9 @@ from moesaic.moe.context import TokenContext
 from moesaic.moe.ranks import GatheredRows
 from moesaic.moe.record import RoutingRecord
 from moesaic.optim.clip import GradNorm
-from moesaic.parallel.layout import Laid
+from moesaic.parallel.layout import Placement
 from moesaic.parallel.ranks import BatchRanks
-from moesaic.parallel.spread import Spread
+from moesaic.parallel.spread import ParallelModel
 
 Patch = pytest.MonkeyPatch
 
@@ -61,12 +61,12 @@ def aux_loss_counted_twice(patch: Patch) -> None:
 
 
 def axis_not_summed(patch: Patch) -> None:
-    held = Laid.held
+    held = Placement.replicated_axes
 
-    def without(self: Laid, axes: tuple[str, ...]) -> tuple[str, ...]:
+    def without(self: Placement, axes: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(axis for axis in held(self, axes) if axis != "tensor")
 
-    patch.setattr(Laid, "held", without)
+    patch.setattr(Placement, "held", without)
 
 
 def capacity_of_local_tokens(patch: Patch) -> None:
@@ -74,14 +74,14 @@ def capacity_of_local_tokens(patch: Patch) -> None:
 
 
 def norm_counts_copies(patch: Patch) -> None:
-    clip = Spread.clip
+    clip = ParallelModel.clip_gradients
 
-    def counted(self: Spread, max_norm: float) -> GradNorm:
+    def counted(self: ParallelModel, max_norm: float) -> GradNorm:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(Mesh, "size", lambda *_, **__: 1)
             return clip(self, max_norm)
 
-    patch.setattr(Spread, "clip", counted)
+    patch.setattr(ParallelModel, "clip", counted)
 
 
 def chance_by_rank(patch: Patch) -> None:

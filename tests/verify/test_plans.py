@@ -7,7 +7,7 @@ import pytest
 from moesaic.dist.plan import ParallelPlan
 from moesaic.moe.config import MoE
 from moesaic.nn.attention import AttentionConfig
-from moesaic.parallel.config import Parallel
+from moesaic.parallel.config import ParallelConfig
 from moesaic.testing.tiny import tiny_model_config, tiny_run
 from moesaic.train.run import Run
 from moesaic.verify.plans import enumerate_plans, describe_plan
@@ -54,7 +54,7 @@ def test_the_covering_plans_have_every_pair_of_degrees_that_any_plan_has() -> No
     plans = enumerate_plans([2, 4], run=run_with(heads=8))
     few = plans.pairwise_cover()
 
-    def pairs(several: tuple[Parallel, ...]) -> set[object]:
+    def pairs(several: tuple[ParallelConfig, ...]) -> set[object]:
         return {
             pair
             for parallel in several
@@ -69,13 +69,13 @@ def test_the_covering_plans_have_every_pair_of_degrees_that_any_plan_has() -> No
 
 def test_a_name_says_the_degrees_above_one() -> None:
     plan = ParallelPlan(data=2, tensor=2, expert=4, zero=3)
-    assert describe_plan(Parallel(plan=plan)) == "data 2, tensor 2, expert 4, zero 3"
-    assert describe_plan(Parallel(plan=ParallelPlan(data=1))) == "alone"
+    assert describe_plan(ParallelConfig(plan=plan)) == "data 2, tensor 2, expert 4, zero 3"
+    assert describe_plan(ParallelConfig(plan=ParallelPlan(data=1))) == "alone"
 
 
 def test_a_pipeline_is_refused_where_it_has_too_few_blocks_or_micro_batches_or_shares_out() -> None:
     run = run_with(heads=2)
     assert {p.plan.pipe for p in enumerate_plans([4], run=run).valid} == {1, 2}  # of two blocks
     few = enumerate_plans([2], run=run.replace(accumulate=1)).valid
-    assert {type(p.schedule).__name__ for p in few if p.plan.pipe == 2} == {"GPipe"}
-    assert not any(p.schedule.splits and p.plan.zero for p in enumerate_plans([4], run=run).valid)
+    assert {type(p.pipeline_schedule).__name__ for p in few if p.plan.pipe == 2} == {"GPipe"}
+    assert not any(p.pipeline_schedule.splits_backward and p.plan.zero for p in enumerate_plans([4], run=run).valid)

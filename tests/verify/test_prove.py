@@ -10,7 +10,7 @@ from moesaic.moe.balance import RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity
 from moesaic.moe.select import SwitchTop1
-from moesaic.parallel.config import Parallel
+from moesaic.parallel.config import ParallelConfig
 from moesaic.testing.tiny import tiny_model_config, tiny_run
 from moesaic.train.trainer import Trainer
 from moesaic.verify.page import to_markdown, summarize
@@ -30,7 +30,7 @@ def given(*, steps: int = 1, timeout_s: float = 60.0) -> VerifySetup:
     return make_setup(shrink_config(run).run.replace(accumulate=2), steps=steps, timeout_s=timeout_s)
 
 
-def verdicts(*chosen: Parallel, of: VerifySetup) -> list[PlanResult]:
+def verdicts(*chosen: ParallelConfig, of: VerifySetup) -> list[PlanResult]:
     return list(compare_plans(of, plans=chosen))
 
 
@@ -43,14 +43,14 @@ def test_the_steps_drop_edges_so_that_capacity_is_at_work() -> None:
 def test_a_seeded_defect_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     defect = DEFECTS[name]
     defect.seed(monkeypatch)
-    [verdict] = verdicts(Parallel(plan=defect.plan), of=given())
+    [verdict] = verdicts(ParallelConfig(plan=defect.plan), of=given())
     measures = [words.split()[0] for words in verdict.problems]
     assert defect.shows in measures, verdict.problems
 
 
 def test_without_a_defect_the_same_plans_are_equal() -> None:
     plans = {defect.plan.to_yaml(): defect.plan for defect in DEFECTS.values()}
-    found = verdicts(*(Parallel(plan=plan) for plan in plans.values()), of=given())
+    found = verdicts(*(ParallelConfig(plan=plan) for plan in plans.values()), of=given())
     assert [verdict.problems for verdict in found] == [()] * len(plans)
     assert summarize(found) == f"{len(plans)} plans of 2 ranks: each equals one process"
 
@@ -69,7 +69,7 @@ def test_a_rank_that_raises_or_dies_is_a_verdict_and_the_rest_goes_on(
         return advance(self)
 
     monkeypatch.setattr(Trainer, "advance", sometimes)
-    plans = [Parallel(plan=p) for p in (TENSOR, DATA.replace(expert=2), DATA)]
+    plans = [ParallelConfig(plan=p) for p in (TENSOR, DATA.replace(expert=2), DATA)]
     raised, died, right = verdicts(*plans, of=given())
     assert raised.problems == ("failed: rank 1 failed: ValueError: no such tensor | here",)
     assert died.problems == ("failed: rank 1 died with exit code 3",)

@@ -18,11 +18,11 @@ from moesaic.model.count import BatchDims
 from moesaic.model.presets import PRESETS, preset
 from moesaic.moe.config import MoE
 from moesaic.optim.optimizer import AdamW, Optimizer
-from moesaic.parallel.capacity import Budget, Setting, largest
-from moesaic.parallel.config import Parallel
-from moesaic.parallel.cost import MIXED, Storage, rank_bytes
-from moesaic.parallel.inventory import Holding, Inventory
-from moesaic.parallel.sends import sends
+from moesaic.parallel.capacity import MemoryBudget, EstimateSettings, largest_fitting_model
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.cost import MIXED_PRECISION, BytesPerValue, estimate_memory
+from moesaic.parallel.inventory import RankParameters, ParameterInventory
+from moesaic.parallel.sends import communication_volume
 from moesaic.recipes.find import RECIPES, find_recipe
 from moesaic.train.rehearse import Rehearsal, rehearse
 
@@ -33,7 +33,7 @@ class Laid(Config):
     """A model, how it is laid over ranks, and what trains it."""
 
     model: ModelConfig
-    parallel: Parallel = Parallel()
+    parallel: ParallelConfig = ParallelConfig()
     optimizer: Optimizer = AdamW()
     accumulate: int = 1
 
@@ -77,8 +77,8 @@ def scale(
     """
     use(files)
     laid, sizes = _laid(which, changes), _sizes(rows)
-    storage = MIXED if mixed else Storage()
-    setting = Setting(laid.parallel, world, sizes, storage, laid.optimizer)
+    storage = MIXED_PRECISION if mixed else BytesPerValue()
+    setting = EstimateSettings(laid.parallel, world, sizes, storage, laid.optimizer)
     found = price(laid, world=world, sizes=sizes, storage=storage)
     found |= {"name": which, "capacity": _capacity(laid, setting, memory)}
     if practise:
@@ -93,12 +93,12 @@ def scale(
     answer(found, as_json=as_json, show=lambda console: _show(found, console))
 
 
-def price(laid: Laid, *, world: int, sizes: BatchDims, storage: Storage) -> dict[str, Any]:
+def price(laid: Laid, *, world: int, sizes: BatchDims, storage: BytesPerValue) -> dict[str, Any]:
     """Return what rank 0 holds and sends, as data."""
-    holding = Inventory(laid.model).on(laid.parallel, world=world)
-    held = rank_bytes(holding, sizes=sizes, storage=storage, optimizer=laid.optimizer)
-    lines = sends(holding, sizes=sizes, micro_batches=laid.accumulate)
-    values = sum(math.prod(part.item.laid.shape) for part in holding.parts)
+    holding = ParameterInventory(laid.model).on_rank(laid.parallel, world=world)
+    held = estimate_memory(holding, sizes=sizes, bytes_per_value=storage, optimizer=laid.optimizer)
+    lines = communication_volume(holding, sizes=sizes, micro_batches=laid.accumulate)
+    values = sum(math.prod(part.parameter.placement.shape) for part in holding.shards)
     return {
         "world": world,
         "short": holding.plan.acronym,
@@ -135,18 +135,18 @@ def _sizes(text: str) -> BatchDims:
     return BatchDims(*map(int, found.groups()))
 
 
-def _grids(holding: Holding) -> dict[str, dict[str, int]]:
-    numbers = sorted(set(holding.inventory.banks.values()))
+def _grids(holding: RankParameters) -> dict[str, dict[str, int]]:
+    numbers = sorted(set(holding.inventory.expert_modules.values()))
     layers = {f"layers of {number} experts": holding.grid(number).axes for number in numbers}
     return {"dense layers": holding.grid().axes} | layers
 
 
-def _capacity(laid: Laid, setting: Setting, memory: str) -> dict[str, Any] | None:
+def _capacity(laid: Laid, setting: EstimateSettings, memory: str) -> dict[str, Any] | None:
     model = laid.model
     if not isinstance(model.moe, MoE) or model.encoder.experts_per_layer or model.decoder.experts_per_layer:
         return None
-    budget = Budget(parse_bytes(memory))
-    found = largest(model, setting=setting, budget=budget)
+    budget = MemoryBudget(parse_bytes(memory))
+    found = largest_fitting_model(model, settings=setting, budget=budget)
     if found is None:
         return {"memory": budget.device, "experts": 0, "parameters": 0}
     return {"memory": budget.device, "experts": found.experts, "parameters": found.parameters}

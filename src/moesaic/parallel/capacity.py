@@ -11,78 +11,78 @@ from moesaic.model.blueprint import ModelConfig, Stack
 from moesaic.model.count import BatchDims, count_parameters
 from moesaic.moe.config import MoE, SparseLayer
 from moesaic.optim.optimizer import Optimizer
-from moesaic.parallel.config import Parallel
-from moesaic.parallel.cost import RankBytes, Storage, rank_bytes
-from moesaic.parallel.inventory import Inventory
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.cost import RankMemory, BytesPerValue, estimate_memory
+from moesaic.parallel.inventory import ParameterInventory
 
-MOST = 1 << 20  # experts per rank: the search ends there
+MAX_EXPERTS_PER_RANK = 1 << 20  # experts per rank: the search ends there
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class MemoryBudget:
     """Bytes of each device, and of the host's memory for each device."""
 
     device: float
     host: float = float("inf")
 
-    def holds(self, found: RankBytes) -> bool:
+    def fits(self, found: RankMemory) -> bool:
         """Whether a rank is within it."""
         return found.device <= self.device and found.host <= self.host
 
 
 @dataclass(frozen=True, slots=True)
-class Largest:
+class LargestModel:
     """The most experts per layer that fit, what the model then is, and what rank 0 holds."""
 
     experts: int
     parameters: int
-    held: RankBytes
+    memory: RankMemory
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class EstimateSettings:
     """Everything but the number of experts."""
 
-    parallel: Parallel
+    parallel: ParallelConfig
     world: int
     sizes: BatchDims
-    storage: Storage | None = None
+    bytes_per_value: BytesPerValue | None = None
     optimizer: Optimizer | None = None
 
-    def price(self, config: ModelConfig) -> RankBytes:
+    def estimate(self, config: ModelConfig) -> RankMemory:
         """Return what rank 0 holds."""
-        holding = Inventory(config).on(self.parallel, world=self.world)
-        return rank_bytes(holding, sizes=self.sizes, storage=self.storage, optimizer=self.optimizer)
+        holding = ParameterInventory(config).on_rank(self.parallel, world=self.world)
+        return estimate_memory(holding, sizes=self.sizes, bytes_per_value=self.bytes_per_value, optimizer=self.optimizer)
 
 
-def largest(config: ModelConfig, *, setting: Setting, budget: Budget) -> Largest | None:
+def largest_fitting_model(config: ModelConfig, *, settings: EstimateSettings, budget: MemoryBudget) -> LargestModel | None:
     """Return the largest model of the family, or None if not even one expert per rank fits.
 
     Raises UserError for a model without experts or with a number of its own in some layers.
     """
-    step = setting.parallel.plan.expert
+    step = settings.parallel.plan.expert
 
-    def price(each: int) -> RankBytes:
-        return setting.price(with_experts(config, step * each))
+    def price(each: int) -> RankMemory:
+        return settings.estimate(with_experts(config, step * each))
 
     # at least as many experts as a token takes
-    fits = -(-_fewest(config) // step)
+    fits = -(-_experts_per_token(config) // step)
     held = price(fits)
-    if not budget.holds(held):
+    if not budget.fits(held):
         return None
     over = fits
-    while over < MOST:
-        over = min(2 * over, MOST)
-        if not budget.holds(price(over)):
+    while over < MAX_EXPERTS_PER_RANK:
+        over = min(2 * over, MAX_EXPERTS_PER_RANK)
+        if not budget.fits(price(over)):
             break
         fits = over
     # ZeRO's shares are rounded up, so what an expert costs is no straight line: halve what is left
     while over - fits > 1:
         half = (fits + over) // 2
-        fits, over = (half, over) if budget.holds(price(half)) else (fits, half)
+        fits, over = (half, over) if budget.fits(price(half)) else (fits, half)
     each, held = fits, price(fits)
     made = with_experts(config, step * each)
-    return Largest(step * each, count_parameters(made).total, held)
+    return LargestModel(step * each, count_parameters(made).total, held)
 
 
 def with_experts(config: ModelConfig, experts: int) -> ModelConfig:
@@ -93,19 +93,19 @@ def with_experts(config: ModelConfig, experts: int) -> ModelConfig:
             "capacity is asked of a model with one number of experts in all its layers: set "
             "model.moe to an MoE, and no encoder.experts or decoder.experts"
         )
-    changed = {side: _grown(stack, experts) for side, stack in sides.items()}
+    changed = {side: _stack_with_experts(stack, experts) for side, stack in sides.items()}
     return config.replace(moe=config.moe.replace(experts=experts), **changed)
 
 
-def _grown(stack: Stack, experts: int) -> Stack:
-    return stack.replace(moe=_many(stack.moe, experts)) if stack.moe is not None else stack
+def _stack_with_experts(stack: Stack, experts: int) -> Stack:
+    return stack.replace(moe=_sparse_with_experts(stack.moe, experts)) if stack.moe is not None else stack
 
 
-def _many(sparse: SparseLayer, experts: int) -> SparseLayer:
+def _sparse_with_experts(sparse: SparseLayer, experts: int) -> SparseLayer:
     return sparse.replace(experts=experts) if isinstance(sparse, MoE) else sparse
 
 
-def _fewest(config: ModelConfig) -> int:
+def _experts_per_token(config: ModelConfig) -> int:
     bodies = [config.moe, config.encoder.moe, config.decoder.moe]
     chosen = [m.select.experts_per_token(m.num_router_outputs) for m in bodies if isinstance(m, MoE)]
     return max(1, *map(round, chosen))

@@ -5,25 +5,25 @@ from moesaic.dist.collectives import Group
 from moesaic.dist.plan import ParallelPlan
 from moesaic.model.blueprint import ModelConfig
 from moesaic.nn.looking import AttentionBackend
-from moesaic.parallel.deal import Cut as StreamCut
-from moesaic.parallel.deal import in_order, zigzag
-from moesaic.parallel.journey import Journey, Straight
-from moesaic.parallel.ranks import Room, WholeBatch
-from moesaic.parallel.recompute import KeepAll, Recompute
-from moesaic.parallel.ring import Ring
-from moesaic.parallel.schedules import OneForwardOneBackward, PipeSchedule
-from moesaic.parallel.stages import ByCost, Cut, Stages
-from moesaic.parallel.ulysses import Ulysses
+from moesaic.parallel.deal import TokenSplit as StreamCut
+from moesaic.parallel.deal import contiguous_split, zigzag_split
+from moesaic.parallel.journey import ExpertDispatch, AllToAll
+from moesaic.parallel.ranks import CapacityScope, GlobalBatch
+from moesaic.parallel.recompute import NoCheckpointing, ActivationCheckpointing
+from moesaic.parallel.ring import RingAttention
+from moesaic.parallel.schedules import OneForwardOneBackward, PipelineSchedule
+from moesaic.parallel.stages import BalancedSplit, PipelineSplit, PipelineStages
+from moesaic.parallel.ulysses import UlyssesAttention
 
 
-class Reach(Choice):
+class ContextParallel(Choice):
     """Family: how tokens look at those of their row that other ranks hold (context parallelism)."""
 
-    def cut(self) -> StreamCut:
+    def token_split(self) -> StreamCut:
         """Return how a stream is cut into parts."""
-        return in_order
+        return contiguous_split
 
-    def build(self, group: Group, *, groups: int) -> AttentionBackend:
+    def build(self, group: Group, *, kv_heads: int) -> AttentionBackend:
         """Return the part of an attention with so many key/value heads on this rank."""
         raise NotImplementedError
 
@@ -33,31 +33,31 @@ class Reach(Choice):
         return None
 
 
-class UlyssesReach(Reach):
+class Ulysses(ContextParallel):
     """Tokens are exchanged for heads: each rank sees whole rows, of some heads (2309.14509)."""
 
-    def build(self, group: Group, *, groups: int) -> AttentionBackend:
-        return Ulysses(group, groups=groups)
+    def build(self, group: Group, *, kv_heads: int) -> AttentionBackend:
+        return UlyssesAttention(group, kv_heads=kv_heads)
 
     def problems(self, *, heads: int, ranks: int) -> str | None:
-        return Ulysses.problems(heads=heads, ranks=ranks)
+        return UlyssesAttention.problems(heads=heads, ranks=ranks)
 
 
-class RingReach(Reach):
+class Ring(ContextParallel):
     """Keys and values go round (2310.01889); tokens are dealt from both ends of the stream.
 
     For more ranks than an attention has heads, and for rows whose keys are too many for one rank.
     """
 
-    def cut(self) -> StreamCut:
-        return zigzag
+    def token_split(self) -> StreamCut:
+        return zigzag_split
 
-    def build(self, group: Group, *, groups: int) -> AttentionBackend:
-        del groups
-        return Ring(group)
+    def build(self, group: Group, *, kv_heads: int) -> AttentionBackend:
+        del kv_heads
+        return RingAttention(group)
 
 
-class Parallel(Config):
+class ParallelConfig(Config):
     """``plan`` has the degrees. The default shares the data out over all ranks, and nothing else.
 
     ``reach`` is how attention crosses ranks where ``plan.context`` is above 1, ``journey`` how rows
@@ -68,13 +68,13 @@ class Parallel(Config):
     """
 
     plan: ParallelPlan = ParallelPlan()
-    reach: Reach = UlyssesReach()
-    journey: Journey = Straight()
-    room: Room = WholeBatch()
-    schedule: PipeSchedule = OneForwardOneBackward()
-    stages: Cut = ByCost()
-    recompute: Recompute = KeepAll()
+    context_parallel: ContextParallel = Ulysses()
+    dispatch: ExpertDispatch = AllToAll()
+    capacity_scope: CapacityScope = GlobalBatch()
+    pipeline_schedule: PipelineSchedule = OneForwardOneBackward()
+    pipeline_split: PipelineSplit = BalancedSplit()
+    activation_checkpointing: ActivationCheckpointing = NoCheckpointing()
 
-    def staged(self, config: ModelConfig) -> Stages:
+    def pipeline_stages(self, config: ModelConfig) -> PipelineStages:
         """Return how the blocks of a model lie over the ranks of a pipeline."""
-        return Stages.of(config, schedule=self.schedule, ranks=self.plan.pipe, cut=self.stages)
+        return PipelineStages.of(config, schedule=self.pipeline_schedule, ranks=self.plan.pipe, split=self.pipeline_split)

@@ -25,12 +25,12 @@ from moesaic.moe.experts import FeedForwardExpert, ExpertShape
 from moesaic.ops.choose import select_moe_kernel
 from moesaic.ops.mixture import UnfusedMoEKernel, MoEKernel
 from moesaic.optim.optimizer import AdamW, Optimizer
-from moesaic.parallel.inventory import Held, Holding
+from moesaic.parallel.inventory import ParameterShard, RankParameters
 
-FLOAT32 = 4
+FLOAT32_BYTES = 4
 
 
-class Storage(Config):
+class BytesPerValue(Config):
     """Bytes per value: of a weight, of its gradient, and of the copy that an update adds to.
 
     The default is what this package does: float32 weights (autocast computes in bfloat16), no
@@ -43,11 +43,11 @@ class Storage(Config):
     master: int = 0
 
 
-MIXED = Storage(weight=2, gradient=2, master=4)
+MIXED_PRECISION = BytesPerValue(weight=2, gradient=2, master=4)
 
 
 @dataclass(frozen=True, slots=True)
-class RankBytes:
+class RankMemory:
     """Bytes by purpose on one rank; those of ``host`` are not on the device.
 
     ``gathered`` is what ZeRO makes whole beyond its shares: weights, and gradients not shared out
@@ -72,38 +72,38 @@ class RankBytes:
         return self.state - self.host + self.gathered + self.activations
 
 
-def rank_bytes(
-    holding: Holding,
+def estimate_memory(
+    rank_parameters: RankParameters,
     *,
     sizes: BatchDims,
     optimizer: Optimizer | None = None,
-    storage: Storage | None = None,
-    mixer: MoEKernel | None = None,
-) -> RankBytes:
+    bytes_per_value: BytesPerValue | None = None,
+    kernel: MoEKernel | None = None,
+) -> RankMemory:
     """Forecast a step of which this rank's context and tensor neighbours share ``sizes``.
 
     ``mixer`` computes the mixtures; by default the one of this machine's CPU.
     """
-    feed = holding.inventory.config.feed_forward
-    mixer = mixer or select_moe_kernel(torch.empty(0), activation=feed.activation)
-    storage, optimizer = storage or Storage(), optimizer or AdamW()
-    state = [_state(part, storage=storage, optimizer=optimizer) for part in holding.parts]
-    shared = [s for s, part in zip(state, holding.parts, strict=True) if part.zero]
+    feed = rank_parameters.inventory.config.feed_forward
+    kernel = kernel or select_moe_kernel(torch.empty(0), activation=feed.activation)
+    bytes_per_value, optimizer = bytes_per_value or BytesPerValue(), optimizer or AdamW()
+    state = [_parameter_bytes(part, storage=bytes_per_value, optimizer=optimizer) for part in rank_parameters.shards]
+    shared = [s for s, part in zip(state, rank_parameters.shards, strict=True) if part.zero_axes]
     weights, gradients, slots = (sum(s[i] for s in state) for i in range(3))
-    return RankBytes(
+    return RankMemory(
         weights,
         gradients,
         slots,
-        gathered=_gathered(holding, storage=storage),
-        activations=_activations(holding, sizes=sizes, mixer=mixer) * storage.weight // FLOAT32,
-        host=sum(map(sum, shared)) if holding.plan.offload else 0,
+        gathered=_zero_gathered_bytes(rank_parameters, storage=bytes_per_value),
+        activations=_activation_bytes(rank_parameters, sizes=sizes, mixer=kernel) * bytes_per_value.weight // FLOAT32_BYTES,
+        host=sum(map(sum, shared)) if rank_parameters.plan.offload else 0,
     )
 
 
-def tokens_of(holding: Holding, sizes: BatchDims) -> tuple[int, int]:
+def tokens_per_rank(rank_parameters: RankParameters, sizes: BatchDims) -> tuple[int, int]:
     """Return the source and target tokens that a rank holds. Raises UserError if uneven."""
-    lanes = holding.plan.context * holding.plan.tensor
-    source = sizes.rows * sizes.source if holding.inventory.config.encoder.layers else 0
+    lanes = rank_parameters.plan.context * rank_parameters.plan.tensor
+    source = sizes.rows * sizes.source if rank_parameters.inventory.config.encoder.layers else 0
     target = sizes.rows * sizes.target
     if source % lanes or target % lanes:
         raise UserError(
@@ -113,21 +113,21 @@ def tokens_of(holding: Holding, sizes: BatchDims) -> tuple[int, int]:
     return source // lanes, target // lanes
 
 
-def _state(part: Held, *, storage: Storage, optimizer: Optimizer) -> tuple[int, int, int]:
-    values = math.prod(part.share)
-    parameter = nn.Parameter(torch.empty(part.share, device="meta"))
-    rule = optimizer.param_group(parameter, kind=part.item.kind)["rule"]
+def _parameter_bytes(part: ParameterShard, *, storage: BytesPerValue, optimizer: Optimizer) -> tuple[int, int, int]:
+    values = math.prod(part.shape)
+    parameter = nn.Parameter(torch.empty(part.shape, device="meta"))
+    rule = optimizer.param_group(parameter, kind=part.parameter.kind)["rule"]
     slots = sum(s.numel() * s.element_size() for s in rule.slots(parameter).values())
     return values * storage.weight, values * storage.gradient, values * storage.master + slots
 
 
-def _gathered(holding: Holding, *, storage: Storage) -> int:
+def _zero_gathered_bytes(holding: RankParameters, *, storage: BytesPerValue) -> int:
     """Bytes of whole weights and gradients beside the shares, at most."""
     stage, units = holding.plan.zero, dict[str, int]()
-    for part in holding.parts:
-        if part.zero:
-            unit = part.item.unit
-            units[unit] = units.get(unit, 0) + math.prod(part.whole)
+    for part in holding.shards:
+        if part.zero_axes:
+            unit = part.parameter.fsdp_unit
+            units[unit] = units.get(unit, 0) + math.prod(part.shape_before_zero)
     root = units.pop("", 0)
     # a block is gathered while the one before it is still at work
     pairs = itertools.pairwise([0, *units.values()])
@@ -137,23 +137,23 @@ def _gathered(holding: Holding, *, storage: Storage) -> int:
     return weights * storage.weight + gradients * storage.gradient
 
 
-def _activations(holding: Holding, *, sizes: BatchDims, mixer: MoEKernel) -> int:
+def _activation_bytes(holding: RankParameters, *, sizes: BatchDims, mixer: MoEKernel) -> int:
     """What autograd keeps of the tokens of this rank, in float32."""
     config, plan = holding.inventory.config, holding.plan
-    source, target = tokens_of(holding, sizes)
+    source, target = tokens_per_rank(holding, sizes)
     here = BatchDims(rows=1, source=source, target=target)
     rest = 0
     for stack, tokens in ((config.encoder, source), (config.decoder, target)):
-        rest += tokens * _beyond(holding, stack, mixer=mixer)
+        rest += tokens * _extra_values_per_token(holding, stack, mixer=mixer)
     if config.encoder.layers:  # queries and sources of the cross-attention meet in matrices as well
         rest += config.decoder.layers * (source + target) * (plan.tensor - 1) * config.dim
     # every rank scores all tokens that met against its own rows of the table
     table = config.vocab_size * config.dim
     rest += (plan.tensor - 1) * target * config.dim - (table - table // plan.tensor)
-    return activation_bytes(config, sizes=here) + FLOAT32 * rest
+    return activation_bytes(config, sizes=here) + FLOAT32_BYTES * rest
 
 
-def _beyond(holding: Holding, stack: Stack, *, mixer: MoEKernel) -> int:
+def _extra_values_per_token(holding: RankParameters, stack: Stack, *, mixer: MoEKernel) -> int:
     """Values per token that a stack keeps beyond those of a rank that holds all of it."""
     config, values = holding.inventory.config, 0
     for layer in range(stack.layers):
@@ -161,11 +161,11 @@ def _beyond(holding: Holding, stack: Stack, *, mixer: MoEKernel) -> int:
         met = (holding.plan.tensor - 1) * config.dim  # each rank keeps the rows of all that met
         values += met if moe is not None else 2 * met
         if moe is not None:
-            values += _experts(config, moe, plan=holding.plan, mixer=mixer)
+            values += _extra_expert_values(config, moe, plan=holding.plan, mixer=mixer)
     return values
 
 
-def _experts(config: ModelConfig, moe: MoE, *, plan: ParallelPlan, mixer: MoEKernel) -> int:
+def _extra_expert_values(config: ModelConfig, moe: MoE, *, plan: ParallelPlan, mixer: MoEKernel) -> int:
     """What a mixture keeps per token beyond what ``model/footprint.py`` says of this machine's."""
     feed, dim = moe.feed_forward(config.feed_forward), moe.dispatch_projection.expert_dim(config.dim)
     cuts, edges = plan.expert_tensor, moe.select.experts_per_token(moe.num_router_outputs)

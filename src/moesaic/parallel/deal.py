@@ -16,29 +16,29 @@ import torch
 from moesaic.core.shapes import Int, Tensor
 from moesaic.nn.packing import TokenPartition, Packing, TokenSpan
 
-LONGEST = 1024
+MAX_RUN_LENGTH = 1024
 
-Cut = Callable[[int, int], list[list[range]]]
+TokenSplit = Callable[[int, int], list[list[range]]]
 
 
-def in_order(tokens: int, parts: int) -> list[list[range]]:
+def contiguous_split(tokens: int, parts: int) -> list[list[range]]:
     """Cut a stream into one run for each part, the first ones a token longer."""
-    return [[run] for run in _runs(even(tokens, parts))]
+    return [[run] for run in _consecutive_ranges(even_sizes(tokens, parts))]
 
 
-def zigzag(tokens: int, parts: int) -> list[list[range]]:
+def zigzag_split(tokens: int, parts: int) -> list[list[range]]:
     """Cut a stream into two runs for each part, one from each end.
 
     In causal attention late tokens look at more than early ones: over one long row every part then
     has the same work (2311.09431 shows why the plain cut has not, and deals token by token; runs
     from both ends do as well and keep neighbours together).
     """
-    runs = _runs(even(tokens, 2 * parts))
+    runs = _consecutive_ranges(even_sizes(tokens, 2 * parts))
     return [[runs[part], runs[-1 - part]] for part in range(parts)]
 
 
 @dataclass(frozen=True, slots=True)
-class Deal:
+class SequenceSharder:
     """``rank`` is this process's place among ``ranks`` that share a batch's rows.
 
     ``lanes`` neighbouring ranks make one part (``Division``); within it they hold neighbouring
@@ -48,21 +48,21 @@ class Deal:
 
     rank: int
     ranks: int
-    lanes: int = 1
-    cut: Cut = in_order
+    tensor_ranks: int = 1
+    token_split: TokenSplit = contiguous_split
 
     def __call__(self, packing: Packing) -> Packing:
         if self.ranks == 1:
             return packing
-        parts = self.cut(packing.num_tokens, self.ranks // self.lanes)
+        parts = self.token_split(packing.num_tokens, self.ranks // self.tensor_ranks)
         held = [sum(map(len, runs)) for runs in parts]
         division = TokenPartition(
-            sizes=tuple(size for tokens in held for size in even(tokens, self.lanes)),
+            sizes=tuple(size for tokens in held for size in even_sizes(tokens, self.tensor_ranks)),
             rank=self.rank,
-            tensor_ranks=self.lanes,
+            tensor_ranks=self.tensor_ranks,
         )
         if len(parts) > 1:
-            order = _order([run for runs in parts for run in runs], like=packing.index)
+            order = _permutation([run for runs in parts for run in runs], like=packing.index)
             if order is not None:
                 packing = replace(
                     packing,
@@ -71,27 +71,27 @@ class Deal:
                     position=packing.position[order],
                     ordered=False,
                 )
-        return replace(packing, division=replace(division, runs=_neighbours(packing, held)))
+        return replace(packing, division=replace(division, runs=_runs_of_parts(packing, held)))
 
 
-def even(tokens: int, parts: int) -> list[int]:
+def even_sizes(tokens: int, parts: int) -> list[int]:
     """Return the sizes of parts that are as even as can be, larger ones first."""
     size, rest = divmod(tokens, parts)
     return [size + (part < rest) for part in range(parts)]
 
 
-def _runs(sizes: Sequence[int]) -> list[range]:
+def _consecutive_ranges(sizes: Sequence[int]) -> list[range]:
     return [range(start, stop) for start, stop in pairwise(accumulate(sizes, initial=0))]
 
 
-def _order(runs: Sequence[range], *, like: Int[Tensor, "T"]) -> Int[Tensor, "T"] | None:
+def _permutation(runs: Sequence[range], *, like: Int[Tensor, "T"]) -> Int[Tensor, "T"] | None:
     """Return the tokens in the order of the runs; None where that is the order they have."""
     if all(one.stop == next_.start for one, next_ in pairwise(runs)):
         return None
     return torch.cat([torch.arange(r.start, r.stop, device=like.device) for r in runs])
 
 
-def _neighbours(packing: Packing, held: Sequence[int]) -> tuple[tuple[TokenSpan, ...], ...]:
+def _runs_of_parts(packing: Packing, held: Sequence[int]) -> tuple[tuple[TokenSpan, ...], ...]:
     """Return each part's runs of tokens that are neighbours in one row, none over ``LONGEST``."""
     row, position = packing.row, packing.position
     new = (row.diff() != 0) | (position.diff() != 1)
@@ -99,14 +99,14 @@ def _neighbours(packing: Packing, held: Sequence[int]) -> tuple[tuple[TokenSpan,
     starts, rows, positions = torch.stack([first, row[first], position[first]]).tolist()
     ends = [*starts[1:], packing.num_tokens]
     whole = list(zip(map(range, starts, ends), rows, positions, strict=True))
-    return tuple(_within(span, whole) for span in _runs(held))
+    return tuple(_clip_runs(span, whole) for span in _consecutive_ranges(held))
 
 
-def _within(span: range, whole: Sequence[tuple[range, int, int]]) -> tuple[TokenSpan, ...]:
+def _clip_runs(span: range, whole: Sequence[tuple[range, int, int]]) -> tuple[TokenSpan, ...]:
     """Cut the runs of a stream to a part of it, and into pieces."""
     return tuple(
-        TokenSpan(row, position + first - run.start, first - span.start, min(LONGEST, stop - first))
+        TokenSpan(row, position + first - run.start, first - span.start, min(MAX_RUN_LENGTH, stop - first))
         for run, row, position in whole
         for stop in [min(run.stop, span.stop)]
-        for first in range(max(run.start, span.start), stop, LONGEST)
+        for first in range(max(run.start, span.start), stop, MAX_RUN_LENGTH)
     )

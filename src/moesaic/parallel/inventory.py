@@ -16,84 +16,84 @@ from moesaic.dist.mesh import DATA_CONTEXT_AXES, STAGE_AXES
 from moesaic.dist.plan import RankGrid, ParallelPlan
 from moesaic.model.blueprint import ModelConfig
 from moesaic.model.transformer import Transformer
-from moesaic.parallel.apply import check
-from moesaic.parallel.config import Parallel, UlyssesReach
-from moesaic.parallel.journey import Straight
-from moesaic.parallel.layout import Laid, banks, layout
-from moesaic.parallel.recompute import KeepAll
+from moesaic.parallel.apply import check_parallel
+from moesaic.parallel.config import ParallelConfig, Ulysses
+from moesaic.parallel.journey import AllToAll
+from moesaic.parallel.layout import Placement, expert_modules, make_sharding_plan
+from moesaic.parallel.recompute import NoCheckpointing
 from moesaic.parallel.sharing import zero_dim
-from moesaic.parallel.slices import spans
-from moesaic.parallel.tensor import last_products
+from moesaic.parallel.slices import local_spans
+from moesaic.parallel.tensor import row_parallel_linears
 
-EXPERT_STAGE = ("expert_data", "expert", "expert_tensor")
-EXPERT_COPIES = ("expert_data",)
+EXPERT_STAGE_AXES = ("expert_data", "expert", "expert_tensor")
+EXPERT_COPY_AXES = ("expert_data",)
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class ParameterInfo:
     """One parameter of the whole model. ``unit`` is the module that ZeRO gathers it with."""
 
     name: str
-    laid: Laid
+    placement: Placement
     kind: str
-    unit: str
+    fsdp_unit: str
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class ParameterShard:
     """What a rank holds of a parameter: ``whole`` is its cut part, ``share`` what ZeRO leaves.
 
     ``padded`` values travel when shares are gathered. ``zero`` are the axes of the ranks that share
     it out, and ``sums`` those over which its gradient is still to be summed.
     """
 
-    item: Item
-    whole: tuple[int, ...]
-    share: tuple[int, ...]
-    padded: int
-    zero: tuple[str, ...]
-    sums: tuple[str, ...]
+    parameter: ParameterInfo
+    shape_before_zero: tuple[int, ...]
+    shape: tuple[int, ...]
+    gathered_values: int
+    zero_axes: tuple[str, ...]
+    all_reduce_axes: tuple[str, ...]
 
 
-class Inventory:
+class ParameterInventory:
     """The parameters of a config, made without allocating any. Raises ConfigError with ``on``."""
 
     def __init__(self, config: ModelConfig) -> None:
         with torch.device("meta"):
             model = Transformer(config)
         self.config, self._model = config, model
-        kinds, table = model.parameter_kinds(), layout(model)
-        self.items = tuple(
-            Item(name, laid, kinds[name], _unit(name, laid)) for name, laid in table.items()
+        kinds, table = model.parameter_kinds(), make_sharding_plan(model)
+        self.parameters = tuple(
+            ParameterInfo(name, laid, kinds[name], _fsdp_unit(name, laid)) for name, laid in table.items()
         )
 
     @cached_property
-    def once(self) -> frozenset[str]:
+    def first_rank_biases(self) -> frozenset[str]:
         """Biases that the first of the ranks which share a matrix adds; others have no gradient."""
-        biases = {linear.bias for _, _, linear in last_products(self._model)}
+        biases = {linear.bias for _, _, linear in row_parallel_linears(self._model)}
         return frozenset(name for name, p in self._model.named_parameters() if p in biases)
 
     @cached_property
-    def banks(self) -> dict[str, int]:
+    def expert_modules(self) -> dict[str, int]:
         """The experts' modules, and how many experts each has."""
-        return {path: layer.router.config.experts for path, _, layer in banks(self._model)}
+        return {path: layer.router.config.experts for path, _, layer in expert_modules(self._model)}
 
-    def on(self, parallel: Parallel, *, world: int, rank: int = 0) -> "Holding":
+    def on_rank(self, parallel: ParallelConfig, *, world: int, rank: int = 0) -> "RankParameters":
         """Return what a rank of ``world`` holds. Raises ConfigError where the plan is no fit."""
         plan = parallel.plan.resolve(world)
-        problems = list(_unknown(parallel.replace(plan=plan)))
+        problems = list(_not_estimated(parallel.replace(plan=plan)))
         if problems:
             raise ConfigError(problems)
-        check(self._model, parallel=parallel, plan=plan)
-        return Holding(self, parallel.replace(plan=plan), rank)
+        check_parallel(self._model, parallel=parallel, plan=plan)
+        return RankParameters(self, parallel.replace(plan=plan), rank)
 
 
 @dataclass(frozen=True)
-class Holding:
+class RankParameters:
     """What ``rank`` of a plan, with its ``data`` filled in, holds."""
 
-    inventory: Inventory
-    parallel: Parallel
+    inventory: ParameterInventory
+    parallel: ParallelConfig
     rank: int
 
     @property
@@ -101,11 +101,11 @@ class Holding:
         return self.parallel.plan
 
     @cached_property
-    def parts(self) -> tuple[Held, ...]:
+    def shards(self) -> tuple[ParameterShard, ...]:
         """Every parameter's part."""
-        return tuple(self._parts())
+        return tuple(self._make_shards())
 
-    def size(self, axes: Sequence[str], *, experts: int | None = None) -> int:
+    def num_ranks(self, axes: Sequence[str], *, experts: int | None = None) -> int:
         """Return how many ranks differ in these axes alone."""
         return self.grid(experts).size(axes)
 
@@ -113,28 +113,28 @@ class Holding:
         """Return the axes of dense layers or of those with so many experts."""
         return RankGrid(self.plan.axes(num_experts=experts))
 
-    def named(self, axes: Sequence[str], *, experts: int | None = None) -> str:
+    def group_name(self, axes: Sequence[str], *, experts: int | None = None) -> str:
         """Return what a group of ranks is called: by the axes in which they differ."""
-        there = [axis for axis in axes if self.size((axis,), experts=experts) > 1]
-        whole = len(there) > 1 and self.size(there, experts=experts) == self.plan.stage_size
+        there = [axis for axis in axes if self.num_ranks((axis,), experts=experts) > 1]
+        whole = len(there) > 1 and self.num_ranks(there, experts=experts) == self.plan.stage_size
         return "stage" if whole else "+".join(there)
 
-    def _parts(self) -> Iterator[Held]:
-        grids = {laid: self.grid(laid) for laid in {i.laid.experts for i in self.inventory.items}}
+    def _make_shards(self) -> Iterator[ParameterShard]:
+        grids = {laid: self.grid(laid) for laid in {i.placement.experts for i in self.inventory.parameters}}
         places = {number: grid.coordinates(self.rank) for number, grid in grids.items()}
-        for item in self.inventory.items:
-            number = item.laid.experts
-            yield self._part(item, grid=grids[number], place=places[number])
+        for item in self.inventory.parameters:
+            number = item.placement.experts
+            yield self._make_shard(item, grid=grids[number], place=places[number])
 
-    def _part(self, item: Item, *, grid: RankGrid, place: Mapping[str, int]) -> Held:
-        laid, number = item.laid, item.laid.experts
-        runs = spans(laid, grid=grid, place=place)
+    def _make_shard(self, item: ParameterInfo, *, grid: RankGrid, place: Mapping[str, int]) -> ParameterShard:
+        laid, number = item.placement, item.placement.experts
+        runs = local_spans(laid, grid=grid, place=place)
         whole = tuple(sum(length for _, length in dim) for dim in runs)
-        axes = laid.held(STAGE_AXES if number is None else EXPERT_STAGE)
-        zero = DATA_CONTEXT_AXES if number is None else EXPERT_COPIES
+        axes = laid.replicated_axes(STAGE_AXES if number is None else EXPERT_STAGE_AXES)
+        zero = DATA_CONTEXT_AXES if number is None else EXPERT_COPY_AXES
         ranks = grid.size(zero)
         if not self.plan.zero or ranks == 1:
-            return Held(item, whole, whole, math.prod(whole), (), axes)
+            return ParameterShard(item, whole, whole, math.prod(whole), (), axes)
         dim = zero_dim(whole, ranks=ranks)
         each = -(-whole[dim] // ranks)  # as FSDP2 cuts
         mine = RankGrid({axis: size for axis, size in grid.axes.items() if axis in zero}).rank_at(
@@ -144,17 +144,17 @@ class Holding:
         share = (*whole[:dim], length, *whole[dim + 1 :])
         padded = math.prod(whole[:dim]) * each * math.prod(whole[dim + 1 :])
         rest = tuple(axis for axis in axes if axis not in zero)
-        return Held(item, whole, share, padded, zero, rest)
+        return ParameterShard(item, whole, share, padded, zero, rest)
 
 
-def _unknown(parallel: Parallel) -> Iterator[str]:
+def _not_estimated(parallel: ParallelConfig) -> Iterator[str]:
     """Yield what forecasts know nothing of."""
     plan = parallel.plan
     far = plan.expert * plan.expert_tensor > 1
     parts: list[tuple[str, object, type, bool]] = [
-        ("reach", parallel.reach, UlyssesReach, plan.context > 1),
-        ("journey", parallel.journey, Straight, far),
-        ("recompute", parallel.recompute, KeepAll, True),
+        ("reach", parallel.context_parallel, Ulysses, plan.context > 1),
+        ("journey", parallel.dispatch, AllToAll, far),
+        ("recompute", parallel.activation_checkpointing, NoCheckpointing, True),
     ]
     if plan.pipe > 1:
         yield f"parallel.plan.pipe={plan.pipe}: forecasts know one stage alone, so set it to 1"
@@ -166,7 +166,7 @@ def _unknown(parallel: Parallel) -> Iterator[str]:
             )
 
 
-def _unit(name: str, laid: Laid) -> str:
+def _fsdp_unit(name: str, laid: Placement) -> str:
     """Experts are gathered by themselves, a block at a time, and the rest with the model."""
     if laid.experts is not None:
         return name.rpartition(".")[0]

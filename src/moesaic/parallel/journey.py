@@ -20,64 +20,64 @@ from moesaic.moe.dispatch_hop import hierarchical_dispatcher
 from moesaic.moe.experts import GroupedExperts
 from moesaic.moe.overlap import ChunkedAllToAllDispatcher, OverlapDegrees
 
-Count = Annotated[int, Field(ge=1)]
-Price = Annotated[float, Field(ge=0)]
+PositiveCount = Annotated[int, Field(ge=1)]
+NonNegativeCost = Annotated[float, Field(ge=0)]
 
 
-class Journey(Choice):
+class ExpertDispatch(Choice):
     """Family: how rows get to experts on other ranks and home. It changes time and bytes alone."""
 
-    def build(self, over: Group, *, slices: Group, timeout_s: float) -> Dispatcher:
+    def build(self, expert_group: Group, *, expert_tensor_group: Group, timeout_s: float) -> Dispatcher:
         """Return the dispatcher of experts that lie over ``over`` and are cut over ``slices``.
 
         Collective over both groups.
         """
         raise NotImplementedError
 
-    def problems(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
+    def problems(self, *, plan: ParallelPlan, weights: nn.Module, experts: int) -> str | None:
         """Return why it cannot serve a layer of so many ``experts`` under a plan, if it cannot."""
-        del plan, bank, experts
+        del plan, weights, experts
         return None
 
 
-class Straight(Journey):
+class AllToAll(ExpertDispatch):
     """Every edge is a row that travels, all at once (2006.16668)."""
 
-    def build(self, over: Group, *, slices: Group, timeout_s: float) -> Dispatcher:
+    def build(self, expert_group: Group, *, expert_tensor_group: Group, timeout_s: float) -> Dispatcher:
         del timeout_s
-        return AllToAllDispatcher(over, slice_group=slices)
+        return AllToAllDispatcher(expert_group, slice_group=expert_tensor_group)
 
 
-class TwoHops(Journey):
+class HierarchicalAllToAll(ExpertDispatch):
     """A token crosses to a node once for all its experts there, and is spread inside it."""
 
-    ranks_per_node: Count
+    ranks_per_node: PositiveCount
 
-    def build(self, over: Group, *, slices: Group, timeout_s: float) -> Dispatcher:
-        del slices
-        nodes = split_group(over, inner_size=self._on_node(over), timeout_s=timeout_s)
+    def build(self, expert_group: Group, *, expert_tensor_group: Group, timeout_s: float) -> Dispatcher:
+        del expert_tensor_group
+        nodes = split_group(expert_group, inner_size=self._ranks_on_each_node(expert_group), timeout_s=timeout_s)
         return hierarchical_dispatcher(inter_node=nodes.outer, intra_node=nodes.inner)
 
-    def problems(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
-        del bank
+    def problems(self, *, plan: ParallelPlan, weights: nn.Module, experts: int) -> str | None:
+        del weights
         groups = RankGrid(plan.axes(num_experts=experts)).groups(("expert",))
-        uneven = (why for ranks in groups if (why := self._uneven(ranks)))
-        return _no_slices(plan) or next(uneven, None)
+        uneven = (why for ranks in groups if (why := self._uneven_nodes(ranks)))
+        return _expert_tensor_problem(plan) or next(uneven, None)
 
-    def _on_node(self, over: Group) -> int:
+    def _ranks_on_each_node(self, over: Group) -> int:
         """Return how many ranks of a group share a node: as many on each."""
         ranks = [0] if over is None else distributed.get_process_group_ranks(over)
-        if why := self._uneven(ranks):
+        if why := self._uneven_nodes(ranks):
             raise ConfigError([f"parallel.journey: {why}"])
-        return self._first(ranks)
+        return self._ranks_on_first_node(ranks)
 
-    def _first(self, ranks: Sequence[int]) -> int:
+    def _ranks_on_first_node(self, ranks: Sequence[int]) -> int:
         """Return how many of the ranks are on the node of the first."""
         return sum(rank // self.ranks_per_node == ranks[0] // self.ranks_per_node for rank in ranks)
 
-    def _uneven(self, ranks: Sequence[int]) -> str | None:
+    def _uneven_nodes(self, ranks: Sequence[int]) -> str | None:
         """Return why ranks cannot travel in two hops: other numbers on other nodes."""
-        nodes, each = [rank // self.ranks_per_node for rank in ranks], self._first(ranks)
+        nodes, each = [rank // self.ranks_per_node for rank in ranks], self._ranks_on_first_node(ranks)
         runs = [nodes[start : start + each] for start in range(0, len(nodes), each)]
         if all(len(run) == each and len(set(run)) == 1 for run in runs):
             return None
@@ -88,49 +88,49 @@ class TwoHops(Journey):
         )
 
 
-class InChunks(Journey):
+class ChunkedAllToAll(ExpertDispatch):
     """Experts work on a chunk of rows while the next is on its way (2206.03382, 2501.10714)."""
 
-    forward: Count = 2
-    backward: Count = 2
+    forward: PositiveCount = 2
+    backward: PositiveCount = 2
 
-    def build(self, over: Group, *, slices: Group, timeout_s: float) -> Dispatcher:
-        del slices, timeout_s
-        return ChunkedAllToAllDispatcher(over, degrees=OverlapDegrees(self.forward, self.backward))
+    def build(self, expert_group: Group, *, expert_tensor_group: Group, timeout_s: float) -> Dispatcher:
+        del expert_tensor_group, timeout_s
+        return ChunkedAllToAllDispatcher(expert_group, degrees=OverlapDegrees(self.forward, self.backward))
 
-    def problems(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
-        del bank, experts
-        return _no_slices(plan)
+    def problems(self, *, plan: ParallelPlan, weights: nn.Module, experts: int) -> str | None:
+        del weights, experts
+        return _expert_tensor_problem(plan)
 
 
-class Lend(Journey):
+class AdaptiveExperts(ExpertDispatch):
     """Experts are lent to rows where that is cheaper for the load of a step (2206.03382).
 
     What it costs to begin a collective, to send a byte of a row or of a weight, and an expert's
     work on a row. The default counts bytes.
     """
 
-    start_s: Price = 0.0
-    row_byte_s: Price = 1.0
-    weight_byte_s: Price = 1.0
-    work_row_s: Price = 0.0
+    start_s: NonNegativeCost = 0.0
+    row_byte_s: NonNegativeCost = 1.0
+    weight_byte_s: NonNegativeCost = 1.0
+    work_row_s: NonNegativeCost = 0.0
 
-    def build(self, over: Group, *, slices: Group, timeout_s: float) -> Dispatcher:
+    def build(self, expert_group: Group, *, expert_tensor_group: Group, timeout_s: float) -> Dispatcher:
         prices = DispatchCosts(
             all_to_all=LinearCost(self.start_s, self.row_byte_s),
             gather_weights=LinearCost(self.start_s, self.weight_byte_s),
             compute=LinearCost(0.0, self.work_row_s),
         )
-        return AdaptiveDispatcher(over, slice_group=slices, costs=prices, timeout_s=timeout_s)
+        return AdaptiveDispatcher(expert_group, slice_group=expert_tensor_group, costs=prices, timeout_s=timeout_s)
 
-    def problems(self, *, plan: ParallelPlan, bank: nn.Module, experts: int) -> str | None:
+    def problems(self, *, plan: ParallelPlan, weights: nn.Module, experts: int) -> str | None:
         del plan, experts
-        if not isinstance(bank, GroupedExperts):
-            return f"{type(bank).__name__} cannot be lent, only plain feed-forwards can"
+        if not isinstance(weights, GroupedExperts):
+            return f"{type(weights).__name__} cannot be lent, only plain feed-forwards can"
         return None
 
 
-def _no_slices(plan: ParallelPlan) -> str | None:
+def _expert_tensor_problem(plan: ParallelPlan) -> str | None:
     if plan.expert_tensor == 1:
         return None
     return f"it has no slices of experts, and expert_tensor is {plan.expert_tensor}: set it to 1"

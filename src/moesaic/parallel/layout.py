@@ -22,7 +22,7 @@ from moesaic.nn.embedding import Embedding
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class ShardedDim:
     """``dim`` is cut over ``axis``; ``segments`` are the lengths that lie side by side in it."""
 
     axis: str
@@ -40,109 +40,109 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class Laid:
+class Placement:
     """How one parameter lies: its whole ``shape``, and its cuts.
 
     ``experts`` is the layer's number of them, where the axes are those of a layer with experts.
     """
 
     shape: tuple[int, ...]
-    cuts: tuple[Cut, ...] = ()
+    sharded_dims: tuple[ShardedDim, ...] = ()
     experts: int | None = None
 
-    def held(self, axes: tuple[str, ...]) -> tuple[str, ...]:
+    def replicated_axes(self, axes: tuple[str, ...]) -> tuple[str, ...]:
         """Return the axes of a stage over which every rank holds a copy."""
-        return tuple(axis for axis in axes if axis not in {cut.axis for cut in self.cuts})
+        return tuple(axis for axis in axes if axis not in {cut.axis for cut in self.sharded_dims})
 
 
-Layout = dict[str, Laid]
+ShardingPlan = dict[str, Placement]
 
 
-def layout(model: Transformer) -> Layout:
+def make_sharding_plan(model: Transformer) -> ShardingPlan:
     """Return how every parameter of a whole model lies, by name."""
-    cut = {f"{path}.{name}": laid for path, module in _modules(model) for name, laid in module}
+    cut = {f"{path}.{name}": laid for path, module in _placements_by_module(model) for name, laid in module}
     return {
-        name: cut.get(name, Laid(tuple(parameter.shape)))
+        name: cut.get(name, Placement(tuple(parameter.shape)))
         for name, parameter in model.named_parameters()
     }
 
 
-def _modules(model: nn.Module) -> Iterator[tuple[str, Iterator[tuple[str, Laid]]]]:
+def _placements_by_module(model: nn.Module) -> Iterator[tuple[str, Iterator[tuple[str, Placement]]]]:
     for path, module in model.named_modules():
         if isinstance(module, SelfAttention):
-            yield path, _self_attention(module)
+            yield path, _self_attention_placements(module)
         elif isinstance(module, CrossAttention):
-            yield path, _cross_attention(module)
+            yield path, _cross_attention_placements(module)
         elif isinstance(module, FeedForwardBranch):
-            yield path, _dense(module)
+            yield path, _feed_forward_placements(module)
         elif isinstance(module, MoELayer):
-            yield path, _experts(module)
+            yield path, _expert_placements(module)
         elif isinstance(module, Embedding):
-            yield path, _tables(module)
+            yield path, _embedding_placements(module)
 
 
-def _self_attention(module: SelfAttention) -> Iterator[tuple[str, Laid]]:
+def _self_attention_placements(module: SelfAttention) -> Iterator[tuple[str, Placement]]:
     query, keys = module.heads * module.head_dim, module.kv_heads * module.head_dim
-    yield from _rows("qkv", module.qkv, segments=(query, keys, keys))
-    yield from _columns("out", module.out)
+    yield from _column_parallel("qkv", module.qkv, segments=(query, keys, keys))
+    yield from _row_parallel("out", module.out)
 
 
-def _cross_attention(module: CrossAttention) -> Iterator[tuple[str, Laid]]:
+def _cross_attention_placements(module: CrossAttention) -> Iterator[tuple[str, Placement]]:
     keys = module.kv_heads * module.head_dim
-    yield from _rows("query", module.query, segments=(module.heads * module.head_dim,))
-    yield from _rows("kv", module.kv, segments=(keys, keys))
-    yield from _columns("out", module.out)
+    yield from _column_parallel("query", module.query, segments=(module.heads * module.head_dim,))
+    yield from _column_parallel("kv", module.kv, segments=(keys, keys))
+    yield from _row_parallel("out", module.out)
 
 
-def _dense(branch: FeedForwardBranch) -> Iterator[tuple[str, Laid]]:
+def _feed_forward_placements(branch: FeedForwardBranch) -> Iterator[tuple[str, Placement]]:
     up, down = branch.inner.up, branch.inner.down
     hidden = down.in_features
-    yield from _rows("inner.up", up, segments=(hidden,) * (up.out_features // hidden))
-    yield from _columns("inner.down", down)
+    yield from _column_parallel("inner.up", up, segments=(hidden,) * (up.out_features // hidden))
+    yield from _row_parallel("inner.down", down)
 
 
-def _tables(module: Embedding) -> Iterator[tuple[str, Laid]]:
+def _embedding_placements(module: Embedding) -> Iterator[tuple[str, Placement]]:
     for name, table in module.named_parameters():
         shape = tuple(table.shape)
-        yield name, Laid(shape, (Cut("tensor", 0, (shape[0],)),))
+        yield name, Placement(shape, (ShardedDim("tensor", 0, (shape[0],)),))
 
 
-def _rows(name: str, linear: nn.Linear, *, segments: tuple[int, ...]) -> Iterator[tuple[str, Laid]]:
+def _column_parallel(name: str, linear: nn.Linear, *, segments: tuple[int, ...]) -> Iterator[tuple[str, Placement]]:
     """Each rank makes some of the outputs."""
-    cut = (Cut("tensor", 0, segments),)
-    yield f"{name}.weight", Laid(tuple(linear.weight.shape), cut)
+    cut = (ShardedDim("tensor", 0, segments),)
+    yield f"{name}.weight", Placement(tuple(linear.weight.shape), cut)
     if linear.bias is not None:
-        yield f"{name}.bias", Laid(tuple(linear.bias.shape), cut)
+        yield f"{name}.bias", Placement(tuple(linear.bias.shape), cut)
 
 
-def _columns(name: str, linear: nn.Linear) -> Iterator[tuple[str, Laid]]:
+def _row_parallel(name: str, linear: nn.Linear) -> Iterator[tuple[str, Placement]]:
     """Each rank reads some of the inputs; the parts of an output are added, its bias once."""
     shape = tuple(linear.weight.shape)
-    yield f"{name}.weight", Laid(shape, (Cut("tensor", 1, (shape[1],)),))
+    yield f"{name}.weight", Placement(shape, (ShardedDim("tensor", 1, (shape[1],)),))
 
 
-def _experts(layer: MoELayer) -> Iterator[tuple[str, Laid]]:
+def _expert_placements(layer: MoELayer) -> Iterator[tuple[str, Placement]]:
     bank, experts = layer.experts, layer.router.config.experts
-    hidden = _hidden_cuts(bank) if isinstance(bank, GroupedExperts) else {}
+    hidden = _expert_tensor_dims(bank) if isinstance(bank, GroupedExperts) else {}
     for name, parameter in bank.named_parameters():
         shape = tuple(parameter.shape)
         if "." in name or shape[0] != experts:  # what the experts of a layer share
             continue
-        cuts = (Cut("expert", 0, (experts,)), *hidden.get(name, ()))
-        yield f"experts.{name}", Laid(shape, cuts, experts)
+        cuts = (ShardedDim("expert", 0, (experts,)), *hidden.get(name, ()))
+        yield f"experts.{name}", Placement(shape, cuts, experts)
 
 
-def _hidden_cuts(bank: GroupedExperts) -> dict[str, tuple[Cut, ...]]:
+def _expert_tensor_dims(bank: GroupedExperts) -> dict[str, tuple[ShardedDim, ...]]:
     hidden, width = bank.down.shape[1], bank.up.shape[2]
     wide = (hidden,) * (width // hidden)
     return {
-        "up": (Cut("expert_tensor", 2, wide),),
-        "up_bias": (Cut("expert_tensor", 1, wide),),
-        "down": (Cut("expert_tensor", 1, (hidden,)),),
+        "up": (ShardedDim("expert_tensor", 2, wide),),
+        "up_bias": (ShardedDim("expert_tensor", 1, wide),),
+        "down": (ShardedDim("expert_tensor", 1, (hidden,)),),
     }
 
 
-def banks(model: nn.Module) -> Iterator[tuple[str, ExpertModule, MoELayer]]:
+def expert_modules(model: nn.Module) -> Iterator[tuple[str, ExpertModule, MoELayer]]:
     """Yield the experts of every layer with the name of their module."""
     for path, module in model.named_modules():
         if isinstance(module, MoELayer):

@@ -8,43 +8,43 @@ from collections.abc import Sequence
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.dist.collectives import reduce_from_group
-from moesaic.parallel.slices import Spans, put, shard, take
-from moesaic.parallel.spread import Spread
+from moesaic.parallel.slices import Spans, write_shard, describe_shard, slice_local
+from moesaic.parallel.spread import ParallelModel
 
 
-class SpreadMatrices:
+class ShardedMatrices:
     """Part of an optimizer (``optim.update.Matrices``): fetch and hand back by parameter name."""
 
-    def __init__(self, spread: Spread) -> None:
-        self._spread = spread
+    def __init__(self, parallel_model: ParallelModel) -> None:
+        self._parallel_model = parallel_model
 
     def all_gather_matrices(
         self, names: Sequence[str], parts: Sequence[Float[Tensor, "*E m n"]]
     ) -> list[Float[Tensor, "*E M N"]]:
         """Return the matrices that these are parts of. Collective, one matrix or bank at a time."""
-        return [self._fetch(name, part) for name, part in zip(names, parts, strict=True)]
+        return [self._gather_matrix(name, part) for name, part in zip(names, parts, strict=True)]
 
     def local_shards(
         self, names: Sequence[str], whole: Sequence[Float[Tensor, "*E M N"]]
     ) -> list[Float[Tensor, "*E m n"]]:
         """Return this rank's parts of whole matrices."""
-        return [take(w, self._held(name, w)) for name, w in zip(names, whole, strict=True)]
+        return [slice_local(w, self._local_spans(name, w)) for name, w in zip(names, whole, strict=True)]
 
-    def _fetch(self, name: str, part: Tensor) -> Tensor:
-        laid, sharing = self._spread.layout[name], self._spread.sharing[name]
+    def _gather_matrix(self, name: str, part: Tensor) -> Tensor:
+        laid, sharing = self._parallel_model.sharding_plan[name], self._parallel_model.gradient_sync[name]
         shape = (*part.shape[:-2], *laid.shape[-2:])
-        held = self._held(name, part)
+        held = self._local_spans(name, part)
         matrix = range(len(shape) - 2, len(shape))
-        axes = [cut.axis for cut in laid.cuts if cut.dim in matrix]
-        axes += sharing.zero if self._spread.zero_dim(name) in matrix else ()
-        if self._spread.mesh.size(*axes, num_experts=laid.experts) == 1:
+        axes = [cut.axis for cut in laid.sharded_dims if cut.dim in matrix]
+        axes += sharing.zero_axes if self._parallel_model.zero_dim(name) in matrix else ()
+        if self._parallel_model.mesh.size(*axes, num_experts=laid.experts) == 1:
             return part
         whole = part.new_zeros(shape)
-        put(whole, shard(part, held, shape=shape))
-        group = self._spread.mesh.group(*axes, num_experts=laid.experts)
+        write_shard(whole, describe_shard(part, held, shape=shape))
+        group = self._parallel_model.mesh.group(*axes, num_experts=laid.experts)
         # the parts do not overlap, so a sum with zeros is exact; on the device, where NCCL reaches
-        return reduce_from_group(whole.to(self._spread.mesh.device), group=group).to(part.device)
+        return reduce_from_group(whole.to(self._parallel_model.mesh.device), group=group).to(part.device)
 
-    def _held(self, name: str, like: Tensor) -> tuple[Spans, ...]:
+    def _local_spans(self, name: str, like: Tensor) -> tuple[Spans, ...]:
         stacked: tuple[Spans, ...] = tuple(((0, size),) for size in like.shape[:-2])
-        return (*stacked, *self._spread.held(name)[-2:])
+        return (*stacked, *self._parallel_model.local_spans(name)[-2:])

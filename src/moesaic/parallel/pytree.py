@@ -14,11 +14,11 @@ from moesaic.model.cache import EncoderOutput
 from moesaic.ops.cross_entropy import TokenLoss
 
 
-def show_streams() -> None:
+def register_pytree_nodes() -> None:
     """Register both as trees of their tensors; once is enough."""
     if BlockState not in pytree.SUPPORTED_NODES:
         pytree.register_pytree_node(
-            BlockState, _flatten, _unflatten, serialized_type_name="moesaic.Stream"
+            BlockState, _flatten_stream, _unflatten_stream, serialized_type_name="moesaic.Stream"
         )
     if EncoderOutput not in pytree.SUPPORTED_NODES:
         pytree.register_pytree_node(
@@ -36,13 +36,13 @@ def show_streams() -> None:
         )
 
 
-def _flatten(stream: BlockState) -> tuple[list[Any], Any]:
+def _flatten_stream(stream: BlockState) -> tuple[list[Any], Any]:
     carry = stream.router_state
     losses = [value for record in stream.records for value in record.losses.values()]
     return [stream.x, carry.hidden, carry.logits, *losses], stream
 
 
-def _unflatten(children: Any, stream: Any) -> BlockState:
+def _unflatten_stream(children: Any, stream: Any) -> BlockState:
     x, hidden, logits, *losses = children
     given = iter(losses)
     records = tuple(

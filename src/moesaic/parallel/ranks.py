@@ -15,14 +15,14 @@ class BatchRanks:
     ``room`` are those whose tokens compete for the room of an expert; all of them by default.
     """
 
-    def __init__(self, world: World, *, room: World | None = None) -> None:
-        self._world, self._room = world, room or world
+    def __init__(self, world: World, *, capacity_world: World | None = None) -> None:
+        self._world, self._capacity_world = world, capacity_world or world
 
     def sum(self, counts: Shaped[Tensor, "C"]) -> Shaped[Tensor, "C"]:
         return self._world.all_reduce(counts)
 
     def gather(self, rows: Int[Tensor, "N C"]) -> GatheredRows:
-        room = self._room
+        room = self._capacity_world
         if room.size == 1:
             return GatheredRows(rows, 0)
         own = torch.tensor([rows.shape[0]], device=rows.device)
@@ -34,7 +34,7 @@ class BatchRanks:
         return GatheredRows(whole, sum(sizes[: room.rank]))
 
 
-class Room(Choice):
+class CapacityScope(Choice):
     """Family: whose tokens compete for the room of an expert, where that is limited."""
 
     def world(self, mesh: Mesh, *, experts: int) -> World:
@@ -42,15 +42,15 @@ class Room(Choice):
         raise NotImplementedError
 
 
-class WholeBatch(Room):
+class GlobalBatch(CapacityScope):
     """All tokens of the micro-batch: the same edges are dropped under every plan."""
 
     def world(self, mesh: Mesh, *, experts: int) -> World:
         del experts
-        return world_of(mesh, *STAGE_AXES)
+        return world_over(mesh, *STAGE_AXES)
 
 
-class DataRow(Room):
+class DataParallelRank(CapacityScope):
     """The tokens of the ranks that one set of experts is spread over (2405.15052, table 1).
 
     In that paper's mesh (data, expert, model) nothing of routing crosses the data axis: neither
@@ -59,10 +59,10 @@ class DataRow(Room):
     """
 
     def world(self, mesh: Mesh, *, experts: int) -> World:
-        return world_of(mesh, "expert", "expert_tensor", experts=experts)
+        return world_over(mesh, "expert", "expert_tensor", experts=experts)
 
 
-def world_of(mesh: Mesh, *axes: str, experts: int | None = None) -> World:
+def world_over(mesh: Mesh, *axes: str, experts: int | None = None) -> World:
     """Return the ranks that differ in these axes, as a world of their own."""
     group = mesh.group(*axes, num_experts=experts)
     return SingleProcess(mesh.device) if group is None else ProcessGroupWorld(mesh.device, group=group)

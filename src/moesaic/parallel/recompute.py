@@ -20,43 +20,43 @@ from moesaic.moe.layer import moe_layers
 from moesaic.moe.router import Router
 
 
-class Recompute(Choice):
+class ActivationCheckpointing(Choice):
     """Family: what is made again in backward."""
 
-    def again(self, layer: int) -> bool:
+    def applies_to(self, layer: int) -> bool:
         """Whether block ``layer`` of its stack, from 0, is passed through again."""
         raise NotImplementedError
 
 
-class KeepAll(Recompute):
+class NoCheckpointing(ActivationCheckpointing):
     """Nothing: all activations are kept."""
 
-    def again(self, layer: int) -> bool:
+    def applies_to(self, layer: int) -> bool:
         del layer
         return False
 
 
-class Blocks(Recompute):
+class CheckpointBlocks(ActivationCheckpointing):
     """Every ``every``-th block of a stack, the first included: 1 is all of them."""
 
     every: int = Field(default=1, ge=1)
 
-    def again(self, layer: int) -> bool:
+    def applies_to(self, layer: int) -> bool:
         return layer % self.every == 0
 
 
-def recompute(model: Transformer, *, by: Recompute) -> None:
+def apply_activation_checkpointing(model: Transformer, *, by: ActivationCheckpointing) -> None:
     """Let the blocks of a model be passed through again in backward, where ``by`` says so."""
     found = {
         block
         for stack in (model.encoder, model.decoder)
         for layer, block in enumerate(stack)
-        if by.again(layer)
+        if by.applies_to(layer)
     }
-    model.run_block = Again(found) if found else run_block
+    model.run_block = CheckpointedForward(found) if found else run_block
 
 
-class Again:
+class CheckpointedForward:
     """How a stream passes through blocks, some of which make their activations again.
 
     What happens between the two passes changes nothing: random numbers are those of the first, and
@@ -72,16 +72,16 @@ class Again:
         # to stop early would leave out the collectives after the last tensor that is wanted
         with set_checkpoint_early_stop(False):
             return checkpoint(
-                block, stream, use_reentrant=False, context_fn=lambda: _both(block), **parts
+                block, stream, use_reentrant=False, context_fn=lambda: _checkpoint_contexts(block), **parts
             )
 
 
-def _both(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def _checkpoint_contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The contexts of the first pass, which begins now, and of the second."""
-    return nullcontext(), _AsBefore([layer.router for layer in moe_layers(block)])
+    return nullcontext(), _RestoredRouterState([layer.router for layer in moe_layers(block)])
 
 
-class _AsBefore:
+class _RestoredRouterState:
     """Inside, routers have heard what they had when this was made. Entered once per backward."""
 
     def __init__(self, routers: Sequence[Router]) -> None:

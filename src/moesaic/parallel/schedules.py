@@ -15,7 +15,7 @@ from moesaic.core.config import Choice
 from moesaic.core.shapes import Tensor
 
 
-class PipeSchedule(Choice):
+class PipelineSchedule(Choice):
     """Family of schedules.
 
     ``torch_name`` is the class in ``torch.distributed.pipelining``; ``folded`` means that the chain
@@ -24,18 +24,18 @@ class PipeSchedule(Choice):
     """
 
     torch_name: ClassVar[str]
-    folded: ClassVar[bool] = False
-    splits: ClassVar[bool] = False
+    v_shaped: ClassVar[bool] = False
+    splits_backward: ClassVar[bool] = False
 
-    def per_rank(self) -> int:
+    def stages_per_rank(self) -> int:
         """Return the stages that each rank has."""
         return 1
 
-    def places(self, ranks: int) -> tuple[int, ...]:
+    def rank_of_stage(self, ranks: int) -> tuple[int, ...]:
         """Return which rank of the pipeline has each stage."""
-        if self.folded:
+        if self.v_shaped:
             return (*range(ranks), *reversed(range(ranks)))
-        return tuple(range(ranks)) * self.per_rank()
+        return tuple(range(ranks)) * self.stages_per_rank()
 
     def problems(self, *, ranks: int, micro_batches: int) -> str | None:
         """Return what it expects, if so many micro-batches on so many ranks are not it."""
@@ -43,13 +43,13 @@ class PipeSchedule(Choice):
         return None
 
 
-class GPipe(PipeSchedule):
+class GPipe(PipelineSchedule):
     """All forwards, then all backwards (1811.06965): every micro-batch is kept until then."""
 
     torch_name = "ScheduleGPipe"
 
 
-class OneForwardOneBackward(PipeSchedule):
+class OneForwardOneBackward(PipelineSchedule):
     """One forward, one backward in turn once the pipeline is full (2006.09503, 1F1B with flush).
 
     The bubble is that of ``GPipe``; a stage keeps at most as many micro-batches as stages follow.
@@ -58,72 +58,72 @@ class OneForwardOneBackward(PipeSchedule):
     torch_name = "Schedule1F1B"
 
     def problems(self, *, ranks: int, micro_batches: int) -> str | None:
-        return _at_least(ranks, micro_batches, what="stages")
+        return _fewer_than(ranks, micro_batches, what="stages")
 
 
-class Interleaved(PipeSchedule):
+class Interleaved(PipelineSchedule):
     """1F1B with ``stages`` smaller stages per rank, earlier micro-batches first (2104.04473)."""
 
     torch_name = "ScheduleInterleaved1F1B"
     stages: int = Field(default=2, ge=2)
 
-    def per_rank(self) -> int:
+    def stages_per_rank(self) -> int:
         return self.stages
 
     def problems(self, *, ranks: int, micro_batches: int) -> str | None:
-        return _rounds(ranks, micro_batches)
+        return _uneven_rounds(ranks, micro_batches)
 
 
-class BreadthFirst(PipeSchedule):
+class BreadthFirst(PipelineSchedule):
     """All micro-batches through one of a rank's ``stages`` before the next (2211.05953)."""
 
     torch_name = "ScheduleLoopedBFS"
     stages: int = Field(default=2, ge=2)
 
-    def per_rank(self) -> int:
+    def stages_per_rank(self) -> int:
         return self.stages
 
 
-class InterleavedZeroBubble(PipeSchedule):
+class InterleavedZeroBubble(PipelineSchedule):
     """Interleaved 1F1B whose idle time makes gradients of weights (2401.10241)."""
 
     torch_name = "ScheduleInterleavedZeroBubble"
-    splits = True
+    splits_backward = True
     stages: int = Field(default=2, ge=2)
 
-    def per_rank(self) -> int:
+    def stages_per_rank(self) -> int:
         return self.stages
 
     def problems(self, *, ranks: int, micro_batches: int) -> str | None:
-        return _rounds(ranks, micro_batches)
+        return _uneven_rounds(ranks, micro_batches)
 
 
-class ZeroBubbleV(PipeSchedule):
+class ZeroBubbleV(PipelineSchedule):
     """Two stages per rank in a V, gradients of weights in the idle time (2401.10241, section 6)."""
 
     torch_name = "ScheduleZBVZeroBubble"
-    folded = True
-    splits = True
+    v_shaped = True
+    splits_backward = True
 
-    def per_rank(self) -> int:
+    def stages_per_rank(self) -> int:
         return 2
 
 
-class DualPipeV(PipeSchedule):
+class DualPipeV(PipelineSchedule):
     """Two stages per rank in a V, a forward and a backward side by side (after 2412.19437)."""
 
     torch_name = "ScheduleDualPipeV"
-    folded = True
-    splits = True
+    v_shaped = True
+    splits_backward = True
 
-    def per_rank(self) -> int:
+    def stages_per_rank(self) -> int:
         return 2
 
     def problems(self, *, ranks: int, micro_batches: int) -> str | None:
-        return _at_least(2 * ranks, micro_batches, what="stages")
+        return _fewer_than(2 * ranks, micro_batches, what="stages")
 
 
-def engine(module: str = "") -> Any:
+def torch_pipelining(module: str = "") -> Any:
     """Return PyTorch's package of pipelines, or a module of it.
 
     Imported when it is asked for: it brings torch's compiler and Triton, seconds that a run
@@ -133,10 +133,10 @@ def engine(module: str = "") -> Any:
 
 
 @functools.cache
-def can_split() -> bool:
+def can_split_backward() -> bool:
     """Whether this PyTorch begins a backward at an operation of our own: 2.13 does, not 2.11."""
     x = torch.ones(1, requires_grad=True)
-    edge = GradientEdge(_Own.apply(x).grad_fn, 0)
+    edge = GradientEdge(_CustomIdentity.apply(x).grad_fn, 0)
     try:
         torch.autograd.grad([edge], [x], grad_outputs=[torch.ones(1)])
     except RuntimeError:
@@ -144,7 +144,7 @@ def can_split() -> bool:
     return True
 
 
-class _Own(torch.autograd.Function):
+class _CustomIdentity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         del ctx
@@ -156,13 +156,13 @@ class _Own(torch.autograd.Function):
         return grads[0]
 
 
-def _at_least(wanted: int, micro_batches: int, *, what: str) -> str | None:
+def _fewer_than(wanted: int, micro_batches: int, *, what: str) -> str | None:
     if micro_batches >= wanted:
         return None
     return f"at least as many micro-batches as {what}, {wanted}, not {micro_batches}"
 
 
-def _rounds(ranks: int, micro_batches: int) -> str | None:
+def _uneven_rounds(ranks: int, micro_batches: int) -> str | None:
     rounds = max(1, micro_batches // ranks)
     if micro_batches % rounds == 0:
         return None

@@ -17,16 +17,16 @@ from moesaic.dist.world import BUCKET_BYTES
 from moesaic.model.blueprint import Stack
 from moesaic.model.count import BatchDims
 from moesaic.moe.config import MoE
-from moesaic.parallel.cost import tokens_of
-from moesaic.parallel.inventory import Holding
-from moesaic.parallel.ranks import WholeBatch
+from moesaic.parallel.cost import tokens_per_rank
+from moesaic.parallel.inventory import RankParameters
+from moesaic.parallel.ranks import GlobalBatch
 
-INT = DOUBLE = 8
+INT64_BYTES = FLOAT64_BYTES = 8
 Lines = Iterator[tuple[str, str, float]]
 
 
 @dataclass(frozen=True, slots=True)
-class Sending:
+class CommunicationVolume:
     """Bytes that one rank sends in a step by one kind of collective over one axis."""
 
     kind: str
@@ -34,52 +34,52 @@ class Sending:
     bytes: int
 
 
-def sends(
-    holding: Holding, *, sizes: BatchDims, micro_batches: int = 1, itemsize: int = 4
-) -> tuple[Sending, ...]:
+def communication_volume(
+    rank_parameters: RankParameters, *, sizes: BatchDims, micro_batches: int = 1, itemsize: int = 4
+) -> tuple[CommunicationVolume, ...]:
     """Return what a rank sends in a step of so many micro-batches of ``sizes``, sorted.
 
     ``itemsize`` is that of the rows that travel; weights and gradients travel in float32.
     """
     sums: Counter[tuple[str, str]] = Counter()
-    for kind, axis, size in _passes(holding, sizes=sizes, itemsize=itemsize):
+    for kind, axis, size in _forward_backward(rank_parameters, sizes=sizes, itemsize=itemsize):
         sums[kind, axis] += round(micro_batches * size)
-    for kind, axis, size in _gradients(holding, micro_batches=micro_batches):
+    for kind, axis, size in _gradient_sync(rank_parameters, micro_batches=micro_batches):
         sums[kind, axis] += round(size)
-    return tuple(Sending(*key, size) for key, size in sorted(sums.items()) if size)
+    return tuple(CommunicationVolume(*key, size) for key, size in sorted(sums.items()) if size)
 
 
-def _passes(holding: Holding, *, sizes: BatchDims, itemsize: int) -> Lines:
+def _forward_backward(holding: RankParameters, *, sizes: BatchDims, itemsize: int) -> Lines:
     """Forward and backward of a micro-batch."""
     config = holding.inventory.config
-    tokens = tokens_of(holding, sizes)
+    tokens = tokens_per_rank(holding, sizes)
     for stack, count in zip((config.encoder, config.decoder), tokens, strict=True):
         for layer in range(stack.layers):
             moe = config.routed_moe_of_layer(stack, layer=layer)
             if moe is not None:
-                yield from _mixture(holding, moe, tokens=count, itemsize=itemsize)
-        yield from _meetings(holding, stack, tokens=count, itemsize=itemsize)
-        yield from _looks(holding, stack, asking=count, asked=count, itemsize=itemsize)
-        yield from _words(holding, tokens=count, itemsize=itemsize)
-    yield from _scores(holding, tokens=tokens[1], itemsize=itemsize)
+                yield from _moe_layer(holding, moe, tokens=count, itemsize=itemsize)
+        yield from _tensor_parallel_layers(holding, stack, tokens=count, itemsize=itemsize)
+        yield from _ulysses_attention(holding, stack, asking=count, asked=count, itemsize=itemsize)
+        yield from _embedding_lookup(holding, tokens=count, itemsize=itemsize)
+    yield from _vocab_parallel_loss(holding, tokens=tokens[1], itemsize=itemsize)
     if config.encoder.layers:  # the cross-attention's queries part again, its sources do not
         source, target = (config.decoder.layers * count for count in tokens)
         lanes = holding.plan.tensor
-        yield from _meeting(target, dim=config.dim, itemsize=itemsize, lanes=lanes)
+        yield from _gather_and_scatter(target, dim=config.dim, itemsize=itemsize, lanes=lanes)
         size = (lanes - 1) * source * config.dim * itemsize
         yield from (("all-gather", "tensor", size), ("all-to-all", "tensor", size))
-        yield from _looks(
+        yield from _ulysses_attention(
             holding, config.decoder, asking=tokens[1], asked=tokens[0], itemsize=itemsize
         )
 
 
-def _mixture(holding: Holding, moe: MoE, *, tokens: int, itemsize: int) -> Lines:
+def _moe_layer(holding: RankParameters, moe: MoE, *, tokens: int, itemsize: int) -> Lines:
     plan, dim = holding.plan, moe.dispatch_projection.expert_dim(holding.inventory.config.dim)
     over, cuts = plan.expert_ranks(moe.experts), plan.expert_tensor
     chosen = round(moe.select.experts_per_token(moe.num_router_outputs))
     rows = DispatchedTokens(tokens, experts_per_token=chosen, dim=dim, itemsize=itemsize)
     if over * cuts > 1:
-        counts = moe.experts * INT
+        counts = moe.experts * INT64_BYTES
         yield "all-to-all", "expert", counts * (over - 1) / over
         yield "all-gather", "expert_tensor", counts * (cuts - 1)
         yield "all-to-all", "expert", 2 * all_to_all_bytes(rows, ranks=over)
@@ -87,44 +87,44 @@ def _mixture(holding: Holding, moe: MoE, *, tokens: int, itemsize: int) -> Lines
         yield "all-gather", "expert_tensor", expert_tensor_bytes(rows, expert_tensor=cuts)
         yield "all-to-all", "expert_tensor", expert_tensor_bytes(rows, expert_tensor=cuts)
     ranks = plan.stage_size
-    statistics = (4 * moe.num_router_outputs + 1) * DOUBLE
+    statistics = (4 * moe.num_router_outputs + 1) * FLOAT64_BYTES
     yield "all-reduce", "stage", 2 * statistics * (ranks - 1) // ranks
-    told, room = moe.limit.num_gathered_integers(tokens * chosen) * INT, "stage"
-    if not isinstance(holding.parallel.room, WholeBatch):
-        room = holding.named(("expert", "expert_tensor"), experts=moe.experts)
+    told, room = moe.limit.num_gathered_integers(tokens * chosen) * INT64_BYTES, "stage"
+    if not isinstance(holding.parallel.capacity_scope, GlobalBatch):
+        room = holding.group_name(("expert", "expert_tensor"), experts=moe.experts)
         ranks = over * cuts
     yield "all-gather", room, told * (ranks - 1)
 
 
-def _meetings(holding: Holding, stack: Stack, *, tokens: int, itemsize: int) -> Lines:
+def _tensor_parallel_layers(holding: RankParameters, stack: Stack, *, tokens: int, itemsize: int) -> Lines:
     """Rows that meet in matrices cut over tensor ranks: every attention and dense feed-forward."""
     config = holding.inventory.config
     dense = sum(config.routed_moe_of_layer(stack, layer=i) is None for i in range(stack.layers))
     met = (stack.layers + dense) * tokens
-    yield from _meeting(met, dim=config.dim, itemsize=itemsize, lanes=holding.plan.tensor)
+    yield from _gather_and_scatter(met, dim=config.dim, itemsize=itemsize, lanes=holding.plan.tensor)
 
 
-def _meeting(tokens: int, *, dim: int, itemsize: int, lanes: int) -> Lines:
+def _gather_and_scatter(tokens: int, *, dim: int, itemsize: int, lanes: int) -> Lines:
     size = 2 * (lanes - 1) * tokens * dim * itemsize
     yield from (("all-gather", "tensor", size), ("all-to-all", "tensor", size))
 
 
-def _words(holding: Holding, *, tokens: int, itemsize: int) -> Lines:
+def _embedding_lookup(holding: RankParameters, *, tokens: int, itemsize: int) -> Lines:
     """Vectors of tokens from a table cut by rows: parts added up, gradients gathered."""
     size = (holding.plan.tensor - 1) * tokens * holding.inventory.config.dim * itemsize
     yield from (("all-to-all", "tensor", size), ("all-gather", "tensor", size))
 
 
-def _scores(holding: Holding, *, tokens: int, itemsize: int) -> Lines:
+def _vocab_parallel_loss(holding: RankParameters, *, tokens: int, itemsize: int) -> Lines:
     """States and labels of all ranks, and four numbers for each where a vocabulary is cut."""
     others = holding.plan.tensor - 1
     size = others * tokens * holding.inventory.config.dim * itemsize
     yield from (("all-to-all", "tensor", size), ("all-gather", "tensor", size))
-    yield "all-gather", "tensor", others * (tokens + 1) * INT
+    yield "all-gather", "tensor", others * (tokens + 1) * INT64_BYTES
     yield "all-reduce", "tensor", 2 * others * tokens * 4 * 4
 
 
-def _looks(holding: Holding, stack: Stack, *, asking: int, asked: int, itemsize: int) -> Lines:
+def _ulysses_attention(holding: RankParameters, stack: Stack, *, asking: int, asked: int, itemsize: int) -> Lines:
     """Tokens exchanged for heads and back (Ulysses, 2309.14509), once in each block of a stack."""
     config, plan, ranks = holding.inventory.config, holding.plan, holding.plan.context
     if ranks == 1:
@@ -137,30 +137,30 @@ def _looks(holding: Holding, stack: Stack, *, asking: int, asked: int, itemsize:
     yield "all-to-all", "context", size
 
 
-def _gradients(holding: Holding, *, micro_batches: int) -> Lines:
+def _gradient_sync(holding: RankParameters, *, micro_batches: int) -> Lines:
     """Sums over copies; with ZeRO also what makes weights whole."""
     plan = holding.plan
-    without = holding.inventory.once if holding.grid().coordinates(holding.rank)["tensor"] else frozenset()
+    without = holding.inventory.first_rank_biases if holding.grid().coordinates(holding.rank)["tensor"] else frozenset()
     reduced = 1 if plan.zero == 1 else micro_batches
     summed: dict[tuple[tuple[str, ...], int | None], list[int]] = {}
-    for part in holding.parts:
-        number = part.item.laid.experts
-        if part.zero:
-            ranks = holding.size(part.zero, experts=number)
-            size = 4 * part.padded * (ranks - 1)
+    for part in holding.shards:
+        number = part.parameter.placement.experts
+        if part.zero_axes:
+            ranks = holding.num_ranks(part.zero_axes, experts=number)
+            size = 4 * part.gathered_values * (ranks - 1)
             # the model's own parameters stay whole between forward and backward
-            again = 2 if plan.zero == 3 and part.item.unit else 1
-            axis = holding.named(part.zero, experts=number)
+            again = 2 if plan.zero == 3 and part.parameter.fsdp_unit else 1
+            axis = holding.group_name(part.zero_axes, experts=number)
             yield "all-gather", axis, size * again * micro_batches
-            if part.item.name not in without:
+            if part.parameter.name not in without:
                 yield "reduce-scatter", axis, size * reduced
-        axes = tuple(a for a in part.sums if holding.size((a,), experts=number) > 1)
+        axes = tuple(a for a in part.all_reduce_axes if holding.num_ranks((a,), experts=number) > 1)
         if axes:
-            summed.setdefault((axes, number), []).append(4 * math.prod(part.share))
+            summed.setdefault((axes, number), []).append(4 * math.prod(part.shape))
     for (axes, number), parts in summed.items():
-        ranks = holding.size(axes, experts=number)
+        ranks = holding.num_ranks(axes, experts=number)
         for size in _buckets(parts):
-            axis = holding.named(axes, experts=number)
+            axis = holding.group_name(axes, experts=number)
             yield "all-reduce", axis, 2 * size * (ranks - 1) // ranks
 
 

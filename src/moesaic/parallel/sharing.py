@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Sharing:
+class GradientSync:
     """Over which axes the copies of a parameter lie, and the ranks that share out each copy.
 
     ``axes`` are summed after backward; ``zero`` are those that ZeRO has summed and shared out.
     """
 
-    axes: tuple[str, ...]
-    zero: tuple[str, ...] = ()
+    all_reduce_axes: tuple[str, ...]
+    zero_axes: tuple[str, ...] = ()
 
 
 def zero_dim(shape: tuple[int, ...], *, ranks: int) -> int:

@@ -8,20 +8,20 @@ import torch
 from moesaic.checkpoint.shard import ShardBlock, Shard
 from moesaic.core.shapes import Shaped, Tensor
 from moesaic.dist.plan import RankGrid
-from moesaic.parallel.layout import Laid
+from moesaic.parallel.layout import Placement
 
 Spans = tuple[tuple[int, int], ...]  # (start, length) of runs of a dim that are held side by side
 
 
-def spans(laid: Laid, *, grid: RankGrid, place: Mapping[str, int]) -> tuple[Spans, ...]:
+def local_spans(placement: Placement, *, grid: RankGrid, place: Mapping[str, int]) -> tuple[Spans, ...]:
     """Return what the rank at ``place`` holds of each dim of a parameter."""
-    found: list[Spans] = [((0, size),) for size in laid.shape]
-    for cut in laid.cuts:
+    found: list[Spans] = [((0, size),) for size in placement.shape]
+    for cut in placement.sharded_dims:
         found[cut.dim] = cut.spans(place[cut.axis], grid.axes[cut.axis])
     return tuple(found)
 
 
-def take(whole: Shaped[Tensor, "*N"], held: Sequence[Spans]) -> Shaped[Tensor, "*n"]:
+def slice_local(whole: Shaped[Tensor, "*N"], held: Sequence[Spans]) -> Shaped[Tensor, "*n"]:
     """Return a rank's part of a whole tensor, contiguous; the tensor itself if that is all."""
     part = whole
     for dim, runs in enumerate(held):
@@ -30,7 +30,7 @@ def take(whole: Shaped[Tensor, "*N"], held: Sequence[Spans]) -> Shaped[Tensor, "
     return part.contiguous()
 
 
-def window(held: Sequence[Spans], *, dim: int, start: int, length: int) -> tuple[Spans, ...]:
+def clip_spans(held: Sequence[Spans], *, dim: int, start: int, length: int) -> tuple[Spans, ...]:
     """Return what is left of a part when only ``length`` rows of its ``dim`` are kept."""
     kept, at = [], 0
     for first, size in held[dim]:
@@ -41,10 +41,10 @@ def window(held: Sequence[Spans], *, dim: int, start: int, length: int) -> tuple
     return (*held[:dim], tuple(kept), *held[dim + 1 :])
 
 
-def shard(part: Shaped[Tensor, "*n"], held: Sequence[Spans], *, shape: Sequence[int]) -> Shard:
+def describe_shard(part: Shaped[Tensor, "*n"], held: Sequence[Spans], *, shape: Sequence[int]) -> Shard:
     """Describe a part in memory as blocks of the whole of ``shape``."""
     pieces = []
-    for runs in product(*(_local(spans_) for spans_ in held)):
+    for runs in product(*(_local_offsets(spans_) for spans_ in held)):
         block = part.detach()
         for dim, (_, here, length) in enumerate(runs):
             block = block.narrow(dim, here, length)
@@ -52,7 +52,7 @@ def shard(part: Shaped[Tensor, "*n"], held: Sequence[Spans], *, shape: Sequence[
     return Shard(tuple(shape), part.dtype, tuple(pieces))
 
 
-def put(whole: Shaped[Tensor, "*N"], found: Shard) -> None:
+def write_shard(whole: Shaped[Tensor, "*N"], found: Shard) -> None:
     """Write a rank's blocks into a whole tensor."""
     for piece in found.blocks:
         target = whole
@@ -61,7 +61,7 @@ def put(whole: Shaped[Tensor, "*N"], found: Shard) -> None:
         target.copy_(piece.data)
 
 
-def _local(held: Spans) -> list[tuple[int, int, int]]:
+def _local_offsets(held: Spans) -> list[tuple[int, int, int]]:
     """Return (start in the whole, start in the part, length) of each run."""
     found, at = [], 0
     for start, length in held:

@@ -18,15 +18,15 @@ from moesaic.dist.mesh import STAGE_AXES, Mesh
 from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
 from moesaic.model.transformer import Transformer
 from moesaic.optim.clip import GradNorm, global_norm, scale_gradients
-from moesaic.parallel.layout import Laid, Layout
+from moesaic.parallel.layout import Placement, ShardingPlan
 from moesaic.parallel.pipeline import Pipeline
-from moesaic.parallel.ranks import world_of
-from moesaic.parallel.sharing import Sharing, zero_dim
-from moesaic.parallel.slices import Spans, shard, spans, window
-from moesaic.parallel.zero import accumulating
+from moesaic.parallel.ranks import world_over
+from moesaic.parallel.sharing import GradientSync, zero_dim
+from moesaic.parallel.slices import Spans, describe_shard, local_spans, clip_spans
+from moesaic.parallel.zero import set_gradient_accumulation
 
 
-class Spread:
+class ParallelModel:
     """``model`` as it lies on this rank of ``mesh``; ``sharing`` is by parameter name.
 
     ``layout`` is that of the whole model.
@@ -39,31 +39,31 @@ class Spread:
         model: Transformer,
         *,
         mesh: Mesh,
-        layout: Layout,
-        sharing: Mapping[str, Sharing],
+        sharding_plan: ShardingPlan,
+        gradient_sync: Mapping[str, GradientSync],
         pipeline: Pipeline | None = None,
     ) -> None:
-        self.model, self.mesh, self.layout, self.sharing = model, mesh, layout, dict(sharing)
+        self.model, self.mesh, self.sharding_plan, self.gradient_sync = model, mesh, sharding_plan, dict(gradient_sync)
         self.pipeline = pipeline
         # before ZeRO shares them out, after other axes have cut them
-        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self.stage = world_of(mesh, *STAGE_AXES)
-        self.rows = world_of(mesh, "data")
+        self._shapes_before_zero = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.stage_world = world_over(mesh, *STAGE_AXES)
+        self.data_world = world_over(mesh, "data")
         place = mesh.coordinates()
-        self.leads = not any(place[axis] for axis in ("pipe", "context", "tensor"))
+        self.counts_tokens = not any(place[axis] for axis in ("pipe", "context", "tensor"))
 
     @property
-    def whole(self) -> bool:
+    def is_replicated(self) -> bool:
         """Whether every rank holds every parameter."""
         return self.pipeline is None and all(
-            not share.zero and not any(self._count(laid, cut.axis) > 1 for cut in laid.cuts)
-            for _, _, laid, share in self._named()
+            not share.zero_axes and not any(self._axis_size(laid, cut.axis) > 1 for cut in laid.sharded_dims)
+            for _, _, laid, share in self._parameters()
         )
 
     def before_backward(self, *, last: bool) -> None:
         """Say that the next micro-batch follows, and whether it is the step's last."""
         if self.mesh.plan.zero:
-            accumulating(self.model, last=last, stage=self.mesh.plan.zero)
+            set_gradient_accumulation(self.model, last=last, zero_stage=self.mesh.plan.zero)
 
     def sum_gradients(self) -> None:
         """Make each gradient that of the whole batch. Collective.
@@ -71,26 +71,26 @@ class Spread:
         What nothing has asked for has a gradient of zero, on one rank as on many: so weight decay
         treats it alike under every plan.
         """
-        for _, parameter, _, _ in self._named():
+        for _, parameter, _, _ in self._parameters():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         together: dict[Group, list[Tensor]] = {}
-        for _, parameter, laid, share in self._named():
-            group = self.mesh.group(*share.axes, num_experts=laid.experts)
+        for _, parameter, laid, share in self._parameters():
+            group = self.mesh.group(*share.all_reduce_axes, num_experts=laid.experts)
             if group is not None:
                 together.setdefault(group, []).append(parameter)
         for group, parameters in together.items():
-            self._world(group).all_reduce_gradients(parameters)
+            self._group_world(group).all_reduce_gradients(parameters)
         if self.pipeline is not None:
-            self.pipeline.share_gradients()
+            self.pipeline.sum_shared_gradients()
 
-    def clip(self, max_norm: float = math.inf) -> GradNorm:
+    def clip_gradients(self, max_norm: float = math.inf) -> GradNorm:
         """Scale all gradients so that their norm as one vector is at most ``max_norm``.
 
         Each value counts once, wherever it lies. Collective; the same bits on every rank.
         """
-        grads = [p.grad for _, p, _, _ in self._named() if p.grad is not None]
-        norm = global_norm(grads) if self.whole else self._norm()
+        grads = [p.grad for _, p, _, _ in self._parameters() if p.grad is not None]
+        norm = global_norm(grads) if self.is_replicated else self._sharded_norm()
         return scale_gradients([local_tensor(g) for g in grads], norm=float(norm), max_norm=max_norm)
 
     def shards(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Shard]:
@@ -99,57 +99,57 @@ class Spread:
         Without ``tensors``: of the parameters themselves. Loading into the blocks changes them.
         """
         given = tensors if tensors is not None else dict(self.model.named_parameters())
-        return {name: self.lies(name, tensor) for name, tensor in given.items()}
+        return {name: self.shard_of(name, tensor) for name, tensor in given.items()}
 
-    def lies(self, name: str, tensor: Tensor) -> Shard:
+    def shard_of(self, name: str, tensor: Tensor) -> Shard:
         """Describe a tensor that lies as the parameter of this name does."""
-        return shard(local_tensor(tensor), self.held(name), shape=self.layout[name].shape)
+        return describe_shard(local_tensor(tensor), self.local_spans(name), shape=self.sharding_plan[name].shape)
 
     @property
-    def banks(self) -> dict[str, int]:
+    def expert_parameters(self) -> dict[str, int]:
         """The parameters that hold a layer's experts along their first dim, with their number."""
-        return {name: laid.experts for name, laid in self.layout.items() if laid.experts}
+        return {name: laid.experts for name, laid in self.sharding_plan.items() if laid.experts}
 
-    def held(self, name: str) -> tuple[Spans, ...]:
+    def local_spans(self, name: str) -> tuple[Spans, ...]:
         """Return what this rank holds of each dim of a parameter."""
-        laid, shape = self.layout[name], self._shapes[name]
+        laid, shape = self.sharding_plan[name], self._shapes_before_zero[name]
         grid, place = self.mesh.grid(laid.experts), self.mesh.coordinates(laid.experts)
-        found = spans(laid, grid=grid, place=place)
-        group = self.mesh.ranks(*self.sharing[name].zero, num_experts=laid.experts)
+        found = local_spans(laid, grid=grid, place=place)
+        group = self.mesh.ranks(*self.gradient_sync[name].zero_axes, num_experts=laid.experts)
         if len(group) == 1:
             return found
         dim = self.zero_dim(name)
         size = -(-shape[dim] // len(group))  # as FSDP2 cuts: torch.chunk
         start = min(group.index(self.mesh.rank) * size, shape[dim])
         length = min(size, shape[dim] - start)
-        return window(found, dim=dim, start=start, length=length)
+        return clip_spans(found, dim=dim, start=start, length=length)
 
     def zero_dim(self, name: str) -> int:
         """Return the dim of a parameter that ZeRO cuts, where it does."""
-        ranks = self.mesh.size(*self.sharing[name].zero, num_experts=self.layout[name].experts)
-        return zero_dim(self._shapes[name], ranks=ranks)
+        ranks = self.mesh.size(*self.gradient_sync[name].zero_axes, num_experts=self.sharding_plan[name].experts)
+        return zero_dim(self._shapes_before_zero[name], ranks=ranks)
 
-    def _norm(self) -> Float[Tensor, ""]:
+    def _sharded_norm(self) -> Float[Tensor, ""]:
         square = torch.zeros((), dtype=torch.float64)
-        for name, parameter, laid, share in self._named():
-            if parameter.grad is not None and self._counts(name):
-                copies = self.mesh.size(*share.axes, num_experts=laid.experts)
+        for name, parameter, laid, share in self._parameters():
+            if parameter.grad is not None and self._counts_in_norm(name):
+                copies = self.mesh.size(*share.all_reduce_axes, num_experts=laid.experts)
                 norm = torch.linalg.vector_norm(local_tensor(parameter.grad), dtype=torch.float32)
                 square += norm.double().cpu().square() / copies
-        return self._world(self.mesh.world_group).all_reduce(square).sqrt()
+        return self._group_world(self.mesh.world_group).all_reduce(square).sqrt()
 
-    def _counts(self, name: str) -> bool:
+    def _counts_in_norm(self, name: str) -> bool:
         """Whether this rank of a pipeline counts what several of its ranks hold."""
         pipe = self.pipeline
-        return pipe is None or pipe.stages.counts(name, rank=pipe.rank)
+        return pipe is None or pipe.stages.is_first_holder(name, rank=pipe.rank)
 
-    def _named(self) -> Iterator[tuple[str, nn.Parameter, Laid, Sharing]]:
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter, Placement, GradientSync]]:
         for name, parameter in self.model.named_parameters():
-            yield name, parameter, self.layout[name], self.sharing[name]
+            yield name, parameter, self.sharding_plan[name], self.gradient_sync[name]
 
-    def _count(self, laid: Laid, axis: str) -> int:
+    def _axis_size(self, laid: Placement, axis: str) -> int:
         return self.mesh.grid(laid.experts).axes[axis]
 
-    def _world(self, group: Group) -> World:
+    def _group_world(self, group: Group) -> World:
         device = self.mesh.device
         return SingleProcess(device) if group is None else ProcessGroupWorld(device, group=group)

@@ -24,36 +24,36 @@ from moesaic.moe.config import MoE
 from moesaic.parallel.schedules import (
     Interleaved,
     OneForwardOneBackward,
-    PipeSchedule,
-    can_split,
+    PipelineSchedule,
+    can_split_backward,
 )
 
 
-class Cut(Choice):
+class PipelineSplit(Choice):
     """Family: where the chain of blocks is cut into stages."""
 
-    def starts(self, config: ModelConfig, *, stages: int) -> tuple[int, ...]:
+    def split_points(self, config: ModelConfig, *, stages: int) -> tuple[int, ...]:
         """Return the number of the first block of every stage but the first."""
         raise NotImplementedError
 
 
-class ByCost(Cut):
+class BalancedSplit(PipelineSplit):
     """The slowest stage is as quick as it can be, by FLOPs of rows of these lengths."""
 
     source: int = 32
     target: int = 32
 
-    def starts(self, config: ModelConfig, *, stages: int) -> tuple[int, ...]:
+    def split_points(self, config: ModelConfig, *, stages: int) -> tuple[int, ...]:
         sizes = BatchDims(source=self.source if config.encoder.layers else 0, target=self.target)
-        return evenly(block_costs(config, sizes=sizes), parts=stages)
+        return balanced_split(block_costs(config, sizes=sizes), parts=stages)
 
 
-class At(Cut):
+class SplitAt(PipelineSplit):
     """Stages after the first begin at these blocks, the encoder's counted first."""
 
     blocks: tuple[int, ...]
 
-    def starts(self, config: ModelConfig, *, stages: int) -> tuple[int, ...]:
+    def split_points(self, config: ModelConfig, *, stages: int) -> tuple[int, ...]:
         chain = config.encoder.layers + config.decoder.layers
         whole = (0, *self.blocks, chain)
         if len(self.blocks) != stages - 1 or any(a >= b for a, b in itertools.pairwise(whole)):
@@ -67,18 +67,18 @@ class At(Cut):
 
 
 @dataclass(frozen=True)
-class Stages:
+class PipelineStages:
     """The stages of a model on the ``ranks`` of a pipeline. Pure arithmetic."""
 
     config: ModelConfig
-    schedule: PipeSchedule
+    schedule: PipelineSchedule
     ranks: int
-    legs: tuple[BlockRange, ...]
+    block_ranges: tuple[BlockRange, ...]
 
     @staticmethod
-    def of(config: ModelConfig, *, schedule: PipeSchedule, ranks: int, cut: Cut) -> "Stages":
+    def of(config: ModelConfig, *, schedule: PipelineSchedule, ranks: int, split: PipelineSplit) -> "PipelineStages":
         """Cut a model. Raises ConfigError where it has fewer blocks than there are stages."""
-        stages, chain = ranks * schedule.per_rank(), config.encoder.layers + config.decoder.layers
+        stages, chain = ranks * schedule.stages_per_rank(), config.encoder.layers + config.decoder.layers
         if stages > chain:
             raise ConfigError(
                 [
@@ -87,55 +87,55 @@ class Stages:
                     "stages, or a deeper model"
                 ]
             )
-        starts = (0, *cut.starts(config, stages=stages), chain)
+        starts = (0, *split.split_points(config, stages=stages), chain)
         spans = itertools.pairwise(starts)
         legs = tuple(BlockRange.between(start, stop, config=config) for start, stop in spans)
-        return Stages(config, schedule, ranks, legs)
+        return PipelineStages(config, schedule, ranks, legs)
 
     @cached_property
-    def places(self) -> tuple[int, ...]:
+    def rank_of_stage(self) -> tuple[int, ...]:
         """The rank of each stage."""
-        return self.schedule.places(self.ranks)
+        return self.schedule.rank_of_stage(self.ranks)
 
-    def at(self, rank: int) -> tuple[int, ...]:
+    def stages_of_rank(self, rank: int) -> tuple[int, ...]:
         """Return the stages of a rank."""
-        return tuple(stage for stage, place in enumerate(self.places) if place == rank)
+        return tuple(stage for stage, place in enumerate(self.rank_of_stage) if place == rank)
 
-    def keep_only(self, model: Transformer, *, rank: int) -> None:
+    def remove_other_stages(self, model: Transformer, *, rank: int) -> None:
         """Take out of a whole model what the stages of other ranks alone need, in place."""
-        needed = self._needed(rank)
-        for path in sorted(parts(self.config, BlockRange.all_blocks(self.config)) - needed):
+        needed = self._module_paths(rank)
+        for path in sorted(module_paths(self.config, BlockRange.all_blocks(self.config)) - needed):
             above, _, name = path.rpartition(".")
             owner = model.get_submodule(above)
             if name in owner._parameters:
                 owner.register_parameter(name, None)
             elif name in owner._modules:
-                owner.add_module(name, Elsewhere(path))
+                owner.add_module(name, ModuleOnOtherRank(path))
 
     @cached_property
-    def holders(self) -> dict[str, tuple[int, ...]]:
+    def ranks_of_parameter(self) -> dict[str, tuple[int, ...]]:
         """The ranks that hold each parameter, by its name in the whole model, in its order."""
         with torch.device("meta"):
             whole = Transformer(self.config)
-        needed = [self._needed(rank) for rank in range(self.ranks)]
-        cut = parts(self.config, BlockRange.all_blocks(self.config))
+        needed = [self._module_paths(rank) for rank in range(self.ranks)]
+        cut = module_paths(self.config, BlockRange.all_blocks(self.config))
         return {
             name: tuple(
                 rank
                 for rank in range(self.ranks)
-                if _within(name, needed[rank]) or not _within(name, cut)
+                if _is_under(name, needed[rank]) or not _is_under(name, cut)
             )
             for name, _ in whole.named_parameters()
         }
 
     @cached_property
-    def sharings(self) -> tuple[tuple[int, ...], ...]:
+    def shared_rank_sets(self) -> tuple[tuple[int, ...], ...]:
         """Every set of more than one rank that holds some parameter together, in a fixed order."""
-        return tuple(sorted({ranks for ranks in self.holders.values() if len(ranks) > 1}))
+        return tuple(sorted({ranks for ranks in self.ranks_of_parameter.values() if len(ranks) > 1}))
 
-    def counts(self, name: str, *, rank: int) -> bool:
+    def is_first_holder(self, name: str, *, rank: int) -> bool:
         """Whether a rank counts a parameter in sums over ranks (a norm): its first holder does."""
-        return self.holders[name][0] == rank
+        return self.ranks_of_parameter[name][0] == rank
 
     def problems(self, *, micro_batches: int, zero: int) -> str | None:
         """Return why a step of so many micro-batches cannot run so, if it cannot.
@@ -146,7 +146,7 @@ class Stages:
         wanted = schedule.problems(ranks=self.ranks, micro_batches=micro_batches)
         if wanted:
             return f"{name} on {self.ranks} ranks expects {wanted}"
-        if not schedule.splits:
+        if not schedule.splits_backward:
             return None
         instead = f"choose {Interleaved.__name__} or {OneForwardOneBackward.__name__}"
         if zero:
@@ -156,26 +156,26 @@ class Stages:
                 f"{instead}, or zero 0"
             )
         # the first stage makes all of its gradients at once
-        for number, leg in enumerate(self.legs[1:], 1):
-            again = used_again(self.config, leg)
+        for number, leg in enumerate(self.block_ranges[1:], 1):
+            again = reused_parameters(self.config, leg)
             if again:
                 return (
                     f"{name} makes gradients of weights apart, and cannot where a stage uses some "
                     f"in several places: stage {number} uses {again} so. Cut elsewhere, or "
                     f"{instead}"
                 )
-        if not can_split():
+        if not can_split_backward():
             return (
                 f"{name} makes gradients of weights apart, which PyTorch {torch.__version__} "
                 f"cannot where operations are not its own: {instead}, or a newer PyTorch (2.13 can)"
             )
         return None
 
-    def _needed(self, rank: int) -> frozenset[str]:
-        return frozenset().union(*(parts(self.config, self.legs[s]) for s in self.at(rank)))
+    def _module_paths(self, rank: int) -> frozenset[str]:
+        return frozenset().union(*(module_paths(self.config, self.block_ranges[s]) for s in self.stages_of_rank(rank)))
 
 
-class Elsewhere(nn.Module):
+class ModuleOnOtherRank(nn.Module):
     """In the place of a part that another rank holds."""
 
     def __init__(self, path: str) -> None:
@@ -188,12 +188,12 @@ class Elsewhere(nn.Module):
         raise RuntimeError(f"{self.path} is held by another rank of the pipeline")
 
 
-def parts(config: ModelConfig, leg: BlockRange) -> frozenset[str]:
+def module_paths(config: ModelConfig, block_range: BlockRange) -> frozenset[str]:
     """Return the paths of the parts of a model that a leg needs."""
-    found = {f"encoder.{i}" for i in leg.encoder} | {f"decoder.{i}" for i in leg.decoder}
-    ends = leg.decoder and leg.decoder.stop == config.decoder.layers
+    found = {f"encoder.{i}" for i in block_range.encoder} | {f"decoder.{i}" for i in block_range.decoder}
+    ends = block_range.decoder and block_range.decoder.stop == config.decoder.layers
     enters = reads = False
-    sides = (("encoder", config.encoder, leg.encoder), ("decoder", config.decoder, leg.decoder))
+    sides = (("encoder", config.encoder, block_range.encoder), ("decoder", config.decoder, block_range.decoder))
     for side, stack, blocks in sides:
         if not blocks:
             continue
@@ -206,14 +206,14 @@ def parts(config: ModelConfig, leg: BlockRange) -> frozenset[str]:
     tied = config.embedding.tied
     found |= {"embedding" if tied else "embedding.output"} if ends else set()
     found |= {"embedding" if tied else "embedding.weight"} if enters or reads else set()
-    return frozenset(found | (_position_parts(config) if enters else set()))
+    return frozenset(found | (_position_paths(config) if enters else set()))
 
 
-def used_again(config: ModelConfig, leg: BlockRange) -> str | None:
+def reused_parameters(config: ModelConfig, block_range: BlockRange) -> str | None:
     """Return which parameters a leg uses in several places, one after the other, if any."""
-    ends = bool(leg.decoder) and leg.decoder.stop == config.decoder.layers
+    ends = bool(block_range.decoder) and block_range.decoder.stop == config.decoder.layers
     uses = int(ends and config.embedding.tied)
-    sides = (("encoder", config.encoder, leg.encoder), ("decoder", config.decoder, leg.decoder))
+    sides = (("encoder", config.encoder, block_range.encoder), ("decoder", config.decoder, block_range.decoder))
     for side, stack, blocks in sides:
         uses += bool(blocks) and blocks.start == 0
         moe, routed = config.moe_of_stack(stack), sum(stack.is_moe_layer(layer) for layer in blocks)
@@ -238,7 +238,7 @@ def block_costs(config: ModelConfig, *, sizes: BatchDims) -> tuple[float, ...]:
     return tuple(costs)
 
 
-def evenly(costs: Sequence[float], *, parts: int) -> tuple[int, ...]:
+def balanced_split(costs: Sequence[float], *, parts: int) -> tuple[int, ...]:
     """Cut a list into runs so that the dearest is as cheap as can be; return where runs start.
 
     Among the best, the first has the earliest cuts.
@@ -268,14 +268,14 @@ def _block_cost(config: ModelConfig, *, side: str, layer: int, sizes: BatchDims)
     return count_parameters(two).forward_flops(sizes) - count_parameters(one).forward_flops(sizes)
 
 
-def _position_parts(config: ModelConfig) -> set[str]:
+def _position_paths(config: ModelConfig) -> set[str]:
     """What adds positions to embeddings; what turns heads has no parts, and all blocks need it."""
     with torch.device("meta"):
         position = config.position.build(dim=config.dim, head_dim=config.head_dim)
     return {f"position.{name}" for name, _ in position.named_children()}
 
 
-def _within(name: str, paths: frozenset[str]) -> bool:
+def _is_under(name: str, paths: frozenset[str]) -> bool:
     """Whether a parameter is in one of these parts."""
     words = name.split(".")
     return any(".".join(words[:length]) in paths for length in range(1, len(words) + 1))

@@ -20,23 +20,23 @@ from moesaic.moe.attention import AttentionMixture
 from moesaic.nn.attention import CrossAttention, SelfAttention
 from moesaic.nn.embedding import Embedding
 from moesaic.nn.packing import Packing
-from moesaic.parallel.vocabulary import CutVocabulary
+from moesaic.parallel.vocabulary import VocabParallelEmbedding
 
 
-class Lanes:
+class ProcessGroupTensorParallel:
     """A ``Crew`` of the ranks of a group, in the order in which they hold a part's tokens."""
 
     def __init__(self, group: Group) -> None:
         self._group = group
 
-    def meet(self, x: Float[Tensor, "t D"], *, packing: Packing) -> Float[Tensor, "T D"]:
-        return all_gather_rows(x, group=self._group, sizes=_sizes(packing))
+    def all_gather_tokens(self, x: Float[Tensor, "t D"], *, packing: Packing) -> Float[Tensor, "T D"]:
+        return all_gather_rows(x, group=self._group, sizes=_tokens_by_tensor_rank(packing))
 
-    def part(self, y: Float[Tensor, "T D"], *, packing: Packing) -> Float[Tensor, "t D"]:
-        return reduce_scatter_rows(y, group=self._group, sizes=_sizes(packing))
+    def reduce_scatter_tokens(self, y: Float[Tensor, "T D"], *, packing: Packing) -> Float[Tensor, "t D"]:
+        return reduce_scatter_rows(y, group=self._group, sizes=_tokens_by_tensor_rank(packing))
 
 
-class Unbiased(nn.Linear):
+class SkipBiasLinear(nn.Linear):
     """A linear map whose bias another rank adds; its bias stays a parameter, without gradient."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -48,12 +48,12 @@ class Unbiased(nn.Linear):
         return F.linear(input, self.weight)
 
 
-def narrow(model: nn.Module, *, group: Group, vocab_size: int) -> None:
+def apply_tensor_parallel(model: nn.Module, *, group: Group, vocab_size: int) -> None:
     """Tell the layers, whose parameters are cut already, that they are narrower now."""
     lanes = group_size(group)
     if lanes == 1:
         return
-    crew = Lanes(group)
+    crew = ProcessGroupTensorParallel(group)
     for module in model.modules():
         if isinstance(module, SelfAttention | CrossAttention):
             module.heads //= lanes
@@ -62,19 +62,19 @@ def narrow(model: nn.Module, *, group: Group, vocab_size: int) -> None:
         elif isinstance(module, FeedForwardBranch):
             module.tensor_parallel = crew
         elif isinstance(module, Embedding):
-            module.backend = CutVocabulary(group, size=vocab_size)
+            module.backend = VocabParallelEmbedding(group, size=vocab_size)
     if group_rank(group):
-        for owner, name, linear in list(last_products(model)):
-            setattr(owner, name, Unbiased(linear))
+        for owner, name, linear in list(row_parallel_linears(model)):
+            setattr(owner, name, SkipBiasLinear(linear))
 
 
-def refuses(model: nn.Module, *, lanes: int) -> Iterator[str]:
+def tensor_parallel_problems(model: nn.Module, *, ranks: int) -> Iterator[str]:
     """Yield a sentence for each reason why a model cannot be cut over so many ranks."""
     for path, module in model.named_modules():
         found: dict[str, int] = {}
-        if isinstance(module, AttentionMixture) and lanes > 1:
+        if isinstance(module, AttentionMixture) and ranks > 1:
             yield (
-                f"parallel.tensor={lanes} cuts heads, but those of {path} belong to attention "
+                f"parallel.tensor={ranks} cuts heads, but those of {path} belong to attention "
                 "experts: set tensor to 1, or model.attention_experts to NoAttentionExperts"
             )
         if isinstance(module, SelfAttention | CrossAttention):
@@ -82,11 +82,11 @@ def refuses(model: nn.Module, *, lanes: int) -> Iterator[str]:
         elif isinstance(module, FeedForwardBranch):
             found = {"hidden channels": module.inner.down.in_features}
         for what, number in found.items():
-            if number % lanes:
-                yield f"parallel.tensor={lanes} must divide them, but {path} has {number} {what}"
+            if number % ranks:
+                yield f"parallel.tensor={ranks} must divide them, but {path} has {number} {what}"
 
 
-def last_products(model: nn.Module) -> Iterator[tuple[Any, str, nn.Linear]]:
+def row_parallel_linears(model: nn.Module) -> Iterator[tuple[Any, str, nn.Linear]]:
     """Yield the linear maps whose bias one of several ranks adds: their owner, name and self."""
     for module in model.modules():
         if isinstance(module, SelfAttention | CrossAttention) and module.out.bias is not None:
@@ -95,6 +95,6 @@ def last_products(model: nn.Module) -> Iterator[tuple[Any, str, nn.Linear]]:
             yield module.inner, "down", module.inner.down
 
 
-def _sizes(packing: Packing) -> tuple[int, ...]:
+def _tokens_by_tensor_rank(packing: Packing) -> tuple[int, ...]:
     assert packing.partition is not None, "tokens are dealt out wherever matrices are cut"
     return packing.partition.tensor_sizes

@@ -17,7 +17,7 @@ from moesaic.nn.looking import QueryKeyValue, KeyValue, LocalAttention
 from moesaic.nn.packing import Packing
 
 
-class Ulysses:
+class UlyssesAttention:
     """A ``Looking`` whose parts are the ranks of ``group``, in order; G is ``groups``.
 
     Query heads are dealt in runs, as evenly as they go. A key/value head goes to every rank whose
@@ -25,8 +25,8 @@ class Ulysses:
     way back.
     """
 
-    def __init__(self, group: Group, *, groups: int) -> None:
-        self._group, self._groups, self._here = group, groups, LocalAttention()
+    def __init__(self, group: Group, *, kv_heads: int) -> None:
+        self._group, self._groups, self._here = group, kv_heads, LocalAttention()
         self._ranks, self._rank = group_size(group), group_rank(group)
 
     @staticmethod
@@ -39,23 +39,23 @@ class Ulysses:
             f"{heads} (on one tensor rank): take at most {heads} context ranks, or RingReach"
         )
 
-    def own(self, heads: QueryKeyValue, *, packing: Packing, causal: bool) -> Float[Tensor, "t HD"]:
+    def self_attention(self, heads: QueryKeyValue, *, packing: Packing, causal: bool) -> Float[Tensor, "t HD"]:
         total = heads.query.shape[1]
         given = (heads.query, heads.key, heads.value)
-        query, key, value = self._spread(given, queries=1, packing=packing)
-        read = self._read_by(query.shape[1], total=total)
+        query, key, value = self._tokens_to_heads(given, queries=1, packing=packing)
+        read = self._kv_head_of_each_query(query.shape[1], total=total)
         if read is not None:
             key, value = key[:, read], value[:, read]
         found = self._here.self_attention(QueryKeyValue(query, key, value), packing=packing, causal=causal)
-        return self._home(found, total=total, packing=packing)
+        return self._heads_to_tokens(found, total=total, packing=packing)
 
-    def read(
+    def project_source(
         self, key: Float[Tensor, "t G d"], value: Float[Tensor, "t G d"], *, packing: Packing
     ) -> KeyValue:
-        spread = self._spread((key, value), queries=0, packing=packing)
+        spread = self._tokens_to_heads((key, value), queries=0, packing=packing)
         return self._here.project_source(*spread, packing=packing)
 
-    def cross(
+    def cross_attention(
         self,
         query: Float[Tensor, "t H d"],
         *,
@@ -63,26 +63,26 @@ class Ulysses:
         source: KeyValue,
         mask: Bool[Tensor, "B 1 1 S"] | None,
     ) -> Float[Tensor, "t HD"]:
-        (mine,) = self._spread((query,), queries=1, packing=packing)
-        read = self._read_by(mine.shape[1], total=query.shape[1])
+        (mine,) = self._tokens_to_heads((query,), queries=1, packing=packing)
+        read = self._kv_head_of_each_query(mine.shape[1], total=query.shape[1])
         if read is not None:
             source = KeyValue(source.key[:, read], source.value[:, read])
         found = self._here.cross_attention(mine, packing=packing, source=source, mask=mask)
-        return self._home(found, total=query.shape[1], packing=packing)
+        return self._heads_to_tokens(found, total=query.shape[1], packing=packing)
 
-    def _spread(
+    def _tokens_to_heads(
         self, given: Sequence[Float[Tensor, "t H d"]], *, queries: int, packing: Packing
     ) -> Sequence[Float[Tensor, "T h d"]]:
         """Give each rank all tokens of its heads, in one exchange; the first are ``queries``."""
         width, blocks, mine = given[0].shape[2], [], []
         for rank in range(self._ranks):
-            spans = [self._queries(x.shape[1], rank) for x in given[:queries]]
-            spans += [self._sources(rank) for _ in given[queries:]]
+            spans = [self._query_heads_of(x.shape[1], rank) for x in given[:queries]]
+            spans += [self._kv_heads_of(rank) for _ in given[queries:]]
             parts = [x[:, span] for x, span in zip(given, spans, strict=True)]
             blocks.append(torch.cat(parts, 1).reshape(-1, width))
             if rank == self._rank:
                 mine = [part.shape[1] for part in parts]
-        sizes = self._sizes(packing)
+        sizes = self._part_sizes(packing)
         rows = all_to_all(
             torch.cat(blocks),
             group=self._group,
@@ -91,13 +91,13 @@ class Ulysses:
         )
         return rows.view(sum(sizes), sum(mine), width).split(mine, 1)
 
-    def _home(
+    def _heads_to_tokens(
         self, found: Float[Tensor, "T hd"], *, total: int, packing: Packing
     ) -> Float[Tensor, "t HD"]:
         """Give each rank what all heads found for its tokens."""
-        spans = [self._queries(total, rank) for rank in range(self._ranks)]
+        spans = [self._query_heads_of(total, rank) for rank in range(self._ranks)]
         heads = [span.stop - span.start for span in spans]
-        sizes, mine = self._sizes(packing), heads[self._rank]
+        sizes, mine = self._part_sizes(packing), heads[self._rank]
         rows = all_to_all(
             found.reshape(sum(sizes) * mine, found.shape[1] // mine),
             group=self._group,
@@ -108,23 +108,23 @@ class Ulysses:
         parts = [b.view(-1, c * rows.shape[1]) for b, c in zip(blocks, heads, strict=True)]
         return torch.cat(parts, 1)
 
-    def _sizes(self, packing: Packing) -> Sequence[int]:
+    def _part_sizes(self, packing: Packing) -> Sequence[int]:
         division = packing.partition
         return [packing.num_tokens] if division is None else division.context_sizes
 
-    def _queries(self, heads: int, rank: int) -> slice:
+    def _query_heads_of(self, heads: int, rank: int) -> slice:
         return slice(rank * heads // self._ranks, (rank + 1) * heads // self._ranks)
 
-    def _sources(self, rank: int) -> slice:
+    def _kv_heads_of(self, rank: int) -> slice:
         """Return the key/value heads that the queries of a rank read, whatever their number."""
         return slice(
             rank * self._groups // self._ranks, -(-(rank + 1) * self._groups // self._ranks)
         )
 
-    def _read_by(self, queries: int, *, total: int) -> list[int] | None:
+    def _kv_head_of_each_query(self, queries: int, *, total: int) -> list[int] | None:
         """Return which of the key/value heads here each query reads; None if shared evenly."""
-        share, held = total // self._groups, self._sources(self._rank)
-        first = self._queries(total, self._rank).start
+        share, held = total // self._groups, self._kv_heads_of(self._rank)
+        first = self._query_heads_of(total, self._rank).start
         read = [(first + head) // share - held.start for head in range(queries)]
         groups = held.stop - held.start
         if queries % groups == 0 and read == [h * groups // queries for h in range(queries)]:

@@ -30,7 +30,7 @@ from moesaic.nn.packing import Packing
 from moesaic.ops.cross_entropy import CHUNK_ELEMENTS, TokenLoss
 
 
-class CutVocabulary:
+class VocabParallelEmbedding:
     """A ``Vocabulary`` of ``size`` rows in all, of which each rank of ``group`` holds a run."""
 
     def __init__(self, group: Group, *, size: int) -> None:
@@ -41,11 +41,11 @@ class CutVocabulary:
         self, ids: Int[Tensor, "T"], *, table: Float[Tensor, "v D"], packing: Packing
     ) -> Float[Tensor, "t D"]:
         assert packing.partition is not None
-        rows = self._mine(ids[packing.gathered_tokens], table=table)
+        rows = self._lookup_local_rows(ids[packing.gathered_tokens], table=table)
         return reduce_scatter_rows(rows, group=self._group, sizes=packing.partition.tensor_sizes)
 
     def embed_replicated(self, ids: Int[Tensor, "B"], *, table: Float[Tensor, "v D"]) -> Float[Tensor, "B D"]:
-        found = reduce_from_group(self._mine(ids, table=table), group=self._group)
+        found = reduce_from_group(self._lookup_local_rows(ids, table=table), group=self._group)
         return copy_to_group(found, group=self._group)  # each rank uses it for tokens of its own
 
     def loss(
@@ -65,17 +65,17 @@ class CutVocabulary:
         # this rank's loss is that of its own tokens, but its rows are scored by all
         first = sum(sizes[: group_rank(self._group)])
         own = slice(first, first + len(label))
-        terms = _Terms(self._group, self._first, self._size, smoothing, z)
-        total, nll = _Cut.apply(every, table, labels, own, terms)
+        terms = _LossTerms(self._group, self._first, self._size, smoothing, z)
+        total, nll = _VocabParallelCrossEntropy.apply(every, table, labels, own, terms)
         return TokenLoss(total, nll)
 
-    def _mine(self, ids: Int[Tensor, "T"], *, table: Float[Tensor, "v D"]) -> Float[Tensor, "T D"]:
+    def _lookup_local_rows(self, ids: Int[Tensor, "T"], *, table: Float[Tensor, "v D"]) -> Float[Tensor, "T D"]:
         place = ids - self._first
         held = (place >= 0) & (place < table.shape[0])
         return F.embedding(place.where(held, 0), table) * held[:, None]
 
 
-class _Terms:
+class _LossTerms:
     """What a chunk's loss needs beside logits and labels."""
 
     def __init__(self, group: Group, first: int, size: int, smoothing: float, z: float) -> None:
@@ -83,7 +83,7 @@ class _Terms:
         self.smoothing, self.z = smoothing, z
 
 
-class _Cut(torch.autograd.Function):
+class _VocabParallelCrossEntropy(torch.autograd.Function):
     """Gradients are made in the forward pass. Every rank's own loss must reach ``backward`` with
     the same factor (a loss is a share, ``moe/ranks.py``): rows are scored for others, too.
     """
@@ -100,7 +100,7 @@ class _Cut(torch.autograd.Function):
         for start in range(0, len(label), step):
             span = slice(start, start + step)
             logits = (hidden[span] @ table.t()).float()
-            losses[span], nll[span], grad = _chunk(logits, label[span], terms)
+            losses[span], nll[span], grad = _chunk_loss(logits, label[span], terms)
             grad = grad.to(hidden.dtype)
             grad_hidden[span] = grad @ table
             grad_weight += (grad.t() @ hidden[span]).float()
@@ -119,18 +119,18 @@ class _Cut(torch.autograd.Function):
         return grad_hidden * scale.to(grad_hidden.dtype), weight, None, None, None
 
 
-def _chunk(
-    logits: Float[Tensor, "M v"], label: Int[Tensor, "M"], terms: _Terms
+def _chunk_loss(
+    logits: Float[Tensor, "M v"], label: Int[Tensor, "M"], terms: _LossTerms
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return losses and negative log-likelihoods [M], and this rank's gradient of the logits."""
     place = label - terms.first
     held = (place >= 0) & (place < logits.shape[1])
     place = place.where(held, 0)[:, None]
-    most = _reduced(logits.amax(1), terms.group, distributed.ReduceOp.MAX)
+    most = _all_reduce(logits.amax(1), terms.group, distributed.ReduceOp.MAX)
     power = (logits - most[:, None]).exp_()
     at_label = logits.gather(1, place)[:, 0] * held
     sums = torch.stack([power.sum(1), at_label, logits.sum(1)])
-    total, at_label, whole = _reduced(sums, terms.group, distributed.ReduceOp.SUM)
+    total, at_label, whole = _all_reduce(sums, terms.group, distributed.ReduceOp.SUM)
     lse = total.log() + most
     nll, smoothing, z = lse - at_label, terms.smoothing, terms.z
     loss = (1 - smoothing) * nll + smoothing * (lse - whole / terms.size) + z * lse.square()
@@ -140,7 +140,7 @@ def _chunk(
     return loss, nll, grad.scatter_add_(1, place, hit[:, None])
 
 
-def _reduced(values: Tensor, group: Group, op: Any) -> Tensor:
+def _all_reduce(values: Tensor, group: Group, op: Any) -> Tensor:
     with record_collective("all_reduce", group=group):
         distributed.all_reduce(values, op=op, group=group)
     return values

@@ -6,7 +6,7 @@ from moesaic.model.blueprint import ModelConfig
 from moesaic.moe.config import MoE
 
 
-def refuses(config: ModelConfig, *, ranks: int) -> Iterator[str]:
+def whole_row_problems(config: ModelConfig, *, ranks: int) -> Iterator[str]:
     """Yield a sentence for each stack whose rules need whole rows, if so many ranks share them."""
     if ranks == 1:
         return

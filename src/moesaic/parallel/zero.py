@@ -24,41 +24,41 @@ from torch.distributed.tensor import Shard as DimShard
 from moesaic.dist.mesh import DATA_CONTEXT_AXES, Mesh
 from moesaic.model.transformer import Transformer
 from moesaic.nn.embedding import Embedding
-from moesaic.parallel.layout import Layout, banks
-from moesaic.parallel.pytree import show_streams
-from moesaic.parallel.sharing import Sharing, zero_dim
+from moesaic.parallel.layout import ShardingPlan, expert_modules
+from moesaic.parallel.pytree import register_pytree_nodes
+from moesaic.parallel.sharing import GradientSync, zero_dim
 
 
-def share_out(
-    model: Transformer, *, mesh: Mesh, sharing: Mapping[str, Sharing], table: Layout
-) -> dict[str, Sharing]:
+def apply_zero(
+    model: Transformer, *, mesh: Mesh, gradient_sync: Mapping[str, GradientSync], sharding_plan: ShardingPlan
+) -> dict[str, GradientSync]:
     """Shard experts over their copies and everything else over data and context. Collective."""
-    show_streams()
+    register_pytree_nodes()
     # a router's loss is a view of a sum; nothing of ours changes what a block returns in place
     warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)
-    found = dict(sharing)
+    found = dict(gradient_sync)
     names = {parameter: name for name, parameter in model.named_parameters()}
     expert: set[nn.Parameter] = set()
-    for _, bank, layer in banks(model):
+    for _, bank, layer in expert_modules(model):
         number = layer.router.config.experts
-        own = [p for p in bank.parameters() if table[names[p]].cuts]
+        own = [p for p in bank.parameters() if sharding_plan[names[p]].sharded_dims]
         expert |= set(own)
         if mesh.size("expert_data", num_experts=number) > 1:
-            shared = [p for p in bank.parameters() if not table[names[p]].cuts]
-            _shard(bank, mesh=mesh, axes=("expert_data",), experts=number, ignored=shared)
+            shared = [p for p in bank.parameters() if not sharding_plan[names[p]].sharded_dims]
+            _fully_shard(bank, mesh=mesh, axes=("expert_data",), experts=number, ignored=shared)
             for method in ("mix", "within"):
                 register_fsdp_forward_method(bank, method)
     if mesh.size(*DATA_CONTEXT_AXES) > 1:
-        for module in _units(model, pipe=mesh.plan.pipe):
-            _shard(module, mesh=mesh, axes=DATA_CONTEXT_AXES, experts=None, ignored=expert)
+        for module in _fsdp_units(model, pipe=mesh.plan.pipe):
+            _fully_shard(module, mesh=mesh, axes=DATA_CONTEXT_AXES, experts=None, ignored=expert)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
-            axes = ("expert_data",) if table[name].cuts and table[name].experts else DATA_CONTEXT_AXES
-            found[name] = _shared(found[name], *axes)
+            axes = ("expert_data",) if sharding_plan[name].sharded_dims and sharding_plan[name].experts else DATA_CONTEXT_AXES
+            found[name] = _synced_by_zero(found[name], *axes)
     return found
 
 
-def _units(model: Transformer, *, pipe: int) -> Iterator[nn.Module]:
+def _fsdp_units(model: Transformer, *, pipe: int) -> Iterator[nn.Module]:
     """Yield what is gathered at a time, inner ones first.
 
     A stage of a pipeline is never called as a whole: each part stands by itself then, and what is
@@ -74,15 +74,15 @@ def _units(model: Transformer, *, pipe: int) -> Iterator[nn.Module]:
         register_fsdp_forward_method(model.embedding, method)
 
 
-def accumulating(model: nn.Module, *, last: bool, stage: int) -> None:
+def set_gradient_accumulation(model: nn.Module, *, last: bool, zero_stage: int) -> None:
     """Say whether the next backward is the step's last: only then do stage 1's gradients meet."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(last or stage > 1, recurse=False)
+            module.set_requires_gradient_sync(last or zero_stage > 1, recurse=False)
             module.set_is_last_backward(last)
 
 
-def _shard(
+def _fully_shard(
     module: nn.Module,
     *,
     mesh: Mesh,
@@ -103,7 +103,7 @@ def _shard(
         mesh=device_mesh,
         reshard_after_forward=mesh.plan.zero == 3 and not stays,
         shard_placement_fn=along,
-        offload_policy=_offload(mesh),
+        offload_policy=_offload_policy(mesh),
         ignored_params=set(ignored),
     )
     # a loss is a share (moe/ranks.py): gradients are summed, and nothing is divided
@@ -111,13 +111,13 @@ def _shard(
     sharded.set_force_sum_reduction_for_comms(True)
 
 
-def _offload(mesh: Mesh) -> OffloadPolicy:
+def _offload_policy(mesh: Mesh) -> OffloadPolicy:
     if not mesh.plan.offload:
         return OffloadPolicy()
     return CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda")
 
 
-def _shared(sharing: Sharing, *axes: str) -> Sharing:
+def _synced_by_zero(sharing: GradientSync, *axes: str) -> GradientSync:
     """Move axes from those that are summed later to those that ZeRO sums."""
-    rest = tuple(axis for axis in sharing.axes if axis not in axes)
+    rest = tuple(axis for axis in sharing.all_reduce_axes if axis not in axes)
     return replace(sharing, axes=rest, zero=axes)

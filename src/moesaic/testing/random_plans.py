@@ -30,7 +30,7 @@ from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import Norm
 from moesaic.nn.position import PositionalEncoding
 from moesaic.optim.optimizer import AdamW, Muon
-from moesaic.parallel.config import Parallel
+from moesaic.parallel.config import ParallelConfig
 from moesaic.testing.tiny import tiny_run
 from moesaic.train.run import Run
 from moesaic.verify.plans import sample_plan
@@ -46,7 +46,7 @@ class RandomCase:
 
     run: Run
     shape: SyntheticShape
-    parallel: Parallel
+    parallel: ParallelConfig
     world_size: int
 
     @property

@@ -106,7 +106,7 @@ def the_pipeline_has_work(run: Run) -> Iterator[str]:
     parallel = run.parallel
     if parallel.plan.pipe == 1:
         return
-    why = parallel.staged(run.model).problems(micro_batches=run.accumulate, zero=parallel.plan.zero)
+    why = parallel.pipeline_stages(run.model).problems(micro_batches=run.accumulate, zero=parallel.plan.zero)
     if why:
         yield f"parallel.schedule with accumulate={run.accumulate} micro-batches: {why}"
 

@@ -16,7 +16,7 @@ from moesaic.train.trainer import Trainer
 def export(trainer: Trainer, *, folder: RunDir, tokens: float) -> None:
     """Write ``model.safetensors`` and the model card. Rank 0 only."""
     weights = export_weights(trainer.model)
-    if not trainer.spread.whole:  # the run has just ended, and saved what no rank holds alone
+    if not trainer.spread.is_replicated:  # the run has just ended, and saved what no rank holds alone
         weights = load_checkpoint(folder.checkpoints, only=("model",)).files["model"]
     write_tensors(folder.model, tensors=weights)
     atomic_write(folder.card, model_card(trainer, tokens=tokens).text())

@@ -27,11 +27,11 @@ from moesaic.moe.gate import RouterContext
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import Select
 from moesaic.optim.optimizer import AdamW, Optimizer
-from moesaic.parallel.apply import apply, experts_of
-from moesaic.parallel.config import Parallel
-from moesaic.parallel.inventory import EXPERT_STAGE
-from moesaic.parallel.sends import Sending
-from moesaic.parallel.spread import Spread
+from moesaic.parallel.apply import parallelize_on_mesh, expert_counts
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.inventory import EXPERT_STAGE_AXES
+from moesaic.parallel.sends import CommunicationVolume
+from moesaic.parallel.spread import ParallelModel
 
 TOKEN = 7  # any token but padding
 
@@ -64,7 +64,7 @@ class Rehearsal:
     optimizer: int
     kept: int
     peak: int
-    sent: tuple[Sending, ...]
+    sent: tuple[CommunicationVolume, ...]
     seconds: float
 
 
@@ -80,7 +80,7 @@ def evenly(config: ModelConfig) -> ModelConfig:
 def rehearse(
     config: ModelConfig,
     *,
-    parallel: Parallel,
+    parallel: ParallelConfig,
     world: int,
     sizes: BatchDims,
     rank: int = 0,
@@ -97,10 +97,10 @@ def rehearse(
             parallel.plan.resolve(world),
             rank=rank,
             device=torch.device("cpu"),
-            expert_counts=experts_of(model),
+            expert_counts=expert_counts(model),
         )
         with SharedChunks():
-            spread = apply(model, parallel=parallel, mesh=mesh)
+            spread = parallelize_on_mesh(model, parallel=parallel, mesh=mesh)
         before = alike.allocated_bytes()
         alike.peak_bytes = 0
         with CommunicationCounter(axes=groups(mesh)) as wire:
@@ -136,7 +136,7 @@ def groups(mesh: Mesh) -> dict[str, Group]:
     for axes in (DATA_CONTEXT_AXES, ("data",), ("context",), ("tensor",)):
         said.append(("+".join(axes), mesh.group(*axes)))
     for number in mesh.expert_counts:
-        said += [(axis, mesh.group(axis, num_experts=number)) for axis in EXPERT_STAGE]
+        said += [(axis, mesh.group(axis, num_experts=number)) for axis in EXPERT_STAGE_AXES]
     for name, group in said:
         if group is not None and all(group is not other for other in found.values()):
             found[name] = group
@@ -151,12 +151,12 @@ def batch_of(config: ModelConfig, sizes: BatchDims) -> Batch:
     return Batch(source, target, target, zero, zero, zero, zero)
 
 
-def sent(wire: CommunicationCounter) -> tuple[Sending, ...]:
+def sent(wire: CommunicationCounter) -> tuple[CommunicationVolume, ...]:
     """Return what a wire counted, all receivers together."""
     sums: Counter[tuple[str, str]] = Counter()
     for line in wire.entries():
         sums[line.kind, line.axis] += line.bytes
-    return tuple(Sending(*key, size) for key, size in sorted(sums.items()))
+    return tuple(CommunicationVolume(*key, size) for key, size in sorted(sums.items()))
 
 
 def _even(sparse: SparseLayer) -> SparseLayer:
@@ -165,7 +165,7 @@ def _even(sparse: SparseLayer) -> SparseLayer:
     return sparse.replace(select=Even(k=round(sparse.select.experts_per_token(sparse.num_router_outputs))))
 
 
-def _loss(spread: Spread, *, batch: Batch) -> Tensor:
+def _loss(spread: ParallelModel, *, batch: Batch) -> Tensor:
     output = spread.model(batch)
     terms = [value for record in output.records for value in record.losses.values()]
     return torch.stack([spread.model.loss(output).total, *terms]).sum()

@@ -14,7 +14,7 @@ from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.model.config import ModelConfig
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.optim.schedule import WSD, LRSchedule
-from moesaic.parallel.config import Parallel
+from moesaic.parallel.config import ParallelConfig
 from moesaic.train.precision import Float32, Precision
 from moesaic.train.sinks import MetricsSink
 from moesaic.train.source import CorpusSource
@@ -86,7 +86,7 @@ class Run(Config):
     accumulate: Positive = 1
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     precision: Precision = Float32()
-    parallel: Parallel = Parallel()
+    parallel: ParallelConfig = ParallelConfig()
     checkpoint: Checkpoints = Checkpoints()
     validation: Validation = Validation()
     log: Log = Log()

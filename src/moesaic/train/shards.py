@@ -16,27 +16,27 @@ from moesaic.dist.world import World
 from moesaic.model.weights import export_weights
 from moesaic.optim.state import export_state
 from moesaic.optim.update import NamedOptimizer
-from moesaic.parallel.spread import Spread
+from moesaic.parallel.spread import ParallelModel
 
 MINE = ("model", "optimizer")  # the files that no rank holds all of
 
 
-def shards_of(spread: Spread, optimizer: NamedOptimizer) -> dict[str, dict[str, TensorOrShard]]:
+def shards_of(spread: ParallelModel, optimizer: NamedOptimizer) -> dict[str, dict[str, TensorOrShard]]:
     """Return what this rank holds of the weights and of the optimizer's state, as live memory."""
-    weights, names = export_weights(spread.model), set(spread.layout)
+    weights, names = export_weights(spread.model), set(spread.sharding_plan)
     model: dict[str, TensorOrShard] = {
-        name: spread.lies(name, tensor) if name in names else tensor
+        name: spread.shard_of(name, tensor) if name in names else tensor
         for name, tensor in weights.items()
     }
     state: dict[str, TensorOrShard] = {}
     for name, tensor in export_state(optimizer).items():
         parameter = name.partition("/")[2]
-        state[name] = spread.lies(parameter, tensor) if tensor.dim() else tensor
+        state[name] = spread.shard_of(parameter, tensor) if tensor.dim() else tensor
     return {"model": model, "optimizer": state}
 
 
 def restore_shards(
-    path: Path, *, spread: Spread, optimizer: NamedOptimizer, world: World
+    path: Path, *, spread: ParallelModel, optimizer: NamedOptimizer, world: World
 ) -> Snapshot:
     """Fill weights and optimizer from a checkpoint of any layout; return the rest of it.
 

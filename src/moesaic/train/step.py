@@ -17,8 +17,8 @@ from moesaic.dist.flight import mark_phase
 from moesaic.dist.local import local_tensor
 from moesaic.moe.layer import accumulate_routing_stats
 from moesaic.moe.record import RoutingRecord, loss_terms
-from moesaic.parallel.pipeline import Micro, Pipeline, Scoring
-from moesaic.parallel.spread import Spread
+from moesaic.parallel.pipeline import MicroBatch, Pipeline, LossSettings
+from moesaic.parallel.spread import ParallelModel
 from moesaic.train.meters import Categories, Sums
 from moesaic.train.precision import Precision
 
@@ -40,13 +40,13 @@ class Objective:
     smoothing: float
     precision: Precision
 
-    def gradients(self, spread: Spread, *, batches: Sequence[Batch]) -> Pass:
+    def gradients(self, spread: ParallelModel, *, batches: Sequence[Batch]) -> Pass:
         """Add the loss's gradients to the parameters, summed over ranks. Collective.
 
         Returns the sums of all micro-batches, and the last one with its routing records.
         """
         counted = torch.tensor(sum(b.num_predicted for b in batches))
-        predicted = int(spread.rows.all_reduce(counted))
+        predicted = int(spread.data_world.all_reduce(counted))
         if spread.pipeline is not None:
             passes = self._piped(spread, batches, predicted=predicted)
             mark_phase("sum of gradients")
@@ -61,14 +61,14 @@ class Objective:
         return _all(passes)
 
     @torch.no_grad()
-    def losses(self, spread: Spread, *, batch: Batch) -> Float[Tensor, "2 C"]:
+    def losses(self, spread: ParallelModel, *, batch: Batch) -> Float[Tensor, "2 C"]:
         """Return summed negative log-likelihoods and counts by category, without gradients.
 
         They are of the tokens that are scored here. Collective.
         """
         if spread.pipeline is not None:
             scoring = self._scoring(spread.pipeline, predicted=1)
-            (micro,) = spread.pipeline.scores([batch], scoring=scoring)
+            (micro,) = spread.pipeline.forward_only([batch], loss_settings=scoring)
             return self._categorised(micro)
         model = spread.model
         batch = batch.to(next(model.parameters()).device)
@@ -77,30 +77,30 @@ class Objective:
             nll = model.loss(output).nll
         return self.categories.sums(nll, row=output.row, batch=batch)
 
-    def _piped(self, spread: Spread, batches: Sequence[Batch], *, predicted: int) -> list[Pass]:
+    def _piped(self, spread: ParallelModel, batches: Sequence[Batch], *, predicted: int) -> list[Pass]:
         pipeline = spread.pipeline
         assert pipeline is not None
-        tokens = [batch.num_tokens if spread.leads else 0 for batch in batches]
-        micros = pipeline.gradients(batches, scoring=self._scoring(pipeline, predicted=predicted))
+        tokens = [batch.num_tokens if spread.counts_tokens else 0 for batch in batches]
+        micros = pipeline.forward_backward(batches, loss_settings=self._scoring(pipeline, predicted=predicted))
         return [
             Pass(Sums(self._categorised(micro), micro.terms, count), micro.records, micro.batch)
             for micro, count in zip(micros, tokens, strict=True)
         ]
 
-    def _scoring(self, pipeline: Pipeline, *, predicted: int) -> Scoring:
+    def _scoring(self, pipeline: Pipeline, *, predicted: int) -> LossSettings:
         context = partial(self.precision.autocast, pipeline.device)
-        return Scoring(predicted, self.smoothing, context)
+        return LossSettings(predicted, self.smoothing, context)
 
-    def _categorised(self, micro: Micro) -> Float[Tensor, "2 C"]:
+    def _categorised(self, micro: MicroBatch) -> Float[Tensor, "2 C"]:
         """Return a micro-batch's losses by category: zeros where another stage has scored."""
         if micro.nll is None or micro.row is None:
             none = micro.batch.key.new_zeros(0)
             return self.categories.sums(none.double(), row=none, batch=micro.batch)
         return self.categories.sums(micro.nll, row=micro.row, batch=micro.batch)
 
-    def _micro(self, spread: Spread, batch: Batch, *, predicted: int, parts: int) -> Pass:
+    def _micro(self, spread: ParallelModel, batch: Batch, *, predicted: int, parts: int) -> Pass:
         model = spread.model
-        tokens = batch.num_tokens if spread.leads else 0  # the others read the same rows
+        tokens = batch.num_tokens if spread.counts_tokens else 0  # the others read the same rows
         batch = batch.to(next(model.parameters()).device)
         with self.precision.autocast(batch.source.device):
             output = model(batch)

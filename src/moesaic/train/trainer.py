@@ -23,8 +23,8 @@ from moesaic.model.weights import export_weights, restore_weights
 from moesaic.moe.layer import reset_routing_stats, update_stateful_rules
 from moesaic.optim.clip import GradNorm
 from moesaic.optim.state import export_state, restore_state
-from moesaic.parallel.apply import lay
-from moesaic.parallel.matrices import SpreadMatrices
+from moesaic.parallel.apply import parallelize
+from moesaic.parallel.matrices import ShardedMatrices
 from moesaic.train.journal import Journal
 from moesaic.train.meters import Categories, Meters
 from moesaic.train.randomness import random_state, restore_random_state
@@ -86,12 +86,12 @@ class Trainer:
     def __init__(self, run: Run, *, model: Transformer, data: Stream, world: World) -> None:
         self.run, self.world, self.data = run, world, data
         self.model = model
-        self.spread = lay(model, parallel=run.parallel, world=world, timeout_s=run.patience_s)
+        self.spread = parallelize(model, parallel=run.parallel, world=world, timeout_s=run.patience_s)
         self.optimizer = run.optimizer.build(
             model.named_parameters(), kinds=model.parameter_kinds()
         )
-        if not self.spread.whole:
-            self.optimizer.matrix_sharding = SpreadMatrices(self.spread)
+        if not self.spread.is_replicated:
+            self.optimizer.matrix_sharding = ShardedMatrices(self.spread)
         categories = Categories(tuple(data.tasks), tuple(data.languages))
         self.objective = Objective(categories, run.label_smoothing, run.precision)
         self.meters = Meters(categories, device=world.device)
@@ -117,7 +117,7 @@ class Trainer:
             waited += time.perf_counter() - before
             mark_phase("forward and backward")
             seen = self.objective.gradients(self.spread, batches=batches)
-            norm = self.spread.clip(self.run.clip_norm)
+            norm = self.spread.clip_gradients(self.run.clip_norm)
             if self._usable(tried, seen=seen, norm=norm):
                 break
         mark_phase("update")
@@ -200,9 +200,9 @@ class Trainer:
         """
         files = {"random": random_state(self.world)}
         files |= {name: part.tensors(self.world) for name, part in self.parts.items()}
-        banks, plan = self.spread.banks, self.spread.mesh.plan.to_dict()
+        banks, plan = self.spread.expert_parameters, self.spread.mesh.plan.to_dict()
         state = self._state()
-        if not self.spread.whole:
+        if not self.spread.is_replicated:
             own = shards_of(self.spread, self.optimizer)
             return RankSnapshot(self.step, own | files, state, expert_parameters=banks, plan=plan)
         files["model"] = export_weights(self.model)
@@ -220,7 +220,7 @@ class Trainer:
 
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint of any plan and number of ranks. Raises CheckpointError."""
-        if self.spread.whole:
+        if self.spread.is_replicated:
             self.restore(load_checkpoint(path))
             return
         rest = restore_shards(path, spread=self.spread, optimizer=self.optimizer, world=self.world)

@@ -14,9 +14,9 @@ from moesaic.core.shapes import Tensor
 from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
 from moesaic.moe.layer import moe_layers
 from moesaic.moe.record import RoutingRecord
-from moesaic.parallel.config import Parallel
-from moesaic.parallel.slices import put
-from moesaic.parallel.spread import Spread
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.slices import write_shard
+from moesaic.parallel.spread import ParallelModel
 from moesaic.train.randomness import seed_rank
 from moesaic.train.run import Run
 from moesaic.train.trainer import Trainer
@@ -59,7 +59,7 @@ def model_shapes(run: Run) -> ModelShapes:
     return ModelShapes(shapes, {layer.name: layer.router.config.num_router_outputs + 1 for layer in moe_layers(model)})
 
 
-def record_run(run: Run, *, parallel: Parallel, shape: SyntheticShape, steps: int, model: ModelShapes) -> TrainingTrace:
+def record_run(run: Run, *, parallel: ParallelConfig, shape: SyntheticShape, steps: int, model: ModelShapes) -> TrainingTrace:
     """Train from the run's seed under a plan, on this rank of those there are. Collective."""
     world: World = ProcessGroupWorld() if distributed.is_initialized() else SingleProcess()
     trainer = _build_trainer(run.replace(parallel=parallel), shape=shape, world=world)
@@ -109,7 +109,7 @@ def _expert_counts(records: Sequence[RoutingRecord], *, experts: Mapping[str, in
 
 
 def gather_full_tensors(
-    held: Mapping[str, Tensor], *, spread: Spread, shapes: Mapping[str, tuple[int, ...]]
+    held: Mapping[str, Tensor], *, spread: ParallelModel, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[NamedTensors, tuple[float, str]]:
     """Return whole tensors of what the ranks hold, and by how much copies differ. Collective.
 
@@ -117,8 +117,8 @@ def gather_full_tensors(
     """
     low, high = ({name: torch.full(s, x) for name, s in shapes.items()} for x in (_INF, -_INF))
     for name, shard in spread.shards(held).items():
-        put(low[name], shard)
-        put(high[name], shard)
+        write_shard(low[name], shard)
+        write_shard(high[name], shard)
     if distributed.is_initialized():
         low = _all_reduce_flat(low, distributed.ReduceOp.MIN)
         high = _all_reduce_flat(high, distributed.ReduceOp.MAX)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from moesaic.parallel.config import Parallel
+from moesaic.parallel.config import ParallelConfig
 from moesaic.verify.compare import Tolerances
 from moesaic.verify.prove import PlanResult, unequal_plans
 
@@ -24,7 +24,7 @@ def summarize(results: Sequence[PlanResult]) -> str:
     return f"{len(results)} plan{'s' * (len(results) != 1)} of {ranks} ranks: {end}"
 
 
-def rejection_lines(rejected: Mapping[str, Sequence[Parallel]]) -> Iterator[str]:
+def rejection_lines(rejected: Mapping[str, Sequence[ParallelConfig]]) -> Iterator[str]:
     """Yield a line for each reason for which plans were not run."""
     for why, plans in sorted(rejected.items(), key=lambda item: -len(item[1])):
         yield f"{len(plans)} refused: {why}"

@@ -12,8 +12,8 @@ from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
 from moesaic.dist.plan import ParallelPlan
 from moesaic.model.transformer import Transformer
-from moesaic.parallel.apply import check
-from moesaic.parallel.config import Parallel
+from moesaic.parallel.apply import check_parallel
+from moesaic.parallel.config import ParallelConfig
 from moesaic.train.checks import the_pipeline_has_work
 from moesaic.train.run import Run
 
@@ -25,8 +25,8 @@ ZERO_STAGES = (0, 1, 2, 3)
 class PlanSet:
     """``fit`` can be run; ``refused`` are the others, by the reason they are refused for."""
 
-    valid: tuple[Parallel, ...]
-    rejected: dict[str, tuple[Parallel, ...]]
+    valid: tuple[ParallelConfig, ...]
+    rejected: dict[str, tuple[ParallelConfig, ...]]
 
     def pairwise_cover(self) -> "PlanSet":
         """Return the fewest found in which any two choices that can meet do meet."""
@@ -42,12 +42,12 @@ def enumerate_plans(worlds: Iterable[int], *, run: Run) -> PlanSet:
     with torch.device("meta"):
         model = run.model.build()
     base = run.parallel
-    fit: list[Parallel] = []
-    refused: dict[str, list[Parallel]] = {}
+    fit: list[ParallelConfig] = []
+    refused: dict[str, list[ParallelConfig]] = {}
     for world in worlds:
-        known: dict[Parallel, str | None] = {}
+        known: dict[ParallelConfig, str | None] = {}
         for parallel in _parallel_configs(world, base=base):
-            alike = parallel.replace(recompute=base.recompute)  # which any plan can do
+            alike = parallel.replace(recompute=base.activation_checkpointing)  # which any plan can do
             if alike not in known:
                 known[alike] = _rejection_reason(alike, model=model, run=run)
             why = known[alike]
@@ -55,7 +55,7 @@ def enumerate_plans(worlds: Iterable[int], *, run: Run) -> PlanSet:
     return PlanSet(tuple(fit), {why: tuple(plans) for why, plans in refused.items()})
 
 
-def sample_plan(world_size: int, *, run: Run, draw: random.Random) -> Parallel | None:
+def sample_plan(world_size: int, *, run: Run, draw: random.Random) -> ParallelConfig | None:
     """Return a plan of ``every`` at random; None if there is none."""
     with torch.device("meta"):
         model = run.model.build()
@@ -69,22 +69,22 @@ def sample_plan(world_size: int, *, run: Run, draw: random.Random) -> Parallel |
     return None
 
 
-def _rejection_reason(parallel: Parallel, *, model: Transformer, run: Run) -> str | None:
+def _rejection_reason(parallel: ParallelConfig, *, model: Transformer, run: Run) -> str | None:
     try:
-        check(model, parallel=parallel, plan=parallel.plan.resolve(parallel.plan.world_size))
+        check_parallel(model, parallel=parallel, plan=parallel.plan.resolve(parallel.plan.world_size))
         return next(the_pipeline_has_work(run.model_copy(update={"parallel": parallel})), None)
     except ConfigError as error:
         return error.problems[0]
 
 
-def describe_plan(parallel: Parallel) -> str:
+def describe_plan(parallel: ParallelConfig) -> str:
     """Return what is not as in one process, in a few words."""
-    usual = {n: _short_name(n, field.default) for n, field in Parallel.model_fields.items()}
+    usual = {n: _short_name(n, field.default) for n, field in ParallelConfig.model_fields.items()}
     said = (f"{n} {value}" for n, value in _choices(parallel).items() if usual.get(n) != value)
     return ", ".join(said) or "alone"
 
 
-def _parallel_configs(world: int, *, base: Parallel) -> Iterator[Parallel]:
+def _parallel_configs(world: int, *, base: ParallelConfig) -> Iterator[ParallelConfig]:
     for plan in _plans(world):
         options = dict(_option_families(plan))
         for chosen in product(*options.values()):
@@ -126,7 +126,7 @@ def _option_families(plan: ParallelPlan) -> Iterator[tuple[str, list[Choice]]]:
 
     A member is as it is by default; numbers that must be given are 2.
     """
-    for name, field in Parallel.model_fields.items():
+    for name, field in ParallelConfig.model_fields.items():
         family = field.annotation
         if isinstance(family, type) and issubclass(family, Choice) and name in APPLIES_TO:
             members = [_default_member(member) for member in family.members.values()]
@@ -138,7 +138,7 @@ def _default_member(member: type[Choice]) -> Choice:
     return member(**{n: 2 for n, field in member.model_fields.items() if field.is_required()})
 
 
-def _choices(parallel: Parallel) -> dict[str, object]:
+def _choices(parallel: ParallelConfig) -> dict[str, object]:
     plan = parallel.plan
     degrees = {name: getattr(plan, name) or 1 for name in (*PLAN_AXES, "expert", "expert_tensor")}
     found: dict[str, object] = {name: n for name, n in degrees.items() if n > 1}
@@ -153,7 +153,7 @@ def _short_name(field: str, member: object) -> str:
     return type(member).__name__.removesuffix(field.title())
 
 
-def _pairwise_cover(fit: Sequence[Parallel]) -> Iterator[Parallel]:
+def _pairwise_cover(fit: Sequence[ParallelConfig]) -> Iterator[ParallelConfig]:
     """Take the plan with most pairs that no plan before it had, until every pair was had."""
     numbers: dict[object, int] = {}
     pairs = [_pairs(plan, numbers=numbers) for plan in fit]
@@ -171,7 +171,7 @@ def _pairwise_cover(fit: Sequence[Parallel]) -> Iterator[Parallel]:
             yield fit[index]
 
 
-def _pairs(parallel: Parallel, *, numbers: dict[object, int]) -> int:
+def _pairs(parallel: ParallelConfig, *, numbers: dict[object, int]) -> int:
     """Return a bit for each pair of choices; ``numbers`` says which, and learns new ones."""
     choices = _choices(parallel) | {"zero": parallel.plan.zero, "ranks": parallel.plan.world_size}
     pairs = combinations(sorted(choices.items()), 2)

@@ -10,8 +10,8 @@ import torch.distributed as distributed
 
 from moesaic.core.errors import ConfigError
 from moesaic.dist.forked import RankError, run_cases_on_ranks
-from moesaic.parallel.apply import check
-from moesaic.parallel.config import Parallel
+from moesaic.parallel.apply import check_parallel
+from moesaic.parallel.config import ParallelConfig
 from moesaic.train.checks import the_pipeline_has_work
 from moesaic.train.run import Run
 from moesaic.verify.compare import TraceDifferences, Tolerances, compare_traces
@@ -19,7 +19,7 @@ from moesaic.verify.follow import ModelShapes, TrainingTrace, record_run, model_
 from moesaic.verify.plans import PlanSet, enumerate_plans, describe_plan
 from moesaic.verify.stream import SyntheticShape
 
-SINGLE_PROCESS_PLAN = Parallel()
+SINGLE_PROCESS_PLAN = ParallelConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class PlanResult:
 
     world_size: int
     plan: str
-    parallel: Parallel
+    parallel: ParallelConfig
     differences: TraceDifferences | None
     problems: tuple[str, ...]
     step_s: float = 0.0
@@ -79,7 +79,7 @@ def configured_plan(run: Run, *, world_size: int) -> PlanSet:
     with torch.device("meta"):
         model = run.model.build()
     parallel = run.parallel.replace(plan=run.parallel.plan.resolve(world_size))
-    check(model, parallel=parallel, plan=parallel.plan)
+    check_parallel(model, parallel=parallel, plan=parallel.plan)
     problems = list(the_pipeline_has_work(run.replace(parallel=parallel)))
     if problems:
         raise ConfigError(problems)
@@ -96,7 +96,7 @@ def run_reference(setup: VerifySetup) -> TrainingTrace:
         torch.set_num_threads(threads)
 
 
-def compare_plans(setup: VerifySetup, *, plans: Sequence[Parallel]) -> Iterator[PlanResult]:
+def compare_plans(setup: VerifySetup, *, plans: Sequence[ParallelConfig]) -> Iterator[PlanResult]:
     """Yield a verdict on each plan, in the order of their numbers of ranks.
 
     The plans of one number of ranks share a fork of this process, whose memory must hold no CUDA
@@ -106,7 +106,7 @@ def compare_plans(setup: VerifySetup, *, plans: Sequence[Parallel]) -> Iterator[
     for ranks in sorted({parallel.plan.world_size for parallel in plans}):
         several = [parallel for parallel in plans if parallel.plan.world_size == ranks]
 
-        def one(parallel: Parallel) -> TrainingTrace | None:
+        def one(parallel: ParallelConfig) -> TrainingTrace | None:
             trace = _record(setup, parallel)
             return None if distributed.get_rank() else trace
 
@@ -117,13 +117,13 @@ def compare_plans(setup: VerifySetup, *, plans: Sequence[Parallel]) -> Iterator[
             yield _plan_result(parallel, outcome, reference=truth, tolerances=setup.tolerances)
 
 
-def _record(setup: VerifySetup, parallel: Parallel) -> TrainingTrace:
+def _record(setup: VerifySetup, parallel: ParallelConfig) -> TrainingTrace:
     model, shape = setup.model, setup.shape
     return record_run(setup.run, parallel=parallel, shape=shape, steps=setup.steps, model=model)
 
 
 def _plan_result(
-    parallel: Parallel, outcome: list[Any] | RankError, *, reference: TrainingTrace, tolerances: Tolerances
+    parallel: ParallelConfig, outcome: list[Any] | RankError, *, reference: TrainingTrace, tolerances: Tolerances
 ) -> PlanResult:
     ranks, plan = parallel.plan.world_size, describe_plan(parallel)
     if isinstance(outcome, RankError):
