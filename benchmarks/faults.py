@@ -33,9 +33,9 @@ from moesaic.testing.faults import FaultResult, Fault, FaultInjection, max_shutd
 from moesaic.testing.kills import compare_run_dirs
 from moesaic.testing.tiny import synthetic_run, tiny_model_config
 from moesaic.train.job import train
-from moesaic.train.resume import Auto
-from moesaic.train.run import Checkpoints, Run
-from moesaic.train.watch import silent
+from moesaic.train.resume import ResumeLatest
+from moesaic.train.run import CheckpointConfig, Run
+from moesaic.train.watch import no_progress
 
 PATIENCE_S = {2: 4.0, 4: 6.0, 8: 12.0}  # two cores, which others may use too
 TORCHRUN = (  # one an attempt; the last attempt has none
@@ -53,7 +53,7 @@ def the_run(world: int, *, steps: int = 30) -> Run:
     return synthetic_run(
         model=model,
         steps=steps,
-        checkpoint=Checkpoints(every=2),
+        checkpoint=CheckpointConfig(every=2),
         patience_s=PATIENCE_S[world],
         name="faulty",
     )
@@ -73,7 +73,7 @@ def forked(folder: Path, *, world: int, faults: int, seed: int) -> dict[str, Any
         "differences": list(endured.differences),
         "runs_compared": endured.compared,
         "lives": endured.job_runs,
-        "patience_s": run.patience_s,
+        "patience_s": run.collective_timeout_s,
         "longest_s": {"dies": round(max(quick), 2), "hangs": round(max(waits), 2)},
         "allowed_s": round(max_shutdown_s(run), 1),
         "seconds": round(endured.seconds),
@@ -127,7 +127,7 @@ def be(out: Path) -> None:
     if attempt < len(TORCHRUN):
         stamp = out.with_name(f"struck-{attempt}")
         hooks = (FaultInjection(TORCHRUN[attempt], stamp=stamp, rank=int(os.environ["RANK"])),)
-    train(the_run(2), out, resume=Auto(), hooks=hooks, board=silent)
+    train(the_run(2), out, resume=ResumeLatest(), hooks=hooks, progress=no_progress)
 
 
 def with_fewer_ranks(folder: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from gallery_page import write_page
 from support import stamped
 
 from moesaic.checkpoint.rundir import RunDir
-from moesaic.cli.eval import run_tests
+from moesaic.cli.eval import held_out_tests
 from moesaic.core.errors import ConfigError, UserError
 from moesaic.model.count import count_parameters
 from moesaic.observe.doctor import RouterHealthMonitor
@@ -29,10 +29,10 @@ from moesaic.observe.layer_counts import summarize_load
 from moesaic.observe.metrics import read_metrics
 from moesaic.recipes.find import find_recipe
 from moesaic.serve.score import count_experts
-from moesaic.train.hooks.usage import doctor_setting
+from moesaic.train.hooks.usage import health_check_settings
 from moesaic.train.job import train
 from moesaic.train.run import Run
-from moesaic.train.watch import silent
+from moesaic.train.watch import no_progress
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "gallery.json"
@@ -91,12 +91,12 @@ def _one(rule: dict[str, Any], recipe: str, changes: list[str], runs: Path) -> d
 
 def _trained(run: Run, out: Path) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
-    result = train(run, out, board=silent)
-    tests = run_tests(run, corpus=run.corpus.open(), split="valid", limit=SENTENCES)
+    result = train(run, out, progress=no_progress)
+    tests = held_out_tests(run, corpus=run.corpus.open(), split="valid", limit=SENTENCES)
     counts = count_experts(out, tests=tests)
     rows = list(read_metrics(RunDir(out).metrics))
     layers, size = counts.layers(), count_parameters(run.model)
-    setting = doctor_setting(run, languages=counts.languages)
+    setting = health_check_settings(run, languages=counts.languages)
     return {
         "parameters": size.total,
         "active": size.active,

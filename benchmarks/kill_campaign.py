@@ -23,7 +23,7 @@ from moesaic.moe.limit import RandomPriority, Capacity
 from moesaic.moe.select import TopK
 from moesaic.testing.kills import kill_and_resume
 from moesaic.testing.tiny import synthetic_run, tiny_model_config
-from moesaic.train.run import Checkpoints, Run
+from moesaic.train.run import CheckpointConfig, Run
 
 MOE = MoE(
     experts=4,
@@ -37,7 +37,7 @@ def the_run(steps: int) -> Run:
     """Dropout and random drops, so that random numbers matter; saves at every other step."""
     model = tiny_model_config(moe=MOE, layers=2).replace(vocab_size=400, dropout=0.1)
     return synthetic_run(
-        model=model, steps=steps, accumulate=2, checkpoint=Checkpoints(every=2), name="killed"
+        model=model, steps=steps, accumulate=2, checkpoint=CheckpointConfig(every=2), name="killed"
     )
 
 

@@ -90,10 +90,10 @@ def main(seed: int, threads: int) -> None:
         run, model=run.model.build(), data=Given([padded(b) for b in found]), world=SingleProcess()
     )
     for _ in range(WARM):
-        trainer.advance()
+        trainer.train_step()
     began = time.perf_counter()
     for _ in range(STEPS):
-        trainer.advance()
+        trainer.train_step()
     speed = real_tokens(found[WARM:]) / (time.perf_counter() - began)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     print(json.dumps({"tokens_per_s": speed, "parameters": parameters}))

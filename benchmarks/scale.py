@@ -29,7 +29,7 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.cost import MIXED_PRECISION, estimate_memory
 from moesaic.parallel.inventory import ParameterInventory
 from moesaic.parallel.sends import communication_volume
-from moesaic.train.rehearse import evenly, rehearse
+from moesaic.train.rehearse import with_round_robin_routing, simulate_step
 
 OUT = Path(__file__).parent / "results" / "scale.json"
 PAIRS, TEXT = BatchDims(rows=16, source=128, target=128), BatchDims(rows=1, source=0, target=6144)
@@ -101,9 +101,9 @@ def rehearsed(case: Case) -> dict[str, Any]:
     """Rehearse a case here and compare it with its closed form."""
     config, parallel, sizes = preset(case.preset).config, ParallelConfig(plan=case.plan), case.sizes[1]
     cpu = time.process_time()
-    done = rehearse(config, parallel=parallel, world=case.world, sizes=sizes)
+    done = simulate_step(config, parallel=parallel, world_size=case.world, sizes=sizes)
     cpu = time.process_time() - cpu
-    holding = ParameterInventory(evenly(config)).on_rank(parallel, world=case.world)
+    holding = ParameterInventory(with_round_robin_routing(config)).on_rank(parallel, world=case.world)
     said = estimate_memory(holding, sizes=sizes, kernel=UnfusedMoEKernel(SequentialGEMM()))
     lines = communication_volume(holding, sizes=sizes)
     kinds = sorted({line.kind for line in (*lines, *done.sent)})
@@ -120,7 +120,7 @@ def rehearsed(case: Case) -> dict[str, Any]:
         "held": held,
         "sent": sent,
         "equal": all(a == b for a, b in (*held.values(), *sent.values())),
-        "kept": done.kept,
+        "kept": done.saved_activations,
         "peak": done.peak,
         "forecast_peak": said.weights + said.gradients + said.gathered + said.activations,
         "seconds": round(done.seconds, 1),

@@ -38,13 +38,13 @@ from moesaic.nn.norm import LayerNorm
 from moesaic.observe.metrics import JsonlWriter
 from moesaic.testing.tiny import synthetic_run
 from moesaic.train.hooks.hook import Hook
-from moesaic.train.hooks.log import Log as LogHook
+from moesaic.train.hooks.log import MetricsLogHook as LogHook
 from moesaic.train.job import make_trainer, standard_hooks
-from moesaic.train.prepare import prepare
-from moesaic.train.run import Log, Run, Validation
-from moesaic.train.source import Catalogue, CorpusSource
+from moesaic.train.prepare import prepare_data
+from moesaic.train.run import LogConfig, Run, ValidationConfig
+from moesaic.train.source import NamedCorpus, CorpusSource
 from moesaic.train.trainer import Trainer
-from moesaic.train.watch import SilentBoard
+from moesaic.train.watch import NullDisplay
 
 WARM = 5
 
@@ -70,8 +70,8 @@ def the_run(corpus: CorpusSource, *, steps: int) -> Run:
         loader=base.loader.replace(batch_tokens=4096, max_source=96, max_target=96, window=8192),
         model=model,
         steps=steps,
-        validation=Validation(every=0),
-        log=Log(every=10, routes_every=10),
+        validation=ValidationConfig(every=0),
+        log=LogConfig(every=10, routing_stats_every=10),
     )
 
 
@@ -103,7 +103,7 @@ class Ours:
     def block(self, steps: int) -> Spent:
         clock = Clock()
         for _ in range(steps):
-            report = self.trainer.advance()
+            report = self.trainer.train_step()
             self.waited += report.data_seconds
             for hook in self.hooks:
                 hook.after_step(self.trainer, report)
@@ -159,14 +159,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=here / "results" / "step_overhead.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    run = the_run(Catalogue(name=options.corpus), steps=(options.blocks + 1) * options.steps)
+    run = the_run(NamedCorpus(name=options.corpus), steps=(options.blocks + 1) * options.steps)
     with tempfile.TemporaryDirectory() as name:
         folder = RunDir(Path(name))
-        prepared = prepare(run, folder=folder, world=SingleProcess(), say=print)
+        prepared = prepare_data(run, run_dir=folder, world=SingleProcess(), notify=print)
         trainer = make_trainer(run, prepared=prepared, world=SingleProcess())
         twin = make_trainer(run, prepared=prepared, world=SingleProcess())
-        log = LogHook(sink=JsonlWriter(folder.metrics), board=SilentBoard())
-        ours = Ours(trainer, [*standard_hooks(trainer, folder=folder), log])
+        log = LogHook(sink=JsonlWriter(folder.metrics), progress=NullDisplay())
+        ours = Ours(trainer, [*standard_hooks(trainer, run_dir=folder), log])
         raw = Raw(twin.model, twin.data)
         ours.block(WARM), raw.block(WARM)
         ours.waited = 0.0

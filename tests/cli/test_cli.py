@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.cli.main import VERBS, main
+from moesaic.cli.main import COMMANDS, main
 
 TINY = ["--set", "steps=12", "--set", "schedule.warmup=2", "--set", "validation.every=6"]
 
@@ -46,7 +46,7 @@ def last_json(capsys):
 
 
 def test_every_verb_has_help_with_an_example(capsys):
-    for verb in VERBS:
+    for verb in COMMANDS:
         main_ok([verb, "--help"])
         out = capsys.readouterr().out
         assert "Example" in out or verb in ("data", "config", "routes", "bench", "ckpt"), verb
@@ -70,7 +70,7 @@ def test_subverbs_have_help_with_an_example(capsys):
 def test_without_a_verb_it_lists_them(capsys):
     main([])
     out = capsys.readouterr().out
-    assert all(verb in out for verb in VERBS)
+    assert all(verb in out for verb in COMMANDS)
 
 
 def test_an_unknown_verb_names_the_nearest(capsys):

@@ -19,7 +19,7 @@ from moesaic.moe.select import TopK
 from moesaic.parallel.apply import parallelize
 from moesaic.parallel.config import ParallelConfig
 from moesaic.testing.tiny import LANGUAGES, TASKS, random_batch, tiny_model_config
-from moesaic.train.meters import Categories
+from moesaic.train.meters import LossCategories
 from moesaic.train.precision import Float32
 from moesaic.train.step import Objective
 
@@ -38,8 +38,8 @@ def model_of(name: str) -> Transformer:
 
 def step(model: Transformer, batches: list) -> tuple[Found, Found, list[torch.Tensor]]:
     """One step's terms, its gradients, and what each router heard."""
-    objective = Objective(Categories(TASKS, LANGUAGES), smoothing=0.1, precision=Float32())
-    seen = objective.gradients(parallelize(model, parallel=ParallelConfig(), world=SingleProcess()), batches=batches)
+    objective = Objective(LossCategories(TASKS, LANGUAGES), label_smoothing=0.1, precision=Float32())
+    seen = objective.forward_backward(parallelize(model, parallel=ParallelConfig(), world=SingleProcess()), batches=batches)
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return dict(seen.sums.terms), grads, [layer.router.stats_sum.clone() for layer in moe_layers(model)]
 

@@ -9,13 +9,13 @@ import pytest
 
 from moesaic.testing.kills import kill_and_resume
 from moesaic.testing.tiny import synthetic_run
-from moesaic.train.run import Checkpoints
+from moesaic.train.run import CheckpointConfig
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("data_home")
 def test_a_killed_run_resumes_to_the_same_end(tmp_path: Path) -> None:
-    run = synthetic_run(steps=24, checkpoint=Checkpoints(every=2))
+    run = synthetic_run(steps=24, checkpoint=CheckpointConfig(every=2))
     campaign = kill_and_resume(run, folder=tmp_path, kills=5, seed=0)
     assert campaign.differences == ()
     assert campaign.kills == 5

@@ -53,11 +53,11 @@ from moesaic.testing.tiny import (
     shard_batch,
     tiny_model_config,
 )
-from moesaic.train.meters import Categories
+from moesaic.train.meters import LossCategories
 from moesaic.train.precision import Float32
 from moesaic.train.step import Objective
 
-OBJECTIVE = Objective(Categories(TASKS, LANGUAGES), smoothing=0.1, precision=Float32())
+OBJECTIVE = Objective(LossCategories(TASKS, LANGUAGES), label_smoothing=0.1, precision=Float32())
 BALANCES = (SwitchBalance(weight=0.3), RouterZLoss(weight=0.2))
 RTS = BALANCED_TOP1.replace(
     balance=BALANCES, limit=Capacity(factor=0.7, minimum=0, priority=RandomPriority())
@@ -131,7 +131,7 @@ def _built(config: ModelConfig) -> Transformer:
 def _alone(config: ModelConfig, *, micro_batches: int) -> Alike:
     model = _built(config)
     spread = parallelize(model, parallel=ParallelConfig(), world=SingleProcess())
-    seen = OBJECTIVE.gradients(spread, batches=_batches(micro_batches))
+    seen = OBJECTIVE.forward_backward(spread, batches=_batches(micro_batches))
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
     return Alike({name: float(v) for name, v in seen.sums.terms.items()}, grads, norm)

@@ -13,9 +13,9 @@ from moesaic.moe.select import TopK
 from moesaic.parallel.apply import parallelize
 from moesaic.parallel.config import ParallelConfig
 from moesaic.testing.tiny import LANGUAGES, TASKS, random_batch, tiny_model_config
-from moesaic.train.meters import Categories
+from moesaic.train.meters import LossCategories
 from moesaic.train.precision import Float32
-from moesaic.train.step import Objective, Pass
+from moesaic.train.step import Objective, ForwardBackwardResult
 
 
 def _joined(batches: list[Batch]) -> Batch:
@@ -24,11 +24,11 @@ def _joined(batches: list[Batch]) -> Batch:
     )
 
 
-def _gradients(batches: list[Batch], moe: SparseLayer) -> tuple[Pass, dict[str, torch.Tensor]]:
+def _gradients(batches: list[Batch], moe: SparseLayer) -> tuple[ForwardBackwardResult, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     model = Transformer(tiny_model_config(moe=moe))
-    objective = Objective(Categories(TASKS, LANGUAGES), smoothing=0.1, precision=Float32())
-    seen = objective.gradients(parallelize(model, parallel=ParallelConfig(), world=SingleProcess()), batches=batches)
+    objective = Objective(LossCategories(TASKS, LANGUAGES), label_smoothing=0.1, precision=Float32())
+    seen = objective.forward_backward(parallelize(model, parallel=ParallelConfig(), world=SingleProcess()), batches=batches)
     return seen, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 

@@ -48,7 +48,7 @@ from moesaic.testing.tiny import (
     shard_batch,
     tiny_model_config,
 )
-from moesaic.train.meters import Categories, Meters
+from moesaic.train.meters import LossCategories, RunningMetrics
 from moesaic.train.precision import Float32
 from moesaic.train.step import Objective
 
@@ -109,17 +109,17 @@ def _train(world: World, moe: SparseLayer, rows: int) -> Outcome:
     model = Transformer(tiny_model_config(moe=moe))
     spread = parallelize(model, parallel=ParallelConfig(), world=world)
     set_ranks(model, BatchRanks(world))
-    categories = Categories(TASKS, LANGUAGES)
-    objective = Objective(categories, smoothing=0.1, precision=Float32())
+    categories = LossCategories(TASKS, LANGUAGES)
+    objective = Objective(categories, label_smoothing=0.1, precision=Float32())
     optimizer = AdamW(eps=1e-5).build(model.named_parameters(), kinds=model.parameter_kinds())
     history = []
     for step in range(STEPS):
         batches = [random_batch(rows, seed=10 * step + micro) for micro in range(2)]
         mine = [shard_batch(batch, rank=world.rank, world_size=world.size) for batch in batches]
-        seen = objective.gradients(spread, batches=mine)
-        meters = Meters(categories, device=world.device)
-        meters.add(seen.sums, norm=0.0)
-        history.append(meters.take(world))
+        seen = objective.forward_backward(spread, batches=mine)
+        meters = RunningMetrics(categories, device=world.device)
+        meters.add_step(seen.sums, norm=0.0)
+        history.append(meters.compute_and_reset(world))
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
         optimizer.zero_grad()

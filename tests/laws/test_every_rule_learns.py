@@ -30,8 +30,8 @@ def test_a_rule_learns_a_batch_by_heart(name):
     trainer.data = Same()
     losses = []
     for _ in range(30):
-        trainer.advance()
-        losses.append(trainer.meters.take(trainer.world))
+        trainer.train_step()
+        losses.append(trainer.metrics.compute_and_reset(trainer.world))
     assert all(torch.tensor(list(row.values())).isfinite().all() for row in losses)
     assert losses[-1]["train/loss"] < 0.9 * losses[0]["train/loss"]
 

@@ -73,9 +73,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def _rows(trainer: Trainer, *, steps: int) -> list[dict[str, float]]:
     rows = []
     for _ in range(steps):
-        trainer.advance()
+        trainer.train_step()
         if trainer.step % 4 == 0:  # the stop at 10 falls between two rows
-            rows.append(trainer.meters.take(trainer.world))
+            rows.append(trainer.metrics.compute_and_reset(trainer.world))
     return rows
 
 

@@ -18,8 +18,8 @@ from moesaic.optim.optimizer import AdamW
 from moesaic.parallel.config import ParallelConfig
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import tiny_model_config, tiny_run, tiny_trainer
-from moesaic.train.hooks.checkpoint import SaveCheckpoints
-from moesaic.train.loop import loop
+from moesaic.train.hooks.checkpoint import CheckpointHook
+from moesaic.train.loop import training_loop
 from moesaic.train.run import Run
 
 STEPS, HALF = 6, 3
@@ -54,8 +54,8 @@ def _train(plan: dict[str, int], folder: Path, until: int, resume: Path | None) 
     world: World = ProcessGroupWorld() if torch.distributed.is_initialized() else SingleProcess()
     trainer = tiny_trainer(_run(plan), world=world)
     if resume is not None:
-        trainer.resume(resume)
-    loop(trainer, hooks=[SaveCheckpoints(folder, flush=lambda: None)], until=until)
+        trainer.load_checkpoint(resume)
+    training_loop(trainer, hooks=[CheckpointHook(folder, flush=lambda: None)], until=until)
 
 
 def _weights(folder: Path, *, step: int) -> Weights:

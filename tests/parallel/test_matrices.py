@@ -27,9 +27,9 @@ def _weights(plan: ParallelPlan) -> dict[str, Tensor]:
     run = tiny_run(model=model, optimizer=Muon(lr=0.01), parallel=ParallelConfig(plan=plan))
     trainer = tiny_trainer(run, world=world)
     for _ in range(2):
-        trainer.advance()
+        trainer.train_step()
     found = {}
-    for name, held in trainer.spread.shards().items():
+    for name, held in trainer.parallel_model.shards().items():
         whole, times = torch.zeros(held.shape), torch.zeros(held.shape)
         write_shard(whole, held)
         for piece in held.blocks:

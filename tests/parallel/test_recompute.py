@@ -23,7 +23,7 @@ from moesaic.testing.tiny import (
     random_batch,
     tiny_model_config,
 )
-from moesaic.train.meters import Categories
+from moesaic.train.meters import LossCategories
 from moesaic.train.precision import Float32
 from moesaic.train.step import Objective
 
@@ -44,10 +44,10 @@ def _model(moe: MoE, by: ActivationCheckpointing, *, dropout: float = 0.0) -> Tr
 
 
 def _step(model: Transformer) -> tuple[dict[str, float], list[Tensor | None]]:
-    objective = Objective(Categories(TASKS, LANGUAGES), smoothing=0.1, precision=Float32())
+    objective = Objective(LossCategories(TASKS, LANGUAGES), label_smoothing=0.1, precision=Float32())
     batches = [random_batch(3, seed=seed) for seed in range(3)]
     torch.manual_seed(1)  # of dropout
-    seen = objective.gradients(parallelize(model, parallel=ParallelConfig(), world=SingleProcess()), batches=batches)
+    seen = objective.forward_backward(parallelize(model, parallel=ParallelConfig(), world=SingleProcess()), batches=batches)
     terms = {name: float(value) for name, value in seen.sums.terms.items()}
     return terms, [p.grad for p in model.parameters()]
 

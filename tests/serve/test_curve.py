@@ -14,7 +14,7 @@ from moesaic.serve.curve import learning_curve
 from moesaic.serve.score import score_run
 from moesaic.testing.tiny import synthetic_run
 from moesaic.train.job import train
-from moesaic.train.resume import Auto
+from moesaic.train.resume import ResumeLatest
 
 pytestmark = pytest.mark.usefixtures("data_home")
 
@@ -47,10 +47,10 @@ def test_what_was_scored_before_is_not_scored_again(made, tmp_path):
     first = learning_curve(again, tests=tests, corpus=corpus, limit=3)
     shutil.rmtree(RunDir(again).checkpoints / "step-00000005")
     scored = []
-    second = learning_curve(again, tests=tests, corpus=corpus, limit=3, done=scored.append)
+    second = learning_curve(again, tests=tests, corpus=corpus, limit=3, on_point=scored.append)
     assert second == first == json.loads(RunDir(again).score_curve.read_text())
     assert scored == []
-    other = learning_curve(again, tests=tests[:1], corpus=corpus, limit=3, done=scored.append)
+    other = learning_curve(again, tests=tests[:1], corpus=corpus, limit=3, on_point=scored.append)
     assert [point["step"] for point in other["points"]] == [10]  # other strings: a new curve
 
 
@@ -66,7 +66,7 @@ def test_checkpoints_in_shards_get_the_scores_of_whole_ones(made, tmp_path):
     other = learning_curve(cut, tests=tests, corpus=corpus, limit=3)
     assert [p["chrf"] for p in other["points"]] == [one["points"][-1]["chrf"]]
     config = synthetic_run(steps=12)
-    assert train(config, cut, resume=Auto()).steps == 12  # and a run goes on from them
+    assert train(config, cut, resume=ResumeLatest()).steps == 12  # and a run goes on from them
 
 
 def test_a_run_without_checkpoints_is_refused(made, tmp_path):
@@ -86,5 +86,5 @@ def test_a_step_that_was_trained_anew_is_scored_anew(made, tmp_path):
     curve["points"][0]["weights"] = "of an earlier run"
     RunDir(again).score_curve.write_text(json.dumps(curve))
     scored = []
-    learning_curve(again, tests=tests, corpus=corpus, done=scored.append)
+    learning_curve(again, tests=tests, corpus=corpus, on_point=scored.append)
     assert [point["step"] for point in scored] == [5]

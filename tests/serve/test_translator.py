@@ -15,7 +15,7 @@ from moesaic.moe.config import MoE
 from moesaic.moe.select import Top2
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
-from moesaic.serve.translator import Limits, Translator
+from moesaic.serve.translator import TranslationLimits, Translator
 
 LANGUAGES = ("eng_Latn", "deu_Latn", "rus_Cyrl")
 TEXTS = ["Open the file", "Save", "Close all of the windows now", "Yes", "Print the page"]
@@ -71,12 +71,12 @@ def test_small_batches_keep_the_order(translator):
     small = Translator(
         translator.model,
         tokenizer=translator.tokenizer,
-        limits=Limits(max_target=9, batch_tokens=1),
+        limits=TranslationLimits(max_target=9, batch_tokens=1),
     )
     large = Translator(
-        translator.model, tokenizer=translator.tokenizer, limits=Limits(max_target=9)
+        translator.model, tokenizer=translator.tokenizer, limits=TranslationLimits(max_target=9)
     )
-    assert small.texts(TEXTS, source="en", target="ru") == large.texts(
+    assert small.translate_texts(TEXTS, source="en", target="ru") == large.translate_texts(
         TEXTS, source="en", target="ru"
     )
 

@@ -8,7 +8,7 @@ from moesaic.model.config import Stack
 from moesaic.nn.position import LearnedPositions
 from moesaic.optim.schedule import WSD, Cosine
 from moesaic.testing.tiny import synthetic_run
-from moesaic.train.checks import check
+from moesaic.train.checks import check_run
 from moesaic.train.run import Run
 
 GOOD = synthetic_run()
@@ -45,20 +45,20 @@ WRONG = {
 
 
 def test_a_good_run_passes() -> None:
-    check(GOOD)
+    check_run(GOOD)
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_each_rule_says_both_values(name: str) -> None:
     changes, message = WRONG[name]
     with pytest.raises(ConfigError, match=message) as caught:
-        check(GOOD.replace(**changes))
+        check_run(GOOD.replace(**changes))
     assert len(caught.value.problems) == (2 if name == "positions" else 1)
 
 
 def test_all_problems_come_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        check(GOOD.replace(languages=("xx", "yy"), schedule=WSD(warmup=100)))
+        check_run(GOOD.replace(languages=("xx", "yy"), schedule=WSD(warmup=100)))
     assert len(caught.value.problems) == 3
 
 

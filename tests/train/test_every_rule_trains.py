@@ -37,7 +37,7 @@ def test_every_rule_trains(name, side):
     trainer.data = OneBatch()
     losses = []
     for _ in range(STEPS):
-        terms = trainer.advance().seen.sums.terms
+        terms = trainer.train_step().result.sums.terms
         assert all(math.isfinite(float(value)) for value in terms.values())
         losses.append(float(terms["cross_entropy"]))
     assert losses[-1] < losses[0] - 0.3, losses

@@ -25,11 +25,11 @@ from moesaic.testing.tiny import synthetic_run, tiny_model_config
 from moesaic.train.hooks.hook import Hook
 from moesaic.train.job import train
 from moesaic.train.precision import BFloat16
-from moesaic.train.resume import Auto, From
-from moesaic.train.run import Log, Run, Validation
+from moesaic.train.resume import ResumeLatest, ResumeFrom
+from moesaic.train.run import LogConfig, Run, ValidationConfig
 from moesaic.train.sinks import TensorBoard
 from moesaic.train.trainer import StepReport, Trainer
-from moesaic.train.watch import SilentBoard, silent
+from moesaic.train.watch import NullDisplay, no_progress
 
 pytestmark = pytest.mark.usefixtures("data_home")
 
@@ -58,7 +58,7 @@ PROMISED = [
 ]
 
 
-class Notes(SilentBoard):
+class Notes(NullDisplay):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class At(Hook):
 def whole(data_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of 20 steps."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    train(synthetic_run(), out, board=silent)
+    train(synthetic_run(), out, progress=no_progress)
     return out
 
 
@@ -115,10 +115,10 @@ def test_the_metrics_have_the_promised_names(whole: Path) -> None:
 def test_train_ends_where_it_is_told_and_goes_on_to_the_same_end(
     whole: Path, tmp_path: Path
 ) -> None:
-    first = train(synthetic_run(), tmp_path / "run", until=7, board=silent)
-    assert (first.stopped, first.steps, first.exit_code) == ("until", 7, 0)
-    second = train(synthetic_run(), tmp_path / "run", resume=Auto(), board=silent)
-    assert (second.stopped, second.steps) == ("finished", 20)
+    first = train(synthetic_run(), tmp_path / "run", until=7, progress=no_progress)
+    assert (first.stop_reason, first.steps, first.exit_code) == ("until", 7, 0)
+    second = train(synthetic_run(), tmp_path / "run", resume=ResumeLatest(), progress=no_progress)
+    assert (second.stop_reason, second.steps) == ("finished", 20)
     assert compare_run_dirs(whole, tmp_path / "run") == []
 
 
@@ -128,58 +128,58 @@ def test_a_signal_saves_and_says_how_to_go_on(
 ) -> None:
     board, out = Notes(), tmp_path / "run"
     stop = At(6, lambda _: os.kill(os.getpid(), number))
-    result = train(synthetic_run(), out, hooks=[stop], board=board)
-    assert (result.stopped, result.exit_code) == (number.name, 128 + number)
+    result = train(synthetic_run(), out, hooks=[stop], progress=board)
+    assert (result.stop_reason, result.exit_code) == (number.name, 128 + number)
     assert result.steps == 6
     assert board.said[-1] == (
         f"{number.name}: saved after step 6. Continue with: moesaic train --resume {out}"
     )
-    train(synthetic_run(), out, resume=Auto(), board=silent)
+    train(synthetic_run(), out, resume=ResumeLatest(), progress=no_progress)
     assert compare_run_dirs(whole, out) == []
 
 
 def test_a_directory_in_use_is_refused_with_the_way_out(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is not empty .*--resume auto.*another --out"):
-        train(synthetic_run(), whole, board=silent)
+        train(synthetic_run(), whole, progress=no_progress)
     (tmp_path / "holiday.jpg").touch()
     with pytest.raises(CheckpointError, match=r"holiday\.jpg"):
-        train(synthetic_run(), tmp_path, board=silent)
+        train(synthetic_run(), tmp_path, progress=no_progress)
 
 
 def test_another_config_is_refused_and_its_keys_are_named(whole: Path) -> None:
     other = synthetic_run(label_smoothing=0.2, accumulate=2)
     with pytest.raises(CheckpointError, match=r"label_smoothing: 0\.1 .*accumulate: 1 .*2"):
-        train(other, whole, resume=Auto(), board=silent)
+        train(other, whole, resume=ResumeLatest(), progress=no_progress)
     assert Run.from_yaml(RunDir(whole).config.read_text()) == synthetic_run()
 
 
 def test_a_finished_run_can_be_made_longer_and_gentler(tmp_path: Path) -> None:
     board = Notes()
-    train(synthetic_run(steps=6), tmp_path, board=silent)
+    train(synthetic_run(steps=6), tmp_path, progress=no_progress)
     longer = synthetic_run(steps=8, optimizer=AdamW(lr=1e-4))
-    result = train(longer, tmp_path, resume=Auto(), board=board)
+    result = train(longer, tmp_path, resume=ResumeLatest(), progress=board)
     assert result.steps == 8
     assert "optimizer.lr: was 0.001, now 0.0001" in board.said
 
 
 def test_a_damaged_checkpoint_is_skipped_and_said(whole: Path, tmp_path: Path) -> None:
     board, out = Notes(), tmp_path / "run"
-    train(synthetic_run(), out, until=12, board=silent)
+    train(synthetic_run(), out, until=12, progress=no_progress)
     newest = RunDir(out).checkpoints / "step-00000012" / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-7])
-    train(synthetic_run(), out, resume=Auto(), board=board)
+    train(synthetic_run(), out, resume=ResumeLatest(), progress=board)
     assert any("skipped" in n and "model.safetensors is truncated" in n for n in board.said)
     assert any("resuming after step 10" in n for n in board.said)
     assert compare_run_dirs(whole, out) == []
 
 
 def test_a_run_goes_on_in_another_directory(whole: Path, tmp_path: Path) -> None:
-    train(synthetic_run(), tmp_path / "one", until=10, board=silent)
-    resume = From(path=str(tmp_path / "one"))
-    train(synthetic_run(), tmp_path / "two", resume=resume, board=silent)
+    train(synthetic_run(), tmp_path / "one", until=10, progress=no_progress)
+    resume = ResumeFrom(path=str(tmp_path / "one"))
+    train(synthetic_run(), tmp_path / "two", resume=resume, progress=no_progress)
     assert RunDir(tmp_path / "two").model.read_bytes() == RunDir(whole).model.read_bytes()
     with pytest.raises(CheckpointError, match="no valid checkpoint to resume from"):
-        train(synthetic_run(), tmp_path / "3", resume=From(path=str(tmp_path)), board=silent)
+        train(synthetic_run(), tmp_path / "3", resume=ResumeFrom(path=str(tmp_path)), progress=no_progress)
 
 
 def test_a_run_that_diverges_stops_with_its_last_good_state(tmp_path: Path) -> None:
@@ -188,14 +188,14 @@ def test_a_run_that_diverges_stops_with_its_last_good_state(tmp_path: Path) -> N
         trainer.model.decoder_norm.weight.register_hook(lambda grad: grad * float("nan"))
 
     with pytest.raises(UserError, match=r"5 steps in a row .*step 7.*decoder_norm.*--resume"):
-        train(synthetic_run(), tmp_path, hooks=[At(7, break_it)], board=silent)
+        train(synthetic_run(), tmp_path, hooks=[At(7, break_it)], progress=no_progress)
     saved = RunDir(tmp_path).checkpoints / "step-00000007" / "model.safetensors"
     assert all(bool(t.isfinite().all()) for t in read_tensors(saved).values())
 
 
 def test_problems_of_the_config_come_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"vocab_size=400"):
-        train(synthetic_run(model=tiny_model_config()), tmp_path / "run", board=silent)
+        train(synthetic_run(model=tiny_model_config()), tmp_path / "run", progress=no_progress)
     assert not (tmp_path / "run").exists()
 
 
@@ -209,8 +209,8 @@ VARIANTS = {
             tasks=(WeightedTask(task=CausalLM()), WeightedTask(task=Translation()))
         ),
     },
-    "no-validation": {"validation": Validation(every=0)},
-    "tensorboard": {"log": Log(every=1, also=(TensorBoard(),))},
+    "no-validation": {"validation": ValidationConfig(every=0)},
+    "tensorboard": {"log": LogConfig(every=1, sinks=(TensorBoard(),))},
     "two-languages": {"languages": ("English", "qab_Cyrl")},
 }
 
@@ -218,9 +218,9 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_kind_of_run_trains_and_resumes(variant: str, tmp_path: Path) -> None:
     run = synthetic_run(steps=4, schedule=WSD(warmup=1), **VARIANTS[variant])
-    train(run, tmp_path, until=2, board=silent)
-    result = train(run, tmp_path, resume=Auto(), board=silent)
-    assert result.stopped == "finished"
+    train(run, tmp_path, until=2, progress=no_progress)
+    result = train(run, tmp_path, resume=ResumeLatest(), progress=no_progress)
+    assert result.stop_reason == "finished"
     assert result.metrics["train/loss"] < 7
     assert bool(torch.isfinite(torch.tensor(list(result.metrics.values()))).all())
 
@@ -228,13 +228,13 @@ def test_every_kind_of_run_trains_and_resumes(variant: str, tmp_path: Path) -> N
 def test_rows_that_are_too_long_are_left_out_and_said(tmp_path: Path) -> None:
     notes: list[str] = []
 
-    class Listening(SilentBoard):
+    class Listening(NullDisplay):
         def note(self, text: str) -> None:
             notes.append(text)
 
     run = synthetic_run(steps=8)
     run = run.replace(loader=run.loader.replace(max_source=14, max_target=14))
-    train(run, tmp_path / "run", board=lambda _: Listening())
+    train(run, tmp_path / "run", progress=lambda _: Listening())
     (said,) = [n for n in notes if "left out" in n]
     assert "loader.max_source=14" in said
     assert "eng_Latn-" in said

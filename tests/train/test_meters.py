@@ -7,9 +7,9 @@ from moesaic.data.batch import PAD, Batch
 from moesaic.dist.world import SingleProcess, ProcessGroupWorld
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import LANGUAGES, TASKS, random_batch
-from moesaic.train.meters import Categories, Meters, Sums
+from moesaic.train.meters import LossCategories, RunningMetrics, StepSums
 
-CATEGORIES = Categories(TASKS, LANGUAGES)
+CATEGORIES = LossCategories(TASKS, LANGUAGES)
 
 
 def rows_of_loss(batch: Batch) -> torch.Tensor:
@@ -20,11 +20,11 @@ def _by_category(loss: torch.Tensor, batch: Batch) -> torch.Tensor:
     return CATEGORIES.sums(loss, row=rows_of_loss(batch), batch=batch)
 
 
-def _sums(seed: int) -> Sums:
+def _sums(seed: int) -> StepSums:
     batch = random_batch(6, seed=seed)
     loss = torch.arange(batch.num_predicted, dtype=torch.float32)
     terms = {"cross_entropy": torch.tensor(float(seed)), "loss_z": torch.tensor(0.5)}
-    return Sums(_by_category(loss, batch), terms, batch.num_tokens)
+    return StepSums(_by_category(loss, batch), terms, batch.num_tokens)
 
 
 def test_sums_by_category_are_those_of_a_loop() -> None:
@@ -52,11 +52,11 @@ def test_the_order_of_the_losses_changes_no_sum() -> None:
 
 
 def test_a_row_is_the_mean_since_the_last_row() -> None:
-    meters, world = Meters(CATEGORIES, device=torch.device("cpu")), SingleProcess()
+    meters, world = RunningMetrics(CATEGORIES, device=torch.device("cpu")), SingleProcess()
     for seed in (1, 2):
-        meters.add(_sums(seed), norm=float(seed))
-    row = meters.take(world)
-    both = _sums(1).plus(_sums(2))
+        meters.add_step(_sums(seed), norm=float(seed))
+    row = meters.compute_and_reset(world)
+    both = _sums(1).add(_sums(2))
     total, count = both.losses[:, :2].sum(1).tolist()
     assert row["train/loss"] == pytest.approx(total / count)
     assert row["train/loss/translation"] == pytest.approx(
@@ -66,33 +66,33 @@ def test_a_row_is_the_mean_since_the_last_row() -> None:
     assert row["train/loss_z"] == 0.5
     assert row["train/grad_norm"] == 1.5
     assert row["tokens"] == row["train/tokens"] == both.tokens
-    meters.add(_sums(5), norm=5.0)
-    later = meters.take(world)
+    meters.add_step(_sums(5), norm=5.0)
+    later = meters.compute_and_reset(world)
     assert later["train/grad_norm"] == 5.0
     assert later["tokens"] == _sums(5).tokens
     assert later["train/tokens"] == both.tokens + _sums(5).tokens
 
 
 def test_a_category_without_tokens_has_no_value() -> None:
-    meters = Meters(Categories(TASKS, (*LANGUAGES, "xho_Latn")), device=torch.device("cpu"))
+    meters = RunningMetrics(LossCategories(TASKS, (*LANGUAGES, "xho_Latn")), device=torch.device("cpu"))
     meters.add_losses(torch.ones(2, 6) * torch.tensor([1, 1, 1, 1, 1, 0]))
     assert "valid/loss/xho_Latn" not in meters.mean_losses(SingleProcess(), prefix="valid")
-    assert Meters(CATEGORIES, device=torch.device("cpu")).mean_losses(SingleProcess(), prefix="x") == {}
+    assert RunningMetrics(CATEGORIES, device=torch.device("cpu")).mean_losses(SingleProcess(), prefix="x") == {}
 
 
 def _saved_and_restored() -> dict[str, float]:
     world, device = ProcessGroupWorld(), torch.device("cpu")
-    meters, again = Meters(CATEGORIES, device=device), Meters(CATEGORIES, device=device)
-    meters.add(_sums(1 + world.rank), norm=2.0)
+    meters, again = RunningMetrics(CATEGORIES, device=device), RunningMetrics(CATEGORIES, device=device)
+    meters.add_step(_sums(1 + world.rank), norm=2.0)
     again.restore(meters.tensors(world), world=world)
-    again.add(_sums(3 + world.rank), norm=4.0)
-    return again.take(world)
+    again.add_step(_sums(3 + world.rank), norm=4.0)
+    return again.compute_and_reset(world)
 
 
 def test_a_restart_in_the_middle_changes_no_row() -> None:
-    meters = Meters(CATEGORIES, device=torch.device("cpu"))
+    meters = RunningMetrics(CATEGORIES, device=torch.device("cpu"))
     for first, second, norm in ((1, 2, 2.0), (3, 4, 4.0)):
-        meters.add(_sums(first).plus(_sums(second)), norm=norm)
-    expected = meters.take(SingleProcess())
+        meters.add_step(_sums(first).add(_sums(second)), norm=norm)
+    expected = meters.compute_and_reset(SingleProcess())
     for row in run_on_ranks(2, _saved_and_restored):
         assert row == pytest.approx(expected)

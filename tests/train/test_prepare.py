@@ -10,16 +10,16 @@ from moesaic.data.shards import TokenShards
 from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.dist.world import SingleProcess
 from moesaic.testing.tiny import synthetic_run
-from moesaic.train.prepare import Prepared, prepare
+from moesaic.train.prepare import PreparedData, prepare_data
 from moesaic.train.run import Run
-from moesaic.train.selection import Selection
-from moesaic.train.source import Catalogue, CorpusFolder
+from moesaic.train.selection import CorpusSubset
+from moesaic.train.source import NamedCorpus, CorpusFolder
 
 pytestmark = pytest.mark.usefixtures("data_home")
 
 
-def _prepare(run: Run, folder: Path) -> Prepared:
-    return prepare(run, folder=RunDir(folder), world=SingleProcess(), say=lambda _: None)
+def _prepare(run: Run, folder: Path) -> PreparedData:
+    return prepare_data(run, run_dir=RunDir(folder), world=SingleProcess(), notify=lambda _: None)
 
 
 def test_a_run_sees_only_its_languages(tmp_path: Path) -> None:
@@ -42,12 +42,12 @@ def test_what_was_made_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_language_that_the_corpus_lacks_is_named() -> None:
     corpus = synthetic_run().corpus.open()
     with pytest.raises(ConfigError, match=r"few-phrases has no deu_Latn; it has eng_Latn, qaa"):
-        Selection(corpus, languages=["German", "English"])
+        CorpusSubset(corpus, languages=["German", "English"])
 
 
 def test_selections_of_other_languages_have_other_fingerprints() -> None:
     corpus = synthetic_run().corpus.open()
-    whole, part = (Selection(corpus, languages=c) for c in ((), ("eng_Latn", "qab_Cyrl")))
+    whole, part = (CorpusSubset(corpus, languages=c) for c in ((), ("eng_Latn", "qab_Cyrl")))
     assert whole.languages == corpus.languages
     assert whole.fingerprint != part.fingerprint
     assert part.directions == (("eng_Latn", "qab_Cyrl"),)
@@ -67,4 +67,4 @@ def test_a_corpus_that_is_not_there_is_a_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no corpus here"):
         _prepare(synthetic_run(corpus=CorpusFolder(path=str(tmp_path / "none"))), tmp_path)
     with pytest.raises(DataError, match="catalogues-small"):
-        _prepare(synthetic_run(corpus=Catalogue(name="catalogs-small")), tmp_path)
+        _prepare(synthetic_run(corpus=NamedCorpus(name="catalogs-small")), tmp_path)

@@ -4,7 +4,7 @@ import torch
 
 from moesaic.dist.world import SingleProcess, ProcessGroupWorld
 from moesaic.testing.ranks import run_on_ranks
-from moesaic.train.randomness import random_state, restore_random_state, seed_rank, undisturbed
+from moesaic.train.randomness import random_state, restore_random_state, seed_rank, preserve_random_state
 
 
 def test_a_stream_continues_from_its_state() -> None:
@@ -38,6 +38,6 @@ def test_what_happens_inside_leaves_no_trace() -> None:
     torch.manual_seed(1)
     expected = torch.rand(2)
     torch.manual_seed(1)
-    with undisturbed(torch.device("cpu")):
+    with preserve_random_state(torch.device("cpu")):
         torch.rand(100)
     assert torch.equal(torch.rand(2), expected)

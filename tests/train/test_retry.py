@@ -1,24 +1,24 @@
 """The queue of bad work: once more after a good step, then given up."""
 
-from moesaic.train.retry import Retry, Try
+from moesaic.train.retry import RetryQueue, StepAttempt
 
 
 def test_bad_work_waits_for_a_good_step() -> None:
-    retry = Retry()
-    first = retry.next({"at": 1})
-    assert first == Try({"at": 1}, again=False)
-    retry.bad(first)
-    second = retry.next({"at": 2})
-    assert second == Try({"at": 2}, again=False), "after a bad step comes new work"
-    retry.bad(second)
-    assert retry.in_a_row == 2
-    retry.good()
-    assert retry.next({"at": 3}) == Try({"at": 1}, again=True), "the oldest comes first"
-    assert retry.waiting == [{"at": 2}]
+    retry = RetryQueue()
+    first = retry.next_attempt({"at": 1})
+    assert first == StepAttempt({"at": 1}, is_retry=False)
+    retry.mark_failed(first)
+    second = retry.next_attempt({"at": 2})
+    assert second == StepAttempt({"at": 2}, is_retry=False), "after a bad step comes new work"
+    retry.mark_failed(second)
+    assert retry.consecutive_failures == 2
+    retry.mark_succeeded()
+    assert retry.next_attempt({"at": 3}) == StepAttempt({"at": 1}, is_retry=True), "the oldest comes first"
+    assert retry.pending == [{"at": 2}]
 
 
 def test_the_second_failure_gives_it_up() -> None:
-    retry = Retry([{"at": 1}])
-    retry.bad(retry.next({"at": 2}))
-    assert retry.waiting == []
-    assert retry.in_a_row == 1
+    retry = RetryQueue([{"at": 1}])
+    retry.mark_failed(retry.next_attempt({"at": 2}))
+    assert retry.pending == []
+    assert retry.consecutive_failures == 1

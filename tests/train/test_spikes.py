@@ -11,87 +11,87 @@ from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import tiny_run, tiny_trainer
 from moesaic.train.run import Run
-from moesaic.train.spikes import Judged, Past, SkipSpikes, TakeSpikes
+from moesaic.train.spikes import SpikeDecision, LossHistory, SkipSpikes, IgnoreSpikes
 from moesaic.train.trainer import Trainer
 
-RULE = SkipSpikes(window=8, factor=6.0, lasting=3, lower=0.5)
+RULE = SkipSpikes(window=8, factor=6.0, patience=3, lr_factor=0.5)
 
 
-def _usual(rule: SkipSpikes = RULE, *, losses: tuple[float, ...] = (2.0, 2.1, 1.9, 2.05)) -> Past:
-    past = Past()
+def _usual(rule: SkipSpikes = RULE, *, losses: tuple[float, ...] = (2.0, 2.1, 1.9, 2.05)) -> LossHistory:
+    past = LossHistory()
     for loss in losses:
-        past = rule.judge(loss, past=past).past
+        past = rule.decide(loss, history=past).history
     return past
 
 
 def test_what_is_usual_is_learnt_first() -> None:
-    assert RULE.limit((2.0, 2.1, 1.9)) == math.inf
-    assert 2.2 < RULE.limit(_usual().recent) < 3.0
-    assert not RULE.judge(1e9, past=Past()).skip
+    assert RULE.loss_limit((2.0, 2.1, 1.9)) == math.inf
+    assert 2.2 < RULE.loss_limit(_usual().recent) < 3.0
+    assert not RULE.decide(1e9, history=LossHistory()).skip
 
 
 def test_a_spike_is_skipped_and_leaves_what_is_usual_alone() -> None:
     past = _usual()
-    judged = RULE.judge(9.0, past=past)
+    judged = RULE.decide(9.0, history=past)
     assert judged.skip
-    assert judged.past == Past(past.recent, in_a_row=1)
+    assert judged.history == LossHistory(past.recent, in_a_row=1)
     assert "the loss of 9 is a spike (over" in judged.note
-    after = RULE.judge(2.0, past=judged.past)
+    after = RULE.decide(2.0, history=judged.history)
     assert not after.skip
-    assert after.past.in_a_row == 0
+    assert after.history.in_a_row == 0
     assert len(_usual(losses=(2.0,) * 20).recent) == RULE.window
 
 
 def test_spikes_that_last_lower_the_rate_and_the_rule_learns_anew() -> None:
     past = _usual()
     for _ in range(2):
-        past = RULE.judge(9.0, past=past).past
-    judged = RULE.judge(9.0, past=past)
-    assert judged.past == Past(rate=0.5)
+        past = RULE.decide(9.0, history=past).history
+    judged = RULE.decide(9.0, history=past)
+    assert judged.history == LossHistory(rate=0.5)
     assert "makes 3 in a row: from here on learning rates are 0.5 of their schedule" in judged.note
-    assert not RULE.judge(9.0, past=judged.past).skip, "the higher loss is usual from here on"
+    assert not RULE.decide(9.0, history=judged.history).skip, "the higher loss is usual from here on"
 
 
 def test_equal_losses_make_no_spike_of_a_ripple() -> None:
     past = _usual(losses=(2.0,) * 8)
-    assert not RULE.judge(2.1, past=past).skip
-    assert RULE.judge(2.2, past=past).skip
+    assert not RULE.decide(2.1, history=past).skip
+    assert RULE.decide(2.2, history=past).skip
 
 
 def test_losses_that_fall_or_are_noisy_are_no_spikes() -> None:
-    draw, past, rule = random.Random(0), Past(), SkipSpikes()
+    draw, past, rule = random.Random(0), LossHistory(), SkipSpikes()
     for step in range(2000):
-        judged = rule.judge(2 + 6 * math.exp(-step / 300) + draw.gauss(0, 0.15), past=past)
+        judged = rule.decide(2 + 6 * math.exp(-step / 300) + draw.gauss(0, 0.15), history=past)
         assert not judged.skip, step
-        past = judged.past
+        past = judged.history
 
 
 def test_what_is_remembered_survives_a_checkpoint() -> None:
-    past = RULE.judge(9.0, past=_usual()).past
-    assert Past.from_plain(json.loads(json.dumps(past.plain()))) == past
+    past = RULE.decide(9.0, history=_usual()).history
+    assert LossHistory.from_plain(json.loads(json.dumps(past.plain()))) == past
 
 
 def test_the_rule_that_takes_all_remembers_nothing() -> None:
-    assert TakeSpikes().judge(9.0, past=Past()) == Judged(Past())
-    assert not TakeSpikes().watches
+    assert IgnoreSpikes().decide(9.0, history=LossHistory()) == SpikeDecision(LossHistory())
+    assert not IgnoreSpikes().needs_loss
 
 
 def _run() -> Run:
-    return tiny_run(spikes=SkipSpikes(window=8, factor=6.0, lasting=3), max_bad_steps=9)
+    return tiny_run(spikes=SkipSpikes(window=8, factor=6.0, patience=3), max_bad_steps=9)
 
 
 def _shaken(world: World) -> Trainer:
     """A trainer after five steps; in the sixth, the head's weights are far off for one pass."""
     trainer = tiny_trainer(_run(), world=world)
     for _ in range(5):
-        trainer.advance()
+        trainer.train_step()
     inner, shaken = trainer.objective, []
 
     class Shaken:
         categories = inner.categories
 
         def gradients(self, spread, *, batches):
-            seen = inner.gradients(spread, batches=batches)
+            seen = inner.forward_backward(spread, batches=batches)
             if not shaken:
                 shaken.append(batches)
                 seen.sums.losses[0] *= 20.0
@@ -104,11 +104,11 @@ def _shaken(world: World) -> Trainer:
 def _spike(world: World) -> tuple[list[str], int, float]:
     trainer = _shaken(world)
     before = trainer.data.state()
-    trainer.advance()
-    notes = trainer.journal.take_notes()
-    assert trainer.retry.waiting == [before], "its batch must come again"
-    trainer.advance()
-    assert trainer.retry.waiting == []
+    trainer.train_step()
+    notes = trainer.event_log.pop_notes()
+    assert trainer.retry_queue.pending == [before], "its batch must come again"
+    trainer.train_step()
+    assert trainer.retry_queue.pending == []
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     return notes, trainer.step, float(weights.double().sum())
 
@@ -129,10 +129,10 @@ def test_all_ranks_skip_the_same_spike() -> None:
 
 def test_the_rate_stays_lowered_after_a_restart() -> None:
     trainer = tiny_trainer(_run())
-    trainer.past = Past(recent=(2.0, 2.1), rate=0.25)
-    first = trainer.advance().lr
+    trainer.loss_history = LossHistory(recent=(2.0, 2.1), rate=0.25)
+    first = trainer.train_step().lr
     other = tiny_trainer(_run())
     other.restore(trainer.snapshot())
-    assert other.past == trainer.past
+    assert other.loss_history == trainer.loss_history
     usual = tiny_trainer(tiny_run())
-    assert first == pytest.approx(0.25 * usual.advance().lr)
+    assert first == pytest.approx(0.25 * usual.train_step().lr)

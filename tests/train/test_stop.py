@@ -23,10 +23,10 @@ def usual_ctrl_c() -> Iterator[None]:
 def test_the_first_signal_is_noted(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopRequest() as stop:
-        assert not stop.asked
+        assert not stop.requested
         os.kill(os.getpid(), number)
-        assert stop.asked
-        assert stop.ending == number.name
+        assert stop.requested
+        assert stop.stop_reason == number.name
     assert signal.getsignal(number) is before
 
 
@@ -36,7 +36,7 @@ def test_a_later_signal_acts_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert stop.asked
+    assert stop.requested
 
 
 def test_a_signal_that_torchrun_passes_on_is_no_second_one() -> None:
@@ -51,7 +51,7 @@ def test_outside_the_main_thread_nothing_is_caught() -> None:
 
     def inside() -> None:
         with StopRequest() as stop:
-            seen.append(stop.asked)
+            seen.append(stop.requested)
 
     thread = Thread(target=inside)
     thread.start()

@@ -12,8 +12,8 @@ from moesaic.dist.world import ProcessGroupWorld
 from moesaic.parallel.spread import ParallelModel
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import TinyStream, tiny_run, tiny_trainer
-from moesaic.train.step import Objective, Pass
-from moesaic.train.trainer import NotFiniteError, Trainer
+from moesaic.train.step import Objective, ForwardBackwardResult
+from moesaic.train.trainer import NonFiniteError, Trainer
 
 
 class Poisoned:
@@ -24,10 +24,10 @@ class Poisoned:
         self.categories = inner.categories
         self.seen: list[Batch] = []
 
-    def gradients(self, spread: ParallelModel, *, batches: Sequence[Batch]) -> Pass:
+    def gradients(self, spread: ParallelModel, *, batches: Sequence[Batch]) -> ForwardBackwardResult:
         self.calls += 1
         self.seen.append(batches[0])
-        result = self.inner.gradients(spread, batches=batches)
+        result = self.inner.forward_backward(spread, batches=batches)
         if self.calls in self.bad:
             grad = spread.model.decoder_norm.weight.grad
             assert grad is not None
@@ -44,53 +44,53 @@ def _poisoned(bad: set[int], **changes: object) -> tuple[Trainer, Poisoned]:
 
 def test_a_bad_step_changes_nothing_and_its_batch_comes_again() -> None:
     trainer, poison = _poisoned({2})
-    trainer.advance()
+    trainer.train_step()
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.optimizer.zero_grad()
     changed: list[bool] = []
     poison_gradients = poison.gradients
 
-    def watching(spread: ParallelModel, *, batches: Sequence[Batch]) -> Pass:
+    def watching(spread: ParallelModel, *, batches: Sequence[Batch]) -> ForwardBackwardResult:
         named = spread.model.named_parameters()
         changed.append(any(not torch.equal(p, before[n]) for n, p in named))
         return poison_gradients(spread, batches=batches)
 
     poison.gradients = watching  # pyright: ignore[reportAttributeAccessIssue]
-    report = trainer.advance()
+    report = trainer.train_step()
     assert report.step == 2
     assert changed == [False, False], "the bad step must leave the weights alone"
-    trainer.advance()
+    trainer.train_step()
     bad, new, again = poison.seen[1:4]
     assert torch.equal(bad.source, again.source)
     assert not torch.equal(bad.source[:2, :2], new.source[:2, :2])
-    trainer.advance()
+    trainer.train_step()
     assert trainer.data.state() == {"drawn": 4}, "a retry must not move the place in the data"
     assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
 
 
 def test_the_note_names_the_first_gradient_that_is_not_finite() -> None:
     trainer, _ = _poisoned({1})
-    trainer.advance()
-    (note,) = trainer.journal.take_notes()
+    trainer.train_step()
+    (note,) = trainer.event_log.pop_notes()
     assert note.startswith("step 1 skipped: the gradient of decoder_norm.weight")
     assert "one more try" in note
-    assert trainer.meters.take(trainer.world)["train/skipped"] == 1
+    assert trainer.metrics.compute_and_reset(trainer.world)["train/skipped"] == 1
 
 
 def test_work_that_is_bad_twice_is_given_up() -> None:
     trainer, poison = _poisoned({1, 3})  # 1 fails, 2 is good, 3 is the retry of 1
     for _ in range(4):
-        trainer.advance()
-    assert "given up" in trainer.journal.take_notes()[1]
-    assert trainer.retry.waiting == []
+        trainer.train_step()
+    assert "given up" in trainer.event_log.pop_notes()[1]
+    assert trainer.retry_queue.pending == []
     assert torch.equal(poison.seen[0].source, poison.seen[2].source)
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run() -> None:
     trainer, poison = _poisoned({2, 3, 4}, max_bad_steps=3)
-    trainer.advance()
-    with pytest.raises(NotFiniteError, match=r"3 steps in a row .* after step 1 .*decoder_norm"):
-        trainer.advance()
+    trainer.train_step()
+    with pytest.raises(NonFiniteError, match=r"3 steps in a row .* after step 1 .*decoder_norm"):
+        trainer.train_step()
     assert (trainer.step, poison.calls) == (1, 4)
     assert len(trainer.snapshot().state["retry"]) == 3
 
@@ -99,8 +99,8 @@ def test_a_loss_that_is_not_finite_is_named_with_its_language() -> None:
     trainer = tiny_trainer(tiny_run(max_bad_steps=1))
     with torch.no_grad():
         trainer.model.embedding.weight[7] = math.inf
-    with pytest.raises(NotFiniteError, match=r"the loss of translation, .*ell_Grek.* gradient of"):
-        trainer.advance()
+    with pytest.raises(NonFiniteError, match=r"the loss of translation, .*ell_Grek.* gradient of"):
+        trainer.train_step()
 
 
 def _bad_on_one_rank() -> tuple[list[str], float]:
@@ -109,10 +109,10 @@ def _bad_on_one_rank() -> tuple[list[str], float]:
     if world.rank == 1:
         weight = trainer.model.decoder_norm.weight
         weight.register_hook(lambda grad: grad * math.inf)
-    with pytest.raises(NotFiniteError):
-        trainer.advance()
+    with pytest.raises(NonFiniteError):
+        trainer.train_step()
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-    return trainer.journal.take_notes(), float(weights.double().sum())
+    return trainer.event_log.pop_notes(), float(weights.double().sum())
 
 
 def test_all_ranks_skip_the_same_step() -> None:
@@ -139,6 +139,6 @@ def test_a_tiny_model_learns() -> None:
     losses = []
     for _ in range(40):
         trainer.data.restore({"drawn": 0})  # the same batch each time
-        trainer.advance()
-        losses.append(trainer.meters.take(trainer.world)["train/loss"])
+        trainer.train_step()
+        losses.append(trainer.metrics.compute_and_reset(trainer.world)["train/loss"])
     assert losses[-1] < 0.6 * losses[0]

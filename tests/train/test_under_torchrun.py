@@ -12,8 +12,8 @@ from moesaic.checkpoint.tensors import read_tensors
 from moesaic.testing.kills import metric_rows
 from moesaic.testing.tiny import synthetic_run
 from moesaic.train.job import train
-from moesaic.train.run import Checkpoints
-from moesaic.train.watch import silent
+from moesaic.train.run import CheckpointConfig
+from moesaic.train.watch import no_progress
 
 SCRIPT = """
 import os, sys
@@ -41,8 +41,8 @@ train(run, sys.argv[1], resume=Auto(), hooks=[Die()])
 def test_two_ranks_of_which_one_dies_end_where_one_rank_does(
     data_home: Path, tmp_path: Path
 ) -> None:
-    run = synthetic_run(steps=8, checkpoint=Checkpoints(every=3))
-    train(run, tmp_path / "one", board=silent)
+    run = synthetic_run(steps=8, checkpoint=CheckpointConfig(every=3))
+    train(run, tmp_path / "one", progress=no_progress)
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

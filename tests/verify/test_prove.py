@@ -58,7 +58,7 @@ def test_without_a_defect_the_same_plans_are_equal() -> None:
 def test_a_rank_that_raises_or_dies_is_a_verdict_and_the_rest_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    advance = Trainer.advance
+    advance = Trainer.train_step
 
     def sometimes(self: Trainer) -> object:
         plan = self.run.parallel.plan

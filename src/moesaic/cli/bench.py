@@ -11,10 +11,10 @@ from rich.table import Table
 from moesaic.bench.layer import LayerBenchmark, run_layer_benchmark
 from moesaic.bench.problem import Skew
 from moesaic.bench.shapes import parse_shape
-from moesaic.cli.common import Json, answer, verb_app
+from moesaic.cli.common import JsonOption, print_result, command_app
 from moesaic.core.units import show_bytes
 
-app = verb_app(no_args_is_help=True, help="Measure on this machine, beside others in the same run.")
+app = command_app(no_args_is_help=True, help="Measure on this machine, beside others in the same run.")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -38,7 +38,7 @@ def layer(
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of all tensors.")] = (
         "float32"
     ),
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """An MoE layer beside a dense layer of as many rows, and beside other libraries.
 
@@ -55,7 +55,7 @@ def layer(
         rounds=rounds,
     )
     found = run_layer_benchmark(question)
-    answer(found, as_json=as_json, show=lambda console: _show(found, console))
+    print_result(found, as_json=as_json, show=lambda console: _show(found, console))
 
 
 def _show(found: dict[str, Any], console: Console) -> None:
@@ -72,7 +72,7 @@ def _show(found: dict[str, Any], console: Console) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     rows = found["contenders"]
     for name in sorted(rows, key=lambda name: rows[name]["of_dense"]["median"]):
-        table.add_row(*_cells(name, rows[name], dense=found["dense"]))
+        table.add_row(*_contender_row(name, rows[name], dense=found["dense"]))
     console.print(table)
     if found["least_saved_bytes"]:
         least = show_bytes(found["least_saved_bytes"])
@@ -89,7 +89,7 @@ def _show(found: dict[str, Any], console: Console) -> None:
     )
 
 
-def _cells(name: str, row: dict[str, Any], *, dense: str) -> list[str]:
+def _contender_row(name: str, row: dict[str, Any], *, dense: str) -> list[str]:
     ratio, ours = row["of_dense"], row["of_moesaic"]
     low, high = ratio["quartiles"]
     kept = row["saved_bytes"]

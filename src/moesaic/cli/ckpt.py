@@ -18,11 +18,11 @@ from moesaic.checkpoint.publish import list_checkpoints
 from moesaic.checkpoint.reshard import CheckpointForm, ShardedForm, FullForm, reshard
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.checkpoint.tensors import DTYPE_NAMES
-from moesaic.cli.common import Json, answer, verb_app
+from moesaic.cli.common import JsonOption, print_result, command_app
 from moesaic.core.errors import CheckpointError, UserError
 from moesaic.core.units import show_bytes, show_count
 
-app = verb_app()
+app = command_app()
 CheckpointPath = Annotated[
     Path,
     typer.Argument(
@@ -36,36 +36,36 @@ def inspect(
     path: CheckpointPath,
     *,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Say what a checkpoint holds: step, plan, tensors, experts, sizes, which rank wrote what.
 
     Example: [cyan]moesaic ckpt inspect runs/demo[/]
     """
-    directory = find(path)
-    value = describe(directory, tensors=tensors)
-    answer(value, as_json=as_json, show=lambda console: _show(value, console))
+    directory = find_checkpoint(path)
+    value = describe_checkpoint(directory, tensors=tensors)
+    print_result(value, as_json=as_json, show=lambda console: _show(value, console))
 
 
 @app.command("diff")
-def compare(
+def diff_checkpoints(
     path: CheckpointPath,
     other: CheckpointPath,
     *,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor, whatever form and plan each was saved by.
 
     Example: [cyan]moesaic ckpt diff runs/a runs/b[/]
     """
-    found = list(diff_checkpoints(find(path), find(other)))
+    found = list(diff_checkpoints(find_checkpoint(path), find_checkpoint(other)))
     differ = [d for d in found if not d.equal]
     value = {
         "tensors": len(found),
         "same": len(found) - len(differ),
         "differences": [asdict(d) for d in differ],
     }
-    answer(value, as_json=as_json, show=lambda console: _show_diff(differ, len(found), console))
+    print_result(value, as_json=as_json, show=lambda console: _show_diff(differ, len(found), console))
 
 
 @app.command()
@@ -75,7 +75,7 @@ def verify(
     lenient: Annotated[
         bool, typer.Option("--lenient", help="Experts that are zero or alike are no failure.")
     ] = False,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Check hashes, that shards make up every tensor and expert once, and every value.
 
@@ -85,23 +85,23 @@ def verify(
 
     Example: [cyan]moesaic ckpt verify runs/demo/checkpoints/step-00000500[/]
     """
-    directory = find(path)
+    directory = find_checkpoint(path)
     found = check_checkpoint(directory)
     wrong = [f for f in found if not (lenient and f.uncertain)]
     value = {"path": str(directory), "sound": not wrong, "findings": [asdict(f) for f in found]}
-    answer(value, as_json=as_json, show=lambda console: _show_findings(directory, found, console))
+    print_result(value, as_json=as_json, show=lambda console: _show_findings(directory, found, console))
     if wrong:
         raise typer.Exit(2)
 
 
 @app.command("reshard")
-def write_again(
+def reshard_checkpoint(
     path: CheckpointPath,
     *,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where step-N is written.")],
-    ranks: Annotated[int | None, typer.Option(min=1, help="Into so many shards.")] = None,
-    whole: Annotated[bool, typer.Option("--whole", help="Into one file per kind.")] = False,
-    as_json: Json = False,
+    shards: Annotated[int | None, typer.Option(min=1, help="Into so many shards.")] = None,
+    unsharded: Annotated[bool, typer.Option("--whole", help="Into one file per kind.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint again in another form, one tensor in memory at a time.
 
@@ -110,15 +110,15 @@ def write_again(
 
     Example: [cyan]moesaic ckpt reshard runs/demo --whole --out exported[/]
     """
-    if whole == (ranks is not None):
+    if unsharded == (shards is not None):
         raise UserError("expected one of --ranks N and --whole: the form to write")
-    form: CheckpointForm = FullForm() if ranks is None else ShardedForm(ranks)
-    made = reshard(find(path), root=out, form=form)
+    form: CheckpointForm = FullForm() if shards is None else ShardedForm(shards)
+    made = reshard(find_checkpoint(path), root=out, form=form)
     value = {"path": str(made), "files": sorted(p.name for p in made.iterdir())}
-    answer(value, as_json=as_json, show=lambda console: console.print(str(made)))
+    print_result(value, as_json=as_json, show=lambda console: console.print(str(made)))
 
 
-def find(path: Path) -> Path:
+def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint that a path means: itself, or the newest of a root or of a run."""
     if (path / MANIFEST_FILE).is_file():
         return path
@@ -132,7 +132,7 @@ def find(path: Path) -> Path:
     )
 
 
-def describe(directory: Path, *, tensors: bool = False) -> dict[str, Any]:
+def describe_checkpoint(directory: Path, *, tensors: bool = False) -> dict[str, Any]:
     """Return what a checkpoint holds as plain data."""
     manifest = read_manifest(directory)
     index = read_index(directory, manifest=manifest)
@@ -148,7 +148,7 @@ def describe(directory: Path, *, tensors: bool = False) -> dict[str, Any]:
             {"file": name, "bytes": entry.bytes, "blocks": blocks.get(name, 0)}
             for name, entry in sorted(manifest.files.items())
         ],
-        "kinds": {kind: _sums(list(held.values())) for kind, held in index.files.items()},
+        "kinds": {kind: _totals(list(held.values())) for kind, held in index.files.items()},
         "banks": {
             f"{kind}/{name}": stored.num_experts for kind, name, stored in index if stored.num_experts
         },
@@ -166,7 +166,7 @@ def describe(directory: Path, *, tensors: bool = False) -> dict[str, Any]:
     }
 
 
-def _sums(held: list[StoredTensor]) -> dict[str, int]:
+def _totals(held: list[StoredTensor]) -> dict[str, int]:
     return {
         "tensors": len(held),
         "values": sum(s.numel for s in held),

@@ -13,28 +13,28 @@ from rich.markup import escape
 
 from moesaic.core.errors import UserError
 
-Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
-Set = Annotated[
+JsonOption = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
+SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Change one config key; may be repeated."),
 ]
-Use = Annotated[
+UseOption = Annotated[
     list[Path] | None,
     typer.Option("--use", metavar="FILE.py", help="Load your own routers, tasks, ... first."),
 ]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/demo.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/demo.")]
 
-talk = Console(stderr=True)
+stderr = Console(stderr=True)
 
 
-class Talk:
+class StderrProgress:
     """Progress of whatever takes long, as lines on stderr."""
 
     def report_progress(self, text: str) -> None:
-        talk.print(f"[dim]{escape(text)}[/]", highlight=False)
+        stderr.print(f"[dim]{escape(text)}[/]", highlight=False)
 
 
-def verb_app(**settings: Any) -> typer.Typer:
+def command_app(**settings: Any) -> typer.Typer:
     """Return the Typer app of one verb: our errors pass through it, help text keeps its lines."""
     return typer.Typer(
         add_completion=False,
@@ -45,7 +45,7 @@ def verb_app(**settings: Any) -> typer.Typer:
     )
 
 
-def use(files: list[Path] | None) -> None:
+def import_user_files(files: list[Path] | None) -> None:
     """Import a user's own files, so that what they define joins its families.
 
     Raises UserError when a file is not there; what goes wrong inside it is shown as it is.
@@ -59,7 +59,7 @@ def use(files: list[Path] | None) -> None:
         spec.loader.exec_module(module)
 
 
-def answer(value: dict[str, Any], *, as_json: bool, show: Callable[[Console], None]) -> None:
+def print_result(value: dict[str, Any], *, as_json: bool, show: Callable[[Console], None]) -> None:
     """Show the answer to a person, or print it as the last line of stdout for a program."""
     if as_json:
         sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")

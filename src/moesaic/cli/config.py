@@ -8,46 +8,46 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moesaic.cli.common import Json, Set, answer, verb_app
+from moesaic.cli.common import JsonOption, SetOption, print_result, command_app
 from moesaic.recipes.find import RECIPES, find_recipe
 from moesaic.train.run import Run
 
-app = verb_app(no_args_is_help=True, help="Recipes and configs as text.")
+app = command_app(no_args_is_help=True, help="Recipes and configs as text.")
 
-Which = Annotated[
+ConfigArgument = Annotated[
     str, typer.Argument(metavar="RECIPE|CONFIG", help="A recipe, a config.yaml or a run.")
 ]
 
 
 @app.command()
-def recipes(*, as_json: Json = False) -> None:
+def recipes(*, as_json: JsonOption = False) -> None:
     """List the recipes.
 
     Example: [cyan]moesaic config recipes[/]
     """
     lines = RECIPES.descriptions()
-    answer({"recipes": lines}, as_json=as_json, show=lambda console: _show(lines, console))
+    print_result({"recipes": lines}, as_json=as_json, show=lambda console: _show(lines, console))
 
 
 @app.command()
-def show(which: Which, *, changes: Set = None, as_json: Json = False) -> None:
+def show(which: ConfigArgument, *, changes: SetOption = None, as_json: JsonOption = False) -> None:
     """Print a resolved config as YAML: save it, edit it, train it.
 
     Example: [cyan]moesaic config show demo > mine.yaml[/]
     """
     run = find_recipe(which, changes=changes or [])
-    answer(run.to_dict(), as_json=as_json, show=lambda _: _write(run.to_yaml()))
+    print_result(run.to_dict(), as_json=as_json, show=lambda _: _write(run.to_yaml()))
 
 
 @app.command()
-def diff(first: Which, second: Which, *, as_json: Json = False) -> None:
+def diff(first: ConfigArgument, second: ConfigArgument, *, as_json: JsonOption = False) -> None:
     """Print the keys in which two configs differ.
 
     Example: [cyan]moesaic config diff demo runs/demo/config.yaml[/]
     """
     ours, theirs = find_recipe(first).to_flat_lines(), find_recipe(second).to_flat_lines()
     lines = [x for x in difflib.ndiff(ours, theirs) if x[0] in "+-"]
-    answer(
+    print_result(
         {"lines": lines}, as_json=as_json, show=lambda _: _write("".join(f"{x}\n" for x in lines))
     )
 

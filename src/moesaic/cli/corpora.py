@@ -11,10 +11,10 @@ from moesaic.data.corpus import Corpus
 from moesaic.data.stats import CorpusStats
 from moesaic.data.stats import corpus_stats as corpus_stats
 
-_DIRECTIONS = 20
-_SOURCES = 12
-_NAMED = 8
-_SIZES = (1_000, 10_000, 100_000)
+_MAX_DIRECTIONS = 20
+_MAX_SOURCES = 12
+_MAX_NAMES = 8
+_SIZE_THRESHOLDS = (1_000, 10_000, 100_000)
 
 
 def show_built(corpus: Corpus, console: Console) -> None:
@@ -30,7 +30,7 @@ def show_stats(corpus: Corpus, console: Console, *, every: bool = False) -> None
     """Print a corpus in numbers: the largest directions and sources, or every one."""
     found = corpus_stats(corpus)
     console.print(f"[bold]{found.name}[/]: {found.kept:,} pairs of {found.read:,} read")
-    sizes = {n: found.num_directions_with(n) for n in _SIZES}
+    sizes = {n: found.num_directions_with(n) for n in _SIZE_THRESHOLDS}
     parts = "".join(f", {count} with {n:,} pairs or more" for n, count in sizes.items() if count)
     console.print(f"directions: {len(found.directions)}{parts}", highlight=False)
     for split, packages in found.domains.items():
@@ -41,10 +41,10 @@ def show_stats(corpus: Corpus, console: Console, *, every: bool = False) -> None
         )
     _show_missing(found, console)
     console.print()
-    _show_directions(found, console, count=len(found.directions) if every else _DIRECTIONS)
+    _show_directions(found, console, count=len(found.directions) if every else _MAX_DIRECTIONS)
     _show_dropped(found, console)
     sources = corpus.manifest["sources"]
-    _show_sources(sources, console, count=len(sources) if every else _SOURCES)
+    _show_sources(sources, console, count=len(sources) if every else _MAX_SOURCES)
 
 
 def show_pairs(rows: list[dict[str, Any]], codes: tuple[str, str], console: Console) -> None:
@@ -67,11 +67,11 @@ def _show_directions(found: CorpusStats, console: Console, *, count: int) -> Non
         why = sorted(d.dropped.items(), key=lambda item: -item[1])[:3]
         table.add_row(
             f"{d.source}-{d.target}",
-            *(_short(n) for n in (d.read, d.kept)),
-            *(_short(d.splits[name].pairs) for name in found.splits),
+            *(_short_count(n) for n in (d.read, d.kept)),
+            *(_short_count(d.splits[name].pairs) for name in found.splits),
             ", ".join(f"{name} {show_count(n)}" for name, n in why),
         )
-    counts = (_short(n) for n in (found.read, found.kept, *found.splits.values()))
+    counts = (_short_count(n) for n in (found.read, found.kept, *found.splits.values()))
     table.add_row("[bold]all[/]", *counts, "")
     console.print(table)
     if len(found.directions) > count:
@@ -79,7 +79,7 @@ def _show_directions(found: CorpusStats, console: Console, *, count: int) -> Non
         console.print(f"[dim]and {left} smaller ones: --all shows them[/]", highlight=False)
     if found.too_small:
         names = sorted(found.too_small, key=lambda name: -found.too_small[name])
-        console.print(f"[dim]too small to keep: {_some(names)}[/]", highlight=False)
+        console.print(f"[dim]too small to keep: {_abbreviate_names(names)}[/]", highlight=False)
 
 
 def _show_dropped(found: CorpusStats, console: Console) -> None:
@@ -114,16 +114,16 @@ def _show_missing(found: CorpusStats, console: Console) -> None:
     if found.missing:
         console.print(
             f"[yellow]{len(found.missing)} packages could not be had[/] and are not in it: "
-            f"{_some(list(found.missing))}",
+            f"{_abbreviate_names(list(found.missing))}",
             highlight=False,
         )
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+def _abbreviate_names(names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more
 
 
-def _short(count: int) -> str:
+def _short_count(count: int) -> str:
     """Whole up to four digits, so that a table of large corpora fits (--json has them whole)."""
     return f"{count:,}" if count < 10_000 else show_count(count)

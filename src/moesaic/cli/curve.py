@@ -6,24 +6,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moesaic.cli.common import Json, RunPath, Use, answer, talk, use, verb_app
-from moesaic.cli.eval import run_tests
+from moesaic.cli.common import JsonOption, RunArgument, UseOption, print_result, stderr, import_user_files, command_app
+from moesaic.cli.eval import held_out_tests
 from moesaic.core.units import show_count
 from moesaic.recipes.find import find_recipe
 from moesaic.serve.curve import learning_curve
 
-app = verb_app()
+app = command_app()
 
 
 @app.command()
 def curve(
-    run: RunPath,
+    run: RunArgument,
     *,
     limit: Annotated[int, typer.Option(min=1, help="Sentences per language.")] = 20,
     split: Annotated[str, typer.Option(help="valid or test, of the run's corpus.")] = "valid",
     target: Annotated[str | None, typer.Option("--to", help="Only this target language.")] = None,
-    files: Use = None,
-    as_json: Json = False,
+    files: UseOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Score every kept checkpoint (chrF++), beside copying and a translation memory.
 
@@ -32,16 +32,16 @@ def curve(
 
     Example: [cyan]moesaic curve runs/demo --limit 50[/]
     """
-    use(files)
+    import_user_files(files)
     config = find_recipe(str(run))
     corpus = config.corpus.open()
-    tests = run_tests(config, corpus=corpus, split=split, limit=limit, target=target)
-    found = learning_curve(run, tests=tests, corpus=corpus, limit=limit, done=_say)
-    answer(found, as_json=as_json, show=lambda console: _show(found, console))
+    tests = held_out_tests(config, corpus=corpus, split=split, limit=limit, target=target)
+    found = learning_curve(run, tests=tests, corpus=corpus, limit=limit, on_point=_print_point)
+    print_result(found, as_json=as_json, show=lambda console: _show(found, console))
 
 
-def _say(point: Any) -> None:
-    talk.print(f"[dim]step {point['step']:,}: {point['chrf']['score']:.1f}[/]", highlight=False)
+def _print_point(point: Any) -> None:
+    stderr.print(f"[dim]step {point['step']:,}: {point['chrf']['score']:.1f}[/]", highlight=False)
 
 
 def _show(found: dict[str, Any], console: Console) -> None:

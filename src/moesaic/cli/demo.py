@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from moesaic.checkpoint.rundir import RunDir
-from moesaic.cli.common import Json, Set, answer, talk, verb_app
-from moesaic.cli.eval import keep, run_tests
+from moesaic.cli.common import JsonOption, SetOption, print_result, stderr, command_app
+from moesaic.cli.eval import write_evaluation, held_out_tests
 from moesaic.cli.scores import show_samples, show_scores
 from moesaic.core.units import show_seconds
 from moesaic.data.corpus import Corpus
@@ -20,29 +20,29 @@ from moesaic.recipes.find import find_recipe
 from moesaic.serve.score import score_run
 from moesaic.serve.translator import Translator
 from moesaic.train.job import train
-from moesaic.train.resume import Auto
+from moesaic.train.resume import ResumeLatest
 from moesaic.train.run import Run
 
-app = verb_app()
-COMMON = ("Save", "Delete", "Search results", "Enter your password", "Page not found")
+app = command_app()
+COMMON_STRINGS = ("Save", "Delete", "Search results", "Enter your password", "Page not found")
 
 
-class Phases:
+class PhaseTimer:
     """Seconds per phase, said as they pass."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._began = time.monotonic()
+        self._started = time.monotonic()
 
     def start(self, title: str) -> None:
-        talk.rule(f"[bold]{title}[/]", align="left")
-        self._began = time.monotonic()
+        stderr.rule(f"[bold]{title}[/]", align="left")
+        self._started = time.monotonic()
 
     def end(self, name: str) -> None:
-        self.seconds[name] = time.monotonic() - self._began
+        self.seconds[name] = time.monotonic() - self._started
 
-    def say(self, sentence: str) -> None:
-        talk.print(f"[dim]{escape(sentence)}[/]", highlight=False)
+    def print_note(self, sentence: str) -> None:
+        stderr.print(f"[dim]{escape(sentence)}[/]", highlight=False)
 
 
 @app.command()
@@ -50,8 +50,8 @@ def demo(
     *,
     out: Annotated[Path, typer.Option(help="The run directory.")] = Path("runs/demo"),
     recipe: Annotated[str, typer.Option(help="Which recipe.")] = "demo",
-    changes: Set = None,
-    as_json: Json = False,
+    changes: SetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Build a corpus, train a small multilingual MoE on it, score it, write a report.
 
@@ -59,38 +59,38 @@ def demo(
 
     Example: [cyan]moesaic demo --out runs/demo[/]
     """
-    run, phases = find_recipe(recipe, changes=changes or []), Phases()
+    run, phases = find_recipe(recipe, changes=changes or []), PhaseTimer()
     phases.start("1/4  text: ordinary packages, read as files")
     corpus = run.corpus.open()
-    phases.say(f"{corpus.name}: {corpus.manifest['pairs']:,} pairs, {len(corpus.languages)} languages")
+    phases.print_note(f"{corpus.name}: {corpus.manifest['pairs']:,} pairs, {len(corpus.languages)} languages")
     phases.end("data")
     phases.start("2/4  training: translation and denoising")
-    result = train(run, out, resume=Auto())
+    result = train(run, out, resume=ResumeLatest())
     phases.end("train")
     if result.exit_code:
-        talk.print("stopped; the same command goes on from here")
+        stderr.print("stopped; the same command goes on from here")
         raise typer.Exit(result.exit_code)
     phases.start("3/4  scores: strings that were never trained on")
-    tests = run_tests(run, corpus=corpus)
+    tests = held_out_tests(run, corpus=corpus)
     summary = score_run(
-        out, tests=tests, corpus=corpus, done=lambda test, _: phases.say(f"scored {test.key}")
+        out, tests=tests, corpus=corpus, on_result=lambda test, _: phases.print_note(f"scored {test.key}")
     )
     phases.end("evaluate")
     summary = summary.with_run_facts(
-        counts=counts(run, steps=result.steps, tokens=result.tokens), seconds=phases.seconds
+        counts=run_counts(run, steps=result.steps, tokens=result.tokens), seconds=phases.seconds
     )
     phases.start("4/4  report")
-    report = keep(out, summary=summary, tests=tests)
+    report = write_evaluation(out, summary=summary, tests=tests)
     phases.end("report")
     value = summary.to_dict() | {"report": str(report), "run_directory": str(out)}
 
     def show(console: Console) -> None:
         _show(out, corpus=corpus, summary=summary, phases=phases, console=console)
 
-    answer(value, as_json=as_json, show=show)
+    print_result(value, as_json=as_json, show=show)
 
 
-def counts(run: Run, *, steps: int, tokens: int) -> dict[str, int]:
+def run_counts(run: Run, *, steps: int, tokens: int) -> dict[str, int]:
     """Return the counts that summary.json holds and the report shows."""
     model = count_parameters(run.model)
     return {
@@ -101,17 +101,17 @@ def counts(run: Run, *, steps: int, tokens: int) -> dict[str, int]:
     }
 
 
-def _show(out: Path, *, corpus: Corpus, summary: EvaluationSummary, phases: Phases, console: Console) -> None:
+def _show(out: Path, *, corpus: Corpus, summary: EvaluationSummary, phases: PhaseTimer, console: Console) -> None:
     show_scores(summary, console)
     show_samples(summary, console, each=1)
     console.print("\n[bold]common strings[/] [dim](* it was trained on this string)[/]")
     translator = Translator.open(out)
     for test in (result.test for result in summary.languages.values()):
-        said = translator.texts(list(COMMON), source=test.source, target=test.target)
+        said = translator.translate_texts(list(COMMON_STRINGS), source=test.source, target=test.target)
         known = {p.source for p in corpus.iter_pairs(test.source, test.target, split="train")}
         pairs = " · ".join(
             f"[dim]{a}{'*' if a in known else ''}[/] {escape(b)}"
-            for a, b in zip(COMMON, said, strict=True)
+            for a, b in zip(COMMON_STRINGS, said, strict=True)
         )
         console.print(f"  [dim]{test.target}[/]  {pairs}", highlight=False)
     spent = ", ".join(f"{name} {show_seconds(s)}" for name, s in phases.seconds.items())

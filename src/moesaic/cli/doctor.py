@@ -10,14 +10,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moesaic.cli.common import Json, answer, verb_app
+from moesaic.cli.common import JsonOption, print_result, command_app
 from moesaic.core.units import show_bytes
 from moesaic.data.home import data_home
 from moesaic.ops.choose import selected_kernels
 
-app = verb_app()
-PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "sacrebleu", "pydantic", "typer", "rich")
-EXTRAS = {
+app = command_app()
+REQUIRED_PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "sacrebleu", "pydantic", "typer", "rich")
+OPTIONAL_PACKAGES = {
     "tensorboard": "tb: metrics as TensorBoard files",
     "py3langid": "lid: off-target rate by language identification",
     "triton": "GPU kernels",
@@ -25,7 +25,7 @@ EXTRAS = {
 
 
 @app.command()
-def doctor(*, as_json: Json = False) -> None:
+def doctor(*, as_json: JsonOption = False) -> None:
     """Look at the machine: cores, memory, devices, versions, and the picks of every op.
 
     Example: [cyan]moesaic doctor[/]
@@ -33,15 +33,15 @@ def doctor(*, as_json: Json = False) -> None:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     found: dict[str, Any] = {
         "machine": _machine(),
-        "versions": {name: _version(name) for name in PACKAGES},
-        "extras": {name: _version(name) for name in EXTRAS},
+        "versions": {name: _version(name) for name in REQUIRED_PACKAGES},
+        "extras": {name: _version(name) for name in OPTIONAL_PACKAGES},
         "picks": [
             {"device": d, "op": p.operation, "takes": p.implementation, "why": p.reason}
             for d in devices
             for p in selected_kernels(d)
         ],
     }
-    answer(found, as_json=as_json, show=lambda console: _show(found, console))
+    print_result(found, as_json=as_json, show=lambda console: _show(found, console))
 
 
 def _machine() -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _show(found: dict[str, Any], console: Console) -> None:
     for name, version in found["versions"].items():
         versions.add_row(f"[cyan]{name}[/]", version or "[red]missing[/]")
     for name, version in found["extras"].items():
-        versions.add_row(f"[cyan]{name}[/]", version or f"[dim]not installed ({EXTRAS[name]})[/]")
+        versions.add_row(f"[cyan]{name}[/]", version or f"[dim]not installed ({OPTIONAL_PACKAGES[name]})[/]")
     console.print(versions)
     table = Table(box=None, title="\nwhat each op takes here", title_justify="left")
     for column in ("device", "op", "takes", "why"):

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from moesaic.checkpoint.rundir import RunDir
-from moesaic.cli.common import Json, RunPath, Talk, Use, answer, talk, use, verb_app
+from moesaic.cli.common import JsonOption, RunArgument, StderrProgress, UseOption, print_result, stderr, import_user_files, command_app
 from moesaic.cli.scores import show_samples, show_scores
 from moesaic.core.errors import UserError, did_you_mean
 from moesaic.data.corpus import Corpus
@@ -21,15 +21,15 @@ from moesaic.evaluate.udhr import udhr_testsets
 from moesaic.model.search import Beam, Greedy
 from moesaic.recipes.find import find_recipe
 from moesaic.report.write import write_report
-from moesaic.serve.score import count_experts, record_routes, score_run
+from moesaic.serve.score import count_experts, record_routing, score_run
 from moesaic.train.run import Run
 
-app = verb_app()
+app = command_app()
 
 
 @app.command("eval")
 def evaluate(
-    run: RunPath,
+    run: RunArgument,
     *,
     pairs: Annotated[Path | None, typer.Option(help="Your own test set: a file of pairs.")] = None,
     moses: Annotated[
@@ -49,8 +49,8 @@ def evaluate(
     routes: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Record every token's experts in a file.")
     ] = None,
-    files: Use = None,
-    as_json: Json = False,
+    files: UseOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Score translations: chrF++ and BLEU with 95 % intervals, and what they are worth.
 
@@ -63,17 +63,17 @@ def evaluate(
 
     Example: [cyan]moesaic eval runs/demo --testset udhr[/]
     """
-    use(files)
+    import_user_files(files)
     RunDir.open(run).require_model()
-    _only_one({"--pairs": pairs, "--moses": moses, "--testset": testset})
+    _require_one_test_set({"--pairs": pairs, "--moses": moses, "--testset": testset})
     corpus = (config := find_recipe(str(run))).corpus.open()
     if testset is not None:
         directions = run_directions(config, corpus=corpus, target=target)
-        tests = _named_tests(testset, directions=directions, limit=limit)
+        tests = _named_test_sets(testset, directions=directions, limit=limit)
     elif pairs is not None or moses is not None:
-        tests = [_own_test(pairs, moses, source=source, target=target, limit=limit)]
+        tests = [_user_test_set(pairs, moses, source=source, target=target, limit=limit)]
     else:
-        tests = run_tests(config, corpus=corpus, split=split, limit=limit, target=target)
+        tests = held_out_tests(config, corpus=corpus, split=split, limit=limit, target=target)
     headline = pairs is moses is testset is None and split in SPLITS
     summary = score_run(
         run,
@@ -81,16 +81,16 @@ def evaluate(
         corpus=corpus,
         search=Greedy() if beam == 1 else Beam(size=beam),
         settings=EvaluationSettings(resamples=resamples),
-        done=_said,
+        on_result=_print_scored,
     )
     if headline:
-        keep(run, summary=summary, tests=tests, routes=routes)
+        write_evaluation(run, summary=summary, tests=tests, routes=routes)
     elif routes is not None:
-        record_routes(run, tests=tests, out=routes)
-    answer(summary.to_dict(), as_json=as_json, show=lambda console: _show(summary, console))
+        record_routing(run, tests=tests, out=routes)
+    print_result(summary.to_dict(), as_json=as_json, show=lambda console: _show(summary, console))
 
 
-def run_tests(
+def held_out_tests(
     run: Run,
     *,
     corpus: Corpus,
@@ -116,20 +116,20 @@ def run_directions(run: Run, *, corpus: Corpus, target: str | None = None) -> li
     return [("eng_Latn", code) for code in wanted]
 
 
-def keep(run: Path, *, summary: EvaluationSummary, tests: list[TestSet], routes: Path | None = None) -> Path:
+def write_evaluation(run: Path, *, summary: EvaluationSummary, tests: list[TestSet], routes: Path | None = None) -> Path:
     """Write what an evaluation found into the run directory; return the report's path."""
     summary.write(RunDir(run).summary)
     count_experts(run, tests=tests, routes=routes)
     return write_report(run)
 
 
-def _only_one(given: dict[str, object]) -> None:
+def _require_one_test_set(given: dict[str, object]) -> None:
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:
         raise UserError(f"{' and '.join(names)} were both given: choose one test set")
 
 
-def _named_tests(
+def _named_test_sets(
     name: str, *, directions: list[tuple[str, str]], limit: int | None
 ) -> list[TestSet]:
     if name.casefold() != UDHR:
@@ -137,10 +137,10 @@ def _named_tests(
             f'unknown test set "{name}": expected {UDHR}{did_you_mean(name, [UDHR])} (the splits of '
             "the run's corpus are chosen with --split)"
         )
-    return udhr_testsets(directions, limit=limit, progress=Talk())
+    return udhr_testsets(directions, limit=limit, progress=StderrProgress())
 
 
-def _own_test(
+def _user_test_set(
     pairs: Path | None,
     moses: tuple[Path, Path] | None,
     *,
@@ -156,8 +156,8 @@ def _own_test(
     return testset_from_moses(*moses, source=source, target=target, limit=limit)
 
 
-def _said(test: TestSet, _: TestSetResult) -> None:
-    talk.print(f"[dim]scored {test.key} ({len(test)})[/]", highlight=False)
+def _print_scored(test: TestSet, _: TestSetResult) -> None:
+    stderr.print(f"[dim]scored {test.key} ({len(test)})[/]", highlight=False)
 
 
 def _show(summary: EvaluationSummary, console: Console) -> None:

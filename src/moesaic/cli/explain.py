@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moesaic.cli.common import Json, Set, Use, answer, use, verb_app
+from moesaic.cli.common import JsonOption, SetOption, UseOption, print_result, import_user_files, command_app
 from moesaic.core.units import show_bytes, show_count, show_flops
 from moesaic.model.blueprint import ModelConfig
 from moesaic.model.count import ParameterCount, BatchDims, count_parameters
@@ -15,9 +15,9 @@ from moesaic.model.footprint import estimate_training_memory
 from moesaic.model.presets import PRESETS, preset
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.recipes.find import RECIPES, find_recipe
-from moesaic.train.checks import check
+from moesaic.train.checks import check_run
 
-app = verb_app()
+app = command_app()
 
 
 @app.command()
@@ -29,12 +29,12 @@ def explain(
         ),
     ],
     *,
-    changes: Set = None,
+    changes: SetOption = None,
     config: Annotated[
         bool, typer.Option("--config", help="Print every key of the config too.")
     ] = False,
-    files: Use = None,
-    as_json: Json = False,
+    files: UseOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Count parameters (total and active), FLOPs per token and bytes; nothing is allocated.
 
@@ -42,16 +42,16 @@ def explain(
 
     Example: [cyan]moesaic explain zcode-m3-64[/]
     """
-    use(files)
+    import_user_files(files)
     shape = which in PRESETS and which not in RECIPES  # a recipe has more to say than its shape
-    found = _preset(which, changes) if shape else _run(which, changes)
-    answer(found, as_json=as_json, show=lambda console: _show(found, console, config=config))
+    found = _explain_preset(which, changes) if shape else _explain_run(which, changes)
+    print_result(found, as_json=as_json, show=lambda console: _show(found, console, config=config))
 
 
-def _preset(name: str, changes: list[str] | None) -> dict[str, Any]:
+def _explain_preset(name: str, changes: list[str] | None) -> dict[str, Any]:
     known = preset(name)
     model = known.config.override(changes) if changes else known.config
-    found = _found(name, count_parameters(model), sizes=BatchDims(rows=64), optimizer=AdamW())
+    found = _cost(name, count_parameters(model), sizes=BatchDims(rows=64), optimizer=AdamW())
     counted = found["parameters"]
     published = [asdict(p) | {"counted": counted[p.quantity]} for p in known.published]
     return found | {
@@ -62,13 +62,13 @@ def _preset(name: str, changes: list[str] | None) -> dict[str, Any]:
     }
 
 
-def _run(which: str, changes: list[str] | None) -> dict[str, Any]:
+def _explain_run(which: str, changes: list[str] | None) -> dict[str, Any]:
     run = find_recipe(which, changes=changes or [])
-    check(run)
+    check_run(run)
     loader = run.loader
-    sizes = _sizes(loader.batch_tokens, loader.max_source, loader.max_target, run.model)
-    found = _found(which, count_parameters(run.model), sizes=sizes, optimizer=run.optimizer)
-    tokens = run.steps * run.accumulate * loader.batch_tokens
+    sizes = _typical_batch(loader.batch_tokens, loader.max_source, loader.max_target, run.model)
+    found = _cost(which, count_parameters(run.model), sizes=sizes, optimizer=run.optimizer)
+    tokens = run.steps * run.gradient_accumulation_steps * loader.batch_tokens
     plan = {
         "steps": run.steps,
         "tokens_at_most": tokens,
@@ -77,14 +77,14 @@ def _run(which: str, changes: list[str] | None) -> dict[str, Any]:
     return found | {"config": run.to_flat_lines(), "plan": plan}
 
 
-def _sizes(tokens: int, source: int, target: int, model: ModelConfig) -> BatchDims:
+def _typical_batch(tokens: int, source: int, target: int, model: ModelConfig) -> BatchDims:
     """A full batch of texts half as long as the longest allowed."""
     source = max(1, source // 2) if model.encoder.layers else 0
     target = max(1, target // 2)
     return BatchDims(rows=max(1, tokens // (source + target)), source=source, target=target)
 
 
-def _found(which: str, counted: ParameterCount, *, sizes: BatchDims, optimizer: Optimizer) -> dict[str, Any]:
+def _cost(which: str, counted: ParameterCount, *, sizes: BatchDims, optimizer: Optimizer) -> dict[str, Any]:
     memory = estimate_training_memory(counted.config, sizes=sizes, optimizer=optimizer)
     return {
         "name": which,

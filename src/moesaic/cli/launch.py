@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from moesaic.cli.common import Json, Set, Use, answer, talk, use, verb_app
+from moesaic.cli.common import JsonOption, SetOption, UseOption, print_result, stderr, import_user_files, command_app
 from moesaic.core.errors import ConfigError, did_you_mean
 from moesaic.core.text import parse_call
 from moesaic.dist.launchers.kubernetes import Kubernetes
@@ -15,13 +15,13 @@ from moesaic.dist.launchers.launcher import LaunchJob, Launcher, Torchrun
 from moesaic.dist.launchers.skypilot import SkyPilot
 from moesaic.dist.launchers.slurm import Slurm
 from moesaic.recipes.find import find_recipe
-from moesaic.train.checks import check
+from moesaic.train.checks import check_run
 from moesaic.train.run import Run
 
-KNOWN = (Torchrun, Slurm, Kubernetes, SkyPilot)  # importing a member makes it one
-WORDS = {member.__name__.lower(): member for member in KNOWN}
+LAUNCHERS = (Torchrun, Slurm, Kubernetes, SkyPilot)  # importing a member makes it one
+LAUNCHER_NAMES = {member.__name__.lower(): member for member in LAUNCHERS}
 
-app = verb_app()
+app = command_app()
 
 
 @app.command()
@@ -30,7 +30,7 @@ def launch(
     *,
     nodes: Annotated[int, typer.Option(help="How many machines.")] = 1,
     gpus: Annotated[int, typer.Option("--gpus-per-node", help="GPUs of each; one rank a GPU.")],
-    on: Annotated[
+    launcher_text: Annotated[
         str,
         typer.Option(
             "--on",
@@ -38,18 +38,18 @@ def launch(
             help='With settings: --on "Slurm(time=12:00:00)" needs quotes inside.',
         ),
     ] = "torchrun",
-    changes: Set = None,
+    changes: SetOption = None,
     run_dir: Annotated[str | None, typer.Option("--run", help="The run directory there.")] = None,
-    restarts: Annotated[int, typer.Option(help="How often all ranks may start again.")] = 3,
-    fewest: Annotated[
+    max_restarts: Annotated[int, typer.Option(help="How often all ranks may start again.")] = 3,
+    min_nodes: Annotated[
         int | None, typer.Option("--fewest-nodes", help="Go on with so few, if others are gone.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the file here.")] = None,
     shown: Annotated[
         bool, typer.Option("--print", help="Print it (without --out anyway).")
     ] = False,
-    files: Use = None,
-    as_json: Json = False,
+    files: UseOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Write the launch file of a training run on many machines, with restarts and resuming.
 
@@ -59,10 +59,10 @@ def launch(
 
     To a file: [cyan]moesaic launch demo --gpus-per-node 8 --on torchrun --out demo.sh[/]
     """
-    use(files)
+    import_user_files(files)
     run = find_recipe(which, changes=changes or [])
-    check(run)
-    launcher = read_launcher(on)
+    check_run(run)
+    launcher = parse_launcher(launcher_text)
     folder = run_dir or f"runs/{run.name}"
     words = ["-m", "moesaic", "train", which, "--out", folder, "--resume", "auto"]
     words += [word for change in changes or [] for word in ("--set", change)]
@@ -70,30 +70,30 @@ def launch(
     job = LaunchJob(
         name=run.name,
         command=tuple(words),
-        description=_ranks(run, nodes=nodes, gpus=gpus),
+        description=_describe_job(run, nodes=nodes, gpus=gpus),
         nodes=nodes,
         gpus_per_node=gpus,
-        max_restarts=restarts,
-        min_nodes=fewest,
+        max_restarts=max_restarts,
+        min_nodes=min_nodes,
     )
     run.parallel.plan.resolve(job.world_size)  # a plan that these ranks cannot make is refused here
     text = launcher.render(job)
     if out is not None:
         out.write_text(text, encoding="utf-8")
-    talk.print(f"{job.description}. Start it with: {_how(launcher, out)}", highlight=False)
+    stderr.print(f"{job.description}. Start it with: {_start_command(launcher, out)}", highlight=False)
     value = {"world": job.world_size, "nodes": nodes, "gpus_per_node": gpus, "file": text}
     value |= {"out": None if out is None else str(out), "on": type(launcher).__name__}
-    answer(value, as_json=as_json, show=_show(text, printed=shown or out is None))
+    print_result(value, as_json=as_json, show=_show(text, printed=shown or out is None))
 
 
-def read_launcher(text: str) -> Launcher:
+def parse_launcher(text: str) -> Launcher:
     """Read ``slurm`` or ``Slurm(time="12:00:00")``. Raises ConfigError."""
     fields = parse_call(text) or {"kind": text}
     kind = str(fields["kind"])
-    member = WORDS.get(kind.lower())
+    member = LAUNCHER_NAMES.get(kind.lower())
     if member is None:
-        known = ", ".join(WORDS)
-        hint = did_you_mean(kind, WORDS)
+        known = ", ".join(LAUNCHER_NAMES)
+        hint = did_you_mean(kind, LAUNCHER_NAMES)
         raise ConfigError([f'--on: found "{kind}", expected one of {known}{hint}'])
     try:
         return member.from_dict(fields | {"kind": member.__name__})
@@ -103,7 +103,7 @@ def read_launcher(text: str) -> Launcher:
         raise ConfigError(f"--on {name}.{problem} ({way})" for problem in error.problems) from error
 
 
-def _ranks(run: Run, *, nodes: int, gpus: int) -> str:
+def _describe_job(run: Run, *, nodes: int, gpus: int) -> str:
     tokens = f"{run.loader.batch_tokens:,} tokens"
     return (
         f"{run.name}: {nodes} x {gpus} GPUs = {nodes * gpus} ranks, a micro-batch of {tokens} over "
@@ -111,7 +111,7 @@ def _ranks(run: Run, *, nodes: int, gpus: int) -> str:
     )
 
 
-def _how(launcher: Launcher, out: Path | None) -> str:
+def _start_command(launcher: Launcher, out: Path | None) -> str:
     return launcher.submit_command.replace("FILE", f"FILE{launcher.suffix}" if out is None else str(out))
 
 

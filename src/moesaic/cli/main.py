@@ -12,7 +12,7 @@ from rich.table import Table
 from moesaic.core.errors import UserError, did_you_mean
 from moesaic.core.version import __version__
 
-VERBS = {
+COMMANDS = {
     "demo": "the whole job in ten minutes: data, training, scores, report",
     "train": "train a recipe or a config file; resume a run",
     "launch": "the file that starts a run on many machines: SLURM, Kubernetes, SkyPilot, torchrun",
@@ -39,14 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("--help", "-h", "help"):
-        _show_verbs()
+        _show_commands()
         return
     if words[0] in ("--version", "-V"):
         Console().print(f"moesaic {__version__}", highlight=False)
         return
     verb, *rest = words
-    if verb not in VERBS:
-        hint = did_you_mean(verb, VERBS)
+    if verb not in COMMANDS:
+        hint = did_you_mean(verb, COMMANDS)
         _fail(UserError(f'there is no verb "{verb}"{hint} (moesaic --help lists them)'), rest)
     module = importlib.import_module(f"moesaic.cli.{verb}")
     try:
@@ -70,10 +70,10 @@ def _escaped(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def _show_verbs() -> None:
+def _show_commands() -> None:
     console = Console()
     table = Table(box=None, show_header=False, padding=(0, 2))
-    for verb, what in VERBS.items():
+    for verb, what in COMMANDS.items():
         table.add_row(f"[bold cyan]{verb}[/]", what)
     console.print(f"[bold]moesaic[/] {__version__}: Mixture-of-Experts models you can check\n")
     console.print("usage: moesaic VERB [OPTIONS]      (moesaic VERB --help has an example)\n")

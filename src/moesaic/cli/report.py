@@ -5,24 +5,24 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from moesaic.cli.common import Json, RunPath, answer, talk, verb_app
-from moesaic.cli.eval import run_tests
+from moesaic.cli.common import JsonOption, RunArgument, print_result, stderr, command_app
+from moesaic.cli.eval import held_out_tests
 from moesaic.recipes.find import find_recipe
 from moesaic.report.write import write_report
-from moesaic.serve.learning import probe_checkpoints
+from moesaic.serve.learning import trace_checkpoints
 
-app = verb_app()
+app = command_app()
 _SENTENCES = 16  # per language, for checkpoints
 
 
 @app.command()
 def report(
-    run: RunPath,
+    run: RunArgument,
     *,
     checkpoints: Annotated[
         bool, typer.Option("--checkpoints", help="Route held-out text with each kept checkpoint.")
     ] = False,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write report.html anew: losses, scores, routing, health. Open it in any browser, offline.
 
@@ -30,12 +30,12 @@ def report(
     """
     if checkpoints:
         config = find_recipe(str(run))
-        tests = run_tests(config, corpus=config.corpus.open(), split="valid", limit=_SENTENCES)
-        found = probe_checkpoints(run, tests=tests)
-        talk.print(f"[dim]routed held-out text with {len(found)} checkpoints[/]", highlight=False)
+        tests = held_out_tests(config, corpus=config.corpus.open(), split="valid", limit=_SENTENCES)
+        found = trace_checkpoints(run, tests=tests)
+        stderr.print(f"[dim]routed held-out text with {len(found)} checkpoints[/]", highlight=False)
     path = write_report(run)
 
     def show(console: Console) -> None:
         console.print(f"{path} ({path.stat().st_size / 1024:.0f} KiB)", highlight=False)
 
-    answer({"report": str(path)}, as_json=as_json, show=show)
+    print_result({"report": str(path)}, as_json=as_json, show=show)

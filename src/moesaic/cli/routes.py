@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moesaic.checkpoint.routes import RoutesFile
-from moesaic.cli.common import Json, answer, verb_app
+from moesaic.cli.common import JsonOption, print_result, command_app
 from moesaic.core.errors import UserError
 from moesaic.core.units import show_bytes
 from moesaic.data.tokenizer import Tokenizer
@@ -19,7 +19,7 @@ from moesaic.evaluate.insight import RoutingAnalysis
 from moesaic.moe.agreement import RoutingAgreement, compare_routes
 from moesaic.observe.layer_counts import LayerUsage, summarize_load
 
-app = verb_app()
+app = command_app()
 RoutesPath = Annotated[Path, typer.Argument(metavar="FILE", help="A routes file.")]
 
 
@@ -32,7 +32,7 @@ def show(
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A tokenizer.json: ids as text.")
     ] = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what a file holds, and the experts of each token of one row.
 
@@ -48,9 +48,9 @@ def show(
             {"layer": h.layer, "experts": h.experts, "spare": h.null_experts, "per_token": h.per_token}
             for h in file.layers
         ],
-        "sides": _row(file, batch=batch, row=row, tokenizer=tokenizer),
+        "sides": _row_experts(file, batch=batch, row=row, tokenizer=tokenizer),
     }
-    answer(value, as_json=as_json, show=lambda console: _show(value, console))
+    print_result(value, as_json=as_json, show=lambda console: _show(value, console))
 
 
 @app.command()
@@ -60,7 +60,7 @@ def stats(
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A tokenizer.json: ids as text.")
     ] = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Count: load, drops by position, and what the routers read (language, token, position).
 
@@ -75,18 +75,18 @@ def stats(
 
     counts = count_expert_usage(counted(), languages=file.languages)
     layers = counts.layers()
-    text = _text(tokenizer)
+    text = _token_decoder(tokenizer)
     value = {
         "summary": summarize_load(layers),
-        "layers": {layer.layer: _numbers(layer) for layer in layers},
+        "layers": {layer.layer: _load_numbers(layer) for layer in layers},
         "languages": describe_usage(counts)["layers"],
         "insight": insight.to_dict(show=text)["layers"],
     }
-    answer(value, as_json=as_json, show=lambda console: _show_stats(value, console))
+    print_result(value, as_json=as_json, show=lambda console: _show_stats(value, console))
 
 
 @app.command("compare")
-def compare_files(path: RoutesPath, other: RoutesPath, *, as_json: Json = False) -> None:
+def compare_files(path: RoutesPath, other: RoutesPath, *, as_json: JsonOption = False) -> None:
     """Compare the routing of the same text by two models, or by two checkpoints.
 
     Example: [cyan]moesaic routes compare early.routes late.routes[/]
@@ -97,10 +97,10 @@ def compare_files(path: RoutesPath, other: RoutesPath, *, as_json: Json = False)
         "tokens": found.tokens,
         "layers": {x.layer: {"edges": x.edges, "tokens": x.tokens} for x in found.layers},
     }
-    answer(value, as_json=as_json, show=lambda console: _show_agreement(found, console))
+    print_result(value, as_json=as_json, show=lambda console: _show_agreement(found, console))
 
 
-def _text(tokenizer: Path | None) -> Any:
+def _token_decoder(tokenizer: Path | None) -> Any:
     if tokenizer is None:
         return str
     known = Tokenizer.load(tokenizer)
@@ -112,9 +112,9 @@ def _text(tokenizer: Path | None) -> Any:
     return text
 
 
-def _row(file: RoutesFile, *, batch: int, row: int, tokenizer: Path | None) -> dict[str, Any]:
+def _row_experts(file: RoutesFile, *, batch: int, row: int, tokenizer: Path | None) -> dict[str, Any]:
     """Tokens of one row, and per layer the kept [expert, weight] of each."""
-    text, sides = _text(tokenizer), {}
+    text, sides = _token_decoder(tokenizer), {}
     found = next((routes for number, routes in enumerate(file) if number == batch), None)
     if found is None:
         raise UserError(f"--batch {batch}: {file.path} has {len(file)}, numbered from 0")
@@ -133,7 +133,7 @@ def _row(file: RoutesFile, *, batch: int, row: int, tokenizer: Path | None) -> d
     return sides
 
 
-def _numbers(layer: LayerUsage) -> dict[str, float]:
+def _load_numbers(layer: LayerUsage) -> dict[str, float]:
     return {
         "edges": layer.edges,
         "load_entropy": layer.load_entropy,
@@ -184,12 +184,12 @@ def _show_stats(value: dict[str, Any], console: Console) -> None:
     for name in ("layer", "first half", "second half"):
         table.add_column(name, justify="right" if name != "layer" else "left")
     for layer, found in value["insight"].items():
-        halves = _halves(found["positions"])
+        halves = _drop_rates_by_half(found["positions"])
         table.add_row(f"[cyan]{layer}[/]", *(f"{share:.2%}" for share in halves))
     console.print(table)
 
 
-def _halves(positions: dict[str, list[int]]) -> tuple[float, float]:
+def _drop_rates_by_half(positions: dict[str, list[int]]) -> tuple[float, float]:
     """Drop rates before and after the position that half of the edges come before."""
     asked, dropped = np.array(positions["asked"]), np.array(positions["dropped"])
     middle = int(np.searchsorted(asked.cumsum(), asked.sum() / 2)) + 1 if asked.size else 0

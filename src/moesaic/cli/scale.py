@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moesaic.cli.common import Json, Set, Use, answer, use, verb_app
+from moesaic.cli.common import JsonOption, SetOption, UseOption, print_result, import_user_files, command_app
 from moesaic.core.config import Config
 from moesaic.core.errors import UserError
 from moesaic.core.units import parse_bytes, show_bytes, show_count, show_seconds
@@ -24,18 +24,18 @@ from moesaic.parallel.cost import MIXED_PRECISION, BytesPerValue, estimate_memor
 from moesaic.parallel.inventory import RankParameters, ParameterInventory
 from moesaic.parallel.sends import communication_volume
 from moesaic.recipes.find import RECIPES, find_recipe
-from moesaic.train.rehearse import Rehearsal, rehearse
+from moesaic.train.rehearse import DryRunResult, simulate_step
 
-app = verb_app()
+app = command_app()
 
 
-class Laid(Config):
+class ScaleConfig(Config):
     """A model, how it is laid over ranks, and what trains it."""
 
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     optimizer: Optimizer = AdamW()
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
 
 
 @app.command()
@@ -47,26 +47,26 @@ def scale(
         ),
     ],
     *,
-    world: Annotated[int, typer.Option(min=1, metavar="N", help="How many ranks.")],
-    rows: Annotated[
+    world_size: Annotated[int, typer.Option(min=1, metavar="N", help="How many ranks.")],
+    micro_batch: Annotated[
         str,
         typer.Option(metavar="ROWSxSOURCE+TARGET", help="A micro-batch of one data rank."),
     ] = "8x512+512",
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="The memory of a device, e.g. 80GB.")
     ] = "80GB",
-    mixed: Annotated[
+    mixed_precision: Annotated[
         bool,
         typer.Option(
             "--mixed", help="Price weights and gradients at 2 bytes with a float32 copy, not 4."
         ),
     ] = False,
-    practise: Annotated[
+    dry_run: Annotated[
         bool, typer.Option("--rehearse", help="Take one step as rank 0 on fake tensors as well.")
     ] = False,
-    changes: Set = None,
-    files: Use = None,
-    as_json: Json = False,
+    changes: SetOption = None,
+    files: UseOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Price a plan: bytes that rank 0 holds, by kind, and sends, by collective and axis.
 
@@ -75,36 +75,36 @@ def scale(
     Example: [cyan]moesaic scale trillion-384 --world 1024 --rows 1x0+6144
     --set parallel.plan.expert=128 --set parallel.plan.tensor=8 --set parallel.plan.zero=3[/]
     """
-    use(files)
-    laid, sizes = _laid(which, changes), _sizes(rows)
-    storage = MIXED_PRECISION if mixed else BytesPerValue()
-    setting = EstimateSettings(laid.parallel, world, sizes, storage, laid.optimizer)
-    found = price(laid, world=world, sizes=sizes, storage=storage)
+    import_user_files(files)
+    laid, sizes = _read_config(which, changes), _parse_micro_batch(micro_batch)
+    storage = MIXED_PRECISION if mixed_precision else BytesPerValue()
+    setting = EstimateSettings(laid.parallel, world_size, sizes, storage, laid.optimizer)
+    found = estimate_plan(laid, world_size=world_size, sizes=sizes, storage=storage)
     found |= {"name": which, "capacity": _capacity(laid, setting, memory)}
-    if practise:
-        practised = rehearse(
+    if dry_run:
+        practised = simulate_step(
             laid.model,
             parallel=laid.parallel,
-            world=world,
+            world_size=world_size,
             sizes=sizes,
             optimizer=laid.optimizer,
         )
-        found["rehearsal"] = _rehearsed(practised)
-    answer(found, as_json=as_json, show=lambda console: _show(found, console))
+        found["rehearsal"] = _dry_run_json(practised)
+    print_result(found, as_json=as_json, show=lambda console: _show(found, console))
 
 
-def price(laid: Laid, *, world: int, sizes: BatchDims, storage: BytesPerValue) -> dict[str, Any]:
+def estimate_plan(config: ScaleConfig, *, world_size: int, sizes: BatchDims, storage: BytesPerValue) -> dict[str, Any]:
     """Return what rank 0 holds and sends, as data."""
-    holding = ParameterInventory(laid.model).on_rank(laid.parallel, world=world)
-    held = estimate_memory(holding, sizes=sizes, bytes_per_value=storage, optimizer=laid.optimizer)
-    lines = communication_volume(holding, sizes=sizes, micro_batches=laid.accumulate)
+    holding = ParameterInventory(config.model).on_rank(config.parallel, world=world_size)
+    held = estimate_memory(holding, sizes=sizes, bytes_per_value=storage, optimizer=config.optimizer)
+    lines = communication_volume(holding, sizes=sizes, micro_batches=config.gradient_accumulation_steps)
     values = sum(math.prod(part.parameter.placement.shape) for part in holding.shards)
     return {
-        "world": world,
+        "world": world_size,
         "short": holding.plan.acronym,
         "parameters": values,
-        "grid": _grids(holding),
-        "batch": asdict(sizes) | {"micro_batches": laid.accumulate},
+        "grid": _mesh_axes(holding),
+        "batch": asdict(sizes) | {"micro_batches": config.gradient_accumulation_steps},
         "storage": storage.to_dict(),
         "bytes": asdict(held) | {"state": held.state, "device": held.device},
         "sent": [asdict(line) for line in lines],
@@ -112,20 +112,20 @@ def price(laid: Laid, *, world: int, sizes: BatchDims, storage: BytesPerValue) -
     }
 
 
-def _laid(which: str, changes: list[str] | None) -> Laid:
+def _read_config(which: str, changes: list[str] | None) -> ScaleConfig:
     if which in PRESETS and which not in RECIPES:
-        laid = Laid(model=preset(which).config)
+        laid = ScaleConfig(model=preset(which).config)
         return laid.override(changes) if changes else laid
     run = find_recipe(which, changes=changes or [])
-    return Laid(
+    return ScaleConfig(
         model=run.model,
         parallel=run.parallel,
         optimizer=run.optimizer,
-        accumulate=run.accumulate,
+        gradient_accumulation_steps=run.gradient_accumulation_steps,
     )
 
 
-def _sizes(text: str) -> BatchDims:
+def _parse_micro_batch(text: str) -> BatchDims:
     found = re.fullmatch(r"(\d+)x(\d+)\+(\d+)", text)
     if found is None or "0" in (found[1], found[3]):
         raise UserError(
@@ -135,13 +135,13 @@ def _sizes(text: str) -> BatchDims:
     return BatchDims(*map(int, found.groups()))
 
 
-def _grids(holding: RankParameters) -> dict[str, dict[str, int]]:
+def _mesh_axes(holding: RankParameters) -> dict[str, dict[str, int]]:
     numbers = sorted(set(holding.inventory.expert_modules.values()))
     layers = {f"layers of {number} experts": holding.grid(number).axes for number in numbers}
     return {"dense layers": holding.grid().axes} | layers
 
 
-def _capacity(laid: Laid, setting: EstimateSettings, memory: str) -> dict[str, Any] | None:
+def _capacity(laid: ScaleConfig, setting: EstimateSettings, memory: str) -> dict[str, Any] | None:
     model = laid.model
     if not isinstance(model.moe, MoE) or model.encoder.experts_per_layer or model.decoder.experts_per_layer:
         return None
@@ -152,7 +152,7 @@ def _capacity(laid: Laid, setting: EstimateSettings, memory: str) -> dict[str, A
     return {"memory": budget.device, "experts": found.experts, "parameters": found.parameters}
 
 
-def _rehearsed(found: Rehearsal) -> dict[str, Any]:
+def _dry_run_json(found: DryRunResult) -> dict[str, Any]:
     return asdict(found) | {"sent_total": sum(line.bytes for line in found.sent)}
 
 
@@ -171,8 +171,8 @@ def _show(found: dict[str, Any], console: Console) -> None:
         f"{batch['target']} tokens for each data rank, routing even\n",
         highlight=False,
     )
-    console.print(_held_table(found))
-    console.print(_sent_table(found))
+    console.print(_memory_table(found))
+    console.print(_communication_table(found))
     room = found["capacity"]
     if room is not None:
         console.print(
@@ -183,10 +183,10 @@ def _show(found: dict[str, Any], console: Console) -> None:
             highlight=False,
         )
     if "rehearsal" in found:
-        _show_rehearsal(found, console)
+        _show_dry_run(found, console)
 
 
-def _held_table(found: dict[str, Any]) -> Table:
+def _memory_table(found: dict[str, Any]) -> Table:
     table = Table(box=None, padding=(0, 2))
     table.add_column("rank 0 holds")
     table.add_column("", justify="right")
@@ -196,7 +196,7 @@ def _held_table(found: dict[str, Any]) -> Table:
     return table
 
 
-def _sent_table(found: dict[str, Any]) -> Table:
+def _communication_table(found: dict[str, Any]) -> Table:
     table = Table(box=None, padding=(0, 2), title="\nrank 0 sends per step", title_justify="left")
     for column in ("collective", "axis"):
         table.add_column(column)
@@ -207,7 +207,7 @@ def _sent_table(found: dict[str, Any]) -> Table:
     return table
 
 
-def _show_rehearsal(found: dict[str, Any], console: Console) -> None:
+def _show_dry_run(found: dict[str, Any], console: Console) -> None:
     done, said = found["rehearsal"], found["bytes"]
     held = all(done[name] == said[name] for name in ("weights", "gradients", "optimizer"))
     console.print(

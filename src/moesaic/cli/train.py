@@ -8,16 +8,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from moesaic.cli.common import Json, Set, Use, answer, use, verb_app
+from moesaic.cli.common import JsonOption, SetOption, UseOption, print_result, import_user_files, command_app
 from moesaic.core.errors import UserError
 from moesaic.core.units import show_count, show_seconds
 from moesaic.recipes.find import find_recipe
 from moesaic.train.job import train as run_training
-from moesaic.train.result import Result
-from moesaic.train.resume import Auto, Fresh, From, Resume
-from moesaic.train.watch import on_terminal, silent
+from moesaic.train.result import TrainingResult
+from moesaic.train.resume import ResumeLatest, StartFresh, ResumeFrom, Resume
+from moesaic.train.watch import terminal_progress, no_progress
 
-app = verb_app()
+app = command_app()
 
 
 @app.command()
@@ -26,15 +26,15 @@ def train(
         str | None, typer.Argument(metavar="[RECIPE|CONFIG]", help="A recipe or a config.yaml.")
     ] = None,
     *,
-    changes: Set = None,
+    changes: SetOption = None,
     out: Annotated[Path | None, typer.Option(help="The run directory (runs/NAME).")] = None,
     resume: Annotated[
         str | None, typer.Option(metavar="auto|DIR", help="Go on in --out (auto), or from DIR.")
     ] = None,
     until: Annotated[int | None, typer.Option(help="Stop after this step; resume later.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No table and no lines.")] = False,
-    files: Use = None,
-    as_json: Json = False,
+    files: UseOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Train. Ctrl-C saves and says how to go on; the same command with --resume auto goes on.
 
@@ -44,17 +44,17 @@ def train(
 
     On several processes: [cyan]torchrun --nproc-per-node 2 -m moesaic train demo[/]
     """
-    use(files)
+    import_user_files(files)
     if which is None and resume in (None, "auto"):
         raise UserError("what is to be trained? name a recipe, a config.yaml, or --resume DIR")
     run = find_recipe(which or str(resume), changes=changes or [])
     folder = out or (Path("runs") / run.name if which else Path(str(resume)))
     result = run_training(
-        run, folder, resume=resume_from(resume), until=until, board=silent if quiet else on_terminal
+        run, folder, resume=resume_from(resume), until=until, progress=no_progress if quiet else terminal_progress
     )
     value = asdict(result) | {"out": str(result.out)}
     if os.environ.get("RANK", "0") == "0":  # under torchrun one rank answers for all
-        answer(value, as_json=as_json, show=lambda console: _show(result, console))
+        print_result(value, as_json=as_json, show=lambda console: _show(result, console))
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 
@@ -62,17 +62,17 @@ def train(
 def resume_from(text: str | None) -> Resume:
     """Read ``--resume``: nothing, ``auto``, or a directory."""
     if text is None:
-        return Fresh()
-    return Auto() if text == "auto" else From(path=text)
+        return StartFresh()
+    return ResumeLatest() if text == "auto" else ResumeFrom(path=text)
 
 
-def _show(result: Result, console: Console) -> None:
+def _show(result: TrainingResult, console: Console) -> None:
     console.print(
-        f"[bold]{result.out}[/]: {result.stopped} after step {result.steps:,}, "
+        f"[bold]{result.out}[/]: {result.stop_reason} after step {result.steps:,}, "
         f"{show_count(result.tokens)} tokens; this call took {show_seconds(result.seconds)}",
         highlight=False,
     )
-    if result.stopped == "finished":
+    if result.stop_reason == "finished":
         console.print(f"next: moesaic eval {result.out}", highlight=False)
     else:
         console.print(f"to go on: moesaic train --resume {result.out}", highlight=False)

@@ -11,19 +11,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from moesaic.checkpoint.routes import RoutesWriter
-from moesaic.cli.common import Json, RunPath, Use, answer, talk, use, verb_app
+from moesaic.cli.common import JsonOption, RunArgument, UseOption, print_result, stderr, import_user_files, command_app
 from moesaic.core.errors import DataError
 from moesaic.data.readers.text import read_lines
 from moesaic.model.search import Beam, Greedy, Search
 from moesaic.serve.routes import translation_routes
-from moesaic.serve.translator import Translation, Translator
+from moesaic.serve.translator import TranslationResult, Translator
 
-app = verb_app()
+app = command_app()
 
 
 @app.command()
 def translate(
-    run: RunPath,
+    run: RunArgument,
     file: Annotated[
         Path | None,
         typer.Argument(metavar="FILE", help="Lines to translate (default: standard input)."),
@@ -42,21 +42,21 @@ def translate(
     routes: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Record every token's experts in a file.")
     ] = None,
-    files: Use = None,
-    as_json: Json = False,
+    files: UseOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Translate. Output goes to stdout in the order of the input; empty lines stay empty.
 
     Example: [cyan]echo "Save changes" | moesaic translate runs/demo --to es[/]
     """
-    use(files)
+    import_user_files(files)
     translator = Translator.open(run)
     search = _search(beam, length_penalty=length_penalty, n_best=n_best)
     lines = _lines(file)
     done = translator.translate(lines, source=source, target=target, search=search)
     cut = sum(t.truncated for t in done)
     if cut:
-        talk.print(f"[yellow]{cut} line(s) were longer than the model reads and were cut[/]")
+        stderr.print(f"[yellow]{cut} line(s) were longer than the model reads and were cut[/]")
     rows = [asdict(t) for t in done]
     if routes is not None:
         said = [t.text for t in done]
@@ -69,11 +69,11 @@ def translate(
                 writer.add(found)
     if experts:
         traces = [
-            translator.experts(line, translation=t.text, source=source, target=target)
+            translator.trace_experts(line, translation=t.text, source=source, target=target)
             for line, t in zip(lines, done, strict=True)
         ]
         rows = [row | {"experts": trace.plain()} for row, trace in zip(rows, traces, strict=True)]
-    answer({"translations": rows}, as_json=as_json, show=lambda console: _show(done, rows, console))
+    print_result({"translations": rows}, as_json=as_json, show=lambda console: _show(done, rows, console))
 
 
 def _search(beam: int, *, length_penalty: float, n_best: int) -> Search:
@@ -86,14 +86,14 @@ def _lines(file: Path | None) -> list[str]:
     if file is not None:
         return [line for _, line in read_lines(file)]
     if sys.stdin.isatty():
-        talk.print("[dim]one text per line; end with Ctrl-D[/]")
+        stderr.print("[dim]one text per line; end with Ctrl-D[/]")
     try:
         return sys.stdin.read().splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"standard input is not UTF-8: {error}") from error
 
 
-def _show(done: list[Translation], rows: list[dict[str, Any]], console: Console) -> None:
+def _show(done: list[TranslationResult], rows: list[dict[str, Any]], console: Console) -> None:
     for translation, row in zip(done, rows, strict=True):
         sys.stdout.write(translation.text + "\n")
         if len(translation.alternatives) > 1:

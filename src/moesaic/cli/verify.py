@@ -9,17 +9,17 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from moesaic.cli.common import Json, Set, Use, answer, talk, use, verb_app
+from moesaic.cli.common import JsonOption, SetOption, UseOption, print_result, stderr, import_user_files, command_app
 from moesaic.core.errors import UserError
 from moesaic.recipes.find import find_recipe
 from moesaic.verify.page import to_markdown, rejection_lines, summarize, tolerances_text
 from moesaic.verify.prove import VerifySetup, PlanResult, unequal_plans, configured_plan, plans_up_to, compare_plans, make_setup
 from moesaic.verify.small import shrink_config
 
-app = verb_app()
+app = command_app()
 
 
-class Which(StrEnum):
+class PlanChoice(StrEnum):
     """Which of the plans that fit."""
 
     PAIRS = "pairs"
@@ -31,17 +31,17 @@ class Which(StrEnum):
 def verify(
     which: Annotated[str, typer.Argument(metavar="RECIPE|CONFIG", help="What is to be trained.")],
     *,
-    world: Annotated[int, typer.Option(min=2, help="The most ranks; its divisors too.")] = 8,
+    world_size: Annotated[int, typer.Option(min=2, help="The most ranks; its divisors too.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Training steps under each plan.")] = 3,
     choice: Annotated[
-        Which,
+        PlanChoice,
         typer.Option("--plans", help="All, so few that any two degrees meet, or the config's own."),
-    ] = Which.PAIRS,
-    changes: Set = None,
+    ] = PlanChoice.PAIRS,
+    changes: SetOption = None,
     timeout_s: Annotated[float, typer.Option(min=1, help="Seconds that one plan may take.")] = 120,
     out: Annotated[Path | None, typer.Option(help="Write the matrix there, as Markdown.")] = None,
-    files: Use = None,
-    as_json: Json = False,
+    files: UseOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Train a small copy of a config under every plan, and compare with one process.
 
@@ -52,35 +52,35 @@ def verify(
 
     One's own plan: [cyan]moesaic verify mine.yaml --world 8 --plans own[/]
     """
-    use(files)
+    import_user_files(files)
     shrunk = shrink_config(find_recipe(which, changes=changes or []))
     given = make_setup(shrunk.run, steps=steps, timeout_s=timeout_s)
-    found = configured_plan(shrunk.run, world_size=world) if choice is Which.OWN else plans_up_to(shrunk.run, world_size=world)
-    chosen = found.pairwise_cover() if choice is Which.PAIRS else found
+    found = configured_plan(shrunk.run, world_size=world_size) if choice is PlanChoice.OWN else plans_up_to(shrunk.run, world_size=world_size)
+    chosen = found.pairwise_cover() if choice is PlanChoice.PAIRS else found
     if not chosen.valid:
-        raise UserError(f"no plan of {world} ranks fits: {'; '.join(rejection_lines(found.rejected))}")
-    talk.print(f"made small: {escape('; '.join(shrunk.changes))}", style="dim", highlight=False)
+        raise UserError(f"no plan of {world_size} ranks fits: {'; '.join(rejection_lines(found.rejected))}")
+    stderr.print(f"made small: {escape('; '.join(shrunk.changes))}", style="dim", highlight=False)
     verdicts: list[PlanResult] = []
     for verdict in compare_plans(given, plans=chosen.valid):
         verdicts.append(verdict)
-        _tell(verdict, of=len(chosen.valid), number=len(verdicts))
-    text = _page(verdicts, given=given, left=list(rejection_lines(found.rejected)))
+        _print_verdict(verdict, of=len(chosen.valid), number=len(verdicts))
+    text = _to_markdown(verdicts, given=given, left=list(rejection_lines(found.rejected)))
     if out is not None:
         out.write_text(text, encoding="utf-8")
-    value = _plain(verdicts) | {"changed": shrunk.changes, "plans that fit": len(found.valid)}
-    answer(value, as_json=as_json, show=lambda console: _show(text, console))
+    value = _to_json(verdicts) | {"changed": shrunk.changes, "plans that fit": len(found.valid)}
+    print_result(value, as_json=as_json, show=lambda console: _show(text, console))
     if unequal_plans(verdicts):
         raise typer.Exit(1)
 
 
-def _tell(verdict: PlanResult, *, of: int, number: int) -> None:
+def _print_verdict(verdict: PlanResult, *, of: int, number: int) -> None:
     word = "equal" if verdict.equal else "; ".join(verdict.problems)
     style = "dim" if verdict.equal else "red"
     ranks = f"{number}/{of} {verdict.world_size} ranks, {verdict.plan}: {word}"
-    talk.print(escape(ranks), style=style, highlight=False)
+    stderr.print(escape(ranks), style=style, highlight=False)
 
 
-def _page(verdicts: list[PlanResult], *, given: VerifySetup, left: list[str]) -> str:
+def _to_markdown(verdicts: list[PlanResult], *, given: VerifySetup, left: list[str]) -> str:
     refused = "".join(f"- {line}\n" for line in left)
     parts = [to_markdown(verdicts), f"{summarize(verdicts)}. {tolerances_text(given.tolerances)}", refused]
     return "\n\n".join(part for part in parts if part).rstrip() + "\n"
@@ -90,7 +90,7 @@ def _show(text: str, console: Console) -> None:
     console.print(escape(text), highlight=False, soft_wrap=True, end="")
 
 
-def _plain(verdicts: list[PlanResult]) -> dict[str, Any]:
+def _to_json(verdicts: list[PlanResult]) -> dict[str, Any]:
     rows = [
         {
             "ranks": v.world_size,

@@ -19,8 +19,8 @@ from moesaic.nn.norm import LayerNorm
 from moesaic.optim.optimizer import AdamW, Muon, Spectral
 from moesaic.optim.schedule import WSD, LinearDecay
 from moesaic.recipes.registry import RECIPES
-from moesaic.train.run import Checkpoints, Log, Run, Validation
-from moesaic.train.source import Catalogue
+from moesaic.train.run import CheckpointConfig, LogConfig, Run, ValidationConfig
+from moesaic.train.source import NamedCorpus
 
 LANGUAGES = ("spa", "por", "ita", "fra", "cat", "rus", "ukr", "ell")
 VOCABULARY = 2048
@@ -31,7 +31,7 @@ def demo() -> Run:
     """Eight languages, three scripts, 2M parameters (1M active): five minutes on two CPU cores."""
     return Run(
         name="demo",
-        corpus=Catalogue(name="catalogues-small"),
+        corpus=NamedCorpus(name="catalogues-small"),
         languages=("eng", *LANGUAGES),
         tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
         mixture=MixtureConfig(
@@ -60,7 +60,7 @@ def demo() -> Run:
         ),
         schedule=WSD(warmup=45, decay=0.95, shape=LinearDecay()),
         steps=900,
-        checkpoint=Checkpoints(every=150, keep=2),
-        validation=Validation(every=150, rows=32),
-        log=Log(every=10),
+        checkpoint=CheckpointConfig(every=150, keep=2),
+        validation=ValidationConfig(every=150, rows=32),
+        log=LogConfig(every=10),
     )

@@ -24,8 +24,8 @@ from moesaic.optim.optimizer import AdamW, Muon, Spectral
 from moesaic.optim.schedule import WSD, LinearDecay
 from moesaic.recipes.registry import RECIPES
 from moesaic.train.precision import BFloat16
-from moesaic.train.run import Checkpoints, Log, Run, Validation
-from moesaic.train.source import Catalogue
+from moesaic.train.run import CheckpointConfig, LogConfig, Run, ValidationConfig
+from moesaic.train.source import NamedCorpus
 
 # The 36 largest languages of the corpus, then 14 of other families and scripts.
 FIFTY = (
@@ -42,7 +42,7 @@ def multilingual_50() -> Run:
     vocabulary = 32_000
     return Run(
         name="multilingual-50",
-        corpus=Catalogue(name="software-171"),
+        corpus=NamedCorpus(name="software-171"),
         languages=("en", *FIFTY),
         tokenizer=TokenizerConfig(vocab_size=vocabulary, sample_lines=2_000_000),
         mixture=_mixture(both_ways=True),
@@ -62,9 +62,9 @@ def multilingual_50() -> Run:
         schedule=WSD(warmup=2000, decay=0.3),
         steps=60_000,
         precision=BFloat16(),
-        checkpoint=Checkpoints(every=1000, keep=3),
-        validation=Validation(every=1000, rows=200),
-        log=Log(every=20, routes_every=50),
+        checkpoint=CheckpointConfig(every=1000, keep=3),
+        validation=ValidationConfig(every=1000, rows=200),
+        log=LogConfig(every=20, routing_stats_every=50),
     )
 
 
@@ -74,7 +74,7 @@ def multilingual_50_laptop() -> Run:
     vocabulary = 8192
     return Run(
         name="multilingual-50-laptop",
-        corpus=Catalogue(name="software-171"),
+        corpus=NamedCorpus(name="software-171"),
         languages=("en", *FIFTY),
         tokenizer=TokenizerConfig(vocab_size=vocabulary),
         mixture=_mixture(both_ways=False),
@@ -98,9 +98,9 @@ def multilingual_50_laptop() -> Run:
         ),
         schedule=WSD(warmup=200, decay=0.9, shape=LinearDecay()),
         steps=20_000,
-        checkpoint=Checkpoints(every=500, keep=2),
-        validation=Validation(every=500, rows=40),
-        log=Log(every=20, routes_every=20),
+        checkpoint=CheckpointConfig(every=500, keep=2),
+        validation=ValidationConfig(every=500, rows=40),
+        log=LogConfig(every=20, routing_stats_every=20),
     )
 
 

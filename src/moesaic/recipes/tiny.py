@@ -15,8 +15,8 @@ from moesaic.nn.norm import LayerNorm
 from moesaic.optim.optimizer import AdamW, Muon
 from moesaic.optim.schedule import WSD
 from moesaic.recipes.registry import RECIPES
-from moesaic.train.run import Checkpoints, Log, Run, Validation
-from moesaic.train.source import Catalogue
+from moesaic.train.run import CheckpointConfig, LogConfig, Run, ValidationConfig
+from moesaic.train.source import NamedCorpus
 
 VOCABULARY = 512
 
@@ -26,7 +26,7 @@ def tiny() -> Run:
     """Three invented languages, no network: learns to translate in half a minute."""
     return Run(
         name="tiny",
-        corpus=Catalogue(name="synthetic"),
+        corpus=NamedCorpus(name="synthetic"),
         tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
         mixture=MixtureConfig(
             tasks=(
@@ -39,9 +39,9 @@ def tiny() -> Run:
         optimizer=Muon(lr=0.03, adamw=AdamW(lr=5e-3)),
         schedule=WSD(warmup=10, decay=0.4),
         steps=200,
-        checkpoint=Checkpoints(every=50, keep=2),
-        validation=Validation(every=50, rows=64),
-        log=Log(every=5),
+        checkpoint=CheckpointConfig(every=50, keep=2),
+        validation=ValidationConfig(every=50, rows=64),
+        log=LogConfig(every=5),
     )
 
 

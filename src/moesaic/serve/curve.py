@@ -35,7 +35,7 @@ from moesaic.serve.translator import Translator
 
 FORMAT = 1
 MODEL = "model.safetensors"
-Curve = dict[str, Any]
+LearningCurve = dict[str, Any]
 
 
 def learning_curve(
@@ -44,8 +44,8 @@ def learning_curve(
     tests: Sequence[TestSet],
     corpus: Corpus,
     limit: int | None = None,
-    done: Callable[[Mapping[str, Any]], None] = lambda _: None,
-) -> Curve:
+    on_point: Callable[[Mapping[str, Any]], None] = lambda _: None,
+) -> LearningCurve:
     """Score every kept checkpoint of a run and write ``curve.json`` after each of them.
 
     Points of an earlier call on the same strings are kept: also those of checkpoints that are gone
@@ -56,27 +56,27 @@ def learning_curve(
     if not kept:
         raise CheckpointError(f"{run.checkpoints}: no checkpoint to score; training writes them")
     settings = EvaluationSettings(samples=0)
-    curve = _known(run, tests=tests, limit=limit)
+    curve = _load_or_start_curve(run, tests=tests, limit=limit)
     if not curve["baselines"]:
         memory = TranslationMemorySystem(partial(train_pairs, corpus))
         found = evaluate({"copy": copy_source, "memory": memory}, tests=tests, settings=settings)
-        curve["baselines"] = {name: _score(scores["chrf"]) for name, scores in found.mean.items()}
+        curve["baselines"] = {name: _score_json(scores["chrf"]) for name, scores in found.mean.items()}
     for checkpoint in kept:
         manifest = verify_checkpoint(checkpoint)
-        step, weights = manifest.step, _weights(manifest)
+        step, weights = manifest.step, _weights_hash(manifest)
         if any((p["step"], p["weights"]) == (step, weights) for p in curve["points"]):
             continue
         translator = Translator.open(path, weights=checkpoint)
-        found = evaluate({"model": translator.texts}, tests=tests, settings=settings)
-        point = {"weights": weights} | _point(found, step=step, tokens=_tokens(run, step))
+        found = evaluate({"model": translator.translate_texts}, tests=tests, settings=settings)
+        point = {"weights": weights} | _curve_point(found, step=step, tokens=_tokens_at_step(run, step))
         others = [p for p in curve["points"] if p["step"] != step]
         curve["points"] = sorted([*others, point], key=lambda p: p["step"])
         write_json(run.score_curve, curve)
-        done(point)
+        on_point(point)
     return curve
 
 
-def _known(run: RunDir, *, tests: Sequence[TestSet], limit: int | None) -> Curve:
+def _load_or_start_curve(run: RunDir, *, tests: Sequence[TestSet], limit: int | None) -> LearningCurve:
     """What an earlier call on the same strings wrote, or an empty curve."""
     digest = sha256()
     for test in tests:
@@ -95,28 +95,28 @@ def _known(run: RunDir, *, tests: Sequence[TestSet], limit: int | None) -> Curve
     return fresh | {"baselines": {}, "points": []}
 
 
-def _weights(manifest: Manifest) -> str:
+def _weights_hash(manifest: Manifest) -> str:
     """A hash of the weights; of everything, where they share files with the rest."""
     if MODEL in manifest.files:
         return manifest.files[MODEL].sha256
     return sha256("".join(e.sha256 for e in manifest.files.values()).encode()).hexdigest()
 
 
-def _point(found: EvaluationSummary, *, step: int, tokens: float | None) -> Curve:
+def _curve_point(found: EvaluationSummary, *, step: int, tokens: float | None) -> LearningCurve:
     by_language = {
         key: round(result.systems["model"].scores["chrf"].score, 2)
         for key, result in found.languages.items()
     }
-    chrf = _score(found.mean["model"]["chrf"])
+    chrf = _score_json(found.mean["model"]["chrf"])
     return {"step": step, "tokens": tokens, "chrf": chrf, "languages": by_language}
 
 
-def _tokens(run: RunDir, step: int) -> float | None:
+def _tokens_at_step(run: RunDir, step: int) -> float | None:
     """Tokens trained on, by the last row of metrics up to a step."""
     rows = [row for row in read_metrics(run.metrics) if "train/tokens" in row]  # others validate
     before = [row["train/tokens"] for row in rows if row["step"] <= step]
     return before[-1] if before else None
 
 
-def _score(score: ScoreInterval) -> dict[str, float]:
+def _score_json(score: ScoreInterval) -> dict[str, float]:
     return {name: round(value, 2) for name, value in asdict(score).items()}

@@ -15,7 +15,7 @@ from moesaic.serve.routes import translation_routes
 from moesaic.serve.translator import Translator
 
 
-def probe_checkpoints(path: Path | str, *, tests: Sequence[TestSet]) -> list[Path]:
+def trace_checkpoints(path: Path | str, *, tests: Sequence[TestSet]) -> list[Path]:
     """Write the routes of each kept checkpoint on ``tests``, in the place of those that were there.
 
     Returns the files, by step. Raises CheckpointError if no checkpoint is left.

@@ -24,8 +24,8 @@ from moesaic.observe.usage import UsageCounter
 from moesaic.serve.routes import translation_routes
 from moesaic.serve.translator import Translator
 
-Done = Callable[[TestSet, TestSetResult], None]
-Routes = tuple[LayerRoutes, ...]
+OnResult = Callable[[TestSet, TestSetResult], None]
+BatchRouting = tuple[LayerRoutes, ...]
 
 
 def score_run(
@@ -35,7 +35,7 @@ def score_run(
     corpus: Corpus | None = None,
     search: Search | None = None,
     settings: EvaluationSettings | None = None,
-    done: Done = lambda *_: None,
+    on_result: OnResult = lambda *_: None,
 ) -> EvaluationSummary:
     """Translate ``tests`` with a run and score it beside copying and a translation memory.
 
@@ -44,13 +44,13 @@ def score_run(
     """
     began = time.monotonic()
     translator = Translator.open(path)
-    model: TranslationSystem = partial(translator.texts, search=search or Greedy())
+    model: TranslationSystem = partial(translator.translate_texts, search=search or Greedy())
     systems: dict[str, TranslationSystem] = {"model": model, "copy": copy_source}
     if corpus is not None:
         systems["memory"] = TranslationMemorySystem(partial(train_pairs, corpus))
-    summary = evaluate(systems, tests=tests, settings=settings, on_result=done)
-    summary = add_expert_traces(summary, trace=partial(_experts, translator))
-    summary = replace(summary, notes=(*summary.notes, *_cut(translator, tests)))
+    summary = evaluate(systems, tests=tests, settings=settings, on_result=on_result)
+    summary = add_expert_traces(summary, trace=partial(_trace_sample, translator))
+    summary = replace(summary, notes=(*summary.notes, *_truncation_notes(translator, tests)))
     return summary.with_run_facts(
         run=Path(path).name,
         counts={"sentences": sum(len(test) for test in tests)},
@@ -69,23 +69,23 @@ def count_experts(
     run, translator = RunDir(Path(path)), Translator.open(path)
     insight = RoutingAnalysis()
 
-    def studied() -> Iterator[Routes]:
-        for found in _routes(translator, tests):
+    def studied() -> Iterator[BatchRouting]:
+        for found in _test_routing(translator, tests):
             insight.add(found)
             yield found
 
-    with _recording(routes, translator=translator, tests=tests) as record:
+    with _routing_recorder(routes, translator=translator, tests=tests) as record:
         counts = count_expert_usage(map(record, studied()), languages=translator.languages)
     counts.write(run.usage)
     if counts.layers():
-        write_json(run.insight, insight.to_dict(show=translator.shown))
+        write_json(run.insight, insight.to_dict(show=translator.token_text))
     return counts
 
 
-def _cut(translator: Translator, tests: Sequence[TestSet]) -> Iterator[str]:
+def _truncation_notes(translator: Translator, tests: Sequence[TestSet]) -> Iterator[str]:
     """A score over texts that the model saw only the beginning of must say so."""
     counts = [
-        translator.count_cut(test.sources, source=test.source, target=test.target) for test in tests
+        translator.count_truncated(test.sources, source=test.source, target=test.target) for test in tests
     ]
     if sum(counts):
         yield (
@@ -94,18 +94,18 @@ def _cut(translator: Translator, tests: Sequence[TestSet]) -> Iterator[str]:
         )
 
 
-def record_routes(path: Path | str, *, tests: Sequence[TestSet], out: Path) -> None:
+def record_routing(path: Path | str, *, tests: Sequence[TestSet], out: Path) -> None:
     """Write the experts of every token of the test sentences to the routes file ``out``."""
     translator = Translator.open(path)
-    with _recording(out, translator=translator, tests=tests) as record:
-        for found in _routes(translator, tests):
+    with _routing_recorder(out, translator=translator, tests=tests) as record:
+        for found in _test_routing(translator, tests):
             record(found)
 
 
 @contextmanager
-def _recording(
+def _routing_recorder(
     path: Path | None, *, translator: Translator, tests: Sequence[TestSet]
-) -> Iterator[Callable[[Routes], Routes]]:
+) -> Iterator[Callable[[BatchRouting], BatchRouting]]:
     """Give a function that hands routes on, writing them to a file where one was asked for."""
     if path is None:
         yield lambda routes: routes
@@ -113,14 +113,14 @@ def _recording(
     about = {"texts": sorted({test.name for test in tests})}
     with RoutesWriter(path, languages=translator.languages, about=about) as writer:
 
-        def record(routes: Routes) -> Routes:
+        def record(routes: BatchRouting) -> BatchRouting:
             writer.add(routes)
             return routes
 
         yield record
 
 
-def _routes(translator: Translator, tests: Sequence[TestSet]) -> Iterator[Routes]:
+def _test_routing(translator: Translator, tests: Sequence[TestSet]) -> Iterator[BatchRouting]:
     for test in tests:
         yield from translation_routes(
             translator,
@@ -137,8 +137,8 @@ def train_pairs(corpus: Corpus, source: str, target: str) -> Iterator[tuple[str,
         yield pair.source, pair.target
 
 
-def _experts(translator: Translator, test: TestSet, sample: SampleTranslation) -> dict[str, Any]:
-    trace = translator.experts(
+def _trace_sample(translator: Translator, test: TestSet, sample: SampleTranslation) -> dict[str, Any]:
+    trace = translator.trace_experts(
         sample.source,
         translation=sample.outputs["model"],
         source=test.source,

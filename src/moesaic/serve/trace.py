@@ -8,7 +8,7 @@ from moesaic.moe.record import RoutingRecord
 
 
 @dataclass(frozen=True, slots=True)
-class Visit:
+class RoutedExpert:
     """An edge of a token: its expert and the weight the router gave it."""
 
     expert: int
@@ -16,14 +16,14 @@ class Visit:
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class TracedSide:
     """One side of a translation: tokens as text and, per MoE layer, the visits of each token.
 
     A token whose edges were all dropped has no visits.
     """
 
     tokens: tuple[str, ...]
-    layers: dict[str, tuple[tuple[Visit, ...], ...]]
+    layers: dict[str, tuple[tuple[RoutedExpert, ...], ...]]
 
     def plain(self) -> dict[str, Any]:
         """Return what summary.json holds: ``[[expert, weight], ...]`` per layer and token."""
@@ -35,26 +35,26 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
-class Trace:
+class ExpertTrace:
     """The encoder's and the decoder's side. A decoder-only model has its prompt on ``target``."""
 
-    source: Side
-    target: Side
+    source: TracedSide
+    target: TracedSide
 
     def plain(self) -> dict[str, Any]:
         return {"source": self.source.plain(), "target": self.target.plain()}
 
 
-def visits(record: RoutingRecord) -> tuple[tuple[Visit, ...], ...]:
+def routed_experts(record: RoutingRecord) -> tuple[tuple[RoutedExpert, ...], ...]:
     """Return the kept edges of every token, heaviest first."""
     routing = record.routing
-    rows: list[list[Visit]] = [[] for _ in range(routing.num_tokens)]
-    columns = (_list(routing.token), _list(routing.expert), _list(routing.weight))
+    rows: list[list[RoutedExpert]] = [[] for _ in range(routing.num_tokens)]
+    columns = (_to_list(routing.token), _to_list(routing.expert), _to_list(routing.weight))
     for token, expert, weight in zip(*columns, strict=True):
         if expert < routing.num_experts:
-            rows[int(token)].append(Visit(int(expert), float(weight)))
+            rows[int(token)].append(RoutedExpert(int(expert), float(weight)))
     return tuple(tuple(sorted(row, key=lambda v: -v.weight)) for row in rows)
 
 
-def _list(tensor: Tensor) -> list[float]:
+def _to_list(tensor: Tensor) -> list[float]:
     return tensor.detach().float().tolist() if tensor.is_floating_point() else tensor.tolist()

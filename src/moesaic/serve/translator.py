@@ -22,7 +22,7 @@ from moesaic.model.generate import SUPPRESSED_TOKENS, generate
 from moesaic.model.search import Greedy, Hypothesis, Search
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import restore_weights
-from moesaic.serve.trace import Side, Trace, visits
+from moesaic.serve.trace import TracedSide, ExpertTrace, routed_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Alternative:
 
 
 @dataclass(frozen=True, slots=True)
-class Translation:
+class TranslationResult:
     """The best answer, then ``alternatives`` (all answers of the search, the best one included).
 
     ``truncated``: the source was longer than the model reads, and only its beginning was
@@ -49,7 +49,7 @@ class Translation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class TranslationLimits:
     """What one call may take. Sources longer than ``max_source`` tokens are cut (and say so).
 
     An answer may have ``max_target`` tokens, and ``growth`` times its source's tokens plus 16.
@@ -58,7 +58,7 @@ class Limits:
 
     max_source: int = 256
     max_target: int = 256
-    growth: float = 3.0
+    max_length_ratio: float = 3.0
     batch_tokens: int = 8192
 
 
@@ -66,16 +66,16 @@ class Translator:
     """A model, its tokenizer, and the ids it may say. ``open`` reads one from a run directory."""
 
     def __init__(
-        self, model: Transformer, *, tokenizer: Tokenizer, limits: Limits | None = None
+        self, model: Transformer, *, tokenizer: Tokenizer, limits: TranslationLimits | None = None
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.limits = limits or Limits()
+        self.limits = limits or TranslationLimits()
         tags = [tokenizer.language_token_id(code) for code in tokenizer.languages]
         unused = [
             i for i in range(tokenizer.vocab_size) if tokenizer.id_to_token(i).startswith("<unused_")
         ]
-        self._forbidden = (*SUPPRESSED_TOKENS, *tags, *unused)
+        self._suppressed_tokens = (*SUPPRESSED_TOKENS, *tags, *unused)
 
     @classmethod
     def open(
@@ -89,11 +89,11 @@ class Translator:
         if weights is None:
             run.require_model()
             weights = run.model
-        config = _config(run)
+        config = _read_config(run)
         if not isinstance(config.get("model"), dict):
             raise CheckpointError(f"{run.config}: it has no model; is it the config of a run?")
         model = ModelConfig.from_dict(config["model"]).build()
-        _load(model, read_weights(weights, device=device), where=weights)
+        _load_weights(model, read_weights(weights, device=device), where=weights)
         loader = config.get("loader")
         known = loader if isinstance(loader, dict) else {}
         limits = {k: known[k] for k in ("max_source", "max_target") if k in known}
@@ -103,7 +103,7 @@ class Translator:
                 f"{run.tokenizer}: {tokenizer.vocab_size} tokens, but the model has "
                 f"{model.config.vocab_size}: it belongs to another run"
             )
-        return cls(model.to(device), tokenizer=tokenizer, limits=Limits(**limits))
+        return cls(model.to(device), tokenizer=tokenizer, limits=TranslationLimits(**limits))
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -112,15 +112,15 @@ class Translator:
 
     def translate(
         self, texts: Sequence[str], *, source: str, target: str, search: Search | None = None
-    ) -> list[Translation]:
+    ) -> list[TranslationResult]:
         """Translate each text; ``source`` and ``target`` take any spelling of a language.
 
         One Translation per text, in order; an empty line stays empty. Texts are sorted by length
         into batches. Raises DataError for a language the model does not have.
         """
-        codes = self._known(source), self._known(target)
-        answers = [Translation(text="", score=0.0)] * len(texts)
-        rows = self._sources(texts, codes)
+        codes = self._language_code(source), self._language_code(target)
+        answers = [TranslationResult(text="", score=0.0)] * len(texts)
+        rows = self._encode_sources(texts, codes)
         for batch in self._batches(rows):
             ids = _pad([rows[i].ids for i in batch], self._device)
             found = generate(
@@ -128,23 +128,23 @@ class Translator:
                 ids,
                 tag=torch.full((len(batch),), self.tokenizer.language_token_id(codes[1]), device=self._device),
                 search=search or Greedy(),
-                max_tokens=torch.tensor([self._room(rows[i]) for i in batch], device=self._device),
-                suppress_tokens=self._forbidden,
+                max_tokens=torch.tensor([self._max_new_tokens(rows[i]) for i in batch], device=self._device),
+                suppress_tokens=self._suppressed_tokens,
             )
             for i, hypotheses in zip(batch, found, strict=True):
-                answers[i] = self._answer(hypotheses, truncated=rows[i].truncated)
+                answers[i] = self._to_result(hypotheses, truncated=rows[i].truncated)
         return answers
 
-    def texts(
+    def translate_texts(
         self, texts: list[str], *, source: str, target: str, search: Search | None = None
     ) -> list[str]:
         """Translate and keep the best texts only: the form that ``evaluate`` takes."""
         found = self.translate(texts, source=source, target=target, search=search)
         return [translation.text for translation in found]
 
-    def count_cut(self, texts: Sequence[str], *, source: str, target: str) -> int:
+    def count_truncated(self, texts: Sequence[str], *, source: str, target: str) -> int:
         """Return how many of the texts are longer than the model reads: their ends are not seen."""
-        rows = self._sources(texts, (self._known(source), self._known(target)))
+        rows = self._encode_sources(texts, (self._language_code(source), self._language_code(target)))
         return sum(row.truncated for row in rows)
 
     def batch(
@@ -154,10 +154,10 @@ class Translator:
 
         Languages index ``languages``. Both sides are cut at their limits.
         """
-        codes = self._known(source), self._known(target)
+        codes = self._language_code(source), self._language_code(target)
         tag = self.tokenizer.language_token_id(codes[1])
         said = [ids[: self.limits.max_target] for ids in self.tokenizer.encode_batch(targets)]
-        heard = [row.ids for row in self._sources(sources, codes)]
+        heard = [row.ids for row in self._encode_sources(sources, codes)]
         if self.model.config.encoder.layers:
             inputs = [[tag, *ids] for ids in said]
             labels = [[*ids, EOS] for ids in said]
@@ -173,27 +173,27 @@ class Translator:
         return Batch(read, said_in, said_out, none, source_number, target_number, none)
 
     @torch.inference_mode()
-    def experts(
+    def trace_experts(
         self, text: str, *, source: str, target: str, translation: str | None = None
-    ) -> Trace:
+    ) -> ExpertTrace:
         """Return which experts read ``text`` and wrote its translation (made if not given)."""
         said = translation
         if said is None:
-            said = self.texts([text], source=source, target=target)[0]
+            said = self.translate_texts([text], source=source, target=target)[0]
         batch = self.batch([text], targets=[said], source=source, target=target)
-        layers = {r.layer: visits(r) for r in self.model(batch).records}
+        layers = {r.layer: routed_experts(r) for r in self.model(batch).records}
         sides = []
         for ids, stack in ((batch.source, "encoder"), (batch.target_in, "decoder")):
-            tokens = tuple(self.shown(int(i)) for i in ids[0].tolist())
+            tokens = tuple(self.token_text(int(i)) for i in ids[0].tolist())
             own = {name: rows for name, rows in layers.items() if name.startswith(stack)}
-            sides.append(Side(tokens, own))
-        return Trace(sides[0], sides[1])
+            sides.append(TracedSide(tokens, own))
+        return ExpertTrace(sides[0], sides[1])
 
     @property
     def _device(self) -> torch.device:
         return self.model.embedding.weight.device
 
-    def _known(self, name: str) -> str:
+    def _language_code(self, name: str) -> str:
         code = resolve_language(name).code
         if code not in self.languages:
             raise DataError(
@@ -202,16 +202,16 @@ class Translator:
             )
         return code
 
-    def _sources(self, texts: Sequence[str], codes: tuple[str, str]) -> list["_Source"]:
+    def _encode_sources(self, texts: Sequence[str], codes: tuple[str, str]) -> list["_EncodedSource"]:
         """An encoder is told what to say (arXiv:1611.04558), a decoder what it reads."""
         spoken = codes[1] if self.model.config.encoder.layers else codes[0]
         tag, room = self.tokenizer.language_token_id(spoken), self.limits.max_source
         return [
-            _Source((tag, *ids[:room], EOS), truncated=len(ids) > room)
+            _EncodedSource((tag, *ids[:room], EOS), truncated=len(ids) > room)
             for ids in self.tokenizer.encode_batch([text.strip() for text in texts])
         ]
 
-    def _batches(self, rows: Sequence["_Source"]) -> Iterator[list[int]]:
+    def _batches(self, rows: Sequence["_EncodedSource"]) -> Iterator[list[int]]:
         """Group rows that are not empty, longest first, so that memory peaks at the start."""
         order = [i for i, row in enumerate(rows) if len(row.ids) > 2]
         order.sort(key=lambda i: -len(rows[i].ids))
@@ -220,22 +220,22 @@ class Translator:
             yield order[:count]
             order = order[count:]
 
-    def _room(self, row: "_Source") -> int:
-        return min(self.limits.max_target, round(self.limits.growth * len(row.ids)) + 16)
+    def _max_new_tokens(self, row: "_EncodedSource") -> int:
+        return min(self.limits.max_target, round(self.limits.max_length_ratio * len(row.ids)) + 16)
 
-    def _answer(self, hypotheses: Sequence[Hypothesis], *, truncated: bool) -> Translation:
+    def _to_result(self, hypotheses: Sequence[Hypothesis], *, truncated: bool) -> TranslationResult:
         every = tuple(Alternative(self.tokenizer.decode(h.ids), h.score) for h in hypotheses)
         best = hypotheses[0]
-        return Translation(every[0].text, best.score, every, truncated, best.finished)
+        return TranslationResult(every[0].text, best.score, every, truncated, best.finished)
 
-    def shown(self, index: int) -> str:
+    def token_text(self, index: int) -> str:
         """Return a token as text; one that is no text of its own by its name."""
         text = self.tokenizer.decode([index])
         return text if text and "\ufffd" not in text else self.tokenizer.id_to_token(index)
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class _EncodedSource:
     ids: tuple[int, ...]
     truncated: bool
 
@@ -246,7 +246,7 @@ def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.tensor(padded, dtype=torch.long, device=device).view(len(rows), width)
 
 
-def _config(run: RunDir) -> dict[str, object]:
+def _read_config(run: RunDir) -> dict[str, object]:
     try:
         found = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -256,7 +256,7 @@ def _config(run: RunDir) -> dict[str, object]:
     return found
 
 
-def _load(model: Transformer, tensors: dict[str, Tensor], *, where: Path) -> None:
+def _load_weights(model: Transformer, tensors: dict[str, Tensor], *, where: Path) -> None:
     try:
         restore_weights(model, tensors)
     except CheckpointError as error:

@@ -32,10 +32,10 @@ from moesaic.dist.verdict import LostRankError, HangReport
 from moesaic.testing.kills import compare_run_dirs
 from moesaic.train.hooks.hook import Hook
 from moesaic.train.job import train
-from moesaic.train.resume import Auto
+from moesaic.train.resume import ResumeLatest
 from moesaic.train.run import Run
 from moesaic.train.trainer import StepReport, Trainer
-from moesaic.train.watch import silent
+from moesaic.train.watch import no_progress
 
 FaultKind = Literal["kill", "stop", "exception", "loop"]
 InjectionPoint = Literal["forward", "collective", "save", "between steps", "any"]
@@ -200,7 +200,7 @@ def run_job(run: Run, out: Path, *, world_size: int, fault: Fault | None = None)
 
 def max_shutdown_s(run: Run) -> float:
     """The seconds in which a job must have ended after a fault: patience, grace and some slack."""
-    return run.patience_s + 3 * max(run.patience_s * 4 / 30, 1.0) + SLACK_S
+    return run.collective_timeout_s + 3 * max(run.collective_timeout_s * 4 / 30, 1.0) + SLACK_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +233,7 @@ class _FaultJob:
         code = 0
         try:
             hooks = () if self.fault is None else (FaultInjection(self.fault, stamp=self.stamp, rank=rank),)
-            train(self.run, self.out, resume=Auto(), hooks=hooks, board=silent)
+            train(self.run, self.out, resume=ResumeLatest(), hooks=hooks, progress=no_progress)
         except LostRankError as error:
             (self.log_dir / f"{rank}.lost").write_text(json.dumps(error.report.to_dict()))
             code = EXIT_LOST_RANK

@@ -24,9 +24,9 @@ from moesaic.checkpoint.rundir import RunDir
 from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.core.errors import UserError
 from moesaic.train.job import train
-from moesaic.train.resume import Auto
+from moesaic.train.resume import ResumeLatest
 from moesaic.train.run import Run
-from moesaic.train.watch import silent
+from moesaic.train.watch import no_progress
 
 TIMING_METRICS = ("perf/", "time/", "mem/")  # metrics that tell how fast, not what
 
@@ -127,7 +127,7 @@ def _start_process(run: Run, out: Path) -> Any:
 def _train_and_exit(run: Run, out: Path) -> None:
     torch.set_num_threads(1)
     try:
-        train(run, out, resume=Auto(), board=silent)
+        train(run, out, resume=ResumeLatest(), progress=no_progress)
     except UserError as error:
         out.mkdir(parents=True, exist_ok=True)
         (out / "error.txt").write_text(str(error))

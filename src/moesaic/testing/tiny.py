@@ -22,7 +22,7 @@ from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.optim.schedule import WSD
 from moesaic.train.randomness import seed_rank
-from moesaic.train.run import Checkpoints, Log, Run, Validation
+from moesaic.train.run import CheckpointConfig, LogConfig, Run, ValidationConfig
 from moesaic.train.source import BuiltCorpus, CorpusFolder
 from moesaic.train.trainer import Trainer
 
@@ -117,7 +117,7 @@ def tiny_run(**changes: object) -> Run:
         model=tiny_model_config(),
         schedule=WSD(warmup=4),
         steps=20,
-        log=Log(every=4, routes_every=3),
+        log=LogConfig(every=4, routing_stats_every=3),
     )
     return base.replace(**changes)
 
@@ -134,9 +134,9 @@ def synthetic_run(**changes: object) -> Run:
         model=tiny_model_config().replace(vocab_size=400),
         schedule=WSD(warmup=4),
         steps=20,
-        checkpoint=Checkpoints(every=5),
-        validation=Validation(every=10, rows=4),
-        log=Log(every=4, routes_every=3),
+        checkpoint=CheckpointConfig(every=5),
+        validation=ValidationConfig(every=10, rows=4),
+        log=LogConfig(every=4, routing_stats_every=3),
     )
     return base.replace(**changes)
 

@@ -13,17 +13,17 @@ from moesaic.nn.position import LearnedPositions
 from moesaic.optim.schedule import WSD, Cosine
 from moesaic.train.run import Run
 
-Rule = Callable[[Run], Iterator[str]]
+RunRule = Callable[[Run], Iterator[str]]
 
 
-def check(run: Run) -> None:
+def check_run(run: Run) -> None:
     """Raise ConfigError with a sentence for every rule that the run breaks."""
-    problems = [sentence for rule in RULES for sentence in rule(run)]
+    problems = [sentence for rule in RUN_RULES for sentence in rule(run)]
     if problems:
         raise ConfigError(problems)
 
 
-def same_vocabulary(run: Run) -> Iterator[str]:
+def vocab_sizes_match(run: Run) -> Iterator[str]:
     """The embedding has a row for every id."""
     model, tokenizer = run.model.vocab_size, run.tokenizer.vocab_size
     if model != tokenizer:
@@ -101,22 +101,22 @@ def schedule_fits_the_steps(run: Run) -> Iterator[str]:
         yield f"schedule.warmup={schedule.warmup} must be less than steps={run.steps}"
 
 
-def the_pipeline_has_work(run: Run) -> Iterator[str]:
+def pipeline_has_enough_micro_batches(run: Run) -> Iterator[str]:
     """A step has enough micro-batches for the schedule, and the schedule is right with ZeRO."""
     parallel = run.parallel
     if parallel.plan.pipe == 1:
         return
-    why = parallel.pipeline_stages(run.model).problems(micro_batches=run.accumulate, zero=parallel.plan.zero)
+    why = parallel.pipeline_stages(run.model).problems(micro_batches=run.gradient_accumulation_steps, zero=parallel.plan.zero)
     if why:
-        yield f"parallel.schedule with accumulate={run.accumulate} micro-batches: {why}"
+        yield f"parallel.schedule with accumulate={run.gradient_accumulation_steps} micro-batches: {why}"
 
 
-RULES: tuple[Rule, ...] = (
-    same_vocabulary,
+RUN_RULES: tuple[RunRule, ...] = (
+    vocab_sizes_match,
     known_languages,
     layout_fits_the_model,
     lengths_fit_the_positions,
     longest_row_fits_a_batch,
     schedule_fits_the_steps,
-    the_pipeline_has_work,
+    pipeline_has_enough_micro_batches,
 )

@@ -13,18 +13,18 @@ from moesaic.train.run import Run
 from moesaic.train.trainer import Trainer
 
 
-def export(trainer: Trainer, *, folder: RunDir, tokens: float) -> None:
+def export_model(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> None:
     """Write ``model.safetensors`` and the model card. Rank 0 only."""
     weights = export_weights(trainer.model)
-    if not trainer.spread.is_replicated:  # the run has just ended, and saved what no rank holds alone
-        weights = load_checkpoint(folder.checkpoints, only=("model",)).files["model"]
-    write_tensors(folder.model, tensors=weights)
-    atomic_write(folder.card, model_card(trainer, tokens=tokens).text())
+    if not trainer.parallel_model.is_replicated:  # the run has just ended, and saved what no rank holds alone
+        weights = load_checkpoint(run_dir.checkpoints, only=("model",)).files["model"]
+    write_tensors(run_dir.model, tensors=weights)
+    atomic_write(run_dir.card, model_card(trainer, tokens=tokens).text())
 
 
 def model_card(trainer: Trainer, *, tokens: float) -> ModelCard:
     """Return the facts of a trained model: its size, its text, and how far it was trained."""
-    run, best = trainer.run, trainer.journal.best
+    run, best = trainer.run, trainer.event_log.best
     facts = {
         "steps": f"{trainer.step:,}",
         "tokens seen (both sides)": show_count(tokens),
@@ -41,12 +41,12 @@ def model_card(trainer: Trainer, *, tokens: float) -> ModelCard:
         languages=[resolve_language(code).bcp47 for code in trainer.objective.categories.languages],
         licence="other",
         parameters=parts,
-        sources=_sources(run),
+        sources=_data_sources(run),
         facts=facts,
         notes=["The licences of the training text are those of its sources, listed above."],
     )
 
 
-def _sources(run: Run) -> list[DataSource]:
+def _data_sources(run: Run) -> list[DataSource]:
     held = run.corpus.open().manifest["sources"]
     return [DataSource(name, about["licence"], about["pairs"]) for name, about in held.items()]

@@ -18,34 +18,34 @@ from moesaic.dist.launch import init_distributed
 from moesaic.dist.world import World
 from moesaic.observe.console import RunStatus
 from moesaic.observe.metrics import JsonlWriter, MetricWriter, MultiWriter
-from moesaic.train.checks import check
-from moesaic.train.export import export
-from moesaic.train.hooks.checkpoint import SaveCheckpoints
+from moesaic.train.checks import check_run
+from moesaic.train.export import export_model
+from moesaic.train.hooks.checkpoint import CheckpointHook
 from moesaic.train.hooks.hook import Hook
-from moesaic.train.hooks.log import Log
-from moesaic.train.hooks.routes import ProbeRoutes, RecordRoutes
-from moesaic.train.hooks.stragglers import WatchStragglers
-from moesaic.train.hooks.usage import WatchUsage
-from moesaic.train.hooks.validate import Validate
-from moesaic.train.loop import loop
-from moesaic.train.prepare import Prepared, prepare
+from moesaic.train.hooks.log import MetricsLogHook
+from moesaic.train.hooks.routes import RoutingProbeHook, RoutingTraceHook
+from moesaic.train.hooks.stragglers import StragglerHook
+from moesaic.train.hooks.usage import RouterHealthHook
+from moesaic.train.hooks.validate import ValidationHook
+from moesaic.train.loop import training_loop
+from moesaic.train.prepare import PreparedData, prepare_data
 from moesaic.train.randomness import seed_rank
-from moesaic.train.result import Result
-from moesaic.train.resume import ANEW, FREE, SAID, Resume
+from moesaic.train.result import TrainingResult
+from moesaic.train.resume import START_FRESH, CHANGEABLE_KEYS, REPORTED_KEYS, Resume
 from moesaic.train.run import Run
-from moesaic.train.trainer import NotFiniteError, Trainer
-from moesaic.train.watch import MakeBoard, on_terminal, silent
+from moesaic.train.trainer import NonFiniteError, Trainer
+from moesaic.train.watch import MakeDisplay, terminal_progress, no_progress
 
 
 def train(
     run: Run,
     out: Path | str,
     *,
-    resume: Resume = ANEW,
+    resume: Resume = START_FRESH,
     until: int | None = None,
     hooks: Sequence[Hook] = (),
-    board: MakeBoard = on_terminal,
-) -> Result:
+    progress: MakeDisplay = terminal_progress,
+) -> TrainingResult:
     """Train ``run`` in the directory ``out``, alone or as one rank under torchrun.
 
     ``until`` stops after that step (the schedule still aims at ``run.steps``); ``hooks`` come after
@@ -53,52 +53,52 @@ def train(
     directory that holds another run, a corpus that cannot be read, a full disk, too many steps
     that are not finite.
     """
-    check(run)
+    check_run(run)
     folder, began = RunDir(Path(out)), time.monotonic()
-    with init_distributed(timeout_s=run.patience_s) as world:
+    with init_distributed(timeout_s=run.collective_timeout_s) as world:
         losses = tuple(f"train/loss/{weighted.task.name}" for weighted in run.mixture.tasks)
-        shown = (board if world.rank == 0 else silent)(RunStatus(steps=run.steps, losses=losses))
-        start = run_on_rank0(world, lambda: _open(folder, run=run, resume=resume))
+        shown = (progress if world.rank == 0 else no_progress)(RunStatus(steps=run.steps, losses=losses))
+        start = run_on_rank0(world, lambda: _open_run_dir(folder, run=run, resume=resume))
         for sentence in start["notes"]:
             shown.note(sentence)
         mark_phase("preparing the data")
-        prepared = prepare(run, folder=folder, world=world, say=shown.note)
+        prepared = prepare_data(run, run_dir=folder, world=world, notify=shown.note)
         mark_phase("making the model")
         trainer = make_trainer(run, prepared=prepared, world=world)
-        own = standard_hooks(trainer, folder=folder)
+        own = standard_hooks(trainer, run_dir=folder)
         if start["path"] is not None:
             mark_phase("resuming")
-            trainer.resume(Path(start["path"]))
+            trainer.load_checkpoint(Path(start["path"]))
             shown.note(f"resuming after step {trainer.step:,}, from {start['path']}")
-        log = Log(sink=_sink(trainer, folder=folder), board=shown)
-        save = SaveCheckpoints(folder.checkpoints, flush=log.flush)
+        log = MetricsLogHook(sink=_open_sinks(trainer, run_dir=folder), progress=shown)
+        save = CheckpointHook(folder.checkpoints, flush=log.flush)
         try:
             until = min(until or run.steps, run.steps)
-            ending = loop(trainer, hooks=[*own, log, *hooks, save], until=until)
-            tokens = trainer.meters.total_tokens(world)
+            ending = training_loop(trainer, hooks=[*own, log, *hooks, save], until=until)
+            tokens = trainer.metrics.total_tokens(world)
             mark_phase("export")
-            run_on_rank0(world, lambda: export(trainer, folder=folder, tokens=tokens))
-        except NotFiniteError as error:
-            way_on = f"The last good state is saved. {_way_on(folder)}"
-            raise NotFiniteError(f"{error}. {way_on}") from None
+            run_on_rank0(world, lambda: export_model(trainer, run_dir=folder, tokens=tokens))
+        except NonFiniteError as error:
+            way_on = f"The last good state is saved. {_resume_hint(folder)}"
+            raise NonFiniteError(f"{error}. {way_on}") from None
         finally:
             trainer.data.close()
             log.close()
-        for sentence in _left_out(trainer.data.skipped, run=run):
+        for sentence in _too_long_notes(trainer.data.skipped, run=run):
             shown.note(sentence)
         if ending.startswith("SIG"):
-            shown.note(f"{ending}: saved after step {trainer.step:,}. {_way_on(folder)}")
-        return Result(
+            shown.note(f"{ending}: saved after step {trainer.step:,}. {_resume_hint(folder)}")
+        return TrainingResult(
             out=folder.path,
             steps=trainer.step,
             tokens=int(tokens),
             seconds=time.monotonic() - began,
-            metrics=dict(trainer.journal.newest),
-            stopped=ending,
+            metrics=dict(trainer.event_log.latest_values),
+            stop_reason=ending,
         )
 
 
-def make_trainer(run: Run, *, prepared: Prepared, world: World) -> Trainer:
+def make_trainer(run: Run, *, prepared: PreparedData, world: World) -> Trainer:
     """Return a trainer at step 0: the same weights on every rank, random numbers of its own."""
     torch.manual_seed(run.seed)
     model = run.model.build().to(world.device)
@@ -114,33 +114,33 @@ def make_trainer(run: Run, *, prepared: Prepared, world: World) -> Trainer:
     return Trainer(run, model=model, data=data, world=world)
 
 
-def standard_hooks(trainer: Trainer, *, folder: RunDir) -> list[Hook]:
+def standard_hooks(trainer: Trainer, *, run_dir: RunDir) -> list[Hook]:
     """Return what every run does around its steps, before the rows of metrics are written."""
     return [
-        Validate(),
-        WatchUsage(folder.usage, trainer=trainer),
-        RecordRoutes(folder.routes),
-        ProbeRoutes(folder.routing_snapshots),
-        WatchStragglers(),
+        ValidationHook(),
+        RouterHealthHook(run_dir.usage, trainer=trainer),
+        RoutingTraceHook(run_dir.routes),
+        RoutingProbeHook(run_dir.routing_snapshots),
+        StragglerHook(),
     ]
 
 
-def _open(folder: RunDir, *, run: Run, resume: Resume) -> dict[str, Any]:
+def _open_run_dir(run_dir: RunDir, *, run: Run, resume: Resume) -> dict[str, Any]:
     """Make the run directory ready, on rank 0: where to start from, and what to say of it."""
-    path, notes = resume.start(folder), [f"skipped {why}" for why in resume.skipped(folder)]
+    path, notes = resume.find_checkpoint(run_dir), [f"skipped {why}" for why in resume.skipped_checkpoints(run_dir)]
     if path is not None:
         saved, now = read_state(path)["config"], run.to_dict()
-        require_same_config(saved, current=now, where=path, ignored=(*FREE, *SAID))
+        require_same_config(saved, current=now, where=path, ignored=(*CHANGEABLE_KEYS, *REPORTED_KEYS))
         changed = config_differences(saved, now).items()
-        notes += [f"{k}: was {a}, now {b}" for k, (a, b) in changed if k.startswith(SAID)]
+        notes += [f"{k}: was {a}, now {b}" for k, (a, b) in changed if k.startswith(REPORTED_KEYS)]
         tokenizer = RunDir(path.parent.parent).tokenizer
-        if not folder.tokenizer.is_file() and tokenizer.is_file():
-            atomic_write(folder.tokenizer, tokenizer.read_bytes())
-    atomic_write(folder.config, run.to_yaml())
+        if not run_dir.tokenizer.is_file() and tokenizer.is_file():
+            atomic_write(run_dir.tokenizer, tokenizer.read_bytes())
+    atomic_write(run_dir.config, run.to_yaml())
     return {"path": None if path is None else str(path), "notes": notes}
 
 
-def _left_out(skipped: Mapping[str, int], *, run: Run) -> list[str]:
+def _too_long_notes(skipped: Mapping[str, int], *, run: Run) -> list[str]:
     """Say how many draws were too long to train on, if any, and which directions had most."""
     if not skipped:
         return []
@@ -150,13 +150,13 @@ def _left_out(skipped: Mapping[str, int], *, run: Run) -> list[str]:
     return [f"{sum(skipped.values()):,} draws were over {limits} tokens and left out: {where}"]
 
 
-def _sink(trainer: Trainer, *, folder: RunDir) -> MetricWriter:
+def _open_sinks(trainer: Trainer, *, run_dir: RunDir) -> MetricWriter:
     if trainer.world.rank:
         return MultiWriter()
-    rows = JsonlWriter(folder.metrics)
+    rows = JsonlWriter(run_dir.metrics)
     rows.truncate_after(trainer.step)
-    return MultiWriter([rows, *(s.open(folder, step=trainer.step) for s in trainer.run.log.also)])
+    return MultiWriter([rows, *(s.open(run_dir, step=trainer.step) for s in trainer.run.log.sinks)])
 
 
-def _way_on(folder: RunDir) -> str:
-    return f"Continue with: moesaic train --resume {folder.path}"
+def _resume_hint(run_dir: RunDir) -> str:
+    return f"Continue with: moesaic train --resume {run_dir.path}"

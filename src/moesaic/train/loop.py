@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from moesaic.dist.flight import mark_phase
 from moesaic.train.hooks.hook import Hook
-from moesaic.train.result import Ending
+from moesaic.train.result import StopReason
 from moesaic.train.stop import StopRequest
-from moesaic.train.trainer import NotFiniteError, Trainer
+from moesaic.train.trainer import NonFiniteError, Trainer
 
 
-def loop(trainer: Trainer, *, hooks: Sequence[Hook], until: int) -> Ending:
+def training_loop(trainer: Trainer, *, hooks: Sequence[Hook], until: int) -> StopReason:
     """Train up to step ``until``. Ctrl-C and SIGTERM end it after the step they arrive in.
 
     Raises NotFiniteError after the hooks have ended the run (and saved it).
@@ -19,26 +19,26 @@ def loop(trainer: Trainer, *, hooks: Sequence[Hook], until: int) -> Ending:
             mark_phase(f"{type(hook).__name__} before the run")
             hook.before_run(trainer)
         try:
-            while trainer.step < until and not _asked(trainer, stop):
-                report = trainer.advance()
+            while trainer.step < until and not _stop_requested(trainer, stop):
+                report = trainer.train_step()
                 for hook in hooks:
                     mark_phase(type(hook).__name__)
                     hook.after_step(trainer, report)
-        except NotFiniteError:
-            _end(trainer, hooks)
+        except NonFiniteError:
+            _run_after_run_hooks(trainer, hooks)
             raise
-        _end(trainer, hooks)
+        _run_after_run_hooks(trainer, hooks)
     if trainer.step >= trainer.run.steps:
         return "finished"
-    return "until" if trainer.step >= until else stop.ending
+    return "until" if trainer.step >= until else stop.stop_reason
 
 
-def _asked(trainer: Trainer, stop: StopRequest) -> bool:
+def _stop_requested(trainer: Trainer, stop: StopRequest) -> bool:
     mark_phase("between steps")
-    return trainer.world.any_rank(stop.asked)
+    return trainer.world.any_rank(stop.requested)
 
 
-def _end(trainer: Trainer, hooks: Sequence[Hook]) -> None:
+def _run_after_run_hooks(trainer: Trainer, hooks: Sequence[Hook]) -> None:
     for hook in hooks:
         mark_phase(type(hook).__name__)
         hook.after_run(trainer)

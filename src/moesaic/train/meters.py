@@ -16,7 +16,7 @@ from moesaic.dist.world import World
 
 
 @dataclass(frozen=True, slots=True)
-class Categories:
+class LossCategories:
     """The names that losses are reported under."""
 
     tasks: tuple[str, ...]
@@ -48,7 +48,7 @@ class Categories:
 
 
 @dataclass(frozen=True, slots=True)
-class Sums:
+class StepSums:
     """What one step adds up on this rank.
 
     ``losses`` is ``[negative log-likelihood, predicted tokens] x category``; ``terms`` are this
@@ -60,28 +60,28 @@ class Sums:
     terms: dict[str, Float[Tensor, ""]]
     tokens: int
 
-    def plus(self, other: "Sums") -> "Sums":
+    def add(self, other: "StepSums") -> "StepSums":
         terms = {name: value + other.terms[name] for name, value in self.terms.items()}
-        return Sums(self.losses + other.losses, terms, self.tokens + other.tokens)
+        return StepSums(self.losses + other.losses, terms, self.tokens + other.tokens)
 
 
-class Meters:
+class RunningMetrics:
     """See the module's first lines. ``norm`` is the gradients' norm before clipping."""
 
-    def __init__(self, categories: Categories, *, device: torch.device) -> None:
+    def __init__(self, categories: LossCategories, *, device: torch.device) -> None:
         self.categories = categories
         self.device = device
         self.skipped = 0
         self._total = 0.0
-        self._clear()
+        self._reset()
 
-    def _clear(self) -> None:
+    def _reset(self) -> None:
         self._steps, self._norm, self._tokens = 0, 0.0, 0
         columns = len(self.categories.names)
         self._losses = torch.zeros(2, columns, dtype=torch.float64, device=self.device)
         self._terms: dict[str, Tensor] = {}
 
-    def add(self, sums: Sums, *, norm: float) -> None:
+    def add_step(self, sums: StepSums, *, norm: float) -> None:
         """Count one step."""
         self._steps += 1
         self._norm += norm
@@ -94,7 +94,7 @@ class Meters:
         """Count losses alone (validation)."""
         self._losses += losses
 
-    def take(self, world: World) -> dict[str, float]:
+    def compute_and_reset(self, world: World) -> dict[str, float]:
         """Return the means since the last call, over all ranks, and start again. Collective.
 
         ``tokens`` is their number since then, ``train/tokens`` since the run began.
@@ -107,7 +107,7 @@ class Meters:
         row |= {f"train/{name}": value / steps for name, value in terms.items()}
         row |= {"train/grad_norm": self._norm / steps, "train/skipped": float(self.skipped)}
         row |= {"train/tokens": self._total, "tokens": new}
-        self._clear()
+        self._reset()
         return row
 
     def mean_losses(self, world: World, *, prefix: str) -> dict[str, float]:

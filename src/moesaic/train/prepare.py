@@ -13,20 +13,20 @@ from moesaic.data.write_shards import cached_shards
 from moesaic.dist.first import run_on_rank0
 from moesaic.dist.world import World
 from moesaic.train.run import Run
-from moesaic.train.selection import Selection
+from moesaic.train.selection import CorpusSubset
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedData:
     """What training reads; the same on every rank."""
 
     tokenizer: Tokenizer
     shards: TokenShards
 
 
-def prepare(run: Run, *, folder: RunDir, world: World, say: Say) -> Prepared:
+def prepare_data(run: Run, *, run_dir: RunDir, world: World, notify: Notify) -> PreparedData:
     """Build or open the corpus, then the run directory's tokenizer, then the cached shards.
 
     Rank 0 works and the others wait, so all must see the same files. Collective. Raises DataError
@@ -34,39 +34,39 @@ def prepare(run: Run, *, folder: RunDir, world: World, say: Say) -> Prepared:
     """
 
     def work() -> str:
-        say("opening the corpus")
-        chosen = Selection(run.corpus.open(), languages=run.languages)
-        tokenizer = _tokenizer(run, chosen=chosen, folder=folder, say=say)
-        say("opening the token shards (they are written the first time)")
+        notify("opening the corpus")
+        chosen = CorpusSubset(run.corpus.open(), languages=run.languages)
+        tokenizer = _load_or_train_tokenizer(run, corpus=chosen, run_dir=run_dir, notify=notify)
+        notify("opening the token shards (they are written the first time)")
         return str(cached_shards(chosen, tokenizer=tokenizer).path)
 
     shards = run_on_rank0(world, work)
-    return Prepared(Tokenizer.load(folder.tokenizer), TokenShards.open(Path(shards)))
+    return PreparedData(Tokenizer.load(run_dir.tokenizer), TokenShards.open(Path(shards)))
 
 
-def _tokenizer(run: Run, *, chosen: Selection, folder: RunDir, say: Say) -> Tokenizer:
-    if folder.tokenizer.is_file():
-        tokenizer = Tokenizer.load(folder.tokenizer)
-        _refuse_another(tokenizer, run=run, chosen=chosen, path=folder.tokenizer)
+def _load_or_train_tokenizer(run: Run, *, corpus: CorpusSubset, run_dir: RunDir, notify: Notify) -> Tokenizer:
+    if run_dir.tokenizer.is_file():
+        tokenizer = Tokenizer.load(run_dir.tokenizer)
+        _check_tokenizer(tokenizer, run=run, corpus=corpus, path=run_dir.tokenizer)
         return tokenizer
-    say(f"training a tokenizer of {run.tokenizer.vocab_size:,} ids")
+    notify(f"training a tokenizer of {run.tokenizer.vocab_size:,} ids")
     texts = {
-        code: (text.text for text in chosen.iter_texts(code, split="train"))
-        for code in chosen.languages
+        code: (text.text for text in corpus.iter_texts(code, split="train"))
+        for code in corpus.languages
     }
-    tokenizer = train_tokenizer(texts, languages=chosen.languages, config=run.tokenizer)
-    tokenizer.save(folder.tokenizer)
+    tokenizer = train_tokenizer(texts, languages=corpus.languages, config=run.tokenizer)
+    tokenizer.save(run_dir.tokenizer)
     return tokenizer
 
 
-def _refuse_another(tokenizer: Tokenizer, *, run: Run, chosen: Selection, path: Path) -> None:
+def _check_tokenizer(tokenizer: Tokenizer, *, run: Run, corpus: CorpusSubset, path: Path) -> None:
     problems = []
     if tokenizer.vocab_size != run.tokenizer.vocab_size:
         problems.append(
             f"tokenizer.vocab_size: {path} has {tokenizer.vocab_size} ids, the run asks for "
             f"{run.tokenizer.vocab_size}; remove the file to train another"
         )
-    lacking = [code for code in chosen.languages if code not in tokenizer.languages]
+    lacking = [code for code in corpus.languages if code not in tokenizer.languages]
     if lacking:
         problems.append(
             f"languages: {path} has no tag for {', '.join(lacking)}; remove it to train another"

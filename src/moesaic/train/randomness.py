@@ -47,7 +47,7 @@ def restore_random_state(
 
 
 @contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
+def preserve_random_state(device: torch.device) -> Iterator[None]:
     """Leave the random streams as they were, whatever happens inside."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):

@@ -33,10 +33,10 @@ from moesaic.parallel.inventory import EXPERT_STAGE_AXES
 from moesaic.parallel.sends import CommunicationVolume
 from moesaic.parallel.spread import ParallelModel
 
-TOKEN = 7  # any token but padding
+DUMMY_TOKEN = 7  # any token but padding
 
 
-class Even(Select):
+class RoundRobin(Select):
     """Token t goes to the k experts that follow those of token t - 1: every load is the same."""
 
     k: int = 1
@@ -53,7 +53,7 @@ class Even(Select):
 
 
 @dataclass(frozen=True, slots=True)
-class Rehearsal:
+class DryRunResult:
     """What a step took on one rank: bytes held after it, most in use before its update, and sent.
 
     ``kept`` is what the forward pass added: for the backward pass, and what ZeRO gathered.
@@ -62,39 +62,39 @@ class Rehearsal:
     weights: int
     gradients: int
     optimizer: int
-    kept: int
+    saved_activations: int
     peak: int
     sent: tuple[CommunicationVolume, ...]
     seconds: float
 
 
-def evenly(config: ModelConfig) -> ModelConfig:
+def with_round_robin_routing(config: ModelConfig) -> ModelConfig:
     """Return a config whose routers choose evenly, as many experts per token as before."""
     stacks = {
-        side: stack if stack.moe is None else stack.replace(moe=_even(stack.moe))
+        side: stack if stack.moe is None else stack.replace(moe=_round_robin(stack.moe))
         for side, stack in (("encoder", config.encoder), ("decoder", config.decoder))
     }
-    return config.replace(moe=_even(config.moe), **stacks)
+    return config.replace(moe=_round_robin(config.moe), **stacks)
 
 
-def rehearse(
+def simulate_step(
     config: ModelConfig,
     *,
     parallel: ParallelConfig,
-    world: int,
+    world_size: int,
     sizes: BatchDims,
     rank: int = 0,
     optimizer: Optimizer | None = None,
-) -> Rehearsal:
+) -> DryRunResult:
     """Take one step of one micro-batch as one of ``world`` ranks; no process group may be there.
 
     Raises ConfigError where the plan fits neither the number of ranks nor the model.
     """
     started = time.perf_counter()
-    with fake_process_group(world, rank=rank), SimulatedRank() as alike:
-        model = evenly(config).build()
+    with fake_process_group(world_size, rank=rank), SimulatedRank() as alike:
+        model = with_round_robin_routing(config).build()
         mesh = Mesh(
-            parallel.plan.resolve(world),
+            parallel.plan.resolve(world_size),
             rank=rank,
             device=torch.device("cpu"),
             expert_counts=expert_counts(model),
@@ -103,8 +103,8 @@ def rehearse(
             spread = parallelize_on_mesh(model, parallel=parallel, mesh=mesh)
         before = alike.allocated_bytes()
         alike.peak_bytes = 0
-        with CommunicationCounter(axes=groups(mesh)) as wire:
-            loss = _loss(spread, batch=batch_of(config, sizes))
+        with CommunicationCounter(axes=mesh_groups(mesh)) as wire:
+            loss = _loss(spread, batch=dummy_batch(config, sizes))
             kept = alike.allocated_bytes() - before
             spread.before_backward(last=True)
             loss.backward()
@@ -115,18 +115,18 @@ def rehearse(
         slots = [t for s in made.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
         parameters = [local_tensor(p) for p in model.parameters()]
         gradients = [local_tensor(p.grad) for p in model.parameters() if p.grad is not None]
-        return Rehearsal(
+        return DryRunResult(
             weights=_bytes(parameters),
             gradients=_bytes(gradients),
             optimizer=_bytes(slots),
-            kept=kept,
+            saved_activations=kept,
             peak=peak,
-            sent=sent(wire),
+            sent=communication_volume(wire),
             seconds=time.perf_counter() - started,
         )
 
 
-def groups(mesh: Mesh) -> dict[str, Group]:
+def mesh_groups(mesh: Mesh) -> dict[str, Group]:
     """Return the groups of a mesh by what ``Holding.named`` calls them.
 
     Of two names for the same ranks the first is taken.
@@ -143,32 +143,32 @@ def groups(mesh: Mesh) -> dict[str, Group]:
     return found
 
 
-def batch_of(config: ModelConfig, sizes: BatchDims) -> Batch:
+def dummy_batch(config: ModelConfig, sizes: BatchDims) -> Batch:
     """Return rows without padding."""
-    target = torch.full((sizes.rows, sizes.target), TOKEN)
-    source = torch.full((sizes.rows, sizes.source if config.encoder.layers else 0), TOKEN)
+    target = torch.full((sizes.rows, sizes.target), DUMMY_TOKEN)
+    source = torch.full((sizes.rows, sizes.source if config.encoder.layers else 0), DUMMY_TOKEN)
     zero = torch.zeros(sizes.rows, dtype=torch.long)
     return Batch(source, target, target, zero, zero, zero, zero)
 
 
-def sent(wire: CommunicationCounter) -> tuple[CommunicationVolume, ...]:
+def communication_volume(counter: CommunicationCounter) -> tuple[CommunicationVolume, ...]:
     """Return what a wire counted, all receivers together."""
     sums: Counter[tuple[str, str]] = Counter()
-    for line in wire.entries():
+    for line in counter.entries():
         sums[line.kind, line.axis] += line.bytes
     return tuple(CommunicationVolume(*key, size) for key, size in sorted(sums.items()))
 
 
-def _even(sparse: SparseLayer) -> SparseLayer:
+def _round_robin(sparse: SparseLayer) -> SparseLayer:
     if not isinstance(sparse, MoE):
         return sparse
-    return sparse.replace(select=Even(k=round(sparse.select.experts_per_token(sparse.num_router_outputs))))
+    return sparse.replace(select=RoundRobin(k=round(sparse.select.experts_per_token(sparse.num_router_outputs))))
 
 
-def _loss(spread: ParallelModel, *, batch: Batch) -> Tensor:
-    output = spread.model(batch)
+def _loss(parallel_model: ParallelModel, *, batch: Batch) -> Tensor:
+    output = parallel_model.model(batch)
     terms = [value for record in output.records for value in record.losses.values()]
-    return torch.stack([spread.model.loss(output).total, *terms]).sum()
+    return torch.stack([parallel_model.model.loss(output).total, *terms]).sum()
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

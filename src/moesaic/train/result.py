@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Ending = Literal["finished", "until", "SIGINT", "SIGTERM"]
+StopReason = Literal["finished", "until", "SIGINT", "SIGTERM"]
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class TrainingResult:
     """How far a run got. ``steps`` and ``tokens`` count from its start, ``seconds`` this call.
 
     ``metrics`` holds the newest value of every metric. ``stopped`` says why it ended: all steps
@@ -21,10 +21,10 @@ class Result:
     tokens: int
     seconds: float
     metrics: dict[str, float]
-    stopped: Ending
+    stop_reason: StopReason
 
     @property
     def exit_code(self) -> int:
         """0, or 128 + the signal's number, as a shell would say it."""
-        ended = self.stopped in ("finished", "until")
-        return 0 if ended else 128 + signal.Signals[self.stopped].value
+        ended = self.stop_reason in ("finished", "until")
+        return 0 if ended else 128 + signal.Signals[self.stop_reason].value

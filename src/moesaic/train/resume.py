@@ -8,57 +8,57 @@ from moesaic.core.config import Choice
 from moesaic.core.errors import CheckpointError
 
 # What may differ from the run that saved: how long, and what is watched and written.
-WATCHED = ("name", "steps", "checkpoint", "validation", "log", "max_bad_steps", "patience_s")
-FREE = (*WATCHED, "parallel")  # and how it is laid over its ranks, which changes nothing else
+MONITORING_KEYS = ("name", "steps", "checkpoint", "validation", "log", "max_bad_steps", "patience_s")
+CHANGEABLE_KEYS = (*MONITORING_KEYS, "parallel")  # and how it is laid over its ranks, which changes nothing else
 # What may differ, but is said: a run that diverged goes on with smaller updates.
-SAID = ("optimizer.lr", "optimizer.adamw.lr", "schedule", "clip_norm", "spikes")
+REPORTED_KEYS = ("optimizer.lr", "optimizer.adamw.lr", "schedule", "clip_norm", "spikes")
 
 
 class Resume(Choice):
     """Family: ``Fresh``, ``Auto`` or ``From``."""
 
-    def start(self, folder: RunDir) -> Path | None:
+    def find_checkpoint(self, run_dir: RunDir) -> Path | None:
         """Return the checkpoint to continue from; None starts anew. Raises CheckpointError."""
         raise NotImplementedError
 
-    def skipped(self, folder: RunDir) -> tuple[str, ...]:  # noqa: ARG002
+    def skipped_checkpoints(self, run_dir: RunDir) -> tuple[str, ...]:  # noqa: ARG002
         """Return a sentence for each newer checkpoint that could not be used."""
         return ()
 
 
-class Fresh(Resume):
+class StartFresh(Resume):
     """Start anew, in a directory that holds no run."""
 
-    def start(self, folder: RunDir) -> Path | None:
-        allowed = (folder.config.name, folder.tokenizer.name)
-        held = sorted(p.name for p in folder.path.glob("*") if p.name not in allowed)
+    def find_checkpoint(self, run_dir: RunDir) -> Path | None:
+        allowed = (run_dir.config.name, run_dir.tokenizer.name)
+        held = sorted(p.name for p in run_dir.path.glob("*") if p.name not in allowed)
         if held:
             raise CheckpointError(
-                f"{folder.path} is not empty (it holds {', '.join(held[:4])}). To continue the run "
+                f"{run_dir.path} is not empty (it holds {', '.join(held[:4])}). To continue the run "
                 "in it: --resume auto; to start anew: choose another --out, or remove it"
             )
         return None
 
 
-ANEW = Fresh()
+START_FRESH = StartFresh()
 
 
-class Auto(Resume):
+class ResumeLatest(Resume):
     """Continue from the newest valid checkpoint of the directory; start anew if there is none."""
 
-    def start(self, folder: RunDir) -> Path | None:
-        return find_latest_checkpoint(folder.checkpoints).path
+    def find_checkpoint(self, run_dir: RunDir) -> Path | None:
+        return find_latest_checkpoint(run_dir.checkpoints).path
 
-    def skipped(self, folder: RunDir) -> tuple[str, ...]:
-        return find_latest_checkpoint(folder.checkpoints).skipped
+    def skipped_checkpoints(self, run_dir: RunDir) -> tuple[str, ...]:
+        return find_latest_checkpoint(run_dir.checkpoints).skipped
 
 
-class From(Resume):
+class ResumeFrom(Resume):
     """Continue from ``path``: a checkpoint, or the newest one of a run directory."""
 
     path: str
 
-    def start(self, folder: RunDir) -> Path | None:  # noqa: ARG002
+    def find_checkpoint(self, run_dir: RunDir) -> Path | None:  # noqa: ARG002
         given = Path(self.path)
         if (given / "manifest.json").is_file():
             return given
@@ -68,7 +68,7 @@ class From(Resume):
             raise CheckpointError(f"{given}: no valid checkpoint to resume from{why}")
         return found.path
 
-    def skipped(self, folder: RunDir) -> tuple[str, ...]:  # noqa: ARG002
+    def skipped_checkpoints(self, run_dir: RunDir) -> tuple[str, ...]:  # noqa: ARG002
         given = Path(self.path)
         exact = (given / "manifest.json").is_file()
         return () if exact else find_latest_checkpoint(RunDir(given).checkpoints).skipped

@@ -9,40 +9,40 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Place = dict[str, Any]  # a loader's state
+LoaderState = dict[str, Any]  # a loader's state
 
 
 @dataclass(frozen=True, slots=True)
-class Try:
+class StepAttempt:
     """A step to make: the place its data begins, and whether it failed once before."""
 
-    place: Place
-    again: bool
+    loader_state: LoaderState
+    is_retry: bool
 
 
-class Retry:
+class RetryQueue:
     """A queue of places. ``in_a_row`` counts bad steps since the last good one."""
 
-    def __init__(self, waiting: Sequence[Place] = ()) -> None:
-        self.in_a_row = 0
-        self._waiting = deque(waiting)
+    def __init__(self, pending: Sequence[LoaderState] = ()) -> None:
+        self.consecutive_failures = 0
+        self._pending = deque(pending)
 
     @property
-    def waiting(self) -> list[Place]:
+    def pending(self) -> list[LoaderState]:
         """The queue, as a checkpoint keeps it."""
-        return list(self._waiting)
+        return list(self._pending)
 
-    def next(self, place: Place) -> Try:
+    def next_attempt(self, loader_state: LoaderState) -> StepAttempt:
         """Return the step to make: waiting work after a good step, else new work at ``place``."""
-        if self._waiting and not self.in_a_row:
-            return Try(self._waiting.popleft(), again=True)
-        return Try(place, again=False)
+        if self._pending and not self.consecutive_failures:
+            return StepAttempt(self._pending.popleft(), is_retry=True)
+        return StepAttempt(loader_state, is_retry=False)
 
-    def good(self) -> None:
-        self.in_a_row = 0
+    def mark_succeeded(self) -> None:
+        self.consecutive_failures = 0
 
-    def bad(self, tried: Try) -> None:
+    def mark_failed(self, attempt: StepAttempt) -> None:
         """Keep the place for one more try; the second failure gives it up."""
-        self.in_a_row += 1
-        if not tried.again:
-            self._waiting.append(tried.place)
+        self.consecutive_failures += 1
+        if not attempt.is_retry:
+            self._pending.append(attempt.loader_state)

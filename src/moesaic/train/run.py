@@ -18,13 +18,13 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.train.precision import Float32, Precision
 from moesaic.train.sinks import MetricsSink
 from moesaic.train.source import CorpusSource
-from moesaic.train.spikes import Spikes, TakeSpikes
+from moesaic.train.spikes import SpikePolicy, IgnoreSpikes
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 
 
-class Checkpoints(Config):
+class CheckpointConfig(Config):
     """When to save: after every ``every`` steps (0: only at the end), keeping the newest ``keep``.
 
     The checkpoint with the best validation loss is kept beside them.
@@ -34,14 +34,14 @@ class Checkpoints(Config):
     keep: Positive = 2
 
 
-class Validation(Config):
+class ValidationConfig(Config):
     """Loss on held-out text every ``every`` steps (0: never): ``rows`` per task and direction."""
 
     every: Natural = 500
     rows: Positive = 64
 
 
-class Log(Config):
+class LogConfig(Config):
     """A row of metrics every ``every`` steps; one step of ``routes_every`` counts its routing.
 
     Rows go to ``metrics.jsonl`` and to the sinks of ``also``. One step of ``record_every`` has its
@@ -50,12 +50,12 @@ class Log(Config):
     """
 
     every: Positive = 10
-    routes_every: Positive = 10
-    record_every: Natural = 0
-    probe_every: Natural = 50
-    also: tuple[MetricsSink, ...] = ()
+    routing_stats_every: Positive = 10
+    routing_trace_every: Natural = 0
+    routing_probe_every: Natural = 50
+    sinks: tuple[MetricsSink, ...] = ()
 
-    def due(self, step: int, *, steps: int) -> bool:
+    def is_due(self, step: int, *, steps: int) -> bool:
         """Whether a row is written after ``step`` of ``steps``."""
         return step % self.every == 0 or step == steps
 
@@ -83,13 +83,13 @@ class Run(Config):
     optimizer: Optimizer = AdamW()
     schedule: LRSchedule = WSD()
     steps: Positive
-    accumulate: Positive = 1
+    gradient_accumulation_steps: Positive = 1
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     precision: Precision = Float32()
     parallel: ParallelConfig = ParallelConfig()
-    checkpoint: Checkpoints = Checkpoints()
-    validation: Validation = Validation()
-    log: Log = Log()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    log: LogConfig = LogConfig()
     max_bad_steps: Positive = 5
-    spikes: Spikes = TakeSpikes()
-    patience_s: Annotated[float, Field(gt=0)] = 120.0
+    spikes: SpikePolicy = IgnoreSpikes()
+    collective_timeout_s: Annotated[float, Field(gt=0)] = 120.0

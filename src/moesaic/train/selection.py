@@ -9,7 +9,7 @@ from moesaic.data.languages import resolve_language
 from moesaic.data.pair import Pair, Text
 
 
-class Selection:
+class CorpusSubset:
     """What the tokenizer and the shards of a run are made of. Languages are sorted codes."""
 
     def __init__(self, corpus: Corpus, *, languages: Sequence[str]) -> None:

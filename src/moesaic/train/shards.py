@@ -18,37 +18,37 @@ from moesaic.optim.state import export_state
 from moesaic.optim.update import NamedOptimizer
 from moesaic.parallel.spread import ParallelModel
 
-MINE = ("model", "optimizer")  # the files that no rank holds all of
+SHARDED_FILES = ("model", "optimizer")  # the files that no rank holds all of
 
 
-def shards_of(spread: ParallelModel, optimizer: NamedOptimizer) -> dict[str, dict[str, TensorOrShard]]:
+def local_shards(parallel_model: ParallelModel, optimizer: NamedOptimizer) -> dict[str, dict[str, TensorOrShard]]:
     """Return what this rank holds of the weights and of the optimizer's state, as live memory."""
-    weights, names = export_weights(spread.model), set(spread.sharding_plan)
+    weights, names = export_weights(parallel_model.model), set(parallel_model.sharding_plan)
     model: dict[str, TensorOrShard] = {
-        name: spread.shard_of(name, tensor) if name in names else tensor
+        name: parallel_model.shard_of(name, tensor) if name in names else tensor
         for name, tensor in weights.items()
     }
     state: dict[str, TensorOrShard] = {}
     for name, tensor in export_state(optimizer).items():
         parameter = name.partition("/")[2]
-        state[name] = spread.shard_of(parameter, tensor) if tensor.dim() else tensor
+        state[name] = parallel_model.shard_of(parameter, tensor) if tensor.dim() else tensor
     return {"model": model, "optimizer": state}
 
 
 def restore_shards(
-    path: Path, *, spread: ParallelModel, optimizer: NamedOptimizer, world: World
+    path: Path, *, parallel_model: ParallelModel, optimizer: NamedOptimizer, world: World
 ) -> Snapshot:
     """Fill weights and optimizer from a checkpoint of any layout; return the rest of it.
 
     Collective. Raises CheckpointError as ``load_sharded`` does.
     """
     index = read_index(path, manifest=read_manifest(path))
-    _prepare(optimizer, stepped={n.partition("/")[2] for n in index.files.get("optimizer", {})})
-    load_sharded(path, into=shards_of(spread, optimizer), world=world)
-    return read_snapshot(path, only=[file for file in index.files if file not in MINE])
+    _allocate_optimizer_state(optimizer, stepped={n.partition("/")[2] for n in index.files.get("optimizer", {})})
+    load_sharded(path, into=local_shards(parallel_model, optimizer), world=world)
+    return read_snapshot(path, only=[file for file in index.files if file not in SHARDED_FILES])
 
 
-def _prepare(optimizer: NamedOptimizer, *, stepped: Iterable[str]) -> None:
+def _allocate_optimizer_state(optimizer: NamedOptimizer, *, stepped: Iterable[str]) -> None:
     """Make room for the state of every parameter that had any."""
     known = set(stepped)
     for group in optimizer.param_groups:

@@ -8,7 +8,7 @@ from moesaic.observe.metrics import MetricWriter, TensorBoardWriter
 class MetricsSink(Choice):
     """Family of optional sinks."""
 
-    def open(self, folder: RunDir, *, step: int) -> MetricWriter:
+    def open(self, run_dir: RunDir, *, step: int) -> MetricWriter:
         """Return the sink of a run that starts after ``step``. Raises UserError if it cannot."""
         raise NotImplementedError
 
@@ -16,5 +16,5 @@ class MetricsSink(Choice):
 class TensorBoard(MetricsSink):
     """Event files under the run directory; needs ``pip install "moesaic[tb]"``."""
 
-    def open(self, folder: RunDir, *, step: int) -> MetricWriter:
-        return TensorBoardWriter(folder.tensorboard, purge_after=step)
+    def open(self, run_dir: RunDir, *, step: int) -> MetricWriter:
+        return TensorBoardWriter(run_dir.tensorboard, purge_after=step)

@@ -16,7 +16,7 @@ class CorpusSource(Choice):
         raise NotImplementedError
 
 
-class Catalogue(CorpusSource):
+class NamedCorpus(CorpusSource):
     """A corpus with a name, e.g. ``catalogues-small``; built once, under the data home."""
 
     name: str

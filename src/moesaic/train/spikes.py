@@ -16,11 +16,11 @@ from pydantic import Field
 from moesaic.core.config import Choice
 
 MAD_TO_DEVIATION = 1.4826  # of a normal distribution
-LEAST_SPREAD = 0.01  # of the usual loss: losses that hardly vary make no spike of a ripple
+MIN_RELATIVE_DEVIATION = 0.01  # of the usual loss: losses that hardly vary make no spike of a ripple
 
 
 @dataclass(frozen=True, slots=True)
-class Past:
+class LossHistory:
     """What a rule remembers between steps: recent losses, spikes in a row, and the rate's factor.
 
     ``recent`` holds losses of good steps, oldest first; ``rate`` multiplies every learning rate.
@@ -35,44 +35,44 @@ class Past:
         return asdict(self) | {"recent": list(self.recent)}
 
     @classmethod
-    def from_plain(cls, value: dict[str, Any]) -> "Past":
+    def from_plain(cls, value: dict[str, Any]) -> "LossHistory":
         return cls(**{**value, "recent": tuple(value["recent"])})
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class SpikeDecision:
     """Whether the step is skipped, what to remember, and what to say about it."""
 
-    past: Past
+    history: LossHistory
     skip: bool = False
     note: str = ""
 
 
-class Spikes(Choice):
+class SpikePolicy(Choice):
     """Family: what counts as a spike of the loss, and what follows."""
 
     @property
     @abstractmethod
-    def watches(self) -> bool:
+    def needs_loss(self) -> bool:
         """Whether the loss must be known before each update, which costs one small collective."""
 
     @abstractmethod
-    def judge(self, loss: float, *, past: Past) -> Judged:
+    def decide(self, loss: float, *, history: LossHistory) -> SpikeDecision:
         """Judge a step by its finite ``loss`` per token, over all ranks."""
 
 
-class TakeSpikes(Spikes):
+class IgnoreSpikes(SpikePolicy):
     """Every finite step is taken: clipping alone bounds what one batch can do."""
 
     @property
-    def watches(self) -> bool:
+    def needs_loss(self) -> bool:
         return False
 
-    def judge(self, loss: float, *, past: Past) -> Judged:  # noqa: ARG002
-        return Judged(past)
+    def decide(self, loss: float, *, history: LossHistory) -> SpikeDecision:  # noqa: ARG002
+        return SpikeDecision(history)
 
 
-class SkipSpikes(Spikes):
+class SkipSpikes(SpikePolicy):
     """Skip a step whose loss is more than ``factor`` deviations above the median of ``window``.
 
     Its batch comes once more after a good step and is given up if it is a spike again
@@ -84,32 +84,32 @@ class SkipSpikes(Spikes):
 
     window: Annotated[int, Field(ge=8)] = 64
     factor: Annotated[float, Field(gt=1)] = 8.0
-    lasting: Annotated[int, Field(ge=2)] = 4
-    lower: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    patience: Annotated[int, Field(ge=2)] = 4
+    lr_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
 
     @property
-    def watches(self) -> bool:
+    def needs_loss(self) -> bool:
         return True
 
-    def judge(self, loss: float, *, past: Past) -> Judged:
-        limit = self.limit(past.recent)
+    def decide(self, loss: float, *, history: LossHistory) -> SpikeDecision:
+        limit = self.loss_limit(history.recent)
         if loss <= limit:
-            recent = (*past.recent, loss)[-self.window :]
-            return Judged(replace(past, recent=recent, in_a_row=0))
+            recent = (*history.recent, loss)[-self.window :]
+            return SpikeDecision(replace(history, recent=recent, in_a_row=0))
         said = f"the loss of {loss:.4g} is a spike (over {limit:.4g})"
-        if past.in_a_row + 1 < self.lasting:
-            return Judged(replace(past, in_a_row=past.in_a_row + 1), skip=True, note=said)
-        rate = past.rate * self.lower
+        if history.in_a_row + 1 < self.patience:
+            return SpikeDecision(replace(history, in_a_row=history.in_a_row + 1), skip=True, note=said)
+        rate = history.rate * self.lr_factor
         note = (
-            f"{said} and makes {self.lasting} in a row: from here on learning rates are {rate:.3g} "
+            f"{said} and makes {self.patience} in a row: from here on learning rates are {rate:.3g} "
             "of their schedule"
         )
-        return Judged(Past(rate=rate), skip=True, note=note)
+        return SpikeDecision(LossHistory(rate=rate), skip=True, note=note)
 
-    def limit(self, recent: tuple[float, ...]) -> float:
+    def loss_limit(self, recent: tuple[float, ...]) -> float:
         """Return the largest loss that is no spike; infinite while there are too few before it."""
         if len(recent) < self.window // 2:
             return math.inf
         usual = median(recent)
         spread = MAD_TO_DEVIATION * median(abs(loss - usual) for loss in recent)
-        return usual + self.factor * max(spread, LEAST_SPREAD * abs(usual))
+        return usual + self.factor * max(spread, MIN_RELATIVE_DEVIATION * abs(usual))

@@ -5,7 +5,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Self
 
-from moesaic.train.result import Ending
+from moesaic.train.result import StopReason
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REPEAT_S = 1.0
@@ -22,14 +22,14 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._noted_s = 0.0
-        self._before: dict[signal.Signals, object] = {}
+        self._received_s = 0.0
+        self._previous_handlers: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
         try:
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         except ValueError:  # not the main thread
-            self._before = {}
+            self._previous_handlers = {}
         return self
 
     def __exit__(
@@ -38,25 +38,25 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._give_back()
+        self._restore_handlers()
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         return self.signal is not None
 
     @property
-    def ending(self) -> Ending:
+    def stop_reason(self) -> StopReason:
         """Which signal it was; on a rank that saw none, another rank's."""
         return "SIGTERM" if self.signal == signal.SIGTERM else "SIGINT"
 
-    def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if self.signal is None:
-            self.signal, self._noted_s = signal.Signals(number), time.monotonic()
-        elif time.monotonic() - self._noted_s > REPEAT_S:
-            self._give_back()
+            self.signal, self._received_s = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self._received_s > REPEAT_S:
+            self._restore_handlers()
             signal.raise_signal(number)
 
-    def _give_back(self) -> None:
-        for number, handler in self._before.items():
+    def _restore_handlers(self) -> None:
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
-        self._before = {}
+        self._previous_handlers = {}

@@ -25,17 +25,17 @@ from moesaic.optim.clip import GradNorm
 from moesaic.optim.state import export_state, restore_state
 from moesaic.parallel.apply import parallelize
 from moesaic.parallel.matrices import ShardedMatrices
-from moesaic.train.journal import Journal
-from moesaic.train.meters import Categories, Meters
+from moesaic.train.journal import EventLog
+from moesaic.train.meters import LossCategories, RunningMetrics
 from moesaic.train.randomness import random_state, restore_random_state
-from moesaic.train.retry import Retry, Try
+from moesaic.train.retry import RetryQueue, StepAttempt
 from moesaic.train.run import Run
-from moesaic.train.shards import restore_shards, shards_of
-from moesaic.train.spikes import Past
-from moesaic.train.step import Objective, Pass, first_not_finite
+from moesaic.train.shards import restore_shards, local_shards
+from moesaic.train.spikes import LossHistory
+from moesaic.train.step import Objective, ForwardBackwardResult, first_non_finite
 
 
-class Stream(Protocol):
+class BatchLoader(Protocol):
     """Where batches come from (``data/loader.py``): endless, and the same from the same state."""
 
     @property
@@ -51,7 +51,7 @@ class Stream(Protocol):
     def close(self) -> None: ...
 
 
-class Part(Protocol):
+class StatefulComponent(Protocol):
     """Something that sums over steps and must survive a restart."""
 
     def tensors(self, world: World) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ class Part(Protocol):
     def restore(self, tensors: Mapping[str, Tensor], *, world: World) -> None: ...
 
 
-class NotFiniteError(UserError):
+class NonFiniteError(UserError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
 
@@ -73,35 +73,35 @@ class StepReport:
     """
 
     step: int
-    seen: Pass
+    result: ForwardBackwardResult
     lr: float
     seconds: float
     data_seconds: float
-    waited_seconds: float = 0.0
+    collective_seconds: float = 0.0
 
 
 class Trainer:
     """See the module's first lines."""
 
-    def __init__(self, run: Run, *, model: Transformer, data: Stream, world: World) -> None:
+    def __init__(self, run: Run, *, model: Transformer, data: BatchLoader, world: World) -> None:
         self.run, self.world, self.data = run, world, data
         self.model = model
-        self.spread = parallelize(model, parallel=run.parallel, world=world, timeout_s=run.patience_s)
+        self.parallel_model = parallelize(model, parallel=run.parallel, world=world, timeout_s=run.collective_timeout_s)
         self.optimizer = run.optimizer.build(
             model.named_parameters(), kinds=model.parameter_kinds()
         )
-        if not self.spread.is_replicated:
-            self.optimizer.matrix_sharding = ShardedMatrices(self.spread)
-        categories = Categories(tuple(data.tasks), tuple(data.languages))
+        if not self.parallel_model.is_replicated:
+            self.optimizer.matrix_sharding = ShardedMatrices(self.parallel_model)
+        categories = LossCategories(tuple(data.tasks), tuple(data.languages))
         self.objective = Objective(categories, run.label_smoothing, run.precision)
-        self.meters = Meters(categories, device=world.device)
-        self.parts: dict[str, Part] = {"meters": self.meters}  # hooks add theirs before restore()
-        self.retry = Retry()
-        self.past = Past()
+        self.metrics = RunningMetrics(categories, device=world.device)
+        self.stateful_components: dict[str, StatefulComponent] = {"meters": self.metrics}  # hooks add theirs before restore()
+        self.retry_queue = RetryQueue()
+        self.loss_history = LossHistory()
         self.step = 0
-        self.journal = Journal()
+        self.event_log = EventLog()
 
-    def advance(self) -> StepReport:
+    def train_step(self) -> StepReport:
         """Make one update, setting aside work that is not finite, or a spike. Collective.
 
         Raises NotFiniteError after ``max_bad_steps`` such steps in a row; the state is then that
@@ -110,86 +110,86 @@ class Trainer:
         started, waited = time.perf_counter(), 0.0
         before_s = FLIGHT_RECORDER.collective_s
         while True:
-            tried = self.retry.next(self.data.state())
+            tried = self.retry_queue.next_attempt(self.data.state())
             before = time.perf_counter()
             mark_phase("data", step=self.step + 1)
-            batches = self._draw(tried)
+            batches = self._next_micro_batches(tried)
             waited += time.perf_counter() - before
             mark_phase("forward and backward")
-            seen = self.objective.gradients(self.spread, batches=batches)
-            norm = self.spread.clip_gradients(self.run.clip_norm)
-            if self._usable(tried, seen=seen, norm=norm):
+            seen = self.objective.forward_backward(self.parallel_model, batches=batches)
+            norm = self.parallel_model.clip_gradients(self.run.clip_norm)
+            if self._should_update(tried, result=seen, norm=norm):
                 break
         mark_phase("update")
-        factor = self.run.schedule.lr_factor(self.step, steps=self.run.steps) * self.past.rate
+        factor = self.run.schedule.lr_factor(self.step, steps=self.run.steps) * self.loss_history.rate
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.optimizer.step()
         self.optimizer.zero_grad()
         update_stateful_rules(self.model)
-        self.retry.good()
-        self.meters.add(seen.sums, norm=norm.norm)
+        self.retry_queue.mark_succeeded()
+        self.metrics.add_step(seen.sums, norm=norm.norm)
         self.step += 1
         seconds = time.perf_counter() - started
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         return StepReport(self.step, seen, lr, seconds, waited, FLIGHT_RECORDER.collective_s - before_s)
 
-    def _draw(self, tried: Try) -> tuple[Batch, ...]:
+    def _next_micro_batches(self, attempt: StepAttempt) -> tuple[Batch, ...]:
         """Return the step's micro-batches; a retry goes back for them and returns to now."""
-        count = range(self.run.accumulate)
-        if not tried.again:
+        count = range(self.run.gradient_accumulation_steps)
+        if not attempt.is_retry:
             return tuple(next(self.data) for _ in count)
         now = self.data.state()
-        self.data.restore(tried.place)
+        self.data.restore(attempt.loader_state)
         batches = tuple(next(self.data) for _ in count)
         self.data.restore(now)
         return batches
 
-    def _usable(self, tried: Try, *, seen: Pass, norm: GradNorm) -> bool:
+    def _should_update(self, attempt: StepAttempt, *, result: ForwardBackwardResult, norm: GradNorm) -> bool:
         """Whether to update; if not, the work is set aside. The same on every rank."""
         if not norm.finite:
-            what = self._what_is_not_finite(seen)
-            self._set_aside(tried, what=what)
-            self._stop_if_it_lasts(what)
+            what = self._describe_non_finite(result)
+            self._skip_update(attempt, reason=what)
+            self._raise_if_persistent(what)
             return False
-        if not self.run.spikes.watches:
+        if not self.run.spikes.needs_loss:
             return True
-        judged = self.run.spikes.judge(self._loss(seen), past=self.past)
-        self.past = judged.past
+        judged = self.run.spikes.decide(self._global_loss(result), history=self.loss_history)
+        self.loss_history = judged.history
         if judged.skip:
-            self._set_aside(tried, what=judged.note)
+            self._skip_update(attempt, reason=judged.note)
         return not judged.skip
 
-    def _set_aside(self, tried: Try, *, what: str) -> None:
+    def _skip_update(self, attempt: StepAttempt, *, reason: str) -> None:
         """Skip the update and say why."""
         self.optimizer.zero_grad()
         reset_routing_stats(self.model)
-        self.retry.bad(tried)
-        self.meters.skipped += 1
-        fate = "given up after its second try" if tried.again else "kept for one more try"
-        self.journal.note(f"step {self.step + 1} skipped: {what}; its batch is {fate}")
+        self.retry_queue.mark_failed(attempt)
+        self.metrics.skipped += 1
+        fate = "given up after its second try" if attempt.is_retry else "kept for one more try"
+        self.event_log.add_note(f"step {self.step + 1} skipped: {reason}; its batch is {fate}")
 
-    def _stop_if_it_lasts(self, what: str) -> None:
-        if self.retry.in_a_row >= self.run.max_bad_steps:
-            raise NotFiniteError(
-                f"{self.retry.in_a_row} steps in a row were set aside after step {self.step} "
-                f"(max_bad_steps is {self.run.max_bad_steps}), the last for {what}. Try a lower "
+    def _raise_if_persistent(self, reason: str) -> None:
+        if self.retry_queue.consecutive_failures >= self.run.max_bad_steps:
+            raise NonFiniteError(
+                f"{self.retry_queue.consecutive_failures} steps in a row were set aside after step {self.step} "
+                f"(max_bad_steps is {self.run.max_bad_steps}), the last for {reason}. Try a lower "
                 "optimizer.lr, a longer schedule.warmup or a smaller clip_norm"
             )
 
-    def _loss(self, seen: Pass) -> float:
+    def _global_loss(self, result: ForwardBackwardResult) -> float:
         """Return the step's cross-entropy per predicted token, over all ranks. Collective."""
         tasks = len(self.objective.categories.tasks)
-        total, count = self.world.all_reduce(seen.sums.losses)[:, :tasks].sum(1).tolist()
+        total, count = self.world.all_reduce(result.sums.losses)[:, :tasks].sum(1).tolist()
         return total / max(count, 1.0)
 
-    def _what_is_not_finite(self, seen: Pass) -> str:
-        losses = self.world.all_reduce(seen.sums.losses)[0].tolist()
-        terms = self.world.all_reduce_floats({n: float(v) for n, v in seen.sums.terms.items()})
+    def _describe_non_finite(self, result: ForwardBackwardResult) -> str:
+        losses = self.world.all_reduce(result.sums.losses)[0].tolist()
+        terms = self.world.all_reduce_floats({n: float(v) for n, v in result.sums.terms.items()})
         named = [*zip(self.objective.categories.names, losses, strict=True), *terms.items()]
         wrong = [name for name, value in named if not math.isfinite(value)]
         grads = ((n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None)
-        first = first_not_finite(grads)
+        first = first_non_finite(grads)
         where = f"the gradient of {first}" if first else "the norm of the gradients (it overflows)"
         return f"the loss of {', '.join(wrong)} and {where}" if wrong else where
 
@@ -199,48 +199,48 @@ class Trainer:
         It is whole where every rank holds every parameter: then only rank 0 writes it.
         """
         files = {"random": random_state(self.world)}
-        files |= {name: part.tensors(self.world) for name, part in self.parts.items()}
-        banks, plan = self.spread.expert_parameters, self.spread.mesh.plan.to_dict()
-        state = self._state()
-        if not self.spread.is_replicated:
-            own = shards_of(self.spread, self.optimizer)
+        files |= {name: part.tensors(self.world) for name, part in self.stateful_components.items()}
+        banks, plan = self.parallel_model.expert_parameters, self.parallel_model.mesh.plan.to_dict()
+        state = self._json_state()
+        if not self.parallel_model.is_replicated:
+            own = local_shards(self.parallel_model, self.optimizer)
             return RankSnapshot(self.step, own | files, state, expert_parameters=banks, plan=plan)
         files["model"] = export_weights(self.model)
         files["optimizer"] = export_state(self.optimizer)
         return Snapshot(self.step, files, state, expert_parameters=banks, plan=plan)
 
-    def _state(self) -> dict[str, Any]:
+    def _json_state(self) -> dict[str, Any]:
         return {
             "config": self.run.to_dict(),
             "data": self.data.state(),
-            "retry": self.retry.waiting,
-            "spikes": self.past.plain(),
-            "journal": self.journal.state(),
+            "retry": self.retry_queue.pending,
+            "spikes": self.loss_history.plain(),
+            "journal": self.event_log.state(),
         }
 
-    def resume(self, path: Path) -> None:
+    def load_checkpoint(self, path: Path) -> None:
         """Continue from a checkpoint of any plan and number of ranks. Raises CheckpointError."""
-        if self.spread.is_replicated:
+        if self.parallel_model.is_replicated:
             self.restore(load_checkpoint(path))
             return
-        rest = restore_shards(path, spread=self.spread, optimizer=self.optimizer, world=self.world)
-        self._go_on(rest)
+        rest = restore_shards(path, parallel_model=self.parallel_model, optimizer=self.optimizer, world=self.world)
+        self._restore_host_state(rest)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from a snapshot, where every rank holds every parameter."""
         restore_weights(self.model, snapshot.files["model"])
         restore_state(self.optimizer, snapshot.files["optimizer"])
-        self._go_on(snapshot)
+        self._restore_host_state(snapshot)
 
-    def _go_on(self, snapshot: Snapshot) -> None:
+    def _restore_host_state(self, snapshot: Snapshot) -> None:
         restore_random_state(
             snapshot.files["random"], world=self.world, seed=self.run.seed, step=snapshot.step
         )
-        for name, part in self.parts.items():
+        for name, part in self.stateful_components.items():
             part.restore(snapshot.files.get(name, {}), world=self.world)
         self.data.restore(snapshot.state["data"])
-        self.retry = Retry(snapshot.state["retry"])
+        self.retry_queue = RetryQueue(snapshot.state["retry"])
         spikes = snapshot.state.get("spikes")  # not in checkpoints from before there was a rule
-        self.past = Past.from_plain(spikes) if spikes else Past()
-        self.journal.restore(snapshot.state["journal"])
+        self.loss_history = LossHistory.from_plain(spikes) if spikes else LossHistory()
+        self.event_log.restore(snapshot.state["journal"])
         self.step = snapshot.step

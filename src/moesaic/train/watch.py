@@ -4,20 +4,20 @@ from collections.abc import Callable, Mapping
 
 from moesaic.observe.console import ProgressDisplay, RunStatus, make_display
 
-MakeBoard = Callable[[RunStatus], ProgressDisplay]
+MakeDisplay = Callable[[RunStatus], ProgressDisplay]
 
 
-def on_terminal(status: RunStatus) -> ProgressDisplay:
+def terminal_progress(status: RunStatus) -> ProgressDisplay:
     """A live table on a terminal, plain lines elsewhere; on standard error."""
     return make_display(status=status)
 
 
-def silent(status: RunStatus) -> ProgressDisplay:  # noqa: ARG001
+def no_progress(status: RunStatus) -> ProgressDisplay:  # noqa: ARG001
     """Nothing at all: other ranks, tests, and callers with a board of their own."""
-    return SilentBoard()
+    return NullDisplay()
 
 
-class SilentBoard:
+class NullDisplay:
     """The null object of boards."""
 
     def open(self) -> None: ...

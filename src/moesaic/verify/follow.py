@@ -67,7 +67,7 @@ def record_run(run: Run, *, parallel: ParallelConfig, shape: SyntheticShape, ste
 
     def before_update(*_: object) -> None:
         given = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
-        found, apart = gather_full_tensors(given, spread=trainer.spread, shapes=model.shapes)
+        found, apart = gather_full_tensors(given, spread=trainer.parallel_model, shapes=model.shapes)
         trace.gradients.append(found)
         trace.replica_differences.append(apart)
 
@@ -75,10 +75,10 @@ def record_run(run: Run, *, parallel: ParallelConfig, shape: SyntheticShape, ste
     _record_weights(trace, trainer=trainer, model=model)
     for _ in range(steps):
         began = time.perf_counter()
-        report = trainer.advance()
+        report = trainer.train_step()
         trace.seconds.append(time.perf_counter() - began)
-        trace.metrics.append(trainer.meters.take(world))
-        trace.expert_counts.append(_expert_counts(report.seen.records, experts=model.experts, world=world))
+        trace.metrics.append(trainer.metrics.compute_and_reset(world))
+        trace.expert_counts.append(_expert_counts(report.result.records, experts=model.experts, world=world))
         _record_weights(trace, trainer=trainer, model=model)
     return trace
 
@@ -94,7 +94,7 @@ def _build_trainer(run: Run, *, shape: SyntheticShape, world: World) -> Trainer:
 
 def _record_weights(trace: TrainingTrace, *, trainer: Trainer, model: ModelShapes) -> None:
     held = dict(trainer.model.named_parameters())
-    found, apart = gather_full_tensors(held, spread=trainer.spread, shapes=model.shapes)
+    found, apart = gather_full_tensors(held, spread=trainer.parallel_model, shapes=model.shapes)
     trace.weights.append(found)
     trace.replica_differences.append(apart)
 

@@ -14,7 +14,7 @@ from moesaic.dist.plan import ParallelPlan
 from moesaic.model.transformer import Transformer
 from moesaic.parallel.apply import check_parallel
 from moesaic.parallel.config import ParallelConfig
-from moesaic.train.checks import the_pipeline_has_work
+from moesaic.train.checks import pipeline_has_enough_micro_batches
 from moesaic.train.run import Run
 
 PLAN_AXES = ("pipe", "data", "context", "tensor")
@@ -72,7 +72,7 @@ def sample_plan(world_size: int, *, run: Run, draw: random.Random) -> ParallelCo
 def _rejection_reason(parallel: ParallelConfig, *, model: Transformer, run: Run) -> str | None:
     try:
         check_parallel(model, parallel=parallel, plan=parallel.plan.resolve(parallel.plan.world_size))
-        return next(the_pipeline_has_work(run.model_copy(update={"parallel": parallel})), None)
+        return next(pipeline_has_enough_micro_batches(run.model_copy(update={"parallel": parallel})), None)
     except ConfigError as error:
         return error.problems[0]
 

@@ -12,7 +12,7 @@ from moesaic.core.errors import ConfigError
 from moesaic.dist.forked import RankError, run_cases_on_ranks
 from moesaic.parallel.apply import check_parallel
 from moesaic.parallel.config import ParallelConfig
-from moesaic.train.checks import the_pipeline_has_work
+from moesaic.train.checks import pipeline_has_enough_micro_batches
 from moesaic.train.run import Run
 from moesaic.verify.compare import TraceDifferences, Tolerances, compare_traces
 from moesaic.verify.follow import ModelShapes, TrainingTrace, record_run, model_shapes
@@ -80,7 +80,7 @@ def configured_plan(run: Run, *, world_size: int) -> PlanSet:
         model = run.model.build()
     parallel = run.parallel.replace(plan=run.parallel.plan.resolve(world_size))
     check_parallel(model, parallel=parallel, plan=parallel.plan)
-    problems = list(the_pipeline_has_work(run.replace(parallel=parallel)))
+    problems = list(pipeline_has_enough_micro_batches(run.replace(parallel=parallel)))
     if problems:
         raise ConfigError(problems)
     return PlanSet((parallel,), {})

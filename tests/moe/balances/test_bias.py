@@ -77,7 +77,7 @@ def test_the_bias_learns_in_training_and_survives_a_checkpoint(tmp_path: Path):
     run = tiny_run(model=tiny_model_config(moe=FREE), steps=4, accumulate=2)
     trainer = tiny_trainer(run)
     for _ in range(3):
-        trainer.advance()
+        trainer.train_step()
     biases = [layer.router.get_buffer("balance0_bias").clone() for layer in moe_layers(trainer.model)]
     assert len(biases) == 2
     assert all((bias != 0).any() for bias in biases)

@@ -9,10 +9,10 @@ from moesaic.core.errors import UserError
 from moesaic.dist.world import ProcessGroupWorld
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import tiny_run, tiny_trainer
-from moesaic.train.hooks.checkpoint import SaveCheckpoints
+from moesaic.train.hooks.checkpoint import CheckpointHook
 from moesaic.train.hooks.hook import Hook
-from moesaic.train.loop import loop
-from moesaic.train.run import Checkpoints
+from moesaic.train.loop import training_loop
+from moesaic.train.run import CheckpointConfig
 from moesaic.train.trainer import StepReport, Trainer
 
 
@@ -20,7 +20,7 @@ class Score(Hook):
     """Pretends to validate: the best loss comes at step 3."""
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        trainer.journal.scored(abs(report.step - 3.0), step=report.step)
+        trainer.event_log.record_validation_loss(abs(report.step - 3.0), step=report.step)
 
 
 def _names(root: Path) -> list[str]:
@@ -29,26 +29,26 @@ def _names(root: Path) -> list[str]:
 
 def test_it_saves_in_time_and_at_the_end_and_flushes_before(tmp_path: Path) -> None:
     flushed: list[int] = []
-    trainer = tiny_trainer(tiny_run(checkpoint=Checkpoints(every=4, keep=9)))
-    hook = SaveCheckpoints(tmp_path, flush=lambda: flushed.append(trainer.step))
-    loop(trainer, hooks=[hook], until=10)
+    trainer = tiny_trainer(tiny_run(checkpoint=CheckpointConfig(every=4, keep=9)))
+    hook = CheckpointHook(tmp_path, flush=lambda: flushed.append(trainer.step))
+    training_loop(trainer, hooks=[hook], until=10)
     assert _names(tmp_path) == ["step-00000004", "step-00000008", "step-00000010"]
     assert flushed == [4, 8, 10]
 
 
 def test_the_best_is_kept_beyond_the_newest(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tiny_run(checkpoint=Checkpoints(every=4, keep=1)))
-    loop(trainer, hooks=[Score(), SaveCheckpoints(tmp_path, flush=lambda: None)], until=9)
+    trainer = tiny_trainer(tiny_run(checkpoint=CheckpointConfig(every=4, keep=1)))
+    training_loop(trainer, hooks=[Score(), CheckpointHook(tmp_path, flush=lambda: None)], until=9)
     assert _names(tmp_path) == ["step-00000003", "step-00000009"]
     assert (tmp_path / "best").read_text().strip() == "step-00000003"
     again = tiny_trainer(tiny_run())
     again.restore(load_checkpoint(tmp_path))
-    assert (again.journal.best.step, again.journal.best.loss) == (3, 0.0)
+    assert (again.event_log.best.step, again.event_log.best.loss) == (3, 0.0)
 
 
 def test_nothing_new_is_not_saved_again(tmp_path: Path) -> None:
     trainer = tiny_trainer(tiny_run())
-    loop(trainer, hooks=[SaveCheckpoints(tmp_path, flush=lambda: None)], until=0)
+    training_loop(trainer, hooks=[CheckpointHook(tmp_path, flush=lambda: None)], until=0)
     assert not tmp_path.exists() or _names(tmp_path) == []
 
 
@@ -56,9 +56,9 @@ def _on_a_full_disk(root: Path) -> str:
     def refuse() -> None:
         raise UserError("the disk is full")
 
-    trainer = tiny_trainer(tiny_run(checkpoint=Checkpoints(every=1)), world=ProcessGroupWorld())
+    trainer = tiny_trainer(tiny_run(checkpoint=CheckpointConfig(every=1)), world=ProcessGroupWorld())
     with pytest.raises(UserError) as caught:
-        loop(trainer, hooks=[SaveCheckpoints(root, flush=refuse)], until=3)
+        training_loop(trainer, hooks=[CheckpointHook(root, flush=refuse)], until=3)
     return str(caught.value)
 
 

@@ -6,10 +6,10 @@ import pytest
 
 from moesaic.testing.tiny import tiny_run, tiny_trainer
 from moesaic.train.hooks.hook import Hook
-from moesaic.train.hooks.log import Log
-from moesaic.train.loop import loop
+from moesaic.train.hooks.log import MetricsLogHook
+from moesaic.train.loop import training_loop
 from moesaic.train.trainer import StepReport, Trainer
-from moesaic.train.watch import SilentBoard
+from moesaic.train.watch import NullDisplay
 
 
 class Rows:
@@ -26,7 +26,7 @@ class Rows:
     def close(self) -> None: ...
 
 
-class Seen(SilentBoard):
+class Seen(NullDisplay):
     """A board that keeps what it is told."""
 
     def __init__(self) -> None:
@@ -45,15 +45,15 @@ class Extra(Hook):
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         if report.step in (3, 4):
-            trainer.journal.put({"mine": report.step * 10.0})
-            trainer.journal.note(f"seen {report.step}")
+            trainer.event_log.record_values({"mine": report.step * 10.0})
+            trainer.event_log.add_note(f"seen {report.step}")
 
 
 @pytest.fixture
 def logged() -> tuple[Rows, Seen]:
     sink, board = Rows(), Seen()
     trainer = tiny_trainer(tiny_run(steps=10))  # a row every 4 steps
-    loop(trainer, hooks=[Extra(), Log(sink=sink, board=board)], until=10)
+    training_loop(trainer, hooks=[Extra(), MetricsLogHook(sink=sink, progress=board)], until=10)
     return sink, board
 
 

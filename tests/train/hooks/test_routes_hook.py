@@ -13,9 +13,9 @@ from moesaic.optim.optimizer import AdamW
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import TinyStream, tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.hooks.hook import Hook
-from moesaic.train.hooks.routes import ProbeRoutes, RecordRoutes
-from moesaic.train.loop import loop
-from moesaic.train.run import Log
+from moesaic.train.hooks.routes import RoutingProbeHook, RoutingTraceHook
+from moesaic.train.loop import training_loop
+from moesaic.train.run import LogConfig
 from moesaic.train.trainer import StepReport, Trainer
 
 
@@ -31,11 +31,11 @@ class _Keep(Hook):
 def _train(folder: Path, *, until: int, world: World | None = None, **log: int) -> _Keep:
     moe = MoE(experts=4, limit=Capacity(factor=0.7, eval_factor=None))
     fast = AdamW(lr=0.02)  # so that a few steps change who goes where
-    run = tiny_run(log=Log(**log), model=tiny_model_config(moe=moe), optimizer=fast)
+    run = tiny_run(log=LogConfig(**log), model=tiny_model_config(moe=moe), optimizer=fast)
     trainer = tiny_trainer(run, world=world)
     kept = _Keep()
-    hooks = [RecordRoutes(folder / "routes"), ProbeRoutes(folder / "learning"), kept]
-    loop(trainer, hooks=hooks, until=until)
+    hooks = [RoutingTraceHook(folder / "routes"), RoutingProbeHook(folder / "learning"), kept]
+    training_loop(trainer, hooks=hooks, until=until)
     return kept
 
 
@@ -50,7 +50,7 @@ def test_a_recorded_step_is_what_happened_in_it(tmp_path: Path) -> None:
     file = RoutesFile(tmp_path / "routes" / "step-00000004.routes")
     assert file.about == {"run": "tiny", "step": 4}
     (routes,) = file
-    seen = kept.reports[3].seen
+    seen = kept.reports[3].result
     assert [found.layer for found in routes] == [r.layer for r in seen.records]
     languages = (seen.batch.source_language, seen.batch.target_language)
     for found, record, language in zip(routes, seen.records, languages, strict=True):
@@ -77,7 +77,7 @@ def test_probing_and_recording_change_nothing_in_training(tmp_path: Path) -> Non
     watched = _train(tmp_path / "a", until=3, probe_every=1, record_every=1)
     alone = _train(tmp_path / "b", until=3, probe_every=0)
     for one, other in zip(watched.reports, alone.reports, strict=True):
-        assert torch.equal(one.seen.sums.losses, other.seen.sums.losses)
+        assert torch.equal(one.result.sums.losses, other.result.sums.losses)
 
 
 def test_files_of_later_steps_go_when_a_run_goes_back(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import tiny_run, tiny_trainer
-from moesaic.train.hooks.stragglers import WatchStragglers
-from moesaic.train.run import Log
+from moesaic.train.hooks.stragglers import StragglerHook
+from moesaic.train.run import LogConfig
 from moesaic.train.trainer import StepReport
 
 NOTHING: Any = None
@@ -14,13 +14,13 @@ NOTHING: Any = None
 
 def _watch(world: World, *, waited: list[float]) -> tuple[list[dict[str, float]], list[str]]:
     """Every step takes each rank a second, of which it waits ``waited`` for the others."""
-    trainer = tiny_trainer(tiny_run(steps=6, log=Log(every=1)), world=world)
-    hook, rows, notes = WatchStragglers(slow=3.0, rows=2), [], []
+    trainer = tiny_trainer(tiny_run(steps=6, log=LogConfig(every=1)), world=world)
+    hook, rows, notes = StragglerHook(slow_ratio=3.0, rows=2), [], []
     for step in range(1, 7):
         trainer.step = step
         hook.after_step(trainer, StepReport(step, NOTHING, 0.1, 1.0, 0.0, waited[world.rank]))
-        rows.append(trainer.journal.take_values())
-        notes += trainer.journal.take_notes()
+        rows.append(trainer.event_log.pop_values())
+        notes += trainer.event_log.pop_notes()
     return rows, notes
 
 
@@ -46,8 +46,8 @@ def test_one_rank_alone_is_not_compared() -> None:
 
 
 def _waited() -> tuple[float, float]:
-    report = tiny_trainer(tiny_run(), world=ProcessGroupWorld()).advance()
-    return report.waited_seconds, report.seconds
+    report = tiny_trainer(tiny_run(), world=ProcessGroupWorld()).train_step()
+    return report.collective_seconds, report.seconds
 
 
 def test_a_step_says_how_much_of_it_was_spent_in_collectives() -> None:

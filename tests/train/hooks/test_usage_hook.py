@@ -20,15 +20,15 @@ from moesaic.observe.signs import RouterSettings
 from moesaic.observe.usage import RecordedUsage, read_usage
 from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny import LANGUAGES, TinyStream, tiny_model_config, tiny_run, tiny_trainer
-from moesaic.train.hooks.usage import WatchUsage, doctor_setting, late_in_queue
-from moesaic.train.loop import loop
-from moesaic.train.run import Log
+from moesaic.train.hooks.usage import RouterHealthHook, health_check_settings, late_in_queue
+from moesaic.train.loop import training_loop
+from moesaic.train.run import LogConfig
 
 
 def _watch(path: Path, world: World) -> None:
-    run = tiny_run(log=Log(every=4, routes_every=2))
+    run = tiny_run(log=LogConfig(every=4, routing_stats_every=2))
     trainer = tiny_trainer(run, world=world)
-    loop(trainer, hooks=[WatchUsage(path, trainer=trainer)], until=6)
+    training_loop(trainer, hooks=[RouterHealthHook(path, trainer=trainer)], until=6)
 
 
 def _on_rank(path: Path) -> None:
@@ -63,17 +63,17 @@ def test_ranks_count_what_one_counts(tmp_path: Path) -> None:
 
 
 def test_a_collapsed_router_is_named_with_its_layer(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tiny_run(log=Log(every=1, routes_every=1)))
+    trainer = tiny_trainer(tiny_run(log=LogConfig(every=1, routing_stats_every=1)))
     trainer.data = TinyStream(rows=64)
     with torch.no_grad():
         trainer.model.decoder[0].feed_forward.inner.router.gate.weight.zero_()
         for parameter in trainer.model.parameters():
             parameter.requires_grad_(requires_grad=False)
         trainer.model.encoder_norm.weight.requires_grad_()
-    loop(trainer, hooks=[WatchUsage(tmp_path / "r.json", trainer=trainer)], until=4)
-    notes = trainer.journal.take_notes()
+    training_loop(trainer, hooks=[RouterHealthHook(tmp_path / "r.json", trainer=trainer)], until=4)
+    notes = trainer.event_log.pop_notes()
     assert any("decoder.0" in note and "try" in note for note in notes), notes
-    assert "decoder.0" in trainer.journal.health
+    assert "decoder.0" in trainer.event_log.router_health
 
 
 def test_the_doctor_knows_the_config() -> None:
@@ -83,7 +83,7 @@ def test_the_doctor_knows_the_config() -> None:
         limit=Capacity(factor=1.5),
         balance=(SwitchBalance(weight=0.03),),
     )
-    setting = doctor_setting(tiny_run(model=tiny_model_config(moe=moe)), languages=LANGUAGES)
+    setting = health_check_settings(tiny_run(model=tiny_model_config(moe=moe)), languages=LANGUAGES)
     assert (setting.top_k, setting.balance_weight, setting.z_weight) == (2, 0.03, 0.0)
     assert setting.capacity_factor == 1.5
 
@@ -92,13 +92,13 @@ def test_the_doctor_counts_at_least_one_expert_and_finds_the_stack_that_has_any(
     depths = MoE(experts=1, select=Threshold())
     model = tiny_model_config(moe=NoMoE())
     model = model.replace(decoder=model.decoder.replace(moe=depths))
-    assert doctor_setting(tiny_run(model=model), languages=LANGUAGES).top_k == 1
+    assert health_check_settings(tiny_run(model=model), languages=LANGUAGES).top_k == 1
 
 
 def test_the_doctor_knows_every_term_that_evens_the_load() -> None:
     def setting(*balance: Balance) -> RouterSettings:
         moe = MoE(experts=8, select=TopK(k=2), balance=balance)
-        return doctor_setting(tiny_run(model=tiny_model_config(moe=moe)), languages=LANGUAGES)
+        return health_check_settings(tiny_run(model=tiny_model_config(moe=moe)), languages=LANGUAGES)
 
     found = setting(SequenceBalance(weight=0.1), DeviceBalance(weight=0.2), EntropyBalance())
     assert found.balance_weight == pytest.approx(0.3)
@@ -119,10 +119,10 @@ def test_room_by_position_is_seen_and_room_at_random_is_not(tmp_path: Path) -> N
     shares = {}
     for priority in (PositionPriority(), RandomPriority()):
         moe = MoE(experts=4, limit=Capacity(factor=0.5, priority=priority))
-        run = tiny_run(log=Log(every=1, routes_every=1), model=tiny_model_config(moe=moe))
+        run = tiny_run(log=LogConfig(every=1, routing_stats_every=1), model=tiny_model_config(moe=moe))
         trainer = tiny_trainer(run)
         trainer.data = TinyStream(rows=64)
-        loop(trainer, hooks=[WatchUsage(tmp_path / "u.json", trainer=trainer)], until=1)
+        training_loop(trainer, hooks=[RouterHealthHook(tmp_path / "u.json", trainer=trainer)], until=1)
         (layer, _) = read_usage(tmp_path / "u.json").layers
         shares[type(priority)] = layer.dropped_late / layer.dropped.sum()
     assert shares[PositionPriority] > 0.8

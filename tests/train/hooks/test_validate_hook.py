@@ -6,9 +6,9 @@ from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import RandomPriority, Capacity
 from moesaic.testing.tiny import tiny_model_config, tiny_run, tiny_trainer
-from moesaic.train.hooks.validate import Validate
-from moesaic.train.loop import loop
-from moesaic.train.run import Validation
+from moesaic.train.hooks.validate import ValidationHook
+from moesaic.train.loop import training_loop
+from moesaic.train.run import ValidationConfig
 from moesaic.train.trainer import Trainer
 
 MOE = MoE(experts=4, limit=Capacity(factor=1.0, priority=RandomPriority()), balance=(SwitchBalance(),))
@@ -16,12 +16,12 @@ MOE = MoE(experts=4, limit=Capacity(factor=1.0, priority=RandomPriority()), bala
 
 def _trainer(every: int) -> Trainer:
     model = tiny_model_config(moe=MOE).replace(dropout=0.1)
-    return tiny_trainer(tiny_run(model=model, validation=Validation(every=every)))
+    return tiny_trainer(tiny_run(model=model, validation=ValidationConfig(every=every)))
 
 
 def test_scores_are_plain_likelihoods_in_evaluation_mode() -> None:
     trainer = _trainer(1)
-    first, second = Validate().scores(trainer), Validate().scores(trainer)
+    first, second = ValidationHook().validation_losses(trainer), ValidationHook().validation_losses(trainer)
     assert first == second, "dropout must be off"
     assert trainer.model.training
     batch = next(trainer.data.valid_batches("valid", rows=None))
@@ -36,13 +36,13 @@ def test_validation_leaves_the_training_as_it_was() -> None:
     weights = []
     for every in (0, 2):
         trainer = _trainer(every)
-        loop(trainer, hooks=[Validate()], until=6)
+        training_loop(trainer, hooks=[ValidationHook()], until=6)
         weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
     assert torch.equal(*weights)
 
 
 def test_the_best_step_is_remembered() -> None:
     trainer = _trainer(2)
-    loop(trainer, hooks=[Validate()], until=6)
-    assert trainer.journal.best.step in (2, 4, 6)
-    assert trainer.journal.best.loss <= trainer.journal.newest["valid/loss"]
+    training_loop(trainer, hooks=[ValidationHook()], until=6)
+    assert trainer.event_log.best.step in (2, 4, 6)
+    assert trainer.event_log.best.loss <= trainer.event_log.latest_values["valid/loss"]

@@ -6,35 +6,35 @@ from moesaic.train.hooks.hook import Hook
 from moesaic.train.trainer import StepReport, Trainer
 
 
-class Log(Hook):
+class MetricsLogHook(Hook):
     """Writes the trainer's meters and what other hooks put into the journal.
 
     Comes after those hooks. Only rank 0 has sinks and a board; the sums are of all ranks.
     """
 
-    def __init__(self, *, sink: MetricWriter, board: ProgressDisplay) -> None:
-        self._sink, self._board = sink, board
+    def __init__(self, *, sink: MetricWriter, progress: ProgressDisplay) -> None:
+        self._sink, self._progress = sink, progress
         self._steps, self._seconds, self._data_seconds = 0, 0.0, 0.0
 
     def before_run(self, trainer: Trainer) -> None:
-        self._say_notes(trainer)
-        self._board.open()
+        self._show_notes(trainer)
+        self._progress.open()
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         self._steps += 1
         self._seconds += report.seconds
         self._data_seconds += report.data_seconds
-        self._board.advance(report.step)
-        if trainer.run.log.due(report.step, steps=trainer.run.steps):
-            trainer.journal.put(self._row(trainer, lr=report.lr))
-        values = trainer.journal.take_values()
+        self._progress.advance(report.step)
+        if trainer.run.log.is_due(report.step, steps=trainer.run.steps):
+            trainer.event_log.record_values(self._row(trainer, lr=report.lr))
+        values = trainer.event_log.pop_values()
         if values:
             self._sink.write(report.step, values=values)
-            self._board.update_metrics(values, health=trainer.journal.health)
-        self._say_notes(trainer)
+            self._progress.update_metrics(values, health=trainer.event_log.router_health)
+        self._show_notes(trainer)
 
     def after_run(self, trainer: Trainer) -> None:
-        self._say_notes(trainer)
+        self._show_notes(trainer)
         self._sink.flush()
 
     def flush(self) -> None:
@@ -43,11 +43,11 @@ class Log(Hook):
 
     def close(self) -> None:
         """Take the board down and close the files."""
-        self._board.close()
+        self._progress.close()
         self._sink.close()
 
     def _row(self, trainer: Trainer, *, lr: float) -> dict[str, float]:
-        row = trainer.meters.take(trainer.world)
+        row = trainer.metrics.compute_and_reset(trainer.world)
         tokens = row.pop("tokens")
         row["train/lr"] = lr
         row["perf/tokens_per_s"] = tokens / max(self._seconds, 1e-9)
@@ -56,6 +56,6 @@ class Log(Hook):
         self._steps, self._seconds, self._data_seconds = 0, 0.0, 0.0
         return row
 
-    def _say_notes(self, trainer: Trainer) -> None:
-        for sentence in trainer.journal.take_notes():
-            self._board.note(sentence)
+    def _show_notes(self, trainer: Trainer) -> None:
+        for sentence in trainer.event_log.pop_notes():
+            self._progress.note(sentence)

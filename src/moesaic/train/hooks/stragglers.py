@@ -7,11 +7,11 @@ import torch
 from moesaic.train.hooks.hook import Hook
 from moesaic.train.trainer import StepReport, Trainer
 
-SLOW = 1.5  # times the median rank
-ROWS = 3  # rows of metrics in a row, before it is said
+SLOW_RATIO = 1.5  # times the median rank
+SLOW_ROWS = 3  # rows of metrics in a row, before it is said
 
 
-class WatchStragglers(Hook):
+class StragglerHook(Hook):
     """Compares, at every row of metrics, the time that each rank worked itself.
 
     A step takes all ranks equally long, for the quick ones wait in collectives for the slow one;
@@ -19,31 +19,31 @@ class WatchStragglers(Hook):
     and not waited for is nobody's. One gather of one number a rank.
     """
 
-    def __init__(self, *, slow: float = SLOW, rows: int = ROWS) -> None:
-        self._slow, self._rows = slow, rows
-        self._worked_s, self._steps = 0.0, 0
+    def __init__(self, *, slow_ratio: float = SLOW_RATIO, rows: int = SLOW_ROWS) -> None:
+        self._slow_ratio, self._rows = slow_ratio, rows
+        self._busy_s, self._steps = 0.0, 0
         self._suspect, self._in_a_row = -1, 0
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        self._worked_s += report.seconds - report.waited_seconds
+        self._busy_s += report.seconds - report.collective_seconds
         self._steps += 1
         run = trainer.run
-        if trainer.world.size > 1 and run.log.due(report.step, steps=run.steps):
-            mine = torch.tensor([self._worked_s / self._steps], dtype=torch.float64)
+        if trainer.world.size > 1 and run.log.is_due(report.step, steps=run.steps):
+            mine = torch.tensor([self._busy_s / self._steps], dtype=torch.float64)
             seconds = [float(part) for part in trainer.world.all_gather(mine)]
-            self._worked_s, self._steps = 0.0, 0
+            self._busy_s, self._steps = 0.0, 0
             self._compare(trainer, seconds)
 
     def _compare(self, trainer: Trainer, seconds: list[float]) -> None:
         slowest = max(range(len(seconds)), key=seconds.__getitem__)
         others = median(s for rank, s in enumerate(seconds) if rank != slowest)
         ratio = seconds[slowest] / max(others, 1e-9)
-        trainer.journal.put({"perf/slowest_rank": float(slowest), "perf/slowest_ratio": ratio})
-        again = slowest == self._suspect and ratio > self._slow
-        self._in_a_row = self._in_a_row + 1 if again else int(ratio > self._slow)
+        trainer.event_log.record_values({"perf/slowest_rank": float(slowest), "perf/slowest_ratio": ratio})
+        again = slowest == self._suspect and ratio > self._slow_ratio
+        self._in_a_row = self._in_a_row + 1 if again else int(ratio > self._slow_ratio)
         self._suspect = slowest
         if self._in_a_row == self._rows:
-            trainer.journal.note(
+            trainer.event_log.add_note(
                 f"step {trainer.step}: rank {slowest} works {ratio:.1f} times as long as the "
                 f"others ({1e3 * seconds[slowest]:.0f} ms a step, theirs {1e3 * others:.0f} ms), "
                 f"for {self._rows} rows of metrics now: look at its machine"

@@ -24,7 +24,7 @@ from moesaic.train.run import Run
 from moesaic.train.trainer import StepReport, Trainer
 
 
-class WatchUsage(Hook):
+class RouterHealthHook(Hook):
     """Counts one step of ``log.routes_every``; examines the counts at every row of metrics.
 
     Counts since the last row, and those of the whole run (``usage.json``), are saved with a
@@ -34,49 +34,49 @@ class WatchUsage(Hook):
     def __init__(self, path: Path, *, trainer: Trainer) -> None:
         self.path = path
         languages = trainer.objective.categories.languages
-        self._new, self._all = _counts(trainer, languages), _counts(trainer, languages)
-        self._nothing = _zeros(trainer.run, languages=len(languages), device=trainer.world.device)
-        self._due = False  # whether a step was counted since the last row, here or elsewhere
-        self._doctor = RouterHealthMonitor(doctor_setting(trainer.run, languages=languages))
-        self._known: set[tuple[str, str]] = set()
-        trainer.parts["routes"] = self  # the name that checkpoints know it by
+        self._interval_counts, self._run_counts = _new_counts(trainer, languages), _new_counts(trainer, languages)
+        self._empty_counts = _zero_counts(trainer.run, languages=len(languages), device=trainer.world.device)
+        self._has_counts = False  # whether a step was counted since the last row, here or elsewhere
+        self._health_check = RouterHealthMonitor(health_check_settings(trainer.run, languages=languages))
+        self._reported: set[tuple[str, str]] = set()
+        trainer.stateful_components["routes"] = self  # the name that checkpoints know it by
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         log = trainer.run.log
-        if report.step % log.routes_every == 0:
-            self._due = bool(self._nothing)
-            for record in report.seen.records:
-                self._count(record, batch=report.seen.batch)
-        if log.due(report.step, steps=trainer.run.steps) and self._due:
-            self._examine(trainer)
+        if report.step % log.routing_stats_every == 0:
+            self._has_counts = bool(self._empty_counts)
+            for record in report.result.records:
+                self._count(record, batch=report.result.batch)
+        if log.is_due(report.step, steps=trainer.run.steps) and self._has_counts:
+            self._check_health(trainer)
 
     def after_run(self, trainer: Trainer) -> None:
-        whole = _counts(trainer, self._all.languages)
-        whole.merge(dict(_in_order(self._all.tensors())))
-        whole.merge(self._summed(trainer.world))
+        whole = _new_counts(trainer, self._run_counts.languages)
+        whole.merge(dict(_sorted_by_layer(self._run_counts.tensors())))
+        whole.merge(self._global_counts(trainer.world))
         if trainer.world.rank == 0 and whole.tensors():
             whole.write(self.path)
 
     def tensors(self, world: World) -> dict[str, Tensor]:
         """Return both sums for a checkpoint. Collective."""
-        new = {f"new/{name}": value for name, value in self._summed(world).items()}
-        return new | {f"all/{name}": value for name, value in self._all.tensors().items()}
+        new = {f"new/{name}": value for name, value in self._global_counts(world).items()}
+        return new | {f"all/{name}": value for name, value in self._run_counts.tensors().items()}
 
     def restore(self, tensors: Mapping[str, Tensor], *, world: World) -> None:
         """Put them back; the sum since the last row goes to rank 0 alone."""
         for counts, prefix, mine in (
-            (self._new, "new/", world.rank == 0),
-            (self._all, "all/", True),
+            (self._interval_counts, "new/", world.rank == 0),
+            (self._run_counts, "all/", True),
         ):
             named = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             counts.reset()
-            counts.merge({n: t.to(world.device) * int(mine) for n, t in _in_order(named)})
-        self._due = any(name.startswith("new/") for name in tensors)
+            counts.merge({n: t.to(world.device) * int(mine) for n, t in _sorted_by_layer(named)})
+        self._has_counts = any(name.startswith("new/") for name in tensors)
 
     def _count(self, record: RoutingRecord, *, batch: Batch) -> None:
         routing = record.routing
-        languages = language_of(record, batch=batch)
-        self._new.add_edges(
+        languages = row_languages(record, batch=batch)
+        self._interval_counts.add_edges(
             record.layer,
             expert=routing.expert,
             language=languages[record.row[routing.token]],
@@ -85,33 +85,33 @@ class WatchUsage(Hook):
             logit_stats=LogitStats(record.router_entropy(), record.logit_rms()),
         )
 
-    def _examine(self, trainer: Trainer) -> None:
-        interval = _counts(trainer, self._new.languages)
-        interval.merge(self._summed(trainer.world))
-        self._new.reset()
-        self._due = False
-        self._all.merge(dict(_in_order(interval.tensors())))
+    def _check_health(self, trainer: Trainer) -> None:
+        interval = _new_counts(trainer, self._interval_counts.languages)
+        interval.merge(self._global_counts(trainer.world))
+        self._interval_counts.reset()
+        self._has_counts = False
+        self._run_counts.merge(dict(_sorted_by_layer(interval.tensors())))
         layers = interval.layers()
-        findings = self._doctor.check_interval(layers)
-        trainer.journal.put(summarize_load(layers))
-        trainer.journal.health = summarize_health(findings)
-        self._say_new(trainer, findings)
+        findings = self._health_check.check_interval(layers)
+        trainer.event_log.record_values(summarize_load(layers))
+        trainer.event_log.router_health = summarize_health(findings)
+        self._note_new_findings(trainer, findings)
 
-    def _summed(self, world: World) -> dict[str, Tensor]:
+    def _global_counts(self, world: World) -> dict[str, Tensor]:
         """Return the counts since the last row over all ranks; nothing where none was made."""
-        if not self._due:
+        if not self._has_counts:
             return {}
-        here = self._new.tensors()
-        return {name: world.all_reduce(here.get(name, none)) for name, none in self._nothing.items()}
+        here = self._interval_counts.tensors()
+        return {name: world.all_reduce(here.get(name, none)) for name, none in self._empty_counts.items()}
 
-    def _say_new(self, trainer: Trainer, findings: tuple[HealthFinding, ...]) -> None:
-        fresh = [f for f in findings if (f.layer, f.rule) not in self._known]
-        self._known = {(f.layer, f.rule) for f in findings}
+    def _note_new_findings(self, trainer: Trainer, findings: tuple[HealthFinding, ...]) -> None:
+        fresh = [f for f in findings if (f.layer, f.rule) not in self._reported]
+        self._reported = {(f.layer, f.rule) for f in findings}
         for sentence in describe_findings(fresh):
-            trainer.journal.note(f"step {trainer.step}: {sentence}")
+            trainer.event_log.add_note(f"step {trainer.step}: {sentence}")
 
 
-def language_of(record: RoutingRecord, *, batch: Batch) -> Int[Tensor, "B"]:
+def row_languages(record: RoutingRecord, *, batch: Batch) -> Int[Tensor, "B"]:
     """Return the language index that a batch row's tokens have in this layer."""
     encoder = record.layer.startswith("encoder")
     return batch.source_language if encoder else batch.target_language
@@ -126,21 +126,21 @@ def late_in_queue(context: TokenContext) -> Bool[Tensor, "T"]:
     return late
 
 
-def _counts(trainer: Trainer, languages: tuple[str, ...]) -> UsageCounter:
-    moe = _mixture(trainer.run)
+def _new_counts(trainer: Trainer, languages: tuple[str, ...]) -> UsageCounter:
+    moe = _first_moe(trainer.run)
     return UsageCounter(languages, num_null_experts=moe.null_experts.count() if moe else 0)
 
 
-def _mixture(run: Run) -> MoE | None:
+def _first_moe(run: Run) -> MoE | None:
     """The mixture of the first stack that has one."""
     model = run.model
     mixtures = [model.moe_of_stack(stack) for stack in (model.encoder, model.decoder)]
     return next((moe for moe in mixtures if isinstance(moe, MoE)), None)
 
 
-def doctor_setting(run: Run, *, languages: tuple[str, ...]) -> RouterSettings:
+def health_check_settings(run: Run, *, languages: tuple[str, ...]) -> RouterSettings:
     """Return what the doctor needs of the config for causes and advice."""
-    moe = _mixture(run)
+    moe = _first_moe(run)
     if moe is None:
         return RouterSettings(languages)
     limit = moe.limit
@@ -157,7 +157,7 @@ def doctor_setting(run: Run, *, languages: tuple[str, ...]) -> RouterSettings:
     )
 
 
-def _zeros(run: Run, *, languages: int, device: torch.device) -> dict[str, Tensor]:
+def _zero_counts(run: Run, *, languages: int, device: torch.device) -> dict[str, Tensor]:
     """Return empty counts of every layer with experts: a rank may hold some of them alone."""
     found: dict[str, Tensor] = {}
     for side, stack in (("encoder", run.model.encoder), ("decoder", run.model.decoder)):
@@ -170,11 +170,11 @@ def _zeros(run: Run, *, languages: int, device: torch.device) -> dict[str, Tenso
     return found
 
 
-def _in_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+def _sorted_by_layer(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
     """Sort ``edges/encoder.10`` by kind, encoder first, and number: the order people read."""
-    return sorted(tensors.items(), key=lambda item: _place(item[0]))
+    return sorted(tensors.items(), key=lambda item: _layer_sort_key(item[0]))
 
 
-def _place(name: str) -> tuple[bool, list[tuple[bool, int, str]]]:
+def _layer_sort_key(name: str) -> tuple[bool, list[tuple[bool, int, str]]]:
     parts = re.split(r"[/.]", name)
     return "decoder" in parts, [(p.isdigit(), int(p) if p.isdigit() else 0, p) for p in parts]
