@@ -193,7 +193,7 @@ def _both(mixer: Any, edges: Edges, leaves: list[Tensor], back: Tensor) -> list[
     weight = edges.weight.detach().clone().requires_grad_()
     x, up, down = leaves
     given = Edges(edges.token, weight, edges.groups, edges.num_tokens, edges.per_token)
-    out = mixer(x, edges=given, banks=FeedForwardWeights(up, down), activation=SwiGLU())
+    out = mixer(x, edges=given, weights=FeedForwardWeights(up, down), activation=SwiGLU())
     return [out.detach(), *torch.autograd.grad(out, [*leaves, weight], back)]
 
 

@@ -45,7 +45,7 @@ class Shape:
 class SwiGLU:
     """As in ``nn/activation.py``, which needs more packages than the kernels do."""
 
-    kernel = "swiglu"
+    kernel_name = "swiglu"
 
     def __call__(self, x: Tensor, /) -> Tensor:
         gate, value = x.chunk(2, -1)
@@ -115,7 +115,7 @@ def with_mixer(p: Problem, mixer: MoEKernel, *, name: str) -> Side:
     banks = FeedForwardWeights(p.up, p.down)
 
     def forward() -> Tensor:
-        return mixer(p.x, edges=p.edges(), banks=banks, activation=SwiGLU())
+        return mixer(p.x, edges=p.edges(), weights=banks, activation=SwiGLU())
 
     return side(name, forward, p.leaves, p.back)
 

@@ -110,7 +110,7 @@ def meta_pass(tiles: Tiles, shape: Shape, dtype: torch.dtype, *, train: bool) ->
     edges = Edges(torch.empty_like(expert), weight, groups, s.tokens, s.k)
     banks = FeedForwardWeights(leaf(s.experts, s.dim, 2 * s.hidden), leaf(s.experts, s.hidden, s.dim))
     x = leaf(s.tokens, s.dim)
-    out = TritonMoEKernel(tiles=tiles)(x, edges=edges, banks=banks, activation=SwiGLU())
+    out = TritonMoEKernel(tiles=tiles)(x, edges=edges, weights=banks, activation=SwiGLU())
     if train:
         out.backward(torch.empty_like(out))
 

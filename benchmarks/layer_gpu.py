@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from support import machine
+from support import machine_info
 
 SECTIONS = (  # name, seconds below which it is not begun
     ("compile", 60), ("kernels", 20), ("mixer", 20), ("no_wait", 5), ("graph", 10),
@@ -35,7 +35,7 @@ class Run:
     def __init__(self, out: Path, *, seconds: float, rehearse: bool) -> None:
         self.out, self.seconds, self.rehearse = out, seconds, rehearse
         self.began = time.monotonic()
-        self.found: dict[str, Any] = {"machine": machine(), "rehearsal": rehearse}
+        self.found: dict[str, Any] = {"machine": machine_info(), "rehearsal": rehearse}
         out.mkdir(parents=True, exist_ok=True)
         (out / "log").write_text("")
 

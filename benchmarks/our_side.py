@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from random_pairs import CLIP, LR, SHAPE, SMOOTHING, STEPS, WARM, Pair, batches, real_tokens
 
+from moesaic.model.transformer import Transformer
 from moesaic.data.batch import Batch
 from moesaic.dist.world import SingleProcess
 from moesaic.model.config import Stack, ModelConfig
@@ -87,7 +88,7 @@ def main(seed: int, threads: int) -> None:
         steps=WARM + STEPS,
     )
     trainer = Trainer(
-        run, model=run.model.build(), data=Given([padded(b) for b in found]), world=SingleProcess()
+        run, model=Transformer(run.model), data=Given([padded(b) for b in found]), world=SingleProcess()
     )
     for _ in range(WARM):
         trainer.train_step()

@@ -6,14 +6,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moesaic.bench.machine import git_commit, machine
+from moesaic.bench.machine import git_commit, machine_info
 
 
 def stamped(result: dict[str, Any]) -> dict[str, Any]:
     """Return a result with what is needed to repeat it."""
     return {
         **result,
-        "machine": machine(),
+        "machine": machine_info(),
         "commit": git_commit(),
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),

@@ -18,6 +18,6 @@ print("load per expert:", routing.load().tolist())
 
 # An expert takes at most ceil(factor * edges / experts) edges: here 2. The lightest one over that
 # is dropped: it keeps its place in the list and points at expert 4, which there is none of.
-limited = Capacity(factor=0.8, minimum=1, priority=WeightPriority())(routing, gate=gate, ranks=SingleRankBatch())
+limited = Capacity(factor=0.8, minimum=1, priority=WeightPriority())(routing, router=gate, batch_group=SingleRankBatch())
 print("dropped edges:", limited.dropped.nonzero().flatten().tolist())
 print("load per expert:", limited.load().tolist())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moesaic.bench.layer import IMPLEMENTATIONS, LayerBenchmark, run_layer_benchmark, implementation_names
-from moesaic.bench.machine import machine
+from moesaic.bench.machine import machine_info
 from moesaic.bench.problem import UnavailableImplementation, make_workload
 from moesaic.bench.saved import saved_bytes
 from moesaic.bench.shapes import LAYER_SHAPES, LayerShape
@@ -79,6 +79,6 @@ def test_ours_keeps_less_than_the_composed_path():
 
 
 def test_the_machine_says_what_it_is():
-    found = machine()
+    found = machine_info()
     assert found["cores"] >= 1
     assert found["torch"].startswith(torch.__version__.partition("+")[0])

@@ -125,7 +125,7 @@ def _batches(number: int, *, rank: int = 0, world: int = 1) -> list[Batch]:
 
 def _built(config: ModelConfig) -> Transformer:
     torch.manual_seed(0)
-    return config.build()
+    return Transformer(config)
 
 
 def _alone(config: ModelConfig, *, micro_batches: int) -> Alike:

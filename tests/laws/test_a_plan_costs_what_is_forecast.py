@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as distributed
 
+from moesaic.model.transformer import Transformer
 from moesaic.dist.local import local_tensor
 from moesaic.dist.mesh import Mesh
 from moesaic.dist.wire import CommunicationCounter
@@ -73,7 +74,7 @@ def _step() -> dict[str, tuple[list[int], Lines, list[int], Lines]]:
     """Take a step under every plan; return what was held and sent, and what was forecast."""
     rank, found = distributed.get_rank(), {}
     for name, (config, laid) in REAL.items():
-        model = with_round_robin_routing(config).build()
+        model = Transformer(with_round_robin_routing(config))
         plan = laid.plan.resolve(4)
         mesh = Mesh(plan, rank=rank, device=torch.device("cpu"), expert_counts=expert_counts(model))
         spread = parallelize_on_mesh(model, parallel=laid, mesh=mesh)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model.samples import BASE, VARIANTS, ids
+from moesaic.model.transformer import Transformer
 from moesaic.model.generate import generate
 from moesaic.model.search import Beam, Greedy
 from moesaic.moe.config import MoE
@@ -22,7 +23,7 @@ CAPPED = BASE.replace(moe=MoE(experts=4, limit=Capacity(factor=0.5, minimum=0)))
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("name", [*VARIANTS, "capped-in-training"])
 def test_batched_decoding_equals_one_by_one(name, search):
-    model = (VARIANTS | {"capped-in-training": CAPPED})[name].build()
+    model = Transformer((VARIANTS | {"capped-in-training": CAPPED})[name])
     source = ids(5, LENGTHS, width=9)
     tag = torch.tensor([5, 6, 7, 5, 8])
     settings = {"search": SEARCHES[search]}

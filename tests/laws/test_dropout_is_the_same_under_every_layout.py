@@ -79,7 +79,7 @@ def test_another_draw_of_the_same_rows_drops_others() -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_nothing_draws_from_the_stream_of_a_rank(name: str) -> None:
     config = VARIANTS[name].replace(dropout=0.3)
-    model, batch = config.build(), batch_for(config)
+    model, batch = Transformer(config), batch_for(config)
     before = torch.get_rng_state()
     output = model(batch)
     losses = [loss for record in output.records for loss in record.losses.values()]

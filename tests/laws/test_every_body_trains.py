@@ -36,7 +36,7 @@ def _losses(model: Transformer, *, optimizer: Optimizer, precision: Precision) -
 @pytest.mark.parametrize("body", BODIES)
 def test_every_body_trains(body, decoder_only):
     config = tiny_model_config(moe=BODIES[body])
-    model = (config.replace(encoder=Stack(layers=0)) if decoder_only else config).build()
+    model = Transformer(config.replace(encoder=Stack(layers=0)) if decoder_only else config)
     losses = _losses(model, optimizer=AdamW(lr=0.01), precision=Float32())
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 0.2
@@ -46,7 +46,7 @@ def test_every_body_trains(body, decoder_only):
 @pytest.mark.parametrize("keys", ["own", "shared"])
 def test_attention_experts_train(keys, block):
     experts = MixtureOfAttention(experts=3, key_values=keys)
-    model = tiny_model_config().replace(attention_experts=experts, block=block).build()
+    model = Transformer(tiny_model_config().replace(attention_experts=experts, block=block))
     before = model.decoder[0].self_attention.inner.gate.weight.detach().clone()
     losses = _losses(model, optimizer=Muon(lr=0.01), precision=Float32())
     assert losses[-1] < losses[0] - 0.1
@@ -55,6 +55,6 @@ def test_attention_experts_train(keys, block):
 
 @pytest.mark.parametrize("body", BODIES)
 def test_every_body_trains_in_half_precision_with_muon(body):
-    model = tiny_model_config(moe=BODIES[body]).build()
+    model = Transformer(tiny_model_config(moe=BODIES[body]))
     losses = _losses(model, optimizer=Muon(lr=0.01), precision=BFloat16())
     assert losses[-1] < losses[0] - 0.1

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model.samples import NONE, SPARSELY
+from moesaic.model.transformer import Transformer
 from moesaic.moe.bodies.soft import SoftMoE
 from moesaic.moe.config import MoE
 from moesaic.moe.selects.expert_choice import ExpertChoice
@@ -39,7 +40,7 @@ def test_a_rule_learns_a_batch_by_heart(name):
 @pytest.mark.parametrize("name", SPARSELY)
 def test_a_rule_writes_and_learns_without_an_encoder(name):
     config = tiny_model_config(moe=SPARSELY[name]).replace(encoder=NONE)
-    model = config.build()
+    model = Transformer(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     batch = random_batch(8, seed=2)
     losses = []

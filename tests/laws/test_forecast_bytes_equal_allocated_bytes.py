@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from model.samples import BASE, VARIANTS
+from moesaic.model.transformer import Transformer
 from moesaic.data.batch import Batch
 from moesaic.model.config import Stack, ModelConfig
 from moesaic.model.count import BatchDims
@@ -40,14 +41,14 @@ WIDE = {  # large enough that what is kept per token outweighs bookkeeping
 def test_forecast_bytes_equal_allocated_bytes(name):
     config = preset(name).config
     with torch.device("meta"):
-        model = config.build()
+        model = Transformer(config)
     allocated = sum(p.numel() * p.element_size() for p in model.parameters())
     assert estimate_training_memory(config, sizes=BatchDims()).weights == allocated
 
 
 def kept_bytes(config: ModelConfig, batch: Batch) -> int:
     """Bytes of the distinct storages that autograd keeps, weights left out."""
-    model = config.build()
+    model = Transformer(config)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 

@@ -1,5 +1,6 @@
 """Law: padding changes no state, no loss, no gradient and no routing."""
 
+from moesaic.model.transformer import Transformer
 import pytest
 import torch
 
@@ -8,7 +9,7 @@ from model.samples import VARIANTS, batch_for, padded
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_padding_changes_nothing(name):
-    model = VARIANTS[name].build()
+    model = Transformer(VARIANTS[name])
     batch = batch_for(VARIANTS[name])
     found = []
     for one in (batch, padded(batch, 5)):

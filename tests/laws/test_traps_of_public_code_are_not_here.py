@@ -7,6 +7,7 @@ import torch
 
 from model.samples import BASE, batch_for, padded
 from moe.variants import DIM, EXPERTS, layer
+from moesaic.model.transformer import Transformer
 from moesaic.moe.balance import RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.context import RouterState, TokenContext
@@ -56,7 +57,7 @@ def test_capacity_counts_the_tokens_of_all_ranks(priority):
     limit = Capacity(factor=0.7, minimum=0, priority=priority)
     logits = torch.randn(40, EXPERTS) + torch.linspace(2, 0, 40)[:, None] * torch.eye(EXPERTS)[0]
     gate = RouterContext.from_logits(logits, training=True)
-    whole = limit(TopK(k=2)(gate), gate=gate, ranks=SingleRankBatch())
+    whole = limit(TopK(k=2)(gate), router=gate, batch_group=SingleRankBatch())
     kept = []
     parts = [slice(0, 31), slice(31, 40)]  # very unequal: local counts would drop others
     gates = [RouterContext(logits[part], _some(gate.context, part), training=True) for part in parts]
@@ -67,7 +68,7 @@ def test_capacity_counts_the_tokens_of_all_ranks(priority):
         sent.append(torch.cat([routing.expert[:, None], key], 1))
     for number, each in enumerate(gates):
         ranks = Shared(sent[1 - number], first=number == 0)
-        kept.append(limit(TopK(k=2)(each), gate=each, ranks=ranks).expert)
+        kept.append(limit(TopK(k=2)(each), router=each, batch_group=ranks).expert)
     assert torch.equal(torch.cat(kept), whole.expert)
     assert 0 < whole.dropped.sum() < 80
 
@@ -83,7 +84,7 @@ def test_top_p_takes_one_expert_of_a_certain_token_and_never_all_by_an_empty_mas
 
 
 def test_a_balance_loss_never_counts_padding():
-    model = BASE.replace(moe=BASE.moe.replace(balance=(SwitchBalance(), RouterZLoss()))).build()
+    model = Transformer(BASE.replace(moe=BASE.moe.replace(balance=(SwitchBalance(), RouterZLoss()))))
     batch = batch_for(BASE)
     tight, loose = model(batch).records, model(padded(batch, 50)).records
     for here, there in zip(tight, loose, strict=True):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model.samples import BASE, NONE, batch_for
+from moesaic.model.transformer import Transformer
 from moesaic.model.arrangement import ParallelResidual, SequentialResidual
 from moesaic.model.count import count_parameters
 from moesaic.moe.attention import MixtureOfAttention
@@ -32,7 +33,7 @@ def _seen(model, block):
 
 
 def test_a_parallel_block_adds_all_branches_of_one_norm():
-    model = DENSE.replace(encoder=NONE, block=ParallelResidual()).build()
+    model = Transformer(DENSE.replace(encoder=NONE, block=ParallelResidual()))
     seen = _seen(model, model.decoder[0])
     (stream,), _, after = seen["block"]
     _, _, attention = seen["self_attention.inner"]
@@ -44,7 +45,7 @@ def test_a_parallel_block_adds_all_branches_of_one_norm():
 
 
 def test_a_serial_block_feeds_each_branch_what_the_one_before_wrote():
-    model = DENSE.replace(encoder=NONE).build()
+    model = Transformer(DENSE.replace(encoder=NONE))
     block = model.decoder[0]
     seen = _seen(model, block)
     (stream,), _, after = seen["block"]
@@ -55,7 +56,7 @@ def test_a_serial_block_feeds_each_branch_what_the_one_before_wrote():
 
 
 def test_a_source_is_looked_at_from_the_same_norm():
-    model = DENSE.replace(block=ParallelResidual()).build()
+    model = Transformer(DENSE.replace(block=ParallelResidual()))
     seen = _seen(model, model.decoder[0])
     (stream,), _, after = seen["block"]
     added = [seen[f"{b}.inner"][2] for b in ("self_attention", "cross_attention", "feed_forward")]

@@ -3,8 +3,9 @@
 import pytest
 
 from model.samples import BASE, VARIANTS
+from moesaic.model.transformer import Transformer
 from moesaic.core.errors import ConfigError
-from moesaic.model.blueprint import Stack
+from moesaic.model.config import Stack
 from moesaic.model.config import ModelConfig
 from moesaic.model.count import count_parameters
 from moesaic.moe.bodies.memory import ProductKeyMemory
@@ -50,7 +51,7 @@ def test_a_pyramid_gives_each_sparse_block_its_own_number_of_experts():
     config = BASE.replace(encoder=pyramid, moe=MoE(experts=3, select=SwitchTop1()))
     counts = [config.routed_moe_of_layer(pyramid, layer=layer) for layer in range(4)]
     assert [moe.experts if moe else 0 for moe in counts] == [0, 2, 0, 8]
-    assert count_parameters(config).total == sum(p.numel() for p in config.build().parameters())
+    assert count_parameters(config).total == sum(p.numel() for p in Transformer(config).parameters())
 
 
 def test_the_first_blocks_may_stay_dense():
@@ -59,7 +60,7 @@ def test_the_first_blocks_may_stay_dense():
     config = BASE.replace(decoder=Stack(layers=4, moe_every=1, first_dense_layers=2, experts_per_layer=(2, 5)))
     counts = [config.routed_moe_of_layer(config.decoder, layer=layer) for layer in range(4)]
     assert [moe.experts if moe else 0 for moe in counts] == [0, 0, 2, 5]
-    assert count_parameters(config).total == sum(p.numel() for p in config.build().parameters())
+    assert count_parameters(config).total == sum(p.numel() for p in Transformer(config).parameters())
 
 
 def test_a_memory_stands_where_experts_would_but_is_no_mixture():

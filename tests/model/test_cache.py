@@ -1,5 +1,6 @@
 """Reordering a cache moves everything a hypothesis has seen."""
 
+from moesaic.model.transformer import Transformer
 import pytest
 import torch
 
@@ -8,7 +9,7 @@ from model.samples import BASE, VARIANTS, ids
 
 @pytest.mark.parametrize("name", ["rotary-top2", "only-tag", "decoupled"])
 def test_reordered_rows_go_on_as_if_they_had_been_there(name):
-    model = VARIANTS[name].build().eval()
+    model = Transformer(VARIANTS[name]).eval()
     source, prefix = ids(3, [4, 2, 3], width=4), ids(3, [3, 3, 3], width=3)
     order = torch.tensor([2, 0, 0])
     moved = model.init_cache(model.encode(source), torch.arange(3))
@@ -22,7 +23,7 @@ def test_reordered_rows_go_on_as_if_they_had_been_there(name):
 
 
 def test_a_cache_can_drop_rows():
-    model = BASE.build().eval()
+    model = Transformer(BASE).eval()
     cache = model.init_cache(model.encode(ids(3, [4, 2, 3], width=4)), torch.arange(3))
     model.step(torch.full((3, 1), 9), cache)
     cache.reorder(torch.tensor([1]))

@@ -6,6 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.samples import BASE, VARIANTS, VOCABULARY
+from moesaic.model.transformer import Transformer
 from moesaic.data.batch import Batch
 from moesaic.model.config import Stack
 from moesaic.model.count import BatchDims, count_parameters
@@ -21,7 +22,7 @@ from moesaic.nn.feed_forward import FeedForwardConfig
 @pytest.mark.parametrize("name", VARIANTS)
 def test_parameters_are_counted_exactly_in_total_and_by_kind(name):
     config = VARIANTS[name]
-    model, counted = config.build(), count_parameters(config)
+    model, counted = Transformer(config), count_parameters(config)
     assert counted.total == sum(p.numel() for p in model.parameters())
     kinds = dict.fromkeys(counted.kinds, 0)
     for parameter, kind in model.parameter_kinds().items():
@@ -47,7 +48,7 @@ def test_forward_flops_agree_with_torch(encoder):
     source = torch.randint(5, VOCABULARY, (3, sizes.source))
     target = torch.randint(5, VOCABULARY, (3, sizes.target))
     zero = torch.zeros(3, dtype=torch.long)
-    model = config.build()
+    model = Transformer(config)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model.logits(model(Batch(source, target, target, zero, zero, zero, zero)).hidden)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model.samples import VARIANTS, ids
+from moesaic.model.transformer import Transformer
 from moesaic.model.generate import append_tag, generate
 from moesaic.model.search import Beam, Greedy
 
@@ -12,7 +13,7 @@ TAG = torch.tensor([6, 7])
 
 @pytest.mark.parametrize("name", ["rotary-top2", "decoder-only"])
 def test_the_greedy_answer_is_the_argmax_of_full_forward_passes(name):
-    model = VARIANTS[name].build().eval()
+    model = Transformer(VARIANTS[name]).eval()
     source = ids(2, [4, 2], width=4)
     answers = generate(model, source, tag=TAG, search=Greedy(), max_tokens=6)
     for row in range(2):
@@ -31,7 +32,7 @@ def test_the_greedy_answer_is_the_argmax_of_full_forward_passes(name):
 
 
 def test_forbidden_ids_are_not_said():
-    model = VARIANTS["rotary-top2"].build()
+    model = Transformer(VARIANTS["rotary-top2"])
     source = ids(2, [4, 2], width=4)
     free = generate(model, source, tag=TAG, max_tokens=8)
     said = {token for (best,) in free for token in best.ids}
@@ -41,13 +42,13 @@ def test_forbidden_ids_are_not_said():
 
 
 def test_the_mode_of_the_model_is_restored_and_nothing_needs_gradients():
-    model = VARIANTS["rotary-top2"].build().train()
+    model = Transformer(VARIANTS["rotary-top2"]).train()
     generate(model, ids(2, [4, 2], width=4), tag=TAG, search=Beam(size=2), max_tokens=3)
     assert model.training
 
 
 def test_no_sources_have_no_answers():
-    model = VARIANTS["rotary-top2"].build()
+    model = Transformer(VARIANTS["rotary-top2"])
     none = torch.empty(0, 3, dtype=torch.long)
     assert generate(model, none, tag=torch.empty(0, dtype=torch.long)) == []
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model.samples import VARIANTS
+from moesaic.model.transformer import Transformer
 from moesaic.model.config import InitConfig, Stack, ModelConfig
 from moesaic.moe.bodies.lora import LoRAExpert
 from moesaic.moe.bodies.memory import ProductKeyMemory
@@ -40,13 +41,13 @@ WANTED = {
 
 
 def test_every_kind_starts_with_its_standard_deviation():
-    model = CONFIG.build()
+    model = Transformer(CONFIG)
     for name, std in WANTED.items():
         assert float(model.get_parameter(name).detach().std()) == pytest.approx(std, rel=0.08), name
 
 
 def test_gains_start_at_one_and_biases_at_zero():
-    model = CONFIG.build()
+    model = Transformer(CONFIG)
     for name, kind in model.parameter_kinds().items():
         if kind in ("norm", "bias"):
             assert (model.get_parameter(name) == (kind == "norm")).all(), name
@@ -54,7 +55,7 @@ def test_gains_start_at_one_and_biases_at_zero():
 
 def test_stated_deviations_are_taken():
     init = InitConfig(std=0.02, embedding_std=0.3, router_std=0.5, scale_by_depth=False)
-    model = CONFIG.replace(init=init).build()
+    model = Transformer(CONFIG.replace(init=init))
     assert float(model.embedding.weight.detach().std()) == pytest.approx(0.3, rel=0.05)
     for name, std in (("router.gate.weight", 0.5), ("experts.down", 0.02), ("experts.up", 0.02)):
         found = model.get_parameter(f"encoder.1.feed_forward.inner.{name}")
@@ -63,7 +64,7 @@ def test_stated_deviations_are_taken():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_parameter_has_a_kind_that_fits_its_shape(name):
-    model = VARIANTS[name].build()
+    model = Transformer(VARIANTS[name])
     kinds = model.parameter_kinds()
     assert list(kinds) == [n for n, _ in model.named_parameters()]
     dims = {"embedding": (2,), "norm": (1,), "matrix": (2,), "expert": (2, 3), "router": (2,)}
@@ -72,7 +73,7 @@ def test_every_parameter_has_a_kind_that_fits_its_shape(name):
 
 
 def test_a_fresh_model_predicts_about_evenly():
-    model = CONFIG.build()
+    model = Transformer(CONFIG)
     hidden = model.decoder_norm(torch.randn(50, DIM))
     entropy = torch.distributions.Categorical(logits=model.logits(hidden)).entropy().mean()
     assert entropy > 0.85 * torch.log(torch.tensor(512.0))
@@ -80,7 +81,7 @@ def test_a_fresh_model_predicts_about_evenly():
 
 def test_a_memory_starts_as_loud_as_the_feed_forward_beside_it():
     config = CONFIG.replace(moe=ProductKeyMemory(keys_per_side=64, slots=16))
-    layer = config.build().encoder[1].feed_forward.inner
+    layer = Transformer(config).encoder[1].feed_forward.inner
     with torch.no_grad():
         x = torch.randn(400, DIM)
         loud = float(layer.recall(x).std() / layer.always(x).std())
@@ -89,7 +90,7 @@ def test_a_memory_starts_as_loud_as_the_feed_forward_beside_it():
 
 def test_a_module_has_the_last_word_on_how_its_parameters_start():
     moe = MoE(experts=4, expert=LoRAExpert(rank=8), shared_experts=ResidualExpert())
-    model = CONFIG.replace(moe=moe).build()
+    model = Transformer(CONFIG.replace(moe=moe))
     kinds = model.parameter_kinds()
     inner = "encoder.1.feed_forward.inner."
     assert not model.get_parameter(inner + "experts.up_b").any()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moesaic.model.transformer import Transformer
 from moesaic.core.errors import UserError
 from moesaic.model.count import count_parameters
 from moesaic.model.presets import PRESETS, preset
@@ -13,7 +14,7 @@ def test_a_preset_builds_on_the_meta_device_as_counted(name):
     made = preset(name)
     assert made.source
     with torch.device("meta"):
-        model = made.config.build()
+        model = Transformer(made.config)
     assert all(p.is_meta for p in model.parameters())
     assert sum(p.numel() for p in model.parameters()) == count_parameters(made.config).total
 

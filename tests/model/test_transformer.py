@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model.samples import BASE, VARIANTS, batch_for
+from moesaic.model.transformer import Transformer
 from moesaic.data.batch import PAD
 from moesaic.optim.optimizer import AdamW
 
@@ -14,7 +15,7 @@ from moesaic.optim.optimizer import AdamW
 def test_output_holds_the_predicted_positions_in_row_major_order(name):
     config = VARIANTS[name]
     batch = batch_for(config)
-    output = config.build()(batch)
+    output = Transformer(config)(batch)
     real = batch.target_out != PAD
     assert torch.equal(output.label, batch.target_out[real])
     assert torch.equal(output.row, real.nonzero()[:, 0])
@@ -23,7 +24,7 @@ def test_output_holds_the_predicted_positions_in_row_major_order(name):
 
 def test_records_name_their_layers_and_count_real_tokens_only():
     batch = batch_for(BASE)
-    records = BASE.build()(batch).records
+    records = Transformer(BASE)(batch).records
     assert [r.layer for r in records] == ["encoder.1", "decoder.0", "decoder.1"]
     assert records[0].routing.num_tokens == int((batch.source != PAD).sum())
     assert records[1].routing.num_tokens == int((batch.target_in != PAD).sum())
@@ -32,7 +33,7 @@ def test_records_name_their_layers_and_count_real_tokens_only():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_parameter_gets_a_gradient(name):
-    model = VARIANTS[name].build()
+    model = Transformer(VARIANTS[name])
     output = model(batch_for(VARIANTS[name]))
     losses = [term for record in output.records for term in record.losses.values()]
     (model.loss(output, smoothing=0.1).total + sum(losses)).backward()
@@ -47,7 +48,7 @@ def test_every_parameter_gets_a_gradient(name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_steps_with_a_cache_equal_the_forward_pass(name):
     config = VARIANTS[name]
-    model, batch = config.build().eval(), batch_for(config)
+    model, batch = Transformer(config).eval(), batch_for(config)
     rows = torch.arange(batch.rows)
     says = torch.where(batch.target_in != PAD, 7, PAD)  # every position is scored
     whole = type(batch)(batch.source, batch.target_in, says, rows, rows, rows, rows)
@@ -69,7 +70,7 @@ def test_steps_with_a_cache_equal_the_forward_pass(name):
 def test_it_learns_a_batch_by_heart(name):
     torch.manual_seed(1)
     config = VARIANTS[name]
-    model, batch = config.build(), batch_for(config)
+    model, batch = Transformer(config), batch_for(config)
     optimizer = AdamW(lr=1e-2).build(model.named_parameters(), kinds=model.parameter_kinds())
     first = last = 0.0
     for step in range(40):
@@ -83,7 +84,7 @@ def test_it_learns_a_batch_by_heart(name):
 
 
 def test_bfloat16_autocast_is_near_float32():
-    model, batch = BASE.build().eval(), batch_for(BASE)
+    model, batch = Transformer(BASE).eval(), batch_for(BASE)
     plain = model.loss(model(batch)).total
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(batch)
@@ -94,7 +95,7 @@ def test_bfloat16_autocast_is_near_float32():
 
 
 def test_dropout_acts_in_training_only():
-    model, batch = BASE.replace(dropout=0.5).build(), batch_for(BASE)
+    model, batch = Transformer(BASE.replace(dropout=0.5)), batch_for(BASE)
     other = replace(batch, key=batch.key + 1)
     assert torch.equal(model(batch).hidden, model(batch).hidden)
     assert not torch.equal(model(batch).hidden, model(other).hidden)
@@ -105,13 +106,13 @@ def test_dropout_acts_in_training_only():
 def test_a_row_without_a_source_is_still_finite():
     batch = batch_for(BASE)
     batch.source[1] = PAD
-    output = BASE.build()(batch)
+    output = Transformer(BASE)(batch)
     assert output.hidden.isfinite().all()
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_batch_without_rows_gives_zero_loss_and_zero_gradients(name):
-    model, batch = VARIANTS[name].build(), batch_for(VARIANTS[name])
+    model, batch = Transformer(VARIANTS[name]), batch_for(VARIANTS[name])
     fields = (batch.source, batch.target_in, batch.target_out)
     labels = (batch.task, batch.source_language, batch.target_language, batch.key)
     output = model(type(batch)(*(t[:0] for t in fields), *(t[:0] for t in labels)))

@@ -26,7 +26,7 @@ def _limited(limit, routing, *, training, key=0):
         TokenContext.unbatched(routing.num_tokens), row_key=torch.full((routing.num_tokens,), key)
     )
     gate = RouterContext(torch.zeros(routing.num_tokens, E), context, training)
-    return limit(routing, gate=gate, ranks=SingleRankBatch())
+    return limit(routing, router=gate, batch_group=SingleRankBatch())
 
 
 def _to_one_expert(tokens, weight=None):
@@ -121,5 +121,5 @@ def test_spare_experts_take_any_number():
     expert = torch.tensor([[3], [3], [3], [3], [0], [0], [0], [0]])  # the last one costs nothing
     routing = Routing.from_topk(torch.ones(8, 1), expert=expert, num_experts=E)
     gate = RouterContext(torch.zeros(8, E), TokenContext.unbatched(8), training=True, num_null_experts=1)
-    after = Capacity(factor=1.0, minimum=0)(routing, gate=gate, ranks=SingleRankBatch())
+    after = Capacity(factor=1.0, minimum=0)(routing, router=gate, batch_group=SingleRankBatch())
     assert after.load().tolist() == [2, 0, 0, 4]

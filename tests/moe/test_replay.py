@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moesaic.model.transformer import Transformer
 from moesaic.core.errors import UserError
 from moesaic.moe.config import MoE
 from moesaic.moe.layer import moe_layers
@@ -16,7 +17,7 @@ BATCH = random_batch(3, seed=0)
 
 def model(seed: int, *, experts: int = 4):
     torch.manual_seed(seed)
-    return tiny_model_config(moe=MoE(experts=experts, select=TopK(k=2))).build().eval()
+    return Transformer(tiny_model_config(moe=MoE(experts=experts, select=TopK(k=2)))).eval()
 
 
 def recorded(made):

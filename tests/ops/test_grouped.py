@@ -31,7 +31,7 @@ def _run(compute, expert, activation, *, bias, **options):
     biases = (leaf(E, activation.width(HIDDEN)), leaf(E, D)) if bias else ()
     groups = group_by_expert(expert, num_experts=E)
     banks = FeedForwardWeights(up, down, *biases)
-    out = compute(rows, banks=banks, groups=groups, activation=activation, **options)
+    out = compute(rows, weights=banks, groups=groups, activation=activation, **options)
     leaves = [rows, up, down, *biases]
     loss = out.square().sum() + 0 * rows.sum()  # in the graph even if no row has an expert
     grads = torch.autograd.grad(loss, leaves, allow_unused=True)

@@ -20,7 +20,7 @@ def test_a_composed_mixture_is_the_sum_over_edges(engine, per_token):
     weight = torch.where(expert == E, 0.0, torch.rand(T * K))
     x, up, down = torch.randn(T, D), torch.randn(E, D, F), torch.randn(E, F, D)
     edges = Edges(token, weight, group_by_expert(expert, num_experts=E), T, per_token)
-    got = UnfusedMoEKernel(GROUPED_GEMMS[engine])(x, edges=edges, banks=FeedForwardWeights(up, down), activation=ReLU())
+    got = UnfusedMoEKernel(GROUPED_GEMMS[engine])(x, edges=edges, weights=FeedForwardWeights(up, down), activation=ReLU())
     want = torch.zeros(T, D)
     for t, e, w in zip(token.tolist(), expert.tolist(), weight.tolist(), strict=True):
         if e < E:

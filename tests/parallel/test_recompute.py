@@ -38,7 +38,7 @@ MIXTURES = {
 
 def _model(moe: MoE, by: ActivationCheckpointing, *, dropout: float = 0.0) -> Transformer:
     torch.manual_seed(0)
-    model = tiny_model_config(moe=moe, layers=2).replace(dropout=dropout).build()
+    model = Transformer(tiny_model_config(moe=moe, layers=2).replace(dropout=dropout))
     apply_activation_checkpointing(model, by=by)
     return model
 

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from moesaic.model.transformer import Transformer
 from moesaic.core.errors import ConfigError
 from moesaic.model.config import Stack, ModelConfig
 from moesaic.model.count import BatchDims, count_parameters
@@ -106,7 +107,7 @@ VARIANTS = {
 
 def _built(config: ModelConfig) -> torch.nn.Module:
     torch.manual_seed(0)
-    return config.build()
+    return Transformer(config)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -144,7 +145,7 @@ def test_a_tied_table_is_held_where_tokens_enter_and_where_they_are_scored() -> 
 
 
 def test_a_part_that_is_elsewhere_says_so_when_it_is_asked() -> None:
-    model = CONFIG.build()
+    model = Transformer(CONFIG)
     _stages(CONFIG, schedule=GPipe()).remove_other_stages(model, rank=1)
     with pytest.raises(RuntimeError, match=r"encoder\.0 is held by another rank"):
         model.forward_blocks(random_batch(2, seed=0), blocks=BlockRange.all_blocks(CONFIG))

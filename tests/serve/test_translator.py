@@ -2,6 +2,7 @@ import pytest
 import torch
 import yaml
 
+from moesaic.model.transformer import Transformer
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.checkpoint.tensors import write_tensors
 from moesaic.core.errors import CheckpointError, DataError
@@ -47,7 +48,7 @@ def run(request, tmp_path_factory, tokenizer):
     config = _config(request.param)
     plain = {"name": "tiny", "model": config.to_dict(), "loader": {"max_source": 12, "max_target": 9}}
     folder = RunDir.create(path, config_yaml=yaml.safe_dump(plain))
-    model = config.build()
+    model = Transformer(config)
     torch.nn.init.normal_(model.embedding.weight, std=1.0)  # decisive logits: no near ties
     write_tensors(folder.model, tensors=export_weights(model))
     tokenizer.save(folder.tokenizer)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moesaic.bench import ours, rivals
-from moesaic.bench.machine import git_commit, machine
+from moesaic.bench.machine import git_commit, machine_info
 from moesaic.bench.problem import UnavailableImplementation, Implementation, Passes, LayerWorkload, Skew, make_workload
 from moesaic.bench.saved import saved_bytes
 from moesaic.bench.shapes import LayerShape
@@ -53,7 +53,7 @@ class LayerBenchmark:
 def run_layer_benchmark(benchmark: LayerBenchmark) -> dict[str, Any]:
     """Measure, and return everything that the table is made of, as plain values."""
     names = implementation_names(benchmark)
-    about = machine()
+    about = machine_info()
     with _torch_threads(benchmark.threads):
         problem = make_workload(benchmark.shape, passes=benchmark.passes, skew=benchmark.skew)
         problem = problem.to(benchmark.dtype)

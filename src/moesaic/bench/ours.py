@@ -99,7 +99,7 @@ class _ExpertsWithKernel(GroupedExperts):
         self.kernel = kernel
 
     def mix(self, x: Tensor, *, edges: Edges) -> Tensor:
-        return self.kernel(x, edges=edges, banks=self.weights, activation=self.activation)
+        return self.kernel(x, edges=edges, weights=self.weights, activation=self.activation)
 
 
 def _moe_layer(name: str, workload: LayerWorkload, *, kernel: MoEKernel) -> Implementation:

@@ -48,7 +48,7 @@ def inspect(
 
 
 @app.command("diff")
-def diff_checkpoints(
+def diff(
     path: CheckpointPath,
     other: CheckpointPath,
     *,

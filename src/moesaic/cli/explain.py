@@ -9,7 +9,7 @@ from rich.table import Table
 
 from moesaic.cli.common import JsonOption, SetOption, UseOption, print_result, import_user_files, command_app
 from moesaic.core.units import show_bytes, show_count, show_flops
-from moesaic.model.blueprint import ModelConfig
+from moesaic.model.config import ModelConfig
 from moesaic.model.count import ParameterCount, BatchDims, count_parameters
 from moesaic.model.footprint import estimate_training_memory
 from moesaic.model.presets import PRESETS, preset

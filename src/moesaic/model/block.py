@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from moesaic.core.shapes import Bool, Float, Int, Tensor
-from moesaic.model.blueprint import ModelConfig, Stack
+from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.cache import EncoderOutput
 from moesaic.model.dropout import Dropout
 from moesaic.moe.attention import SelfAttentionModule

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from moesaic.model.blueprint import ModelConfig, Stack
+from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.experts import ExpertShape
 from moesaic.moe.gates import LayerIndex

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moesaic.model.blueprint import ModelConfig, Stack
+from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.count import BatchDims, count_parameters
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.experts import ExpertShape

@@ -5,7 +5,7 @@ from typing import Literal, cast
 import torch
 from torch import nn
 
-from moesaic.model.blueprint import ModelConfig, InitConfig
+from moesaic.model.config import ModelConfig, InitConfig
 from moesaic.moe.experts import ExpertModule
 from moesaic.moe.router import Router
 from moesaic.nn.embedding import Embedding
@@ -25,7 +25,7 @@ def parameter_kinds(model: nn.Module) -> dict[str, ParameterKind]:
     routers += ("encoder_routing.", "decoder_routing.")  # what routers of a stack share
     said = {name: start.kind for name, start in custom_initializers(model).items() if start.kind}
     return {
-        name: cast("Kind", said[name])
+        name: cast("ParameterKind", said[name])
         if name in said
         else _kind_of(*owners[name], routes=name.startswith(routers))
         for name, _ in model.named_parameters()

@@ -11,7 +11,7 @@ state, E experts.
 from dataclasses import dataclass
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.model.blueprint import ModelConfig, Stack
+from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.config import MoE
 from moesaic.moe.gates import RouterStateWidths
 

@@ -14,7 +14,7 @@ from torch import nn
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.data.batch import PAD, Batch
 from moesaic.model.block import DecoderBlock, EncoderBlock, Records, BlockState, ForwardContext
-from moesaic.model.blueprint import ModelConfig, Stack
+from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.cache import KVCache, EncoderOutput
 from moesaic.model.dropout import Dropout
 from moesaic.model.init import ParameterKind, initialize_weights, parameter_kinds

@@ -161,7 +161,7 @@ class FunctionalExperts:
     def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
         x = as_autocast(x)
         mixer = select_moe_kernel(x, activation=self.activation)
-        return mixer(x, edges=edges, banks=self.weights, activation=self.activation)
+        return mixer(x, edges=edges, weights=self.weights, activation=self.activation)
 
     def in_one_call(
         self, x: Float[Tensor, "T D"], *, function: Callable[[Tensor, Any], Tensor]

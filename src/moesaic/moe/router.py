@@ -66,7 +66,7 @@ class Router(nn.Module):
             )
             gate = gate.with_state(self.rule_state("select"))
             chosen = rules.select(gate)
-            limited = rules.limit(chosen, gate=gate, ranks=batch_group)
+            limited = rules.limit(chosen, router=gate, batch_group=batch_group)
             routing = rules.select.renormalise(limited)
             sums = self._stats_vector(scored.logits, chosen=chosen, limited=limited, batch_group=batch_group)
             losses = self._losses(gate, chosen=chosen, stats_vector=sums, batch_group=batch_group)

@@ -130,16 +130,16 @@ class PaddedBMM:
 
     name = "padded_bmm"
 
-    def apply(
-        self, rows: Float[Tensor, "R D"], bank: Float[Tensor, "E D F"], *, groups: RowGroups
+    def matmul(
+        self, rows: Float[Tensor, "R D"], weight: Float[Tensor, "E D F"], *, groups: RowGroups
     ) -> Float[Tensor, "R F"]:
         slots, live = _slots(groups)
         padded = _into_slots(rows, slots=slots, groups=groups)
-        out = rows.new_zeros(rows.shape[0], bank.shape[-1])
-        out[:live] = torch.bmm(padded, bank).flatten(0, 1)[slots]
+        out = rows.new_zeros(rows.shape[0], weight.shape[-1])
+        out[:live] = torch.bmm(padded, weight).flatten(0, 1)[slots]
         return out
 
-    def outer(
+    def weight_gradient(
         self, left: Float[Tensor, "R D"], right: Float[Tensor, "R F"], *, groups: RowGroups
     ) -> Float[Tensor, "E D F"]:
         slots, _ = _slots(groups)

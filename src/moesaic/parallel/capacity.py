@@ -7,7 +7,7 @@ never holds fewer bytes, so the most that fit are found by halving, in some fort
 from dataclasses import dataclass
 
 from moesaic.core.errors import UserError
-from moesaic.model.blueprint import ModelConfig, Stack
+from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.count import BatchDims, count_parameters
 from moesaic.moe.config import MoE, SparseLayer
 from moesaic.optim.optimizer import Optimizer

@@ -3,7 +3,7 @@
 from moesaic.core.config import Choice, Config
 from moesaic.dist.collectives import Group
 from moesaic.dist.plan import ParallelPlan
-from moesaic.model.blueprint import ModelConfig
+from moesaic.model.config import ModelConfig
 from moesaic.nn.looking import AttentionBackend
 from moesaic.parallel.deal import TokenSplit as StreamCut
 from moesaic.parallel.deal import contiguous_split, zigzag_split

@@ -17,7 +17,7 @@ from torch import nn
 from moesaic.core.config import Config
 from moesaic.core.errors import UserError
 from moesaic.dist.plan import ParallelPlan
-from moesaic.model.blueprint import ModelConfig, Stack
+from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.count import BatchDims
 from moesaic.model.footprint import activation_bytes
 from moesaic.moe.config import MoE

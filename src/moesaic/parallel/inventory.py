@@ -14,7 +14,7 @@ import torch
 from moesaic.core.errors import ConfigError
 from moesaic.dist.mesh import DATA_CONTEXT_AXES, STAGE_AXES
 from moesaic.dist.plan import RankGrid, ParallelPlan
-from moesaic.model.blueprint import ModelConfig
+from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import Transformer
 from moesaic.parallel.apply import check_parallel
 from moesaic.parallel.config import ParallelConfig, Ulysses

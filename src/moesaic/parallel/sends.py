@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from moesaic.dist.traffic import DispatchedTokens, all_to_all_bytes, expert_tensor_bytes
 from moesaic.dist.world import BUCKET_BYTES
-from moesaic.model.blueprint import Stack
+from moesaic.model.config import Stack
 from moesaic.model.count import BatchDims
 from moesaic.moe.config import MoE
 from moesaic.parallel.cost import tokens_per_rank

@@ -16,7 +16,7 @@ from torch import nn
 
 from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
-from moesaic.model.blueprint import ModelConfig, Stack
+from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.count import BatchDims, count_parameters
 from moesaic.model.leg import BlockRange
 from moesaic.model.transformer import Transformer

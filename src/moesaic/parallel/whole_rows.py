@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from moesaic.model.blueprint import ModelConfig
+from moesaic.model.config import ModelConfig
 from moesaic.moe.config import MoE
 
 

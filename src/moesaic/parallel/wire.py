@@ -14,7 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.model.blueprint import ModelConfig
+from moesaic.model.config import ModelConfig
 from moesaic.model.leg import StageIO, BlockRange, router_state_widths
 from moesaic.moe.gates import RouterStateWidths
 

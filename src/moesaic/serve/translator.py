@@ -92,7 +92,7 @@ class Translator:
         config = _read_config(run)
         if not isinstance(config.get("model"), dict):
             raise CheckpointError(f"{run.config}: it has no model; is it the config of a run?")
-        model = ModelConfig.from_dict(config["model"]).build()
+        model = Transformer(ModelConfig.from_dict(config["model"]))
         _load_weights(model, read_weights(weights, device=device), where=weights)
         loader = config.get("loader")
         known = loader if isinstance(loader, dict) else {}

@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import torch
 
+from moesaic.model.transformer import Transformer
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import PAD, Batch
 from moesaic.data.builders.named import CorpusRecipe
@@ -96,7 +97,7 @@ class TinyStream:
     def state(self) -> dict[str, int]:
         return {"drawn": self.drawn}
 
-    def valid_batches(self, split: str, *, rows: int | None) -> Iterator[Batch]:
+    def held_out_batches(self, split: str, *, rows: int | None) -> Iterator[Batch]:
         del split, rows
         yield shard_batch(random_batch(self._rows, seed=0), rank=self._rank, world_size=self._world)
 
@@ -145,7 +146,7 @@ def tiny_trainer(run: Run, *, world: World | None = None) -> Trainer:
     """Return a trainer on random batches, seeded as a real one is."""
     world = world or SingleProcess()
     torch.manual_seed(run.seed)
-    model = run.model.build()
+    model = Transformer(run.model)
     seed_rank(run.seed, world=world)
     part, parts = run.parallel.plan.resolve(world.size).data_shard(world.rank)
     return Trainer(run, model=model, data=TinyStream(rank=part, world_size=parts), world=world)

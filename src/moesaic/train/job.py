@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from moesaic.model.transformer import Transformer
 from moesaic.checkpoint.load import read_state
 from moesaic.checkpoint.rundir import RunDir
 from moesaic.checkpoint.same_config import config_differences, require_same_config
@@ -101,7 +102,7 @@ def train(
 def make_trainer(run: Run, *, prepared: PreparedData, world: World) -> Trainer:
     """Return a trainer at step 0: the same weights on every rank, random numbers of its own."""
     torch.manual_seed(run.seed)
-    model = run.model.build().to(world.device)
+    model = Transformer(run.model).to(world.device)
     seed_rank(run.seed, world=world)
     data = Loader(
         prepared.shards,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moesaic.model.transformer import Transformer
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
 from moesaic.dist.alike import SimulatedRank, SharedChunks, fake_process_group
@@ -92,7 +93,7 @@ def simulate_step(
     """
     started = time.perf_counter()
     with fake_process_group(world_size, rank=rank), SimulatedRank() as alike:
-        model = with_round_robin_routing(config).build()
+        model = Transformer(with_round_robin_routing(config))
         mesh = Mesh(
             parallel.plan.resolve(world_size),
             rank=rank,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as distributed
 
+from moesaic.model.transformer import Transformer
 from moesaic.core.shapes import Tensor
 from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
 from moesaic.moe.layer import moe_layers
@@ -54,7 +55,7 @@ class TrainingTrace:
 def model_shapes(run: Run) -> ModelShapes:
     """Return what is known of a run's model before it is built."""
     with torch.device("meta"):
-        model = run.model.build()
+        model = Transformer(run.model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     return ModelShapes(shapes, {layer.name: layer.router.config.num_router_outputs + 1 for layer in moe_layers(model)})
 
@@ -85,7 +86,7 @@ def record_run(run: Run, *, parallel: ParallelConfig, shape: SyntheticShape, ste
 
 def _build_trainer(run: Run, *, shape: SyntheticShape, world: World) -> Trainer:
     torch.manual_seed(run.seed)
-    model = run.model.build()
+    model = Transformer(run.model)
     seed_rank(run.seed, world=world)
     part, parts = run.parallel.plan.resolve(world.size).data_shard(world.rank)
     data = UnevenBatches(shape, seed=run.seed, shard=part, num_shards=parts)

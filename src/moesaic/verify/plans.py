@@ -40,7 +40,7 @@ def enumerate_plans(worlds: Iterable[int], *, run: Run) -> PlanSet:
     where it is of consequence, and is as in ``run.parallel`` elsewhere.
     """
     with torch.device("meta"):
-        model = run.model.build()
+        model = Transformer(run.model)
     base = run.parallel
     fit: list[ParallelConfig] = []
     refused: dict[str, list[ParallelConfig]] = {}
@@ -58,7 +58,7 @@ def enumerate_plans(worlds: Iterable[int], *, run: Run) -> PlanSet:
 def sample_plan(world_size: int, *, run: Run, draw: random.Random) -> ParallelConfig | None:
     """Return a plan of ``every`` at random; None if there is none."""
     with torch.device("meta"):
-        model = run.model.build()
+        model = Transformer(run.model)
     plans = list(_plans(world_size))
     draw.shuffle(plans)
     for plan in plans:

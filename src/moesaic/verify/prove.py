@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 
+from moesaic.model.transformer import Transformer
 from moesaic.core.errors import ConfigError
 from moesaic.dist.forked import RankError, run_cases_on_ranks
 from moesaic.parallel.apply import check_parallel
@@ -77,7 +78,7 @@ def plans_up_to(run: Run, *, world_size: int) -> PlanSet:
 def configured_plan(run: Run, *, world_size: int) -> PlanSet:
     """Return the run's own plan for so many ranks."""
     with torch.device("meta"):
-        model = run.model.build()
+        model = Transformer(run.model)
     parallel = run.parallel.replace(plan=run.parallel.plan.resolve(world_size))
     check_parallel(model, parallel=parallel, plan=parallel.plan)
     problems = list(pipeline_has_enough_micro_batches(run.replace(parallel=parallel)))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moesaic.core.errors import ConfigError
-from moesaic.model.blueprint import Stack
+from moesaic.model.config import Stack
 from moesaic.model.config import ModelConfig
 from moesaic.moe.config import MoE, SparseLayer
 from moesaic.optim.optimizer import AdamW, Muon, Optimizer

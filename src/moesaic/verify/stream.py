@@ -52,7 +52,7 @@ class UnevenBatches:
         """Go on after so many."""
         self._drawn = int(state["drawn"])
 
-    def valid_batches(self, split: str, *, rows: int | None) -> Iterator[Batch]:
+    def held_out_batches(self, split: str, *, rows: int | None) -> Iterator[Batch]:
         """Yield one batch that training never sees."""
         del split, rows
         yield self._read_shard(0)

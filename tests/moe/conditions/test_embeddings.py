@@ -18,7 +18,7 @@ TAGS = torch.tensor([7, 9, 7, 11])
 
 def model_with(condition) -> Transformer:
     """A model whose gates are large enough to have opinions."""
-    model = BASE.replace(moe=MoE(experts=4, select=TopK(k=1), router_input=condition)).build().eval()
+    model = Transformer(BASE.replace(moe=MoE(experts=4, select=TopK(k=1), router_input=condition))).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("gate.weight"):
             torch.nn.init.normal_(parameter)

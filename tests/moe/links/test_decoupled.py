@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model.samples import BASE, batch_for
+from moesaic.model.transformer import Transformer
 from moesaic.core.errors import ConfigError
 from moesaic.model.config import Stack
 from moesaic.moe.conditions.embeddings import HiddenStateAndTag
@@ -26,7 +27,7 @@ def logits_of(model, batch):
 
 
 def test_every_layer_of_a_stack_has_the_same_logits_and_none_has_a_gate():
-    model = CONFIG.build().eval()
+    model = Transformer(CONFIG).eval()
     logits = logits_of(model, batch_for(CONFIG))
     assert not [name for name, _ in model.named_parameters() if ".router." in name]
     assert torch.equal(logits["encoder.0"], logits["encoder.1"])
@@ -35,7 +36,7 @@ def test_every_layer_of_a_stack_has_the_same_logits_and_none_has_a_gate():
 
 
 def test_the_decoder_looks_back_and_the_encoder_both_ways():
-    model, batch = CONFIG.build().eval(), batch_for(CONFIG)
+    model, batch = Transformer(CONFIG).eval(), batch_for(CONFIG)
     source, target = batch.source.clone(), batch.target_in.clone()
     source[1, 6] = target[3, 4] = 9 if batch.source[1, 6] != 9 != batch.target_in[3, 4] else 10
     before = logits_of(model, batch)
@@ -46,7 +47,7 @@ def test_the_decoder_looks_back_and_the_encoder_both_ways():
 
 
 def test_all_layers_teach_the_router():
-    model = CONFIG.build()
+    model = Transformer(CONFIG)
     output = model(batch_for(CONFIG))
     (model.loss(output).total).backward()
     grads = [p.grad for p in model.decoder_routing.parameters()]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model.samples import BASE, batch_for
+from moesaic.model.transformer import Transformer
 from moesaic.core.errors import ConfigError
 from moesaic.model.config import Stack
 from moesaic.moe.config import MoE
@@ -17,7 +18,7 @@ CONFIG = BASE.replace(
 
 
 def test_the_first_has_two_gates_the_last_none_and_an_only_one_its_own():
-    names = [name for name, _ in CONFIG.build().named_parameters() if ".router." in name]
+    names = [name for name, _ in Transformer(CONFIG).named_parameters() if ".router." in name]
     inner = "feed_forward.inner.router.gate"
     assert names == [
         f"encoder.1.{inner}.weight",
@@ -28,7 +29,7 @@ def test_the_first_has_two_gates_the_last_none_and_an_only_one_its_own():
 
 
 def test_a_layers_logits_are_known_before_it_runs():
-    model, reads = CONFIG.build().eval(), {}
+    model, reads = Transformer(CONFIG).eval(), {}
     for layer in moe_layers(model):
         layer.router.register_forward_pre_hook(
             lambda _, args, name=layer.name: reads.update({name: args[0]})

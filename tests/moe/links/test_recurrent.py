@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model.samples import BASE, batch_for
+from moesaic.model.transformer import Transformer
 from moesaic.model.config import Stack
 from moesaic.moe.config import MoE
 from moesaic.moe.gates import LayerIndex, StackInput
@@ -72,7 +73,7 @@ def test_the_last_layers_logits_teach_the_first_projection_unless_the_state_is_d
 
 def test_the_layers_of_a_stack_share_one_cell_and_stacks_do_not():
     moe = MoE(experts=4, select=TopK(k=2), cross_layer=RecurrentRouting(width=6))
-    model = BASE.replace(moe=moe, decoder=Stack(layers=3, moe_every=1)).build()
+    model = Transformer(BASE.replace(moe=moe, decoder=Stack(layers=3, moe_every=1)))
     cells = [name for name, _ in model.named_parameters() if name.endswith("cell.weight_ih")]
     assert cells == ["encoder_routing.cell.weight_ih", "decoder_routing.cell.weight_ih"]
     model.eval()(batch_for(BASE))

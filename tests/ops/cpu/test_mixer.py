@@ -63,7 +63,7 @@ def _answers(mixer, edges: Edges, activation: Activation, sizes=(16, 32), *, hal
         leaves = [leaf.to(like) for leaf in leaves]
     x, weight, up, down = (leaf.requires_grad_() for leaf in leaves)
     placed = Edges(edges.token, weight, edges.groups, edges.num_tokens, edges.per_token)
-    out = mixer(x, edges=placed, banks=FeedForwardWeights(up, down), activation=activation)
+    out = mixer(x, edges=placed, weights=FeedForwardWeights(up, down), activation=activation)
     pull = torch.randn(out.shape, generator=_draw(3)).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, (x, weight, up, down), pull)]
 
@@ -130,9 +130,9 @@ def test_halved_banks_give_what_the_same_numbers_give_in_float32(fused):
     edges = ROUTES["skewed"]()
     x, up, down = torch.randn(211, 16), torch.randn(E, 16, 64).bfloat16(), torch.randn(E, 32, 16)
     down = down.bfloat16()
-    got = fused(x, edges=edges, banks=FeedForwardWeights(up, down), activation=SwiGLU())
+    got = fused(x, edges=edges, weights=FeedForwardWeights(up, down), activation=SwiGLU())
     wide = FeedForwardWeights(up.float(), down.float())
-    assert torch.equal(got, fused(x, edges=edges, banks=wide, activation=SwiGLU()))
+    assert torch.equal(got, fused(x, edges=edges, weights=wide, activation=SwiGLU()))
 
 
 @pytest.mark.parametrize("route", ["skewed", "all-to-one", "few-rows", "loose"])
@@ -153,7 +153,7 @@ def test_a_token_alone_gets_the_same_bits_as_in_a_batch(fused):
     def mix(rows, chosen):
         edges = _topk(rows.shape[0], 2, chosen)
         edges = Edges(edges.token, torch.ones_like(edges.weight), edges.groups, rows.shape[0], 2)
-        return fused(rows, edges=edges, banks=banks, activation=SwiGLU())
+        return fused(rows, edges=edges, weights=banks, activation=SwiGLU())
 
     batch = mix(x, expert)
     alone = [mix(x[t : t + 1], expert[2 * t : 2 * t + 2]) for t in range(100)]
@@ -175,7 +175,7 @@ def test_only_what_is_wanted_gets_a_gradient(fused, wanted):
     for mixer in (fused, TWIN):
         placed = Edges(edges.token, leaves["weight"], edges.groups, 211, 3)
         banks = FeedForwardWeights(leaves["up"], leaves["down"])
-        out = mixer(leaves["x"], edges=placed, banks=banks, activation=SwiGLU())
+        out = mixer(leaves["x"], edges=placed, weights=banks, activation=SwiGLU())
         assert out.requires_grad == (wanted != "nothing")
         back = torch.autograd.grad(out.square().mean(), leaves[wanted]) if out.requires_grad else ()
         results.append((out.detach(), *back))
@@ -187,7 +187,7 @@ def test_strided_inputs_and_expanded_gradients_are_fine(fused):
     edges = ROUTES["balanced"]()
     x = torch.randn(16, 30).t().requires_grad_()
     up, down = torch.randn(E, 64, 16).transpose(1, 2), torch.randn(E, 16, 32).transpose(1, 2)
-    outs = [m(x, edges=edges, banks=FeedForwardWeights(up, down), activation=SwiGLU()) for m in (fused, TWIN)]
+    outs = [m(x, edges=edges, weights=FeedForwardWeights(up, down), activation=SwiGLU()) for m in (fused, TWIN)]
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
     grads = [torch.autograd.grad(out.sum(), x)[0] for out in outs]
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-3)
@@ -197,7 +197,7 @@ def test_backward_can_be_run_twice(fused):
     edges = ROUTES["skewed"]()
     x = torch.randn(211, 16, requires_grad=True)
     banks = FeedForwardWeights(torch.randn(E, 16, 64, requires_grad=True), torch.randn(E, 32, 16))
-    loss = fused(x, edges=edges, banks=banks, activation=SwiGLU()).square().sum()
+    loss = fused(x, edges=edges, weights=banks, activation=SwiGLU()).square().sum()
     first, second = (
         torch.autograd.grad(loss, (x, banks.up), retain_graph=again) for again in (True, False)
     )
@@ -210,7 +210,7 @@ def test_what_is_kept_is_x_the_pre_activation_and_a_few_numbers_per_edge(fused):
     x = torch.randn(30, 16, requires_grad=True)
     banks = FeedForwardWeights(torch.randn(E, 16, 64), torch.randn(E, 32, 16))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        fused(x, edges=edges, banks=banks, activation=SwiGLU())
+        fused(x, edges=edges, weights=banks, activation=SwiGLU())
     held = {t.data_ptr() for t in (x, banks.up, banks.down)}
     kept = sum(t.numel() * t.element_size() for t in saved if t.data_ptr() not in held)
     assert kept == 60 * 4 * fused.kept(dim=16, width=64, bias=False, live=1.0) + 4 * E
@@ -221,10 +221,10 @@ def test_biases_and_other_dtypes_take_the_composed_path(fused):
     x, up, down = torch.randn(30, 16), torch.randn(E, 16, 64), torch.randn(E, 32, 16)
     biased = FeedForwardWeights(up, down, torch.randn(E, 64), torch.randn(E, 16))
     settings = {"edges": edges, "activation": SwiGLU()}
-    assert torch.equal(fused(x, banks=biased, **settings), TWIN(x, banks=biased, **settings))
+    assert torch.equal(fused(x, weights=biased, **settings), TWIN(x, weights=biased, **settings))
     double = FeedForwardWeights(up.double(), down.double())
-    want = TWIN(x.double(), banks=double, **settings)
-    assert torch.equal(fused(x.double(), banks=double, **settings), want)
+    want = TWIN(x.double(), weights=double, **settings)
+    assert torch.equal(fused(x.double(), weights=double, **settings), want)
 
 
 def test_a_forked_rank_computes_the_same(fused, monkeypatch):
@@ -240,7 +240,7 @@ def test_what_is_no_number_stays_none(fused, activation):
     x = torch.randn(30, 16, requires_grad=True)
     up, down = torch.randn(E, 16, 32), torch.randn(E, 32, 16)
     up[0, 0, 0] = float("nan")
-    out = fused(x, edges=ROUTES["balanced"](), banks=FeedForwardWeights(up, down), activation=activation)
+    out = fused(x, edges=ROUTES["balanced"](), weights=FeedForwardWeights(up, down), activation=activation)
     assert out.isnan().any()
     (grad,) = torch.autograd.grad(out.sum(), x)
     assert grad.isnan().any()
@@ -249,9 +249,9 @@ def test_what_is_no_number_stays_none(fused, activation):
 def test_an_inference_keeps_nothing_and_gives_the_same_bits(fused):
     x, edges = torch.randn(30, 16), ROUTES["balanced"]()
     up, down = (torch.randn(E, *shape, requires_grad=True) for shape in ((16, 64), (32, 16)))
-    trained = fused(x, edges=edges, banks=FeedForwardWeights(up, down), activation=SwiGLU())
+    trained = fused(x, edges=edges, weights=FeedForwardWeights(up, down), activation=SwiGLU())
     with torch.no_grad():
-        quick = fused(x, edges=edges, banks=FeedForwardWeights(up, down), activation=SwiGLU())
+        quick = fused(x, edges=edges, weights=FeedForwardWeights(up, down), activation=SwiGLU())
     assert torch.equal(trained, quick)
 
 
@@ -260,4 +260,4 @@ def test_a_bank_whose_memory_is_gone_is_an_error_and_not_the_end_of_the_process(
     up.untyped_storage().resize_(0)  # as FSDP2 does with what it has gathered
     edges = ROUTES["balanced"]()
     with pytest.raises(RuntimeError, match="a shape but no memory"):
-        fused(torch.randn(30, 16), edges=edges, banks=FeedForwardWeights(up, down), activation=ReLU())
+        fused(torch.randn(30, 16), edges=edges, weights=FeedForwardWeights(up, down), activation=ReLU())

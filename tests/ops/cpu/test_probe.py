@@ -27,7 +27,7 @@ class Wrong:
         self.what = what
 
     def __call__(self, x, *, edges, banks, activation):
-        out = TWIN(x, edges=edges, banks=banks, activation=activation)
+        out = TWIN(x, edges=edges, weights=banks, activation=activation)
         if self.what == "output":
             return 2 * out
         return out.detach() + (out - out.detach()) * 2  # right values, wrong gradients

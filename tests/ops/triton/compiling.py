@@ -90,6 +90,6 @@ def launches(mixer, activation, *, shape, dtype, bias=False, per_token=True):
     biases = (leaf(experts, width), leaf(experts, dim)) if bias else (None, None)
     banks = FeedForwardWeights(leaf(experts, dim, width), leaf(experts, hidden, dim), *biases)
     with recorded() as found:
-        out = mixer(leaf(tokens, dim), edges=edges, banks=banks, activation=activation)
+        out = mixer(leaf(tokens, dim), edges=edges, weights=banks, activation=activation)
         out.backward(torch.empty_like(out))
     return found

@@ -39,7 +39,7 @@ def run(mixer, edges, activation, *, bias=False, dim=DIM, dtype=torch.float32):
         banks = FeedForwardWeights(banks.up, banks.down, leaf(EXPERTS, width), leaf(EXPERTS, dim))
     weight = edges.weight.clone().requires_grad_()
     edges = Edges(edges.token, weight, edges.groups, edges.num_tokens, edges.per_token)
-    out = mixer(x, edges=edges, banks=banks, activation=activation)
+    out = mixer(x, edges=edges, weights=banks, activation=activation)
     leaves = [x, weight, *(t for t in (banks.up, banks.down, banks.up_bias, banks.down_bias))]
     leaves = [t for t in leaves if t is not None]
     back = draw(edges.num_tokens, dim, device=device).half().to(out.dtype)
@@ -114,7 +114,7 @@ def test_rows_that_are_not_contiguous_are_read_right(device):
     )
     x = draw(DIM, edges.num_tokens, device=device).t()
     want = definition(x, edges=edges, banks=banks, activation=ReLU())
-    got = MIXER(x, edges=edges, banks=banks, activation=ReLU())
+    got = MIXER(x, edges=edges, weights=banks, activation=ReLU())
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -123,7 +123,7 @@ def test_float32_banks_under_half_rows_keep_float32_gradients(device):
     up = draw(EXPERTS, DIM, HIDDEN, device=device).requires_grad_()
     down = draw(EXPERTS, HIDDEN, DIM, device=device).requires_grad_()
     x = draw(edges.num_tokens, DIM, device=device, dtype=torch.half)
-    out = MIXER(x, edges=edges, banks=FeedForwardWeights(up, down), activation=ReLU())
+    out = MIXER(x, edges=edges, weights=FeedForwardWeights(up, down), activation=ReLU())
     out.float().square().mean().backward()
     assert out.dtype == torch.half
     assert up.grad is not None
@@ -144,7 +144,7 @@ def test_no_more_is_kept_than_rows_what_the_activation_reads_and_the_routing(dev
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        MIXER(x, edges=edges, banks=banks, activation=SwiGLU())
+        MIXER(x, edges=edges, weights=banks, activation=SwiGLU())
     weights = {banks.up.data_ptr(), banks.down.data_ptr()}
     sizes = sorted(t.numel() for t in kept if t.data_ptr() not in weights)
     assert sizes == sorted([edges.weight.numel(), x.numel(), edges.token.numel() * 2 * HIDDEN])
@@ -157,9 +157,9 @@ def test_without_gradients_the_pre_activation_is_not_even_written(device):
         draw(EXPERTS, DIM, 2 * HIDDEN, device=device).requires_grad_(),
         draw(EXPERTS, HIDDEN, DIM, device=device),
     )
-    trained = MIXER(x, edges=edges, banks=banks, activation=SwiGLU())
+    trained = MIXER(x, edges=edges, weights=banks, activation=SwiGLU())
     with torch.no_grad():
-        out = MIXER(x, edges=edges, banks=banks, activation=SwiGLU())
+        out = MIXER(x, edges=edges, weights=banks, activation=SwiGLU())
     assert trained.requires_grad
     assert not out.requires_grad
     assert torch.equal(out, trained)

@@ -65,7 +65,7 @@ def test_the_probe_routes_the_same_text_before_training_and_every_so_often(tmp_p
     steps = [0, 2, 4]
     assert _names(tmp_path / "learning") == [f"step-{step:08d}.routes" for step in steps]
     files = [RoutesFile(tmp_path / "learning" / name) for name in _names(tmp_path / "learning")]
-    held_out = next(TinyStream().valid_batches("valid", rows=None))
+    held_out = next(TinyStream().held_out_batches("valid", rows=None))
     ((encoder, _),) = files[0]
     assert torch.equal(encoder.tokens.token, held_out.source[held_out.source_mask])
     assert not encoder.routing.dropped.any()  # in evaluation nothing is

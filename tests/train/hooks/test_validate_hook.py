@@ -24,7 +24,7 @@ def test_scores_are_plain_likelihoods_in_evaluation_mode() -> None:
     first, second = ValidationHook().validation_losses(trainer), ValidationHook().validation_losses(trainer)
     assert first == second, "dropout must be off"
     assert trainer.model.training
-    batch = next(trainer.data.valid_batches("valid", rows=None))
+    batch = next(trainer.data.held_out_batches("valid", rows=None))
     trainer.model.eval()
     with torch.no_grad():
         nll = trainer.model.loss(trainer.model(batch)).nll

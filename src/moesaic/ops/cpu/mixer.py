@@ -37,7 +37,7 @@ class CPUMoEKernel:
         self, x: Float[Tensor, "T D"], *, edges: Edges, weights: FeedForwardWeights, activation: ActivationFunction
     ) -> Float[Tensor, "T D"]:
         if not supports(x, weights=weights, activation=activation):
-            return self.fallback(x, edges=edges, banks=weights, activation=activation)
+            return self.fallback(x, edges=edges, weights=weights, activation=activation)
         live = int(edges.groups.offsets[-1])
         given = (x, edges.weight, weights.up, weights.down)
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in given)

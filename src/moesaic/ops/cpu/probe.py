@@ -86,7 +86,7 @@ def _output_and_gradients(kernel: MoEKernel) -> list[Tensor]:
     expert = expert.clamp(min=2) - 1
     token = torch.arange(tokens, device="cpu").repeat_interleave(k)
     edges = Edges(token, weight, group_by_expert(expert, num_experts=experts), tokens, k)
-    out = kernel(x, edges=edges, banks=FeedForwardWeights(up, down), activation=_SwiGLU())
+    out = kernel(x, edges=edges, weights=FeedForwardWeights(up, down), activation=_SwiGLU())
     for_x, for_weight, *rest = torch.autograd.grad(out.square().sum(), (x, weight, up, down))
     both = torch.cat([grad.flatten() for grad in rest])
     return [out.detach(), for_x, for_weight, both]

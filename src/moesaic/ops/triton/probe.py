@@ -26,7 +26,7 @@ def _activation_by_name(activation: str) -> ActivationFunction:
     """Return an activation by the name that kernels know."""
 
     class Named:
-        kernel: ClassVar[str] = activation
+        kernel_name: ClassVar[str] = activation
 
         def __call__(self, x: Tensor, /) -> Tensor:
             return REFERENCE_ACTIVATIONS[activation](x)
@@ -75,5 +75,5 @@ def _output_and_gradients(
     token = torch.arange(TOKENS).repeat_interleave(K).to(device)
     groups = group_by_expert(expert, num_experts=EXPERTS)
     edges = Edges(token, weight.requires_grad_(), groups, TOKENS, K)
-    out = kernel(x, edges=edges, banks=FeedForwardWeights(up, down), activation=_activation_by_name(activation))
+    out = kernel(x, edges=edges, weights=FeedForwardWeights(up, down), activation=_activation_by_name(activation))
     return [out.detach(), *torch.autograd.grad(out, [x, weight, up, down], back)]

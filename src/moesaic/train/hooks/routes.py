@@ -67,7 +67,7 @@ class RoutingProbeHook(Hook):
         found = []
         trainer.model.eval()
         with torch.no_grad(), preserve_random_state(trainer.world.device):
-            for batch in trainer.data.valid_batches("valid", rows=PROBE_ROWS):
+            for batch in trainer.data.held_out_batches("valid", rows=PROBE_ROWS):
                 there = batch.to(trainer.world.device)
                 with trainer.objective.precision.autocast(there.source.device):
                     records = trainer.model(there).records  # on every rank: limits are collective

@@ -24,7 +24,7 @@ class ValidationHook(Hook):
         meters = RunningMetrics(trainer.objective.categories, device=trainer.world.device)
         trainer.model.eval()
         with torch.no_grad(), preserve_random_state(trainer.world.device):
-            for batch in trainer.data.valid_batches("valid", rows=trainer.run.validation.rows):
+            for batch in trainer.data.held_out_batches("valid", rows=trainer.run.validation.rows):
                 meters.add_losses(trainer.objective.losses(trainer.parallel_model, batch=batch))
         trainer.model.train()
         return meters.mean_losses(trainer.world, prefix="valid")
