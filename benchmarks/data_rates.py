@@ -20,14 +20,14 @@ import numpy as np
 from support import write_result
 
 from moesaic.core.files import write_json
-from moesaic.data.corpus import Corpus
+from moesaic.corpus.corpus import Corpus
 from moesaic.data.loader import Loader, LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
-from moesaic.data.shards import MANIFEST, FORMAT, TokenShards
 from moesaic.data.tasks import Denoising, Translation
+from moesaic.data.token_shard_writer import file_manifest, write_shards
+from moesaic.data.token_shards import FORMAT, MANIFEST, TokenShards
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
-from moesaic.data.write_shards import file_manifest, write_shards
 
 LANGUAGES = tuple(f"x{chr(97 + i // 26)}{chr(97 + i % 26)}_Latn" for i in range(170))
 ENGLISH = 472_000  # distinct sources of the software corpus

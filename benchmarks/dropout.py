@@ -14,9 +14,9 @@ import torch
 from support import write_result
 from torch import nn
 
-from moesaic.bench.timing import measure_in_turns, ratio_to_baseline
+from moesaic.bench.paired_timing import measure_in_turns, ratio_to_baseline
 from moesaic.core.shapes import Tensor
-from moesaic.ops.drop import dropout
+from moesaic.ops.counter_rng import dropout
 
 SHAPES = ((2048, 512), (8192, 512), (2048, 2048))
 RATE = 0.1

@@ -24,18 +24,26 @@ from typing import Any
 import torch
 from support import write_result
 
-from moesaic.checkpoint.rundir import RunDir
-from moesaic.checkpoint.tensors import read_tensors
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.safetensors_io import read_tensors
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.select import TopK
-from moesaic.testing.faults import FaultResult, Fault, FaultInjection, max_shutdown_s, sample_faults, run_fault_trials, run_job
-from moesaic.testing.kills import compare_run_dirs
-from moesaic.testing.tiny import synthetic_run, tiny_model_config
-from moesaic.train.job import train
+from moesaic.testing.compare_runs import compare_run_dirs
+from moesaic.testing.fault_trials import (
+    Fault,
+    FaultInjection,
+    FaultResult,
+    max_shutdown_s,
+    run_fault_trials,
+    run_job,
+    sample_faults,
+)
+from moesaic.testing.tiny_models import synthetic_run, tiny_model_config
 from moesaic.train.resume import ResumeLatest
 from moesaic.train.run import CheckpointConfig, Run
-from moesaic.train.watch import no_progress
+from moesaic.train.run_training import train
+from moesaic.train.training_hooks import no_progress
 
 PATIENCE_S = {2: 4.0, 4: 6.0, 8: 12.0}  # two cores, which others may use too
 TORCHRUN = (  # one an attempt; the last attempt has none
@@ -73,7 +81,7 @@ def forked(folder: Path, *, world: int, faults: int, seed: int) -> dict[str, Any
         "differences": list(endured.differences),
         "runs_compared": endured.compared,
         "lives": endured.job_runs,
-        "patience_s": run.collective_timeout_s,
+        "collective_timeout_s": run.collective_timeout_s,
         "longest_s": {"dies": round(max(quick), 2), "hangs": round(max(waits), 2)},
         "allowed_s": round(max_shutdown_s(run), 1),
         "seconds": round(endured.seconds),
@@ -85,9 +93,7 @@ def forked(folder: Path, *, world: int, faults: int, seed: int) -> dict[str, Any
 
 
 def _counted(endured: FaultResult) -> dict[str, int]:
-    return dict(
-        sorted(Counter(f"{o.fault.kind}, {o.fault.point}" for o in endured.trials).items())
-    )
+    return dict(sorted(Counter(f"{o.fault.kind}, {o.fault.point}" for o in endured.trials).items()))
 
 
 def under_torchrun(folder: Path) -> dict[str, Any]:
@@ -98,7 +104,9 @@ def under_torchrun(folder: Path) -> dict[str, Any]:
     command += [f"--max-restarts={len(TORCHRUN)}", "--monitor-interval=0.1"]
     command += [__file__, "--be", str(folder / "torchrun")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-    differences = compare_run_dirs(folder / "whole", folder / "torchrun") if not done.returncode else []
+    differences = (
+        compare_run_dirs(folder / "whole", folder / "torchrun") if not done.returncode else []
+    )
     if done.returncode or not whole.finished:
         differences = [done.stderr[-2000:]]
     named = re.findall(r"LostRankError: (rank \d .*)", done.stderr)
@@ -187,7 +195,7 @@ def _table(parts: list[dict[str, Any]], launched: dict[str, Any]) -> None:
         dies, hangs = part["longest_s"]["dies"], part["longest_s"]["hangs"]
         bad = len(part["wrong"]) + len(part["differences"])
         row = f"{part['ranks']} | {part['faults']} | {bad} | {dies} s | {hangs} s"
-        print(f"| {row} | {part['patience_s']} s |")
+        print(f"| {row} | {part['collective_timeout_s']} s |")
     bad = len(launched["wrong"]) + len(launched["differences"])
     print(f"| 2, torchrun | {launched['faults']} | {bad} | | | {PATIENCE_S[2]} s |")
 

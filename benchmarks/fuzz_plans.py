@@ -2,7 +2,7 @@
 
     python benchmarks/fuzz_plans.py --cases 300
 
-Everything is drawn (``testing/random_plans.py``): rules of routing, heads, experts, biases,
+Everything is drawn (``testing/random_cases.py``): rules of routing, heads, experts, biases,
 lengths, rows (so that some ranks hold no token), ranks and the plan. Two steps each, with AdamW or
 Muon.
 """
@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from support import write_result
 
-from moesaic.testing.random_plans import RandomCase, random_cases
-from moesaic.verify.compare import TraceDifferences
-from moesaic.verify.prove import PlanResult, compare_plans, make_setup
+from moesaic.testing.random_cases import RandomCase, random_cases
+from moesaic.verify.compare_plans import PlanResult, compare_plans, make_setup
+from moesaic.verify.trace_differences import TraceDifferences
 
 PARTS = ("select", "limit", "noise", "expert", "beside", "spare", "exchange", "condition", "link")
 

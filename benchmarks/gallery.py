@@ -20,19 +20,19 @@ import yaml
 from gallery_page import write_page
 from support import stamped
 
-from moesaic.checkpoint.rundir import RunDir
-from moesaic.cli.eval import held_out_tests
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.cli.eval_command import held_out_tests
 from moesaic.core.errors import ConfigError, UserError
-from moesaic.model.count import count_parameters
-from moesaic.observe.doctor import RouterHealthMonitor
-from moesaic.observe.layer_counts import summarize_load
-from moesaic.observe.metrics import read_metrics
-from moesaic.recipes.find import find_recipe
+from moesaic.model.parameter_count import count_parameters
+from moesaic.monitor.expert_usage import summarize_load
+from moesaic.monitor.metric_writers import read_metrics
+from moesaic.monitor.router_health import RouterHealthMonitor
+from moesaic.recipes.lookup import find_recipe
 from moesaic.serve.score import count_experts
-from moesaic.train.hooks.usage import health_check_settings
-from moesaic.train.job import train
+from moesaic.train.routing_hooks import health_check_settings
 from moesaic.train.run import Run
-from moesaic.train.watch import no_progress
+from moesaic.train.run_training import train
+from moesaic.train.training_hooks import no_progress
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "gallery.json"
@@ -48,7 +48,7 @@ def main() -> None:
         if options.only and name not in options.only:
             continue
         changes = [*table["base"]["set"], *rule["set"], f"steps={options.steps}"]
-        changes.append(f"corpus={{kind: Catalogue, name: {options.corpus}}}")
+        changes.append(f"corpus={{kind: NamedCorpus, name: {options.corpus}}}")
         known = results["rules"].get(name, {})
         if known.get("changes") == changes and not known.get("skipped") and not options.again:
             print(f"{name}: done before")
@@ -105,10 +105,15 @@ def _trained(run: Run, out: Path) -> dict[str, Any]:
         "train": _curve(rows, "train/loss"),
         "valid": _curve(rows, "valid/loss"),
         "load": {name: round(value, 4) for name, value in summarize_load(layers).items()},
-        "findings": [f.text for f in RouterHealthMonitor(setting, patience=1).check_interval(layers)],
+        "findings": [
+            f.text for f in RouterHealthMonitor(setting, patience=1).check_interval(layers)
+        ],
         "languages": list(counts.languages),
         "layers": {
-            layer.layer: {"counts": np.asarray(layer.counts).tolist(), "spare": layer.num_null_experts}
+            layer.layer: {
+                "counts": np.asarray(layer.counts).tolist(),
+                "spare": layer.num_null_experts,
+            }
             for layer in layers
         },
     }

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from moesaic.core.units import show_count
-from moesaic.observe.affinity import expert_share_by_language
+from moesaic.monitor.specialization import expert_share_by_language
 from moesaic.report.charts import ChartFrame, ChartSeries, line_chart
-from moesaic.report.heat import ROW_HEIGHT, ExpertHeatMap
+from moesaic.report.heat_map import ROW_HEIGHT, ExpertHeatMap
 from moesaic.report.html import Html, join_html, tag
-from moesaic.report.inputs import language_name
 from moesaic.report.palette import css_variables
+from moesaic.report.report_inputs import language_name
 
 PICTURES = Path("docs") / "pictures" / "gallery"
 LOSS = ChartFrame(width=420, height=210, left=44, right=14, top=12, bottom=26)

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from gpu_problem import Shape, SwiGLU, make, wait, with_mixer
 
-from moesaic.ops.combine import reference_unpermute
-from moesaic.ops.group import group_by_expert
-from moesaic.ops.grouped import FeedForwardWeights, SequentialGEMM, expert_of_row
-from moesaic.ops.mixture import UnfusedMoEKernel, Edges
-from moesaic.ops.triton import launch
-from moesaic.ops.triton.launch import LaunchContext, KernelOptions
-from moesaic.ops.triton.mixer import TritonMoEKernel
+from moesaic.ops.grouped_gemm import FeedForwardWeights, SequentialGEMM, expert_of_row
+from moesaic.ops.moe_kernel import Edges, UnfusedMoEKernel
+from moesaic.ops.permute import group_by_expert, reference_unpermute
+from moesaic.ops.triton import kernel_launch
+from moesaic.ops.triton.kernel_launch import KernelOptions, LaunchContext
 from moesaic.ops.triton.tiles import Tiles, load_table
+from moesaic.ops.triton.triton_moe_kernel import TritonMoEKernel
 
 Tensor = torch.Tensor
 STEP = Shape(256, 256, 128, 8, 2)  # of the checks of a training step
@@ -56,7 +55,10 @@ def kernel_errors(
 ) -> Iterator[tuple[str, float]]:
     """Yield (kernel, its error) for SwiGLU with biases and some edges dropped."""
     s, edges = shape, edges_for(shape, device=device, case="dropped")
-    job = LaunchContext(launch.schedule_tiles(edges, rows=tiles["up"].block_m), KernelOptions(tiles, "swiglu"))
+    job = LaunchContext(
+        kernel_launch.schedule_tiles(edges, rows=tiles["up"].block_m),
+        KernelOptions(tiles, "swiglu"),
+    )
     routes, live = job.schedule, int(edges.groups.offsets[-1])
     number = edges.token.numel()
     expert = expert_of_row(edges.groups, rows=number)[:live]
@@ -72,23 +74,25 @@ def kernel_errors(
     token, w = routes.token[:live], edges.weight[routes.order[:live], None]
 
     each, outer = partial(_each, expert), partial(_outer, expert, s.experts)
-    hidden, active = launch.up_projection(x, up, bias=up_bias, save_hidden=True, job=job)
+    hidden, active = kernel_launch.up_projection(x, up, bias=up_bias, save_hidden=True, job=job)
     assert hidden is not None
     want = each(x[token], up) + up_bias[expert].float()
     yield "up: hidden", off(hidden[:live], want)
     yield "up: active", off(active[:live], SwiGLU()(hidden[:live].float()))
     every = range(s.dim)
-    y = launch.row_matmul(active, down, bias=down_bias, transposed=False, columns=every, job=job)
+    y = kernel_launch.row_matmul(
+        active, down, bias=down_bias, transposed=False, columns=every, job=job
+    )
     yield "down", off(y[:live], each(active[:live], down) + down_bias[expert].float())
-    dx = launch.row_matmul(hidden, up, bias=None, transposed=True, columns=every, job=job)
+    dx = kernel_launch.row_matmul(hidden, up, bias=None, transposed=True, columns=every, job=job)
     yield "up turned", off(dx[:live], each(hidden[:live], up.transpose(1, 2)))
     y[live:] = torch.nan
     out = torch.empty_like(x)
-    launch.unpermute_sum(y, weight=edges.weight, out=out, first=0, schedule=routes)
+    kernel_launch.unpermute_sum(y, weight=edges.weight, out=out, first=0, schedule=routes)
     y[live:] = 0
     named = {"token": edges.token, "weight": edges.weight, "groups": edges.groups}
     yield "home", off(out, reference_unpermute(y, num_tokens=s.tokens, **named))
-    through = launch.down_backward(
+    through = kernel_launch.down_backward(
         back, down, bias=down_bias, weight=edges.weight, hidden=hidden, job=job
     )
     leaf = hidden[:live].float().requires_grad_()
@@ -101,11 +105,15 @@ def kernel_errors(
     dots += (back[token].float() * down_bias[expert].float()).sum(1)
     yield "down back: weight", off(through.weight[routes.order[:live]], dots)
     through.hidden[live:] = torch.nan
-    to_up = launch.weight_gradient(x, through.hidden, op="up_outer", like=up, job=job)
+    to_up = kernel_launch.weight_gradient(x, through.hidden, op="up_outer", like=up, job=job)
     yield "up outer", off(to_up, outer(x[token], through.hidden[:live]))
-    to_down = launch.weight_gradient(through.scaled, back, op="down_outer", like=down, job=job)
+    to_down = kernel_launch.weight_gradient(
+        through.scaled, back, op="down_outer", like=down, job=job
+    )
     yield "down outer", off(to_down, outer(through.scaled[:live], back[token]))
-    to_bias = launch.bias_gradient(back, weight=edges.weight, like=down_bias, schedule=routes)
+    to_bias = kernel_launch.bias_gradient(
+        back, weight=edges.weight, like=down_bias, schedule=routes
+    )
     yield "sums", off(to_bias[:, None], outer(w, back[token]))
 
 

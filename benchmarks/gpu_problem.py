@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from moesaic.ops.group import group_by_expert
-from moesaic.ops.grouped import FeedForwardWeights, GroupedMM
-from moesaic.ops.mixture import UnfusedMoEKernel, Edges, MoEKernel
-from moesaic.ops.triton.mixer import TritonMoEKernel
+from moesaic.ops.grouped_gemm import FeedForwardWeights, GroupedMM
+from moesaic.ops.moe_kernel import Edges, MoEKernel, UnfusedMoEKernel
+from moesaic.ops.permute import group_by_expert
 from moesaic.ops.triton.tiles import Tiles
-from moesaic.testing.interpreter import is_interpreted
+from moesaic.ops.triton.triton_moe_kernel import TritonMoEKernel
+from moesaic.testing.triton_interpreter import is_interpreted
 
 Tensor = torch.Tensor
 
@@ -43,7 +43,7 @@ class Shape:
 
 
 class SwiGLU:
-    """As in ``nn/activation.py``, which needs more packages than the kernels do."""
+    """As in ``nn/feed_forward.py``, which needs more packages than the kernels do."""
 
     kernel_name = "swiglu"
 

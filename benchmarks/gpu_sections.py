@@ -22,7 +22,7 @@ from gpu_problem import (
 )
 
 from moesaic.ops.triton.tiles import Tiles, gpu_architecture, regime, tiles_for
-from moesaic.testing.interpreter import is_interpreted, patch_interpreter
+from moesaic.testing.triton_interpreter import is_interpreted, patch_interpreter
 
 SHAPES = [
     Shape(24576, 1536, 256, 128, 8),
@@ -57,7 +57,9 @@ class Bench:
 
     def tiles(self, shape: Shape) -> Tiles:
         edges = shape.tokens * shape.k
-        return tiles_for(edges=edges, experts=shape.experts, dtype=self.dtype, architecture=self.card)
+        return tiles_for(
+            edges=edges, experts=shape.experts, dtype=self.dtype, architecture=self.card
+        )
 
     def ours(self, shape: Shape, *, tuned: bool) -> dict[str, Tiles | None]:
         """Our side under the table's tiles and, once known, under the tuned ones."""

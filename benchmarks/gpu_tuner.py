@@ -12,22 +12,22 @@ import torch
 from gpu_problem import Problem, Shape, SwiGLU, interleaved, spread
 from triton.runtime.jit import JITFunction
 
-from moesaic.ops.group import group_by_expert
-from moesaic.ops.grouped import FeedForwardWeights
-from moesaic.ops.mixture import Edges
-from moesaic.ops.triton import launch
-from moesaic.ops.triton.launch import LaunchContext, KernelOptions
-from moesaic.ops.triton.mixer import TritonMoEKernel, column_chunks
+from moesaic.ops.grouped_gemm import FeedForwardWeights
+from moesaic.ops.moe_kernel import Edges
+from moesaic.ops.permute import group_by_expert
+from moesaic.ops.triton import kernel_launch
+from moesaic.ops.triton.kernel_launch import KernelOptions, LaunchContext
 from moesaic.ops.triton.tiles import (
-    WEIGHT_GRADIENT_OPS,
     ROW_TILE_OPS,
     TABLE,
+    WEIGHT_GRADIENT_OPS,
     Tile,
     Tiles,
-    to_numbers,
     load_table,
     parse_table,
+    to_numbers,
 )
+from moesaic.ops.triton.triton_moe_kernel import TritonMoEKernel, column_chunks
 
 Candidates = dict[str, list[Tile]]
 MANY: Candidates = {
@@ -108,7 +108,9 @@ def meta_pass(tiles: Tiles, shape: Shape, dtype: torch.dtype, *, train: bool) ->
     weight = torch.empty(s.tokens * s.k, device="meta")
     groups = group_by_expert(expert, num_experts=s.experts)
     edges = Edges(torch.empty_like(expert), weight, groups, s.tokens, s.k)
-    banks = FeedForwardWeights(leaf(s.experts, s.dim, 2 * s.hidden), leaf(s.experts, s.hidden, s.dim))
+    banks = FeedForwardWeights(
+        leaf(s.experts, s.dim, 2 * s.hidden), leaf(s.experts, s.hidden, s.dim)
+    )
     x = leaf(s.tokens, s.dim)
     out = TritonMoEKernel(tiles=tiles)(x, edges=edges, weights=banks, activation=SwiGLU())
     if train:
@@ -148,21 +150,25 @@ def works_of(p: Problem, op: str, *, base: Tiles) -> Callable[[Tile], Callable[[
     def make(tile: Tile) -> Callable[[], Any]:
         tiles = base | {op: tile}
         rows = tile.block_m if op in ROW_TILE_OPS else base["up"].block_m
-        job = LaunchContext(launch.schedule_tiles(edges, rows=rows), KernelOptions(tiles, "swiglu"))
+        job = LaunchContext(
+            kernel_launch.schedule_tiles(edges, rows=rows), KernelOptions(tiles, "swiglu")
+        )
         train = edges.token.numel() > 16 * s.experts
         return {
-            "up": lambda: launch.up_projection(x, up, bias=None, save_hidden=train, job=job),
-            "down": lambda: launch.row_matmul(
+            "up": lambda: kernel_launch.up_projection(x, up, bias=None, save_hidden=train, job=job),
+            "down": lambda: kernel_launch.row_matmul(
                 active, down, bias=None, transposed=False, columns=piece, job=job
             ),
-            "up_back": lambda: launch.row_matmul(
+            "up_back": lambda: kernel_launch.row_matmul(
                 hidden, up, bias=None, transposed=True, columns=piece, job=job
             ),
-            "down_back": lambda: launch.down_backward(
+            "down_back": lambda: kernel_launch.down_backward(
                 back, down, bias=None, weight=weight, hidden=hidden, job=job
             ),
-            "up_outer": lambda: launch.weight_gradient(x, hidden, op=op, like=up, job=job),
-            "down_outer": lambda: launch.weight_gradient(active, back, op=op, like=down, job=job),
+            "up_outer": lambda: kernel_launch.weight_gradient(x, hidden, op=op, like=up, job=job),
+            "down_outer": lambda: kernel_launch.weight_gradient(
+                active, back, op=op, like=down, job=job
+            ),
         }[op]
 
     return make

@@ -19,10 +19,10 @@ from support import write_result
 
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import RandomPriority, Capacity
+from moesaic.moe.limit import Capacity, RandomPriority
 from moesaic.moe.select import TopK
-from moesaic.testing.kills import kill_and_resume
-from moesaic.testing.tiny import synthetic_run, tiny_model_config
+from moesaic.testing.kill_trials import kill_and_resume
+from moesaic.testing.tiny_models import synthetic_run, tiny_model_config
 from moesaic.train.run import CheckpointConfig, Run
 
 MOE = MoE(

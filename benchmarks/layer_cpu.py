@@ -16,8 +16,8 @@ from typing import Any
 
 from support import write_result
 
-from moesaic.bench.layer import LayerBenchmark, run_layer_benchmark
-from moesaic.bench.shapes import LAYER_SHAPES
+from moesaic.bench.layer_benchmark import LayerBenchmark, run_layer_benchmark
+from moesaic.bench.layer_workload import LAYER_SHAPES
 
 BOTH = "forward+backward"
 RIVALS = ("dense-compiled", "composed", "composed-grouped_mm", "hf", "deepspeed")
@@ -30,7 +30,11 @@ def questions(*, rounds: int) -> dict[str, LayerBenchmark]:
         variants = ("moesaic-zipf", "moesaic-bfloat16") if name == "A" else ("moesaic-zipf",)
         for passes in ("forward", BOTH):
             made[f"{name}-{passes}"] = LayerBenchmark(
-                LAYER_SHAPES[name], passes=passes, against=(*RIVALS, *variants), threads=2, rounds=rounds
+                LAYER_SHAPES[name],
+                passes=passes,
+                against=(*RIVALS, *variants),
+                threads=2,
+                rounds=rounds,
             )
     for passes in ("forward", BOTH):
         for threads in (1, 2):
@@ -43,7 +47,11 @@ def questions(*, rounds: int) -> dict[str, LayerBenchmark]:
             )
     for name in "AB":  # the path without a compiler, on one thread
         made[f"{name}-forward-1"] = LayerBenchmark(
-            LAYER_SHAPES[name], passes="forward", against=("composed", "hf"), threads=1, rounds=rounds
+            LAYER_SHAPES[name],
+            passes="forward",
+            against=("composed", "hf"),
+            threads=1,
+            rounds=rounds,
         )
     return made
 

@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from random_pairs import CLIP, LR, SHAPE, SMOOTHING, STEPS, WARM, Pair, batches, real_tokens
 
-from moesaic.model.transformer import Transformer
 from moesaic.data.batch import Batch
-from moesaic.dist.world import SingleProcess
-from moesaic.model.config import Stack, ModelConfig
-from moesaic.nn.activation import ReLU
+from moesaic.distributed.world import SingleProcess
+from moesaic.model.config import ModelConfig, Stack
+from moesaic.model.transformer import Transformer
 from moesaic.nn.attention import AttentionConfig
-from moesaic.nn.feed_forward import FeedForwardConfig
+from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 from moesaic.nn.norm import LayerNorm
-from moesaic.nn.position import Sinusoidal
+from moesaic.nn.positional_encoding import Sinusoidal
+from moesaic.optim.lr_schedule import Constant
 from moesaic.optim.optimizer import AdamW
-from moesaic.optim.schedule import Constant
-from moesaic.testing.tiny import tiny_run
+from moesaic.testing.tiny_models import tiny_run
 from moesaic.train.trainer import Trainer
 
 
@@ -88,7 +87,10 @@ def main(seed: int, threads: int) -> None:
         steps=WARM + STEPS,
     )
     trainer = Trainer(
-        run, model=Transformer(run.model), data=Given([padded(b) for b in found]), world=SingleProcess()
+        run,
+        model=Transformer(run.model),
+        data=Given([padded(b) for b in found]),
+        world=SingleProcess(),
     )
     for _ in range(WARM):
         trainer.train_step()

@@ -4,7 +4,7 @@ Random layers: every stage's start and whole time is drawn log-uniformly (a star
 second, a whole of 0.3 to 10 seconds), half of them with other traffic between nodes. For each the
 choice by formula is compared with trying every number in the simulated schedule. The measured part
 times gloo's all-to-all over ranks of this machine and the experts of one layer, the least of
-repetitions since others use the machine too, and fits a line to each: what ``Degrees.fastest`` is
+repetitions since others use the machine too, and fits a line to each: what ``OverlapDegrees.fastest`` is
 to be given on a cluster.
 
     python benchmarks/overlap.py
@@ -23,14 +23,21 @@ import torch
 import torch.distributed as distributed
 from support import write_result
 
-from moesaic.dist.collectives import all_to_all
-from moesaic.dist.degrees import CHUNK_CANDIDATES, NO_COST, LayerCost, StageCost, best_num_chunks, simulated_seconds
-from moesaic.dist.fit import LinearCost, fit_cost
-from moesaic.moe.experts import GroupedExperts, ExpertShape
-from moesaic.moe.overlap import OverlapDegrees
-from moesaic.nn.activation import SwiGLU
-from moesaic.nn.feed_forward import FeedForwardConfig
-from moesaic.ops.group import group_by_expert
+from moesaic.distributed.collectives import all_to_all
+from moesaic.distributed.communication_cost import (
+    CHUNK_CANDIDATES,
+    NO_COST,
+    LayerCost,
+    LinearCost,
+    StageCost,
+    best_num_chunks,
+    fit_cost,
+    simulated_seconds,
+)
+from moesaic.moe.chunked_dispatcher import OverlapDegrees
+from moesaic.moe.experts import ExpertShape, GroupedExperts
+from moesaic.nn.feed_forward import FeedForwardConfig, SwiGLU
+from moesaic.ops.permute import group_by_expert
 from moesaic.testing.ranks import run_on_ranks
 
 DIM, HIDDEN, EXPERTS, RANKS = 256, 256, 4, 2
@@ -90,7 +97,9 @@ def exchange_seconds(repeats: int) -> list[float]:
 
     def moving(rows: int) -> Callable[[], Any]:
         x, even = torch.randn(rows, DIM), [rows // RANKS] * RANKS
-        return lambda: all_to_all(x, group=distributed.group.WORLD, input_splits=even, output_splits=even)
+        return lambda: all_to_all(
+            x, group=distributed.group.WORLD, input_splits=even, output_splits=even
+        )
 
     return least_seconds([moving(rows) for rows in ROWS], repeats=repeats)
 
@@ -98,7 +107,9 @@ def exchange_seconds(repeats: int) -> list[float]:
 def expert_seconds(repeats: int) -> list[float]:
     """Seconds of the experts of one layer with so many rows."""
     feed = FeedForwardConfig(hidden=HIDDEN, activation=SwiGLU())
-    bank = GroupedExperts(ExpertShape(EXPERTS, DIM, feed, bias=False)).requires_grad_(requires_grad=False)
+    bank = GroupedExperts(ExpertShape(EXPERTS, DIM, feed, bias=False)).requires_grad_(
+        requires_grad=False
+    )
     torch.nn.init.normal_(bank.up)
     torch.nn.init.normal_(bank.down)
 
@@ -124,7 +135,7 @@ def measured(repeats: int) -> dict[str, Any]:
         "ranks": RANKS,
         "seconds": {"all_to_all": exchange, "experts": experts},
         "fits": {name: asdict(line) for name, line in lines.items()},
-        "journey": f"InChunks(forward={degrees.forward}, backward={degrees.backward})",
+        "journey": f"ChunkedAllToAll(forward={degrees.forward}, backward={degrees.backward})",
     }
 
 
@@ -136,8 +147,12 @@ def main() -> None:
     options = parser.parse_args()
     every = range(1, 17)
     result = {
-        "two_links": choices(random_layers(options.layers, inside=False), candidates=CHUNK_CANDIDATES),
-        "three_links": choices(random_layers(options.layers, inside=True), candidates=CHUNK_CANDIDATES),
+        "two_links": choices(
+            random_layers(options.layers, inside=False), candidates=CHUNK_CANDIDATES
+        ),
+        "three_links": choices(
+            random_layers(options.layers, inside=True), candidates=CHUNK_CANDIDATES
+        ),
         "three_links_1_to_16": choices(
             random_layers(options.layers, inside=True), candidates=every
         ),

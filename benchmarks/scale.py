@@ -19,22 +19,31 @@ from typing import Any
 
 from support import write_result
 
-from moesaic.dist.plan import ParallelPlan
-from moesaic.model.count import BatchDims, count_parameters
+from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.model.parameter_count import BatchDims, count_parameters
 from moesaic.model.presets import preset
-from moesaic.ops.grouped import SequentialGEMM
-from moesaic.ops.mixture import UnfusedMoEKernel
-from moesaic.parallel.capacity import MemoryBudget, LargestModel, EstimateSettings, largest_fitting_model
+from moesaic.ops.grouped_gemm import SequentialGEMM
+from moesaic.ops.moe_kernel import UnfusedMoEKernel
+from moesaic.parallel.communication_volume import communication_volume
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.cost import MIXED_PRECISION, estimate_memory
-from moesaic.parallel.inventory import ParameterInventory
-from moesaic.parallel.sends import communication_volume
-from moesaic.train.rehearse import with_round_robin_routing, simulate_step
+from moesaic.parallel.memory_estimate import (
+    MIXED_PRECISION,
+    EstimateSettings,
+    LargestModel,
+    MemoryBudget,
+    estimate_memory,
+    largest_fitting_model,
+)
+from moesaic.parallel.parameter_inventory import ParameterInventory
+from moesaic.train.dry_run import simulate_step, with_round_robin_routing
 
 OUT = Path(__file__).parent / "results" / "scale.json"
 PAIRS, TEXT = BatchDims(rows=16, source=128, target=128), BatchDims(rows=1, source=0, target=6144)
 # as few as are even over the experts
-FEW_PAIRS, FEW_TEXT = BatchDims(rows=16, source=32, target=32), BatchDims(rows=1, source=0, target=384)
+FEW_PAIRS, FEW_TEXT = (
+    BatchDims(rows=16, source=32, target=32),
+    BatchDims(rows=1, source=0, target=384),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +108,17 @@ def priced(case: Case) -> dict[str, Any]:
 
 def rehearsed(case: Case) -> dict[str, Any]:
     """Rehearse a case here and compare it with its closed form."""
-    config, parallel, sizes = preset(case.preset).config, ParallelConfig(plan=case.plan), case.sizes[1]
+    config, parallel, sizes = (
+        preset(case.preset).config,
+        ParallelConfig(plan=case.plan),
+        case.sizes[1],
+    )
     cpu = time.process_time()
     done = simulate_step(config, parallel=parallel, world_size=case.world, sizes=sizes)
     cpu = time.process_time() - cpu
-    holding = ParameterInventory(with_round_robin_routing(config)).on_rank(parallel, world=case.world)
+    holding = ParameterInventory(with_round_robin_routing(config)).on_rank(
+        parallel, world=case.world
+    )
     said = estimate_memory(holding, sizes=sizes, kernel=UnfusedMoEKernel(SequentialGEMM()))
     lines = communication_volume(holding, sizes=sizes)
     kinds = sorted({line.kind for line in (*lines, *done.sent)})
@@ -155,7 +170,9 @@ def capacity() -> dict[str, Any]:
     found = {}
     for name, (base, degrees, host) in asked.items():
         setting = EstimateSettings(ParallelConfig(plan=degrees), 512, PAIRS, MIXED_PRECISION)
-        found[name] = _shown(largest_fitting_model(base, settings=setting, budget=MemoryBudget(40e9, host)))
+        found[name] = _shown(
+            largest_fitting_model(base, settings=setting, budget=MemoryBudget(40e9, host))
+        )
     return found
 
 

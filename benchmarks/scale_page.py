@@ -31,8 +31,8 @@ moesaic scale trillion-384 --world 1024 --rows 1x0+384 --set parallel.plan.exper
     --set parallel.plan.tensor=8 --set parallel.plan.zero=3 --rehearse
 ```
 
-In Python: `Inventory(config).on(parallel, world=64)` and then `rank_bytes` (`parallel/cost.py`) and
-`sends` (`parallel/sends.py`): arithmetic, once the model was made on the meta device.
+In Python: `ParameterInventory(config).on(parallel, world=64)` and then `estimate_memory` (`parallel/memory_estimate.py`) and
+`communication_volume` (`parallel/communication_volume.py`): arithmetic, once the model was made on the meta device.
 
 What is exact and what is not:
 

@@ -23,28 +23,25 @@ import torch
 from support import write_result
 from torch import nn
 
-from moesaic.checkpoint.rundir import RunDir
+from moesaic.checkpoint.run_directory import RunDir
 from moesaic.data.batch import Batch
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import Denoising, Translation
 from moesaic.data.train_tokenizer import TokenizerConfig
-from moesaic.dist.world import SingleProcess
-from moesaic.model.config import Stack, ModelConfig
+from moesaic.distributed.world import SingleProcess
+from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.config import MoE
-from moesaic.nn.activation import ReLU
+from moesaic.monitor.metric_writers import JsonlWriter
 from moesaic.nn.attention import AttentionConfig
-from moesaic.nn.feed_forward import FeedForwardConfig
+from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 from moesaic.nn.norm import LayerNorm
-from moesaic.observe.metrics import JsonlWriter
-from moesaic.testing.tiny import synthetic_run
-from moesaic.train.hooks.hook import Hook
-from moesaic.train.hooks.log import MetricsLogHook as LogHook
-from moesaic.train.job import make_trainer, standard_hooks
-from moesaic.train.prepare import prepare_data
-from moesaic.train.run import LogConfig, Run, ValidationConfig
-from moesaic.train.source import NamedCorpus, CorpusSource
+from moesaic.testing.tiny_models import synthetic_run
+from moesaic.train.prepare_data import prepare_data
+from moesaic.train.run import CorpusSource, LogConfig, NamedCorpus, Run, ValidationConfig
+from moesaic.train.run_training import make_trainer, standard_hooks
 from moesaic.train.trainer import Trainer
-from moesaic.train.watch import NullDisplay
+from moesaic.train.training_hooks import Hook, NullDisplay
+from moesaic.train.training_hooks import MetricsLogHook as LogHook
 
 WARM = 5
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moesaic.bench.machine import git_commit, machine_info
+from moesaic.bench.machine_info import git_commit, machine_info
 
 
 def stamped(result: dict[str, Any]) -> dict[str, Any]:

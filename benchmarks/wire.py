@@ -21,35 +21,40 @@ from support import write_result
 from torch import nn
 from wire_page import write_page
 
-from moesaic.dist.collectives import Group, group_size
-from moesaic.dist.fit import LinearCost
-from moesaic.dist.subgroups import Subgroups, split_group
-from moesaic.dist.traffic import (
+from moesaic.distributed.communication_cost import LinearCost
+from moesaic.distributed.communication_counter import CommunicationCounter
+from moesaic.distributed.dispatch_volume import (
     DispatchedTokens,
     all_to_all_bytes,
     all_to_all_inter_node_bytes,
     data_expert_model_bytes,
     hierarchical_inter_node_bytes,
 )
-from moesaic.dist.wire import CommunicationCounter
-from moesaic.moe.adaptive import AdaptiveDispatcher, GatherDegrees, DispatchCosts, StepLoad, possible_gather_degrees
-from moesaic.moe.bodies.narrow import DownProjection
+from moesaic.distributed.process_groups import Group, Subgroups, group_size, split_group
+from moesaic.moe.adaptive_dispatcher import (
+    AdaptiveDispatcher,
+    DispatchCosts,
+    GatherDegrees,
+    StepLoad,
+    possible_gather_degrees,
+)
+from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher, hierarchical_dispatcher
 from moesaic.moe.config import MoE
-from moesaic.moe.context import RouterState, TokenContext
-from moesaic.moe.dispatch import Dispatcher
-from moesaic.moe.dispatch_far import AllToAllDispatcher
-from moesaic.moe.dispatch_hop import hierarchical_dispatcher
-from moesaic.moe.experts import GroupedExperts, ExpertShape
-from moesaic.moe.gates import LayerIndex
+from moesaic.moe.dispatch_projection import DownProjection
+from moesaic.moe.dispatcher import Dispatcher
+from moesaic.moe.experts import ExpertShape, GroupedExperts
 from moesaic.moe.layer import MoELayer
+from moesaic.moe.router_context import RouterState, TokenContext
+from moesaic.moe.router_logits import LayerIndex
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import TopK
-from moesaic.nn.activation import ReLU
-from moesaic.nn.feed_forward import FeedForwardConfig
+from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 from moesaic.testing.ranks import run_on_ranks
 
 RANKS, NODE, E, D, F = 8, 4, 8, 128, 64
-BY_BYTES = DispatchCosts(all_to_all=LinearCost(0, 1), gather_weights=LinearCost(0, 1), compute=LinearCost(0, 0))
+BY_BYTES = DispatchCosts(
+    all_to_all=LinearCost(0, 1), gather_weights=LinearCost(0, 1), compute=LinearCost(0, 0)
+)
 FLOAT = torch.float32
 
 
@@ -93,11 +98,15 @@ def mesh_row(name: str, *, over: Group, slices: Group, data: Group) -> dict[str,
     routing, experts = every_set(2), bank(E // places, hidden=F // cuts)
     names: dict[str, Group] = {"expert": over, "model": slices, "data": data}
     with CommunicationCounter(axes=names) as wire:
-        there_and_back(AllToAllDispatcher(over, slice_group=slices), experts=experts, routing=routing)
+        there_and_back(
+            AllToAllDispatcher(over, slice_group=slices), experts=experts, routing=routing
+        )
         for matrix in experts.parameters() if data is not None else ():
             distributed.all_reduce(matrix.grad, group=data)
     rows = DispatchedTokens(tokens=routing.num_tokens, experts_per_token=2, dim=D, itemsize=4)
-    form = data_expert_model_bytes(rows, data=copies, expert=places, model=cuts, expert_bytes=2.0 * E * D * F * 4)
+    form = data_expert_model_bytes(
+        rows, data=copies, expert=places, model=cuts, expert_bytes=2.0 * E * D * F * 4
+    )
     return {
         "mesh": name,
         "counted": {axis: wire.total_bytes(axis=axis, dtype=FLOAT) for axis in names},
@@ -118,7 +127,10 @@ def meshes() -> list[dict[str, Any]]:
         mesh_row("expert 8", over=fold.world, slices=None, data=None),
         mesh_row("data 2 x expert 4", over=fold.nodes.inner, slices=None, data=fold.nodes.outer),
         mesh_row(
-            "data 2 x expert 2 x model 2", over=inner.outer, slices=inner.inner, data=fold.nodes.outer
+            "data 2 x expert 2 x model 2",
+            over=inner.outer,
+            slices=inner.inner,
+            data=fold.nodes.outer,
         ),
     ]
 
@@ -138,7 +150,8 @@ def folding() -> list[dict[str, Any]]:
             {
                 "expert_group": name,
                 "counted_leaving": wire.inter_node_bytes(ranks_per_node=NODE, dtype=FLOAT),
-                "closed_leaving": 2 * all_to_all_inter_node_bytes(rows, ranks=4, ranks_per_node=near),
+                "closed_leaving": 2
+                * all_to_all_inter_node_bytes(rows, ranks=4, ranks_per_node=near),
                 "counted": wire.total_bytes(dtype=FLOAT),
                 "closed": 2 * all_to_all_bytes(rows, ranks=4),
             }
@@ -155,7 +168,9 @@ def narrow() -> dict[str, Any]:
     }.items():
         torch.manual_seed(0)
         feed = FeedForwardConfig(hidden=F, activation=ReLU())
-        layer = MoELayer(config, dim=D, feed_forward=feed, bias=False, layer_index=LayerIndex("moe"))
+        layer = MoELayer(
+            config, dim=D, feed_forward=feed, bias=False, layer_index=LayerIndex("moe")
+        )
         torch.manual_seed(1)
         for parameter in layer.router.parameters():
             nn.init.normal_(parameter)
@@ -175,11 +190,16 @@ def hops() -> list[dict[str, Any]]:
     fold, found = Folds.made(), []
     for per_token in (1, 2, 4):
         routing = every_set(per_token)
-        rows = DispatchedTokens(tokens=routing.num_tokens, experts_per_token=per_token, dim=D, itemsize=4)
+        rows = DispatchedTokens(
+            tokens=routing.num_tokens, experts_per_token=per_token, dim=D, itemsize=4
+        )
         crossing = {}
         for name, way in (
             ("flat", AllToAllDispatcher(fold.world)),
-            ("two_hops", hierarchical_dispatcher(inter_node=fold.nodes.outer, intra_node=fold.nodes.inner)),
+            (
+                "two_hops",
+                hierarchical_dispatcher(inter_node=fold.nodes.outer, intra_node=fold.nodes.inner),
+            ),
         ):
             with CommunicationCounter() as wire:
                 there_and_back(way, experts=bank(E // RANKS), routing=routing)
@@ -216,7 +236,9 @@ def lending() -> list[dict[str, Any]]:
         )
         row: dict[str, Any] = {"capacity_factor": factor, "counted": {}, "closed": {}}
         for way in ways:
-            dispatcher = AdaptiveDispatcher(over, slice_group=slices, costs=BY_BYTES, candidates=[way])
+            dispatcher = AdaptiveDispatcher(
+                over, slice_group=slices, costs=BY_BYTES, candidates=[way]
+            )
             with CommunicationCounter() as wire:
                 there_and_back(dispatcher, experts=experts, routing=routing)
             moved = step.traffic(way)

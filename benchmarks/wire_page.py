@@ -77,7 +77,7 @@ def _narrow(result: Mapping[str, Any]) -> str:
         if part["ratio"] == part["closed"]
         else f"**{part['ratio']}, expected {part['closed']}**"
     )
-    rows = [("whole rows", part["whole"]), ("Narrow(ratio=0.25)", part["narrow"])]
+    rows = [("whole rows", part["whole"]), ("DownProjection(ratio=0.25)", part["narrow"])]
     return (
         "**Narrow.** Rows that descend before they travel (BigMac, 2502.16927), summed over ranks, "
         f"the same routing, which is not even: the ratio is {ratio}.\n\n"
@@ -116,6 +116,6 @@ def _lending(result: Mapping[str, Any]) -> str:
     return (
         "**Rows or weights.** Two experts, each cut over the four ranks of a node (Tutel, "
         "2206.03382): a row is repeated r times, slices are lent by 4/r neighbours, and with r=0 "
-        "everything is lent. The last column is what `Adaptive` chose from the load, by bytes.\n\n"
+        "everything is lent. The last column is what `AdaptiveDispatcher` chose from the load, by bytes.\n\n"
         + _table(("rows: capacity factor", *ways, "chosen"), rows)
     )

@@ -2,13 +2,15 @@
 
 import torch
 
-from moesaic.moe.gate import RouterContext
-from moesaic.moe.limit import WeightPriority, Capacity
-from moesaic.moe.ranks import SingleRankBatch
+from moesaic.moe.batch_group import SingleRankBatch
+from moesaic.moe.limit import Capacity, WeightPriority
+from moesaic.moe.router_context import RouterContext
 from moesaic.moe.select import TopK
 
 torch.manual_seed(0)
-gate = RouterContext.from_logits(torch.randn(5, 4), training=True)  # logits of five tokens, four experts
+gate = RouterContext.from_logits(
+    torch.randn(5, 4), training=True
+)  # logits of five tokens, four experts
 
 routing = TopK(k=2)(gate)
 print("token -> expert  weight")
@@ -18,6 +20,8 @@ print("load per expert:", routing.load().tolist())
 
 # An expert takes at most ceil(factor * edges / experts) edges: here 2. The lightest one over that
 # is dropped: it keeps its place in the list and points at expert 4, which there is none of.
-limited = Capacity(factor=0.8, minimum=1, priority=WeightPriority())(routing, router=gate, batch_group=SingleRankBatch())
+limited = Capacity(factor=0.8, minimum=1, priority=WeightPriority())(
+    routing, router=gate, batch_group=SingleRankBatch()
+)
 print("dropped edges:", limited.dropped.nonzero().flatten().tolist())
 print("load per expert:", limited.load().tolist())

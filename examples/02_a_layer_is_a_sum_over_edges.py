@@ -3,12 +3,11 @@
 import torch
 
 from moesaic.moe.config import MoE
-from moesaic.moe.context import RouterState, TokenContext
-from moesaic.moe.gates import LayerIndex
 from moesaic.moe.layer import MoELayer
+from moesaic.moe.router_context import RouterState, TokenContext
+from moesaic.moe.router_logits import LayerIndex
 from moesaic.moe.select import TopK
-from moesaic.nn.activation import SwiGLU
-from moesaic.nn.feed_forward import FeedForwardConfig
+from moesaic.nn.feed_forward import FeedForwardConfig, SwiGLU
 
 torch.manual_seed(0)
 config = MoE(experts=4, select=TopK(k=2))

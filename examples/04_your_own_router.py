@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import moesaic
-from moesaic.moe.gate import RouterContext
+from moesaic.moe.router_context import RouterContext
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import Select
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import moesaic
-from moesaic.moe.gate import RouterContext, RoutingStats, RuleState
+from moesaic.moe.router_context import RouterContext, RoutingStats, RuleState
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import Select
 
@@ -19,7 +19,9 @@ class Thermostat(Select):
     def start(self, num_experts: int) -> dict[str, torch.Tensor]:
         return {"handicap": torch.zeros(num_experts)}
 
-    def learn(self, state: RuleState, *, seen: RoutingStats) -> RuleState:  # after each step, on every rank alike
+    def learn(
+        self, state: RuleState, *, seen: RoutingStats
+    ) -> RuleState:  # after each step, on every rank alike
         share = seen.load / seen.load.sum() * len(seen.load) - 1
         return {"handicap": state["handicap"] + self.rate * share.float()}
 

@@ -5,14 +5,14 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from moesaic.data.loader import Loader, LoaderConfig, DataReplica
+from moesaic.corpus.pair import Pair, Text
+from moesaic.data.loader import DataReplica, Loader, LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
-from moesaic.data.pair import Pair, Text
-from moesaic.data.shards import TokenShards
 from moesaic.data.tasks import Denoising, Translation
+from moesaic.data.token_shard_writer import write_shards
+from moesaic.data.token_shards import TokenShards
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
-from moesaic.data.write_shards import write_shards
 
 LANGUAGES = ("deu_Latn", "ell_Grek", "eng_Latn", "jpn_Jpan")
 SIZES = {"deu_Latn": 300, "ell_Grek": 90, "jpn_Jpan": 30}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.recipes.find import RECIPES
+from moesaic.recipes.lookup import RECIPES
 from moesaic.train.run import Run
 
 GOLDEN = Path(__file__).parent / "golden"

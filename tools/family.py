@@ -17,15 +17,16 @@ from pathlib import Path
 
 import moesaic.moe
 from moesaic.core.config import Choice
-from moesaic.moe.around import SharedExpertBranch, DispatchProjection
 from moesaic.moe.balance import Balance
 from moesaic.moe.config import SparseLayer
+from moesaic.moe.dispatch_projection import DispatchProjection
 from moesaic.moe.experts import Expert
-from moesaic.moe.gates import RouterInput, CrossLayerRouting
 from moesaic.moe.limit import Limit, Priority
-from moesaic.moe.noise import RouterNoise
+from moesaic.moe.null_experts import NullExperts
+from moesaic.moe.router_logits import CrossLayerRouting, RouterInput
+from moesaic.moe.router_noise import RouterNoise
 from moesaic.moe.select import Select
-from moesaic.moe.spare import NullExperts
+from moesaic.moe.shared_experts import SharedExpertBranch
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "family.md"

@@ -24,7 +24,7 @@ MEASURES: tuple[tuple[str, Callable[[Function], int], int], ...] = (
     ("arguments", lambda f: f.arguments, 6),
     ("nesting", lambda f: f.nesting, 3),
 )
-NO_DISTRIBUTED = ("moesaic.core", "moesaic.dist.plan")
+NO_DISTRIBUTED = ("moesaic.core", "moesaic.distributed.parallel_plan")
 TEXT = (".py", ".md", ".toml", ".yaml", ".yml", ".cff", ".sh", ".txt", ".json", ".tsv", ".html")
 # a home or a workplace of one machine has no place in a file that others read
 MACHINE_PATH = re.compile(r"(?<![\w.$}>])/(?:home|Users|root|work|farm)/\w")

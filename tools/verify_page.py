@@ -12,12 +12,24 @@ from pathlib import Path
 
 import torch
 
-from moesaic.recipes.find import find_recipe
+from moesaic.recipes.lookup import find_recipe
 from moesaic.train.run import Run
-from moesaic.verify.page import to_markdown, rejection_lines, summarize, tolerances_text
-from moesaic.verify.plans import PlanSet
-from moesaic.verify.prove import PlanResult, count_dropped, unequal_plans, describe_machine, plans_up_to, compare_plans, run_reference, make_setup
-from moesaic.verify.small import shrink_config
+from moesaic.verify.compare_plans import (
+    PlanResult,
+    compare_plans,
+    count_dropped,
+    describe_machine,
+    make_setup,
+    plans_up_to,
+    rejection_lines,
+    run_reference,
+    summarize,
+    to_markdown,
+    tolerances_text,
+    unequal_plans,
+)
+from moesaic.verify.enumerate_plans import PlanSet
+from moesaic.verify.shrink_config import shrink_config
 
 PAGE = Path(__file__).parents[1] / "docs" / "guide" / "verify.md"
 MARKS = re.compile(r"(<!-- matrix: begin -->\n).*(<!-- matrix: end -->)", re.S)
@@ -55,7 +67,7 @@ SECTIONS = (
         "demo",
         (
             "model.moe.limit=Capacity(factor=1.0, minimum=1)",
-            "model.moe.balance=[{kind: SwitchBalance}, {kind: RouterZ}]",
+            "model.moe.balance=[{kind: SwitchBalance}, {kind: RouterZLoss}]",
             "model.dropout=0.1",
         ),
     ),
@@ -64,7 +76,7 @@ SECTIONS = (
         "tiny-lm",
         (
             "model.moe.experts=8",
-            "model.moe.beside=SharedExperts()",
+            "model.moe.shared_experts=SharedExperts()",
             "model.attention.heads=8",
             "model.attention.kv_heads=4",
             "optimizer=AdamW(lr=0.01)",
@@ -91,7 +103,15 @@ def sections() -> Iterator[tuple[str, list[PlanResult]]]:
 
 def _told(verdicts: Iterator[PlanResult], *, of: int) -> Iterator[PlanResult]:
     for number, verdict in enumerate(verdicts, start=1):
-        print(number, "of", of, verdict.world_size, verdict.plan, verdict.problems or "equal", flush=True)
+        print(
+            number,
+            "of",
+            of,
+            verdict.world_size,
+            verdict.plan,
+            verdict.problems or "equal",
+            flush=True,
+        )
         yield verdict
 
 

@@ -17,26 +17,26 @@ from typing import TYPE_CHECKING, Any
 from moesaic.core.version import __version__
 
 if TYPE_CHECKING:
-    from moesaic.data.build import build_corpus as build_corpus
-    from moesaic.data.corpus import Corpus
-    from moesaic.model.count import count_parameters
-    from moesaic.recipes.find import find_recipe as recipe
-    from moesaic.report.write import write_report
+    from moesaic.corpus.build_corpus import build_corpus as build_corpus
+    from moesaic.corpus.corpus import Corpus
+    from moesaic.model.parameter_count import count_parameters
+    from moesaic.recipes.lookup import find_recipe as recipe
+    from moesaic.report.html_report import write_report
     from moesaic.serve.score import score_run
     from moesaic.serve.translator import Translator
-    from moesaic.train.job import train as fit
     from moesaic.train.run import Run
+    from moesaic.train.run_training import train as fit
 
 _HOMES = {
-    "Corpus": ("moesaic.data.corpus", "Corpus"),
+    "Corpus": ("moesaic.corpus.corpus", "Corpus"),
     "Run": ("moesaic.train.run", "Run"),
     "Translator": ("moesaic.serve.translator", "Translator"),
-    "build_corpus": ("moesaic.data.build", "build"),
-    "count": ("moesaic.model.count", "count"),
-    "recipe": ("moesaic.recipes.find", "find"),
+    "build_corpus": ("moesaic.corpus.build_corpus", "build"),
+    "count": ("moesaic.model.parameter_count", "count"),
+    "recipe": ("moesaic.recipes.lookup", "find"),
     "score_run": ("moesaic.serve.score", "score_run"),
-    "fit": ("moesaic.train.job", "train"),
-    "write_report": ("moesaic.report.write", "write_report"),
+    "fit": ("moesaic.train.run_training", "train"),
+    "write_report": ("moesaic.report.html_report", "write_report"),
 }
 
 __all__ = [

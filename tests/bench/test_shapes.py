@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moesaic.bench.shapes import LAYER_SHAPES, LayerShape, parse_shape, zipf_bias
+from moesaic.bench.layer_workload import LAYER_SHAPES, LayerShape, parse_shape, zipf_bias
 from moesaic.core.errors import UserError
 
 

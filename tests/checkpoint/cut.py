@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 from safetensors.torch import load_file, save_file
 
-from moesaic.checkpoint.manifest import MANIFEST_FILE, FileEntry, read_manifest
+from moesaic.checkpoint.checkpoint_directory import MANIFEST_FILE, FileEntry, read_manifest
+from moesaic.checkpoint.full_checkpoint import save_checkpoint
 from moesaic.checkpoint.reshard import ShardedForm, reshard
-from moesaic.checkpoint.save import save_checkpoint
 from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.core.files import sha256
 

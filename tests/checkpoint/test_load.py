@@ -5,8 +5,11 @@ import pytest
 import torch
 from test_save import same, snapshot
 
-from moesaic.checkpoint.load import find_latest_checkpoint, load_checkpoint
-from moesaic.checkpoint.save import save_checkpoint
+from moesaic.checkpoint.full_checkpoint import (
+    find_latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from moesaic.core.errors import CheckpointError
 
 

@@ -8,10 +8,9 @@ from cut import FORMS, snapshot, written
 from safetensors import safe_open
 from test_save import FullDisk, QuickDisk, same
 
-from moesaic.checkpoint.load import load_checkpoint
-from moesaic.checkpoint.manifest import read_manifest
-from moesaic.checkpoint.reshard import ShardedForm, FullForm, reshard
-from moesaic.checkpoint.save import save_checkpoint
+from moesaic.checkpoint.checkpoint_directory import read_manifest
+from moesaic.checkpoint.full_checkpoint import load_checkpoint, save_checkpoint
+from moesaic.checkpoint.reshard import FullForm, ShardedForm, reshard
 from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.core.errors import CheckpointError
 

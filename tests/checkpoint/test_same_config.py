@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.checkpoint.same_config import config_differences, require_same_config
+from moesaic.checkpoint.full_checkpoint import config_differences, require_same_config
 from moesaic.core.errors import CheckpointError
 
 SAVED = {"steps": 10, "model": {"dim": 8, "experts": [{"k": 1}, {"k": 2}]}, "log": {"every": 5}}

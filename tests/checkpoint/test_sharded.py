@@ -8,14 +8,12 @@ import pytest
 import torch
 from test_save import QuickDisk
 
-from moesaic.checkpoint.load import find_latest_checkpoint, load_checkpoint
-from moesaic.checkpoint.publish import RetentionPolicy
-from moesaic.checkpoint.saver import CheckpointSaver
-from moesaic.checkpoint.shard import ShardBlock, Shard
-from moesaic.checkpoint.sharded import load_sharded, save_sharded
-from moesaic.checkpoint.snapshot import RankSnapshot
+from moesaic.checkpoint.checkpoint_directory import RetentionPolicy
+from moesaic.checkpoint.full_checkpoint import find_latest_checkpoint, load_checkpoint
+from moesaic.checkpoint.sharded_checkpoint import CheckpointSaver, load_sharded, save_sharded
+from moesaic.checkpoint.snapshot import RankSnapshot, Shard, ShardBlock
 from moesaic.core.errors import CheckpointError
-from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
+from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
 from moesaic.testing.ranks import RankError, run_on_ranks
 
 KEEP = RetentionPolicy(2)
@@ -92,7 +90,13 @@ def test_a_rank_killed_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_pat
     for moment in range(40):
         root = tmp_path / str(moment)
         for step in (1, 2):
-            save_sharded(root, share(step, SingleProcess()), world=SingleProcess(), retention=KEEP, disk=QuickDisk())
+            save_sharded(
+                root,
+                share(step, SingleProcess()),
+                world=SingleProcess(),
+                retention=KEEP,
+                disk=QuickDisk(),
+            )
         try:
             run_on_ranks(2, partial(save_and_die, root, victim, moment))
             break
@@ -102,7 +106,9 @@ def test_a_rank_killed_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_pat
         assert is_step(found, found.step)
         assert found.step in (2, 9)
         assert find_latest_checkpoint(root).skipped == ()
-        save_sharded(root, share(4, SingleProcess()), world=SingleProcess(), retention=KEEP, disk=QuickDisk())
+        save_sharded(
+            root, share(4, SingleProcess()), world=SingleProcess(), retention=KEEP, disk=QuickDisk()
+        )
         assert is_step(load_checkpoint(root), 4)
         assert not [p.name for p in root.iterdir() if p.name.startswith(".")]
     assert kills >= (1 if victim else 13)
@@ -243,7 +249,11 @@ def test_shards_that_do_not_make_up_a_tensor_are_refused_before_anything_is_writ
 @pytest.fixture
 def saved(tmp_path):
     def make(root):
-        return str(save_sharded(root, share(3, ProcessGroupWorld()), world=ProcessGroupWorld(), disk=QuickDisk()))
+        return str(
+            save_sharded(
+                root, share(3, ProcessGroupWorld()), world=ProcessGroupWorld(), disk=QuickDisk()
+            )
+        )
 
     return Path(run_on_ranks(2, partial(make, tmp_path))[0])
 
@@ -322,7 +332,8 @@ def test_a_copy_is_written_once_and_the_work_is_shared(tmp_path):
     sizes = [(path / f"shard-0000{rank}.safetensors").stat().st_size for rank in (0, 1)]
     assert sizes[0] == sizes[1]
     assert all(
-        torch.equal(t, torch.full((8,), float(n[1]))) for n, t in load_checkpoint(path).files["model"].items()
+        torch.equal(t, torch.full((8,), float(n[1])))
+        for n, t in load_checkpoint(path).files["model"].items()
     )
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.core.files import read_json, sha256, write_json, atomic_write
+from moesaic.core.files import atomic_write, read_json, sha256, write_json
 
 
 def test_a_file_is_written_with_its_folders(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from moesaic.data.background import PrefetchIterator
+from moesaic.data.loader import PrefetchIterator
 
 
 def failing():

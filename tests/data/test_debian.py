@@ -5,16 +5,18 @@ import pytest
 from catalogue_files import deb_bytes, mo_bytes, write_wheel
 
 from moesaic.core.errors import UserError
-from moesaic.data.build import build_corpus
-from moesaic.data.builders import apt, ddtp
-from moesaic.data.builders.catalogues import PyPICatalogues
-from moesaic.data.builders.ddtp import DebianDescriptions
-from moesaic.data.builders.debian import DebianCatalogues, desktop_packages
-from moesaic.data.builders.named import CorpusRecipe, named_corpus
-from moesaic.data.builders.packages import PyPIPackage
-from moesaic.data.builders.source import SilentProgress
-from moesaic.data.builders.together import CombinedSources
-from moesaic.data.split import SplitConfig
+from moesaic.corpus.build_corpus import build_corpus
+from moesaic.corpus.corpus_recipes import CorpusRecipe, named_corpus
+from moesaic.corpus.sources import apt, debian_descriptions
+from moesaic.corpus.sources.debian_descriptions import DebianDescriptions
+from moesaic.corpus.sources.gettext_catalogues import (
+    DebianCatalogues,
+    PyPICatalogues,
+    desktop_packages,
+)
+from moesaic.corpus.sources.package_archives import PyPIPackage
+from moesaic.corpus.sources.text_source import CombinedSources, SilentProgress
+from moesaic.corpus.split import SplitConfig
 
 ALL_TRAIN = SplitConfig(test=0, valid=0)
 FILES = {
@@ -154,7 +156,9 @@ def test_without_apt_kept_packages_serve_or_the_way_out_is_said(
 ) -> None:
     DebianCatalogues(packages=("demo-data",)).fetch(progress=SilentProgress())
     monkeypatch.setattr(apt.shutil, "which", lambda _: None)
-    assert [u.name for u in DebianCatalogues(packages=("demo-*",)).fetch(progress=SilentProgress())] == ["demo-data"]
+    assert [
+        u.name for u in DebianCatalogues(packages=("demo-*",)).fetch(progress=SilentProgress())
+    ] == ["demo-data"]
     with pytest.raises(UserError, match=r"apt-get was not found.*container.*packages/deb"):
         DebianCatalogues(packages=("other-data",)).fetch(progress=SilentProgress())
     with pytest.raises(UserError, match="apt-get was not found"):
@@ -173,7 +177,7 @@ def test_a_damaged_deb_is_named(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "demo_1_all.deb"
     path.write_bytes({"short": whole[:100], "odd": b"PK" + whole, "cut": whole[:-60]}[damage])
     with pytest.raises(UserError, match=r"demo_1_all\.deb: (not a Debian|the package is)"):
-        list(apt.deb_members(path, pattern=ddtp.re.compile(".")))
+        list(apt.deb_members(path, pattern=debian_descriptions.re.compile(".")))
 
 
 def test_descriptions_are_paired_by_paragraph_when_the_english_is_unchanged(debian: Apt) -> None:
@@ -199,7 +203,9 @@ def test_several_sources_make_one_corpus(debian: Apt, tmp_path: Path) -> None:
     files = {"demo/locale/fr/LC_MESSAGES/x.mo": mo_bytes({b"Save file": b"Enregistrer"})}
     write_wheel(tmp_path / "packages/pypi", "wheel", "1.0", files)
     catalogues = PyPICatalogues(packages=(PyPIPackage(name="wheel", version="1.0"),))
-    both = CombinedSources(sources=(catalogues, DebianCatalogues(packages=("demo-data",)), DebianDescriptions()))
+    both = CombinedSources(
+        sources=(catalogues, DebianCatalogues(packages=("demo-data",)), DebianDescriptions())
+    )
     corpus = build_corpus(CorpusRecipe(name="both", source=both, split=ALL_TRAIN))
     assert corpus.languages == ("deu_Latn", "eng_Latn", "fra_Latn", "jpn_Jpan")
     assert set(corpus.manifest["sources"]) == {"wheel", "demo-data", "debian-descriptions"}
@@ -211,4 +217,4 @@ def test_the_large_corpus_is_a_recipe_that_reads_back() -> None:
     assert CorpusRecipe.from_yaml(what.to_yaml()) == what
     assert len(desktop_packages()) > 250
     kinds = {type(source).__name__ for source in what.source.sources}
-    assert kinds == {"Catalogues", "Debian", "Firefox", "OfficeHelp", "Descriptions"}
+    assert kinds == {"Catalogues", "Debian", "Firefox", "LibreOfficeHelp", "Descriptions"}

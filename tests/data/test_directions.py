@@ -4,8 +4,15 @@ import pytest
 
 import pipeline_cases as cases
 from moesaic.core.errors import DataError
-from moesaic.data.directions import StoredDirections, BothDirections, FromEnglish, PivotDirections, ListedDirections, ToEnglish
-from moesaic.data.tasks import Translation
+from moesaic.data.tasks import (
+    BothDirections,
+    FromEnglish,
+    ListedDirections,
+    PivotDirections,
+    StoredDirections,
+    ToEnglish,
+    Translation,
+)
 
 FORTH = [("eng_Latn", code) for code in ("deu_Latn", "ell_Grek", "jpn_Jpan")]
 BACK = [(target, source) for source, target in FORTH]

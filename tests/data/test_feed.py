@@ -6,7 +6,7 @@ import pytest
 
 import pipeline_cases as cases
 from moesaic.core.errors import ConfigError
-from moesaic.data.feed import BatchStream, LoaderConfig, DataReplica
+from moesaic.data.batch_stream import BatchStream, DataReplica, LoaderConfig
 from moesaic.data.mixture import Mixture
 
 
@@ -16,9 +16,13 @@ def feed(config: LoaderConfig = cases.SMALL) -> BatchStream:
 
 
 def test_following_from_any_position_gives_the_rest():
-    made = list(itertools.islice(feed().batches_from(feed().initial_position(), replica=DataReplica()), 25))
+    made = list(
+        itertools.islice(feed().batches_from(feed().initial_position(), replica=DataReplica()), 25)
+    )
     for n, handed in enumerate(made[:-3]):
-        again = itertools.islice(feed().batches_from(handed.next_position, replica=DataReplica()), 3)
+        again = itertools.islice(
+            feed().batches_from(handed.next_position, replica=DataReplica()), 3
+        )
         expected = [cases.rows(later.batch) for later in made[n + 1 : n + 4]]
         assert [cases.rows(later.batch) for later in again] == expected
 

@@ -5,10 +5,10 @@ import pytest
 from catalogue_files import deb_bytes, zip_bytes
 
 from moesaic.core.errors import UserError
-from moesaic.data.builders import apt
-from moesaic.data.builders.firefox import FirefoxMessages
-from moesaic.data.builders.source import SilentProgress
-from moesaic.data.pair import Pair, RejectedPair
+from moesaic.corpus.pair import Pair, RejectedPair
+from moesaic.corpus.sources import apt
+from moesaic.corpus.sources.firefox import FirefoxMessages
+from moesaic.corpus.sources.text_source import SilentProgress
 
 CANADA = {
     "browser.ftl": "quit = Quit { -brand }\n    .accesskey = Q\nhide = { $on ->\n [true] Hide\n"

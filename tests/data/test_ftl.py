@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.data.markup import placeholders
-from moesaic.data.readers.ftl import parse_fluent
+from moesaic.corpus.markup import placeholders
+from moesaic.corpus.readers.fluent import parse_fluent
 
 PAGE = """\
 # A comment

@@ -7,8 +7,8 @@ import pytest
 
 import pipeline_cases as cases
 from moesaic.core.errors import CheckpointError, ConfigError, DataError
-from moesaic.data.layout import DecoderOnlyCollator
-from moesaic.data.loader import Loader, DataReplica
+from moesaic.data.collators import DecoderOnlyCollator
+from moesaic.data.loader import DataReplica, Loader
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import CausalLM, Translation
 from moesaic.data.tokenizer import MASK
@@ -47,7 +47,9 @@ def test_denoising_sources_are_damaged_and_translation_sources_are_not():
 
 def test_causal_lm_has_no_source_and_its_padding_is_not_counted():
     mixture = MixtureConfig(tasks=(WeightedTask(task=CausalLM()),))
-    batch = next(cases.loader(mixture=mixture, config=cases.SMALL.replace(layout=DecoderOnlyCollator())))
+    batch = next(
+        cases.loader(mixture=mixture, config=cases.SMALL.replace(layout=DecoderOnlyCollator()))
+    )
     assert batch.source.shape[1] == 0
     assert batch.num_predicted == batch.num_tokens
     assert next(cases.loader(mixture=mixture)).source.shape[1] == 2  # tag and end

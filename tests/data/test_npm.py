@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from moesaic.core.errors import UserError
-from moesaic.data.builders import npm
-from moesaic.data.builders.source import SilentProgress
+from moesaic.corpus.sources import package_archives
+from moesaic.corpus.sources.text_source import SilentProgress
 
 
 class Npm:
@@ -30,7 +30,7 @@ class Npm:
 
 def use(stand_in: Npm, monkeypatch: pytest.MonkeyPatch, home: Path) -> Npm:
     monkeypatch.setenv("MOESAIC_HOME", str(home))
-    monkeypatch.setattr(npm.subprocess, "run", stand_in)
+    monkeypatch.setattr(package_archives.subprocess, "run", stand_in)
     return stand_in
 
 
@@ -39,7 +39,7 @@ def test_a_package_is_fetched_once_and_its_scripts_are_not_run(
 ) -> None:
     stand_in = use(Npm(), monkeypatch, tmp_path)
     for _ in range(2):
-        path = npm.fetch_npm("words", version="1.2.0", progress=SilentProgress())
+        path = package_archives.fetch_npm("words", version="1.2.0", progress=SilentProgress())
     assert path.read_bytes() == b"archive"
     [command] = stand_in.commands
     assert command[:3] == ["npm", "pack", "words@1.2.0"]
@@ -61,4 +61,4 @@ def test_what_went_wrong_and_the_way_out_are_said(
     use(stand_in, monkeypatch, tmp_path)
     way_out = r"install Node\.js.*npm pack words@1\.2\.0.*put words-1\.2\.0\.tgz into .*npm"
     with pytest.raises(UserError, match=f"{words}.*{way_out}"):
-        npm.fetch_npm("words", version="1.2.0", progress=SilentProgress())
+        package_archives.fetch_npm("words", version="1.2.0", progress=SilentProgress())

@@ -5,14 +5,13 @@ import pytest
 from catalogue_files import deb_bytes
 
 from moesaic.core.errors import UserError
-from moesaic.data.build import build_corpus
-from moesaic.data.builders import apt
-from moesaic.data.builders.named import CorpusRecipe
-from moesaic.data.builders.office_help import LibreOfficeHelp
-from moesaic.data.builders.source import SilentProgress
-from moesaic.data.pair import Pair, RejectedPair
-from moesaic.data.readers.office_help import parse_help_page
-from moesaic.data.split import SplitConfig
+from moesaic.corpus.build_corpus import build_corpus
+from moesaic.corpus.corpus_recipes import CorpusRecipe
+from moesaic.corpus.pair import Pair, RejectedPair
+from moesaic.corpus.sources import apt
+from moesaic.corpus.sources.libreoffice_help import LibreOfficeHelp, parse_help_page
+from moesaic.corpus.sources.text_source import SilentProgress
+from moesaic.corpus.split import SplitConfig
 
 SWITCH = (
     '<span id="swlnsys_1" class="switchinline"><span hidden="true" id="MAC_1" class="MAC">'

@@ -8,11 +8,20 @@ import pytest
 from catalogue_files import mo_bytes, write_wheel
 
 from moesaic.core.errors import UserError
-from moesaic.data.build import build_corpus
-from moesaic.data.builders import packages
-from moesaic.data.builders.catalogues import PyPICatalogues, choose_members, member_language
-from moesaic.data.builders.named import CorpusRecipe, named_corpus
-from moesaic.data.builders.packages import ArchiveMember, PyPIPackage, fetch_package, archive_members
+from moesaic.corpus.build_corpus import build_corpus
+from moesaic.corpus.corpus_recipes import CorpusRecipe, named_corpus
+from moesaic.corpus.sources import package_archives
+from moesaic.corpus.sources.gettext_catalogues import (
+    PyPICatalogues,
+    choose_members,
+    member_language,
+)
+from moesaic.corpus.sources.package_archives import (
+    ArchiveMember,
+    PyPIPackage,
+    archive_members,
+    fetch_package,
+)
 
 GERMAN = mo_bytes({b"Save file": b"Datei sichern", b"Open it": "Öffne es".encode()})
 FRENCH = mo_bytes({b"Save file": b"Enregistrer", b"save_file_label": b"Cle"})
@@ -58,7 +67,7 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_pip(monkeypatch: pytest.MonkeyPatch, pip: Pip) -> Pip:
-    monkeypatch.setattr(packages.subprocess, "run", pip)
+    monkeypatch.setattr(package_archives.subprocess, "run", pip)
     return pip
 
 
@@ -82,7 +91,7 @@ def test_a_version_that_is_gone_is_replaced_by_its_nearest_and_said(
 
 
 def test_without_a_network_a_kept_version_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    write_wheel(packages.packages_dir() / "pypi", "demo", "1.1", FILES)
+    write_wheel(package_archives.packages_dir() / "pypi", "demo", "1.1", FILES)
     with_pip(monkeypatch, Pip({}, problem="ERROR: Connection refused"))
     assert fetch_package(DEMO, progress=Heard()).version == "1.1"
 

@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 
-from moesaic.data.permute import random_permutation
+from moesaic.data.counter_rng import random_permutation
 
 
 def test_every_element_has_its_own_size_and_key():
     index, size, key = np.array([3, 3, 0]), np.array([10, 1000, 1]), np.array([1, 2, 3])
     together = random_permutation(index, size=size, key=key)
-    alone = [int(random_permutation(*i[:1], size=i[1], key=i[2])) for i in zip(index, size, key, strict=True)]
+    alone = [
+        int(random_permutation(*i[:1], size=i[1], key=i[2]))
+        for i in zip(index, size, key, strict=True)
+    ]
     assert together.tolist() == alone
     assert (together < size).all()
 

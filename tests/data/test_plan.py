@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.data.layout import RowLengths
-from moesaic.data.plan import bucket_by_length, rows_of_rank
+from moesaic.data.batch_stream import bucket_by_length, rows_of_rank
+from moesaic.data.collators import RowLengths
 
 LENGTHS = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 60)), max_size=300)
 

@@ -1,7 +1,7 @@
 import pytest
 
 from moesaic.core.errors import UserError
-from moesaic.data.readers.properties import parse_properties
+from moesaic.corpus.readers.properties import parse_properties
 
 
 def read(text: str) -> dict[str, str]:

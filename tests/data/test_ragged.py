@@ -24,7 +24,9 @@ def test_ragged_rows_equal_lists(rows, data):
     part = ragged.slice(start, stop)
     assert len(part) == stop - start
     assert (part.to_lists() if len(part) else []) == rows[start:stop]
-    assert Ragged.concatenate([ragged, part]).lengths.tolist() == [len(r) for r in rows + rows[start:stop]]
+    assert Ragged.concatenate([ragged, part]).lengths.tolist() == [
+        len(r) for r in rows + rows[start:stop]
+    ]
     even = ragged.select_tokens(ragged.tokens % 2 == 0)
     assert even.to_lists() == [[x for x in row if x % 2 == 0] for row in rows]
 

@@ -7,11 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.core.errors import UserError
-from moesaic.data.readers.files import read_pairs, read_texts
-from moesaic.data.readers.mo import parse_mo
-from moesaic.data.readers.po import escape_po, parse_po, unescape_po
-from moesaic.data.readers.text import read_lines
-from moesaic.data.readers.tsv import escape_field, unescape_field
+from moesaic.corpus.readers.formats import read_pairs, read_texts
+from moesaic.corpus.readers.gettext import escape_po, parse_mo, parse_po, unescape_po
+from moesaic.corpus.readers.text_lines import read_lines
+from moesaic.corpus.readers.tsv import escape_field, unescape_field
 
 SUFFIXES = ["", ".gz", ".xz", ".zst"]
 PO = r"""

@@ -5,8 +5,8 @@ import pytest
 import pipeline_cases as cases
 from moesaic.core.errors import ConfigError
 from moesaic.data.mixture import MixtureConfig
-from moesaic.data.noise import InfillSpans
 from moesaic.data.tasks import CausalLM, Denoising, Translation
+from moesaic.data.text_noise import InfillSpans
 
 
 @pytest.mark.parametrize("task", [Denoising(), CausalLM()], ids=["denoising", "causal-lm"])

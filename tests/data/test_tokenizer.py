@@ -59,7 +59,9 @@ def test_a_missing_file_is_refused_by_name(tmp_path):
 
 def test_a_foreign_tokenizer_is_refused(tmp_path):
     path = tmp_path / "tokenizer.json"
-    other = HfTokenizer.from_str(cases.tokenizer()._hf_tokenizer.to_str().replace("<mask>", "[MASK]"))
+    other = HfTokenizer.from_str(
+        cases.tokenizer()._hf_tokenizer.to_str().replace("<mask>", "[MASK]")
+    )
     other.save(str(path))
     with pytest.raises(DataError, match="not written by moesaic"):
         Tokenizer.load(path)

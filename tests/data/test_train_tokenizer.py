@@ -37,7 +37,9 @@ def test_the_vocabulary_has_exactly_the_size_asked_for(algorithm, size):
 
 
 def test_training_in_another_process_gives_the_same_tokenizer():
-    configs = [TokenizerConfig(algorithm=a, vocab_size=340, sample_lines=300) for a in (BPE(), Unigram())]
+    configs = [
+        TokenizerConfig(algorithm=a, vocab_size=340, sample_lines=300) for a in (BPE(), Unigram())
+    ]
     here = [train_tokenizer(TEXTS, cases.LANGUAGES, config).fingerprint for config in configs]
     command = [sys.executable, "-c", _TRAIN % (TEXTS, cases.LANGUAGES)]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -74,7 +76,9 @@ def test_the_sample_does_not_depend_on_the_order_or_repetition_of_lines():
 def test_a_small_language_gets_pieces_of_its_own():
     rare = ["ქართული ენა", "ენა ქართული", "ქართული"]
     texts = {"eng_Latn": [f"word{i} and word{i + 1}" for i in range(3000)], "kat_Geor": rare}
-    tokenizer = train_tokenizer(texts, tuple(texts), TokenizerConfig(vocab_size=420, sample_lines=2000))
+    tokenizer = train_tokenizer(
+        texts, tuple(texts), TokenizerConfig(vocab_size=420, sample_lines=2000)
+    )
     assert fertility(tokenizer, {"kat_Geor": rare})["kat_Geor"] < 0.5
 
 

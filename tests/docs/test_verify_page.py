@@ -6,11 +6,10 @@ import pytest
 from verify_page import PAGE, SECTIONS, Section
 
 from moesaic.core.config import Choice
-from moesaic.dist.plan import ParallelPlan
+from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.parallel.config import ParallelConfig
-from moesaic.verify.page import summarize
-from moesaic.verify.plans import APPLIES_TO, describe_plan
-from moesaic.verify.prove import PlanResult
+from moesaic.verify.compare_plans import PlanResult, summarize
+from moesaic.verify.enumerate_plans import APPLIES_TO, describe_plan
 
 ROW = re.compile(r"^\| (\d+) \| ([^|]+) \|.*\| ([^|]+) \|$", re.M)
 AXES = ("pipe", "data", "context", "tensor", "expert", "expert_tensor")

@@ -5,7 +5,7 @@ import pytest
 
 from moesaic.core.errors import DataError
 from moesaic.evaluate import baselines
-from moesaic.evaluate.baselines import TranslationMemorySystem, TranslationMemory, copy_source
+from moesaic.evaluate.baselines import TranslationMemory, TranslationMemorySystem, copy_source
 
 WORDS = "open|file|close|window|save|print|all|new|copy|paste|undo|Größe|файл|打开|文件|%s|..."
 

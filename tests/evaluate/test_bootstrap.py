@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from moesaic.evaluate import bootstrap
-from moesaic.evaluate.bootstrap import BootstrapScores, macro_average, bootstrap_resample
-from moesaic.evaluate.metrics import Bleu, ChrF
+from moesaic.evaluate.bootstrap import BootstrapScores, bootstrap_resample, macro_average
+from moesaic.evaluate.translation_metrics import Bleu, ChrF
 
 WORDS = "open file close window save print all new copy paste undo cut find next"
 
@@ -23,7 +23,9 @@ def test_the_interval_holds_the_score_and_narrows_with_more_sentences():
     widths = []
     for count in (50, 800):
         outputs, references = _corpus(count, noise=0.3)
-        drawn = bootstrap_resample(ChrF(), statistics=ChrF().sentence_statistics(outputs, references=references))
+        drawn = bootstrap_resample(
+            ChrF(), statistics=ChrF().sentence_statistics(outputs, references=references)
+        )
         found = drawn.confidence_interval()
         assert found.low < found.score < found.high
         widths.append(found.high - found.low)
@@ -53,7 +55,8 @@ def test_a_clear_difference_is_significant_and_equal_systems_are_not():
     good, references = _corpus(300, noise=0.1)
     bad, _ = _corpus(300, noise=0.5)
     drawn = [
-        bootstrap_resample(ChrF(), statistics=ChrF().sentence_statistics(o, references=references)) for o in (good, bad)
+        bootstrap_resample(ChrF(), statistics=ChrF().sentence_statistics(o, references=references))
+        for o in (good, bad)
     ]
     lead = drawn[0].compare(drawn[1])
     assert lead.low > 0
@@ -81,7 +84,9 @@ def test_p_values_of_equal_systems_are_spread_evenly():
     for seed in range(120):
         random = np.random.default_rng(seed)
         statistics = random.poisson(5, (60, 3)).astype(float), random.poisson(5, (60, 3))
-        drawn = [bootstrap_resample(_Sum(), statistics=s, resamples=200, seed=seed) for s in statistics]
+        drawn = [
+            bootstrap_resample(_Sum(), statistics=s, resamples=200, seed=seed) for s in statistics
+        ]
         values.append(drawn[0].compare(drawn[1]).p)
     assert 0.3 < np.mean(values) < 0.7
     assert np.mean(np.array(values) < 0.05) < 0.15

@@ -3,10 +3,10 @@ import json
 import pytest
 
 from moesaic.core.errors import DataError
-from moesaic.data.languages import resolve_language
+from moesaic.corpus.languages import resolve_language
 from moesaic.evaluate.baselines import copy_source
-from moesaic.evaluate.harness import EvaluationSettings, evaluate, add_expert_traces
-from moesaic.evaluate.summary import read_summary
+from moesaic.evaluate.evaluation_summary import read_summary
+from moesaic.evaluate.harness import EvaluationSettings, add_expert_traces, evaluate
 from moesaic.evaluate.testset import TestSet
 
 SOURCES = ("Open the file", "Close the file", "Save the file", "Print the page", "Quit now", "Yes")
@@ -96,7 +96,10 @@ def test_a_direction_into_english_has_its_own_key():
     assert into.key == "deu_Latn-eng_Latn"
     found = evaluate({"model": copy_source}, tests=[into, *TESTS], settings=SETTINGS)
     assert list(found.languages) == ["deu_Latn-eng_Latn", "deu_Latn", "fra_Latn"]
-    assert found.to_dict()["languages"]["deu_Latn-eng_Latn"]["name"] == resolve_language("deu_Latn").name
+    assert (
+        found.to_dict()["languages"]["deu_Latn-eng_Latn"]["name"]
+        == resolve_language("deu_Latn").name
+    )
 
 
 def test_a_system_that_loses_lines_is_a_bug_and_is_named():

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from moesaic.evaluate.insight import MAX_POSITIONS, RoutingAnalysis, simulate_drops
-from moesaic.moe.routes import LayerRoutes, RoutedTokens
+from moesaic.evaluate.routing_analysis import MAX_POSITIONS, RoutingAnalysis, simulate_drops
 from moesaic.moe.routing import Routing
+from moesaic.moe.routing_record import LayerRoutes, RoutedTokens
 
 EXPERTS, ROWS, LENGTH = 4, 60, 20
 

@@ -4,8 +4,8 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
 from moesaic.core.errors import DataError
-from moesaic.evaluate import metrics
-from moesaic.evaluate.metrics import Bleu, ChrF, bleu_for_language, load_spbleu
+from moesaic.evaluate import translation_metrics
+from moesaic.evaluate.translation_metrics import Bleu, ChrF, bleu_for_language, load_spbleu
 
 REFERENCES = [
     "The file could not be opened.",
@@ -76,7 +76,7 @@ def test_an_empty_test_set_is_the_users_mistake():
 
 
 def test_spbleu_without_its_model_says_so_and_downloads_nothing(monkeypatch, tmp_path):
-    monkeypatch.setattr(metrics.sacrebleu.utils, "SACREBLEU_DIR", str(tmp_path))
+    monkeypatch.setattr(translation_metrics.sacrebleu.utils, "SACREBLEU_DIR", str(tmp_path))
     found = load_spbleu()
     assert isinstance(found, str)
     assert "not computed" in found

@@ -2,7 +2,7 @@ import importlib.util
 
 import pytest
 
-from moesaic.evaluate.offtarget import load_language_identifier, measure_off_target
+from moesaic.evaluate.translation_metrics import load_language_identifier, measure_off_target
 
 GERMAN = "Die Datei konnte nicht geöffnet werden, weil sie beschädigt ist."
 ENGLISH = "The file could not be opened because it is damaged."

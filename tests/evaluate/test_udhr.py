@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from moesaic.core.errors import UserError
-from moesaic.data.builders.named import NAMED_CORPORA
-from moesaic.data.builders.source import SilentProgress
-from moesaic.data.readers.udhr import parse_udhr
-from moesaic.evaluate.udhr import udhr_testsets
+from moesaic.corpus.corpus_recipes import NAMED_CORPORA
+from moesaic.corpus.readers.udhr_page import parse_udhr
+from moesaic.corpus.sources.text_source import SilentProgress
+from moesaic.evaluate.testset import udhr_testsets
 
 # code: language tag, preamble, article 1, article 2 (a list)
 PAGES = {

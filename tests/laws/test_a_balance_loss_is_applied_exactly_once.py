@@ -11,16 +11,16 @@ from torch.utils.checkpoint import checkpoint
 
 from model.samples import LINKED, padded
 from moe.variants import BALANCES, balanced
-from moesaic.dist.world import SingleProcess
+from moesaic.distributed.world import SingleProcess
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.layer import moe_layers
 from moesaic.moe.select import TopK
-from moesaic.parallel.apply import parallelize
 from moesaic.parallel.config import ParallelConfig
-from moesaic.testing.tiny import LANGUAGES, TASKS, random_batch, tiny_model_config
-from moesaic.train.meters import LossCategories
-from moesaic.train.precision import Float32
+from moesaic.parallel.parallelize import parallelize
+from moesaic.testing.tiny_models import LANGUAGES, TASKS, random_batch, tiny_model_config
+from moesaic.train.run import Float32
+from moesaic.train.running_metrics import LossCategories
 from moesaic.train.step import Objective
 
 Found = dict[str, torch.Tensor]
@@ -38,10 +38,18 @@ def model_of(name: str) -> Transformer:
 
 def step(model: Transformer, batches: list) -> tuple[Found, Found, list[torch.Tensor]]:
     """One step's terms, its gradients, and what each router heard."""
-    objective = Objective(LossCategories(TASKS, LANGUAGES), label_smoothing=0.1, precision=Float32())
-    seen = objective.forward_backward(parallelize(model, parallel=ParallelConfig(), world=SingleProcess()), batches=batches)
+    objective = Objective(
+        LossCategories(TASKS, LANGUAGES), label_smoothing=0.1, precision=Float32()
+    )
+    seen = objective.forward_backward(
+        parallelize(model, parallel=ParallelConfig(), world=SingleProcess()), batches=batches
+    )
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return dict(seen.sums.terms), grads, [layer.router.stats_sum.clone() for layer in moe_layers(model)]
+    return (
+        dict(seen.sums.terms),
+        grads,
+        [layer.router.stats_sum.clone() for layer in moe_layers(model)],
+    )
 
 
 def agree(here: Found, there: Found) -> None:

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from moe.variants import BODIES, DIM, layer, mixture, run
+from moesaic.moe.batch_group import BatchGroup
 from moesaic.moe.config import MoE
-from moesaic.moe.gate import RouterContext
 from moesaic.moe.limit import Limit
-from moesaic.moe.ranks import BatchGroup
+from moesaic.moe.router_context import RouterContext
 from moesaic.moe.routing import Routing
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.testing.faults import Fault, run_fault_trials
-from moesaic.testing.tiny import synthetic_run
+from moesaic.testing.fault_trials import Fault, run_fault_trials
+from moesaic.testing.tiny_models import synthetic_run
 from moesaic.train.run import CheckpointConfig
 
 FAULTS = (

@@ -10,29 +10,26 @@ import torch.distributed as distributed
 
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
-from moesaic.dist.mesh import STAGE_AXES, Mesh
-from moesaic.dist.plan import ParallelPlan
-from moesaic.dist.world import SingleProcess, ProcessGroupWorld
-from moesaic.model.config import Stack, ModelConfig
+from moesaic.distributed.mesh import STAGE_AXES, Mesh
+from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
+from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.transformer import Transformer
-from moesaic.moe.balance import RouterZLoss, SwitchBalance
-from moesaic.moe.balances.global_batch import GlobalBatchBalance
-from moesaic.moe.bodies.shared import SharedExperts
-from moesaic.moe.conditions.embeddings import HiddenStateAndToken
+from moesaic.moe.balance import GlobalBatchBalance, RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE
+from moesaic.moe.cross_layer_router import DecoupledRouting, PreGatedRouting, RecurrentRouting
 from moesaic.moe.layer import set_ranks
-from moesaic.moe.limit import RandomPriority, Capacity
-from moesaic.moe.links.decoupled import DecoupledRouting
-from moesaic.moe.links.pre_gated import PreGatedRouting
-from moesaic.moe.links.recurrent import RecurrentRouting
+from moesaic.moe.limit import Capacity, RandomPriority
+from moesaic.moe.router_logits import HiddenStateAndToken
 from moesaic.moe.select import TopK
+from moesaic.moe.shared_experts import SharedExperts
 from moesaic.nn.embedding import EmbeddingConfig
-from moesaic.nn.position import LearnedPositions
-from moesaic.parallel.apply import parallelize
+from moesaic.nn.positional_encoding import LearnedPositions
+from moesaic.parallel.batch_ranks import BatchRanks
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.pipeline import MicroBatch, Pipeline, LossSettings
-from moesaic.parallel.ranks import BatchRanks
-from moesaic.parallel.schedules import (
+from moesaic.parallel.parallelize import parallelize
+from moesaic.parallel.pipeline import LossSettings, MicroBatch, Pipeline
+from moesaic.parallel.pipeline_schedules import (
     BreadthFirst,
     DualPipeV,
     GPipe,
@@ -43,9 +40,9 @@ from moesaic.parallel.schedules import (
     ZeroBubbleV,
     can_split_backward,
 )
-from moesaic.parallel.stages import BalancedSplit, PipelineStages
+from moesaic.parallel.pipeline_stages import BalancedSplit, PipelineStages
 from moesaic.testing.ranks import run_on_ranks
-from moesaic.testing.tiny import (
+from moesaic.testing.tiny_models import (
     BALANCED_TOP1,
     LANGUAGES,
     TASKS,
@@ -53,8 +50,8 @@ from moesaic.testing.tiny import (
     shard_batch,
     tiny_model_config,
 )
-from moesaic.train.meters import LossCategories
-from moesaic.train.precision import Float32
+from moesaic.train.run import Float32
+from moesaic.train.running_metrics import LossCategories
 from moesaic.train.step import Objective
 
 OBJECTIVE = Objective(LossCategories(TASKS, LANGUAGES), label_smoothing=0.1, precision=Float32())
@@ -143,11 +140,15 @@ def _mesh(data: int) -> Mesh:
 
 
 def _laid(config: ModelConfig, schedule: PipelineSchedule, *, mesh: Mesh) -> Pipeline:
-    stages = PipelineStages.of(config, schedule=schedule, ranks=mesh.plan.pipe, split=BalancedSplit())
+    stages = PipelineStages.of(
+        config, schedule=schedule, ranks=mesh.plan.pipe, split=BalancedSplit()
+    )
     model = _built(config)
     stages.remove_other_stages(model, rank=mesh.coordinates()["pipe"])
     stage = mesh.group(*STAGE_AXES)
-    set_ranks(model, BatchRanks(SingleProcess() if stage is None else ProcessGroupWorld(group=stage)))
+    set_ranks(
+        model, BatchRanks(SingleProcess() if stage is None else ProcessGroupWorld(group=stage))
+    )
     return Pipeline.from_mesh(mesh, model=model, stages=stages)
 
 
@@ -169,7 +170,9 @@ def _compare(case: Case, want: Alike, *, data: int = 1) -> None:
     for schedule in (s for s in schedules if can_split_backward() or not s.splits_backward):
         pipe = _laid(config, schedule, mesh=mesh)
         assert pipe.stages.problems(micro_batches=micro_batches, zero=0) is None
-        micros = pipe.forward_backward(batches, loss_settings=LossSettings(predicted, smoothing=0.1))
+        micros = pipe.forward_backward(
+            batches, loss_settings=LossSettings(predicted, smoothing=0.1)
+        )
         pipe.sum_shared_gradients()
         assert _sums(micros) == pytest.approx(want.terms, abs=1e-5), schedule
         square = 0.0

@@ -11,21 +11,27 @@ import pytest
 import torch
 import torch.distributed as distributed
 
-from moesaic.model.transformer import Transformer
-from moesaic.dist.local import local_tensor
-from moesaic.dist.mesh import Mesh
-from moesaic.dist.wire import CommunicationCounter
+from moesaic.distributed.communication_counter import CommunicationCounter
+from moesaic.distributed.mesh import Mesh
+from moesaic.distributed.world import local_tensor
 from moesaic.model.config import ModelConfig
-from moesaic.ops.grouped import SequentialGEMM
-from moesaic.ops.mixture import UnfusedMoEKernel
+from moesaic.model.transformer import Transformer
+from moesaic.ops.grouped_gemm import SequentialGEMM
+from moesaic.ops.moe_kernel import UnfusedMoEKernel
 from moesaic.optim.optimizer import AdamW
-from moesaic.parallel.apply import parallelize_on_mesh, expert_counts
+from moesaic.parallel.communication_volume import CommunicationVolume, communication_volume
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.cost import estimate_memory
-from moesaic.parallel.inventory import ParameterInventory
-from moesaic.parallel.sends import CommunicationVolume, communication_volume
+from moesaic.parallel.memory_estimate import estimate_memory
+from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
+from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.testing.ranks import run_on_ranks
-from moesaic.train.rehearse import dummy_batch, with_round_robin_routing, mesh_groups, simulate_step, communication_volume
+from moesaic.train.dry_run import (
+    communication_volume,
+    dummy_batch,
+    mesh_groups,
+    simulate_step,
+    with_round_robin_routing,
+)
 from parallel.prices import BIASED, BOTH, DECODER, SIZES, parallel
 
 Lines = dict[tuple[str, str], int]
@@ -112,7 +118,9 @@ def test_real_ranks_hold_and_send_what_is_forecast() -> None:
 def test_a_rehearsed_rank_holds_and_sends_what_is_forecast(name: str) -> None:
     config, laid, world, rank = REHEARSED[name]
     done = simulate_step(config, parallel=laid, world_size=world, sizes=SIZES, rank=rank)
-    holding = ParameterInventory(with_round_robin_routing(config)).on_rank(laid, world=world, rank=rank)
+    holding = ParameterInventory(with_round_robin_routing(config)).on_rank(
+        laid, world=world, rank=rank
+    )
     said = estimate_memory(holding, sizes=SIZES, kernel=UnfusedMoEKernel(SequentialGEMM()))
     assert [done.weights, done.gradients] == [said.weights, said.gradients]
     assert done.optimizer == said.optimizer

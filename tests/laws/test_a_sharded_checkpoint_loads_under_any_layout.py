@@ -5,15 +5,18 @@ from pathlib import Path
 
 import torch
 
-from moesaic.checkpoint.load import load_checkpoint
-from moesaic.checkpoint.publish import RetentionPolicy
+from moesaic.checkpoint.checkpoint_directory import RetentionPolicy
+from moesaic.checkpoint.full_checkpoint import load_checkpoint, save_checkpoint
 from moesaic.checkpoint.reshard import ShardedForm, reshard
-from moesaic.checkpoint.save import save_checkpoint
-from moesaic.checkpoint.saver import CheckpointSaver
-from moesaic.checkpoint.sharded import load_sharded, save_sharded
+from moesaic.checkpoint.sharded_checkpoint import CheckpointSaver, load_sharded, save_sharded
 from moesaic.checkpoint.snapshot import RankSnapshot, Snapshot
-from moesaic.dist.world import SingleProcess, ProcessGroupWorld
-from moesaic.testing.layouts import FullTensors, random_shards, mismatched_tensors, fill_with_sentinel
+from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
+from moesaic.testing.random_shards import (
+    FullTensors,
+    fill_with_sentinel,
+    mismatched_tensors,
+    random_shards,
+)
 from moesaic.testing.ranks import run_on_ranks
 
 BANKS = {"experts.up": 6, "experts.bias": 6}
@@ -41,7 +44,9 @@ def wholes(step: int) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def held(step: int, *, seed: int, rank: int, world: int) -> RankSnapshot:
-    files = random_shards(wholes(step), seed=seed, rank=rank, world_size=world, expert_tensors=BANKS)
+    files = random_shards(
+        wholes(step), seed=seed, rank=rank, world_size=world, expert_tensors=BANKS
+    )
     return RankSnapshot(step, files, {"step": step}, BANKS, {"seed": seed})
 
 
@@ -57,7 +62,9 @@ def wrong_after_loading(root: Path) -> list[str]:
     found = []
     for seed in range(LAYOUTS):
         whole: FullTensors = wholes(seed)
-        other = random_shards(whole, seed=seed + 100, rank=world.rank, world_size=world.size, expert_tensors=BANKS)
+        other = random_shards(
+            whole, seed=seed + 100, rank=world.rank, world_size=world.size, expert_tensors=BANKS
+        )
         into = fill_with_sentinel(other)
         state = load_sharded(root / f"step-{seed:08d}", into=into, world=world)
         found += [] if state == {"step": seed} else [f"state {state}"]

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from moesaic.data.batch import Batch
-from moesaic.dist.world import SingleProcess
+from moesaic.distributed.world import SingleProcess
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.select import TopK
-from moesaic.parallel.apply import parallelize
 from moesaic.parallel.config import ParallelConfig
-from moesaic.testing.tiny import LANGUAGES, TASKS, random_batch, tiny_model_config
-from moesaic.train.meters import LossCategories
-from moesaic.train.precision import Float32
-from moesaic.train.step import Objective, ForwardBackwardResult
+from moesaic.parallel.parallelize import parallelize
+from moesaic.testing.tiny_models import LANGUAGES, TASKS, random_batch, tiny_model_config
+from moesaic.train.run import Float32
+from moesaic.train.running_metrics import LossCategories
+from moesaic.train.step import ForwardBackwardResult, Objective
 
 
 def _joined(batches: list[Batch]) -> Batch:
@@ -24,11 +24,17 @@ def _joined(batches: list[Batch]) -> Batch:
     )
 
 
-def _gradients(batches: list[Batch], moe: SparseLayer) -> tuple[ForwardBackwardResult, dict[str, torch.Tensor]]:
+def _gradients(
+    batches: list[Batch], moe: SparseLayer
+) -> tuple[ForwardBackwardResult, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     model = Transformer(tiny_model_config(moe=moe))
-    objective = Objective(LossCategories(TASKS, LANGUAGES), label_smoothing=0.1, precision=Float32())
-    seen = objective.forward_backward(parallelize(model, parallel=ParallelConfig(), world=SingleProcess()), batches=batches)
+    objective = Objective(
+        LossCategories(TASKS, LANGUAGES), label_smoothing=0.1, precision=Float32()
+    )
+    seen = objective.forward_backward(
+        parallelize(model, parallel=ParallelConfig(), world=SingleProcess()), batches=batches
+    )
     return seen, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 

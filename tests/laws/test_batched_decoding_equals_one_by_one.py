@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from model.samples import BASE, VARIANTS, ids
+from moesaic.model.generate import Beam, Greedy, generate
 from moesaic.model.transformer import Transformer
-from moesaic.model.generate import generate
-from moesaic.model.search import Beam, Greedy
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity
 

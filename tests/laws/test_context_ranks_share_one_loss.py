@@ -8,27 +8,27 @@ import torch
 
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
-from moesaic.dist.plan import ParallelPlan
-from moesaic.dist.world import ProcessGroupWorld
-from moesaic.model.config import Stack, ModelConfig
+from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.distributed.world import ProcessGroupWorld
+from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.transformer import Transformer
-from moesaic.moe.attention import MixtureOfAttention
-from moesaic.moe.balance import RouterZLoss, SwitchBalance
-from moesaic.moe.balances.sequence import SequenceBalance
-from moesaic.moe.bodies.shared import GatedSharedExperts
-from moesaic.moe.conditions.embeddings import HiddenStateAndTag
+from moesaic.moe.attention_experts import MixtureOfAttention
+from moesaic.moe.balance import RouterZLoss, SequenceBalance, SwitchBalance
 from moesaic.moe.config import MoE
+from moesaic.moe.cross_layer_router import DecoupledRouting
 from moesaic.moe.layer import set_ranks
-from moesaic.moe.limit import RandomPriority, Capacity
-from moesaic.moe.links.decoupled import DecoupledRouting
+from moesaic.moe.limit import Capacity, RandomPriority
+from moesaic.moe.router_logits import HiddenStateAndTag
 from moesaic.moe.select import TopK
+from moesaic.moe.shared_experts import GatedSharedExperts
 from moesaic.nn.attention import AttentionConfig
-from moesaic.parallel.apply import parallelize
-from moesaic.parallel.config import ParallelConfig, Ring
-from moesaic.parallel.ranks import BatchRanks
-from moesaic.parallel.slices import slice_local
+from moesaic.parallel.batch_ranks import BatchRanks
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.context_parallel import Ring
+from moesaic.parallel.parallelize import parallelize
+from moesaic.parallel.sharding_plan import slice_local
 from moesaic.testing.ranks import run_on_ranks
-from moesaic.testing.tiny import random_batch, shard_batch, tiny_model_config
+from moesaic.testing.tiny_models import random_batch, shard_batch, tiny_model_config
 
 CAPPED = MoE(
     experts=4,

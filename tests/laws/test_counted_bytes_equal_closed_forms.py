@@ -9,21 +9,19 @@ import torch.distributed as distributed
 from torch import nn
 
 from moe.far_cases import D, E, F, bank
-from moesaic.dist.collectives import group_size
-from moesaic.dist.subgroups import split_group
-from moesaic.dist.traffic import DispatchedTokens, data_expert_model_bytes
-from moesaic.dist.wire import CommunicationCounter
-from moesaic.moe.bodies.narrow import DownProjection
+from moesaic.distributed.communication_counter import CommunicationCounter
+from moesaic.distributed.dispatch_volume import DispatchedTokens, data_expert_model_bytes
+from moesaic.distributed.process_groups import group_size, split_group
+from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher
 from moesaic.moe.config import MoE
-from moesaic.moe.context import RouterState, TokenContext
-from moesaic.moe.dispatch_far import AllToAllDispatcher
-from moesaic.moe.experts import GroupedExperts, ExpertShape
-from moesaic.moe.gates import LayerIndex
+from moesaic.moe.dispatch_projection import DownProjection
+from moesaic.moe.experts import ExpertShape, GroupedExperts
 from moesaic.moe.layer import MoELayer
+from moesaic.moe.router_context import RouterState, TokenContext
+from moesaic.moe.router_logits import LayerIndex
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import TopK
-from moesaic.nn.activation import ReLU
-from moesaic.nn.feed_forward import FeedForwardConfig
+from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 from moesaic.testing.ranks import run_on_ranks
 
 RANKS, K = 4, 2

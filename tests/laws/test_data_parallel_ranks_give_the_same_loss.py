@@ -4,43 +4,30 @@ import pytest
 import torch
 
 from moe.variants import BALANCES, balanced
-from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
+from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
 from moesaic.model.transformer import Transformer
-from moesaic.moe.among import TopGroups
-from moesaic.moe.balances.adamoe import NullBalance
-from moesaic.moe.balances.bias import BiasUpdate
-from moesaic.moe.balances.kept_fraction import TargetLoadBalance
-from moesaic.moe.balances.mutual_information import MutualInformationBalance
-from moesaic.moe.balances.sequence import SequenceBalance
-from moesaic.moe.bodies.lora import LoRAExpert
-from moesaic.moe.bodies.memory import ProductKeyMemory
-from moesaic.moe.bodies.narrow import DownProjection
-from moesaic.moe.bodies.residual import ResidualExpert
-from moesaic.moe.bodies.shared import GatedSharedExperts
-from moesaic.moe.bodies.soft import SoftMoE
-from moesaic.moe.conditions.embeddings import HiddenStateAndTag
+from moesaic.moe.balance import MutualInformationBalance, SequenceBalance, TargetLoadBalance
+from moesaic.moe.balance_stateful import BiasUpdate, NullBalance
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
-from moesaic.moe.layer import update_stateful_rules, set_ranks
-from moesaic.moe.limit import RandomPriority, PositionPriority, WeightPriority, Capacity, Priority
-from moesaic.moe.links.decoupled import DecoupledRouting
-from moesaic.moe.links.recurrent import RecurrentRouting
-from moesaic.moe.noise import Jitter
-from moesaic.moe.noises.warm_up import StochasticWarmup
-from moesaic.moe.select import Top2, TopK
-from moesaic.moe.selects.dense_all import DenseAll
-from moesaic.moe.selects.expert_choice import ExpertChoice
-from moesaic.moe.selects.hash import Hash
-from moesaic.moe.selects.null_top_k import NullTopK
-from moesaic.moe.selects.sigmoid import SigmoidTopK
-from moesaic.moe.selects.threshold import Threshold
-from moesaic.moe.selects.top_p import TopP
-from moesaic.moe.spare import IdentityExperts, ZeroExperts
+from moesaic.moe.cross_layer_router import DecoupledRouting, RecurrentRouting
+from moesaic.moe.dispatch_projection import DownProjection
+from moesaic.moe.experts import LoRAExpert
+from moesaic.moe.layer import set_ranks, update_stateful_rules
+from moesaic.moe.limit import Capacity, PositionPriority, Priority, RandomPriority, WeightPriority
+from moesaic.moe.null_experts import IdentityExperts, ZeroExperts
+from moesaic.moe.product_key_memory import ProductKeyMemory
+from moesaic.moe.router_logits import HiddenStateAndTag
+from moesaic.moe.router_noise import Jitter, StochasticWarmup
+from moesaic.moe.select import Hash, NullTopK, SigmoidTopK, Top2, TopGroups, TopK
+from moesaic.moe.select_dynamic import DenseAll, ExpertChoice, Threshold, TopP
+from moesaic.moe.shared_experts import GatedSharedExperts, ResidualExpert
+from moesaic.moe.soft_moe import SoftMoE
 from moesaic.optim.optimizer import AdamW
-from moesaic.parallel.apply import parallelize
+from moesaic.parallel.batch_ranks import BatchRanks
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.ranks import BatchRanks
+from moesaic.parallel.parallelize import parallelize
 from moesaic.testing.ranks import run_on_ranks
-from moesaic.testing.tiny import (
+from moesaic.testing.tiny_models import (
     BALANCED_TOP1,
     LANGUAGES,
     TASKS,
@@ -48,8 +35,8 @@ from moesaic.testing.tiny import (
     shard_batch,
     tiny_model_config,
 )
-from moesaic.train.meters import LossCategories, RunningMetrics
-from moesaic.train.precision import Float32
+from moesaic.train.run import Float32
+from moesaic.train.running_metrics import LossCategories, RunningMetrics
 from moesaic.train.step import Objective
 
 
@@ -81,7 +68,9 @@ VARIANTS = {
     ),
     "hash": MoE(experts=4, select=Hash(), balance=()),
     "dense-all": MoE(experts=4, select=DenseAll(), balance=(MutualInformationBalance(weight=0.5),)),
-    "mixture-of-depths": MoE(experts=1, select=Threshold(), balance=(TargetLoadBalance(target=0.3),)),
+    "mixture-of-depths": MoE(
+        experts=1, select=Threshold(), balance=(TargetLoadBalance(target=0.3),)
+    ),
     "expert-choice": MoE(experts=4, select=ExpertChoice(), balance=()),
     "warm-up": BALANCED_TOP1.replace(noise=StochasticWarmup(warmup_steps=3)),
     **{name: balanced(name) for name in BALANCES if name != "micro-batch"},  # its ranks differ

@@ -16,15 +16,17 @@ from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
-from moesaic.moe.noise import Jitter
+from moesaic.moe.router_noise import Jitter
 from moesaic.moe.select import Top2
-from moesaic.testing.tiny import random_batch, shard_batch, tiny_model_config
+from moesaic.testing.tiny_models import random_batch, shard_batch, tiny_model_config
 
 DRAWS = MoE(experts=4, select=Top2(second="sampled"), noise=Jitter(epsilon=0.2), balance=())
 MODEL = tiny_model_config(moe=DRAWS, layers=2).replace(dropout=0.3)
 LAYOUTS: dict[str, Callable[[Batch], Sequence[Batch]]] = {
     "two parts": lambda batch: [shard_batch(batch, rank=part, world_size=2) for part in range(2)],
-    "a row at a time": lambda batch: [shard_batch(batch, rank=row, world_size=6) for row in range(6)],
+    "a row at a time": lambda batch: [
+        shard_batch(batch, rank=row, world_size=6) for row in range(6)
+    ],
     "another order": lambda batch: [_rows(batch, [4, 0, 5, 3, 1, 2])],
     "more padding": lambda batch: [_wider(batch, by=3)],
 }

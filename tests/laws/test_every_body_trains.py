@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from model.samples import BODIES
-from moesaic.model.arrangement import ParallelResidual, SequentialResidual
+from moesaic.model.block_layout import ParallelResidual, SequentialResidual
 from moesaic.model.config import Stack
 from moesaic.model.transformer import Transformer
-from moesaic.moe.attention import MixtureOfAttention
+from moesaic.moe.attention_experts import MixtureOfAttention
 from moesaic.optim.optimizer import AdamW, Muon, Optimizer
-from moesaic.testing.tiny import random_batch, tiny_model_config
-from moesaic.train.precision import BFloat16, Float32, Precision
+from moesaic.testing.tiny_models import random_batch, tiny_model_config
+from moesaic.train.run import BFloat16, Float32, Precision
 
 STEPS = 5
 

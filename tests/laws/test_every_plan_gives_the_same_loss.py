@@ -6,20 +6,21 @@ crossing ranks occurs, for both kinds of model. Every third batch leaves some ra
 
 import pytest
 
-from moesaic.dist.plan import ParallelPlan
+from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.moe.balance import RouterZLoss, SwitchBalance
-from moesaic.moe.bodies.shared import SharedExperts
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity
 from moesaic.moe.select import SwitchTop1, TopK
+from moesaic.moe.shared_experts import SharedExperts
 from moesaic.nn.attention import AttentionConfig
 from moesaic.optim.optimizer import AdamW
-from moesaic.parallel.config import ParallelConfig, Ring
-from moesaic.parallel.recompute import CheckpointBlocks
-from moesaic.testing.tiny import tiny_model_config, tiny_run
+from moesaic.parallel.activation_checkpointing import CheckpointBlocks
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.context_parallel import Ring
+from moesaic.testing.tiny_models import tiny_model_config, tiny_run
 from moesaic.train.run import Run
-from moesaic.verify.prove import compare_plans, make_setup
-from moesaic.verify.small import shrink_config
+from moesaic.verify.compare_plans import compare_plans, make_setup
+from moesaic.verify.shrink_config import shrink_config
 
 BALANCES = (SwitchBalance(), RouterZLoss())
 CAPPED = MoE(
@@ -48,7 +49,9 @@ PLANS = {
     "translator": (
         ParallelConfig(plan=ParallelPlan(data=2, expert=2, zero=1)),
         ParallelConfig(plan=ParallelPlan(data=1, tensor=2, expert=2)),
-        ParallelConfig(plan=ParallelPlan(data=1, context=2, expert_tensor=2), context_parallel=RING),
+        ParallelConfig(
+            plan=ParallelPlan(data=1, context=2, expert_tensor=2), context_parallel=RING
+        ),
         ParallelConfig(plan=ParallelPlan(data=4, expert=2, zero=3)),
         ParallelConfig(plan=ParallelPlan(data=2, tensor=2, expert=2, expert_tensor=2, zero=2)),
         ParallelConfig(plan=ParallelPlan(data=2, context=2, tensor=2, expert=4, expert_tensor=2)),
@@ -57,8 +60,13 @@ PLANS = {
         ParallelConfig(plan=ParallelPlan(data=2)),
         ParallelConfig(plan=ParallelPlan(data=1, context=2, expert=2)),
         ParallelConfig(plan=ParallelPlan(data=1, context=2, tensor=2, expert=4, zero=2)),
-        ParallelConfig(plan=ParallelPlan(data=2, context=2, expert_tensor=4), context_parallel=RING),
-        ParallelConfig(plan=ParallelPlan(pipe=2, data=2, expert=2, zero=1), activation_checkpointing=CheckpointBlocks()),
+        ParallelConfig(
+            plan=ParallelPlan(data=2, context=2, expert_tensor=4), context_parallel=RING
+        ),
+        ParallelConfig(
+            plan=ParallelPlan(pipe=2, data=2, expert=2, zero=1),
+            activation_checkpointing=CheckpointBlocks(),
+        ),
         ParallelConfig(plan=ParallelPlan(data=8, expert=8)),
     ),
 }

@@ -5,10 +5,16 @@ import torch
 
 from model.samples import NONE, SPARSELY
 from moesaic.model.transformer import Transformer
-from moesaic.moe.bodies.soft import SoftMoE
 from moesaic.moe.config import MoE
-from moesaic.moe.selects.expert_choice import ExpertChoice
-from moesaic.testing.tiny import TinyStream, random_batch, tiny_model_config, tiny_run, tiny_trainer
+from moesaic.moe.select_dynamic import ExpertChoice
+from moesaic.moe.soft_moe import SoftMoE
+from moesaic.testing.tiny_models import (
+    TinyStream,
+    random_batch,
+    tiny_model_config,
+    tiny_run,
+    tiny_trainer,
+)
 
 RULES = SPARSELY | {
     "expert-choice": MoE(experts=3, select=ExpertChoice(), balance=()),

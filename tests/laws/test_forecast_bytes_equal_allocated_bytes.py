@@ -8,16 +8,15 @@ import pytest
 import torch
 
 from model.samples import BASE, VARIANTS
-from moesaic.model.transformer import Transformer
 from moesaic.data.batch import Batch
-from moesaic.model.config import Stack, ModelConfig
-from moesaic.model.count import BatchDims
-from moesaic.model.footprint import activation_bytes, estimate_training_memory
+from moesaic.model.config import ModelConfig, Stack
+from moesaic.model.parameter_count import BatchDims
 from moesaic.model.presets import PRESETS, preset
+from moesaic.model.training_memory import activation_bytes, estimate_training_memory
+from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
-from moesaic.nn.activation import GELU, SquaredReLU
 from moesaic.nn.attention import AttentionConfig
-from moesaic.nn.feed_forward import FeedForwardConfig
+from moesaic.nn.feed_forward import GELU, FeedForwardConfig, SquaredReLU
 
 ROWS, SOURCE, TARGET = 6, 12, 10
 WIDE = {  # large enough that what is kept per token outweighs bookkeeping

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline_cases as cases
-from moesaic.data.layout import DecoderOnlyCollator
+from moesaic.data.collators import DecoderOnlyCollator
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

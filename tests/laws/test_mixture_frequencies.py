@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline_cases as cases
+from moesaic.data.counter_rng import random_permutation
 from moesaic.data.mixture import Mixture, MixtureConfig, TokenCount, WeightedTask
-from moesaic.data.permute import random_permutation
-from moesaic.data.shards import TextRows
-from moesaic.data.tasks import TaskStream, Task, Translation
+from moesaic.data.tasks import Task, TaskStream, Translation
+from moesaic.data.token_shards import TextRows
 
 
 class ManyStreams(Task):

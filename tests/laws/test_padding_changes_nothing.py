@@ -1,10 +1,10 @@
 """Law: padding changes no state, no loss, no gradient and no routing."""
 
-from moesaic.model.transformer import Transformer
 import pytest
 import torch
 
 from model.samples import VARIANTS, batch_for, padded
+from moesaic.model.transformer import Transformer
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -5,8 +5,8 @@ from itertools import islice
 
 import pytest
 
-from moesaic.testing.random_plans import random_cases
-from moesaic.verify.prove import compare_plans, make_setup
+from moesaic.testing.random_cases import random_cases
+from moesaic.verify.compare_plans import compare_plans, make_setup
 
 CASES = list(islice(random_cases(7, max_ranks=3), 6))
 
@@ -14,7 +14,10 @@ CASES = list(islice(random_cases(7, max_ranks=3), 6))
 def test_cases_are_a_function_of_their_seed() -> None:
     again = list(islice(random_cases(7, max_ranks=3), 6))
     assert [case.summary for case in again] == [case.summary for case in CASES]
-    assert len({repr(case.summary) for case in [*CASES, *islice(random_cases(8, max_ranks=3), 6)]}) == 12
+    assert (
+        len({repr(case.summary) for case in [*CASES, *islice(random_cases(8, max_ranks=3), 6)]})
+        == 12
+    )
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))

@@ -7,26 +7,24 @@ import pytest
 import torch
 
 from moe.variants import balanced
-from moesaic.checkpoint.load import load_checkpoint
-from moesaic.checkpoint.save import save_checkpoint
-from moesaic.dist.world import ProcessGroupWorld
-from moesaic.model.arrangement import ParallelResidual
-from moesaic.moe.attention import MixtureOfAttention
+from moesaic.checkpoint.full_checkpoint import load_checkpoint, save_checkpoint
+from moesaic.distributed.world import ProcessGroupWorld
+from moesaic.model.block_layout import ParallelResidual
+from moesaic.moe.attention_experts import MixtureOfAttention
 from moesaic.moe.balance import SwitchBalance
-from moesaic.moe.balances.adamoe import NullBalance
-from moesaic.moe.bodies.lora import LoRAExpert
-from moesaic.moe.bodies.memory import ProductKeyMemory
-from moesaic.moe.bodies.narrow import DownProjection
-from moesaic.moe.bodies.residual import ResidualExpert
+from moesaic.moe.balance_stateful import NullBalance
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import RandomPriority, Capacity
-from moesaic.moe.noises.warm_up import StochasticWarmup
-from moesaic.moe.select import TopK
-from moesaic.moe.selects.null_top_k import NullTopK
-from moesaic.moe.spare import ZeroExperts
+from moesaic.moe.dispatch_projection import DownProjection
+from moesaic.moe.experts import LoRAExpert
+from moesaic.moe.limit import Capacity, RandomPriority
+from moesaic.moe.null_experts import ZeroExperts
+from moesaic.moe.product_key_memory import ProductKeyMemory
+from moesaic.moe.router_noise import StochasticWarmup
+from moesaic.moe.select import NullTopK, TopK
+from moesaic.moe.shared_experts import ResidualExpert
 from moesaic.optim.optimizer import Muon
 from moesaic.testing.ranks import run_on_ranks
-from moesaic.testing.tiny import tiny_model_config, tiny_run, tiny_trainer
+from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.run import Run
 from moesaic.train.trainer import Trainer
 
@@ -46,11 +44,13 @@ ANNEALED = MoE(
 VARIANTS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "muon": {"optimizer": Muon()},
-    "accumulated": {"accumulate": 2},
+    "accumulated": {"gradient_accumulation_steps": 2},
     "all-bodies": {
         "model": tiny_model_config(
             moe=RANDOM_TOKENS.replace(
-                expert=LoRAExpert(rank=2), beside=ResidualExpert(), exchange=DownProjection(ratio=0.5)
+                expert=LoRAExpert(rank=2),
+                beside=ResidualExpert(),
+                exchange=DownProjection(ratio=0.5),
             )
         ),
         "optimizer": Muon(),
@@ -65,7 +65,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model": tiny_model_config(moe=RANDOM_TOKENS).replace(dropout=0.1)
     },
     "annealed-nulls-and-warm-up": {"model": tiny_model_config(moe=ANNEALED)},
-    "bias-update": {"accumulate": 2, "model": tiny_model_config(moe=balanced("bias-and-sequence"))},
+    "bias-update": {
+        "gradient_accumulation_steps": 2,
+        "model": tiny_model_config(moe=balanced("bias-and-sequence")),
+    },
     "adaptive-balance": {"model": tiny_model_config(moe=balanced("adaptive"))},
 }
 

@@ -5,22 +5,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from moesaic.checkpoint.load import load_checkpoint
+from moesaic.checkpoint.full_checkpoint import load_checkpoint
 from moesaic.core.shapes import Tensor
-from moesaic.dist.plan import ParallelPlan
-from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
+from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
 from moesaic.moe.balance import SwitchBalance
-from moesaic.moe.balances.bias import BiasUpdate
+from moesaic.moe.balance_stateful import BiasUpdate
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity
 from moesaic.moe.select import TopK
 from moesaic.optim.optimizer import AdamW
 from moesaic.parallel.config import ParallelConfig
 from moesaic.testing.ranks import run_on_ranks
-from moesaic.testing.tiny import tiny_model_config, tiny_run, tiny_trainer
-from moesaic.train.hooks.checkpoint import CheckpointHook
+from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.loop import training_loop
 from moesaic.train.run import Run
+from moesaic.train.training_hooks import CheckpointHook
 
 STEPS, HALF = 6, 3
 LEARNS = MoE(

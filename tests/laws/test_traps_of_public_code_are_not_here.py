@@ -9,13 +9,12 @@ from model.samples import BASE, batch_for, padded
 from moe.variants import DIM, EXPERTS, layer
 from moesaic.model.transformer import Transformer
 from moesaic.moe.balance import RouterZLoss, SwitchBalance
+from moesaic.moe.batch_group import GatheredRows, SingleRankBatch
 from moesaic.moe.config import MoE
-from moesaic.moe.context import RouterState, TokenContext
-from moesaic.moe.gate import RouterContext
-from moesaic.moe.limit import RandomPriority, PositionPriority, WeightPriority, Capacity
-from moesaic.moe.ranks import GatheredRows, SingleRankBatch
+from moesaic.moe.limit import Capacity, PositionPriority, RandomPriority, WeightPriority
+from moesaic.moe.router_context import RouterContext, RouterState, TokenContext
 from moesaic.moe.select import Top2, TopK
-from moesaic.moe.selects.top_p import TopP
+from moesaic.moe.select_dynamic import TopP
 
 X = torch.randn(40, DIM)
 
@@ -28,7 +27,9 @@ def _drawn(moe, key):
 
 
 RANDOM = {
-    "random-token-selection": {"limit": Capacity(factor=0.5, eval_factor=0.5, priority=RandomPriority())},
+    "random-token-selection": {
+        "limit": Capacity(factor=0.5, eval_factor=0.5, priority=RandomPriority())
+    },
     "gumbel-second-choice": {"select": Top2(second="sampled")},
 }
 
@@ -52,7 +53,9 @@ class Shared(SingleRankBatch):
         return GatheredRows(torch.cat(both), 0 if self.first else len(self.other))
 
 
-@pytest.mark.parametrize("priority", [PositionPriority(), WeightPriority(), RandomPriority()], ids=repr)
+@pytest.mark.parametrize(
+    "priority", [PositionPriority(), WeightPriority(), RandomPriority()], ids=repr
+)
 def test_capacity_counts_the_tokens_of_all_ranks(priority):
     limit = Capacity(factor=0.7, minimum=0, priority=priority)
     logits = torch.randn(40, EXPERTS) + torch.linspace(2, 0, 40)[:, None] * torch.eye(EXPERTS)[0]
@@ -60,7 +63,9 @@ def test_capacity_counts_the_tokens_of_all_ranks(priority):
     whole = limit(TopK(k=2)(gate), router=gate, batch_group=SingleRankBatch())
     kept = []
     parts = [slice(0, 31), slice(31, 40)]  # very unequal: local counts would drop others
-    gates = [RouterContext(logits[part], _some(gate.context, part), training=True) for part in parts]
+    gates = [
+        RouterContext(logits[part], _some(gate.context, part), training=True) for part in parts
+    ]
     sent = []
     for each in gates:
         routing = TopK(k=2)(each)
@@ -84,7 +89,9 @@ def test_top_p_takes_one_expert_of_a_certain_token_and_never_all_by_an_empty_mas
 
 
 def test_a_balance_loss_never_counts_padding():
-    model = Transformer(BASE.replace(moe=BASE.moe.replace(balance=(SwitchBalance(), RouterZLoss()))))
+    model = Transformer(
+        BASE.replace(moe=BASE.moe.replace(balance=(SwitchBalance(), RouterZLoss())))
+    )
     batch = batch_for(BASE)
     tight, loose = model(batch).records, model(padded(batch, 50)).records
     for here, there in zip(tight, loose, strict=True):

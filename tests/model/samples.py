@@ -3,41 +3,33 @@
 import torch
 
 from moesaic.data.batch import PAD, Batch
-from moesaic.model.arrangement import ParallelResidual
-from moesaic.model.config import Stack, ModelConfig
-from moesaic.moe.among import TopGroups
-from moesaic.moe.attention import MixtureOfAttention
-from moesaic.moe.balance import RouterZLoss, SwitchBalance
-from moesaic.moe.balances.adamoe import NullBalance
-from moesaic.moe.balances.kept_fraction import TargetLoadBalance
-from moesaic.moe.balances.mutual_information import MutualInformationBalance
-from moesaic.moe.bodies.lora import LoRAExpert
-from moesaic.moe.bodies.memory import ProductKeyMemory
-from moesaic.moe.bodies.narrow import DownProjection
-from moesaic.moe.bodies.residual import ResidualExpert
-from moesaic.moe.bodies.shared import GatedSharedExperts, SharedExperts
-from moesaic.moe.bodies.soft import SoftMoE
-from moesaic.moe.conditions.embeddings import TagOnly, TokenOnly, HiddenStateAndTag, HiddenStateAndToken
+from moesaic.model.block_layout import ParallelResidual
+from moesaic.model.config import ModelConfig, Stack
+from moesaic.moe.attention_experts import MixtureOfAttention
+from moesaic.moe.balance import (
+    MutualInformationBalance,
+    RouterZLoss,
+    SwitchBalance,
+    TargetLoadBalance,
+)
+from moesaic.moe.balance_stateful import NullBalance
 from moesaic.moe.config import MoE, NoMoE
-from moesaic.moe.links.decoupled import DecoupledRouting
-from moesaic.moe.links.pre_gated import PreGatedRouting
-from moesaic.moe.links.recurrent import RecurrentRouting
-from moesaic.moe.noises.warm_up import StochasticWarmup
-from moesaic.moe.select import SwitchTop1, Top2, TopK
-from moesaic.moe.selects.dense_all import DenseAll
-from moesaic.moe.selects.expert_choice import ExpertChoice
-from moesaic.moe.selects.hash import Hash
-from moesaic.moe.selects.null_top_k import NullTopK
-from moesaic.moe.selects.sigmoid import SigmoidTopK
-from moesaic.moe.selects.threshold import Threshold
-from moesaic.moe.selects.top_p import TopP
-from moesaic.moe.spare import IdentityExperts, ZeroExperts
-from moesaic.nn.activation import ReLU, SquaredReLU, SwiGLU
+from moesaic.moe.cross_layer_router import DecoupledRouting, PreGatedRouting, RecurrentRouting
+from moesaic.moe.dispatch_projection import DownProjection
+from moesaic.moe.experts import LoRAExpert
+from moesaic.moe.null_experts import IdentityExperts, ZeroExperts
+from moesaic.moe.product_key_memory import ProductKeyMemory
+from moesaic.moe.router_logits import HiddenStateAndTag, HiddenStateAndToken, TagOnly, TokenOnly
+from moesaic.moe.router_noise import StochasticWarmup
+from moesaic.moe.select import Hash, NullTopK, SigmoidTopK, SwitchTop1, Top2, TopGroups, TopK
+from moesaic.moe.select_dynamic import DenseAll, ExpertChoice, Threshold, TopP
+from moesaic.moe.shared_experts import GatedSharedExperts, ResidualExpert, SharedExperts
+from moesaic.moe.soft_moe import SoftMoE
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
-from moesaic.nn.feed_forward import FeedForwardConfig
+from moesaic.nn.feed_forward import FeedForwardConfig, ReLU, SquaredReLU, SwiGLU
 from moesaic.nn.norm import LayerNorm
-from moesaic.nn.position import LearnedPositions, NoPositionalEncoding, Sinusoidal
+from moesaic.nn.positional_encoding import LearnedPositions, NoPositionalEncoding, Sinusoidal
 
 VOCABULARY = 40
 BASE = ModelConfig(
@@ -97,11 +89,16 @@ VARIANTS = {
 }
 SPARSELY = {  # every rule of choosing in a whole model; encoders alone where it is not causal
     "sigmoid-in-groups": MoE(
-        experts=4, select=SigmoidTopK(k=2, expert_groups=TopGroups(num_groups=2, top_groups=1)), balance=()
+        experts=4,
+        select=SigmoidTopK(k=2, expert_groups=TopGroups(num_groups=2, top_groups=1)),
+        balance=(),
     ),
     "top-p": MoE(experts=4, select=TopP(p=0.45)),
     "null-experts": MoE(
-        experts=3, select=NullTopK(k=2), null_experts=ZeroExperts(number=2), balance=(NullBalance(),)
+        experts=3,
+        select=NullTopK(k=2),
+        null_experts=ZeroExperts(number=2),
+        balance=(NullBalance(),),
     ),
     "hash": MoE(experts=4, select=Hash(), balance=()),
     "dense-all": MoE(experts=3, select=DenseAll(), balance=(MutualInformationBalance(),)),
@@ -132,7 +129,9 @@ VARIANTS |= {name: BASE.replace(moe=moe) for name, moe in BODIES.items()}
 VARIANTS |= {
     "attention-experts-own-keys": BASE.replace(attention_experts=MixtureOfAttention(experts=3)),
     "attention-experts-shared-keys-parallel": BASE.replace(
-        attention_experts=MixtureOfAttention(experts=3, key_values="shared"), block=ParallelResidual(), bias=True
+        attention_experts=MixtureOfAttention(experts=3, key_values="shared"),
+        block=ParallelResidual(),
+        bias=True,
     ),
     "parallel-decoder-only": BASE.replace(
         encoder=NONE,

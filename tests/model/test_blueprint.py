@@ -3,13 +3,12 @@
 import pytest
 
 from model.samples import BASE, VARIANTS
-from moesaic.model.transformer import Transformer
 from moesaic.core.errors import ConfigError
-from moesaic.model.config import Stack
-from moesaic.model.config import ModelConfig
-from moesaic.model.count import count_parameters
-from moesaic.moe.bodies.memory import ProductKeyMemory
+from moesaic.model.config import ModelConfig, Stack
+from moesaic.model.parameter_count import count_parameters
+from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE, NoMoE
+from moesaic.moe.product_key_memory import ProductKeyMemory
 from moesaic.moe.select import SwitchTop1, TopK
 from moesaic.nn.attention import AttentionConfig
 
@@ -29,7 +28,10 @@ def test_a_config_round_trips_through_yaml(name):
         ({"decoder": Stack(layers=0)}, "decoder.layers"),
         ({"moe": MoE(experts=2, select=TopK(k=3))}, "experts=2"),
         (
-            {"moe": ProductKeyMemory(), "decoder": Stack(layers=2, moe_every=1, experts_per_layer=(2, 4))},
+            {
+                "moe": ProductKeyMemory(),
+                "decoder": Stack(layers=2, moe_every=1, experts_per_layer=(2, 4)),
+            },
             "ProductKeyMemory",
         ),
     ],
@@ -42,7 +44,9 @@ def test_a_shape_that_does_not_fit_is_refused_with_its_numbers(changes, said):
 def test_experts_stand_in_every_kth_block():
     stack = Stack(layers=6, moe_every=3)
     assert [i for i in range(6) if BASE.routed_moe_of_layer(stack, layer=i)] == [2, 5]
-    assert not any(BASE.routed_moe_of_layer(Stack(layers=6, moe_every=0), layer=i) for i in range(6))
+    assert not any(
+        BASE.routed_moe_of_layer(Stack(layers=6, moe_every=0), layer=i) for i in range(6)
+    )
     assert not any(BASE.replace(moe=NoMoE()).routed_moe_of_layer(stack, layer=i) for i in range(6))
 
 
@@ -51,16 +55,22 @@ def test_a_pyramid_gives_each_sparse_block_its_own_number_of_experts():
     config = BASE.replace(encoder=pyramid, moe=MoE(experts=3, select=SwitchTop1()))
     counts = [config.routed_moe_of_layer(pyramid, layer=layer) for layer in range(4)]
     assert [moe.experts if moe else 0 for moe in counts] == [0, 2, 0, 8]
-    assert count_parameters(config).total == sum(p.numel() for p in Transformer(config).parameters())
+    assert count_parameters(config).total == sum(
+        p.numel() for p in Transformer(config).parameters()
+    )
 
 
 def test_the_first_blocks_may_stay_dense():
     stack = Stack(layers=6, moe_every=2, first_dense_layers=3)
     assert stack.moe_layers == (3, 5)
-    config = BASE.replace(decoder=Stack(layers=4, moe_every=1, first_dense_layers=2, experts_per_layer=(2, 5)))
+    config = BASE.replace(
+        decoder=Stack(layers=4, moe_every=1, first_dense_layers=2, experts_per_layer=(2, 5))
+    )
     counts = [config.routed_moe_of_layer(config.decoder, layer=layer) for layer in range(4)]
     assert [moe.experts if moe else 0 for moe in counts] == [0, 0, 2, 5]
-    assert count_parameters(config).total == sum(p.numel() for p in Transformer(config).parameters())
+    assert count_parameters(config).total == sum(
+        p.numel() for p in Transformer(config).parameters()
+    )
 
 
 def test_a_memory_stands_where_experts_would_but_is_no_mixture():

@@ -5,10 +5,10 @@ from itertools import combinations
 
 import torch
 
-from moesaic.model.dropout import Dropout
+from moesaic.model.block import Dropout
 from moesaic.model.transformer import Transformer
-from moesaic.moe.context import TokenContext
-from moesaic.testing.tiny import tiny_model_config
+from moesaic.moe.router_context import TokenContext
+from moesaic.testing.tiny_models import tiny_model_config
 
 ONES = torch.ones(6, 64)
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from model.samples import VARIANTS, ids
+from moesaic.model.generate import Beam, Greedy, append_tag, generate
 from moesaic.model.transformer import Transformer
-from moesaic.model.generate import append_tag, generate
-from moesaic.model.search import Beam, Greedy
 
 TAG = torch.tensor([6, 7])
 

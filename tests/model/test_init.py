@@ -1,15 +1,15 @@
-"""Weights start from the distributions that the table of ``Init`` states."""
+"""Weights start from the distributions that the table of ``InitConfig`` states."""
 
 import pytest
 import torch
 
 from model.samples import VARIANTS
+from moesaic.model.config import InitConfig, ModelConfig, Stack
 from moesaic.model.transformer import Transformer
-from moesaic.model.config import InitConfig, Stack, ModelConfig
-from moesaic.moe.bodies.lora import LoRAExpert
-from moesaic.moe.bodies.memory import ProductKeyMemory
-from moesaic.moe.bodies.residual import ResidualExpert
 from moesaic.moe.config import MoE
+from moesaic.moe.experts import LoRAExpert
+from moesaic.moe.product_key_memory import ProductKeyMemory
+from moesaic.moe.shared_experts import ResidualExpert
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import LayerNorm

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from moesaic.model.transformer import Transformer
 from moesaic.core.errors import UserError
-from moesaic.model.count import count_parameters
+from moesaic.model.parameter_count import count_parameters
 from moesaic.model.presets import PRESETS, preset
+from moesaic.model.transformer import Transformer
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
@@ -54,7 +54,9 @@ def test_doubling_the_experts_doubles_them():
 
 
 def test_a_pyramid_of_residual_mixtures_has_less_than_a_third_of_the_experts():
-    uniform, pyramid = (count_parameters(preset(n).config) for n in ("deepspeed-moe-128", "pr-moe-350m"))
+    uniform, pyramid = (
+        count_parameters(preset(n).config) for n in ("deepspeed-moe-128", "pr-moe-350m")
+    )
     assert pyramid.parts["decoder experts"] * 12 * 128 == uniform.parts["decoder experts"] * 448
     assert pyramid.active > uniform.active  # by what stands beside the experts
 

@@ -7,7 +7,7 @@ import torch
 
 from moesaic.core.errors import ConfigError
 from moesaic.data.tokenizer import EOS
-from moesaic.model.search import Beam, Greedy, SearchInputs
+from moesaic.model.generate import Beam, Greedy, SearchInputs
 
 V, ROOM = 6, 4
 
@@ -100,7 +100,9 @@ def test_sources_end_at_their_own_limits():
     table.first[:, EOS] = -50.0
     problem = table.problem()
     limits = torch.tensor([1, 5, 3])
-    problem = SearchInputs(problem.logits, problem.step, problem.reorder_cache, limits, problem.suppressed)
+    problem = SearchInputs(
+        problem.logits, problem.step, problem.reorder_cache, limits, problem.suppressed
+    )
     answers = Beam(size=3)(problem)
     assert [len(best.ids) for (best,) in answers] == [1, 5, 3]
     assert not any(best.finished for (best,) in answers)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from model.samples import BASE, VARIANTS, batch_for
-from moesaic.model.transformer import Transformer
 from moesaic.data.batch import PAD
+from moesaic.model.transformer import Transformer
 from moesaic.optim.optimizer import AdamW
 
 

@@ -9,12 +9,11 @@ import torch
 import torch.distributed as distributed
 from torch import nn
 
-from moesaic.dist.collectives import Group
-from moesaic.moe.dispatch import Dispatcher, LocalDispatcher
-from moesaic.moe.experts import GroupedExperts, ExpertShape
+from moesaic.distributed.process_groups import Group
+from moesaic.moe.dispatcher import Dispatcher, LocalDispatcher
+from moesaic.moe.experts import ExpertShape, GroupedExperts
 from moesaic.moe.routing import Routing
-from moesaic.nn.activation import ReLU
-from moesaic.nn.feed_forward import FeedForwardConfig
+from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 
 E, D, F, K = 8, 6, 4, 2
 NOWHERE = E
@@ -95,7 +94,9 @@ def bank(*, experts: Sequence[int] = range(E), hidden: slice = slice(0, F)) -> G
     return made
 
 
-def carried(dispatcher: Dispatcher, *, experts: GroupedExperts, edges: Routing, x: torch.Tensor) -> Result:
+def carried(
+    dispatcher: Dispatcher, *, experts: GroupedExperts, edges: Routing, x: torch.Tensor
+) -> Result:
     """Answer and gradients for an upstream gradient that tells every number apart."""
     x = x.clone().requires_grad_()
     weight = edges.weight.clone().requires_grad_()

@@ -9,9 +9,8 @@ import torch
 
 from moesaic.core.shapes import Tensor
 from moesaic.moe.balance import Balance, BalanceInputs
-from moesaic.moe.context import TokenContext
-from moesaic.moe.gate import RouterContext
-from moesaic.moe.ranks import GatheredRows, SingleRankBatch
+from moesaic.moe.batch_group import GatheredRows, SingleRankBatch
+from moesaic.moe.router_context import RouterContext, TokenContext
 from moesaic.moe.select import Select, TopK
 
 LENGTHS = (3, 9, 1, 20, 5, 26)  # tokens of each row

@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from moesaic.core.errors import ConfigError
-from moesaic.moe.among import AllExperts, TopGroups
-from moesaic.moe.gate import RouterContext
-from moesaic.moe.select import TopK
-from moesaic.moe.selects.sigmoid import SigmoidTopK
+from moesaic.moe.router_context import RouterContext
+from moesaic.moe.select import AllExperts, SigmoidTopK, TopGroups, TopK
 
 SCORES = torch.tensor([[0.9, 0.0, 0.5, 0.5, 0.6, 0.3, 0.1, 0.2]])  # groups of two: .9 1. .9 .3
 
@@ -32,7 +30,9 @@ def test_scores_of_kept_groups_are_left_as_they_are():
 @pytest.mark.parametrize("rule", [TopK, SigmoidTopK])
 def test_a_token_chooses_from_its_groups_alone(rule):
     logits = torch.randn(200, 12)
-    routing = rule(k=4, among=TopGroups(num_groups=4, top_groups=2))(RouterContext.from_logits(logits))
+    routing = rule(k=4, among=TopGroups(num_groups=4, top_groups=2))(
+        RouterContext.from_logits(logits)
+    )
     groups = routing.expert.view(200, 4) // 3
     assert max(len(set(row)) for row in groups.tolist()) == 2
     free = rule(k=4)(RouterContext.from_logits(logits)).expert.view(200, 4) // 3

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from moesaic.moe.balance import RouterZLoss, BalanceInputs, SwitchBalance
-from moesaic.moe.gate import RouterContext
-from moesaic.moe.ranks import SingleRankBatch
+from moesaic.moe.balance import BalanceInputs, RouterZLoss, SwitchBalance
+from moesaic.moe.batch_group import SingleRankBatch
+from moesaic.moe.router_context import RouterContext
 from moesaic.moe.select import SwitchTop1, TopK
 
 T, E = 64, 8
@@ -18,7 +18,9 @@ def _scores(logits, select=None, *, load=None):
     load = routing.load().double() if load is None else load
     tokens = torch.tensor(float(T), dtype=torch.float64)
     none = torch.zeros_like(load)
-    return BalanceInputs(gate, routing, rule.probabilities(gate), load, none, tokens, SingleRankBatch())
+    return BalanceInputs(
+        gate, routing, rule.probabilities(gate), load, none, tokens, SingleRankBatch()
+    )
 
 
 @pytest.mark.parametrize("k", [1, 2])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from moesaic.moe.context import TokenContext
+from moesaic.moe.router_context import TokenContext
 
 
 def _context(keys, positions):

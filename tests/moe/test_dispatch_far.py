@@ -9,10 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moe.far_cases import CASES, E, F, Result, bank, carried, compare, groups, here, whole
-from moesaic.dist.traffic import DispatchedTokens, all_to_all_bytes
-from moesaic.dist.wire import CommunicationCounter
-from moesaic.moe.dispatch import Dispatcher, LocalDispatcher
-from moesaic.moe.dispatch_far import AllToAllDispatcher, Supposes
+from moesaic.distributed.communication_counter import CommunicationCounter
+from moesaic.distributed.dispatch_volume import DispatchedTokens, all_to_all_bytes
+from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher, Supposes
+from moesaic.moe.dispatcher import Dispatcher, LocalDispatcher
 from moesaic.moe.routing import Routing
 from moesaic.testing.ranks import run_on_ranks
 

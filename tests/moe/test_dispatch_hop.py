@@ -7,11 +7,19 @@ import torch
 import torch.distributed as distributed
 
 from moe.far_cases import CASES, D, E, K, Result, bank, carried, compare, groups, here, whole
-from moesaic.dist.traffic import DispatchedTokens, all_to_all_inter_node_bytes, mean_remote_nodes, hierarchical_inter_node_bytes
-from moesaic.dist.wire import CommunicationCounter
-from moesaic.moe.dispatch import Dispatcher
-from moesaic.moe.dispatch_far import AllToAllDispatcher
-from moesaic.moe.dispatch_hop import DeduplicatedAllToAllDispatcher, hierarchical_dispatcher
+from moesaic.distributed.communication_counter import CommunicationCounter
+from moesaic.distributed.dispatch_volume import (
+    DispatchedTokens,
+    all_to_all_inter_node_bytes,
+    hierarchical_inter_node_bytes,
+    mean_remote_nodes,
+)
+from moesaic.moe.all_to_all_dispatcher import (
+    AllToAllDispatcher,
+    DeduplicatedAllToAllDispatcher,
+    hierarchical_dispatcher,
+)
+from moesaic.moe.dispatcher import Dispatcher
 from moesaic.moe.routing import Routing
 from moesaic.testing.ranks import run_on_ranks
 
@@ -69,7 +77,10 @@ def _leaving() -> dict[str, tuple[int, int]]:
     rank = distributed.get_rank()
     inside, nodes = groups(2)
     every = distributed.group.WORLD
-    ways = {"flat": AllToAllDispatcher(every), "hops": hierarchical_dispatcher(inter_node=nodes, intra_node=inside)}
+    ways = {
+        "flat": AllToAllDispatcher(every),
+        "hops": hierarchical_dispatcher(inter_node=nodes, intra_node=inside),
+    }
     x, _ = here("uneven", rank=0)
     x = x[:1].repeat(28, 1)
     pairs = torch.combinations(torch.arange(E), K)  # every set of experts once
@@ -108,8 +119,12 @@ def test_experts_that_cannot_be_split_evenly_are_refused() -> None:
 
 def test_a_null_group_is_the_inner_dispatcher() -> None:
     x, edges = here("some dropped", rank=0)
-    got = carried(hierarchical_dispatcher(inter_node=None, intra_node=None), experts=bank(), edges=edges, x=x)
-    parts = carried(_InParts(DeduplicatedAllToAllDispatcher(None)), experts=bank(), edges=edges, x=x)
+    got = carried(
+        hierarchical_dispatcher(inter_node=None, intra_node=None), experts=bank(), edges=edges, x=x
+    )
+    parts = carried(
+        _InParts(DeduplicatedAllToAllDispatcher(None)), experts=bank(), edges=edges, x=x
+    )
     assert torch.equal(
         got.out, carried(AllToAllDispatcher(None), experts=bank(), edges=edges, x=x).out
     )

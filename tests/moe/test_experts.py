@@ -2,10 +2,9 @@
 
 import torch
 
-from moesaic.moe.experts import GroupedExperts, ExpertShape
-from moesaic.nn.activation import SwiGLU
-from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig
-from moesaic.ops.group import group_by_expert
+from moesaic.moe.experts import ExpertShape, GroupedExperts
+from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig, SwiGLU
+from moesaic.ops.permute import group_by_expert
 
 D, E = 8, 3
 FEED = FeedForwardConfig(hidden=12, activation=SwiGLU())

@@ -4,11 +4,10 @@ import pytest
 
 from model.samples import BASE
 from moesaic.core.errors import ConfigError
-from moesaic.model.count import count_parameters
-from moesaic.moe.around import NoSharedExperts
-from moesaic.moe.config import MoE
-from moesaic.moe.fine_grained import fine_grained
+from moesaic.model.parameter_count import count_parameters
+from moesaic.moe.config import MoE, fine_grained
 from moesaic.moe.select import SwitchTop1, TopK
+from moesaic.moe.shared_experts import NoSharedExperts
 
 HIDDEN = BASE.feed_forward.hidden
 COARSE = {
@@ -45,4 +44,6 @@ def test_a_width_that_does_not_divide_is_refused():
 def test_chosen_experts_are_weighted_by_their_plain_probabilities():
     fine = fine_grained(COARSE["top2"], hidden=HIDDEN, splits=4, shared=1)
     assert fine.select == TopK(k=7, normalise="none")
-    assert isinstance(fine_grained(COARSE["top2"], hidden=HIDDEN, splits=4).shared_experts, NoSharedExperts)
+    assert isinstance(
+        fine_grained(COARSE["top2"], hidden=HIDDEN, splits=4).shared_experts, NoSharedExperts
+    )

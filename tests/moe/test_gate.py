@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from moesaic.moe.gate import RouterContext, StatefulRule, RoutingStats
+from moesaic.moe.router_context import RouterContext, RoutingStats, StatefulRule
 
 
 def test_scores_to_choose_by_carry_the_bias_and_no_gradient():
@@ -28,4 +28,7 @@ def test_sums_read_back_as_what_was_seen():
 def test_a_rule_without_a_state_learns_nothing():
     assert StatefulRule().initial_state(4) == {}
     state = {"bias": torch.ones(2)}
-    assert StatefulRule().update_state(state, stats=RoutingStats.from_vector(torch.zeros(9).double())) is state
+    assert (
+        StatefulRule().update_state(state, stats=RoutingStats.from_vector(torch.zeros(9).double()))
+        is state
+    )

@@ -5,12 +5,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from moesaic.moe.batch_group import SingleRankBatch
 from moesaic.moe.config import MoE
-from moesaic.moe.context import RouterState, TokenContext
-from moesaic.moe.dispatch import LocalDispatcher
-from moesaic.moe.gates import LayerIndex
+from moesaic.moe.dispatcher import LocalDispatcher
 from moesaic.moe.layer import MoELayer, set_dispatcher, set_ranks
-from moesaic.moe.ranks import SingleRankBatch
+from moesaic.moe.router_context import RouterState, TokenContext
+from moesaic.moe.router_logits import LayerIndex
 from moesaic.nn.feed_forward import FeedForwardConfig
 
 D = 8
@@ -19,7 +19,11 @@ D = 8
 def _layer(**fields):
     config = MoE(experts=4, **fields)
     layer = MoELayer(
-        config, dim=D, feed_forward=FeedForwardConfig(hidden=12), bias=False, layer_index=LayerIndex("x.1")
+        config,
+        dim=D,
+        feed_forward=FeedForwardConfig(hidden=12),
+        bias=False,
+        layer_index=LayerIndex("x.1"),
     )
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.3)

@@ -5,10 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moesaic.moe.context import TokenContext
-from moesaic.moe.gate import RouterContext
-from moesaic.moe.limit import RandomPriority, PositionPriority, WeightPriority, Capacity, Dropless, queue_positions
-from moesaic.moe.ranks import SingleRankBatch
+from moesaic.moe.batch_group import SingleRankBatch
+from moesaic.moe.limit import (
+    Capacity,
+    Dropless,
+    PositionPriority,
+    RandomPriority,
+    WeightPriority,
+    queue_positions,
+)
+from moesaic.moe.router_context import RouterContext, TokenContext
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import SwitchTop1, TopK
 
@@ -56,7 +62,9 @@ def test_capacity_is_the_ceiling_of_the_fair_share_and_at_least_the_minimum():
 
 def test_by_position_keeps_the_first_tokens():
     after = _limited(
-        Capacity(factor=1.0, minimum=0, priority=PositionPriority()), _to_one_expert(12), training=True
+        Capacity(factor=1.0, minimum=0, priority=PositionPriority()),
+        _to_one_expert(12),
+        training=True,
     )
     assert after.dropped.tolist() == 3 * [False] + 9 * [True]
 
@@ -64,7 +72,9 @@ def test_by_position_keeps_the_first_tokens():
 def test_by_position_serves_all_first_choices_before_any_second():
     expert = torch.tensor([[1, 0], [1, 0], [0, 1], [0, 1]])
     routing = Routing.from_topk(torch.ones(4, 2), expert=expert, num_experts=2)
-    after = _limited(Capacity(factor=0.5, minimum=0, priority=PositionPriority()), routing, training=True)
+    after = _limited(
+        Capacity(factor=0.5, minimum=0, priority=PositionPriority()), routing, training=True
+    )
     assert after.dropped.view(4, 2).tolist() == [[False, True]] * 4
 
 
@@ -120,6 +130,8 @@ def test_places_go_by_later_columns_where_earlier_ones_are_equal():
 def test_spare_experts_take_any_number():
     expert = torch.tensor([[3], [3], [3], [3], [0], [0], [0], [0]])  # the last one costs nothing
     routing = Routing.from_topk(torch.ones(8, 1), expert=expert, num_experts=E)
-    gate = RouterContext(torch.zeros(8, E), TokenContext.unbatched(8), training=True, num_null_experts=1)
+    gate = RouterContext(
+        torch.zeros(8, E), TokenContext.unbatched(8), training=True, num_null_experts=1
+    )
     after = Capacity(factor=1.0, minimum=0)(routing, router=gate, batch_group=SingleRankBatch())
     assert after.load().tolist() == [2, 0, 0, 4]

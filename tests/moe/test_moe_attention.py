@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from moesaic.moe.attention import MixtureOfAttention
+from moesaic.moe.attention_experts import MixtureOfAttention
 from moesaic.nn.attention import AttentionConfig, SelfAttention
 from moesaic.nn.packing import Packing
-from moesaic.nn.position import Rotary
+from moesaic.nn.positional_encoding import Rotary
 
 DIM, N = 24, 3
 HEADS = AttentionConfig(heads=4, kv_heads=2)

@@ -3,8 +3,8 @@
 from moesaic.core.config import Config
 from moesaic.moe.balance import RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
-from moesaic.moe.limit import PositionPriority, Capacity
-from moesaic.moe.noise import Jitter
+from moesaic.moe.limit import Capacity, PositionPriority
+from moesaic.moe.router_noise import Jitter
 from moesaic.moe.select import TopK
 
 

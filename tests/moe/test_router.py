@@ -3,11 +3,11 @@
 import torch
 
 from moesaic.moe.balance import RouterZLoss, SwitchBalance
+from moesaic.moe.batch_group import SingleRankBatch
 from moesaic.moe.config import MoE
-from moesaic.moe.context import RouterState, TokenContext
-from moesaic.moe.gates import LayerIndex
-from moesaic.moe.ranks import SingleRankBatch
 from moesaic.moe.router import Router
+from moesaic.moe.router_context import RouterState, TokenContext
+from moesaic.moe.router_logits import LayerIndex
 
 D, E = 16, 4
 

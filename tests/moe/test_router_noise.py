@@ -2,8 +2,8 @@
 
 import torch
 
-from moesaic.moe.context import TokenContext
-from moesaic.moe.noise import Jitter, NoRouterNoise
+from moesaic.moe.router_context import TokenContext
+from moesaic.moe.router_noise import Jitter, NoRouterNoise
 
 X = torch.rand(100, 8) + 1
 

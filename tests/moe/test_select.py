@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from moesaic.moe.gate import RouterContext
-from moesaic.moe.limit import WeightPriority, Capacity
-from moesaic.moe.ranks import SingleRankBatch
+from moesaic.moe.batch_group import SingleRankBatch
+from moesaic.moe.limit import Capacity, WeightPriority
+from moesaic.moe.router_context import RouterContext
 from moesaic.moe.select import SwitchTop1, Top2, TopK
 
 T, E = 50, 6
@@ -72,7 +72,9 @@ def test_nothing_is_sampled_in_evaluation():
     select = Top2(second="sampled")
     first, again = (select(RouterContext.from_logits(logits, training=False)) for _ in range(2))
     assert torch.equal(first.expert, again.expert)
-    assert torch.equal(first.expert, Top2()(RouterContext.from_logits(logits, training=False)).expert)
+    assert torch.equal(
+        first.expert, Top2()(RouterContext.from_logits(logits, training=False)).expert
+    )
 
 
 @pytest.mark.parametrize("select", [SwitchTop1(), TopK(k=2), TopK(k=2, normalise="none"), Top2()])

@@ -3,35 +3,31 @@
 import torch
 from torch import nn
 
-from moesaic.moe.balance import Balance, RouterZLoss, SwitchBalance
-from moesaic.moe.balances.adaptive import AdaptiveBalance
-from moesaic.moe.balances.bias import BiasUpdate
-from moesaic.moe.balances.device import DeviceBalance
-from moesaic.moe.balances.entropy import EntropyBalance
-from moesaic.moe.balances.global_batch import GlobalBatchBalance, MicroBatchBalance
-from moesaic.moe.balances.importance import ImportanceBalance
-from moesaic.moe.balances.sequence import SequenceBalance
-from moesaic.moe.bodies.lora import LoRAExpert
-from moesaic.moe.bodies.narrow import DownProjection
-from moesaic.moe.bodies.residual import ResidualExpert
-from moesaic.moe.bodies.shared import GatedSharedExperts, SharedExperts
+from moesaic.moe.balance import (
+    Balance,
+    DeviceBalance,
+    EntropyBalance,
+    GlobalBatchBalance,
+    ImportanceBalance,
+    MicroBatchBalance,
+    RouterZLoss,
+    SequenceBalance,
+    SwitchBalance,
+)
+from moesaic.moe.balance_stateful import AdaptiveBalance, BiasUpdate
 from moesaic.moe.config import MoE
-from moesaic.moe.context import RouterState, TokenContext
-from moesaic.moe.gates import LayerIndex
+from moesaic.moe.dispatch_projection import DownProjection
+from moesaic.moe.experts import LoRAExpert
 from moesaic.moe.layer import MoELayer
-from moesaic.moe.limit import RandomPriority, PositionPriority, WeightPriority, Capacity, Dropless
-from moesaic.moe.record import RoutingRecord
-from moesaic.moe.select import SwitchTop1, Top2, TopK
-from moesaic.moe.selects.dense_all import DenseAll, ThresholdAtInference
-from moesaic.moe.selects.expert_choice import ExpertChoice
-from moesaic.moe.selects.hash import Hash
-from moesaic.moe.selects.null_top_k import NullTopK
-from moesaic.moe.selects.sigmoid import SigmoidTopK
-from moesaic.moe.selects.threshold import Threshold
-from moesaic.moe.selects.top_p import TopP
-from moesaic.moe.spare import IdentityExperts, NoNullExperts, ZeroExperts
-from moesaic.nn.activation import ReLU, SwiGLU
-from moesaic.nn.feed_forward import FeedForwardConfig
+from moesaic.moe.limit import Capacity, Dropless, PositionPriority, RandomPriority, WeightPriority
+from moesaic.moe.null_experts import IdentityExperts, NoNullExperts, ZeroExperts
+from moesaic.moe.router_context import RouterState, TokenContext
+from moesaic.moe.router_logits import LayerIndex
+from moesaic.moe.routing_record import RoutingRecord
+from moesaic.moe.select import Hash, NullTopK, SigmoidTopK, SwitchTop1, Top2, TopK
+from moesaic.moe.select_dynamic import DenseAll, ExpertChoice, Threshold, ThresholdAtInference, TopP
+from moesaic.moe.shared_experts import GatedSharedExperts, ResidualExpert, SharedExperts
+from moesaic.nn.feed_forward import FeedForwardConfig, ReLU, SwiGLU
 
 DIM, HIDDEN, EXPERTS = 12, 20, 5
 SELECTS = {
@@ -89,7 +85,9 @@ def balanced(name: str) -> MoE:
 
 def mixture(select: str, limit: str) -> MoE:
     """The config of a named pair; limited ones have room for little more than half of the edges."""
-    free = MoE(experts=EXPERTS, select=SELECTS[select], null_experts=SPARES.get(select, NoNullExperts()))
+    free = MoE(
+        experts=EXPERTS, select=SELECTS[select], null_experts=SPARES.get(select, NoNullExperts())
+    )
     priority = LIMITS[limit]
     if priority is None:
         return free

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moesaic.nn.activation import GELU, ReLU, SquaredReLU, SwiGLU
+from moesaic.nn.feed_forward import GELU, ReLU, SquaredReLU, SwiGLU
 
 X = torch.randn(5, 8)
 WANTED = {

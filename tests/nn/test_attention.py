@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from moesaic.nn.attention import AttentionConfig, CrossAttention, SelfAttention
-from moesaic.nn.looking import KeyValue, attend, reference_attend
+from moesaic.nn.attention_backend import KeyValue, attend, reference_attend
 from moesaic.nn.packing import Packing
-from moesaic.nn.position import Rotary
+from moesaic.nn.positional_encoding import Rotary
 
 DIM = 16
 REAL = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)

@@ -2,8 +2,7 @@
 
 import torch
 
-from moesaic.nn.activation import SwiGLU
-from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig
+from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig, SwiGLU
 
 
 def test_it_is_down_of_activation_of_up():

@@ -3,8 +3,13 @@
 import pytest
 import torch
 
-from moesaic.ops.combine import unpermute, reference_unpermute, reference_permute, permute
-from moesaic.ops.group import group_by_expert
+from moesaic.ops.permute import (
+    group_by_expert,
+    permute,
+    reference_permute,
+    reference_unpermute,
+    unpermute,
+)
 
 T, D, E = 13, 6, 4
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from moesaic.ops.group import group_by_expert
+from moesaic.ops.permute import group_by_expert
 
 
 def test_edges_are_sorted_by_expert_and_keep_their_order_within_it():

@@ -3,10 +3,15 @@
 import pytest
 import torch
 
-from moesaic.nn.activation import GELU, ReLU, SquaredReLU, SwiGLU
-from moesaic.ops.choose import GROUPED_GEMMS
-from moesaic.ops.group import group_by_expert
-from moesaic.ops.grouped import FeedForwardWeights, expert_of_row, grouped_feed_forward, reference_feed_forward
+from moesaic.nn.feed_forward import GELU, ReLU, SquaredReLU, SwiGLU
+from moesaic.ops.grouped_gemm import (
+    FeedForwardWeights,
+    expert_of_row,
+    grouped_feed_forward,
+    reference_feed_forward,
+)
+from moesaic.ops.kernel_selection import GROUPED_GEMMS
+from moesaic.ops.permute import group_by_expert
 
 D, HIDDEN, E = 8, 12, 4
 ROUTES = {
@@ -45,7 +50,9 @@ def _run(compute, expert, activation, *, bias, **options):
 def test_an_engine_equals_the_definition_with_gradients(engine, route, bias):
     options = {"bias": bias}
     want = _run(reference_feed_forward, ROUTES[route], SwiGLU(), **options)
-    got = _run(grouped_feed_forward, ROUTES[route], SwiGLU(), engine=GROUPED_GEMMS[engine], **options)
+    got = _run(
+        grouped_feed_forward, ROUTES[route], SwiGLU(), engine=GROUPED_GEMMS[engine], **options
+    )
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -65,7 +72,11 @@ def test_an_expanded_gradient_is_fine(engine):
     rows = torch.randn(8, D, requires_grad=True)
     up, down = torch.randn(E, D, HIDDEN), torch.randn(E, HIDDEN, D)
     out = grouped_feed_forward(
-        rows, weights=FeedForwardWeights(up, down), groups=groups, activation=ReLU(), gemm=GROUPED_GEMMS[engine]
+        rows,
+        weights=FeedForwardWeights(up, down),
+        groups=groups,
+        activation=ReLU(),
+        gemm=GROUPED_GEMMS[engine],
     )
     out.sum().backward()  # the gradient of a sum has stride 0
     assert rows.grad is not None

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from moesaic.ops.choose import GROUPED_GEMMS
-from moesaic.ops.group import group_by_expert
-from moesaic.ops.product import grouped_matmul, reference_grouped_matmul
+from moesaic.ops.grouped_gemm import grouped_matmul, reference_grouped_matmul
+from moesaic.ops.kernel_selection import GROUPED_GEMMS
+from moesaic.ops.permute import group_by_expert
 
 D, F, E = 16, 8, 3
 EXPERTS = {

@@ -3,13 +3,13 @@
 import numpy as np
 import torch
 
-from moesaic.data import counter
-from moesaic.ops.random import hash_combine, hash_name, bits_to_uniform
+from moesaic.data import counter_rng
+from moesaic.ops.counter_rng import bits_to_uniform, hash_combine, hash_name
 
 
 def test_the_mixer_is_that_of_the_data_pipeline():
     first, second = (torch.randint(2**62, (100,)) for _ in range(2))
-    chained = counter.random_bits(first.numpy(), second.numpy()).view(np.int64)
+    chained = counter_rng.random_bits(first.numpy(), second.numpy()).view(np.int64)
     start = torch.zeros(100, dtype=torch.long)
     assert hash_combine(hash_combine(start, first), second).tolist() == chained.tolist()
 

@@ -1,7 +1,12 @@
 import pytest
 import torch
 
-from moesaic.optim.muon import _newton_schulz_direct, _newton_schulz_gram, newton_schulz, orthogonalize
+from moesaic.optim.update_rules import (
+    _newton_schulz_direct,
+    _newton_schulz_gram,
+    newton_schulz,
+    orthogonalize,
+)
 
 
 def test_singular_values_come_near_one_and_vectors_stay():

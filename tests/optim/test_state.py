@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from moesaic.core.errors import CheckpointError
+from moesaic.optim.named_optimizer import export_state, restore_state
 from moesaic.optim.optimizer import AdamW, Muon
-from moesaic.optim.state import export_state, restore_state
 
 KINDS = {"w": "matrix", "bank": "expert", "norm": "norm", "unused": "matrix"}
 CONFIGS = [AdamW(lr=0.01), Muon(lr=0.01)]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from moesaic.core.shapes import Tensor
-from moesaic.nn.looking import QueryKeyValue, LocalAttention, AttentionBackend
+from moesaic.nn.attention_backend import AttentionBackend, LocalAttention, QueryKeyValue
 from moesaic.nn.packing import Packing
-from moesaic.parallel.deal import TokenSplit, SequenceSharder, contiguous_split
+from moesaic.parallel.context_parallel import SequenceSharder, TokenSplit, contiguous_split
 
 WIDTH = 4
 
@@ -55,10 +55,20 @@ def look_here(case: Case) -> Outcome:
 
 
 def look_as(
-    case: Case, *, looking: AttentionBackend, rank: int, ranks: int, lanes: int = 1, cut: TokenSplit = contiguous_split
+    case: Case,
+    *,
+    looking: AttentionBackend,
+    rank: int,
+    ranks: int,
+    lanes: int = 1,
+    cut: TokenSplit = contiguous_split,
 ) -> Outcome:
     """Return the same of the tokens of one rank, at their places in the batch; zeros elsewhere."""
-    return _look(case, looking=looking, deal=SequenceSharder(rank, ranks, tensor_ranks=lanes, token_split=cut))
+    return _look(
+        case,
+        looking=looking,
+        deal=SequenceSharder(rank, ranks, tensor_ranks=lanes, token_split=cut),
+    )
 
 
 def _look(case: Case, *, looking: AttentionBackend, deal: Callable[[Packing], Packing]) -> Outcome:

@@ -1,16 +1,15 @@
 """Small models and plans that are priced, rehearsed, and run on real ranks."""
 
-from moesaic.dist.plan import ParallelPlan
-from moesaic.model.config import Stack, ModelConfig
-from moesaic.model.count import BatchDims
-from moesaic.moe.bodies.shared import SharedExperts
+from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.model.config import ModelConfig, Stack
+from moesaic.model.parameter_count import BatchDims
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity
 from moesaic.moe.select import SwitchTop1, TopK
-from moesaic.nn.activation import ReLU
+from moesaic.moe.shared_experts import SharedExperts
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
-from moesaic.nn.feed_forward import FeedForwardConfig
+from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 from moesaic.nn.norm import LayerNorm
 from moesaic.parallel.config import ParallelConfig
 

@@ -3,15 +3,15 @@
 import torch
 
 from moesaic.core.shapes import Tensor
-from moesaic.dist.plan import ParallelPlan
-from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
+from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
 from moesaic.moe.config import MoE
 from moesaic.moe.select import TopK
 from moesaic.optim.optimizer import Muon
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.slices import write_shard
+from moesaic.parallel.sharding_plan import write_shard
 from moesaic.testing.ranks import run_on_ranks
-from moesaic.testing.tiny import tiny_model_config, tiny_run, tiny_trainer
+from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
 
 PLANS = [
     ParallelPlan(tensor=2, expert=2),

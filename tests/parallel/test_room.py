@@ -2,17 +2,17 @@
 
 import torch
 
-from moesaic.dist.plan import ParallelPlan
-from moesaic.dist.world import SingleProcess, ProcessGroupWorld
+from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity
 from moesaic.moe.select import SwitchTop1
-from moesaic.parallel.apply import parallelize
+from moesaic.parallel.batch_ranks import CapacityScope, DataParallelRank, GlobalBatch
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.ranks import DataParallelRank, CapacityScope, GlobalBatch
+from moesaic.parallel.parallelize import parallelize
 from moesaic.testing.ranks import run_on_ranks
-from moesaic.testing.tiny import random_batch, shard_batch, tiny_model_config
+from moesaic.testing.tiny_models import random_batch, shard_batch, tiny_model_config
 
 TIGHT = MoE(experts=4, select=SwitchTop1(), limit=Capacity(factor=0.6, minimum=1))
 BATCH = random_batch(8, seed=3)

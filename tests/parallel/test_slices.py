@@ -2,7 +2,7 @@
 
 import torch
 
-from moesaic.parallel.slices import describe_shard, slice_local
+from moesaic.parallel.sharding_plan import describe_shard, slice_local
 
 
 def test_a_rank_may_hold_no_row_of_a_matrix() -> None:

@@ -3,13 +3,13 @@
 import pytest
 
 from moesaic.core.errors import ConfigError
-from moesaic.dist.plan import ParallelPlan
+from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.model.transformer import Transformer
-from moesaic.moe.attention import MixtureOfAttention
+from moesaic.moe.attention_experts import MixtureOfAttention
 from moesaic.nn.attention import AttentionConfig
-from moesaic.parallel.apply import check_parallel
 from moesaic.parallel.config import ParallelConfig
-from moesaic.testing.tiny import tiny_model_config
+from moesaic.parallel.parallelize import check_parallel
+from moesaic.testing.tiny_models import tiny_model_config
 
 MODEL = tiny_model_config()
 REFUSED = {

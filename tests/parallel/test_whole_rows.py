@@ -3,20 +3,19 @@
 import pytest
 
 from moesaic.core.errors import ConfigError
-from moesaic.dist.plan import ParallelPlan
+from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.model.transformer import Transformer
-from moesaic.moe.bodies.soft import SoftMoE
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.select import TopK
-from moesaic.moe.selects.expert_choice import ExpertChoice
-from moesaic.parallel.apply import check_parallel
+from moesaic.moe.select_dynamic import ExpertChoice
+from moesaic.moe.soft_moe import SoftMoE
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.whole_rows import whole_row_problems
-from moesaic.testing.tiny import tiny_model_config
+from moesaic.parallel.parallelize import check_parallel, whole_row_problems
+from moesaic.testing.tiny_models import tiny_model_config
 
 BY_ROW: dict[str, SparseLayer] = {
     "ExpertChoice": MoE(experts=4, select=ExpertChoice(), balance=()),
-    "SoftMixture": SoftMoE(experts=2),
+    "SoftMoE": SoftMoE(experts=2),
 }
 
 

@@ -229,7 +229,7 @@ model:
     limit: {kind: Dropless}
     balance:
     - {kind: SwitchBalance, weight: 0.01}
-    - {kind: RouterZ, weight: 0.001}
+    - {kind: RouterZLoss, weight: 0.001}
 optimizer: {kind: Muon, lr: 0.02}
 schedule: {kind: WSD}
 steps: 3000

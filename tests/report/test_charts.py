@@ -4,10 +4,28 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from moesaic.report.charts import IntervalDot, ChartSeries, bar_chart, dot_chart, line_chart, stacked_bar
-from moesaic.report.cluster import average_linkage
-from moesaic.report.heat import SHADES, ExpertHeatMap, dendrogram, heat_map_legend, choose_max_log2_ratio
-from moesaic.report.scale import MAX_POINTS, AxisScale, axis_range, format_tick, thin_curve, tick_values
+from moesaic.report.charts import (
+    MAX_POINTS,
+    AxisScale,
+    ChartSeries,
+    IntervalDot,
+    axis_range,
+    bar_chart,
+    dot_chart,
+    format_tick,
+    line_chart,
+    stacked_bar,
+    thin_curve,
+    tick_values,
+)
+from moesaic.report.heat_map import (
+    SHADES,
+    ExpertHeatMap,
+    average_linkage,
+    choose_max_log2_ratio,
+    dendrogram,
+    heat_map_legend,
+)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.013, 0.027), (-3, 980), (5, 5.2), (0, 3e6)])

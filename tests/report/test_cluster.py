@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from moesaic.report.cluster import ClusterNode, ClusterLeaf, average_linkage
+from moesaic.report.heat_map import ClusterLeaf, ClusterNode, average_linkage
 
 
 def test_the_nearest_join_first_and_heights_grow():

@@ -1,7 +1,7 @@
 import json
 import re
 
-from moesaic.report.html import Html, data, join_html, html_table, tag
+from moesaic.report.html import Html, data, html_table, join_html, tag
 
 
 def test_text_and_attributes_are_escaped_and_markup_is_not():

@@ -7,10 +7,10 @@ import pytest
 import torch
 from fake_run import write_fake_run
 
-from moesaic.checkpoint.routes import RoutesWriter
-from moesaic.moe.routes import LayerRoutes, RoutedTokens
+from moesaic.checkpoint.routes_file import RoutesWriter
 from moesaic.moe.routing import Routing
-from moesaic.report.write import write_report
+from moesaic.moe.routing_record import LayerRoutes, RoutedTokens
+from moesaic.report.html_report import write_report
 
 
 @pytest.fixture

@@ -2,14 +2,12 @@
 
 import yaml
 
-from moesaic.moe.balance import RouterZLoss, SwitchBalance
-from moesaic.moe.balances.bias import BiasUpdate
-from moesaic.moe.balances.entropy import EntropyBalance
-from moesaic.moe.balances.global_batch import GlobalBatchBalance
+from moesaic.moe.balance import EntropyBalance, GlobalBatchBalance, RouterZLoss, SwitchBalance
+from moesaic.moe.balance_stateful import BiasUpdate
 from moesaic.moe.config import MoE
-from moesaic.report.inputs import ReportInputs
-from moesaic.report.routing import router_settings
-from moesaic.testing.tiny import tiny_model_config, tiny_run
+from moesaic.report.report_inputs import ReportInputs
+from moesaic.report.routing_sections import router_settings
+from moesaic.testing.tiny_models import tiny_model_config, tiny_run
 
 
 def of(*balance):

@@ -2,15 +2,15 @@ import pytest
 import torch
 import yaml
 
-from moesaic.model.transformer import Transformer
-from moesaic.checkpoint.rundir import RunDir
-from moesaic.checkpoint.tensors import write_tensors
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.safetensors_io import write_tensors
 from moesaic.core.errors import CheckpointError, DataError
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
-from moesaic.evaluate.experts import describe_usage, count_expert_usage, record_routes
-from moesaic.model.config import Stack, ModelConfig
-from moesaic.model.search import Beam, Greedy
+from moesaic.evaluate.routing_analysis import count_expert_usage, describe_usage, record_routes
+from moesaic.model.config import ModelConfig, Stack
+from moesaic.model.generate import Beam, Greedy
+from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights
 from moesaic.moe.config import MoE
 from moesaic.moe.select import Top2
@@ -46,7 +46,11 @@ def run(request, tmp_path_factory, tokenizer):
     path = tmp_path_factory.mktemp("runs") / "tiny"
     torch.manual_seed(1)
     config = _config(request.param)
-    plain = {"name": "tiny", "model": config.to_dict(), "loader": {"max_source": 12, "max_target": 9}}
+    plain = {
+        "name": "tiny",
+        "model": config.to_dict(),
+        "loader": {"max_source": 12, "max_target": 9},
+    }
     folder = RunDir.create(path, config_yaml=yaml.safe_dump(plain))
     model = Transformer(config)
     torch.nn.init.normal_(model.embedding.weight, std=1.0)  # decisive logits: no near ties

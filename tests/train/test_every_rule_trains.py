@@ -10,7 +10,13 @@ from moesaic.model.config import Stack
 from moesaic.moe.config import MoE
 from moesaic.moe.select import TopK
 from moesaic.optim.optimizer import AdamW
-from moesaic.testing.tiny import TinyStream, random_batch, tiny_model_config, tiny_run, tiny_trainer
+from moesaic.testing.tiny_models import (
+    TinyStream,
+    random_batch,
+    tiny_model_config,
+    tiny_run,
+    tiny_trainer,
+)
 
 STEPS = 5
 RULES = (

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from moesaic.data.batch import PAD, Batch
-from moesaic.dist.world import SingleProcess, ProcessGroupWorld
+from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
 from moesaic.testing.ranks import run_on_ranks
-from moesaic.testing.tiny import LANGUAGES, TASKS, random_batch
-from moesaic.train.meters import LossCategories, RunningMetrics, StepSums
+from moesaic.testing.tiny_models import LANGUAGES, TASKS, random_batch
+from moesaic.train.running_metrics import LossCategories, RunningMetrics, StepSums
 
 CATEGORIES = LossCategories(TASKS, LANGUAGES)
 
@@ -74,15 +74,25 @@ def test_a_row_is_the_mean_since_the_last_row() -> None:
 
 
 def test_a_category_without_tokens_has_no_value() -> None:
-    meters = RunningMetrics(LossCategories(TASKS, (*LANGUAGES, "xho_Latn")), device=torch.device("cpu"))
+    meters = RunningMetrics(
+        LossCategories(TASKS, (*LANGUAGES, "xho_Latn")), device=torch.device("cpu")
+    )
     meters.add_losses(torch.ones(2, 6) * torch.tensor([1, 1, 1, 1, 1, 0]))
     assert "valid/loss/xho_Latn" not in meters.mean_losses(SingleProcess(), prefix="valid")
-    assert RunningMetrics(CATEGORIES, device=torch.device("cpu")).mean_losses(SingleProcess(), prefix="x") == {}
+    assert (
+        RunningMetrics(CATEGORIES, device=torch.device("cpu")).mean_losses(
+            SingleProcess(), prefix="x"
+        )
+        == {}
+    )
 
 
 def _saved_and_restored() -> dict[str, float]:
     world, device = ProcessGroupWorld(), torch.device("cpu")
-    meters, again = RunningMetrics(CATEGORIES, device=device), RunningMetrics(CATEGORIES, device=device)
+    meters, again = (
+        RunningMetrics(CATEGORIES, device=device),
+        RunningMetrics(CATEGORIES, device=device),
+    )
     meters.add_step(_sums(1 + world.rank), norm=2.0)
     again.restore(meters.tensors(world), world=world)
     again.add_step(_sums(3 + world.rank), norm=4.0)

@@ -4,16 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.checkpoint.rundir import RunDir
+from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.errors import ConfigError, DataError
-from moesaic.data.shards import TokenShards
+from moesaic.data.token_shards import TokenShards
 from moesaic.data.train_tokenizer import TokenizerConfig
-from moesaic.dist.world import SingleProcess
-from moesaic.testing.tiny import synthetic_run
-from moesaic.train.prepare import PreparedData, prepare_data
-from moesaic.train.run import Run
-from moesaic.train.selection import CorpusSubset
-from moesaic.train.source import NamedCorpus, CorpusFolder
+from moesaic.distributed.world import SingleProcess
+from moesaic.testing.tiny_models import synthetic_run
+from moesaic.train.prepare_data import CorpusSubset, PreparedData, prepare_data
+from moesaic.train.run import CorpusFolder, NamedCorpus, Run
 
 pytestmark = pytest.mark.usefixtures("data_home")
 

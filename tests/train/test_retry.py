@@ -1,6 +1,6 @@
 """The queue of bad work: once more after a good step, then given up."""
 
-from moesaic.train.retry import RetryQueue, StepAttempt
+from moesaic.train.bad_steps import RetryQueue, StepAttempt
 
 
 def test_bad_work_waits_for_a_good_step() -> None:
@@ -13,7 +13,9 @@ def test_bad_work_waits_for_a_good_step() -> None:
     retry.mark_failed(second)
     assert retry.consecutive_failures == 2
     retry.mark_succeeded()
-    assert retry.next_attempt({"at": 3}) == StepAttempt({"at": 1}, is_retry=True), "the oldest comes first"
+    assert retry.next_attempt({"at": 3}) == StepAttempt({"at": 1}, is_retry=True), (
+        "the oldest comes first"
+    )
     assert retry.pending == [{"at": 2}]
 
 

@@ -7,17 +7,19 @@ import random
 import pytest
 import torch
 
-from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
+from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
 from moesaic.testing.ranks import run_on_ranks
-from moesaic.testing.tiny import tiny_run, tiny_trainer
+from moesaic.testing.tiny_models import tiny_run, tiny_trainer
+from moesaic.train.bad_steps import IgnoreSpikes, LossHistory, SkipSpikes, SpikeDecision
 from moesaic.train.run import Run
-from moesaic.train.spikes import SpikeDecision, LossHistory, SkipSpikes, IgnoreSpikes
 from moesaic.train.trainer import Trainer
 
 RULE = SkipSpikes(window=8, factor=6.0, patience=3, lr_factor=0.5)
 
 
-def _usual(rule: SkipSpikes = RULE, *, losses: tuple[float, ...] = (2.0, 2.1, 1.9, 2.05)) -> LossHistory:
+def _usual(
+    rule: SkipSpikes = RULE, *, losses: tuple[float, ...] = (2.0, 2.1, 1.9, 2.05)
+) -> LossHistory:
     past = LossHistory()
     for loss in losses:
         past = rule.decide(loss, history=past).history
@@ -49,7 +51,9 @@ def test_spikes_that_last_lower_the_rate_and_the_rule_learns_anew() -> None:
     judged = RULE.decide(9.0, history=past)
     assert judged.history == LossHistory(rate=0.5)
     assert "makes 3 in a row: from here on learning rates are 0.5 of their schedule" in judged.note
-    assert not RULE.decide(9.0, history=judged.history).skip, "the higher loss is usual from here on"
+    assert not RULE.decide(9.0, history=judged.history).skip, (
+        "the higher loss is usual from here on"
+    )
 
 
 def test_equal_losses_make_no_spike_of_a_ripple() -> None:

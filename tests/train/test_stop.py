@@ -7,8 +7,8 @@ from threading import Thread
 
 import pytest
 
-from moesaic.train import stop as stop_module
-from moesaic.train.stop import StopRequest
+from moesaic.train import loop as stop_module
+from moesaic.train.loop import StopRequest
 
 
 @pytest.fixture(autouse=True)

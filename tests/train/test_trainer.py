@@ -8,11 +8,11 @@ import torch
 
 from moesaic.core.errors import CheckpointError
 from moesaic.data.batch import Batch
-from moesaic.dist.world import ProcessGroupWorld
-from moesaic.parallel.spread import ParallelModel
+from moesaic.distributed.world import ProcessGroupWorld
+from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.testing.ranks import run_on_ranks
-from moesaic.testing.tiny import TinyStream, tiny_run, tiny_trainer
-from moesaic.train.step import Objective, ForwardBackwardResult
+from moesaic.testing.tiny_models import TinyStream, tiny_run, tiny_trainer
+from moesaic.train.step import ForwardBackwardResult, Objective
 from moesaic.train.trainer import NonFiniteError, Trainer
 
 
@@ -24,7 +24,9 @@ class Poisoned:
         self.categories = inner.categories
         self.seen: list[Batch] = []
 
-    def gradients(self, spread: ParallelModel, *, batches: Sequence[Batch]) -> ForwardBackwardResult:
+    def gradients(
+        self, spread: ParallelModel, *, batches: Sequence[Batch]
+    ) -> ForwardBackwardResult:
         self.calls += 1
         self.seen.append(batches[0])
         result = self.inner.forward_backward(spread, batches=batches)

@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.checkpoint.rundir import RunDir
-from moesaic.checkpoint.tensors import read_tensors
-from moesaic.testing.kills import metric_rows
-from moesaic.testing.tiny import synthetic_run
-from moesaic.train.job import train
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.safetensors_io import read_tensors
+from moesaic.testing.compare_runs import metric_rows
+from moesaic.testing.tiny_models import synthetic_run
 from moesaic.train.run import CheckpointConfig
-from moesaic.train.watch import no_progress
+from moesaic.train.run_training import train
+from moesaic.train.training_hooks import no_progress
 
 SCRIPT = """
 import os, sys
 import torch
-from moesaic.testing.tiny import synthetic_run
-from moesaic.train.hooks.hook import Hook
-from moesaic.train.job import train
+from moesaic.testing.tiny_models import synthetic_run
+from moesaic.train.training_hooks import Hook
+from moesaic.train.run_training import train
 from moesaic.train.resume import Auto
 from moesaic.train.run import Checkpoints
 
@@ -32,8 +32,8 @@ class Die(Hook):
         if first and trainer.world.rank == 1 and report.step == 5:
             os._exit(9)
 
-run = synthetic_run(steps=8, checkpoint=Checkpoints(every=3))
-train(run, sys.argv[1], resume=Auto(), hooks=[Die()])
+run = synthetic_run(steps=8, checkpoint=CheckpointConfig(every=3))
+train(run, sys.argv[1], resume=ResumeLatest(), hooks=[Die()])
 """
 
 

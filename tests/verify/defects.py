@@ -8,16 +8,16 @@ import torch
 import torch.distributed as distributed
 from torch.distributed.fsdp import FSDPModule
 
-from moesaic.dist.mesh import Mesh
-from moesaic.dist.plan import ParallelPlan
-from moesaic.dist.world import ProcessGroupWorld
-from moesaic.moe.context import TokenContext
-from moesaic.moe.ranks import GatheredRows
-from moesaic.moe.record import RoutingRecord
-from moesaic.optim.clip import GradNorm
-from moesaic.parallel.layout import Placement
-from moesaic.parallel.ranks import BatchRanks
-from moesaic.parallel.spread import ParallelModel
+from moesaic.distributed.mesh import Mesh
+from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.distributed.world import ProcessGroupWorld
+from moesaic.moe.batch_group import GatheredRows
+from moesaic.moe.router_context import TokenContext
+from moesaic.moe.routing_record import RoutingRecord
+from moesaic.optim.gradient_clipping import GradNorm
+from moesaic.parallel.batch_ranks import BatchRanks
+from moesaic.parallel.parallel_model import ParallelModel
+from moesaic.parallel.sharding_plan import Placement
 
 Patch = pytest.MonkeyPatch
 

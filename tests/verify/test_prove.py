@@ -11,11 +11,19 @@ from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity
 from moesaic.moe.select import SwitchTop1
 from moesaic.parallel.config import ParallelConfig
-from moesaic.testing.tiny import tiny_model_config, tiny_run
+from moesaic.testing.tiny_models import tiny_model_config, tiny_run
 from moesaic.train.trainer import Trainer
-from moesaic.verify.page import to_markdown, summarize
-from moesaic.verify.prove import VerifySetup, PlanResult, count_dropped, compare_plans, run_reference, make_setup
-from moesaic.verify.small import shrink_config
+from moesaic.verify.compare_plans import (
+    PlanResult,
+    VerifySetup,
+    compare_plans,
+    count_dropped,
+    make_setup,
+    run_reference,
+    summarize,
+    to_markdown,
+)
+from moesaic.verify.shrink_config import shrink_config
 
 CAPPED = MoE(
     experts=4,
@@ -27,7 +35,9 @@ CAPPED = MoE(
 
 def given(*, steps: int = 1, timeout_s: float = 60.0) -> VerifySetup:
     run = tiny_run(model=tiny_model_config(moe=CAPPED))
-    return make_setup(shrink_config(run).run.replace(accumulate=2), steps=steps, timeout_s=timeout_s)
+    return make_setup(
+        shrink_config(run).run.replace(accumulate=2), steps=steps, timeout_s=timeout_s
+    )
 
 
 def verdicts(*chosen: ParallelConfig, of: VerifySetup) -> list[PlanResult]:

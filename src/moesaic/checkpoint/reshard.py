@@ -10,32 +10,34 @@ from pathlib import Path
 
 import torch
 
-from moesaic.checkpoint.disk import Disk
-from moesaic.checkpoint.index import (
+from moesaic.checkpoint.block_index import (
     INDEX_FILE,
-    StoredBlock,
     BlockIndex,
+    StoredBlock,
     StoredTensor,
-    num_experts_of,
     coverage_problems,
-    read_index,
     first_few,
+    num_experts_of,
+    read_index,
 )
-from moesaic.checkpoint.manifest import FileEntry, Manifest, raise_if_damaged, verify_checkpoint
-from moesaic.checkpoint.publish import (
+from moesaic.checkpoint.checkpoint_directory import (
     OVERHEAD_BYTES,
     STATE_FILE,
     CheckpointMetadata,
-    RetentionPolicy,
     CheckpointPaths,
+    Disk,
+    FileEntry,
+    Manifest,
+    RetentionPolicy,
     list_checkpoints,
-    write_manifest,
     publish_checkpoint,
+    raise_if_damaged,
+    verify_checkpoint,
     write_hashed,
+    write_manifest,
 )
-from moesaic.checkpoint.reader import TensorReader, open_reader
-from moesaic.checkpoint.tensors import serialize_lazily
-from moesaic.checkpoint.units import expert_label
+from moesaic.checkpoint.safetensors_io import serialize_lazily
+from moesaic.checkpoint.tensor_reader import TensorReader, expert_label, open_reader
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
 
@@ -72,7 +74,9 @@ class ShardedForm(CheckpointForm):
             for kind, name, stored in source.index
         }
         names = [f"shard-{n:05d}.safetensors" for n in range(self.count)]
-        file_of = _assign_to_files([item for several in items.values() for item in several], names=names)
+        file_of = _assign_to_files(
+            [item for several in items.values() for item in several], names=names
+        )
         held = {name: [] for name in names}
         for item in (item for several in items.values() for item in several):
             held[file_of[item.key]].append(item)
@@ -106,7 +110,9 @@ def reshard(source: Path, *, root: Path, form: CheckpointForm, disk: Disk | None
         )
     manifest = verify_checkpoint(source)
     index = read_index(source, manifest=manifest)
-    wrong = [f"{kind}/{name}: {gap}" for kind, name, stored in index for gap in coverage_problems(stored)]
+    wrong = [
+        f"{kind}/{name}: {gap}" for kind, name, stored in index for gap in coverage_problems(stored)
+    ]
     raise_if_damaged(source, [first_few(wrong)] if wrong else [])
     state = (source / STATE_FILE).read_bytes()
     data = sum(stored.bytes for _, _, stored in index)
@@ -115,9 +121,13 @@ def reshard(source: Path, *, root: Path, form: CheckpointForm, disk: Disk | None
     try:
         serial = place.create_staging(disk)
         with open_reader(source) as reader:
-            entries = form.write(ReshardSource(reader, index, manifest), part=place.staging, disk=disk)
+            entries = form.write(
+                ReshardSource(reader, index, manifest), part=place.staging, disk=disk
+            )
         write_manifest(place, metadata=head, serial=serial, entries=entries, disk=disk)
-        publish_checkpoint(place, retention=RetentionPolicy(len(list_checkpoints(root)) + 1), disk=disk)
+        publish_checkpoint(
+            place, retention=RetentionPolicy(len(list_checkpoints(root)) + 1), disk=disk
+        )
     except OSError as error:
         place.remove_staging(disk)
         raise place.disk_error(error, disk=disk) from error
@@ -159,7 +169,9 @@ class ReshardSource:
 
     def experts(self, name: str, *, stored: StoredTensor) -> int:
         """The number of experts that a tensor is split into; 0 if it is no bank."""
-        return num_experts_of(name, shape=stored.shape, expert_parameters=self.manifest.expert_parameters)
+        return num_experts_of(
+            name, shape=stored.shape, expert_parameters=self.manifest.expert_parameters
+        )
 
     def items(self, path: str, *, name: str, stored: StoredTensor) -> list[_OutputTensor]:
         """Return what a tensor becomes in shards; one without a value is in the index alone."""

@@ -24,10 +24,17 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, core_schema
 
+from moesaic.core.config_errors import describe_errors, locate_errors, show_value
+from moesaic.core.config_text import (
+    JsonValue,
+    flat_lines,
+    parse_call,
+    read_yaml,
+    set_by_path,
+    write_yaml,
+)
 from moesaic.core.errors import ConfigError, did_you_mean
-from moesaic.core.problems import locate_errors, describe_errors, show_value
 from moesaic.core.schema import json_schema
-from moesaic.core.text import JsonValue, set_by_path, flat_lines, parse_call, read_yaml, write_yaml
 
 
 class Config(BaseModel):

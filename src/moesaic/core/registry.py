@@ -25,8 +25,12 @@ class Registry(Generic[T]):
         def enter(function: Factory[T]) -> Factory[T]:
             key = name or function.__name__.replace("_", "-")
             known = self._factories.get(key, function)
-            if _qualified_name(known) != _qualified_name(function):  # the same place again is a module loaded again
-                raise ValueError(f'two {self.kind}s "{key}": {_qualified_name(known)}, {_qualified_name(function)}')
+            if _qualified_name(known) != _qualified_name(
+                function
+            ):  # the same place again is a module loaded again
+                raise ValueError(
+                    f'two {self.kind}s "{key}": {_qualified_name(known)}, {_qualified_name(function)}'
+                )
             if not function.__doc__:
                 raise ValueError(f'{self.kind} "{key}" needs a docstring: its first line is listed')
             self._factories[key] = function
@@ -59,7 +63,9 @@ class Registry(Generic[T]):
 
     def descriptions(self) -> dict[str, str]:
         """Return name -> first docstring line, in the order of the names."""
-        return {name: (self._factories[name].__doc__ or "").strip().splitlines()[0] for name in self}
+        return {
+            name: (self._factories[name].__doc__ or "").strip().splitlines()[0] for name in self
+        }
 
 
 def _qualified_name(function: Callable[..., object]) -> str:

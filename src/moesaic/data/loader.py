@@ -2,27 +2,97 @@
 
 Every rank makes its own part of the same global batches; the union over ranks is the same for any
 number of them, so a run may resume on another number of ranks.
+
+Background: an iterator moved to a thread that works a few items ahead.
 """
 
 import hashlib
 import json
+import queue
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from moesaic.core.errors import CheckpointError, ConfigError
-from moesaic.data.background import PrefetchIterator
 from moesaic.data.batch import Batch
-from moesaic.data.feed import BatchStream, PositionedBatch, LoaderConfig, DataReplica, LoaderPosition
+from moesaic.data.batch_stream import (
+    BatchStream,
+    DataReplica,
+    LoaderConfig,
+    LoaderPosition,
+    PositionedBatch,
+)
 from moesaic.data.mixture import Mixture, MixtureConfig, StreamFrequency
-from moesaic.data.shards import TokenShards
+from moesaic.data.token_shards import TokenShards
 from moesaic.data.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+class _Failure:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+class PrefetchIterator(Generic[T]):
+    """Items of ``source`` in order, made up to ``ahead`` early; its errors are raised here.
+
+    The thread is a daemon and ends at ``close()``, which waits for it.
+    """
+
+    def __init__(self, source: Iterator[T], *, depth: int) -> None:
+        self._source = source
+        self._queue: queue.Queue[T | _Failure] = queue.Queue(maxsize=depth)
+        self._stop = threading.Event()
+        self._failure: _Failure | None = None
+        self._thread = threading.Thread(target=self._run, name="moesaic-data", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> "PrefetchIterator[T]":
+        return self
+
+    def __next__(self) -> T:
+        if self._failure or self._stop.is_set():  # an iterator that has ended stays ended
+            raise self._failure.error if self._failure else StopIteration
+        item = self._queue.get()
+        if isinstance(item, _Failure):
+            self._failure = item
+            raise item.error
+        return item
+
+    def close(self) -> None:
+        """End the thread; items made early are lost. May be called twice."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            for item in self._source:
+                if not self._put(item):
+                    return
+            self._put(_Failure(StopIteration()))
+        except BaseException as error:  # handed to the consumer, whatever it is
+            self._put(_Failure(error))
+
+    def _put(self, item: T | _Failure) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.05)
+            except queue.Full:
+                continue
+            return True
+        return False
+
 
 __all__ = ["Loader", "LoaderConfig", "DataReplica"]
 
+
 STATE_FORMAT = 1
+
+
 _SINGLE_REPLICA = DataReplica()
 
 
@@ -58,7 +128,10 @@ class Loader:
         if self._iterator is None:
             self._iterator = self._start_iterator()
         handed = next(self._iterator)
-        self._position, self._drawn = handed.next_position, _DrawCounts(handed.counts, handed.skipped)
+        self._position, self._drawn = (
+            handed.next_position,
+            _DrawCounts(handed.counts, handed.skipped),
+        )
         return handed.batch
 
     def __enter__(self) -> "Loader":
@@ -141,7 +214,9 @@ class _DrawCounts:
     skipped: np.ndarray
 
 
-def _fingerprint(shards: TokenShards, *, mixture: MixtureConfig, config: LoaderConfig, seed: int) -> str:
+def _fingerprint(
+    shards: TokenShards, *, mixture: MixtureConfig, config: LoaderConfig, seed: int
+) -> str:
     # the thread decides when batches are made, never which
     parts = [shards.fingerprint, mixture.to_dict(), config.replace(prefetch=0).to_dict(), seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -17,11 +17,10 @@ from pydantic import Field
 
 from moesaic.core.config import Choice, Config
 from moesaic.core.errors import ConfigError, DataError, did_you_mean
-from moesaic.data.counter import GOLDEN_RATIO_64, random_bits
-from moesaic.data.permute import random_permutation
+from moesaic.data.counter_rng import GOLDEN_RATIO_64, random_bits, random_permutation
 from moesaic.data.ragged import IntArray
-from moesaic.data.shards import TokenShards
-from moesaic.data.tasks import TaskStream, Task, Translation
+from moesaic.data.tasks import Task, TaskStream, Translation
+from moesaic.data.token_shards import TokenShards
 
 _OFFSET, _EPOCH = 11, 12
 
@@ -192,9 +191,13 @@ def _check_language_weights(config: MixtureConfig, languages: Sequence[str]) -> 
     for code, factor in config.language_weights.items():
         if code not in languages:
             hint = did_you_mean(code, languages)
-            raise ConfigError([f"mixture.boost.{code}: not a language of this run{hint}"])
+            raise ConfigError(
+                [f"mixture.language_weights.{code}: not a language of this run{hint}"]
+            )
         if not factor > 0:
-            raise ConfigError([f"mixture.boost.{code}: found {factor}, expected more than 0"])
+            raise ConfigError(
+                [f"mixture.language_weights.{code}: found {factor}, expected more than 0"]
+            )
 
 
 def _unique_names(names: Sequence[str]) -> tuple[str, ...]:

@@ -72,7 +72,8 @@ class Ragged:
     def select_tokens(self, mask: IntArray) -> "Ragged":
         """Return the rows with only the tokens where ``chosen[N]`` is true."""
         return Ragged(
-            self.tokens[mask], np.bincount(self.row_index[mask], minlength=len(self)).astype(np.int64)
+            self.tokens[mask],
+            np.bincount(self.row_index[mask], minlength=len(self)).astype(np.int64),
         )
 
     def to_lists(self) -> list[list[int]]:

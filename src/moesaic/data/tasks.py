@@ -2,20 +2,111 @@
 
 A task says which streams of rows it reads, how long its rows can get, and what becomes of the
 source. Letters: B rows.
+
+Directions: which (source, target) languages a translation task has, as a value one chooses.
+
+A pair of a corpus can be read either way round; two languages that share a third can be joined.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
 
 from moesaic.core.config import Choice
-from moesaic.data.counter import UInt64Array, random_bits
-from moesaic.data.directions import Directions, FromEnglish
-from moesaic.data.noise import MaskTokens, DeleteTokens, InfillSpans, TextNoise, ShuffleTokens
+from moesaic.core.errors import DataError
+from moesaic.data.counter_rng import UInt64Array, random_bits
 from moesaic.data.ragged import IntArray, Ragged
-from moesaic.data.shards import IndexedRows, TokenShards
+from moesaic.data.text_noise import DeleteTokens, InfillSpans, MaskTokens, ShuffleTokens, TextNoise
+from moesaic.data.token_shards import IndexedRows, PairRows, TokenShards
+
+LanguagePair = tuple[str, str]
+
+
+class Directions(Choice):
+    """See the module's first lines."""
+
+    def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
+        """Return (source, target) codes, in an order that does not depend on the machine."""
+        raise NotImplementedError
+
+    def rows(self, shards: TokenShards, pair: LanguagePair, *, split: str) -> PairRows:
+        """Return the rows of one of ``names``."""
+        return shards.pair_rows(*pair, split=split)
+
+
+class FromEnglish(Directions):
+    """English to every language that has pairs with it."""
+
+    def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
+        return [pair for pair in _both_directions(shards.directions) if pair[0] == "eng_Latn"]
+
+
+class ToEnglish(Directions):
+    """Every language that has pairs with English, to English."""
+
+    def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
+        return [pair for pair in _both_directions(shards.directions) if pair[1] == "eng_Latn"]
+
+
+class StoredDirections(Directions):
+    """The directions of the corpus as they are."""
+
+    def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
+        return sorted(shards.directions)
+
+
+class BothDirections(Directions):
+    """Every direction of the corpus and its reverse."""
+
+    def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
+        return _both_directions(shards.directions)
+
+
+class ListedDirections(Directions):
+    """The directions listed, e.g. ``["eng_Latn-deu_Latn", "fra_Latn-eng_Latn"]``."""
+
+    pairs: Annotated[tuple[str, ...], Field(min_length=1)]
+
+    def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
+        known = set(_both_directions(shards.directions))
+        found = []
+        for text in self.pairs:
+            source, dash, target = text.partition("-")
+            if not dash or (source, target) not in known:
+                shards.pair_rows(source, target)  # raises, naming the nearest direction
+                raise DataError(f'"{text}" is not a direction: expected e.g. eng_Latn-deu_Latn')
+            found.append((source, target))
+        return found
+
+
+class PivotDirections(Directions):
+    """Every pair of languages that share texts of ``pivot``, neither of them the pivot.
+
+    The pairs are joined through the shared text and held in memory, 8 bytes each.
+    """
+
+    pivot: str = "eng_Latn"
+    languages: Annotated[tuple[str, ...], Field(description="only between these; empty: all")] = ()
+
+    def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
+        ends = sorted(t for s, t in _both_directions(shards.directions) if s == self.pivot)
+        chosen = [e for e in ends if not self.languages or e in self.languages]
+        return [(s, t) for s in chosen for t in chosen if s != t]
+
+    def rows(self, shards: TokenShards, pair: LanguagePair, *, split: str) -> PairRows:
+        return shards.pivot_rows(*pair, pivot=self.pivot, split=split)
+
+
+def _both_directions(directions: Iterable[LanguagePair]) -> list[LanguagePair]:
+    return sorted(set(_with_reverse(directions)))
+
+
+def _with_reverse(directions: Iterable[LanguagePair]) -> Iterator[LanguagePair]:
+    for source, target in directions:
+        yield source, target
+        yield target, source
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +129,14 @@ class Task(Choice):
     def name(self) -> str:
         raise NotImplementedError
 
-    def streams(self, shards: TokenShards, *, languages: Sequence[str], split: str) -> list[TaskStream]:
+    def streams(
+        self, shards: TokenShards, *, languages: Sequence[str], split: str
+    ) -> list[TaskStream]:
         """Return the streams among ``languages``, empty ones included."""
         raise NotImplementedError
 
     def max_source_lengths(self, source: IntArray) -> IntArray:
-        """Return an upper bound [B] of the source lengths after ``source_rows``."""
+        """Return an upper bound [B] of the source lengths after ``corrupt_source``."""
         return source
 
     def corrupt_source(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
@@ -60,7 +153,9 @@ class Translation(Task):
     def name(self) -> str:
         return "translation"
 
-    def streams(self, shards: TokenShards, *, languages: Sequence[str], split: str) -> list[TaskStream]:
+    def streams(
+        self, shards: TokenShards, *, languages: Sequence[str], split: str
+    ) -> list[TaskStream]:
         pairs = [p for p in self.directions.language_pairs(shards) if set(p) <= set(languages)]
         return [TaskStream(*p, self.directions.rows(shards, p, split=split)) for p in pairs]
 
@@ -83,7 +178,9 @@ class Denoising(Task):
     def name(self) -> str:
         return "denoising"
 
-    def streams(self, shards: TokenShards, *, languages: Sequence[str], split: str) -> list[TaskStream]:
+    def streams(
+        self, shards: TokenShards, *, languages: Sequence[str], split: str
+    ) -> list[TaskStream]:
         return _text_streams(shards, self.languages or languages, languages=languages, split=split)
 
     def corrupt_source(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
@@ -101,7 +198,9 @@ class CausalLM(Task):
     def name(self) -> str:
         return "causal-lm"
 
-    def streams(self, shards: TokenShards, *, languages: Sequence[str], split: str) -> list[TaskStream]:
+    def streams(
+        self, shards: TokenShards, *, languages: Sequence[str], split: str
+    ) -> list[TaskStream]:
         return _text_streams(shards, self.languages or languages, languages=languages, split=split)
 
     def max_source_lengths(self, source: IntArray) -> IntArray:

@@ -37,7 +37,9 @@ class Tokenizer:
         hf_tokenizer.encode_special_tokens = True
         self._hf_tokenizer = hf_tokenizer
         self._languages = _tagged_languages(hf_tokenizer)
-        self._language_token_ids = {code: len(SPECIALS) + i for i, code in enumerate(self._languages)}
+        self._language_token_ids = {
+            code: len(SPECIALS) + i for i, code in enumerate(self._languages)
+        }
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
@@ -113,7 +115,7 @@ class Tokenizer:
 
 @contextmanager
 def encode_on_all_cores() -> Iterator[None]:
-    """Let ``encode_many`` use every core inside the block, and make forking safe again after it.
+    """Let ``encode_batch`` use every core inside the block, and make forking safe again after it.
 
     The Rust thread pool does not survive a fork; with the variable left at ``false`` a forked child
     encodes on its own thread instead of waiting for threads that no longer exist.

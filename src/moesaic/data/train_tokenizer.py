@@ -60,7 +60,9 @@ class TokenizerAlgorithm(Choice):
 class BPE(TokenizerAlgorithm):
     """Byte-pair encoding over characters (Sennrich et al. 2016, arXiv:1508.07909)."""
 
-    min_frequency: Annotated[int, Field(ge=1, description="a pair seen less often is not merged")] = 2
+    min_frequency: Annotated[
+        int, Field(ge=1, description="a pair seen less often is not merged")
+    ] = 2
     max_piece_length: Annotated[int, Field(ge=2, description="longest piece, in characters")] = 16
 
     def train(self, lines: Iterable[str], *, size: int, alphabet: Sequence[str]) -> LearnedPieces:

@@ -18,7 +18,9 @@ from moesaic.core.errors import DataError
 NGRAM_ORDERS = (1, 2, 3, 4)
 NGRAM_BUCKETS = 1 << 22  # n-grams are hashed: collisions are rarer than one posting in a thousand
 _CHUNK_SIZE = 20_000  # sources counted at a time: bounds the working memory
-_COMMON_FRACTION = 1 / 8  # an n-gram in more of the sources than this is common: see TranslationMemory
+_COMMON_FRACTION = (
+    1 / 8
+)  # an n-gram in more of the sources than this is common: see TranslationMemory
 _HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _HASH_SHIFT = np.uint64(64 - 22)
 
@@ -167,13 +169,16 @@ class _NgramCounts:
 
 def _count_ngrams(texts: Sequence[str]) -> _NgramCounts:
     parts = [
-        _count_ngrams_of_chunk(texts[start : start + _CHUNK_SIZE], start) for start in range(0, len(texts), _CHUNK_SIZE)
+        _count_ngrams_of_chunk(texts[start : start + _CHUNK_SIZE], start)
+        for start in range(0, len(texts), _CHUNK_SIZE)
     ]
     columns = [np.concatenate([part[i] for part in parts]) for i in range(3)]
     return _NgramCounts(columns[0], columns[1], columns[2], len(texts))
 
 
-def _count_ngrams_of_chunk(texts: Sequence[str], first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _count_ngrams_of_chunk(
+    texts: Sequence[str], first: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Hash all n-grams of all texts, spaces around each, at once: one array of letters."""
     padded = [f" {' '.join(text.casefold().split())} " for text in texts]
     letters = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)

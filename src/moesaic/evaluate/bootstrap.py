@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moesaic.evaluate.metrics import CorpusMetric
+from moesaic.evaluate.translation_metrics import CorpusMetric
 
 _MAX_DRAW_CELLS = 2**24  # of the draws matrix held at once: 128 MiB as float64
 

@@ -9,11 +9,28 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from moesaic.core.errors import DataError
-from moesaic.evaluate.bootstrap import ScoreDifference, BootstrapScores, macro_average, bootstrap_resample
-from moesaic.evaluate.metrics import ChrF, CorpusMetric, bleu_for_language, load_spbleu
-from moesaic.evaluate.offtarget import LanguageIdentifier, load_language_identifier, measure_off_target
-from moesaic.evaluate.summary import TestSetResult, SampleTranslation, EvaluationSummary, SystemResult
+from moesaic.evaluate.bootstrap import (
+    BootstrapScores,
+    ScoreDifference,
+    bootstrap_resample,
+    macro_average,
+)
+from moesaic.evaluate.evaluation_summary import (
+    EvaluationSummary,
+    SampleTranslation,
+    SystemResult,
+    TestSetResult,
+)
 from moesaic.evaluate.testset import TestSet
+from moesaic.evaluate.translation_metrics import (
+    ChrF,
+    CorpusMetric,
+    LanguageIdentifier,
+    bleu_for_language,
+    load_language_identifier,
+    load_spbleu,
+    measure_off_target,
+)
 
 
 @runtime_checkable
@@ -50,7 +67,9 @@ def evaluate(
     """
     settings = settings or EvaluationSettings()
     _check_inputs(systems, tests)
-    identify = load_language_identifier(sorted({t.target for t in tests} | {t.source for t in tests}))
+    identify = load_language_identifier(
+        sorted({t.target for t in tests} | {t.source for t in tests})
+    )
     extra = load_spbleu()
     languages: dict[str, TestSetResult] = {}
     drawn: dict[str, list[dict[str, BootstrapScores]]] = {name: [] for name in systems}
@@ -58,22 +77,32 @@ def evaluate(
         metrics: list[CorpusMetric] = [ChrF(), bleu_for_language(test.target)]
         metrics += [extra] if not isinstance(extra, str) else []
         judge = _TestSetScorer(
-            test, metrics, replace(settings, seed=settings.seed + number), _identifier_or_none(identify)
+            test,
+            metrics,
+            replace(settings, seed=settings.seed + number),
+            _identifier_or_none(identify),
         )
         languages[test.key] = result = judge.score_systems(systems)
         for name in systems:
             drawn[name].append(judge.resampled[name])
         on_result(test, result)
     names = list(next(iter(languages.values())).signatures)
-    means = {name: {m: macro_average([d[m] for d in rows]) for m in names} for name, rows in drawn.items()}
+    means = {
+        name: {m: macro_average([d[m] for d in rows]) for m in names}
+        for name, rows in drawn.items()
+    }
     first, *others = systems
     notes = [f"spBLEU {extra}"] if isinstance(extra, str) else []
     notes += [f"off-target by identification {identify}"] if isinstance(identify, str) else []
     return EvaluationSummary(
         systems=tuple(systems),
         languages=languages,
-        mean={s: {m: x.confidence_interval() for m, x in found.items()} for s, found in means.items()},
-        mean_differences={other: _score_differences(means[first], means[other]) for other in others},
+        mean={
+            s: {m: x.confidence_interval() for m, x in found.items()} for s, found in means.items()
+        },
+        mean_differences={
+            other: _score_differences(means[first], means[other]) for other in others
+        },
         notes=tuple(notes),
     )
 
@@ -121,7 +150,10 @@ class _TestSetScorer:
             test,
             {metric.name: metric.signature for metric in self._metrics},
             results,
-            {other: _score_differences(self.resampled[first], self.resampled[other]) for other in others},
+            {
+                other: _score_differences(self.resampled[first], self.resampled[other])
+                for other in others
+            },
             self._samples(outputs),
         )
 
@@ -141,7 +173,9 @@ class _TestSetScorer:
             target=self._test.target,
             identify=self._identify,
         )
-        scores = {metric: drawn.confidence_interval() for metric, drawn in self.resampled[name].items()}
+        scores = {
+            metric: drawn.confidence_interval() for metric, drawn in self.resampled[name].items()
+        }
         return SystemResult(scores, off, sum(not text.strip() for text in said), seconds)
 
     def _samples(self, outputs: Mapping[str, list[str]]) -> tuple[SampleTranslation, ...]:
@@ -158,7 +192,9 @@ class _TestSetScorer:
         )
 
 
-def _score_differences(ours: Mapping[str, BootstrapScores], theirs: Mapping[str, BootstrapScores]) -> dict[str, ScoreDifference]:
+def _score_differences(
+    ours: Mapping[str, BootstrapScores], theirs: Mapping[str, BootstrapScores]
+) -> dict[str, ScoreDifference]:
     return {name: ours[name].compare(theirs[name]) for name in ours}
 
 

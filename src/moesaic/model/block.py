@@ -3,6 +3,11 @@
 What a branch reads of the stream is the arrangement's affair (``arrangement.py``).
 
 Letters: B rows, L length, T tokens, D model dim.
+
+Dropout: what is dropped is a function of the token, the layer and the run's draw of its row.
+
+So it is the same whichever rank holds the token, however the batch is cut, in a pass that is
+repeated, and after resuming on another number of ranks. torch's own draws from the rank's stream.
 """
 
 from dataclasses import dataclass, replace
@@ -11,20 +16,37 @@ from torch import nn
 
 from moesaic.core.shapes import Bool, Float, Int, Tensor
 from moesaic.model.config import ModelConfig, Stack
-from moesaic.model.cache import EncoderOutput
-from moesaic.model.dropout import Dropout
-from moesaic.moe.attention import SelfAttentionModule
+from moesaic.model.kv_cache import EncoderOutput
+from moesaic.moe.attention_experts import SelfAttentionModule
 from moesaic.moe.config import MoE, NoMoE
-from moesaic.moe.context import RouterState, TokenContext
-from moesaic.moe.gates import LayerIndex
 from moesaic.moe.layer import MoELayer
-from moesaic.moe.record import RoutingRecord
+from moesaic.moe.router_context import RouterState, TokenContext
+from moesaic.moe.router_logits import LayerIndex
+from moesaic.moe.routing_record import RoutingRecord
 from moesaic.nn.attention import CrossAttention
-from moesaic.nn.crew import TensorParallelGroup, NoTensorParallel
+from moesaic.nn.attention_backend import KeyValue
 from moesaic.nn.feed_forward import DenseFeedForward
-from moesaic.nn.looking import KeyValue
 from moesaic.nn.packing import Packing
-from moesaic.nn.position import Rotation
+from moesaic.nn.positional_encoding import Rotation
+from moesaic.nn.tensor_parallel_group import NoTensorParallel, TensorParallelGroup
+from moesaic.ops.counter_rng import dropout
+
+
+class Dropout(nn.Module):
+    """Sets channels to zero with probability ``rate`` in training.
+
+    No two of a model have one ``name``.
+    """
+
+    def __init__(self, rate: float, *, name: str) -> None:
+        super().__init__()
+        self.rate, self.name = rate, name
+
+    def forward(self, x: Float[Tensor, "T D"], *, context: TokenContext) -> Float[Tensor, "T D"]:
+        if not self.training or not self.rate:
+            return x
+        return dropout(x, key=context.random_key(self.name), rate=self.rate)
+
 
 Records = tuple[RoutingRecord, ...]
 
@@ -131,7 +153,9 @@ class FeedForwardBranch(nn.Module):
         self.dropout = Dropout(config.dropout, name=name)
         self.tensor_parallel: TensorParallelGroup = NoTensorParallel()
 
-    def forward(self, stream: BlockState, *, read: Float[Tensor, "T D"], view: ForwardContext) -> BlockState:
+    def forward(
+        self, stream: BlockState, *, read: Float[Tensor, "T D"], view: ForwardContext
+    ) -> BlockState:
         met = self.tensor_parallel.all_gather_tokens(self.norm(read), packing=view.packing)
         y = self.tensor_parallel.reduce_scatter_tokens(self.inner(met), packing=view.packing)
         return replace(stream, x=stream.x + self.dropout(y, context=view.routing_context))
@@ -146,8 +170,12 @@ class MoEBranch(nn.Module):
         self.inner = inner
         self.dropout = Dropout(config.dropout, name=name)
 
-    def forward(self, stream: BlockState, *, read: Float[Tensor, "T D"], view: ForwardContext) -> BlockState:
-        answer = self.inner(self.norm(read), context=view.routing_context, carry=stream.router_state)
+    def forward(
+        self, stream: BlockState, *, read: Float[Tensor, "T D"], view: ForwardContext
+    ) -> BlockState:
+        answer = self.inner(
+            self.norm(read), context=view.routing_context, carry=stream.router_state
+        )
         records = stream.records if answer.record is None else (*stream.records, answer.record)
         x = stream.x + self.dropout(answer.out, context=view.routing_context)
         return BlockState(x, answer.carry, records)
@@ -161,7 +189,9 @@ class EncoderBlock(nn.Module):
         self.input_norm = config.block_layout.input_norm(config.norm, dim=config.dim)
         name = f"encoder.{layer} attention"
         self.self_attention = SelfAttentionBranch(config, causal=False, name=name)
-        self.feed_forward = build_feed_forward_branch(config, stack=config.encoder, layer=layer, side="encoder")
+        self.feed_forward = build_feed_forward_branch(
+            config, stack=config.encoder, layer=layer, side="encoder"
+        )
         self.layout = config.block_layout
 
     def forward(self, stream: BlockState, *, view: ForwardContext) -> BlockState:
@@ -180,10 +210,14 @@ class DecoderBlock(nn.Module):
         name = f"decoder.{layer} attention"
         self.self_attention = SelfAttentionBranch(config, causal=True, name=name)
         cross = (
-            CrossAttentionBranch(config, name=f"decoder.{layer} source") if config.encoder.layers else None
+            CrossAttentionBranch(config, name=f"decoder.{layer} source")
+            if config.encoder.layers
+            else None
         )
         self.cross_attention = cross
-        self.feed_forward = build_feed_forward_branch(config, stack=config.decoder, layer=layer, side="decoder")
+        self.feed_forward = build_feed_forward_branch(
+            config, stack=config.decoder, layer=layer, side="decoder"
+        )
         self.layout = config.block_layout
 
     def project_source(self, memory: Float[Tensor, "T D"], *, packing: Packing) -> KeyValue | None:
@@ -223,7 +257,9 @@ class DecoderBlock(nn.Module):
         look = CrossAttentionInputs(entered, source, mask)
         return self._cross_attention_and_feed_forward(replace(stream, x=x), view=view, look=look)
 
-    def _cross_attention_and_feed_forward(self, stream: BlockState, *, view: ForwardContext, look: CrossAttentionInputs) -> BlockState:
+    def _cross_attention_and_feed_forward(
+        self, stream: BlockState, *, view: ForwardContext, look: CrossAttentionInputs
+    ) -> BlockState:
         reads = self.layout.branch_input
         if self.cross_attention is not None and look.source is not None:
             read = reads(stream.x, block_input=look.block_input)

@@ -6,15 +6,15 @@
 from pydantic import Field, model_validator
 
 from moesaic.core.config import Config
-from moesaic.model.arrangement import BlockLayout, SequentialResidual
-from moesaic.moe import members as members  # every rule is a word of a blueprint
-from moesaic.moe.attention import AttentionExperts, NoAttentionExperts
+from moesaic.model.block_layout import BlockLayout, SequentialResidual
+from moesaic.moe import builtin_rules as builtin_rules  # every rule is a word of a blueprint
+from moesaic.moe.attention_experts import AttentionExperts, NoAttentionExperts
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import Norm, RMSNorm
-from moesaic.nn.position import PositionalEncoding, Rotary
+from moesaic.nn.positional_encoding import PositionalEncoding, Rotary
 
 
 class Stack(Config):
@@ -34,7 +34,11 @@ class Stack(Config):
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether block ``layer`` may have experts."""
-        return layer >= self.first_dense_layers and self.moe_every > 0 and (layer + 1) % self.moe_every == 0
+        return (
+            layer >= self.first_dense_layers
+            and self.moe_every > 0
+            and (layer + 1) % self.moe_every == 0
+        )
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -133,7 +137,9 @@ class ModelConfig(Config):
         if heads.head_dim is None and self.dim % heads.heads:
             raise ValueError(f"attention.heads={heads.heads} to divide dim={self.dim}")
         if heads.heads % heads.num_kv_heads():
-            raise ValueError(f"attention.kv_heads={heads.num_kv_heads()} to divide heads={heads.heads}")
+            raise ValueError(
+                f"attention.kv_heads={heads.num_kv_heads()} to divide heads={heads.heads}"
+            )
         if isinstance(self.position, Rotary) and self.head_dim % 2:
             raise ValueError(f"an even head_dim for Rotary, not {self.head_dim}")
         for stack in (self.encoder, self.decoder):
@@ -156,7 +162,9 @@ class ModelConfig(Config):
 
 
 def _check_select(moe: MoE | None) -> None:
-    refused = moe and moe.select.problems(experts=moe.num_router_outputs, num_null_experts=moe.null_experts.count())
+    refused = moe and moe.select.problems(
+        experts=moe.num_router_outputs, num_null_experts=moe.null_experts.count()
+    )
     if moe and refused:
         raise ValueError(f"found moe.experts={moe.experts}, {_rule_name(moe)} expects {refused}")
 

@@ -2,6 +2,8 @@
 
 Letters: B rows, S source length, L target length, T real tokens, N predicted tokens, D model dim,
 V vocabulary, n new tokens.
+
+What a model returns in training: states where a token is predicted, and the routing records.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,20 +15,39 @@ from torch import nn
 
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.data.batch import PAD, Batch
-from moesaic.model.block import DecoderBlock, EncoderBlock, Records, BlockState, ForwardContext
+from moesaic.model.block import (
+    BlockState,
+    DecoderBlock,
+    Dropout,
+    EncoderBlock,
+    ForwardContext,
+)
 from moesaic.model.config import ModelConfig, Stack
-from moesaic.model.cache import KVCache, EncoderOutput
-from moesaic.model.dropout import Dropout
-from moesaic.model.init import ParameterKind, initialize_weights, parameter_kinds
-from moesaic.model.leg import StageIO, BlockRange
-from moesaic.model.output import ModelOutput
+from moesaic.model.kv_cache import EncoderOutput, KVCache
+from moesaic.model.partial_forward import BlockRange, PartialForward, StageIO
+from moesaic.model.weights import ParameterKind, initialize_weights, parameter_kinds
 from moesaic.moe.config import MoE
-from moesaic.moe.context import RouterState, TokenContext
-from moesaic.moe.gates import RouterDecodeState, SharedRouter, StackInput
+from moesaic.moe.router_context import RouterState, TokenContext
+from moesaic.moe.router_logits import RouterDecodeState, SharedRouter, StackInput
+from moesaic.moe.routing_record import RoutingRecord
+from moesaic.nn.attention_backend import KeyValue
 from moesaic.nn.embedding import Embedding
-from moesaic.nn.looking import KeyValue
 from moesaic.nn.packing import Packing
 from moesaic.ops.cross_entropy import TokenLoss
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOutput:
+    """Decoder states at the predicted positions only, in row-major order.
+
+    Logits are not made here: ``model.logits(hidden)`` or a chunked loss makes them, so a batch
+    never pays for positions that nobody scores.
+    """
+
+    hidden: Float[Tensor, "N D"]
+    label: Int[Tensor, "N"]
+    row: Int[Tensor, "N"]
+    records: tuple[RoutingRecord, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +59,11 @@ class RowMetadata:
 
 
 SequenceSharding = Callable[[Packing], Packing]
+
+
 RunBlock = Callable[..., BlockState]
+
+
 AttachEncoder = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -78,39 +103,11 @@ class PackedTokens:
     decode_state: RouterDecodeState | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class PartialForward:
-    """A pass that has come to the end of a leg.
-
-    ``stream`` and ``view`` are those of the stack it is in, None between the two; ``heard`` are
-    the encoder's records.
-    """
-
-    state: BlockState | None = None
-    context: ForwardContext | None = None
-    encoder_output: EncoderOutput | None = None
-    encoder_records: Records = ()
-
-    @property
-    def records(self) -> Records:
-        """The routing records of the leg."""
-        return self.encoder_records + (self.state.records if self.state else ())
-
-    @property
-    def stage_output(self) -> StageIO:
-        """What the next leg needs of this one."""
-        memory = self.encoder_output.states if self.encoder_output else None
-        if self.state is None:
-            return StageIO(encoder_states=memory)
-        carry = self.state.router_state
-        return StageIO(self.state.x, carry.hidden, carry.logits, memory)
-
-
 class Transformer(nn.Module):
     """Built by ``build(config)``; on the meta device it holds no numbers.
 
     ``deal`` says which tokens of a batch are held here, ``passing`` what is kept of a block, and
-    ``joining`` what the decoder's first states have to do with what was read.
+    ``attach_encoder`` what the decoder's first states have to do with what was read.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -137,18 +134,26 @@ class Transformer(nn.Module):
 
     def forward(self, batch: Batch) -> ModelOutput:
         """Return decoder states at the predicted positions and the routing records."""
-        return self.output_of(self.forward_blocks(batch, blocks=BlockRange.all_blocks(self.config)), batch=batch)
+        return self.output_of(
+            self.forward_blocks(batch, blocks=BlockRange.all_blocks(self.config)), batch=batch
+        )
 
-    def forward_blocks(self, batch: Batch, *, blocks: BlockRange, stage_input: StageIO | None = None) -> PartialForward:
+    def forward_blocks(
+        self, batch: Batch, *, blocks: BlockRange, stage_input: StageIO | None = None
+    ) -> PartialForward:
         """Pass a batch through the blocks of a leg, from what the leg before it handed on."""
         stage_input = stage_input or StageIO()
         reached = PartialForward()
         if blocks.encoder:
-            reached = self._forward_encoder(batch.source, key=batch.key, blocks=blocks.encoder, given=stage_input)
+            reached = self._forward_encoder(
+                batch.source, key=batch.key, blocks=blocks.encoder, given=stage_input
+            )
             stage_input = StageIO()
         elif stage_input.encoder_states is not None:
             packing = self.sequence_sharding(Packing.from_mask(batch.source != PAD))
-            reached = PartialForward(encoder_output=EncoderOutput(stage_input.encoder_states, packing))
+            reached = PartialForward(
+                encoder_output=EncoderOutput(stage_input.encoder_states, packing)
+            )
         if not blocks.decoder:
             return reached
         return self._forward_decoder(batch, blocks=blocks.decoder, given=stage_input, read=reached)
@@ -183,7 +188,9 @@ class Transformer(nn.Module):
             none = self.embedding.weight.new_zeros(0, self.config.dim)
             return EncoderOutput(none, self.sequence_sharding(Packing.from_mask(source != PAD)))
         key = torch.zeros_like(source[:, :1].sum(1))
-        states = self._forward_encoder(source, key=key, blocks=range(len(self.encoder)), given=StageIO())
+        states = self._forward_encoder(
+            source, key=key, blocks=range(len(self.encoder)), given=StageIO()
+        )
         assert states.encoder_output is not None
         return states.encoder_output
 
@@ -193,7 +200,8 @@ class Transformer(nn.Module):
         shape = (rows.numel(), config.self_attention.num_kv_heads(), 0, config.head_dim)
         empty = encoder_output.states.new_zeros(shape)
         source = [
-            block.project_source(encoder_output.states, packing=encoder_output.packing) for block in self._decoder_blocks
+            block.project_source(encoder_output.states, packing=encoder_output.packing)
+            for block in self._decoder_blocks
         ]
         mask = encoder_output.packing.key_mask
         return KVCache(
@@ -202,7 +210,9 @@ class Transformer(nn.Module):
             mask=None if mask is None else mask.index_select(0, rows),
             length=torch.zeros_like(rows),
             tag=torch.zeros_like(rows),
-            routing=self.decoder_routing.empty_cache(rows.numel()) if self.decoder_routing else None,
+            routing=self.decoder_routing.empty_cache(rows.numel())
+            if self.decoder_routing
+            else None,
         )
 
     def step(self, ids: Int[Tensor, "B n"], cache: KVCache) -> Float[Tensor, "B V"]:
@@ -221,7 +231,9 @@ class Transformer(nn.Module):
         )
         view = self._forward_context(tokens, side=self._decoder_spec)
         stream = self._embed(tokens, context=view.routing_context, side=self._decoder_spec)
-        for block, own, source in zip(self._decoder_blocks, cache.self_attention, cache.cross_attention, strict=True):
+        for block, own, source in zip(
+            self._decoder_blocks, cache.self_attention, cache.cross_attention, strict=True
+        ):
             stream = block.step(
                 stream, view=view, cache=own, position=position, source=source, mask=cache.mask
             )
@@ -247,7 +259,9 @@ class Transformer(nn.Module):
         if not isinstance(moe, MoE) or not stack.moe_layers:
             return None
         first = self.config.routed_moe_of_layer(stack, layer=stack.moe_layers[0]) or moe
-        return moe.cross_layer.build_shared(dim=self.config.dim, experts=first.num_router_outputs, causal=causal)
+        return moe.cross_layer.build_shared(
+            dim=self.config.dim, experts=first.num_router_outputs, causal=causal
+        )
 
     def _forward_encoder(
         self, source: Int[Tensor, "B S"], *, key: Int[Tensor, "B"], blocks: range, given: StageIO
@@ -267,13 +281,20 @@ class Transformer(nn.Module):
         memory = EncoderOutput(self.encoder_norm(stream.x), packing)
         return PartialForward(encoder_output=memory, encoder_records=stream.records)
 
-    def _forward_decoder(self, batch: Batch, *, blocks: range, given: StageIO, read: PartialForward) -> PartialForward:
+    def _forward_decoder(
+        self, batch: Batch, *, blocks: range, given: StageIO, read: PartialForward
+    ) -> PartialForward:
         """Pass through blocks of the decoder, which look at what was read."""
         ids = batch.target_in
-        packing = self.sequence_sharding(Packing.from_mask((ids != PAD) | (batch.target_out != PAD)))
+        packing = self.sequence_sharding(
+            Packing.from_mask((ids != PAD) | (batch.target_out != PAD))
+        )
         rows, ids = RowMetadata(ids[:, 0], batch.key), ids.flatten()[packing.index]
         tokens, side = PackedTokens(ids, packing, packing.position, rows), self._decoder_spec
-        view, memory = self._forward_context(tokens, side=side), read.encoder_output or self._no_encoder_output(batch.source)
+        view, memory = (
+            self._forward_context(tokens, side=side),
+            read.encoder_output or self._no_encoder_output(batch.source),
+        )
         stream = _resume_state(given, side=side)
         if stream is None:
             states = memory.states if self.config.encoder.layers else None
@@ -298,10 +319,16 @@ class Transformer(nn.Module):
             token=tokens.ids[own],
             tag=rows.tag[row],
             row_key=rows.key[row],
-            token_embedding=self.embedding(tokens.ids, packing=packing) if reads == "token" else None,
-            tag_embedding=self.embedding.embed_replicated(rows.tag)[row] if reads == "prompt" else None,
+            token_embedding=self.embedding(tokens.ids, packing=packing)
+            if reads == "token"
+            else None,
+            tag_embedding=self.embedding.embed_replicated(rows.tag)[row]
+            if reads == "prompt"
+            else None,
         )
-        return ForwardContext(packing, self.position.rotation(place[packing.gathered_tokens]), context)
+        return ForwardContext(
+            packing, self.position.rotation(place[packing.gathered_tokens]), context
+        )
 
     def _embed(
         self,
@@ -318,7 +345,11 @@ class Transformer(nn.Module):
         x = self.dropout(placed, context=context.for_layer(side.name))
         x = x if read is None else self.attach_encoder(x, read)
         sight = StackInput(packing, tokens.position[packing.gathered_tokens], tokens.decode_state)
-        carry = RouterState() if side.routing is None else side.routing.initial_state(x, stack_input=sight)
+        carry = (
+            RouterState()
+            if side.routing is None
+            else side.routing.initial_state(x, stack_input=sight)
+        )
         return BlockState(x, carry)
 
 

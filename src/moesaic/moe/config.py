@@ -1,4 +1,7 @@
-"""Sparse: whether a model has experts, and if so their number, size and rules."""
+"""Sparse: whether a model has experts, and if so their number, size and rules.
+
+Fine-grained experts: more and smaller ones at the same size, some of them shared.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
@@ -7,16 +10,23 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from moesaic.core.config import Choice
-from moesaic.moe.around import SharedExpertBranch, DispatchProjection, NoSharedExperts, NoDispatchProjection
+from moesaic.core.errors import ConfigError
 from moesaic.moe.balance import Balance, SwitchBalance
+from moesaic.moe.dispatch_projection import DispatchProjection, NoDispatchProjection
 from moesaic.moe.experts import Expert, FeedForwardExpert
-from moesaic.moe.gate import StatefulRule
-from moesaic.moe.gates import RouterInput, CrossLayerRouting, HiddenState, IndependentRouters
 from moesaic.moe.limit import Dropless, Limit
-from moesaic.moe.noise import RouterNoise, NoRouterNoise
-from moesaic.moe.pieces import ParameterSpec
-from moesaic.moe.select import Select, SwitchTop1
-from moesaic.moe.spare import NoNullExperts, NullExperts
+from moesaic.moe.null_experts import NoNullExperts, NullExperts
+from moesaic.moe.parameter_spec import ParameterSpec
+from moesaic.moe.router_context import StatefulRule
+from moesaic.moe.router_logits import (
+    CrossLayerRouting,
+    HiddenState,
+    IndependentRouters,
+    RouterInput,
+)
+from moesaic.moe.router_noise import NoRouterNoise, RouterNoise
+from moesaic.moe.select import Select, SwitchTop1, TopK
+from moesaic.moe.shared_experts import NoSharedExperts, SharedExpertBranch, SharedExperts
 from moesaic.nn.feed_forward import FeedForwardConfig
 
 
@@ -33,7 +43,9 @@ class SparseLayer(Choice):
         """Return a module of ``forward(x, *, context, carry) -> layer.Answer``."""
         raise NotImplementedError
 
-    def parameter_specs(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> Sequence[ParameterSpec]:
+    def parameter_specs(
+        self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool
+    ) -> Sequence[ParameterSpec]:
         """Return the parameters of that module."""
         raise NotImplementedError
 
@@ -102,3 +114,26 @@ class MoE(SparseLayer):
             if expected := term.problems(experts=self.experts, limit=self.limit):
                 raise ValueError(f"{type(term).__name__} expects {expected}")
         return self
+
+
+def fine_grained(moe: MoE, *, hidden: int, splits: int, shared: int = 0) -> MoE:
+    """Split each of N experts of width ``hidden`` into ``parts``, and make ``shared`` always on.
+
+    DeepSeekMoE (2401.06066, sections 3.1 and 3.2): of parts * N experts of width hidden / parts a
+    token uses parts * K, the shared ones among them, weighted with their softmax probabilities. So
+    the experts' parameters, total and active, are what they were; the router grows.
+
+    Raises ConfigError where the width does not divide or nothing would be left to route.
+    """
+    chosen = round(moe.select.experts_per_token(moe.experts))
+    if hidden % splits:
+        raise ConfigError([f"hidden={hidden}: expected a multiple of parts={splits}"])
+    if not 0 <= shared < splits * chosen:
+        left = f"fewer than the {splits * chosen} experts that a token uses"
+        raise ConfigError([f"shared={shared}: expected 0 or more, and {left}"])
+    return moe.replace(
+        experts=splits * moe.experts - shared,
+        hidden=hidden // splits,
+        select=TopK(k=splits * chosen - shared, normalise="none"),
+        beside=SharedExperts(number=shared) if shared else NoSharedExperts(),
+    )

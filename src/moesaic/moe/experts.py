@@ -1,23 +1,35 @@
 """Experts: one feed-forward each, held as banks of matrices and applied to rows sorted by expert.
 
 Letters: E experts, R rows, D model dim, F hidden width (2F before a gated activation).
+
+LoRA experts: one feed-forward that all share, and a low-rank change of it for each.
+
+Letters: E experts, R rows, D model dim, F hidden width (2F before a gated activation), r rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.pieces import ParameterSpec
-from moesaic.nn.feed_forward import FeedForwardConfig
-from moesaic.ops.choose import select_grouped_gemm, select_moe_kernel
-from moesaic.ops.group import RowGroups
-from moesaic.ops.grouped import ActivationFunction, FeedForwardWeights, grouped_feed_forward
-from moesaic.ops.mixture import Edges, unpermute_tokens, permute_tokens
+from moesaic.moe.parameter_spec import ParameterSpec, feed_forward_parameter_specs
+from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig
+from moesaic.nn.initializer import CustomInitializers, Initializer
+from moesaic.ops.grouped_gemm import (
+    ActivationFunction,
+    FeedForwardWeights,
+    grouped_feed_forward,
+    grouped_matmul,
+    zero_rows_past_groups,
+)
+from moesaic.ops.kernel_selection import select_grouped_gemm, select_moe_kernel
+from moesaic.ops.moe_kernel import Edges, permute_tokens, unpermute_tokens
+from moesaic.ops.permute import RowGroups
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +49,15 @@ class Expert(Choice):
         """Return the experts of a layer."""
         raise NotImplementedError
 
-    def parameter_specs(self, size: ExpertShape, *, active_fraction: float) -> Sequence[ParameterSpec]:
+    def parameter_specs(
+        self, size: ExpertShape, *, active_fraction: float
+    ) -> Sequence[ParameterSpec]:
         """Return their parameters; a token uses the share ``used`` of the banks."""
         raise NotImplementedError
 
-    def saved_activations(self, size: ExpertShape, *, edges: float, live_fraction: float = 1.0) -> float:
+    def saved_activations(
+        self, size: ExpertShape, *, edges: float, live_fraction: float = 1.0
+    ) -> float:
         """Return the values that autograd keeps per token of so many edges (for forecasts).
 
         Rows and answers of the edges are among them, the token's own state is not. ``live`` is the
@@ -51,7 +67,7 @@ class Expert(Choice):
 
 
 class ExpertModule(nn.Module):
-    """Base of modules that hold the experts of a layer (see ``dispatch.RowExperts``)."""
+    """Base of modules that hold the experts of a layer (see ``dispatch.ExpertCompute``)."""
 
     def forward(self, rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
         """Apply each row's expert; rows past the groups come out as zero."""
@@ -60,7 +76,7 @@ class ExpertModule(nn.Module):
     def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
         """Return each token's weighted sum of its experts' answers.
 
-        By definition: ``carry_home(self(carry_out(x)))``; a bank that can do it in one go does.
+        By definition: ``unpermute_tokens(self(carry_out(x)))``; a bank that can do it in one go does.
         """
         rows = permute_tokens(x, edges=edges)
         return unpermute_tokens(self.forward(rows, groups=edges.groups), edges=edges)
@@ -96,7 +112,9 @@ class FeedForwardExpert(Expert):
     def build(self, size: ExpertShape) -> "GroupedExperts":
         return GroupedExperts(size)
 
-    def parameter_specs(self, size: ExpertShape, *, active_fraction: float) -> Sequence[ParameterSpec]:
+    def parameter_specs(
+        self, size: ExpertShape, *, active_fraction: float
+    ) -> Sequence[ParameterSpec]:
         experts, feed = size.num_experts, size.feed_forward
         width = feed.activation.width(feed.hidden)
         banks = [
@@ -108,11 +126,17 @@ class FeedForwardExpert(Expert):
             banks.append(ParameterSpec("bias", (experts, size.dim), active_fraction))
         return banks
 
-    def saved_activations(self, size: ExpertShape, *, edges: float, live_fraction: float = 1.0) -> float:
+    def saved_activations(
+        self, size: ExpertShape, *, edges: float, live_fraction: float = 1.0
+    ) -> float:
         feed = size.feed_forward
-        mixer = select_moe_kernel(torch.empty(0), activation=feed.activation)  # the one of this machine
+        mixer = select_moe_kernel(
+            torch.empty(0), activation=feed.activation
+        )  # the one of this machine
         width = feed.activation.width(feed.hidden)
-        return edges * mixer.saved_activations(dim=size.dim, width=width, bias=size.bias, live_share=live_fraction)
+        return edges * mixer.saved_activations(
+            dim=size.dim, width=width, bias=size.bias, live_share=live_fraction
+        )
 
 
 class GroupedExperts(ExpertModule):
@@ -173,3 +197,71 @@ def as_autocast(x: Tensor) -> Tensor:
     """Return rows in the dtype that autocast computes products in, if it is on."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+class LoRAExpert(Expert):
+    """Expert e multiplies with ``W + alpha / rank * A_e B_e`` at both products (LoRA, 2106.09685).
+
+    W is one feed-forward for all experts, trained like any other (freezing it is the optimizer's
+    affair); each ``B_e`` starts as zero, so all experts start as W. Mixtures of such changes
+    are MoLoRA (2309.05444), there of a frozen pretrained W and merged softly. Biases belong to W.
+    """
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+
+    def build(self, size: ExpertShape) -> "LoRAExperts":
+        return LoRAExperts(size, rank=self.rank, scale=self.alpha / self.rank)
+
+    def parameter_specs(
+        self, size: ExpertShape, *, active_fraction: float
+    ) -> Sequence[ParameterSpec]:
+        experts, rank, feed = size.num_experts, self.rank, size.feed_forward
+        width = feed.activation.width(feed.hidden)
+        base = feed_forward_parameter_specs(feed, dim=size.dim, bias=size.bias)
+        banks = ((size.dim, rank), (rank, width), (feed.hidden, rank), (rank, size.dim))
+        return [
+            *(
+                ParameterSpec(piece.kind, piece.shape, uses_per_token=active_fraction * experts)
+                for piece in base
+            ),
+            *(ParameterSpec("expert", (experts, *shape), active_fraction) for shape in banks),
+        ]
+
+    def saved_activations(
+        self, size: ExpertShape, *, edges: float, live_fraction: float = 1.0
+    ) -> float:
+        del live_fraction  # rows of edges that lead nowhere are kept, too
+        feed = size.feed_forward
+        inner = feed.activation.saved_activations * feed.hidden + 2 * self.rank
+        return edges * (2 * size.dim + inner + 4)
+
+
+class LoRAExperts(ExpertModule, CustomInitializers):
+    """``up_a`` [E, D, r], ``up_b`` [E, r, F], ``down_a`` [E, F, r], ``down_b`` [E, r, D]."""
+
+    def __init__(self, size: ExpertShape, *, rank: int, scale: float) -> None:
+        super().__init__()
+        experts, feed = size.num_experts, size.feed_forward
+        width = feed.activation.width(feed.hidden)
+        self.base = DenseFeedForward(feed, dim=size.dim, bias=size.bias)
+        self.up_a = nn.Parameter(torch.empty(experts, size.dim, rank))
+        self.up_b = nn.Parameter(torch.empty(experts, rank, width))
+        self.down_a = nn.Parameter(torch.empty(experts, feed.hidden, rank))
+        self.down_b = nn.Parameter(torch.empty(experts, rank, size.dim))
+        self.activation, self.scale = feed.activation, scale
+
+    def initializers(self) -> Mapping[str, Initializer]:
+        return {"up_b": Initializer(std=0.0), "down_b": Initializer(std=0.0)}
+
+    def forward(self, rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
+        rows = as_autocast(rows)
+        low = self._low_rank_product(rows, a=self.up_a, b=self.up_b, groups=groups)
+        hidden = self.activation(self.base.up(rows) + low)
+        low = self._low_rank_product(hidden, a=self.down_a, b=self.down_b, groups=groups)
+        return zero_rows_past_groups(self.base.down(hidden) + low, offsets=groups.offsets)
+
+    def _low_rank_product(self, rows: Tensor, *, a: Tensor, b: Tensor, groups: RowGroups) -> Tensor:
+        engine = select_grouped_gemm(rows)
+        low = grouped_matmul(rows, weight=a, groups=groups, gemm=engine)
+        return self.scale * grouped_matmul(low, weight=b, groups=groups, gemm=engine)

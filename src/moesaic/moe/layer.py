@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
+from moesaic.moe.batch_group import BatchGroup, SingleRankBatch
 from moesaic.moe.config import MoE
-from moesaic.moe.context import RouterState, TokenContext
-from moesaic.moe.dispatch import Dispatcher, LocalDispatcher
+from moesaic.moe.dispatcher import Dispatcher, LocalDispatcher
 from moesaic.moe.experts import ExpertShape
-from moesaic.moe.gates import LayerIndex
-from moesaic.moe.ranks import SingleRankBatch, BatchGroup
-from moesaic.moe.record import RoutingRecord
+from moesaic.moe.null_experts import drop_null_edges
 from moesaic.moe.router import Router
-from moesaic.moe.spare import drop_null_edges
+from moesaic.moe.router_context import RouterState, TokenContext
+from moesaic.moe.router_logits import LayerIndex
+from moesaic.moe.routing_record import RoutingRecord
 from moesaic.nn.feed_forward import FeedForwardConfig
 
 
@@ -34,7 +34,13 @@ class MoELayer(nn.Module):
     """Router, dispatcher, experts. ``place.name`` is the layer's name in records."""
 
     def __init__(
-        self, config: MoE, *, dim: int, feed_forward: FeedForwardConfig, bias: bool, layer_index: LayerIndex
+        self,
+        config: MoE,
+        *,
+        dim: int,
+        feed_forward: FeedForwardConfig,
+        bias: bool,
+        layer_index: LayerIndex,
     ) -> None:
         super().__init__()
         feed = config.feed_forward(feed_forward)
@@ -49,16 +55,24 @@ class MoELayer(nn.Module):
         self.batch_group: BatchGroup = SingleRankBatch()
         self.name = layer_index.name
 
-    def forward(self, x: Float[Tensor, "T D"], *, context: TokenContext, router_state: RouterState) -> MoEOutput:
+    def forward(
+        self, x: Float[Tensor, "T D"], *, context: TokenContext, router_state: RouterState
+    ) -> MoEOutput:
         """Return the experts' answer and what the router did. ``x`` holds real tokens only."""
-        routed = self.router(x, context=context.for_layer(self.name), carry=router_state, ranks=self.batch_group)
+        routed = self.router(
+            x, context=context.for_layer(self.name), carry=router_state, ranks=self.batch_group
+        )
         spare = self.null_experts.count()
         edges = drop_null_edges(routed.routing, num_null_experts=spare)
         rows = self.dispatch_projection.project(x)
         home = self.dispatcher.run_experts(rows, routing=edges, experts=self.experts)
-        mixed = self.null_experts.add_output(self.dispatch_projection.unproject(home), x=x, routing=routed.routing)
+        mixed = self.null_experts.add_output(
+            self.dispatch_projection.unproject(home), x=x, routing=routed.routing
+        )
         out = self.shared_experts(x, mixed=mixed)
-        record = RoutingRecord.from_router(self.name, routed, context=context, num_null_experts=spare)
+        record = RoutingRecord.from_router(
+            self.name, routed, context=context, num_null_experts=spare
+        )
         return MoEOutput(out, record, routed.carry)
 
 

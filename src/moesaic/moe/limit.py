@@ -14,15 +14,17 @@ from pydantic import Field
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Int, Tensor
-from moesaic.moe.gate import RouterContext
-from moesaic.moe.ranks import BatchGroup
+from moesaic.moe.batch_group import BatchGroup
+from moesaic.moe.router_context import RouterContext
 from moesaic.moe.routing import Routing
 
 
 class Limit(Choice):
     """Family of limits: each re-labels the edges that an expert has no room for."""
 
-    def __call__(self, routing: Routing, *, router: RouterContext, batch_group: BatchGroup) -> Routing:
+    def __call__(
+        self, routing: Routing, *, router: RouterContext, batch_group: BatchGroup
+    ) -> Routing:
         """Return the routing with the lost edges leading nowhere. Collective over ``ranks``."""
         raise NotImplementedError
 
@@ -35,7 +37,9 @@ class Limit(Choice):
 class Dropless(Limit):
     """Every edge is served (2211.15841)."""
 
-    def __call__(self, routing: Routing, *, router: RouterContext, batch_group: BatchGroup) -> Routing:
+    def __call__(
+        self, routing: Routing, *, router: RouterContext, batch_group: BatchGroup
+    ) -> Routing:
         del router, batch_group
         return routing
 
@@ -54,7 +58,7 @@ class PositionPriority(Priority):
     """Earlier tokens first, and all first choices before any second one (GShard, 2006.16668).
 
     Rows of the batch go one after the other, by their keys. Later tokens are dropped more often:
-    see ``AtRandom`` for the cure.
+    see ``RandomPriority`` for the cure.
     """
 
     num_key_columns: ClassVar[int] = 3
@@ -106,14 +110,18 @@ class Capacity(Limit):
     minimum: int = Field(default=4, ge=0)
     priority: Priority = RandomPriority()
 
-    def __call__(self, routing: Routing, *, router: RouterContext, batch_group: BatchGroup) -> Routing:
+    def __call__(
+        self, routing: Routing, *, router: RouterContext, batch_group: BatchGroup
+    ) -> Routing:
         factor = self.factor if router.training else self.eval_factor
         if factor is None:
             return routing
         key = self.priority.key(routing, router=router)
         edges = batch_group.gather(torch.cat([routing.expert[:, None], key], 1))
         place = queue_positions(edges.rows)[edges.start : edges.start + key.shape[0]]
-        room = self.expert_capacity(edges.rows.shape[0], num_experts=routing.num_experts, factor=factor)
+        room = self.expert_capacity(
+            edges.rows.shape[0], num_experts=routing.num_experts, factor=factor
+        )
         costly = routing.expert < routing.num_experts - router.num_null_experts
         return routing.drop((place >= room) & costly)
 

@@ -12,11 +12,10 @@ from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.balance import BalanceInputs
+from moesaic.moe.batch_group import BatchGroup
 from moesaic.moe.config import MoE
-from moesaic.moe.context import RouterState, TokenContext
-from moesaic.moe.gate import RouterContext, RoutingStats
-from moesaic.moe.gates import LayerIndex
-from moesaic.moe.ranks import BatchGroup
+from moesaic.moe.router_context import RouterContext, RouterState, RoutingStats, TokenContext
+from moesaic.moe.router_logits import LayerIndex
 from moesaic.moe.routing import Routing
 
 
@@ -24,7 +23,7 @@ from moesaic.moe.routing import Routing
 class RouterOutput:
     """The edges, this rank's share of each weighted balance term, and the logits, detached.
 
-    ``sums`` [4 E + 1] float64 is what the pass was like over all ranks (see ``Seen``), in training
+    ``sums`` [4 E + 1] float64 is what the pass was like over all ranks (see ``RoutingStats``), in training
     only; ``carry`` is for the next layer.
     """
 
@@ -43,7 +42,9 @@ class Router(nn.Module):
     def __init__(self, config: MoE, *, dim: int, layer_index: LayerIndex) -> None:
         super().__init__()
         reads = config.router_input.input_dim(dim)
-        self.gate = config.cross_layer.build_gate(dim=reads, experts=config.num_router_outputs, layer_index=layer_index)
+        self.gate = config.cross_layer.build_gate(
+            dim=reads, experts=config.num_router_outputs, layer_index=layer_index
+        )
         self.router_input = config.router_input.build(dim=dim)
         self.config = config
         for owner, rule in config.stateful_rules():
@@ -53,7 +54,12 @@ class Router(nn.Module):
         self.register_buffer("heard", heard, persistent=False)
 
     def forward(
-        self, x: Float[Tensor, "T D"], *, context: TokenContext, router_state: RouterState, batch_group: BatchGroup
+        self,
+        x: Float[Tensor, "T D"],
+        *,
+        context: TokenContext,
+        router_state: RouterState,
+        batch_group: BatchGroup,
     ) -> RouterOutput:
         """Return the edges. Collective over ``ranks``."""
         rules, training = self.config, self.training
@@ -62,13 +68,21 @@ class Router(nn.Module):
             read = rules.noise.apply_to_input(read, context=context, training=training)
             scored = self.gate(read, carry=router_state)
             gate = self._add_noise(
-                RouterContext(scored.logits, context, training, self._selection_bias(), rules.null_experts.count())
+                RouterContext(
+                    scored.logits,
+                    context,
+                    training,
+                    self._selection_bias(),
+                    rules.null_experts.count(),
+                )
             )
             gate = gate.with_state(self.rule_state("select"))
             chosen = rules.select(gate)
             limited = rules.limit(chosen, router=gate, batch_group=batch_group)
             routing = rules.select.renormalise(limited)
-            sums = self._stats_vector(scored.logits, chosen=chosen, limited=limited, batch_group=batch_group)
+            sums = self._stats_vector(
+                scored.logits, chosen=chosen, limited=limited, batch_group=batch_group
+            )
             losses = self._losses(gate, chosen=chosen, stats_vector=sums, batch_group=batch_group)
         return RouterOutput(routing, losses, gate.logits.detach(), scored.carry, sums)
 
@@ -111,10 +125,17 @@ class Router(nn.Module):
     def _add_noise(self, router: RouterContext) -> RouterContext:
         router = router.with_state(self.rule_state("noise"))
         logits = self.config.noise.apply_to_logits(router)
-        return RouterContext(logits, router.context, router.training, router.bias, router.num_null_experts)
+        return RouterContext(
+            logits, router.context, router.training, router.bias, router.num_null_experts
+        )
 
     def _stats_vector(
-        self, logits: Float[Tensor, "T E"], *, chosen: Routing, limited: Routing, batch_group: BatchGroup
+        self,
+        logits: Float[Tensor, "T E"],
+        *,
+        chosen: Routing,
+        limited: Routing,
+        batch_group: BatchGroup,
     ) -> Float[Tensor, "S"] | None:
         if not self.training:
             return None
@@ -124,11 +145,19 @@ class Router(nn.Module):
         return batch_group.sum(torch.cat([*loads, logits.sum(0), logits.square().sum(0), count]))
 
     def _losses(
-        self, router: RouterContext, *, chosen: Routing, stats_vector: Float[Tensor, "S"] | None, batch_group: BatchGroup
+        self,
+        router: RouterContext,
+        *,
+        chosen: Routing,
+        stats_vector: Float[Tensor, "S"] | None,
+        batch_group: BatchGroup,
     ) -> dict[str, Float[Tensor, ""]]:
         if stats_vector is None or not self.config.balance:
             return {}
-        seen, before = RoutingStats.from_vector(stats_vector), RoutingStats.from_vector(self.stats_sum)
+        seen, before = (
+            RoutingStats.from_vector(stats_vector),
+            RoutingStats.from_vector(self.stats_sum),
+        )
         probabilities = self.config.select.probabilities(router)
         losses: dict[str, Float[Tensor, ""]] = {}
         for number, term in enumerate(self.config.balance):

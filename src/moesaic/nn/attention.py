@@ -1,6 +1,6 @@
 """Attention: tokens look at each other (self) or at the source (cross), in several heads.
 
-``looking`` and ``crew`` are parts: how tokens reach the others of their row, and the ranks that
+``backend`` and ``crew`` are parts: how tokens reach the others of their row, and the ranks that
 share the matrices. Letters: B rows, S source length, T tokens, D model dim, H heads,
 G key/value heads, d head dim.
 """
@@ -10,10 +10,17 @@ from torch import nn
 
 from moesaic.core.config import Config
 from moesaic.core.shapes import Bool, Float, Int, Tensor
-from moesaic.nn.crew import TensorParallelGroup, NoTensorParallel
-from moesaic.nn.looking import QueryKeyValue, KeyValue, LocalAttention, AttentionBackend, attend, pad_heads
+from moesaic.nn.attention_backend import (
+    AttentionBackend,
+    KeyValue,
+    LocalAttention,
+    QueryKeyValue,
+    attend,
+    pad_heads,
+)
 from moesaic.nn.packing import Packing
-from moesaic.nn.position import Rotation
+from moesaic.nn.positional_encoding import Rotation
+from moesaic.nn.tensor_parallel_group import NoTensorParallel, TensorParallelGroup
 
 
 class AttentionConfig(Config):
@@ -40,7 +47,11 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: AttentionConfig, *, dim: int, bias: bool) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.heads, config.num_kv_heads(), config.head_width(dim)
+        self.heads, self.kv_heads, self.head_dim = (
+            config.heads,
+            config.num_kv_heads(),
+            config.head_width(dim),
+        )
         self.qkv = nn.Linear(dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=bias)
         self.out = nn.Linear(self.heads * self.head_dim, dim, bias=bias)
         self.backend: AttentionBackend = LocalAttention()
@@ -73,7 +84,9 @@ class SelfAttention(nn.Module):
         self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
     ) -> Float[Tensor, "T HD"]:
         """What the heads found, side by side, before the last product."""
-        return self.backend.self_attention(self._project(x, rotation=rotation), packing=packing, causal=causal)
+        return self.backend.self_attention(
+            self._project(x, rotation=rotation), packing=packing, causal=causal
+        )
 
     def attend_heads_cached(
         self,
@@ -95,7 +108,9 @@ class SelfAttention(nn.Module):
 
     def _project(self, x: Float[Tensor, "T D"], *, rotation: Rotation) -> QueryKeyValue:
         heads, groups = self.heads, self.kv_heads
-        both, value = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split([heads + groups, groups], 1)
+        both, value = (
+            self.qkv(x).unflatten(-1, (-1, self.head_dim)).split([heads + groups, groups], 1)
+        )
         query, key = rotation(both).split([heads, groups], 1)
         return QueryKeyValue(query, key, value)
 
@@ -105,7 +120,11 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config: AttentionConfig, *, dim: int, bias: bool) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.heads, config.num_kv_heads(), config.head_width(dim)
+        self.heads, self.kv_heads, self.head_dim = (
+            config.heads,
+            config.num_kv_heads(),
+            config.head_width(dim),
+        )
         self.query = nn.Linear(dim, self.heads * self.head_dim, bias=bias)
         self.kv = nn.Linear(dim, 2 * self.kv_heads * self.head_dim, bias=bias)
         self.out = nn.Linear(self.heads * self.head_dim, dim, bias=bias)
@@ -114,7 +133,9 @@ class CrossAttention(nn.Module):
 
     def project_source(self, encoder_states: Float[Tensor, "T D"], *, packing: Packing) -> KeyValue:
         """Keys and values of the source, once per layer and batch."""
-        both = self.kv(self.tensor_parallel.all_gather_tokens(encoder_states, packing=packing)).unflatten(-1, (-1, self.head_dim))
+        both = self.kv(
+            self.tensor_parallel.all_gather_tokens(encoder_states, packing=packing)
+        ).unflatten(-1, (-1, self.head_dim))
         return self.backend.project_source(*both.split(self.kv_heads, 1), packing=packing)
 
     def forward(

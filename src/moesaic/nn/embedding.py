@@ -34,7 +34,9 @@ class EmbeddingBackend(Protocol):
         """Return the vectors of the tokens held here, given the ids of all (``packing``)."""
         ...
 
-    def embed_replicated(self, ids: Int[Tensor, "B"], *, table: Float[Tensor, "v D"]) -> Float[Tensor, "B D"]:
+    def embed_replicated(
+        self, ids: Int[Tensor, "B"], *, table: Float[Tensor, "v D"]
+    ) -> Float[Tensor, "B D"]:
         """Return the vectors of ids that every rank asks for alike."""
         ...
 
@@ -59,7 +61,9 @@ class LocalEmbedding:
     ) -> Float[Tensor, "t D"]:
         return F.embedding(ids[packing.local_tokens], table)
 
-    def embed_replicated(self, ids: Int[Tensor, "B"], *, table: Float[Tensor, "V D"]) -> Float[Tensor, "B D"]:
+    def embed_replicated(
+        self, ids: Int[Tensor, "B"], *, table: Float[Tensor, "V D"]
+    ) -> Float[Tensor, "B D"]:
         return F.embedding(ids, table)
 
     def loss(
@@ -105,6 +109,4 @@ class Embedding(nn.Module):
         z: float = 0.0,
     ) -> TokenLoss:
         """Cross-entropy of labels without ever holding all logits."""
-        return self.backend.loss(
-            hidden, table=self.output, label=label, smoothing=smoothing, z=z
-        )
+        return self.backend.loss(hidden, table=self.output, label=label, smoothing=smoothing, z=z)

@@ -108,7 +108,9 @@ class Packing:
     @property
     def gathered_tokens(self) -> slice:
         """Which tokens meet in the matrices that this rank holds a slice of."""
-        return slice(0, self.num_tokens) if self.partition is None else self.partition.gathered_tokens
+        return (
+            slice(0, self.num_tokens) if self.partition is None else self.partition.gathered_tokens
+        )
 
     @property
     def key_mask(self) -> Bool[Tensor, "B 1 1 S"] | None:

@@ -15,9 +15,8 @@ from pydantic import Field
 from torch import nn
 
 from moesaic.core.config import Choice
-from moesaic.optim.adamw import AdamWRule
-from moesaic.optim.muon import MuonRule
-from moesaic.optim.update import NamedOptimizer, UpdateRule
+from moesaic.optim.named_optimizer import NamedOptimizer, UpdateRule
+from moesaic.optim.update_rules import AdamWRule, MuonRule
 
 ParameterKind = Literal["embedding", "norm", "bias", "matrix", "expert", "router"]
 PARAMETER_KINDS: tuple[str, ...] = get_args(ParameterKind)
@@ -49,7 +48,9 @@ class Optimizer(Choice):
                 continue
             kind = kinds.get(name)
             if kind not in PARAMETER_KINDS:
-                raise ValueError(f"{name}: kind is {kind!r}, expected one of {', '.join(PARAMETER_KINDS)}")
+                raise ValueError(
+                    f"{name}: kind is {kind!r}, expected one of {', '.join(PARAMETER_KINDS)}"
+                )
             fields = self.param_group(parameter, kind=kind)
             groups.setdefault(fields["name"], fields)
             members[fields["name"]].append((name, parameter))
@@ -59,7 +60,7 @@ class Optimizer(Choice):
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (arXiv:1711.05101), fused where torch has the kernel.
 
-    ``decayed`` are the kinds that weight decay pulls to zero; norms and biases are left alone.
+    ``decayed_kinds`` are the kinds that weight decay pulls to zero; norms and biases are left alone.
     """
 
     lr: Positive = 1e-3

@@ -19,17 +19,22 @@ from torch import nn
 
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.data.batch import PAD, Batch
-from moesaic.dist.collectives import Group
-from moesaic.dist.mesh import Mesh
-from moesaic.dist.world import ProcessGroupWorld, World
+from moesaic.distributed.mesh import Mesh
+from moesaic.distributed.process_groups import Group
+from moesaic.distributed.world import ProcessGroupWorld, World
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.layer import accumulate_routing_stats
-from moesaic.moe.record import RoutingRecord, loss_terms
+from moesaic.moe.routing_record import RoutingRecord, loss_terms
 from moesaic.nn.packing import Packing
-from moesaic.parallel.schedules import torch_pipelining
-from moesaic.parallel.stages import PipelineStages
-from moesaic.parallel.wire import StageBoundary, LocalTokens, StageSerializer, connect_graph
+from moesaic.parallel.pipeline_schedules import torch_pipelining
+from moesaic.parallel.pipeline_stages import PipelineStages
+from moesaic.parallel.stage_serializer import (
+    LocalTokens,
+    StageBoundary,
+    StageSerializer,
+    connect_graph,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,13 @@ class StageModule(nn.Module):
     """
 
     def __init__(
-        self, model: Transformer, *, stages: PipelineStages, number: int, serializers: Sequence[StageSerializer], step: PipelineStep
+        self,
+        model: Transformer,
+        *,
+        stages: PipelineStages,
+        number: int,
+        serializers: Sequence[StageSerializer],
+        step: PipelineStep,
     ) -> None:
         super().__init__()
         self.model = model
@@ -84,7 +95,11 @@ class StageModule(nn.Module):
     def forward(self, *received: Tensor, index: Int[Tensor, "1"]) -> Any:
         """Pass a micro-batch on, or score it."""
         micro, scoring = self.step.micro_batches[int(index)], self.step.loss_settings
-        given = self.input_serializer.unpack(received, tokens=micro.tokens) if self.input_serializer else None
+        given = (
+            self.input_serializer.unpack(received, tokens=micro.tokens)
+            if self.input_serializer
+            else None
+        )
         terms: dict[str, Tensor] = {}
         with scoring.autocast():
             end = self.model.forward_blocks(micro.batch, blocks=self.block_range, stage_input=given)
@@ -103,14 +118,16 @@ class StageModule(nn.Module):
             accumulate_routing_stats(self.model, end.records)
         if self.output_serializer is None:
             return objective
-        return self.output_serializer.pack(end.stage_output, term=objective.to(micro.batch.source.device))
+        return self.output_serializer.pack(
+            end.stage_output, term=objective.to(micro.batch.source.device)
+        )
 
 
 class Pipeline:
-    """This rank's stages of a model that ``stages.keep_only`` has cut, and its two verbs.
+    """This rank's stages of a model that ``stages.remove_other_stages`` has cut, and its two verbs.
 
     ``group`` are the ranks of the pipeline, first stage first; ``sharing`` has the world of each of
-    ``stages.sharings`` that this rank is in.
+    ``stages.shared_rank_sets`` that this rank is in.
     """
 
     def __init__(
@@ -127,7 +144,9 @@ class Pipeline:
         self.rank = distributed.get_rank(group)
         self.dtype = next(model.parameters()).dtype
         self._term_names = loss_term_names(stages)
-        self._boundaries = [StageBoundary.after(leg, config=stages.config) for leg in stages.block_ranges[:-1]]
+        self._boundaries = [
+            StageBoundary.after(leg, config=stages.config) for leg in stages.block_ranges[:-1]
+        ]
         self._step = PipelineStep()
         model.attach_encoder = connect_graph
         self._cached_schedule: tuple[Any, Any] = (None, None)
@@ -142,7 +161,11 @@ class Pipeline:
             if mesh.coordinates()["pipe"] in ranks:
                 sharing[ranks] = ProcessGroupWorld(mesh.device, group=group)
         return Pipeline(
-            model, stages=stages, group=mesh.group("pipe"), shared_worlds=sharing, device=mesh.device
+            model,
+            stages=stages,
+            group=mesh.group("pipe"),
+            shared_worlds=sharing,
+            device=mesh.device,
         )
 
     @property
@@ -155,22 +178,29 @@ class Pipeline:
         """Whether this rank has the last stage: it scores."""
         return self.stages.rank_of_stage[-1] == self.rank
 
-    def forward_backward(self, batches: Sequence[Batch], *, loss_settings: LossSettings) -> tuple[MicroBatch, ...]:
+    def forward_backward(
+        self, batches: Sequence[Batch], *, loss_settings: LossSettings
+    ) -> tuple[MicroBatch, ...]:
         """Add the gradients of this rank's share of the loss. Collective over the pipeline.
 
-        Sums over ranks of the results' ``terms`` are what one process has. ``share_gradients``
+        Sums over ranks of the results' ``terms`` are what one process has. ``sum_shared_gradients``
         comes after whatever else adds gradients up.
         """
         self._start_step(batches, scoring=loss_settings)
         wires = self._serializers()
         if self._cached_schedule[0] != (wires, len(batches)):
-            self._cached_schedule = ((wires, len(batches)), self._build_schedule(wires, micro_batches=len(batches)))
+            self._cached_schedule = (
+                (wires, len(batches)),
+                self._build_schedule(wires, micro_batches=len(batches)),
+            )
         which = torch.arange(len(batches))
         self._cached_schedule[1].step(which, index=which, target=which, return_outputs=False)
         return self._finish_step()
 
     @torch.no_grad()
-    def forward_only(self, batches: Sequence[Batch], *, loss_settings: LossSettings) -> tuple[MicroBatch, ...]:
+    def forward_only(
+        self, batches: Sequence[Batch], *, loss_settings: LossSettings
+    ) -> tuple[MicroBatch, ...]:
         """Score batches, any number of them, without gradients. Collective over the pipeline."""
         self._start_step(batches, scoring=loss_settings)
         wires = self._serializers()
@@ -198,7 +228,11 @@ class Pipeline:
         none = torch.zeros((), dtype=torch.float64, device=self.device)
         self._step.loss_settings = scoring
         self._step.micro_batches = tuple(
-            MicroBatch(batch.to(self.device), self._local_tokens(batch), dict.fromkeys(self._term_names, none))
+            MicroBatch(
+                batch.to(self.device),
+                self._local_tokens(batch),
+                dict.fromkeys(self._term_names, none),
+            )
             for batch in batches
         )
 
@@ -210,7 +244,9 @@ class Pipeline:
         """How many tokens of a micro-batch are held here."""
         sides = (batch.source != PAD, (batch.target_in != PAD) | (batch.target_out != PAD))
         packings = [self.model.sequence_sharding(Packing.from_mask(real)) for real in sides]
-        source, target = (len(range(packing.num_tokens)[packing.local_tokens]) for packing in packings)
+        source, target = (
+            len(range(packing.num_tokens)[packing.local_tokens]) for packing in packings
+        )
         return LocalTokens(source, target)
 
     def _serializers(self) -> tuple[StageSerializer, ...]:
@@ -221,13 +257,18 @@ class Pipeline:
         )
 
     def _stage_module(self, number: int, *, wires: Sequence[StageSerializer]) -> StageModule:
-        stage = StageModule(self.model, stages=self.stages, number=number, serializers=wires, step=self._step)
+        stage = StageModule(
+            self.model, stages=self.stages, number=number, serializers=wires, step=self._step
+        )
         return stage.train(self.model.training)
 
     def _build_schedule(self, wires: Sequence[StageSerializer], *, micro_batches: int) -> Any:
         """PyTorch's schedule over this rank's stages."""
         schedule = self.stages.schedule
-        made = [self._torch_stage(number, wires=wires) for number in self.stages.stages_of_rank(self.rank)]
+        made = [
+            self._torch_stage(number, wires=wires)
+            for number in self.stages.stages_of_rank(self.rank)
+        ]
         return getattr(torch_pipelining(), schedule.torch_name)(
             made[0] if schedule.stages_per_rank() == 1 else made,
             n_microbatches=micro_batches,
@@ -263,7 +304,9 @@ class Pipeline:
         named = dict(self.model.named_parameters())
         for ranks in self.stages.shared_rank_sets:
             if self.rank in ranks:
-                held = [p for name, p in named.items() if self.stages.ranks_of_parameter[name] == ranks]
+                held = [
+                    p for name, p in named.items() if self.stages.ranks_of_parameter[name] == ranks
+                ]
                 self.shared_worlds[ranks].all_reduce_gradients(held)
 
 

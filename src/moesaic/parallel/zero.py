@@ -4,12 +4,19 @@ Stage 1 shares out the optimizer's state, stage 2 its gradients too, stage 3 the
 themselves. FSDP2 keeps parameters sharded between steps in every stage; what differs is what stays
 whole during one: in stage 3 a block's parameters are gathered for its forward and again for its
 backward, in 1 and 2 once; in stage 1 gradients stay whole until the step's last micro-batch.
+
+Pytree: torch's hooks on a block look for tensors in what it reads and returns.
+
+Ours reads a ``Stream`` and a ``EncoderOutput``. Without this FSDP2 would find no tensor in them, and not
+gather a block's parameters again for its backward.
 """
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
+import torch.utils._pytree as pytree
 from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -21,16 +28,59 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as DimShard
 
-from moesaic.dist.mesh import DATA_CONTEXT_AXES, Mesh
+from moesaic.distributed.mesh import DATA_CONTEXT_AXES, Mesh
+from moesaic.model.block import BlockState
+from moesaic.model.kv_cache import EncoderOutput
 from moesaic.model.transformer import Transformer
 from moesaic.nn.embedding import Embedding
-from moesaic.parallel.layout import ShardingPlan, expert_modules
-from moesaic.parallel.pytree import register_pytree_nodes
-from moesaic.parallel.sharing import GradientSync, zero_dim
+from moesaic.ops.cross_entropy import TokenLoss
+from moesaic.parallel.sharding_plan import GradientSync, ShardingPlan, expert_modules, zero_dim
+
+
+def register_pytree_nodes() -> None:
+    """Register both as trees of their tensors; once is enough."""
+    if BlockState not in pytree.SUPPORTED_NODES:
+        pytree.register_pytree_node(
+            BlockState, _flatten_stream, _unflatten_stream, serialized_type_name="moesaic.Stream"
+        )
+    if EncoderOutput not in pytree.SUPPORTED_NODES:
+        pytree.register_pytree_node(
+            EncoderOutput,
+            lambda memory: ([memory.states], memory.packing),
+            lambda children, packing: EncoderOutput(*children, packing=packing),
+            serialized_type_name="moesaic.Memory",
+        )
+    if TokenLoss not in pytree.SUPPORTED_NODES:
+        pytree.register_pytree_node(
+            TokenLoss,
+            lambda loss: ([loss.total], loss.nll),
+            lambda children, nll: TokenLoss(*children, nll=nll),
+            serialized_type_name="moesaic.TokenLoss",
+        )
+
+
+def _flatten_stream(stream: BlockState) -> tuple[list[Any], Any]:
+    carry = stream.router_state
+    losses = [value for record in stream.records for value in record.losses.values()]
+    return [stream.x, carry.hidden, carry.logits, *losses], stream
+
+
+def _unflatten_stream(children: Any, stream: Any) -> BlockState:
+    x, hidden, logits, *losses = children
+    given = iter(losses)
+    records = tuple(
+        replace(record, losses={name: next(given) for name in record.losses})
+        for record in stream.records
+    )
+    return BlockState(x, replace(stream.carry, hidden=hidden, logits=logits), records)
 
 
 def apply_zero(
-    model: Transformer, *, mesh: Mesh, gradient_sync: Mapping[str, GradientSync], sharding_plan: ShardingPlan
+    model: Transformer,
+    *,
+    mesh: Mesh,
+    gradient_sync: Mapping[str, GradientSync],
+    sharding_plan: ShardingPlan,
 ) -> dict[str, GradientSync]:
     """Shard experts over their copies and everything else over data and context. Collective."""
     register_pytree_nodes()
@@ -53,7 +103,11 @@ def apply_zero(
             _fully_shard(module, mesh=mesh, axes=DATA_CONTEXT_AXES, experts=None, ignored=expert)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
-            axes = ("expert_data",) if sharding_plan[name].sharded_dims and sharding_plan[name].experts else DATA_CONTEXT_AXES
+            axes = (
+                ("expert_data",)
+                if sharding_plan[name].sharded_dims and sharding_plan[name].experts
+                else DATA_CONTEXT_AXES
+            )
             found[name] = _synced_by_zero(found[name], *axes)
     return found
 
@@ -106,7 +160,7 @@ def _fully_shard(
         offload_policy=_offload_policy(mesh),
         ignored_params=set(ignored),
     )
-    # a loss is a share (moe/ranks.py): gradients are summed, and nothing is divided
+    # a loss is a share (moe/batch_group.py): gradients are summed, and nothing is divided
     sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)
 

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-_VOID_ELEMENTS = frozenset(("br", "hr", "img", "input", "meta", "link", "line", "rect", "circle", "path"))
+_VOID_ELEMENTS = frozenset(
+    ("br", "hr", "img", "input", "meta", "link", "line", "rect", "circle", "path")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,9 @@ def join_html(children: Iterable[HtmlChild]) -> Html:
     """Concatenate pieces, escaping those that are text."""
     return Html(
         "".join(
-            child.text if isinstance(child, Html) else html.escape(_format_number(child), quote=False)
+            child.text
+            if isinstance(child, Html)
+            else html.escape(_format_number(child), quote=False)
             for child in children
             if child is not None
         )
@@ -58,7 +62,9 @@ def data(value: Any, *, id_: str) -> Html:
     return Html(f'<script type="application/json" id="{html.escape(id_)}">{text}</script>')
 
 
-def html_table(head: Iterable[HtmlChild], *, rows: Iterable[Iterable[HtmlChild]], caption: str) -> Html:
+def html_table(
+    head: Iterable[HtmlChild], *, rows: Iterable[Iterable[HtmlChild]], caption: str
+) -> Html:
     """Return a table; the first cell of a row is its header."""
     body = []
     for row in rows:

@@ -18,7 +18,9 @@ class PaletteColor:
 
 
 PALETTE = (
-    PaletteColor("blue", "#0072b2", "#56b4e9", "the model; experts used more than their fair share"),
+    PaletteColor(
+        "blue", "#0072b2", "#56b4e9", "the model; experts used more than their fair share"
+    ),
     PaletteColor("orange", "#c77700", "#e9a23b", "copying the source"),
     PaletteColor("green", "#00805d", "#3cc79b", "the translation memory"),
     PaletteColor("red", "#c24e00", "#f0855a", "warnings; experts used less than their fair share"),
@@ -38,8 +40,12 @@ _BACKGROUND_COLORS = {
 
 def css_variables() -> str:
     """Return ``:root`` rules that define every colour as a variable, light first, then dark."""
-    light = {name: pair[0] for name, pair in _BACKGROUND_COLORS.items()} | {c.name: c.light for c in PALETTE}
-    dark = {name: pair[1] for name, pair in _BACKGROUND_COLORS.items()} | {c.name: c.dark for c in PALETTE}
+    light = {name: pair[0] for name, pair in _BACKGROUND_COLORS.items()} | {
+        c.name: c.light for c in PALETTE
+    }
+    dark = {name: pair[1] for name, pair in _BACKGROUND_COLORS.items()} | {
+        c.name: c.dark for c in PALETTE
+    }
     return (
         f":root{{color-scheme:light dark;{_css_rules(light)}}}\n"
         f"@media (prefers-color-scheme:dark){{:root{{{_css_rules(dark)}}}}}\n"

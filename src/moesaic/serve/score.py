@@ -8,20 +8,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moesaic.checkpoint.routes import RoutesWriter
-from moesaic.checkpoint.rundir import RunDir
+from moesaic.checkpoint.routes_file import RoutesWriter
+from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.files import write_json
-from moesaic.data.corpus import Corpus
+from moesaic.corpus.corpus import Corpus
 from moesaic.evaluate.baselines import TranslationMemorySystem, copy_source
-from moesaic.evaluate.experts import count_expert_usage
-from moesaic.evaluate.harness import EvaluationSettings, TranslationSystem, evaluate, add_expert_traces
-from moesaic.evaluate.insight import RoutingAnalysis
-from moesaic.evaluate.summary import TestSetResult, SampleTranslation, EvaluationSummary
+from moesaic.evaluate.evaluation_summary import EvaluationSummary, SampleTranslation, TestSetResult
+from moesaic.evaluate.harness import (
+    EvaluationSettings,
+    TranslationSystem,
+    add_expert_traces,
+    evaluate,
+)
+from moesaic.evaluate.routing_analysis import RoutingAnalysis, count_expert_usage
 from moesaic.evaluate.testset import TestSet
-from moesaic.model.search import Greedy, Search
-from moesaic.moe.routes import LayerRoutes
-from moesaic.observe.usage import UsageCounter
-from moesaic.serve.routes import translation_routes
+from moesaic.model.generate import Greedy, Search
+from moesaic.moe.routing_record import LayerRoutes
+from moesaic.monitor.expert_usage import UsageCounter
+from moesaic.serve.translation_routing import translation_routes
 from moesaic.serve.translator import Translator
 
 OnResult = Callable[[TestSet, TestSetResult], None]
@@ -40,7 +44,7 @@ def score_run(
     """Translate ``tests`` with a run and score it beside copying and a translation memory.
 
     The memory holds the train rows of ``corpus``; without one it is left out. Writes nothing: see
-    ``Summary.write`` and ``count_experts``.
+    ``EvaluationSummary.write`` and ``count_experts``.
     """
     began = time.monotonic()
     translator = Translator.open(path)
@@ -85,7 +89,8 @@ def count_experts(
 def _truncation_notes(translator: Translator, tests: Sequence[TestSet]) -> Iterator[str]:
     """A score over texts that the model saw only the beginning of must say so."""
     counts = [
-        translator.count_truncated(test.sources, source=test.source, target=test.target) for test in tests
+        translator.count_truncated(test.sources, source=test.source, target=test.target)
+        for test in tests
     ]
     if sum(counts):
         yield (
@@ -137,7 +142,9 @@ def train_pairs(corpus: Corpus, source: str, target: str) -> Iterator[tuple[str,
         yield pair.source, pair.target
 
 
-def _trace_sample(translator: Translator, test: TestSet, sample: SampleTranslation) -> dict[str, Any]:
+def _trace_sample(
+    translator: Translator, test: TestSet, sample: SampleTranslation
+) -> dict[str, Any]:
     trace = translator.trace_experts(
         sample.source,
         translation=sample.outputs["model"],

@@ -1,28 +1,83 @@
 """Translator: a run directory that translates, in batches, losing no line and changing no order.
 
 Letters: B rows, S source length.
+
+Trace: which experts read and wrote a sentence, layer by layer, token by token.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
-from moesaic.checkpoint.load import read_weights
-from moesaic.checkpoint.rundir import RunDir
+from moesaic.checkpoint.full_checkpoint import read_weights
+from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.errors import CheckpointError, DataError, did_you_mean
 from moesaic.core.shapes import Tensor
+from moesaic.corpus.languages import resolve_language
 from moesaic.data.batch import PAD, Batch
-from moesaic.data.languages import resolve_language
 from moesaic.data.tokenizer import EOS, Tokenizer
 from moesaic.model.config import ModelConfig
-from moesaic.model.generate import SUPPRESSED_TOKENS, generate
-from moesaic.model.search import Greedy, Hypothesis, Search
+from moesaic.model.generate import SUPPRESSED_TOKENS, Greedy, Hypothesis, Search, generate
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import restore_weights
-from moesaic.serve.trace import TracedSide, ExpertTrace, routed_experts
+from moesaic.moe.routing_record import RoutingRecord
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedExpert:
+    """An edge of a token: its expert and the weight the router gave it."""
+
+    expert: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class TracedSide:
+    """One side of a translation: tokens as text and, per MoE layer, the visits of each token.
+
+    A token whose edges were all dropped has no visits.
+    """
+
+    tokens: tuple[str, ...]
+    layers: dict[str, tuple[tuple[RoutedExpert, ...], ...]]
+
+    def plain(self) -> dict[str, Any]:
+        """Return what summary.json holds: ``[[expert, weight], ...]`` per layer and token."""
+        layers = {
+            name: [[[v.expert, round(v.weight, 3)] for v in visits] for visits in rows]
+            for name, rows in self.layers.items()
+        }
+        return {"tokens": list(self.tokens), "layers": layers}
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTrace:
+    """The encoder's and the decoder's side. A decoder-only model has its prompt on ``target``."""
+
+    source: TracedSide
+    target: TracedSide
+
+    def plain(self) -> dict[str, Any]:
+        return {"source": self.source.plain(), "target": self.target.plain()}
+
+
+def routed_experts(record: RoutingRecord) -> tuple[tuple[RoutedExpert, ...], ...]:
+    """Return the kept edges of every token, heaviest first."""
+    routing = record.routing
+    rows: list[list[RoutedExpert]] = [[] for _ in range(routing.num_tokens)]
+    columns = (_to_list(routing.token), _to_list(routing.expert), _to_list(routing.weight))
+    for token, expert, weight in zip(*columns, strict=True):
+        if expert < routing.num_experts:
+            rows[int(token)].append(RoutedExpert(int(expert), float(weight)))
+    return tuple(tuple(sorted(row, key=lambda v: -v.weight)) for row in rows)
+
+
+def _to_list(tensor: Tensor) -> list[float]:
+    return tensor.detach().float().tolist() if tensor.is_floating_point() else tensor.tolist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +107,7 @@ class TranslationResult:
 class TranslationLimits:
     """What one call may take. Sources longer than ``max_source`` tokens are cut (and say so).
 
-    An answer may have ``max_target`` tokens, and ``growth`` times its source's tokens plus 16.
+    An answer may have ``max_target`` tokens, and ``max_length_ratio`` times its source's tokens plus 16.
     ``batch_tokens`` bounds the padded source tokens of a batch.
     """
 
@@ -73,7 +128,9 @@ class Translator:
         self.limits = limits or TranslationLimits()
         tags = [tokenizer.language_token_id(code) for code in tokenizer.languages]
         unused = [
-            i for i in range(tokenizer.vocab_size) if tokenizer.id_to_token(i).startswith("<unused_")
+            i
+            for i in range(tokenizer.vocab_size)
+            if tokenizer.id_to_token(i).startswith("<unused_")
         ]
         self._suppressed_tokens = (*SUPPRESSED_TOKENS, *tags, *unused)
 
@@ -126,9 +183,13 @@ class Translator:
             found = generate(
                 self.model,
                 ids,
-                tag=torch.full((len(batch),), self.tokenizer.language_token_id(codes[1]), device=self._device),
+                tag=torch.full(
+                    (len(batch),), self.tokenizer.language_token_id(codes[1]), device=self._device
+                ),
                 search=search or Greedy(),
-                max_tokens=torch.tensor([self._max_new_tokens(rows[i]) for i in batch], device=self._device),
+                max_tokens=torch.tensor(
+                    [self._max_new_tokens(rows[i]) for i in batch], device=self._device
+                ),
                 suppress_tokens=self._suppressed_tokens,
             )
             for i, hypotheses in zip(batch, found, strict=True):
@@ -144,7 +205,9 @@ class Translator:
 
     def count_truncated(self, texts: Sequence[str], *, source: str, target: str) -> int:
         """Return how many of the texts are longer than the model reads: their ends are not seen."""
-        rows = self._encode_sources(texts, (self._language_code(source), self._language_code(target)))
+        rows = self._encode_sources(
+            texts, (self._language_code(source), self._language_code(target))
+        )
         return sum(row.truncated for row in rows)
 
     def batch(
@@ -202,7 +265,9 @@ class Translator:
             )
         return code
 
-    def _encode_sources(self, texts: Sequence[str], codes: tuple[str, str]) -> list["_EncodedSource"]:
+    def _encode_sources(
+        self, texts: Sequence[str], codes: tuple[str, str]
+    ) -> list["_EncodedSource"]:
         """An encoder is told what to say (arXiv:1611.04558), a decoder what it reads."""
         spoken = codes[1] if self.model.config.encoder.layers else codes[0]
         tag, room = self.tokenizer.language_token_id(spoken), self.limits.max_source

@@ -1,13 +1,13 @@
 """Export: the weights and the card that make a run directory a model directory."""
 
-from moesaic.checkpoint.card import DataSource, ModelCard
-from moesaic.checkpoint.load import load_checkpoint
-from moesaic.checkpoint.rundir import RunDir
-from moesaic.checkpoint.tensors import write_tensors
+from moesaic.checkpoint.full_checkpoint import load_checkpoint
+from moesaic.checkpoint.model_card import DataSource, ModelCard
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.safetensors_io import write_tensors
 from moesaic.core.files import atomic_write
 from moesaic.core.units import show_count
-from moesaic.data.languages import resolve_language
-from moesaic.model.count import count_parameters
+from moesaic.corpus.languages import resolve_language
+from moesaic.model.parameter_count import count_parameters
 from moesaic.model.weights import export_weights
 from moesaic.train.run import Run
 from moesaic.train.trainer import Trainer
@@ -16,7 +16,9 @@ from moesaic.train.trainer import Trainer
 def export_model(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> None:
     """Write ``model.safetensors`` and the model card. Rank 0 only."""
     weights = export_weights(trainer.model)
-    if not trainer.parallel_model.is_replicated:  # the run has just ended, and saved what no rank holds alone
+    if (
+        not trainer.parallel_model.is_replicated
+    ):  # the run has just ended, and saved what no rank holds alone
         weights = load_checkpoint(run_dir.checkpoints, only=("model",)).files["model"]
     write_tensors(run_dir.model, tensors=weights)
     atomic_write(run_dir.card, model_card(trainer, tokens=tokens).text())

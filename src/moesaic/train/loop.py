@@ -1,18 +1,110 @@
-"""The training loop, on one screen: advance, then tell the hooks, until done or asked to stop."""
+"""The training loop, on one screen: advance, then tell the hooks, until done or asked to stop.
 
+Result: what a call of ``train`` ends with.
+
+StopRequest: Ctrl-C and SIGTERM, turned into a wish that the loop reads between two steps.
+"""
+
+import signal
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Literal, Self
 
-from moesaic.dist.flight import mark_phase
-from moesaic.train.hooks.hook import Hook
-from moesaic.train.result import StopReason
-from moesaic.train.stop import StopRequest
+from moesaic.distributed.flight_recorder import mark_phase
 from moesaic.train.trainer import NonFiniteError, Trainer
+from moesaic.train.training_hooks import Hook
+
+StopReason = Literal["finished", "until", "SIGINT", "SIGTERM"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """How far a run got. ``steps`` and ``tokens`` count from its start, ``seconds`` this call.
+
+    ``metrics`` holds the newest value of every metric. ``stop_reason`` says why it ended: all steps
+    done, the asked-for step reached, or a signal (after which it can be resumed).
+    """
+
+    out: Path
+    steps: int
+    tokens: int
+    seconds: float
+    metrics: dict[str, float]
+    stop_reason: StopReason
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 128 + the signal's number, as a shell would say it."""
+        ended = self.stop_reason in ("finished", "until")
+        return 0 if ended else 128 + signal.Signals[self.stop_reason].value
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+REPEAT_S = 1.0
+
+
+class StopRequest:
+    """While entered, the first signal is noted and a later one acts as if we were not here.
+
+    One within ``REPEAT_S`` is the first come again: a terminal or Slurm signals torchrun and its
+    workers alike, and torchrun passes it on to them.
+
+    Outside the main thread no signal can be caught, and nothing is.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._received_s = 0.0
+        self._previous_handlers: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Self:
+        try:
+            self._previous_handlers = {
+                number: signal.signal(number, self._on_signal) for number in SIGNALS
+            }
+        except ValueError:  # not the main thread
+            self._previous_handlers = {}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore_handlers()
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    @property
+    def stop_reason(self) -> StopReason:
+        """Which signal it was; on a rank that saw none, another rank's."""
+        return "SIGTERM" if self.signal == signal.SIGTERM else "SIGINT"
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self.signal is None:
+            self.signal, self._received_s = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self._received_s > REPEAT_S:
+            self._restore_handlers()
+            signal.raise_signal(number)
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+        self._previous_handlers = {}
 
 
 def training_loop(trainer: Trainer, *, hooks: Sequence[Hook], until: int) -> StopReason:
     """Train up to step ``until``. Ctrl-C and SIGTERM end it after the step they arrive in.
 
-    Raises NotFiniteError after the hooks have ended the run (and saved it).
+    Raises NonFiniteError after the hooks have ended the run (and saved it).
     """
     with StopRequest() as stop:
         for hook in hooks:

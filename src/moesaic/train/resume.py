@@ -2,20 +2,31 @@
 
 from pathlib import Path
 
-from moesaic.checkpoint.load import find_latest_checkpoint
-from moesaic.checkpoint.rundir import RunDir
+from moesaic.checkpoint.full_checkpoint import find_latest_checkpoint
+from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.config import Choice
 from moesaic.core.errors import CheckpointError
 
 # What may differ from the run that saved: how long, and what is watched and written.
-MONITORING_KEYS = ("name", "steps", "checkpoint", "validation", "log", "max_bad_steps", "patience_s")
-CHANGEABLE_KEYS = (*MONITORING_KEYS, "parallel")  # and how it is laid over its ranks, which changes nothing else
+MONITORING_KEYS = (
+    "name",
+    "steps",
+    "checkpoint",
+    "validation",
+    "log",
+    "max_bad_steps",
+    "collective_timeout_s",
+)
+CHANGEABLE_KEYS = (
+    *MONITORING_KEYS,
+    "parallel",
+)  # and how it is laid over its ranks, which changes nothing else
 # What may differ, but is said: a run that diverged goes on with smaller updates.
 REPORTED_KEYS = ("optimizer.lr", "optimizer.adamw.lr", "schedule", "clip_norm", "spikes")
 
 
 class Resume(Choice):
-    """Family: ``Fresh``, ``Auto`` or ``From``."""
+    """Family: ``StartFresh``, ``ResumeLatest`` or ``ResumeFrom``."""
 
     def find_checkpoint(self, run_dir: RunDir) -> Path | None:
         """Return the checkpoint to continue from; None starts anew. Raises CheckpointError."""

@@ -13,14 +13,14 @@ import torch
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.data.batch import Batch
-from moesaic.dist.flight import mark_phase
-from moesaic.dist.local import local_tensor
+from moesaic.distributed.flight_recorder import mark_phase
+from moesaic.distributed.world import local_tensor
 from moesaic.moe.layer import accumulate_routing_stats
-from moesaic.moe.record import RoutingRecord, loss_terms
-from moesaic.parallel.pipeline import MicroBatch, Pipeline, LossSettings
-from moesaic.parallel.spread import ParallelModel
-from moesaic.train.meters import LossCategories, StepSums
-from moesaic.train.precision import Precision
+from moesaic.moe.routing_record import RoutingRecord, loss_terms
+from moesaic.parallel.parallel_model import ParallelModel
+from moesaic.parallel.pipeline import LossSettings, MicroBatch, Pipeline
+from moesaic.train.run import Precision
+from moesaic.train.running_metrics import LossCategories, StepSums
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,9 @@ class Objective:
     label_smoothing: float
     precision: Precision
 
-    def forward_backward(self, parallel_model: ParallelModel, *, batches: Sequence[Batch]) -> ForwardBackwardResult:
+    def forward_backward(
+        self, parallel_model: ParallelModel, *, batches: Sequence[Batch]
+    ) -> ForwardBackwardResult:
         """Add the loss's gradients to the parameters, summed over ranks. Collective.
 
         Returns the sums of all micro-batches, and the last one with its routing records.
@@ -55,7 +57,11 @@ class Objective:
         passes = []
         for number, batch in enumerate(batches):
             parallel_model.before_backward(last=number == len(batches) - 1)
-            passes.append(self._micro_batch_forward_backward(parallel_model, batch, predicted=predicted, micro_batches=len(batches)))
+            passes.append(
+                self._micro_batch_forward_backward(
+                    parallel_model, batch, predicted=predicted, micro_batches=len(batches)
+                )
+            )
         mark_phase("sum of gradients")
         parallel_model.sum_gradients()
         return _merge_results(passes)
@@ -77,13 +83,19 @@ class Objective:
             nll = model.loss(output).nll
         return self.categories.sums(nll, row=output.row, batch=batch)
 
-    def _pipeline_forward_backward(self, parallel_model: ParallelModel, batches: Sequence[Batch], *, predicted: int) -> list[ForwardBackwardResult]:
+    def _pipeline_forward_backward(
+        self, parallel_model: ParallelModel, batches: Sequence[Batch], *, predicted: int
+    ) -> list[ForwardBackwardResult]:
         pipeline = parallel_model.pipeline
         assert pipeline is not None
         tokens = [batch.num_tokens if parallel_model.counts_tokens else 0 for batch in batches]
-        micros = pipeline.forward_backward(batches, loss_settings=self._scoring(pipeline, predicted=predicted))
+        micros = pipeline.forward_backward(
+            batches, loss_settings=self._scoring(pipeline, predicted=predicted)
+        )
         return [
-            ForwardBackwardResult(StepSums(self._loss_sums(micro), micro.terms, count), micro.records, micro.batch)
+            ForwardBackwardResult(
+                StepSums(self._loss_sums(micro), micro.terms, count), micro.records, micro.batch
+            )
             for micro, count in zip(micros, tokens, strict=True)
         ]
 
@@ -98,9 +110,13 @@ class Objective:
             return self.categories.sums(none.double(), row=none, batch=micro.batch)
         return self.categories.sums(micro.nll, row=micro.row, batch=micro.batch)
 
-    def _micro_batch_forward_backward(self, parallel_model: ParallelModel, batch: Batch, *, predicted: int, micro_batches: int) -> ForwardBackwardResult:
+    def _micro_batch_forward_backward(
+        self, parallel_model: ParallelModel, batch: Batch, *, predicted: int, micro_batches: int
+    ) -> ForwardBackwardResult:
         model = parallel_model.model
-        tokens = batch.num_tokens if parallel_model.counts_tokens else 0  # the others read the same rows
+        tokens = (
+            batch.num_tokens if parallel_model.counts_tokens else 0
+        )  # the others read the same rows
         batch = batch.to(next(model.parameters()).device)
         with self.precision.autocast(batch.source.device):
             output = model(batch)

@@ -11,28 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from moesaic.checkpoint.load import load_checkpoint
+from moesaic.checkpoint.full_checkpoint import load_checkpoint
 from moesaic.checkpoint.snapshot import RankSnapshot, Snapshot
 from moesaic.core.errors import UserError
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
-from moesaic.dist.flight import FLIGHT_RECORDER, mark_phase
-from moesaic.dist.world import World
+from moesaic.distributed.flight_recorder import FLIGHT_RECORDER, mark_phase
+from moesaic.distributed.world import World
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights, restore_weights
 from moesaic.moe.layer import reset_routing_stats, update_stateful_rules
-from moesaic.optim.clip import GradNorm
-from moesaic.optim.state import export_state, restore_state
-from moesaic.parallel.apply import parallelize
-from moesaic.parallel.matrices import ShardedMatrices
-from moesaic.train.journal import EventLog
-from moesaic.train.meters import LossCategories, RunningMetrics
-from moesaic.train.randomness import random_state, restore_random_state
-from moesaic.train.retry import RetryQueue, StepAttempt
+from moesaic.optim.gradient_clipping import GradNorm
+from moesaic.optim.named_optimizer import export_state, restore_state
+from moesaic.parallel.parallel_model import ShardedMatrices
+from moesaic.parallel.parallelize import parallelize
+from moesaic.train.bad_steps import LossHistory, RetryQueue, StepAttempt
+from moesaic.train.random_state import random_state, restore_random_state
 from moesaic.train.run import Run
-from moesaic.train.shards import restore_shards, local_shards
-from moesaic.train.spikes import LossHistory
-from moesaic.train.step import Objective, ForwardBackwardResult, first_non_finite
+from moesaic.train.running_metrics import EventLog, LossCategories, RunningMetrics
+from moesaic.train.sharded_state import local_shards, restore_shards
+from moesaic.train.step import ForwardBackwardResult, Objective, first_non_finite
 
 
 class BatchLoader(Protocol):
@@ -69,7 +67,7 @@ class NonFiniteError(UserError):
 class StepReport:
     """One finished update: its number (from 1), what it saw, and seconds.
 
-    ``seconds`` in all, ``data_seconds`` for data, ``waited_seconds`` in collectives on this rank.
+    ``seconds`` in all, ``data_seconds`` for data, ``collective_seconds`` in collectives on this rank.
     """
 
     step: int
@@ -86,7 +84,9 @@ class Trainer:
     def __init__(self, run: Run, *, model: Transformer, data: BatchLoader, world: World) -> None:
         self.run, self.world, self.data = run, world, data
         self.model = model
-        self.parallel_model = parallelize(model, parallel=run.parallel, world=world, timeout_s=run.collective_timeout_s)
+        self.parallel_model = parallelize(
+            model, parallel=run.parallel, world=world, timeout_s=run.collective_timeout_s
+        )
         self.optimizer = run.optimizer.build(
             model.named_parameters(), kinds=model.parameter_kinds()
         )
@@ -95,7 +95,9 @@ class Trainer:
         categories = LossCategories(tuple(data.tasks), tuple(data.languages))
         self.objective = Objective(categories, run.label_smoothing, run.precision)
         self.metrics = RunningMetrics(categories, device=world.device)
-        self.stateful_components: dict[str, StatefulComponent] = {"meters": self.metrics}  # hooks add theirs before restore()
+        self.stateful_components: dict[str, StatefulComponent] = {
+            "meters": self.metrics
+        }  # hooks add theirs before restore()
         self.retry_queue = RetryQueue()
         self.loss_history = LossHistory()
         self.step = 0
@@ -104,7 +106,7 @@ class Trainer:
     def train_step(self) -> StepReport:
         """Make one update, setting aside work that is not finite, or a spike. Collective.
 
-        Raises NotFiniteError after ``max_bad_steps`` such steps in a row; the state is then that
+        Raises NonFiniteError after ``max_bad_steps`` such steps in a row; the state is then that
         of the last good step, with the bad work waiting.
         """
         started, waited = time.perf_counter(), 0.0
@@ -121,7 +123,9 @@ class Trainer:
             if self._should_update(tried, result=seen, norm=norm):
                 break
         mark_phase("update")
-        factor = self.run.schedule.lr_factor(self.step, steps=self.run.steps) * self.loss_history.rate
+        factor = (
+            self.run.schedule.lr_factor(self.step, steps=self.run.steps) * self.loss_history.rate
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.optimizer.step()
@@ -132,7 +136,9 @@ class Trainer:
         self.step += 1
         seconds = time.perf_counter() - started
         lr = max(group["lr"] for group in self.optimizer.param_groups)
-        return StepReport(self.step, seen, lr, seconds, waited, FLIGHT_RECORDER.collective_s - before_s)
+        return StepReport(
+            self.step, seen, lr, seconds, waited, FLIGHT_RECORDER.collective_s - before_s
+        )
 
     def _next_micro_batches(self, attempt: StepAttempt) -> tuple[Batch, ...]:
         """Return the step's micro-batches; a retry goes back for them and returns to now."""
@@ -145,7 +151,9 @@ class Trainer:
         self.data.restore(now)
         return batches
 
-    def _should_update(self, attempt: StepAttempt, *, result: ForwardBackwardResult, norm: GradNorm) -> bool:
+    def _should_update(
+        self, attempt: StepAttempt, *, result: ForwardBackwardResult, norm: GradNorm
+    ) -> bool:
         """Whether to update; if not, the work is set aside. The same on every rank."""
         if not norm.finite:
             what = self._describe_non_finite(result)
@@ -223,7 +231,9 @@ class Trainer:
         if self.parallel_model.is_replicated:
             self.restore(load_checkpoint(path))
             return
-        rest = restore_shards(path, parallel_model=self.parallel_model, optimizer=self.optimizer, world=self.world)
+        rest = restore_shards(
+            path, parallel_model=self.parallel_model, optimizer=self.optimizer, world=self.world
+        )
         self._restore_host_state(rest)
 
     def restore(self, snapshot: Snapshot) -> None:

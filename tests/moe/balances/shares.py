@@ -5,9 +5,8 @@ from itertools import pairwise
 import torch
 
 from moesaic.moe.balance import BalanceInputs
-from moesaic.moe.context import TokenContext
-from moesaic.moe.gate import RouterContext
-from moesaic.moe.ranks import SingleRankBatch
+from moesaic.moe.batch_group import SingleRankBatch
+from moesaic.moe.router_context import RouterContext, TokenContext
 
 
 class Told(SingleRankBatch):

@@ -8,10 +8,10 @@ import torch
 from moe.scores import EXPERTS, TOKENS, scores_of
 from moesaic.core.errors import ConfigError
 from moesaic.moe.balance import SwitchBalance
-from moesaic.moe.balances.adaptive import AdaptiveBalance
+from moesaic.moe.balance_stateful import AdaptiveBalance
 from moesaic.moe.config import MoE
-from moesaic.moe.gate import RoutingStats
 from moesaic.moe.limit import Capacity
+from moesaic.moe.router_context import RoutingStats
 
 
 def seen(dropped):

@@ -6,14 +6,17 @@ import pytest
 import torch
 
 from moe.scores import EXPERTS, LENGTHS, TOKENS, scores_of, shares
-from moesaic.moe.balance import RouterZLoss, SwitchBalance
-from moesaic.moe.balances.adaptive import AdaptiveBalance
-from moesaic.moe.balances.bias import BiasUpdate
-from moesaic.moe.balances.device import DeviceBalance
-from moesaic.moe.balances.entropy import EntropyBalance
-from moesaic.moe.balances.global_batch import GlobalBatchBalance, MicroBatchBalance
-from moesaic.moe.balances.importance import ImportanceBalance
-from moesaic.moe.balances.sequence import SequenceBalance
+from moesaic.moe.balance import (
+    DeviceBalance,
+    EntropyBalance,
+    GlobalBatchBalance,
+    ImportanceBalance,
+    MicroBatchBalance,
+    RouterZLoss,
+    SequenceBalance,
+    SwitchBalance,
+)
+from moesaic.moe.balance_stateful import AdaptiveBalance, BiasUpdate
 from moesaic.moe.select import TopK
 
 

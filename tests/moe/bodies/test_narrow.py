@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from moe.variants import DIM, EXPERTS, layer, run
-from moesaic.moe.bodies.narrow import DownProjection
 from moesaic.moe.config import MoE
-from moesaic.moe.dispatch import LocalDispatcher
+from moesaic.moe.dispatch_projection import DownProjection
+from moesaic.moe.dispatcher import LocalDispatcher
 from moesaic.moe.select import TopK
 
 MIXTURE = MoE(experts=EXPERTS, select=TopK(k=2))

@@ -3,10 +3,9 @@
 import torch
 
 from moe.variants import DIM, EXPERTS, layer, run
-from moesaic.moe.bodies.residual import ResidualExpert
-from moesaic.moe.bodies.shared import SharedExperts
 from moesaic.moe.config import MoE
 from moesaic.moe.select import SwitchTop1
+from moesaic.moe.shared_experts import ResidualExpert, SharedExperts
 
 MIXTURE = MoE(experts=EXPERTS, select=SwitchTop1())
 X = torch.randn(9, DIM)

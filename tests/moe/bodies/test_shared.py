@@ -3,10 +3,10 @@
 import torch
 
 from moe.variants import DIM, EXPERTS, HIDDEN, layer, run
-from moesaic.moe.bodies.shared import GatedSharedExperts, SharedExperts
 from moesaic.moe.config import MoE
 from moesaic.moe.select import TopK
-from moesaic.nn.activation import ReLU
+from moesaic.moe.shared_experts import GatedSharedExperts, SharedExperts
+from moesaic.nn.feed_forward import ReLU
 
 ROUTED = MoE(experts=EXPERTS, select=TopK(k=2))
 X = torch.randn(9, DIM)

@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.ops.cpu import build
-from moesaic.ops.cpu.build import COMPILERS, BuildError, cache_directory, build_library
-from moesaic.ops.cpu.probe import check_library
+from moesaic.ops.cpu import cpu_library
+from moesaic.ops.cpu.cpu_library import (
+    COMPILERS,
+    BuildError,
+    build_library,
+    cache_directory,
+    check_library,
+)
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, COMPILERS)), reason="this machine has no C compiler"
@@ -19,7 +24,11 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture(scope="module", autouse=True)
 def _quick_to_compile():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "FLAGS", tuple("-O0" if f == "-O3" else f for f in build.COMPILER_FLAGS))
+        patch.setattr(
+            cpu_library,
+            "FLAGS",
+            tuple("-O0" if f == "-O3" else f for f in cpu_library.COMPILER_FLAGS),
+        )
         yield
 
 
@@ -36,7 +45,7 @@ def cache(built, tmp_path) -> Path:
 
 @needs_compiler
 def test_a_kept_library_is_not_compiled_again(cache, built, monkeypatch):
-    monkeypatch.setattr(build, "_compile", lambda *_, **__: pytest.fail("compiled again"))
+    monkeypatch.setattr(cpu_library, "_compile", lambda *_, **__: pytest.fail("compiled again"))
     assert build_library(cache=cache).name == built.name
 
 
@@ -64,10 +73,10 @@ def test_two_builders_at_once_both_get_a_whole_library(tmp_path):
 @needs_compiler
 def test_another_source_gets_another_library(cache, built, tmp_path_factory, monkeypatch):
     changed = tmp_path_factory.mktemp("source")
-    for path in build.SOURCE_DIRECTORY.iterdir():
+    for path in cpu_library.SOURCE_DIRECTORY.iterdir():
         shutil.copy(path, changed)
     (changed / "mixture.c").open("a").write("\n/* changed */\n")
-    monkeypatch.setattr(build, "SOURCE", changed)
+    monkeypatch.setattr(cpu_library, "SOURCE", changed)
     assert build_library(cache=cache).name != built.name
 
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from moesaic.nn.activation import GELU, Activation, ReLU, SquaredReLU, SwiGLU
-from moesaic.ops.cpu.mixer import CPUMoEKernel
-from moesaic.ops.cpu.probe import load_library
-from moesaic.ops.group import group_by_expert
-from moesaic.ops.grouped import FeedForwardWeights, SequentialGEMM
-from moesaic.ops.mixture import UnfusedMoEKernel, Edges
+from moesaic.nn.feed_forward import GELU, Activation, ReLU, SquaredReLU, SwiGLU
+from moesaic.ops.cpu.cpu_library import load_library
+from moesaic.ops.cpu.cpu_moe_kernel import CPUMoEKernel
+from moesaic.ops.grouped_gemm import FeedForwardWeights, SequentialGEMM
+from moesaic.ops.moe_kernel import Edges, UnfusedMoEKernel
+from moesaic.ops.permute import group_by_expert
 from moesaic.testing.ranks import run_on_ranks
 
 LIBRARY = load_library().library
@@ -33,7 +33,9 @@ def _loose() -> Edges:
     """Edges in no order; token 5 has none, token 2 has three, one edge leads nowhere."""
     token = torch.tensor([2, 0, 4, 2, 1, 3, 2, 0])
     expert = torch.tensor([1, 0, 3, 0, E, 1, 3, 3])
-    return Edges(token, torch.rand(8, generator=_draw(1)), group_by_expert(expert, num_experts=E), 6, 0)
+    return Edges(
+        token, torch.rand(8, generator=_draw(1)), group_by_expert(expert, num_experts=E), 6, 0
+    )
 
 
 ROUTES = {
@@ -187,7 +189,10 @@ def test_strided_inputs_and_expanded_gradients_are_fine(fused):
     edges = ROUTES["balanced"]()
     x = torch.randn(16, 30).t().requires_grad_()
     up, down = torch.randn(E, 64, 16).transpose(1, 2), torch.randn(E, 16, 32).transpose(1, 2)
-    outs = [m(x, edges=edges, weights=FeedForwardWeights(up, down), activation=SwiGLU()) for m in (fused, TWIN)]
+    outs = [
+        m(x, edges=edges, weights=FeedForwardWeights(up, down), activation=SwiGLU())
+        for m in (fused, TWIN)
+    ]
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
     grads = [torch.autograd.grad(out.sum(), x)[0] for out in outs]
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-3)
@@ -240,7 +245,9 @@ def test_what_is_no_number_stays_none(fused, activation):
     x = torch.randn(30, 16, requires_grad=True)
     up, down = torch.randn(E, 16, 32), torch.randn(E, 32, 16)
     up[0, 0, 0] = float("nan")
-    out = fused(x, edges=ROUTES["balanced"](), weights=FeedForwardWeights(up, down), activation=activation)
+    out = fused(
+        x, edges=ROUTES["balanced"](), weights=FeedForwardWeights(up, down), activation=activation
+    )
     assert out.isnan().any()
     (grad,) = torch.autograd.grad(out.sum(), x)
     assert grad.isnan().any()
@@ -260,4 +267,9 @@ def test_a_bank_whose_memory_is_gone_is_an_error_and_not_the_end_of_the_process(
     up.untyped_storage().resize_(0)  # as FSDP2 does with what it has gathered
     edges = ROUTES["balanced"]()
     with pytest.raises(RuntimeError, match="a shape but no memory"):
-        fused(torch.randn(30, 16), edges=edges, weights=FeedForwardWeights(up, down), activation=ReLU())
+        fused(
+            torch.randn(30, 16),
+            edges=edges,
+            weights=FeedForwardWeights(up, down),
+            activation=ReLU(),
+        )

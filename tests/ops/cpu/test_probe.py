@@ -6,14 +6,19 @@ import sys
 import pytest
 import torch
 
-from moesaic.cli.doctor import doctor
-from moesaic.nn.activation import ReLU, SwiGLU
-from moesaic.ops import choose
-from moesaic.ops.choose import select_moe_kernel, selected_kernels
-from moesaic.ops.cpu.mixer import CPUMoEKernel
-from moesaic.ops.cpu.probe import LibraryStatus, compare_with_reference, load_library, check_library
-from moesaic.ops.grouped import SequentialGEMM
-from moesaic.ops.mixture import UnfusedMoEKernel
+from moesaic.cli.doctor_command import doctor
+from moesaic.nn.feed_forward import ReLU, SwiGLU
+from moesaic.ops import kernel_selection
+from moesaic.ops.cpu.cpu_library import (
+    LibraryStatus,
+    check_library,
+    compare_with_reference,
+    load_library,
+)
+from moesaic.ops.cpu.cpu_moe_kernel import CPUMoEKernel
+from moesaic.ops.grouped_gemm import SequentialGEMM
+from moesaic.ops.kernel_selection import select_moe_kernel, selected_kernels
+from moesaic.ops.moe_kernel import UnfusedMoEKernel
 
 TWIN = UnfusedMoEKernel(SequentialGEMM())
 
@@ -54,7 +59,9 @@ def test_what_is_no_library_is_not_used(tmp_path):
 
 
 def test_without_a_library_the_composed_path_is_taken_and_the_doctor_says_why(monkeypatch, capsys):
-    monkeypatch.setattr(choose, "find", lambda: LibraryStatus(None, "no C compiler (cc) on the PATH"))
+    monkeypatch.setattr(
+        kernel_selection, "find", lambda: LibraryStatus(None, "no C compiler (cc) on the PATH")
+    )
     assert isinstance(select_moe_kernel(torch.zeros(1), activation=SwiGLU()), UnfusedMoEKernel)
     pick = selected_kernels("cpu")[0]
     assert (pick.operation, pick.implementation) == ("mixture", "composed")
@@ -65,8 +72,12 @@ def test_without_a_library_the_composed_path_is_taken_and_the_doctor_says_why(mo
 @pytest.mark.skipif(load_library().library is None, reason=load_library().reason)
 def test_with_a_library_the_fused_path_is_taken_where_it_can():
     assert isinstance(select_moe_kernel(torch.zeros(1), activation=ReLU()), CPUMoEKernel)
-    assert isinstance(select_moe_kernel(torch.zeros(1).bfloat16(), activation=SwiGLU()), CPUMoEKernel)
-    assert isinstance(select_moe_kernel(torch.zeros(1).double(), activation=SwiGLU()), UnfusedMoEKernel)
+    assert isinstance(
+        select_moe_kernel(torch.zeros(1).bfloat16(), activation=SwiGLU()), CPUMoEKernel
+    )
+    assert isinstance(
+        select_moe_kernel(torch.zeros(1).double(), activation=SwiGLU()), UnfusedMoEKernel
+    )
     assert selected_kernels("cpu")[0].implementation == "fused"
 
 
@@ -80,7 +91,7 @@ def test_the_trial_may_come_first_in_an_inference_under_autocast():
 
 FIRST_IN_INFERENCE = """
 import torch
-from moesaic.ops.cpu.probe import find
+from moesaic.ops.cpu.cpu_library import find
 
 torch.set_default_dtype(torch.bfloat16)
 with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import torch
 
-from moesaic.ops.group import group_by_expert
-from moesaic.ops.grouped import FeedForwardWeights, expert_of_row
-from moesaic.ops.mixture import Edges
-from moesaic.ops.triton import launch
-from moesaic.ops.triton.launch import LaunchContext, KernelOptions
+from moesaic.ops.grouped_gemm import FeedForwardWeights, expert_of_row
+from moesaic.ops.moe_kernel import Edges
+from moesaic.ops.permute import group_by_expert
+from moesaic.ops.triton import kernel_launch
+from moesaic.ops.triton.kernel_launch import KernelOptions, LaunchContext
 from moesaic.ops.triton.tiles import Tile
 
 EXPERTS, DIM, HIDDEN = 3, 40, 24  # no multiple of a tile of 16 or 32
@@ -46,7 +46,9 @@ def edges_of(expert, k, device, *, general=False):
 
 
 def job_of(edges, *, activation="swiglu", tiles=SMALL):
-    return LaunchContext(launch.schedule_tiles(edges, rows=tiles["up"].rows), KernelOptions(tiles, activation))
+    return LaunchContext(
+        kernel_launch.schedule_tiles(edges, rows=tiles["up"].rows), KernelOptions(tiles, activation)
+    )
 
 
 def draw(*shape, device, dtype=torch.float32, seed=0, scale=1.0):

@@ -11,9 +11,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moesaic.ops.group import group_by_expert
-from moesaic.ops.grouped import FeedForwardWeights
-from moesaic.ops.mixture import Edges
+from moesaic.ops.grouped_gemm import FeedForwardWeights
+from moesaic.ops.moe_kernel import Edges
+from moesaic.ops.permute import group_by_expert
 
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",

@@ -9,7 +9,7 @@ import importlib.util
 import pytest
 import torch
 
-from moesaic.testing.interpreter import is_interpreted, patch_interpreter
+from moesaic.testing.triton_interpreter import is_interpreted, patch_interpreter
 
 LAUNCHING = ["test_backward.py", "test_forward.py", "test_mixer.py", "test_probe.py"]
 COMPILING = ["test_compile.py"]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from moesaic.nn.activation import SwiGLU
-from moesaic.ops.triton.mixer import TritonMoEKernel
+from moesaic.nn.feed_forward import SwiGLU
 from moesaic.ops.triton.tiles import load_table
+from moesaic.ops.triton.triton_moe_kernel import TritonMoEKernel
 from ops.triton.compiling import launches
 
 SHAPE = (4096, 256, 128, 8, 2)

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from moesaic.ops.triton.tiles import (
-    WEIGHT_GRADIENT_OPS,
     REGIMES,
     ROW_TILE_OPS,
     TABLE,
-    to_numbers,
+    WEIGHT_GRADIENT_OPS,
     gpu_architecture,
     load_table,
     parse_table,
     regime,
     tiles_for,
+    to_numbers,
 )
 
 RAW = json.loads(TABLE.read_text())

@@ -4,16 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.checkpoint.load import load_checkpoint
+from moesaic.checkpoint.full_checkpoint import load_checkpoint
 from moesaic.core.errors import UserError
-from moesaic.dist.world import ProcessGroupWorld
+from moesaic.distributed.world import ProcessGroupWorld
 from moesaic.testing.ranks import run_on_ranks
-from moesaic.testing.tiny import tiny_run, tiny_trainer
-from moesaic.train.hooks.checkpoint import CheckpointHook
-from moesaic.train.hooks.hook import Hook
+from moesaic.testing.tiny_models import tiny_run, tiny_trainer
 from moesaic.train.loop import training_loop
 from moesaic.train.run import CheckpointConfig
 from moesaic.train.trainer import StepReport, Trainer
+from moesaic.train.training_hooks import CheckpointHook, Hook
 
 
 class Score(Hook):
@@ -56,7 +55,9 @@ def _on_a_full_disk(root: Path) -> str:
     def refuse() -> None:
         raise UserError("the disk is full")
 
-    trainer = tiny_trainer(tiny_run(checkpoint=CheckpointConfig(every=1)), world=ProcessGroupWorld())
+    trainer = tiny_trainer(
+        tiny_run(checkpoint=CheckpointConfig(every=1)), world=ProcessGroupWorld()
+    )
     with pytest.raises(UserError) as caught:
         training_loop(trainer, hooks=[CheckpointHook(root, flush=refuse)], until=3)
     return str(caught.value)

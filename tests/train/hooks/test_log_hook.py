@@ -4,12 +4,10 @@ from collections.abc import Mapping
 
 import pytest
 
-from moesaic.testing.tiny import tiny_run, tiny_trainer
-from moesaic.train.hooks.hook import Hook
-from moesaic.train.hooks.log import MetricsLogHook
+from moesaic.testing.tiny_models import tiny_run, tiny_trainer
 from moesaic.train.loop import training_loop
 from moesaic.train.trainer import StepReport, Trainer
-from moesaic.train.watch import NullDisplay
+from moesaic.train.training_hooks import Hook, MetricsLogHook, NullDisplay
 
 
 class Rows:

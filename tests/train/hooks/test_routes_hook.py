@@ -4,19 +4,19 @@ from pathlib import Path
 
 import torch
 
-from moesaic.checkpoint.routes import RoutesFile
-from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
-from moesaic.moe.agreement import compare_routes
+from moesaic.checkpoint.routes_file import RoutesFile
+from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity
+from moesaic.moe.routing_agreement import compare_routes
 from moesaic.optim.optimizer import AdamW
 from moesaic.testing.ranks import run_on_ranks
-from moesaic.testing.tiny import TinyStream, tiny_model_config, tiny_run, tiny_trainer
-from moesaic.train.hooks.hook import Hook
-from moesaic.train.hooks.routes import RoutingProbeHook, RoutingTraceHook
+from moesaic.testing.tiny_models import TinyStream, tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.loop import training_loop
+from moesaic.train.routing_hooks import RoutingProbeHook, RoutingTraceHook
 from moesaic.train.run import LogConfig
 from moesaic.train.trainer import StepReport, Trainer
+from moesaic.train.training_hooks import Hook
 
 
 class _Keep(Hook):

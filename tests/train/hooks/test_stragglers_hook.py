@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
+from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
 from moesaic.testing.ranks import run_on_ranks
-from moesaic.testing.tiny import tiny_run, tiny_trainer
-from moesaic.train.hooks.stragglers import StragglerHook
+from moesaic.testing.tiny_models import tiny_run, tiny_trainer
 from moesaic.train.run import LogConfig
 from moesaic.train.trainer import StepReport
+from moesaic.train.training_hooks import StragglerHook
 
 NOTHING: Any = None
 

@@ -5,23 +5,33 @@ from pathlib import Path
 import pytest
 import torch
 
-from moesaic.dist.world import SingleProcess, ProcessGroupWorld, World
-from moesaic.moe.balance import Balance, RouterZLoss, SwitchBalance
-from moesaic.moe.balances.bias import BiasUpdate
-from moesaic.moe.balances.device import DeviceBalance
-from moesaic.moe.balances.entropy import EntropyBalance
-from moesaic.moe.balances.sequence import SequenceBalance
+from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
+from moesaic.moe.balance import (
+    Balance,
+    DeviceBalance,
+    EntropyBalance,
+    RouterZLoss,
+    SequenceBalance,
+    SwitchBalance,
+)
+from moesaic.moe.balance_stateful import BiasUpdate
 from moesaic.moe.config import MoE, NoMoE
-from moesaic.moe.context import TokenContext
-from moesaic.moe.limit import RandomPriority, PositionPriority, Capacity
+from moesaic.moe.limit import Capacity, PositionPriority, RandomPriority
+from moesaic.moe.router_context import TokenContext
 from moesaic.moe.select import TopK
-from moesaic.moe.selects.threshold import Threshold
-from moesaic.observe.signs import RouterSettings
-from moesaic.observe.usage import RecordedUsage, read_usage
+from moesaic.moe.select_dynamic import Threshold
+from moesaic.monitor.expert_usage import RecordedUsage, read_usage
+from moesaic.monitor.health_rules import RouterSettings
 from moesaic.testing.ranks import run_on_ranks
-from moesaic.testing.tiny import LANGUAGES, TinyStream, tiny_model_config, tiny_run, tiny_trainer
-from moesaic.train.hooks.usage import RouterHealthHook, health_check_settings, late_in_queue
+from moesaic.testing.tiny_models import (
+    LANGUAGES,
+    TinyStream,
+    tiny_model_config,
+    tiny_run,
+    tiny_trainer,
+)
 from moesaic.train.loop import training_loop
+from moesaic.train.routing_hooks import RouterHealthHook, health_check_settings, late_in_queue
 from moesaic.train.run import LogConfig
 
 
@@ -98,7 +108,9 @@ def test_the_doctor_counts_at_least_one_expert_and_finds_the_stack_that_has_any(
 def test_the_doctor_knows_every_term_that_evens_the_load() -> None:
     def setting(*balance: Balance) -> RouterSettings:
         moe = MoE(experts=8, select=TopK(k=2), balance=balance)
-        return health_check_settings(tiny_run(model=tiny_model_config(moe=moe)), languages=LANGUAGES)
+        return health_check_settings(
+            tiny_run(model=tiny_model_config(moe=moe)), languages=LANGUAGES
+        )
 
     found = setting(SequenceBalance(weight=0.1), DeviceBalance(weight=0.2), EntropyBalance())
     assert found.balance_weight == pytest.approx(0.3)
@@ -119,10 +131,14 @@ def test_room_by_position_is_seen_and_room_at_random_is_not(tmp_path: Path) -> N
     shares = {}
     for priority in (PositionPriority(), RandomPriority()):
         moe = MoE(experts=4, limit=Capacity(factor=0.5, priority=priority))
-        run = tiny_run(log=LogConfig(every=1, routing_stats_every=1), model=tiny_model_config(moe=moe))
+        run = tiny_run(
+            log=LogConfig(every=1, routing_stats_every=1), model=tiny_model_config(moe=moe)
+        )
         trainer = tiny_trainer(run)
         trainer.data = TinyStream(rows=64)
-        training_loop(trainer, hooks=[RouterHealthHook(tmp_path / "u.json", trainer=trainer)], until=1)
+        training_loop(
+            trainer, hooks=[RouterHealthHook(tmp_path / "u.json", trainer=trainer)], until=1
+        )
         (layer, _) = read_usage(tmp_path / "u.json").layers
         shares[type(priority)] = layer.dropped_late / layer.dropped.sum()
     assert shares[PositionPriority] > 0.8

@@ -4,14 +4,16 @@ import torch
 
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import RandomPriority, Capacity
-from moesaic.testing.tiny import tiny_model_config, tiny_run, tiny_trainer
-from moesaic.train.hooks.validate import ValidationHook
+from moesaic.moe.limit import Capacity, RandomPriority
+from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.loop import training_loop
 from moesaic.train.run import ValidationConfig
 from moesaic.train.trainer import Trainer
+from moesaic.train.training_hooks import ValidationHook
 
-MOE = MoE(experts=4, limit=Capacity(factor=1.0, priority=RandomPriority()), balance=(SwitchBalance(),))
+MOE = MoE(
+    experts=4, limit=Capacity(factor=1.0, priority=RandomPriority()), balance=(SwitchBalance(),)
+)
 
 
 def _trainer(every: int) -> Trainer:
@@ -21,7 +23,10 @@ def _trainer(every: int) -> Trainer:
 
 def test_scores_are_plain_likelihoods_in_evaluation_mode() -> None:
     trainer = _trainer(1)
-    first, second = ValidationHook().validation_losses(trainer), ValidationHook().validation_losses(trainer)
+    first, second = (
+        ValidationHook().validation_losses(trainer),
+        ValidationHook().validation_losses(trainer),
+    )
     assert first == second, "dropout must be off"
     assert trainer.model.training
     batch = next(trainer.data.held_out_batches("valid", rows=None))

@@ -4,14 +4,21 @@
 """
 
 from moesaic.core.registry import Registry
-from moesaic.model.presets import deepseek_moe, deepspeed_moe, large, nllb_moe, small, zcode_m3
+from moesaic.model.presets import (
+    deepseek_moe,
+    deepspeed_moe,
+    large,
+    nllb_moe,
+    own_presets,
+    zcode_m3,
+)
 from moesaic.model.presets.preset import Preset, Published
 
 __all__ = ["PRESETS", "Preset", "Published", "preset"]
 
 PRESETS: Registry[Preset] = Registry("preset")
 for _family in (
-    small.FAMILY,
+    own_presets.FAMILY,
     zcode_m3.FAMILY,
     nllb_moe.FAMILY,
     deepspeed_moe.FAMILY,

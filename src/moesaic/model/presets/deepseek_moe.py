@@ -8,13 +8,12 @@ four of which one is shared and seven are chosen; its feed-forward and vocabular
 which the count agrees with "2B".
 """
 
-from moesaic.model.config import Stack, ModelConfig
+from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.presets.preset import Preset, Published
 from moesaic.moe.balance import SwitchBalance
-from moesaic.moe.bodies.shared import SharedExperts
-from moesaic.moe.config import MoE
-from moesaic.moe.fine_grained import fine_grained
+from moesaic.moe.config import MoE, fine_grained
 from moesaic.moe.select import TopK
+from moesaic.moe.shared_experts import SharedExperts
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.feed_forward import FeedForwardConfig

@@ -6,18 +6,17 @@ feed-forward beside them ("PR-MoE", 4B). The vocabulary, learned positions, GELU
 usual ones of such decoders and our guesses; with them the counts agree.
 """
 
-from moesaic.model.config import Stack, ModelConfig
+from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.presets.preset import Preset, Published
-from moesaic.moe.bodies.residual import ResidualExpert
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import RandomPriority, Capacity
+from moesaic.moe.limit import Capacity, RandomPriority
 from moesaic.moe.select import SwitchTop1
-from moesaic.nn.activation import GELU
+from moesaic.moe.shared_experts import ResidualExpert
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
-from moesaic.nn.feed_forward import FeedForwardConfig
+from moesaic.nn.feed_forward import GELU, FeedForwardConfig
 from moesaic.nn.norm import LayerNorm
-from moesaic.nn.position import LearnedPositions
+from moesaic.nn.positional_encoding import LearnedPositions
 
 SOURCE = "Rajbhandari et al. 2022, arXiv:2201.05596"
 GUESSED = ("vocab_size", "feed_forward", "norm", "position", "embedding", "bias", "moe.balance")

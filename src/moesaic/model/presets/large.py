@@ -11,13 +11,13 @@ K2 as secondary texts quote them (61 layers, the first dense and 18432 wide, wid
 instead of a latent one, softmax scores instead of sigmoid ones and the balance term.
 """
 
-from moesaic.model.config import Stack, ModelConfig
+from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.presets import zcode_m3
 from moesaic.model.presets.preset import Preset, Published
 from moesaic.moe.balance import SwitchBalance
-from moesaic.moe.bodies.shared import SharedExperts
 from moesaic.moe.config import MoE
 from moesaic.moe.select import TopK
+from moesaic.moe.shared_experts import SharedExperts
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.feed_forward import FeedForwardConfig

@@ -7,16 +7,15 @@ scripts; 256,206 is the vocabulary of the released model. With them the count ag
 do not load its weights: details that change no shape (capacity, dropout) are guesses.
 """
 
-from moesaic.model.config import Stack, ModelConfig
+from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.presets.preset import Preset, Published
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import WeightPriority, Capacity
+from moesaic.moe.limit import Capacity, WeightPriority
 from moesaic.moe.select import Top2
-from moesaic.nn.activation import ReLU
 from moesaic.nn.attention import AttentionConfig
-from moesaic.nn.feed_forward import FeedForwardConfig
+from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 from moesaic.nn.norm import LayerNorm
-from moesaic.nn.position import Sinusoidal
+from moesaic.nn.positional_encoding import Sinusoidal
 
 
 def nllb_moe_54b() -> Preset:

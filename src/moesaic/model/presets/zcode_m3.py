@@ -11,17 +11,16 @@ agrees with "10B" and counts less than 0.7B for the dense base (a vocabulary nea
 close that gap), so it fits; it does not confirm.
 """
 
-from moesaic.model.config import Stack, ModelConfig
+from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.presets.preset import Preset, Published
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
-from moesaic.moe.limit import RandomPriority, Capacity
+from moesaic.moe.limit import Capacity, RandomPriority
 from moesaic.moe.select import SwitchTop1
-from moesaic.nn.activation import ReLU
 from moesaic.nn.attention import AttentionConfig
-from moesaic.nn.feed_forward import FeedForwardConfig
+from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 from moesaic.nn.norm import LayerNorm
-from moesaic.nn.position import Sinusoidal
+from moesaic.nn.positional_encoding import Sinusoidal
 
 SOURCE = "Kim et al. 2021, arXiv:2109.10465"
 GUESSED = (

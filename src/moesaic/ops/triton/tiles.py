@@ -44,7 +44,7 @@ def regime(*, edges: int, experts: int) -> str:
 
 
 def tiles_for(*, edges: int, experts: int, dtype: torch.dtype, architecture: str) -> Tiles:
-    """Return the tile of each product for a shape on a card (``card_of``)."""
+    """Return the tile of each product for a shape on a card (``gpu_architecture``)."""
     table = load_table()
     kind = "single" if dtype == torch.float32 else "half"
     name = regime(edges=edges, experts=experts)
@@ -84,5 +84,12 @@ def _parse(where: str, ops: dict[str, list[int]]) -> Tiles:
 
 def to_numbers(tile: Tile) -> list[int]:
     """Return a tile as it stands in ``tiles.json``."""
-    numbers = [tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages, tile.group_m]
+    numbers = [
+        tile.block_m,
+        tile.block_n,
+        tile.block_k,
+        tile.num_warps,
+        tile.num_stages,
+        tile.group_m,
+    ]
     return [*numbers, int(tile.tma)]

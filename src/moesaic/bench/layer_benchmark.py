@@ -1,0 +1,156 @@
+"""An MoE layer on this machine beside a dense one of the same rows, and beside other libraries."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from moesaic.bench import implementations
+from moesaic.bench.layer_workload import (
+    Implementation,
+    LayerShape,
+    LayerWorkload,
+    Passes,
+    Skew,
+    UnavailableImplementation,
+    make_workload,
+    saved_bytes,
+)
+from moesaic.bench.machine_info import git_commit, machine_info
+from moesaic.bench.paired_timing import (
+    RunTimes,
+    fastest,
+    measure_in_turns,
+    ratio_between,
+    ratio_to_baseline,
+)
+from moesaic.core.errors import UserError, did_you_mean
+from moesaic.core.shapes import Tensor
+
+ImplementationFactory = Callable[[LayerWorkload], Implementation | UnavailableImplementation]
+
+DENSE_BASELINES = ("dense", "dense-compiled")
+IMPLEMENTATIONS: dict[str, ImplementationFactory] = {
+    "dense": implementations.dense,
+    "dense-compiled": implementations.dense_compiled,
+    "moesaic": implementations.moesaic,
+    "moesaic-bfloat16": implementations.moesaic_bfloat16,
+    "moesaic-zipf": implementations.moesaic_zipf,
+    "composed-segments": implementations.unfused("segments"),
+    "composed-grouped_mm": implementations.unfused("grouped_mm"),
+    "composed-padded_bmm": implementations.unfused("padded_bmm"),
+    "hf-grouped_mm": implementations.hugging_face("grouped_mm"),
+    "hf-eager": implementations.hugging_face("eager"),
+    "deepspeed": implementations.deepspeed,
+    "read-weights": implementations.read_weights,
+}
+ALIASES = {"hf": "hf-grouped_mm", "composed": "composed-segments"}
+DECODING_MAX_ROWS = 16  # rows per expert up to which reading the weights is what counts
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBenchmark:
+    """What is measured. ``against`` are names of ``IMPLEMENTATIONS``; dense and moesaic always run."""
+
+    shape: LayerShape
+    passes: Passes = "forward+backward"
+    against: Sequence[str] = ("dense-compiled", "composed", "hf", "deepspeed")
+    skew: Skew = "none"
+    dtype: torch.dtype = torch.float32
+    threads: int = 0
+    rounds: int = 9
+
+
+def run_layer_benchmark(benchmark: LayerBenchmark) -> dict[str, Any]:
+    """Measure, and return everything that the table is made of, as plain values."""
+    names = implementation_names(benchmark)
+    about = machine_info()
+    with _torch_threads(benchmark.threads):
+        problem = make_workload(benchmark.shape, passes=benchmark.passes, skew=benchmark.skew)
+        problem = problem.to(benchmark.dtype)
+        made = [IMPLEMENTATIONS[name](problem) for name in names]
+        present = {c.name: c for c in made if isinstance(c, Implementation)}
+        runs = {name: contender.run for name, contender in present.items()}
+        pacer = fastest(runs, among=[name for name in DENSE_BASELINES if name in present])
+        laps = measure_in_turns(runs, baseline=pacer, rounds=benchmark.rounds)
+        answers = _relative_differences(present)
+        saved = {n: saved_bytes(c) for n, c in present.items() if problem.runs_backward}
+        threads = torch.get_num_threads()
+    rows = {name: _result_row(name, laps, baseline=pacer) for name in present}
+    for name, row in rows.items():
+        row |= {"saved_bytes": saved.get(name), "differs_by": answers.get(name)}
+    asked = asdict(benchmark) | {"dtype": str(benchmark.dtype).removeprefix("torch.")}
+    return {
+        "question": asked | {"threads": threads, "against": names},
+        "dense": pacer,
+        "contenders": rows,
+        "absent": {c.name: c.reason for c in made if isinstance(c, UnavailableImplementation)},
+        "largest_load": _max_load_ratio(problem),
+        "least_saved_bytes": 4 * benchmark.shape.min_saved_values
+        if problem.runs_backward
+        else None,
+        "machine": about,
+        "commit": git_commit(),
+    }
+
+
+def implementation_names(benchmark: LayerBenchmark) -> list[str]:
+    """The contenders of a question, in the order of ``IMPLEMENTATIONS``."""
+    asked = [ALIASES.get(name, name) for name in benchmark.against]
+    for name in asked:
+        if name not in IMPLEMENTATIONS:
+            known = [*ALIASES, *IMPLEMENTATIONS]
+            raise UserError(
+                f'there is no contender "{name}"{did_you_mean(name, known)} (known: {", ".join(known)})'
+            )
+    asked += ["dense", "moesaic"]
+    shape = benchmark.shape
+    if benchmark.passes == "forward" and shape.rows <= DECODING_MAX_ROWS * shape.experts:
+        asked.append("read-weights")
+    return [name for name in IMPLEMENTATIONS if name in asked]
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _result_row(name: str, times: Mapping[str, RunTimes], *, baseline: str) -> dict[str, Any]:
+    seconds = sorted(times[name].seconds.values())
+    return {
+        "median_ms": 1e3 * seconds[len(seconds) // 2],
+        "min_ms": 1e3 * seconds[0],
+        "runs": len(seconds),
+        "of_dense": asdict(ratio_to_baseline(times[name], times[baseline])),
+        "of_moesaic": asdict(ratio_between(times[name], times["moesaic"])),
+    }
+
+
+def _relative_differences(present: Mapping[str, Implementation]) -> dict[str, float]:
+    """How far each answer is from ours: the largest difference over the largest value."""
+    with torch.no_grad():
+        want = present["moesaic"].forward()
+        scale = want.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+        found: dict[str, Tensor] = {
+            name: c.forward() for name, c in present.items() if c.grad_out.shape == want.shape
+        }
+    return {
+        name: float((out.float() - want.float()).abs().max() / scale)
+        for name, out in found.items()
+        if out.shape == want.shape
+    }
+
+
+def _max_load_ratio(problem: LayerWorkload) -> float:
+    """Rows of the fullest expert over an equal share."""
+    logits = problem.x.float() @ problem.router_weight.float().t()
+    chosen = logits.topk(problem.shape.k).indices.flatten()
+    load = torch.bincount(chosen, minlength=problem.shape.experts)
+    return float(load.max()) * problem.shape.experts / problem.shape.rows

@@ -1,0 +1,246 @@
+"""Index: where each block of each tensor of a checkpoint lies, for both forms of a checkpoint.
+
+A whole one has a file per kind (``model.safetensors``), each tensor in one block. A sharded one
+has a file per rank that wrote (``shard-00003.safetensors``) and an ``index.json``: the blocks of
+tensors as ranks held them, but each expert of a bank by itself, under a name that carries its
+global number: ``model/encoder.0.experts.up/expert-0007``. A block that is not all of its tensor or
+expert has its offset behind an ``@``.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from moesaic.checkpoint.checkpoint_directory import Manifest
+from moesaic.checkpoint.safetensors_io import DTYPE_NAMES
+from moesaic.core.errors import CheckpointError
+
+INDEX_FILE = "index.json"
+INDEX_FORMAT = 1
+MAX_SHOWN_PROBLEMS = 4
+DTYPE_BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlock:
+    """A part of a tensor: ``shape`` long from ``offset`` on, stored in ``file`` under ``key``."""
+
+    file: str
+    key: str
+    offset: Shape
+    shape: Shape
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of a checkpoint. ``experts``: it is a bank of so many, along its first dim (or 0).
+
+    ``split``: each expert is stored by itself, so that a block is one expert's and lacks that dim
+    on disk.
+    """
+
+    shape: Shape
+    dtype: torch.dtype
+    blocks: tuple[StoredBlock, ...]
+    num_experts: int = 0
+    split_by_expert: bool = False
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def expert_blocks(self, expert: int) -> tuple[StoredBlock, ...]:
+        """The blocks of one expert of a split bank."""
+        return tuple(b for b in self.blocks if b.offset[0] == expert)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockIndex:
+    """``files``: kind of file (``model``, ``optimizer``) to name to what is stored."""
+
+    files: Mapping[str, Mapping[str, StoredTensor]]
+
+    def __iter__(self) -> Iterator[tuple[str, str, StoredTensor]]:
+        for file, tensors in self.files.items():
+            for name, stored in tensors.items():
+                yield file, name, stored
+
+    def to_json(self) -> str:
+        """Return the content of ``index.json``: a line for each tensor."""
+        lines = [
+            f" {json.dumps([file, name], ensure_ascii=False)[1:-1]}, {_tensor_json(stored)}"
+            for file, name, stored in self
+        ]
+        body = ",\n".join(f" [{line.strip()}]" for line in lines)
+        return f'{{"format": {INDEX_FORMAT}, "tensors": [\n{body}\n]}}\n'
+
+
+def num_experts_of(name: str, *, shape: Shape, expert_parameters: Mapping[str, int]) -> int:
+    """Return how many experts a tensor holds along its first dim; 0 if it is no bank.
+
+    ``name`` may be that of a parameter or of a slot of its optimizer state (``exp_avg/...``).
+    """
+    parameter = name if name in expert_parameters else name.partition("/")[2]
+    experts = expert_parameters.get(parameter, 0)
+    return experts if shape[:1] == (experts,) and math.prod(shape) else 0
+
+
+def block_key(path: str, *, block: tuple[Shape, Shape], shape: Shape, split: bool) -> str:
+    """Return the name of a block (offset and shape) of the tensor ``path`` in a file of shards."""
+    offset, size = block
+    if split:
+        path, offset, size, shape = (
+            f"{path}/expert-{offset[0]:04d}",
+            offset[1:],
+            size[1:],
+            shape[1:],
+        )
+    whole = size == shape
+    return path if whole else f"{path}@{','.join(str(o) for o in offset)}"
+
+
+def read_index(directory: Path, *, manifest: Manifest) -> BlockIndex:
+    """Return the index of a checkpoint of either form. Raises CheckpointError if it is damaged."""
+    try:
+        if INDEX_FILE in manifest.files:
+            return _parse_sharded(json.loads((directory / INDEX_FILE).read_bytes()))
+        return _read_full(directory, manifest=manifest)
+    except SafetensorError as error:
+        raise CheckpointError(f"{directory}: damaged safetensors file: {error}") from error
+    except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
+        raise CheckpointError(f"{directory / INDEX_FILE}: damaged ({error})") from error
+
+
+def _parse_sharded(body: dict[str, Any]) -> BlockIndex:
+    if body["format"] != INDEX_FORMAT:
+        raise ValueError("written by another version of moesaic")
+    files: dict[str, dict[str, StoredTensor]] = {}
+    for file, name, plain in body["tensors"]:
+        shape, split = tuple(plain["shape"]), plain["split"]
+        blocks = tuple(
+            _parse_block(f"{file}/{name}", plain=block, shape=shape, split=split)
+            for block in plain["blocks"]
+        )
+        stored = StoredTensor(shape, DTYPE_BY_NAME[plain["dtype"]], blocks, plain["experts"], split)
+        files.setdefault(file, {})[name] = stored
+    return BlockIndex(files)
+
+
+def _parse_block(
+    path: str, *, plain: tuple[str, list[int], list[int]], shape: Shape, split: bool
+) -> StoredBlock:
+    where = (tuple(plain[1]), tuple(plain[2]))
+    return StoredBlock(plain[0], block_key(path, block=where, shape=shape, split=split), *where)
+
+
+def _read_full(directory: Path, *, manifest: Manifest) -> BlockIndex:
+    files: dict[str, dict[str, StoredTensor]] = {}
+    for file in sorted(n for n in manifest.files if n.endswith(".safetensors")):
+        with safe_open(directory / file, framework="pt") as opened:
+            heads = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            tensors = files.setdefault(file.removesuffix(".safetensors"), {})
+            for name, head in heads.items():
+                shape = tuple(head.get_shape())
+                block = StoredBlock(file, name, (0,) * len(shape), shape)
+                experts = num_experts_of(
+                    name, shape=shape, expert_parameters=manifest.expert_parameters
+                )
+                tensors[name] = StoredTensor(
+                    shape, DTYPE_BY_NAME[head.get_dtype()], (block,), experts
+                )
+    return BlockIndex(files)
+
+
+def _tensor_json(stored: StoredTensor) -> str:
+    value = {
+        "dtype": DTYPE_NAMES[stored.dtype],
+        "shape": stored.shape,
+        "experts": stored.num_experts,
+        "split": stored.split_by_expert,
+        "blocks": [(b.file, b.offset, b.shape) for b in stored.blocks],
+    }
+    return json.dumps(value)
+
+
+def overlapping_blocks(blocks: Iterable[StoredBlock]) -> Iterator[tuple[StoredBlock, StoredBlock]]:
+    """Yield each pair of blocks that share a value, by a sweep along the dim with most offsets."""
+    held = [block for block in blocks if block.numel]
+    if not held or not held[0].shape:
+        yield from ((held[0], other) for other in held[1:])
+        return
+    offsets = [{block.offset[dim] for block in held} for dim in range(len(held[0].shape))]
+    dim = max(range(len(offsets)), key=lambda d: len(offsets[d]))
+    active: list[StoredBlock] = []
+    for block in sorted(held, key=lambda b: b.offset[dim]):
+        active = [b for b in active if b.offset[dim] + b.shape[dim] > block.offset[dim]]
+        yield from ((other, block) for other in active if _intersect(other, block))
+        active.append(block)
+
+
+def _intersect(one: StoredBlock, other: StoredBlock) -> bool:
+    sides = zip(one.offset, one.shape, other.offset, other.shape, strict=True)
+    return all(a < b + m and b < a + n for a, n, b, m in sides)
+
+
+def coverage_problems(stored: StoredTensor) -> list[str]:
+    """Return what is wrong with how blocks cover a tensor: overlaps, holes, missing experts."""
+    found = [
+        f"{_describe_block(one)} of {one.file} and {_describe_block(other)} of {other.file} overlap"
+        for one, other in overlapping_blocks(stored.blocks)
+    ]
+    outside = [b for b in stored.blocks if not _inside(b, shape=stored.shape)]
+    found += [
+        f"{_describe_block(b)} of {b.file} reaches out of {list(stored.shape)}" for b in outside
+    ]
+    if found:
+        return found
+    if stored.split_by_expert:
+        held = dict.fromkeys(range(stored.num_experts), 0)
+        for block in stored.blocks:
+            held[block.offset[0]] += block.numel
+        full = stored.numel // stored.num_experts
+        return [
+            _missing_values(f"expert {e}", held=n, of=full) for e, n in held.items() if n != full
+        ]
+    held = sum(b.numel for b in stored.blocks)
+    return [_missing_values("it", held=held, of=stored.numel)] if held != stored.numel else []
+
+
+def first_few(messages: Sequence[str]) -> str:
+    """Return the first few, and how many more there are."""
+    more = (
+        f" (and {len(messages) - MAX_SHOWN_PROBLEMS} more)"
+        if len(messages) > MAX_SHOWN_PROBLEMS
+        else ""
+    )
+    return "; ".join(messages[:MAX_SHOWN_PROBLEMS]) + more
+
+
+def _missing_values(what: str, *, held: int, of: int) -> str:
+    return f"{what} is covered for {held:,} of {of:,} values" if held else f"{what} is missing"
+
+
+def _describe_block(block: StoredBlock) -> str:
+    return f"{list(block.shape)} at {list(block.offset)}"
+
+
+def _inside(block: StoredBlock, *, shape: Shape) -> bool:
+    return len(block.shape) == len(shape) and all(
+        o >= 0 and o + n <= whole
+        for o, n, whole in zip(block.offset, block.shape, shape, strict=True)
+    )

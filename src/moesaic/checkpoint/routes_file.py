@@ -1,0 +1,249 @@
+"""Routes files: the routing of many batches, edge by edge, in one safetensors file.
+
+Written batch by batch without holding them in memory, whole or not at all; read back as ``Routing``
+values, exactly but for the weights, which are float16 (11 bits). The layout, version 1, is in
+``docs/guide/routes-file.md``.
+
+Letters: T tokens of a side, N edges of a layer, B batches; all over the whole file.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from moesaic.checkpoint.safetensors_io import check_tensor_file, write_tensors
+from moesaic.core.errors import DataError
+from moesaic.core.shapes import Tensor
+from moesaic.moe.routing import Routing
+from moesaic.moe.routing_record import LayerRoutes, RoutedTokens
+
+VERSION = 1
+_KEY = "moesaic_routes"
+_TOKEN_COLUMNS = {
+    "token": torch.int32,
+    "position": torch.int32,
+    "row": torch.int32,
+    "language": torch.int16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerHeader:
+    """What is the same for every batch of a layer. ``per_token`` is that of ``Routing``."""
+
+    layer: str
+    experts: int
+    null_experts: int
+    per_token: int
+
+    @staticmethod
+    def of(found: LayerRoutes) -> "LayerHeader":
+        """Read it from one batch."""
+        routing = found.routing
+        return LayerHeader(
+            found.layer, routing.num_experts, found.num_null_experts, routing.per_token
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The smallest type that holds every expert, and ``experts`` for a dropped edge."""
+        return torch.uint8 if self.experts < 256 else torch.int16
+
+
+@dataclass(frozen=True, slots=True)
+class _ColumnOnDisk:
+    """Values that grow on disk; ``ends`` are their numbers after each batch."""
+
+    path: Path
+    dtype: torch.dtype
+    ends: list[int] = field(default_factory=lambda: [0])
+
+    def add(self, values: Tensor) -> None:
+        data = values.detach().cpu().to(self.dtype).contiguous()
+        with self.path.open("ab") as stream:
+            if data.numel():
+                stream.write(data.view(torch.uint8).numpy().data)
+        self.ends.append(self.ends[-1] + data.numel())
+
+    def tensor(self) -> Tensor:
+        """All values, mapped and not read."""
+        if not self.ends[-1]:
+            return torch.empty(0, dtype=self.dtype)
+        return torch.from_file(str(self.path), size=self.ends[-1], dtype=self.dtype)
+
+
+class RoutesWriter:
+    """Writes a routes file: ``with RoutesWriter(path, languages=...) as file: file.add(...)``.
+
+    Nothing is seen at ``path`` before the end, and nothing at all if the block raises. ``about`` is
+    plain data on where the routes come from.
+    """
+
+    def __init__(
+        self, path: Path, *, languages: Sequence[str], about: Mapping[str, Any] | None = None
+    ) -> None:
+        self.path = path
+        self._head = {"languages": list(languages), "about": dict(about or {})}
+        self._layers: dict[str, LayerHeader] = {}
+        self._columns: dict[str, _ColumnOnDisk] = {}
+        self._batches = 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._folder = TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
+
+    def add(self, routes: Sequence[LayerRoutes]) -> None:
+        """Append the routes of one batch: the same layers each time, in any order.
+
+        Raises DataError for layers that differ from those of the first batch.
+        """
+        heads = {found.layer: LayerHeader.of(found) for found in routes}
+        if not self._batches:
+            self._layers = heads
+        if heads != self._layers:
+            raise DataError(
+                f"{self.path}: a batch has the layers {_describe_layers(heads)}, the first one had "
+                f"{_describe_layers(self._layers)}; write them into files of their own"
+            )
+        for side, tokens in {found.side: found.tokens for found in routes}.items():
+            for name, dtype in _TOKEN_COLUMNS.items():
+                values: Tensor = getattr(tokens, name)
+                self._column(f"tokens/{side}/{name}", dtype).add(values)
+        for found in routes:
+            head, routing = heads[found.layer], found.routing
+            self._column(f"edges/{head.layer}/expert", head.dtype).add(routing.expert)
+            self._column(f"edges/{head.layer}/weight", torch.float16).add(routing.weight)
+            if not head.per_token:
+                self._column(f"edges/{head.layer}/token", torch.int32).add(routing.token)
+        self._batches += 1
+
+    def close(self) -> None:
+        """Write the file and forget what it was made from."""
+        try:
+            tensors = {name: column.tensor() for name, column in self._columns.items()}
+            for name, column in self._columns.items():
+                kind, _, column_name = name.rpartition("/")
+                if column_name == ("expert" if kind.startswith("edges/") else "token"):
+                    tensors[f"{kind}/ends"] = torch.tensor(column.ends)
+            layers = [asdict(head) for head in self._layers.values()]
+            whole = self._head | {"layers": layers, "batches": self._batches}
+            metadata = {_KEY: str(VERSION), "routes": json.dumps(whole, ensure_ascii=False)}
+            write_tensors(self.path, tensors=tensors, metadata=metadata)
+        finally:
+            self._folder.cleanup()
+
+    def _column(self, name: str, dtype: torch.dtype) -> _ColumnOnDisk:
+        if name not in self._columns:
+            path = Path(self._folder.name) / str(len(self._columns))
+            self._columns[name] = _ColumnOnDisk(path, dtype)
+        return self._columns[name]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        del error, trace
+        if kind is None:
+            self.close()
+        else:
+            self._folder.cleanup()
+
+
+class RoutesFile:
+    """Reads a routes file, a batch at a time: ``for routes in RoutesFile(path): ...``.
+
+    Raises CheckpointError for a file that is not whole, DataError for one that is no routes file.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        check_tensor_file(self.path)
+        with self._open() as file:
+            metadata = file.metadata() or {}
+        if _KEY not in metadata:
+            raise DataError(
+                f"{self.path}: a safetensors file, but not of routes; "
+                "moesaic eval RUN --routes FILE writes one"
+            )
+        if metadata[_KEY] != str(VERSION):
+            raise DataError(
+                f"{self.path}: version {metadata[_KEY]} of the routes format, and this moesaic "
+                f"reads version {VERSION}; read it with the version that wrote it"
+            )
+        try:
+            whole = json.loads(metadata["routes"])
+            self.languages: tuple[str, ...] = tuple(whole["languages"])
+            self.about: dict[str, Any] = whole["about"]
+            self.layers = tuple(_parse_header(head) for head in whole["layers"])
+            self._batches: int = whole["batches"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.path}: damaged description of its routes ({error})") from error
+
+    def __len__(self) -> int:
+        """The number of batches."""
+        return self._batches
+
+    def __iter__(self) -> Iterator[tuple[LayerRoutes, ...]]:
+        """Yield the routes of each batch, as they were added."""
+        try:
+            with self._open() as file:
+                names = [f"edges/{head.layer}" for head in self.layers]
+                names += {f"tokens/{head.layer.partition('.')[0]}" for head in self.layers}
+                ends = {name: file.get_tensor(f"{name}/ends").tolist() for name in names}
+                for batch in range(self._batches):
+                    parts = {n: slice(e[batch], e[batch + 1]) for n, e in ends.items()}
+                    yield self._batch(file, parts)
+        except SafetensorError as error:
+            raise DataError(f"{self.path}: not a whole routes file: {error}") from error
+
+    def _open(self) -> Any:
+        return safe_open(self.path, framework="pt")
+
+    def _batch(self, file: Any, parts: Mapping[str, slice]) -> tuple[LayerRoutes, ...]:
+        sides = {}
+        for name, part in parts.items():
+            kind, _, side = name.partition("/")
+            if kind == "tokens":
+                columns = (file.get_slice(f"{name}/{c}")[part].long() for c in _TOKEN_COLUMNS)
+                sides[side] = RoutedTokens(*columns)
+        found = []
+        for head in self.layers:
+            tokens = sides[head.layer.partition(".")[0]]
+            routing = _read_routing(
+                file, head, part=parts[f"edges/{head.layer}"], tokens=len(tokens)
+            )
+            found.append(LayerRoutes(head.layer, routing, tokens, head.null_experts))
+        return tuple(found)
+
+
+def _parse_header(given: Mapping[str, Any]) -> LayerHeader:
+    """Read what is known; a later writer of the same version may say more."""
+    return LayerHeader(given["layer"], given["experts"], given["spare"], given["per_token"])
+
+
+def _read_routing(file: Any, head: LayerHeader, *, part: slice, tokens: int) -> Routing:
+    name = f"edges/{head.layer}"
+    expert = file.get_slice(f"{name}/expert")[part].long()
+    weight = file.get_slice(f"{name}/weight")[part].float()
+    if head.per_token:
+        token = torch.arange(tokens).repeat_interleave(head.per_token)
+    else:
+        token = file.get_slice(f"{name}/token")[part].long()
+    return Routing(token, expert, weight, tokens, head.experts, head.per_token)
+
+
+def _describe_layers(heads: Mapping[str, LayerHeader]) -> str:
+    return ", ".join(
+        f"{name} ({head.experts} experts, {head.per_token or 'any number'} per token)"
+        for name, head in heads.items()
+    )

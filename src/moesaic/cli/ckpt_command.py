@@ -1,0 +1,252 @@
+"""``moesaic ckpt``: look into checkpoints, compare them, check them, write them in another form."""
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moesaic.checkpoint.block_index import INDEX_FILE, StoredTensor, read_index
+from moesaic.checkpoint.checkpoint_diff import TensorDifference, diff_checkpoints
+from moesaic.checkpoint.checkpoint_directory import MANIFEST_FILE, list_checkpoints, read_manifest
+from moesaic.checkpoint.integrity import IntegrityProblem, check_checkpoint
+from moesaic.checkpoint.reshard import CheckpointForm, FullForm, ShardedForm, reshard
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.safetensors_io import DTYPE_NAMES
+from moesaic.cli.shared_options import JsonOption, command_app, print_result
+from moesaic.core.errors import CheckpointError, UserError
+from moesaic.core.units import show_bytes, show_count
+
+app = command_app()
+CheckpointPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PATH", help="A checkpoint, or the newest one of a directory or of a run."
+    ),
+]
+
+
+@app.command()
+def inspect(
+    path: CheckpointPath,
+    *,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a checkpoint holds: step, plan, tensors, experts, sizes, which rank wrote what.
+
+    Example: [cyan]moesaic ckpt inspect runs/demo[/]
+    """
+    directory = find_checkpoint(path)
+    value = describe_checkpoint(directory, tensors=tensors)
+    print_result(value, as_json=as_json, show=lambda console: _show(value, console))
+
+
+@app.command("diff")
+def diff(
+    path: CheckpointPath,
+    other: CheckpointPath,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two checkpoints tensor by tensor, whatever form and plan each was saved by.
+
+    Example: [cyan]moesaic ckpt diff runs/a runs/b[/]
+    """
+    found = list(diff_checkpoints(find_checkpoint(path), find_checkpoint(other)))
+    differ = [d for d in found if not d.equal]
+    value = {
+        "tensors": len(found),
+        "same": len(found) - len(differ),
+        "differences": [asdict(d) for d in differ],
+    }
+    print_result(
+        value, as_json=as_json, show=lambda console: _show_diff(differ, len(found), console)
+    )
+
+
+@app.command()
+def verify(
+    path: CheckpointPath,
+    *,
+    lenient: Annotated[
+        bool, typer.Option("--lenient", help="Experts that are zero or alike are no failure.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check hashes, that shards make up every tensor and expert once, and every value.
+
+    Names each file that was altered, each hole, overlap or missing expert, each tensor with a NaN
+    or an infinite value, and each expert that is all zero or the same as another. Exit code 2 if
+    anything is found.
+
+    Example: [cyan]moesaic ckpt verify runs/demo/checkpoints/step-00000500[/]
+    """
+    directory = find_checkpoint(path)
+    found = check_checkpoint(directory)
+    wrong = [f for f in found if not (lenient and f.uncertain)]
+    value = {"path": str(directory), "sound": not wrong, "findings": [asdict(f) for f in found]}
+    print_result(
+        value, as_json=as_json, show=lambda console: _show_findings(directory, found, console)
+    )
+    if wrong:
+        raise typer.Exit(2)
+
+
+@app.command("reshard")
+def reshard_checkpoint(
+    path: CheckpointPath,
+    *,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where step-N is written.")],
+    shards: Annotated[int | None, typer.Option(min=1, help="Into so many shards.")] = None,
+    unsharded: Annotated[bool, typer.Option("--whole", help="Into one file per kind.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a checkpoint again in another form, one tensor in memory at a time.
+
+    No run needs it: any number of ranks loads any form. It is for other tools (--whole gives
+    plain safetensors files) and for file systems that want fewer or more files.
+
+    Example: [cyan]moesaic ckpt reshard runs/demo --whole --out exported[/]
+    """
+    if unsharded == (shards is not None):
+        raise UserError("expected one of --ranks N and --whole: the form to write")
+    form: CheckpointForm = FullForm() if shards is None else ShardedForm(shards)
+    made = reshard(find_checkpoint(path), root=out, form=form)
+    value = {"path": str(made), "files": sorted(p.name for p in made.iterdir())}
+    print_result(value, as_json=as_json, show=lambda console: console.print(str(made)))
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint that a path means: itself, or the newest of a root or of a run."""
+    if (path / MANIFEST_FILE).is_file():
+        return path
+    for root in (path, RunDir(path).checkpoints):
+        found = list_checkpoints(root) if root.is_dir() else []
+        if found:
+            return found[0]
+    raise CheckpointError(
+        f"{path}: no checkpoint here; expected a directory step-N with its {MANIFEST_FILE}, the "
+        "directory of several, or a run"
+    )
+
+
+def describe_checkpoint(directory: Path, *, tensors: bool = False) -> dict[str, Any]:
+    """Return what a checkpoint holds as plain data."""
+    manifest = read_manifest(directory)
+    index = read_index(directory, manifest=manifest)
+    blocks = Counter(block.file for _, _, stored in index for block in stored.blocks)
+    return {
+        "path": str(directory),
+        "form": "shards" if INDEX_FILE in manifest.files else "whole",
+        "step": manifest.step,
+        "serial": manifest.serial,
+        "versions": manifest.versions,
+        "plan": manifest.plan,
+        "files": [
+            {"file": name, "bytes": entry.bytes, "blocks": blocks.get(name, 0)}
+            for name, entry in sorted(manifest.files.items())
+        ],
+        "kinds": {kind: _totals(list(held.values())) for kind, held in index.files.items()},
+        "banks": {
+            f"{kind}/{name}": stored.num_experts
+            for kind, name, stored in index
+            if stored.num_experts
+        },
+        "tensors": [
+            {
+                "name": f"{kind}/{name}",
+                "dtype": DTYPE_NAMES[stored.dtype],
+                "shape": list(stored.shape),
+                "experts": stored.num_experts,
+                "blocks": len(stored.blocks),
+            }
+            for kind, name, stored in index
+            if tensors
+        ],
+    }
+
+
+def _totals(held: list[StoredTensor]) -> dict[str, int]:
+    return {
+        "tensors": len(held),
+        "values": sum(s.numel for s in held),
+        "bytes": sum(s.bytes for s in held),
+    }
+
+
+def _show(value: dict[str, Any], console: Console) -> None:
+    plan = ", ".join(f"{name} {size}" for name, size in value["plan"].items()) or "not recorded"
+    made = ", ".join(f"{name} {number}" for name, number in value["versions"].items())
+    console.print(
+        f"[bold]{escape(value['path'])}[/]: step {value['step']:,}, {value['form']}",
+        highlight=False,
+    )
+    console.print(f"plan: {escape(plan)}; written by {escape(made)}", highlight=False)
+    experts = Counter(value["banks"].values())
+    told = ", ".join(f"{banks} of {number} experts" for number, banks in experts.items())
+    console.print(f"banks: {told or 'none'}", highlight=False)
+    _table(
+        console,
+        title="\ntensors",
+        columns=("kind", "tensors", "values", "bytes"),
+        rows=[
+            (kind, f"{s['tensors']:,}", show_count(s["values"]), show_bytes(s["bytes"]))
+            for kind, s in value["kinds"].items()
+        ],
+    )
+    _table(
+        console,
+        title="\nfiles",
+        columns=("file", "blocks", "bytes"),
+        rows=[(f["file"], f"{f['blocks']:,}", show_bytes(f["bytes"])) for f in value["files"]],
+    )
+    if value["tensors"]:
+        _table(
+            console,
+            title="\nevery tensor",
+            columns=("name", "type", "shape", "blocks"),
+            rows=[
+                (t["name"], t["dtype"], " x ".join(map(str, t["shape"])) or "-", str(t["blocks"]))
+                for t in value["tensors"]
+            ],
+        )
+
+
+def _table(
+    console: Console, *, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]
+) -> None:
+    table = Table(box=None, title=title, title_justify="left", padding=(0, 1))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(f"[cyan]{escape(row[0])}[/]", *(escape(cell) for cell in row[1:]))
+    console.print(table)
+
+
+def _show_diff(differ: list[TensorDifference], count: int, console: Console) -> None:
+    console.print(f"{count - len(differ):,} of {count:,} tensors are the same", highlight=False)
+    rows = []
+    for found in differ:
+        where = (
+            found.name if found.expert is None else f"{found.name} (most: expert {found.expert})"
+        )
+        numbers = (f"{found.largest:.3g}", f"{found.relative:.3g}")
+        rows.append((where, *(("", "") if found.note else numbers), found.note))
+    if rows:
+        columns = ("tensor", "largest", "relative", "")
+        _table(console, title="", columns=columns, rows=rows)
+
+
+def _show_findings(directory: Path, found: list[IntegrityProblem], console: Console) -> None:
+    if not found:
+        console.print(f"{escape(str(directory))}: sound", highlight=False)
+    for finding in found:
+        colour = "yellow" if finding.uncertain else "red"
+        console.print(
+            f"[{colour}]{escape(finding.location)}[/]: {escape(finding.message)}", highlight=False
+        )

@@ -1,0 +1,72 @@
+"""``moesaic config``: recipes, resolved configs, differences, and the JSON Schema for editors."""
+
+import difflib
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moesaic.cli.shared_options import JsonOption, SetOption, command_app, print_result
+from moesaic.recipes.lookup import RECIPES, find_recipe
+from moesaic.train.run import Run
+
+app = command_app(no_args_is_help=True, help="Recipes and configs as text.")
+
+ConfigArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE|CONFIG", help="A recipe, a config.yaml or a run.")
+]
+
+
+@app.command()
+def recipes(*, as_json: JsonOption = False) -> None:
+    """List the recipes.
+
+    Example: [cyan]moesaic config recipes[/]
+    """
+    lines = RECIPES.descriptions()
+    print_result({"recipes": lines}, as_json=as_json, show=lambda console: _show(lines, console))
+
+
+@app.command()
+def show(which: ConfigArgument, *, changes: SetOption = None, as_json: JsonOption = False) -> None:
+    """Print a resolved config as YAML: save it, edit it, train it.
+
+    Example: [cyan]moesaic config show demo > mine.yaml[/]
+    """
+    run = find_recipe(which, changes=changes or [])
+    print_result(run.to_dict(), as_json=as_json, show=lambda _: _write(run.to_yaml()))
+
+
+@app.command()
+def diff(first: ConfigArgument, second: ConfigArgument, *, as_json: JsonOption = False) -> None:
+    """Print the keys in which two configs differ.
+
+    Example: [cyan]moesaic config diff demo runs/demo/config.yaml[/]
+    """
+    ours, theirs = find_recipe(first).to_flat_lines(), find_recipe(second).to_flat_lines()
+    lines = [x for x in difflib.ndiff(ours, theirs) if x[0] in "+-"]
+    print_result(
+        {"lines": lines}, as_json=as_json, show=lambda _: _write("".join(f"{x}\n" for x in lines))
+    )
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a config, for completion and checks in an editor.
+
+    Example: [cyan]moesaic config schema > moesaic.schema.json[/]
+    """
+    _write(Run.schema_json() + "\n")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+
+
+def _show(lines: dict[str, str], console: Console) -> None:
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for name, line in lines.items():
+        table.add_row(f"[bold cyan]{name}[/]", line)
+    console.print(table)

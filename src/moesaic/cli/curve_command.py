@@ -1,0 +1,69 @@
+"""``moesaic curve``: how good a run was at each of its checkpoints."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moesaic.cli.eval_command import held_out_tests
+from moesaic.cli.shared_options import (
+    JsonOption,
+    RunArgument,
+    UseOption,
+    command_app,
+    import_user_files,
+    print_result,
+    stderr,
+)
+from moesaic.core.units import show_count
+from moesaic.recipes.lookup import find_recipe
+from moesaic.serve.learning_curve import learning_curve
+
+app = command_app()
+
+
+@app.command()
+def curve(
+    run: RunArgument,
+    *,
+    limit: Annotated[int, typer.Option(min=1, help="Sentences per language.")] = 20,
+    split: Annotated[str, typer.Option(help="valid or test, of the run's corpus.")] = "valid",
+    target: Annotated[str | None, typer.Option("--to", help="Only this target language.")] = None,
+    files: UseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score every kept checkpoint (chrF++), beside copying and a translation memory.
+
+    Works while the run goes on; what was scored before is not scored again. Writes curve.json into
+    the run directory, where the report finds it. Keep checkpoints with --set checkpoint.keep=20.
+
+    Example: [cyan]moesaic curve runs/demo --limit 50[/]
+    """
+    import_user_files(files)
+    config = find_recipe(str(run))
+    corpus = config.corpus.open()
+    tests = held_out_tests(config, corpus=corpus, split=split, limit=limit, target=target)
+    found = learning_curve(run, tests=tests, corpus=corpus, limit=limit, on_point=_print_point)
+    print_result(found, as_json=as_json, show=lambda console: _show(found, console))
+
+
+def _print_point(point: Any) -> None:
+    stderr.print(f"[dim]step {point['step']:,}: {point['chrf']['score']:.1f}[/]", highlight=False)
+
+
+def _show(found: dict[str, Any], console: Console) -> None:
+    title = f"chrF++, mean over {len(found['languages'])} languages ({found['test']})"
+    table = Table(box=None, title=title, title_justify="left", padding=(0, 1))
+    for name in ("step", "tokens", "chrF++", "95 %"):
+        table.add_column(name, justify="right")
+    rows = [
+        (f"{p['step']:,}", show_count(p["tokens"]) if p["tokens"] else "", p["chrf"])
+        for p in found["points"]
+    ]
+    rows += [(name, "", score) for name, score in found["baselines"].items()]
+    for first, tokens, chrf in rows:
+        table.add_row(
+            first, tokens, f"{chrf['score']:.1f}", f"{chrf['low']:.1f} to {chrf['high']:.1f}"
+        )
+    console.print(table)

@@ -1,0 +1,134 @@
+"""``moesaic demo``: the whole job on a laptop. Data, training, scores, translations, a report."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.cli.eval_command import held_out_tests, show_samples, show_scores, write_evaluation
+from moesaic.cli.shared_options import JsonOption, SetOption, command_app, print_result, stderr
+from moesaic.core.units import show_seconds
+from moesaic.corpus.corpus import Corpus
+from moesaic.evaluate.evaluation_summary import EvaluationSummary
+from moesaic.model.parameter_count import count_parameters
+from moesaic.recipes.lookup import find_recipe
+from moesaic.serve.score import score_run
+from moesaic.serve.translator import Translator
+from moesaic.train.resume import ResumeLatest
+from moesaic.train.run import Run
+from moesaic.train.run_training import train
+
+app = command_app()
+COMMON_STRINGS = ("Save", "Delete", "Search results", "Enter your password", "Page not found")
+
+
+class PhaseTimer:
+    """Seconds per phase, said as they pass."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = time.monotonic()
+
+    def start(self, title: str) -> None:
+        stderr.rule(f"[bold]{title}[/]", align="left")
+        self._started = time.monotonic()
+
+    def end(self, name: str) -> None:
+        self.seconds[name] = time.monotonic() - self._started
+
+    def print_note(self, sentence: str) -> None:
+        stderr.print(f"[dim]{escape(sentence)}[/]", highlight=False)
+
+
+@app.command()
+def demo(
+    *,
+    out: Annotated[Path, typer.Option(help="The run directory.")] = Path("runs/demo"),
+    recipe: Annotated[str, typer.Option(help="Which recipe.")] = "demo",
+    changes: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Build a corpus, train a small multilingual MoE on it, score it, write a report.
+
+    An interrupted demo goes on where it was when it is started again.
+
+    Example: [cyan]moesaic demo --out runs/demo[/]
+    """
+    run, phases = find_recipe(recipe, changes=changes or []), PhaseTimer()
+    phases.start("1/4  text: ordinary packages, read as files")
+    corpus = run.corpus.open()
+    phases.print_note(
+        f"{corpus.name}: {corpus.manifest['pairs']:,} pairs, {len(corpus.languages)} languages"
+    )
+    phases.end("data")
+    phases.start("2/4  training: translation and denoising")
+    result = train(run, out, resume=ResumeLatest())
+    phases.end("train")
+    if result.exit_code:
+        stderr.print("stopped; the same command goes on from here")
+        raise typer.Exit(result.exit_code)
+    phases.start("3/4  scores: strings that were never trained on")
+    tests = held_out_tests(run, corpus=corpus)
+    summary = score_run(
+        out,
+        tests=tests,
+        corpus=corpus,
+        on_result=lambda test, _: phases.print_note(f"scored {test.key}"),
+    )
+    phases.end("evaluate")
+    summary = summary.with_run_facts(
+        counts=run_counts(run, steps=result.steps, tokens=result.tokens), seconds=phases.seconds
+    )
+    phases.start("4/4  report")
+    report = write_evaluation(out, summary=summary, tests=tests)
+    phases.end("report")
+    value = summary.to_dict() | {"report": str(report), "run_directory": str(out)}
+
+    def show(console: Console) -> None:
+        _show(out, corpus=corpus, summary=summary, phases=phases, console=console)
+
+    print_result(value, as_json=as_json, show=show)
+
+
+def run_counts(run: Run, *, steps: int, tokens: int) -> dict[str, int]:
+    """Return the counts that summary.json holds and the report shows."""
+    model = count_parameters(run.model)
+    return {
+        "parameters": model.total,
+        "active_parameters": model.active,
+        "steps": steps,
+        "train_tokens": tokens,
+    }
+
+
+def _show(
+    out: Path, *, corpus: Corpus, summary: EvaluationSummary, phases: PhaseTimer, console: Console
+) -> None:
+    show_scores(summary, console)
+    show_samples(summary, console, each=1)
+    console.print("\n[bold]common strings[/] [dim](* it was trained on this string)[/]")
+    translator = Translator.open(out)
+    for test in (result.test for result in summary.languages.values()):
+        said = translator.translate_texts(
+            list(COMMON_STRINGS), source=test.source, target=test.target
+        )
+        known = {p.source for p in corpus.iter_pairs(test.source, test.target, split="train")}
+        pairs = " · ".join(
+            f"[dim]{a}{'*' if a in known else ''}[/] {escape(b)}"
+            for a, b in zip(COMMON_STRINGS, said, strict=True)
+        )
+        console.print(f"  [dim]{test.target}[/]  {pairs}", highlight=False)
+    spent = ", ".join(f"{name} {show_seconds(s)}" for name, s in phases.seconds.items())
+    console.print(f"\n[dim]time: {spent}[/]", highlight=False)
+    folder = RunDir(out)
+    console.print(f"report:     {folder.report}", highlight=False)
+    console.print(
+        f'translate:  echo "Save changes" | moesaic translate {out} --to es', highlight=False
+    )
+    console.print(
+        f"everything: {folder.path}/ (config, weights, tokenizer, metrics, card)", highlight=False
+    )

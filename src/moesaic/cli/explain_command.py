@@ -1,0 +1,165 @@
+"""``moesaic explain``: what a recipe will cost, before anything runs or is allocated."""
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moesaic.cli.shared_options import (
+    JsonOption,
+    SetOption,
+    UseOption,
+    command_app,
+    import_user_files,
+    print_result,
+)
+from moesaic.core.units import show_bytes, show_count, show_flops
+from moesaic.model.config import ModelConfig
+from moesaic.model.parameter_count import BatchDims, ParameterCount, count_parameters
+from moesaic.model.presets import PRESETS, preset
+from moesaic.model.training_memory import estimate_training_memory
+from moesaic.optim.optimizer import AdamW, Optimizer
+from moesaic.recipes.lookup import RECIPES, find_recipe
+from moesaic.train.run_checks import check_run
+
+app = command_app()
+
+
+@app.command()
+def explain(
+    which: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|CONFIG|PRESET", help="A recipe, a config.yaml, a run or a preset."
+        ),
+    ],
+    *,
+    changes: SetOption = None,
+    config: Annotated[
+        bool, typer.Option("--config", help="Print every key of the config too.")
+    ] = False,
+    files: UseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Count parameters (total and active), FLOPs per token and bytes; nothing is allocated.
+
+    Example: [cyan]moesaic explain demo --set model.moe.experts=64[/]
+
+    Example: [cyan]moesaic explain zcode-m3-64[/]
+    """
+    import_user_files(files)
+    shape = which in PRESETS and which not in RECIPES  # a recipe has more to say than its shape
+    found = _explain_preset(which, changes) if shape else _explain_run(which, changes)
+    print_result(found, as_json=as_json, show=lambda console: _show(found, console, config=config))
+
+
+def _explain_preset(name: str, changes: list[str] | None) -> dict[str, Any]:
+    known = preset(name)
+    model = known.config.override(changes) if changes else known.config
+    found = _cost(name, count_parameters(model), sizes=BatchDims(rows=64), optimizer=AdamW())
+    counted = found["parameters"]
+    published = [asdict(p) | {"counted": counted[p.quantity]} for p in known.published]
+    return found | {
+        "config": model.to_flat_lines(),
+        "source": known.source,
+        "guessed": list(known.guessed),
+        "published": published,
+    }
+
+
+def _explain_run(which: str, changes: list[str] | None) -> dict[str, Any]:
+    run = find_recipe(which, changes=changes or [])
+    check_run(run)
+    loader = run.loader
+    sizes = _typical_batch(loader.batch_tokens, loader.max_source, loader.max_target, run.model)
+    found = _cost(which, count_parameters(run.model), sizes=sizes, optimizer=run.optimizer)
+    tokens = run.steps * run.gradient_accumulation_steps * loader.batch_tokens
+    plan = {
+        "steps": run.steps,
+        "tokens_at_most": tokens,
+        "flops_at_most": tokens * found["flops_per_token"]["training"],
+    }
+    return found | {"config": run.to_flat_lines(), "plan": plan}
+
+
+def _typical_batch(tokens: int, source: int, target: int, model: ModelConfig) -> BatchDims:
+    """A full batch of texts half as long as the longest allowed."""
+    source = max(1, source // 2) if model.encoder.layers else 0
+    target = max(1, target // 2)
+    return BatchDims(rows=max(1, tokens // (source + target)), source=source, target=target)
+
+
+def _cost(
+    which: str, counted: ParameterCount, *, sizes: BatchDims, optimizer: Optimizer
+) -> dict[str, Any]:
+    memory = estimate_training_memory(counted.config, sizes=sizes, optimizer=optimizer)
+    return {
+        "name": which,
+        "parameters": {"total": counted.total, "active": counted.active, "by_part": counted.parts},
+        "flops_per_token": {
+            "forward": counted.flops_per_token(sizes),
+            "training": counted.training_flops_per_token(sizes),
+        },
+        "batch": asdict(sizes),
+        "bytes": asdict(memory) | {"total": memory.total},
+    }
+
+
+def _show(found: dict[str, Any], console: Console, *, config: bool) -> None:
+    total, active = found["parameters"]["total"], found["parameters"]["active"]
+    console.print(
+        f"[bold]{found['name']}[/]: {total:,} parameters ({show_count(total)}), "
+        f"{active:,} active per token ({show_count(active)}, {active / total:.0%})\n",
+        highlight=False,
+    )
+    parts = Table(box=None, padding=(0, 2))
+    parts.add_column("part")
+    parts.add_column("parameters", justify="right")
+    for part, size in found["parameters"]["by_part"].items():
+        parts.add_row(part, f"{size:,}")
+    console.print(parts)
+    batch = found["batch"]
+    shape = f"{batch['rows']} rows of {batch['source']} + {batch['target']} tokens"
+    memory = Table(
+        box=None,
+        padding=(0, 2),
+        title=f"\none training step in float32, {shape}",
+        title_justify="left",
+    )
+    memory.add_column("bytes")
+    memory.add_column("", justify="right")
+    for name, size in found["bytes"].items():
+        memory.add_row(name, show_bytes(size))
+    console.print(memory)
+    flops = found["flops_per_token"]
+    console.print(
+        f"\nFLOPs per token: forward {show_flops(flops['forward'])}, "
+        f"training {show_flops(flops['training'])} (matrix products and attention)",
+        highlight=False,
+    )
+    if "plan" in found:
+        plan = found["plan"]
+        console.print(
+            f"the whole run: {plan['steps']:,} steps, at most {show_count(plan['tokens_at_most'])} "
+            f"tokens, {show_flops(plan['flops_at_most'])}",
+            highlight=False,
+        )
+    if "source" in found:
+        _show_source(found, console)
+    if config:
+        console.print("\n" + "\n".join(found["config"]), highlight=False, markup=False)
+
+
+def _show_source(found: dict[str, Any], console: Console) -> None:
+    console.print(f"\nsource: {found['source']}", highlight=False)
+    for claim in found["published"]:
+        value, counted = claim["value"], claim["counted"]
+        console.print(
+            f"published {claim['quantity']} {show_count(value)}, counted {show_count(counted)} "
+            f"({counted / value - 1:+.1%}); {claim['basis']}: {claim['source']}",
+            highlight=False,
+        )
+    if found["guessed"]:
+        console.print(f"not published, ours: {', '.join(found['guessed'])}", highlight=False)

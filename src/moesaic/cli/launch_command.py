@@ -1,0 +1,139 @@
+"""``moesaic launch``: the file that starts a recipe on many machines, complete."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from moesaic.cli.shared_options import (
+    JsonOption,
+    SetOption,
+    UseOption,
+    command_app,
+    import_user_files,
+    print_result,
+    stderr,
+)
+from moesaic.core.config_text import parse_call
+from moesaic.core.errors import ConfigError, did_you_mean
+from moesaic.distributed.launchers.launcher import (
+    Kubernetes,
+    Launcher,
+    LaunchJob,
+    SkyPilot,
+    Slurm,
+    Torchrun,
+)
+from moesaic.recipes.lookup import find_recipe
+from moesaic.train.run import Run
+from moesaic.train.run_checks import check_run
+
+LAUNCHERS = (Torchrun, Slurm, Kubernetes, SkyPilot)  # importing a member makes it one
+LAUNCHER_NAMES = {member.__name__.lower(): member for member in LAUNCHERS}
+
+app = command_app()
+
+
+@app.command()
+def launch(
+    which: Annotated[str, typer.Argument(metavar="RECIPE|CONFIG", help="What is to be trained.")],
+    *,
+    nodes: Annotated[int, typer.Option(help="How many machines.")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus-per-node", help="GPUs of each; one rank a GPU.")],
+    launcher_text: Annotated[
+        str,
+        typer.Option(
+            "--on",
+            metavar="torchrun|slurm|kubernetes|skypilot",
+            help='With settings: --on "Slurm(time=12:00:00)" needs quotes inside.',
+        ),
+    ] = "torchrun",
+    changes: SetOption = None,
+    run_dir: Annotated[str | None, typer.Option("--run", help="The run directory there.")] = None,
+    max_restarts: Annotated[int, typer.Option(help="How often all ranks may start again.")] = 3,
+    min_nodes: Annotated[
+        int | None, typer.Option("--fewest-nodes", help="Go on with so few, if others are gone.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the file here.")] = None,
+    shown: Annotated[
+        bool, typer.Option("--print", help="Print it (without --out anyway).")
+    ] = False,
+    files: UseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the launch file of a training run on many machines, with restarts and resuming.
+
+    Example: [cyan]moesaic launch multilingual-50 --nodes 4 --gpus-per-node 8 --on slurm[/]
+
+    With settings: [cyan]--on 'Slurm(time="12:00:00", partition="gpu")'[/]
+
+    To a file: [cyan]moesaic launch demo --gpus-per-node 8 --on torchrun --out demo.sh[/]
+    """
+    import_user_files(files)
+    run = find_recipe(which, changes=changes or [])
+    check_run(run)
+    launcher = parse_launcher(launcher_text)
+    folder = run_dir or f"runs/{run.name}"
+    words = ["-m", "moesaic", "train", which, "--out", folder, "--resume", "auto"]
+    words += [word for change in changes or [] for word in ("--set", change)]
+    words += [word for file in files or [] for word in ("--use", str(file))]
+    job = LaunchJob(
+        name=run.name,
+        command=tuple(words),
+        description=_describe_job(run, nodes=nodes, gpus=gpus),
+        nodes=nodes,
+        gpus_per_node=gpus,
+        max_restarts=max_restarts,
+        min_nodes=min_nodes,
+    )
+    run.parallel.plan.resolve(job.world_size)  # a plan that these ranks cannot make is refused here
+    text = launcher.render(job)
+    if out is not None:
+        out.write_text(text, encoding="utf-8")
+    stderr.print(
+        f"{job.description}. Start it with: {_start_command(launcher, out)}", highlight=False
+    )
+    value = {"world": job.world_size, "nodes": nodes, "gpus_per_node": gpus, "file": text}
+    value |= {"out": None if out is None else str(out), "on": type(launcher).__name__}
+    print_result(value, as_json=as_json, show=_show(text, printed=shown or out is None))
+
+
+def parse_launcher(text: str) -> Launcher:
+    """Read ``slurm`` or ``Slurm(time="12:00:00")``. Raises ConfigError."""
+    fields = parse_call(text) or {"kind": text}
+    kind = str(fields["kind"])
+    member = LAUNCHER_NAMES.get(kind.lower())
+    if member is None:
+        known = ", ".join(LAUNCHER_NAMES)
+        hint = did_you_mean(kind, LAUNCHER_NAMES)
+        raise ConfigError([f'--on: found "{kind}", expected one of {known}{hint}'])
+    try:
+        return member.from_dict(fields | {"kind": member.__name__})
+    except ConfigError as error:
+        name = member.__name__
+        way = f"write it as --on '{name}(...)', with quotes around texts"
+        raise ConfigError(f"--on {name}.{problem} ({way})" for problem in error.problems) from error
+
+
+def _describe_job(run: Run, *, nodes: int, gpus: int) -> str:
+    tokens = f"{run.loader.batch_tokens:,} tokens"
+    return (
+        f"{run.name}: {nodes} x {gpus} GPUs = {nodes * gpus} ranks, a micro-batch of {tokens} over "
+        "all of them"
+    )
+
+
+def _start_command(launcher: Launcher, out: Path | None) -> str:
+    return launcher.submit_command.replace(
+        "FILE", f"FILE{launcher.suffix}" if out is None else str(out)
+    )
+
+
+def _show(text: str, *, printed: bool) -> Any:
+    def show(console: Console) -> None:  # noqa: ARG001 - a file is printed as it is
+        if printed:
+            sys.stdout.write(text)
+
+    return show

@@ -1,0 +1,89 @@
+"""``moesaic train``: a recipe or a config file to a trained run directory, or a run continued."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from moesaic.cli.shared_options import (
+    JsonOption,
+    SetOption,
+    UseOption,
+    command_app,
+    import_user_files,
+    print_result,
+)
+from moesaic.core.errors import UserError
+from moesaic.core.units import show_count, show_seconds
+from moesaic.recipes.lookup import find_recipe
+from moesaic.train.loop import TrainingResult
+from moesaic.train.resume import Resume, ResumeFrom, ResumeLatest, StartFresh
+from moesaic.train.run_training import train as run_training
+from moesaic.train.training_hooks import no_progress, terminal_progress
+
+app = command_app()
+
+
+@app.command()
+def train(
+    which: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE|CONFIG]", help="A recipe or a config.yaml.")
+    ] = None,
+    *,
+    changes: SetOption = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory (runs/NAME).")] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="auto|DIR", help="Go on in --out (auto), or from DIR.")
+    ] = None,
+    until: Annotated[int | None, typer.Option(help="Stop after this step; resume later.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No table and no lines.")] = False,
+    files: UseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train. Ctrl-C saves and says how to go on; the same command with --resume auto goes on.
+
+    Example: [cyan]moesaic train demo --set steps=200 --out runs/mine[/]
+
+    Go on: [cyan]moesaic train --resume runs/mine[/]
+
+    On several processes: [cyan]torchrun --nproc-per-node 2 -m moesaic train demo[/]
+    """
+    import_user_files(files)
+    if which is None and resume in (None, "auto"):
+        raise UserError("what is to be trained? name a recipe, a config.yaml, or --resume DIR")
+    run = find_recipe(which or str(resume), changes=changes or [])
+    folder = out or (Path("runs") / run.name if which else Path(str(resume)))
+    result = run_training(
+        run,
+        folder,
+        resume=resume_from(resume),
+        until=until,
+        progress=no_progress if quiet else terminal_progress,
+    )
+    value = asdict(result) | {"out": str(result.out)}
+    if os.environ.get("RANK", "0") == "0":  # under torchrun one rank answers for all
+        print_result(value, as_json=as_json, show=lambda console: _show(result, console))
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
+
+
+def resume_from(text: str | None) -> Resume:
+    """Read ``--resume``: nothing, ``auto``, or a directory."""
+    if text is None:
+        return StartFresh()
+    return ResumeLatest() if text == "auto" else ResumeFrom(path=text)
+
+
+def _show(result: TrainingResult, console: Console) -> None:
+    console.print(
+        f"[bold]{result.out}[/]: {result.stop_reason} after step {result.steps:,}, "
+        f"{show_count(result.tokens)} tokens; this call took {show_seconds(result.seconds)}",
+        highlight=False,
+    )
+    if result.stop_reason == "finished":
+        console.print(f"next: moesaic eval {result.out}", highlight=False)
+    else:
+        console.print(f"to go on: moesaic train --resume {result.out}", highlight=False)

@@ -1,0 +1,124 @@
+"""``moesaic translate``: lines in, translations out, one per line and in order."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moesaic.checkpoint.routes_file import RoutesWriter
+from moesaic.cli.shared_options import (
+    JsonOption,
+    RunArgument,
+    UseOption,
+    command_app,
+    import_user_files,
+    print_result,
+    stderr,
+)
+from moesaic.core.errors import DataError
+from moesaic.corpus.readers.text_lines import read_lines
+from moesaic.model.generate import Beam, Greedy, Search
+from moesaic.serve.translation_routing import translation_routes
+from moesaic.serve.translator import TranslationResult, Translator
+
+app = command_app()
+
+
+@app.command()
+def translate(
+    run: RunArgument,
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="FILE", help="Lines to translate (default: standard input)."),
+    ] = None,
+    *,
+    source: Annotated[str, typer.Option("--from", help="Source language, any spelling.")] = "en",
+    target: Annotated[str, typer.Option("--to", help="Target language, any spelling.")],
+    beam: Annotated[int, typer.Option(min=1, help="Beam size; 1 is greedy.")] = 4,
+    length_penalty: Annotated[
+        float, typer.Option(help="Scores are divided by length to this power.")
+    ] = 1.0,
+    n_best: Annotated[int, typer.Option(min=1, help="How many translations of each line.")] = 1,
+    experts: Annotated[
+        bool, typer.Option("--experts", help="Say which experts translated.")
+    ] = False,
+    routes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Record every token's experts in a file.")
+    ] = None,
+    files: UseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Translate. Output goes to stdout in the order of the input; empty lines stay empty.
+
+    Example: [cyan]echo "Save changes" | moesaic translate runs/demo --to es[/]
+    """
+    import_user_files(files)
+    translator = Translator.open(run)
+    search = _search(beam, length_penalty=length_penalty, n_best=n_best)
+    lines = _lines(file)
+    done = translator.translate(lines, source=source, target=target, search=search)
+    cut = sum(t.truncated for t in done)
+    if cut:
+        stderr.print(f"[yellow]{cut} line(s) were longer than the model reads and were cut[/]")
+    rows = [asdict(t) for t in done]
+    if routes is not None:
+        said = [t.text for t in done]
+        with RoutesWriter(
+            routes, languages=translator.languages, about={"run": run.resolve().name}
+        ) as writer:
+            for found in translation_routes(
+                translator, lines, translations=said, source=source, target=target
+            ):
+                writer.add(found)
+    if experts:
+        traces = [
+            translator.trace_experts(line, translation=t.text, source=source, target=target)
+            for line, t in zip(lines, done, strict=True)
+        ]
+        rows = [row | {"experts": trace.plain()} for row, trace in zip(rows, traces, strict=True)]
+    print_result(
+        {"translations": rows}, as_json=as_json, show=lambda console: _show(done, rows, console)
+    )
+
+
+def _search(beam: int, *, length_penalty: float, n_best: int) -> Search:
+    if beam == 1 and n_best == 1:
+        return Greedy()
+    return Beam(size=max(beam, n_best), length_penalty=length_penalty, n_best=n_best)
+
+
+def _lines(file: Path | None) -> list[str]:
+    if file is not None:
+        return [line for _, line in read_lines(file)]
+    if sys.stdin.isatty():
+        stderr.print("[dim]one text per line; end with Ctrl-D[/]")
+    try:
+        return sys.stdin.read().splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is not UTF-8: {error}") from error
+
+
+def _show(done: list[TranslationResult], rows: list[dict[str, Any]], console: Console) -> None:
+    for translation, row in zip(done, rows, strict=True):
+        sys.stdout.write(translation.text + "\n")
+        if len(translation.alternatives) > 1:
+            for other in translation.alternatives:
+                line = f"  [dim]{other.score:7.3f}[/]  {escape(other.text)}"
+                console.print(line, highlight=False)
+        for side in row.get("experts", {}).values():
+            _show_side(side, console)
+
+
+def _show_side(side: dict[str, Any], console: Console) -> None:
+    """One row of tokens, then a row of experts for each MoE layer."""
+    table = Table(box=None, padding=(0, 1), show_header=False)
+    table.add_row("", *(f"[bold]{escape(token)}[/]" for token in side["tokens"]))
+    for layer, rows in side["layers"].items():
+        used = ("+".join(str(expert) for expert, _ in visits) or "-" for visits in rows)
+        table.add_row(f"[dim]{layer}[/]", *(f"[cyan]{experts}[/]" for experts in used))
+    console.print(table)

@@ -1,0 +1,134 @@
+"""``moesaic verify``: does this config train alike, however it is laid over ranks?"""
+
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from moesaic.cli.shared_options import (
+    JsonOption,
+    SetOption,
+    UseOption,
+    command_app,
+    import_user_files,
+    print_result,
+    stderr,
+)
+from moesaic.core.errors import UserError
+from moesaic.recipes.lookup import find_recipe
+from moesaic.verify.compare_plans import (
+    PlanResult,
+    VerifySetup,
+    compare_plans,
+    configured_plan,
+    make_setup,
+    plans_up_to,
+    rejection_lines,
+    summarize,
+    to_markdown,
+    tolerances_text,
+    unequal_plans,
+)
+from moesaic.verify.shrink_config import shrink_config
+
+app = command_app()
+
+
+class PlanChoice(StrEnum):
+    """Which of the plans that fit."""
+
+    PAIRS = "pairs"
+    ALL = "all"
+    OWN = "own"
+
+
+@app.command()
+def verify(
+    which: Annotated[str, typer.Argument(metavar="RECIPE|CONFIG", help="What is to be trained.")],
+    *,
+    world_size: Annotated[int, typer.Option(min=2, help="The most ranks; its divisors too.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps under each plan.")] = 3,
+    choice: Annotated[
+        PlanChoice,
+        typer.Option("--plans", help="All, so few that any two degrees meet, or the config's own."),
+    ] = PlanChoice.PAIRS,
+    changes: SetOption = None,
+    timeout_s: Annotated[float, typer.Option(min=1, help="Seconds that one plan may take.")] = 120,
+    out: Annotated[Path | None, typer.Option(help="Write the matrix there, as Markdown.")] = None,
+    files: UseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a small copy of a config under every plan, and compare with one process.
+
+    Widths and the vocabulary are made small and the text is made up; layers, rules, heads, experts
+    per token and the optimizer are your own. Ends with 1 if any plan differs.
+
+    Example: [cyan]moesaic verify tiny --world 4[/]
+
+    One's own plan: [cyan]moesaic verify mine.yaml --world 8 --plans own[/]
+    """
+    import_user_files(files)
+    shrunk = shrink_config(find_recipe(which, changes=changes or []))
+    given = make_setup(shrunk.run, steps=steps, timeout_s=timeout_s)
+    found = (
+        configured_plan(shrunk.run, world_size=world_size)
+        if choice is PlanChoice.OWN
+        else plans_up_to(shrunk.run, world_size=world_size)
+    )
+    chosen = found.pairwise_cover() if choice is PlanChoice.PAIRS else found
+    if not chosen.valid:
+        raise UserError(
+            f"no plan of {world_size} ranks fits: {'; '.join(rejection_lines(found.rejected))}"
+        )
+    stderr.print(f"made small: {escape('; '.join(shrunk.changes))}", style="dim", highlight=False)
+    verdicts: list[PlanResult] = []
+    for verdict in compare_plans(given, plans=chosen.valid):
+        verdicts.append(verdict)
+        _print_verdict(verdict, of=len(chosen.valid), number=len(verdicts))
+    text = _to_markdown(verdicts, given=given, left=list(rejection_lines(found.rejected)))
+    if out is not None:
+        out.write_text(text, encoding="utf-8")
+    value = _to_json(verdicts) | {"changed": shrunk.changes, "plans that fit": len(found.valid)}
+    print_result(value, as_json=as_json, show=lambda console: _show(text, console))
+    if unequal_plans(verdicts):
+        raise typer.Exit(1)
+
+
+def _print_verdict(verdict: PlanResult, *, of: int, number: int) -> None:
+    word = "equal" if verdict.equal else "; ".join(verdict.problems)
+    style = "dim" if verdict.equal else "red"
+    ranks = f"{number}/{of} {verdict.world_size} ranks, {verdict.plan}: {word}"
+    stderr.print(escape(ranks), style=style, highlight=False)
+
+
+def _to_markdown(verdicts: list[PlanResult], *, given: VerifySetup, left: list[str]) -> str:
+    refused = "".join(f"- {line}\n" for line in left)
+    parts = [
+        to_markdown(verdicts),
+        f"{summarize(verdicts)}. {tolerances_text(given.tolerances)}",
+        refused,
+    ]
+    return "\n\n".join(part for part in parts if part).rstrip() + "\n"
+
+
+def _show(text: str, console: Console) -> None:
+    console.print(escape(text), highlight=False, soft_wrap=True, end="")
+
+
+def _to_json(verdicts: list[PlanResult]) -> dict[str, Any]:
+    rows = [
+        {
+            "ranks": v.world_size,
+            "plan": v.plan,
+            "parallel": v.parallel.to_dict(),
+            "found": None if v.differences is None else asdict(v.differences),
+            "wrong": v.problems,
+            "step_s": v.step_s,
+        }
+        for v in verdicts
+    ]
+    return {"summary": summarize(verdicts), "plans": rows}

@@ -1,0 +1,128 @@
+"""The text forms of a config: YAML, ``ArchiveMember(key=value)``, ``path=value``, flat lines."""
+
+import ast
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from moesaic.core.config_errors import show_value
+from moesaic.core.errors import ConfigError
+
+JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
+
+
+def read_yaml(text: str) -> Any:
+    """Return the value of a YAML text. Raises ConfigError, for a key that stands twice too."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError([f"not valid YAML: {' '.join(str(error).split())}"]) from error
+
+
+def write_yaml(value: JsonValue) -> str:
+    """Return ``value`` as YAML, keys in their own order."""
+    return _dump(value, sort_keys=False)
+
+
+def parse_call(text: str) -> dict[str, Any] | None:
+    """Read ``TopK``, ``TopK(k=2)`` or ``Muon(adamw=AdamW(lr=1e-3))``; else None."""
+    try:
+        value = _parse_call_value(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError):
+        return None
+    if isinstance(value, str):
+        return {"kind": value}
+    return value if isinstance(value, dict) and "kind" in value else None
+
+
+def _parse_call_value(node: ast.expr) -> Any:
+    match node:
+        case ast.Call(func=ast.Name(id=kind), args=[]):
+            return {"kind": kind} | {str(w.arg): _parse_call_value(w.value) for w in node.keywords}
+        case ast.Name(id=word):
+            return {"true": True, "false": False, "null": None}.get(word, word)
+        case ast.List(elts=inner) | ast.Tuple(elts=inner):
+            return [_parse_call_value(n) for n in inner]
+    return ast.literal_eval(node)
+
+
+def set_by_path(tree: dict[str, Any], change: str) -> None:
+    """Apply one ``path=value`` to a plain config. A wrong name is set as well.
+
+    The check of the whole refuses it, in the same words as in a file. Raises ConfigError where
+    the path leads nowhere.
+    """
+    path, equals, text = change.partition("=")
+    steps = path.strip().split(".")
+    if not equals or not all(steps):
+        raise ConfigError([f'--set "{change}": expected path=value'])
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError([f'--set "{change}": the value is not valid YAML']) from error
+    here: Any = tree
+    for depth, step in enumerate(steps[:-1]):
+        place = _resolve_step(here, step, path=".".join(steps[:depth]))
+        if isinstance(here, dict) and here.get(place) is None:
+            here[place] = {}  # below a null: a record of defaults
+        elif isinstance(here[place], str):
+            here[place] = parse_call(here[place]) or here[place]
+        here = here[place]
+    last = _resolve_step(here, steps[-1], path=".".join(steps[:-1]))
+    if last == "kind":
+        here.clear()  # what the old member was set to says nothing about the new one
+    here[last] = value
+
+
+def flat_lines(value: JsonValue) -> list[str]:
+    """Return sorted ``a.b.c = value`` lines; a list of scalars stays on one line."""
+    return sorted(f"{path} = {_scalar(leaf)}" for path, leaf in iter_leaves(value, ""))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is a mistake, not a silent choice of the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [str(name) for i, name in enumerate(names) if name in names[:i]]
+        if twice:
+            problem = f'the key "{twice[0]}" stands twice'
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _resolve_step(here: Any, step: str, *, path: str) -> Any:
+    """Return the key or index that ``step`` names in ``here``, which stands at ``path``."""
+    if isinstance(here, list):
+        if not step.isdigit() or int(step) >= len(here):
+            known = f"the places 0 to {len(here) - 1}" if here else "no places"
+            raise ConfigError([f"{path}.{step}: {path} has {known}"])
+        return int(step)
+    if not isinstance(here, dict):
+        raise ConfigError([f"{path}.{step}: {path} is {show_value(here)}, not a record"])
+    return step
+
+
+def iter_leaves(value: JsonValue, path: str) -> Iterator[tuple[str, JsonValue]]:
+    """Yield ``(path, value)`` of every scalar, and of every list of scalars, below ``path``."""
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from iter_leaves(inner, f"{path}.{name}" if path else name)
+    elif isinstance(value, list) and any(isinstance(v, dict | list) for v in value):
+        for i, inner in enumerate(value):
+            yield from iter_leaves(inner, f"{path}.{i}")
+    else:
+        yield path, value
+
+
+def _scalar(value: JsonValue) -> str:
+    return _dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+
+
+def _dump(value: JsonValue, **style: Any) -> str:
+    text = yaml.safe_dump(value, allow_unicode=True, **style)
+    if yaml.safe_load(text) == value:
+        return text
+    # PyYAML writes the rare line breaks (U+0085, U+2028) as they are and reads them as spaces
+    return yaml.safe_dump(value, **style)

@@ -1,0 +1,241 @@
+"""Build: a recipe in, a finished corpus on disk out, whole or not at all."""
+
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256 as new_sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from moesaic.core.errors import DataError
+from moesaic.core.files import sha256, write_json
+from moesaic.corpus.cleaning import CLEANING_RULES
+from moesaic.corpus.corpus import CORPUS_FORMAT, CORPUS_MANIFEST, Corpus
+from moesaic.corpus.corpus_recipes import CorpusRecipe, named_corpus
+from moesaic.corpus.data_home import corpora_dir
+from moesaic.corpus.read_sources import ReadJob, ReadResult, map_in_order, read_source_file
+from moesaic.corpus.readers.keyed_text import DISAGREE
+from moesaic.corpus.resolve_conflicts import DirectionJob, DirectionResult, resolve_conflicts
+from moesaic.corpus.sources.text_source import ProgressListener, SilentProgress, SourceFile
+from moesaic.corpus.spill import Direction, PairSpill
+from moesaic.corpus.split import LeakedSources, find_leaks
+
+DROP_REASONS = {rule.name: rule.why for rule in CLEANING_RULES} | {
+    DISAGREE: "two texts of one place, but their numbers or inline elements differ",
+    "duplicate": "the same pair was read before",
+    "other_target": "more sources gave this source another target",
+    "source_in_train": "held out by an extract or a domain, but its source is a train source",
+    "near_train": "held out, but its source is almost a train source (see split.near_duplicates)",
+    "target_in_train": "held out, but its target is a train target",
+}
+
+
+def build_corpus(
+    recipe_or_name: CorpusRecipe | str,
+    *,
+    out: Path | None = None,
+    progress: ProgressListener | None = None,
+    workers: int = 1,
+) -> Corpus:
+    """Build a corpus by recipe or name, or open it when it is already there.
+
+    ``workers`` processes read and write; their number changes nothing in the corpus. More than one
+    needs a script whose start is guarded by ``if __name__ == "__main__"``.
+
+    ``out`` is the corpus directory, by default ``data/corpora/NAME``. A directory there that holds
+    a corpus of another recipe is replaced; one that holds anything else is left alone (DataError).
+    """
+    recipe = named_corpus(recipe_or_name) if isinstance(recipe_or_name, str) else recipe_or_name
+    listener = progress or SilentProgress()
+    root = out or corpora_dir() / recipe.name
+    ready = _open_finished(root, recipe)
+    if ready:
+        listener.report_progress(f"{root}: already built")
+        return ready
+    root.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}.part-"))
+    try:
+        _CorpusBuilder(recipe, work, listener, workers).run()
+        _publish(work, root)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    corpus = Corpus.open(root)
+    listener.report_progress(
+        f"{root}: {corpus.manifest['pairs']} pairs, {len(corpus.languages)} languages"
+    )
+    return corpus
+
+
+def recipe_hash(recipe: CorpusRecipe) -> str:
+    """Return the hash that tells one recipe's corpus from another's."""
+    text = json.dumps([CORPUS_FORMAT, recipe.to_dict()], sort_keys=True, ensure_ascii=False)
+    return new_sha256(text.encode()).hexdigest()
+
+
+def _open_finished(root: Path, recipe: CorpusRecipe) -> Corpus | None:
+    if not (root / CORPUS_MANIFEST).is_file():
+        if root.exists() and any(root.iterdir()):
+            raise DataError(f"{root}: holds something that is no corpus; choose another folder")
+        return None
+    try:
+        corpus = Corpus.open(root)
+    except DataError:
+        return None
+    if corpus.manifest["recipe_hash"] != recipe_hash(recipe):
+        return None
+    before, now = corpus.manifest.get("inputs", {}), _file_stamps(recipe)
+    return corpus if not now or before == now else None
+
+
+def _file_stamps(recipe: CorpusRecipe) -> dict[str, list[int]]:
+    """Size and time of the user's own files; empty when they are gone: the corpus still stands."""
+    stats = {str(path): path.stat() for path in recipe.source.inputs()}
+    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
+
+
+def _publish(work: Path, root: Path) -> None:
+    """Put the finished directory in place; an older corpus there goes only once ours is whole."""
+    if root.exists():
+        old = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}.old-"))
+        root.replace(old)
+        work.replace(root)
+        shutil.rmtree(old)
+    else:
+        work.replace(root)
+
+
+@dataclass
+class _CorpusBuilder:
+    """One build under way: the folder it writes to, and everything counted so far."""
+
+    recipe: CorpusRecipe
+    work: Path
+    progress: ProgressListener
+    workers: int
+    result: ReadResult = field(default_factory=ReadResult)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def run(self) -> None:
+        units = self.recipe.source.fetch(progress=self.progress)
+        spill, keys = PairSpill(self.work / "spill"), self.work / "keys"
+        self._read_units(
+            [unit for unit in units if not unit.missing_reason], spill=spill, keys=keys
+        )
+        if self.recipe.split.near_duplicates.enabled:
+            self.progress.report_progress("looking for near-duplicates among the held-out sources")
+        leaks = find_leaks(keys, near_duplicates=self.recipe.split.near_duplicates)
+        keys.unlink()
+        directions = list(dict.fromkeys(which.direction for which in spill.bins()))
+        self.progress.report_progress(f"writing {len(directions)} directions")
+        settled = list(self._resolve_directions(directions, leaks=leaks))
+        shutil.rmtree(self.work / "spill")
+        self._add_texts()
+        self._write_manifest(units, settled)
+
+    def _read_units(self, units: list[SourceFile], *, spill: PairSpill, keys: Path) -> None:
+        """Read every unit; join what each left on disk, in their order."""
+        keys.touch()
+        jobs = [
+            ReadJob(self.recipe, unit, rank, self.work / f"unit-{rank:06d}")
+            for rank, unit in enumerate(units)
+        ]
+        results = map_in_order(read_source_file, jobs, workers=min(self.workers, max(1, len(jobs))))
+        for job, result in zip(jobs, results, strict=True):
+            self.progress.report_progress(
+                f"read {job.unit.name} {job.unit.version} ({job.rank + 1}/{len(jobs)})"
+            )
+            self.result.add(result)
+            spill.append_from(job.pairs)
+            for path in (*job.texts.iterdir(), job.keys):
+                target = keys if path == job.keys else self.work / path.name
+                with target.open("ab") as whole, path.open("rb") as part:
+                    shutil.copyfileobj(part, whole)
+            shutil.rmtree(job.folder)
+
+    def _resolve_directions(
+        self, directions: list[Direction], *, leaks: LeakedSources
+    ) -> Iterator[DirectionResult]:
+        jobs = [
+            DirectionJob(
+                direction,
+                self.work / "spill",
+                self.work,
+                self.recipe.split,
+                leaks,
+                self.result.counts[direction],
+                self.recipe.min_pairs,
+            )
+            for direction in directions
+        ]
+        for settled in map_in_order(
+            resolve_conflicts, jobs, workers=min(self.workers, max(1, len(jobs)))
+        ):
+            self.result.counts[settled.direction] = settled.counts
+            self.files |= settled.files
+            yield settled
+
+    def _add_texts(self) -> None:
+        for name, rows in sorted(self.result.text_rows.items()):
+            path = self.work / name
+            self.files[name] = {
+                "rows": rows,
+                "bytes": path.stat().st_size,
+                "sha256": sha256(path),
+            }
+
+    def _write_manifest(
+        self, units: tuple[SourceFile, ...], settled: list[DirectionResult]
+    ) -> None:
+        kept = [s for s in settled if s.pairs >= self.recipe.min_pairs]
+        small = {"-".join(s.direction): s.pairs for s in settled if s not in kept}
+        text_languages = {name.partition(".")[0] for name in self.result.text_rows}
+        codes = {code for s in kept for code in s.direction} | text_languages
+        if not codes:
+            raise DataError(self._nothing_left_message(small))
+        origins: Counter[str] = Counter()
+        for direction in kept:
+            origins.update(direction.origins)
+        about = {
+            "format": CORPUS_FORMAT,
+            "name": self.recipe.name,
+            "moesaic": version("moesaic"),
+            "recipe": self.recipe.to_dict(),
+            "recipe_hash": recipe_hash(self.recipe),
+            "inputs": _file_stamps(self.recipe),
+            "languages": sorted(codes),
+            "pairs": sum(f["rows"] for n, f in self.files.items() if n.endswith(".tsv")),
+            "directions": [s.manifest_entry for s in kept],
+            "domains": {d.name: list(d.packages) for d in self.recipe.split.domains},
+            "too_small": small,
+            "reasons": DROP_REASONS,
+            "sources": {
+                name: source | {"pairs": origins[name]}
+                for name, source in sorted(self.result.sources.items())
+            },
+            "read": [
+                {"name": u.name, "version": u.version, "file": u.path.name}
+                for u in units
+                if not u.missing_reason
+            ],
+            "missing": {u.name: u.missing_reason for u in units if u.missing_reason},
+            "split_policy": "hash of the normalised source; held-out rows whose target is a train "
+            "target are dropped",
+            "files": self.files,
+        }
+        write_json(self.work / CORPUS_MANIFEST, about)
+
+    def _nothing_left_message(self, small: dict[str, int]) -> str:
+        read = sum(t.read for t in self.result.counts.values())
+        dropped: Counter[str] = Counter()
+        for tally in self.result.counts.values():
+            dropped.update(tally.dropped)
+        why = ", ".join(f"{n} {reason}" for reason, n in dropped.most_common(4))
+        few = (
+            f"; {len(small)} direction(s) under min_pairs={self.recipe.min_pairs}" if small else ""
+        )
+        start = f"corpus {self.recipe.name}: nothing to keep of {read} pairs read"
+        return f"{start} ({why or 'none'}){few}"

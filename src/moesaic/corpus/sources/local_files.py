@@ -1,0 +1,132 @@
+"""Your own files as a corpus: any mix of the formats that the readers know.
+
+Extract: a folder of ``LANG.train.tsv.xz`` and ``LANG.valid.tsv.xz``: domain, English, target.
+
+Its own split is kept: train rows stay train rows, the others are shared out between valid and test.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import model_validator
+
+from moesaic.core.config import Config
+from moesaic.core.errors import DataError
+from moesaic.corpus.languages import resolve_language
+from moesaic.corpus.pair import Pair, Text
+from moesaic.corpus.readers.formats import read_pairs, read_texts
+from moesaic.corpus.readers.moses import moses_file
+from moesaic.corpus.readers.text_lines import require_rows
+from moesaic.corpus.readers.tsv import read_rows
+from moesaic.corpus.sources.text_source import (
+    AllowedSplit,
+    LanguageFilter,
+    ProgressListener,
+    SourceFile,
+    TextSource,
+)
+
+
+class LocalFile(Config):
+    """A file of pairs (``source`` and ``target``) or of one language's text (``language``)."""
+
+    path: str
+    source: str = ""
+    target: str = ""
+    language: str = ""
+    licence: str = "not stated"
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> "LocalFile":
+        if self.language and (self.source or self.target):
+            raise ValueError("either language (text) or source and target (pairs), not both")
+        return self
+
+
+class LocalFiles(TextSource):
+    """Pairs and texts from files of your own."""
+
+    files: tuple[LocalFile, ...]
+
+    def fetch(self, *, progress: ProgressListener) -> tuple[SourceFile, ...]:
+        del progress
+        units = []
+        for file in self.files:
+            path = Path(file.path)
+            codes = [
+                resolve_language(x).code for x in (file.source, file.target, file.language) if x
+            ]
+            if not path.is_file() and not any(moses_file(path, code=c) for c in codes):
+                raise DataError(f"{path}: no such file (nor {path.name}.<language> beside it)")
+            units.append(SourceFile(path.name, path, licence=file.licence))
+        return tuple(units)
+
+    def inputs(self) -> tuple[Path, ...]:
+        found = []
+        for file in self.files:
+            path = Path(file.path)
+            sides = (
+                moses_file(path, code=resolve_language(x).code)
+                for x in (file.source, file.target)
+                if x
+            )
+            found += [path] if path.is_file() else [side for side in sides if side]
+        return tuple(found)
+
+    def read(self, unit: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair | Text]:
+        for file in self.files:
+            if Path(file.path) == unit.path:
+                yield from _read_local_file(file, wanted=wanted)
+
+
+def _read_local_file(file: LocalFile, *, wanted: LanguageFilter) -> Iterator[Pair | Text]:
+    if file.language:
+        if wanted(resolve_language(file.language).code):
+            yield from read_texts(file.path, code=file.language, licence=file.licence)
+        return
+    rows = read_pairs(file.path, source=file.source, target=file.target, licence=file.licence)
+    for pair in rows:
+        if wanted(pair.source_language) and wanted(pair.target_language):
+            yield pair
+
+
+ENGLISH = "eng_Latn"
+
+
+_SPLIT_FILE = re.compile(r"(?P<language>.+)\.(?P<split>train|valid|test)\.tsv(\.gz|\.xz|\.zst)?")
+
+
+class PresplitFolder(TextSource):
+    """Pairs with English from such a folder; the domain (a package) is each pair's origin."""
+
+    folder: str
+
+    def fetch(self, *, progress: ProgressListener) -> tuple[SourceFile, ...]:
+        del progress
+        root = Path(self.folder)
+        if not root.is_dir():
+            raise DataError(f"{root}: no such folder")
+        units = []
+        for path in sorted(root.iterdir()):
+            match = _SPLIT_FILE.fullmatch(path.name)
+            if match:
+                place: AllowedSplit = "train" if match["split"] == "train" else "held-out"
+                units.append(
+                    SourceFile(resolve_language(match["language"]).code, path, allowed_split=place)
+                )
+        if not units:
+            raise DataError(f"{root}: no file named LANG.train.tsv, .tsv.gz, .tsv.xz or .tsv.zst")
+        return tuple(units)
+
+    def inputs(self) -> tuple[Path, ...]:
+        root = Path(self.folder)
+        return tuple(sorted(p for p in root.glob("*") if _SPLIT_FILE.fullmatch(p.name)))
+
+    def read(self, unit: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair]:
+        if not wanted(unit.name):
+            return
+        rows = require_rows(read_rows(unit.path, columns=3), path=unit.path, what="pairs")
+        for row in rows:
+            domain, english, target = row.fields[:3]
+            yield Pair(english, target, ENGLISH, unit.name, domain, "not stated")

@@ -1,0 +1,129 @@
+"""Synthetic: made-up languages with exact translations, for tutorials and tests without a network.
+
+English phrases come from a small grammar. Each target language (ISO 639 private-use codes, such as
+``qaa_Latn``) has its own lexicon, its own script and its own word order, so a model that learns it
+has learnt to translate and not to copy.
+"""
+
+import itertools
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import Field
+
+from moesaic.corpus.languages import resolve_language
+from moesaic.corpus.pair import Pair
+from moesaic.corpus.sources.text_source import (
+    LanguageFilter,
+    ProgressListener,
+    SourceFile,
+    TextSource,
+)
+
+ENGLISH = "eng_Latn"
+VERBS = [
+    "open",
+    "close",
+    "save",
+    "delete",
+    "copy",
+    "move",
+    "print",
+    "show",
+    "hide",
+    "share",
+    "rename",
+    "import",
+]
+ADJECTIVES = [
+    "new",
+    "old",
+    "large",
+    "small",
+    "empty",
+    "selected",
+    "public",
+    "private",
+    "hidden",
+    "last",
+]
+NOUNS = [
+    "file",
+    "folder",
+    "page",
+    "image",
+    "user",
+    "message",
+    "report",
+    "window",
+    "table",
+    "link",
+    "account",
+    "list",
+]
+PLACES = ["here", "now", "in the archive", "on this page", "for every user", "without a copy"]
+ALPHABETS = {
+    "Latn": ("bdfgklmnprstvz", "aeiou"),
+    "Cyrl": ("бвгджзклмнпрст", "аеиоу"),
+    "Grek": ("βγδζθκλμνπρστ", "αειου"),
+}
+
+
+class SyntheticLanguages(TextSource):
+    """``phrases`` English phrases and their translations into each of ``languages``."""
+
+    languages: tuple[str, ...] = ("qaa_Latn", "qab_Cyrl", "qac_Grek")
+    phrases: int = Field(default=2000, ge=10, le=8640)
+    seed: int = 0
+
+    def fetch(self, *, progress: ProgressListener) -> tuple[SourceFile, ...]:
+        del progress
+        return (
+            SourceFile("synthetic", Path("synthetic"), version=str(self.seed), licence="CC0-1.0"),
+        )
+
+    def read(self, unit: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair]:
+        for code in self.languages:
+            if not wanted(code):
+                continue
+            lexicon = _Lexicon(resolve_language(code).script, seed=f"{self.seed}-{code}")
+            for phrase in self._phrases():
+                english, target = " ".join(phrase), lexicon.translate(phrase)
+                yield Pair(english, target, ENGLISH, code, unit.name, unit.licence)
+
+    def _phrases(self) -> list[tuple[str, ...]]:
+        every = list(itertools.product(VERBS, ["the"], ADJECTIVES, NOUNS, PLACES))
+        chosen = random.Random(self.seed).sample(every, min(self.phrases, len(every)))
+        return [(v.capitalize(), *rest) for v, *rest in chosen]
+
+
+class _Lexicon:
+    """One invented language: a word for each English word, and verb-last or verb-first order."""
+
+    def __init__(self, script: str, *, seed: str) -> None:
+        self._draw = random.Random(seed)
+        self._consonants, self._vowels = ALPHABETS.get(script, ALPHABETS["Latn"])
+        self._verb_last = self._draw.random() < 0.5
+        used: set[str] = set()
+        self._words = {word: self._new(used) for word in [*VERBS, *ADJECTIVES, *NOUNS, *PLACES]}
+
+    def translate(self, phrase: tuple[str, ...]) -> str:
+        verb, _, adjective, noun, place = phrase
+        says = self._words
+        object_ = [says[noun], says[adjective]]  # the adjective follows, and there is no article
+        verb_, place_ = says[verb.lower()], says[place]
+        words = [place_, *object_, verb_] if self._verb_last else [verb_, *object_, place_]
+        text = " ".join(words)
+        return text[0].upper() + text[1:]
+
+    def _new(self, used: set[str]) -> str:
+        while True:
+            syllables = self._draw.randint(2, 3)
+            word = "".join(
+                self._draw.choice(self._consonants) + self._draw.choice(self._vowels)
+                for _ in range(syllables)
+            )
+            if word not in used:
+                used.add(word)
+                return word

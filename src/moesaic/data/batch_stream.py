@@ -1,0 +1,330 @@
+"""Plan: how a window of rows of known lengths is cut into batches, and a batch into rank shares.
+
+Letters: N rows of the window, B rows of a batch. Area is rows * (longest source + longest target).
+
+Feed: from a position in a run's data to the batches that follow it, for one rank.
+
+A window of consecutive draws is planned from lengths alone, the same on every rank; a rank then
+reads and pads only its own rows. Letters: N draws of a window, M streams, B rows of a batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from moesaic.core.config import Config
+from moesaic.core.errors import ConfigError, DataError
+from moesaic.data.batch import Batch
+from moesaic.data.collators import Collator, EncoderDecoderCollator, RowLengths, TokenizedSamples
+from moesaic.data.counter_rng import random_bits, random_permutation
+from moesaic.data.mixture import Mixture, SampleDraws
+from moesaic.data.ragged import IntArray, Ragged
+from moesaic.data.tasks import TaskStream
+from moesaic.data.token_shards import TokenShards
+from moesaic.data.tokenizer import Tokenizer
+
+
+def bucket_by_length(lengths: RowLengths, *, batch_tokens: int, key: IntArray) -> list[IntArray]:
+    """Return the rows of each batch, rows of like length together, no area over ``batch_tokens``.
+
+    ``key[N]`` breaks ties, so that equal lengths are not grouped by stream. The batches are as few
+    as filling each to the brim makes them, and then as equal in area as that number allows: no
+    rest is left over at the end of a window.
+    """
+    source, target = lengths
+    # the longer side first: it decides the area; the other side then varies least within a batch
+    order = np.lexsort((key, source, np.maximum(source, target)))
+    source, target = source[order], target[order]
+    ends = _batch_ends(source, target, batch_tokens)
+    low, high = batch_tokens // 2, batch_tokens
+    while high - low > max(1, batch_tokens // 64):
+        middle = (low + high) // 2
+        found = _batch_ends(source, target, middle)
+        low, high = (low, middle) if len(found) == len(ends) else (middle, high)
+        ends = found if len(found) == len(ends) else ends
+    return np.split(order, ends[:-1]) if ends else []
+
+
+def rows_of_rank(rows: IntArray, *, rank: int, num_replicas: int) -> IntArray:
+    """Return one rank's part of a batch whose rows are in order of length.
+
+    Dealt there and back (0 1 2 2 1 0), so that no rank gets only the longer ones; each row goes to
+    exactly one rank, and ranks differ by at most one row.
+    """
+    turn = np.arange(len(rows)) % (2 * num_replicas)
+    return rows[np.minimum(turn, 2 * num_replicas - 1 - turn) == rank]
+
+
+def _batch_ends(source: IntArray, target: IntArray, budget: int) -> list[int]:
+    """Return where each batch ends when every batch takes rows until its area is full."""
+    ends, first = [], 0
+    while first < len(source):
+        most = max(1, budget // max(1, int(source[first] + target[first])))
+        here = slice(first, first + most)
+        widest = np.maximum.accumulate(source[here]) + np.maximum.accumulate(target[here])
+        area = widest * np.arange(1, len(widest) + 1)
+        first += max(1, int(np.searchsorted(area, budget, side="right")))
+        ends.append(first)
+    return ends
+
+
+_NOISE, _TIE_BREAK, _ORDER, _HELD_OUT = 21, 22, 23, 24
+
+
+_MAX_EMPTY_WINDOWS = 100
+
+
+class LoaderConfig(Config):
+    """How rows become batches. Lengths and areas are in tokens, special tokens included."""
+
+    batch_tokens: Annotated[
+        int,
+        Field(ge=8, description="largest rows * (longest source + longest target), over all ranks"),
+    ] = 4096
+    bucket_window: Annotated[
+        int, Field(ge=1, description="draws that are sorted by length together")
+    ] = 16384
+    max_source: Annotated[
+        int, Field(ge=2, description="a row with a longer source is skipped, counted")
+    ] = 256
+    max_target: Annotated[
+        int, Field(ge=2, description="a row with a longer target is skipped, counted")
+    ] = 256
+    collator: Collator = EncoderDecoderCollator()
+    prefetch: Annotated[
+        int, Field(ge=0, description="batches made early by a thread; 0: no thread")
+    ] = 16
+
+
+@dataclass(frozen=True, slots=True)
+class DataReplica:
+    """Which of ``world`` data ranks this is. No place changes what a global batch holds."""
+
+    rank: int = 0
+    num_replicas: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderPosition:
+    """Where a run is in its data: batch ``batch`` of the window that starts at draw ``first``.
+
+    ``counts`` and ``skipped`` [M] are draws, and over-long rows among them, before the window.
+    """
+
+    first_draw: int
+    batch_index: int
+    counts: IntArray
+    skipped: IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedWindow:
+    """Planned rows: their streams, texts and lengths [N], and the rows of each batch in order."""
+
+    stream: IntArray
+    source: IntArray
+    target: IntArray
+    key: IntArray
+    lengths: RowLengths
+    batches: tuple[IntArray, ...]
+    skipped: IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class PositionedBatch:
+    """A batch, the position after it, and the draws and skips so far, its whole window included."""
+
+    batch: Batch
+    next_position: LoaderPosition
+    counts: IntArray
+    skipped: IntArray
+
+
+class BatchStream:
+    """See the module's first lines. Frozen: all state is in ``Position``."""
+
+    def __init__(
+        self, shards: TokenShards, *, tokenizer: Tokenizer, mixture: Mixture, config: LoaderConfig
+    ) -> None:
+        _check_limits(shards, tokenizer=tokenizer, config=config)
+        self.shards, self.mixture, self.config = shards, mixture, config
+        self._tokenizer = tokenizer
+
+    def initial_position(self) -> LoaderPosition:
+        counts = self.mixture.initial_counts()
+        return LoaderPosition(0, 0, counts, counts)
+
+    def batches_from(
+        self, position: LoaderPosition, *, replica: DataReplica
+    ) -> Iterator[PositionedBatch]:
+        """Yield this rank's part of every global batch from ``position`` on, without end.
+
+        Raises DataError when window after window holds nothing but over-long rows.
+        """
+        labels, empty = self._labels(self.mixture.streams, self.mixture.stream_task), 0
+        while True:
+            draws = self.mixture.draw(
+                position.first_draw, count=self.config.bucket_window, counts=position.counts
+            )
+            window = self._plan_training_window(draws)
+            counts = self.mixture.counts_after(draws, counts=position.counts)
+            skipped = position.skipped + window.skipped
+            empty = 0 if window.batches else empty + 1
+            if empty == _MAX_EMPTY_WINDOWS:
+                raise DataError(self._nothing_fits_message(empty * self.config.bucket_window))
+            for b in range(position.batch_index, len(window.batches)):
+                batch = self._make_batch(window, b, labels=labels, replica=replica)
+                yield PositionedBatch(batch, replace(position, batch=b + 1), counts, skipped)
+            position = LoaderPosition(
+                position.first_draw + self.config.bucket_window, 0, counts, skipped
+            )
+
+    def held_out_batches(
+        self, split: str, *, rows: int | None, replica: DataReplica
+    ) -> Iterator[Batch]:
+        """Yield this rank's part of every batch of a split: the same ones in every call.
+
+        At most ``rows`` rows of a stream are taken, chosen by hash. Batches come in mixed lengths.
+        """
+        streams, task_of = [], []
+        for t, task in enumerate(self.mixture.tasks):
+            found = task.streams(self.shards, languages=self._tokenizer.languages, split=split)
+            found = [stream for stream in found if stream.size]
+            streams, task_of = streams + found, task_of + [t] * len(found)
+        sizes = [min(s.size, rows or s.size) for s in streams]
+        stream = np.repeat(np.arange(len(streams)), sizes)
+        turn = Ragged.gather(
+            np.arange(max(sizes, default=0)),
+            starts=np.zeros(len(sizes)),
+            lengths=np.array(sizes, dtype=np.int64),
+        ).tokens
+        whole = np.array([s.size for s in streams], dtype=np.int64)[stream]
+        index = random_permutation(turn, size=whole, key=random_bits(_HELD_OUT, stream))
+        draws = SampleDraws(random_bits(_HELD_OUT, stream, index), stream, index)
+        window = self._plan_window(draws, streams, np.array(task_of, dtype=np.int64))
+        labels = self._labels(streams, np.array(task_of, dtype=np.int64))
+        for b in range(len(window.batches)):
+            yield self._make_batch(window, b, labels=labels, replica=replica)
+
+    def _plan_training_window(self, draws: SampleDraws) -> PlannedWindow:
+        return self._plan_window(draws, self.mixture.streams, self.mixture.stream_task)
+
+    def _plan_window(
+        self, draws: SampleDraws, streams: Sequence[TaskStream], task_of: IntArray
+    ) -> PlannedWindow:
+        source, target = _text_ids(draws, streams)
+        text = RowLengths(self.shards.lengths(source), self.shards.lengths(target))
+        read = text.source.copy()
+        for t, task in enumerate(self.mixture.tasks):
+            mine = task_of[draws.stream] == t
+            read[mine] = task.max_source_lengths(text.source[mine])
+        lengths = self.config.collator.lengths(read, target=text.target)
+        fits = lengths.source <= self.config.max_source
+        fits &= lengths.target <= self.config.max_target
+        over = np.bincount(draws.stream[~fits], minlength=len(streams))
+        seed = self.mixture.seed
+        kept = RowLengths(lengths.source[fits], lengths.target[fits])
+        key = random_bits(seed, _TIE_BREAK, draws.number[fits])
+        batches = bucket_by_length(kept, batch_tokens=self.config.batch_tokens, key=key)
+        first = draws.number[0] if len(draws) else 0
+        order = np.argsort(random_bits(seed, _ORDER, first, np.arange(len(batches))))
+        return PlannedWindow(
+            stream=draws.stream[fits],
+            source=source[fits],
+            target=target[fits],
+            key=random_bits(seed, _NOISE, draws.number[fits]),
+            lengths=kept,
+            batches=tuple(batches[i] for i in order),
+            skipped=over,
+        )
+
+    def _make_batch(
+        self, window: PlannedWindow, number: int, *, labels: "_StreamLabels", replica: DataReplica
+    ) -> Batch:
+        whole = window.batches[number]
+        rows = rows_of_rank(whole, rank=replica.rank, num_replicas=replica.num_replicas)
+        # rows of one task side by side: each task then makes its sources in one go
+        rows = rows[np.argsort(labels.task[window.stream[rows]], kind="stable")]
+        stream = window.stream[rows]
+        task = labels.task[stream]
+        texts, key = self.shards.gather(window.source[rows]), window.key[rows]
+        edges = np.searchsorted(task, np.arange(len(self.mixture.tasks) + 1))
+        source = Ragged.concatenate(
+            [
+                one.corrupt_source(texts.slice(start, stop), key=key[start:stop])
+                for one, start, stop in zip(
+                    self.mixture.tasks, edges[:-1].tolist(), edges[1:].tolist(), strict=True
+                )
+                if stop > start
+            ]
+        )
+        samples = TokenizedSamples(
+            source=source,
+            target=self.shards.gather(window.target[rows]),
+            task=task,
+            source_language=labels.source_language[stream],
+            target_language=labels.target_language[stream],
+            source_language_token=labels.source_tag[stream],
+            target_language_token=labels.target_tag[stream],
+            key=key,
+        )
+        empty = RowLengths(window.lengths.source[whole], window.lengths.target[whole])
+        return self.config.collator.collate(samples, empty=empty)
+
+    def _labels(self, streams: Sequence[TaskStream], task_of: IntArray) -> "_StreamLabels":
+        place = {code: i for i, code in enumerate(self._tokenizer.languages)}
+        tag = self._tokenizer.language_token_id
+        ends = [(s.source_language, s.target_language) for s in streams]
+        columns = np.array(
+            [(place[s], place[t], tag(s), tag(t)) for s, t in ends], dtype=np.int64
+        ).reshape(-1, 4)
+        return _StreamLabels(task_of, *columns.T)
+
+    def _nothing_fits_message(self, draws: int) -> str:
+        return (
+            f"none of {draws} rows drawn fits loader.max_source={self.config.max_source} and "
+            f"max_target={self.config.max_target}; raise them"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _StreamLabels:
+    """What each stream's rows are labelled with [M]."""
+
+    task: IntArray
+    source_language: IntArray
+    target_language: IntArray
+    source_tag: IntArray
+    target_tag: IntArray
+
+
+def _text_ids(draws: SampleDraws, streams: Sequence[TaskStream]) -> tuple[IntArray, IntArray]:
+    """Return the text numbers [N] of both sides, reading each stream's rows in one go."""
+    source, target = np.zeros((2, len(draws)), dtype=np.int64)
+    order = np.argsort(draws.stream, kind="stable")
+    present, starts = np.unique(draws.stream[order], return_index=True)
+    for m, rows in zip(present, np.split(order, starts)[1:], strict=True):
+        source[rows], target[rows] = streams[m].rows.texts(draws.row[rows])
+    return source, target
+
+
+def _check_limits(shards: TokenShards, *, tokenizer: Tokenizer, config: LoaderConfig) -> None:
+    if shards.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            f"{shards.path} was written with another tokenizer (its fingerprint starts "
+            f"{shards.tokenizer_fingerprint[:8]}, this one's {tokenizer.fingerprint[:8]}); "
+            "write the shards again with this one"
+        )
+    zero = np.zeros(1, dtype=np.int64)
+    reads = config.collator.lengths(zero, target=zero).source[0] > 0
+    longest = config.max_target + (config.max_source if reads else 0)
+    if longest > config.batch_tokens:
+        raise ConfigError(
+            [
+                f"loader.batch_tokens: found {config.batch_tokens}, expected at least the longest "
+                f"row that the limits allow, {longest}"
+            ]
+        )

@@ -1,0 +1,133 @@
+"""Layout: how a source and a target text become the rows that a model reads and must say.
+
+Letters: B rows, S source length, L target length. ``tag`` is the id of a language tag.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from moesaic.core.config import Choice
+from moesaic.data.batch import PAD, Batch
+from moesaic.data.counter_rng import UInt64Array
+from moesaic.data.ragged import IntArray, Ragged
+from moesaic.data.tokenizer import EOS
+
+
+class RowLengths(NamedTuple):
+    """Lengths [B] of both sides, special tokens included."""
+
+    source: IntArray
+    target: IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedSamples:
+    """Rows as text tokens, before any special token. All arrays are [B] but the two texts."""
+
+    source: Ragged
+    target: Ragged
+    task: IntArray
+    source_language: IntArray
+    target_language: IntArray
+    source_language_token: IntArray
+    target_language_token: IntArray
+    key: UInt64Array
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+
+class Collator(Choice):
+    """See the module's first lines."""
+
+    def lengths(self, source: IntArray, *, target: IntArray) -> RowLengths:
+        """Return the final lengths [B] for text lengths [B]."""
+        raise NotImplementedError
+
+    def collate(self, samples: TokenizedSamples, *, empty: RowLengths) -> Batch:
+        """Return padded tensors; ``empty`` gives the widths when there are no rows."""
+        raise NotImplementedError
+
+
+class EncoderDecoderCollator(Collator):
+    """Source ``[target tag] text [EOS]``; the decoder starts from the target tag.
+
+    The tag in front of the source is Johnson et al. 2017 (arXiv:1611.04558).
+    """
+
+    def lengths(self, source: IntArray, *, target: IntArray) -> RowLengths:
+        return RowLengths(source + 2, target + 1)
+
+    def collate(self, samples: TokenizedSamples, *, empty: RowLengths) -> Batch:
+        rows = np.arange(len(samples))
+        widths = self.lengths(samples.source.lengths, target=samples.target.lengths)
+        source = _padded_grid(widths.source, empty.source)
+        source[:, :1] = samples.target_language_token[:, None]
+        _write_rows(source, samples.source, shift=1)
+        source[rows, samples.source.lengths + 1] = EOS
+        target_in = _padded_grid(widths.target, empty.target)
+        target_out = target_in.copy()
+        target_in[:, :1] = samples.target_language_token[:, None]
+        _write_rows(target_in, samples.target, shift=1)
+        _write_rows(target_out, samples.target, shift=0)
+        target_out[rows, samples.target.lengths] = EOS
+        return _to_batch(samples, source, target_in, target_out)
+
+
+class DecoderOnlyCollator(Collator):
+    """One row ``[source tag] source [EOS] [target tag] target [EOS]``.
+
+    Only the target is predicted. Without a source text (causal LM) it is
+    ``[target tag] target [EOS]``.
+    """
+
+    def lengths(self, source: IntArray, *, target: IntArray) -> RowLengths:
+        return RowLengths(source * 0, np.where(source > 0, source + 2, 0) + target + 1)
+
+    def collate(self, samples: TokenizedSamples, *, empty: RowLengths) -> Batch:
+        rows = np.arange(len(samples))
+        read = samples.source.lengths
+        begin = np.where(read > 0, read + 2, 0)  # where the target tag stands
+        widths = self.lengths(read, target=samples.target.lengths)
+        target_in = _padded_grid(widths.target, empty.target)
+        target_out = target_in.copy()
+        has = np.flatnonzero(read)
+        target_in[has, 0] = samples.source_language_token[has]
+        _write_rows(target_in, samples.source, shift=1)
+        target_in[has, read[has] + 1] = EOS
+        target_in[rows, begin] = samples.target_language_token
+        _write_rows(target_in, samples.target, shift=begin + 1)
+        _write_rows(target_out, samples.target, shift=begin)
+        target_out[rows, begin + samples.target.lengths] = EOS
+        return _to_batch(
+            samples, np.zeros((len(samples), 0), dtype=np.int64), target_in, target_out
+        )
+
+
+def _padded_grid(lengths: IntArray, empty: IntArray) -> IntArray:
+    width = int((lengths if lengths.size else empty).max(initial=1))
+    return np.full((lengths.size, width), PAD, dtype=np.int64)
+
+
+def _write_rows(grid: IntArray, rows: Ragged, *, shift: IntArray | int) -> None:
+    """Write every row's tokens into the grid, ``shift`` (one, or one per row) to the right."""
+    start = np.arange(len(rows)) * grid.shape[1] + shift - rows.starts
+    where = np.repeat(start, rows.lengths) + np.arange(rows.tokens.size)
+    grid.reshape(-1)[where] = rows.tokens
+
+
+def _to_batch(
+    samples: TokenizedSamples, source: IntArray, target_in: IntArray, target_out: IntArray
+) -> Batch:
+    return Batch(
+        source=torch.from_numpy(source),
+        target_in=torch.from_numpy(target_in),
+        target_out=torch.from_numpy(target_out),
+        task=torch.from_numpy(samples.task),
+        source_language=torch.from_numpy(samples.source_language),
+        target_language=torch.from_numpy(samples.target_language),
+        key=torch.from_numpy(samples.key.view(np.int64)),
+    )

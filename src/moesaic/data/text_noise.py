@@ -1,0 +1,133 @@
+"""Noise: what denoising does to a text. Each is a value that turns rows into damaged rows.
+
+The noise of a row is a function of the row and its own 64-bit key alone: the same in any batch, on
+any rank, before and after a resume. No noise makes a row longer or leaves it empty.
+
+Letters: B rows, N tokens of all rows together.
+"""
+
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from moesaic.core.config import Choice
+from moesaic.data.counter_rng import UInt64Array, random_uniform
+from moesaic.data.ragged import IntArray, Ragged
+from moesaic.data.tokenizer import MASK
+
+# one stream of random numbers per purpose, so that adding a noise changes no other
+_SPAN_LENGTH, _SPAN_PLACE, _DELETE, _MASK, _SHUFFLE = 1, 2, 3, 4, 5
+
+
+class TextNoise(Choice):
+    """One way of damaging rows. Members compose in the order in which they are listed."""
+
+    def __call__(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
+        """Return damaged ``rows``; ``key[B]`` says which noise each row gets."""
+        raise NotImplementedError
+
+
+class InfillSpans(TextNoise):
+    """Replace spans, each by a single mask, so that their length must be guessed too.
+
+    Text infilling of BART (arXiv:1910.13461) with the numbers of mBART (arXiv:2001.08210): spans of
+    Poisson(3.5) tokens until 35 % are gone; a span of length 0 inserts a mask. Spans do not overlap
+    and are placed uniformly. Counted in tokens, where the papers count words. A row of n masked
+    tokens has at most n spans, so it never grows.
+    """
+
+    ratio: Annotated[float, Field(gt=0, lt=1, description="share of the tokens that is masked")] = (
+        0.35
+    )
+    mean_length: Annotated[float, Field(gt=0, le=20, description="mean span length, in tokens")] = (
+        3.5
+    )
+
+    def __call__(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
+        lengths = rows.lengths
+        masked = np.ceil(lengths * self.ratio).astype(np.int64)
+        spans = self._spans(masked, key=key)
+        slots = lengths - masked + spans.lengths  # what is kept, and one mask per span
+        grid = Ragged(np.zeros(int(slots.sum()), dtype=np.int64), slots)
+        rank = _rank_in_row(
+            grid, random_uniform(key[grid.row_index], _SPAN_PLACE, grid.position_in_row)
+        )
+        is_span = rank < spans.lengths[grid.row_index]
+        step = np.ones(grid.tokens.size, dtype=np.int64)
+        step[is_span] = spans.tokens  # in slot order, as the spans are in row order
+        where = np.cumsum(step) - step  # rows follow each other in both arrays
+        out = np.full(grid.tokens.size, MASK, dtype=np.int64)
+        out[~is_span] = rows.tokens[where[~is_span]]
+        return Ragged(out, slots)
+
+    def _spans(self, masked: IntArray, *, key: UInt64Array) -> Ragged:
+        """Return span lengths that sum to ``masked`` in every row."""
+        draws = Ragged(np.zeros(int(masked.sum()), dtype=np.int64), masked)
+        numbers = random_uniform(key[draws.row_index], _SPAN_LENGTH, draws.position_in_row)
+        drawn = np.searchsorted(_poisson_cdf(self.mean_length), numbers, side="right")
+        total = np.concatenate(([0], np.cumsum(drawn)))
+        before = (
+            total[:-1] - total[draws.starts][draws.row_index]
+        )  # by the earlier spans of the row
+        left = masked[draws.row_index] - before
+        last = (
+            draws.position_in_row == masked[draws.row_index] - 1
+        )  # the last draw must fill what is left
+        lengths = np.where(last, left, np.minimum(drawn, left))
+        return Ragged(lengths, masked).select_tokens(left > 0)
+
+
+class DeleteTokens(TextNoise):
+    """Leave tokens out (Lample et al. 2018, arXiv:1711.00043: word drop with p = 0.1)."""
+
+    ratio: Annotated[
+        float, Field(ge=0, lt=1, description="probability that a token is left out")
+    ] = 0.1
+
+    def __call__(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
+        numbers = random_uniform(key[rows.row_index], _DELETE, rows.position_in_row)
+        # the token with the largest number stays, so that no row ends empty
+        return rows.select_tokens((numbers >= self.ratio) | (_rank_in_row(rows, -numbers) == 0))
+
+
+class MaskTokens(TextNoise):
+    """Replace tokens by the mask, one for one (Wang et al. 2020, arXiv:2010.02523; p = 0.1)."""
+
+    ratio: Annotated[float, Field(ge=0, le=1, description="probability that a token is masked")] = (
+        0.1
+    )
+
+    def __call__(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
+        hit = random_uniform(key[rows.row_index], _MASK, rows.position_in_row) < self.ratio
+        return Ragged(np.where(hit, MASK, rows.tokens), rows.lengths)
+
+
+class ShuffleTokens(TextNoise):
+    """Permute so that no token moves further than ``distance`` (arXiv:1711.00043: k = 3).
+
+    Sorts by position + U(0, distance + 1).
+    """
+
+    distance: Annotated[int, Field(ge=0, description="furthest that a token may move")] = 3
+
+    def __call__(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
+        push = random_uniform(key[rows.row_index], _SHUFFLE, rows.position_in_row) * (
+            self.distance + 1
+        )
+        order = np.lexsort((rows.position_in_row + push, rows.row_index))
+        return Ragged(rows.tokens[order], rows.lengths)
+
+
+def _rank_in_row(rows: Ragged, numbers: np.ndarray) -> IntArray:
+    """Return the rank of every number [N] among those of its row."""
+    order = np.lexsort((numbers, rows.row_index))
+    ranks = np.empty_like(order)
+    ranks[order] = rows.position_in_row
+    return ranks
+
+
+def _poisson_cdf(mean: float) -> np.ndarray:
+    counts = np.arange(int(mean + 12 * mean**0.5 + 12))
+    logs = counts * np.log(mean) - mean - np.cumsum(np.log(np.maximum(counts, 1)))
+    return np.cumsum(np.exp(logs))

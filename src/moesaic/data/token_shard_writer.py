@@ -1,0 +1,245 @@
+"""Writing shards: every text of a corpus encoded once, into a directory that appears whole.
+
+Texts go to one part file per language and split while pairs are read; the parts are then put end
+to end. What grows with the corpus in memory is 4 bytes per text, plus a digest per distinct text of
+the languages that later directions still need.
+"""
+
+import hashlib
+import os
+import shutil
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from moesaic.core.errors import DataError
+from moesaic.core.files import sha256, write_json
+from moesaic.corpus.data_home import data_home
+from moesaic.corpus.pair import Pair, Text
+from moesaic.data.token_shards import DATA_FILES, FORMAT, MANIFEST, TokenShards
+from moesaic.data.tokenizer import Tokenizer, encode_on_all_cores
+
+SPLITS = ("train", "valid", "test")
+_CHUNK = 4096
+
+T = TypeVar("T")
+
+
+class CorpusLike(Protocol):
+    """What is asked of a corpus; ``data.corpus.Corpus`` is one."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def languages(self) -> Sequence[str]: ...
+    @property
+    def directions(self) -> Sequence[tuple[str, str]]: ...
+    def iter_pairs(self, source: str, target: str, *, split: str) -> Iterable[Pair]: ...
+    def iter_texts(self, code: str, *, split: str) -> Iterable[Text]: ...
+
+
+def shards_fingerprint(corpus: CorpusLike, tokenizer: Tokenizer) -> str:
+    """Hex digest that names the shards of a corpus under a tokenizer."""
+    text = f"{FORMAT} {corpus.fingerprint} {tokenizer.fingerprint}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cached_shards(
+    corpus: CorpusLike, tokenizer: Tokenizer, *, root: Path | None = None
+) -> TokenShards:
+    """Open the shards of this corpus and tokenizer, writing them first if they are not there."""
+    name = shards_fingerprint(corpus, tokenizer)[:16]
+    path = (root or data_home() / "shards") / name
+    if (path / MANIFEST).is_file():
+        return TokenShards.open(path)
+    return write_shards(corpus, tokenizer, out=path)
+
+
+def write_shards(corpus: CorpusLike, tokenizer: Tokenizer, *, out: Path | str) -> TokenShards:
+    """Encode a corpus to ``out``, which appears only when all of it is on disk.
+
+    Raises DataError if ``out`` exists or the corpus holds no text.
+    """
+    out = Path(out)
+    if out.exists():
+        raise DataError(f"{out} exists already; delete it to write the shards again")
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    part.mkdir(parents=True)
+    try:
+        with encode_on_all_cores():
+            about = _ShardWriter(part, tokenizer).write(corpus)
+        about |= {
+            "format": FORMAT,
+            "fingerprint": shards_fingerprint(corpus, tokenizer),
+            "corpus": corpus.fingerprint,
+            "tokenizer": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+        }
+        write_json(part / MANIFEST, about)
+        _publish(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return TokenShards.open(out)
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The narrowest little-endian unsigned type that holds every id."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def file_manifest(path: Path) -> dict[str, Any]:
+    """Size and hash of each data file, as ``shards.json`` has them; flushes them to disk."""
+    table = {}
+    for name in DATA_FILES:
+        with (path / name).open("rb") as stream:
+            os.fsync(stream.fileno())
+        table[name] = {"bytes": (path / name).stat().st_size, "sha256": sha256(path / name)}
+    return table
+
+
+class _TextTable:
+    """The texts of one language and split: a file of tokens and a length per text."""
+
+    def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
+        self._file = path.open("wb")
+        self._tokenizer = tokenizer
+        self._kind = token_dtype(tokenizer.vocab_size)
+        self._seen: dict[bytes, int] = {}
+        self.path = path
+        self.lengths = array("I")
+
+    def add(self, texts: Sequence[str]) -> array:
+        """Return the numbers of ``texts``, storing those that are new."""
+        numbers, fresh = array("I"), []
+        for text in texts:
+            key = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
+            number = self._seen.setdefault(key, len(self._seen))
+            if number == len(self.lengths) + len(fresh):
+                fresh.append(text)
+            numbers.append(number)
+        if fresh:
+            rows = self._tokenizer.encode_batch(fresh)
+            self.lengths.extend(map(len, rows))
+            flat = array("I", (token for row in rows for token in row))
+            self._file.write(np.frombuffer(flat, dtype=np.uint32).astype(self._kind).tobytes())
+        return numbers
+
+    def close(self) -> None:
+        """Forget the digests: no later direction has this language."""
+        self._seen = {}
+        self._file.close()
+
+
+class _ShardWriter:
+    def __init__(self, root: Path, tokenizer: Tokenizer) -> None:
+        self._root = root
+        self._tokenizer = tokenizer
+        self._tables: dict[str, _TextTable] = {}
+        self._pairs: dict[str, int] = {}
+
+    def write(self, corpus: CorpusLike) -> dict[str, Any]:
+        for split in SPLITS:
+            self._add_split(corpus, split)
+        texts = self._join_texts()
+        if not texts:
+            raise DataError(f"corpus {corpus.fingerprint[:12]} holds no text to encode")
+        pairs = self._join_pairs(texts)
+        kind = token_dtype(self._tokenizer.vocab_size)
+        table = file_manifest(self._root)
+        return {"token_type": kind.str, "texts": texts, "pairs": pairs, "files": table}
+
+    def _add_split(self, corpus: CorpusLike, split: str) -> None:
+        directions = sorted(corpus.directions)
+        last = {code: n for n, pair in enumerate(directions) for code in pair}
+        for n, (source, target) in enumerate(directions):
+            self._add_pairs(corpus, source, target, split)
+            for code in (source, target):
+                if last[code] == n:
+                    self._add_texts(corpus, code, split)
+        for code in sorted(set(corpus.languages) - set(last)):
+            self._add_texts(corpus, code, split)
+
+    def _table(self, code: str, split: str) -> _TextTable:
+        key = f"{code}.{split}"
+        if key not in self._tables:
+            self._tables[key] = _TextTable(self._root / f"{key}.part", self._tokenizer)
+        return self._tables[key]
+
+    def _add_pairs(self, corpus: CorpusLike, source: str, target: str, split: str) -> None:
+        left, right = self._table(source, split), self._table(target, split)
+        key, count = f"{source}-{target}.{split}", 0
+        with (self._root / f"{key}.pairs").open("wb") as stream:
+            for chunk in _chunks(corpus.iter_pairs(source, target, split=split)):
+                numbers = [
+                    left.add([pair.source for pair in chunk]),
+                    right.add([pair.target for pair in chunk]),
+                ]
+                stream.write(np.array(numbers, dtype="<u4").T.tobytes())
+                count += len(chunk)
+        self._pairs[key] = count
+
+    def _add_texts(self, corpus: CorpusLike, code: str, split: str) -> None:
+        table = self._table(code, split)
+        for chunk in _chunks(corpus.iter_texts(code, split=split)):
+            table.add([text.text for text in chunk])
+        table.close()
+
+    def _join_texts(self) -> dict[str, Any]:
+        held, start, end = {}, 0, np.uint64(0)
+        with (
+            (self._root / "tokens.bin").open("wb") as tokens,
+            (self._root / "offsets.bin").open("wb") as offsets,
+        ):
+            offsets.write(end.astype("<u8").tobytes())
+            for key, table in sorted(self._tables.items()):
+                lengths = np.frombuffer(table.lengths, dtype=np.uint32)
+                count, total = len(lengths), int(lengths.sum(dtype=np.uint64))
+                offsets.write((end + np.cumsum(lengths, dtype=np.uint64)).astype("<u8").tobytes())
+                with table.path.open("rb") as stream:
+                    shutil.copyfileobj(stream, tokens, 1 << 20)
+                table.path.unlink()
+                if count:
+                    held[key] = {"start": start, "count": count, "tokens": total}
+                start, end = start + count, end + np.uint64(total)
+        return held
+
+    def _join_pairs(self, texts: dict[str, Any]) -> dict[str, Any]:
+        held, start = {}, 0
+        with (self._root / "pairs.bin").open("wb") as out:
+            for key, count in sorted(self._pairs.items()):
+                path = self._root / f"{key}.pairs"
+                local = np.fromfile(path, dtype="<u4").reshape(-1, 2)
+                path.unlink()
+                if not count:
+                    continue
+                name, _, split = key.rpartition(".")
+                sides = [f"{code}.{split}" for code in name.split("-")]
+                base = np.array([texts[side]["start"] for side in sides], dtype=np.uint32)
+                out.write((local + base).astype("<u4").tobytes())
+                tokens = [self._side_tokens(side, local[:, i]) for i, side in enumerate(sides)]
+                held[key] = {"start": start, "count": count}
+                held[key] |= {"source_tokens": tokens[0], "target_tokens": tokens[1]}
+                start += count
+        return held
+
+    def _side_tokens(self, key: str, numbers: np.ndarray) -> int:
+        lengths = np.frombuffer(self._tables[key].lengths, dtype=np.uint32)
+        return int(lengths[numbers].sum(dtype=np.uint64))
+
+
+def _chunks(items: Iterable[T]) -> Iterator[list[T]]:
+    stream = iter(items)
+    while chunk := list(islice(stream, _CHUNK)):
+        yield chunk
+
+
+def _publish(part: Path, out: Path) -> None:
+    try:
+        part.rename(out)
+    except OSError:
+        if not (out / MANIFEST).is_file():  # another process wrote the same shards first
+            raise

@@ -1,0 +1,189 @@
+"""Shards: a corpus as token ids in three memory-mapped files, opened without reading them.
+
+``tokens.bin`` holds all texts end to end, ``offsets.bin`` where each begins (uint64, one more than
+texts), ``pairs.bin`` two text numbers per pair (uint32). A text is stored once however many pairs
+share it; ``shards.json`` says which texts are of which language and which pairs of which direction.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from moesaic.core.errors import DataError, did_you_mean
+from moesaic.core.files import read_json, sha256
+from moesaic.data.ragged import IntArray, Ragged
+
+FORMAT = 1
+MANIFEST = "shards.json"
+DATA_FILES = ("tokens.bin", "offsets.bin", "pairs.bin")
+
+
+class IndexedRows(Protocol):
+    """A list of (source text, target text) that is read by number, many at a time."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the target side (estimated for joined rows)."""
+        ...
+
+    def text_ids(self, index: IntArray) -> tuple[IntArray, IntArray]:
+        """Return the text numbers of both sides of rows ``index``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PairRows:
+    """Rows of ``pairs[N, 2]``; ``source`` is the column that is the source."""
+
+    pairs: IntArray
+    source_column: int
+    num_tokens: int
+
+    @property
+    def size(self) -> int:
+        return self.pairs.shape[0]
+
+    def text_ids(self, index: IntArray) -> tuple[IntArray, IntArray]:
+        found = self.pairs[index].astype(np.int64)
+        return found[:, self.source_column], found[:, 1 - self.source_column]
+
+
+@dataclass(frozen=True, slots=True)
+class TextRows:
+    """Texts ``start`` to ``start + size``, each its own source and target."""
+
+    start: int
+    size: int
+    num_tokens: int
+
+    def text_ids(self, index: IntArray) -> tuple[IntArray, IntArray]:
+        found = index + self.start
+        return found, found
+
+
+class TokenShards:
+    """A read-only view of a shard directory. Memory use does not depend on the corpus size."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        kind = np.dtype(manifest["token_type"])
+        self._tokens = _memory_map(path / "tokens.bin", kind)
+        self._offsets = _memory_map(path / "offsets.bin", np.dtype("<u8"))
+        self._pairs = _memory_map(path / "pairs.bin", np.dtype("<u4")).reshape(-1, 2)
+
+    @classmethod
+    def open(cls, path: Path | str) -> "TokenShards":
+        """Map the files. Raises DataError naming a missing or shortened one."""
+        path = Path(path)
+        if not (path / MANIFEST).is_file():
+            raise DataError(
+                f"{path}: no shards here; expected {MANIFEST} and {', '.join(DATA_FILES)}"
+            )
+        about = read_json(path / MANIFEST)
+        if about.get("format") != FORMAT:
+            raise DataError(
+                f"{path}: shard format {about.get('format')}, expected {FORMAT}; "
+                "delete the directory and it is written anew"
+            )
+        for name in DATA_FILES:
+            found = (path / name).stat().st_size if (path / name).is_file() else None
+            expected = about["files"][name]["bytes"]
+            if found != expected:
+                state = "missing" if found is None else f"{found} bytes, expected {expected}"
+                raise DataError(f"{path / name}: {state}; delete {path} and it is written anew")
+        return cls(path, about)
+
+    def verify(self) -> None:
+        """Read every file and compare its hash. Raises DataError naming an altered file."""
+        for name in DATA_FILES:
+            if sha256(self.path / name) != self.manifest["files"][name]["sha256"]:
+                raise DataError(
+                    f"{self.path / name}: altered since it was written; delete {self.path}"
+                )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the corpus and tokenizer that these shards were made from."""
+        return self.manifest["fingerprint"]
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        return self.manifest["tokenizer"]
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        return tuple(sorted({code for code, _ in _split_names(self.manifest["texts"])}))
+
+    @property
+    def directions(self) -> tuple[tuple[str, str], ...]:
+        """(source, target) as the corpus has them; each can be read the other way round too."""
+        found = {name for name, _ in _split_names(self.manifest["pairs"])}
+        return tuple(sorted((s, t) for s, _, t in (name.partition("-") for name in found)))
+
+    def pair_rows(self, source: str, target: str, *, split: str = "train") -> PairRows:
+        """Return the pairs of a direction, which may be the reverse of one in the corpus."""
+        for name, column in ((f"{source}-{target}", 0), (f"{target}-{source}", 1)):
+            held = self.manifest["pairs"].get(f"{name}.{split}")
+            if held:
+                part = self._pairs[held["start"] : held["start"] + held["count"]]
+                side = "target_tokens" if column == 0 else "source_tokens"
+                return PairRows(part, column, held[side])
+        known = [f"{s}-{t}" for s, t in self.directions]
+        if (source, target) not in self.directions and (target, source) not in self.directions:
+            raise DataError(
+                f"no pairs {source}-{target} in these shards; they have {', '.join(known[:8])}"
+                f"{', ...' if len(known) > 8 else ''}{did_you_mean(f'{source}-{target}', known)}"
+            )
+        return PairRows(self._pairs[:0], 0, 0)
+
+    def text_rows(self, language: str, *, split: str = "train") -> TextRows:
+        """Return every distinct text of a language, of both sides of all pairs and on its own."""
+        if language not in self.languages:
+            raise DataError(
+                f'no text in "{language}" in these shards; they have {", ".join(self.languages)}'
+                f"{did_you_mean(language, self.languages)}"
+            )
+        held = self.manifest["texts"].get(f"{language}.{split}")
+        return TextRows(held["start"], held["count"], held["tokens"]) if held else TextRows(0, 0, 0)
+
+    def pivot_rows(self, source: str, target: str, *, pivot: str, split: str) -> PairRows:
+        """Return pairs of two languages that share a text of ``pivot``.
+
+        They are held in memory, 8 bytes each. Where a text has several translations, the first.
+        """
+        left = self.pair_rows(pivot, source, split=split)
+        right = self.pair_rows(pivot, target, split=split)
+        ends = [rows.text_ids(np.arange(rows.size)) for rows in (left, right)]
+        _, at_left, at_right = np.intersect1d(ends[0][0], ends[1][0], return_indices=True)
+        pairs = np.stack([ends[0][1][at_left], ends[1][1][at_right]], axis=1).astype(np.uint32)
+        mean = right.num_tokens / max(1, right.size)
+        return PairRows(pairs, 0, round(mean * pairs.shape[0]))
+
+    def lengths(self, texts: IntArray) -> IntArray:
+        """Return the token counts of texts (special tokens are not stored)."""
+        return (self._offsets[texts + 1] - self._offsets[texts]).astype(np.int64)
+
+    def gather(self, texts: IntArray) -> Ragged:
+        """Return the tokens of texts, given by number."""
+        starts = self._offsets[texts]
+        return Ragged.gather(self._tokens, starts=starts, lengths=self._offsets[texts + 1] - starts)
+
+
+def _memory_map(path: Path, kind: np.dtype[Any]) -> IntArray:
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
+        return np.zeros(0, dtype=kind)
+    # a plain view of the map: indexing a memmap object costs ten times more
+    return np.asarray(np.memmap(path, dtype=kind, mode="r"))
+
+
+def _split_names(table: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for key in table:
+        name, _, split = key.rpartition(".")
+        yield name, split

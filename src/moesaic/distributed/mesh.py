@@ -1,0 +1,122 @@
+"""Mesh: the process groups of a plan, made once, by every rank in the same order.
+
+Groups are named by the axes in which their ranks differ. An axis of size 1 adds nothing to a name,
+so the same ranks are one group whatever they are called; a group of one rank is None, which every
+collective takes as "nothing to do".
+"""
+
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import cast
+
+import torch
+import torch.distributed as distributed
+from torch.distributed.device_mesh import DeviceMesh
+
+from moesaic.distributed.parallel_plan import ParallelPlan, RankGrid
+from moesaic.distributed.process_groups import Group
+
+STAGE_AXES = ("data", "context", "tensor")
+DATA_CONTEXT_AXES = ("data", "context")
+
+
+class Mesh:
+    """The ranks of ``plan`` (with ``data`` filled in); ``experts`` are the layers' numbers of them.
+
+    Collective. Without ``torch.distributed`` the plan must be one of a single rank.
+    """
+
+    def __init__(
+        self,
+        plan: ParallelPlan,
+        *,
+        rank: int,
+        device: torch.device,
+        expert_counts: Iterable[int] = (),
+        timeout_s: float = 120.0,
+    ) -> None:
+        self.plan, self.rank, self.device = plan, rank, device
+        self.timeout_s = timeout_s
+        self._groups: dict[tuple[tuple[int, ...], ...], Group] = {}
+        self._meshes: dict[tuple[int, ...], DeviceMesh] = {}
+        self.dense_grid = RankGrid(plan.axes())
+        self._expert_grids = {
+            number: RankGrid(plan.axes(num_experts=number)) for number in set(expert_counts)
+        }
+        for axes in (
+            STAGE_AXES,
+            DATA_CONTEXT_AXES,
+            ("context", "tensor"),
+            ("context",),
+            ("tensor",),
+            ("pipe",),
+        ):
+            self._axes_group(self.dense_grid, axes)
+        for number in sorted(self._expert_grids):
+            for axis in ("expert", "expert_tensor", "expert_data"):
+                self._axes_group(self._expert_grids[number], (axis,))
+
+    def group(self, *axes: str, num_experts: int | None = None) -> Group:
+        """Return this rank's group of the dense axes, or of those of a layer with ``experts``."""
+        return self._axes_group(self.grid(num_experts), axes)
+
+    def ranks(self, *axes: str, num_experts: int | None = None) -> tuple[int, ...]:
+        """Return the ranks of that group."""
+        return self.grid(num_experts).group(self.rank, axes)
+
+    def size(self, *axes: str, num_experts: int | None = None) -> int:
+        """Return how many ranks that group has."""
+        return self.grid(num_experts).size(axes)
+
+    def coordinates(self, num_experts: int | None = None) -> dict[str, int]:
+        """Return this rank's place on each axis."""
+        return self.grid(num_experts).coordinates(self.rank)
+
+    def grid(self, num_experts: int | None = None) -> RankGrid:
+        """Return how the ranks are laid out for dense layers or those with ``experts``."""
+        return self.dense_grid if num_experts is None else self._expert_grids[num_experts]
+
+    @property
+    def expert_counts(self) -> tuple[int, ...]:
+        """The numbers of experts that layers have."""
+        return tuple(sorted(self._expert_grids))
+
+    @property
+    def world_group(self) -> Group:
+        """The group of all ranks."""
+        return None if self.plan.world_size == 1 else cast("Group", distributed.group.WORLD)
+
+    def device_mesh(self, *axes: str, num_experts: int | None = None) -> DeviceMesh:
+        """Return torch's one-dimensional mesh of that group, which has more than one rank."""
+        ranks = self.ranks(*axes, num_experts=num_experts)
+        if ranks not in self._meshes:
+            group = self.group(*axes, num_experts=num_experts)
+            assert group is not None
+            name = ("_".join(axes),)
+            kind = self.device.type
+            self._meshes[ranks] = DeviceMesh.from_group(group, kind, mesh_dim_names=name)
+        return self._meshes[ranks]
+
+    def new_group(self, lists: Sequence[Sequence[int]]) -> Group:
+        """Make groups of one's own; every rank gives the same lists, and is in one or none."""
+        return self._cached_group(tuple(tuple(ranks) for ranks in lists))
+
+    def _axes_group(self, grid: RankGrid, axes: Sequence[str]) -> Group:
+        if grid.size(axes) == 1:
+            return None
+        return self._cached_group(grid.groups(axes))
+
+    def _cached_group(self, lists: tuple[tuple[int, ...], ...]) -> Group:
+        if lists not in self._groups:
+            self._groups[lists] = self._create_groups(lists)
+        return self._groups[lists]
+
+    def _create_groups(self, lists: tuple[tuple[int, ...], ...]) -> Group:
+        if len(lists[0]) == self.plan.world_size:
+            return self.world_group
+        found: Group = None
+        for ranks in (ranks for ranks in lists if len(ranks) > 1):
+            group = distributed.new_group(list(ranks), timeout=timedelta(seconds=self.timeout_s))
+            if self.rank in ranks:
+                found = cast("Group", group)
+        return found

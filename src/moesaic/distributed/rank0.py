@@ -1,0 +1,55 @@
+"""Work that one rank does for all: the others wait, and learn its answer or its error."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from threading import Thread
+from typing import Any
+
+from moesaic.core.errors import UserError
+from moesaic.distributed.world import World
+
+KEEPALIVE_S = 1.0  # rank 0 says this often that it is still at work
+
+
+def run_on_rank0(world: World, action: Callable[[], Any]) -> Any:
+    """Run ``action`` on rank 0 and return its value (JSON data) on every rank. Collective.
+
+    It may take longer than the collectives' timeout: rank 0 works in a thread and keeps telling the
+    others that it lives. A UserError is raised on every rank; any other error only on rank 0.
+    """
+    if world.size == 1:
+        return action()
+    if world.rank == 0:
+        return _run_with_keepalive(world, action)
+    while True:
+        news = world.broadcast_object(None)
+        if news["error"] is not None:
+            raise UserError(news["error"])
+        if news["done"]:
+            return news["value"]
+
+
+def _run_with_keepalive(world: World, action: Callable[[], Any]) -> Any:
+    future: Future[Any] = Future()
+    Thread(target=_run_into_future, args=(future, action), daemon=True).start()
+    said = time.monotonic()
+    while not future.done():
+        time.sleep(0.002)
+        if time.monotonic() - said > KEEPALIVE_S:
+            world.broadcast_object({"done": False, "error": None, "value": None})
+            said = time.monotonic()
+    error = future.exception()
+    if error is None:
+        world.broadcast_object({"done": True, "error": None, "value": future.result()})
+        return future.result()
+    if isinstance(error, UserError):
+        world.broadcast_object({"done": True, "error": str(error), "value": None})
+    raise error
+
+
+def _run_into_future(future: Future[Any], action: Callable[[], Any]) -> None:
+    try:
+        future.set_result(action())
+    except BaseException as error:
+        future.set_exception(error)

@@ -1,0 +1,158 @@
+"""Alike: one rank of thousands, rehearsed alone: floats without numbers, and ranks that do as it.
+
+Under an ``SimulatedRank`` every new floating-point tensor is fake (a shape, a dtype and a device), so a
+trillion parameters take no memory; integers are real, so what depends on them (who goes where, how
+many rows come) is computed. What other ranks would send is what this one sends to itself: right if
+all ranks have the same number of tokens and experts are chosen evenly.
+
+Bytes in use are counted by storage. Use with ``fake_process_group`` and, inside it, a ``Wire``.
+"""
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from moesaic.core.shapes import Tensor
+
+_FACTORY_OPS = ("empty", "empty_strided", "zeros", "ones", "full", "rand", "randn")
+_PEAK_INTERVAL = 64  # operations between two looks at the memory in use
+
+
+@contextmanager
+def fake_process_group(world_size: int, *, rank: int = 0) -> Iterator[None]:
+    """Be one of ``world`` ranks of which no other is there. No group may exist yet."""
+    distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+class SimulatedRank(TorchDispatchMode):
+    """See the module's first lines. ``peak_bytes`` is the most that was in use at once, looked at
+    after every collective and every few operations.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._operations = 0
+        self.peak_bytes = 0
+
+    def allocated_bytes(self) -> int:
+        """Return the bytes of all fake tensors that are alive."""
+        alive = (storage() for storage in list(self._storages.values()))
+        return sum(storage.nbytes() for storage in alive if storage is not None)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # what it consists of comes here one by one
+        named = kwargs or {}
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
+        tensors = [x for x in tree_leaves((args, named)) if isinstance(x, torch.Tensor)]
+        fake = any(isinstance(x, FakeTensor) for x in tensors)
+        if func.namespace == "c10d":
+            self._update_peak()
+            return func(*args, **named) if fake else _simulate_collective(func, args, named)
+        if not fake and (tensors or not _creates_floats(func, args, named)):
+            return func(*args, **named)
+        with self._fake:
+            out = func(*args, **named)
+        self._track_storages(out)
+        return out
+
+    def _track_storages(self, out: Any) -> None:
+        for tensor in out if isinstance(out, list | tuple) else (out,):
+            if isinstance(tensor, FakeTensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                known = self._storages.get(key)
+                if known is None or known() is not storage:
+                    self._storages[key] = weakref.ref(storage)
+        self._operations += 1
+        if self._operations % _PEAK_INTERVAL == 0:
+            self._update_peak()
+
+    def _update_peak(self) -> None:
+        gone = [key for key, storage in self._storages.items() if storage() is None]
+        for key in gone:
+            del self._storages[key]
+        self.peak_bytes = max(self.peak_bytes, self.allocated_bytes())
+
+
+class SharedChunks(TorchFunctionMode):
+    """Cuts a tensor into equal pieces by making one: FSDP2 makes thousands and reads two."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        del types
+        if func is torch.chunk:
+            return _chunk(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _chunk(whole: Tensor, chunks: int, dim: int = 0) -> list[Tensor]:
+    """Return as many pieces as there are chunks, empty ones too (torch leaves those out)."""
+    length = whole.shape[dim]
+    size = max(1, -(-length // chunks))
+    count = max(1, -(-length // size))
+    last = whole.narrow(dim, (count - 1) * size, length - (count - 1) * size)
+    first = whole.narrow(dim, 0, size) if count > 1 else last
+    empty = whole.narrow(dim, 0, 0)
+    return [*[first] * (count - 1), last, *[empty] * (chunks - count)]
+
+
+def _creates_floats(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """Whether an operation on no tensors makes floating-point ones."""
+    dtype = named.get("dtype") or torch.get_default_dtype()
+    if func._opname == "full" and named.get("dtype") is None:
+        return isinstance(args[1], float)
+    return func._opname in _FACTORY_OPS and dtype.is_floating_point
+
+
+def _simulate_collective(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """Do what a collective would, on real tensors, if every rank gave what this one gives."""
+    done = func(*args, **named)  # the fake group only makes the answer
+    names = [argument.name for argument in func._schema.arguments]
+    call = dict(zip(names, args, strict=False)) | named
+    group = distributed.ProcessGroup.unbox(call["process_group"])
+    kind = func._opname.strip("_")
+    if kind == "alltoall_base":
+        rows = call["input_split_sizes"] or [call["input"].shape[0] // group.size()] * group.size()
+        mine = call["input"].split(rows)[group.rank()]
+        for part in call["output"].split(call["output_split_sizes"] or [len(mine)] * len(rows)):
+            part.copy_(mine)
+    elif kind == "allgather_base":
+        call["output_tensor"].view(group.size(), -1).copy_(call["input_tensor"].reshape(1, -1))
+    elif kind == "allgather":
+        for part in call["output_tensors"][0]:
+            part.copy_(call["input_tensors"][0])
+    elif kind == "allreduce":
+        for tensor in call["tensors"]:
+            tensor.mul_(group.size())
+    elif kind not in ("barrier", "broadcast"):
+        raise NotImplementedError(f"{func} of real tensors is not rehearsed")
+    return done

@@ -1,0 +1,73 @@
+"""Cache: what decoding has seen so far, one row per hypothesis.
+
+Letters: B hypotheses, S source length, n new tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from moesaic.core.shapes import Bool, Float, Int, Tensor
+from moesaic.nn.attention_backend import KeyValue
+from moesaic.nn.packing import Packing
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderOutput:
+    """The encoder's states of a batch of sources (empty for a decoder-only model)."""
+
+    states: Float[Tensor, "T D"]
+    packing: Packing
+
+
+class KVCache:
+    """Keys and values of each decoder block, each row's length and its first token.
+
+    ``routing`` is what the routers keep of earlier tokens, where they look at them.
+
+    The one thing here that changes in place: ``Transformer.step`` appends to it, ``reorder`` picks
+    rows (a beam's survivors, or the rows that are not finished).
+    """
+
+    def __init__(
+        self,
+        *,
+        self_attention: list[KeyValue],
+        cross_attention: list[KeyValue | None],
+        mask: Bool[Tensor, "B 1 1 S"] | None,
+        length: Int[Tensor, "B"],
+        tag: Int[Tensor, "B"],
+        routing: KeyValue | None = None,
+    ) -> None:
+        self.self_attention, self.cross_attention, self.mask, self.length = (
+            self_attention,
+            cross_attention,
+            mask,
+            length,
+        )
+        self.tag, self.routing = tag, routing
+
+    @property
+    def rows(self) -> int:
+        return self.length.numel()
+
+    def reserve(self, length: int) -> None:
+        """Make room for ``length`` tokens per row."""
+        self.self_attention = [layer.grow(length) for layer in self.self_attention]
+        self.routing = self.routing.grow(length) if self.routing else None
+
+    def reorder(self, index: Int[Tensor, "R"]) -> None:
+        """Keep the rows ``index``, in that order; a row may be taken twice or not at all."""
+        if index.numel() == self.rows and bool(
+            (index == torch.arange(self.rows, device=index.device)).all()
+        ):
+            return
+        self.self_attention = [layer.select(index) for layer in self.self_attention]
+        self.routing = self.routing.select(index) if self.routing else None
+        self.length = self.length.index_select(0, index)
+        self.tag = self.tag.index_select(0, index)
+        self.cross_attention = [
+            layer.select(index) if layer else None for layer in self.cross_attention
+        ]
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, index)

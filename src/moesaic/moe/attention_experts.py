@@ -1,0 +1,159 @@
+"""Attention experts: several self-attentions in one place, mixed token by token.
+
+Letters: B rows, T tokens, D model dim, N attention experts, H heads and G key/value heads of one,
+d head dim.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from moesaic.core.config import Choice
+from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.moe.parameter_spec import ParameterSpec
+from moesaic.nn.attention import AttentionConfig, SelfAttention
+from moesaic.nn.attention_backend import KeyValue
+from moesaic.nn.initializer import CustomInitializers, Initializer
+from moesaic.nn.packing import Packing
+from moesaic.nn.positional_encoding import Rotation
+
+
+@runtime_checkable
+class SelfAttentionModule(Protocol):
+    """What a block asks of its self-attention (see ``SelfAttention``)."""
+
+    def __call__(
+        self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
+    ) -> Float[Tensor, "T D"]: ...
+
+    def step(
+        self,
+        x: Float[Tensor, "T D"],
+        *,
+        packing: Packing,
+        rotation: Rotation,
+        cache: KeyValue,
+        position: Int[Tensor, "B n"],
+    ) -> Float[Tensor, "T D"]: ...
+
+
+class AttentionExperts(Choice):
+    """Family: whether a block's self-attention is one or a mixture."""
+
+    def combined_attention(self, config: AttentionConfig, *, dim: int) -> AttentionConfig:
+        """Return the heads of the whole mixture, given those of one attention."""
+        del dim
+        return config
+
+    def build(self, config: AttentionConfig, *, dim: int, bias: bool) -> SelfAttentionModule:
+        """Return the module of a block's self-attention."""
+        raise NotImplementedError
+
+    def parameter_specs(self, *, dim: int) -> Sequence[ParameterSpec]:
+        """Return its parameters beyond those of an attention with all heads."""
+        del dim
+        return ()
+
+    def saved_activations(self, config: AttentionConfig, *, dim: int) -> float:
+        """Return the values kept per token beyond those of an attention with all heads."""
+        del config, dim
+        return 0
+
+
+class NoAttentionExperts(AttentionExperts):
+    """One self-attention, as in a dense transformer."""
+
+    def build(self, config: AttentionConfig, *, dim: int, bias: bool) -> SelfAttentionModule:
+        return SelfAttention(config, dim=dim, bias=bias)
+
+
+class MixtureOfAttention(AttentionExperts):
+    """``sum_j g_j(x) attention_j(x)`` with ``g = softmax(W x)``: all run (BAM, 2408.08274).
+
+    The soft mixture of Branch-Attend-Mix: no expert is left out, so there is nothing to balance,
+    and a token's keys and values are there for whoever looks at them later. ``keys="own"`` gives
+    each expert its queries, keys, values and output map, and decoding a cache N times as large;
+    ``keys="shared"`` only queries and output maps, and one cache. Our reading: biases of the
+    output maps, where a model has any, are one for all experts (the weights sum to 1).
+    """
+
+    experts: int = Field(default=2, ge=1)
+    key_values: Literal["own", "shared"] = "own"
+
+    def combined_attention(self, config: AttentionConfig, *, dim: int) -> AttentionConfig:
+        groups = config.num_kv_heads() * (self.experts if self.key_values == "own" else 1)
+        heads, width = config.heads * self.experts, config.head_width(dim)
+        return AttentionConfig(heads=heads, kv_heads=groups, head_dim=width)
+
+    def build(self, config: AttentionConfig, *, dim: int, bias: bool) -> SelfAttentionModule:
+        return AttentionMixture(self, config=config, dim=dim, bias=bias)
+
+    def parameter_specs(self, *, dim: int) -> Sequence[ParameterSpec]:
+        return (ParameterSpec("router", (self.experts, dim)),)
+
+    def saved_activations(self, config: AttentionConfig, *, dim: int) -> float:
+        heads = self.combined_attention(config, dim=dim)
+        return heads.heads * heads.head_width(dim) + self.experts
+
+
+class AttentionMixture(CustomInitializers):
+    """One attention with the heads of all experts; each expert's heads are weighted before ``out``.
+
+    The last product adds over all heads, so weighting what it reads is weighting what each expert
+    says. Heads are sorted by expert; with shared keys by key/value head first, then by expert.
+    """
+
+    def __init__(
+        self, mixture: MixtureOfAttention, *, config: AttentionConfig, dim: int, bias: bool
+    ) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, mixture.experts, bias=False)
+        self.attention = SelfAttention(
+            mixture.combined_attention(config, dim=dim), dim=dim, bias=bias
+        )
+        self.experts = mixture.experts
+        self.blocks = 1 if mixture.key_values == "own" else config.num_kv_heads()
+        self.head_width = config.heads * config.head_width(dim)
+
+    def initializers(self) -> Mapping[str, Initializer]:
+        return {
+            "gate.weight": Initializer(kind="router"),
+            "all.out.weight": Initializer(fan_in=self.head_width),
+        }
+
+    def forward(
+        self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
+    ) -> Float[Tensor, "T D"]:
+        """Attend within each row (see ``SelfAttention``)."""
+        found = self.attention.attend_heads(x, packing=packing, rotation=rotation, causal=causal)
+        return self.attention.out(self._weight_heads(found, x=x))
+
+    def step(
+        self,
+        x: Float[Tensor, "T D"],
+        *,
+        packing: Packing,
+        rotation: Rotation,
+        cache: KeyValue,
+        position: Int[Tensor, "B n"],
+    ) -> Float[Tensor, "T D"]:
+        """The same for the newest tokens; ``cache`` holds the keys of all experts."""
+        found = self.attention.attend_heads_cached(
+            x, packing=packing, rotation=rotation, cache=cache, position=position
+        )
+        return self.attention.out(self._weight_heads(found, x=x))
+
+    def expert_weights(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T N"]:
+        """Weights of the experts, float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.gate(x.float()).softmax(-1)
+
+    def _weight_heads(
+        self, found: Float[Tensor, "T HD"], *, x: Float[Tensor, "T D"]
+    ) -> Float[Tensor, "T HD"]:
+        share = self.expert_weights(x).to(found.dtype)
+        apart = found.unflatten(-1, (self.blocks, self.experts, -1))
+        return (apart * share[:, None, :, None]).flatten(1)

@@ -1,1 +1,0 @@
-"""Bodies: what stands at an expert's place or around it (``moe/members.py`` lists them)."""

@@ -1,1 +1,0 @@
-"""Conditions: what a gate may read besides a token's state."""

@@ -1,1 +1,0 @@
-"""Links: routers that tell the layers above what they know."""

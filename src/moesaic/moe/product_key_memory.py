@@ -1,0 +1,229 @@
+"""Product keys: the best of n * n slots, found by scoring n rows and n columns.
+
+Letters: T tokens, D model dim, n keys per side, b best of a side, m slots read, r rank of the core,
+d key dim.
+
+Memory: a table of n * n slots beside the feed-forward, of which a token reads a few.
+
+Letters: T tokens, D model dim, n keys per side, m slots read, r rank of the core, d key dim,
+P and V widths of the pre-values and of the values.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
+
+from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.moe.config import SparseLayer
+from moesaic.moe.layer import MoEOutput
+from moesaic.moe.parameter_spec import ParameterSpec, feed_forward_parameter_specs
+from moesaic.moe.router_context import RouterState, TokenContext
+from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig
+from moesaic.nn.initializer import CustomInitializers, Initializer
+
+
+@dataclass(frozen=True, slots=True)
+class SlotScores:
+    """The slots that each token reads, best first, and their scores (float32, in the graph)."""
+
+    slot: Int[Tensor, "T m"]
+    score: Float[Tensor, "T m"]
+
+
+class ProductKeys(CustomInitializers):
+    """Keys of both sides, one query per rank and side, and the core that joins them."""
+
+    def __init__(
+        self, *, dim: int, keys_per_side: int, num_slots_read: int, rank: int, key_dim: int
+    ) -> None:
+        super().__init__()
+        self.query = nn.Linear(dim, 2 * rank * key_dim, bias=False)
+        self.row = nn.Parameter(torch.empty(keys_per_side, key_dim))
+        self.column = nn.Parameter(torch.empty(keys_per_side, key_dim))
+        self.core_change = nn.Parameter(torch.empty(rank, rank))
+        self.keys_per_side, self.num_slots_read, self.rank = keys_per_side, num_slots_read, rank
+
+    def initializers(self) -> Mapping[str, Initializer]:
+        return {
+            "query.weight": Initializer(kind="router"),
+            "row": Initializer(kind="router", std=1.0),
+            "column": Initializer(kind="router", std=1.0),
+            "core_change": Initializer(kind="router", std=0.0),
+        }
+
+    @property
+    def core(self) -> Float[Tensor, "r r"]:
+        """C: what is learned is how it differs from 1 / r."""
+        return self.core_change + 1 / self.rank
+
+    def forward(self, x: Float[Tensor, "T D"]) -> SlotScores:
+        """Return each token's best slots. Float32 throughout, since it decides."""
+        with torch.autocast(x.device.type, enabled=False):
+            query = unit_rms(self.query(x.float()).unflatten(-1, (2, self.rank, -1)))
+            row, column = (
+                torch.einsum("trd,nd->trn", asked, unit_rms(key)) / key.shape[1] ** 0.5
+                for asked, key in zip(query.unbind(1), (self.row, self.column), strict=True)
+            )
+            return self._top_slots(row, column=column)
+
+    def _top_slots(
+        self, row: Float[Tensor, "T r n"], *, column: Float[Tensor, "T r n"]
+    ) -> SlotScores:
+        left, right = leading_singular_vectors(self.core.detach())
+        best = min(self.num_slots_read, self.keys_per_side)
+        rows = (left @ row.detach()).topk(best).indices
+        columns = (right @ column.detach()).topk(best).indices
+        near = row.gather(2, rows[:, None].expand(-1, self.rank, -1))
+        far = column.gather(2, columns[:, None].expand(-1, self.rank, -1))
+        grid = (self.core.t() @ near).transpose(1, 2) @ far  # [T, b, b]
+        chosen = grid.detach().flatten(1).topk(self.num_slots_read).indices
+        slot = rows.gather(1, chosen // best) * self.keys_per_side + columns.gather(
+            1, chosen % best
+        )
+        return SlotScores(slot, grid.flatten(1).gather(1, chosen))
+
+
+def leading_singular_vectors(
+    core: Float[Tensor, "r r"],
+) -> tuple[Float[Tensor, "r"], Float[Tensor, "r"]]:
+    """The left and right vectors of the largest singular value, the left one's sum not negative.
+
+    Without a rule for the sign, "best" could as well mean the smallest scores (the released code
+    follows the sign of the step before; a rule of the core alone needs no memory of it).
+    """
+    left, _, right = torch.linalg.svd(core)
+    turn = torch.where(left[:, 0].sum() < 0, -1.0, 1.0)
+    return turn * left[:, 0], turn * right[0]
+
+
+def unit_rms(x: Float[Tensor, "*N d"]) -> Float[Tensor, "*N d"]:
+    """Vectors scaled to a root mean square of 1."""
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+class ProductKeyMemory(SparseLayer):
+    """``feed_forward(x) + W V^T((P W' x) * s)`` over m of n * n slots (UltraMemV2, 2508.18756).
+
+    A slot is a row key and a column key. Its score is ``s = s_row^T C s_col``, where ``s_row`` and
+    ``s_col`` [r] are the scores of its keys under r queries of the token and C is a learned
+    Tucker core. From the paper: the memory stands beside the feed-forward of every block, a slot
+    multiplies its pre-value (P) with the token before its value (V) is added, there is no
+    activation and no balance loss, d = D / 2 and P : V = 1 : 3 with P + V = D / 4 (the defaults).
+
+    As in the released code: queries and keys are normalised; scores pass through no softmax; W' and
+    W are linear maps; the m best rows and columns are those under C's leading singular pair
+    (UltraMem, 2411.12364), and the m best of their m * m pairs are read. Our reading: all ranks
+    share the keys, scaled to a root mean square of 1 without gains; C starts as 1 / r throughout
+    (there: at random around it); V starts so small that m of the largest scores of n * n add up to
+    about a feed-forward's variance; there is one core, and no virtual slots. Nothing is routed, so
+    there is no record of it.
+    """
+
+    count_label: ClassVar[str] = "memory"
+    keys_per_side: int = Field(default=64, ge=1)
+    slots: int = Field(default=16, ge=1)
+    rank: int = Field(default=2, ge=1)
+    key_dim: int | None = Field(default=None, ge=1)
+    pre_dim: int | None = Field(default=None, ge=1)
+    value_dim: int | None = Field(default=None, ge=1)
+
+    def value_dims(self, dim: int) -> tuple[int, int]:
+        """Widths P and V in a model of this dim."""
+        return self.pre_dim or max(1, dim // 16), self.value_dim or max(1, 3 * dim // 16)
+
+    def resolved_key_dim(self, dim: int) -> int:
+        """Key dim d in a model of this dim."""
+        return self.key_dim or max(1, dim // 2)
+
+    def num_slots_read(self) -> int:
+        """Slots that a token reads: no more than there are."""
+        return min(self.slots, self.keys_per_side**2)
+
+    def build(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> nn.Module:
+        return MemoryLayer(self, feed_forward=feed_forward, dim=dim, bias=bias)
+
+    def parameter_specs(
+        self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool
+    ) -> Sequence[ParameterSpec]:
+        (pre, value), keys, slots = (
+            self.value_dims(dim),
+            self.resolved_key_dim(dim),
+            self.keys_per_side**2,
+        )
+        share = self.num_slots_read() / slots
+        return [
+            *feed_forward_parameter_specs(feed_forward, dim=dim, bias=bias),
+            ParameterSpec("router", (2 * self.rank * keys, dim)),
+            *(
+                ParameterSpec("router", (self.keys_per_side, keys), uses_per_token=self.rank)
+                for _ in range(2)
+            ),
+            ParameterSpec("router", (self.rank, self.rank), uses_per_token=self.num_slots_read()),
+            ParameterSpec("matrix", (pre, dim)),
+            ParameterSpec("expert", (slots, pre), share),
+            ParameterSpec("expert", (slots, value), share),
+            ParameterSpec("matrix", (dim, value)),
+        ]
+
+    def saved_activations(self, *, feed_forward: FeedForwardConfig, dim: int) -> float:
+        (pre, value), rank, read = self.value_dims(dim), self.rank, self.num_slots_read()
+        best = min(read, self.keys_per_side)
+        query = 2 * 2 * rank * self.resolved_key_dim(dim)  # before and after it is normalised
+        grid = 3 * rank * best + 2 * 2 * rank * best  # both sides, one with C, and their places
+        slots = read * (pre + 3 + 3 * 2)  # pre-values, three weights, places
+        dense = feed_forward.activation.saved_activations * feed_forward.hidden
+        return dense + query + grid + slots + pre + value
+
+
+class MemoryLayer(CustomInitializers):
+    """A dense feed-forward and the memory beside it, both added."""
+
+    def __init__(
+        self, config: ProductKeyMemory, *, feed_forward: FeedForwardConfig, dim: int, bias: bool
+    ) -> None:
+        super().__init__()
+        (pre, value), slots = config.value_dims(dim), config.keys_per_side**2
+        self.feed_forward = DenseFeedForward(feed_forward, dim=dim, bias=bias)
+        self.keys = ProductKeys(
+            dim=dim,
+            keys_per_side=config.keys_per_side,
+            num_slots_read=config.num_slots_read(),
+            rank=config.rank,
+            key_dim=config.resolved_key_dim(dim),
+        )
+        self.input_projection = nn.Linear(dim, pre, bias=False)
+        self.pre_values = nn.Parameter(torch.empty(slots, pre))
+        self.values = nn.Parameter(torch.empty(slots, value))
+        self.out = nn.Linear(value, dim, bias=False)
+        self.config = config
+
+    def initializers(self) -> Mapping[str, Initializer]:
+        config = self.config
+        largest = 2 * math.log(
+            max(config.keys_per_side, 2)
+        )  # of n * n products of two normal scores
+        return {
+            "pre_values": Initializer(kind="expert", fan_in=self.pre_values.shape[1]),
+            "values": Initializer(kind="expert", fan_in=config.num_slots_read() * largest**2),
+        }
+
+    def forward(
+        self, x: Float[Tensor, "T D"], *, context: TokenContext, router_state: RouterState
+    ) -> MoEOutput:
+        del context
+        return MoEOutput(self.feed_forward(x) + self.read_memory(x), None, router_state)
+
+    def read_memory(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+        """Return what the memory adds."""
+        found = self.keys(x)
+        reads = self.input_projection(x).to(self.values.dtype)
+        pre = F.embedding(found.slot, self.pre_values)
+        weight = found.score * torch.einsum("tmp,tp->tm", pre, reads)
+        held = F.embedding_bag(found.slot, self.values, per_sample_weights=weight, mode="sum")
+        return self.out(held)

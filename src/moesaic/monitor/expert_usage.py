@@ -1,0 +1,297 @@
+"""LayerUsage: how one MoE layer spread its tokens, and what that says in a few numbers.
+
+Letters: E experts, G languages.
+
+UsageCounter: edges counted per (layer, expert, language), and their file ``usage.json``.
+
+Counts are integers kept on the device; the counts of ranks add up to those of the run, so nothing
+depends on the number of ranks. ``usage.json`` is ``{"format": 1, "languages": [G names],
+"layers": [{"layer", "counts": [[G] * E], "dropped": [G], "dropped_late", "router_entropy",
+"logit_rms", "spare"}]}``, one layer per line. The edges themselves are in a routes file
+(``checkpoint/routes_file.py``), where one was asked for.
+
+Letters: N edges, E experts, G languages.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moesaic.core.errors import DataError
+from moesaic.core.files import atomic_write, read_json
+from moesaic.core.shapes import Bool, Int, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerUsage:
+    """Edges of some steps.
+
+    ``counts`` [E, G] reached their expert, ``dropped`` [G] did not; ``dropped_late`` of those left
+    a token in the later half of its micro-batch's queue. ``router_entropy`` is the mean entropy of
+    a token's expert probabilities as a share of ``log E`` and ``logit_rms`` the root mean square of
+    the logits' logsumexp, where the caller knew them. The last ``spare`` experts do no work: what
+    is said of balance is said of the others.
+    """
+
+    layer: str
+    counts: np.ndarray
+    dropped: np.ndarray
+    dropped_late: int = 0
+    router_entropy: float | None = None
+    logit_rms: float | None = None
+    num_null_experts: int = 0
+
+    @property
+    def num_experts(self) -> int:
+        return self.counts.shape[0]
+
+    @property
+    def load(self) -> np.ndarray:
+        """Edges per expert [E]."""
+        return self.counts.sum(1)
+
+    @property
+    def computing_load(self) -> np.ndarray:
+        """Edges per expert that does work [E - spare]."""
+        return self.load[: self.num_experts - self.num_null_experts]
+
+    @property
+    def null_expert_frac(self) -> float:
+        """The share of served edges that cost nothing."""
+        return (
+            1 - float(self.computing_load.sum()) / max(float(self.load.sum()), 1)
+            if self.num_null_experts
+            else 0.0
+        )
+
+    @property
+    def edges(self) -> int:
+        return int(self.counts.sum() + self.dropped.sum())
+
+    @property
+    def mean_load(self) -> float:
+        """Edges per working expert if all were alike."""
+        return float(self.computing_load.mean()) if self.computing_load.size else 0.0
+
+    @property
+    def drop_frac(self) -> float:
+        return float(self.dropped.sum()) / max(self.edges, 1)
+
+    @property
+    def max_vio(self) -> float:
+        """``max load / mean load - 1`` (arXiv:2408.15664): 0 is balanced, E - 1 is one expert."""
+        return float(self.computing_load.max()) / self.mean_load - 1 if self.mean_load else 0.0
+
+    @property
+    def min_load(self) -> float:
+        """The least used expert's load as a share of the mean."""
+        return float(self.computing_load.min()) / self.mean_load if self.mean_load else 0.0
+
+    @property
+    def dead_experts(self) -> int:
+        return int((self.computing_load == 0).sum())
+
+    @property
+    def effective_experts(self) -> float:
+        """``exp(entropy of the load)``: E when balanced, 1 when one expert takes everything."""
+        share = self.computing_load[self.computing_load > 0] / max(self.computing_load.sum(), 1)
+        return float(np.exp(-(share * np.log(share)).sum()))
+
+    @property
+    def load_entropy(self) -> float:
+        """Entropy of the load as a share of its maximum: 1 is balanced."""
+        if self.computing_load.size == 1:
+            return 1.0
+        return (
+            math.log(self.effective_experts) / math.log(self.computing_load.size)
+            if self.mean_load
+            else 0.0
+        )
+
+
+def summarize_load(layers: Sequence[LayerUsage]) -> dict[str, float]:
+    """Return the metrics of a row: the worst layer for each, the sum for dead experts.
+
+    ``moe/max_vio`` (and its ``_p50`` and ``_p95`` over the layers), ``moe/min_load``,
+    ``moe/dead_experts``, ``moe/load_entropy``, ``moe/drop_frac``, ``moe/spare_frac`` where there
+    are spare experts, and ``moe/router_entropy`` and ``moe/logit_rms`` where known.
+    """
+    if not layers:
+        return {}
+    median, high = np.quantile([x.max_vio for x in layers], (0.5, 0.95)).tolist()
+    row = {
+        "moe/max_vio": max(x.max_vio for x in layers),
+        "moe/max_vio_p50": median,
+        "moe/max_vio_p95": high,
+        "moe/min_load": min(x.min_load for x in layers),
+        "moe/dead_experts": float(sum(x.dead_experts for x in layers)),
+        "moe/load_entropy": min(x.load_entropy for x in layers),
+        "moe/drop_frac": max(x.drop_frac for x in layers),
+    }
+    if any(x.num_null_experts for x in layers):
+        row["moe/spare_frac"] = max(x.null_expert_frac for x in layers)
+    entropies = [x.router_entropy for x in layers if x.router_entropy is not None]
+    scales = [x.logit_rms for x in layers if x.logit_rms is not None]
+    row |= {"moe/router_entropy": min(entropies)} if entropies else {}
+    return row | ({"moe/logit_rms": max(scales)} if scales else {})
+
+
+USAGE_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LogitStats:
+    """What a router's logits were like in one pass, where known: see ``LayerUsage``."""
+
+    router_entropy: Tensor | float | None = None
+    logit_rms: Tensor | float | None = None
+
+
+UNKNOWN_LOGIT_STATS = LogitStats()
+
+
+class UsageCounter:
+    """See the module's first lines. ``languages`` are the names that language indices stand for.
+
+    ``spare`` is how many of the last experts of each layer do no work.
+    """
+
+    def __init__(self, languages: Sequence[str], *, num_null_experts: int = 0) -> None:
+        self.languages = tuple(languages)
+        self.num_null_experts = num_null_experts
+        self._tensors: dict[str, Tensor] = {}
+
+    def add_edges(
+        self,
+        layer: str,
+        *,
+        expert: Int[Tensor, "N"],
+        language: Int[Tensor, "N"],
+        num_experts: int,
+        late: Bool[Tensor, "N"] | None = None,
+        logit_stats: LogitStats = UNKNOWN_LOGIT_STATS,
+    ) -> None:
+        """Count the edges of one layer in one forward pass; does not wait for a GPU.
+
+        ``expert`` is ``num_experts`` where an edge was dropped; ``language`` is that of the edge's
+        token. ``late`` edges belong to the later half of the tokens.
+        """
+        groups = len(self.languages)
+        counts = torch.bincount(expert * groups + language, minlength=(num_experts + 1) * groups)
+        dropped = expert == num_experts
+        lost = counts.new_zeros(1) if late is None else (dropped & late).sum()[None]
+        sums = torch.zeros(4, dtype=torch.float64, device=expert.device)
+        edges = expert.numel()  # weighed by them, means are the same for any number of ranks
+        if logit_stats.router_entropy is not None:
+            sums[0], sums[1] = logit_stats.router_entropy * edges, edges
+        if logit_stats.logit_rms is not None:
+            sums[2], sums[3] = logit_stats.logit_rms**2 * edges, edges
+        self.merge({f"edges/{layer}": torch.cat([counts, lost]), f"scales/{layer}": sums})
+
+    def merge(self, tensors: Mapping[str, Tensor]) -> None:
+        """Add what ``tensors()`` of another rank, another interval or a checkpoint gave."""
+        for name, value in tensors.items():
+            mine = self._tensors.get(name)
+            self._tensors[name] = value.clone() if mine is None else mine + value.to(mine.device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the sums by name, in the same order on every rank: add them up over ranks.
+
+        Per layer ``edges/<layer>`` int64 [(E + 1) * G + 1]: counts, the dropped, late drops; and
+        ``scales/<layer>`` float64 [4].
+        """
+        return {name: self._tensors[name] for name in sorted(self._tensors)}
+
+    def reset(self) -> None:
+        """Start again from nothing."""
+        self._tensors = {}
+
+    def layers(self) -> tuple[LayerUsage, ...]:
+        """Read the counts on the host, layers in the order they were first counted."""
+        names = [n.partition("/")[2] for n in self._tensors if n.startswith("edges/")]
+        return tuple(self._read_layer(name) for name in names)
+
+    def write(self, path: Path) -> None:
+        """Write ``usage.json`` whole or not at all."""
+        lines = ",\n".join(json.dumps(_layer_to_json(layer)) for layer in self.layers())
+        head = (
+            f'{{"format": {USAGE_FORMAT}, "languages": {json.dumps(self.languages)}, "layers": [\n'
+        )
+        atomic_write(path, f"{head}{lines}\n]}}\n")
+
+    def _read_layer(self, name: str) -> LayerUsage:
+        edges = self._tensors[f"edges/{name}"].cpu()
+        entropy, entropies, square, squares = self._tensors[f"scales/{name}"].tolist()
+        table = edges[:-1].view(-1, len(self.languages)).numpy()
+        return LayerUsage(
+            layer=name,
+            counts=table[:-1],
+            dropped=table[-1],
+            dropped_late=int(edges[-1]),
+            router_entropy=entropy / entropies if entropies else None,
+            logit_rms=math.sqrt(square / squares) if squares else None,
+            num_null_experts=self.num_null_experts,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedUsage:
+    """What a ``usage.json`` holds."""
+
+    languages: tuple[str, ...]
+    layers: tuple[LayerUsage, ...]
+
+
+def read_usage(path: Path) -> RecordedUsage:
+    """Read ``usage.json``. Raises DataError if it is not one."""
+    try:
+        whole = read_json(path)
+        if whole["format"] != USAGE_FORMAT:
+            raise DataError(f"{path}: format {whole['format']}, expected {USAGE_FORMAT}")
+        groups = len(whole["languages"])
+        layers = tuple(_layer_from_json(layer, groups=groups) for layer in whole["layers"])
+        return RecordedUsage(tuple(whole["languages"]), layers)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path}: no such file; training writes it for a model with experts"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a usage file ({error})") from error
+
+
+def _layer_to_json(layer: LayerUsage) -> dict[str, Any]:
+    finite = {
+        name: value if value is not None and math.isfinite(value) else None
+        for name, value in (
+            ("router_entropy", layer.router_entropy),
+            ("logit_rms", layer.logit_rms),
+        )
+    }
+    return {
+        "layer": layer.layer,
+        "counts": layer.counts.tolist(),
+        "dropped": layer.dropped.tolist(),
+        "dropped_late": layer.dropped_late,
+        "spare": layer.num_null_experts,
+    } | finite
+
+
+def _layer_from_json(layer: dict[str, Any], *, groups: int) -> LayerUsage:
+    counts = np.array(layer["counts"], dtype=np.int64)
+    if counts.ndim != 2 or counts.shape[1] != groups:
+        raise ValueError(f"{layer['layer']} has counts {list(counts.shape)}")
+    return LayerUsage(
+        layer=layer["layer"],
+        counts=counts,
+        dropped=np.array(layer["dropped"], dtype=np.int64),
+        dropped_late=layer["dropped_late"],
+        router_entropy=layer["router_entropy"],
+        logit_rms=layer["logit_rms"],
+        num_null_experts=layer.get("spare", 0),  # runs of the first versions had none
+    )

@@ -1,0 +1,152 @@
+"""Looking: how tokens look at each other once they have queries, keys and values.
+
+Letters: B rows, S source length, L target length, T tokens, H heads, G key/value heads, d head dim.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+
+from moesaic.core.shapes import Bool, Float, Int, Tensor
+from moesaic.nn.packing import Packing
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValue:
+    """Keys and values of some tokens, ready to be looked at, in rows.
+
+    Or, with ``stream``, [t, G, d] of the tokens that are held here, for a ``AttentionBackend`` that does not
+    put them into rows.
+    """
+
+    key: Float[Tensor, "B G S d"]
+    value: Float[Tensor, "B G S d"]
+    packing: Packing | None = None
+
+    def select(self, rows: Int[Tensor, "R"]) -> "KeyValue":
+        """Take some batch rows, in any order and number."""
+        return KeyValue(self.key.index_select(0, rows), self.value.index_select(0, rows))
+
+    def grow(self, length: int) -> "KeyValue":
+        """Return room for at least ``length`` tokens (zeros), doubling when it grows."""
+        have = self.key.shape[2]
+        if have >= length:
+            return self
+        extra = (0, 0, 0, max(length, 2 * have) - have)
+        return KeyValue(F.pad(self.key, extra), F.pad(self.value, extra))
+
+    def write(self, new: "KeyValue", *, position: Int[Tensor, "B n"]) -> None:
+        """Store new keys and values at each row's positions, in place."""
+        row = torch.arange(position.shape[0], device=position.device)[:, None]
+        self.key.transpose(1, 2)[row, position] = new.key.transpose(1, 2)
+        self.value.transpose(1, 2)[row, position] = new.value.transpose(1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class QueryKeyValue:
+    """Queries, keys and values of the tokens that meet here (``packing.met``), as a stream."""
+
+    query: Float[Tensor, "T H d"]
+    key: Float[Tensor, "T G d"]
+    value: Float[Tensor, "T G d"]
+
+
+@runtime_checkable
+class AttentionBackend(Protocol):
+    """How tokens find the others of their row, wherever those are held."""
+
+    def self_attention(
+        self, heads: QueryKeyValue, *, packing: Packing, causal: bool
+    ) -> Float[Tensor, "T HD"]:
+        """Look within each row; ``causal``: a token sees itself and what is before it."""
+        ...
+
+    def project_source(
+        self, key: Float[Tensor, "T G d"], value: Float[Tensor, "T G d"], *, packing: Packing
+    ) -> KeyValue:
+        """Make a source ready to be looked at, once per layer and batch."""
+        ...
+
+    def cross_attention(
+        self,
+        query: Float[Tensor, "T H d"],
+        *,
+        packing: Packing,
+        source: KeyValue,
+        mask: Bool[Tensor, "B 1 1 S"] | None,
+    ) -> Float[Tensor, "T HD"]:
+        """Look at what ``read`` gave, where ``mask`` is true (None: everywhere)."""
+        ...
+
+
+class LocalAttention:
+    """All tokens of a row are held here."""
+
+    def self_attention(
+        self, heads: QueryKeyValue, *, packing: Packing, causal: bool
+    ) -> Float[Tensor, "T HD"]:
+        # causal attention needs no mask: padding is on the right, where no real token looks
+        mask = None if causal else packing.key_mask
+        keys = self.project_source(heads.key, heads.value, packing=packing)
+        return packing.pack(attend(pad_heads(heads.query, packing), keys, mask=mask, causal=causal))
+
+    def project_source(
+        self, key: Float[Tensor, "T G d"], value: Float[Tensor, "T G d"], *, packing: Packing
+    ) -> KeyValue:
+        return KeyValue(pad_heads(key, packing), pad_heads(value, packing))
+
+    def cross_attention(
+        self,
+        query: Float[Tensor, "T H d"],
+        *,
+        packing: Packing,
+        source: KeyValue,
+        mask: Bool[Tensor, "B 1 1 S"] | None,
+    ) -> Float[Tensor, "T HD"]:
+        return packing.pack(attend(pad_heads(query, packing), source, mask=mask, causal=False))
+
+
+def pad_heads(heads: Float[Tensor, "T H d"], packing: Packing) -> Float[Tensor, "B H S d"]:
+    """Put a stream of heads into rows."""
+    rows = packing.pad(heads.flatten(1))
+    return rows.unflatten(-1, heads.shape[1:]).transpose(1, 2)
+
+
+def attend(
+    query: Float[Tensor, "B H L d"],
+    keys: KeyValue,
+    *,
+    mask: Bool[Tensor, "B 1 #L S"] | None,
+    causal: bool,
+) -> Float[Tensor, "B L HD"]:
+    """Softmax attention; heads come back side by side. ``mask`` is true where allowed."""
+    mixed = F.scaled_dot_product_attention(
+        query,
+        keys.key,
+        keys.value,
+        attn_mask=mask,
+        is_causal=causal,
+        enable_gqa=query.shape[1] != keys.key.shape[1],
+    )
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def reference_attend(
+    query: Float[Tensor, "B H L d"],
+    keys: KeyValue,
+    *,
+    mask: Bool[Tensor, "B 1 #L S"] | None,
+    causal: bool,
+) -> Float[Tensor, "B L HD"]:
+    """The definition of ``attend``."""
+    share = query.shape[1] // keys.key.shape[1]
+    key, value = (t.repeat_interleave(share, 1) for t in (keys.key, keys.value))
+    score = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if causal:
+        allowed = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).tril()
+        mask = allowed if mask is None else mask & allowed
+    if mask is not None:
+        score = score.masked_fill(~mask, float("-inf"))
+    return (score.softmax(-1) @ value).transpose(1, 2).flatten(2)

@@ -1,0 +1,203 @@
+"""NamedOptimizer: one ``torch.optim.Optimizer`` whose groups each follow their own update rule.
+
+Every group has a ``name`` (``adamw/norm``), a ``rule`` (how its tensors change), ``lr`` and
+``base_lr``: a schedule writes ``lr = base_lr * factor``. All state is float32, and of the part
+of a parameter that this rank holds. A parameter of a
+narrower type (bfloat16) keeps a float32 ``master`` copy that the rule updates and that is rounded
+into the parameter afterwards, so that small updates are not lost.
+
+Optimizer state as flat tensors named ``slot/parameter``, e.g. ``exp_avg/encoder.0.norm.weight``.
+
+Names, not positions: state survives a change in the order of parameters, and a mismatch is named.
+Learning rates are not state: the schedule gives them for any step.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from moesaic.core.errors import CheckpointError
+from moesaic.core.shapes import Tensor
+from moesaic.distributed.world import local_tensor
+
+
+@runtime_checkable
+class UpdateRule(Protocol):
+    """How a group of tensors follows its gradients. Holds no tensors."""
+
+    def initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return the zero state of one float32 tensor."""
+        ...
+
+    def apply(
+        self,
+        params: Sequence[Tensor],
+        *,
+        grads: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        group: Mapping[str, Any],
+        sharding: "MatrixSharding",
+    ) -> None:
+        """Update ``params`` and ``slots`` in place, by the group's ``lr`` and ``weight_decay``.
+
+        ``group["updated"]`` names the parameters.
+        """
+        ...
+
+
+@runtime_checkable
+class MatrixSharding(Protocol):
+    """Where a rule that needs whole matrices finds them, by the names of their parameters."""
+
+    def all_gather_matrices(self, names: Sequence[str], parts: Sequence[Tensor]) -> list[Tensor]:
+        """Return what these are parts of."""
+        ...
+
+    def local_shards(self, names: Sequence[str], whole: Sequence[Tensor]) -> list[Tensor]:
+        """Return the parts of whole matrices that are held here."""
+        ...
+
+
+class UnshardedMatrices:
+    """Whole matrices are held here."""
+
+    def all_gather_matrices(self, names: Sequence[str], parts: Sequence[Tensor]) -> list[Tensor]:
+        del names
+        return list(parts)
+
+    def local_shards(self, names: Sequence[str], whole: Sequence[Tensor]) -> list[Tensor]:
+        del names
+        return list(whole)
+
+
+class NamedOptimizer(torch.optim.Optimizer):
+    """See the module's first lines. Save and restore it with ``optim.state``, by parameter name.
+
+    (Torch's own ``load_state_dict`` rounds state to the parameter's type; ours does not.)
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+        super().__init__(groups, defaults={})
+        self.matrix_sharding: MatrixSharding = UnshardedMatrices()
+        for group in self.param_groups:
+            group["base_lr"] = group["lr"]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, without the decorator of torch's own that imports its compiler (seconds)."""
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002
+        """Forget gradients; likewise."""
+        inspect.unwrap(torch.optim.Optimizer.zero_grad)(self, set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def ensure_state(self, parameter: Tensor, *, rule: UpdateRule) -> dict[str, Tensor]:
+        """Return the parameter's state, made of zeros where it has none yet."""
+        state = self.state[parameter]
+        parameter = local_tensor(parameter)
+        if not state:
+            if parameter.dtype != torch.float32:
+                state["master"] = parameter.detach().float()
+            state.update(rule.initial_state(state.get("master", parameter)))
+        return state
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        named = zip(group["param_names"], group["params"], strict=True)
+        names, params = [], []
+        for name, parameter in named:
+            if parameter.grad is not None:
+                names.append(name)
+                params.append(parameter)
+        if not params:
+            return
+        slots = [self.ensure_state(p, rule=group["rule"]) for p in params]
+        grads = [local_tensor(p.grad).float() for p in params]
+        params = [local_tensor(p) for p in params]
+        working = [s.get("master", p) for s, p in zip(slots, params, strict=True)]
+        group["rule"].apply(
+            working,
+            grads=grads,
+            slots=slots,
+            group={**group, "updated": names},
+            matrices=self.matrix_sharding,
+        )
+        for parameter, master in zip(params, working, strict=True):
+            if master is not parameter:
+                parameter.copy_(master)
+
+
+def export_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
+    """Return every state tensor (not copied). A parameter that was never updated has none."""
+    return {
+        f"{slot}/{name}": tensor
+        for name, parameter, _ in _named_parameters(optimizer)
+        for slot, tensor in optimizer.state.get(parameter, {}).items()
+    }
+
+
+@torch.no_grad()
+def restore_state(optimizer: NamedOptimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put exported state back, bit for bit; the optimizer must have the same rules and parameters.
+
+    All or nothing: raises CheckpointError naming what does not fit, with the optimizer unchanged.
+    """
+    stepped = {name.partition("/")[2] for name in tensors}
+    slots = {
+        name: _expected_state(parameter, rule=rule)
+        for name, parameter, rule in _named_parameters(optimizer)
+        if name in stepped
+    }
+    _check_state_fits(
+        tensors, {f"{s}/{name}": like for name in slots for s, like in slots[name].items()}
+    )
+    for name, parameter, _ in _named_parameters(optimizer):
+        optimizer.state[parameter] = {
+            slot: tensors[f"{slot}/{name}"].to(parameter.device, like.dtype, copy=True)
+            for slot, like in slots.get(name, {}).items()
+        }
+
+
+def _named_parameters(optimizer: NamedOptimizer) -> Iterator[tuple[str, Tensor, UpdateRule]]:
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            yield name, parameter, group["rule"]
+
+
+def _expected_state(parameter: Tensor, *, rule: UpdateRule) -> dict[str, Tensor]:
+    like = torch.empty_like(local_tensor(parameter), dtype=torch.float32, device="meta")
+    slots = dict(rule.initial_state(like))
+    return slots if parameter.dtype == torch.float32 else {"master": like} | slots
+
+
+def _check_state_fits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    missing = sorted(expected.keys() - tensors.keys())
+    unknown = sorted(tensors.keys() - expected.keys())
+    other = [
+        f"{key} {list(tensors[key].shape)} instead of {list(expected[key].shape)}"
+        for key in sorted(expected.keys() & tensors.keys())
+        if tensors[key].shape != expected[key].shape
+    ]
+    kinds = (("missing", missing), ("unknown here", unknown), ("of another shape", other))
+    if any(names for _, names in kinds):
+        found = "; ".join(f"{what}: {_name_some(names)}" for what, names in kinds if names)
+        raise CheckpointError(
+            f"the optimizer state does not fit: {found}. "
+            "Resume with the model and the optimizer that the checkpoint was saved with."
+        )
+
+
+def _name_some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

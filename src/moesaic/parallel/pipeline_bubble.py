@@ -1,0 +1,95 @@
+"""Bubbles: how long the ranks of a pipeline wait, by the operations of its schedule.
+
+A forward, a backward of what came in and one of the weights take one unit each of a rank's time
+(the assumption of 2401.10241), whatever its number of stages; sending takes none.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moesaic.parallel.pipeline_schedules import PipelineSchedule, torch_pipelining
+
+UNITS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleTimeline:
+    """``idle`` is the share of all ranks' time in which they wait.
+
+    ``kept`` is what the fullest rank keeps at once, in micro-batches of all its blocks.
+    """
+
+    idle: float
+    peak_micro_batches: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Operation:
+    kind: str
+    stage: int
+    micro_batch: int
+
+
+def simulate_schedule(
+    schedule: PipelineSchedule, *, ranks: int, micro_batches: int
+) -> ScheduleTimeline:
+    """Play a schedule through. Needs no ranks."""
+    torch_class = getattr(torch_pipelining(), schedule.torch_name)
+    listed = torch_pipelining("._schedule_visualizer").get_schedule_ops(
+        torch_class, ranks, micro_batches, schedule.stages_per_rank()
+    )
+    waiting = [list(_operations(actions)) for actions in listed]
+    unit, stages = 1.0 / schedule.stages_per_rank(), ranks * schedule.stages_per_rank()
+    kept = max(_peak_micro_batches(ops) for ops in waiting) * unit
+    done: dict[_Operation, float] = {}
+    clock, busy = [0.0] * ranks, 0.0
+    while any(waiting):
+        moved = False
+        for rank, ops in enumerate(waiting):
+            while ops and (ready := _ready_time(ops[0], done=done, stages=stages)) is not None:
+                moved, op = True, ops.pop(0)
+                cost = UNITS[op.kind] * unit
+                clock[rank] = done[op] = max(clock[rank], ready) + cost
+                busy += cost
+        if not moved:
+            raise RuntimeError(f"{type(schedule).__name__} waits for itself: {waiting}")
+    return ScheduleTimeline(1 - busy / (ranks * max(clock)), kept)
+
+
+def _operations(actions: Sequence[Any]) -> Iterator[_Operation]:
+    forwards: Counter[int] = Counter()
+    for action in actions:
+        for part in (action.sub_actions or (action,)) if action is not None else ():
+            kind, stage = part.computation_type.value, part.stage_index
+            if kind == "F":
+                # counted here: torch 2.13 lists those of the last stage of 1F1B from 1
+                yield _Operation(kind, stage, forwards[stage])
+                forwards[stage] += 1
+            elif kind in UNITS:
+                yield _Operation(kind, stage, part.microbatch_index)
+
+
+def _ready_time(op: _Operation, *, done: dict[_Operation, float], stages: int) -> float | None:
+    """When what an operation needs is there; None while it is not."""
+    needed: list[list[_Operation]] = []
+    if op.kind == "F" and op.stage:
+        needed.append([_Operation("F", op.stage - 1, op.micro_batch)])
+    if op.kind in "BI":
+        needed.append([_Operation("F", op.stage, op.micro_batch)])
+        if op.stage + 1 < stages:
+            needed.append([_Operation(kind, op.stage + 1, op.micro_batch) for kind in "BI"])
+    if op.kind == "W":
+        needed.append([_Operation("I", op.stage, op.micro_batch)])
+    times = [[done[each] for each in either if each in done] for either in needed]
+    return max((min(each) for each in times), default=0.0) if all(times) else None
+
+
+def _peak_micro_batches(ops: Sequence[_Operation]) -> int:
+    """The most passes through a stage that have come forward and not yet all the way back."""
+    held = most = 0
+    for op in ops:
+        held += {"F": 1, "B": -1, "W": -1, "I": 0}[op.kind]
+        most = max(most, held)
+    return most

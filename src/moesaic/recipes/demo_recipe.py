@@ -1,0 +1,64 @@
+"""The demo: eight target languages, three scripts, five minutes on two CPU cores.
+
+Designed for 25 TFLOP: a small vocabulary, short strings, one active expert of eight, Muon, no
+dropout, a linear decay to zero. What was tried and what it gained is in ``docs/log.md``.
+"""
+
+from moesaic.data.loader import LoaderConfig
+from moesaic.data.mixture import MixtureConfig, WeightedTask
+from moesaic.data.tasks import Denoising, Translation
+from moesaic.data.train_tokenizer import TokenizerConfig
+from moesaic.model.config import ModelConfig, Stack
+from moesaic.moe.balance import SwitchBalance
+from moesaic.moe.config import MoE
+from moesaic.moe.select import SwitchTop1
+from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.feed_forward import FeedForwardConfig, SquaredReLU
+from moesaic.nn.norm import LayerNorm
+from moesaic.optim.lr_schedule import WSD, LinearDecay
+from moesaic.optim.optimizer import AdamW, Muon, Spectral
+from moesaic.recipes.recipe_registry import RECIPES
+from moesaic.train.run import CheckpointConfig, LogConfig, NamedCorpus, Run, ValidationConfig
+
+LANGUAGES = ("spa", "por", "ita", "fra", "cat", "rus", "ukr", "ell")
+VOCABULARY = 2048
+
+
+@RECIPES.register()
+def demo() -> Run:
+    """Eight languages, three scripts, 2M parameters (1M active): five minutes on two CPU cores."""
+    return Run(
+        name="demo",
+        corpus=NamedCorpus(name="catalogues-small"),
+        languages=("eng", *LANGUAGES),
+        tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
+        mixture=MixtureConfig(
+            tasks=(
+                WeightedTask(task=Translation(), weight=0.9),
+                WeightedTask(task=Denoising(), weight=0.1),
+            )
+        ),
+        loader=LoaderConfig(batch_tokens=4096, max_source=40, max_target=48),
+        model=ModelConfig(
+            vocab_size=VOCABULARY,
+            dim=128,
+            encoder=Stack(layers=3, moe_every=2),
+            decoder=Stack(layers=2, moe_every=2),
+            attention=AttentionConfig(heads=4),
+            feed_forward=FeedForwardConfig(hidden=256, activation=SquaredReLU()),
+            moe=MoE(experts=8, select=SwitchTop1(), balance=(SwitchBalance(weight=0.01),)),
+            norm=LayerNorm(),
+        ),
+        optimizer=Muon(
+            lr=0.04,
+            weight_decay=0.05,
+            ns_steps=4,
+            scale=Spectral(),
+            adamw=AdamW(lr=6e-3, weight_decay=0.05, decayed_kinds=("router",)),
+        ),
+        schedule=WSD(warmup=45, decay=0.95, shape=LinearDecay()),
+        steps=900,
+        checkpoint=CheckpointConfig(every=150, keep=2),
+        validation=ValidationConfig(every=150, rows=32),
+        log=LogConfig(every=10),
+    )

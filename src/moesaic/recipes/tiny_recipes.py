@@ -1,0 +1,70 @@
+"""Tiny: invented languages, a small model, seconds. For tutorials and tests."""
+
+from moesaic.data.collators import DecoderOnlyCollator
+from moesaic.data.loader import LoaderConfig
+from moesaic.data.mixture import MixtureConfig, WeightedTask
+from moesaic.data.tasks import CausalLM, Denoising, Translation
+from moesaic.data.train_tokenizer import TokenizerConfig
+from moesaic.model.config import ModelConfig, Stack
+from moesaic.moe.config import MoE
+from moesaic.moe.select import TopK
+from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
+from moesaic.nn.norm import LayerNorm
+from moesaic.optim.lr_schedule import WSD
+from moesaic.optim.optimizer import AdamW, Muon
+from moesaic.recipes.recipe_registry import RECIPES
+from moesaic.train.run import CheckpointConfig, LogConfig, NamedCorpus, Run, ValidationConfig
+
+VOCABULARY = 512
+
+
+@RECIPES.register()
+def tiny() -> Run:
+    """Three invented languages, no network: learns to translate in half a minute."""
+    return Run(
+        name="tiny",
+        corpus=NamedCorpus(name="synthetic"),
+        tokenizer=TokenizerConfig(vocab_size=VOCABULARY),
+        mixture=MixtureConfig(
+            tasks=(
+                WeightedTask(task=Translation(), weight=0.9),
+                WeightedTask(task=Denoising(), weight=0.1),
+            )
+        ),
+        loader=LoaderConfig(batch_tokens=2048, max_source=48, max_target=48),
+        model=_model(encoder=2),
+        optimizer=Muon(lr=0.03, adamw=AdamW(lr=5e-3)),
+        schedule=WSD(warmup=10, decay=0.4),
+        steps=200,
+        checkpoint=CheckpointConfig(every=50, keep=2),
+        validation=ValidationConfig(every=50, rows=64),
+        log=LogConfig(every=5),
+    )
+
+
+@RECIPES.register()
+def tiny_lm() -> Run:
+    """The same text as a decoder-only language model with top-2 experts."""
+    tasks = (WeightedTask(task=CausalLM()),)
+    return tiny().replace(
+        name="tiny-lm",
+        mixture=MixtureConfig(tasks=tasks),
+        loader=LoaderConfig(
+            batch_tokens=2048, max_source=48, max_target=48, collator=DecoderOnlyCollator()
+        ),
+        model=_model(encoder=0),
+    )
+
+
+def _model(*, encoder: int) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=VOCABULARY,
+        dim=64,
+        encoder=Stack(layers=encoder, moe_every=2),
+        decoder=Stack(layers=2, moe_every=2),
+        attention=AttentionConfig(heads=2),
+        feed_forward=FeedForwardConfig(hidden=128, activation=ReLU()),
+        moe=MoE(experts=4, select=TopK(k=2)),
+        norm=LayerNorm(),
+    )

@@ -1,0 +1,140 @@
+"""The report: a run directory as one HTML file that needs nothing else."""
+
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.core.files import atomic_write
+from moesaic.core.units import show_count, show_seconds
+from moesaic.core.version import __version__
+from moesaic.report.html import Html, join_html, tag
+from moesaic.report.palette import PALETTE, css_variables
+from moesaic.report.report_inputs import ReportInputs, read_report_inputs
+from moesaic.report.routing_sections import atlas_section, health_section, insight_section
+from moesaic.report.score_sections import (
+    format_signed,
+    samples_section,
+    scores_section,
+    verdict_sentences,
+)
+from moesaic.report.training_sections import latest_value, run_section, training_section
+
+_SECTIONS = (
+    ("scores", "Scores", scores_section),
+    ("samples", "Sample translations", samples_section),
+    ("training", "Training", training_section),
+    ("routing", "Routing atlas", atlas_section),
+    ("insight", "What the routers learned", insight_section),
+    ("health", "Router health", health_section),
+    ("run", "The run", run_section),
+)
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Write ``report.html`` from what the run directory holds, and return its path.
+
+    Whatever is missing is said in its place. Raises CheckpointError if there is no run.
+    """
+    run = RunDir.open(Path(run_dir))
+    atomic_write(run.report, render_page(read_report_inputs(run)))
+    return run.report
+
+
+def render_page(inputs: ReportInputs) -> str:
+    """Return the whole document."""
+    sections = [
+        tag("section", tag("h2", title), build(inputs), id=name) for name, title, build in _SECTIONS
+    ]
+    links = [tag("a", title, href=f"#{name}") for name, title, _ in _SECTIONS]
+    tints = "".join(f".tint{i}{{--tint:var(--{colour.name})}}" for i, colour in enumerate(PALETTE))
+    style = f"{css_variables()}{tints}\n{_read_asset('page.css')}"
+    head = tag(
+        "head",
+        Html('<meta charset="utf-8"/>'),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", http_equiv="Content-Security-Policy", content=_CONTENT_SECURITY_POLICY),
+        tag("title", f"{inputs.name} · moesaic report"),
+        Html(f"<style>{style}</style>"),
+    )
+    body = tag(
+        "body",
+        _header(inputs),
+        tag("nav", *links, aria_label="Sections"),
+        tag("main", *sections),
+        tag("footer", f"Written by moesaic {__version__} from the files of the run directory."),
+        tag("div", id="tip", role="status"),
+        Html(f"<script>{_read_asset('page.js')}</script>"),
+    )
+    return f'<!doctype html>\n<html lang="en">{join_html([head, body])}</html>\n'
+
+
+# Nothing is fetched, whatever a translation or a file says.
+_CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+)
+
+
+def _read_asset(name: str) -> str:
+    return files("moesaic.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _header(inputs: ReportInputs) -> Html:
+    summary = inputs.summary
+    made = str(summary.get("created") or "").replace("T", " ")[:16]
+    words = verdict_sentences(summary)
+    lead = " ".join(words) or "This run has not been evaluated yet."
+    tiles = [
+        tag("div", tag("span", label), tag("b", value), tag("small", note), class_="tile")
+        for label, value, note in _headline_tiles(inputs)
+    ]
+    return tag(
+        "header",
+        tag(
+            "div", _logo(), tag("span", "moesaic"), tag("span", made, class_="soft"), class_="brand"
+        ),
+        tag("h1", inputs.name),
+        tag("p", lead, class_="lead"),
+        tag("div", *tiles, class_="tiles"),
+    )
+
+
+def _headline_tiles(inputs: ReportInputs) -> list[tuple[str, str, str]]:
+    """The headline numbers that are known: (label, value, note)."""
+    summary: Mapping[str, Any] = inputs.summary
+    tiles = []
+    systems = summary.get("systems") or ["model"]
+    chrf = ((summary.get("mean") or {}).get(systems[0]) or {}).get("chrf")
+    if chrf:
+        count = len(summary.get("languages") or ())
+        note = f"{chrf['low']:.1f} to {chrf['high']:.1f}, {count} languages"
+        tiles.append(("mean chrF++", f"{chrf['score']:.1f}", note))
+    for other, label in (("copy", "lead over copying"), ("memory", "lead over memory")):
+        found = ((summary.get("mean_differences") or {}).get(other) or {}).get("chrf")
+        if found:
+            note = f"{format_signed(found['low'])} to {format_signed(found['high'])} chrF++"
+            tiles.append((label, format_signed(found["difference"]), note))
+    counts = summary.get("counts") or {}
+    if "parameters" in counts:
+        active = counts.get("active_parameters")
+        note = f"{show_count(active)} active per token" if active else "in all"
+        tiles.append(("parameters", show_count(counts["parameters"]), note))
+    tokens = counts.get("train_tokens") or latest_value(inputs, "train/tokens")
+    if tokens:
+        seconds = (summary.get("seconds") or {}).get("train")
+        note = f"in {show_seconds(seconds)}" if seconds else "both sides"
+        tiles.append(("tokens trained on", show_count(tokens), note))
+    loss = latest_value(inputs, "valid/loss")
+    if loss is not None:
+        tiles.append(("validation loss", f"{loss:.2f}", "nats per token"))
+    return tiles
+
+
+def _logo() -> Html:
+    spots = [(0, 0), (9, 0), (18, 0), (0, 9), (18, 9), (9, 18), (18, 18)]
+    squares = [
+        tag("rect", x=x, y=y, width=7.5, height=7.5, rx=1.5, fill=f"var(--{PALETTE[i % 5].name})")
+        for i, (x, y) in enumerate(spots)
+    ]
+    return tag("svg", *squares, viewBox="0 0 26 26", class_="logo", aria_hidden="true")

@@ -1,0 +1,160 @@
+"""Inputs: what a run directory says, and what it does not say yet."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from moesaic.checkpoint.routes_file import RoutesFile
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.core.errors import UserError
+from moesaic.core.files import read_json
+from moesaic.corpus.languages import resolve_language
+from moesaic.moe.routing_agreement import RoutingAgreement, compare_routes
+from moesaic.monitor.expert_usage import RecordedUsage, read_usage
+from moesaic.monitor.metric_writers import read_metrics
+from moesaic.report.charts import ChartSeries
+
+T = TypeVar("T")
+_LANGUAGE_CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}(_\w+)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportInputs:
+    """The files of a run. ``gaps`` has one sentence per file that could not be read, by name.
+
+    ``learning`` says per step how alike held-out text was routed then and at the last one.
+    """
+
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    metrics: dict[str, ChartSeries] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    usage: RecordedUsage | None = None
+    insight: dict[str, Any] = field(default_factory=dict)
+    agreement_by_step: tuple[tuple[int, RoutingAgreement], ...] = ()
+    quality_curve: dict[str, Any] = field(default_factory=dict)
+    gaps: dict[str, str] = field(default_factory=dict)
+
+    def curve(
+        self, name: str, *, label: str = "", color: int = 0, dash: int = 0
+    ) -> ChartSeries | None:
+        """Return one metric as a curve, or None if it was never written."""
+        found = self.metrics.get(name)
+        return ChartSeries(label or name, found.x, found.y, color, dash) if found else None
+
+    def tasks_and_languages(self, prefix: str) -> tuple[list[str], list[str]]:
+        """Return the tasks and the languages that have metrics ``prefix/...``."""
+        ends = [n.removeprefix(prefix) for n in self.metrics if n.startswith(prefix)]
+        languages = [end for end in ends if _LANGUAGE_CODE.fullmatch(end)]
+        return [end for end in ends if end not in languages], languages
+
+
+def read_report_inputs(run: RunDir) -> ReportInputs:
+    """Read what is there. A missing or damaged file becomes a gap, never an exception."""
+    gaps: dict[str, str] = {}
+    text = _read_or_gap(run.config, _read_text, "", gaps)
+    config = _read_or_gap(run.config, lambda _: _require_mapping(yaml.safe_load(text)), {}, gaps)
+    name = str(config.get("name") or run.path.resolve().name)
+    return ReportInputs(
+        name=name,
+        config=config,
+        config_text=text,
+        metrics=_read_or_gap(run.metrics, _read_curves, {}, gaps),
+        summary=_read_or_gap(run.summary, lambda path: _require_mapping(read_json(path)), {}, gaps),
+        usage=_read_or_gap(_usage_file(run), _read_usage, None, gaps),
+        insight=_read_or_gap(run.insight, _read_insight, {}, gaps),
+        agreement_by_step=_read_agreement(run.routing_snapshots, gaps),
+        quality_curve=_read_or_gap(
+            run.score_curve, lambda path: _require_mapping(read_json(path)), {}, {}
+        ),
+        gaps=gaps,
+    )
+
+
+def language_name(code: str) -> str:
+    """Return a language's English name; an unknown code, and a direction, stay as they are."""
+    try:
+        return resolve_language(code).name
+    except UserError:
+        return code
+
+
+def _read_or_gap(path: Path, read: Callable[[Path], T], empty: T, gaps: dict[str, str]) -> T:
+    if not path.is_file():
+        gaps[path.name] = f"There is no {path.name} yet."
+        return empty
+    try:
+        return read(path)
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, UserError) as error:
+        gaps[path.name] = f"{path.name} could not be read: {' '.join(str(error).split())[:200]}"
+        return empty
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _require_mapping(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a mapping, found {type(value).__name__}")
+    return value
+
+
+def _usage_file(run: RunDir) -> Path:
+    """Runs of the first versions have their counts under another name."""
+    old = run.path / "routes.json"
+    return old if old.is_file() and not run.usage.is_file() else run.usage
+
+
+def _read_usage(path: Path) -> RecordedUsage | None:
+    found = read_usage(path)
+    return found if any(layer.edges for layer in found.layers) else None
+
+
+def _read_insight(path: Path) -> dict[str, Any]:
+    found = _require_mapping(read_json(path))
+    if found["format"] != 1:
+        raise ValueError(f"format {found['format']}, expected 1")
+    wanted = {"experts", "spare", "uncertainty", "typical", "positions"}
+    for name, layer in found["layers"].items():
+        if wanted - layer.keys():
+            raise ValueError(f"layer {name} lacks {', '.join(sorted(wanted - layer.keys()))}")
+    return found
+
+
+def _read_agreement(folder: Path, gaps: dict[str, str]) -> tuple[tuple[int, RoutingAgreement], ...]:
+    files = sorted(folder.glob("step-*.routes"))
+    if not files:
+        return ()
+    try:
+        last = list(RoutesFile(files[-1]))
+        steps = [int(path.stem.partition("-")[2]) for path in files]
+        return tuple(
+            (s, compare_routes(RoutesFile(f), last)) for s, f in zip(steps, files, strict=True)
+        )
+    except (OSError, ValueError, UserError) as error:
+        gaps["learning"] = f"learning could not be read: {' '.join(str(error).split())[:200]}."
+        return ()
+
+
+def _read_curves(path: Path) -> dict[str, ChartSeries]:
+    points: dict[str, tuple[list[float], list[float]]] = {}
+    for row in read_metrics(path):
+        step = row.get("step")
+        for name, value in row.items():
+            if name != "step" and step is not None and isinstance(value, int | float):
+                xs, ys = points.setdefault(name, ([], []))
+                xs.append(float(step))
+                ys.append(float(value))
+    return {name: ChartSeries(name, xs, ys) for name, (xs, ys) in points.items()}
+
+
+def to_text(value: object) -> str:
+    """Return any JSON value as one line of text."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

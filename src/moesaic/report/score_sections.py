@@ -1,0 +1,276 @@
+"""The part of the report on quality: verdict, scores, sample translations with their experts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moesaic.report.charts import IntervalDot, dot_chart
+from moesaic.report.html import Html, HtmlChild, html_table, join_html, tag
+from moesaic.report.report_inputs import ReportInputs, language_name, to_text
+
+_SYSTEM_NAMES = {"model": "model", "copy": "copying the source", "memory": "translation memory"}
+_VERDICT_MARKS = {
+    "better": ("▲", "better"),
+    "worse": ("▼", "worse"),
+    "unclear": ("≈", "level: the interval holds zero"),
+}
+_MAX_TRACES = 60  # more expert tables than this would make the file heavy
+
+
+def verdict_sentences(summary: Mapping[str, Any]) -> list[str]:
+    """Return sentences that say where the first system wins and where it does not."""
+    first, words = str((summary.get("systems") or ["model"])[0]), []
+    for other, found in (summary.get("verdicts") or {}).items():
+        counts = {kind: found.get(kind) or [] for kind in _VERDICT_MARKS}
+        total = sum(map(len, counts.values()))
+        name = str(_SYSTEM_NAMES.get(other, other))
+        rest = [f"worse in {len(counts['worse'])}{_list_languages(counts['worse'])}"] * bool(
+            counts["worse"]
+        )
+        rest += [f"level in {len(counts['unclear'])}"] * bool(counts["unclear"])
+        words.append(
+            f"The {_SYSTEM_NAMES.get(first, first)} is better than {_with_article(name)} in "
+            f"{len(counts['better'])} of {total} languages"
+            + (f", {' and '.join(rest)}." if rest else ".")
+        )
+    return words
+
+
+def format_signed(value: float) -> str:
+    """``-2.84 -> '−2.8'``, with a real minus sign."""
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def scores_section(inputs: ReportInputs) -> Html:
+    """Return the section on scores, or the gap in its place."""
+    summary = inputs.summary
+    languages = summary.get("languages") or {}
+    if not languages:
+        gap = inputs.gaps.get("summary.json", "summary.json holds no languages.")
+        return tag("p", f"{gap} Run moesaic eval on this run to score it.", class_="gap")
+    systems = [str(name) for name in summary.get("systems") or ["model"]]
+    order = sorted(
+        languages, key=lambda key: -_score_part(languages[key], systems[0], "chrf", "score", 0.0)
+    )
+    rows = [
+        (
+            _direction_title(key, languages[key]),
+            [_score_dot(languages[key], system) for system in systems],
+        )
+        for key in order
+    ]
+    shown = [_SYSTEM_NAMES.get(system, system) for system in systems]
+    chart = dot_chart(rows, systems=shown, title="chrF++ on held-out text, by language")
+    return join_html([chart, _score_table(summary, order, systems), _method_notes(summary)])
+
+
+def samples_section(inputs: ReportInputs) -> Html:
+    """Return sample translations, each with the experts that read and wrote it."""
+    languages = inputs.summary.get("languages") or {}
+    kept = {key: r["samples"] for key, r in languages.items() if r.get("samples")}
+    if not kept:
+        return tag("p", "No sample translations were kept.", class_="gap")
+    systems = [str(name) for name in inputs.summary.get("systems") or ["model"]]
+    room = _MAX_TRACES
+    blocks = []
+    for number, (key, rows) in enumerate(kept.items()):
+        result = languages[key]
+        cards = []
+        for row in rows:
+            show = isinstance(row.get("experts"), Mapping) and room > 0
+            room -= show
+            cards.append(
+                _sample_card(
+                    row, systems=systems, result=result, trace=show, first=not blocks and not cards
+                )
+            )
+        blocks.append(
+            tag(
+                "details",
+                tag("summary", _direction_title(key, result), tag("span", key, class_="code")),
+                *cards,
+                open="" if number == 0 else None,
+            )
+        )
+    lead = "Evenly spaced through the test set, not chosen by quality."
+    return join_html([tag("p", lead, class_="soft"), *blocks])
+
+
+def _score_table(summary: Mapping[str, Any], order: Sequence[str], systems: Sequence[str]) -> Html:
+    first, *others = systems
+    head = ["language", "sentences"]
+    for metric in ("chrF++", "BLEU"):
+        head += [f"{metric} {system}" for system in systems]
+    head += [f"lead over {other}" for other in others] + ["off-target"]
+    rows = []
+    for key in order:
+        rows.append(
+            [
+                _direction_title(key, summary["languages"][key]),
+                str(summary["languages"][key].get("count", "")),
+                *_score_cells(summary["languages"][key], systems),
+                *(
+                    _difference_cell(summary["languages"][key].get("differences"), o)
+                    for o in others
+                ),
+                _off_target_cell(summary["languages"][key].get(first)),
+            ]
+        )
+    mean = summary.get("mean") or {}
+    if mean:
+        leads = [_difference_cell(summary.get("mean_differences"), other) for other in others]
+        rows.append(["mean of languages", "", *_score_cells(mean, systems), *leads, ""])
+    caption = "Scores with half the width of their 95 % interval; bold is the best of the row"
+    return html_table(head, rows=rows, caption=caption)
+
+
+def _score_cells(result: Mapping[str, Any], systems: Sequence[str]) -> list[HtmlChild]:
+    cells: list[HtmlChild] = []
+    for metric in ("chrf", "bleu"):
+        values = [_score_part(result, system, metric, "score", None) for system in systems]
+        best = max((v for v in values if v is not None), default=None)
+        for system, value in zip(systems, values, strict=True):
+            if value is None:
+                cells.append("–")
+                continue
+            low, high = (_score_part(result, system, metric, end, value) for end in ("low", "high"))
+            half = tag("small", f" ±{(high - low) / 2:.1f}")
+            number = f"{value:.1f}"
+            cells.append(join_html([tag("b", number) if value == best else number, half]))
+    return cells
+
+
+def _difference_cell(differences: Mapping[str, Any] | None, other: str) -> Html:
+    found = (differences or {}).get(other) or {}
+    chrf = found.get("chrf")
+    if not chrf:
+        return tag("span", "–")
+    sign, words = _VERDICT_MARKS.get(found.get("verdict", ""), ("", ""))
+    span = f"95 % interval {format_signed(chrf['low'])} to {format_signed(chrf['high'])}, p = {chrf['p']:.3f}"
+    return tag(
+        "span",
+        tag("span", sign, class_=f"sign {found.get('verdict', '')}", aria_label=words),
+        f" {format_signed(chrf['difference'])}",
+        title=f"{words}; {span}",
+    )
+
+
+def _off_target_cell(result: Mapping[str, Any] | None) -> Html:
+    found = (result or {}).get("off_target") or {}
+    for view, words in (("identified", "by language identification"), ("script", "by script")):
+        rate = found.get(view) or {}
+        if rate.get("rate") is not None:
+            counted = f"{rate['off']} of {rate['counted']} sentences, {words}"
+            return tag("span", f"{100 * rate['rate']:.0f} %", title=counted)
+    return tag("span", "–")
+
+
+def _method_notes(summary: Mapping[str, Any]) -> Html:
+    signatures = {
+        f"{metric}: {signature}"
+        for result in summary["languages"].values()
+        for metric, signature in (result.get("signatures") or {}).items()
+    }
+    notes = [str(note) for note in summary.get("notes") or ()] + sorted(signatures)
+    words = (
+        "Better and worse mean that the 95 % interval of the chrF++ difference excludes zero. "
+        "chrF++ compares character sequences and word pairs with the reference; 100 is equal. "
+        "Intervals and differences are from a paired bootstrap over the sentences."
+    )
+    return tag(
+        "details",
+        tag("summary", "How this was measured"),
+        tag("p", words),
+        tag("ul", *(tag("li", note) for note in notes)),
+        class_="quiet",
+    )
+
+
+def _sample_card(
+    row: Mapping[str, Any],
+    *,
+    systems: Sequence[str],
+    result: Mapping[str, Any],
+    trace: bool,
+    first: bool,
+) -> Html:
+    lines = [("source", row.get("source"), result.get("source"))]
+    lines += [(s, row.get(s), result.get("target")) for s in systems if s != "copy" and s in row]
+    lines.append(("reference", row.get("reference"), result.get("target")))
+    shown = []
+    for label, text, code in lines:
+        shown.append(tag("dt", label))
+        said = tag("span", "(nothing)", class_="soft") if not text else to_text(text)
+        shown.append(tag("dd", said, dir="auto", lang=_bcp47_tag(code), class_=f"said {label}"))
+    tables = (
+        [_expert_trace_table(row["experts"], side=side) for side in ("source", "target")]
+        if trace
+        else []
+    )
+    found = [t for t in tables if t is not None]
+    experts = (
+        tag(
+            "details",
+            tag("summary", "which experts"),
+            *found,
+            class_="experts",
+            open="" if first else None,
+        )
+        if found
+        else None
+    )
+    return tag("article", tag("dl", *shown), experts, class_="sample")
+
+
+def _expert_trace_table(experts: Mapping[str, Any], *, side: str) -> Html | None:
+    """A table of layers by tokens; a cell names the experts, the colour is the first one's."""
+    found = experts.get(side) or {}
+    layers = found.get("layers") or {}
+    if not layers:
+        return None
+    head = ["layer", *(str(token) for token in found.get("tokens") or ())]
+    rows = [[name, *(_expert_cell(v) for v in visits)] for name, visits in layers.items()]
+    caption = "Reading the source" if side == "source" else "Writing the translation"
+    return tag("div", html_table(head, rows=rows, caption=caption), class_="trace")
+
+
+def _expert_cell(visits: Sequence[Sequence[float]]) -> Html:
+    if not visits:
+        return tag("span", "–", title="dropped")
+    told = ", ".join(f"expert {int(e)} with weight {w:.2f}" for e, w in visits)
+    names = "·".join(str(int(e)) for e, _ in visits)
+    return tag("span", names, class_=f"chip tint{int(visits[0][0]) % 5}", title=told)
+
+
+def _score_dot(result: Mapping[str, Any], system: str) -> IntervalDot | None:
+    value = _score_part(result, system, "chrf", "score", None)
+    if value is None:
+        return None
+    low, high = (_score_part(result, system, "chrf", end, value) for end in ("low", "high"))
+    return IntervalDot(value, low, high)
+
+
+def _score_part(result: Mapping[str, Any], system: str, metric: str, part: str, other: Any) -> Any:
+    found = ((result.get(system) or {}).get(metric) or {}).get(part)
+    return other if found is None else found
+
+
+def _direction_title(key: str, result: Mapping[str, Any]) -> str:
+    name = str(result.get("name") or language_name(key))
+    return f"{name} → English" if key.endswith("-eng_Latn") else name
+
+
+def _bcp47_tag(code: object) -> str | None:
+    parts = str(code or "").split("_")
+    return "-".join(parts) if len(parts) > 1 else None
+
+
+def _with_article(name: str) -> str:
+    return name if name.startswith("copying") else f"the {name}"
+
+
+def _list_languages(keys: Sequence[str]) -> str:
+    if not keys:
+        return ""
+    names = [language_name(key) for key in keys[:6]]
+    more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
+    return f" ({', '.join(names)}{more})"

@@ -1,0 +1,160 @@
+"""Random plans: a random small model, random batches, and a random plan that fits both.
+
+Everything a model may be made of is drawn from its family, so a new rule is tried under every plan
+without a word here.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from moesaic.core.config import Choice
+from moesaic.core.errors import ConfigError
+from moesaic.model.config import ModelConfig, Stack
+from moesaic.moe.balance import Balance, MicroBatchBalance
+from moesaic.moe.config import MoE
+from moesaic.moe.dispatch_projection import DispatchProjection
+from moesaic.moe.experts import Expert, FeedForwardExpert, LoRAExpert
+from moesaic.moe.limit import Capacity, Dropless, Limit, Priority
+from moesaic.moe.null_experts import NullExperts
+from moesaic.moe.router_logits import CrossLayerRouting, RouterInput
+from moesaic.moe.router_noise import RouterNoise
+from moesaic.moe.select import Select, TopK
+from moesaic.moe.shared_experts import SharedExpertBranch
+from moesaic.nn.attention import AttentionConfig
+from moesaic.nn.embedding import EmbeddingConfig
+from moesaic.nn.feed_forward import Activation, FeedForwardConfig
+from moesaic.nn.norm import Norm
+from moesaic.nn.positional_encoding import PositionalEncoding
+from moesaic.optim.optimizer import AdamW, Muon
+from moesaic.parallel.config import ParallelConfig
+from moesaic.testing.tiny_models import tiny_run
+from moesaic.train.run import Run
+from moesaic.verify.enumerate_plans import sample_plan
+from moesaic.verify.shrink_config import shrink_config
+from moesaic.verify.synthetic_batches import VOCABULARY, SyntheticShape
+
+EXCLUDED = (
+    MicroBatchBalance,
+)  # what it balances is the share of a rank: another loss by definition
+
+
+@dataclass(frozen=True, slots=True)
+class RandomCase:
+    """A run, its batches and a plan of ``ranks``."""
+
+    run: Run
+    shape: SyntheticShape
+    parallel: ParallelConfig
+    world_size: int
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What tells this case from others, as plain data."""
+        model = self.run.model.to_dict()
+        return {
+            "ranks": self.world_size,
+            "plan": self.parallel.to_dict(),
+            "rows": self.shape.rows,
+            "length": self.shape.length,
+            "model": model,
+            "optimizer": type(self.run.optimizer).__name__,
+        }
+
+
+def random_cases(seed: int, *, max_ranks: int = 4) -> Iterator[RandomCase]:
+    """Yield cases of 2 to ``most`` ranks without end; the n-th depends on ``seed`` and n alone."""
+    number = 0
+    while True:
+        draw = random.Random(f"{seed}/{number}")
+        number += 1
+        case = _random_case(draw, max_ranks=max_ranks)
+        if case is not None:
+            yield case
+
+
+def _random_case(draw: random.Random, *, max_ranks: int) -> RandomCase | None:
+    """Return None where what was drawn does not go together."""
+    try:
+        model = _random_model(draw)
+        optimizer = draw.choice((AdamW(lr=0.01), Muon(lr=0.01, adamw=AdamW(lr=0.01))))
+        if isinstance(model.moe, MoE) and isinstance(model.moe.expert, LoRAExpert):
+            # half of its matrices start at zero: what Muon lifts there is rounding, and the other
+            # half's gradients are made of it
+            optimizer = AdamW(lr=0.01)
+        smoothing = draw.choice((0.0, 0.1))
+        run = shrink_config(
+            tiny_run(model=model, optimizer=optimizer, label_smoothing=smoothing)
+        ).run
+        run = run.replace(accumulate=draw.randint(1, 4))
+        ranks = draw.randint(2, max_ranks)
+        parallel = sample_plan(ranks, run=run, draw=draw)
+    except ConfigError:
+        return None
+    if parallel is None:
+        return None
+    source = run.model.encoder.layers > 0
+    shape = SyntheticShape(rows=draw.randint(1, 9), length=draw.randint(2, 12), source=source)
+    return RandomCase(run.replace(seed=draw.randrange(10**6)), shape, parallel, ranks)
+
+
+def _random_model(draw: random.Random) -> ModelConfig:
+    heads = draw.choice((1, 2, 3, 4, 6, 8))
+    groups = draw.choice([n for n in range(1, heads + 1) if heads % n == 0])
+    hidden = draw.choice((8, 12, 24))
+    return ModelConfig(
+        vocab_size=VOCABULARY,
+        dim=draw.choice((8, 12, 16)),
+        encoder=_random_stack(draw, layers=draw.randint(0, 2)),
+        decoder=_random_stack(draw, layers=draw.randint(1, 2)),
+        attention=AttentionConfig(heads=heads, kv_heads=groups, head_dim=4),
+        feed_forward=FeedForwardConfig(hidden=hidden, activation=_random_member(draw, Activation)),
+        moe=_random_moe(draw),
+        norm=_random_member(draw, Norm),
+        position=_random_member(draw, PositionalEncoding),
+        embedding=EmbeddingConfig(tied=draw.random() < 0.7),
+        bias=draw.random() < 0.4,
+        dropout=draw.choice((0.0, 0.0, 0.1)),
+    )
+
+
+def _random_stack(draw: random.Random, *, layers: int) -> Stack:
+    return Stack(layers=layers, moe_every=draw.choice((0, 1, 1, 2)))
+
+
+def _random_moe(draw: random.Random) -> MoE:
+    balances = [_random_member(draw, Balance) for _ in range(draw.randint(0, 2))]
+    return MoE(
+        experts=draw.choice((1, 2, 3, 4, 6, 8)),
+        hidden=draw.choice((None, 4, 8, 16)),
+        select=TopK(k=draw.randint(1, 3)) if draw.random() < 0.4 else _random_member(draw, Select),
+        limit=_random_limit(draw),
+        balance=tuple(term for term in balances if not isinstance(term, EXCLUDED)),
+        noise=_random_member(draw, RouterNoise),
+        expert=FeedForwardExpert() if draw.random() < 0.8 else _random_member(draw, Expert),
+        shared_experts=_random_member(draw, SharedExpertBranch),
+        null_experts=_random_member(draw, NullExperts),
+        dispatch_projection=_random_member(draw, DispatchProjection),
+        router_input=_random_member(draw, RouterInput),
+        cross_layer=_random_member(draw, CrossLayerRouting),
+    )
+
+
+def _random_limit(draw: random.Random) -> Limit:
+    if draw.random() < 0.5:
+        return Dropless()
+    factor = draw.choice((0.5, 1.0, 1.5))
+    return Capacity(
+        factor=factor, minimum=draw.randint(0, 2), priority=_random_member(draw, Priority)
+    )
+
+
+def _random_member(draw: random.Random, family: type[Choice]) -> Any:
+    """Return a member as it is by default; every other time the first, which is the plain one."""
+    members = [
+        member
+        for member in family.members.values()
+        if not any(field.is_required() for field in member.model_fields.values())
+    ]
+    return (members[0] if draw.random() < 0.5 else draw.choice(members))()

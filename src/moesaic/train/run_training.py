@@ -1,0 +1,171 @@
+"""Train: one call from a run's config to a trained model in a directory."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moesaic.checkpoint.full_checkpoint import config_differences, read_state, require_same_config
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.core.files import atomic_write
+from moesaic.data.loader import DataReplica, Loader
+from moesaic.distributed.flight_recorder import mark_phase
+from moesaic.distributed.initialize import init_distributed
+from moesaic.distributed.rank0 import run_on_rank0
+from moesaic.distributed.world import World
+from moesaic.model.transformer import Transformer
+from moesaic.monitor.metric_writers import JsonlWriter, MetricWriter, MultiWriter
+from moesaic.monitor.progress_display import RunStatus
+from moesaic.train.export import export_model
+from moesaic.train.loop import TrainingResult, training_loop
+from moesaic.train.prepare_data import PreparedData, prepare_data
+from moesaic.train.random_state import seed_rank
+from moesaic.train.resume import CHANGEABLE_KEYS, REPORTED_KEYS, START_FRESH, Resume
+from moesaic.train.routing_hooks import RouterHealthHook, RoutingProbeHook, RoutingTraceHook
+from moesaic.train.run import Run
+from moesaic.train.run_checks import check_run
+from moesaic.train.trainer import NonFiniteError, Trainer
+from moesaic.train.training_hooks import (
+    CheckpointHook,
+    Hook,
+    MakeDisplay,
+    MetricsLogHook,
+    StragglerHook,
+    ValidationHook,
+    no_progress,
+    terminal_progress,
+)
+
+
+def train(
+    run: Run,
+    out: Path | str,
+    *,
+    resume: Resume = START_FRESH,
+    until: int | None = None,
+    hooks: Sequence[Hook] = (),
+    progress: MakeDisplay = terminal_progress,
+) -> TrainingResult:
+    """Train ``run`` in the directory ``out``, alone or as one rank under torchrun.
+
+    ``until`` stops after that step (the schedule still aims at ``run.steps``); ``hooks`` come after
+    our own; ``board`` makes what a person watches. Raises UserError: a config that cannot work, a
+    directory that holds another run, a corpus that cannot be read, a full disk, too many steps
+    that are not finite.
+    """
+    check_run(run)
+    folder, began = RunDir(Path(out)), time.monotonic()
+    with init_distributed(timeout_s=run.collective_timeout_s) as world:
+        losses = tuple(f"train/loss/{weighted.task.name}" for weighted in run.mixture.tasks)
+        shown = (progress if world.rank == 0 else no_progress)(
+            RunStatus(steps=run.steps, losses=losses)
+        )
+        start = run_on_rank0(world, lambda: _open_run_dir(folder, run=run, resume=resume))
+        for sentence in start["notes"]:
+            shown.note(sentence)
+        mark_phase("preparing the data")
+        prepared = prepare_data(run, run_dir=folder, world=world, notify=shown.note)
+        mark_phase("making the model")
+        trainer = make_trainer(run, prepared=prepared, world=world)
+        own = standard_hooks(trainer, run_dir=folder)
+        if start["path"] is not None:
+            mark_phase("resuming")
+            trainer.load_checkpoint(Path(start["path"]))
+            shown.note(f"resuming after step {trainer.step:,}, from {start['path']}")
+        log = MetricsLogHook(sink=_open_sinks(trainer, run_dir=folder), progress=shown)
+        save = CheckpointHook(folder.checkpoints, flush=log.flush)
+        try:
+            until = min(until or run.steps, run.steps)
+            ending = training_loop(trainer, hooks=[*own, log, *hooks, save], until=until)
+            tokens = trainer.metrics.total_tokens(world)
+            mark_phase("export")
+            run_on_rank0(world, lambda: export_model(trainer, run_dir=folder, tokens=tokens))
+        except NonFiniteError as error:
+            way_on = f"The last good state is saved. {_resume_hint(folder)}"
+            raise NonFiniteError(f"{error}. {way_on}") from None
+        finally:
+            trainer.data.close()
+            log.close()
+        for sentence in _too_long_notes(trainer.data.skipped, run=run):
+            shown.note(sentence)
+        if ending.startswith("SIG"):
+            shown.note(f"{ending}: saved after step {trainer.step:,}. {_resume_hint(folder)}")
+        return TrainingResult(
+            out=folder.path,
+            steps=trainer.step,
+            tokens=int(tokens),
+            seconds=time.monotonic() - began,
+            metrics=dict(trainer.event_log.latest_values),
+            stop_reason=ending,
+        )
+
+
+def make_trainer(run: Run, *, prepared: PreparedData, world: World) -> Trainer:
+    """Return a trainer at step 0: the same weights on every rank, random numbers of its own."""
+    torch.manual_seed(run.seed)
+    model = Transformer(run.model).to(world.device)
+    seed_rank(run.seed, world=world)
+    data = Loader(
+        prepared.shards,
+        tokenizer=prepared.tokenizer,
+        mixture=run.mixture,
+        config=run.loader,
+        seed=run.seed,
+        replica=DataReplica(*run.parallel.plan.resolve(world.size).data_shard(world.rank)),
+    )
+    return Trainer(run, model=model, data=data, world=world)
+
+
+def standard_hooks(trainer: Trainer, *, run_dir: RunDir) -> list[Hook]:
+    """Return what every run does around its steps, before the rows of metrics are written."""
+    return [
+        ValidationHook(),
+        RouterHealthHook(run_dir.usage, trainer=trainer),
+        RoutingTraceHook(run_dir.routes),
+        RoutingProbeHook(run_dir.routing_snapshots),
+        StragglerHook(),
+    ]
+
+
+def _open_run_dir(run_dir: RunDir, *, run: Run, resume: Resume) -> dict[str, Any]:
+    """Make the run directory ready, on rank 0: where to start from, and what to say of it."""
+    path, notes = (
+        resume.find_checkpoint(run_dir),
+        [f"skipped {why}" for why in resume.skipped_checkpoints(run_dir)],
+    )
+    if path is not None:
+        saved, now = read_state(path)["config"], run.to_dict()
+        require_same_config(
+            saved, current=now, where=path, ignored=(*CHANGEABLE_KEYS, *REPORTED_KEYS)
+        )
+        changed = config_differences(saved, now).items()
+        notes += [f"{k}: was {a}, now {b}" for k, (a, b) in changed if k.startswith(REPORTED_KEYS)]
+        tokenizer = RunDir(path.parent.parent).tokenizer
+        if not run_dir.tokenizer.is_file() and tokenizer.is_file():
+            atomic_write(run_dir.tokenizer, tokenizer.read_bytes())
+    atomic_write(run_dir.config, run.to_yaml())
+    return {"path": None if path is None else str(path), "notes": notes}
+
+
+def _too_long_notes(skipped: Mapping[str, int], *, run: Run) -> list[str]:
+    """Say how many draws were too long to train on, if any, and which directions had most."""
+    if not skipped:
+        return []
+    most = sorted(skipped.items(), key=lambda item: -item[1])[:4]
+    where = ", ".join(f"{direction} {count:,}" for direction, count in most)
+    limits = f"loader.max_source={run.loader.max_source}, max_target={run.loader.max_target}"
+    return [f"{sum(skipped.values()):,} draws were over {limits} tokens and left out: {where}"]
+
+
+def _open_sinks(trainer: Trainer, *, run_dir: RunDir) -> MetricWriter:
+    if trainer.world.rank:
+        return MultiWriter()
+    rows = JsonlWriter(run_dir.metrics)
+    rows.truncate_after(trainer.step)
+    return MultiWriter([rows, *(s.open(run_dir, step=trainer.step) for s in trainer.run.log.sinks)])
+
+
+def _resume_hint(run_dir: RunDir) -> str:
+    return f"Continue with: moesaic train --resume {run_dir.path}"

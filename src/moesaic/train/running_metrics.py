@@ -1,0 +1,199 @@
+"""Journal: what the hooks of one run tell each other: values of this step, newest, best, notes.
+
+Meters: running sums between two rows of metrics, kept on the device and read only for a row.
+
+Categories are the run's tasks, then its languages (a row counts for its target language), so one
+vector holds every loss that is reported. The sums are part of a checkpoint: a resumed run reports
+what an uninterrupted one does. Letters: B rows, C categories, N predicted tokens.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.data.batch import Batch
+from moesaic.distributed.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class BestValidation:
+    """The lowest validation loss so far, and its step."""
+
+    loss: float = math.inf
+    step: int = 0
+
+
+class EventLog:
+    """Values put here go into the step's row of metrics; notes are said to people once."""
+
+    def __init__(self) -> None:
+        self.best = BestValidation()
+        self.latest_values: dict[str, float] = {}
+        self.router_health = ""  # of the routers, in words
+        self._values: dict[str, float] = {}
+        self._notes: list[str] = []
+
+    def record_values(self, values: dict[str, float]) -> None:
+        self._values |= values
+        self.latest_values |= values
+
+    def add_note(self, sentence: str) -> None:
+        self._notes.append(sentence)
+
+    def pop_values(self) -> dict[str, float]:
+        """Return what was put since the last call."""
+        values, self._values = self._values, {}
+        return values
+
+    def pop_notes(self) -> list[str]:
+        """Return the sentences since the last call."""
+        notes, self._notes = self._notes, []
+        return notes
+
+    def record_validation_loss(self, loss: float, *, step: int) -> None:
+        """Remember a validation loss if it is the best."""
+        if loss < self.best.loss:
+            self.best = BestValidation(loss, step)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps (JSON data)."""
+        known = math.isfinite(self.best.loss)
+        return {"best": {"loss": self.best.loss, "step": self.best.step} if known else None}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.best = BestValidation(**state["best"]) if state["best"] else BestValidation()
+
+
+@dataclass(frozen=True, slots=True)
+class LossCategories:
+    """The names that losses are reported under."""
+
+    tasks: tuple[str, ...]
+    languages: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.tasks + self.languages
+
+    def sums(
+        self, loss: Float[Tensor, "N"], *, row: Int[Tensor, "N"], batch: Batch
+    ) -> Float[Tensor, "2 C"]:
+        """Return per category the summed loss and the number of predicted tokens (float64).
+
+        ``row`` is each token's row of the batch. Summed by rows first: no atomics, so the same bits
+        each time on any device.
+        """
+        row, order = row.sort(stable=True)
+        every = torch.arange(batch.rows, device=row.device)
+        ends = torch.searchsorted(row, every, right=True)
+        lengths = ends.diff(prepend=ends.new_zeros(1))
+        loss = loss[order]
+        # unsafe leaves out checks of the lengths, which wait for a GPU and refuse an empty batch
+        rows = torch.segment_reduce(loss.detach().double(), "sum", lengths=lengths, unsafe=True)
+        member = torch.zeros(batch.rows, len(self.names), dtype=torch.float64, device=loss.device)
+        member.scatter_(1, batch.task[:, None], 1.0)
+        member.scatter_(1, batch.target_language[:, None] + len(self.tasks), 1.0)
+        return torch.stack([rows, lengths.double()]) @ member
+
+
+@dataclass(frozen=True, slots=True)
+class StepSums:
+    """What one step adds up on this rank.
+
+    ``losses`` is ``[negative log-likelihood, predicted tokens] x category``; ``terms`` are this
+    rank's shares of the parts of the training loss by name (``objective`` is their sum);
+    ``tokens`` counts real tokens of both sides.
+    """
+
+    losses: Float[Tensor, "2 C"]
+    terms: dict[str, Float[Tensor, ""]]
+    tokens: int
+
+    def add(self, other: "StepSums") -> "StepSums":
+        terms = {name: value + other.terms[name] for name, value in self.terms.items()}
+        return StepSums(self.losses + other.losses, terms, self.tokens + other.tokens)
+
+
+class RunningMetrics:
+    """See the module's first lines. ``norm`` is the gradients' norm before clipping."""
+
+    def __init__(self, categories: LossCategories, *, device: torch.device) -> None:
+        self.categories = categories
+        self.device = device
+        self.skipped = 0
+        self._total = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._steps, self._norm, self._tokens = 0, 0.0, 0
+        columns = len(self.categories.names)
+        self._losses = torch.zeros(2, columns, dtype=torch.float64, device=self.device)
+        self._terms: dict[str, Tensor] = {}
+
+    def add_step(self, sums: StepSums, *, norm: float) -> None:
+        """Count one step."""
+        self._steps += 1
+        self._norm += norm
+        self._tokens += sums.tokens
+        self._losses += sums.losses
+        for name, value in sums.terms.items():
+            self._terms[name] = self._terms.get(name, 0.0) + value
+
+    def add_losses(self, losses: Float[Tensor, "2 C"]) -> None:
+        """Count losses alone (validation)."""
+        self._losses += losses
+
+    def compute_and_reset(self, world: World) -> dict[str, float]:
+        """Return the means since the last call, over all ranks, and start again. Collective.
+
+        ``tokens`` is their number since then, ``train/tokens`` since the run began.
+        """
+        row = self.mean_losses(world, prefix="train")
+        terms = world.all_reduce_floats({name: float(value) for name, value in self._terms.items()})
+        new = self.total_tokens(world) - self._total
+        self._total += new
+        steps = max(self._steps, 1)
+        row |= {f"train/{name}": value / steps for name, value in terms.items()}
+        row |= {"train/grad_norm": self._norm / steps, "train/skipped": float(self.skipped)}
+        row |= {"train/tokens": self._total, "tokens": new}
+        self._reset()
+        return row
+
+    def mean_losses(self, world: World, *, prefix: str) -> dict[str, float]:
+        """Return ``prefix/loss`` and ``prefix/loss/<category>`` where any token was predicted."""
+        total, count = world.all_reduce(self._losses).tolist()
+        tasks = len(self.categories.tasks)
+        row = {f"{prefix}/loss": sum(total[:tasks]) / sum(count[:tasks])} if sum(count) else {}
+        for index, name in enumerate(self.categories.names):
+            if count[index]:
+                row[f"{prefix}/loss/{name}"] = total[index] / count[index]
+        return row
+
+    def total_tokens(self, world: World) -> float:
+        """Return the real tokens of both sides trained on since the run began. Collective."""
+        return self._total + world.all_reduce_floats({"tokens": self._tokens})["tokens"]
+
+    def tensors(self, world: World) -> dict[str, Tensor]:
+        """Return the sums over all ranks under names, for a checkpoint. Collective."""
+        here = {"tokens": torch.tensor(float(self._tokens)), "losses": self._losses}
+        here |= {f"term/{name}": value for name, value in self._terms.items()}
+        alike = torch.tensor(
+            [self._steps, self._norm, self.skipped, self._total], dtype=torch.float64
+        )
+        return {"alike": alike} | {
+            name: world.all_reduce(value.double()) for name, value in here.items()
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], *, world: World) -> None:
+        """Put back what ``tensors`` gave: rank 0 takes the sums, the others start from zero."""
+        share = 1.0 if world.rank == 0 else 0.0
+        steps, self._norm, skipped, self._total = tensors["alike"].tolist()
+        self._steps, self.skipped = int(steps), int(skipped)
+        self._tokens = int(tensors["tokens"] * share)
+        self._losses = tensors["losses"].to(self.device) * share
+        named = {name.partition("/")[2]: t for name, t in tensors.items() if "/" in name}
+        self._terms = {name: value.to(self.device) * share for name, value in named.items()}

@@ -1,0 +1,68 @@
+"""Ratios are of runs side by side; what is slow gets few rounds."""
+
+from moesaic.bench import paired_timing
+from moesaic.bench.paired_timing import fastest, measure_in_turns, ratio_between, ratio_to_baseline
+
+
+class Clock:
+    """Time passes only when a contender says so."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(paired_timing.time, "perf_counter", lambda: self.now)
+
+    def takes(self, seconds):
+        def run():
+            self.now += seconds
+
+        return run
+
+
+def test_a_contender_of_half_the_speed_has_ratio_two(monkeypatch):
+    clock = Clock(monkeypatch)
+    laps = measure_in_turns(
+        {"dense": clock.takes(1.0), "slow": clock.takes(2.0), "quick": clock.takes(0.5)},
+        baseline="dense",
+        rounds=4,
+    )
+    assert ratio_to_baseline(laps["slow"], laps["dense"]).median == 2.0
+    assert ratio_to_baseline(laps["dense"], laps["dense"]).median == 1.0
+    assert ratio_between(laps["slow"], laps["quick"]).median == 4.0
+    assert ratio_between(laps["slow"], laps["quick"]).best_over_best == 4.0
+
+
+def test_a_machine_that_slows_down_changes_no_ratio(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def growing(share):
+        def run():
+            clock.now += share * 1.01 ** min(clock.now, 300.0)
+
+        return run
+
+    laps = measure_in_turns(
+        {"dense": growing(1.0), "other": growing(1.5)}, baseline="dense", rounds=9
+    )
+    spread = ratio_to_baseline(laps["other"], laps["dense"])
+    assert 1.45 < spread.median < 1.55
+    assert max(laps["other"].seconds.values()) > 1.2 * min(laps["other"].seconds.values())
+
+
+def test_a_very_slow_contender_gets_three_rounds(monkeypatch):
+    clock = Clock(monkeypatch)
+    runs = {"dense": clock.takes(1.0), "snail": clock.takes(50.0), "other": clock.takes(1.0)}
+    laps = measure_in_turns(runs, baseline="dense", rounds=6)
+    assert len(laps["snail"].seconds) == 3
+    assert len(laps["other"].seconds) == 6
+    assert ratio_between(laps["snail"], laps["other"]).median == 50.0
+
+
+def test_the_pacer_is_the_fastest_of_those_that_may_be(monkeypatch):
+    clock = Clock(monkeypatch)
+    runs = {"a": clock.takes(3.0), "b": clock.takes(2.0), "c": clock.takes(1.0)}
+    assert fastest(runs, among=["a", "b"]) == "b"
+
+
+def test_the_pacer_alone_is_measured_too(monkeypatch):
+    laps = measure_in_turns({"dense": Clock(monkeypatch).takes(1.0)}, baseline="dense", rounds=2)
+    assert ratio_to_baseline(laps["dense"], laps["dense"]).median == 1.0

@@ -1,0 +1,103 @@
+"""``moesaic ckpt``: what it says of checkpoints, and how it ends."""
+
+import json
+
+import pytest
+import torch
+from cut import snapshot, written
+from test_save import same
+
+from moesaic.checkpoint.full_checkpoint import load_checkpoint, save_checkpoint
+from moesaic.cli.main import main
+
+
+def told(words, capsys, *, code=0):
+    """Run a verb that ends with ``code``; return the object it prints last."""
+    try:
+        main([*words, "--json"])
+        ended = 0
+    except SystemExit as end:
+        ended = end.code or 0
+    assert ended == code
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def shown(words, capsys):
+    with pytest.raises(SystemExit):
+        main(words)
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_inspect_says_what_is_in_a_checkpoint_and_who_wrote_it(tmp_path, capsys):
+    path = written(tmp_path, "three shards")
+    found = told(["ckpt", "inspect", str(path), "--tensors"], capsys)
+    assert (found["form"], found["step"], found["plan"]) == ("shards", 5, {"data": 2})
+    assert found["kinds"]["model"] == {"tensors": 5, "values": 55, "bytes": 4 * 52 + 2 * 3}
+    assert found["banks"]["model/up"] == found["banks"]["optimizer/m/up_bias"] == 4
+    blocks = {f["file"]: f["blocks"] for f in found["files"]}
+    assert sum(blocks.values()) == 2 * (4 + 4 + 1 + 1) + 5
+    assert min(blocks[f"shard-0000{n}.safetensors"] for n in range(3)) > 0
+    (up,) = (t for t in found["tensors"] if t["name"] == "model/up")
+    assert up == {"name": "model/up", "dtype": "F32", "shape": [4, 3, 2], "experts": 4, "blocks": 4}
+    text = shown(["ckpt", "inspect", str(path)], capsys)
+    assert "step 5, shards" in text
+    assert "banks: 4 of 4 experts" in text
+
+
+def test_a_root_and_a_run_mean_their_newest_checkpoint(tmp_path, capsys):
+    root = tmp_path / "run" / "checkpoints"
+    for step in (3, 8, 5):
+        save_checkpoint(root, snapshot(step=step))
+    for path in (root, root.parent):
+        assert told(["ckpt", "inspect", str(path)], capsys)["step"] == 5
+    error = told(["ckpt", "inspect", str(tmp_path)], capsys, code=2)["error"]
+    assert "no checkpoint here; expected a directory step-N" in error
+
+
+def test_verify_ends_with_2_if_anything_is_wrong(tmp_path, capsys):
+    path = written(tmp_path, "three shards")
+    assert told(["ckpt", "verify", str(path)], capsys)["sound"] is True
+    assert "sound" in shown(["ckpt", "verify", str(path)], capsys)
+    (path / "shard-00002.safetensors").unlink()
+    found = told(["ckpt", "verify", str(path)], capsys, code=2)
+    assert found["sound"] is False
+    assert found["findings"][0]["where"] == "shard-00002.safetensors"
+    assert "shard-00002.safetensors: is missing" in shown(["ckpt", "verify", str(path)], capsys)
+
+
+def test_verify_can_be_lenient_with_zero_experts(tmp_path, capsys):
+    up = snapshot().files["model"]["up"].clone()
+    up[1] = 0.0
+    path = str(written(tmp_path, "whole", snapshot(up=up)))
+    assert told(["ckpt", "verify", path], capsys, code=2)["sound"] is False
+    found = told(["ckpt", "verify", path, "--lenient"], capsys)
+    assert found["sound"] is True
+    assert found["findings"][0]["where"] == "model/up/expert-0001"
+
+
+def test_diff_names_what_differs(tmp_path, capsys):
+    left = written(tmp_path / "l", "whole")
+    right = written(tmp_path / "r", "three shards", snapshot(dense=torch.zeros(5, 4)))
+    found = told(["ckpt", "diff", str(left), str(right)], capsys)
+    assert (found["tensors"], found["same"]) == (15, 14)
+    assert found["differences"][0]["name"] == "model/dense"
+    assert found["differences"][0]["relative"] == pytest.approx(1.0)
+    text = shown(["ckpt", "diff", str(left), str(right)], capsys)
+    assert "14 of 15 tensors are the same" in text
+
+
+def test_reshard_writes_the_form_that_is_asked_for(tmp_path, capsys):
+    path = str(written(tmp_path, "three shards"))
+    whole = told(["ckpt", "reshard", path, "--whole", "--out", str(tmp_path / "w")], capsys)
+    assert whole["files"] == [
+        "manifest.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+    cut = told(["ckpt", "reshard", path, "--ranks", "2", "--out", str(tmp_path / "c")], capsys)
+    assert "shard-00001.safetensors" in cut["files"]
+    for made in ("w", "c"):
+        assert same(load_checkpoint(tmp_path / made), snapshot())
+    error = told(["ckpt", "reshard", path, "--out", str(tmp_path / "x")], capsys, code=2)["error"]
+    assert "expected one of --ranks N and --whole" in error

@@ -1,0 +1,57 @@
+"""Layouts: which token stands where."""
+
+import numpy as np
+
+from moesaic.data.collators import (
+    DecoderOnlyCollator,
+    EncoderDecoderCollator,
+    RowLengths,
+    TokenizedSamples,
+)
+from moesaic.data.ragged import Ragged
+from moesaic.data.tokenizer import EOS
+
+DE, EN = 6, 7
+
+
+def samples(source, target) -> TokenizedSamples:
+    rows = len(source)
+    full = [np.full(rows, n, dtype=np.int64) for n in (0, 1, 0, EN, DE)]
+    return TokenizedSamples(
+        Ragged.from_lists(source),
+        Ragged.from_lists(target),
+        *full,
+        key=np.arange(rows, dtype=np.uint64),
+    )
+
+
+def both(layout, source, target):
+    rows = samples(source, target)
+    widths = layout.lengths(rows.source.lengths, target=rows.target.lengths)
+    batch = layout.batch(rows, empty=widths)
+    return batch, widths
+
+
+def test_encoder_decoder_rows_start_with_the_target_tag():
+    batch, widths = both(EncoderDecoderCollator(), [[20, 21], []], [[30], [31, 32, 33]])
+    assert batch.source.tolist() == [[DE, 20, 21, EOS], [DE, EOS, 0, 0]]
+    assert batch.target_in.tolist() == [[DE, 30, 0, 0], [DE, 31, 32, 33]]
+    assert batch.target_out.tolist() == [[30, EOS, 0, 0], [31, 32, 33, EOS]]
+    assert widths.source.tolist() == batch.source_mask.sum(1).tolist()
+    assert widths.target.tolist() == (batch.target_in != 0).sum(1).tolist()
+
+
+def test_decoder_only_rows_predict_only_the_target():
+    batch, widths = both(DecoderOnlyCollator(), [[20, 21], []], [[30], [31, 32, 33]])
+    assert batch.source.shape == (2, 0)
+    assert batch.target_in.tolist() == [[EN, 20, 21, EOS, DE, 30], [DE, 31, 32, 33, 0, 0]]
+    assert batch.target_out.tolist() == [[0, 0, 0, 0, 30, EOS], [31, 32, 33, EOS, 0, 0]]
+    assert widths.target.tolist() == (batch.target_in != 0).sum(1).tolist()
+
+
+def test_no_rows_make_a_batch_of_the_given_width():
+    width = RowLengths(np.array([9, 4]), np.array([5, 6]))
+    for layout, shape in ((EncoderDecoderCollator(), (0, 9)), (DecoderOnlyCollator(), (0, 0))):
+        batch = layout.collate(samples([], []), empty=width)
+        assert batch.source.shape == shape
+        assert batch.target_in.shape == batch.target_out.shape == (0, 6)

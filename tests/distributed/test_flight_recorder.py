@@ -1,0 +1,109 @@
+"""The recorder: which errors it explains, what it counts, and what it leaves alone."""
+
+import time
+
+import pytest
+import torch
+
+from moesaic.distributed import flight_recorder
+from moesaic.distributed.flight_recorder import (
+    FLIGHT_RECORDER,
+    FlightRecorder,
+    mark_phase,
+    record_collective,
+)
+from moesaic.distributed.hang_report import HangReport, LostRankError
+from moesaic.distributed.heartbeat import DEFAULT_GROUP, HeartbeatFile
+
+
+class Found:
+    """A watch that always finds the same."""
+
+    def __init__(self) -> None:
+        self.book = HeartbeatFile()
+        self.told: list[str] = []
+        self.causes: list[str] = []
+
+    def start(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def fail(self, text: str) -> None:
+        self.told.append(text)
+
+    def verdict(self, cause: str) -> HangReport:
+        self.causes.append(cause)
+        return HangReport("rank 3 is gone", (3,))
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> Found:
+    watch = Found()
+    here = FlightRecorder()
+    here.open(watch)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(flight_recorder, "FLIGHT", here)
+    return watch
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[gloo/tcp] Timed out waiting 3000ms for recv operation",
+        "Connection closed by peer [127.0.0.1]:4321",
+        "Gloo connectFullMesh failed with Connection refused",
+        "NCCL error: remote process exited or there was a network error",
+    ],
+)
+def test_an_error_about_a_lost_rank_names_it(found: Found, words: str) -> None:
+    mark_phase("forward", step=2)
+    with (
+        pytest.raises(LostRankError, match="rank 3 is gone") as caught,
+        record_collective("all_reduce"),
+    ):
+        raise RuntimeError(f"{words}\nand more")
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert found.causes == [words]
+    assert found.book.read().in_collective, "the others must see where this rank waited"
+
+
+def test_an_error_of_the_caller_stays_its_own(found: Found) -> None:
+    with pytest.raises(RuntimeError, match="shape"), record_collective("all_reduce"):
+        raise RuntimeError("shape [2] does not match [3]")
+    with pytest.raises(KeyError), record_collective("all_reduce"):
+        raise KeyError("timeout")
+    assert found.causes == []
+
+
+def test_without_a_group_of_ours_no_error_is_changed() -> None:
+    with pytest.raises(RuntimeError, match="Timed out"), record_collective("all_reduce"):
+        raise RuntimeError("Timed out")
+
+
+def test_the_others_are_told_why_a_rank_ends(found: Found) -> None:
+    error = ValueError("no")
+    assert flight_recorder.FLIGHT_RECORDER.report_failure(error) is error
+    assert found.told == ["ValueError: no"]
+    lost = flight_recorder.FLIGHT_RECORDER.report_failure(RuntimeError("Connection reset by peer"))
+    assert isinstance(lost, LostRankError)
+    assert found.told == ["ValueError: no"], "one that lost its peers is no cause"
+
+
+def test_time_in_collectives_is_counted(found: Found) -> None:
+    with record_collective("all_reduce"):
+        time.sleep(0.02)
+    with record_collective("broadcast"):
+        pass
+    assert 0.02 <= flight_recorder.FLIGHT_RECORDER.collective_s < 1.0
+    assert found.book.read().collectives_entered(DEFAULT_GROUP) == 2
+
+
+def test_a_compiled_graph_notes_nothing() -> None:
+    before = FLIGHT_RECORDER.collective_s
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        with record_collective("all_reduce"):
+            return x * 2
+
+    assert doubled(torch.ones(2)).tolist() == [2, 2]
+    assert FLIGHT_RECORDER.collective_s == before

@@ -1,0 +1,31 @@
+"""A group is cut into runs, and across them."""
+
+import pytest
+import torch.distributed as distributed
+
+from moesaic.distributed.process_groups import Group, split_group
+from moesaic.testing.ranks import run_on_ranks
+
+
+def _ranks(group: Group) -> list[int] | None:
+    return None if group is None else distributed.get_process_group_ranks(group)
+
+
+def _splits() -> list[tuple[list[int] | None, list[int] | None]]:
+    world = distributed.group.WORLD
+    pairs = split_group(world, inner_size=2)
+    again = split_group(pairs.outer, inner_size=2)  # the other pair of the world cuts itself
+    parts = [split_group(world, inner_size=1), pairs, split_group(world, inner_size=4), again]
+    return [(_ranks(part.inner), _ranks(part.outer)) for part in parts]
+
+
+def test_runs_are_neighbours_and_their_places_are_groups() -> None:
+    every = [0, 1, 2, 3]
+    for rank, found in enumerate(run_on_ranks(4, _splits)):
+        run, place = [rank // 2 * 2, rank // 2 * 2 + 1], [rank % 2, rank % 2 + 2]
+        assert found == [(None, every), (run, place), (every, None), (place, None)]
+
+
+def test_runs_come_out_even() -> None:
+    with pytest.raises(ValueError, match="1 ranks cannot be cut into runs of 2"):
+        split_group(None, inner_size=2)

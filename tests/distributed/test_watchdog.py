@@ -1,0 +1,135 @@
+"""The watch: what it says of processes, of a store that is gone, and when it warns."""
+
+import os
+import signal
+import time
+from datetime import timedelta
+from multiprocessing import get_context
+
+import pytest
+import torch.distributed as distributed
+
+from moesaic.distributed import watchdog as watch_module
+from moesaic.distributed.heartbeat import DEFAULT_GROUP, HeartbeatFile
+from moesaic.distributed.watchdog import Watchdog, process_state
+
+
+def _sleep() -> None:
+    time.sleep(60)
+
+
+def _until(pid: int, state: str) -> str:
+    late = time.monotonic() + 10
+    while process_state(pid) != state and time.monotonic() < late:
+        time.sleep(0.005)
+    return process_state(pid)
+
+
+def test_a_process_runs_is_stopped_or_is_gone() -> None:
+    process = get_context("fork").Process(target=_sleep)
+    process.start()
+    assert process.pid is not None
+    assert process_state(process.pid) == "alive"
+    os.kill(process.pid, signal.SIGSTOP)
+    assert _until(process.pid, "stopped") == "stopped"
+    process.kill()
+    assert _until(process.pid, "gone") == "gone", "not collected by its parent, and yet gone"
+    process.join()
+    assert process_state(process.pid) == "gone"
+
+
+def _watches(patience_s: float) -> tuple[list[Watchdog], distributed.TCPStore]:
+    server = distributed.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5)
+    )
+    clients = [distributed.TCPStore("127.0.0.1", server.port, is_master=False) for _ in range(2)]
+    made = [
+        Watchdog(client, rank=rank, size=2, timeout_s=patience_s, heartbeat_file=HeartbeatFile())
+        for rank, client in enumerate(clients)
+    ]
+    return made, server
+
+
+def _said_while_rank_1_is_away(monkeypatch: pytest.MonkeyPatch, *, inside: bool) -> list[str]:
+    said: list[str] = []
+    monkeypatch.setattr(watch_module, "_say", said.append)
+    (here, there), server = _watches(patience_s=1.0)
+    here.start()
+    there.start()
+    for watch in (here, there):
+        watch.heartbeat_file.mark_phase("forward", step=3)
+    here.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
+    if not inside:
+        here.heartbeat_file.end_collective()
+    late = time.monotonic() + 10
+    while not said and time.monotonic() < late:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    here.close()
+    there.close()
+    del server
+    return said
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["as with gloo", "as with NCCL"])
+def test_a_rank_that_is_waited_for_is_said_at_half_of_the_patience(
+    monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    (warning,) = _said_while_rank_1_is_away(monkeypatch, inside=inside)
+    assert "nothing has moved for" in warning
+    assert "rank 1 did not come to all_reduce #1 (step 3, forward)" in warning
+    assert ("where rank 0 waited" in warning) == inside
+
+
+def test_ranks_that_are_all_at_work_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(watch_module, "_say", said.append)
+    watches, server = _watches(patience_s=0.4)
+    for watch in watches:
+        watch.start()
+        watch.heartbeat_file.mark_phase("forward", step=3)
+    time.sleep(0.9)
+    for watch in watches:
+        watch.close()
+    del server
+    assert said == []
+
+
+def test_all_ranks_say_what_the_first_one_found() -> None:
+    (here, there), server = _watches(patience_s=1.0)
+    here.start()
+    there.start()
+    here.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
+    first = here.report_hang("first")
+    there.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
+    assert there.report_hang("second") == first
+    assert first.ranks == (1,)
+    here.close()
+    there.close()
+    del server
+
+
+def test_a_rank_of_another_machine_is_known_by_its_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = iter(["here 1", "there 2"])
+    monkeypatch.setattr(watch_module, "_machine", lambda: next(names))
+    (here, there), server = _watches(patience_s=1.0)
+    here.start()
+    there.start()
+    here.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
+    assert "is alive but does not go on" in here._find_lost_ranks().sentence
+    there.close()
+    sentence = here._find_lost_ranks().sentence
+    assert f"nothing is heard of its process {os.getpid()} on there" in sentence
+    here.close()
+    del server
+
+
+def test_a_store_that_is_gone_is_said() -> None:
+    (here, _), server = _watches(patience_s=1.0)
+    here.heartbeat_file.mark_phase("forward", step=3)
+    here.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
+    del server
+    verdict = here.report_hang("it said so")
+    assert verdict.ranks == ()
+    assert "rank 0 lost its peers in all_reduce #1 (step 3, forward)" in verdict.sentence
+    assert "does not answer" in verdict.sentence

@@ -1,0 +1,86 @@
+"""Branches of a block run one after the other, or all on one norm of its input."""
+
+import pytest
+import torch
+
+from model.samples import BASE, NONE, batch_for
+from moesaic.model.block_layout import ParallelResidual, SequentialResidual
+from moesaic.model.parameter_count import count_parameters
+from moesaic.model.transformer import Transformer
+from moesaic.moe.attention_experts import MixtureOfAttention
+from moesaic.moe.config import NoMoE
+
+DENSE = BASE.replace(moe=NoMoE())
+
+
+def _seen(model, block):
+    """Inputs and outputs of a block's parts in one pass."""
+    found = {}
+
+    def note(name):
+        def hook(module, args, kwargs, output):
+            del module
+            found[name] = (args, kwargs, output)
+
+        return hook
+
+    for name, module in block.named_modules():
+        if name:
+            module.register_forward_hook(note(name), with_kwargs=True)
+    block.register_forward_hook(note("block"), with_kwargs=True)
+    model(batch_for(model.config))
+    return found
+
+
+def test_a_parallel_block_adds_all_branches_of_one_norm():
+    model = Transformer(DENSE.replace(encoder=NONE, block=ParallelResidual()))
+    seen = _seen(model, model.decoder[0])
+    (stream,), _, after = seen["block"]
+    _, _, attention = seen["self_attention.inner"]
+    _, _, feed = seen["feed_forward.inner"]
+    torch.testing.assert_close(after.x, stream.x + attention + feed)
+    read = model.decoder[0].entry(stream.x)
+    for name in ("self_attention.inner", "feed_forward.inner"):
+        torch.testing.assert_close(seen[name][0][0], read)
+
+
+def test_a_serial_block_feeds_each_branch_what_the_one_before_wrote():
+    model = Transformer(DENSE.replace(encoder=NONE))
+    block = model.decoder[0]
+    seen = _seen(model, block)
+    (stream,), _, after = seen["block"]
+    between = stream.x + seen["self_attention.inner"][2]
+    read = block.feed_forward.norm(between)
+    torch.testing.assert_close(seen["feed_forward.inner"][0][0], read)
+    torch.testing.assert_close(after.x, between + seen["feed_forward.inner"][2])
+
+
+def test_a_source_is_looked_at_from_the_same_norm():
+    model = Transformer(DENSE.replace(block=ParallelResidual()))
+    seen = _seen(model, model.decoder[0])
+    (stream,), _, after = seen["block"]
+    added = [seen[f"{b}.inner"][2] for b in ("self_attention", "cross_attention", "feed_forward")]
+    torch.testing.assert_close(after.x, stream.x + sum(added))
+
+
+@pytest.mark.parametrize("branches", [2, 3])
+def test_norms_are_counted(branches):
+    assert SequentialResidual().num_norms(branches) == branches
+    assert ParallelResidual().num_norms(branches) == 1
+    serial, parallel = (
+        count_parameters(DENSE),
+        count_parameters(DENSE.replace(block=ParallelResidual())),
+    )
+    gone = DENSE.encoder.layers + 2 * DENSE.decoder.layers
+    assert serial.total - parallel.total == gone * DENSE.dim
+
+
+def test_attention_experts_multiply_what_attention_costs():
+    plain = count_parameters(DENSE)
+    many = count_parameters(DENSE.replace(attention_experts=MixtureOfAttention(experts=3)))
+    part = "encoder self-attention"
+    routers = DENSE.encoder.layers * 3 * DENSE.dim
+    assert many.parts[part] == 3 * plain.parts[part] + routers
+    shared = MixtureOfAttention(experts=3, key_values="shared")
+    few = count_parameters(DENSE.replace(attention_experts=shared))
+    assert plain.parts[part] < few.parts[part] < many.parts[part]

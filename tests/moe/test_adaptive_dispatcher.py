@@ -1,0 +1,206 @@
+"""Lending experts to rows changes what travels and nothing else."""
+
+import pytest
+import torch
+import torch.distributed as distributed
+from torch import nn
+
+from moe.far_cases import FEW, D, E, F, Result, bank, carried, compare, groups, here, whole
+from moesaic.distributed.communication_cost import LinearCost
+from moesaic.distributed.communication_counter import CommunicationCounter
+from moesaic.distributed.dispatch_volume import (
+    DispatchedTokens,
+    adaptive_experts_bytes,
+    all_to_all_bytes,
+    expert_tensor_bytes,
+    gathered_expert_bytes,
+)
+from moesaic.moe.adaptive_dispatcher import (
+    AdaptiveDispatcher,
+    DispatchCosts,
+    GatherDegrees,
+    StepLoad,
+    possible_gather_degrees,
+)
+from moesaic.moe.dispatcher import Dispatcher
+from moesaic.moe.experts import ExpertShape, GroupedExperts, LoRAExpert
+from moesaic.moe.routing import Routing
+from moesaic.nn.feed_forward import FeedForwardConfig, SwiGLU
+from moesaic.testing.ranks import run_on_ranks
+
+BY_BYTES = DispatchCosts(
+    all_to_all=LinearCost(0, 1), gather_weights=LinearCost(0, 1), compute=LinearCost(0, 0)
+)
+SPLIT = [GatherDegrees(1), GatherDegrees(2), GatherDegrees(4)]
+SLICED = [GatherDegrees(1, 1), GatherDegrees(1, 2), GatherDegrees(2, 2), GatherDegrees(2, 1)]
+HALF = F // 2
+
+
+def _split() -> list[dict[str, Result]]:
+    rank = distributed.get_rank()
+    own = range(E)[rank * E // 4 :][: E // 4]
+    return [
+        compare(
+            AdaptiveDispatcher(distributed.group.WORLD, costs=BY_BYTES, candidates=[way]),
+            experts=lambda: bank(experts=own),
+            cases=FEW,
+        )
+        for way in SPLIT
+    ]
+
+
+def test_every_way_to_lend_experts_gives_the_same() -> None:
+    for found in zip(*run_on_ranks(4, _split), strict=True):
+        for case in FEW:
+            expected = whole(case)
+            for part in ("out", "x", "weight", "up", "down"):
+                got = torch.cat([getattr(each[case], part) for each in found])
+                torch.testing.assert_close(got, getattr(expected, part), rtol=1e-5, atol=1e-5)
+
+
+def _gated(hidden: slice, *, experts: range) -> GroupedExperts:
+    """A part of a bank whose activation reads two segments, with a bias before it."""
+    torch.manual_seed(4)
+    up, down = torch.randn(E, D, 2, F), torch.randn(E, F, D)
+    own = list(experts)
+    feed = FeedForwardConfig(hidden=len(range(F)[hidden]), activation=SwiGLU())
+    made = GroupedExperts(ExpertShape(len(own), D, feed, bias=False))
+    made.up = nn.Parameter(up[own][..., hidden].flatten(2).clone())
+    made.down = nn.Parameter(down[own][:, hidden].clone())
+    return made
+
+
+def _sliced() -> list[Result]:
+    """Two ranks share an expert's hidden width, two such pairs share the experts."""
+    cuts, over = groups(2)
+    place, pair = distributed.get_rank() % 2, distributed.get_rank() // 2
+    own = range(E)[pair * E // 2 :][: E // 2]
+    hidden = slice(place * HALF, (place + 1) * HALF)
+    x, edges = here("some dropped", rank=distributed.get_rank())
+    found = []
+    for way in SLICED:
+        dispatcher = AdaptiveDispatcher(over, slice_group=cuts, costs=BY_BYTES, candidates=[way])
+        experts = _gated(hidden, experts=own)
+        found.append(carried(dispatcher, experts=experts, edges=edges, x=x))
+    return found
+
+
+def test_every_way_to_lend_slices_gives_the_same() -> None:
+    every = run_on_ranks(4, _sliced)
+    one = [here("some dropped", rank=rank) for rank in range(4)]
+    for rank, found in enumerate(every):
+        x, edges = one[rank]
+        alone = carried(
+            AdaptiveDispatcher(None, costs=BY_BYTES),
+            experts=_gated(slice(0, F), experts=range(E)),
+            edges=edges,
+            x=x,
+        )
+        for got in found:
+            torch.testing.assert_close(got.out, alone.out, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(got.x, alone.x, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(got.weight, alone.weight, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(got.up, found[0].up, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(got.down, found[0].down, rtol=1e-5, atol=1e-5)
+
+
+def _even(tokens: int) -> Routing:
+    """Every expert gets as many of this rank's tokens, two experts each."""
+    expert = torch.arange(2 * tokens).view(tokens, 2) % E
+    return Routing.from_topk(torch.ones(tokens, 2), expert=expert, num_experts=E)
+
+
+def _bytes(tokens: int) -> list[tuple[int, int]]:
+    rank = distributed.get_rank()
+    own = range(E)[rank * E // 4 :][: E // 4]
+    found = []
+    for way in SPLIT:
+        dispatcher = AdaptiveDispatcher(distributed.group.WORLD, costs=BY_BYTES, candidates=[way])
+        with CommunicationCounter() as wire:
+            x = torch.randn(tokens, D)
+            carried(dispatcher, experts=bank(experts=own), edges=_even(tokens), x=x)
+        found.append((wire.total_bytes(kind="all-to-all"), wire.total_bytes(kind="all-gather")))
+    return found
+
+
+def test_what_travels_is_what_the_closed_form_says() -> None:
+    tokens, bank_bytes = 16, 2 * E * D * F * 4
+    rows = DispatchedTokens(tokens=tokens, experts_per_token=2, dim=D, itemsize=4)
+    for found in run_on_ranks(4, _bytes, tokens):
+        for way, (sent, gathered) in zip(SPLIT, found, strict=True):
+            places = 4 // way.experts
+            counts = (places - 1) * E // places * 8
+            lent = gathered_expert_bytes(expert_bytes=bank_bytes, ranks=4, gather_size=way.experts)
+            moved = all_to_all_bytes(rows, ranks=places)
+            assert gathered == lent
+            # forward and backward; gradients of what was lent are summed by an all-to-all
+            assert sent == 2 * moved + counts + lent
+            both = adaptive_experts_bytes(
+                rows, expert_bytes=bank_bytes, ranks=4, gather_size=way.experts
+            )
+            assert both == moved + lent
+
+
+def test_even_loads_cost_what_the_closed_forms_say() -> None:
+    load = torch.full((4, 2, 8), 4)
+    step = StepLoad(load, row_bytes=10, bank_bytes=100)
+    rows = DispatchedTokens(tokens=16, experts_per_token=2, dim=10, itemsize=1)
+    for way in (GatherDegrees(1, 1), GatherDegrees(1, 2), GatherDegrees(2, 2), GatherDegrees(4, 2)):
+        moved = step.traffic(way)
+        assert 2 * moved.rows == all_to_all_bytes(rows, ranks=4 // way.experts)
+        assert 2 * moved.copies == expert_tensor_bytes(rows, expert_tensor=2 // way.slices)
+        assert moved.weights == (way.experts * way.slices - 1) * 100
+        assert moved.work == 32  # all lend: its own rows, whole; nobody: twice as many, by halves
+
+
+def _chosen() -> list[GatherDegrees]:
+    """With tokens on one rank alone, then with many on all."""
+    rank = distributed.get_rank()
+    own = range(E)[rank * E // 4 :][: E // 4]
+    dispatcher = AdaptiveDispatcher(distributed.group.WORLD, costs=BY_BYTES)
+    return [
+        dispatcher.choose(torch.randn(tokens, D), routing=_even(tokens), experts=bank(experts=own))
+        for tokens in (4 if rank == 1 else 0, 16, 400)
+    ]
+
+
+def test_all_ranks_choose_alike_and_by_the_load() -> None:
+    for found in run_on_ranks(4, _chosen):
+        assert found == [GatherDegrees(1), GatherDegrees(1), GatherDegrees(4)]
+
+
+def test_a_skewed_load_is_a_reason_to_lend() -> None:
+    even, skewed = torch.full((4, 1, 4), 8), torch.zeros(4, 1, 4, dtype=torch.int64)
+    skewed[:, :, 0] = 32
+    prices = DispatchCosts(
+        all_to_all=LinearCost(0, 0.01), gather_weights=LinearCost(0, 0.01), compute=LinearCost(0, 1)
+    )
+    ways = possible_gather_degrees(4, slices=1)
+
+    def chosen(load: torch.Tensor) -> GatherDegrees:
+        step = StepLoad(load, row_bytes=10, bank_bytes=1000)
+        return min(ways, key=lambda way: step.seconds(way, costs=prices))
+
+    assert chosen(even) == GatherDegrees(1)
+    assert chosen(skewed) == GatherDegrees(4)
+
+
+def test_ways_go_from_slices_to_experts() -> None:
+    assert possible_gather_degrees(4, slices=2) == [
+        GatherDegrees(1, 1),
+        GatherDegrees(1, 2),
+        GatherDegrees(2, 2),
+        GatherDegrees(4, 2),
+    ]
+
+
+def _refused() -> None:
+    x, edges = here("uneven", rank=distributed.get_rank())
+    dispatcher: Dispatcher = AdaptiveDispatcher(distributed.group.WORLD, costs=BY_BYTES)
+    low_rank = LoRAExpert(rank=2).build(ExpertShape(E, D, FeedForwardConfig(hidden=F), bias=False))
+    with pytest.raises(TypeError, match="only banks of feed-forwards can be lent"):
+        dispatcher.run_experts(x, routing=edges, experts=low_rank)
+
+
+def test_what_is_no_bank_cannot_be_lent() -> None:
+    run_on_ranks(2, _refused)

@@ -1,0 +1,123 @@
+"""Rows that travel in chunks are answered as rows that travel at once."""
+
+import pytest
+import torch
+import torch.distributed as distributed
+
+from moe.far_cases import FEW, E, Result, bank, carried, compare, here, whole
+from moesaic.distributed.communication_counter import CommunicationCounter
+from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher
+from moesaic.moe.chunked_dispatcher import ChunkedAllToAllDispatcher, OverlapDegrees
+from moesaic.moe.dispatcher import Dispatcher
+from moesaic.testing.ranks import run_on_ranks
+
+DEGREES = [OverlapDegrees(1, 1), OverlapDegrees(4, 2), OverlapDegrees(1, 8), OverlapDegrees(2, 3)]
+
+
+def _chunked() -> list[dict[str, Result]]:
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    own = range(E)[rank * E // ranks :][: E // ranks]
+    return [
+        compare(
+            ChunkedAllToAllDispatcher(distributed.group.WORLD, degrees=degrees),
+            experts=lambda: bank(experts=own),
+            cases=FEW,
+        )
+        for degrees in DEGREES
+    ]
+
+
+def test_chunks_are_answered_as_the_whole() -> None:
+    for degrees, found in zip(DEGREES, zip(*run_on_ranks(4, _chunked), strict=True), strict=True):
+        for case in FEW:
+            expected = whole(case)
+            for part in ("out", "x", "weight", "up", "down"):
+                got = torch.cat([getattr(each[case], part) for each in found])
+                torch.testing.assert_close(
+                    got,
+                    getattr(expected, part),
+                    rtol=1e-5,
+                    atol=1e-5,
+                    msg=lambda text, at=f"{degrees}, {case}, {part}": f"{at}: {text}",
+                )
+
+
+def _calls() -> list[tuple[int, int]]:
+    """All-to-alls of rows that start in the forward pass and in the backward pass."""
+    rank = distributed.get_rank()
+    own = range(E)[rank * E // 2 :][: E // 2]
+    x, edges = here("uneven", rank=rank)
+    x = x.requires_grad_()
+    found = []
+    for degrees in DEGREES:
+        way = ChunkedAllToAllDispatcher(distributed.group.WORLD, degrees=degrees)
+        forward, backward = CommunicationCounter(), CommunicationCounter()
+        with forward:
+            out = way.run_experts(x, routing=edges, experts=bank(experts=own))
+        with backward:
+            out.sum().backward()
+        found.append((forward.num_calls("all-to-all"), backward.num_calls("all-to-all")))
+    return found
+
+
+def test_each_pass_has_the_chunks_it_asked_for() -> None:
+    for found in run_on_ranks(2, _calls):
+        # out and home, and the counts once
+        assert found == [(2 * d.forward + 1, 2 * d.backward) for d in DEGREES]
+
+
+class _Watching:
+    """Experts that note how many all-to-alls had started when they were asked, each way."""
+
+    def __init__(self, rank: int) -> None:
+        self.experts = bank(experts=range(E)[rank * E // 2 :][: E // 2])
+        self.wire = CommunicationCounter()
+        self.forward, self.backward = [], []
+
+    def __call__(self, rows, *, groups):
+        return self.experts(rows, groups=groups)
+
+    def mix(self, x, *, edges):
+        self.forward.append(self.wire.num_calls("all-to-all"))
+        out = self.experts.forward_edges(x, edges=edges)
+        out.register_hook(self._note)
+        return out
+
+    def within(self, x, *, work):
+        return work(x, self)
+
+    def _note(self, _):
+        self.backward.append(self.wire.num_calls("all-to-all"))
+
+
+def _in_flight() -> tuple[list[int], list[int]]:
+    rank = distributed.get_rank()
+    x, edges = here("uneven", rank=rank)
+    experts = _Watching(rank)
+    with experts.wire:
+        way = ChunkedAllToAllDispatcher(distributed.group.WORLD, degrees=OverlapDegrees(2, 4))
+        out = way.run_experts(x.requires_grad_(), routing=edges, experts=experts)
+        out.sum().backward()
+    return experts.forward, experts.backward
+
+
+def test_the_next_chunk_is_on_its_way_while_experts_work() -> None:
+    for forward, backward in run_on_ranks(2, _in_flight):
+        # counts and two chunks out; the first chunk of answers left after the second of four pieces
+        assert forward == [3, 3, 4, 4]
+        # those five, four chunks of gradients, and one more back after each piece
+        assert backward == [9, 10, 11, 12]
+
+
+def test_a_null_group_is_the_local_dispatcher() -> None:
+    way: Dispatcher = ChunkedAllToAllDispatcher(None, degrees=OverlapDegrees(2, 4))
+    assert isinstance(way, Dispatcher)
+    x, edges = here("some dropped", rank=0)
+    got = carried(way, experts=bank(), edges=edges, x=x)
+    flat = carried(AllToAllDispatcher(None), experts=bank(), edges=edges, x=x)
+    assert torch.equal(got.out, flat.out)
+
+
+def test_no_chunks_are_refused() -> None:
+    with pytest.raises(ValueError, match="one chunk at least"):
+        OverlapDegrees(0, 2)

@@ -1,0 +1,59 @@
+"""All experts train; outside training the chosen rule leaves some out."""
+
+import pytest
+import torch
+
+from moesaic.core.errors import ConfigError
+from moesaic.moe.router_context import RouterContext
+from moesaic.moe.select_dynamic import (
+    AllAtInference,
+    DenseAll,
+    ThresholdAtInference,
+    TopKAtInference,
+)
+
+T, E = 40, 5
+
+
+def test_every_expert_is_weighed_by_its_probability_in_training():
+    logits = torch.randn(T, E)
+    for inference in (TopKAtInference(k=1), ThresholdAtInference(), AllAtInference()):
+        routing = DenseAll(inference=inference)(RouterContext.from_logits(logits, training=True))
+        assert routing.load().tolist() == [T] * E
+        torch.testing.assert_close(routing.weight.view(T, E), logits.softmax(-1))
+
+
+def test_the_likeliest_keep_their_probabilities_outside_training():
+    logits = torch.randn(T, E)
+    routing = DenseAll(inference=TopKAtInference(k=2))(RouterContext.from_logits(logits))
+    p, expert = logits.softmax(-1).topk(2)
+    assert torch.equal(routing.expert.view(T, 2), expert)
+    torch.testing.assert_close(routing.weight.view(T, 2), p)
+    assert TopKAtInference(k=9)(torch.ones(2, 3)).load().tolist() == [2, 2, 2]
+
+
+def test_a_threshold_keeps_what_passes_and_never_nothing():
+    logits = torch.cat([torch.randn(T, E), torch.zeros(1, E)])
+    routing = DenseAll(inference=ThresholdAtInference(epsilon=0.999))(
+        RouterContext.from_logits(logits)
+    )
+    p = logits.softmax(-1)
+    assert torch.equal(torch.stack([routing.token, routing.expert], 1), (p * E > 0.999).nonzero())
+    assert torch.bincount(routing.token, minlength=T + 1).min() >= 1
+    with pytest.raises(ConfigError, match="less than 1"):
+        ThresholdAtInference(epsilon=1.0)
+
+
+def test_a_threshold_of_nearly_nothing_is_all_experts():
+    logits = torch.randn(T, E)
+    few = DenseAll(inference=ThresholdAtInference(epsilon=1e-6))(RouterContext.from_logits(logits))
+    every = DenseAll(inference=AllAtInference())(RouterContext.from_logits(logits))
+    assert torch.equal(few.expert, every.expert)
+    assert torch.equal(few.weight, every.weight)
+
+
+def test_every_logit_gets_a_gradient():
+    logits = torch.randn(T, E, requires_grad=True)
+    weigh = torch.randn(T * E)
+    (DenseAll()(RouterContext.from_logits(logits, training=True)).weight * weigh).sum().backward()
+    assert (logits.grad != 0).all()

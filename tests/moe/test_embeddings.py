@@ -1,0 +1,89 @@
+"""Gates that read the tag's or the token's embedding: the formula, and what follows from it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.samples import BASE, ids
+from moesaic.data.batch import Batch
+from moesaic.model.transformer import Transformer
+from moesaic.moe.config import MoE
+from moesaic.moe.router_context import TokenContext
+from moesaic.moe.router_logits import HiddenStateAndTag, HiddenStateAndToken, TagOnly, TokenOnly
+from moesaic.moe.select import TopK
+
+TAGS = torch.tensor([7, 9, 7, 11])
+
+
+def model_with(condition) -> Transformer:
+    """A model whose gates are large enough to have opinions."""
+    model = Transformer(
+        BASE.replace(moe=MoE(experts=4, select=TopK(k=1), router_input=condition))
+    ).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate.weight"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def tagged_batch() -> Batch:
+    source, target = ids(4, [5, 7, 3, 6], width=7), ids(4, [6, 2, 4, 5], width=6)
+    source[:, 0] = target[:, 0] = TAGS
+    none = torch.zeros(4, dtype=torch.long)
+    return Batch(source, target, target, none, none, none, none)
+
+
+@pytest.mark.parametrize(
+    "condition", [HiddenStateAndTag(), HiddenStateAndToken()], ids=["tag", "token"]
+)
+def test_logits_are_the_sum_of_two_products(condition):
+    given, x, weight = torch.randn(6, 5), torch.randn(6, 5), torch.randn(3, 10)
+    plain = TokenContext.unbatched(6)
+    told = replace(plain, embedded=given, prompt=given)
+    read = condition.build(dim=5)(x, context=told)
+    torch.testing.assert_close(read @ weight.t(), x @ weight[:, :5].t() + given @ weight[:, 5:].t())
+    with pytest.raises(TypeError, match="embedding"):
+        condition.build(dim=5)(x, context=plain)
+
+
+def test_with_the_tag_alone_all_tokens_of_a_row_take_one_expert_and_languages_differ():
+    model = model_with(TagOnly())
+    for record in model(tagged_batch()).records:
+        taken = [record.routing.expert[record.row == row].unique().tolist() for row in range(4)]
+        assert all(len(experts) == 1 for experts in taken)
+        assert taken[0] == taken[2]  # the same tag
+        rows = [record.logits[record.row == row][0] for row in range(4)]
+        assert torch.equal(rows[0], rows[2])
+        assert not torch.allclose(rows[0], rows[1])
+        assert not torch.allclose(rows[0], rows[3])
+
+
+def test_a_tag_beside_the_state_moves_every_token_of_its_row():
+    model, batch = model_with(HiddenStateAndTag()), tagged_batch()
+    before = model(batch).records[0]
+    other = batch.source.clone()
+    other[1, 0] = 13
+    after = model(replace(batch, source=other)).records[0]
+    changed, row = (before.logits != after.logits).any(1), before.row
+    assert changed[row == 1].all()
+    assert not changed[row != 1].any()
+
+
+def test_with_the_token_alone_an_id_takes_one_expert_wherever_it_stands():
+    model, batch = model_with(TokenOnly()), tagged_batch()
+    for record in model(batch).records:
+        tokens, experts = record.context.token, record.routing.expert
+        for token in tokens.unique():
+            assert experts[tokens == token].unique().numel() == 1
+        assert experts.unique().numel() > 1
+
+
+def test_decoding_remembers_the_tag_of_each_row():
+    model, batch = model_with(TagOnly()), tagged_batch()
+    memory = model.encode(batch.source)
+    cache = model.init_cache(memory, torch.arange(4))
+    model.step(batch.target_in[:, :1], cache)
+    cache.reorder(torch.tensor([3, 1, 1]))
+    model.step(torch.tensor([[8], [12], [15]]), cache)
+    assert cache.tag.tolist() == [11, 9, 9]

@@ -1,0 +1,51 @@
+"""Spare experts are chosen like others and cost nothing."""
+
+import pytest
+import torch
+
+from moe.variants import DIM, EXPERTS, layer, run
+from moesaic.moe.config import MoE
+from moesaic.moe.null_experts import IdentityExperts, NoNullExperts, ZeroExperts, drop_null_edges
+from moesaic.moe.select import TopK
+
+X = torch.randn(30, DIM)
+
+
+def _layer(spare):
+    return layer(MoE(experts=EXPERTS, select=TopK(k=2), null_experts=spare))
+
+
+def test_edges_to_spare_experts_are_counted_but_not_carried():
+    moe = _layer(ZeroExperts(number=3))
+    routing = run(moe, X)[1].routing
+    assert routing.num_experts == EXPERTS + 3
+    carried = drop_null_edges(routing, num_null_experts=3)
+    assert carried.num_experts == EXPERTS
+    assert carried.dropped.sum() == (routing.expert >= EXPERTS).sum() > 0
+    assert drop_null_edges(routing, num_null_experts=0) is routing
+
+
+def test_a_zero_expert_answers_nothing():
+    moe = _layer(ZeroExperts(number=2))
+    with torch.no_grad():
+        moe.router.gate.weight[:EXPERTS] = 0
+        moe.router.gate.weight[EXPERTS:] = 1  # all choices of tokens with a positive sum
+    out, _ = run(moe, X.abs())
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+def test_an_identity_expert_answers_with_its_token_times_the_weight():
+    moe = _layer(IdentityExperts(number=2))
+    with torch.no_grad():
+        moe.router.gate.weight[:EXPERTS] = 0
+        moe.router.gate.weight[EXPERTS:] = 1
+    out, _ = run(moe, X.abs())
+    torch.testing.assert_close(out, X.abs())  # two weights that sum to one
+
+
+@pytest.mark.parametrize("spare", [ZeroExperts(number=2), IdentityExperts(number=2)], ids=repr)
+def test_the_choice_of_a_spare_expert_is_learnt(spare):
+    moe = _layer(spare)
+    run(moe, X)[0].square().sum().backward()
+    assert moe.router.gate.weight.grad[EXPERTS:].abs().sum() > 0
+    assert NoNullExperts().count() == 0

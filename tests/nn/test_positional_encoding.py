@@ -1,0 +1,76 @@
+"""Positions do what their papers say, and each either adds or turns."""
+
+import pytest
+import torch
+
+from moesaic.core.errors import ConfigError
+from moesaic.nn.positional_encoding import (
+    LearnedPositions,
+    NoPositionalEncoding,
+    Rotary,
+    Sinusoidal,
+)
+
+PLACE = torch.tensor([0, 1, 2, 5])
+
+
+def test_rotary_turns_each_pair_by_its_angle():
+    heads = torch.randn(4, 3, 6)
+    got = Rotary(theta=100.0).build(dim=12, head_dim=6).rotation(PLACE)(heads)
+    for t, place in enumerate(PLACE.tolist()):
+        for pair in range(3):
+            angle = torch.tensor(place * 100.0 ** (-pair / 3))
+            c, s = angle.cos(), angle.sin()
+            a, b = heads[t, :, 2 * pair], heads[t, :, 2 * pair + 1]
+            torch.testing.assert_close(got[t, :, 2 * pair], a * c - b * s)
+            torch.testing.assert_close(got[t, :, 2 * pair + 1], a * s + b * c)
+
+
+def test_rotary_scores_depend_on_distance_only():
+    module = Rotary().build(dim=8, head_dim=8)
+    query, key = torch.randn(1, 1, 8), torch.randn(1, 1, 8)
+
+    def score(i, j):
+        turned = [module.rotation(torch.tensor([p]))(v) for p, v in ((i, query), (j, key))]
+        return (turned[0] * turned[1]).sum()
+
+    torch.testing.assert_close(score(3, 1), score(13, 11), rtol=1e-4, atol=1e-5)
+    assert not torch.isclose(score(3, 1), score(3, 2))
+
+
+def test_rotary_keeps_the_dtype_and_refuses_odd_heads():
+    turned = Rotary().build(dim=8, head_dim=8).rotation(PLACE)(torch.randn(4, 1, 8).bfloat16())
+    assert turned.dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match="head_dim=5"):
+        Rotary().build(dim=8, head_dim=5)
+
+
+def test_sinusoidal_adds_the_wave_of_each_position():
+    x = torch.zeros(4, 8)
+    wave = Sinusoidal().build(dim=8, head_dim=4).add(x, position=PLACE)
+    torch.testing.assert_close(wave[:, 0], PLACE.float().sin())
+    torch.testing.assert_close(wave[:, 4], PLACE.float().cos())
+    assert Sinusoidal().build(dim=7, head_dim=7).add(torch.zeros(4, 7), position=PLACE).shape == (
+        4,
+        7,
+    )
+
+
+def test_learned_looks_up_a_vector_per_position():
+    module = LearnedPositions(max_length=6).build(dim=8, head_dim=4)
+    table = next(module.parameters())
+    assert table.numel() == LearnedPositions(max_length=6).parameters(8)
+    assert torch.equal(module.add(torch.zeros(4, 8), position=PLACE), table[PLACE])
+
+
+@pytest.mark.parametrize(
+    "position", [NoPositionalEncoding(), Sinusoidal(), LearnedPositions()], ids=repr
+)
+def test_a_position_that_adds_does_not_turn(position):
+    heads = torch.randn(4, 2, 4)
+    assert position.build(dim=8, head_dim=4).rotation(PLACE)(heads) is heads
+
+
+def test_no_position_leaves_embeddings_alone():
+    x = torch.randn(4, 8)
+    assert NoPositionalEncoding().build(dim=8, head_dim=4).add(x, position=PLACE) is x

@@ -1,0 +1,125 @@
+"""Blocks that make their activations again give what they gave, and keep less."""
+
+import pytest
+import torch
+
+from moesaic.core.shapes import Tensor
+from moesaic.distributed.world import SingleProcess
+from moesaic.model.transformer import Transformer
+from moesaic.moe.balance import GlobalBatchBalance
+from moesaic.moe.config import MoE
+from moesaic.moe.cross_layer_router import RecurrentRouting
+from moesaic.moe.layer import accumulate_routing_stats
+from moesaic.moe.limit import Capacity, RandomPriority
+from moesaic.moe.router_noise import Jitter
+from moesaic.moe.select import TopK
+from moesaic.parallel.activation_checkpointing import (
+    ActivationCheckpointing,
+    CheckpointBlocks,
+    NoCheckpointing,
+    apply_activation_checkpointing,
+)
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.parallelize import parallelize
+from moesaic.testing.tiny_models import (
+    BALANCED_TOP1,
+    LANGUAGES,
+    TASKS,
+    random_batch,
+    tiny_model_config,
+)
+from moesaic.train.run import Float32
+from moesaic.train.running_metrics import LossCategories
+from moesaic.train.step import Objective
+
+MIXTURES = {
+    "top1-rts-jitter": BALANCED_TOP1.replace(
+        limit=Capacity(factor=0.7, minimum=0, priority=RandomPriority()), noise=Jitter(epsilon=0.2)
+    ),
+    "recurrent": MoE(experts=4, select=TopK(k=2), cross_layer=RecurrentRouting(width=6)),
+    "over-the-step": MoE(experts=4, select=TopK(k=2), balance=(GlobalBatchBalance(weight=0.5),)),
+}
+
+
+def _model(moe: MoE, by: ActivationCheckpointing, *, dropout: float = 0.0) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(tiny_model_config(moe=moe, layers=2).replace(dropout=dropout))
+    apply_activation_checkpointing(model, by=by)
+    return model
+
+
+def _step(model: Transformer) -> tuple[dict[str, float], list[Tensor | None]]:
+    objective = Objective(
+        LossCategories(TASKS, LANGUAGES), label_smoothing=0.1, precision=Float32()
+    )
+    batches = [random_batch(3, seed=seed) for seed in range(3)]
+    torch.manual_seed(1)  # of dropout
+    seen = objective.forward_backward(
+        parallelize(model, parallel=ParallelConfig(), world=SingleProcess()), batches=batches
+    )
+    terms = {name: float(value) for name, value in seen.sums.terms.items()}
+    return terms, [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    "by", [CheckpointBlocks(), CheckpointBlocks(every=2)], ids=["all", "every-second"]
+)
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_step_is_the_same_bit_for_bit(name: str, by: ActivationCheckpointing) -> None:
+    want, want_grads = _step(_model(MIXTURES[name], NoCheckpointing(), dropout=0.1))
+    terms, grads = _step(_model(MIXTURES[name], by, dropout=0.1))
+    assert terms == want
+    for grad, wanted in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(grad, wanted, atol=0, rtol=0)
+
+
+def _kept(model: Transformer) -> int:
+    """Bytes kept of one forward pass, by autograd or as what a block was given; once each."""
+    found: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+
+    def keep(tensor: Tensor) -> Tensor:
+        note(tensor)
+        return tensor
+
+    for block in [*model.encoder, *model.decoder]:
+        block.register_forward_pre_hook(lambda _, given: note(given[0].x))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(random_batch(16, seed=0))
+        model.loss(output).total.backward()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return sum(size for place, size in found.items() if place not in weights)
+
+
+def test_fewer_bytes_are_kept() -> None:
+    moe = MIXTURES["top1-rts-jitter"]
+    bytes_kept = [
+        _kept(_model(moe, by))
+        for by in (NoCheckpointing(), CheckpointBlocks(every=2), CheckpointBlocks())
+    ]
+    assert bytes_kept == sorted(bytes_kept, reverse=True)
+    assert bytes_kept[2] < bytes_kept[0] / 4
+
+
+def test_what_routers_hear_between_the_passes_does_not_change_the_gradient() -> None:
+    moe = MIXTURES["over-the-step"]
+
+    def grads(by: ActivationCheckpointing, *, early: bool) -> list[Tensor | None]:
+        model, losses = _model(moe, by), []
+        for seed in range(2):
+            output = model(random_batch(3, seed=seed))
+            losses += [sum(record.losses["balance"] for record in output.records)]
+            accumulate_routing_stats(model, output.records)
+        if early:
+            accumulate_routing_stats(model, output.records)
+        sum(losses).backward()
+        return [p.grad for p in model.parameters()]
+
+    want = grads(NoCheckpointing(), early=False)
+    found = grads(CheckpointBlocks(), early=True)
+    assert all(
+        (a is None and b is None) or torch.equal(a, b) for a, b in zip(found, want, strict=True)
+    )

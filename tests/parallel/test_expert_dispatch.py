@@ -1,0 +1,165 @@
+"""However rows get to their experts, a model learns the same."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from moesaic.core.errors import ConfigError
+from moesaic.core.shapes import Tensor
+from moesaic.distributed.communication_counter import CommunicationCounter
+from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.distributed.world import ProcessGroupWorld, local_tensor
+from moesaic.model.transformer import Transformer
+from moesaic.moe.adaptive_dispatcher import AdaptiveDispatcher
+from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher, DeduplicatedAllToAllDispatcher
+from moesaic.moe.balance import SwitchBalance
+from moesaic.moe.chunked_dispatcher import ChunkedAllToAllDispatcher
+from moesaic.moe.config import MoE
+from moesaic.moe.experts import LoRAExpert
+from moesaic.moe.layer import moe_layers, set_ranks
+from moesaic.moe.select import TopK
+from moesaic.moe.shared_experts import SharedExperts
+from moesaic.parallel.batch_ranks import BatchRanks
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.expert_dispatch import (
+    AdaptiveExperts,
+    AllToAll,
+    ChunkedAllToAll,
+    ExpertDispatch,
+    HierarchicalAllToAll,
+)
+from moesaic.parallel.parallelize import parallelize
+from moesaic.parallel.sharding_plan import slice_local
+from moesaic.testing.ranks import run_on_ranks
+from moesaic.testing.tiny_models import random_batch, shard_batch, tiny_model_config
+
+MODEL = tiny_model_config(
+    moe=MoE(experts=4, select=TopK(k=2), balance=(SwitchBalance(),), shared_experts=SharedExperts())
+)
+KINDS = {
+    AllToAll: AllToAllDispatcher,
+    HierarchicalAllToAll: DeduplicatedAllToAllDispatcher,
+    ChunkedAllToAll: ChunkedAllToAllDispatcher,
+    AdaptiveExperts: AdaptiveDispatcher,
+}
+LAID: list[tuple[ExpertDispatch, ParallelPlan]] = [
+    (AllToAll(), ParallelPlan(expert=4)),
+    (HierarchicalAllToAll(ranks_per_node=2), ParallelPlan(expert=4)),
+    (ChunkedAllToAll(forward=2, backward=4), ParallelPlan(expert=4)),
+    (AdaptiveExperts(), ParallelPlan(expert=4)),
+    (AdaptiveExperts(weight_byte_s=0), ParallelPlan(expert=2, expert_tensor=2)),
+    (HierarchicalAllToAll(ranks_per_node=1), ParallelPlan(expert=2, zero=3)),
+    (ChunkedAllToAll(forward=4, backward=2), ParallelPlan(expert=2, zero=3)),
+    (ChunkedAllToAll(), ParallelPlan(expert=2, zero=1)),
+    (AdaptiveExperts(weight_byte_s=0), ParallelPlan(expert=2, zero=3)),
+]
+
+
+def _made() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(MODEL)
+
+
+def _backward(model: Transformer, *, rank: int, world: int) -> float:
+    whole = random_batch(7, seed=3)
+    output = model(shard_batch(whole, rank=rank, world_size=world))
+    terms = [model.loss(output).total / whole.num_predicted]
+    terms += [value for record in output.records for value in record.losses.values()]
+    objective = torch.stack(terms).sum()
+    objective.backward()
+    return float(objective.detach())
+
+
+@cache
+def _whole() -> tuple[float, dict[str, Tensor]]:
+    model = _made()
+    loss = _backward(model, rank=0, world=1)
+    return loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _losses() -> list[float]:
+    """Each case's loss here; gradients are compared with this rank's part of all."""
+    found = []
+    for journey, plan in LAID:
+        model = _made()
+        spread = parallelize(
+            model, parallel=ParallelConfig(plan=plan, dispatch=journey), world=ProcessGroupWorld()
+        )
+        set_ranks(model, BatchRanks(spread.stage_world))
+        assert all(type(layer.dispatcher) is KINDS[type(journey)] for layer in moe_layers(model))
+        spread.before_backward(last=True)
+        found.append(_backward(model, rank=spread.data_world.rank, world=spread.data_world.size))
+        spread.sum_gradients()
+        for name, parameter in model.named_parameters():
+            part = slice_local(_whole()[1][name], spread.local_spans(name))
+            assert parameter.grad is not None, (journey, name)
+            torch.testing.assert_close(
+                local_tensor(parameter.grad), part, rtol=1e-3, atol=1e-6, msg=f"{journey} {name}"
+            )
+    return found
+
+
+def test_every_journey_gives_the_loss_and_gradients_of_one_process() -> None:
+    whole, _ = _whole()
+    for losses in zip(*run_on_ranks(4, _losses), strict=True):
+        assert sum(losses) == pytest.approx(whole, rel=1e-5)
+
+
+def _refusals() -> list[str]:
+    found = []
+    low_rank = tiny_model_config(moe=MoE(experts=4, expert=LoRAExpert(rank=2)))
+    for journey, plan, config in (
+        (ChunkedAllToAll(), ParallelPlan(expert=2, expert_tensor=2), MODEL),
+        (HierarchicalAllToAll(ranks_per_node=2), ParallelPlan(expert_tensor=2), MODEL),
+        (HierarchicalAllToAll(ranks_per_node=3), ParallelPlan(expert=4), MODEL),
+        (AdaptiveExperts(), ParallelPlan(expert=2), low_rank),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            parallelize(
+                Transformer(config),
+                parallel=ParallelConfig(plan=plan, dispatch=journey),
+                world=ProcessGroupWorld(),
+            )
+        found.append(str(caught.value))
+    return found
+
+
+def test_a_journey_that_cannot_be_is_refused_with_the_reason() -> None:
+    for found in run_on_ranks(4, _refusals):
+        assert "parallel.dispatch=ChunkedAllToAll" in found[0]
+        assert "no slices of experts, and expert_tensor is 2" in found[0]
+        assert "parallel.dispatch=HierarchicalAllToAll" in found[1]
+        assert "lie on nodes [0, 0, 0, 1], of 3 ranks each" in found[2]
+        assert "LoRAExperts cannot be lent" in found[3]
+
+
+def test_journeys_are_words_of_a_config() -> None:
+    run = ParallelConfig().override(["journey=HierarchicalAllToAll(ranks_per_node=8)"])
+    assert run.dispatch == HierarchicalAllToAll(ranks_per_node=8)
+
+
+def _gathered() -> list[int]:
+    """Bytes gathered in a step under ZeRO 1 and 3, each with rows at once and in four chunks."""
+    found = []
+    for zero in (1, 3):
+        for journey in (AllToAll(), ChunkedAllToAll(forward=4, backward=4)):
+            plan = ParallelPlan(expert=2, zero=zero)
+            model = _made()
+            spread = parallelize(
+                model,
+                parallel=ParallelConfig(plan=plan, dispatch=journey),
+                world=ProcessGroupWorld(),
+            )
+            set_ranks(model, BatchRanks(spread.stage_world))
+            spread.before_backward(last=True)
+            with CommunicationCounter() as wire:
+                _backward(model, rank=spread.data_world.rank, world=spread.data_world.size)
+            found.append(wire.total_bytes(kind="all-gather"))
+    return found
+
+
+def test_chunks_do_not_gather_a_shared_bank_more_often() -> None:
+    for first, first_in_chunks, third, third_in_chunks in run_on_ranks(4, _gathered):
+        assert (first, third) == (first_in_chunks, third_in_chunks)
+        assert third > first > 0

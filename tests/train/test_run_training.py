@@ -1,0 +1,244 @@
+"""One call of train: what it leaves, where it may start, and how it ends."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.safetensors_io import read_tensors
+from moesaic.core.errors import CheckpointError, ConfigError, UserError
+from moesaic.data.collators import DecoderOnlyCollator
+from moesaic.data.mixture import MixtureConfig, WeightedTask
+from moesaic.data.tasks import CausalLM, Translation
+from moesaic.model.config import Stack
+from moesaic.moe.config import NoMoE
+from moesaic.monitor.metric_writers import read_metrics
+from moesaic.monitor.progress_display import RunStatus
+from moesaic.optim.lr_schedule import WSD
+from moesaic.optim.optimizer import AdamW
+from moesaic.testing.compare_runs import compare_run_dirs
+from moesaic.testing.tiny_models import synthetic_run, tiny_model_config
+from moesaic.train.resume import ResumeFrom, ResumeLatest
+from moesaic.train.run import BFloat16, LogConfig, Run, TensorBoard, ValidationConfig
+from moesaic.train.run_training import train
+from moesaic.train.trainer import StepReport, Trainer
+from moesaic.train.training_hooks import Hook, NullDisplay, no_progress
+
+pytestmark = pytest.mark.usefixtures("data_home")
+
+
+PROMISED = [
+    "train/loss",
+    "train/loss/translation",
+    "train/loss/denoising",
+    "train/loss/qab_Cyrl",
+    "train/loss_balance",
+    "train/loss_z",
+    "train/objective",
+    "train/grad_norm",
+    "train/lr",
+    "train/tokens",
+    "train/skipped",
+    "perf/tokens_per_s",
+    "perf/step_ms",
+    "time/data_ms",
+    "moe/max_vio",
+    "moe/load_entropy",
+    "moe/dead_experts",
+    "moe/drop_frac",
+    "valid/loss",
+    "valid/loss/denoising",
+]
+
+
+class Notes(NullDisplay):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def __call__(self, _: RunStatus) -> "Notes":
+        return self
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+class At(Hook):
+    """Does something after one step."""
+
+    def __init__(self, step: int, action) -> None:
+        self.step, self.action = step, action
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        if report.step == self.step:
+            self.action(trainer)
+
+
+@pytest.fixture(scope="module")
+def whole(data_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 20 steps."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(synthetic_run(), out, progress=no_progress)
+    return out
+
+
+def test_a_run_directory_is_a_model_directory(whole: Path) -> None:
+    folder = RunDir(whole)
+    folder.require_model()
+    assert Run.from_yaml(folder.config.read_text()) == synthetic_run()
+    card = folder.card.read_text()
+    assert yaml.safe_load(card.split("---")[1])["language"] == ["en", "qaa", "qab", "qac"]
+    weights = read_tensors(folder.model)
+    assert weights["embedding.weight"].shape == (400, 16)
+    assert (folder.checkpoints / "latest").read_text().strip() == "step-00000020"
+
+
+def test_the_metrics_have_the_promised_names(whole: Path) -> None:
+    rows = list(read_metrics(RunDir(whole).metrics))
+    assert [row["step"] for row in rows] == [4, 8, 10, 12, 16, 20]
+    last = rows[-1]
+    for name in PROMISED:
+        assert name in last, name
+    parts = last["train/cross_entropy"] + last["train/loss_balance"] + last["train/loss_z"]
+    assert last["train/objective"] == pytest.approx(parts, rel=1e-6)
+    assert last["train/loss"] < rows[0]["train/loss"]
+
+
+def test_train_ends_where_it_is_told_and_goes_on_to_the_same_end(
+    whole: Path, tmp_path: Path
+) -> None:
+    first = train(synthetic_run(), tmp_path / "run", until=7, progress=no_progress)
+    assert (first.stop_reason, first.steps, first.exit_code) == ("until", 7, 0)
+    second = train(synthetic_run(), tmp_path / "run", resume=ResumeLatest(), progress=no_progress)
+    assert (second.stop_reason, second.steps) == ("finished", 20)
+    assert compare_run_dirs(whole, tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(
+    number: signal.Signals, whole: Path, tmp_path: Path
+) -> None:
+    board, out = Notes(), tmp_path / "run"
+    stop = At(6, lambda _: os.kill(os.getpid(), number))
+    result = train(synthetic_run(), out, hooks=[stop], progress=board)
+    assert (result.stop_reason, result.exit_code) == (number.name, 128 + number)
+    assert result.steps == 6
+    assert board.said[-1] == (
+        f"{number.name}: saved after step 6. Continue with: moesaic train --resume {out}"
+    )
+    train(synthetic_run(), out, resume=ResumeLatest(), progress=no_progress)
+    assert compare_run_dirs(whole, out) == []
+
+
+def test_a_directory_in_use_is_refused_with_the_way_out(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is not empty .*--resume auto.*another --out"):
+        train(synthetic_run(), whole, progress=no_progress)
+    (tmp_path / "holiday.jpg").touch()
+    with pytest.raises(CheckpointError, match=r"holiday\.jpg"):
+        train(synthetic_run(), tmp_path, progress=no_progress)
+
+
+def test_another_config_is_refused_and_its_keys_are_named(whole: Path) -> None:
+    other = synthetic_run(label_smoothing=0.2, accumulate=2)
+    with pytest.raises(
+        CheckpointError, match=r"label_smoothing: 0\.1 .*gradient_accumulation_steps: 1 .*2"
+    ):
+        train(other, whole, resume=ResumeLatest(), progress=no_progress)
+    assert Run.from_yaml(RunDir(whole).config.read_text()) == synthetic_run()
+
+
+def test_a_finished_run_can_be_made_longer_and_gentler(tmp_path: Path) -> None:
+    board = Notes()
+    train(synthetic_run(steps=6), tmp_path, progress=no_progress)
+    longer = synthetic_run(steps=8, optimizer=AdamW(lr=1e-4))
+    result = train(longer, tmp_path, resume=ResumeLatest(), progress=board)
+    assert result.steps == 8
+    assert "optimizer.lr: was 0.001, now 0.0001" in board.said
+
+
+def test_a_damaged_checkpoint_is_skipped_and_said(whole: Path, tmp_path: Path) -> None:
+    board, out = Notes(), tmp_path / "run"
+    train(synthetic_run(), out, until=12, progress=no_progress)
+    newest = RunDir(out).checkpoints / "step-00000012" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-7])
+    train(synthetic_run(), out, resume=ResumeLatest(), progress=board)
+    assert any("skipped" in n and "model.safetensors is truncated" in n for n in board.said)
+    assert any("resuming after step 10" in n for n in board.said)
+    assert compare_run_dirs(whole, out) == []
+
+
+def test_a_run_goes_on_in_another_directory(whole: Path, tmp_path: Path) -> None:
+    train(synthetic_run(), tmp_path / "one", until=10, progress=no_progress)
+    resume = ResumeFrom(path=str(tmp_path / "one"))
+    train(synthetic_run(), tmp_path / "two", resume=resume, progress=no_progress)
+    assert RunDir(tmp_path / "two").model.read_bytes() == RunDir(whole).model.read_bytes()
+    with pytest.raises(CheckpointError, match="no valid checkpoint to resume from"):
+        train(
+            synthetic_run(),
+            tmp_path / "3",
+            resume=ResumeFrom(path=str(tmp_path)),
+            progress=no_progress,
+        )
+
+
+def test_a_run_that_diverges_stops_with_its_last_good_state(tmp_path: Path) -> None:
+    def break_it(trainer: Trainer) -> None:
+        trainer.optimizer.param_groups[0]["base_lr"] = 1.0
+        trainer.model.decoder_norm.weight.register_hook(lambda grad: grad * float("nan"))
+
+    with pytest.raises(UserError, match=r"5 steps in a row .*step 7.*decoder_norm.*--resume"):
+        train(synthetic_run(), tmp_path, hooks=[At(7, break_it)], progress=no_progress)
+    saved = RunDir(tmp_path).checkpoints / "step-00000007" / "model.safetensors"
+    assert all(bool(t.isfinite().all()) for t in read_tensors(saved).values())
+
+
+def test_problems_of_the_config_come_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"vocab_size=400"):
+        train(synthetic_run(model=tiny_model_config()), tmp_path / "run", progress=no_progress)
+    assert not (tmp_path / "run").exists()
+
+
+VARIANTS = {
+    "dense": {"model": tiny_model_config(moe=NoMoE()).replace(vocab_size=400)},
+    "bfloat16": {"precision": BFloat16()},
+    "decoder-only": {
+        "model": tiny_model_config().replace(vocab_size=400, encoder=Stack(layers=0)),
+        "loader": synthetic_run().loader.replace(layout=DecoderOnlyCollator()),
+        "mixture": MixtureConfig(
+            tasks=(WeightedTask(task=CausalLM()), WeightedTask(task=Translation()))
+        ),
+    },
+    "no-validation": {"validation": ValidationConfig(every=0)},
+    "tensorboard": {"log": LogConfig(every=1, sinks=(TensorBoard(),))},
+    "two-languages": {"languages": ("English", "qab_Cyrl")},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_kind_of_run_trains_and_resumes(variant: str, tmp_path: Path) -> None:
+    run = synthetic_run(steps=4, schedule=WSD(warmup=1), **VARIANTS[variant])
+    train(run, tmp_path, until=2, progress=no_progress)
+    result = train(run, tmp_path, resume=ResumeLatest(), progress=no_progress)
+    assert result.stop_reason == "finished"
+    assert result.metrics["train/loss"] < 7
+    assert bool(torch.isfinite(torch.tensor(list(result.metrics.values()))).all())
+
+
+def test_rows_that_are_too_long_are_left_out_and_said(tmp_path: Path) -> None:
+    notes: list[str] = []
+
+    class Listening(NullDisplay):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    run = synthetic_run(steps=8)
+    run = run.replace(loader=run.loader.replace(max_source=14, max_target=14))
+    train(run, tmp_path / "run", progress=lambda _: Listening())
+    (said,) = [n for n in notes if "left out" in n]
+    assert "loader.max_source=14" in said
+    assert "eng_Latn-" in said

@@ -1,0 +1,84 @@
+"""The plans of some ranks: all of them, the few that cover them, and those that are refused."""
+
+from itertools import combinations
+
+import pytest
+
+from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.moe.config import MoE
+from moesaic.nn.attention import AttentionConfig
+from moesaic.parallel.config import ParallelConfig
+from moesaic.testing.tiny_models import tiny_model_config, tiny_run
+from moesaic.train.run import Run
+from moesaic.verify.enumerate_plans import describe_plan, enumerate_plans
+
+DEGREES = ("data", "context", "tensor", "expert", "expert_tensor", "zero")
+
+
+def run_with(*, heads: int, experts: int = 8) -> Run:
+    config = tiny_model_config(moe=MoE(experts=experts))
+    model = config.replace(attention=AttentionConfig(heads=heads, head_dim=4))
+    return tiny_run(model=model, accumulate=4)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_plan_has_its_ranks_and_no_two_are_alike(world: int) -> None:
+    plans = enumerate_plans([world], run=run_with(heads=8)).valid
+    assert {parallel.plan.world_size for parallel in plans} == {world}
+    assert len({parallel.to_yaml() for parallel in plans}) == len(plans)
+    assert len({describe_plan(parallel) for parallel in plans}) == len(plans)
+
+
+def test_every_fold_of_two_ranks_is_there() -> None:
+    plans = [p.plan for p in enumerate_plans([2], run=run_with(heads=8)).valid]
+    dense = {(p.data, p.context, p.tensor) for p in plans if p.pipe == 1}
+    folds = {(p.expert, p.expert_tensor) for p in plans if p.pipe == 1}
+    assert dense == {(2, 1, 1), (1, 2, 1), (1, 1, 2)}
+    assert folds == {(1, 1), (2, 1), (1, 2)}
+    assert {p.zero for p in plans} == {0, 1, 2, 3}
+
+
+def test_zero_is_not_asked_of_plans_without_copies() -> None:
+    plans = [p.plan for p in enumerate_plans([2], run=run_with(heads=8)).valid]
+    assert all(p.zero == 0 for p in plans if (p.tensor, p.expert) == (2, 2))
+
+
+def test_a_plan_that_cuts_heads_in_two_is_refused_with_the_reason() -> None:
+    plans = enumerate_plans([4], run=run_with(heads=2))
+    assert not any(parallel.plan.tensor == 4 for parallel in plans.valid)
+    refused = {why: len(several) for why, several in plans.rejected.items()}
+    assert any("tensor=4" in why and "2 heads" in why for why in refused), refused
+
+
+def test_the_covering_plans_have_every_pair_of_degrees_that_any_plan_has() -> None:
+    plans = enumerate_plans([2, 4], run=run_with(heads=8))
+    few = plans.pairwise_cover()
+
+    def pairs(several: tuple[ParallelConfig, ...]) -> set[object]:
+        return {
+            pair
+            for parallel in several
+            for pair in combinations([(n, getattr(parallel.plan, n)) for n in DEGREES], 2)
+            if all(value > 1 or (name == "zero" and value) for name, value in pair)
+        }
+
+    assert pairs(few.valid) == pairs(plans.valid)
+    assert len(few.valid) < len(plans.valid) / 3
+    assert few.rejected == plans.rejected
+
+
+def test_a_name_says_the_degrees_above_one() -> None:
+    plan = ParallelPlan(data=2, tensor=2, expert=4, zero=3)
+    assert describe_plan(ParallelConfig(plan=plan)) == "data 2, tensor 2, expert 4, zero 3"
+    assert describe_plan(ParallelConfig(plan=ParallelPlan(data=1))) == "alone"
+
+
+def test_a_pipeline_is_refused_where_it_has_too_few_blocks_or_micro_batches_or_shares_out() -> None:
+    run = run_with(heads=2)
+    assert {p.plan.pipe for p in enumerate_plans([4], run=run).valid} == {1, 2}  # of two blocks
+    few = enumerate_plans([2], run=run.replace(accumulate=1)).valid
+    assert {type(p.pipeline_schedule).__name__ for p in few if p.plan.pipe == 2} == {"GPipe"}
+    assert not any(
+        p.pipeline_schedule.splits_backward and p.plan.zero
+        for p in enumerate_plans([4], run=run).valid
+    )

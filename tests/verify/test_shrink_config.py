@@ -1,0 +1,78 @@
+"""A small run: narrow, quick, and of the same structure."""
+
+import pytest
+
+from moesaic.model.config import Stack
+from moesaic.moe.config import MoE
+from moesaic.moe.limit import Capacity
+from moesaic.moe.select import SigmoidTopK, TopGroups
+from moesaic.moe.shared_experts import SharedExperts
+from moesaic.nn.attention import AttentionConfig
+from moesaic.optim.optimizer import AdamW, Muon
+from moesaic.recipes.lookup import RECIPES, find_recipe
+from moesaic.train.run import Run
+from moesaic.verify.shrink_config import DIM, EPS, EXPERTS, HIDDEN, shrink_config
+
+
+def sparse_pattern(run: Run) -> list[list[bool]]:
+    stacks = (run.model.encoder, run.model.decoder)
+    return [[stack.is_moe_layer(layer) for layer in range(stack.layers)] for stack in stacks]
+
+
+@pytest.mark.parametrize("name", RECIPES.descriptions())
+def test_every_recipe_becomes_small_and_keeps_its_rules(name: str) -> None:
+    before = find_recipe(name)
+    after = shrink_config(before).run
+    assert after.model.dim <= DIM
+    assert after.model.feed_forward.hidden <= HIDDEN
+    for ours, theirs in zip(sparse_pattern(after), sparse_pattern(before), strict=True):
+        assert ours == theirs[: len(ours)]
+        assert any(ours) == any(theirs)
+    assert isinstance(before.model.moe, MoE)
+    assert isinstance(after.model.moe, MoE)
+    kept = {"select", "limit", "balance", "beside", "noise", "condition", "link"}
+    for rule in kept:
+        assert getattr(after.model.moe, rule) == getattr(before.model.moe, rule)
+    assert after.model.dropout == before.model.dropout
+    assert type(after.optimizer) is type(before.optimizer)
+
+
+def test_heads_and_groups_stay_and_their_width_shrinks() -> None:
+    model = find_recipe("tiny").model.replace(
+        dim=512, attention=AttentionConfig(heads=16, kv_heads=4)
+    )
+    after = shrink_config(find_recipe("tiny").replace(model=model)).run.model.attention
+    assert (after.heads, after.kv_heads, after.head_dim) == (16, 4, 4)
+
+
+def test_experts_stay_as_many_as_their_rule_needs() -> None:
+    rule = SigmoidTopK(k=4, expert_groups=TopGroups(num_groups=16, top_groups=4))
+    moe = MoE(experts=256, select=rule, limit=Capacity(), shared_experts=SharedExperts(), hidden=32)
+    model = find_recipe("tiny").model.replace(moe=moe)
+    after = shrink_config(find_recipe("tiny").replace(model=model)).run.model.moe
+    assert isinstance(after, MoE)
+    assert after.experts in EXPERTS
+    assert after.experts % 16 == 0
+    assert (after.select, after.limit, after.shared_experts) == (rule, Capacity(), SharedExperts())
+    assert after.hidden == 8  # a quarter of the dense width, as before
+
+
+def test_a_pyramid_keeps_one_number_of_experts_for_each_block_that_has_any() -> None:
+    stack = Stack(layers=6, moe_every=2, experts_per_layer=(4, 32, 64))
+    model = find_recipe("tiny").model.replace(encoder=stack, moe=MoE(experts=4))
+    after = shrink_config(find_recipe("tiny").replace(model=model)).run.model.encoder
+    assert (after.layers, after.experts_per_layer) == (4, (4, 8))
+
+
+@pytest.mark.parametrize("optimizer", [AdamW(lr=0.5), Muon(adamw=AdamW(lr=0.5))])
+def test_tiny_gradients_do_not_move_weights_by_their_sign(optimizer: AdamW | Muon) -> None:
+    after = shrink_config(find_recipe("tiny").replace(optimizer=optimizer)).run.optimizer
+    inner = after.adamw if isinstance(after, Muon) else after
+    assert isinstance(inner, AdamW)
+    assert (inner.eps, inner.lr) == (EPS, 0.5)
+
+
+def test_what_was_changed_is_said() -> None:
+    changed = shrink_config(find_recipe("tiny")).changes
+    assert "model.dim: 64 -> 32" in changed
+    assert not any("select" in line for line in changed)

@@ -1,0 +1,73 @@
+"""Two traces: what is measured, what is beyond a tolerance, and what NaN is."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moesaic.verify.record_run import TrainingTrace
+from moesaic.verify.trace_differences import Tolerances, compare_traces
+
+LIMITS = Tolerances()
+
+
+def trace() -> TrainingTrace:
+    return TrainingTrace(
+        metrics=[
+            {"train/loss": 2.0, "train/loss_balance": 0.1, "train/grad_norm": 4.0, "tokens": 9}
+        ],
+        gradients=[{"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([1e-9])}],
+        expert_counts=[{"encoder.1": torch.tensor([3, 4, 2])}],
+        weights=[{"a": torch.tensor([5.0, 5.0])}, {"a": torch.tensor([5.1, 5.0])}],
+        replica_differences=[(0.0, "a")],
+    )
+
+
+def wrong(other: TrainingTrace) -> str:
+    return "; ".join(compare_traces(trace(), other=other).exceeding(LIMITS))
+
+
+def test_a_trace_equals_itself() -> None:
+    assert wrong(trace()) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"rows": [trace().metrics[0] | {"train/loss": 2.001}]},
+            "loss 5.0e-04 (train/loss, step 1)",
+        ),
+        (
+            {"rows": [trace().metrics[0] | {"train/loss_balance": 0.2}]},
+            "train/loss_balance, step 1",
+        ),
+        ({"rows": [trace().metrics[0] | {"train/grad_norm": 4.01}]}, "norm 2.5e-03"),
+        ({"rows": [trace().metrics[0] | {"tokens": 10}]}, "tokens, step 1"),
+        ({"rows": [{"train/loss": 2.0}]}, "terms nan"),
+        ({"gradients": [{"a": torch.tensor([1.0, -1.0]), "b": torch.tensor([0.0])}]}, "(a, step"),
+        ({"edges": [{"encoder.1": torch.tensor([4, 3, 2])}]}, "edges 2.0e+00 (encoder.1, step 1)"),
+        ({"weights": [trace().weights[0], trace().weights[0]]}, "weight 1.0e+00 (a, step 1)"),
+        ({"weights": [trace().weights[1], trace().weights[1]]}, "(a, at first)"),
+        ({"apart": [(1e-7, "a")]}, "copies 1.0e-07 (a)"),
+    ],
+)
+def test_what_differs_is_named_with_its_place(changes: dict, said: str) -> None:
+    assert said in wrong(replace(trace(), **changes))
+
+
+def test_nan_equals_nothing() -> None:
+    nan = torch.tensor([1.0, math.nan])
+    other = replace(trace(), gradients=[{"a": nan, "b": torch.tensor([1e-9])}])
+    assert "gradient nan (a, step 1)" in wrong(other)
+
+
+def test_rounding_of_a_gradient_that_is_next_to_nothing_is_no_difference() -> None:
+    other = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([-1e-9])}
+    assert wrong(replace(trace(), gradients=[other])) == ""
+
+
+def test_traces_of_other_lengths_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="0 steps beside one of 1"):
+        compare_traces(trace(), other=replace(trace(), rows=[]))
