@@ -48,7 +48,7 @@ def test_denoising_sources_are_damaged_and_translation_sources_are_not():
 def test_causal_lm_has_no_source_and_its_padding_is_not_counted():
     mixture = MixtureConfig(tasks=(WeightedTask(task=CausalLM()),))
     batch = next(
-        cases.loader(mixture=mixture, config=cases.SMALL.replace(layout=DecoderOnlyCollator()))
+        cases.loader(mixture=mixture, config=cases.SMALL.replace(collator=DecoderOnlyCollator()))
     )
     assert batch.source.shape[1] == 0
     assert batch.num_predicted == batch.num_tokens

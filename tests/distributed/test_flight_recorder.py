@@ -20,7 +20,7 @@ class Found:
     """A watch that always finds the same."""
 
     def __init__(self) -> None:
-        self.book = HeartbeatFile()
+        self.heartbeat_file = HeartbeatFile()
         self.told: list[str] = []
         self.causes: list[str] = []
 
@@ -63,7 +63,7 @@ def test_an_error_about_a_lost_rank_names_it(found: Found, words: str) -> None:
         raise RuntimeError(f"{words}\nand more")
     assert isinstance(caught.value.__cause__, RuntimeError)
     assert found.causes == [words]
-    assert found.book.read().in_collective, "the others must see where this rank waited"
+    assert found.heartbeat_file.read().in_collective, "the others must see where this rank waited"
 
 
 def test_an_error_of_the_caller_stays_its_own(found: Found) -> None:
@@ -94,7 +94,7 @@ def test_time_in_collectives_is_counted(found: Found) -> None:
     with record_collective("broadcast"):
         pass
     assert 0.02 <= flight_recorder.FLIGHT_RECORDER.collective_s < 1.0
-    assert found.book.read().collectives_entered(DEFAULT_GROUP) == 2
+    assert found.heartbeat_file.read().collectives_entered(DEFAULT_GROUP) == 2
 
 
 def test_a_compiled_graph_notes_nothing() -> None:

@@ -60,7 +60,7 @@ RTS = BALANCED_TOP1.replace(
     balance=BALANCES, limit=Capacity(factor=0.7, minimum=0, priority=RandomPriority())
 )
 TOP2 = MoE(experts=4, select=TopK(k=2), balance=BALANCES)
-SHARED = TOP2.replace(beside=SharedExperts(number=1), hidden=16)
+SHARED = TOP2.replace(shared_experts=SharedExperts(number=1), hidden=16)
 CPU = torch.device("cpu")
 
 
@@ -72,7 +72,7 @@ def _decoder(moe: MoE, *, layers: int = 4) -> ModelConfig:
     return _of(moe, layers=layers).replace(encoder=Stack(layers=0))
 
 
-UNTIED = _of(TOP2.replace(condition=HiddenStateAndToken())).replace(
+UNTIED = _of(TOP2.replace(router_input=HiddenStateAndToken())).replace(
     position=LearnedPositions(max_length=32), embedding=EmbeddingConfig(tied=False)
 )
 ALL = (
@@ -89,9 +89,9 @@ Case = tuple[ModelConfig, Sequence[PipelineSchedule], int]
 ON_TWO: dict[str, Case] = {
     "top1-rts": (_of(RTS), ALL, 4),
     "decoder-shared-experts": (_decoder(SHARED), ALL, 8),
-    "recurrent": (_of(TOP2.replace(link=RecurrentRouting(width=6))), WHOLE_BACKWARD[1:3], 4),
-    "pre-gated": (_of(TOP2.replace(link=PreGatedRouting())), (Interleaved(), ZeroBubbleV()), 4),
-    "decoupled": (_of(TOP2.replace(link=DecoupledRouting(dim=8, heads=2))), (Interleaved(),), 4),
+    "recurrent": (_of(TOP2.replace(cross_layer=RecurrentRouting(width=6))), WHOLE_BACKWARD[1:3], 4),
+    "pre-gated": (_of(TOP2.replace(cross_layer=PreGatedRouting())), (Interleaved(), ZeroBubbleV()), 4),
+    "decoupled": (_of(TOP2.replace(cross_layer=DecoupledRouting(dim=8, heads=2))), (Interleaved(),), 4),
     "untied-learned-on-token": (UNTIED, WHOLE_BACKWARD[:3], 4),
     "balance-over-the-step": (
         _of(TOP2.replace(balance=(GlobalBatchBalance(weight=0.5),))),

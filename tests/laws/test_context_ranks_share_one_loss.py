@@ -47,8 +47,8 @@ def _model(moe: MoE) -> ModelConfig:
 MODELS = {
     "encoder-decoder": _model(CAPPED),
     "decoder": _model(CAPPED).replace(encoder=Stack(layers=0)),
-    "decoupled": _model(CAPPED.replace(link=DecoupledRouting(dim=8, heads=4))),
-    "attention experts": _model(CAPPED.replace(condition=HiddenStateAndTag())).replace(
+    "decoupled": _model(CAPPED.replace(cross_layer=DecoupledRouting(dim=8, heads=4))),
+    "attention experts": _model(CAPPED.replace(router_input=HiddenStateAndTag())).replace(
         attention_experts=MixtureOfAttention()
     ),
 }

@@ -82,7 +82,7 @@ VARIANTS = {
         dispatch_projection=DownProjection(ratio=0.5),
         null_experts=IdentityExperts(),
     ),
-    "residual": BALANCED_TOP1.replace(beside=ResidualExpert()),
+    "residual": BALANCED_TOP1.replace(shared_experts=ResidualExpert()),
     "soft": SoftMoE(experts=3, slots=2),
     "memory": ProductKeyMemory(keys_per_side=4, slots=3),
     "recurrent": MoE(experts=4, select=TopK(k=2), cross_layer=RecurrentRouting(width=6)),

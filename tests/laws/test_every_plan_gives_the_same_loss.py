@@ -74,7 +74,7 @@ PLANS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_plan_gives_the_same_loss(name: str) -> None:
-    run = shrink_config(RUNS[name]()).run.replace(accumulate=2)
+    run = shrink_config(RUNS[name]()).run.replace(gradient_accumulation_steps=2)
     verdicts = list(compare_plans(make_setup(run), plans=PLANS[name]))
     assert {verdict.plan: verdict.problems for verdict in verdicts if not verdict.equal} == {}
     assert [verdict.world_size for verdict in verdicts] == [p.plan.world_size for p in PLANS[name]]

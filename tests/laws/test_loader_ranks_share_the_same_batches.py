@@ -27,7 +27,7 @@ def test_the_union_over_ranks_is_the_same_for_any_number(world):
 def test_no_batch_is_over_the_token_budget(batch_tokens, decoder_only, seed):
     config = cases.SMALL.replace(batch_tokens=batch_tokens)
     if decoder_only:
-        config = config.replace(layout=DecoderOnlyCollator(), max_target=80)
+        config = config.replace(collator=DecoderOnlyCollator(), max_target=80)
     stream = cases.loader(config=config, seed=seed)
     for _ in range(30):
         batch = next(stream)

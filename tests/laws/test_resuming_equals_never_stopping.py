@@ -49,8 +49,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model": tiny_model_config(
             moe=RANDOM_TOKENS.replace(
                 expert=LoRAExpert(rank=2),
-                beside=ResidualExpert(),
-                exchange=DownProjection(ratio=0.5),
+                shared_experts=ResidualExpert(),
+                dispatch_projection=DownProjection(ratio=0.5),
             )
         ),
         "optimizer": Muon(),

@@ -82,10 +82,10 @@ VARIANTS = {
         position=NoPositionalEncoding(),
         feed_forward=FeedForwardConfig(hidden=24, activation=SquaredReLU()),
     ),
-    **{name: _with(link=link) for name, link in LINKED.items()},
-    **{name: _with(condition=condition) for name, condition in CONDITIONED.items()},
-    "recurrent-on-tag": _with(link=RecurrentRouting(width=6), condition=HiddenStateAndTag()),
-    "decoupled-decoder-only": _with(link=LINKED["decoupled"]).replace(encoder=NONE),
+    **{name: _with(cross_layer=link) for name, link in LINKED.items()},
+    **{name: _with(router_input=condition) for name, condition in CONDITIONED.items()},
+    "recurrent-on-tag": _with(cross_layer=RecurrentRouting(width=6), router_input=HiddenStateAndTag()),
+    "decoupled-decoder-only": _with(cross_layer=LINKED["decoupled"]).replace(encoder=NONE),
 }
 SPARSELY = {  # every rule of choosing in a whole model; encoders alone where it is not causal
     "sigmoid-in-groups": MoE(
@@ -117,12 +117,12 @@ VARIANTS["soft"] = BASE.replace(
 )
 MIXTURE = MoE(experts=4, select=TopK(k=2))
 BODIES = {  # what an expert is, and what stands around it
-    "shared": MIXTURE.replace(beside=SharedExperts(number=2), hidden=12),
-    "gated-shared": MIXTURE.replace(beside=GatedSharedExperts()),
-    "narrow": MIXTURE.replace(exchange=DownProjection(ratio=0.5)),
+    "shared": MIXTURE.replace(shared_experts=SharedExperts(number=2), hidden=12),
+    "gated-shared": MIXTURE.replace(shared_experts=GatedSharedExperts()),
+    "narrow": MIXTURE.replace(dispatch_projection=DownProjection(ratio=0.5)),
     "lora": MIXTURE.replace(expert=LoRAExpert(rank=2)),
-    "null": MIXTURE.replace(spare=ZeroExperts(number=2)),
-    "identity": MIXTURE.replace(spare=IdentityExperts(number=2)),
+    "null": MIXTURE.replace(null_experts=ZeroExperts(number=2)),
+    "identity": MIXTURE.replace(null_experts=IdentityExperts(number=2)),
     "memory": ProductKeyMemory(keys_per_side=8, slots=6),
 }
 VARIANTS |= {name: BASE.replace(moe=moe) for name, moe in BODIES.items()}
@@ -142,7 +142,7 @@ VARIANTS |= {
 }
 VARIANTS["residual-pyramid-bias"] = BASE.replace(
     decoder=Stack(layers=3, moe_every=1, first_dense_layers=1, experts_per_layer=(2, 5)),
-    moe=MIXTURE.replace(select=SwitchTop1(), beside=ResidualExpert()),
+    moe=MIXTURE.replace(select=SwitchTop1(), shared_experts=ResidualExpert()),
     bias=True,
 )
 

@@ -47,7 +47,7 @@ def test_rows_of_one_domain_are_cheap_where_the_step_is_even():
     scores = scores_of(logits)
     heard = TOKENS * torch.ones(EXPERTS, dtype=torch.float64)
     heard[:2] = 0
-    even = GlobalBatchBalance(weight=1)(replace(scores, heard=heard))
+    even = GlobalBatchBalance(weight=1)(replace(scores, accumulated_load=heard))
     torch.testing.assert_close(even, torch.tensor(1.0))
     torch.testing.assert_close(SwitchBalance(weight=1)(scores), torch.tensor(EXPERTS / 2))
 

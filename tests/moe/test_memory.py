@@ -62,7 +62,7 @@ def test_a_token_touches_the_share_of_both_tables_that_is_counted():
 def test_default_widths_are_those_of_the_paper():
     assert CONFIG.value_dims(64) == (4, 12)  # one to three, a quarter of the model together
     assert CONFIG.resolved_key_dim(64) == 32
-    assert CONFIG.replace(side=2, slots=16).num_slots_read() == 4  # no more than there are
+    assert CONFIG.replace(keys_per_side=2, slots=16).num_slots_read() == 4  # no more than there are
 
 
 def test_tokens_do_not_see_each_other():

@@ -114,7 +114,7 @@ def test_what_is_not_forecast_is_refused_with_the_way_out() -> None:
     ring = ParallelConfig(plan=parallel(context=2).plan, context_parallel=Ring())
     with pytest.raises(ConfigError, match=r"reach=Ring.*Ulysses"):
         held(BOTH, ring, 4)
-    again = parallel().replace(recompute=CheckpointBlocks())
+    again = parallel().replace(activation_checkpointing=CheckpointBlocks())
     with pytest.raises(ConfigError, match=r"recompute=Blocks.*NoCheckpointing"):
         held(BOTH, again, 4)
     with pytest.raises(UserError, match="choose other rows"):

@@ -25,7 +25,7 @@ WRONG = {
         r"layout=EncoderDecoderCollator needs an encoder",
     ),
     "idle-encoder": (
-        {"loader": LOADER.replace(layout=DecoderOnlyCollator())},
+        {"loader": LOADER.replace(collator=DecoderOnlyCollator())},
         r"model\.encoder\.layers=1 without input",
     ),
     "positions": (

@@ -208,7 +208,7 @@ VARIANTS = {
     "bfloat16": {"precision": BFloat16()},
     "decoder-only": {
         "model": tiny_model_config().replace(vocab_size=400, encoder=Stack(layers=0)),
-        "loader": synthetic_run().loader.replace(layout=DecoderOnlyCollator()),
+        "loader": synthetic_run().loader.replace(collator=DecoderOnlyCollator()),
         "mixture": MixtureConfig(
             tasks=(WeightedTask(task=CausalLM()), WeightedTask(task=Translation()))
         ),

@@ -76,7 +76,7 @@ def test_a_name_says_the_degrees_above_one() -> None:
 def test_a_pipeline_is_refused_where_it_has_too_few_blocks_or_micro_batches_or_shares_out() -> None:
     run = run_with(heads=2)
     assert {p.plan.pipe for p in enumerate_plans([4], run=run).valid} == {1, 2}  # of two blocks
-    few = enumerate_plans([2], run=run.replace(accumulate=1)).valid
+    few = enumerate_plans([2], run=run.replace(gradient_accumulation_steps=1)).valid
     assert {type(p.pipeline_schedule).__name__ for p in few if p.plan.pipe == 2} == {"GPipe"}
     assert not any(
         p.pipeline_schedule.splits_backward and p.plan.zero

@@ -85,7 +85,7 @@ def moesaic_zipf(workload: LayerWorkload) -> Implementation:
     logits = workload.x.float() @ workload.router_weight.float().t()
     gate = workload.router_weight.clone()
     gate[:, 0] += zipf_bias(logits, k=workload.shape.k)  # the first feature is one
-    return moesaic(replace(workload, gate=gate), name="moesaic-zipf")
+    return moesaic(replace(workload, router_weight=gate), name="moesaic-zipf")
 
 
 def unfused(gemm: str) -> Callable[[LayerWorkload], Implementation]:

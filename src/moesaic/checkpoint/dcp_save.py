@@ -84,13 +84,13 @@ def _holds_experts(name: str, held: Any, *, expert_parameters: Mapping[str, int]
 def _split_by_expert(shard: Shard, *, holds_experts: bool) -> Shard:
     pieces = (piece for piece in shard.blocks if piece.data.numel())
     if not holds_experts:
-        return replace(shard, pieces=tuple(pieces))
+        return replace(shard, blocks=tuple(pieces))
     alone = (
         ShardBlock((piece.offset[0] + i, *piece.offset[1:]), piece.data[i : i + 1])
         for piece in pieces
         for i in range(len(piece.data))
     )
-    return replace(shard, pieces=tuple(alone))
+    return replace(shard, blocks=tuple(alone))
 
 
 class BalancedSavePlanner(SavePlanner):

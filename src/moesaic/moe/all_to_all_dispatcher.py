@@ -218,7 +218,7 @@ class DeduplicatedAllToAllDispatcher:
     def dispatch(self, x: Float[Tensor, "T D"], routing: Routing) -> DispatchedRows:
         leap = _dispatch_deduplicated(x, routing=routing, group=self._group)
         parcel = self._inner.dispatch(leap.rows, leap.routing)
-        return replace(parcel, way=_NestedHandle(parcel.handle, leap))
+        return replace(parcel, handle=_NestedHandle(parcel.handle, leap))
 
     def combine(self, y: Float[Tensor, "R D"], dispatched: DispatchedRows) -> Float[Tensor, "T D"]:
         return dispatched.handle.combine(y)

@@ -135,5 +135,5 @@ def fine_grained(moe: MoE, *, hidden: int, splits: int, shared: int = 0) -> MoE:
         experts=splits * moe.experts - shared,
         hidden=hidden // splits,
         select=TopK(k=splits * chosen - shared, normalise="none"),
-        beside=SharedExperts(number=shared) if shared else NoSharedExperts(),
+        shared_experts=SharedExperts(number=shared) if shared else NoSharedExperts(),
     )

@@ -54,7 +54,7 @@ class RouterHealthMonitor:
     def _update(self, key: tuple[str, str], finding: HealthFinding | None) -> None:
         watch = self._histories.get(key)
         if finding is not None:
-            finding = replace(finding, sign=key[1])
+            finding = replace(finding, rule=key[1])
             seen = watch.intervals_with + 1 if watch else 1
             at_once = key[1] == "not_finite"
             believed = at_once or seen >= self.patience or (watch is not None and watch.confirmed)
@@ -64,7 +64,7 @@ class RouterHealthMonitor:
             if absent >= self.patience or not watch.confirmed:
                 del self._histories[key]
             else:
-                self._histories[key] = replace(watch, seen=0, absent=absent)
+                self._histories[key] = replace(watch, seen=0, intervals_without=absent)
 
 
 def state_of(findings: Sequence[HealthFinding], *, layer: str) -> HealthState:

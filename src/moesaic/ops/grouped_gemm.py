@@ -192,10 +192,10 @@ class _GroupedFeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         rows, up, down, up_bias, down_bias, groups, activation, engine = inputs
-        hidden = engine.apply(rows, up, groups=groups)
+        hidden = engine.matmul(rows, up, groups=groups)
         if up_bias is not None:
             hidden += up_bias.to(rows.dtype)[expert_of_row(groups, rows=rows.shape[0])]
-        out = engine.apply(_activation_forward(hidden, activation=activation), down, groups=groups)
+        out = engine.matmul(_activation_forward(hidden, activation=activation), down, groups=groups)
         if down_bias is not None:
             out += down_bias.to(rows.dtype)[expert_of_row(groups, rows=rows.shape[0])]
             out = zero_rows_past_groups(out, offsets=groups.ends)
@@ -210,15 +210,15 @@ class _GroupedFeedForward(torch.autograd.Function):
         rows, up, down, hidden = ctx.saved_tensors
         groups, engine = ctx.groups, ctx.engine
         grad = grads[0].contiguous()
-        grad_active = engine.apply(grad, down.transpose(1, 2), groups=groups)
+        grad_active = engine.matmul(grad, down.transpose(1, 2), groups=groups)
         active, grad_hidden = _activation_backward(hidden, grad_active, activation=ctx.activation)
         del grad_active
-        grad_down = engine.outer(active, grad, groups=groups)
+        grad_down = engine.weight_gradient(active, grad, groups=groups)
         del active
         grad_rows = None
         if ctx.needs_input_grad[0]:
-            grad_rows = engine.apply(grad_hidden, up.transpose(1, 2), groups=groups)
-        grad_up = engine.outer(rows, grad_hidden, groups=groups)
+            grad_rows = engine.matmul(grad_hidden, up.transpose(1, 2), groups=groups)
+        grad_up = engine.weight_gradient(rows, grad_hidden, groups=groups)
         up_bias = _bias_gradient(grad_hidden, groups=groups) if ctx.bias else None
         down_bias = _bias_gradient(grad, groups=groups) if ctx.bias else None
         return grad_rows, grad_up, grad_down, up_bias, down_bias, None, None, None
@@ -336,6 +336,6 @@ class _GroupedMatmul(torch.autograd.Function):
         grad = grads[0].contiguous()
         grad_rows = None
         if ctx.needs_input_grad[0]:
-            grad_rows = ctx.engine.apply(grad, bank.transpose(1, 2), groups=ctx.groups)
-        grad_bank = ctx.engine.outer(rows, grad, groups=ctx.groups)
+            grad_rows = ctx.engine.matmul(grad, bank.transpose(1, 2), groups=ctx.groups)
+        grad_bank = ctx.engine.weight_gradient(rows, grad, groups=ctx.groups)
         return grad_rows, grad_bank, None, None

@@ -174,4 +174,4 @@ def _offload_policy(mesh: Mesh) -> OffloadPolicy:
 def _synced_by_zero(sharing: GradientSync, *axes: str) -> GradientSync:
     """Move axes from those that are summed later to those that ZeRO sums."""
     rest = tuple(axis for axis in sharing.all_reduce_axes if axis not in axes)
-    return replace(sharing, axes=rest, zero=axes)
+    return replace(sharing, all_reduce_axes=rest, zero=axes)

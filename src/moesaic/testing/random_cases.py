@@ -87,7 +87,7 @@ def _random_case(draw: random.Random, *, max_ranks: int) -> RandomCase | None:
         run = shrink_config(
             tiny_run(model=model, optimizer=optimizer, label_smoothing=smoothing)
         ).run
-        run = run.replace(accumulate=draw.randint(1, 4))
+        run = run.replace(gradient_accumulation_steps=draw.randint(1, 4))
         ranks = draw.randint(2, max_ranks)
         parallel = sample_plan(ranks, run=run, draw=draw)
     except ConfigError:

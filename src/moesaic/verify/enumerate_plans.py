@@ -48,7 +48,7 @@ def enumerate_plans(worlds: Iterable[int], *, run: Run) -> PlanSet:
         known: dict[ParallelConfig, str | None] = {}
         for parallel in _parallel_configs(world, base=base):
             alike = parallel.replace(
-                recompute=base.activation_checkpointing
+                activation_checkpointing=base.activation_checkpointing
             )  # which any plan can do
             if alike not in known:
                 known[alike] = _rejection_reason(alike, model=model, run=run)

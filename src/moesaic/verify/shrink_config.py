@@ -46,7 +46,7 @@ def shrink_config(run: Run) -> ShrunkRun:
         optimizer=_raise_eps(run.optimizer),
         schedule=Constant(),
         clip_norm=min(run.clip_norm, CLIP),
-        accumulate=MICRO_BATCHES,
+        gradient_accumulation_steps=MICRO_BATCHES,
         precision=Float32(),
     )
     return ShrunkRun(made, tuple(_list_changes(run, made)))

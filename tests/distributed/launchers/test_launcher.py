@@ -48,8 +48,8 @@ def test_a_job_of_nothing_is_refused(field: str) -> None:
 
 def test_more_machines_than_there_are_cannot_be_the_fewest() -> None:
     with pytest.raises(ConfigError, match="fewest_nodes=3 must be at most nodes=2"):
-        JOB.replace(fewest_nodes=3)
-    assert not JOB.replace(fewest_nodes=2).is_elastic
+        JOB.replace(min_nodes=3)
+    assert not JOB.replace(min_nodes=2).is_elastic
 
 
 def test_a_name_becomes_one_that_every_system_takes() -> None:

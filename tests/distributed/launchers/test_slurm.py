@@ -82,7 +82,7 @@ def test_a_wrong_setting_is_refused(wrong: dict[str, object]) -> None:
 
 
 def test_a_job_that_may_shrink_outlives_a_node() -> None:
-    text = Slurm().render(JOB.replace(fewest_nodes=1))
+    text = Slurm().render(JOB.replace(min_nodes=1))
     assert "#SBATCH --no-kill" in text
     assert "--kill-on-bad-exit=0" in text
     assert parsed(shell_command(text)).nnodes == "1:2"

@@ -24,7 +24,7 @@ def seen(dropped):
 def learned(term, steps):
     state = term.start(EXPERTS)
     for dropped in steps:
-        state = term.learn(state, seen=seen(dropped))
+        state = term.update_state(state, stats=seen(dropped))
     return {name: float(value) for name, value in state.items()}
 
 

@@ -44,11 +44,11 @@ def _travelled(config):
 def test_the_bytes_that_travel_are_exactly_the_ratio(ratio):
     whole = _travelled(MIXTURE)
     assert whole == 2 * 2 * 9 * DIM * 4
-    assert _travelled(MIXTURE.replace(exchange=DownProjection(ratio=ratio))) == ratio * whole
+    assert _travelled(MIXTURE.replace(dispatch_projection=DownProjection(ratio=ratio))) == ratio * whole
 
 
 def test_experts_stand_between_one_way_down_and_one_way_up():
-    made = layer(MIXTURE.replace(exchange=DownProjection()))
+    made = layer(MIXTURE.replace(dispatch_projection=DownProjection()))
     low = X @ made.dispatch_projection.descend.weight.t()
     assert low.shape == (9, DIM // 4)
     out, record = run(made, X)
@@ -62,7 +62,7 @@ def test_experts_stand_between_one_way_down_and_one_way_up():
 
 
 def test_the_router_reads_whole_rows():
-    made = layer(MIXTURE.replace(exchange=DownProjection()))
+    made = layer(MIXTURE.replace(dispatch_projection=DownProjection()))
     plain = layer(MIXTURE)
     plain.router.load_state_dict(made.router.state_dict())
     ours, theirs = run(made, X)[1].routing, run(plain, X)[1].routing
@@ -70,7 +70,7 @@ def test_the_router_reads_whole_rows():
 
 
 def test_both_maps_learn():
-    made = layer(MIXTURE.replace(exchange=DownProjection()))
+    made = layer(MIXTURE.replace(dispatch_projection=DownProjection()))
     run(made, X)[0].square().sum().backward()
     for part in (made.dispatch_projection.descend, made.dispatch_projection.ascend):
         assert part.weight.grad.abs().sum() > 0

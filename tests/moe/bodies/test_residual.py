@@ -19,7 +19,7 @@ def _mixed(made):
 
 
 def test_two_learned_weights_that_sum_to_one_mix_both_answers():
-    made = layer(MIXTURE.replace(beside=ResidualExpert()))
+    made = layer(MIXTURE.replace(shared_experts=ResidualExpert()))
     beside = made.shared_experts
     both = torch.softmax(X @ beside.coefficient.weight.t() + beside.coefficient.bias, -1)
     wanted = both[:, :1] * _mixed(made) + both[:, 1:] * beside.fixed(X)
@@ -27,8 +27,8 @@ def test_two_learned_weights_that_sum_to_one_mix_both_answers():
 
 
 def test_with_even_weights_it_is_half_the_plain_sum():
-    made = layer(MIXTURE.replace(beside=ResidualExpert()))
-    plain = layer(MIXTURE.replace(beside=SharedExperts(number=1)))
+    made = layer(MIXTURE.replace(shared_experts=ResidualExpert()))
+    plain = layer(MIXTURE.replace(shared_experts=SharedExperts(number=1)))
     state = {k.replace("fixed", "always"): v for k, v in made.state_dict().items()}
     plain.load_state_dict({k: v for k, v in state.items() if "coefficient" not in k})
     with torch.no_grad():
@@ -38,7 +38,7 @@ def test_with_even_weights_it_is_half_the_plain_sum():
 
 
 def test_the_weights_are_learnt_from_both_answers():
-    made = layer(MIXTURE.replace(beside=ResidualExpert()))
+    made = layer(MIXTURE.replace(shared_experts=ResidualExpert()))
     weigh = torch.randn(9, DIM)
     (run(made, X)[0] * weigh).sum().backward()
     beside = made.shared_experts

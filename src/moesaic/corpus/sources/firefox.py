@@ -106,7 +106,7 @@ def _file_messages(name: str, archive: zipfile.ZipFile) -> Iterator[KeyedText]:
     if name.endswith(".ftl"):
         for found in parse_fluent(lines):
             if not _NO_TEXT.search(found.key):
-                yield replace(found, marks=tuple(map(_variant_category, found.invariants)))
+                yield replace(found, invariants=tuple(map(_variant_category, found.invariants)))
         return
     for found in parse_properties(enumerate(lines, start=1), name=name):
         if not _NO_TEXT.search(found.key):

@@ -34,7 +34,7 @@ def moe_128() -> Preset:
 
 def pyramid_residual() -> Preset:
     """350M+PR-MoE-32/64: a pyramid of residual mixtures (published as 4B)."""
-    residual = MIXTURE.replace(experts=32, beside=ResidualExpert())
+    residual = MIXTURE.replace(experts=32, shared_experts=ResidualExpert())
     return _preset(residual, pyramid=(32,) * 10 + (64,) * 2, published=4e9)
 
 

@@ -205,8 +205,8 @@ class _FusedMoE(torch.autograd.Function):
         x, weight, up, down = (t.contiguous() for t in floats)
         weight = weight.float()
         out = torch.empty_like(x)
-        rows = _empty_float32(plan.live, x.shape[1])
-        pre = _empty_float32(plan.live, up.shape[2]) if plan.keep else None
+        rows = _empty_float32(plan.live_rows, x.shape[1])
+        pre = _empty_float32(plan.live_rows, up.shape[2]) if plan.save_for_backward else None
         tensors = {"x": x, "up": up, "down": down, "weight": weight, "pre": pre}
         tensors |= {"rows": rows, "out": out}
         plan.library.forward(plan.sizes(x=x, up=up, down=down), tensors | index._asdict())
@@ -226,10 +226,10 @@ class _FusedMoE(torch.autograd.Function):
             "down": down,
             "weight": weight,
             "pre": pre,
-            "rows": _empty_float32(plan.live, x.shape[1]) if for_x else None,
+            "rows": _empty_float32(plan.live_rows, x.shape[1]) if for_x else None,
             "grad": grads[0].contiguous(),
-            "active": _empty_float32(plan.live, down.shape[1]) if matrices else None,
-            "grad_pre": _empty_float32(plan.live, up.shape[2]) if matrices else None,
+            "active": _empty_float32(plan.live_rows, down.shape[1]) if matrices else None,
+            "grad_pre": _empty_float32(plan.live_rows, up.shape[2]) if matrices else None,
         }
         made = {
             "grad_x": torch.empty_like(x) if for_x else None,
