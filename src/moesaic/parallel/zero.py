@@ -72,7 +72,7 @@ def _unflatten_stream(children: Any, stream: Any) -> BlockState:
         replace(record, losses={name: next(given) for name in record.losses})
         for record in stream.records
     )
-    return BlockState(x, replace(stream.carry, hidden=hidden, logits=logits), records)
+    return BlockState(x, replace(stream.router_state, hidden=hidden, logits=logits), records)
 
 
 def apply_zero(
