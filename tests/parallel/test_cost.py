@@ -154,7 +154,7 @@ def test_the_memory_of_the_host_is_a_limit_too() -> None:
 def test_capacity_wants_one_number_of_experts() -> None:
     with pytest.raises(UserError, match="one number of experts"):
         with_experts(DECODER.replace(moe=NoMoE()), 8)
-    pyramid = DECODER.decoder.replace(experts=(8, 16))
+    pyramid = DECODER.decoder.replace(experts_per_layer=(8, 16))
     with pytest.raises(UserError, match=r"decoder\.experts"):
         with_experts(DECODER.replace(decoder=pyramid, moe=MoE(experts=8)), 8)
 

@@ -124,7 +124,7 @@ def _fsdp_units(model: Transformer, *, pipe: int) -> Iterator[nn.Module]:
     if pipe == 1:
         yield model
         return
-    for method in ("alike", "loss", "logits"):
+    for method in ("embed_replicated", "loss", "logits"):
         register_fsdp_forward_method(model.embedding, method)
 
 
