@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moesaic.data.counter_rng import random_bits, random_uniform
+from moesaic.data.numpy_counter_rng import random_bits, random_uniform
 
 
 def test_numbers_are_uniform_over_any_key():

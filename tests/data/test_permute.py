@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moesaic.data.counter_rng import random_permutation
+from moesaic.data.numpy_counter_rng import random_permutation
 
 
 def test_every_element_has_its_own_size_and_key():
