@@ -8,7 +8,7 @@ import torch
 import torch.distributed as distributed
 from torch import nn
 
-from moe.far_cases import D, E, F, bank
+from moe.dispatch_cases import D, E, F, bank
 from moesaic.distributed.communication_counter import CommunicationCounter
 from moesaic.distributed.dispatch_volume import DispatchedTokens, data_expert_model_bytes
 from moesaic.distributed.process_groups import group_size, split_group

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as distributed
 from torch import nn
 
-from moe.far_cases import FEW, D, E, F, Result, bank, carried, compare, groups, here, whole
+from moe.dispatch_cases import FEW, D, E, F, Result, bank, carried, compare, groups, here, whole
 from moesaic.distributed.communication_cost import LinearCost
 from moesaic.distributed.communication_counter import CommunicationCounter
 from moesaic.distributed.dispatch_volume import (

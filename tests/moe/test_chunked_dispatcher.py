@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as distributed
 
-from moe.far_cases import FEW, E, Result, bank, carried, compare, here, whole
+from moe.dispatch_cases import FEW, E, Result, bank, carried, compare, here, whole
 from moesaic.distributed.communication_counter import CommunicationCounter
 from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher
 from moesaic.moe.chunked_dispatcher import ChunkedAllToAllDispatcher, OverlapDegrees

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as distributed
 
-from moe.far_cases import CASES, D, E, K, Result, bank, carried, compare, groups, here, whole
+from moe.dispatch_cases import CASES, D, E, K, Result, bank, carried, compare, groups, here, whole
 from moesaic.distributed.communication_counter import CommunicationCounter
 from moesaic.distributed.dispatch_volume import (
     DispatchedTokens,
