@@ -2,10 +2,10 @@
 
 import torch
 
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
 from moesaic.moe.batch_group import BatchGroup as MoERanks
 from moesaic.parallel.batch_ranks import BatchRanks
-from moesaic.testing.ranks import run_on_ranks
 
 
 def _gather(sizes):

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed as distributed
 
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.parallel.ulysses_attention import UlyssesAttention
-from moesaic.testing.ranks import run_on_ranks
 from parallel.looks import CASES, Outcome, look_as, look_here
 
 

@@ -36,7 +36,9 @@ CAPPED = MoE(
 def given(*, steps: int = 1, timeout_s: float = 60.0) -> VerifySetup:
     run = tiny_run(model=tiny_model_config(moe=CAPPED))
     return make_setup(
-        shrink_config(run).run.replace(gradient_accumulation_steps=2), steps=steps, timeout_s=timeout_s
+        shrink_config(run).run.replace(gradient_accumulation_steps=2),
+        steps=steps,
+        timeout_s=timeout_s,
     )
 
 
@@ -78,7 +80,7 @@ def test_a_rank_that_raises_or_dies_is_a_verdict_and_the_rest_goes_on(
             os._exit(3)
         return advance(self)
 
-    monkeypatch.setattr(Trainer, "advance", sometimes)
+    monkeypatch.setattr(Trainer, "train_step", sometimes)
     plans = [ParallelConfig(plan=p) for p in (TENSOR, DATA.replace(expert=2), DATA)]
     raised, died, right = verdicts(*plans, of=given())
     assert raised.problems == ("failed: rank 1 failed: ValueError: no such tensor | here",)
