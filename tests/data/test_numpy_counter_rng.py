@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moesaic.data.counter_rng import random_bits, random_permutation, random_uniform
+from moesaic.data.numpy_counter_rng import random_bits, random_permutation, random_uniform
 
 
 def test_numbers_are_uniform_over_any_key():
