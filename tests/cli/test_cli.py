@@ -340,7 +340,7 @@ def test_a_domain_is_built_counted_and_scored_by_its_name(capsys, home):
     Path("game.tsv").write_text("Slay the dragon\tZopi rekamo\nFlee\tBulu\n")
     lines = [f"    - {{path: {name}.tsv, source: en, target: qaa}}" for name in ("plain", "game")]
     Path("games.yaml").write_text(
-        "name: games\nsource:\n  kind: Files\n  files:\n" + "\n".join(lines) + "\n"
+        "name: games\nsource:\n  kind: LocalFiles\n  files:\n" + "\n".join(lines) + "\n"
         "split:\n  domains:\n    - {name: tales, packages: [game.tsv]}\n"
     )
     main_ok(["data", "build", "games.yaml", "--workers", "1"])

@@ -132,13 +132,13 @@ VARIANTS |= {
     "attention-experts-own-keys": BASE.replace(attention_experts=MixtureOfAttention(experts=3)),
     "attention-experts-shared-keys-parallel": BASE.replace(
         attention_experts=MixtureOfAttention(experts=3, key_values="shared"),
-        block=ParallelResidual(),
+        block_layout=ParallelResidual(),
         bias=True,
     ),
     "parallel-decoder-only": BASE.replace(
         encoder=NONE,
         attention_experts=MixtureOfAttention(experts=2),
-        block=ParallelResidual(),
+        block_layout=ParallelResidual(),
         norm=LayerNorm(),
     ),
 }

@@ -20,7 +20,10 @@ FREE = MoE(experts=4, select=TopK(k=2), balance=(BiasUpdate(rate=0.05),))
 
 def route(router, x):
     return router(
-        x, context=TokenContext.unbatched(len(x)), carry=RouterState(), ranks=SingleRankBatch()
+        x,
+        context=TokenContext.unbatched(len(x)),
+        router_state=RouterState(),
+        batch_group=SingleRankBatch(),
     )
 
 
