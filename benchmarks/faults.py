@@ -62,7 +62,7 @@ def the_run(world: int, *, steps: int = 30) -> Run:
         model=model,
         steps=steps,
         checkpoint=CheckpointConfig(every=2),
-        patience_s=PATIENCE_S[world],
+        collective_timeout_s=PATIENCE_S[world],
         name="faulty",
     )
 

@@ -37,7 +37,11 @@ def the_run(steps: int) -> Run:
     """Dropout and random drops, so that random numbers matter; saves at every other step."""
     model = tiny_model_config(moe=MOE, layers=2).replace(vocab_size=400, dropout=0.1)
     return synthetic_run(
-        model=model, steps=steps, accumulate=2, checkpoint=CheckpointConfig(every=2), name="killed"
+        model=model,
+        steps=steps,
+        gradient_accumulation_steps=2,
+        checkpoint=CheckpointConfig(every=2),
+        name="killed",
     )
 
 

@@ -90,8 +90,16 @@ ON_TWO: dict[str, Case] = {
     "top1-rts": (_of(RTS), ALL, 4),
     "decoder-shared-experts": (_decoder(SHARED), ALL, 8),
     "recurrent": (_of(TOP2.replace(cross_layer=RecurrentRouting(width=6))), WHOLE_BACKWARD[1:3], 4),
-    "pre-gated": (_of(TOP2.replace(cross_layer=PreGatedRouting())), (Interleaved(), ZeroBubbleV()), 4),
-    "decoupled": (_of(TOP2.replace(cross_layer=DecoupledRouting(dim=8, heads=2))), (Interleaved(),), 4),
+    "pre-gated": (
+        _of(TOP2.replace(cross_layer=PreGatedRouting())),
+        (Interleaved(), ZeroBubbleV()),
+        4,
+    ),
+    "decoupled": (
+        _of(TOP2.replace(cross_layer=DecoupledRouting(dim=8, heads=2))),
+        (Interleaved(),),
+        4,
+    ),
     "untied-learned-on-token": (UNTIED, WHOLE_BACKWARD[:3], 4),
     "balance-over-the-step": (
         _of(TOP2.replace(balance=(GlobalBatchBalance(weight=0.5),))),

@@ -84,7 +84,9 @@ VARIANTS = {
     ),
     **{name: _with(cross_layer=link) for name, link in LINKED.items()},
     **{name: _with(router_input=condition) for name, condition in CONDITIONED.items()},
-    "recurrent-on-tag": _with(cross_layer=RecurrentRouting(width=6), router_input=HiddenStateAndTag()),
+    "recurrent-on-tag": _with(
+        cross_layer=RecurrentRouting(width=6), router_input=HiddenStateAndTag()
+    ),
     "decoupled-decoder-only": _with(cross_layer=LINKED["decoupled"]).replace(encoder=NONE),
 }
 SPARSELY = {  # every rule of choosing in a whole model; encoders alone where it is not causal

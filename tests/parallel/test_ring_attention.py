@@ -14,7 +14,7 @@ from moesaic.parallel.context_parallel import (
 )
 from moesaic.parallel.ring_attention import AttentionTile, RingAttention
 from moesaic.testing.ranks import run_on_ranks
-from parallel.looks import CASES, Case, Outcome, look_as, look_here, packing_of
+from parallel.attention_cases import CASES, Case, Outcome, look_as, look_here, packing_of
 
 CUTS = {"in order": contiguous_split, "zigzag": zigzag_split}
 TILED = {"tiled": Case((17, 3)), "tiled cross": Case((5, 9), source=(11, 2))}

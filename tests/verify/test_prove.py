@@ -36,7 +36,9 @@ CAPPED = MoE(
 def given(*, steps: int = 1, timeout_s: float = 60.0) -> VerifySetup:
     run = tiny_run(model=tiny_model_config(moe=CAPPED))
     return make_setup(
-        shrink_config(run).run.replace(gradient_accumulation_steps=2), steps=steps, timeout_s=timeout_s
+        shrink_config(run).run.replace(gradient_accumulation_steps=2),
+        steps=steps,
+        timeout_s=timeout_s,
     )
 
 
