@@ -179,7 +179,7 @@ def narrow() -> dict[str, Any]:
         torch.manual_seed(2 + distributed.get_rank())
         x = torch.randn(64, D, requires_grad=True)
         with CommunicationCounter() as wire:
-            answer = layer(x, context=TokenContext.unbatched(64), carry=RouterState())
+            answer = layer(x, context=TokenContext.unbatched(64), router_state=RouterState())
             answer.out.sum().backward()
         counted[name] = wire.total_bytes(kind="all-to-all", dtype=FLOAT)
     return {**counted, "ratio": counted["narrow"] / counted["whole"], "closed": 0.25}

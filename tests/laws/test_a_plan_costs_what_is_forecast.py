@@ -32,7 +32,7 @@ from moesaic.train.dry_run import (
     simulate_step,
     with_round_robin_routing,
 )
-from parallel.prices import BIASED, BOTH, DECODER, SIZES, parallel
+from parallel.communication_cases import BIASED, BOTH, DECODER, SIZES, parallel
 
 Lines = dict[tuple[str, str], int]
 REAL: dict[str, tuple[ModelConfig, ParallelConfig]] = {

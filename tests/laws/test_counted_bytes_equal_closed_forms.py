@@ -73,7 +73,9 @@ def _narrow(ratio: float) -> int:
     layer.dispatcher = AllToAllDispatcher(distributed.group.WORLD)
     x = torch.randn(12, 16, generator=torch.Generator().manual_seed(2 + distributed.get_rank()))
     with CommunicationCounter() as wire:
-        answer = layer(x.requires_grad_(), context=TokenContext.unbatched(12), carry=RouterState())
+        answer = layer(
+            x.requires_grad_(), context=TokenContext.unbatched(12), router_state=RouterState()
+        )
         answer.out.sum().backward()
     return wire.total_bytes(kind="all-to-all", dtype=torch.float32)
 

@@ -43,7 +43,7 @@ Weights = dict[str, Tensor]
 def _run(plan: dict[str, int]) -> Run:
     return tiny_run(
         steps=STEPS,
-        accumulate=2,
+        gradient_accumulation_steps=2,
         model=tiny_model_config(moe=LEARNS).replace(dropout=0.0),
         optimizer=AdamW(lr=1e-3, eps=1e-4),  # a tiny gradient must not decide a whole step's sign
         parallel=ParallelConfig(plan=ParallelPlan(**plan)),

@@ -77,14 +77,14 @@ class _Watching:
     def __call__(self, rows, *, groups):
         return self.experts(rows, groups=groups)
 
-    def mix(self, x, *, edges):
+    def forward_edges(self, x, *, edges):
         self.forward.append(self.wire.num_calls("all-to-all"))
         out = self.experts.forward_edges(x, edges=edges)
         out.register_hook(self._note)
         return out
 
-    def within(self, x, *, work):
-        return work(x, self)
+    def in_one_call(self, x, *, function):
+        return function(x, self)
 
     def _note(self, _):
         self.backward.append(self.wire.num_calls("all-to-all"))

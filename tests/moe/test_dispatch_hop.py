@@ -44,7 +44,7 @@ class _InParts:
     def __init__(self, inner: Dispatcher) -> None:
         self.inner, self.dispatch, self.combine = inner, inner.dispatch, inner.combine
 
-    def carry(self, x, *, routing, experts):
+    def run_experts(self, x, *, routing, experts):
         parcel = self.dispatch(x, routing)
         return self.combine(experts(parcel.rows, groups=parcel.groups), parcel)
 

@@ -117,7 +117,7 @@ def _factorizations(number: int, parts: int) -> Iterator[tuple[int, ...]]:
         yield from ((first, *rest) for rest in _factorizations(number // first, parts - 1))
 
 
-# Whether a field of ``Parallel`` is of consequence under a plan. ``room`` is not here: where it is
+# Whether a field of ``ParallelConfig`` is of consequence under a plan. ``capacity_scope`` is not here: where it is
 # not the whole batch, another loss is asked for.
 APPLIES_TO: dict[str, Callable[[ParallelPlan], bool]] = {
     "context_parallel": lambda plan: plan.context > 1,

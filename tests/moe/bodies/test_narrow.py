@@ -19,7 +19,7 @@ class Counting:
     def __init__(self):
         self.inner, self.bytes = LocalDispatcher(), 0
 
-    def carry(self, x, *, routing, experts):
+    def run_experts(self, x, *, routing, experts):
         parcel = self.dispatch(x, routing)
         return self.combine(experts(parcel.rows, groups=parcel.groups), parcel)
 
@@ -44,7 +44,10 @@ def _travelled(config):
 def test_the_bytes_that_travel_are_exactly_the_ratio(ratio):
     whole = _travelled(MIXTURE)
     assert whole == 2 * 2 * 9 * DIM * 4
-    assert _travelled(MIXTURE.replace(dispatch_projection=DownProjection(ratio=ratio))) == ratio * whole
+    assert (
+        _travelled(MIXTURE.replace(dispatch_projection=DownProjection(ratio=ratio)))
+        == ratio * whole
+    )
 
 
 def test_experts_stand_between_one_way_down_and_one_way_up():

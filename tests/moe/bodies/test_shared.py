@@ -22,7 +22,10 @@ def _mixed(made):
 
 def test_shared_experts_are_added_whole_and_unweighted():
     made = layer(ROUTED.replace(shared_experts=SharedExperts(number=3)), gated=False)
-    up, down = made.shared_experts.feed_forward.up.weight, made.shared_experts.feed_forward.down.weight
+    up, down = (
+        made.shared_experts.feed_forward.up.weight,
+        made.shared_experts.feed_forward.down.weight,
+    )
     wanted = _mixed(made)
     for one in range(3):
         mine = slice(one * HIDDEN, (one + 1) * HIDDEN)

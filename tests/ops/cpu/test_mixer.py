@@ -74,8 +74,8 @@ def _definition(x, *, edges, banks, activation):
     """The sum over edges, one edge at a time, differentiated by autograd alone."""
     out = torch.zeros_like(x)
     for place, edge in enumerate(edges.groups.order.tolist()):
-        if place < int(edges.groups.ends[-1]):
-            e = int((edges.groups.ends <= place).sum())
+        if place < int(edges.groups.offsets[-1]):
+            e = int((edges.groups.offsets <= place).sum())
             token = edges.token[edge]
             row = activation(x[token] @ banks.up[e]) @ banks.down[e]
             out = out.index_add(0, token[None], (edges.weight[edge] * row)[None])

@@ -31,8 +31,8 @@ class Wrong:
     def __init__(self, what: str) -> None:
         self.what = what
 
-    def __call__(self, x, *, edges, banks, activation):
-        out = TWIN(x, edges=edges, weights=banks, activation=activation)
+    def __call__(self, x, *, edges, weights, activation):
+        out = TWIN(x, edges=edges, weights=weights, activation=activation)
         if self.what == "output":
             return 2 * out
         return out.detach() + (out - out.detach()) * 2  # right values, wrong gradients
