@@ -87,7 +87,7 @@ def shares(term: Balance, logits: Tensor, *, rows: Sequence[int]) -> list[Tensor
         ranks = Met(meeting, rank)
         held.append(scores_of(part, lengths=mine, term=term, ranks=ranks, first=first))
         first += count
-    load, tokens = sum(s.load for s in held), sum(s.tokens for s in held)
-    held = [replace(s, load=load, tokens=tokens) for s in held]
+    load, tokens = sum(s.load for s in held), sum(s.num_tokens for s in held)
+    held = [replace(s, load=load, num_tokens=tokens) for s in held]
     with ThreadPoolExecutor(len(held)) as pool:
         return list(pool.map(term, held))

@@ -30,7 +30,7 @@ def test_scores_of_kept_groups_are_left_as_they_are():
 @pytest.mark.parametrize("rule", [TopK, SigmoidTopK])
 def test_a_token_chooses_from_its_groups_alone(rule):
     logits = torch.randn(200, 12)
-    routing = rule(k=4, among=TopGroups(num_groups=4, top_groups=2))(
+    routing = rule(k=4, expert_groups=TopGroups(num_groups=4, top_groups=2))(
         RouterContext.from_logits(logits)
     )
     groups = routing.expert.view(200, 4) // 3

@@ -20,7 +20,10 @@ FREE = MoE(experts=4, select=TopK(k=2), balance=(BiasUpdate(rate=0.05),))
 
 def route(router, x):
     return router(
-        x, context=TokenContext.unbatched(len(x)), carry=RouterState(), ranks=SingleRankBatch()
+        x,
+        context=TokenContext.unbatched(len(x)),
+        router_state=RouterState(),
+        batch_group=SingleRankBatch(),
     )
 
 
@@ -76,7 +79,7 @@ def test_the_loss_is_zero_and_has_no_gradient():
 
 
 def test_the_bias_learns_in_training_and_survives_a_checkpoint(tmp_path: Path):
-    run = tiny_run(model=tiny_model_config(moe=FREE), steps=4, accumulate=2)
+    run = tiny_run(model=tiny_model_config(moe=FREE), steps=4, gradient_accumulation_steps=2)
     trainer = tiny_trainer(run)
     for _ in range(3):
         trainer.train_step()

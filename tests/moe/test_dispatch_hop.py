@@ -14,6 +14,7 @@ from moesaic.distributed.dispatch_volume import (
     hierarchical_inter_node_bytes,
     mean_remote_nodes,
 )
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.moe.all_to_all_dispatcher import (
     AllToAllDispatcher,
     DeduplicatedAllToAllDispatcher,
@@ -21,7 +22,6 @@ from moesaic.moe.all_to_all_dispatcher import (
 )
 from moesaic.moe.dispatcher import Dispatcher
 from moesaic.moe.routing import Routing
-from moesaic.testing.ranks import run_on_ranks
 
 
 def _one_hop() -> Dispatcher:
@@ -44,7 +44,7 @@ class _InParts:
     def __init__(self, inner: Dispatcher) -> None:
         self.inner, self.dispatch, self.combine = inner, inner.dispatch, inner.combine
 
-    def carry(self, x, *, routing, experts):
+    def run_experts(self, x, *, routing, experts):
         parcel = self.dispatch(x, routing)
         return self.combine(experts(parcel.rows, groups=parcel.groups), parcel)
 

@@ -24,8 +24,8 @@ def test_the_last_micro_batch_sees_the_load_of_one_large_batch():
         return router(
             part,
             context=TokenContext.unbatched(len(part)),
-            carry=RouterState(),
-            ranks=SingleRankBatch(),
+            router_state=RouterState(),
+            batch_group=SingleRankBatch(),
         )
 
     whole = route(x).routing.load().double()
@@ -33,7 +33,7 @@ def test_the_last_micro_batch_sees_the_load_of_one_large_batch():
     for part in x.split(20):
         routed = route(part)
         losses.append(routed.losses["balance"])
-        router.accumulate_stats(routed.sums)
+        router.accumulate_stats(routed.stats_vector)
     mean = routed.logits.softmax(-1).mean(0)
     want = 4 * (whole / 60).float() @ mean
     torch.testing.assert_close(losses[-1], want)

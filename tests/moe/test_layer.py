@@ -38,7 +38,7 @@ def test_experts_may_have_their_own_width():
 def test_the_record_names_the_layer_and_the_rows():
     row = torch.tensor([0, 0, 1, 2])
     context = replace(TokenContext.unbatched(4), row=row)
-    answer = _layer()(torch.randn(4, D), context=context, carry=RouterState())
+    answer = _layer()(torch.randn(4, D), context=context, router_state=RouterState())
     out, record = answer.out, answer.record
     assert out.shape == (4, D)
     assert record.layer == "x.1"
@@ -58,7 +58,7 @@ def test_parts_are_given_to_every_layer_of_a_model():
 
 def test_no_tokens_pass_through_and_can_be_differentiated():
     layer = _layer()
-    answer = layer(torch.randn(0, D), context=TokenContext.unbatched(0), carry=RouterState())
+    answer = layer(torch.randn(0, D), context=TokenContext.unbatched(0), router_state=RouterState())
     out, record = answer.out, answer.record
     (out.sum() + sum(record.losses.values())).backward()
     assert all(p.grad is None or p.grad.abs().sum() == 0 for p in layer.parameters())

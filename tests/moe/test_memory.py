@@ -19,7 +19,7 @@ def _layer(config=CONFIG):
 
 
 def _run(made, x):
-    return made(x, context=TokenContext.unbatched(len(x)), carry=RouterState())
+    return made(x, context=TokenContext.unbatched(len(x)), router_state=RouterState())
 
 
 def test_a_memory_is_a_sum_over_its_slots_beside_the_feed_forward():
@@ -29,9 +29,9 @@ def test_a_memory_is_a_sum_over_its_slots_beside_the_feed_forward():
     rows = []
     for token in range(6):
         pairs = zip(found.slot[token], found.score[token], strict=True)
-        read = made.into(x[token])
+        read = made.input_projection(x[token])
         held = sum(s * (made.pre_values[i] @ read) * made.values[i] for i, s in pairs)
-        rows.append(made.always(x[token]) + held @ made.out.weight.t())
+        rows.append(made.feed_forward(x[token]) + held @ made.out.weight.t())
     torch.testing.assert_close(answer.out, torch.stack(rows), rtol=1e-4, atol=1e-4)
     assert answer.record is None
 
@@ -39,9 +39,9 @@ def test_a_memory_is_a_sum_over_its_slots_beside_the_feed_forward():
 def test_gradients_are_those_of_the_sum():
     made, x = _layer(), torch.randn(6, DIM, requires_grad=True)
     found, weigh = made.keys(x), torch.randn(6, DIM)
-    pre = torch.einsum("tmp,tp->tm", made.pre_values[found.slot], made.into(x))
+    pre = torch.einsum("tmp,tp->tm", made.pre_values[found.slot], made.input_projection(x))
     held = torch.einsum("tm,tmv->tv", found.score * pre, made.values[found.slot])
-    plain = made.always(x) + made.out(held)
+    plain = made.feed_forward(x) + made.out(held)
     leaves = [x, *made.parameters()]
     got = torch.autograd.grad((_run(made, x).out * weigh).sum(), leaves)
     want = torch.autograd.grad((plain * weigh).sum(), leaves)

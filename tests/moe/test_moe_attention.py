@@ -29,13 +29,13 @@ def _alone(made, *, keys, expert):
     one = SelfAttention(HEADS, dim=DIM, bias=False)
     sets = N if keys == "own" else 1
     sizes = [N * heads * WIDTH, sets * groups * WIDTH, sets * groups * WIDTH]
-    query, key, value = made.all.qkv.weight.split(sizes)
+    query, key, value = made.attention.qkv.weight.split(sizes)
     order = (N, heads, WIDTH) if keys == "own" else (groups, N, heads // groups, WIDTH)
     axis, mine = (0 if keys == "own" else 1), expert
     query = query.view(*order, DIM).select(axis, mine).reshape(-1, DIM)
     which = expert if keys == "own" else 0
     key, value = (t.view(sets, -1, DIM)[which] for t in (key, value))
-    out = made.all.out.weight.view(DIM, *order).select(axis + 1, mine).reshape(DIM, -1)
+    out = made.attention.out.weight.view(DIM, *order).select(axis + 1, mine).reshape(DIM, -1)
     one.qkv.weight.data = torch.cat([query, key, value])
     one.out.weight.data = out
     return one
@@ -58,7 +58,7 @@ def test_a_mixture_is_the_weighted_sum_of_its_experts(keys):
 def test_one_expert_alone_is_plain_attention(keys):
     made = MixtureOfAttention(experts=1, key_values=keys).build(HEADS, dim=DIM, bias=True)
     x = torch.randn(PACKING.num_tokens, DIM)
-    torch.testing.assert_close(_forward(made, x), _forward(made.all, x))
+    torch.testing.assert_close(_forward(made, x), _forward(made.attention, x))
 
 
 def test_own_keys_take_as_many_caches_as_there_are_experts():
@@ -85,7 +85,7 @@ def test_the_gate_learns_from_what_its_experts_say(keys):
 
 def test_the_weights_are_float32_under_autocast():
     made, x = _mixture("own"), torch.randn(PACKING.num_tokens, DIM)
-    plain = made.share(x)
+    plain = made.expert_weights(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(made.share(x), plain)
+        assert torch.equal(made.expert_weights(x), plain)
         assert _forward(made, x).dtype == torch.bfloat16

@@ -45,7 +45,9 @@ def test_a_layer_hands_out_its_logits_without_their_graph():
     torch.nn.init.normal_(layer.router.gate.weight)
     for bank in (layer.experts.up, layer.experts.down):
         torch.nn.init.normal_(bank)
-    said = layer(torch.randn(5, 8), context=TokenContext.unbatched(5), carry=RouterState()).record
+    said = layer(
+        torch.randn(5, 8), context=TokenContext.unbatched(5), router_state=RouterState()
+    ).record
     assert said.logits.shape == (5, 4)
     assert not said.logits.requires_grad
 

@@ -34,10 +34,13 @@ def stack():
 
 def logits_of(cell, gates, reads, *, detach=False):
     packing = Packing.from_mask(torch.ones(1, T, dtype=torch.bool))
-    carry, found = cell.start(reads[0], sight=StackInput(packing, packing.position)), []
+    carry, found = (
+        cell.initial_state(reads[0], stack_input=StackInput(packing, packing.position)),
+        [],
+    )
     for gate, x in zip(gates, reads, strict=True):
-        scored = gate(x, carry=carry)
-        carry = scored.carry
+        scored = gate(x, router_state=carry)
+        carry = scored.router_state
         if detach:
             carry = replace(carry, hidden=carry.hidden.detach())
         found.append(scored.logits)
@@ -87,4 +90,4 @@ def test_a_gate_outside_its_stack_says_what_it_lacks():
     cell, gates, reads = stack()
     carry = cell.initial_state(reads[0], stack_input=None)
     with pytest.raises(TypeError, match="RecurrentRouterCell"):
-        gates[0](reads[0], carry=replace(carry, shared=None))
+        gates[0](reads[0], router_state=replace(carry, shared=None))

@@ -24,11 +24,14 @@ def _router(noise):
 def _step(router):
     x = torch.ones(T, D) + 0.1 * torch.randn(T, D)  # alike, so one expert takes nearly all
     routed = router(
-        x, context=TokenContext.unbatched(T), carry=RouterState(), ranks=SingleRankBatch()
+        x,
+        context=TokenContext.unbatched(T),
+        router_state=RouterState(),
+        batch_group=SingleRankBatch(),
     )
-    router.hear(routed.sums)
-    router.learn()
-    return routed, router.gate(x, carry=RouterState()).logits
+    router.accumulate_stats(routed.stats_vector)
+    router.update_rules()
+    return routed, router.gate(x, router_state=RouterState()).logits
 
 
 def _overload(routed):

@@ -178,7 +178,7 @@ class MoEBranch(nn.Module):
         )
         records = stream.records if answer.record is None else (*stream.records, answer.record)
         x = stream.x + self.dropout(answer.out, context=view.routing_context)
-        return BlockState(x, answer.carry, records)
+        return BlockState(x, answer.router_state, records)
 
 
 class EncoderBlock(nn.Module):

@@ -60,7 +60,10 @@ class MoELayer(nn.Module):
     ) -> MoEOutput:
         """Return the experts' answer and what the router did. ``x`` holds real tokens only."""
         routed = self.router(
-            x, context=context.for_layer(self.name), carry=router_state, ranks=self.batch_group
+            x,
+            context=context.for_layer(self.name),
+            router_state=router_state,
+            batch_group=self.batch_group,
         )
         spare = self.null_experts.count()
         edges = drop_null_edges(routed.routing, num_null_experts=spare)
@@ -73,7 +76,7 @@ class MoELayer(nn.Module):
         record = RoutingRecord.from_router(
             self.name, routed, context=context, num_null_experts=spare
         )
-        return MoEOutput(out, record, routed.carry)
+        return MoEOutput(out, record, routed.router_state)
 
 
 def moe_layers(model: nn.Module) -> Iterator[MoELayer]:

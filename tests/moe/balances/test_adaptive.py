@@ -22,7 +22,7 @@ def seen(dropped):
 
 
 def learned(term, steps):
-    state = term.start(EXPERTS)
+    state = term.initial_state(EXPERTS)
     for dropped in steps:
         state = term.update_state(state, stats=seen(dropped))
     return {name: float(value) for name, value in state.items()}

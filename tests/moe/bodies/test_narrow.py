@@ -19,7 +19,7 @@ class Counting:
     def __init__(self):
         self.inner, self.bytes = LocalDispatcher(), 0
 
-    def carry(self, x, *, routing, experts):
+    def run_experts(self, x, *, routing, experts):
         parcel = self.dispatch(x, routing)
         return self.combine(experts(parcel.rows, groups=parcel.groups), parcel)
 

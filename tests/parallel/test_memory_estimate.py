@@ -26,7 +26,7 @@ from moesaic.parallel.memory_estimate import (
     with_experts,
 )
 from moesaic.parallel.parameter_inventory import ParameterInventory, RankParameters
-from parallel.prices import BOTH, DECODER, SIZES, parallel
+from parallel.communication_cases import BOTH, DECODER, SIZES, parallel
 
 
 def held(config: ModelConfig, laid: ParallelConfig, world: int, rank: int = 0) -> RankParameters:
@@ -115,7 +115,9 @@ def test_what_is_not_forecast_is_refused_with_the_way_out() -> None:
     with pytest.raises(ConfigError, match=r"reach=Ring.*Ulysses"):
         held(BOTH, ring, 4)
     again = parallel().replace(activation_checkpointing=CheckpointBlocks())
-    with pytest.raises(ConfigError, match=r"recompute=Blocks.*NoCheckpointing"):
+    with pytest.raises(
+        ConfigError, match=r"activation_checkpointing=CheckpointBlocks.*NoCheckpointing"
+    ):
         held(BOTH, again, 4)
     with pytest.raises(UserError, match="choose other rows"):
         estimate_memory(held(BOTH, parallel(tensor=2), 4), sizes=BatchDims(1, 8, 5))
@@ -155,7 +157,7 @@ def test_capacity_wants_one_number_of_experts() -> None:
     with pytest.raises(UserError, match="one number of experts"):
         with_experts(DECODER.replace(moe=NoMoE()), 8)
     pyramid = DECODER.decoder.replace(experts_per_layer=(8, 16))
-    with pytest.raises(UserError, match=r"decoder\.experts"):
+    with pytest.raises(UserError, match=r"decoder\.experts_per_layer"):
         with_experts(DECODER.replace(decoder=pyramid, moe=MoE(experts=8)), 8)
 
 
