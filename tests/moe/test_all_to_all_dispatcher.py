@@ -5,9 +5,9 @@ import torch
 import torch.distributed as distributed
 
 from moe.dispatch_cases import CASES, E, F, Result, bank, carried, compare, groups, here, whole
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher
 from moesaic.moe.dispatcher import Dispatcher, LocalDispatcher
-from moesaic.testing.ranks import run_on_ranks
 
 
 def _expert_parallel() -> dict[str, Result]:
