@@ -97,7 +97,7 @@ def all_languages() -> tuple[Language, ...]:
 
 @cache
 def _language_table() -> tuple[tuple[Language, tuple[str, ...]], ...]:
-    text = files("moesaic.data").joinpath("languages.tsv").read_text(encoding="utf-8")
+    text = files("moesaic.corpus").joinpath("languages.tsv").read_text(encoding="utf-8")
     rows = []
     for line in text.splitlines()[1:]:
         code, name, bcp47, iso1, region, aliases = line.split("\t")
