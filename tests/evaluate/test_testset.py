@@ -2,14 +2,12 @@ import pytest
 
 from moesaic.core.errors import DataError
 from moesaic.corpus.pair import Pair
-from moesaic.evaluate.testset import read_testset, read_moses_testset, make_testset
+from moesaic.evaluate.testset import make_testset, read_moses_testset, read_testset
 
 
 def test_a_limit_keeps_the_same_sentences_every_time():
     pairs = [Pair(f"s{i}", f"t{i}", "eng_Latn", "deu_Latn") for i in range(50)]
-    found = [
-        make_testset(pairs, name="x", source="en", target="de", limit=7) for _ in range(2)
-    ]
+    found = [make_testset(pairs, name="x", source="en", target="de", limit=7) for _ in range(2)]
     assert found[0] == found[1]
     assert (len(found[0]), found[0].total_count) == (7, 50)
     assert found[0].target == "deu_Latn"

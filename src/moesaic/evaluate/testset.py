@@ -98,9 +98,7 @@ def read_testset(
 ) -> TestSet:
     """Read one file of pairs, or a Moses prefix, whatever ``readers.files.read_pairs`` reads."""
     pairs = read_pairs(path, source=source, target=target)
-    return make_testset(
-        pairs, name=Path(path).name, source=source, target=target, limit=limit
-    )
+    return make_testset(pairs, name=Path(path).name, source=source, target=target, limit=limit)
 
 
 def read_moses_testset(
