@@ -1,10 +1,13 @@
-"""The house measured: our row beside the code bases that we learn from, and the limits we keep.
+"""Measure the repository: size and style beside other code bases, and the limits that CI holds.
 
 python tools/house.py                        print both tables; exit 1 beyond a limit
-python tools/house.py --quiet                print what is beyond a limit alone
+python tools/house.py --quiet                print only what is beyond a limit
 python tools/house.py --write-contributing   refresh the tables in CONTRIBUTING.md
+
+Two limits are zero: public names that are defined twice, and definitions that nothing refers to.
 """
 
+import ast
 import re
 import statistics
 import sys
@@ -13,11 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from measure import File, Function, Mark, measure
+from unused import Definition, defined_twice, unused_definitions
 
 ROOT = Path(__file__).resolve().parents[1]
 ANCHORS = Path(__file__).with_name("anchors.tsv")
 MARKERS = ("<!-- house: begin -->", "<!-- house: end -->")
 FILE_LIMIT = 400
+SMALL_FILE = 30
+# plain definitions that tests compare a fast path with, and the package for tests of users
+TWIN_PREFIX = "reference_"
+PUBLIC_PACKAGES = ("testing",)
 # per function: what is measured, how, and the most that is allowed
 MEASURES: tuple[tuple[str, Callable[[Function], int], int], ...] = (
     ("lines of a function", lambda f: f.lines, 60),
@@ -43,19 +51,21 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class House:
-    """The measured files of the package, and the lines of its tests."""
+class Repository:
+    """The measured files of the package, the lines of its tests, and what its names show."""
 
     root: Path
     files: tuple[File, ...]
     test_lines: int
+    twice: dict[str, list[Path]]
+    unused: list[Definition]
 
     def functions(self) -> Iterator[tuple[File, Function]]:
         return ((file, function) for file in self.files for function in file.functions)
 
 
-def look(root: Path) -> House:
-    """Measure ``src/`` under ``root``. Raises SyntaxError for a file that is no Python."""
+def measure_repository(root: Path) -> Repository:
+    """Measure ``src/`` under ``root``. Raises SyntaxError for a file that is not Python."""
     source = root / "src"
     files = []
     for path in sorted(source.rglob("*.py")):
@@ -63,7 +73,15 @@ def look(root: Path) -> House:
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         files.append(measure(path, module=module))
     tests = (root / "tests").rglob("*.py")
-    return House(root, tuple(files), sum(_line_count(path) for path in tests))
+    sources = {file.path: ast.parse(file.path.read_text(encoding="utf-8")) for file in files}
+    unused = unused_definitions(sources, references=[*sources, *_references(root)])
+    return Repository(
+        root,
+        tuple(files),
+        sum(_line_count(path) for path in tests),
+        defined_twice(sources),
+        [definition for definition in unused if not _is_for_tests(definition, source=source)],
+    )
 
 
 def cycles(files: Iterable[File]) -> list[list[str]]:
@@ -80,29 +98,33 @@ def cycles(files: Iterable[File]) -> list[list[str]]:
     return [list(group) for group in sorted(groups) if len(group) > 1]
 
 
-def findings(house: House) -> list[Finding]:
+def findings(repository: Repository) -> list[Finding]:
     """Return everything beyond the limits, in the order of the files."""
     found = [
-        *_too_big(house),
-        *_forbidden(house),
-        *(_at(house, file, line=mark.line, text=text) for file, mark, text in _cyclic(house)),
-        *_unlisted_papers(house),
-        *_machine_paths(house.root),
+        *_too_big(repository),
+        *_forbidden(repository),
+        *(
+            _at(repository, file, line=mark.line, text=text)
+            for file, mark, text in _cyclic(repository)
+        ),
+        *_unlisted_papers(repository),
+        *_names(repository),
+        *_machine_paths(repository.root),
     ]
     return sorted(found)
 
 
-def comparison(house: House) -> list[dict[str, str]]:
+def comparison(repository: Repository) -> list[dict[str, str]]:
     """Return one row per anchor, in the columns of ``anchors.tsv``, and ours first."""
     lines = ANCHORS.read_text(encoding="utf-8").splitlines()
     names = lines[0].split("\t")
     anchors = [dict(zip(names, line.split("\t"), strict=True)) for line in lines[1:]]
-    return [dict(zip(names, _our_row(house), strict=True)), *anchors]
+    return [dict(zip(names, _our_row(repository), strict=True)), *anchors]
 
 
-def limits(house: House) -> list[dict[str, str]]:
+def limits(repository: Repository) -> list[dict[str, str]]:
     """Return one row per measure that has a limit: what we have, the limit, and where."""
-    files, functions = house.files, list(house.functions())
+    files, functions = repository.files, list(repository.functions())
     described = [d for file in files for d in file.described]
     big = max(files, key=lambda f: f.lines)
     rows = [("lines of a file", big.lines, FILE_LIMIT, big.module)]
@@ -119,7 +141,15 @@ def limits(house: House) -> list[dict[str, str]]:
     ):
         table.append({"measure": name, "most": share, "limit": "", "where": ""})
     code = sum(f.code_lines for f in files)
-    table.append({"measure": "lines of code alone", "most": f"{code:,}", "limit": "", "where": ""})
+    small = sum(f.lines < SMALL_FILE for f in files)
+    for name, found, limit in (
+        ("lines of code proper", f"{code:,}", ""),
+        ("files", str(len(files)), ""),
+        (f"files under {SMALL_FILE} lines", str(small), ""),
+        ("public names defined twice", str(len(repository.twice)), "0"),
+        ("unused definitions", str(len(repository.unused)), "0"),
+    ):
+        table.append({"measure": name, "most": found, "limit": limit, "where": ""})
     return table
 
 
@@ -136,9 +166,9 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join(text)
 
 
-def tables(house: House) -> str:
+def tables(repository: Repository) -> str:
     """Return both tables as Markdown."""
-    return f"{markdown(comparison(house))}\n\n{markdown(limits(house))}"
+    return f"{markdown(comparison(repository))}\n\n{markdown(limits(repository))}"
 
 
 def write_between(path: Path, text: str) -> None:
@@ -153,64 +183,91 @@ def write_between(path: Path, text: str) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Print what is asked for and return the exit code."""
-    house = look(ROOT)
+    repository = measure_repository(ROOT)
     if "--write-contributing" in arguments:
-        write_between(ROOT / "CONTRIBUTING.md", tables(house))
+        write_between(ROOT / "CONTRIBUTING.md", tables(repository))
     elif "--quiet" not in arguments:
-        print(tables(house))
-    found = findings(house)
+        print(tables(repository))
+    found = findings(repository)
     for finding in found:
         print(finding, file=sys.stderr)
     if found:
-        print(f"house: {len(found)} beyond the limits", file=sys.stderr)
+        print(f"tools/house.py: {len(found)} beyond the limits", file=sys.stderr)
     return 1 if found else 0
 
 
-def _too_big(house: House) -> Iterator[Finding]:
-    for file in house.files:
+def _too_big(repository: Repository) -> Iterator[Finding]:
+    for file in repository.files:
         if file.lines > FILE_LIMIT:
             text = f"{file.lines} lines of a file, limit {FILE_LIMIT}"
-            yield _at(house, file, line=FILE_LIMIT, text=text)
-    for file, function in house.functions():
+            yield _at(repository, file, line=FILE_LIMIT, text=text)
+    for file, function in repository.functions():
         for name, measured, limit in MEASURES:
             if (found := measured(function)) > limit:
                 text = f"{function.name}: {found} {name}, limit {limit}"
-                yield _at(house, file, line=function.line, text=text)
+                yield _at(repository, file, line=function.line, text=text)
 
 
-def _forbidden(house: House) -> Iterator[Finding]:
-    for file in house.files:
+def _forbidden(repository: Repository) -> Iterator[Finding]:
+    for file in repository.files:
         rules = {
             "import of our own inside a function": file.hidden_imports,
-            "say it with a type": file.reflection,
+            "use a type instead": file.reflection,
             "unfinished, and no issue number": file.unfinished,
         }
         if file.module.startswith(NO_DISTRIBUTED):
-            rules["must not know ranks"] = file.distributed
+            rules["must not import torch.distributed"] = file.distributed
         for why, marks in rules.items():
             for mark in marks:
-                yield _at(house, file, line=mark.line, text=f"{mark.text.strip()}: {why}; limit 0")
+                yield _at(
+                    repository, file, line=mark.line, text=f"{mark.text.strip()}: {why}; limit 0"
+                )
 
 
-def _cyclic(house: House) -> Iterator[tuple[File, Mark, str]]:
-    modules = {file.module: file for file in house.files}
-    for group in cycles(house.files):
+def _cyclic(repository: Repository) -> Iterator[tuple[File, Mark, str]]:
+    modules = {file.module: file for file in repository.files}
+    for group in cycles(repository.files):
         file = modules[group[0]]
         inside = [m for m in file.imports if _target(m.text, modules) in group]
         text = f"import cycle of {', '.join(group)}; limit 0"
         yield file, inside[0], text
 
 
-def _unlisted_papers(house: House) -> Iterator[Finding]:
-    listing = house.root / "docs" / "papers.md"
+def _unlisted_papers(repository: Repository) -> Iterator[Finding]:
+    listing = repository.root / "docs" / "papers.md"
     if not listing.exists():
         return
     listed = listing.read_text(encoding="utf-8")
-    for file in house.files:
+    for file in repository.files:
         for mark in file.papers:
             if mark.text not in listed:
                 text = f"arXiv:{mark.text} is not in docs/papers.md"
-                yield _at(house, file, line=mark.line, text=text)
+                yield _at(repository, file, line=mark.line, text=text)
+
+
+def _names(repository: Repository) -> Iterator[Finding]:
+    for name, paths in repository.twice.items():
+        others = ", ".join(_relative(path, repository.root) for path in paths[1:])
+        where = _relative(paths[0], repository.root)
+        yield Finding(where, 1, f"{name} is defined in {others} too: one name, one meaning")
+    for definition in repository.unused:
+        where = _relative(definition.path, repository.root)
+        yield Finding(where, definition.line, f"{definition.name}: nothing refers to it; limit 0")
+
+
+def _references(root: Path) -> list[Path]:
+    """Return the files, besides the package, that may use a definition: all but tests."""
+    code = [p for name in ("benchmarks", "tools", "examples") for p in (root / name).rglob("*.py")]
+    return [*code, *root.glob("*.md"), *(root / "docs").rglob("*.md")]
+
+
+def _is_for_tests(definition: Definition, *, source: Path) -> bool:
+    package = definition.path.relative_to(source).parts[1]
+    return definition.name.startswith(TWIN_PREFIX) or package in PUBLIC_PACKAGES
+
+
+def _relative(path: Path, root: Path) -> str:
+    return str(path.relative_to(root))
 
 
 def _machine_paths(root: Path) -> Iterator[Finding]:
@@ -226,8 +283,8 @@ def _machine_paths(root: Path) -> Iterator[Finding]:
                 yield Finding(where, number, "a path of one machine; limit 0")
 
 
-def _our_row(house: House) -> list[str]:
-    files, functions = house.files, [f for _, f in house.functions()]
+def _our_row(repository: Repository) -> list[str]:
+    files, functions = repository.files, [f for _, f in repository.functions()]
     lines = sum(f.lines for f in files)
     longest = max(functions, key=lambda f: f.lines)
     rings = cycles(files)
@@ -246,7 +303,7 @@ def _our_row(house: House) -> list[str]:
         str(sum(len(f.hidden_imports) for f in files)),
         str(sum(m.text == "hasattr" for f in files for m in f.reflection)),
         str(sum(len(f.unfinished) for f in files)),
-        f"{house.test_lines / lines:.2f}",
+        f"{repository.test_lines / lines:.2f}",
     ]
 
 
@@ -274,8 +331,8 @@ def _line_count(path: Path) -> int:
     return path.read_text(encoding="utf-8").count("\n")
 
 
-def _at(house: House, file: File, *, line: int, text: str) -> Finding:
-    return Finding(str(file.path.relative_to(house.root)), line, text)
+def _at(repository: Repository, file: File, *, line: int, text: str) -> Finding:
+    return Finding(str(file.path.relative_to(repository.root)), line, text)
 
 
 if __name__ == "__main__":

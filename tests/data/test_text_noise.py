@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.data.counter_rng import random_bits
+from moesaic.data.numpy_counter_rng import random_bits
 from moesaic.data.ragged import Ragged
 from moesaic.data.tasks import Denoising
 from moesaic.data.text_noise import DeleteTokens, InfillSpans, MaskTokens, ShuffleTokens

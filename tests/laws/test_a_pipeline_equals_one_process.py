@@ -10,6 +10,7 @@ import torch.distributed as distributed
 
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.mesh import STAGE_AXES, Mesh
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
@@ -41,7 +42,6 @@ from moesaic.parallel.pipeline_schedules import (
     can_split_backward,
 )
 from moesaic.parallel.pipeline_stages import BalancedSplit, PipelineStages
-from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny_models import (
     BALANCED_TOP1,
     LANGUAGES,
@@ -90,8 +90,16 @@ ON_TWO: dict[str, Case] = {
     "top1-rts": (_of(RTS), ALL, 4),
     "decoder-shared-experts": (_decoder(SHARED), ALL, 8),
     "recurrent": (_of(TOP2.replace(cross_layer=RecurrentRouting(width=6))), WHOLE_BACKWARD[1:3], 4),
-    "pre-gated": (_of(TOP2.replace(cross_layer=PreGatedRouting())), (Interleaved(), ZeroBubbleV()), 4),
-    "decoupled": (_of(TOP2.replace(cross_layer=DecoupledRouting(dim=8, heads=2))), (Interleaved(),), 4),
+    "pre-gated": (
+        _of(TOP2.replace(cross_layer=PreGatedRouting())),
+        (Interleaved(), ZeroBubbleV()),
+        4,
+    ),
+    "decoupled": (
+        _of(TOP2.replace(cross_layer=DecoupledRouting(dim=8, heads=2))),
+        (Interleaved(),),
+        4,
+    ),
     "untied-learned-on-token": (UNTIED, WHOLE_BACKWARD[:3], 4),
     "balance-over-the-step": (
         _of(TOP2.replace(balance=(GlobalBatchBalance(weight=0.5),))),

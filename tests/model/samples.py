@@ -84,7 +84,9 @@ VARIANTS = {
     ),
     **{name: _with(cross_layer=link) for name, link in LINKED.items()},
     **{name: _with(router_input=condition) for name, condition in CONDITIONED.items()},
-    "recurrent-on-tag": _with(cross_layer=RecurrentRouting(width=6), router_input=HiddenStateAndTag()),
+    "recurrent-on-tag": _with(
+        cross_layer=RecurrentRouting(width=6), router_input=HiddenStateAndTag()
+    ),
     "decoupled-decoder-only": _with(cross_layer=LINKED["decoupled"]).replace(encoder=NONE),
 }
 SPARSELY = {  # every rule of choosing in a whole model; encoders alone where it is not causal
@@ -130,13 +132,13 @@ VARIANTS |= {
     "attention-experts-own-keys": BASE.replace(attention_experts=MixtureOfAttention(experts=3)),
     "attention-experts-shared-keys-parallel": BASE.replace(
         attention_experts=MixtureOfAttention(experts=3, key_values="shared"),
-        block=ParallelResidual(),
+        block_layout=ParallelResidual(),
         bias=True,
     ),
     "parallel-decoder-only": BASE.replace(
         encoder=NONE,
         attention_experts=MixtureOfAttention(experts=2),
-        block=ParallelResidual(),
+        block_layout=ParallelResidual(),
         norm=LayerNorm(),
     ),
 }

@@ -33,7 +33,7 @@ def _seen(model, block):
 
 
 def test_a_parallel_block_adds_all_branches_of_one_norm():
-    model = Transformer(DENSE.replace(encoder=NONE, block=ParallelResidual()))
+    model = Transformer(DENSE.replace(encoder=NONE, block_layout=ParallelResidual()))
     seen = _seen(model, model.decoder[0])
     (stream,), _, after = seen["block"]
     _, _, attention = seen["self_attention.inner"]
@@ -56,7 +56,7 @@ def test_a_serial_block_feeds_each_branch_what_the_one_before_wrote():
 
 
 def test_a_source_is_looked_at_from_the_same_norm():
-    model = Transformer(DENSE.replace(block=ParallelResidual()))
+    model = Transformer(DENSE.replace(block_layout=ParallelResidual()))
     seen = _seen(model, model.decoder[0])
     (stream,), _, after = seen["block"]
     added = [seen[f"{b}.inner"][2] for b in ("self_attention", "cross_attention", "feed_forward")]
@@ -69,7 +69,7 @@ def test_norms_are_counted(branches):
     assert ParallelResidual().num_norms(branches) == 1
     serial, parallel = (
         count_parameters(DENSE),
-        count_parameters(DENSE.replace(block=ParallelResidual())),
+        count_parameters(DENSE.replace(block_layout=ParallelResidual())),
     )
     gone = DENSE.encoder.layers + 2 * DENSE.decoder.layers
     assert serial.total - parallel.total == gone * DENSE.dim

@@ -92,7 +92,9 @@ def test_training_costs_three_forward_passes():
 
 def test_choices_that_spare_experts_take_are_not_active():
     whole = count_parameters(BASE)
-    spared = count_parameters(BASE.replace(moe=BASE.moe.replace(null_experts=ZeroExperts(number=4))))
+    spared = count_parameters(
+        BASE.replace(moe=BASE.moe.replace(null_experts=ZeroExperts(number=4)))
+    )
     experts = whole.parts["encoder experts"] + whole.parts["decoder experts"]
     assert spared.parts["encoder experts"] == whole.parts["encoder experts"]
     assert spared.total - spared.active == experts * 3 // 4  # two of eight choices, four work

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from moesaic.data import counter_rng
+from moesaic.data import numpy_counter_rng as counter_rng
 from moesaic.ops.counter_rng import bits_to_uniform, hash_combine, hash_name
 
 

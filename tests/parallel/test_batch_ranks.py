@@ -1,11 +1,22 @@
-"""Rows of all ranks come together in rank order, however many each has."""
+"""Gathering rows over ranks, and the capacity scope: which tokens compete for expert capacity."""
 
 import torch
 
+from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
-from moesaic.moe.batch_group import BatchGroup as MoERanks
-from moesaic.parallel.batch_ranks import BatchRanks
-from moesaic.testing.ranks import run_on_ranks
+from moesaic.model.transformer import Transformer
+from moesaic.moe.batch_group import BatchGroup
+from moesaic.moe.config import MoE
+from moesaic.moe.limit import Capacity
+from moesaic.moe.select import SwitchTop1
+from moesaic.parallel.batch_ranks import BatchRanks, CapacityScope, DataParallelRank, GlobalBatch
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.parallelize import parallelize
+from moesaic.distributed.forked_ranks import run_on_ranks
+from moesaic.testing.tiny_models import random_batch, shard_batch, tiny_model_config
+
+TIGHT = MoE(experts=4, select=SwitchTop1(), limit=Capacity(factor=0.6, minimum=1))
+BATCH = random_batch(8, seed=3)
 
 
 def _gather(sizes):
@@ -23,5 +34,39 @@ def test_uneven_rows_are_gathered_in_rank_order():
 
 def test_one_rank_gathers_nothing():
     ranks, rows = BatchRanks(SingleProcess()), torch.ones(3, 2, dtype=torch.long)
-    assert isinstance(ranks, MoERanks)
+    assert isinstance(ranks, BatchGroup)
     assert ranks.gather(rows).rows is rows
+
+
+def _model() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(tiny_model_config(moe=TIGHT))
+
+
+def _dropped(room: CapacityScope) -> list[int]:
+    """Dropped edges by layer, on this rank's rows."""
+    world, model = ProcessGroupWorld(), _model()
+    plan = ParallelPlan(expert=2)
+    parallelize(model, parallel=ParallelConfig(plan=plan, capacity_scope=room), world=world)
+    records = model(shard_batch(BATCH, rank=world.rank, world_size=world.size)).records
+    return [int(record.routing.dropped.sum()) for record in records]
+
+
+def _alone(ranks: tuple[int, ...]) -> list[int]:
+    """The same of one process that holds the rows of these ranks."""
+    model = _model()
+    parallelize(model, parallel=ParallelConfig(), world=SingleProcess())
+    parts = [shard_batch(BATCH, rank=rank, world_size=4) for rank in ranks]
+    joined = type(BATCH)(
+        **{name: torch.cat([getattr(p, name) for p in parts]) for name in BATCH.__slots__}
+    )
+    return [int(record.routing.dropped.sum()) for record in model(joined).records]
+
+
+def test_room_within_a_data_row_is_that_of_one_process_with_those_rows() -> None:
+    rows, batch = (run_on_ranks(4, _dropped, room) for room in (DataParallelRank(), GlobalBatch()))
+    for ranks in ((0, 1), (2, 3)):  # neighbours share one set of experts
+        found = [sum(counts) for counts in zip(*(rows[rank] for rank in ranks), strict=True)]
+        assert found == _alone(ranks)
+    assert [sum(counts) for counts in zip(*batch, strict=True)] == _alone((0, 1, 2, 3))
+    assert rows != batch

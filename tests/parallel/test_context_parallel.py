@@ -13,7 +13,7 @@ from moesaic.parallel.context_parallel import (
     contiguous_split,
     zigzag_split,
 )
-from parallel.looks import packing_of
+from parallel.attention_cases import packing_of
 
 LENGTHS = st.lists(st.integers(0, 7), min_size=1, max_size=5)
 
@@ -55,7 +55,7 @@ def test_runs_say_where_the_tokens_of_every_part_are(
 
 
 def test_no_run_is_longer_than_what_one_tile_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(context_parallel, "LONGEST", 3)
+    monkeypatch.setattr(context_parallel, "MAX_RUN_LENGTH", 3)
     division = SequenceSharder(1, 2)(packing_of([9, 4])).partition
     assert division is not None
     assert division.spans[1] == (

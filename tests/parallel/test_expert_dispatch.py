@@ -8,6 +8,7 @@ import torch
 from moesaic.core.errors import ConfigError
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.communication_counter import CommunicationCounter
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import ProcessGroupWorld, local_tensor
 from moesaic.model.transformer import Transformer
@@ -31,7 +32,6 @@ from moesaic.parallel.expert_dispatch import (
 )
 from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.sharding_plan import slice_local
-from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny_models import random_batch, shard_batch, tiny_model_config
 
 MODEL = tiny_model_config(
@@ -100,7 +100,7 @@ def _losses() -> list[float]:
     return found
 
 
-def test_every_journey_gives_the_loss_and_gradients_of_one_process() -> None:
+def test_every_dispatch_gives_the_loss_and_gradients_of_one_process() -> None:
     whole, _ = _whole()
     for losses in zip(*run_on_ranks(4, _losses), strict=True):
         assert sum(losses) == pytest.approx(whole, rel=1e-5)
@@ -125,7 +125,7 @@ def _refusals() -> list[str]:
     return found
 
 
-def test_a_journey_that_cannot_be_is_refused_with_the_reason() -> None:
+def test_a_dispatch_that_does_not_fit_is_refused_with_the_reason() -> None:
     for found in run_on_ranks(4, _refusals):
         assert "parallel.dispatch=ChunkedAllToAll" in found[0]
         assert "no slices of experts, and expert_tensor is 2" in found[0]
@@ -134,8 +134,8 @@ def test_a_journey_that_cannot_be_is_refused_with_the_reason() -> None:
         assert "LoRAExperts cannot be lent" in found[3]
 
 
-def test_journeys_are_words_of_a_config() -> None:
-    run = ParallelConfig().override(["journey=HierarchicalAllToAll(ranks_per_node=8)"])
+def test_a_dispatch_is_set_by_a_config_string() -> None:
+    run = ParallelConfig().override(["dispatch=HierarchicalAllToAll(ranks_per_node=8)"])
     assert run.dispatch == HierarchicalAllToAll(ranks_per_node=8)
 
 
@@ -159,7 +159,7 @@ def _gathered() -> list[int]:
     return found
 
 
-def test_chunks_do_not_gather_a_shared_bank_more_often() -> None:
+def test_chunks_do_not_gather_sharded_experts_more_often() -> None:
     for first, first_in_chunks, third, third_in_chunks in run_on_ranks(4, _gathered):
         assert (first, third) == (first_in_chunks, third_in_chunks)
         assert third > first > 0

@@ -114,7 +114,9 @@ VARIANTS = {
     "recurrent": tiny_model_config(
         moe=MoE(experts=4, select=TopK(k=2), cross_layer=RecurrentRouting(width=6)), layers=4
     ),
-    "on-tag": tiny_model_config(moe=BALANCED_TOP1.replace(router_input=HiddenStateAndTag()), layers=4),
+    "on-tag": tiny_model_config(
+        moe=BALANCED_TOP1.replace(router_input=HiddenStateAndTag()), layers=4
+    ),
 }
 
 

@@ -13,8 +13,8 @@ from moesaic.parallel.context_parallel import (
     zigzag_split,
 )
 from moesaic.parallel.ring_attention import AttentionTile, RingAttention
-from moesaic.testing.ranks import run_on_ranks
-from parallel.looks import CASES, Case, Outcome, look_as, look_here, packing_of
+from moesaic.distributed.forked_ranks import run_on_ranks
+from parallel.attention_cases import CASES, Case, Outcome, look_as, look_here, packing_of
 
 CUTS = {"in order": contiguous_split, "zigzag": zigzag_split}
 TILED = {"tiled": Case((17, 3)), "tiled cross": Case((5, 9), source=(11, 2))}

@@ -41,7 +41,7 @@ def _handed(link: str, *, held: LocalTokens, stop: int) -> StageIO:
     return StageIO(draw(rows, 16), hidden, logits, memory)
 
 
-FIELDS = ("x", "hidden", "logits", "memory")
+FIELDS = ("x", "router_hidden", "router_logits", "encoder_states")
 
 
 @pytest.mark.parametrize("link", LINKS)

@@ -21,8 +21,8 @@ import torch
 from moesaic.testing.tiny_models import synthetic_run
 from moesaic.train.training_hooks import Hook
 from moesaic.train.run_training import train
-from moesaic.train.resume import Auto
-from moesaic.train.run import Checkpoints
+from moesaic.train.resume import ResumeLatest
+from moesaic.train.run import CheckpointConfig
 
 torch.set_num_threads(1)
 

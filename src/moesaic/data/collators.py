@@ -11,7 +11,7 @@ import torch
 
 from moesaic.core.config import Choice
 from moesaic.data.batch import PAD, Batch
-from moesaic.data.counter_rng import UInt64Array
+from moesaic.data.numpy_counter_rng import UInt64Array
 from moesaic.data.ragged import IntArray, Ragged
 from moesaic.data.tokenizer import EOS
 

@@ -87,7 +87,7 @@ class PrefetchIterator(Generic[T]):
         return False
 
 
-__all__ = ["Loader", "LoaderConfig", "DataReplica"]
+__all__ = ["DataReplica", "Loader", "LoaderConfig"]
 
 
 STATE_FORMAT = 1

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from moesaic.core.config import Choice, Config
 from moesaic.core.errors import ConfigError, DataError, did_you_mean
-from moesaic.data.counter_rng import GOLDEN_RATIO_64, random_bits, random_permutation
+from moesaic.data.numpy_counter_rng import GOLDEN_RATIO_64, random_bits, random_permutation
 from moesaic.data.ragged import IntArray
 from moesaic.data.tasks import Task, TaskStream, Translation
 from moesaic.data.token_shards import TokenShards

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from moesaic.core.config import Choice
 from moesaic.core.errors import DataError
-from moesaic.data.counter_rng import UInt64Array, random_bits
+from moesaic.data.numpy_counter_rng import UInt64Array, random_bits
 from moesaic.data.ragged import IntArray, Ragged
 from moesaic.data.text_noise import DeleteTokens, InfillSpans, MaskTokens, ShuffleTokens, TextNoise
 from moesaic.data.token_shards import IndexedRows, PairRows, TokenShards

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from moesaic.core.config import Choice
-from moesaic.data.counter_rng import UInt64Array, random_uniform
+from moesaic.data.numpy_counter_rng import UInt64Array, random_uniform
 from moesaic.data.ragged import IntArray, Ragged
 from moesaic.data.tokenizer import MASK
 

@@ -174,11 +174,11 @@ class MoEBranch(nn.Module):
         self, stream: BlockState, *, read: Float[Tensor, "T D"], view: ForwardContext
     ) -> BlockState:
         answer = self.inner(
-            self.norm(read), context=view.routing_context, carry=stream.router_state
+            self.norm(read), context=view.routing_context, router_state=stream.router_state
         )
         records = stream.records if answer.record is None else (*stream.records, answer.record)
         x = stream.x + self.dropout(answer.out, context=view.routing_context)
-        return BlockState(x, answer.carry, records)
+        return BlockState(x, answer.router_state, records)
 
 
 class EncoderBlock(nn.Module):

@@ -182,14 +182,14 @@ class _SendDispatch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, transfers: _OverlappedTransfers) -> Tensor:
-        ctx.flight = transfers
+        ctx.transfers = transfers
         transfers.dispatch.send_all(rows)
         return rows.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: ARG004  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.flight.grad_home.take_all(), None
+        return ctx.transfers.dispatch_grad.receive_all(), None
 
 
 class _ReceiveDispatch(torch.autograd.Function):
@@ -197,13 +197,13 @@ class _ReceiveDispatch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, thread: Tensor, transfers: _OverlappedTransfers, piece: int) -> Tensor:  # noqa: ARG004
-        ctx.flight, ctx.piece = transfers, piece
+        ctx.transfers, ctx.piece = transfers, piece
         return transfers.dispatch.receive_piece(piece)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.flight.grad_home.put(ctx.piece, grads[0])
+        ctx.transfers.dispatch_grad.send_piece(ctx.piece, grads[0])
         return grads[0].new_zeros(()), None, None
 
 
@@ -212,14 +212,14 @@ class _SendCombine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, transfers: _OverlappedTransfers, piece: int) -> Tensor:
-        ctx.flight, ctx.piece = transfers, piece
+        ctx.transfers, ctx.piece = transfers, piece
         transfers.combine.send_piece(piece, y)
         return y.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: ARG004  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.flight.grad_out.take(ctx.piece), None, None
+        return ctx.transfers.combine_grad.receive_piece(ctx.piece), None, None
 
 
 class _ReceiveCombine(torch.autograd.Function):
@@ -227,14 +227,14 @@ class _ReceiveCombine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, transfers: _OverlappedTransfers, *threads: Tensor) -> Tensor:
-        ctx.flight, ctx.threads = transfers, len(threads)
+        ctx.transfers, ctx.threads = transfers, len(threads)
         return transfers.combine.receive_all()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         # the engine goes through the pieces from the last to the first
-        ctx.flight.grad_out.start_all(grads[0], last_first=True)
+        ctx.transfers.combine_grad.send_all(grads[0], last_first=True)
         return None, *[grads[0].new_zeros(())] * ctx.threads
 
 

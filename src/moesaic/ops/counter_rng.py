@@ -2,7 +2,7 @@
 
 So what is drawn for a token does not depend on the rank that holds it, on the order of work, or on
 how often a pass is repeated. The mixer is SplitMix64's finaliser (doi:10.1145/2660193.2660195), as
-in ``data/counter_rng.py``; int64 arithmetic wraps, which is arithmetic modulo 2^64.
+in ``data/numpy_counter_rng.py``; int64 arithmetic wraps, which is arithmetic modulo 2^64.
 
 Letters: N any shape.
 

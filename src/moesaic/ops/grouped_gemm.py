@@ -198,7 +198,7 @@ class _GroupedFeedForward(torch.autograd.Function):
         out = engine.matmul(_activation_forward(hidden, activation=activation), down, groups=groups)
         if down_bias is not None:
             out += down_bias.to(rows.dtype)[expert_of_row(groups, rows=rows.shape[0])]
-            out = zero_rows_past_groups(out, offsets=groups.ends)
+            out = zero_rows_past_groups(out, offsets=groups.offsets)
         ctx.save_for_backward(rows, up, down, hidden)
         ctx.groups, ctx.activation, ctx.engine = groups, activation, engine
         ctx.bias = up_bias is not None

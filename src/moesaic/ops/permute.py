@@ -131,7 +131,7 @@ class _Unpermute(torch.autograd.Function):
         rows = grads[0].index_select(0, _token_of_rows(ctx.way)).float()
         dot = torch.linalg.vecdot(rows, y.float())  # router gradient: <d out[token], y>
         rows *= weight[groups.order, None]
-        return rows.to(y.dtype), dot[groups.place].to(weight.dtype), None
+        return rows.to(y.dtype), dot[groups.inverse].to(weight.dtype), None
 
 
 def _sum_by_token(rows: Tensor, edges: _EdgeList, *, weight: Tensor | None = None) -> Tensor:

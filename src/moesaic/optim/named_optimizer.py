@@ -129,9 +129,9 @@ class NamedOptimizer(torch.optim.Optimizer):
         group["rule"].apply(
             working,
             grads=grads,
-            slots=slots,
+            states=slots,
             group={**group, "updated": names},
-            matrices=self.matrix_sharding,
+            sharding=self.matrix_sharding,
         )
         for parameter, master in zip(params, working, strict=True):
             if master is not parameter:

@@ -77,7 +77,7 @@ class SequenceSharder:
                     position=packing.position[order],
                     ordered=False,
                 )
-        return replace(packing, partition=replace(division, runs=_runs_of_parts(packing, held)))
+        return replace(packing, partition=replace(division, spans=_runs_of_parts(packing, held)))
 
 
 def even_sizes(tokens: int, parts: int) -> list[int]:

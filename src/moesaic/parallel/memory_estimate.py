@@ -287,7 +287,7 @@ def with_experts(config: ModelConfig, experts: int) -> ModelConfig:
     if any(stack.experts_per_layer for stack in sides.values()) or not isinstance(config.moe, MoE):
         raise UserError(
             "capacity is asked of a model with one number of experts in all its layers: set "
-            "model.moe to an MoE, and no encoder.experts or decoder.experts_per_layer"
+            "model.moe to an MoE, and no encoder.experts_per_layer or decoder.experts_per_layer"
         )
     changed = {side: _stack_with_experts(stack, experts) for side, stack in sides.items()}
     return config.replace(moe=config.moe.replace(experts=experts), **changed)

@@ -163,9 +163,9 @@ def _not_estimated(parallel: ParallelConfig) -> Iterator[str]:
     plan = parallel.plan
     far = plan.expert * plan.expert_tensor > 1
     parts: list[tuple[str, object, type, bool]] = [
-        ("reach", parallel.context_parallel, Ulysses, plan.context > 1),
-        ("journey", parallel.dispatch, AllToAll, far),
-        ("recompute", parallel.activation_checkpointing, NoCheckpointing, True),
+        ("context_parallel", parallel.context_parallel, Ulysses, plan.context > 1),
+        ("dispatch", parallel.dispatch, AllToAll, far),
+        ("activation_checkpointing", parallel.activation_checkpointing, NoCheckpointing, True),
     ]
     if plan.pipe > 1:
         yield f"parallel.plan.pipe={plan.pipe}: forecasts know one stage alone, so set it to 1"

@@ -72,7 +72,7 @@ def _unflatten_stream(children: Any, stream: Any) -> BlockState:
         replace(record, losses={name: next(given) for name in record.losses})
         for record in stream.records
     )
-    return BlockState(x, replace(stream.carry, hidden=hidden, logits=logits), records)
+    return BlockState(x, replace(stream.router_state, hidden=hidden, logits=logits), records)
 
 
 def apply_zero(
@@ -96,7 +96,7 @@ def apply_zero(
         if mesh.size("expert_data", num_experts=number) > 1:
             shared = [p for p in bank.parameters() if not sharding_plan[names[p]].sharded_dims]
             _fully_shard(bank, mesh=mesh, axes=("expert_data",), experts=number, ignored=shared)
-            for method in ("mix", "within"):
+            for method in ("forward_edges", "in_one_call"):
                 register_fsdp_forward_method(bank, method)
     if mesh.size(*DATA_CONTEXT_AXES) > 1:
         for module in _fsdp_units(model, pipe=mesh.plan.pipe):
@@ -124,7 +124,7 @@ def _fsdp_units(model: Transformer, *, pipe: int) -> Iterator[nn.Module]:
     if pipe == 1:
         yield model
         return
-    for method in ("alike", "loss", "logits"):
+    for method in ("embed_replicated", "loss", "logits"):
         register_fsdp_forward_method(model.embedding, method)
 
 
@@ -174,4 +174,4 @@ def _offload_policy(mesh: Mesh) -> OffloadPolicy:
 def _synced_by_zero(sharing: GradientSync, *axes: str) -> GradientSync:
     """Move axes from those that are summed later to those that ZeRO sums."""
     rest = tuple(axis for axis in sharing.all_reduce_axes if axis not in axes)
-    return replace(sharing, all_reduce_axes=rest, zero=axes)
+    return replace(sharing, all_reduce_axes=rest, zero_axes=axes)

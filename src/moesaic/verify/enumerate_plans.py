@@ -117,13 +117,13 @@ def _factorizations(number: int, parts: int) -> Iterator[tuple[int, ...]]:
         yield from ((first, *rest) for rest in _factorizations(number // first, parts - 1))
 
 
-# Whether a field of ``Parallel`` is of consequence under a plan. ``room`` is not here: where it is
+# Whether a field of ``ParallelConfig`` is of consequence under a plan. ``capacity_scope`` is not here: where it is
 # not the whole batch, another loss is asked for.
 APPLIES_TO: dict[str, Callable[[ParallelPlan], bool]] = {
-    "reach": lambda plan: plan.context > 1,
-    "journey": lambda plan: plan.expert > 1,
-    "schedule": lambda plan: plan.pipe > 1,
-    "recompute": lambda plan: plan.world_size > 1,
+    "context_parallel": lambda plan: plan.context > 1,
+    "dispatch": lambda plan: plan.expert > 1,
+    "pipeline_schedule": lambda plan: plan.pipe > 1,
+    "activation_checkpointing": lambda plan: plan.world_size > 1,
 }
 
 
@@ -156,7 +156,7 @@ def _choices(parallel: ParallelConfig) -> dict[str, object]:
 
 
 def _short_name(field: str, member: object) -> str:
-    return type(member).__name__.removesuffix(field.title())
+    return type(member).__name__
 
 
 def _pairwise_cover(fit: Sequence[ParallelConfig]) -> Iterator[ParallelConfig]:

@@ -33,7 +33,7 @@ CLOSE = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, torch.float16: {"rtol": 1e
 )
 def test_the_way_back_through_the_second_product_equals_autograd(activation, dtype, bias, device):
     edges = edges_of(*ROUTES["some-dropped"], device)
-    job = job_of(edges, activation=activation.kernel)
+    job = job_of(edges, activation=activation.kernel_name)
     live, expert = live_rows(edges)
     number = edges.token.numel()
     hidden = draw(number, activation.width(HIDDEN), device=device, dtype=dtype)

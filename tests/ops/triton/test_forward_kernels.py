@@ -50,7 +50,7 @@ def test_the_schedule_covers_every_live_row_once_and_says_none_for_the_rest(rout
 )
 def test_up_equals_gather_multiply_activate(activation, dtype, device):
     edges = edges_of(*ROUTES["some-dropped"], device)
-    job = job_of(edges, activation=activation.kernel)
+    job = job_of(edges, activation=activation.kernel_name)
     width = activation.width(HIDDEN)
     x = draw(edges.num_tokens, DIM, device=device, dtype=dtype)
     bank = draw(EXPERTS, DIM, width, device=device, dtype=dtype, scale=0.2)

@@ -95,7 +95,7 @@ class _TritonMoE(torch.autograd.Function):
                 job=job,
             )
             kernel_launch.unpermute_sum(
-                rows, weight=used_weight, out=out, first=columns.start, schedule=job.routes
+                rows, weight=used_weight, out=out, first=columns.start, schedule=job.schedule
             )
             del rows  # before the next piece is made
         if keep:
@@ -109,7 +109,7 @@ class _TritonMoE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, used_up, used_down, hidden, up, down, up_bias, down_bias = ctx.saved_tensors
-        job, routes, needs = ctx.job, ctx.job.routes, ctx.needs_input_grad
+        job, routes, needs = ctx.job, ctx.job.schedule, ctx.needs_input_grad
         grad = grads[0].contiguous()
         bias = _contiguous(down_bias)
         through = kernel_launch.down_backward(
@@ -133,19 +133,23 @@ class _TritonMoE(torch.autograd.Function):
                 grad, weight=weight, like=down_bias, schedule=routes
             )
         if needs[0]:
-            to_x = _input_gradient(to_hidden, bank=used_up, like=x, job=job, spare=ctx.spare)
+            to_x = _input_gradient(
+                to_hidden, expert_weight=used_up, like=x, job=job, spare=ctx.spare
+            )
         return to_x, to_weight, to_up, to_down, to_up_bias, to_down_bias, None, None, None
 
 
 def _input_gradient(
-    hidden: Tensor, *, bank: Tensor, like: Tensor, job: LaunchContext, spare: int
+    hidden: Tensor, *, expert_weight: Tensor, like: Tensor, job: LaunchContext, spare: int
 ) -> Tensor:
     """Return the gradient of ``x`` from that of what the activation read."""
     out = torch.empty_like(like)
-    pieces = column_chunks(like.shape[1], rows=len(hidden), width=bank.shape[2], max_elements=spare)
+    pieces = column_chunks(
+        like.shape[1], rows=len(hidden), width=expert_weight.shape[2], max_elements=spare
+    )
     for columns in pieces:
         rows = kernel_launch.row_matmul(
-            hidden, bank, bias=None, transposed=True, columns=columns, job=job
+            hidden, expert_weight, bias=None, transposed=True, columns=columns, job=job
         )
         kernel_launch.unpermute_sum(
             rows, weight=None, out=out, first=columns.start, schedule=job.schedule

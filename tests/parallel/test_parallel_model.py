@@ -1,0 +1,54 @@
+"""Muon's update of a matrix that lies on several ranks is that of the whole matrix."""
+
+import torch
+
+from moesaic.core.shapes import Tensor
+from moesaic.distributed.forked_ranks import run_on_ranks
+from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
+from moesaic.moe.config import MoE
+from moesaic.moe.select import TopK
+from moesaic.optim.optimizer import Muon
+from moesaic.parallel.config import ParallelConfig
+from moesaic.parallel.sharding_plan import write_shard
+from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
+
+PLANS = [
+    ParallelPlan(tensor=2, expert=2),
+    ParallelPlan(zero=3, expert=2),
+    ParallelPlan(zero=2, tensor=2, expert_tensor=2),
+    ParallelPlan(zero=1, expert=1),
+]
+
+
+def _weights(plan: ParallelPlan) -> dict[str, Tensor]:
+    world: World = ProcessGroupWorld() if torch.distributed.is_initialized() else SingleProcess()
+    model = tiny_model_config(moe=MoE(experts=2, select=TopK(k=2)))
+    run = tiny_run(model=model, optimizer=Muon(lr=0.01), parallel=ParallelConfig(plan=plan))
+    trainer = tiny_trainer(run, world=world)
+    for _ in range(2):
+        trainer.train_step()
+    found = {}
+    for name, held in trainer.parallel_model.shards().items():
+        whole, times = torch.zeros(held.shape), torch.zeros(held.shape)
+        write_shard(whole, held)
+        for piece in held.blocks:
+            where = tuple(
+                slice(o, o + n) for o, n in zip(piece.offset, piece.data.shape, strict=True)
+            )
+            times[where] += 1
+        found[name] = world.all_reduce(whole) / world.all_reduce(times)
+    return found
+
+
+def _all_plans() -> list[dict[str, Tensor]]:
+    return [_weights(plan) for plan in PLANS]
+
+
+def test_muon_on_parts_of_matrices_is_muon_on_the_whole() -> None:
+    alone = _weights(ParallelPlan())
+    for plan, found in zip(PLANS, run_on_ranks(4, _all_plans, timeout_s=120)[0], strict=True):
+        for name, value in alone.items():
+            torch.testing.assert_close(
+                found[name], value, rtol=1e-4, atol=1e-5, msg=f"{plan} {name}"
+            )
