@@ -95,6 +95,6 @@ def test_a_balance_loss_never_counts_padding():
     batch = batch_for(BASE)
     tight, loose = model(batch).records, model(padded(batch, 50)).records
     for here, there in zip(tight, loose, strict=True):
-        assert here.sums[-1] == there.sums[-1] == here.routing.num_tokens
+        assert here.stats_vector[-1] == there.stats_vector[-1] == here.routing.num_tokens
         for name, value in here.losses.items():
             torch.testing.assert_close(there.losses[name], value, rtol=1e-5, atol=1e-7)
