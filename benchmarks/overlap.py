@@ -34,11 +34,11 @@ from moesaic.distributed.communication_cost import (
     fit_cost,
     simulated_seconds,
 )
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.moe.chunked_dispatcher import OverlapDegrees
 from moesaic.moe.experts import ExpertShape, GroupedExperts
 from moesaic.nn.feed_forward import FeedForwardConfig, SwiGLU
 from moesaic.ops.permute import group_by_expert
-from moesaic.testing.ranks import run_on_ranks
 
 DIM, HIDDEN, EXPERTS, RANKS = 256, 256, 4, 2
 ROWS = (1024, 2048, 4096, 8192, 16384)
@@ -135,7 +135,7 @@ def measured(repeats: int) -> dict[str, Any]:
         "ranks": RANKS,
         "seconds": {"all_to_all": exchange, "experts": experts},
         "fits": {name: asdict(line) for name, line in lines.items()},
-        "journey": f"ChunkedAllToAll(forward={degrees.forward}, backward={degrees.backward})",
+        "dispatch": f"ChunkedAllToAll(forward={degrees.forward}, backward={degrees.backward})",
     }
 
 

@@ -30,6 +30,7 @@ from moesaic.distributed.dispatch_volume import (
     data_expert_model_bytes,
     hierarchical_inter_node_bytes,
 )
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.process_groups import Group, Subgroups, group_size, split_group
 from moesaic.moe.adaptive_dispatcher import (
     AdaptiveDispatcher,
@@ -49,7 +50,6 @@ from moesaic.moe.router_logits import LayerIndex
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import TopK
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
-from moesaic.testing.ranks import run_on_ranks
 
 RANKS, NODE, E, D, F = 8, 4, 8, 128, 64
 BY_BYTES = DispatchCosts(

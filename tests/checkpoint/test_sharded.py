@@ -13,8 +13,8 @@ from moesaic.checkpoint.full_checkpoint import find_latest_checkpoint, load_chec
 from moesaic.checkpoint.sharded_checkpoint import CheckpointSaver, load_sharded, save_sharded
 from moesaic.checkpoint.snapshot import RankSnapshot, Shard, ShardBlock
 from moesaic.core.errors import CheckpointError
+from moesaic.distributed.forked_ranks import RankError, run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
-from moesaic.testing.ranks import RankError, run_on_ranks
 
 KEEP = RetentionPolicy(2)
 BANKS = {"up": 4}

@@ -15,6 +15,7 @@ from moesaic.distributed.dispatch_volume import (
     expert_tensor_bytes,
     gathered_expert_bytes,
 )
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.moe.adaptive_dispatcher import (
     AdaptiveDispatcher,
     DispatchCosts,
@@ -26,7 +27,6 @@ from moesaic.moe.dispatcher import Dispatcher
 from moesaic.moe.experts import ExpertShape, GroupedExperts, LoRAExpert
 from moesaic.moe.routing import Routing
 from moesaic.nn.feed_forward import FeedForwardConfig, SwiGLU
-from moesaic.testing.ranks import run_on_ranks
 
 BY_BYTES = DispatchCosts(
     all_to_all=LinearCost(0, 1), gather_weights=LinearCost(0, 1), compute=LinearCost(0, 0)

@@ -11,10 +11,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from moe.far_cases import CASES, E, F, Result, bank, carried, compare, groups, here, whole
 from moesaic.distributed.communication_counter import CommunicationCounter
 from moesaic.distributed.dispatch_volume import DispatchedTokens, all_to_all_bytes
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher, Supposes
 from moesaic.moe.dispatcher import Dispatcher, LocalDispatcher
 from moesaic.moe.routing import Routing
-from moesaic.testing.ranks import run_on_ranks
 
 
 def _expert_parallel() -> dict[str, Result]:

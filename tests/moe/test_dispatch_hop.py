@@ -14,6 +14,7 @@ from moesaic.distributed.dispatch_volume import (
     hierarchical_inter_node_bytes,
     mean_remote_nodes,
 )
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.moe.all_to_all_dispatcher import (
     AllToAllDispatcher,
     DeduplicatedAllToAllDispatcher,
@@ -21,7 +22,6 @@ from moesaic.moe.all_to_all_dispatcher import (
 )
 from moesaic.moe.dispatcher import Dispatcher
 from moesaic.moe.routing import Routing
-from moesaic.testing.ranks import run_on_ranks
 
 
 def _one_hop() -> Dispatcher:

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.nn.feed_forward import GELU, Activation, ReLU, SquaredReLU, SwiGLU
 from moesaic.ops.cpu.cpu_library import load_library
 from moesaic.ops.cpu.cpu_moe_kernel import CPUMoEKernel
 from moesaic.ops.grouped_gemm import FeedForwardWeights, SequentialGEMM
 from moesaic.ops.moe_kernel import Edges, UnfusedMoEKernel
 from moesaic.ops.permute import group_by_expert
-from moesaic.testing.ranks import run_on_ranks
 
 LIBRARY = load_library().library
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=load_library().reason)

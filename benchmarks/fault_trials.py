@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch._dynamo  # see testing/ranks.py: without it each life spends seconds on its import
+import torch._dynamo  # see distributed/forked_ranks.py: without it each life spends seconds on its import
 import torch.distributed as distributed
 
 from moesaic.checkpoint.checkpoint_directory import Disk
