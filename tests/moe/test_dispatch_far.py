@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as distributed
+from dispatch_volume import DispatchedTokens, all_to_all_bytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moe.far_cases import CASES, E, F, Result, bank, carried, compare, groups, here, whole
 from moesaic.distributed.communication_counter import CommunicationCounter
-from moesaic.distributed.dispatch_volume import DispatchedTokens, all_to_all_bytes
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher, Supposes
 from moesaic.moe.dispatcher import Dispatcher, LocalDispatcher
