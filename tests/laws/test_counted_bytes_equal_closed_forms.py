@@ -8,7 +8,7 @@ import torch
 import torch.distributed as distributed
 from torch import nn
 
-from moe.far_cases import D, E, F, bank
+from moe.dispatch_cases import D, E, F, bank
 from moesaic.distributed.communication_counter import CommunicationCounter
 from dispatch_volume import DispatchedTokens, data_expert_model_bytes
 from moesaic.distributed.forked_ranks import run_on_ranks

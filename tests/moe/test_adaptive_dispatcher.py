@@ -12,7 +12,7 @@ from dispatch_volume import (
 )
 from torch import nn
 
-from moe.far_cases import FEW, D, E, F, Result, bank, carried, compare, groups, here, whole
+from moe.dispatch_cases import FEW, D, E, F, Result, bank, carried, compare, groups, here, whole
 from moesaic.distributed.communication_counter import CommunicationCounter
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.moe.adaptive_dispatcher import (

@@ -12,7 +12,7 @@ from dispatch_volume import (
     mean_remote_nodes,
 )
 
-from moe.far_cases import CASES, D, E, K, Result, bank, carried, compare, groups, here, whole
+from moe.dispatch_cases import CASES, D, E, K, Result, bank, carried, compare, groups, here, whole
 from moesaic.distributed.communication_counter import CommunicationCounter
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.moe.all_to_all_dispatcher import (
