@@ -144,7 +144,7 @@ class Transformer(nn.Module):
 
     def encode(self, source: Int[Tensor, "B S"]) -> EncoderOutput | None:
         """Run the encoder on a batch of sources for ``init_cache``; None if there is no encoder."""
-        return self._encode(source, row_key=torch.zeros_like(source[:, 0]))[0]
+        return self._encode(source, row_key=source.new_zeros(source.shape[0]))[0]
 
     def init_cache(self, encoder_output: EncoderOutput | None, rows: Int[Tensor, "R"]) -> KVCache:
         """Return an empty cache for decoding: hypothesis i reads the source ``rows[i]``."""
