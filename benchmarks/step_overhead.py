@@ -64,7 +64,9 @@ def the_run(corpus: CorpusSource, *, steps: int) -> Run:
         corpus=corpus,
         tokenizer=TokenizerConfig(vocab_size=4000),
         mixture=MixtureConfig(tasks=both, temperature=2.0),
-        loader=base.loader.replace(batch_tokens=4096, max_source=96, max_target=96, window=8192),
+        loader=base.loader.replace(
+            batch_tokens=4096, max_source=96, max_target=96, bucket_window=8192
+        ),
         model=model,
         steps=steps,
         validation=ValidationConfig(every=0),

@@ -20,7 +20,7 @@ from moesaic.monitor.metric_writers import read_metrics
 from moesaic.monitor.progress_display import RunStatus
 from moesaic.optim.lr_schedule import WSD
 from moesaic.optim.optimizer import AdamW
-from moesaic.testing.compare_runs import compare_run_dirs
+from compare_runs import compare_run_dirs
 from moesaic.testing.tiny_models import synthetic_run, tiny_model_config
 from moesaic.train.resume import ResumeFrom, ResumeLatest
 from moesaic.train.run import BFloat16, LogConfig, Run, TensorBoard, ValidationConfig
@@ -144,7 +144,7 @@ def test_a_directory_in_use_is_refused_with_the_way_out(whole: Path, tmp_path: P
 
 
 def test_another_config_is_refused_and_its_keys_are_named(whole: Path) -> None:
-    other = synthetic_run(label_smoothing=0.2, accumulate=2)
+    other = synthetic_run(label_smoothing=0.2, gradient_accumulation_steps=2)
     with pytest.raises(
         CheckpointError, match=r"label_smoothing: 0\.1 .*gradient_accumulation_steps: 1 .*2"
     ):

@@ -34,7 +34,7 @@ BACK = [(target, source) for source, target in FORTH]
     ids=lambda value: type(value).__name__,
 )
 def test_names_of_directions(directions, expected):
-    assert directions.names(cases.shards()) == expected
+    assert directions.language_pairs(cases.shards()) == expected
     task = Translation(directions=directions)
     streams = task.streams(cases.shards(), languages=cases.LANGUAGES, split="train")
     assert [(s.source_language, s.target_language) for s in streams] == expected

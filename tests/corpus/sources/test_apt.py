@@ -217,4 +217,10 @@ def test_the_large_corpus_is_a_recipe_that_reads_back() -> None:
     assert CorpusRecipe.from_yaml(what.to_yaml()) == what
     assert len(desktop_packages()) > 250
     kinds = {type(source).__name__ for source in what.source.sources}
-    assert kinds == {"Catalogues", "Debian", "Firefox", "LibreOfficeHelp", "Descriptions"}
+    assert kinds == {
+        "PyPICatalogues",
+        "DebianCatalogues",
+        "FirefoxMessages",
+        "LibreOfficeHelp",
+        "DebianDescriptions",
+    }

@@ -37,7 +37,9 @@ def test_a_window_of_draws_is_handed_out_whole():
     assert sum(first) == cases.SMALL.bucket_window
 
 
-@pytest.mark.parametrize("wrong", [{"window": 0}, {"batch_tokens": "many"}, {"windw": 9}])
+@pytest.mark.parametrize(
+    "wrong", [{"bucket_window": 0}, {"batch_tokens": "many"}, {"bucket_windw": 9}]
+)
 def test_wrong_settings_are_refused_with_their_path(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         LoaderConfig.from_dict(wrong)

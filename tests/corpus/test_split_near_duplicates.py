@@ -61,7 +61,9 @@ def test_keeping_asks_nobody() -> None:
 
 
 def test_what_is_done_with_them_is_chosen_in_a_recipe() -> None:
-    split = SplitConfig.from_dict({"near": {"kind": "DropNearDuplicates", "threshold": 0.8}})
+    split = SplitConfig.from_dict(
+        {"near_duplicates": {"kind": "DropNearDuplicates", "threshold": 0.8}}
+    )
     assert split.near_duplicates == DropNearDuplicates(threshold=0.8)
     with pytest.raises(ConfigError, match="threshold"):
-        SplitConfig.from_dict({"near": {"kind": "DropNearDuplicates", "threshold": 0}})
+        SplitConfig.from_dict({"near_duplicates": {"kind": "DropNearDuplicates", "threshold": 0}})
