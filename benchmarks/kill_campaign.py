@@ -15,13 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from kill_trials import kill_and_resume
 from support import write_result
 
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity, RandomPriority
 from moesaic.moe.select import TopK
-from moesaic.testing.kill_trials import kill_and_resume
 from moesaic.testing.tiny_models import synthetic_run, tiny_model_config
 from moesaic.train.run import CheckpointConfig, Run
 

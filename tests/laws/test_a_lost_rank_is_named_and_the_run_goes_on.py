@@ -7,8 +7,8 @@ nothing had happened.
 from pathlib import Path
 
 import pytest
+from fault_trials import Fault, run_fault_trials
 
-from moesaic.testing.fault_trials import Fault, run_fault_trials
 from moesaic.testing.tiny_models import synthetic_run
 from moesaic.train.run import CheckpointConfig
 

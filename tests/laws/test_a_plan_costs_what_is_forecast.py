@@ -12,6 +12,7 @@ import torch
 import torch.distributed as distributed
 
 from moesaic.distributed.communication_counter import CommunicationCounter
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.mesh import Mesh
 from moesaic.distributed.world import local_tensor
 from moesaic.model.config import ModelConfig
@@ -24,7 +25,6 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.memory_estimate import estimate_memory
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
 from moesaic.parallel.parameter_inventory import ParameterInventory
-from moesaic.testing.ranks import run_on_ranks
 from moesaic.train.dry_run import (
     measured_volume,
     dummy_batch,

@@ -21,7 +21,7 @@ from moesaic.monitor.metric_writers import read_metrics
 from moesaic.monitor.progress_display import NotesOnlyDisplay, RunStatus
 from moesaic.optim.lr_schedule import WSD
 from moesaic.optim.optimizer import AdamW
-from moesaic.testing.compare_runs import compare_run_dirs
+from compare_runs import compare_run_dirs
 from moesaic.testing.tiny_models import synthetic_run, tiny_model_config
 from moesaic.train.resume import ResumeFrom, ResumeLatest
 from moesaic.train.run import BFloat16, LogConfig, Run, TensorBoard, ValidationConfig

@@ -8,9 +8,9 @@ import torch
 
 from moesaic.core.errors import CheckpointError
 from moesaic.data.batch import Batch
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld
 from moesaic.parallel.parallel_model import ParallelModel
-from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny_models import TinyStream, tiny_run, tiny_trainer
 from moesaic.train.step import ForwardBackwardResult, Objective
 from moesaic.train.trainer import NonFiniteError, Trainer

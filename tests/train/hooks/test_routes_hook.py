@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 
 from moesaic.checkpoint.routes_file import RoutesFile
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity
 from moesaic.moe.routing_agreement import compare_routes
 from moesaic.optim.optimizer import AdamW
-from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny_models import TinyStream, tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.loop import training_loop
 from moesaic.train.routing_hooks import RoutingProbeHook, RoutingTraceHook

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
-from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny_models import tiny_run, tiny_trainer
 from moesaic.train.run import LogConfig
 from moesaic.train.trainer import StepReport
