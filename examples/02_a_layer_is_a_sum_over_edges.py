@@ -23,7 +23,7 @@ torch.nn.init.normal_(layer.experts.down, std=0.2)
 torch.nn.init.normal_(layer.router.gate.weight, std=0.5)
 x = torch.randn(6, 16)
 
-answer = layer(x, context=TokenContext.unbatched(6), carry=RouterState())
+answer = layer(x, context=TokenContext.unbatched(6), router_state=RouterState())
 fast, record = answer.out, answer.record
 
 slow = torch.zeros_like(x)

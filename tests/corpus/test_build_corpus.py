@@ -346,7 +346,7 @@ def test_no_held_out_source_is_nearly_a_train_source_of_any_language(tmp_path: P
     # German and French share no source, so what is near must be found across the languages
     rows = [*german(300)[::2], *(r for i, r in enumerate(french(300)) if i % 2)]
     keep = build_corpus(recipe(*rows), out=tmp_path / "keep")
-    split = HALVES.replace(near=DropNearDuplicates(threshold=0.8))
+    split = HALVES.replace(near_duplicates=DropNearDuplicates(threshold=0.8))
     drop = build_corpus(recipe(*rows, split=split), out=tmp_path / "drop")
     assert list(keep.pairs("train")) == list(drop.pairs("train"))
     train = {split_key(p.source) for p in keep.pairs("train")}

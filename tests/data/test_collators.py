@@ -1,4 +1,4 @@
-"""Layouts: which token stands where."""
+"""Collators: the position of every token."""
 
 import numpy as np
 
@@ -25,10 +25,10 @@ def samples(source, target) -> TokenizedSamples:
     )
 
 
-def both(layout, source, target):
+def both(collator, source, target):
     rows = samples(source, target)
-    widths = layout.lengths(rows.source.lengths, target=rows.target.lengths)
-    batch = layout.batch(rows, empty=widths)
+    widths = collator.lengths(rows.source.lengths, target=rows.target.lengths)
+    batch = collator.collate(rows, empty=widths)
     return batch, widths
 
 
@@ -51,7 +51,7 @@ def test_decoder_only_rows_predict_only_the_target():
 
 def test_no_rows_make_a_batch_of_the_given_width():
     width = RowLengths(np.array([9, 4]), np.array([5, 6]))
-    for layout, shape in ((EncoderDecoderCollator(), (0, 9)), (DecoderOnlyCollator(), (0, 0))):
-        batch = layout.collate(samples([], []), empty=width)
+    for collator, shape in ((EncoderDecoderCollator(), (0, 9)), (DecoderOnlyCollator(), (0, 0))):
+        batch = collator.collate(samples([], []), empty=width)
         assert batch.source.shape == shape
         assert batch.target_in.shape == batch.target_out.shape == (0, 6)

@@ -65,7 +65,7 @@ def test_overlong_rows_are_skipped_and_counted_by_direction():
 
 def test_limits_that_nothing_fits_are_an_error_not_a_hang():
     with pytest.raises(DataError, match="max_source=2 and max_target=40; raise them"):
-        next(cases.loader(config=cases.SMALL.replace(max_source=2, window=8)))
+        next(cases.loader(config=cases.SMALL.replace(max_source=2, bucket_window=8)))
 
 
 def test_a_budget_below_the_longest_row_is_refused():
@@ -77,7 +77,7 @@ def test_state_of_another_run_is_refused():
     state = cases.loader(seed=1).state()
     for other in (
         cases.loader(seed=2),
-        cases.loader(config=cases.SMALL.replace(window=65)),
+        cases.loader(config=cases.SMALL.replace(bucket_window=65)),
         cases.loader(mixture=cases.MIXTURE.replace(temperature=3.0)),
     ):
         with pytest.raises(CheckpointError, match="another corpus, tokenizer, mixture, seed"):

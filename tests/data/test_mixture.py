@@ -33,7 +33,7 @@ def test_a_boost_of_an_unknown_language_or_by_nothing_is_refused(boost, message)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": 0.5}, {"cap": 0}, {"tasks": []}, {"unit": "Lines"}]
+    "wrong", [{"temperature": 0.5}, {"size_limit": 0}, {"tasks": []}, {"size_unit": "Lines"}]
 )
 def test_wrong_values_are_refused_with_their_path(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):

@@ -27,7 +27,7 @@ def test_a_mixture_reads_and_writes_itself_as_yaml():
     - {task: Translation, weight: 3}
     - {task: {kind: Denoising, noise: [InfillSpans]}, weight: 1}
     temperature: 2
-    unit: Tokens
+    size_unit: TokenCount
     """
     config = MixtureConfig.from_yaml(text)
     assert config.tasks[0].task == Translation()

@@ -20,7 +20,7 @@ TEXTS = {code: [cases.sentence(code, i) for i in range(80)] for code in cases.LA
 _TRAIN = """
 from moesaic.data.train_tokenizer import BPE, TokenizerConfig, Unigram, train_tokenizer
 for algorithm in (BPE(), Unigram()):
-    config = TokenizerConfig(algorithm=algorithm, vocab_size=340, lines=300)
+    config = TokenizerConfig(algorithm=algorithm, vocab_size=340, sample_lines=300)
     print(train_tokenizer(%r, %r, config).fingerprint)
 """
 

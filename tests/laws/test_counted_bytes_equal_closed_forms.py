@@ -6,11 +6,12 @@ from itertools import combinations
 import pytest
 import torch
 import torch.distributed as distributed
+from dispatch_volume import DispatchedTokens, data_expert_model_bytes
 from torch import nn
 
-from moe.far_cases import D, E, F, bank
+from moe.dispatch_cases import D, E, F, bank
 from moesaic.distributed.communication_counter import CommunicationCounter
-from moesaic.distributed.dispatch_volume import DispatchedTokens, data_expert_model_bytes
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.process_groups import group_size, split_group
 from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher
 from moesaic.moe.config import MoE
@@ -22,7 +23,6 @@ from moesaic.moe.router_logits import LayerIndex
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import TopK
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
-from moesaic.testing.ranks import run_on_ranks
 
 RANKS, K = 4, 2
 SETS = torch.tensor(list(combinations(range(E), K)))  # a token for each: an even load
@@ -73,7 +73,9 @@ def _narrow(ratio: float) -> int:
     layer.dispatcher = AllToAllDispatcher(distributed.group.WORLD)
     x = torch.randn(12, 16, generator=torch.Generator().manual_seed(2 + distributed.get_rank()))
     with CommunicationCounter() as wire:
-        answer = layer(x.requires_grad_(), context=TokenContext.unbatched(12), carry=RouterState())
+        answer = layer(
+            x.requires_grad_(), context=TokenContext.unbatched(12), router_state=RouterState()
+        )
         answer.out.sum().backward()
     return wire.total_bytes(kind="all-to-all", dtype=torch.float32)
 

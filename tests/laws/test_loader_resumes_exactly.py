@@ -15,7 +15,7 @@ def take(stream, count):
 @settings(max_examples=10, deadline=None)
 @given(before=st.integers(0, 40), window=st.sampled_from([1, 7, 64, 500]), seed=st.integers(0, 9))
 def test_a_resumed_loader_equals_one_that_never_stopped(before, window, seed):
-    config = cases.SMALL.replace(window=window)
+    config = cases.SMALL.replace(bucket_window=window)
     whole = cases.loader(config=config, seed=seed)
     take(whole, before)
     state = json.loads(json.dumps(whole.state()))

@@ -36,12 +36,14 @@ def test_no_text_encodes_to_a_tag_or_special_token(tokenizer, text):
     reserved = len(SPECIALS) + len(tokenizer.languages)
     ids = tokenizer.encode(text)
     assert all(reserved <= i < tokenizer.vocab_size for i in ids)
-    assert not any(tokenizer.token(i).startswith("<unused_") for i in ids)
+    assert not any(tokenizer.id_to_token(i).startswith("<unused_") for i in ids)
     assert tokenizer.encode_batch([text, "a"])[0] == ids
 
 
 def test_specials_and_tags_are_left_out_of_decoded_text(tokenizer):
     body = tokenizer.encode("aei 12")
-    ids = [0, 1, tokenizer.tag("deu_Latn"), *body, 2, 3, 4, 0]
+    ids = [0, 1, tokenizer.language_token_id("deu_Latn"), *body, 2, 3, 4, 0]
     assert tokenizer.decode(ids) == "aei 12"
-    assert tokenizer.token(tokenizer.tag("deu_Latn")) == language_token("deu_Latn")
+    assert tokenizer.id_to_token(tokenizer.language_token_id("deu_Latn")) == language_token(
+        "deu_Latn"
+    )

@@ -23,7 +23,7 @@ def _drawn(moe, key):
     """The answer where random numbers are drawn under another key."""
     context = TokenContext.unbatched(40)
     context = replace(context, row_key=context.row_key + key)
-    return moe(X, context=context, carry=RouterState()).out
+    return moe(X, context=context, router_state=RouterState()).out
 
 
 RANDOM = {

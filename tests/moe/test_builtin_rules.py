@@ -16,18 +16,18 @@ from moesaic.moe.select_dynamic import InferenceSelect
 from moesaic.moe.shared_experts import SharedExpertBranch
 
 FAMILIES: dict[str, type[Choice]] = {
-    "AMONG": ExpertGroups,
-    "ATTENTION": AttentionExperts,
+    "EXPERT_GROUPS": ExpertGroups,
+    "ATTENTION_EXPERTS": AttentionExperts,
     "BALANCES": Balance,
-    "BESIDES": SharedExpertBranch,
-    "CONDITIONS": RouterInput,
-    "EXCHANGES": DispatchProjection,
+    "SHARED_EXPERT_BRANCHES": SharedExpertBranch,
+    "ROUTER_INPUTS": RouterInput,
+    "DISPATCH_PROJECTIONS": DispatchProjection,
     "EXPERTS": Expert,
     "INFERENCES": InferenceSelect,
-    "LINKS": CrossLayerRouting,
+    "CROSS_LAYER_ROUTINGS": CrossLayerRouting,
     "NOISES": RouterNoise,
     "SELECTS": Select,
-    "SPARSE": SparseLayer,
+    "SPARSE_LAYERS": SparseLayer,
 }
 OWN_FILES = tuple(
     f"moesaic.moe.{room}."

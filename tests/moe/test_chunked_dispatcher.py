@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.distributed as distributed
 
-from moe.far_cases import FEW, E, Result, bank, carried, compare, here, whole
+from moe.dispatch_cases import FEW, E, Result, bank, carried, compare, here, whole
 from moesaic.distributed.communication_counter import CommunicationCounter
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher
 from moesaic.moe.chunked_dispatcher import ChunkedAllToAllDispatcher, OverlapDegrees
 from moesaic.moe.dispatcher import Dispatcher
-from moesaic.testing.ranks import run_on_ranks
 
 DEGREES = [OverlapDegrees(1, 1), OverlapDegrees(4, 2), OverlapDegrees(1, 8), OverlapDegrees(2, 3)]
 
@@ -77,14 +77,14 @@ class _Watching:
     def __call__(self, rows, *, groups):
         return self.experts(rows, groups=groups)
 
-    def mix(self, x, *, edges):
+    def forward_edges(self, x, *, edges):
         self.forward.append(self.wire.num_calls("all-to-all"))
         out = self.experts.forward_edges(x, edges=edges)
         out.register_hook(self._note)
         return out
 
-    def within(self, x, *, work):
-        return work(x, self)
+    def in_one_call(self, x, *, function):
+        return function(x, self)
 
     def _note(self, _):
         self.backward.append(self.wire.num_calls("all-to-all"))

@@ -1,14 +1,12 @@
-"""The layer's parts are set from outside and its record says what happened."""
+"""An MoE layer computes its output and records its routing."""
 
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from moesaic.moe.batch_group import SingleRankBatch
 from moesaic.moe.config import MoE
-from moesaic.moe.dispatcher import LocalDispatcher
-from moesaic.moe.layer import MoELayer, set_dispatcher, set_ranks
+from moesaic.moe.layer import MoELayer
 from moesaic.moe.router_context import RouterState, TokenContext
 from moesaic.moe.router_logits import LayerIndex
 from moesaic.nn.feed_forward import FeedForwardConfig
@@ -38,7 +36,7 @@ def test_experts_may_have_their_own_width():
 def test_the_record_names_the_layer_and_the_rows():
     row = torch.tensor([0, 0, 1, 2])
     context = replace(TokenContext.unbatched(4), row=row)
-    answer = _layer()(torch.randn(4, D), context=context, carry=RouterState())
+    answer = _layer()(torch.randn(4, D), context=context, router_state=RouterState())
     out, record = answer.out, answer.record
     assert out.shape == (4, D)
     assert record.layer == "x.1"
@@ -46,19 +44,9 @@ def test_the_record_names_the_layer_and_the_rows():
     assert record.routing.num_tokens == 4
 
 
-def test_parts_are_given_to_every_layer_of_a_model():
-    model = nn.Sequential(_layer(), nn.Linear(2, 2), _layer())
-    ranks, dispatcher = SingleRankBatch(), LocalDispatcher()
-    set_ranks(model, ranks)
-    set_dispatcher(model, dispatcher)
-    for layer in (model[0], model[2]):
-        assert layer.ranks is ranks
-        assert layer.dispatcher is dispatcher
-
-
 def test_no_tokens_pass_through_and_can_be_differentiated():
     layer = _layer()
-    answer = layer(torch.randn(0, D), context=TokenContext.unbatched(0), carry=RouterState())
+    answer = layer(torch.randn(0, D), context=TokenContext.unbatched(0), router_state=RouterState())
     out, record = answer.out, answer.record
     (out.sum() + sum(record.losses.values())).backward()
     assert all(p.grad is None or p.grad.abs().sum() == 0 for p in layer.parameters())

@@ -20,7 +20,9 @@ def _router(**fields):
 
 def _route(router, x, *, ranks=None):
     context = TokenContext.unbatched(len(x))
-    return router(x, context=context, carry=RouterState(), ranks=ranks or SingleRankBatch())
+    return router(
+        x, context=context, router_state=RouterState(), batch_group=ranks or SingleRankBatch()
+    )
 
 
 def test_autocast_and_half_inputs_do_not_round_the_decision():

@@ -9,7 +9,7 @@ X = torch.rand(100, 8) + 1
 
 
 def _read(noise, *, training):
-    return noise.on_input(X, context=TokenContext.unbatched(len(X)), training=training)
+    return noise.apply_to_input(X, context=TokenContext.unbatched(len(X)), training=training)
 
 
 def test_jitter_stays_within_epsilon_and_moves_something():

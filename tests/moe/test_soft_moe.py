@@ -28,7 +28,7 @@ def _layer():
 
 def _run(layer, x, *, row=ROW, place=PLACE):
     context = replace(TokenContext.unbatched(len(x)), row=row, position=place)
-    return layer(x, context=context, carry=RouterState()).out
+    return layer(x, context=context, router_state=RouterState()).out
 
 
 def _definition(layer, x):

@@ -50,13 +50,13 @@ SELECTS = {
 }
 SPARES = {"null": ZeroExperts(number=2)}
 BODIES = {  # fields of a mixture: what an expert is, and what stands around it
-    "shared": {"beside": SharedExperts(number=2)},
-    "gated-shared": {"beside": GatedSharedExperts()},
-    "residual": {"beside": ResidualExpert()},
-    "narrow": {"exchange": DownProjection(ratio=0.5)},
+    "shared": {"shared_experts": SharedExperts(number=2)},
+    "gated-shared": {"shared_experts": GatedSharedExperts()},
+    "residual": {"shared_experts": ResidualExpert()},
+    "narrow": {"dispatch_projection": DownProjection(ratio=0.5)},
     "lora": {"expert": LoRAExpert(rank=3)},
-    "null": {"spare": ZeroExperts(number=2)},
-    "identity": {"spare": IdentityExperts(number=2)},
+    "null": {"null_experts": ZeroExperts(number=2)},
+    "identity": {"null_experts": IdentityExperts(number=2)},
 }
 LIMITS = {
     "dropless": None,
@@ -105,5 +105,5 @@ def layer(config: MoE, *, gated: bool = True, bias: bool = False) -> MoELayer:
 
 def run(made: MoELayer, x: torch.Tensor) -> tuple[torch.Tensor, RoutingRecord]:
     """The layer's answer and record for tokens that belong to no batch."""
-    answer = made(x, context=TokenContext.unbatched(len(x)), carry=RouterState())
+    answer = made(x, context=TokenContext.unbatched(len(x)), router_state=RouterState())
     return answer.out, answer.record

@@ -47,7 +47,7 @@ CASES = {
     "collapsed": (COLLAPSED, HealthState.COLLAPSING, ["2/8 experts (5, 7 take 100%"]),
     "dead_experts": (layer([100] * 6 + [0, 0]), HealthState.DEAD, ["2/8", "(6, 7)"]),
     "no_tokens": (layer([0] * 8), HealthState.DEAD, ["no tokens"]),
-    "overflow": (
+    "capacity_overflow": (
         layer(dropped=(90, 90, 90, 90)),
         HealthState.OVERFLOW,
         ["drops 10%", "factor 1.25"],
@@ -62,19 +62,19 @@ CASES = {
         HealthState.OVERFLOW,
         ["drops 27% of amh_Ethi, 0% of the others"],
     ),
-    "monopoly": (
+    "language_monopoly": (
         MONOPOLY,
         HealthState.SKEWED,
         ["expert 7", "amh_Ethi: it sends 93%", "temperature"],
     ),
-    "skewed": (
+    "uneven_load": (
         layer([400, 60, 60, 60, 60, 60, 60, 60]),
         HealthState.SKEWED,
         ["expert 0 has 3.9 times"],
     ),
     "not_finite": (layer(router_entropy=math.nan), HealthState.UNSTABLE, ["not finite"]),
     "exploding_logits": (layer(logit_rms=120.0), HealthState.UNSTABLE, ["size 120", "z-loss"]),
-    "saturated": (layer(router_entropy=0.004), HealthState.UNSTABLE, ["saturated", "0.004"]),
+    "saturated_router": (layer(router_entropy=0.004), HealthState.UNSTABLE, ["saturated", "0.004"]),
 }
 
 
@@ -90,7 +90,7 @@ def test_each_failure_is_named_with_its_layer_and_words(sign):
 
 
 @pytest.mark.parametrize(
-    "sign", sorted(CASES.keys() - {"overflow", "late_drops", "language_drops"})
+    "sign", sorted(CASES.keys() - {"capacity_overflow", "late_drops", "language_drops"})
 )
 def test_one_failure_raises_one_alarm(sign):
     interval, _, _ = CASES[sign]
@@ -100,9 +100,9 @@ def test_one_failure_raises_one_alarm(sign):
 def test_a_falling_load_entropy_warns_before_the_collapse():
     loads = [[100 + 30 * i] * 3 + [100 - 16 * i] * 5 for i in range(6)]
     findings = examined(*(layer(load) for load in loads))
-    assert {f.rule for f in findings} == {"falling"}
+    assert {f.rule for f in findings} == {"entropy_falling"}
     assert "fell from" in findings[0].text
-    assert "falling" not in signs(*(layer(load) for load in reversed(loads)))
+    assert "entropy_falling" not in signs(*(layer(load) for load in reversed(loads)))
 
 
 def test_a_router_that_never_chooses_is_blamed_on_a_balance_loss_that_is_too_strong():
@@ -116,7 +116,7 @@ def test_a_router_that_never_chooses_is_blamed_on_a_balance_loss_that_is_too_str
     assert signs(*intervals[:4], setting=strong) == set()  # every router is uniform at first
 
 
-@pytest.mark.parametrize("sign", ["collapsed", "dead_experts", "skewed"])
+@pytest.mark.parametrize("sign", ["collapsed", "dead_experts", "uneven_load"])
 def test_a_missing_balance_loss_is_named_as_the_cause(sign):
     interval, _, _ = CASES[sign]
     (finding,) = examined(interval, interval, setting=replace(SETTING, balance_weight=0.0))
@@ -142,7 +142,7 @@ def test_advice_names_the_balance_loss_that_the_run_has():
 
 def test_drops_of_an_uneven_layer_are_blamed_on_the_load():
     uneven = layer([200, 200, 40, 40, 40, 200, 40, 40], dropped=(50, 50, 50, 50))
-    finding = next(f for f in examined(uneven, uneven) if f.rule == "overflow")
+    finding = next(f for f in examined(uneven, uneven) if f.rule == "capacity_overflow")
     assert "uneven" in finding.cause
 
 
@@ -187,7 +187,7 @@ def test_values_that_are_not_finite_are_believed_at_once():
 
 def test_layers_are_judged_apart_and_the_worst_comes_first():
     doctor = RouterHealthMonitor(SETTING)
-    bad = replace(CASES["skewed"][0], layer="decoder.1")
+    bad = replace(CASES["uneven_load"][0], layer="decoder.1")
     for _ in range(2):
         findings = doctor.check_interval([layer(), bad, replace(COLLAPSED, layer="decoder.3")])
     assert [f.layer for f in findings] == ["decoder.3", "decoder.1"]
@@ -211,10 +211,10 @@ def test_no_sign_fails_on_odd_counts(sign):
 
 
 def test_a_null_expert_without_tokens_is_not_dead():
-    idle = layer([100] * 6 + [0, 0], spare=2)
+    idle = layer([100] * 6 + [0, 0], num_null_experts=2)
     assert signs(idle, idle) == set()
     assert signs(layer([100] * 6 + [0, 0])) == set()
-    dead = layer([100] * 5 + [0, 400, 0], spare=2)
+    dead = layer([100] * 5 + [0, 400, 0], num_null_experts=2)
     (finding,) = examined(dead, dead)
     assert (finding.rule, finding.text) == (
         "dead_experts", "has 1/6 experts without a token (5)",
@@ -222,17 +222,17 @@ def test_a_null_expert_without_tokens_is_not_dead():
 
 
 def test_a_busy_null_expert_is_neither_a_skew_nor_a_monopoly():
-    busy = layer([100] * 7 + [900], spare=1)
+    busy = layer([100] * 7 + [900], num_null_experts=1)
     assert signs(busy, busy) == set()
     counts = busy.counts.copy()
     counts[7] = [0, 0, 0, 3600]
     taken = replace(busy, counts=counts)
-    assert "monopoly" not in signs(taken, taken)
+    assert "language_monopoly" not in signs(taken, taken)
 
 
 def test_a_router_that_only_idles_is_said_to():
-    idle = layer([4] * 6 + [0, 6000], spare=1)
+    idle = layer([4] * 6 + [0, 6000], num_null_experts=1)
     (finding,) = examined(idle, idle)
-    assert (finding.rule, finding.state) == ("all_spare", HealthState.COLLAPSING)
+    assert (finding.rule, finding.state) == ("mostly_null_experts", HealthState.COLLAPSING)
     assert "100% of its edges to experts that do no work" in finding.text
     assert signs(layer([4] * 6 + [0, 6000]), layer([4] * 6 + [0, 6000])) == {"collapsed"}

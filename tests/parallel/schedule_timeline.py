@@ -40,9 +40,7 @@ def simulate_schedule(
 ) -> ScheduleTimeline:
     """Simulate a schedule, without processes."""
     torch_class = getattr(pipelining, schedule.torch_name)
-    listed = get_schedule_ops(
-        torch_class, ranks, micro_batches, schedule.stages_per_rank()
-    )
+    listed = get_schedule_ops(torch_class, ranks, micro_batches, schedule.stages_per_rank())
     waiting = [list(_operations(actions)) for actions in listed]
     unit, stages = 1.0 / schedule.stages_per_rank(), ranks * schedule.stages_per_rank()
     kept = max(_peak_micro_batches(ops) for ops in waiting) * unit

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as distributed
 
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.nn.attention_backend import KeyValue
 from moesaic.parallel import context_parallel
 from moesaic.parallel.context_parallel import (
@@ -13,7 +14,6 @@ from moesaic.parallel.context_parallel import (
     zigzag_split,
 )
 from moesaic.parallel.ring_attention import AttentionTile, RingAttention
-from moesaic.testing.ranks import run_on_ranks
 from parallel.attention_cases import CASES, Case, Outcome, look_as, look_here, packing_of
 
 CUTS = {"in order": contiguous_split, "zigzag": zigzag_split}

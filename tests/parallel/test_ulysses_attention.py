@@ -4,18 +4,16 @@ import pytest
 import torch
 import torch.distributed as distributed
 
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.parallel.context_parallel import Ulysses
 from moesaic.parallel.ulysses_attention import UlyssesAttention
-from moesaic.testing.ranks import run_on_ranks
 from parallel.attention_cases import CASES, Outcome, look_as, look_here
 
 
 def _everything(ranks: int) -> dict[str, Outcome]:
     rank, group = distributed.get_rank(), distributed.group.WORLD
     fits = {
-        name: c
-        for name, c in CASES.items()
-        if not Ulysses().problems(heads=c.heads, ranks=ranks)
+        name: c for name, c in CASES.items() if not Ulysses().problems(heads=c.heads, ranks=ranks)
     }
     return {
         name: look_as(

@@ -19,8 +19,8 @@ from moesaic.core.config import Config
 from moesaic.core.errors import ConfigError, DataError
 from moesaic.data.batch import Batch
 from moesaic.data.collators import Collator, EncoderDecoderCollator, RowLengths, TokenizedSamples
-from moesaic.data.numpy_counter_rng import random_bits, random_permutation
 from moesaic.data.mixture import Mixture, SampleDraws
+from moesaic.data.numpy_counter_rng import random_bits, random_permutation
 from moesaic.data.ragged import IntArray, Ragged
 from moesaic.data.tasks import TaskStream
 from moesaic.data.token_shards import TokenShards
@@ -177,7 +177,7 @@ class BatchStream:
                 raise DataError(self._nothing_fits_message(empty * self.config.bucket_window))
             for b in range(position.batch_index, len(window.batches)):
                 batch = self._make_batch(window, b, labels=labels, replica=replica)
-                yield PositionedBatch(batch, replace(position, batch=b + 1), counts, skipped)
+                yield PositionedBatch(batch, replace(position, batch_index=b + 1), counts, skipped)
             position = LoaderPosition(
                 position.first_draw + self.config.bucket_window, 0, counts, skipped
             )
@@ -307,7 +307,7 @@ def _text_ids(draws: SampleDraws, streams: Sequence[TaskStream]) -> tuple[IntArr
     order = np.argsort(draws.stream, kind="stable")
     present, starts = np.unique(draws.stream[order], return_index=True)
     for m, rows in zip(present, np.split(order, starts)[1:], strict=True):
-        source[rows], target[rows] = streams[m].rows.texts(draws.row[rows])
+        source[rows], target[rows] = streams[m].rows.text_ids(draws.row[rows])
     return source, target
 
 

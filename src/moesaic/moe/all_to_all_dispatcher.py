@@ -177,7 +177,7 @@ def sort_rows(rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor,
 
 def unsort_rows(rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
     """Return sorted rows in the order in which they came."""
-    return sort_rows(rows, groups=replace(groups, order=groups.inverse, place=groups.order))
+    return sort_rows(rows, groups=replace(groups, order=groups.inverse, inverse=groups.order))
 
 
 def all_to_all_counts(counts: Int[Tensor, "E"], *, group: Group) -> Int[Tensor, "P e"]:
@@ -290,7 +290,7 @@ def _dispatch_deduplicated(
     live = onward.order[: sum(trip.edges_sent)]
     at = edges.groups.inverse[first[live]] - starts[place[live]]  # among the rows of one place
     address = at * each + routing.expert[live] % each
-    out = {"group": group, "sent": trip.edges_sent, "received": trip.edges_received}
+    out = {"group": group, "input_splits": trip.edges_sent, "output_splits": trip.edges_received}
     address = all_to_all(address, **out)
     weight = all_to_all(routing.weight[live], **out)
     rows = permute_tokens(as_autocast(x), edges=edges)[: sum(trip.sent)]

@@ -121,7 +121,7 @@ class AttentionMixture(CustomInitializers):
     def initializers(self) -> Mapping[str, Initializer]:
         return {
             "gate.weight": Initializer(kind="router"),
-            "all.out.weight": Initializer(fan_in=self.head_width),
+            "attention.out.weight": Initializer(fan_in=self.head_width),
         }
 
     def forward(

@@ -3,7 +3,7 @@
 The rows of every expert's segment are cut into pieces, so each piece is a small copy of the whole
 and the router is asked once (Hwang et al. 2023, Tutel, arXiv:2206.03382). A chunk is what travels
 at once, one piece or several: the way forward and the way back may want chunks of different number
-(Pan et al. 2025, FSMoE, arXiv:2501.10714); ``OverlapDegrees.fastest`` chooses them. Experts work piece by
+(Pan et al. 2025, FSMoE, arXiv:2501.10714); ``benchmarks/chunk_schedule.py`` chooses them. Experts work piece by
 piece, of which there are as many as both ways can be made of.
 
 Four small autograd functions share a ``_OverlappedTransfers``: one leaves home, one lands a piece on the far
@@ -23,7 +23,6 @@ from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.distributed.collectives import AsyncRows, all_to_all_async
-from moesaic.distributed.communication_cost import LayerCost, best_num_chunks
 from moesaic.distributed.process_groups import Group, group_size
 from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher, all_to_all_counts, unpermute_sum
 from moesaic.moe.dispatcher import ExpertCompute, apply_experts, sort_edges
@@ -47,11 +46,6 @@ class OverlapDegrees:
     @property
     def num_pieces(self) -> int:
         return lcm(self.forward, self.backward)
-
-    @staticmethod
-    def fastest(forward: LayerCost, backward: LayerCost) -> "OverlapDegrees":
-        """Return the degrees that the cost model finds fastest, each pass for itself."""
-        return OverlapDegrees(best_num_chunks(forward), best_num_chunks(backward))
 
 
 class ChunkedAllToAllDispatcher:
@@ -182,14 +176,14 @@ class _SendDispatch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, transfers: _OverlappedTransfers) -> Tensor:
-        ctx.flight = transfers
+        ctx.transfers = transfers
         transfers.dispatch.send_all(rows)
         return rows.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: ARG004  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.flight.grad_home.take_all(), None
+        return ctx.transfers.dispatch_grad.receive_all(), None
 
 
 class _ReceiveDispatch(torch.autograd.Function):
@@ -197,13 +191,13 @@ class _ReceiveDispatch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, thread: Tensor, transfers: _OverlappedTransfers, piece: int) -> Tensor:  # noqa: ARG004
-        ctx.flight, ctx.piece = transfers, piece
+        ctx.transfers, ctx.piece = transfers, piece
         return transfers.dispatch.receive_piece(piece)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.flight.grad_home.put(ctx.piece, grads[0])
+        ctx.transfers.dispatch_grad.send_piece(ctx.piece, grads[0])
         return grads[0].new_zeros(()), None, None
 
 
@@ -212,14 +206,14 @@ class _SendCombine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, transfers: _OverlappedTransfers, piece: int) -> Tensor:
-        ctx.flight, ctx.piece = transfers, piece
+        ctx.transfers, ctx.piece = transfers, piece
         transfers.combine.send_piece(piece, y)
         return y.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: ARG004  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.flight.grad_out.take(ctx.piece), None, None
+        return ctx.transfers.combine_grad.receive_piece(ctx.piece), None, None
 
 
 class _ReceiveCombine(torch.autograd.Function):
@@ -227,14 +221,14 @@ class _ReceiveCombine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, transfers: _OverlappedTransfers, *threads: Tensor) -> Tensor:
-        ctx.flight, ctx.threads = transfers, len(threads)
+        ctx.transfers, ctx.threads = transfers, len(threads)
         return transfers.combine.receive_all()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         # the engine goes through the pieces from the last to the first
-        ctx.flight.grad_out.start_all(grads[0], last_first=True)
+        ctx.transfers.combine_grad.send_all(grads[0], last_first=True)
         return None, *[grads[0].new_zeros(())] * ctx.threads
 
 

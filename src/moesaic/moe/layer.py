@@ -60,7 +60,10 @@ class MoELayer(nn.Module):
     ) -> MoEOutput:
         """Return the experts' answer and what the router did. ``x`` holds real tokens only."""
         routed = self.router(
-            x, context=context.for_layer(self.name), carry=router_state, ranks=self.batch_group
+            x,
+            context=context.for_layer(self.name),
+            router_state=router_state,
+            batch_group=self.batch_group,
         )
         spare = self.null_experts.count()
         edges = drop_null_edges(routed.routing, num_null_experts=spare)
@@ -69,11 +72,11 @@ class MoELayer(nn.Module):
         mixed = self.null_experts.add_output(
             self.dispatch_projection.unproject(home), x=x, routing=routed.routing
         )
-        out = self.shared_experts(x, mixed=mixed)
+        out = self.shared_experts(x, routed_output=mixed)
         record = RoutingRecord.from_router(
             self.name, routed, context=context, num_null_experts=spare
         )
-        return MoEOutput(out, record, routed.carry)
+        return MoEOutput(out, record, routed.router_state)
 
 
 def moe_layers(model: nn.Module) -> Iterator[MoELayer]:

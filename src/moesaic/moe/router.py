@@ -50,8 +50,8 @@ class Router(nn.Module):
         for owner, rule in config.stateful_rules():
             for name, start in rule.initial_state(config.num_router_outputs).items():
                 self.register_buffer(f"{owner}_{name}", start)
-        heard = torch.zeros(4 * config.num_router_outputs + 1, dtype=torch.float64)
-        self.register_buffer("heard", heard, persistent=False)
+        stats_sum = torch.zeros(4 * config.num_router_outputs + 1, dtype=torch.float64)
+        self.register_buffer("stats_sum", stats_sum, persistent=False)
 
     def forward(
         self,
@@ -66,7 +66,7 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             read = self.router_input(x.float(), context=context)
             read = rules.noise.apply_to_input(read, context=context, training=training)
-            scored = self.gate(read, carry=router_state)
+            scored = self.gate(read, router_state=router_state)
             gate = self._add_noise(
                 RouterContext(
                     scored.logits,
@@ -84,7 +84,7 @@ class Router(nn.Module):
                 scored.logits, chosen=chosen, limited=limited, batch_group=batch_group
             )
             losses = self._losses(gate, chosen=chosen, stats_vector=sums, batch_group=batch_group)
-        return RouterOutput(routing, losses, gate.logits.detach(), scored.carry, sums)
+        return RouterOutput(routing, losses, gate.logits.detach(), scored.router_state, sums)
 
     def rule_state(self, rule: str) -> dict[str, Tensor]:
         """Return the tensors of one rule, by name."""

@@ -119,7 +119,7 @@ def summarize_load(layers: Sequence[LayerUsage]) -> dict[str, float]:
     """Return the metrics of a row: the worst layer for each, the sum for dead experts.
 
     ``moe/max_vio`` (and its ``_p50`` and ``_p95`` over the layers), ``moe/min_load``,
-    ``moe/dead_experts``, ``moe/load_entropy``, ``moe/drop_frac``, ``moe/spare_frac`` where there
+    ``moe/dead_experts``, ``moe/load_entropy``, ``moe/drop_frac``, ``moe/null_expert_frac`` where there
     are spare experts, and ``moe/router_entropy`` and ``moe/logit_rms`` where known.
     """
     if not layers:
@@ -135,7 +135,7 @@ def summarize_load(layers: Sequence[LayerUsage]) -> dict[str, float]:
         "moe/drop_frac": max(x.drop_frac for x in layers),
     }
     if any(x.num_null_experts for x in layers):
-        row["moe/spare_frac"] = max(x.null_expert_frac for x in layers)
+        row["moe/null_expert_frac"] = max(x.null_expert_frac for x in layers)
     entropies = [x.router_entropy for x in layers if x.router_entropy is not None]
     scales = [x.logit_rms for x in layers if x.logit_rms is not None]
     row |= {"moe/router_entropy": min(entropies)} if entropies else {}
@@ -278,7 +278,7 @@ def _layer_to_json(layer: LayerUsage) -> dict[str, Any]:
         "counts": layer.counts.tolist(),
         "dropped": layer.dropped.tolist(),
         "dropped_late": layer.dropped_late,
-        "spare": layer.num_null_experts,
+        "null_experts": layer.num_null_experts,
     } | finite
 
 
@@ -293,5 +293,7 @@ def _layer_from_json(layer: dict[str, Any], *, groups: int) -> LayerUsage:
         dropped_late=layer["dropped_late"],
         router_entropy=layer["router_entropy"],
         logit_rms=layer["logit_rms"],
-        num_null_experts=layer.get("spare", 0),  # runs of the first versions had none
+        num_null_experts=layer.get(
+            "null_experts", layer.get("spare", 0)
+        ),  # the name of older versions
     )

@@ -64,7 +64,7 @@ class RouterHealthMonitor:
             if absent >= self.patience or not watch.confirmed:
                 del self._histories[key]
             else:
-                self._histories[key] = replace(watch, seen=0, intervals_without=absent)
+                self._histories[key] = replace(watch, intervals_with=0, intervals_without=absent)
 
 
 def state_of(findings: Sequence[HealthFinding], *, layer: str) -> HealthState:

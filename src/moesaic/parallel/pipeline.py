@@ -27,13 +27,13 @@ from moesaic.moe.config import MoE
 from moesaic.moe.layer import accumulate_routing_stats
 from moesaic.moe.routing_record import RoutingRecord, loss_terms
 from moesaic.nn.packing import Packing
+from moesaic.parallel.partial_forward import forward_blocks, output_of
 from moesaic.parallel.pipeline_schedules import torch_pipelining
 from moesaic.parallel.pipeline_stages import PipelineStages
 from moesaic.parallel.stage_serializer import (
     LocalTokens,
     StageBoundary,
     StageSerializer,
-    connect_graph,
 )
 
 
@@ -100,11 +100,11 @@ class StageModule(nn.Module):
             stage_input = self.input_serializer.unpack(received, tokens=micro.tokens)
         terms: dict[str, Tensor] = {}
         with settings.autocast():
-            end = self.model.forward_blocks(
-                micro.batch, blocks=self.block_range, stage_input=stage_input
+            end = forward_blocks(
+                self.model, micro.batch, blocks=self.block_range, stage_input=stage_input
             )
             if self.output_serializer is None:
-                output = self.model.output_of(end, batch=micro.batch)
+                output = output_of(self.model, end, batch=micro.batch)
                 loss = self.model.loss(output, smoothing=settings.smoothing)
                 terms["cross_entropy"] = loss.total / max(settings.num_targets, 1)
                 micro.nll, micro.row = loss.nll, output.row
@@ -148,7 +148,6 @@ class Pipeline:
             StageBoundary.after(blocks, config=stages.config) for blocks in stages.block_ranges[:-1]
         ]
         self._step = PipelineStep()
-        model.attach_encoder = connect_graph
         self._cached_schedule: tuple[Any, Any] = (None, None)
 
     @staticmethod

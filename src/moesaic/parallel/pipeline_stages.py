@@ -18,9 +18,9 @@ from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.parameter_count import BatchDims, count_parameters
-from moesaic.model.partial_forward import BlockRange
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
+from moesaic.parallel.partial_forward import BlockRange
 from moesaic.parallel.pipeline_schedules import (
     Interleaved,
     OneForwardOneBackward,

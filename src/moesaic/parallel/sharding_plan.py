@@ -25,7 +25,6 @@ from moesaic.moe.layer import MoELayer
 from moesaic.nn.attention import CrossAttention, SelfAttention
 from moesaic.nn.embedding import Embedding
 
-
 EXPERT_STAGE_AXES = ("expert_data", "expert", "expert_tensor")
 
 

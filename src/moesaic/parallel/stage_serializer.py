@@ -8,15 +8,19 @@ Letters: T tokens of the current stack, D model dim.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.model.config import ModelConfig
-from moesaic.model.partial_forward import BlockRange, StageIO, router_state_widths
 from moesaic.moe.router_logits import RouterStateWidths
+from moesaic.parallel.partial_forward import (
+    BlockRange,
+    StageIO,
+    attach_loss,
+    connect_graph,
+    router_state_widths,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,35 +133,10 @@ class StageSerializer:
         )
 
 
-def attach_loss(x: Float[Tensor, "*S"], term: Float[Tensor, ""]) -> Float[Tensor, "*S"]:
-    """Return ``x``; its backward also adds 1 to the gradient of ``term``, a loss."""
-    return _AttachLoss.apply(x, term)
-
-
-def connect_graph(x: Float[Tensor, "T D"], other: Float[Tensor, "*S"]) -> Float[Tensor, "T D"]:
-    """Return ``x``, with ``other`` in its autograd graph: the gradient of ``other`` is zero."""
-    return _AttachLoss.apply(x, 0.0 * other.sum())
-
-
 def round_up_rows(rows: int) -> int:
     """Round up by at most an eighth, to one of few sizes."""
     step = 1 << max(0, rows.bit_length() - 4)
     return max(1, -(-rows // step) * step)
-
-
-class _AttachLoss(torch.autograd.Function):
-    """Identity whose backward gives ``term`` a gradient of 1."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, term: Tensor) -> Tensor:
-        ctx.like = (term.dtype, term.device)
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dtype, device = ctx.like
-        return grads[0], torch.ones((), dtype=dtype, device=device)
 
 
 def _pad_rows(parts: Sequence[Tensor], *, rows: int) -> Tensor:

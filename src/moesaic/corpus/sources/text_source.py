@@ -78,7 +78,7 @@ class CombinedSources(TextSource):
 
     def fetch(self, *, progress: ProgressListener) -> tuple[SourceFile, ...]:
         return tuple(
-            replace(unit, part=(number, *unit.source_index))
+            replace(unit, source_index=(number, *unit.source_index))
             for number, source in enumerate(self.sources)
             for unit in source.fetch(progress=progress)
         )
@@ -90,4 +90,4 @@ class CombinedSources(TextSource):
         self, unit: SourceFile, *, wanted: LanguageFilter
     ) -> Iterator[Pair | Text | RejectedPair]:
         number, *rest = unit.source_index
-        yield from self.sources[number].read(replace(unit, part=tuple(rest)), wanted=wanted)
+        yield from self.sources[number].read(replace(unit, source_index=tuple(rest)), wanted=wanted)

@@ -1,0 +1,52 @@
+"""Kills: a training process killed at random moments and resumed, until it has finished.
+
+Every life is a forked process that calls ``train`` with ``resume=ResumeLatest()`` and is ended by SIGKILL
+after a random time, whatever it is doing: preparing, in a step, or in the middle of a save.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # see distributed/forked_ranks.py: without it each life spends seconds on its import
+
+from moesaic.checkpoint.full_checkpoint import load_checkpoint
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.snapshot import Snapshot
+
+TIMING_METRICS = ("perf/", "time/", "mem/")  # metrics that tell how fast, not what
+
+
+def compare_run_dirs(left: Path, right: Path) -> list[str]:
+    """Return how two finished runs differ; nothing means bit for bit equal.
+
+    Weights, optimizer, random numbers, running sums, place in the data, and metrics but for times.
+    """
+    one, other = (load_checkpoint(RunDir(path).checkpoints) for path in (left, right))
+    found = list(_snapshot_differences(one, other))
+    if metric_rows(left) != metric_rows(right):
+        found.append("metrics.jsonl")
+    if RunDir(left).model.read_bytes() != RunDir(right).model.read_bytes():
+        found.append("model.safetensors")
+    if RunDir(left).usage.read_bytes() != RunDir(right).usage.read_bytes():
+        found.append("usage.json")
+    return [f"{right.name}: {difference}" for difference in found]
+
+
+def metric_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics of a run directory without those that depend on the clock."""
+    lines = RunDir(path).metrics.read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [{k: v for k, v in row.items() if not k.startswith(TIMING_METRICS)} for row in rows]
+
+
+def _snapshot_differences(one: Snapshot, other: Snapshot) -> Iterator[str]:
+    if (one.step, one.state) != (other.step, other.state):
+        yield f"state at step {one.step} and {other.step}"
+    for name in sorted(one.files.keys() | other.files.keys()):
+        mine, theirs = one.files.get(name, {}), other.files.get(name, {})
+        for key in sorted(mine.keys() | theirs.keys()):
+            if key not in mine or key not in theirs or not torch.equal(mine[key], theirs[key]):
+                yield f"{name}: {key}"

@@ -1,0 +1,98 @@
+"""ModelConfig refuses shapes that do not fit, reads and writes YAML, and defines the model."""
+
+import pytest
+import torch
+
+from model.samples import BASE, VARIANTS
+from moesaic.core.errors import ConfigError
+from moesaic.model.config import ModelConfig, Stack
+from moesaic.model.parameter_count import count_parameters
+from moesaic.model.transformer import Transformer
+from moesaic.moe.config import MoE, NoMoE
+from moesaic.moe.layer import MoELayer
+from moesaic.moe.product_key_memory import ProductKeyMemory
+from moesaic.moe.select import SwitchTop1, TopK
+from moesaic.nn.attention import AttentionConfig
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_config_round_trips_through_yaml(name):
+    config = VARIANTS[name]
+    assert ModelConfig.from_yaml(config.to_yaml()) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"attention": AttentionConfig(heads=3)}, "heads=3"),
+        ({"attention": AttentionConfig(heads=4, kv_heads=3)}, "kv_heads=3"),
+        ({"attention": AttentionConfig(heads=4, head_dim=3)}, "even"),
+        ({"decoder": Stack(layers=0)}, "decoder.layers"),
+        ({"moe": MoE(experts=2, select=TopK(k=3))}, "experts=2"),
+        (
+            {
+                "moe": ProductKeyMemory(),
+                "decoder": Stack(layers=2, moe_every=1, experts_per_layer=(2, 4)),
+            },
+            "ProductKeyMemory",
+        ),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_refused_with_its_numbers(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        BASE.replace(**changes)
+
+
+def test_experts_stand_in_every_kth_block():
+    stack = Stack(layers=6, moe_every=3)
+    assert [i for i in range(6) if BASE.routed_moe_of_layer(stack, layer=i)] == [2, 5]
+    assert not any(
+        BASE.routed_moe_of_layer(Stack(layers=6, moe_every=0), layer=i) for i in range(6)
+    )
+    assert not any(BASE.replace(moe=NoMoE()).routed_moe_of_layer(stack, layer=i) for i in range(6))
+
+
+def test_a_pyramid_gives_each_sparse_block_its_own_number_of_experts():
+    pyramid = Stack(layers=4, moe_every=2, experts_per_layer=(2, 8))
+    config = BASE.replace(encoder=pyramid, moe=MoE(experts=3, select=SwitchTop1()))
+    counts = [config.routed_moe_of_layer(pyramid, layer=layer) for layer in range(4)]
+    assert [moe.experts if moe else 0 for moe in counts] == [0, 2, 0, 8]
+    assert count_parameters(config).total == sum(
+        p.numel() for p in Transformer(config).parameters()
+    )
+
+
+def test_the_first_blocks_may_stay_dense():
+    stack = Stack(layers=6, moe_every=2, first_dense_layers=3)
+    assert stack.moe_layers == (3, 5)
+    config = BASE.replace(
+        decoder=Stack(layers=4, moe_every=1, first_dense_layers=2, experts_per_layer=(2, 5))
+    )
+    counts = [config.routed_moe_of_layer(config.decoder, layer=layer) for layer in range(4)]
+    assert [moe.experts if moe else 0 for moe in counts] == [0, 0, 2, 5]
+    assert count_parameters(config).total == sum(
+        p.numel() for p in Transformer(config).parameters()
+    )
+
+
+def test_a_memory_stands_where_experts_would_but_is_no_mixture():
+    config = BASE.replace(moe=ProductKeyMemory(keys_per_side=4, slots=2))
+    assert config.moe_of_layer(config.encoder, layer=1) == config.moe
+    assert config.moe_of_layer(config.encoder, layer=0) == NoMoE()
+    assert config.routed_moe_of_layer(config.encoder, layer=1) is None
+
+
+def test_a_pyramid_of_the_wrong_height_is_refused():
+    with pytest.raises(ConfigError, match="2 blocks"):
+        Stack(layers=4, moe_every=2, experts_per_layer=(2, 4, 8))
+
+
+def test_building_twice_from_one_seed_gives_one_model():
+    first, second = (torch.manual_seed(3) and Transformer(BASE) for _ in range(2))
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_experts_are_where_the_config_says():
+    names = [m.name for m in Transformer(BASE).modules() if isinstance(m, MoELayer)]
+    assert names == ["encoder.1", "decoder.0", "decoder.1"]

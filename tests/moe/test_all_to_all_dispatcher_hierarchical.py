@@ -1,0 +1,131 @@
+"""A token that goes to each place once is answered as one that goes to every expert."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as distributed
+from dispatch_volume import (
+    DispatchedTokens,
+    all_to_all_inter_node_bytes,
+    hierarchical_inter_node_bytes,
+    mean_remote_nodes,
+)
+
+from moe.dispatch_cases import CASES, D, E, K, Result, bank, carried, compare, groups, here, whole
+from moesaic.distributed.communication_counter import CommunicationCounter
+from moesaic.distributed.forked_ranks import run_on_ranks
+from moesaic.moe.all_to_all_dispatcher import (
+    AllToAllDispatcher,
+    DeduplicatedAllToAllDispatcher,
+    hierarchical_dispatcher,
+)
+from moesaic.moe.dispatcher import Dispatcher
+from moesaic.moe.routing import Routing
+
+
+def _one_hop() -> Dispatcher:
+    return DeduplicatedAllToAllDispatcher(distributed.group.WORLD)
+
+
+def _two_hops() -> Dispatcher:
+    inside, nodes = groups(2)
+    return hierarchical_dispatcher(inter_node=nodes, intra_node=inside)
+
+
+def _hop_and_rows() -> Dispatcher:
+    inside, nodes = groups(2)
+    return DeduplicatedAllToAllDispatcher(nodes, inner=AllToAllDispatcher(inside))
+
+
+class _InParts:
+    """Dispatches and combines where the other would carry."""
+
+    def __init__(self, inner: Dispatcher) -> None:
+        self.inner, self.dispatch, self.combine = inner, inner.dispatch, inner.combine
+
+    def run_experts(self, x, *, routing, experts):
+        parcel = self.dispatch(x, routing)
+        return self.combine(experts(parcel.rows, groups=parcel.groups), parcel)
+
+
+def _results(build: Callable[[], Dispatcher]) -> list[dict[str, Result]]:
+    rank = distributed.get_rank()
+    made = build()
+    own = range(E)[rank * E // 4 :][: E // 4]
+    return [
+        compare(way, experts=lambda: bank(experts=own), cases=list(CASES))
+        for way in (made, _InParts(made))
+    ]
+
+
+@pytest.mark.parametrize("build", [_one_hop, _two_hops, _hop_and_rows])
+def test_hops_answer_as_experts_here(build: Callable[[], Dispatcher]) -> None:
+    for found in zip(*run_on_ranks(4, _results, build), strict=True):
+        for case in CASES:
+            expected = whole(case)
+            for part in ("out", "x", "weight"):
+                got = torch.cat([getattr(each[case], part) for each in found])
+                torch.testing.assert_close(got, getattr(expected, part), rtol=1e-5, atol=1e-5)
+            for part in ("up", "down"):
+                got = torch.cat([getattr(each[case], part) for each in found])
+                torch.testing.assert_close(got, getattr(expected, part), rtol=1e-5, atol=1e-5)
+
+
+def _leaving() -> dict[str, tuple[int, int]]:
+    """Bytes of rows that leave the node, flat and in two hops, going out and coming home."""
+    rank = distributed.get_rank()
+    inside, nodes = groups(2)
+    every = distributed.group.WORLD
+    ways = {
+        "flat": AllToAllDispatcher(every),
+        "hops": hierarchical_dispatcher(inter_node=nodes, intra_node=inside),
+    }
+    x, _ = here("uneven", rank=0)
+    x = x[:1].repeat(28, 1)
+    pairs = torch.combinations(torch.arange(E), K)  # every set of experts once
+    edges = Routing.from_topk(torch.ones(28, K), expert=pairs, num_experts=E)
+    own = range(E)[rank * E // 4 :][: E // 4]
+    found = {}
+    for name, way in ways.items():
+        with CommunicationCounter() as wire:
+            carried(way, experts=bank(experts=own), edges=edges, x=x)
+        found[name] = wire.inter_node_bytes(ranks_per_node=2)
+    return found
+
+
+def test_a_node_is_crossed_to_once_per_token() -> None:
+    rows = DispatchedTokens(tokens=28, experts_per_token=K, dim=D, itemsize=4)
+    assert mean_remote_nodes(experts=E, nodes=2, experts_per_token=K) == 1 - 6 / 28
+    flat = 2 * all_to_all_inter_node_bytes(rows, ranks=4, ranks_per_node=2)  # forward and backward
+    hops = 2 * hierarchical_inter_node_bytes(rows, experts=E, nodes=2)
+    for found in run_on_ranks(4, _leaving):
+        counts = 2 * E // 4 * 8  # what the host has to know: rows per expert of two ranks
+        assert found["flat"] == flat + counts
+        # beside the counts: the address of each edge, its weight and the weight's gradient
+        assert found["hops"] == hops + 2 * 8 + 28 * (8 + 4 + 4)
+        assert found["hops"] < found["flat"]
+
+
+def _refused() -> None:
+    x, edges = here("uneven", rank=distributed.get_rank())
+    with pytest.raises(ValueError, match="8 experts cannot be split evenly over 3 ranks"):
+        DeduplicatedAllToAllDispatcher(distributed.group.WORLD).dispatch(x, edges)
+
+
+def test_experts_that_cannot_be_split_evenly_are_refused() -> None:
+    run_on_ranks(3, _refused)
+
+
+def test_a_null_group_is_the_inner_dispatcher() -> None:
+    x, edges = here("some dropped", rank=0)
+    got = carried(
+        hierarchical_dispatcher(inter_node=None, intra_node=None), experts=bank(), edges=edges, x=x
+    )
+    parts = carried(
+        _InParts(DeduplicatedAllToAllDispatcher(None)), experts=bank(), edges=edges, x=x
+    )
+    assert torch.equal(
+        got.out, carried(AllToAllDispatcher(None), experts=bank(), edges=edges, x=x).out
+    )
+    torch.testing.assert_close(parts.out, got.out)

@@ -1,0 +1,43 @@
+"""The term is minus the information that tokens and experts have of each other."""
+
+import math
+
+import pytest
+import torch
+
+from moe.balance_shares import value_and_gradient
+from moesaic.moe.balance import MutualInformationBalance
+from moesaic.moe.select_dynamic import DenseAll
+
+T, E = 30, 5
+TERM = MutualInformationBalance(weight=0.3)
+
+
+def _by_hand(logits):
+    p = logits.softmax(-1)
+    m = p.mean(0)
+    return 0.3 * ((m * m.log()).sum() - (p * p.log()).sum(-1).mean())
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_shares_add_up_to_the_formula_in_value_and_gradient(parts):
+    logits = torch.randn(T, E)
+    value, gradient = value_and_gradient(TERM, logits, select=DenseAll(), parts=parts)
+    leaf = logits.clone().requires_grad_()
+    want = _by_hand(leaf)
+    torch.testing.assert_close(value, want.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(want, leaf)[0])
+
+
+def test_it_is_lowest_where_each_token_is_sure_and_all_experts_are_used():
+    sure = 80 * torch.eye(E).repeat(6, 1)
+    value, gradient = value_and_gradient(TERM, sure, select=DenseAll())
+    assert float(value) == pytest.approx(-0.3 * math.log(E), rel=1e-6)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("logits", [torch.zeros(T, E), 300 * torch.eye(E)[:1].repeat(T, 1)])
+def test_it_is_zero_where_an_expert_says_nothing_of_a_token(logits):
+    value, gradient = value_and_gradient(TERM, logits, select=DenseAll())
+    assert float(value) == pytest.approx(0, abs=1e-6)
+    assert gradient.isfinite().all()

@@ -1,0 +1,79 @@
+"""Rows travel at a fraction of the model's width, and nothing else changes."""
+
+import pytest
+import torch
+
+from moe.variants import DIM, EXPERTS, layer, run
+from moesaic.moe.config import MoE
+from moesaic.moe.dispatch_projection import DownProjection
+from moesaic.moe.dispatcher import LocalDispatcher
+from moesaic.moe.select import TopK
+
+MIXTURE = MoE(experts=EXPERTS, select=TopK(k=2))
+X = torch.randn(9, DIM)
+
+
+class Counting:
+    """A local dispatcher that counts the bytes of the rows it carries, out and home."""
+
+    def __init__(self):
+        self.inner, self.bytes = LocalDispatcher(), 0
+
+    def run_experts(self, x, *, routing, experts):
+        parcel = self.dispatch(x, routing)
+        return self.combine(experts(parcel.rows, groups=parcel.groups), parcel)
+
+    def dispatch(self, x, routing):
+        parcel = self.inner.dispatch(x, routing)
+        self.bytes += parcel.rows.numel() * parcel.rows.element_size()
+        return parcel
+
+    def combine(self, y, parcel):
+        self.bytes += y.numel() * y.element_size()
+        return self.inner.combine(y, parcel)
+
+
+def _travelled(config):
+    made = layer(config)
+    made.dispatcher = Counting()
+    run(made, X)
+    return made.dispatcher.bytes
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0])
+def test_the_bytes_that_travel_are_exactly_the_ratio(ratio):
+    whole = _travelled(MIXTURE)
+    assert whole == 2 * 2 * 9 * DIM * 4
+    assert (
+        _travelled(MIXTURE.replace(dispatch_projection=DownProjection(ratio=ratio)))
+        == ratio * whole
+    )
+
+
+def test_experts_stand_between_one_way_down_and_one_way_up():
+    made = layer(MIXTURE.replace(dispatch_projection=DownProjection()))
+    low = X @ made.dispatch_projection.descend.weight.t()
+    assert low.shape == (9, DIM // 4)
+    out, record = run(made, X)
+    home = torch.zeros_like(low)
+    edges = record.routing
+    for token, expert, weight in zip(edges.token, edges.expert, edges.weight, strict=True):
+        hidden = made.experts.activation(low[token] @ made.experts.up[expert])
+        home[token] += weight * (hidden @ made.experts.down[expert])
+    wanted = home @ made.dispatch_projection.ascend.weight.t()
+    torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_router_reads_whole_rows():
+    made = layer(MIXTURE.replace(dispatch_projection=DownProjection()))
+    plain = layer(MIXTURE)
+    plain.router.load_state_dict(made.router.state_dict())
+    ours, theirs = run(made, X)[1].routing, run(plain, X)[1].routing
+    assert torch.equal(ours.expert, theirs.expert)
+
+
+def test_both_maps_learn():
+    made = layer(MIXTURE.replace(dispatch_projection=DownProjection()))
+    run(made, X)[0].square().sum().backward()
+    for part in (made.dispatch_projection.descend, made.dispatch_projection.ascend):
+        assert part.weight.grad.abs().sum() > 0

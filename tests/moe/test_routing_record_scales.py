@@ -1,0 +1,57 @@
+import math
+
+import pytest
+import torch
+
+from moesaic.moe.config import MoE
+from moesaic.moe.layer import MoELayer
+from moesaic.moe.router_context import RouterState, TokenContext
+from moesaic.moe.router_logits import LayerIndex
+from moesaic.moe.routing import Routing
+from moesaic.moe.routing_record import RoutingRecord
+from moesaic.moe.select import TopK
+from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
+
+ROUTING = Routing(torch.zeros(2).long(), torch.zeros(2).long(), torch.ones(2), 2, 4)
+
+
+def record(logits):
+    return RoutingRecord("here", ROUTING, TokenContext.unbatched(2), logits=logits)
+
+
+def test_a_router_that_does_not_choose_has_entropy_one():
+    assert record(torch.zeros(2, 4)).router_entropy().item() == pytest.approx(1.0)
+
+
+def test_a_certain_router_has_entropy_zero():
+    assert record(torch.tensor([[60.0, 0, 0, 0]] * 2)).router_entropy().item() < 1e-6
+
+
+def test_the_logit_scale_is_the_rms_of_logsumexp():
+    logits = torch.tensor([[0.0, 0, 0, 0], [3.0, 3, 3, 3]])
+    sums = [math.log(4), 3 + math.log(4)]
+    expected = math.sqrt(sum(s * s for s in sums) / 2)
+    assert record(logits).logit_rms().item() == pytest.approx(expected)
+
+
+def test_a_layer_hands_out_its_logits_without_their_graph():
+    layer = MoELayer(
+        MoE(experts=4, select=TopK(k=2)),
+        dim=8,
+        feed_forward=FeedForwardConfig(hidden=16, activation=ReLU()),
+        bias=False,
+        layer_index=LayerIndex("here"),
+    )
+    torch.nn.init.normal_(layer.router.gate.weight)
+    for bank in (layer.experts.up, layer.experts.down):
+        torch.nn.init.normal_(bank)
+    said = layer(
+        torch.randn(5, 8), context=TokenContext.unbatched(5), router_state=RouterState()
+    ).record
+    assert said.logits.shape == (5, 4)
+    assert not said.logits.requires_grad
+
+
+def test_without_tokens_there_is_no_scale():
+    assert record(torch.zeros(0, 4)).router_entropy() is None
+    assert record(None).logit_rms() is None

@@ -1,0 +1,48 @@
+"""What narrows a token's choice does so as its papers say."""
+
+import pytest
+import torch
+
+from moesaic.core.errors import ConfigError
+from moesaic.moe.router_context import RouterContext
+from moesaic.moe.select import AllExperts, SigmoidTopK, TopGroups, TopK
+
+SCORES = torch.tensor([[0.9, 0.0, 0.5, 0.5, 0.6, 0.3, 0.1, 0.2]])  # groups of two: .9 1. .9 .3
+
+
+def test_a_group_is_as_good_as_the_sum_of_its_best_two():
+    open_ = TopGroups(num_groups=4, top_groups=1)(SCORES).isfinite()
+    assert open_.tolist() == [[False, False, True, True, False, False, False, False]]
+
+
+def test_a_group_is_as_good_as_its_best_where_one_counts():
+    open_ = TopGroups(num_groups=4, top_groups=2, experts_per_score=1)(SCORES).isfinite()
+    assert open_.tolist() == [[True, True, False, False, True, True, False, False]]
+
+
+def test_scores_of_kept_groups_are_left_as_they_are():
+    kept = TopGroups(num_groups=2, top_groups=1)(SCORES)
+    assert torch.equal(kept[:, :4], SCORES[:, :4])
+    assert torch.equal(AllExperts()(SCORES), SCORES)
+    assert torch.equal(TopGroups(num_groups=2, top_groups=2)(SCORES), SCORES)
+
+
+@pytest.mark.parametrize("rule", [TopK, SigmoidTopK])
+def test_a_token_chooses_from_its_groups_alone(rule):
+    logits = torch.randn(200, 12)
+    routing = rule(k=4, expert_groups=TopGroups(num_groups=4, top_groups=2))(
+        RouterContext.from_logits(logits)
+    )
+    groups = routing.expert.view(200, 4) // 3
+    assert max(len(set(row)) for row in groups.tolist()) == 2
+    free = rule(k=4)(RouterContext.from_logits(logits)).expert.view(200, 4) // 3
+    assert max(len(set(row)) for row in free.tolist()) > 2
+
+
+def test_groups_that_do_not_fit_are_refused():
+    with pytest.raises(ConfigError, match="at most groups=2"):
+        TopGroups(num_groups=2, top_groups=3)
+    narrow = SigmoidTopK(k=4, expert_groups=TopGroups(num_groups=4, top_groups=1))
+    assert "groups=4 divides" in narrow.problems(experts=10, num_null_experts=0)
+    assert "at most 2" in narrow.problems(experts=8, num_null_experts=0)
+    assert narrow.problems(experts=16, num_null_experts=0) is None
