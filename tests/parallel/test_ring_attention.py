@@ -81,7 +81,7 @@ def test_blocks_hold_each_causal_pair_once_and_zigzag_shares_them_evenly() -> No
 
 def test_keys_that_no_ring_has_read_are_refused() -> None:
     here = torch.zeros(1, 1, 1, 4)
-    with pytest.raises(TypeError, match="only look at what a ring has read"):
+    with pytest.raises(TypeError, match="needs a source from its own project_source"):
         RingAttention(None).cross_attention(
             here[0], packing=packing_of([1]), source=KeyValue(here, here), mask=None
         )

@@ -1,6 +1,4 @@
-"""Parallel model: a model sharded by a plan, and what a training step, a checkpoint and an optimizer
-need of it.
-"""
+"""Parallel model: a sharded model, as training steps, checkpoints and optimizers use it."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -179,10 +177,10 @@ class ShardedMatrices:
         return [self._gather_matrix(name, part) for name, part in zip(names, parts, strict=True)]
 
     def local_shards(
-        self, names: Sequence[str], full: Sequence[Float[Tensor, "*E M N"]]
+        self, names: Sequence[str], whole: Sequence[Float[Tensor, "*E M N"]]
     ) -> list[Float[Tensor, "*E m n"]]:
         """Return this rank's slices of full matrices."""
-        pairs = zip(names, full, strict=True)
+        pairs = zip(names, whole, strict=True)
         return [slice_local(matrix, self._matrix_spans(name, matrix)) for name, matrix in pairs]
 
     def _gather_matrix(self, name: str, part: Tensor) -> Tensor:

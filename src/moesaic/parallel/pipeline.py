@@ -39,7 +39,7 @@ from moesaic.parallel.stage_serializer import (
 
 @dataclass(frozen=True, slots=True)
 class LossSettings:
-    """Settings of the cross-entropy; ``num_targets`` are the step's predicted tokens on all ranks."""
+    """Settings of the cross-entropy; ``num_targets`` is the step's number, on all ranks."""
 
     num_targets: int
     smoothing: float = 0.0
