@@ -1,8 +1,8 @@
 """Differentiable collectives: the backward pass of each one is its dual collective.
 
 Rows move between the ranks of one group in blocks of any size, zero included. Every rank of the
-group calls the same functions in the same order. ``None`` and a group of one rank move nothing. Sums
-over ranks are made in rank order and, below float32, in float32: the same bits every time.
+group calls the same functions in the same order. ``None`` and a group of one rank move nothing.
+Sums over ranks are made in rank order and, below float32, in float32: the same bits every time.
 
 Letters: R rows given, S rows returned, D the shape of a row (any).
 """

@@ -2,9 +2,9 @@
 
 There is one recorder, as there is one default process group. Every call of ``torch.distributed`` is
 made inside ``record_collective("all_reduce")``; every phase of a step begins with
-``mark_phase("forward")``. When a collective fails because a rank is missing, the error that is raised
-names the rank (``hang_report.py``). Without a group made by ``init_distributed`` nothing is sent and
-errors are unchanged.
+``mark_phase("forward")``. When a collective fails because a rank is missing, the error that is
+raised names the rank (``hang_report.py``). Without a group made by ``init_distributed`` nothing is
+sent and errors are unchanged.
 """
 
 import re

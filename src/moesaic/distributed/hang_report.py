@@ -28,7 +28,7 @@ class Peer:
     """
 
     rank: int
-    heartbeat: Heartbeat = Heartbeat()
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
     members: tuple[int, ...] = ()
     process: str = ""
     state: ProcessState = "alive"

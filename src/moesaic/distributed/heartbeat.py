@@ -1,8 +1,8 @@
 """Heartbeat of a rank: its latest phase and collective, in a memory-mapped file.
 
-A rank writes its heartbeat at every collective and at every phase of a step, some microseconds each.
-The file outlives the process: after SIGKILL it still holds what the rank did last. The watchdog
-(``watchdog.py``) posts it to other machines.
+A rank writes its heartbeat at every collective and at every phase of a step, some microseconds
+each. The file outlives the process: after SIGKILL it still holds what the rank did last. The
+watchdog (``watchdog.py``) posts it to other machines.
 """
 
 import os
@@ -24,9 +24,9 @@ DEFAULT_GROUP = "all"  # the name of the default process group
 class Heartbeat:
     """What a rank did last.
 
-    ``serial`` grows with every write. ``collective_counts`` holds how many collectives of each group
-    the rank has entered; ``op`` is the newest, of ``group``, and ``in_collective`` is true until it
-    ends.
+    ``serial`` grows with every write. ``collective_counts`` holds how many collectives of each
+    group the rank has entered; ``op`` is the newest, of ``group``, and ``in_collective`` is true
+    until it ends.
     """
 
     serial: int = 0

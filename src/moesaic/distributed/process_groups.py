@@ -1,7 +1,7 @@
 """Process groups: size and rank, and the split of a group into inner and outer subgroups.
 
-``None`` stands for a group of one rank. Inner subgroups are runs of consecutive ranks (a node); outer
-ones hold the ranks at the same position of every run.
+``None`` stands for a group of one rank. Inner subgroups are runs of consecutive ranks (a node);
+outer ones hold the ranks at the same position of every run.
 """
 
 from collections.abc import Sequence

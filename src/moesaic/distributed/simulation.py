@@ -1,9 +1,9 @@
 """Simulation of one rank of a large job in one process, with fake tensors and a fake process group.
 
-Under a ``SimulatedRank`` every new floating-point tensor is fake (a shape, a dtype and a device), so
-a trillion parameters take no memory; integers are real, so what depends on them (routing, row
-counts) is computed. A collective returns what it would if every rank sent what this one sends: exact
-if all ranks have the same number of tokens and experts are chosen evenly.
+Under a ``SimulatedRank`` every new floating-point tensor is fake (a shape, a dtype and a device),
+so a trillion parameters take no memory; integers are real, so what depends on them (routing, row
+counts) is computed. A collective returns what it would if every rank sent what this one sends:
+exact if all ranks have the same number of tokens and experts are chosen evenly.
 
 Memory is counted by storage. Use with ``fake_process_group`` and, inside it, a
 ``CommunicationCounter``.
@@ -107,7 +107,7 @@ class SharedChunks(TorchFunctionMode):
     def __torch_function__(
         self,
         func: Any,
-        types: Sequence[type],  # noqa: ARG002 - torch's signature
+        types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:

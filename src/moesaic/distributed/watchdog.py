@@ -1,8 +1,8 @@
 """Watchdog: a thread per rank that posts its heartbeat to the store and reports missing ranks.
 
 Every rank posts its heartbeat to the rendezvous store every few seconds or more often, and its
-failure when it ends with one. The first rank whose collective fails reads all heartbeats and posts a
-hang report, so that all ranks raise the same error. A rank that is still running after a grace
+failure when it ends with one. The first rank whose collective fails reads all heartbeats and posts
+a hang report, so that all ranks raise the same error. A rank that is still running after a grace
 period (it hangs, or waits for one that does) prints its stack traces and exits.
 """
 
