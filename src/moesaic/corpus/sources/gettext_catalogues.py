@@ -89,10 +89,7 @@ def read_catalogue(data: bytes, *, name: str) -> Iterator[CatalogueEntry]:
     """Read .mo or .po bytes by the name's end."""
     if name.endswith(".mo"):
         return parse_mo(data, name=name)
-    lines = (
-        (i, decode_utf8(x, path=name, line=i)) for i, x in enumerate(data.split(b"\n"), start=1)
-    )
-    return parse_po(lines, name=name)
+    return parse_po(decode_utf8(data, path=name), name=name)
 
 
 def entry_to_pair(
