@@ -35,7 +35,7 @@ class _PoText(str):
 
     __slots__ = ()
 
-    def splitlines(self, *_: object) -> list[str]:
+    def splitlines(self, *_: object) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.split("\n")
 
 
@@ -68,7 +68,7 @@ def parse_mo(data: bytes, *, name: str) -> Iterator[CatalogueEntry]:
         raise DataError(f"{name}: not a compiled catalogue: it starts with {data[:4].hex(' ')}")
     try:
         _check_complete(data, order=order, name=name)
-        return _translated(polib.mofile(data))
+        return _translated(polib.mofile(data))  # pyright: ignore[reportArgumentType]
     except (OSError, struct.error) as error:
         raise DataError(f"{name}: cut short: its tables end too early ({error})") from error
     except UnicodeDecodeError as error:

@@ -21,7 +21,7 @@ from moesaic.corpus.readers.properties import parse_properties
 from moesaic.corpus.sources.apt import deb_members, debian_licence, fetch_debs
 from moesaic.corpus.sources.text_source import (
     LanguageFilter,
-    ProgressListener,
+    Progress,
     SourceFile,
     TextSource,
 )
@@ -42,7 +42,7 @@ class FirefoxMessages(TextSource):
     prefix: str = "firefox-esr-l10n"
     english: tuple[str, ...] = ("en-ca", "en-gb")
 
-    def fetch(self, *, progress: ProgressListener) -> tuple[SourceFile, ...]:
+    def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
         units = fetch_debs((f"{self.prefix}-*",), progress=progress)
         if not any(_english_packs(unit, self) for unit in units if not unit.missing_reason):
             wanted = " nor ".join(f"{self.prefix}-{code}" for code in self.english)
