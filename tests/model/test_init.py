@@ -96,4 +96,4 @@ def test_a_module_has_the_last_word_on_how_its_parameters_start():
     assert not model.get_parameter(inner + "experts.up_b").any()
     up = model.get_parameter(inner + "experts.up_a").detach()
     assert float(up.std()) == pytest.approx(DIM**-0.5, rel=0.1)
-    assert kinds[inner + "beside.coefficient.weight"] == "router"
+    assert kinds[inner + "shared_experts.coefficient.weight"] == "router"

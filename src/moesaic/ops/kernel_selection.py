@@ -102,7 +102,9 @@ def _triton_selection(device: str, dtype: torch.dtype, activation: str) -> _Trit
     failure = check.kernel_failure(torch.device(device), dtype=dtype, activation=activation)
     if failure:
         return _TritonSelection(None, f"the Triton kernels failed a trial on {device}: {failure}")
-    return _TritonSelection(check.TritonMoEKernel(), f"the Triton kernels passed a trial on {device}")
+    return _TritonSelection(
+        check.TritonMoEKernel(), f"the Triton kernels passed a trial on {device}"
+    )
 
 
 @cache

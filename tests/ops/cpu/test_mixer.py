@@ -218,7 +218,10 @@ def test_what_is_kept_is_x_the_pre_activation_and_a_few_numbers_per_edge(fused):
         fused(x, edges=edges, weights=banks, activation=SwiGLU())
     held = {t.data_ptr() for t in (x, banks.up, banks.down)}
     kept = sum(t.numel() * t.element_size() for t in saved if t.data_ptr() not in held)
-    assert kept == 60 * 4 * fused.saved_activations(dim=16, width=64, bias=False, live_share=1.0) + 4 * E
+    assert (
+        kept
+        == 60 * 4 * fused.saved_activations(dim=16, width=64, bias=False, live_share=1.0) + 4 * E
+    )
 
 
 def test_biases_and_other_dtypes_take_the_composed_path(fused):

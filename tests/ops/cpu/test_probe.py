@@ -60,7 +60,9 @@ def test_what_is_no_library_is_not_used(tmp_path):
 
 def test_without_a_library_the_composed_path_is_taken_and_the_doctor_says_why(monkeypatch, capsys):
     monkeypatch.setattr(
-        kernel_selection, "load_library", lambda: LibraryStatus(None, "no C compiler (cc) on the PATH")
+        kernel_selection,
+        "load_library",
+        lambda: LibraryStatus(None, "no C compiler (cc) on the PATH"),
     )
     assert isinstance(select_moe_kernel(torch.zeros(1), activation=SwiGLU()), UnfusedMoEKernel)
     pick = selected_kernels("cpu")[0]
