@@ -31,7 +31,7 @@ METRIC_LABELS = (
 
 @dataclass(slots=True)
 class RunStatus:
-    """The state of a run on display: ``values`` are its newest metrics, ``losses`` the loss names."""
+    """The state of a run: ``values`` are its newest metrics, ``losses`` the names of losses."""
 
     steps: int
     losses: tuple[str, ...] = ()

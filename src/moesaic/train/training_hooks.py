@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+
 from moesaic.checkpoint.checkpoint_directory import RetentionPolicy
 from moesaic.checkpoint.full_checkpoint import save_checkpoint
 from moesaic.checkpoint.sharded_checkpoint import CheckpointSaver
