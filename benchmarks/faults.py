@@ -22,15 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support import write_result
-
-from moesaic.checkpoint.run_directory import RunDir
-from moesaic.checkpoint.safetensors_io import read_tensors
-from moesaic.moe.balance import SwitchBalance
-from moesaic.moe.config import MoE
-from moesaic.moe.select import TopK
-from moesaic.testing.compare_runs import compare_run_dirs
-from moesaic.testing.fault_trials import (
+from compare_runs import compare_run_dirs
+from fault_trials import (
     Fault,
     FaultInjection,
     FaultResult,
@@ -39,6 +32,13 @@ from moesaic.testing.fault_trials import (
     run_job,
     sample_faults,
 )
+from support import write_result
+
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.safetensors_io import read_tensors
+from moesaic.moe.balance import SwitchBalance
+from moesaic.moe.config import MoE
+from moesaic.moe.select import TopK
 from moesaic.testing.tiny_models import synthetic_run, tiny_model_config
 from moesaic.train.resume import ResumeLatest
 from moesaic.train.run import CheckpointConfig, Run
@@ -62,7 +62,7 @@ def the_run(world: int, *, steps: int = 30) -> Run:
         model=model,
         steps=steps,
         checkpoint=CheckpointConfig(every=2),
-        patience_s=PATIENCE_S[world],
+        collective_timeout_s=PATIENCE_S[world],
         name="faulty",
     )
 

@@ -2,7 +2,7 @@
 
     python benchmarks/fuzz_plans.py --cases 300
 
-Everything is drawn (``testing/random_cases.py``): rules of routing, heads, experts, biases,
+Everything is drawn (``benchmarks/random_cases.py``): rules of routing, heads, experts, biases,
 lengths, rows (so that some ranks hold no token), ranks and the plan. Two steps each, with AdamW or
 Muon.
 """
@@ -18,13 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_cases import RandomCase, random_cases
 from support import write_result
 
-from moesaic.testing.random_cases import RandomCase, random_cases
 from moesaic.verify.compare_plans import PlanResult, compare_plans, make_setup
 from moesaic.verify.trace_differences import TraceDifferences
 
-PARTS = ("select", "limit", "noise", "expert", "beside", "spare", "exchange", "condition", "link")
+PARTS = (
+    "select",
+    "limit",
+    "noise",
+    "expert",
+    "shared_experts",
+    "null_experts",
+    "dispatch_projection",
+    "router_input",
+    "cross_layer",
+)
 
 
 def judge(case: RandomCase) -> PlanResult:
@@ -53,7 +63,9 @@ def drawn(tried: Iterable[RandomCase]) -> dict[str, int]:
             n for n, v in plan.items() if not isinstance(v, bool) and (v or 0) > (n != "zero")
         )
         counts.update(
-            v["kind"] for n, v in case.parallel.to_dict().items() if n in ("reach", "journey")
+            v["kind"]
+            for n, v in case.parallel.to_dict().items()
+            if n in ("context_parallel", "dispatch")
         )
     return dict(sorted(counts.items()))
 

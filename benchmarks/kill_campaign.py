@@ -15,13 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from kill_trials import kill_and_resume
 from support import write_result
 
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity, RandomPriority
 from moesaic.moe.select import TopK
-from moesaic.testing.kill_trials import kill_and_resume
 from moesaic.testing.tiny_models import synthetic_run, tiny_model_config
 from moesaic.train.run import CheckpointConfig, Run
 
@@ -37,7 +37,11 @@ def the_run(steps: int) -> Run:
     """Dropout and random drops, so that random numbers matter; saves at every other step."""
     model = tiny_model_config(moe=MOE, layers=2).replace(vocab_size=400, dropout=0.1)
     return synthetic_run(
-        model=model, steps=steps, accumulate=2, checkpoint=CheckpointConfig(every=2), name="killed"
+        model=model,
+        steps=steps,
+        gradient_accumulation_steps=2,
+        checkpoint=CheckpointConfig(every=2),
+        name="killed",
     )
 
 

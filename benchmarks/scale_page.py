@@ -17,18 +17,18 @@ HEAD = """# Scale: plans for ranks you do not have
 *Written by `benchmarks/scale_page.py` from `benchmarks/results/scale.json`.*
 
 `moesaic scale` prices a plan before there is any rank: what rank 0 holds, by kind, and what it
-sends in a step, by collective and axis. With `--rehearse` it also takes one step as rank 0: the
+sends in a step, by collective and axis. With `--dry-run` it also takes one step as rank 0: the
 real model is cut, shared out and trained on fake tensors, in a fake process group, and nothing is
 allocated.
 
 ```console
-$ moesaic scale zcode-m3-64 --world 64 --set parallel.plan.expert=64 --set parallel.plan.zero=2
-$ moesaic scale tiny --world 8 --rows 2x8+8 --set parallel.plan.zero=3 --rehearse
+$ moesaic scale zcode-m3-64 --world-size 64 --set parallel.plan.expert=64 --set parallel.plan.zero=2
+$ moesaic scale tiny --world-size 8 --micro-batch 2x8+8 --set parallel.plan.zero=3 --dry-run
 ```
 
 ```sh
-moesaic scale trillion-384 --world 1024 --rows 1x0+384 --set parallel.plan.expert=128 \\
-    --set parallel.plan.tensor=8 --set parallel.plan.zero=3 --rehearse
+moesaic scale trillion-384 --world-size 1024 --micro-batch 1x0+384 --set parallel.plan.expert=128 \\
+    --set parallel.plan.tensor=8 --set parallel.plan.zero=3 --dry-run
 ```
 
 In Python: `ParameterInventory(config).on(parallel, world=64)` and then `estimate_memory` (`parallel/memory_estimate.py`) and
@@ -43,7 +43,7 @@ What is exact and what is not:
   what travels weighs as much as what is kept, the peak may be above it.
 - Routing is taken to be even. A real router sends more to some ranks.
 - One pipeline stage. Storage is what this package does: float32 weights, gradients and AdamW, 16
-  bytes per parameter (`--mixed`: 2 + 2 + 12, also 16).
+  bytes per parameter (`--mixed-precision`: 2 + 2 + 12, also 16).
 - The widths of `zcode-m3-64` and `zcode-200b`, and the attention of `trillion-384`, are ours
   (`model/presets`).
 """

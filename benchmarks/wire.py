@@ -17,24 +17,25 @@ from typing import Any
 
 import torch
 import torch.distributed as distributed
-from support import write_result
-from torch import nn
-from wire_page import write_page
-
-from moesaic.distributed.communication_cost import LinearCost
-from moesaic.distributed.communication_counter import CommunicationCounter
-from moesaic.distributed.dispatch_volume import (
+from dispatch_volume import (
     DispatchedTokens,
     all_to_all_bytes,
     all_to_all_inter_node_bytes,
     data_expert_model_bytes,
     hierarchical_inter_node_bytes,
 )
+from support import write_result
+from torch import nn
+from wire_page import write_page
+
+from moesaic.distributed.communication_counter import CommunicationCounter
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.process_groups import Group, Subgroups, group_size, split_group
 from moesaic.moe.adaptive_dispatcher import (
     AdaptiveDispatcher,
     DispatchCosts,
     GatherDegrees,
+    LinearCost,
     StepLoad,
     possible_gather_degrees,
 )
@@ -49,7 +50,6 @@ from moesaic.moe.router_logits import LayerIndex
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import TopK
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
-from moesaic.testing.ranks import run_on_ranks
 
 RANKS, NODE, E, D, F = 8, 4, 8, 128, 64
 BY_BYTES = DispatchCosts(

@@ -58,7 +58,7 @@ class Section:
     def command(self) -> str:
         """What a user types for the same table."""
         changes = " ".join(f"\\\n    --set {shlex.quote(change)}" for change in self.changes)
-        return f"moesaic verify {self.recipe} --world {WORLD} {changes}"
+        return f"moesaic verify {self.recipe} --world-size {WORLD} {changes}"
 
 
 SECTIONS = (

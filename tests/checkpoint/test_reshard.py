@@ -97,9 +97,9 @@ class Watching(QuickDisk):
     def __init__(self):
         self.most = 0
 
-    def write(self, path, *, pieces):
+    def write(self, path, *, chunks):
         with path.open("wb") as stream:
-            for piece in pieces:
+            for piece in chunks:
                 stream.write(piece)
                 self.most = max(self.most, anonymous_bytes())
 

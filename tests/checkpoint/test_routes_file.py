@@ -49,7 +49,7 @@ def written(path, *batches, **about):
 
 
 def same(left, right):
-    assert (left.layer, left.spare) == (right.layer, right.spare)
+    assert (left.layer, left.num_null_experts) == (right.layer, right.num_null_experts)
     assert left.tokens.equal(right.tokens)
     assert torch.equal(left.tokens.language, right.tokens.language)
     one, other = left.routing, right.routing

@@ -84,8 +84,8 @@ class Killed(BaseException):
 class QuickDisk(Disk):
     """Does not wait for the medium: most of a test's time would go there."""
 
-    def write(self, path, *, pieces):
-        path.write_bytes(b"".join(bytes(p) for p in pieces))
+    def write(self, path, *, chunks):
+        path.write_bytes(b"".join(bytes(p) for p in chunks))
 
     def sync_dir(self, path):
         pass
@@ -106,10 +106,10 @@ class DyingDisk(QuickDisk):
         self._live()
         super().make_dir(path)
 
-    def write(self, path, *, pieces):
-        whole = b"".join(bytes(p) for p in pieces)
+    def write(self, path, *, chunks):
+        whole = b"".join(bytes(p) for p in chunks)
         self._live_or_leave(lambda: path.write_bytes(whole[: len(whole) // 2]))
-        super().write(path, pieces=[whole])
+        super().write(path, chunks=[whole])
 
     def rename(self, old, *, new):
         self._live()
@@ -164,9 +164,9 @@ class FullDisk(Disk):
     def __init__(self, room, code=errno.ENOSPC):
         self.room, self.code = room, code
 
-    def write(self, path, *, pieces):
+    def write(self, path, *, chunks):
         def passing():
-            for piece in pieces:
+            for piece in chunks:
                 self.room -= len(piece)
                 if self.room < 0:
                     yield bytes(piece)[: len(piece) // 2]

@@ -13,8 +13,8 @@ from moesaic.checkpoint.full_checkpoint import find_latest_checkpoint, load_chec
 from moesaic.checkpoint.sharded_checkpoint import CheckpointSaver, load_sharded, save_sharded
 from moesaic.checkpoint.snapshot import RankSnapshot, Shard, ShardBlock
 from moesaic.core.errors import CheckpointError
+from moesaic.distributed.forked_ranks import RankError, run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
-from moesaic.testing.ranks import RankError, run_on_ranks
 
 KEEP = RetentionPolicy(2)
 BANKS = {"up": 4}
@@ -59,12 +59,12 @@ class Dying(QuickDisk):
         self._live()
         super().make_dir(path)
 
-    def write(self, path, *, pieces):
-        whole = b"".join(bytes(p) for p in pieces)
+    def write(self, path, *, chunks):
+        whole = b"".join(bytes(p) for p in chunks)
         if self.left == 0:
             path.write_bytes(whole[: len(whole) // 2])
         self._live()
-        super().write(path, pieces=[whole])
+        super().write(path, chunks=[whole])
 
     def rename(self, old, *, new):
         self._live()
@@ -121,12 +121,12 @@ class Refusing(QuickDisk):
     def __init__(self, writes: int) -> None:
         self.left = writes
 
-    def write(self, path, *, pieces):
+    def write(self, path, *, chunks):
         self.left -= 1
         if self.left < 0:
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        super().write(path, pieces=pieces)
+        super().write(path, chunks=chunks)
 
 
 def save_on_full_disks(root: Path) -> list[str]:
@@ -160,8 +160,8 @@ def test_a_disk_that_is_full_on_one_rank_is_said_on_all_and_loses_nothing(tmp_pa
 class Elsewhere(QuickDisk):
     """The disk of a machine that does not share its directory."""
 
-    def write(self, path, *, pieces):
-        del path, pieces
+    def write(self, path, *, chunks):
+        del path, chunks
 
 
 def save_on_two_machines(root: Path) -> str:

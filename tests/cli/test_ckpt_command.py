@@ -88,7 +88,7 @@ def test_diff_names_what_differs(tmp_path, capsys):
 
 def test_reshard_writes_the_form_that_is_asked_for(tmp_path, capsys):
     path = str(written(tmp_path, "three shards"))
-    whole = told(["ckpt", "reshard", path, "--whole", "--out", str(tmp_path / "w")], capsys)
+    whole = told(["ckpt", "reshard", path, "--unsharded", "--out", str(tmp_path / "w")], capsys)
     assert whole["files"] == [
         "manifest.json",
         "model.safetensors",
@@ -100,4 +100,4 @@ def test_reshard_writes_the_form_that_is_asked_for(tmp_path, capsys):
     for made in ("w", "c"):
         assert same(load_checkpoint(tmp_path / made), snapshot())
     error = told(["ckpt", "reshard", path, "--out", str(tmp_path / "x")], capsys, code=2)["error"]
-    assert "expected one of --ranks N and --whole" in error
+    assert "expected one of --shards N and --unsharded" in error

@@ -116,13 +116,13 @@ def test_explain_compares_a_preset_with_what_was_published(capsys):
     assert "dim" in found["guessed"]
 
 
-SCALE = ["scale", "tiny", "--world", "8", "--rows", "2x8+8"]
+SCALE = ["scale", "tiny", "--world-size", "8", "--micro-batch", "2x8+8"]
 
 
 def test_scale_prices_a_plan_and_a_rehearsal_agrees(capsys):
-    main_ok([*SCALE, "--set", "parallel.plan.zero=3", "--rehearse", "--json"])
+    main_ok([*SCALE, "--set", "parallel.plan.zero=3", "--dry-run", "--json"])
     found = last_json(capsys)
-    said, done = found["bytes"], found["rehearsal"]
+    said, done = found["bytes"], found["dry_run"]
     assert [done[k] for k in ("weights", "gradients", "optimizer")] == [
         said[k] for k in ("weights", "gradients", "optimizer")
     ]
@@ -137,7 +137,18 @@ def test_scale_shows_tables_and_takes_presets(capsys):
     shown = capsys.readouterr().out
     assert "rank 0 sends per step" in shown
     assert "all-reduce" in shown
-    main_ok(["scale", "zcode-m3", "--world", "2", "--rows", "1x8+8", "--mixed", "--json"])
+    main_ok(
+        [
+            "scale",
+            "zcode-m3",
+            "--world-size",
+            "2",
+            "--micro-batch",
+            "1x8+8",
+            "--mixed-precision",
+            "--json",
+        ]
+    )
     found = last_json(capsys)
     assert found["capacity"] is None, "a dense model has no experts to add"
     assert found["storage"]["weight"] == 2
@@ -146,7 +157,7 @@ def test_scale_shows_tables_and_takes_presets(capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--rows", "8"], "8x512+512"),
+        (["--micro-batch", "8"], "8x512+512"),
         (["--set", "parallel.plan.data=3"], "3 ranks, but there are 8"),
         (["--set", "parallel.plan.tensor=8"], "must divide"),
     ],
@@ -363,7 +374,7 @@ def test_a_run_goes_on_from_its_directory_alone(capsys, home):
     main_ok(["train", "--resume", "runs/two", "--quiet", "--json"])
     found = last_json(capsys)
     assert found["steps"] == 12
-    assert found["stopped"] == "finished"
+    assert found["stop_reason"] == "finished"
 
 
 def test_an_altered_checkpoint_is_named_and_the_one_before_is_taken(capsys, home):
@@ -402,7 +413,7 @@ def test_eval_takes_two_aligned_files_and_a_limit(capsys, home):
 
 def test_launch_prints_a_whole_file_and_says_how_many_ranks(capsys):
     words = ["tiny", "--nodes", "2", "--gpus-per-node", "8", "--set", "steps=70"]
-    main_ok(["launch", *words, "--on", 'Slurm(time="1:00:00", partition="gpu")'])
+    main_ok(["launch", *words, "--launcher", 'Slurm(time="1:00:00", partition="gpu")'])
     said = capsys.readouterr()
     assert said.out.startswith("#!/bin/bash\n# tiny: 2 x 8 GPUs = 16 ranks")
     assert "--set steps=70" in said.out
@@ -422,8 +433,8 @@ def test_launch_writes_a_file_instead(capsys, tmp_path):
 def test_launch_refuses_what_cannot_start(capsys):
     tiny = ["launch", "tiny", "--gpus-per-node", "8"]
     assert "nodes: found 0, expected at least 1" in refused([*tiny, "--nodes", "0"], capsys)
-    assert 'did you mean "slurm"' in refused([*tiny, "--on", "slrm"], capsys)
-    assert "Kubernetes.image: missing" in refused([*tiny, "--on", "kubernetes"], capsys)
+    assert 'did you mean "slurm"' in refused([*tiny, "--launcher", "slrm"], capsys)
+    assert "Kubernetes.image: missing" in refused([*tiny, "--launcher", "kubernetes"], capsys)
     assert "unknown key" in refused([*tiny, "--set", "stepz=3"], capsys)
     plan = ["--set", "parallel.plan.tensor=3"]
     assert "tensor" in refused([*tiny, *plan], capsys), "eight ranks make no such plan"

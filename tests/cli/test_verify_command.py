@@ -8,7 +8,7 @@ from defects import DEFECTS
 
 from moesaic.cli.main import main
 
-OWN = ["verify", "tiny", "--world", "2", "--plans", "own", "--steps", "1"]
+OWN = ["verify", "tiny", "--world-size", "2", "--plans", "config", "--steps", "1"]
 EXPERT = ["--set", "parallel.plan.expert=2"]
 
 

@@ -13,8 +13,8 @@ from moesaic.distributed.collectives import (
     reduce_from_group,
     reduce_scatter_rows,
 )
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.process_groups import group_rank, group_size
-from moesaic.testing.ranks import run_on_ranks
 
 RANKS, D = 4, 3
 SENT = ((0, 2, 1, 0), (3, 0, 0, 0), (0, 0, 0, 0), (1, 1, 1, 2))  # [from, to]; rank 2 has no rows

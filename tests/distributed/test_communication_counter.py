@@ -19,7 +19,7 @@ from moesaic.distributed.collectives import (
     reduce_scatter_rows,
 )
 from moesaic.distributed.communication_counter import CommunicationCounter
-from moesaic.testing.ranks import run_on_ranks
+from moesaic.distributed.forked_ranks import run_on_ranks
 
 RANKS, D = 4, 6
 

@@ -28,10 +28,10 @@ class Found:
 
     def close(self) -> None: ...
 
-    def fail(self, text: str) -> None:
+    def post_failure(self, text: str) -> None:
         self.told.append(text)
 
-    def verdict(self, cause: str) -> HangReport:
+    def report_hang(self, cause: str) -> HangReport:
         self.causes.append(cause)
         return HangReport("rank 3 is gone", (3,))
 
@@ -41,7 +41,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Found:
     watch = Found()
     here = FlightRecorder()
     here.open(watch)  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(flight_recorder, "FLIGHT", here)
+    monkeypatch.setattr(flight_recorder, "FLIGHT_RECORDER", here)
     return watch
 
 

@@ -24,7 +24,7 @@ def _peer(rank: int, count: int, *, inside: bool = False, world: int = 4, **chan
         in_collective=inside,
         collective_counts={DEFAULT_GROUP: count},
     )
-    given = {"mark": mark, "members": tuple(range(world)), "process": f"{40 + rank} on a"}
+    given = {"heartbeat": mark, "members": tuple(range(world)), "process": f"{40 + rank} on a"}
     return Peer(rank, **given | changes)
 
 
@@ -83,7 +83,7 @@ def test_a_rank_that_waits_elsewhere_is_no_cause() -> None:
         in_collective=True,
         collective_counts={"pair": 9, DEFAULT_GROUP: 117},
     )
-    middle = _peer(1, 117, mark=pair, members=(1, 2))
+    middle = _peer(1, 117, heartbeat=pair, members=(1, 2))
     verdict = _judge(
         _peer(0, 118, inside=True), middle, _peer(2, 117, state="gone"), _peer(3, 118, inside=True)
     )
@@ -103,7 +103,7 @@ def test_where_nobody_is_missing_all_places_and_torchs_words_are_given() -> None
     other = Heartbeat(
         op="all_gather", in_collective=True, step=7, collective_counts={DEFAULT_GROUP: 118}
     )
-    verdict = _judge(*WAITING, _peer(3, 118, mark=other))
+    verdict = _judge(*WAITING, _peer(3, 118, heartbeat=other))
     assert verdict.ranks == ()
     assert "it said so" in verdict.sentence
     assert "rank 3 in all_gather #118" in verdict.sentence

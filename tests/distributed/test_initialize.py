@@ -3,9 +3,9 @@
 import pytest
 
 from moesaic.core.errors import UserError
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.initialize import init_distributed
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
-from moesaic.testing.ranks import run_on_ranks
 
 
 @pytest.fixture(autouse=True)

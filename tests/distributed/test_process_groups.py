@@ -3,8 +3,8 @@
 import pytest
 import torch.distributed as distributed
 
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.process_groups import Group, split_group
-from moesaic.testing.ranks import run_on_ranks
 
 
 def _ranks(group: Group) -> list[int] | None:

@@ -6,9 +6,9 @@ import pytest
 
 from moesaic.core.errors import UserError
 from moesaic.distributed import rank0
+from moesaic.distributed.forked_ranks import RankError, run_on_ranks
 from moesaic.distributed.rank0 import run_on_rank0
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
-from moesaic.testing.ranks import RankError, run_on_ranks
 
 
 def _answer() -> tuple[list[int], list[int]]:

@@ -38,13 +38,13 @@ def test_a_process_runs_is_stopped_or_is_gone() -> None:
     assert process_state(process.pid) == "gone"
 
 
-def _watches(patience_s: float) -> tuple[list[Watchdog], distributed.TCPStore]:
+def _watches(timeout_s: float) -> tuple[list[Watchdog], distributed.TCPStore]:
     server = distributed.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5)
     )
     clients = [distributed.TCPStore("127.0.0.1", server.port, is_master=False) for _ in range(2)]
     made = [
-        Watchdog(client, rank=rank, size=2, timeout_s=patience_s, heartbeat_file=HeartbeatFile())
+        Watchdog(client, rank=rank, size=2, timeout_s=timeout_s, heartbeat_file=HeartbeatFile())
         for rank, client in enumerate(clients)
     ]
     return made, server
@@ -52,8 +52,8 @@ def _watches(patience_s: float) -> tuple[list[Watchdog], distributed.TCPStore]:
 
 def _said_while_rank_1_is_away(monkeypatch: pytest.MonkeyPatch, *, inside: bool) -> list[str]:
     said: list[str] = []
-    monkeypatch.setattr(watch_module, "_say", said.append)
-    (here, there), server = _watches(patience_s=1.0)
+    monkeypatch.setattr(watch_module, "_print_stderr", said.append)
+    (here, there), server = _watches(timeout_s=1.0)
     here.start()
     there.start()
     for watch in (here, there):
@@ -83,8 +83,8 @@ def test_a_rank_that_is_waited_for_is_said_at_half_of_the_patience(
 
 def test_ranks_that_are_all_at_work_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(watch_module, "_say", said.append)
-    watches, server = _watches(patience_s=0.4)
+    monkeypatch.setattr(watch_module, "_print_stderr", said.append)
+    watches, server = _watches(timeout_s=0.4)
     for watch in watches:
         watch.start()
         watch.heartbeat_file.mark_phase("forward", step=3)
@@ -96,7 +96,7 @@ def test_ranks_that_are_all_at_work_are_left_alone(monkeypatch: pytest.MonkeyPat
 
 
 def test_all_ranks_say_what_the_first_one_found() -> None:
-    (here, there), server = _watches(patience_s=1.0)
+    (here, there), server = _watches(timeout_s=1.0)
     here.start()
     there.start()
     here.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
@@ -111,8 +111,8 @@ def test_all_ranks_say_what_the_first_one_found() -> None:
 
 def test_a_rank_of_another_machine_is_known_by_its_beats(monkeypatch: pytest.MonkeyPatch) -> None:
     names = iter(["here 1", "there 2"])
-    monkeypatch.setattr(watch_module, "_machine", lambda: next(names))
-    (here, there), server = _watches(patience_s=1.0)
+    monkeypatch.setattr(watch_module, "_machine_id", lambda: next(names))
+    (here, there), server = _watches(timeout_s=1.0)
     here.start()
     there.start()
     here.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
@@ -125,7 +125,7 @@ def test_a_rank_of_another_machine_is_known_by_its_beats(monkeypatch: pytest.Mon
 
 
 def test_a_store_that_is_gone_is_said() -> None:
-    (here, _), server = _watches(patience_s=1.0)
+    (here, _), server = _watches(timeout_s=1.0)
     here.heartbeat_file.mark_phase("forward", step=3)
     here.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
     del server

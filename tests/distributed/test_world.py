@@ -5,8 +5,8 @@ import torch
 import torch.distributed as distributed
 
 from moesaic.distributed import world as world_module
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
-from moesaic.testing.ranks import run_on_ranks
 
 
 def _everything() -> dict[str, object]:

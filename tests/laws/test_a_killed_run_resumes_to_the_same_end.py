@@ -6,8 +6,8 @@
 from pathlib import Path
 
 import pytest
+from kill_trials import kill_and_resume
 
-from moesaic.testing.kill_trials import kill_and_resume
 from moesaic.testing.tiny_models import synthetic_run
 from moesaic.train.run import CheckpointConfig
 

@@ -10,6 +10,7 @@ import torch.distributed as distributed
 
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.mesh import STAGE_AXES, Mesh
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
@@ -41,7 +42,6 @@ from moesaic.parallel.pipeline_schedules import (
     can_split_backward,
 )
 from moesaic.parallel.pipeline_stages import BalancedSplit, PipelineStages
-from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny_models import (
     BALANCED_TOP1,
     LANGUAGES,

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as distributed
 
 from moesaic.distributed.communication_counter import CommunicationCounter
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.mesh import Mesh
 from moesaic.distributed.world import local_tensor
 from moesaic.model.config import ModelConfig
@@ -24,9 +25,8 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.memory_estimate import estimate_memory
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
 from moesaic.parallel.parameter_inventory import ParameterInventory
-from moesaic.testing.ranks import run_on_ranks
 from moesaic.train.dry_run import (
-    communication_volume,
+    measured_volume,
     dummy_batch,
     mesh_groups,
     simulate_step,
@@ -99,7 +99,7 @@ def _step() -> dict[str, tuple[list[int], Lines, list[int], Lines]]:
         forecast = [said.weights, said.gradients, said.optimizer]
         same = _same(mesh)
         lines = _sums(communication_volume(holding, sizes=SIZES), same)
-        found[name] = (held, _sums(communication_volume(wire), same), forecast, lines)
+        found[name] = (held, _sums(measured_volume(wire), same), forecast, lines)
     return found
 
 

@@ -4,20 +4,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from random_shards import (
+    FullTensors,
+    fill_with_sentinel,
+    mismatched_tensors,
+    random_shards,
+)
 
 from moesaic.checkpoint.checkpoint_directory import RetentionPolicy
 from moesaic.checkpoint.full_checkpoint import load_checkpoint, save_checkpoint
 from moesaic.checkpoint.reshard import ShardedForm, reshard
 from moesaic.checkpoint.sharded_checkpoint import CheckpointSaver, load_sharded, save_sharded
 from moesaic.checkpoint.snapshot import RankSnapshot, Snapshot
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
-from moesaic.testing.random_shards import (
-    FullTensors,
-    fill_with_sentinel,
-    mismatched_tensors,
-    random_shards,
-)
-from moesaic.testing.ranks import run_on_ranks
 
 BANKS = {"experts.up": 6, "experts.bias": 6}
 LAYOUTS = 8

@@ -8,6 +8,7 @@ import torch
 
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import ProcessGroupWorld
 from moesaic.model.config import ModelConfig, Stack
@@ -27,7 +28,6 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ring
 from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.sharding_plan import slice_local
-from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny_models import random_batch, shard_batch, tiny_model_config
 
 CAPPED = MoE(

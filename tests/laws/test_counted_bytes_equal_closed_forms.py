@@ -8,9 +8,10 @@ import torch
 import torch.distributed as distributed
 from torch import nn
 
-from moe.far_cases import D, E, F, bank
+from moe.dispatch_cases import D, E, F, bank
 from moesaic.distributed.communication_counter import CommunicationCounter
-from moesaic.distributed.dispatch_volume import DispatchedTokens, data_expert_model_bytes
+from dispatch_volume import DispatchedTokens, data_expert_model_bytes
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.process_groups import group_size, split_group
 from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher
 from moesaic.moe.config import MoE
@@ -22,7 +23,6 @@ from moesaic.moe.router_logits import LayerIndex
 from moesaic.moe.routing import Routing
 from moesaic.moe.select import TopK
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
-from moesaic.testing.ranks import run_on_ranks
 
 RANKS, K = 4, 2
 SETS = torch.tensor(list(combinations(range(E), K)))  # a token for each: an even load

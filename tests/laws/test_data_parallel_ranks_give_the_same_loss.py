@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moe.variants import BALANCES, balanced
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
 from moesaic.model.transformer import Transformer
 from moesaic.moe.balance import MutualInformationBalance, SequenceBalance, TargetLoadBalance
@@ -26,7 +27,6 @@ from moesaic.optim.optimizer import AdamW
 from moesaic.parallel.batch_ranks import BatchRanks
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import parallelize
-from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny_models import (
     BALANCED_TOP1,
     LANGUAGES,

@@ -4,8 +4,8 @@ from dataclasses import replace
 from itertools import islice
 
 import pytest
+from random_cases import random_cases
 
-from moesaic.testing.random_cases import random_cases
 from moesaic.verify.compare_plans import compare_plans, make_setup
 
 CASES = list(islice(random_cases(7, max_ranks=3), 6))

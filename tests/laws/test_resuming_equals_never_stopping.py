@@ -8,6 +8,7 @@ import torch
 
 from moe.variants import balanced
 from moesaic.checkpoint.full_checkpoint import load_checkpoint, save_checkpoint
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld
 from moesaic.model.block_layout import ParallelResidual
 from moesaic.moe.attention_experts import MixtureOfAttention
@@ -23,7 +24,6 @@ from moesaic.moe.router_noise import StochasticWarmup
 from moesaic.moe.select import NullTopK, TopK
 from moesaic.moe.shared_experts import ResidualExpert
 from moesaic.optim.optimizer import Muon
-from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.run import Run
 from moesaic.train.trainer import Trainer

@@ -7,6 +7,7 @@ import torch
 
 from moesaic.checkpoint.full_checkpoint import load_checkpoint
 from moesaic.core.shapes import Tensor
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
 from moesaic.moe.balance import SwitchBalance
@@ -16,7 +17,6 @@ from moesaic.moe.limit import Capacity
 from moesaic.moe.select import TopK
 from moesaic.optim.optimizer import AdamW
 from moesaic.parallel.config import ParallelConfig
-from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.loop import training_loop
 from moesaic.train.run import Run
@@ -43,7 +43,7 @@ Weights = dict[str, Tensor]
 def _run(plan: dict[str, int]) -> Run:
     return tiny_run(
         steps=STEPS,
-        accumulate=2,
+        gradient_accumulation_steps=2,
         model=tiny_model_config(moe=LEARNS).replace(dropout=0.0),
         optimizer=AdamW(lr=1e-3, eps=1e-4),  # a tiny gradient must not decide a whole step's sign
         parallel=ParallelConfig(plan=ParallelPlan(**plan)),

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.distributed as distributed
 
-from moe.far_cases import FEW, E, Result, bank, carried, compare, here, whole
+from moe.dispatch_cases import FEW, E, Result, bank, carried, compare, here, whole
 from moesaic.distributed.communication_counter import CommunicationCounter
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher
 from moesaic.moe.chunked_dispatcher import ChunkedAllToAllDispatcher, OverlapDegrees
 from moesaic.moe.dispatcher import Dispatcher
-from moesaic.testing.ranks import run_on_ranks
 
 DEGREES = [OverlapDegrees(1, 1), OverlapDegrees(4, 2), OverlapDegrees(1, 8), OverlapDegrees(2, 3)]
 

@@ -50,9 +50,7 @@ def _run(compute, expert, activation, *, bias, **options):
 def test_an_engine_equals_the_definition_with_gradients(engine, route, bias):
     options = {"bias": bias}
     want = _run(reference_feed_forward, ROUTES[route], SwiGLU(), **options)
-    got = _run(
-        grouped_feed_forward, ROUTES[route], SwiGLU(), engine=GROUPED_GEMMS[engine], **options
-    )
+    got = _run(grouped_feed_forward, ROUTES[route], SwiGLU(), gemm=GROUPED_GEMMS[engine], **options)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -61,7 +59,7 @@ def test_an_engine_equals_the_definition_with_gradients(engine, route, bias):
 def test_any_activation_is_differentiated(activation):
     want = _run(reference_feed_forward, ROUTES["skewed"], activation, bias=False)
     engine = GROUPED_GEMMS["segments"]
-    got = _run(grouped_feed_forward, ROUTES["skewed"], activation, bias=False, engine=engine)
+    got = _run(grouped_feed_forward, ROUTES["skewed"], activation, bias=False, gemm=engine)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 

@@ -11,16 +11,16 @@ from moesaic.optim.lr_schedule import WSD, Constant, Cosine, InverseSqrt, Linear
     "schedule", [WSD(), Cosine(), InverseSqrt(warmup=100), Constant(warmup=100)]
 )
 def test_warm_up_rises_evenly_to_one(schedule):
-    assert schedule.at(0, steps=1000) == pytest.approx(1 / 100)
-    assert schedule.at(49, steps=1000) == pytest.approx(0.5)
-    assert schedule.at(99, steps=1000) == pytest.approx(1)
+    assert schedule.lr_factor(0, steps=1000) == pytest.approx(1 / 100)
+    assert schedule.lr_factor(49, steps=1000) == pytest.approx(0.5)
+    assert schedule.lr_factor(99, steps=1000) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
     "schedule", [WSD(final=0.1), Cosine(final=0.1), InverseSqrt(warmup=9), Constant()]
 )
 def test_factors_stay_between_zero_and_one_and_never_rise_after_warm_up(schedule):
-    values = [schedule.at(s, steps=500) for s in range(500)]
+    values = [schedule.lr_factor(s, steps=500) for s in range(500)]
     assert all(0 < v <= 1 for v in values)
     start = values.index(max(values))
     assert all(a >= b - 1e-12 for a, b in zip(values[start:], values[start + 1 :], strict=False))

@@ -8,6 +8,7 @@ import torch
 from moesaic.core.errors import ConfigError
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.communication_counter import CommunicationCounter
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import ProcessGroupWorld, local_tensor
 from moesaic.model.transformer import Transformer
@@ -31,7 +32,6 @@ from moesaic.parallel.expert_dispatch import (
 )
 from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.sharding_plan import slice_local
-from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny_models import random_batch, shard_batch, tiny_model_config
 
 MODEL = tiny_model_config(

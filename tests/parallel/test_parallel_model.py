@@ -3,6 +3,7 @@
 import torch
 
 from moesaic.core.shapes import Tensor
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
 from moesaic.moe.config import MoE
@@ -10,7 +11,6 @@ from moesaic.moe.select import TopK
 from moesaic.optim.optimizer import Muon
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.sharding_plan import write_shard
-from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
 
 PLANS = [

@@ -13,7 +13,7 @@ from moesaic.parallel.context_parallel import (
     zigzag_split,
 )
 from moesaic.parallel.ring_attention import AttentionTile, RingAttention
-from moesaic.testing.ranks import run_on_ranks
+from moesaic.distributed.forked_ranks import run_on_ranks
 from parallel.attention_cases import CASES, Case, Outcome, look_as, look_here, packing_of
 
 CUTS = {"in order": contiguous_split, "zigzag": zigzag_split}

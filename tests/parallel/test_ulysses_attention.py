@@ -5,7 +5,7 @@ import torch
 import torch.distributed as distributed
 
 from moesaic.parallel.ulysses_attention import UlyssesAttention
-from moesaic.testing.ranks import run_on_ranks
+from moesaic.distributed.forked_ranks import run_on_ranks
 from parallel.attention_cases import CASES, Outcome, look_as, look_here
 
 

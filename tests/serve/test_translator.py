@@ -87,11 +87,11 @@ def test_small_batches_keep_the_order(translator):
 
 
 def test_empty_lines_stay_empty_and_in_place(translator):
-    found = translator.texts(["", "Save", "  ", "Yes"], source="en", target="de")
+    found = translator.translate_texts(["", "Save", "  ", "Yes"], source="en", target="de")
     assert found[0] == found[2] == ""
-    assert found[1:4:2] == translator.texts(["Save", "Yes"], source="en", target="de")
-    assert translator.texts([], source="en", target="de") == []
-    assert translator.texts([""], source="en", target="de") == [""]
+    assert found[1:4:2] == translator.translate_texts(["Save", "Yes"], source="en", target="de")
+    assert translator.translate_texts([], source="en", target="de") == []
+    assert translator.translate_texts([""], source="en", target="de") == [""]
 
 
 def test_a_line_that_is_too_long_is_cut_and_says_so(translator):
@@ -110,13 +110,13 @@ def test_n_best_answers_come_best_first(translator):
 
 
 def test_the_target_language_changes_the_answer(translator):
-    german = translator.texts(TEXTS, source="en", target="de")
-    russian = translator.texts(TEXTS, source="en", target="ru")
+    german = translator.translate_texts(TEXTS, source="en", target="de")
+    russian = translator.translate_texts(TEXTS, source="en", target="ru")
     assert german != russian
 
 
 def test_no_special_token_is_ever_said(translator):
-    for text in translator.texts(TEXTS * 4, source="en", target="de"):
+    for text in translator.translate_texts(TEXTS * 4, source="en", target="de"):
         assert not any(mark in text for mark in ("<pad>", "<s>", "<mask>", "<unused_", "<deu_"))
 
 

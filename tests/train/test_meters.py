@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moesaic.data.batch import PAD, Batch
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
-from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny_models import LANGUAGES, TASKS, random_batch
 from moesaic.train.running_metrics import LossCategories, RunningMetrics, StepSums
 

@@ -2,8 +2,8 @@
 
 import torch
 
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
-from moesaic.testing.ranks import run_on_ranks
 from moesaic.train.random_state import (
     preserve_random_state,
     random_state,

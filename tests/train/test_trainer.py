@@ -8,9 +8,9 @@ import torch
 
 from moesaic.core.errors import CheckpointError
 from moesaic.data.batch import Batch
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld
 from moesaic.parallel.parallel_model import ParallelModel
-from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny_models import TinyStream, tiny_run, tiny_trainer
 from moesaic.train.step import ForwardBackwardResult, Objective
 from moesaic.train.trainer import NonFiniteError, Trainer
@@ -22,14 +22,14 @@ class Poisoned:
     def __init__(self, inner: Objective, *, bad: set[int]) -> None:
         self.inner, self.bad, self.calls = inner, bad, 0
         self.categories = inner.categories
-        self.seen: list[Batch] = []
+        self.batches: list[Batch] = []
 
-    def gradients(
-        self, spread: ParallelModel, *, batches: Sequence[Batch]
+    def forward_backward(
+        self, parallel_model: ParallelModel, *, batches: Sequence[Batch]
     ) -> ForwardBackwardResult:
         self.calls += 1
-        self.seen.append(batches[0])
-        result = self.inner.forward_backward(spread, batches=batches)
+        self.batches.append(batches[0])
+        result = self.inner.forward_backward(parallel_model, batches=batches)
         if self.calls in self.bad:
             grad = spread.model.decoder_norm.weight.grad
             assert grad is not None
@@ -62,7 +62,7 @@ def test_a_bad_step_changes_nothing_and_its_batch_comes_again() -> None:
     assert report.step == 2
     assert changed == [False, False], "the bad step must leave the weights alone"
     trainer.train_step()
-    bad, new, again = poison.seen[1:4]
+    bad, new, again = poison.batches[1:4]
     assert torch.equal(bad.source, again.source)
     assert not torch.equal(bad.source[:2, :2], new.source[:2, :2])
     trainer.train_step()
@@ -75,7 +75,7 @@ def test_the_note_names_the_first_gradient_that_is_not_finite() -> None:
     trainer.train_step()
     (note,) = trainer.event_log.pop_notes()
     assert note.startswith("step 1 skipped: the gradient of decoder_norm.weight")
-    assert "one more try" in note
+    assert "one retry" in note
     assert trainer.metrics.compute_and_reset(trainer.world)["train/skipped"] == 1
 
 
@@ -85,7 +85,7 @@ def test_work_that_is_bad_twice_is_given_up() -> None:
         trainer.train_step()
     assert "given up" in trainer.event_log.pop_notes()[1]
     assert trainer.retry_queue.pending == []
-    assert torch.equal(poison.seen[0].source, poison.seen[2].source)
+    assert torch.equal(poison.batches[0].source, poison.seen[2].source)
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_tensors
-from moesaic.testing.compare_runs import metric_rows
+from compare_runs import metric_rows
 from moesaic.testing.tiny_models import synthetic_run
 from moesaic.train.run import CheckpointConfig
 from moesaic.train.run_training import train
@@ -21,8 +21,8 @@ import torch
 from moesaic.testing.tiny_models import synthetic_run
 from moesaic.train.training_hooks import Hook
 from moesaic.train.run_training import train
-from moesaic.train.resume import Auto
-from moesaic.train.run import Checkpoints
+from moesaic.train.resume import ResumeLatest
+from moesaic.train.run import CheckpointConfig
 
 torch.set_num_threads(1)
 

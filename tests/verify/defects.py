@@ -41,7 +41,7 @@ def gradients_averaged(patch: Patch) -> None:
             if parameter.grad is not None:
                 parameter.grad /= self.size
 
-    patch.setattr(ProcessGroupWorld, "sum_gradients", averaged)
+    patch.setattr(ProcessGroupWorld, "all_reduce_gradients", averaged)
 
 
 def zero_averages(patch: Patch) -> None:
@@ -57,7 +57,7 @@ def aux_loss_counted_twice(patch: Patch) -> None:
         times = distributed.get_world_size() if distributed.is_initialized() else 1
         return replace(record, losses={n: times * loss for n, loss in record.losses.items()})
 
-    patch.setattr(RoutingRecord, "of", twice)
+    patch.setattr(RoutingRecord, "from_router", twice)
 
 
 def axis_not_summed(patch: Patch) -> None:
@@ -66,7 +66,7 @@ def axis_not_summed(patch: Patch) -> None:
     def without(self: Placement, axes: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(axis for axis in held(self, axes) if axis != "tensor")
 
-    patch.setattr(Placement, "held", without)
+    patch.setattr(Placement, "replicated_axes", without)
 
 
 def capacity_of_local_tokens(patch: Patch) -> None:
@@ -81,7 +81,7 @@ def norm_counts_copies(patch: Patch) -> None:
             inner.setattr(Mesh, "size", lambda *_, **__: 1)
             return clip(self, max_norm)
 
-    patch.setattr(ParallelModel, "clip", counted)
+    patch.setattr(ParallelModel, "clip_gradients", counted)
 
 
 def chance_by_rank(patch: Patch) -> None:
@@ -91,7 +91,7 @@ def chance_by_rank(patch: Patch) -> None:
         drawn = bits(self, name, width=width)
         return drawn.roll(distributed.get_rank() if distributed.is_initialized() else 0, 0)
 
-    patch.setattr(TokenContext, "bits", moved)
+    patch.setattr(TokenContext, "random_bits", moved)
 
 
 def loss_by_local_count(patch: Patch) -> None:
@@ -100,17 +100,17 @@ def loss_by_local_count(patch: Patch) -> None:
     def local(self: ProcessGroupWorld, tensor: torch.Tensor) -> torch.Tensor:
         return tensor * self.size if tensor.ndim == 0 else summed(self, tensor)
 
-    patch.setattr(ProcessGroupWorld, "sum", local)
+    patch.setattr(ProcessGroupWorld, "all_reduce", local)
 
 
 DATA, TENSOR = ParallelPlan(data=2), ParallelPlan(data=1, tensor=2)
 DEFECTS = {
     "gradients averaged over ranks": Defect(gradients_averaged, DATA, "gradient"),
     "ZeRO averages gradients": Defect(zero_averages, DATA.replace(zero=2), "gradient"),
-    "aux loss counted once per rank": Defect(aux_loss_counted_twice, DATA, "terms"),
+    "aux loss counted once per rank": Defect(aux_loss_counted_twice, DATA, "metrics"),
     "an axis that is not summed": Defect(axis_not_summed, TENSOR, "gradient"),
-    "capacity from a rank's own tokens": Defect(capacity_of_local_tokens, DATA, "edges"),
+    "capacity from a rank's own tokens": Defect(capacity_of_local_tokens, DATA, "expert_counts"),
     "copies counted in the norm": Defect(norm_counts_copies, TENSOR, "norm"),
     "random numbers of the rank": Defect(chance_by_rank, DATA, "loss"),
-    "loss divided by a guess of the count": Defect(loss_by_local_count, DATA, "terms"),
+    "loss divided by a guess of the count": Defect(loss_by_local_count, DATA, "metrics"),
 }

@@ -18,7 +18,7 @@ DEGREES = ("data", "context", "tensor", "expert", "expert_tensor", "zero")
 def run_with(*, heads: int, experts: int = 8) -> Run:
     config = tiny_model_config(moe=MoE(experts=experts))
     model = config.replace(attention=AttentionConfig(heads=heads, head_dim=4))
-    return tiny_run(model=model, accumulate=4)
+    return tiny_run(model=model, gradient_accumulation_steps=4)
 
 
 @pytest.mark.parametrize("world", [2, 3])

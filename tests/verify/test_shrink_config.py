@@ -30,7 +30,7 @@ def test_every_recipe_becomes_small_and_keeps_its_rules(name: str) -> None:
         assert any(ours) == any(theirs)
     assert isinstance(before.model.moe, MoE)
     assert isinstance(after.model.moe, MoE)
-    kept = {"select", "limit", "balance", "beside", "noise", "condition", "link"}
+    kept = {"select", "limit", "balance", "shared_experts", "noise", "router_input", "cross_layer"}
     for rule in kept:
         assert getattr(after.model.moe, rule) == getattr(before.model.moe, rule)
     assert after.model.dropout == before.model.dropout

@@ -36,21 +36,24 @@ def test_a_trace_equals_itself() -> None:
     ("changes", "said"),
     [
         (
-            {"rows": [trace().metrics[0] | {"train/loss": 2.001}]},
+            {"metrics": [trace().metrics[0] | {"train/loss": 2.001}]},
             "loss 5.0e-04 (train/loss, step 1)",
         ),
         (
-            {"rows": [trace().metrics[0] | {"train/loss_balance": 0.2}]},
+            {"metrics": [trace().metrics[0] | {"train/loss_balance": 0.2}]},
             "train/loss_balance, step 1",
         ),
-        ({"rows": [trace().metrics[0] | {"train/grad_norm": 4.01}]}, "norm 2.5e-03"),
-        ({"rows": [trace().metrics[0] | {"tokens": 10}]}, "tokens, step 1"),
-        ({"rows": [{"train/loss": 2.0}]}, "terms nan"),
+        ({"metrics": [trace().metrics[0] | {"train/grad_norm": 4.01}]}, "norm 2.5e-03"),
+        ({"metrics": [trace().metrics[0] | {"tokens": 10}]}, "tokens, step 1"),
+        ({"metrics": [{"train/loss": 2.0}]}, "metrics nan"),
         ({"gradients": [{"a": torch.tensor([1.0, -1.0]), "b": torch.tensor([0.0])}]}, "(a, step"),
-        ({"edges": [{"encoder.1": torch.tensor([4, 3, 2])}]}, "edges 2.0e+00 (encoder.1, step 1)"),
+        (
+            {"expert_counts": [{"encoder.1": torch.tensor([4, 3, 2])}]},
+            "expert_counts 2.0e+00 (encoder.1, step 1)",
+        ),
         ({"weights": [trace().weights[0], trace().weights[0]]}, "weight 1.0e+00 (a, step 1)"),
         ({"weights": [trace().weights[1], trace().weights[1]]}, "(a, at first)"),
-        ({"apart": [(1e-7, "a")]}, "copies 1.0e-07 (a)"),
+        ({"replica_differences": [(1e-7, "a")]}, "replicas 1.0e-07 (a)"),
     ],
 )
 def test_what_differs_is_named_with_its_place(changes: dict, said: str) -> None:
@@ -70,4 +73,4 @@ def test_rounding_of_a_gradient_that_is_next_to_nothing_is_no_difference() -> No
 
 def test_traces_of_other_lengths_are_not_compared() -> None:
     with pytest.raises(ValueError, match="0 steps beside one of 1"):
-        compare_traces(trace(), other=replace(trace(), rows=[]))
+        compare_traces(trace(), other=replace(trace(), metrics=[]))

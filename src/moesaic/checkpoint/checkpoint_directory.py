@@ -106,6 +106,7 @@ class Manifest:
 
     def to_json(self) -> str:
         body = {"format": MANIFEST_FORMAT, **asdict(self)}
+        body["banks"] = body.pop("expert_parameters")  # the key of format 1
         return json.dumps(body | {"digest": _digest(body)}, indent=1) + "\n"
 
 
@@ -122,7 +123,7 @@ def read_manifest(directory: Path) -> Manifest:
         if body.pop("format") != MANIFEST_FORMAT:
             raise CheckpointError(f"{path}: written by another version of moesaic")
         files = {name: FileEntry(**entry) for name, entry in body.pop("files").items()}
-        return Manifest(files=files, **body)
+        return Manifest(files=files, expert_parameters=body.pop("banks"), **body)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged ({error})") from error
 

@@ -97,7 +97,7 @@ class BalancedSavePlanner(SavePlanner):
     """Every block is written once, by the holder of it that has the fewest bytes to write."""
 
     def __init__(self, expert_parameters: Mapping[str, int]) -> None:
-        self._banks = expert_parameters
+        self._expert_parameters = expert_parameters
 
     def set_up_planner(
         self,
@@ -129,7 +129,7 @@ class BalancedSavePlanner(SavePlanner):
             if not math.prod(shape):  # nobody writes it, but it is there
                 head = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
                 metadata.state_dict_metadata[path] = head
-        _require_full_coverage(heads, metadata=metadata, expert_parameters=self._banks)
+        _require_full_coverage(heads, metadata=metadata, expert_parameters=self._expert_parameters)
         return plans, metadata
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
@@ -268,7 +268,7 @@ class SafetensorsStorageWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         size = sum(_item_bytes(item) for plan in plans for item in plan.items)
-        self.paths = replace(self.paths, needed=self.paths.required_bytes + size)
+        self.paths = replace(self.paths, required_bytes=self.paths.required_bytes + size)
         with self._raise_disk_errors():
             self._serial = self.paths.create_staging(self.disk)
         return plans

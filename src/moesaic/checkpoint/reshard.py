@@ -91,7 +91,7 @@ class ShardedForm(CheckpointForm):
             experts = source.experts(name, stored=stored)
             blocks = tuple(item.block(file_of[item.key]) for item in several)
             files.setdefault(kind, {})[name] = replace(
-                stored, blocks=blocks, experts=experts, split=experts > 0
+                stored, blocks=blocks, num_experts=experts, split_by_expert=experts > 0
             )
         text = BlockIndex(files).to_json().encode()
         return entries | {INDEX_FILE: write_hashed(part / INDEX_FILE, [text], disk=disk)}

@@ -9,7 +9,7 @@ Letters: T tokens of a side, N edges of a layer, B batches; all over the whole f
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -50,6 +50,15 @@ class LayerHeader:
         return LayerHeader(
             found.layer, routing.num_experts, found.num_null_experts, routing.per_token
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the header as it is in the file."""
+        return {
+            "layer": self.layer,
+            "experts": self.experts,
+            "spare": self.null_experts,
+            "per_token": self.per_token,
+        }
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,7 +139,7 @@ class RoutesWriter:
                 kind, _, column_name = name.rpartition("/")
                 if column_name == ("expert" if kind.startswith("edges/") else "token"):
                     tensors[f"{kind}/ends"] = torch.tensor(column.ends)
-            layers = [asdict(head) for head in self._layers.values()]
+            layers = [head.to_json() for head in self._layers.values()]
             whole = self._head | {"layers": layers, "batches": self._batches}
             metadata = {_KEY: str(VERSION), "routes": json.dumps(whole, ensure_ascii=False)}
             write_tensors(self.path, tensors=tensors, metadata=metadata)

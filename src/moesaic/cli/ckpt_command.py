@@ -103,18 +103,18 @@ def reshard_checkpoint(
     *,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where step-N is written.")],
     shards: Annotated[int | None, typer.Option(min=1, help="Into so many shards.")] = None,
-    unsharded: Annotated[bool, typer.Option("--whole", help="Into one file per kind.")] = False,
+    unsharded: Annotated[bool, typer.Option("--unsharded", help="Into one file per kind.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint again in another form, one tensor in memory at a time.
 
-    No run needs it: any number of ranks loads any form. It is for other tools (--whole gives
+    No run needs it: any number of ranks loads any form. It is for other tools (--unsharded gives
     plain safetensors files) and for file systems that want fewer or more files.
 
-    Example: [cyan]moesaic ckpt reshard runs/demo --whole --out exported[/]
+    Example: [cyan]moesaic ckpt reshard runs/demo --unsharded --out exported[/]
     """
     if unsharded == (shards is not None):
-        raise UserError("expected one of --ranks N and --whole: the form to write")
+        raise UserError("expected one of --shards N and --unsharded: the form to write")
     form: CheckpointForm = FullForm() if shards is None else ShardedForm(shards)
     made = reshard(find_checkpoint(path), root=out, form=form)
     value = {"path": str(made), "files": sorted(p.name for p in made.iterdir())}

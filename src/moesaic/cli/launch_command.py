@@ -45,16 +45,18 @@ def launch(
     launcher_text: Annotated[
         str,
         typer.Option(
-            "--on",
+            "--launcher",
             metavar="torchrun|slurm|kubernetes|skypilot",
-            help='With settings: --on "Slurm(time=12:00:00)" needs quotes inside.',
+            help='With settings: --launcher "Slurm(time=12:00:00)" needs quotes inside.',
         ),
     ] = "torchrun",
     changes: SetOption = None,
-    run_dir: Annotated[str | None, typer.Option("--run", help="The run directory there.")] = None,
+    run_dir: Annotated[
+        str | None, typer.Option("--run-dir", help="The run directory there.")
+    ] = None,
     max_restarts: Annotated[int, typer.Option(help="How often all ranks may start again.")] = 3,
     min_nodes: Annotated[
-        int | None, typer.Option("--fewest-nodes", help="Go on with so few, if others are gone.")
+        int | None, typer.Option("--min-nodes", help="Go on with so few, if others are gone.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the file here.")] = None,
     shown: Annotated[
@@ -65,11 +67,11 @@ def launch(
 ) -> None:
     """Write the launch file of a training run on many machines, with restarts and resuming.
 
-    Example: [cyan]moesaic launch multilingual-50 --nodes 4 --gpus-per-node 8 --on slurm[/]
+    Example: [cyan]moesaic launch multilingual-50 --nodes 4 --gpus-per-node 8 --launcher slurm[/]
 
-    With settings: [cyan]--on 'Slurm(time="12:00:00", partition="gpu")'[/]
+    With settings: [cyan]--launcher 'Slurm(time="12:00:00", partition="gpu")'[/]
 
-    To a file: [cyan]moesaic launch demo --gpus-per-node 8 --on torchrun --out demo.sh[/]
+    To a file: [cyan]moesaic launch demo --gpus-per-node 8 --launcher torchrun --out demo.sh[/]
     """
     import_user_files(files)
     run = find_recipe(which, changes=changes or [])
@@ -108,13 +110,15 @@ def parse_launcher(text: str) -> Launcher:
     if member is None:
         known = ", ".join(LAUNCHER_NAMES)
         hint = did_you_mean(kind, LAUNCHER_NAMES)
-        raise ConfigError([f'--on: found "{kind}", expected one of {known}{hint}'])
+        raise ConfigError([f'--launcher: found "{kind}", expected one of {known}{hint}'])
     try:
         return member.from_dict(fields | {"kind": member.__name__})
     except ConfigError as error:
         name = member.__name__
-        way = f"write it as --on '{name}(...)', with quotes around texts"
-        raise ConfigError(f"--on {name}.{problem} ({way})" for problem in error.problems) from error
+        way = f"write it as --launcher '{name}(...)', with quotes around texts"
+        raise ConfigError(
+            f"--launcher {name}.{problem} ({way})" for problem in error.problems
+        ) from error
 
 
 def _describe_job(run: Run, *, nodes: int, gpus: int) -> str:

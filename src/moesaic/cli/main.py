@@ -1,4 +1,4 @@
-"""The front door: ``moesaic VERB``. A verb's module is imported only when that verb is called."""
+"""Command-line entry point: ``moesaic COMMAND`` imports and runs that command's module."""
 
 import importlib
 import json
@@ -32,8 +32,23 @@ COMMANDS = {
 }
 
 
+RENAMED_OPTIONS = {
+    ("ckpt", "--ranks"): "--shards",
+    ("ckpt", "--whole"): "--unsharded",
+    ("launch", "--fewest-nodes"): "--min-nodes",
+    ("launch", "--on"): "--launcher",
+    ("launch", "--restarts"): "--max-restarts",
+    ("launch", "--run"): "--run-dir",
+    ("scale", "--mixed"): "--mixed-precision",
+    ("scale", "--rehearse"): "--dry-run",
+    ("scale", "--rows"): "--micro-batch",
+    ("scale", "--world"): "--world-size",
+    ("verify", "--world"): "--world-size",
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one verb and leave with its exit code: 0 done, 2 the user's mistake, 1 our own."""
+    """Run one command; exit code 0: done, 2: a mistake of the user, 1: a bug."""
     # Threads that wait by spinning make a step six times slower as soon as another program wants
     # the cores (docs/log.md). OpenMP reads this when torch is first imported: not before here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -44,13 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words[0] in ("--version", "-V"):
         Console().print(f"moesaic {__version__}", highlight=False)
         return
-    verb, *rest = words
-    if verb not in COMMANDS:
-        hint = did_you_mean(verb, COMMANDS)
-        _fail(UserError(f'there is no verb "{verb}"{hint} (moesaic --help lists them)'), rest)
-    module = importlib.import_module(f"moesaic.cli.{verb}")
+    command, *rest = words
+    if command not in COMMANDS:
+        hint = did_you_mean(command, COMMANDS)
+        _fail(UserError(f'unknown command "{command}"{hint} (moesaic --help lists them)'), rest)
+    for word in rest:
+        old = word.partition("=")[0]
+        if (command, old) in RENAMED_OPTIONS:
+            new = RENAMED_OPTIONS[command, old]
+            _fail(UserError(f"{command}: the option {old} is now called {new}"), rest)
+    module = importlib.import_module(f"moesaic.cli.{command}_command")
     try:
-        module.app(rest, prog_name=f"moesaic {verb}")
+        module.app(rest, prog_name=f"moesaic {command}")
     except UserError as error:
         _fail(error, rest)
     except BrokenPipeError:  # "| head" closed our output: nothing is wrong
@@ -73,8 +93,8 @@ def _escaped(text: str) -> str:
 def _show_commands() -> None:
     console = Console()
     table = Table(box=None, show_header=False, padding=(0, 2))
-    for verb, what in COMMANDS.items():
-        table.add_row(f"[bold cyan]{verb}[/]", what)
+    for command, summary in COMMANDS.items():
+        table.add_row(f"[bold cyan]{command}[/]", summary)
     console.print(f"[bold]moesaic[/] {__version__}: Mixture-of-Experts models you can check\n")
-    console.print("usage: moesaic VERB [OPTIONS]      (moesaic VERB --help has an example)\n")
+    console.print("usage: moesaic COMMAND [OPTIONS]      (moesaic COMMAND --help has an example)\n")
     console.print(table)

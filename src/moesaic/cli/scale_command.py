@@ -71,11 +71,12 @@ def scale(
     mixed_precision: Annotated[
         bool,
         typer.Option(
-            "--mixed", help="Price weights and gradients at 2 bytes with a float32 copy, not 4."
+            "--mixed-precision",
+            help="Price weights and gradients at 2 bytes with a float32 copy, not 4.",
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--rehearse", help="Take one step as rank 0 on fake tensors as well.")
+        bool, typer.Option("--dry-run", help="Take one step as rank 0 on fake tensors as well.")
     ] = False,
     changes: SetOption = None,
     files: UseOption = None,
@@ -83,9 +84,9 @@ def scale(
 ) -> None:
     """Price a plan: bytes that rank 0 holds, by kind, and sends, by collective and axis.
 
-    Example: [cyan]moesaic scale zcode-m3-64 --world 64 --set parallel.plan.expert=64[/]
+    Example: [cyan]moesaic scale zcode-m3-64 --world-size 64 --set parallel.plan.expert=64[/]
 
-    Example: [cyan]moesaic scale trillion-384 --world 1024 --rows 1x0+6144
+    Example: [cyan]moesaic scale trillion-384 --world-size 1024 --micro-batch 1x0+6144
     --set parallel.plan.expert=128 --set parallel.plan.tensor=8 --set parallel.plan.zero=3[/]
     """
     import_user_files(files)
@@ -102,7 +103,7 @@ def scale(
             sizes=sizes,
             optimizer=laid.optimizer,
         )
-        found["rehearsal"] = _dry_run_json(practised)
+        found["dry_run"] = _dry_run_json(practised)
     print_result(found, as_json=as_json, show=lambda console: _show(found, console))
 
 
@@ -148,7 +149,7 @@ def _parse_micro_batch(text: str) -> BatchDims:
     found = re.fullmatch(r"(\d+)x(\d+)\+(\d+)", text)
     if found is None or "0" in (found[1], found[3]):
         raise UserError(
-            f'--rows {text}: expected rows, source and target tokens as "8x512+512" '
+            f'--micro-batch {text}: expected rows, source and target tokens as "8x512+512" '
             '("8x0+512" for a decoder alone)'
         )
     return BatchDims(*map(int, found.groups()))
@@ -205,7 +206,7 @@ def _show(found: dict[str, Any], console: Console) -> None:
             else f"\n{show_bytes(room['memory'])} per device are too few for this plan",
             highlight=False,
         )
-    if "rehearsal" in found:
+    if "dry_run" in found:
         _show_dry_run(found, console)
 
 
@@ -231,7 +232,7 @@ def _communication_table(found: dict[str, Any]) -> Table:
 
 
 def _show_dry_run(found: dict[str, Any], console: Console) -> None:
-    done, said = found["rehearsal"], found["bytes"]
+    done, said = found["dry_run"], found["bytes"]
     held = all(done[name] == said[name] for name in ("weights", "gradients", "optimizer"))
     console.print(
         f"\nrehearsed in {show_seconds(done['seconds'])}: holds "

@@ -43,7 +43,7 @@ class PlanChoice(StrEnum):
 
     PAIRS = "pairs"
     ALL = "all"
-    OWN = "own"
+    CONFIG = "config"
 
 
 @app.command()
@@ -67,16 +67,16 @@ def verify(
     Widths and the vocabulary are made small and the text is made up; layers, rules, heads, experts
     per token and the optimizer are your own. Ends with 1 if any plan differs.
 
-    Example: [cyan]moesaic verify tiny --world 4[/]
+    Example: [cyan]moesaic verify tiny --world-size 4[/]
 
-    One's own plan: [cyan]moesaic verify mine.yaml --world 8 --plans own[/]
+    The plan of the config: [cyan]moesaic verify mine.yaml --world-size 8 --plans config[/]
     """
     import_user_files(files)
     shrunk = shrink_config(find_recipe(which, changes=changes or []))
     given = make_setup(shrunk.run, steps=steps, timeout_s=timeout_s)
     found = (
         configured_plan(shrunk.run, world_size=world_size)
-        if choice is PlanChoice.OWN
+        if choice is PlanChoice.CONFIG
         else plans_up_to(shrunk.run, world_size=world_size)
     )
     chosen = found.pairwise_cover() if choice is PlanChoice.PAIRS else found

@@ -96,13 +96,15 @@ class _TritonSelection:
 def _triton_selection(device: str, dtype: torch.dtype, activation: str) -> _TritonSelection:
     """Bring in the Triton kernels and try them. By name: nothing else may need Triton."""
     try:
-        probe = importlib.import_module("moesaic.ops.triton.kernel_check")
+        check = importlib.import_module("moesaic.ops.triton.kernel_check")
     except ImportError as error:
         return _TritonSelection(None, f"Triton cannot be imported: {error}")
-    failure = probe.probe(torch.device(device), dtype=dtype, activation=activation)
+    failure = check.kernel_failure(torch.device(device), dtype=dtype, activation=activation)
     if failure:
         return _TritonSelection(None, f"the Triton kernels failed a trial on {device}: {failure}")
-    return _TritonSelection(probe.TritonMixer(), f"the Triton kernels passed a trial on {device}")
+    return _TritonSelection(
+        check.TritonMoEKernel(), f"the Triton kernels passed a trial on {device}"
+    )
 
 
 @cache

@@ -156,7 +156,7 @@ def _choices(parallel: ParallelConfig) -> dict[str, object]:
 
 
 def _short_name(field: str, member: object) -> str:
-    return type(member).__name__.removesuffix(field.title())
+    return type(member).__name__
 
 
 def _pairwise_cover(fit: Sequence[ParallelConfig]) -> Iterator[ParallelConfig]:

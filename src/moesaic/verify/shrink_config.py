@@ -85,7 +85,7 @@ def _shrink_stack(config: ModelConfig, stack: Stack, *, experts: int) -> Stack:
     fewer = tuple(min(number, experts) for number in stack.experts_per_layer)
     return stack.replace(
         layers=layers,
-        experts=fewer[: sum(layer < layers for layer in sparse)],
+        experts_per_layer=fewer[: sum(layer < layers for layer in sparse)],
         moe=None if own is None else _shrink_moe(own, experts=experts, dense=_hidden_width(config)),
     )
 

@@ -69,13 +69,13 @@ class TraceDifferences:
         NaN is beyond any.
         """
         limits = {
-            "edges": 0.0,
+            "expert_counts": 0.0,
             "loss": tolerances.loss,
-            "terms": tolerances.loss,
+            "metrics": tolerances.loss,
             "norm": tolerances.norm,
             "gradient": tolerances.gradient,
             "weight": tolerances.weight,
-            "copies": 0.0,
+            "replicas": 0.0,
         }
         found = {name: (getattr(self, name), limit) for name, limit in limits.items()}
         return [

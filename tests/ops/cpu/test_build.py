@@ -26,7 +26,7 @@ def _quick_to_compile():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             cpu_library,
-            "FLAGS",
+            "COMPILER_FLAGS",
             tuple("-O0" if f == "-O3" else f for f in cpu_library.COMPILER_FLAGS),
         )
         yield
@@ -76,7 +76,7 @@ def test_another_source_gets_another_library(cache, built, tmp_path_factory, mon
     for path in cpu_library.SOURCE_DIRECTORY.iterdir():
         shutil.copy(path, changed)
     (changed / "mixture.c").open("a").write("\n/* changed */\n")
-    monkeypatch.setattr(cpu_library, "SOURCE", changed)
+    monkeypatch.setattr(cpu_library, "SOURCE_DIRECTORY", changed)
     assert build_library(cache=cache).name != built.name
 
 

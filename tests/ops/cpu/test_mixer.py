@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.nn.feed_forward import GELU, Activation, ReLU, SquaredReLU, SwiGLU
 from moesaic.ops.cpu.cpu_library import load_library
 from moesaic.ops.cpu.cpu_moe_kernel import CPUMoEKernel
 from moesaic.ops.grouped_gemm import FeedForwardWeights, SequentialGEMM
 from moesaic.ops.moe_kernel import Edges, UnfusedMoEKernel
 from moesaic.ops.permute import group_by_expert
-from moesaic.testing.ranks import run_on_ranks
 
 LIBRARY = load_library().library
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=load_library().reason)
@@ -70,16 +70,16 @@ def _answers(mixer, edges: Edges, activation: Activation, sizes=(16, 32), *, hal
     return [out.detach(), *torch.autograd.grad(out, (x, weight, up, down), pull)]
 
 
-def _definition(x, *, edges, banks, activation):
+def _definition(x, *, edges, weights, activation):
     """The sum over edges, one edge at a time, differentiated by autograd alone."""
     out = torch.zeros_like(x)
     for place, edge in enumerate(edges.groups.order.tolist()):
         if place < int(edges.groups.offsets[-1]):
             e = int((edges.groups.offsets <= place).sum())
             token = edges.token[edge]
-            row = activation(x[token] @ banks.up[e]) @ banks.down[e]
+            row = activation(x[token] @ weights.up[e]) @ weights.down[e]
             out = out.index_add(0, token[None], (edges.weight[edge] * row)[None])
-    return out + 0 * (x.sum() + edges.weight.sum() + banks.up.sum() + banks.down.sum())
+    return out + 0 * (x.sum() + edges.weight.sum() + weights.up.sum() + weights.down.sum())
 
 
 @pytest.fixture
@@ -218,7 +218,10 @@ def test_what_is_kept_is_x_the_pre_activation_and_a_few_numbers_per_edge(fused):
         fused(x, edges=edges, weights=banks, activation=SwiGLU())
     held = {t.data_ptr() for t in (x, banks.up, banks.down)}
     kept = sum(t.numel() * t.element_size() for t in saved if t.data_ptr() not in held)
-    assert kept == 60 * 4 * fused.kept(dim=16, width=64, bias=False, live=1.0) + 4 * E
+    assert (
+        kept
+        == 60 * 4 * fused.saved_activations(dim=16, width=64, bias=False, live_share=1.0) + 4 * E
+    )
 
 
 def test_biases_and_other_dtypes_take_the_composed_path(fused):

@@ -60,7 +60,9 @@ def test_what_is_no_library_is_not_used(tmp_path):
 
 def test_without_a_library_the_composed_path_is_taken_and_the_doctor_says_why(monkeypatch, capsys):
     monkeypatch.setattr(
-        kernel_selection, "find", lambda: LibraryStatus(None, "no C compiler (cc) on the PATH")
+        kernel_selection,
+        "load_library",
+        lambda: LibraryStatus(None, "no C compiler (cc) on the PATH"),
     )
     assert isinstance(select_moe_kernel(torch.zeros(1), activation=SwiGLU()), UnfusedMoEKernel)
     pick = selected_kernels("cpu")[0]
@@ -91,11 +93,11 @@ def test_the_trial_may_come_first_in_an_inference_under_autocast():
 
 FIRST_IN_INFERENCE = """
 import torch
-from moesaic.ops.cpu.cpu_library import find
+from moesaic.ops.cpu.cpu_library import load_library
 
 torch.set_default_dtype(torch.bfloat16)
 with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-    found = find()
+    found = load_library()
 print(found.library is not None or "compiler" in found.reason)
 print("did not run" not in found.reason)
 """

@@ -11,7 +11,12 @@ import torch
 
 from moesaic.testing.triton_interpreter import is_interpreted, patch_interpreter
 
-LAUNCHING = ["test_backward.py", "test_forward.py", "test_mixer.py", "test_probe.py"]
+LAUNCHING = [
+    "test_backward_kernels.py",
+    "test_forward_kernels.py",
+    "test_kernel_check.py",
+    "test_triton_moe_kernel.py",
+]
 COMPILING = ["test_compile.py"]
 
 if is_interpreted():

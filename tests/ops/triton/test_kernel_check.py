@@ -35,7 +35,7 @@ def test_the_trial_says_what_is_wrong(device, monkeypatch):
         through = right(*args, **options)
         return through._replace(weight=through.weight * 1.01)
 
-    monkeypatch.setattr(kernel_launch, "down_back", wrong)
+    monkeypatch.setattr(kernel_launch, "down_backward", wrong)
     assert "weights is off" in kernel_failure(device, dtype=torch.float32, activation="relu")
 
 
@@ -43,7 +43,7 @@ def test_a_kernel_that_raises_is_a_reason_not_a_crash(device, monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("no such card")
 
-    monkeypatch.setattr(kernel_launch, "up", broken)
+    monkeypatch.setattr(kernel_launch, "up_projection", broken)
     assert "no such card" in kernel_failure(device, dtype=torch.float32, activation="relu")
 
 
@@ -57,7 +57,7 @@ def test_the_pick_follows_the_trial(failure, fresh, monkeypatch):
     def answer(device, *, dtype, activation):
         return failure
 
-    monkeypatch.setattr("moesaic.ops.triton.kernel_check.probe", answer)
+    monkeypatch.setattr("moesaic.ops.triton.kernel_check.kernel_failure", answer)
     found = kernel_selection._triton_selection("cuda", torch.float32, "swiglu")
     assert isinstance(found.kernel, TritonMoEKernel) == (not failure)
     assert ("made up" in found.reason) == bool(failure)

@@ -184,7 +184,7 @@ def test_a_layer_gives_the_same_with_the_kernels_as_without(device, monkeypatch)
     x = draw(edges.num_tokens, DIM, device=device)
     results = []
     for mixer in (UnfusedMoEKernel(SequentialGEMM()), MIXER):
-        monkeypatch.setattr("moesaic.moe.experts.pick_mixer", lambda *_, m=mixer, **__: m)
+        monkeypatch.setattr("moesaic.moe.experts.select_moe_kernel", lambda *_, m=mixer, **__: m)
         out = experts.forward_edges(x, edges=edges)
         results.append([out, *torch.autograd.grad(out.square().sum(), list(experts.parameters()))])
     for a, b in zip(*results, strict=True):

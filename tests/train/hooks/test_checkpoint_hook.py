@@ -6,8 +6,8 @@ import pytest
 
 from moesaic.checkpoint.full_checkpoint import load_checkpoint
 from moesaic.core.errors import UserError
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld
-from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny_models import tiny_run, tiny_trainer
 from moesaic.train.loop import training_loop
 from moesaic.train.run import CheckpointConfig

@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 
 from moesaic.checkpoint.routes_file import RoutesFile
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Capacity
 from moesaic.moe.routing_agreement import compare_routes
 from moesaic.optim.optimizer import AdamW
-from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny_models import TinyStream, tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.loop import training_loop
 from moesaic.train.routing_hooks import RoutingProbeHook, RoutingTraceHook
@@ -44,7 +44,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def test_a_recorded_step_is_what_happened_in_it(tmp_path: Path) -> None:
-    kept = _train(tmp_path, until=5, record_every=2, probe_every=0)
+    kept = _train(tmp_path, until=5, routing_trace_every=2, routing_probe_every=0)
     assert _names(tmp_path / "routes") == ["step-00000002.routes", "step-00000004.routes"]
     assert not (tmp_path / "learning").exists()
     file = RoutesFile(tmp_path / "routes" / "step-00000004.routes")
@@ -61,7 +61,7 @@ def test_a_recorded_step_is_what_happened_in_it(tmp_path: Path) -> None:
 
 
 def test_the_probe_routes_the_same_text_before_training_and_every_so_often(tmp_path: Path) -> None:
-    _train(tmp_path, until=5, probe_every=2)
+    _train(tmp_path, until=5, routing_probe_every=2)
     steps = [0, 2, 4]
     assert _names(tmp_path / "learning") == [f"step-{step:08d}.routes" for step in steps]
     files = [RoutesFile(tmp_path / "learning" / name) for name in _names(tmp_path / "learning")]
@@ -74,27 +74,27 @@ def test_the_probe_routes_the_same_text_before_training_and_every_so_often(tmp_p
 
 
 def test_probing_and_recording_change_nothing_in_training(tmp_path: Path) -> None:
-    watched = _train(tmp_path / "a", until=3, probe_every=1, record_every=1)
-    alone = _train(tmp_path / "b", until=3, probe_every=0)
+    watched = _train(tmp_path / "a", until=3, routing_probe_every=1, routing_trace_every=1)
+    alone = _train(tmp_path / "b", until=3, routing_probe_every=0)
     for one, other in zip(watched.reports, alone.reports, strict=True):
         assert torch.equal(one.result.sums.losses, other.result.sums.losses)
 
 
 def test_files_of_later_steps_go_when_a_run_goes_back(tmp_path: Path) -> None:
-    _train(tmp_path, until=4, probe_every=2, record_every=1)
+    _train(tmp_path, until=4, routing_probe_every=2, routing_trace_every=1)
     (tmp_path / "learning" / "notes.txt").write_text("mine")
-    _train(tmp_path, until=1, probe_every=2, record_every=1)
+    _train(tmp_path, until=1, routing_probe_every=2, routing_trace_every=1)
     assert _names(tmp_path / "learning") == ["notes.txt", "step-00000000.routes"]
     assert _names(tmp_path / "routes") == ["step-00000001.routes"]
 
 
 def _on_rank(folder: Path) -> None:
-    _train(folder, until=1, world=ProcessGroupWorld(), probe_every=1, record_every=1)
+    _train(folder, until=1, world=ProcessGroupWorld(), routing_probe_every=1, routing_trace_every=1)
 
 
 def test_each_rank_records_its_own_rows_and_the_first_one_probes(tmp_path: Path) -> None:
     run_on_ranks(2, _on_rank, tmp_path)
-    _train(tmp_path / "alone", until=1, world=SingleProcess(), record_every=1)
+    _train(tmp_path / "alone", until=1, world=SingleProcess(), routing_trace_every=1)
     names = [f"step-00000001.rank-{rank}.routes" for rank in (0, 1)]
     assert _names(tmp_path / "routes") == names
     assert _names(tmp_path / "learning") == ["step-00000000.routes", "step-00000001.routes"]

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
-from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny_models import tiny_run, tiny_trainer
 from moesaic.train.run import LogConfig
 from moesaic.train.trainer import StepReport
@@ -31,7 +31,7 @@ def test_the_slowest_rank_is_named_in_every_row_and_once_in_words() -> None:
             assert round(row["perf/slowest_ratio"], 2) == round(1.0 / 0.15, 2)
         (note,) = notes
         assert note.startswith("step 2: rank 1 works 6.7 times as long as the others")
-        assert "(1000 ms a step, theirs 150 ms), for 2 rows of metrics now" in note
+        assert "(1000 ms a step, theirs 150 ms), for 2 rows of metrics" in note
 
 
 def test_a_rank_that_is_hardly_slower_is_not_accused() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
 from moesaic.moe.balance import (
     Balance,
@@ -22,7 +23,6 @@ from moesaic.moe.select import TopK
 from moesaic.moe.select_dynamic import Threshold
 from moesaic.monitor.expert_usage import RecordedUsage, read_usage
 from moesaic.monitor.health_rules import RouterSettings
-from moesaic.testing.ranks import run_on_ranks
 from moesaic.testing.tiny_models import (
     LANGUAGES,
     TinyStream,

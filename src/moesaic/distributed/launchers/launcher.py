@@ -8,7 +8,7 @@ Slurm: an ``sbatch`` script that saves before its time is over and puts itself b
 Kubernetes: an Indexed Job and a headless Service, which every cluster has.
 
 PyTorchJob would need the Kubeflow operator; all it adds for us is the first pod's name, and in an
-Indexed Job that is known (``NAME-0.UDHR_NAME``).
+Indexed Job that is known (``NAME-0.NAME``).
 
 SkyPilot: a managed job that is started again elsewhere when its machines are taken away.
 """

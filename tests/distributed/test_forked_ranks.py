@@ -6,7 +6,7 @@ import time
 import pytest
 import torch.distributed as distributed
 
-from moesaic.testing.ranks import RankError, run_cases_on_ranks, run_on_ranks
+from moesaic.distributed.forked_ranks import RankError, run_cases_on_ranks, run_on_ranks
 
 
 def test_results_come_in_rank_order() -> None:

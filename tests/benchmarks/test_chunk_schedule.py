@@ -1,18 +1,20 @@
-"""The number of chunks follows from what stages cost."""
+"""Linear costs fitted to measured times, and the number of chunks that they make fastest."""
 
 import random
 
 import pytest
-
-from moesaic.distributed.communication_cost import (
+from chunk_schedule import (
     CHUNK_CANDIDATES,
     LayerCost,
-    LinearCost,
     StageCost,
     best_num_chunks,
+    fit_cost,
     modelled_seconds,
     simulated_seconds,
 )
+
+from moesaic.core.errors import UserError
+from moesaic.moe.adaptive_dispatcher import LinearCost
 
 
 def _stage(alpha: float, whole: float) -> StageCost:
@@ -24,7 +26,7 @@ def _layer(draw: random.Random, *, inside: bool) -> LayerCost:
     def stage() -> StageCost:
         return _stage(10 ** draw.uniform(-2, 0), 10 ** draw.uniform(-0.5, 1))
 
-    spare = {"gather": stage(), "scatter": stage()} if inside else {}
+    spare = {"all_gather": stage(), "reduce_scatter": stage()} if inside else {}
     return LayerCost(stage(), stage(), **spare, gradient_s=draw.choice([0.0, draw.uniform(0, 20)]))
 
 
@@ -78,3 +80,35 @@ def test_what_starts_for_nothing_is_cut_often_and_what_starts_dearly_never() -> 
 def test_the_passes_may_differ() -> None:
     layer = LayerCost(all_to_all=_stage(0.3, 1), experts=_stage(0.05, 2))
     assert best_num_chunks(layer) != best_num_chunks(layer.backward())
+
+
+def test_times_on_a_line_are_explained_whole() -> None:
+    fitted = fit_cost(
+        [1, 10, 100, 1000], [LinearCost(0.5, 0.02).seconds(n) for n in (1, 10, 100, 1000)]
+    )
+    assert fitted.cost.alpha == pytest.approx(0.5)
+    assert fitted.cost.beta == pytest.approx(0.02)
+    assert fitted.r_squared == pytest.approx(1)
+
+
+def test_a_line_goes_between_times_that_scatter() -> None:
+    fitted = fit_cost([0, 0, 2, 2], [1, 3, 5, 7])
+    assert fitted.cost == LinearCost(2, 2)
+    assert fitted.r_squared == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [([3, 2, 1], LinearCost(2, 0)), ([0, 1, 3], LinearCost(0, 1))]
+)
+def test_no_cost_is_negative(seconds: list[float], expected: LinearCost) -> None:
+    assert fit_cost([0, 1, 2] if expected.beta == 0 else [0.0, 1.0, 3.0], seconds).cost == expected
+
+
+def test_a_negative_start_is_no_start() -> None:
+    fitted = fit_cost([1, 2, 3], [0.5, 2, 3.5])
+    assert fitted.cost == LinearCost(0, pytest.approx(15 / 14))
+
+
+def test_one_size_is_refused() -> None:
+    with pytest.raises(UserError, match="2 times of 1 different sizes"):
+        fit_cost([4, 4], [1, 2])

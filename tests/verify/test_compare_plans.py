@@ -80,7 +80,7 @@ def test_a_rank_that_raises_or_dies_is_a_verdict_and_the_rest_goes_on(
             os._exit(3)
         return advance(self)
 
-    monkeypatch.setattr(Trainer, "advance", sometimes)
+    monkeypatch.setattr(Trainer, "train_step", sometimes)
     plans = [ParallelConfig(plan=p) for p in (TENSOR, DATA.replace(expert=2), DATA)]
     raised, died, right = verdicts(*plans, of=given())
     assert raised.problems == ("failed: rank 1 failed: ValueError: no such tensor | here",)

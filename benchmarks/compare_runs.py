@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # see testing/ranks.py: without it each life spends seconds on its import
+import torch._dynamo  # see distributed/forked_ranks.py: without it each life spends seconds on its import
 
 from moesaic.checkpoint.full_checkpoint import load_checkpoint
 from moesaic.checkpoint.run_directory import RunDir

@@ -63,7 +63,7 @@ def test_an_uneven_load_evens_out_step_by_step():
     for step in range(120):
         torch.manual_seed(step)
         routed = route(router, torch.randn(400, 8) + 1)
-        router.accumulate_stats(routed.sums)
+        router.accumulate_stats(routed.stats_vector)
         router.update_rules()
         most.append(float(routed.routing.load().max()) / 200)
     assert most[0] > 1.6
@@ -79,7 +79,7 @@ def test_the_loss_is_zero_and_has_no_gradient():
 
 
 def test_the_bias_learns_in_training_and_survives_a_checkpoint(tmp_path: Path):
-    run = tiny_run(model=tiny_model_config(moe=FREE), steps=4, accumulate=2)
+    run = tiny_run(model=tiny_model_config(moe=FREE), steps=4, gradient_accumulation_steps=2)
     trainer = tiny_trainer(run)
     for _ in range(3):
         trainer.train_step()
