@@ -112,7 +112,7 @@ def _trained(run: Run, out: Path) -> dict[str, Any]:
         "layers": {
             layer.layer: {
                 "counts": np.asarray(layer.counts).tolist(),
-                "spare": layer.num_null_experts,
+                "null_experts": layer.num_null_experts,
             }
             for layer in layers
         },

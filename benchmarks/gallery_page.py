@@ -101,8 +101,8 @@ def _heat(rule: Mapping[str, Any]) -> tuple[Html, int, int]:
     cell = max(14, min(34, 300 // counts.shape[0]))
     heat = ExpertHeatMap(layer, expert_share_by_language(counts), rows, names, 2.0, cell)
     left, width = LOSS.width + 16, counts.shape[0] * cell
-    work = counts.shape[0] - found["spare"]
-    idle = f" ({work} on: spare)" if found["spare"] else ""
+    work = counts.shape[0] - found["null_experts"]
+    idle = f" ({work} on: null experts)" if found["null_experts"] else ""
     title = f"{layer}: use of experts against a fair share{idle}"
     labels = [
         tag(

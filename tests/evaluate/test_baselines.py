@@ -37,8 +37,8 @@ def _plain_similarities(sources, query):
 @pytest.mark.parametrize("chunk", [20_000, 7])
 @pytest.mark.parametrize("common", [1 / 8, 0.0, 10.0])
 def test_the_pruned_search_finds_what_a_full_search_finds(monkeypatch, chunk, common):
-    monkeypatch.setattr(baselines, "_CHUNK", chunk)
-    monkeypatch.setattr(baselines, "_COMMON", common)
+    monkeypatch.setattr(baselines, "_CHUNK_SIZE", chunk)
+    monkeypatch.setattr(baselines, "_COMMON_FRACTION", common)
     sources = _texts(120, seed=1)
     memory = TranslationMemory(sources, targets=[str(i) for i in range(120)])
     queries = [*_texts(25, seed=2), "a new word: zzzz"]

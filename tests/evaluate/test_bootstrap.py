@@ -46,7 +46,7 @@ def test_drawing_in_pieces_changes_nothing(monkeypatch):
     outputs, references = _corpus(40, noise=0.3)
     statistics = Bleu().sentence_statistics(outputs, references=references)
     whole = bootstrap_resample(Bleu(), statistics=statistics, resamples=60)
-    monkeypatch.setattr(bootstrap, "_CELLS", 40 * 7)
+    monkeypatch.setattr(bootstrap, "_MAX_DRAW_CELLS", 40 * 7)
     parts = bootstrap_resample(Bleu(), statistics=statistics, resamples=60)
     assert (whole.resampled == parts.resampled).all()
 

@@ -63,7 +63,7 @@ def test_means_weigh_every_language_alike(summary):
 
 
 def test_the_file_holds_what_its_docstring_promises(summary, tmp_path):
-    told = summary.add(run="demo", counts={"parameters": 7}, seconds={"train": 1.23456})
+    told = summary.with_run_facts(run="demo", counts={"parameters": 7}, seconds={"train": 1.23456})
     told.write(tmp_path / "summary.json")
     found = read_summary(tmp_path / "summary.json")
     german = found["languages"]["deu_Latn"]

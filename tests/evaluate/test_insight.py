@@ -10,7 +10,7 @@ from moesaic.moe.routing_record import LayerRoutes, RoutedTokens
 EXPERTS, ROWS, LENGTH = 4, 60, 20
 
 
-def routes(rule, *, spare=0, k=1, seed=0):
+def routes(rule, *, num_null_experts=0, k=1, seed=0):
     """Tokens of random ids, routed by ``rule(ids, positions)`` [N] or [N, k]."""
     make = torch.Generator().manual_seed(seed)
     count = ROWS * LENGTH
@@ -20,7 +20,7 @@ def routes(rule, *, spare=0, k=1, seed=0):
     weight = torch.ones(count, k)
     routing = Routing.from_topk(weight, expert=expert, num_experts=EXPERTS)
     tokens = RoutedTokens(ids, position, row, torch.zeros(count, dtype=torch.long))
-    return LayerRoutes("encoder.0", routing, tokens, spare)
+    return LayerRoutes("encoder.0", routing, tokens, num_null_experts)
 
 
 def found(*batches):
@@ -95,7 +95,7 @@ def test_spare_experts_need_no_room():
     def all_idle(ids, _):
         return torch.full_like(ids, EXPERTS - 1)
 
-    assert sum(found(routes(all_idle, spare=1))["positions"]["first_come"]) == 0
+    assert sum(found(routes(all_idle, num_null_experts=1))["positions"]["first_come"]) == 0
     assert sum(found(routes(all_idle))["positions"]["first_come"]) > 0
 
 

@@ -2,14 +2,12 @@ import pytest
 
 from moesaic.core.errors import DataError
 from moesaic.corpus.pair import Pair
-from moesaic.evaluate.testset import testset_from_file, testset_from_moses, testset_from_pairs
+from moesaic.evaluate.testset import make_testset, read_moses_testset, read_testset
 
 
 def test_a_limit_keeps_the_same_sentences_every_time():
     pairs = [Pair(f"s{i}", f"t{i}", "eng_Latn", "deu_Latn") for i in range(50)]
-    found = [
-        testset_from_pairs(pairs, name="x", source="en", target="de", limit=7) for _ in range(2)
-    ]
+    found = [make_testset(pairs, name="x", source="en", target="de", limit=7) for _ in range(2)]
     assert found[0] == found[1]
     assert (len(found[0]), found[0].total_count) == (7, 50)
     assert found[0].target == "deu_Latn"
@@ -19,7 +17,7 @@ def test_a_limit_keeps_the_same_sentences_every_time():
 def test_a_tsv_file_is_a_test_set(tmp_path):
     path = tmp_path / "pairs.tsv"
     path.write_text("Open\tÖffnen\nClose\tSchließen\n", encoding="utf-8")
-    found = testset_from_file(path, source="en", target="de")
+    found = read_testset(path, source="en", target="de")
     assert found.sources == ("Open", "Close")
     assert found.name == "pairs.tsv"
 
@@ -27,13 +25,13 @@ def test_a_tsv_file_is_a_test_set(tmp_path):
 def test_moses_files_are_read_line_against_line(tmp_path):
     (tmp_path / "a").write_text("Open\nClose\n", encoding="utf-8")
     (tmp_path / "b").write_text("Öffnen\nSchließen\n", encoding="utf-8")
-    found = testset_from_moses(tmp_path / "a", tmp_path / "b", source="en", target="de")
+    found = read_moses_testset(tmp_path / "a", tmp_path / "b", source="en", target="de")
     assert found.references == ("Öffnen", "Schließen")
     (tmp_path / "b").write_text("Öffnen\n", encoding="utf-8")
     with pytest.raises(DataError, match="1 lines"):
-        testset_from_moses(tmp_path / "a", tmp_path / "b", source="en", target="de")
+        read_moses_testset(tmp_path / "a", tmp_path / "b", source="en", target="de")
 
 
 def test_nothing_to_test_on_is_said():
     with pytest.raises(DataError, match="no sentences"):
-        testset_from_pairs([], name="mine", source="en", target="de")
+        make_testset([], name="mine", source="en", target="de")

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as distributed
 
-from moe.far_cases import FEW, E, Result, bank, carried, compare, here, whole
+from moe.dispatch_cases import FEW, E, Result, bank, carried, compare, here, whole
 from moesaic.distributed.communication_counter import CommunicationCounter
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher

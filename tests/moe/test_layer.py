@@ -1,14 +1,12 @@
-"""The layer's parts are set from outside and its record says what happened."""
+"""An MoE layer computes its output and records its routing."""
 
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from moesaic.moe.batch_group import SingleRankBatch
 from moesaic.moe.config import MoE
-from moesaic.moe.dispatcher import LocalDispatcher
-from moesaic.moe.layer import MoELayer, set_dispatcher, set_ranks
+from moesaic.moe.layer import MoELayer
 from moesaic.moe.router_context import RouterState, TokenContext
 from moesaic.moe.router_logits import LayerIndex
 from moesaic.nn.feed_forward import FeedForwardConfig
@@ -44,16 +42,6 @@ def test_the_record_names_the_layer_and_the_rows():
     assert record.layer == "x.1"
     assert record.row is row
     assert record.routing.num_tokens == 4
-
-
-def test_parts_are_given_to_every_layer_of_a_model():
-    model = nn.Sequential(_layer(), nn.Linear(2, 2), _layer())
-    ranks, dispatcher = SingleRankBatch(), LocalDispatcher()
-    set_ranks(model, ranks)
-    set_dispatcher(model, dispatcher)
-    for layer in (model[0], model[2]):
-        assert layer.ranks is ranks
-        assert layer.dispatcher is dispatcher
 
 
 def test_no_tokens_pass_through_and_can_be_differentiated():

@@ -56,8 +56,8 @@ def test_spare_experts_are_left_out_of_what_is_said_of_balance():
     assert (found.max_vio, found.min_load, found.dead_experts) == (0.0, 1.0, 0)
     assert found.load_entropy == pytest.approx(1.0)
     assert found.null_expert_frac == pytest.approx(110 / 200)
-    assert summarize_load([found])["moe/spare_frac"] == found.null_expert_frac
-    assert "moe/spare_frac" not in summarize_load([LayerUsage("x", counts, np.zeros(1))])
+    assert summarize_load([found])["moe/null_expert_frac"] == found.null_expert_frac
+    assert "moe/null_expert_frac" not in summarize_load([LayerUsage("x", counts, np.zeros(1))])
 
 
 def test_percentiles_are_over_the_layers():

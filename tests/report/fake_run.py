@@ -101,7 +101,7 @@ def _insight(random, experts):
         asked = (40_000 * np.exp(-np.arange(40) / 14)).astype(int)
         rate = 0.4 / (1 + np.exp(6 - np.arange(40) / 3))
         layers[layer] = {
-            "experts": experts, "spare": 0,
+            "experts": experts, "null_experts": 0,
             "uncertainty": {
                 "token": left, "position": 0.95, "token_by_chance": 0.984,
                 "position_by_chance": 0.991,

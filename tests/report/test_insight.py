@@ -56,12 +56,12 @@ def test_typical_tokens_are_shown_with_their_spaces(run):
 
 def test_spare_experts_are_named_apart(run):
     told = json.loads((run / "insight.json").read_text())
-    told["layers"]["encoder.1"]["spare"] = 2
+    told["layers"]["encoder.1"]["null_experts"] = 2
     (run / "insight.json").write_text(json.dumps(told))
     text = section(run)
-    assert "spare 6" in text
-    assert "spare 7" in text
-    assert "spare 5" not in text
+    assert "null expert 6" in text
+    assert "null expert 7" in text
+    assert "null expert 5" not in text
 
 
 def test_without_drops_the_curves_are_said_to_be_what_would_be(run):

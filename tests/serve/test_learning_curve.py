@@ -9,7 +9,7 @@ from moesaic.checkpoint.reshard import ShardedForm, reshard
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.errors import CheckpointError
 from moesaic.evaluate.harness import EvaluationSettings
-from moesaic.evaluate.testset import testsets_from_corpus
+from moesaic.evaluate.testset import corpus_testsets
 from moesaic.serve.learning_curve import learning_curve
 from moesaic.serve.score import score_run
 from moesaic.testing.tiny_models import synthetic_run
@@ -26,7 +26,7 @@ def made(data_home, tmp_path_factory):
     run, path = synthetic_run(steps=10), tmp_path_factory.mktemp("runs") / "curve"
     train(run, path)
     corpus = run.corpus.open()
-    return path, corpus, testsets_from_corpus(corpus, split="valid", limit=3)
+    return path, corpus, corpus_testsets(corpus, split="valid", limit=3)
 
 
 def test_every_checkpoint_is_scored_and_the_last_is_the_run(made):

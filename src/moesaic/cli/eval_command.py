@@ -15,11 +15,11 @@ from moesaic.checkpoint.run_directory import RunDir
 from moesaic.cli.shared_options import (
     JsonOption,
     RunArgument,
-    StderrProgress,
     UseOption,
     command_app,
     import_user_files,
     print_result,
+    show_progress,
     stderr,
 )
 from moesaic.core.errors import UserError, did_you_mean
@@ -31,9 +31,9 @@ from moesaic.evaluate.harness import EvaluationSettings
 from moesaic.evaluate.testset import UDHR_NAME as UDHR
 from moesaic.evaluate.testset import (
     TestSet,
-    testset_from_file,
-    testset_from_moses,
-    testsets_from_corpus,
+    corpus_testsets,
+    read_moses_testset,
+    read_testset,
     udhr_testsets,
 )
 from moesaic.model.generate import Beam, Greedy
@@ -192,7 +192,7 @@ def held_out_tests(
     if split not in SPLITS and target is None:
         held = [d for d in directions if corpus.count(*d, split=split)]
         directions = held or directions
-    return testsets_from_corpus(corpus, directions=directions, split=split, limit=limit)
+    return corpus_testsets(corpus, directions=directions, split=split, limit=limit)
 
 
 def run_directions(run: Run, *, corpus: Corpus, target: str | None = None) -> list[tuple[str, str]]:
@@ -225,7 +225,7 @@ def _named_test_sets(
             f'unknown test set "{name}": expected {UDHR}{did_you_mean(name, [UDHR])} (the splits of '
             "the run's corpus are chosen with --split)"
         )
-    return udhr_testsets(directions, limit=limit, progress=StderrProgress())
+    return udhr_testsets(directions, limit=limit, progress=show_progress)
 
 
 def _user_test_set(
@@ -239,9 +239,9 @@ def _user_test_set(
     if target is None:
         raise UserError("--to is missing: which language are the references in? e.g. --to de")
     if pairs is not None:
-        return testset_from_file(pairs, source=source, target=target, limit=limit)
+        return read_testset(pairs, source=source, target=target, limit=limit)
     assert moses is not None
-    return testset_from_moses(*moses, source=source, target=target, limit=limit)
+    return read_moses_testset(*moses, source=source, target=target, limit=limit)
 
 
 def _print_scored(test: TestSet, _: TestSetResult) -> None:

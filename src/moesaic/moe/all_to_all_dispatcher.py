@@ -177,7 +177,7 @@ def sort_rows(rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor,
 
 def unsort_rows(rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
     """Return sorted rows in the order in which they came."""
-    return sort_rows(rows, groups=replace(groups, order=groups.inverse, place=groups.order))
+    return sort_rows(rows, groups=replace(groups, order=groups.inverse, inverse=groups.order))
 
 
 def all_to_all_counts(counts: Int[Tensor, "E"], *, group: Group) -> Int[Tensor, "P e"]:

@@ -3,7 +3,7 @@
 The rows of every expert's segment are cut into pieces, so each piece is a small copy of the whole
 and the router is asked once (Hwang et al. 2023, Tutel, arXiv:2206.03382). A chunk is what travels
 at once, one piece or several: the way forward and the way back may want chunks of different number
-(Pan et al. 2025, FSMoE, arXiv:2501.10714); ``OverlapDegrees.fastest`` chooses them. Experts work piece by
+(Pan et al. 2025, FSMoE, arXiv:2501.10714); ``benchmarks/chunk_schedule.py`` chooses them. Experts work piece by
 piece, of which there are as many as both ways can be made of.
 
 Four small autograd functions share a ``_OverlappedTransfers``: one leaves home, one lands a piece on the far
@@ -23,7 +23,6 @@ from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.distributed.collectives import AsyncRows, all_to_all_async
-from moesaic.distributed.communication_cost import LayerCost, best_num_chunks
 from moesaic.distributed.process_groups import Group, group_size
 from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher, all_to_all_counts, unpermute_sum
 from moesaic.moe.dispatcher import ExpertCompute, apply_experts, sort_edges
@@ -47,11 +46,6 @@ class OverlapDegrees:
     @property
     def num_pieces(self) -> int:
         return lcm(self.forward, self.backward)
-
-    @staticmethod
-    def fastest(forward: LayerCost, backward: LayerCost) -> "OverlapDegrees":
-        """Return the degrees that the cost model finds fastest, each pass for itself."""
-        return OverlapDegrees(best_num_chunks(forward), best_num_chunks(backward))
 
 
 class ChunkedAllToAllDispatcher:

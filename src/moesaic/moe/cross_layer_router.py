@@ -237,7 +237,7 @@ class DecoupledRouting(CrossLayerRouting):
 
     def problems(self, *, experts: Sequence[int], router_input: RouterInput) -> str | None:
         if not isinstance(router_input, HiddenState):
-            return "condition=HiddenState, since no layer has a gate that could read it"
+            return "router_input=HiddenState, since no layer has a gate that could read it"
         return f"one number of experts in a stack, not {experts}" if len(set(experts)) > 1 else None
 
 

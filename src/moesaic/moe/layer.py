@@ -72,7 +72,7 @@ class MoELayer(nn.Module):
         mixed = self.null_experts.add_output(
             self.dispatch_projection.unproject(home), x=x, routing=routed.routing
         )
-        out = self.shared_experts(x, mixed=mixed)
+        out = self.shared_experts(x, routed_output=mixed)
         record = RoutingRecord.from_router(
             self.name, routed, context=context, num_null_experts=spare
         )

@@ -12,11 +12,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moesaic.distributed.dispatch_volume import (
-    DispatchedTokens,
-    all_to_all_bytes,
-    expert_tensor_bytes,
-)
 from moesaic.distributed.world import BUCKET_BYTES
 from moesaic.model.config import Stack
 from moesaic.model.parameter_count import BatchDims
@@ -36,6 +31,31 @@ class CommunicationVolume:
     kind: str
     axis: str
     bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchedTokens:
+    """What one rank dispatches in a layer: ``tokens`` rows of ``dim`` numbers, each to k experts."""
+
+    tokens: int
+    experts_per_token: int
+    dim: int
+    itemsize: int
+
+    @property
+    def total_bytes(self) -> float:
+        """Bytes of one copy of a row for each of its experts."""
+        return float(self.tokens * self.experts_per_token * self.dim * self.itemsize)
+
+
+def all_to_all_bytes(tokens: DispatchedTokens, *, ranks: int) -> float:
+    """Return the bytes of dispatch and combine over n ranks: ``2 k (n-1)/n`` rows per token."""
+    return 2 * tokens.total_bytes * (ranks - 1) / ranks
+
+
+def expert_tensor_bytes(tokens: DispatchedTokens, *, expert_tensor: int) -> float:
+    """Return the bytes of the all-gather over the slices of an expert and the reduce-scatter back."""
+    return 2 * tokens.total_bytes * (expert_tensor - 1)
 
 
 def communication_volume(

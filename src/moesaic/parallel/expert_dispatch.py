@@ -9,10 +9,9 @@ from torch import nn
 
 from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
-from moesaic.distributed.communication_cost import LinearCost
 from moesaic.distributed.parallel_plan import ParallelPlan, RankGrid
 from moesaic.distributed.process_groups import Group, split_group
-from moesaic.moe.adaptive_dispatcher import AdaptiveDispatcher, DispatchCosts
+from moesaic.moe.adaptive_dispatcher import AdaptiveDispatcher, DispatchCosts, LinearCost
 from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher, hierarchical_dispatcher
 from moesaic.moe.chunked_dispatcher import ChunkedAllToAllDispatcher, OverlapDegrees
 from moesaic.moe.dispatcher import Dispatcher

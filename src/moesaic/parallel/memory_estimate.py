@@ -130,7 +130,7 @@ def _parameter_bytes(
     values = math.prod(part.shape)
     parameter = nn.Parameter(torch.empty(part.shape, device="meta"))
     rule = optimizer.param_group(parameter, kind=part.parameter.kind)["rule"]
-    slots = sum(s.numel() * s.element_size() for s in rule.slots(parameter).values())
+    slots = sum(s.numel() * s.element_size() for s in rule.initial_state(parameter).values())
     return values * storage.weight, values * storage.gradient, values * storage.master + slots
 
 

@@ -27,13 +27,13 @@ from moesaic.moe.config import MoE
 from moesaic.moe.layer import accumulate_routing_stats
 from moesaic.moe.routing_record import RoutingRecord, loss_terms
 from moesaic.nn.packing import Packing
+from moesaic.parallel.partial_forward import forward_blocks, output_of
 from moesaic.parallel.pipeline_schedules import torch_pipelining
 from moesaic.parallel.pipeline_stages import PipelineStages
 from moesaic.parallel.stage_serializer import (
     LocalTokens,
     StageBoundary,
     StageSerializer,
-    connect_graph,
 )
 
 
@@ -102,9 +102,11 @@ class StageModule(nn.Module):
         )
         terms: dict[str, Tensor] = {}
         with scoring.autocast():
-            end = self.model.forward_blocks(micro.batch, blocks=self.block_range, stage_input=given)
+            end = forward_blocks(
+                self.model, micro.batch, blocks=self.block_range, stage_input=given
+            )
             if self.output_serializer is None:
-                output = self.model.output_of(end, batch=micro.batch)
+                output = output_of(self.model, end, batch=micro.batch)
                 scored = self.model.loss(output, smoothing=scoring.smoothing)
                 terms["cross_entropy"] = scored.total / max(scoring.num_targets, 1)
                 micro.nll, micro.row = scored.nll, output.row
@@ -148,7 +150,6 @@ class Pipeline:
             StageBoundary.after(leg, config=stages.config) for leg in stages.block_ranges[:-1]
         ]
         self._step = PipelineStep()
-        model.attach_encoder = connect_graph
         self._cached_schedule: tuple[Any, Any] = (None, None)
 
     @staticmethod

@@ -1,6 +1,6 @@
 """Stages: which blocks of a model each stage of a pipeline holds, and what else it needs.
 
-The chain of blocks is the encoder's, then the decoder's. A stage is a run of it (``model/partial_forward.py``);
+The chain of blocks is the encoder's, then the decoder's. A stage is a run of it (``parallel/partial_forward.py``);
 a rank with several stages holds one model without the blocks of other ranks, so names, and what the
 weights start as, are those of the whole model. A parameter that several ranks need (a tied
 embedding; what linked routers share) is held by each, and its gradient is the sum over them.
@@ -18,9 +18,9 @@ from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.parameter_count import BatchDims, count_parameters
-from moesaic.model.partial_forward import BlockRange
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
+from moesaic.parallel.partial_forward import BlockRange
 from moesaic.parallel.pipeline_schedules import (
     Interleaved,
     OneForwardOneBackward,

@@ -8,15 +8,19 @@ C columns that linked routers carry.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.model.config import ModelConfig
-from moesaic.model.partial_forward import BlockRange, StageIO, router_state_widths
 from moesaic.moe.router_logits import RouterStateWidths
+from moesaic.parallel.partial_forward import (
+    BlockRange,
+    StageIO,
+    attach_loss,
+    connect_graph,
+    router_state_widths,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,33 +136,10 @@ class StageSerializer:
         )
 
 
-def attach_loss(x: Float[Tensor, "*S"], term: Float[Tensor, ""]) -> Float[Tensor, "*S"]:
-    """Return ``x``; whoever differentiates it adds 1 to the gradient of ``term``."""
-    return _AttachLoss.apply(x, term)
-
-
-def connect_graph(x: Float[Tensor, "T D"], other: Float[Tensor, "*S"]) -> Float[Tensor, "T D"]:
-    """Return ``x``; whoever differentiates it finds a gradient of ``other`` too: zero."""
-    return _AttachLoss.apply(x, 0.0 * other.sum())
-
-
 def round_up_rows(rows: int) -> int:
     """Round up by at most an eighth, to one of few numbers."""
     step = 1 << max(0, rows.bit_length() - 4)
     return max(1, -(-rows // step) * step)
-
-
-class _AttachLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, term: Tensor) -> Tensor:
-        ctx.like = (term.dtype, term.device)
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dtype, device = ctx.like
-        return grads[0], torch.ones((), dtype=dtype, device=device)
 
 
 def _pad_rows(parts: Sequence[Tensor], *, rows: int) -> Tensor:

@@ -170,7 +170,7 @@ def _layer_details(layer: LayerUsage, used: RecordedUsage) -> Html:
     share = layer.load / max(layer.load.sum(), 1)
     rows = [
         [
-            f"expert {e}" if e < layer.computing_load.size else f"spare {e}",
+            f"expert {e}" if e < layer.computing_load.size else f"null expert {e}",
             f"{share[e]:.1%}",
             ", ".join(f"{language_name(used.languages[g])} {ratio:.1f}×" for g, ratio in typical),
         ]
@@ -252,9 +252,9 @@ def _explained_share(layer: dict[str, Any], known: str) -> float:
 def _typical_tokens(layers: dict[str, Any]) -> Html:
     tables = []
     for name, layer in layers.items():
-        work = layer["experts"] - layer["spare"]
+        work = layer["experts"] - layer["null_experts"]
         rows = [
-            [f"expert {e}" if e < work else f"spare {e}", _token_chips(texts)]
+            [f"expert {e}" if e < work else f"null expert {e}", _token_chips(texts)]
             for e, texts in enumerate(layer["typical"])
         ]
         head = ["expert", "tokens that go there far more often than chance would send them"]

@@ -55,9 +55,9 @@ def test_all_layers_teach_the_router():
 
 
 def test_what_it_cannot_do_is_refused():
-    with pytest.raises(ConfigError, match="Decoupled expects one number of experts"):
+    with pytest.raises(ConfigError, match="DecoupledRouting expects one number of experts"):
         CONFIG.replace(decoder=Stack(layers=2, moe_every=1, experts_per_layer=(4, 8)))
-    with pytest.raises(ConfigError, match="Decoupled expects condition=HiddenState"):
+    with pytest.raises(ConfigError, match="DecoupledRouting expects router_input=HiddenState"):
         CONFIG.replace(moe=CONFIG.moe.replace(router_input=HiddenStateAndTag()))
     with pytest.raises(ConfigError, match="heads=3"):
         DecoupledRouting(dim=8, heads=3)

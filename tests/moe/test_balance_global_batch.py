@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from moe.scores import EXPERTS, TOKENS, scores_of, shares
+from moe.balance_cases import EXPERTS, TOKENS, scores_of, shares
 from moesaic.moe.balance import GlobalBatchBalance, MicroBatchBalance, SwitchBalance
 from moesaic.moe.batch_group import SingleRankBatch
 from moesaic.moe.config import MoE

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe.balances.shares import value_and_gradient
+from moe.balance_shares import value_and_gradient
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.balance_stateful import NullBalance
 from moesaic.moe.router_context import RoutingStats

@@ -84,7 +84,7 @@ def test_a_memory_starts_as_loud_as_the_feed_forward_beside_it():
     layer = Transformer(config).encoder[1].feed_forward.inner
     with torch.no_grad():
         x = torch.randn(400, DIM)
-        loud = float(layer.recall(x).std() / layer.feed_forward(x).std())
+        loud = float(layer.read_memory(x).std() / layer.feed_forward(x).std())
     assert 0.6 < loud < 1.4
 
 
@@ -96,4 +96,4 @@ def test_a_module_has_the_last_word_on_how_its_parameters_start():
     assert not model.get_parameter(inner + "experts.up_b").any()
     up = model.get_parameter(inner + "experts.up_a").detach()
     assert float(up.std()) == pytest.approx(DIM**-0.5, rel=0.1)
-    assert kinds[inner + "beside.coefficient.weight"] == "router"
+    assert kinds[inner + "shared_experts.coefficient.weight"] == "router"

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moe.scores import EXPERTS, LENGTHS, TOKENS, scores_of, shares
+from moe.balance_cases import EXPERTS, LENGTHS, TOKENS, scores_of, shares
 from moesaic.moe.balance import (
     DeviceBalance,
     EntropyBalance,

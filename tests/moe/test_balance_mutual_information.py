@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moe.balances.shares import value_and_gradient
+from moe.balance_shares import value_and_gradient
 from moesaic.moe.balance import MutualInformationBalance
 from moesaic.moe.select_dynamic import DenseAll
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moe.scores import EXPERTS, TOKENS, scores_of
+from moe.balance_cases import EXPERTS, TOKENS, scores_of
 from moesaic.core.errors import ConfigError
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.balance_stateful import AdaptiveBalance

@@ -15,7 +15,7 @@ X = torch.randn(9, DIM)
 def _mixed(made):
     """The routed experts' answer alone."""
     alone = layer(ROUTED, gated=False)
-    theirs = {k: v for k, v in made.state_dict().items() if not k.startswith("beside")}
+    theirs = {k: v for k, v in made.state_dict().items() if not k.startswith("shared_experts")}
     alone.load_state_dict(theirs)
     return run(alone, X)[0]
 

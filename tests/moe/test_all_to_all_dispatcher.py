@@ -1,20 +1,13 @@
 """Experts on other ranks answer as experts here do, gradients included."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.distributed as distributed
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moe.far_cases import CASES, E, F, Result, bank, carried, compare, groups, here, whole
-from moesaic.distributed.communication_counter import CommunicationCounter
-from moesaic.distributed.dispatch_volume import DispatchedTokens, all_to_all_bytes
+from moe.dispatch_cases import CASES, E, F, Result, bank, carried, compare, groups, here, whole
 from moesaic.distributed.forked_ranks import run_on_ranks
-from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher, Supposes
+from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher
 from moesaic.moe.dispatcher import Dispatcher, LocalDispatcher
-from moesaic.moe.routing import Routing
 
 
 def _expert_parallel() -> dict[str, Result]:
@@ -98,34 +91,6 @@ def test_rows_keep_their_dtype_on_the_way() -> None:
         assert got.out.dtype == got.x.dtype == torch.bfloat16
         torch.testing.assert_close(got.out, local.out, rtol=0.02, atol=0.02)
         torch.testing.assert_close(got.x, local.x, rtol=0.02, atol=0.02)
-
-
-@pytest.fixture
-def _many_ranks() -> Iterator[None]:
-    distributed.init_process_group("fake", store=FakeStore(), rank=3, world_size=512)
-    yield
-    distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("_many_ranks")
-def test_a_forecast_for_many_ranks_moves_what_the_closed_form_says() -> None:
-    tokens, dim, per_token = 2048, 4096, 8
-    rows = DispatchedTokens(tokens=tokens, experts_per_token=per_token, dim=dim, itemsize=2)
-    far = AllToAllDispatcher(distributed.group.WORLD, host=Supposes())
-    with FakeTensorMode(), CommunicationCounter() as wire:
-        x = torch.randn(tokens, dim, dtype=torch.bfloat16, requires_grad=True)
-        expert = torch.randint(512, (tokens, per_token))
-        edges = Routing.from_topk(torch.rand(tokens, per_token), expert=expert, num_experts=512)
-        parcel = far.dispatch(x, edges)
-        assert parcel.rows.shape == (tokens * per_token, dim)
-        far.combine(parcel.rows, parcel).sum().backward()
-    counts = 511 * 8  # bytes that say how many rows come
-    assert wire.total_bytes() == 2 * all_to_all_bytes(rows, ranks=512) + counts
-
-
-def test_what_is_uneven_cannot_be_supposed_to_be_even() -> None:
-    with pytest.raises(ValueError, match="9 edges cannot be supposed to go evenly to 2 ranks"):
-        Supposes().read(torch.zeros(4), edges=9, ranks=2)
 
 
 def _refused() -> str:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe.balances.shares import value_and_gradient
+from moe.balance_shares import value_and_gradient
 from moesaic.moe.balance import TargetLoadBalance
 from moesaic.moe.select_dynamic import Threshold
 

@@ -63,7 +63,7 @@ def test_an_uneven_load_evens_out_step_by_step():
     for step in range(120):
         torch.manual_seed(step)
         routed = route(router, torch.randn(400, 8) + 1)
-        router.accumulate_stats(routed.sums)
+        router.accumulate_stats(routed.stats_vector)
         router.update_rules()
         most.append(float(routed.routing.load().max()) / 200)
     assert most[0] > 1.6
