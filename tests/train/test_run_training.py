@@ -8,7 +8,6 @@ import pytest
 import torch
 import yaml
 from compare_runs import compare_run_dirs
-from rich.console import Console
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_tensors
@@ -19,7 +18,7 @@ from moesaic.data.tasks import CausalLM, Translation
 from moesaic.model.config import Stack
 from moesaic.moe.config import NoMoE
 from moesaic.monitor.metric_writers import read_metrics
-from moesaic.monitor.progress_display import NotesOnlyDisplay, RunStatus
+from moesaic.monitor.progress_display import ProgressDisplay, RunStatus
 from moesaic.optim.lr_schedule import WSD
 from moesaic.optim.optimizer import AdamW
 from moesaic.testing.tiny_models import synthetic_run, tiny_model_config
@@ -56,11 +55,10 @@ PROMISED = [
 ]
 
 
-class Notes(NotesOnlyDisplay):
+class Notes(ProgressDisplay):
     """A progress display that records its notes."""
 
     def __init__(self) -> None:
-        super().__init__(Console(quiet=True))
         self.said: list[str] = []
 
     def __call__(self, _: RunStatus) -> "Notes":

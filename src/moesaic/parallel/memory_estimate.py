@@ -21,7 +21,7 @@ from moesaic.model.training_memory import activation_bytes
 from moesaic.moe.config import MoE
 from moesaic.moe.experts import ExpertShape, FeedForwardExpert
 from moesaic.ops.kernel_selection import select_moe_kernel
-from moesaic.ops.moe_kernel import MoEKernel, UnfusedMoEKernel
+from moesaic.ops.moe_kernel import KernelShape, MoEKernel, UnfusedMoEKernel
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parameter_inventory import ParameterInventory, ParameterShard, RankParameters
@@ -182,7 +182,7 @@ def _extra_expert_values(
     per_edge = counted / edges
     if isinstance(moe.expert, FeedForwardExpert):
         width = feed.activation.width(feed.hidden) // slices
-        per_edge = kernel.saved_activations(dim=dim, width=width, bias=config.bias, live_share=1.0)
+        per_edge = kernel.saved_activations(KernelShape(dim, width, config.bias, 1.0))
     if plan.expert_ranks(moe.experts) * slices == 1:
         return math.ceil(edges * per_edge - counted)
     # these kernels keep their input rows in a copy, which per_edge includes

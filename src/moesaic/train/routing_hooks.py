@@ -18,7 +18,7 @@ from moesaic.moe.router_context import TokenContext
 from moesaic.moe.routing_record import LayerRoutes, RoutingRecord, routes_from_records
 from moesaic.monitor.expert_usage import LogitStats, UsageCounter, summarize_load
 from moesaic.monitor.health_rules import HealthFinding, RouterSettings
-from moesaic.monitor.router_health import RouterHealthMonitor, describe_findings, summarize_health
+from moesaic.monitor.router_health import RouterHealthMonitor, summarize_health
 from moesaic.train.random_state import preserve_random_state
 from moesaic.train.run import Run
 from moesaic.train.trainer import StepReport, Trainer
@@ -120,8 +120,8 @@ class RouterHealthHook(Hook):
     def _note_new_findings(self, trainer: Trainer, findings: tuple[HealthFinding, ...]) -> None:
         new = [f for f in findings if (f.layer, f.rule) not in self._reported]
         self._reported = {(f.layer, f.rule) for f in findings}
-        for sentence in describe_findings(new):
-            trainer.event_log.add_note(f"step {trainer.step}: {sentence}")
+        for finding in new:
+            trainer.event_log.add_note(f"step {trainer.step}: {finding.sentence}")
 
 
 def row_languages(record: RoutingRecord, *, batch: Batch) -> Int[Tensor, "B"]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from rich.console import Console
 
 from moesaic.checkpoint.checkpoint_directory import RetentionPolicy
 from moesaic.checkpoint.full_checkpoint import save_checkpoint
@@ -18,7 +17,6 @@ from moesaic.checkpoint.snapshot import RankSnapshot
 from moesaic.distributed.rank0 import run_on_rank0
 from moesaic.monitor.metric_writers import MetricWriter
 from moesaic.monitor.progress_display import (
-    NotesOnlyDisplay,
     ProgressDisplay,
     RunStatus,
     make_display,
@@ -168,7 +166,7 @@ def terminal_progress(status: RunStatus) -> ProgressDisplay:
 
 def no_progress(status: RunStatus) -> ProgressDisplay:  # noqa: ARG001
     """Return a display that prints nothing (ranks other than 0, ``--quiet``)."""
-    return NotesOnlyDisplay(Console(quiet=True))
+    return ProgressDisplay()
 
 
 class MetricsLogHook(Hook):

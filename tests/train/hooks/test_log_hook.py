@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 
 import pytest
-from rich.console import Console
 
-from moesaic.monitor.progress_display import NotesOnlyDisplay
+from moesaic.monitor.progress_display import ProgressDisplay
 from moesaic.testing.tiny_models import tiny_run, tiny_trainer
 from moesaic.train.loop import training_loop
 from moesaic.train.trainer import StepReport, Trainer
@@ -26,11 +25,10 @@ class Rows:
     def close(self) -> None: ...
 
 
-class RecordingDisplay(NotesOnlyDisplay):
+class RecordingDisplay(ProgressDisplay):
     """A progress display that records steps and notes."""
 
     def __init__(self) -> None:
-        super().__init__(Console(quiet=True))
         self.ticks: list[int] = []
         self.notes: list[str] = []
 
