@@ -20,7 +20,7 @@ from moesaic.evaluate.harness import (
     add_expert_traces,
     evaluate,
 )
-from moesaic.evaluate.routing_analysis import RoutingAnalysis, count_expert_usage
+from moesaic.evaluate.routing_analysis import RoutingAnalysis
 from moesaic.evaluate.testset import TestSet
 from moesaic.model.generate import Greedy, Search
 from moesaic.moe.routing_record import LayerRoutes
@@ -71,19 +71,14 @@ def count_experts(
     Returns the counts.
     """
     run, translator = RunDir(Path(path)), Translator.open(path)
-    insight = RoutingAnalysis()
-
-    def studied() -> Iterator[BatchRouting]:
-        for found in _test_routing(translator, tests):
-            insight.add(found)
-            yield found
-
+    analysis = RoutingAnalysis(translator.languages)
     with _routing_recorder(routes, translator=translator, tests=tests) as record:
-        counts = count_expert_usage(map(record, studied()), languages=translator.languages)
-    counts.write(run.usage)
-    if counts.layers():
-        write_json(run.insight, insight.to_dict(show=translator.token_text))
-    return counts
+        for batch in _test_routing(translator, tests):
+            analysis.add(record(batch))
+    analysis.usage.write(run.usage)
+    if analysis.usage.layers():
+        write_json(run.insight, analysis.to_dict(show=translator.token_text))
+    return analysis.usage
 
 
 def _truncation_notes(translator: Translator, tests: Sequence[TestSet]) -> Iterator[str]:
