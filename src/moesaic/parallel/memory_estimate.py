@@ -28,7 +28,7 @@ from moesaic.model.training_memory import activation_bytes
 from moesaic.moe.config import MoE, SparseLayer
 from moesaic.moe.experts import ExpertShape, FeedForwardExpert
 from moesaic.ops.kernel_selection import select_moe_kernel
-from moesaic.ops.moe_kernel import MoEKernel, UnfusedMoEKernel
+from moesaic.ops.moe_kernel import KernelShape, MoEKernel, UnfusedMoEKernel
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parameter_inventory import ParameterInventory, ParameterShard, RankParameters
@@ -194,7 +194,7 @@ def _extra_expert_values(
     )
     each = said / edges
     if isinstance(moe.expert, FeedForwardExpert):
-        each = mixer.saved_activations(dim=dim, width=width, bias=config.bias, live_share=1.0)
+        each = mixer.saved_activations(KernelShape(dim, width, config.bias, 1.0))
     if plan.expert_ranks(moe.experts) * cuts == 1:
         return math.ceil(edges * each - said)
     copies = (

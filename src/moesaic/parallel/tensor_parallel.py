@@ -169,12 +169,12 @@ class ProcessGroupTensorParallel:
         self._group = group
 
     def all_gather_tokens(
-        self, x: Float[Tensor, "t D"], *, packing: Packing
+        self, x: Float[Tensor, "t D"], packing: Packing, /
     ) -> Float[Tensor, "T D"]:
         return all_gather_rows(x, group=self._group, sizes=_tokens_by_tensor_rank(packing))
 
     def reduce_scatter_tokens(
-        self, y: Float[Tensor, "T D"], *, packing: Packing
+        self, y: Float[Tensor, "T D"], packing: Packing, /
     ) -> Float[Tensor, "t D"]:
         return reduce_scatter_rows(y, group=self._group, sizes=_tokens_by_tensor_rank(packing))
 
