@@ -23,13 +23,13 @@ from typing import Any, Literal
 import torch
 import torch._dynamo  # see distributed/forked_ranks.py: without it each life spends seconds on its import
 import torch.distributed as distributed
+from compare_runs import compare_run_dirs
 
 from moesaic.checkpoint.checkpoint_directory import Disk
 from moesaic.core.errors import UserError
 from moesaic.core.files import atomic_write
 from moesaic.distributed import world as collectives
 from moesaic.distributed.hang_report import HangReport, LostRankError
-from moesaic.testing.compare_runs import compare_run_dirs
 from moesaic.train.resume import ResumeLatest
 from moesaic.train.run import Run
 from moesaic.train.run_training import train

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compare_runs import compare_run_dirs
 from fault_trials import (
     Fault,
     FaultInjection,
@@ -38,7 +39,6 @@ from moesaic.checkpoint.safetensors_io import read_tensors
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.select import TopK
-from moesaic.testing.compare_runs import compare_run_dirs
 from moesaic.testing.tiny_models import synthetic_run, tiny_model_config
 from moesaic.train.resume import ResumeLatest
 from moesaic.train.run import CheckpointConfig, Run

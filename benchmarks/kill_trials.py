@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 import torch._dynamo  # see distributed/forked_ranks.py: without it each life spends seconds on its import
+from compare_runs import compare_run_dirs
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.errors import UserError
-from moesaic.testing.compare_runs import compare_run_dirs
 from moesaic.train.resume import ResumeLatest
 from moesaic.train.run import Run
 from moesaic.train.run_training import train

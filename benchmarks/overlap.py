@@ -4,7 +4,7 @@ Random layers: every stage's start and whole time is drawn log-uniformly (a star
 second, a whole of 0.3 to 10 seconds), half of them with other traffic between nodes. For each the
 choice by formula is compared with trying every number in the simulated schedule. The measured part
 times gloo's all-to-all over ranks of this machine and the experts of one layer, the least of
-repetitions since others use the machine too, and fits a line to each: what ``OverlapDegrees.fastest`` is
+repetitions since others use the machine too, and fits a line to each: what ``best_num_chunks`` is
 to be given on a cluster.
 
     python benchmarks/overlap.py
@@ -21,20 +21,20 @@ from typing import Any
 
 import torch
 import torch.distributed as distributed
-from support import write_result
-
-from moesaic.distributed.collectives import all_to_all
-from moesaic.distributed.communication_cost import (
+from chunk_schedule import (
     CHUNK_CANDIDATES,
     NO_COST,
     LayerCost,
-    LinearCost,
     StageCost,
     best_num_chunks,
     fit_cost,
     simulated_seconds,
 )
+from support import write_result
+
+from moesaic.distributed.collectives import all_to_all
 from moesaic.distributed.forked_ranks import run_on_ranks
+from moesaic.moe.adaptive_dispatcher import LinearCost
 from moesaic.moe.chunked_dispatcher import OverlapDegrees
 from moesaic.moe.experts import ExpertShape, GroupedExperts
 from moesaic.nn.feed_forward import FeedForwardConfig, SwiGLU
@@ -128,7 +128,7 @@ def measured(repeats: int) -> dict[str, Any]:
     experts = expert_seconds(repeats)
     lines = {"all_to_all": fit_cost(ROWS, exchange), "experts": fit_cost(ROWS, experts)}
     layer = LayerCost(*(StageCost(line.cost, ROWS[-1]) for line in lines.values()))
-    degrees = OverlapDegrees.fastest(layer, layer.backward())
+    degrees = OverlapDegrees(best_num_chunks(layer), best_num_chunks(layer.backward()))
     return {
         "rows": list(ROWS),
         "dim": DIM,

@@ -32,6 +32,7 @@ from moesaic.distributed.world import SingleProcess
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.config import MoE
 from moesaic.monitor.metric_writers import JsonlWriter
+from moesaic.monitor.progress_display import RunStatus
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 from moesaic.nn.norm import LayerNorm
@@ -40,7 +41,7 @@ from moesaic.train.prepare_data import prepare_data
 from moesaic.train.run import CorpusSource, LogConfig, NamedCorpus, Run, ValidationConfig
 from moesaic.train.run_training import make_trainer, standard_hooks
 from moesaic.train.trainer import Trainer
-from moesaic.train.training_hooks import Hook, NullDisplay
+from moesaic.train.training_hooks import Hook, no_progress
 from moesaic.train.training_hooks import MetricsLogHook as LogHook
 
 WARM = 5
@@ -164,7 +165,7 @@ def main() -> None:
         prepared = prepare_data(run, run_dir=folder, world=SingleProcess(), notify=print)
         trainer = make_trainer(run, prepared=prepared, world=SingleProcess())
         twin = make_trainer(run, prepared=prepared, world=SingleProcess())
-        log = LogHook(sink=JsonlWriter(folder.metrics), progress=NullDisplay())
+        log = LogHook(writer=JsonlWriter(folder.metrics), progress=no_progress(RunStatus(steps=1)))
         ours = Ours(trainer, [*standard_hooks(trainer, run_dir=folder), log])
         raw = Raw(twin.model, twin.data)
         ours.block(WARM), raw.block(WARM)

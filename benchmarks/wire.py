@@ -17,25 +17,25 @@ from typing import Any
 
 import torch
 import torch.distributed as distributed
-from support import write_result
-from torch import nn
-from wire_page import write_page
-
-from moesaic.distributed.communication_cost import LinearCost
-from moesaic.distributed.communication_counter import CommunicationCounter
-from moesaic.distributed.dispatch_volume import (
+from dispatch_volume import (
     DispatchedTokens,
     all_to_all_bytes,
     all_to_all_inter_node_bytes,
     data_expert_model_bytes,
     hierarchical_inter_node_bytes,
 )
+from support import write_result
+from torch import nn
+from wire_page import write_page
+
+from moesaic.distributed.communication_counter import CommunicationCounter
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.process_groups import Group, Subgroups, group_size, split_group
 from moesaic.moe.adaptive_dispatcher import (
     AdaptiveDispatcher,
     DispatchCosts,
     GatherDegrees,
+    LinearCost,
     StepLoad,
     possible_gather_degrees,
 )

@@ -4,7 +4,9 @@ import functools
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
+from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.pair import Pair, Text
 from moesaic.data.loader import DataReplica, Loader, LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
@@ -59,7 +61,9 @@ def tokenizer() -> Tokenizer:
 
 @functools.cache
 def shards() -> TokenShards:
-    return write_shards(ToyCorpus(), tokenizer(), out=Path(tempfile.mkdtemp()) / "shards")
+    return write_shards(
+        cast(Corpus, ToyCorpus()), tokenizer(), out=Path(tempfile.mkdtemp()) / "shards"
+    )
 
 
 MIXTURE = MixtureConfig(

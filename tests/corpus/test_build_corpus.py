@@ -14,7 +14,7 @@ from moesaic.corpus.sources.synthetic import SyntheticLanguages
 from moesaic.corpus.sources.text_source import (
     CombinedSources,
     LanguageFilter,
-    ProgressListener,
+    Progress,
     SourceFile,
     TextSource,
 )
@@ -56,7 +56,7 @@ class Given(TextSource):
     texts: tuple[str, ...] = ()
     unfit: int = 0
 
-    def fetch(self, *, progress: ProgressListener) -> tuple[SourceFile, ...]:
+    def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
         del progress
         names = dict.fromkeys(row[0] for row in self.rows)
         return tuple(SourceFile(n, Path(n), version="1", licence=f"licence of {n}") for n in names)

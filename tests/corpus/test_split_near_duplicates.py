@@ -8,7 +8,6 @@ from moesaic.corpus.split import (
     KeepNearDuplicates,
     SplitConfig,
     character_trigrams,
-    find_near_duplicates,
     jaccard,
 )
 
@@ -29,7 +28,7 @@ def by_definition(held: set[str], train: list[str], threshold: float) -> set[str
 def test_the_index_finds_what_comparing_every_pair_finds(
     held: set[str], train: list[str], threshold: float
 ) -> None:
-    assert find_near_duplicates(held, train=train, threshold=threshold) == by_definition(
+    assert DropNearDuplicates(threshold=threshold).find(held, train=train) == by_definition(
         held, train, threshold
     )
 
@@ -44,14 +43,14 @@ def test_likeness_is_shared_grams_over_all_grams() -> None:
 
 def test_one_letter_more_is_near_and_another_word_is_not() -> None:
     held = {"delete the selected files", "print the selected page"}
-    found = find_near_duplicates(held, train=iter(["delete the selected file"]), threshold=0.6)
+    found = DropNearDuplicates(threshold=0.6).find(held, train=iter(["delete the selected file"]))
     assert found == {"delete the selected files"}
 
 
 def test_the_threshold_itself_is_near() -> None:
     assert jaccard("abcdef", "abcdex") == 4 / 8
-    assert find_near_duplicates({"abcdef"}, train=["abcdex"], threshold=0.5) == {"abcdef"}
-    assert find_near_duplicates({"abcdef"}, train=["abcdex"], threshold=0.51) == frozenset()
+    assert DropNearDuplicates(threshold=0.5).find({"abcdef"}, train=["abcdex"]) == {"abcdef"}
+    assert DropNearDuplicates(threshold=0.51).find({"abcdef"}, train=["abcdex"]) == frozenset()
 
 
 def test_keeping_asks_nobody() -> None:

@@ -37,7 +37,7 @@ def test_encoder_decoder_rows_start_with_the_target_tag():
     assert batch.source.tolist() == [[DE, 20, 21, EOS], [DE, EOS, 0, 0]]
     assert batch.target_in.tolist() == [[DE, 30, 0, 0], [DE, 31, 32, 33]]
     assert batch.target_out.tolist() == [[30, EOS, 0, 0], [31, 32, 33, EOS]]
-    assert widths.source.tolist() == batch.source_mask.sum(1).tolist()
+    assert widths.source.tolist() == (batch.source != 0).sum(1).tolist()
     assert widths.target.tolist() == (batch.target_in != 0).sum(1).tolist()
 
 

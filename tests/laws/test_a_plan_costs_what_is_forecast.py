@@ -26,8 +26,8 @@ from moesaic.parallel.memory_estimate import estimate_memory
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.train.dry_run import (
-    communication_volume,
     dummy_batch,
+    measured_volume,
     mesh_groups,
     simulate_step,
     with_round_robin_routing,
@@ -99,7 +99,7 @@ def _step() -> dict[str, tuple[list[int], Lines, list[int], Lines]]:
         forecast = [said.weights, said.gradients, said.optimizer]
         same = _same(mesh)
         lines = _sums(communication_volume(holding, sizes=SIZES), same)
-        found[name] = (held, _sums(communication_volume(wire), same), forecast, lines)
+        found[name] = (held, _sums(measured_volume(wire), same), forecast, lines)
     return found
 
 

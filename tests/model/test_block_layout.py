@@ -39,7 +39,7 @@ def test_a_parallel_block_adds_all_branches_of_one_norm():
     _, _, attention = seen["self_attention.inner"]
     _, _, feed = seen["feed_forward.inner"]
     torch.testing.assert_close(after.x, stream.x + attention + feed)
-    read = model.decoder[0].entry(stream.x)
+    read = model.decoder[0].input_norm(stream.x)
     for name in ("self_attention.inner", "feed_forward.inner"):
         torch.testing.assert_close(seen[name][0][0], read)
 

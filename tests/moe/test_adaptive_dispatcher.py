@@ -3,23 +3,23 @@
 import pytest
 import torch
 import torch.distributed as distributed
-from torch import nn
-
-from moe.dispatch_cases import FEW, D, E, F, Result, bank, carried, compare, groups, here, whole
-from moesaic.distributed.communication_cost import LinearCost
-from moesaic.distributed.communication_counter import CommunicationCounter
-from moesaic.distributed.dispatch_volume import (
+from dispatch_volume import (
     DispatchedTokens,
     adaptive_experts_bytes,
     all_to_all_bytes,
     expert_tensor_bytes,
     gathered_expert_bytes,
 )
+from torch import nn
+
+from moe.dispatch_cases import FEW, D, E, F, Result, bank, carried, compare, groups, here, whole
+from moesaic.distributed.communication_counter import CommunicationCounter
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.moe.adaptive_dispatcher import (
     AdaptiveDispatcher,
     DispatchCosts,
     GatherDegrees,
+    LinearCost,
     StepLoad,
     possible_gather_degrees,
 )

@@ -5,15 +5,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as distributed
-
-from moe.dispatch_cases import CASES, D, E, K, Result, bank, carried, compare, groups, here, whole
-from moesaic.distributed.communication_counter import CommunicationCounter
-from moesaic.distributed.dispatch_volume import (
+from dispatch_volume import (
     DispatchedTokens,
     all_to_all_inter_node_bytes,
     hierarchical_inter_node_bytes,
     mean_remote_nodes,
 )
+
+from moe.dispatch_cases import CASES, D, E, K, Result, bank, carried, compare, groups, here, whole
+from moesaic.distributed.communication_counter import CommunicationCounter
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.moe.all_to_all_dispatcher import (
     AllToAllDispatcher,

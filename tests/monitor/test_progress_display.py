@@ -6,7 +6,6 @@ from rich.console import Console
 from moesaic.monitor.progress_display import (
     LineDisplay,
     LiveDisplay,
-    NotesOnlyDisplay,
     RunStatus,
     format_status_line,
     make_display,
@@ -53,7 +52,7 @@ def test_an_empty_status_draws_too():
     assert format_status_line(RunStatus(steps=5)) == "step 0/5"
 
 
-def test_the_line_says_the_same_in_one_row():
+def test_the_line_has_the_same_values_in_one_row():
     text = format_status_line(status(health="healthy"))
     assert text == (
         "step 300/1200 | loss 3.210 | translation 3.500 | denoising 2.750 | valid/loss 3.000"
@@ -69,30 +68,30 @@ class Clock:
         return self.now
 
 
-def test_plain_lines_come_at_their_interval_and_the_last_row_is_never_lost():
+def test_plain_lines_come_at_their_interval_and_the_last_row_is_always_printed():
     stream, clock = io.StringIO(), Clock()
-    board = LineDisplay(Console(file=stream), status=RunStatus(steps=100), every_s=10, clock=clock)
+    display = LineDisplay(Console(file=stream), status=RunStatus(steps=100), clock=clock)
     for step in range(1, 36):
-        board.advance(step)
-        board.update_metrics({"train/loss": float(step)})
+        display.advance(step)
+        display.update_metrics({"train/loss": float(step)})
         clock.now += 1
-    board.close()
-    said = [text.split(" |")[0] for text in stream.getvalue().splitlines()]
-    assert said == ["step 1/100", "step 11/100", "step 21/100", "step 31/100", "step 35/100"]
+    display.close()
+    printed = [text.split(" |")[0] for text in stream.getvalue().splitlines()]
+    assert printed == ["step 1/100", "step 11/100", "step 21/100", "step 31/100", "step 35/100"]
     assert "1m09s left" in stream.getvalue().splitlines()[3]
 
 
 def test_the_live_table_is_drawn_at_most_four_times_a_second():
     clock = Clock()
     console = Console(file=io.StringIO(), force_terminal=True, width=110)
-    board = LiveDisplay(console, status=RunStatus(steps=100), clock=clock)
+    display = LiveDisplay(console, status=RunStatus(steps=100), clock=clock)
     draws = []
-    board._live.update = lambda renderable, **_: draws.append(renderable)
-    board.open()
+    display._live.update = lambda renderable, **_: draws.append(renderable)
+    display.open()
     for step in range(1, 101):
-        board.advance(step)
+        display.advance(step)
         clock.now += 0.01
-    board.close()
+    display.close()
     assert 4 <= len(draws) <= 6
     assert "step 100/100" in screen(draws[-1])
 
@@ -100,38 +99,24 @@ def test_the_live_table_is_drawn_at_most_four_times_a_second():
 def test_a_slow_terminal_is_drawn_less_often():
     clock = Clock()
     console = Console(file=io.StringIO(), force_terminal=True, width=110)
-    board = LiveDisplay(console, status=RunStatus(steps=100), clock=clock)
+    display = LiveDisplay(console, status=RunStatus(steps=100), clock=clock)
     draws = []
 
     def slow(renderable, **_):
         draws.append(renderable)
         clock.now += 0.02
 
-    board._live.update = slow
+    display._live.update = slow
     for step in range(1, 401):
-        board.advance(step)
+        display.advance(step)
         clock.now += 0.01
     assert len(draws) == 2
 
 
-def test_notes_stay_whatever_the_board(capsys):
-    for board in (
-        NotesOnlyDisplay(Console(file=io.StringIO())),
-        LineDisplay(Console(file=io.StringIO()), status=RunStatus(steps=1)),
-    ):
-        board.open()
-        board.note("step 7 skipped: [not] finite")
-        assert board._console.file.getvalue() == "step 7 skipped: [not] finite\n"
-
-
-def test_a_quiet_board_says_nothing_else():
-    stream = io.StringIO()
-    board = NotesOnlyDisplay(Console(file=stream))
-    board.open()
-    board.advance(1)
-    board.update_metrics(VALUES, health="healthy")
-    board.close()
-    assert stream.getvalue() == ""
+def test_notes_are_printed_as_they_are():
+    display = LineDisplay(Console(file=io.StringIO()), status=RunStatus(steps=1))
+    display.note("step 7 skipped: [not] finite")
+    assert display._console.file.getvalue() == "step 7 skipped: [not] finite\n"
 
 
 class Terminal(io.StringIO):
@@ -140,30 +125,29 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(
-    ("stream", "quiet", "term", "expected"),
+    ("stream", "term", "expected"),
     [
-        (Terminal(), False, "xterm-256color", LiveDisplay),
-        (Terminal(), False, "dumb", LineDisplay),
-        (io.StringIO(), False, "xterm-256color", LineDisplay),
-        (Terminal(), True, "xterm-256color", NotesOnlyDisplay),
+        (Terminal(), "xterm-256color", LiveDisplay),
+        (Terminal(), "dumb", LineDisplay),
+        (io.StringIO(), "xterm-256color", LineDisplay),
     ],
-    ids=["terminal", "dumb terminal", "pipe", "quiet"],
+    ids=["terminal", "dumb terminal", "pipe"],
 )
-def test_the_board_suits_the_stream(stream, quiet, term, expected, monkeypatch):
+def test_the_display_suits_the_stream(stream, term, expected, monkeypatch):
     monkeypatch.setenv("TERM", term)
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
-    board = make_display(status=RunStatus(steps=1), quiet=quiet, stream=stream)
-    assert type(board) is expected
+    display = make_display(status=RunStatus(steps=1), stream=stream)
+    assert type(display) is expected
 
 
 def test_everything_goes_to_standard_error(capsys):
-    board = make_display(status=RunStatus(steps=10))
-    board.open()
-    board.advance(1)
-    board.update_metrics(VALUES)
-    board.note("a note")
-    board.close()
+    display = make_display(status=RunStatus(steps=10))
+    display.open()
+    display.advance(1)
+    display.update_metrics(VALUES)
+    display.note("a note")
+    display.close()
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "a note" in captured.err
@@ -173,8 +157,8 @@ def test_no_color_leaves_no_colour(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     stream = Terminal()
-    board = make_display(status=status(health="healthy"), stream=stream)
-    board.open()
-    board.close()
+    display = make_display(status=status(health="healthy"), stream=stream)
+    display.open()
+    display.close()
     assert "healthy" in stream.getvalue()
     assert "\x1b[3" not in stream.getvalue()

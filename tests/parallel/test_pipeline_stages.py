@@ -8,7 +8,6 @@ import torch
 from moesaic.core.errors import ConfigError
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.parameter_count import BatchDims, count_parameters
-from moesaic.model.partial_forward import BlockRange
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.cross_layer_router import RecurrentRouting
@@ -16,6 +15,7 @@ from moesaic.moe.router_logits import HiddenStateAndTag
 from moesaic.moe.select import TopK
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.positional_encoding import LearnedPositions
+from moesaic.parallel.partial_forward import BlockRange, forward_blocks
 from moesaic.parallel.pipeline_schedules import (
     DualPipeV,
     GPipe,
@@ -96,7 +96,9 @@ def test_a_cut_by_hand_is_kept_and_an_impossible_one_refused() -> None:
         BlockRange(range(4, 4), range(2, 4)),
     )
     for wrong in ((), (0,), (8,), (2, 3)):
-        with pytest.raises(ConfigError, match=r"cut\.blocks=.* must be 1 rising numbers"):
+        with pytest.raises(
+            ConfigError, match=r"pipeline_split\.blocks=.* must be 1 rising numbers"
+        ):
             cut(*wrong)
 
 
@@ -163,7 +165,7 @@ def test_a_part_that_is_elsewhere_says_so_when_it_is_asked() -> None:
     model = Transformer(CONFIG)
     _stages(CONFIG, schedule=GPipe()).remove_other_stages(model, rank=1)
     with pytest.raises(RuntimeError, match=r"encoder\.0 is held by another rank"):
-        model.forward_blocks(random_batch(2, seed=0), blocks=BlockRange.all_blocks(CONFIG))
+        forward_blocks(model, random_batch(2, seed=0), blocks=BlockRange.all_blocks(CONFIG))
 
 
 def test_gradients_apart_are_refused_where_torch_would_miss_some() -> None:

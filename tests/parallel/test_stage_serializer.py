@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from moesaic.model.partial_forward import BlockRange, StageIO
 from moesaic.moe.config import MoE
 from moesaic.moe.cross_layer_router import PreGatedRouting, RecurrentRouting
 from moesaic.moe.select import TopK
+from moesaic.parallel.partial_forward import BlockRange, StageIO
 from moesaic.parallel.stage_serializer import (
     LocalTokens,
     StageBoundary,

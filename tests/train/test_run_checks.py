@@ -22,7 +22,7 @@ WRONG = {
     "language-twice": ({"languages": ("de", "German")}, r'"German" and "de" are both deu_Latn'),
     "no-encoder": (
         {"model": MODEL.replace(encoder=Stack(layers=0))},
-        r"layout=EncoderDecoderCollator needs an encoder",
+        r"collator=EncoderDecoderCollator needs an encoder",
     ),
     "idle-encoder": (
         {"loader": LOADER.replace(collator=DecoderOnlyCollator())},
@@ -30,7 +30,7 @@ WRONG = {
     ),
     "positions": (
         {"model": MODEL.replace(position=LearnedPositions(max_length=50))},
-        r"loader\.max_source=64 is longer than the table model\.position\.max=50",
+        r"loader\.max_source=64 is longer than .*max_length=50",
     ),
     "batch": (
         {"loader": LOADER.replace(batch_tokens=100)},

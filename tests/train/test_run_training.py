@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from compare_runs import compare_run_dirs
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_tensors
@@ -17,16 +18,15 @@ from moesaic.data.tasks import CausalLM, Translation
 from moesaic.model.config import Stack
 from moesaic.moe.config import NoMoE
 from moesaic.monitor.metric_writers import read_metrics
-from moesaic.monitor.progress_display import RunStatus
+from moesaic.monitor.progress_display import ProgressDisplay, RunStatus
 from moesaic.optim.lr_schedule import WSD
 from moesaic.optim.optimizer import AdamW
-from moesaic.testing.compare_runs import compare_run_dirs
 from moesaic.testing.tiny_models import synthetic_run, tiny_model_config
 from moesaic.train.resume import ResumeFrom, ResumeLatest
 from moesaic.train.run import BFloat16, LogConfig, Run, TensorBoard, ValidationConfig
 from moesaic.train.run_training import train
 from moesaic.train.trainer import StepReport, Trainer
-from moesaic.train.training_hooks import Hook, NullDisplay, no_progress
+from moesaic.train.training_hooks import Hook, no_progress
 
 pytestmark = pytest.mark.usefixtures("data_home")
 
@@ -55,8 +55,8 @@ PROMISED = [
 ]
 
 
-class Notes(NullDisplay):
-    """Keeps what it is told."""
+class Notes(ProgressDisplay):
+    """A progress display that records its notes."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -230,15 +230,11 @@ def test_every_kind_of_run_trains_and_resumes(variant: str, tmp_path: Path) -> N
 
 
 def test_rows_that_are_too_long_are_left_out_and_said(tmp_path: Path) -> None:
-    notes: list[str] = []
-
-    class Listening(NullDisplay):
-        def note(self, text: str) -> None:
-            notes.append(text)
+    notes = Notes()
 
     run = synthetic_run(steps=8)
     run = run.replace(loader=run.loader.replace(max_source=14, max_target=14))
-    train(run, tmp_path / "run", progress=lambda _: Listening())
-    (said,) = [n for n in notes if "left out" in n]
+    train(run, tmp_path / "run", progress=notes)
+    (said,) = [n for n in notes.said if "left out" in n]
     assert "loader.max_source=14" in said
     assert "eng_Latn-" in said

@@ -50,7 +50,7 @@ def test_spikes_that_last_lower_the_rate_and_the_rule_learns_anew() -> None:
         past = RULE.decide(9.0, history=past).history
     judged = RULE.decide(9.0, history=past)
     assert judged.history == LossHistory(rate=0.5)
-    assert "makes 3 in a row: from here on learning rates are 0.5 of their schedule" in judged.note
+    assert "3 in a row: from here on learning rates are 0.5 of their schedule" in judged.note
     assert not RULE.decide(9.0, history=judged.history).skip, (
         "the higher loss is usual from here on"
     )
@@ -72,7 +72,7 @@ def test_losses_that_fall_or_are_noisy_are_no_spikes() -> None:
 
 def test_what_is_remembered_survives_a_checkpoint() -> None:
     past = RULE.decide(9.0, history=_usual()).history
-    assert LossHistory.from_plain(json.loads(json.dumps(past.plain()))) == past
+    assert LossHistory.from_dict(json.loads(json.dumps(past.to_dict()))) == past
 
 
 def test_the_rule_that_takes_all_remembers_nothing() -> None:
@@ -94,8 +94,8 @@ def _shaken(world: World) -> Trainer:
     class Shaken:
         categories = inner.categories
 
-        def gradients(self, spread, *, batches):
-            seen = inner.forward_backward(spread, batches=batches)
+        def forward_backward(self, parallel_model, *, batches):
+            seen = inner.forward_backward(parallel_model, batches=batches)
             if not shaken:
                 shaken.append(batches)
                 seen.sums.losses[0] *= 20.0
@@ -121,7 +121,7 @@ def test_a_spike_is_skipped_in_training_and_its_batch_comes_again() -> None:
     notes, step, _ = _spike(SingleProcess())
     (note,) = notes
     assert note.startswith("step 6 skipped: the loss of")
-    assert note.endswith("its batch is kept for one more try")
+    assert note.endswith("its batch is queued for one retry")
     assert step == 7
 
 

@@ -22,16 +22,16 @@ class Poisoned:
     def __init__(self, inner: Objective, *, bad: set[int]) -> None:
         self.inner, self.bad, self.calls = inner, bad, 0
         self.categories = inner.categories
-        self.seen: list[Batch] = []
+        self.batches: list[Batch] = []
 
-    def gradients(
-        self, spread: ParallelModel, *, batches: Sequence[Batch]
+    def forward_backward(
+        self, parallel_model: ParallelModel, *, batches: Sequence[Batch]
     ) -> ForwardBackwardResult:
         self.calls += 1
-        self.seen.append(batches[0])
-        result = self.inner.forward_backward(spread, batches=batches)
+        self.batches.append(batches[0])
+        result = self.inner.forward_backward(parallel_model, batches=batches)
         if self.calls in self.bad:
-            grad = spread.model.decoder_norm.weight.grad
+            grad = parallel_model.model.decoder_norm.weight.grad
             assert grad is not None
             grad[3] = math.nan
         return result
@@ -50,19 +50,21 @@ def test_a_bad_step_changes_nothing_and_its_batch_comes_again() -> None:
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.optimizer.zero_grad()
     changed: list[bool] = []
-    poison_gradients = poison.gradients
+    inner_step = poison.forward_backward
 
-    def watching(spread: ParallelModel, *, batches: Sequence[Batch]) -> ForwardBackwardResult:
-        named = spread.model.named_parameters()
+    def watching(
+        parallel_model: ParallelModel, *, batches: Sequence[Batch]
+    ) -> ForwardBackwardResult:
+        named = parallel_model.model.named_parameters()
         changed.append(any(not torch.equal(p, before[n]) for n, p in named))
-        return poison_gradients(spread, batches=batches)
+        return inner_step(parallel_model, batches=batches)
 
-    poison.gradients = watching  # pyright: ignore[reportAttributeAccessIssue]
+    poison.forward_backward = watching  # pyright: ignore[reportAttributeAccessIssue]
     report = trainer.train_step()
     assert report.step == 2
     assert changed == [False, False], "the bad step must leave the weights alone"
     trainer.train_step()
-    bad, new, again = poison.seen[1:4]
+    bad, new, again = poison.batches[1:4]
     assert torch.equal(bad.source, again.source)
     assert not torch.equal(bad.source[:2, :2], new.source[:2, :2])
     trainer.train_step()
@@ -75,7 +77,7 @@ def test_the_note_names_the_first_gradient_that_is_not_finite() -> None:
     trainer.train_step()
     (note,) = trainer.event_log.pop_notes()
     assert note.startswith("step 1 skipped: the gradient of decoder_norm.weight")
-    assert "one more try" in note
+    assert "one retry" in note
     assert trainer.metrics.compute_and_reset(trainer.world)["train/skipped"] == 1
 
 
@@ -85,7 +87,7 @@ def test_work_that_is_bad_twice_is_given_up() -> None:
         trainer.train_step()
     assert "given up" in trainer.event_log.pop_notes()[1]
     assert trainer.retry_queue.pending == []
-    assert torch.equal(poison.seen[0].source, poison.seen[2].source)
+    assert torch.equal(poison.batches[0].source, poison.seen[2].source)
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run() -> None:

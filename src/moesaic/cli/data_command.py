@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moesaic.cli.shared_options import JsonOption, StderrProgress, command_app, print_result
+from moesaic.cli.shared_options import JsonOption, command_app, print_result, show_progress
 from moesaic.core.errors import DataError, did_you_mean
 from moesaic.core.units import show_count
 from moesaic.corpus.build_corpus import build_corpus
@@ -174,7 +174,7 @@ def build_command(
     Example: [cyan]moesaic data build catalogues-small[/]
     """
     count = workers or min(_MAX_WORKERS, os.cpu_count() or 1)
-    corpus = build_corpus(_recipe(which), out=out, progress=StderrProgress(), workers=count)
+    corpus = build_corpus(_recipe(which), out=out, progress=show_progress, workers=count)
     value = {"path": str(corpus.path), "pairs": corpus.manifest["pairs"]} | {
         "languages": len(corpus.languages)
     }

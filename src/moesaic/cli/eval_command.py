@@ -15,11 +15,11 @@ from moesaic.checkpoint.run_directory import RunDir
 from moesaic.cli.shared_options import (
     JsonOption,
     RunArgument,
-    StderrProgress,
     UseOption,
     command_app,
     import_user_files,
     print_result,
+    show_progress,
     stderr,
 )
 from moesaic.core.errors import UserError, did_you_mean
@@ -31,9 +31,9 @@ from moesaic.evaluate.harness import EvaluationSettings
 from moesaic.evaluate.testset import UDHR_NAME as UDHR
 from moesaic.evaluate.testset import (
     TestSet,
-    read_testset,
-    read_moses_testset,
     corpus_testsets,
+    read_moses_testset,
+    read_testset,
     udhr_testsets,
 )
 from moesaic.model.generate import Beam, Greedy
@@ -225,7 +225,7 @@ def _named_test_sets(
             f'unknown test set "{name}": expected {UDHR}{did_you_mean(name, [UDHR])} (the splits of '
             "the run's corpus are chosen with --split)"
         )
-    return udhr_testsets(directions, limit=limit, progress=StderrProgress())
+    return udhr_testsets(directions, limit=limit, progress=show_progress)
 
 
 def _user_test_set(

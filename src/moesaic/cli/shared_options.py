@@ -29,11 +29,9 @@ RunArgument = Annotated[
 stderr = Console(stderr=True)
 
 
-class StderrProgress:
-    """Progress of whatever takes long, as lines on stderr."""
-
-    def report_progress(self, text: str) -> None:
-        stderr.print(f"[dim]{escape(text)}[/]", highlight=False)
+def show_progress(text: str) -> None:
+    """Print a line of progress on stderr."""
+    stderr.print(f"[dim]{escape(text)}[/]", highlight=False)
 
 
 def command_app(**settings: Any) -> typer.Typer:

@@ -20,7 +20,7 @@ from moesaic.corpus.data_home import corpora_dir
 from moesaic.corpus.read_sources import ReadJob, ReadResult, map_in_order, read_source_file
 from moesaic.corpus.readers.keyed_text import DISAGREE
 from moesaic.corpus.resolve_conflicts import DirectionJob, DirectionResult, resolve_conflicts
-from moesaic.corpus.sources.text_source import ProgressListener, SilentProgress, SourceFile
+from moesaic.corpus.sources.text_source import Progress, SourceFile, ignore_progress
 from moesaic.corpus.spill import Direction, PairSpill
 from moesaic.corpus.split import LeakedSources, find_leaks
 
@@ -38,7 +38,7 @@ def build_corpus(
     recipe_or_name: CorpusRecipe | str,
     *,
     out: Path | None = None,
-    progress: ProgressListener | None = None,
+    progress: Progress | None = None,
     workers: int = 1,
 ) -> Corpus:
     """Build a corpus by recipe or name, or open it when it is already there.
@@ -50,11 +50,11 @@ def build_corpus(
     a corpus of another recipe is replaced; one that holds anything else is left alone (DataError).
     """
     recipe = named_corpus(recipe_or_name) if isinstance(recipe_or_name, str) else recipe_or_name
-    listener = progress or SilentProgress()
+    listener = progress or ignore_progress
     root = out or corpora_dir() / recipe.name
     ready = _open_finished(root, recipe)
     if ready:
-        listener.report_progress(f"{root}: already built")
+        listener(f"{root}: already built")
         return ready
     root.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}.part-"))
@@ -64,9 +64,7 @@ def build_corpus(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     corpus = Corpus.open(root)
-    listener.report_progress(
-        f"{root}: {corpus.manifest['pairs']} pairs, {len(corpus.languages)} languages"
-    )
+    listener(f"{root}: {corpus.manifest['pairs']} pairs, {len(corpus.languages)} languages")
     return corpus
 
 
@@ -114,7 +112,7 @@ class _CorpusBuilder:
 
     recipe: CorpusRecipe
     work: Path
-    progress: ProgressListener
+    progress: Progress
     workers: int
     result: ReadResult = field(default_factory=ReadResult)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -126,11 +124,11 @@ class _CorpusBuilder:
             [unit for unit in units if not unit.missing_reason], spill=spill, keys=keys
         )
         if self.recipe.split.near_duplicates.enabled:
-            self.progress.report_progress("looking for near-duplicates among the held-out sources")
+            self.progress("looking for near-duplicates among the held-out sources")
         leaks = find_leaks(keys, near_duplicates=self.recipe.split.near_duplicates)
         keys.unlink()
         directions = list(dict.fromkeys(which.direction for which in spill.bins()))
-        self.progress.report_progress(f"writing {len(directions)} directions")
+        self.progress(f"writing {len(directions)} directions")
         settled = list(self._resolve_directions(directions, leaks=leaks))
         shutil.rmtree(self.work / "spill")
         self._add_texts()
@@ -145,9 +143,7 @@ class _CorpusBuilder:
         ]
         results = map_in_order(read_source_file, jobs, workers=min(self.workers, max(1, len(jobs))))
         for job, result in zip(jobs, results, strict=True):
-            self.progress.report_progress(
-                f"read {job.unit.name} {job.unit.version} ({job.rank + 1}/{len(jobs)})"
-            )
+            self.progress(f"read {job.unit.name} {job.unit.version} ({job.rank + 1}/{len(jobs)})")
             self.result.add(result)
             spill.append_from(job.pairs)
             for path in (*job.texts.iterdir(), job.keys):

@@ -14,6 +14,7 @@ from importlib.resources import files
 
 from moesaic.core.errors import DataError, did_you_mean
 
+ENGLISH = "eng_Latn"
 _SCRIPT_OF_MODIFIER = {
     "latin": "Latn",
     "latn": "Latn",
@@ -36,6 +37,7 @@ class Language:
     bcp47: str
     iso1: str | None
     region: str = ""
+    aliases: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.code
@@ -66,7 +68,7 @@ def resolve_language(text: str) -> Language:
     if found is None:
         raise DataError(
             f'unknown language "{text}": expected a code such as deu_Latn, de, pt-BR, zh_Hans or '
-            f"sr@latin{did_you_mean(text, _shown_names())}"
+            f"sr@latin{did_you_mean(text, _display_spellings())}"
         )
     return found
 
@@ -90,49 +92,44 @@ def resolve_locale(locale: str) -> Language | None:
     return found if at_home else None
 
 
-def all_languages() -> tuple[Language, ...]:
-    """Return the whole table, sorted by code."""
-    return tuple(row for row, _ in _language_table())
-
-
 @cache
-def _language_table() -> tuple[tuple[Language, tuple[str, ...]], ...]:
+def all_languages() -> tuple[Language, ...]:
+    """Return the table of languages, sorted by code."""
     text = files("moesaic.corpus").joinpath("languages.tsv").read_text(encoding="utf-8")
-    rows = []
-    for line in text.splitlines()[1:]:
-        code, name, bcp47, iso1, region, aliases = line.split("\t")
-        row = Language(code, name, code.split("_")[1], bcp47, iso1 or None, region)
-        rows.append((row, tuple(aliases.split())))
-    return tuple(rows)
+    rows = (line.split("\t") for line in text.splitlines()[1:])
+    return tuple(
+        Language(
+            code, name, code.split("_")[1], bcp47, iso1 or None, region, tuple(aliases.split())
+        )
+        for code, name, bcp47, iso1, region, aliases in rows
+    )
 
 
 @cache
 def _spellings() -> dict[str, Language]:
-    """Every known spelling; the plainest row of a language owns its bare codes."""
+    """Every accepted spelling; bare codes lead to the language's row with the fewest subtags."""
     table: dict[str, Language] = {}
-    plain_first = sorted(_language_table(), key=lambda r: (r[0].bcp47.count("-"), r[0].code))
-    for row, aliases in plain_first:
-        for spelling in _spellings_of(row, aliases):
+    for row in sorted(all_languages(), key=lambda r: (r.bcp47.count("-"), r.code)):
+        for spelling in _spellings_of(row):
             table.setdefault(_normalise_spelling(spelling), row)
     return table
 
 
-def _spellings_of(row: Language, aliases: tuple[str, ...]) -> Iterator[str]:
+def _spellings_of(row: Language) -> Iterator[str]:
     lang, script, *region = row.code.split("_")
     short = row.bcp47.split("-")[0]
-    yield from (row.code, row.bcp47, row.name)
-    yield from aliases
+    yield from (row.code, row.bcp47, row.name, *row.aliases)
     if region:
         return
-    for base in {lang, short, row.iso1 or short, *(a for a in aliases if a.isalpha())}:
+    for base in {lang, short, row.iso1 or short, *(a for a in row.aliases if a.isalpha())}:
         yield f"{base}-{script}"
         yield base
 
 
 @cache
-def _shown_names() -> tuple[str, ...]:
+def _display_spellings() -> tuple[str, ...]:
     return tuple(
-        n for row, aliases in _language_table() for n in (row.code, row.bcp47, row.name, *aliases)
+        n for row in all_languages() for n in (row.code, row.bcp47, row.name, *row.aliases)
     )
 
 

@@ -18,14 +18,13 @@ from moesaic.core.errors import DataError
 from moesaic.corpus.cleaning import PairCleaner
 from moesaic.corpus.corpus import text_file
 from moesaic.corpus.corpus_recipes import CorpusRecipe
-from moesaic.corpus.languages import resolve_language
+from moesaic.corpus.languages import ENGLISH, resolve_language
 from moesaic.corpus.pair import Pair, RejectedPair, Text
 from moesaic.corpus.readers.tsv import escape_field
 from moesaic.corpus.sources.text_source import LanguageFilter, SourceFile
 from moesaic.corpus.spill import Direction, DropCounts, PairSpill
 from moesaic.corpus.split import SplitConfig, split_key
 
-ENGLISH = "eng_Latn"
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from moesaic.core.files import sha256
 from moesaic.corpus.corpus import pair_file
+from moesaic.corpus.languages import ENGLISH
 from moesaic.corpus.readers.tsv import escape_field
 from moesaic.corpus.spill import Direction, DropCounts, PairSpill, SpillBin, TargetCandidate
 from moesaic.corpus.split import SPLITS, LeakedSources, SplitConfig, digest64, split_key
 
-ENGLISH = "eng_Latn"
 _COUNT_NAMES = ("pairs", "source_characters", "target_characters", "source_words", "target_words")
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -37,41 +37,42 @@ _ROUNDING = 1e-9  # 3 of 5 shared grams are 0.6
 
 
 class NearDuplicates(Choice):
-    """Family: ``Keep`` or ``DropNearDuplicates``. Only held-out rows are ever dropped."""
+    """What happens to held-out sources that are almost equal to a train source.
 
-    @property
-    @abstractmethod
-    def enabled(self) -> bool:
-        """Whether ``among`` must be asked at all."""
+    Family: ``KeepNearDuplicates`` or ``DropNearDuplicates``. Train rows are never dropped.
+    """
+
+    enabled: ClassVar[bool] = True
 
     @abstractmethod
     def find(self, held: Set[str], *, train: Iterable[str]) -> frozenset[str]:
-        """Return those of ``held`` that are too near to one of ``train``; all are split keys."""
+        """Return the split keys of ``held`` that are too close to one of ``train``."""
 
 
 class KeepNearDuplicates(NearDuplicates):
-    """Near-duplicates stay in the test set: scores are partly a memory test."""
+    """Keep near-duplicates in the test set: scores then measure memorisation in part."""
 
-    @property
-    def enabled(self) -> bool:
-        return False
+    enabled: ClassVar[bool] = False
 
-    def find(self, held: Set[str], *, train: Iterable[str]) -> frozenset[str]:
-        del held, train
+    def find(self, held: Set[str], *, train: Iterable[str]) -> frozenset[str]:  # noqa: ARG002
         return frozenset()
 
 
 class DropNearDuplicates(NearDuplicates):
-    """Held-out rows whose source has a train source of any language this near are dropped."""
+    """Drop held-out rows with a train source, of any language, at least this similar.
+
+    Similarity is the Jaccard index of the sets of character 3-grams of the split keys.
+    """
 
     threshold: float = Field(default=0.6, gt=0, le=1)
 
-    @property
-    def enabled(self) -> bool:
-        return True
-
     def find(self, held: Set[str], *, train: Iterable[str]) -> frozenset[str]:
-        return find_near_duplicates(held, train=train, threshold=self.threshold)
+        """Exact. Only ``held`` is kept in memory; ``train`` is read once, a text at a time."""
+        index = _TrigramIndex(held)
+        found = np.zeros(len(index.texts), dtype=np.bool_)
+        for text in train:
+            found |= index.jaccard_with_all(text) >= self.threshold - _ROUNDING
+        return frozenset(index.texts[i] for i in np.flatnonzero(found))
 
 
 def character_trigrams(text: str) -> frozenset[str]:
@@ -84,20 +85,6 @@ def jaccard(a: str, b: str) -> float:
     """Return the share of grams that two texts have in common: the definition, for one pair."""
     first, second = character_trigrams(a), character_trigrams(b)
     return len(first & second) / len(first | second)
-
-
-def find_near_duplicates(
-    held: Set[str], *, train: Iterable[str], threshold: float
-) -> frozenset[str]:
-    """Return those of ``held`` with a text of ``train`` at ``jaccard >= threshold``. Exact.
-
-    Only ``held`` is kept in memory; ``train`` is read once, a text at a time.
-    """
-    index = _TrigramIndex(held)
-    found = np.zeros(len(index.texts), dtype=np.bool_)
-    for text in train:
-        found |= index.jaccard_with_all(text) >= threshold - _ROUNDING
-    return frozenset(index.texts[i] for i in np.flatnonzero(found))
 
 
 class _TrigramIndex:

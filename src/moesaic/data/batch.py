@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moesaic.core.shapes import Bool, Int, Tensor
+from moesaic.core.shapes import Int, Tensor
 
 PAD = 0
 
@@ -34,10 +34,6 @@ class Batch:
     @property
     def rows(self) -> int:
         return self.target_in.shape[0]
-
-    @property
-    def source_mask(self) -> Bool[Tensor, "B S"]:
-        return self.source != PAD
 
     @property
     def num_predicted(self) -> int:

@@ -19,8 +19,8 @@ from moesaic.core.config import Config
 from moesaic.core.errors import ConfigError, DataError
 from moesaic.data.batch import Batch
 from moesaic.data.collators import Collator, EncoderDecoderCollator, RowLengths, TokenizedSamples
-from moesaic.data.numpy_counter_rng import random_bits, random_permutation
 from moesaic.data.mixture import Mixture, SampleDraws
+from moesaic.data.numpy_counter_rng import random_bits, random_permutation
 from moesaic.data.ragged import IntArray, Ragged
 from moesaic.data.tasks import TaskStream
 from moesaic.data.token_shards import TokenShards

@@ -97,10 +97,6 @@ class StreamFrequency:
     drawn: int
     actual: float
 
-    @property
-    def epochs(self) -> float:
-        return self.drawn / self.size
-
 
 class Mixture:
     """The streams of a config over shards, and their weights. Frozen; ``counts`` are the state."""

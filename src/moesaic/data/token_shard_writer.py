@@ -12,45 +12,30 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from moesaic.core.errors import DataError
 from moesaic.core.files import sha256, write_json
+from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.data_home import data_home
-from moesaic.corpus.pair import Pair, Text
+from moesaic.corpus.split import SPLITS
 from moesaic.data.token_shards import DATA_FILES, FORMAT, MANIFEST, TokenShards
 from moesaic.data.tokenizer import Tokenizer, encode_on_all_cores
 
-SPLITS = ("train", "valid", "test")
 _CHUNK = 4096
 
 T = TypeVar("T")
 
 
-class CorpusLike(Protocol):
-    """What is asked of a corpus; ``data.corpus.Corpus`` is one."""
-
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def languages(self) -> Sequence[str]: ...
-    @property
-    def directions(self) -> Sequence[tuple[str, str]]: ...
-    def iter_pairs(self, source: str, target: str, *, split: str) -> Iterable[Pair]: ...
-    def iter_texts(self, code: str, *, split: str) -> Iterable[Text]: ...
-
-
-def shards_fingerprint(corpus: CorpusLike, tokenizer: Tokenizer) -> str:
+def shards_fingerprint(corpus: Corpus, tokenizer: Tokenizer) -> str:
     """Hex digest that names the shards of a corpus under a tokenizer."""
     text = f"{FORMAT} {corpus.fingerprint} {tokenizer.fingerprint}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def cached_shards(
-    corpus: CorpusLike, tokenizer: Tokenizer, *, root: Path | None = None
-) -> TokenShards:
+def cached_shards(corpus: Corpus, tokenizer: Tokenizer, *, root: Path | None = None) -> TokenShards:
     """Open the shards of this corpus and tokenizer, writing them first if they are not there."""
     name = shards_fingerprint(corpus, tokenizer)[:16]
     path = (root or data_home() / "shards") / name
@@ -59,7 +44,7 @@ def cached_shards(
     return write_shards(corpus, tokenizer, out=path)
 
 
-def write_shards(corpus: CorpusLike, tokenizer: Tokenizer, *, out: Path | str) -> TokenShards:
+def write_shards(corpus: Corpus, tokenizer: Tokenizer, *, out: Path | str) -> TokenShards:
     """Encode a corpus to ``out``, which appears only when all of it is on disk.
 
     Raises DataError if ``out`` exists or the corpus holds no text.
@@ -141,7 +126,7 @@ class _ShardWriter:
         self._tables: dict[str, _TextTable] = {}
         self._pairs: dict[str, int] = {}
 
-    def write(self, corpus: CorpusLike) -> dict[str, Any]:
+    def write(self, corpus: Corpus) -> dict[str, Any]:
         for split in SPLITS:
             self._add_split(corpus, split)
         texts = self._join_texts()
@@ -152,7 +137,7 @@ class _ShardWriter:
         table = file_manifest(self._root)
         return {"token_type": kind.str, "texts": texts, "pairs": pairs, "files": table}
 
-    def _add_split(self, corpus: CorpusLike, split: str) -> None:
+    def _add_split(self, corpus: Corpus, split: str) -> None:
         directions = sorted(corpus.directions)
         last = {code: n for n, pair in enumerate(directions) for code in pair}
         for n, (source, target) in enumerate(directions):
@@ -169,7 +154,7 @@ class _ShardWriter:
             self._tables[key] = _TextTable(self._root / f"{key}.part", self._tokenizer)
         return self._tables[key]
 
-    def _add_pairs(self, corpus: CorpusLike, source: str, target: str, split: str) -> None:
+    def _add_pairs(self, corpus: Corpus, source: str, target: str, split: str) -> None:
         left, right = self._table(source, split), self._table(target, split)
         key, count = f"{source}-{target}.{split}", 0
         with (self._root / f"{key}.pairs").open("wb") as stream:
@@ -182,7 +167,7 @@ class _ShardWriter:
                 count += len(chunk)
         self._pairs[key] = count
 
-    def _add_texts(self, corpus: CorpusLike, code: str, split: str) -> None:
+    def _add_texts(self, corpus: Corpus, code: str, split: str) -> None:
         table = self._table(code, split)
         for chunk in _chunks(corpus.iter_texts(code, split=split)):
             table.add([text.text for text in chunk])

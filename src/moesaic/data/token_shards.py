@@ -8,7 +8,7 @@ share it; ``shards.json`` says which texts are of which language and which pairs
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -19,22 +19,6 @@ from moesaic.data.ragged import IntArray, Ragged
 FORMAT = 1
 MANIFEST = "shards.json"
 DATA_FILES = ("tokens.bin", "offsets.bin", "pairs.bin")
-
-
-class IndexedRows(Protocol):
-    """A list of (source text, target text) that is read by number, many at a time."""
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the target side (estimated for joined rows)."""
-        ...
-
-    def text_ids(self, index: IntArray) -> tuple[IntArray, IntArray]:
-        """Return the text numbers of both sides of rows ``index``."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +49,9 @@ class TextRows:
     def text_ids(self, index: IntArray) -> tuple[IntArray, IntArray]:
         found = index + self.start
         return found, found
+
+
+IndexedRows: TypeAlias = PairRows | TextRows
 
 
 class TokenShards:

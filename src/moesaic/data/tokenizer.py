@@ -109,9 +109,6 @@ class Tokenizer:
         """Return the text of ``ids``; special tokens and tags are left out."""
         return self._hf_tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        return [self.decode(ids) for ids in rows]
-
 
 @contextmanager
 def encode_on_all_cores() -> Iterator[None]:

@@ -202,15 +202,6 @@ def balanced_lines(
     return result
 
 
-def fertility(tokenizer: Tokenizer, texts: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Return tokens per character for each language: lower is cheaper, 1.0 is one per character."""
-    found = {}
-    for code, lines in texts.items():
-        tokens = sum(len(ids) for ids in tokenizer.encode_batch(lines))
-        found[code] = tokens / max(1, sum(len(line) for line in lines))
-    return found
-
-
 @dataclass(frozen=True, slots=True)
 class _LineSample:
     lines: list[str]

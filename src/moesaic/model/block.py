@@ -1,16 +1,11 @@
-"""Block: attention and a feed-forward (dense or sparse), each adding to the stream.
+"""Transformer blocks: residual branches of attention and of a feed-forward, dense or MoE.
 
-What a branch reads of the stream is the arrangement's affair (``arrangement.py``).
-
-Letters: B rows, L length, T tokens, D model dim.
-
-Dropout: what is dropped is a function of the token, the layer and the run's draw of its row.
-
-So it is the same whichever rank holds the token, however the batch is cut, in a pass that is
-repeated, and after resuming on another number of ranks. torch's own draws from the rank's stream.
+Letters: B rows, S source length, T tokens, D model dim, n new tokens.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -33,9 +28,11 @@ from moesaic.ops.counter_rng import dropout
 
 
 class Dropout(nn.Module):
-    """Sets channels to zero with probability ``rate`` in training.
+    """Dropout whose mask is a function of the token, the layer's ``name`` and the row's random key.
 
-    No two of a model have one ``name``.
+    The mask is the same whichever rank holds the token, however the batch is split, in recomputed
+    passes, and after resuming on another number of ranks; torch's own dropout draws from the
+    generator of the rank. Names are unique within a model.
     """
 
     def __init__(self, rate: float, *, name: str) -> None:
@@ -53,10 +50,10 @@ Records = tuple[RoutingRecord, ...]
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
-    """How the tokens of one pass see each other: where they are and how positions turn them.
+    """What every block of a stack needs of one batch beside the hidden states.
 
-    ``rotation`` is that of the tokens that meet in a matrix (``packing.met``); ``context`` is what
-    routers may know of the tokens held here.
+    ``rotation`` turns queries and keys of ``packing.gathered_tokens``; ``routing_context`` is what
+    routers may read of ``packing.local_tokens``.
     """
 
     packing: Packing
@@ -66,119 +63,118 @@ class ForwardContext:
 
 @dataclass(frozen=True, slots=True)
 class BlockState:
-    """The states between two blocks, and what the MoE layers of the stack hand on."""
+    """A block's output: hidden states, router state for the next MoE layer, routing records."""
 
     x: Float[Tensor, "T D"]
     router_state: RouterState
     records: Records = ()
 
 
-@dataclass(frozen=True, slots=True)
-class CrossAttentionInputs:
-    """What a decoder block's later branches need: how it was entered, and the source."""
+class ResidualBranch(nn.Module):
+    """Base of branches: ``x + dropout(inner(norm(branch_input)))``."""
 
-    block_input: Float[Tensor, "T D"]
-    source: KeyValue | None
-    mask: Bool[Tensor, "B 1 1 S"] | None
-
-
-class SelfAttentionBranch(nn.Module):
-    """``x + attention(norm(read))``."""
-
-    def __init__(self, config: ModelConfig, *, causal: bool, name: str) -> None:
-        super().__init__()
-        self.norm = config.block_layout.branch_norm(config.norm, dim=config.dim)
-        self.inner: SelfAttentionModule = config.attention_experts.build(
-            config.attention, dim=config.dim, bias=config.bias
-        )
-        self.dropout = Dropout(config.dropout, name=name)
-        self.causal = causal
-
-    def forward(
-        self, x: Float[Tensor, "T D"], *, read: Float[Tensor, "T D"], view: ForwardContext
-    ) -> Float[Tensor, "T D"]:
-        y = self.inner(
-            self.norm(read), packing=view.packing, rotation=view.rotation, causal=self.causal
-        )
-        return x + self.dropout(y, context=view.routing_context)
-
-    def step(
-        self,
-        x: Float[Tensor, "T D"],
-        *,
-        read: Float[Tensor, "T D"],
-        view: ForwardContext,
-        cache: KeyValue,
-        position: Int[Tensor, "B n"],
-    ) -> Float[Tensor, "T D"]:
-        """The same for the newest tokens only."""
-        return x + self.inner.step(
-            self.norm(read),
-            packing=view.packing,
-            rotation=view.rotation,
-            cache=cache,
-            position=position,
-        )
-
-
-class CrossAttentionBranch(nn.Module):
-    """``x + attention(norm(read), source)``."""
-
-    def __init__(self, config: ModelConfig, *, name: str) -> None:
-        super().__init__()
-        self.norm = config.block_layout.branch_norm(config.norm, dim=config.dim)
-        self.inner = CrossAttention(config.attention, dim=config.dim, bias=config.bias)
-        self.dropout = Dropout(config.dropout, name=name)
-
-    def forward(
-        self,
-        x: Float[Tensor, "T D"],
-        *,
-        read: Float[Tensor, "T D"],
-        view: ForwardContext,
-        source: KeyValue,
-        mask: Bool[Tensor, "B 1 1 S"] | None,
-    ) -> Float[Tensor, "T D"]:
-        y = self.inner(self.norm(read), packing=view.packing, source=source, mask=mask)
-        return x + self.dropout(y, context=view.routing_context)
-
-
-class FeedForwardBranch(nn.Module):
-    """``x + feed_forward(norm(read))``; nothing is recorded or handed on."""
-
-    def __init__(self, config: ModelConfig, *, name: str) -> None:
-        super().__init__()
-        self.norm = config.block_layout.branch_norm(config.norm, dim=config.dim)
-        self.inner = DenseFeedForward(config.feed_forward, dim=config.dim, bias=config.bias)
-        self.dropout = Dropout(config.dropout, name=name)
-        self.tensor_parallel: TensorParallelGroup = NoTensorParallel()
-
-    def forward(
-        self, stream: BlockState, *, read: Float[Tensor, "T D"], view: ForwardContext
-    ) -> BlockState:
-        met = self.tensor_parallel.all_gather_tokens(self.norm(read), packing=view.packing)
-        y = self.tensor_parallel.reduce_scatter_tokens(self.inner(met), packing=view.packing)
-        return replace(stream, x=stream.x + self.dropout(y, context=view.routing_context))
-
-
-class MoEBranch(nn.Module):
-    """``x + experts(norm(read))``, and a record if there is a router."""
-
-    def __init__(self, config: ModelConfig, *, inner: nn.Module, name: str) -> None:
+    def __init__(self, config: ModelConfig, inner: Any, *, name: str) -> None:
         super().__init__()
         self.norm = config.block_layout.branch_norm(config.norm, dim=config.dim)
         self.inner = inner
         self.dropout = Dropout(config.dropout, name=name)
 
-    def forward(
-        self, stream: BlockState, *, read: Float[Tensor, "T D"], view: ForwardContext
-    ) -> BlockState:
-        answer = self.inner(
-            self.norm(read), context=view.routing_context, router_state=stream.router_state
+
+class SelfAttentionBranch(ResidualBranch):
+    """``x + self_attention(norm(branch_input))``."""
+
+    def __init__(self, config: ModelConfig, *, causal: bool, name: str) -> None:
+        attention: SelfAttentionModule = config.attention_experts.build(
+            config.attention, dim=config.dim, bias=config.bias
         )
-        records = stream.records if answer.record is None else (*stream.records, answer.record)
-        x = stream.x + self.dropout(answer.out, context=view.routing_context)
-        return BlockState(x, answer.router_state, records)
+        super().__init__(config, attention, name=name)
+        self.causal = causal
+
+    def forward(
+        self,
+        x: Float[Tensor, "T D"],
+        *,
+        branch_input: Float[Tensor, "T D"],
+        context: ForwardContext,
+    ) -> Float[Tensor, "T D"]:
+        y = self.inner(
+            self.norm(branch_input),
+            packing=context.packing,
+            rotation=context.rotation,
+            causal=self.causal,
+        )
+        return x + self.dropout(y, context=context.routing_context)
+
+    def step(
+        self,
+        x: Float[Tensor, "T D"],
+        *,
+        branch_input: Float[Tensor, "T D"],
+        context: ForwardContext,
+        cache: KeyValue,
+        position: Int[Tensor, "B n"],
+    ) -> Float[Tensor, "T D"]:
+        """Compute the branch for the newest tokens; ``cache`` holds the keys of earlier ones."""
+        return x + self.inner.step(
+            self.norm(branch_input),
+            packing=context.packing,
+            rotation=context.rotation,
+            cache=cache,
+            position=position,
+        )
+
+
+class CrossAttentionBranch(ResidualBranch):
+    """``x + cross_attention(norm(branch_input), source)``."""
+
+    def __init__(self, config: ModelConfig, *, name: str) -> None:
+        attention = CrossAttention(config.attention, dim=config.dim, bias=config.bias)
+        super().__init__(config, attention, name=name)
+
+    def forward(
+        self,
+        x: Float[Tensor, "T D"],
+        *,
+        branch_input: Float[Tensor, "T D"],
+        context: ForwardContext,
+        source: KeyValue,
+        mask: Bool[Tensor, "B 1 1 S"] | None,
+    ) -> Float[Tensor, "T D"]:
+        y = self.inner(self.norm(branch_input), packing=context.packing, source=source, mask=mask)
+        return x + self.dropout(y, context=context.routing_context)
+
+
+class FeedForwardBranch(ResidualBranch):
+    """``x + feed_forward(norm(branch_input))`` with a dense feed-forward."""
+
+    def __init__(self, config: ModelConfig, *, name: str) -> None:
+        dense = DenseFeedForward(config.feed_forward, dim=config.dim, bias=config.bias)
+        super().__init__(config, dense, name=name)
+        self.tensor_parallel: TensorParallelGroup = NoTensorParallel()
+
+    def forward(
+        self, state: BlockState, *, branch_input: Float[Tensor, "T D"], context: ForwardContext
+    ) -> BlockState:
+        packing, group = context.packing, self.tensor_parallel
+        gathered = group.all_gather_tokens(self.norm(branch_input), packing)
+        y = group.reduce_scatter_tokens(self.inner(gathered), packing)
+        return replace(state, x=state.x + self.dropout(y, context=context.routing_context))
+
+
+class MoEBranch(ResidualBranch):
+    """``x + moe(norm(branch_input))``; appends a routing record if the layer has a router."""
+
+    def forward(
+        self, state: BlockState, *, branch_input: Float[Tensor, "T D"], context: ForwardContext
+    ) -> BlockState:
+        output = self.inner(
+            self.norm(branch_input),
+            context=context.routing_context,
+            router_state=state.router_state,
+        )
+        records = state.records if output.record is None else (*state.records, output.record)
+        x = state.x + self.dropout(output.out, context=context.routing_context)
+        return BlockState(x, output.router_state, records)
 
 
 class EncoderBlock(nn.Module):
@@ -194,11 +190,10 @@ class EncoderBlock(nn.Module):
         )
         self.layout = config.block_layout
 
-    def forward(self, stream: BlockState, *, view: ForwardContext) -> BlockState:
-        entered, reads = self.input_norm(stream.x), self.layout.branch_input
-        x = self.self_attention(stream.x, read=reads(stream.x, block_input=entered), view=view)
-        read = reads(x, block_input=entered)
-        return self.feed_forward(replace(stream, x=x), read=read, view=view)
+    def forward(self, state: BlockState, *, context: ForwardContext) -> BlockState:
+        branch_input = partial(self.layout.branch_input, normed_input=self.input_norm(state.x))
+        x = self.self_attention(state.x, branch_input=branch_input(state.x), context=context)
+        return self.feed_forward(replace(state, x=x), branch_input=branch_input(x), context=context)
 
 
 class DecoderBlock(nn.Module):
@@ -220,69 +215,80 @@ class DecoderBlock(nn.Module):
         )
         self.layout = config.block_layout
 
-    def project_source(self, memory: Float[Tensor, "T D"], *, packing: Packing) -> KeyValue | None:
-        """Keys and values of the source, if this block looks at one."""
-        if self.cross_attention is None:
+    def project_source(self, encoder_output: EncoderOutput | None) -> KeyValue | None:
+        """Return the cross-attention's keys and values of the source; None without an encoder."""
+        if self.cross_attention is None or encoder_output is None:
             return None
-        return self.cross_attention.inner.project_source(memory, packing=packing)
+        return self.cross_attention.inner.project_source(
+            encoder_output.states, packing=encoder_output.packing
+        )
 
     def forward(
-        self,
-        stream: BlockState,
-        *,
-        view: ForwardContext,
-        memory: EncoderOutput,
+        self, state: BlockState, *, context: ForwardContext, encoder_output: EncoderOutput | None
     ) -> BlockState:
-        entered = self.input_norm(stream.x)
-        read = self.layout.branch_input(stream.x, block_input=entered)
-        x = self.self_attention(stream.x, read=read, view=view)
-        source = self.project_source(memory.states, packing=memory.packing)
-        look = CrossAttentionInputs(entered, source, memory.packing.key_mask)
-        return self._cross_attention_and_feed_forward(replace(stream, x=x), view=view, look=look)
+        normed = self.input_norm(state.x)
+        branch_input = self.layout.branch_input(state.x, normed_input=normed)
+        x = self.self_attention(state.x, branch_input=branch_input, context=context)
+        return self._cross_attention_and_feed_forward(
+            replace(state, x=x),
+            normed_input=normed,
+            context=context,
+            source=self.project_source(encoder_output),
+            mask=encoder_output.packing.key_mask if encoder_output else None,
+        )
 
     def step(
         self,
-        stream: BlockState,
+        state: BlockState,
         *,
-        view: ForwardContext,
+        context: ForwardContext,
         cache: KeyValue,
         position: Int[Tensor, "B n"],
         source: KeyValue | None,
         mask: Bool[Tensor, "B 1 1 S"] | None,
     ) -> BlockState:
-        """The same for the newest tokens, with what came before in ``cache``."""
-        entered = self.input_norm(stream.x)
-        read = self.layout.branch_input(stream.x, block_input=entered)
-        x = self.self_attention.step(stream.x, read=read, view=view, cache=cache, position=position)
-        look = CrossAttentionInputs(entered, source, mask)
-        return self._cross_attention_and_feed_forward(replace(stream, x=x), view=view, look=look)
+        """Compute the block for the newest tokens; ``cache`` holds the keys of earlier ones."""
+        normed = self.input_norm(state.x)
+        x = self.self_attention.step(
+            state.x,
+            branch_input=self.layout.branch_input(state.x, normed_input=normed),
+            context=context,
+            cache=cache,
+            position=position,
+        )
+        return self._cross_attention_and_feed_forward(
+            replace(state, x=x), normed_input=normed, context=context, source=source, mask=mask
+        )
 
     def _cross_attention_and_feed_forward(
-        self, stream: BlockState, *, view: ForwardContext, look: CrossAttentionInputs
+        self,
+        state: BlockState,
+        *,
+        normed_input: Float[Tensor, "T D"],
+        context: ForwardContext,
+        source: KeyValue | None,
+        mask: Bool[Tensor, "B 1 1 S"] | None,
     ) -> BlockState:
-        reads = self.layout.branch_input
-        if self.cross_attention is not None and look.source is not None:
-            read = reads(stream.x, block_input=look.block_input)
+        branch_input = partial(self.layout.branch_input, normed_input=normed_input)
+        x = state.x
+        if self.cross_attention is not None and source is not None:
             x = self.cross_attention(
-                stream.x, read=read, view=view, source=look.source, mask=look.mask
+                x, branch_input=branch_input(x), context=context, source=source, mask=mask
             )
-            stream = replace(stream, x=x)
-        read = reads(stream.x, block_input=look.block_input)
-        return self.feed_forward(stream, read=read, view=view)
+        return self.feed_forward(replace(state, x=x), branch_input=branch_input(x), context=context)
 
 
 def build_feed_forward_branch(
     config: ModelConfig, *, stack: Stack, layer: int, side: str
 ) -> FeedForwardBranch | MoEBranch:
-    """Make a block's last branch: dense, or sparse where the stack says so."""
+    """Build a block's last branch: dense, or sparse where the stack's config has an MoE layer."""
     sparse, layers = config.moe_of_layer(stack, layer=layer), stack.moe_layers
     name = f"{side}.{layer} feed-forward"
     if isinstance(sparse, NoMoE):
         return FeedForwardBranch(config, name=name)
-    dim, feed, bias = config.dim, config.feed_forward, config.bias
+    dim, dense, bias = config.dim, config.feed_forward, config.bias
     if not isinstance(sparse, MoE):
-        own = sparse.build(feed_forward=feed, dim=dim, bias=bias)
-        return MoEBranch(config, inner=own, name=name)
-    place = LayerIndex(f"{side}.{layer}", index=layers.index(layer), count=len(layers))
-    experts = MoELayer(sparse, dim=dim, feed_forward=feed, bias=bias, layer_index=place)
-    return MoEBranch(config, inner=experts, name=name)
+        return MoEBranch(config, sparse.build(feed_forward=dense, dim=dim, bias=bias), name=name)
+    index = LayerIndex(f"{side}.{layer}", index=layers.index(layer), count=len(layers))
+    moe = MoELayer(sparse, dim=dim, feed_forward=dense, bias=bias, layer_index=index)
+    return MoEBranch(config, moe, name=name)

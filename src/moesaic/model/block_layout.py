@@ -1,7 +1,9 @@
-"""Arrangement: what the branches of a block read.
+"""Block layouts: whether the branches of a transformer block run in sequence or in parallel.
 
 Letters: T tokens, D model dim.
 """
+
+from typing import ClassVar
 
 from torch import nn
 
@@ -11,68 +13,39 @@ from moesaic.nn.norm import Norm
 
 
 class BlockLayout(Choice):
-    """Family: a block enters with ``entry(x)``, and each branch adds what it makes of ``reads``."""
+    """Family of block layouts. ``shares_norm``: all branches read one norm of the block's input."""
+
+    shares_norm: ClassVar[bool] = False
 
     def input_norm(self, norm: Norm, *, dim: int) -> nn.Module:
-        """Return what a block does with its input, once."""
-        raise NotImplementedError
+        """Return the module that a block applies to its input, once."""
+        return norm.build(dim) if self.shares_norm else nn.Identity()
 
     def branch_norm(self, norm: Norm, *, dim: int) -> nn.Module:
-        """Return what a branch does with what it reads."""
-        raise NotImplementedError
+        """Return the module that a branch applies to its input."""
+        return nn.Identity() if self.shares_norm else norm.build(dim)
 
     def branch_input(
-        self, hidden: Float[Tensor, "T D"], *, block_input: Float[Tensor, "T D"]
+        self, x: Float[Tensor, "T D"], *, normed_input: Float[Tensor, "T D"]
     ) -> Float[Tensor, "T D"]:
-        """Return what the next branch reads of the stream as it is now."""
-        raise NotImplementedError
+        """Return the input of a branch: ``x``, the residual stream, or the block's normed input."""
+        return normed_input if self.shares_norm else x
 
     def num_norms(self, branches: int) -> int:
         """Norms in a block of so many branches."""
-        raise NotImplementedError
+        return 1 if self.shares_norm else branches
 
 
 class SequentialResidual(BlockLayout):
-    """Each branch reads the stream that the one before it wrote, through a norm of its own."""
-
-    def input_norm(self, norm: Norm, *, dim: int) -> nn.Module:
-        del norm, dim
-        return nn.Identity()
-
-    def branch_norm(self, norm: Norm, *, dim: int) -> nn.Module:
-        return norm.build(dim)
-
-    def branch_input(
-        self, hidden: Float[Tensor, "T D"], *, block_input: Float[Tensor, "T D"]
-    ) -> Float[Tensor, "T D"]:
-        del block_input
-        return hidden
-
-    def num_norms(self, branches: int) -> int:
-        return branches
+    """Each branch reads the residual stream after the branch before it, through its own norm."""
 
 
 class ParallelResidual(BlockLayout):
     """All branches read one norm of the block's input: ``x + attention(n) + feed_forward(n)``.
 
-    Chosen by BAM (2408.08274) so that attention experts and feed-forward experts may
-    run at once. Where a decoder looks at a source, that branch reads the same norm (our reading:
-    the paper's models are decoders alone).
+    Chosen by BAM (2408.08274) so that attention experts and feed-forward experts can run
+    concurrently. A decoder's cross-attention reads the same norm (our reading: the paper's models
+    are decoder-only).
     """
 
-    def input_norm(self, norm: Norm, *, dim: int) -> nn.Module:
-        return norm.build(dim)
-
-    def branch_norm(self, norm: Norm, *, dim: int) -> nn.Module:
-        del norm, dim
-        return nn.Identity()
-
-    def branch_input(
-        self, hidden: Float[Tensor, "T D"], *, block_input: Float[Tensor, "T D"]
-    ) -> Float[Tensor, "T D"]:
-        del hidden
-        return block_input
-
-    def num_norms(self, branches: int) -> int:
-        del branches
-        return 1
+    shares_norm: ClassVar[bool] = True

@@ -52,7 +52,7 @@ def optimizer_bytes(config: ModelConfig, *, optimizer: Optimizer) -> int:
     total = 0
     for entry in count_parameters(config).entries:
         parameter = nn.Parameter(torch.empty(entry.shape, device="meta"))
-        slots = optimizer.param_group(parameter, kind=entry.kind)["rule"].slots(parameter)
+        slots = optimizer.param_group(parameter, kind=entry.kind)["rule"].initial_state(parameter)
         total += entry.copies * sum(slot.numel() * slot.element_size() for slot in slots.values())
     return total
 

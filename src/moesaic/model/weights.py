@@ -1,47 +1,46 @@
-"""Weights: a model's parameters and buffers as named tensors, out and in.
+"""Model weights: the kind of each parameter, initial values, export and restore by name.
 
-Init: what kind each parameter is, and the distribution it starts from (table: ``InitConfig``).
+``InitConfig`` (``model/config.py``) has the table of initial distributions.
 """
 
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import nn
 
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
-from moesaic.model.config import InitConfig, ModelConfig
+from moesaic.model.config import ModelConfig
 from moesaic.moe.experts import ExpertModule
 from moesaic.moe.router import Router
 from moesaic.nn.embedding import Embedding
 from moesaic.nn.initializer import Initializer, custom_initializers
-
-ParameterKind = Literal["embedding", "norm", "bias", "matrix", "expert", "router"]
+from moesaic.optim.optimizer import ParameterKind
 
 
 def parameter_kinds(model: nn.Module) -> dict[str, ParameterKind]:
-    """The kind of every parameter, by name, in the order of ``named_parameters``."""
+    """Return the kind of every parameter, by name, in the order of ``named_parameters``."""
     owners = {
-        f"{path}.{name}" if path else name: (module, name)
+        f"{path}.{name}" if path else name: module
         for path, module in model.named_modules()
         for name, _ in module.named_parameters(recurse=False)
     }
     routers = tuple(f"{path}." for path, m in model.named_modules() if isinstance(m, Router))
-    routers += ("encoder_routing.", "decoder_routing.")  # what routers of a stack share
-    said = {name: start.kind for name, start in custom_initializers(model).items() if start.kind}
+    routers += ("encoder_routing.", "decoder_routing.")  # shared by the routers of a stack
+    custom = {name: own.kind for name, own in custom_initializers(model).items() if own.kind}
     return {
-        name: cast("ParameterKind", said[name])
-        if name in said
-        else _kind_of(*owners[name], routes=name.startswith(routers))
+        name: cast("ParameterKind", custom[name])
+        if name in custom
+        else _kind_of(owners[name], name, is_router=name.startswith(routers))
         for name, _ in model.named_parameters()
     }
 
 
-def _kind_of(module: nn.Module, name: str, *, routes: bool) -> ParameterKind:
+def _kind_of(module: nn.Module, name: str, *, is_router: bool) -> ParameterKind:
     if name.endswith("bias"):
         return "bias"
-    if routes:
+    if is_router:
         return "router"
     if isinstance(module, Embedding | nn.Embedding):
         return "embedding"
@@ -52,8 +51,8 @@ def _kind_of(module: nn.Module, name: str, *, routes: bool) -> ParameterKind:
 
 @torch.no_grad()
 def initialize_weights(model: nn.Module, config: ModelConfig) -> None:
-    """Draw every parameter from torch's global generator, in the order of the kinds."""
-    kinds, said = parameter_kinds(model), custom_initializers(model)
+    """Draw every parameter from torch's global generator, in the order of ``named_parameters``."""
+    kinds, custom = parameter_kinds(model), custom_initializers(model)
     for name, parameter in model.named_parameters():
         kind = kinds[name]
         if kind == "norm":
@@ -61,9 +60,11 @@ def initialize_weights(model: nn.Module, config: ModelConfig) -> None:
         elif kind == "bias":
             parameter.zero_()
         else:
-            own = said.get(name, Initializer())
-            std = init_std(name, kind=kind, shape=parameter.shape, initializer=own, config=config)
-            parameter.normal_(std=std)
+            own = custom.get(name, Initializer())
+            shape = parameter.shape
+            parameter.normal_(
+                std=init_std(name, kind=kind, shape=shape, initializer=own, config=config)
+            )
 
 
 def init_std(
@@ -74,28 +75,24 @@ def init_std(
     initializer: Initializer,
     config: ModelConfig,
 ) -> float:
-    """Standard deviation that a weight starts with."""
-    init: InitConfig = config.init
+    """Return the standard deviation that a weight is drawn with."""
+    init = config.init
     if initializer.std is not None:
         return initializer.std
     if kind == "embedding":
         return init.embedding_std or config.dim**-0.5
     if kind == "router":
         return init.router_std or (0.1 / shape[-1]) ** 0.5
-    # Linear is [out, in], a bank [E, in, out]
+    # nn.Linear's weight is [out, in], that of experts [E, in, out]
     fan_in = initializer.fan_in or (shape[-1] if kind == "matrix" else shape[-2])
     std = init.std or fan_in**-0.5
-    back = name.rsplit(".", 2)[-2:]
-    returns = "down" in back or "out" in back
-    return (
-        std * num_residual_branches(name, config) ** -0.5
-        if returns and init.scale_by_depth
-        else std
-    )
+    ends_branch = {"down", "out"} & set(name.rsplit(".", 2)[-2:])
+    scaled = ends_branch and init.scale_by_depth
+    return std * num_residual_branches(name, config) ** -0.5 if scaled else std
 
 
 def num_residual_branches(name: str, config: ModelConfig) -> int:
-    """Residual branches of the stack that a parameter is in."""
+    """Return the number of residual branches in the stack that a parameter belongs to."""
     if name.startswith("encoder"):
         return 2 * config.encoder.layers
     return (3 if config.encoder.layers else 2) * config.decoder.layers
@@ -110,7 +107,7 @@ def export_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put exported weights back in place, all or none.
+    """Copy exported weights into a model, all or none.
 
     Raises CheckpointError naming every tensor that is missing, unknown or of another shape.
     """

@@ -19,7 +19,6 @@ import torch
 
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.distributed.collectives import all_gather_rows
-from moesaic.distributed.communication_cost import LinearCost
 from moesaic.distributed.process_groups import Group, group_size, split_group
 from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher
 from moesaic.moe.dispatcher import ExpertCompute, LocalDispatcher
@@ -34,6 +33,17 @@ class GatherDegrees:
 
     experts: int = 1
     slices: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LinearCost:
+    """An alpha-beta cost: ``alpha`` seconds to start a call, ``beta`` for each unit of its size."""
+
+    alpha: float
+    beta: float
+
+    def seconds(self, size: float) -> float:
+        return self.alpha + self.beta * size
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 The rows of every expert are split into pieces, so each piece has rows of all experts and the router
 runs once (Hwang et al. 2023, Tutel, arXiv:2206.03382). A chunk is one all-to-all and holds one or
 more pieces; the forward and backward passes may have different numbers of chunks (Pan et al. 2025,
-FSMoE, arXiv:2501.10714). Experts compute piece by piece; the number of pieces is a multiple of both
+FSMoE, arXiv:2501.10714; ``benchmarks/chunk_schedule.py`` chooses them). Experts compute piece by piece; the number of pieces is a multiple of both
 numbers of chunks.
 
 Four autograd functions share the ``_OverlappedTransfers`` of a layer: send and receive of dispatch,

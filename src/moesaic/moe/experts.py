@@ -27,7 +27,7 @@ from moesaic.ops.grouped_gemm import (
     zero_rows_past_groups,
 )
 from moesaic.ops.kernel_selection import select_grouped_gemm, select_moe_kernel
-from moesaic.ops.moe_kernel import Edges, permute_tokens, unpermute_tokens
+from moesaic.ops.moe_kernel import Edges, KernelShape, permute_tokens, unpermute_tokens
 from moesaic.ops.permute import RowGroups
 
 
@@ -130,9 +130,8 @@ class FeedForwardExpert(Expert):
     ) -> float:
         # the kernel of this machine
         kernel = select_moe_kernel(torch.empty(0), activation=size.feed_forward.activation)
-        return edges * kernel.saved_activations(
-            dim=size.dim, width=size.dense.width, bias=size.bias, live_share=live_fraction
-        )
+        shape = KernelShape(size.dim, size.dense.width, size.bias, live_fraction)
+        return edges * kernel.saved_activations(shape)
 
 
 class GroupedExperts(ExpertModule):

@@ -1,6 +1,5 @@
-"""What a run shows: rows of metrics, counts of routed tokens and their diagnosis, the live table.
+"""Monitoring of a run: metric writers, expert usage, router health, the progress display.
 
-May import core only, so it takes plain tensors and values. Start with ``metrics.py`` (rows),
-``usage.py`` (counts), ``insight.py`` (what they say), ``doctor.py`` (diagnosis in words) and
-``console.py`` (for people).
+Imports core only, so it takes plain tensors and values. Start with ``metric_writers.py``, then
+``expert_usage.py`` (counts) and ``router_health.py`` (diagnosis).
 """

@@ -1,14 +1,11 @@
-"""LayerUsage: how one MoE layer spread its tokens, and what that says in a few numbers.
+"""Expert usage: edges (token-expert assignments) counted per MoE layer, expert and language.
 
-Letters: E experts, G languages.
-
-UsageCounter: edges counted per (layer, expert, language), and their file ``usage.json``.
-
-Counts are integers kept on the device; the counts of ranks add up to those of the run, so nothing
-depends on the number of ranks. ``usage.json`` is ``{"format": 1, "languages": [G names],
-"layers": [{"layer", "counts": [[G] * E], "dropped": [G], "dropped_late", "router_entropy",
-"logit_rms", "spare"}]}``, one layer per line. The edges themselves are in a routes file
-(``checkpoint/routes_file.py``), where one was asked for.
+``UsageCounter`` counts on the device. Counts are integers and add up over ranks, so the result does
+not depend on the number of ranks. ``LayerUsage`` holds one layer's counts on the host and derives
+load-balance metrics from them. ``usage.json`` stores them, one layer a line: ``{"format": 1,
+"languages": [G names], "layers": [{"layer", "counts": [[G] * E], "dropped": [G], "dropped_late",
+"null_experts", "router_entropy", "logit_rms"}]}``. The edges themselves are stored in a routes file
+(``checkpoint/routes_file.py``) if one is requested.
 
 Letters: N edges, E experts, G languages.
 """
@@ -27,16 +24,18 @@ from moesaic.core.errors import DataError
 from moesaic.core.files import atomic_write, read_json
 from moesaic.core.shapes import Bool, Int, Tensor
 
+USAGE_FORMAT = 1
+
 
 @dataclass(frozen=True, slots=True)
 class LayerUsage:
-    """Edges of some steps.
+    """Edges of one MoE layer over some steps.
 
-    ``counts`` [E, G] reached their expert, ``dropped`` [G] did not; ``dropped_late`` of those left
-    a token in the later half of its micro-batch's queue. ``router_entropy`` is the mean entropy of
-    a token's expert probabilities as a share of ``log E`` and ``logit_rms`` the root mean square of
-    the logits' logsumexp, where the caller knew them. The last ``spare`` experts do no work: what
-    is said of balance is said of the others.
+    ``counts`` [E, G] are the edges that reached an expert, ``dropped`` [G] those that did not;
+    ``dropped_late`` of the dropped belong to a token in the later half of its micro-batch's queue.
+    ``router_entropy`` is the mean entropy of a token's expert probabilities as a share of
+    ``log E``, ``logit_rms`` the root mean square of the logits' logsumexp; None where not measured.
+    The last ``num_null_experts`` experts compute nothing; load balance is that of the others.
     """
 
     layer: str
@@ -58,17 +57,14 @@ class LayerUsage:
 
     @property
     def computing_load(self) -> np.ndarray:
-        """Edges per expert that does work [E - spare]."""
+        """Edges per expert without the null experts [E - num_null_experts]."""
         return self.load[: self.num_experts - self.num_null_experts]
 
     @property
     def null_expert_frac(self) -> float:
-        """The share of served edges that cost nothing."""
-        return (
-            1 - float(self.computing_load.sum()) / max(float(self.load.sum()), 1)
-            if self.num_null_experts
-            else 0.0
-        )
+        """Share of the kept edges that go to null experts."""
+        total = max(float(self.load.sum()), 1)
+        return 1 - float(self.computing_load.sum()) / total if self.num_null_experts else 0.0
 
     @property
     def edges(self) -> int:
@@ -76,7 +72,7 @@ class LayerUsage:
 
     @property
     def mean_load(self) -> float:
-        """Edges per working expert if all were alike."""
+        """Edges per computing expert under perfect balance."""
         return float(self.computing_load.mean()) if self.computing_load.size else 0.0
 
     @property
@@ -90,7 +86,7 @@ class LayerUsage:
 
     @property
     def min_load(self) -> float:
-        """The least used expert's load as a share of the mean."""
+        """The least used expert's load as a share of the mean load."""
         return float(self.computing_load.min()) / self.mean_load if self.mean_load else 0.0
 
     @property
@@ -99,28 +95,26 @@ class LayerUsage:
 
     @property
     def effective_experts(self) -> float:
-        """``exp(entropy of the load)``: E when balanced, 1 when one expert takes everything."""
-        share = self.computing_load[self.computing_load > 0] / max(self.computing_load.sum(), 1)
+        """``exp(entropy of the load)``: E when balanced, 1 when one expert gets every edge."""
+        load = self.computing_load
+        share = load[load > 0] / max(load.sum(), 1)
         return float(np.exp(-(share * np.log(share)).sum()))
 
     @property
     def load_entropy(self) -> float:
         """Entropy of the load as a share of its maximum: 1 is balanced."""
-        if self.computing_load.size == 1:
+        experts = self.computing_load.size
+        if experts == 1:
             return 1.0
-        return (
-            math.log(self.effective_experts) / math.log(self.computing_load.size)
-            if self.mean_load
-            else 0.0
-        )
+        return math.log(self.effective_experts) / math.log(experts) if self.mean_load else 0.0
 
 
 def summarize_load(layers: Sequence[LayerUsage]) -> dict[str, float]:
-    """Return the metrics of a row: the worst layer for each, the sum for dead experts.
+    """Return the ``moe/`` metrics of one step: the worst layer of each, the sum of dead experts.
 
-    ``moe/max_vio`` (and its ``_p50`` and ``_p95`` over the layers), ``moe/min_load``,
-    ``moe/dead_experts``, ``moe/load_entropy``, ``moe/drop_frac``, ``moe/null_expert_frac`` where there
-    are spare experts, and ``moe/router_entropy`` and ``moe/logit_rms`` where known.
+    ``moe/max_vio`` (with ``_p50`` and ``_p95`` over the layers), ``moe/min_load``,
+    ``moe/dead_experts``, ``moe/load_entropy``, ``moe/drop_frac``, ``moe/null_expert_frac`` where
+    there are null experts, ``moe/router_entropy`` and ``moe/logit_rms`` where measured.
     """
     if not layers:
         return {}
@@ -136,18 +130,16 @@ def summarize_load(layers: Sequence[LayerUsage]) -> dict[str, float]:
     }
     if any(x.num_null_experts for x in layers):
         row["moe/null_expert_frac"] = max(x.null_expert_frac for x in layers)
-    entropies = [x.router_entropy for x in layers if x.router_entropy is not None]
-    scales = [x.logit_rms for x in layers if x.logit_rms is not None]
-    row |= {"moe/router_entropy": min(entropies)} if entropies else {}
-    return row | ({"moe/logit_rms": max(scales)} if scales else {})
-
-
-USAGE_FORMAT = 1
+    if entropies := [x.router_entropy for x in layers if x.router_entropy is not None]:
+        row["moe/router_entropy"] = min(entropies)
+    if scales := [x.logit_rms for x in layers if x.logit_rms is not None]:
+        row["moe/logit_rms"] = max(scales)
+    return row
 
 
 @dataclass(frozen=True, slots=True)
 class LogitStats:
-    """What a router's logits were like in one pass, where known: see ``LayerUsage``."""
+    """Router logits of one forward pass, where measured: see ``LayerUsage``."""
 
     router_entropy: Tensor | float | None = None
     logit_rms: Tensor | float | None = None
@@ -157,9 +149,10 @@ UNKNOWN_LOGIT_STATS = LogitStats()
 
 
 class UsageCounter:
-    """See the module's first lines. ``languages`` are the names that language indices stand for.
+    """Counts edges per layer, expert and language; see the module's docstring.
 
-    ``spare`` is how many of the last experts of each layer do no work.
+    ``languages`` are the names that language indices refer to. ``num_null_experts`` is the number
+    of null experts at the end of each layer's experts.
     """
 
     def __init__(self, languages: Sequence[str], *, num_null_experts: int = 0) -> None:
@@ -177,53 +170,51 @@ class UsageCounter:
         late: Bool[Tensor, "N"] | None = None,
         logit_stats: LogitStats = UNKNOWN_LOGIT_STATS,
     ) -> None:
-        """Count the edges of one layer in one forward pass; does not wait for a GPU.
+        """Count the edges of one layer in one forward pass; does not synchronize with a GPU.
 
-        ``expert`` is ``num_experts`` where an edge was dropped; ``language`` is that of the edge's
-        token. ``late`` edges belong to the later half of the tokens.
+        ``expert`` is ``num_experts`` for a dropped edge; ``language`` is that of the edge's token;
+        ``late`` marks edges of tokens in the later half of the queue.
         """
         groups = len(self.languages)
         counts = torch.bincount(expert * groups + language, minlength=(num_experts + 1) * groups)
         dropped = expert == num_experts
-        lost = counts.new_zeros(1) if late is None else (dropped & late).sum()[None]
+        dropped_late = counts.new_zeros(1) if late is None else (dropped & late).sum()[None]
         sums = torch.zeros(4, dtype=torch.float64, device=expert.device)
-        edges = expert.numel()  # weighed by them, means are the same for any number of ranks
+        edges = expert.numel()  # means weighted by edges are the same for any number of ranks
         if logit_stats.router_entropy is not None:
             sums[0], sums[1] = logit_stats.router_entropy * edges, edges
         if logit_stats.logit_rms is not None:
             sums[2], sums[3] = logit_stats.logit_rms**2 * edges, edges
-        self.merge({f"edges/{layer}": torch.cat([counts, lost]), f"scales/{layer}": sums})
+        self.merge({f"edges/{layer}": torch.cat([counts, dropped_late]), f"scales/{layer}": sums})
 
     def merge(self, tensors: Mapping[str, Tensor]) -> None:
-        """Add what ``tensors()`` of another rank, another interval or a checkpoint gave."""
+        """Add the ``tensors()`` of another rank, another interval or a checkpoint."""
         for name, value in tensors.items():
-            mine = self._tensors.get(name)
-            self._tensors[name] = value.clone() if mine is None else mine + value.to(mine.device)
+            own = self._tensors.get(name)
+            self._tensors[name] = value.clone() if own is None else own + value.to(own.device)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the sums by name, in the same order on every rank: add them up over ranks.
+        """Return the sums by name, in the same order on every rank: all-reduce them with a sum.
 
-        Per layer ``edges/<layer>`` int64 [(E + 1) * G + 1]: counts, the dropped, late drops; and
+        Per layer ``edges/<layer>`` int64 [(E + 1) * G + 1]: counts, dropped, late drops; and
         ``scales/<layer>`` float64 [4].
         """
         return {name: self._tensors[name] for name in sorted(self._tensors)}
 
     def reset(self) -> None:
-        """Start again from nothing."""
+        """Set all counts to zero."""
         self._tensors = {}
 
     def layers(self) -> tuple[LayerUsage, ...]:
-        """Read the counts on the host, layers in the order they were first counted."""
+        """Copy the counts to the host, layers in the order in which they were first counted."""
         names = [n.partition("/")[2] for n in self._tensors if n.startswith("edges/")]
         return tuple(self._read_layer(name) for name in names)
 
     def write(self, path: Path) -> None:
-        """Write ``usage.json`` whole or not at all."""
+        """Write ``usage.json`` atomically."""
         lines = ",\n".join(json.dumps(_layer_to_json(layer)) for layer in self.layers())
-        head = (
-            f'{{"format": {USAGE_FORMAT}, "languages": {json.dumps(self.languages)}, "layers": [\n'
-        )
-        atomic_write(path, f"{head}{lines}\n]}}\n")
+        head = f'{{"format": {USAGE_FORMAT}, "languages": {json.dumps(self.languages)}'
+        atomic_write(path, f'{head}, "layers": [\n{lines}\n]}}\n')
 
     def _read_layer(self, name: str) -> LayerUsage:
         edges = self._tensors[f"edges/{name}"].cpu()
@@ -242,7 +233,7 @@ class UsageCounter:
 
 @dataclass(frozen=True, slots=True)
 class RecordedUsage:
-    """What a ``usage.json`` holds."""
+    """The content of a ``usage.json``."""
 
     languages: tuple[str, ...]
     layers: tuple[LayerUsage, ...]
@@ -251,12 +242,12 @@ class RecordedUsage:
 def read_usage(path: Path) -> RecordedUsage:
     """Read ``usage.json``. Raises DataError if it is not one."""
     try:
-        whole = read_json(path)
-        if whole["format"] != USAGE_FORMAT:
-            raise DataError(f"{path}: format {whole['format']}, expected {USAGE_FORMAT}")
-        groups = len(whole["languages"])
-        layers = tuple(_layer_from_json(layer, groups=groups) for layer in whole["layers"])
-        return RecordedUsage(tuple(whole["languages"]), layers)
+        content = read_json(path)
+        if content["format"] != USAGE_FORMAT:
+            raise DataError(f"{path}: format {content['format']}, expected {USAGE_FORMAT}")
+        groups = len(content["languages"])
+        layers = tuple(_layer_from_json(layer, groups=groups) for layer in content["layers"])
+        return RecordedUsage(tuple(content["languages"]), layers)
     except FileNotFoundError as error:
         raise DataError(
             f"{path}: no such file; training writes it for a model with experts"
@@ -266,20 +257,14 @@ def read_usage(path: Path) -> RecordedUsage:
 
 
 def _layer_to_json(layer: LayerUsage) -> dict[str, Any]:
-    finite = {
-        name: value if value is not None and math.isfinite(value) else None
-        for name, value in (
-            ("router_entropy", layer.router_entropy),
-            ("logit_rms", layer.logit_rms),
-        )
-    }
+    measured = {"router_entropy": layer.router_entropy, "logit_rms": layer.logit_rms}
     return {
         "layer": layer.layer,
         "counts": layer.counts.tolist(),
         "dropped": layer.dropped.tolist(),
         "dropped_late": layer.dropped_late,
         "null_experts": layer.num_null_experts,
-    } | finite
+    } | {n: x if x is not None and math.isfinite(x) else None for n, x in measured.items()}
 
 
 def _layer_from_json(layer: dict[str, Any], *, groups: int) -> LayerUsage:
@@ -293,7 +278,5 @@ def _layer_from_json(layer: dict[str, Any], *, groups: int) -> LayerUsage:
         dropped_late=layer["dropped_late"],
         router_entropy=layer["router_entropy"],
         logit_rms=layer["logit_rms"],
-        num_null_experts=layer.get(
-            "null_experts", layer.get("spare", 0)
-        ),  # the name of older versions
+        num_null_experts=layer.get("null_experts", layer.get("spare", 0)),  # "spare": old files
     )

@@ -1,4 +1,4 @@
-"""Sinks: where a run's rows of metrics go. ``metrics.jsonl`` is the source of truth.
+"""Metric writers: JSON lines (``metrics.jsonl``, the complete record) and TensorBoard.
 
 A row is one step and its values by name (``train/loss``, ``perf/tokens_per_s``, ``moe/max_vio``).
 """
@@ -18,12 +18,12 @@ MetricRow = Mapping[str, float]
 
 @runtime_checkable
 class MetricWriter(Protocol):
-    """Takes one row per step, in order."""
+    """Writes one row per step, in order."""
 
     def write(self, step: int, *, values: MetricRow) -> None: ...
 
     def flush(self) -> None:
-        """Return when all rows are on the medium."""
+        """Return when all rows are on disk."""
         ...
 
     def close(self) -> None: ...
@@ -33,7 +33,7 @@ class JsonlWriter:
     """One JSON object per line: ``{"step": 40, "train/loss": 3.2, ...}``.
 
     Values that JSON lacks are the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``. Opening
-    cuts off a last line that a killed process left half written.
+    removes an incomplete last line of a killed process.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,15 +57,15 @@ class JsonlWriter:
             self._stream.close()
 
     def truncate_after(self, step: int) -> None:
-        """Forget the rows of later steps: a resumed run writes them again."""
+        """Delete the rows of later steps: a resumed run writes them again."""
         self.flush()
         _truncate_rows(self.path, after=step)
 
 
 class TensorBoardWriter:
-    """Event files for TensorBoard. Raises UserError where it is not installed.
+    """TensorBoard event files. Raises UserError where TensorBoard is not installed.
 
-    ``purge_after`` hides what an earlier process wrote for later steps than that.
+    ``purge_after`` hides the rows of an earlier process for later steps.
     """
 
     def __init__(self, directory: Path, *, purge_after: int | None = None) -> None:
@@ -73,7 +73,7 @@ class TensorBoardWriter:
             module: Any = importlib.import_module("torch.utils.tensorboard")
         except ImportError as error:
             raise UserError(
-                f"TensorBoard rows were asked for ({directory}) but it is not installed. Install "
+                f"TensorBoard output was requested ({directory}) but it is not installed. Install "
                 'it with pip install "moesaic[tb]", or leave it off: metrics.jsonl has every row.'
             ) from error
         purge = None if purge_after is None else purge_after + 1
@@ -91,26 +91,26 @@ class TensorBoardWriter:
 
 
 class MultiWriter:
-    """Several sinks as one; no sinks at all is a sink that forgets."""
+    """Several writers as one; without writers it discards all rows."""
 
     def __init__(self, writers: Sequence[MetricWriter] = ()) -> None:
         self.writers = tuple(writers)
 
     def write(self, step: int, *, values: MetricRow) -> None:
-        for sink in self.writers:
-            sink.write(step, values=values)
+        for writer in self.writers:
+            writer.write(step, values=values)
 
     def flush(self) -> None:
-        for sink in self.writers:
-            sink.flush()
+        for writer in self.writers:
+            writer.flush()
 
     def close(self) -> None:
-        for sink in self.writers:
-            sink.close()
+        for writer in self.writers:
+            writer.close()
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, float]]:
-    """Yield the rows of a ``metrics.jsonl``, also while a run is writing it."""
+    """Yield the rows of a ``metrics.jsonl``, also while a run appends to it."""
     with path.open("rb") as stream:
         for line in stream:
             row = _parse_row(line)
@@ -119,7 +119,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, float]]:
 
 
 def _truncate_rows(path: Path, *, after: float) -> None:
-    """Drop rows of steps past ``after`` and whatever follows the last whole line."""
+    """Delete rows of steps past ``after``, and anything after the last complete line."""
     end = 0
     with path.open("r+b") as stream:
         for line in stream:

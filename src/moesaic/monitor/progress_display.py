@@ -1,13 +1,13 @@
-"""Board: what a person sees of a run: a live table on a terminal, plain lines elsewhere.
+"""Progress displays of a training run: a live table on a terminal, lines elsewhere.
 
-Everything goes to standard error: standard output is for data. ``NO_COLOR`` is honoured.
+Output goes to standard error, as standard output is for data. ``NO_COLOR`` is honoured.
 """
 
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TextIO, runtime_checkable
+from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -31,7 +31,7 @@ METRIC_LABELS = (
 
 @dataclass(slots=True)
 class RunStatus:
-    """What a board shows. ``values`` is the newest row of metrics, ``losses`` the names to show."""
+    """The state of a run: ``values`` are its newest metrics, ``losses`` the names of losses."""
 
     steps: int
     losses: tuple[str, ...] = ()
@@ -41,110 +41,92 @@ class RunStatus:
     seconds_left: float | None = None
 
 
-@runtime_checkable
-class ProgressDisplay(Protocol):
-    """Told of every step; shows itself when it is time."""
+class ProgressDisplay:
+    """Base of progress displays. The base itself shows nothing: for other ranks and for tests."""
 
     def open(self) -> None: ...
 
     def advance(self, step: int) -> None:
-        """One more step is done. Costs microseconds."""
-        ...
+        """Record that a step is done; takes microseconds."""
 
     def update_metrics(self, values: Mapping[str, float], *, health: str = "") -> None:
-        """Take a new row of metrics and the router's health in words."""
-        ...
+        """Take new metrics, and router health in a few words."""
 
     def note(self, text: str) -> None:
-        """Say a sentence that stays."""
-        ...
+        """Print a sentence that stays on the screen."""
 
     def close(self) -> None: ...
 
 
-class NotesOnlyDisplay:
-    """Says only notes."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-
-    def open(self) -> None: ...
-
-    def advance(self, step: int) -> None: ...
-
-    def update_metrics(self, values: Mapping[str, float], *, health: str = "") -> None: ...
-
-    def note(self, text: str) -> None:
-        self._console.print(Text(text), soft_wrap=True)
-
-    def close(self) -> None: ...
-
-
-class LineDisplay:
-    """A line every ``every_s`` seconds, and one for the last row."""
+class _StatusDisplay(ProgressDisplay):
+    """Keeps the status of the run, and estimates the time left from the steps of this process."""
 
     def __init__(
-        self,
-        console: Console,
-        *,
-        status: RunStatus,
-        every_s: float = LINE_INTERVAL_S,
-        clock: Callable[[], float] = time.monotonic,
+        self, console: Console, *, status: RunStatus, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._console, self._every_s, self._clock = console, every_s, clock
-        self._eta = EtaEstimator(status, clock=clock)
-        self._due, self._printed_step = clock(), -1
-
-    def open(self) -> None: ...
+        self._console, self._status, self._clock = console, status, clock
+        self._first: tuple[int, float] | None = None
+        self._next_output = clock()
 
     def advance(self, step: int) -> None:
-        self._eta.record_step(step)
+        self._status.step = step
+        if self._first is None:  # the first step warms up: timing starts after it
+            self._first = (step, self._clock())
 
     def update_metrics(self, values: Mapping[str, float], *, health: str = "") -> None:
-        self._eta.update_metrics(values, health=health)
-        if self._clock() >= self._due:
-            self._print_status()
-            self._due = self._clock() + self._every_s
+        self._status.values.update(values)
+        self._status.health = health or self._status.health
 
     def note(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=True)
 
+    def _current_status(self) -> RunStatus:
+        status = self._status
+        if self._first is not None and status.step > self._first[0]:
+            per_step = (self._clock() - self._first[1]) / (status.step - self._first[0])
+            status.seconds_left = per_step * (status.steps - status.step)
+        return status
+
+
+class LineDisplay(_StatusDisplay):
+    """Prints a line every ``LINE_INTERVAL_S`` seconds, and one for the last metrics."""
+
+    _printed_step = -1
+
+    def update_metrics(self, values: Mapping[str, float], *, health: str = "") -> None:
+        super().update_metrics(values, health=health)
+        if self._clock() >= self._next_output:
+            self._print_status()
+            self._next_output = self._clock() + LINE_INTERVAL_S
+
     def close(self) -> None:
-        if self._eta.status.values and self._printed_step != self._eta.status.step:
+        if self._status.values and self._printed_step != self._status.step:
             self._print_status()
 
     def _print_status(self) -> None:
-        self._printed_step = self._eta.status.step
-        self._console.print(Text(format_status_line(self._eta.current_status())), soft_wrap=True)
+        self._printed_step = self._status.step
+        self.note(format_status_line(self._current_status()))
 
 
-class LiveDisplay:
-    """A table that redraws itself at most four times a second, from the training thread.
+class LiveDisplay(_StatusDisplay):
+    """A table that is redrawn at most four times a second, from the training thread.
 
-    A slow terminal is redrawn less often, so that drawing takes one percent of the time at most.
+    A slow terminal is redrawn less often, so that drawing takes at most one percent of the time.
     """
 
     def __init__(
         self, console: Console, *, status: RunStatus, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._clock = clock
-        self._eta = EtaEstimator(status, clock=clock)
+        super().__init__(console, status=status, clock=clock)
         self._live = Live(console=console, auto_refresh=False, redirect_stdout=False)
-        self._due = clock()
 
     def open(self) -> None:
         self._live.start()
 
     def advance(self, step: int) -> None:
-        self._eta.record_step(step)
-        if self._clock() >= self._due:
+        super().advance(step)
+        if self._clock() >= self._next_output:
             self._draw()
-
-    def update_metrics(self, values: Mapping[str, float], *, health: str = "") -> None:
-        self._eta.update_metrics(values, health=health)
-
-    def note(self, text: str) -> None:
-        self._live.console.print(Text(text), soft_wrap=True)
 
     def close(self) -> None:
         self._draw()
@@ -152,50 +134,20 @@ class LiveDisplay:
 
     def _draw(self) -> None:
         started = self._clock()
-        self._live.update(render_status(self._eta.current_status()), refresh=True)
+        self._live.update(render_status(self._current_status()), refresh=True)
         ended = self._clock()
-        self._due = ended + max(REFRESH_INTERVAL_S, 100 * (ended - started))
+        self._next_output = ended + max(REFRESH_INTERVAL_S, 100 * (ended - started))
 
 
-class EtaEstimator:
-    """Keeps a status and estimates the time left from the steps this process made."""
-
-    def __init__(self, status: RunStatus, *, clock: Callable[[], float]) -> None:
-        self.status = status
-        self._clock = clock
-        self._first: tuple[int, float] | None = None
-
-    def record_step(self, step: int) -> None:
-        self.status.step = step
-        if self._first is None:  # the first step warms up, so the clock starts after it
-            self._first = (step, self._clock())
-
-    def update_metrics(self, values: Mapping[str, float], *, health: str) -> None:
-        self.status.values.update(values)
-        self.status.health = health or self.status.health
-
-    def current_status(self) -> RunStatus:
-        """Return the status with the time left filled in."""
-        if self._first is not None and self.status.step > self._first[0]:
-            per_step = (self._clock() - self._first[1]) / (self.status.step - self._first[0])
-            self.status.seconds_left = per_step * (self.status.steps - self.status.step)
-        return self.status
-
-
-def make_display(
-    *, status: RunStatus, quiet: bool = False, stream: TextIO | None = None
-) -> NotesOnlyDisplay | LineDisplay | LiveDisplay:
-    """Return the board that suits the stream (standard error unless given). Call its ``open``."""
+def make_display(*, status: RunStatus, stream: TextIO | None = None) -> LineDisplay | LiveDisplay:
+    """Return the display for the stream, standard error by default: live on a terminal."""
     console = Console(file=stream or sys.stderr, highlight=False)
-    if quiet:
-        return NotesOnlyDisplay(console)
-    if console.is_terminal and not console.is_dumb_terminal:
-        return LiveDisplay(console, status=status)
-    return LineDisplay(console, status=status)
+    live = console.is_terminal and not console.is_dumb_terminal
+    return (LiveDisplay if live else LineDisplay)(console, status=status)
 
 
 def render_status(status: RunStatus) -> RenderableType:
-    """Draw a status as the live table."""
+    """Return a status as the live table."""
     head = Table.grid(padding=(0, 2))
     head.add_row(
         ProgressBar(total=max(status.steps, 1), completed=status.step, width=32),
@@ -218,7 +170,7 @@ def render_status(status: RunStatus) -> RenderableType:
 
 
 def format_status_line(status: RunStatus) -> str:
-    """Say a status in one line, for logs."""
+    """Return a status as one line of a log."""
     parts = [f"step {status.step}/{status.steps}"]
     parts += [f"{name} {value}" for name, value in _loss_cells(status)]
     if "perf/tokens_per_s" in status.values:

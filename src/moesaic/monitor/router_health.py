@@ -1,8 +1,8 @@
-"""Router doctor: which signs of bad routing last, layer by layer, and the same in words.
+"""Router health monitor: which health rules find a fault over several intervals, layer by layer.
 
-A sign is believed after ``patience`` intervals in a row and forgotten after as many without it, so
-that chance in one interval neither raises nor clears an alarm. Numbers that are not finite are
-believed at once.
+A finding is reported after ``patience`` intervals in a row and cleared after as many without it, so
+that chance in one interval neither raises nor clears an alarm. Values that are not finite are
+reported at once.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from moesaic.monitor.health_rules import (
     HealthState,
     LayerInterval,
     RouterSettings,
+    not_finite,
 )
 
 HISTORY_LENGTH = 8
@@ -23,7 +24,7 @@ _SEVERITY = tuple(HealthState)
 
 @dataclass(frozen=True, slots=True)
 class _RuleHistory:
-    """One sign in one layer: the newest finding, and intervals in a row with or without it."""
+    """One rule in one layer: the newest finding, and intervals in a row with or without it."""
 
     finding: HealthFinding
     intervals_with: int = 0
@@ -32,7 +33,7 @@ class _RuleHistory:
 
 
 class RouterHealthMonitor:
-    """Give it the counts of every interval, in order."""
+    """Applies the health rules to the usage of every interval, given in order."""
 
     def __init__(self, settings: RouterSettings, *, patience: int = 2) -> None:
         self.settings = settings
@@ -41,36 +42,29 @@ class RouterHealthMonitor:
         self._histories: dict[tuple[str, str], _RuleHistory] = {}
 
     def check_interval(self, layers: Sequence[LayerUsage]) -> tuple[HealthFinding, ...]:
-        """Return what is believed after this interval, worst first."""
+        """Return the confirmed findings after this interval, worst first."""
         for layer in layers:
             past = self._past_load_entropies.get(layer.layer, ())
-            for sign in HEALTH_RULES:
-                finding = sign(LayerInterval(layer, self.settings, past))
-                self._update((layer.layer, sign.__name__), finding)
+            for rule in HEALTH_RULES:
+                finding = rule(LayerInterval(layer, self.settings, past))
+                self._update((layer.layer, rule.__name__), finding)
             self._past_load_entropies[layer.layer] = (*past, layer.load_entropy)[-HISTORY_LENGTH:]
-        believed = [w.finding for w in self._histories.values() if w.confirmed]
-        return tuple(sorted(believed, key=lambda f: -_SEVERITY.index(f.state)))
+        confirmed = [h.finding for h in self._histories.values() if h.confirmed]
+        return tuple(sorted(confirmed, key=lambda f: -_SEVERITY.index(f.state)))
 
     def _update(self, key: tuple[str, str], finding: HealthFinding | None) -> None:
-        watch = self._histories.get(key)
+        history = self._histories.get(key)
         if finding is not None:
-            finding = replace(finding, rule=key[1])
-            seen = watch.intervals_with + 1 if watch else 1
-            at_once = key[1] == "not_finite"
-            believed = at_once or seen >= self.patience or (watch is not None and watch.confirmed)
-            self._histories[key] = _RuleHistory(finding, intervals_with=seen, confirmed=believed)
-        elif watch is not None:
-            absent = watch.intervals_without + 1
-            if absent >= self.patience or not watch.confirmed:
+            count = history.intervals_with + 1 if history else 1
+            at_once = finding.rule == not_finite.__name__
+            confirmed = at_once or count >= self.patience or bool(history and history.confirmed)
+            self._histories[key] = _RuleHistory(finding, intervals_with=count, confirmed=confirmed)
+        elif history is not None:
+            count = history.intervals_without + 1
+            if count >= self.patience or not history.confirmed:
                 del self._histories[key]
             else:
-                self._histories[key] = replace(watch, intervals_with=0, intervals_without=absent)
-
-
-def state_of(findings: Sequence[HealthFinding], *, layer: str) -> HealthState:
-    """Return a layer's worst state."""
-    states = [f.state for f in findings if f.layer == layer]
-    return max(states, key=_SEVERITY.index, default=HealthState.OK)
+                self._histories[key] = replace(history, intervals_with=0, intervals_without=count)
 
 
 def summarize_health(findings: Sequence[HealthFinding]) -> str:
@@ -79,8 +73,3 @@ def summarize_health(findings: Sequence[HealthFinding]) -> str:
         return "healthy"
     more = f" (+{len(findings) - 1} more)" if len(findings) > 1 else ""
     return f"layer {findings[0].layer} {findings[0].text}{more}"
-
-
-def describe_findings(findings: Sequence[HealthFinding]) -> list[str]:
-    """Return one sentence per finding: what, likely cause, what to try."""
-    return [finding.sentence for finding in findings]

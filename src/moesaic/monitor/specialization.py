@@ -1,16 +1,11 @@
-"""Affinity: what counts of routed tokens say about experts and languages.
+"""Expert specialization: how strongly expert choice depends on language, token id or position.
 
-Languages count equally, however many tokens each has: every measure is of p(expert | language).
+``measure_specialization`` and ``routing_distance`` compare languages by p(expert | language); each
+language has the same weight, however many tokens it has. ``conditional_entropy`` is the uncertainty
+about a token's expert given its token id or position (OpenMoE, arXiv:2402.01739). Rare ids leave
+little uncertainty by chance alone, so it is compared with that of ``shuffle_counts``.
 
-Letters: M MoE layers, E experts, G languages.
-
-Insight: what an expert's tokens have in common, from counts (OpenMoE, arXiv:2402.01739).
-
-Knowing a token's id (or its position) leaves some uncertainty about its expert; ids dealt out
-anew at random leave as much as chance gives: the rarer an id, the less. The difference is what
-the router reads from it.
-
-Letters: E experts, X values of what is known (vocabulary ids, positions).
+Letters: M MoE layers, E experts, G languages, X values of the given input (token ids, positions).
 """
 
 from dataclasses import dataclass
@@ -22,12 +17,12 @@ _EPSILON = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class LayerSpecialization:
-    """One layer. Entropies are shares of the maximum: 1 is even, 0 is one expert for everything.
+    """Language specialization of one layer. Entropies are shares of their maximum.
 
-    ``load_entropy`` is of the experts over all languages, ``language_entropy`` the mean within one
-    language, ``mutual_information`` the mutual information of language and expert in bits: 0 when routing
-    ignores the language, at most ``log2(min(E, G))``. ``typical`` lists per expert the languages
-    that use it most, relative to the others, with that ratio (1 is the average language).
+    ``load_entropy`` is that of the experts over all languages, ``language_entropy`` its mean within
+    one language: 1 is balanced, 0 is one expert. ``mutual_information`` of language and expert is
+    in bits: 0 if routing ignores the language, at most ``log2(min(E, G))``. ``top_languages`` lists
+    per expert the languages that use it most, each with its ratio to the average language.
     """
 
     load_entropy: float
@@ -44,35 +39,35 @@ def expert_share_by_language(counts: np.ndarray) -> np.ndarray:
 
 def measure_specialization(counts: np.ndarray, *, top: int = 3) -> LayerSpecialization:
     """Measure one layer's counts [E, G]. Languages without tokens are left out."""
-    heard = np.flatnonzero(np.asarray(counts).sum(0) > 0)
-    share = expert_share_by_language(np.asarray(counts)[:, heard])
+    present = np.flatnonzero(np.asarray(counts).sum(0) > 0)
+    share = expert_share_by_language(np.asarray(counts)[:, present])
     experts = share.shape[0]
-    if not heard.size:
+    if not present.size:
         return LayerSpecialization(0.0, 0.0, 0.0, ((),) * experts)
-    overall = share.mean(1)
+    mean_share = share.mean(1)
     most = np.log2(experts) if experts > 1 else 1.0
     within = float(_entropy_bits(share, axis=0).mean())
-    ratio = share / np.maximum(overall[:, None], _EPSILON)
+    ratio = share / np.maximum(mean_share[:, None], _EPSILON)
     order = np.argsort(-ratio, axis=1, kind="stable")[:, :top]
     typical = tuple(
-        tuple((int(heard[g]), float(ratio[e, g])) for g in row if share[e, g] > 0)
+        tuple((int(present[g]), float(ratio[e, g])) for g in row if share[e, g] > 0)
         for e, row in enumerate(order)
     )
-    total = float(_entropy_bits(overall, axis=0))
+    total = float(_entropy_bits(mean_share, axis=0))
     return LayerSpecialization(total / most, within / most, max(0.0, total - within), typical)
 
 
 def routing_distance(counts: np.ndarray) -> np.ndarray:
-    """Return how differently languages are routed, float64 [G, G] in 0..1.
+    """Return the distance between the routing of two languages, float64 [G, G] in 0..1.
 
-    The Jensen-Shannon distance (the square root of the divergence in bits, a metric) between
+    It is the Jensen-Shannon distance (the square root of the divergence in bits, a metric) between
     p(expert | language), averaged over the layers of counts [M, E, G].
     """
     share = expert_share_by_language(counts)
     one, other = share[..., :, None], share[..., None, :]
     between = _entropy_bits((one + other) / 2, axis=-3)
-    own = _entropy_bits(share, axis=-2)
-    divergence = between - (own[..., :, None] + own[..., None, :]) / 2
+    entropy = _entropy_bits(share, axis=-2)
+    divergence = between - (entropy[..., :, None] + entropy[..., None, :]) / 2
     distance = np.sqrt(np.maximum(divergence, 0.0)).mean(0)
     np.fill_diagonal(distance, 0.0)
     return distance
@@ -82,50 +77,46 @@ def _entropy_bits(share: np.ndarray, *, axis: int) -> np.ndarray:
     return -(share * np.log2(np.maximum(share, _EPSILON))).sum(axis)
 
 
-CountTable = np.ndarray
+def conditional_entropy(counts: np.ndarray) -> float:
+    """Return the entropy of the expert given x, of counts [E, X], as a share of ``log2 E``.
 
-
-def conditional_entropy(counts: CountTable) -> float:
-    """Return the mean entropy of p(expert | x) of counts [E, X], as a share of ``log2 E``.
-
-    Each x weighs as many edges as it has: 1 is no idea, 0 is certainty.
+    1: x does not predict the expert; 0: x determines it.
     """
     counts = np.asarray(counts, dtype=np.float64)
-    known = counts.sum(0)
-    if counts.shape[0] < 2 or not known.any():
+    edges = counts.sum(0)
+    if counts.shape[0] < 2 or not edges.any():
         return 0.0
-    share = counts / np.maximum(known, 1)
-    entropy = -(share * np.log2(np.where(share > 0, share, 1))).sum(0)
-    return float((entropy * known).sum() / known.sum() / np.log2(counts.shape[0]))
+    entropy = _entropy_bits(counts / np.maximum(edges, 1), axis=0)
+    return float((entropy * edges).sum() / edges.sum() / np.log2(counts.shape[0]))
 
 
-def shuffle_counts(counts: CountTable, *, seed: int = 0) -> CountTable:
+def shuffle_counts(counts: np.ndarray, *, seed: int = 0) -> np.ndarray:
     """Return counts [E, X] with the same sums over experts and over x, otherwise at random.
 
-    As if the values of x were shuffled among the edges.
+    This shuffles the values of x among the edges.
     """
     draw = np.random.default_rng(seed)
-    left = np.asarray(counts).sum(1)
-    dealt = np.zeros_like(counts)
-    for x, wanted in enumerate(np.asarray(counts).sum(0).tolist()):
-        if wanted:
-            dealt[:, x] = draw.multivariate_hypergeometric(left, wanted, method="marginals")
-            left = left - dealt[:, x]
-    return dealt
+    remaining = np.asarray(counts).sum(1)
+    shuffled = np.zeros_like(counts)
+    for x, edges in enumerate(np.asarray(counts).sum(0).tolist()):
+        if edges:
+            shuffled[:, x] = draw.multivariate_hypergeometric(remaining, edges, method="marginals")
+            remaining = remaining - shuffled[:, x]
+    return shuffled
 
 
 def characteristic_inputs(
-    counts: CountTable, *, top: int = 8, min_count: int = 8
+    counts: np.ndarray, *, top: int = 8, min_count: int = 8
 ) -> tuple[tuple[int, ...], ...]:
-    """Return per expert the x that are most its own, of counts [E, X].
+    """Return per expert the x that are most characteristic of it, of counts [E, X].
 
-    Those of at least ``enough`` edges with the largest share there, against the expert's share of
-    all edges, weighed by how many edges say so.
+    These are the x of at least ``min_count`` edges with the largest excess over the edges that the
+    expert's load predicts, in units of the standard deviation of counts.
     """
     counts = np.asarray(counts, dtype=np.float64)
-    known = counts.sum(0)
-    fair = counts.sum(1, keepdims=True) / max(counts.sum(), 1)
-    surplus = counts - fair * known  # edges beyond those that chance would send
-    strength = np.where(known >= min_count, surplus / np.sqrt(np.maximum(known, 1)), -np.inf)
+    edges = counts.sum(0)
+    load_share = counts.sum(1, keepdims=True) / max(counts.sum(), 1)
+    excess = (counts - load_share * edges) / np.sqrt(np.maximum(edges, 1))
+    strength = np.where(edges >= min_count, excess, -np.inf)
     order = np.argsort(-strength, axis=1, kind="stable")[:, :top]
     return tuple(tuple(int(x) for x in row if strength[e, x] > 0) for e, row in enumerate(order))

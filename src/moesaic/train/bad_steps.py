@@ -1,13 +1,11 @@
-"""Retry: where the data of a step that was not finite begins, kept for one more try.
+"""Bad steps: skip a training step with a non-finite loss or a loss spike, and retry its batch once.
 
-The data pipeline gives the same batches from the same state, on any number of ranks; so a place in
-it is enough to have the batches again, in this process or in one that resumed.
+``RetryQueue`` holds loader states. The data pipeline yields the same batches from the same state on
+any number of ranks, so a state is enough to load the batches again, also after a restart.
 
-Spikes: what is done with a step whose loss is far above those before it.
-
-The Ling team (arXiv:2503.05139) skip such a step, put its samples in again later, and lower the
-learning rate where spikes go on. What counts as one, and every number here, is ours. A rule sees
-the loss over all ranks, so it decides alike on each of them.
+``SpikePolicy`` decides what counts as a loss spike. The Ling team (arXiv:2503.05139) skip such a
+step, train on its samples later, and lower the learning rate when spikes persist. The criterion and
+the default values are ours. A policy sees the loss over all ranks, so all ranks decide the same.
 """
 
 import math
@@ -22,19 +20,21 @@ from pydantic import Field
 
 from moesaic.core.config import Choice
 
-LoaderState = dict[str, Any]  # a loader's state
+LoaderState = dict[str, Any]
+MAD_TO_DEVIATION = 1.4826  # median absolute deviation to standard deviation, for a normal
+MIN_RELATIVE_DEVIATION = 0.01  # of the median loss: almost constant losses have no spikes
 
 
 @dataclass(frozen=True, slots=True)
 class StepAttempt:
-    """A step to make: the place its data begins, and whether it failed once before."""
+    """One attempt at a step: the loader state before its batches, and whether it is a retry."""
 
     loader_state: LoaderState
     is_retry: bool
 
 
 class RetryQueue:
-    """A queue of places. ``in_a_row`` counts bad steps since the last good one."""
+    """Loader states of skipped steps, to be tried once more after the next good step."""
 
     def __init__(self, pending: Sequence[LoaderState] = ()) -> None:
         self.consecutive_failures = 0
@@ -42,11 +42,11 @@ class RetryQueue:
 
     @property
     def pending(self) -> list[LoaderState]:
-        """The queue, as a checkpoint keeps it."""
+        """The queue as a checkpoint stores it."""
         return list(self._pending)
 
     def next_attempt(self, loader_state: LoaderState) -> StepAttempt:
-        """Return the step to make: waiting work after a good step, else new work at ``place``."""
+        """Return a pending retry after a good step, otherwise new data from ``loader_state``."""
         if self._pending and not self.consecutive_failures:
             return StepAttempt(self._pending.popleft(), is_retry=True)
         return StepAttempt(loader_state, is_retry=False)
@@ -55,43 +55,34 @@ class RetryQueue:
         self.consecutive_failures = 0
 
     def mark_failed(self, attempt: StepAttempt) -> None:
-        """Keep the place for one more try; the second failure gives it up."""
+        """Queue the attempt for one retry; a failed retry is dropped."""
         self.consecutive_failures += 1
         if not attempt.is_retry:
             self._pending.append(attempt.loader_state)
 
 
-MAD_TO_DEVIATION = 1.4826  # of a normal distribution
-
-
-MIN_RELATIVE_DEVIATION = (
-    0.01  # of the usual loss: losses that hardly vary make no spike of a ripple
-)
-
-
 @dataclass(frozen=True, slots=True)
 class LossHistory:
-    """What a rule remembers between steps: recent losses, spikes in a row, and the rate's factor.
+    """State of a spike policy: losses of recent good steps (oldest first), consecutive spikes.
 
-    ``recent`` holds losses of good steps, oldest first; ``rate`` multiplies every learning rate.
+    ``rate`` multiplies every learning rate.
     """
 
     recent: tuple[float, ...] = ()
     in_a_row: int = 0
     rate: float = 1.0
 
-    def plain(self) -> dict[str, Any]:
-        """Return JSON data, for a checkpoint."""
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"recent": list(self.recent)}
 
     @classmethod
-    def from_plain(cls, value: dict[str, Any]) -> "LossHistory":
-        return cls(**{**value, "recent": tuple(value["recent"])})
+    def from_dict(cls, value: dict[str, Any]) -> "LossHistory":
+        return cls(**{**value, "recent": tuple(value.get("recent", ()))})
 
 
 @dataclass(frozen=True, slots=True)
 class SpikeDecision:
-    """Whether the step is skipped, what to remember, and what to say about it."""
+    """Whether the step is skipped, the new history, and the note for the log."""
 
     history: LossHistory
     skip: bool = False
@@ -99,20 +90,20 @@ class SpikeDecision:
 
 
 class SpikePolicy(Choice):
-    """Family: what counts as a spike of the loss, and what follows."""
+    """Loss-spike policy: what counts as a spike, and what follows."""
 
     @property
     @abstractmethod
     def needs_loss(self) -> bool:
-        """Whether the loss must be known before each update, which costs one small collective."""
+        """Whether the loss is needed before each update, which costs one small collective."""
 
     @abstractmethod
     def decide(self, loss: float, *, history: LossHistory) -> SpikeDecision:
-        """Judge a step by its finite ``loss`` per token, over all ranks."""
+        """Decide about a step by its finite ``loss`` per token, over all ranks."""
 
 
 class IgnoreSpikes(SpikePolicy):
-    """Every finite step is taken: clipping alone bounds what one batch can do."""
+    """Every finite step updates the weights; gradient clipping alone bounds its effect."""
 
     @property
     def needs_loss(self) -> bool:
@@ -125,11 +116,10 @@ class IgnoreSpikes(SpikePolicy):
 class SkipSpikes(SpikePolicy):
     """Skip a step whose loss is more than ``factor`` deviations above the median of ``window``.
 
-    Its batch comes once more after a good step and is given up if it is a spike again
-    (``train/bad_steps.py``). After ``patience`` spikes in a
-    row it is the model and not the batches: the rates are lowered by ``lower``, for good, and the
-    rule begins to learn anew what is usual. Deviations are those of a normal distribution, from
-    the median distance to the median, so that earlier spikes do not hide later ones.
+    The batch is retried once after a good step. After ``patience`` spikes in a row the cause is the
+    model, not the batches: all learning rates are multiplied by ``lr_factor`` for the rest of the
+    run, and the history starts again. The deviation is estimated from the median absolute
+    deviation, so that earlier spikes do not hide later ones.
     """
 
     window: Annotated[int, Field(ge=8)] = 64
@@ -146,22 +136,22 @@ class SkipSpikes(SpikePolicy):
         if loss <= limit:
             recent = (*history.recent, loss)[-self.window :]
             return SpikeDecision(replace(history, recent=recent, in_a_row=0))
-        said = f"the loss of {loss:.4g} is a spike (over {limit:.4g})"
+        reason = f"the loss of {loss:.4g} is a spike (over {limit:.4g})"
         if history.in_a_row + 1 < self.patience:
             return SpikeDecision(
-                replace(history, in_a_row=history.in_a_row + 1), skip=True, note=said
+                replace(history, in_a_row=history.in_a_row + 1), skip=True, note=reason
             )
         rate = history.rate * self.lr_factor
         note = (
-            f"{said} and makes {self.patience} in a row: from here on learning rates are {rate:.3g} "
+            f"{reason}, {self.patience} in a row: from here on learning rates are {rate:.3g} "
             "of their schedule"
         )
         return SpikeDecision(LossHistory(rate=rate), skip=True, note=note)
 
     def loss_limit(self, recent: tuple[float, ...]) -> float:
-        """Return the largest loss that is no spike; infinite while there are too few before it."""
+        """Return the largest loss that is not a spike; infinite for a history that is too short."""
         if len(recent) < self.window // 2:
             return math.inf
-        usual = median(recent)
-        spread = MAD_TO_DEVIATION * median(abs(loss - usual) for loss in recent)
-        return usual + self.factor * max(spread, MIN_RELATIVE_DEVIATION * abs(usual))
+        center = median(recent)
+        deviation = MAD_TO_DEVIATION * median(abs(loss - center) for loss in recent)
+        return center + self.factor * max(deviation, MIN_RELATIVE_DEVIATION * abs(center))

@@ -1,9 +1,9 @@
-"""Rehearse: one training step of one rank of many, without the others and without any numbers.
+"""Dry run: simulate one training step of one rank of many with fake tensors, in one process.
 
-The step is the real one: ``parallelize`` cuts the model, ZeRO shares it out, tokens are dealt, rows travel,
-gradients are summed, the optimizer updates. Only tensors are fake (``distributed/simulation.py``), so a plan of
-8,192 ranks is tried on a laptop. Experts are chosen evenly, whatever rule the config names: what a
-router would choose is a question of numbers.
+The step is the real one: ``parallelize_on_mesh`` shards the model, ZeRO partitions its state,
+sequences are sharded, tokens are dispatched, gradients are summed and the optimizer updates. Only
+tensors are fake (``distributed/simulation.py``), so a plan of 8,192 ranks runs on a laptop. Routing
+is round-robin whatever the config says, because real routing needs values.
 """
 
 import time
@@ -32,21 +32,21 @@ from moesaic.parallel.communication_volume import CommunicationVolume
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
-from moesaic.parallel.parameter_inventory import EXPERT_STAGE_AXES
+from moesaic.parallel.sharding_plan import EXPERT_STAGE_AXES
 
 DUMMY_TOKEN = 7  # any token but padding
 
 
 class RoundRobin(Select):
-    """Token t goes to the k experts that follow those of token t - 1: every load is the same."""
+    """Round-robin routing: token t takes the k experts after those of token t - 1."""
 
     k: int = 1
 
-    def __call__(self, gate: RouterContext) -> Routing:
-        tokens, experts = gate.logits.shape
-        first = self.k * torch.arange(tokens, device=gate.context.row.device)[:, None]
+    def __call__(self, router: RouterContext) -> Routing:
+        tokens, experts = router.logits.shape
+        first = self.k * torch.arange(tokens, device=router.context.row.device)[:, None]
         expert = (first + torch.arange(self.k, device=first.device)) % experts
-        weight = gate.logits.softmax(-1).gather(-1, expert)
+        weight = router.logits.softmax(-1).gather(-1, expert)
         return Routing.from_topk(weight, expert=expert, num_experts=experts)
 
     def experts_per_token(self, num_experts: int) -> float:
@@ -55,9 +55,10 @@ class RoundRobin(Select):
 
 @dataclass(frozen=True, slots=True)
 class DryRunResult:
-    """What a step took on one rank: bytes held after it, most in use before its update, and sent.
+    """Bytes that one rank holds after a step, its peak before the update, and its communication.
 
-    ``kept`` is what the forward pass added: for the backward pass, and what ZeRO gathered.
+    ``saved_activations`` is what the forward pass allocates: activations saved for the backward
+    pass and parameters gathered by ZeRO.
     """
 
     weights: int
@@ -70,7 +71,7 @@ class DryRunResult:
 
 
 def with_round_robin_routing(config: ModelConfig) -> ModelConfig:
-    """Return a config whose routers choose evenly, as many experts per token as before."""
+    """Return a config with round-robin routing and the same number of experts per token."""
     stacks = {
         side: stack if stack.moe is None else stack.replace(moe=_round_robin(stack.moe))
         for side, stack in (("encoder", config.encoder), ("decoder", config.decoder))
@@ -87,12 +88,12 @@ def simulate_step(
     rank: int = 0,
     optimizer: Optimizer | None = None,
 ) -> DryRunResult:
-    """Take one step of one micro-batch as one of ``world`` ranks; no process group may be there.
+    """Run one step of one micro-batch as ``rank`` of ``world_size``; needs no process group.
 
-    Raises ConfigError where the plan fits neither the number of ranks nor the model.
+    Raises ConfigError if the plan does not fit the number of ranks or the model.
     """
     started = time.perf_counter()
-    with fake_process_group(world_size, rank=rank), SimulatedRank() as alike:
+    with fake_process_group(world_size, rank=rank), SimulatedRank() as simulation:
         model = Transformer(with_round_robin_routing(config))
         mesh = Mesh(
             parallel.plan.resolve(world_size),
@@ -101,59 +102,60 @@ def simulate_step(
             expert_counts=expert_counts(model),
         )
         with SharedChunks():
-            spread = parallelize_on_mesh(model, parallel=parallel, mesh=mesh)
-        before = alike.allocated_bytes()
-        alike.peak_bytes = 0
-        with CommunicationCounter(axes=mesh_groups(mesh)) as wire:
-            loss = _loss(spread, batch=dummy_batch(config, sizes))
-            kept = alike.allocated_bytes() - before
-            spread.before_backward(last=True)
+            parallel_model = parallelize_on_mesh(model, parallel=parallel, mesh=mesh)
+        before = simulation.allocated_bytes()
+        simulation.peak_bytes = 0
+        with CommunicationCounter(axes=mesh_groups(mesh)) as counter:
+            loss = _loss(parallel_model, batch=dummy_batch(config, sizes))
+            saved = simulation.allocated_bytes() - before
+            parallel_model.before_backward(last=True)
             loss.backward()
-            spread.sum_gradients()
-        peak = alike.peak_bytes
-        made = (optimizer or AdamW()).build(model.named_parameters(), kinds=model.parameter_kinds())
-        made.step()
-        slots = [t for s in made.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+            parallel_model.sum_gradients()
+        peak = simulation.peak_bytes
+        kinds = model.parameter_kinds()
+        built = (optimizer or AdamW()).build(model.named_parameters(), kinds=kinds)
+        built.step()
+        slots = [t for s in built.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
         parameters = [local_tensor(p) for p in model.parameters()]
         gradients = [local_tensor(p.grad) for p in model.parameters() if p.grad is not None]
         return DryRunResult(
             weights=_bytes(parameters),
             gradients=_bytes(gradients),
             optimizer=_bytes(slots),
-            saved_activations=kept,
+            saved_activations=saved,
             peak=peak,
-            sent=communication_volume(wire),
+            sent=measured_volume(counter),
             seconds=time.perf_counter() - started,
         )
 
 
 def mesh_groups(mesh: Mesh) -> dict[str, Group]:
-    """Return the groups of a mesh by what ``RankParameters.named`` calls them.
+    """Return the process groups of a mesh by the names of ``RankParameters.named``.
 
-    Of two names for the same ranks the first is taken.
+    Groups with the same ranks appear once, under the first name.
     """
-    found: dict[str, Group] = {}
-    said: list[tuple[str, Group]] = [("stage", mesh.group(*STAGE_AXES))]
+    unique: dict[str, Group] = {}
+    named: list[tuple[str, Group]] = [("stage", mesh.group(*STAGE_AXES))]
     for axes in (DATA_CONTEXT_AXES, ("data",), ("context",), ("tensor",)):
-        said.append(("+".join(axes), mesh.group(*axes)))
+        named.append(("+".join(axes), mesh.group(*axes)))
     for number in mesh.expert_counts:
-        said += [(axis, mesh.group(axis, num_experts=number)) for axis in EXPERT_STAGE_AXES]
-    for name, group in said:
-        if group is not None and all(group is not other for other in found.values()):
-            found[name] = group
-    return found
+        named += [(axis, mesh.group(axis, num_experts=number)) for axis in EXPERT_STAGE_AXES]
+    for name, group in named:
+        if group is not None and all(group is not other for other in unique.values()):
+            unique[name] = group
+    return unique
 
 
 def dummy_batch(config: ModelConfig, sizes: BatchDims) -> Batch:
-    """Return rows without padding."""
+    """Return a batch of full rows (no padding)."""
     target = torch.full((sizes.rows, sizes.target), DUMMY_TOKEN)
     source = torch.full((sizes.rows, sizes.source if config.encoder.layers else 0), DUMMY_TOKEN)
     zero = torch.zeros(sizes.rows, dtype=torch.long)
     return Batch(source, target, target, zero, zero, zero, zero)
 
 
-def communication_volume(counter: CommunicationCounter) -> tuple[CommunicationVolume, ...]:
-    """Return what a wire counted, all receivers together."""
+def measured_volume(counter: CommunicationCounter) -> tuple[CommunicationVolume, ...]:
+    """Return the counted bytes by collective and axis, summed over receivers."""
     sums: Counter[tuple[str, str]] = Counter()
     for line in counter.entries():
         sums[line.kind, line.axis] += line.bytes

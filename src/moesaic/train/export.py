@@ -1,4 +1,4 @@
-"""Export: the weights and the card that make a run directory a model directory."""
+"""Model export: final weights (``model.safetensors``) and the model card of a run."""
 
 from moesaic.checkpoint.full_checkpoint import load_checkpoint
 from moesaic.checkpoint.model_card import DataSource, ModelCard
@@ -15,17 +15,16 @@ from moesaic.train.trainer import Trainer
 
 def export_model(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> None:
     """Write ``model.safetensors`` and the model card. Rank 0 only."""
-    weights = export_weights(trainer.model)
-    if (
-        not trainer.parallel_model.is_replicated
-    ):  # the run has just ended, and saved what no rank holds alone
+    if trainer.parallel_model.is_replicated:
+        weights = export_weights(trainer.model)
+    else:  # no rank has all weights: read them from the checkpoint that the run has just saved
         weights = load_checkpoint(run_dir.checkpoints, only=("model",)).files["model"]
     write_tensors(run_dir.model, tensors=weights)
     atomic_write(run_dir.card, model_card(trainer, tokens=tokens).text())
 
 
 def model_card(trainer: Trainer, *, tokens: float) -> ModelCard:
-    """Return the facts of a trained model: its size, its text, and how far it was trained."""
+    """Return the model card: parameters, training data, steps and best validation loss."""
     run, best = trainer.run, trainer.event_log.best
     facts = {
         "steps": f"{trainer.step:,}",
@@ -50,5 +49,5 @@ def model_card(trainer: Trainer, *, tokens: float) -> ModelCard:
 
 
 def _data_sources(run: Run) -> list[DataSource]:
-    held = run.corpus.open().manifest["sources"]
-    return [DataSource(name, about["licence"], about["pairs"]) for name, about in held.items()]
+    sources = run.corpus.open().manifest["sources"]
+    return [DataSource(name, about["licence"], about["pairs"]) for name, about in sources.items()]

@@ -1,9 +1,4 @@
-"""The training loop, on one screen: advance, then tell the hooks, until done or asked to stop.
-
-Result: what a call of ``train`` ends with.
-
-StopRequest: Ctrl-C and SIGTERM, turned into a wish that the loop reads between two steps.
-"""
+"""Training loop: run training steps and hooks until the last step or a stop request."""
 
 import signal
 import time
@@ -22,10 +17,10 @@ StopReason = Literal["finished", "until", "SIGINT", "SIGTERM"]
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """How far a run got. ``steps`` and ``tokens`` count from its start, ``seconds`` this call.
+    """Result of a call of ``train``: steps and tokens since step 0, seconds of this call.
 
-    ``metrics`` holds the newest value of every metric. ``stop_reason`` says why it ended: all steps
-    done, the asked-for step reached, or a signal (after which it can be resumed).
+    ``metrics`` holds the latest value of every metric. ``stop_reason``: all steps are done, the
+    step ``until`` is reached, or a signal arrived (the run can be resumed).
     """
 
     out: Path
@@ -37,24 +32,21 @@ class TrainingResult:
 
     @property
     def exit_code(self) -> int:
-        """0, or 128 + the signal's number, as a shell would say it."""
+        """0, or 128 + the number of the signal, as shells report it."""
         ended = self.stop_reason in ("finished", "until")
         return 0 if ended else 128 + signal.Signals[self.stop_reason].value
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
 REPEAT_S = 1.0
 
 
 class StopRequest:
-    """While entered, the first signal is noted and a later one acts as if we were not here.
+    """Context that turns the first Ctrl-C or SIGTERM into a flag; a later one acts as usual.
 
-    One within ``REPEAT_S`` is the first come again: a terminal or Slurm signals torchrun and its
-    workers alike, and torchrun passes it on to them.
-
-    Outside the main thread no signal can be caught, and nothing is.
+    A signal within ``REPEAT_S`` of the first is a duplicate: a terminal or Slurm signals both
+    torchrun and its workers, and torchrun forwards it to them. Outside the main thread Python
+    cannot catch signals, so none is handled.
     """
 
     def __init__(self) -> None:
@@ -85,7 +77,7 @@ class StopRequest:
 
     @property
     def stop_reason(self) -> StopReason:
-        """Which signal it was; on a rank that saw none, another rank's."""
+        """The signal that arrived; SIGINT on a rank that received none."""
         return "SIGTERM" if self.signal == signal.SIGTERM else "SIGINT"
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
@@ -102,9 +94,9 @@ class StopRequest:
 
 
 def training_loop(trainer: Trainer, *, hooks: Sequence[Hook], until: int) -> StopReason:
-    """Train up to step ``until``. Ctrl-C and SIGTERM end it after the step they arrive in.
+    """Train up to step ``until``; Ctrl-C and SIGTERM stop after the current step.
 
-    Raises NonFiniteError after the hooks have ended the run (and saved it).
+    Raises NonFiniteError after the hooks have finished (and saved a checkpoint).
     """
     with StopRequest() as stop:
         for hook in hooks:

@@ -1,7 +1,4 @@
-"""Selection: a corpus as a run sees it, cut down to some of its languages.
-
-Prepare: from a run's corpus to its tokenizer and shards, each made once and by one rank.
-"""
+"""Data preparation: from a run's corpus to its tokenizer and token shards, made once by rank 0."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +18,14 @@ from moesaic.distributed.rank0 import run_on_rank0
 from moesaic.distributed.world import World
 from moesaic.train.run import Run
 
+Notify = Callable[[str], None]
+
 
 class CorpusSubset:
-    """What the tokenizer and the shards of a run are made of. Languages are sorted codes."""
+    """The part of a corpus in the run's languages (sorted codes)."""
 
     def __init__(self, corpus: Corpus, *, languages: Sequence[str]) -> None:
-        """Choose ``languages`` in any spelling; none means all. Raises ConfigError."""
+        """Select ``languages`` in any spelling; empty means all. Raises ConfigError."""
         self.corpus = corpus
         known = corpus.languages
         codes = [resolve_language(text).code for text in languages] or known
@@ -41,13 +40,13 @@ class CorpusSubset:
 
     @property
     def directions(self) -> tuple[tuple[str, str], ...]:
-        """The corpus's directions between chosen languages."""
-        chosen = set(self.languages)
-        return tuple(d for d in self.corpus.directions if chosen.issuperset(d))
+        """Translation directions between selected languages."""
+        selected = set(self.languages)
+        return tuple(d for d in self.corpus.directions if selected.issuperset(d))
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all that is chosen."""
+        """Hash of the corpus and the selected languages."""
         text = " ".join((self.corpus.fingerprint, *self.languages))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -58,12 +57,9 @@ class CorpusSubset:
         return self.corpus.iter_texts(code, split=split)
 
 
-Notify = Callable[[str], None]
-
-
 @dataclass(frozen=True, slots=True)
 class PreparedData:
-    """What training reads; the same on every rank."""
+    """Tokenizer and token shards; the same on every rank."""
 
     tokenizer: Tokenizer
     shards: TokenShards
@@ -72,16 +68,16 @@ class PreparedData:
 def prepare_data(run: Run, *, run_dir: RunDir, world: World, notify: Notify) -> PreparedData:
     """Build or open the corpus, then the run directory's tokenizer, then the cached shards.
 
-    Rank 0 works and the others wait, so all must see the same files. Collective. Raises DataError
-    or ConfigError.
+    Rank 0 does the work and the others wait, so all ranks need the same file system. Collective.
+    Raises DataError or ConfigError.
     """
 
     def work() -> str:
         notify("opening the corpus")
-        chosen = CorpusSubset(run.corpus.open(), languages=run.languages)
-        tokenizer = _load_or_train_tokenizer(run, corpus=chosen, run_dir=run_dir, notify=notify)
+        corpus = CorpusSubset(run.corpus.open(), languages=run.languages)
+        tokenizer = _load_or_train_tokenizer(run, corpus=corpus, run_dir=run_dir, notify=notify)
         notify("opening the token shards (they are written the first time)")
-        return str(cached_shards(chosen, tokenizer=tokenizer).path)
+        return str(cached_shards(corpus, tokenizer=tokenizer).path)
 
     shards = run_on_rank0(world, work)
     return PreparedData(Tokenizer.load(run_dir.tokenizer), TokenShards.open(Path(shards)))
@@ -111,10 +107,10 @@ def _check_tokenizer(tokenizer: Tokenizer, *, run: Run, corpus: CorpusSubset, pa
             f"tokenizer.vocab_size: {path} has {tokenizer.vocab_size} ids, the run asks for "
             f"{run.tokenizer.vocab_size}; remove the file to train another"
         )
-    lacking = [code for code in corpus.languages if code not in tokenizer.languages]
-    if lacking:
+    missing = [code for code in corpus.languages if code not in tokenizer.languages]
+    if missing:
         problems.append(
-            f"languages: {path} has no tag for {', '.join(lacking)}; remove it to train another"
+            f"languages: {path} has no tag for {', '.join(missing)}; remove it to train another"
         )
     if problems:
         raise ConfigError(problems)

@@ -1,8 +1,9 @@
-"""Random state: torch's generators of every rank as tensors, so that a checkpoint can hold them.
+"""Random state: the torch generators of every rank as tensors, for checkpoints.
 
-Nothing of ours draws from them in training: dropout, noise and random token selection are functions
-of the token (``ops/counter_rng.py``), data comes from the seed by arithmetic, and weights are made
-before the ranks part ways. A member of a user's own may draw, and then goes on where it was.
+Training code of this package does not draw from them: dropout, noise and random token selection are
+counter-based functions of the token (``ops/counter_rng.py``), data is derived from the seed, and
+weights are initialized before the streams differ by rank. User-defined modules may draw, and
+resume exactly.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,13 +16,13 @@ from moesaic.distributed.world import World
 
 
 def seed_rank(seed: int, *, world: World, step: int = 0) -> None:
-    """Give each rank its own stream of random numbers."""
+    """Seed each rank's generators differently."""
     mixed = torch.Generator().manual_seed(seed * 1_000_003 + step * 8191 + world.rank)
     torch.manual_seed(int(torch.randint(2**62, (), generator=mixed)))
 
 
 def random_state(world: World) -> dict[str, Tensor]:
-    """Return the generators' states of all ranks as uint8 tensors. Collective."""
+    """Return the generator states of all ranks as uint8 tensors. Collective."""
     states = {"cpu": torch.get_rng_state()}
     if world.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(world.device)
@@ -35,7 +36,7 @@ def random_state(world: World) -> dict[str, Tensor]:
 def restore_random_state(
     tensors: Mapping[str, Tensor], *, world: World, seed: int, step: int
 ) -> None:
-    """Continue each rank's stream, or start new ones if the number of ranks has changed."""
+    """Restore each rank's generators, or seed new ones if the number of ranks has changed."""
     saved = {key.partition("/")[0] for key in tensors}
     if len(saved) != world.size:
         seed_rank(seed, world=world, step=step)
@@ -48,7 +49,7 @@ def restore_random_state(
 
 @contextmanager
 def preserve_random_state(device: torch.device) -> Iterator[None]:
-    """Leave the random streams as they were, whatever happens inside."""
+    """Context that restores the generators at its end."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         yield

@@ -1,14 +1,6 @@
-"""Run: everything that decides a training run, as one frozen config.
+"""Run: the frozen config of a training run (data, model, optimizer, parallelism, logging).
 
 Two runs with equal configs on the same machine give the same weights, bit for bit.
-
-Precision: the number format of the matrix products of a training step.
-
-Weights, gradients and optimizer state stay float32 either way; routing is float32 inside the layer.
-
-MetricsSink: where rows of metrics go besides ``metrics.jsonl``.
-
-CorpusSource: where the text of a run comes from.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -33,12 +25,18 @@ from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.config import ParallelConfig
 from moesaic.train.bad_steps import IgnoreSpikes, SpikePolicy
 
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+
 
 class Precision(Choice):
-    """Family: ``Float32`` (the default) or ``BFloat16``."""
+    """Number format of matrix products in a step: ``Float32`` (the default) or ``BFloat16``.
+
+    Weights, gradients, optimizer state and routing are float32 either way.
+    """
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
-        """Return the context that the forward pass runs in."""
+        """Return the autocast context of the forward pass."""
         raise NotImplementedError
 
 
@@ -50,17 +48,17 @@ class Float32(Precision):
 
 
 class BFloat16(Precision):
-    """Matrix products in bfloat16 by autocast; faster only where the machine multiplies it."""
+    """Matrix products in bfloat16 by autocast; faster only on hardware with bfloat16 products."""
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 class MetricsSink(Choice):
-    """Family of optional sinks."""
+    """Where rows of metrics go besides ``metrics.jsonl``."""
 
     def open(self, run_dir: RunDir, *, step: int) -> MetricWriter:
-        """Return the sink of a run that starts after ``step``. Raises UserError if it cannot."""
+        """Open a writer for a run that continues after ``step``. Raises UserError if it cannot."""
         raise NotImplementedError
 
 
@@ -72,15 +70,15 @@ class TensorBoard(MetricsSink):
 
 
 class CorpusSource(Choice):
-    """Family: ``NamedCorpus`` (a corpus with a name), ``BuiltCorpus``, ``CorpusFolder`` (on disk)."""
+    """Training text: ``NamedCorpus`` (by name), ``BuiltCorpus`` (a recipe), ``CorpusFolder``."""
 
     def open(self) -> Corpus:
-        """Return the corpus, building it first where that is possible. Raises DataError."""
+        """Return the corpus, building it first if needed. Raises DataError."""
         raise NotImplementedError
 
 
 class NamedCorpus(CorpusSource):
-    """A corpus with a name, e.g. ``catalogues-small``; built once, under the data home."""
+    """A predefined corpus, e.g. ``catalogues-small``; built once, in the data directory."""
 
     name: str
 
@@ -89,7 +87,7 @@ class NamedCorpus(CorpusSource):
 
 
 class BuiltCorpus(CorpusSource):
-    """A corpus built by a recipe of one's own (one's files, say), once, under the data home."""
+    """A corpus built once from your own recipe (e.g. your own files)."""
 
     recipe: CorpusRecipe
 
@@ -98,7 +96,7 @@ class BuiltCorpus(CorpusSource):
 
 
 class CorpusFolder(CorpusSource):
-    """A corpus directory (with its ``corpus.json``), for text of one's own."""
+    """An existing corpus directory (with a ``corpus.json``)."""
 
     path: str
 
@@ -106,16 +104,10 @@ class CorpusFolder(CorpusSource):
         return Corpus.open(Path(self.path))
 
 
-Positive = Annotated[int, Field(ge=1)]
-
-
-Natural = Annotated[int, Field(ge=0)]
-
-
 class CheckpointConfig(Config):
-    """When to save: after every ``every`` steps (0: only at the end), keeping the newest ``keep``.
+    """Save a checkpoint every ``every`` steps (0: only at the end) and keep the newest ``keep``.
 
-    The checkpoint with the best validation loss is kept beside them.
+    The checkpoint with the best validation loss is kept as well.
     """
 
     every: Natural = 500
@@ -123,18 +115,19 @@ class CheckpointConfig(Config):
 
 
 class ValidationConfig(Config):
-    """Loss on held-out text every ``every`` steps (0: never): ``rows`` per task and direction."""
+    """Held-out loss every ``every`` steps (0: never), on ``rows`` rows per task and direction."""
 
     every: Natural = 500
     rows: Positive = 64
 
 
 class LogConfig(Config):
-    """A row of metrics every ``every`` steps; one step of ``routing_stats_every`` counts its routing.
+    """Logging intervals in steps: a row of metrics every ``every`` steps.
 
-    Rows go to ``metrics.jsonl`` and to the sinks of ``sinks``. One step of ``routing_trace_every`` has its
-    routing recorded, token by token; a few held-out rows are routed every ``routing_probe_every`` steps, to
-    see when routing settles (both 0: never).
+    Rows go to ``metrics.jsonl`` and to ``sinks``. One step in ``routing_stats_every`` counts which
+    experts it used. One step in ``routing_trace_every`` has its routing written token by token, and
+    every ``routing_probe_every`` steps a few held-out rows are routed, which shows when routing
+    converges (0: never).
     """
 
     every: Positive = 10
@@ -149,14 +142,14 @@ class LogConfig(Config):
 
 
 class Run(Config):
-    """One training run.
+    """Config of one training run.
 
-    ``languages`` may be spelt any way (``de``, ``German``, ``deu_Latn``); empty means all of the
-    corpus. A step is ``gradient_accumulation_steps`` micro-batches of ``loader.batch_tokens`` tokens over all ranks
-    together. After ``max_bad_steps`` non-finite steps in a row the run stops with a checkpoint;
-    ``spikes`` says what becomes of a step that is finite but far off.
-    ``parallel`` says how it is laid over its ranks; it changes nothing else.
-    A rank that keeps the others waiting for ``collective_timeout_s`` seconds ends the run with an error.
+    ``languages`` accepts any spelling (``de``, ``German``, ``deu_Latn``); empty means all languages
+    of the corpus. A step takes ``gradient_accumulation_steps`` micro-batches of
+    ``loader.batch_tokens`` tokens over all ranks together. After ``max_bad_steps`` consecutive
+    non-finite steps the run stops with a checkpoint; ``spikes`` decides about finite loss spikes.
+    ``parallel`` distributes the run over its ranks and changes nothing else. If a collective does
+    not finish within ``collective_timeout_s``, the run ends with an error.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""Checks: what must hold between the parts of a run, one small function per rule.
+"""Run checks: consistency rules between parts of a run config, one function per rule.
 
-A rule returns finished sentences, each with the paths, both values and the reason; a part's own
-rules are the part's. Everything here is arithmetic on the config: nothing is opened or built.
+A rule yields complete sentences with the config keys, both values and the reason. Rules inside one
+part belong to that part's config class. Nothing is opened or built here.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,14 +17,14 @@ RunRule = Callable[[Run], Iterator[str]]
 
 
 def check_run(run: Run) -> None:
-    """Raise ConfigError with a sentence for every rule that the run breaks."""
+    """Raise ConfigError with a sentence for every violated rule."""
     problems = [sentence for rule in RUN_RULES for sentence in rule(run)]
     if problems:
         raise ConfigError(problems)
 
 
 def vocab_sizes_match(run: Run) -> Iterator[str]:
-    """The embedding has a row for every id."""
+    """Model and tokenizer have the same vocabulary size."""
     model, tokenizer = run.model.vocab_size, run.tokenizer.vocab_size
     if model != tokenizer:
         yield (
@@ -34,7 +34,7 @@ def vocab_sizes_match(run: Run) -> Iterator[str]:
 
 
 def known_languages(run: Run) -> Iterator[str]:
-    """Each language is one we know, and there once."""
+    """Each language code is valid and unique."""
     found: dict[str, str] = {}
     for index, text in enumerate(run.languages):
         try:
@@ -47,36 +47,36 @@ def known_languages(run: Run) -> Iterator[str]:
         found[code] = text
 
 
-def layout_fits_the_model(run: Run) -> Iterator[str]:
-    """An encoder has a source to read."""
-    layers, layout = run.model.encoder.layers, run.loader.collator
-    if isinstance(layout, EncoderDecoderCollator) and not layers:
+def collator_fits_the_model(run: Run) -> Iterator[str]:
+    """The collator feeds the encoder if and only if the model has one."""
+    layers, collator = run.model.encoder.layers, run.loader.collator
+    if isinstance(collator, EncoderDecoderCollator) and not layers:
         yield (
-            "loader.collator=EncoderDecoderCollator needs an encoder, but model.encoder.layers=0: give it "
-            "layers, or choose loader.collator=DecoderOnlyCollator"
+            "loader.collator=EncoderDecoderCollator needs an encoder, but model.encoder.layers=0: "
+            "give it layers, or choose loader.collator=DecoderOnlyCollator"
         )
-    if isinstance(layout, DecoderOnlyCollator) and layers:
+    if isinstance(collator, DecoderOnlyCollator) and layers:
         yield (
-            f"loader.collator=DecoderOnlyCollator leaves model.encoder.layers={layers} without input: set "
-            "them to 0, or choose loader.collator=EncoderDecoderCollator"
+            f"loader.collator=DecoderOnlyCollator leaves model.encoder.layers={layers} without "
+            "input: set them to 0, or choose loader.collator=EncoderDecoderCollator"
         )
 
 
 def lengths_fit_the_positions(run: Run) -> Iterator[str]:
-    """The longest rows have a place in a learned position table."""
+    """The longest rows fit into a learned position table."""
     if not isinstance(run.model.position, LearnedPositions):
         return
     for side in ("max_source", "max_target"):
-        longest, room = run.loader.to_dict()[side], run.model.position.max_length
-        if isinstance(longest, int) and longest > room:
+        longest, positions = run.loader.to_dict()[side], run.model.position.max_length
+        if isinstance(longest, int) and longest > positions:
             yield (
-                f"loader.{side}={longest} is longer than the table model.position.max_length={room}: "
-                "shorten the one or lengthen the other"
+                f"loader.{side}={longest} is longer than the position table "
+                f"(model.position.max_length={positions}): shorten the one or lengthen the other"
             )
 
 
 def longest_row_fits_a_batch(run: Run) -> Iterator[str]:
-    """A row at the length limits is a batch."""
+    """A row of the maximum length fits into a micro-batch."""
     loader = run.loader
     source = 0 if isinstance(loader.collator, DecoderOnlyCollator) else loader.max_source
     if loader.batch_tokens < source + loader.max_target:
@@ -88,7 +88,7 @@ def longest_row_fits_a_batch(run: Run) -> Iterator[str]:
 
 
 def schedule_fits_the_steps(run: Run) -> Iterator[str]:
-    """Warm-up ends before the run or its decay does."""
+    """Warm-up ends before the decay or the run."""
     schedule = run.schedule
     if isinstance(schedule, WSD):
         flat = run.steps * (1 - schedule.decay)
@@ -102,21 +102,23 @@ def schedule_fits_the_steps(run: Run) -> Iterator[str]:
 
 
 def pipeline_has_enough_micro_batches(run: Run) -> Iterator[str]:
-    """A step has enough micro-batches for the schedule, and the schedule is right with ZeRO."""
+    """The pipeline schedule has enough micro-batches and supports the ZeRO level."""
     parallel = run.parallel
     if parallel.plan.pipe == 1:
         return
-    why = parallel.pipeline_stages(run.model).problems(
-        micro_batches=run.gradient_accumulation_steps, zero=parallel.plan.zero
+    micro_batches = run.gradient_accumulation_steps
+    problem = parallel.pipeline_stages(run.model).problems(
+        micro_batches=micro_batches, zero=parallel.plan.zero
     )
-    if why:
-        yield f"parallel.pipeline_schedule with gradient_accumulation_steps={run.gradient_accumulation_steps} micro-batches: {why}"
+    if problem:
+        key = "gradient_accumulation_steps"
+        yield f"parallel.pipeline_schedule with {key}={micro_batches}: {problem}"
 
 
 RUN_RULES: tuple[RunRule, ...] = (
     vocab_sizes_match,
     known_languages,
-    layout_fits_the_model,
+    collator_fits_the_model,
     lengths_fit_the_positions,
     longest_row_fits_a_batch,
     schedule_fits_the_steps,

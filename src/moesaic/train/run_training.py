@@ -1,14 +1,15 @@
-"""Train: one call from a run's config to a trained model in a directory."""
+"""Entry point of training: ``train(run, out)`` goes from a config to a trained run directory."""
 
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from moesaic.checkpoint.full_checkpoint import config_differences, read_state, require_same_config
 from moesaic.checkpoint.run_directory import RunDir
+from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.files import atomic_write
 from moesaic.data.loader import DataReplica, Loader
 from moesaic.distributed.flight_recorder import mark_phase
@@ -48,62 +49,63 @@ def train(
     hooks: Sequence[Hook] = (),
     progress: MakeDisplay = terminal_progress,
 ) -> TrainingResult:
-    """Train ``run`` in the directory ``out``, alone or as one rank under torchrun.
+    """Train ``run`` in the directory ``out``, in one process or as one rank under torchrun.
 
-    ``until`` stops after that step (the schedule still aims at ``run.steps``); ``hooks`` come after
-    our own; ``board`` makes what a person watches. Raises UserError: a config that cannot work, a
-    directory that holds another run, a corpus that cannot be read, a full disk, too many steps
-    that are not finite.
+    ``until`` stops after that step (the schedule still ends at ``run.steps``). ``hooks`` run after
+    the standard hooks. ``progress`` makes the progress display. Raises UserError: a config that
+    cannot work, a directory of another run, an unreadable corpus, a full disk, too many non-finite
+    steps.
     """
     check_run(run)
-    folder, began = RunDir(Path(out)), time.monotonic()
+    run_dir, started = RunDir(Path(out)), time.monotonic()
     with init_distributed(timeout_s=run.collective_timeout_s) as world:
         losses = tuple(f"train/loss/{weighted.task.name}" for weighted in run.mixture.tasks)
-        shown = (progress if world.rank == 0 else no_progress)(
-            RunStatus(steps=run.steps, losses=losses)
-        )
-        start = run_on_rank0(world, lambda: _open_run_dir(folder, run=run, resume=resume))
+        make_display = progress if world.rank == 0 else no_progress
+        display = make_display(RunStatus(steps=run.steps, losses=losses))
+        start = run_on_rank0(world, lambda: _open_run_dir(run_dir, run=run, resume=resume))
         for sentence in start["notes"]:
-            shown.note(sentence)
+            display.note(sentence)
         mark_phase("preparing the data")
-        prepared = prepare_data(run, run_dir=folder, world=world, notify=shown.note)
+        prepared = prepare_data(run, run_dir=run_dir, world=world, notify=display.note)
         mark_phase("making the model")
         trainer = make_trainer(run, prepared=prepared, world=world)
-        own = standard_hooks(trainer, run_dir=folder)
+        standard = standard_hooks(trainer, run_dir=run_dir)
         if start["path"] is not None:
             mark_phase("resuming")
             trainer.load_checkpoint(Path(start["path"]))
-            shown.note(f"resuming after step {trainer.step:,}, from {start['path']}")
-        log = MetricsLogHook(sink=_open_sinks(trainer, run_dir=folder), progress=shown)
-        save = CheckpointHook(folder.checkpoints, flush=log.flush)
+            display.note(f"resuming after step {trainer.step:,}, from {start['path']}")
+        log = MetricsLogHook(writer=_open_writers(trainer, run_dir=run_dir), progress=display)
+        save = CheckpointHook(run_dir.checkpoints, flush=log.flush)
         try:
             until = min(until or run.steps, run.steps)
-            ending = training_loop(trainer, hooks=[*own, log, *hooks, save], until=until)
+            stop_reason = training_loop(trainer, hooks=[*standard, log, *hooks, save], until=until)
             tokens = trainer.metrics.total_tokens(world)
             mark_phase("export")
-            run_on_rank0(world, lambda: export_model(trainer, run_dir=folder, tokens=tokens))
+            run_on_rank0(world, lambda: export_model(trainer, run_dir=run_dir, tokens=tokens))
         except NonFiniteError as error:
-            way_on = f"The last good state is saved. {_resume_hint(folder)}"
-            raise NonFiniteError(f"{error}. {way_on}") from None
+            hint = f"The last good state is saved. {_resume_hint(run_dir)}"
+            raise NonFiniteError(f"{error}. {hint}") from None
         finally:
             trainer.data.close()
             log.close()
         for sentence in _too_long_notes(trainer.data.skipped, run=run):
-            shown.note(sentence)
-        if ending.startswith("SIG"):
-            shown.note(f"{ending}: saved after step {trainer.step:,}. {_resume_hint(folder)}")
+            display.note(sentence)
+        if stop_reason.startswith("SIG"):
+            display.note(
+                f"{stop_reason}: saved after step {trainer.step:,}. {_resume_hint(run_dir)}"
+            )
         return TrainingResult(
-            out=folder.path,
+            out=run_dir.path,
             steps=trainer.step,
             tokens=int(tokens),
-            seconds=time.monotonic() - began,
+            seconds=time.monotonic() - started,
             metrics=dict(trainer.event_log.latest_values),
-            stop_reason=ending,
+            stop_reason=stop_reason,
         )
 
 
 def make_trainer(run: Run, *, prepared: PreparedData, world: World) -> Trainer:
-    """Return a trainer at step 0: the same weights on every rank, random numbers of its own."""
+    """Return a trainer at step 0: the same weights, but different random streams, on all ranks."""
     torch.manual_seed(run.seed)
     model = Transformer(run.model).to(world.device)
     seed_rank(run.seed, world=world)
@@ -119,7 +121,7 @@ def make_trainer(run: Run, *, prepared: PreparedData, world: World) -> Trainer:
 
 
 def standard_hooks(trainer: Trainer, *, run_dir: RunDir) -> list[Hook]:
-    """Return what every run does around its steps, before the rows of metrics are written."""
+    """Return the hooks of every run that come before the metrics log."""
     return [
         ValidationHook(),
         RouterHealthHook(run_dir.usage, trainer=trainer),
@@ -130,17 +132,14 @@ def standard_hooks(trainer: Trainer, *, run_dir: RunDir) -> list[Hook]:
 
 
 def _open_run_dir(run_dir: RunDir, *, run: Run, resume: Resume) -> dict[str, Any]:
-    """Make the run directory ready, on rank 0: where to start from, and what to say of it."""
-    path, notes = (
-        resume.find_checkpoint(run_dir),
-        [f"skipped {why}" for why in resume.skipped_checkpoints(run_dir)],
-    )
+    """Prepare the run directory on rank 0; return the checkpoint to start from, and notes."""
+    path = resume.find_checkpoint(run_dir)
+    notes = [f"skipped {why}" for why in resume.skipped_checkpoints(run_dir)]
     if path is not None:
-        saved, now = read_state(path)["config"], run.to_dict()
-        require_same_config(
-            saved, current=now, where=path, ignored=(*CHANGEABLE_KEYS, *REPORTED_KEYS)
-        )
-        changed = config_differences(saved, now).items()
+        saved, current = _saved_config(path), run.to_dict()
+        ignored = (*CHANGEABLE_KEYS, *REPORTED_KEYS)
+        require_same_config(saved, current=current, where=path, ignored=ignored)
+        changed = config_differences(saved, current).items()
         notes += [f"{k}: was {a}, now {b}" for k, (a, b) in changed if k.startswith(REPORTED_KEYS)]
         tokenizer = RunDir(path.parent.parent).tokenizer
         if not run_dir.tokenizer.is_file() and tokenizer.is_file():
@@ -149,17 +148,23 @@ def _open_run_dir(run_dir: RunDir, *, run: Run, resume: Resume) -> dict[str, Any
     return {"path": None if path is None else str(path), "notes": notes}
 
 
+def _saved_config(checkpoint: Path) -> dict[str, Any]:
+    """Return the run config in a checkpoint, with the present names."""
+    upgraded, _ = upgrade_config(read_state(checkpoint)["config"])
+    return cast("dict[str, Any]", upgraded)
+
+
 def _too_long_notes(skipped: Mapping[str, int], *, run: Run) -> list[str]:
-    """Say how many draws were too long to train on, if any, and which directions had most."""
+    """Return a note on rows that were too long to train on, with the directions that had most."""
     if not skipped:
         return []
     most = sorted(skipped.items(), key=lambda item: -item[1])[:4]
-    where = ", ".join(f"{direction} {count:,}" for direction, count in most)
+    directions = ", ".join(f"{direction} {count:,}" for direction, count in most)
     limits = f"loader.max_source={run.loader.max_source}, max_target={run.loader.max_target}"
-    return [f"{sum(skipped.values()):,} draws were over {limits} tokens and left out: {where}"]
+    return [f"{sum(skipped.values()):,} rows were over {limits} tokens and left out: {directions}"]
 
 
-def _open_sinks(trainer: Trainer, *, run_dir: RunDir) -> MetricWriter:
+def _open_writers(trainer: Trainer, *, run_dir: RunDir) -> MetricWriter:
     if trainer.world.rank:
         return MultiWriter()
     rows = JsonlWriter(run_dir.metrics)

@@ -1,15 +1,14 @@
-"""Journal: what the hooks of one run tell each other: values of this step, newest, best, notes.
+"""Running metrics: loss sums between two rows of metrics, and the event log of a run.
 
-Meters: running sums between two rows of metrics, kept on the device and read only for a row.
-
-Categories are the run's tasks, then its languages (a row counts for its target language), so one
-vector holds every loss that is reported. The sums are part of a checkpoint: a resumed run reports
-what an uninterrupted one does. Letters: B rows, C categories, N predicted tokens.
+Sums stay on the device and are read only when a row is written. They are part of a checkpoint, so a
+resumed run reports the same values as an uninterrupted one. Loss categories are the run's tasks,
+then its languages (a row counts for its target language). Letters: B rows, C categories, N
+predicted tokens.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,19 +20,19 @@ from moesaic.distributed.world import World
 
 @dataclass(frozen=True, slots=True)
 class BestValidation:
-    """The lowest validation loss so far, and its step."""
+    """Lowest validation loss so far, and its step."""
 
     loss: float = math.inf
     step: int = 0
 
 
 class EventLog:
-    """Values put here go into the step's row of metrics; notes are said to people once."""
+    """What hooks of a run share: values for the next row of metrics, notes to print, best loss."""
 
     def __init__(self) -> None:
         self.best = BestValidation()
         self.latest_values: dict[str, float] = {}
-        self.router_health = ""  # of the routers, in words
+        self.router_health = ""  # one sentence
         self._values: dict[str, float] = {}
         self._notes: list[str] = []
 
@@ -45,24 +44,23 @@ class EventLog:
         self._notes.append(sentence)
 
     def pop_values(self) -> dict[str, float]:
-        """Return what was put since the last call."""
+        """Return the values recorded since the last call."""
         values, self._values = self._values, {}
         return values
 
     def pop_notes(self) -> list[str]:
-        """Return the sentences since the last call."""
+        """Return the notes added since the last call."""
         notes, self._notes = self._notes, []
         return notes
 
     def record_validation_loss(self, loss: float, *, step: int) -> None:
-        """Remember a validation loss if it is the best."""
+        """Update ``best`` if the loss is lower."""
         if loss < self.best.loss:
             self.best = BestValidation(loss, step)
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps (JSON data)."""
-        known = math.isfinite(self.best.loss)
-        return {"best": {"loss": self.best.loss, "step": self.best.step} if known else None}
+        """Return the state for a checkpoint (JSON data)."""
+        return {"best": asdict(self.best) if math.isfinite(self.best.loss) else None}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.best = BestValidation(**state["best"]) if state["best"] else BestValidation()
@@ -70,7 +68,7 @@ class EventLog:
 
 @dataclass(frozen=True, slots=True)
 class LossCategories:
-    """The names that losses are reported under."""
+    """Names under which losses are reported: tasks, then target languages."""
 
     tasks: tuple[str, ...]
     languages: tuple[str, ...]
@@ -102,7 +100,7 @@ class LossCategories:
 
 @dataclass(frozen=True, slots=True)
 class StepSums:
-    """What one step adds up on this rank.
+    """Sums of one step (or micro-batch) on this rank.
 
     ``losses`` is ``[negative log-likelihood, predicted tokens] x category``; ``terms`` are this
     rank's shares of the parts of the training loss by name (``objective`` is their sum);
@@ -119,7 +117,7 @@ class StepSums:
 
 
 class RunningMetrics:
-    """See the module's first lines. ``norm`` is the gradients' norm before clipping."""
+    """Sums over the steps since the last row of metrics."""
 
     def __init__(self, categories: LossCategories, *, device: torch.device) -> None:
         self.categories = categories
@@ -135,7 +133,7 @@ class RunningMetrics:
         self._terms: dict[str, Tensor] = {}
 
     def add_step(self, sums: StepSums, *, norm: float) -> None:
-        """Count one step."""
+        """Add one step; ``norm`` is the gradient norm before clipping."""
         self._steps += 1
         self._norm += norm
         self._tokens += sums.tokens
@@ -144,13 +142,13 @@ class RunningMetrics:
             self._terms[name] = self._terms.get(name, 0.0) + value
 
     def add_losses(self, losses: Float[Tensor, "2 C"]) -> None:
-        """Count losses alone (validation)."""
+        """Add losses alone (validation)."""
         self._losses += losses
 
     def compute_and_reset(self, world: World) -> dict[str, float]:
-        """Return the means since the last call, over all ranks, and start again. Collective.
+        """Return the means since the last call, over all ranks, and reset. Collective.
 
-        ``tokens`` is their number since then, ``train/tokens`` since the run began.
+        ``tokens`` counts tokens since the last call, ``train/tokens`` since step 0.
         """
         row = self.mean_losses(world, prefix="train")
         terms = world.all_reduce_floats({name: float(value) for name, value in self._terms.items()})
@@ -174,11 +172,11 @@ class RunningMetrics:
         return row
 
     def total_tokens(self, world: World) -> float:
-        """Return the real tokens of both sides trained on since the run began. Collective."""
+        """Return the number of non-padding tokens of both sides since step 0. Collective."""
         return self._total + world.all_reduce_floats({"tokens": self._tokens})["tokens"]
 
     def tensors(self, world: World) -> dict[str, Tensor]:
-        """Return the sums over all ranks under names, for a checkpoint. Collective."""
+        """Return the sums over all ranks by name, for a checkpoint. Collective."""
         here = {"tokens": torch.tensor(float(self._tokens)), "losses": self._losses}
         here |= {f"term/{name}": value for name, value in self._terms.items()}
         alike = torch.tensor(
@@ -189,7 +187,7 @@ class RunningMetrics:
         }
 
     def restore(self, tensors: Mapping[str, Tensor], *, world: World) -> None:
-        """Put back what ``tensors`` gave: rank 0 takes the sums, the others start from zero."""
+        """Restore the result of ``tensors``: rank 0 takes the sums, the others start from zero."""
         share = 1.0 if world.rank == 0 else 0.0
         steps, self._norm, skipped, self._total = tensors["alike"].tolist()
         self._steps, self.skipped = int(steps), int(skipped)

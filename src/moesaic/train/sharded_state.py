@@ -1,9 +1,9 @@
-"""Shards: a run's state where no rank holds all of it, and the way back from any other layout.
+"""Sharded training state: this rank's shards of weights and optimizer state, saved and restored.
 
-Names and shapes are those of the whole model, so a checkpoint of one plan is a checkpoint of all.
+Names and global shapes are those of the unsharded model, so a checkpoint of one parallel plan can
+be loaded under any other.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from moesaic.checkpoint.block_index import read_index
@@ -16,13 +16,13 @@ from moesaic.model.weights import export_weights
 from moesaic.optim.named_optimizer import NamedOptimizer, export_state
 from moesaic.parallel.parallel_model import ParallelModel
 
-SHARDED_FILES = ("model", "optimizer")  # the files that no rank holds all of
+SHARDED_FILES = ("model", "optimizer")  # their tensors are distributed over ranks
 
 
 def local_shards(
     parallel_model: ParallelModel, optimizer: NamedOptimizer
 ) -> dict[str, dict[str, TensorOrShard]]:
-    """Return what this rank holds of the weights and of the optimizer's state, as live memory."""
+    """Return this rank's shards of weights and optimizer state, without copying."""
     weights, names = export_weights(parallel_model.model), set(parallel_model.sharding_plan)
     model: dict[str, TensorOrShard] = {
         name: parallel_model.shard_of(name, tensor) if name in names else tensor
@@ -38,22 +38,15 @@ def local_shards(
 def restore_shards(
     path: Path, *, parallel_model: ParallelModel, optimizer: NamedOptimizer, world: World
 ) -> Snapshot:
-    """Fill weights and optimizer from a checkpoint of any layout; return the rest of it.
+    """Load weights and optimizer state from a checkpoint of any plan; return the remaining files.
 
     Collective. Raises CheckpointError as ``load_sharded`` does.
     """
     index = read_index(path, manifest=read_manifest(path))
-    _allocate_optimizer_state(
-        optimizer, stepped={n.partition("/")[2] for n in index.files.get("optimizer", {})}
-    )
-    load_sharded(path, into=local_shards(parallel_model, optimizer), world=world)
-    return read_snapshot(path, only=[file for file in index.files if file not in SHARDED_FILES])
-
-
-def _allocate_optimizer_state(optimizer: NamedOptimizer, *, stepped: Iterable[str]) -> None:
-    """Make room for the state of every parameter that had any."""
-    known = set(stepped)
+    saved = {name.partition("/")[2] for name in index.files.get("optimizer", {})}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            if name in known:
+            if name in saved:
                 optimizer.ensure_state(parameter, rule=group["rule"])
+    load_sharded(path, into=local_shards(parallel_model, optimizer), world=world)
+    return read_snapshot(path, only=[file for file in index.files if file not in SHARDED_FILES])

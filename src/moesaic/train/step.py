@@ -1,8 +1,8 @@
-"""A training step: gradients of the loss over all micro-batches and ranks, then one update.
+"""Training step: forward and backward of all micro-batches, gradients summed over ranks.
 
-The loss is the cross-entropy summed over every predicted token of the step, divided by their number
-over all micro-batches and ranks, plus each layer's own terms as the mean over micro-batches. So
-neither the number of ranks nor that of micro-batches changes what a token counts.
+The loss is the cross-entropy summed over all predicted tokens of the step, divided by their number
+over all micro-batches and ranks, plus each layer's auxiliary losses as the mean over micro-batches.
+So the weight of a token depends neither on the number of ranks nor on that of micro-batches.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,7 +25,7 @@ from moesaic.train.running_metrics import LossCategories, StepSums
 
 @dataclass(frozen=True, slots=True)
 class ForwardBackwardResult:
-    """What one forward and backward over the step's micro-batches gave on this rank."""
+    """Sums over micro-batches on this rank, and the last micro-batch with its routing records."""
 
     sums: StepSums
     records: tuple[RoutingRecord, ...]
@@ -34,7 +34,7 @@ class ForwardBackwardResult:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """How a model is scored in training."""
+    """Training objective: label-smoothed cross-entropy plus the auxiliary losses of layers."""
 
     categories: LossCategories
     label_smoothing: float
@@ -43,38 +43,33 @@ class Objective:
     def forward_backward(
         self, parallel_model: ParallelModel, *, batches: Sequence[Batch]
     ) -> ForwardBackwardResult:
-        """Add the loss's gradients to the parameters, summed over ranks. Collective.
-
-        Returns the sums of all micro-batches, and the last one with its routing records.
-        """
-        counted = torch.tensor(sum(b.num_predicted for b in batches))
-        predicted = int(parallel_model.data_world.all_reduce(counted))
+        """Compute the gradients of the step's loss, summed over ranks. Collective."""
+        num_predicted = torch.tensor(sum(b.num_predicted for b in batches))
+        predicted = int(parallel_model.data_world.all_reduce(num_predicted))
         if parallel_model.pipeline is not None:
-            passes = self._pipeline_forward_backward(parallel_model, batches, predicted=predicted)
-            mark_phase("sum of gradients")
-            parallel_model.sum_gradients()
-            return _merge_results(passes)
-        passes = []
-        for number, batch in enumerate(batches):
-            parallel_model.before_backward(last=number == len(batches) - 1)
-            passes.append(
-                self._micro_batch_forward_backward(
-                    parallel_model, batch, predicted=predicted, micro_batches=len(batches)
+            results = self._pipeline_forward_backward(parallel_model, batches, predicted=predicted)
+        else:
+            results = []
+            for number, batch in enumerate(batches):
+                parallel_model.before_backward(last=number == len(batches) - 1)
+                results.append(
+                    self._micro_batch_forward_backward(
+                        parallel_model, batch, predicted=predicted, micro_batches=len(batches)
+                    )
                 )
-            )
         mark_phase("sum of gradients")
         parallel_model.sum_gradients()
-        return _merge_results(passes)
+        return _merge_results(results)
 
     @torch.no_grad()
     def losses(self, parallel_model: ParallelModel, *, batch: Batch) -> Float[Tensor, "2 C"]:
-        """Return summed negative log-likelihoods and counts by category, without gradients.
+        """Return summed negative log-likelihoods and token counts by category, without gradients.
 
-        They are of the tokens that are scored here. Collective.
+        They cover the tokens that this rank scores. Collective.
         """
         if parallel_model.pipeline is not None:
-            scoring = self._scoring(parallel_model.pipeline, predicted=1)
-            (micro,) = parallel_model.pipeline.forward_only([batch], loss_settings=scoring)
+            settings = self._loss_settings(parallel_model.pipeline, predicted=1)
+            (micro,) = parallel_model.pipeline.forward_only([batch], loss_settings=settings)
             return self._loss_sums(micro)
         model = parallel_model.model
         batch = batch.to(next(model.parameters()).device)
@@ -90,7 +85,7 @@ class Objective:
         assert pipeline is not None
         tokens = [batch.num_tokens if parallel_model.counts_tokens else 0 for batch in batches]
         micros = pipeline.forward_backward(
-            batches, loss_settings=self._scoring(pipeline, predicted=predicted)
+            batches, loss_settings=self._loss_settings(pipeline, predicted=predicted)
         )
         return [
             ForwardBackwardResult(
@@ -99,24 +94,23 @@ class Objective:
             for micro, count in zip(micros, tokens, strict=True)
         ]
 
-    def _scoring(self, pipeline: Pipeline, *, predicted: int) -> LossSettings:
+    def _loss_settings(self, pipeline: Pipeline, *, predicted: int) -> LossSettings:
         context = partial(self.precision.autocast, pipeline.device)
         return LossSettings(predicted, self.label_smoothing, context)
 
     def _loss_sums(self, micro: MicroBatch) -> Float[Tensor, "2 C"]:
-        """Return a micro-batch's losses by category: zeros where another stage has scored."""
+        """Return losses by category; zeros on stages that do not compute the loss."""
         if micro.nll is None or micro.row is None:
-            none = micro.batch.key.new_zeros(0)
-            return self.categories.sums(none.double(), row=none, batch=micro.batch)
+            empty = micro.batch.key.new_zeros(0)
+            return self.categories.sums(empty.double(), row=empty, batch=micro.batch)
         return self.categories.sums(micro.nll, row=micro.row, batch=micro.batch)
 
     def _micro_batch_forward_backward(
         self, parallel_model: ParallelModel, batch: Batch, *, predicted: int, micro_batches: int
     ) -> ForwardBackwardResult:
         model = parallel_model.model
-        tokens = (
-            batch.num_tokens if parallel_model.counts_tokens else 0
-        )  # the others read the same rows
+        # Of ranks that read the same rows, one counts their tokens.
+        tokens = batch.num_tokens if parallel_model.counts_tokens else 0
         batch = batch.to(next(model.parameters()).device)
         with self.precision.autocast(batch.source.device):
             output = model(batch)
@@ -126,20 +120,20 @@ class Objective:
         objective = torch.stack(list(terms.values())).sum()
         objective.backward()
         accumulate_routing_stats(model, output.records)
-        shares = {name: value.detach().double() for name, value in terms.items()}
-        shares["objective"] = objective.detach().double()
+        detached = {name: value.detach().double() for name, value in terms.items()}
+        detached["objective"] = objective.detach().double()
         losses = self.categories.sums(token_loss.nll, row=output.row, batch=batch)
-        return ForwardBackwardResult(StepSums(losses, shares, tokens), output.records, batch)
+        return ForwardBackwardResult(StepSums(losses, detached, tokens), output.records, batch)
 
 
-def _merge_results(passes: Sequence[ForwardBackwardResult]) -> ForwardBackwardResult:
-    """Return the sums of all micro-batches, and the last one with its records."""
-    sums = passes[0].sums
-    for other in passes[1:]:
+def _merge_results(results: Sequence[ForwardBackwardResult]) -> ForwardBackwardResult:
+    """Return the sums of all micro-batches, with the batch and records of the last one."""
+    sums = results[0].sums
+    for other in results[1:]:
         sums = sums.add(other.sums)
-    return ForwardBackwardResult(sums, passes[-1].records, passes[-1].batch)
+    return ForwardBackwardResult(sums, results[-1].records, results[-1].batch)
 
 
 def first_non_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Return the name of the first tensor that holds an infinity or a NaN."""
+    """Return the name of the first tensor with an infinite or NaN value."""
     return next((name for name, t in named if not bool(local_tensor(t).isfinite().all())), None)

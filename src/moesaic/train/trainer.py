@@ -1,7 +1,8 @@
-"""Trainer: the state of a run in progress, and the one verb that moves it on.
+"""Trainer: model, optimizer, data and counters of a run in progress; ``train_step`` advances it.
 
-Everything that decides the next step is in ``snapshot()``: weights, optimizer, place in the data,
-random numbers, running sums, work to retry. ``restore()`` of it continues bit for bit.
+``snapshot()`` holds everything that decides the next step: weights, optimizer state, loader state,
+random number generators, running sums and batches to retry. After ``restore()`` of it, training
+continues bit for bit.
 """
 
 import math
@@ -32,9 +33,12 @@ from moesaic.train.running_metrics import EventLog, LossCategories, RunningMetri
 from moesaic.train.sharded_state import local_shards, restore_shards
 from moesaic.train.step import ForwardBackwardResult, Objective, first_non_finite
 
+# Names that parts of a checkpoint had earlier, by their present names.
+PREVIOUS_NAMES = {"metrics": "meters", "events": "journal"}
+
 
 class BatchLoader(Protocol):
-    """Where batches come from (``data/loader.py``): endless, and the same from the same state."""
+    """Protocol of ``data/loader.py``: an endless iterator, deterministic given its state."""
 
     @property
     def tasks(self) -> Sequence[str]: ...
@@ -50,7 +54,7 @@ class BatchLoader(Protocol):
 
 
 class StatefulComponent(Protocol):
-    """Something that sums over steps and must survive a restart."""
+    """Running sums that are saved in checkpoints (hooks register theirs before ``restore``)."""
 
     def tensors(self, world: World) -> dict[str, Tensor]:
         """Return the sums over all ranks. Collective."""
@@ -60,14 +64,15 @@ class StatefulComponent(Protocol):
 
 
 class NonFiniteError(UserError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
+    """More than ``max_bad_steps`` consecutive steps had a non-finite loss or gradient."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One finished update: its number (from 1), what it saw, and seconds.
+    """One finished update: its number (from 1), its results, and where the time went.
 
-    ``seconds`` in all, ``data_seconds`` for data, ``collective_seconds`` in collectives on this rank.
+    ``seconds`` is the total, ``data_seconds`` loading batches, ``collective_seconds`` waiting in
+    collectives on this rank.
     """
 
     step: int
@@ -79,7 +84,7 @@ class StepReport:
 
 
 class Trainer:
-    """See the module's first lines."""
+    """Training state of one rank (see the module's first lines)."""
 
     def __init__(self, run: Run, *, model: Transformer, data: BatchLoader, world: World) -> None:
         self.run, self.world, self.data = run, world, data
@@ -95,94 +100,94 @@ class Trainer:
         categories = LossCategories(tuple(data.tasks), tuple(data.languages))
         self.objective = Objective(categories, run.label_smoothing, run.precision)
         self.metrics = RunningMetrics(categories, device=world.device)
-        self.stateful_components: dict[str, StatefulComponent] = {
-            "meters": self.metrics
-        }  # hooks add theirs before restore()
+        self.stateful_components: dict[str, StatefulComponent] = {"metrics": self.metrics}
         self.retry_queue = RetryQueue()
         self.loss_history = LossHistory()
         self.step = 0
         self.event_log = EventLog()
 
     def train_step(self) -> StepReport:
-        """Make one update, setting aside work that is not finite, or a spike. Collective.
+        """Update the weights once, skipping non-finite steps and loss spikes. Collective.
 
-        Raises NonFiniteError after ``max_bad_steps`` such steps in a row; the state is then that
-        of the last good step, with the bad work waiting.
+        Raises NonFiniteError after ``max_bad_steps`` skipped steps in a row; the state is then that
+        of the last good step, with the bad batches in the retry queue.
         """
-        started, waited = time.perf_counter(), 0.0
-        before_s = FLIGHT_RECORDER.collective_s
+        started, data_s = time.perf_counter(), 0.0
+        collective_s = FLIGHT_RECORDER.collective_s
         while True:
-            tried = self.retry_queue.next_attempt(self.data.state())
-            before = time.perf_counter()
+            attempt = self.retry_queue.next_attempt(self.data.state())
+            data_started = time.perf_counter()
             mark_phase("data", step=self.step + 1)
-            batches = self._next_micro_batches(tried)
-            waited += time.perf_counter() - before
+            batches = self._next_micro_batches(attempt)
+            data_s += time.perf_counter() - data_started
             mark_phase("forward and backward")
-            seen = self.objective.forward_backward(self.parallel_model, batches=batches)
+            result = self.objective.forward_backward(self.parallel_model, batches=batches)
             norm = self.parallel_model.clip_gradients(self.run.clip_norm)
-            if self._should_update(tried, result=seen, norm=norm):
+            if self._should_update(attempt, result=result, norm=norm):
                 break
         mark_phase("update")
-        factor = (
-            self.run.schedule.lr_factor(self.step, steps=self.run.steps) * self.loss_history.rate
-        )
+        scheduled = self.run.schedule.lr_factor(self.step, steps=self.run.steps)
+        factor = scheduled * self.loss_history.rate
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.optimizer.step()
         self.optimizer.zero_grad()
         update_stateful_rules(self.model)
         self.retry_queue.mark_succeeded()
-        self.metrics.add_step(seen.sums, norm=norm.norm)
+        self.metrics.add_step(result.sums, norm=norm.norm)
         self.step += 1
-        seconds = time.perf_counter() - started
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
         return StepReport(
-            self.step, seen, lr, seconds, waited, FLIGHT_RECORDER.collective_s - before_s
+            self.step,
+            result,
+            lr=max(group["lr"] for group in self.optimizer.param_groups),
+            seconds=time.perf_counter() - started,
+            data_seconds=data_s,
+            collective_seconds=FLIGHT_RECORDER.collective_s - collective_s,
         )
 
     def _next_micro_batches(self, attempt: StepAttempt) -> tuple[Batch, ...]:
-        """Return the step's micro-batches; a retry goes back for them and returns to now."""
+        """Return the step's micro-batches; a retry loads them again from the saved loader state."""
         count = range(self.run.gradient_accumulation_steps)
         if not attempt.is_retry:
             return tuple(next(self.data) for _ in count)
-        now = self.data.state()
+        current = self.data.state()
         self.data.restore(attempt.loader_state)
         batches = tuple(next(self.data) for _ in count)
-        self.data.restore(now)
+        self.data.restore(current)
         return batches
 
     def _should_update(
         self, attempt: StepAttempt, *, result: ForwardBackwardResult, norm: GradNorm
     ) -> bool:
-        """Whether to update; if not, the work is set aside. The same on every rank."""
+        """Whether to update; otherwise the step is skipped. The same on every rank."""
         if not norm.finite:
-            what = self._describe_non_finite(result)
-            self._skip_update(attempt, reason=what)
-            self._raise_if_persistent(what)
+            reason = self._describe_non_finite(result)
+            self._skip_update(attempt, reason=reason)
+            self._raise_if_persistent(reason)
             return False
         if not self.run.spikes.needs_loss:
             return True
-        judged = self.run.spikes.decide(self._global_loss(result), history=self.loss_history)
-        self.loss_history = judged.history
-        if judged.skip:
-            self._skip_update(attempt, reason=judged.note)
-        return not judged.skip
+        decision = self.run.spikes.decide(self._global_loss(result), history=self.loss_history)
+        self.loss_history = decision.history
+        if decision.skip:
+            self._skip_update(attempt, reason=decision.note)
+        return not decision.skip
 
     def _skip_update(self, attempt: StepAttempt, *, reason: str) -> None:
-        """Skip the update and say why."""
+        """Discard the gradients, queue the batch for a retry, and note the reason."""
         self.optimizer.zero_grad()
         reset_routing_stats(self.model)
         self.retry_queue.mark_failed(attempt)
         self.metrics.skipped += 1
-        fate = "given up after its second try" if attempt.is_retry else "kept for one more try"
-        self.event_log.add_note(f"step {self.step + 1} skipped: {reason}; its batch is {fate}")
+        outcome = "given up after its second try" if attempt.is_retry else "queued for one retry"
+        self.event_log.add_note(f"step {self.step + 1} skipped: {reason}; its batch is {outcome}")
 
     def _raise_if_persistent(self, reason: str) -> None:
         if self.retry_queue.consecutive_failures >= self.run.max_bad_steps:
             raise NonFiniteError(
-                f"{self.retry_queue.consecutive_failures} steps in a row were set aside after step {self.step} "
-                f"(max_bad_steps is {self.run.max_bad_steps}), the last for {reason}. Try a lower "
-                "optimizer.lr, a longer schedule.warmup or a smaller clip_norm"
+                f"{self.retry_queue.consecutive_failures} steps in a row were skipped after step "
+                f"{self.step} (max_bad_steps is {self.run.max_bad_steps}), the last for {reason}. "
+                "Try a lower optimizer.lr, a longer schedule.warmup or a smaller clip_norm"
             )
 
     def _global_loss(self, result: ForwardBackwardResult) -> float:
@@ -195,49 +200,52 @@ class Trainer:
         losses = self.world.all_reduce(result.sums.losses)[0].tolist()
         terms = self.world.all_reduce_floats({n: float(v) for n, v in result.sums.terms.items()})
         named = [*zip(self.objective.categories.names, losses, strict=True), *terms.items()]
-        wrong = [name for name, value in named if not math.isfinite(value)]
+        losses = [name for name, value in named if not math.isfinite(value)]
         grads = ((n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None)
         first = first_non_finite(grads)
         where = f"the gradient of {first}" if first else "the norm of the gradients (it overflows)"
-        return f"the loss of {', '.join(wrong)} and {where}" if wrong else where
+        return f"the loss of {', '.join(losses)} and {where}" if losses else where
 
     def snapshot(self) -> Snapshot | RankSnapshot:
-        """Return everything that decides the next step, or this rank's part of it. Collective.
+        """Return everything that decides the next step, or this rank's shard of it. Collective.
 
-        It is whole where every rank holds every parameter: then only rank 0 writes it.
+        Where every rank holds every parameter, it is a full snapshot that rank 0 alone writes.
         """
         files = {"random": random_state(self.world)}
-        files |= {name: part.tensors(self.world) for name, part in self.stateful_components.items()}
-        banks, plan = self.parallel_model.expert_parameters, self.parallel_model.mesh.plan.to_dict()
+        files |= {n: part.tensors(self.world) for n, part in self.stateful_components.items()}
+        about: dict[str, Any] = {
+            "expert_parameters": self.parallel_model.expert_parameters,
+            "plan": self.parallel_model.mesh.plan.to_dict(),
+        }
         state = self._json_state()
         if not self.parallel_model.is_replicated:
-            own = local_shards(self.parallel_model, self.optimizer)
-            return RankSnapshot(self.step, own | files, state, expert_parameters=banks, plan=plan)
+            shards = local_shards(self.parallel_model, self.optimizer)
+            return RankSnapshot(self.step, shards | files, state, **about)
         files["model"] = export_weights(self.model)
         files["optimizer"] = export_state(self.optimizer)
-        return Snapshot(self.step, files, state, expert_parameters=banks, plan=plan)
+        return Snapshot(self.step, files, state, **about)
 
     def _json_state(self) -> dict[str, Any]:
         return {
             "config": self.run.to_dict(),
             "data": self.data.state(),
             "retry": self.retry_queue.pending,
-            "spikes": self.loss_history.plain(),
-            "journal": self.event_log.state(),
+            "spikes": self.loss_history.to_dict(),
+            "events": self.event_log.state(),
         }
 
     def load_checkpoint(self, path: Path) -> None:
-        """Continue from a checkpoint of any plan and number of ranks. Raises CheckpointError."""
+        """Continue from a checkpoint saved under any parallel plan. Raises CheckpointError."""
         if self.parallel_model.is_replicated:
             self.restore(load_checkpoint(path))
             return
-        rest = restore_shards(
+        remaining = restore_shards(
             path, parallel_model=self.parallel_model, optimizer=self.optimizer, world=self.world
         )
-        self._restore_host_state(rest)
+        self._restore_host_state(remaining)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Continue from a snapshot, where every rank holds every parameter."""
+        """Continue from a full snapshot (every rank holds every parameter)."""
         restore_weights(self.model, snapshot.files["model"])
         restore_state(self.optimizer, snapshot.files["optimizer"])
         self._restore_host_state(snapshot)
@@ -246,11 +254,14 @@ class Trainer:
         restore_random_state(
             snapshot.files["random"], world=self.world, seed=self.run.seed, step=snapshot.step
         )
+        files, state = snapshot.files, snapshot.state
         for name, part in self.stateful_components.items():
-            part.restore(snapshot.files.get(name, {}), world=self.world)
-        self.data.restore(snapshot.state["data"])
-        self.retry_queue = RetryQueue(snapshot.state["retry"])
-        spikes = snapshot.state.get("spikes")  # not in checkpoints from before there was a rule
-        self.loss_history = LossHistory.from_plain(spikes) if spikes else LossHistory()
-        self.event_log.restore(snapshot.state["journal"])
+            tensors = files.get(name) or files.get(PREVIOUS_NAMES.get(name, name), {})
+            part.restore(tensors, world=self.world)
+        self.data.restore(state["data"])
+        self.retry_queue = RetryQueue(state["retry"])
+        self.loss_history = LossHistory.from_dict(
+            state.get("spikes", {})
+        )  # absent in earlier checkpoints
+        self.event_log.restore(state.get("events") or state[PREVIOUS_NAMES["events"]])
         self.step = snapshot.step

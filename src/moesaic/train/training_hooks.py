@@ -1,22 +1,10 @@
-"""What happens around the steps: each hook has ``before_run``, ``after_step``, ``after_run``.
+"""Training hooks: what runs before, after and between steps (checkpoints, validation, logging).
 
-Hook: what may happen around the steps of a run. Three methods, all empty here.
-
-Every rank runs every hook in the same order, so a hook may use collectives; one that writes files
-or talks to people does so on rank 0.
-
-Validate: loss on held-out text, per task and language, and which step was best.
-
-StragglerHook: which rank the others wait for, while all of them still work.
-
-CheckpointHook: the run's state on disk every so often, at its best, and at its end.
-
-Boards for a call of ``train``: what a person sees, or nothing.
-
-Log: a row of metrics every so often, to files and to the person who watches.
+Every rank calls every hook in the same order, so a hook may use collectives; one that writes files
+or prints does so on rank 0.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -28,27 +16,31 @@ from moesaic.checkpoint.sharded_checkpoint import CheckpointSaver
 from moesaic.checkpoint.snapshot import RankSnapshot
 from moesaic.distributed.rank0 import run_on_rank0
 from moesaic.monitor.metric_writers import MetricWriter
-from moesaic.monitor.progress_display import ProgressDisplay, RunStatus, make_display
+from moesaic.monitor.progress_display import (
+    ProgressDisplay,
+    RunStatus,
+    make_display,
+)
 from moesaic.train.random_state import preserve_random_state
 from moesaic.train.running_metrics import RunningMetrics
 from moesaic.train.trainer import StepReport, Trainer
 
 
 class Hook:
-    """Base of all hooks; override what you need."""
+    """Base class of hooks; all three methods default to doing nothing."""
 
     def before_run(self, trainer: Trainer) -> None:
-        """Called once, with the trainer at its first (or resumed) step."""
+        """Run once before the first (or first resumed) step."""
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Called after every update."""
+        """Run after every update."""
 
     def after_run(self, trainer: Trainer) -> None:
-        """Called once at the end, also after a signal or after too many bad steps."""
+        """Run once at the end, also after a signal or NonFiniteError."""
 
 
 class ValidationHook(Hook):
-    """Scores the same held-out rows each time, in evaluation mode."""
+    """Computes the loss of the same held-out rows every ``validation.every`` steps."""
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         every = trainer.run.validation.every
@@ -59,28 +51,26 @@ class ValidationHook(Hook):
                 trainer.event_log.record_validation_loss(values["valid/loss"], step=report.step)
 
     def validation_losses(self, trainer: Trainer) -> dict[str, float]:
-        """Return ``valid/loss`` and its parts, nats per predicted token. Collective."""
-        meters = RunningMetrics(trainer.objective.categories, device=trainer.world.device)
+        """Return ``valid/loss`` and its categories in nats per predicted token. Collective."""
+        metrics = RunningMetrics(trainer.objective.categories, device=trainer.world.device)
         trainer.model.eval()
         with torch.no_grad(), preserve_random_state(trainer.world.device):
             for batch in trainer.data.held_out_batches("valid", rows=trainer.run.validation.rows):
-                meters.add_losses(trainer.objective.losses(trainer.parallel_model, batch=batch))
+                metrics.add_losses(trainer.objective.losses(trainer.parallel_model, batch=batch))
         trainer.model.train()
-        return meters.mean_losses(trainer.world, prefix="valid")
+        return metrics.mean_losses(trainer.world, prefix="valid")
 
 
-SLOW_RATIO = 1.5  # times the median rank
-
-
-SLOW_ROWS = 3  # rows of metrics in a row, before it is said
+SLOW_RATIO = 1.5  # to the median of the other ranks
+SLOW_ROWS = 3  # consecutive rows of metrics before a note
 
 
 class StragglerHook(Hook):
-    """Compares, at every row of metrics, the time that each rank worked itself.
+    """Notes a rank that is persistently slower than the others (a straggler).
 
-    A step takes all ranks equally long, for the quick ones wait in collectives for the slow one;
-    so the time in collectives is taken off. On a GPU it is the host's time: a kernel that is queued
-    and not waited for is nobody's. One gather of one number a rank.
+    A step takes equally long on all ranks, because fast ranks wait for slow ones in collectives; so
+    the time in collectives is subtracted. On a GPU this is host time without queued kernels. Costs
+    one all-gather of one number per row of metrics.
     """
 
     def __init__(self, *, slow_ratio: float = SLOW_RATIO, rows: int = SLOW_ROWS) -> None:
@@ -93,8 +83,8 @@ class StragglerHook(Hook):
         self._steps += 1
         run = trainer.run
         if trainer.world.size > 1 and run.log.is_due(report.step, steps=run.steps):
-            mine = torch.tensor([self._busy_s / self._steps], dtype=torch.float64)
-            seconds = [float(part) for part in trainer.world.all_gather(mine)]
+            busy = torch.tensor([self._busy_s / self._steps], dtype=torch.float64)
+            seconds = [float(part) for part in trainer.world.all_gather(busy)]
             self._busy_s, self._steps = 0.0, 0
             self._compare(trainer, seconds)
 
@@ -105,21 +95,24 @@ class StragglerHook(Hook):
         trainer.event_log.record_values(
             {"perf/slowest_rank": float(slowest), "perf/slowest_ratio": ratio}
         )
-        again = slowest == self._suspect and ratio > self._slow_ratio
-        self._in_a_row = self._in_a_row + 1 if again else int(ratio > self._slow_ratio)
+        is_slow = ratio > self._slow_ratio
+        self._in_a_row = (
+            self._in_a_row + 1 if is_slow and slowest == self._suspect else int(is_slow)
+        )
         self._suspect = slowest
         if self._in_a_row == self._rows:
             trainer.event_log.add_note(
-                f"step {trainer.step}: rank {slowest} works {ratio:.1f} times as long as the "
+                f"step {trainer.step}: rank {slowest} takes {ratio:.1f} times as long as the "
                 f"others ({1e3 * seconds[slowest]:.0f} ms a step, theirs {1e3 * others:.0f} ms), "
-                f"for {self._rows} rows of metrics now: look at its machine"
+                f"for {self._rows} rows of metrics: check its machine"
             )
 
 
 class CheckpointHook(Hook):
-    """Comes after every hook whose state or rows a checkpoint should hold.
+    """Saves checkpoints: every ``checkpoint.every`` steps, at the best loss, and at the end.
 
-    ``flush`` is called before each save, so that metrics on disk are never behind a checkpoint.
+    Runs after every hook whose state a checkpoint holds. ``flush`` is called before each save, so
+    that metrics on disk are never behind a checkpoint.
     """
 
     def __init__(self, root: Path, *, flush: Callable[[], None]) -> None:
@@ -129,7 +122,7 @@ class CheckpointHook(Hook):
         self._saver: CheckpointSaver | None = None
 
     def before_run(self, trainer: Trainer) -> None:
-        self._saved_step = trainer.step  # what it was resumed from; a fresh start can be made again
+        self._saved_step = trainer.step  # a resumed step is on disk, step 0 needs no checkpoint
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         if self._saver is not None:
@@ -149,8 +142,11 @@ class CheckpointHook(Hook):
     def _save(self, trainer: Trainer, *, best: bool) -> None:
         snapshot = trainer.snapshot()
         keep = trainer.run.checkpoint.keep
-        if isinstance(snapshot, RankSnapshot):
-            self._save_sharded(trainer, snapshot, keep=RetentionPolicy(keep, best))
+        self._saved_step = trainer.step
+        if isinstance(snapshot, RankSnapshot):  # each rank writes its shards in the background
+            run_on_rank0(trainer.world, self._flush)
+            self._saver = self._saver or CheckpointSaver(self.root, world=trainer.world)
+            self._saver.save_async(snapshot, retention=RetentionPolicy(keep, best))
             return
 
         def write() -> None:
@@ -158,54 +154,29 @@ class CheckpointHook(Hook):
             save_checkpoint(self.root, snapshot, keep=keep, best=best)
 
         run_on_rank0(trainer.world, write)
-        self._saved_step = trainer.step
-
-    def _save_sharded(
-        self, trainer: Trainer, snapshot: RankSnapshot, *, keep: RetentionPolicy
-    ) -> None:
-        """Write what each rank holds: in the background, but for a run that ends."""
-        run_on_rank0(trainer.world, self._flush)
-        if self._saver is None:
-            self._saver = CheckpointSaver(self.root, world=trainer.world)
-        self._saver.save_async(snapshot, retention=keep)
-        self._saved_step = trainer.step
 
 
 MakeDisplay = Callable[[RunStatus], ProgressDisplay]
 
 
 def terminal_progress(status: RunStatus) -> ProgressDisplay:
-    """A live table on a terminal, plain lines elsewhere; on standard error."""
+    """Return a live table on a terminal, plain lines elsewhere; on standard error."""
     return make_display(status=status)
 
 
 def no_progress(status: RunStatus) -> ProgressDisplay:  # noqa: ARG001
-    """Nothing at all: other ranks, tests, and callers with a board of their own."""
-    return NullDisplay()
-
-
-class NullDisplay:
-    """The null object of boards."""
-
-    def open(self) -> None: ...
-
-    def advance(self, step: int) -> None: ...
-
-    def update_metrics(self, values: Mapping[str, float], *, health: str = "") -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def close(self) -> None: ...
+    """Return a display that prints nothing (ranks other than 0, ``--quiet``)."""
+    return ProgressDisplay()
 
 
 class MetricsLogHook(Hook):
-    """Writes the trainer's meters and what other hooks put into the journal.
+    """Writes rows of metrics: the trainer's running metrics and the values of other hooks.
 
-    Comes after those hooks. Only rank 0 has sinks and a board; the sums are of all ranks.
+    Runs after those hooks. Only rank 0 writes and displays; sums are over all ranks.
     """
 
-    def __init__(self, *, sink: MetricWriter, progress: ProgressDisplay) -> None:
-        self._sink, self._progress = sink, progress
+    def __init__(self, *, writer: MetricWriter, progress: ProgressDisplay) -> None:
+        self._writer, self._progress = writer, progress
         self._steps, self._seconds, self._data_seconds = 0, 0.0, 0.0
 
     def before_run(self, trainer: Trainer) -> None:
@@ -221,22 +192,22 @@ class MetricsLogHook(Hook):
             trainer.event_log.record_values(self._row(trainer, lr=report.lr))
         values = trainer.event_log.pop_values()
         if values:
-            self._sink.write(report.step, values=values)
+            self._writer.write(report.step, values=values)
             self._progress.update_metrics(values, health=trainer.event_log.router_health)
         self._show_notes(trainer)
 
     def after_run(self, trainer: Trainer) -> None:
         self._show_notes(trainer)
-        self._sink.flush()
+        self._writer.flush()
 
     def flush(self) -> None:
-        """Return when every row is on the medium."""
-        self._sink.flush()
+        """Flush all rows to disk."""
+        self._writer.flush()
 
     def close(self) -> None:
-        """Take the board down and close the files."""
+        """Close the progress display and the writers."""
         self._progress.close()
-        self._sink.close()
+        self._writer.close()
 
     def _row(self, trainer: Trainer, *, lr: float) -> dict[str, float]:
         row = trainer.metrics.compute_and_reset(trainer.world)

@@ -25,7 +25,7 @@ tabs =
 
 
 def read(text: str) -> dict[str, str]:
-    return {k.key: k.text for k in parse_fluent(text.splitlines())}
+    return {k.key: k.text for k in parse_fluent(text)}
 
 
 def test_messages_attributes_and_terms_are_read_under_their_keys() -> None:
@@ -40,10 +40,10 @@ def test_messages_attributes_and_terms_are_read_under_their_keys() -> None:
 
 
 def test_of_a_selector_the_default_variant_is_taken_and_named() -> None:
-    [found] = [k for k in parse_fluent(PAGE.splitlines()) if k.key == "tabs"]
+    [found] = [k for k in parse_fluent(PAGE) if k.key == "tabs"]
     assert found.invariants == ("other",)
-    nested = "m = { $a ->\n  *[x] { $b ->\n    [y] no\n   *[z] yes }!\n   [w] no\n }"
-    [found] = parse_fluent(nested.splitlines())
+    nested = "m = { $a ->\n  *[x] { $b ->\n    [y] no\n   *[z] yes\n   }!\n   [w] no\n }"
+    [found] = parse_fluent(nested)
     assert (found.text, found.invariants) == ("yes!", ("x", "z"))
 
 
@@ -89,4 +89,4 @@ def test_a_comment_between_ends_a_message() -> None:
 @settings(deadline=None)
 @given(st.text(alphabet='ab={}$-.[]*> "\\\n#_1', max_size=60))
 def test_no_text_makes_it_fail(text: str) -> None:
-    list(parse_fluent(text.split("\n")))
+    list(parse_fluent(text))

@@ -15,7 +15,7 @@ from moesaic.corpus.sources.gettext_catalogues import (
     desktop_packages,
 )
 from moesaic.corpus.sources.package_archives import PyPIPackage
-from moesaic.corpus.sources.text_source import CombinedSources, SilentProgress
+from moesaic.corpus.sources.text_source import CombinedSources, ignore_progress
 from moesaic.corpus.split import SplitConfig
 
 ALL_TRAIN = SplitConfig(test=0, valid=0)
@@ -108,7 +108,7 @@ def test_the_catalogues_of_a_deb_are_read(debian: Apt, tmp_path: Path, suffix: s
     (tmp_path / "packages/deb").mkdir(parents=True)
     (tmp_path / "packages/deb/demo-data_1%3a2.0_all.deb").write_bytes(deb_bytes(FILES, suffix))
     source = DebianCatalogues(packages=("demo-*",))
-    [unit] = source.fetch(progress=SilentProgress())
+    [unit] = source.fetch(progress=ignore_progress)
     assert (unit.name, unit.version) == ("demo-data", "1:2.0")
     [pair] = source.read(unit, wanted=lambda _: True)
     assert (pair.source, pair.target, pair.target_language) == (
@@ -122,9 +122,9 @@ def test_the_catalogues_of_a_deb_are_read(debian: Apt, tmp_path: Path, suffix: s
 
 def test_packages_are_downloaded_once(debian: Apt) -> None:
     source = DebianCatalogues(packages=("demo-*", "other-data", "unknown"))
-    units = source.fetch(progress=SilentProgress())
+    units = source.fetch(progress=ignore_progress)
     assert [u.name for u in units if not u.missing_reason] == ["demo-data", "other-data"]
-    source.fetch(progress=SilentProgress())
+    source.fetch(progress=ignore_progress)
     assert debian.commands.count("download") == 1
 
 
@@ -132,11 +132,9 @@ def test_a_package_that_is_gone_from_the_archive_is_left_out_said_and_counted(
     debian: Apt, tmp_path: Path
 ) -> None:
     debian.gone, heard = "demo-data", []
-    listener = SilentProgress()
-    listener.report_progress = heard.append
     source = DebianCatalogues(packages=("demo-data", "other-data", "unheard-of"))
     what = CorpusRecipe(name="d", source=source, split=ALL_TRAIN)
-    corpus = build_corpus(what, out=tmp_path / "c", progress=listener)
+    corpus = build_corpus(what, out=tmp_path / "c", progress=heard.append)
     assert corpus.count("en", "de") == 1
     assert set(corpus.manifest["missing"]) == {"demo-data", "unheard-of"}
     assert "404" in corpus.manifest["missing"]["demo-data"]
@@ -148,27 +146,27 @@ def test_a_package_that_is_gone_from_the_archive_is_left_out_said_and_counted(
 def test_when_every_package_is_gone_the_way_out_is_said(debian: Apt) -> None:
     debian.gone = "demo-data"
     with pytest.raises(UserError, match=r"none of 1 packages.*404.*run `apt-get update`"):
-        DebianCatalogues(packages=("demo-data",)).fetch(progress=SilentProgress())
+        DebianCatalogues(packages=("demo-data",)).fetch(progress=ignore_progress)
 
 
 def test_without_apt_kept_packages_serve_or_the_way_out_is_said(
     debian: Apt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    DebianCatalogues(packages=("demo-data",)).fetch(progress=SilentProgress())
+    DebianCatalogues(packages=("demo-data",)).fetch(progress=ignore_progress)
     monkeypatch.setattr(apt.shutil, "which", lambda _: None)
     assert [
-        u.name for u in DebianCatalogues(packages=("demo-*",)).fetch(progress=SilentProgress())
+        u.name for u in DebianCatalogues(packages=("demo-*",)).fetch(progress=ignore_progress)
     ] == ["demo-data"]
     with pytest.raises(UserError, match=r"apt-get was not found.*container.*packages/deb"):
-        DebianCatalogues(packages=("other-data",)).fetch(progress=SilentProgress())
+        DebianCatalogues(packages=("other-data",)).fetch(progress=ignore_progress)
     with pytest.raises(UserError, match="apt-get was not found"):
-        DebianDescriptions().fetch(progress=SilentProgress())
+        DebianDescriptions().fetch(progress=ignore_progress)
 
 
 def test_what_apt_says_is_passed_on(debian: Apt) -> None:
     debian.problem = "Temporary failure resolving"
     with pytest.raises(UserError, match=r"failed: E: Temporary failure.*run `apt-get update`"):
-        DebianCatalogues(packages=("demo-data",)).fetch(progress=SilentProgress())
+        DebianCatalogues(packages=("demo-data",)).fetch(progress=ignore_progress)
 
 
 @pytest.mark.parametrize("damage", ["short", "odd", "cut"])
@@ -182,7 +180,7 @@ def test_a_damaged_deb_is_named(tmp_path: Path, damage: str) -> None:
 
 def test_descriptions_are_paired_by_paragraph_when_the_english_is_unchanged(debian: Apt) -> None:
     source = DebianDescriptions(languages=("de", "ja"))
-    units = source.fetch(progress=SilentProgress())
+    units = source.fetch(progress=ignore_progress)
     found = {
         u.version: [(p.source, p.target) for p in source.read(u, wanted=lambda _: True)]
         for u in units
@@ -195,7 +193,7 @@ def test_descriptions_are_paired_by_paragraph_when_the_english_is_unchanged(debi
         ("It is quick.", "Es ist schnell."),
     ]
     assert found["ja"][1][1] == "紙の上に線や円を描きます:"
-    source.fetch(progress=SilentProgress())
+    source.fetch(progress=ignore_progress)
     assert debian.commands.count("update") == 1
 
 

@@ -8,7 +8,7 @@ from moesaic.core.errors import UserError
 from moesaic.corpus.pair import Pair, RejectedPair
 from moesaic.corpus.sources import apt
 from moesaic.corpus.sources.firefox import FirefoxMessages
-from moesaic.corpus.sources.text_source import SilentProgress
+from moesaic.corpus.sources.text_source import ignore_progress
 
 CANADA = {
     "browser.ftl": "quit = Quit { -brand }\n    .accesskey = Q\nhide = { $on ->\n [true] Hide\n"
@@ -47,7 +47,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_messages_are_paired_by_file_and_key_and_canada_comes_before_britain(home: Path) -> None:
     write_pack(home, "en-CA", CANADA)
     write_pack(home, "en-GB", BRITAIN)
-    [unit] = FirefoxMessages().fetch(progress=SilentProgress())
+    [unit] = FirefoxMessages().fetch(progress=ignore_progress)
     assert unit.name == "firefox-esr-l10n-de"
     found = list(FirefoxMessages().read(unit, wanted=lambda _: True))
     assert [(p.source, p.target) for p in found if isinstance(p, Pair)] == [
@@ -66,9 +66,9 @@ def test_messages_are_paired_by_file_and_key_and_canada_comes_before_britain(hom
 
 def test_one_english_is_enough_and_none_is_said(home: Path) -> None:
     with pytest.raises(UserError, match=r"neither firefox-esr-l10n-en-ca nor firefox-esr-l10n-en"):
-        FirefoxMessages().fetch(progress=SilentProgress())
+        FirefoxMessages().fetch(progress=ignore_progress)
     write_pack(home, "en-GB", BRITAIN)
-    [unit] = FirefoxMessages().fetch(progress=SilentProgress())
+    [unit] = FirefoxMessages().fetch(progress=ignore_progress)
     pairs = list(FirefoxMessages().read(unit, wanted=lambda _: True))
     assert [p.source for p in pairs if isinstance(p, Pair)] == ["British colour", "Lift"]
     assert list(FirefoxMessages().read(unit, wanted=lambda _: False)) == []
@@ -77,6 +77,6 @@ def test_one_english_is_enough_and_none_is_said(home: Path) -> None:
 def test_a_damaged_language_pack_is_named(home: Path) -> None:
     write_pack(home, "en-CA", CANADA)
     write_pack(home, "de", {}, data=b"PK no zip")
-    [unit] = FirefoxMessages().fetch(progress=SilentProgress())
+    [unit] = FirefoxMessages().fetch(progress=ignore_progress)
     with pytest.raises(UserError, match=r"l10n-de_140_all\.deb: .*langpack-de.* is damaged"):
         list(FirefoxMessages().read(unit, wanted=lambda _: True))

@@ -10,7 +10,7 @@ from moesaic.corpus.corpus_recipes import CorpusRecipe
 from moesaic.corpus.pair import Pair, RejectedPair
 from moesaic.corpus.sources import apt
 from moesaic.corpus.sources.libreoffice_help import LibreOfficeHelp, parse_help_page
-from moesaic.corpus.sources.text_source import SilentProgress
+from moesaic.corpus.sources.text_source import ignore_progress
 from moesaic.corpus.split import SplitConfig
 
 SWITCH = (
@@ -76,7 +76,7 @@ def test_paragraphs_are_paired_by_page_and_id_and_a_row_that_disagrees_is_counte
     write_help(home / "packages/deb", "en-US", ENGLISH)
     write_help(home / "packages/deb", "de", GERMAN)
     write_help(home / "packages/deb", "en-GB", ENGLISH)
-    [unit] = LibreOfficeHelp().fetch(progress=SilentProgress())
+    [unit] = LibreOfficeHelp().fetch(progress=ignore_progress)
     found = list(LibreOfficeHelp().read(unit, wanted=lambda _: True))
     pairs = [(p.source, p.target) for p in found if isinstance(p, Pair)]
     assert pairs[:2] == [
@@ -93,11 +93,11 @@ def test_paragraphs_are_paired_by_page_and_id_and_a_row_that_disagrees_is_counte
 def test_without_the_english_package_there_is_nothing_to_pair(home: Path) -> None:
     write_help(home / "packages/deb", "de", GERMAN)
     with pytest.raises(UserError, match="libreoffice-help-en-us could not be had"):
-        LibreOfficeHelp().fetch(progress=SilentProgress())
+        LibreOfficeHelp().fetch(progress=ignore_progress)
 
 
 def test_a_language_that_is_not_wanted_is_not_read(home: Path) -> None:
     write_help(home / "packages/deb", "en-US", ENGLISH)
     write_help(home / "packages/deb", "de", GERMAN)
-    [unit] = LibreOfficeHelp().fetch(progress=SilentProgress())
+    [unit] = LibreOfficeHelp().fetch(progress=ignore_progress)
     assert list(LibreOfficeHelp().read(unit, wanted=lambda code: code == "fra_Latn")) == []

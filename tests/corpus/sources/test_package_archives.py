@@ -22,18 +22,11 @@ from moesaic.corpus.sources.package_archives import (
     archive_members,
     fetch_package,
 )
+from moesaic.corpus.sources.text_source import ignore_progress
 
 GERMAN = mo_bytes({b"Save file": b"Datei sichern", b"Open it": "Öffne es".encode()})
 FRENCH = mo_bytes({b"Save file": b"Enregistrer", b"save_file_label": b"Cle"})
 NOT_THERE = "ERROR: No matching distribution found for demo==1.2.3"
-
-
-class Heard:
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def report_progress(self, text: str) -> None:
-        self.said.append(text)
 
 
 class Pip:
@@ -73,8 +66,8 @@ def with_pip(monkeypatch: pytest.MonkeyPatch, pip: Pip) -> Pip:
 
 def test_a_package_is_downloaded_once_and_then_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     pip = with_pip(monkeypatch, Pip({"demo==1.2.3": "1.2.3"}))
-    first = fetch_package(DEMO, progress=Heard())
-    again = fetch_package(DEMO, progress=Heard())
+    first = fetch_package(DEMO, progress=ignore_progress)
+    again = fetch_package(DEMO, progress=ignore_progress)
     assert first == again
     assert (first.version, first.licence) == ("1.2.3", "BSD-3-Clause")
     assert pip.asked == ["demo==1.2.3"]
@@ -85,15 +78,15 @@ def test_a_version_that_is_gone_is_replaced_by_its_nearest_and_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with_pip(monkeypatch, Pip({"demo==1.2.*": "1.2.9", "demo": "7.0"}))
-    heard = Heard()
-    assert fetch_package(DEMO, progress=heard).version == "1.2.9"
-    assert "demo 1.2.3 cannot be had, taking 1.2.9" in heard.said[-1]
+    heard: list[str] = []
+    assert fetch_package(DEMO, progress=heard.append).version == "1.2.9"
+    assert "demo 1.2.3 cannot be had, taking 1.2.9" in heard[-1]
 
 
 def test_without_a_network_a_kept_version_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     write_wheel(package_archives.packages_dir() / "pypi", "demo", "1.1", FILES)
     with_pip(monkeypatch, Pip({}, problem="ERROR: Connection refused"))
-    assert fetch_package(DEMO, progress=Heard()).version == "1.1"
+    assert fetch_package(DEMO, progress=ignore_progress).version == "1.1"
 
 
 def test_without_a_network_or_a_kept_package_the_way_out_is_said(
@@ -101,7 +94,7 @@ def test_without_a_network_or_a_kept_package_the_way_out_is_said(
 ) -> None:
     with_pip(monkeypatch, Pip({}, problem="ERROR: Connection refused"))
     with pytest.raises(UserError, match=r"demo 1\.2\.3.*Connection refused.*PIP_INDEX_URL.*wheel"):
-        fetch_package(DEMO, progress=Heard())
+        fetch_package(DEMO, progress=ignore_progress)
 
 
 def test_a_package_becomes_a_corpus_without_variants_keys_or_english(

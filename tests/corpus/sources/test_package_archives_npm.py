@@ -5,7 +5,7 @@ import pytest
 
 from moesaic.core.errors import UserError
 from moesaic.corpus.sources import package_archives
-from moesaic.corpus.sources.text_source import SilentProgress
+from moesaic.corpus.sources.text_source import ignore_progress
 
 
 class Npm:
@@ -39,7 +39,7 @@ def test_a_package_is_fetched_once_and_its_scripts_are_not_run(
 ) -> None:
     stand_in = use(Npm(), monkeypatch, tmp_path)
     for _ in range(2):
-        path = package_archives.fetch_npm("words", version="1.2.0", progress=SilentProgress())
+        path = package_archives.fetch_npm("words", version="1.2.0", progress=ignore_progress)
     assert path.read_bytes() == b"archive"
     [command] = stand_in.commands
     assert command[:3] == ["npm", "pack", "words@1.2.0"]
@@ -61,4 +61,4 @@ def test_what_went_wrong_and_the_way_out_are_said(
     use(stand_in, monkeypatch, tmp_path)
     way_out = r"install Node\.js.*npm pack words@1\.2\.0.*put words-1\.2\.0\.tgz into .*npm"
     with pytest.raises(UserError, match=f"{words}.*{way_out}"):
-        package_archives.fetch_npm("words", version="1.2.0", progress=SilentProgress())
+        package_archives.fetch_npm("words", version="1.2.0", progress=ignore_progress)

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 
 import pytest
 
+from moesaic.monitor.progress_display import ProgressDisplay
 from moesaic.testing.tiny_models import tiny_run, tiny_trainer
 from moesaic.train.loop import training_loop
 from moesaic.train.trainer import StepReport, Trainer
-from moesaic.train.training_hooks import Hook, MetricsLogHook, NullDisplay
+from moesaic.train.training_hooks import Hook, MetricsLogHook
 
 
 class Rows:
@@ -24,14 +25,14 @@ class Rows:
     def close(self) -> None: ...
 
 
-class Seen(NullDisplay):
-    """A board that keeps what it is told."""
+class RecordingDisplay(ProgressDisplay):
+    """A progress display that records steps and notes."""
 
     def __init__(self) -> None:
         self.ticks: list[int] = []
         self.notes: list[str] = []
 
-    def tick(self, step: int) -> None:
+    def advance(self, step: int) -> None:
         self.ticks.append(step)
 
     def note(self, text: str) -> None:
@@ -48,14 +49,16 @@ class Extra(Hook):
 
 
 @pytest.fixture
-def logged() -> tuple[Rows, Seen]:
-    sink, board = Rows(), Seen()
+def logged() -> tuple[Rows, RecordingDisplay]:
+    sink, board = Rows(), RecordingDisplay()
     trainer = tiny_trainer(tiny_run(steps=10))  # a row every 4 steps
-    training_loop(trainer, hooks=[Extra(), MetricsLogHook(sink=sink, progress=board)], until=10)
+    training_loop(trainer, hooks=[Extra(), MetricsLogHook(writer=sink, progress=board)], until=10)
     return sink, board
 
 
-def test_rows_come_in_time_at_the_end_and_when_a_hook_has_news(logged: tuple[Rows, Seen]) -> None:
+def test_rows_come_in_time_at_the_end_and_when_a_hook_has_news(
+    logged: tuple[Rows, RecordingDisplay],
+) -> None:
     rows = dict(logged[0].rows)
     assert list(rows) == [3, 4, 8, 10]
     assert rows[3] == {"mine": 30.0}
@@ -65,6 +68,8 @@ def test_rows_come_in_time_at_the_end_and_when_a_hook_has_news(logged: tuple[Row
     assert rows[8]["train/tokens"] > rows[4]["train/tokens"]
 
 
-def test_the_board_hears_every_step_and_every_note_once(logged: tuple[Rows, Seen]) -> None:
+def test_the_board_hears_every_step_and_every_note_once(
+    logged: tuple[Rows, RecordingDisplay],
+) -> None:
     assert logged[1].ticks == list(range(1, 11))
     assert logged[1].notes == ["seen 3", "seen 4"]

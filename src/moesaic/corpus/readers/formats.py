@@ -11,6 +11,7 @@ from moesaic.corpus.readers.gettext import CatalogueEntry, parse_mo, parse_po
 from moesaic.corpus.readers.jsonl import read_jsonl_pairs, read_jsonl_texts
 from moesaic.corpus.readers.moses import moses_file, read_moses
 from moesaic.corpus.readers.text_lines import (
+    decode_utf8,
     name_without_compression,
     read_all_bytes,
     read_lines,
@@ -74,7 +75,11 @@ def _pairs(path: Path, *, kind: str, source: str, target: str) -> Iterator[Pair]
             parse_mo(read_all_bytes(path), name=str(path)), source=source, target=target
         )
     if kind == ".po":
-        return _entries(parse_po(read_lines(path), name=str(path)), source=source, target=target)
+        return _entries(
+            parse_po(decode_utf8(read_all_bytes(path), path=path), name=str(path)),
+            source=source,
+            target=target,
+        )
     if moses_file(path, code=source) or moses_file(path, code=target):
         return read_moses(path, source=source, target=target)
     if path.exists():

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from moesaic.corpus.languages import ENGLISH
 from moesaic.corpus.pair import Pair, RejectedPair
 
 
@@ -18,9 +19,6 @@ class KeyedText:
     key: str
     text: str
     invariants: tuple[str, ...] = ()
-
-
-ENGLISH = "eng_Latn"
 
 
 DISAGREE = "disagree"

@@ -105,14 +105,16 @@ def read_all_bytes(path: Path) -> bytes:
         return stream.read()
 
 
-def decode_utf8(raw: bytes, *, path: Path | str, line: int) -> str:
-    """Decode UTF-8, a byte-order mark left out."""
+def decode_utf8(raw: bytes, *, path: Path | str, line: int = 1) -> str:
+    """Decode UTF-8 that begins at a line of a file; a byte-order mark is left out."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         found = raw[error.start : error.start + 4].hex(" ")
+        before = raw[: error.start]
+        line, column = line + before.count(b"\n"), error.start - before.rfind(b"\n")
         raise DataError(
-            f"{path}, line {line}: not UTF-8 (bytes {found} at column {error.start + 1}); "
+            f"{path}, line {line}: not UTF-8 (bytes {found} at column {column}); "
             f"convert it first, e.g. iconv -f LATIN1 -t UTF-8"
         ) from error
     return text.removeprefix("\ufeff") if line == 1 else text

@@ -1,8 +1,9 @@
 """TMX: translation memories (TMX 1.4), read as a stream; inline codes are left out of the text."""
 
-import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
+
+from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
 
 from moesaic.core.errors import DataError
 from moesaic.corpus.languages import resolve_language
@@ -31,25 +32,32 @@ def read_tmx(path: Path, *, source: str, target: str) -> Iterator[Pair]:
         raise DataError(f"{path}: no unit with both {source} and {target}: {found}")
 
 
-def _units(path: Path) -> Iterator[ET.Element]:
+def _units(path: Path) -> Iterator[etree._Element]:
     with open_bytes(path) as stream:
         try:
-            events = ET.iterparse(stream, events=("start", "end"))
-            _, root = next(events, ("", ET.Element("nothing")))
+            # nothing outside the file is read, and no entity is expanded
+            events = etree.iterparse(
+                stream,
+                events=("start", "end"),
+                resolve_entities=False,
+                no_network=True,
+                load_dtd=False,
+                huge_tree=False,
+            )
+            _, root = next(events)
             if root.tag != "tmx":
                 raise DataError(f"{path}: found <{root.tag}>, expected a <tmx> file")
-            body = root
             for event, element in events:
-                if event == "start" and element.tag == "body":
-                    body = element
-                elif event == "end" and element.tag == "tu":
+                if event == "end" and element.tag == "tu":
                     yield element
-                    body.clear()  # the tree must not grow with the file
-        except ET.ParseError as error:
+                    element.clear()  # the tree must not grow with the file
+                    while element.getprevious() is not None:
+                        del element.getparent()[0]
+        except etree.XMLSyntaxError as error:
             raise DataError(f"{path}: not well-formed XML, perhaps cut short: {error}") from error
 
 
-def _texts(unit: ET.Element, *, where: str) -> dict[str, str]:
+def _texts(unit: etree._Element, *, where: str) -> dict[str, str]:
     texts: dict[str, str] = {}
     for variant in unit.iter("tuv"):
         spelled = variant.get(_XML_LANG) or variant.get("lang") or ""
@@ -63,7 +71,7 @@ def _texts(unit: ET.Element, *, where: str) -> dict[str, str]:
     return texts
 
 
-def _plain(element: ET.Element) -> Iterator[str]:
+def _plain(element: etree._Element) -> Iterator[str]:
     if element.tag not in _CODES:
         yield element.text or ""
         for child in element:

@@ -5,7 +5,8 @@ An HTML page whose root says the language; the preamble is a ``header``, each ar
 
 import re
 from dataclasses import dataclass
-from html.parser import HTMLParser
+
+from lxml import html
 
 from moesaic.core.errors import DataError
 
@@ -42,47 +43,16 @@ class Declaration:
 
 
 def parse_udhr(page: str, *, name: str) -> Declaration:
-    """Read one page. Raises DataError when it is no such page or holds no article."""
-    parser = _UdhrPageParser()
-    parser.feed(page)
-    parser.close()
-    if not parser.code or not any(parser.articles.values()):
+    """Read one page. Raises DataError when it is not a declaration or has no article."""
+    root = html.document_fromstring(page)
+    articles: dict[int, tuple[str, ...]] = {}
+    for section in root.iter("header", "article"):
+        number = section.get("data-number", "") if section.tag == "article" else str(PREAMBLE)
+        texts = [" ".join(paragraph.text_content().split()) for paragraph in section.iter("p")]
+        if number.isdecimal() and any(texts):
+            articles[int(number)] = articles.get(int(number), ()) + tuple(filter(None, texts))
+    if not root.get("data-code") or not articles:
         raise DataError(f"{name}: no declaration: expected <html data-code=...> and articles")
-    articles = {number: tuple(texts) for number, texts in parser.articles.items() if texts}
-    return Declaration(parser.code, parser.iso3, parser.tag, articles)
-
-
-class _UdhrPageParser(HTMLParser):
-    """Collects the paragraphs of each article."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.code, self.iso3, self.tag = "", "", ""
-        self.articles: dict[int, list[str]] = {}
-        self._article: int | None = None
-        self._text: list[str] | None = None
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        has = {key: value or "" for key, value in attrs}
-        if tag == "html":
-            self.code, self.iso3 = has.get("data-code", ""), has.get("data-iso6393", "")
-            self.tag = has.get("lang", "")
-        elif tag == "header":
-            self._article = PREAMBLE
-        elif tag == "article" and has.get("data-number", "").isdecimal():
-            self._article = int(has["data-number"])
-        elif tag == "p":
-            self._text = []
-
-    def handle_data(self, data: str) -> None:
-        if self._text is not None:
-            self._text.append(data)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("header", "article"):
-            self._article = None
-        if tag == "p" and self._text is not None:
-            text = " ".join("".join(self._text).split())
-            if text and self._article is not None:
-                self.articles.setdefault(self._article, []).append(text)
-            self._text = None
+    return Declaration(
+        root.get("data-code", ""), root.get("data-iso6393", ""), root.get("lang", ""), articles
+    )

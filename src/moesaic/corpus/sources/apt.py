@@ -18,7 +18,7 @@ from moesaic.core.errors import DataError
 from moesaic.corpus.data_home import packages_dir
 from moesaic.corpus.sources.package_archives import ArchiveMember
 from moesaic.corpus.sources.text_source import (
-    ProgressListener,
+    Progress,
     SourceFile,
 )
 
@@ -42,7 +42,7 @@ def debs_dir() -> Path:
     return packages_dir() / "deb"
 
 
-def fetch_debs(patterns: tuple[str, ...], *, progress: ProgressListener) -> tuple[SourceFile, ...]:
+def fetch_debs(patterns: tuple[str, ...], *, progress: Progress) -> tuple[SourceFile, ...]:
     """Return the packages whose names match ``patterns`` (``libreoffice-l10n-*``) as files on disk.
 
     One that apt does not know or cannot bring is returned as missing. Without apt, those that lie
@@ -62,7 +62,7 @@ def fetch_debs(patterns: tuple[str, ...], *, progress: ProgressListener) -> tupl
     missing = _not_cached(names, folder=folder)
     for start in range(0, len(missing), _BATCH):
         batch = missing[start : start + _BATCH]
-        progress.report_progress(f"downloading {start + len(batch)}/{len(missing)} Debian packages")
+        progress(f"downloading {start + len(batch)}/{len(missing)} Debian packages")
         gone |= _download(batch, folder=folder)
     found = _cached_packages(names, folder=folder)
     if not found:
@@ -75,9 +75,7 @@ def fetch_debs(patterns: tuple[str, ...], *, progress: ProgressListener) -> tupl
     left = {name: why for name, why in sorted(gone.items()) if name not in had}
     if left:
         some = ", ".join(list(left)[:_MOST_NAMED]) + (" ..." if len(left) > _MOST_NAMED else "")
-        progress.report_progress(
-            f"left out, for they cannot be had: {len(left)} Debian packages ({some})"
-        )
+        progress(f"left out, for they cannot be had: {len(left)} Debian packages ({some})")
     return found + tuple(SourceFile(n, folder / n, missing_reason=why) for n, why in left.items())
 
 

@@ -14,18 +14,17 @@ from urllib.parse import unquote
 from moesaic.core.errors import DataError
 from moesaic.core.files import atomic_write
 from moesaic.corpus.data_home import packages_dir
-from moesaic.corpus.languages import resolve_locale
+from moesaic.corpus.languages import ENGLISH, resolve_locale
 from moesaic.corpus.pair import Pair
 from moesaic.corpus.readers.text_lines import read_lines
 from moesaic.corpus.sources.apt import run_apt
 from moesaic.corpus.sources.text_source import (
     LanguageFilter,
-    ProgressListener,
+    Progress,
     SourceFile,
     TextSource,
 )
 
-ENGLISH = "eng_Latn"
 ORIGIN = "debian-descriptions"
 LICENCE = "see Debian's package descriptions"
 _FILE = re.compile(r"_i18n_Translation-(.+)$")
@@ -47,10 +46,10 @@ class DebianDescriptions(TextSource):
         *("sl", "sr", "sv", "tr", "uk", "vi", "zh_CN", "zh_TW"),
     )
 
-    def fetch(self, *, progress: ProgressListener) -> tuple[SourceFile, ...]:
+    def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
         lists = packages_dir() / "ddtp" / "lists"
         if not set(self.languages) <= set(_requested_languages(lists)):
-            progress.report_progress("downloading Debian's package descriptions")
+            progress("downloading Debian's package descriptions")
             _download(lists, languages=("en", *self.languages))
         units = []
         for locale, path in _translation_files(lists):

@@ -21,7 +21,7 @@ from moesaic.corpus.readers.properties import parse_properties
 from moesaic.corpus.sources.apt import deb_members, debian_licence, fetch_debs
 from moesaic.corpus.sources.text_source import (
     LanguageFilter,
-    ProgressListener,
+    Progress,
     SourceFile,
     TextSource,
 )
@@ -42,7 +42,7 @@ class FirefoxMessages(TextSource):
     prefix: str = "firefox-esr-l10n"
     english: tuple[str, ...] = ("en-ca", "en-gb")
 
-    def fetch(self, *, progress: ProgressListener) -> tuple[SourceFile, ...]:
+    def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
         units = fetch_debs((f"{self.prefix}-*",), progress=progress)
         if not any(_english_packs(unit, self) for unit in units if not unit.missing_reason):
             wanted = " nor ".join(f"{self.prefix}-{code}" for code in self.english)
@@ -102,13 +102,13 @@ def _archive_messages(archive: zipfile.ZipFile, *, name: str) -> Iterator[tuple[
 def _file_messages(name: str, archive: zipfile.ZipFile) -> Iterator[KeyedText]:
     if not name.endswith((".ftl", ".properties")):
         return
-    lines = archive.read(name).decode("utf-8-sig", "replace").split("\n")
+    text = archive.read(name).decode("utf-8-sig", "replace")
     if name.endswith(".ftl"):
-        for found in parse_fluent(lines):
+        for found in parse_fluent(text):
             if not _NO_TEXT.search(found.key):
                 yield replace(found, invariants=tuple(map(_variant_category, found.invariants)))
         return
-    for found in parse_properties(enumerate(lines, start=1), name=name):
+    for found in parse_properties(enumerate(text.split("\n"), start=1), name=name):
         if not _NO_TEXT.search(found.key):
             yield replace(found, text=_plain_text(found.text))
 

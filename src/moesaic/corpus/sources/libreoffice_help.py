@@ -13,14 +13,14 @@ from functools import lru_cache
 from pathlib import Path
 
 from moesaic.core.errors import DataError
-from moesaic.corpus.languages import resolve_locale
+from moesaic.corpus.languages import ENGLISH, resolve_locale
 from moesaic.corpus.markup import strip_tags, unescape_entities
 from moesaic.corpus.pair import Pair, RejectedPair
-from moesaic.corpus.readers.keyed_text import ENGLISH, KeyedText, pair_by_key
+from moesaic.corpus.readers.keyed_text import KeyedText, pair_by_key
 from moesaic.corpus.sources.apt import deb_members, debian_licence, fetch_debs
 from moesaic.corpus.sources.text_source import (
     LanguageFilter,
-    ProgressListener,
+    Progress,
     SourceFile,
     TextSource,
 )
@@ -101,7 +101,7 @@ class LibreOfficeHelp(TextSource):
     prefix: str = "libreoffice-help"
     english: str = "en-us"
 
-    def fetch(self, *, progress: ProgressListener) -> tuple[SourceFile, ...]:
+    def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
         units = fetch_debs((f"{self.prefix}-*",), progress=progress)
         if not any(_english_pages(unit, self) for unit in units if not unit.missing_reason):
             raise DataError(

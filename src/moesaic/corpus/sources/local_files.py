@@ -13,7 +13,7 @@ from pydantic import model_validator
 
 from moesaic.core.config import Config
 from moesaic.core.errors import DataError
-from moesaic.corpus.languages import resolve_language
+from moesaic.corpus.languages import ENGLISH, resolve_language
 from moesaic.corpus.pair import Pair, Text
 from moesaic.corpus.readers.formats import read_pairs, read_texts
 from moesaic.corpus.readers.moses import moses_file
@@ -22,7 +22,7 @@ from moesaic.corpus.readers.tsv import read_rows
 from moesaic.corpus.sources.text_source import (
     AllowedSplit,
     LanguageFilter,
-    ProgressListener,
+    Progress,
     SourceFile,
     TextSource,
 )
@@ -49,8 +49,7 @@ class LocalFiles(TextSource):
 
     files: tuple[LocalFile, ...]
 
-    def fetch(self, *, progress: ProgressListener) -> tuple[SourceFile, ...]:
-        del progress
+    def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:  # noqa: ARG002
         units = []
         for file in self.files:
             path = Path(file.path)
@@ -91,9 +90,6 @@ def _read_local_file(file: LocalFile, *, wanted: LanguageFilter) -> Iterator[Pai
             yield pair
 
 
-ENGLISH = "eng_Latn"
-
-
 _SPLIT_FILE = re.compile(r"(?P<language>.+)\.(?P<split>train|valid|test)\.tsv(\.gz|\.xz|\.zst)?")
 
 
@@ -102,8 +98,7 @@ class PresplitFolder(TextSource):
 
     folder: str
 
-    def fetch(self, *, progress: ProgressListener) -> tuple[SourceFile, ...]:
-        del progress
+    def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:  # noqa: ARG002
         root = Path(self.folder)
         if not root.is_dir():
             raise DataError(f"{root}: no such folder")

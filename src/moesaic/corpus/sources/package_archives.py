@@ -19,7 +19,7 @@ from typing import Literal
 from moesaic.core.config import Config
 from moesaic.core.errors import DataError
 from moesaic.corpus.data_home import packages_dir
-from moesaic.corpus.sources.text_source import ProgressListener, SourceFile
+from moesaic.corpus.sources.text_source import Progress, SourceFile
 
 _NOT_THERE = ("No matching distribution found", "Could not find a version")
 
@@ -49,7 +49,7 @@ class _DownloadedFile:
     version: str
 
 
-def fetch_package(package: PyPIPackage, *, progress: ProgressListener) -> SourceFile:
+def fetch_package(package: PyPIPackage, *, progress: Progress) -> SourceFile:
     """Return the package as a file on disk, from the cache or by pip.
 
     When the pinned version cannot be had, the nearest one that can is taken and named. Raises
@@ -60,7 +60,7 @@ def fetch_package(package: PyPIPackage, *, progress: ProgressListener) -> Source
     exact = [f for f in cached if f.version == package.version]
     if exact:
         return _source_file(package, exact[0])
-    progress.report_progress(f"downloading {package.name} {package.version}")
+    progress(f"downloading {package.name} {package.version}")
     problem = ""
     for wanted in _requirements(package):
         problem = _pip_download(wanted, folder=folder)
@@ -77,7 +77,7 @@ def fetch_package(package: PyPIPackage, *, progress: ProgressListener) -> Source
         )
     taken = max(cached, key=lambda f: _version_key(f.version))
     if taken.version != package.version:
-        progress.report_progress(
+        progress(
             f"{package.name} {package.version} cannot be had, taking {taken.version}: "
             "counts will differ a little from the published ones"
         )
@@ -209,7 +209,7 @@ def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> ArchiveMember:
 _NPM_TIMEOUT_S = 600
 
 
-def fetch_npm(name: str, *, version: str, progress: ProgressListener) -> Path:
+def fetch_npm(name: str, *, version: str, progress: Progress) -> Path:
     """Return the archive of a package without a scope, from the cache or by ``npm pack``.
 
     Raises DataError with npm's own words and the way out.
@@ -219,7 +219,7 @@ def fetch_npm(name: str, *, version: str, progress: ProgressListener) -> Path:
     if path.is_file():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    progress.report_progress(f"downloading {name} {version}")
+    progress(f"downloading {name} {version}")
     problem = _npm_pack(f"{name}@{version}", folder=folder)
     if problem or not path.is_file():
         raise DataError(

@@ -12,16 +12,15 @@ from pathlib import Path
 
 from pydantic import Field
 
-from moesaic.corpus.languages import resolve_language
+from moesaic.corpus.languages import ENGLISH, resolve_language
 from moesaic.corpus.pair import Pair
 from moesaic.corpus.sources.text_source import (
     LanguageFilter,
-    ProgressListener,
+    Progress,
     SourceFile,
     TextSource,
 )
 
-ENGLISH = "eng_Latn"
 VERBS = [
     "open",
     "close",
@@ -77,8 +76,7 @@ class SyntheticLanguages(TextSource):
     phrases: int = Field(default=2000, ge=10, le=8640)
     seed: int = 0
 
-    def fetch(self, *, progress: ProgressListener) -> tuple[SourceFile, ...]:
-        del progress
+    def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:  # noqa: ARG002
         return (
             SourceFile("synthetic", Path("synthetic"), version=str(self.seed), licence="CC0-1.0"),
         )

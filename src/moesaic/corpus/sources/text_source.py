@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 from moesaic.core.config import Choice
 from moesaic.corpus.pair import Pair, RejectedPair, Text
@@ -18,18 +18,11 @@ AllowedSplit = Literal["any", "train", "held-out"]
 LanguageFilter = Callable[[str], bool]  # is this language code asked for?
 
 
-@runtime_checkable
-class ProgressListener(Protocol):
-    """Whoever listens while a corpus is built."""
-
-    def report_progress(self, text: str) -> None: ...
+Progress = Callable[[str], object]  # called with one line of text at a time
 
 
-class SilentProgress:
-    """Listens to nothing."""
-
-    def report_progress(self, text: str) -> None:
-        del text
+def ignore_progress(_: str) -> None:
+    """Show no progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +47,7 @@ class TextSource(Choice):
     """Family: fetch makes everything local (the only step that uses the network); read reads it."""
 
     @abstractmethod
-    def fetch(self, *, progress: ProgressListener) -> tuple[SourceFile, ...]:
+    def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
         """Bring every unit onto this machine.
 
         One of many that cannot be had may be returned as ``missing``; UserError when nothing can.
@@ -76,7 +69,7 @@ class CombinedSources(TextSource):
 
     sources: tuple[TextSource, ...]
 
-    def fetch(self, *, progress: ProgressListener) -> tuple[SourceFile, ...]:
+    def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
         return tuple(
             replace(unit, source_index=(number, *unit.source_index))
             for number, source in enumerate(self.sources)

@@ -84,7 +84,7 @@ def test_a_memory_starts_as_loud_as_the_feed_forward_beside_it():
     layer = Transformer(config).encoder[1].feed_forward.inner
     with torch.no_grad():
         x = torch.randn(400, DIM)
-        loud = float(layer.recall(x).std() / layer.feed_forward(x).std())
+        loud = float(layer.read_memory(x).std() / layer.feed_forward(x).std())
     assert 0.6 < loud < 1.4
 
 

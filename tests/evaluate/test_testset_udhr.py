@@ -8,7 +8,7 @@ import pytest
 from moesaic.core.errors import UserError
 from moesaic.corpus.corpus_recipes import NAMED_CORPORA
 from moesaic.corpus.readers.udhr_page import parse_udhr
-from moesaic.corpus.sources.text_source import SilentProgress
+from moesaic.corpus.sources.text_source import ignore_progress
 from moesaic.evaluate.testset import udhr_testsets
 
 # code: language tag, preamble, article 1, article 2 (a list)
@@ -80,9 +80,7 @@ def test_paragraphs_are_aligned_where_an_article_has_as_many() -> None:
 @pytest.mark.usefixtures("home")
 def test_a_language_without_a_declaration_is_said_and_left_out() -> None:
     heard: list[str] = []
-    listener = SilentProgress()
-    listener.report_progress = heard.append
-    sets = udhr_testsets([("en", "it"), ("en", "de")], progress=listener)
+    sets = udhr_testsets([("en", "it"), ("en", "de")], progress=heard.append)
     assert [test.target for test in sets] == ["deu_Latn"]
     assert heard == ["udhr has no declaration in ita_Latn"]
     with pytest.raises(UserError, match="none of the directions asked for: ita_Latn"):

@@ -3,18 +3,18 @@
 import random
 
 import pytest
-
-from moesaic.core.errors import UserError
-from moesaic.distributed.communication_cost import (
+from chunk_schedule import (
     CHUNK_CANDIDATES,
     LayerCost,
-    LinearCost,
     StageCost,
     best_num_chunks,
     fit_cost,
     modelled_seconds,
     simulated_seconds,
 )
+
+from moesaic.core.errors import UserError
+from moesaic.moe.adaptive_dispatcher import LinearCost
 
 
 def _stage(alpha: float, whole: float) -> StageCost:

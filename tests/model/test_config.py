@@ -1,6 +1,7 @@
-"""A blueprint refuses shapes that do not fit, and reads and writes itself."""
+"""ModelConfig refuses shapes that do not fit, reads and writes YAML, and defines the model."""
 
 import pytest
+import torch
 
 from model.samples import BASE, VARIANTS
 from moesaic.core.errors import ConfigError
@@ -8,6 +9,7 @@ from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.parameter_count import count_parameters
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE, NoMoE
+from moesaic.moe.layer import MoELayer
 from moesaic.moe.product_key_memory import ProductKeyMemory
 from moesaic.moe.select import SwitchTop1, TopK
 from moesaic.nn.attention import AttentionConfig
@@ -83,3 +85,14 @@ def test_a_memory_stands_where_experts_would_but_is_no_mixture():
 def test_a_pyramid_of_the_wrong_height_is_refused():
     with pytest.raises(ConfigError, match="2 blocks"):
         Stack(layers=4, moe_every=2, experts_per_layer=(2, 4, 8))
+
+
+def test_building_twice_from_one_seed_gives_one_model():
+    first, second = (torch.manual_seed(3) and Transformer(BASE) for _ in range(2))
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_experts_are_where_the_config_says():
+    names = [m.name for m in Transformer(BASE).modules() if isinstance(m, MoELayer)]
+    assert names == ["encoder.1", "decoder.0", "decoder.1"]

@@ -4,8 +4,7 @@ from itertools import combinations
 from math import comb
 
 import pytest
-
-from moesaic.distributed.dispatch_volume import (
+from dispatch_volume import (
     DispatchedTokens,
     adaptive_experts_bytes,
     all_to_all_bytes,
