@@ -232,7 +232,7 @@ def lending() -> list[dict[str, Any]]:
         step = StepLoad(
             torch.full((2, NODE, 2), tokens // 2),
             row_bytes=4 * D,
-            bank_bytes=4 * sum(matrix.numel() for matrix in experts.parameters()),
+            weight_bytes=4 * sum(matrix.numel() for matrix in experts.parameters()),
         )
         row: dict[str, Any] = {"capacity_factor": factor, "counted": {}, "closed": {}}
         for way in ways:

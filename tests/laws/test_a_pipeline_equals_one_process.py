@@ -19,7 +19,7 @@ from moesaic.model.transformer import Transformer
 from moesaic.moe.balance import GlobalBatchBalance, RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.cross_layer_router import DecoupledRouting, PreGatedRouting, RecurrentRouting
-from moesaic.moe.layer import set_ranks
+from moesaic.moe.layer import moe_layers
 from moesaic.moe.limit import Capacity, RandomPriority
 from moesaic.moe.router_logits import HiddenStateAndToken
 from moesaic.moe.select import TopK
@@ -154,9 +154,10 @@ def _laid(config: ModelConfig, schedule: PipelineSchedule, *, mesh: Mesh) -> Pip
     model = _built(config)
     stages.remove_other_stages(model, rank=mesh.coordinates()["pipe"])
     stage = mesh.group(*STAGE_AXES)
-    set_ranks(
-        model, BatchRanks(SingleProcess() if stage is None else ProcessGroupWorld(group=stage))
-    )
+    for layer in moe_layers(model):
+        layer.batch_group = BatchRanks(
+            SingleProcess() if stage is None else ProcessGroupWorld(group=stage)
+        )
     return Pipeline.from_mesh(mesh, model=model, stages=stages)
 
 

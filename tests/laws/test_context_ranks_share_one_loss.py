@@ -17,7 +17,7 @@ from moesaic.moe.attention_experts import MixtureOfAttention
 from moesaic.moe.balance import RouterZLoss, SequenceBalance, SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.cross_layer_router import DecoupledRouting
-from moesaic.moe.layer import set_ranks
+from moesaic.moe.layer import moe_layers
 from moesaic.moe.limit import Capacity, RandomPriority
 from moesaic.moe.router_logits import HiddenStateAndTag
 from moesaic.moe.select import TopK
@@ -116,7 +116,8 @@ def _on_ranks(parallel: ParallelConfig) -> list[Outcome]:
     for case in _cases(parallel):
         model, batch = _made(case), _batch(case)
         spread = parallelize(model, parallel=parallel, world=ProcessGroupWorld())
-        set_ranks(model, BatchRanks(spread.stage_world))
+        for layer in moe_layers(model):
+            layer.batch_group = BatchRanks(spread.stage_world)
         mine = shard_batch(batch, rank=spread.data_world.rank, world_size=spread.data_world.size)
         outcome = _pass(model, mine, predicted=batch.num_predicted)
         spread.sum_gradients()

@@ -13,7 +13,7 @@ from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.cross_layer_router import DecoupledRouting, RecurrentRouting
 from moesaic.moe.dispatch_projection import DownProjection
 from moesaic.moe.experts import LoRAExpert
-from moesaic.moe.layer import set_ranks, update_stateful_rules
+from moesaic.moe.layer import moe_layers, update_stateful_rules
 from moesaic.moe.limit import Capacity, PositionPriority, Priority, RandomPriority, WeightPriority
 from moesaic.moe.null_experts import IdentityExperts, ZeroExperts
 from moesaic.moe.product_key_memory import ProductKeyMemory
@@ -97,7 +97,8 @@ def _train(world: World, moe: SparseLayer, rows: int) -> Outcome:
     torch.manual_seed(0)
     model = Transformer(tiny_model_config(moe=moe))
     spread = parallelize(model, parallel=ParallelConfig(), world=world)
-    set_ranks(model, BatchRanks(world))
+    for layer in moe_layers(model):
+        layer.batch_group = BatchRanks(world)
     categories = LossCategories(TASKS, LANGUAGES)
     objective = Objective(categories, label_smoothing=0.1, precision=Float32())
     optimizer = AdamW(eps=1e-5).build(model.named_parameters(), kinds=model.parameter_kinds())

@@ -109,7 +109,7 @@ class ModelConfig(Config):
     @property
     def self_attention(self) -> AttentionConfig:
         """All heads of a block's self-attention, whichever expert they belong to."""
-        return self.attention_experts.combined_attention(self.attention, dim=self.dim)
+        return self.attention_experts.combined_attention(self.attention, self.dim)
 
     def moe_of_stack(self, stack: Stack) -> SparseLayer:
         """What stands in the sparse blocks of a stack."""
@@ -162,15 +162,13 @@ class ModelConfig(Config):
 
 
 def _check_select(moe: MoE | None) -> None:
-    refused = moe and moe.select.problems(
-        experts=moe.num_router_outputs, num_null_experts=moe.null_experts.count()
-    )
+    refused = moe and moe.select.problems(moe.num_router_outputs, moe.null_experts.count())
     if moe and refused:
         raise ValueError(f"found moe.experts={moe.experts}, {_rule_name(moe)} expects {refused}")
 
 
 def _check_link(moe: MoE, *, experts: tuple[int, ...]) -> None:
-    refused = moe.cross_layer.problems(experts=experts, router_input=moe.router_input)
+    refused = moe.cross_layer.problems(experts, moe.router_input)
     if refused:
         raise ValueError(f"{type(moe.cross_layer).__name__} expects {refused}")
 

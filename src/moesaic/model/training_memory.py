@@ -18,7 +18,8 @@ from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.parameter_count import BatchDims, count_parameters
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.experts import ExpertShape
-from moesaic.moe.router_logits import LayerIndex
+from moesaic.moe.parameter_spec import FeedForwardShape
+from moesaic.moe.router_logits import LayerIndex, RouterShape
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.positional_encoding import Rotary
 from moesaic.optim.optimizer import AdamW, Optimizer
@@ -113,10 +114,10 @@ def _shared_router_values(config: ModelConfig, *, stack: Stack) -> int:
     for index, layer in enumerate(sparse):
         moe = config.routed_moe_of_layer(stack, layer=layer)
         if moe is not None:
-            place = LayerIndex("", index=index, count=len(sparse))
-            values += moe.cross_layer.saved_activations(
-                dim=config.dim, layer_index=place
-            ) + moe.router_input.saved_activations(config.dim)
+            at = LayerIndex("", index=index, count=len(sparse))
+            shape = RouterShape(config.dim, moe.num_router_outputs, at)
+            values += moe.cross_layer.saved_activations(shape)
+            values += moe.router_input.saved_activations(config.dim)
             if index == 0:
                 values += (
                     moe.cross_layer.shared_saved_activations()
@@ -130,7 +131,7 @@ def _self_attention_values(config: ModelConfig) -> int:
     heads, query = attention.heads, attention.heads * config.head_dim
     key = attention.num_kv_heads() * config.head_dim
     turned = query + key if isinstance(config.position, Rotary) else 0
-    mixed = math.ceil(config.attention_experts.saved_activations(config.attention, dim=config.dim))
+    mixed = math.ceil(config.attention_experts.saved_activations(config.attention, config.dim))
     return query + 2 * key + turned + query + heads + mixed + _dropout_mask_values(config)
 
 
@@ -155,7 +156,7 @@ def _moe_layer_values(config: ModelConfig, *, sparse: SparseLayer) -> int:
     inner = (
         _routed_experts_values(config, moe=sparse)
         if isinstance(sparse, MoE)
-        else sparse.saved_activations(feed_forward=feed, dim=dim)
+        else sparse.saved_activations(FeedForwardShape(dim, feed, config.bias))
     )
     return math.ceil(inner) + _dropout_mask_values(config)
 
@@ -165,9 +166,8 @@ def _routed_experts_values(config: ModelConfig, *, moe: MoE) -> float:
     dim, feed = config.dim, moe.feed_forward(config.feed_forward)
     size = ExpertShape(moe.experts, moe.dispatch_projection.expert_dim(dim), feed, config.bias)
     edges = moe.select.experts_per_token(moe.num_router_outputs)
-    around = moe.dispatch_projection.saved_activations(
-        dim=dim
-    ) + moe.shared_experts.saved_activations(feed_forward=feed, dim=dim)
+    around = moe.dispatch_projection.saved_activations(dim)
+    around += moe.shared_experts.saved_activations(FeedForwardShape(dim, feed, config.bias))
     return (
         moe.expert.saved_activations(
             size, edges=edges, live_fraction=moe.experts / moe.num_router_outputs

@@ -3,8 +3,8 @@
 Every rank keeps the same part of the experts throughout. In each step neighbouring ranks may gather
 each other's weights, so that rows are exchanged between fewer ranks: without a gather it is expert
 parallelism, with all ranks data parallelism, and a change moves no parameters (Hwang et al. 2023,
-Tutel, arXiv:2206.03382: ZeRO-sliced experts, one layout for every degree r). Where experts are split
-into m slices and q of them are gathered, a row is sent to m/q ranks: Tutel's r.
+Tutel, arXiv:2206.03382: ZeRO-sliced experts, one layout for every degree r). Where experts are
+split into m slices and q of them are gathered, a row is sent to m/q ranks: Tutel's r.
 
 The choice depends on the load of all ranks, so all ranks make the same.
 
@@ -84,7 +84,9 @@ class AdaptiveDispatcher:
         if group_size(self._group) * group_size(self._slice_group) == 1:
             return LocalDispatcher().run_experts(x, routing=routing, experts=experts)
         if not isinstance(experts, GroupedExperts):
-            raise TypeError(f"only the weights of GroupedExperts can be gathered, not {type(experts)}")
+            raise TypeError(
+                f"only the weights of GroupedExperts can be gathered, not {type(experts)}"
+            )
         module = experts
 
         def gather_and_run(x: Tensor, _: ExpertCompute) -> Tensor:

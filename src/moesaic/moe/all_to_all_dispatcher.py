@@ -67,7 +67,7 @@ class AllToAllDispatcher:
         counts = edges.groups.rows_per_expert
         ranks, slices = group_size(self._group), group_size(self._slice_group)
         received = all_to_all_counts(counts, group=self._group)
-        # [slice and rank, expert]
+        # one row per slice and rank, one column per expert
         table = all_gather_rows(received, group=self._slice_group, sizes=[ranks] * slices)
         sizes = torch.cat([counts.view(ranks, -1).sum(1), table.sum(1)]).tolist()
         per_slice = [tuple(sizes[ranks * (1 + cut) :][:ranks]) for cut in range(slices)]

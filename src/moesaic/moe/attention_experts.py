@@ -108,9 +108,7 @@ class AttentionMixture(CustomInitializers):
     ) -> None:
         super().__init__()
         self.gate = nn.Linear(dim, mixture.experts, bias=False)
-        self.attention = SelfAttention(
-            mixture.combined_attention(config, dim), dim=dim, bias=bias
-        )
+        self.attention = SelfAttention(mixture.combined_attention(config, dim), dim=dim, bias=bias)
         self.experts = mixture.experts
         self.blocks = 1 if mixture.key_values == "own" else config.num_kv_heads()
         self.head_width = config.heads * config.head_width(dim)

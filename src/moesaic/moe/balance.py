@@ -179,7 +179,7 @@ class MicroBatchBalance(Balance):
 
 
 class DeviceBalance(Balance):
-    """``weight * sum_i f'_i P'_i`` over ``num_groups`` groups of experts (2401.06066, equations 15 to 17).
+    """``weight * sum_i f'_i P'_i`` over groups of experts (2401.06066, equations 15 to 17).
 
     f'_i is the mean over the group's experts of E times their fraction of edges, P'_i the sum of
     their mean probabilities; ``weight`` when groups are balanced. Groups are of adjacent experts,

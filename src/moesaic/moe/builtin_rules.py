@@ -1,26 +1,13 @@
-"""Built-in rules: imports every module of ``moe`` whose classes a config may name.
+"""Built-in rules: imports every module of ``moe`` that defines ``Choice`` classes.
 
-Defining a ``Choice`` class registers it, so its module must be imported before a config is read.
+Defining such a class registers its name, so its module must be imported before a config is read.
 """
 
-from moesaic.moe import (
-    attention_experts,
-    balance,
-    balance_stateful,
-    config,
-    cross_layer_router,
-    product_key_memory,
-    select_dynamic,
-    soft_moe,
-)
-
-MODULES = (
-    attention_experts,
-    balance,
-    balance_stateful,
-    config,
-    cross_layer_router,
-    product_key_memory,
-    select_dynamic,
-    soft_moe,
-)
+# pyright: reportUnusedImport=false
+import moesaic.moe.attention_experts
+import moesaic.moe.balance_stateful
+import moesaic.moe.config
+import moesaic.moe.cross_layer_router
+import moesaic.moe.product_key_memory
+import moesaic.moe.select_dynamic
+import moesaic.moe.soft_moe  # noqa: F401

@@ -3,8 +3,8 @@
 The rows of every expert are split into pieces, so each piece has rows of all experts and the router
 runs once (Hwang et al. 2023, Tutel, arXiv:2206.03382). A chunk is one all-to-all and holds one or
 more pieces; the forward and backward passes may have different numbers of chunks (Pan et al. 2025,
-FSMoE, arXiv:2501.10714; ``benchmarks/chunk_schedule.py`` chooses them). Experts compute piece by piece; the number of pieces is a multiple of both
-numbers of chunks.
+FSMoE, arXiv:2501.10714; ``benchmarks/chunk_schedule.py`` chooses them). Experts compute piece by
+piece; the number of pieces is a multiple of both numbers of chunks.
 
 Four autograd functions share the ``_OverlappedTransfers`` of a layer: send and receive of dispatch,
 send and receive of combine. Their backward passes run the transfers in reverse order, so chunks
@@ -142,7 +142,7 @@ class _ChunkedTransfer:
             self.send_chunk(chunk, self._partial_chunks.pop(chunk))
 
     def receive_piece(self, piece: int) -> Tensor:
-        """Return a piece, sorted by expert, on the experts' rank; frees the chunk after the last."""
+        """Return a piece, sorted by expert, on the experts' rank; the last one frees its chunk."""
         chunk = piece // self._layout.pieces_per_chunk
         if chunk not in self._received:
             self._received[chunk] = self._pending.pop(chunk).wait()
@@ -247,7 +247,7 @@ def _chunk_plan(counts: Int[Tensor, "E"], *, group: Group, degrees: OverlapDegre
 
 
 def _split_counts(counts: Int[Tensor, "*B"], *, pieces: int) -> Int[Tensor, "*B C"]:
-    """Split every count into nearly equal ``pieces``, the same on the sending and receiving rank."""
+    """Split every count into nearly equal ``pieces``, the same on sender and receiver."""
     ends = counts[..., None] * torch.arange(pieces + 1, device=counts.device) // pieces
     return ends.diff()
 

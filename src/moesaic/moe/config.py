@@ -112,7 +112,7 @@ class MoE(SparseLayer):
 
 
 def fine_grained(moe: MoE, *, hidden: int, splits: int, shared: int = 0) -> MoE:
-    """Split each of N experts of width ``hidden`` into ``splits``, ``shared`` of them shared experts.
+    """Split each of N experts of width ``hidden`` into ``splits``, and make ``shared`` shared.
 
     Fine-grained experts of DeepSeekMoE (2401.06066, sections 3.1 and 3.2): of splits * N experts of
     width hidden / splits a token uses splits * K, shared experts included, weighted with softmax

@@ -121,7 +121,9 @@ class FeedForwardExpert(Expert):
     ) -> Sequence[ParameterSpec]:
         kinds = {"matrix": "expert", "bias": "bias"}
         return [
-            ParameterSpec(kinds[one.kind], (size.num_experts, *reversed(one.shape)), active_fraction)
+            ParameterSpec(
+                kinds[one.kind], (size.num_experts, *reversed(one.shape)), active_fraction
+            )
             for one in size.dense.parameter_specs()
         ]
 
@@ -194,11 +196,11 @@ def as_autocast(x: Tensor) -> Tensor:
 
 
 class LoRAExpert(Expert):
-    """Expert e has the weights ``W + alpha / rank * A_e B_e`` in both projections (LoRA, 2106.09685).
+    """Expert e has weights ``W + alpha / rank * A_e B_e`` in both projections (LoRA, 2106.09685).
 
     W is one feed-forward for all experts, trained like any other (the optimizer may freeze it).
-    Each ``B_e`` starts at zero, so all experts start equal to W. Mixtures of LoRA experts are MoLoRA
-    (2309.05444), there with a frozen pretrained W and soft merging. Biases belong to W.
+    Each ``B_e`` starts at zero, so all experts start equal to W. Mixtures of LoRA experts are
+    MoLoRA (2309.05444), there with a frozen pretrained W and soft merging. Biases belong to W.
     """
 
     rank: int = Field(default=8, ge=1)

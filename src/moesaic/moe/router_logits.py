@@ -146,9 +146,7 @@ class CrossLayerRouting(Choice):
         """Return the values per token that autograd saves for the shared module."""
         return 0
 
-    def problems(
-        self, _experts: Sequence[int], _router_input: "RouterInput", /
-    ) -> str | None:
+    def problems(self, _experts: Sequence[int], _router_input: "RouterInput", /) -> str | None:
         """Return what it expects of a stack with these numbers of experts per layer, or None."""
         return None
 

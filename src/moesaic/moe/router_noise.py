@@ -32,7 +32,7 @@ class RouterNoise(Choice, StatefulRule):
 
 
 class NoRouterNoise(RouterNoise):
-    """No noise."""
+    """No change of input or logits."""
 
 
 class Jitter(RouterNoise):

@@ -61,7 +61,9 @@ class TopGroups(ExpertGroups):
     def __call__(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         grouped = scores.unflatten(-1, (self.num_groups, -1))
         best = grouped.topk(min(self.experts_per_score, grouped.shape[-1]), dim=-1).values.sum(-1)
-        masked = best.new_ones(best.shape).scatter(-1, best.topk(self.top_groups, dim=-1).indices, 0)
+        masked = best.new_ones(best.shape).scatter(
+            -1, best.topk(self.top_groups, dim=-1).indices, 0
+        )
         return grouped.masked_fill(masked.bool()[..., None], float("-inf")).flatten(-2)
 
     def problems(self, experts: int, k: int, /) -> str | None:

@@ -18,7 +18,7 @@ from moesaic.moe.select import Select, normalised_sigmoid
 
 
 class Threshold(Select):
-    """An edge for each ``sigmoid(logit) > p``, with that sigmoid as weight (MoDification, 2410.14268).
+    """An edge for each ``sigmoid(logit) > p``, weighted by it (MoDification, 2410.14268).
 
     With one expert it is a mixture-of-depths feed-forward, which a token passes or skips. The
     decision for a token does not depend on other tokens, so it is causal, unlike the top-k over a
@@ -76,7 +76,7 @@ class TopP(Select):
 
 
 class ExpertChoice(Select):
-    """Each expert selects its ``capacity_factor * n / E`` best of a row's n tokens (2202.09368, 3.2).
+    """Each expert selects its ``capacity_factor * n / E`` best of a row's n tokens (2202.09368).
 
     Scores are a softmax over experts, and weights are the plain scores of the selected pairs. A
     token may have no expert, or all. The paper selects over a batch; here each row (one text,
