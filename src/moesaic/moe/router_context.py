@@ -130,7 +130,8 @@ class RoutingStats:
     @staticmethod
     def from_vector(vector: Float[Tensor, "S"]) -> "RoutingStats":
         """Unpack the vector [4 E + 1] that ranks add up."""
-        return RoutingStats(*vector[:-1].view(4, -1), vector[-1])
+        load, kept_load, logit_sum, logit_square_sum = vector[:-1].view(4, -1)
+        return RoutingStats(load, kept_load, logit_sum, logit_square_sum, vector[-1])
 
 
 class StatefulRule:
