@@ -79,7 +79,7 @@ def plan_problems(parallel: ParallelConfig, *, model: Transformer, run: Run) -> 
         check_parallel(model, parallel=parallel, plan=plan)
         return [*pipeline_has_enough_micro_batches(run.model_copy(update={"parallel": parallel}))]
     except ConfigError as error:
-        return error.problems
+        return list(error.problems)
 
 
 def describe_plan(parallel: ParallelConfig) -> str:
