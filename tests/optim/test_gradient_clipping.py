@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from moesaic.optim.gradient_clipping import clip_gradients
+from moesaic.optim.gradient_clipping import GradNorm, global_norm, scale_gradients
 
 
 def tensors(scale=1.0, dtype=torch.float32):
@@ -12,6 +12,11 @@ def tensors(scale=1.0, dtype=torch.float32):
     for p in found:
         p.grad = (scale * torch.randn(p.shape, generator=make)).to(dtype)
     return found
+
+
+def clip_gradients(params, *, max_norm=math.inf) -> GradNorm:
+    grads = [p.grad for p in params if p.grad is not None]
+    return scale_gradients(grads, norm=float(global_norm(grads)), max_norm=max_norm)
 
 
 def flat(params):

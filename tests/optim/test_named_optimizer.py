@@ -71,7 +71,7 @@ def drop(saved):
 
 def add(saved):
     saved["exp_avg/elsewhere"] = torch.ones(2)
-    return "unknown here: exp_avg/elsewhere"
+    return "unknown: exp_avg/elsewhere"
 
 
 def reshape(saved):

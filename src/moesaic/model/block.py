@@ -63,7 +63,7 @@ class ForwardContext:
 
 @dataclass(frozen=True, slots=True)
 class BlockState:
-    """The output of a block: hidden states, router state for the next MoE layer, routing records."""
+    """A block's output: hidden states, router state for the next MoE layer, routing records."""
 
     x: Float[Tensor, "T D"]
     router_state: RouterState
@@ -156,8 +156,8 @@ class FeedForwardBranch(ResidualBranch):
         self, state: BlockState, *, branch_input: Float[Tensor, "T D"], context: ForwardContext
     ) -> BlockState:
         packing, group = context.packing, self.tensor_parallel
-        gathered = group.all_gather_tokens(self.norm(branch_input), packing=packing)
-        y = group.reduce_scatter_tokens(self.inner(gathered), packing=packing)
+        gathered = group.all_gather_tokens(self.norm(branch_input), packing)
+        y = group.reduce_scatter_tokens(self.inner(gathered), packing)
         return replace(state, x=state.x + self.dropout(y, context=context.routing_context))
 
 

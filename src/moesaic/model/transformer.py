@@ -232,7 +232,7 @@ class Transformer(nn.Module):
         embedded = routing.token_embedding
         if embedded is None:
             embedded = self.embedding(tokens.ids, packing=packing)
-        placed = self.position.add(embedded, position=routing.position)
+        placed = self.position.add(embedded, routing.position)
         x = self.dropout(placed, context=routing.for_layer(tokens.stack))
         shared = self.shared_router(tokens.stack)
         if shared is None:

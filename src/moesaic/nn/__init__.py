@@ -1,5 +1,5 @@
-"""The parts of a transformer, each an object you choose: norm, position, attention, feed-forward.
+"""Layers of a transformer: norm, positional encoding, attention, feed-forward, embedding.
 
-May import ``ops`` and ``core``. Everything works on the packed stream of real tokens
-(``packing.py``): padding exists only inside attention.
+May import ``ops`` and ``core``. Layers read packed tokens [T, D] (``packing.py``); only attention
+pads.
 """

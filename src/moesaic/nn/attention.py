@@ -1,8 +1,9 @@
-"""Attention: tokens look at each other (self) or at the source (cross), in several heads.
+"""Multi-head self-attention and cross-attention.
 
-``backend`` and ``crew`` are parts: how tokens reach the others of their row, and the ranks that
-share the matrices. Letters: B rows, S source length, T tokens, D model dim, H heads,
-G key/value heads, d head dim.
+``backend`` computes attention (context parallelism replaces it), ``tensor_parallel`` is the group
+of ranks that share the matrices.
+
+Letters: B rows, S source length, T tokens, D model dim, H heads, G key/value heads, d head dim.
 """
 
 import torch
@@ -43,7 +44,7 @@ class AttentionConfig(Config):
 
 
 class SelfAttention(nn.Module):
-    """One product makes queries, keys and values; positions turn the first two."""
+    """Self-attention with one projection for queries, keys and values."""
 
     def __init__(self, config: AttentionConfig, *, dim: int, bias: bool) -> None:
         super().__init__()
@@ -60,10 +61,10 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
     ) -> Float[Tensor, "T D"]:
-        """Attend within each row; ``causal``: a token sees itself and what is before it."""
-        x = self.tensor_parallel.all_gather_tokens(x, packing=packing)
-        found = self.attend_heads(x, packing=packing, rotation=rotation, causal=causal)
-        return self.tensor_parallel.reduce_scatter_tokens(self.out(found), packing=packing)
+        """Attend within each row; ``causal``: to a token itself and to those before it."""
+        x = self.tensor_parallel.all_gather_tokens(x, packing)
+        heads = self.attend_heads(x, packing=packing, rotation=rotation, causal=causal)
+        return self.tensor_parallel.reduce_scatter_tokens(self.out(heads), packing)
 
     def step(
         self,
@@ -74,7 +75,7 @@ class SelfAttention(nn.Module):
         cache: KeyValue,
         position: Int[Tensor, "B n"],
     ) -> Float[Tensor, "T D"]:
-        """Attend from the newest tokens to all so far; ``cache`` is written at ``position``."""
+        """Attend from the newest tokens to all so far; writes ``cache`` at ``position``."""
         found = self.attend_heads_cached(
             x, packing=packing, rotation=rotation, cache=cache, position=position
         )
@@ -83,7 +84,7 @@ class SelfAttention(nn.Module):
     def attend_heads(
         self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
     ) -> Float[Tensor, "T HD"]:
-        """What the heads found, side by side, before the last product."""
+        """Return the concatenated heads, before the output projection."""
         return self.backend.self_attention(
             self._project(x, rotation=rotation), packing=packing, causal=causal
         )
@@ -97,7 +98,7 @@ class SelfAttention(nn.Module):
         cache: KeyValue,
         position: Int[Tensor, "B n"],
     ) -> Float[Tensor, "T HD"]:
-        """The same for the newest tokens (see ``step``)."""
+        """Return the concatenated heads of the newest tokens (see ``step``)."""
         heads = self._project(x, rotation=rotation)
         new = KeyValue(pad_heads(heads.key, packing), pad_heads(heads.value, packing))
         cache.write(new, position=position)
@@ -116,7 +117,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Target tokens look at the encoder's states; no positions are turned."""
+    """Attention from target tokens to the encoder's states, without positions."""
 
     def __init__(self, config: AttentionConfig, *, dim: int, bias: bool) -> None:
         super().__init__()
@@ -132,10 +133,10 @@ class CrossAttention(nn.Module):
         self.tensor_parallel: TensorParallelGroup = NoTensorParallel()
 
     def project_source(self, encoder_states: Float[Tensor, "T D"], *, packing: Packing) -> KeyValue:
-        """Keys and values of the source, once per layer and batch."""
-        both = self.kv(
-            self.tensor_parallel.all_gather_tokens(encoder_states, packing=packing)
-        ).unflatten(-1, (-1, self.head_dim))
+        """Return keys and values of the source, once per layer and batch."""
+        both = self.kv(self.tensor_parallel.all_gather_tokens(encoder_states, packing)).unflatten(
+            -1, (-1, self.head_dim)
+        )
         return self.backend.project_source(*both.split(self.kv_heads, 1), packing=packing)
 
     def forward(
@@ -147,7 +148,7 @@ class CrossAttention(nn.Module):
         mask: Bool[Tensor, "B 1 1 S"] | None,
     ) -> Float[Tensor, "T D"]:
         """Attend to ``source`` where ``mask`` is true (None: everywhere)."""
-        x = self.tensor_parallel.all_gather_tokens(x, packing=packing)
+        x = self.tensor_parallel.all_gather_tokens(x, packing)
         query = self.query(x).unflatten(-1, (-1, self.head_dim))
         found = self.backend.cross_attention(query, packing=packing, source=source, mask=mask)
-        return self.tensor_parallel.reduce_scatter_tokens(self.out(found), packing=packing)
+        return self.tensor_parallel.reduce_scatter_tokens(self.out(found), packing)

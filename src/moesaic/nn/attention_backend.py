@@ -1,4 +1,7 @@
-"""Looking: how tokens look at each other once they have queries, keys and values.
+"""Attention backends: compute attention, given queries, keys and values.
+
+``LocalAttention`` needs all tokens of a row on this rank; ``parallel/`` has the backends of context
+parallelism.
 
 Letters: B rows, S source length, L target length, T tokens, H heads, G key/value heads, d head dim.
 """
@@ -15,10 +18,10 @@ from moesaic.nn.packing import Packing
 
 @dataclass(frozen=True, slots=True)
 class KeyValue:
-    """Keys and values of some tokens, ready to be looked at, in rows.
+    """Keys and values, padded into rows; also one layer's KV cache.
 
-    Or, with ``stream``, [t, G, d] of the tokens that are held here, for a ``AttentionBackend`` that does not
-    put them into rows.
+    With ``packing`` they are instead [t, G, d], packed, of the tokens of this rank, for a backend
+    that does not pad.
     """
 
     key: Float[Tensor, "B G S d"]
@@ -30,7 +33,7 @@ class KeyValue:
         return KeyValue(self.key.index_select(0, rows), self.value.index_select(0, rows))
 
     def grow(self, length: int) -> "KeyValue":
-        """Return room for at least ``length`` tokens (zeros), doubling when it grows."""
+        """Return room for at least ``length`` tokens (zeros); grows by doubling."""
         have = self.key.shape[2]
         if have >= length:
             return self
@@ -46,7 +49,7 @@ class KeyValue:
 
 @dataclass(frozen=True, slots=True)
 class QueryKeyValue:
-    """Queries, keys and values of the tokens that meet here (``packing.met``), as a stream."""
+    """Queries, keys and values of ``packing.gathered_tokens``, packed."""
 
     query: Float[Tensor, "T H d"]
     key: Float[Tensor, "T G d"]
@@ -55,18 +58,18 @@ class QueryKeyValue:
 
 @runtime_checkable
 class AttentionBackend(Protocol):
-    """How tokens find the others of their row, wherever those are held."""
+    """Attention within each row, wherever the tokens of the row are."""
 
     def self_attention(
         self, heads: QueryKeyValue, *, packing: Packing, causal: bool
     ) -> Float[Tensor, "T HD"]:
-        """Look within each row; ``causal``: a token sees itself and what is before it."""
+        """Self-attention within each row; ``causal``: to a token itself and to those before it."""
         ...
 
     def project_source(
         self, key: Float[Tensor, "T G d"], value: Float[Tensor, "T G d"], *, packing: Packing
     ) -> KeyValue:
-        """Make a source ready to be looked at, once per layer and batch."""
+        """Prepare a source's keys and values for ``cross_attention``, once per layer and batch."""
         ...
 
     def cross_attention(
@@ -77,17 +80,17 @@ class AttentionBackend(Protocol):
         source: KeyValue,
         mask: Bool[Tensor, "B 1 1 S"] | None,
     ) -> Float[Tensor, "T HD"]:
-        """Look at what ``read`` gave, where ``mask`` is true (None: everywhere)."""
+        """Attention to the prepared source, where ``mask`` is true (None: everywhere)."""
         ...
 
 
 class LocalAttention:
-    """All tokens of a row are held here."""
+    """Attention by PyTorch's kernels: all tokens of a row are on this rank."""
 
     def self_attention(
         self, heads: QueryKeyValue, *, packing: Packing, causal: bool
     ) -> Float[Tensor, "T HD"]:
-        # causal attention needs no mask: padding is on the right, where no real token looks
+        # causal attention needs no mask: padding is on the right, after every real token
         mask = None if causal else packing.key_mask
         keys = self.project_source(heads.key, heads.value, packing=packing)
         return packing.pack(attend(pad_heads(heads.query, packing), keys, mask=mask, causal=causal))
@@ -109,7 +112,7 @@ class LocalAttention:
 
 
 def pad_heads(heads: Float[Tensor, "T H d"], packing: Packing) -> Float[Tensor, "B H S d"]:
-    """Put a stream of heads into rows."""
+    """Pad packed heads into rows."""
     rows = packing.pad(heads.flatten(1))
     return rows.unflatten(-1, heads.shape[1:]).transpose(1, 2)
 
@@ -121,7 +124,7 @@ def attend(
     mask: Bool[Tensor, "B 1 #L S"] | None,
     causal: bool,
 ) -> Float[Tensor, "B L HD"]:
-    """Softmax attention; heads come back side by side. ``mask`` is true where allowed."""
+    """Softmax attention; returns the heads concatenated. ``mask`` is true where allowed."""
     mixed = F.scaled_dot_product_attention(
         query,
         keys.key,
@@ -140,7 +143,7 @@ def reference_attend(
     mask: Bool[Tensor, "B 1 #L S"] | None,
     causal: bool,
 ) -> Float[Tensor, "B L HD"]:
-    """The definition of ``attend``."""
+    """The definition of ``attend``, without fused kernels."""
     share = query.shape[1] // keys.key.shape[1]
     key, value = (t.repeat_interleave(share, 1) for t in (keys.key, keys.value))
     score = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5

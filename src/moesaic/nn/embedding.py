@@ -1,8 +1,9 @@
-"""Embedding: token ids to vectors, and states back to logits over the vocabulary.
+"""Token embedding: ids to vectors, and hidden states to logits over the vocabulary.
 
-``vocabulary`` is a part: how rows of the table are found, and scored, wherever they are held.
+``backend`` looks up and scores the rows of the table (tensor parallelism replaces it).
 
-Letters: T tokens, t tokens held here, N predicted tokens, V vocabulary, D model dim.
+Letters: T tokens, t tokens of this rank, N predicted tokens, V vocabulary, v rows of the table on
+this rank, D model dim.
 """
 
 from typing import Protocol, runtime_checkable
@@ -26,18 +27,18 @@ class EmbeddingConfig(Config):
 
 @runtime_checkable
 class EmbeddingBackend(Protocol):
-    """The rows of a table [V, D], of which ``table`` are held here."""
+    """Lookup and loss over a table [V, D], of which this rank has the rows ``table``."""
 
     def embed_tokens(
         self, ids: Int[Tensor, "T"], *, table: Float[Tensor, "v D"], packing: Packing
     ) -> Float[Tensor, "t D"]:
-        """Return the vectors of the tokens held here, given the ids of all (``packing``)."""
+        """Return the vectors of this rank's tokens, given the ids of all (``packing``)."""
         ...
 
     def embed_replicated(
         self, ids: Int[Tensor, "B"], *, table: Float[Tensor, "v D"]
     ) -> Float[Tensor, "B D"]:
-        """Return the vectors of ids that every rank asks for alike."""
+        """Return the vectors of ids that are the same on every rank."""
         ...
 
     def loss(
@@ -49,12 +50,12 @@ class EmbeddingBackend(Protocol):
         smoothing: float,
         z: float,
     ) -> TokenLoss:
-        """Return the loss of the tokens predicted here."""
+        """Return the loss of the tokens that this rank predicts."""
         ...
 
 
 class LocalEmbedding:
-    """All rows are held here."""
+    """The whole table is on this rank."""
 
     def embed_tokens(
         self, ids: Int[Tensor, "T"], *, table: Float[Tensor, "V D"], packing: Packing
@@ -79,7 +80,7 @@ class LocalEmbedding:
 
 
 class Embedding(nn.Module):
-    """One table for both sides' inputs; the output table is the same one or its own."""
+    """One table for source and target; the output table is the same one (tied) or its own."""
 
     def __init__(self, config: EmbeddingConfig, *, vocab_size: int, dim: int) -> None:
         super().__init__()
@@ -89,15 +90,15 @@ class Embedding(nn.Module):
         self.backend: EmbeddingBackend = LocalEmbedding()
 
     def forward(self, ids: Int[Tensor, "T"], *, packing: Packing) -> Float[Tensor, "t D"]:
-        """Return the vectors of the tokens held here, given the ids of all of them."""
+        """Return the vectors of this rank's tokens, given the ids of all tokens."""
         return self.backend.embed_tokens(ids, table=self.weight, packing=packing) * self.scale
 
     def embed_replicated(self, ids: Int[Tensor, "B"]) -> Float[Tensor, "B D"]:
-        """Return the vectors of ids that every rank asks for alike."""
+        """Return the vectors of ids that are the same on every rank."""
         return self.backend.embed_replicated(ids, table=self.weight) * self.scale
 
     def logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
-        """Float32 logits of states."""
+        """Return float32 logits."""
         return F.linear(hidden, self.output.to(hidden.dtype)).float()
 
     def loss(
@@ -108,5 +109,5 @@ class Embedding(nn.Module):
         smoothing: float = 0.0,
         z: float = 0.0,
     ) -> TokenLoss:
-        """Cross-entropy of labels without ever holding all logits."""
+        """Return the cross-entropy of labels, computed without all logits in memory."""
         return self.backend.loss(hidden, table=self.output, label=label, smoothing=smoothing, z=z)

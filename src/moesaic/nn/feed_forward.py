@@ -1,12 +1,6 @@
-"""FeedForwardConfig: two products with an activation between, the same for every token.
+"""Dense feed-forward: two linear maps with an activation between them; activation functions.
 
-Letters: T tokens, D model dim, F hidden width.
-
-Activation: what happens between the two products of a feed-forward.
-
-A gated activation reads twice the hidden width (gate, value) and writes it once.
-
-Letters: F hidden width.
+Letters: T tokens, D model dim, F hidden width, G width of the pre-activation.
 """
 
 from typing import ClassVar
@@ -19,11 +13,11 @@ from moesaic.core.shapes import Float, Tensor
 
 
 class Activation(Choice):
-    """Family of activations. ``gated`` ones halve the last dimension.
+    """Family of activations. Gated ones read twice the hidden width (gate, value).
 
-    ``kept`` is how many hidden widths autograd keeps for backward in a dense layer, the input of
-    the second product included (for forecasts). ``kernel`` is the name that fused kernels know it
-    by; empty, as in a member of your own, means that the composed path is taken.
+    ``saved_activations`` is the number of hidden widths that autograd saves for backward in a dense
+    layer, the input of the second linear map included (for memory estimates). ``kernel_name`` is
+    the activation's name in fused kernels; without one the kernels are not used.
     """
 
     kernel_name: ClassVar[str] = ""
@@ -31,7 +25,7 @@ class Activation(Choice):
     saved_activations: ClassVar[int] = 2
 
     def __call__(self, x: Float[Tensor, "*N G"]) -> Float[Tensor, "*N F"]:
-        """Apply to the pre-activation (G = F, or 2F if gated)."""
+        """Apply to the pre-activation (G = F, or 2 F if gated)."""
         raise NotImplementedError
 
     def width(self, hidden: int) -> int:
@@ -80,7 +74,7 @@ class SwiGLU(Activation):
 
 
 class FeedForwardConfig(Config):
-    """Hidden width and activation, of a dense layer and of each expert unless that says its own."""
+    """Hidden width and activation of a dense layer, and of each expert unless it has its own."""
 
     hidden: int
     activation: Activation = SwiGLU()

@@ -1,4 +1,4 @@
-"""Start: how a module's parameters start, where it knows better than the table (``InitConfig``)."""
+"""Initializers: initial distributions of parameters that differ from those of ``InitConfig``."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ from torch import nn
 
 @dataclass(frozen=True, slots=True)
 class Initializer:
-    """One parameter's ``kind``, and the standard deviation it starts with (zero: as zeros).
+    """One parameter's ``kind``, and its initial standard deviation (0: zeros).
 
-    ``fan_in`` is how many values one result adds up, where the shape does not say. None leaves the
-    matter to the table (``InitConfig``).
+    ``fan_in`` is the number of values that one output sums, where it does not follow from the
+    shape. None leaves the choice to ``InitConfig``.
     """
 
     kind: str | None = None
@@ -20,15 +20,15 @@ class Initializer:
 
 
 class CustomInitializers(nn.Module):
-    """Base of modules of which some parameters start in a way of their own."""
+    """Base of modules that initialize some of their parameters in their own way."""
 
     def initializers(self) -> Mapping[str, Initializer]:
-        """Return those parameters, by their names in this module."""
+        """Return the initializers of those parameters, by their names in this module."""
         raise NotImplementedError
 
 
 def custom_initializers(model: nn.Module) -> dict[str, Initializer]:
-    """What the modules of a model say of their parameters, by name in the model."""
+    """Return the custom initializers of a model, by parameter name in the model."""
     return {
         f"{path}.{name}" if path else name: start
         for path, module in model.named_modules()

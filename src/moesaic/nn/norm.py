@@ -1,4 +1,4 @@
-"""Norm: rescales each token's vector to unit size, with a learned gain per channel.
+"""Norms: rescale each token's vector to unit size, with a learned gain per channel.
 
 Letters: T tokens, D model dim.
 """
@@ -15,11 +15,7 @@ class Norm(Choice):
     """Family of norms."""
 
     def build(self, dim: int) -> nn.Module:
-        """Make the module for vectors of ``dim`` channels."""
-        raise NotImplementedError
-
-    def parameters(self, dim: int) -> int:
-        """Learned numbers it has."""
+        """Return the module for vectors of ``dim`` channels."""
         raise NotImplementedError
 
 
@@ -31,9 +27,6 @@ class RMSNorm(Norm):
     def build(self, dim: int) -> nn.Module:
         return RMSNormModule(self, dim=dim)
 
-    def parameters(self, dim: int) -> int:
-        return dim
-
 
 class LayerNorm(Norm):
     """Layer norm (1607.06450). On a CPU its fused kernel makes it the fastest of the family."""
@@ -43,9 +36,6 @@ class LayerNorm(Norm):
 
     def build(self, dim: int) -> nn.Module:
         return nn.LayerNorm(dim, eps=self.eps, bias=self.bias)
-
-    def parameters(self, dim: int) -> int:
-        return 2 * dim if self.bias else dim
 
 
 class RMSNormModule(nn.Module):

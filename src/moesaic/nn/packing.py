@@ -1,4 +1,4 @@
-"""Packing: a padded batch as a stream of its real tokens, and the way back.
+"""Packing: a padded batch as one sequence of its real tokens, and back.
 
 Norms, projections and experts see [T, D] rows without padding; only attention needs [B, S].
 
@@ -16,9 +16,9 @@ from moesaic.core.shapes import Bool, Float, Int, Tensor
 
 @dataclass(frozen=True, slots=True)
 class TokenSpan:
-    """Neighbouring tokens of one row, from ``position`` on; ``start`` is where their part has them.
+    """Consecutive tokens of a row, from ``position``; ``start`` is their index in a context rank.
 
-    Plain numbers, so that who looks at whom is known without asking the device.
+    Python integers, so that context parallelism plans attention without a device synchronization.
     """
 
     row: int
@@ -29,11 +29,11 @@ class TokenSpan:
 
 @dataclass(frozen=True, slots=True)
 class TokenPartition:
-    """How the tokens of a batch are dealt out to the ranks that share its rows.
+    """How the tokens of a batch are partitioned over the ranks that share its rows.
 
-    ``sizes`` are the tokens of each rank, ``lanes`` neighbouring ranks make one *part*: they hold
-    slices of the same layers' matrices and meet in them (tensor parallel), while parts meet only
-    where tokens look at each other (context parallel). ``runs`` are what each part holds.
+    ``sizes`` are the tokens of each rank. ``tensor_ranks`` consecutive ranks are a tensor parallel
+    group, which is one rank of context parallelism: its tokens are gathered around matrices, while
+    context ranks exchange keys and values in attention; ``spans`` are the tokens of each.
     """
 
     sizes: tuple[int, ...]
@@ -48,34 +48,34 @@ class TokenPartition:
 
     @property
     def context_rank(self) -> int:
-        """Which part this rank belongs to."""
+        """The context rank that this rank belongs to."""
         return self.rank // self.tensor_ranks
 
     @property
     def context_sizes(self) -> tuple[int, ...]:
-        """The tokens of each part."""
+        """The number of tokens of each context rank."""
         parts = range(0, len(self.sizes), self.tensor_ranks)
         return tuple(sum(self.sizes[start : start + self.tensor_ranks]) for start in parts)
 
     @property
     def tensor_sizes(self) -> tuple[int, ...]:
-        """The tokens of each rank of this part."""
+        """The number of tokens of each rank of this tensor parallel group."""
         first = self.context_rank * self.tensor_ranks
         return self.sizes[first : first + self.tensor_ranks]
 
     @property
     def gathered_tokens(self) -> slice:
-        """The tokens of this rank's part."""
+        """The tokens of this tensor parallel group."""
         return _slice_of(self.context_sizes, self.context_rank)
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Where the T real tokens of a [B, S] batch are, and which of them are held here.
+    """Where the T real tokens of a [B, S] batch are, and which of them this rank has.
 
-    ``row`` and ``position`` say each token's batch row and its place in it; ``index`` is
-    ``row * S + position``. ``mask`` is None where nothing is padded: then packing is a reshape, if
-    the tokens are ``ordered`` row by row. ``division`` is None where all tokens are held here.
+    ``row`` and ``position`` are each token's batch row and its index in it; ``index`` is
+    ``row * S + position``. ``mask`` is None where nothing is padded: packing is then a reshape, if
+    the tokens are ``ordered`` row by row. ``partition`` is None where this rank has all tokens.
     """
 
     rows: int
@@ -89,7 +89,7 @@ class Packing:
 
     @staticmethod
     def from_mask(real: Bool[Tensor, "B S"]) -> "Packing":
-        """Make the packing of a mask that is true at real tokens."""
+        """Return the packing of a mask that is true at real tokens."""
         rows, length = real.shape
         index = real.flatten().nonzero()[:, 0]
         full = index.numel() == real.numel()
@@ -102,21 +102,21 @@ class Packing:
 
     @property
     def local_tokens(self) -> slice:
-        """Which tokens are held here."""
+        """The tokens of this rank."""
         return slice(0, self.num_tokens) if self.partition is None else self.partition.local_tokens
 
     @property
     def gathered_tokens(self) -> slice:
-        """Which tokens meet in the matrices that this rank holds a slice of."""
+        """The tokens of this rank's tensor parallel group."""
         return (
             slice(0, self.num_tokens) if self.partition is None else self.partition.gathered_tokens
         )
 
     @property
     def key_mask(self) -> Bool[Tensor, "B 1 1 S"] | None:
-        """What attention over these tokens may look at; None where nothing is padded.
+        """The attention mask of these tokens as keys; None where nothing is padded.
 
-        A row without any token looks at its first padding (zeros), so that no softmax is empty.
+        In a row without tokens the first padding (zeros) is allowed, so that no softmax is empty.
         """
         if self.mask is None:
             return None
@@ -125,12 +125,12 @@ class Packing:
         return seen[:, None, None]
 
     def pack(self, padded: Float[Tensor, "B S C"]) -> Float[Tensor, "T C"]:
-        """Take the real tokens out of a padded tensor."""
+        """Return the real tokens of a padded tensor."""
         flat = padded.reshape(self.rows * self.length, padded.shape[-1])
         return flat if self._is_reshape else _GatherRows.apply(flat, self.index)
 
     def pad(self, packed: Float[Tensor, "T C"]) -> Float[Tensor, "B S C"]:
-        """Put packed tokens back; padding becomes zero."""
+        """Return packed tokens in rows; padding is zero."""
         if not self._is_reshape:
             packed = _ScatterRows.apply(packed, self.index, self.rows * self.length)
         return packed.view(self.rows, self.length, packed.shape[-1])

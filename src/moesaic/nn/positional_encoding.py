@@ -1,7 +1,4 @@
-"""Position: how a model knows the order of its tokens.
-
-A position either adds a vector to the embedding (``add``) or turns queries and keys (``rotation``);
-each kind does one and leaves the other alone.
+"""Positional encodings: vectors added to embeddings, or rotations of queries and keys.
 
 Letters: T tokens, D model dim, H heads, d head dim.
 """
@@ -20,54 +17,46 @@ Rotation = Callable[[Tensor], Tensor]
 
 
 def no_rotation(heads: Float[Tensor, "T H d"]) -> Float[Tensor, "T H d"]:
-    """The rotation of positions that do not rotate."""
+    """Return queries or keys unchanged."""
     return heads
 
 
-class PositionalEncoding(Choice):
-    """Family of positions."""
-
-    def build(self, *, dim: int, head_dim: int) -> "PositionalEncodingModule":
-        """Make the module."""
-        raise NotImplementedError
-
-    def parameters(self, dim: int) -> int:
-        """Learned numbers it has."""
-        return 0 * dim
-
-
 class PositionalEncodingModule(nn.Module):
-    """What a position does to embeddings and to heads; the base does nothing."""
+    """Base of positional encodings: adds nothing to embeddings and rotates nothing."""
 
-    def add(self, x: Float[Tensor, "T D"], *, position: Int[Tensor, "T"]) -> Float[Tensor, "T D"]:
-        """Return the embeddings with their positions."""
-        del position
+    def add(self, x: Float[Tensor, "T D"], _position: Int[Tensor, "T"], /) -> Float[Tensor, "T D"]:
+        """Return the embeddings of tokens at these positions, encoded."""
         return x
 
-    def rotation(self, position: Int[Tensor, "T"]) -> Rotation:
-        """Return the function that turns the queries and keys of these tokens."""
-        del position
+    def rotation(self, _position: Int[Tensor, "T"], /) -> Rotation:
+        """Return the function that rotates the queries and keys of tokens at these positions."""
         return no_rotation
 
 
-class NoPositionalEncoding(PositionalEncoding):
-    """No position at all: a causal decoder can still count (2203.16634)."""
+class PositionalEncoding(Choice):
+    """Family of positional encodings."""
 
     def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:
-        del dim, head_dim
+        """Return the module."""
+        raise NotImplementedError
+
+
+class NoPositionalEncoding(PositionalEncoding):
+    """NoPE: none at all; causal attention alone can represent positions (2203.16634)."""
+
+    def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
         return PositionalEncodingModule()
 
 
 class Rotary(PositionalEncoding):
-    """Rotary position (2104.09864): neighbouring channels turn as pairs."""
+    """Rotary position embedding (RoPE, 2104.09864): neighbouring channels rotate as pairs."""
 
     theta: float = 10000.0
 
-    def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:
-        del dim
+    def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
         if head_dim % 2:
             raise ConfigError(
-                [f"position: Rotary turns pairs, so head_dim={head_dim} must be even"]
+                [f"position: Rotary rotates pairs, so head_dim={head_dim} must be even"]
             )
         return _RotaryModule(self, head_dim=head_dim)
 
@@ -75,22 +64,17 @@ class Rotary(PositionalEncoding):
 class Sinusoidal(PositionalEncoding):
     """Fixed sines and cosines added to the embedding (1706.03762)."""
 
-    def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:
-        del head_dim
+    def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
         return _SinusoidalModule(dim)
 
 
 class LearnedPositions(PositionalEncoding):
-    """One learned vector per position, for sequences of at most ``max`` tokens."""
+    """One learned vector per position, for sequences of at most ``max_length`` tokens."""
 
     max_length: int = 512
 
-    def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:
-        del head_dim
+    def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
         return _LearnedPositionsModule(self, dim=dim)
-
-    def parameters(self, dim: int) -> int:
-        return self.max_length * dim
 
 
 class _RotaryModule(PositionalEncodingModule):
@@ -98,7 +82,7 @@ class _RotaryModule(PositionalEncodingModule):
         super().__init__()
         self.theta, self.pairs = config.theta, head_dim // 2
 
-    def rotation(self, position: Int[Tensor, "T"]) -> Rotation:
+    def rotation(self, position: Int[Tensor, "T"], /) -> Rotation:
         steps = torch.arange(self.pairs, device=position.device, dtype=torch.float32)
         angle = position.float()[:, None] * self.theta ** (-steps / self.pairs)
         turn = torch.polar(torch.ones_like(angle), angle)[:, None]
@@ -116,7 +100,7 @@ class _SinusoidalModule(PositionalEncodingModule):
         super().__init__()
         self.dim = dim
 
-    def add(self, x: Float[Tensor, "T D"], *, position: Int[Tensor, "T"]) -> Float[Tensor, "T D"]:
+    def add(self, x: Float[Tensor, "T D"], position: Int[Tensor, "T"], /) -> Float[Tensor, "T D"]:
         half = self.dim // 2
         steps = torch.arange(half, device=x.device, dtype=torch.float32)
         angle = position.float()[:, None] * torch.exp(steps * (-math.log(1e4) / max(half - 1, 1)))
@@ -129,5 +113,5 @@ class _LearnedPositionsModule(PositionalEncodingModule):
         super().__init__()
         self.table = nn.Embedding(config.max_length, dim)
 
-    def add(self, x: Float[Tensor, "T D"], *, position: Int[Tensor, "T"]) -> Float[Tensor, "T D"]:
+    def add(self, x: Float[Tensor, "T D"], position: Int[Tensor, "T"], /) -> Float[Tensor, "T D"]:
         return x + self.table(position.clamp(max=self.table.num_embeddings - 1))

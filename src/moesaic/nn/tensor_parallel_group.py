@@ -1,6 +1,6 @@
-"""Crew: the ranks that hold slices of the same matrices; their tokens meet there and part again.
+"""Tensor parallel group: the ranks that share the matrices of a layer, with sequence parallelism.
 
-Letters: t tokens held here, T tokens of the crew, D model dim.
+Letters: t tokens of this rank, T tokens of the group, D model dim.
 """
 
 from typing import Protocol, runtime_checkable
@@ -11,32 +11,30 @@ from moesaic.nn.packing import Packing
 
 @runtime_checkable
 class TensorParallelGroup(Protocol):
-    """See the module's first lines. Each rank reads all rows and makes a part of each answer."""
+    """Collectives around sharded matrices: each rank reads all rows and returns partial sums."""
 
     def all_gather_tokens(
-        self, x: Float[Tensor, "t D"], *, packing: Packing
+        self, x: Float[Tensor, "t D"], packing: Packing, /
     ) -> Float[Tensor, "T D"]:
-        """Return the rows of every rank of the crew (``packing.met``), in order."""
+        """Return the rows of every rank of the group (``packing.gathered_tokens``), in order."""
         ...
 
     def reduce_scatter_tokens(
-        self, y: Float[Tensor, "T D"], *, packing: Packing
+        self, y: Float[Tensor, "T D"], packing: Packing, /
     ) -> Float[Tensor, "t D"]:
-        """Add up what the ranks made of each row; return the rows held here (``packing.own``)."""
+        """Sum each row over the ranks; return this rank's rows (``packing.local_tokens``)."""
         ...
 
 
 class NoTensorParallel:
-    """One rank holds whole matrices."""
+    """Each rank has whole matrices: both collectives return their input."""
 
     def all_gather_tokens(
-        self, x: Float[Tensor, "T D"], *, packing: Packing
+        self, x: Float[Tensor, "T D"], _packing: Packing, /
     ) -> Float[Tensor, "T D"]:
-        del packing
         return x
 
     def reduce_scatter_tokens(
-        self, y: Float[Tensor, "T D"], *, packing: Packing
+        self, y: Float[Tensor, "T D"], _packing: Packing, /
     ) -> Float[Tensor, "T D"]:
-        del packing
         return y

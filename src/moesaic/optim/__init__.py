@@ -1,5 +1,5 @@
-"""Optimizers, learning-rate schedules and gradient clipping, chosen as config values.
+"""Optimizers, learning-rate schedules and gradient clipping, chosen by config.
 
-May import core only. Start with ``optimizer.py`` (what the user picks), then ``update.py`` (the one
-``torch.optim.Optimizer`` that runs it) and ``muon.py``.
+May import ``distributed`` and ``core``. Start with ``optimizer.py`` (the config family), then
+``named_optimizer.py`` (the ``torch.optim.Optimizer``) and ``update_rules.py`` (AdamW, Muon).
 """

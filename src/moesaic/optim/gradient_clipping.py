@@ -4,7 +4,6 @@
 # torch._foreach_*: one call for many tensors, as torch.optim itself does it
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -34,18 +33,11 @@ def global_norm(grads: list[Tensor]) -> Float[Tensor, ""]:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], *, max_norm: float = math.inf) -> GradNorm:
-    """Scale all gradients in place so that their global norm is at most ``max_norm``.
-
-    ``math.inf`` only measures. Reads the norm on the host: the caller must know whether to step.
-    """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    return scale_gradients(grads, norm=float(global_norm(grads)), max_norm=max_norm)
-
-
-@torch.no_grad()
 def scale_gradients(grads: list[Tensor], *, norm: float, max_norm: float) -> GradNorm:
-    """Scale gradients whose norm is known, in place, so that it is at most ``max_norm``."""
+    """Clip gradients in place so that their global norm, given as ``norm``, is at most ``max_norm``.
+
+    ``math.inf`` changes nothing.
+    """
     if not math.isfinite(norm) or norm <= max_norm:
         return GradNorm(norm, 1.0)
     factor = max_norm / (norm + 1e-6)

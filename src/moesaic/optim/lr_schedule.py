@@ -1,8 +1,8 @@
-"""Schedule: the factor on every learning rate, as a function of the step.
+"""Learning-rate schedules: the factor on every learning rate, as a function of the step.
 
-Steps count from 0; ``at(step, steps=n)`` is the factor of the update that step makes. Warm-up rises
-from ``1 / warmup`` to 1. A decay would reach ``final`` at step n, one past the last, so that the
-last update is small but not lost.
+Steps count from 0; ``lr_factor(step, steps=n)`` is the factor of the update of that step. Warm-up
+rises from ``1 / warmup`` to 1. A decay reaches ``final`` at step n, one past the last, so that the
+last update is small but not zero.
 """
 
 import math
@@ -18,7 +18,7 @@ FractionOfRun = Annotated[float, Field(ge=0, le=1)]
 
 
 class LRSchedule(Choice):
-    """How learning rates change over a run."""
+    """Family of learning-rate schedules."""
 
     @abstractmethod
     def lr_factor(self, step: int, *, steps: int) -> float:
@@ -26,7 +26,7 @@ class LRSchedule(Choice):
 
 
 class DecayShape(Choice):
-    """How a decay goes from 1 (at 0) to 0 (at 1)."""
+    """Family of decay shapes: a function from 1 (at 0) to 0 (at 1)."""
 
     @abstractmethod
     def __call__(self, progress: float) -> float: ...
@@ -47,7 +47,7 @@ class OneMinusSqrtDecay(DecayShape):
 
 
 class Constant(LRSchedule):
-    """Warm up, then stay."""
+    """Warm up, then keep the full learning rate."""
 
     warmup: Steps = 0
 
@@ -56,7 +56,7 @@ class Constant(LRSchedule):
 
 
 class WSD(LRSchedule):
-    """Warm up, stay, and decay over the last share of the run (arXiv:2404.06395, MiniCPM).
+    """Warm-up, stable, decay: decay over the last share of the run (arXiv:2404.06395, MiniCPM).
 
     ``decay`` is the share of all steps spent in the decay, ``final`` the factor it ends at.
     """
@@ -87,7 +87,7 @@ class Cosine(LRSchedule):
 
 
 class InverseSqrt(LRSchedule):
-    """Warm up, then ``sqrt(warmup / step)``: needs no end (arXiv:1706.03762)."""
+    """Warm up, then ``sqrt(warmup / step)``, whatever the length of the run (arXiv:1706.03762)."""
 
     warmup: Annotated[int, Field(ge=1)] = 4000
 

@@ -1,19 +1,18 @@
-"""NamedOptimizer: one ``torch.optim.Optimizer`` whose groups each follow their own update rule.
+"""NamedOptimizer: a ``torch.optim.Optimizer`` whose groups have update rules and parameter names.
 
-Every group has a ``name`` (``adamw/norm``), a ``rule`` (how its tensors change), ``lr`` and
-``base_lr``: a schedule writes ``lr = base_lr * factor``. All state is float32, and of the part
-of a parameter that this rank holds. A parameter of a
-narrower type (bfloat16) keeps a float32 ``master`` copy that the rule updates and that is rounded
-into the parameter afterwards, so that small updates are not lost.
+Every group has a ``name`` (``adamw/norm``), a ``rule`` (its update), ``lr`` and ``base_lr``: a
+schedule writes ``lr = base_lr * factor``. State is float32 and covers the shard of a parameter that
+is on this rank. A parameter of a narrower type (bfloat16) has a float32 ``master`` copy: the rule
+updates it, and it is then rounded into the parameter, so that small updates are not lost.
 
-Optimizer state as flat tensors named ``slot/parameter``, e.g. ``exp_avg/encoder.0.norm.weight``.
-
-Names, not positions: state survives a change in the order of parameters, and a mismatch is named.
-Learning rates are not state: the schedule gives them for any step.
+State is exported as flat tensors named ``slot/parameter``, e.g. ``exp_avg/encoder.0.norm.weight``:
+it does not depend on the order of parameters. Learning rates are not state: the schedule gives them
+for any step.
 """
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -24,72 +23,66 @@ from moesaic.distributed.world import local_tensor
 
 
 @runtime_checkable
+class MatrixSharding(Protocol):
+    """All-gathers sharded matrices for rules that need whole ones, by parameter name."""
+
+    def all_gather_matrices(self, names: Sequence[str], parts: Sequence[Tensor]) -> list[Tensor]:
+        """Return the whole matrices of these shards. Collective."""
+        ...
+
+    def local_shards(self, names: Sequence[str], whole: Sequence[Tensor]) -> list[Tensor]:
+        """Return this rank's shards of whole matrices."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GroupUpdate:
+    """The parameters of one group that have a gradient, and what an update rule needs of them.
+
+    ``sharding`` is None where every rank has whole matrices.
+    """
+
+    names: Sequence[str]
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    states: Sequence[dict[str, Tensor]]
+    lr: float
+    weight_decay: float
+    sharding: MatrixSharding | None = None
+
+
+@runtime_checkable
 class UpdateRule(Protocol):
-    """How a group of tensors follows its gradients. Holds no tensors."""
+    """How an optimizer updates a group of tensors. Holds no tensors itself."""
 
     def initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return the zero state of one float32 tensor."""
         ...
 
-    def apply(
-        self,
-        params: Sequence[Tensor],
-        *,
-        grads: Sequence[Tensor],
-        states: Sequence[dict[str, Tensor]],
-        group: Mapping[str, Any],
-        sharding: "MatrixSharding",
-    ) -> None:
-        """Update ``params`` and ``slots`` in place, by the group's ``lr`` and ``weight_decay``.
-
-        ``group["updated"]`` names the parameters.
-        """
+    def apply(self, update: GroupUpdate) -> None:
+        """Update ``params`` and ``states`` in place."""
         ...
-
-
-@runtime_checkable
-class MatrixSharding(Protocol):
-    """Where a rule that needs whole matrices finds them, by the names of their parameters."""
-
-    def all_gather_matrices(self, names: Sequence[str], parts: Sequence[Tensor]) -> list[Tensor]:
-        """Return what these are parts of."""
-        ...
-
-    def local_shards(self, names: Sequence[str], whole: Sequence[Tensor]) -> list[Tensor]:
-        """Return the parts of whole matrices that are held here."""
-        ...
-
-
-class UnshardedMatrices:
-    """Whole matrices are held here."""
-
-    def all_gather_matrices(self, names: Sequence[str], parts: Sequence[Tensor]) -> list[Tensor]:
-        del names
-        return list(parts)
-
-    def local_shards(self, names: Sequence[str], whole: Sequence[Tensor]) -> list[Tensor]:
-        del names
-        return list(whole)
 
 
 class NamedOptimizer(torch.optim.Optimizer):
-    """See the module's first lines. Save and restore it with ``optim.state``, by parameter name.
+    """A torch optimizer of named parameter groups with update rules (see the module's docstring).
 
-    (Torch's own ``load_state_dict`` rounds state to the parameter's type; ours does not.)
+    Save and restore it with ``export_state`` and ``restore_state``: torch's ``load_state_dict``
+    rounds state to the parameter's type.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
         super().__init__(groups, defaults={})
-        self.matrix_sharding: MatrixSharding = UnshardedMatrices()
+        self.matrix_sharding: MatrixSharding | None = None
         for group in self.param_groups:
             group["base_lr"] = group["lr"]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, without the decorator of torch's own that imports its compiler (seconds)."""
+        """Add a group, without torch's decorator, which imports its compiler (seconds)."""
         inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002
-        """Forget gradients; likewise."""
+        """Clear gradients, without torch's decorator (see ``add_param_group``)."""
         inspect.unwrap(torch.optim.Optimizer.zero_grad)(self, set_to_none)
 
     @torch.no_grad()
@@ -104,7 +97,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         return loss
 
     def ensure_state(self, parameter: Tensor, *, rule: UpdateRule) -> dict[str, Tensor]:
-        """Return the parameter's state, made of zeros where it has none yet."""
+        """Return the parameter's state; create it, of zeros, if there is none yet."""
         state = self.state[parameter]
         parameter = local_tensor(parameter)
         if not state:
@@ -122,18 +115,21 @@ class NamedOptimizer(torch.optim.Optimizer):
                 params.append(parameter)
         if not params:
             return
-        slots = [self.ensure_state(p, rule=group["rule"]) for p in params]
-        grads = [local_tensor(p.grad).float() for p in params]
-        params = [local_tensor(p) for p in params]
-        working = [s.get("master", p) for s, p in zip(slots, params, strict=True)]
+        states = [self.ensure_state(p, rule=group["rule"]) for p in params]
+        local = [local_tensor(p) for p in params]
+        working = [state.get("master", p) for state, p in zip(states, local, strict=True)]
         group["rule"].apply(
-            working,
-            grads=grads,
-            states=slots,
-            group={**group, "updated": names},
-            sharding=self.matrix_sharding,
+            GroupUpdate(
+                names,
+                working,
+                [local_tensor(p.grad).float() for p in params],
+                states,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                sharding=self.matrix_sharding,
+            )
         )
-        for parameter, master in zip(params, working, strict=True):
+        for parameter, master in zip(local, working, strict=True):
             if master is not parameter:
                 parameter.copy_(master)
 
@@ -149,7 +145,7 @@ def export_state(optimizer: NamedOptimizer) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_state(optimizer: NamedOptimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put exported state back, bit for bit; the optimizer must have the same rules and parameters.
+    """Restore exported state bit for bit; the optimizer must have the same rules and parameters.
 
     All or nothing: raises CheckpointError naming what does not fit, with the optimizer unchanged.
     """
@@ -189,7 +185,7 @@ def _check_state_fits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tens
         for key in sorted(expected.keys() & tensors.keys())
         if tensors[key].shape != expected[key].shape
     ]
-    kinds = (("missing", missing), ("unknown here", unknown), ("of another shape", other))
+    kinds = (("missing", missing), ("unknown", unknown), ("of another shape", other))
     if any(names for _, names in kinds):
         found = "; ".join(f"{what}: {_name_some(names)}" for what, names in kinds if names)
         raise CheckpointError(

@@ -1,7 +1,7 @@
-"""Optimizer: the family a user chooses from, and which parameters follow which rule.
+"""Optimizers: the family that a config chooses from, and the update rule of each parameter.
 
-Kinds of parameters: ``matrix`` (2-D weights), ``expert`` (banks ``[E, M, N]``), ``embedding``,
-``router``, ``norm``, ``bias``. A model names the kind of each of its parameters.
+Kinds of parameters: ``matrix`` (2-D weights), ``expert`` (stacked matrices ``[E, M, N]``),
+``embedding``, ``router``, ``norm``, ``bias`` (``model/weights.py: parameter_kinds``).
 """
 
 import math
@@ -27,7 +27,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 
 class Optimizer(Choice):
-    """How parameters follow their gradients."""
+    """Family of optimizers: which update rule, learning rate and decay each parameter has."""
 
     @abstractmethod
     def param_group(self, parameter: nn.Parameter, *, kind: str) -> dict[str, Any]:
@@ -36,7 +36,7 @@ class Optimizer(Choice):
     def build(
         self, named_parameters: Iterable[tuple[str, nn.Parameter]], *, kinds: Mapping[str, str]
     ) -> NamedOptimizer:
-        """Make the optimizer of a model's trainable parameters.
+        """Build the optimizer of a model's trainable parameters.
 
         ``kinds`` maps each parameter's name to one of ``KINDS``. Raises ValueError for a parameter
         without a kind or with an unknown one.
@@ -60,7 +60,7 @@ class Optimizer(Choice):
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (arXiv:1711.05101), fused where torch has the kernel.
 
-    ``decayed_kinds`` are the kinds that weight decay pulls to zero; norms and biases are left alone.
+    ``decayed_kinds`` are the kinds of parameters with weight decay; norms and biases have none.
     """
 
     lr: Positive = 1e-3
@@ -102,10 +102,10 @@ class Spectral(UpdateScale):
 
 
 class Muon(Optimizer):
-    """Orthogonalised momentum for matrices and expert banks, AdamW for everything else.
+    """Orthogonalized momentum for matrices and expert weights, AdamW for everything else.
 
     Jordan et al. 2024 (kellerjordan.github.io/posts/muon) with the decay and update size of
-    arXiv:2502.16982. ``adamw`` holds its own learning rate and decay. ``steps`` counts
+    arXiv:2502.16982. ``adamw`` has its own learning rate and decay. ``ns_steps`` counts
     Newton-Schulz iterations.
     """
 
@@ -119,7 +119,7 @@ class Muon(Optimizer):
     def param_group(self, parameter: nn.Parameter, *, kind: str) -> dict[str, Any]:
         if (kind, parameter.ndim) not in (("matrix", 2), ("expert", 3)):
             return self.adamw.param_group(parameter, kind=kind)
-        # a matrix is stored [out, in], a bank of experts [E, in, out]
+        # a matrix is stored [out, in], expert weights [E, in, out]
         scale = self.scale if kind == "matrix" else partial(_transposed_scale, self.scale)
         rule = MuonRule(self.momentum, self.ns_steps, scale)
         return _group(f"muon/{kind}", rule, lr=self.lr, decay=self.weight_decay)

@@ -1,13 +1,11 @@
-"""AdamW's update rule: torch's own kernels, fused where they exist.
+"""Update rules of optimizers: AdamW by torch's kernels, and Muon.
 
-Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101).
+AdamW: Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101).
 
-Muon's update rule: momentum, made orthogonal, for weight matrices and banks of expert matrices.
-
-K. Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"
-(kellerjordan.github.io/posts/muon); decay and update size for larger runs: Liu et al. 2025,
-arXiv:2502.16982. Matrices of one shape, the experts of every bank among them, are stacked and
-orthogonalised by one chain of batched products.
+Muon: momentum, orthogonalized, for weight matrices and stacked expert matrices. K. Jordan et al.
+2024 (kellerjordan.github.io/posts/muon); decay and update size for larger runs: Liu et al. 2025,
+arXiv:2502.16982. All matrices of one shape, those of experts included, are stacked and
+orthogonalized by one chain of batched products.
 
 Letters: B stacked matrices, M rows, N columns.
 """
@@ -15,15 +13,14 @@ Letters: B stacked matrices, M rows, N columns.
 # pyright: reportPrivateImportUsage=false
 # torch._foreach_*: one call for many tensors, as torch.optim itself does it
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.optim.adamw import adamw
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.optim.named_optimizer import MatrixSharding
+from moesaic.optim.named_optimizer import GroupUpdate
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -42,31 +39,22 @@ class AdamWRule:
             "step": torch.zeros((), device=parameter.device),
         }
 
-    def apply(
-        self,
-        params: Sequence[Tensor],
-        *,
-        grads: Sequence[Tensor],
-        states: Sequence[dict[str, Tensor]],
-        group: Mapping[str, Any],
-        sharding: MatrixSharding,
-    ) -> None:
-        del sharding
-        fused = params[0].device.type in FUSED_DEVICES
+    def apply(self, update: GroupUpdate) -> None:
+        fused = update.params[0].device.type in FUSED_DEVICES
         adamw(
-            list(params),
-            list(grads),
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
+            list(update.params),
+            list(update.grads),
+            [state["exp_avg"] for state in update.states],
+            [state["exp_avg_sq"] for state in update.states],
             [],
-            [s["step"] for s in states],
+            [state["step"] for state in update.states],
             fused=fused,
             foreach=not fused,
             amsgrad=False,
             beta1=self.betas[0],
             beta2=self.betas[1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
+            lr=update.lr,
+            weight_decay=update.weight_decay,
             eps=self.eps,
             maximize=False,
         )
@@ -81,8 +69,8 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 class MuonRule:
     """State per parameter: ``momentum``, of its shape.
 
-    ``scale(rows, columns)`` is the factor on the orthogonal update. A bank ``[E, M, N]`` is E
-    matrices; each is treated exactly as if it stood alone.
+    ``scale(rows, columns)`` is the factor on the orthogonal update. Expert weights ``[E, M, N]``
+    are E matrices, each orthogonalized by itself.
     """
 
     momentum: float
@@ -92,30 +80,26 @@ class MuonRule:
     def initial_state(self, parameter: Tensor) -> dict[str, Tensor]:
         return {"momentum": torch.zeros_like(parameter)}
 
-    def apply(
-        self,
-        params: Sequence[Tensor],
-        *,
-        grads: Sequence[Tensor],
-        states: Sequence[dict[str, Tensor]],
-        group: Mapping[str, Any],
-        sharding: MatrixSharding,
-    ) -> None:
-        buffers = [s["momentum"] for s in states]
-        torch._foreach_lerp_(buffers, list(grads), 1 - self.momentum)
-        directions = torch._foreach_lerp(list(grads), buffers, self.momentum)  # Nesterov
-        torch._foreach_mul_(list(params), 1 - group["lr"] * group["weight_decay"])
-        directions = sharding.all_gather_matrices(group["updated"], directions)
+    def apply(self, update: GroupUpdate) -> None:
+        params, grads = list(update.params), list(update.grads)
+        buffers = [state["momentum"] for state in update.states]
+        torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
+        directions = torch._foreach_lerp(grads, buffers, self.momentum)  # Nesterov
+        torch._foreach_mul_(params, 1 - update.lr * update.weight_decay)
+        sharding = update.sharding
+        if sharding is not None:
+            directions = sharding.all_gather_matrices(update.names, directions)
         for indices in group_by_matrix_shape(directions).values():
-            names = [group["updated"][i] for i in indices]
             whole = [directions[i] for i in indices]
-            updates = sharding.local_shards(names, orthogonalize(whole, steps=self.steps))
-            alpha = -group["lr"] * self.scale(*whole[0].shape[-2:])
+            updates = orthogonalize(whole, steps=self.steps)
+            if sharding is not None:
+                updates = sharding.local_shards([update.names[i] for i in indices], updates)
+            alpha = -update.lr * self.scale(*whole[0].shape[-2:])
             torch._foreach_add_([params[i] for i in indices], updates, alpha=alpha)
 
 
 def group_by_matrix_shape(tensors: Sequence[Tensor]) -> dict[tuple[int, int], list[int]]:
-    """Group the indices of ``tensors`` by the shape of their matrices, whatever the bank size."""
+    """Group the indices of ``tensors`` by the shape of their matrices."""
     found: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, tensor in enumerate(tensors):
         found[tensor.shape[-2], tensor.shape[-1]].append(index)
@@ -123,7 +107,7 @@ def group_by_matrix_shape(tensors: Sequence[Tensor]) -> dict[tuple[int, int], li
 
 
 def orthogonalize(tensors: Sequence[Tensor], *, steps: int) -> list[Tensor]:
-    """Orthogonalise every matrix of every tensor ``[M, N]`` or ``[E, M, N]`` in one batch."""
+    """Orthogonalize every matrix of every tensor ``[M, N]`` or ``[E, M, N]`` in one batch."""
     rows, columns = tensors[0].shape[-2:]
     stacks = [t.reshape(-1, rows, columns) for t in tensors]
     whole = stacks[0] if len(stacks) == 1 else torch.cat(stacks)
@@ -141,7 +125,7 @@ def newton_schulz(matrices: Float[Tensor, "B M N"], *, steps: int) -> Float[Tens
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    # through the Gram matrices it is fewer FLOPs for long rows, but it needs float32's precision
+    # Gram matrices need fewer FLOPs for long rows, and the precision of float32
     through_gram = x.dtype == torch.float32 and x.shape[-1] >= 2 * x.shape[-2]
     x = (
         _newton_schulz_gram(x, steps=steps)
@@ -164,7 +148,7 @@ def _newton_schulz_gram(x: Float[Tensor, "B M N"], *, steps: int) -> Float[Tenso
     """The same, with all steps but the last product on ``[M, M]`` matrices.
 
     One step is ``x -> p x`` with p a polynomial of the Gram matrix g; p and g are symmetric and
-    commute, so ``g -> p g p``, and the steps' product meets x once.
+    commute, so ``g -> p g p``, and the product of all steps is multiplied with x once.
     """
     a, b, c = QUINTIC
     gram = x @ x.mT

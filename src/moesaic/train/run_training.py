@@ -1,14 +1,15 @@
 """Entry point of training: ``train(run, out)`` goes from a config to a trained run directory."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from moesaic.checkpoint.full_checkpoint import config_differences, read_state, require_same_config
 from moesaic.checkpoint.run_directory import RunDir
+from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.files import atomic_write
 from moesaic.data.loader import DataReplica, Loader
 from moesaic.distributed.flight_recorder import mark_phase
@@ -26,7 +27,7 @@ from moesaic.train.resume import CHANGEABLE_KEYS, REPORTED_KEYS, START_FRESH, Re
 from moesaic.train.routing_hooks import RouterHealthHook, RoutingProbeHook, RoutingTraceHook
 from moesaic.train.run import Run
 from moesaic.train.run_checks import check_run
-from moesaic.train.trainer import NonFiniteError, Trainer
+from moesaic.train.trainer import BatchLoader, NonFiniteError, Trainer
 from moesaic.train.training_hooks import (
     CheckpointHook,
     Hook,
@@ -104,19 +105,30 @@ def train(
 
 
 def make_trainer(run: Run, *, prepared: PreparedData, world: World) -> Trainer:
+    """Return a trainer of a run on its prepared data."""
+
+    def make_loader(replica: DataReplica) -> Loader:
+        return Loader(
+            prepared.shards,
+            tokenizer=prepared.tokenizer,
+            mixture=run.mixture,
+            config=run.loader,
+            seed=run.seed,
+            replica=replica,
+        )
+
+    return seeded_trainer(run, make_loader=make_loader, world=world)
+
+
+def seeded_trainer(
+    run: Run, *, make_loader: Callable[[DataReplica], BatchLoader], world: World
+) -> Trainer:
     """Return a trainer at step 0: the same weights, but different random streams, on all ranks."""
     torch.manual_seed(run.seed)
     model = Transformer(run.model).to(world.device)
     seed_rank(run.seed, world=world)
-    data = Loader(
-        prepared.shards,
-        tokenizer=prepared.tokenizer,
-        mixture=run.mixture,
-        config=run.loader,
-        seed=run.seed,
-        replica=DataReplica(*run.parallel.plan.resolve(world.size).data_shard(world.rank)),
-    )
-    return Trainer(run, model=model, data=data, world=world)
+    replica = DataReplica(*run.parallel.plan.resolve(world.size).data_shard(world.rank))
+    return Trainer(run, model=model, data=make_loader(replica), world=world)
 
 
 def standard_hooks(trainer: Trainer, *, run_dir: RunDir) -> list[Hook]:
@@ -135,7 +147,7 @@ def _open_run_dir(run_dir: RunDir, *, run: Run, resume: Resume) -> dict[str, Any
     path = resume.find_checkpoint(run_dir)
     notes = [f"skipped {why}" for why in resume.skipped_checkpoints(run_dir)]
     if path is not None:
-        saved, current = read_state(path)["config"], run.to_dict()
+        saved, current = _saved_config(path), run.to_dict()
         ignored = (*CHANGEABLE_KEYS, *REPORTED_KEYS)
         require_same_config(saved, current=current, where=path, ignored=ignored)
         changed = config_differences(saved, current).items()
@@ -145,6 +157,12 @@ def _open_run_dir(run_dir: RunDir, *, run: Run, resume: Resume) -> dict[str, Any
             atomic_write(run_dir.tokenizer, tokenizer.read_bytes())
     atomic_write(run_dir.config, run.to_yaml())
     return {"path": None if path is None else str(path), "notes": notes}
+
+
+def _saved_config(checkpoint: Path) -> dict[str, Any]:
+    """Return the run config in a checkpoint, with the present names."""
+    upgraded, _ = upgrade_config(read_state(checkpoint)["config"])
+    return cast("dict[str, Any]", upgraded)
 
 
 def _too_long_notes(skipped: Mapping[str, int], *, run: Run) -> list[str]:
