@@ -155,7 +155,7 @@ class Pipeline:
     def forward_only(
         self, batches: Sequence[Batch], *, loss_settings: LossSettings
     ) -> tuple[MicroBatch, ...]:
-        """Compute losses without gradients, of any number of batches. Collective over the pipeline."""
+        """Compute the losses of any number of batches, without gradients. Collective."""
         serializers = self._start_step(batches, loss_settings=loss_settings)
         ranks, sends = self.stages.rank_of_stage, list[Any]()
         local: dict[tuple[int, int], tuple[Tensor, ...]] = {}
