@@ -95,7 +95,7 @@ def test_reshard_writes_the_form_that_is_asked_for(tmp_path, capsys):
         "optimizer.safetensors",
         "state.json",
     ]
-    cut = told(["ckpt", "reshard", path, "--ranks", "2", "--out", str(tmp_path / "c")], capsys)
+    cut = told(["ckpt", "reshard", path, "--shards", "2", "--out", str(tmp_path / "c")], capsys)
     assert "shard-00001.safetensors" in cut["files"]
     for made in ("w", "c"):
         assert same(load_checkpoint(tmp_path / made), snapshot())

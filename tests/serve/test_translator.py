@@ -7,7 +7,7 @@ from moesaic.checkpoint.safetensors_io import write_tensors
 from moesaic.core.errors import CheckpointError, DataError
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
-from moesaic.evaluate.routing_analysis import count_expert_usage, describe_usage, record_routes
+from moesaic.evaluate.routing_analysis import RoutingAnalysis, describe_usage, record_routes
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.generate import Beam, Greedy
 from moesaic.model.transformer import Transformer
@@ -128,32 +128,32 @@ def test_an_unknown_language_is_named_with_the_known_ones(translator):
 
 
 def test_every_token_shows_its_experts(translator):
-    trace = translator.experts("Open the file", source="en", target="de", translation="Save all")
-    sides = [side for side in (trace.source, trace.target) if side.layers]
+    trace = translator.trace_experts(
+        "Open the file", source="en", target="de", translation="Save all"
+    )
+    sides = [side for side in trace.values() if side["layers"]]
     assert sides
     for side in sides:
-        for rows in side.layers.values():
-            assert len(rows) == len(side.tokens)
-            assert all(len(visits) == 2 for visits in rows)
-            assert all(v[0].weight >= v[1].weight for v in rows)
-    assert "Save" in "".join(trace.target.tokens)
-    plain = trace.plain()["target"]
-    assert plain["tokens"] == list(trace.target.tokens)
+        for rows in side["layers"].values():
+            assert len(rows) == len(side["tokens"])
+            assert all(len(pairs) == 2 for pairs in rows)
+            assert all(pairs[0][1] >= pairs[1][1] for pairs in rows)
+    assert "Save" in "".join(trace["target"]["tokens"])
 
 
 def test_usage_counts_every_edge_under_its_language(translator):
     batches = [
         translator.batch(TEXTS, targets=TEXTS, source="en", target=code) for code in ("de", "ru")
     ]
-    routes = (record_routes(translator.model, batch) for batch in batches)
-    counts = count_expert_usage(routes, languages=translator.languages)
+    analysis = RoutingAnalysis(translator.languages)
+    for batch in batches:
+        analysis.add(record_routes(translator.model, batch))
+    counts = analysis.usage
     for layer in counts.layers():
         assert layer.counts.shape == (4, 3)
         assert layer.counts[:, 0].sum() == 0  # English is only the source here
         assert (layer.counts[:, 1:].sum(0) > 0).all()
-    told = describe_usage(counts)
-    assert set(told["layers"]) == {layer.layer for layer in counts.layers()}
-    assert len(told["distance"]) == 3
+    assert set(describe_usage(counts)) == {layer.layer for layer in counts.layers()}
 
 
 def test_a_batch_predicts_the_target_and_its_end(translator):

@@ -121,7 +121,7 @@ def test_a_spike_is_skipped_in_training_and_its_batch_comes_again() -> None:
     notes, step, _ = _spike(SingleProcess())
     (note,) = notes
     assert note.startswith("step 6 skipped: the loss of")
-    assert note.endswith("its batch is kept for one more try")
+    assert note.endswith("its batch is queued for one retry")
     assert step == 7
 
 

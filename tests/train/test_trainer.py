@@ -31,7 +31,7 @@ class Poisoned:
         self.batches.append(batches[0])
         result = self.inner.forward_backward(parallel_model, batches=batches)
         if self.calls in self.bad:
-            grad = spread.model.decoder_norm.weight.grad
+            grad = parallel_model.model.decoder_norm.weight.grad
             assert grad is not None
             grad[3] = math.nan
         return result
@@ -50,14 +50,16 @@ def test_a_bad_step_changes_nothing_and_its_batch_comes_again() -> None:
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.optimizer.zero_grad()
     changed: list[bool] = []
-    poison_gradients = poison.gradients
+    inner_step = poison.forward_backward
 
-    def watching(spread: ParallelModel, *, batches: Sequence[Batch]) -> ForwardBackwardResult:
-        named = spread.model.named_parameters()
+    def watching(
+        parallel_model: ParallelModel, *, batches: Sequence[Batch]
+    ) -> ForwardBackwardResult:
+        named = parallel_model.model.named_parameters()
         changed.append(any(not torch.equal(p, before[n]) for n, p in named))
-        return poison_gradients(spread, batches=batches)
+        return inner_step(parallel_model, batches=batches)
 
-    poison.gradients = watching  # pyright: ignore[reportAttributeAccessIssue]
+    poison.forward_backward = watching  # pyright: ignore[reportAttributeAccessIssue]
     report = trainer.train_step()
     assert report.step == 2
     assert changed == [False, False], "the bad step must leave the weights alone"

@@ -1,5 +1,5 @@
-"""The command line: one file per verb, each a thin shell over a function of a lower room.
+"""Command line: one module per command, each a thin layer over a function of another package.
 
-May import everything but testing. Start with ``main.py``: it knows the verbs and turns a user's
-mistake into one paragraph and exit code 2.
+Imports everything but testing. Start with ``main.py``, which dispatches to a command and turns a
+UserError into one paragraph and exit code 2.
 """

@@ -31,7 +31,7 @@ def layer(
     shape: Annotated[str, typer.Option(help="A, B, C, D or tokens,dim,hidden,experts,k.")] = "A",
     against: Annotated[
         str, typer.Option(help="Contenders, by commas; dense and moesaic always run.")
-    ] = "dense-compiled,composed,hf,deepspeed",
+    ] = "dense-compiled,unfused,hf,deepspeed",
     threads: Annotated[int, typer.Option(min=0, help="0: as many as torch takes.")] = 0,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 9,
     backward: Annotated[bool, typer.Option("--backward/--forward-only")] = True,

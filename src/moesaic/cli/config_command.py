@@ -2,6 +2,7 @@
 
 import difflib
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,6 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from moesaic.cli.shared_options import JsonOption, SetOption, command_app, print_result
+from moesaic.core.config_text import read_yaml
+from moesaic.core.config_upgrade import describe_renames, upgrade_config
+from moesaic.core.errors import ConfigError
+from moesaic.core.files import atomic_write
 from moesaic.recipes.lookup import RECIPES, find_recipe
 from moesaic.train.run import Run
 
@@ -59,6 +64,41 @@ def schema() -> None:
     Example: [cyan]moesaic config schema > moesaic.schema.json[/]
     """
     _write(Run.schema_json() + "\n")
+
+
+@app.command()
+def upgrade(
+    path: Annotated[Path, typer.Argument(metavar="FILE|RUN", help="A config.yaml or a run.")],
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Rewrite a config of an earlier version with the present names of keys and kinds.
+
+    The original is kept beside it as config.yaml.old.
+
+    Example: [cyan]moesaic config upgrade runs/demo[/]
+    """
+    file = path / "config.yaml" if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError([f"{file}: there is no such config file"])
+    text = file.read_text(encoding="utf-8")
+    upgraded, renamed = upgrade_config(read_yaml(text))
+    if renamed:
+        run = Run.from_dict(upgraded)
+        atomic_write(file.with_name(f"{file.name}.old"), text)
+        atomic_write(file, run.to_yaml())
+    print_result(
+        {"path": str(file), "renamed": renamed},
+        as_json=as_json,
+        show=lambda console: _show_renamed(file, renamed, console),
+    )
+
+
+def _show_renamed(file: Path, renamed: dict[str, str], console: Console) -> None:
+    for line in describe_renames(renamed):
+        console.print(line, highlight=False, markup=False)
+    done = f"{len(renamed)} names rewritten" if renamed else "nothing to rewrite"
+    console.print(f"{file}: {done}", highlight=False, markup=False)
 
 
 def _write(text: str) -> None:

@@ -31,9 +31,9 @@ from moesaic.evaluate.harness import EvaluationSettings
 from moesaic.evaluate.testset import UDHR_NAME as UDHR
 from moesaic.evaluate.testset import (
     TestSet,
-    read_testset,
-    read_moses_testset,
     corpus_testsets,
+    read_moses_testset,
+    read_testset,
     udhr_testsets,
 )
 from moesaic.model.generate import Beam, Greedy

@@ -1,4 +1,4 @@
-"""Serving: a run directory that translates. Start with ``translator.py``.
+"""Serving: translate with a trained run, score it, and record its routing.
 
-May import evaluate and below, never train.
+Imports evaluate and the packages below it, never train. Start with ``translator.py``.
 """

@@ -1,4 +1,4 @@
-"""Curve: the kept checkpoints of a run, scored one after the other on the same held-out strings.
+"""Learning curve: translation scores of each kept checkpoint of a run on the same test sets.
 
 The file ``curve.json`` (``tokens`` as of the last row of metrics by then)::
 
@@ -45,10 +45,10 @@ def learning_curve(
     limit: int | None = None,
     on_point: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> LearningCurve:
-    """Score every kept checkpoint of a run and write ``curve.json`` after each of them.
+    """Score every kept checkpoint of a run; ``curve.json`` is written after each.
 
-    Points of an earlier call on the same strings are kept: also those of checkpoints that are gone
-    by now, so a curve grows while a run goes on. Raises CheckpointError if there is no checkpoint.
+    Points of earlier calls on the same strings are kept, also of checkpoints deleted since, so the
+    curve grows during a run. Raises CheckpointError if there is no checkpoint.
     """
     run = RunDir.open(path)
     kept = sorted(list_checkpoints(run.checkpoints))
@@ -82,7 +82,7 @@ def learning_curve(
 def _load_or_start_curve(
     run: RunDir, *, tests: Sequence[TestSet], limit: int | None
 ) -> LearningCurve:
-    """What an earlier call on the same strings wrote, or an empty curve."""
+    """Return the curve of an earlier call on the same strings, or an empty one."""
     digest = sha256()
     for test in tests:
         digest.update("\0".join([*test.sources, *test.references]).encode())
@@ -101,7 +101,7 @@ def _load_or_start_curve(
 
 
 def _weights_hash(manifest: Manifest) -> str:
-    """A hash of the weights; of everything, where they share files with the rest."""
+    """Hash of the weights, or of all files of a sharded checkpoint."""
     if MODEL in manifest.files:
         return manifest.files[MODEL].sha256
     return sha256("".join(e.sha256 for e in manifest.files.values()).encode()).hexdigest()
@@ -117,8 +117,8 @@ def _curve_point(found: EvaluationSummary, *, step: int, tokens: float | None) -
 
 
 def _tokens_at_step(run: RunDir, step: int) -> float | None:
-    """Tokens trained on, by the last row of metrics up to a step."""
-    rows = [row for row in read_metrics(run.metrics) if "train/tokens" in row]  # others validate
+    """Return the tokens trained on, by the last row of metrics up to a step."""
+    rows = [row for row in read_metrics(run.metrics) if "train/tokens" in row]
     before = [row["train/tokens"] for row in rows if row["step"] <= step]
     return before[-1] if before else None
 

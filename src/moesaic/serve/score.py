@@ -1,8 +1,8 @@
-"""Score: a run against its honest baselines, on held-out strings or on a test set of your own."""
+"""Score a run against copying and a translation memory, on held-out text or a test set."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,16 +20,14 @@ from moesaic.evaluate.harness import (
     add_expert_traces,
     evaluate,
 )
-from moesaic.evaluate.routing_analysis import RoutingAnalysis, count_expert_usage
+from moesaic.evaluate.routing_analysis import RoutingAnalysis
 from moesaic.evaluate.testset import TestSet
 from moesaic.model.generate import Greedy, Search
-from moesaic.moe.routing_record import LayerRoutes
 from moesaic.monitor.expert_usage import UsageCounter
-from moesaic.serve.translation_routing import translation_routes
+from moesaic.serve.translation_routing import test_set_routing
 from moesaic.serve.translator import Translator
 
 OnResult = Callable[[TestSet, TestSetResult], None]
-BatchRouting = tuple[LayerRoutes, ...]
 
 
 def score_run(
@@ -43,10 +41,10 @@ def score_run(
 ) -> EvaluationSummary:
     """Translate ``tests`` with a run and score it beside copying and a translation memory.
 
-    The memory holds the train rows of ``corpus``; without one it is left out. Writes nothing: see
-    ``EvaluationSummary.write`` and ``count_experts``.
+    The memory contains the train rows of ``corpus``; without a corpus there is none. Writes no
+    files: see ``EvaluationSummary.write`` and ``count_experts``.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     translator = Translator.open(path)
     model: TranslationSystem = partial(translator.translate_texts, search=search or Greedy())
     systems: dict[str, TranslationSystem] = {"model": model, "copy": copy_source}
@@ -58,86 +56,59 @@ def score_run(
     return summary.with_run_facts(
         run=Path(path).name,
         counts={"sentences": sum(len(test) for test in tests)},
-        seconds={"evaluate": time.monotonic() - began},
+        seconds={"evaluate": time.monotonic() - started},
     )
 
 
 def count_experts(
     path: Path | str, *, tests: Sequence[TestSet], routes: Path | None = None
 ) -> UsageCounter:
-    """Count which experts read and write the test sentences, by target language.
+    """Count the experts of the test sentences by target language.
 
-    Writes the run's ``usage.json`` and ``insight.json``, and every edge to ``routes`` if given.
-    Returns the counts.
+    Writes the run's ``usage.json`` and ``insight.json``, and the routing to ``routes`` if given.
     """
     run, translator = RunDir(Path(path)), Translator.open(path)
-    insight = RoutingAnalysis()
+    analysis = RoutingAnalysis(translator.languages)
+    with ExitStack() as stack:
+        writer = stack.enter_context(_routes_writer(routes, translator, tests)) if routes else None
+        for batch in test_set_routing(translator, tests):
+            analysis.add(batch)
+            if writer is not None:
+                writer.add(batch)
+    analysis.usage.write(run.usage)
+    if analysis.usage.layers():
+        write_json(run.insight, analysis.to_dict(show=translator.token_text))
+    return analysis.usage
 
-    def studied() -> Iterator[BatchRouting]:
-        for found in _test_routing(translator, tests):
-            insight.add(found)
-            yield found
 
-    with _routing_recorder(routes, translator=translator, tests=tests) as record:
-        counts = count_expert_usage(map(record, studied()), languages=translator.languages)
-    counts.write(run.usage)
-    if counts.layers():
-        write_json(run.insight, insight.to_dict(show=translator.token_text))
-    return counts
+def record_routing(path: Path | str, *, tests: Sequence[TestSet], out: Path) -> None:
+    """Write the experts of every token of the test sentences to the routes file ``out``."""
+    translator = Translator.open(path)
+    with _routes_writer(out, translator, tests) as writer:
+        for batch in test_set_routing(translator, tests):
+            writer.add(batch)
+
+
+def _routes_writer(path: Path, translator: Translator, tests: Sequence[TestSet]) -> RoutesWriter:
+    about = {"texts": sorted({test.name for test in tests})}
+    return RoutesWriter(path, languages=translator.languages, about=about)
 
 
 def _truncation_notes(translator: Translator, tests: Sequence[TestSet]) -> Iterator[str]:
-    """A score over texts that the model saw only the beginning of must say so."""
+    """Note how many sources were truncated before translation."""
     counts = [
         translator.count_truncated(test.sources, source=test.source, target=test.target)
         for test in tests
     ]
     if sum(counts):
         yield (
-            f"{sum(counts)} of {sum(map(len, tests))} sources are longer than the model reads "
-            f"({translator.limits.max_source} tokens): it saw their beginning alone"
-        )
-
-
-def record_routing(path: Path | str, *, tests: Sequence[TestSet], out: Path) -> None:
-    """Write the experts of every token of the test sentences to the routes file ``out``."""
-    translator = Translator.open(path)
-    with _routing_recorder(out, translator=translator, tests=tests) as record:
-        for found in _test_routing(translator, tests):
-            record(found)
-
-
-@contextmanager
-def _routing_recorder(
-    path: Path | None, *, translator: Translator, tests: Sequence[TestSet]
-) -> Iterator[Callable[[BatchRouting], BatchRouting]]:
-    """Give a function that hands routes on, writing them to a file where one was asked for."""
-    if path is None:
-        yield lambda routes: routes
-        return
-    about = {"texts": sorted({test.name for test in tests})}
-    with RoutesWriter(path, languages=translator.languages, about=about) as writer:
-
-        def record(routes: BatchRouting) -> BatchRouting:
-            writer.add(routes)
-            return routes
-
-        yield record
-
-
-def _test_routing(translator: Translator, tests: Sequence[TestSet]) -> Iterator[BatchRouting]:
-    for test in tests:
-        yield from translation_routes(
-            translator,
-            test.sources,
-            translations=test.references,
-            source=test.source,
-            target=test.target,
+            f"{sum(counts)} of {sum(map(len, tests))} sources are longer than the model's limit "
+            f"({translator.limits.max_source} tokens) and were truncated"
         )
 
 
 def train_pairs(corpus: Corpus, source: str, target: str) -> Iterator[tuple[str, str]]:
-    """Yield what a translation memory may know: the train rows of a direction."""
+    """Yield the train rows of a direction, for a translation memory."""
     for pair in corpus.iter_pairs(source, target, split="train"):
         yield pair.source, pair.target
 
@@ -145,10 +116,9 @@ def train_pairs(corpus: Corpus, source: str, target: str) -> Iterator[tuple[str,
 def _trace_sample(
     translator: Translator, test: TestSet, sample: SampleTranslation
 ) -> dict[str, Any]:
-    trace = translator.trace_experts(
+    return translator.trace_experts(
         sample.source,
         translation=sample.outputs["model"],
         source=test.source,
         target=test.target,
     )
-    return trace.plain()

@@ -1,9 +1,7 @@
-"""Routes of translations: a text and what it became are read again, both sides at once.
+"""Routing of translations: the experts of each token of a text and of its translation.
 
-Reading a finished translation routes each token as writing it did, where routing depends on the
-token and what came before it alone.
-
-Learning: how each kept checkpoint of a run routes the same held-out text.
+A finished translation is read again with teacher forcing. This routes each token as generation did
+if routing depends only on the token and the tokens before it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +18,8 @@ from moesaic.model.weights import restore_weights
 from moesaic.moe.routing_record import LayerRoutes
 from moesaic.serve.translator import Translator
 
-CHUNK = 256  # sentences read at a time
+BatchRouting = tuple[LayerRoutes, ...]
+CHUNK = 256  # sentences per batch
 
 
 def translation_routes(
@@ -30,8 +29,8 @@ def translation_routes(
     translations: Sequence[str],
     source: str,
     target: str,
-) -> Iterator[tuple[LayerRoutes, ...]]:
-    """Yield the routes of up to ``CHUNK`` texts at a time, in order; empty ones have none."""
+) -> Iterator[BatchRouting]:
+    """Yield the routing of up to ``CHUNK`` texts at a time, in order, without empty texts."""
     pairs = [(a, b) for a, b in zip(texts, translations, strict=True) if a.strip()]
     for start in range(0, len(pairs), CHUNK):
         sources, targets = zip(*pairs[start : start + CHUNK], strict=True)
@@ -39,36 +38,36 @@ def translation_routes(
         yield record_routes(translator.model, batch)
 
 
-def trace_checkpoints(path: Path | str, *, tests: Sequence[TestSet]) -> list[Path]:
-    """Write the routes of each kept checkpoint on ``tests``, in the place of those that were there.
+def test_set_routing(translator: Translator, tests: Sequence[TestSet]) -> Iterator[BatchRouting]:
+    """Yield the routing of the sources and references of test sets."""
+    for test in tests:
+        yield from translation_routes(
+            translator,
+            test.sources,
+            translations=test.references,
+            source=test.source,
+            target=test.target,
+        )
 
-    Returns the files, by step. Raises CheckpointError if no checkpoint is left.
+
+def trace_checkpoints(path: Path | str, *, tests: Sequence[TestSet]) -> list[Path]:
+    """Write the routing of ``tests`` by each kept checkpoint of a run; replaces earlier files.
+
+    Returns the files, by step. Raises CheckpointError if there is no checkpoint.
     """
     run, translator = RunDir.open(Path(path)), Translator.open(path)
-    kept = {
-        read_manifest(folder).step: folder for folder in list_checkpoints(run.checkpoints)[::-1]
-    }
-    if not kept:
-        raise CheckpointError(f"{run.checkpoints}: no checkpoint is left to look at")
+    by_step = {read_manifest(c).step: c for c in reversed(list_checkpoints(run.checkpoints))}
+    if not by_step:
+        raise CheckpointError(f"{run.checkpoints}: there is no checkpoint")
     written = []
-    for step, folder in sorted(kept.items()):
-        restore_weights(translator.model, read_weights(folder))
+    for step, checkpoint in sorted(by_step.items()):
+        restore_weights(translator.model, read_weights(checkpoint))
         out = run.routing_snapshots / f"step-{step:08d}.routes"
         about = {"run": run.path.resolve().name, "step": step}
         with RoutesWriter(out, languages=translator.languages, about=about) as writer:
-            for test in tests:
-                for routes in translation_routes(
-                    translator,
-                    test.sources,
-                    translations=test.references,
-                    source=test.source,
-                    target=test.target,
-                ):
-                    writer.add(routes)
+            for batch in test_set_routing(translator, tests):
+                writer.add(batch)
         written.append(out)
-    for old in run.routing_snapshots.glob(
-        "step-*.routes"
-    ):  # other text, so not to be compared with these
-        if old not in written:
-            old.unlink()
+    for old in set(run.routing_snapshots.glob("step-*.routes")) - set(written):
+        old.unlink()  # routing of other text cannot be compared with these
     return written

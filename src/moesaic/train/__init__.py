@@ -1,5 +1,5 @@
-"""Training: a run's config, its loop, and what happens around a step.
+"""Training: run config, trainer, training loop and hooks.
 
-May import everything below it (evaluate, checkpoint, model, data, ...), never ``serve``.
-Start with ``run.py`` (what a run is), then ``loop.py`` (how it goes).
+Imports evaluate and the packages below it, never serve. Start with ``run.py`` (the config), then
+``run_training.py``, ``loop.py`` and ``trainer.py``.
 """

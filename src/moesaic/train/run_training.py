@@ -3,12 +3,13 @@
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from moesaic.checkpoint.full_checkpoint import config_differences, read_state, require_same_config
 from moesaic.checkpoint.run_directory import RunDir
+from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.files import atomic_write
 from moesaic.data.loader import DataReplica, Loader
 from moesaic.distributed.flight_recorder import mark_phase
@@ -135,7 +136,7 @@ def _open_run_dir(run_dir: RunDir, *, run: Run, resume: Resume) -> dict[str, Any
     path = resume.find_checkpoint(run_dir)
     notes = [f"skipped {why}" for why in resume.skipped_checkpoints(run_dir)]
     if path is not None:
-        saved, current = read_state(path)["config"], run.to_dict()
+        saved, current = _saved_config(path), run.to_dict()
         ignored = (*CHANGEABLE_KEYS, *REPORTED_KEYS)
         require_same_config(saved, current=current, where=path, ignored=ignored)
         changed = config_differences(saved, current).items()
@@ -145,6 +146,12 @@ def _open_run_dir(run_dir: RunDir, *, run: Run, resume: Resume) -> dict[str, Any
             atomic_write(run_dir.tokenizer, tokenizer.read_bytes())
     atomic_write(run_dir.config, run.to_yaml())
     return {"path": None if path is None else str(path), "notes": notes}
+
+
+def _saved_config(checkpoint: Path) -> dict[str, Any]:
+    """Return the run config in a checkpoint, with the present names."""
+    upgraded, _ = upgrade_config(read_state(checkpoint)["config"])
+    return cast("dict[str, Any]", upgraded)
 
 
 def _too_long_notes(skipped: Mapping[str, int], *, run: Run) -> list[str]:

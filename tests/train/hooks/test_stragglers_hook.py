@@ -30,7 +30,7 @@ def test_the_slowest_rank_is_named_in_every_row_and_once_in_words() -> None:
             assert row["perf/slowest_rank"] == 1.0
             assert round(row["perf/slowest_ratio"], 2) == round(1.0 / 0.15, 2)
         (note,) = notes
-        assert note.startswith("step 2: rank 1 works 6.7 times as long as the others")
+        assert note.startswith("step 2: rank 1 takes 6.7 times as long as the others")
         assert "(1000 ms a step, theirs 150 ms), for 2 rows of metrics" in note
 
 

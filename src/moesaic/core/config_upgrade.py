@@ -1,0 +1,200 @@
+"""Config upgrade: rewrite the keys and kinds of configs written by an earlier version.
+
+``RENAMED_KINDS`` maps old names of choices to new ones. ``RENAMED_KEYS`` maps old keys to new ones,
+by the (new) name of the config class or choice that holds them.
+"""
+
+import re
+from collections.abc import Mapping
+
+KIND_CALL = re.compile(r"(\w+)(\(.*\))?", re.DOTALL)  # LayerNorm, or SwitchBalance(weight=0.01)
+
+RENAMED_KINDS = {
+    "AsStored": "StoredDirections",
+    "At": "SplitAt",
+    "AtRandom": "RandomPriority",
+    "BestGroups": "TopGroups",
+    "BlankTokens": "MaskTokens",
+    "Blocks": "CheckpointBlocks",
+    "BothWays": "BothDirections",
+    "ByCost": "BalancedSplit",
+    "ByPosition": "PositionPriority",
+    "ByWeight": "WeightPriority",
+    "Catalogue": "NamedCorpus",
+    "Catalogues": "PyPICatalogues",
+    "DataRow": "DataParallelRank",
+    "Debian": "DebianCatalogues",
+    "DecoderOnly": "DecoderOnlyCollator",
+    "Decoupled": "DecoupledRouting",
+    "Descriptions": "DebianDescriptions",
+    "DropNear": "DropNearDuplicates",
+    "DropTokens": "DeleteTokens",
+    "EncoderDecoder": "EncoderDecoderCollator",
+    "Extract": "PresplitFolder",
+    "Files": "LocalFiles",
+    "Firefox": "FirefoxMessages",
+    "Importance": "ImportanceBalance",
+    "InChunks": "ChunkedAllToAll",
+    "Joined": "PivotDirections",
+    "Keep": "KeepNearDuplicates",
+    "KeepAll": "NoCheckpointing",
+    "KeptFraction": "TargetLoadBalance",
+    "Learned": "LearnedPositions",
+    "Lend": "AdaptiveExperts",
+    "Linear": "LinearDecay",
+    "MatchAdamW": "MatchRMSAdamW",
+    "MutualInformation": "MutualInformationBalance",
+    "Narrow": "DownProjection",
+    "NoNoise": "NoRouterNoise",
+    "NoPosition": "NoPositionalEncoding",
+    "NoSpare": "NoNullExperts",
+    "NothingBeside": "NoSharedExperts",
+    "OfficeHelp": "LibreOfficeHelp",
+    "OnTag": "HiddenStateAndTag",
+    "OnToken": "HiddenStateAndToken",
+    "OneMinusSqrt": "OneMinusSqrtDecay",
+    "Only": "ListedDirections",
+    "OnlyTag": "TagOnly",
+    "OnlyToken": "TokenOnly",
+    "Parallel": "ParallelResidual",
+    "PreGated": "PreGatedRouting",
+    "Recurrent": "RecurrentRouting",
+    "Residual": "ResidualExpert",
+    "RingReach": "Ring",
+    "RouterZ": "RouterZLoss",
+    "Rows": "RowCount",
+    "Serial": "SequentialResidual",
+    "ShuffleNearby": "ShuffleTokens",
+    "SoftMixture": "SoftMoE",
+    "StochasticWarmUp": "StochasticWarmup",
+    "Straight": "AllToAll",
+    "Synthetic": "SyntheticLanguages",
+    "TakeSpikes": "IgnoreSpikes",
+    "Together": "CombinedSources",
+    "Tokens": "TokenCount",
+    "TwoHops": "HierarchicalAllToAll",
+    "UlyssesReach": "Ulysses",
+    "Unconditioned": "HiddenState",
+    "Unlinked": "IndependentRouters",
+    "Whole": "NoDispatchProjection",
+    "WholeBatch": "GlobalBatch",
+}
+RENAMED_KEYS = {
+    "AdamW": {"decayed": "decayed_kinds"},
+    "AdaptiveBalance": {"most": "max_dropped", "least": "min_dropped", "memory": "ema_weight"},
+    "BPE": {"min_count": "min_frequency", "max_piece": "max_piece_length"},
+    "DeviceBalance": {"groups": "num_groups"},
+    "ExpertChoice": {"factor": "capacity_factor"},
+    "LearnedPositions": {"max": "max_length"},
+    "LoaderConfig": {"window": "bucket_window", "layout": "collator"},
+    "LogConfig": {
+        "routes_every": "routing_stats_every",
+        "record_every": "routing_trace_every",
+        "probe_every": "routing_probe_every",
+        "also": "sinks",
+    },
+    "MixtureConfig": {"unit": "size_unit", "cap": "size_limit", "boost": "language_weights"},
+    "MixtureOfAttention": {"keys": "key_values"},
+    "MoE": {
+        "beside": "shared_experts",
+        "spare": "null_experts",
+        "exchange": "dispatch_projection",
+        "condition": "router_input",
+        "link": "cross_layer",
+    },
+    "ModelConfig": {"block": "block_layout"},
+    "Muon": {"steps": "ns_steps"},
+    "NullBalance": {"final": "final_weight", "steps": "decay_steps"},
+    "ParallelConfig": {
+        "reach": "context_parallel",
+        "journey": "dispatch",
+        "room": "capacity_scope",
+        "schedule": "pipeline_schedule",
+        "stages": "pipeline_split",
+        "recompute": "activation_checkpointing",
+    },
+    "ProductKeyMemory": {"side": "keys_per_side"},
+    "Run": {"accumulate": "gradient_accumulation_steps", "patience_s": "collective_timeout_s"},
+    "SigmoidTopK": {"among": "expert_groups"},
+    "SkipSpikes": {"lasting": "patience", "lower": "lr_factor"},
+    "SoftMoE": {"length": "assumed_length"},
+    "SplitConfig": {"near": "near_duplicates"},
+    "Stack": {"dense": "first_dense_layers", "experts": "experts_per_layer"},
+    "StochasticWarmup": {"steps": "warmup_steps"},
+    "Threshold": {"expected": "expected_fraction"},
+    "TokenizerConfig": {
+        "lines": "sample_lines",
+        "coverage": "character_coverage",
+        "max_alphabet": "max_alphabet_share",
+    },
+    "TopGroups": {"groups": "num_groups", "kept": "top_groups", "best": "experts_per_score"},
+    "TopK": {"among": "expert_groups"},
+    "TopP": {"most": "max_experts"},
+    "Unigram": {"max_piece": "max_piece_length"},
+}
+# Config classes that are no choices (and so have no kind), by the key that holds them.
+SECTIONS = {
+    "decoder": "Stack",
+    "encoder": "Stack",
+    "loader": "LoaderConfig",
+    "log": "LogConfig",
+    "mixture": "MixtureConfig",
+    "model": "ModelConfig",
+    "parallel": "ParallelConfig",
+    "split": "SplitConfig",
+    "tokenizer": "TokenizerConfig",
+}
+
+
+UPGRADE_HINT = "to rewrite a config file or a run's config: moesaic config upgrade FILE|RUN"
+
+
+def upgrade_config(value: object, *, config: str = "Run") -> tuple[object, dict[str, str]]:
+    """Return ``value`` (the plain data of a ``config``) with new names, and what was renamed.
+
+    The second result maps each renamed path or kind to its new name; it is empty for a config of
+    this version.
+    """
+    renamed: dict[str, str] = {}
+    return _upgrade(value, config=config, path="", renamed=renamed), renamed
+
+
+def describe_renames(renamed: Mapping[str, str]) -> list[str]:
+    """Return one sentence per renamed path or kind."""
+    return [f"{old}: is now called {new}" for old, new in renamed.items()]
+
+
+def _upgrade(value: object, *, config: str, path: str, renamed: dict[str, str]) -> object:
+    if isinstance(value, str):
+        return _upgrade_kind(value, path=path, renamed=renamed)
+    if isinstance(value, list | tuple):
+        return [
+            _upgrade(item, config="", path=f"{path}.{number}".strip("."), renamed=renamed)
+            for number, item in enumerate(value)
+        ]
+    if not isinstance(value, Mapping):
+        return value
+    kind = value.get("kind")
+    owner = RENAMED_KINDS.get(kind, kind) if isinstance(kind, str) else config
+    keys = RENAMED_KEYS.get(owner, {})
+    upgraded: dict[str, object] = {}
+    for key, item in value.items():
+        old = str(key)
+        new = keys.get(old, old)
+        here = f"{path}.{old}".strip(".")
+        if new != old:
+            renamed[here] = f"{path}.{new}".strip(".")
+        upgraded[new] = _upgrade(item, config=SECTIONS.get(new, ""), path=here, renamed=renamed)
+    return upgraded
+
+
+def _upgrade_kind(text: str, *, path: str, renamed: dict[str, str]) -> str:
+    found = KIND_CALL.fullmatch(text)
+    if (
+        found is None
+        or found[1] not in RENAMED_KINDS
+        or path.rpartition(".")[2] in ("name", "path")
+    ):
+        return text
+    renamed[f"{path}={found[1]}"] = new = RENAMED_KINDS[found[1]]
+    return new + (found[2] or "")
