@@ -1,4 +1,4 @@
-"""Tiny recipes: invented languages and a small model that trains in seconds, for tutorials and tests."""
+"""Tiny recipes: invented languages and a small model, trained in seconds; for tests."""
 
 from moesaic.data.collators import DecoderOnlyCollator
 from moesaic.data.loader import LoaderConfig
