@@ -1,12 +1,13 @@
 """The number of chunks of an overlapped all-to-all, from an alpha-beta cost model of its stages.
 
-A chunk of an MoE layer's rows passes five stages: all-to-all to the nodes of its experts, all-gather
-over the ranks that hold slices of an expert, the experts, reduce-scatter over the slices, all-to-all
-back. Links between nodes, links inside a node and the processor work at the same time, each on one
-chunk. More chunks overlap more and start more often. After Pan et al. 2025, FSMoE, arXiv:2501.10714:
-one formula for each resource that may be the bottleneck. The paper has conditions that select the
-formula and solves it for the number of chunks; here the largest of the lower bounds counts, and the
-candidates are tried. ``simulated_seconds`` simulates the schedule as a check.
+A chunk of an MoE layer's rows passes five stages: all-to-all to the nodes of its experts,
+all-gather over the ranks that hold slices of an expert, the experts, reduce-scatter over the
+slices, all-to-all back. Links between nodes, links inside a node and the processor work at the same
+time, each on one chunk. More chunks overlap more and start more often. After Pan et al. 2025,
+FSMoE, arXiv:2501.10714: one formula for each resource that may be the bottleneck. The paper has
+conditions that select the formula and solves it for the number of chunks; here the largest of the
+lower bounds counts, and the candidates are tried. ``simulated_seconds`` simulates the schedule as a
+check.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,8 +1,8 @@
 """Communication volume of dispatch methods in closed form, compared with what a run counts.
 
 All values are bytes that one rank sends in the forward pass of one layer, dispatch and combine;
-backward sends the same again. Routing is taken to be even. Bytes are floats, so that shares of a row
-need no rounding.
+backward sends the same again. Routing is taken to be even. Bytes are floats, so that shares of a
+row need no rounding.
 
 Letters: n ranks that share the experts, k experts per token, M nodes.
 """
@@ -36,7 +36,8 @@ class MeshAxisBytes:
 def data_expert_model_bytes(
     tokens: DispatchedTokens, *, data: int, expert: int, model: int, expert_bytes: float
 ) -> MeshAxisBytes:
-    """Return the volume of experts sharded over ``expert``, cut over ``model``, copied over ``data``.
+    """Return the volume of experts sharded over ``expert``, cut over ``model``, copied over
+    ``data``.
 
     Du et al. 2024, arXiv:2405.15052: routing and capacity are local to a row of the data axis, so
     rows never leave the expert axis. The price is a sum of gradients over the copies:

@@ -1,4 +1,4 @@
-"""Checks of layer_gpu.py: every kernel and the whole mixer against plain torch, on the device."""
+"""Checks of layer_gpu.py: every kernel and the whole kernel against plain torch, on the device."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_problem import Shape, SwiGLU, make, wait, with_mixer
+from gpu_problem import Shape, SwiGLU, make, wait, with_kernel
 
 from moesaic.ops.grouped_gemm import FeedForwardWeights, SequentialGEMM, expert_of_row
 from moesaic.ops.moe_kernel import Edges, UnfusedMoEKernel
-from moesaic.ops.permute import group_by_expert, reference_unpermute
+from moesaic.ops.permute import group_by_expert
 from moesaic.ops.triton import kernel_launch
 from moesaic.ops.triton.kernel_launch import KernelOptions, LaunchContext
 from moesaic.ops.triton.tiles import Tiles, load_table
@@ -90,8 +90,9 @@ def kernel_errors(
     out = torch.empty_like(x)
     kernel_launch.unpermute_sum(y, weight=edges.weight, out=out, first=0, schedule=routes)
     y[live:] = 0
-    named = {"token": edges.token, "weight": edges.weight, "groups": edges.groups}
-    yield "home", off(out, reference_unpermute(y, num_tokens=s.tokens, **named))
+    want = torch.zeros(s.tokens, s.dim, device=device)
+    want.index_add_(0, token, y[:live].float() * w)
+    yield "unpermute", off(out, want)
     through = kernel_launch.down_backward(
         back, down, bias=down_bias, weight=edges.weight, hidden=hidden, job=job
     )
@@ -105,10 +106,10 @@ def kernel_errors(
     dots += (back[token].float() * down_bias[expert].float()).sum(1)
     yield "down back: weight", off(through.weight[routes.order[:live]], dots)
     through.hidden[live:] = torch.nan
-    to_up = kernel_launch.weight_gradient(x, through.hidden, op="up_outer", like=up, job=job)
+    to_up = kernel_launch.weight_gradient(x, through.hidden, op="up_wgrad", like=up, job=job)
     yield "up outer", off(to_up, outer(x[token], through.hidden[:live]))
     to_down = kernel_launch.weight_gradient(
-        through.scaled, back, op="down_outer", like=down, job=job
+        through.scaled, back, op="down_wgrad", like=down, job=job
     )
     yield "down outer", off(to_down, outer(through.scaled[:live], back[token]))
     to_bias = kernel_launch.bias_gradient(
@@ -132,7 +133,7 @@ def _outer(expert: Tensor, experts: int, left: Tensor, right: Tensor) -> Tensor:
 
 
 def kernel_tasks(*, device: str, tiny: bool) -> list[Task]:
-    """Checks of every kernel: dtypes, regimes, banks by descriptor, odd shapes and whole ones."""
+    """Checks of every kernel: dtypes, regimes, weights by descriptor, odd shapes and whole ones."""
     table = load_table()
     card = table["any"] if tiny else table["sm90"]
     if tiny:
@@ -165,8 +166,8 @@ def by_descriptor(tiles: Tiles) -> Tiles:
     return {op: replace(tile, tma=True) for op, tile in tiles.items()}
 
 
-def mixer_tasks(*, device: str, tiny: bool) -> list[Task]:
-    """Checks of output and gradients against the plain twin in float32."""
+def moe_kernel_tasks(*, device: str, tiny: bool) -> list[Task]:
+    """Checks of output and gradients against the unfused kernel in float32."""
     if tiny:
         problems = [(Shape(8, 40, 24, 3, 2), torch.float32, ["dropped"])]
     else:
@@ -179,12 +180,14 @@ def mixer_tasks(*, device: str, tiny: bool) -> list[Task]:
             (Shape(300, 256, 128, 8, 2), torch.float32, every),
         ]
     return [
-        partial(_check_mixer, shape, device=device, dtype=dtype, cases=cases)
+        partial(_check_moe_kernel, shape, device=device, dtype=dtype, cases=cases)
         for shape, dtype, cases in problems
     ]
 
 
-def _check_mixer(shape: Shape, *, device: str, dtype: torch.dtype, cases: list[str]) -> list[Check]:
+def _check_moe_kernel(
+    shape: Shape, *, device: str, dtype: torch.dtype, cases: list[str]
+) -> list[Check]:
     found = []
     for case in cases:
         edges = edges_for(shape, device=device, case=case)
@@ -197,11 +200,11 @@ def _check_mixer(shape: Shape, *, device: str, dtype: torch.dtype, cases: list[s
     return found
 
 
-def _both(mixer: Any, edges: Edges, leaves: list[Tensor], back: Tensor) -> list[Tensor]:
+def _both(kernel: Any, edges: Edges, leaves: list[Tensor], back: Tensor) -> list[Tensor]:
     weight = edges.weight.detach().clone().requires_grad_()
     x, up, down = leaves
     given = Edges(edges.token, weight, edges.groups, edges.num_tokens, edges.per_token)
-    out = mixer(x, edges=given, weights=FeedForwardWeights(up, down), activation=SwiGLU())
+    out = kernel(x, edges=given, weights=FeedForwardWeights(up, down), activation=SwiGLU())
     return [out.detach(), *torch.autograd.grad(out, [*leaves, weight], back)]
 
 
@@ -240,7 +243,7 @@ def _each_result(
 def no_wait(*, device: str) -> dict[str, Any]:
     """A training step of the layer, in which any wait for the device is an error."""
     p = make(STEP, device=device, dtype=torch.bfloat16)
-    ours = with_mixer(p, TritonMoEKernel(), name="ours")
+    ours = with_kernel(p, TritonMoEKernel(), name="ours")
     ours.both()
     wait()
     before = torch.cuda.get_sync_debug_mode()
@@ -257,7 +260,7 @@ def no_wait(*, device: str) -> dict[str, Any]:
 def graph(*, device: str) -> dict[str, Any]:
     """Capture a training step, replay it under other routings, compare with plain calls."""
     p = make(STEP, device=device, dtype=torch.bfloat16)
-    ours = with_mixer(p, TritonMoEKernel(), name="ours")
+    ours = with_kernel(p, TritonMoEKernel(), name="ours")
 
     def step() -> list[Tensor]:
         out = ours.forward()
@@ -287,7 +290,7 @@ def graph(*, device: str) -> dict[str, Any]:
 def same_bits(*, device: str, dtype: torch.dtype, shape: Shape) -> dict[str, Any]:
     """Two runs of forward and backward, under load, give the same bits."""
     p = make(shape, device=device, dtype=dtype)
-    ours = with_mixer(p, TritonMoEKernel(), name="ours")
+    ours = with_kernel(p, TritonMoEKernel(), name="ours")
     first = [ours.forward().detach(), *ours.both()]
     equal = True
     for _ in range(3):

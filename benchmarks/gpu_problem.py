@@ -54,7 +54,7 @@ class SwiGLU:
 
 @dataclass(frozen=True)
 class Problem:
-    """Rows, a router's answer, banks, and a gradient to bring back."""
+    """Rows, a router's answer, weights, and a gradient to bring back."""
 
     shape: Shape
     x: Tensor
@@ -111,11 +111,11 @@ def side(name: str, forward: Callable[[], Tensor], leaves: list[Tensor], back: T
     return Side(name, forward, leaves, lambda: torch.autograd.grad(forward(), leaves, back))
 
 
-def with_mixer(p: Problem, mixer: MoEKernel, *, name: str) -> Side:
-    banks = FeedForwardWeights(p.up, p.down)
+def with_kernel(p: Problem, kernel: MoEKernel, *, name: str) -> Side:
+    weights = FeedForwardWeights(p.up, p.down)
 
     def forward() -> Tensor:
-        return mixer(p.x, edges=p.edges(), weights=banks, activation=SwiGLU())
+        return kernel(p.x, edges=p.edges(), weights=weights, activation=SwiGLU())
 
     return side(name, forward, p.leaves, p.back)
 
@@ -182,10 +182,12 @@ def sides_of(
 ) -> list[Side]:
     """Every side that can be built here; the others are named with the reason."""
     builders: dict[str, Callable[[], Side]] = {
-        name: lambda name=name, tiles=tiles: with_mixer(p, TritonMoEKernel(tiles=tiles), name=name)
+        name: lambda name=name, tiles=tiles: with_kernel(p, TritonMoEKernel(tiles=tiles), name=name)
         for name, tiles in ours.items()
     }
-    builders["grouped_mm"] = lambda: with_mixer(p, UnfusedMoEKernel(GroupedMM()), name="grouped_mm")
+    builders["grouped_mm"] = lambda: with_kernel(
+        p, UnfusedMoEKernel(GroupedMM()), name="grouped_mm"
+    )
     builders["hf_grouped_mm"] = lambda: hugging_face(p)
     if scatter is not None:
         builders["scattermoe"] = lambda: scattermoe(p, scatter)

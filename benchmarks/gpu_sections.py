@@ -225,8 +225,8 @@ def prepare(run: Any, *, scattermoe: Path | None) -> dict[str, Callable[[], Any]
         "kernels": lambda: gpu_checks.verdict(
             gpu_checks.kernel_tasks(device=device, tiny=tiny), workers=workers, seconds=90
         ),
-        "mixer": lambda: gpu_checks.verdict(
-            gpu_checks.mixer_tasks(device=device, tiny=tiny), workers=workers, seconds=60
+        "moe_kernel": lambda: gpu_checks.verdict(
+            gpu_checks.moe_kernel_tasks(device=device, tiny=tiny), workers=workers, seconds=60
         ),
         "no_wait": lambda: gpu_only if tiny else gpu_checks.no_wait(device=device),
         "graph": lambda: gpu_only if tiny else gpu_checks.graph(device=device),
@@ -242,7 +242,7 @@ def prepare(run: Any, *, scattermoe: Path | None) -> dict[str, Callable[[], Any]
 
 def summary(found: dict[str, Any]) -> dict[str, Any]:
     """Whether every check that ran passed, and the ratios that the goals speak of."""
-    checks = ("kernels", "mixer", "no_wait", "graph", "same_bits")
+    checks = ("kernels", "moe_kernel", "no_wait", "graph", "same_bits")
     ran = {name: found[name] for name in checks if name in found and "skipped" not in found[name]}
     right = all(result.get("right", False) for result in ran.values())
     verdict: dict[str, Any] = {

@@ -41,17 +41,17 @@ MANY: Candidates = {
         Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 4, 4), Tile(128, 256, 64, 8, 3, group_m=4),
         Tile(64, 256, 64, 4, 4), Tile(64, 256, 64, 4, 4, tma=True), Tile(64, 128, 64, 4, 4),
     ],
-    "down_back": [
+    "down_dgrad": [
         Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4, tma=True),
         Tile(128, 64, 64, 4, 4), Tile(128, 128, 64, 4, 3), Tile(128, 256, 64, 8, 3),
         Tile(64, 128, 64, 4, 4), Tile(64, 128, 64, 4, 4, tma=True), Tile(64, 64, 64, 4, 4),
     ],
-    "up_outer": [
+    "up_wgrad": [
         Tile(128, 256, 64, 8, 5), Tile(128, 256, 64, 8, 4), Tile(256, 128, 64, 8, 5),
         Tile(128, 128, 64, 8, 5), Tile(128, 128, 64, 4, 5), Tile(128, 128, 32, 4, 6),
     ],
 }  # fmt: skip
-MANY |= {"up_back": MANY["down"], "down_outer": MANY["up_outer"]}
+MANY |= {"up_dgrad": MANY["down"], "down_wgrad": MANY["up_wgrad"]}
 FEW: Candidates = {
     "up": [
         Tile(16, 32, 128, 4, 4), Tile(16, 32, 256, 4, 3), Tile(16, 16, 256, 4, 4),
@@ -76,7 +76,7 @@ def bundles(candidates: Candidates, *, base: Tiles) -> list[Tiles]:
 
 
 def compile_one(tiles: Tiles, shape: Shape, dtype: torch.dtype, train: bool) -> int:  # noqa: FBT001
-    """Compile what the mixer would launch, without memory; return how many launches those are.
+    """Compile what the kernel would launch, without memory; return how many launches those are.
 
     Each kernel's binary goes to the cache on disk, where the timing process finds it.
     """
@@ -108,11 +108,11 @@ def meta_pass(tiles: Tiles, shape: Shape, dtype: torch.dtype, *, train: bool) ->
     weight = torch.empty(s.tokens * s.k, device="meta")
     groups = group_by_expert(expert, num_experts=s.experts)
     edges = Edges(torch.empty_like(expert), weight, groups, s.tokens, s.k)
-    banks = FeedForwardWeights(
+    weights = FeedForwardWeights(
         leaf(s.experts, s.dim, 2 * s.hidden), leaf(s.experts, s.hidden, s.dim)
     )
     x = leaf(s.tokens, s.dim)
-    out = TritonMoEKernel(tiles=tiles)(x, edges=edges, weights=banks, activation=SwiGLU())
+    out = TritonMoEKernel(tiles=tiles)(x, edges=edges, weights=weights, activation=SwiGLU())
     if train:
         out.backward(torch.empty_like(out))
 
@@ -159,14 +159,14 @@ def works_of(p: Problem, op: str, *, base: Tiles) -> Callable[[Tile], Callable[[
             "down": lambda: kernel_launch.row_matmul(
                 active, down, bias=None, transposed=False, columns=piece, job=job
             ),
-            "up_back": lambda: kernel_launch.row_matmul(
+            "up_dgrad": lambda: kernel_launch.row_matmul(
                 hidden, up, bias=None, transposed=True, columns=piece, job=job
             ),
-            "down_back": lambda: kernel_launch.down_backward(
+            "down_dgrad": lambda: kernel_launch.down_backward(
                 back, down, bias=None, weight=weight, hidden=hidden, job=job
             ),
-            "up_outer": lambda: kernel_launch.weight_gradient(x, hidden, op=op, like=up, job=job),
-            "down_outer": lambda: kernel_launch.weight_gradient(
+            "up_wgrad": lambda: kernel_launch.weight_gradient(x, hidden, op=op, like=up, job=job),
+            "down_wgrad": lambda: kernel_launch.weight_gradient(
                 active, back, op=op, like=down, job=job
             ),
         }[op]
@@ -212,7 +212,7 @@ def best(timed: Sequence[dict[str, list[dict[str, Any]]]], *, base: Tiles) -> Ti
 
     rows = min(possible, key=lambda rows: sum(least(op, rows)[0] for op in segment_ops))
     for op in ROW_TILE_OPS:
-        chosen[op] = _tile(least(op, rows)[1]) if op in cost else replace(base[op], rows=rows)
+        chosen[op] = _tile(least(op, rows)[1]) if op in cost else replace(base[op], block_m=rows)
     return chosen
 
 

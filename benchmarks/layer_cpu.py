@@ -20,8 +20,8 @@ from moesaic.bench.layer_benchmark import LayerBenchmark, run_layer_benchmark
 from moesaic.bench.layer_workload import LAYER_SHAPES
 
 BOTH = "forward+backward"
-RIVALS = ("dense-compiled", "composed", "composed-grouped_mm", "hf", "deepspeed")
-FEW = ("composed", "hf", "deepspeed")
+RIVALS = ("dense-compiled", "unfused", "unfused-grouped_mm", "hf", "deepspeed")
+FEW = ("unfused", "hf", "deepspeed")
 
 
 def questions(*, rounds: int) -> dict[str, LayerBenchmark]:
@@ -41,7 +41,7 @@ def questions(*, rounds: int) -> dict[str, LayerBenchmark]:
             made[f"C-{passes}-{threads}"] = LayerBenchmark(
                 LAYER_SHAPES["C"],
                 passes=passes,
-                against=("dense-compiled", "composed-grouped_mm", "moesaic-bfloat16", *FEW),
+                against=("dense-compiled", "unfused-grouped_mm", "moesaic-bfloat16", *FEW),
                 threads=threads,
                 rounds=3 * rounds,
             )
@@ -49,7 +49,7 @@ def questions(*, rounds: int) -> dict[str, LayerBenchmark]:
         made[f"{name}-forward-1"] = LayerBenchmark(
             LAYER_SHAPES[name],
             passes="forward",
-            against=("composed", "hf"),
+            against=("unfused", "hf"),
             threads=1,
             rounds=rounds,
         )

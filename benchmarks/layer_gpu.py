@@ -23,7 +23,7 @@ from typing import Any
 from support import machine_info
 
 SECTIONS = (  # name, seconds below which it is not begun
-    ("compile", 60), ("kernels", 20), ("mixer", 20), ("no_wait", 5), ("graph", 10),
+    ("compile", 60), ("kernels", 20), ("moe_kernel", 20), ("no_wait", 5), ("graph", 10),
     ("same_bits", 5), ("table", 30), ("decode", 15), ("memory", 10), ("tune", 40),
     ("table_tuned", 25), ("decode_tuned", 10),
 )  # fmt: skip

@@ -22,7 +22,7 @@ from moesaic.bench.machine_info import machine_info
 from moesaic.core.errors import UserError
 
 TINY = LayerShape(24, 16, 12, 4, 2)
-OURS = ["moesaic", "composed-segments", "composed-grouped_mm", "composed-padded_bmm"]
+OURS = ["moesaic", "unfused-sequential", "unfused-grouped_mm"]
 OPTIONAL = {"hf-grouped_mm": "transformers", "hf-eager": "transformers", "deepspeed": "deepspeed"}
 
 
@@ -50,14 +50,14 @@ def test_another_library_gives_our_answer_or_says_how_to_install_it(name):
 
 def test_a_question_is_answered_with_ratios_bytes_and_the_machine():
     found = run_layer_benchmark(
-        LayerBenchmark(TINY, against=["composed", "hf-eager"], rounds=2, threads=1)
+        LayerBenchmark(TINY, against=["unfused", "hf-eager"], rounds=2, threads=1)
     )
     rows = found["contenders"]
-    assert {"dense", "moesaic", "composed-segments"} <= rows.keys()
+    assert {"dense", "moesaic", "unfused-sequential"} <= rows.keys()
     assert found["dense"] == "dense"
     assert rows["dense"]["of_dense"]["median"] == 1.0
     assert rows["moesaic"]["of_moesaic"]["median"] == 1.0
-    assert rows["composed-segments"]["differs_by"] < 1e-3
+    assert rows["unfused-sequential"]["differs_by"] < 1e-3
     assert rows["moesaic"]["saved_bytes"] >= found["least_saved_bytes"] == 4 * TINY.min_saved_values
     assert {*rows, *found["absent"]} == set(found["question"]["against"])
     assert found["machine"]["load_before"] >= 0

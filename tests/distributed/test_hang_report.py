@@ -40,10 +40,10 @@ WAITING = tuple(_peer(rank, 118, inside=True) for rank in range(3))
 @pytest.mark.parametrize(
     ("state", "words"),
     [
-        ("gone", "its process 43 on a has ended without a word"),
+        ("gone", "its process 43 on a has exited without an error message"),
         ("stopped", "its process 43 on a is stopped (SIGSTOP)"),
-        ("silent", "nothing is heard of its process 43 on a"),
-        ("alive", "its process 43 on a is alive but does not go on"),
+        ("silent", "its process 43 on a sends no heartbeat"),
+        ("alive", "its process 43 on a is alive but makes no progress"),
     ],
 )
 def test_a_rank_that_did_not_come_is_named_with_what_became_of_it(state: Any, words: str) -> None:
@@ -51,7 +51,7 @@ def test_a_rank_that_did_not_come_is_named_with_what_became_of_it(state: Any, wo
     assert verdict.ranks == (3,)
     assert (verdict.op, verdict.sequence_number, verdict.step) == ("all_reduce", 118, 7)
     assert verdict.sentence.startswith(
-        "rank 3 did not come to all_reduce #118 (step 7, sum of gradients), where ranks 0-2 waited"
+        "rank 3 did not reach all_reduce #118 (step 7, sum of gradients), where ranks 0-2 waited"
     )
     last = "Rank 3 was last seen 31s ago at step 7, sum of gradients, after all_reduce #117"
     assert last in verdict.sentence
@@ -72,7 +72,7 @@ def test_a_failure_is_repeated() -> None:
 def test_a_rank_that_was_never_heard_of_is_named() -> None:
     verdict = _judge(*WAITING, Peer(3, state="silent"))
     assert verdict.ranks == (3,)
-    assert "Rank 3 was never heard of" in verdict.sentence
+    assert "Rank 3 has sent no heartbeat" in verdict.sentence
 
 
 def test_a_rank_that_waits_elsewhere_is_no_cause() -> None:
@@ -89,14 +89,14 @@ def test_a_rank_that_waits_elsewhere_is_no_cause() -> None:
     )
     assert verdict.ranks == (2,)
     assert (verdict.op, verdict.sequence_number) == ("all_to_all", 9)
-    assert "did not come to all_to_all #9" in verdict.sentence
+    assert "did not reach all_to_all #9" in verdict.sentence
     assert "where rank 1 waited" in verdict.sentence
 
 
 def test_several_lost_ranks_are_named_together() -> None:
     verdict = _judge(*WAITING[:2], _peer(2, 117, state="gone"), _peer(3, 117, state="gone"))
     assert verdict.ranks == (2, 3)
-    assert verdict.sentence.startswith("ranks 2-3 did not come to all_reduce #118")
+    assert verdict.sentence.startswith("ranks 2-3 did not reach all_reduce #118")
 
 
 def test_where_nobody_is_missing_all_places_and_torchs_words_are_given() -> None:

@@ -27,5 +27,5 @@ def test_runs_are_neighbours_and_their_places_are_groups() -> None:
 
 
 def test_runs_come_out_even() -> None:
-    with pytest.raises(ValueError, match="1 ranks cannot be cut into runs of 2"):
+    with pytest.raises(ValueError, match="1 ranks cannot be split into runs of 2"):
         split_group(None, inner_size=2)

@@ -76,8 +76,8 @@ def test_a_rank_that_is_waited_for_is_said_at_half_of_the_patience(
     monkeypatch: pytest.MonkeyPatch, inside: bool
 ) -> None:
     (warning,) = _said_while_rank_1_is_away(monkeypatch, inside=inside)
-    assert "nothing has moved for" in warning
-    assert "rank 1 did not come to all_reduce #1 (step 3, forward)" in warning
+    assert "no progress for" in warning
+    assert "rank 1 did not reach all_reduce #1 (step 3, forward)" in warning
     assert ("where rank 0 waited" in warning) == inside
 
 
@@ -116,10 +116,10 @@ def test_a_rank_of_another_machine_is_known_by_its_beats(monkeypatch: pytest.Mon
     here.start()
     there.start()
     here.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
-    assert "is alive but does not go on" in here._find_lost_ranks().sentence
+    assert "is alive but makes no progress" in here._find_lost_ranks().sentence
     there.close()
     sentence = here._find_lost_ranks().sentence
-    assert f"nothing is heard of its process {os.getpid()} on there" in sentence
+    assert f"its process {os.getpid()} on there sends no heartbeat" in sentence
     here.close()
     del server
 

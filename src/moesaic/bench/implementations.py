@@ -92,7 +92,7 @@ def unfused(gemm: str) -> Callable[[LayerWorkload], Implementation]:
     """The path without a compiler, with the engine of a name."""
 
     def make(problem: LayerWorkload) -> Implementation:
-        return _moe_layer(f"composed-{gemm}", problem, kernel=UnfusedMoEKernel(GROUPED_GEMMS[gemm]))
+        return _moe_layer(f"unfused-{gemm}", problem, kernel=UnfusedMoEKernel(GROUPED_GEMMS[gemm]))
 
     return make
 

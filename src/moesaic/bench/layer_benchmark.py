@@ -38,15 +38,14 @@ IMPLEMENTATIONS: dict[str, ImplementationFactory] = {
     "moesaic": implementations.moesaic,
     "moesaic-bfloat16": implementations.moesaic_bfloat16,
     "moesaic-zipf": implementations.moesaic_zipf,
-    "composed-segments": implementations.unfused("segments"),
-    "composed-grouped_mm": implementations.unfused("grouped_mm"),
-    "composed-padded_bmm": implementations.unfused("padded_bmm"),
+    "unfused-sequential": implementations.unfused("sequential"),
+    "unfused-grouped_mm": implementations.unfused("grouped_mm"),
     "hf-grouped_mm": implementations.hugging_face("grouped_mm"),
     "hf-eager": implementations.hugging_face("eager"),
     "deepspeed": implementations.deepspeed,
     "read-weights": implementations.read_weights,
 }
-ALIASES = {"hf": "hf-grouped_mm", "composed": "composed-segments"}
+ALIASES = {"hf": "hf-grouped_mm", "unfused": "unfused-sequential"}
 DECODING_MAX_ROWS = 16  # rows per expert up to which reading the weights is what counts
 
 
@@ -56,7 +55,7 @@ class LayerBenchmark:
 
     shape: LayerShape
     passes: Passes = "forward+backward"
-    against: Sequence[str] = ("dense-compiled", "composed", "hf", "deepspeed")
+    against: Sequence[str] = ("dense-compiled", "unfused", "hf", "deepspeed")
     skew: Skew = "none"
     dtype: torch.dtype = torch.float32
     threads: int = 0

@@ -29,7 +29,7 @@ def layer(
     against: Annotated[
         str,
         typer.Option(help="Other implementations, comma-separated; dense and moesaic always run."),
-    ] = "dense-compiled,composed,hf,deepspeed",
+    ] = "dense-compiled,unfused,hf,deepspeed",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: the default of torch.")] = 0,
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each implementation.")] = 9,
     backward: Annotated[bool, typer.Option("--backward/--forward-only")] = True,

@@ -1,6 +1,6 @@
 """``moesaic routes``: show, count and compare files of recorded routing."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ from moesaic.cli.shared_options import JsonOption, command_app, print_result, pr
 from moesaic.core.errors import UserError
 from moesaic.core.units import show_bytes
 from moesaic.data.tokenizer import Tokenizer
-from moesaic.evaluate.routing_analysis import RoutingAnalysis, count_expert_usage, describe_usage
+from moesaic.evaluate.routing_analysis import RoutingAnalysis, describe_usage
 from moesaic.moe.routing_agreement import RoutingAgreement, compare_routes
 from moesaic.monitor.expert_usage import LayerUsage, summarize_load
 from moesaic.serve.translator import routed_experts, token_text
@@ -72,21 +72,17 @@ def stats(
 
     Example: [cyan]moesaic routes stats out.routes[/]
     """
-    file, insight = RoutesFile(path), RoutingAnalysis()
-
-    def counted() -> Iterator[Any]:
-        for routes in file:
-            insight.add(routes)
-            yield routes
-
-    counts = count_expert_usage(counted(), languages=file.languages)
-    layers = counts.layers()
+    file = RoutesFile(path)
+    analysis = RoutingAnalysis(file.languages)
+    for routes in file:
+        analysis.add(routes)
+    layers = analysis.usage.layers()
     text = _token_decoder(tokenizer)
     value = {
         "summary": summarize_load(layers),
         "layers": {layer.layer: _load_numbers(layer) for layer in layers},
-        "languages": describe_usage(counts)["layers"],
-        "insight": insight.to_dict(show=text)["layers"],
+        "languages": describe_usage(analysis.usage),
+        "insight": analysis.to_dict(show=text)["layers"],
     }
     print_result(value, as_json=as_json, show=lambda console: _show_stats(value, console))
 

@@ -1,5 +1,5 @@
-"""Ranks: how a process finds its place among others, and what they add up together.
+"""Process groups, collectives, launch and fault detection of distributed runs.
 
-May import ``core`` only. Start with ``launch.py``: ``join()`` returns a ``World``; one process
-alone gets a ``World`` too, so nothing above asks whether training is distributed.
+May import ``core`` only. Start with ``initialize.py``: ``init_distributed()`` yields a ``World``,
+for a single process too, so callers need no branch on whether training is distributed.
 """

@@ -1,14 +1,15 @@
-"""Collectives that differentiate: the backward of a movement is the movement back.
+"""Differentiable collectives: the backward pass of each one is its dual collective.
 
-Rows move between the ranks of one group in blocks of any size, none at all included. Every rank of
-the group calls the same functions in the same order. ``None`` and a group of one rank move nothing.
+Rows move between the ranks of one group in blocks of any size, zero included. Every rank of the
+group calls the same functions in the same order. ``None`` and a group of one rank move nothing.
 Sums over ranks are made in rank order and, below float32, in float32: the same bits every time.
 
-Letters: R rows given, S rows returned, D what a row is (any shape).
+Letters: R rows given, S rows returned, D the shape of a row (any).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +26,8 @@ try:
 except ImportError:  # before torch 2.13
     from torch.distributed import all_gather_into_tensor as _all_gather
 
+_Function = Callable[[Tensor], Tensor]
+
 
 def all_to_all(
     x: Shaped[Tensor, "R *D"],
@@ -33,21 +36,26 @@ def all_to_all(
     input_splits: Sequence[int],
     output_splits: Sequence[int],
 ) -> Shaped[Tensor, "S *D"]:
-    """Send ``sent[r]`` rows to rank r, in order, and receive ``received[r]`` rows from it."""
+    """Send ``input_splits[r]`` rows to rank r, in order; receive ``output_splits[r]`` from it."""
     if group_size(group) == 1:
         return x
-    return _AllToAll.apply(x, group, tuple(input_splits), tuple(output_splits))
+    sizes, received = tuple(input_splits), tuple(output_splits)
+    return _Collective.apply(
+        x,
+        partial(_all_to_all, group=group, input_splits=sizes, output_splits=received),
+        partial(_all_to_all, group=group, input_splits=received, output_splits=sizes),
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class AsyncRows:
-    """Rows that are on their way."""
+    """The rows of an all-to-all that may still be in progress."""
 
     rows: Tensor
     work: Any
 
     def wait(self) -> Shaped[Tensor, "S *D"]:
-        """Return the rows when they are here; on a GPU its stream waits, not the host."""
+        """Return the rows once received; on a GPU its stream waits, not the host."""
         if self.work is not None:
             self.work.wait()
         return self.rows
@@ -60,7 +68,7 @@ def all_to_all_async(
     input_splits: Sequence[int],
     output_splits: Sequence[int],
 ) -> AsyncRows:
-    """Begin an ``all_to_all`` and return at once. Not differentiable; ``x`` must stay as it is."""
+    """Start an ``all_to_all`` and return at once. Not differentiable; ``x`` must not change."""
     if group_size(group) == 1:
         return AsyncRows(x, None)
     out = x.new_empty(sum(output_splits), *x.shape[1:])
@@ -75,11 +83,12 @@ def all_gather_rows(
 ) -> Shaped[Tensor, "S *D"]:
     """Return the rows of all ranks in rank order; rank r gives ``sizes[r]`` of them.
 
-    A row's gradient is the sum over all ranks of what they found for it.
+    The gradient of a row is the sum over all ranks (a reduce-scatter).
     """
     if group_size(group) == 1:
         return x
-    return _AllGatherRows.apply(x, group, tuple(sizes))
+    gather = partial(_all_gather_blocks, group=group, sizes=tuple(sizes))
+    return _Collective.apply(x, gather, partial(_reduce_scatter_blocks, **gather.keywords))
 
 
 def reduce_scatter_rows(
@@ -88,83 +97,46 @@ def reduce_scatter_rows(
     """Return the sum over ranks of this rank's block of rows; block r has ``sizes[r]`` rows."""
     if group_size(group) == 1:
         return x
-    return _ReduceScatterRows.apply(x, group, tuple(sizes))
+    scatter = partial(_reduce_scatter_blocks, group=group, sizes=tuple(sizes))
+    return _Collective.apply(x, scatter, partial(_all_gather_blocks, **scatter.keywords))
 
 
 def reduce_from_group(x: Shaped[Tensor, "*D"], *, group: Group) -> Shaped[Tensor, "*D"]:
-    """Return the sum over ranks of parts of one value. The gradient of a part is that of the sum,
-    which every rank must hold alike.
+    """Return the sum over ranks of partial values (an all-reduce).
+
+    The gradient of each part is the gradient of the sum, which must be the same on every rank.
     """
-    return x if group_size(group) == 1 else _ReduceFromGroup.apply(x, group)
+    if group_size(group) == 1:
+        return x
+    return _Collective.apply(x, partial(_all_reduce, group=group), _identity)
 
 
 def copy_to_group(x: Shaped[Tensor, "*D"], *, group: Group) -> Shaped[Tensor, "*D"]:
-    """Return a value that all ranks hold alike and each uses in part: its gradients are summed."""
-    return x if group_size(group) == 1 else _CopyToGroup.apply(x, group)
+    """Return a value that is the same on all ranks, each of which uses it for a part.
+
+    Its gradients are summed over ranks (an all-reduce).
+    """
+    if group_size(group) == 1:
+        return x
+    return _Collective.apply(x, _identity, partial(_all_reduce, group=group))
 
 
-class _AllToAll(torch.autograd.Function):
+class _Collective(torch.autograd.Function):
+    """Applies ``forward_fn`` to a tensor and ``backward_fn`` to the gradient of the result."""
+
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, group: Group, sent: tuple[int, ...], received: tuple[int, ...]
-    ) -> Tensor:
-        ctx.group, ctx.sent, ctx.received = group, sent, received
-        return _all_to_all(x, group=group, input_splits=sent, output_splits=received)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        way_back = _all_to_all(
-            grads[0], group=ctx.group, input_splits=ctx.received, output_splits=ctx.sent
-        )
-        return way_back, None, None, None
-
-
-class _AllGatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, sizes: tuple[int, ...]) -> Tensor:
-        ctx.group, ctx.sizes = group, sizes
-        return _all_gather_blocks(x, group=group, sizes=sizes)
+    def forward(ctx: Any, x: Tensor, forward_fn: _Function, backward_fn: _Function) -> Tensor:
+        ctx.backward_fn = backward_fn
+        return forward_fn(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _reduce_scatter_blocks(grads[0], group=ctx.group, sizes=ctx.sizes), None, None
+        return ctx.backward_fn(grads[0]), None, None
 
 
-class _ReduceScatterRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, sizes: tuple[int, ...]) -> Tensor:
-        ctx.group, ctx.sizes = group, sizes
-        return _reduce_scatter_blocks(x, group=group, sizes=sizes)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _all_gather_blocks(grads[0], group=ctx.group, sizes=ctx.sizes), None, None
-
-
-class _ReduceFromGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:  # noqa: ARG004
-        return _all_reduce(x, group=group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: ARG004  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grads[0], None
-
-
-class _CopyToGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _all_reduce(grads[0], group=ctx.group), None
+def _identity(x: Tensor) -> Tensor:
+    return x.view_as(x)
 
 
 def _all_to_all(
@@ -180,21 +152,22 @@ def _all_to_all(
 
 def _all_gather_blocks(x: Tensor, *, group: Group, sizes: tuple[int, ...]) -> Tensor:
     ranks = len(sizes)
-    if all(here == there for here, there in pairwise(sizes)):
+    if all(size == following for size, following in pairwise(sizes)):
         out = x.new_empty(sum(sizes), *x.shape[1:])
         with record_collective("all_gather", group=group):
             _all_gather(out, x.contiguous(), group=group)
         return out
-    # gloo has no gather of unequal blocks; sending one's own to all costs the same bytes
+    # gloo has no all-gather of unequal blocks; an all-to-all of copies sends the same bytes
     copies = x.repeat(ranks, *[1] * (x.dim() - 1))
     return _all_to_all(copies, group=group, input_splits=(x.shape[0],) * ranks, output_splits=sizes)
 
 
 def _reduce_scatter_blocks(x: Tensor, *, group: Group, sizes: tuple[int, ...]) -> Tensor:
-    """A reduce-scatter as an all-to-all and a sum here: the same bytes, any sizes, one order."""
-    own = sizes[group_rank(group)]
-    parts = _all_to_all(x, group=group, input_splits=sizes, output_splits=(own,) * len(sizes))
-    parts = parts.view(len(sizes), own, *x.shape[1:])
+    """Do a reduce-scatter as an all-to-all and a local sum: same bytes, any sizes, one order."""
+    own_size = sizes[group_rank(group)]
+    parts = _all_to_all(
+        x, group=group, input_splits=sizes, output_splits=(own_size,) * len(sizes)
+    ).view(len(sizes), own_size, *x.shape[1:])
     if not x.dtype.is_floating_point:
         return parts.sum(0, dtype=x.dtype)
     return parts.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)

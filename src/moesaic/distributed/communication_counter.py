@@ -1,10 +1,10 @@
-"""Wire: counts the bytes that this rank's collectives send, by kind, axis and receiver.
+"""Communication counter: the bytes that this rank's collectives send, by kind, axis and receiver.
 
-It sees every collective of torch, whoever calls it: ours, FSDP2's, DTensor's; the backward pass
-included, and under fake tensors in a fake process group, where nothing is sent at all. What is
-counted is what a rank has to send where no link carries a byte twice: an all-to-all sends each
-block to its owner, and gathers, scatters and sums go around a ring, each rank sending to the next
-of its group. A rank's own block is not sent.
+It counts every collective of torch, also those of FSDP2 and DTensor, in forward and backward, and
+under fake tensors in a fake process group, where nothing is sent. Counted is what a rank has to
+send where no link carries a byte twice: an all-to-all sends each block to its owner; all-gather,
+reduce-scatter and all-reduce are rings, in which each rank sends to the next of its group. A rank's
+own block is not sent.
 """
 
 import sys
@@ -21,6 +21,8 @@ from moesaic.core.shapes import Tensor
 from moesaic.distributed.process_groups import Group
 
 NAMESPACES = ("c10d", "_c10d_functional")
+# (arguments of a collective, its group) -> pairs of (rank in the group, bytes sent to it)
+_BlocksSent = Callable[[Mapping[str, Any], Any], Iterator[tuple[int, int]]]
 _INPUT_NAMES = (
     "input",
     "inputs",
@@ -34,7 +36,7 @@ _INPUT_NAMES = (
 
 @dataclass(frozen=True, slots=True)
 class SentBytes:
-    """Bytes of ``dtype`` that went to the global rank ``to`` over an axis, and how."""
+    """Bytes of ``dtype`` sent to the global rank ``destination`` over an axis, by kind of call."""
 
     kind: str
     axis: str
@@ -44,10 +46,10 @@ class SentBytes:
 
 
 class CommunicationCounter(TorchDispatchMode):
-    """While it is entered, counts what this rank sends.
+    """Dispatch mode that counts what this rank sends while it is entered.
 
-    ``axes`` names groups; others go by their description (an axis of a DeviceMesh by its name).
-    Counts stay after leaving, and entering again adds to them.
+    ``axes`` names groups; other groups have their description as name (a DeviceMesh's axis name).
+    Counts remain after exit, and entering again adds to them.
     """
 
     def __init__(self, *, axes: Mapping[str, Group] | None = None) -> None:
@@ -58,13 +60,13 @@ class CommunicationCounter(TorchDispatchMode):
         self._calls: Counter[str] = Counter()
 
     def entries(self) -> list[SentBytes]:
-        """Return what was sent so far, sorted."""
+        """Return all counts so far, sorted."""
         return [SentBytes(*key, size) for key, size in sorted(self._bytes.items()) if size]
 
     def total_bytes(
         self, *, kind: str | None = None, axis: str | None = None, dtype: torch.dtype | None = None
     ) -> int:
-        """Return the bytes sent: of one kind, over one axis or of one dtype if it is named."""
+        """Return the bytes sent, of one kind, axis or dtype if named."""
         return sum(
             line.bytes
             for line in self.entries()
@@ -74,11 +76,11 @@ class CommunicationCounter(TorchDispatchMode):
         )
 
     def num_calls(self, kind: str) -> int:
-        """Return how many collectives of a kind were called."""
+        """Return the number of calls of a kind."""
         return self._calls[kind]
 
     def inter_node_bytes(self, *, ranks_per_node: int, dtype: torch.dtype | None = None) -> int:
-        """Return the bytes sent to other nodes, where consecutive ranks share a node."""
+        """Return the bytes sent to other nodes of ``ranks_per_node`` consecutive ranks."""
         node = distributed.get_rank() // ranks_per_node
         return sum(
             line.bytes
@@ -94,9 +96,9 @@ class CommunicationCounter(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        dtensor = sys.modules.get("torch.distributed.tensor")  # unused while nobody imported it
+        dtensor = sys.modules.get("torch.distributed.tensor")  # None until something imports it
         if dtensor is not None and any(issubclass(kind, dtensor.DTensor) for kind in types):
-            return NotImplemented  # what it consists of comes here one by one
+            return NotImplemented  # its local tensors arrive here one by one
         out = func(*args, **(kwargs or {}))
         if func.namespace in NAMESPACES:
             self._count(func, args, kwargs or {})
@@ -124,16 +126,13 @@ def _collective_kind(name: str) -> str | None:
 
 
 def _call_group(call: Mapping[str, Any]) -> distributed.ProcessGroup:
-    given = call["process_group"] if "process_group" in call else call["group_name"]
-    if isinstance(given, str):
-        return _resolve_group(given)
-    if isinstance(given, distributed.ProcessGroup):
-        return given
-    return distributed.ProcessGroup.unbox(given)
-
-
-def _resolve_group(name: Any) -> distributed.ProcessGroup:
-    return distributed.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportPrivateImportUsage]
+    group = call["process_group"] if "process_group" in call else call["group_name"]
+    if isinstance(group, str):
+        resolve: Any = distributed.distributed_c10d._resolve_process_group  # pyright: ignore[reportPrivateImportUsage]
+        return resolve(group)
+    if isinstance(group, distributed.ProcessGroup):
+        return group
+    return distributed.ProcessGroup.unbox(group)
 
 
 def _axis_name(group: distributed.ProcessGroup) -> str:
@@ -142,7 +141,7 @@ def _axis_name(group: distributed.ProcessGroup) -> str:
 
 
 def _num_bytes(value: Any) -> int:
-    """Bytes of a tensor or of lists of tensors."""
+    """Return the bytes of a tensor or of nested lists of tensors."""
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
     return sum(_num_bytes(each) for each in value)
@@ -157,78 +156,69 @@ def _first_tensor(value: Any) -> Tensor:
 
 
 def _all_to_all_blocks(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:
-    """An all-to-all: block r goes to rank r."""
-    given = _input_of(call)
-    if not isinstance(given, torch.Tensor):
-        yield from ((place, _num_bytes(block)) for place, block in enumerate(given))
+    """All-to-all: block r goes to rank r."""
+    tensors = _input_of(call)
+    if not isinstance(tensors, torch.Tensor):
+        yield from ((place, _num_bytes(block)) for place, block in enumerate(tensors))
         return
-    rows = call.get("input_split_sizes") or [_even_split(given, group)] * group.size()
-    row = _num_bytes(given) // max(given.shape[0], 1)
+    rows = call.get("input_split_sizes") or [tensors.shape[0] // group.size()] * group.size()
+    row = _num_bytes(tensors) // max(tensors.shape[0], 1)
     yield from ((place, int(count) * row) for place, count in enumerate(rows))
 
 
-def _even_split(given: Tensor, group: Any) -> int:
-    return given.shape[0] // group.size()
+def _ring(volume: Callable[[int, int], int]) -> _BlocksSent:
+    """Ring: ``volume(bytes, ranks)`` bytes go to the next rank."""
 
-
-def _ring_blocks(times: Callable[[int, int], int]) -> Callable[..., Iterator[tuple[int, int]]]:
-    """A ring: everything goes to the next rank; ``times(bytes, ranks)`` says how much it is."""
-
-    def sent(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:
+    def blocks(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:
         ranks = group.size()
-        yield (group.rank() + 1) % ranks, times(_num_bytes(_input_of(call)), ranks)
+        yield (group.rank() + 1) % ranks, volume(_num_bytes(_input_of(call)), ranks)
 
-    return sent
+    return blocks
 
 
 def _reduce_scatter_blocks(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:
-    """A ring that sums: all blocks pass but this rank's own, which ends here."""
-    given, ranks = _input_of(call), group.size()
-    blocks = given[0] if call.get("input_tensors") is not None else None
-    own = _num_bytes(blocks[group.rank()]) if blocks is not None else _num_bytes(given) // ranks
-    yield (group.rank() + 1) % ranks, _num_bytes(given) - own
+    """Ring reduce-scatter: all blocks but this rank's own go to the next rank."""
+    tensors, ranks = _input_of(call), group.size()
+    blocks = tensors[0] if call.get("input_tensors") is not None else None
+    own = _num_bytes(blocks[group.rank()]) if blocks is not None else _num_bytes(tensors) // ranks
+    yield (group.rank() + 1) % ranks, _num_bytes(tensors) - own
 
 
 def _broadcast_blocks(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:
-    """One rank sends the same to every other."""
+    """Broadcast: one rank sends the same to every other."""
     if group.rank() == call.get("root_rank", call.get("src")):
         yield from ((place, _num_bytes(_input_of(call))) for place in range(group.size()))
 
 
-def _reduce_blocks(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:  # noqa: ARG001
-    """Every rank sends its own to one."""
-    yield call["root_rank"], _num_bytes(_input_of(call))
+def _to_rank(argument: str) -> _BlocksSent:
+    """Everything goes to the rank that an argument of the call names."""
+    return lambda call, _: iter([(call[argument], _num_bytes(_input_of(call)))])
 
 
 def _scatter_blocks(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:
-    """One rank sends to every other a block of its own."""
+    """Scatter: one rank sends a block to every other."""
     if group.rank() == call["root_rank"]:
         yield from (
             (place, _num_bytes(block)) for place, block in enumerate(call["input_tensors"][0])
         )
 
 
-def _send_blocks(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:  # noqa: ARG001
-    """A message."""
-    yield call["dst"], _num_bytes(_input_of(call))
-
-
 def _batch_p2p_blocks(call: Mapping[str, Any], group: Any) -> Iterator[tuple[int, int]]:  # noqa: ARG001
-    """Several messages at once; what comes is in the list as well."""
+    """Batched point-to-point calls; the list holds receives too."""
     every = zip(call["op_list"], call["peer_list"], call["tensors"], strict=True)
     yield from ((peer, _num_bytes(tensor)) for op, peer, tensor in every if op == "isend")
 
 
-BLOCKS_SENT: dict[str, Callable[[Mapping[str, Any], Any], Iterator[tuple[int, int]]]] = {
+BLOCKS_SENT: dict[str, _BlocksSent] = {
     "all-to-all": _all_to_all_blocks,
-    "all-gather": _ring_blocks(lambda size, ranks: size * (ranks - 1)),
+    "all-gather": _ring(lambda size, ranks: size * (ranks - 1)),
     "reduce-scatter": _reduce_scatter_blocks,
-    "all-reduce": _ring_blocks(lambda size, ranks: 2 * size * (ranks - 1) // ranks),
-    "reduce": _reduce_blocks,
+    "all-reduce": _ring(lambda size, ranks: 2 * size * (ranks - 1) // ranks),
+    "reduce": _to_rank("root_rank"),
     "broadcast": _broadcast_blocks,
-    "gather": _reduce_blocks,
+    "gather": _to_rank("root_rank"),
     "scatter": _scatter_blocks,
-    "send": _send_blocks,
-    "isend": _send_blocks,
+    "send": _to_rank("dst"),
+    "isend": _to_rank("dst"),
     "batch-p2p": _batch_p2p_blocks,
 }

@@ -1,4 +1,4 @@
-"""Forked: functions on N CPU ranks (gloo), forked from this process; failures are raised here."""
+"""Run functions on N CPU ranks (gloo), forked from this process; failures are raised here."""
 
 import importlib
 import os
@@ -29,27 +29,23 @@ def run_on_ranks(
     timeout_s: float = 60.0,
     collective_timeout_s: float | None = None,
 ) -> list[Any]:
-    """Run ``function(*arguments)`` on ``world`` ranks; return their results in rank order.
+    """Run ``function(*arguments)`` on ``world_size`` ranks; return their results in rank order.
 
-    Results travel by pickle through a file of ours. Forked, so ``function`` may be local and starts
-    in 0.05 s; the ranks meet in a file, so no port is needed. ``collective_timeout_s`` is how long a
-    collective waits. Raises RankError.
+    Results are pickled to files. Ranks are forked, so ``function`` may be a local one and starts in
+    0.05 s; their store is a file, so no port is needed. ``collective_timeout_s`` is the timeout of
+    collectives. Raises RankError.
     """
-
-    def once(case: tuple[Any, ...]) -> Any:
-        return function(*case)
-
-    cases = run_cases_on_ranks(
+    outcomes = run_cases_on_ranks(
         world_size,
-        once,
+        lambda case: function(*case),
         [arguments],
         timeout_s=timeout_s,
         collective_timeout_s=collective_timeout_s,
     )
-    found = next(iter(cases))
-    if isinstance(found, RankError):
-        raise found
-    return found
+    outcome = next(iter(outcomes))
+    if isinstance(outcome, RankError):
+        raise outcome
+    return outcome
 
 
 def run_cases_on_ranks(
@@ -60,51 +56,34 @@ def run_cases_on_ranks(
     timeout_s: float = 60.0,
     collective_timeout_s: float | None = None,
 ) -> Iterator[list[Any] | RankError]:
-    """Yield for each case what ``function(case)`` returned on each rank, or why it did not.
+    """Yield for each case what ``function(case)`` returned on each rank, or its failure.
 
     The ranks are forked once, and again after a case that failed or took over ``timeout_s``; each
-    case has a process group of its own, so nothing of one is left in the next.
+    case has its own process group, so that no state passes to the next.
     """
-    done = 0
-    while done < len(cases):
-        for found in _run_until_failure(
-            world_size,
-            function,
-            cases,
-            first=done,
-            timeouts=(timeout_s, collective_timeout_s or timeout_s),
-        ):
-            done += 1
-            yield found
-
-
-def _run_until_failure(
-    world_size: int,
-    function: Callable[[Any], Any],
-    cases: Sequence[Any],
-    *,
-    first: int,
-    timeouts: tuple[float, float],
-) -> Iterator[list[Any] | RankError]:
-    """Fork the ranks, and yield what became of the cases from ``first`` on, a failure last."""
-    timeout_s, patience_s = timeouts
-    with tempfile.TemporaryDirectory() as folder:
-        job = _ForkedRanks(Path(folder), world_size, function, cases, first, patience_s)
-        ranks = _fork_ranks(job)
-        try:
-            for number in range(first, len(cases)):
-                found = _case_outcome(job, number, ranks=ranks, timeout_s=timeout_s)
-                yield found
-                if isinstance(found, RankError):
-                    return
-        finally:
-            for process in ranks:
-                process.kill()
-                process.join()
+    first = 0
+    while first < len(cases):
+        with tempfile.TemporaryDirectory() as folder:
+            collective_s = collective_timeout_s or timeout_s
+            ranks = _ForkedRanks(Path(folder), world_size, function, cases, first, collective_s)
+            processes = ranks.fork()
+            try:
+                for number in range(first, len(cases)):
+                    first = number + 1
+                    outcome = ranks.outcome(number, processes=processes, timeout_s=timeout_s)
+                    yield outcome
+                    if isinstance(outcome, RankError):
+                        break
+            finally:
+                for process in processes:
+                    process.kill()
+                    process.join()
 
 
 @dataclass(frozen=True, slots=True)
 class _ForkedRanks:
+    """Ranks that run the cases from ``first`` on, until one fails."""
+
     folder: Path
     world_size: int
     function: Callable[[Any], Any]
@@ -112,8 +91,33 @@ class _ForkedRanks:
     first: int
     collective_timeout_s: float
 
-    def run(self, rank: int) -> None:
-        """Be one rank, and leave a result of each case in the folder, or the first failure."""
+    def fork(self) -> list[BaseProcess]:
+        # torch.optim imports it when first used, which would take each fork seconds
+        importlib.import_module("torch._dynamo")
+        context = get_context("fork")
+        processes: list[BaseProcess] = [
+            context.Process(target=self._run, args=(rank,)) for rank in range(self.world_size)
+        ]
+        for process in processes:
+            process.start()
+        return processes
+
+    def outcome(
+        self, number: int, *, processes: Sequence[BaseProcess], timeout_s: float
+    ) -> list[Any] | RankError:
+        """Wait for the results of all ranks, the timeout, or an exit (and the others' errors)."""
+        results = self._paths(number, "result")
+        deadline, exited = time.monotonic() + timeout_s, False
+        while not all(path.exists() for path in results):
+            if time.monotonic() > deadline:
+                return RankError(self._failure_text(number, processes=processes))
+            if not exited and any(process.exitcode for process in processes):
+                exited, deadline = True, min(deadline, time.monotonic() + 1.0)
+            time.sleep(0.005)
+        return [pickle.loads(path.read_bytes()) for path in results]
+
+    def _run(self, rank: int) -> None:
+        """Run as one rank: write the result of each case, or the first failure, to the folder."""
         torch.set_num_threads(1)
         number = self.first
         try:
@@ -122,13 +126,9 @@ class _ForkedRanks:
             code = 0
         except BaseException:
             text = f"{time.time()}\n{traceback.format_exc()}"
-            self.path(number, rank, "failure").write_text(text)
+            self._paths(number, "failure")[rank].write_text(text)
             code = 1
-        os._exit(code)  # no clean-up of the parent's test runner in its fork
-
-    def path(self, number: int, rank: int, kind: str) -> Path:
-        """Return where a rank leaves what became of a case."""
-        return self.folder / f"{number}.{rank}.{kind}"
+        os._exit(code)  # without the exit handlers of the parent's test runner
 
     def _run_case(self, rank: int, number: int) -> None:
         distributed.init_process_group(
@@ -139,50 +139,27 @@ class _ForkedRanks:
             timeout=timedelta(seconds=self.collective_timeout_s),
         )
         result = pickle.dumps(self.function(self.cases[number]))
-        distributed.barrier()  # a quick rank must not tear down while others still connect
+        distributed.barrier()  # a fast rank must not close connections that others still use
         distributed.destroy_process_group()
-        part = self.path(number, rank, "part")
-        part.write_bytes(result)
-        part.rename(self.path(number, rank, "result"))
+        partial_file = self._paths(number, "part")[rank]
+        partial_file.write_bytes(result)
+        partial_file.rename(self._paths(number, "result")[rank])
 
+    def _paths(self, number: int, kind: str) -> list[Path]:
+        """Return the files, one a rank, for outcomes of one kind of a case."""
+        return [self.folder / f"{number}.{rank}.{kind}" for rank in range(self.world_size)]
 
-def _fork_ranks(job: _ForkedRanks) -> list[BaseProcess]:
-    # torch.optim imports it when first used: seconds that each fork would pay
-    importlib.import_module("torch._dynamo")
-    fork = get_context("fork")
-    ranks: list[BaseProcess] = [
-        fork.Process(target=job.run, args=(r,)) for r in range(job.world_size)
-    ]
-    for process in ranks:
-        process.start()
-    return ranks
-
-
-def _case_outcome(
-    job: _ForkedRanks, number: int, *, ranks: Sequence[BaseProcess], timeout_s: float
-) -> list[Any] | RankError:
-    """Wait until all ranks have a result, it is late, or one has ended (and the others said so)."""
-    results = [job.path(number, rank, "result") for rank in range(job.world_size)]
-    until, ended = time.monotonic() + timeout_s, False
-    while not all(path.exists() for path in results):
-        if time.monotonic() > until:
-            return RankError(_failure_text(job, number, ranks=ranks))
-        if not ended and not all(process.is_alive() for process in ranks):
-            ended = any(process.exitcode for process in ranks)
-            until = min(until, time.monotonic() + 1.0) if ended else until
-        time.sleep(0.005)
-    return [pickle.loads(path.read_bytes()) for path in results]
-
-
-def _failure_text(job: _ForkedRanks, number: int, *, ranks: Sequence[BaseProcess]) -> str:
-    paths = [job.path(number, rank, "failure") for rank in range(job.world_size)]
-    for rank, (process, path) in enumerate(zip(ranks, paths, strict=True)):
-        if process.exitcode and not path.exists():  # others only say that it is gone
-            return f"rank {rank} died with exit code {process.exitcode}"
-    said = [
-        (path.read_text().partition("\n"), rank) for rank, path in enumerate(paths) if path.exists()
-    ]
-    if said:
-        (_, _, text), rank = min(said, key=lambda found: float(found[0][0]))
+    def _failure_text(self, number: int, *, processes: Sequence[BaseProcess]) -> str:
+        paths = self._paths(number, "failure")
+        for rank, (process, path) in enumerate(zip(processes, paths, strict=True)):
+            if process.exitcode and not path.exists():  # the others only report that it is gone
+                return f"rank {rank} died with exit code {process.exitcode}"
+        failures = [
+            (path.read_text().partition("\n"), rank)
+            for rank, path in enumerate(paths)
+            if path.exists()
+        ]
+        if not failures:
+            return "the ranks did not end in time"
+        (_, _, text), rank = min(failures, key=lambda failure: float(failure[0][0]))
         return f"rank {rank} failed:\n{text}"
-    return "the ranks did not end in time"

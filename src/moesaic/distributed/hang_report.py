@@ -1,7 +1,7 @@
-"""Verdict: from what every rank did last to the one that the others wait for, in a sentence.
+"""Hang report: which ranks the others wait for, from the heartbeats of all ranks, in a sentence.
 
-A rank that waits in a collective is no cause: the search goes from it to the members that did not
-come, and on from those that wait elsewhere, until it finds ranks that wait for nobody.
+A rank that waits in a collective is not the cause: the search continues from it to the members of
+its group that have not entered the collective, until it reaches ranks that wait for nobody.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,20 +14,21 @@ from moesaic.distributed.heartbeat import Heartbeat
 
 ProcessState = Literal["alive", "stopped", "gone", "silent"]
 RESUME_HINT = (
-    "The last checkpoint is whole: start the same command again with --resume auto (torchrun "
+    "The last checkpoint is complete: start the same command again with --resume auto (torchrun "
     "--max-restarts does it by itself)"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A rank as the others know it. ``members`` are the ranks of the group of its last mark.
+    """One rank as the others see it. ``members`` is the group of its last collective.
 
-    ``state`` is of its process; ``failure`` is the error that it ended with, if it could say so.
+    ``process`` is its process id and machine, empty where it has posted nothing; ``failure`` is the
+    error that it posted before it ended.
     """
 
     rank: int
-    heartbeat: Heartbeat | None = None
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
     members: tuple[int, ...] = ()
     process: str = ""
     state: ProcessState = "alive"
@@ -35,14 +36,25 @@ class Peer:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it is held up by others, and no cause itself."""
-        held = self.heartbeat is not None and self.heartbeat.in_collective
-        return held and self.state == "alive" and not self.failure
+        """Whether it waits in a collective, so that it is not the cause."""
+        return self.heartbeat.in_collective and self.state == "alive" and not self.failure
+
+    def has_entered_collective_of(self, waiter: "Peer") -> bool:
+        """Whether it has entered the collective that ``waiter`` is in."""
+        newest = waiter.heartbeat
+        return self.heartbeat.collectives_entered(newest.group) >= newest.sequence_number
+
+    def waits_with(self, waiter: "Peer") -> bool:
+        """Whether it waits in the same collective as ``waiter``."""
+        if self is waiter:
+            return True
+        same_group = self.heartbeat.group == waiter.heartbeat.group
+        return same_group and self.is_waiting and self.has_entered_collective_of(waiter)
 
 
 @dataclass(frozen=True, slots=True)
 class HangReport:
-    """Which ranks the others waited for, at which collective, and all of it as a sentence."""
+    """The ranks that the others waited for and the collective, all of it in ``sentence``."""
 
     sentence: str
     ranks: tuple[int, ...] = ()
@@ -50,6 +62,12 @@ class HangReport:
     sequence_number: int = 0
     step: int = 0
     phase: str = ""
+
+    @classmethod
+    def at(cls, heartbeat: Heartbeat, sentence: str, ranks: Iterable[int] = ()) -> "HangReport":
+        """Return the report of a collective that ``heartbeat`` was in."""
+        number, step, phase = heartbeat.sequence_number, heartbeat.step, heartbeat.phase
+        return cls(sentence, tuple(sorted(ranks)), heartbeat.op, number, step, phase)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON data."""
@@ -61,7 +79,7 @@ class HangReport:
 
 
 class LostRankError(UserError):
-    """A rank died, hung or lost its connection. ``verdict`` says which and where."""
+    """A rank died, hung or lost its connection. ``report`` says which and where."""
 
     def __init__(self, report: HangReport) -> None:
         self.report = report
@@ -71,112 +89,87 @@ class LostRankError(UserError):
 @dataclass(slots=True)
 class _LostRankSearch:
     peers: Mapping[int, Peer]
-    seen: set[int] = field(default_factory=set)
-    found: dict[int, Peer] = field(default_factory=dict)  # a cause -> who waits for it
+    visited: set[int] = field(default_factory=set)
+    waiter_of: dict[int, Peer] = field(default_factory=dict)  # a lost rank -> who waits for it
 
     def visit(self, waiter: Peer) -> None:
-        self.seen.add(waiter.rank)
+        self.visited.add(waiter.rank)
         for rank in waiter.members:
             peer = self.peers[rank]
-            if rank == waiter.rank or rank in self.seen:
+            if rank == waiter.rank or rank in self.visited:
                 continue
-            late = not _has_entered(peer, waiter)
+            late = not peer.has_entered_collective_of(waiter)
             if late and peer.is_waiting:
                 self.visit(peer)
             elif late or peer.failure or peer.state != "alive":
-                self.found.setdefault(rank, waiter)
+                self.waiter_of.setdefault(rank, waiter)
 
 
 def find_lost_ranks(
     me: Peer, *, peers: Mapping[int, Peer], now_s: float, cause: str = ""
 ) -> HangReport:
-    """Return who keeps ``me`` waiting. ``peers`` holds every rank, ``me`` too.
+    """Return which ranks keep ``me`` waiting. ``peers`` holds every rank, ``me`` too.
 
-    ``cause`` is what torch said; it is repeated where no rank is found to be missing.
+    ``cause`` is torch's error message; it is repeated where no rank is found to be missing.
     """
     search = _LostRankSearch(peers)
     search.visit(me)
-    if not search.found:
+    if not search.waiter_of:
         return _report_without_lost_rank(me, peers=peers, cause=cause)
-    waiter = next(iter(search.found.values()))
-    late = [peers[rank] for rank, other in search.found.items() if other is waiter]
-    rest = [peers[rank] for rank, other in search.found.items() if other is not waiter]
+    waiter = next(iter(search.waiter_of.values()))
+    late = [peers[rank] for rank, other in search.waiter_of.items() if other is waiter]
+    rest = [peers[rank] for rank, other in search.waiter_of.items() if other is not waiter]
     sentence = _lost_ranks_sentence(late, waiter=waiter, peers=peers)
     sentence += "".join(f". {_describe_peer(peer, now_s=now_s)}" for peer in [*late, *rest][:3])
-    mark = waiter.heartbeat or Heartbeat()
-    ranks = tuple(sorted(search.found))
-    return HangReport(sentence, ranks, mark.op, mark.sequence_number, mark.step, mark.phase)
-
-
-def _has_entered(peer: Peer, waiter: Peer) -> bool:
-    if waiter.heartbeat is None or peer.heartbeat is None:
-        return False
-    return (
-        peer.heartbeat.collectives_entered(waiter.heartbeat.group)
-        >= waiter.heartbeat.sequence_number
-    )
+    return HangReport.at(waiter.heartbeat, sentence, search.waiter_of)
 
 
 def _lost_ranks_sentence(late: Sequence[Peer], *, waiter: Peer, peers: Mapping[int, Peer]) -> str:
-    mark = waiter.heartbeat or Heartbeat()
-    who = format_ranks(peer.rank for peer in late)
-    was = "was" if len(late) == 1 else "were"
-    others = format_ranks(r for r in waiter.members if _waits_in_same_collective(peers[r], waiter))
-    there = f", where {others} waited" if mark.in_collective else ""
-    if all(_has_entered(peer, waiter) for peer in late):
-        return f"{who} {was} lost {'in' if there else 'after'} {mark.collective_text}{there}"
-    return f"{who} did not come to {mark.collective_text}{there}"
-
-
-def _waits_in_same_collective(peer: Peer, waiter: Peer) -> bool:
-    if peer.heartbeat is None or waiter.heartbeat is None:
-        return peer is waiter
-    same = peer.heartbeat.group == waiter.heartbeat.group
-    return peer is waiter or (same and peer.is_waiting and _has_entered(peer, waiter))
+    collective, is_inside = waiter.heartbeat.collective_text, waiter.heartbeat.in_collective
+    lost = format_ranks(peer.rank for peer in late)
+    waiting = format_ranks(r for r in waiter.members if peers[r].waits_with(waiter))
+    where = f", where {waiting} waited" if is_inside else ""
+    if all(peer.has_entered_collective_of(waiter) for peer in late):
+        were = "was" if len(late) == 1 else "were"
+        return f"{lost} {were} lost {'in' if is_inside else 'after'} {collective}{where}"
+    return f"{lost} did not reach {collective}{where}"
 
 
 def _describe_peer(peer: Peer, *, now_s: float) -> str:
-    process = f"its process {peer.process}" if peer.process else "its process"
-    if peer.heartbeat is None:
-        return f"Rank {peer.rank} was never heard of"
+    if not peer.process:
+        return f"Rank {peer.rank} has sent no heartbeat"
+    process = f"its process {peer.process}"
     ago = show_seconds(max(now_s - peer.heartbeat.time_s, 0.0))
-    seen = f"{ago} ago {_last_activity(peer.heartbeat)}"
     if peer.failure:
         return f"Rank {peer.rank} failed {ago} ago ({peer.heartbeat.phase_text}): {peer.failure}"
     match peer.state:
         case "gone":
-            what = f"{process} has ended without a word"
+            state = f"{process} has exited without an error message"
         case "stopped":
-            what = f"{process} is stopped (SIGSTOP)"
+            state = f"{process} is stopped (SIGSTOP)"
         case "silent":
-            what = (
-                f"nothing is heard of {process}: it was killed or stopped, or its machine or "
+            state = (
+                f"{process} sends no heartbeat: it was killed or stopped, or its machine or "
                 "network is down"
             )
         case _:
-            what = f"{process} is alive but does not go on"
-    return f"Rank {peer.rank} was last seen {seen}; {what}"
+            state = f"{process} is alive but makes no progress"
+    when = f"{ago} ago " if peer.heartbeat.serial else ""
+    return f"Rank {peer.rank} was last seen {when}{_last_activity(peer.heartbeat)}; {state}"
 
 
-def _last_activity(mark: Heartbeat) -> str:
-    if mark.in_collective:
-        return f"entering {mark.collective_text}"
-    after = f", after {mark.op} #{mark.sequence_number}" if mark.op else ""
-    return f"at {mark.phase_text}{after}"
+def _last_activity(heartbeat: Heartbeat) -> str:
+    if heartbeat.in_collective:
+        return f"entering {heartbeat.collective_text}"
+    after = f", after {heartbeat.op} #{heartbeat.sequence_number}" if heartbeat.op else ""
+    return f"at {heartbeat.phase_text}{after}"
 
 
 def _report_without_lost_rank(me: Peer, *, peers: Mapping[int, Peer], cause: str) -> HangReport:
-    mark = me.heartbeat or Heartbeat()
-    places = [
-        f"rank {rank} in {other.collective_text}"
-        for rank in me.members[:8]
-        if (other := peers[rank].heartbeat) is not None
-    ]
-    said = f" ({cause})" if cause else ""
-    sentence = (
-        f"no rank is missing, and yet {mark.collective_text} failed{said}: {'; '.join(places)}"
-    )
-    return HangReport(sentence, (), mark.op, mark.sequence_number, mark.step, mark.phase)
+    positions = [f"rank {r} in {peers[r].heartbeat.collective_text}" for r in me.members[:8]]
+    reason = f" ({cause})" if cause else ""
+    failed = f"no rank is missing, but {me.heartbeat.collective_text} failed{reason}"
+    return HangReport.at(me.heartbeat, f"{failed}: {'; '.join(positions)}")
 
 
 def format_ranks(ranks: Iterable[int]) -> str:

@@ -1,8 +1,8 @@
-"""Marks: where a rank is in its work, in a few bytes that outlive its process.
+"""Heartbeat of a rank: its latest phase and collective, in a memory-mapped file.
 
-A rank writes its mark at every collective and at every place of a step, some microseconds each. The
-bytes lie in a memory-mapped file on its own machine, so after SIGKILL they still say what the rank
-did last; a watch (``watch.py``) carries them to other machines.
+A rank writes its heartbeat at every collective and at every phase of a step, some microseconds
+each. The file outlives the process: after SIGKILL it still holds what the rank did last. The
+watchdog (``watchdog.py``) posts it to other machines.
 """
 
 import os
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
 
-_HEAD = struct.Struct("<Qdqq?32s48s")  # serial, time, step, slot, inside, op, place
+_HEAD = struct.Struct("<Qdqq?32s48s")  # serial, time, step, slot, in_collective, op, phase
 _SLOT = struct.Struct("<64sQ")  # a group's name, its number of collectives
 _SLOTS_AT = 128
 _BYTES = 8192
@@ -24,8 +24,9 @@ DEFAULT_GROUP = "all"  # the name of the default process group
 class Heartbeat:
     """What a rank did last.
 
-    ``serial`` grows with every mark. ``counts`` says how many collectives of each group the rank
-    has come to; ``op`` is the newest, of ``group``, and ``inside`` whether it is still in there.
+    ``serial`` grows with every write. ``collective_counts`` holds how many collectives of each
+    group the rank has entered; ``op`` is the newest, of ``group``, and ``in_collective`` is true
+    until it ends.
     """
 
     serial: int = 0
@@ -38,7 +39,7 @@ class Heartbeat:
     collective_counts: dict[str, int] | None = None
 
     def collectives_entered(self, group: str) -> int:
-        """Return the number of the newest collective of ``group`` that the rank came to."""
+        """Return the number of collectives of ``group`` that the rank has entered."""
         return (self.collective_counts or {}).get(group, 0)
 
     @property
@@ -58,7 +59,7 @@ class Heartbeat:
 
 
 class HeartbeatFile:
-    """The bytes that one rank writes its marks to; without a path they are in memory alone."""
+    """The file that one rank writes its heartbeat to; without a path it is in memory."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
@@ -70,13 +71,13 @@ class HeartbeatFile:
         self._op, self._phase = b"", b""
 
     def mark_phase(self, phase: str, *, step: int | None = None) -> None:
-        """Note a place of the step; ``step`` None stays at the same step."""
+        """Record the phase that begins; ``step`` None means the same step."""
         self._phase = phase.encode()
         self._step = self._step if step is None else step
         self._write()
 
     def begin_collective(self, op: str, *, group: str) -> None:
-        """Note that this rank comes to the group's next collective."""
+        """Record that this rank enters the group's next collective."""
         slot = self._slots.get(group)
         if slot is None:
             slot = self._slots[group] = min(len(self._numbers), _MAX_GROUPS - 1)
@@ -89,12 +90,12 @@ class HeartbeatFile:
         self._write()
 
     def end_collective(self) -> None:
-        """Note that the collective is done."""
+        """Record the end of the collective."""
         self._in_collective = False
         self._write()
 
     def read(self) -> Heartbeat:
-        """Return the newest mark."""
+        """Return the newest heartbeat."""
         return _unpack_heartbeat(self._bytes)
 
     def close(self) -> None:
@@ -104,21 +105,12 @@ class HeartbeatFile:
 
     def _write(self) -> None:
         self._serial += 1
-        _HEAD.pack_into(
-            self._bytes,
-            0,
-            self._serial,
-            time.time(),
-            self._step,
-            self._slot,
-            self._in_collective,
-            self._op,
-            self._phase,
-        )
+        fields = (self._step, self._slot, self._in_collective, self._op, self._phase)
+        _HEAD.pack_into(self._bytes, 0, self._serial, time.time(), *fields)
 
 
 def read_heartbeat_file(path: Path) -> Heartbeat | None:
-    """Return the newest mark of another rank of this machine; None if its file cannot be read."""
+    """Return the newest heartbeat of another rank of this machine; None if it is unreadable."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -127,16 +119,16 @@ def read_heartbeat_file(path: Path) -> Heartbeat | None:
 
 
 def _unpack_heartbeat(content: bytes | bytearray | mmap) -> Heartbeat:
-    serial, time_s, step, slot, inside, op, place = _HEAD.unpack_from(content, 0)
+    serial, time_s, step, slot, in_collective, op, phase = _HEAD.unpack_from(content, 0)
     counts = {}
     for index in range(_MAX_GROUPS):
-        name, number = _SLOT.unpack_from(content, _SLOTS_AT + index * _SLOT.size)
-        if not number:
+        name, count = _SLOT.unpack_from(content, _SLOTS_AT + index * _SLOT.size)
+        if not count:
             break
-        counts[_decode_field(name)] = number
+        counts[_decode_field(name)] = count
     group = list(counts)[slot] if 0 <= slot < len(counts) else DEFAULT_GROUP
     return Heartbeat(
-        serial, time_s, step, _decode_field(place), _decode_field(op), group, inside, counts
+        serial, time_s, step, _decode_field(phase), _decode_field(op), group, in_collective, counts
     )
 
 
@@ -146,9 +138,9 @@ def _decode_field(field: bytes) -> str:
 
 def _map_file(path: Path) -> mmap:
     flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-    handle = os.open(path, flags, 0o600)
+    descriptor = os.open(path, flags, 0o600)
     try:
-        os.ftruncate(handle, _BYTES)
-        return mmap(handle, _BYTES)
+        os.ftruncate(descriptor, _BYTES)
+        return mmap(descriptor, _BYTES)
     finally:
-        os.close(handle)
+        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Joining and leaving a group of ranks, from the environment that ``torchrun`` sets."""
+"""Initialize torch.distributed from the environment that ``torchrun`` sets, with a watchdog."""
 
 import os
 import tempfile
@@ -22,12 +22,12 @@ _REQUIRED_ENV = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT
 
 @contextmanager
 def init_distributed(*, timeout_s: float = 120.0, device: str = "auto") -> Iterator[World]:
-    """Give this process its ``World`` and leave it cleanly at the end.
+    """Initialize the default process group, yield its ``World`` and destroy the group at the end.
 
-    Under ``torchrun`` the ranks meet in one group; a rank that dies, or does not answer within
-    ``timeout_s``, ends the run on every rank with a LostRankError that names it. Outside, the world
-    is ``SingleProcess``. A group that exists already is used and left as it is, and nobody watches it.
-    ``device`` is ``auto``, ``cpu`` or ``cuda``. Raises UserError when the environment is half set.
+    Under ``torchrun`` a rank that dies, or does not answer within ``timeout_s``, ends the run on
+    every rank with a LostRankError that names it. Outside, the world is a ``SingleProcess``. A
+    group that exists already is used and not destroyed, without a watchdog. ``device`` is ``auto``,
+    ``cpu`` or ``cuda``. Raises UserError when the environment is incomplete.
     """
     chosen = _select_device(device)
     if distributed.is_available() and distributed.is_initialized():
@@ -36,17 +36,17 @@ def init_distributed(*, timeout_s: float = 120.0, device: str = "auto") -> Itera
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         yield SingleProcess(chosen)
         return
-    meeting = _rendezvous(timeout_s)
-    FLIGHT_RECORDER.open(meeting.watchdog())
+    rendezvous = _rendezvous(timeout_s)
+    FLIGHT_RECORDER.open(rendezvous.watchdog())
     try:
-        meeting.init_process_group(chosen)
+        rendezvous.init_process_group(chosen)
         yield ProcessGroupWorld(chosen)
-        # without this a quick rank tears its connections down while others still use them
+        # a fast rank must not close connections that others still use
         ProcessGroupWorld(chosen).barrier()
     except BaseException as error:
-        better = FLIGHT_RECORDER.report_failure(error)
-        if better is not error:
-            raise better from error
+        named = FLIGHT_RECORDER.report_failure(error)
+        if named is not error:
+            raise named from error
         raise
     finally:
         FLIGHT_RECORDER.close()
@@ -73,10 +73,10 @@ class _Rendezvous:
             )
 
     def watchdog(self) -> Watchdog:
-        """Return the watch of this rank; its book has a name that a restart uses again."""
+        """Return the watchdog of this rank; a restart uses the same name for its heartbeat file."""
         address = f"{os.environ['MASTER_ADDR']}-{os.environ['MASTER_PORT']}".replace("/", "-")
         name = f"moesaic-{os.getuid()}-{address}-rank-{self.rank}"
-        client = distributed.PrefixStore("watch", _store(self.timeout, is_master=False))  # pyright: ignore[reportPrivateImportUsage]
+        client = distributed.PrefixStore("watchdog", _store(self.timeout, is_master=False))  # pyright: ignore[reportPrivateImportUsage]
         return Watchdog(
             client,
             rank=self.rank,
@@ -100,21 +100,21 @@ def _rendezvous(timeout_s: float) -> _Rendezvous:
 
 
 def _store(timeout: timedelta, *, is_master: bool) -> distributed.Store:  # pyright: ignore[reportPrivateImportUsage]
-    """Meet under a name of this attempt, and of this number of ranks.
+    """Connect to the rendezvous store, with a prefix of this attempt and number of ranks.
 
-    After ``torchrun --max-restarts`` the agent's store still holds the addresses of the ranks that
-    died; without a prefix per attempt gloo connects to those ("connectFullMesh failed"). A node
-    that joins or leaves starts all ranks anew without a new attempt, hence the number.
+    After a restart by torchrun the agent's store still holds the addresses of the ranks that died;
+    without a prefix per attempt gloo connects to those ("connectFullMesh failed"). When a node
+    joins or leaves, all ranks restart without a new attempt, hence the number.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         store = distributed.TCPStore(address, port, is_master=is_master, timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]
     except RuntimeError as error:
-        what = "open the store of this run" if is_master else "reach the store that all meet in"
+        action = "open" if is_master else "reach"
         raise UserError(
-            f"rank {os.environ['RANK']} cannot {what} at {address}:{port}, within "
-            f"{timeout.total_seconds():.0f} s: {str(error).partition(chr(10))[0]}. Check "
-            "MASTER_ADDR and MASTER_PORT, that rank 0 was started and that no other program has "
+            f"rank {os.environ['RANK']} cannot {action} the rendezvous store at {address}:{port} "
+            f"within {timeout.total_seconds():.0f} s: {str(error).partition(chr(10))[0]}. Check "
+            "MASTER_ADDR and MASTER_PORT, that rank 0 was started and that no other program uses "
             "the port"
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -126,13 +126,13 @@ def _select_device(name: str) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError(f"device {name} was asked for, but torch sees no CUDA device here")
-    local, seen = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local >= seen:
+        raise UserError(f"device {name} was requested, but torch finds no CUDA device")
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= gpus:
         raise UserError(
-            f"rank {local} of this machine needs a GPU of its own, but torch sees {seen}: start "
-            f"at most {seen} ranks here, or use the CPU"
+            f"local rank {local_rank} needs a GPU of its own, but torch finds {gpus}: start at "
+            f"most {gpus} ranks on this machine, or use the CPU"
         )
-    device = torch.device("cuda", local)
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device

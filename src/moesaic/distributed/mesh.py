@@ -1,8 +1,8 @@
-"""Mesh: the process groups of a plan, made once, by every rank in the same order.
+"""Mesh: the process groups of a parallel plan, created once, by every rank in the same order.
 
-Groups are named by the axes in which their ranks differ. An axis of size 1 adds nothing to a name,
-so the same ranks are one group whatever they are called; a group of one rank is None, which every
-collective takes as "nothing to do".
+A group is named by the axes in which its ranks differ. Two names of the same ranks (an axis of size
+1 adds nothing) give one group; a group of one rank is None, with which every collective does
+nothing.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,9 +21,10 @@ DATA_CONTEXT_AXES = ("data", "context")
 
 
 class Mesh:
-    """The ranks of ``plan`` (with ``data`` filled in); ``experts`` are the layers' numbers of them.
+    """The process groups of ``plan`` (with ``data`` filled in). Creating them is collective.
 
-    Collective. Without ``torch.distributed`` the plan must be one of a single rank.
+    ``expert_counts`` holds the numbers of experts of the model's layers: each has its own grid.
+    Without ``torch.distributed`` the plan must be one of a single rank.
     """
 
     def __init__(
@@ -43,21 +44,15 @@ class Mesh:
         self._expert_grids = {
             number: RankGrid(plan.axes(num_experts=number)) for number in set(expert_counts)
         }
-        for axes in (
-            STAGE_AXES,
-            DATA_CONTEXT_AXES,
-            ("context", "tensor"),
-            ("context",),
-            ("tensor",),
-            ("pipe",),
-        ):
+        single_axes = (("context",), ("tensor",), ("pipe",))
+        for axes in (STAGE_AXES, DATA_CONTEXT_AXES, ("context", "tensor"), *single_axes):
             self._axes_group(self.dense_grid, axes)
         for number in sorted(self._expert_grids):
             for axis in ("expert", "expert_tensor", "expert_data"):
                 self._axes_group(self._expert_grids[number], (axis,))
 
     def group(self, *axes: str, num_experts: int | None = None) -> Group:
-        """Return this rank's group of the dense axes, or of those of a layer with ``experts``."""
+        """Return this rank's group of the dense axes, or of a layer of ``num_experts``."""
         return self._axes_group(self.grid(num_experts), axes)
 
     def ranks(self, *axes: str, num_experts: int | None = None) -> tuple[int, ...]:
@@ -65,20 +60,20 @@ class Mesh:
         return self.grid(num_experts).group(self.rank, axes)
 
     def size(self, *axes: str, num_experts: int | None = None) -> int:
-        """Return how many ranks that group has."""
+        """Return the number of ranks of that group."""
         return self.grid(num_experts).size(axes)
 
     def coordinates(self, num_experts: int | None = None) -> dict[str, int]:
-        """Return this rank's place on each axis."""
+        """Return this rank's coordinate on each axis."""
         return self.grid(num_experts).coordinates(self.rank)
 
     def grid(self, num_experts: int | None = None) -> RankGrid:
-        """Return how the ranks are laid out for dense layers or those with ``experts``."""
+        """Return the grid of ranks for dense layers, or for layers of ``num_experts``."""
         return self.dense_grid if num_experts is None else self._expert_grids[num_experts]
 
     @property
     def expert_counts(self) -> tuple[int, ...]:
-        """The numbers of experts that layers have."""
+        """The numbers of experts of the model's layers."""
         return tuple(sorted(self._expert_grids))
 
     @property
@@ -92,13 +87,13 @@ class Mesh:
         if ranks not in self._meshes:
             group = self.group(*axes, num_experts=num_experts)
             assert group is not None
-            name = ("_".join(axes),)
-            kind = self.device.type
-            self._meshes[ranks] = DeviceMesh.from_group(group, kind, mesh_dim_names=name)
+            self._meshes[ranks] = DeviceMesh.from_group(
+                group, self.device.type, mesh_dim_names=("_".join(axes),)
+            )
         return self._meshes[ranks]
 
     def new_group(self, lists: Sequence[Sequence[int]]) -> Group:
-        """Make groups of one's own; every rank gives the same lists, and is in one or none."""
+        """Create further groups; every rank gives the same lists, and is in one or none."""
         return self._cached_group(tuple(tuple(ranks) for ranks in lists))
 
     def _axes_group(self, grid: RankGrid, axes: Sequence[str]) -> Group:
@@ -114,9 +109,9 @@ class Mesh:
     def _create_groups(self, lists: tuple[tuple[int, ...], ...]) -> Group:
         if len(lists[0]) == self.plan.world_size:
             return self.world_group
-        found: Group = None
+        own: Group = None
         for ranks in (ranks for ranks in lists if len(ranks) > 1):
             group = distributed.new_group(list(ranks), timeout=timedelta(seconds=self.timeout_s))
             if self.rank in ranks:
-                found = cast("Group", group)
-        return found
+                own = cast("Group", group)
+        return own

@@ -1,9 +1,10 @@
-"""ParallelPlan: how many ways each thing is divided, as pure arithmetic over rank numbers.
+"""Parallel plan: the degrees of data, context, tensor, pipeline and expert parallelism.
 
-The ranks of one pipeline stage are folded twice (MoE Parallel Folding, 2504.14960): dense layers
-see them as data x context x tensor, the layers with experts as expert_data x expert x
-expert_tensor, innermost last. Tokens are dealt over all of data, context and tensor; an axis either
-cuts a parameter or holds copies of it. No process is needed: a laptop can check a plan of 8,192.
+Arithmetic over rank numbers that needs no process: a laptop can check a plan of 8,192 ranks. The
+ranks of one pipeline stage are folded twice (MoE Parallel Folding, 2504.14960): dense layers use
+them as data x context x tensor, MoE layers as expert_data x expert x expert_tensor, innermost last.
+Tokens are sharded over data, context and tensor; along an axis a parameter is either sharded or
+replicated.
 """
 
 import math
@@ -21,14 +22,14 @@ EXPERT_AXES = ("pipe", "expert_data", "expert", "expert_tensor")
 
 
 class ParallelPlan(Config):
-    """Degrees of parallelism. The default divides the data over all ranks, and nothing else.
+    """Degrees of parallelism. The default is data parallelism over all ranks.
 
-    ``data`` None takes the ranks that are left. ``expert`` spreads a layer's experts over so many
-    ranks of a stage, whatever those are for dense layers; a layer of fewer experts is spread over
-    as many ranks as it has experts (2201.05596, section 4.2). ``expert_tensor`` cuts the hidden
-    width of each. ``zero`` is the ZeRO stage (1910.02054): copies of a parameter share out its
-    optimizer state (1), its gradients too (2), and itself (3). ``offload`` keeps those shares in
-    the host's memory (2101.06840).
+    ``data`` None takes the remaining ranks. ``expert`` shards a layer's experts over so many ranks
+    of a stage, independently of the dense layers; a layer of fewer experts uses as many ranks as it
+    has experts (2201.05596, section 4.2). ``expert_tensor`` shards the hidden width of each expert.
+    ``zero`` is the ZeRO stage (1910.02054): replicas of a parameter shard its optimizer state (1),
+    its gradients too (2), and itself (3). ``offload`` keeps those shards in host memory
+    (2101.06840).
     """
 
     pipe: Degree = 1
@@ -41,7 +42,7 @@ class ParallelPlan(Config):
     offload: bool = False
 
     def resolve(self, world_size: int) -> "ParallelPlan":
-        """Return the plan with ``data`` filled in. Raises ConfigError where ``world`` is no fit."""
+        """Return the plan with ``data`` filled in. Raises ConfigError where it does not fit."""
         others = self.pipe * self.context * self.tensor
         data = self.data or max(1, world_size // others)
         if data * others != world_size:
@@ -60,40 +61,40 @@ class ParallelPlan(Config):
         return filled
 
     def problems(self) -> Iterator[str]:
-        """Yield a sentence for every rule of folding that the degrees break."""
+        """Yield a sentence for each rule of folding and ZeRO that the degrees violate."""
         folded = self.expert * self.expert_tensor
         if self.stage_size % folded:
             yield (
                 f"parallel: expert {self.expert} x expert_tensor {self.expert_tensor} = {folded} "
-                f"must divide data x context x tensor = {self.stage_size}: experts are folded over the "
-                "ranks of one pipeline stage"
+                f"must divide data x context x tensor = {self.stage_size}: experts are folded over "
+                "the ranks of one pipeline stage"
             )
         if self.offload and not self.zero:
             yield (
-                "parallel: offload keeps ZeRO's shares in the host's memory, but zero is 0: set "
+                "parallel: offload keeps ZeRO's shards in host memory, but zero is 0: set "
                 "zero to 1, 2 or 3"
             )
 
     @property
     def world_size(self) -> int:
-        """Ranks in all. ``data`` must be filled in."""
+        """The number of all ranks. ``data`` must be filled in."""
         return self.pipe * self.stage_size
 
     @property
     def stage_size(self) -> int:
-        """Ranks of one pipeline stage."""
+        """The number of ranks of one pipeline stage."""
         return (self.data or 1) * self.context * self.tensor
 
     def data_shard(self, rank: int) -> tuple[int, int]:
-        """Return which part of a batch's rows a rank reads, of how many."""
+        """Return which shard of a batch's rows a rank reads, and the number of shards."""
         return RankGrid(self.axes()).coordinates(rank)["data"], self.data or 1
 
     @property
     def acronym(self) -> str:
-        """The combination in the words of 2109.10465: E, E+D, E+Z, E+D+M, E+Z-Offload+M, ...
+        """The combination in the notation of 2109.10465: E, E+D, E+Z, E+D+M, E+Z-Offload+M, ...
 
-        D stands for copies of experts or data parallelism without any, Z for ZeRO, M for slices of
-        layers (tensor), C for context and P for pipeline, which that paper does not have.
+        E is expert, D data, M tensor parallelism, Z is ZeRO; C (context) and P (pipeline) are not
+        in that paper.
         """
         copies = self.stage_size // (self.expert * self.expert_tensor)
         dense_copies = (self.data or 1) * self.context
@@ -108,58 +109,59 @@ class ParallelPlan(Config):
         return "+".join(word for word in words if word) or "one rank"
 
     def expert_ranks(self, num_experts: int, *, layer: str = "a layer") -> int:
-        """Return the ranks that a layer's experts are spread over. Raises ConfigError."""
+        """Return the number of ranks that shard a layer's experts. Raises ConfigError."""
         if num_experts % self.expert == 0:
             return self.expert
         if self.expert % num_experts == 0:
             return num_experts
         raise ConfigError(
             [
-                f"parallel.expert={self.expert} neither divides the {num_experts} experts of {layer} "
-                f"nor is divided by them: choose one of {_divisors_text(num_experts)}"
+                f"parallel.expert={self.expert} neither divides the {num_experts} experts of "
+                f"{layer} nor is divided by them: choose one of {_divisors_text(num_experts)}"
             ]
         )
 
     def axes(self, *, num_experts: int | None = None) -> dict[str, int]:
-        """Return the sizes of the axes, outermost first.
+        """Return the sizes of the axes of dense layers, or of layers of ``num_experts``.
 
-        Those of a layer of so many ``experts``, or of dense layers. Both name the same ranks in the
-        same order.
+        Outermost first. Both enumerate the same ranks in the same order.
         """
         if num_experts is None:
             sizes = (self.pipe, self.data or 1, self.context, self.tensor)
             return dict(zip(DENSE_AXES, sizes, strict=True))
-        spread = self.expert_ranks(num_experts)
-        copies = self.stage_size // (spread * self.expert_tensor)
-        return dict(zip(EXPERT_AXES, (self.pipe, copies, spread, self.expert_tensor), strict=True))
+        expert = self.expert_ranks(num_experts)
+        replicas = self.stage_size // (expert * self.expert_tensor)
+        return dict(
+            zip(EXPERT_AXES, (self.pipe, replicas, expert, self.expert_tensor), strict=True)
+        )
 
 
 class RankGrid:
-    """Rank numbers laid out over named axes, the last one fastest."""
+    """Rank numbers as a grid of named axes, the last axis fastest."""
 
     def __init__(self, axes: dict[str, int]) -> None:
         self.axes = axes
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Return a rank's place on every axis."""
-        place: dict[str, int] = {}
+        """Return a rank's coordinate on every axis."""
+        coordinates: dict[str, int] = {}
         for name, size in reversed(self.axes.items()):
-            rank, place[name] = divmod(rank, size)
-        return place
+            rank, coordinates[name] = divmod(rank, size)
+        return coordinates
 
     def rank_at(self, coordinates: dict[str, int]) -> int:
-        """Return the rank at a place."""
+        """Return the rank at these coordinates."""
         number = 0
         for name, size in self.axes.items():
             number = number * size + coordinates[name]
         return number
 
     def size(self, names: Sequence[str]) -> int:
-        """Return how many ranks differ in these axes alone."""
+        """Return the number of ranks of a group along these axes."""
         return math.prod(self.axes[name] for name in names)
 
     def group(self, rank: int, names: Sequence[str]) -> tuple[int, ...]:
-        """Return the ranks that differ from this one in ``names`` alone, in rank order."""
+        """Return the ranks of this rank's group along the axes ``names``, in rank order."""
         found = [self.coordinates(rank)]
         for name in self.axes:
             if name in names:
@@ -167,10 +169,10 @@ class RankGrid:
         return tuple(self.rank_at(p) for p in found)
 
     def groups(self, names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Return every such group, the one of rank 0 first."""
+        """Return every group along these axes, the one of rank 0 first."""
         ranks, seen, found = range(math.prod(self.axes.values())), set[int](), []
         for rank in ranks:
-            if rank not in seen:  # a group is made once, not by each of its ranks
+            if rank not in seen:
                 found.append(self.group(rank, names))
                 seen.update(found[-1])
         return tuple(found)

@@ -1,4 +1,8 @@
-"""Subgroups of a group: runs of neighbours, and the ranks at one place of every run."""
+"""Process groups: size and rank, and the split of a group into inner and outer subgroups.
+
+``None`` stands for a group of one rank. Inner subgroups are runs of consecutive ranks (a node);
+outer ones hold the ranks at the same position of every run.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,49 +14,45 @@ import torch.distributed as distributed
 Group = distributed.ProcessGroup | None
 
 
+def group_size(group: Group) -> int:
+    """Return the number of ranks in a group."""
+    return 1 if group is None else group.size()
+
+
+def group_rank(group: Group) -> int:
+    """Return the rank of this process within a group."""
+    return 0 if group is None else group.rank()
+
+
 @dataclass(frozen=True, slots=True)
 class Subgroups:
-    """``near`` are this rank's neighbours in its run, ``far`` those at its place in each run."""
+    """``inner`` is this rank's run of consecutive ranks, ``outer`` its position in every run."""
 
     inner: Group
     outer: Group
 
 
 def split_group(group: Group, *, inner_size: int, timeout_s: float = 120.0) -> Subgroups:
-    """Cut a group into runs of so many ranks. Collective over the group alone.
+    """Split a group into runs of ``inner_size`` ranks. Collective over this group alone.
 
-    A rank that does not answer in one of them within ``timeout_s`` ends the run.
-
-    Raises ValueError where the runs do not come out even.
+    A rank that does not answer in a subgroup within ``timeout_s`` ends the run. Raises ValueError
+    where ``inner_size`` does not divide the group.
     """
     size = group_size(group)
     if inner_size < 1 or size % inner_size:
-        raise ValueError(f"{size} ranks cannot be cut into runs of {inner_size}")
+        raise ValueError(f"{size} ranks cannot be split into runs of {inner_size}")
     if group is None or inner_size == 1:
         return Subgroups(None, group)
     if inner_size == size:
         return Subgroups(group, None)
     ranks = distributed.get_process_group_ranks(group)
-    start, place = group_rank(group) // inner_size * inner_size, group_rank(group) % inner_size
-    wait = timedelta(seconds=timeout_s)
-    near, far = (
-        _new_group(ranks[start : start + inner_size], wait),
-        _new_group(ranks[place::inner_size], wait),
-    )
-    return Subgroups(near, far)
+    run, position = divmod(group_rank(group), inner_size)
+    timeout = timedelta(seconds=timeout_s)
+    inner = _new_group(ranks[run * inner_size : (run + 1) * inner_size], timeout)
+    return Subgroups(inner, _new_group(ranks[position::inner_size], timeout))
 
 
 def _new_group(ranks: Sequence[int], timeout: timedelta) -> Group:
-    # the other ranks of the world have no part in this, and need not call it
-    made = distributed.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
-    return cast(distributed.ProcessGroup, made)
-
-
-def group_size(group: Group) -> int:
-    """Return how many ranks share a group."""
-    return 1 if group is None else group.size()
-
-
-def group_rank(group: Group) -> int:
-    """Return this process's place in a group."""
-    return 0 if group is None else group.rank()
+    # ranks outside the group do not take part, so they need not call this
+    group = distributed.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+    return cast(distributed.ProcessGroup, group)

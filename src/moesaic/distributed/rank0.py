@@ -1,4 +1,4 @@
-"""Work that one rank does for all: the others wait, and learn its answer or its error."""
+"""Work on rank 0 whose result or error all ranks receive, however long it takes."""
 
 import time
 from collections.abc import Callable
@@ -9,25 +9,25 @@ from typing import Any
 from moesaic.core.errors import UserError
 from moesaic.distributed.world import World
 
-KEEPALIVE_S = 1.0  # rank 0 says this often that it is still at work
+KEEPALIVE_S = 1.0  # rank 0 broadcasts this often that it is still working
 
 
 def run_on_rank0(world: World, action: Callable[[], Any]) -> Any:
     """Run ``action`` on rank 0 and return its value (JSON data) on every rank. Collective.
 
-    It may take longer than the collectives' timeout: rank 0 works in a thread and keeps telling the
-    others that it lives. A UserError is raised on every rank; any other error only on rank 0.
+    It may take longer than the timeout of collectives: rank 0 works in a thread and broadcasts that
+    it is alive. A UserError is raised on every rank; any other error only on rank 0.
     """
     if world.size == 1:
         return action()
     if world.rank == 0:
         return _run_with_keepalive(world, action)
     while True:
-        news = world.broadcast_object(None)
-        if news["error"] is not None:
-            raise UserError(news["error"])
-        if news["done"]:
-            return news["value"]
+        status = world.broadcast_object(None)
+        if status["error"] is not None:
+            raise UserError(status["error"])
+        if status["done"]:
+            return status["value"]
 
 
 def _run_with_keepalive(world: World, action: Callable[[], Any]) -> Any:

@@ -1,11 +1,12 @@
-"""Alike: one rank of thousands, rehearsed alone: floats without numbers, and ranks that do as it.
+"""Simulation of one rank of a large job in one process, with fake tensors and a fake process group.
 
-Under an ``SimulatedRank`` every new floating-point tensor is fake (a shape, a dtype and a device), so a
-trillion parameters take no memory; integers are real, so what depends on them (who goes where, how
-many rows come) is computed. What other ranks would send is what this one sends to itself: right if
-all ranks have the same number of tokens and experts are chosen evenly.
+Under a ``SimulatedRank`` every new floating-point tensor is fake (a shape, a dtype and a device),
+so a trillion parameters take no memory; integers are real, so what depends on them (routing, row
+counts) is computed. A collective returns what it would if every rank sent what this one sends:
+exact if all ranks have the same number of tokens and experts are chosen evenly.
 
-Bytes in use are counted by storage. Use with ``fake_process_group`` and, inside it, a ``Wire``.
+Memory is counted by storage. Use with ``fake_process_group`` and, inside it, a
+``CommunicationCounter``.
 """
 
 import weakref
@@ -25,12 +26,12 @@ from torch.utils._pytree import tree_leaves
 from moesaic.core.shapes import Tensor
 
 _FACTORY_OPS = ("empty", "empty_strided", "zeros", "ones", "full", "rand", "randn")
-_PEAK_INTERVAL = 64  # operations between two looks at the memory in use
+_PEAK_INTERVAL = 64  # operations between two measurements of the memory in use
 
 
 @contextmanager
 def fake_process_group(world_size: int, *, rank: int = 0) -> Iterator[None]:
-    """Be one of ``world`` ranks of which no other is there. No group may exist yet."""
+    """Be rank ``rank`` of ``world_size`` without the others. No group may exist yet."""
     distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield
@@ -39,19 +40,21 @@ def fake_process_group(world_size: int, *, rank: int = 0) -> Iterator[None]:
 
 
 class SimulatedRank(TorchDispatchMode):
-    """See the module's first lines. ``peak_bytes`` is the most that was in use at once, looked at
-    after every collective and every few operations.
+    """Dispatch mode that makes floating-point tensors fake and simulates collectives.
+
+    ``peak_bytes`` is the most memory in use at once, measured after every collective and every few
+    operations.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._operations = 0
         self.peak_bytes = 0
 
     def allocated_bytes(self) -> int:
-        """Return the bytes of all fake tensors that are alive."""
+        """Return the bytes of all live fake tensors."""
         alive = (storage() for storage in list(self._storages.values()))
         return sum(storage.nbytes() for storage in alive if storage is not None)
 
@@ -63,7 +66,7 @@ class SimulatedRank(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # what it consists of comes here one by one
+            return NotImplemented  # its local tensors arrive here one by one
         named = kwargs or {}
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device
@@ -74,7 +77,7 @@ class SimulatedRank(TorchDispatchMode):
             return func(*args, **named) if fake else _simulate_collective(func, args, named)
         if not fake and (tensors or not _creates_floats(func, args, named)):
             return func(*args, **named)
-        with self._fake:
+        with self._fake_mode:
             out = func(*args, **named)
         self._track_storages(out)
         return out
@@ -92,14 +95,14 @@ class SimulatedRank(TorchDispatchMode):
             self._update_peak()
 
     def _update_peak(self) -> None:
-        gone = [key for key, storage in self._storages.items() if storage() is None]
-        for key in gone:
+        freed = [key for key, storage in self._storages.items() if storage() is None]
+        for key in freed:
             del self._storages[key]
         self.peak_bytes = max(self.peak_bytes, self.allocated_bytes())
 
 
 class SharedChunks(TorchFunctionMode):
-    """Cuts a tensor into equal pieces by making one: FSDP2 makes thousands and reads two."""
+    """Makes ``torch.chunk`` return one view many times: FSDP2 asks for thousands and reads two."""
 
     def __torch_function__(
         self,
@@ -108,43 +111,40 @@ class SharedChunks(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        del types
-        if func is torch.chunk:
-            return _chunk(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return (_shared_chunks if func is torch.chunk else func)(*args, **(kwargs or {}))
 
 
-def _chunk(whole: Tensor, chunks: int, dim: int = 0) -> list[Tensor]:
-    """Return as many pieces as there are chunks, empty ones too (torch leaves those out)."""
-    length = whole.shape[dim]
+def _shared_chunks(tensor: Tensor, chunks: int, dim: int = 0) -> list[Tensor]:
+    """Return ``chunks`` chunks, empty ones included (``torch.chunk`` omits those)."""
+    length = tensor.shape[dim]
     size = max(1, -(-length // chunks))
     count = max(1, -(-length // size))
-    last = whole.narrow(dim, (count - 1) * size, length - (count - 1) * size)
-    first = whole.narrow(dim, 0, size) if count > 1 else last
-    empty = whole.narrow(dim, 0, 0)
+    last = tensor.narrow(dim, (count - 1) * size, length - (count - 1) * size)
+    first = tensor.narrow(dim, 0, size) if count > 1 else last
+    empty = tensor.narrow(dim, 0, 0)
     return [*[first] * (count - 1), last, *[empty] * (chunks - count)]
 
 
-def _creates_floats(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> bool:
-    """Whether an operation on no tensors makes floating-point ones."""
-    dtype = named.get("dtype") or torch.get_default_dtype()
-    if func._opname == "full" and named.get("dtype") is None:
+def _creates_floats(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation without tensor arguments creates floating-point tensors."""
+    if func._opname == "full" and kwargs.get("dtype") is None:
         return isinstance(args[1], float)
+    dtype = kwargs.get("dtype") or torch.get_default_dtype()
     return func._opname in _FACTORY_OPS and dtype.is_floating_point
 
 
-def _simulate_collective(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """Do what a collective would, on real tensors, if every rank gave what this one gives."""
-    done = func(*args, **named)  # the fake group only makes the answer
+def _simulate_collective(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Do a collective on real tensors as if every rank gave what this one gives."""
+    result = func(*args, **kwargs)  # the fake group allocates the result and fills in nothing
     names = [argument.name for argument in func._schema.arguments]
-    call = dict(zip(names, args, strict=False)) | named
+    call = dict(zip(names, args, strict=False)) | kwargs
     group = distributed.ProcessGroup.unbox(call["process_group"])
     kind = func._opname.strip("_")
     if kind == "alltoall_base":
         rows = call["input_split_sizes"] or [call["input"].shape[0] // group.size()] * group.size()
-        mine = call["input"].split(rows)[group.rank()]
-        for part in call["output"].split(call["output_split_sizes"] or [len(mine)] * len(rows)):
-            part.copy_(mine)
+        block = call["input"].split(rows)[group.rank()]
+        for part in call["output"].split(call["output_split_sizes"] or [len(block)] * len(rows)):
+            part.copy_(block)
     elif kind == "allgather_base":
         call["output_tensor"].view(group.size(), -1).copy_(call["input_tensor"].reshape(1, -1))
     elif kind == "allgather":
@@ -154,5 +154,5 @@ def _simulate_collective(func: Any, args: tuple[Any, ...], named: dict[str, Any]
         for tensor in call["tensors"]:
             tensor.mul_(group.size())
     elif kind not in ("barrier", "broadcast"):
-        raise NotImplementedError(f"{func} of real tensors is not rehearsed")
-    return done
+        raise NotImplementedError(f"{func} of real tensors cannot be simulated")
+    return result

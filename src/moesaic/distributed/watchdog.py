@@ -1,9 +1,9 @@
-"""Watch: a thread that tells the others where this rank is, and finds out who is missing.
+"""Watchdog: a thread per rank that posts its heartbeat to the store and reports missing ranks.
 
-Every rank posts its mark to the store that the ranks met in, some times a minute, and its failure
-when it ends with one. The first rank whose collective fails reads the marks of all and posts a
-verdict, so that all say the same. A rank that is still there a little after that (it hangs, or it
-waits for one that does) prints where it is and ends itself.
+Every rank posts its heartbeat to the rendezvous store every few seconds or more often, and its
+failure when it ends with one. The first rank whose collective fails reads all heartbeats and posts
+a hang report, so that all ranks raise the same error. A rank that is still running after a grace
+period (it hangs, or waits for one that does) prints its stack traces and exits.
 """
 
 import faulthandler
@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from threading import Event, Thread
@@ -39,9 +40,9 @@ _STORE_ERRORS = (RuntimeError, ValueError, OSError)  # torch's DistErrors are Ru
 
 
 class Watchdog:
-    """The watch of one rank. ``store`` is a client of its own: a blocked one would hold it up.
+    """The watchdog of one rank. ``store`` is its own client: a blocked one would delay it.
 
-    A job of which a rank died or hung ends about ``collective_timeout_s + grace_s`` later at most.
+    A job in which a rank died or hung ends at most about ``timeout_s + grace_s`` later.
     """
 
     def __init__(
@@ -62,73 +63,72 @@ class Watchdog:
         self._groups = {DEFAULT_GROUP: tuple(range(size))}
         self._machine = _machine_id()
         self._num_heartbeats, self._failure = 0, ""
-        self._warned = -1
+        self._warned_serial = -1
         self._stop_event = Event()
-        self._thread = Thread(target=self._run, daemon=True, name="watch")
+        self._thread = Thread(target=self._run, daemon=True, name="watchdog")
 
     def start(self) -> None:
-        """Post the first mark and go on posting."""
+        """Post the first heartbeat and start the thread."""
         with suppress(*_STORE_ERRORS):
             self._post_heartbeat()
         self._thread.start()
 
     def close(self) -> None:
-        """Stop, and remove what was written on this machine."""
+        """Stop the thread and remove the heartbeat file."""
         self._stop_event.set()
         self._thread.join(timeout=self.grace_s)
         self.heartbeat_file.close()
 
     def add_group(self, name: str, *, group: distributed.ProcessGroup) -> None:
-        """Learn the members of a group when it is first used."""
+        """Store the members of a group when it is first used."""
         if name not in self._groups:
             self._groups[name] = tuple(distributed.get_process_group_ranks(group))
 
     def post_failure(self, text: str) -> None:
-        """Tell the others that this rank ends, and why."""
+        """Post that this rank ends, and why."""
         self._failure = text
         with suppress(*_STORE_ERRORS):
             self._post_heartbeat()
             self._store.set("alarm", str(self.rank))
 
     def report_hang(self, cause: str) -> HangReport:
-        """Return who is missing: the verdict of the first rank that asked, or our own.
+        """Return the report of the first rank that asked, or make and post it.
 
-        ``cause`` is what torch said.
+        ``cause`` is torch's error message.
         """
         try:
             self._store.set("alarm", str(self.rank))
-            if (
-                self._store.add("judges", 1) > 1
-                and (first := self._wait_for_posted_report()) is not None
-            ):
-                return first
-            verdict = self._find_lost_ranks(cause)
-            self._store.set("verdict", json.dumps(verdict.to_dict()))
-            return verdict
+            is_first = self._store.add("reporters", 1) == 1
+            if not is_first and (posted := self._wait_for_posted_report()) is not None:
+                return posted
+            report = self._find_lost_ranks(cause)
+            self._store.set("report", json.dumps(report.to_dict()))
+            return report
         except _STORE_ERRORS as error:
-            where = self.heartbeat_file.read()
-            doing = where.collective_text if where.in_collective else where.phase_text
+            heartbeat = self.heartbeat_file.read()
+            inside = heartbeat.in_collective
+            activity = heartbeat.collective_text if inside else heartbeat.phase_text
             return HangReport(
-                f"rank {self.rank} lost its peers in {doing}, and the store that they met in does "
-                "not answer: the launcher, or rank 0 if it had none, ended first "
+                f"rank {self.rank} lost its peers in {activity}, and the rendezvous store does not "
+                "answer: the launcher, or rank 0 if it had none, ended first "
                 f"({cause or error})"
             )
 
     def _wait_for_posted_report(self) -> HangReport | None:
-        late = time.monotonic() + self.grace_s
-        while time.monotonic() < late:
-            if self._store.check(["verdict"]):
-                return HangReport.from_dict(json.loads(self._store.get("verdict")))
+        deadline = time.monotonic() + self.grace_s
+        while time.monotonic() < deadline:
+            if self._store.check(["report"]):
+                return HangReport.from_dict(json.loads(self._store.get("report")))
             time.sleep(self.interval_s / 5)
         return None
 
     def _find_lost_ranks(self, cause: str = "") -> HangReport:
-        """Read all marks; where only time tells whether a rank lives, give it two beats."""
+        """Read all heartbeats; twice, two intervals apart, if a rank's state depends on it."""
         before = self._read_heartbeats()
-        unsure = [rank for rank, seen in before.items() if self._needs_second_read(rank, seen)]
-        for _ in range(3 if unsure else 0):
+        needs_second = any(self._needs_second_read(rank, seen) for rank, seen in before.items())
+        for _ in range(3 if needs_second else 0):
             time.sleep(0.8 * self.interval_s)
-            self._post_heartbeat()  # this may be the thread that does it
+            self._post_heartbeat()  # this may be the thread that posts them
         after = self._read_heartbeats()
         peers = {rank: self._peer(rank, after[rank], before[rank]) for rank in range(self.size)}
         return find_lost_ranks(peers[self.rank], peers=peers, now_s=time.time(), cause=cause)
@@ -142,72 +142,75 @@ class Watchdog:
     def _peer(self, rank: int, seen: dict[str, Any] | None, before: dict[str, Any] | None) -> Peer:
         if seen is None:
             return Peer(rank, members=self._groups[DEFAULT_GROUP], state="silent")
-        mark = Heartbeat(**seen["mark"])
+        heartbeat = Heartbeat(**seen["heartbeat"])
         state: ProcessState = "alive"
         if rank != self.rank and not seen["failure"]:
-            here = seen["machine"] == self._machine
-            silent = before is not None and before["beats"] == seen["beats"]
-            state = process_state(seen["pid"]) if here else "silent" if silent else "alive"
-            there = read_heartbeat_file(Path(seen["book"])) if here and seen["book"] else None
-            mark = there if there is not None and there.serial >= mark.serial else mark
+            same_machine = seen["machine"] == self._machine
+            if same_machine:
+                state = process_state(seen["pid"])
+            elif before is not None and before["number"] == seen["number"]:
+                state = "silent"
+            in_file = read_heartbeat_file(Path(seen["file"])) if same_machine else None
+            if in_file is not None and in_file.serial >= heartbeat.serial:
+                heartbeat = in_file
         process = f"{seen['pid']} on {seen['machine'].partition(' ')[0]}"
-        return Peer(rank, mark, tuple(seen["members"]), process, state, seen["failure"])
+        return Peer(rank, heartbeat, tuple(seen["members"]), process, state, seen["failure"])
 
     def _read_heartbeats(self) -> dict[int, dict[str, Any] | None]:
         self._post_heartbeat()
-        found: dict[int, dict[str, Any] | None] = {}
-        for rank in range(self.size):
-            key = f"beat-{rank}"
-            found[rank] = json.loads(self._store.get(key)) if self._store.check([key]) else None
-        return found
+        keys = {rank: f"heartbeat-{rank}" for rank in range(self.size)}
+        return {
+            rank: json.loads(self._store.get(key)) if self._store.check([key]) else None
+            for rank, key in keys.items()
+        }
 
     def _post_heartbeat(self) -> None:
-        mark = self.heartbeat_file.read()
+        heartbeat = self.heartbeat_file.read()
         self._num_heartbeats += 1
-        seen = {
-            "mark": {name: getattr(mark, name) for name in Heartbeat.__slots__},
-            "members": self._groups.get(mark.group, self._groups[DEFAULT_GROUP]),
-            "beats": self._num_heartbeats,
+        posted = {
+            "heartbeat": asdict(heartbeat),
+            "members": self._groups.get(heartbeat.group, self._groups[DEFAULT_GROUP]),
+            "number": self._num_heartbeats,
             "machine": self._machine,
             "pid": os.getpid(),
-            "book": str(self.heartbeat_file.path or ""),
+            "file": str(self.heartbeat_file.path or os.devnull),
             "failure": self._failure,
         }
-        self._store.set(f"beat-{self.rank}", json.dumps(seen))
+        self._store.set(f"heartbeat-{self.rank}", json.dumps(posted))
 
     def _run(self) -> None:
-        alarmed_s = None
+        alarm_s = None
         while not self._stop_event.wait(self.interval_s):
-            with suppress(*_STORE_ERRORS):  # no store: the collectives will fail, and say so
+            with suppress(*_STORE_ERRORS):  # without the store, collectives fail and report it
                 self._post_heartbeat()
                 self._warn_if_stalled()
-                if alarmed_s is None and self._store.check(["alarm"]):
-                    alarmed_s = time.monotonic()
-            if alarmed_s is not None and time.monotonic() - alarmed_s > self.grace_s:
+                if alarm_s is None and self._store.check(["alarm"]):
+                    alarm_s = time.monotonic()
+            if alarm_s is not None and time.monotonic() - alarm_s > self.grace_s:
                 self._abort()
 
     def _warn_if_stalled(self) -> None:
-        """Say once, at half of the patience, that this rank waits, and for whom.
+        """Print once, after half of the timeout, that this rank waits, and for which ranks.
 
-        Also outside of a collective: with NCCL the host waits later than it asked.
+        Also outside of a collective: with NCCL the host waits later than it enqueued.
         """
-        mark = self.heartbeat_file.read()
-        idle_s = time.time() - mark.time_s
-        if idle_s < self._timeout_s / 2 or self._warned == mark.serial:
+        heartbeat = self.heartbeat_file.read()
+        idle_s = time.time() - heartbeat.time_s
+        if idle_s < self._timeout_s / 2 or self._warned_serial == heartbeat.serial:
             return
-        self._warned = mark.serial
-        verdict = self._find_lost_ranks()
-        if not verdict.ranks and not mark.in_collective:
-            return  # nobody is behind: this rank is at work, or all are
-        if self._store.add(f"warned-{mark.group}-{mark.sequence_number}", 1) == 1:
-            _print_stderr(f"moesaic: nothing has moved for {idle_s:.0f} s: {verdict.sentence}")
+        self._warned_serial = heartbeat.serial
+        report = self._find_lost_ranks()
+        if not report.ranks and not heartbeat.in_collective:
+            return  # no rank is behind: this rank computes, or all do
+        if self._store.add(f"warned-{heartbeat.group}-{heartbeat.sequence_number}", 1) == 1:
+            _print_stderr(f"moesaic: no progress for {idle_s:.0f} s: {report.sentence}")
 
     def _abort(self) -> None:
         with suppress(*_STORE_ERRORS):
-            verdict = self.report_hang("another rank ended")
+            report = self.report_hang("another rank ended")
             if not self._stop_event.is_set():
-                lost = LostRankError(verdict)
-                _print_stderr(f"moesaic: rank {self.rank} ends itself: {lost}. It was here:")
+                error = LostRankError(report)
+                _print_stderr(f"moesaic: rank {self.rank} exits: {error}. Its stack traces:")
                 faulthandler.dump_traceback(file=2, all_threads=True)
         if not self._stop_event.is_set():
             os._exit(1)
@@ -227,11 +230,11 @@ def process_state(pid: int) -> ProcessState:
 
 
 def _machine_id() -> str:
-    """This machine as others may know it; with its name space, for containers share a name."""
-    space = ""
+    """Return this machine's name and process name space, for containers share a name."""
+    name_space = ""
     with suppress(OSError):
-        space = os.readlink("/proc/self/ns/pid")
-    return f"{socket.gethostname()} {space}"
+        name_space = os.readlink("/proc/self/ns/pid")
+    return f"{socket.gethostname()} {name_space}"
 
 
 def _print_stderr(text: str) -> None:

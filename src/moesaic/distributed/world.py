@@ -1,15 +1,14 @@
-"""World: this process's place among the ranks, and what the ranks add up together.
+"""World: rank, number of processes, device, and the collectives of training outside autograd.
 
-``SingleProcess`` is the null object: one process, the same methods, nothing sent. Every collective returns
-the same bits on every rank. Nothing here is differentiable; gradients are summed after backward.
-
-Local: the part of a tensor that this rank holds.
+A ``World`` is one process by itself: the same methods, nothing sent. ``ProcessGroupWorld`` is a
+rank among others. Every collective returns the same bits on every rank. Nothing here is
+differentiable; gradients are summed after backward.
 """
 
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.distributed as distributed
@@ -20,49 +19,8 @@ from moesaic.distributed.flight_recorder import record_collective
 BUCKET_BYTES = 64 * 2**20
 
 
-@runtime_checkable
-class World(Protocol):
-    """``rank`` of ``size`` processes, computing on ``device``."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Return the sum over ranks of a tensor: any shape and dtype, alike on all ranks."""
-        ...
-
-    def all_reduce_floats(self, values: dict[str, float]) -> dict[str, float]:
-        """Return the sums of named numbers; every rank gives the same names."""
-        ...
-
-    def all_reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace each ``.grad`` by its sum over ranks. A missing gradient counts as zero."""
-        ...
-
-    def any_rank(self, flag: bool, /) -> bool:  # noqa: FBT001 - the one value it is about
-        """Return whether the flag is true on any rank."""
-        ...
-
-    def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite the tensors, in place, with those of rank 0."""
-        ...
-
-    def broadcast_object(self, value: Any) -> Any:
-        """Return rank 0's value (JSON data) on every rank."""
-        ...
-
-    def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """Return the tensor of every rank, in rank order; one shape and dtype on all."""
-        ...
-
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        ...
-
-
-class SingleProcess:
-    """A world of one process: every sum is the value itself."""
+class World:
+    """Rank ``rank`` of ``size`` processes, which computes on ``device``. Here: a single process."""
 
     rank = 0
     size = 1
@@ -71,40 +29,49 @@ class SingleProcess:
         self.device = torch.device(device)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Return the sum over ranks of a tensor of any shape and dtype, the same on all ranks."""
         return tensor
 
     def all_reduce_floats(self, values: dict[str, float]) -> dict[str, float]:
+        """Return the sums of named numbers; every rank gives the same names."""
         return dict(values)
 
     def all_reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
-        pass
+        """Replace each ``.grad`` by its sum over ranks. A missing gradient counts as zero."""
 
     def any_rank(self, flag: bool, /) -> bool:  # noqa: FBT001
+        """Return whether the flag is true on any rank."""
         return flag
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        pass
+        """Overwrite the tensors, in place, with those of rank 0."""
 
     def broadcast_object(self, value: Any) -> Any:
+        """Return rank 0's value (JSON data) on every rank."""
         return value
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensor of every rank, in rank order; one shape and dtype on all."""
         return [tensor]
 
     def barrier(self) -> None:
-        pass
+        """Wait for every rank."""
 
 
-class ProcessGroupWorld:
-    """The world of a process group (gloo on CPU, NCCL on CUDA): the default one, or part of it."""
+class SingleProcess(World):
+    """A world of one process."""
+
+
+class ProcessGroupWorld(World):
+    """A rank of a process group (gloo on CPU, NCCL on CUDA): the default group or a subgroup."""
 
     def __init__(
         self, device: torch.device | str = "cpu", *, group: distributed.ProcessGroup | None = None
     ) -> None:
+        super().__init__(device)
         self._group = group
         self.rank = distributed.get_rank(group)
         self.size = distributed.get_world_size(group)
-        self.device = torch.device(device)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         total = tensor.detach().to(self.device, copy=True).contiguous()
@@ -120,7 +87,7 @@ class ProcessGroupWorld:
     def all_reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
         for bucket in _gradient_buckets([p for p in parameters if p.requires_grad]):
             parts = [_local_gradient(p) for p in bucket]
-            # offloaded gradients are in the host's memory, which NCCL does not reach
+            # offloaded gradients are in host memory, which NCCL cannot read
             flat = torch.cat([part.reshape(-1) for part in parts]).to(self.device)
             with record_collective("all_reduce", group=self._group):
                 distributed.all_reduce(flat, group=self._group)
@@ -133,60 +100,61 @@ class ProcessGroupWorld:
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
-            here = tensor.detach().to(self.device, copy=True).contiguous()
-            with record_collective("broadcast", group=self._group):
-                distributed.broadcast(here, group=self._group, group_src=0)
-            tensor.detach().copy_(here)
+            content = tensor.detach().to(self.device, copy=True).contiguous()
+            self._broadcast(content)
+            tensor.detach().copy_(content)
 
     def broadcast_object(self, value: Any) -> Any:
         text = json.dumps(value if self.rank == 0 else None).encode()
         length = torch.tensor(len(text), device=self.device)
-        with record_collective("broadcast", group=self._group):
-            distributed.broadcast(length, group=self._group, group_src=0)
+        self._broadcast(length)
         content = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
         if self.rank == 0:
             content.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-        with record_collective("broadcast", group=self._group):
-            distributed.broadcast(content, group=self._group, group_src=0)
+        self._broadcast(content)
         return json.loads(bytes(content.cpu().tolist()))
 
+    def _broadcast(self, tensor: Tensor) -> None:
+        with record_collective("broadcast", group=self._group):
+            distributed.broadcast(tensor, group=self._group, group_src=0)
+
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        here = tensor.detach().to(self.device).contiguous()
-        parts = [torch.empty_like(here) for _ in range(self.size)]
+        local = tensor.detach().to(self.device).contiguous()
+        parts = [torch.empty_like(local) for _ in range(self.size)]
         with record_collective("all_gather", group=self._group):
-            distributed.all_gather(parts, here, group=self._group)
+            distributed.all_gather(parts, local, group=self._group)
         return [part.to(tensor.device) for part in parts]
 
     def barrier(self) -> None:
-        # an all-reduce: unlike NCCL's barrier it needs no guess of the device
+        # an all-reduce: NCCL's barrier has to guess the device
         self.all_reduce(torch.zeros(1))
 
 
 def _local_gradient(parameter: Tensor) -> Tensor:
-    """Return the gradient held here, in memory; zeros where there was none."""
+    """Return this rank's part of the gradient; zeros where there was none."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return local_tensor(parameter.grad)
 
 
 def _gradient_buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Split into runs of one dtype and at most ``BUCKET_BYTES`` (a larger parameter is alone)."""
+    """Split into buckets of one dtype and at most ``BUCKET_BYTES`` (or one parameter)."""
     bucket: list[Tensor] = []
-    held = 0
+    bucket_bytes = 0
     for parameter in parameters:
         size = local_tensor(parameter).numel() * parameter.element_size()
-        if bucket and (held + size > BUCKET_BYTES or parameter.dtype != bucket[0].dtype):
+        if bucket and (bucket_bytes + size > BUCKET_BYTES or parameter.dtype != bucket[0].dtype):
             yield bucket
-            bucket, held = [], 0
+            bucket, bucket_bytes = [], 0
         bucket.append(parameter)
-        held += size
+        bucket_bytes += size
     if bucket:
         yield bucket
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return a DTensor's own part, sharing its memory; any other tensor as it is."""
-    # importing DTensor takes longer than everything else that one process needs: who has one did it
+    """Return the local shard of a DTensor, sharing memory; any other tensor unchanged."""
+    # importing DTensor is slow, and a process that has one has imported it
     module: Any = sys.modules.get("torch.distributed.tensor")
     given: Any = tensor
     return given.to_local() if module and isinstance(tensor, module.DTensor) else tensor

@@ -28,7 +28,7 @@ from moesaic.ops.grouped_gemm import (
     zero_rows_past_groups,
 )
 from moesaic.ops.kernel_selection import select_grouped_gemm, select_moe_kernel
-from moesaic.ops.moe_kernel import Edges, permute_tokens, unpermute_tokens
+from moesaic.ops.moe_kernel import Edges, KernelShape, permute_tokens, unpermute_tokens
 from moesaic.ops.permute import RowGroups
 
 
@@ -130,13 +130,10 @@ class FeedForwardExpert(Expert):
         self, size: ExpertShape, *, edges: float, live_fraction: float = 1.0
     ) -> float:
         feed = size.feed_forward
-        mixer = select_moe_kernel(
-            torch.empty(0), activation=feed.activation
-        )  # the one of this machine
+        kernel = select_moe_kernel(torch.empty(0), activation=feed.activation)  # of this machine
         width = feed.activation.width(feed.hidden)
-        return edges * mixer.saved_activations(
-            dim=size.dim, width=width, bias=size.bias, live_share=live_fraction
-        )
+        shape = KernelShape(size.dim, width, size.bias, live_fraction)
+        return edges * kernel.saved_activations(shape)
 
 
 class GroupedExperts(ExpertModule):

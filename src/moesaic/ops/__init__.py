@@ -1,5 +1,5 @@
-"""Pure tensor functions, each with its plain twin.
+"""Tensor functions and kernels; imports ``core`` only.
 
-May import ``core`` only. ``choose.py`` says which implementation runs on a device and why. Start at
-``group.py`` (edges sorted by expert) and ``grouped.py`` (the feed-forward of every expert at once).
+``kernel_selection.py`` selects the implementation for a device. Start at ``permute.py`` (edges
+sorted by expert), ``grouped_gemm.py`` (the feed-forward of all experts) and ``moe_kernel.py``.
 """

@@ -1,17 +1,13 @@
-"""Random numbers by counter on any device: each is a pure function of its key.
+"""Counter-based random numbers on any device: each is a pure function of its key. Dropout by key.
 
-So what is drawn for a token does not depend on the rank that holds it, on the order of work, or on
-how often a pass is repeated. The mixer is SplitMix64's finaliser (doi:10.1145/2660193.2660195), as
-in ``data/numpy_counter_rng.py``; int64 arithmetic wraps, which is arithmetic modulo 2^64.
+What is drawn for a token does not depend on the rank that computes it, on the order of work, or on
+recomputation. The hash is SplitMix64's finalizer (doi:10.1145/2660193.2660195), as in
+``data/numpy_counter_rng.py``; int64 arithmetic wraps, so it is arithmetic modulo 2^64.
 
-Letters: N any shape.
+In dropout four channels share a hash: each uses 16 of its 64 bits. So the rate is a multiple of
+2**-16, and the values that remain are scaled by exactly that rate: the mean is unchanged.
 
-Drop: which channels of a token dropout sets to zero, as a function of the token's key.
-
-Four channels share a hash: each looks at 16 of its 64 bits. So the rate is a multiple of 2**-16,
-and what is kept is scaled by exactly that: nothing is lost on average.
-
-Letters: T tokens, D channels.
+Letters: N any shape, T tokens, D channels.
 """
 
 import torch
@@ -19,12 +15,9 @@ import torch
 from moesaic.core.shapes import Bool, Float, Int, Tensor
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
-
-
-_MULTIPLIER_1, _MULTIPLIER_2 = (
-    -4658895280553007687,
-    -7723592293110705685,
-)  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_MULTIPLIER_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MULTIPLIER_2 = -7723592293110705685  # 0x94D049BB133111EB
+_CHANNELS_PER_HASH, _HASH_VALUES = 4, 2**16
 
 
 def hash_combine(key: Int[Tensor, "*N"], other: Tensor | int) -> Int[Tensor, "*N"]:
@@ -36,12 +29,12 @@ def hash_combine(key: Int[Tensor, "*N"], other: Tensor | int) -> Int[Tensor, "*N
 
 
 def bits_to_uniform(bits: Int[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-    """Return a float32 in [0, 1) for each of some mixed bits."""
+    """Return a float32 in [0, 1) for each hash."""
     return _logical_shift_right(bits, 40).float() * 2.0**-24
 
 
 def hash_name(text: str) -> int:
-    """Return an int64 for a name: FNV-1a, the same in every process."""
+    """Return the FNV-1a hash of a name as int64, the same in every process."""
     value = 0xCBF29CE484222325
     for byte in text.encode():
         value = (value ^ byte) * 0x100000001B3 % 2**64
@@ -49,40 +42,24 @@ def hash_name(text: str) -> int:
 
 
 def _logical_shift_right(bits: Tensor, places: int) -> Tensor:
-    """Shift right, zeros coming in (int64's own shift brings in the sign)."""
+    """Shift right and fill with zeros (``>>`` of int64 fills with the sign)."""
     return (bits >> places).bitwise_and_((1 << (64 - places)) - 1)
-
-
-_CHANNELS_PER_HASH, _HASH_VALUES = 4, 2**16
 
 
 def dropout(x: Float[Tensor, "T D"], *, key: Int[Tensor, "T"], rate: float) -> Float[Tensor, "T D"]:
     """Set channels to zero with probability ``rate`` in (0, 1), and scale the others.
 
-    Backward keeps one byte per channel: hashing again would cost more than reading it.
+    Backward saves one byte per channel, which is cheaper to read than to hash again.
     """
     scale = _HASH_VALUES / (_HASH_VALUES - _drop_threshold(rate))
     return (x * scale).masked_fill(dropout_mask(key, width=x.shape[-1], rate=rate), 0.0)
 
 
 def dropout_mask(key: Int[Tensor, "T"], *, width: int, rate: float) -> Bool[Tensor, "T D"]:
-    """Return which channels are lost."""
+    """Return True for the channels that are set to zero."""
     column = torch.arange(-(-width // _CHANNELS_PER_HASH), device=key.device)
     values = hash_combine(key[:, None], column).view(torch.int16)
     return values[:, :width] < _drop_threshold(rate) - _HASH_VALUES // 2
-
-
-def reference_dropout_mask(
-    key: Int[Tensor, "T"], *, width: int, rate: float
-) -> Bool[Tensor, "T D"]:
-    """The definition of ``dropped``, one channel at a time."""
-    lost = torch.zeros(len(key), width, dtype=torch.bool, device=key.device)
-    for channel in range(width):
-        bits = hash_combine(key, torch.full_like(key, channel // _CHANNELS_PER_HASH)) >> 16 * (
-            channel % _CHANNELS_PER_HASH
-        )
-        lost[:, channel] = (bits + _HASH_VALUES // 2) % _HASH_VALUES < _drop_threshold(rate)
-    return lost
 
 
 def _drop_threshold(rate: float) -> int:

@@ -1,6 +1,6 @@
-"""Cross-entropy over a large vocabulary in chunks: logits of a few hundred tokens exist at a time.
+"""Chunked cross-entropy over a large vocabulary: logits of a few hundred tokens exist at a time.
 
-Gradients are made in the forward pass, chunk by chunk, so no logits are kept or made twice.
+Gradients are computed in the forward pass, chunk by chunk: logits are neither saved nor recomputed.
 
 Letters: N predicted tokens, V vocabulary, D model dim.
 """
@@ -9,38 +9,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Int, Tensor
 
-CHUNK_ELEMENTS = 1 << 21  # logits held at a time: 8 MiB in float32
+CHUNK_ELEMENTS = 1 << 21  # logits in memory at a time: 8 MiB in float32
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLoss:
-    """``total``: sum over tokens of the training loss, in the graph (float32 scalar).
+    """``total``: sum over tokens of the training loss, in the autograd graph (float32 scalar).
 
     ``nll``: each token's negative log-likelihood without smoothing or z term, detached.
     """
 
     total: Float[Tensor, ""]
     nll: Float[Tensor, "N"]
-
-
-def reference_cross_entropy(
-    hidden: Float[Tensor, "N D"],
-    *,
-    weight: Float[Tensor, "V D"],
-    label: Int[Tensor, "N"],
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-) -> TokenLoss:
-    """The definition: ``(1-s) * nll + s * mean over V of -log p``, plus ``z * logsumexp^2``."""
-    logits = (hidden @ weight.to(hidden.dtype).t()).float()
-    total = F.cross_entropy(logits, label, label_smoothing=label_smoothing, reduction="sum")
-    total = total + z_loss * logits.logsumexp(-1).square().sum()
-    return TokenLoss(total, F.cross_entropy(logits.detach(), label, reduction="none"))
 
 
 def cross_entropy(
@@ -51,9 +35,10 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> TokenLoss:
-    """Sum of token losses, with label smoothing (1512.00567) and a softmax z term (2204.02311).
+    """Sum of token losses, with label smoothing (1512.00567) and a z-loss (2204.02311).
 
-    Logits are ``hidden @ weight.T`` in the dtype of ``hidden``; the softmax is float32.
+    Per token: ``(1-s) * nll + s * mean over V of -log p``, plus ``z * logsumexp^2``. Logits are
+    ``hidden @ weight.T`` in the dtype of ``hidden``; the softmax is float32.
     """
     total, nll = _ChunkedCrossEntropy.apply(hidden, weight, label, label_smoothing, z_loss)
     return TokenLoss(total, nll)
@@ -64,9 +49,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Any:
         hidden, weight, label, smoothing, z = inputs
         table = weight.to(hidden.dtype)
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        grad_hidden = torch.empty_like(hidden) if wanted else None
-        grad_weight = torch.zeros_like(table, dtype=torch.float32) if wanted else None
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(table, dtype=torch.float32) if needs_grad else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         nll = torch.empty(label.shape[0], dtype=torch.float32, device=hidden.device)
         step = max(1, CHUNK_ELEMENTS // weight.shape[0])

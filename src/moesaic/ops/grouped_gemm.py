@@ -1,15 +1,10 @@
-"""Grouped feed-forward: every expert applied to its own segment of rows, in a few large products.
+"""Grouped GEMM: every expert's matrix applied to its own group of rows, and the feed-forward of it.
 
-The definition is four lines: ``reference_feed_forward``. The fast path is one autograd function that
-keeps only its input and the pre-activation, and recomputes the activation going back. What
-multiplies is an ``GroupedGEMM``; ``ops/kernel_selection.py`` picks one.
+The feed-forward is one autograd function that saves its input and the pre-activation only, and
+recomputes the activation in backward. ``ops/kernel_selection.py`` selects the ``GroupedGEMM``.
 
-Letters: R rows sorted by expert, E experts, D model dim, F feed-forward dim, G what the activation
-reads (F, or 2F if gated).
-
-Grouped product: each row times the matrix of its expert, differentiable in both.
-
-Letters: R rows sorted by expert, E experts, D width in, F width out.
+Letters: R rows sorted by expert, E experts, D input width, F output or feed-forward width, G
+pre-activation width (F, or 2F if gated).
 """
 
 from collections.abc import Iterator
@@ -23,18 +18,18 @@ from torch.autograd.function import once_differentiable
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.ops.permute import RowGroups
 
-ACTIVATION_CHUNK_ELEMENTS = 1 << 18  # values of a piece of the pre-activation: 1 MiB in float32
-
-
-GATED_ACTIVATIONS = ("swiglu",)  # kernel names of activations that read twice the width they write
+ACTIVATION_CHUNK_ELEMENTS = 1 << 18  # pre-activations activated at a time: 1 MiB in float32
+GATED_ACTIVATIONS = (
+    "swiglu",
+)  # kernel names of activations whose input is twice as wide as their output
 
 
 @runtime_checkable
 class ActivationFunction(Protocol):
-    """What happens between the two products: [R, G] -> [R, F].
+    """The activation between the two matrix products: [R, G] -> [R, F].
 
-    ``kernel`` is the name under which fused kernels know it (``relu``, ``relu2``, ``gelu``,
-    ``swiglu``); with an empty one the composed path is taken.
+    ``kernel_name`` selects the activation of fused kernels (``relu``, ``relu2``, ``gelu``,
+    ``swiglu``); with an empty one the unfused kernel is used.
     """
 
     kernel_name: ClassVar[str]
@@ -44,26 +39,26 @@ class ActivationFunction(Protocol):
 
 @runtime_checkable
 class GroupedGEMM(Protocol):
-    """Products over segments. Rows past the last segment come out as zero."""
+    """Matrix products per expert. Output rows past the last group are zero."""
 
     name: str
 
     def matmul(
         self, rows: Float[Tensor, "R D"], weight: Float[Tensor, "E D F"], *, groups: RowGroups
     ) -> Float[Tensor, "R F"]:
-        """Each row times the matrix of its expert. ``bank`` may be a transposed view."""
+        """Multiply each row by the matrix of its expert. ``weight`` may be a transposed view."""
         ...
 
     def weight_gradient(
         self, left: Float[Tensor, "R D"], right: Float[Tensor, "R F"], *, groups: RowGroups
     ) -> Float[Tensor, "E D F"]:
-        """``left[e].T @ right[e]`` of each segment: the gradient of a bank."""
+        """Return ``left[e].T @ right[e]`` for every expert."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class FeedForwardWeights:
-    """The matrices of all experts; biases are both there or both None."""
+    """Stacked matrices of all experts; the biases are both given or both None."""
 
     up: Float[Tensor, "E D G"]
     down: Float[Tensor, "E F D"]
@@ -72,7 +67,7 @@ class FeedForwardWeights:
 
 
 def expert_slices(groups: RowGroups) -> Iterator[tuple[int, slice]]:
-    """Yield ``(expert, rows)`` of the experts that have any. Waits for the device."""
+    """Yield ``(expert, rows)`` of experts that have rows. Synchronizes with the device."""
     start = 0
     for expert, count in enumerate(groups.rows_per_expert.tolist()):
         if count:
@@ -81,9 +76,9 @@ def expert_slices(groups: RowGroups) -> Iterator[tuple[int, slice]]:
 
 
 class SequentialGEMM:
-    """One ``mm`` per expert, written straight into the result: the fastest on a CPU."""
+    """One ``mm`` per expert, written into the result: the fastest on a CPU."""
 
-    name = "segments"
+    name = "sequential"
 
     def matmul(
         self, rows: Float[Tensor, "R D"], weight: Float[Tensor, "E D F"], *, groups: RowGroups
@@ -110,10 +105,10 @@ class SequentialGEMM:
 
 
 class GroupedMM:
-    """``torch.nn.functional.grouped_mm``: one call for all experts, no wait for the device.
+    """``torch.nn.functional.grouped_mm``: one call for all experts, no device synchronization.
 
-    Three traps are handled here and nowhere else: row strides must be multiples of 16 bytes, rows
-    past ``ends[-1]`` come back uninitialised, and expanded (stride 0) inputs are refused.
+    Its limits are handled here only: row strides must be multiples of 16 bytes, rows past
+    ``offsets[-1]`` are uninitialised, and expanded (stride 0) inputs raise.
     """
 
     name = "grouped_mm"
@@ -130,47 +125,6 @@ class GroupedMM:
         return F.grouped_mm(left.contiguous().t(), right.contiguous(), offs=groups.offsets)
 
 
-class PaddedBMM:
-    """Every segment padded to the longest, one ``bmm``: good only when experts are balanced."""
-
-    name = "padded_bmm"
-
-    def matmul(
-        self, rows: Float[Tensor, "R D"], weight: Float[Tensor, "E D F"], *, groups: RowGroups
-    ) -> Float[Tensor, "R F"]:
-        slots, live = _slots(groups)
-        padded = _into_slots(rows, slots=slots, groups=groups)
-        out = rows.new_zeros(rows.shape[0], weight.shape[-1])
-        out[:live] = torch.bmm(padded, weight).flatten(0, 1)[slots]
-        return out
-
-    def weight_gradient(
-        self, left: Float[Tensor, "R D"], right: Float[Tensor, "R F"], *, groups: RowGroups
-    ) -> Float[Tensor, "E D F"]:
-        slots, _ = _slots(groups)
-        a = _into_slots(left, slots=slots, groups=groups)
-        return torch.bmm(a.transpose(1, 2), _into_slots(right, slots=slots, groups=groups))
-
-
-def reference_feed_forward(
-    rows: Float[Tensor, "R D"],
-    *,
-    weights: FeedForwardWeights,
-    groups: RowGroups,
-    activation: ActivationFunction,
-) -> Float[Tensor, "R D"]:
-    """The definition: expert by expert, differentiated by autograd alone."""
-    out = torch.zeros_like(rows)
-    for e, span in expert_slices(groups):
-        hidden = rows[span] @ weights.up[e]
-        hidden = hidden if weights.up_bias is None else hidden + weights.up_bias[e]
-        result = activation(hidden) @ weights.down[e]
-        result = result if weights.down_bias is None else result + weights.down_bias[e]
-        place = torch.arange(span.start, span.stop, device=out.device)
-        out = out.index_copy(0, place, result)
-    return out
-
-
 def grouped_feed_forward(
     rows: Float[Tensor, "R D"],
     *,
@@ -179,9 +133,9 @@ def grouped_feed_forward(
     activation: ActivationFunction,
     gemm: GroupedGEMM,
 ) -> Float[Tensor, "R D"]:
-    """``activation(rows @ up[e]) @ down[e]`` for the expert e of each row; zero past the segments.
+    """``activation(rows @ up[e]) @ down[e]`` for the expert e of each row; zero past the groups.
 
-    Saves ``rows`` and the pre-activation for backward, nothing else. Banks take the dtype of rows.
+    Saves only ``rows`` and the pre-activation for backward. Weights are cast to the dtype of rows.
     """
     up, down = weights.up.to(rows.dtype), weights.down.to(rows.dtype)
     biases = (weights.up_bias, weights.down_bias)
@@ -191,16 +145,16 @@ def grouped_feed_forward(
 class _GroupedFeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        rows, up, down, up_bias, down_bias, groups, activation, engine = inputs
-        hidden = engine.matmul(rows, up, groups=groups)
+        rows, up, down, up_bias, down_bias, groups, activation, gemm = inputs
+        hidden = gemm.matmul(rows, up, groups=groups)
         if up_bias is not None:
             hidden += up_bias.to(rows.dtype)[expert_of_row(groups, rows=rows.shape[0])]
-        out = engine.matmul(_activation_forward(hidden, activation=activation), down, groups=groups)
+        out = gemm.matmul(_activation_forward(hidden, activation=activation), down, groups=groups)
         if down_bias is not None:
             out += down_bias.to(rows.dtype)[expert_of_row(groups, rows=rows.shape[0])]
             out = zero_rows_past_groups(out, offsets=groups.offsets)
         ctx.save_for_backward(rows, up, down, hidden)
-        ctx.groups, ctx.activation, ctx.engine = groups, activation, engine
+        ctx.groups, ctx.activation, ctx.gemm = groups, activation, gemm
         ctx.bias = up_bias is not None
         return out
 
@@ -208,29 +162,27 @@ class _GroupedFeedForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, up, down, hidden = ctx.saved_tensors
-        groups, engine = ctx.groups, ctx.engine
+        groups, gemm = ctx.groups, ctx.gemm
         grad = grads[0].contiguous()
-        grad_active = engine.matmul(grad, down.transpose(1, 2), groups=groups)
+        grad_active = gemm.matmul(grad, down.transpose(1, 2), groups=groups)
         active, grad_hidden = _activation_backward(hidden, grad_active, activation=ctx.activation)
         del grad_active
-        grad_down = engine.weight_gradient(active, grad, groups=groups)
+        grad_down = gemm.weight_gradient(active, grad, groups=groups)
         del active
         grad_rows = None
         if ctx.needs_input_grad[0]:
-            grad_rows = engine.matmul(grad_hidden, up.transpose(1, 2), groups=groups)
-        grad_up = engine.weight_gradient(rows, grad_hidden, groups=groups)
+            grad_rows = gemm.matmul(grad_hidden, up.transpose(1, 2), groups=groups)
+        grad_up = gemm.weight_gradient(rows, grad_hidden, groups=groups)
         up_bias = _bias_gradient(grad_hidden, groups=groups) if ctx.bias else None
         down_bias = _bias_gradient(grad, groups=groups) if ctx.bias else None
         return grad_rows, grad_up, grad_down, up_bias, down_bias, None, None, None
 
 
 def _activation_chunks(hidden: Tensor) -> Iterator[slice]:
-    """Rows to activate at a time: on a CPU, so few that what lies between stays in the cache."""
+    """Yield chunks of rows to activate: on a CPU, chunks whose intermediates fit in the cache."""
     rows, width = hidden.shape
-    step = (
-        max(1, ACTIVATION_CHUNK_ELEMENTS // width) if hidden.device.type == "cpu" else max(1, rows)
-    )
-    for start in range(0, max(1, rows), step):  # one piece even without rows
+    step = max(1, ACTIVATION_CHUNK_ELEMENTS // width if hidden.device.type == "cpu" else rows)
+    for start in range(0, max(1, rows), step):  # one chunk even without rows
         yield slice(start, start + step)
 
 
@@ -238,9 +190,9 @@ def _activation_forward(hidden: Tensor, *, activation: ActivationFunction) -> Te
     first, *rest = _activation_chunks(hidden)
     if not rest:
         return activation(hidden)
-    piece = activation(hidden[first])
-    out = piece.new_empty(hidden.shape[0], piece.shape[1])
-    out[first] = piece
+    chunk = activation(hidden[first])
+    out = chunk.new_empty(hidden.shape[0], chunk.shape[1])
+    out[first] = chunk
     for span in rest:
         out[span] = activation(hidden[span])
     return out
@@ -249,7 +201,7 @@ def _activation_forward(hidden: Tensor, *, activation: ActivationFunction) -> Te
 def _activation_backward(
     hidden: Tensor, grad: Tensor, *, activation: ActivationFunction
 ) -> tuple[Tensor, Tensor]:
-    """Return the activation again, and the gradient of ``hidden``."""
+    """Recompute the activation; return it and the gradient of ``hidden``."""
     grad_hidden, active = torch.empty_like(hidden), torch.empty_like(grad)
     for span in _activation_chunks(hidden):
         with torch.enable_grad():
@@ -261,9 +213,9 @@ def _activation_backward(
 
 
 def expert_of_row(groups: RowGroups, *, rows: int) -> Int[Tensor, "R"]:
-    """The expert of each sorted row; rows past the segments say the last expert."""
-    place = torch.arange(rows, device=groups.offsets.device, dtype=groups.offsets.dtype)
-    found = torch.searchsorted(groups.offsets, place, right=True)
+    """Return the expert of each sorted row; the last expert for rows past the groups."""
+    row = torch.arange(rows, device=groups.offsets.device, dtype=groups.offsets.dtype)
+    found = torch.searchsorted(groups.offsets, row, right=True)
     return found.clamp(max=groups.offsets.numel() - 1)
 
 
@@ -275,35 +227,9 @@ def _bias_gradient(grad: Tensor, *, groups: RowGroups) -> Tensor:
 
 
 def zero_rows_past_groups(rows: Tensor, *, offsets: Tensor) -> Tensor:
-    """Return rows with those past the segments as zero."""
+    """Return the rows with those past the last group set to zero."""
     live = torch.arange(rows.shape[0], device=rows.device) < offsets[-1]
     return torch.where(live[:, None], rows, 0.0)
-
-
-def _slots(groups: RowGroups) -> tuple[Tensor, int]:
-    """Where each live row sits in a padded [E * longest] buffer."""
-    counts = groups.rows_per_expert.tolist()
-    longest = max([1, *counts])
-    spans = [torch.arange(count) + e * longest for e, count in enumerate(counts)]
-    return torch.cat(spans).to(groups.rows_per_expert.device), sum(counts)
-
-
-def _into_slots(rows: Tensor, *, slots: Tensor, groups: RowGroups) -> Tensor:
-    experts = groups.rows_per_expert.numel()
-    longest = max([1, *groups.rows_per_expert.tolist()])
-    padded = rows.new_zeros(experts * longest, rows.shape[1])
-    return padded.index_copy_(0, slots, rows[: slots.numel()]).view(experts, longest, -1)
-
-
-def reference_grouped_matmul(
-    rows: Float[Tensor, "R D"], *, weight: Float[Tensor, "E D F"], groups: RowGroups
-) -> Float[Tensor, "R F"]:
-    """The definition: expert by expert, differentiated by autograd alone."""
-    out = rows.new_zeros(rows.shape[0], weight.shape[-1])
-    for expert, span in expert_slices(groups):
-        place = torch.arange(span.start, span.stop, device=out.device)
-        out = out.index_copy(0, place, rows[span] @ weight[expert])
-    return out
 
 
 def grouped_matmul(
@@ -313,9 +239,9 @@ def grouped_matmul(
     groups: RowGroups,
     gemm: GroupedGEMM,
 ) -> Float[Tensor, "R F"]:
-    """``rows @ bank[e]`` for the expert e of each row; zero past the segments.
+    """``rows @ weight[e]`` for the expert e of each row, differentiable; zero past the groups.
 
-    The bank takes the dtype of rows.
+    The weight is cast to the dtype of rows.
     """
     return _GroupedMatmul.apply(rows, weight.to(rows.dtype), groups, gemm)
 
@@ -323,19 +249,19 @@ def grouped_matmul(
 class _GroupedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, bank: Tensor, groups: RowGroups, engine: GroupedGEMM
+        ctx: Any, rows: Tensor, weight: Tensor, groups: RowGroups, gemm: GroupedGEMM
     ) -> Tensor:
-        ctx.save_for_backward(rows, bank)
-        ctx.groups, ctx.engine = groups, engine
-        return engine.matmul(rows, bank, groups=groups)
+        ctx.save_for_backward(rows, weight)
+        ctx.groups, ctx.gemm = groups, gemm
+        return gemm.matmul(rows, weight, groups=groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, bank = ctx.saved_tensors
+        rows, weight = ctx.saved_tensors
         grad = grads[0].contiguous()
         grad_rows = None
         if ctx.needs_input_grad[0]:
-            grad_rows = ctx.engine.matmul(grad, bank.transpose(1, 2), groups=ctx.groups)
-        grad_bank = ctx.engine.weight_gradient(rows, grad, groups=ctx.groups)
-        return grad_rows, grad_bank, None, None
+            grad_rows = ctx.gemm.matmul(grad, weight.transpose(1, 2), groups=ctx.groups)
+        grad_weight = ctx.gemm.weight_gradient(rows, grad, groups=ctx.groups)
+        return grad_rows, grad_weight, None, None

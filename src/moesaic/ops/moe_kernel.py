@@ -1,14 +1,14 @@
-"""Mixture: everything between routing and an MoE layer's output, as one operation.
+"""MoE kernel: everything between routing and the output of an MoE layer, as one operation.
 
-The definition is a sum over edges: ``out[t] = sum of weight[n] * feed_forward[expert[n]](x[t])``
-over the edges n that leave t. ``UnfusedMoEKernel`` builds it from ``spread``, ``grouped_feed_forward`` and
-``combine`` and is the plain twin of every fused ``MoEKernel``. ``ops/kernel_selection.py`` picks one.
+Definition: ``out[t] = sum of weight[n] * feed_forward[expert[n]](x[t])`` over the edges n of token
+t. ``UnfusedMoEKernel`` composes permute, grouped feed-forward and unpermute, and is the reference
+for the fused kernels. ``ops/kernel_selection.py`` selects a kernel.
 
 Letters: T tokens, N edges, E experts, D model dim, F feed-forward dim.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.ops.grouped_gemm import (
@@ -22,9 +22,9 @@ from moesaic.ops.permute import RowGroups, permute, unpermute
 
 @dataclass(frozen=True, slots=True)
 class Edges:
-    """Which rows go to which expert and come home with what weight.
+    """The edge list of a layer on this rank: one edge per (token, expert) pair.
 
-    ``groups`` sorts the edges by expert; edges that lead nowhere are past ``groups.ends[-1]``.
+    ``groups`` sorts the edges by expert; dropped edges are past ``groups.offsets[-1]``.
     ``per_token`` is K if every token has K edges in token-major order, else 0. Weights are float32.
     """
 
@@ -35,9 +35,18 @@ class Edges:
     per_token: int
 
 
+class KernelShape(NamedTuple):
+    """Model dim, pre-activation width and bias of experts, and the share of edges not dropped."""
+
+    dim: int
+    width: int
+    bias: bool
+    live_share: float
+
+
 @runtime_checkable
 class MoEKernel(Protocol):
-    """A way to compute the mixture, differentiable in ``x``, ``edges.weight`` and the banks."""
+    """Computes an MoE layer; differentiable in ``x``, ``edges.weight`` and the weights."""
 
     @property
     def name(self) -> str: ...
@@ -51,23 +60,20 @@ class MoEKernel(Protocol):
         activation: ActivationFunction,
     ) -> Float[Tensor, "T D"]: ...
 
-    def saved_activations(self, *, dim: int, width: int, bias: bool, live_share: float) -> float:
-        """Values of four bytes that autograd keeps per edge, x left out (for forecasts).
-
-        ``live`` is the share of edges that lead somewhere.
-        """
+    def saved_activations(self, shape: KernelShape) -> float:
+        """Four-byte values that autograd saves per edge, without ``x`` (for memory estimates)."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class UnfusedMoEKernel:
-    """Carry rows, multiply segments with ``engine``, carry home: three operations."""
+    """Permute, grouped feed-forward with ``gemm``, unpermute: three operations."""
 
     gemm: GroupedGEMM
 
     @property
     def name(self) -> str:
-        return f"composed ({self.gemm.name})"
+        return f"unfused ({self.gemm.name})"
 
     def __call__(
         self,
@@ -83,19 +89,18 @@ class UnfusedMoEKernel:
         )
         return unpermute_tokens(y, edges=edges)
 
-    def saved_activations(self, *, dim: int, width: int, bias: bool, live_share: float) -> float:
-        """The row, the pre-activation, the answer and a few numbers of each edge."""
-        del bias, live_share
-        return 2 * dim + width + 4
+    def saved_activations(self, shape: KernelShape) -> float:
+        """The row, the pre-activation, the expert output and a few numbers of each edge."""
+        return 2 * shape.dim + shape.width + 4
 
 
 def permute_tokens(x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "N D"]:
-    """Copy each token's row to the sorted places of its edges."""
+    """Copy each token's row to the sorted positions of its edges."""
     return permute(x, token=edges.token, groups=edges.groups, per_token=edges.per_token)
 
 
 def unpermute_tokens(y: Float[Tensor, "N D"], *, edges: Edges) -> Float[Tensor, "T D"]:
-    """Add the sorted rows to their tokens, each times its edge's weight."""
+    """Sum each token's sorted rows, each times the weight of its edge."""
     return unpermute(
         y,
         token=edges.token,

@@ -1,7 +1,7 @@
-"""Root mean square norm as one autograd function: it keeps its input and one number per row.
+"""RMSNorm as one autograd function that saves its input and one number per row.
 
-``torch.nn.functional.rms_norm`` is the plain twin. On a CPU it is many small operations and
-keeps three tensors of its input's size; on other devices it has a fused kernel and is used.
+On a CPU ``torch.nn.functional.rms_norm`` is many small operations and saves three tensors of the
+size of its input; on other devices it has a fused kernel and is used.
 
 Letters: T tokens, D model dim.
 """

@@ -13,7 +13,7 @@ from moesaic.distributed.launchers.launcher import LaunchJob, Torchrun
 
 def test_torchrun_reads_its_command_as_it_was_meant() -> None:
     arguments = parsed(shell_command(Torchrun().render(JOB)))
-    head = "${HEAD:?set HEAD to the name of the first machine}:29500"
+    head = "${HEAD:?set HEAD to the name of the first node}:29500"
     assert_starts_the_job(arguments, identity="my-run-1", endpoint=head)
 
 
@@ -32,7 +32,7 @@ def _run(text: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_the_script_asks_for_the_first_machine_unless_there_is_but_one() -> None:
     without = _run(Torchrun().render(JOB))
     assert without.returncode
-    assert "set HEAD to the name of the first machine" in without.stderr
+    assert "set HEAD to the name of the first node" in without.stderr
     with_it = _run(Torchrun().render(JOB), HEAD="node-a").stdout.splitlines()
     assert "--rdzv-endpoint=node-a:29500" in with_it
     assert with_it[-len(COMMAND) :] == list(COMMAND), "no word may be split or expanded"
@@ -46,8 +46,8 @@ def test_a_job_of_nothing_is_refused(field: str) -> None:
         JOB.replace(**{field: 0})
 
 
-def test_more_machines_than_there_are_cannot_be_the_fewest() -> None:
-    with pytest.raises(ConfigError, match="fewest_nodes=3 must be at most nodes=2"):
+def test_min_nodes_may_not_exceed_nodes() -> None:
+    with pytest.raises(ConfigError, match="min_nodes=3 must be at most nodes=2"):
         JOB.replace(min_nodes=3)
     assert not JOB.replace(min_nodes=2).is_elastic
 

@@ -1,4 +1,4 @@
-"""Routes, banks and the definition that kernels are held against."""
+"""Routes, weights and the definition that kernels are held against."""
 
 from dataclasses import replace
 
@@ -15,10 +15,10 @@ EXPERTS, DIM, HIDDEN = 3, 40, 24  # no multiple of a tile of 16 or 32
 SMALL = {  # several tiles in every direction
     "up": Tile(16, 16, 32, 4, 2, group_m=2),
     "down": Tile(16, 32, 32, 4, 2, group_m=2),
-    "down_back": Tile(16, 16, 32, 4, 2, group_m=2),
-    "up_back": Tile(16, 32, 32, 4, 2, group_m=2),
-    "up_outer": Tile(32, 32, 16, 4, 2, group_m=2),
-    "down_outer": Tile(32, 32, 16, 4, 2, group_m=2),
+    "down_dgrad": Tile(16, 16, 32, 4, 2, group_m=2),
+    "up_dgrad": Tile(16, 32, 32, 4, 2, group_m=2),
+    "up_wgrad": Tile(32, 32, 16, 4, 2, group_m=2),
+    "down_wgrad": Tile(32, 32, 16, 4, 2, group_m=2),
 }
 E = EXPERTS
 ROUTES = {  # expert of each edge, edges per token
@@ -47,7 +47,8 @@ def edges_of(expert, k, device, *, general=False):
 
 def job_of(edges, *, activation="swiglu", tiles=SMALL):
     return LaunchContext(
-        kernel_launch.schedule_tiles(edges, rows=tiles["up"].rows), KernelOptions(tiles, activation)
+        kernel_launch.schedule_tiles(edges, rows=tiles["up"].block_m),
+        KernelOptions(tiles, activation),
     )
 
 
@@ -59,21 +60,21 @@ def draw(*shape, device, dtype=torch.float32, seed=0, scale=1.0):
 def live_rows(edges):
     """How many sorted rows lead to an expert, and the expert of each."""
     expert = expert_of_row(edges.groups, rows=edges.token.numel())
-    live = int(edges.groups.ends[-1])
+    live = int(edges.groups.offsets[-1])
     return live, expert[:live]
 
 
-def definition(x, *, edges, banks: FeedForwardWeights, activation):
+def definition(x, *, edges, weights: FeedForwardWeights, activation):
     """The sum over edges, edge by edge, differentiated by autograd."""
     out = torch.zeros(edges.num_tokens, x.shape[1], device=x.device)
     live, expert = live_rows(edges)
     for row in range(live):
         edge, e = int(edges.groups.order[row]), int(expert[row])
         token = int(edges.token[edge])
-        hidden = x[token] @ banks.up[e]
-        hidden = hidden if banks.up_bias is None else hidden + banks.up_bias[e]
-        answer = activation(hidden) @ banks.down[e]
-        answer = answer if banks.down_bias is None else answer + banks.down_bias[e]
+        hidden = x[token] @ weights.up[e]
+        hidden = hidden if weights.up_bias is None else hidden + weights.up_bias[e]
+        answer = activation(hidden) @ weights.down[e]
+        answer = answer if weights.down_bias is None else answer + weights.down_bias[e]
         place = torch.tensor([token], device=x.device)
         out = out.index_add(0, place, (edges.weight[edge] * answer)[None])
     return out

@@ -1,4 +1,4 @@
-"""Compile what a mixer would launch, for a card that is not here: launches are recorded instead."""
+"""Compile the launches of a kernel for a GPU that is not present: launches are recorded."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ def recorded():
         yield found
 
 
-def launches(mixer, activation, *, shape, dtype, bias=False, per_token=True):
+def launches(kernel, activation, *, shape, dtype, bias=False, per_token=True):
     """Every launch of a forward and a backward pass at a shape (T, D, F, E, K), without memory."""
     tokens, dim, hidden, experts, k = shape
     width = activation.width(hidden)
@@ -88,8 +88,8 @@ def launches(mixer, activation, *, shape, dtype, bias=False, per_token=True):
     groups = group_by_expert(expert, num_experts=experts)
     edges = Edges(token, weight, groups, tokens, k if per_token else 0)
     biases = (leaf(experts, width), leaf(experts, dim)) if bias else (None, None)
-    banks = FeedForwardWeights(leaf(experts, dim, width), leaf(experts, hidden, dim), *biases)
+    weights = FeedForwardWeights(leaf(experts, dim, width), leaf(experts, hidden, dim), *biases)
     with recorded() as found:
-        out = mixer(leaf(tokens, dim), edges=edges, weights=banks, activation=activation)
+        out = kernel(leaf(tokens, dim), edges=edges, weights=weights, activation=activation)
         out.backward(torch.empty_like(out))
     return found

@@ -14,7 +14,7 @@ from moesaic.testing.triton_interpreter import is_interpreted, patch_interpreter
 LAUNCHING = [
     "test_backward_kernels.py",
     "test_forward_kernels.py",
-    "test_kernel_check.py",
+    "test_triton_moe_kernel_check.py",
     "test_triton_moe_kernel.py",
 ]
 COMPILING = ["test_compile.py"]

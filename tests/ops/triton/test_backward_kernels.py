@@ -58,7 +58,7 @@ def test_the_way_back_through_the_second_product_equals_autograd(activation, dty
     torch.testing.assert_close(got.scaled[:live].float(), scaled, **CLOSE[dtype])
 
 
-@pytest.mark.parametrize("op", ["up_outer", "down_outer"])
+@pytest.mark.parametrize("op", ["up_wgrad", "down_wgrad"])
 @pytest.mark.parametrize(
     ("route", "dtype"),
     [
@@ -75,12 +75,12 @@ def test_the_gradient_of_a_bank_equals_a_product_per_segment(route, op, dtype, d
     tokens = draw(edges.num_tokens, DIM, device=device, dtype=dtype)
     rows = draw(edges.token.numel(), HIDDEN, device=device, dtype=dtype)
     rows[live:] = torch.nan  # what a dropped edge's row may hold
-    sides = (tokens, rows) if op == "up_outer" else (rows, tokens)
-    sizes = (DIM, HIDDEN) if op == "up_outer" else (HIDDEN, DIM)
+    sides = (tokens, rows) if op == "up_wgrad" else (rows, tokens)
+    sizes = (DIM, HIDDEN) if op == "up_wgrad" else (HIDDEN, DIM)
     like = torch.empty(EXPERTS, *sizes, device=device)  # a float32 bank keeps a float32 gradient
     got = kernel_launch.weight_gradient(*sides, op=op, like=like, job=job)
     gathered = tokens[job.schedule.token].float()
-    left, right = (gathered, rows.float()) if op == "up_outer" else (rows.float(), gathered)
+    left, right = (gathered, rows.float()) if op == "up_wgrad" else (rows.float(), gathered)
     ends = [0, *edges.groups.offsets.tolist()]
     for e in range(EXPERTS):
         span = slice(ends[e], ends[e + 1])
@@ -108,7 +108,7 @@ def test_the_gradient_of_a_bias_is_its_segments_sum(route, device):
 
 
 def test_the_shares_of_column_tiles_add_up_to_the_weights_gradient(device):
-    assert SMALL["down_back"].block_n < HIDDEN  # so that there are several
+    assert SMALL["down_dgrad"].block_n < HIDDEN  # so that there are several
     edges = edges_of(*ROUTES["balanced"], device)
     job = job_of(edges, activation="relu")
     hidden = draw(edges.token.numel(), HIDDEN, device=device)

@@ -9,15 +9,15 @@ from moesaic.ops.triton.triton_moe_kernel import TritonMoEKernel
 from ops.triton.compiling import launches
 
 SHAPE = (4096, 256, 128, 8, 2)
-SHARED = {90: 232_448, 80: 101_376}  # bytes a program may have; of Ampere cards the least
-EVERY = {"tile_schedule_kernel", "up_projection_kernel", "row_matmul_kernel", "unpermute_sum_kernel", "down_backward_kernel",
-         "weight_gradient_kernel", "bias_gradient_kernel"}  # fmt: skip
+SHARED = {90: 232_448, 80: 101_376}  # bytes per program; the least of Ampere GPUs
+EVERY = {"tile_schedule_kernel", "up_projection_kernel", "row_matmul_kernel",
+         "unpermute_sum_kernel", "down_backward_kernel", "weight_gradient_kernel", "bias_gradient_kernel"}  # fmt: skip
 
 
-def compiled(mixer, capability, **options):
+def compiled(kernel, capability, **options):
     """(launch, its compiled kernel) once for each kernel and set of constants."""
     found = {}
-    for launch in launches(mixer, options.pop("activation", SwiGLU()), **options):
+    for launch in launches(kernel, options.pop("activation", SwiGLU()), **options):
         key = (launch.name, str(sorted((k, str(v)) for k, v in launch.options.items())))
         if key not in found:
             found[key] = (launch, launch.compile(capability))

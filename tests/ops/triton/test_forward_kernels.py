@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moesaic.nn.feed_forward import GELU, ReLU, SquaredReLU, SwiGLU
-from moesaic.ops.permute import reference_unpermute
 from moesaic.ops.triton import kernel_launch
+from ops.references import reference_unpermute
 from ops.triton.cases import (
     DIM,
     EXPERTS,
@@ -108,7 +108,7 @@ def test_the_way_home_equals_combine_whatever_stands_past_the_segments(route, ge
     torch.testing.assert_close(out, want)
 
 
-def test_banks_read_by_descriptor_give_the_same(device):
+def test_weights_read_by_descriptor_give_the_same(device):
     edges = edges_of(*ROUTES["some-dropped"], device)
     x = draw(edges.num_tokens, DIM, device=device)
     bank = draw(EXPERTS, DIM, 2 * HIDDEN, device=device)

@@ -1,4 +1,4 @@
-"""The whole mixer equals its definition, values and gradients, and keeps no more than it says."""
+"""The whole kernel equals its definition, values and gradients, and keeps no more than it says."""
 
 import pytest
 import torch
@@ -20,11 +20,11 @@ from ops.triton.cases import (
     edges_of,
 )
 
-MIXER = TritonMoEKernel(tiles=SMALL)
+KERNEL = TritonMoEKernel(tiles=SMALL)
 
 
-def run(mixer, edges, activation, *, bias=False, dim=DIM, dtype=torch.float32):
-    """Output and gradients; leaves hold what the dtype can hold and are float32 for the twin."""
+def run(kernel, edges, activation, *, bias=False, dim=DIM, dtype=torch.float32):
+    """Output and gradients, for inputs that the dtype represents exactly."""
     device = edges.token.device
     width = activation.width(HIDDEN)
 
@@ -33,15 +33,21 @@ def run(mixer, edges, activation, *, bias=False, dim=DIM, dtype=torch.float32):
         return exact.to(dtype).requires_grad_()
 
     x = leaf(edges.num_tokens, dim)
-    banks = FeedForwardWeights(
+    weights = FeedForwardWeights(
         leaf(EXPERTS, dim, width, scale=0.2), leaf(EXPERTS, HIDDEN, dim, scale=0.2)
     )
     if bias:
-        banks = FeedForwardWeights(banks.up, banks.down, leaf(EXPERTS, width), leaf(EXPERTS, dim))
+        weights = FeedForwardWeights(
+            weights.up, weights.down, leaf(EXPERTS, width), leaf(EXPERTS, dim)
+        )
     weight = edges.weight.clone().requires_grad_()
     edges = Edges(edges.token, weight, edges.groups, edges.num_tokens, edges.per_token)
-    out = mixer(x, edges=edges, weights=banks, activation=activation)
-    leaves = [x, weight, *(t for t in (banks.up, banks.down, banks.up_bias, banks.down_bias))]
+    out = kernel(x, edges=edges, weights=weights, activation=activation)
+    leaves = [
+        x,
+        weight,
+        *(t for t in (weights.up, weights.down, weights.up_bias, weights.down_bias)),
+    ]
     leaves = [t for t in leaves if t is not None]
     back = draw(edges.num_tokens, dim, device=device).half().to(out.dtype)
     if not out.requires_grad:  # the definition of no edges
@@ -51,39 +57,39 @@ def run(mixer, edges, activation, *, bias=False, dim=DIM, dtype=torch.float32):
     return [out.detach(), *full]
 
 
-def agree(mixer, edges, activation, *, tolerance=1e-4, dtype=torch.float32, **options):
-    got = run(mixer, edges, activation, dtype=dtype, **options)
+def agree(kernel, edges, activation, *, tolerance=1e-4, dtype=torch.float32, **options):
+    got = run(kernel, edges, activation, dtype=dtype, **options)
     want = run(definition, edges, activation, **options)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.float(), b, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_the_mixer_equals_the_definition_whatever_the_routing(route, device):
-    agree(MIXER, edges_of(*ROUTES[route], device), SwiGLU())
+def test_the_kernel_equals_the_definition_whatever_the_routing(route, device):
+    agree(KERNEL, edges_of(*ROUTES[route], device), SwiGLU())
 
 
 @pytest.mark.parametrize("activation", [ReLU(), SquaredReLU(), GELU(), SwiGLU()], ids=repr)
-def test_the_mixer_equals_the_definition_for_every_activation_with_biases(activation, device):
-    agree(MIXER, edges_of(*ROUTES["some-dropped"], device), activation, bias=True)
+def test_the_kernel_equals_the_definition_for_every_activation_with_biases(activation, device):
+    agree(KERNEL, edges_of(*ROUTES["some-dropped"], device), activation, bias=True)
 
 
 @pytest.mark.parametrize("route", ["some-dropped", "no-tokens"])
-def test_the_mixer_takes_any_edge_list(route, device):
-    agree(MIXER, edges_of(*ROUTES[route], device, general=True), ReLU())
+def test_the_kernel_takes_any_edge_list(route, device):
+    agree(KERNEL, edges_of(*ROUTES[route], device, general=True), ReLU())
 
 
-def test_the_mixer_is_right_in_half_precision(device):
-    agree(MIXER, edges_of(*ROUTES["balanced"], device), SwiGLU(), dtype=torch.half, tolerance=2e-2)
+def test_the_kernel_is_right_in_half_precision(device):
+    agree(KERNEL, edges_of(*ROUTES["balanced"], device), SwiGLU(), dtype=torch.half, tolerance=2e-2)
 
 
-def test_the_mixer_is_right_with_the_tiles_of_the_table(device):
+def test_the_kernel_is_right_with_the_tiles_of_the_table(device):
     agree(TritonMoEKernel(), edges_of(*ROUTES["balanced"], device), SwiGLU())
 
 
-def test_the_mixer_is_right_with_banks_read_by_descriptor(device):
-    mixer = TritonMoEKernel(tiles=by_descriptor(SMALL))
-    agree(mixer, edges_of(*ROUTES["some-dropped"], device), SwiGLU())
+def test_the_kernel_is_right_with_weights_read_by_descriptor(device):
+    kernel = TritonMoEKernel(tiles=by_descriptor(SMALL))
+    agree(kernel, edges_of(*ROUTES["some-dropped"], device), SwiGLU())
 
 
 def test_answers_brought_home_in_pieces_are_the_same(device):
@@ -106,28 +112,28 @@ def test_pieces_cover_all_columns_and_are_no_larger_than_what_is_kept(columns, r
 
 def test_the_same_bits_come_back_each_time(device):
     edges = edges_of(*ROUTES["some-dropped"], device)
-    first, second = (run(MIXER, edges, SwiGLU()) for _ in range(2))
+    first, second = (run(KERNEL, edges, SwiGLU()) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_rows_that_are_not_contiguous_are_read_right(device):
     edges = edges_of(*ROUTES["balanced"], device)
-    banks = FeedForwardWeights(
+    weights = FeedForwardWeights(
         draw(EXPERTS, HIDDEN, DIM, device=device).transpose(1, 2),
         draw(EXPERTS, DIM, HIDDEN, device=device).transpose(1, 2),
     )
     x = draw(DIM, edges.num_tokens, device=device).t()
-    want = definition(x, edges=edges, banks=banks, activation=ReLU())
-    got = MIXER(x, edges=edges, weights=banks, activation=ReLU())
+    want = definition(x, edges=edges, weights=weights, activation=ReLU())
+    got = KERNEL(x, edges=edges, weights=weights, activation=ReLU())
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_float32_banks_under_half_rows_keep_float32_gradients(device):
+def test_float32_weights_under_half_rows_keep_float32_gradients(device):
     edges = edges_of(*ROUTES["balanced"], device)
     up = draw(EXPERTS, DIM, HIDDEN, device=device).requires_grad_()
     down = draw(EXPERTS, HIDDEN, DIM, device=device).requires_grad_()
     x = draw(edges.num_tokens, DIM, device=device, dtype=torch.half)
-    out = MIXER(x, edges=edges, weights=FeedForwardWeights(up, down), activation=ReLU())
+    out = KERNEL(x, edges=edges, weights=FeedForwardWeights(up, down), activation=ReLU())
     out.float().square().mean().backward()
     assert out.dtype == torch.half
     assert up.grad is not None
@@ -138,7 +144,7 @@ def test_no_more_is_kept_than_rows_what_the_activation_reads_and_the_routing(dev
     kept = []
     edges = edges_of(*ROUTES["balanced"], device)
     x = draw(edges.num_tokens, DIM, device=device).requires_grad_()
-    banks = FeedForwardWeights(
+    weights = FeedForwardWeights(
         draw(EXPERTS, DIM, 2 * HIDDEN, device=device).requires_grad_(),
         draw(EXPERTS, HIDDEN, DIM, device=device).requires_grad_(),
     )
@@ -148,29 +154,29 @@ def test_no_more_is_kept_than_rows_what_the_activation_reads_and_the_routing(dev
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        MIXER(x, edges=edges, weights=banks, activation=SwiGLU())
-    weights = {banks.up.data_ptr(), banks.down.data_ptr()}
-    sizes = sorted(t.numel() for t in kept if t.data_ptr() not in weights)
+        KERNEL(x, edges=edges, weights=weights, activation=SwiGLU())
+    addresses = {weights.up.data_ptr(), weights.down.data_ptr()}
+    sizes = sorted(t.numel() for t in kept if t.data_ptr() not in addresses)
     assert sizes == sorted([edges.weight.numel(), x.numel(), edges.token.numel() * 2 * HIDDEN])
 
 
 def test_without_gradients_the_pre_activation_is_not_even_written(device):
     edges = edges_of(*ROUTES["balanced"], device)
     x = draw(edges.num_tokens, DIM, device=device)
-    banks = FeedForwardWeights(
+    weights = FeedForwardWeights(
         draw(EXPERTS, DIM, 2 * HIDDEN, device=device).requires_grad_(),
         draw(EXPERTS, HIDDEN, DIM, device=device),
     )
-    trained = MIXER(x, edges=edges, weights=banks, activation=SwiGLU())
+    trained = KERNEL(x, edges=edges, weights=weights, activation=SwiGLU())
     with torch.no_grad():
-        out = MIXER(x, edges=edges, weights=banks, activation=SwiGLU())
+        out = KERNEL(x, edges=edges, weights=weights, activation=SwiGLU())
     assert trained.requires_grad
     assert not out.requires_grad
     assert torch.equal(out, trained)
 
 
 def test_it_is_a_mixer():
-    assert isinstance(MIXER, MoEKernel)
+    assert isinstance(KERNEL, MoEKernel)
 
 
 def test_a_layer_gives_the_same_with_the_kernels_as_without(device, monkeypatch):
@@ -183,8 +189,8 @@ def test_a_layer_gives_the_same_with_the_kernels_as_without(device, monkeypatch)
     edges = edges_of(*ROUTES["some-dropped"], device)
     x = draw(edges.num_tokens, DIM, device=device)
     results = []
-    for mixer in (UnfusedMoEKernel(SequentialGEMM()), MIXER):
-        monkeypatch.setattr("moesaic.moe.experts.select_moe_kernel", lambda *_, m=mixer, **__: m)
+    for kernel in (UnfusedMoEKernel(SequentialGEMM()), KERNEL):
+        monkeypatch.setattr("moesaic.moe.experts.select_moe_kernel", lambda *_, m=kernel, **__: m)
         out = experts.forward_edges(x, edges=edges)
         results.append([out, *torch.autograd.grad(out.square().sum(), list(experts.parameters()))])
     for a, b in zip(*results, strict=True):

@@ -1,5 +1,1 @@
-"""Launch files: how a job of several machines is started, one file per system.
-
-``launcher.py`` is the family and the one torchrun command line that all of them contain; the texts
-around it are in ``templates``.
-"""
+"""Launch files for multi-node jobs: ``launcher.py`` renders them from ``templates``."""

@@ -1,16 +1,8 @@
-"""Launcher: a job of several machines, as the file that starts it somewhere.
+"""Job launchers: the file that starts a multi-node run under torchrun, Slurm, Kubernetes or
+SkyPilot.
 
-Every file runs the same torchrun command on each machine, with a c10d rendezvous at the first: it
-starts the ranks anew after a fault, and ``--resume auto`` goes on from the last checkpoint.
-
-Slurm: an ``sbatch`` script that saves before its time is over and puts itself back in line.
-
-Kubernetes: an Indexed Job and a headless Service, which every cluster has.
-
-PyTorchJob would need the Kubeflow operator; all it adds for us is the first pod's name, and in an
-Indexed Job that is known (``NAME-0.NAME``).
-
-SkyPilot: a managed job that is started again elsewhere when its machines are taken away.
+Every file runs the same torchrun command on each node, with a c10d rendezvous at the first:
+torchrun restarts the ranks after a fault, and ``--resume auto`` continues from the last checkpoint.
 """
 
 import json
@@ -20,7 +12,7 @@ import string
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 from torch.distributed.run import get_args_parser
@@ -29,20 +21,16 @@ from moesaic.core.config import Choice, Config
 from moesaic.core.errors import ConfigError
 
 TEMPLATES = Path(__file__).parent / "templates"
-
-
 Positive = Annotated[int, Field(ge=1)]
-
-
 Seconds = Annotated[int, Field(ge=1)]
 
 
 class LaunchJob(Config):
-    """What is started: ``command`` (words after torchrun's own) on ``nodes`` machines.
+    """A multi-node job: ``command`` (the arguments after torchrun's own) on ``nodes`` nodes.
 
-    ``about`` is said at the top of the file. torchrun starts all ranks again up to ``max_restarts``
-    times, and they meet at ``port`` of the first machine. With ``min_nodes`` the run goes on
-    with so few machines, if the others are gone for good.
+    ``description`` is the comment at the top of the file. torchrun restarts all ranks up to
+    ``max_restarts`` times; their rendezvous is ``port`` of the first node. With ``min_nodes`` the
+    run continues on as few nodes, if the others do not come back.
     """
 
     name: str
@@ -57,12 +45,12 @@ class LaunchJob(Config):
     @model_validator(mode="after")
     def _check_min_nodes(self) -> Self:
         if self.min_nodes is not None and self.min_nodes > self.nodes:
-            raise ConfigError([f"fewest_nodes={self.min_nodes} must be at most nodes={self.nodes}"])
+            raise ConfigError([f"min_nodes={self.min_nodes} must be at most nodes={self.nodes}"])
         return self
 
     @property
     def is_elastic(self) -> bool:
-        """Whether it may go on with fewer machines."""
+        """Whether it may continue on fewer nodes."""
         return self.min_nodes is not None and self.min_nodes < self.nodes
 
     @property
@@ -72,58 +60,53 @@ class LaunchJob(Config):
 
     @property
     def label(self) -> str:
-        """The name as every system takes it: small letters, digits and hyphens, at most 40."""
+        """The name that every system accepts: lower-case letters, digits, hyphens, at most 40."""
         plain = re.sub(r"[^a-z0-9]+", "-", self.name.lower())[:40].strip("-")
         return plain if plain[:1].isalpha() else f"run-{plain}".strip("-")
 
 
 class Launcher(Choice):
-    """Family: where a job runs (``Torchrun``, ``Slurm``, ``Kubernetes``, ``SkyPilot``)."""
+    """Family: the system that runs a job (``Torchrun``, ``Slurm``, ``Kubernetes``, ``SkyPilot``).
+
+    ``suffix`` is that of the file's name, ``submit_command`` starts it (``FILE`` is the file).
+    """
+
+    suffix: ClassVar[str]
+    submit_command: ClassVar[str]
 
     @abstractmethod
     def render(self, job: LaunchJob) -> str:
-        """Return the whole launch file of ``job``."""
-
-    @property
-    @abstractmethod
-    def suffix(self) -> str:
-        """What the file's name ends in."""
-
-    @property
-    @abstractmethod
-    def submit_command(self) -> str:
-        """Return the command that starts it; ``FILE`` is the file."""
+        """Return the launch file of ``job``."""
 
 
 class Torchrun(Launcher):
-    """A shell script to run by hand on each machine; nothing but torchrun is needed."""
+    """``bash FILE`` on every node, by hand; it needs nothing but torchrun."""
 
-    @property
-    def suffix(self) -> str:
-        return ".sh"
-
-    @property
-    def submit_command(self) -> str:
-        return "on every machine: HEAD=<name of the first machine> bash FILE"
+    suffix: ClassVar[str] = ".sh"
+    submit_command: ClassVar[str] = "on every node: HEAD=<name of the first node> bash FILE"
 
     def render(self, job: LaunchJob) -> str:
-        meeting = f"${{HEAD:?set HEAD to the name of the first machine}}:{job.port}"
-        words = shell_command(job, rdzv_endpoint=meeting, rdzv_id=job.label)
-        alone = "HEAD=localhost\n" if job.nodes == 1 else ""
-        return fill_template("torchrun.sh", job, torchrun=words, alone=alone)
+        endpoint = f"${{HEAD:?set HEAD to the name of the first node}}:{job.port}"
+        command = torchrun_command(job, rdzv_endpoint=endpoint, rdzv_id=job.label)
+        head = "HEAD=localhost\n" if job.nodes == 1 else ""
+        return fill_template("torchrun.sh", job, torchrun=command.to_shell(), alone=head)
 
 
 @dataclass(frozen=True, slots=True)
 class TorchrunCommand:
-    """torchrun's ``own`` words, and those of what it ``starts``."""
+    """A torchrun command line: torchrun's arguments, and those of the script that it starts."""
 
     torchrun_args: list[str]
     script_args: list[str]
 
     @property
     def words(self) -> list[str]:
-        """All of them."""
         return ["torchrun", *self.torchrun_args, *self.script_args]
+
+    def to_shell(self) -> str:
+        """Return the command for a shell, one argument a line; its variables are expanded there."""
+        arguments = (_quote_for_shell(word) for word in self.torchrun_args)
+        return " \\\n    ".join(["torchrun", *arguments, shlex.join(self.script_args)])
 
 
 def torchrun_command(
@@ -131,10 +114,10 @@ def torchrun_command(
 ) -> "TorchrunCommand":
     """Return the torchrun command line of a job.
 
-    ``endpoint`` is ``host:port`` of the first machine, ``identity`` a name that no other job there
-    has. After a signal the ranks have ``stop_s`` seconds to save, where this torch can be told.
+    ``rdzv_endpoint`` is ``host:port`` of the first node, ``rdzv_id`` unique among jobs there. After
+    a signal the ranks have ``shutdown_timeout_s`` seconds to save, where this torch has the option.
     """
-    own = {
+    arguments = {
         "nnodes": f"{job.min_nodes}:{job.nodes}" if job.is_elastic else str(job.nodes),
         "nproc-per-node": str(job.gpus_per_node),
         "max-restarts": str(job.max_restarts),
@@ -143,28 +126,15 @@ def torchrun_command(
         "rdzv-id": rdzv_id,
     }
     if "--shutdown-timeout" in get_args_parser().format_help():  # not before torch 2.12
-        own["shutdown-timeout"] = str(shutdown_timeout_s)
-    return TorchrunCommand([f"--{name}={value}" for name, value in own.items()], list(job.command))
-
-
-def shell_command(
-    job: LaunchJob, *, rdzv_endpoint: str, rdzv_id: str, shutdown_timeout_s: int = 30
-) -> str:
-    """Return the command for a shell, a word a line; its variables stay variables."""
-    command = torchrun_command(
-        job, rdzv_endpoint=rdzv_endpoint, rdzv_id=rdzv_id, shutdown_timeout_s=shutdown_timeout_s
+        arguments["shutdown-timeout"] = str(shutdown_timeout_s)
+    return TorchrunCommand(
+        [f"--{name}={value}" for name, value in arguments.items()], list(job.command)
     )
-    lines = [
-        "torchrun",
-        *(_quote_for_shell(word) for word in command.torchrun_args),
-        shlex.join(command.script_args),
-    ]
-    return " \\\n    ".join(lines)
 
 
 def fill_template(template: str, job: LaunchJob, **values: object) -> str:
-    """Return the template with ``@{name}`` replaced: those of the job, and ``values``."""
-    own = {
+    """Return the template with ``@{name}`` replaced by values of the job and by ``values``."""
+    job_values = {
         "name": job.label,
         "about": job.description or job.name,
         "nodes": job.nodes,
@@ -173,7 +143,7 @@ def fill_template(template: str, job: LaunchJob, **values: object) -> str:
         "restarts": job.max_restarts,
     }
     text = (TEMPLATES / template).read_text(encoding="utf-8")
-    return _Template(text).substitute(own | values)
+    return _Template(text).substitute(job_values | values)
 
 
 class _Template(string.Template):
@@ -186,12 +156,14 @@ def _quote_for_shell(word: str) -> str:
 
 
 class Slurm(Launcher):
-    """``sbatch FILE``. ``save_s`` seconds before ``time`` is over the run is told to save.
+    """``sbatch FILE``. ``save_s`` seconds before ``time`` is over the run gets a signal to save.
 
-    Then the job is put back in line and goes on from there, until the run is done. ``more`` holds
-    further ``#SBATCH`` words, e.g. ``["--constraint=h100"]``.
+    Then the job is requeued and continues from the checkpoint, until the run is finished.
+    ``extra_options`` holds further ``#SBATCH`` options, e.g. ``["--constraint=h100"]``.
     """
 
+    suffix: ClassVar[str] = ".sbatch"
+    submit_command: ClassVar[str] = "sbatch FILE"
     time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d\d){1,2}$")] = "24:00:00"
     save_s: Seconds = 300
     partition: str = ""
@@ -200,22 +172,14 @@ class Slurm(Launcher):
 
     @field_validator("extra_options")
     @classmethod
-    def _check_extra_options(cls, more: tuple[str, ...]) -> tuple[str, ...]:
-        wrong = [word for word in more if not word.startswith("-") or "\n" in word]
+    def _check_extra_options(cls, options: tuple[str, ...]) -> tuple[str, ...]:
+        wrong = [option for option in options if not option.startswith("-") or "\n" in option]
         if wrong:
             raise ConfigError([f'"{wrong[0]}" is no option of sbatch: expected e.g. "--qos=long"'])
-        return more
-
-    @property
-    def suffix(self) -> str:
-        return ".sbatch"
-
-    @property
-    def submit_command(self) -> str:
-        return "sbatch FILE"
+        return options
 
     def render(self, job: LaunchJob) -> str:
-        words = shell_command(
+        command = torchrun_command(
             job,
             rdzv_endpoint=f"$head:{job.port}",
             rdzv_id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}",
@@ -228,7 +192,7 @@ class Slurm(Launcher):
         return fill_template(
             "slurm.sh",
             job,
-            torchrun=words,
+            torchrun=command.to_shell(),
             time=self.time,
             save_s=self.save_s,
             more=more,
@@ -237,25 +201,21 @@ class Slurm(Launcher):
 
 
 class Kubernetes(Launcher):
-    """``kubectl apply -f FILE``. Runs and corpora are kept on the volume claim ``claim``.
+    """``kubectl apply -f FILE``: an Indexed Job and a headless Service, which every cluster has.
 
-    ``image`` holds moesaic and torch. All pods must be able to mount the claim: ReadWriteMany, if
-    there is more than one. A pod that is told to go has ``save_s`` seconds to save.
+    PyTorchJob would need the Kubeflow operator; all that it adds is the name of the first pod,
+    which is known in an Indexed Job (``NAME-0.NAME``). Runs and corpora are stored on the volume
+    claim ``claim``; all pods must be able to mount it (ReadWriteMany, if there is more than one).
+    ``image`` contains moesaic and torch. A pod that is terminated has ``save_s`` seconds to save.
     """
 
+    suffix: ClassVar[str] = ".yaml"
+    submit_command: ClassVar[str] = "kubectl apply -f FILE"
     image: str
     claim: str
     namespace: str = "default"
     save_s: Seconds = 300
     gpu: str = "nvidia.com/gpu"
-
-    @property
-    def suffix(self) -> str:
-        return ".yaml"
-
-    @property
-    def submit_command(self) -> str:
-        return "kubectl apply -f FILE"
 
     def render(self, job: LaunchJob) -> str:
         command = torchrun_command(
@@ -279,27 +239,22 @@ class Kubernetes(Launcher):
 
 
 class SkyPilot(Launcher):
-    """``sky jobs launch FILE``. Runs and corpora are kept in the directory ``shared``.
+    """``sky jobs launch FILE``: a managed job, restarted elsewhere when its machines are preempted.
 
-    It must be a file system that all machines see and that can rename (a bucket cannot): name a
-    SkyPilot ``volume`` to have it mounted there. ``accelerator`` is SkyPilot's name of the GPU.
+    Runs and corpora are stored in the directory ``shared``. It must be a file system that all nodes
+    mount and that can rename (a bucket cannot): name a SkyPilot ``volume`` to have it mounted
+    there. ``accelerator`` is SkyPilot's name of the GPU.
     """
 
+    suffix: ClassVar[str] = ".yaml"
+    submit_command: ClassVar[str] = "sky jobs launch FILE"
     accelerator: str
     shared: str = "/shared"
     volume: str = ""
     setup: str = "pip install moesaic"
 
-    @property
-    def suffix(self) -> str:
-        return ".yaml"
-
-    @property
-    def submit_command(self) -> str:
-        return "sky jobs launch FILE"
-
     def render(self, job: LaunchJob) -> str:
-        words = shell_command(
+        command = torchrun_command(
             job,
             rdzv_endpoint=f'$(echo "$SKYPILOT_NODE_IPS" | head -n 1):{job.port}',
             rdzv_id="$SKYPILOT_TASK_ID",
@@ -308,7 +263,7 @@ class SkyPilot(Launcher):
         return fill_template(
             "skypilot.yaml",
             job,
-            torchrun=words.replace("\n", "\n  "),
+            torchrun=command.to_shell().replace("\n", "\n  "),
             accelerators=json.dumps(f"{self.accelerator}:{job.gpus_per_node}"),
             shared=json.dumps(self.shared),
             volumes=volumes if self.volume else "",

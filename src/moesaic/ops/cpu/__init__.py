@@ -1,6 +1,5 @@
-"""The fused mixture for CPUs: a C file, compiled on this machine when it is first wanted.
+"""Fused MoE kernel for CPUs, in C, compiled on this machine when it is first used.
 
-``mixer.py`` is the operation, ``build.py`` makes the library and keeps it, ``native.py`` is the
-boundary between the two languages, ``source/`` the C, ``probe.py`` says whether it may be used.
-Without a compiler the composed path is taken.
+``cpu_moe_kernel.py`` is the operation, ``source/`` the C code, ``cpu_library.py`` compiles, caches
+and checks it. Without a compiler the unfused kernel is used.
 """

@@ -1,9 +1,9 @@
-"""Backward kernels: through the second product and the activation, and the gradients of the banks.
+"""Backward kernels: down projection and activation, weight gradients, bias gradients.
 
 With ``y = active @ down`` and ``out = sum of weight * y``, the gradient of an edge's weight is
-``<grad_out, y> = <grad_out @ down.T, active>`` (SonicMoE, arXiv:2512.14080): ``y`` is never kept.
+``<grad_out, y> = <grad_out @ down.T, active>`` (SonicMoE, arXiv:2512.14080): ``y`` is not saved.
 """
-# kernels are a language of their own, which Triton checks
+# Triton checks kernels itself: they are not ordinary Python
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false
@@ -21,15 +21,15 @@ from moesaic.ops.triton.device_functions import (
 
 @triton.jit(do_not_specialize=["tiles", "edges"])
 def down_backward_kernel(
-    grad, bank, bias, token, order, weight, hidden,
-    grad_hidden, scaled, dots, tile_expert, tile_row, ends, tiles, edges,
+    grad, expert_weight, bias, token, order, weight, hidden,
+    grad_hidden, scaled, dots, tile_expert, tile_row, offsets, tiles, edges,
     D: tl.constexpr, F: tl.constexpr, ACT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     BIAS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """From ``grad[token] @ bank[e].T``: the gradient of ``hidden``, ``weight * active``, and dots.
+    """Compute ``grad_hidden``, ``scaled = weight * active`` and ``dots`` from ``grad[token]``.
 
-    ``dots[column tile, edge]`` is this tile's share of the gradient of the edge's weight.
+    ``dots[column tile, edge]`` is the column tile's part of the gradient of the edge's weight.
     """
     GATED: tl.constexpr = ACT == "swiglu"
     G: tl.constexpr = 2 * F if GATED else F
@@ -40,23 +40,23 @@ def down_backward_kernel(
         return
     top = tl.load(tile_row + row_tile)
     r = tl.arange(0, BM)
-    live = r < tl.load(ends + expert) - top
+    live = r < tl.load(offsets + expert) - top
     source = tl.load(token + top + r, mask=live, other=0).to(tl.int64)
     depth = tl.arange(0, BK)
     at = grad + source[:, None] * D + depth[None, :]
     column = column_tile * BN
     acc = tl.zeros([BM, BN], tl.float32)
-    from_bias = tl.zeros([BM], tl.float32)
+    bias_dot = tl.zeros([BM], tl.float32)
     for k in range(0, D, BK):
         if D % BK == 0:
             a = tl.load(at + k)
         else:
             a = tl.load(at + k, mask=depth[None, :] < D - k, other=0.0)
-        b = load_weight_tile(bank, expert, column, k, F, D, BN, BK, EVEN, TMA)
+        b = load_weight_tile(expert_weight, expert, column, k, F, D, BN, BK, EVEN, TMA)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
         if BIAS:
             more = tl.load(bias + expert * D + k + depth, mask=depth < D - k, other=0.0)
-            from_bias += tl.sum(a.to(tl.float32) * more.to(tl.float32)[None, :], 1)
+            bias_dot += tl.sum(a.to(tl.float32) * more.to(tl.float32)[None, :], 1)
     edge = tl.load(order + top + r, mask=live, other=0)
     w = tl.load(weight + edge, mask=live, other=0.0)[:, None]
     # half a tile at a time: the whole would not fit in registers
@@ -71,7 +71,7 @@ def down_backward_kernel(
         right, w, live, column + BN // 2, hidden, grad_hidden, scaled, F, ACT
     )
     if BIAS:
-        dot += tl.where(column_tile == 0, from_bias, 0.0)
+        dot += tl.where(column_tile == 0, bias_dot, 0.0)
     tl.store(dots + column_tile * edges + edge, dot, mask=live)
 
 
@@ -90,28 +90,28 @@ def _half_tile_backward(
     if GATED:
         value = tl.load(hidden + F + r * G + c, mask=mask, other=0.0).to(tl.float32)
     active = activation_forward(gate, value, ACT)
-    to_gate, to_value = activation_backward(gate, value, acc * w, ACT)
-    tl.store(grad_hidden + r * G + c, to_gate.to(grad_hidden.dtype.element_ty), mask=mask)
+    grad_gate, grad_value = activation_backward(gate, value, acc * w, ACT)
+    tl.store(grad_hidden + r * G + c, grad_gate.to(grad_hidden.dtype.element_ty), mask=mask)
     if GATED:
         at_value = grad_hidden + F + r * G + c
-        tl.store(at_value, to_value.to(grad_hidden.dtype.element_ty), mask=mask)
+        tl.store(at_value, grad_value.to(grad_hidden.dtype.element_ty), mask=mask)
     tl.store(scaled + r * F + c, (active * w).to(scaled.dtype.element_ty), mask=mask)
     return tl.sum(tl.where(mask, active * acc, 0.0), 1)
 
 
 @triton.jit
 def weight_gradient_kernel(
-    left, right, token, ends, out,
+    left, right, token, offsets, out,
     P: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``out[e] = left[rows of e].T @ right[rows of e]``; a gathered side is read by token."""
+    """``out[e] = left[rows of e].T @ right[rows of e]``; a gathered operand is read by token."""
     TILES: tl.constexpr = tl.cdiv(P, BP) * tl.cdiv(Q, BQ)
     expert = tl.program_id(0) // TILES
     p_tile, q_tile = swizzled_tile(tl.program_id(0) % TILES, tl.cdiv(P, BP), tl.cdiv(Q, BQ), GROUP)
-    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(ends + expert)
+    start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offsets + expert)
     p = p_tile * BP + tl.arange(0, BP)
     q = q_tile * BQ + tl.arange(0, BQ)
     acc = tl.zeros([BP, BQ], tl.float32)
@@ -124,7 +124,7 @@ def weight_gradient_kernel(
             left_row = tl.load(token + rows, mask=live, other=0).to(tl.int64)
         if GATHER_RIGHT:
             right_row = tl.load(token + rows, mask=live, other=0).to(tl.int64)
-        # both sides are masked: a row past the segment may hold anything, NaN included
+        # both operands are masked: a row past the segment may hold anything, NaN included
         left_mask = live[:, None] & (p[None, :] < P)
         right_mask = live[:, None] & (q[None, :] < Q)
         a = tl.load(left + left_row[:, None] * P + p[None, :], mask=left_mask, other=0.0)
@@ -136,18 +136,18 @@ def weight_gradient_kernel(
 
 @triton.jit
 def bias_gradient_kernel(
-    rows, index, order, weight, ends, out,
+    rows, index, order, weight, offsets, out,
     C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     GATHER: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """``out[e] = sum over the rows of e``, gathered by ``index`` and times the edge's weight."""
     expert = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
-    now = tl.load(ends + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(ends + expert)
+    first = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offsets + expert)
     acc = tl.zeros([BC], tl.float32)
-    while now < end:
-        r = now + tl.arange(0, BR)
+    while first < end:
+        r = first + tl.arange(0, BR)
         live = r < end
         source = r.to(tl.int64)
         if GATHER:
@@ -159,5 +159,5 @@ def bias_gradient_kernel(
             edge = tl.load(order + r, mask=live, other=0)
             tile = tile * tl.load(weight + edge, mask=live, other=0.0)[:, None]
         acc += tl.sum(tile, 0)
-        now += BR
+        first += BR
     tl.store(out + expert * C + c, acc.to(out.dtype.element_ty), mask=c < C)

@@ -1,8 +1,9 @@
-"""What several kernels share: the order of tiles, a tile of a bank, activations and their slopes.
+"""Device functions that several kernels call: tile order, weight tiles, activations.
 
-Letters in kernels: BM rows, BN columns and BK depth of a tile; a capital is known when compiling.
+Letters in kernels: BM, BN, BK are a tile's block sizes; names in capitals are compile-time
+constants.
 """
-# kernels are a language of their own, which Triton checks
+# Triton checks kernels itself: they are not ordinary Python
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false
@@ -23,16 +24,21 @@ def swizzled_tile(pid, tiles, columns: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def load_weight_tile(
-    bank, expert, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    expert_weight, expert, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Return [BR, BC] of ``bank[expert]`` from (row, column) on; zero outside, unless EVEN."""
+    """Load [BR, BC] of ``expert_weight[expert]`` at (row, column); zero outside unless EVEN."""
     if TMA:
-        tile = bank.load([expert, row, column]).reshape(BR, BC)
+        tile = expert_weight.load([expert, row, column]).reshape(BR, BC)
     else:
         r = row + tl.arange(0, BR)
         c = column + tl.arange(0, BC)
-        at = bank + expert.to(tl.int64) * (ROWS * COLUMNS) + r[:, None] * COLUMNS + c[None, :]
+        at = (
+            expert_weight
+            + expert.to(tl.int64) * (ROWS * COLUMNS)
+            + r[:, None] * COLUMNS
+            + c[None, :]
+        )
         if EVEN:
             tile = tl.load(at)
         else:
@@ -42,7 +48,7 @@ def load_weight_tile(
 
 @triton.jit
 def activation_forward(gate, value, ACT: tl.constexpr):
-    """Return the activation in float32; ``value`` counts only if gated. NaN stays NaN."""
+    """Return the activation in float32; ``value`` is read only if gated. NaN stays NaN."""
     if ACT == "swiglu":
         out = gate * tl.sigmoid(gate) * value
     elif ACT == "gelu":
@@ -56,18 +62,18 @@ def activation_forward(gate, value, ACT: tl.constexpr):
 
 @triton.jit
 def activation_backward(gate, value, grad, ACT: tl.constexpr):
-    """Return the gradients of gate and value (the latter counts only if gated)."""
+    """Return the gradients of gate and value (the latter is meaningful only if gated)."""
     if ACT == "swiglu":
         s = tl.sigmoid(gate)
-        to_gate = grad * value * s * (1.0 + gate * (1.0 - s))
-        to_value = grad * gate * s
+        grad_gate = grad * value * s * (1.0 + gate * (1.0 - s))
+        grad_value = grad * gate * s
     elif ACT == "gelu":
         normal = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
-        to_gate = grad * (0.5 * (1.0 + tl.erf(gate * 0.7071067811865476)) + gate * normal)
-        to_value = to_gate
+        grad_gate = grad * (0.5 * (1.0 + tl.erf(gate * 0.7071067811865476)) + gate * normal)
+        grad_value = grad_gate
     else:
-        to_gate = tl.where(gate > 0.0, grad, 0.0)
+        grad_gate = tl.where(gate > 0.0, grad, 0.0)
         if ACT == "relu2":
-            to_gate = to_gate * 2.0 * gate
-        to_value = to_gate
-    return to_gate, to_value
+            grad_gate = grad_gate * 2.0 * gate
+        grad_value = grad_gate
+    return grad_gate, grad_value

@@ -1,9 +1,9 @@
-"""Forward kernels: the schedule of tiles, gather x up x activation, rows x bank, and the way home.
+"""Forward kernels: tile schedule, fused gather + up projection + activation, row matmul, unpermute.
 
-Sorted rows of one expert are a segment; a tile never spans two. How many tiles there are is known
-on the device alone: a grid covers the most there can be, and programs past the last return.
+Rows are sorted by expert; a tile never spans two experts. The number of tiles is on the device
+only: a grid has the largest possible number of programs, and those without a tile return.
 """
-# kernels are a language of their own, which Triton checks
+# Triton checks kernels itself: they are not ordinary Python
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false
@@ -16,36 +16,36 @@ from moesaic.ops.triton.device_functions import activation_forward, load_weight_
 
 @triton.jit(do_not_specialize=["tiles"])
 def tile_schedule_kernel(
-    ends, tile_expert, tile_row, tiles,
+    offsets, tile_expert, tile_row, tiles,
     E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program e writes the tiles of expert e; program E says -1 for those that are not needed."""
-    me = tl.program_id(0)
+    """Program e writes the tiles of expert e; program E writes -1 for unused tiles."""
+    program = tl.program_id(0)
     e = tl.arange(0, EP)
-    end = tl.load(ends + e, mask=e < E, other=0)
-    start = tl.load(ends + e - 1, mask=(e > 0) & (e < E), other=0)
-    need = tl.where(e < E, (end - start + BM - 1) // BM, 0)
-    first = tl.sum(tl.where(e < me, need, 0), 0)
-    mine = tl.sum(tl.where(e == me, need, 0), 0)
-    mine = tl.where(me == E, tiles - first, mine)
-    row = tl.sum(tl.where(e == me, start, 0), 0)
+    end = tl.load(offsets + e, mask=e < E, other=0)
+    start = tl.load(offsets + e - 1, mask=(e > 0) & (e < E), other=0)
+    tiles_of = tl.where(e < E, (end - start + BM - 1) // BM, 0)
+    first = tl.sum(tl.where(e < program, tiles_of, 0), 0)
+    count = tl.sum(tl.where(e == program, tiles_of, 0), 0)
+    count = tl.where(program == E, tiles - first, count)
+    row = tl.sum(tl.where(e == program, start, 0), 0)
     done = 0
-    while done < mine:
+    while done < count:
         i = done + tl.arange(0, BLOCK)
-        expert = tl.where(me == E, -1, me) + tl.zeros([BLOCK], tl.int32)
-        tl.store(tile_expert + first + i, expert, mask=i < mine)
-        tl.store(tile_row + first + i, row + i * BM, mask=i < mine)
+        expert = tl.where(program == E, -1, program) + tl.zeros([BLOCK], tl.int32)
+        tl.store(tile_expert + first + i, expert, mask=i < count)
+        tl.store(tile_row + first + i, row + i * BM, mask=i < count)
         done += BLOCK
 
 
 @triton.jit(do_not_specialize=["tiles"])
 def up_projection_kernel(
-    x, bank, bias, token, hidden, active, tile_expert, tile_row, ends, tiles,
+    x, expert_weight, bias, token, hidden, active, tile_expert, tile_row, offsets, tiles,
     D: tl.constexpr, F: tl.constexpr, ACT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    KEEP: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SAVE_HIDDEN: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``active = act(x[token] @ bank[e] + bias[e])`` and, if KEEP, what the activation read."""
+    """``active = act(x[token] @ expert_weight[e] + bias[e])`` and ``hidden`` if SAVE_HIDDEN."""
     GATED: tl.constexpr = ACT == "swiglu"
     G: tl.constexpr = 2 * F if GATED else F
     EVEN: tl.constexpr = D % BK == 0 and F % BN == 0
@@ -55,7 +55,7 @@ def up_projection_kernel(
         return
     top = tl.load(tile_row + row_tile)
     r = tl.arange(0, BM)
-    live = r < tl.load(ends + expert) - top
+    live = r < tl.load(offsets + expert) - top
     # rows past the segment read token 0: their results are not stored, so loads need no mask
     source = tl.load(token + top + r, mask=live, other=0).to(tl.int64)
     depth = tl.arange(0, BK)
@@ -68,10 +68,10 @@ def up_projection_kernel(
             a = tl.load(at + k)
         else:
             a = tl.load(at + k, mask=depth[None, :] < D - k, other=0.0)
-        b = load_weight_tile(bank, expert, k, column, D, G, BK, BN, EVEN, TMA)
+        b = load_weight_tile(expert_weight, expert, k, column, D, G, BK, BN, EVEN, TMA)
         gate = tl.dot(a, b, gate, input_precision=PRECISION)
         if GATED:
-            b = load_weight_tile(bank, expert, k, F + column, D, G, BK, BN, EVEN, TMA)
+            b = load_weight_tile(expert_weight, expert, k, F + column, D, G, BK, BN, EVEN, TMA)
             value = tl.dot(a, b, value, input_precision=PRECISION)
     columns = column + tl.arange(0, BN)
     inside = columns < F
@@ -80,31 +80,31 @@ def up_projection_kernel(
         gate += tl.load(at_bias, mask=inside, other=0.0).to(tl.float32)[None, :]
         if GATED:
             value += tl.load(at_bias + F, mask=inside, other=0.0).to(tl.float32)[None, :]
-    # rounded as it is kept, so that backward recomputes the same activation
-    kept_gate = gate.to(active.dtype.element_ty)
-    kept_value = value.to(active.dtype.element_ty)
+    # rounded as it is saved, so that backward recomputes the same activation
+    rounded_gate = gate.to(active.dtype.element_ty)
+    rounded_value = value.to(active.dtype.element_ty)
     mask = live[:, None] & inside[None, :]
     # a long offset to the tile and short ones inside it: half the registers of long ones
-    if KEEP:
+    if SAVE_HIDDEN:
         at_hidden = hidden + top.to(tl.int64) * G + r[:, None] * G + columns[None, :]
-        tl.store(at_hidden, kept_gate, mask=mask)
+        tl.store(at_hidden, rounded_gate, mask=mask)
         if GATED:
-            tl.store(at_hidden + F, kept_value, mask=mask)
-    out = activation_forward(kept_gate.to(tl.float32), kept_value.to(tl.float32), ACT)
+            tl.store(at_hidden + F, rounded_value, mask=mask)
+    out = activation_forward(rounded_gate.to(tl.float32), rounded_value.to(tl.float32), ACT)
     at_active = active + top.to(tl.int64) * F + r[:, None] * F + columns[None, :]
     tl.store(at_active, out.to(active.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tiles"])
 def row_matmul_kernel(
-    left, bank, bias, out, tile_expert, tile_row, ends, tiles, first,
+    left, expert_weight, bias, out, tile_expert, tile_row, offsets, tiles, first,
     P: tl.constexpr, Q: tl.constexpr, WIDTH: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    TURNED: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``out = left @ bank[e] + bias[e]`` for WIDTH of the Q columns, from ``first`` on.
+    """``out = left @ expert_weight[e] + bias[e]`` for WIDTH of the Q columns, from ``first`` on.
 
-    ``left`` is [N, P]; the bank is [E, P, Q], or [E, Q, P] if TURNED, and then transposed.
+    ``left`` is [N, P]; ``expert_weight`` is [E, P, Q], or its transpose [E, Q, P] if TRANSPOSED.
     """
     EVEN: tl.constexpr = P % BK == 0 and WIDTH % BN == 0
     row_tile, column_tile = swizzled_tile(tl.program_id(0), tiles, tl.cdiv(WIDTH, BN), GROUP)
@@ -113,7 +113,7 @@ def row_matmul_kernel(
         return
     top = tl.load(tile_row + row_tile)
     r = tl.arange(0, BM)
-    count = tl.load(ends + expert) - top
+    count = tl.load(offsets + expert) - top
     depth = tl.arange(0, BK)
     at = left + top.to(tl.int64) * P + tl.minimum(r, count - 1)[:, None] * P + depth[None, :]
     column = column_tile * BN
@@ -123,10 +123,12 @@ def row_matmul_kernel(
             a = tl.load(at + k)
         else:
             a = tl.load(at + k, mask=depth[None, :] < P - k, other=0.0)
-        if TURNED:
-            b = load_weight_tile(bank, expert, first + column, k, Q, P, BN, BK, EVEN, TMA).T
+        if TRANSPOSED:
+            b = load_weight_tile(
+                expert_weight, expert, first + column, k, Q, P, BN, BK, EVEN, TMA
+            ).T
         else:
-            b = load_weight_tile(bank, expert, k, first + column, P, Q, BK, BN, EVEN, TMA)
+            b = load_weight_tile(expert_weight, expert, k, first + column, P, Q, BK, BN, EVEN, TMA)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     columns = column + tl.arange(0, BN)
     inside = columns < WIDTH
@@ -140,11 +142,11 @@ def row_matmul_kernel(
 
 @triton.jit
 def unpermute_sum_kernel(
-    rows, place, weight, edge_of, starts, ends, out, first,
+    rows, inverse, weight, edge_of, starts, offsets, out, first,
     E: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr,
     BD: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """``out[t] = sum over the edges of t of weight * rows[place]`` for WIDTH of D columns.
+    """``out[t] = sum over the edges of t of weight * rows[inverse]`` for WIDTH of D columns.
 
     With K edges per token they are ``t * K + k``; with K = 0, ``edge_of[starts[t]:starts[t + 1]]``.
     The sum is in float32 and in the order of the edges: the same bits each time.
@@ -152,15 +154,15 @@ def unpermute_sum_kernel(
     t = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BD + tl.arange(0, BD)
     inside = columns < WIDTH
-    live = tl.load(ends + E - 1)
+    live = tl.load(offsets + E - 1)
     acc = tl.zeros([BD], tl.float32)
     if K > 0:
         for k in tl.static_range(K):
-            at = tl.load(place + t * K + k)
-            kept = at < live
-            row = tl.load(rows + at * WIDTH + columns, mask=inside & kept, other=0.0)
+            at = tl.load(inverse + t * K + k)
+            is_live = at < live
+            row = tl.load(rows + at * WIDTH + columns, mask=inside & is_live, other=0.0)
             if WEIGHTED:
-                acc += row.to(tl.float32) * tl.load(weight + t * K + k, mask=kept, other=0.0)
+                acc += row.to(tl.float32) * tl.load(weight + t * K + k, mask=is_live, other=0.0)
             else:
                 acc += row.to(tl.float32)
     else:
@@ -168,11 +170,11 @@ def unpermute_sum_kernel(
         stop = tl.load(starts + t + 1)
         while now < stop:
             edge = tl.load(edge_of + now)
-            at = tl.load(place + edge)
-            kept = at < live
-            row = tl.load(rows + at * WIDTH + columns, mask=inside & kept, other=0.0)
+            at = tl.load(inverse + edge)
+            is_live = at < live
+            row = tl.load(rows + at * WIDTH + columns, mask=inside & is_live, other=0.0)
             if WEIGHTED:
-                acc += row.to(tl.float32) * tl.load(weight + edge, mask=kept, other=0.0)
+                acc += row.to(tl.float32) * tl.load(weight + edge, mask=is_live, other=0.0)
             else:
                 acc += row.to(tl.float32)
             now += 1

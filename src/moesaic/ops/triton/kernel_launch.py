@@ -1,7 +1,7 @@
-"""Launch each kernel on tensors: shapes, grids, the results' memory. No kernel waits for the host.
+"""Launch each kernel on tensors: allocate the outputs and choose the grid, without a host sync.
 
-Letters: T tokens, N edges, E experts, D model dim, F feed-forward dim, G what the activation reads
-(F, or 2F if gated).
+Letters: T tokens, N edges, E experts, D model dim, F feed-forward dim, G pre-activation width (F,
+or 2F if gated).
 """
 # a kernel's sizes are constexpr inside it and plain numbers here
 # pyright: reportArgumentType=false, reportCallIssue=false, reportMissingImports=false
@@ -20,32 +20,25 @@ from moesaic.ops.moe_kernel import Edges
 from moesaic.ops.triton import backward_kernels, forward_kernels
 from moesaic.ops.triton.tiles import Tile, Tiles
 
-SUM_WARPS = 4  # of the kernel that sums rows
+SUM_WARPS = 4  # of ``bias_gradient_kernel``
 
 
 @dataclass(frozen=True, slots=True)
 class KernelOptions:
-    """How to run: the tile of each product, the activation's name, ``ieee`` or ``tf32`` products.
-
-    tf32 counts for float32 alone.
-    """
+    """Tile of each matrix product, activation by name, and ``ieee`` or ``tf32`` for float32."""
 
     tiles: Tiles
     activation: str
     precision: str = "ieee"
 
-    def pre_activation_width(self, hidden: int) -> int:
-        """Return what the activation reads for a hidden width."""
-        return 2 * hidden if self.activation in GATED_ACTIVATIONS else hidden
-
 
 @dataclass(frozen=True, slots=True)
 class TileSchedule:
-    """Edges as kernels read them: sorted rows to tokens, the schedule of row tiles, the way home.
+    """The edge list as kernels read it, and the expert and first row of each row tile.
 
-    ``token`` is by sorted row, ``order`` and ``place`` as in ``RowGroups``. ``tile_expert`` and
-    ``tile_row`` have room for the most tiles there can be; expert -1 means none. Without a fixed
-    number of edges per token, those of token t are ``edge_of[starts[t]:starts[t + 1]]``.
+    ``token`` is by sorted row, ``order`` and ``inverse`` as in ``RowGroups``. ``tile_expert`` and
+    ``tile_row`` have the largest possible number of tiles; expert -1 marks an unused one. Without a
+    fixed number of edges per token, those of token t are ``edge_of[starts[t]:starts[t + 1]]``.
     """
 
     token: Int[Tensor, "N"]
@@ -66,35 +59,35 @@ class TileSchedule:
 
 @dataclass(frozen=True, slots=True)
 class LaunchContext:
-    """Which rows, and how to run: what every launch needs."""
+    """Arguments of every launch: the tile schedule and the options."""
 
     schedule: TileSchedule
     options: KernelOptions
 
 
 class DownBackward(NamedTuple):
-    """What comes back through the second product and the activation."""
+    """Gradients through the down projection and the activation."""
 
-    hidden: Tensor  # gradient of what the activation read, [N, G]
+    hidden: Tensor  # gradient of the pre-activation, [N, G]
     scaled: Tensor  # weight times active, [N, F]
     weight: Tensor  # gradient of the edge weights, [N]
 
 
 def max_tiles(*, edges: int, experts: int, rows: int) -> int:
-    """Return the most row tiles that ``edges`` rows in ``experts`` segments can need."""
+    """Return the most row tiles that ``edges`` rows of ``experts`` experts can have."""
     return (edges + min(edges, experts) * (rows - 1)) // rows
 
 
 def schedule_tiles(edges: Edges, *, rows: int) -> TileSchedule:
-    """Return the routes for row tiles of ``rows``, made on the device."""
+    """Compute the schedule of row tiles of ``rows`` rows on the device."""
     groups = edges.groups
     number, experts = edges.token.numel(), groups.offsets.numel()
-    room = max_tiles(edges=number, experts=experts, rows=rows)
-    # two allocations: both aligned, whatever the room, so that no length compiles kernels anew
-    tile_expert = torch.empty(room, dtype=torch.int32, device=edges.token.device)
+    capacity = max_tiles(edges=number, experts=experts, rows=rows)
+    # two allocations: both aligned whatever the capacity, so that no length recompiles kernels
+    tile_expert = torch.empty(capacity, dtype=torch.int32, device=edges.token.device)
     tile_row = torch.empty_like(tile_expert)
     forward_kernels.tile_schedule_kernel[(experts + 1,)](
-        groups.offsets, tile_expert, tile_row, room,
+        groups.offsets, tile_expert, tile_row, capacity,
         E=experts, EP=triton.next_power_of_2(experts), BM=rows, BLOCK=128, num_warps=1,
     )  # fmt: skip
     edge_of = starts = groups.order
@@ -124,21 +117,22 @@ def up_projection(
     save_hidden: bool,
     job: LaunchContext,
 ) -> tuple[Float[Tensor, "N G"] | None, Float[Tensor, "N F"]]:
-    """Return (what the activation read, if it is to be kept; what it wrote) by sorted row."""
-    routes, way, tile = job.schedule, job.options, job.options.tiles["up"]
-    number, width = routes.token.numel(), expert_weight.shape[2]
-    hidden_dim = width // 2 if way.activation in GATED_ACTIVATIONS else width
+    """Return (pre-activation if ``save_hidden``, activation) by sorted row."""
+    schedule, options, tile = job.schedule, job.options, job.options.tiles["up"]
+    number, width = schedule.token.numel(), expert_weight.shape[2]
+    hidden_dim = width // 2 if options.activation in GATED_ACTIVATIONS else width
     active = x.new_empty(number, hidden_dim)
     hidden = x.new_empty(number, width) if save_hidden else None
-    reader, tma = _descriptor_or_pointer(
+    operand, tma = _descriptor_or_pointer(
         expert_weight, tile=tile, block=(tile.block_k, tile.block_n)
     )
-    grid = (routes.num_tiles * triton.cdiv(hidden_dim, tile.block_n),)
+    grid = (schedule.num_tiles * triton.cdiv(hidden_dim, tile.block_n),)
     forward_kernels.up_projection_kernel[grid](
-        x, reader, _or_unused(bias, x), routes.token, _or_unused(hidden, active), active,
-        routes.tile_expert, routes.tile_row, routes.offsets, routes.num_tiles,
-        D=x.shape[1], F=hidden_dim, ACT=way.activation, KEEP=save_hidden, BIAS=bias is not None, TMA=tma,
-        PRECISION=way.precision, **_tile_constants(tile),
+        x, operand, _or_unused(bias, x), schedule.token, _or_unused(hidden, active), active,
+        schedule.tile_expert, schedule.tile_row, schedule.offsets, schedule.num_tiles,
+        D=x.shape[1], F=hidden_dim, ACT=options.activation, SAVE_HIDDEN=save_hidden,
+        BIAS=bias is not None, TMA=tma,
+        PRECISION=options.precision, **_tile_constants(tile),
     )  # fmt: skip
     return hidden, active
 
@@ -152,21 +146,23 @@ def row_matmul(
     columns: range,
     job: LaunchContext,
 ) -> Float[Tensor, "N C"]:
-    """Return ``left @ bank[e] + bias[e]`` by sorted row, for some columns.
+    """Return ``left @ expert_weight[e] + bias[e]`` by sorted row, for some columns.
 
-    ``turned`` multiplies by the transposed matrices: then the bank is [E, Q, P].
+    ``transposed`` multiplies by the transposed matrices: then ``expert_weight`` is [E, Q, P].
     """
-    routes, tile = job.schedule, job.options.tiles["up_back" if transposed else "down"]
-    sum_dim, whole = (
+    schedule, tile = job.schedule, job.options.tiles["up_dgrad" if transposed else "down"]
+    sum_dim, total_columns = (
         (expert_weight.shape[2], expert_weight.shape[1]) if transposed else expert_weight.shape[1:]
     )
     out = left.new_empty(left.shape[0], len(columns))
     block = (tile.block_n, tile.block_k) if transposed else (tile.block_k, tile.block_n)
-    reader, tma = _descriptor_or_pointer(expert_weight, tile=tile, block=block)
-    grid = (routes.num_tiles * triton.cdiv(len(columns), tile.block_n),)
+    operand, tma = _descriptor_or_pointer(expert_weight, tile=tile, block=block)
+    grid = (schedule.num_tiles * triton.cdiv(len(columns), tile.block_n),)
     forward_kernels.row_matmul_kernel[grid](
-        left, reader, _or_unused(bias, left), out, routes.tile_expert, routes.tile_row, routes.offsets,
-        routes.num_tiles, columns.start, P=sum_dim, Q=whole, WIDTH=len(columns), TURNED=transposed,
+        left, operand, _or_unused(bias, left), out, schedule.tile_expert, schedule.tile_row,
+        schedule.offsets,
+        schedule.num_tiles, columns.start, P=sum_dim, Q=total_columns, WIDTH=len(columns),
+        TRANSPOSED=transposed,
         BIAS=bias is not None, TMA=tma, PRECISION=job.options.precision, **_tile_constants(tile),
     )  # fmt: skip
     return out
@@ -184,8 +180,10 @@ def unpermute_sum(
     width = rows.shape[1]
     block = min(1024, triton.next_power_of_2(width))  # eight numbers a thread: 16 bytes in half
     forward_kernels.unpermute_sum_kernel[(schedule.num_tokens, triton.cdiv(width, block))](
-        rows, schedule.inverse, _or_unused(weight, rows), schedule.edge_of, schedule.starts, schedule.offsets, out,
-        first, E=schedule.offsets.numel(), D=out.shape[1], WIDTH=width, K=schedule.per_token, BD=block,
+        rows, schedule.inverse, _or_unused(weight, rows), schedule.edge_of, schedule.starts,
+        schedule.offsets, out,
+        first, E=schedule.offsets.numel(), D=out.shape[1], WIDTH=width, K=schedule.per_token,
+        BD=block,
         WEIGHTED=weight is not None, num_warps=max(1, block // 256),
     )  # fmt: skip
 
@@ -199,22 +197,22 @@ def down_backward(
     hidden: Float[Tensor, "N G"],
     job: LaunchContext,
 ) -> DownBackward:
-    """Bring the gradient of the output back through the second product and the activation."""
-    routes, way, tile = job.schedule, job.options, job.options.tiles["down_back"]
+    """Backpropagate the output gradient through the down projection and the activation."""
+    schedule, options, tile = job.schedule, job.options, job.options.tiles["down_dgrad"]
     number, hidden_dim = hidden.shape[0], expert_weight.shape[1]
     column_tiles = triton.cdiv(hidden_dim, tile.block_n)
     scaled = hidden.new_empty(number, hidden_dim)
     grad_hidden = torch.empty_like(hidden)
     # zeros: no program visits a dropped edge
     dots = torch.zeros(column_tiles, number, dtype=torch.float32, device=grad.device)
-    reader, tma = _descriptor_or_pointer(
+    operand, tma = _descriptor_or_pointer(
         expert_weight, tile=tile, block=(tile.block_n, tile.block_k)
     )
-    backward_kernels.down_backward_kernel[(routes.num_tiles * column_tiles,)](
-        grad, reader, _or_unused(bias, grad), routes.token, routes.order, weight, hidden,
-        grad_hidden, scaled, dots, routes.tile_expert, routes.tile_row, routes.offsets,
-        routes.num_tiles, number, D=grad.shape[1], F=hidden_dim, ACT=way.activation,
-        BIAS=bias is not None, TMA=tma, PRECISION=way.precision, **_tile_constants(tile),
+    backward_kernels.down_backward_kernel[(schedule.num_tiles * column_tiles,)](
+        grad, operand, _or_unused(bias, grad), schedule.token, schedule.order, weight, hidden,
+        grad_hidden, scaled, dots, schedule.tile_expert, schedule.tile_row, schedule.offsets,
+        schedule.num_tiles, number, D=grad.shape[1], F=hidden_dim, ACT=options.activation,
+        BIAS=bias is not None, TMA=tma, PRECISION=options.precision, **_tile_constants(tile),
     )  # fmt: skip
     return DownBackward(grad_hidden, scaled, dots.sum(0) if column_tiles > 1 else dots[0])
 
@@ -222,18 +220,19 @@ def down_backward(
 def weight_gradient(
     left: Tensor, right: Tensor, *, op: str, like: Float[Tensor, "E P Q"], job: LaunchContext
 ) -> Float[Tensor, "E P Q"]:
-    """Return ``left[e].T @ right[e]`` of every segment: the gradient of a bank, in its dtype.
+    """Return ``left[e].T @ right[e]`` of every expert, in the dtype of ``like``.
 
-    ``op`` is ``up_outer`` (left is by token) or ``down_outer`` (right is by token).
+    ``op`` is ``up_wgrad`` (left is by token) or ``down_wgrad`` (right is by token).
     """
-    routes, tile = job.schedule, job.options.tiles[op]
+    schedule, tile = job.schedule, job.options.tiles[op]
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
     experts, p, q = like.shape
     grid = (experts * triton.cdiv(p, tile.block_m) * triton.cdiv(q, tile.block_n),)
     backward_kernels.weight_gradient_kernel[grid](
-        left, right, routes.token, routes.offsets, out, P=p, Q=q, BP=tile.block_m, BQ=tile.block_n,
-        BK=tile.block_k, GROUP=tile.group_m, GATHER_LEFT=op == "up_outer",
-        GATHER_RIGHT=op == "down_outer", PRECISION=job.options.precision, num_warps=tile.num_warps,
+        left, right, schedule.token, schedule.offsets, out, P=p, Q=q, BP=tile.block_m,
+        BQ=tile.block_n,
+        BK=tile.block_k, GROUP=tile.group_m, GATHER_LEFT=op == "up_wgrad",
+        GATHER_RIGHT=op == "down_wgrad", PRECISION=job.options.precision, num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )  # fmt: skip
     return out
@@ -246,15 +245,16 @@ def bias_gradient(
     like: Float[Tensor, "E C"],
     schedule: TileSchedule,
 ) -> Float[Tensor, "E C"]:
-    """Return the sum of each segment's rows: the gradient of biases, in their dtype.
+    """Return the sum of each expert's rows: the gradient of biases, in their dtype.
 
-    With ``weight`` the rows are by token and each counts as often as its edge weighs.
+    With ``weight`` the rows are by token and each is multiplied by its edge weight.
     """
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
     experts, width = like.shape
     block = min(128, triton.next_power_of_2(width))
     backward_kernels.bias_gradient_kernel[(experts, triton.cdiv(width, block))](
-        rows, schedule.token, schedule.order, _or_unused(weight, rows), schedule.offsets, out, C=width, BR=32,
+        rows, schedule.token, schedule.order, _or_unused(weight, rows), schedule.offsets, out,
+        C=width, BR=32,
         BC=block, GATHER=weight is not None, WEIGHTED=weight is not None, num_warps=SUM_WARPS,
     )  # fmt: skip
     return out
@@ -272,13 +272,21 @@ def _tile_constants(tile: Tile) -> dict[str, int]:
 
 
 def _or_unused(tensor: Tensor | None, unused: Tensor) -> Tensor:
-    """Stand something in for a pointer that is not read."""
+    """Return a valid pointer in place of an argument that the kernel does not read."""
     return unused if tensor is None else tensor
 
 
-def _descriptor_or_pointer(bank: Tensor, *, tile: Tile, block: tuple[int, int]) -> tuple[Any, bool]:
-    """Return (bank or descriptor, whether it is one): descriptors want rows of whole 16 bytes."""
-    fits = bank.shape[2] * bank.element_size() % 16 == 0 and bank.data_ptr() % 16 == 0
-    if not (tile.tma and fits and bank.numel()):
-        return bank, False
-    return TensorDescriptor.from_tensor(bank, [1, *block]), True
+def _descriptor_or_pointer(
+    expert_weight: Tensor, *, tile: Tile, block: tuple[int, int]
+) -> tuple[Any, bool]:
+    """Return (weight or tensor descriptor, whether it is one).
+
+    Descriptors require rows of a multiple of 16 bytes.
+    """
+    fits = (
+        expert_weight.shape[2] * expert_weight.element_size() % 16 == 0
+        and expert_weight.data_ptr() % 16 == 0
+    )
+    if not (tile.tma and fits and expert_weight.numel()):
+        return expert_weight, False
+    return TensorDescriptor.from_tensor(expert_weight, [1, *block]), True

@@ -1,12 +1,13 @@
-"""TritonMoEKernel: the whole way of an MoE layer in a few kernels that read rows where they are.
+"""TritonMoEKernel: an MoE layer's experts in fused Triton kernels, with a hand-written backward.
 
-Forward gathers, multiplies and activates in one kernel; multiplies back; sums home. For backward it
-keeps ``x`` and what the activation read, [N, G], and the routing: neither gathered rows nor answers
-of experts, so memory depends on N * G alone and not on how fine the experts are (SonicMoE,
-arXiv:2512.14080). Reading rows by index inside the product is ScatterMoE's idea (arXiv:2403.08245).
-Nothing waits for the device and nothing is added atomically: the same bits each time.
+Forward: one kernel gathers, multiplies and activates; one multiplies by the down projection; one
+sums the rows of each token. Saved for backward: ``x``, the pre-activation [N, G] and the routing,
+but neither gathered rows nor expert outputs, so memory depends on N * G and not on how fine-grained
+the experts are (SonicMoE, arXiv:2512.14080). Reading rows by index inside the product follows
+ScatterMoE (arXiv:2403.08245). No host synchronization and no atomic additions: results are
+deterministic.
 
-Letters: T tokens, N edges, D model dim, G what the activation reads.
+Letters: T tokens, N edges, D model dim, G pre-activation width.
 """
 
 from collections.abc import Iterator
@@ -18,21 +19,23 @@ from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.ops.grouped_gemm import ActivationFunction, FeedForwardWeights
-from moesaic.ops.moe_kernel import Edges
+from moesaic.ops.kernel_check import compare_with_unfused
+from moesaic.ops.moe_kernel import Edges, KernelShape
 from moesaic.ops.triton import kernel_launch
 from moesaic.ops.triton.kernel_launch import KernelOptions, LaunchContext
 from moesaic.ops.triton.tiles import Tiles, gpu_architecture, tiles_for
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+ACTIVATIONS = ("relu", "relu2", "gelu", "swiglu")
 MIN_COLUMNS = 128
 
 
 @dataclass(frozen=True, slots=True)
 class TritonMoEKernel:
-    """The fused ``MoEKernel``.
+    """The fused ``MoEKernel`` for a GPU.
 
-    Answers of experts stand in a buffer of at most ``spare`` elements, or of N * G, cut by columns
-    if need be. ``tiles`` stands in for the table (for a tuner).
+    The buffer of expert outputs has at most ``max_buffer_elements`` elements, or N * G; it is
+    processed in chunks of columns if it would be larger. ``tiles`` replaces the table.
     """
 
     name: str = "triton"
@@ -55,18 +58,30 @@ class TritonMoEKernel:
             kernel_launch.schedule_tiles(edges, rows=tiles["up"].block_m),
             KernelOptions(tiles, activation.kernel_name, _input_precision(x)),
         )
-        given = (x, edges.weight, weights.up, weights.down, weights.up_bias, weights.down_bias)
-        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-        return _TritonMoE.apply(*given, job, self.max_buffer_elements, keep)
+        inputs = (x, edges.weight, weights.up, weights.down, weights.up_bias, weights.down_bias)
+        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+        return _TritonMoE.apply(*inputs, job, self.max_buffer_elements, save)
 
-    def saved_activations(self, *, dim: int, width: int, bias: bool, live_share: float) -> float:
-        """The pre-activation, the weight, and three indices of eight bytes."""
-        del dim, bias, live_share  # places for edges that lead nowhere are kept
-        return width + 1 + 3 * 2
+    def saved_activations(self, shape: KernelShape) -> float:
+        """The pre-activation, the weight, and three int64 indices; dropped edges are saved too."""
+        return shape.width + 1 + 3 * 2
+
+
+def kernel_failure(device: torch.device, *, dtype: torch.dtype, activation: str) -> str:
+    """Return what is wrong with the kernels, or "". Compiles them and waits for the device."""
+    if dtype not in TOLERANCE or activation not in ACTIVATIONS:
+        return f"there is no kernel for {dtype} and {activation!r}"
+    return compare_with_unfused(
+        TritonMoEKernel(),
+        device=device,
+        dtype=dtype,
+        activation=activation,
+        tolerance=TOLERANCE[dtype],
+    )
 
 
 def column_chunks(columns: int, *, rows: int, width: int, max_elements: int) -> Iterator[range]:
-    """Cut ``columns`` so that a piece of ``rows`` rows is no larger than [rows, width] or spare."""
+    """Split ``columns`` so that [rows, chunk] is at most [rows, width] or ``max_elements``."""
     most = max(MIN_COLUMNS, width // MIN_COLUMNS * MIN_COLUMNS)
     if rows * columns <= max_elements:
         most = max(1, columns)
@@ -77,15 +92,17 @@ def column_chunks(columns: int, *, rows: int, width: int, max_elements: int) -> 
 class _TritonMoE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, weight, up, down, up_bias, down_bias, job, spare, keep = inputs
+        x, weight, up, down, up_bias, down_bias, job, max_elements, save = inputs
         x, used_weight = x.contiguous(), weight.float().contiguous()
         used_up, used_down = up.to(x.dtype).contiguous(), down.to(x.dtype).contiguous()
         hidden, active = kernel_launch.up_projection(
-            x, used_up, bias=_contiguous(up_bias), save_hidden=keep, job=job
+            x, used_up, bias=_contiguous(up_bias), save_hidden=save, job=job
         )
         out = torch.empty_like(x)
-        width = used_up.shape[2]
-        for columns in column_chunks(x.shape[1], rows=len(active), width=width, max_elements=spare):
+        chunks = column_chunks(
+            x.shape[1], rows=len(active), width=used_up.shape[2], max_elements=max_elements
+        )
+        for columns in chunks:
             rows = kernel_launch.row_matmul(
                 active,
                 used_down,
@@ -97,59 +114,61 @@ class _TritonMoE(torch.autograd.Function):
             kernel_launch.unpermute_sum(
                 rows, weight=used_weight, out=out, first=columns.start, schedule=job.schedule
             )
-            del rows  # before the next piece is made
-        if keep:
+            del rows  # before the next chunk is allocated
+        if save:
             ctx.save_for_backward(
                 x, used_weight, used_up, used_down, hidden, up, down, up_bias, down_bias
             )
-            ctx.job, ctx.spare, ctx.weight_dtype = job, spare, weight.dtype
+            ctx.job, ctx.max_elements, ctx.weight_dtype = job, max_elements, weight.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, used_up, used_down, hidden, up, down, up_bias, down_bias = ctx.saved_tensors
-        job, routes, needs = ctx.job, ctx.job.schedule, ctx.needs_input_grad
+        job, needs = ctx.job, ctx.needs_input_grad
         grad = grads[0].contiguous()
-        bias = _contiguous(down_bias)
         through = kernel_launch.down_backward(
-            grad, used_down, bias=bias, weight=weight, hidden=hidden, job=job
+            grad, used_down, bias=_contiguous(down_bias), weight=weight, hidden=hidden, job=job
         )
-        to_weight, to_hidden = through.weight.to(ctx.weight_dtype), through.hidden
-        to_down = to_up = to_down_bias = to_up_bias = to_x = None
+        grad_weight, grad_hidden = through.weight.to(ctx.weight_dtype), through.hidden
+        grad_down = grad_up = grad_down_bias = grad_up_bias = grad_x = None
         if needs[3]:
-            to_down = kernel_launch.weight_gradient(
-                through.scaled, grad, op="down_outer", like=down, job=job
+            grad_down = kernel_launch.weight_gradient(
+                through.scaled, grad, op="down_wgrad", like=down, job=job
             )
-        del through  # of the size of the activation
+        del through  # as large as the activation
         if needs[2]:
-            to_up = kernel_launch.weight_gradient(x, to_hidden, op="up_outer", like=up, job=job)
+            grad_up = kernel_launch.weight_gradient(x, grad_hidden, op="up_wgrad", like=up, job=job)
         if needs[4]:
-            to_up_bias = kernel_launch.bias_gradient(
-                to_hidden, weight=None, like=up_bias, schedule=routes
+            grad_up_bias = kernel_launch.bias_gradient(
+                grad_hidden, weight=None, like=up_bias, schedule=job.schedule
             )
         if needs[5]:
-            to_down_bias = kernel_launch.bias_gradient(
-                grad, weight=weight, like=down_bias, schedule=routes
+            grad_down_bias = kernel_launch.bias_gradient(
+                grad, weight=weight, like=down_bias, schedule=job.schedule
             )
         if needs[0]:
-            to_x = _input_gradient(
-                to_hidden, expert_weight=used_up, like=x, job=job, spare=ctx.spare
+            grad_x = _input_gradient(
+                grad_hidden, up=used_up, like=x, job=job, max_elements=ctx.max_elements
             )
-        return to_x, to_weight, to_up, to_down, to_up_bias, to_down_bias, None, None, None
+        return (
+            *(grad_x, grad_weight, grad_up, grad_down, grad_up_bias, grad_down_bias),
+            *(None, None, None),
+        )
 
 
 def _input_gradient(
-    hidden: Tensor, *, expert_weight: Tensor, like: Tensor, job: LaunchContext, spare: int
+    grad_hidden: Tensor, *, up: Tensor, like: Tensor, job: LaunchContext, max_elements: int
 ) -> Tensor:
-    """Return the gradient of ``x`` from that of what the activation read."""
+    """Return the gradient of ``x`` from that of the pre-activation."""
     out = torch.empty_like(like)
-    pieces = column_chunks(
-        like.shape[1], rows=len(hidden), width=expert_weight.shape[2], max_elements=spare
+    chunks = column_chunks(
+        like.shape[1], rows=len(grad_hidden), width=up.shape[2], max_elements=max_elements
     )
-    for columns in pieces:
+    for columns in chunks:
         rows = kernel_launch.row_matmul(
-            hidden, expert_weight, bias=None, transposed=True, columns=columns, job=job
+            grad_hidden, up, bias=None, transposed=True, columns=columns, job=job
         )
         kernel_launch.unpermute_sum(
             rows, weight=None, out=out, first=columns.start, schedule=job.schedule

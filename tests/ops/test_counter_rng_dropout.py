@@ -1,11 +1,12 @@
-"""What is dropped depends on the key alone, as often as the rate says."""
+"""The dropout mask depends on the key alone and has the given rate."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.ops.counter_rng import dropout, dropout_mask, reference_dropout_mask
+from moesaic.ops.counter_rng import dropout, dropout_mask
+from ops.references import reference_dropout_mask
 
 KEYS = torch.randint(-(2**62), 2**62, (64,), generator=torch.Generator().manual_seed(0))
 RATES = st.floats(1e-6, 0.999999)

@@ -1,4 +1,4 @@
-"""A library is believed when it gives its twin's numbers, and otherwise not used."""
+"""A library is used if it gives the results of the unfused kernel."""
 
 import subprocess
 import sys
@@ -12,19 +12,20 @@ from moesaic.ops import kernel_selection
 from moesaic.ops.cpu.cpu_library import (
     LibraryStatus,
     check_library,
-    compare_with_reference,
     load_library,
 )
 from moesaic.ops.cpu.cpu_moe_kernel import CPUMoEKernel
 from moesaic.ops.grouped_gemm import SequentialGEMM
+from moesaic.ops.kernel_check import compare_with_unfused
 from moesaic.ops.kernel_selection import select_moe_kernel, selected_kernels
 from moesaic.ops.moe_kernel import UnfusedMoEKernel
 
-TWIN = UnfusedMoEKernel(SequentialGEMM())
+SETTINGS = {"device": torch.device("cpu"), "dtype": torch.float32, "activation": "swiglu"}
+UNFUSED = UnfusedMoEKernel(SequentialGEMM())
 
 
 class Wrong:
-    """Multiplies one thing by two."""
+    """A kernel with one result multiplied by two."""
 
     name = "wrong"
 
@@ -32,33 +33,30 @@ class Wrong:
         self.what = what
 
     def __call__(self, x, *, edges, weights, activation):
-        out = TWIN(x, edges=edges, weights=weights, activation=activation)
+        out = UNFUSED(x, edges=edges, weights=weights, activation=activation)
         if self.what == "output":
             return 2 * out
         return out.detach() + (out - out.detach()) * 2  # right values, wrong gradients
 
-    def kept(self, **sizes):
-        return TWIN.saved_activations(**sizes)
 
-
-def test_the_twin_agrees_with_itself():
-    assert compare_with_reference(TWIN, reference=TWIN) == ""
+def test_the_unfused_kernel_agrees_with_itself():
+    assert compare_with_unfused(UNFUSED, tolerance=1e-6, **SETTINGS) == ""
 
 
 @pytest.mark.parametrize(("what", "named"), [("output", "output"), ("gradient", "gradient of x")])
 def test_a_wrong_number_is_found_and_named(what, named):
-    assert named in compare_with_reference(Wrong(what), reference=TWIN)
+    assert named in compare_with_unfused(Wrong(what), tolerance=1e-4, **SETTINGS)
 
 
 def test_what_is_no_library_is_not_used(tmp_path):
-    path = tmp_path / "mixture.so"
+    path = tmp_path / "moe.so"
     path.write_bytes(b"not an object file")
     found = check_library(path)
     assert found.library is None
     assert "cannot be loaded" in found.reason
 
 
-def test_without_a_library_the_composed_path_is_taken_and_the_doctor_says_why(monkeypatch, capsys):
+def test_without_a_library_the_unfused_kernel_is_selected_and_doctor_shows_why(monkeypatch, capsys):
     monkeypatch.setattr(
         kernel_selection,
         "load_library",
@@ -66,13 +64,13 @@ def test_without_a_library_the_composed_path_is_taken_and_the_doctor_says_why(mo
     )
     assert isinstance(select_moe_kernel(torch.zeros(1), activation=SwiGLU()), UnfusedMoEKernel)
     pick = selected_kernels("cpu")[0]
-    assert (pick.operation, pick.implementation) == ("mixture", "composed")
+    assert (pick.operation, pick.implementation) == ("MoE layer", "unfused")
     doctor(as_json=True)
     assert "no C compiler (cc) on the PATH" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(load_library().library is None, reason=load_library().reason)
-def test_with_a_library_the_fused_path_is_taken_where_it_can():
+def test_with_a_library_the_fused_kernel_is_selected_where_it_supports_the_input():
     assert isinstance(select_moe_kernel(torch.zeros(1), activation=ReLU()), CPUMoEKernel)
     assert isinstance(
         select_moe_kernel(torch.zeros(1).bfloat16(), activation=SwiGLU()), CPUMoEKernel
@@ -83,7 +81,7 @@ def test_with_a_library_the_fused_path_is_taken_where_it_can():
     assert selected_kernels("cpu")[0].implementation == "fused"
 
 
-def test_the_trial_may_come_first_in_an_inference_under_autocast():
+def test_the_check_may_run_first_in_inference_mode_under_autocast():
     done = subprocess.run(
         [sys.executable, "-c", FIRST_IN_INFERENCE], capture_output=True, text=True, check=False
     )

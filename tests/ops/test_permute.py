@@ -1,15 +1,10 @@
-"""Out to edges and home to tokens equals the definition, for any number of edges per token."""
+"""Permute and unpermute equal their references, for any number of edges per token."""
 
 import pytest
 import torch
 
-from moesaic.ops.permute import (
-    group_by_expert,
-    permute,
-    reference_permute,
-    reference_unpermute,
-    unpermute,
-)
+from moesaic.ops.permute import group_by_expert, permute, unpermute
+from ops.references import reference_unpermute
 
 T, D, E = 13, 6, 4
 
@@ -21,27 +16,27 @@ def _edges(k):
 
 
 def _some_edges():
-    """Three edges in all for each two tokens, some of them lost, in no order."""
-    draw = torch.Generator().manual_seed(1)
-    token = torch.randint(0, T, (3 * T // 2,), generator=draw)
-    expert = torch.randint(0, E + 1, token.shape, generator=draw)
+    """Three edges for each two tokens, some of them dropped, in no order."""
+    generator = torch.Generator().manual_seed(1)
+    token = torch.randint(0, T, (3 * T // 2,), generator=generator)
+    expert = torch.randint(0, E + 1, token.shape, generator=generator)
     return token, group_by_expert(expert, num_experts=E)
 
 
 @pytest.mark.parametrize("k", [0, 1, 2, 3])
-def test_spread_equals_its_definition_with_gradients(k):
+def test_permute_equals_its_definition_with_gradients(k):
     token, groups = _edges(k) if k else _some_edges()
     x = torch.randn(T, D, requires_grad=True)
-    weigh = torch.randn(len(token), D)
-    want = reference_permute(x, token=token, groups=groups)
+    grad = torch.randn(len(token), D)
+    want = x[token[groups.order]]
     got = permute(x, token=token, groups=groups, per_token=k)
     assert torch.equal(got, want)
-    grads = [torch.autograd.grad((y * weigh).sum(), x)[0] for y in (got, want)]
+    grads = [torch.autograd.grad((y * grad).sum(), x)[0] for y in (got, want)]
     torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("k", [0, 1, 2, 3])
-def test_combine_equals_its_definition_with_gradients(k):
+def test_unpermute_equals_its_definition_with_gradients(k):
     token, groups = _edges(k) if k else _some_edges()
     y = torch.randn(len(token), D, requires_grad=True)
     weight = torch.rand(len(token), requires_grad=True)
@@ -53,14 +48,14 @@ def test_combine_equals_its_definition_with_gradients(k):
         torch.testing.assert_close(got, want)
 
 
-def test_edges_in_any_order_come_home():
+def test_edges_in_any_order_are_summed_by_token():
     token = torch.tensor([2, 0, 0, 2, 1])
     groups = group_by_expert(torch.tensor([1, 0, 1, 0, 1]), num_experts=2)
     x = torch.eye(3)
     rows = permute(x, token=token, groups=groups, per_token=0)
     weight = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
-    home = unpermute(rows, token=token, weight=weight, groups=groups, num_tokens=3, per_token=0)
-    assert torch.equal(home, torch.diag(torch.tensor([5.0, 5.0, 5.0])))
+    out = unpermute(rows, token=token, weight=weight, groups=groups, num_tokens=3, per_token=0)
+    assert torch.equal(out, torch.diag(torch.tensor([5.0, 5.0, 5.0])))
 
 
 def test_halves_are_summed_in_float32():
@@ -71,3 +66,22 @@ def test_halves_are_summed_in_float32():
     got = unpermute(y, per_token=2, **settings)
     assert got.dtype == torch.bfloat16
     assert torch.equal(got, reference_unpermute(y.float(), **settings).bfloat16())
+
+
+def test_edges_are_sorted_by_expert_and_keep_their_order_within_it():
+    expert = torch.tensor([2, 0, 3, 2, 0, 3])  # 3 of 3 experts: dropped
+    groups = group_by_expert(expert, num_experts=3)
+    assert groups.order.tolist() == [1, 4, 0, 3, 2, 5]
+    assert groups.rows_per_expert.tolist() == [2, 0, 2]
+    assert groups.offsets.tolist() == [2, 2, 4]
+    assert groups.offsets.dtype == torch.int32
+
+
+def test_inverse_is_the_inverse_of_order():
+    groups = group_by_expert(torch.randint(0, 5, (100,)), num_experts=4)
+    assert torch.equal(groups.inverse[groups.order], torch.arange(100))
+
+
+def test_no_edges_are_no_rows():
+    groups = group_by_expert(torch.empty(0, dtype=torch.long), num_experts=3)
+    assert groups.offsets.tolist() == [0, 0, 0]

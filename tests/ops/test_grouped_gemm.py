@@ -1,4 +1,4 @@
-"""Every engine of the grouped feed-forward equals the definition, values and gradients."""
+"""Every grouped GEMM gives the reference's feed-forward and matmul, values and gradients."""
 
 import pytest
 import torch
@@ -8,10 +8,10 @@ from moesaic.ops.grouped_gemm import (
     FeedForwardWeights,
     expert_of_row,
     grouped_feed_forward,
-    reference_feed_forward,
 )
 from moesaic.ops.kernel_selection import GROUPED_GEMMS
 from moesaic.ops.permute import group_by_expert
+from ops.references import reference_feed_forward
 
 D, HIDDEN, E = 8, 12, 4
 ROUTES = {
@@ -26,17 +26,17 @@ ROUTES = {
 
 
 def _run(compute, expert, activation, *, bias, **options):
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
 
     def leaf(*shape):
-        return torch.randn(shape, generator=draw).requires_grad_()
+        return torch.randn(shape, generator=generator).requires_grad_()
 
     rows = leaf(expert.numel(), D)
     up, down = leaf(E, D, activation.width(HIDDEN)), leaf(E, HIDDEN, D)
     biases = (leaf(E, activation.width(HIDDEN)), leaf(E, D)) if bias else ()
     groups = group_by_expert(expert, num_experts=E)
-    banks = FeedForwardWeights(up, down, *biases)
-    out = compute(rows, weights=banks, groups=groups, activation=activation, **options)
+    weights = FeedForwardWeights(up, down, *biases)
+    out = compute(rows, weights=weights, groups=groups, activation=activation, **options)
     leaves = [rows, up, down, *biases]
     loss = out.square().sum() + 0 * rows.sum()  # in the graph even if no row has an expert
     grads = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -46,11 +46,11 @@ def _run(compute, expert, activation, *, bias, **options):
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("engine", GROUPED_GEMMS)
-def test_an_engine_equals_the_definition_with_gradients(engine, route, bias):
+@pytest.mark.parametrize("gemm", GROUPED_GEMMS)
+def test_a_gemm_equals_the_definition_with_gradients(gemm, route, bias):
     options = {"bias": bias}
     want = _run(reference_feed_forward, ROUTES[route], SwiGLU(), **options)
-    got = _run(grouped_feed_forward, ROUTES[route], SwiGLU(), gemm=GROUPED_GEMMS[engine], **options)
+    got = _run(grouped_feed_forward, ROUTES[route], SwiGLU(), gemm=GROUPED_GEMMS[gemm], **options)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -58,14 +58,14 @@ def test_an_engine_equals_the_definition_with_gradients(engine, route, bias):
 @pytest.mark.parametrize("activation", [ReLU(), GELU(), SquaredReLU()], ids=repr)
 def test_any_activation_is_differentiated(activation):
     want = _run(reference_feed_forward, ROUTES["skewed"], activation, bias=False)
-    engine = GROUPED_GEMMS["segments"]
-    got = _run(grouped_feed_forward, ROUTES["skewed"], activation, bias=False, gemm=engine)
+    gemm = GROUPED_GEMMS["sequential"]
+    got = _run(grouped_feed_forward, ROUTES["skewed"], activation, bias=False, gemm=gemm)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("engine", GROUPED_GEMMS)
-def test_an_expanded_gradient_is_fine(engine):
+@pytest.mark.parametrize("gemm", GROUPED_GEMMS)
+def test_an_expanded_gradient_is_fine(gemm):
     groups = group_by_expert(torch.arange(8) % E, num_experts=E)
     rows = torch.randn(8, D, requires_grad=True)
     up, down = torch.randn(E, D, HIDDEN), torch.randn(E, HIDDEN, D)
@@ -74,7 +74,7 @@ def test_an_expanded_gradient_is_fine(engine):
         weights=FeedForwardWeights(up, down),
         groups=groups,
         activation=ReLU(),
-        gemm=GROUPED_GEMMS[engine],
+        gemm=GROUPED_GEMMS[gemm],
     )
     out.sum().backward()  # the gradient of a sum has stride 0
     assert rows.grad is not None
@@ -86,10 +86,14 @@ def test_only_the_input_and_the_pre_activation_are_saved():
     groups = group_by_expert(torch.arange(16) % E, num_experts=E)
     rows = torch.randn(16, D, requires_grad=True)
     up = torch.randn(E, D, 2 * HIDDEN, requires_grad=True)
-    banks = FeedForwardWeights(up, torch.randn(E, HIDDEN, D, requires_grad=True))
+    weights = FeedForwardWeights(up, torch.randn(E, HIDDEN, D, requires_grad=True))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         grouped_feed_forward(
-            rows, weights=banks, groups=groups, activation=SwiGLU(), gemm=GROUPED_GEMMS["segments"]
+            rows,
+            weights=weights,
+            groups=groups,
+            activation=SwiGLU(),
+            gemm=GROUPED_GEMMS["sequential"],
         )
     sizes = sorted(t.numel() for t in saved if t.dim() == 2)
     assert sizes == [16 * D, 16 * 2 * HIDDEN]

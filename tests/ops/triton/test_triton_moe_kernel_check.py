@@ -1,4 +1,4 @@
-"""The trial passes where kernels are right, says what is wrong where not, and decides the pick."""
+"""The kernel check passes for right kernels, names what is wrong, and decides the selection."""
 
 import pytest
 import torch
@@ -8,27 +8,26 @@ from moesaic.ops import kernel_selection
 from moesaic.ops.cpu.cpu_moe_kernel import CPUMoEKernel
 from moesaic.ops.moe_kernel import UnfusedMoEKernel
 from moesaic.ops.triton import kernel_launch
-from moesaic.ops.triton.kernel_check import REFERENCE_ACTIVATIONS, kernel_failure
-from moesaic.ops.triton.triton_moe_kernel import TritonMoEKernel
+from moesaic.ops.triton.triton_moe_kernel import ACTIVATIONS, TritonMoEKernel, kernel_failure
 
 
 @pytest.fixture
 def fresh():
-    kernel_selection._triton_selection.cache_clear()
+    kernel_selection._triton_kernel.cache_clear()
     yield
-    kernel_selection._triton_selection.cache_clear()
+    kernel_selection._triton_kernel.cache_clear()
 
 
-def test_the_trial_knows_every_activation_of_ours():
+def test_every_activation_has_a_kernel():
     for kind in (ReLU, SwiGLU):
-        assert kind.kernel_name in REFERENCE_ACTIVATIONS
+        assert kind.kernel_name in ACTIVATIONS
 
 
-def test_the_trial_passes(device):
+def test_the_check_passes(device):
     assert kernel_failure(device, dtype=torch.float32, activation="swiglu") == ""
 
 
-def test_the_trial_says_what_is_wrong(device, monkeypatch):
+def test_the_check_names_what_is_wrong(device, monkeypatch):
     right = kernel_launch.down_backward
 
     def wrong(*args, **options):
@@ -36,7 +35,7 @@ def test_the_trial_says_what_is_wrong(device, monkeypatch):
         return through._replace(weight=through.weight * 1.01)
 
     monkeypatch.setattr(kernel_launch, "down_backward", wrong)
-    assert "weights is off" in kernel_failure(device, dtype=torch.float32, activation="relu")
+    assert "edge weights differs" in kernel_failure(device, dtype=torch.float32, activation="relu")
 
 
 def test_a_kernel_that_raises_is_a_reason_not_a_crash(device, monkeypatch):
@@ -47,22 +46,20 @@ def test_a_kernel_that_raises_is_a_reason_not_a_crash(device, monkeypatch):
     assert "no such card" in kernel_failure(device, dtype=torch.float32, activation="relu")
 
 
-def test_what_has_no_kernel_is_said(device):
+def test_a_missing_kernel_is_reported(device):
     assert "no kernel" in kernel_failure(device, dtype=torch.float64, activation="relu")
     assert "no kernel" in kernel_failure(device, dtype=torch.float32, activation="mine")
 
 
 @pytest.mark.parametrize("failure", ["", "made up"])
-def test_the_pick_follows_the_trial(failure, fresh, monkeypatch):
+def test_the_selection_follows_the_check(failure, fresh, monkeypatch):
     def answer(device, *, dtype, activation):
         return failure
 
-    monkeypatch.setattr("moesaic.ops.triton.kernel_check.kernel_failure", answer)
-    found = kernel_selection._triton_selection("cuda", torch.float32, "swiglu")
-    assert isinstance(found.kernel, TritonMoEKernel) == (not failure)
-    assert ("made up" in found.reason) == bool(failure)
-    mixture = kernel_selection._select_moe("cuda", torch.float32)
-    assert mixture.implementation == ("composed" if failure else "triton")
+    monkeypatch.setattr("moesaic.ops.triton.triton_moe_kernel.kernel_failure", answer)
+    kernel, reason = kernel_selection._triton_kernel("cuda", torch.float32, "swiglu")
+    assert isinstance(kernel, TritonMoEKernel) == (not failure)
+    assert ("made up" in reason) == bool(failure)
 
 
 def test_a_cpu_takes_no_kernels():

@@ -1,4 +1,4 @@
-"""The compiled mixture equals its plain twin, values and gradients, whatever the edges are."""
+"""The compiled mixture equals its unfused kernel, values and gradients, whatever the edges are."""
 
 import pytest
 import torch
@@ -8,14 +8,14 @@ from moesaic.nn.feed_forward import GELU, Activation, ReLU, SquaredReLU, SwiGLU
 from moesaic.ops.cpu.cpu_library import load_library
 from moesaic.ops.cpu.cpu_moe_kernel import CPUMoEKernel
 from moesaic.ops.grouped_gemm import FeedForwardWeights, SequentialGEMM
-from moesaic.ops.moe_kernel import Edges, UnfusedMoEKernel
+from moesaic.ops.moe_kernel import Edges, KernelShape, UnfusedMoEKernel
 from moesaic.ops.permute import group_by_expert
 
 LIBRARY = load_library().library
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=load_library().reason)
 
 E = 4
-TWIN = UnfusedMoEKernel(SequentialGEMM())
+UNFUSED = UnfusedMoEKernel(SequentialGEMM())
 ACTIVATIONS = {"relu": ReLU(), "relu2": SquaredReLU(), "gelu": GELU(), "swiglu": SwiGLU()}
 
 
@@ -52,8 +52,8 @@ ROUTES = {
 SIZES = {"even": (16, 32), "odd": (13, 7), "wide": (150, 67), "deep": (530, 3)}
 
 
-def _answers(mixer, edges: Edges, activation: Activation, sizes=(16, 32), *, half="", like=None):
-    """Output and gradients; ``half`` names what is bfloat16: x, banks or both."""
+def _answers(kernel, edges: Edges, activation: Activation, sizes=(16, 32), *, half="", like=None):
+    """Output and gradients; ``half`` names what is bfloat16: x, weights or both."""
     dim, hidden = sizes
     draw = _draw(2)
     x = torch.randn(edges.num_tokens, dim, generator=draw)
@@ -65,7 +65,7 @@ def _answers(mixer, edges: Edges, activation: Activation, sizes=(16, 32), *, hal
         leaves = [leaf.to(like) for leaf in leaves]
     x, weight, up, down = (leaf.requires_grad_() for leaf in leaves)
     placed = Edges(edges.token, weight, edges.groups, edges.num_tokens, edges.per_token)
-    out = mixer(x, edges=placed, weights=FeedForwardWeights(up, down), activation=activation)
+    out = kernel(x, edges=placed, weights=FeedForwardWeights(up, down), activation=activation)
     pull = torch.randn(out.shape, generator=_draw(3)).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, (x, weight, up, down), pull)]
 
@@ -84,14 +84,14 @@ def _definition(x, *, edges, weights, activation):
 
 @pytest.fixture
 def fused() -> CPUMoEKernel:
-    return CPUMoEKernel(LIBRARY, TWIN)
+    return CPUMoEKernel(LIBRARY, UNFUSED)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("route", ROUTES)
 def test_it_equals_the_composed_path_with_gradients(fused, route, activation):
     edges, bend = ROUTES[route](), ACTIVATIONS[activation]
-    want = _answers(TWIN, edges, bend)
+    want = _answers(UNFUSED, edges, bend)
     for got, expected in zip(_answers(fused, edges, bend), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -100,7 +100,7 @@ def test_it_equals_the_composed_path_with_gradients(fused, route, activation):
 @pytest.mark.parametrize("route", ["skewed", "few-rows", "loose"])
 def test_any_size_will_do(fused, route, size):
     edges = ROUTES[route]()
-    want = _answers(TWIN, edges, SwiGLU(), SIZES[size])
+    want = _answers(UNFUSED, edges, SwiGLU(), SIZES[size])
     for got, expected in zip(_answers(fused, edges, SwiGLU(), SIZES[size]), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
@@ -128,7 +128,7 @@ def test_halves_are_widened_and_summed_in_float32(fused, route, half):
         )
 
 
-def test_halved_banks_give_what_the_same_numbers_give_in_float32(fused):
+def test_halved_weights_give_what_the_same_numbers_give_in_float32(fused):
     edges = ROUTES["skewed"]()
     x, up, down = torch.randn(211, 16), torch.randn(E, 16, 64).bfloat16(), torch.randn(E, 32, 16)
     down = down.bfloat16()
@@ -149,13 +149,13 @@ def test_the_number_of_threads_changes_no_bit(fused, route, monkeypatch):
 
 
 def test_a_token_alone_gets_the_same_bits_as_in_a_batch(fused):
-    banks = FeedForwardWeights(torch.randn(E, 40, 48), torch.randn(E, 24, 40))
+    weights = FeedForwardWeights(torch.randn(E, 40, 48), torch.randn(E, 24, 40))
     x, expert = torch.randn(100, 40), torch.randint(0, E, (200,), generator=_draw())
 
     def mix(rows, chosen):
         edges = _topk(rows.shape[0], 2, chosen)
         edges = Edges(edges.token, torch.ones_like(edges.weight), edges.groups, rows.shape[0], 2)
-        return fused(rows, edges=edges, weights=banks, activation=SwiGLU())
+        return fused(rows, edges=edges, weights=weights, activation=SwiGLU())
 
     batch = mix(x, expert)
     alone = [mix(x[t : t + 1], expert[2 * t : 2 * t + 2]) for t in range(100)]
@@ -174,10 +174,10 @@ def test_only_what_is_wanted_gets_a_gradient(fused, wanted):
     if wanted != "nothing":
         leaves[wanted].requires_grad_()
     results = []
-    for mixer in (fused, TWIN):
+    for kernel in (fused, UNFUSED):
         placed = Edges(edges.token, leaves["weight"], edges.groups, 211, 3)
-        banks = FeedForwardWeights(leaves["up"], leaves["down"])
-        out = mixer(leaves["x"], edges=placed, weights=banks, activation=SwiGLU())
+        weights = FeedForwardWeights(leaves["up"], leaves["down"])
+        out = kernel(leaves["x"], edges=placed, weights=weights, activation=SwiGLU())
         assert out.requires_grad == (wanted != "nothing")
         back = torch.autograd.grad(out.square().mean(), leaves[wanted]) if out.requires_grad else ()
         results.append((out.detach(), *back))
@@ -191,7 +191,7 @@ def test_strided_inputs_and_expanded_gradients_are_fine(fused):
     up, down = torch.randn(E, 64, 16).transpose(1, 2), torch.randn(E, 16, 32).transpose(1, 2)
     outs = [
         m(x, edges=edges, weights=FeedForwardWeights(up, down), activation=SwiGLU())
-        for m in (fused, TWIN)
+        for m in (fused, UNFUSED)
     ]
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
     grads = [torch.autograd.grad(out.sum(), x)[0] for out in outs]
@@ -201,10 +201,10 @@ def test_strided_inputs_and_expanded_gradients_are_fine(fused):
 def test_backward_can_be_run_twice(fused):
     edges = ROUTES["skewed"]()
     x = torch.randn(211, 16, requires_grad=True)
-    banks = FeedForwardWeights(torch.randn(E, 16, 64, requires_grad=True), torch.randn(E, 32, 16))
-    loss = fused(x, edges=edges, weights=banks, activation=SwiGLU()).square().sum()
+    weights = FeedForwardWeights(torch.randn(E, 16, 64, requires_grad=True), torch.randn(E, 32, 16))
+    loss = fused(x, edges=edges, weights=weights, activation=SwiGLU()).square().sum()
     first, second = (
-        torch.autograd.grad(loss, (x, banks.up), retain_graph=again) for again in (True, False)
+        torch.autograd.grad(loss, (x, weights.up), retain_graph=again) for again in (True, False)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -213,15 +213,12 @@ def test_what_is_kept_is_x_the_pre_activation_and_a_few_numbers_per_edge(fused):
     saved = []
     edges = ROUTES["balanced"]()
     x = torch.randn(30, 16, requires_grad=True)
-    banks = FeedForwardWeights(torch.randn(E, 16, 64), torch.randn(E, 32, 16))
+    weights = FeedForwardWeights(torch.randn(E, 16, 64), torch.randn(E, 32, 16))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        fused(x, edges=edges, weights=banks, activation=SwiGLU())
-    held = {t.data_ptr() for t in (x, banks.up, banks.down)}
+        fused(x, edges=edges, weights=weights, activation=SwiGLU())
+    held = {t.data_ptr() for t in (x, weights.up, weights.down)}
     kept = sum(t.numel() * t.element_size() for t in saved if t.data_ptr() not in held)
-    assert (
-        kept
-        == 60 * 4 * fused.saved_activations(dim=16, width=64, bias=False, live_share=1.0) + 4 * E
-    )
+    assert kept == 60 * 4 * fused.saved_activations(KernelShape(16, 64, False, 1.0)) + 4 * E
 
 
 def test_biases_and_other_dtypes_take_the_composed_path(fused):
@@ -229,9 +226,9 @@ def test_biases_and_other_dtypes_take_the_composed_path(fused):
     x, up, down = torch.randn(30, 16), torch.randn(E, 16, 64), torch.randn(E, 32, 16)
     biased = FeedForwardWeights(up, down, torch.randn(E, 64), torch.randn(E, 16))
     settings = {"edges": edges, "activation": SwiGLU()}
-    assert torch.equal(fused(x, weights=biased, **settings), TWIN(x, weights=biased, **settings))
+    assert torch.equal(fused(x, weights=biased, **settings), UNFUSED(x, weights=biased, **settings))
     double = FeedForwardWeights(up.double(), down.double())
-    want = TWIN(x.double(), weights=double, **settings)
+    want = UNFUSED(x.double(), weights=double, **settings)
     assert torch.equal(fused(x.double(), weights=double, **settings), want)
 
 

@@ -75,7 +75,7 @@ def test_another_source_gets_another_library(cache, built, tmp_path_factory, mon
     changed = tmp_path_factory.mktemp("source")
     for path in cpu_library.SOURCE_DIRECTORY.iterdir():
         shutil.copy(path, changed)
-    (changed / "mixture.c").open("a").write("\n/* changed */\n")
+    (changed / "moe.c").open("a").write("\n/* changed */\n")
     monkeypatch.setattr(cpu_library, "SOURCE_DIRECTORY", changed)
     assert build_library(cache=cache).name != built.name
 
@@ -91,7 +91,7 @@ def test_a_compiler_that_fails_is_named(tmp_path):
         '#!/bin/sh\ntest "$1" = --version && exit 0\necho error: broken >&2; exit 1\n'
     )
     compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
-    with pytest.raises(BuildError, match=r"cc did not compile mixture\.c: error: broken"):
+    with pytest.raises(BuildError, match=r"cc did not compile moe\.c: error: broken"):
         build_library(cache=tmp_path / "cache", path=str(tmp_path))
 
 

@@ -1,0 +1,52 @@
+"""Reference implementations of the operations of ``ops``: unfused, by autograd."""
+
+import torch
+import torch.nn.functional as F
+
+from moesaic.ops.counter_rng import hash_combine
+from moesaic.ops.cross_entropy import TokenLoss
+from moesaic.ops.grouped_gemm import expert_slices
+
+
+def reference_unpermute(y, *, token, weight, groups, num_tokens):
+    out = torch.zeros(num_tokens, y.shape[1], dtype=torch.float32, device=y.device)
+    weighted = y.float() * weight[groups.order, None]
+    return out.index_add(0, token[groups.order], weighted).to(y.dtype)
+
+
+def reference_grouped_matmul(rows, *, weight, groups):
+    out = rows.new_zeros(rows.shape[0], weight.shape[-1])
+    for expert, span in expert_slices(groups):
+        row = torch.arange(span.start, span.stop, device=out.device)
+        out = out.index_copy(0, row, rows[span] @ weight[expert])
+    return out
+
+
+def reference_feed_forward(rows, *, weights, groups, activation):
+    out = torch.zeros_like(rows)
+    for e, span in expert_slices(groups):
+        hidden = rows[span] @ weights.up[e]
+        hidden = hidden if weights.up_bias is None else hidden + weights.up_bias[e]
+        result = activation(hidden) @ weights.down[e]
+        result = result if weights.down_bias is None else result + weights.down_bias[e]
+        row = torch.arange(span.start, span.stop, device=out.device)
+        out = out.index_copy(0, row, result)
+    return out
+
+
+def reference_cross_entropy(hidden, *, weight, label, label_smoothing=0.0, z_loss=0.0):
+    """``(1-s) * nll + s * mean over V of -log p``, plus ``z * logsumexp^2``."""
+    logits = (hidden @ weight.to(hidden.dtype).t()).float()
+    total = F.cross_entropy(logits, label, label_smoothing=label_smoothing, reduction="sum")
+    total = total + z_loss * logits.logsumexp(-1).square().sum()
+    return TokenLoss(total, F.cross_entropy(logits.detach(), label, reduction="none"))
+
+
+def reference_dropout_mask(key, *, width, rate):
+    """One channel at a time: channel c reads bits 16 * (c % 4) of hash c // 4."""
+    threshold = min(max(round(rate * 2**16), 1), 2**16 - 1)
+    mask = torch.zeros(len(key), width, dtype=torch.bool, device=key.device)
+    for channel in range(width):
+        bits = hash_combine(key, torch.full_like(key, channel // 4)) >> 16 * (channel % 4)
+        mask[:, channel] = (bits + 2**15) % 2**16 < threshold
+    return mask
