@@ -32,7 +32,8 @@ from moesaic.parallel.expert_dispatch import (
 )
 from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.sharding_plan import slice_local
-from moesaic.testing.tiny_models import random_batch, shard_batch, tiny_model_config
+from moesaic.testing.tiny_models import random_batch, tiny_model_config
+from moesaic.verify.synthetic_batches import shard_batch
 
 MODEL = tiny_model_config(
     moe=MoE(experts=4, select=TopK(k=2), balance=(SwitchBalance(),), shared_experts=SharedExperts())
