@@ -69,7 +69,7 @@ class SplitAt(PipelineSplit):
 
 @dataclass(frozen=True)
 class PipelineStages:
-    """The stages of a model on the ``ranks`` of a pipeline; ``block_ranges`` has each one's blocks."""
+    """The stages of a model on the ``ranks`` of a pipeline, and the blocks of each."""
 
     config: ModelConfig
     schedule: PipelineSchedule
@@ -108,7 +108,7 @@ class PipelineStages:
         return tuple(stage for stage, owner in enumerate(self.rank_of_stage) if owner == rank)
 
     def remove_other_stages(self, model: Transformer, *, rank: int) -> None:
-        """Remove the modules of a whole model that only the stages of other ranks need, in place."""
+        """Remove the modules that only the stages of other ranks need, in place."""
         needed = self._module_paths(rank)
         for path in sorted(module_paths(self.config, BlockRange.all_blocks(self.config)) - needed):
             parent, _, name = path.rpartition(".")
