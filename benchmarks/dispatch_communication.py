@@ -1,5 +1,4 @@
-"""Bytes on the counter, counted in real runs on eight ranks of this machine beside the closed
-forms.
+"""Communication volume of dispatch: counted on eight local ranks, and in closed form.
 
 Each part dispatches and combines the rows of one MoE layer in forward and backward over gloo, on
 nodes of four consecutive ranks, and counts what a rank sends with a ``CommunicationCounter``.
