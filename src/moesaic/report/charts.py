@@ -86,7 +86,7 @@ def line_chart(
         {"name": c.name, "tint": series_color(c.color), "x": x, "y": [float(f"{v:.5g}") for v in y]}
         for c, x, y in drawn
     ]
-    plot = _svg(
+    plot = svg(
         title,
         _grid(x_scale, y_scale, box, x_label),
         *(_curve(c, x, y, (x_scale, y_scale)) for c, x, y in drawn),
@@ -111,11 +111,11 @@ def bar_chart(rows: Sequence[tuple[str, float]], *, title: str, color: int = 0) 
     for i, (name, value) in enumerate(rows):
         y, end = i * step, scale(value)
         parts += [
-            _text(name, x=left - 8, y=y + 14, class_=None),
+            svg_text(name, x=left - 8, y=y + 14, class_=None),
             tag("rect", y=y + 3, width=max(1.0, end - left), **bar),
-            _text(f"{value:.2f}", x=end + 6, y=y + 14, anchor=None, class_="value"),
+            svg_text(f"{value:.2f}", x=end + 6, y=y + 14, anchor=None, class_="value"),
         ]
-    return figure(title, body=_svg(title, *parts, size=(width, len(rows) * step + 4)))
+    return figure(title, body=svg(title, *parts, size=(width, len(rows) * step + 4)))
 
 
 def stacked_bar(parts: Sequence[tuple[str, float, str]], *, title: str) -> Html:
@@ -158,7 +158,7 @@ def dot_chart(
     for value in ticks:
         x = f"{scale(value)}%"
         grid.append(tag("line", x1=x, x2=x, y1=top - 4, y2=height - 6, class_="grid"))
-        grid.append(_text(format_tick(value), x=x, y=14, anchor="middle"))
+        grid.append(svg_text(format_tick(value), x=x, y=14, anchor="middle"))
     between = (step - 16) / max(len(systems) - 1, 1)
     dots = [
         _interval_dot(
@@ -173,12 +173,12 @@ def dot_chart(
         if dot
     ]
     names = [
-        _text(name, x=left - 10, y=top + (i + 0.5) * step + 4, class_=None)
+        svg_text(name, x=left - 10, y=top + (i + 0.5) * step + 4, class_=None)
         for i, (name, _) in enumerate(rows)
     ]
     size = f"height:{height}px"
     labels = tag("svg", *stripes, *names, width=left, height=height, style=f"width:{left}px;{size}")
-    plot = _svg(title, *stripes, *grid, *dots, style=f"width:100%;{size}")
+    plot = svg(title, *stripes, *grid, *dots, style=f"width:100%;{size}")
     keys = [tag("li", _key(_marker(j), box="-9 -6 18 12"), name) for j, name in enumerate(systems)]
     legend = tag("ul", *keys, tag("li", note, class_="soft"), class_="legend")
     return figure(title, body=join_html([legend, tag("div", labels, plot, class_="dots")]))
@@ -195,9 +195,13 @@ def figure(title: str, *, body: Html, legend: Sequence[ChartSeries] = ()) -> Htm
     return tag("figure", tag("figcaption", title), shown, body)
 
 
-def _svg(
-    title: str, *parts: Html, size: tuple[int, int] | None = None, **attributes: str | None
+def svg(
+    title: str,
+    *parts: Html,
+    size: tuple[float, float] | None = None,
+    **attributes: str | float | None,
 ) -> Html:
+    """Return an SVG image with a title for screen readers; ``size`` is that of its view box."""
     box = f"0 0 {size[0]} {size[1]}" if size else None
     return tag("svg", tag("title", title), *parts, viewBox=box, role="img", **attributes)
 
@@ -206,14 +210,15 @@ def _key(mark: Html, *, box: str) -> Html:
     return tag("svg", mark, viewBox=box, class_="key", aria_hidden="true")
 
 
-def _text(
-    content: str,
+def svg_text(
+    content: str | int,
     *,
     x: float | str,
     y: float,
     anchor: str | None = "end",
     class_: str | None = "axis",
 ) -> Html:
+    """Return a text of an SVG image, an axis label by default."""
     return tag("text", content, x=x, y=y, text_anchor=anchor, class_=class_)
 
 
@@ -223,12 +228,12 @@ def _grid(x_scale: AxisScale, y_scale: AxisScale, box: ChartFrame, x_label: str)
     for value in tick_values(y_scale.low, y_scale.high, count=5):
         y = y_scale(value)
         parts.append(tag("line", x1=box.left, x2=box.width - box.right, y1=y, y2=y, class_="grid"))
-        parts.append(_text(format_tick(value), x=left, y=y + 4))
+        parts.append(svg_text(format_tick(value), x=left, y=y + 4))
     parts += [
-        _text(format_tick(value), x=x_scale(value), y=below, anchor="middle")
+        svg_text(format_tick(value), x=x_scale(value), y=below, anchor="middle")
         for value in tick_values(x_scale.low, x_scale.high, count=5)
     ]
-    return tag("g", *parts, _text(x_label, x=left, y=below))
+    return tag("g", *parts, svg_text(x_label, x=left, y=below))
 
 
 def _curve(
