@@ -232,7 +232,7 @@ def lending() -> list[dict[str, Any]]:
         step = StepLoad(
             torch.full((2, NODE, 2), tokens // 2),
             row_bytes=4 * D,
-            bank_bytes=4 * sum(matrix.numel() for matrix in experts.parameters()),
+            weight_bytes=4 * sum(matrix.numel() for matrix in experts.parameters()),
         )
         row: dict[str, Any] = {"capacity_factor": factor, "counted": {}, "closed": {}}
         for way in ways:
@@ -274,7 +274,7 @@ def summed(part: Any) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/wire.json"))
-    parser.add_argument("--page", type=Path, default=Path("docs/guide/bytes-on-the-wire.md"))
+    parser.add_argument("--page", type=Path, default=Path("docs/guide/communication-volume.md"))
     options = parser.parse_args()
     result = {
         "ranks": RANKS,

@@ -18,7 +18,7 @@ from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.chunked_dispatcher import ChunkedAllToAllDispatcher
 from moesaic.moe.config import MoE
 from moesaic.moe.experts import LoRAExpert
-from moesaic.moe.layer import moe_layers, set_ranks
+from moesaic.moe.layer import moe_layers
 from moesaic.moe.select import TopK
 from moesaic.moe.shared_experts import SharedExperts
 from moesaic.parallel.batch_ranks import BatchRanks
@@ -32,7 +32,8 @@ from moesaic.parallel.expert_dispatch import (
 )
 from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.sharding_plan import slice_local
-from moesaic.testing.tiny_models import random_batch, shard_batch, tiny_model_config
+from moesaic.testing.tiny_models import random_batch, tiny_model_config
+from moesaic.verify.synthetic_batches import shard_batch
 
 MODEL = tiny_model_config(
     moe=MoE(experts=4, select=TopK(k=2), balance=(SwitchBalance(),), shared_experts=SharedExperts())
@@ -86,7 +87,8 @@ def _losses() -> list[float]:
         spread = parallelize(
             model, parallel=ParallelConfig(plan=plan, dispatch=journey), world=ProcessGroupWorld()
         )
-        set_ranks(model, BatchRanks(spread.stage_world))
+        for layer in moe_layers(model):
+            layer.batch_group = BatchRanks(spread.stage_world)
         assert all(type(layer.dispatcher) is KINDS[type(journey)] for layer in moe_layers(model))
         spread.before_backward(last=True)
         found.append(_backward(model, rank=spread.data_world.rank, world=spread.data_world.size))
@@ -128,10 +130,10 @@ def _refusals() -> list[str]:
 def test_a_dispatch_that_does_not_fit_is_refused_with_the_reason() -> None:
     for found in run_on_ranks(4, _refusals):
         assert "parallel.dispatch=ChunkedAllToAll" in found[0]
-        assert "no slices of experts, and expert_tensor is 2" in found[0]
+        assert "slices of GroupedExperts, and expert_tensor is 2" in found[0]
         assert "parallel.dispatch=HierarchicalAllToAll" in found[1]
-        assert "lie on nodes [0, 0, 0, 1], of 3 ranks each" in found[2]
-        assert "LoRAExperts cannot be lent" in found[3]
+        assert "are on nodes [0, 0, 0, 1], of 3 ranks each" in found[2]
+        assert "weights of LoRAExperts cannot be gathered" in found[3]
 
 
 def test_a_dispatch_is_set_by_a_config_string() -> None:
@@ -151,7 +153,8 @@ def _gathered() -> list[int]:
                 parallel=ParallelConfig(plan=plan, dispatch=journey),
                 world=ProcessGroupWorld(),
             )
-            set_ranks(model, BatchRanks(spread.stage_world))
+            for layer in moe_layers(model):
+                layer.batch_group = BatchRanks(spread.stage_world)
             spread.before_backward(last=True)
             with CommunicationCounter() as wire:
                 _backward(model, rank=spread.data_world.rank, world=spread.data_world.size)

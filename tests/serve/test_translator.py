@@ -121,7 +121,7 @@ def test_no_special_token_is_ever_said(translator):
 
 
 def test_an_unknown_language_is_named_with_the_known_ones(translator):
-    with pytest.raises(DataError, match=r"does not know \"fr\" \(fra_Latn\).*deu_Latn"):
+    with pytest.raises(DataError, match=r"has no language \"fr\" \(fra_Latn\).*deu_Latn"):
         translator.translate(["Yes"], source="en", target="fr")
     with pytest.raises(DataError, match="unknown language"):
         translator.translate(["Yes"], source="en", target="dutsch")

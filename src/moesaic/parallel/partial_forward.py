@@ -22,7 +22,7 @@ from moesaic.model.kv_cache import EncoderOutput
 from moesaic.model.transformer import ModelOutput, StackTokens, Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.router_context import RouterState
-from moesaic.moe.router_logits import RouterStateWidths
+from moesaic.moe.router_logits import RouterShape, RouterStateWidths
 from moesaic.nn.packing import Packing
 
 
@@ -110,7 +110,7 @@ def forward_blocks(
     tokens = model.decoder_tokens(batch)
     context, state = _enter_stack(model, tokens, given=given)
     if given.x is None and encoder_output is not None:
-        # without it, a stage whose decoder blocks have not used the source would send it no gradient
+        # otherwise decoder blocks that do not read the source would send it no gradient
         state = replace(state, x=connect_graph(state.x, encoder_output.states))
     for index in blocks.decoder:
         state = model.run_block(
@@ -137,7 +137,7 @@ def router_state_widths(config: ModelConfig, stack: Stack) -> RouterStateWidths:
     if not isinstance(moe, MoE) or not stack.moe_layers:
         return RouterStateWidths()
     first = config.routed_moe_of_layer(stack, layer=stack.moe_layers[0]) or moe
-    return moe.cross_layer.state_widths(experts=first.num_router_outputs)
+    return moe.cross_layer.state_widths(RouterShape(config.dim, first.num_router_outputs))
 
 
 def attach_loss(x: Float[Tensor, "*S"], loss: Float[Tensor, ""]) -> Float[Tensor, "*S"]:
