@@ -242,7 +242,7 @@ def adaptive() -> list[dict[str, Any]]:
         step = StepLoad(
             torch.full((2, NODE, 2), tokens // 2),
             row_bytes=4 * D,
-            bank_bytes=4 * sum(matrix.numel() for matrix in experts.parameters()),
+            weight_bytes=4 * sum(matrix.numel() for matrix in experts.parameters()),
         )
         row: dict[str, Any] = {"capacity_factor": factor, "counted": {}, "closed": {}}
         for degrees in candidates:
