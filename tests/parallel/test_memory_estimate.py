@@ -30,9 +30,9 @@ from parallel.communication_cases import BOTH, DECODER, SIZES, parallel
 
 
 def on_rank(
-    config: ModelConfig, config_: ParallelConfig, world: int, rank: int = 0
+    config: ModelConfig, parallel_: ParallelConfig, world: int, rank: int = 0
 ) -> RankParameters:
-    return ParameterInventory(config).on_rank(config_, world=world, rank=rank)
+    return ParameterInventory(config).on_rank(parallel_, world=world, rank=rank)
 
 
 @pytest.mark.parametrize("config", [BOTH, DECODER])
