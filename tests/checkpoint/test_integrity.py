@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cut import FORMS, file_with, rewritten, snapshot, written
+from checkpoint_samples import FORMS, file_with, rewritten, snapshot, written
 
 from moesaic.checkpoint.integrity import IntegrityProblem, check_checkpoint
 

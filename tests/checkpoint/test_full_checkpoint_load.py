@@ -3,7 +3,7 @@ import zipfile
 
 import pytest
 import torch
-from test_save import same, snapshot
+from test_full_checkpoint_save import same, snapshot
 
 from moesaic.checkpoint.full_checkpoint import (
     find_latest_checkpoint,

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_save import QuickDisk
+from checkpoint_samples import save_sharded
+from test_full_checkpoint_save import QuickDisk
 
 from moesaic.checkpoint.checkpoint_directory import RetentionPolicy
 from moesaic.checkpoint.full_checkpoint import find_latest_checkpoint, load_checkpoint
-from moesaic.checkpoint.sharded_checkpoint import CheckpointSaver, load_sharded, save_sharded
+from moesaic.checkpoint.sharded_checkpoint import CheckpointSaver, load_sharded
 from moesaic.checkpoint.snapshot import RankSnapshot, Shard, ShardBlock
 from moesaic.core.errors import CheckpointError
 from moesaic.distributed.forked_ranks import RankError, run_on_ranks
