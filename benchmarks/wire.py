@@ -274,7 +274,7 @@ def summed(part: Any) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/wire.json"))
-    parser.add_argument("--page", type=Path, default=Path("docs/guide/bytes-on-the-wire.md"))
+    parser.add_argument("--page", type=Path, default=Path("docs/guide/communication-volume.md"))
     options = parser.parse_args()
     result = {
         "ranks": RANKS,

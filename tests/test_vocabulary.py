@@ -113,7 +113,9 @@ def test_no_part_of_the_program_is_described_as_a_person(kind):
 
 
 def test_every_file_that_a_page_names_is_there():
-    pattern = re.compile(r"(?<![\w/.-])((?:[a-z_0-9]+/)+[a-z_0-9]+\.(?:py|c|h|json|toml|yaml|md))\b")
+    pattern = re.compile(
+        r"(?<![\w/.-])((?:[a-z_0-9]+/)+[a-z_0-9]+\.(?:py|c|h|json|toml|yaml|md))\b"
+    )
     roots = (ROOT, ROOT / "src" / "moesaic", ROOT / "docs", ROOT / "docs" / "guide")
     left = [
         where(path, line, found)

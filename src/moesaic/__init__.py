@@ -7,8 +7,8 @@ The whole job in four lines::
     translator = moesaic.Translator.open("runs/demo")
     print(translator.translate(["Save changes"], source="en", target="es")[0].text)
 
-Names below are imported when first used, so ``import moesaic`` costs nothing. (``fit`` is what the
-command line calls ``train``: that name is taken by the room.)
+Names below are imported when first used, so ``import moesaic`` costs nothing. (``fit`` is the
+command line's ``train``: that name is a package.)
 """
 
 import importlib
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from moesaic.train.run import Run
     from moesaic.train.run_training import train as fit
 
-_HOMES = {
+_EXPORTS = {
     "Corpus": ("moesaic.corpus.corpus", "Corpus"),
     "Run": ("moesaic.train.run", "Run"),
     "Translator": ("moesaic.serve.translator", "Translator"),
-    "build_corpus": ("moesaic.corpus.build_corpus", "build"),
-    "count": ("moesaic.model.parameter_count", "count"),
-    "recipe": ("moesaic.recipes.lookup", "find"),
+    "build_corpus": ("moesaic.corpus.build_corpus", "build_corpus"),
+    "count_parameters": ("moesaic.model.parameter_count", "count_parameters"),
+    "recipe": ("moesaic.recipes.lookup", "find_recipe"),
     "score_run": ("moesaic.serve.score", "score_run"),
     "fit": ("moesaic.train.run_training", "train"),
     "write_report": ("moesaic.report.html_report", "write_report"),
@@ -54,11 +54,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _EXPORTS:
         raise AttributeError(f"module 'moesaic' has no attribute {name!r}")
-    module, attribute = _HOMES[name]
+    module, attribute = _EXPORTS[name]
     return getattr(importlib.import_module(module), attribute)
 
 
 def __dir__() -> list[str]:
-    return sorted([*_HOMES, "__version__"])
+    return sorted([*_EXPORTS, "__version__"])

@@ -191,7 +191,7 @@ def test_a_build_that_fails_leaves_the_old_corpus_and_no_parts(tmp_path: Path) -
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     (tmp_path / "c/thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="holds something that is no corpus"):
+    with pytest.raises(UserError, match="contains files that are not a corpus"):
         build_corpus(recipe(*german(20)), out=tmp_path / "c")
     assert (tmp_path / "c/thesis.tex").read_text() == "mine"
 

@@ -17,7 +17,7 @@ def test_results_come_in_the_order_of_the_jobs_and_errors_as_they_are(workers: i
 
 
 def test_a_process_that_the_system_ends_is_a_users_error() -> None:
-    with pytest.raises(UserError, match=r"ended by the system.*--workers 1"):
+    with pytest.raises(UserError, match=r"killed a worker process.*--workers 1"):
         list(map_in_order(os._exit, [1, 1], workers=2))
 
 

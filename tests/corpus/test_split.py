@@ -57,5 +57,5 @@ def test_a_domain_has_the_packages_that_its_patterns_name() -> None:
 @pytest.mark.parametrize("names", [("train",), ("games", "games")])
 def test_two_splits_of_one_name_are_refused(names: tuple[str, ...]) -> None:
     domains = [{"name": name, "packages": ["a"]} for name in names]
-    with pytest.raises(ConfigError, match=f"two splits are called {names[0]}"):
+    with pytest.raises(ConfigError, match=f"two splits have the name {names[0]}"):
         SplitConfig.from_dict({"domains": domains})

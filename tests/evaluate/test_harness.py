@@ -5,7 +5,6 @@ import pytest
 from moesaic.core.errors import DataError
 from moesaic.corpus.languages import resolve_language
 from moesaic.evaluate.baselines import copy_source
-from moesaic.evaluate.evaluation_summary import read_summary
 from moesaic.evaluate.harness import EvaluationSettings, add_expert_traces, evaluate
 from moesaic.evaluate.testset import TestSet
 
@@ -65,7 +64,7 @@ def test_means_weigh_every_language_alike(summary):
 def test_the_file_holds_what_its_docstring_promises(summary, tmp_path):
     told = summary.with_run_facts(run="demo", counts={"parameters": 7}, seconds={"train": 1.23456})
     told.write(tmp_path / "summary.json")
-    found = read_summary(tmp_path / "summary.json")
+    found = json.loads((tmp_path / "summary.json").read_text())
     german = found["languages"]["deu_Latn"]
     assert german["name"] == resolve_language("deu_Latn").name
     assert german["count"] == len(SOURCES)
@@ -103,7 +102,7 @@ def test_a_direction_into_english_has_its_own_key():
 
 
 def test_a_system_that_loses_lines_is_a_bug_and_is_named():
-    with pytest.raises(ValueError, match="broken gave 5 outputs for 6 sentences"):
+    with pytest.raises(ValueError, match="broken returned 5 outputs for 6 sentences"):
         evaluate({"broken": lambda texts, **_: texts[1:]}, tests=TESTS, settings=SETTINGS)
 
 

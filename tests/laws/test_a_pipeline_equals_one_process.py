@@ -47,12 +47,12 @@ from moesaic.testing.tiny_models import (
     LANGUAGES,
     TASKS,
     random_batch,
-    shard_batch,
     tiny_model_config,
 )
 from moesaic.train.run import Float32
 from moesaic.train.running_metrics import LossCategories
 from moesaic.train.step import Objective
+from moesaic.verify.synthetic_batches import shard_batch
 
 OBJECTIVE = Objective(LossCategories(TASKS, LANGUAGES), label_smoothing=0.1, precision=Float32())
 BALANCES = (SwitchBalance(weight=0.3), RouterZLoss(weight=0.2))

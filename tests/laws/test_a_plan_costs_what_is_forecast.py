@@ -26,8 +26,8 @@ from moesaic.parallel.memory_estimate import estimate_memory
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
 from moesaic.parallel.parameter_inventory import ParameterInventory
 from moesaic.train.dry_run import (
-    measured_volume,
     dummy_batch,
+    measured_volume,
     mesh_groups,
     simulate_step,
     with_round_robin_routing,

@@ -6,11 +6,11 @@ from itertools import combinations
 import pytest
 import torch
 import torch.distributed as distributed
+from dispatch_volume import DispatchedTokens, data_expert_model_bytes
 from torch import nn
 
 from moe.dispatch_cases import D, E, F, bank
 from moesaic.distributed.communication_counter import CommunicationCounter
-from dispatch_volume import DispatchedTokens, data_expert_model_bytes
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.process_groups import group_size, split_group
 from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher

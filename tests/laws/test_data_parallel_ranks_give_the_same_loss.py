@@ -32,12 +32,12 @@ from moesaic.testing.tiny_models import (
     LANGUAGES,
     TASKS,
     random_batch,
-    shard_batch,
     tiny_model_config,
 )
 from moesaic.train.run import Float32
 from moesaic.train.running_metrics import LossCategories, RunningMetrics
 from moesaic.train.step import Objective
+from moesaic.verify.synthetic_batches import shard_batch
 
 
 def _capped(priority: Priority) -> MoE:

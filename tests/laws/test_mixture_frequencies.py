@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline_cases as cases
-from moesaic.data.numpy_counter_rng import random_permutation
 from moesaic.data.mixture import Mixture, MixtureConfig, TokenCount, WeightedTask
+from moesaic.data.numpy_counter_rng import random_permutation
 from moesaic.data.tasks import Task, TaskStream, Translation
 from moesaic.data.token_shards import TextRows
 

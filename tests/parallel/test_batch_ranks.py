@@ -2,6 +2,7 @@
 
 import torch
 
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
 from moesaic.model.transformer import Transformer
@@ -12,8 +13,8 @@ from moesaic.moe.select import SwitchTop1
 from moesaic.parallel.batch_ranks import BatchRanks, CapacityScope, DataParallelRank, GlobalBatch
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import parallelize
-from moesaic.distributed.forked_ranks import run_on_ranks
-from moesaic.testing.tiny_models import random_batch, shard_batch, tiny_model_config
+from moesaic.testing.tiny_models import random_batch, tiny_model_config
+from moesaic.verify.synthetic_batches import shard_batch
 
 TIGHT = MoE(experts=4, select=SwitchTop1(), limit=Capacity(factor=0.6, minimum=1))
 BATCH = random_batch(8, seed=3)

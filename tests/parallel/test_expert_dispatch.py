@@ -32,7 +32,8 @@ from moesaic.parallel.expert_dispatch import (
 )
 from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.sharding_plan import slice_local
-from moesaic.testing.tiny_models import random_batch, shard_batch, tiny_model_config
+from moesaic.testing.tiny_models import random_batch, tiny_model_config
+from moesaic.verify.synthetic_batches import shard_batch
 
 MODEL = tiny_model_config(
     moe=MoE(experts=4, select=TopK(k=2), balance=(SwitchBalance(),), shared_experts=SharedExperts())
@@ -128,10 +129,10 @@ def _refusals() -> list[str]:
 def test_a_dispatch_that_does_not_fit_is_refused_with_the_reason() -> None:
     for found in run_on_ranks(4, _refusals):
         assert "parallel.dispatch=ChunkedAllToAll" in found[0]
-        assert "no slices of experts, and expert_tensor is 2" in found[0]
+        assert "slices of GroupedExperts, and expert_tensor is 2" in found[0]
         assert "parallel.dispatch=HierarchicalAllToAll" in found[1]
-        assert "lie on nodes [0, 0, 0, 1], of 3 ranks each" in found[2]
-        assert "LoRAExperts cannot be lent" in found[3]
+        assert "are on nodes [0, 0, 0, 1], of 3 ranks each" in found[2]
+        assert "weights of LoRAExperts cannot be gathered" in found[3]
 
 
 def test_a_dispatch_is_set_by_a_config_string() -> None:

@@ -112,7 +112,7 @@ def test_what_is_not_forecast_is_refused_with_the_way_out() -> None:
     with pytest.raises(ConfigError, match="pipe=2"):
         held(BOTH, parallel(pipe=2), 4)
     ring = ParallelConfig(plan=parallel(context=2).plan, context_parallel=Ring())
-    with pytest.raises(ConfigError, match=r"reach=Ring.*Ulysses"):
+    with pytest.raises(ConfigError, match=r"context_parallel=Ring.*Ulysses"):
         held(BOTH, ring, 4)
     again = parallel().replace(activation_checkpointing=CheckpointBlocks())
     with pytest.raises(
@@ -154,7 +154,7 @@ def test_the_memory_of_the_host_is_a_limit_too() -> None:
 
 
 def test_capacity_wants_one_number_of_experts() -> None:
-    with pytest.raises(UserError, match="one number of experts"):
+    with pytest.raises(UserError, match="one number of experts in all layers"):
         with_experts(DECODER.replace(moe=NoMoE()), 8)
     pyramid = DECODER.decoder.replace(experts_per_layer=(8, 16))
     with pytest.raises(UserError, match=r"decoder\.experts_per_layer"):

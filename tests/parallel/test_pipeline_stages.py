@@ -96,7 +96,9 @@ def test_a_cut_by_hand_is_kept_and_an_impossible_one_refused() -> None:
         BlockRange(range(4, 4), range(2, 4)),
     )
     for wrong in ((), (0,), (8,), (2, 3)):
-        with pytest.raises(ConfigError, match=r"cut\.blocks=.* must be 1 rising numbers"):
+        with pytest.raises(
+            ConfigError, match=r"pipeline_split\.blocks=.* must be 1 rising numbers"
+        ):
             cut(*wrong)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as distributed
 
+from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.nn.attention_backend import KeyValue
 from moesaic.parallel import context_parallel
 from moesaic.parallel.context_parallel import (
@@ -13,7 +14,6 @@ from moesaic.parallel.context_parallel import (
     zigzag_split,
 )
 from moesaic.parallel.ring_attention import AttentionTile, RingAttention
-from moesaic.distributed.forked_ranks import run_on_ranks
 from parallel.attention_cases import CASES, Case, Outcome, look_as, look_here, packing_of
 
 CUTS = {"in order": contiguous_split, "zigzag": zigzag_split}
@@ -81,7 +81,7 @@ def test_blocks_hold_each_causal_pair_once_and_zigzag_shares_them_evenly() -> No
 
 def test_keys_that_no_ring_has_read_are_refused() -> None:
     here = torch.zeros(1, 1, 1, 4)
-    with pytest.raises(TypeError, match="only look at what a ring has read"):
+    with pytest.raises(TypeError, match="needs a source from its own project_source"):
         RingAttention(None).cross_attention(
             here[0], packing=packing_of([1]), source=KeyValue(here, here), mask=None
         )

@@ -4,17 +4,16 @@ import pytest
 import torch
 import torch.distributed as distributed
 
-from moesaic.parallel.ulysses_attention import UlyssesAttention
 from moesaic.distributed.forked_ranks import run_on_ranks
+from moesaic.parallel.context_parallel import Ulysses
+from moesaic.parallel.ulysses_attention import UlyssesAttention
 from parallel.attention_cases import CASES, Outcome, look_as, look_here
 
 
 def _everything(ranks: int) -> dict[str, Outcome]:
     rank, group = distributed.get_rank(), distributed.group.WORLD
     fits = {
-        name: c
-        for name, c in CASES.items()
-        if not UlyssesAttention.problems(heads=c.heads, ranks=ranks)
+        name: c for name, c in CASES.items() if not Ulysses().problems(heads=c.heads, ranks=ranks)
     }
     return {
         name: look_as(
@@ -34,5 +33,5 @@ def test_ranks_find_and_learn_what_one_would(ranks: int) -> None:
 
 
 def test_more_ranks_than_heads_are_refused_with_the_way_out() -> None:
-    assert UlyssesAttention.problems(heads=4, ranks=4) is None
-    assert "at most 2 context ranks, or Ring" in str(UlyssesAttention.problems(heads=2, ranks=4))
+    assert Ulysses().problems(heads=4, ranks=4) is None
+    assert "at most 2 context ranks, or Ring" in str(Ulysses().problems(heads=2, ranks=4))

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from compare_runs import metric_rows
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_tensors
-from compare_runs import metric_rows
 from moesaic.testing.tiny_models import synthetic_run
 from moesaic.train.run import CheckpointConfig
 from moesaic.train.run_training import train

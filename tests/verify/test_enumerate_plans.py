@@ -70,7 +70,7 @@ def test_the_covering_plans_have_every_pair_of_degrees_that_any_plan_has() -> No
 def test_a_name_says_the_degrees_above_one() -> None:
     plan = ParallelPlan(data=2, tensor=2, expert=4, zero=3)
     assert describe_plan(ParallelConfig(plan=plan)) == "data 2, tensor 2, expert 4, zero 3"
-    assert describe_plan(ParallelConfig(plan=ParallelPlan(data=1))) == "alone"
+    assert describe_plan(ParallelConfig(plan=ParallelPlan(data=1))) == "single process"
 
 
 def test_a_pipeline_is_refused_where_it_has_too_few_blocks_or_micro_batches_or_shares_out() -> None:

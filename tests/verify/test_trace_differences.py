@@ -52,7 +52,7 @@ def test_a_trace_equals_itself() -> None:
             "expert_counts 2.0e+00 (encoder.1, step 1)",
         ),
         ({"weights": [trace().weights[0], trace().weights[0]]}, "weight 1.0e+00 (a, step 1)"),
-        ({"weights": [trace().weights[1], trace().weights[1]]}, "(a, at first)"),
+        ({"weights": [trace().weights[1], trace().weights[1]]}, "(a, initial)"),
         ({"replica_differences": [(1e-7, "a")]}, "replicas 1.0e-07 (a)"),
     ],
 )
@@ -72,5 +72,5 @@ def test_rounding_of_a_gradient_that_is_next_to_nothing_is_no_difference() -> No
 
 
 def test_traces_of_other_lengths_are_not_compared() -> None:
-    with pytest.raises(ValueError, match="0 steps beside one of 1"):
+    with pytest.raises(ValueError, match="0 steps compared with one of 1"):
         compare_traces(trace(), other=replace(trace(), metrics=[]))

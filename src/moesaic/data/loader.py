@@ -88,11 +88,7 @@ class PrefetchIterator(Generic[T]):
 
 
 __all__ = ["DataReplica", "Loader", "LoaderConfig"]
-
-
 STATE_FORMAT = 1
-
-
 _SINGLE_REPLICA = DataReplica()
 
 

@@ -15,8 +15,6 @@ from typing import Any, TypeAlias
 import numpy as np
 
 UInt64Array: TypeAlias = np.ndarray[Any, np.dtype[np.uint64]]
-
-
 GOLDEN_RATIO_64 = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
 
 

@@ -1,8 +1,8 @@
-"""Baselines: what a translator has to beat. Copying the source, and a translation memory.
+"""Translation baselines: copying the source, and a translation memory.
 
-The memory answers with the target of the training source that is most like the query: cosine
-similarity of tf-idf vectors of character 1- to 4-grams. The search is exact; the plain twin is a
-dense product in the tests.
+The memory returns the target of the training source that is most similar to the query, by cosine
+similarity of tf-idf vectors of character 1- to 4-grams. The search is exact; the tests compare it
+with a dense matrix product.
 
 Letters: N training sources, Q queries, G buckets of n-grams, P postings (n-gram, source).
 """
@@ -25,15 +25,14 @@ _HASH_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _HASH_SHIFT = np.uint64(64 - 22)
 
 
-def copy_source(texts: list[str], *, source: str, target: str) -> list[str]:
-    """Translate nothing: the floor for every direction, and a high one between software strings."""
-    del source, target
+def copy_source(texts: list[str], *, source: str, target: str) -> list[str]:  # noqa: ARG001
+    """Return the source texts: the lower baseline, and a high one for software strings."""
     return list(texts)
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryMatch:
-    """A memory's answer: the stored pair and the similarity in 0..1 of its source to the query."""
+    """The most similar stored pair; ``similarity`` in 0..1 is that of its source to the query."""
 
     target: str
     similarity: float
@@ -43,10 +42,10 @@ class MemoryMatch:
 class TranslationMemory:
     """Nearest training source by character n-grams; ties go to the earlier one.
 
-    Scoring every source by every n-gram would be slow where an n-gram is common and says little.
-    So rare n-grams vote first; the common ones together can add at most
-    ``|query's common part| * |source's common part|`` (Cauchy-Schwarz), and only sources that this
-    bound leaves in the race are scored in full. The result is exact.
+    Scoring every source by every common n-gram would be slow. So all sources are scored by the rare
+    n-grams first; the common ones together add at most
+    ``|query's common part| * |source's common part|`` (Cauchy-Schwarz), and only sources whose
+    bound reaches the best score are scored in full. The result is exact.
     """
 
     def __init__(self, sources: Sequence[str], *, targets: Sequence[str]) -> None:
@@ -59,7 +58,7 @@ class TranslationMemory:
         documents = np.bincount(counts.gram, minlength=NGRAM_BUCKETS)
         self._idf = np.log((2 + len(sources)) / (1 + documents)).astype(np.float32)
         weight = counts.times * self._idf[counts.gram]
-        # every row has a posting: a text is counted with a space on either side
+        # every row has a posting: a space is added on either side of a text
         self._start = np.concatenate([[0], np.cumsum(np.bincount(counts.row))])
         norm = np.sqrt(np.add.reduceat(weight * weight, self._start[:-1]))
         weight /= np.maximum(norm, 1e-9)[counts.row]
@@ -79,7 +78,7 @@ class TranslationMemory:
         return len(self._targets)
 
     def find(self, texts: Sequence[str]) -> list[MemoryMatch]:
-        """Return the best match of every text; an empty one when nothing is shared at all."""
+        """Return the best match of every text; an empty one if no n-gram is shared."""
         found = []
         query = np.zeros(NGRAM_BUCKETS, dtype=np.float32)
         for gram, times in _count_ngrams(texts).rows() if texts else ():
@@ -92,16 +91,12 @@ class TranslationMemory:
             found.append(MemoryMatch(target, min(similarity, 1.0), best))
         return found
 
-    def __call__(self, texts: list[str], *, source: str, target: str) -> list[str]:
-        del source, target
-        return [match.target for match in self.find(texts)]
-
     def _nearest(self, query: np.ndarray, gram: np.ndarray) -> tuple[int, float]:
         weight = query[gram]
         rare = ~self._common[gram]
         votes = self._score_rare_ngrams(gram[rare], weight[rare])
         bound = votes + self._common_norm * np.sqrt((weight[~rare].astype(np.float64) ** 2).sum())
-        # Score a few promising sources, then all that could still be as good as the best of them.
+        # Score the sources of the highest bounds, then all whose bound reaches the best of these.
         few = np.argpartition(-bound, min(32, len(bound) - 1))[:32]
         floor = self._score_all_ngrams(few, query).max()
         rows = np.flatnonzero(bound >= floor - 1e-5)
@@ -124,9 +119,9 @@ class TranslationMemory:
 
 
 class TranslationMemorySystem:
-    """A translation memory per direction, filled when a direction is first asked for.
+    """A translation memory per direction, built at the first request for a direction.
 
-    ``pairs(source, target)`` yields the training pairs of a direction. One memory is kept at a
+    ``pairs(source, target)`` yields the training pairs of a direction. One memory is cached at a
     time: evaluate one direction after the other.
     """
 
@@ -154,7 +149,7 @@ class TranslationMemorySystem:
 
 @dataclass(frozen=True, slots=True)
 class _NgramCounts:
-    """How often an n-gram is in a text: int32 rows and buckets sorted by (row, bucket), float32."""
+    """N-gram counts of texts: int32 rows and buckets sorted by (row, bucket), float32 counts."""
 
     row: np.ndarray
     gram: np.ndarray
@@ -179,7 +174,7 @@ def _count_ngrams(texts: Sequence[str]) -> _NgramCounts:
 def _count_ngrams_of_chunk(
     texts: Sequence[str], first: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Hash all n-grams of all texts, spaces around each, at once: one array of letters."""
+    """Hash all n-grams of all texts at once, in one array of characters; spaces around each."""
     padded = [f" {' '.join(text.casefold().split())} " for text in texts]
     letters = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     row = np.repeat(np.arange(len(texts), dtype=np.uint64), [len(p) for p in padded])

@@ -1,7 +1,7 @@
-"""Bootstrap: how far a score could move had other sentences been drawn (Koehn 2004, W04-3250).
+"""Paired bootstrap: confidence intervals of corpus scores (Koehn 2004, W04-3250).
 
-The same resamples serve every system of a test set, so differences are paired. A resample is a
-vector of how often each sentence was drawn; scores of all resamples are one product
+Every system of a test set is scored on the same resamples, so differences are paired. A resample is
+a vector of how often each sentence was drawn; scores of all resamples are one product
 ``draws [R, N] @ statistics [N, C]``.
 
 Letters: R resamples, N sentences, C statistics per sentence.
@@ -29,8 +29,8 @@ class ScoreInterval:
 class ScoreDifference:
     """A difference of two scores on the same sentences, its 95 % interval, and a p-value.
 
-    ``p`` is the two-sided chance of a difference this large if the systems were equal: the share of
-    centred resampled differences at least as large, as sacreBLEU computes it.
+    ``p`` is the two-sided probability of a difference this large between equal systems: the share
+    of centred resampled differences at least as large, as sacreBLEU computes it.
     """
 
     difference: float
@@ -63,8 +63,8 @@ def bootstrap_resample(
 ) -> BootstrapScores:
     """Score the corpus and ``resamples`` corpora of N sentences drawn with replacement from it.
 
-    The draws depend on ``seed``, ``resamples`` and N alone: systems scored on the same sentences
-    meet the same draws.
+    The draws depend on ``seed``, ``resamples`` and N alone: they are the same for all systems that
+    are scored on the same sentences.
     """
     count = len(statistics)
     random = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Summary: everything an evaluation found, as frozen values, and as ``summary.json``.
+"""Evaluation summary: all scores of an evaluation, as frozen values and as ``summary.json``.
 
 The file::
 
@@ -17,7 +17,7 @@ The file::
          "differences": {"copy": {"chrf": {"difference": 20.1, "low": .., "high": .., "p": 0.001},
                                   "verdict": "better"}, "memory": {...}},
          "samples": [{"source": "...", "reference": "...", "model": "...", "copy": "...",
-                      "memory": "...", "experts": {...}}]}},   # experts: serve.Trace.plain()
+                      "memory": "...", "experts": {...}}]}},   # experts: ExpertTrace.to_dict()
      "mean": {"model": {"chrf": {...}, "bleu": {...}}, ...},   # macro average over the keys above
      "mean_differences": {"copy": {"chrf": {...}, "verdict": "better"}, ...},
      "verdicts": {"memory": {"better": [], "worse": ["deu_Latn"], "unclear": []}, ...},
@@ -25,7 +25,7 @@ The file::
      "counts": {...}, "seconds": {"train": 300.0, ...}, "versions": {"python": "3.11.7", ...}}
 
 A verdict is ``better`` or ``worse`` when the 95 % interval of the chrF++ difference excludes zero.
-``counts``, ``seconds`` and ``versions`` come from whoever ran the evaluation.
+``counts`` and ``seconds`` come from the caller, ``versions`` from this machine.
 """
 
 import platform
@@ -35,7 +35,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from moesaic.core.files import read_json, write_json
+from moesaic.core.files import write_json
 from moesaic.corpus.languages import resolve_language
 from moesaic.evaluate.bootstrap import ScoreDifference, ScoreInterval
 from moesaic.evaluate.testset import TestSet
@@ -70,7 +70,7 @@ class SystemResult:
 
 @dataclass(frozen=True, slots=True)
 class SampleTranslation:
-    """A test sentence and what every system made of it; ``experts`` as the caller traced them."""
+    """A test sentence with every system's output; ``experts`` is the caller's expert trace."""
 
     source: str
     reference: str
@@ -84,7 +84,7 @@ class SampleTranslation:
 
 @dataclass(frozen=True, slots=True)
 class TestSetResult:
-    """All systems on one test set. ``differences`` are the first system's lead over each other."""
+    """All systems on one test set. ``differences`` are the first system's lead over the others."""
 
     test: TestSet
     signatures: dict[str, str]
@@ -111,7 +111,7 @@ class TestSetResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationSummary:
-    """An evaluation. ``add`` what only the caller knows, then ``write``."""
+    """Results of an evaluation; ``with_run_facts`` adds the caller's facts, ``write`` stores it."""
 
     systems: tuple[str, ...]
     languages: dict[str, TestSetResult]
@@ -125,7 +125,7 @@ class EvaluationSummary:
     def with_run_facts(
         self, *, run: str = "", counts: dict[str, Any], seconds: dict[str, float]
     ) -> "EvaluationSummary":
-        """Return a copy that also says whose it is, what was counted, how long it took."""
+        """Return a copy with the run's name, further counts and seconds by phase."""
         return replace(
             self,
             run=run or self.run,
@@ -134,7 +134,7 @@ class EvaluationSummary:
         )
 
     def verdicts(self) -> dict[str, dict[str, list[str]]]:
-        """Return, against each other system, where the first is better, worse, unclear."""
+        """Return per other system the languages where the first is better, worse, unclear."""
         found = {s: {v: list[str]() for v in VERDICTS} for s in self.systems[1:]}
         for key, result in self.languages.items():
             for other, difference in result.differences.items():
@@ -175,7 +175,7 @@ def verdict(differences: dict[str, ScoreDifference]) -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Return what this machine ran: interpreter, platform and the packages that decide a result."""
+    """Return the versions of the interpreter, the platform and the packages that affect results."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for name in _PACKAGES:
         try:
@@ -183,11 +183,6 @@ def package_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def read_summary(path: Path) -> dict[str, Any]:
-    """Return summary.json as it is."""
-    return read_json(path)
 
 
 def _rate_to_dict(rate: OffTargetRate) -> dict[str, Any]:

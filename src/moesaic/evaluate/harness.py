@@ -1,6 +1,6 @@
-"""The harness: systems and test sets in, a Summary out. It knows no model, only callables.
+"""Evaluation harness: translate test sets with several systems, score them, return a summary.
 
-Letters: N sentences of a test set.
+Systems are callables: the harness is independent of the model.
 """
 
 import time
@@ -12,6 +12,7 @@ from moesaic.core.errors import DataError
 from moesaic.evaluate.bootstrap import (
     BootstrapScores,
     ScoreDifference,
+    ScoreInterval,
     bootstrap_resample,
     macro_average,
 )
@@ -42,7 +43,7 @@ class TranslationSystem(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationSettings:
-    """How much to measure. ``samples`` sentences per language are kept in the summary."""
+    """Bootstrap resamples, their seed, and how many sample sentences per test set are kept."""
 
     resamples: int = 1000
     seed: int = 0
@@ -50,6 +51,8 @@ class EvaluationSettings:
 
 
 TraceSample = Callable[[TestSet, SampleTranslation], dict[str, Any] | None]
+_Resampled = dict[str, BootstrapScores]
+"""Scores of one system on one test set, by metric name."""
 
 
 def evaluate(
@@ -59,56 +62,46 @@ def evaluate(
     settings: EvaluationSettings | None = None,
     on_result: Callable[[TestSet, TestSetResult], None] = lambda *_: None,
 ) -> EvaluationSummary:
-    """Run every system on every test set and score them.
+    """Run every system on every test set and score it.
 
     The first system is the one under test: differences are its lead over each of the others, paired
-    over the same resamples. ``done`` is called after each test set, for progress. Raises DataError
-    when there is nothing to test or two test sets go under one key.
+    over the same resamples. ``on_result`` is called after each test set. Raises DataError if there
+    is no test set, or if two have the same key.
     """
     settings = settings or EvaluationSettings()
     _check_inputs(systems, tests)
-    identify = load_language_identifier(
-        sorted({t.target for t in tests} | {t.source for t in tests})
-    )
-    extra = load_spbleu()
+    loaded = load_language_identifier(sorted({c for t in tests for c in (t.source, t.target)}))
+    identify = None if isinstance(loaded, str) else loaded
+    spbleu = load_spbleu()
     languages: dict[str, TestSetResult] = {}
-    drawn: dict[str, list[dict[str, BootstrapScores]]] = {name: [] for name in systems}
+    resampled: dict[str, list[_Resampled]] = {name: [] for name in systems}
     for number, test in enumerate(tests):
         metrics: list[CorpusMetric] = [ChrF(), bleu_for_language(test.target)]
-        metrics += [extra] if not isinstance(extra, str) else []
-        judge = _TestSetScorer(
-            test,
-            metrics,
-            replace(settings, seed=settings.seed + number),
-            _identifier_or_none(identify),
+        metrics += [spbleu] if not isinstance(spbleu, str) else []
+        scorer = _TestSetScorer(
+            test, metrics, replace(settings, seed=settings.seed + number), identify
         )
-        languages[test.key] = result = judge.score_systems(systems)
+        languages[test.key] = result = scorer.score_systems(systems)
         for name in systems:
-            drawn[name].append(judge.resampled[name])
+            resampled[name].append(scorer.resampled[name])
         on_result(test, result)
-    names = list(next(iter(languages.values())).signatures)
     means = {
-        name: {m: macro_average([d[m] for d in rows]) for m in names}
-        for name, rows in drawn.items()
+        name: {metric: macro_average([row[metric] for row in rows]) for metric in rows[0]}
+        for name, rows in resampled.items()
     }
-    first, *others = systems
-    notes = [f"spBLEU {extra}"] if isinstance(extra, str) else []
-    notes += [f"off-target by identification {identify}"] if isinstance(identify, str) else []
+    notes = [f"spBLEU {spbleu}"] if isinstance(spbleu, str) else []
+    notes += [f"off-target by identification {loaded}"] if isinstance(loaded, str) else []
     return EvaluationSummary(
         systems=tuple(systems),
         languages=languages,
-        mean={
-            s: {m: x.confidence_interval() for m, x in found.items()} for s, found in means.items()
-        },
-        mean_differences={
-            other: _score_differences(means[first], means[other]) for other in others
-        },
+        mean={name: _intervals(scores) for name, scores in means.items()},
+        mean_differences=_differences(means),
         notes=tuple(notes),
     )
 
 
 def add_expert_traces(summary: EvaluationSummary, *, trace: TraceSample) -> EvaluationSummary:
-    """Return a copy with ``trace(test, sample)`` beside each sample: which experts spoke."""
+    """Return a copy in which each sample has ``trace(test, sample)``: the experts of its tokens."""
     languages = {
         key: replace(
             result,
@@ -131,7 +124,7 @@ class _TestSetScorer:
     ) -> None:
         self._test, self._metrics, self._settings = test, metrics, settings
         self._identify = identify
-        self.resampled: dict[str, dict[str, BootstrapScores]] = {}
+        self.resampled: dict[str, _Resampled] = {}
 
     def score_systems(self, systems: Mapping[str, TranslationSystem]) -> TestSetResult:
         test = self._test
@@ -139,67 +132,58 @@ class _TestSetScorer:
         results: dict[str, SystemResult] = {}
         for name, translate in systems.items():
             began = time.perf_counter()
-            said = translate(list(test.sources), source=test.source, target=test.target)
+            outputs[name] = translate(list(test.sources), source=test.source, target=test.target)
             seconds = time.perf_counter() - began
-            if len(said) != len(test):
-                raise ValueError(f"{name} gave {len(said)} outputs for {len(test)} sentences")
-            outputs[name] = said
-            results[name] = self._score(name, said, seconds=seconds)
-        first, *others = systems
-        return TestSetResult(
-            test,
-            {metric.name: metric.signature for metric in self._metrics},
-            results,
-            {
-                other: _score_differences(self.resampled[first], self.resampled[other])
-                for other in others
-            },
-            self._samples(outputs),
-        )
+            if len(outputs[name]) != len(test):
+                raise ValueError(
+                    f"{name} returned {len(outputs[name])} outputs for {len(test)} sentences"
+                )
+            results[name] = self._score(name, outputs[name], seconds=seconds)
+        signatures = {metric.name: metric.signature for metric in self._metrics}
+        samples = self._samples(outputs)
+        return TestSetResult(test, signatures, results, _differences(self.resampled), samples)
 
-    def _score(self, name: str, said: list[str], *, seconds: float) -> SystemResult:
+    def _score(self, name: str, outputs: list[str], *, seconds: float) -> SystemResult:
+        references = self._test.references
         self.resampled[name] = {
             metric.name: bootstrap_resample(
                 metric,
-                statistics=metric.sentence_statistics(said, references=self._test.references),
+                statistics=metric.sentence_statistics(outputs, references=references),
                 resamples=self._settings.resamples,
                 seed=self._settings.seed,
             )
             for metric in self._metrics
         }
-        off = measure_off_target(
-            said,
-            references=self._test.references,
-            target=self._test.target,
-            identify=self._identify,
+        off_target = measure_off_target(
+            outputs, references=references, target=self._test.target, identify=self._identify
         )
-        scores = {
-            metric: drawn.confidence_interval() for metric, drawn in self.resampled[name].items()
-        }
-        return SystemResult(scores, off, sum(not text.strip() for text in said), seconds)
+        empty = sum(not text.strip() for text in outputs)
+        return SystemResult(_intervals(self.resampled[name]), off_target, empty, seconds)
 
     def _samples(self, outputs: Mapping[str, list[str]]) -> tuple[SampleTranslation, ...]:
-        """Evenly spaced through the test set: not chosen by how good they are."""
-        count = min(self._settings.samples, len(self._test))
-        chosen = [(2 * i + 1) * len(self._test) // (2 * count) for i in range(count)]
+        """Return samples at even distances in the test set, independent of their quality."""
+        test = self._test
+        count = min(self._settings.samples, len(test))
+        chosen = [(2 * i + 1) * len(test) // (2 * count) for i in range(count)]
         return tuple(
             SampleTranslation(
-                self._test.sources[i],
-                self._test.references[i],
-                {name: said[i] for name, said in outputs.items()},
+                test.sources[i], test.references[i], {name: o[i] for name, o in outputs.items()}
             )
             for i in chosen
         )
 
 
-def _score_differences(
-    ours: Mapping[str, BootstrapScores], theirs: Mapping[str, BootstrapScores]
-) -> dict[str, ScoreDifference]:
-    return {name: ours[name].compare(theirs[name]) for name in ours}
+def _intervals(scores: _Resampled) -> dict[str, ScoreInterval]:
+    return {metric: score.confidence_interval() for metric, score in scores.items()}
 
 
-def _identifier_or_none(identify: LanguageIdentifier | str) -> LanguageIdentifier | None:
-    return None if isinstance(identify, str) else identify
+def _differences(scores: Mapping[str, _Resampled]) -> dict[str, dict[str, ScoreDifference]]:
+    """Return the lead of the first system over each other one, by metric."""
+    first, *others = scores
+    return {
+        other: {m: scores[first][m].compare(scores[other][m]) for m in scores[first]}
+        for other in others
+    }
 
 
 def _check_inputs(systems: Mapping[str, TranslationSystem], tests: Sequence[TestSet]) -> None:
@@ -208,6 +192,8 @@ def _check_inputs(systems: Mapping[str, TranslationSystem], tests: Sequence[Test
     if not tests:
         raise DataError("nothing to evaluate: no test set was given")
     keys = [test.key for test in tests]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise DataError(f"two test sets for {', '.join(twice)}: evaluate them one after the other")
+    repeated = sorted({key for key in keys if keys.count(key) > 1})
+    if repeated:
+        raise DataError(
+            f"two test sets for {', '.join(repeated)}: evaluate them one after the other"
+        )

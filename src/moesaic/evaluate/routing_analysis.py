@@ -1,16 +1,15 @@
-"""Which experts read a text, and how much each language uses them.
+"""Routing analysis: expert usage by language, and what routers base their choice on.
 
-Insight: the three findings of OpenMoE (arXiv:2402.01739), looked for in recorded routes.
-
-Does a router read which token it is, or only where it is? Are late tokens the ones that are
-dropped? (When routes settle in training is ``moe/routing_agreement.py``.) Results are plain data,
-written as ``insight.json``.
+``RoutingAnalysis`` accumulates recorded routes and answers two questions of OpenMoE
+(arXiv:2402.01739): does the expert depend on the token id or on the position alone, and are late
+tokens dropped more often? Results are plain data, written as ``insight.json``. The third question,
+when routing settles during training, is answered by ``moe/routing_agreement.py``.
 
 Letters: N edges, E experts, P positions, V vocabulary ids.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,15 +26,17 @@ from moesaic.monitor.specialization import (
     characteristic_inputs,
     conditional_entropy,
     measure_specialization,
-    routing_distance,
     shuffle_counts,
 )
 from moesaic.ops.counter_rng import hash_combine
 
+ANALYSIS_FORMAT = 1
+MAX_POSITIONS = 512  # later positions count as the last one
+
 
 @torch.inference_mode()
 def record_routes(model: Transformer, batch: Batch) -> tuple[LayerRoutes, ...]:
-    """Return how a model routes a batch when it evaluates; tokens count for the target language."""
+    """Return a model's routing of a batch in eval mode; a token's language is the target's."""
     training = model.training
     model.eval()
     routes = routes_from_records(model(batch).records, language=batch.target_language)
@@ -43,67 +44,37 @@ def record_routes(model: Transformer, batch: Batch) -> tuple[LayerRoutes, ...]:
     return routes
 
 
-def count_expert_usage(
-    routes: Iterable[Sequence[LayerRoutes]], *, languages: Sequence[str]
-) -> UsageCounter:
-    """Count every edge under the language of its token. The result writes ``usage.json``.
+def describe_usage(usage: UsageCounter) -> dict[str, dict[str, Any]]:
+    """Return per layer how specialized its experts are in languages, as plain data.
 
-    ``languages`` are what ``Tokens.language`` indexes.
+    Entropies are shares of their maximum, ``information`` is in bits, ``typical`` lists per expert
+    [language, use relative to the average language].
     """
-    counts = UsageCounter(languages)
-    for batch in routes:
-        for found in batch:
-            routing = found.routing
-            counts.num_null_experts = found.num_null_experts
-            counts.add_edges(
-                found.layer,
-                expert=routing.expert,
-                language=found.tokens.language[routing.token],
-                num_experts=routing.num_experts,
-            )
-    return counts
-
-
-def describe_usage(counts: UsageCounter) -> dict[str, Any]:
-    """Return plain data for people and for summary.json: how specialised each layer is.
-
-    ``layers``: entropies, ``mutual_information`` in bits, and per expert its typical languages with how
-    much more they use it than the average language does. ``distance`` [G][G] is how differently
-    languages are routed (0..1, see ``observe.affinity``), averaged over the layers.
-    """
-    names, layers = counts.languages, counts.layers()
     described = {}
-    for layer in layers:
+    for layer in usage.layers():
         found = measure_specialization(layer.counts)
         described[layer.layer] = {
             "load_entropy": round(found.load_entropy, 4),
             "language_entropy": round(found.language_entropy, 4),
             "information": round(found.mutual_information, 4),
             "typical": [
-                [[names[g], round(ratio, 2)] for g, ratio in row] for row in found.top_languages
+                [[usage.languages[g], round(ratio, 2)] for g, ratio in row]
+                for row in found.top_languages
             ],
         }
-    distances = [routing_distance(layer.counts[None]) for layer in layers]
-    mean = np.mean(distances, axis=0) if distances else np.zeros((0, 0))
-    return {
-        "languages": list(names),
-        "layers": described,
-        "distance": [[round(float(d), 4) for d in row] for row in mean],
-    }
+    return described
 
 
-ANALYSIS_FORMAT = 1
-
-
-MAX_POSITIONS = 512  # later ones count as the last
+def _position_counts() -> np.ndarray:
+    return np.zeros(MAX_POSITIONS, dtype=np.int64)
 
 
 @dataclass(slots=True)
 class _LayerStatistics:
-    """Counts of one layer. ``position_counts`` [E, P] is of kept edges.
+    """Counts of one layer: kept edges by expert and position [E, P], all others by position [P].
 
-    ``pairs`` are codes of (vocabulary id, expert) that were met, ``met`` how often: a large
-    vocabulary times many experts is mostly empty.
+    ``token_expert_pairs`` are codes ``id * E + expert`` of the pairs that occur, ``pair_counts``
+    their edges: the dense table [E, V] would be mostly empty.
     """
 
     num_experts: int
@@ -111,94 +82,109 @@ class _LayerStatistics:
     position_counts: np.ndarray
     token_expert_pairs: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     pair_counts: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    requested: np.ndarray = field(default_factory=lambda: _empty_bins())
-    dropped: np.ndarray = field(default_factory=lambda: _empty_bins())
-    first_come: np.ndarray = field(default_factory=lambda: _empty_bins())
-    at_random: np.ndarray = field(default_factory=lambda: _empty_bins())
+    requested: np.ndarray = field(default_factory=_position_counts)
+    dropped: np.ndarray = field(default_factory=_position_counts)
+    first_come: np.ndarray = field(default_factory=_position_counts)
+    at_random: np.ndarray = field(default_factory=_position_counts)
 
 
 class RoutingAnalysis:
-    """Counts batch after batch: ``add`` routes, then read ``plain``."""
+    """Accumulates routes of batches: ``add`` them, then read ``usage`` and ``to_dict``.
 
-    def __init__(self) -> None:
+    ``usage`` counts every edge under the language of its token, one of ``languages``.
+    """
+
+    def __init__(self, languages: Sequence[str]) -> None:
+        self.usage = UsageCounter(languages)
         self._layers: dict[str, _LayerStatistics] = {}
 
     def add(self, routes: Sequence[LayerRoutes]) -> None:
         """Count the routes of one batch."""
-        for found in routes:
-            experts = found.routing.num_experts
+        for layer_routes in routes:
+            routing, experts = layer_routes.routing, layer_routes.routing.num_experts
+            self.usage.num_null_experts = layer_routes.num_null_experts
+            self.usage.add_edges(
+                layer_routes.layer,
+                expert=routing.expert,
+                language=layer_routes.tokens.language[routing.token],
+                num_experts=experts,
+            )
             layer = self._layers.setdefault(
-                found.layer,
+                layer_routes.layer,
                 _LayerStatistics(
                     experts,
-                    found.num_null_experts,
+                    layer_routes.num_null_experts,
                     np.zeros((experts, MAX_POSITIONS), dtype=np.int64),
                 ),
             )
-            _count_layer(layer, found)
+            _count_layer(layer, layer_routes)
 
     def to_dict(self, *, show: Callable[[int], str]) -> dict[str, Any]:
-        """Return what ``insight.json`` holds; ``show`` gives the text of a vocabulary id.
+        """Return the content of ``insight.json``; ``show`` returns the text of a vocabulary id.
 
-        Per layer ``conditional_entropy`` of the expert given the ``token`` id or the ``position`` (shares
-        of the maximum) and given either dealt out anew (``token_by_chance``, ...); ``typical``
-        tokens of each expert as text; and per position of the row ``asked`` edges, those
-        ``dropped``, and those that room for just a fair share of each row's edges would have
-        dropped: ``first_come`` and ``at_random``, in edges.
+        Per layer: ``uncertainty``, the conditional entropy of the expert given the ``token`` id or
+        the ``position`` as a share of its maximum, and the same for shuffled inputs
+        (``token_by_chance``, ...); ``typical`` tokens of each expert as text; ``positions``, edges
+        per position of the row: ``asked``, ``dropped``, and those that a capacity factor of one per
+        row would drop, in order of position (``first_come``) or ``at_random``.
         """
         layers = {name: _layer_to_dict(layer, show=show) for name, layer in self._layers.items()}
         return {"format": ANALYSIS_FORMAT, "layers": layers}
 
 
 def simulate_drops(routes: LayerRoutes, *, order: Int[Tensor, "N"]) -> Bool[Tensor, "N"]:
-    """Return the edges beyond each row's fair share, were room given in the order of ``order``.
+    """Return the edges that a capacity factor of one per row would drop, lowest ``order`` kept.
 
-    Each row has room for ``ceil(edges / experts)`` edges per working expert, a capacity factor of
-    one with the row as its group. Edges to spare experts, and those that were dropped, need none.
+    The capacity of an expert is ``ceil(edges of the row / experts)``. Edges to null experts, and
+    edges that are dropped already, do not count.
     """
     routing, rows = routes.routing, routes.tokens.row[routes.routing.token]
     experts = routing.num_experts - routes.num_null_experts
-    wants = routing.expert < experts
-    row, expert = rows[wants], routing.expert[wants]
-    place = queue_positions(torch.stack([row * experts + expert, order[wants]], 1))
-    room = torch.ceil(torch.bincount(row).double() / experts)
-    lost = torch.zeros_like(wants)
-    lost[wants] = place >= room[row]
-    return lost
+    counted = routing.expert < experts
+    row, expert = rows[counted], routing.expert[counted]
+    place = queue_positions(torch.stack([row * experts + expert, order[counted]], 1))
+    capacity = torch.ceil(torch.bincount(row).double() / experts)
+    dropped = torch.zeros_like(counted)
+    dropped[counted] = place >= capacity[row]
+    return dropped
 
 
-def _count_layer(layer: _LayerStatistics, found: LayerRoutes) -> None:
-    routing, tokens = found.routing, found.tokens
+def _count_layer(layer: _LayerStatistics, routes: LayerRoutes) -> None:
+    routing, tokens = routes.routing, routes.tokens
     ids, position = tokens.token[routing.token], tokens.position[routing.token]
-    position = position.clamp(max=MAX_POSITIONS - 1)
+    clamped = position.clamp(max=MAX_POSITIONS - 1)
     kept = ~routing.dropped
     _add_pairs(layer, (ids * layer.num_experts + routing.expert)[kept].numpy())
-    layer.position_counts += _expert_table(
-        routing.expert[kept], position[kept], layer.position_counts.shape
+    shape = layer.position_counts.shape
+    cells = routing.expert[kept] * shape[1] + clamped[kept]
+    layer.position_counts += (
+        torch.bincount(cells, minlength=math.prod(shape)).numpy().reshape(shape)
     )
-    layer.requested += _position_bins(position)
-    layer.dropped += _position_bins(position[~kept])
-    choice, places_ = choice_ranks(routing), tokens.position[routing.token]
-    first_come = choice * (int(places_.max()) + 1 if places_.numel() else 1) + places_
-    at_random = hash_combine(
-        hash_combine(hash_combine(ids, tokens.row[routing.token]), places_), routing.expert
+    length = int(position.max()) + 1 if position.numel() else 1
+    in_order = choice_ranks(routing) * length + position
+    shuffled = hash_combine(
+        hash_combine(hash_combine(ids, tokens.row[routing.token]), position), routing.expert
     )
-    layer.first_come += _position_bins(position[simulate_drops(found, order=first_come)])
-    layer.at_random += _position_bins(position[simulate_drops(found, order=at_random)])
+    for counts, edges in (
+        (layer.requested, torch.ones_like(kept)),
+        (layer.dropped, ~kept),
+        (layer.first_come, simulate_drops(routes, order=in_order)),
+        (layer.at_random, simulate_drops(routes, order=shuffled)),
+    ):
+        counts += torch.bincount(clamped[edges], minlength=MAX_POSITIONS).numpy()
 
 
 def _add_pairs(layer: _LayerStatistics, pairs: np.ndarray) -> None:
-    new, met = np.unique(pairs, return_counts=True)
-    together = np.concatenate([layer.token_expert_pairs, new])
-    layer.token_expert_pairs, place = np.unique(together, return_inverse=True)
-    weight = np.concatenate([layer.pair_counts, met])
-    layer.pair_counts = np.bincount(
-        place, weights=weight, minlength=layer.token_expert_pairs.size
-    ).astype(np.int64)
+    new, counts = np.unique(pairs, return_counts=True)
+    codes = np.concatenate([layer.token_expert_pairs, new])
+    layer.token_expert_pairs, place = np.unique(codes, return_inverse=True)
+    weights = np.concatenate([layer.pair_counts, counts])
+    size = layer.token_expert_pairs.size
+    layer.pair_counts = np.bincount(place, weights=weights, minlength=size).astype(np.int64)
 
 
 def _token_counts(layer: _LayerStatistics) -> tuple[np.ndarray, np.ndarray]:
-    """Return the vocabulary ids that were met [X], and the edges of each [E, X]."""
+    """Return the vocabulary ids that occur [X], and the edges of each by expert [E, X]."""
     ids, place = np.unique(layer.token_expert_pairs // layer.num_experts, return_inverse=True)
     table = np.zeros((layer.num_experts, ids.size), dtype=np.int64)
     table[layer.token_expert_pairs % layer.num_experts, place] = layer.pair_counts
@@ -206,14 +192,14 @@ def _token_counts(layer: _LayerStatistics) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _layer_to_dict(layer: _LayerStatistics, *, show: Callable[[int], str]) -> dict[str, Any]:
-    ids, by_token = _token_counts(layer)
-    known = {"token": by_token, "position": layer.position_counts}
-    shares = {name: conditional_entropy(counts) for name, counts in known.items()}
-    shares |= {
-        f"{name}_by_chance": conditional_entropy(shuffle_counts(c)) for name, c in known.items()
+    ids, token_counts = _token_counts(layer)
+    inputs = {"token": token_counts, "position": layer.position_counts}
+    entropies = {name: conditional_entropy(counts) for name, counts in inputs.items()}
+    entropies |= {
+        f"{name}_by_chance": conditional_entropy(shuffle_counts(c)) for name, c in inputs.items()
     }
-    heard = int(layer.requested.nonzero()[0].max(initial=-1)) + 1
-    bins = {
+    length = int(layer.requested.nonzero()[0].max(initial=-1)) + 1
+    positions = {
         "asked": layer.requested,
         "dropped": layer.dropped,
         "first_come": layer.first_come,
@@ -222,22 +208,9 @@ def _layer_to_dict(layer: _LayerStatistics, *, show: Callable[[int], str]) -> di
     return {
         "experts": layer.num_experts,
         "null_experts": layer.num_null_experts,
-        "uncertainty": {name: round(share, 4) for name, share in shares.items()},
-        "typical": [[show(int(ids[x])) for x in row] for row in characteristic_inputs(by_token)],
-        "positions": {name: counts[:heard].tolist() for name, counts in bins.items()},
+        "uncertainty": {name: round(entropy, 4) for name, entropy in entropies.items()},
+        "typical": [
+            [show(int(ids[x])) for x in row] for row in characteristic_inputs(token_counts)
+        ],
+        "positions": {name: counts[:length].tolist() for name, counts in positions.items()},
     }
-
-
-def _empty_bins() -> np.ndarray:
-    return np.zeros(MAX_POSITIONS, dtype=np.int64)
-
-
-def _position_bins(position: Int[Tensor, "N"]) -> np.ndarray:
-    return torch.bincount(position, minlength=MAX_POSITIONS).numpy()
-
-
-def _expert_table(
-    expert: Int[Tensor, "N"], x: Int[Tensor, "N"], shape: tuple[int, ...]
-) -> np.ndarray:
-    cells = torch.bincount(expert * shape[1] + x, minlength=math.prod(shape))
-    return cells.numpy().reshape(shape)

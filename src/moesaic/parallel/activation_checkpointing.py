@@ -1,7 +1,7 @@
-"""Recompute: which blocks forget their inner activations and make them again in backward.
+"""Activation checkpointing: blocks whose activations are freed and recomputed in backward.
 
-A block then keeps what it was given and nothing else (Chen et al. 2016, 1604.06174). Its losses are
-those of the first pass: they are counted once.
+Such a block keeps its inputs only (Chen et al. 2016, 1604.06174). Losses are those of the first
+forward pass and count once.
 """
 
 from collections.abc import Sequence
@@ -21,19 +21,18 @@ from moesaic.moe.router import Router
 
 
 class ActivationCheckpointing(Choice):
-    """Family: what is made again in backward."""
+    """Family: which blocks recompute their activations in backward."""
 
-    def applies_to(self, layer: int) -> bool:
-        """Whether block ``layer`` of its stack, from 0, is passed through again."""
+    def select(self, blocks: Sequence[nn.Module]) -> Sequence[nn.Module]:
+        """Return the checkpointed blocks of a stack."""
         raise NotImplementedError
 
 
 class NoCheckpointing(ActivationCheckpointing):
-    """Nothing: all activations are kept."""
+    """None: all activations are kept."""
 
-    def applies_to(self, layer: int) -> bool:
-        del layer
-        return False
+    def select(self, blocks: Sequence[nn.Module]) -> Sequence[nn.Module]:
+        return blocks[:0]
 
 
 class CheckpointBlocks(ActivationCheckpointing):
@@ -41,67 +40,58 @@ class CheckpointBlocks(ActivationCheckpointing):
 
     every: int = Field(default=1, ge=1)
 
-    def applies_to(self, layer: int) -> bool:
-        return layer % self.every == 0
+    def select(self, blocks: Sequence[nn.Module]) -> Sequence[nn.Module]:
+        return blocks[:: self.every]
 
 
 def apply_activation_checkpointing(model: Transformer, *, by: ActivationCheckpointing) -> None:
-    """Let the blocks of a model be passed through again in backward, where ``by`` says so."""
-    found = {
-        block
-        for stack in (model.encoder, model.decoder)
-        for layer, block in enumerate(stack)
-        if by.applies_to(layer)
-    }
-    model.run_block = CheckpointedForward(found) if found else run_block
+    """Checkpoint the blocks of a model that ``by`` selects."""
+    blocks = {*by.select(list(model.encoder)), *by.select(list(model.decoder))}
+    model.run_block = CheckpointedForward(blocks) if blocks else run_block
 
 
 class CheckpointedForward:
-    """How a stream passes through blocks, some of which make their activations again.
+    """Runs a block of a model, with activation checkpointing if it is one of ``blocks``.
 
-    What happens between the two passes changes nothing: random numbers are those of the first, and
-    routers know what they knew then. Both passes make every collective, in the same order.
+    Both forward passes compute the same: random numbers are replayed, routers have the statistics
+    of the first pass, and every collective is called in the same order.
     """
 
     def __init__(self, blocks: set[nn.Module]) -> None:
         self._blocks = blocks
 
     def __call__(
-        self, block: EncoderBlock | DecoderBlock, stream: BlockState, **parts: Any
+        self, block: EncoderBlock | DecoderBlock, state: BlockState, **parts: Any
     ) -> BlockState:
         if block not in self._blocks:
-            return run_block(block, stream, **parts)
-        # to stop early would leave out the collectives after the last tensor that is wanted
+            return run_block(block, state, **parts)
+        # stopping early would skip the collectives after the last tensor that backward needs
         with set_checkpoint_early_stop(False):
             return checkpoint(
-                block,
-                stream,
-                use_reentrant=False,
-                context_fn=lambda: _checkpoint_contexts(block),
-                **parts,
+                block, state, use_reentrant=False, context_fn=lambda: _contexts(block), **parts
             )
 
 
-def _checkpoint_contexts(
+def _contexts(
     block: nn.Module,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The contexts of the first pass, which begins now, and of the second."""
+    """Return the contexts of the first pass, which starts now, and of the recomputation."""
     return nullcontext(), _RestoredRouterState([layer.router for layer in moe_layers(block)])
 
 
 class _RestoredRouterState:
-    """Inside, routers have heard what they had when this was made. Entered once per backward."""
+    """Within it, routers have the statistics that they had when it was made. Entered only once."""
 
     def __init__(self, routers: Sequence[Router]) -> None:
-        self._then = [(router, router.stats_sum.clone()) for router in routers]
-        self._now: list[Tensor] = []
+        self._saved = [(router, router.stats_sum.clone()) for router in routers]
+        self._current: list[Tensor] = []
 
     def __enter__(self) -> None:
-        self._now = [router.stats_sum.clone() for router, _ in self._then]
-        for router, then in self._then:
-            router.stats_sum.copy_(then)
+        self._current = [router.stats_sum.clone() for router, _ in self._saved]
+        for router, saved in self._saved:
+            router.stats_sum.copy_(saved)
 
     def __exit__(self, *error: object) -> None:
-        for (router, _), now in zip(self._then, self._now, strict=True):
-            router.stats_sum.copy_(now)
-        self._now = []
+        for (router, _), current in zip(self._saved, self._current, strict=True):
+            router.stats_sum.copy_(current)
+        self._current = []

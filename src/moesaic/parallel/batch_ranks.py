@@ -1,18 +1,21 @@
-"""BatchRanks: the ranks that share a batch, as MoE layers ask for them (``moe/batch_group.py``)."""
+"""Batch ranks: the ranks that share a batch, and the scope in which expert capacity is counted."""
+
+from typing import ClassVar
 
 import torch
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Int, Shaped, Tensor
-from moesaic.distributed.mesh import STAGE_AXES, Mesh
+from moesaic.distributed.mesh import Mesh
+from moesaic.distributed.process_groups import Group
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
 from moesaic.moe.batch_group import GatheredRows
 
 
 class BatchRanks:
-    """Every rank of ``world`` holds a part of the same batch.
+    """The ``BatchGroup`` of an MoE layer whose batch is sharded over the ranks of ``world``.
 
-    ``room`` are those whose tokens compete for the room of an expert; all of them by default.
+    Tokens of the ranks in ``capacity_world`` compete for expert capacity; by default all do.
     """
 
     def __init__(self, world: World, *, capacity_world: World | None = None) -> None:
@@ -22,49 +25,47 @@ class BatchRanks:
         return self._world.all_reduce(counts)
 
     def gather(self, rows: Int[Tensor, "N C"]) -> GatheredRows:
-        room = self._capacity_world
-        if room.size == 1:
+        world = self._capacity_world
+        if world.size == 1:
             return GatheredRows(rows, 0)
-        own = torch.tensor([rows.shape[0]], device=rows.device)
-        sizes = [int(size) for size in room.all_gather(own)]
+        count = torch.tensor([rows.shape[0]], device=rows.device)
+        sizes = [int(size) for size in world.all_gather(count)]
         padded = rows.new_zeros(max(sizes), rows.shape[1])
         padded[: rows.shape[0]] = rows
-        parts = room.all_gather(padded)
-        whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-        return GatheredRows(whole, sum(sizes[: room.rank]))
+        parts = world.all_gather(padded)
+        gathered = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        return GatheredRows(gathered, sum(sizes[: world.rank]))
 
 
 class CapacityScope(Choice):
-    """Family: whose tokens compete for the room of an expert, where that is limited."""
+    """Family: the tokens that compete for the limited capacity of an expert.
 
-    def world(self, mesh: Mesh, *, experts: int) -> World:
-        """Return those ranks, for a layer of so many experts."""
-        raise NotImplementedError
+    ``expert_axes`` are the axes of the ranks that hold them; empty: all ranks that share the batch.
+    """
+
+    expert_axes: ClassVar[tuple[str, ...]] = ()
 
 
 class GlobalBatch(CapacityScope):
     """All tokens of the micro-batch: the same edges are dropped under every plan."""
 
-    def world(self, mesh: Mesh, *, experts: int) -> World:
-        del experts
-        return world_over(mesh, *STAGE_AXES)
-
 
 class DataParallelRank(CapacityScope):
-    """The tokens of the ranks that one set of experts is spread over (2405.15052, table 1).
+    """The tokens of the ranks that share one set of experts (2405.15052, table 1).
 
-    In that paper's mesh (data, expert, model) nothing of routing crosses the data axis: neither
-    rows nor what decides who is dropped. So another number of rows drops other edges. Losses that
-    balance are those of the whole batch all the same.
+    In that paper's mesh (data, expert, model) no routing data crosses the data axis, neither rows
+    nor the counts that decide which edges are dropped, so the dropped edges depend on the data
+    parallel degree. Balance losses are those of the whole batch in either scope.
     """
 
-    def world(self, mesh: Mesh, *, experts: int) -> World:
-        return world_over(mesh, "expert", "expert_tensor", experts=experts)
+    expert_axes = ("expert", "expert_tensor")
 
 
-def world_over(mesh: Mesh, *axes: str, experts: int | None = None) -> World:
-    """Return the ranks that differ in these axes, as a world of their own."""
-    group = mesh.group(*axes, num_experts=experts)
-    return (
-        SingleProcess(mesh.device) if group is None else ProcessGroupWorld(mesh.device, group=group)
-    )
+def world_over(mesh: Mesh, *axes: str, num_experts: int | None = None) -> World:
+    """Return the ranks that differ in these axes only, as a ``World``."""
+    return group_world(mesh.group(*axes, num_experts=num_experts), device=mesh.device)
+
+
+def group_world(group: Group, *, device: torch.device) -> World:
+    """Return the ranks of a process group as a ``World``; None: this process alone."""
+    return SingleProcess(device) if group is None else ProcessGroupWorld(device, group=group)

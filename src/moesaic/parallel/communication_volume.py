@@ -1,10 +1,8 @@
-"""Sends: the bytes that a rank of a plan puts on the wire in one training step, in closed form.
+"""Communication volume: the bytes that a rank sends in one training step of a plan, in closed form.
 
-Routing is taken to be even. What is counted is what ``distributed/communication_counter.py`` counts: each collective once,
-on a wire that carries no byte twice. The axis of a line is the one that the plan names; a
-collective over several of them joins their names.
-
-Letters: t tokens of a rank, D dim of the rows that travel, k experts per token.
+Routing is taken as even. The bytes are those that ``distributed/communication_counter.py`` counts:
+each collective once, by an algorithm that sends no byte twice. A collective is named by the axes of
+its ranks ("data+context").
 """
 
 import math
@@ -16,12 +14,11 @@ from moesaic.distributed.world import BUCKET_BYTES
 from moesaic.model.config import Stack
 from moesaic.model.parameter_count import BatchDims
 from moesaic.moe.config import MoE
-from moesaic.parallel.batch_ranks import GlobalBatch
 from moesaic.parallel.memory_estimate import tokens_per_rank
 from moesaic.parallel.parameter_inventory import RankParameters
 
 INT64_BYTES = FLOAT64_BYTES = 8
-Lines = Iterator[tuple[str, str, float]]
+Volumes = Iterator[tuple[str, str, float]]  # (kind, axis, bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +32,7 @@ class CommunicationVolume:
 
 @dataclass(frozen=True, slots=True)
 class DispatchedTokens:
-    """What one rank dispatches in a layer: ``tokens`` rows of ``dim`` numbers, each to k experts."""
+    """What a rank dispatches in a layer: ``tokens`` rows of ``dim`` numbers, each to k experts."""
 
     tokens: int
     experts_per_token: int
@@ -54,156 +51,143 @@ def all_to_all_bytes(tokens: DispatchedTokens, *, ranks: int) -> float:
 
 
 def expert_tensor_bytes(tokens: DispatchedTokens, *, expert_tensor: int) -> float:
-    """Return the bytes of the all-gather over the slices of an expert and the reduce-scatter back."""
+    """Return the bytes of the all-gather over an expert's slices and the reduce-scatter back."""
     return 2 * tokens.total_bytes * (expert_tensor - 1)
 
 
 def communication_volume(
     rank_parameters: RankParameters, *, sizes: BatchDims, micro_batches: int = 1, itemsize: int = 4
 ) -> tuple[CommunicationVolume, ...]:
-    """Return what a rank sends in a step of so many micro-batches of ``sizes``, sorted.
+    """Return what a rank sends in a step of ``micro_batches`` of these sizes, sorted.
 
-    ``itemsize`` is that of the rows that travel; weights and gradients travel in float32.
+    ``itemsize`` is that of hidden states; weights and gradients are sent in float32.
     """
+    activations = _ActivationVolume(rank_parameters, itemsize)
     sums: Counter[tuple[str, str]] = Counter()
-    for kind, axis, size in _forward_backward(rank_parameters, sizes=sizes, itemsize=itemsize):
+    for kind, axis, size in activations.forward_backward(sizes):
         sums[kind, axis] += round(micro_batches * size)
     for kind, axis, size in _gradient_sync(rank_parameters, micro_batches=micro_batches):
         sums[kind, axis] += round(size)
     return tuple(CommunicationVolume(*key, size) for key, size in sorted(sums.items()) if size)
 
 
-def _forward_backward(holding: RankParameters, *, sizes: BatchDims, itemsize: int) -> Lines:
-    """Forward and backward of a micro-batch."""
-    config = holding.inventory.config
-    tokens = tokens_per_rank(holding, sizes)
-    for stack, count in zip((config.encoder, config.decoder), tokens, strict=True):
-        for layer in range(stack.layers):
-            moe = config.routed_moe_of_layer(stack, layer=layer)
-            if moe is not None:
-                yield from _moe_layer(holding, moe, tokens=count, itemsize=itemsize)
-        yield from _tensor_parallel_layers(holding, stack, tokens=count, itemsize=itemsize)
-        yield from _ulysses_attention(holding, stack, asking=count, asked=count, itemsize=itemsize)
-        yield from _embedding_lookup(holding, tokens=count, itemsize=itemsize)
-    yield from _vocab_parallel_loss(holding, tokens=tokens[1], itemsize=itemsize)
-    if config.encoder.layers:  # the cross-attention's queries part again, its sources do not
-        source, target = (config.decoder.layers * count for count in tokens)
-        lanes = holding.plan.tensor
-        yield from _gather_and_scatter(target, dim=config.dim, itemsize=itemsize, lanes=lanes)
-        size = (lanes - 1) * source * config.dim * itemsize
+@dataclass(frozen=True, slots=True)
+class _ActivationVolume:
+    """Volumes of the collectives in forward and backward of one micro-batch."""
+
+    parameters: RankParameters
+    itemsize: int
+
+    @property
+    def _row_bytes(self) -> int:
+        """Bytes of one hidden state to all other tensor ranks."""
+        config = self.parameters.inventory.config
+        return (self.parameters.plan.tensor - 1) * config.dim * self.itemsize
+
+    def forward_backward(self, sizes: BatchDims) -> Volumes:
+        config = self.parameters.inventory.config
+        source, target = tokens_per_rank(self.parameters, sizes)
+        for stack, tokens in ((config.encoder, source), (config.decoder, target)):
+            layers = [config.routed_moe_of_layer(stack, layer=i) for i in range(stack.layers)]
+            for moe in filter(None, layers):
+                yield from self._moe_layer(moe, tokens=tokens)
+            # every self-attention and dense feed-forward, forward and backward
+            linear_pairs = len(layers) + layers.count(None)
+            yield from self._gather_and_scatter(2 * linear_pairs * tokens)
+            yield from self._ulysses_attention(stack, queries=tokens, keys=tokens)
+            yield from self._gather_and_scatter(tokens)  # vocabulary-parallel embedding
+        yield from self._vocab_parallel_loss(target)
+        if config.encoder.layers:  # cross-attention gathers its sources, but scatters no output
+            layers = config.decoder.layers
+            yield from self._gather_and_scatter(layers * (2 * target + source))
+            yield from self._ulysses_attention(config.decoder, queries=target, keys=source)
+
+    def _gather_and_scatter(self, tokens: int) -> Volumes:
+        """All-gather over tensor ranks and reduce-scatter (an all-to-all and a local sum)."""
+        size = tokens * self._row_bytes
         yield from (("all-gather", "tensor", size), ("all-to-all", "tensor", size))
-        yield from _ulysses_attention(
-            holding, config.decoder, asking=tokens[1], asked=tokens[0], itemsize=itemsize
+
+    def _moe_layer(self, moe: MoE, *, tokens: int) -> Volumes:
+        parameters, plan = self.parameters, self.parameters.plan
+        dim = moe.dispatch_projection.expert_dim(parameters.inventory.config.dim)
+        expert, slices = plan.expert_ranks(moe.experts), plan.expert_tensor
+        chosen = round(moe.select.experts_per_token(moe.num_router_outputs))
+        rows = DispatchedTokens(tokens, experts_per_token=chosen, dim=dim, itemsize=self.itemsize)
+        if expert * slices > 1:
+            counts = moe.experts * INT64_BYTES
+            yield "all-to-all", "expert", counts * (expert - 1) / expert
+            yield "all-gather", "expert_tensor", counts * (slices - 1)
+            yield "all-to-all", "expert", 2 * all_to_all_bytes(rows, ranks=expert)
+            # forward gathers at dispatch and scatters at combine, backward the other way round
+            yield "all-gather", "expert_tensor", expert_tensor_bytes(rows, expert_tensor=slices)
+            yield "all-to-all", "expert_tensor", expert_tensor_bytes(rows, expert_tensor=slices)
+        ranks, axis = plan.stage_size, "stage"
+        statistics = (4 * moe.num_router_outputs + 1) * FLOAT64_BYTES
+        yield "all-reduce", axis, 2 * statistics * (ranks - 1) // ranks
+        if scope := parameters.parallel.capacity_scope.expert_axes:
+            ranks, axis = expert * slices, parameters.group_name(scope, num_experts=moe.experts)
+        integers = moe.limit.num_gathered_integers(tokens * chosen)
+        yield "all-gather", axis, integers * INT64_BYTES * (ranks - 1)
+
+    def _vocab_parallel_loss(self, tokens: int) -> Volumes:
+        """Hidden states and labels of all tensor ranks, and four numbers for each token."""
+        others = self.parameters.plan.tensor - 1
+        yield from self._gather_and_scatter(tokens)
+        yield "all-gather", "tensor", others * (tokens + 1) * INT64_BYTES
+        yield "all-reduce", "tensor", 2 * others * tokens * 4 * 4
+
+    def _ulysses_attention(self, stack: Stack, *, queries: int, keys: int) -> Volumes:
+        """All-to-all of tokens for heads and back (2309.14509), in each block of a stack."""
+        config, plan = self.parameters.inventory.config, self.parameters.plan
+        ranks = plan.context
+        if ranks == 1:
+            return
+        heads = config.attention.heads // plan.tensor
+        kv_heads = config.attention.num_kv_heads() // plan.tensor
+        # where a key/value head is read on several ranks it is sent to each
+        sent = sum(-(-(r + 1) * kv_heads // ranks) - r * kv_heads // ranks for r in range(ranks))
+        per_layer = (
+            2 * heads * queries * (ranks - 1) / ranks + 2 * keys * sent * (ranks - 1) / ranks
         )
+        size = 2 * stack.layers * plan.tensor * per_layer * config.head_dim * self.itemsize
+        yield "all-to-all", "context", size
 
 
-def _moe_layer(holding: RankParameters, moe: MoE, *, tokens: int, itemsize: int) -> Lines:
-    plan, dim = holding.plan, moe.dispatch_projection.expert_dim(holding.inventory.config.dim)
-    over, cuts = plan.expert_ranks(moe.experts), plan.expert_tensor
-    chosen = round(moe.select.experts_per_token(moe.num_router_outputs))
-    rows = DispatchedTokens(tokens, experts_per_token=chosen, dim=dim, itemsize=itemsize)
-    if over * cuts > 1:
-        counts = moe.experts * INT64_BYTES
-        yield "all-to-all", "expert", counts * (over - 1) / over
-        yield "all-gather", "expert_tensor", counts * (cuts - 1)
-        yield "all-to-all", "expert", 2 * all_to_all_bytes(rows, ranks=over)
-        # gathered going out and scattered home; going back the other way round
-        yield "all-gather", "expert_tensor", expert_tensor_bytes(rows, expert_tensor=cuts)
-        yield "all-to-all", "expert_tensor", expert_tensor_bytes(rows, expert_tensor=cuts)
-    ranks = plan.stage_size
-    statistics = (4 * moe.num_router_outputs + 1) * FLOAT64_BYTES
-    yield "all-reduce", "stage", 2 * statistics * (ranks - 1) // ranks
-    told, room = moe.limit.num_gathered_integers(tokens * chosen) * INT64_BYTES, "stage"
-    if not isinstance(holding.parallel.capacity_scope, GlobalBatch):
-        room = holding.group_name(("expert", "expert_tensor"), experts=moe.experts)
-        ranks = over * cuts
-    yield "all-gather", room, told * (ranks - 1)
-
-
-def _tensor_parallel_layers(
-    holding: RankParameters, stack: Stack, *, tokens: int, itemsize: int
-) -> Lines:
-    """Rows that meet in matrices cut over tensor ranks: every attention and dense feed-forward."""
-    config = holding.inventory.config
-    dense = sum(config.routed_moe_of_layer(stack, layer=i) is None for i in range(stack.layers))
-    met = (stack.layers + dense) * tokens
-    yield from _gather_and_scatter(
-        met, dim=config.dim, itemsize=itemsize, lanes=holding.plan.tensor
-    )
-
-
-def _gather_and_scatter(tokens: int, *, dim: int, itemsize: int, lanes: int) -> Lines:
-    size = 2 * (lanes - 1) * tokens * dim * itemsize
-    yield from (("all-gather", "tensor", size), ("all-to-all", "tensor", size))
-
-
-def _embedding_lookup(holding: RankParameters, *, tokens: int, itemsize: int) -> Lines:
-    """Vectors of tokens from a table cut by rows: parts added up, gradients gathered."""
-    size = (holding.plan.tensor - 1) * tokens * holding.inventory.config.dim * itemsize
-    yield from (("all-to-all", "tensor", size), ("all-gather", "tensor", size))
-
-
-def _vocab_parallel_loss(holding: RankParameters, *, tokens: int, itemsize: int) -> Lines:
-    """States and labels of all ranks, and four numbers for each where a vocabulary is cut."""
-    others = holding.plan.tensor - 1
-    size = others * tokens * holding.inventory.config.dim * itemsize
-    yield from (("all-to-all", "tensor", size), ("all-gather", "tensor", size))
-    yield "all-gather", "tensor", others * (tokens + 1) * INT64_BYTES
-    yield "all-reduce", "tensor", 2 * others * tokens * 4 * 4
-
-
-def _ulysses_attention(
-    holding: RankParameters, stack: Stack, *, asking: int, asked: int, itemsize: int
-) -> Lines:
-    """Tokens exchanged for heads and back (Ulysses, 2309.14509), once in each block of a stack."""
-    config, plan, ranks = holding.inventory.config, holding.plan, holding.plan.context
-    if ranks == 1:
-        return
-    heads = config.attention.heads // plan.tensor
-    groups = config.attention.num_kv_heads() // plan.tensor
-    read = sum(-(-(r + 1) * groups // ranks) - r * groups // ranks for r in range(ranks))
-    per_token = 2 * heads * asking * (ranks - 1) / ranks + 2 * asked * read * (ranks - 1) / ranks
-    size = 2 * stack.layers * plan.tensor * per_token * config.head_dim * itemsize
-    yield "all-to-all", "context", size
-
-
-def _gradient_sync(holding: RankParameters, *, micro_batches: int) -> Lines:
-    """Sums over copies; with ZeRO also what makes weights whole."""
-    plan = holding.plan
-    without = (
-        holding.inventory.first_rank_biases
-        if holding.grid().coordinates(holding.rank)["tensor"]
-        else frozenset()
-    )
-    reduced = 1 if plan.zero == 1 else micro_batches
+def _gradient_sync(parameters: RankParameters, *, micro_batches: int) -> Volumes:
+    """Yield the sums of gradients over copies and, with ZeRO, the all-gathers of weights."""
+    plan, first = parameters.plan, parameters.grid().coordinates(parameters.rank)["tensor"] == 0
+    no_gradient = frozenset() if first else parameters.inventory.first_rank_biases
+    reductions = 1 if plan.zero == 1 else micro_batches
     summed: dict[tuple[tuple[str, ...], int | None], list[int]] = {}
-    for part in holding.shards:
-        number = part.parameter.placement.experts
-        if part.zero_axes:
-            ranks = holding.num_ranks(part.zero_axes, experts=number)
-            size = 4 * part.gathered_values * (ranks - 1)
-            # the model's own parameters stay whole between forward and backward
-            again = 2 if plan.zero == 3 and part.parameter.fsdp_unit else 1
-            axis = holding.group_name(part.zero_axes, experts=number)
-            yield "all-gather", axis, size * again * micro_batches
-            if part.parameter.name not in without:
-                yield "reduce-scatter", axis, size * reduced
-        axes = tuple(a for a in part.all_reduce_axes if holding.num_ranks((a,), experts=number) > 1)
+    for shard in parameters.shards:
+        number = shard.parameter.placement.num_experts
+        if shard.zero_axes:
+            ranks = parameters.num_ranks(shard.zero_axes, num_experts=number)
+            size = 4 * shard.gathered_values * (ranks - 1)
+            # parameters outside of blocks stay gathered between forward and backward
+            gathers = 2 if plan.zero == 3 and shard.parameter.fsdp_unit else 1
+            axis = parameters.group_name(shard.zero_axes, num_experts=number)
+            yield "all-gather", axis, size * gathers * micro_batches
+            if shard.parameter.name not in no_gradient:
+                yield "reduce-scatter", axis, size * reductions
+        axes = tuple(
+            a for a in shard.all_reduce_axes if parameters.num_ranks((a,), num_experts=number) > 1
+        )
         if axes:
-            summed.setdefault((axes, number), []).append(4 * math.prod(part.shape))
-    for (axes, number), parts in summed.items():
-        ranks = holding.num_ranks(axes, experts=number)
-        for size in _buckets(parts):
-            axis = holding.group_name(axes, experts=number)
+            summed.setdefault((axes, number), []).append(4 * math.prod(shard.shape))
+    for (axes, number), sizes in summed.items():
+        ranks = parameters.num_ranks(axes, num_experts=number)
+        for size in _buckets(sizes):
+            axis = parameters.group_name(axes, num_experts=number)
             yield "all-reduce", axis, 2 * size * (ranks - 1) // ranks
 
 
 def _buckets(sizes: list[int]) -> Iterator[int]:
-    """As ``distributed/world.py`` sums gradients: together while they are small."""
-    held = 0
+    """Yield the bucket sizes of ``distributed/world.py``, which sums small gradients together."""
+    bucket = 0
     for size in sizes:
-        if held and held + size > BUCKET_BYTES:
-            yield held
-            held = 0
-        held += size
-    yield held
+        if bucket and bucket + size > BUCKET_BYTES:
+            yield bucket
+            bucket = 0
+        bucket += size
+    yield bucket

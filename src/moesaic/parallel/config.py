@@ -1,4 +1,4 @@
-"""Parallel: how a run is laid over its ranks, as one part of its config."""
+"""Parallel config: the degrees of parallelism of a run and the method of each."""
 
 from moesaic.core.config import Config
 from moesaic.distributed.parallel_plan import ParallelPlan
@@ -12,13 +12,12 @@ from moesaic.parallel.pipeline_stages import BalancedSplit, PipelineSplit, Pipel
 
 
 class ParallelConfig(Config):
-    """``plan`` has the degrees. The default shares the data out over all ranks, and nothing else.
+    """Degrees of parallelism (``plan``) and methods. The default is plain data parallelism.
 
-    ``reach`` is how attention crosses ranks where ``plan.context`` is above 1, ``journey`` how rows
-    get to experts where ``plan.expert`` or ``plan.expert_tensor`` is; ``room`` says whose tokens
-    compete where experts take a limited number. Where ``plan.pipe`` is above 1, ``stages`` says
-    where blocks are cut and ``schedule`` in what order they work. ``recompute`` says which blocks
-    make their activations again in backward.
+    ``context_parallel`` applies where ``plan.context`` is above 1, ``dispatch`` where
+    ``plan.expert`` or ``plan.expert_tensor`` is, ``pipeline_schedule`` and ``pipeline_split`` where
+    ``plan.pipe`` is. ``capacity_scope`` selects the tokens that compete for expert capacity, and
+    ``activation_checkpointing`` the blocks whose activations are recomputed in backward.
     """
 
     plan: ParallelPlan = ParallelPlan()
@@ -30,7 +29,7 @@ class ParallelConfig(Config):
     activation_checkpointing: ActivationCheckpointing = NoCheckpointing()
 
     def pipeline_stages(self, config: ModelConfig) -> PipelineStages:
-        """Return how the blocks of a model lie over the ranks of a pipeline."""
+        """Return the pipeline stages of a model under this plan."""
         return PipelineStages.of(
             config, schedule=self.pipeline_schedule, ranks=self.plan.pipe, split=self.pipeline_split
         )

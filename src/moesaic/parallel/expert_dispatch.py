@@ -1,11 +1,11 @@
-"""Journey: how rows get to experts on other ranks and home, as one part of a run's config."""
+"""Expert dispatch: how tokens are sent to experts on other ranks, as a part of a run's config."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch.distributed as distributed
 from pydantic import Field
-from torch import nn
 
 from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
@@ -16,110 +16,110 @@ from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher, hierarchical_d
 from moesaic.moe.chunked_dispatcher import ChunkedAllToAllDispatcher, OverlapDegrees
 from moesaic.moe.dispatcher import Dispatcher
 from moesaic.moe.experts import GroupedExperts
+from moesaic.moe.layer import MoELayer
 
 PositiveCount = Annotated[int, Field(ge=1)]
 NonNegativeCost = Annotated[float, Field(ge=0)]
 
 
+@dataclass(frozen=True, slots=True)
+class DispatchGroups:
+    """Process groups of one MoE layer: its experts are split over ``expert``, each expert's hidden
+    width over ``expert_tensor``. ``timeout_s`` is for groups that a dispatcher creates.
+    """
+
+    expert: Group
+    expert_tensor: Group
+    timeout_s: float
+
+
 class ExpertDispatch(Choice):
-    """Family: how rows get to experts on other ranks and home. It changes time and bytes alone."""
+    """Family: dispatch of tokens to experts on other ranks. Members differ in time and bytes only.
 
-    def build(
-        self, expert_group: Group, *, expert_tensor_group: Group, timeout_s: float
-    ) -> Dispatcher:
-        """Return the dispatcher of experts that lie over ``over`` and are cut over ``slices``.
+    ``shards_hidden``: works where the hidden width of experts is sharded (``expert_tensor``).
+    """
 
-        Collective over both groups.
-        """
+    shards_hidden: ClassVar[bool] = True
+
+    def build(self, groups: DispatchGroups) -> Dispatcher:
+        """Return the dispatcher of one layer. Collective over both groups."""
         raise NotImplementedError
 
-    def problems(self, *, plan: ParallelPlan, weights: nn.Module, experts: int) -> str | None:
-        """Return why it cannot serve a layer of so many ``experts`` under a plan, if it cannot."""
-        del plan, weights, experts
-        return None
+    def problems(self, layer: MoELayer, *, plan: ParallelPlan) -> str | None:
+        """Return why it cannot serve a layer under a plan, or None."""
+        if plan.expert_tensor == 1 or self.shards_hidden:
+            return None
+        kind = type(layer.experts).__name__
+        return (
+            f"it cannot send rows to slices of {kind}, and expert_tensor is {plan.expert_tensor}: "
+            "set it to 1"
+        )
 
 
 class AllToAll(ExpertDispatch):
-    """Every edge is a row that travels, all at once (2006.16668)."""
+    """One all-to-all with one row for each edge (token, expert) (GShard, 2006.16668)."""
 
-    def build(
-        self, expert_group: Group, *, expert_tensor_group: Group, timeout_s: float
-    ) -> Dispatcher:
-        del timeout_s
-        return AllToAllDispatcher(expert_group, slice_group=expert_tensor_group)
+    def build(self, groups: DispatchGroups) -> Dispatcher:
+        return AllToAllDispatcher(groups.expert, slice_group=groups.expert_tensor)
 
 
 class HierarchicalAllToAll(ExpertDispatch):
-    """A token crosses to a node once for all its experts there, and is spread inside it."""
+    """Two all-to-alls: a token is sent to a node once for all its experts there, then within it."""
 
+    shards_hidden = False
     ranks_per_node: PositiveCount
 
-    def build(
-        self, expert_group: Group, *, expert_tensor_group: Group, timeout_s: float
-    ) -> Dispatcher:
-        del expert_tensor_group
-        nodes = split_group(
-            expert_group, inner_size=self._ranks_on_each_node(expert_group), timeout_s=timeout_s
-        )
-        return hierarchical_dispatcher(inter_node=nodes.outer, intra_node=nodes.inner)
-
-    def problems(self, *, plan: ParallelPlan, weights: nn.Module, experts: int) -> str | None:
-        del weights
-        groups = RankGrid(plan.axes(num_experts=experts)).groups(("expert",))
-        uneven = (why for ranks in groups if (why := self._uneven_nodes(ranks)))
-        return _expert_tensor_problem(plan) or next(uneven, None)
-
-    def _ranks_on_each_node(self, over: Group) -> int:
-        """Return how many ranks of a group share a node: as many on each."""
-        ranks = [0] if over is None else distributed.get_process_group_ranks(over)
+    def build(self, groups: DispatchGroups) -> Dispatcher:
+        group = groups.expert
+        ranks = [0] if group is None else distributed.get_process_group_ranks(group)
         if why := self._uneven_nodes(ranks):
             raise ConfigError([f"parallel.dispatch: {why}"])
-        return self._ranks_on_first_node(ranks)
+        inner_size = self._ranks_on_first_node(ranks)
+        nodes = split_group(group, inner_size=inner_size, timeout_s=groups.timeout_s)
+        return hierarchical_dispatcher(inter_node=nodes.outer, intra_node=nodes.inner)
+
+    def problems(self, layer: MoELayer, *, plan: ParallelPlan) -> str | None:
+        axes = plan.axes(num_experts=layer.router.config.experts)
+        reasons = map(self._uneven_nodes, RankGrid(axes).groups(("expert",)))
+        return super().problems(layer, plan=plan) or next(filter(None, reasons), None)
 
     def _ranks_on_first_node(self, ranks: Sequence[int]) -> int:
-        """Return how many of the ranks are on the node of the first."""
         return sum(rank // self.ranks_per_node == ranks[0] // self.ranks_per_node for rank in ranks)
 
     def _uneven_nodes(self, ranks: Sequence[int]) -> str | None:
-        """Return why ranks cannot travel in two hops: other numbers on other nodes."""
-        nodes, each = (
-            [rank // self.ranks_per_node for rank in ranks],
-            self._ranks_on_first_node(ranks),
-        )
+        """Return why ``ranks`` cannot use two all-to-alls: not equally many on every node."""
+        each = self._ranks_on_first_node(ranks)
+        nodes = [rank // self.ranks_per_node for rank in ranks]
         runs = [nodes[start : start + each] for start in range(0, len(nodes), each)]
         if all(len(run) == each and len(set(run)) == 1 for run in runs):
             return None
         return (
-            f"ranks {list(ranks)} share a layer's experts and lie on nodes {nodes}, of "
-            f"{self.ranks_per_node} ranks each: two hops need as many on every node; choose "
-            "another parallel.expert, or AllToAll()"
+            f"ranks {list(ranks)} share a layer's experts and are on nodes {nodes}, of "
+            f"{self.ranks_per_node} ranks each, but a hierarchical all-to-all needs equally many "
+            "on every node; choose another parallel.expert, or AllToAll()"
         )
 
 
 class ChunkedAllToAll(ExpertDispatch):
-    """Experts work on a chunk of rows while the next is on its way (2206.03382, 2501.10714)."""
+    """Experts compute one chunk of rows while the next is sent (2206.03382, 2501.10714).
 
+    ``forward`` and ``backward`` are the numbers of chunks in each pass.
+    """
+
+    shards_hidden = False
     forward: PositiveCount = 2
     backward: PositiveCount = 2
 
-    def build(
-        self, expert_group: Group, *, expert_tensor_group: Group, timeout_s: float
-    ) -> Dispatcher:
-        del expert_tensor_group, timeout_s
-        return ChunkedAllToAllDispatcher(
-            expert_group, degrees=OverlapDegrees(self.forward, self.backward)
-        )
-
-    def problems(self, *, plan: ParallelPlan, weights: nn.Module, experts: int) -> str | None:
-        del weights, experts
-        return _expert_tensor_problem(plan)
+    def build(self, groups: DispatchGroups) -> Dispatcher:
+        degrees = OverlapDegrees(self.forward, self.backward)
+        return ChunkedAllToAllDispatcher(groups.expert, degrees=degrees)
 
 
 class AdaptiveExperts(ExpertDispatch):
-    """Experts are lent to rows where that is cheaper for the load of a step (2206.03382).
+    """Sends rows to experts or gathers expert weights, whichever costs less (Tutel, 2206.03382).
 
-    What it costs to begin a collective, to send a byte of a row or of a weight, and an expert's
-    work on a row. The default counts bytes.
+    Decided each step from the routed load and these costs in seconds: to start a collective, to
+    send a byte of a row or of a weight, to compute one row. The default counts bytes.
     """
 
     start_s: NonNegativeCost = 0.0
@@ -127,26 +127,21 @@ class AdaptiveExperts(ExpertDispatch):
     weight_byte_s: NonNegativeCost = 1.0
     work_row_s: NonNegativeCost = 0.0
 
-    def build(
-        self, expert_group: Group, *, expert_tensor_group: Group, timeout_s: float
-    ) -> Dispatcher:
-        prices = DispatchCosts(
+    def build(self, groups: DispatchGroups) -> Dispatcher:
+        costs = DispatchCosts(
             all_to_all=LinearCost(self.start_s, self.row_byte_s),
             gather_weights=LinearCost(self.start_s, self.weight_byte_s),
             compute=LinearCost(0.0, self.work_row_s),
         )
         return AdaptiveDispatcher(
-            expert_group, slice_group=expert_tensor_group, costs=prices, timeout_s=timeout_s
+            groups.expert,
+            slice_group=groups.expert_tensor,
+            costs=costs,
+            timeout_s=groups.timeout_s,
         )
 
-    def problems(self, *, plan: ParallelPlan, weights: nn.Module, experts: int) -> str | None:
-        del plan, experts
-        if not isinstance(weights, GroupedExperts):
-            return f"{type(weights).__name__} cannot be lent, only plain feed-forwards can"
-        return None
-
-
-def _expert_tensor_problem(plan: ParallelPlan) -> str | None:
-    if plan.expert_tensor == 1:
-        return None
-    return f"it has no slices of experts, and expert_tensor is {plan.expert_tensor}: set it to 1"
+    def problems(self, layer: MoELayer, *, plan: ParallelPlan) -> str | None:
+        if not isinstance(layer.experts, GroupedExperts):
+            kind = type(layer.experts).__name__
+            return f"the weights of {kind} cannot be gathered, only those of plain feed-forwards"
+        return super().problems(layer, plan=plan)

@@ -1,9 +1,7 @@
-"""Apply: lay a model over the ranks of a mesh. The one place that knows the order.
+"""Parallelize: turn a whole model into one rank's part under a plan, in the order that works.
 
-Cut what axes cut, give layers the parts that know other ranks, say what is recomputed, and last
-let ZeRO share out what is left.
-
-Whole rows: which rules of a model compare the tokens of a row, and so cannot do with slices.
+Remove the blocks of other pipeline stages, shard parameters, replace the parts of layers that
+communicate, checkpoint activations, and last let ZeRO shard the remaining copies.
 """
 
 from collections.abc import Iterator
@@ -18,12 +16,13 @@ from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.experts import GroupedExperts
-from moesaic.moe.layer import moe_layers
+from moesaic.moe.layer import MoELayer, moe_layers
 from moesaic.nn.attention import CrossAttention, SelfAttention
 from moesaic.parallel.activation_checkpointing import apply_activation_checkpointing
 from moesaic.parallel.batch_ranks import BatchRanks, world_over
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import SequenceSharder
+from moesaic.parallel.expert_dispatch import DispatchGroups
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.pipeline import Pipeline
 from moesaic.parallel.sharding_plan import (
@@ -36,16 +35,13 @@ from moesaic.parallel.sharding_plan import (
 from moesaic.parallel.tensor_parallel import apply_tensor_parallel, tensor_parallel_problems
 from moesaic.parallel.zero import apply_zero
 
-EXPERT_STAGE_AXES = ("expert_data", "expert", "expert_tensor")
-
 
 def parallelize(
     model: Transformer, *, parallel: ParallelConfig, world: World, timeout_s: float = 120.0
 ) -> ParallelModel:
-    """Lay a whole model, alike on every rank, over the ranks of ``world``. Collective.
+    """Parallelize a whole model, identical on every rank of ``world``, in place. Collective.
 
-    The model itself becomes this rank's part. Raises ConfigError where the plan fits neither the
-    number of ranks nor the model.
+    Raises ConfigError where the plan does not fit the number of ranks or the model.
     """
     mesh = Mesh(
         parallel.plan.resolve(world.size),
@@ -60,50 +56,55 @@ def parallelize(
 def parallelize_on_mesh(
     model: Transformer, *, parallel: ParallelConfig, mesh: Mesh
 ) -> ParallelModel:
-    """Lay a whole model over the ranks of a mesh that is there (see ``parallelize``). Collective."""
+    """Parallelize a whole model over the ranks of a mesh (see ``parallelize``). Collective."""
     check_parallel(model, parallel=parallel, plan=mesh.plan)
     stages = parallel.pipeline_stages(model.config) if mesh.plan.pipe > 1 else None
-    whole = make_sharding_plan(model)
+    full_plan = make_sharding_plan(model)
     if stages is not None:
         stages.remove_other_stages(model, rank=mesh.coordinates()["pipe"])
-    table = {name: whole[name] for name, _ in model.named_parameters()}
-    shard_parameters(model, sharding_plan=table, mesh=mesh)
+    local_plan = {name: full_plan[name] for name, _ in model.named_parameters()}
+    shard_parameters(model, sharding_plan=local_plan, mesh=mesh)
     apply_tensor_parallel(model, group=mesh.group("tensor"), vocab_size=model.config.vocab_size)
     apply_context_parallel(model, parallel=parallel, mesh=mesh)
-    stage = world_over(mesh, *STAGE_AXES)
-    for layer in moe_layers(model):
-        number = layer.router.config.experts
-        layer.batch_group = BatchRanks(
-            stage, capacity_world=parallel.capacity_scope.world(mesh, experts=number)
-        )
-        over, slices = (
-            mesh.group(axis, num_experts=number) for axis in ("expert", "expert_tensor")
-        )
-        if over is not None or slices is not None:
-            journey, wait = parallel.dispatch, mesh.timeout_s
-            layer.dispatcher = journey.build(over, expert_tensor_group=slices, timeout_s=wait)
-    sharing = {
-        name: GradientSync(laid.replicated_axes(_stage_axes(laid.experts)))
-        for name, laid in table.items()
-    }
+    apply_expert_parallel(model, parallel=parallel, mesh=mesh)
     apply_activation_checkpointing(model, by=parallel.activation_checkpointing)
+    sync = {name: GradientSync(each.replicated_axes) for name, each in local_plan.items()}
     if mesh.plan.zero:
-        sharing = apply_zero(model, mesh=mesh, gradient_sync=sharing, sharding_plan=table)
+        sync = apply_zero(model, mesh=mesh, gradient_sync=sync, sharding_plan=local_plan)
     pipeline = None if stages is None else Pipeline.from_mesh(mesh, model=model, stages=stages)
     return ParallelModel(
-        model, mesh=mesh, sharding_plan=whole, gradient_sync=sharing, pipeline=pipeline
+        model, mesh=mesh, sharding_plan=full_plan, gradient_sync=sync, pipeline=pipeline
     )
 
 
+def shard_parameters(model: nn.Module, *, sharding_plan: ShardingPlan, mesh: Mesh) -> None:
+    """Replace every parameter by this rank's slice of it."""
+    local: dict[nn.Parameter, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            placement = sharding_plan.get(f"{path}.{name}" if path else name)
+            if parameter not in local and placement is not None:
+                experts = placement.num_experts
+                spans = local_spans(
+                    placement, grid=mesh.grid(experts), coordinates=mesh.coordinates(experts)
+                )
+                part = slice_local(parameter.detach(), spans)
+                same = part.shape == parameter.shape
+                local[parameter] = parameter if same else nn.Parameter(part)
+            module.register_parameter(name, local[parameter])
+
+
 def apply_context_parallel(model: Transformer, *, parallel: ParallelConfig, mesh: Mesh) -> None:
-    """Deal the tokens of a batch over context and tensor, and let attention cross ranks."""
-    plan, place = mesh.plan, mesh.coordinates()
-    lanes = plan.context * plan.tensor
-    if lanes == 1:
+    """Shard token streams over context and tensor ranks, and attend over context ranks."""
+    plan, coordinates = mesh.plan, mesh.coordinates()
+    ranks = plan.context * plan.tensor
+    if ranks == 1:
         return
-    rank = place["context"] * plan.tensor + place["tensor"]
     model.sequence_sharding = SequenceSharder(
-        rank, lanes, tensor_ranks=plan.tensor, token_split=parallel.context_parallel.token_split()
+        coordinates["context"] * plan.tensor + coordinates["tensor"],
+        ranks,
+        tensor_ranks=plan.tensor,
+        token_split=parallel.context_parallel.token_split(),
     )
     group = mesh.group("context")
     for module in model.modules() if group is not None else ():
@@ -111,89 +112,76 @@ def apply_context_parallel(model: Transformer, *, parallel: ParallelConfig, mesh
             module.backend = parallel.context_parallel.build(group, kv_heads=module.kv_heads)
 
 
+def apply_expert_parallel(model: Transformer, *, parallel: ParallelConfig, mesh: Mesh) -> None:
+    """Sum routing statistics over the batch's ranks, and dispatch tokens over expert ranks."""
+    stage, scope = world_over(mesh, *STAGE_AXES), parallel.capacity_scope.expert_axes
+    for layer in moe_layers(model):
+        number = layer.router.config.experts
+        capacity = world_over(mesh, *scope, num_experts=number) if scope else stage
+        layer.batch_group = BatchRanks(stage, capacity_world=capacity)
+        expert, expert_tensor = (
+            mesh.group(axis, num_experts=number) for axis in ("expert", "expert_tensor")
+        )
+        if expert is not None or expert_tensor is not None:
+            groups = DispatchGroups(expert, expert_tensor, mesh.timeout_s)
+            layer.dispatcher = parallel.dispatch.build(groups)
+
+
 def expert_counts(model: nn.Module) -> tuple[int, ...]:
-    """Return the numbers of experts that the layers of a model have, for its ``Mesh``."""
+    """Return the different numbers of experts of a model's layers, for its ``Mesh``."""
     return tuple(sorted({layer.router.config.experts for layer in moe_layers(model)}))
 
 
 def check_parallel(model: Transformer, *, parallel: ParallelConfig, plan: ParallelPlan) -> None:
     """Raise ConfigError with a sentence for each layer that the plan does not fit."""
-    problems = list(tensor_parallel_problems(model, ranks=plan.tensor))
-    problems += _context_parallel_problems(model, parallel=parallel, plan=plan)
-    problems += whole_row_problems(model.config, ranks=plan.context * plan.tensor)
+    problems = [
+        *tensor_parallel_problems(model, ranks=plan.tensor),
+        *_context_parallel_problems(model, parallel=parallel, plan=plan),
+        *whole_row_problems(model.config, ranks=plan.context * plan.tensor),
+    ]
     for layer in moe_layers(model):
-        config = layer.router.config
-        plan.expert_ranks(config.experts, layer=layer.name)
-        why = parallel.dispatch.problems(plan=plan, weights=layer.experts, experts=config.experts)
-        if why:
-            problems.append(
-                f"parallel.dispatch={type(parallel.dispatch).__name__} of {layer.name}: {why}"
-            )
+        plan.expert_ranks(layer.router.config.experts, layer=layer.name)
+        if why := parallel.dispatch.problems(layer, plan=plan):
+            dispatch = type(parallel.dispatch).__name__
+            problems.append(f"parallel.dispatch={dispatch} of {layer.name}: {why}")
         if plan.expert_tensor > 1:
-            problems += _expert_tensor_problems(
-                layer.experts, name=layer.name, cuts=plan.expert_tensor
-            )
+            problems += _expert_tensor_problems(layer, ranks=plan.expert_tensor)
     if problems:
         raise ConfigError(problems)
 
 
-def shard_parameters(model: nn.Module, *, sharding_plan: ShardingPlan, mesh: Mesh) -> None:
-    """Replace every parameter by this rank's part of it."""
-    done: dict[nn.Parameter, nn.Parameter] = {}
-    for path, module in model.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            laid = sharding_plan.get(f"{path}.{name}" if path else name)
-            if parameter not in done and laid is not None:
-                held = local_spans(
-                    laid, grid=mesh.grid(laid.experts), place=mesh.coordinates(laid.experts)
-                )
-                part = slice_local(parameter.detach(), held)
-                same = part.shape == parameter.shape
-                done[parameter] = parameter if same else nn.Parameter(part)
-            module.register_parameter(name, done[parameter])
-
-
-def _stage_axes(experts: int | None) -> tuple[str, ...]:
-    return STAGE_AXES if experts is None else EXPERT_STAGE_AXES
-
-
 def _context_parallel_problems(
     model: nn.Module, *, parallel: ParallelConfig, plan: ParallelPlan
-) -> list[str]:
-    if plan.context == 1:
-        return []
+) -> Iterator[str]:
     attentions = [m for m in model.modules() if isinstance(m, SelfAttention | CrossAttention)]
-    heads = {module.heads // plan.tensor for module in attentions}
-    why = (
-        parallel.context_parallel.problems(heads=number, ranks=plan.context)
-        for number in sorted(heads)
-    )
-    return [f"parallel.context={plan.context}: {reason}" for reason in why if reason]
+    for heads in sorted({module.heads // plan.tensor for module in attentions}):
+        why = parallel.context_parallel.problems(heads=heads, ranks=plan.context)
+        if plan.context > 1 and why:
+            yield f"parallel.context={plan.context}: {why}"
 
 
-def _expert_tensor_problems(bank: nn.Module, *, name: str, cuts: int) -> list[str]:
-    if not isinstance(bank, GroupedExperts):
-        kind = type(bank).__name__
-        return [f"parallel.expert_tensor={cuts}: {kind} of {name} have no hidden width to cut"]
-    if bank.bias:
-        return [
-            f"parallel.expert_tensor={cuts} with the biases of {name}: every slice would add them; "
-            "set model.bias to false, or expert_tensor to 1"
-        ]
-    hidden = bank.down.shape[1]
-    if hidden % cuts:
-        return [f"parallel.expert_tensor={cuts} must divide the {hidden} channels of {name}"]
-    return []
+def _expert_tensor_problems(layer: MoELayer, *, ranks: int) -> Iterator[str]:
+    experts, name = layer.experts, layer.name
+    if not isinstance(experts, GroupedExperts):
+        kind = type(experts).__name__
+        yield f"parallel.expert_tensor={ranks}: {kind} of {name} have no hidden width to shard"
+    elif experts.bias:
+        yield (
+            f"parallel.expert_tensor={ranks} with the biases of {name}: every slice would add "
+            "them; set model.bias to false, or expert_tensor to 1"
+        )
+    elif (hidden := experts.down.shape[1]) % ranks:
+        yield f"parallel.expert_tensor={ranks} must divide the {hidden} channels of {name}"
 
 
 def whole_row_problems(config: ModelConfig, *, ranks: int) -> Iterator[str]:
-    """Yield a sentence for each stack whose rules need whole rows, if so many ranks share them."""
+    """Yield a sentence for each stack whose routing needs whole rows, if ``ranks`` share them."""
     if ranks == 1:
         return
     for side, stack in (("encoder", config.encoder), ("decoder", config.decoder)):
-        sparse = config.moe_of_stack(stack)
-        if stack.moe_layers and sparse.needs_whole_rows:
-            rule = type(sparse.select if isinstance(sparse, MoE) else sparse).__name__
+        moe = config.moe_of_stack(stack)
+        if stack.moe_layers and moe.needs_whole_rows:
+            rule = type(moe.select if isinstance(moe, MoE) else moe).__name__
             yield (
                 f"parallel.plan: {rule} of the {side} compares the tokens of a row, but "
                 f"context x tensor = {ranks} ranks share each row: set context and tensor to 1 "

@@ -1,18 +1,17 @@
-"""Inventory: what one rank of a plan holds of every parameter, as arithmetic.
+"""Parameter inventory: the shape of every parameter's shard on a rank of a plan, by arithmetic.
 
-A model is made once on the meta device, where it holds no numbers; after that a plan costs nothing
-to price. The numbers are those of ``apply.py``: cuts first, then the shares of ZeRO.
+The model is built once on the meta device, without memory; each plan is then computed in
+milliseconds. The numbers are those of ``parallelize.py``: axes that shard dims first, then ZeRO.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from moesaic.core.errors import ConfigError
-from moesaic.distributed.mesh import DATA_CONTEXT_AXES, STAGE_AXES
 from moesaic.distributed.parallel_plan import ParallelPlan, RankGrid
 from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import Transformer
@@ -30,13 +29,10 @@ from moesaic.parallel.sharding_plan import (
 )
 from moesaic.parallel.tensor_parallel import row_parallel_linears
 
-EXPERT_STAGE_AXES = ("expert_data", "expert", "expert_tensor")
-EXPERT_COPY_AXES = ("expert_data",)
-
 
 @dataclass(frozen=True, slots=True)
 class ParameterInfo:
-    """One parameter of the whole model. ``unit`` is the module that ZeRO gathers it with."""
+    """One parameter of the whole model; ``fsdp_unit`` is the module that ZeRO gathers it with."""
 
     name: str
     placement: Placement
@@ -46,10 +42,10 @@ class ParameterInfo:
 
 @dataclass(frozen=True, slots=True)
 class ParameterShard:
-    """What a rank holds of a parameter: ``whole`` is its cut part, ``share`` what ZeRO leaves.
+    """A rank's shard of a parameter: its shape before and after ZeRO shards it.
 
-    ``padded`` values travel when shares are gathered. ``zero`` are the axes of the ranks that share
-    it out, and ``sums`` those over which its gradient is still to be summed.
+    ``gathered_values`` counts the values that ZeRO gathers, padding included, over ``zero_axes``.
+    Its gradient is summed over ``all_reduce_axes``.
     """
 
     parameter: ParameterInfo
@@ -61,31 +57,31 @@ class ParameterShard:
 
 
 class ParameterInventory:
-    """The parameters of a config, made without allocating any. Raises ConfigError with ``on``."""
+    """The parameters of a model config, without allocating any."""
 
     def __init__(self, config: ModelConfig) -> None:
         with torch.device("meta"):
             model = Transformer(config)
         self.config, self._model = config, model
-        kinds, table = model.parameter_kinds(), make_sharding_plan(model)
+        kinds = model.parameter_kinds()
         self.parameters = tuple(
-            ParameterInfo(name, laid, kinds[name], _fsdp_unit(name, laid))
-            for name, laid in table.items()
+            ParameterInfo(name, placement, kinds[name], _fsdp_unit(name, placement))
+            for name, placement in make_sharding_plan(model).items()
         )
 
     @cached_property
     def first_rank_biases(self) -> frozenset[str]:
-        """Biases that the first of the ranks which share a matrix adds; others have no gradient."""
+        """Biases that the first tensor rank adds; on the other ranks they have no gradient."""
         biases = {linear.bias for _, _, linear in row_parallel_linears(self._model)}
         return frozenset(name for name, p in self._model.named_parameters() if p in biases)
 
     @cached_property
     def expert_modules(self) -> dict[str, int]:
-        """The experts' modules, and how many experts each has."""
+        """The paths of the experts' modules, with the number of experts of each."""
         return {path: layer.router.config.experts for path, _, layer in expert_modules(self._model)}
 
     def on_rank(self, parallel: ParallelConfig, *, world: int, rank: int = 0) -> "RankParameters":
-        """Return what a rank of ``world`` holds. Raises ConfigError where the plan is no fit."""
+        """Return the shards of a rank of ``world``. Raises ConfigError if the plan does not fit."""
         plan = parallel.plan.resolve(world)
         problems = list(_not_estimated(parallel.replace(plan=plan)))
         if problems:
@@ -96,7 +92,7 @@ class ParameterInventory:
 
 @dataclass(frozen=True)
 class RankParameters:
-    """What ``rank`` of a plan, with its ``data`` filled in, holds."""
+    """The parameter shards of ``rank`` under a plan whose ``data`` degree is resolved."""
 
     inventory: ParameterInventory
     parallel: ParallelConfig
@@ -108,78 +104,72 @@ class RankParameters:
 
     @cached_property
     def shards(self) -> tuple[ParameterShard, ...]:
-        """Every parameter's part."""
-        return tuple(self._make_shards())
+        """The shard of every parameter."""
+        return tuple(map(self._shard, self.inventory.parameters))
 
-    def num_ranks(self, axes: Sequence[str], *, experts: int | None = None) -> int:
-        """Return how many ranks differ in these axes alone."""
-        return self.grid(experts).size(axes)
+    def grid(self, num_experts: int | None = None) -> RankGrid:
+        """Return the grid of ranks of dense layers, or of layers with so many experts."""
+        return RankGrid(self.plan.axes(num_experts=num_experts))
 
-    def grid(self, experts: int | None = None) -> RankGrid:
-        """Return the axes of dense layers or of those with so many experts."""
-        return RankGrid(self.plan.axes(num_experts=experts))
+    def num_ranks(self, axes: Sequence[str], *, num_experts: int | None = None) -> int:
+        """Return how many ranks differ in these axes only."""
+        return self.grid(num_experts).size(axes)
 
-    def group_name(self, axes: Sequence[str], *, experts: int | None = None) -> str:
-        """Return what a group of ranks is called: by the axes in which they differ."""
-        there = [axis for axis in axes if self.num_ranks((axis,), experts=experts) > 1]
-        whole = len(there) > 1 and self.num_ranks(there, experts=experts) == self.plan.stage_size
-        return "stage" if whole else "+".join(there)
+    def group_name(self, axes: Sequence[str], *, num_experts: int | None = None) -> str:
+        """Return the name of a group of ranks: the axes in which they differ."""
+        names = [axis for axis in axes if self.num_ranks((axis,), num_experts=num_experts) > 1]
+        ranks = self.num_ranks(names, num_experts=num_experts)
+        return "stage" if len(names) > 1 and ranks == self.plan.stage_size else "+".join(names)
 
-    def _make_shards(self) -> Iterator[ParameterShard]:
-        grids = {
-            laid: self.grid(laid)
-            for laid in {i.placement.experts for i in self.inventory.parameters}
-        }
-        places = {number: grid.coordinates(self.rank) for number, grid in grids.items()}
-        for item in self.inventory.parameters:
-            number = item.placement.experts
-            yield self._make_shard(item, grid=grids[number], place=places[number])
-
-    def _make_shard(
-        self, item: ParameterInfo, *, grid: RankGrid, place: Mapping[str, int]
-    ) -> ParameterShard:
-        laid, number = item.placement, item.placement.experts
-        runs = local_spans(laid, grid=grid, place=place)
-        whole = tuple(sum(length for _, length in dim) for dim in runs)
-        axes = laid.replicated_axes(STAGE_AXES if number is None else EXPERT_STAGE_AXES)
-        zero = DATA_CONTEXT_AXES if number is None else EXPERT_COPY_AXES
-        ranks = grid.size(zero)
-        if not self.plan.zero or ranks == 1:
-            return ParameterShard(item, whole, whole, math.prod(whole), (), axes)
-        dim = zero_dim(whole, ranks=ranks)
-        each = -(-whole[dim] // ranks)  # as FSDP2 cuts
-        mine = RankGrid({axis: size for axis, size in grid.axes.items() if axis in zero}).rank_at(
-            dict(place)
+    def _shard(self, parameter: ParameterInfo) -> ParameterShard:
+        placement = parameter.placement
+        grid, axes = self.grid(placement.num_experts), placement.replicated_axes
+        coordinates = grid.coordinates(self.rank)
+        spans = local_spans(placement, grid=grid, coordinates=coordinates)
+        shape, zero_axes = (
+            tuple(sum(length for _, length in dim) for dim in spans),
+            placement.zero_axes,
         )
-        length = min(each, max(0, whole[dim] - mine * each))
-        share = (*whole[:dim], length, *whole[dim + 1 :])
-        padded = math.prod(whole[:dim]) * each * math.prod(whole[dim + 1 :])
-        rest = tuple(axis for axis in axes if axis not in zero)
-        return ParameterShard(item, whole, share, padded, zero, rest)
+        ranks = grid.size(zero_axes)
+        if not self.plan.zero or ranks == 1:
+            return ParameterShard(parameter, shape, shape, math.prod(shape), (), axes)
+        dim = zero_dim(shape, ranks=ranks)
+        size = -(-shape[dim] // ranks)  # FSDP2 shards as torch.chunk does
+        zero_grid = RankGrid({axis: n for axis, n in grid.axes.items() if axis in zero_axes})
+        start = zero_grid.rank_at(dict(coordinates)) * size
+        length = min(size, max(0, shape[dim] - start))
+        outer, inner = shape[:dim], shape[dim + 1 :]
+        return ParameterShard(
+            parameter,
+            shape_before_zero=shape,
+            shape=(*outer, length, *inner),
+            gathered_values=math.prod((*outer, size, *inner)),
+            zero_axes=zero_axes,
+            all_reduce_axes=tuple(axis for axis in axes if axis not in zero_axes),
+        )
 
 
 def _not_estimated(parallel: ParallelConfig) -> Iterator[str]:
-    """Yield what forecasts know nothing of."""
+    """Yield a sentence for each choice whose memory and communication are not estimated."""
     plan = parallel.plan
-    far = plan.expert * plan.expert_tensor > 1
-    parts: list[tuple[str, object, type, bool]] = [
+    choices: list[tuple[str, object, type, bool]] = [
         ("context_parallel", parallel.context_parallel, Ulysses, plan.context > 1),
-        ("dispatch", parallel.dispatch, AllToAll, far),
+        ("dispatch", parallel.dispatch, AllToAll, plan.expert * plan.expert_tensor > 1),
         ("activation_checkpointing", parallel.activation_checkpointing, NoCheckpointing, True),
     ]
     if plan.pipe > 1:
-        yield f"parallel.plan.pipe={plan.pipe}: forecasts know one stage alone, so set it to 1"
-    for name, found, known, matters in parts:
-        if matters and not isinstance(found, known):
+        yield f"parallel.plan.pipe={plan.pipe}: estimates are for one pipeline stage, set it to 1"
+    for name, choice, estimated, applies in choices:
+        if applies and not isinstance(choice, estimated):
             yield (
-                f"parallel.{name}={type(found).__name__}: what it takes is not forecast, expected "
-                f"{known.__name__}; a run can count it (distributed/communication_counter.py)"
+                f"parallel.{name}={type(choice).__name__} is not estimated, expected "
+                f"{estimated.__name__}; measure it in a run (distributed/communication_counter.py)"
             )
 
 
-def _fsdp_unit(name: str, laid: Placement) -> str:
-    """Experts are gathered by themselves, a block at a time, and the rest with the model."""
-    if laid.experts is not None:
+def _fsdp_unit(name: str, placement: Placement) -> str:
+    """Return the module that is gathered with a parameter: experts, a block, or the model ("")."""
+    if placement.num_experts is not None:
         return name.rpartition(".")[0]
     words = name.split(".")
     return ".".join(words[:2]) if words[0] in ("encoder", "decoder") else ""

@@ -110,7 +110,7 @@ def forward_blocks(
     tokens = model.decoder_tokens(batch)
     context, state = _enter_stack(model, tokens, given=given)
     if given.x is None and encoder_output is not None:
-        # without it, a stage whose decoder blocks have not used the source would send it no gradient
+        # otherwise decoder blocks that do not read the source would send it no gradient
         state = replace(state, x=connect_graph(state.x, encoder_output.states))
     for index in blocks.decoder:
         state = model.run_block(

@@ -1,9 +1,9 @@
-"""Pipeline: the micro-batches of a step through the stages of a model, on PyTorch's schedules.
+"""Pipeline parallelism: runs a step's micro-batches through the stages, by PyTorch's schedules.
 
-Every rank of a pipeline has the same micro-batches, so only states travel (``wire.py``); what else
-a stage needs it makes of its own copy. The last stage scores. Losses that other stages have of
-their own (balance) get their gradient where they are: an identity in the stream whose backward adds
-it.
+Every rank of a pipeline reads the same micro-batches, so only hidden states are sent
+(``stage_serializer.py``). The last stage computes the cross-entropy. Losses of other stages
+(balance) are attached to the hidden states they send: an identity whose backward adds 1 to the
+gradient of the loss.
 
 Letters: N predicted tokens.
 """
@@ -39,7 +39,7 @@ from moesaic.parallel.stage_serializer import (
 
 @dataclass(frozen=True, slots=True)
 class LossSettings:
-    """How the last stage scores: ``predicted`` tokens are those of the step on all ranks."""
+    """Settings of the cross-entropy; ``num_targets`` is the step's number, on all ranks."""
 
     num_targets: int
     smoothing: float = 0.0
@@ -48,9 +48,9 @@ class LossSettings:
 
 @dataclass(slots=True)
 class MicroBatch:
-    """A micro-batch, and what this rank's stages make of it.
+    """A micro-batch, and the results of this rank's stages.
 
-    ``terms`` are shares of the loss, detached. Where the last stage has scored, ``nll`` is each
+    ``terms`` are this rank's shares of the loss, detached. On the last stage, ``nll`` is each
     predicted token's negative log-likelihood and ``row`` its row of the batch.
     """
 
@@ -71,9 +71,9 @@ class PipelineStep:
 
 
 class StageModule(nn.Module):
-    """One stage: tensors in, tensors out; the last one returns this rank's share of the loss.
+    """One stage as a module of tensors; the last one returns this rank's share of the loss.
 
-    ``index`` is the number of the micro-batch in ``job``.
+    ``index`` is the number of the micro-batch in ``step``.
     """
 
     def __init__(
@@ -93,30 +93,28 @@ class StageModule(nn.Module):
         self.step = step
 
     def forward(self, *received: Tensor, index: Int[Tensor, "1"]) -> Any:
-        """Pass a micro-batch on, or score it."""
-        micro, scoring = self.step.micro_batches[int(index)], self.step.loss_settings
-        given = (
-            self.input_serializer.unpack(received, tokens=micro.tokens)
-            if self.input_serializer
-            else None
-        )
+        """Return the tensors for the next stage, or the loss of the micro-batch."""
+        micro, settings = self.step.micro_batches[int(index)], self.step.loss_settings
+        stage_input = None
+        if self.input_serializer is not None:
+            stage_input = self.input_serializer.unpack(received, tokens=micro.tokens)
         terms: dict[str, Tensor] = {}
-        with scoring.autocast():
+        with settings.autocast():
             end = forward_blocks(
-                self.model, micro.batch, blocks=self.block_range, stage_input=given
+                self.model, micro.batch, blocks=self.block_range, stage_input=stage_input
             )
             if self.output_serializer is None:
                 output = output_of(self.model, end, batch=micro.batch)
-                scored = self.model.loss(output, smoothing=scoring.smoothing)
-                terms["cross_entropy"] = scored.total / max(scoring.num_targets, 1)
-                micro.nll, micro.row = scored.nll, output.row
+                loss = self.model.loss(output, smoothing=settings.smoothing)
+                terms["cross_entropy"] = loss.total / max(settings.num_targets, 1)
+                micro.nll, micro.row = loss.nll, output.row
         terms |= loss_terms(end.records, num_micro_batches=len(self.step.micro_batches))
         objective = torch.stack(list(terms.values())).sum() if terms else torch.zeros(())
         for name, value in {**terms, "objective": objective}.items():
             micro.terms[name] = micro.terms[name] + value.detach().double()
         micro.records += end.records
         if self.training:
-            # now, not after backward: the next micro-batch comes before that
+            # not after backward: the next micro-batch's forward comes first
             accumulate_routing_stats(self.model, end.records)
         if self.output_serializer is None:
             return objective
@@ -126,10 +124,10 @@ class StageModule(nn.Module):
 
 
 class Pipeline:
-    """This rank's stages of a model that ``stages.remove_other_stages`` has cut, and its two verbs.
+    """This rank's stages of a model after ``stages.remove_other_stages``.
 
-    ``group`` are the ranks of the pipeline, first stage first; ``sharing`` has the world of each of
-    ``stages.shared_rank_sets`` that this rank is in.
+    ``group`` are the ranks of the pipeline, first stage first; ``shared_worlds`` has the world of
+    each of ``stages.shared_rank_sets`` that this rank is in.
     """
 
     def __init__(
@@ -147,7 +145,7 @@ class Pipeline:
         self.dtype = next(model.parameters()).dtype
         self._term_names = loss_term_names(stages)
         self._boundaries = [
-            StageBoundary.after(leg, config=stages.config) for leg in stages.block_ranges[:-1]
+            StageBoundary.after(blocks, config=stages.config) for blocks in stages.block_ranges[:-1]
         ]
         self._step = PipelineStep()
         self._cached_schedule: tuple[Any, Any] = (None, None)
@@ -155,164 +153,151 @@ class Pipeline:
     @staticmethod
     def from_mesh(mesh: Mesh, *, model: Transformer, stages: PipelineStages) -> "Pipeline":
         """Make the pipeline of this rank of a mesh. Collective over the whole mesh."""
-        sharing: dict[tuple[int, ...], World] = {}
+        worlds: dict[tuple[int, ...], World] = {}
         for ranks in stages.shared_rank_sets:
             lists = [[line[rank] for rank in ranks] for line in mesh.dense_grid.groups(("pipe",))]
             group = mesh.new_group(lists)
             if mesh.coordinates()["pipe"] in ranks:
-                sharing[ranks] = ProcessGroupWorld(mesh.device, group=group)
+                worlds[ranks] = ProcessGroupWorld(mesh.device, group=group)
         return Pipeline(
             model,
             stages=stages,
             group=mesh.group("pipe"),
-            shared_worlds=sharing,
+            shared_worlds=worlds,
             device=mesh.device,
         )
 
     @property
     def has_first_stage(self) -> bool:
-        """Whether this rank has the first stage: it counts tokens."""
+        """Whether this rank has the first stage."""
         return self.stages.rank_of_stage[0] == self.rank
 
     @property
     def has_last_stage(self) -> bool:
-        """Whether this rank has the last stage: it scores."""
+        """Whether this rank has the last stage, which computes the cross-entropy."""
         return self.stages.rank_of_stage[-1] == self.rank
 
     def forward_backward(
         self, batches: Sequence[Batch], *, loss_settings: LossSettings
     ) -> tuple[MicroBatch, ...]:
-        """Add the gradients of this rank's share of the loss. Collective over the pipeline.
+        """Accumulate the gradients of this rank's share of the loss. Collective over the pipeline.
 
-        Sums over ranks of the results' ``terms`` are what one process has. ``sum_shared_gradients``
-        comes after whatever else adds gradients up.
+        The results' ``terms``, summed over ranks, are those of one process. Call
+        ``sum_shared_gradients`` after all other sums of gradients.
         """
-        self._start_step(batches, scoring=loss_settings)
-        wires = self._serializers()
-        if self._cached_schedule[0] != (wires, len(batches)):
-            self._cached_schedule = (
-                (wires, len(batches)),
-                self._build_schedule(wires, micro_batches=len(batches)),
-            )
-        which = torch.arange(len(batches))
-        self._cached_schedule[1].step(which, index=which, target=which, return_outputs=False)
+        serializers = self._start_step(batches, loss_settings=loss_settings)
+        key = (serializers, len(batches))
+        if self._cached_schedule[0] != key:
+            self._cached_schedule = (key, self._build_schedule(*key))
+        index = torch.arange(len(batches))
+        self._cached_schedule[1].step(index, index=index, target=index, return_outputs=False)
         return self._finish_step()
 
     @torch.no_grad()
     def forward_only(
         self, batches: Sequence[Batch], *, loss_settings: LossSettings
     ) -> tuple[MicroBatch, ...]:
-        """Score batches, any number of them, without gradients. Collective over the pipeline."""
-        self._start_step(batches, scoring=loss_settings)
-        wires = self._serializers()
-        sent: list[Any] = []
+        """Compute losses without gradients, of any number of batches. Collective over the pipeline."""
+        serializers = self._start_step(batches, loss_settings=loss_settings)
+        ranks, sends = self.stages.rank_of_stage, list[Any]()
         local: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         for number in self.stages.stages_of_rank(self.rank):
-            stage = self._stage_module(number, wires=wires)
+            stage = self._stage_module(number, serializers)
             for index in range(len(batches)):
                 received = local.pop((number, index), ())
                 if number and not received:
-                    received = self._receive(wires[number - 1], stage=number - 1)
+                    received = self._receive(serializers[number - 1], rank=ranks[number - 1])
                 out = stage(*received, index=torch.tensor([index]))
-                if number == len(wires):
+                if number == len(serializers):
                     continue
-                if self.stages.rank_of_stage[number + 1] == self.rank:
+                to = ranks[number + 1]
+                if to == self.rank:
                     local[number + 1, index] = out
                 else:
-                    to = self.stages.rank_of_stage[number + 1]
-                    sent += [distributed.isend(t, group=self.group, group_dst=to) for t in out]
-        for work in sent:
+                    sends += [distributed.isend(t, group=self.group, group_dst=to) for t in out]
+        for work in sends:
             work.wait()
         return self._finish_step()
 
-    def _start_step(self, batches: Sequence[Batch], *, scoring: LossSettings) -> None:
-        none = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._step.loss_settings = scoring
+    def _start_step(
+        self, batches: Sequence[Batch], *, loss_settings: LossSettings
+    ) -> tuple[StageSerializer, ...]:
+        """Set the step's micro-batches, and return the serializer between each two stages."""
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        tokens = [self._local_tokens(batch) for batch in batches]
+        self._step.loss_settings = loss_settings
         self._step.micro_batches = tuple(
-            MicroBatch(
-                batch.to(self.device),
-                self._local_tokens(batch),
-                dict.fromkeys(self._term_names, none),
-            )
-            for batch in batches
+            MicroBatch(batch.to(self.device), count, dict.fromkeys(self._term_names, zero))
+            for batch, count in zip(batches, tokens, strict=True)
         )
-
-    def _finish_step(self) -> tuple[MicroBatch, ...]:
-        micros, self._step.micro_batches = self._step.micro_batches, ()
-        return micros
-
-    def _local_tokens(self, batch: Batch) -> LocalTokens:
-        """How many tokens of a micro-batch are held here."""
-        sides = (batch.source != PAD, (batch.target_in != PAD) | (batch.target_out != PAD))
-        packings = [self.model.sequence_sharding(Packing.from_mask(real)) for real in sides]
-        source, target = (
-            len(range(packing.num_tokens)[packing.local_tokens]) for packing in packings
-        )
-        return LocalTokens(source, target)
-
-    def _serializers(self) -> tuple[StageSerializer, ...]:
-        dim, tokens = self.stages.config.dim, [micro.tokens for micro in self._step.micro_batches]
+        dim = self.stages.config.dim
         return tuple(
             StageSerializer.of(boundary, dim=dim, dtype=self.dtype, tokens=tokens)
             for boundary in self._boundaries
         )
 
-    def _stage_module(self, number: int, *, wires: Sequence[StageSerializer]) -> StageModule:
+    def _finish_step(self) -> tuple[MicroBatch, ...]:
+        micro_batches, self._step.micro_batches = self._step.micro_batches, ()
+        return micro_batches
+
+    def _local_tokens(self, batch: Batch) -> LocalTokens:
+        masks = (batch.source != PAD, (batch.target_in != PAD) | (batch.target_out != PAD))
+        packings = (self.model.sequence_sharding(Packing.from_mask(mask)) for mask in masks)
+        return LocalTokens(*(len(range(p.num_tokens)[p.local_tokens]) for p in packings))
+
+    def _stage_module(self, number: int, serializers: Sequence[StageSerializer]) -> StageModule:
         stage = StageModule(
-            self.model, stages=self.stages, number=number, serializers=wires, step=self._step
+            self.model, stages=self.stages, number=number, serializers=serializers, step=self._step
         )
         return stage.train(self.model.training)
 
-    def _build_schedule(self, wires: Sequence[StageSerializer], *, micro_batches: int) -> Any:
-        """PyTorch's schedule over this rank's stages."""
-        schedule = self.stages.schedule
-        made = [
-            self._torch_stage(number, wires=wires)
-            for number in self.stages.stages_of_rank(self.rank)
-        ]
+    def _build_schedule(self, serializers: Sequence[StageSerializer], micro_batches: int) -> Any:
+        """Build PyTorch's schedule over this rank's stages."""
+        schedule, numbers = self.stages.schedule, self.stages.stages_of_rank(self.rank)
+        stages = [self._torch_stage(number, serializers) for number in numbers]
         return getattr(torch_pipelining(), schedule.torch_name)(
-            made[0] if schedule.stages_per_rank() == 1 else made,
+            stages[0] if schedule.stages_per_rank() == 1 else stages,
             n_microbatches=micro_batches,
             loss_fn=lambda loss, _: loss,
             scale_grads=False,
         )
 
-    def _torch_stage(self, number: int, *, wires: Sequence[StageSerializer]) -> Any:
-        # shapes are said here, so that nothing is run to find them out
-        root, loss = torch.empty(1, dtype=torch.long), torch.empty((), requires_grad=True)
+    def _torch_stage(self, number: int, serializers: Sequence[StageSerializer]) -> Any:
+        last = len(serializers)
+        # with shapes given, PyTorch does not run the stage to infer them
+        index, loss = torch.empty(1, dtype=torch.long), torch.empty((), requires_grad=True)
         return torch_pipelining().PipelineStage(
-            self._stage_module(number, wires=wires),
+            self._stage_module(number, serializers),
             number,
-            len(wires) + 1,
+            last + 1,
             self.device,
-            input_args=wires[number - 1].empty_buffers("meta") if number else (root,),
-            output_args=wires[number].empty_buffers("meta") if number < len(wires) else (loss,),
+            input_args=serializers[number - 1].empty_buffers("meta") if number else (index,),
+            output_args=serializers[number].empty_buffers("meta") if number < last else (loss,),
             group=self.group,
         )
 
-    def _receive(self, wire: StageSerializer, *, stage: int) -> tuple[Tensor, ...]:
-        blanks = tuple(blank.detach() for blank in wire.empty_buffers(self.device))
-        for blank in blanks:
-            distributed.recv(blank, group=self.group, group_src=self.stages.rank_of_stage[stage])
-        return blanks
+    def _receive(self, serializer: StageSerializer, *, rank: int) -> tuple[Tensor, ...]:
+        buffers = tuple(each.detach() for each in serializer.empty_buffers(self.device))
+        for buffer in buffers:
+            distributed.recv(buffer, group=self.group, group_src=rank)
+        return buffers
 
     def sum_shared_gradients(self) -> None:
-        """Give what several ranks hold the sum of their gradients. Collective.
+        """Sum the gradients of parameters that several pipeline ranks hold. Collective.
 
-        Last of all sums: what other groups add up, each in an order of its own, would differ in
-        its last bits from rank to rank.
+        After all other sums: those of different groups may differ in their last bits, and this one
+        makes the copies identical again.
         """
+        ranks_of = self.stages.ranks_of_parameter
         named = dict(self.model.named_parameters())
         for ranks in self.stages.shared_rank_sets:
             if self.rank in ranks:
-                held = [
-                    p for name, p in named.items() if self.stages.ranks_of_parameter[name] == ranks
-                ]
-                self.shared_worlds[ranks].all_reduce_gradients(held)
+                shared = [p for name, p in named.items() if ranks_of[name] == ranks]
+                self.shared_worlds[ranks].all_reduce_gradients(shared)
 
 
 def loss_term_names(stages: PipelineStages) -> tuple[str, ...]:
-    """The names of every part of the training loss, on whichever stage it is."""
+    """Return the names of all terms of the training loss, of every stage."""
     config, names = stages.config, {"cross_entropy", "objective"}
     for stack in (config.encoder, config.decoder):
         moe = config.moe_of_stack(stack)

@@ -1,6 +1,6 @@
-"""Schedules: in which order the stages of a pipeline take up micro-batches.
+"""Pipeline schedules: the order in which pipeline stages run forward and backward passes.
 
-PyTorch runs them (``torch.distributed.pipelining``); here is what each needs, as arithmetic.
+``torch.distributed.pipelining`` runs them; this file has the requirements of each.
 """
 
 import functools
@@ -16,62 +16,67 @@ from moesaic.core.shapes import Tensor
 
 
 class PipelineSchedule(Choice):
-    """Family of schedules.
+    """Family: pipeline schedules.
 
-    ``torch_name`` is the class in ``torch.distributed.pipelining``; ``folded`` means that the chain
-    of stages runs down the ranks and back up (a V), so that the first rank has the last stage too;
-    ``splits`` that the gradients of weights are made apart from those of what came in.
+    ``torch_name`` is the class in ``torch.distributed.pipelining``. ``v_shaped``: two stages per
+    rank, assigned down the ranks and back up, so that the first rank has the last stage too.
+    ``splits_backward``: gradients of weights are computed apart from those of inputs (zero bubble).
+    ``fills_stages``: needs as many micro-batches as stages. ``equal_rounds``: needs micro-batches
+    that divide into equal rounds of about one per rank.
     """
 
     torch_name: ClassVar[str]
     v_shaped: ClassVar[bool] = False
     splits_backward: ClassVar[bool] = False
+    fills_stages: ClassVar[bool] = False
+    equal_rounds: ClassVar[bool] = False
 
     def stages_per_rank(self) -> int:
-        """Return the stages that each rank has."""
-        return 1
+        """Return how many stages each rank has."""
+        return 2 if self.v_shaped else 1
 
     def rank_of_stage(self, ranks: int) -> tuple[int, ...]:
-        """Return which rank of the pipeline has each stage."""
+        """Return the pipeline rank of each stage."""
         if self.v_shaped:
             return (*range(ranks), *reversed(range(ranks)))
         return tuple(range(ranks)) * self.stages_per_rank()
 
     def problems(self, *, ranks: int, micro_batches: int) -> str | None:
-        """Return what it expects, if so many micro-batches on so many ranks are not it."""
-        del ranks, micro_batches
+        """Return what the schedule expects if the number of micro-batches does not fit, or None."""
+        stages, rounds = ranks * self.stages_per_rank(), max(1, micro_batches // ranks)
+        if self.fills_stages and micro_batches < stages:
+            return f"at least as many micro-batches as stages, {stages}, not {micro_batches}"
+        if self.equal_rounds and micro_batches % rounds:
+            return f"micro-batches that divide into {rounds} equal rounds, not {micro_batches}"
         return None
 
 
 class GPipe(PipelineSchedule):
-    """All forwards, then all backwards (1811.06965): every micro-batch is kept until then."""
+    """All forwards, then all backwards (1811.06965): activations of all micro-batches are kept."""
 
     torch_name = "ScheduleGPipe"
 
 
 class OneForwardOneBackward(PipelineSchedule):
-    """One forward, one backward in turn once the pipeline is full (2006.09503, 1F1B with flush).
+    """1F1B with flush: alternates forward and backward once the pipeline is full (2006.09503).
 
-    The bubble is that of ``GPipe``; a stage keeps at most as many micro-batches as stages follow.
+    The bubble is that of ``GPipe``; a stage keeps the activations of at most as many micro-batches
+    as there are stages from it on.
     """
 
     torch_name = "Schedule1F1B"
-
-    def problems(self, *, ranks: int, micro_batches: int) -> str | None:
-        return _fewer_than(ranks, micro_batches, what="stages")
+    fills_stages = True
 
 
 class Interleaved(PipelineSchedule):
-    """1F1B with ``stages`` smaller stages per rank, earlier micro-batches first (2104.04473)."""
+    """Interleaved 1F1B: ``stages`` smaller (virtual) stages per rank (2104.04473)."""
 
     torch_name = "ScheduleInterleaved1F1B"
+    equal_rounds = True
     stages: int = Field(default=2, ge=2)
 
     def stages_per_rank(self) -> int:
         return self.stages
-
-    def problems(self, *, ranks: int, micro_batches: int) -> str | None:
-        return _uneven_rounds(ranks, micro_batches)
 
 
 class BreadthFirst(PipelineSchedule):
@@ -85,56 +90,45 @@ class BreadthFirst(PipelineSchedule):
 
 
 class InterleavedZeroBubble(PipelineSchedule):
-    """Interleaved 1F1B whose idle time makes gradients of weights (2401.10241)."""
+    """Interleaved 1F1B that computes gradients of weights in the bubble (2401.10241)."""
 
     torch_name = "ScheduleInterleavedZeroBubble"
     splits_backward = True
+    equal_rounds = True
     stages: int = Field(default=2, ge=2)
 
     def stages_per_rank(self) -> int:
         return self.stages
 
-    def problems(self, *, ranks: int, micro_batches: int) -> str | None:
-        return _uneven_rounds(ranks, micro_batches)
-
 
 class ZeroBubbleV(PipelineSchedule):
-    """Two stages per rank in a V, gradients of weights in the idle time (2401.10241, section 6)."""
+    """ZBV: two stages per rank in a V, gradients of weights in the bubble (2401.10241, sec. 6)."""
 
     torch_name = "ScheduleZBVZeroBubble"
     v_shaped = True
     splits_backward = True
 
-    def stages_per_rank(self) -> int:
-        return 2
-
 
 class DualPipeV(PipelineSchedule):
-    """Two stages per rank in a V, a forward and a backward side by side (after 2412.19437)."""
+    """Two stages per rank in a V, forward and backward overlapped (after 2412.19437)."""
 
     torch_name = "ScheduleDualPipeV"
     v_shaped = True
     splits_backward = True
-
-    def stages_per_rank(self) -> int:
-        return 2
-
-    def problems(self, *, ranks: int, micro_batches: int) -> str | None:
-        return _fewer_than(2 * ranks, micro_batches, what="stages")
+    fills_stages = True
 
 
-def torch_pipelining(module: str = "") -> Any:
-    """Return PyTorch's package of pipelines, or a module of it.
+def torch_pipelining() -> Any:
+    """Return ``torch.distributed.pipelining``, imported only here.
 
-    Imported when it is asked for: it brings torch's compiler and Triton, seconds that a run
-    without a pipeline need not pay.
+    It imports torch's compiler and Triton, seconds that a run without a pipeline need not pay.
     """
-    return importlib.import_module(f"torch.distributed.pipelining{module}")
+    return importlib.import_module("torch.distributed.pipelining")
 
 
 @functools.cache
 def can_split_backward() -> bool:
-    """Whether this PyTorch begins a backward at an operation of our own: 2.13 does, not 2.11."""
+    """Whether this PyTorch can start backward at a custom autograd Function: 2.13 can, 2.11 not."""
     x = torch.ones(1, requires_grad=True)
     edge = GradientEdge(_CustomIdentity.apply(x).grad_fn, 0)
     try:
@@ -146,24 +140,9 @@ def can_split_backward() -> bool:
 
 class _CustomIdentity(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        del ctx
+    def forward(_: Any, x: Tensor) -> Tensor:
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        del ctx
+    def backward(_: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return grads[0]
-
-
-def _fewer_than(wanted: int, micro_batches: int, *, what: str) -> str | None:
-    if micro_batches >= wanted:
-        return None
-    return f"at least as many micro-batches as {what}, {wanted}, not {micro_batches}"
-
-
-def _uneven_rounds(ranks: int, micro_batches: int) -> str | None:
-    rounds = max(1, micro_batches // ranks)
-    if micro_batches % rounds == 0:
-        return None
-    return f"micro-batches that divide into {rounds} equal rounds, not {micro_batches}"

@@ -1,13 +1,13 @@
-"""Stages: which blocks of a model each stage of a pipeline holds, and what else it needs.
+"""Pipeline stages: the blocks of a model that each stage has, and the other modules it needs.
 
-The chain of blocks is the encoder's, then the decoder's. A stage is a run of it (``parallel/partial_forward.py``);
-a rank with several stages holds one model without the blocks of other ranks, so names, and what the
-weights start as, are those of the whole model. A parameter that several ranks need (a tied
-embedding; what linked routers share) is held by each, and its gradient is the sum over them.
+Blocks are numbered through the encoder, then the decoder; a stage has consecutive ones. A rank with
+several stages holds one model without the modules of other ranks, so parameter names and initial
+values are those of the whole model. A parameter that several ranks need (a tied embedding, a cell
+that cross-layer routers share) is held by each, and its gradient is the sum over them.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,15 +30,15 @@ from moesaic.parallel.pipeline_schedules import (
 
 
 class PipelineSplit(Choice):
-    """Family: where the chain of blocks is cut into stages."""
+    """Family: how blocks are split into pipeline stages."""
 
     def split_points(self, config: ModelConfig, *, stages: int) -> tuple[int, ...]:
-        """Return the number of the first block of every stage but the first."""
+        """Return the first block of every stage but the first."""
         raise NotImplementedError
 
 
 class BalancedSplit(PipelineSplit):
-    """The slowest stage is as quick as it can be, by FLOPs of rows of these lengths."""
+    """Minimizes the FLOPs of the slowest stage, for rows of these lengths."""
 
     source: int = 32
     target: int = 32
@@ -49,26 +49,27 @@ class BalancedSplit(PipelineSplit):
 
 
 class SplitAt(PipelineSplit):
-    """Stages after the first begin at these blocks, the encoder's counted first."""
+    """Splits before these blocks, numbered through the encoder, then the decoder."""
 
     blocks: tuple[int, ...]
 
     def split_points(self, config: ModelConfig, *, stages: int) -> tuple[int, ...]:
-        chain = config.encoder.layers + config.decoder.layers
-        whole = (0, *self.blocks, chain)
-        if len(self.blocks) != stages - 1 or any(a >= b for a, b in itertools.pairwise(whole)):
-            raise ConfigError(
-                [
-                    f"cut.blocks={list(self.blocks)} must be {stages - 1} rising numbers between 1 "
-                    f"and {chain - 1}: the first blocks of the {stages} stages but the first"
-                ]
-            )
-        return self.blocks
+        layers = config.encoder.layers + config.decoder.layers
+        bounds = (0, *self.blocks, layers)
+        if len(self.blocks) == stages - 1 and all(a < b for a, b in itertools.pairwise(bounds)):
+            return self.blocks
+        raise ConfigError(
+            [
+                f"parallel.pipeline_split.blocks={list(self.blocks)} must be {stages - 1} rising "
+                f"numbers between 1 and {layers - 1}: the first blocks of the {stages} stages but "
+                "the first"
+            ]
+        )
 
 
 @dataclass(frozen=True)
 class PipelineStages:
-    """The stages of a model on the ``ranks`` of a pipeline. Pure arithmetic."""
+    """The stages of a model on the ``ranks`` of a pipeline; ``block_ranges`` has each one's blocks."""
 
     config: ModelConfig
     schedule: PipelineSchedule
@@ -79,23 +80,23 @@ class PipelineStages:
     def of(
         config: ModelConfig, *, schedule: PipelineSchedule, ranks: int, split: PipelineSplit
     ) -> "PipelineStages":
-        """Cut a model. Raises ConfigError where it has fewer blocks than there are stages."""
-        stages, chain = (
-            ranks * schedule.stages_per_rank(),
-            config.encoder.layers + config.decoder.layers,
-        )
-        if stages > chain:
+        """Split a model. Raises ConfigError where it has fewer blocks than there are stages."""
+        stages = ranks * schedule.stages_per_rank()
+        layers = config.encoder.layers + config.decoder.layers
+        if stages > layers:
             raise ConfigError(
                 [
                     f"parallel.pipe={ranks} with {type(schedule).__name__} makes {stages} stages, "
-                    f"but the model has {chain} blocks: choose fewer ranks, a schedule of fewer "
+                    f"but the model has {layers} blocks: choose fewer ranks, a schedule of fewer "
                     "stages, or a deeper model"
                 ]
             )
-        starts = (0, *split.split_points(config, stages=stages), chain)
-        spans = itertools.pairwise(starts)
-        legs = tuple(BlockRange.between(start, stop, config=config) for start, stop in spans)
-        return PipelineStages(config, schedule, ranks, legs)
+        bounds = (0, *split.split_points(config, stages=stages), layers)
+        ranges = tuple(
+            BlockRange.between(start, stop, config=config)
+            for start, stop in itertools.pairwise(bounds)
+        )
+        return PipelineStages(config, schedule, ranks, ranges)
 
     @cached_property
     def rank_of_stage(self) -> tuple[int, ...]:
@@ -104,14 +105,14 @@ class PipelineStages:
 
     def stages_of_rank(self, rank: int) -> tuple[int, ...]:
         """Return the stages of a rank."""
-        return tuple(stage for stage, place in enumerate(self.rank_of_stage) if place == rank)
+        return tuple(stage for stage, owner in enumerate(self.rank_of_stage) if owner == rank)
 
     def remove_other_stages(self, model: Transformer, *, rank: int) -> None:
-        """Take out of a whole model what the stages of other ranks alone need, in place."""
+        """Remove the modules of a whole model that only the stages of other ranks need, in place."""
         needed = self._module_paths(rank)
         for path in sorted(module_paths(self.config, BlockRange.all_blocks(self.config)) - needed):
-            above, _, name = path.rpartition(".")
-            owner = model.get_submodule(above)
+            parent, _, name = path.rpartition(".")
+            owner = model.get_submodule(parent)
             if name in owner._parameters:
                 owner.register_parameter(name, None)
             elif name in owner._modules:
@@ -119,62 +120,57 @@ class PipelineStages:
 
     @cached_property
     def ranks_of_parameter(self) -> dict[str, tuple[int, ...]]:
-        """The ranks that hold each parameter, by its name in the whole model, in its order."""
+        """The ranks that hold each parameter, by name, in the whole model's order."""
         with torch.device("meta"):
-            whole = Transformer(self.config)
-        needed = [self._module_paths(rank) for rank in range(self.ranks)]
-        cut = module_paths(self.config, BlockRange.all_blocks(self.config))
+            model = Transformer(self.config)
+        split = module_paths(self.config, BlockRange.all_blocks(self.config))
+        by_rank = [self._module_paths(rank) for rank in range(self.ranks)]
         return {
             name: tuple(
                 rank
-                for rank in range(self.ranks)
-                if _is_under(name, needed[rank]) or not _is_under(name, cut)
+                for rank, paths in enumerate(by_rank)
+                if _is_under(name, paths) or not _is_under(name, split)
             )
-            for name, _ in whole.named_parameters()
+            for name, _ in model.named_parameters()
         }
 
     @cached_property
     def shared_rank_sets(self) -> tuple[tuple[int, ...], ...]:
-        """Every set of more than one rank that holds some parameter together, in a fixed order."""
+        """Every set of several ranks that hold some parameter together, sorted."""
         return tuple(
             sorted({ranks for ranks in self.ranks_of_parameter.values() if len(ranks) > 1})
         )
 
     def is_first_holder(self, name: str, *, rank: int) -> bool:
-        """Whether a rank counts a parameter in sums over ranks (a norm): its first holder does."""
+        """Whether a rank is the first that holds a parameter: it counts it in sums (a norm)."""
         return self.ranks_of_parameter[name][0] == rank
 
     def problems(self, *, micro_batches: int, zero: int) -> str | None:
-        """Return why a step of so many micro-batches cannot run so, if it cannot.
-
-        ``zero`` is the ZeRO stage that shares out what a stage holds.
-        """
+        """Return why a step of ``micro_batches`` with ZeRO stage ``zero`` cannot run, or None."""
         schedule, name = self.schedule, type(self.schedule).__name__
-        wanted = schedule.problems(ranks=self.ranks, micro_batches=micro_batches)
-        if wanted:
-            return f"{name} on {self.ranks} ranks expects {wanted}"
+        expected = schedule.problems(ranks=self.ranks, micro_batches=micro_batches)
+        if expected:
+            return f"{name} on {self.ranks} ranks expects {expected}"
         if not schedule.splits_backward:
             return None
         instead = f"choose {Interleaved.__name__} or {OneForwardOneBackward.__name__}"
         if zero:
             return (
-                f"{name} looks for the gradients of weights in the graph of a pass, and ZeRO stage "
-                f"{zero} puts gathered ones in their place there, so that some are missed: "
-                f"{instead}, or zero 0"
+                f"{name} computes gradients of weights apart, by the weights in a stage's autograd "
+                f"graph, where ZeRO stage {zero} has gathered copies instead: {instead}, or zero 0"
             )
-        # the first stage makes all of its gradients at once
-        for number, leg in enumerate(self.block_ranges[1:], 1):
-            again = reused_parameters(self.config, leg)
-            if again:
+        # the first stage computes all of its gradients at once
+        for number, blocks in enumerate(self.block_ranges[1:], 1):
+            if reused := reused_parameters(self.config, blocks):
                 return (
-                    f"{name} makes gradients of weights apart, and cannot where a stage uses some "
-                    f"in several places: stage {number} uses {again} so. Cut elsewhere, or "
-                    f"{instead}"
+                    f"{name} computes gradients of weights apart, and cannot where a stage uses "
+                    f"some in several places: stage {number} uses {reused} so. Split elsewhere, "
+                    f"or {instead}"
                 )
         if not can_split_backward():
             return (
-                f"{name} makes gradients of weights apart, which PyTorch {torch.__version__} "
-                f"cannot where operations are not its own: {instead}, or a newer PyTorch (2.13 can)"
+                f"{name} computes gradients of weights apart, which PyTorch {torch.__version__} "
+                f"cannot with custom autograd Functions: {instead}, or a newer PyTorch (2.13 can)"
             )
         return None
 
@@ -185,80 +181,77 @@ class PipelineStages:
 
 
 class ModuleOnOtherRank(nn.Module):
-    """In the place of a part that another rank holds."""
+    """Placeholder for a module that another rank of the pipeline holds; calling it raises."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
         self.path = path
 
-    def forward(self, *inputs: object, **named: object) -> None:
-        """Raise: nothing here may ask for it."""
-        del inputs, named
+    def forward(self, *_: object, **__: object) -> None:
         raise RuntimeError(f"{self.path} is held by another rank of the pipeline")
 
 
-def module_paths(config: ModelConfig, block_range: BlockRange) -> frozenset[str]:
-    """Return the paths of the parts of a model that a leg needs."""
-    found = {f"encoder.{i}" for i in block_range.encoder} | {
-        f"decoder.{i}" for i in block_range.decoder
-    }
-    ends = block_range.decoder and block_range.decoder.stop == config.decoder.layers
-    enters = reads = False
-    sides = (
-        ("encoder", config.encoder, block_range.encoder),
-        ("decoder", config.decoder, block_range.decoder),
-    )
-    for side, stack, blocks in sides:
-        if not blocks:
-            continue
+def module_paths(config: ModelConfig, blocks: BlockRange) -> frozenset[str]:
+    """Return the paths of the modules and parameters that a stage of these blocks needs."""
+    paths = {f"encoder.{i}" for i in blocks.encoder} | {f"decoder.{i}" for i in blocks.decoder}
+    embeds = _has_last_block(config, blocks) and config.embedding.tied
+    if _has_last_block(config, blocks) and not config.embedding.tied:
+        paths.add("embedding.output")
+    for side, stack, layers in _stacks(config, blocks):
         moe = config.moe_of_stack(stack)
-        enters = enters or blocks.start == 0
-        linked = isinstance(moe, MoE) and bool(stack.moe_layers)
-        reads = reads or (isinstance(moe, MoE) and moe.router_input.embedding_source() != "nothing")
-        found |= {f"{side}_routing"} if linked else set()
-        found |= {f"{side}_norm"} if blocks.stop == stack.layers else set()
-    tied = config.embedding.tied
-    found |= {"embedding" if tied else "embedding.output"} if ends else set()
-    found |= {"embedding" if tied else "embedding.weight"} if enters or reads else set()
-    return frozenset(found | (_position_paths(config) if enters else set()))
+        if isinstance(moe, MoE):
+            embeds |= moe.router_input.embedding_source() != "nothing"
+            paths |= {f"{side}_routing"} if stack.moe_layers else set()
+        if layers.start == 0:
+            embeds = True
+            paths |= _position_paths(config)
+        if layers.stop == stack.layers:
+            paths.add(f"{side}_norm")
+    if embeds:
+        paths.add("embedding" if config.embedding.tied else "embedding.weight")
+    return frozenset(paths)
 
 
-def reused_parameters(config: ModelConfig, block_range: BlockRange) -> str | None:
-    """Return which parameters a leg uses in several places, one after the other, if any."""
-    ends = bool(block_range.decoder) and block_range.decoder.stop == config.decoder.layers
-    uses = int(ends and config.embedding.tied)
-    sides = (
-        ("encoder", config.encoder, block_range.encoder),
-        ("decoder", config.decoder, block_range.decoder),
-    )
-    for side, stack, blocks in sides:
-        uses += bool(blocks) and blocks.start == 0
-        moe, routed = config.moe_of_stack(stack), sum(stack.is_moe_layer(layer) for layer in blocks)
+def reused_parameters(config: ModelConfig, blocks: BlockRange) -> str | None:
+    """Return which parameters a stage of these blocks uses in several places, or None."""
+    uses = int(_has_last_block(config, blocks) and config.embedding.tied)
+    for side, stack, layers in _stacks(config, blocks):
+        uses += layers.start == 0
+        moe, moe_layers = config.moe_of_stack(stack), sum(map(stack.is_moe_layer, layers))
         if not isinstance(moe, MoE):
             continue
-        if moe.cross_layer.shared_every_layer and routed > 1:
+        if moe.cross_layer.shared_every_layer and moe_layers > 1:
             return f"what the routers of the {side} share"
-        uses += routed if moe.router_input.embedding_source() != "nothing" else 0
+        uses += moe_layers if moe.router_input.embedding_source() != "nothing" else 0
     return "the embedding" if uses > 1 else None
 
 
+def _stacks(config: ModelConfig, blocks: BlockRange) -> Iterator[tuple[str, Stack, range]]:
+    """Yield name, config and layers of each stack that has some of these blocks."""
+    if blocks.encoder:
+        yield "encoder", config.encoder, blocks.encoder
+    if blocks.decoder:
+        yield "decoder", config.decoder, blocks.decoder
+
+
+def _has_last_block(config: ModelConfig, blocks: BlockRange) -> bool:
+    return bool(blocks.decoder) and blocks.decoder.stop == config.decoder.layers
+
+
 def block_costs(config: ModelConfig, *, sizes: BatchDims) -> tuple[float, ...]:
-    """Return the forward FLOPs of every block of the chain; the logits count for the last one."""
-    encoder, decoder = config.encoder, config.decoder
-    sides = (("encoder", encoder), ("decoder", decoder))
+    """Return the forward FLOPs of every block; the last one includes the logits."""
     costs = [
         _block_cost(config, side=side, layer=layer, sizes=sizes)
-        for side, stack in sides
-        for layer in range(stack.layers)
+        for side, _, layers in _stacks(config, BlockRange.all_blocks(config))
+        for layer in layers
     ]
     costs[-1] += 2.0 * sizes.rows * sizes.target * config.dim * config.vocab_size
     return tuple(costs)
 
 
 def balanced_split(costs: Sequence[float], *, parts: int) -> tuple[int, ...]:
-    """Cut a list into runs so that the dearest is as cheap as can be; return where runs start.
-
-    Among the best, the first has the earliest cuts.
+    """Split a list into parts that minimize the highest cost; return the starts of all but the
+    first part. Of several such splits, the one with the earliest starts.
     """
     total = [0.0, *itertools.accumulate(costs)]
     best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(0, 0): (0.0, ())}
@@ -269,30 +262,30 @@ def balanced_split(costs: Sequence[float], *, parts: int) -> tuple[int, ...]:
                 for start in range(part - 1, stop)
                 if (part - 1, start) in best
             )
-            dearest, start = min(options)
-            best[part, stop] = (dearest, (*best[part - 1, start][1], start))
+            highest, start = min(options)
+            best[part, stop] = (highest, (*best[part - 1, start][1], start))
     return best[parts, len(costs)][1][1:]
 
 
 def _block_cost(config: ModelConfig, *, side: str, layer: int, sizes: BatchDims) -> float:
-    """What one more block like this one adds to a model."""
+    """Return the FLOPs that one more block like this one adds to a model."""
     stack = config.encoder if side == "encoder" else config.decoder
     dense = Stack(layers=1, moe_every=0)
     other = dense if config.encoder.layers else config.encoder
-    alike = Stack(layers=1, moe_every=1, moe=config.moe_of_layer(stack, layer=layer))
-    one = config.replace(**{"encoder": other, "decoder": dense} | {side: alike})
-    two = one.replace(**{side: alike.replace(layers=2)})
+    same = Stack(layers=1, moe_every=1, moe=config.moe_of_layer(stack, layer=layer))
+    one = config.replace(**{"encoder": other, "decoder": dense} | {side: same})
+    two = one.replace(**{side: same.replace(layers=2)})
     return count_parameters(two).forward_flops(sizes) - count_parameters(one).forward_flops(sizes)
 
 
 def _position_paths(config: ModelConfig) -> set[str]:
-    """What adds positions to embeddings; what turns heads has no parts, and all blocks need it."""
+    """Return the modules that add positions to embeddings; rotary embeddings have none."""
     with torch.device("meta"):
         position = config.position.build(dim=config.dim, head_dim=config.head_dim)
     return {f"position.{name}" for name, _ in position.named_children()}
 
 
 def _is_under(name: str, paths: frozenset[str]) -> bool:
-    """Whether a parameter is in one of these parts."""
+    """Whether a parameter is in one of the modules of these paths."""
     words = name.split(".")
     return any(".".join(words[:length]) in paths for length in range(1, len(words) + 1))

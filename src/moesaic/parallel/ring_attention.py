@@ -1,12 +1,12 @@
-"""Ring: keys and values travel from rank to rank, and each rank's queries look at all of them.
+"""Ring attention: each rank's queries attend to keys and values that are sent from rank to rank.
 
-Ring attention (2310.01889): a rank holds the queries of its tokens and never more keys than those
-of two parts. What a query found so far is kept with the logarithm of its denominator, so that
-blocks can be added in any order. Sums are float32. In backward the scores are made again, block by
-block, and the gradients of keys and values travel along with them.
+Ring attention (2310.01889): a rank holds the queries of its tokens, and at any time the keys and
+values of at most two context ranks. Partial outputs are kept with their log-sum-exp, so that tiles
+can be merged in any order; sums are float32. Backward recomputes the scores tile by tile, and sends
+the gradients of keys and values round the ring with them.
 
-Letters: t queries of this part, s keys of another one, n and m those of one block, H query heads,
-G key/value heads, R = H / G, d head dim.
+Letters: t queries of this rank, s keys of another one, H query heads, G key/value heads, R = H / G,
+d head dim.
 """
 
 import math
@@ -34,10 +34,11 @@ from moesaic.ops.blockwise_attention import (
 
 
 class RingAttention:
-    """A ``AttentionBackend`` whose parts are the ranks of ``group``, in order.
+    """An ``AttentionBackend`` over the context ranks of ``group``, in order.
 
-    Blocks that no query looks at are left out (``TokenPartition.runs`` says which): causal attention does
-    half of the work, as much on each rank if tokens are dealt in ``zigzag_split``.
+    Tiles in which no query attends to a key are skipped (``TokenPartition.spans`` has the tokens of
+    each rank). Causal attention thus does half of the work, the same on each rank with
+    ``zigzag_split``.
     """
 
     def __init__(self, group: Group) -> None:
@@ -46,10 +47,9 @@ class RingAttention:
     def self_attention(
         self, heads: QueryKeyValue, *, packing: Packing, causal: bool
     ) -> Float[Tensor, "t HD"]:
-        route = RingSchedule(
-            self._group, _runs_by_part(packing), _runs_by_part(packing), causal=causal
-        )
-        return _ring_attention(heads.query, heads.key, heads.value, route)
+        spans = _spans_by_rank(packing)
+        ring = RingSchedule(self._group, spans, spans, causal=causal)
+        return _ring_attention(heads.query, heads.key, heads.value, ring)
 
     def project_source(
         self, key: Float[Tensor, "s G d"], value: Float[Tensor, "s G d"], *, packing: Packing
@@ -64,20 +64,19 @@ class RingAttention:
         source: KeyValue,
         mask: Bool[Tensor, "B 1 1 S"] | None,
     ) -> Float[Tensor, "t HD"]:
-        del mask  # it is true where there is a token, and nothing else travels
+        del mask  # padding is never in the ring
         if source.packing is None:
-            raise TypeError("a ring can only look at what a ring has read")
-        route = RingSchedule(
-            self._group, _runs_by_part(packing), _runs_by_part(source.packing), causal=False
-        )
-        return _ring_attention(query, source.key, source.value, route)
+            raise TypeError("ring attention needs a source from its own project_source")
+        spans, source_spans = _spans_by_rank(packing), _spans_by_rank(source.packing)
+        ring = RingSchedule(self._group, spans, source_spans, causal=False)
+        return _ring_attention(query, source.key, source.value, ring)
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionTile:
-    """Some neighbouring queries and keys of one row, by their places in their parts.
+    """Consecutive queries and keys of one row, as slices of their ranks' tokens.
 
-    Query i sees the keys up to ``i + diagonal``; None: all of them.
+    Query i attends to the keys up to ``i + diagonal``; None: to all of them.
     """
 
     queries: slice
@@ -86,26 +85,32 @@ class AttentionTile:
 
     @staticmethod
     def of(query: TokenSpan, key: TokenSpan, *, causal: bool) -> "AttentionTile | None":
-        """Return what one run sees of another of its row, every query something; None: nothing."""
-        late = max(0, key.position - query.position) if causal else 0
-        if late >= query.length:
+        """Return the tile of two spans of one row, without queries or keys that are all masked.
+
+        None if nothing is left.
+        """
+        skipped = max(0, key.position - query.position) if causal else 0
+        if skipped >= query.length:
             return None
-        ahead = query.position + late - key.position
-        seen = min(key.length, ahead + query.length - late) if causal else key.length
+        diagonal = query.position + skipped - key.position
+        keys = min(key.length, diagonal + query.length - skipped) if causal else key.length
         return AttentionTile(
-            slice(query.start + late, query.start + query.length),
-            slice(key.start, key.start + seen),
-            ahead if causal and ahead + 1 < seen else None,
+            slice(query.start + skipped, query.start + query.length),
+            slice(key.start, key.start + keys),
+            diagonal if causal and diagonal + 1 < keys else None,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class RingSchedule:
-    """Whose queries look at whose keys, by part, and how keys go round."""
+    """The tiles of each step of the ring, and the transfers between steps.
+
+    ``query_spans`` and ``key_spans`` are the tokens of each rank.
+    """
 
     group: Group
-    query_runs: Sequence[Sequence[TokenSpan]]
-    key_runs: Sequence[Sequence[TokenSpan]]
+    query_spans: Sequence[Sequence[TokenSpan]]
+    key_spans: Sequence[Sequence[TokenSpan]]
     causal: bool
 
     @property
@@ -113,163 +118,145 @@ class RingSchedule:
         return group_size(self.group)
 
     def key_owner(self, step: int) -> int:
-        """Return whose keys are here after so many steps."""
+        """Return the rank whose keys are held here after ``step`` transfers."""
         return (group_rank(self.group) - step) % self.ranks
 
     def tiles(self, step: int) -> Iterator[AttentionTile]:
-        """Yield what queries here look at among the keys that are here."""
-        rows: dict[int, list[TokenSpan]] = defaultdict(list)
-        for key in self.key_runs[self.key_owner(step)]:
-            rows[key.row].append(key)
-        for query in self.query_runs[self.key_owner(0)]:
-            for key in rows[query.row]:
-                block = AttentionTile.of(query, key, causal=self.causal)
-                if block is not None:
-                    yield block
+        """Yield the tiles of this rank's queries and the keys of ``step``."""
+        keys_of_row: dict[int, list[TokenSpan]] = defaultdict(list)
+        for key in self.key_spans[self.key_owner(step)]:
+            keys_of_row[key.row].append(key)
+        for query in self.query_spans[self.key_owner(0)]:
+            for key in keys_of_row[query.row]:
+                tile = AttentionTile.of(query, key, causal=self.causal)
+                if tile is not None:
+                    yield tile
 
     def send_to_next_rank(
-        self, held: Float[Tensor, "s C d"], *, step: int, tag: int
+        self, rows: Float[Tensor, "s C d"], *, step: int, tag: int
     ) -> "PendingTransfer":
-        """Begin to give the next rank what is here, and to receive what comes after ``step``."""
-        tokens = sum(run.length for run in self.key_runs[self.key_owner(step + 1)])
-        arriving = held.new_empty(tokens, *held.shape[1:])
-        if self.group is None or self.ranks == 1:
-            return PendingTransfer(held, held, ())
-        own = group_rank(self.group)
-        to, from_ = (
-            distributed.get_global_rank(self.group, rank % self.ranks)
-            for rank in (own + 1, own - 1)
+        """Start to send the rows of ``step`` and to receive those of the step after it."""
+        tokens = sum(span.length for span in self.key_spans[self.key_owner(step + 1)])
+        received = rows.new_empty(tokens, *rows.shape[1:])
+        group = self.group
+        if group is None or self.ranks == 1:
+            return PendingTransfer(rows, rows, ())
+        rank = group_rank(group)
+        next_rank, previous_rank = (
+            distributed.get_global_rank(group, peer % self.ranks) for peer in (rank + 1, rank - 1)
         )
-        ends = [(distributed.isend, held, to), (distributed.irecv, arriving, from_)]
-        moves = [
-            distributed.P2POp(move, tensor, peer, self.group, tag)
-            for move, tensor, peer in ends
+        transfers = (
+            (distributed.isend, rows, next_rank),
+            (distributed.irecv, received, previous_rank),
+        )
+        ops = [
+            distributed.P2POp(op, tensor, peer, group, tag)
+            for op, tensor, peer in transfers
             if tensor.numel()
         ]
-        work = distributed.batch_isend_irecv(moves) if moves else []
-        return PendingTransfer(held, arriving, tuple(work), self.group)
+        work = distributed.batch_isend_irecv(ops) if ops else []
+        return PendingTransfer(rows, received, tuple(work), group)
 
 
 @dataclass(frozen=True, slots=True)
 class PendingTransfer:
-    """Rows on their way. ``sent`` is kept from being freed until they have left."""
+    """Rows being sent and received. ``sent`` keeps its memory from being freed before."""
 
     sent: Tensor
-    arriving: Tensor
+    received: Tensor
     work: tuple[Any, ...]
     group: Group = None
 
     def wait(self) -> Tensor:
-        """Return what has arrived."""
+        """Return the received rows."""
         if self.group is not None:
             with record_collective("exchange", group=self.group):
-                for move in self.work:
-                    move.wait()
-        return self.arriving
+                for work in self.work:
+                    work.wait()
+        return self.received
 
 
 class _RingAttentionFunction(torch.autograd.Function):
-    """Once round the ring; in backward once more, and home."""
-
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, route: RingSchedule) -> Tensor:
-        asking = _grouped_query_heads(query, groups=key.shape[1])
-        found = PartialAttention(
-            torch.zeros_like(asking), torch.full_like(asking[..., 0], -math.inf)
-        )
-        held = torch.cat([key, value], 1)
-        for step in range(route.ranks):
-            coming = (
-                route.send_to_next_rank(held, step=step, tag=0) if step + 1 < route.ranks else None
-            )
-            keys, values = _heads_first(held).chunk(2)
-            for block in route.tiles(step):
-                q, k = block.queries, block.keys
-                part = PartialAttention(found.out[:, :, q], found.lse[:, :, q])
-                seen = attend_block(
-                    asking[:, :, q], keys[:, k], values[:, k], diagonal=block.diagonal
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ring: RingSchedule) -> Tensor:
+        queries = _grouped_query_heads(query, groups=key.shape[1])
+        lse = torch.full_like(queries[..., 0], -math.inf)
+        total, rows = PartialAttention(torch.zeros_like(queries), lse), torch.cat([key, value], 1)
+        for step in range(ring.ranks):
+            last = step + 1 == ring.ranks
+            transfer = None if last else ring.send_to_next_rank(rows, step=step, tag=0)
+            keys, values = _heads_first(rows).chunk(2)
+            for tile in ring.tiles(step):
+                q, k = tile.queries, tile.keys
+                block = attend_block(
+                    queries[:, :, q], keys[:, k], values[:, k], diagonal=tile.diagonal
                 )
-                merge_block(part, seen)
-            held = held if coming is None else coming.wait()
-        out = _tokens_first(found.out).to(query.dtype)
-        ctx.save_for_backward(query, key, value, out, found.lse)
-        ctx.route = route
+                merge_block(PartialAttention(total.out[:, :, q], total.lse[:, :, q]), block)
+            rows = rows if transfer is None else transfer.wait()
+        out = _tokens_first(total.out).to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, total.lse)
+        ctx.ring = ring
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        query, key, value, out, log = ctx.saved_tensors
-        groups = key.shape[1]
+        query, key, value, out, lse = ctx.saved_tensors
         with torch.autocast(query.device.type, enabled=False):
-            asking, grad = (
-                _grouped_query_heads(query, groups=groups),
-                _grouped_query_heads(grads[0], groups=groups),
+            queries, grad, output = (
+                _grouped_query_heads(x, groups=key.shape[1]) for x in (query, grads[0], out)
             )
-            back = AttentionBackward(
-                grad, (grad * _grouped_query_heads(out, groups=groups)).sum(-1), log
+            saved = AttentionBackward(grad, (grad * output).sum(-1), lse)
+            query_grad, rows_grad = _ring_backward(
+                ctx.ring, queries=queries, rows=torch.cat([key, value], 1), saved=saved
             )
-            held = torch.cat([key, value], 1)
-            of_query, of_held = _ring_backward(ctx.route, asking=asking, held=held, back=back)
-        of_key, of_value = of_held.chunk(2, 1)
-        return (
-            _tokens_first(of_query).to(query.dtype),
-            of_key.to(key.dtype),
-            of_value.to(value.dtype),
-            None,
-        )
+        key_grad, value_grad = rows_grad.chunk(2, 1)
+        query_grad = _tokens_first(query_grad).to(query.dtype)
+        return query_grad, key_grad.to(key.dtype), value_grad.to(value.dtype), None
 
 
 def _ring_backward(
-    route: RingSchedule, *, asking: Tensor, held: Tensor, back: AttentionBackward
+    ring: RingSchedule, *, queries: Tensor, rows: Tensor, saved: AttentionBackward
 ) -> tuple[Float[Tensor, "G R t d"], Float[Tensor, "s 2G d"]]:
-    """Return the gradients of the queries here, and of the keys and values that began here."""
-    of_query, nothing = torch.zeros_like(asking), torch.zeros_like(held, dtype=asking.dtype)
-    behind = PendingTransfer(nothing, nothing, (), None)
-    for step in range(route.ranks):
-        coming = route.send_to_next_rank(held, step=step, tag=0) if step + 1 < route.ranks else None
-        asked = _heads_first(held)
-        of_asked = torch.zeros_like(asked)
-        for block in route.tiles(step):
-            _add_tile_gradients(
-                block, asking=asking, asked=asked, back=back, into=(of_query, of_asked)
+    """Return the gradients of this rank's queries, and of its keys and values."""
+    query_grad, zeros = torch.zeros_like(queries), torch.zeros_like(rows, dtype=queries.dtype)
+    # gradients of keys follow one step behind the keys
+    grad_transfer = PendingTransfer(zeros, zeros, ())
+    for step in range(ring.ranks):
+        last = step + 1 == ring.ranks
+        transfer = None if last else ring.send_to_next_rank(rows, step=step, tag=0)
+        keys_values = _heads_first(rows)
+        step_grad = torch.zeros_like(keys_values)
+        for tile in ring.tiles(step):
+            q = tile.queries
+            key, value = keys_values[:, tile.keys].chunk(2)
+            grads = attend_block_backward(
+                queries[:, :, q],
+                key,
+                value,
+                backward=AttentionBackward(*(each[:, :, q] for each in saved)),
+                diagonal=tile.diagonal,
             )
-        of_held = of_asked.transpose(0, 1) + behind.wait()
-        behind = route.send_to_next_rank(of_held.contiguous(), step=step, tag=1)
-        held = held if coming is None else coming.wait()
-    return of_query, behind.wait()
-
-
-def _add_tile_gradients(
-    block: AttentionTile,
-    *,
-    asking: Tensor,
-    asked: Tensor,
-    back: AttentionBackward,
-    into: tuple[Tensor, Tensor],
-) -> None:
-    """Add a block's gradients, in place."""
-    q, (of_query, of_asked) = block.queries, into
-    key, value = asked[:, block.keys].chunk(2)
-    part = AttentionBackward(back.grad_out[:, :, q], back.delta[:, :, q], back.lse[:, :, q])
-    grads = attend_block_backward(
-        asking[:, :, q], key, value, backward=part, diagonal=block.diagonal
-    )
-    of_query[:, :, q] += grads.query
-    of_asked[:, block.keys] += torch.cat([grads.key, grads.value])
+            query_grad[:, :, q] += grads.query
+            step_grad[:, tile.keys] += torch.cat([grads.key, grads.value])
+        rows_grad = step_grad.transpose(0, 1) + grad_transfer.wait()
+        grad_transfer = ring.send_to_next_rank(rows_grad.contiguous(), step=step, tag=1)
+        rows = rows if transfer is None else transfer.wait()
+    return query_grad, grad_transfer.wait()
 
 
 def _ring_attention(
-    query: Tensor, key: Tensor, value: Tensor, route: RingSchedule
+    query: Tensor, key: Tensor, value: Tensor, ring: RingSchedule
 ) -> Float[Tensor, "t HD"]:
     with torch.autocast(query.device.type, enabled=False):
-        return _RingAttentionFunction.apply(query, key, value, route).flatten(1)
+        return _RingAttentionFunction.apply(query, key, value, ring).flatten(1)
 
 
-def _runs_by_part(packing: Packing) -> Sequence[Sequence[TokenSpan]]:
+def _spans_by_rank(packing: Packing) -> Sequence[Sequence[TokenSpan]]:
     if packing.partition is None or not packing.partition.spans:
         raise TypeError(
-            "a ring needs to know the runs of every part: see parallel/context_parallel.py"
+            "ring attention needs the token spans of every context rank, which "
+            "parallel/context_parallel.py: SequenceSharder computes"
         )
     return packing.partition.spans
 

@@ -1,26 +1,22 @@
-"""Layout: which dims of which parameters are cut over which axis, and where the copies are.
+"""Sharding plan: the dims of each parameter that are sharded, over which axes, and their slices.
 
-A table made of the model's modules, as data. A matrix may be several side by side (queries, keys
-and values; gate and value): each *segment* is cut evenly, so that a rank's slice is again such a
-matrix, only narrower. What no axis cuts is held by every rank of a stage.
-
-The cuts are those of Megatron (1909.08053, section 3) for dense layers and of GShard (2006.16668)
-and MoE Parallel Folding (2504.14960) for experts.
-
-Slices: a rank's part of a tensor, taken from the whole and described as blocks of it.
-
-Sharing: where the copies of a parameter lie, and how ZeRO shares them out.
+The plan is a table made from the modules of a whole model. Dense layers are sharded as in Megatron
+(1909.08053, section 3), experts as in GShard (2006.16668) and MoE Parallel Folding (2504.14960). A
+matrix that concatenates several (queries, keys and values; gate and value) is sharded segment by
+segment, so that a rank's slice is the same concatenation with fewer channels. Parameters without a
+sharded dim are replicated over the ranks of a pipeline stage.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, product
 
 import torch
 from torch import nn
 
 from moesaic.checkpoint.snapshot import Shard, ShardBlock
 from moesaic.core.shapes import Shaped, Tensor
+from moesaic.distributed.mesh import DATA_CONTEXT_AXES, STAGE_AXES
 from moesaic.distributed.parallel_plan import RankGrid
 from moesaic.model.block import FeedForwardBranch
 from moesaic.model.transformer import Transformer
@@ -29,212 +25,201 @@ from moesaic.moe.layer import MoELayer
 from moesaic.nn.attention import CrossAttention, SelfAttention
 from moesaic.nn.embedding import Embedding
 
+EXPERT_STAGE_AXES = ("expert_data", "expert", "expert_tensor")
+
 
 @dataclass(frozen=True, slots=True)
 class ShardedDim:
-    """``dim`` is cut over ``axis``; ``segments`` are the lengths that lie side by side in it."""
+    """``dim`` is sharded over ``axis``; ``segments`` are the lengths concatenated in it."""
 
     axis: str
     dim: int
     segments: tuple[int, ...]
 
     def spans(self, index: int, count: int) -> tuple[tuple[int, int], ...]:
-        """Return (start, length) of what the rank at ``index`` of ``count`` holds, by segment."""
-        found, offset = [], 0
+        """Return (start, length) in each segment of the slice of rank ``index`` of ``count``."""
+        spans, offset = [], 0
         for length in self.segments:
             first, last = length * index // count, length * (index + 1) // count
-            found.append((offset + first, last - first))
+            spans.append((offset + first, last - first))
             offset += length
-        return tuple(found)
+        return tuple(spans)
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """How one parameter lies: its whole ``shape``, and its cuts.
+    """The full ``shape`` of one parameter and its sharded dims.
 
-    ``experts`` is the layer's number of them, where the axes are those of a layer with experts.
+    ``num_experts`` is the layer's number of experts where the axes are those of an MoE layer.
     """
 
     shape: tuple[int, ...]
     sharded_dims: tuple[ShardedDim, ...] = ()
-    experts: int | None = None
+    num_experts: int | None = None
 
-    def replicated_axes(self, axes: tuple[str, ...]) -> tuple[str, ...]:
-        """Return the axes of a stage over which every rank holds a copy."""
-        return tuple(axis for axis in axes if axis not in {cut.axis for cut in self.sharded_dims})
+    @property
+    def replicated_axes(self) -> tuple[str, ...]:
+        """The axes of a pipeline stage over which every rank holds a copy."""
+        axes = STAGE_AXES if self.num_experts is None else EXPERT_STAGE_AXES
+        return tuple(axis for axis in axes if axis not in {dim.axis for dim in self.sharded_dims})
+
+    @property
+    def zero_axes(self) -> tuple[str, ...]:
+        """The axes over which ZeRO shards the copies."""
+        return DATA_CONTEXT_AXES if self.num_experts is None else ("expert_data",)
 
 
 ShardingPlan = dict[str, Placement]
 
 
 def make_sharding_plan(model: Transformer) -> ShardingPlan:
-    """Return how every parameter of a whole model lies, by name."""
-    cut = {
-        f"{path}.{name}": laid
-        for path, module in _placements_by_module(model)
-        for name, laid in module
+    """Return the placement of every parameter of a whole model, by name."""
+    sharded = {
+        f"{path}.{name}": placement
+        for path, module in model.named_modules()
+        for name, placement in _placements(module)
     }
     return {
-        name: cut.get(name, Placement(tuple(parameter.shape)))
+        name: sharded.get(name, Placement(tuple(parameter.shape)))
         for name, parameter in model.named_parameters()
     }
 
 
-def _placements_by_module(
-    model: nn.Module,
-) -> Iterator[tuple[str, Iterator[tuple[str, Placement]]]]:
-    for path, module in model.named_modules():
-        if isinstance(module, SelfAttention):
-            yield path, _self_attention_placements(module)
-        elif isinstance(module, CrossAttention):
-            yield path, _cross_attention_placements(module)
-        elif isinstance(module, FeedForwardBranch):
-            yield path, _feed_forward_placements(module)
-        elif isinstance(module, MoELayer):
-            yield path, _expert_placements(module)
-        elif isinstance(module, Embedding):
-            yield path, _embedding_placements(module)
-
-
-def _self_attention_placements(module: SelfAttention) -> Iterator[tuple[str, Placement]]:
-    query, keys = module.heads * module.head_dim, module.kv_heads * module.head_dim
-    yield from _column_parallel("qkv", module.qkv, segments=(query, keys, keys))
-    yield from _row_parallel("out", module.out)
-
-
-def _cross_attention_placements(module: CrossAttention) -> Iterator[tuple[str, Placement]]:
-    keys = module.kv_heads * module.head_dim
-    yield from _column_parallel("query", module.query, segments=(module.heads * module.head_dim,))
-    yield from _column_parallel("kv", module.kv, segments=(keys, keys))
-    yield from _row_parallel("out", module.out)
-
-
-def _feed_forward_placements(branch: FeedForwardBranch) -> Iterator[tuple[str, Placement]]:
-    up, down = branch.inner.up, branch.inner.down
-    hidden = down.in_features
-    yield from _column_parallel("inner.up", up, segments=(hidden,) * (up.out_features // hidden))
-    yield from _row_parallel("inner.down", down)
-
-
-def _embedding_placements(module: Embedding) -> Iterator[tuple[str, Placement]]:
-    for name, table in module.named_parameters():
-        shape = tuple(table.shape)
-        yield name, Placement(shape, (ShardedDim("tensor", 0, (shape[0],)),))
+def _placements(module: nn.Module) -> Iterator[tuple[str, Placement]]:
+    """Yield the placements of a layer's sharded parameters, by their names in it."""
+    if isinstance(module, SelfAttention):
+        query, keys = module.heads * module.head_dim, module.kv_heads * module.head_dim
+        yield from _column_parallel("qkv", module.qkv, segments=(query, keys, keys))
+        yield from _row_parallel("out", module.out)
+    elif isinstance(module, CrossAttention):
+        query, keys = module.heads * module.head_dim, module.kv_heads * module.head_dim
+        yield from _column_parallel("query", module.query, segments=(query,))
+        yield from _column_parallel("kv", module.kv, segments=(keys, keys))
+        yield from _row_parallel("out", module.out)
+    elif isinstance(module, FeedForwardBranch):
+        up, down = module.inner.up, module.inner.down
+        segments = (down.in_features,) * (up.out_features // down.in_features)
+        yield from _column_parallel("inner.up", up, segments=segments)
+        yield from _row_parallel("inner.down", down)
+    elif isinstance(module, Embedding):
+        for name, table in module.named_parameters():
+            shape = tuple(table.shape)
+            yield name, Placement(shape, (ShardedDim("tensor", 0, (shape[0],)),))
+    elif isinstance(module, MoELayer):
+        yield from _expert_placements(module)
 
 
 def _column_parallel(
     name: str, linear: nn.Linear, *, segments: tuple[int, ...]
 ) -> Iterator[tuple[str, Placement]]:
-    """Each rank makes some of the outputs."""
-    cut = (ShardedDim("tensor", 0, segments),)
-    yield f"{name}.weight", Placement(tuple(linear.weight.shape), cut)
+    """Each rank computes some of the outputs (rows of ``nn.Linear.weight``)."""
+    dims = (ShardedDim("tensor", 0, segments),)
+    yield f"{name}.weight", Placement(tuple(linear.weight.shape), dims)
     if linear.bias is not None:
-        yield f"{name}.bias", Placement(tuple(linear.bias.shape), cut)
+        yield f"{name}.bias", Placement(tuple(linear.bias.shape), dims)
 
 
 def _row_parallel(name: str, linear: nn.Linear) -> Iterator[tuple[str, Placement]]:
-    """Each rank reads some of the inputs; the parts of an output are added, its bias once."""
+    """Each rank reads some of the inputs; outputs are summed over ranks, the bias added once."""
     shape = tuple(linear.weight.shape)
     yield f"{name}.weight", Placement(shape, (ShardedDim("tensor", 1, (shape[1],)),))
 
 
 def _expert_placements(layer: MoELayer) -> Iterator[tuple[str, Placement]]:
-    bank, experts = layer.experts, layer.router.config.experts
-    hidden = _expert_tensor_dims(bank) if isinstance(bank, GroupedExperts) else {}
-    for name, parameter in bank.named_parameters():
+    experts, number = layer.experts, layer.router.config.experts
+    hidden = _expert_tensor_dims(experts) if isinstance(experts, GroupedExperts) else {}
+    for name, parameter in experts.named_parameters():
         shape = tuple(parameter.shape)
-        if "." in name or shape[0] != experts:  # what the experts of a layer share
+        if "." in name or shape[0] != number:  # shared by the experts of the layer
             continue
-        cuts = (ShardedDim("expert", 0, (experts,)), *hidden.get(name, ()))
-        yield f"experts.{name}", Placement(shape, cuts, experts)
+        dims = (ShardedDim("expert", 0, (number,)), *hidden.get(name, ()))
+        yield f"experts.{name}", Placement(shape, dims, number)
 
 
-def _expert_tensor_dims(bank: GroupedExperts) -> dict[str, tuple[ShardedDim, ...]]:
-    hidden, width = bank.down.shape[1], bank.up.shape[2]
-    wide = (hidden,) * (width // hidden)
+def _expert_tensor_dims(experts: GroupedExperts) -> dict[str, tuple[ShardedDim, ...]]:
+    hidden, width = experts.down.shape[1], experts.up.shape[2]
+    segments = (hidden,) * (width // hidden)
     return {
-        "up": (ShardedDim("expert_tensor", 2, wide),),
-        "up_bias": (ShardedDim("expert_tensor", 1, wide),),
+        "up": (ShardedDim("expert_tensor", 2, segments),),
+        "up_bias": (ShardedDim("expert_tensor", 1, segments),),
         "down": (ShardedDim("expert_tensor", 1, (hidden,)),),
     }
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, ExpertModule, MoELayer]]:
-    """Yield the experts of every layer with the name of their module."""
+    """Yield the module path of each layer's experts, the experts and the layer."""
     for path, module in model.named_modules():
         if isinstance(module, MoELayer):
             yield f"{path}.experts", module.experts, module
 
 
-Spans = tuple[tuple[int, int], ...]  # (start, length) of runs of a dim that are held side by side
+Spans = tuple[tuple[int, int], ...]  # (start, length) of each run of a dim that a slice contains
 
 
 def local_spans(
-    placement: Placement, *, grid: RankGrid, place: Mapping[str, int]
+    placement: Placement, *, grid: RankGrid, coordinates: Mapping[str, int]
 ) -> tuple[Spans, ...]:
-    """Return what the rank at ``place`` holds of each dim of a parameter."""
-    found: list[Spans] = [((0, size),) for size in placement.shape]
-    for cut in placement.sharded_dims:
-        found[cut.dim] = cut.spans(place[cut.axis], grid.axes[cut.axis])
-    return tuple(found)
+    """Return the spans of each dim of a parameter that the rank at ``coordinates`` holds."""
+    spans: list[Spans] = [((0, size),) for size in placement.shape]
+    for sharded in placement.sharded_dims:
+        spans[sharded.dim] = sharded.spans(coordinates[sharded.axis], grid.axes[sharded.axis])
+    return tuple(spans)
 
 
-def slice_local(whole: Shaped[Tensor, "*N"], held: Sequence[Spans]) -> Shaped[Tensor, "*n"]:
-    """Return a rank's part of a whole tensor, contiguous; the tensor itself if that is all."""
-    part = whole
-    for dim, runs in enumerate(held):
-        if sum(length for _, length in runs) < whole.shape[dim]:
+def slice_local(full: Shaped[Tensor, "*N"], spans: Sequence[Spans]) -> Shaped[Tensor, "*n"]:
+    """Return a rank's slice of a full tensor, contiguous; the tensor itself if that is all."""
+    part = full
+    for dim, runs in enumerate(spans):
+        if sum(length for _, length in runs) < full.shape[dim]:
             part = torch.cat([part.narrow(dim, *run) for run in runs or [(0, 0)]], dim)
     return part.contiguous()
 
 
-def clip_spans(held: Sequence[Spans], *, dim: int, start: int, length: int) -> tuple[Spans, ...]:
-    """Return what is left of a part when only ``length`` rows of its ``dim`` are kept."""
-    kept, at = [], 0
-    for first, size in held[dim]:
-        low, high = max(start, at), min(start + length, at + size)
+def clip_spans(spans: Sequence[Spans], *, dim: int, start: int, length: int) -> tuple[Spans, ...]:
+    """Return the spans of ``length`` rows of a slice along ``dim``, from its row ``start`` on."""
+    clipped, offset = [], 0
+    for first, size in spans[dim]:
+        low, high = max(start, offset), min(start + length, offset + size)
         if high > low:
-            kept.append((first + low - at, high - low))
-        at += size
-    return (*held[:dim], tuple(kept), *held[dim + 1 :])
+            clipped.append((first + low - offset, high - low))
+        offset += size
+    return (*spans[:dim], tuple(clipped), *spans[dim + 1 :])
 
 
 def describe_shard(
-    part: Shaped[Tensor, "*n"], held: Sequence[Spans], *, shape: Sequence[int]
+    part: Shaped[Tensor, "*n"], spans: Sequence[Spans], *, shape: Sequence[int]
 ) -> Shard:
-    """Describe a part in memory as blocks of the whole of ``shape``."""
-    pieces = []
-    for runs in product(*(_local_offsets(spans_) for spans_ in held)):
+    """Describe a slice in memory as blocks of the full tensor of ``shape``."""
+    blocks = []
+    for runs in product(*map(_local_offsets, spans)):
         block = part.detach()
-        for dim, (_, here, length) in enumerate(runs):
-            block = block.narrow(dim, here, length)
-        pieces.append(ShardBlock(tuple(start for start, _, _ in runs), block))
-    return Shard(tuple(shape), part.dtype, tuple(pieces))
+        for dim, (_, offset, length) in enumerate(runs):
+            block = block.narrow(dim, offset, length)
+        blocks.append(ShardBlock(tuple(start for start, _, _ in runs), block))
+    return Shard(tuple(shape), part.dtype, tuple(blocks))
 
 
-def write_shard(whole: Shaped[Tensor, "*N"], found: Shard) -> None:
-    """Write a rank's blocks into a whole tensor."""
-    for piece in found.blocks:
-        target = whole
-        for dim, (start, length) in enumerate(zip(piece.offset, piece.data.shape, strict=True)):
+def write_shard(full: Shaped[Tensor, "*N"], shard: Shard) -> None:
+    """Copy a rank's blocks into a full tensor."""
+    for block in shard.blocks:
+        target = full
+        for dim, (start, length) in enumerate(zip(block.offset, block.data.shape, strict=True)):
             target = target.narrow(dim, start, length)
-        target.copy_(piece.data)
+        target.copy_(block.data)
 
 
-def _local_offsets(held: Spans) -> list[tuple[int, int, int]]:
-    """Return (start in the whole, start in the part, length) of each run."""
-    found, at = [], 0
-    for start, length in held:
-        found.append((start, at, length))
-        at += length
-    return found
+def _local_offsets(spans: Spans) -> list[tuple[int, int, int]]:
+    """Return (start in the full dim, start in the slice, length) of each run."""
+    starts = accumulate((length for _, length in spans), initial=0)
+    return [(start, offset, length) for (start, length), offset in zip(spans, starts, strict=False)]
 
 
 @dataclass(frozen=True, slots=True)
 class GradientSync:
-    """Over which axes the copies of a parameter lie, and the ranks that share out each copy.
+    """The axes over which a parameter's gradient is summed.
 
-    ``axes`` are summed after backward; ``zero`` are those that ZeRO has summed and shared out.
+    ``all_reduce_axes`` are summed after backward. ``zero_axes`` are reduce-scattered by ZeRO, which
+    shards the parameter over them.
     """
 
     all_reduce_axes: tuple[str, ...]
@@ -242,9 +227,9 @@ class GradientSync:
 
 
 def zero_dim(shape: tuple[int, ...], *, ranks: int) -> int:
-    """Return the dim along which ZeRO shares out a parameter: the first, where it is long enough.
+    """Return the dim along which ZeRO shards a parameter: the first, where it is long enough.
 
-    A bank of fewer experts than ranks is shared out along its second dim, if that divides evenly.
+    Stacked weights of fewer experts than ranks are sharded along the second dim if it divides.
     """
     if shape and shape[0] < ranks and len(shape) > 2 and shape[1] % ranks == 0:
         return 1

@@ -1,22 +1,18 @@
-"""Vocabulary: a table cut by rows over the ranks of a group, and the loss over it.
+"""Tensor parallelism: attention heads, hidden channels and vocabulary rows sharded over ranks.
 
-Megatron's parallel embedding and cross-entropy (1909.08053, section 3), in chunks as in
-``ops/cross_entropy.py``: every rank scores all tokens of the group against its own rows, and only
-maxima, sums and the label's logit travel, never logits.
+Megatron's column- and row-parallel linears, vocabulary-parallel embedding and cross-entropy
+(1909.08053, section 3). Between layers the token stream is sharded over the same ranks (sequence
+parallelism, 2205.05198): tokens are all-gathered before a column-parallel linear and
+reduce-scattered after a row-parallel one. The loss is computed in chunks as in
+``ops/cross_entropy.py``: every rank scores all tokens against its own rows of the table, and ranks
+exchange maxima, sums and label logits, never logits.
 
-Letters: T tokens, t tokens held here, N predicted tokens held here, M those of the group, V
-vocabulary, v rows held here, D model dim.
-
-Tensor parallel: each rank holds some heads and some hidden channels of every dense layer.
-
-Megatron's cut (1909.08053) with the stream between layers dealt over the same ranks (sequence
-parallelism, 2205.05198): rows are gathered before the first product and their parts added and dealt
-out again after the last one.
-
-Letters: t tokens held here, T tokens of the crew, D model dim.
+Letters: t tokens held here, T tokens of the tensor parallel group, N predicted tokens held here, M
+those of the group, V vocabulary, v rows held here, D model dim.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,7 +39,7 @@ from moesaic.ops.cross_entropy import CHUNK_ELEMENTS, TokenLoss
 
 
 class VocabParallelEmbedding:
-    """A ``EmbeddingBackend`` of ``size`` rows in all, of which each rank of ``group`` holds a run."""
+    """An ``EmbeddingBackend``: a table of ``size`` rows, sharded by rows over ``group``."""
 
     def __init__(self, group: Group, *, size: int) -> None:
         self._group, self._size = group, size
@@ -59,8 +55,8 @@ class VocabParallelEmbedding:
     def embed_replicated(
         self, ids: Int[Tensor, "B"], *, table: Float[Tensor, "v D"]
     ) -> Float[Tensor, "B D"]:
-        found = reduce_from_group(self._lookup_local_rows(ids, table=table), group=self._group)
-        return copy_to_group(found, group=self._group)  # each rank uses it for tokens of its own
+        rows = reduce_from_group(self._lookup_local_rows(ids, table=table), group=self._group)
+        return copy_to_group(rows, group=self._group)  # each rank uses it for its own tokens
 
     def loss(
         self,
@@ -72,36 +68,42 @@ class VocabParallelEmbedding:
         z: float,
     ) -> TokenLoss:
         ranks = group_size(self._group)
-        here = torch.tensor([len(label)], device=label.device)
-        sizes = all_gather_rows(here, group=self._group, sizes=[1] * ranks).tolist()
-        every = all_gather_rows(hidden, group=self._group, sizes=sizes)
+        count = torch.tensor([len(label)], device=label.device)
+        sizes = all_gather_rows(count, group=self._group, sizes=[1] * ranks).tolist()
+        gathered = all_gather_rows(hidden, group=self._group, sizes=sizes)
         labels = all_gather_rows(label, group=self._group, sizes=sizes)
-        # this rank's loss is that of its own tokens, but its rows are scored by all
+        # this rank returns the loss of its own tokens, but scores those of all ranks
         first = sum(sizes[: group_rank(self._group)])
         own = slice(first, first + len(label))
         terms = _LossTerms(self._group, self._first, self._size, smoothing, z)
-        total, nll = _VocabParallelCrossEntropy.apply(every, table, labels, own, terms)
+        total, nll = _VocabParallelCrossEntropy.apply(gathered, table, labels, own, terms)
         return TokenLoss(total, nll)
 
     def _lookup_local_rows(
         self, ids: Int[Tensor, "T"], *, table: Float[Tensor, "v D"]
     ) -> Float[Tensor, "T D"]:
-        place = ids - self._first
-        held = (place >= 0) & (place < table.shape[0])
-        return F.embedding(place.where(held, 0), table) * held[:, None]
+        """Return the embeddings of the ids whose rows are held here, zeros for the others."""
+        row = ids - self._first
+        local = (row >= 0) & (row < table.shape[0])
+        return F.embedding(row.where(local, 0), table) * local[:, None]
 
 
+@dataclass(frozen=True, slots=True)
 class _LossTerms:
-    """What a chunk's loss needs beside logits and labels."""
+    """Settings of the loss, and the position of this rank's rows in the vocabulary."""
 
-    def __init__(self, group: Group, first: int, size: int, smoothing: float, z: float) -> None:
-        self.group, self.first, self.size = group, first, size
-        self.smoothing, self.z = smoothing, z
+    group: Group
+    first: int
+    size: int
+    smoothing: float
+    z: float
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Gradients are made in the forward pass. Every rank's own loss must reach ``backward`` with
-    the same factor (a loss is a share, ``moe/batch_group.py``): rows are scored for others, too.
+    """Cross-entropy that computes its gradients in the forward pass.
+
+    Every rank's loss must reach ``backward`` with the same factor (a rank's loss is its share,
+    ``moe/batch_group.py``), because each rank also has the gradients of other ranks' tokens.
     """
 
     @staticmethod
@@ -139,21 +141,21 @@ def _chunk_loss(
     logits: Float[Tensor, "M v"], label: Int[Tensor, "M"], terms: _LossTerms
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return losses and negative log-likelihoods [M], and this rank's gradient of the logits."""
-    place = label - terms.first
-    held = (place >= 0) & (place < logits.shape[1])
-    place = place.where(held, 0)[:, None]
-    most = _all_reduce(logits.amax(1), terms.group, distributed.ReduceOp.MAX)
-    power = (logits - most[:, None]).exp_()
-    at_label = logits.gather(1, place)[:, 0] * held
+    row = label - terms.first
+    local = (row >= 0) & (row < logits.shape[1])
+    row = row.where(local, 0)[:, None]
+    maximum = _all_reduce(logits.amax(1), terms.group, distributed.ReduceOp.MAX)
+    power = (logits - maximum[:, None]).exp_()
+    at_label = logits.gather(1, row)[:, 0] * local
     sums = torch.stack([power.sum(1), at_label, logits.sum(1)])
-    total, at_label, whole = _all_reduce(sums, terms.group, distributed.ReduceOp.SUM)
-    lse = total.log() + most
+    total, at_label, logit_sum = _all_reduce(sums, terms.group, distributed.ReduceOp.SUM)
+    lse = total.log() + maximum
     nll, smoothing, z = lse - at_label, terms.smoothing, terms.z
-    loss = (1 - smoothing) * nll + smoothing * (lse - whole / terms.size) + z * lse.square()
+    loss = (1 - smoothing) * nll + smoothing * (lse - logit_sum / terms.size) + z * lse.square()
     grad = power.div_(total[:, None]).mul_((1 + 2 * z * lse)[:, None])
     grad.sub_(smoothing / terms.size)
-    hit = (smoothing - 1) * held.to(grad.dtype)
-    return loss, nll, grad.scatter_add_(1, place, hit[:, None])
+    label_grad = (smoothing - 1) * local.to(grad.dtype)
+    return loss, nll, grad.scatter_add_(1, row, label_grad[:, None])
 
 
 def _all_reduce(values: Tensor, group: Group, op: Any) -> Tensor:
@@ -163,7 +165,7 @@ def _all_reduce(values: Tensor, group: Group, op: Any) -> Tensor:
 
 
 class ProcessGroupTensorParallel:
-    """A ``TensorParallelGroup`` of the ranks of a group, in the order in which they hold a part's tokens."""
+    """The ``TensorParallelGroup`` of a process group, whose ranks hold consecutive tokens."""
 
     def __init__(self, group: Group) -> None:
         self._group = group
@@ -180,7 +182,7 @@ class ProcessGroupTensorParallel:
 
 
 class SkipBiasLinear(nn.Linear):
-    """A linear map whose bias another rank adds; its bias stays a parameter, without gradient."""
+    """Row-parallel linear whose bias another rank adds; the bias stays, without gradient."""
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
@@ -192,18 +194,18 @@ class SkipBiasLinear(nn.Linear):
 
 
 def apply_tensor_parallel(model: nn.Module, *, group: Group, vocab_size: int) -> None:
-    """Tell the layers, whose parameters are cut already, that they are narrower now."""
-    lanes = group_size(group)
-    if lanes == 1:
+    """Adapt layers to their sharded parameters: head counts, and the communication of each."""
+    ranks = group_size(group)
+    if ranks == 1:
         return
-    crew = ProcessGroupTensorParallel(group)
+    tensor_parallel = ProcessGroupTensorParallel(group)
     for module in model.modules():
         if isinstance(module, SelfAttention | CrossAttention):
-            module.heads //= lanes
-            module.kv_heads //= lanes
-            module.tensor_parallel = crew
+            module.heads //= ranks
+            module.kv_heads //= ranks
+            module.tensor_parallel = tensor_parallel
         elif isinstance(module, FeedForwardBranch):
-            module.tensor_parallel = crew
+            module.tensor_parallel = tensor_parallel
         elif isinstance(module, Embedding):
             module.backend = VocabParallelEmbedding(group, size=vocab_size)
     if group_rank(group):
@@ -212,25 +214,25 @@ def apply_tensor_parallel(model: nn.Module, *, group: Group, vocab_size: int) ->
 
 
 def tensor_parallel_problems(model: nn.Module, *, ranks: int) -> Iterator[str]:
-    """Yield a sentence for each reason why a model cannot be cut over so many ranks."""
+    """Yield a sentence for each reason why a model cannot be sharded over ``ranks``."""
     for path, module in model.named_modules():
-        found: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         if isinstance(module, AttentionMixture) and ranks > 1:
             yield (
-                f"parallel.tensor={ranks} cuts heads, but those of {path} belong to attention "
+                f"parallel.tensor={ranks} shards heads, but those of {path} belong to attention "
                 "experts: set tensor to 1, or model.attention_experts to NoAttentionExperts"
             )
         if isinstance(module, SelfAttention | CrossAttention):
-            found = {"heads": module.heads, "kv_heads": module.kv_heads}
+            sizes = {"heads": module.heads, "kv_heads": module.kv_heads}
         elif isinstance(module, FeedForwardBranch):
-            found = {"hidden channels": module.inner.down.in_features}
-        for what, number in found.items():
+            sizes = {"hidden channels": module.inner.down.in_features}
+        for what, number in sizes.items():
             if number % ranks:
                 yield f"parallel.tensor={ranks} must divide them, but {path} has {number} {what}"
 
 
 def row_parallel_linears(model: nn.Module) -> Iterator[tuple[Any, str, nn.Linear]]:
-    """Yield the linear maps whose bias one of several ranks adds: their owner, name and self."""
+    """Yield (owner, name, linear) of the row-parallel linears with a bias: one rank adds it."""
     for module in model.modules():
         if isinstance(module, SelfAttention | CrossAttention) and module.out.bias is not None:
             yield module, "out", module.out
@@ -239,5 +241,7 @@ def row_parallel_linears(model: nn.Module) -> Iterator[tuple[Any, str, nn.Linear
 
 
 def _tokens_by_tensor_rank(packing: Packing) -> tuple[int, ...]:
-    assert packing.partition is not None, "tokens are dealt out wherever matrices are cut"
+    assert packing.partition is not None, (
+        "the token stream is sharded wherever tensor parallelism is"
+    )
     return packing.partition.tensor_sizes

@@ -1,18 +1,13 @@
-"""ZeRO: the ranks that hold copies of a parameter share it out (1910.02054), by torch's FSDP2.
+"""ZeRO: the ranks with copies of a parameter shard it between them (1910.02054), by torch's FSDP2.
 
-Stage 1 shares out the optimizer's state, stage 2 its gradients too, stage 3 the parameters
-themselves. FSDP2 keeps parameters sharded between steps in every stage; what differs is what stays
-whole during one: in stage 3 a block's parameters are gathered for its forward and again for its
-backward, in 1 and 2 once; in stage 1 gradients stay whole until the step's last micro-batch.
-
-Pytree: torch's hooks on a block look for tensors in what it reads and returns.
-
-Ours reads a ``Stream`` and a ``EncoderOutput``. Without this FSDP2 would find no tensor in them, and not
-gather a block's parameters again for its backward.
+Stage 1 shards optimizer state, stage 2 also gradients, stage 3 also parameters. FSDP2 keeps
+parameters sharded between steps in every stage; stages differ in what stays unsharded within a
+step: stage 3 gathers a block's parameters for its forward and again for its backward, stages 1 and
+2 gather them once; stage 1 keeps gradients unsharded until the step's last micro-batch.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -38,10 +33,13 @@ from moesaic.parallel.sharding_plan import GradientSync, ShardingPlan, expert_mo
 
 
 def register_pytree_nodes() -> None:
-    """Register both as trees of their tensors; once is enough."""
+    """Register the inputs and outputs of blocks as pytrees of their tensors.
+
+    FSDP2's hooks look for tensors in them, to gather a block's parameters again for its backward.
+    """
     if BlockState not in pytree.SUPPORTED_NODES:
         pytree.register_pytree_node(
-            BlockState, _flatten_stream, _unflatten_stream, serialized_type_name="moesaic.Stream"
+            BlockState, _flatten_state, _unflatten_state, serialized_type_name="moesaic.Stream"
         )
     if EncoderOutput not in pytree.SUPPORTED_NODES:
         pytree.register_pytree_node(
@@ -59,20 +57,20 @@ def register_pytree_nodes() -> None:
         )
 
 
-def _flatten_stream(stream: BlockState) -> tuple[list[Any], Any]:
-    carry = stream.router_state
-    losses = [value for record in stream.records for value in record.losses.values()]
-    return [stream.x, carry.hidden, carry.logits, *losses], stream
+def _flatten_state(state: BlockState) -> tuple[list[Any], Any]:
+    router = state.router_state
+    losses = [value for record in state.records for value in record.losses.values()]
+    return [state.x, router.hidden, router.logits, *losses], state
 
 
-def _unflatten_stream(children: Any, stream: Any) -> BlockState:
+def _unflatten_state(children: Any, state: Any) -> BlockState:
     x, hidden, logits, *losses = children
-    given = iter(losses)
+    remaining = iter(losses)
     records = tuple(
-        replace(record, losses={name: next(given) for name in record.losses})
-        for record in stream.records
+        replace(record, losses={name: next(remaining) for name in record.losses})
+        for record in state.records
     )
-    return BlockState(x, replace(stream.router_state, hidden=hidden, logits=logits), records)
+    return BlockState(x, replace(state.router_state, hidden=hidden, logits=logits), records)
 
 
 def apply_zero(
@@ -82,41 +80,43 @@ def apply_zero(
     gradient_sync: Mapping[str, GradientSync],
     sharding_plan: ShardingPlan,
 ) -> dict[str, GradientSync]:
-    """Shard experts over their copies and everything else over data and context. Collective."""
+    """Shard experts over ``expert_data``, all else over data and context. Collective.
+
+    Returns the gradient synchronization of every parameter with ZeRO's axes moved.
+    """
     register_pytree_nodes()
-    # a router's loss is a view of a sum; nothing of ours changes what a block returns in place
+    # a router's loss is a view of a sum; no code here changes a block's output in place
     warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)
-    found = dict(gradient_sync)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    expert: set[nn.Parameter] = set()
-    for _, bank, layer in expert_modules(model):
+    sharded_experts: set[nn.Parameter] = set()
+    for _, experts, layer in expert_modules(model):
         number = layer.router.config.experts
-        own = [p for p in bank.parameters() if sharding_plan[names[p]].sharded_dims]
-        expert |= set(own)
+        own = {p for p in experts.parameters() if sharding_plan[names[p]].sharded_dims}
+        sharded_experts |= own
         if mesh.size("expert_data", num_experts=number) > 1:
-            shared = [p for p in bank.parameters() if not sharding_plan[names[p]].sharded_dims]
-            _fully_shard(bank, mesh=mesh, axes=("expert_data",), experts=number, ignored=shared)
+            shared = set(experts.parameters()) - own
+            _fully_shard(
+                experts, mesh=mesh, axes=("expert_data",), num_experts=number, ignored=shared
+            )
             for method in ("forward_edges", "in_one_call"):
-                register_fsdp_forward_method(bank, method)
+                register_fsdp_forward_method(experts, method)
     if mesh.size(*DATA_CONTEXT_AXES) > 1:
         for module in _fsdp_units(model, pipe=mesh.plan.pipe):
-            _fully_shard(module, mesh=mesh, axes=DATA_CONTEXT_AXES, experts=None, ignored=expert)
+            _fully_shard(module, mesh=mesh, axes=DATA_CONTEXT_AXES, ignored=sharded_experts)
+    sync = dict(gradient_sync)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
-            axes = (
-                ("expert_data",)
-                if sharding_plan[name].sharded_dims and sharding_plan[name].experts
-                else DATA_CONTEXT_AXES
-            )
-            found[name] = _synced_by_zero(found[name], *axes)
-    return found
+            zero_axes = sharding_plan[name].zero_axes
+            rest = tuple(axis for axis in sync[name].all_reduce_axes if axis not in zero_axes)
+            sync[name] = GradientSync(rest, zero_axes)
+    return sync
 
 
 def _fsdp_units(model: Transformer, *, pipe: int) -> Iterator[nn.Module]:
-    """Yield what is gathered at a time, inner ones first.
+    """Yield the modules whose parameters are gathered together, inner ones first.
 
-    A stage of a pipeline is never called as a whole: each part stands by itself then, and what is
-    left (norms) stays whole.
+    In a pipeline the model itself is never called: the embedding is then a unit of its own, and
+    other parameters outside of blocks (norms) stay replicated.
     """
     for module in (*model.encoder, *model.decoder, *([model.embedding] if pipe > 1 else [])):
         if next(module.parameters(), None) is not None:
@@ -129,7 +129,7 @@ def _fsdp_units(model: Transformer, *, pipe: int) -> Iterator[nn.Module]:
 
 
 def set_gradient_accumulation(model: nn.Module, *, last: bool, zero_stage: int) -> None:
-    """Say whether the next backward is the step's last: only then do stage 1's gradients meet."""
+    """Set whether the next backward is the step's last: stage 1 reduces gradients only then."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(last or zero_stage > 1, recurse=False)
@@ -141,26 +141,26 @@ def _fully_shard(
     *,
     mesh: Mesh,
     axes: tuple[str, ...],
-    experts: int | None,
-    ignored: Iterable[nn.Parameter],
+    ignored: set[nn.Parameter],
+    num_experts: int | None = None,
 ) -> None:
-    device_mesh = mesh.device_mesh(*axes, num_experts=experts)
-    # what scores after the last block must find its table whole
-    stays = isinstance(module, Transformer | Embedding)
+    device_mesh = mesh.device_mesh(*axes, num_experts=num_experts)
+    # the loss reads the embedding after the last block
+    keep_gathered = isinstance(module, Transformer | Embedding)
     ranks = device_mesh.size()
 
-    def along(parameter: nn.Parameter) -> DimShard:
+    def shard_dim(parameter: nn.Parameter) -> DimShard:
         return DimShard(zero_dim(tuple(parameter.shape), ranks=ranks))
 
     sharded = fully_shard(
         module,
         mesh=device_mesh,
-        reshard_after_forward=mesh.plan.zero == 3 and not stays,
-        shard_placement_fn=along,
+        reshard_after_forward=mesh.plan.zero == 3 and not keep_gathered,
+        shard_placement_fn=shard_dim,
         offload_policy=_offload_policy(mesh),
-        ignored_params=set(ignored),
+        ignored_params=ignored,
     )
-    # a loss is a share (moe/batch_group.py): gradients are summed, and nothing is divided
+    # a rank's loss is its share (moe/batch_group.py): gradients are summed, never averaged
     sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)
 
@@ -169,9 +169,3 @@ def _offload_policy(mesh: Mesh) -> OffloadPolicy:
     if not mesh.plan.offload:
         return OffloadPolicy()
     return CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda")
-
-
-def _synced_by_zero(sharing: GradientSync, *axes: str) -> GradientSync:
-    """Move axes from those that are summed later to those that ZeRO sums."""
-    rest = tuple(axis for axis in sharing.all_reduce_axes if axis not in axes)
-    return replace(sharing, all_reduce_axes=rest, zero_axes=axes)

@@ -20,11 +20,11 @@ from moesaic.evaluate.harness import (
     add_expert_traces,
     evaluate,
 )
-from moesaic.evaluate.routing_analysis import RoutingAnalysis, count_expert_usage
+from moesaic.evaluate.routing_analysis import RoutingAnalysis
 from moesaic.evaluate.testset import TestSet
 from moesaic.model.generate import Greedy, Search
 from moesaic.monitor.expert_usage import UsageCounter
-from moesaic.serve.translation_routing import BatchRouting, test_set_routing
+from moesaic.serve.translation_routing import test_set_routing
 from moesaic.serve.translator import Translator
 
 OnResult = Callable[[TestSet, TestSetResult], None]
@@ -68,22 +68,17 @@ def count_experts(
     Writes the run's ``usage.json`` and ``insight.json``, and the routing to ``routes`` if given.
     """
     run, translator = RunDir(Path(path)), Translator.open(path)
-    analysis = RoutingAnalysis()
+    analysis = RoutingAnalysis(translator.languages)
     with ExitStack() as stack:
         writer = stack.enter_context(_routes_writer(routes, translator, tests)) if routes else None
-
-        def analysed() -> Iterator[BatchRouting]:
-            for batch in test_set_routing(translator, tests):
-                analysis.add(batch)
-                if writer is not None:
-                    writer.add(batch)
-                yield batch
-
-        counts = count_expert_usage(analysed(), languages=translator.languages)
-    counts.write(run.usage)
-    if counts.layers():
+        for batch in test_set_routing(translator, tests):
+            analysis.add(batch)
+            if writer is not None:
+                writer.add(batch)
+    analysis.usage.write(run.usage)
+    if analysis.usage.layers():
         write_json(run.insight, analysis.to_dict(show=translator.token_text))
-    return counts
+    return analysis.usage
 
 
 def record_routing(path: Path | str, *, tests: Sequence[TestSet], out: Path) -> None:

@@ -32,7 +32,7 @@ from moesaic.parallel.communication_volume import CommunicationVolume
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.parallelize import expert_counts, parallelize_on_mesh
-from moesaic.parallel.parameter_inventory import EXPERT_STAGE_AXES
+from moesaic.parallel.sharding_plan import EXPERT_STAGE_AXES
 
 DUMMY_TOKEN = 7  # any token but padding
 

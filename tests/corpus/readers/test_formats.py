@@ -180,7 +180,7 @@ def test_a_po_gives_translated_entries_only(tmp_path: Path) -> None:
 
 def test_a_line_that_is_no_po_is_named() -> None:
     with pytest.raises(UserError, match=r"a\.po, line 2: found 'hello'"):
-        list(parse_po('msgid "x"\nhello', name="a.po"))
+        list(parse_po(b'msgid "x"\nhello', name="a.po"))
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -236,5 +236,5 @@ def test_an_escaped_field_is_one_field_of_one_line_and_comes_back(text: str) -> 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
 def test_a_po_string_is_unescaped(text: str) -> None:
     entry = polib.POEntry(msgid="x", msgstr=text)
-    found = [e.target for e in parse_po(f"{entry}\n", name="a.po")]
+    found = [e.target for e in parse_po(f"{entry}\n".encode(), name="a.po")]
     assert found == ([text] if text else [])

@@ -138,7 +138,7 @@ def test_a_package_that_is_gone_from_the_archive_is_left_out_said_and_counted(
     assert corpus.count("en", "de") == 1
     assert set(corpus.manifest["missing"]) == {"demo-data", "unheard-of"}
     assert "404" in corpus.manifest["missing"]["demo-data"]
-    assert corpus.manifest["missing"]["unheard-of"] == "apt does not know it"
+    assert corpus.manifest["missing"]["unheard-of"] == "apt does not list it"
     assert [r["name"] for r in corpus.manifest["read"]] == ["other-data"]
     assert any("left out" in t and "2 Debian packages (demo-data, unheard-of)" in t for t in heard)
 

@@ -92,7 +92,7 @@ def test_paragraphs_are_paired_by_page_and_id_and_a_row_that_disagrees_is_counte
 
 def test_without_the_english_package_there_is_nothing_to_pair(home: Path) -> None:
     write_help(home / "packages/deb", "de", GERMAN)
-    with pytest.raises(UserError, match="libreoffice-help-en-us could not be had"):
+    with pytest.raises(UserError, match="libreoffice-help-en-us could not be downloaded"):
         LibreOfficeHelp().fetch(progress=ignore_progress)
 
 

@@ -80,7 +80,7 @@ def test_a_version_that_is_gone_is_replaced_by_its_nearest_and_said(
     with_pip(monkeypatch, Pip({"demo==1.2.*": "1.2.9", "demo": "7.0"}))
     heard: list[str] = []
     assert fetch_package(DEMO, progress=heard.append).version == "1.2.9"
-    assert "demo 1.2.3 cannot be had, taking 1.2.9" in heard[-1]
+    assert "demo 1.2.3 is not available, using 1.2.9" in heard[-1]
 
 
 def test_without_a_network_a_kept_version_serves(monkeypatch: pytest.MonkeyPatch) -> None:

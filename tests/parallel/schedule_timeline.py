@@ -1,7 +1,7 @@
-"""Bubbles: how long the ranks of a pipeline wait, by the operations of its schedule.
+"""Simulates a pipeline schedule from PyTorch's lists of operations: idle time and activations kept.
 
-A forward, a backward of what came in and one of the weights take one unit each of a rank's time
-(the assumption of 2401.10241), whatever its number of stages; sending takes none.
+A forward, a backward for inputs and a backward for weights take one unit each of a rank's time
+(the assumption of 2401.10241), divided by its number of stages; sending takes none.
 """
 
 from collections import Counter
@@ -9,16 +9,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moesaic.parallel.pipeline_schedules import PipelineSchedule, torch_pipelining
+from torch.distributed import pipelining
+from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
+
+from moesaic.parallel.pipeline_schedules import PipelineSchedule
 
 UNITS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduleTimeline:
-    """``idle`` is the share of all ranks' time in which they wait.
+    """``idle`` is the bubble, the share of all ranks' time in which they wait.
 
-    ``kept`` is what the fullest rank keeps at once, in micro-batches of all its blocks.
+    ``peak_micro_batches`` are those whose activations the fullest rank keeps at once.
     """
 
     idle: float
@@ -35,11 +38,9 @@ class _Operation:
 def simulate_schedule(
     schedule: PipelineSchedule, *, ranks: int, micro_batches: int
 ) -> ScheduleTimeline:
-    """Play a schedule through. Needs no ranks."""
-    torch_class = getattr(torch_pipelining(), schedule.torch_name)
-    listed = torch_pipelining("._schedule_visualizer").get_schedule_ops(
-        torch_class, ranks, micro_batches, schedule.stages_per_rank()
-    )
+    """Simulate a schedule, without processes."""
+    torch_class = getattr(pipelining, schedule.torch_name)
+    listed = get_schedule_ops(torch_class, ranks, micro_batches, schedule.stages_per_rank())
     waiting = [list(_operations(actions)) for actions in listed]
     unit, stages = 1.0 / schedule.stages_per_rank(), ranks * schedule.stages_per_rank()
     kept = max(_peak_micro_batches(ops) for ops in waiting) * unit
@@ -54,7 +55,7 @@ def simulate_schedule(
                 clock[rank] = done[op] = max(clock[rank], ready) + cost
                 busy += cost
         if not moved:
-            raise RuntimeError(f"{type(schedule).__name__} waits for itself: {waiting}")
+            raise RuntimeError(f"{type(schedule).__name__} has a deadlock: {waiting}")
     return ScheduleTimeline(1 - busy / (ranks * max(clock)), kept)
 
 
@@ -72,7 +73,7 @@ def _operations(actions: Sequence[Any]) -> Iterator[_Operation]:
 
 
 def _ready_time(op: _Operation, *, done: dict[_Operation, float], stages: int) -> float | None:
-    """When what an operation needs is there; None while it is not."""
+    """Return when the inputs of an operation are ready; None while they are not."""
     needed: list[list[_Operation]] = []
     if op.kind == "F" and op.stage:
         needed.append([_Operation("F", op.stage - 1, op.micro_batch)])
@@ -87,7 +88,7 @@ def _ready_time(op: _Operation, *, done: dict[_Operation, float], stages: int) -
 
 
 def _peak_micro_batches(ops: Sequence[_Operation]) -> int:
-    """The most passes through a stage that have come forward and not yet all the way back."""
+    """Return the most forward passes through a stage whose backward has not ended."""
     held = most = 0
     for op in ops:
         held += {"F": 1, "B": -1, "W": -1, "I": 0}[op.kind]

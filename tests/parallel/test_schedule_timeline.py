@@ -1,10 +1,9 @@
-"""Schedules played through wait as long as the closed forms of their papers say."""
+"""Pipeline schedules have the idle time (bubble) of the closed forms in their papers."""
 
 from pathlib import Path
 
 import pytest
 
-from moesaic.parallel.pipeline_bubble import simulate_schedule
 from moesaic.parallel.pipeline_schedules import (
     BreadthFirst,
     DualPipeV,
@@ -15,6 +14,7 @@ from moesaic.parallel.pipeline_schedules import (
     PipelineSchedule,
     ZeroBubbleV,
 )
+from parallel.schedule_timeline import simulate_schedule
 
 PAGE = Path(__file__).parents[2] / "docs" / "guide" / "pipeline.md"
 SIZES = ((2, 8), (4, 8), (4, 32), (8, 32))

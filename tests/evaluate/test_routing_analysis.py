@@ -24,7 +24,7 @@ def routes(rule, *, num_null_experts=0, k=1, seed=0):
 
 
 def found(*batches):
-    insight = RoutingAnalysis()
+    insight = RoutingAnalysis(("deu_Latn",))
     for batch in batches:
         insight.add((batch,))
     return insight.to_dict(show=lambda index: f"<{index}>")["layers"]["encoder.0"]
