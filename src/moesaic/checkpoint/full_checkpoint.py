@@ -201,8 +201,14 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 def _parse_state(directory: Path, *, manifest: Manifest) -> dict[str, Any]:
     state = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
-    if manifest.format == 1 and "config" in state:
+    if manifest.format > 1:
+        return state
+    if "config" in state:
         state["config"], _ = upgrade_config(state["config"])
+    if "journal" in state:
+        state["events"] = state.pop("journal")
+    if "data" in state:
+        del state["data"]["fingerprint"]  # a hash of the previous names
     return state
 
 
