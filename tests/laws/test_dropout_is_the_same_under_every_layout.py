@@ -1,6 +1,6 @@
 """Law: what is dropped and drawn for a token depends on the token alone, not on who holds it.
 
-Ranks that share rows are in ``test_context_ranks_share_one_loss.py``, with dropout.
+Ranks that share rows are in ``test_context_parallel_ranks_share_one_loss.py``, with dropout.
 """
 
 from collections.abc import Callable, Sequence

