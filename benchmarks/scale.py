@@ -1,8 +1,8 @@
-"""What plans for 64 to 8,192 ranks hold and send: closed forms, and one rank rehearsed of each.
+"""Memory and communication of plans for 64 to 8,192 ranks: estimates, and one simulated rank each.
 
-Every plan is priced at the tokens of a real step, then one rank takes a step of few tokens on fake
-tensors, in a process of its own, and what it held and sent is compared with the closed form at
-those tokens. Last, the capacity that 2109.10465 claims is asked of the same arithmetic.
+Every plan is estimated at the tokens of a real step. Then rank 0 is simulated for a step with few
+tokens on fake tensors, in its own process, and compared with the estimate for those tokens. Last,
+the same arithmetic is applied to the model size that 2109.10465 claims.
 
     python benchmarks/scale.py
 """
@@ -39,7 +39,7 @@ from moesaic.train.dry_run import simulate_step, with_round_robin_routing
 
 OUT = Path(__file__).parent / "results" / "scale.json"
 PAIRS, TEXT = BatchDims(rows=16, source=128, target=128), BatchDims(rows=1, source=0, target=6144)
-# as few as are even over the experts
+# the fewest tokens that divide evenly over the experts
 FEW_PAIRS, FEW_TEXT = (
     BatchDims(rows=16, source=32, target=32),
     BatchDims(rows=1, source=0, target=384),
@@ -48,7 +48,7 @@ FEW_PAIRS, FEW_TEXT = (
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A preset on so many ranks."""
+    """A preset and a plan on ``world`` ranks."""
 
     preset: str
     world: int
@@ -57,7 +57,7 @@ class Case:
 
     @property
     def sizes(self) -> tuple[BatchDims, BatchDims]:
-        """The tokens of a data rank in a real step, and in a rehearsed one."""
+        """The tokens of a data rank in a real step, and in a simulated one."""
         text = self.preset.startswith("trillion")
         return (TEXT, FEW_TEXT) if text else (PAIRS, FEW_PAIRS)
 
@@ -86,28 +86,31 @@ CASES = (
 )
 
 
-def priced(case: Case) -> dict[str, Any]:
-    """Return what rank 0 of a case holds and sends, in closed form."""
+def estimated(case: Case) -> dict[str, Any]:
+    """Return the estimated memory and communication of rank 0."""
     started = time.perf_counter()
     config, parallel = preset(case.preset).config, ParallelConfig(plan=case.plan)
-    holding = ParameterInventory(config).on_rank(parallel, world=case.world)
+    parameters = ParameterInventory(config).on_rank(parallel, world=case.world)
     sizes = case.sizes[0]
-    held, lines = estimate_memory(holding, sizes=sizes), communication_volume(holding, sizes=sizes)
+    memory, lines = (
+        estimate_memory(parameters, sizes=sizes),
+        communication_volume(parameters, sizes=sizes),
+    )
     return {
         "preset": case.preset,
         "parameters": count_parameters(config).total,
         "world": case.world,
         "words": case.words,
-        "plan": holding.plan.to_dict(),
+        "plan": parameters.plan.to_dict(),
         "sizes": asdict(sizes),
-        "bytes": asdict(held) | {"device": held.device},
+        "bytes": asdict(memory) | {"device": memory.device},
         "sent": [asdict(line) for line in lines],
         "seconds": round(time.perf_counter() - started, 2),
     }
 
 
-def rehearsed(case: Case) -> dict[str, Any]:
-    """Rehearse a case here and compare it with its closed form."""
+def simulated(case: Case) -> dict[str, Any]:
+    """Simulate a case in this process and compare it with its estimate."""
     config, parallel, sizes = (
         preset(case.preset).config,
         ParallelConfig(plan=case.plan),
@@ -116,18 +119,18 @@ def rehearsed(case: Case) -> dict[str, Any]:
     cpu = time.process_time()
     done = simulate_step(config, parallel=parallel, world_size=case.world, sizes=sizes)
     cpu = time.process_time() - cpu
-    holding = ParameterInventory(with_round_robin_routing(config)).on_rank(
+    parameters = ParameterInventory(with_round_robin_routing(config)).on_rank(
         parallel, world=case.world
     )
-    said = estimate_memory(holding, sizes=sizes, kernel=UnfusedMoEKernel(SequentialGEMM()))
-    lines = communication_volume(holding, sizes=sizes)
+    memory = estimate_memory(parameters, sizes=sizes, kernel=UnfusedMoEKernel(SequentialGEMM()))
+    lines = communication_volume(parameters, sizes=sizes)
     kinds = sorted({line.kind for line in (*lines, *done.sent)})
     sent = {
         kind: [sum(line.bytes for line in of if line.kind == kind) for of in (done.sent, lines)]
         for kind in kinds
     }
     held = {
-        name: [asdict(done)[name], asdict(said)[name]]
+        name: [asdict(done)[name], asdict(memory)[name]]
         for name in ("weights", "gradients", "optimizer")
     }
     return {
@@ -137,25 +140,25 @@ def rehearsed(case: Case) -> dict[str, Any]:
         "equal": all(a == b for a, b in (*held.values(), *sent.values())),
         "kept": done.saved_activations,
         "peak": done.peak,
-        "forecast_peak": said.weights + said.gradients + said.gathered + said.activations,
+        "forecast_peak": memory.weights + memory.gradients + memory.gathered + memory.activations,
         "seconds": round(done.seconds, 1),
         "cpu_seconds": round(cpu, 1),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
-def elsewhere(number: int) -> dict[str, Any]:
-    """Rehearse a case in a process of its own, so that its memory is its own."""
+def simulated_in_subprocess(number: int) -> dict[str, Any]:
+    """Simulate a case in a new process, whose peak memory is then that of the case."""
     command = [sys.executable, __file__, "--only", str(number)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def capacity() -> dict[str, Any]:
-    """The claim of 2109.10465: 512 GPUs of 40 GB, with and without the host's memory.
+    """Return the largest models of 2109.10465's claim: 512 GPUs of 40 GB, with and without offload.
 
-    2 + 2 + 12 bytes per parameter. The bases are those of two presets; experts are added until a
-    GPU, or its share of the host's memory, is full. 125 GB per GPU are 1 TB for eight.
+    2 + 2 + 12 bytes per parameter. The base models are two presets; experts are added until a GPU,
+    or its share of host memory, is full. 125 GB per GPU are 1 TB for eight.
     """
     small, wide = preset(TEN).config, preset("zcode-200b").config
     alone, sliced = plan(expert=512), plan(expert=512, tensor=8)
@@ -189,12 +192,15 @@ def _shown(found: LargestModel | None) -> dict[str, Any] | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", type=int, help="rehearse this case here and print it")
+    parser.add_argument("--only", type=int, help="simulate this case in this process and print it")
     only = parser.parse_args().only
     if only is not None:
-        print(json.dumps(rehearsed(CASES[only])))
+        print(json.dumps(simulated(CASES[only])))
         return
-    cases = [priced(case) | {"rehearsal": elsewhere(number)} for number, case in enumerate(CASES)]
+    cases = [
+        estimated(case) | {"rehearsal": simulated_in_subprocess(number)}
+        for number, case in enumerate(CASES)
+    ]
     write_result(OUT, {"cases": cases, "capacity": capacity()})
 
 

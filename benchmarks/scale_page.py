@@ -12,14 +12,14 @@ from moesaic.core.units import show_bytes, show_count
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "guide" / "scale.md"
 
-HEAD = """# Scale: plans for ranks you do not have
+HEAD = """# Memory and communication of a plan
 
 *Written by `benchmarks/scale_page.py` from `benchmarks/results/scale.json`.*
 
-`moesaic scale` prices a plan before there is any rank: what rank 0 holds, by kind, and what it
-sends in a step, by collective and axis. With `--dry-run` it also takes one step as rank 0: the
-real model is cut, shared out and trained on fake tensors, in a fake process group, and nothing is
-allocated.
+`moesaic scale` estimates a plan before there are any ranks: the memory of rank 0 by purpose, and
+the bytes that it sends in a step, by collective and axis. With `--dry-run` it also simulates one step
+of rank 0: the real model is parallelized and trained on fake tensors in a fake process group,
+without allocating memory for them.
 
 ```console
 $ moesaic scale zcode-m3-64 --world-size 64 --set parallel.plan.expert=64 --set parallel.plan.zero=2
@@ -31,27 +31,32 @@ moesaic scale trillion-384 --world-size 1024 --micro-batch 1x0+384 --set paralle
     --set parallel.plan.tensor=8 --set parallel.plan.zero=3 --dry-run
 ```
 
-In Python: `ParameterInventory(config).on(parallel, world=64)` and then `estimate_memory` (`parallel/memory_estimate.py`) and
-`communication_volume` (`parallel/communication_volume.py`): arithmetic, once the model was made on the meta device.
+In Python: `estimate_memory` (`parallel/memory_estimate.py`) and `communication_volume`
+(`parallel/communication_volume.py`) of `ParameterInventory(config).on_rank(parallel, world=64)`.
 
-What is exact and what is not:
+Which numbers are exact:
 
-- Weights, gradients, optimizer state and every collective's bytes are equal, to the byte, to those
-  of real ranks and of rehearsed ones (`tests/laws/test_a_plan_costs_what_is_forecast.py`).
-- Activations are a forecast in float32, without recomputation; what ZeRO gathers is a bound. The
-  sum is above the measured peak in every rehearsal below; in models of a few dozen channels, where
-  what travels weighs as much as what is kept, the peak may be above it.
-- Routing is taken to be even. A real router sends more to some ranks.
-- One pipeline stage. Storage is what this package does: float32 weights, gradients and AdamW, 16
-  bytes per parameter (`--mixed-precision`: 2 + 2 + 12, also 16).
-- The widths of `zcode-m3-64` and `zcode-200b`, and the attention of `trillion-384`, are ours
-  (`model/presets`).
+- Weights, gradients, optimizer state and the bytes of every collective equal those of real and of
+  simulated ranks to the byte (`tests/laws/test_memory_and_communication_equal_their_estimates.py`).
+- Activations are an estimate in float32, without activation checkpointing; what ZeRO gathers is an
+  upper bound. The sum is above the measured peak in every simulation below. In models of a few
+  dozen channels, where communication buffers are as large as activations, the peak may be above it.
+- Routing is taken as even. A real router sends more tokens to some ranks.
+- There is one pipeline stage. Weights, gradients and AdamW's state are float32, 16 bytes per
+  parameter, as in training (`--mixed-precision`: 2 + 2 + 12, also 16).
+- The widths of `zcode-m3-64` and `zcode-200b`, and the attention of `trillion-384`, are our choice
+  (`model/presets`); the papers do not have them.
 """
 
 
 def main() -> None:
     found = json.loads((HERE / "results" / "scale.json").read_text())
-    parts = [HEAD, _held(found["cases"]), _sent(found["cases"]), _rehearsed(found["cases"])]
+    parts = [
+        HEAD,
+        _memory(found["cases"]),
+        _communication(found["cases"]),
+        _simulated(found["cases"]),
+    ]
     PAGE.write_text("\n".join([*parts, _capacity(found["capacity"])]))
 
 
@@ -62,14 +67,14 @@ def _name(case: dict[str, Any]) -> str:
     return f"| {case['preset']} ({size}) | {case['world']:,} | {case['words']} | {plan} |"
 
 
-def _held(cases: list[dict[str, Any]]) -> str:
+def _memory(cases: list[dict[str, Any]]) -> str:
     kinds = ("weights", "gradients", "optimizer", "gathered", "activations", "device", "host")
     lines = [
-        "## What rank 0 holds",
+        "## Memory of rank 0",
         "",
-        "`device` is the sum at the peak of a step, `host` what offloading moves off it. The ranks",
-        "that share rows (context x tensor) have 16 rows of 128 + 128 tokens, the trillion's",
-        "one row of 6,144.",
+        "`device` is the sum at the peak of a step, `host` the offloaded part. The ranks that share",
+        "rows (context x tensor) have 16 rows of 128 + 128 tokens; those of trillion-384 one row of",
+        "6,144.",
         "",
         "| model | ranks | | plan | " + " | ".join(kinds) + " |",
         "|---|---:|---|---|" + "---:|" * len(kinds),
@@ -80,9 +85,9 @@ def _held(cases: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _sent(cases: list[dict[str, Any]]) -> str:
+def _communication(cases: list[dict[str, Any]]) -> str:
     lines = [
-        "## What rank 0 sends in a step",
+        "## Communication of rank 0 in a step",
         "",
         "| model | ranks | | plan | by collective and axis |",
         "|---|---:|---|---|---|",
@@ -95,17 +100,17 @@ def _sent(cases: list[dict[str, Any]]) -> str:
             if line["bytes"] >= 2**20
         )
         lines.append(f"{_name(case)} {cells} |")
-    return "\n".join([*lines, "", "Lines below 1 MiB are left out.", ""])
+    return "\n".join([*lines, "", "Volumes below 1 MiB are left out.", ""])
 
 
-def _rehearsed(cases: list[dict[str, Any]]) -> str:
+def _simulated(cases: list[dict[str, Any]]) -> str:
     lines = [
-        "## Rehearsed",
+        "## Simulated",
         "",
-        "One step of rank 0 of few tokens on fake tensors: its weights, gradients, optimizer state",
-        "and bytes of each collective beside the closed form at those tokens; seconds of processor",
-        "time and the process's memory. `peak` is the most in use before the update, and the bound",
-        "what is forecast for it.",
+        "One step of rank 0 with few tokens on fake tensors: whether its weights, gradients,",
+        "optimizer state and the bytes of each collective equal the estimate for those tokens; CPU",
+        "time and memory of the simulation. `peak` is the most memory in use before the update,",
+        "`bound` its estimate.",
         "",
         "| model | ranks | | plan | equal | peak | bound | CPU s | memory |",
         "|---|---:|---|---|---|---:|---:|---:|---:|",
@@ -113,7 +118,7 @@ def _rehearsed(cases: list[dict[str, Any]]) -> str:
     for case in cases:
         done = case["rehearsal"]
         if done is None:
-            lines.append(f"{_name(case)} not rehearsed | | | | |")
+            lines.append(f"{_name(case)} not simulated | | | | |")
             continue
         sizes = (done["peak"], done["forecast_peak"])
         peaks = " | ".join(show_bytes(size) for size in sizes)
@@ -128,10 +133,10 @@ def _capacity(found: dict[str, Any]) -> str:
         "## The largest model on 512 GPUs of 40 GB",
         "",
         "2109.10465 is quoted with more than 3.5T parameters on 512 A100 of 40 GB with",
-        "E+Z-Offload+M, against about 400B for systems that use the memory of GPUs alone: a factor",
-        "of 8 or more (secondary texts; we have not read the table). Our closed forms at 2 + 2 +",
-        "12 bytes per parameter, experts added to a base until a GPU or its share of the host is",
-        "full (no fragments, no buffers of a communication library):",
+        "E+Z-Offload+M, against about 400B for systems that use GPU memory only: a factor of 8 or",
+        "more (from secondary texts, not from the paper's table). These are our closed forms at",
+        "2 + 2 + 12 bytes per parameter, with experts added to a base model until a GPU or its share",
+        "of the host is full (without fragmentation and buffers of a communication library):",
         "",
         "| plan | parameters | device | host |",
         "|---|---:|---:|---:|",
@@ -149,19 +154,19 @@ def _verdict(found: dict[str, Any]) -> str:
     sizes = {name: each["parameters"] if each else 0 for name, each in found.items()}
     hosted = {name: size for name, size in sizes.items() if "Offload" in name}
     alone = max(size for name, size in sizes.items() if name not in hosted)
-    said = "; ".join(
+    factors = "; ".join(
         f"with {name.rpartition(', ')[2]} the factor is {size / alone:.1f}"
         for name, size in hosted.items()
     )
     least = min(hosted.values()) / alone
     verdict = "reproduced" if least >= 8 else "not reproduced"
     return (
-        f"Against our own best plan without the host's memory ({show_count(alone)}) the factor of "
-        f"8 is {verdict}: {said}. Beside the quoted 400B the same models are "
-        f"{', '.join(f'{size / 4e11:.1f}' for size in hosted.values())} times as large. How much a "
-        "host has decides: offloaded, 16 bytes of every parameter lie there, and a GPU holds a few "
-        "blocks at a time (ZeRO stage 3; the paper's is stage 2). Experts are offloaded only where "
-        "several ranks hold a copy (expert 256 of 512)."
+        f"Against our own largest model without offloading ({show_count(alone)}) the factor of 8 "
+        f"is {verdict}: {factors}. Against the quoted 400B the same models are "
+        f"{', '.join(f'{size / 4e11:.1f}' for size in hosted.values())} times as large. Host "
+        "memory is the limit: with offloading it has 16 bytes of every parameter, while a GPU has "
+        "a few blocks at a time (ZeRO stage 3; the paper has stage 2). Experts are offloaded only "
+        "where several ranks hold a copy (expert 256 of 512)."
     )
 
 

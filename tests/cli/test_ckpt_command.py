@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from cut import snapshot, written
-from test_save import same
+from checkpoint_samples import snapshot, written
+from test_full_checkpoint_save import same
 
 from moesaic.checkpoint.full_checkpoint import load_checkpoint, save_checkpoint
 from moesaic.cli.main import main
@@ -33,7 +33,11 @@ def test_inspect_says_what_is_in_a_checkpoint_and_who_wrote_it(tmp_path, capsys)
     found = told(["ckpt", "inspect", str(path), "--tensors"], capsys)
     assert (found["form"], found["step"], found["plan"]) == ("shards", 5, {"data": 2})
     assert found["kinds"]["model"] == {"tensors": 5, "values": 55, "bytes": 4 * 52 + 2 * 3}
-    assert found["banks"]["model/up"] == found["banks"]["optimizer/m/up_bias"] == 4
+    assert (
+        found["expert_parameters"]["model/up"]
+        == found["expert_parameters"]["optimizer/m/up_bias"]
+        == 4
+    )
     blocks = {f["file"]: f["blocks"] for f in found["files"]}
     assert sum(blocks.values()) == 2 * (4 + 4 + 1 + 1) + 5
     assert min(blocks[f"shard-0000{n}.safetensors"] for n in range(3)) > 0
@@ -41,7 +45,7 @@ def test_inspect_says_what_is_in_a_checkpoint_and_who_wrote_it(tmp_path, capsys)
     assert up == {"name": "model/up", "dtype": "F32", "shape": [4, 3, 2], "experts": 4, "blocks": 4}
     text = shown(["ckpt", "inspect", str(path)], capsys)
     assert "step 5, shards" in text
-    assert "banks: 4 of 4 experts" in text
+    assert "expert parameters: 4 with 4 experts" in text
 
 
 def test_a_root_and_a_run_mean_their_newest_checkpoint(tmp_path, capsys):
@@ -51,7 +55,7 @@ def test_a_root_and_a_run_mean_their_newest_checkpoint(tmp_path, capsys):
     for path in (root, root.parent):
         assert told(["ckpt", "inspect", str(path)], capsys)["step"] == 5
     error = told(["ckpt", "inspect", str(tmp_path)], capsys, code=2)["error"]
-    assert "no checkpoint here; expected a directory step-N" in error
+    assert "no checkpoint found; expected a directory step-N" in error
 
 
 def test_verify_ends_with_2_if_anything_is_wrong(tmp_path, capsys):
@@ -61,7 +65,7 @@ def test_verify_ends_with_2_if_anything_is_wrong(tmp_path, capsys):
     (path / "shard-00002.safetensors").unlink()
     found = told(["ckpt", "verify", str(path)], capsys, code=2)
     assert found["sound"] is False
-    assert found["findings"][0]["where"] == "shard-00002.safetensors"
+    assert found["findings"][0]["location"] == "shard-00002.safetensors"
     assert "shard-00002.safetensors: is missing" in shown(["ckpt", "verify", str(path)], capsys)
 
 
@@ -72,7 +76,7 @@ def test_verify_can_be_lenient_with_zero_experts(tmp_path, capsys):
     assert told(["ckpt", "verify", path], capsys, code=2)["sound"] is False
     found = told(["ckpt", "verify", path, "--lenient"], capsys)
     assert found["sound"] is True
-    assert found["findings"][0]["where"] == "model/up/expert-0001"
+    assert found["findings"][0]["location"] == "model/up/expert-0001"
 
 
 def test_diff_names_what_differs(tmp_path, capsys):

@@ -119,16 +119,16 @@ def test_explain_compares_a_preset_with_what_was_published(capsys):
 SCALE = ["scale", "tiny", "--world-size", "8", "--micro-batch", "2x8+8"]
 
 
-def test_scale_prices_a_plan_and_a_rehearsal_agrees(capsys):
+def test_scale_estimates_a_plan_and_a_dry_run_agrees(capsys):
     main_ok([*SCALE, "--set", "parallel.plan.zero=3", "--dry-run", "--json"])
     found = last_json(capsys)
-    said, done = found["bytes"], found["dry_run"]
-    assert [done[k] for k in ("weights", "gradients", "optimizer")] == [
-        said[k] for k in ("weights", "gradients", "optimizer")
+    estimate, step = found["bytes"], found["dry_run"]
+    assert [step[k] for k in ("weights", "gradients", "optimizer")] == [
+        estimate[k] for k in ("weights", "gradients", "optimizer")
     ]
-    assert done["sent_total"] == found["sent_total"] > 0
-    assert done["peak"] <= said["device"]
-    assert found["grid"]["dense layers"]["data"] == 8
+    assert step["sent_total"] == found["sent_total"] > 0
+    assert step["peak"] <= estimate["device"]
+    assert found["mesh"]["dense layers"]["data"] == 8
     assert found["capacity"]["parameters"] > found["parameters"]
 
 
@@ -183,9 +183,9 @@ def test_the_schema_is_json_with_every_family(capsys):
 
 def test_doctor_says_what_each_op_takes_and_why(capsys):
     main_ok(["doctor", "--json"])
-    picks = last_json(capsys)["picks"]
+    picks = last_json(capsys)["kernels"]
     assert {p["op"] for p in picks} >= {"experts", "attention"}
-    assert all(p["why"] for p in picks)
+    assert all(p["reason"] for p in picks)
 
 
 def test_data_verbs_build_count_and_show(capsys, home):

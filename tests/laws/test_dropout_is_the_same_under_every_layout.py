@@ -1,6 +1,6 @@
 """Law: what is dropped and drawn for a token depends on the token alone, not on who holds it.
 
-Ranks that share rows are in ``test_context_ranks_share_one_loss.py``, with dropout.
+Ranks that share rows are in ``test_context_parallel_ranks_share_one_loss.py``, with dropout.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,8 @@ from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.router_noise import Jitter
 from moesaic.moe.select import Top2
-from moesaic.testing.tiny_models import random_batch, shard_batch, tiny_model_config
+from moesaic.testing.tiny_models import random_batch, tiny_model_config
+from moesaic.verify.synthetic_batches import shard_batch
 
 DRAWS = MoE(experts=4, select=Top2(second="sampled"), noise=Jitter(epsilon=0.2), balance=())
 MODEL = tiny_model_config(moe=DRAWS, layers=2).replace(dropout=0.3)

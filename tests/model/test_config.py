@@ -83,7 +83,7 @@ def test_a_memory_stands_where_experts_would_but_is_no_mixture():
 
 
 def test_a_pyramid_of_the_wrong_height_is_refused():
-    with pytest.raises(ConfigError, match="2 blocks"):
+    with pytest.raises(ConfigError, match="2 MoE layers"):
         Stack(layers=4, moe_every=2, experts_per_layer=(2, 4, 8))
 
 

@@ -13,7 +13,8 @@ from moesaic.moe.select import SwitchTop1
 from moesaic.parallel.batch_ranks import BatchRanks, CapacityScope, DataParallelRank, GlobalBatch
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import parallelize
-from moesaic.testing.tiny_models import random_batch, shard_batch, tiny_model_config
+from moesaic.testing.tiny_models import random_batch, tiny_model_config
+from moesaic.verify.synthetic_batches import shard_batch
 
 TIGHT = MoE(experts=4, select=SwitchTop1(), limit=Capacity(factor=0.6, minimum=1))
 BATCH = random_batch(8, seed=3)

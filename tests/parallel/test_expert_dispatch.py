@@ -18,7 +18,7 @@ from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.chunked_dispatcher import ChunkedAllToAllDispatcher
 from moesaic.moe.config import MoE
 from moesaic.moe.experts import LoRAExpert
-from moesaic.moe.layer import moe_layers, set_ranks
+from moesaic.moe.layer import moe_layers
 from moesaic.moe.select import TopK
 from moesaic.moe.shared_experts import SharedExperts
 from moesaic.parallel.batch_ranks import BatchRanks
@@ -32,7 +32,8 @@ from moesaic.parallel.expert_dispatch import (
 )
 from moesaic.parallel.parallelize import parallelize
 from moesaic.parallel.sharding_plan import slice_local
-from moesaic.testing.tiny_models import random_batch, shard_batch, tiny_model_config
+from moesaic.testing.tiny_models import random_batch, tiny_model_config
+from moesaic.verify.synthetic_batches import shard_batch
 
 MODEL = tiny_model_config(
     moe=MoE(experts=4, select=TopK(k=2), balance=(SwitchBalance(),), shared_experts=SharedExperts())
@@ -86,7 +87,8 @@ def _losses() -> list[float]:
         spread = parallelize(
             model, parallel=ParallelConfig(plan=plan, dispatch=journey), world=ProcessGroupWorld()
         )
-        set_ranks(model, BatchRanks(spread.stage_world))
+        for layer in moe_layers(model):
+            layer.batch_group = BatchRanks(spread.stage_world)
         assert all(type(layer.dispatcher) is KINDS[type(journey)] for layer in moe_layers(model))
         spread.before_backward(last=True)
         found.append(_backward(model, rank=spread.data_world.rank, world=spread.data_world.size))
@@ -151,7 +153,8 @@ def _gathered() -> list[int]:
                 parallel=ParallelConfig(plan=plan, dispatch=journey),
                 world=ProcessGroupWorld(),
             )
-            set_ranks(model, BatchRanks(spread.stage_world))
+            for layer in moe_layers(model):
+                layer.batch_group = BatchRanks(spread.stage_world)
             spread.before_backward(last=True)
             with CommunicationCounter() as wire:
                 _backward(model, rank=spread.data_world.rank, world=spread.data_world.size)

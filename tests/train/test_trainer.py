@@ -87,7 +87,7 @@ def test_work_that_is_bad_twice_is_given_up() -> None:
         trainer.train_step()
     assert "given up" in trainer.event_log.pop_notes()[1]
     assert trainer.retry_queue.pending == []
-    assert torch.equal(poison.batches[0].source, poison.seen[2].source)
+    assert torch.equal(poison.batches[0].source, poison.batches[2].source)
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run() -> None:

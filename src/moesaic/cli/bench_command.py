@@ -1,4 +1,4 @@
-"""``moesaic bench``: how fast it is on this machine, beside what it is compared with."""
+"""``moesaic bench``: benchmark an MoE layer beside dense layers and other libraries."""
 
 from typing import Annotated, Any, Literal
 
@@ -6,23 +6,20 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from moesaic.bench.layer_benchmark import LayerBenchmark, run_layer_benchmark
 from moesaic.bench.layer_workload import Skew, parse_shape
-from moesaic.cli.shared_options import JsonOption, command_app, print_result
+from moesaic.cli.shared_options import JsonOption, command_app, print_result, print_table
 from moesaic.core.units import show_bytes
 
-app = command_app(
-    no_args_is_help=True, help="Measure on this machine, beside others in the same run."
-)
+app = command_app(no_args_is_help=True, help="Benchmarks on this machine.")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @app.callback()
 def group() -> None:
-    """Keep ``layer`` a verb of its own: an app of one command would swallow its name."""
+    """Typer drops the name of an only subcommand unless the app has a callback."""
 
 
 @app.command()
@@ -30,18 +27,19 @@ def layer(
     *,
     shape: Annotated[str, typer.Option(help="A, B, C, D or tokens,dim,hidden,experts,k.")] = "A",
     against: Annotated[
-        str, typer.Option(help="Contenders, by commas; dense and moesaic always run.")
+        str,
+        typer.Option(help="Other implementations, comma-separated; dense and moesaic always run."),
     ] = "dense-compiled,unfused,hf,deepspeed",
-    threads: Annotated[int, typer.Option(min=0, help="0: as many as torch takes.")] = 0,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 9,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: the default of torch.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each implementation.")] = 9,
     backward: Annotated[bool, typer.Option("--backward/--forward-only")] = True,
-    skew: Annotated[Skew, typer.Option(help="Load of the experts: equal, or 1/rank.")] = "none",
+    skew: Annotated[Skew, typer.Option(help="Expert load: equal, or 1/rank.")] = "none",
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of all tensors.")] = (
         "float32"
     ),
     as_json: JsonOption = False,
 ) -> None:
-    """An MoE layer beside a dense layer of as many rows, and beside other libraries.
+    """Time an MoE layer, a dense layer with the same number of rows, and other libraries.
 
     Example: [cyan]moesaic bench layer --shape B --against hf,deepspeed --threads 2[/]
     """
@@ -64,21 +62,20 @@ def _show(found: dict[str, Any], console: Console) -> None:
     shape = ",".join(str(n) for n in asked["shape"].values())
     console.print(
         f"[bold]{shape}[/] (tokens, dim, hidden, experts, k), {asked['passes']}, {asked['dtype']}, "
-        f"{asked['threads']} threads; fullest expert {found['largest_load']:.1f} times its share",
+        f"{asked['threads']} threads; largest load {found['largest_load']:.1f} times the mean",
         highlight=False,
     )
-    table = Table(box=None)
-    table.add_column("")
-    for column in ("ms", "of dense", "quartiles", "best/best", "of ours", "kept"):
-        table.add_column(column, justify="right", no_wrap=True)
     rows = found["contenders"]
-    for name in sorted(rows, key=lambda name: rows[name]["of_dense"]["median"]):
-        table.add_row(*_contender_row(name, rows[name], dense=found["dense"]))
-    console.print(table)
+    names = sorted(rows, key=lambda name: rows[name]["of_dense"]["median"])
+    print_table(
+        console,
+        ("", "ms", "of dense", "quartiles", "best/best", "of ours", "saved"),
+        (_contender_row(name, rows[name], dense=found["dense"]) for name in names),
+    )
     if found["least_saved_bytes"]:
         least = show_bytes(found["least_saved_bytes"])
         console.print(
-            f"ms: median; kept: for backward (x and the pre-activation alone are {least})",
+            f"ms: median; saved: for the backward pass (at least x and pre-activation: {least})",
             highlight=False,
         )
     for name, reason in found["absent"].items():
@@ -96,7 +93,9 @@ def _contender_row(name: str, row: dict[str, Any], *, dense: str) -> list[str]:
     kept = row["saved_bytes"]
     differs = row["differs_by"] is not None and row["differs_by"] > 0.02
     return [
-        f"[bold]{name}[/]" if name in ("moesaic", dense) else name + " (another answer)" * differs,
+        f"[bold]{name}[/]"
+        if name in ("moesaic", dense)
+        else name + " (different result)" * differs,
         f"{row['median_ms']:.1f}",
         f"{ratio['median']:.2f}",
         f"{low:.2f}-{high:.2f}",

@@ -1,4 +1,4 @@
-"""``moesaic ckpt``: look into checkpoints, compare them, check them, write them in another form."""
+"""``moesaic ckpt``: inspect, compare, verify and reshard checkpoints."""
 
 from collections import Counter
 from dataclasses import asdict
@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from moesaic.checkpoint.block_index import INDEX_FILE, StoredTensor, read_index
 from moesaic.checkpoint.checkpoint_diff import TensorDifference, diff_checkpoints
@@ -17,7 +16,7 @@ from moesaic.checkpoint.integrity import IntegrityProblem, check_checkpoint
 from moesaic.checkpoint.reshard import CheckpointForm, FullForm, ShardedForm, reshard
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import DTYPE_NAMES
-from moesaic.cli.shared_options import JsonOption, command_app, print_result
+from moesaic.cli.shared_options import JsonOption, command_app, print_result, print_table
 from moesaic.core.errors import CheckpointError, UserError
 from moesaic.core.units import show_bytes, show_count
 
@@ -37,7 +36,7 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a checkpoint holds: step, plan, tensors, experts, sizes, which rank wrote what.
+    """Show the contents of a checkpoint: step, parallel plan, tensors, experts, file sizes.
 
     Example: [cyan]moesaic ckpt inspect runs/demo[/]
     """
@@ -53,7 +52,7 @@ def diff(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare two checkpoints tensor by tensor, whatever form and plan each was saved by.
+    """Compare two checkpoints tensor by tensor, of any form and parallel plan.
 
     Example: [cyan]moesaic ckpt diff runs/a runs/b[/]
     """
@@ -74,15 +73,15 @@ def verify(
     path: CheckpointPath,
     *,
     lenient: Annotated[
-        bool, typer.Option("--lenient", help="Experts that are zero or alike are no failure.")
+        bool, typer.Option("--lenient", help="Do not fail on experts that are zero or identical.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check hashes, that shards make up every tensor and expert once, and every value.
+    """Check file hashes, that the shards cover every tensor and expert once, and all values.
 
-    Names each file that was altered, each hole, overlap or missing expert, each tensor with a NaN
-    or an infinite value, and each expert that is all zero or the same as another. Exit code 2 if
-    anything is found.
+    Reports each altered file, each gap, overlap or missing expert, each tensor with NaN or
+    infinite values, and each expert that is zero or identical to another. Exit code 2 if anything
+    is found.
 
     Example: [cyan]moesaic ckpt verify runs/demo/checkpoints/step-00000500[/]
     """
@@ -102,27 +101,29 @@ def reshard_checkpoint(
     path: CheckpointPath,
     *,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where step-N is written.")],
-    shards: Annotated[int | None, typer.Option(min=1, help="Into so many shards.")] = None,
-    unsharded: Annotated[bool, typer.Option("--unsharded", help="Into one file per kind.")] = False,
+    shards: Annotated[int | None, typer.Option(min=1, help="Number of shards.")] = None,
+    unsharded: Annotated[
+        bool, typer.Option("--unsharded", help="One file for model, one for optimizer, ...")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a checkpoint again in another form, one tensor in memory at a time.
+    """Rewrite a checkpoint in another form, with one tensor in memory at a time.
 
-    No run needs it: any number of ranks loads any form. It is for other tools (--unsharded gives
-    plain safetensors files) and for file systems that want fewer or more files.
+    Resuming does not need it: any number of ranks loads any form. It is for other tools
+    (--unsharded writes plain safetensors files) and for fewer or more files.
 
     Example: [cyan]moesaic ckpt reshard runs/demo --unsharded --out exported[/]
     """
     if unsharded == (shards is not None):
         raise UserError("expected one of --shards N and --unsharded: the form to write")
     form: CheckpointForm = FullForm() if shards is None else ShardedForm(shards)
-    made = reshard(find_checkpoint(path), root=out, form=form)
-    value = {"path": str(made), "files": sorted(p.name for p in made.iterdir())}
-    print_result(value, as_json=as_json, show=lambda console: console.print(str(made)))
+    written = reshard(find_checkpoint(path), root=out, form=form)
+    value = {"path": str(written), "files": sorted(p.name for p in written.iterdir())}
+    print_result(value, as_json=as_json, show=lambda console: console.print(str(written)))
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint that a path means: itself, or the newest of a root or of a run."""
+    """Return ``path`` if it is a checkpoint, else the newest one of a directory or run."""
     if (path / MANIFEST_FILE).is_file():
         return path
     for root in (path, RunDir(path).checkpoints):
@@ -130,19 +131,19 @@ def find_checkpoint(path: Path) -> Path:
         if found:
             return found[0]
     raise CheckpointError(
-        f"{path}: no checkpoint here; expected a directory step-N with its {MANIFEST_FILE}, the "
+        f"{path}: no checkpoint found; expected a directory step-N with its {MANIFEST_FILE}, the "
         "directory of several, or a run"
     )
 
 
 def describe_checkpoint(directory: Path, *, tensors: bool = False) -> dict[str, Any]:
-    """Return what a checkpoint holds as plain data."""
+    """Return the contents of a checkpoint as JSON data."""
     manifest = read_manifest(directory)
     index = read_index(directory, manifest=manifest)
     blocks = Counter(block.file for _, _, stored in index for block in stored.blocks)
     return {
         "path": str(directory),
-        "form": "shards" if INDEX_FILE in manifest.files else "whole",
+        "form": "shards" if INDEX_FILE in manifest.files else "full",
         "step": manifest.step,
         "serial": manifest.serial,
         "versions": manifest.versions,
@@ -151,8 +152,8 @@ def describe_checkpoint(directory: Path, *, tensors: bool = False) -> dict[str, 
             {"file": name, "bytes": entry.bytes, "blocks": blocks.get(name, 0)}
             for name, entry in sorted(manifest.files.items())
         ],
-        "kinds": {kind: _totals(list(held.values())) for kind, held in index.files.items()},
-        "banks": {
+        "kinds": {kind: _totals(list(stored.values())) for kind, stored in index.files.items()},
+        "expert_parameters": {
             f"{kind}/{name}": stored.num_experts
             for kind, name, stored in index
             if stored.num_experts
@@ -171,75 +172,70 @@ def describe_checkpoint(directory: Path, *, tensors: bool = False) -> dict[str, 
     }
 
 
-def _totals(held: list[StoredTensor]) -> dict[str, int]:
+def _totals(tensors: list[StoredTensor]) -> dict[str, int]:
     return {
-        "tensors": len(held),
-        "values": sum(s.numel for s in held),
-        "bytes": sum(s.bytes for s in held),
+        "tensors": len(tensors),
+        "values": sum(s.numel for s in tensors),
+        "bytes": sum(s.bytes for s in tensors),
     }
 
 
 def _show(value: dict[str, Any], console: Console) -> None:
     plan = ", ".join(f"{name} {size}" for name, size in value["plan"].items()) or "not recorded"
-    made = ", ".join(f"{name} {number}" for name, number in value["versions"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in value["versions"].items())
     console.print(
         f"[bold]{escape(value['path'])}[/]: step {value['step']:,}, {value['form']}",
         highlight=False,
     )
-    console.print(f"plan: {escape(plan)}; written by {escape(made)}", highlight=False)
-    experts = Counter(value["banks"].values())
-    told = ", ".join(f"{banks} of {number} experts" for number, banks in experts.items())
-    console.print(f"banks: {told or 'none'}", highlight=False)
-    _table(
+    console.print(f"plan: {escape(plan)}; written by {escape(versions)}", highlight=False)
+    counts = Counter(value["expert_parameters"].values())
+    experts = ", ".join(f"{count} with {number} experts" for number, count in counts.items())
+    console.print(f"expert parameters: {experts or 'none'}", highlight=False)
+    print_table(
         console,
-        title="\ntensors",
-        columns=("kind", "tensors", "values", "bytes"),
-        rows=[
-            (kind, f"{s['tensors']:,}", show_count(s["values"]), show_bytes(s["bytes"]))
+        ("kind", "tensors", "values", "bytes"),
+        (
+            (_cyan(kind), f"{s['tensors']:,}", show_count(s["values"]), show_bytes(s["bytes"]))
             for kind, s in value["kinds"].items()
-        ],
+        ),
+        title="\ntensors",
     )
-    _table(
+    print_table(
         console,
+        ("file", "blocks", "bytes"),
+        ((_cyan(f["file"]), f"{f['blocks']:,}", show_bytes(f["bytes"])) for f in value["files"]),
         title="\nfiles",
-        columns=("file", "blocks", "bytes"),
-        rows=[(f["file"], f"{f['blocks']:,}", show_bytes(f["bytes"])) for f in value["files"]],
     )
     if value["tensors"]:
-        _table(
+        print_table(
             console,
-            title="\nevery tensor",
-            columns=("name", "type", "shape", "blocks"),
-            rows=[
-                (t["name"], t["dtype"], " x ".join(map(str, t["shape"])) or "-", str(t["blocks"]))
+            ("name", "type", "shape", "blocks"),
+            (
+                (
+                    _cyan(t["name"]),
+                    t["dtype"],
+                    " x ".join(map(str, t["shape"])) or "-",
+                    str(t["blocks"]),
+                )
                 for t in value["tensors"]
-            ],
+            ),
+            title="\nevery tensor",
         )
 
 
-def _table(
-    console: Console, *, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]
-) -> None:
-    table = Table(box=None, title=title, title_justify="left", padding=(0, 1))
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(f"[cyan]{escape(row[0])}[/]", *(escape(cell) for cell in row[1:]))
-    console.print(table)
+def _cyan(name: str) -> str:
+    return f"[cyan]{escape(name)}[/]"
 
 
 def _show_diff(differ: list[TensorDifference], count: int, console: Console) -> None:
     console.print(f"{count - len(differ):,} of {count:,} tensors are the same", highlight=False)
     rows = []
     for found in differ:
-        where = (
-            found.name if found.expert is None else f"{found.name} (most: expert {found.expert})"
-        )
-        numbers = (f"{found.largest:.3g}", f"{found.relative:.3g}")
-        rows.append((where, *(("", "") if found.note else numbers), found.note))
+        where = "" if found.expert is None else f" (most: expert {found.expert})"
+        numbers = ("", "") if found.note else (f"{found.largest:.3g}", f"{found.relative:.3g}")
+        rows.append((_cyan(found.name + where), *numbers, escape(found.note)))
     if rows:
-        columns = ("tensor", "largest", "relative", "")
-        _table(console, title="", columns=columns, rows=rows)
+        print_table(console, ("tensor", "largest", "relative", ""), rows)
 
 
 def _show_findings(directory: Path, found: list[IntegrityProblem], console: Console) -> None:

@@ -1,4 +1,4 @@
-"""``moesaic config``: recipes, resolved configs, differences, and the JSON Schema for editors."""
+"""``moesaic config``: list recipes, print, compare and upgrade configs, print the JSON Schema."""
 
 import difflib
 import sys
@@ -41,29 +41,28 @@ def show(which: ConfigArgument, *, changes: SetOption = None, as_json: JsonOptio
     Example: [cyan]moesaic config show demo > mine.yaml[/]
     """
     run = find_recipe(which, changes=changes or [])
-    print_result(run.to_dict(), as_json=as_json, show=lambda _: _write(run.to_yaml()))
+    print_result(run.to_dict(), as_json=as_json, show=lambda _: sys.stdout.write(run.to_yaml()))
 
 
 @app.command()
 def diff(first: ConfigArgument, second: ConfigArgument, *, as_json: JsonOption = False) -> None:
-    """Print the keys in which two configs differ.
+    """Print the keys that differ between two configs.
 
     Example: [cyan]moesaic config diff demo runs/demo/config.yaml[/]
     """
-    ours, theirs = find_recipe(first).to_flat_lines(), find_recipe(second).to_flat_lines()
-    lines = [x for x in difflib.ndiff(ours, theirs) if x[0] in "+-"]
-    print_result(
-        {"lines": lines}, as_json=as_json, show=lambda _: _write("".join(f"{x}\n" for x in lines))
-    )
+    before, after = find_recipe(first).to_flat_lines(), find_recipe(second).to_flat_lines()
+    lines = [x for x in difflib.ndiff(before, after) if x[0] in "+-"]
+    text = "".join(f"{line}\n" for line in lines)
+    print_result({"lines": lines}, as_json=as_json, show=lambda _: sys.stdout.write(text))
 
 
 @app.command()
 def schema() -> None:
-    """Print the JSON Schema of a config, for completion and checks in an editor.
+    """Print the JSON Schema of a config, for completion and validation in editors.
 
     Example: [cyan]moesaic config schema > moesaic.schema.json[/]
     """
-    _write(Run.schema_json() + "\n")
+    sys.stdout.write(Run.schema_json() + "\n")
 
 
 @app.command()
@@ -99,10 +98,6 @@ def _show_renamed(file: Path, renamed: dict[str, str], console: Console) -> None
         console.print(line, highlight=False, markup=False)
     done = f"{len(renamed)} names rewritten" if renamed else "nothing to rewrite"
     console.print(f"{file}: {done}", highlight=False, markup=False)
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
 
 
 def _show(lines: dict[str, str], console: Console) -> None:

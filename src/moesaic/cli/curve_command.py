@@ -1,10 +1,9 @@
-"""``moesaic curve``: how good a run was at each of its checkpoints."""
+"""``moesaic curve``: translation scores of a run at each of its checkpoints."""
 
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from moesaic.cli.eval_command import held_out_tests
 from moesaic.cli.shared_options import (
@@ -14,6 +13,7 @@ from moesaic.cli.shared_options import (
     command_app,
     import_user_files,
     print_result,
+    print_table,
     stderr,
 )
 from moesaic.core.units import show_count
@@ -35,8 +35,8 @@ def curve(
 ) -> None:
     """Score every kept checkpoint (chrF++), beside copying and a translation memory.
 
-    Works while the run goes on; what was scored before is not scored again. Writes curve.json into
-    the run directory, where the report finds it. Keep checkpoints with --set checkpoint.keep=20.
+    Works during a run; checkpoints are scored once. Writes curve.json into the run directory, which
+    the report shows. Keep more checkpoints with --set checkpoint.keep=20.
 
     Example: [cyan]moesaic curve runs/demo --limit 50[/]
     """
@@ -53,17 +53,18 @@ def _print_point(point: Any) -> None:
 
 
 def _show(found: dict[str, Any], console: Console) -> None:
-    title = f"chrF++, mean over {len(found['languages'])} languages ({found['test']})"
-    table = Table(box=None, title=title, title_justify="left", padding=(0, 1))
-    for name in ("step", "tokens", "chrF++", "95 %"):
-        table.add_column(name, justify="right")
     rows = [
         (f"{p['step']:,}", show_count(p["tokens"]) if p["tokens"] else "", p["chrf"])
         for p in found["points"]
     ]
     rows += [(name, "", score) for name, score in found["baselines"].items()]
-    for first, tokens, chrf in rows:
-        table.add_row(
-            first, tokens, f"{chrf['score']:.1f}", f"{chrf['low']:.1f} to {chrf['high']:.1f}"
-        )
-    console.print(table)
+    print_table(
+        console,
+        ("step", "tokens", "chrF++", "95 %"),
+        (
+            (step, tokens, f"{chrf['score']:.1f}", f"{chrf['low']:.1f} to {chrf['high']:.1f}")
+            for step, tokens, chrf in rows
+        ),
+        title=f"chrF++, mean over {len(found['languages'])} languages ({found['test']})",
+        align="r",
+    )

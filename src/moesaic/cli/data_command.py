@@ -1,7 +1,4 @@
-"""How a corpus is shown: what was kept, what was dropped and why, where it came from, its pairs.
-
-``moesaic data``: build corpora, count what was kept and dropped, look at pairs.
-"""
+"""``moesaic data``: build corpora, count their pairs, and show examples."""
 
 import os
 from dataclasses import asdict
@@ -11,9 +8,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from moesaic.cli.shared_options import JsonOption, command_app, print_result, show_progress
+from moesaic.cli.shared_options import (
+    JsonOption,
+    command_app,
+    print_result,
+    print_table,
+    show_progress,
+)
 from moesaic.core.errors import DataError, did_you_mean
 from moesaic.core.units import show_count
 from moesaic.corpus.build_corpus import build_corpus
@@ -25,135 +27,12 @@ from moesaic.corpus.data_home import corpora_dir
 from moesaic.corpus.languages import resolve_language
 
 _MAX_DIRECTIONS = 20
-
-
 _MAX_SOURCES = 12
-
-
 _MAX_NAMES = 8
-
-
 _SIZE_THRESHOLDS = (1_000, 10_000, 100_000)
+_MAX_WORKERS = 8  # each has one direction in memory
 
-
-def show_built(corpus: Corpus, console: Console) -> None:
-    """Print what a build has made, in one line, and what it had to do without in another."""
-    console.print(
-        f"[bold]{corpus.name}[/]: {corpus.manifest['pairs']:,} pairs, "
-        f"{len(corpus.languages)} languages, in {corpus.path}"
-    )
-    _show_missing(corpus_stats(corpus), console)
-
-
-def show_stats(corpus: Corpus, console: Console, *, every: bool = False) -> None:
-    """Print a corpus in numbers: the largest directions and sources, or every one."""
-    found = corpus_stats(corpus)
-    console.print(f"[bold]{found.name}[/]: {found.kept:,} pairs of {found.read:,} read")
-    sizes = {n: found.num_directions_with(n) for n in _SIZE_THRESHOLDS}
-    parts = "".join(f", {count} with {n:,} pairs or more" for n, count in sizes.items() if count)
-    console.print(f"directions: {len(found.directions)}{parts}", highlight=False)
-    for split, packages in found.domains.items():
-        console.print(
-            f"[cyan]{split}[/] never trains: {', '.join(packages)} "
-            f"[dim](moesaic eval RUN --split {split})[/]",
-            highlight=False,
-        )
-    _show_missing(found, console)
-    console.print()
-    _show_directions(found, console, count=len(found.directions) if every else _MAX_DIRECTIONS)
-    _show_dropped(found, console)
-    sources = corpus.manifest["sources"]
-    _show_sources(sources, console, count=len(sources) if every else _MAX_SOURCES)
-
-
-def show_pairs(rows: list[dict[str, Any]], codes: tuple[str, str], console: Console) -> None:
-    """Print pairs with their origins."""
-    table = Table(box=None)
-    for column in (*codes, "origin"):
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(escape(row["source"]), escape(row["target"]), f"[dim]{row['origin']}[/]")
-    console.print(table)
-
-
-def _show_directions(found: CorpusStats, console: Console, *, count: int) -> None:
-    table = Table(box=None)
-    table.add_column("direction", no_wrap=True)
-    for column in ("read", "kept", *found.splits):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("dropped, most for")
-    for d in found.directions[:count]:
-        why = sorted(d.dropped.items(), key=lambda item: -item[1])[:3]
-        table.add_row(
-            f"{d.source}-{d.target}",
-            *(_short_count(n) for n in (d.read, d.kept)),
-            *(_short_count(d.splits[name].pairs) for name in found.splits),
-            ", ".join(f"{name} {show_count(n)}" for name, n in why),
-        )
-    counts = (_short_count(n) for n in (found.read, found.kept, *found.splits.values()))
-    table.add_row("[bold]all[/]", *counts, "")
-    console.print(table)
-    if len(found.directions) > count:
-        left = len(found.directions) - count
-        console.print(f"[dim]and {left} smaller ones: --all shows them[/]", highlight=False)
-    if found.too_small:
-        names = sorted(found.too_small, key=lambda name: -found.too_small[name])
-        console.print(f"[dim]too small to keep: {_abbreviate_names(names)}[/]", highlight=False)
-
-
-def _show_dropped(found: CorpusStats, console: Console) -> None:
-    console.print("\n[bold]dropped[/] [dim](share of what was read)[/]")
-    table = Table(box=None, show_header=False)
-    table.add_column(justify="left", style="cyan")
-    table.add_column(justify="right")
-    table.add_column(justify="right", style="dim")
-    table.add_column(justify="left")
-    for name, count in found.dropped.items():
-        share = f"{100 * count / max(1, found.read):.1f} %"
-        table.add_row(name, f"{count:,}", share, escape(found.reasons[name]))
-    console.print(table)
-
-
-def _show_sources(sources: dict[str, dict[str, Any]], console: Console, *, count: int) -> None:
-    console.print("\n[bold]sources[/] [dim](a pair counts for the first that had it)[/]")
-    table = Table(box=None, show_header=False)
-    table.add_column(style="cyan")
-    table.add_column(justify="right")
-    table.add_column()
-    table.add_column(style="dim")
-    largest = sorted(sources.items(), key=lambda item: (-item[1]["pairs"], item[0]))
-    for name, about in largest[:count]:
-        table.add_row(name, f"{about['pairs']:,}", about["licence"], about["version"])
-    console.print(table)
-    if len(largest) > count:
-        console.print(f"[dim]and {len(largest) - count} smaller ones: --all shows them[/]")
-
-
-def _show_missing(found: CorpusStats, console: Console) -> None:
-    if found.missing:
-        console.print(
-            f"[yellow]{len(found.missing)} packages could not be had[/] and are not in it: "
-            f"{_abbreviate_names(list(found.missing))}",
-            highlight=False,
-        )
-
-
-def _abbreviate_names(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    return ", ".join(names[:_MAX_NAMES]) + more
-
-
-def _short_count(count: int) -> str:
-    """Whole up to four digits, so that a table of large corpora fits (--json has them whole)."""
-    return f"{count:,}" if count < 10_000 else show_count(count)
-
-
-_MAX_WORKERS = 8  # each holds a direction at a time in memory
-
-
-app = command_app(no_args_is_help=True, help="Build corpora, count them, look at them.")
-
-
+app = command_app(no_args_is_help=True, help="Build and inspect corpora.")
 CorpusArgument = Annotated[
     str, typer.Argument(metavar="CORPUS", help="A corpus name, a recipe file (.yaml) or a folder.")
 ]
@@ -169,7 +48,7 @@ def build_command(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Build a corpus from ordinary packages or from your own files, whole or not at all.
+    """Build a corpus from software packages or from your own files.
 
     Example: [cyan]moesaic data build catalogues-small[/]
     """
@@ -188,7 +67,7 @@ def stats(
     every: Annotated[bool, typer.Option("--all", help="Every direction and source.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Count pairs per direction and split, and what was dropped and why.
+    """Count pairs by direction and split, and dropped pairs by reason.
 
     Example: [cyan]moesaic data stats catalogues-small[/]
     """
@@ -212,7 +91,7 @@ def show(
     seed: Annotated[int, typer.Option(help="Which random pairs.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Show random pairs of one direction, with the package that each came from.
+    """Show random pairs of one direction, with the package of each.
 
     Example: [cyan]moesaic data show catalogues-small --to de -n 5[/]
     """
@@ -251,3 +130,108 @@ def _open_corpus(which: str) -> Corpus:
     raise DataError(
         f'there is no corpus "{which}"{did_you_mean(which, known)} (known: {", ".join(known)})'
     )
+
+
+def show_built(corpus: Corpus, console: Console) -> None:
+    """Print the size of a new corpus, and packages that were unavailable."""
+    console.print(
+        f"[bold]{corpus.name}[/]: {corpus.manifest['pairs']:,} pairs, "
+        f"{len(corpus.languages)} languages, in {corpus.path}"
+    )
+    _show_missing(corpus_stats(corpus), console)
+
+
+def show_stats(corpus: Corpus, console: Console, *, every: bool = False) -> None:
+    """Print counts of a corpus: the largest directions and sources, or all (``every``)."""
+    found = corpus_stats(corpus)
+    console.print(f"[bold]{found.name}[/]: {found.kept:,} pairs of {found.read:,} read")
+    sizes = {n: found.num_directions_with(n) for n in _SIZE_THRESHOLDS}
+    parts = "".join(f", {count} with {n:,} pairs or more" for n, count in sizes.items() if count)
+    console.print(f"directions: {len(found.directions)}{parts}", highlight=False)
+    for split, packages in found.domains.items():
+        console.print(
+            f"[cyan]{split}[/] is held out: {', '.join(packages)} "
+            f"[dim](moesaic eval RUN --split {split})[/]",
+            highlight=False,
+        )
+    _show_missing(found, console)
+    console.print()
+    _show_directions(found, console, count=len(found.directions) if every else _MAX_DIRECTIONS)
+    _show_dropped(found, console)
+    sources = corpus.manifest["sources"]
+    _show_sources(sources, console, count=len(sources) if every else _MAX_SOURCES)
+
+
+def show_pairs(rows: list[dict[str, Any]], codes: tuple[str, str], console: Console) -> None:
+    """Print pairs with their origins."""
+    cells = ((escape(r["source"]), escape(r["target"]), f"[dim]{r['origin']}[/]") for r in rows)
+    print_table(console, (*codes, "origin"), cells, align="lll")
+
+
+def _show_directions(found: CorpusStats, console: Console, *, count: int) -> None:
+    rows = []
+    for d in found.directions[:count]:
+        reasons = sorted(d.dropped.items(), key=lambda item: -item[1])[:3]
+        counts = (d.read, d.kept, *(d.splits[name].pairs for name in found.splits))
+        rows.append(
+            (
+                f"{d.source}-{d.target}",
+                *map(_short_count, counts),
+                ", ".join(f"{name} {show_count(n)}" for name, n in reasons),
+            )
+        )
+    totals = map(_short_count, (found.read, found.kept, *found.splits.values()))
+    rows.append(("[bold]all[/]", *totals, ""))
+    columns = ("direction", "read", "kept", *found.splits, "dropped, mostly for")
+    print_table(console, columns, rows, align="l" + "r" * (len(columns) - 2) + "l")
+    if len(found.directions) > count:
+        left = len(found.directions) - count
+        console.print(f"[dim]and {left} smaller ones: --all shows them[/]", highlight=False)
+    if found.too_small:
+        names = sorted(found.too_small, key=lambda name: -found.too_small[name])
+        console.print(f"[dim]too small to keep: {_abbreviate_names(names)}[/]", highlight=False)
+
+
+def _show_dropped(found: CorpusStats, console: Console) -> None:
+    console.print("\n[bold]dropped[/] [dim](share of all pairs read)[/]")
+    rows = (
+        (
+            f"[cyan]{name}[/]",
+            f"{count:,}",
+            f"[dim]{100 * count / max(1, found.read):.1f} %[/]",
+            escape(found.reasons[name]),
+        )
+        for name, count in found.dropped.items()
+    )
+    print_table(console, ("",) * 4, rows, align="lrrl")
+
+
+def _show_sources(sources: dict[str, dict[str, Any]], console: Console, *, count: int) -> None:
+    console.print("\n[bold]sources[/] [dim](a pair counts for the first source that has it)[/]")
+    largest = sorted(sources.items(), key=lambda item: (-item[1]["pairs"], item[0]))
+    rows = (
+        (f"[cyan]{name}[/]", f"{about['pairs']:,}", about["licence"], f"[dim]{about['version']}[/]")
+        for name, about in largest[:count]
+    )
+    print_table(console, ("",) * 4, rows, align="lrll")
+    if len(largest) > count:
+        console.print(f"[dim]and {len(largest) - count} smaller ones: --all shows them[/]")
+
+
+def _show_missing(found: CorpusStats, console: Console) -> None:
+    if found.missing:
+        console.print(
+            f"[yellow]{len(found.missing)} packages were unavailable[/] and are not in it: "
+            f"{_abbreviate_names(list(found.missing))}",
+            highlight=False,
+        )
+
+
+def _abbreviate_names(names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more
+
+
+def _short_count(count: int) -> str:
+    """Format with all digits up to 9,999, then shortened (--json has exact counts)."""
+    return f"{count:,}" if count < 10_000 else show_count(count)

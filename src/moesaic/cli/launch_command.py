@@ -1,4 +1,4 @@
-"""``moesaic launch``: the file that starts a recipe on many machines, complete."""
+"""``moesaic launch``: write the job file that starts a training run on many machines."""
 
 import sys
 from pathlib import Path
@@ -30,7 +30,7 @@ from moesaic.recipes.lookup import find_recipe
 from moesaic.train.run import Run
 from moesaic.train.run_checks import check_run
 
-LAUNCHERS = (Torchrun, Slurm, Kubernetes, SkyPilot)  # importing a member makes it one
+LAUNCHERS = (Torchrun, Slurm, Kubernetes, SkyPilot)
 LAUNCHER_NAMES = {member.__name__.lower(): member for member in LAUNCHERS}
 
 app = command_app()
@@ -38,10 +38,14 @@ app = command_app()
 
 @app.command()
 def launch(
-    which: Annotated[str, typer.Argument(metavar="RECIPE|CONFIG", help="What is to be trained.")],
+    which: Annotated[
+        str, typer.Argument(metavar="RECIPE|CONFIG", help="The recipe or config to train.")
+    ],
     *,
-    nodes: Annotated[int, typer.Option(help="How many machines.")] = 1,
-    gpus: Annotated[int, typer.Option("--gpus-per-node", help="GPUs of each; one rank a GPU.")],
+    nodes: Annotated[int, typer.Option(help="Number of machines.")] = 1,
+    gpus: Annotated[
+        int, typer.Option("--gpus-per-node", help="GPUs of each machine; one rank per GPU.")
+    ],
     launcher_text: Annotated[
         str,
         typer.Option(
@@ -52,20 +56,21 @@ def launch(
     ] = "torchrun",
     changes: SetOption = None,
     run_dir: Annotated[
-        str | None, typer.Option("--run-dir", help="The run directory there.")
+        str | None, typer.Option("--run-dir", help="The run directory on those machines.")
     ] = None,
-    max_restarts: Annotated[int, typer.Option(help="How often all ranks may start again.")] = 3,
+    max_restarts: Annotated[int, typer.Option(help="Restarts of all ranks after a failure.")] = 3,
     min_nodes: Annotated[
-        int | None, typer.Option("--min-nodes", help="Go on with so few, if others are gone.")
+        int | None,
+        typer.Option("--min-nodes", help="Continue with so few machines if others fail."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the file here.")] = None,
     shown: Annotated[
-        bool, typer.Option("--print", help="Print it (without --out anyway).")
+        bool, typer.Option("--print", help="Print the file (the default without --out).")
     ] = False,
     files: UseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the launch file of a training run on many machines, with restarts and resuming.
+    """Write the job file of a training run on many machines, with restarts and resuming.
 
     Example: [cyan]moesaic launch multilingual-50 --nodes 4 --gpus-per-node 8 --launcher slurm[/]
 
@@ -90,7 +95,7 @@ def launch(
         max_restarts=max_restarts,
         min_nodes=min_nodes,
     )
-    run.parallel.plan.resolve(job.world_size)  # a plan that these ranks cannot make is refused here
+    run.parallel.plan.resolve(job.world_size)  # raises if the plan does not fit
     text = launcher.render(job)
     if out is not None:
         out.write_text(text, encoding="utf-8")
@@ -98,12 +103,12 @@ def launch(
         f"{job.description}. Start it with: {_start_command(launcher, out)}", highlight=False
     )
     value = {"world": job.world_size, "nodes": nodes, "gpus_per_node": gpus, "file": text}
-    value |= {"out": None if out is None else str(out), "on": type(launcher).__name__}
+    value |= {"out": None if out is None else str(out), "launcher": type(launcher).__name__}
     print_result(value, as_json=as_json, show=_show(text, printed=shown or out is None))
 
 
 def parse_launcher(text: str) -> Launcher:
-    """Read ``slurm`` or ``Slurm(time="12:00:00")``. Raises ConfigError."""
+    """Parse ``slurm`` or ``Slurm(time="12:00:00")``. Raises ConfigError."""
     fields = parse_call(text) or {"kind": text}
     kind = str(fields["kind"])
     member = LAUNCHER_NAMES.get(kind.lower())

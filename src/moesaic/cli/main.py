@@ -13,22 +13,22 @@ from moesaic.core.errors import UserError, did_you_mean
 from moesaic.core.version import __version__
 
 COMMANDS = {
-    "demo": "the whole job in ten minutes: data, training, scores, report",
+    "demo": "data, training, scores and report in ten minutes",
     "train": "train a recipe or a config file; resume a run",
-    "launch": "the file that starts a run on many machines: SLURM, Kubernetes, SkyPilot, torchrun",
+    "launch": "write a job file for many machines: SLURM, Kubernetes, SkyPilot, torchrun",
     "translate": "translate lines with a trained run",
     "eval": "score a run on held-out strings or on your own test set",
     "curve": "score every kept checkpoint of a run",
-    "ckpt": "look into checkpoints, compare, check and reshard them",
-    "routes": "look into recorded routing, and compare it",
-    "verify": "does a config train alike under every plan of its ranks?",
-    "explain": "what a recipe will cost, before anything runs",
-    "scale": "what each rank of a plan would hold and send, before there is any",
-    "data": "build, count and look at corpora",
-    "report": "write a run's HTML report again",
-    "bench": "how fast a layer is here, beside dense layers and other libraries",
-    "config": "recipes, resolved configs, differences, JSON Schema for editors",
-    "doctor": "what this machine has, and which implementation each op takes and why",
+    "ckpt": "inspect, compare, verify and reshard checkpoints",
+    "routes": "show, count and compare recorded routing",
+    "verify": "check that a config trains the same under every parallel plan",
+    "explain": "parameters, FLOPs and memory of a config, before anything runs",
+    "scale": "memory and communication of each rank under a parallel plan",
+    "data": "build and inspect corpora",
+    "report": "write the HTML report of a run",
+    "bench": "benchmark a layer beside dense layers and other libraries",
+    "config": "list recipes; print, compare and upgrade configs; JSON Schema",
+    "doctor": "hardware, versions, and the selected implementation of each op",
 }
 
 
@@ -49,8 +49,8 @@ RENAMED_OPTIONS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; exit code 0: done, 2: a mistake of the user, 1: a bug."""
-    # Threads that wait by spinning make a step six times slower as soon as another program wants
-    # the cores (docs/log.md). OpenMP reads this when torch is first imported: not before here.
+    # Spinning threads make a step six times slower when another program uses the cores
+    # (docs/log.md). OpenMP reads the variable when torch is first imported, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("--help", "-h", "help"):
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         module.app(rest, prog_name=f"moesaic {command}")
     except UserError as error:
         _fail(error, rest)
-    except BrokenPipeError:  # "| head" closed our output: nothing is wrong
+    except BrokenPipeError:  # the reader of our output (e.g. head) has closed it
         sys.stderr.close()
         sys.exit(0)
 

@@ -1,4 +1,4 @@
-"""``moesaic report``: one self-contained HTML file about a run, written from its files."""
+"""``moesaic report``: write the self-contained HTML report of a run from its files."""
 
 from typing import Annotated
 
@@ -12,7 +12,7 @@ from moesaic.report.html_report import write_report
 from moesaic.serve.translation_routing import trace_checkpoints
 
 app = command_app()
-_SENTENCES = 16  # per language, for checkpoints
+_SENTENCES = 16  # per language, to compare the routing of checkpoints
 
 
 @app.command()
@@ -24,15 +24,15 @@ def report(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write report.html anew: losses, scores, routing, health. Open it in any browser, offline.
+    """Write report.html: losses, scores, routing and router health. It opens offline.
 
     Example: [cyan]moesaic report runs/demo[/]
     """
     if checkpoints:
         config = find_recipe(str(run))
         tests = held_out_tests(config, corpus=config.corpus.open(), split="valid", limit=_SENTENCES)
-        found = trace_checkpoints(run, tests=tests)
-        stderr.print(f"[dim]routed held-out text with {len(found)} checkpoints[/]", highlight=False)
+        files = trace_checkpoints(run, tests=tests)
+        stderr.print(f"[dim]routed held-out text with {len(files)} checkpoints[/]", highlight=False)
     path = write_report(run)
 
     def show(console: Console) -> None:

@@ -1,5 +1,7 @@
-"""``moesaic routes``: look into files of recorded routing."""
+"""``moesaic routes``: show, count and compare files of recorded routing."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,16 +9,16 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from moesaic.checkpoint.routes_file import RoutesFile
-from moesaic.cli.shared_options import JsonOption, command_app, print_result
+from moesaic.cli.shared_options import JsonOption, command_app, print_result, print_table
 from moesaic.core.errors import UserError
 from moesaic.core.units import show_bytes
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.evaluate.routing_analysis import RoutingAnalysis, describe_usage
 from moesaic.moe.routing_agreement import RoutingAgreement, compare_routes
 from moesaic.monitor.expert_usage import LayerUsage, summarize_load
+from moesaic.serve.translator import routed_experts, token_text
 
 app = command_app()
 RoutesPath = Annotated[Path, typer.Argument(metavar="FILE", help="A routes file.")]
@@ -33,7 +35,7 @@ def show(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a file holds, and the experts of each token of one row.
+    """Show the contents of a file, and the experts of each token of one row.
 
     Example: [cyan]moesaic routes show out.routes --row 3[/]
     """
@@ -66,7 +68,7 @@ def stats(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Count: load, drops by position, and what the routers read (language, token, position).
+    """Count load and drops, and how far language, token and position determine the expert.
 
     Example: [cyan]moesaic routes stats out.routes[/]
     """
@@ -100,38 +102,27 @@ def compare_files(path: RoutesPath, other: RoutesPath, *, as_json: JsonOption = 
     print_result(value, as_json=as_json, show=lambda console: _show_agreement(found, console))
 
 
-def _token_decoder(tokenizer: Path | None) -> Any:
-    if tokenizer is None:
-        return str
-    known = Tokenizer.load(tokenizer)
-
-    def text(index: int) -> str:
-        said = known.decode([index])
-        return said if said and "\ufffd" not in said else known.id_to_token(index)
-
-    return text
+def _token_decoder(tokenizer: Path | None) -> Callable[[int], str]:
+    return str if tokenizer is None else partial(token_text, Tokenizer.load(tokenizer))
 
 
 def _row_experts(
     file: RoutesFile, *, batch: int, row: int, tokenizer: Path | None
 ) -> dict[str, Any]:
-    """Tokens of one row, and per layer the kept [expert, weight] of each."""
+    """Return the tokens of one row, and per layer the [expert, weight] pairs of each token."""
     text, sides = _token_decoder(tokenizer), {}
-    found = next((routes for number, routes in enumerate(file) if number == batch), None)
-    if found is None:
+    layers = next((layers for number, layers in enumerate(file) if number == batch), None)
+    if layers is None:
         raise UserError(f"--batch {batch}: {file.path} has {len(file)}, numbered from 0")
-    for routes in found:
-        tokens, routing = routes.tokens, routes.routing
-        mine = (tokens.row == row).nonzero()[:, 0].tolist()
+    for layer in layers:
+        tokens, experts = layer.tokens, routed_experts(layer.routing)
+        in_row = (tokens.row == row).nonzero()[:, 0].tolist()
         side = sides.setdefault(
-            routes.side, {"tokens": [text(int(tokens.token[i])) for i in mine], "layers": {}}
+            layer.side, {"tokens": [text(int(tokens.token[i])) for i in in_row], "layers": {}}
         )
-        edges: dict[int, list[list[float]]] = {i: [] for i in mine}
-        columns = (routing.token.tolist(), routing.expert.tolist(), routing.weight.tolist())
-        for token, expert, weight in zip(*columns, strict=True):
-            if token in edges and expert < routing.num_experts:
-                edges[token].append([expert, round(weight, 4)])
-        side["layers"][routes.layer] = [edges[i] for i in mine]
+        side["layers"][layer.layer] = [
+            [[expert, round(weight, 4)] for expert, weight in experts[i]] for i in in_row
+        ]
     return sides
 
 
@@ -148,51 +139,63 @@ def _load_numbers(layer: LayerUsage) -> dict[str, float]:
 
 
 def _show(value: dict[str, Any], console: Console) -> None:
-    told = ", ".join(f"{name} {what}" for name, what in value["about"].items())
+    about = ", ".join(f"{name} {what}" for name, what in value["about"].items())
     console.print(
-        f"{value['batches']} batches, {show_bytes(value['bytes'])}; {escape(told)}", highlight=False
+        f"{value['batches']} batches, {show_bytes(value['bytes'])}; {escape(about)}",
+        highlight=False,
     )
     for name, side in value["sides"].items():
-        table = Table(box=None, title=f"\n{name}", title_justify="left")
-        for column in ("token", *side["layers"]):
-            table.add_column(column, style="bold" if column == "token" else "cyan")
+        rows = []
         for i, token in enumerate(side["tokens"]):
-            edges = (rows[i] for rows in side["layers"].values())
-            shown = (
-                " ".join(f"{e}\u00d7{weight:.2f}" for e, weight in row) or "-" for row in edges
+            cells = (
+                " ".join(f"{expert}\u00d7{weight:.2f}" for expert, weight in tokens[i]) or "-"
+                for tokens in side["layers"].values()
             )
-            table.add_row(escape(token), *shown)
-        console.print(table)
+            rows.append((f"[bold]{escape(token)}[/]", *(f"[cyan]{cell}[/]" for cell in cells)))
+        columns = ("token", *side["layers"])
+        print_table(console, columns, rows, title=f"\n{name}", align="l" * len(columns))
 
 
 def _show_stats(value: dict[str, Any], console: Console) -> None:
-    table = Table(box=None, title="load", title_justify="left")
-    table.add_column("layer", style="cyan")
-    for name in next(iter(value["layers"].values()), {}):
-        table.add_column(name.replace("_", " "), justify="right")
-    for layer, numbers in value["layers"].items():
-        table.add_row(layer, *(f"{n:,}" if n == int(n) else f"{n:.3f}" for n in numbers.values()))
-    console.print(table)
-    table = Table(box=None, title="\nuncertainty of the expert, of 1", title_justify="left")
-    for name in ("layer", "given language", "given token", "by chance", "given position"):
-        table.add_column(name, justify="right" if name != "layer" else "left")
+    columns = next(iter(value["layers"].values()), {})
+    print_table(
+        console,
+        ("layer", *(name.replace("_", " ") for name in columns)),
+        (
+            (_cyan(layer), *(f"{n:,}" if n == int(n) else f"{n:.3f}" for n in numbers.values()))
+            for layer, numbers in value["layers"].items()
+        ),
+        title="load",
+    )
+    rows = []
     for layer, found in value["insight"].items():
-        known = found["uncertainty"]
+        entropy = found["uncertainty"]
         language = value["languages"][layer]["language_entropy"]
-        shares = (language, known["token"], known["token_by_chance"], known["position"])
-        table.add_row(f"[cyan]{layer}[/]", *(f"{share:.3f}" for share in shares))
-    console.print(table)
-    table = Table(box=None, title="\ndropped by position", title_justify="left")
-    for name in ("layer", "first half", "second half"):
-        table.add_column(name, justify="right" if name != "layer" else "left")
-    for layer, found in value["insight"].items():
-        halves = _drop_rates_by_half(found["positions"])
-        table.add_row(f"[cyan]{layer}[/]", *(f"{share:.2%}" for share in halves))
-    console.print(table)
+        given = (language, entropy["token"], entropy["token_by_chance"], entropy["position"])
+        rows.append((_cyan(layer), *(f"{share:.3f}" for share in given)))
+    print_table(
+        console,
+        ("layer", "given language", "given token", "by chance", "given position"),
+        rows,
+        title="\nconditional entropy of the expert (1: independent)",
+    )
+    print_table(
+        console,
+        ("layer", "first half", "second half"),
+        (
+            (_cyan(layer), *(f"{rate:.2%}" for rate in _drop_rates_by_half(found["positions"])))
+            for layer, found in value["insight"].items()
+        ),
+        title="\ndropped by position",
+    )
+
+
+def _cyan(layer: str) -> str:
+    return f"[cyan]{layer}[/]"
 
 
 def _drop_rates_by_half(positions: dict[str, list[int]]) -> tuple[float, float]:
-    """Drop rates before and after the position that half of the edges come before."""
+    """Return the drop rates before and after the median position of edges."""
     asked, dropped = np.array(positions["asked"]), np.array(positions["dropped"])
     middle = int(np.searchsorted(asked.cumsum(), asked.sum() / 2)) + 1 if asked.size else 0
     parts = [(dropped[:middle], asked[:middle]), (dropped[middle:], asked[middle:])]
@@ -201,10 +204,6 @@ def _drop_rates_by_half(positions: dict[str, list[int]]) -> tuple[float, float]:
 
 
 def _show_agreement(found: RoutingAgreement, console: Console) -> None:
-    table = Table(box=None)
-    for name in ("layer", "edges alike", "tokens alike"):
-        table.add_column(name, justify="right" if name != "layer" else "left")
-    for layer in found.layers:
-        table.add_row(f"[cyan]{layer.layer}[/]", f"{layer.edges:.1%}", f"{layer.tokens:.1%}")
-    table.add_row("mean / every layer", f"{found.edges:.1%}", f"{found.tokens:.1%}")
-    console.print(table)
+    rows = [(_cyan(x.layer), f"{x.edges:.1%}", f"{x.tokens:.1%}") for x in found.layers]
+    rows.append(("mean / every layer", f"{found.edges:.1%}", f"{found.tokens:.1%}"))
+    print_table(console, ("layer", "equal edges", "equal tokens"), rows)

@@ -1,4 +1,4 @@
-"""``moesaic scale``: what every rank of a plan would hold and send, before there is any rank."""
+"""``moesaic scale``: estimate memory and communication of a rank under a parallel plan."""
 
 import math
 import re
@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from moesaic.cli.shared_options import (
     JsonOption,
@@ -16,6 +15,7 @@ from moesaic.cli.shared_options import (
     command_app,
     import_user_files,
     print_result,
+    print_table,
 )
 from moesaic.core.config import Config
 from moesaic.core.errors import UserError
@@ -37,13 +37,13 @@ from moesaic.parallel.memory_estimate import (
 )
 from moesaic.parallel.parameter_inventory import ParameterInventory, RankParameters
 from moesaic.recipes.lookup import RECIPES, find_recipe
-from moesaic.train.dry_run import DryRunResult, simulate_step
+from moesaic.train.dry_run import simulate_step
 
 app = command_app()
 
 
 class ScaleConfig(Config):
-    """A model, how it is laid over ranks, and what trains it."""
+    """What an estimate depends on: model, parallel plan, optimizer, gradient accumulation."""
 
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -60,29 +60,31 @@ def scale(
         ),
     ],
     *,
-    world_size: Annotated[int, typer.Option(min=1, metavar="N", help="How many ranks.")],
+    world_size: Annotated[int, typer.Option(min=1, metavar="N", help="Number of ranks.")],
     micro_batch: Annotated[
         str,
-        typer.Option(metavar="ROWSxSOURCE+TARGET", help="A micro-batch of one data rank."),
+        typer.Option(
+            metavar="ROWSxSOURCE+TARGET", help="The micro-batch of one data-parallel rank."
+        ),
     ] = "8x512+512",
     memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="The memory of a device, e.g. 80GB.")
+        str, typer.Option(metavar="SIZE", help="Memory of a device, e.g. 80GB.")
     ] = "80GB",
     mixed_precision: Annotated[
         bool,
         typer.Option(
             "--mixed-precision",
-            help="Price weights and gradients at 2 bytes with a float32 copy, not 4.",
+            help="Weights and gradients of 2 bytes with a float32 copy, instead of 4.",
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Take one step as rank 0 on fake tensors as well.")
+        bool, typer.Option("--dry-run", help="Also simulate one step of rank 0 with fake tensors.")
     ] = False,
     changes: SetOption = None,
     files: UseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Price a plan: bytes that rank 0 holds, by kind, and sends, by collective and axis.
+    """Estimate the bytes that rank 0 holds, by kind, and sends, by collective and mesh axis.
 
     Example: [cyan]moesaic scale zcode-m3-64 --world-size 64 --set parallel.plan.expert=64[/]
 
@@ -90,43 +92,39 @@ def scale(
     --set parallel.plan.expert=128 --set parallel.plan.tensor=8 --set parallel.plan.zero=3[/]
     """
     import_user_files(files)
-    laid, sizes = _read_config(which, changes), _parse_micro_batch(micro_batch)
+    config, sizes = _read_config(which, changes), _parse_micro_batch(micro_batch)
     storage = MIXED_PRECISION if mixed_precision else BytesPerValue()
-    setting = EstimateSettings(laid.parallel, world_size, sizes, storage, laid.optimizer)
-    found = estimate_plan(laid, world_size=world_size, sizes=sizes, storage=storage)
-    found |= {"name": which, "capacity": _capacity(laid, setting, memory)}
+    settings = EstimateSettings(config.parallel, world_size, sizes, storage, config.optimizer)
+    found = estimate_plan(config, world_size=world_size, sizes=sizes, storage=storage)
+    found |= {"name": which, "capacity": _capacity(config.model, settings, memory)}
     if dry_run:
-        practised = simulate_step(
-            laid.model,
-            parallel=laid.parallel,
+        step = simulate_step(
+            config.model,
+            parallel=config.parallel,
             world_size=world_size,
             sizes=sizes,
-            optimizer=laid.optimizer,
+            optimizer=config.optimizer,
         )
-        found["dry_run"] = _dry_run_json(practised)
+        found["dry_run"] = asdict(step) | {"sent_total": sum(line.bytes for line in step.sent)}
     print_result(found, as_json=as_json, show=lambda console: _show(found, console))
 
 
 def estimate_plan(
     config: ScaleConfig, *, world_size: int, sizes: BatchDims, storage: BytesPerValue
 ) -> dict[str, Any]:
-    """Return what rank 0 holds and sends, as data."""
-    holding = ParameterInventory(config.model).on_rank(config.parallel, world=world_size)
-    held = estimate_memory(
-        holding, sizes=sizes, bytes_per_value=storage, optimizer=config.optimizer
-    )
-    lines = communication_volume(
-        holding, sizes=sizes, micro_batches=config.gradient_accumulation_steps
-    )
-    values = sum(math.prod(part.parameter.placement.shape) for part in holding.shards)
+    """Return the memory and communication of rank 0 as JSON data."""
+    micro_batches = config.gradient_accumulation_steps
+    rank = ParameterInventory(config.model).on_rank(config.parallel, world=world_size)
+    memory = estimate_memory(rank, sizes=sizes, bytes_per_value=storage, optimizer=config.optimizer)
+    lines = communication_volume(rank, sizes=sizes, micro_batches=micro_batches)
     return {
         "world": world_size,
-        "short": holding.plan.acronym,
-        "parameters": values,
-        "grid": _mesh_axes(holding),
-        "batch": asdict(sizes) | {"micro_batches": config.gradient_accumulation_steps},
+        "plan": rank.plan.acronym,
+        "parameters": sum(math.prod(part.parameter.placement.shape) for part in rank.shards),
+        "mesh": _mesh_axes(rank),
+        "batch": asdict(sizes) | {"micro_batches": micro_batches},
         "storage": storage.to_dict(),
-        "bytes": asdict(held) | {"state": held.state, "device": held.device},
+        "bytes": asdict(memory) | {"state": memory.state, "device": memory.device},
         "sent": [asdict(line) for line in lines],
         "sent_total": sum(line.bytes for line in lines),
     }
@@ -134,8 +132,8 @@ def estimate_plan(
 
 def _read_config(which: str, changes: list[str] | None) -> ScaleConfig:
     if which in PRESETS and which not in RECIPES:
-        laid = ScaleConfig(model=preset(which).config)
-        return laid.override(changes) if changes else laid
+        config = ScaleConfig(model=preset(which).config)
+        return config.override(changes) if changes else config
     run = find_recipe(which, changes=changes or [])
     return ScaleConfig(
         model=run.model,
@@ -155,88 +153,67 @@ def _parse_micro_batch(text: str) -> BatchDims:
     return BatchDims(*map(int, found.groups()))
 
 
-def _mesh_axes(holding: RankParameters) -> dict[str, dict[str, int]]:
-    numbers = sorted(set(holding.inventory.expert_modules.values()))
-    layers = {f"layers of {number} experts": holding.grid(number).axes for number in numbers}
-    return {"dense layers": holding.grid().axes} | layers
+def _mesh_axes(rank: RankParameters) -> dict[str, dict[str, int]]:
+    numbers = sorted(set(rank.inventory.expert_modules.values()))
+    layers = {f"layers of {number} experts": rank.grid(number).axes for number in numbers}
+    return {"dense layers": rank.grid().axes} | layers
 
 
-def _capacity(laid: ScaleConfig, setting: EstimateSettings, memory: str) -> dict[str, Any] | None:
-    model = laid.model
-    if (
-        not isinstance(model.moe, MoE)
-        or model.encoder.experts_per_layer
-        or model.decoder.experts_per_layer
-    ):
+def _capacity(model: ModelConfig, settings: EstimateSettings, memory: str) -> dict[str, Any] | None:
+    """Return the largest number of experts that fits, if all MoE layers have the same number."""
+    varied = model.encoder.experts_per_layer or model.decoder.experts_per_layer
+    if not isinstance(model.moe, MoE) or varied:
         return None
     budget = MemoryBudget(parse_bytes(memory))
-    found = largest_fitting_model(model, settings=setting, budget=budget)
-    if found is None:
+    largest = largest_fitting_model(model, settings=settings, budget=budget)
+    if largest is None:
         return {"memory": budget.device, "experts": 0, "parameters": 0}
-    return {"memory": budget.device, "experts": found.experts, "parameters": found.parameters}
-
-
-def _dry_run_json(found: DryRunResult) -> dict[str, Any]:
-    return asdict(found) | {"sent_total": sum(line.bytes for line in found.sent)}
+    return {"memory": budget.device, "experts": largest.experts, "parameters": largest.parameters}
 
 
 def _show(found: dict[str, Any], console: Console) -> None:
     batch = found["batch"]
     console.print(
         f"[bold]{found['name']}[/]: {show_count(found['parameters'])} parameters on "
-        f"{found['world']:,} ranks, {found['short']}",
+        f"{found['world']:,} ranks, {found['plan']}",
         highlight=False,
     )
-    for what, axes in found["grid"].items():
+    for layers, axes in found["mesh"].items():
         grid = " x ".join(f"{axis} {size}" for axis, size in axes.items())
-        console.print(f"{what}: {grid}", highlight=False)
+        console.print(f"{layers}: {grid}", highlight=False)
     console.print(
         f"a step of {batch['micro_batches']} x {batch['rows']} rows of {batch['source']} + "
-        f"{batch['target']} tokens for each data rank, routing even\n",
+        f"{batch['target']} tokens per data-parallel rank, with even routing\n",
         highlight=False,
     )
-    console.print(_memory_table(found))
-    console.print(_communication_table(found))
-    room = found["capacity"]
-    if room is not None:
+    labels = {"device": "device memory at the peak", "host": "host memory"}
+    kinds = ("weights", "gradients", "optimizer", "gathered", "activations", "device", "host")
+    rows = [(labels.get(kind, kind), show_bytes(found["bytes"][kind])) for kind in kinds]
+    print_table(console, ("rank 0 holds", ""), rows)
+    sent = [(line["kind"], line["axis"], show_bytes(line["bytes"])) for line in found["sent"]]
+    sent.append(("all", "", show_bytes(found["sent_total"])))
+    columns = ("collective", "axis", "")
+    print_table(console, columns, sent, title="\nrank 0 sends per step", align="llr")
+    capacity = found["capacity"]
+    if capacity is not None:
+        memory = show_bytes(capacity["memory"])
         console.print(
-            f"\nin {show_bytes(room['memory'])} per device this plan holds the same model with up "
-            f"to {room['experts']:,} experts per layer: {show_count(room['parameters'])} parameters"
-            if room["experts"]
-            else f"\n{show_bytes(room['memory'])} per device are too few for this plan",
+            f"\nwith {memory} per device this plan fits the same model with up to "
+            f"{capacity['experts']:,} experts per layer: {show_count(capacity['parameters'])} "
+            "parameters"
+            if capacity["experts"]
+            else f"\n{memory} per device are too few for this plan",
             highlight=False,
         )
     if "dry_run" in found:
-        _show_dry_run(found, console)
+        _show_dry_run(found["dry_run"], estimate=found["bytes"], console=console)
 
 
-def _memory_table(found: dict[str, Any]) -> Table:
-    table = Table(box=None, padding=(0, 2))
-    table.add_column("rank 0 holds")
-    table.add_column("", justify="right")
-    for name in ("weights", "gradients", "optimizer", "gathered", "activations", "device", "host"):
-        label = {"device": "on the device at the peak", "host": "in the host's memory"}
-        table.add_row(label.get(name, name), show_bytes(found["bytes"][name]))
-    return table
-
-
-def _communication_table(found: dict[str, Any]) -> Table:
-    table = Table(box=None, padding=(0, 2), title="\nrank 0 sends per step", title_justify="left")
-    for column in ("collective", "axis"):
-        table.add_column(column)
-    table.add_column("", justify="right")
-    for line in found["sent"]:
-        table.add_row(line["kind"], line["axis"], show_bytes(line["bytes"]))
-    table.add_row("all", "", show_bytes(found["sent_total"]))
-    return table
-
-
-def _show_dry_run(found: dict[str, Any], console: Console) -> None:
-    done, said = found["dry_run"], found["bytes"]
-    held = all(done[name] == said[name] for name in ("weights", "gradients", "optimizer"))
+def _show_dry_run(step: dict[str, Any], *, estimate: dict[str, Any], console: Console) -> None:
+    equal = all(step[kind] == estimate[kind] for kind in ("weights", "gradients", "optimizer"))
     console.print(
-        f"\nrehearsed in {show_seconds(done['seconds'])}: holds "
-        f"{'the same' if held else 'something else'}, sends {show_bytes(done['sent_total'])}, "
-        f"{show_bytes(done['peak'])} at most in use before the update",
+        f"\ndry run in {show_seconds(step['seconds'])}: state "
+        f"{'as estimated' if equal else 'differs from the estimate'}, sends "
+        f"{show_bytes(step['sent_total'])}, peak {show_bytes(step['peak'])} before the update",
         highlight=False,
     )

@@ -1,15 +1,16 @@
-"""What the verbs share: two consoles (stdout is data, stderr is talk), one way to answer."""
+"""Options and output shared by all commands: results on stdout, progress on stderr."""
 
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from moesaic.core.errors import UserError
 
@@ -35,7 +36,7 @@ def show_progress(text: str) -> None:
 
 
 def command_app(**settings: Any) -> typer.Typer:
-    """Return the Typer app of one verb: our errors pass through it, help text keeps its lines."""
+    """Return the Typer app of one command; a UserError passes through it to ``main``."""
     return typer.Typer(
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -46,9 +47,9 @@ def command_app(**settings: Any) -> typer.Typer:
 
 
 def import_user_files(files: list[Path] | None) -> None:
-    """Import a user's own files, so that what they define joins its families.
+    """Import Python files, which registers the config choices that they define.
 
-    Raises UserError when a file is not there; what goes wrong inside it is shown as it is.
+    Raises UserError if a file does not exist; exceptions inside a file are not caught.
     """
     for file in files or []:
         spec = importlib.util.spec_from_file_location(file.stem, file)
@@ -59,9 +60,33 @@ def import_user_files(files: list[Path] | None) -> None:
         spec.loader.exec_module(module)
 
 
-def print_result(value: dict[str, Any], *, as_json: bool, show: Callable[[Console], None]) -> None:
-    """Show the answer to a person, or print it as the last line of stdout for a program."""
+def print_result(
+    value: dict[str, Any], *, as_json: bool, show: Callable[[Console], object]
+) -> None:
+    """Print a result: by ``show``, or as one JSON object on the last line of stdout."""
     if as_json:
         sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
     else:
         show(Console())
+
+
+def print_table(
+    console: Console,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    title: str | None = None,
+    align: str = "l",
+) -> None:
+    """Print rows of Rich markup. ``align`` has an l or r for each column; r where it is shorter.
+
+    Without any column name there is no header.
+    """
+    table = Table(
+        box=None, title=title, title_justify="left", padding=(0, 1), show_header=any(columns)
+    )
+    for column, side in zip(columns, align.ljust(len(columns), "r"), strict=True):
+        table.add_column(column, justify="left" if side == "l" else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -1,4 +1,4 @@
-"""``moesaic train``: a recipe or a config file to a trained run directory, or a run continued."""
+"""``moesaic train``: train a recipe or config file, or resume a run."""
 
 import os
 from dataclasses import asdict
@@ -36,24 +36,25 @@ def train(
     changes: SetOption = None,
     out: Annotated[Path | None, typer.Option(help="The run directory (runs/NAME).")] = None,
     resume: Annotated[
-        str | None, typer.Option(metavar="auto|DIR", help="Go on in --out (auto), or from DIR.")
+        str | None,
+        typer.Option(metavar="auto|DIR", help="Continue the run in --out (auto) or in DIR."),
     ] = None,
     until: Annotated[int | None, typer.Option(help="Stop after this step; resume later.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No table and no lines.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress output.")] = False,
     files: UseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train. Ctrl-C saves and says how to go on; the same command with --resume auto goes on.
+    """Train. Ctrl-C saves a checkpoint; the same command with --resume auto continues.
 
     Example: [cyan]moesaic train demo --set steps=200 --out runs/mine[/]
 
-    Go on: [cyan]moesaic train --resume runs/mine[/]
+    Resume: [cyan]moesaic train --resume runs/mine[/]
 
     On several processes: [cyan]torchrun --nproc-per-node 2 -m moesaic train demo[/]
     """
     import_user_files(files)
     if which is None and resume in (None, "auto"):
-        raise UserError("what is to be trained? name a recipe, a config.yaml, or --resume DIR")
+        raise UserError("nothing to train: name a recipe, a config.yaml, or --resume DIR")
     run = find_recipe(which or str(resume), changes=changes or [])
     folder = out or (Path("runs") / run.name if which else Path(str(resume)))
     result = run_training(
@@ -64,14 +65,14 @@ def train(
         progress=no_progress if quiet else terminal_progress,
     )
     value = asdict(result) | {"out": str(result.out)}
-    if os.environ.get("RANK", "0") == "0":  # under torchrun one rank answers for all
+    if os.environ.get("RANK", "0") == "0":  # under torchrun only one rank prints
         print_result(value, as_json=as_json, show=lambda console: _show(result, console))
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 
 
 def resume_from(text: str | None) -> Resume:
-    """Read ``--resume``: nothing, ``auto``, or a directory."""
+    """Parse ``--resume``: absent, ``auto``, or a directory."""
     if text is None:
         return StartFresh()
     return ResumeLatest() if text == "auto" else ResumeFrom(path=text)
@@ -86,4 +87,4 @@ def _show(result: TrainingResult, console: Console) -> None:
     if result.stop_reason == "finished":
         console.print(f"next: moesaic eval {result.out}", highlight=False)
     else:
-        console.print(f"to go on: moesaic train --resume {result.out}", highlight=False)
+        console.print(f"to continue: moesaic train --resume {result.out}", highlight=False)

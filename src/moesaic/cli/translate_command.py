@@ -1,4 +1,4 @@
-"""``moesaic translate``: lines in, translations out, one per line and in order."""
+"""``moesaic translate``: translate lines of text, one translation per line, in order."""
 
 import sys
 from dataclasses import asdict
@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from moesaic.checkpoint.routes_file import RoutesWriter
 from moesaic.cli.shared_options import (
@@ -18,6 +17,7 @@ from moesaic.cli.shared_options import (
     command_app,
     import_user_files,
     print_result,
+    print_table,
     stderr,
 )
 from moesaic.core.errors import DataError
@@ -45,7 +45,7 @@ def translate(
     ] = 1.0,
     n_best: Annotated[int, typer.Option(min=1, help="How many translations of each line.")] = 1,
     experts: Annotated[
-        bool, typer.Option("--experts", help="Say which experts translated.")
+        bool, typer.Option("--experts", help="Show the experts of each token.")
     ] = False,
     routes: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Record every token's experts in a file.")
@@ -53,7 +53,7 @@ def translate(
     files: UseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Translate. Output goes to stdout in the order of the input; empty lines stay empty.
+    """Translate lines to stdout, in the order of the input; empty lines stay empty.
 
     Example: [cyan]echo "Save changes" | moesaic translate runs/demo --to es[/]
     """
@@ -64,15 +64,17 @@ def translate(
     done = translator.translate(lines, source=source, target=target, search=search)
     cut = sum(t.truncated for t in done)
     if cut:
-        stderr.print(f"[yellow]{cut} line(s) were longer than the model reads and were cut[/]")
+        stderr.print(
+            f"[yellow]{cut} line(s) were longer than the model's limit and were truncated[/]"
+        )
     rows = [asdict(t) for t in done]
     if routes is not None:
-        said = [t.text for t in done]
+        outputs = [t.text for t in done]
         with RoutesWriter(
             routes, languages=translator.languages, about={"run": run.resolve().name}
         ) as writer:
             for found in translation_routes(
-                translator, lines, translations=said, source=source, target=target
+                translator, lines, translations=outputs, source=source, target=target
             ):
                 writer.add(found)
     if experts:
@@ -80,7 +82,7 @@ def translate(
             translator.trace_experts(line, translation=t.text, source=source, target=target)
             for line, t in zip(lines, done, strict=True)
         ]
-        rows = [row | {"experts": trace.plain()} for row, trace in zip(rows, traces, strict=True)]
+        rows = [row | {"experts": trace} for row, trace in zip(rows, traces, strict=True)]
     print_result(
         {"translations": rows}, as_json=as_json, show=lambda console: _show(done, rows, console)
     )
@@ -115,10 +117,9 @@ def _show(done: list[TranslationResult], rows: list[dict[str, Any]], console: Co
 
 
 def _show_side(side: dict[str, Any], console: Console) -> None:
-    """One row of tokens, then a row of experts for each MoE layer."""
-    table = Table(box=None, padding=(0, 1), show_header=False)
-    table.add_row("", *(f"[bold]{escape(token)}[/]" for token in side["tokens"]))
-    for layer, rows in side["layers"].items():
-        used = ("+".join(str(expert) for expert, _ in visits) or "-" for visits in rows)
-        table.add_row(f"[dim]{layer}[/]", *(f"[cyan]{experts}[/]" for experts in used))
-    console.print(table)
+    """Print a row of tokens, then a row of experts for each MoE layer."""
+    rows = [("", *(f"[bold]{escape(token)}[/]" for token in side["tokens"]))]
+    for layer, tokens in side["layers"].items():
+        used = ("+".join(str(expert) for expert, _ in pairs) or "-" for pairs in tokens)
+        rows.append((f"[dim]{layer}[/]", *(f"[cyan]{experts}[/]" for experts in used)))
+    print_table(console, ("",) * len(rows[0]), rows, align="l" * len(rows[0]))

@@ -1,4 +1,4 @@
-"""``moesaic verify``: does this config train alike, however it is laid over ranks?"""
+"""``moesaic verify``: train a config under every parallel plan and compare with one process."""
 
 from dataclasses import asdict
 from enum import StrEnum
@@ -39,7 +39,7 @@ app = command_app()
 
 
 class PlanChoice(StrEnum):
-    """Which of the plans that fit."""
+    """Which of the plans that fit the model are tried."""
 
     PAIRS = "pairs"
     ALL = "all"
@@ -50,11 +50,16 @@ class PlanChoice(StrEnum):
 def verify(
     which: Annotated[str, typer.Argument(metavar="RECIPE|CONFIG", help="What is to be trained.")],
     *,
-    world_size: Annotated[int, typer.Option(min=2, help="The most ranks; its divisors too.")] = 8,
+    world_size: Annotated[
+        int, typer.Option(min=2, help="Largest number of ranks; its divisors are tried too.")
+    ] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Training steps under each plan.")] = 3,
     choice: Annotated[
         PlanChoice,
-        typer.Option("--plans", help="All, so few that any two degrees meet, or the config's own."),
+        typer.Option(
+            "--plans",
+            help="All plans, enough that any two degrees occur together, or that of the config.",
+        ),
     ] = PlanChoice.PAIRS,
     changes: SetOption = None,
     timeout_s: Annotated[float, typer.Option(min=1, help="Seconds that one plan may take.")] = 120,
@@ -64,8 +69,8 @@ def verify(
 ) -> None:
     """Train a small copy of a config under every plan, and compare with one process.
 
-    Widths and the vocabulary are made small and the text is made up; layers, rules, heads, experts
-    per token and the optimizer are your own. Ends with 1 if any plan differs.
+    Widths and the vocabulary are reduced and the text is synthetic; layers, routing, heads, experts
+    per token and the optimizer are those of the config. Exit code 1 if any plan differs.
 
     Example: [cyan]moesaic verify tiny --world-size 4[/]
 
@@ -84,7 +89,7 @@ def verify(
         raise UserError(
             f"no plan of {world_size} ranks fits: {'; '.join(rejection_lines(found.rejected))}"
         )
-    stderr.print(f"made small: {escape('; '.join(shrunk.changes))}", style="dim", highlight=False)
+    stderr.print(f"reduced: {escape('; '.join(shrunk.changes))}", style="dim", highlight=False)
     verdicts: list[PlanResult] = []
     for verdict in compare_plans(given, plans=chosen.valid):
         verdicts.append(verdict)

@@ -1,4 +1,4 @@
-"""Build: a recipe in, a finished corpus on disk out, whole or not at all."""
+"""Building a corpus: from a recipe to a finished corpus on disk, complete or not at all."""
 
 import json
 import shutil
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.core.errors import DataError
-from moesaic.core.files import sha256, write_json
+from moesaic.core.files import write_json
 from moesaic.corpus.cleaning import CLEANING_RULES
-from moesaic.corpus.corpus import CORPUS_FORMAT, CORPUS_MANIFEST, Corpus
+from moesaic.corpus.corpus import CORPUS_FORMAT, CORPUS_MANIFEST, Corpus, file_entry
 from moesaic.corpus.corpus_recipes import CorpusRecipe, named_corpus
 from moesaic.corpus.data_home import corpora_dir
 from moesaic.corpus.read_sources import ReadJob, ReadResult, map_in_order, read_source_file
@@ -25,10 +25,10 @@ from moesaic.corpus.spill import Direction, PairSpill
 from moesaic.corpus.split import LeakedSources, find_leaks
 
 DROP_REASONS = {rule.name: rule.why for rule in CLEANING_RULES} | {
-    DISAGREE: "two texts of one place, but their numbers or inline elements differ",
+    DISAGREE: "two texts under one key, but their numbers or inline elements differ",
     "duplicate": "the same pair was read before",
-    "other_target": "more sources gave this source another target",
-    "source_in_train": "held out by an extract or a domain, but its source is a train source",
+    "other_target": "another target of this source occurs more often",
+    "source_in_train": "held out by its folder or domain, but its source is a train source",
     "near_train": "held out, but its source is almost a train source (see split.near_duplicates)",
     "target_in_train": "held out, but its target is a train target",
 }
@@ -41,13 +41,13 @@ def build_corpus(
     progress: Progress | None = None,
     workers: int = 1,
 ) -> Corpus:
-    """Build a corpus by recipe or name, or open it when it is already there.
+    """Build a corpus by recipe or name, or open it if it exists already.
 
-    ``workers`` processes read and write; their number changes nothing in the corpus. More than one
-    needs a script whose start is guarded by ``if __name__ == "__main__"``.
+    ``workers`` processes read and write; the corpus is the same for any number. More than one
+    needs a script whose entry point is guarded by ``if __name__ == "__main__"``.
 
-    ``out`` is the corpus directory, by default ``data/corpora/NAME``. A directory there that holds
-    a corpus of another recipe is replaced; one that holds anything else is left alone (DataError).
+    ``out`` is the corpus directory, by default ``data/corpora/NAME``. A corpus of another
+    recipe there is replaced; a directory with anything else is not touched (DataError).
     """
     recipe = named_corpus(recipe_or_name) if isinstance(recipe_or_name, str) else recipe_or_name
     listener = progress or ignore_progress
@@ -69,7 +69,7 @@ def build_corpus(
 
 
 def recipe_hash(recipe: CorpusRecipe) -> str:
-    """Return the hash that tells one recipe's corpus from another's."""
+    """Return a hash of everything in a recipe."""
     text = json.dumps([CORPUS_FORMAT, recipe.to_dict()], sort_keys=True, ensure_ascii=False)
     return new_sha256(text.encode()).hexdigest()
 
@@ -77,7 +77,7 @@ def recipe_hash(recipe: CorpusRecipe) -> str:
 def _open_finished(root: Path, recipe: CorpusRecipe) -> Corpus | None:
     if not (root / CORPUS_MANIFEST).is_file():
         if root.exists() and any(root.iterdir()):
-            raise DataError(f"{root}: holds something that is no corpus; choose another folder")
+            raise DataError(f"{root}: contains files that are not a corpus; choose another folder")
         return None
     try:
         corpus = Corpus.open(root)
@@ -90,13 +90,13 @@ def _open_finished(root: Path, recipe: CorpusRecipe) -> Corpus | None:
 
 
 def _file_stamps(recipe: CorpusRecipe) -> dict[str, list[int]]:
-    """Size and time of the user's own files; empty when they are gone: the corpus still stands."""
+    """Return size and time of the user's files; a corpus stays valid when they are gone."""
     stats = {str(path): path.stat() for path in recipe.source.inputs()}
     return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
 
 
 def _publish(work: Path, root: Path) -> None:
-    """Put the finished directory in place; an older corpus there goes only once ours is whole."""
+    """Move the finished directory into place, replacing an older corpus there."""
     if root.exists():
         old = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}.old-"))
         root.replace(old)
@@ -108,7 +108,7 @@ def _publish(work: Path, root: Path) -> None:
 
 @dataclass
 class _CorpusBuilder:
-    """One build under way: the folder it writes to, and everything counted so far."""
+    """The state of one build: the folder that it writes to, and all counts so far."""
 
     recipe: CorpusRecipe
     work: Path
@@ -124,18 +124,18 @@ class _CorpusBuilder:
             [unit for unit in units if not unit.missing_reason], spill=spill, keys=keys
         )
         if self.recipe.split.near_duplicates.enabled:
-            self.progress("looking for near-duplicates among the held-out sources")
+            self.progress("searching the held-out sources for near-duplicates")
         leaks = find_leaks(keys, near_duplicates=self.recipe.split.near_duplicates)
         keys.unlink()
         directions = list(dict.fromkeys(which.direction for which in spill.bins()))
         self.progress(f"writing {len(directions)} directions")
-        settled = list(self._resolve_directions(directions, leaks=leaks))
+        written = list(self._resolve_directions(directions, leaks=leaks))
         shutil.rmtree(self.work / "spill")
         self._add_texts()
-        self._write_manifest(units, settled)
+        self._write_manifest(units, written)
 
     def _read_units(self, units: list[SourceFile], *, spill: PairSpill, keys: Path) -> None:
-        """Read every unit; join what each left on disk, in their order."""
+        """Read every source file; join their output in order."""
         keys.touch()
         jobs = [
             ReadJob(self.recipe, unit, rank, self.work / f"unit-{rank:06d}")
@@ -148,8 +148,8 @@ class _CorpusBuilder:
             spill.append_from(job.pairs)
             for path in (*job.texts.iterdir(), job.keys):
                 target = keys if path == job.keys else self.work / path.name
-                with target.open("ab") as whole, path.open("rb") as part:
-                    shutil.copyfileobj(part, whole)
+                with target.open("ab") as joined, path.open("rb") as part:
+                    shutil.copyfileobj(part, joined)
             shutil.rmtree(job.folder)
 
     def _resolve_directions(
@@ -167,27 +167,22 @@ class _CorpusBuilder:
             )
             for direction in directions
         ]
-        for settled in map_in_order(
+        for result in map_in_order(
             resolve_conflicts, jobs, workers=min(self.workers, max(1, len(jobs)))
         ):
-            self.result.counts[settled.direction] = settled.counts
-            self.files |= settled.files
-            yield settled
+            self.result.counts[result.direction] = result.counts
+            self.files |= result.files
+            yield result
 
     def _add_texts(self) -> None:
         for name, rows in sorted(self.result.text_rows.items()):
-            path = self.work / name
-            self.files[name] = {
-                "rows": rows,
-                "bytes": path.stat().st_size,
-                "sha256": sha256(path),
-            }
+            self.files[name] = file_entry(self.work / name, rows=rows)
 
     def _write_manifest(
-        self, units: tuple[SourceFile, ...], settled: list[DirectionResult]
+        self, units: tuple[SourceFile, ...], written: list[DirectionResult]
     ) -> None:
-        kept = [s for s in settled if s.pairs >= self.recipe.min_pairs]
-        small = {"-".join(s.direction): s.pairs for s in settled if s not in kept}
+        kept = [s for s in written if s.pairs >= self.recipe.min_pairs]
+        small = {"-".join(s.direction): s.pairs for s in written if s not in kept}
         text_languages = {name.partition(".")[0] for name in self.result.text_rows}
         codes = {code for s in kept for code in s.direction} | text_languages
         if not codes:
@@ -195,7 +190,7 @@ class _CorpusBuilder:
         origins: Counter[str] = Counter()
         for direction in kept:
             origins.update(direction.origins)
-        about = {
+        manifest = {
             "format": CORPUS_FORMAT,
             "name": self.recipe.name,
             "moesaic": version("moesaic"),
@@ -222,13 +217,13 @@ class _CorpusBuilder:
             "target are dropped",
             "files": self.files,
         }
-        write_json(self.work / CORPUS_MANIFEST, about)
+        write_json(self.work / CORPUS_MANIFEST, manifest)
 
     def _nothing_left_message(self, small: dict[str, int]) -> str:
         read = sum(t.read for t in self.result.counts.values())
         dropped: Counter[str] = Counter()
-        for tally in self.result.counts.values():
-            dropped.update(tally.dropped)
+        for counts in self.result.counts.values():
+            dropped.update(counts.dropped)
         why = ", ".join(f"{n} {reason}" for reason, n in dropped.most_common(4))
         few = (
             f"; {len(small)} direction(s) under min_pairs={self.recipe.min_pairs}" if small else ""

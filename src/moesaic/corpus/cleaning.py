@@ -1,12 +1,12 @@
-"""Cleaning: what is done to a text, and the named rules that a pair must pass.
+"""Cleaning: normalisation of texts, and the named rules that drop pairs.
 
-Recipe and thresholds follow what was measured on software catalogues: short strings, many
-placeholders, some left in English. Every rejection is counted under its rule's name.
+Rules and thresholds follow measurements on software catalogues: short strings, many placeholders,
+some left in English. Every dropped pair is counted under its rule's name.
 """
 
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from pydantic import Field
@@ -35,11 +35,11 @@ _LENGTH_FACTOR = {"Hans": 2.2, "Hant": 2.2, "Jpan": 1.9, "Hang": 1.6}
 _INVISIBLE = dict.fromkeys(
     [0xAD, 0xFEFF, *(c for c in (*range(32), *range(0x7F, 0xA0)) if not chr(c).isspace())]
 )
-_SLACK = 12  # characters: "OK" may well become a word five times as long
+_SLACK = 12  # characters, added to both lengths: short texts vary most ("OK")
 
 
 class CleaningConfig(Config):
-    """Thresholds of the rules. Shares are of 1, lengths in characters."""
+    """Thresholds of the cleaning rules: fractions, and lengths in characters."""
 
     max_characters: int = Field(default=600, gt=0)
     min_letters: float = Field(default=0.5, ge=0, le=1)
@@ -49,7 +49,7 @@ class CleaningConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class NormalisedSide:
-    """A normalised side, and what the rules look at; placeholders count for nothing."""
+    """A normalised side of a pair and the counts that rules need, without its placeholders."""
 
     text: str
     plain: str
@@ -70,7 +70,7 @@ class NormalisedPair:
 
 @dataclass(frozen=True, slots=True)
 class CleaningRule:
-    """A named reason to drop a pair."""
+    """A named rule: the pair is dropped where ``rejects`` is true. ``why`` explains it to users."""
 
     name: str
     why: str
@@ -78,7 +78,7 @@ class CleaningRule:
 
 
 def normalise_text(text: str, *, other: str = "") -> str:
-    """Entities decoded, tags and accelerators out, white space single, NFC.
+    """Decode entities, remove tags and accelerators, collapse white space, normalise to NFC.
 
     ``other`` is the raw other side of the pair: see ``strip_accelerators``.
     """
@@ -90,30 +90,22 @@ def normalise_text(text: str, *, other: str = "") -> str:
 
 
 class PairCleaner:
-    """Normalises pairs and says which rule, if any, drops them."""
+    """Normalises pairs, and drops those that a rule rejects."""
 
     def __init__(self, config: CleaningConfig) -> None:
         self.config = config
         self._scripts: dict[str, str] = {}
 
     def clean(self, pair: Pair) -> tuple[Pair | None, str]:
-        """Return the normalised pair and ``""``, or None and the name of the rule that drops it."""
-        prepared = NormalisedPair(
+        """Return the normalised pair and ``""``, or None and the name of the rejecting rule."""
+        normalised = NormalisedPair(
             self._normalise_source(pair.source, code=pair.source_language, other=pair.target),
             _normalise_side(pair.target, self._script(pair.target_language), pair.source),
         )
         for rule in CLEANING_RULES:
-            if rule.rejects(prepared, self.config):
+            if rule.rejects(normalised, self.config):
                 return None, rule.name
-        cleaned = Pair(
-            prepared.source.text,
-            prepared.target.text,
-            pair.source_language,
-            pair.target_language,
-            pair.origin,
-            pair.licence,
-        )
-        return cleaned, ""
+        return replace(pair, source=normalised.source.text, target=normalised.target.text), ""
 
     def _normalise_source(self, text: str, *, code: str, other: str) -> NormalisedSide:
         script = self._script(code)
@@ -146,22 +138,6 @@ def _normalise_side(raw: str, script: str, other: str) -> NormalisedSide:
 _normalise_side_cached = lru_cache(maxsize=1 << 16)(_normalise_side)
 
 
-def _is_empty(pair: NormalisedPair, _: CleaningConfig) -> bool:
-    return not pair.source.text or not pair.target.text
-
-
-def _is_long(pair: NormalisedPair, config: CleaningConfig) -> bool:
-    return max(len(pair.source.text), len(pair.target.text)) > config.max_characters
-
-
-def _is_broken(pair: NormalisedPair, _: CleaningConfig) -> bool:
-    return "\ufffd" in pair.source.text or "\ufffd" in pair.target.text
-
-
-def _is_untranslated(pair: NormalisedPair, _: CleaningConfig) -> bool:
-    return pair.source.text.casefold() == pair.target.text.casefold()
-
-
 def _has_few_letters(pair: NormalisedPair, config: CleaningConfig) -> bool:
     return any(
         side.letters == 0 or side.letters < config.min_letters * side.visible
@@ -177,32 +153,39 @@ def _differs_in_length(pair: NormalisedPair, config: CleaningConfig) -> bool:
     return max(source, target) > config.max_length_ratio * min(source, target)
 
 
-def _differs_in_placeholders(pair: NormalisedPair, _: CleaningConfig) -> bool:
-    return pair.source.placeholders != pair.target.placeholders
-
-
-def _is_in_another_script(pair: NormalisedPair, config: CleaningConfig) -> bool:
-    return not (
-        _fits_script(pair.source, other=pair.target, config=config)
-        and _fits_script(pair.target, other=pair.source, config=config)
-    )
-
-
 def _fits_script(side: NormalisedSide, *, other: NormalisedSide, config: CleaningConfig) -> bool:
-    """Names kept from the other side (URL, Django) do not count against the script."""
+    """Whether a side is in its script; words that it shares with the other side do not count."""
     if side.in_script >= config.min_script * side.letters or not is_known_script(side.script):
         return True
     words = set(other.plain.split())
-    own = script_classes(" ".join(w for w in side.plain.split() if w not in words))
-    letters = count_letters(own)
-    return letters > 0 and count_script(own, script=side.script) >= config.min_script * letters
+    classes = script_classes(" ".join(w for w in side.plain.split() if w not in words))
+    letters = count_letters(classes)
+    return letters > 0 and count_script(classes, script=side.script) >= config.min_script * letters
 
 
 CLEANING_RULES: tuple[CleaningRule, ...] = (
-    CleaningRule("empty", "a side is empty once markup is gone", _is_empty),
-    CleaningRule("too_long", "a side is longer than max_characters", _is_long),
-    CleaningRule("broken", "a side holds U+FFFD: it was decoded wrongly", _is_broken),
-    CleaningRule("untranslated", "both sides are the same", _is_untranslated),
+    CleaningRule(
+        "empty",
+        "a side is empty once markup is removed",
+        lambda pair, _: not (pair.source.text and pair.target.text),
+    ),
+    CleaningRule(
+        "too_long",
+        "a side is longer than max_characters",
+        lambda pair, config: (
+            max(len(pair.source.text), len(pair.target.text)) > config.max_characters
+        ),
+    ),
+    CleaningRule(
+        "broken",
+        "a side contains U+FFFD: it was decoded wrongly",
+        lambda pair, _: "\ufffd" in pair.source.text + pair.target.text,
+    ),
+    CleaningRule(
+        "untranslated",
+        "both sides are the same",
+        lambda pair, _: pair.source.text.casefold() == pair.target.text.casefold(),
+    ),
     CleaningRule("few_letters", "less than min_letters of a side are letters", _has_few_letters),
     CleaningRule(
         "length_ratio",
@@ -210,7 +193,18 @@ CLEANING_RULES: tuple[CleaningRule, ...] = (
         _differs_in_length,
     ),
     CleaningRule(
-        "placeholders", "the sides do not hold the same placeholders", _differs_in_placeholders
+        "placeholders",
+        "the sides do not have the same placeholders",
+        lambda pair, _: pair.source.placeholders != pair.target.placeholders,
     ),
-    CleaningRule("script", "a side is not written in its language's script", _is_in_another_script),
+    CleaningRule(
+        "script",
+        "a side is not written in its language's script",
+        lambda pair, config: (
+            not (
+                _fits_script(pair.source, other=pair.target, config=config)
+                and _fits_script(pair.target, other=pair.source, config=config)
+            )
+        ),
+    ),
 )

@@ -1,7 +1,7 @@
-"""Corpus: pairs and texts on disk, split, with their origins, licences and what was dropped.
+"""A corpus on disk: pairs and texts by split, with origins, licences and counts of dropped rows.
 
-``DIR/corpus.json`` describes it; ``DIR/{src}-{tgt}.{split}.tsv`` holds source, target, origin per
-line (escaped, see readers/tsv.py); ``DIR/{lang}.{split}.txt`` holds text in one language.
+``DIR/corpus.json`` is its manifest; ``DIR/{src}-{tgt}.{split}.tsv`` has a pair per line: source,
+target, origin (escaped, see readers/tsv.py); ``DIR/{lang}.{split}.txt`` has text in one language.
 """
 
 from collections.abc import Iterator
@@ -32,31 +32,37 @@ def text_file(code: str, split: str) -> str:
     return f"{code}.{split}.txt"
 
 
+def file_entry(path: Path, *, rows: int) -> dict[str, Any]:
+    """Return the manifest's entry of a file."""
+    return {"rows": rows, "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
 @dataclass(frozen=True)
 class Corpus:
-    """A finished corpus. ``about`` is corpus.json; ``open`` checks that every file is there."""
+    """A finished corpus. ``manifest`` is corpus.json; ``open`` checks that every file exists."""
 
     path: Path
     manifest: dict[str, Any]
 
     @classmethod
     def open(cls, path: Path | str) -> "Corpus":
-        """Open a corpus directory. Raises DataError: none there, another format, files missing."""
+        """Open a corpus directory. Raises DataError: no corpus, another format, files missing."""
         root = Path(path)
         try:
-            about = read_json(root / CORPUS_MANIFEST)
+            manifest = read_json(root / CORPUS_MANIFEST)
         except FileNotFoundError as error:
             raise DataError(
-                f"{root}: no corpus here ({CORPUS_MANIFEST} is missing); build one with `moesaic data build`"
+                f"{root}: no corpus here ({CORPUS_MANIFEST} is missing); build one with "
+                "`moesaic data build`"
             ) from error
         except (ValueError, OSError) as error:
             raise DataError(f"{root / CORPUS_MANIFEST}: cannot be read: {error}") from error
-        if not isinstance(about, dict) or about.get("format") != CORPUS_FORMAT:
-            found = about.get("format") if isinstance(about, dict) else "no format"
+        if not isinstance(manifest, dict) or manifest.get("format") != CORPUS_FORMAT:
+            found = manifest.get("format") if isinstance(manifest, dict) else "no format"
             raise DataError(
                 f"{root}: corpus format {found}, expected {CORPUS_FORMAT}; build it again"
             )
-        corpus = cls(root, about)
+        corpus = cls(root, manifest)
         corpus._check_sizes()
         return corpus
 
@@ -71,7 +77,7 @@ class Corpus:
 
     @property
     def directions(self) -> tuple[tuple[str, str], ...]:
-        """(source, target) codes as stored; each can be read the other way round as well."""
+        """(source, target) codes as stored; each can be read in reverse as well."""
         return tuple((d["source"], d["target"]) for d in self.manifest["directions"])
 
     @property
@@ -81,14 +87,14 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of everything the corpus holds."""
+        """A hash of all files of the corpus."""
         parts = [f"{name} {f['sha256']}" for name, f in sorted(self.manifest["files"].items())]
         return new_sha256("\n".join(parts).encode()).hexdigest()
 
     def count(self, source: str, target: str, *, split: str = "train") -> int:
-        """Number of pairs of a direction, either way round."""
-        stored = self._stored_direction(source, target)
-        return self._num_rows(pair_file(*stored, split))
+        """Return the number of pairs of a direction or its reverse."""
+        name = pair_file(*self._stored_direction(source, target), split)
+        return self.manifest["files"].get(name, {}).get("rows", 0)
 
     def pairs(self, split: str = "train") -> Iterator[Pair]:
         """Yield every pair of a split, direction by direction as stored."""
@@ -96,12 +102,12 @@ class Corpus:
             yield from self.iter_pairs(source, target, split=split)
 
     def iter_pairs(self, source: str, target: str, *, split: str = "train") -> Iterator[Pair]:
-        """Yield the pairs of a direction; a stored direction is turned round when asked for so.
+        """Yield the pairs of a direction, reversed where the corpus stores the reverse direction.
 
         Raises DataError when the corpus has no such direction or split.
         """
         stored = self._stored_direction(source, target)
-        turned = stored[0] != self._known_language(source)
+        reverse = stored[0] != self._known_language(source)
         licences = {name: s["licence"] for name, s in self.manifest["sources"].items()}
         path = self._split_path(pair_file(*stored, split), split=split)
         for row in read_rows(path, columns=3) if path else ():
@@ -113,19 +119,19 @@ class Corpus:
                 origin,
                 licences.get(origin, ""),
             )
-            yield pair.reversed() if turned else pair
+            yield pair.reversed() if reverse else pair
 
     def iter_texts(self, code: str, *, split: str = "train") -> Iterator[Text]:
-        """Yield text in one language, each once: its side of the pairs, then monolingual text."""
+        """Yield the distinct texts of a language: its side of the pairs, then monolingual text."""
         seen: set[int] = set()
         for text in self._texts(self._known_language(code), split=split):
-            mark = digest64(text.text)
-            if mark not in seen:
-                seen.add(mark)
+            digest = digest64(text.text)
+            if digest not in seen:
+                seen.add(digest)
                 yield text
 
     def verify(self) -> None:
-        """Read every file against its hash. Raises DataError naming the altered one."""
+        """Compare every file with its hash. Raises DataError naming an altered one."""
         for name, known in self.manifest["files"].items():
             if sha256(self.path / name) != known["sha256"]:
                 raise DataError(
@@ -178,6 +184,3 @@ class Corpus:
                 f"{', '.join(self.splits)}{did_you_mean(split, self.splits)}"
             )
         return self.path / name if name in self.manifest["files"] else None
-
-    def _num_rows(self, name: str) -> int:
-        return self.manifest["files"].get(name, {}).get("rows", 0)

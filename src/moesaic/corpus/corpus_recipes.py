@@ -1,4 +1,4 @@
-"""The corpora that have a name, as recipes: what is read, how it is cleaned, how it is split."""
+"""Corpus recipes: the config of a corpus, and the corpora that have a name."""
 
 from pydantic import Field
 
@@ -15,20 +15,8 @@ from moesaic.corpus.sources.synthetic import SyntheticLanguages
 from moesaic.corpus.sources.text_source import CombinedSources, TextSource
 from moesaic.corpus.split import DropNearDuplicates, HeldOutDomain, SplitConfig
 
-# Every source a recipe may name: importing its module is what makes it a member of the family.
-SOURCES = (
-    *(
-        PyPICatalogues,
-        DebianCatalogues,
-        DebianDescriptions,
-        PresplitFolder,
-        LocalFiles,
-        FirefoxMessages,
-        LibreOfficeHelp,
-        SyntheticLanguages,
-        CombinedSources,
-    ),
-)
+# importing a source registers it as a ``kind``; these two are in no named corpus
+FILE_SOURCES = (LocalFiles, PresplitFolder)
 _SMALL_PACKAGES = (
     PyPIPackage(name="django", version="5.2.19"),
     PyPIPackage(name="wagtail", version="8.0.1"),
@@ -46,10 +34,10 @@ _LARGE_PACKAGES = (
 
 
 class CorpusRecipe(Config):
-    """Everything that decides what a corpus holds. Two equal recipes build the same corpus.
+    """The config of a corpus. Two equal recipes build the same corpus.
 
-    ``languages`` (codes) restricts it, empty means all; a direction with fewer than ``min_pairs``
-    is left out; ``names`` of languages may be any spelling.
+    ``languages``, in any spelling, restricts it; empty means all. A direction with fewer than
+    ``min_pairs`` pairs is left out.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
@@ -61,7 +49,7 @@ class CorpusRecipe(Config):
 
 
 def named_corpus(name: str) -> CorpusRecipe:
-    """Return a corpus by name. Raises DataError with the nearest name."""
+    """Return the recipe of a named corpus. Raises DataError with the nearest name."""
     if name not in NAMED_CORPORA:
         known = ", ".join(NAMED_CORPORA)
         raise DataError(

@@ -1,4 +1,4 @@
-"""Stats: a corpus in numbers, and a few of its pairs, as plain values for whoever prints them."""
+"""Corpus statistics: counts per direction and split, and a sample of pairs."""
 
 import random
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from moesaic.corpus.split import SPLITS
 
 @dataclass(frozen=True, slots=True)
 class SplitCounts:
-    """Of one split: pairs, and characters and words of each side."""
+    """Pairs of a split, and characters and words of each side."""
 
     pairs: int
     source_characters: int
@@ -22,7 +22,7 @@ class SplitCounts:
 
 @dataclass(frozen=True, slots=True)
 class DirectionStats:
-    """What was read of a direction, what fell to which rule, and what each split holds."""
+    """Counts of a direction: rows read, rows dropped by reason, and each split."""
 
     source: str
     target: str
@@ -37,10 +37,10 @@ class DirectionStats:
 
 @dataclass(frozen=True, slots=True)
 class CorpusStats:
-    """All directions, largest first; ``reasons`` says what each reason for dropping means.
+    """Statistics of a corpus: its directions, largest first, and what each drop reason means.
 
-    ``domains`` are the packages that never train, by the split that holds them; ``missing`` the
-    packages that could not be had, with the reason.
+    ``domains`` are the held-out packages by split; ``missing`` are the packages that could not be
+    downloaded, with the reason.
     """
 
     name: str
@@ -60,23 +60,23 @@ class CorpusStats:
 
     @property
     def splits(self) -> dict[str, int]:
-        """Pairs by split over all directions: train, valid, test, then the domains."""
+        """Pairs by split, over all directions: train, valid, test, then the domains."""
         names = (*SPLITS, *self.domains)
         return {s: sum(d.splits[s].pairs for d in self.directions) for s in names}
 
     def num_directions_with(self, pairs: int) -> int:
-        """Number of directions that hold so many pairs."""
+        """Return the number of directions with at least so many pairs."""
         return sum(d.kept >= pairs for d in self.directions)
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Dropped pairs by reason over all directions, most first."""
+        """Dropped pairs by reason, over all directions, largest first."""
         total = {r: sum(d.dropped.get(r, 0) for d in self.directions) for r in self.reasons}
         return {r: n for r, n in sorted(total.items(), key=lambda item: -item[1]) if n}
 
 
 def corpus_stats(corpus: Corpus) -> CorpusStats:
-    """Return what was kept and dropped, and why. Reads corpus.json only."""
+    """Return the statistics of a corpus. Reads corpus.json only."""
     directions = [
         DirectionStats(
             d["source"],
@@ -88,14 +88,14 @@ def corpus_stats(corpus: Corpus) -> CorpusStats:
         for d in corpus.manifest["directions"]
     ]
     directions.sort(key=lambda d: (-d.kept, d.source, d.target))
-    about = corpus.manifest
+    manifest = corpus.manifest
     return CorpusStats(
         corpus.name,
         tuple(directions),
-        about["too_small"],
-        about["reasons"],
-        about.get("domains", {}),
-        about.get("missing", {}),
+        manifest["too_small"],
+        manifest["reasons"],
+        manifest.get("domains", {}),
+        manifest.get("missing", {}),
     )
 
 
@@ -108,7 +108,7 @@ def sample_pairs(
     count: int = 10,
     seed: int = 0,
 ) -> list[Pair]:
-    """Return ``count`` random pairs of a direction (or all, when it has fewer), in corpus order.
+    """Return ``count`` random pairs of a direction (or all, if it has fewer), in corpus order.
 
     Raises DataError when the corpus has no such direction, or it has no pairs in that split.
     """

@@ -1,4 +1,4 @@
-"""Where things live: one folder for packages, corpora and shards."""
+"""The data folders: packages, corpora and token shards under ``$MOESAIC_HOME``."""
 
 import os
 from pathlib import Path
@@ -15,5 +15,5 @@ def corpora_dir() -> Path:
 
 
 def packages_dir() -> Path:
-    """Return the folder of downloads."""
+    """Return the folder of downloaded packages."""
     return data_home() / "packages"

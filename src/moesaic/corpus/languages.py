@@ -1,9 +1,12 @@
-"""Languages: one table of FLORES-style codes, and every spelling that leads to them.
+"""Languages: a table of FLORES-style codes, and the spellings that resolve to them.
 
 A code is ``<iso 639-3>_<Script>`` as in FLORES-200 (arXiv:2207.04672), e.g. ``deu_Latn``. A
-regional standard that is translated on its own adds the region: ``por_Latn`` is European Portuguese
-(``pt``), ``por_Latn_BR`` Brazilian (``pt-BR``). Chinese is told apart by script alone. The table is
-``languages.tsv``: add a row and the language exists everywhere.
+regional standard with translations of its own adds the region: ``por_Latn`` is European Portuguese
+(``pt``), ``por_Latn_BR`` Brazilian (``pt-BR``). Chinese is divided by script alone.
+
+The table is ``languages.tsv``; a new row adds a language. It is not derived from CLDR's likely
+subtags: FLORES codes name individual languages (``arb``, ``pes``, ``npi``) where BCP-47 has the
+macrolanguage, so codes, names or regions of 115 rows differ.
 """
 
 import re
@@ -15,6 +18,10 @@ from importlib.resources import files
 from moesaic.core.errors import DataError, did_you_mean
 
 ENGLISH = "eng_Latn"
+# sr_RS.UTF-8@latin: language, script, region, encoding, modifier
+_LOCALE = re.compile(
+    r"([A-Za-z]{2,3})(?:[_-]([A-Za-z]{4}))?(?:[_-]([A-Za-z]{2}|\d{3}))?(?:\.[\w-]+)?(?:@(\w+))?"
+)
 _SCRIPT_OF_MODIFIER = {
     "latin": "Latn",
     "latn": "Latn",
@@ -29,7 +36,7 @@ _SCRIPT_OF_MODIFIER = {
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """One written language. ``region`` is where it is at home, e.g. ``DE``; may be empty."""
+    """A language in one script. ``region`` is the region of its standard, e.g. ``DE``, if any."""
 
     code: str
     name: str
@@ -43,28 +50,13 @@ class Language:
         return self.code
 
 
-@dataclass(frozen=True, slots=True)
-class _LocaleParts:
-    """A locale name taken apart: ``sr_RS@latin`` is sr, Latn, RS."""
-
-    language: str
-    script: str
-    region: str
-    modifier: str
-
-
 def resolve_language(text: str) -> Language:
     """Resolve FLORES, BCP-47, POSIX, ISO 639-1/2/3 codes and English names.
 
-    A region without a row of its own is left out: ``es-MX`` is ``spa_Latn``. Raises DataError with
-    the nearest known spelling.
+    A region without a row of its own is ignored: ``es-MX`` is ``spa_Latn``. Raises DataError with
+    the nearest spelling of the table.
     """
-    table = _spellings()
-    found = table.get(_normalise_spelling(text))
-    if found is None:
-        parts = _parse_locale(text)
-        if parts is not None and not parts.modifier:
-            found = _find_language(parts, region=parts.region) or _find_language(parts, region="")
+    found, _ = _resolve(text)
     if found is None:
         raise DataError(
             f'unknown language "{text}": expected a code such as deu_Latn, de, pt-BR, zh_Hans or '
@@ -74,22 +66,33 @@ def resolve_language(text: str) -> Language:
 
 
 def resolve_locale(locale: str) -> Language | None:
-    """Resolve the name of a catalogue's folder or file; None for variants and unknown names.
+    """Resolve the locale of a catalogue's folder or file; None for variants and unknown names.
 
-    ``fr_FR`` is French; ``fr_CA``, ``es_MX`` and ``ca@valencia`` are variants, and mixing them into
-    the main language would teach it two standards at once.
+    ``fr_FR`` is French; ``fr_CA``, ``es_MX`` and ``ca@valencia`` are variants: under the main
+    language's code, they would mix two standards.
     """
-    found = _spellings().get(_normalise_spelling(locale))
+    found, region = _resolve(locale)
+    return found if found is not None and region in ("", found.region) else None
+
+
+def _resolve(text: str) -> tuple[Language | None, str]:
+    """Return the language of a spelling, and the region that was ignored to find it."""
+    found = _spellings().get(_normalise_spelling(text))
     if found is not None:
-        return found
-    parts = _parse_locale(locale)
-    if parts is None or parts.modifier:
-        return None
-    found = _find_language(parts, region=parts.region) or _find_language(parts, region="")
-    if found is None:
-        return None
-    at_home = not parts.region or parts.region == found.region
-    return found if at_home else None
+        return found, ""
+    match = _LOCALE.fullmatch(text.strip())
+    if match is None:
+        return None, ""
+    language, script, region, modifier = (group or "" for group in match.groups())
+    if modifier.casefold() not in ("", "euro", *_SCRIPT_OF_MODIFIER):
+        return None, ""
+    script = script or _SCRIPT_OF_MODIFIER.get(modifier.casefold(), "")
+    region = region.upper()
+    for subtags in ((language, script, region), (language, script)):
+        found = _spellings().get(_normalise_spelling("-".join(filter(None, subtags))))
+        if found is not None:
+            return found, region
+    return None, region
 
 
 @cache
@@ -133,24 +136,5 @@ def _display_spellings() -> tuple[str, ...]:
     )
 
 
-def _find_language(parts: _LocaleParts, *, region: str) -> Language | None:
-    steps = [s for s in (parts.language, parts.script, region) if s]
-    return _spellings().get(_normalise_spelling("-".join(steps)))
-
-
 def _normalise_spelling(text: str) -> str:
     return text.strip().replace("_", "-").casefold()
-
-
-def _parse_locale(text: str) -> _LocaleParts | None:
-    match = re.fullmatch(
-        r"([A-Za-z]{2,3})(?:[_-]([A-Za-z]{4}))?(?:[_-]([A-Za-z]{2}|\d{3}))?"
-        r"(?:\.[\w-]+)?(?:@(\w+))?",
-        text.strip(),
-    )
-    if match is None:
-        return None
-    lang, script, region, modifier = (g or "" for g in match.groups())
-    known = _SCRIPT_OF_MODIFIER.get(modifier.casefold(), "")
-    rest = "" if known or modifier.casefold() == "euro" else modifier
-    return _LocaleParts(lang.casefold(), script or known, region.upper(), rest)

@@ -1,4 +1,4 @@
-"""Markup of software strings: placeholders, tags, entities, keyboard accelerators."""
+"""Markup in software strings: placeholders, tags, entities, keyboard accelerators."""
 
 import html
 import re
@@ -37,9 +37,9 @@ _BLOCK = re.compile(
 
 
 def placeholders(text: str) -> tuple[str, ...]:
-    """Return the placeholders of ``text``, sorted: the two sides of a pair must agree on them.
+    """Return the placeholders of ``text``, sorted; both sides of a pair must have the same.
 
-    ``%1$s`` counts as ``%s``: a translator may change the order but not the set.
+    ``%1$s`` counts as ``%s``: a translation may change the order but not the set.
     """
     if not _SIGNS.search(text):
         return ()
@@ -53,7 +53,7 @@ def without_placeholders(text: str) -> str:
 
 
 def strip_tags(text: str) -> str:
-    """Remove markup, keep what merely looks like it: ``<file>`` in a usage line stays."""
+    """Remove tags; keep words in angle brackets, such as ``<file>`` in a usage line."""
     if "<" not in text:
         return text
 
@@ -68,7 +68,7 @@ def strip_tags(text: str) -> str:
 
 
 def unescape_entities(text: str) -> str:
-    """Decode HTML entities: ``&amp;`` and friends."""
+    """Decode HTML entities such as ``&amp;``."""
     return html.unescape(text) if "&" in text and ";" in text else text
 
 
@@ -91,10 +91,10 @@ def may_hold_accelerator(text: str) -> bool:
 
 
 def strip_accelerators(text: str, *, other: str = "") -> str:
-    """Remove the one mark of a menu's keyboard shortcut: ``_File``, ``E&xit``, ``Sa~ve``, ``(_F)``.
+    """Remove the mark of a menu's keyboard accelerator: ``_File``, ``E&xit``, ``Sa~ve``, ``(_F)``.
 
-    A word that stands with its mark in ``other`` (the other side) too is an identifier such as
-    ``file_name`` and stays.
+    A word that has its mark on the ``other`` side too is an identifier such as ``file_name``, and
+    is kept.
     """
     if not may_hold_accelerator(text):
         return text

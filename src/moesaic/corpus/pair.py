@@ -1,11 +1,11 @@
-"""Pair, Text and Unfit: what every builder yields, with where it came from."""
+"""Pair, Text and RejectedPair: the rows that sources yield, with their origin and licence."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A sentence and its translation. Languages are codes; ``origin`` names package or file."""
+    """A sentence and its translation. ``origin`` names the package or file."""
 
     source: str
     target: str
@@ -32,7 +32,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A piece of text in one language."""
+    """A text in one language."""
 
     text: str
     language: str
@@ -42,7 +42,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class RejectedPair:
-    """A pair that a builder itself refuses, so that it is counted: ``reason`` names why."""
+    """A pair that its source rejects; it is counted as dropped under ``reason``."""
 
     source_language: str
     target_language: str

@@ -1,7 +1,7 @@
-"""Gather: every unit of a corpus read and cleaned, by one process or several, with one result.
+"""Reading sources: every source file read and cleaned, by one process or several, with one result.
 
-A unit is read into a folder of its own; the folders are joined in the order of the units, so what
-comes out does not depend on how many processes read, nor on which of them was first.
+Each source file is read into a folder of its own; the folders are joined in the order of the files,
+so that the result depends neither on the number of processes nor on their timing.
 """
 
 import signal
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class ReadJob:
-    """A unit to read, its place among the others, and the folder to write to."""
+    """A source file to read, its rank among the others, and the folder to write to."""
 
     recipe: CorpusRecipe
     unit: SourceFile
@@ -53,17 +53,17 @@ class ReadJob:
 
 @dataclass(slots=True)
 class ReadResult:
-    """What a unit held, counted; its rows are on disk."""
+    """Counts of what a source file contains; its rows are on disk."""
 
     counts: dict[Direction, DropCounts] = field(default_factory=lambda: defaultdict(DropCounts))
     sources: dict[str, dict[str, str]] = field(default_factory=dict)
     text_rows: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: "ReadResult") -> None:
-        """Count another unit's as well; an origin keeps the words of the unit read first."""
-        for direction, tally in other.counts.items():
-            self.counts[direction].read += tally.read
-            self.counts[direction].dropped.update(tally.dropped)
+        """Add the counts of another file; an origin keeps the version and licence read first."""
+        for direction, counts in other.counts.items():
+            self.counts[direction].read += counts.read
+            self.counts[direction].dropped.update(counts.dropped)
         self.sources = other.sources | self.sources
         self.text_rows.update(other.text_rows)
 
@@ -71,42 +71,38 @@ class ReadResult:
 def map_in_order(
     function: Callable[[Job], Result], jobs: Iterable[Job], *, workers: int
 ) -> Iterator[Result]:
-    """Yield ``function(job)`` for each job, in their order, computed by ``workers`` processes.
+    """Yield ``function(job)`` for each job, in order, computed by ``workers`` processes.
 
-    Raises what the function raises, and DataError when the system ends a process.
+    Raises what the function raises, and DataError when the system kills a process.
     """
     if workers == 1:
         yield from map(function, jobs)
         return
-    # spawn: a fork would copy the threads' locks of whoever builds, torch's among them
+    # spawn: a fork would copy locks that threads of the caller hold (torch's, for example)
     pool = ProcessPoolExecutor(
         workers,
         mp_context=get_context("spawn"),
-        initializer=signal.signal,  # Ctrl-C ends them at once and without a traceback each
+        initializer=signal.signal,  # Ctrl-C ends workers at once, without tracebacks
         initargs=(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         yield from pool.map(function, jobs)
     except BrokenProcessPool as error:
         raise DataError(
-            "a process that reads was ended by the system, perhaps for want of memory: build with "
-            "fewer of them (`--workers 1`)"
+            "the system killed a worker process, perhaps because memory ran out: build with "
+            "fewer workers (`--workers 1`)"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def read_source_file(job: ReadJob) -> ReadResult:
-    """Read and clean one unit into its folder."""
+    """Read and clean one source file into its folder."""
     found = ReadResult()
-    cleaner, wanted, split = (
-        PairCleaner(job.recipe.clean),
-        _language_filter(job.recipe),
-        job.recipe.split,
-    )
+    cleaner, split = PairCleaner(job.recipe.clean), job.recipe.split
     spill, texts, keys = PairSpill(job.pairs), _TextWriter(job.texts, split), _SplitKeyWriter(split)
     try:
-        for item in job.recipe.source.read(job.unit, wanted=wanted):
+        for item in job.recipe.source.read(job.unit, wanted=_language_filter(job.recipe)):
             if isinstance(item, RejectedPair):
                 found.counts[item.direction].read += 1
                 found.counts[item.direction].dropped[item.reason] += 1
@@ -116,11 +112,11 @@ def read_source_file(job: ReadJob) -> ReadResult:
             if isinstance(item, Text):
                 texts.add(item)
                 continue
-            tally = found.counts[item.direction]
-            tally.read += 1
+            counts = found.counts[item.direction]
+            counts.read += 1
             pair, reason = cleaner.clean(item)
             if pair is None:
-                tally.dropped[reason] += 1
+                counts.dropped[reason] += 1
                 continue
             domain = split.domain_of(pair.origin)
             spill.add(pair, rank=job.rank, allowed_split=job.unit.allowed_split, domain=domain)
@@ -134,7 +130,7 @@ def read_source_file(job: ReadJob) -> ReadResult:
 
 
 def english_side(pair: Pair) -> str:
-    """Return the side whose hash decides the split: English where it is there, else the source."""
+    """Return the side whose hash decides the split: English if it is one, else the source."""
     return pair.target if pair.target_language == ENGLISH else pair.source
 
 
@@ -144,7 +140,7 @@ def _language_filter(recipe: CorpusRecipe) -> LanguageFilter:
 
 
 class _SplitKeyWriter:
-    """The split keys of a unit's sources, train and held out, each once; only if someone looks."""
+    """Collects the distinct split keys of sources, for the search for leaks (if there is one)."""
 
     def __init__(self, split: SplitConfig) -> None:
         self._split, self._enabled = split, split.near_duplicates.enabled or bool(split.domains)
@@ -155,19 +151,19 @@ class _SplitKeyWriter:
             self._sources.add((english_side(pair), "held-out" if domain else allowed_split))
 
     def write(self, path: Path) -> None:
-        """One key a line after ``t`` or ``h``, sorted."""
+        """Write one key per line after ``t`` (train) or ``h`` (held out), sorted."""
         lines = {
-            f"{'t' if self._is_train(text, place) else 'h'}{split_key(text)}\n"
-            for text, place in self._sources
+            f"{'t' if self._is_train(text, allowed) else 'h'}{split_key(text)}\n"
+            for text, allowed in self._sources
         }
         path.write_text("".join(sorted(lines)), encoding="utf-8", newline="\n")
 
-    def _is_train(self, text: str, place: str) -> bool:
-        return place == "train" or (place == "any" and self._split.split_of(text) == "train")
+    def _is_train(self, text: str, allowed: str) -> bool:
+        return allowed == "train" or (allowed == "any" and self._split.split_of(text) == "train")
 
 
 class _TextWriter:
-    """Writes monolingual texts, split like sources."""
+    """Writes monolingual texts, split by the same hash as sources."""
 
     def __init__(self, folder: Path, split: SplitConfig) -> None:
         self._folder, self._split = folder, split

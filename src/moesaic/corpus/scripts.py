@@ -1,4 +1,4 @@
-"""Scripts: which writing system each character of a text belongs to, read off Unicode's names.
+"""Scripts: the writing system of each character of a text, from the names of Unicode characters.
 
 A text is mapped to a string of one class per character, so that counting a script is ``str.count``.
 """
@@ -22,7 +22,7 @@ _SCRIPT_OF_NAME = {
     "SUNDANESE": "Sund", "BUGINESE": "Bugi", "SYLOTI": "Sylo", "OSAGE": "Osge", "ADLAM": "Adlm",
 }  # fmt: skip
 
-# what a text of a language's script may be written with
+# Unicode scripts that a language's script is composed of
 _COMPOSITE_SCRIPTS = {
     "Hans": ("Hani",),
     "Hant": ("Hani",),
@@ -35,7 +35,7 @@ _CLASS = {script: chr(0x61 + i) for i, script in enumerate(sorted(set(_SCRIPT_OF
 
 
 class _ScriptClassTable(dict[int, str]):
-    """Fills itself: character -> class."""
+    """Class of each character, computed at its first use."""
 
     def __missing__(self, point: int) -> str:
         found = _class_of(chr(point))
@@ -61,30 +61,30 @@ _ASCII = "".join(_class_of(chr(i)) for i in range(128)).encode("ascii").ljust(25
 
 
 def script_classes(text: str) -> str:
-    """Return one class character per character of ``text``."""
+    """Return a class character for each character of ``text``."""
     if text.isascii():
         return text.encode("ascii").translate(_ASCII).decode("ascii")
     return text.translate(_TABLE)
 
 
 def count_letters(classes: str) -> int:
-    """Letters and combining marks in a string of classes."""
+    """Return the number of letters and combining marks in a string of classes."""
     return len(classes) - classes.count(_SPACE) - classes.count(_OTHER)
 
 
 def count_visible(classes: str) -> int:
-    """All but white space."""
+    """Return the number of characters that are not white space."""
     return len(classes) - classes.count(_SPACE)
 
 
 def count_script(classes: str, *, script: str) -> int:
-    """Letters that a text in ``script`` (ISO 15924, also Jpan, Hans, ...) is written with."""
-    own = _COMPOSITE_SCRIPTS.get(script, (script,))
-    return classes.count(_MARK) + sum(classes.count(_CLASS[s]) for s in own if s in _CLASS)
+    """Return the number of letters of ``script`` (ISO 15924, also Jpan, Hans, ...)."""
+    parts = _COMPOSITE_SCRIPTS.get(script, (script,))
+    return classes.count(_MARK) + sum(classes.count(_CLASS[s]) for s in parts if s in _CLASS)
 
 
 def is_known_script(script: str) -> bool:
-    """Whether letters of ``script`` can be told apart at all."""
+    """Whether letters of ``script`` can be distinguished from others."""
     return all(s in _CLASS for s in _COMPOSITE_SCRIPTS.get(script, (script,)))
 
 

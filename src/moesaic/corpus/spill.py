@@ -1,7 +1,7 @@
-"""Spill: cleaned pairs on their way into a corpus, one temporary file per direction and domain.
+"""Spill files: cleaned pairs on disk, one temporary file per direction and held-out domain.
 
-Memory stays flat: a direction that outgrows ``BUCKET_BYTES`` is cut into buckets by its source's
-hash, and one bucket at a time is brought down to one target per source.
+Memory is bounded: a file larger than ``BUCKET_BYTES`` is divided into buckets by a hash of the
+source, and conflicts are resolved one bucket at a time (one target per source, by majority vote).
 """
 
 import shutil
@@ -21,7 +21,7 @@ Direction = tuple[str, str]
 
 @dataclass(slots=True)
 class DropCounts:
-    """What happened to the rows of a direction: how many were read, how many fell to which rule."""
+    """Rows of a direction: how many were read, and how many were dropped, by reason."""
 
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -29,7 +29,7 @@ class DropCounts:
 
 @dataclass(frozen=True, slots=True)
 class TargetCandidate:
-    """A source, a target it was given, by whom (rank: when that unit is read), and where to."""
+    """A source and one of its targets; ``rank`` is the position of its file among those read."""
 
     source: str
     target: str
@@ -40,7 +40,7 @@ class TargetCandidate:
 
 @dataclass(slots=True)
 class _Votes:
-    """How often a target was given, and its first giver."""
+    """The number of times that a target occurs, and its first occurrence."""
 
     count: int
     first: TargetCandidate
@@ -48,7 +48,7 @@ class _Votes:
 
 @dataclass(frozen=True, slots=True, order=True)
 class SpillBin:
-    """What is brought down to one target per source together: a direction, whole or in a domain."""
+    """Rows whose conflicts are resolved together: a direction, outside of or in a domain."""
 
     direction: Direction
     domain: str = ""
@@ -59,14 +59,14 @@ class SpillBin:
 
     @classmethod
     def from_file_name(cls, file: str) -> "SpillBin":
-        """Read a bin back from its file's name."""
+        """Parse the name of a bin's file."""
         both, _, domain = file.partition("@")
         source, target = both.split("-")
         return cls((source, target), domain)
 
 
 class PairSpill:
-    """A folder of rows by bin: takes pairs, gives them back bin by bin."""
+    """A folder with a file of rows for each bin."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -74,14 +74,15 @@ class PairSpill:
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, pair: Pair, *, rank: int, allowed_split: str, domain: str = "") -> None:
-        """Write a pair down. Several processes may not write to one folder: see ``take``."""
+        """Write a pair. Processes need a folder each: see ``append_from``."""
         which = SpillBin(pair.direction, domain)
         stream = self._files.get(which)
         if stream is None:
             stream = (self._folder / which.file).open("w", encoding="utf-8", newline="\n")
             self._files[which] = stream
         stream.write(
-            f"{escape_field(pair.source)}\t{escape_field(pair.target)}\t{rank}\t{escape_field(pair.origin)}\t{allowed_split}\n"
+            f"{escape_field(pair.source)}\t{escape_field(pair.target)}\t{rank}\t"
+            f"{escape_field(pair.origin)}\t{allowed_split}\n"
         )
 
     def close(self) -> None:
@@ -89,18 +90,18 @@ class PairSpill:
             stream.close()
 
     def append_from(self, folder: Path) -> None:
-        """Append the rows of another, closed spill's folder to this one's, and remove them."""
+        """Move the rows of another, closed spill's folder to the end of this one's."""
         for path in sorted(folder.iterdir()):
-            with (self._folder / path.name).open("ab") as whole, path.open("rb") as part:
-                shutil.copyfileobj(part, whole)
+            with (self._folder / path.name).open("ab") as merged, path.open("rb") as part:
+                shutil.copyfileobj(part, merged)
             path.unlink()
 
     def bins(self) -> list[SpillBin]:
-        """Return every bin that holds rows, sorted, whoever wrote it."""
+        """Return every bin with rows, sorted."""
         return sorted(SpillBin.from_file_name(path.name) for path in self._folder.iterdir())
 
     def majority_targets(self, which: SpillBin, *, counts: DropCounts) -> Iterator[TargetCandidate]:
-        """Yield one target per source of a bin, by majority, in the order first seen."""
+        """Yield one target per source of a bin, by majority vote, in order of first occurrence."""
         path = self._folder / which.file
         for bucket in self._buckets(path) if path.is_file() else ():
             yield from _majority_vote(_read_candidates(bucket), counts=counts)
@@ -124,13 +125,13 @@ class PairSpill:
 def _read_candidates(path: Path) -> Iterator[TargetCandidate]:
     with path.open(encoding="utf-8", newline="\n") as lines:
         for line in lines:
-            source, target, rank, origin, place = line.rstrip("\n").split("\t")
+            source, target, rank, origin, allowed = line.rstrip("\n").split("\t")
             yield TargetCandidate(
                 unescape_field(source),
                 unescape_field(target),
                 int(rank),
                 unescape_field(origin),
-                place,
+                allowed,
             )
 
 
@@ -140,11 +141,11 @@ def _majority_vote(
     votes: dict[str, dict[str, _Votes]] = {}
     for found in candidates:
         targets = votes.setdefault(found.source, {})
-        held = targets.get(found.target)
-        if held is None:
+        known = targets.get(found.target)
+        if known is None:
             targets[found.target] = _Votes(1, found)
         else:
-            held.count += 1
+            known.count += 1
             counts.dropped["duplicate"] += 1
     for targets in votes.values():
         best = min(targets.values(), key=_vote_order)
@@ -153,5 +154,5 @@ def _majority_vote(
 
 
 def _vote_order(votes: _Votes) -> tuple[int, int, str]:
-    """Most votes; then the unit read first; then the smaller text: no order of files decides."""
+    """Most votes, then the file read first, then the smaller text: independent of line order."""
     return -votes.count, votes.first.rank, votes.first.target

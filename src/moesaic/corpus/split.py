@@ -1,15 +1,12 @@
-"""NearDuplicates: what is done with held-out sources that are almost train sources.
+"""Train, valid and test split by a hash of the source text, without leakage between them.
 
-A hash of the source keeps equal sources on one side of the split, but ``open the file`` and
-``open the files`` may still fall on two. Likeness is the Jaccard index of the sets of character
-3-grams of the split keys: shared grams over all grams.
+The hash is of the normalised source alone (``split_key``): the split is the same in every language,
+whatever else the corpus holds, and two sources that differ only in case, punctuation, digits or
+placeholders are on the same side.
 
-Split: train, valid or test, decided by a hash of the normalised source alone.
-
-So the split is the same in every language, whatever else the corpus holds, and two sources that
-differ only in case, punctuation, digits or placeholders never stand on two sides of it.
-
-Leaks: which held-out sources training has seen, exactly or nearly, in any direction.
+``open the file`` and ``open the files`` may still be on two sides. Such near-duplicates are kept or
+dropped (``NearDuplicates``) by the Jaccard index of the sets of character 3-grams of the split
+keys: shared 3-grams over all 3-grams.
 """
 
 import fnmatch
@@ -31,9 +28,7 @@ from moesaic.corpus.markup import without_placeholders
 from moesaic.corpus.readers.text_lines import read_lines
 
 TRIGRAM = 3
-
-
-_ROUNDING = 1e-9  # 3 of 5 shared grams are 0.6
+_ROUNDING = 1e-9  # 3 of 5 shared 3-grams are 0.6
 
 
 class NearDuplicates(Choice):
@@ -76,49 +71,47 @@ class DropNearDuplicates(NearDuplicates):
 
 
 def character_trigrams(text: str) -> frozenset[str]:
-    """Return the character 3-grams of a text, its two ends marked by a space; never empty."""
+    """Return the character 3-grams of a text, padded with a space at both ends; never empty."""
     padded = f" {text} "
     return frozenset(padded[i : i + TRIGRAM] for i in range(max(1, len(padded) - TRIGRAM + 1)))
 
 
 def jaccard(a: str, b: str) -> float:
-    """Return the share of grams that two texts have in common: the definition, for one pair."""
+    """Return the Jaccard index of two texts: shared 3-grams over all 3-grams."""
     first, second = character_trigrams(a), character_trigrams(b)
     return len(first & second) / len(first | second)
 
 
 class _TrigramIndex:
-    """Held-out texts by their grams: counting the lists of a text's grams counts what is shared."""
+    """An inverted index, 3-gram to held-out texts: its lists count the shared 3-grams."""
 
     def __init__(self, held: Set[str]) -> None:
         self.texts = sorted(held)
-        lists: dict[str, list[int]] = defaultdict(list)
+        postings: dict[str, list[int]] = defaultdict(list)
         for number, text in enumerate(self.texts):
             for gram in character_trigrams(text):
-                lists[gram].append(number)
-        self._having = {gram: np.array(found, dtype=np.int32) for gram, found in lists.items()}
+                postings[gram].append(number)
+        self._postings = {gram: np.array(found, dtype=np.int32) for gram, found in postings.items()}
         self._sizes = np.array(
             [len(character_trigrams(text)) for text in self.texts], dtype=np.int64
         )
 
     def jaccard_with_all(self, text: str) -> np.ndarray:
         """Return the Jaccard index of ``text`` with each held-out text, float64 [held]."""
-        own = character_trigrams(text)
-        lists = [self._having[gram] for gram in own if gram in self._having]
+        grams = character_trigrams(text)
+        lists = [self._postings[gram] for gram in grams if gram in self._postings]
         if not lists:
             return np.zeros(len(self.texts))
         shared = np.bincount(np.concatenate(lists), minlength=len(self.texts))
-        return shared / (self._sizes + len(own) - shared)
+        return shared / (self._sizes + len(grams) - shared)
 
 
 SPLITS = ("train", "valid", "test")
-
-
 SplitName = Literal["train", "valid", "test"]
 
 
 class _LetterTable(dict[int, str]):
-    """Letters and their marks as they are, all else a space."""
+    """A translation table: letters and combining marks stay, all else becomes a space."""
 
     def __missing__(self, point: int) -> str:
         char = chr(point)
@@ -130,25 +123,24 @@ _LETTERS = _LetterTable()
 
 
 class HeldOutDomain(Config):
-    """Packages (names or patterns such as ``wesnoth-*``) that never train.
+    """Packages (names or patterns such as ``wesnoth-*``) held out whole, as an out-of-domain test.
 
-    All their rows are a test set of their own, a split called ``name``: text of a kind that
-    training has not seen, where the test split is more of the same.
+    All their rows form a split called ``name``; none is used for training.
     """
 
     name: str = Field(pattern=r"^[A-Za-z][\w-]*$")
     packages: tuple[str, ...] = Field(min_length=1)
 
     def contains(self, origin: str) -> bool:
-        """Whether rows of this origin belong here."""
+        """Whether rows of this origin belong to the domain."""
         return any(fnmatch.fnmatchcase(origin, pattern) for pattern in self.packages)
 
 
 class SplitConfig(Config):
-    """Shares of 1 that go to test and valid; ``salt`` draws another split.
+    """Fractions of sources in test and valid; another ``salt`` draws another split.
 
-    ``domains`` are held out whole; ``near`` says what becomes of held-out sources that are almost
-    train sources.
+    ``domains`` are held out whole; ``near_duplicates`` keeps or drops held-out sources that are
+    almost equal to a train source.
     """
 
     test: float = Field(default=0.10, ge=0, lt=1)
@@ -164,7 +156,7 @@ class SplitConfig(Config):
         names = [*SPLITS, *(domain.name for domain in self.domains)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"two splits are called {', '.join(twice)}: name the domain otherwise")
+            raise ValueError(f"two splits have the name {', '.join(twice)}: rename the domain")
         return self
 
     def domain_of(self, origin: str) -> str:
@@ -173,18 +165,15 @@ class SplitConfig(Config):
 
     def split_of(self, source: str) -> SplitName:
         """Return the split of a source text."""
-        place = self._unit_hash(source)
-        if place < self.test:
+        point = _unit_hash(source, self.salt)
+        if point < self.test:
             return "test"
-        return "valid" if place < self.test + self.valid else "train"
+        return "valid" if point < self.test + self.valid else "train"
 
     def held_out_split_of(self, source: str) -> SplitName:
-        """Return valid or test, in the proportion of their shares, for a row that is not train."""
+        """Return valid or test, in proportion to their fractions, for a row that is not train."""
         share = self.test / (self.test + self.valid) if self.test + self.valid else 0.5
-        return "test" if self._unit_hash(source) < share else "valid"
-
-    def _unit_hash(self, source: str) -> float:
-        return _unit_hash(source, self.salt)
+        return "test" if _unit_hash(source, self.salt) < share else "valid"
 
 
 @lru_cache(maxsize=1 << 16)  # a source recurs in every language
@@ -193,7 +182,7 @@ def _unit_hash(source: str, salt: str) -> float:
 
 
 def split_key(text: str) -> str:
-    """Return what is left when case, punctuation, digits and placeholders are ignored."""
+    """Return a text without case, punctuation, digits and placeholders."""
     plain = unicodedata.normalize("NFKC", without_placeholders(text)).casefold()
     return " ".join(plain.translate(_LETTERS).split()) or text.casefold()
 
@@ -205,7 +194,7 @@ def digest64(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LeakedSources:
-    """Digests of split keys: those that are train keys too, and those that are almost one."""
+    """Digests of held-out split keys that equal a train key, or are near-duplicates of one."""
 
     exact: frozenset[int] = frozenset()
     near: frozenset[int] = frozenset()
@@ -214,8 +203,7 @@ class LeakedSources:
 def find_leaks(keys: Path, *, near_duplicates: NearDuplicates) -> LeakedSources:
     """Compare the held-out keys of a file (``h`` and a key per line) with its train keys (``t``).
 
-    Memory holds the held-out keys and a number for each different train key, beside what ``near``
-    holds.
+    Memory: the held-out keys, a digest of each distinct train key, and the 3-gram index.
     """
     held = {line[1:] for _, line in read_lines(keys) if line[:1] == "h"}
     exact = {line[1:] for _, line in read_lines(keys) if line[:1] == "t" and line[1:] in held}
@@ -228,10 +216,10 @@ def find_leaks(keys: Path, *, near_duplicates: NearDuplicates) -> LeakedSources:
 
 
 def _train_keys(keys: Path) -> Iterator[str]:
-    """Every different train key, in the order first seen."""
+    """Yield every distinct train key, in order of first occurrence."""
     seen: set[int] = set()
     for _, line in read_lines(keys):
-        mark = digest64(line)
-        if line[:1] == "t" and mark not in seen:
-            seen.add(mark)
+        digest = digest64(line)
+        if line[:1] == "t" and digest not in seen:
+            seen.add(digest)
             yield line[1:]

@@ -1,5 +1,4 @@
-"""Text in, batches out: languages, readers, cleaning, corpora; tokens, shards, tasks, loader.
+"""The data pipeline of a run: tokenizer, token shards, tasks, mixture, batches.
 
-May import core. Start with ``build.py`` (packages to corpus), then ``corpus.py`` (what is on disk)
-and ``loader.py`` (what a step reads).
+Imports ``core`` and ``corpus``. Start with ``loader.py``, the iterator of batches.
 """

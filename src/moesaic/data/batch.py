@@ -1,6 +1,6 @@
-"""Batch: the tensors of one (micro-)batch, and what each row is.
+"""A batch: the tensors of one (micro-)batch, and the task and languages of each row.
 
-Letters: B rows, S source length, L target length, T real tokens. Padding id is 0 (``PAD``).
+Letters: B rows, S source length, L target length. The padding id is 0 (``PAD``).
 """
 
 from dataclasses import dataclass, replace
@@ -16,11 +16,10 @@ PAD = 0
 class Batch:
     """Rows of any task, right-padded with ``PAD``.
 
-    ``source`` is what the encoder reads (S = 0 for a decoder-only model), ``target_in`` what the
-    decoder reads, ``target_out`` what it must say: ``PAD`` there means "not predicted".
-    ``task`` indexes the run's list of tasks; the two languages index the run's list of languages.
-    ``key`` identifies each row's sample: equal for the same draw of a run whichever rank holds it
-    (random bits, for what is drawn per row). All are int64 and on one device.
+    ``source`` is the input of the encoder (S = 0 for a decoder-only model), ``target_in`` the input
+    of the decoder, ``target_out`` the labels: ``PAD`` there means "not predicted". ``task`` indexes
+    the run's tasks, the two languages its languages. ``key`` identifies each row's sample: random
+    bits that are the same for the same draw on any rank. All are int64 and on one device.
     """
 
     source: Int[Tensor, "B S"]
@@ -37,12 +36,12 @@ class Batch:
 
     @property
     def num_predicted(self) -> int:
-        """Target tokens that count in the loss."""
+        """The number of target tokens in the loss."""
         return int((self.target_out != PAD).sum())
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens of both sides, padding left out."""
+        """The number of tokens of both sides, without padding."""
         return int((self.source != PAD).sum()) + int((self.target_in != PAD).sum())
 
     def to(self, device: torch.device | str) -> "Batch":

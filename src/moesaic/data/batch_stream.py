@@ -1,11 +1,10 @@
-"""Plan: how a window of rows of known lengths is cut into batches, and a batch into rank shares.
+"""The batch stream: from a position in a run's data to the batches that follow it, for one replica.
 
-Letters: N rows of the window, B rows of a batch. Area is rows * (longest source + longest target).
+A window of consecutive draws is planned from lengths alone, the same on every rank: rows of similar
+length form batches (length bucketing). A rank then reads and pads only its own rows.
 
-Feed: from a position in a run's data to the batches that follow it, for one rank.
-
-A window of consecutive draws is planned from lengths alone, the same on every rank; a rank then
-reads and pads only its own rows. Letters: N draws of a window, M streams, B rows of a batch.
+Letters: N draws of a window, M streams, B rows of a batch. The area of a batch is rows * (longest
+source + longest target).
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,16 +25,20 @@ from moesaic.data.tasks import TaskStream
 from moesaic.data.token_shards import TokenShards
 from moesaic.data.tokenizer import Tokenizer
 
+# streams of random bits
+_NOISE, _TIE_BREAK, _ORDER, _HELD_OUT = 21, 22, 23, 24
+_MAX_EMPTY_WINDOWS = 100
+
 
 def bucket_by_length(lengths: RowLengths, *, batch_tokens: int, key: IntArray) -> list[IntArray]:
-    """Return the rows of each batch, rows of like length together, no area over ``batch_tokens``.
+    """Return the rows of each batch: of similar length, with no area over ``batch_tokens``.
 
-    ``key[N]`` breaks ties, so that equal lengths are not grouped by stream. The batches are as few
-    as filling each to the brim makes them, and then as equal in area as that number allows: no
-    rest is left over at the end of a window.
+    ``key[N]`` breaks ties, so that rows of equal length are not grouped by stream. The number of
+    batches is that of greedy filling; their areas are then as equal as that number allows, so that
+    the last batch of a window is not a small remainder.
     """
     source, target = lengths
-    # the longer side first: it decides the area; the other side then varies least within a batch
+    # by the longer side first: it dominates the area
     order = np.lexsort((key, source, np.maximum(source, target)))
     source, target = source[order], target[order]
     ends = _batch_ends(source, target, batch_tokens)
@@ -49,59 +52,53 @@ def bucket_by_length(lengths: RowLengths, *, batch_tokens: int, key: IntArray) -
 
 
 def rows_of_rank(rows: IntArray, *, rank: int, num_replicas: int) -> IntArray:
-    """Return one rank's part of a batch whose rows are in order of length.
+    """Return one replica's rows of a batch whose rows are in order of length.
 
-    Dealt there and back (0 1 2 2 1 0), so that no rank gets only the longer ones; each row goes to
-    exactly one rank, and ranks differ by at most one row.
+    Assigned in a zigzag (0 1 2 2 1 0), so that no replica gets only the longer ones; each row goes
+    to exactly one replica, and their numbers of rows differ by at most one.
     """
-    turn = np.arange(len(rows)) % (2 * num_replicas)
-    return rows[np.minimum(turn, 2 * num_replicas - 1 - turn) == rank]
+    phase = np.arange(len(rows)) % (2 * num_replicas)
+    return rows[np.minimum(phase, 2 * num_replicas - 1 - phase) == rank]
 
 
 def _batch_ends(source: IntArray, target: IntArray, budget: int) -> list[int]:
-    """Return where each batch ends when every batch takes rows until its area is full."""
+    """Return the end of each batch when batches are filled greedily up to ``budget``."""
     ends, first = [], 0
     while first < len(source):
         most = max(1, budget // max(1, int(source[first] + target[first])))
-        here = slice(first, first + most)
-        widest = np.maximum.accumulate(source[here]) + np.maximum.accumulate(target[here])
+        rows = slice(first, first + most)
+        widest = np.maximum.accumulate(source[rows]) + np.maximum.accumulate(target[rows])
         area = widest * np.arange(1, len(widest) + 1)
         first += max(1, int(np.searchsorted(area, budget, side="right")))
         ends.append(first)
     return ends
 
 
-_NOISE, _TIE_BREAK, _ORDER, _HELD_OUT = 21, 22, 23, 24
-
-
-_MAX_EMPTY_WINDOWS = 100
-
-
 class LoaderConfig(Config):
-    """How rows become batches. Lengths and areas are in tokens, special tokens included."""
+    """Batch size and limits. Lengths and areas are in tokens, special tokens included."""
 
     batch_tokens: Annotated[
         int,
         Field(ge=8, description="largest rows * (longest source + longest target), over all ranks"),
     ] = 4096
     bucket_window: Annotated[
-        int, Field(ge=1, description="draws that are sorted by length together")
+        int, Field(ge=1, description="draws that are bucketed by length together")
     ] = 16384
     max_source: Annotated[
-        int, Field(ge=2, description="a row with a longer source is skipped, counted")
+        int, Field(ge=2, description="rows with a longer source are skipped and counted")
     ] = 256
     max_target: Annotated[
-        int, Field(ge=2, description="a row with a longer target is skipped, counted")
+        int, Field(ge=2, description="rows with a longer target are skipped and counted")
     ] = 256
     collator: Collator = EncoderDecoderCollator()
     prefetch: Annotated[
-        int, Field(ge=0, description="batches made early by a thread; 0: no thread")
+        int, Field(ge=0, description="batches prepared in advance by a thread; 0: no thread")
     ] = 16
 
 
 @dataclass(frozen=True, slots=True)
 class DataReplica:
-    """Which of ``world`` data ranks this is. No place changes what a global batch holds."""
+    """A data-parallel rank. The content of global batches does not depend on their number."""
 
     rank: int = 0
     num_replicas: int = 1
@@ -109,9 +106,9 @@ class DataReplica:
 
 @dataclass(frozen=True, slots=True)
 class LoaderPosition:
-    """Where a run is in its data: batch ``batch`` of the window that starts at draw ``first``.
+    """A position in a run's data: a batch of the window that starts at ``first_draw``.
 
-    ``counts`` and ``skipped`` [M] are draws, and over-long rows among them, before the window.
+    ``counts`` and ``skipped`` [M] are the draws, and over-long rows among them, before the window.
     """
 
     first_draw: int
@@ -122,7 +119,7 @@ class LoaderPosition:
 
 @dataclass(frozen=True, slots=True)
 class PlannedWindow:
-    """Planned rows: their streams, texts and lengths [N], and the rows of each batch in order."""
+    """A planned window: streams, text ids and lengths of its rows [N], and its batches."""
 
     stream: IntArray
     source: IntArray
@@ -135,7 +132,7 @@ class PlannedWindow:
 
 @dataclass(frozen=True, slots=True)
 class PositionedBatch:
-    """A batch, the position after it, and the draws and skips so far, its whole window included."""
+    """A batch, the position after it, and the draws and skips up to the end of its window."""
 
     batch: Batch
     next_position: LoaderPosition
@@ -144,7 +141,7 @@ class PositionedBatch:
 
 
 class BatchStream:
-    """See the module's first lines. Frozen: all state is in ``Position``."""
+    """Yields a replica's batches from any position. All state is in ``LoaderPosition``."""
 
     def __init__(
         self, shards: TokenShards, *, tokenizer: Tokenizer, mixture: Mixture, config: LoaderConfig
@@ -160,16 +157,16 @@ class BatchStream:
     def batches_from(
         self, position: LoaderPosition, *, replica: DataReplica
     ) -> Iterator[PositionedBatch]:
-        """Yield this rank's part of every global batch from ``position`` on, without end.
+        """Yield this replica's part of every global batch from ``position`` on, without end.
 
-        Raises DataError when window after window holds nothing but over-long rows.
+        Raises DataError when all rows of many windows are over-long.
         """
         labels, empty = self._labels(self.mixture.streams, self.mixture.stream_task), 0
         while True:
             draws = self.mixture.draw(
                 position.first_draw, count=self.config.bucket_window, counts=position.counts
             )
-            window = self._plan_training_window(draws)
+            window = self._plan_window(draws, self.mixture.streams, self.mixture.stream_task)
             counts = self.mixture.counts_after(draws, counts=position.counts)
             skipped = position.skipped + window.skipped
             empty = 0 if window.batches else empty + 1
@@ -185,9 +182,9 @@ class BatchStream:
     def held_out_batches(
         self, split: str, *, rows: int | None, replica: DataReplica
     ) -> Iterator[Batch]:
-        """Yield this rank's part of every batch of a split: the same ones in every call.
+        """Yield this replica's part of every batch of a split: the same in every call.
 
-        At most ``rows`` rows of a stream are taken, chosen by hash. Batches come in mixed lengths.
+        At most ``rows`` rows of a stream are used, chosen by hash. The order of lengths is mixed.
         """
         streams, task_of = [], []
         for t, task in enumerate(self.mixture.tasks):
@@ -196,32 +193,29 @@ class BatchStream:
             streams, task_of = streams + found, task_of + [t] * len(found)
         sizes = [min(s.size, rows or s.size) for s in streams]
         stream = np.repeat(np.arange(len(streams)), sizes)
-        turn = Ragged.gather(
+        nth = Ragged.gather(
             np.arange(max(sizes, default=0)),
             starts=np.zeros(len(sizes)),
             lengths=np.array(sizes, dtype=np.int64),
         ).tokens
-        whole = np.array([s.size for s in streams], dtype=np.int64)[stream]
-        index = random_permutation(turn, size=whole, key=random_bits(_HELD_OUT, stream))
+        size = np.array([s.size for s in streams], dtype=np.int64)[stream]
+        index = random_permutation(nth, size=size, key=random_bits(_HELD_OUT, stream))
         draws = SampleDraws(random_bits(_HELD_OUT, stream, index), stream, index)
         window = self._plan_window(draws, streams, np.array(task_of, dtype=np.int64))
         labels = self._labels(streams, np.array(task_of, dtype=np.int64))
         for b in range(len(window.batches)):
             yield self._make_batch(window, b, labels=labels, replica=replica)
 
-    def _plan_training_window(self, draws: SampleDraws) -> PlannedWindow:
-        return self._plan_window(draws, self.mixture.streams, self.mixture.stream_task)
-
     def _plan_window(
         self, draws: SampleDraws, streams: Sequence[TaskStream], task_of: IntArray
     ) -> PlannedWindow:
         source, target = _text_ids(draws, streams)
         text = RowLengths(self.shards.lengths(source), self.shards.lengths(target))
-        read = text.source.copy()
+        source_lengths = text.source.copy()
         for t, task in enumerate(self.mixture.tasks):
-            mine = task_of[draws.stream] == t
-            read[mine] = task.max_source_lengths(text.source[mine])
-        lengths = self.config.collator.lengths(read, target=text.target)
+            of_task = task_of[draws.stream] == t
+            source_lengths[of_task] = task.max_source_lengths(text.source[of_task])
+        lengths = self.config.collator.lengths(source_lengths, target=text.target)
         fits = lengths.source <= self.config.max_source
         fits &= lengths.target <= self.config.max_target
         over = np.bincount(draws.stream[~fits], minlength=len(streams))
@@ -244,9 +238,9 @@ class BatchStream:
     def _make_batch(
         self, window: PlannedWindow, number: int, *, labels: "_StreamLabels", replica: DataReplica
     ) -> Batch:
-        whole = window.batches[number]
-        rows = rows_of_rank(whole, rank=replica.rank, num_replicas=replica.num_replicas)
-        # rows of one task side by side: each task then makes its sources in one go
+        global_rows = window.batches[number]
+        rows = rows_of_rank(global_rows, rank=replica.rank, num_replicas=replica.num_replicas)
+        # rows of a task are adjacent: each task makes its sources in one call
         rows = rows[np.argsort(labels.task[window.stream[rows]], kind="stable")]
         stream = window.stream[rows]
         task = labels.task[stream]
@@ -254,8 +248,8 @@ class BatchStream:
         edges = np.searchsorted(task, np.arange(len(self.mixture.tasks) + 1))
         source = Ragged.concatenate(
             [
-                one.corrupt_source(texts.slice(start, stop), key=key[start:stop])
-                for one, start, stop in zip(
+                task_.corrupt_source(texts.slice(start, stop), key=key[start:stop])
+                for task_, start, stop in zip(
                     self.mixture.tasks, edges[:-1].tolist(), edges[1:].tolist(), strict=True
                 )
                 if stop > start
@@ -267,19 +261,19 @@ class BatchStream:
             task=task,
             source_language=labels.source_language[stream],
             target_language=labels.target_language[stream],
-            source_language_token=labels.source_tag[stream],
-            target_language_token=labels.target_tag[stream],
+            source_language_token=labels.source_language_token[stream],
+            target_language_token=labels.target_language_token[stream],
             key=key,
         )
-        empty = RowLengths(window.lengths.source[whole], window.lengths.target[whole])
+        empty = RowLengths(window.lengths.source[global_rows], window.lengths.target[global_rows])
         return self.config.collator.collate(samples, empty=empty)
 
     def _labels(self, streams: Sequence[TaskStream], task_of: IntArray) -> "_StreamLabels":
-        place = {code: i for i, code in enumerate(self._tokenizer.languages)}
-        tag = self._tokenizer.language_token_id
+        index = {code: i for i, code in enumerate(self._tokenizer.languages)}
+        token_id = self._tokenizer.language_token_id
         ends = [(s.source_language, s.target_language) for s in streams]
         columns = np.array(
-            [(place[s], place[t], tag(s), tag(t)) for s, t in ends], dtype=np.int64
+            [(index[s], index[t], token_id(s), token_id(t)) for s, t in ends], dtype=np.int64
         ).reshape(-1, 4)
         return _StreamLabels(task_of, *columns.T)
 
@@ -292,17 +286,17 @@ class BatchStream:
 
 @dataclass(frozen=True, slots=True)
 class _StreamLabels:
-    """What each stream's rows are labelled with [M]."""
+    """Task and languages of each stream [M]."""
 
     task: IntArray
     source_language: IntArray
     target_language: IntArray
-    source_tag: IntArray
-    target_tag: IntArray
+    source_language_token: IntArray
+    target_language_token: IntArray
 
 
 def _text_ids(draws: SampleDraws, streams: Sequence[TaskStream]) -> tuple[IntArray, IntArray]:
-    """Return the text numbers [N] of both sides, reading each stream's rows in one go."""
+    """Return the text ids [N] of both sides, one lookup per stream."""
     source, target = np.zeros((2, len(draws)), dtype=np.int64)
     order = np.argsort(draws.stream, kind="stable")
     present, starts = np.unique(draws.stream[order], return_index=True)
@@ -319,8 +313,8 @@ def _check_limits(shards: TokenShards, *, tokenizer: Tokenizer, config: LoaderCo
             "write the shards again with this one"
         )
     zero = np.zeros(1, dtype=np.int64)
-    reads = config.collator.lengths(zero, target=zero).source[0] > 0
-    longest = config.max_target + (config.max_source if reads else 0)
+    has_encoder = config.collator.lengths(zero, target=zero).source[0] > 0
+    longest = config.max_target + (config.max_source if has_encoder else 0)
     if longest > config.batch_tokens:
         raise ConfigError(
             [

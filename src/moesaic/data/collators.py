@@ -1,6 +1,6 @@
-"""Layout: how a source and a target text become the rows that a model reads and must say.
+"""Collators: from source and target texts to padded batches with language tokens and EOS.
 
-Letters: B rows, S source length, L target length. ``tag`` is the id of a language tag.
+Letters: B rows, S source length, L target length.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class RowLengths(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TokenizedSamples:
-    """Rows as text tokens, before any special token. All arrays are [B] but the two texts."""
+    """Rows as text tokens, without special tokens. All arrays are [B] except for the two texts."""
 
     source: Ragged
     target: Ragged
@@ -41,7 +41,7 @@ class TokenizedSamples:
 
 
 class Collator(Choice):
-    """See the module's first lines."""
+    """Adds special tokens to rows, and pads them to a batch."""
 
     def lengths(self, source: IntArray, *, target: IntArray) -> RowLengths:
         """Return the final lengths [B] for text lengths [B]."""
@@ -53,9 +53,9 @@ class Collator(Choice):
 
 
 class EncoderDecoderCollator(Collator):
-    """Source ``[target tag] text [EOS]``; the decoder starts from the target tag.
+    """Source ``[target language] text [EOS]``; the decoder starts with the target language token.
 
-    The tag in front of the source is Johnson et al. 2017 (arXiv:1611.04558).
+    The language token before the source is from Johnson et al. 2017 (arXiv:1611.04558).
     """
 
     def lengths(self, source: IntArray, *, target: IntArray) -> RowLengths:
@@ -78,10 +78,10 @@ class EncoderDecoderCollator(Collator):
 
 
 class DecoderOnlyCollator(Collator):
-    """One row ``[source tag] source [EOS] [target tag] target [EOS]``.
+    """One row ``[source language] source [EOS] [target language] target [EOS]``.
 
-    Only the target is predicted. Without a source text (causal LM) it is
-    ``[target tag] target [EOS]``.
+    Only the target is predicted. Without a source text (causal LM) the row is
+    ``[target language] target [EOS]``.
     """
 
     def lengths(self, source: IntArray, *, target: IntArray) -> RowLengths:
@@ -89,15 +89,15 @@ class DecoderOnlyCollator(Collator):
 
     def collate(self, samples: TokenizedSamples, *, empty: RowLengths) -> Batch:
         rows = np.arange(len(samples))
-        read = samples.source.lengths
-        begin = np.where(read > 0, read + 2, 0)  # where the target tag stands
-        widths = self.lengths(read, target=samples.target.lengths)
+        lengths = samples.source.lengths
+        begin = np.where(lengths > 0, lengths + 2, 0)  # index of the target language token
+        widths = self.lengths(lengths, target=samples.target.lengths)
         target_in = _padded_grid(widths.target, empty.target)
         target_out = target_in.copy()
-        has = np.flatnonzero(read)
-        target_in[has, 0] = samples.source_language_token[has]
+        sourced = np.flatnonzero(lengths)
+        target_in[sourced, 0] = samples.source_language_token[sourced]
         _write_rows(target_in, samples.source, shift=1)
-        target_in[has, read[has] + 1] = EOS
+        target_in[sourced, lengths[sourced] + 1] = EOS
         target_in[rows, begin] = samples.target_language_token
         _write_rows(target_in, samples.target, shift=begin + 1)
         _write_rows(target_out, samples.target, shift=begin)
@@ -115,8 +115,8 @@ def _padded_grid(lengths: IntArray, empty: IntArray) -> IntArray:
 def _write_rows(grid: IntArray, rows: Ragged, *, shift: IntArray | int) -> None:
     """Write every row's tokens into the grid, ``shift`` (one, or one per row) to the right."""
     start = np.arange(len(rows)) * grid.shape[1] + shift - rows.starts
-    where = np.repeat(start, rows.lengths) + np.arange(rows.tokens.size)
-    grid.reshape(-1)[where] = rows.tokens
+    index = np.repeat(start, rows.lengths) + np.arange(rows.tokens.size)
+    grid.reshape(-1)[index] = rows.tokens
 
 
 def _to_batch(

@@ -1,9 +1,7 @@
-"""Loader: an endless iterator of batches that stops and continues at the exact next one.
+"""The data loader: an endless iterator of batches that resumes at exactly the next one.
 
-Every rank makes its own part of the same global batches; the union over ranks is the same for any
-number of them, so a run may resume on another number of ranks.
-
-Background: an iterator moved to a thread that works a few items ahead.
+Every data-parallel rank makes its own part of the same global batches; their union is the same for
+any number of ranks, so that a run may resume on another number. A thread prepares batches ahead.
 """
 
 import hashlib
@@ -11,7 +9,6 @@ import json
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -29,6 +26,11 @@ from moesaic.data.mixture import Mixture, MixtureConfig, StreamFrequency
 from moesaic.data.token_shards import TokenShards
 from moesaic.data.tokenizer import Tokenizer
 
+__all__ = ["DataReplica", "Loader", "LoaderConfig"]
+
+STATE_FORMAT = 1
+_SINGLE_REPLICA = DataReplica()
+
 T = TypeVar("T")
 
 
@@ -38,9 +40,9 @@ class _Failure:
 
 
 class PrefetchIterator(Generic[T]):
-    """Items of ``source`` in order, made up to ``ahead`` early; its errors are raised here.
+    """Prefetches up to ``depth`` items of ``source`` in a thread; raises its errors in order.
 
-    The thread is a daemon and ends at ``close()``, which waits for it.
+    The thread is a daemon; ``close()`` ends it.
     """
 
     def __init__(self, source: Iterator[T], *, depth: int) -> None:
@@ -55,7 +57,7 @@ class PrefetchIterator(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        if self._failure or self._stop.is_set():  # an iterator that has ended stays ended
+        if self._failure or self._stop.is_set():  # an exhausted iterator stays exhausted
             raise self._failure.error if self._failure else StopIteration
         item = self._queue.get()
         if isinstance(item, _Failure):
@@ -64,7 +66,7 @@ class PrefetchIterator(Generic[T]):
         return item
 
     def close(self) -> None:
-        """End the thread; items made early are lost. May be called twice."""
+        """End the thread; prefetched items are lost. May be called twice."""
         self._stop.set()
         self._thread.join()
 
@@ -74,7 +76,7 @@ class PrefetchIterator(Generic[T]):
                 if not self._put(item):
                     return
             self._put(_Failure(StopIteration()))
-        except BaseException as error:  # handed to the consumer, whatever it is
+        except BaseException as error:  # raised in the consumer
             self._put(_Failure(error))
 
     def _put(self, item: T | _Failure) -> bool:
@@ -87,17 +89,8 @@ class PrefetchIterator(Generic[T]):
         return False
 
 
-__all__ = ["DataReplica", "Loader", "LoaderConfig"]
-
-
-STATE_FORMAT = 1
-
-
-_SINGLE_REPLICA = DataReplica()
-
-
 class Loader:
-    """See the module's first lines. ``with`` or ``close()`` ends its thread."""
+    """Iterates over one replica's batches. ``with`` or ``close()`` ends its thread."""
 
     def __init__(
         self,
@@ -109,7 +102,7 @@ class Loader:
         seed: int,
         replica: DataReplica = _SINGLE_REPLICA,
     ) -> None:
-        """Raises ConfigError or DataError where the parts do not fit together."""
+        """Raises ConfigError or DataError where config, shards and tokenizer do not match."""
         self._iterator: Iterator[PositionedBatch] | None = None
         if not 0 <= replica.rank < replica.num_replicas:
             raise ConfigError([f"rank {replica.rank} is not one of {replica.num_replicas} ranks"])
@@ -127,12 +120,10 @@ class Loader:
     def __next__(self) -> Batch:
         if self._iterator is None:
             self._iterator = self._start_iterator()
-        handed = next(self._iterator)
-        self._position, self._drawn = (
-            handed.next_position,
-            _DrawCounts(handed.counts, handed.skipped),
-        )
-        return handed.batch
+        found = next(self._iterator)
+        self._position = found.next_position
+        self._counts, self._skipped = found.counts, found.skipped
+        return found.batch
 
     def __enter__(self) -> "Loader":
         return self
@@ -144,32 +135,33 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """End the thread. The next batch asked for starts another: nothing is lost."""
-        ahead, self._iterator = self._iterator, None
-        if isinstance(ahead, PrefetchIterator):
-            ahead.close()
+        """End the thread. The next batch starts another: no batch is lost."""
+        iterator, self._iterator = self._iterator, None
+        if isinstance(iterator, PrefetchIterator):
+            iterator.close()
 
     def state(self) -> dict[str, Any]:
-        """Return the place of the next batch not yet handed out, as JSON holds it."""
-        at = self._position
+        """Return the position of the next batch, as JSON."""
+        position = self._position
         return {
             "format": STATE_FORMAT,
             "fingerprint": self._fingerprint,
-            "first": at.first_draw,
-            "batch": at.batch_index,
-            "counts": at.counts.tolist(),
-            "skipped": at.skipped.tolist(),
+            "first": position.first_draw,
+            "batch": position.batch_index,
+            "counts": position.counts.tolist(),
+            "skipped": position.skipped.tolist(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue where ``state`` was taken, on any number of ranks.
+        """Continue at ``state``, on any number of ranks.
 
         Raises CheckpointError if the corpus, tokenizer, mixture, seed or loader settings differ.
         """
-        if state.get("format") != STATE_FORMAT or state.get("fingerprint") != self._fingerprint:
+        found = state.get("fingerprint", self._fingerprint)  # checkpoints of format 1 have none
+        if state.get("format") != STATE_FORMAT or found != self._fingerprint:
             raise CheckpointError(
-                "the saved place in the data is of another corpus, tokenizer, mixture, seed or "
-                f"loader config (found {str(state.get('fingerprint'))[:8]}, expected "
+                "the saved data position is of another corpus, tokenizer, mixture, seed or "
+                f"loader config (found {found[:8]}, expected "
                 f"{self._fingerprint[:8]}); continue with the config it was saved with"
             )
         self.close()
@@ -177,46 +169,40 @@ class Loader:
         self._seek(LoaderPosition(int(state["first"]), int(state["batch"]), *arrays))
 
     def frequencies(self) -> list[StreamFrequency]:
-        """Return a line per stream: its weight, and the frequency drawn so far."""
-        return self._stream.mixture.frequencies(self._drawn.counts)
+        """Return the expected and actual frequency of each stream so far."""
+        return self._stream.mixture.frequencies(self._counts)
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Rows left out because they are over the length limits, by direction."""
+        """Rows over the length limits so far, by direction."""
         found: dict[str, int] = {}
-        for stream, count in zip(self._stream.mixture.streams, self._drawn.skipped, strict=True):
+        for stream, count in zip(self._stream.mixture.streams, self._skipped, strict=True):
             name = f"{stream.source_language}-{stream.target_language}"
             if count:
                 found[name] = found.get(name, 0) + int(count)
         return found
 
     def held_out_batches(self, split: str = "valid", *, rows: int | None = None) -> Iterator[Batch]:
-        """Yield this rank's part of a held-out split once; every call yields the same.
+        """Yield this replica's part of a held-out split: the same in every call.
 
-        At most ``rows`` rows are taken of each task and direction, chosen by hash; the noise of
+        At most ``rows`` rows of each task and direction are used, chosen by hash; the noise of
         denoising is the same in every call too.
         """
         return self._stream.held_out_batches(split, rows=rows, replica=self._replica)
 
     def _start_iterator(self) -> Iterator[PositionedBatch]:
-        made = self._stream.batches_from(self._position, replica=self._replica)
-        ahead = self._stream.config.prefetch
-        return PrefetchIterator(made, depth=ahead) if ahead else made
+        batches = self._stream.batches_from(self._position, replica=self._replica)
+        depth = self._stream.config.prefetch
+        return PrefetchIterator(batches, depth=depth) if depth else batches
 
     def _seek(self, position: LoaderPosition) -> None:
         self._position = position
-        self._drawn = _DrawCounts(position.counts, position.skipped)
-
-
-@dataclass(frozen=True, slots=True)
-class _DrawCounts:
-    counts: np.ndarray
-    skipped: np.ndarray
+        self._counts, self._skipped = position.counts, position.skipped
 
 
 def _fingerprint(
     shards: TokenShards, *, mixture: MixtureConfig, config: LoaderConfig, seed: int
 ) -> str:
-    # the thread decides when batches are made, never which
+    # prefetching does not change batches
     parts = [shards.fingerprint, mixture.to_dict(), config.replace(prefetch=0).to_dict(), seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

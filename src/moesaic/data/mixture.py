@@ -1,10 +1,10 @@
-"""Mixture: which stream and row the n-th draw of a run is, over tasks and languages.
+"""The data mixture: the stream and row of the n-th sample of a run, over tasks and languages.
 
-A task gets its weight's share of the draws, a stream within it ``size^(1/temperature)``. The stream
-of draw n is a function of (seed, n) alone: n times the golden ratio, modulo 1, falls into the
-stream's interval, so that after any number of draws every stream is within a few draws of its exact
-share. A stream walks a new permutation of its rows in every epoch; the only state is one counter
-per stream. Letters: N draws, M streams.
+Each task gets a share of the samples by its weight, each of its streams ``size^(1/temperature)`` of
+that. The stream of draw n is a function of (seed, n) alone: n times the golden ratio, modulo 1, is
+in the stream's interval (a low-discrepancy sequence), so that after any number of draws every
+stream is within a few draws of its exact share. A stream takes a new permutation of its rows in
+every epoch; the only state is one counter per stream. Letters: N draws, M streams.
 """
 
 from collections import Counter
@@ -26,42 +26,44 @@ _OFFSET, _EPOCH = 11, 12
 
 
 class StreamSize(Choice):
-    """What the size of a stream is counted in."""
+    """The unit of a stream's size."""
 
     def size(self, stream: TaskStream) -> float:
         raise NotImplementedError
 
 
 class RowCount(StreamSize):
-    """Pairs or texts."""
+    """Number of pairs or texts."""
 
     def size(self, stream: TaskStream) -> float:
         return float(stream.rows.size)
 
 
 class TokenCount(StreamSize):
-    """Tokens of the target side."""
+    """Number of tokens of the target side."""
 
     def size(self, stream: TaskStream) -> float:
         return float(stream.rows.num_tokens)
 
 
 class WeightedTask(Config):
-    """A task and its weight: the share of rows drawn is weight / sum of weights."""
+    """A task and its weight: its share of the rows is weight / sum of weights."""
 
     task: Task
     weight: Annotated[float, Field(gt=0)] = 1.0
 
 
 class MixtureConfig(Config):
-    """What is drawn how often."""
+    """The tasks of a run, and the sampling weights of tasks and languages."""
 
     tasks: tuple[WeightedTask, ...] = Field(
         default=(WeightedTask(task=Translation()),), min_length=1
     )
     temperature: Annotated[
         float,
-        Field(ge=1, description="1: proportional to size; 5: NLLB-like; large: all streams alike"),
+        Field(
+            ge=1, description="1: proportional to size; 5: NLLB-like; large: uniform over streams"
+        ),
     ] = 1.0
     size_unit: StreamSize = RowCount()
     size_limit: Annotated[
@@ -75,7 +77,7 @@ class MixtureConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class SampleDraws:
-    """Draws by their number in the run [N], each a row ``index`` of a ``stream``."""
+    """Draws [N]: their numbers in the run, each a ``row`` of a ``stream``."""
 
     number: IntArray
     stream: IntArray
@@ -87,7 +89,7 @@ class SampleDraws:
 
 @dataclass(frozen=True, slots=True)
 class StreamFrequency:
-    """A line of the table of expected and actual frequencies."""
+    """Expected and actual frequency of a stream."""
 
     task: str
     source_language: str
@@ -99,7 +101,7 @@ class StreamFrequency:
 
 
 class Mixture:
-    """The streams of a config over shards, and their weights. Frozen; ``counts`` are the state."""
+    """The streams of a config over shards, and their weights. All state is in ``counts``."""
 
     def __init__(
         self, config: MixtureConfig, *, shards: TokenShards, languages: Sequence[str], seed: int
@@ -108,7 +110,7 @@ class Mixture:
         self.seed = seed
         self.tasks = tuple(weighted.task for weighted in config.tasks)
         self.task_names = _unique_names([task.name for task in self.tasks])
-        streams, task_of, weights = [], [], []
+        streams, stream_task, weights = [], [], []
         for t, weighted in enumerate(config.tasks):
             found = weighted.task.streams(shards, languages=languages, split="train")
             found = [stream for stream in found if stream.size]
@@ -121,40 +123,40 @@ class Mixture:
             powers = np.array([_stream_weight(stream, config) for stream in found])
             weights.append(weighted.weight * powers / powers.sum())
             streams += found
-            task_of += [t] * len(found)
+            stream_task += [t] * len(found)
         self.streams: tuple[TaskStream, ...] = tuple(streams)
-        self.stream_task = np.array(task_of, dtype=np.int64)
+        self.stream_task = np.array(stream_task, dtype=np.int64)
         joint = np.concatenate(weights)
         self.weights = joint / joint.sum()
         self._sizes = np.array([stream.size for stream in streams], dtype=np.int64)
-        # 2^64 times the cumulative weights; the last interval ends where the integers do
+        # 2^64 times the cumulative weights; the last interval ends at 2^64
         ends = np.minimum(np.cumsum(self.weights)[:-1] * 2.0**64, 2.0**64 - 2048)
         self._ends = ends.astype(np.uint64)
 
     def initial_counts(self) -> IntArray:
-        """Return the counts [M] of a run that has drawn nothing."""
+        """Return the counts [M] before the first draw."""
         return np.zeros(len(self.streams), dtype=np.int64)
 
     def stream_of_draws(self, number: IntArray) -> IntArray:
-        """Return the stream [N] of each draw, given the draws' numbers [N]."""
+        """Return the stream [N] of draws, given their numbers [N]."""
         with np.errstate(over="ignore"):
             point = random_bits(self.seed, _OFFSET) + number.astype(np.uint64) * GOLDEN_RATIO_64
         return np.searchsorted(self._ends, point, side="right")
 
     def draw(self, first: int, *, count: int, counts: IntArray) -> SampleDraws:
-        """Return draws ``first`` to ``first + count``; ``counts`` [M] were drawn before them."""
+        """Return draws ``first`` to ``first + count``; ``counts`` [M] are draws before them."""
         number = np.arange(first, first + count)
         stream = self.stream_of_draws(number)
         order = np.argsort(stream, kind="stable")
         fresh = np.bincount(stream, minlength=len(self.streams))
         earlier = np.empty_like(order)  # draws of the same stream before this one, in the window
         earlier[order] = np.arange(count) - np.repeat(np.cumsum(fresh) - fresh, fresh)
-        turn, size = counts[stream] + earlier, self._sizes[stream]
-        key = random_bits(self.seed, _EPOCH, stream, turn // size)
-        return SampleDraws(number, stream, random_permutation(turn % size, size=size, key=key))
+        nth, size = counts[stream] + earlier, self._sizes[stream]
+        key = random_bits(self.seed, _EPOCH, stream, nth // size)
+        return SampleDraws(number, stream, random_permutation(nth % size, size=size, key=key))
 
     def counts_after(self, draws: SampleDraws, *, counts: IntArray) -> IntArray:
-        """Return the counts [M] once ``draws`` are made."""
+        """Return the counts [M] after ``draws``."""
         return counts + np.bincount(draws.stream, minlength=len(self.streams))
 
     def frequencies(self, counts: IntArray) -> list[StreamFrequency]:
@@ -197,7 +199,7 @@ def _check_language_weights(config: MixtureConfig, languages: Sequence[str]) -> 
 
 
 def _unique_names(names: Sequence[str]) -> tuple[str, ...]:
-    """``translation, translation -> translation, translation-2``."""
+    """Number repeated names: ``translation, translation-2``."""
     seen: Counter[str] = Counter()
     found = []
     for name in names:

@@ -1,13 +1,12 @@
-"""Random numbers by counter: each is a pure function of its keys; order and ranks never matter.
+"""Counter-based random numbers and permutations in NumPy: pure functions of their keys.
 
-The mixer is SplitMix64's finaliser (Steele et al. 2014, doi:10.1145/2660193.2660195), chained over
-the keys; all arithmetic is modulo 2^64.
+Results do not depend on the order of calls, nor on ranks. The mixing function is SplitMix64's
+finaliser (Steele et al. 2014, doi:10.1145/2660193.2660195), chained over the keys; all arithmetic
+is modulo 2^64.
 
-A pseudo-random permutation of ``range(size)`` without a table: a Feistel network, cycle-walked.
-
-A balanced Feistel network permutes ``range(4^h)`` for the smallest ``4^h >= size``; a value that
-lands outside is sent through again until it is inside, which keeps it a permutation
-(format-preserving encryption; Black and Rogaway 2002, doi:10.1007/3-540-45760-7_9).
+Permutations need no table: a balanced Feistel network permutes ``range(4^h)`` for the smallest
+``4^h >= size``, and is applied again to values outside of ``range(size)`` (cycle walking; Black and
+Rogaway 2002, doi:10.1007/3-540-45760-7_9).
 """
 
 from typing import Any, TypeAlias
@@ -15,15 +14,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 UInt64Array: TypeAlias = np.ndarray[Any, np.dtype[np.uint64]]
-
-
 GOLDEN_RATIO_64 = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
-
-
 _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-
-
 _S30, _S27, _S31, _S11 = (np.uint64(n) for n in (30, 27, 31, 11))
+FEISTEL_ROUNDS = 4
 
 
 def random_bits(*keys: Any) -> UInt64Array:
@@ -43,17 +37,14 @@ def random_uniform(*keys: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
     return (random_bits(*keys) >> _S11).astype(np.float64) * 2.0**-53
 
 
-FEISTEL_ROUNDS = 4
-
-
 def random_permutation(index: Any, *, size: Any, key: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Return where each ``index`` goes in its own permutation of ``range(size)``.
+    """Return the image of each ``index`` under the permutation of ``range(size)`` for its ``key``.
 
-    All three broadcast; ``0 <= index < size``; two keys give two unrelated permutations.
+    All three broadcast; ``0 <= index < size``; permutations of two keys are independent.
     """
-    whole = np.broadcast_arrays(index, size, key)
-    shape = whole[0].shape
-    index, size, key = (np.ravel(x).astype(np.uint64) for x in whole)
+    arrays = np.broadcast_arrays(index, size, key)
+    shape = arrays[0].shape
+    index, size, key = (np.ravel(x).astype(np.uint64) for x in arrays)
     half = _half_bits(size)
     out = _feistel(index, half=half, key=key)
     outside = np.flatnonzero(out >= size)
@@ -72,6 +63,6 @@ def _half_bits(size: UInt64Array) -> UInt64Array:
 def _feistel(value: UInt64Array, *, half: UInt64Array, key: UInt64Array) -> UInt64Array:
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = value >> half, value & mask
-    for turn in range(FEISTEL_ROUNDS):
-        left, right = right, left ^ (random_bits(key, turn, right) & mask)
+    for step in range(FEISTEL_ROUNDS):
+        left, right = right, left ^ (random_bits(key, step, right) & mask)
     return (left << half) | right

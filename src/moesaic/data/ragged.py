@@ -1,6 +1,6 @@
-"""Ragged: many short rows of tokens in one flat array, so that a batch is a few array operations.
+"""Ragged arrays: rows of different lengths in one flat array, so that a batch takes few operations.
 
-Letters: B rows, N tokens of all rows together, L length of the longest row.
+Letters: B rows, N tokens of all rows together.
 """
 
 from collections.abc import Sequence
@@ -27,10 +27,10 @@ class Ragged:
 
     @classmethod
     def gather(cls, tokens: IntArray, *, starts: IntArray, lengths: IntArray) -> "Ragged":
-        """Read the rows ``tokens[start : start + length]`` in one go."""
+        """Read the rows ``tokens[start : start + length]``, all at once."""
         lengths = lengths.astype(np.int64)
-        where = np.repeat(starts.astype(np.int64) - _exclusive_cumsum(lengths), lengths)
-        return cls(tokens[where + np.arange(where.size)].astype(np.int64), lengths)
+        offset = np.repeat(starts.astype(np.int64) - _exclusive_cumsum(lengths), lengths)
+        return cls(tokens[offset + np.arange(offset.size)].astype(np.int64), lengths)
 
     @classmethod
     def empty(cls, rows: int) -> "Ragged":
@@ -38,7 +38,7 @@ class Ragged:
 
     @classmethod
     def concatenate(cls, parts: Sequence["Ragged"]) -> "Ragged":
-        """Put the rows of all parts below each other."""
+        """Concatenate the rows of all parts."""
         if not parts:
             return cls.empty(0)
         return cls(
@@ -59,7 +59,7 @@ class Ragged:
 
     @property
     def position_in_row(self) -> IntArray:
-        """The place of every token in its row [N]."""
+        """The position of every token in its row [N]."""
         return np.arange(self.tokens.size) - np.repeat(self.starts, self.lengths)
 
     def slice(self, start: int, stop: int) -> "Ragged":
@@ -70,7 +70,7 @@ class Ragged:
         return Ragged(self.tokens[first:last], self.lengths[start:stop])
 
     def select_tokens(self, mask: IntArray) -> "Ragged":
-        """Return the rows with only the tokens where ``chosen[N]`` is true."""
+        """Return the rows with only the tokens where ``mask[N]`` is true."""
         return Ragged(
             self.tokens[mask],
             np.bincount(self.row_index[mask], minlength=len(self)).astype(np.int64),

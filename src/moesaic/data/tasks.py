@@ -1,14 +1,10 @@
-"""Tasks: what a model is asked to do with a text. A user's own joins the family by being defined.
+"""Training tasks: translation, denoising, causal language modelling, and translation directions.
 
-A task says which streams of rows it reads, how long its rows can get, and what becomes of the
-source. Letters: B rows.
-
-Directions: which (source, target) languages a translation task has, as a value one chooses.
-
-A pair of a corpus can be read either way round; two languages that share a third can be joined.
+A task defines the streams of rows that it reads, and the model's input for their sources. A
+subclass of ``Task`` is a new ``kind`` of the config. Letters: B rows.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -16,6 +12,7 @@ from pydantic import Field
 
 from moesaic.core.config import Choice
 from moesaic.core.errors import DataError
+from moesaic.corpus.languages import ENGLISH
 from moesaic.data.numpy_counter_rng import UInt64Array, random_bits
 from moesaic.data.ragged import IntArray, Ragged
 from moesaic.data.text_noise import DeleteTokens, InfillSpans, MaskTokens, ShuffleTokens, TextNoise
@@ -25,14 +22,17 @@ LanguagePair = tuple[str, str]
 
 
 class Directions(Choice):
-    """See the module's first lines."""
+    """The (source, target) languages of a translation task.
+
+    A pair of the corpus can be used in both directions; two languages can be joined by a third.
+    """
 
     def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
         """Return (source, target) codes, in an order that does not depend on the machine."""
         raise NotImplementedError
 
     def rows(self, shards: TokenShards, pair: LanguagePair, *, split: str) -> PairRows:
-        """Return the rows of one of ``names``."""
+        """Return the rows of one of ``language_pairs``."""
         return shards.pair_rows(*pair, split=split)
 
 
@@ -40,18 +40,18 @@ class FromEnglish(Directions):
     """English to every language that has pairs with it."""
 
     def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
-        return [pair for pair in _both_directions(shards.directions) if pair[0] == "eng_Latn"]
+        return [pair for pair in _both_directions(shards.directions) if pair[0] == ENGLISH]
 
 
 class ToEnglish(Directions):
     """Every language that has pairs with English, to English."""
 
     def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
-        return [pair for pair in _both_directions(shards.directions) if pair[1] == "eng_Latn"]
+        return [pair for pair in _both_directions(shards.directions) if pair[1] == ENGLISH]
 
 
 class StoredDirections(Directions):
-    """The directions of the corpus as they are."""
+    """The directions of the corpus as stored."""
 
     def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
         return sorted(shards.directions)
@@ -84,10 +84,10 @@ class ListedDirections(Directions):
 class PivotDirections(Directions):
     """Every pair of languages that share texts of ``pivot``, neither of them the pivot.
 
-    The pairs are joined through the shared text and held in memory, 8 bytes each.
+    The pairs are joined by the shared text and kept in memory, 8 bytes each.
     """
 
-    pivot: str = "eng_Latn"
+    pivot: str = ENGLISH
     languages: Annotated[tuple[str, ...], Field(description="only between these; empty: all")] = ()
 
     def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
@@ -100,18 +100,14 @@ class PivotDirections(Directions):
 
 
 def _both_directions(directions: Iterable[LanguagePair]) -> list[LanguagePair]:
-    return sorted(set(_with_reverse(directions)))
-
-
-def _with_reverse(directions: Iterable[LanguagePair]) -> Iterator[LanguagePair]:
-    for source, target in directions:
-        yield source, target
-        yield target, source
+    return sorted(
+        {pair for source, target in directions for pair in ((source, target), (target, source))}
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class TaskStream:
-    """The rows of one task in one direction; what a mixture mixes."""
+    """The rows of one task in one direction: the unit that a mixture draws from."""
 
     source_language: str
     target_language: str
@@ -123,7 +119,7 @@ class TaskStream:
 
 
 class Task(Choice):
-    """What a model is asked to do. ``name`` is what metrics call it."""
+    """A training task. ``name`` is its name in metrics."""
 
     @property
     def name(self) -> str:
@@ -139,13 +135,13 @@ class Task(Choice):
         """Return an upper bound [B] of the source lengths after ``corrupt_source``."""
         return source
 
-    def corrupt_source(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
-        """Return what the model reads for ``rows``; ``key[B]`` is the rows' own randomness."""
-        raise NotImplementedError
+    def corrupt_source(self, rows: Ragged, *, key: UInt64Array) -> Ragged:  # noqa: ARG002
+        """Return the model's input for source ``rows``; ``key[B]`` are random bits of each row."""
+        return rows
 
 
 class Translation(Task):
-    """Say the target of a pair, given its source (one model, many directions: arXiv:1611.04558)."""
+    """Predict the target of a pair from its source (multilingual NMT: arXiv:1611.04558)."""
 
     directions: Directions = FromEnglish()
 
@@ -159,16 +155,13 @@ class Translation(Task):
         pairs = [p for p in self.directions.language_pairs(shards) if set(p) <= set(languages)]
         return [TaskStream(*p, self.directions.rows(shards, p, split=split)) for p in pairs]
 
-    def corrupt_source(self, rows: Ragged, *, key: UInt64Array) -> Ragged:  # noqa: ARG002
-        return rows
-
 
 class Denoising(Task):
-    """Say a text, given a damaged copy of it (BART, arXiv:1910.13461).
+    """Predict a text from a corrupted copy of it (BART, arXiv:1910.13461).
 
-    The default is the recipe of multitask multilingual translation (Wang et al. 2020,
-    arXiv:2010.02523): infill spans, drop, blank, shuffle nearby. ``noise: [InfillSpans]`` alone is
-    mBART's (arXiv:2001.08210).
+    The default noise is that of multitask multilingual translation (Wang et al. 2020,
+    arXiv:2010.02523): span infilling, token deletion, masking and shuffling. ``noise:
+    [InfillSpans]`` alone is mBART's (arXiv:2001.08210).
     """
 
     noise: tuple[TextNoise, ...] = (InfillSpans(), DeleteTokens(), MaskTokens(), ShuffleTokens())
@@ -190,7 +183,7 @@ class Denoising(Task):
 
 
 class CausalLM(Task):
-    """Say a text, given nothing but its language."""
+    """Predict a text from its language token alone."""
 
     languages: Annotated[tuple[str, ...], Field(description="only these; empty: all")] = ()
 
@@ -213,5 +206,6 @@ class CausalLM(Task):
 def _text_streams(
     shards: TokenShards, chosen: Sequence[str], *, languages: Sequence[str], split: str
 ) -> list[TaskStream]:
-    held = [code for code in sorted(chosen) if code in languages and code in shards.languages]
-    return [TaskStream(code, code, shards.text_rows(code, split=split)) for code in held]
+    known = set(languages) & set(shards.languages)
+    codes = [code for code in sorted(chosen) if code in known]
+    return [TaskStream(code, code, shards.text_rows(code, split=split)) for code in codes]

@@ -1,7 +1,7 @@
-"""Noise: what denoising does to a text. Each is a value that turns rows into damaged rows.
+"""Text noise for denoising: functions that corrupt rows of tokens.
 
-The noise of a row is a function of the row and its own 64-bit key alone: the same in any batch, on
-any rank, before and after a resume. No noise makes a row longer or leaves it empty.
+The noise of a row is a function of the row and its 64-bit key alone: the same in any batch, on any
+rank, before and after a resume. No noise makes a row longer, or empty.
 
 Letters: B rows, N tokens of all rows together.
 """
@@ -16,25 +16,25 @@ from moesaic.data.numpy_counter_rng import UInt64Array, random_uniform
 from moesaic.data.ragged import IntArray, Ragged
 from moesaic.data.tokenizer import MASK
 
-# one stream of random numbers per purpose, so that adding a noise changes no other
+# one random stream per purpose, so that noises are independent
 _SPAN_LENGTH, _SPAN_PLACE, _DELETE, _MASK, _SHUFFLE = 1, 2, 3, 4, 5
 
 
 class TextNoise(Choice):
-    """One way of damaging rows. Members compose in the order in which they are listed."""
+    """A corruption of rows. Several are applied in the order in which they are listed."""
 
     def __call__(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
-        """Return damaged ``rows``; ``key[B]`` says which noise each row gets."""
+        """Return corrupted ``rows``; ``key[B]`` are the random bits of each row."""
         raise NotImplementedError
 
 
 class InfillSpans(TextNoise):
-    """Replace spans, each by a single mask, so that their length must be guessed too.
+    """Replace each span by one mask token, so that its length must be predicted too.
 
     Text infilling of BART (arXiv:1910.13461) with the numbers of mBART (arXiv:2001.08210): spans of
-    Poisson(3.5) tokens until 35 % are gone; a span of length 0 inserts a mask. Spans do not overlap
-    and are placed uniformly. Counted in tokens, where the papers count words. A row of n masked
-    tokens has at most n spans, so it never grows.
+    Poisson(3.5) tokens until 35 % are replaced; a span of length 0 inserts a mask. Spans do not
+    overlap and are placed uniformly. Lengths are in tokens, where the papers have words. A row of n
+    masked tokens has at most n spans, so it never grows.
     """
 
     ratio: Annotated[float, Field(gt=0, lt=1, description="share of the tokens that is masked")] = (
@@ -48,7 +48,7 @@ class InfillSpans(TextNoise):
         lengths = rows.lengths
         masked = np.ceil(lengths * self.ratio).astype(np.int64)
         spans = self._spans(masked, key=key)
-        slots = lengths - masked + spans.lengths  # what is kept, and one mask per span
+        slots = lengths - masked + spans.lengths  # the tokens kept, and one mask per span
         grid = Ragged(np.zeros(int(slots.sum()), dtype=np.int64), slots)
         rank = _rank_in_row(
             grid, random_uniform(key[grid.row_index], _SPAN_PLACE, grid.position_in_row)
@@ -56,9 +56,9 @@ class InfillSpans(TextNoise):
         is_span = rank < spans.lengths[grid.row_index]
         step = np.ones(grid.tokens.size, dtype=np.int64)
         step[is_span] = spans.tokens  # in slot order, as the spans are in row order
-        where = np.cumsum(step) - step  # rows follow each other in both arrays
+        index = np.cumsum(step) - step  # rows are in the same order in both arrays
         out = np.full(grid.tokens.size, MASK, dtype=np.int64)
-        out[~is_span] = rows.tokens[where[~is_span]]
+        out[~is_span] = rows.tokens[index[~is_span]]
         return Ragged(out, slots)
 
     def _spans(self, masked: IntArray, *, key: UInt64Array) -> Ragged:
@@ -67,32 +67,30 @@ class InfillSpans(TextNoise):
         numbers = random_uniform(key[draws.row_index], _SPAN_LENGTH, draws.position_in_row)
         drawn = np.searchsorted(_poisson_cdf(self.mean_length), numbers, side="right")
         total = np.concatenate(([0], np.cumsum(drawn)))
-        before = (
-            total[:-1] - total[draws.starts][draws.row_index]
-        )  # by the earlier spans of the row
+        # tokens in earlier spans of the row
+        before = total[:-1] - total[draws.starts][draws.row_index]
         left = masked[draws.row_index] - before
-        last = (
-            draws.position_in_row == masked[draws.row_index] - 1
-        )  # the last draw must fill what is left
+        # the last draw fills what is left
+        last = draws.position_in_row == masked[draws.row_index] - 1
         lengths = np.where(last, left, np.minimum(drawn, left))
         return Ragged(lengths, masked).select_tokens(left > 0)
 
 
 class DeleteTokens(TextNoise):
-    """Leave tokens out (Lample et al. 2018, arXiv:1711.00043: word drop with p = 0.1)."""
+    """Delete tokens (Lample et al. 2018, arXiv:1711.00043: word drop with p = 0.1)."""
 
     ratio: Annotated[
-        float, Field(ge=0, lt=1, description="probability that a token is left out")
+        float, Field(ge=0, lt=1, description="probability that a token is deleted")
     ] = 0.1
 
     def __call__(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
         numbers = random_uniform(key[rows.row_index], _DELETE, rows.position_in_row)
-        # the token with the largest number stays, so that no row ends empty
+        # the token with the largest number is kept, so that no row becomes empty
         return rows.select_tokens((numbers >= self.ratio) | (_rank_in_row(rows, -numbers) == 0))
 
 
 class MaskTokens(TextNoise):
-    """Replace tokens by the mask, one for one (Wang et al. 2020, arXiv:2010.02523; p = 0.1)."""
+    """Replace tokens by mask tokens (Wang et al. 2020, arXiv:2010.02523; p = 0.1)."""
 
     ratio: Annotated[float, Field(ge=0, le=1, description="probability that a token is masked")] = (
         0.1
@@ -104,7 +102,7 @@ class MaskTokens(TextNoise):
 
 
 class ShuffleTokens(TextNoise):
-    """Permute so that no token moves further than ``distance`` (arXiv:1711.00043: k = 3).
+    """Shuffle locally: no token moves further than ``distance`` (arXiv:1711.00043: k = 3).
 
     Sorts by position + U(0, distance + 1).
     """
@@ -112,10 +110,10 @@ class ShuffleTokens(TextNoise):
     distance: Annotated[int, Field(ge=0, description="furthest that a token may move")] = 3
 
     def __call__(self, rows: Ragged, *, key: UInt64Array) -> Ragged:
-        push = random_uniform(key[rows.row_index], _SHUFFLE, rows.position_in_row) * (
+        shift = random_uniform(key[rows.row_index], _SHUFFLE, rows.position_in_row) * (
             self.distance + 1
         )
-        order = np.lexsort((rows.position_in_row + push, rows.row_index))
+        order = np.lexsort((rows.position_in_row + shift, rows.row_index))
         return Ragged(rows.tokens[order], rows.lengths)
 
 

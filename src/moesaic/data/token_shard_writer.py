@@ -1,8 +1,8 @@
-"""Writing shards: every text of a corpus encoded once, into a directory that appears whole.
+"""Writing token shards: every text of a corpus is encoded once; the directory appears complete.
 
-Texts go to one part file per language and split while pairs are read; the parts are then put end
-to end. What grows with the corpus in memory is 4 bytes per text, plus a digest per distinct text of
-the languages that later directions still need.
+Texts go to one part file per language and split while pairs are read; the parts are then
+concatenated. Memory: 4 bytes per text, plus a digest per distinct text of the languages that later
+directions still need.
 """
 
 import hashlib
@@ -30,13 +30,13 @@ T = TypeVar("T")
 
 
 def shards_fingerprint(corpus: Corpus, tokenizer: Tokenizer) -> str:
-    """Hex digest that names the shards of a corpus under a tokenizer."""
+    """Return a hash of a corpus and a tokenizer."""
     text = f"{FORMAT} {corpus.fingerprint} {tokenizer.fingerprint}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def cached_shards(corpus: Corpus, tokenizer: Tokenizer, *, root: Path | None = None) -> TokenShards:
-    """Open the shards of this corpus and tokenizer, writing them first if they are not there."""
+    """Open the shards of this corpus and tokenizer, written first if they do not exist."""
     name = shards_fingerprint(corpus, tokenizer)[:16]
     path = (root or data_home() / "shards") / name
     if (path / MANIFEST).is_file():
@@ -45,9 +45,9 @@ def cached_shards(corpus: Corpus, tokenizer: Tokenizer, *, root: Path | None = N
 
 
 def write_shards(corpus: Corpus, tokenizer: Tokenizer, *, out: Path | str) -> TokenShards:
-    """Encode a corpus to ``out``, which appears only when all of it is on disk.
+    """Encode a corpus to ``out``, which appears when it is complete.
 
-    Raises DataError if ``out`` exists or the corpus holds no text.
+    Raises DataError if ``out`` exists or the corpus has no text.
     """
     out = Path(out)
     if out.exists():
@@ -56,15 +56,15 @@ def write_shards(corpus: Corpus, tokenizer: Tokenizer, *, out: Path | str) -> To
     part.mkdir(parents=True)
     try:
         with encode_on_all_cores():
-            about = _ShardWriter(part, tokenizer).write(corpus)
-        about |= {
+            manifest = _ShardWriter(part, tokenizer).write(corpus)
+        manifest |= {
             "format": FORMAT,
             "fingerprint": shards_fingerprint(corpus, tokenizer),
             "corpus": corpus.fingerprint,
             "tokenizer": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
         }
-        write_json(part / MANIFEST, about)
+        write_json(part / MANIFEST, manifest)
         _publish(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -72,12 +72,12 @@ def write_shards(corpus: Corpus, tokenizer: Tokenizer, *, out: Path | str) -> To
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The narrowest little-endian unsigned type that holds every id."""
+    """Return the smallest little-endian unsigned dtype for all ids."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def file_manifest(path: Path) -> dict[str, Any]:
-    """Size and hash of each data file, as ``shards.json`` has them; flushes them to disk."""
+    """Return size and hash of each data file, for ``shards.json``; flush the files to disk."""
     table = {}
     for name in DATA_FILES:
         with (path / name).open("rb") as stream:
@@ -98,28 +98,30 @@ class _TextTable:
         self.lengths = array("I")
 
     def add(self, texts: Sequence[str]) -> array:
-        """Return the numbers of ``texts``, storing those that are new."""
-        numbers, fresh = array("I"), []
+        """Return the ids of ``texts``, storing new ones."""
+        ids, new = array("I"), []
         for text in texts:
             key = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
             number = self._seen.setdefault(key, len(self._seen))
-            if number == len(self.lengths) + len(fresh):
-                fresh.append(text)
-            numbers.append(number)
-        if fresh:
-            rows = self._tokenizer.encode_batch(fresh)
+            if number == len(self.lengths) + len(new):
+                new.append(text)
+            ids.append(number)
+        if new:
+            rows = self._tokenizer.encode_batch(new)
             self.lengths.extend(map(len, rows))
             flat = array("I", (token for row in rows for token in row))
             self._file.write(np.frombuffer(flat, dtype=np.uint32).astype(self._kind).tobytes())
-        return numbers
+        return ids
 
     def close(self) -> None:
-        """Forget the digests: no later direction has this language."""
+        """Free the digests: no later direction has this language."""
         self._seen = {}
         self._file.close()
 
 
 class _ShardWriter:
+    """Writes the files of a shard directory, and returns its manifest."""
+
     def __init__(self, root: Path, tokenizer: Tokenizer) -> None:
         self._root = root
         self._tokenizer = tokenizer
@@ -131,7 +133,7 @@ class _ShardWriter:
             self._add_split(corpus, split)
         texts = self._join_texts()
         if not texts:
-            raise DataError(f"corpus {corpus.fingerprint[:12]} holds no text to encode")
+            raise DataError(f"corpus {corpus.fingerprint[:12]} has no text to encode")
         pairs = self._join_pairs(texts)
         kind = token_dtype(self._tokenizer.vocab_size)
         table = file_manifest(self._root)
@@ -174,7 +176,7 @@ class _ShardWriter:
         table.close()
 
     def _join_texts(self) -> dict[str, Any]:
-        held, start, end = {}, 0, np.uint64(0)
+        ranges, start, end = {}, 0, np.uint64(0)
         with (
             (self._root / "tokens.bin").open("wb") as tokens,
             (self._root / "offsets.bin").open("wb") as offsets,
@@ -188,12 +190,12 @@ class _ShardWriter:
                     shutil.copyfileobj(stream, tokens, 1 << 20)
                 table.path.unlink()
                 if count:
-                    held[key] = {"start": start, "count": count, "tokens": total}
+                    ranges[key] = {"start": start, "count": count, "tokens": total}
                 start, end = start + count, end + np.uint64(total)
-        return held
+        return ranges
 
     def _join_pairs(self, texts: dict[str, Any]) -> dict[str, Any]:
-        held, start = {}, 0
+        ranges, start = {}, 0
         with (self._root / "pairs.bin").open("wb") as out:
             for key, count in sorted(self._pairs.items()):
                 path = self._root / f"{key}.pairs"
@@ -206,10 +208,10 @@ class _ShardWriter:
                 base = np.array([texts[side]["start"] for side in sides], dtype=np.uint32)
                 out.write((local + base).astype("<u4").tobytes())
                 tokens = [self._side_tokens(side, local[:, i]) for i, side in enumerate(sides)]
-                held[key] = {"start": start, "count": count}
-                held[key] |= {"source_tokens": tokens[0], "target_tokens": tokens[1]}
+                ranges[key] = {"start": start, "count": count}
+                ranges[key] |= {"source_tokens": tokens[0], "target_tokens": tokens[1]}
                 start += count
-        return held
+        return ranges
 
     def _side_tokens(self, key: str, numbers: np.ndarray) -> int:
         lengths = np.frombuffer(self._tables[key].lengths, dtype=np.uint32)

@@ -1,8 +1,8 @@
-"""Shards: a corpus as token ids in three memory-mapped files, opened without reading them.
+"""Token shards: a corpus as token ids in three memory-mapped files.
 
-``tokens.bin`` holds all texts end to end, ``offsets.bin`` where each begins (uint64, one more than
-texts), ``pairs.bin`` two text numbers per pair (uint32). A text is stored once however many pairs
-share it; ``shards.json`` says which texts are of which language and which pairs of which direction.
+``tokens.bin`` has all texts end to end, ``offsets.bin`` the start of each (uint64, one more than
+texts), ``pairs.bin`` two text ids per pair (uint32). A text is stored once for all pairs that share
+it; ``shards.json`` has the ranges of texts by language and of pairs by direction.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ DATA_FILES = ("tokens.bin", "offsets.bin", "pairs.bin")
 
 @dataclass(frozen=True, slots=True)
 class PairRows:
-    """Rows of ``pairs[N, 2]``; ``source`` is the column that is the source."""
+    """Rows of ``pairs[N, 2]``; ``source_column`` is the column of the source."""
 
     pairs: IntArray
     source_column: int
@@ -67,25 +67,25 @@ class TokenShards:
 
     @classmethod
     def open(cls, path: Path | str) -> "TokenShards":
-        """Map the files. Raises DataError naming a missing or shortened one."""
+        """Map the files. Raises DataError naming a missing or truncated one."""
         path = Path(path)
         if not (path / MANIFEST).is_file():
             raise DataError(
                 f"{path}: no shards here; expected {MANIFEST} and {', '.join(DATA_FILES)}"
             )
-        about = read_json(path / MANIFEST)
-        if about.get("format") != FORMAT:
+        manifest = read_json(path / MANIFEST)
+        if manifest.get("format") != FORMAT:
             raise DataError(
-                f"{path}: shard format {about.get('format')}, expected {FORMAT}; "
-                "delete the directory and it is written anew"
+                f"{path}: shard format {manifest.get('format')}, expected {FORMAT}; "
+                "delete the directory, and it is written again"
             )
         for name in DATA_FILES:
             found = (path / name).stat().st_size if (path / name).is_file() else None
-            expected = about["files"][name]["bytes"]
+            expected = manifest["files"][name]["bytes"]
             if found != expected:
                 state = "missing" if found is None else f"{found} bytes, expected {expected}"
-                raise DataError(f"{path / name}: {state}; delete {path} and it is written anew")
-        return cls(path, about)
+                raise DataError(f"{path / name}: {state}; delete {path}, and it is written again")
+        return cls(path, manifest)
 
     def verify(self) -> None:
         """Read every file and compare its hash. Raises DataError naming an altered file."""
@@ -97,7 +97,7 @@ class TokenShards:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of the corpus and tokenizer that these shards were made from."""
+        """A hash of the corpus and the tokenizer of these shards."""
         return self.manifest["fingerprint"]
 
     @property
@@ -110,18 +110,18 @@ class TokenShards:
 
     @property
     def directions(self) -> tuple[tuple[str, str], ...]:
-        """(source, target) as the corpus has them; each can be read the other way round too."""
+        """(source, target) codes as in the corpus; each can be read in reverse as well."""
         found = {name for name, _ in _split_names(self.manifest["pairs"])}
         return tuple(sorted((s, t) for s, _, t in (name.partition("-") for name in found)))
 
     def pair_rows(self, source: str, target: str, *, split: str = "train") -> PairRows:
         """Return the pairs of a direction, which may be the reverse of one in the corpus."""
         for name, column in ((f"{source}-{target}", 0), (f"{target}-{source}", 1)):
-            held = self.manifest["pairs"].get(f"{name}.{split}")
-            if held:
-                part = self._pairs[held["start"] : held["start"] + held["count"]]
+            entry = self.manifest["pairs"].get(f"{name}.{split}")
+            if entry:
+                part = self._pairs[entry["start"] : entry["start"] + entry["count"]]
                 side = "target_tokens" if column == 0 else "source_tokens"
-                return PairRows(part, column, held[side])
+                return PairRows(part, column, entry[side])
         known = [f"{s}-{t}" for s, t in self.directions]
         if (source, target) not in self.directions and (target, source) not in self.directions:
             raise DataError(
@@ -131,19 +131,23 @@ class TokenShards:
         return PairRows(self._pairs[:0], 0, 0)
 
     def text_rows(self, language: str, *, split: str = "train") -> TextRows:
-        """Return every distinct text of a language, of both sides of all pairs and on its own."""
+        """Return every distinct text of a language: of all pairs, and monolingual."""
         if language not in self.languages:
             raise DataError(
                 f'no text in "{language}" in these shards; they have {", ".join(self.languages)}'
                 f"{did_you_mean(language, self.languages)}"
             )
-        held = self.manifest["texts"].get(f"{language}.{split}")
-        return TextRows(held["start"], held["count"], held["tokens"]) if held else TextRows(0, 0, 0)
+        entry = self.manifest["texts"].get(f"{language}.{split}")
+        return (
+            TextRows(entry["start"], entry["count"], entry["tokens"])
+            if entry
+            else TextRows(0, 0, 0)
+        )
 
     def pivot_rows(self, source: str, target: str, *, pivot: str, split: str) -> PairRows:
         """Return pairs of two languages that share a text of ``pivot``.
 
-        They are held in memory, 8 bytes each. Where a text has several translations, the first.
+        They are kept in memory, 8 bytes each. Of several translations of a text, the first is used.
         """
         left = self.pair_rows(pivot, source, split=split)
         right = self.pair_rows(pivot, target, split=split)
@@ -158,7 +162,7 @@ class TokenShards:
         return (self._offsets[texts + 1] - self._offsets[texts]).astype(np.int64)
 
     def gather(self, texts: IntArray) -> Ragged:
-        """Return the tokens of texts, given by number."""
+        """Return the tokens of texts, given their ids."""
         starts = self._offsets[texts]
         return Ragged.gather(self._tokens, starts=starts, lengths=self._offsets[texts + 1] - starts)
 
@@ -166,7 +170,7 @@ class TokenShards:
 def _memory_map(path: Path, kind: np.dtype[Any]) -> IntArray:
     if path.stat().st_size == 0:  # an empty file cannot be mapped
         return np.zeros(0, dtype=kind)
-    # a plain view of the map: indexing a memmap object costs ten times more
+    # a plain view: indexing a memmap object is ten times slower
     return np.asarray(np.memmap(path, dtype=kind, mode="r"))
 
 

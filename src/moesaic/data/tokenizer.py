@@ -1,9 +1,9 @@
-"""Tokenizer: text to ids and back without loss, for every script, with one tag per language.
+"""The tokenizer: text to ids and back without loss, for every script, with a token per language.
 
-Ids are laid out as: ``<pad> <s> </s> <unk> <mask>``, one ``<deu_Latn>`` tag per language, 256
-bytes, the learned pieces, and ``<unused_i>`` up to exactly ``vocab_size``. A character outside the
-learned alphabet falls back to its UTF-8 bytes (SentencePiece's byte fallback, arXiv:1808.06226), so
-``decode(encode(text)) == text`` for any text, and ``<unk>`` is never produced.
+Ids are, in order: ``<pad> <s> </s> <unk> <mask>``, a language token such as ``<deu_Latn>`` per
+language, 256 bytes, the learned pieces, and ``<unused_i>`` up to exactly ``vocab_size``. A
+character outside of the alphabet becomes its UTF-8 bytes (SentencePiece's byte fallback,
+arXiv:1808.06226), so that ``decode(encode(text)) == text`` for any text, without ``<unk>``.
 """
 
 import hashlib
@@ -25,15 +25,15 @@ SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
 
 
 def language_token(language: str) -> str:
-    """``'deu_Latn' -> '<deu_Latn>'``."""
+    """Return the language token of a code: ``'deu_Latn' -> '<deu_Latn>'``."""
     return f"<{language}>"
 
 
 class Tokenizer:
-    """A trained vocabulary. Frozen: two tokenizers with the same ``fingerprint`` are the same."""
+    """A trained vocabulary, frozen: tokenizers with the same ``fingerprint`` are equal."""
 
     def __init__(self, hf_tokenizer: HfTokenizer) -> None:
-        # a tag typed by a user is text: only `tag()` makes a tag
+        # a special token typed by a user is text
         hf_tokenizer.encode_special_tokens = True
         self._hf_tokenizer = hf_tokenizer
         self._languages = _tagged_languages(hf_tokenizer)
@@ -43,21 +43,21 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
-        """Read ``tokenizer.json``. Raises DataError if missing, damaged or not one of ours."""
+        """Read ``tokenizer.json``. Raises DataError if missing, damaged or not by moesaic."""
         path = Path(path)
         if not path.is_file():
             raise DataError(f"{path}: no such tokenizer file; expected a tokenizer.json")
         try:
-            inner = HfTokenizer.from_str(path.read_text(encoding="utf-8"))
+            hf_tokenizer = HfTokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{path}: not a tokenizer.json that can be read ({error})") from error
-        found = tuple(inner.id_to_token(i) for i in range(len(SPECIALS)))
+        found = tuple(hf_tokenizer.id_to_token(i) for i in range(len(SPECIALS)))
         if found != SPECIALS:
             raise DataError(
                 f"{path}: ids 0 to 4 are {found}, expected {SPECIALS}; "
                 "it was not written by moesaic"
             )
-        return cls(inner)
+        return cls(hf_tokenizer)
 
     def save(self, path: Path | str) -> None:
         """Write the file that ``load`` and Hugging Face ``tokenizers`` read."""
@@ -69,16 +69,16 @@ class Tokenizer:
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """The codes that have a tag, in tag order."""
+        """The codes of languages with a token, in order of their ids."""
         return self._languages
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of everything that decides how text is encoded."""
+        """A hash of everything that affects encoding."""
         return hashlib.sha256(self._hf_tokenizer.to_str().encode()).hexdigest()
 
     def language_token_id(self, language: str) -> int:
-        """Return the id of a language's tag. Raises DataError naming the nearest language."""
+        """Return the id of a language token. Raises DataError naming the nearest language."""
         if language not in self._language_token_ids:
             known = ", ".join(self._languages[:12]) + (", ..." if len(self._languages) > 12 else "")
             hint = did_you_mean(language, self._languages)
@@ -86,18 +86,18 @@ class Tokenizer:
         return self._language_token_ids[language]
 
     def id_to_token(self, index: int) -> str:
-        """Return the written form of one id, for people."""
+        """Return the string of an id, for display."""
         return self._hf_tokenizer.id_to_token(index) or f"<{index}?>"
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of ``text``: pieces and bytes only, never a special token or a tag."""
+        """Return the ids of ``text``: pieces and bytes, never special or language tokens."""
         try:
             return self._hf_tokenizer.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError) as error:
             raise _not_text_error(text, error) from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode many texts at once; see ``encode_on_all_cores`` for several threads."""
+        """Encode several texts; see ``encode_on_all_cores`` for multithreading."""
         try:
             found = self._hf_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
@@ -106,16 +106,16 @@ class Tokenizer:
         return [encoding.ids for encoding in found]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ``ids``; special tokens and tags are left out."""
+        """Return the text of ``ids``; special and language tokens are skipped."""
         return self._hf_tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
 @contextmanager
 def encode_on_all_cores() -> Iterator[None]:
-    """Let ``encode_batch`` use every core inside the block, and make forking safe again after it.
+    """Let ``encode_batch`` use every core inside the block; make forking safe again after it.
 
-    The Rust thread pool does not survive a fork; with the variable left at ``false`` a forked child
-    encodes on its own thread instead of waiting for threads that no longer exist.
+    The Rust thread pool does not survive a fork: with the variable at ``false``, a forked child
+    encodes on its own thread instead of waiting for threads that do not exist.
     """
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = before or "true"
@@ -125,8 +125,8 @@ def encode_on_all_cores() -> Iterator[None]:
         os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
 
 
-def _tagged_languages(inner: HfTokenizer) -> tuple[str, ...]:
-    added = sorted(inner.get_added_tokens_decoder().items())
+def _tagged_languages(hf_tokenizer: HfTokenizer) -> tuple[str, ...]:
+    added = sorted(hf_tokenizer.get_added_tokens_decoder().items())
     names = [token.content for index, token in added if index >= len(SPECIALS)]
     return tuple(n[1:-1] for n in names if not n.startswith("<unused_"))
 
@@ -138,5 +138,5 @@ def _is_text(text: str) -> bool:
 def _not_text_error(text: object, error: Exception) -> DataError:
     shown = repr(text)[:60]
     return DataError(
-        f"{shown} cannot be encoded: expected Unicode text that UTF-8 can hold ({error})"
+        f"{shown} cannot be encoded: expected Unicode text that UTF-8 can encode ({error})"
     )

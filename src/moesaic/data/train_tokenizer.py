@@ -1,4 +1,4 @@
-"""Tokenizer training: BPE or Unigram pieces learned from a language-balanced sample of lines.
+"""Tokenizer training: BPE or Unigram pieces from a language-balanced sample of lines.
 
 Training is a function of the texts and the config: the sample is chosen by hash, ties are broken by
 the pieces themselves, and no random numbers are drawn.
@@ -22,15 +22,15 @@ from moesaic.data.tokenizer import SPECIALS, UNK, Tokenizer, encode_on_all_cores
 
 BYTE_PIECES = tuple(f"<0x{i:02X}>" for i in range(256))
 
-# Letters and punctuation never share a piece, so no piece is spelt like "<deu_Latn>" or "<0x41>".
-# Placeholders come first, so that a frequent one becomes one piece and is copied in one step.
+# Letters and punctuation never share a piece, so no piece equals "<deu_Latn>" or "<0x41>".
+# Placeholders come first, so that a frequent one becomes one piece, copied in one step.
 _WORD_PATTERN = "|".join(
     (
         r" ?%\(\w+\)[a-zA-Z]",  # %(name)s
         r" ?%(?:\d+\$)?[sdiufxc@]",  # %s %1$d
         r" ?\{\w*\}",  # {} {0} {name}
         r" ?[\p{L}\p{M}\u200c\u200d]+",  # joiners are part of words in Indic scripts and Persian
-        r" ?\p{N}",  # digits one by one: numbers are copied, not remembered
+        r" ?\p{N}",  # digits one by one: numbers are copied, not memorised
         r" ?[^\s\p{L}\p{M}\p{N}]+",
         r"\s+(?!\S)",
         r"\s",
@@ -40,7 +40,7 @@ _WORD_PATTERN = "|".join(
 
 @dataclass(frozen=True, slots=True)
 class LearnedPieces:
-    """What an algorithm learned: pieces in id order, and how they combine."""
+    """The result of training: pieces in id order, with their merges or scores."""
 
     names: tuple[str, ...]
     merges: tuple[tuple[str, str], ...] = ()
@@ -48,7 +48,7 @@ class LearnedPieces:
 
 
 class TokenizerAlgorithm(Choice):
-    """How pieces are learned. The vocabulary layout around them is the same."""
+    """A subword algorithm. The order of the vocabulary is the same for all."""
 
     def train(self, lines: Iterable[str], *, size: int, alphabet: Sequence[str]) -> LearnedPieces:
         raise NotImplementedError
@@ -66,7 +66,7 @@ class BPE(TokenizerAlgorithm):
     max_piece_length: Annotated[int, Field(ge=2, description="longest piece, in characters")] = 16
 
     def train(self, lines: Iterable[str], *, size: int, alphabet: Sequence[str]) -> LearnedPieces:
-        inner = _with_word_splitter(models.BPE())
+        hf_tokenizer = _with_word_splitter(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=size,
             min_frequency=self.min_frequency,
@@ -75,10 +75,10 @@ class BPE(TokenizerAlgorithm):
             limit_alphabet=len(alphabet),
             show_progress=False,
         )
-        inner.train_from_iterator(lines, trainer)
-        # a merge may spell a piece that another merge made already: the vocabulary has it once
-        order = sorted(inner.get_vocab().items(), key=lambda item: item[1])
-        return LearnedPieces(tuple(name for name, _ in order), merges=tuple(_merges(inner)))
+        hf_tokenizer.train_from_iterator(lines, trainer)
+        # two merges may form the same piece: the vocabulary has it once
+        order = sorted(hf_tokenizer.get_vocab().items(), key=lambda item: item[1])
+        return LearnedPieces(tuple(name for name, _ in order), merges=tuple(_merges(hf_tokenizer)))
 
     def build_model(self, vocabulary: Sequence[str], *, pieces: LearnedPieces) -> models.Model:
         ids = {name: i for i, name in enumerate(vocabulary)}
@@ -93,7 +93,7 @@ class Unigram(TokenizerAlgorithm):
     max_piece_length: Annotated[int, Field(ge=2, description="longest piece, in characters")] = 16
 
     def train(self, lines: Iterable[str], *, size: int, alphabet: Sequence[str]) -> LearnedPieces:
-        inner = _with_word_splitter(models.Unigram())
+        hf_tokenizer = _with_word_splitter(models.Unigram())
         trainer = trainers.UnigramTrainer(
             vocab_size=size + len(SPECIALS),
             max_piece_length=self.max_piece_length,
@@ -103,8 +103,10 @@ class Unigram(TokenizerAlgorithm):
             show_progress=False,
         )
         keep = frozenset(alphabet)
-        inner.train_from_iterator((_restrict_to_alphabet(line, keep) for line in lines), trainer)
-        scores = {n: round(s, 6) for n, s in _scores(inner) if keep.issuperset(n)}
+        hf_tokenizer.train_from_iterator(
+            (_restrict_to_alphabet(line, keep) for line in lines), trainer
+        )
+        scores = {n: round(s, 6) for n, s in _scores(hf_tokenizer) if keep.issuperset(n)}
         floor = min(scores.values(), default=0.0) - 1.0
         scores |= {c: floor for c in alphabet if c not in scores}
         rest = sorted((n for n in scores if n not in keep), key=lambda n: (-scores[n], n))
@@ -113,26 +115,28 @@ class Unigram(TokenizerAlgorithm):
 
     def build_model(self, vocabulary: Sequence[str], *, pieces: LearnedPieces) -> models.Model:
         known = dict(zip(pieces.names, pieces.scores, strict=True))
-        # specials, bytes and unused ids cannot be spelt by any word, so their score is never read
+        # special, byte and unused tokens never match a word, so their score is never used
         floor = min(pieces.scores, default=0.0) - 1.0
         scored = [(name, known.get(name, floor)) for name in vocabulary]
         return models.Unigram(vocab=scored, unk_id=UNK, byte_fallback=True)
 
 
 class TokenizerConfig(Config):
-    """A vocabulary of exactly ``vocab_size`` ids and how its pieces are learned."""
+    """Vocabulary size (exact) and training of the tokenizer."""
 
     algorithm: TokenizerAlgorithm = BPE()
     vocab_size: Annotated[int, Field(ge=1)] = 8000
     sample_lines: Annotated[
-        int, Field(ge=1, description="lines that training reads, over all languages")
+        int, Field(ge=1, description="lines of the training sample, over all languages")
     ] = 400_000
     temperature: Annotated[
         float, Field(ge=1, description="a language's share of the lines is size^(1/temperature)")
     ] = 5.0
     character_coverage: Annotated[
         float,
-        Field(gt=0, le=1, description="share of characters the alphabet spells without bytes"),
+        Field(
+            gt=0, le=1, description="share of characters that are in the alphabet, not byte-encoded"
+        ),
     ] = 0.9995
     max_alphabet_share: Annotated[
         float,
@@ -145,53 +149,53 @@ class TokenizerConfig(Config):
 def train_tokenizer(
     texts: Mapping[str, Iterable[str]], languages: Sequence[str], config: TokenizerConfig
 ) -> Tokenizer:
-    """Learn a vocabulary from ``texts`` (language code -> lines, each read once).
+    """Train a tokenizer on ``texts`` (language code -> lines, each read once).
 
-    ``languages`` get a tag each, in this order; a language without text has only its tag.
-    Raises ConfigError when ``vocab_size`` has no room for pieces, DataError when there is no text.
+    ``languages`` get a token each, in this order, even without text. Raises ConfigError when
+    ``vocab_size`` is too small for any piece, DataError when there is no text.
     """
     fixed = (*SPECIALS, *(language_token(code) for code in languages), *BYTE_PIECES)
     if len(set(languages)) != len(languages):
         raise ConfigError([f"languages: found one twice in {', '.join(languages)}"])
-    room = config.vocab_size - len(fixed)
-    if room < 1:
+    num_pieces = config.vocab_size - len(fixed)
+    if num_pieces < 1:
         raise ConfigError(
             [
                 f"tokenizer.vocab_size: found {config.vocab_size}, expected at least "
                 f"{len(fixed) + 1}: {len(SPECIALS)} special tokens, {len(languages)} language "
-                f"tags, {len(BYTE_PIECES)} bytes and one piece"
+                f"tokens, {len(BYTE_PIECES)} bytes and one piece"
             ]
         )
     sample = balanced_lines(texts, lines=config.sample_lines, temperature=config.temperature)
     if not sample:
         raise DataError("no text to train a tokenizer on: every language given is empty")
-    alphabet = _alphabet(sample, config=config, room=room)
+    alphabet = _alphabet(sample, config=config, num_pieces=num_pieces)
     with encode_on_all_cores():
-        pieces = config.algorithm.train(_repeated_lines(sample), size=room, alphabet=alphabet)
-    unused = (f"<unused_{i}>" for i in range(room - len(pieces.names)))
+        pieces = config.algorithm.train(_repeated_lines(sample), size=num_pieces, alphabet=alphabet)
+    unused = (f"<unused_{i}>" for i in range(num_pieces - len(pieces.names)))
     vocabulary = (*fixed, *pieces.names, *unused)
-    inner = _with_word_splitter(config.algorithm.build_model(vocabulary, pieces=pieces))
+    hf_tokenizer = _with_word_splitter(config.algorithm.build_model(vocabulary, pieces=pieces))
     special = [name for name in vocabulary if name in SPECIALS or name.startswith("<unused_")]
-    tags = [language_token(code) for code in languages]
-    inner.add_special_tokens(
-        [AddedToken(n, special=True, normalized=False) for n in (*special, *tags)]
+    language_tokens = [language_token(code) for code in languages]
+    hf_tokenizer.add_special_tokens(
+        [AddedToken(n, special=True, normalized=False) for n in (*special, *language_tokens)]
     )
-    return Tokenizer(inner)
+    return Tokenizer(hf_tokenizer)
 
 
 def balanced_lines(
     texts: Mapping[str, Iterable[str]], *, lines: int, temperature: float
 ) -> list[tuple[str, int]]:
-    """Return (line, times): language l gets a share ``size_l^(1/temperature)`` of ``lines``.
+    """Return (line, repetitions): a language gets a share ``size^(1/temperature)`` of ``lines``.
 
-    Lines are distinct within a language and chosen by hash. A language with fewer lines than its
-    share has each repeated; size is the number of distinct lines (a k-minimum-values estimate
-    where more than ``lines`` were seen).
+    Lines are distinct within a language and chosen by hash. The lines of a language with fewer
+    than its share are repeated; size is the number of distinct lines (a k-minimum-values estimate
+    if there are more than ``lines``).
     """
     kept = {code: _sample_by_hash(iterable, lines) for code, iterable in sorted(texts.items())}
     kept = {code: found for code, found in kept.items() if found.lines}
     powers = {code: found.distinct ** (1 / temperature) for code, found in kept.items()}
-    # repeating lines to fill a large budget would only take time
+    # filling a larger budget with repetitions has no effect but time
     lines = min(lines, 2 * sum(len(found.lines) for found in kept.values()))
     result: list[tuple[str, int]] = []
     for code, found in kept.items():
@@ -209,25 +213,25 @@ class _LineSample:
 
 
 def _sample_by_hash(texts: Iterable[str], count: int) -> _LineSample:
-    """Keep the ``count`` distinct texts with the smallest hashes, in hash order."""
+    """Return the ``count`` distinct texts with the smallest hashes, in hash order."""
     heap: list[tuple[int, str]] = []
-    held: set[int] = set()
+    keys: set[int] = set()
     for text in texts:
         key = int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest())
-        if not text or key in held or (len(heap) == count and key >= -heap[0][0]):
+        if not text or key in keys or (len(heap) == count and key >= -heap[0][0]):
             continue
-        held.add(key)
+        keys.add(key)
         if len(heap) < count:
             heapq.heappush(heap, (-key, text))
         else:
-            held.discard(-heapq.heapreplace(heap, (-key, text))[0])
+            keys.discard(-heapq.heapreplace(heap, (-key, text))[0])
     full = len(heap) == count and count > 1
     distinct = (count - 1) / (-heap[0][0] / 2**64) if full else float(len(heap))
     return _LineSample([text for _, text in sorted(heap, reverse=True)], distinct)
 
 
 def _alphabet(
-    sample: Sequence[tuple[str, int]], *, config: TokenizerConfig, room: int
+    sample: Sequence[tuple[str, int]], *, config: TokenizerConfig, num_pieces: int
 ) -> tuple[str, ...]:
     counts: Counter[str] = Counter()
     for line, times in sample:
@@ -235,7 +239,7 @@ def _alphabet(
             counts[character] += times
     counts[" "] += 1
     total, seen, found = sum(counts.values()), 0, []
-    limit = max(1, int(room * config.max_alphabet_share))
+    limit = max(1, int(num_pieces * config.max_alphabet_share))
     for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         if len(found) == limit or seen >= config.character_coverage * total:
             break
@@ -255,27 +259,27 @@ def _restrict_to_alphabet(line: str, keep: frozenset[str]) -> str:
 
 
 def _with_word_splitter(model: models.Model) -> HfTokenizer:
-    """Put a model between the word splitter and its exact inverse.
+    """Return a tokenizer of a model with the word splitter, and a decoder that inverts it.
 
-    Every text gets one leading space, so that a word has the same pieces at the start as in the
-    middle; the decoder takes exactly that one away.
+    Every text gets one leading space, so that a word has the same pieces at the start and in the
+    middle; the decoder removes exactly that one.
     """
-    inner = HfTokenizer(model)
-    inner.normalizer = normalizers.Prepend(" ")
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD_PATTERN), behavior="isolated")
-    inner.decoder = decoders.Sequence(
+    hf_tokenizer = HfTokenizer(model)
+    hf_tokenizer.normalizer = normalizers.Prepend(" ")
+    hf_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD_PATTERN), behavior="isolated")
+    hf_tokenizer.decoder = decoders.Sequence(
         [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return inner
+    return hf_tokenizer
 
 
-def _merges(inner: HfTokenizer) -> Iterator[tuple[str, str]]:
-    yield from ((left, right) for left, right in _model_state(inner)["merges"])
+def _merges(hf_tokenizer: HfTokenizer) -> Iterator[tuple[str, str]]:
+    yield from ((left, right) for left, right in _model_state(hf_tokenizer)["merges"])
 
 
-def _scores(inner: HfTokenizer) -> Iterator[tuple[str, float]]:
-    yield from ((name, score) for name, score in _model_state(inner)["vocab"])
+def _scores(hf_tokenizer: HfTokenizer) -> Iterator[tuple[str, float]]:
+    yield from ((name, score) for name, score in _model_state(hf_tokenizer)["vocab"])
 
 
-def _model_state(inner: HfTokenizer) -> dict[str, Any]:
-    return json.loads(inner.to_str())["model"]
+def _model_state(hf_tokenizer: HfTokenizer) -> dict[str, Any]:
+    return json.loads(hf_tokenizer.to_str())["model"]

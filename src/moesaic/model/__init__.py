@@ -1,5 +1,5 @@
-"""Transformers made of the parts below: encoder-decoder and decoder-only, dense and sparse.
+"""Transformers, encoder-decoder and decoder-only, dense and MoE: config, model, generation, counts.
 
-May import ``moe``, ``nn``, ``data``, ``optim``, ``ops``, ``dist``, ``core``. Start at
-``config.py`` and ``blueprint.py``, then ``transformer.py``; ``count.py`` is the same as arithmetic.
+May import ``moe``, ``nn``, ``data``, ``optim``, ``ops``, ``distributed``, ``core``. Start with
+``config.py``, then ``transformer.py``; ``parameter_count.py`` is the same as arithmetic.
 """

@@ -1,4 +1,4 @@
-"""Cache: what decoding has seen so far, one row per hypothesis.
+"""KV cache: keys and values of the tokens decoded so far, one row per hypothesis.
 
 Letters: B hypotheses, S source length, n new tokens.
 """
@@ -14,19 +14,18 @@ from moesaic.nn.packing import Packing
 
 @dataclass(frozen=True, slots=True)
 class EncoderOutput:
-    """The encoder's states of a batch of sources (empty for a decoder-only model)."""
+    """The encoder's states of a batch of sources."""
 
     states: Float[Tensor, "T D"]
     packing: Packing
 
 
 class KVCache:
-    """Keys and values of each decoder block, each row's length and its first token.
+    """Keys and values of each decoder block, the length of each row and its first token.
 
-    ``routing`` is what the routers keep of earlier tokens, where they look at them.
-
-    The one thing here that changes in place: ``Transformer.step`` appends to it, ``reorder`` picks
-    rows (a beam's survivors, or the rows that are not finished).
+    ``routing`` has the keys and values of routers that attend to earlier tokens.
+    ``Transformer.step`` appends to the cache in place; ``reorder`` selects rows (those that a beam
+    search continues).
     """
 
     def __init__(
@@ -39,25 +38,20 @@ class KVCache:
         tag: Int[Tensor, "B"],
         routing: KeyValue | None = None,
     ) -> None:
-        self.self_attention, self.cross_attention, self.mask, self.length = (
-            self_attention,
-            cross_attention,
-            mask,
-            length,
-        )
-        self.tag, self.routing = tag, routing
+        self.self_attention, self.cross_attention, self.mask = self_attention, cross_attention, mask
+        self.length, self.tag, self.routing = length, tag, routing
 
     @property
     def rows(self) -> int:
         return self.length.numel()
 
     def reserve(self, length: int) -> None:
-        """Make room for ``length`` tokens per row."""
+        """Grow to at least ``length`` tokens per row."""
         self.self_attention = [layer.grow(length) for layer in self.self_attention]
         self.routing = self.routing.grow(length) if self.routing else None
 
     def reorder(self, index: Int[Tensor, "R"]) -> None:
-        """Keep the rows ``index``, in that order; a row may be taken twice or not at all."""
+        """Select the rows ``index``, in that order; a row may occur twice or not at all."""
         if index.numel() == self.rows and bool(
             (index == torch.arange(self.rows, device=index.device)).all()
         ):

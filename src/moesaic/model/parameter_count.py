@@ -1,7 +1,7 @@
-"""Count: a model as arithmetic, from its config alone. Nothing is allocated.
+"""Parameter and FLOP counts of a model, computed from its config; nothing is allocated.
 
 FLOPs count matrix products (2 per weight and token) and attention (4 * context * heads * head_dim
-per token; half the context where it is causal); norms, softmaxes and lookups are left out, as is
+per token; half the context where it is causal); norms, softmaxes and lookups are not counted, as is
 usual. A training step costs three times the forward pass.
 
 Letters: D dim, E experts, F hidden width, H heads, G key/value heads, d head dim, V vocabulary.
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.experts import ExpertShape
-from moesaic.moe.parameter_spec import ParameterSpec
-from moesaic.moe.router_logits import LayerIndex
+from moesaic.moe.parameter_spec import FeedForwardShape, ParameterSpec
+from moesaic.moe.router_logits import LayerIndex, RouterShape
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.positional_encoding import LearnedPositions
@@ -25,10 +25,10 @@ ATTENTION, CROSS, DENSE, EXPERTS = "self-attention", "cross-attention", "feed-fo
 
 @dataclass(frozen=True, slots=True)
 class ParameterEntry:
-    """``copies`` parameters of one shape. ``part`` is where (``encoder experts``), ``kind`` what.
+    """``copies`` parameters of one shape and ``kind``, in a ``part`` of the model.
 
-    ``used`` is the share of it that one token multiplies with: k / E for experts, else 1; ``times``
-    is how often it does.
+    ``active_fraction`` is the share that one token multiplies with (k / E for experts, else 1),
+    ``uses_per_token`` how often.
     """
 
     part: str
@@ -69,7 +69,7 @@ class ParameterCount:
 
     @property
     def active(self) -> int:
-        """Parameters that one token uses: of each expert layer only the chosen share."""
+        """Parameters that one token uses: of each MoE layer only the selected experts."""
         return round(sum(entry.size * entry.active_fraction for entry in self.entries))
 
     @property
@@ -79,7 +79,7 @@ class ParameterCount:
 
     @property
     def kinds(self) -> dict[str, int]:
-        """Parameters by kind (what optimizers look at)."""
+        """Parameters by kind (see ``optim.optimizer.ParameterKind``)."""
         return self._by("kind")
 
     def forward_flops(self, sizes: BatchDims) -> float:
@@ -87,7 +87,7 @@ class ParameterCount:
         return _matrix_flops(self, sizes) + _attention_flops(self.config, sizes)
 
     def flops_per_token(self, sizes: BatchDims | None = None) -> float:
-        """Forward FLOPs per token of either side, at these lengths."""
+        """Forward FLOPs per source or target token, at these lengths."""
         sizes = sizes or _default_batch(self.config)
         return self.forward_flops(sizes) / sizes.tokens
 
@@ -104,7 +104,7 @@ class ParameterCount:
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
-    """Count a config's parameters, exactly, and give its FLOPs."""
+    """Count a config's parameters, exactly, and its FLOPs."""
     return ParameterCount(tuple(_entries(config)), config)
 
 
@@ -138,24 +138,23 @@ def _stack_entries(config: ModelConfig, *, stack: Stack, side: str) -> Iterator[
         cross = f"{side} {CROSS}"
         for fan in ((dim, query), (dim, both), (query, dim)):
             yield from _linear_entries(config, part=cross, fan=fan, copies=layers)
-    bodies = [config.moe_of_layer(stack, layer=layer) for layer in range(layers)]
-    mixtures = [body for body in bodies if isinstance(body, MoE)]
-    feed, dense = config.feed_forward, sum(isinstance(body, NoMoE) for body in bodies)
+    sparse = [config.moe_of_layer(stack, layer=layer) for layer in range(layers)]
+    routed = [moe for moe in sparse if isinstance(moe, MoE)]
+    feed, dense = config.feed_forward, sum(isinstance(moe, NoMoE) for moe in sparse)
     width = feed.activation.width(feed.hidden)
     yield from _linear_entries(config, part=f"{side} {DENSE}", fan=(dim, width), copies=dense)
     yield from _linear_entries(config, part=f"{side} {DENSE}", fan=(feed.hidden, dim), copies=dense)
-    for index, moe in enumerate(mixtures):
-        place = LayerIndex(side, index=index, count=len(mixtures))
-        yield from _moe_entries(config, moe=moe, side=side, place=place)
-    if mixtures:
-        shared = mixtures[0].cross_layer.shared_parameter_specs(
-            dim=dim, experts=mixtures[0].num_router_outputs
-        )
+    for index, moe in enumerate(routed):
+        layer_index = LayerIndex(side, index=index, count=len(routed))
+        yield from _moe_entries(config, moe=moe, side=side, layer_index=layer_index)
+    if routed:
+        shape = RouterShape(dim, routed[0].num_router_outputs)
+        shared = routed[0].cross_layer.shared_parameter_specs(shape)
         yield from _entries_of_specs(shared, part=f"{side} router")
-    for body in bodies:
-        if not isinstance(body, MoE | NoMoE):
-            pieces = body.parameter_specs(feed_forward=feed, dim=dim, bias=config.bias)
-            yield from _entries_of_specs(pieces, part=f"{side} {body.count_label}")
+    for moe in sparse:
+        if not isinstance(moe, MoE | NoMoE):
+            specs = moe.parameter_specs(FeedForwardShape(dim, feed, config.bias))
+            yield from _entries_of_specs(specs, part=f"{side} {moe.count_label}")
 
 
 def _self_attention_entries(
@@ -165,7 +164,7 @@ def _self_attention_entries(
     yield from _linear_entries(config, part=part, fan=(dim, query + both), copies=copies)
     yield from _linear_entries(config, part=part, fan=(query, dim), copies=copies)
     for _ in range(copies):
-        yield from _entries_of_specs(config.attention_experts.parameter_specs(dim=dim), part=part)
+        yield from _entries_of_specs(config.attention_experts.parameter_specs(dim), part=part)
 
 
 def _projection_widths(config: AttentionConfig, *, dim: int) -> tuple[int, int]:
@@ -174,38 +173,33 @@ def _projection_widths(config: AttentionConfig, *, dim: int) -> tuple[int, int]:
 
 
 def _moe_entries(
-    config: ModelConfig, *, moe: MoE, side: str, place: LayerIndex
+    config: ModelConfig, *, moe: MoE, side: str, layer_index: LayerIndex
 ) -> Iterator[ParameterEntry]:
     dim, feed, bias = config.dim, moe.feed_forward(config.feed_forward), config.bias
-    reads = moe.router_input.input_dim(dim)
-    gate = moe.cross_layer.gate_parameter_specs(
-        dim=reads, experts=moe.num_router_outputs, layer_index=place
-    )
-    yield from _entries_of_specs(
-        [*gate, *moe.router_input.parameter_specs(dim=dim)], part=f"{side} router"
-    )
+    shape = RouterShape(moe.router_input.input_dim(dim), moe.num_router_outputs, layer_index)
+    gate = moe.cross_layer.gate_parameter_specs(shape)
+    yield from _entries_of_specs(gate, part=f"{side} router")
     size = ExpertShape(moe.experts, moe.dispatch_projection.expert_dim(dim), feed, bias)
     yield from _entries_of_specs(
         moe.expert.parameter_specs(size, active_fraction=active_expert_fraction(moe)),
         part=f"{side} {EXPERTS}",
     )
-    around = [
-        *moe.dispatch_projection.parameter_specs(dim=dim),
-        *moe.shared_experts.parameter_specs(feed_forward=feed, dim=dim, bias=bias),
-    ]
-    yield from _entries_of_specs(around, part=f"{side} beside experts")
+    projection = moe.dispatch_projection.parameter_specs(dim)
+    yield from _entries_of_specs(projection, part=f"{side} dispatch projection")
+    shared = moe.shared_experts.parameter_specs(FeedForwardShape(dim, feed, bias))
+    yield from _entries_of_specs(shared, part=f"{side} shared experts")
 
 
 def active_expert_fraction(moe: MoE) -> float:
-    """The share of the working experts that a token uses, on average."""
+    """Return the share of the experts (null experts aside) that a token uses, on average."""
     chosen = moe.select.experts_per_token(moe.num_router_outputs)
     return min(1.0, chosen / moe.num_router_outputs)
 
 
-def _entries_of_specs(pieces: Iterable[ParameterSpec], *, part: str) -> Iterator[ParameterEntry]:
-    for piece in pieces:
+def _entries_of_specs(specs: Iterable[ParameterSpec], *, part: str) -> Iterator[ParameterEntry]:
+    for spec in specs:
         yield ParameterEntry(
-            part, piece.kind, piece.shape, 1, piece.active_fraction, piece.uses_per_token
+            part, spec.kind, spec.shape, 1, spec.active_fraction, spec.uses_per_token
         )
 
 
@@ -227,7 +221,7 @@ def _matrix_flops(counted: ParameterCount, sizes: BatchDims) -> float:
             continue
         tokens = source if entry.part.startswith("encoder") else target
         flops += 2 * tokens * entry.size * entry.active_fraction * entry.uses_per_token
-    # keys and values of the cross-attention are made of source tokens, not of target tokens
+    # cross-attention projects keys and values from source tokens, not from target tokens
     crossed = (
         2 * config.dim * config.attention.num_kv_heads() * config.head_dim * config.decoder.layers
     )
@@ -238,15 +232,10 @@ def _attention_flops(config: ModelConfig, sizes: BatchDims) -> float:
     width, all_heads = (
         heads.heads * config.head_dim for heads in (config.attention, config.self_attention)
     )
-    own = config.encoder.layers * sizes.source**2 + config.decoder.layers * _causal_pairs(
-        sizes.target
-    )
+    causal_pairs = sizes.target * (sizes.target + 1) / 2
+    own = config.encoder.layers * sizes.source**2 + config.decoder.layers * causal_pairs
     cross = config.decoder.layers * sizes.target * sizes.source if config.encoder.layers else 0
     return 4.0 * sizes.rows * (all_heads * own + width * cross)
-
-
-def _causal_pairs(length: int) -> float:
-    return length * (length + 1) / 2
 
 
 def _default_batch(config: ModelConfig) -> BatchDims:

@@ -1,9 +1,9 @@
-"""Footprint: the bytes a training step needs, from the config alone.
+"""Training memory: the bytes of a training step, computed from the config.
 
-Weights, gradients and optimizer state are exact. Activations are what autograd keeps between
-forward and backward in float32 on one device, without padding or recomputation; they follow the
-implementation and are tested against the tensors it really saves. A mixture keeps what the mixer of
-this CPU keeps; on a GPU the kernels keep as much as the fused one.
+Weights, gradients and optimizer state are exact. Activations are the tensors that autograd saves
+for backward in float32 on one device, without padding or activation checkpointing; the formulas
+follow the implementation, and tests compare them with the tensors that are saved. MoE layers save
+what the MoE kernel of this CPU saves; the fused GPU kernels save as much as the fused CPU kernel.
 
 Letters: D dim, T tokens, K experts per token, F hidden width, V vocabulary.
 """
@@ -18,7 +18,8 @@ from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.parameter_count import BatchDims, count_parameters
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.experts import ExpertShape
-from moesaic.moe.router_logits import LayerIndex
+from moesaic.moe.parameter_spec import FeedForwardShape
+from moesaic.moe.router_logits import LayerIndex, RouterShape
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.positional_encoding import Rotary
 from moesaic.optim.optimizer import AdamW, Optimizer
@@ -26,7 +27,7 @@ from moesaic.optim.optimizer import AdamW, Optimizer
 
 @dataclass(frozen=True, slots=True)
 class TrainingMemory:
-    """Bytes by purpose."""
+    """Bytes of weights, gradients, optimizer state and activations."""
 
     weights: int
     gradients: int
@@ -41,30 +42,29 @@ class TrainingMemory:
 def estimate_training_memory(
     config: ModelConfig, *, sizes: BatchDims, optimizer: Optimizer | None = None
 ) -> TrainingMemory:
-    """Forecast one training step in float32 (the default optimizer is AdamW)."""
+    """Estimate the memory of a training step in float32 (the default optimizer is AdamW)."""
     weights = 4 * count_parameters(config).total
     state = optimizer_bytes(config, optimizer=optimizer or AdamW())
     return TrainingMemory(weights, weights, state, activation_bytes(config, sizes=sizes))
 
 
 def optimizer_bytes(config: ModelConfig, *, optimizer: Optimizer) -> int:
-    """Bytes of optimizer state, asked of its rules on tensors that hold no numbers."""
+    """Return the bytes of optimizer state, from the state of tensors on the meta device."""
     total = 0
     for entry in count_parameters(config).entries:
         parameter = nn.Parameter(torch.empty(entry.shape, device="meta"))
-        slots = optimizer.param_group(parameter, kind=entry.kind)["rule"].initial_state(parameter)
-        total += entry.copies * sum(slot.numel() * slot.element_size() for slot in slots.values())
+        state = optimizer.param_group(parameter, kind=entry.kind)["rule"].initial_state(parameter)
+        total += entry.copies * sum(slot.nbytes for slot in state.values())
     return total
 
 
 def activation_bytes(config: ModelConfig, *, sizes: BatchDims) -> int:
-    """Bytes that autograd keeps from the forward pass of a batch."""
+    """Return the bytes that autograd saves in the forward pass of a batch."""
     source, target = sizes.rows * sizes.source, sizes.rows * sizes.target
     values = target * _embedding_values(config) + _loss_values(config, tokens=target)
     if config.encoder.layers:
-        values += source * (
-            _embedding_values(config) + _norm_values(config)
-        )  # the last norm's output is the memory
+        # the last norm's output is what cross-attention reads
+        values += source * (_embedding_values(config) + _norm_values(config))
         values += source * _stack_values(config, stack=config.encoder)
     values += target * _stack_values(config, stack=config.decoder)
     if config.encoder.layers:
@@ -74,17 +74,17 @@ def activation_bytes(config: ModelConfig, *, sizes: BatchDims) -> int:
 
 
 def _embedding_values(config: ModelConfig) -> int:
-    turn = config.head_dim if isinstance(config.position, Rotary) else 0
-    return turn + _dropout_mask_values(config)
+    rotation = config.head_dim if isinstance(config.position, Rotary) else 0
+    return rotation + _dropout_mask_values(config)
 
 
 def _dropout_mask_values(config: ModelConfig) -> int:
-    """Dropout keeps a byte per channel: a quarter of a value."""
+    """A dropout mask has a byte per channel: a quarter of a value."""
     return math.ceil(config.dim / 4) if config.dropout else 0
 
 
 def _norm_values(config: ModelConfig) -> int:
-    """Input, one or two statistics, and the output that the next product keeps."""
+    """The input, one or two statistics, and the output, which the next linear map saves."""
     return 2 * config.dim + (2 if isinstance(config.norm, LayerNorm) else 1)
 
 
@@ -93,7 +93,7 @@ def _key_width(config: ModelConfig) -> int:
 
 
 def _stack_values(config: ModelConfig, *, stack: Stack) -> int:
-    """Values kept per token by the self-attention and feed-forward branches of a stack."""
+    """Values saved per token by the self-attention and feed-forward branches of a stack."""
     values = stack.layers * (
         _self_attention_values(config) + config.block_layout.num_norms(2) * _norm_values(config)
     )
@@ -108,20 +108,18 @@ def _stack_values(config: ModelConfig, *, stack: Stack) -> int:
 
 
 def _shared_router_values(config: ModelConfig, *, stack: Stack) -> int:
-    """What routers keep per token beyond the plain ones of ``_sparse``."""
-    values, sparse = 0, stack.moe_layers
-    for index, layer in enumerate(sparse):
+    """Values saved per token by cross-layer routers and router inputs."""
+    values, layers = 0, stack.moe_layers
+    for index, layer in enumerate(layers):
         moe = config.routed_moe_of_layer(stack, layer=layer)
         if moe is not None:
-            place = LayerIndex("", index=index, count=len(sparse))
-            values += moe.cross_layer.saved_activations(
-                dim=config.dim, layer_index=place
-            ) + moe.router_input.saved_activations(config.dim)
+            layer_index = LayerIndex("", index=index, count=len(layers))
+            shape = RouterShape(config.dim, moe.num_router_outputs, layer_index)
+            values += moe.cross_layer.saved_activations(shape)
+            values += moe.router_input.saved_activations(config.dim)
             if index == 0:
-                values += (
-                    moe.cross_layer.shared_saved_activations()
-                    + moe.router_input.shared_saved_activations(config.dim)
-                )
+                values += moe.cross_layer.shared_saved_activations()
+                values += moe.router_input.shared_saved_activations(config.dim)
     return values
 
 
@@ -129,20 +127,16 @@ def _self_attention_values(config: ModelConfig) -> int:
     attention = config.self_attention
     heads, query = attention.heads, attention.heads * config.head_dim
     key = attention.num_kv_heads() * config.head_dim
-    turned = query + key if isinstance(config.position, Rotary) else 0
-    mixed = math.ceil(config.attention_experts.saved_activations(config.attention, dim=config.dim))
-    return query + 2 * key + turned + query + heads + mixed + _dropout_mask_values(config)
+    rotated = query + key if isinstance(config.position, Rotary) else 0
+    experts = math.ceil(config.attention_experts.saved_activations(config.attention, config.dim))
+    return query + 2 * key + rotated + query + heads + experts + _dropout_mask_values(config)
 
 
 def _cross_attention_values(config: ModelConfig) -> int:
     query = config.attention.heads * config.head_dim
     norms = config.block_layout.num_norms(3) - config.block_layout.num_norms(2)
-    return (
-        norms * _norm_values(config)
-        + 2 * query
-        + config.attention.heads
-        + _dropout_mask_values(config)
-    )
+    attention = 2 * query + config.attention.heads
+    return norms * _norm_values(config) + attention + _dropout_mask_values(config)
 
 
 def _feed_forward_values(config: ModelConfig) -> int:
@@ -155,28 +149,23 @@ def _moe_layer_values(config: ModelConfig, *, sparse: SparseLayer) -> int:
     inner = (
         _routed_experts_values(config, moe=sparse)
         if isinstance(sparse, MoE)
-        else sparse.saved_activations(feed_forward=feed, dim=dim)
+        else sparse.saved_activations(FeedForwardShape(dim, feed, config.bias))
     )
     return math.ceil(inner) + _dropout_mask_values(config)
 
 
 def _routed_experts_values(config: ModelConfig, *, moe: MoE) -> float:
-    """What each part says, and the router's logits, probabilities and choices."""
+    """Experts, what is around them, and the router's logits, probabilities and selection."""
     dim, feed = config.dim, moe.feed_forward(config.feed_forward)
     size = ExpertShape(moe.experts, moe.dispatch_projection.expert_dim(dim), feed, config.bias)
     edges = moe.select.experts_per_token(moe.num_router_outputs)
-    around = moe.dispatch_projection.saved_activations(
-        dim=dim
-    ) + moe.shared_experts.saved_activations(feed_forward=feed, dim=dim)
-    return (
-        moe.expert.saved_activations(
-            size, edges=edges, live_fraction=moe.experts / moe.num_router_outputs
-        )
-        + around
-        + 3 * moe.num_router_outputs
-    )
+    live_fraction = moe.experts / moe.num_router_outputs
+    around = moe.dispatch_projection.saved_activations(dim)
+    around += moe.shared_experts.saved_activations(FeedForwardShape(dim, feed, config.bias))
+    experts = moe.expert.saved_activations(size, edges=edges, live_fraction=live_fraction)
+    return experts + around + 3 * moe.num_router_outputs
 
 
 def _loss_values(config: ModelConfig, *, tokens: int) -> int:
-    """The last norm, and the loss's ready-made gradients of states and of the output table."""
+    """The last norm, and the gradients of states and output table that the loss precomputes."""
     return tokens * (_norm_values(config) + config.dim) + config.vocab_size * config.dim

@@ -1,7 +1,7 @@
-"""The demo: eight target languages, three scripts, five minutes on two CPU cores.
+"""The demo recipe: eight target languages, three scripts, five minutes on two CPU cores.
 
 Designed for 25 TFLOP: a small vocabulary, short strings, one active expert of eight, Muon, no
-dropout, a linear decay to zero. What was tried and what it gained is in ``docs/log.md``.
+dropout, a linear decay to zero. ``docs/log.md`` has the experiments behind it.
 """
 
 from moesaic.data.loader import LoaderConfig
@@ -17,14 +17,12 @@ from moesaic.nn.feed_forward import FeedForwardConfig, SquaredReLU
 from moesaic.nn.norm import LayerNorm
 from moesaic.optim.lr_schedule import WSD, LinearDecay
 from moesaic.optim.optimizer import AdamW, Muon, Spectral
-from moesaic.recipes.recipe_registry import RECIPES
 from moesaic.train.run import CheckpointConfig, LogConfig, NamedCorpus, Run, ValidationConfig
 
 LANGUAGES = ("spa", "por", "ita", "fra", "cat", "rus", "ukr", "ell")
 VOCABULARY = 2048
 
 
-@RECIPES.register()
 def demo() -> Run:
     """Eight languages, three scripts, 2M parameters (1M active): five minutes on two CPU cores."""
     return Run(

@@ -1,18 +1,17 @@
-"""Find: a recipe's name, or the path of a YAML file, to the Run it stands for."""
+"""Recipe lookup: the Run of a recipe's name, of a config file or of a run directory."""
 
 from pathlib import Path
 
 from moesaic.core.errors import ConfigError
-from moesaic.recipes import demo_recipe, multilingual_recipes, tiny_recipes
-from moesaic.recipes.recipe_registry import RECIPES
+from moesaic.core.registry import Registry
+from moesaic.recipes.demo_recipe import demo
+from moesaic.recipes.multilingual_recipes import multilingual_50, multilingual_50_laptop
+from moesaic.recipes.tiny_recipes import tiny, tiny_lm
 from moesaic.train.run import Run
 
-__all__ = ["RECIPES", "find_recipe"]
-MODULES = (
-    demo_recipe,
-    multilingual_recipes,
-    tiny_recipes,
-)  # importing a module registers its recipes
+RECIPES: Registry[Run] = Registry("recipe")
+for _recipe in (demo, tiny, tiny_lm, multilingual_50, multilingual_50_laptop):
+    RECIPES.register()(_recipe)
 
 
 def find_recipe(which: str, *, changes: list[str] | None = None) -> Run:
@@ -20,11 +19,11 @@ def find_recipe(which: str, *, changes: list[str] | None = None) -> Run:
 
     Raises UserError: no recipe or file of that name, or a config that is wrong (each key named).
     """
-    run = _named(which)
+    run = _read_run(which)
     return run.override(changes) if changes else run
 
 
-def _named(which: str) -> Run:
+def _read_run(which: str) -> Run:
     path = Path(which)
     if path.is_dir():
         path = path / "config.yaml"

@@ -1,7 +1,7 @@
-"""Fifty languages of software text: the recipes meant to beat a translation memory.
+"""Multilingual recipes: fifty languages of software text, meant to beat a translation memory.
 
-Neither has been run to its end yet, and whether they do is open: after 3.7M tokens the laptop one
-was below copying (``docs/log.md``; ``moesaic curve RUN`` makes such a curve). They read
+Neither has been run to its end, so whether they do is open: after 3.7M tokens the laptop recipe
+scored below copying (``docs/log.md``; ``moesaic curve RUN`` makes such a curve). They read
 ``software-171``, which is built from ordinary distribution packages. Another corpus of these
 languages serves as well:
 ``--set 'corpus=CorpusFolder(path="data/corpora/NAME")'``.
@@ -20,7 +20,6 @@ from moesaic.nn.feed_forward import FeedForwardConfig, SquaredReLU, SwiGLU
 from moesaic.nn.norm import LayerNorm, RMSNorm
 from moesaic.optim.lr_schedule import WSD, LinearDecay
 from moesaic.optim.optimizer import AdamW, Muon, Spectral
-from moesaic.recipes.recipe_registry import RECIPES
 from moesaic.train.run import (
     BFloat16,
     CheckpointConfig,
@@ -39,7 +38,6 @@ FIFTY = (
 )
 
 
-@RECIPES.register("multilingual-50")
 def multilingual_50() -> Run:
     """Fifty languages both ways, 32 experts, bfloat16: for a large GPU; not run to its end yet."""
     vocabulary = 32_000
@@ -71,7 +69,6 @@ def multilingual_50() -> Run:
     )
 
 
-@RECIPES.register("multilingual-50-laptop")
 def multilingual_50_laptop() -> Run:
     """Fifty languages from English, 16 experts: for a CPU with patience; not run to its end yet."""
     vocabulary = 8192

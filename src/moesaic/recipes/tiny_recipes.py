@@ -1,4 +1,4 @@
-"""Tiny: invented languages, a small model, seconds. For tutorials and tests."""
+"""Tiny recipes: invented languages and a small model, trained in seconds; for tests."""
 
 from moesaic.data.collators import DecoderOnlyCollator
 from moesaic.data.loader import LoaderConfig
@@ -13,15 +13,13 @@ from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 from moesaic.nn.norm import LayerNorm
 from moesaic.optim.lr_schedule import WSD
 from moesaic.optim.optimizer import AdamW, Muon
-from moesaic.recipes.recipe_registry import RECIPES
 from moesaic.train.run import CheckpointConfig, LogConfig, NamedCorpus, Run, ValidationConfig
 
 VOCABULARY = 512
 
 
-@RECIPES.register()
 def tiny() -> Run:
-    """Three invented languages, no network: learns to translate in half a minute."""
+    """Three invented languages, no network: translates after half a minute of training."""
     return Run(
         name="tiny",
         corpus=NamedCorpus(name="synthetic"),
@@ -43,7 +41,6 @@ def tiny() -> Run:
     )
 
 
-@RECIPES.register()
 def tiny_lm() -> Run:
     """The same text as a decoder-only language model with top-2 experts."""
     tasks = (WeightedTask(task=CausalLM()),)

@@ -1,11 +1,7 @@
-"""Tiny models and batches: small enough for a law to train them in milliseconds."""
+"""Tiny models, batches and runs for tests: a training step takes milliseconds."""
 
-from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import replace
 
-import torch
-
-from moesaic.core.shapes import Tensor
 from moesaic.corpus.corpus_recipes import CorpusRecipe
 from moesaic.corpus.sources.synthetic import SyntheticLanguages
 from moesaic.data.batch import PAD, Batch
@@ -15,14 +11,12 @@ from moesaic.data.tasks import Denoising, Translation
 from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.distributed.world import SingleProcess, World
 from moesaic.model.config import ModelConfig, Stack
-from moesaic.model.transformer import Transformer
 from moesaic.moe.balance import RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE, SparseLayer
 from moesaic.moe.select import SwitchTop1
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.optim.lr_schedule import WSD
-from moesaic.train.random_state import seed_rank
 from moesaic.train.run import (
     BuiltCorpus,
     CheckpointConfig,
@@ -31,9 +25,15 @@ from moesaic.train.run import (
     Run,
     ValidationConfig,
 )
+from moesaic.train.run_training import seeded_trainer
 from moesaic.train.trainer import Trainer
+from moesaic.verify.synthetic_batches import (
+    VOCABULARY,
+    SyntheticBatches,
+    SyntheticShape,
+    uneven_batch,
+)
 
-VOCABULARY = 64
 TASKS = ("translation", "denoising")
 LANGUAGES = ("deu_Latn", "ell_Grek", "fra_Latn")
 SMALL_SYNTHETIC_CORPUS = CorpusRecipe(name="few-phrases", source=SyntheticLanguages(phrases=500))
@@ -43,7 +43,7 @@ BALANCED_TOP1 = MoE(experts=4, select=SwitchTop1(), balance=(SwitchBalance(), Ro
 def tiny_model_config(*, moe: SparseLayer = BALANCED_TOP1, layers: int = 1) -> ModelConfig:
     """Return an encoder-decoder of ``layers`` layers each, experts in every one.
 
-    A rule that is not causal stands in the encoder alone, beside the usual one in the decoder.
+    A rule that is not causal is used in the encoder only; the decoder has the usual one.
     """
     stack = Stack(layers=layers, moe_every=1)
     causal = moe if moe.causal else BALANCED_TOP1
@@ -60,59 +60,23 @@ def tiny_model_config(*, moe: SparseLayer = BALANCED_TOP1, layers: int = 1) -> M
 
 def random_batch(rows: int, *, seed: int, length: int = 9) -> Batch:
     """Return rows of random lengths (at least 2), tasks and languages."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def ids() -> Tensor:
-        tokens = torch.randint(5, VOCABULARY, (rows, length), generator=draw)
-        lengths = torch.randint(2, length + 1, (rows, 1), generator=draw)
-        return torch.where(torch.arange(length) < lengths, tokens, PAD)
-
-    target = ids()
-    return Batch(
-        source=ids(),
-        target_in=target,
-        target_out=target.roll(-1, dims=1).where(target != PAD, PAD),
-        task=torch.randint(len(TASKS), (rows,), generator=draw),
-        source_language=torch.randint(len(LANGUAGES), (rows,), generator=draw),
-        target_language=torch.randint(len(LANGUAGES), (rows,), generator=draw),
-        key=torch.randint(2**62, (rows,), generator=draw),
-    )
+    batch = uneven_batch(SyntheticShape(length=length), rows=rows, seed=seed)
+    labels = batch.target_in.roll(-1, dims=1).where(batch.target_in != PAD, PAD)
+    return replace(batch, target_out=labels)
 
 
-def shard_batch(batch: Batch, *, rank: int, world_size: int) -> Batch:
-    """Return every ``world``-th row, from ``rank`` on."""
-    return Batch(
-        **{field.name: getattr(batch, field.name)[rank::world_size] for field in fields(Batch)}
-    )
-
-
-class TinyStream:
+class TinyStream(SyntheticBatches):
     """Endless random batches: the n-th is a function of n, whatever the number of ranks."""
 
     tasks = TASKS
     languages = LANGUAGES
 
     def __init__(self, *, rows: int = 8, rank: int = 0, world_size: int = 1) -> None:
-        self._rows, self._rank, self._world = rows, rank, world_size
-        self.drawn = 0
-        self.skipped: dict[str, int] = {}
+        super().__init__(shard=rank, num_shards=world_size)
+        self._rows = rows
 
-    def __next__(self) -> Batch:
-        self.drawn += 1
-        whole = random_batch(self._rows, seed=self.drawn)
-        return shard_batch(whole, rank=self._rank, world_size=self._world)
-
-    def state(self) -> dict[str, int]:
-        return {"drawn": self.drawn}
-
-    def held_out_batches(self, split: str, *, rows: int | None) -> Iterator[Batch]:
-        del split, rows
-        yield shard_batch(random_batch(self._rows, seed=0), rank=self._rank, world_size=self._world)
-
-    def close(self) -> None: ...
-
-    def restore(self, state: dict[str, int]) -> None:
-        self.drawn = state["drawn"]
+    def full_batch(self, number: int) -> Batch:
+        return random_batch(self._rows, seed=number)
 
 
 def tiny_run(**changes: object) -> Run:
@@ -132,7 +96,7 @@ def tiny_run(**changes: object) -> Run:
 
 
 def synthetic_run(**changes: object) -> Run:
-    """Return a run of 20 steps on the made-up languages: all of the real parts, some seconds."""
+    """Return a run of 20 steps on the synthetic languages with all real parts: some seconds."""
     both = (WeightedTask(task=Translation()), WeightedTask(task=Denoising(), weight=0.5))
     base = Run(
         name="synthetic",
@@ -152,9 +116,8 @@ def synthetic_run(**changes: object) -> Run:
 
 def tiny_trainer(run: Run, *, world: World | None = None) -> Trainer:
     """Return a trainer on random batches, seeded as a real one is."""
-    world = world or SingleProcess()
-    torch.manual_seed(run.seed)
-    model = Transformer(run.model)
-    seed_rank(run.seed, world=world)
-    part, parts = run.parallel.plan.resolve(world.size).data_shard(world.rank)
-    return Trainer(run, model=model, data=TinyStream(rank=part, world_size=parts), world=world)
+    return seeded_trainer(
+        run,
+        make_loader=lambda replica: TinyStream(rank=replica.rank, world_size=replica.num_replicas),
+        world=world or SingleProcess(),
+    )

@@ -1,7 +1,7 @@
 """Entry point of training: ``train(run, out)`` goes from a config to a trained run directory."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from moesaic.train.resume import CHANGEABLE_KEYS, REPORTED_KEYS, START_FRESH, Re
 from moesaic.train.routing_hooks import RouterHealthHook, RoutingProbeHook, RoutingTraceHook
 from moesaic.train.run import Run
 from moesaic.train.run_checks import check_run
-from moesaic.train.trainer import NonFiniteError, Trainer
+from moesaic.train.trainer import BatchLoader, NonFiniteError, Trainer
 from moesaic.train.training_hooks import (
     CheckpointHook,
     Hook,
@@ -105,19 +105,30 @@ def train(
 
 
 def make_trainer(run: Run, *, prepared: PreparedData, world: World) -> Trainer:
+    """Return a trainer of a run on its prepared data."""
+
+    def make_loader(replica: DataReplica) -> Loader:
+        return Loader(
+            prepared.shards,
+            tokenizer=prepared.tokenizer,
+            mixture=run.mixture,
+            config=run.loader,
+            seed=run.seed,
+            replica=replica,
+        )
+
+    return seeded_trainer(run, make_loader=make_loader, world=world)
+
+
+def seeded_trainer(
+    run: Run, *, make_loader: Callable[[DataReplica], BatchLoader], world: World
+) -> Trainer:
     """Return a trainer at step 0: the same weights, but different random streams, on all ranks."""
     torch.manual_seed(run.seed)
     model = Transformer(run.model).to(world.device)
     seed_rank(run.seed, world=world)
-    data = Loader(
-        prepared.shards,
-        tokenizer=prepared.tokenizer,
-        mixture=run.mixture,
-        config=run.loader,
-        seed=run.seed,
-        replica=DataReplica(*run.parallel.plan.resolve(world.size).data_shard(world.rank)),
-    )
-    return Trainer(run, model=model, data=data, world=world)
+    replica = DataReplica(*run.parallel.plan.resolve(world.size).data_shard(world.rank))
+    return Trainer(run, model=model, data=make_loader(replica), world=world)
 
 
 def standard_hooks(trainer: Trainer, *, run_dir: RunDir) -> list[Hook]:

@@ -1,9 +1,5 @@
-"""Follow: make training steps with the trainer itself, and keep what each of them left.
+"""Record a training run: metrics, gradients, expert counts and weights of every step, unsharded."""
 
-Letters: E experts.
-"""
-
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,9 +14,11 @@ from moesaic.moe.routing_record import RoutingRecord
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallel_model import ParallelModel
 from moesaic.parallel.sharding_plan import write_shard
-from moesaic.train.random_state import seed_rank
+from moesaic.train.loop import training_loop
 from moesaic.train.run import Run
-from moesaic.train.trainer import Trainer
+from moesaic.train.run_training import seeded_trainer
+from moesaic.train.trainer import StepReport, Trainer
+from moesaic.train.training_hooks import Hook
 from moesaic.verify.synthetic_batches import SyntheticShape, UnevenBatches
 
 NamedTensors = dict[str, Tensor]
@@ -28,7 +26,7 @@ NamedTensors = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class ModelShapes:
-    """What is known of a model without its numbers: shapes of parameters, edges per layer."""
+    """The shapes of a model's parameters, and the number of experts of each MoE layer plus one."""
 
     shapes: dict[str, tuple[int, ...]]
     experts: dict[str, int]
@@ -36,12 +34,12 @@ class ModelShapes:
 
 @dataclass(frozen=True, slots=True)
 class TrainingTrace:
-    """What steps left, whole, as every rank sees it.
+    """What a run did in each step, as unsharded tensors, the same on every rank.
 
-    ``rows`` are the trainer's own metrics of each step, ``gradients`` what the optimizer was given,
-    ``edges`` how many led to each expert of a layer in each step's last micro-batch (those dropped
-    come last), ``weights`` what was there before the first step and after each. ``apart`` is the
-    greatest difference between copies of one value, of weights or gradients, and where.
+    ``metrics`` are the trainer's own, ``gradients`` the input of the optimizer, ``expert_counts``
+    the tokens of each expert of a layer in the step's last micro-batch (dropped ones last),
+    ``weights`` those before the first step and after each. ``replica_differences`` is the greatest
+    difference between replicas of a weight or gradient, and its name.
     """
 
     metrics: list[dict[str, float]] = field(default_factory=list)
@@ -53,60 +51,66 @@ class TrainingTrace:
 
 
 def model_shapes(run: Run) -> ModelShapes:
-    """Return what is known of a run's model before it is built."""
+    """Return the shapes of a run's model without allocating it."""
     with torch.device("meta"):
         model = Transformer(run.model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return ModelShapes(
-        shapes,
-        {layer.name: layer.router.config.num_router_outputs + 1 for layer in moe_layers(model)},
-    )
+    experts = {x.name: x.router.config.num_router_outputs + 1 for x in moe_layers(model)}
+    return ModelShapes(shapes, experts)
 
 
 def record_run(
     run: Run, *, parallel: ParallelConfig, shape: SyntheticShape, steps: int, model: ModelShapes
 ) -> TrainingTrace:
-    """Train from the run's seed under a plan, on this rank of those there are. Collective."""
+    """Train ``steps`` steps from the run's seed under a plan, on this rank. Collective."""
     world: World = ProcessGroupWorld() if distributed.is_initialized() else SingleProcess()
-    trainer = _build_trainer(run.replace(parallel=parallel), shape=shape, world=world)
-    trace = TrainingTrace()
+    run = run.replace(parallel=parallel)
+    trainer = seeded_trainer(
+        run,
+        make_loader=lambda replica: UnevenBatches(
+            shape, seed=run.seed, shard=replica.rank, num_shards=replica.num_replicas
+        ),
+        world=world,
+    )
+    recorder = _Recorder(model)
+    training_loop(trainer, hooks=[recorder], until=steps)
+    return recorder.trace
 
-    def before_update(*_: object) -> None:
-        given = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
-        found, apart = gather_full_tensors(
-            given, spread=trainer.parallel_model, shapes=model.shapes
+
+class _Recorder(Hook):
+    """Records the trace of a run."""
+
+    def __init__(self, model: ModelShapes) -> None:
+        self.trace = TrainingTrace()
+        self._model = model
+
+    def before_run(self, trainer: Trainer) -> None:
+        def record_gradients(*_: object) -> None:
+            parameters = trainer.model.named_parameters()
+            gradients = {name: p.grad for name, p in parameters if p.grad is not None}
+            self.trace.gradients.append(self._unshard(gradients, trainer=trainer))
+
+        trainer.optimizer.register_step_pre_hook(record_gradients)
+        self._record_weights(trainer)
+
+    def after_step(self, trainer: Trainer, report: StepReport) -> None:
+        self.trace.seconds.append(report.seconds)
+        self.trace.metrics.append(trainer.metrics.compute_and_reset(trainer.world))
+        self.trace.expert_counts.append(
+            _expert_counts(report.result.records, experts=self._model.experts, world=trainer.world)
         )
-        trace.gradients.append(found)
-        trace.replica_differences.append(apart)
+        self._record_weights(trainer)
 
-    trainer.optimizer.register_step_pre_hook(before_update)
-    _record_weights(trace, trainer=trainer, model=model)
-    for _ in range(steps):
-        began = time.perf_counter()
-        report = trainer.train_step()
-        trace.seconds.append(time.perf_counter() - began)
-        trace.metrics.append(trainer.metrics.compute_and_reset(world))
-        trace.expert_counts.append(
-            _expert_counts(report.result.records, experts=model.experts, world=world)
+    def _record_weights(self, trainer: Trainer) -> None:
+        parameters = dict(trainer.model.named_parameters())
+        self.trace.weights.append(self._unshard(parameters, trainer=trainer))
+
+    def _unshard(self, tensors: Mapping[str, Tensor], *, trainer: Trainer) -> NamedTensors:
+        full, difference = gather_full_tensors(
+            tensors, parallel_model=trainer.parallel_model, shapes=self._model.shapes
         )
-        _record_weights(trace, trainer=trainer, model=model)
-    return trace
-
-
-def _build_trainer(run: Run, *, shape: SyntheticShape, world: World) -> Trainer:
-    torch.manual_seed(run.seed)
-    model = Transformer(run.model)
-    seed_rank(run.seed, world=world)
-    part, parts = run.parallel.plan.resolve(world.size).data_shard(world.rank)
-    data = UnevenBatches(shape, seed=run.seed, shard=part, num_shards=parts)
-    return Trainer(run, model=model, data=data, world=world)
-
-
-def _record_weights(trace: TrainingTrace, *, trainer: Trainer, model: ModelShapes) -> None:
-    held = dict(trainer.model.named_parameters())
-    found, apart = gather_full_tensors(held, spread=trainer.parallel_model, shapes=model.shapes)
-    trace.weights.append(found)
-    trace.replica_differences.append(apart)
+        self.trace.replica_differences.append(difference)
+        return full
 
 
 def _expert_counts(
@@ -121,14 +125,18 @@ def _expert_counts(
 
 
 def gather_full_tensors(
-    held: Mapping[str, Tensor], *, spread: ParallelModel, shapes: Mapping[str, tuple[int, ...]]
+    tensors: Mapping[str, Tensor],
+    *,
+    parallel_model: ParallelModel,
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[NamedTensors, tuple[float, str]]:
-    """Return whole tensors of what the ranks hold, and by how much copies differ. Collective.
+    """Return unsharded tensors, and the greatest difference between replicas. Collective.
 
-    What no rank holds is NaN, so that it equals nothing.
+    Elements that no rank holds are NaN, which equals nothing.
     """
-    low, high = ({name: torch.full(s, x) for name, s in shapes.items()} for x in (_INF, -_INF))
-    for name, shard in spread.shards(held).items():
+    inf = float("inf")
+    low, high = ({name: torch.full(s, x) for name, s in shapes.items()} for x in (inf, -inf))
+    for name, shard in parallel_model.shards(tensors).items():
         write_shard(low[name], shard)
         write_shard(high[name], shard)
     if distributed.is_initialized():
@@ -136,18 +144,15 @@ def gather_full_tensors(
         high = _all_reduce_flat(high, distributed.ReduceOp.MAX)
     for name in shapes:
         high[name][low[name] > high[name]] = torch.nan
-    between = {n: float((high[n] - low[n]).max()) for n in shapes if high[n].numel()}
-    widest = max(between, key=lambda name: between[name])
-    return high, (between[widest], widest)
-
-
-_INF = float("inf")
+    differences = {n: float((high[n] - low[n]).max()) for n in shapes if high[n].numel()}
+    widest = max(differences, key=lambda name: differences[name])
+    return high, (differences[widest], widest)
 
 
 def _all_reduce_flat(
     tensors: NamedTensors, operation: distributed.ReduceOp.RedOpType
 ) -> NamedTensors:
-    """Reduce all tensors over all ranks as one."""
+    """Reduce all tensors over all ranks in one all-reduce."""
     flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
     distributed.all_reduce(flat, op=operation)
     parts = flat.split([tensor.numel() for tensor in tensors.values()])

@@ -1,7 +1,7 @@
-"""Small: a run's config with everything that is only size made small, and its structure kept.
+"""Shrink the config of a run: the same structure with small sizes, for a fast comparison of plans.
 
-Which layers have experts, their rules, top-k, capacity, shared experts, numbers of heads, tied
-tables and the optimizer stay as they are: those decide whether a plan is right. Widths do not.
+Unchanged are what decides whether a plan is correct: which layers have experts, their rules, top-k,
+capacity, shared experts, numbers of heads, tied embeddings and the optimizer.
 """
 
 from collections.abc import Iterator
@@ -19,28 +19,28 @@ DIM, HEAD_DIM, HIDDEN = 32, 4, 32
 EXPERTS = (8, 16, 32, 64)
 EPS = 1e-3
 CLIP = 0.5
-MICRO_BATCHES = 4  # the fewest that two ranks with two stages each, or four with one, can work on
+MICRO_BATCHES = 4  # the fewest for two ranks of two stages each, or four of one
 
 
 @dataclass(frozen=True, slots=True)
 class ShrunkRun:
-    """The run, and ``key: before -> after`` of what was changed."""
+    """The run, and ``key: before -> after`` of each changed key."""
 
     run: Run
     changes: tuple[str, ...]
 
 
 def shrink_config(run: Run) -> ShrunkRun:
-    """Return a run that takes milliseconds a step and makes the same decisions.
+    """Return a run with the same rules whose steps take milliseconds.
 
-    It computes in float32, so that what differs is the order of sums and nothing else. It clips
-    where the gradients' norm is above 0.5, so that clipping is at work; its learning rate is whole
-    from the first step. AdamW divides by ``sqrt(v) + eps``: with an eps far below the gradients its
-    first steps are their signs, and a gradient of 1e-9 that another order of sums makes -1e-9 would
-    move its weight the other way. ``eps`` is therefore raised to 1e-3, for the reference as well.
+    It computes in float32, so that plans differ in the order of sums only. It clips gradients above
+    a norm of 0.5, so that clipping occurs; its learning rate is constant. AdamW divides by
+    ``sqrt(v) + eps``: with an eps far below the gradients its first steps are their signs, and a
+    gradient of 1e-9 that another order of sums makes -1e-9 would change its weight the other way.
+    ``eps`` is therefore raised to 1e-3, in the reference too.
     """
     model = _shrink_model(run.model)
-    made = run.replace(
+    shrunk = run.replace(
         model=model,
         tokenizer=run.tokenizer.replace(vocab_size=VOCABULARY),
         optimizer=_raise_eps(run.optimizer),
@@ -49,16 +49,16 @@ def shrink_config(run: Run) -> ShrunkRun:
         gradient_accumulation_steps=MICRO_BATCHES,
         precision=Float32(),
     )
-    return ShrunkRun(made, tuple(_list_changes(run, made)))
+    return ShrunkRun(shrunk, tuple(_list_changes(run, shrunk)))
 
 
 def _shrink_model(config: ModelConfig) -> ModelConfig:
-    """Return it with the fewest experts that its rules take."""
+    """Return the model with the fewest experts that its rules allow."""
     *fewer, most = EXPERTS
     for experts in fewer:
         try:
             return _narrow_model(config, experts=experts)
-        except ConfigError:  # a rule wants more of them
+        except ConfigError:  # a rule needs more of them
             continue
     return _narrow_model(config, experts=most)
 
@@ -77,29 +77,26 @@ def _narrow_model(config: ModelConfig, *, experts: int) -> ModelConfig:
 
 
 def _shrink_stack(config: ModelConfig, stack: Stack, *, experts: int) -> Stack:
-    """Keep the blocks up to the second with experts, at least two where there are as many."""
+    """Keep the blocks up to the second MoE block, at least two if there are as many."""
     sparse = stack.moe_layers
     last = sparse[min(2, len(sparse)) - 1] if sparse else 0
     layers = min(stack.layers, max(2, last + 1))
-    own = stack.moe
+    dense = config.feed_forward.hidden
     fewer = tuple(min(number, experts) for number in stack.experts_per_layer)
     return stack.replace(
         layers=layers,
         experts_per_layer=fewer[: sum(layer < layers for layer in sparse)],
-        moe=None if own is None else _shrink_moe(own, experts=experts, dense=_hidden_width(config)),
+        moe=stack.moe and _shrink_moe(stack.moe, experts=experts, dense=dense),
     )
 
 
 def _shrink_moe(moe: SparseLayer, *, experts: int, dense: int) -> SparseLayer:
     if not isinstance(moe, MoE):
         return moe
-    own = moe.hidden
-    narrow = None if own is None else min(own, max(8, HIDDEN * own // dense // 8 * 8))
-    return moe.replace(experts=min(moe.experts, experts), hidden=narrow)
-
-
-def _hidden_width(config: ModelConfig) -> int:
-    return config.feed_forward.hidden
+    hidden = moe.hidden
+    if hidden is not None:
+        hidden = min(hidden, max(8, HIDDEN * hidden // dense // 8 * 8))
+    return moe.replace(experts=min(moe.experts, experts), hidden=hidden)
 
 
 def _raise_eps(optimizer: Optimizer) -> Optimizer:

@@ -1,10 +1,11 @@
-"""UnevenBatches: made-up batches of rows of uneven lengths, for a run without a corpus.
+"""Synthetic batches of rows of uneven lengths, for a run without a corpus.
 
-The n-th batch is a function of n. Its rows are dealt to those who read rows, one after another, so
-some have more tokens than others; every third batch has fewer rows than a large plan has readers,
-and some of those hold no token at all. Letters: B rows, S source length, L target length.
+The n-th batch is a function of n. Its rows are sharded round-robin over the data-parallel ranks, so
+some ranks have more tokens than others; every third batch has fewer rows than a large plan has
+ranks, and some rows have no token at all. Letters: B rows, S source length, L target length.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -22,83 +23,92 @@ FIRST_ID = 5
 
 @dataclass(frozen=True, slots=True)
 class SyntheticShape:
-    """``rows`` of at most ``length`` tokens; ``source``: whether there is an encoder to read."""
+    """``rows`` of at most ``length`` tokens; ``source``: whether there is an encoder input."""
 
     rows: int = 10
     length: int = 11
     source: bool = True
 
 
-class UnevenBatches:
-    """The part ``part`` of ``parts`` of every batch (see ``train.trainer.Stream``)."""
+class SyntheticBatches(ABC):
+    """An endless ``BatchLoader``: shard ``shard`` of ``num_shards`` of every batch."""
 
     tasks = TASKS
     languages = LANGUAGES
 
+    def __init__(self, *, shard: int = 0, num_shards: int = 1) -> None:
+        self.skipped: dict[str, int] = {}
+        self.drawn = 0
+        self._shard, self._num_shards = shard, num_shards
+
+    @abstractmethod
+    def full_batch(self, number: int) -> Batch:
+        """Return all rows of a batch. Training uses the numbers from 1 on, validation 0."""
+
+    def __next__(self) -> Batch:
+        self.drawn += 1
+        return self._read_shard(self.drawn)
+
+    def state(self) -> dict[str, Any]:
+        """Return the number of batches drawn."""
+        return {"drawn": self.drawn}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue after the batch of ``state``."""
+        self.drawn = int(state["drawn"])
+
+    def held_out_batches(self, split: str, *, rows: int | None) -> Iterator[Batch]:  # noqa: ARG002
+        """Yield one batch that training does not use."""
+        yield self._read_shard(0)
+
+    def close(self) -> None:  # noqa: B027 - for subclasses that open a file
+        """Do nothing: there is no file to close."""
+
+    def _read_shard(self, number: int) -> Batch:
+        batch = self.full_batch(number)
+        return shard_batch(batch, rank=self._shard, world_size=self._num_shards)
+
+
+class UnevenBatches(SyntheticBatches):
+    """Batches of ``shape``; every third has a quarter of the rows."""
+
     def __init__(
         self, shape: SyntheticShape, *, seed: int, shard: int = 0, num_shards: int = 1
     ) -> None:
-        self.skipped: dict[str, int] = {}
-        self._shape, self._seed, self._shard_index, self._num_shards = (
-            shape,
-            seed,
-            shard,
-            num_shards,
-        )
-        self._drawn = 0
+        super().__init__(shard=shard, num_shards=num_shards)
+        self._shape, self._seed = shape, seed
 
-    def __next__(self) -> Batch:
-        self._drawn += 1
-        return self._read_shard(self._drawn)
-
-    def state(self) -> dict[str, Any]:
-        """Return how many batches were drawn."""
-        return {"drawn": self._drawn}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on after so many."""
-        self._drawn = int(state["drawn"])
-
-    def held_out_batches(self, split: str, *, rows: int | None) -> Iterator[Batch]:
-        """Yield one batch that training never sees."""
-        del split, rows
-        yield self._read_shard(0)
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def _read_shard(self, number: int) -> Batch:
+    def full_batch(self, number: int) -> Batch:
         rows = self._shape.rows if number % 3 else max(1, self._shape.rows // 4)
-        whole = uneven_batch(self._shape, rows=rows, seed=1_000_003 * self._seed + number)
-        return Batch(
-            **{
-                f.name: getattr(whole, f.name)[self._shard_index :: self._num_shards]
-                for f in fields(Batch)
-            }
-        )
+        return uneven_batch(self._shape, rows=rows, seed=1_000_003 * self._seed + number)
+
+
+def shard_batch(batch: Batch, *, rank: int, world_size: int) -> Batch:
+    """Return every ``world_size``-th row, from ``rank`` on."""
+    return Batch(**{f.name: getattr(batch, f.name)[rank::world_size] for f in fields(Batch)})
 
 
 def uneven_batch(shape: SyntheticShape, *, rows: int, seed: int) -> Batch:
     """Return rows of 2 to ``shape.length`` tokens each, drawn with ``seed``."""
-    draw = torch.Generator().manual_seed(seed)
-    target = _random_ids(rows, shape.length, draw=draw)
-    after = target.roll(-1, dims=1).where(target != PAD, PAD)
-    after[:, -1] = PAD
-    if not shape.source:  # what is read before it is answered is not predicted
-        asked = torch.randint(1, 3, (rows, 1), generator=draw)
-        after = after.where(torch.arange(shape.length) >= asked - 1, PAD)
+    generator = torch.Generator().manual_seed(seed)
+    target = _random_ids(rows, shape.length, generator=generator)
+    labels = target.roll(-1, dims=1).where(target != PAD, PAD)
+    labels[:, -1] = PAD
+    if not shape.source:  # a decoder-only model does not predict its prompt
+        prompt = torch.randint(1, 3, (rows, 1), generator=generator)
+        labels = labels.where(torch.arange(shape.length) >= prompt - 1, PAD)
     return Batch(
-        source=_random_ids(rows, shape.length if shape.source else 0, draw=draw),
+        source=_random_ids(rows, shape.length if shape.source else 0, generator=generator),
         target_in=target,
-        target_out=after,
-        task=torch.randint(len(TASKS), (rows,), generator=draw),
-        source_language=torch.randint(len(LANGUAGES), (rows,), generator=draw),
-        target_language=torch.randint(len(LANGUAGES), (rows,), generator=draw),
-        key=torch.randint(2**62, (rows,), generator=draw),
+        target_out=labels,
+        task=torch.randint(len(TASKS), (rows,), generator=generator),
+        source_language=torch.randint(len(LANGUAGES), (rows,), generator=generator),
+        target_language=torch.randint(len(LANGUAGES), (rows,), generator=generator),
+        key=torch.randint(2**62, (rows,), generator=generator),
     )
 
 
-def _random_ids(rows: int, length: int, *, draw: torch.Generator) -> Int[Tensor, "B L"]:
-    ids = torch.randint(FIRST_ID, VOCABULARY, (rows, length), generator=draw)
-    lengths = torch.randint(2, max(length, 2) + 1, (rows, 1), generator=draw)
+def _random_ids(rows: int, length: int, *, generator: torch.Generator) -> Int[Tensor, "B L"]:
+    ids = torch.randint(FIRST_ID, VOCABULARY, (rows, length), generator=generator)
+    lengths = torch.randint(2, max(length, 2) + 1, (rows, 1), generator=generator)
     return torch.where(torch.arange(length) < lengths, ids, PAD)

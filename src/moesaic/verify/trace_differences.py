@@ -1,6 +1,6 @@
-"""Compare: by how much two traces of the same steps differ, and whether that is only rounding."""
+"""Differences between two training traces of the same steps, and the tolerances for rounding."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -14,16 +14,16 @@ from moesaic.verify.record_run import NamedTensors, TrainingTrace
 
 @dataclass(frozen=True, slots=True)
 class Tolerances:
-    """How far float32 sums in another order may be apart.
+    """The greatest differences that float32 sums in another order explain.
 
     A sum of n numbers in another order differs by about ``sqrt(n) * 6e-8`` of their size. ``loss``
-    (every figure of the trainer, relative), ``norm`` and ``gradient`` (relative to the tensor's
-    greatest value) leave that room for a few thousand numbers, and for the steps before. ``weight``
-    is relative to how far the step moved the tensor's weights, some hundredth of their size: one
-    rounding of a gain of 1 that moved by 0.01 is 6e-6 of the movement. Muon lifts what is smallest
-    in a matrix by up to ``3.44 ** 5 = 480``, rounding included, so it needs ten times the room. A
-    gradient that is a mean of two ranks where a sum was meant, or a loss that counts twice, is
-    wrong by 0.01 to 1 of these.
+    (every metric of the trainer, relative), ``norm`` and ``gradient`` (relative to the tensor's
+    greatest value) allow for a few thousand numbers and for the steps before. ``weight`` is
+    relative to the step's greatest change of the tensor, about a hundredth of the weights: one
+    rounding of a gain of 1 that changed by 0.01 is 6e-6 of the change. Muon amplifies the smallest
+    directions of a matrix by up to ``3.44 ** 5 = 480``, rounding included, so its tolerance is ten
+    times larger. A gradient averaged over two ranks instead of summed, or a loss counted twice,
+    differs by 0.01 to 1.
     """
 
     loss: float = 2e-6
@@ -33,15 +33,15 @@ class Tolerances:
 
     @staticmethod
     def for_run(run: Run) -> "Tolerances":
-        """Return those of a run's optimizer."""
-        plain = Tolerances()
-        muon = isinstance(run.optimizer, Muon)
-        return replace(plain, weight=10 * plain.weight) if muon else plain
+        """Return the tolerances for a run's optimizer."""
+        default = Tolerances()
+        is_muon = isinstance(run.optimizer, Muon)
+        return replace(default, weight=10 * default.weight) if is_muon else default
 
 
 @dataclass(frozen=True, slots=True)
 class MaxDifference:
-    """The greatest difference of its kind, and where it is."""
+    """The greatest difference of one measure, and the name and step where it occurs."""
 
     value: float
     where: str
@@ -49,10 +49,10 @@ class MaxDifference:
 
 @dataclass(frozen=True, slots=True)
 class TraceDifferences:
-    """Of a trace from the reference's: see ``Tolerances`` for the measures.
+    """The differences of a trace from the reference, by the measures of ``Tolerances``.
 
-    ``edges`` counts expert and layer pairs that another number of tokens went to; ``copies`` is by
-    how much copies of one value differ between ranks. Both must be 0.
+    ``expert_counts`` is the number of experts of a layer with another number of tokens,
+    ``replicas`` the greatest difference between replicas of a tensor. Both must be 0.
     """
 
     loss: MaxDifference
@@ -64,9 +64,9 @@ class TraceDifferences:
     replicas: MaxDifference
 
     def exceeding(self, tolerances: Tolerances) -> list[str]:
-        """Return a few words for each measure that is beyond its tolerance, the first cause first.
+        """Return each measure beyond its tolerance, with its value and place; NaN is beyond any.
 
-        NaN is beyond any.
+        The likeliest cause comes first.
         """
         limits = {
             "expert_counts": 0.0,
@@ -77,11 +77,11 @@ class TraceDifferences:
             "weight": tolerances.weight,
             "replicas": 0.0,
         }
-        found = {name: (getattr(self, name), limit) for name, limit in limits.items()}
+        measures = {name: (getattr(self, name), limit) for name, limit in limits.items()}
         return [
-            f"{name} {worst.value:.1e} ({worst.where})"
-            for name, (worst, limit) in found.items()
-            if not worst.value <= limit
+            f"{name} {difference.value:.1e} ({difference.where})"
+            for name, (difference, limit) in measures.items()
+            if not difference.value <= limit
         ]
 
 
@@ -89,84 +89,86 @@ def compare_traces(reference: TrainingTrace, *, other: TrainingTrace) -> TraceDi
     """Measure how two traces of the same steps differ."""
     steps = len(reference.metrics)
     if len(other.metrics) != steps:
-        raise ValueError(f"a trace of {len(other.metrics)} steps beside one of {steps}")
+        raise ValueError(f"a trace of {len(other.metrics)} steps compared with one of {steps}")
+
+    def metric(*prefixes: str) -> MaxDifference:
+        pairs = zip(reference.metrics, other.metrics, strict=True)
+        return _max_difference(_metric_differences(pairs, prefixes=prefixes))
+
     return TraceDifferences(
-        loss=_max_difference(
-            _metric_differences(reference.metrics, other.metrics, of=("train/loss",))
-        ),
-        metrics=_max_difference(
-            _metric_differences(reference.metrics, other.metrics, of=TRAIN_METRICS)
-        ),
-        norm=_max_difference(
-            _metric_differences(reference.metrics, other.metrics, of=("train/grad_norm",))
-        ),
-        gradient=_max_difference(_gradient_differences(reference.gradients, other.gradients)),
+        loss=metric("train/loss"),
+        metrics=metric("train/", "tokens"),
+        norm=metric("train/grad_norm"),
+        gradient=_max_over_steps(reference.gradients, other.gradients, _gradient_differences),
         weight=_max_difference(_weight_differences(reference.weights, other.weights)),
-        expert_counts=_max_difference(
-            _expert_count_differences(reference.expert_counts, other.expert_counts)
+        expert_counts=_max_over_steps(
+            reference.expert_counts, other.expert_counts, _expert_count_differences
         ),
         replicas=_max_difference((value, name) for value, name in other.replica_differences),
     )
 
 
-TRAIN_METRICS = ("train/", "tokens")
+_Differences = Iterator[tuple[float, str]]  # a difference, and where it is
 
 
 def _metric_differences(
-    ours: Sequence[Mapping[str, float]],
-    theirs: Sequence[Mapping[str, float]],
-    *,
-    of: tuple[str, ...],
-) -> Iterator[tuple[float, str]]:
-    for step, (here, there) in enumerate(zip(ours, theirs, strict=True), start=1):
-        for name, value in here.items():
-            if name.startswith(of):
-                off = abs(there.get(name, torch.nan) - value) / max(abs(value), 1e-12)
-                yield off if value or off else 0.0, f"{name}, step {step}"
+    steps: Iterator[tuple[Mapping[str, float], Mapping[str, float]]], *, prefixes: tuple[str, ...]
+) -> _Differences:
+    for step, (expected, actual) in enumerate(steps, start=1):
+        for name, value in expected.items():
+            if name.startswith(prefixes):
+                error = abs(actual.get(name, torch.nan) - value) / max(abs(value), 1e-12)
+                yield error if value or error else 0.0, f"{name}, step {step}"
 
 
-def _gradient_differences(
-    ours: Sequence[NamedTensors], theirs: Sequence[NamedTensors]
-) -> Iterator[tuple[float, str]]:
-    for step, (here, there) in enumerate(zip(ours, theirs, strict=True), start=1):
-        # of a tensor that has next to no gradient, rounding of what it is a difference of is left
-        floor = 1e-3 * max(_max_abs(grad) for grad in here.values())
-        for name, grad in here.items():
-            off = _max_abs(there[name] - grad) / max(_max_abs(grad), floor, 1e-30)
-            yield off, f"{name}, step {step}"
+def _max_over_steps(
+    expected: Sequence[NamedTensors],
+    actual: Sequence[NamedTensors],
+    differences: Callable[[NamedTensors, NamedTensors], _Differences],
+) -> MaxDifference:
+    steps = enumerate(zip(expected, actual, strict=True), start=1)
+    return _max_difference(
+        (value, f"{name}, step {step}")
+        for step, pair in steps
+        for value, name in differences(*pair)
+    )
+
+
+def _gradient_differences(expected: NamedTensors, actual: NamedTensors) -> _Differences:
+    # a gradient far smaller than the others is a difference of larger terms: mostly rounding
+    floor = 1e-3 * max(_max_abs(grad) for grad in expected.values())
+    for name, grad in expected.items():
+        yield _max_abs(actual[name] - grad) / max(_max_abs(grad), floor, 1e-30), name
+
+
+def _expert_count_differences(expected: NamedTensors, actual: NamedTensors) -> _Differences:
+    for name, counts in expected.items():
+        yield float((counts != actual[name]).sum()), name
 
 
 def _weight_differences(
-    ours: Sequence[NamedTensors], theirs: Sequence[NamedTensors]
-) -> Iterator[tuple[float, str]]:
-    for name, weight in ours[0].items():
-        yield _max_abs(theirs[0][name] - weight) / max(_max_abs(weight), 1e-30), f"{name}, at first"
-    for step, ((before, here), there) in enumerate(
-        zip(pairwise(ours), theirs[1:], strict=True), start=1
-    ):
-        for name, weight in here.items():
-            moved = _max_abs(weight - before[name])
-            yield _max_abs(there[name] - weight) / max(moved, 1e-30), f"{name}, step {step}"
-
-
-def _expert_count_differences(
-    ours: Sequence[NamedTensors], theirs: Sequence[NamedTensors]
-) -> Iterator[tuple[float, str]]:
-    for step, (here, there) in enumerate(zip(ours, theirs, strict=True), start=1):
-        for name, counts in here.items():
-            yield float((counts != there[name]).sum()), f"{name}, step {step}"
+    expected: Sequence[NamedTensors], actual: Sequence[NamedTensors]
+) -> _Differences:
+    for name, weight in expected[0].items():
+        error = _max_abs(actual[0][name] - weight) / max(_max_abs(weight), 1e-30)
+        yield error, f"{name}, initial"
+    steps = zip(pairwise(expected), actual[1:], strict=True)
+    for step, ((before, after), other) in enumerate(steps, start=1):
+        for name, weight in after.items():
+            change = _max_abs(weight - before[name])
+            yield _max_abs(other[name] - weight) / max(change, 1e-30), f"{name}, step {step}"
 
 
 def _max_abs(tensor: Tensor) -> float:
     return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
-def _max_difference(found: Iterator[tuple[float, str]]) -> MaxDifference:
-    """Return the greatest; NaN is greater than any number."""
-    worst = MaxDifference(0.0, "")
-    for value, where in found:
+def _max_difference(differences: _Differences) -> MaxDifference:
+    """Return the greatest difference; NaN is greater than any number."""
+    greatest = MaxDifference(0.0, "")
+    for value, where in differences:
         if value != value:
             return MaxDifference(value, where)
-        if value > worst.value:
-            worst = MaxDifference(value, where)
-    return worst
+        if value > greatest.value:
+            greatest = MaxDifference(value, where)
+    return greatest

@@ -57,7 +57,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_of_texts_that_differ_between_systems_the_default_is_read() -> None:
+def test_the_default_variant_of_a_system_dependent_text_is_read() -> None:
     found = {k.key: k.text for k in parse_help_page(page(ENGLISH))}
     assert found["par_1"] == "Press Ctrl+D to copy."
     assert found["par_4"] == "Click here <now>."
@@ -92,7 +92,7 @@ def test_paragraphs_are_paired_by_page_and_id_and_a_row_that_disagrees_is_counte
 
 def test_without_the_english_package_there_is_nothing_to_pair(home: Path) -> None:
     write_help(home / "packages/deb", "de", GERMAN)
-    with pytest.raises(UserError, match="libreoffice-help-en-us could not be had"):
+    with pytest.raises(UserError, match="libreoffice-help-en-us could not be downloaded"):
         LibreOfficeHelp().fetch(progress=ignore_progress)
 
 

@@ -51,11 +51,11 @@ def test_a_package_is_fetched_once_and_its_scripts_are_not_run(
     [
         (Npm(there=False), "npm was not found"),
         (Npm("npm error code E404\nnpm error 404 Not Found\n"), "code E404; error 404 Not Found"),
-        (Npm("odd"), "npm failed without a word"),
-        (Npm(brings=False), "npm brought no file"),
+        (Npm("odd"), "odd"),
+        (Npm(brings=False), "npm wrote no file"),
     ],
 )
-def test_what_went_wrong_and_the_way_out_are_said(
+def test_errors_name_the_cause_and_the_way_out(
     stand_in: Npm, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(stand_in, monkeypatch, tmp_path)

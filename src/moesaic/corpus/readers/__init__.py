@@ -1,1 +1,1 @@
-"""Readers: a file per format, plain or compressed, all streaming; ``files.py`` chooses by name."""
+"""Readers: one module per file format, plain or compressed; ``formats.py`` chooses by file name."""

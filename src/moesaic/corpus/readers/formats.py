@@ -1,4 +1,4 @@
-"""Choose a reader by a file's name; see each format's own file for its errors."""
+"""Reading files of pairs or texts: the format is chosen by the file's name."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,11 +7,10 @@ from pathlib import Path
 from moesaic.core.errors import DataError
 from moesaic.corpus.languages import resolve_language
 from moesaic.corpus.pair import Pair, Text
-from moesaic.corpus.readers.gettext import CatalogueEntry, parse_mo, parse_po
+from moesaic.corpus.readers.gettext import parse_mo, parse_po
 from moesaic.corpus.readers.jsonl import read_jsonl_pairs, read_jsonl_texts
 from moesaic.corpus.readers.moses import moses_file, read_moses
 from moesaic.corpus.readers.text_lines import (
-    decode_utf8,
     name_without_compression,
     read_all_bytes,
     read_lines,
@@ -35,14 +34,14 @@ def read_pairs(
     """Yield the pairs of a file: .tsv (first two columns), .jsonl, .po, .mo, .tmx; .gz .xz .zst.
 
     Any other path is a Moses prefix: ``news`` reads ``news.en`` and ``news.de``. ``source`` and
-    ``target`` take any spelling; only .jsonl may name its languages itself. ``origin`` is by
+    ``target`` take any spelling; .jsonl lines may have their own. ``origin`` is by
     default the file's name. Raises DataError naming file and line.
     """
     where = Path(path)
     codes = tuple(resolve_language(x).code if x else "" for x in (source, target))
     kind = Path(name_without_compression(where)).suffix.casefold()
     if not all(codes) and kind != ".jsonl":
-        raise DataError(f"{where}: say which languages it holds: source and target")
+        raise DataError(f"{where}: its languages are needed: source and target")
     rows = _pairs(where, kind=kind, source=codes[0], target=codes[1])
     for pair in require_rows(rows, path=where, what="pairs"):
         yield replace(pair, origin=origin or where.name, licence=licence)
@@ -51,13 +50,13 @@ def read_pairs(
 def read_texts(
     path: Path | str, *, code: str, origin: str = "", licence: str = "not stated"
 ) -> Iterator[Text]:
-    """Yield the texts of a file in one language: .jsonl objects, or lines of anything else."""
-    where, known = Path(path), resolve_language(code).code
+    """Yield the texts of a file in one language: .jsonl objects, or the lines of other files."""
+    where, resolved = Path(path), resolve_language(code).code
     kind = Path(name_without_compression(where)).suffix.casefold()
     if kind == ".jsonl":
-        rows = read_jsonl_texts(where, code=known)
+        rows = read_jsonl_texts(where, code=resolved)
     else:
-        rows = (Text(line, known) for _, line in read_lines(where) if line.strip())
+        rows = (Text(line, resolved) for _, line in read_lines(where) if line.strip())
     for text in require_rows(rows, path=where, what="text"):
         yield replace(text, origin=origin or where.name, licence=licence)
 
@@ -70,23 +69,13 @@ def _pairs(path: Path, *, kind: str, source: str, target: str) -> Iterator[Pair]
         return read_jsonl_pairs(path, source=source, target=target)
     if kind == ".tmx":
         return read_tmx(path, source=source, target=target)
-    if kind == ".mo":
-        return _entries(
-            parse_mo(read_all_bytes(path), name=str(path)), source=source, target=target
-        )
-    if kind == ".po":
-        return _entries(
-            parse_po(decode_utf8(read_all_bytes(path), path=path), name=str(path)),
-            source=source,
-            target=target,
-        )
+    if kind in (".mo", ".po"):
+        parse = parse_mo if kind == ".mo" else parse_po
+        entries = parse(read_all_bytes(path), name=str(path))
+        return (Pair(e.source, e.target, source, target) for e in entries)
     if moses_file(path, code=source) or moses_file(path, code=target):
         return read_moses(path, source=source, target=target)
     if path.exists():
         known = ", ".join(PAIR_FORMATS)
         raise DataError(f'{path}: unknown format "{kind}": expected one of {known}')
     raise DataError(f"{path}: no such file, and no {path.name}.{source} beside it")
-
-
-def _entries(entries: Iterator[CatalogueEntry], *, source: str, target: str) -> Iterator[Pair]:
-    return (Pair(e.default or e.source, e.target, source, target) for e in entries)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import polib
 
 from moesaic.core.errors import DataError
+from moesaic.corpus.readers.text_lines import decode_utf8
 
 _MO_BYTE_ORDERS = {b"\xde\x12\x04\x95": "<", b"\x95\x04\x12\xde": ">"}
 _DEFAULT = re.compile(r'Default:\s*"?(.*?)"?\s*', re.DOTALL)
@@ -22,12 +23,11 @@ _SYNTAX_ERROR = re.compile(r"\(line (\d+)\)")
 class CatalogueEntry:
     """A message and its translation.
 
-    ``default`` is the English text where the message is a key (``#. Default: ...``).
+    ``source`` is the English text also where the message is a key (``#. Default: ...``).
     """
 
     source: str
     target: str
-    default: str = ""
 
 
 class _PoText(str):
@@ -39,11 +39,12 @@ class _PoText(str):
         return self.split("\n")
 
 
-def parse_po(text: str, *, name: str) -> Iterator[CatalogueEntry]:
+def parse_po(data: bytes, *, name: str) -> Iterator[CatalogueEntry]:
     """Yield the translated entries of a .po file; ``name`` is for errors.
 
     Raises DataError with file and line where the text is not PO syntax.
     """
+    text = decode_utf8(data, path=name)
     try:
         catalogue = polib.pofile(_PoText(text), encoding="utf-8")
     except OSError as error:
@@ -91,4 +92,4 @@ def _translated(entries: Iterable[polib.POEntry | polib.MOEntry]) -> Iterator[Ca
         target = entry.msgstr_plural.get(0, "") if entry.msgstr_plural else entry.msgstr
         if entry.msgid and target:
             default = _DEFAULT.fullmatch(" ".join((entry.comment or "").split("\n")))
-            yield CatalogueEntry(entry.msgid, target, default[1] if default else "")
+            yield CatalogueEntry((default and default[1]) or entry.msgid, target)

@@ -1,4 +1,4 @@
-"""JSONL: one object per line, in the shapes that are common.
+"""JSONL files: one object per line, in the common shapes.
 
 ``{"src": ..., "tgt": ..., "src_lang": ..., "tgt_lang": ...}``, Hugging Face's
 ``{"translation": {"en": ..., "de": ...}}``, and ``{"text": ...}`` for one language.
@@ -18,9 +18,9 @@ _PAIR_KEYS = (("src", "tgt"), ("source", "target"))
 
 
 def read_jsonl_pairs(path: Path, *, source: str = "", target: str = "") -> Iterator[Pair]:
-    """Yield pairs. Languages given here (codes) hold where the line names none.
+    """Yield pairs. ``source`` and ``target`` (codes) are used where a line has no languages.
 
-    Raises DataError with file and line when a line is no such object or its languages are unknown.
+    Raises DataError with file and line for any other object, or an unknown language.
     """
     for number, value in _objects(path):
         where = f"{path}, line {number}"
@@ -86,7 +86,7 @@ def _code(value: object, *, default: str, key: str, where: str) -> str:
     if value is None and default:
         return default
     if not isinstance(value, str):
-        raise DataError(f"{where}: no language: give {key} in the line, or say it for the file")
+        raise DataError(f"{where}: no language: give {key} in the line, or for the file")
     try:
         return resolve_language(value).code
     except DataError as error:

@@ -1,7 +1,4 @@
-"""Keyed: one text of a file that holds one language, under the key that its translations share.
-
-Matched: two texts under one key, as a pair, unless the two sides visibly disagree.
-"""
+"""Keyed texts: texts of a file in one language, paired with their translations by key."""
 
 import re
 import unicodedata
@@ -11,20 +8,17 @@ from dataclasses import dataclass
 from moesaic.corpus.languages import ENGLISH
 from moesaic.corpus.pair import Pair, RejectedPair
 
+DISAGREE = "disagree"  # the reason of rejected pairs
+_NUMBER = re.compile(r"\d{2,}")  # a single digit may be spelled out
+
 
 @dataclass(frozen=True, slots=True)
 class KeyedText:
-    """``marks`` is what two sides under one key should have in common beside the text."""
+    """A text under its key; ``invariants`` must be equal on both sides of a pair."""
 
     key: str
     text: str
     invariants: tuple[str, ...] = ()
-
-
-DISAGREE = "disagree"
-
-
-_NUMBER = re.compile(r"\d{2,}")  # a single digit may well become a word
 
 
 def pair_by_key(
@@ -36,10 +30,10 @@ def pair_by_key(
     licence: str,
     compare_numbers: bool = False,
 ) -> Pair | RejectedPair:
-    """Return the pair, or Unfit when marks (or, where asked for, numbers) differ.
+    """Return the pair, rejected when ``invariants`` (or, optionally, numbers) differ.
 
-    A page or message that was rewritten while its translation stayed keeps its key: then inline
-    elements, variants or the numbers in it tell.
+    A message that is rewritten without its translation keeps its key: differing inline elements,
+    variants or numbers are the sign.
     """
     differ = source.invariants != target.invariants or (
         compare_numbers and _numbers(source.text) != _numbers(target.text)
@@ -50,7 +44,7 @@ def pair_by_key(
 
 
 def merge_first_wins(*sides: Mapping[str, KeyedText]) -> dict[str, KeyedText]:
-    """Join several files' texts; the first that has a key wins."""
+    """Merge the texts of several files; the first file with a key wins."""
     joined: dict[str, KeyedText] = {}
     for side in reversed(sides):
         joined |= side
@@ -58,6 +52,6 @@ def merge_first_wins(*sides: Mapping[str, KeyedText]) -> dict[str, KeyedText]:
 
 
 def _numbers(text: str) -> list[str]:
-    """The numbers of a text, in any script's digits, order and separators ignored."""
+    """Return the numbers of a text, in any script's digits, sorted, without separators."""
     found = _NUMBER.findall(text)
     return sorted("".join(str(unicodedata.digit(d)) for d in number) for number in found)

@@ -1,4 +1,4 @@
-"""Moses: two plain files of equal length, ``corpus.en`` and ``corpus.de``, line against line."""
+"""Moses files: two plain files of equal length, ``corpus.en`` and ``corpus.de``, paired by line."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from moesaic.corpus.readers.text_lines import COMPRESSED, read_lines
 
 
 def moses_file(prefix: Path, *, code: str) -> Path | None:
-    """Return ``prefix.de``, ``prefix.deu_Latn.gz`` ...: whatever spelling is there."""
+    """Return the file of a language: ``prefix.de``, ``prefix.deu_Latn.gz`` or another spelling."""
     found = []
     for path in sorted(prefix.parent.glob(f"{prefix.name}.*")):
         ending = path.name[len(prefix.name) + 1 :]

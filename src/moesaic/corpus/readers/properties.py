@@ -1,4 +1,4 @@
-"""Properties: Java's and Mozilla's ``key = text`` files (java.util.Properties, in UTF-8)."""
+"""Properties files of Java and Mozilla: ``key = text`` (java.util.Properties, in UTF-8)."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -13,24 +13,24 @@ _BLANK = " \t\f"
 
 
 def parse_properties(lines: Iterable[tuple[int, str]], *, name: str) -> Iterator[KeyedText]:
-    r"""Yield the texts of (number, line) pairs; a line that ends in ``\`` goes on in the next.
+    r"""Yield the texts of (number, line) pairs; a line that ends in ``\`` continues in the next.
 
     Raises DataError with file and line on a ``\u`` that four hexadecimal digits do not follow.
     """
-    held, begun = "", 0
+    joined, first_line = "", 0
     for number, line in lines:
         text = line.rstrip("\r\n").lstrip(_BLANK)
-        if not held and (not text or text[0] in "#!"):
+        if not joined and (not text or text[0] in "#!"):
             continue
-        begun = begun or number
-        held += text
-        if _continues_on_next_line(held):
-            held = held[:-1]
+        first_line = first_line or number
+        joined += text
+        if _continues_on_next_line(joined):
+            joined = joined[:-1]
             continue
-        yield _property(held, where=f"{name}, line {begun}")
-        held, begun = "", 0
-    if held:
-        yield _property(held, where=f"{name}, line {begun}")
+        yield _property(joined, where=f"{name}, line {first_line}")
+        joined, first_line = "", 0
+    if joined:
+        yield _property(joined, where=f"{name}, line {first_line}")
 
 
 def _continues_on_next_line(text: str) -> bool:
@@ -60,7 +60,7 @@ def _unescape(text: str, *, where: str) -> str:
 
 
 def _surrogates(text: str) -> str:
-    r"""Join ``\ud83d\ude00``, which Java writes for one character; a lone half becomes U+FFFD."""
+    r"""Join surrogate pairs (``\ud83d\ude00``) to one character; a lone one becomes U+FFFD."""
     if not any("\ud800" <= char <= "\udfff" for char in text):
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,4 +1,4 @@
-"""Text files, plain or compressed, read line by line with errors that name file and line."""
+"""Text files, plain or compressed, read by line; errors name the file and the line."""
 
 import gzip
 import io
@@ -35,7 +35,7 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
     except IsADirectoryError as error:
         raise DataError(f"{path}: is a folder, expected a file") from error
     except PermissionError as error:
-        raise DataError(f"{path}: may not be read (permission denied)") from error
+        raise DataError(f"{path}: cannot be read (permission denied)") from error
     except _DAMAGE as error:
         raise DataError(
             f"{path}: the archive is damaged or cut short ({error or 'unexpected end'}); "
@@ -54,7 +54,7 @@ def _opened(path: Path) -> BinaryIO:
 
 
 class _ZstdStream(io.RawIOBase):
-    """A zstd stream that notices a missing end: the library's own reader takes it for the end."""
+    """A zstd stream that raises EOFError when its last frame is incomplete."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
@@ -80,16 +80,16 @@ class _ZstdStream(io.RawIOBase):
 
     def _decompressed(self) -> Iterator[bytes]:
         machine = zstandard.ZstdDecompressor().decompressobj()
-        begun = False
+        started = False
         while block := self._raw.read(1 << 16):
             while block:
-                if machine.eof:  # several frames may follow one another
+                if machine.eof:  # a file may have several frames
                     machine = zstandard.ZstdDecompressor().decompressobj()
                 yield machine.decompress(block)
-                begun = True
+                started = True
                 block = machine.unused_data if machine.eof else b""
-        if begun and not machine.eof:
-            raise EOFError("the last frame has no end")
+        if started and not machine.eof:
+            raise EOFError("the last frame is incomplete")
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -121,9 +121,9 @@ def decode_utf8(raw: bytes, *, path: Path | str, line: int = 1) -> str:
 
 
 def require_rows(rows: Iterator[Row], *, path: Path, what: str) -> Iterator[Row]:
-    """Pass rows on; raise DataError when there is none."""
+    """Yield the rows; raise DataError if there is none."""
     number = 0
     for number, row in enumerate(rows, start=1):  # noqa: B007
         yield row
     if number == 0:
-        raise DataError(f"{path}: empty: it holds no {what}")
+        raise DataError(f"{path}: empty: it has no {what}")

@@ -1,4 +1,4 @@
-"""TMX: translation memories (TMX 1.4), read as a stream; inline codes are left out of the text."""
+"""Translation memories (TMX 1.4), streamed with lxml; inline codes are left out of the text."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +11,13 @@ from moesaic.corpus.pair import Pair
 from moesaic.corpus.readers.text_lines import open_bytes
 
 _XML_LANG = "{http://www.w3.org/XML/1998/namespace}lang"
-_CODES = ("bpt", "ept", "ph", "it", "ut")  # what they hold is markup of the original format
+_CODES = ("bpt", "ept", "ph", "it", "ut")  # their content is markup of the original format
 
 
 def read_tmx(path: Path, *, source: str, target: str) -> Iterator[Pair]:
-    """Yield the units that have both languages (codes); the others are passed over.
+    """Yield the units that have both languages (codes).
 
-    Raises DataError: no XML, cut short, or no unit with these languages (those found are named).
+    Raises DataError: not XML, cut short, or no unit with these languages (those found are listed).
     """
     seen: set[str] = set()
     matched = False

@@ -1,4 +1,4 @@
-"""TSV: a pair per line, columns separated by tabs; escapes for tab, newline and backslash."""
+"""TSV files: columns separated by tabs; tab, newline and backslash are escaped."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class TsvRow:
 
 
 def escape_field(text: str) -> str:
-    """Make a text safe for one field of one line."""
+    """Escape a text for a field of a line."""
     if "\\" not in text and text.isprintable():
         return text
     return text.translate(_TABLE)

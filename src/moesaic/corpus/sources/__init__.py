@@ -1,4 +1,4 @@
-"""Where raw pairs come from: package catalogues, Debian, your own files, a ready extract.
+"""Sources of raw pairs: package catalogues, Debian packages, local files, synthetic languages.
 
-``source.py`` is the contract, ``named.py`` the corpora that have a name.
+``text_source.py`` is the interface; ``../corpus_recipes.py`` has the corpora with a name.
 """

@@ -1,4 +1,4 @@
-"""Debian packages as data: downloaded by the user's own apt, kept, read, never installed."""
+"""Debian packages: downloaded with the user's apt, cached and read, never installed."""
 
 import fnmatch
 import lzma
@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -17,23 +17,15 @@ import zstandard
 from moesaic.core.errors import DataError
 from moesaic.corpus.data_home import packages_dir
 from moesaic.corpus.sources.package_archives import ArchiveMember
-from moesaic.corpus.sources.text_source import (
-    Progress,
-    SourceFile,
-)
+from moesaic.corpus.sources.text_source import Progress, SourceFile
 
 _TIMEOUT_S = 3600
-
-
 _BATCH = 50
-
-
 _AR_HEADER = 60
-
-
-_MOST_NAMED = 5
-
-
+_MAX_NAMES_SHOWN = 5
+_MAX_LICENCES_SHOWN = 4
+_COPYRIGHT = re.compile(r"^\./usr/share/doc/[^/]+/copyright$")
+_LICENCE = re.compile(r"^License:[ \t]*(\S[^\n]*)$", re.MULTILINE)
 _UNAVAILABLE = re.compile(r"\b404\b|Not Found|no longer|Can't find a source|Hash Sum mismatch")
 
 
@@ -43,10 +35,10 @@ def debs_dir() -> Path:
 
 
 def fetch_debs(patterns: tuple[str, ...], *, progress: Progress) -> tuple[SourceFile, ...]:
-    """Return the packages whose names match ``patterns`` (``libreoffice-l10n-*``) as files on disk.
+    """Return the packages whose names match ``patterns`` (``libreoffice-l10n-*``), as local files.
 
-    One that apt does not know or cannot bring is returned as missing. Without apt, those that lie
-    in the cache are taken. Raises DataError when there are none.
+    One that apt does not list or cannot download has a ``missing_reason``. Without apt, the cached
+    ones are returned. Raises DataError when there are none.
     """
     folder = debs_dir()
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,10 +47,10 @@ def fetch_debs(patterns: tuple[str, ...], *, progress: Progress) -> tuple[Source
     names = _matching(patterns)
     if not names:
         raise DataError(
-            f"apt knows no package named like {', '.join(patterns[:3])} ...: run `apt-get update` "
+            f"apt lists no package named like {', '.join(patterns[:3])} ...: run `apt-get update` "
             "first"
         )
-    gone = {p: "apt does not know it" for p in patterns if "*" not in p and p not in names}
+    gone = {p: "apt does not list it" for p in patterns if "*" not in p and p not in names}
     missing = _not_cached(names, folder=folder)
     for start in range(0, len(missing), _BATCH):
         batch = missing[start : start + _BATCH]
@@ -71,16 +63,18 @@ def fetch_debs(patterns: tuple[str, ...], *, progress: Progress) -> tuple[Source
             f"none of {len(names)} packages could be downloaded: {why}; check the network and run "
             "`apt-get update`"
         )
-    had = {unit.name for unit in found}
-    left = {name: why for name, why in sorted(gone.items()) if name not in had}
+    names_found = {unit.name for unit in found}
+    left = {name: why for name, why in sorted(gone.items()) if name not in names_found}
     if left:
-        some = ", ".join(list(left)[:_MOST_NAMED]) + (" ..." if len(left) > _MOST_NAMED else "")
-        progress(f"left out, for they cannot be had: {len(left)} Debian packages ({some})")
+        some = ", ".join(list(left)[:_MAX_NAMES_SHOWN]) + (
+            " ..." if len(left) > _MAX_NAMES_SHOWN else ""
+        )
+        progress(f"left out, not downloadable: {len(left)} Debian packages ({some})")
     return found + tuple(SourceFile(n, folder / n, missing_reason=why) for n, why in left.items())
 
 
 def _download(names: list[str], *, folder: Path) -> dict[str, str]:
-    """Download a batch; when one fails (gone from the archive), each alone. Return what failed."""
+    """Download a batch, or each package alone if one is unavailable; return the failures."""
     try:
         run_apt(["apt-get", "download", "-q", *names], folder=folder)
         return {}
@@ -111,7 +105,7 @@ def _matching(patterns: tuple[str, ...]) -> list[str]:
 
 
 def _not_cached(names: list[str], *, folder: Path) -> list[str]:
-    """Names whose present version is not in the cache; those without a version at all are left."""
+    """Return the packages whose current version is not cached."""
     missing = []
     for start in range(0, len(names), _BATCH):
         batch = names[start : start + _BATCH]
@@ -140,7 +134,7 @@ def _cached_packages(names: list[str], *, folder: Path) -> tuple[SourceFile, ...
 
 
 def run_apt(command: list[str], *, folder: Path) -> str:
-    """Run one of apt's commands in ``folder`` and return what it says; DataError when it fails."""
+    """Run an apt command in ``folder`` and return its output. Raises DataError when it fails."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, cwd=folder, timeout=_TIMEOUT_S, check=False
@@ -148,18 +142,18 @@ def run_apt(command: list[str], *, folder: Path) -> str:
     except subprocess.TimeoutExpired as error:
         raise DataError(f"{command[0]} did not finish in {_TIMEOUT_S} s") from error
     if done.returncode:
-        said = "; ".join(x for x in done.stderr.splitlines() if x.startswith("E:"))[:400]
+        errors = "; ".join(x for x in done.stderr.splitlines() if x.startswith("E:"))[:400]
         raise DataError(
-            f"{' '.join(command[:2])} failed: {said or 'no reason given'}; check the network and "
+            f"{' '.join(command[:2])} failed: {errors or 'no reason given'}; check the network and "
             "run `apt-get update`; what was downloaded is kept"
         )
     return done.stdout
 
 
 def deb_members(path: Path, *, pattern: re.Pattern[str]) -> Iterator[ArchiveMember]:
-    """Yield the files of a .deb whose path matches, one after the other.
+    """Yield the files of a .deb whose path matches ``pattern``.
 
-    A member must be read before the next is asked for. Raises DataError when it is damaged.
+    Raises DataError when the package is damaged.
     """
     try:
         with path.open("rb") as stream:
@@ -177,7 +171,7 @@ def deb_members(path: Path, *, pattern: re.Pattern[str]) -> Iterator[ArchiveMemb
 
 
 def _data_archive(stream: BinaryIO, *, path: Path) -> tuple[str, bytes]:
-    """Find ``data.tar.*`` in the ar archive that a .deb is."""
+    """Return the name and bytes of ``data.tar.*`` in a .deb, which is an ar archive."""
     if stream.read(8) != b"!<arch>\n":
         raise DataError(f"{path}: not a Debian package")
     while len(header := stream.read(_AR_HEADER)) == _AR_HEADER:
@@ -185,7 +179,7 @@ def _data_archive(stream: BinaryIO, *, path: Path) -> tuple[str, bytes]:
         if name.startswith("data.tar"):
             return name, stream.read(size)
         stream.seek(size + size % 2, 1)
-    raise DataError(f"{path}: the package is cut short: it holds no data.tar")
+    raise DataError(f"{path}: the package is cut short: it has no data.tar")
 
 
 def _decompress(name: str, data: bytes) -> BinaryIO:
@@ -198,19 +192,17 @@ def _decompress(name: str, data: bytes) -> BinaryIO:
     return BytesIO(data)
 
 
+def packages_of_same_version(unit: SourceFile, *, names: Iterable[str]) -> tuple[Path, ...]:
+    """Return the cached packages with ``names`` that have the version of ``unit``."""
+    version = unit.path.name.partition("_")[2]
+    paths = (unit.path.with_name(f"{name}_{version}") for name in names)
+    return tuple(path for path in paths if version and path.is_file())
+
+
 def debian_licence(unit: SourceFile) -> str:
-    """Return the short names in a package's copyright file: a list, as packages mix licences."""
+    """Return the licence names in a package's copyright file: several, as packages mix them."""
     for member in deb_members(unit.path, pattern=_COPYRIGHT):
         names = list(dict.fromkeys(_LICENCE.findall(member.read().decode("utf-8", "replace"))))
-        more = " and others" if len(names) > _MOST_NAMES else ""
-        return ", ".join(names[:_MOST_NAMES]) + more or "see its copyright file"
+        more = " and others" if len(names) > _MAX_LICENCES_SHOWN else ""
+        return ", ".join(names[:_MAX_LICENCES_SHOWN]) + more or "see its copyright file"
     return "see its copyright file"
-
-
-_COPYRIGHT = re.compile(r"^\./usr/share/doc/[^/]+/copyright$")
-
-
-_LICENCE = re.compile(r"^License:[ \t]*(\S[^\n]*)$", re.MULTILINE)
-
-
-_MOST_NAMES = 4

@@ -1,7 +1,7 @@
-"""DDTP: Debian's package descriptions and their translations, as apt fetches them.
+"""Debian package descriptions and their translations (DDTP), downloaded with the user's apt.
 
-Paragraphs are paired by place, for descriptions whose English is unchanged (same Description-md5)
-and that have as many paragraphs on both sides.
+Paragraphs are paired by position, for descriptions with the same English text (Description-md5) and
+the same number of paragraphs on both sides.
 """
 
 import re
@@ -29,16 +29,15 @@ ORIGIN = "debian-descriptions"
 LICENCE = "see Debian's package descriptions"
 _FILE = re.compile(r"_i18n_Translation-(.+)$")
 _UNSPACED = ("Hans", "Hant", "Jpan", "Khmr", "Thai", "Laoo", "Mymr")
-_REQUESTED_FILE = (
-    "asked.txt"  # the languages that a download was for: apt is silent on those it lacks
-)
+# the languages that were requested: apt does not report those that it lacks
+_REQUESTED_FILE = "asked.txt"
 _LIST_ITEM = re.compile(r"\s*[*•-]\s")
 
 Description = tuple[str, ...]  # the summary, then the paragraphs
 
 
 class DebianDescriptions(TextSource):
-    """English and ``languages`` (apt's names) from the descriptions of the user's own sources."""
+    """English and ``languages`` (apt's names) from the descriptions of the user's apt sources."""
 
     languages: tuple[str, ...] = (
         *("bg", "ca", "cs", "da", "de", "el", "eo", "es", "eu", "fi", "fr", "gl", "hr", "hu"),
@@ -58,7 +57,7 @@ class DebianDescriptions(TextSource):
                 units.append(SourceFile(ORIGIN, path, version=locale, licence=LICENCE))
         if not units:
             raise DataError(
-                f"{lists}: apt brought no translated descriptions: its sources have none"
+                f"{lists}: apt downloaded no translated descriptions: its sources have none"
             )
         return tuple(units)
 
@@ -69,9 +68,9 @@ class DebianDescriptions(TextSource):
         english = _english_descriptions(unit.path.parent)
         gap = "" if found.script in _UNSPACED else " "
         for digest, description in _descriptions(unit.path, gap=gap):
-            known = english.get(digest, ())
-            if len(known) == len(description):
-                for source, target in zip(known, description, strict=True):
+            original = english.get(digest, ())
+            if len(original) == len(description):
+                for source, target in zip(original, description, strict=True):
                     yield Pair(source, target, ENGLISH, found.code, unit.name, unit.licence)
 
 
@@ -141,23 +140,23 @@ def _descriptions(path: Path, *, gap: str) -> Iterator[tuple[str, Description]]:
 
 
 def _paragraphs(lines: list[str], *, gap: str) -> Iterator[str]:
-    """Join the lines of a paragraph; an item of a list is a paragraph of its own."""
-    held: list[str] = []
+    """Yield paragraphs with their lines joined; a list item is a paragraph of its own."""
+    paragraph: list[str] = []
     for line in lines:
         ends = line.strip() == "." or _LIST_ITEM.match(line)
-        if ends and held:
-            yield _join_lines(held, gap=gap)
-            held = []
+        if ends and paragraph:
+            yield _join_lines(paragraph, gap=gap)
+            paragraph = []
         if line.strip() != ".":
-            held.append(_LIST_ITEM.sub("", line, count=1).strip())
-    if held:
-        yield _join_lines(held, gap=gap)
+            paragraph.append(_LIST_ITEM.sub("", line, count=1).strip())
+    if paragraph:
+        yield _join_lines(paragraph, gap=gap)
 
 
 def _join_lines(lines: list[str], *, gap: str) -> str:
-    """Join wrapped lines; a script without spaces has none where its own letters meet."""
+    """Join wrapped lines, with ``gap`` between two letters of the script and a space elsewhere."""
     text = lines[0]
     for line in lines[1:]:
-        ascii_meets = text[-1:].isascii() or line[:1].isascii()
-        text += (" " if ascii_meets else gap) + line
+        at_ascii = text[-1:].isascii() or line[:1].isascii()
+        text += (" " if at_ascii else gap) + line
     return text

@@ -1,7 +1,7 @@
-"""Firefox: English and its translations from the language packs in Debian's packages, by key.
+"""Firefox messages: English and translations from language packs in Debian packages, paired by key.
 
-A language pack is a zip archive of Fluent and properties files. The English of Canada stands for
-English, and where it lacks a key the English of Britain: American English is part of the program.
+A language pack is a zip archive of Fluent and properties files. Canadian English is the English
+side, then British English where it lacks a key: American English is inside the program.
 """
 
 import re
@@ -18,7 +18,12 @@ from moesaic.corpus.pair import Pair, RejectedPair
 from moesaic.corpus.readers.fluent import parse_fluent
 from moesaic.corpus.readers.keyed_text import KeyedText, merge_first_wins, pair_by_key
 from moesaic.corpus.readers.properties import parse_properties
-from moesaic.corpus.sources.apt import deb_members, debian_licence, fetch_debs
+from moesaic.corpus.sources.apt import (
+    deb_members,
+    debian_licence,
+    fetch_debs,
+    packages_of_same_version,
+)
 from moesaic.corpus.sources.text_source import (
     LanguageFilter,
     Progress,
@@ -27,7 +32,7 @@ from moesaic.corpus.sources.text_source import (
 )
 
 _PACK = re.compile(r"/langpack-([\w-]+)@[^/]+\.xpi$")
-# letters to press, window sizes and the like: keyed like texts, but none
+# access keys, window sizes and the like: values that are not texts
 _NO_TEXT = re.compile(
     r"(?i)(?:^|[.\-_])(?:style|\w*keys?|keycode|shortcut|url|uri|href|charset)\d*$"
 )
@@ -37,23 +42,25 @@ _PLURAL_KEYS = frozenset(("zero", "one", "two", "few", "many", "other"))
 
 
 class FirefoxMessages(TextSource):
-    """Messages of Firefox: packages ``PREFIX-de`` ..., ``english`` those that stand for English."""
+    """Messages of packages ``PREFIX-de`` ...; ``english`` are the locales of the English side."""
 
     prefix: str = "firefox-esr-l10n"
     english: tuple[str, ...] = ("en-ca", "en-gb")
 
     def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
         units = fetch_debs((f"{self.prefix}-*",), progress=progress)
-        if not any(_english_packs(unit, self) for unit in units if not unit.missing_reason):
+        if not any(self._english_packs(unit) for unit in units if not unit.missing_reason):
             wanted = " nor ".join(f"{self.prefix}-{code}" for code in self.english)
-            raise DataError(f"neither {wanted} could be had: without one there is no English side")
+            raise DataError(
+                f"neither {wanted} could be downloaded: without one there is no English side"
+            )
         return tuple(u for u in units if resolve_locale(self._locale(u)) is not None)
 
     def read(self, unit: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair | RejectedPair]:
         found = resolve_locale(self._locale(unit))
         if found is None or not wanted(found.code):
             return
-        english = _english_messages(_english_packs(unit, self))
+        english = _english_messages(self._english_packs(unit))
         licence = debian_licence(unit)
         for key, target in _messages(unit.path).items():
             if key in english:
@@ -61,15 +68,12 @@ class FirefoxMessages(TextSource):
                     english[key], target, code=found.code, origin=unit.name, licence=licence
                 )
 
+    def _english_packs(self, unit: SourceFile) -> tuple[Path, ...]:
+        names = (f"{self.prefix}-{code}" for code in self.english)
+        return packages_of_same_version(unit, names=names)
+
     def _locale(self, unit: SourceFile) -> str:
         return unit.name.removeprefix(f"{self.prefix}-")
-
-
-def _english_packs(unit: SourceFile, source: FirefoxMessages) -> tuple[Path, ...]:
-    """The packages of English beside a unit, of its own version."""
-    rest = unit.path.name.partition("_")[2]
-    paths = (unit.path.with_name(f"{source.prefix}-{code}_{rest}") for code in source.english)
-    return tuple(path for path in paths if rest and path.is_file())
 
 
 @lru_cache(maxsize=1)
@@ -78,7 +82,7 @@ def _english_messages(packs: tuple[Path, ...]) -> dict[str, KeyedText]:
 
 
 def _messages(path: Path) -> dict[str, KeyedText]:
-    """The texts of a package by file and key."""
+    """Return the texts of a package by file and key."""
     texts: dict[str, KeyedText] = {}
     for pack in deb_members(path, pattern=_PACK):
         try:
@@ -114,12 +118,12 @@ def _file_messages(name: str, archive: zipfile.ZipFile) -> Iterator[KeyedText]:
 
 
 def _variant_category(key: str) -> str:
-    """A plural's categories differ between languages; any other selector's keys do not."""
+    """Map plural categories, which differ between languages, to one; keep other variant keys."""
     return "other" if key in _PLURAL_KEYS or key[0].isdigit() else key
 
 
 def _plain_text(text: str) -> str:
-    """The last of Mozilla's plural forms (``#1 tab;#1 tabs``), placeholders as elsewhere."""
+    """Return the last plural form (``#1 tab;#1 tabs``), with printf placeholders."""
     if ";" in text and _COUNT.search(text):
         text = _COUNT.sub(r"%\1$s", text.split(";")[-1])
     return _MOZILLA.sub(lambda match: f"%{match[1] or ''}s", text)

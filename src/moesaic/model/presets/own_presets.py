@@ -1,11 +1,11 @@
-"""Small presets of our own: encoder-decoders for one machine.
+"""Presets of moesaic's own: encoder-decoders for one machine.
 
-Deep encoder, shallow decoder: reading is parallel and writing is not, so at equal quality this is
-the faster translator (Kasai et al. 2021, 2006.10369).
+Deep encoder, shallow decoder: the encoder reads all tokens at once and the decoder generates one at
+a time, so this is faster at equal quality (Kasai et al. 2021, 2006.10369).
 """
 
 from moesaic.model.config import ModelConfig, Stack
-from moesaic.model.presets.preset import Preset
+from moesaic.model.presets.preset import PRESETS, Preset
 from moesaic.moe.config import MoE
 from moesaic.moe.select import SwitchTop1, TopK
 from moesaic.nn.attention import AttentionConfig
@@ -15,16 +15,19 @@ from moesaic.nn.norm import LayerNorm
 OURS = "moesaic's own"
 
 
+@PRESETS.register()
 def tiny() -> Preset:
     """For tests and tutorials: trains in seconds on one core."""
     return Preset(_sparse(dim=64, heads=2, layers=(2, 1), experts=4, vocab_size=2000), OURS)
 
 
+@PRESETS.register()
 def small() -> Preset:
     """For minutes on two cores: 8 experts, one per token, in every second layer."""
     return Preset(_sparse(dim=192, heads=4, layers=(6, 2), experts=8, vocab_size=8000), OURS)
 
 
+@PRESETS.register()
 def base() -> Preset:
     """For one GPU: the size of transformer-base (1706.03762), 16 experts, two per token."""
     config = _sparse(dim=512, heads=8, layers=(12, 4), experts=16, vocab_size=32000)
@@ -46,6 +49,3 @@ def _sparse(
         moe=MoE(experts=experts, select=SwitchTop1()),
         norm=LayerNorm(),
     )
-
-
-FAMILY = {"tiny": tiny, "small": small, "base": base}

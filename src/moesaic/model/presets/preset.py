@@ -1,8 +1,9 @@
-"""Preset: a model config with its source, and what was published about it beside what we count."""
+"""Preset: a model config with its source and the numbers that were published about it."""
 
 from dataclasses import dataclass
 from typing import Literal
 
+from moesaic.core.registry import Registry
 from moesaic.model.config import ModelConfig
 
 Basis = Literal["paper", "code", "secondary", "guess"]
@@ -10,7 +11,7 @@ Basis = Literal["paper", "code", "secondary", "guess"]
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A number someone else gave for the whole model.
+    """A number that someone else published for the whole model.
 
     ``basis``: read in the ``paper`` itself, in released ``code``, or in a ``secondary`` text.
     """
@@ -23,9 +24,17 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """``guessed`` names the fields of ``config`` that no source gives: they are ours."""
+    """``guessed`` names the fields of ``config`` that no source gives: they are our choice."""
 
     config: ModelConfig
     source: str
     published: tuple[Published, ...] = ()
     guessed: tuple[str, ...] = ()
+
+
+PRESETS: Registry[Preset] = Registry("preset")
+
+
+def preset(name: str) -> Preset:
+    """Return a preset by name. Raises UserError naming the nearest one."""
+    return PRESETS[name]()
