@@ -60,7 +60,7 @@ def test_capacity_counts_the_tokens_of_all_ranks(priority):
     limit = Capacity(factor=0.7, minimum=0, priority=priority)
     logits = torch.randn(40, EXPERTS) + torch.linspace(2, 0, 40)[:, None] * torch.eye(EXPERTS)[0]
     gate = RouterContext.from_logits(logits, training=True)
-    whole = limit(TopK(k=2)(gate), router=gate, batch_group=SingleRankBatch())
+    whole = limit(TopK(k=2)(gate), gate, SingleRankBatch())
     kept = []
     parts = [slice(0, 31), slice(31, 40)]  # very unequal: local counts would drop others
     gates = [
@@ -73,7 +73,7 @@ def test_capacity_counts_the_tokens_of_all_ranks(priority):
         sent.append(torch.cat([routing.expert[:, None], key], 1))
     for number, each in enumerate(gates):
         ranks = Shared(sent[1 - number], first=number == 0)
-        kept.append(limit(TopK(k=2)(each), router=each, batch_group=ranks).expert)
+        kept.append(limit(TopK(k=2)(each), each, ranks).expert)
     assert torch.equal(torch.cat(kept), whole.expert)
     assert 0 < whole.dropped.sum() < 80
 
