@@ -37,7 +37,7 @@ In Python: `estimate_memory` (`parallel/memory_estimate.py`) and `communication_
 Which numbers are exact:
 
 - Weights, gradients, optimizer state and the bytes of every collective equal those of real and of
-  simulated ranks to the byte (`tests/laws/test_a_plan_costs_what_is_forecast.py`).
+  simulated ranks to the byte (`tests/laws/test_memory_and_communication_equal_their_estimates.py`).
 - Activations are an estimate in float32, without activation checkpointing; what ZeRO gathers is an
   upper bound. The sum is above the measured peak in every simulation below. In models of a few
   dozen channels, where communication buffers are as large as activations, the peak may be above it.

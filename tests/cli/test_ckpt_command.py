@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from cut import snapshot, written
-from test_save import same
+from checkpoint_samples import snapshot, written
+from test_full_checkpoint_save import same
 
 from moesaic.checkpoint.full_checkpoint import load_checkpoint, save_checkpoint
 from moesaic.cli.main import main

@@ -1,4 +1,4 @@
-"""Make tiny catalogues, wheels, debs and archives for the tests of the data room."""
+"""Make tiny catalogues, wheels, debs and archives for the tests of the corpus package."""
 
 import gzip
 import lzma

@@ -85,7 +85,7 @@ def french(count: int) -> list[tuple[str, str, str, str]]:
     return [("b", english(i), f"mot {english(i)[::-1]} ici", "fra_Latn") for i in range(count)]
 
 
-def test_a_corpus_comes_back_from_disk_as_it_was_built(tmp_path: Path) -> None:
+def test_a_corpus_opened_from_disk_equals_the_built_one(tmp_path: Path) -> None:
     built = build_corpus(recipe(*german(200), *french(150)), out=tmp_path / "c")
     corpus = Corpus.open(tmp_path / "c")
     assert corpus.manifest == built.manifest
@@ -98,7 +98,7 @@ def test_a_corpus_comes_back_from_disk_as_it_was_built(tmp_path: Path) -> None:
     corpus.verify()
 
 
-def test_a_direction_can_be_read_the_other_way_round(tmp_path: Path) -> None:
+def test_a_direction_can_be_read_in_reverse(tmp_path: Path) -> None:
     corpus = build_corpus(recipe(*german(50)), out=tmp_path / "c")
     there = [(p.source, p.target) for p in corpus.iter_pairs("en", "de")]
     back = [(p.target, p.source) for p in corpus.iter_pairs("de", "en")]
@@ -106,7 +106,7 @@ def test_a_direction_can_be_read_the_other_way_round(tmp_path: Path) -> None:
     assert next(corpus.iter_pairs("de", "en")).source_language == "deu_Latn"
 
 
-def test_a_source_falls_into_the_same_split_in_every_language(tmp_path: Path) -> None:
+def test_a_source_is_in_the_same_split_in_every_language(tmp_path: Path) -> None:
     corpus = build_corpus(recipe(*german(300), *french(300)), out=tmp_path / "c")
     where = {
         code: {p.source: s for s in SPLITS for p in corpus.iter_pairs("en", code, split=s)}
@@ -164,7 +164,7 @@ def test_buckets_do_not_change_what_is_kept(
         assert set(whole.pairs(split)) == set(parts.pairs(split))
 
 
-def test_tabs_and_newlines_inside_a_text_survive(tmp_path: Path) -> None:
+def test_tabs_and_newlines_inside_a_text_are_preserved(tmp_path: Path) -> None:
     rows = [("a b", "Back\\slash\\n here", "Rück\\t wärts \\ hier", "deu_Latn")]
     corpus = build_corpus(recipe(*rows, split=SplitConfig(test=0, valid=0)), out=tmp_path / "c")
     [pair] = corpus.iter_pairs("en", "de")
@@ -188,7 +188,7 @@ def test_a_build_that_fails_leaves_the_old_corpus_and_no_parts(tmp_path: Path) -
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     (tmp_path / "c/thesis.tex").write_text("mine")
     with pytest.raises(UserError, match="contains files that are not a corpus"):
@@ -196,7 +196,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
     assert (tmp_path / "c/thesis.tex").read_text() == "mine"
 
 
-def test_only_the_languages_asked_for_are_read_and_small_directions_go(tmp_path: Path) -> None:
+def test_only_requested_languages_are_read_and_small_directions_are_dropped(tmp_path: Path) -> None:
     rows = [*german(60), *french(60), ("a", "Yes", "Sì", "ita_Latn")]
     few = build_corpus(recipe(*rows, min_pairs=10), out=tmp_path / "few")
     assert few.languages == ("deu_Latn", "eng_Latn", "fra_Latn")
@@ -293,7 +293,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     assert build_corpus(what, out=tmp_path / "c").manifest["pairs"] == 2
 
 
-def test_an_extract_keeps_its_own_split_and_leaks_nothing(tmp_path: Path) -> None:
+def test_a_presplit_folder_keeps_its_split_without_leakage(tmp_path: Path) -> None:
     rows = german(120)
     leak = rows[0]
     (tmp_path / "x").mkdir()
@@ -321,7 +321,7 @@ def test_missing_files_and_folders_are_named_before_anything_is_read(tmp_path: P
         )
 
 
-def test_what_a_source_refuses_itself_is_counted(tmp_path: Path) -> None:
+def test_pairs_rejected_by_their_source_are_counted(tmp_path: Path) -> None:
     source = Given(rows=tuple(german(20)), unfit=3)
     [direction] = build_corpus(recipe(source=source), out=tmp_path / "c").manifest["directions"]
     assert (direction["read"], direction["dropped"]["disagree"]) == (23, 3)
@@ -358,7 +358,7 @@ def test_no_held_out_source_is_nearly_a_train_source_of_any_language(tmp_path: P
     assert dropped == len(held) - len(far)
 
 
-def test_a_domain_never_trains_and_is_a_split_of_its_own(tmp_path: Path) -> None:
+def test_a_domain_is_never_trained_on_and_is_a_split_of_its_own(tmp_path: Path) -> None:
     game = [
         ("game", f"{english(i)} dragon", f"{english(i)[::-1]} Drache", "deu_Latn")
         for i in range(60)

@@ -37,17 +37,17 @@ def test_each_rule_drops_what_it_names(rule: str, source: str, target: str, code
     assert reason(source, target, code) == rule
 
 
-def test_every_rule_is_tried_above() -> None:
+def test_every_rule_has_a_case_above() -> None:
     tried = {"empty", "too_long", "broken", "untranslated", "few_letters", "length_ratio"}
     assert {rule.name for rule in CLEANING_RULES} == tried | {"placeholders", "script"}
 
 
-def test_a_name_kept_from_the_source_does_not_count_against_the_script() -> None:
+def test_words_shared_with_the_source_do_not_count_against_the_script() -> None:
     assert reason("Django administration site", "Django 管理", "zho_Hans") == ""
     assert reason("Use the URL of the API", "Use the URL of the API 。", "zho_Hans") == "script"
 
 
-def test_thresholds_are_the_users() -> None:
+def test_thresholds_are_configurable() -> None:
     assert reason("Save the file", "Speichern der Datei", "rus_Cyrl", min_script=0) == ""
 
 

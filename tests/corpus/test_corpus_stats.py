@@ -20,7 +20,7 @@ def corpus(tmp_path: Path) -> Corpus:
     return build_corpus(what, out=tmp_path / "c")
 
 
-def test_the_numbers_add_up(corpus: Corpus) -> None:
+def test_statistics_add_up(corpus: Corpus) -> None:
     found = corpus_stats(corpus)
     [german] = found.directions
     assert found.read == 31

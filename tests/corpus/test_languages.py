@@ -83,7 +83,7 @@ CORPUS50 = [
         ("es-MX", "spa_Latn"),
     ],
 )
-def test_every_spelling_of_a_language_leads_to_one_code(spelled: str, code: str) -> None:
+def test_every_spelling_of_a_language_resolves_to_its_code(spelled: str, code: str) -> None:
     assert resolve_language(spelled).code == code
 
 
@@ -93,12 +93,12 @@ def test_a_misspelt_language_is_refused_with_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("variant", ["es_MX", "fr_CA", "ca@valencia", "de_CH", "de_Informal", "x"])
-def test_a_catalogue_of_a_variant_is_not_taken_for_the_main_language(variant: str) -> None:
+def test_a_catalogue_of_a_variant_is_not_the_main_language(variant: str) -> None:
     assert resolve_locale(variant) is None
 
 
 @pytest.mark.parametrize("locale", ["fr_FR", "ko_KR", "nb-no", "hy-am", "zh_Hans_CN", "tr_TR"])
-def test_a_catalogue_at_home_is_the_main_language(locale: str) -> None:
+def test_a_catalogue_of_the_standard_region_is_the_main_language(locale: str) -> None:
     assert resolve_locale(locale) == resolve_language(locale.replace("-", "_").split("_")[0])
 
 

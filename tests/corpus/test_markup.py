@@ -36,7 +36,7 @@ def test_reordering_placeholders_does_not_change_their_set(holders: list[str], r
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from(HOLDERS), min_size=1, max_size=4))
-def test_losing_a_placeholder_changes_their_set(holders: list[str]) -> None:
+def test_a_missing_placeholder_changes_the_set(holders: list[str]) -> None:
     assert placeholders(" and ".join(holders)) != placeholders(" and ".join(holders[1:]))
 
 
@@ -57,11 +57,11 @@ def test_losing_a_placeholder_changes_their_set(holders: list[str]) -> None:
         ("a_b_c", "a_b_c"),
     ],
 )
-def test_accelerators_go_and_what_looks_like_one_stays(text: str, plain: str) -> None:
+def test_accelerators_are_removed_and_similar_marks_are_kept(text: str, plain: str) -> None:
     assert strip_accelerators(text) == plain
 
 
-def test_an_identifier_that_stands_on_both_sides_stays() -> None:
+def test_an_identifier_on_both_sides_is_kept() -> None:
     assert strip_accelerators("Invalid file_name.", other="Ungültiger file_name.") == (
         "Invalid file_name."
     )
@@ -78,7 +78,7 @@ def test_an_identifier_that_stands_on_both_sides_stays() -> None:
         ("a < b and c > d", "a < b and c > d"),
     ],
 )
-def test_tags_go_and_what_looks_like_one_stays(text: str, plain: str) -> None:
+def test_tags_are_removed_and_similar_texts_are_kept(text: str, plain: str) -> None:
     assert strip_tags(text) == plain
 
 

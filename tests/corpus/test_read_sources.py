@@ -16,12 +16,12 @@ def test_results_come_in_the_order_of_the_jobs_and_errors_as_they_are(workers: i
         list(map_in_order(resolve_language, ["de", "nowhere"], workers=workers))
 
 
-def test_a_process_that_the_system_ends_is_a_users_error() -> None:
+def test_a_killed_worker_process_is_a_user_error() -> None:
     with pytest.raises(UserError, match=r"killed a worker process.*--workers 1"):
         list(map_in_order(os._exit, [1, 1], workers=2))
 
 
-def test_held_out_keys_that_train_exactly_or_nearly_are_found(tmp_path: Path) -> None:
+def test_held_out_keys_equal_or_near_to_train_keys_are_found(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     lines = [
         "hopen the file",

@@ -17,7 +17,7 @@ from moesaic.corpus.scripts import count_letters, is_known_script, script_classe
         ("บันทึกไฟล์", "Thai"),
     ],
 )
-def test_a_text_is_wholly_in_its_own_script_and_not_in_another(text: str, script: str) -> None:
+def test_a_text_is_in_its_own_script_and_not_in_another(text: str, script: str) -> None:
     assert script_share(text, script=script) == 1.0
     assert script_share(text, script="Grek") == 0.0
 
@@ -26,11 +26,11 @@ def test_vowel_signs_count_as_letters() -> None:
     assert count_letters(script_classes("की %1")) == 2
 
 
-def test_an_ascii_text_and_its_slow_twin_agree() -> None:
+def test_the_fast_path_for_ascii_equals_the_general_one() -> None:
     text = "".join(chr(i) for i in range(128))
     assert script_classes(text) == script_classes(text + "é")[:-1]
 
 
-def test_most_languages_can_be_told_by_script() -> None:
+def test_the_scripts_of_most_languages_are_known() -> None:
     unknown = {row.script for row in all_languages() if not is_known_script(row.script)}
     assert len(unknown) <= 2, unknown

@@ -15,11 +15,11 @@ def test_sources_that_differ_in_no_letter_fall_into_one_split(twin: str) -> None
         assert split.split_of(twin) == split.split_of("Save the file")
 
 
-def test_vowel_signs_tell_sources_apart() -> None:
+def test_vowel_signs_distinguish_sources() -> None:
     assert split_key("कि") != split_key("की")
 
 
-def test_shares_are_kept() -> None:
+def test_splits_have_their_fractions() -> None:
     texts = [
         f"text {chr(97 + i % 26)}{chr(97 + i // 26 % 26)}{chr(97 + i // 676)}" for i in range(9000)
     ]
@@ -34,12 +34,12 @@ def test_any_text_has_a_split(text: str) -> None:
     assert SplitConfig().split_of(text) in ("train", "valid", "test")
 
 
-def test_a_split_that_leaves_nothing_to_train_on_is_refused() -> None:
+def test_a_split_without_train_rows_is_refused() -> None:
     with pytest.raises(ConfigError, match="leave nothing to train on"):
         SplitConfig.from_dict({"test": 0.6, "valid": 0.4})
 
 
-def test_a_domain_has_the_packages_that_its_patterns_name() -> None:
+def test_a_domain_contains_the_packages_that_match_its_patterns() -> None:
     games = HeldOutDomain(name="games", packages=("wesnoth-*", "tux"))
     split = SplitConfig(domains=(games, HeldOutDomain(name="office", packages=("*-help",))))
     found = {

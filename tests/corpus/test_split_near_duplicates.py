@@ -33,7 +33,7 @@ def test_the_index_finds_what_comparing_every_pair_finds(
     )
 
 
-def test_likeness_is_shared_grams_over_all_grams() -> None:
+def test_jaccard_is_shared_trigrams_over_all_trigrams() -> None:
     assert character_trigrams("ab") == {" ab", "ab "}
     assert character_trigrams("") == {"  "}
     assert jaccard("open the file", "open the file") == 1
@@ -53,13 +53,13 @@ def test_the_threshold_itself_is_near() -> None:
     assert DropNearDuplicates(threshold=0.51).find({"abcdef"}, train=["abcdex"]) == frozenset()
 
 
-def test_keeping_asks_nobody() -> None:
+def test_keeping_finds_no_near_duplicates() -> None:
     assert not KeepNearDuplicates().enabled
     assert KeepNearDuplicates().find({"a"}, train=["a"]) == frozenset()
     assert DropNearDuplicates().find({"a"}, train=["a"]) == {"a"}
 
 
-def test_what_is_done_with_them_is_chosen_in_a_recipe() -> None:
+def test_near_duplicates_are_configured_in_a_recipe() -> None:
     split = SplitConfig.from_dict(
         {"near_duplicates": {"kind": "DropNearDuplicates", "threshold": 0.8}}
     )

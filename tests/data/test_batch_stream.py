@@ -1,4 +1,4 @@
-"""Feeds: positions are values, and a window is planned the same from each."""
+"""Batch streams: a window is planned the same from any position."""
 
 import itertools
 
@@ -15,25 +15,23 @@ def feed(config: LoaderConfig = cases.SMALL) -> BatchStream:
     return BatchStream(cases.shards(), tokenizer=cases.tokenizer(), mixture=mixture, config=config)
 
 
-def test_following_from_any_position_gives_the_rest():
+def test_batches_from_any_position_equal_the_rest():
     made = list(
         itertools.islice(feed().batches_from(feed().initial_position(), replica=DataReplica()), 25)
     )
-    for n, handed in enumerate(made[:-3]):
-        again = itertools.islice(
-            feed().batches_from(handed.next_position, replica=DataReplica()), 3
-        )
+    for n, found in enumerate(made[:-3]):
+        again = itertools.islice(feed().batches_from(found.next_position, replica=DataReplica()), 3)
         expected = [cases.rows(later.batch) for later in made[n + 1 : n + 4]]
         assert [cases.rows(later.batch) for later in again] == expected
 
 
-def test_a_window_of_draws_is_handed_out_whole():
+def test_every_draw_of_a_window_is_in_a_batch():
     first = []
-    for handed in feed().batches_from(feed().initial_position(), replica=DataReplica()):
-        if handed.next_position.first_draw:
+    for found in feed().batches_from(feed().initial_position(), replica=DataReplica()):
+        if found.next_position.first_draw:
             break
-        first.append(handed.batch.rows)
-        assert handed.counts.sum() == cases.SMALL.bucket_window
+        first.append(found.batch.rows)
+        assert found.counts.sum() == cases.SMALL.bucket_window
     assert sum(first) == cases.SMALL.bucket_window
 
 

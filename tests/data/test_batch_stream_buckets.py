@@ -1,4 +1,4 @@
-"""Plans: every row in one batch, no batch too big, no rest left over, ranks dealt alike."""
+"""Length bucketing: every row in one batch, no area over the budget, ranks divided evenly."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def test_every_row_is_in_exactly_one_batch_and_none_is_over_the_budget(pairs, bu
         assert len(rows) * (lengths.source[rows].max() + lengths.target[rows].max()) <= budget
 
 
-def test_batches_are_of_like_area_with_no_rest_at_the_end():
+def test_batches_have_similar_areas_without_a_remainder():
     random = np.random.default_rng(0)
     source = random.geometric(0.05, 4000).clip(max=120)
     lengths = RowLengths(source, (source * random.uniform(0.7, 1.4, 4000)).astype(int).clip(1, 120))
@@ -41,7 +41,7 @@ def test_rows_of_equal_length_are_grouped_by_key_not_by_order():
 
 @pytest.mark.parametrize("world", [1, 2, 4, 7])
 @pytest.mark.parametrize("count", [0, 1, 3, 29])
-def test_a_batch_is_dealt_whole_and_evenly(world, count):
+def test_a_batch_is_divided_completely_and_evenly(world, count):
     rows = np.arange(100, 100 + count)
     parts = [rows_of_rank(rows, rank=r, num_replicas=world) for r in range(world)]
     assert sorted(np.concatenate(parts).tolist()) == rows.tolist()

@@ -32,7 +32,7 @@ def both(collator, source, target):
     return batch, widths
 
 
-def test_encoder_decoder_rows_start_with_the_target_tag():
+def test_encoder_decoder_rows_start_with_the_target_language():
     batch, widths = both(EncoderDecoderCollator(), [[20, 21], []], [[30], [31, 32, 33]])
     assert batch.source.tolist() == [[DE, 20, 21, EOS], [DE, EOS, 0, 0]]
     assert batch.target_in.tolist() == [[DE, 30, 0, 0], [DE, 31, 32, 33]]
@@ -49,7 +49,7 @@ def test_decoder_only_rows_predict_only_the_target():
     assert widths.target.tolist() == (batch.target_in != 0).sum(1).tolist()
 
 
-def test_no_rows_make_a_batch_of_the_given_width():
+def test_an_empty_batch_has_the_given_widths():
     width = RowLengths(np.array([9, 4]), np.array([5, 6]))
     for collator, shape in ((EncoderDecoderCollator(), (0, 9)), (DecoderOnlyCollator(), (0, 0))):
         batch = collator.collate(samples([], []), empty=width)

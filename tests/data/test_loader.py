@@ -1,4 +1,4 @@
-"""Loader: what it refuses, what it counts, and that it ends its thread."""
+"""The loader: refused configs, skipped rows, and the end of its thread."""
 
 import dataclasses
 import threading
@@ -15,7 +15,7 @@ from moesaic.data.tokenizer import MASK
 from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
 
 
-def test_rows_are_pairs_of_the_corpus_under_their_labels():
+def test_rows_are_pairs_of_the_corpus_with_their_labels():
     stream, tokenizer = cases.loader(), cases.tokenizer()
     for _ in range(20):
         batch = next(stream)
@@ -33,7 +33,7 @@ def test_rows_are_pairs_of_the_corpus_under_their_labels():
                 assert batch.source_language[i] == batch.target_language[i]
 
 
-def test_denoising_sources_are_damaged_and_translation_sources_are_not():
+def test_denoising_sources_are_corrupted_and_translation_sources_are_not():
     stream = cases.loader()
     masked = dict.fromkeys(stream.tasks, 0)
     for _ in range(20):
@@ -63,7 +63,7 @@ def test_overlong_rows_are_skipped_and_counted_by_direction():
     assert cases.loader().skipped == {}
 
 
-def test_limits_that_nothing_fits_are_an_error_not_a_hang():
+def test_limits_below_every_row_are_an_error_and_not_a_hang():
     with pytest.raises(DataError, match="max_source=2 and max_target=40; raise them"):
         next(cases.loader(config=cases.SMALL.replace(max_source=2, bucket_window=8)))
 
@@ -95,7 +95,7 @@ def test_shards_of_another_tokenizer_and_a_rank_out_of_range_are_refused():
         Loader(cases.shards(), tokenizer=cases.tokenizer(), replica=DataReplica(2, 2), **parts)
 
 
-def test_closing_ends_the_thread_and_the_next_batch_goes_on():
+def test_closing_ends_the_thread_and_the_next_batch_continues():
     stream, plain = cases.loader(config=cases.SMALL.replace(prefetch=2)), cases.loader()
     for _ in range(3):
         assert cases.rows(next(stream)) == cases.rows(next(plain))

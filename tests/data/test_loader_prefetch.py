@@ -1,4 +1,4 @@
-"""Background: order kept, errors brought home, no thread left behind."""
+"""Prefetching: order, errors of the thread, and the end of the thread."""
 
 import threading
 
@@ -12,13 +12,13 @@ def failing():
     raise ValueError("broken row")
 
 
-def test_items_come_in_order_and_the_end_ends():
+def test_items_are_in_order_and_iteration_ends():
     ahead = PrefetchIterator(iter(range(50)), depth=3)
     assert list(ahead) == list(range(50))
     assert list(ahead) == []
 
 
-def test_an_error_of_the_thread_is_raised_at_its_place_and_stays():
+def test_an_error_of_the_thread_is_raised_in_order_and_again():
     ahead = PrefetchIterator(failing(), depth=4)
     assert next(ahead) == 1
     for _ in range(2):
@@ -26,7 +26,7 @@ def test_an_error_of_the_thread_is_raised_at_its_place_and_stays():
             next(ahead)
 
 
-def test_no_more_than_asked_for_is_made_early():
+def test_no_more_than_depth_items_are_prefetched():
     made = []
     ahead = PrefetchIterator((made.append(i) or i for i in range(100)), depth=2)
     for _ in range(5):
@@ -35,7 +35,7 @@ def test_no_more_than_asked_for_is_made_early():
     assert len(made) <= 5 + 2 + 1
 
 
-def test_closing_ends_a_thread_that_waits_for_room():
+def test_closing_ends_a_thread_that_waits_for_the_queue():
     before = threading.active_count()
     ahead = PrefetchIterator(iter(int, 1), depth=1)
     next(ahead)

@@ -1,4 +1,4 @@
-"""Mixture configs: what is refused, and names. Its law is in laws/test_mixture_frequencies.py."""
+"""Mixture configs: refused values and task names. See also laws/test_mixture_frequencies.py."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_a_task_without_rows_is_refused_by_name():
     ("boost", "message"),
     [({"deu_latn": 2.0}, 'did you mean "deu_Latn"'), ({"deu_Latn": 0.0}, "more than 0")],
 )
-def test_a_boost_of_an_unknown_language_or_by_nothing_is_refused(boost, message):
+def test_a_weight_of_an_unknown_language_or_of_zero_is_refused(boost, message):
     with pytest.raises(ConfigError, match=message):
         mixed(MixtureConfig(language_weights=boost))
 
@@ -40,7 +40,7 @@ def test_wrong_values_are_refused_with_their_path(wrong):
         MixtureConfig.from_dict(wrong)
 
 
-def test_epochs_count_how_often_a_stream_was_walked():
+def test_draws_over_size_is_the_number_of_epochs():
     mixture = mixed(MixtureConfig(tasks=(WeightedTask(task=Translation()),)))
     draws = mixture.draw(0, count=840, counts=mixture.initial_counts())
     table = mixture.frequencies(mixture.counts_after(draws, counts=mixture.initial_counts()))

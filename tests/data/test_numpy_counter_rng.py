@@ -13,7 +13,7 @@ def test_numbers_are_uniform_over_any_key():
         assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.02
 
 
-def test_the_order_of_keys_matters_and_no_bits_are_lost():
+def test_the_order_of_keys_matters_and_bits_do_not_collide():
     assert random_bits(1, 2) != random_bits(2, 1)
     assert len(np.unique(random_bits(7, np.arange(100_000)))) == 100_000
 
@@ -43,7 +43,7 @@ def test_large_sizes_stay_inside_and_distinct(size):
     assert len(np.unique(found)) == 50_000
 
 
-def test_neighbours_do_not_stay_together():
+def test_neighbours_are_separated():
     found = random_permutation(np.arange(5000), size=5000, key=4)
     assert abs(np.corrcoef(np.arange(5000), found)[0, 1]) < 0.05
     assert (np.abs(np.diff(found)) < 10).mean() < 0.02

@@ -1,4 +1,4 @@
-"""Ragged rows against plain lists."""
+"""Ragged arrays against plain lists."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -31,7 +31,7 @@ def test_ragged_rows_equal_lists(rows, data):
     assert even.to_lists() == [[x for x in row if x % 2 == 0] for row in rows]
 
 
-def test_no_rows_are_rows_too():
+def test_ragged_arrays_may_have_no_rows():
     assert len(Ragged.concatenate([])) == 0
     assert Ragged.empty(3).to_lists() == [[], [], []]
     assert Ragged.from_lists([]).select_tokens(np.zeros(0, dtype=bool)).tokens.size == 0

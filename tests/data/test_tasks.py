@@ -1,4 +1,4 @@
-"""Tasks: which streams they read, and that they read and write themselves as config."""
+"""Tasks: the streams that they read, and round trips as config."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_tasks_on_one_language_read_every_text_of_each(task):
     assert all(s.source_language == s.target_language for s in streams)
 
 
-def test_a_mixture_reads_and_writes_itself_as_yaml():
+def test_a_mixture_round_trips_as_yaml():
     text = """
     tasks:
     - {task: Translation, weight: 3}

@@ -1,4 +1,4 @@
-"""Directions: which pairs each choice names."""
+"""Directions: the language pairs of each choice."""
 
 import pytest
 
@@ -33,7 +33,7 @@ BACK = [(target, source) for source, target in FORTH]
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_names_of_directions(directions, expected):
+def test_language_pairs_of_directions(directions, expected):
     assert directions.language_pairs(cases.shards()) == expected
     task = Translation(directions=directions)
     streams = task.streams(cases.shards(), languages=cases.LANGUAGES, split="train")
@@ -47,7 +47,7 @@ def test_an_unknown_direction_is_refused_with_the_nearest():
             ListedDirections(pairs=(wrong,)).language_pairs(cases.shards())
 
 
-def test_languages_that_the_run_leaves_out_have_no_streams():
+def test_languages_outside_of_the_run_have_no_streams():
     chosen = ("eng_Latn", "ell_Grek")
     streams = Translation().streams(cases.shards(), languages=chosen, split="train")
     assert [s.target_language for s in streams] == ["ell_Grek"]

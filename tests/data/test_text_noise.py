@@ -1,4 +1,4 @@
-"""Noise: its published rates, what it must never do, and that a row's noise is its own."""
+"""Text noise: published rates, bounds on lengths, and independence of rows."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_no_noise_makes_a_row_longer_or_empty(noise, rows, seed):
 
 
 @pytest.mark.parametrize("noise", NOISES, ids=lambda noise: type(noise).__name__)
-def test_the_noise_of_a_row_does_not_depend_on_the_rows_beside_it(noise):
+def test_the_noise_of_a_row_is_independent_of_other_rows(noise):
     rows = [list(range(10, 10 + n)) for n in (5, 0, 17, 1, 40)]
     key = random_bits(7, np.arange(len(rows)))
     call = noise.corrupt_source if isinstance(noise, Denoising) else noise
@@ -49,7 +49,7 @@ def test_the_noise_of_a_row_does_not_depend_on_the_rows_beside_it(noise):
 
 @settings(max_examples=60, deadline=None)
 @given(length=st.integers(1, 80), seed=st.integers(0, 999))
-def test_infilling_removes_exactly_its_share_in_whole_spans(length, seed):
+def test_infilling_replaces_exactly_its_ratio_in_spans(length, seed):
     row = list(range(100, 100 + length))
     found = damaged(InfillSpans(), [row], seed=seed)[0]
     kept = [token for token in found if token != MASK]
@@ -70,7 +70,7 @@ def test_infilled_spans_are_poisson_and_anywhere_in_the_row():
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.4])
-def test_drop_and_blank_hit_their_share_of_tokens(ratio):
+def test_deletion_and_masking_affect_their_ratio_of_tokens(ratio):
     rows = [list(range(100, 300))] * 200
     dropped = sum(map(len, damaged(DeleteTokens(ratio=ratio), rows))) / 40_000
     blanked = sum(r.count(MASK) for r in damaged(MaskTokens(ratio=ratio), rows)) / 40_000
@@ -78,7 +78,7 @@ def test_drop_and_blank_hit_their_share_of_tokens(ratio):
     assert blanked == pytest.approx(ratio, abs=0.012)
 
 
-def test_shuffling_moves_no_token_further_than_its_distance_and_some_that_far():
+def test_shuffling_moves_tokens_up_to_its_distance():
     rows = [list(range(100, 200))] * 300
     found = np.array(damaged(ShuffleTokens(distance=3), rows))
     moved = np.abs(found - np.arange(100, 200))

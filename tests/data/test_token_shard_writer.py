@@ -1,4 +1,4 @@
-"""Writing shards: whole or not at all, cached by what went in, the same every time."""
+"""Writing token shards: atomic, cached by fingerprint, reproducible."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ class Empty(cases.ToyCorpus):
         return iter(())
 
 
-def test_a_corpus_that_fails_leaves_nothing_behind(tmp_path):
+def test_a_failed_write_leaves_no_files(tmp_path):
     with pytest.raises(DataError, match="line 21"):
         write_shards(Broken(), cases.tokenizer(), out=tmp_path / "shards")
     assert list(tmp_path.iterdir()) == []
@@ -36,7 +36,7 @@ def test_a_corpus_without_text_is_refused(tmp_path):
         write_shards(Empty(), cases.tokenizer(), out=tmp_path / "shards")
 
 
-def test_shards_are_never_written_over(tmp_path):
+def test_shards_are_never_overwritten(tmp_path):
     with pytest.raises(DataError, match="exists already"):
         write_shards(cases.ToyCorpus(), cases.tokenizer(), out=tmp_path)
 
@@ -57,7 +57,7 @@ def test_writing_twice_gives_the_same_bytes(tmp_path):
     assert again.manifest == cases.shards().manifest
 
 
-def test_ids_are_stored_in_the_narrowest_type():
+def test_ids_are_stored_in_the_smallest_dtype():
     assert token_dtype(65_536) == np.dtype("<u2")
     assert token_dtype(65_537) == np.dtype("<u4")
     assert cases.shards().manifest["token_type"] == "<u2"

@@ -1,4 +1,4 @@
-"""Shards: what was encoded is what is read, and damage is named."""
+"""Token shards: texts are read as encoded, and damaged files are named."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ def texts_of(numbers) -> list[str]:
     return [cases.tokenizer().decode(row) for row in cases.shards().gather(numbers).to_lists()]
 
 
-def test_pairs_read_back_as_the_corpus_has_them():
+def test_pairs_are_read_as_in_the_corpus():
     rows = cases.shards().pair_rows("eng_Latn", "ell_Grek")
     source, target = rows.text_ids(np.arange(rows.size))
     assert rows.size == cases.SIZES["ell_Grek"]
@@ -23,7 +23,7 @@ def test_pairs_read_back_as_the_corpus_has_them():
     assert texts_of(target) == [cases.sentence("ell_Grek", i) for i in range(rows.size)]
 
 
-def test_a_direction_reads_backwards_too():
+def test_a_direction_can_be_read_in_reverse():
     forth = cases.shards().pair_rows("eng_Latn", "deu_Latn")
     back = cases.shards().pair_rows("deu_Latn", "eng_Latn")
     index = np.array([5, 0, 7])
@@ -40,7 +40,7 @@ def test_a_text_that_directions_share_is_stored_once():
     assert len(set(texts_of(np.arange(english.size) + english.start))) == english.size
 
 
-def test_texts_without_a_pair_are_there_after_those_of_pairs():
+def test_monolingual_texts_follow_those_of_pairs():
     greek = cases.shards().text_rows("ell_Grek")
     assert greek.size == cases.SIZES["ell_Grek"] + 20
     assert texts_of(greek.text_ids(np.array([greek.size - 1]))[0])[0].endswith("δ")

@@ -1,4 +1,4 @@
-"""Tokenizer files: saved, loaded, read by others, and refused when they are not ours."""
+"""Tokenizer files: saved, loaded, read by Hugging Face tokenizers, refused if foreign."""
 
 import os
 
@@ -19,7 +19,7 @@ from moesaic.data.tokenizer import (
 )
 
 
-def test_ids_are_laid_out_as_specials_tags_bytes_pieces():
+def test_ids_are_ordered_specials_languages_bytes_pieces():
     tokenizer = cases.tokenizer()
     assert [tokenizer.id_to_token(i) for i in (PAD, BOS, EOS, UNK, MASK)] == list(SPECIALS)
     assert [tokenizer.language_token_id(code) for code in cases.LANGUAGES] == [5, 6, 7, 8]
@@ -67,19 +67,19 @@ def test_a_foreign_tokenizer_is_refused(tmp_path):
         Tokenizer.load(path)
 
 
-def test_an_unknown_language_names_the_nearest_tag():
+def test_an_unknown_language_names_the_nearest():
     with pytest.raises(DataError, match='did you mean "deu_Latn"'):
         cases.tokenizer().language_token_id("deu_latn")
 
 
-def test_text_that_utf8_cannot_hold_is_a_clear_error():
+def test_text_that_utf8_cannot_encode_is_an_error():
     with pytest.raises(DataError, match="cannot be encoded"):
         cases.tokenizer().encode("a\ud800")
     with pytest.raises(DataError, match="cannot be encoded"):
         cases.tokenizer().encode_batch(["a", "a\ud800"])
 
 
-def test_encoding_in_parallel_leaves_forks_safe(monkeypatch):
+def test_forks_are_safe_after_parallel_encoding(monkeypatch):
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     with encode_on_all_cores():
         assert os.environ["TOKENIZERS_PARALLELISM"] == "true"

@@ -1,4 +1,4 @@
-"""Tokenizer training: exact size, the same every time, fair to small languages."""
+"""Tokenizer training: exact size, reproducible, balanced over languages."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ for algorithm in (BPE(), Unigram()):
 
 @pytest.mark.parametrize("algorithm", [BPE(), Unigram()], ids=["bpe", "unigram"])
 @pytest.mark.parametrize("size", [266, 300, 3000])
-def test_the_vocabulary_has_exactly_the_size_asked_for(algorithm, size):
+def test_the_vocabulary_has_exactly_the_requested_size(algorithm, size):
     config = TokenizerConfig(algorithm=algorithm, vocab_size=size, sample_lines=300)
     tokenizer = train_tokenizer(TEXTS, cases.LANGUAGES, config)
     assert tokenizer.vocab_size == size
@@ -45,7 +45,7 @@ def test_training_in_another_process_gives_the_same_tokenizer():
     assert found.stdout.split() == here, found.stderr
 
 
-def test_a_vocabulary_without_room_says_what_it_needs():
+def test_a_vocabulary_without_space_for_pieces_is_refused():
     with pytest.raises(ConfigError, match="expected at least 266: 5 special tokens, 4 language"):
         train_tokenizer(TEXTS, cases.LANGUAGES, TokenizerConfig(vocab_size=265))
 
@@ -57,7 +57,7 @@ def test_a_language_given_twice_and_no_text_at_all_are_refused():
         train_tokenizer({"deu_Latn": []}, ("deu_Latn",), TokenizerConfig())
 
 
-def test_a_language_has_its_tempered_share_of_the_lines():
+def test_languages_have_temperature_scaled_shares_of_the_lines():
     texts = {"a": [f"a{i}" for i in range(3200)], "b": [f"b{i}" for i in range(100)]}
     sample = balanced_lines(texts, lines=900, temperature=5.0)
     of = {code: sum(n for line, n in sample if line[0] == code) for code in texts}
@@ -82,7 +82,7 @@ def test_a_small_language_gets_pieces_of_its_own():
     assert tokens < 0.5 * sum(map(len, rare))
 
 
-def test_a_frequent_placeholder_becomes_one_piece():
+def test_a_frequent_placeholder_is_one_piece():
     texts = {
         "eng_Latn": [f"{w} %(count)s {{name}} %d" for w in ("add", "move", "drop", "list")] * 9
     }

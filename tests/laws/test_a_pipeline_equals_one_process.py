@@ -1,4 +1,4 @@
-"""Law: stages on several ranks give the loss and every gradient that one process gives."""
+"""Law: a pipeline over several ranks gives the loss and every gradient of one process."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch.distributed as distributed
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
 from moesaic.distributed.forked_ranks import run_on_ranks
-from moesaic.distributed.mesh import STAGE_AXES, Mesh
+from moesaic.distributed.mesh import Mesh
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
 from moesaic.model.config import ModelConfig, Stack
@@ -19,16 +19,14 @@ from moesaic.model.transformer import Transformer
 from moesaic.moe.balance import GlobalBatchBalance, RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.cross_layer_router import DecoupledRouting, PreGatedRouting, RecurrentRouting
-from moesaic.moe.layer import set_ranks
 from moesaic.moe.limit import Capacity, RandomPriority
 from moesaic.moe.router_logits import HiddenStateAndToken
 from moesaic.moe.select import TopK
 from moesaic.moe.shared_experts import SharedExperts
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.positional_encoding import LearnedPositions
-from moesaic.parallel.batch_ranks import BatchRanks
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.parallelize import parallelize
+from moesaic.parallel.parallelize import parallelize, parallelize_on_mesh
 from moesaic.parallel.pipeline import LossSettings, MicroBatch, Pipeline
 from moesaic.parallel.pipeline_schedules import (
     BreadthFirst,
@@ -41,7 +39,6 @@ from moesaic.parallel.pipeline_schedules import (
     ZeroBubbleV,
     can_split_backward,
 )
-from moesaic.parallel.pipeline_stages import BalancedSplit, PipelineStages
 from moesaic.testing.tiny_models import (
     BALANCED_TOP1,
     LANGUAGES,
@@ -84,12 +81,16 @@ ALL = (
     ZeroBubbleV(),
     DualPipeV(),
 )
-WHOLE_BACKWARD = (GPipe(), OneForwardOneBackward(), Interleaved(), BreadthFirst())
+UNSPLIT_BACKWARD = (GPipe(), OneForwardOneBackward(), Interleaved(), BreadthFirst())
 Case = tuple[ModelConfig, Sequence[PipelineSchedule], int]
 ON_TWO: dict[str, Case] = {
     "top1-rts": (_of(RTS), ALL, 4),
     "decoder-shared-experts": (_decoder(SHARED), ALL, 8),
-    "recurrent": (_of(TOP2.replace(cross_layer=RecurrentRouting(width=6))), WHOLE_BACKWARD[1:3], 4),
+    "recurrent": (
+        _of(TOP2.replace(cross_layer=RecurrentRouting(width=6))),
+        UNSPLIT_BACKWARD[1:3],
+        4,
+    ),
     "pre-gated": (
         _of(TOP2.replace(cross_layer=PreGatedRouting())),
         (Interleaved(), ZeroBubbleV()),
@@ -100,7 +101,7 @@ ON_TWO: dict[str, Case] = {
         (Interleaved(),),
         4,
     ),
-    "untied-learned-on-token": (UNTIED, WHOLE_BACKWARD[:3], 4),
+    "untied-learned-on-token": (UNTIED, UNSPLIT_BACKWARD[:3], 4),
     "balance-over-the-step": (
         _of(TOP2.replace(balance=(GlobalBatchBalance(weight=0.5),))),
         (OneForwardOneBackward(), BreadthFirst()),
@@ -114,8 +115,8 @@ ON_FOUR: dict[str, Case] = {
 
 
 @dataclass(frozen=True)
-class Alike:
-    """What one process has: the loss's terms, gradients, their norm, token losses."""
+class Outcome:
+    """Loss terms, gradients and their norm."""
 
     terms: dict[str, float]
     grads: dict[str, Tensor]
@@ -133,107 +134,101 @@ def _built(config: ModelConfig) -> Transformer:
     return Transformer(config)
 
 
-def _alone(config: ModelConfig, *, micro_batches: int) -> Alike:
+def _single_process(config: ModelConfig, *, micro_batches: int) -> Outcome:
     model = _built(config)
-    spread = parallelize(model, parallel=ParallelConfig(), world=SingleProcess())
-    seen = OBJECTIVE.forward_backward(spread, batches=_batches(micro_batches))
+    parallel_model = parallelize(model, parallel=ParallelConfig(), world=SingleProcess())
+    result = OBJECTIVE.forward_backward(parallel_model, batches=_batches(micro_batches))
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
-    return Alike({name: float(v) for name, v in seen.sums.terms.items()}, grads, norm)
+    return Outcome({name: float(v) for name, v in result.sums.terms.items()}, grads, norm)
 
 
 def _mesh(data: int) -> Mesh:
     plan = ParallelPlan(pipe=distributed.get_world_size() // data, data=data)
-    return Mesh(plan, rank=distributed.get_rank(), device=CPU, timeout_s=10)
+    return Mesh(plan, rank=distributed.get_rank(), device=CPU, expert_counts=(4,), timeout_s=10)
 
 
-def _laid(config: ModelConfig, schedule: PipelineSchedule, *, mesh: Mesh) -> Pipeline:
-    stages = PipelineStages.of(
-        config, schedule=schedule, ranks=mesh.plan.pipe, split=BalancedSplit()
-    )
-    model = _built(config)
-    stages.remove_other_stages(model, rank=mesh.coordinates()["pipe"])
-    stage = mesh.group(*STAGE_AXES)
-    set_ranks(
-        model, BatchRanks(SingleProcess() if stage is None else ProcessGroupWorld(group=stage))
-    )
-    return Pipeline.from_mesh(mesh, model=model, stages=stages)
+def _pipeline(config: ModelConfig, schedule: PipelineSchedule, *, mesh: Mesh) -> Pipeline:
+    parallel = ParallelConfig(plan=mesh.plan, pipeline_schedule=schedule)
+    pipeline = parallelize_on_mesh(_built(config), parallel=parallel, mesh=mesh).pipeline
+    assert pipeline is not None
+    return pipeline
 
 
-def _sums(micros: Sequence[MicroBatch]) -> dict[str, float]:
-    """The loss's terms, summed over micro-batches and ranks."""
-    here: dict[str, float] = {}
-    for micro in micros:
-        for name, value in micro.terms.items():
-            here[name] = here.get(name, 0.0) + float(value)
-    return ProcessGroupWorld().all_reduce_floats(here)
+def _sums(computed: Sequence[MicroBatch]) -> dict[str, float]:
+    """Loss terms, summed over micro-batches and ranks."""
+    sums: dict[str, float] = {}
+    for micro_batch in computed:
+        for name, value in micro_batch.terms.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return ProcessGroupWorld().all_reduce_floats(sums)
 
 
-def _compare(case: Case, want: Alike, *, data: int = 1) -> None:
+def _compare(case: Case, expected: Outcome, *, data: int = 1) -> None:
     config, schedules, micro_batches = case
     mesh = _mesh(data)
     rank, copies = mesh.coordinates()["data"], mesh.group("data")
     batches = _batches(micro_batches, rank=rank, world=data)
     predicted = sum(batch.num_predicted for batch in _batches(micro_batches))
     for schedule in (s for s in schedules if can_split_backward() or not s.splits_backward):
-        pipe = _laid(config, schedule, mesh=mesh)
+        pipe = _pipeline(config, schedule, mesh=mesh)
         assert pipe.stages.problems(micro_batches=micro_batches, zero=0) is None
-        micros = pipe.forward_backward(
+        computed = pipe.forward_backward(
             batches, loss_settings=LossSettings(predicted, smoothing=0.1)
         )
         pipe.sum_shared_gradients()
-        assert _sums(micros) == pytest.approx(want.terms, abs=1e-5), schedule
+        assert _sums(computed) == pytest.approx(expected.terms, abs=1e-5), schedule
         square = 0.0
         for name, parameter in pipe.model.named_parameters():
             grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
             if copies is not None:
                 distributed.all_reduce(grad, group=copies)
-            error = (grad - want.grads.get(name, torch.zeros(()))).abs().max()
+            error = (grad - expected.grads.get(name, torch.zeros(()))).abs().max()
             assert float(error) <= 1e-5, (schedule, name)
             counts = pipe.stages.is_first_holder(name, rank=pipe.rank) and rank == 0
             square += float(grad.square().sum()) if counts else 0.0
         norm = math.sqrt(ProcessGroupWorld().all_reduce_floats({"square": square})["square"])
-        assert norm == pytest.approx(want.norm, rel=1e-5), schedule
+        assert norm == pytest.approx(expected.norm, rel=1e-5), schedule
 
 
 @pytest.mark.parametrize("name", ON_TWO)
 def test_two_ranks_give_what_one_gives(name: str) -> None:
     config, _, micro_batches = ON_TWO[name]
-    want = _alone(config, micro_batches=micro_batches)
-    run_on_ranks(2, _compare, ON_TWO[name], want, collective_timeout_s=20)
+    expected = _single_process(config, micro_batches=micro_batches)
+    run_on_ranks(2, _compare, ON_TWO[name], expected, collective_timeout_s=20)
 
 
 @pytest.mark.parametrize("name", ON_FOUR)
 def test_four_ranks_give_what_one_gives(name: str) -> None:
     config, _, micro_batches = ON_FOUR[name]
-    want = _alone(config, micro_batches=micro_batches)
-    run_on_ranks(4, _compare, ON_FOUR[name], want, collective_timeout_s=20)
+    expected = _single_process(config, micro_batches=micro_batches)
+    run_on_ranks(4, _compare, ON_FOUR[name], expected, collective_timeout_s=20)
 
 
 def test_stages_of_two_ranks_that_share_the_data_give_what_one_process_gives() -> None:
     case = (_of(RTS), (OneForwardOneBackward(), ZeroBubbleV()), 4)
-    want = _alone(case[0], micro_batches=4)
+    expected = _single_process(case[0], micro_batches=4)
 
     def compare() -> None:
-        _compare(case, want, data=2)
+        _compare(case, expected, data=2)
 
     run_on_ranks(4, compare, collective_timeout_s=20)
 
 
-def test_a_pipeline_scores_any_number_of_batches_as_one_process_does() -> None:
+def test_forward_only_computes_the_losses_of_any_number_of_batches() -> None:
     config, batches = _of(RTS), _batches(3)
     model = _built(config).eval()
     with torch.no_grad():
-        want = [model.loss(model(batch)).nll for batch in batches]
+        expected = [model.loss(model(batch)).nll for batch in batches]
 
     def compare() -> None:
         mesh = _mesh(1)
         for schedule in (OneForwardOneBackward(), Interleaved(), ZeroBubbleV()):
-            pipe = _laid(config, schedule, mesh=mesh)
+            pipe = _pipeline(config, schedule, mesh=mesh)
             pipe.model.eval()
             found = pipe.forward_only(batches, loss_settings=LossSettings(1))
-            if pipe.has_last_stage:
-                torch.testing.assert_close([micro.nll for micro in found], want)
+            if pipe.stages.rank_of_stage[-1] == pipe.rank:
+                torch.testing.assert_close([micro.nll for micro in found], expected)
             else:
                 assert all(micro.nll is None for micro in found)
 

@@ -1,4 +1,4 @@
-"""Law: several micro-batches in one step count each token as one large batch does."""
+"""Law: gradient accumulation over micro-batches equals one large batch, token by token."""
 
 from dataclasses import fields
 
@@ -32,15 +32,15 @@ def _gradients(
     objective = Objective(
         LossCategories(TASKS, LANGUAGES), label_smoothing=0.1, precision=Float32()
     )
-    seen = objective.forward_backward(
+    result = objective.forward_backward(
         parallelize(model, parallel=ParallelConfig(), world=SingleProcess()), batches=batches
     )
-    return seen, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return result, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("moe", [NoMoE(), MoE(experts=4, select=TopK(k=2), balance=())])
 def test_accumulation_equals_one_batch(moe: SparseLayer) -> None:
-    batches = [random_batch(rows, seed=rows) for rows in (1, 7, 4)]  # of very different sizes
+    batches = [random_batch(rows, seed=rows) for rows in (1, 7, 4)]  # of different sizes
     parts, part_grads = _gradients(batches, moe)
     whole, whole_grads = _gradients([_joined(batches)], moe)
     torch.testing.assert_close(parts.sums.losses, whole.sums.losses, rtol=1e-6, atol=0)

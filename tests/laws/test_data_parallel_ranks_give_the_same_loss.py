@@ -13,7 +13,7 @@ from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.cross_layer_router import DecoupledRouting, RecurrentRouting
 from moesaic.moe.dispatch_projection import DownProjection
 from moesaic.moe.experts import LoRAExpert
-from moesaic.moe.layer import set_ranks, update_stateful_rules
+from moesaic.moe.layer import update_stateful_rules
 from moesaic.moe.limit import Capacity, PositionPriority, Priority, RandomPriority, WeightPriority
 from moesaic.moe.null_experts import IdentityExperts, ZeroExperts
 from moesaic.moe.product_key_memory import ProductKeyMemory
@@ -24,7 +24,6 @@ from moesaic.moe.select_dynamic import DenseAll, ExpertChoice, Threshold, TopP
 from moesaic.moe.shared_experts import GatedSharedExperts, ResidualExpert
 from moesaic.moe.soft_moe import SoftMoE
 from moesaic.optim.optimizer import AdamW
-from moesaic.parallel.batch_ranks import BatchRanks
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import parallelize
 from moesaic.testing.tiny_models import (
@@ -96,19 +95,18 @@ Outcome = tuple[list[dict[str, float]], dict[str, torch.Tensor]]
 def _train(world: World, moe: SparseLayer, rows: int) -> Outcome:
     torch.manual_seed(0)
     model = Transformer(tiny_model_config(moe=moe))
-    spread = parallelize(model, parallel=ParallelConfig(), world=world)
-    set_ranks(model, BatchRanks(world))
+    parallel_model = parallelize(model, parallel=ParallelConfig(), world=world)
     categories = LossCategories(TASKS, LANGUAGES)
     objective = Objective(categories, label_smoothing=0.1, precision=Float32())
     optimizer = AdamW(eps=1e-5).build(model.named_parameters(), kinds=model.parameter_kinds())
     history = []
     for step in range(STEPS):
         batches = [random_batch(rows, seed=10 * step + micro) for micro in range(2)]
-        mine = [shard_batch(batch, rank=world.rank, world_size=world.size) for batch in batches]
-        seen = objective.forward_backward(spread, batches=mine)
-        meters = RunningMetrics(categories, device=world.device)
-        meters.add_step(seen.sums, norm=0.0)
-        history.append(meters.compute_and_reset(world))
+        local = [shard_batch(batch, rank=world.rank, world_size=world.size) for batch in batches]
+        result = objective.forward_backward(parallel_model, batches=local)
+        metrics = RunningMetrics(categories, device=world.device)
+        metrics.add_step(result.sums, norm=0.0)
+        history.append(metrics.compute_and_reset(world))
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
         optimizer.zero_grad()
@@ -124,14 +122,14 @@ def _on_rank(moe: SparseLayer, rows: int) -> Outcome:
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_data_parallel_ranks_give_the_same_loss(size: int, variant: str) -> None:
     losses, grads = _train(SingleProcess(), VARIANTS[variant], 8)
-    for there, there_grads in run_on_ranks(size, _on_rank, VARIANTS[variant], 8):
-        for here, row in zip(losses, there, strict=True):
-            assert row == pytest.approx(here, rel=1e-6, abs=1e-9)
+    for history, rank_grads in run_on_ranks(size, _on_rank, VARIANTS[variant], 8):
+        for expected, row in zip(losses, history, strict=True):
+            assert row == pytest.approx(expected, rel=1e-6, abs=1e-9)
         for name, grad in grads.items():
-            torch.testing.assert_close(there_grads[name], grad, rtol=2e-4, atol=1e-6, msg=name)
+            torch.testing.assert_close(rank_grads[name], grad, rtol=2e-4, atol=1e-6, msg=name)
 
 
-def test_a_rank_without_rows_takes_part() -> None:
+def test_a_rank_without_rows_gives_the_same_loss() -> None:
     losses, _ = _train(SingleProcess(), BALANCED_TOP1, 3)
-    for there, _ in run_on_ranks(4, _on_rank, BALANCED_TOP1, 3):
-        assert there[-1] == pytest.approx(losses[-1], rel=1e-6, abs=1e-9)
+    for history, _ in run_on_ranks(4, _on_rank, BALANCED_TOP1, 3):
+        assert history[-1] == pytest.approx(losses[-1], rel=1e-6, abs=1e-9)

@@ -1,6 +1,6 @@
 """Law: what is dropped and drawn for a token depends on the token alone, not on who holds it.
 
-Ranks that share rows are in ``test_context_ranks_share_one_loss.py``, with dropout.
+Ranks that share rows are in ``test_context_parallel_ranks_share_one_loss.py``, with dropout.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,7 +71,7 @@ def test_a_pass_that_is_repeated_drops_the_same() -> None:
     _close(_gradients([batch], recompute=True, seed=1), _gradients([batch]))
 
 
-def test_another_draw_of_the_same_rows_drops_others() -> None:
+def test_another_epoch_of_the_same_rows_drops_others() -> None:
     batch = random_batch(6, seed=1)
     other = Batch(
         **{f.name: getattr(batch, f.name) for f in fields(Batch)} | {"key": batch.key + 1}

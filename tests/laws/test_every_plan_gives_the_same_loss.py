@@ -1,7 +1,7 @@
 """Every plan equals one process: losses, terms, gradients, norms, weights, edges and copies.
 
-``moesaic verify`` runs all plans; here are those in which every axis, ZeRO stage and way of
-crossing ranks occurs, for both kinds of model. Every third batch leaves some ranks without a token.
+``moesaic verify`` runs all plans; these cover every axis, ZeRO stage and parallel method, for an
+encoder-decoder and a decoder. In every third batch some ranks have no token.
 """
 
 import pytest
@@ -37,10 +37,10 @@ def translator() -> Run:
 
 
 def language_model() -> Run:
-    """A decoder alone: dropless top-2 and a shared expert."""
+    """A decoder: dropless top-2 and a shared expert."""
     model = tiny_model_config(moe=SHARED, layers=2).replace(attention=HEADS)
-    alone = model.replace(encoder=model.encoder.replace(layers=0))
-    return tiny_run(model=alone, optimizer=AdamW(lr=0.01))
+    decoder_only = model.replace(encoder=model.encoder.replace(layers=0))
+    return tiny_run(model=decoder_only, optimizer=AdamW(lr=0.01))
 
 
 RUNS = {"translator": translator, "language-model": language_model}
@@ -75,6 +75,6 @@ PLANS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_every_plan_gives_the_same_loss(name: str) -> None:
     run = shrink_config(RUNS[name]()).run.replace(gradient_accumulation_steps=2)
-    verdicts = list(compare_plans(make_setup(run), plans=PLANS[name]))
-    assert {verdict.plan: verdict.problems for verdict in verdicts if not verdict.equal} == {}
-    assert [verdict.world_size for verdict in verdicts] == [p.plan.world_size for p in PLANS[name]]
+    results = list(compare_plans(make_setup(run), plans=PLANS[name]))
+    assert {result.plan: result.problems for result in results if not result.equal} == {}
+    assert [result.world_size for result in results] == [p.plan.world_size for p in PLANS[name]]

@@ -1,4 +1,4 @@
-"""A run may stop under one plan and go on under another, on another number of ranks."""
+"""Law: a run resumed under another plan, on other ranks, equals one that never stopped."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from moesaic.train.run import Run
 from moesaic.train.training_hooks import CheckpointHook
 
 STEPS, HALF = 6, 3
-LEARNS = MoE(
+STATEFUL = MoE(
     experts=4,
     select=TopK(k=2),
     limit=Capacity(factor=1.0, minimum=1),
@@ -44,7 +44,7 @@ def _run(plan: dict[str, int]) -> Run:
     return tiny_run(
         steps=STEPS,
         gradient_accumulation_steps=2,
-        model=tiny_model_config(moe=LEARNS).replace(dropout=0.0),
+        model=tiny_model_config(moe=STATEFUL).replace(dropout=0.0),
         optimizer=AdamW(lr=1e-3, eps=1e-4),  # a tiny gradient must not decide a whole step's sign
         parallel=ParallelConfig(plan=ParallelPlan(**plan)),
     )
@@ -65,8 +65,8 @@ def _weights(folder: Path, *, step: int) -> Weights:
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Weights:
-    folder = tmp_path_factory.mktemp("straight")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Weights:
+    folder = tmp_path_factory.mktemp("uninterrupted")
     _train({}, folder, STEPS, None)
     return _weights(folder, step=STEPS)
 
@@ -83,15 +83,15 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Weights:
     ],
 )
 def test_resuming_under_another_plan_equals_never_stopping(
-    first: str, then: str, straight: Weights, tmp_path: Path
+    first: str, then: str, uninterrupted: Weights, tmp_path: Path
 ) -> None:
     run_on_ranks(4, _train, PLANS[first], tmp_path / "first", HALF, None)
     saved = tmp_path / "first" / f"step-{HALF:08d}"
     ranks = 4 if "tensor" in then or "pipe" in then else 2
     run_on_ranks(ranks, _train, PLANS[then] | _fit(then, ranks), tmp_path / "then", STEPS, saved)
     found = _weights(tmp_path / "then", step=STEPS)
-    assert found.keys() == straight.keys()
-    for name, value in straight.items():
+    assert found.keys() == uninterrupted.keys()
+    for name, value in uninterrupted.items():
         torch.testing.assert_close(found[name], value, rtol=2e-4, atol=2e-5, msg=name)
 
 

@@ -18,7 +18,7 @@ from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.chunked_dispatcher import ChunkedAllToAllDispatcher
 from moesaic.moe.config import MoE
 from moesaic.moe.experts import LoRAExpert
-from moesaic.moe.layer import moe_layers, set_ranks
+from moesaic.moe.layer import moe_layers
 from moesaic.moe.select import TopK
 from moesaic.moe.shared_experts import SharedExperts
 from moesaic.parallel.batch_ranks import BatchRanks
@@ -87,7 +87,8 @@ def _losses() -> list[float]:
         spread = parallelize(
             model, parallel=ParallelConfig(plan=plan, dispatch=journey), world=ProcessGroupWorld()
         )
-        set_ranks(model, BatchRanks(spread.stage_world))
+        for layer in moe_layers(model):
+            layer.batch_group = BatchRanks(spread.stage_world)
         assert all(type(layer.dispatcher) is KINDS[type(journey)] for layer in moe_layers(model))
         spread.before_backward(last=True)
         found.append(_backward(model, rank=spread.data_world.rank, world=spread.data_world.size))
@@ -152,7 +153,8 @@ def _gathered() -> list[int]:
                 parallel=ParallelConfig(plan=plan, dispatch=journey),
                 world=ProcessGroupWorld(),
             )
-            set_ranks(model, BatchRanks(spread.stage_world))
+            for layer in moe_layers(model):
+                layer.batch_group = BatchRanks(spread.stage_world)
             spread.before_backward(last=True)
             with CommunicationCounter() as wire:
                 _backward(model, rank=spread.data_world.rank, world=spread.data_world.size)

@@ -71,7 +71,7 @@ def parallelize_on_mesh(
     sync = {name: GradientSync(each.replicated_axes) for name, each in local_plan.items()}
     if mesh.plan.zero:
         sync = apply_zero(model, mesh=mesh, gradient_sync=sync, sharding_plan=local_plan)
-    pipeline = None if stages is None else Pipeline.from_mesh(mesh, model=model, stages=stages)
+    pipeline = None if stages is None else Pipeline(model, mesh=mesh, stages=stages)
     return ParallelModel(
         model, mesh=mesh, sharding_plan=full_plan, gradient_sync=sync, pipeline=pipeline
     )

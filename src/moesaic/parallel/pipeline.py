@@ -8,9 +8,9 @@ gradient of the loss.
 Letters: N predicted tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from torch import nn
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.data.batch import PAD, Batch
 from moesaic.distributed.mesh import Mesh
-from moesaic.distributed.process_groups import Group
 from moesaic.distributed.world import ProcessGroupWorld, World
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
@@ -62,39 +61,25 @@ class MicroBatch:
     row: Int[Tensor, "N"] | None = None
 
 
-@dataclass(slots=True)
-class PipelineStep:
-    """The step in progress."""
-
-    micro_batches: tuple[MicroBatch, ...] = ()
-    loss_settings: LossSettings = field(default_factory=lambda: LossSettings(0))
-
-
 class StageModule(nn.Module):
     """One stage as a module of tensors; the last one returns this rank's share of the loss.
 
-    ``index`` is the number of the micro-batch in ``step``.
+    ``index`` is the number of the micro-batch in ``pipeline.micro_batches``.
     """
 
     def __init__(
-        self,
-        model: Transformer,
-        *,
-        stages: PipelineStages,
-        number: int,
-        serializers: Sequence[StageSerializer],
-        step: PipelineStep,
+        self, pipeline: "Pipeline", *, number: int, serializers: Sequence[StageSerializer]
     ) -> None:
         super().__init__()
-        self.model = model
-        self.block_range = stages.block_ranges[number]
+        self.model, self.pipeline = pipeline.model, pipeline
+        self.block_range = pipeline.stages.block_ranges[number]
         self.input_serializer = serializers[number - 1] if number else None
         self.output_serializer = serializers[number] if number < len(serializers) else None
-        self.step = step
 
     def forward(self, *received: Tensor, index: Int[Tensor, "1"]) -> Any:
         """Return the tensors for the next stage, or the loss of the micro-batch."""
-        micro, settings = self.step.micro_batches[int(index)], self.step.loss_settings
+        pipeline = self.pipeline
+        micro, settings = pipeline.micro_batches[int(index)], pipeline.loss_settings
         stage_input = None
         if self.input_serializer is not None:
             stage_input = self.input_serializer.unpack(received, tokens=micro.tokens)
@@ -108,7 +93,7 @@ class StageModule(nn.Module):
                 loss = self.model.loss(output, smoothing=settings.smoothing)
                 terms["cross_entropy"] = loss.total / max(settings.num_targets, 1)
                 micro.nll, micro.row = loss.nll, output.row
-        terms |= loss_terms(end.records, num_micro_batches=len(self.step.micro_batches))
+        terms |= loss_terms(end.records, num_micro_batches=len(pipeline.micro_batches))
         objective = torch.stack(list(terms.values())).sum() if terms else torch.zeros(())
         for name, value in {**terms, "objective": objective}.items():
             micro.terms[name] = micro.terms[name] + value.detach().double()
@@ -127,55 +112,28 @@ class Pipeline:
     """This rank's stages of a model after ``stages.remove_other_stages``.
 
     ``group`` are the ranks of the pipeline, first stage first; ``shared_worlds`` has the world of
-    each of ``stages.shared_rank_sets`` that this rank is in.
+    each of ``stages.shared_rank_sets`` that this rank is in. ``micro_batches`` are those of the
+    step in progress.
     """
 
-    def __init__(
-        self,
-        model: Transformer,
-        *,
-        stages: PipelineStages,
-        group: Group,
-        shared_worlds: Mapping[tuple[int, ...], World],
-        device: torch.device,
-    ) -> None:
-        self.model, self.stages = model, stages
-        self.group, self.shared_worlds, self.device = group, shared_worlds, device
-        self.rank = distributed.get_rank(group)
-        self.dtype = next(model.parameters()).dtype
-        self._term_names = loss_term_names(stages)
-        self._boundaries = [
-            StageBoundary.after(blocks, config=stages.config) for blocks in stages.block_ranges[:-1]
-        ]
-        self._step = PipelineStep()
-        self._cached_schedule: tuple[Any, Any] = (None, None)
-
-    @staticmethod
-    def from_mesh(mesh: Mesh, *, model: Transformer, stages: PipelineStages) -> "Pipeline":
+    def __init__(self, model: Transformer, *, mesh: Mesh, stages: PipelineStages) -> None:
         """Make the pipeline of this rank of a mesh. Collective over the whole mesh."""
-        worlds: dict[tuple[int, ...], World] = {}
+        self.model, self.stages = model, stages
+        self.shared_worlds: dict[tuple[int, ...], World] = {}
         for ranks in stages.shared_rank_sets:
             lists = [[line[rank] for rank in ranks] for line in mesh.dense_grid.groups(("pipe",))]
             group = mesh.new_group(lists)
             if mesh.coordinates()["pipe"] in ranks:
-                worlds[ranks] = ProcessGroupWorld(mesh.device, group=group)
-        return Pipeline(
-            model,
-            stages=stages,
-            group=mesh.group("pipe"),
-            shared_worlds=worlds,
-            device=mesh.device,
-        )
-
-    @property
-    def has_first_stage(self) -> bool:
-        """Whether this rank has the first stage."""
-        return self.stages.rank_of_stage[0] == self.rank
-
-    @property
-    def has_last_stage(self) -> bool:
-        """Whether this rank has the last stage, which computes the cross-entropy."""
-        return self.stages.rank_of_stage[-1] == self.rank
+                self.shared_worlds[ranks] = ProcessGroupWorld(mesh.device, group=group)
+        self.group, self.device = mesh.group("pipe"), mesh.device
+        self.rank = distributed.get_rank(self.group)
+        self.dtype = next(model.parameters()).dtype
+        self.micro_batches: tuple[MicroBatch, ...] = ()
+        self.loss_settings = LossSettings(0)
+        self._boundaries = [
+            StageBoundary.after(blocks, config=stages.config) for blocks in stages.block_ranges[:-1]
+        ]
+        self._cached_schedule: tuple[Any, Any] = (None, None)
 
     def forward_backward(
         self, batches: Sequence[Batch], *, loss_settings: LossSettings
@@ -197,7 +155,7 @@ class Pipeline:
     def forward_only(
         self, batches: Sequence[Batch], *, loss_settings: LossSettings
     ) -> tuple[MicroBatch, ...]:
-        """Compute losses without gradients, of any number of batches. Collective over the pipeline."""
+        """Compute the losses of any number of batches, without gradients. Collective."""
         serializers = self._start_step(batches, loss_settings=loss_settings)
         ranks, sends = self.stages.rank_of_stage, list[Any]()
         local: dict[tuple[int, int], tuple[Tensor, ...]] = {}
@@ -225,9 +183,9 @@ class Pipeline:
         """Set the step's micro-batches, and return the serializer between each two stages."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         tokens = [self._local_tokens(batch) for batch in batches]
-        self._step.loss_settings = loss_settings
-        self._step.micro_batches = tuple(
-            MicroBatch(batch.to(self.device), count, dict.fromkeys(self._term_names, zero))
+        self.loss_settings, names = loss_settings, loss_term_names(self.stages)
+        self.micro_batches = tuple(
+            MicroBatch(batch.to(self.device), count, dict.fromkeys(names, zero))
             for batch, count in zip(batches, tokens, strict=True)
         )
         dim = self.stages.config.dim
@@ -237,7 +195,7 @@ class Pipeline:
         )
 
     def _finish_step(self) -> tuple[MicroBatch, ...]:
-        micro_batches, self._step.micro_batches = self._step.micro_batches, ()
+        micro_batches, self.micro_batches = self.micro_batches, ()
         return micro_batches
 
     def _local_tokens(self, batch: Batch) -> LocalTokens:
@@ -246,9 +204,7 @@ class Pipeline:
         return LocalTokens(*(len(range(p.num_tokens)[p.local_tokens]) for p in packings))
 
     def _stage_module(self, number: int, serializers: Sequence[StageSerializer]) -> StageModule:
-        stage = StageModule(
-            self.model, stages=self.stages, number=number, serializers=serializers, step=self._step
-        )
+        stage = StageModule(self, number=number, serializers=serializers)
         return stage.train(self.model.training)
 
     def _build_schedule(self, serializers: Sequence[StageSerializer], micro_batches: int) -> Any:

@@ -69,7 +69,7 @@ class SplitAt(PipelineSplit):
 
 @dataclass(frozen=True)
 class PipelineStages:
-    """The stages of a model on the ``ranks`` of a pipeline; ``block_ranges`` has each one's blocks."""
+    """The stages of a model on the ``ranks`` of a pipeline, and the blocks of each."""
 
     config: ModelConfig
     schedule: PipelineSchedule
@@ -108,7 +108,7 @@ class PipelineStages:
         return tuple(stage for stage, owner in enumerate(self.rank_of_stage) if owner == rank)
 
     def remove_other_stages(self, model: Transformer, *, rank: int) -> None:
-        """Remove the modules of a whole model that only the stages of other ranks need, in place."""
+        """Remove the modules that only the stages of other ranks need, in place."""
         needed = self._module_paths(rank)
         for path in sorted(module_paths(self.config, BlockRange.all_blocks(self.config)) - needed):
             parent, _, name = path.rpartition(".")
@@ -200,7 +200,7 @@ def module_paths(config: ModelConfig, blocks: BlockRange) -> frozenset[str]:
     for side, stack, layers in _stacks(config, blocks):
         moe = config.moe_of_stack(stack)
         if isinstance(moe, MoE):
-            embeds |= moe.router_input.embedding_source() != "nothing"
+            embeds |= moe.router_input.embedding_source != "nothing"
             paths |= {f"{side}_routing"} if stack.moe_layers else set()
         if layers.start == 0:
             embeds = True
@@ -222,7 +222,7 @@ def reused_parameters(config: ModelConfig, blocks: BlockRange) -> str | None:
             continue
         if moe.cross_layer.shared_every_layer and moe_layers > 1:
             return f"what the routers of the {side} share"
-        uses += moe_layers if moe.router_input.embedding_source() != "nothing" else 0
+        uses += moe_layers if moe.router_input.embedding_source != "nothing" else 0
     return "the embedding" if uses > 1 else None
 
 

@@ -113,7 +113,7 @@ class StageSerializer:
                 (output.router_logits, widths.logits),
             )
         ]
-        # before the first router these are constant zeros, which need an autograd graph all the same
+        # before the first router these are constant zeros, without an autograd graph of their own
         router = connect_graph(torch.cat(columns, 1), output.x)
         return rows, _pad_rows([router], rows=self.router_state_rows)
 

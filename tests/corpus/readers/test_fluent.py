@@ -39,7 +39,7 @@ def test_messages_attributes_and_terms_are_read_under_their_keys() -> None:
     }
 
 
-def test_of_a_selector_the_default_variant_is_taken_and_named() -> None:
+def test_the_default_variant_of_a_selector_is_read_and_its_key_recorded() -> None:
     [found] = [k for k in parse_fluent(PAGE) if k.key == "tabs"]
     assert found.invariants == ("other",)
     nested = "m = { $a ->\n  *[x] { $b ->\n    [y] no\n   *[z] yes\n   }!\n   [w] no\n }"
@@ -65,7 +65,7 @@ def test_a_placeable_is_a_placeholder_or_its_text(written: str, text: str) -> No
     assert read(f"m = {written}") == {"m": text}
 
 
-def test_placeables_are_known_to_the_placeholder_rule() -> None:
+def test_placeables_are_found_by_the_placeholder_rule() -> None:
     found = read('m = { $x } { -y(case: "a") } { NUMBER($z) } { a-b.c }')["m"]
     assert placeholders(found) == tuple(sorted(["{$x}", "{-y}", "{$z}", "{a-b.c}"]))
 
@@ -73,20 +73,20 @@ def test_placeables_are_known_to_the_placeholder_rule() -> None:
 @pytest.mark.parametrize(
     "junk", ["bad = { $x", "bad = { $n ->\n    [one] only\n }", "= no key", "bad = { ? }", "{"]
 )
-def test_what_is_no_fluent_is_passed_over_and_the_next_message_is_read(junk: str) -> None:
+def test_junk_is_skipped_and_the_next_message_is_read(junk: str) -> None:
     assert read(f"{junk}\nnext = Well\n")["next"] == "Well"
     assert "bad" not in read(f"{junk}\nnext = Well\n")
 
 
-def test_variants_may_stand_at_the_start_of_a_line() -> None:
+def test_variants_may_start_a_line() -> None:
     assert read("m = { $n ->\n[one] a tab\n*[other] tabs\n}\nb = Two") == {"m": "tabs", "b": "Two"}
 
 
-def test_a_comment_between_ends_a_message() -> None:
+def test_a_comment_ends_a_message() -> None:
     assert read("a = One\n# about b\n    two\nb = Two") == {"a": "One", "b": "Two"}
 
 
 @settings(deadline=None)
 @given(st.text(alphabet='ab={}$-.[]*> "\\\n#_1', max_size=60))
-def test_no_text_makes_it_fail(text: str) -> None:
+def test_no_text_raises(text: str) -> None:
     list(parse_fluent(text))

@@ -68,7 +68,7 @@ def test_a_tsv_reads_the_same_plain_and_compressed(tmp_path: Path, suffix: str) 
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_many_lines_come_back_in_order(tmp_path: Path, suffix: str) -> None:
+def test_many_lines_are_read_in_order(tmp_path: Path, suffix: str) -> None:
     lines = [f"line {i} {'ü' * (i % 50)}" for i in range(5000)]
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(compress("\n".join(lines).encode(), suffix))
@@ -85,7 +85,7 @@ def test_a_truncated_archive_is_named(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
-def test_what_is_no_archive_is_named(tmp_path: Path, suffix: str) -> None:
+def test_a_file_that_is_not_an_archive_is_named(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"a.tsv{suffix}").write_bytes(b"plain\ttext\n")
     with pytest.raises(UserError, match="damaged or cut short"):
         sides(tmp_path / f"a.tsv{suffix}")
@@ -168,7 +168,7 @@ def test_a_missing_moses_side_is_named(tmp_path: Path) -> None:
         sides(tmp_path / "news")
 
 
-def test_a_po_gives_translated_entries_only(tmp_path: Path) -> None:
+def test_a_po_yields_translated_entries_only(tmp_path: Path) -> None:
     path = tmp_path / "a.po"
     path.write_text(PO, encoding="utf-8")
     assert sides(path) == [
@@ -178,13 +178,13 @@ def test_a_po_gives_translated_entries_only(tmp_path: Path) -> None:
     ]
 
 
-def test_a_line_that_is_no_po_is_named() -> None:
+def test_a_line_that_is_not_po_syntax_is_named() -> None:
     with pytest.raises(UserError, match=r"a\.po, line 2: found 'hello'"):
         list(parse_po(b'msgid "x"\nhello', name="a.po"))
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_a_mo_gives_its_texts_in_either_byte_order(order: str) -> None:
+def test_a_mo_is_read_in_either_byte_order(order: str) -> None:
     messages = {
         b"": b"Content-Type: text/plain; charset=ISO-8859-1\n",
         b"menu\x04Open": "Öffnen".encode("latin-1"),
@@ -204,7 +204,7 @@ def test_a_damaged_mo_is_named(size: int) -> None:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_tmx_gives_units_with_both_languages(tmp_path: Path, suffix: str) -> None:
+def test_a_tmx_yields_units_with_both_languages(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.tmx{suffix}"
     path.write_bytes(compress(TMX.encode(), suffix))
     assert sides(path) == [("Save all", "Alles sichern")]
@@ -227,7 +227,7 @@ def test_texts_are_read_from_lines_and_objects(tmp_path: Path) -> None:
 
 @settings(deadline=None)
 @given(st.text())
-def test_an_escaped_field_is_one_field_of_one_line_and_comes_back(text: str) -> None:
+def test_an_escaped_field_is_one_field_of_one_line_and_unescapes_to_itself(text: str) -> None:
     field = escape_field(text)
     assert not set("\t\n\r") & set(field)
     assert unescape_field(field) == text

@@ -13,15 +13,15 @@ def read(text: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     "line", ["key=text", "key = text", "key: text", "  key text", "key\t=text"]
 )
-def test_key_and_text_are_parted_as_java_does(line: str) -> None:
+def test_keys_and_texts_are_separated_as_in_java(line: str) -> None:
     assert read(line) == {"key": "text"}
 
 
-def test_comments_and_blank_lines_are_no_texts() -> None:
+def test_comments_and_blank_lines_are_skipped() -> None:
     assert read("# a=1\n! b=2\n\n  # c=3\nd=4") == {"d": "4"}
 
 
-def test_a_line_goes_on_after_a_backslash_without_its_indent() -> None:
+def test_a_line_continues_after_a_backslash_without_indent() -> None:
     assert read("a = one \\\n    two\\\n three\nb = c\\\\\nd = e") == {
         "a": "one twothree",
         "b": "c\\",
@@ -34,7 +34,7 @@ def test_escapes_are_decoded_in_keys_and_texts() -> None:
     assert read("a = \\ud83d\\ude00 \\ud83d") == {"a": "\U0001f600 \ufffd"}
 
 
-def test_a_text_may_be_empty_and_the_last_line_may_go_on() -> None:
+def test_a_text_may_be_empty_and_the_last_line_may_end_in_a_backslash() -> None:
     assert read("a =\nb\nc = x\\") == {"a": "", "b": "", "c": "x"}
 
 

@@ -128,28 +128,30 @@ def test_packages_are_downloaded_once(debian: Apt) -> None:
     assert debian.commands.count("download") == 1
 
 
-def test_a_package_that_is_gone_from_the_archive_is_left_out_said_and_counted(
+def test_an_unavailable_package_is_left_out_reported_and_counted(
     debian: Apt, tmp_path: Path
 ) -> None:
-    debian.gone, heard = "demo-data", []
-    source = DebianCatalogues(packages=("demo-data", "other-data", "unheard-of"))
+    debian.gone, reported = "demo-data", []
+    source = DebianCatalogues(packages=("demo-data", "other-data", "unreported-of"))
     what = CorpusRecipe(name="d", source=source, split=ALL_TRAIN)
-    corpus = build_corpus(what, out=tmp_path / "c", progress=heard.append)
+    corpus = build_corpus(what, out=tmp_path / "c", progress=reported.append)
     assert corpus.count("en", "de") == 1
-    assert set(corpus.manifest["missing"]) == {"demo-data", "unheard-of"}
+    assert set(corpus.manifest["missing"]) == {"demo-data", "unreported-of"}
     assert "404" in corpus.manifest["missing"]["demo-data"]
-    assert corpus.manifest["missing"]["unheard-of"] == "apt does not list it"
+    assert corpus.manifest["missing"]["unreported-of"] == "apt does not list it"
     assert [r["name"] for r in corpus.manifest["read"]] == ["other-data"]
-    assert any("left out" in t and "2 Debian packages (demo-data, unheard-of)" in t for t in heard)
+    assert any(
+        "left out" in t and "2 Debian packages (demo-data, unreported-of)" in t for t in reported
+    )
 
 
-def test_when_every_package_is_gone_the_way_out_is_said(debian: Apt) -> None:
+def test_without_any_available_package_the_error_names_the_way_out(debian: Apt) -> None:
     debian.gone = "demo-data"
     with pytest.raises(UserError, match=r"none of 1 packages.*404.*run `apt-get update`"):
         DebianCatalogues(packages=("demo-data",)).fetch(progress=ignore_progress)
 
 
-def test_without_apt_kept_packages_serve_or_the_way_out_is_said(
+def test_without_apt_cached_packages_are_used_or_the_error_names_the_way_out(
     debian: Apt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     DebianCatalogues(packages=("demo-data",)).fetch(progress=ignore_progress)
@@ -163,7 +165,7 @@ def test_without_apt_kept_packages_serve_or_the_way_out_is_said(
         DebianDescriptions().fetch(progress=ignore_progress)
 
 
-def test_what_apt_says_is_passed_on(debian: Apt) -> None:
+def test_errors_of_apt_are_passed_on(debian: Apt) -> None:
     debian.problem = "Temporary failure resolving"
     with pytest.raises(UserError, match=r"failed: E: Temporary failure.*run `apt-get update`"):
         DebianCatalogues(packages=("demo-data",)).fetch(progress=ignore_progress)
@@ -210,7 +212,7 @@ def test_several_sources_make_one_corpus(debian: Apt, tmp_path: Path) -> None:
     assert corpus.count("en", "de") == 6
 
 
-def test_the_large_corpus_is_a_recipe_that_reads_back() -> None:
+def test_the_large_corpus_round_trips_as_yaml() -> None:
     what = named_corpus("software-171")
     assert CorpusRecipe.from_yaml(what.to_yaml()) == what
     assert len(desktop_packages()) > 250

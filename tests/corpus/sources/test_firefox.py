@@ -64,7 +64,7 @@ def test_messages_are_paired_by_file_and_key_and_canada_comes_before_britain(hom
     assert [p.reason for p in found if isinstance(p, RejectedPair)] == ["disagree"]
 
 
-def test_one_english_is_enough_and_none_is_said(home: Path) -> None:
+def test_one_english_package_suffices_and_none_is_an_error(home: Path) -> None:
     with pytest.raises(UserError, match=r"neither firefox-esr-l10n-en-ca nor firefox-esr-l10n-en"):
         FirefoxMessages().fetch(progress=ignore_progress)
     write_pack(home, "en-GB", BRITAIN)

@@ -57,7 +57,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_of_texts_that_differ_between_systems_the_default_is_read() -> None:
+def test_the_default_variant_of_a_system_dependent_text_is_read() -> None:
     found = {k.key: k.text for k in parse_help_page(page(ENGLISH))}
     assert found["par_1"] == "Press Ctrl+D to copy."
     assert found["par_4"] == "Click here <now>."

@@ -64,7 +64,7 @@ def with_pip(monkeypatch: pytest.MonkeyPatch, pip: Pip) -> Pip:
     return pip
 
 
-def test_a_package_is_downloaded_once_and_then_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_is_downloaded_once_and_then_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     pip = with_pip(monkeypatch, Pip({"demo==1.2.3": "1.2.3"}))
     first = fetch_package(DEMO, progress=ignore_progress)
     again = fetch_package(DEMO, progress=ignore_progress)
@@ -74,22 +74,22 @@ def test_a_package_is_downloaded_once_and_then_kept(monkeypatch: pytest.MonkeyPa
     assert [p.name for p in first.path.parent.iterdir()] == [first.path.name]
 
 
-def test_a_version_that_is_gone_is_replaced_by_its_nearest_and_said(
+def test_an_unavailable_version_is_replaced_by_the_nearest_and_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with_pip(monkeypatch, Pip({"demo==1.2.*": "1.2.9", "demo": "7.0"}))
-    heard: list[str] = []
-    assert fetch_package(DEMO, progress=heard.append).version == "1.2.9"
-    assert "demo 1.2.3 is not available, using 1.2.9" in heard[-1]
+    reported: list[str] = []
+    assert fetch_package(DEMO, progress=reported.append).version == "1.2.9"
+    assert "demo 1.2.3 is not available, using 1.2.9" in reported[-1]
 
 
-def test_without_a_network_a_kept_version_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_a_cached_version_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     write_wheel(package_archives.packages_dir() / "pypi", "demo", "1.1", FILES)
     with_pip(monkeypatch, Pip({}, problem="ERROR: Connection refused"))
     assert fetch_package(DEMO, progress=ignore_progress).version == "1.1"
 
 
-def test_without_a_network_or_a_kept_package_the_way_out_is_said(
+def test_without_a_network_or_a_cached_package_the_error_names_the_way_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with_pip(monkeypatch, Pip({}, problem="ERROR: Connection refused"))
@@ -149,13 +149,13 @@ def test_a_source_archive_is_read_like_a_wheel(tmp_path: Path) -> None:
         ("x/templates/mail.mo", None),
     ],
 )
-def test_the_language_of_a_catalogue_is_read_off_its_path(name: str, code: str | None) -> None:
+def test_the_language_of_a_catalogue_is_read_from_its_path(name: str, code: str | None) -> None:
     found = member_language(name)
     assert (found.code if found else None) == code
 
 
 @pytest.mark.parametrize(("kind", "chosen"), [("mo", "a.mo"), ("po", "a.po")])
-def test_a_catalogue_that_lies_there_twice_is_read_once(kind: str, chosen: str) -> None:
+def test_a_catalogue_in_two_formats_is_read_once(kind: str, chosen: str) -> None:
     files = [ArchiveMember(n, bytes) for n in ("a.po", "a.mo", "b.po", "c.txt")]
     assert [m.name for m in choose_members(files, kind=kind)] == [chosen, "b.po"]
 
@@ -164,14 +164,14 @@ def test_a_catalogue_that_lies_there_twice_is_read_once(kind: str, chosen: str) 
 @pytest.mark.skipif(
     not os.environ.get("MOESAIC_NETWORK"), reason="downloads 27 MB: set MOESAIC_NETWORK=1"
 )
-def test_the_small_corpus_is_what_was_published() -> None:
+def test_the_small_corpus_has_the_published_size() -> None:
     corpus = build_corpus("catalogues-small")
     assert 110_000 < corpus.manifest["pairs"] < 150_000
     assert len(corpus.languages) >= 85
     corpus.verify()
 
 
-def test_the_named_corpora_are_recipes_that_read_back() -> None:
+def test_the_named_corpora_round_trip_as_yaml() -> None:
     for name in ("catalogues-small", "catalogues"):
         what = named_corpus(name)
         assert CorpusRecipe.from_yaml(what.to_yaml()) == what

@@ -55,7 +55,7 @@ def test_a_package_is_fetched_once_and_its_scripts_are_not_run(
         (Npm(brings=False), "npm wrote no file"),
     ],
 )
-def test_what_went_wrong_and_the_way_out_are_said(
+def test_errors_name_the_cause_and_the_way_out(
     stand_in: Npm, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(stand_in, monkeypatch, tmp_path)

@@ -1,4 +1,4 @@
-"""The job that the launch files of these tests start, and torchrun's own reading of them."""
+"""The job of the launch files in these tests, and torchrun's own parser."""
 
 import re
 import shlex
@@ -13,7 +13,7 @@ JOB = LaunchJob(name="My run_1", command=COMMAND, description="16 ranks", nodes=
 
 
 def parsed(words: list[str]) -> Namespace:
-    """Read a torchrun command line as torchrun does; anything unknown ends in SystemExit."""
+    """Parse a torchrun command line with torchrun's parser; unknown options raise SystemExit."""
     assert words[0] == "torchrun"
     return get_args_parser().parse_args(words[1:])
 
@@ -27,7 +27,7 @@ def shell_command(text: str) -> list[str]:
 
 
 def assert_starts_the_job(arguments: Namespace, *, identity: str, endpoint: str) -> None:
-    """All of the job is there: its size, its restarts, its meeting, its words in one piece each."""
+    """Check nodes, restarts, rendezvous and the arguments of the script."""
     assert (arguments.nnodes, arguments.nproc_per_node) == ("2", "8")
     assert arguments.max_restarts == 3
     assert arguments.rdzv_backend == "c10d"

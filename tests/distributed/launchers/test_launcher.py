@@ -1,4 +1,4 @@
-"""The job and the plain script: torchrun's own parser reads every word of it."""
+"""The job and the torchrun script, parsed by torchrun's own parser."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from moesaic.distributed.launchers import launcher
 from moesaic.distributed.launchers.launcher import LaunchJob, Torchrun
 
 
-def test_torchrun_reads_its_command_as_it_was_meant() -> None:
+def test_torchrun_parses_the_command() -> None:
     arguments = parsed(shell_command(Torchrun().render(JOB)))
     head = "${HEAD:?set HEAD to the name of the first node}:29500"
     assert_starts_the_job(arguments, identity="my-run-1", endpoint=head)
@@ -29,7 +29,7 @@ def _run(text: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_script_asks_for_the_first_machine_unless_there_is_but_one() -> None:
+def test_the_script_requires_the_first_node_of_a_multi_node_job() -> None:
     without = _run(Torchrun().render(JOB))
     assert without.returncode
     assert "set HEAD to the name of the first node" in without.stderr
@@ -41,7 +41,7 @@ def test_the_script_asks_for_the_first_machine_unless_there_is_but_one() -> None
 
 
 @pytest.mark.parametrize("field", ["nodes", "gpus_per_node"])
-def test_a_job_of_nothing_is_refused(field: str) -> None:
+def test_a_job_without_nodes_or_gpus_is_refused(field: str) -> None:
     with pytest.raises(ConfigError, match=f"{field}: found 0, expected at least 1"):
         JOB.replace(**{field: 0})
 
@@ -52,13 +52,13 @@ def test_min_nodes_may_not_exceed_nodes() -> None:
     assert not JOB.replace(min_nodes=2).is_elastic
 
 
-def test_a_name_becomes_one_that_every_system_takes() -> None:
+def test_the_label_is_a_name_that_every_system_accepts() -> None:
     names = ["My run_1", "50-languages", "é", "x" * 60, "--a--"]
     labels = [JOB.replace(name=name).label for name in names]
     assert labels == ["my-run-1", "run-50-languages", "run", "x" * 40, "a"]
 
 
-def test_a_torch_that_knows_no_time_to_save_is_not_told_one(
+def test_an_older_torchrun_gets_no_shutdown_timeout(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     job = LaunchJob(name="a", command=COMMAND, nodes=1, gpus_per_node=1)

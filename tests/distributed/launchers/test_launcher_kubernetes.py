@@ -1,4 +1,4 @@
-"""The Job and its Service agree on every name, and on torchrun's words."""
+"""The Kubernetes Job and its Service have the same names, and run torchrun."""
 
 import pytest
 import yaml
@@ -10,7 +10,7 @@ from moesaic.distributed.launchers.launcher import Kubernetes
 HERE = Kubernetes(image='registry/"odd":1', claim="runs", namespace="train", save_s=120)
 
 
-def test_the_job_and_the_service_are_one() -> None:
+def test_the_job_and_the_service_have_the_same_names() -> None:
     service, job = yaml.safe_load_all(HERE.render(JOB))
     pod = job["spec"]["template"]["spec"]
     assert (service["kind"], job["kind"]) == ("Service", "Job")
@@ -23,7 +23,7 @@ def test_the_job_and_the_service_are_one() -> None:
     assert pod["terminationGracePeriodSeconds"] == 120
 
 
-def test_the_container_runs_torchrun_as_it_was_meant() -> None:
+def test_torchrun_parses_the_container_command() -> None:
     _, job = yaml.safe_load_all(HERE.render(JOB))
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert container["image"] == HERE.image
@@ -34,7 +34,7 @@ def test_the_container_runs_torchrun_as_it_was_meant() -> None:
     assert mounts == {volume["name"] for volume in job["spec"]["template"]["spec"]["volumes"]}
 
 
-def test_kubernetes_expands_no_word_of_the_command() -> None:
+def test_kubernetes_expands_no_argument_of_the_command() -> None:
     odd = JOB.replace(command=("-m", "moesaic", "train", "$(HOME)"))
     _, job = yaml.safe_load_all(HERE.render(odd))
     assert job["spec"]["template"]["spec"]["containers"][0]["command"][-1] == "$$(HOME)"

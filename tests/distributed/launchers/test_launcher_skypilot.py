@@ -10,7 +10,7 @@ from moesaic.distributed.launchers.launcher import SkyPilot
 TASK = SkyPilot(accelerator="H100", volume="runs", setup="pip install a\npip install b")
 
 
-def test_the_task_asks_for_what_the_job_needs() -> None:
+def test_the_task_requests_the_nodes_and_gpus_of_the_job() -> None:
     task = yaml.safe_load(TASK.render(JOB))
     assert (task["name"], task["num_nodes"]) == ("my-run-1", 2)
     assert task["resources"]["accelerators"] == "H100:8"
@@ -20,7 +20,7 @@ def test_the_task_asks_for_what_the_job_needs() -> None:
     assert "volumes" not in yaml.safe_load(TASK.replace(volume="").render(JOB))
 
 
-def test_its_command_is_for_bash_and_torchrun() -> None:
+def test_the_command_is_parsed_by_bash_and_torchrun() -> None:
     run = yaml.safe_load(TASK.render(JOB))["run"]
     assert subprocess.run(["bash", "-n", "-c", run], check=False).returncode == 0
     script = run.replace('cd "$SHARED"', "").replace("torchrun", "printf '%s\\n'")

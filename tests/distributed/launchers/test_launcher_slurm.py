@@ -41,13 +41,13 @@ def _start(cluster: Path, **environment: str) -> subprocess.Popen[bytes]:
     )
 
 
-def test_torchrun_reads_its_command_as_it_was_meant() -> None:
+def test_torchrun_parses_the_command() -> None:
     arguments = parsed(shell_command(Slurm().render(JOB)))
     identity = "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
     assert_starts_the_job(arguments, identity=identity, endpoint="$head:29500")
 
 
-def test_every_node_meets_at_the_first_and_a_failure_is_the_jobs(cluster: Path) -> None:
+def test_the_rendezvous_is_the_first_node_and_a_failure_fails_the_job(cluster: Path) -> None:
     assert _start(cluster, CODE="5").wait(20) == 5
     words = (cluster / "words").read_text().splitlines()
     assert "--rdzv-endpoint=node-a:29500" in words
@@ -55,7 +55,7 @@ def test_every_node_meets_at_the_first_and_a_failure_is_the_jobs(cluster: Path) 
     assert "requeue" not in (cluster / "said").read_text()
 
 
-def test_before_its_time_is_over_it_stops_the_run_and_goes_back_in_line(cluster: Path) -> None:
+def test_before_the_time_limit_it_stops_the_run_and_requeues(cluster: Path) -> None:
     script = _start(cluster, HANG="yes")
     late = time.monotonic() + 20
     while not (cluster / "words").is_file() and time.monotonic() < late:
@@ -66,7 +66,7 @@ def test_before_its_time_is_over_it_stops_the_run_and_goes_back_in_line(cluster:
     assert said[-2:] == ["scancel --signal=TERM 7", "scontrol requeue 7"]
 
 
-def test_its_options_are_slurms() -> None:
+def test_options_become_sbatch_directives() -> None:
     own = Slurm(time="2-00:00:00", save_s=120, partition="gpu", extra_options=("--qos=long",))
     lines = own.render(JOB).splitlines()
     for option in ("--time=2-00:00:00", "--signal=B:TERM@120", "--partition=gpu", "--qos=long"):
@@ -81,7 +81,7 @@ def test_a_wrong_setting_is_refused(wrong: dict[str, object]) -> None:
         Slurm(**wrong)
 
 
-def test_a_job_that_may_shrink_outlives_a_node() -> None:
+def test_an_elastic_job_survives_a_lost_node() -> None:
     text = Slurm().render(JOB.replace(min_nodes=1))
     assert "#SBATCH --no-kill" in text
     assert "--kill-on-bad-exit=0" in text

@@ -17,13 +17,11 @@ from moesaic.moe.attention_experts import MixtureOfAttention
 from moesaic.moe.balance import RouterZLoss, SequenceBalance, SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.cross_layer_router import DecoupledRouting
-from moesaic.moe.layer import set_ranks
 from moesaic.moe.limit import Capacity, RandomPriority
 from moesaic.moe.router_logits import HiddenStateAndTag
 from moesaic.moe.select import TopK
 from moesaic.moe.shared_experts import GatedSharedExperts
 from moesaic.nn.attention import AttentionConfig
-from moesaic.parallel.batch_ranks import BatchRanks
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ring
 from moesaic.parallel.parallelize import parallelize
@@ -85,7 +83,7 @@ def _batch(case: tuple[str, str]) -> Batch:
     return replace(batch, source=batch.source[:, :0]) if case[0] == "decoder" else batch
 
 
-def _made(case: tuple[str, str]) -> Transformer:
+def _build(case: tuple[str, str]) -> Transformer:
     torch.manual_seed(0)
     return Transformer(MODELS[case[0]])
 
@@ -97,8 +95,8 @@ def _pass(model: Transformer, batch: Batch, *, predicted: int) -> Outcome:
     for record in output.records:
         for name, value in record.losses.items():
             terms[name] = terms.get(name, 0.0) + value
-        at, routing = record.context, record.routing
-        places = torch.stack([at.row_key, at.position], 1)[routing.token]
+        context, routing = record.context, record.routing
+        places = torch.stack([context.row_key, context.position], 1)[routing.token]
         edges[record.layer] = torch.cat([places, routing.expert[:, None]], 1)
     torch.stack(list(terms.values())).sum().backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -106,39 +104,40 @@ def _pass(model: Transformer, batch: Batch, *, predicted: int) -> Outcome:
 
 
 @cache
-def _whole(case: tuple[str, str]) -> Outcome:
+def _single_process(case: tuple[str, str]) -> Outcome:
     batch = _batch(case)
-    return _pass(_made(case), batch, predicted=batch.num_predicted)
+    return _pass(_build(case), batch, predicted=batch.num_predicted)
 
 
 def _on_ranks(parallel: ParallelConfig) -> list[Outcome]:
-    """Return each case's outcome; gradients are compared here, with this rank's part of all."""
-    found = []
+    """Return each case's outcome; gradients are compared on the rank, with its slices."""
+    outcomes = []
     for case in _cases(parallel):
-        model, batch = _made(case), _batch(case)
-        spread = parallelize(model, parallel=parallel, world=ProcessGroupWorld())
-        set_ranks(model, BatchRanks(spread.stage_world))
-        mine = shard_batch(batch, rank=spread.data_world.rank, world_size=spread.data_world.size)
-        outcome = _pass(model, mine, predicted=batch.num_predicted)
-        spread.sum_gradients()
-        for name, grad in _whole(case).grads.items():
-            part = slice_local(grad, spread.local_spans(name))
+        model, batch = _build(case), _batch(case)
+        parallel_model = parallelize(model, parallel=parallel, world=ProcessGroupWorld())
+        local = shard_batch(
+            batch, rank=parallel_model.data_world.rank, world_size=parallel_model.data_world.size
+        )
+        outcome = _pass(model, local, predicted=batch.num_predicted)
+        parallel_model.sum_gradients()
+        for name, grad in _single_process(case).grads.items():
+            part = slice_local(grad, parallel_model.local_spans(name))
             torch.testing.assert_close(outcome.grads[name], part, rtol=2e-4, atol=1e-6, msg=name)
-        found.append(replace(outcome, grads={}))
-    return found
+        outcomes.append(replace(outcome, grads={}))
+    return outcomes
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_context_ranks_share_one_loss(name: str) -> None:
+def test_context_parallel_ranks_share_one_loss(name: str) -> None:
     parallel = PLANS[name]
     for case in _cases(parallel):
-        _whole(case)  # here, so that ranks need not
-    seen = run_on_ranks(parallel.plan.world_size, _on_ranks, parallel)
+        _single_process(case)  # cached before ranks fork
+    results = run_on_ranks(parallel.plan.world_size, _on_ranks, parallel)
     for number, case in enumerate(_cases(parallel)):
-        whole, ranks = _whole(case), [rank[number] for rank in seen]
-        for loss, value in whole.losses.items():
+        expected, ranks = _single_process(case), [rank[number] for rank in results]
+        for loss, value in expected.losses.items():
             assert sum(r.losses[loss] for r in ranks) == pytest.approx(value, rel=1e-5), case
-        for layer, edges in whole.edges.items():
-            together = torch.cat([rank.edges[layer] for rank in ranks])
-            assert sorted(together.tolist()) == sorted(edges.tolist()), (case, layer)
+        for layer, edges in expected.edges.items():
+            joined = torch.cat([rank.edges[layer] for rank in ranks])
+            assert sorted(joined.tolist()) == sorted(edges.tolist()), (case, layer)
             assert CAPPED.experts in edges[:, 2], "nothing was dropped"

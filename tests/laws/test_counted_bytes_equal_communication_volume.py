@@ -1,4 +1,4 @@
-"""Law: what a run sends for its experts is what arithmetic says, to the byte."""
+"""Law: the counted bytes of expert parallelism equal their closed forms, to the byte."""
 
 from dataclasses import replace
 from itertools import combinations
@@ -25,27 +25,29 @@ from moesaic.moe.select import TopK
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 
 RANKS, K = 4, 2
-SETS = torch.tensor(list(combinations(range(E), K)))  # a token for each: an even load
+SETS = torch.tensor(list(combinations(range(E), K)))  # one token for each set: an even load
 MESHES = {"expert 4": (1, 4, 1), "data 2 x expert 2": (2, 2, 1), "expert 2 x model 2": (1, 2, 2)}
 
 
 def _counted(mesh: tuple[int, int, int]) -> dict[str, int]:
-    """Bytes of floats over each axis, forward, backward and in the sum of gradients."""
-    copies, _, cuts = mesh
-    rows = split_group(distributed.group.WORLD, inner_size=RANKS // copies)
-    model = split_group(rows.inner, inner_size=cuts)
-    axes = {"data": rows.outer if copies > 1 else None, "expert": model.outer, "model": model.inner}
-    experts = bank(experts=range(E // group_size(axes["expert"])), hidden=slice(0, F // cuts))
+    """Bytes of floats over each axis in forward, backward and the all-reduce of gradients."""
+    data, _, model_ranks = mesh
+    rows = split_group(distributed.group.WORLD, inner_size=RANKS // data)
+    model = split_group(rows.inner, inner_size=model_ranks)
+    axes = {"data": rows.outer if data > 1 else None, "expert": model.outer, "model": model.inner}
+    experts = bank(
+        experts=range(E // group_size(axes["expert"])), hidden=slice(0, F // model_ranks)
+    )
     weight = torch.ones(SETS.shape, requires_grad=True)
     routing = Routing.from_topk(weight, expert=SETS, num_experts=E)
-    with CommunicationCounter(axes=axes) as wire:
+    with CommunicationCounter(axes=axes) as counter:
         x = torch.randn(len(SETS), D, requires_grad=True)
-        way = AllToAllDispatcher(axes["expert"], slice_group=axes["model"])
-        way.run_experts(x, routing=routing, experts=experts).sum().backward()
+        dispatcher = AllToAllDispatcher(axes["expert"], slice_group=axes["model"])
+        dispatcher.run_experts(x, routing=routing, experts=experts).sum().backward()
         for matrix in experts.parameters() if axes["data"] is not None else ():
             assert matrix.grad is not None
             distributed.all_reduce(matrix.grad, group=axes["data"])
-    return {axis: wire.total_bytes(axis=axis, dtype=torch.float32) for axis in axes}
+    return {axis: counter.total_bytes(axis=axis, dtype=torch.float32) for axis in axes}
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
@@ -61,7 +63,7 @@ def test_rows_stay_on_the_expert_axis_and_gradients_on_the_data_axis(
         assert found == {"data": both.data, "expert": both.expert, "model": both.model}
 
 
-def _narrow(ratio: float) -> int:
+def _projected_bytes(ratio: float) -> int:
     config = MoE(experts=E, select=TopK(k=K), dispatch_projection=DownProjection(ratio=ratio))
     feed = FeedForwardConfig(hidden=F, activation=ReLU())
     torch.manual_seed(0)
@@ -72,14 +74,14 @@ def _narrow(ratio: float) -> int:
     layer.experts = GroupedExperts(size)
     layer.dispatcher = AllToAllDispatcher(distributed.group.WORLD)
     x = torch.randn(12, 16, generator=torch.Generator().manual_seed(2 + distributed.get_rank()))
-    with CommunicationCounter() as wire:
-        answer = layer(
+    with CommunicationCounter() as counter:
+        output = layer(
             x.requires_grad_(), context=TokenContext.unbatched(12), router_state=RouterState()
         )
-        answer.out.sum().backward()
-    return wire.total_bytes(kind="all-to-all", dtype=torch.float32)
+        output.out.sum().backward()
+    return counter.total_bytes(kind="all-to-all", dtype=torch.float32)
 
 
-def test_narrow_rows_cost_exactly_their_share() -> None:
-    whole, quarter = (sum(run_on_ranks(RANKS, _narrow, ratio)) for ratio in (1.0, 0.25))
+def test_a_dispatch_projection_reduces_bytes_by_its_ratio() -> None:
+    whole, quarter = (sum(run_on_ranks(RANKS, _projected_bytes, ratio)) for ratio in (1.0, 0.25))
     assert quarter * 4 == whole > 0

@@ -1,4 +1,4 @@
-"""Law: what public MoE code is known to get wrong is right here, trap by trap."""
+"""Law: known bugs of public MoE code do not occur here."""
 
 from dataclasses import replace
 
@@ -60,7 +60,7 @@ def test_capacity_counts_the_tokens_of_all_ranks(priority):
     limit = Capacity(factor=0.7, minimum=0, priority=priority)
     logits = torch.randn(40, EXPERTS) + torch.linspace(2, 0, 40)[:, None] * torch.eye(EXPERTS)[0]
     gate = RouterContext.from_logits(logits, training=True)
-    whole = limit(TopK(k=2)(gate), router=gate, batch_group=SingleRankBatch())
+    whole = limit(TopK(k=2)(gate), gate, SingleRankBatch())
     kept = []
     parts = [slice(0, 31), slice(31, 40)]  # very unequal: local counts would drop others
     gates = [
@@ -69,11 +69,11 @@ def test_capacity_counts_the_tokens_of_all_ranks(priority):
     sent = []
     for each in gates:
         routing = TopK(k=2)(each)
-        key = priority.key(routing, gate=each)
+        key = priority.key(routing, router=each)
         sent.append(torch.cat([routing.expert[:, None], key], 1))
     for number, each in enumerate(gates):
         ranks = Shared(sent[1 - number], first=number == 0)
-        kept.append(limit(TopK(k=2)(each), router=each, batch_group=ranks).expert)
+        kept.append(limit(TopK(k=2)(each), each, ranks).expert)
     assert torch.equal(torch.cat(kept), whole.expert)
     assert 0 < whole.dropped.sum() < 80
 
@@ -95,6 +95,6 @@ def test_a_balance_loss_never_counts_padding():
     batch = batch_for(BASE)
     tight, loose = model(batch).records, model(padded(batch, 50)).records
     for here, there in zip(tight, loose, strict=True):
-        assert here.sums[-1] == there.sums[-1] == here.routing.num_tokens
+        assert here.stats_vector[-1] == there.stats_vector[-1] == here.routing.num_tokens
         for name, value in here.losses.items():
             torch.testing.assert_close(there.losses[name], value, rtol=1e-5, atol=1e-7)

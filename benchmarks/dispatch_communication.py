@@ -1,11 +1,11 @@
-"""Bytes on the wire, counted in real runs on eight ranks of this machine beside the closed forms.
+"""Communication volume of dispatch: counted on eight local ranks, and in closed form.
 
-Each part moves the rows of one MoE layer forward and backward over gloo, a node being four ranks in
-a row, and counts with ``Wire`` what a rank sends. Routing is even, by having every set of experts
-once, so the closed forms are exact and a run on another machine counts the same. Written to
-``results/wire.json`` and into the guide.
+Each part dispatches and combines the rows of one MoE layer in forward and backward over gloo, on
+nodes of four consecutive ranks, and counts what a rank sends with a ``CommunicationCounter``.
+Routing is even (every set of experts once), so the closed forms are exact and a run on another
+machine counts the same. Written to ``results/dispatch_communication.json`` and into the guide.
 
-    python benchmarks/wire.py
+    python benchmarks/dispatch_communication.py
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as distributed
+from dispatch_communication_page import write_page
 from dispatch_volume import (
     DispatchedTokens,
     all_to_all_bytes,
@@ -26,7 +27,6 @@ from dispatch_volume import (
 )
 from support import write_result
 from torch import nn
-from wire_page import write_page
 
 from moesaic.distributed.communication_counter import CommunicationCounter
 from moesaic.distributed.forked_ranks import run_on_ranks
@@ -59,17 +59,17 @@ FLOAT = torch.float32
 
 
 @dataclass(frozen=True)
-class Folds:
-    """Groups of eight ranks, all made by every rank in the same order."""
+class Groups:
+    """Process groups of eight ranks, created by every rank in the same order."""
 
     world: Group
     pairs: Subgroups
     nodes: Subgroups
 
     @staticmethod
-    def made() -> "Folds":
+    def create() -> "Groups":
         world = distributed.group.WORLD
-        return Folds(world, split_group(world, inner_size=2), split_group(world, inner_size=NODE))
+        return Groups(world, split_group(world, inner_size=2), split_group(world, inner_size=NODE))
 
 
 def every_set(per_token: int) -> Routing:
@@ -78,7 +78,7 @@ def every_set(per_token: int) -> Routing:
     return Routing.from_topk(torch.ones(sets.shape), expert=sets, num_experts=E)
 
 
-def bank(experts: int, *, hidden: int = F, dim: int = D) -> GroupedExperts:
+def grouped_experts(experts: int, *, hidden: int = F, dim: int = D) -> GroupedExperts:
     feed = FeedForwardConfig(hidden=hidden, activation=ReLU())
     made = GroupedExperts(ExpertShape(experts, dim, feed, bias=False))
     for matrix in made.parameters():
@@ -86,19 +86,21 @@ def bank(experts: int, *, hidden: int = F, dim: int = D) -> GroupedExperts:
     return made
 
 
-def there_and_back(way: Dispatcher, *, experts: GroupedExperts, routing: Routing) -> None:
+def dispatch_and_combine(
+    dispatcher: Dispatcher, *, experts: GroupedExperts, routing: Routing
+) -> None:
     x = torch.randn(routing.num_tokens, D, requires_grad=True)
-    weighed = replace(routing, weight=routing.weight.clone().requires_grad_())
-    way.run_experts(x, routing=weighed, experts=experts).sum().backward()
+    weighted = replace(routing, weight=routing.weight.clone().requires_grad_())
+    dispatcher.run_experts(x, routing=weighted, experts=experts).sum().backward()
 
 
 def mesh_row(name: str, *, over: Group, slices: Group, data: Group) -> dict[str, Any]:
-    """Rows and gradients of one way to lay the experts over the ranks."""
+    """Count rows and gradients of one (data, expert, model) mesh."""
     places, cuts, copies = group_size(over), group_size(slices), group_size(data)
-    routing, experts = every_set(2), bank(E // places, hidden=F // cuts)
+    routing, experts = every_set(2), grouped_experts(E // places, hidden=F // cuts)
     names: dict[str, Group] = {"expert": over, "model": slices, "data": data}
-    with CommunicationCounter(axes=names) as wire:
-        there_and_back(
+    with CommunicationCounter(axes=names) as counter:
+        dispatch_and_combine(
             AllToAllDispatcher(over, slice_group=slices), experts=experts, routing=routing
         )
         for matrix in experts.parameters() if data is not None else ():
@@ -109,62 +111,66 @@ def mesh_row(name: str, *, over: Group, slices: Group, data: Group) -> dict[str,
     )
     return {
         "mesh": name,
-        "counted": {axis: wire.total_bytes(axis=axis, dtype=FLOAT) for axis in names},
+        "counted": {axis: counter.total_bytes(axis=axis, dtype=FLOAT) for axis in names},
         "closed": {"expert": 2 * form.expert, "model": 2 * form.model, "data": form.data},
-        "rows_leaving_node": wire.inter_node_bytes(ranks_per_node=NODE, dtype=FLOAT)
+        "inter_node_rows": counter.inter_node_bytes(ranks_per_node=NODE, dtype=FLOAT)
         - sum(
             line.bytes
-            for line in wire.entries()
+            for line in counter.entries()
             if line.axis == "data" and line.destination // NODE != distributed.get_rank() // NODE
         ),
     }
 
 
 def meshes() -> list[dict[str, Any]]:
-    fold = Folds.made()
-    inner = split_group(fold.nodes.inner, inner_size=2)
+    groups = Groups.create()
+    inner = split_group(groups.nodes.inner, inner_size=2)
     return [
-        mesh_row("expert 8", over=fold.world, slices=None, data=None),
-        mesh_row("data 2 x expert 4", over=fold.nodes.inner, slices=None, data=fold.nodes.outer),
+        mesh_row("expert 8", over=groups.world, slices=None, data=None),
+        mesh_row(
+            "data 2 x expert 4", over=groups.nodes.inner, slices=None, data=groups.nodes.outer
+        ),
         mesh_row(
             "data 2 x expert 2 x model 2",
             over=inner.outer,
             slices=inner.inner,
-            data=fold.nodes.outer,
+            data=groups.nodes.outer,
         ),
     ]
 
 
 def folding() -> list[dict[str, Any]]:
-    """Expert parallelism of degree 4 beside attention cut in two: over data, or folded."""
-    fold, found = Folds.made(), []
+    """Expert parallelism of degree 4 with attention of tensor degree 2: over data, or folded."""
+    groups, found = Groups.create(), []
     rows = DispatchedTokens(tokens=comb(E, 2), experts_per_token=2, dim=D, itemsize=4)
     for name, over, near in (
-        ("unfolded: every second rank", fold.pairs.outer, 2),
-        ("folded: four in a row", fold.nodes.inner, 4),
+        ("unfolded: every second rank", groups.pairs.outer, 2),
+        ("folded: four consecutive", groups.nodes.inner, 4),
     ):
-        with CommunicationCounter() as wire:
-            way = AllToAllDispatcher(over)
-            there_and_back(way, experts=bank(E // 4), routing=every_set(2))
+        with CommunicationCounter() as counter:
+            dispatcher = AllToAllDispatcher(over)
+            dispatch_and_combine(dispatcher, experts=grouped_experts(E // 4), routing=every_set(2))
         found.append(
             {
                 "expert_group": name,
-                "counted_leaving": wire.inter_node_bytes(ranks_per_node=NODE, dtype=FLOAT),
-                "closed_leaving": 2
+                "counted_inter_node": counter.inter_node_bytes(ranks_per_node=NODE, dtype=FLOAT),
+                "closed_inter_node": 2
                 * all_to_all_inter_node_bytes(rows, ranks=4, ranks_per_node=near),
-                "counted": wire.total_bytes(dtype=FLOAT),
+                "counted": counter.total_bytes(dtype=FLOAT),
                 "closed": 2 * all_to_all_bytes(rows, ranks=4),
             }
         )
     return found
 
 
-def narrow() -> dict[str, Any]:
-    """A layer whose rows travel whole, and one whose rows travel at a quarter of the width."""
+def projection() -> dict[str, Any]:
+    """A layer that dispatches whole rows, and one that dispatches a quarter of their width."""
     counted = {}
     for name, config in {
-        "whole": MoE(experts=E, select=TopK(k=2)),
-        "narrow": MoE(experts=E, select=TopK(k=2), dispatch_projection=DownProjection(ratio=0.25)),
+        "full": MoE(experts=E, select=TopK(k=2)),
+        "projected": MoE(
+            experts=E, select=TopK(k=2), dispatch_projection=DownProjection(ratio=0.25)
+        ),
     }.items():
         torch.manual_seed(0)
         feed = FeedForwardConfig(hidden=F, activation=ReLU())
@@ -174,90 +180,94 @@ def narrow() -> dict[str, Any]:
         torch.manual_seed(1)
         for parameter in layer.router.parameters():
             nn.init.normal_(parameter)
-        layer.experts = bank(E // RANKS, dim=config.dispatch_projection.expert_dim(D))
+        layer.experts = grouped_experts(E // RANKS, dim=config.dispatch_projection.expert_dim(D))
         layer.dispatcher = AllToAllDispatcher(distributed.group.WORLD)
         torch.manual_seed(2 + distributed.get_rank())
         x = torch.randn(64, D, requires_grad=True)
-        with CommunicationCounter() as wire:
+        with CommunicationCounter() as counter:
             answer = layer(x, context=TokenContext.unbatched(64), router_state=RouterState())
             answer.out.sum().backward()
-        counted[name] = wire.total_bytes(kind="all-to-all", dtype=FLOAT)
-    return {**counted, "ratio": counted["narrow"] / counted["whole"], "closed": 0.25}
+        counted[name] = counter.total_bytes(kind="all-to-all", dtype=FLOAT)
+    return {**counted, "ratio": counted["projected"] / counted["full"], "closed": 0.25}
 
 
-def hops() -> list[dict[str, Any]]:
-    """What crosses between nodes, flat and in two hops."""
-    fold, found = Folds.made(), []
+def hierarchical() -> list[dict[str, Any]]:
+    """Bytes between nodes of a flat and of a hierarchical all-to-all."""
+    groups, found = Groups.create(), []
     for per_token in (1, 2, 4):
         routing = every_set(per_token)
         rows = DispatchedTokens(
             tokens=routing.num_tokens, experts_per_token=per_token, dim=D, itemsize=4
         )
         crossing = {}
-        for name, way in (
-            ("flat", AllToAllDispatcher(fold.world)),
+        for name, dispatcher in (
+            ("flat", AllToAllDispatcher(groups.world)),
             (
-                "two_hops",
-                hierarchical_dispatcher(inter_node=fold.nodes.outer, intra_node=fold.nodes.inner),
+                "hierarchical",
+                hierarchical_dispatcher(
+                    inter_node=groups.nodes.outer, intra_node=groups.nodes.inner
+                ),
             ),
         ):
-            with CommunicationCounter() as wire:
-                there_and_back(way, experts=bank(E // RANKS), routing=routing)
-            crossing[name] = wire.inter_node_bytes(ranks_per_node=NODE)
+            with CommunicationCounter() as counter:
+                dispatch_and_combine(
+                    dispatcher, experts=grouped_experts(E // RANKS), routing=routing
+                )
+            crossing[name] = counter.inter_node_bytes(ranks_per_node=NODE)
         flat = 2 * all_to_all_inter_node_bytes(rows, ranks=RANKS, ranks_per_node=NODE)
         once = 2 * hierarchical_inter_node_bytes(rows, experts=E, nodes=RANKS // NODE)
-        # an edge that crosses tells its expert and weight, and gets the weight's gradient
+        # an edge between nodes has its expert and weight, and in backward the weight's gradient
         edges = rows.tokens * per_token // 2 * (8 + 4 + 4)
         found.append(
             {
                 "per_token": per_token,
                 **{f"counted_{name}": size for name, size in crossing.items()},
                 "closed_flat": flat + NODE * 8,
-                "closed_two_hops": once + edges + 2 * 8,
+                "closed_hierarchical": once + edges + 2 * 8,
             }
         )
     return found
 
 
-def lending() -> list[dict[str, Any]]:
-    """Two experts, each cut over four ranks: rows repeated, or slices and experts lent."""
-    fold, found = Folds.made(), []
-    over, slices, hidden = fold.nodes.outer, fold.nodes.inner, 96
-    ways = possible_gather_degrees(2, slices=NODE)
+def adaptive() -> list[dict[str, Any]]:
+    """Two experts, each sliced over four ranks: rows repeated, or weights gathered."""
+    groups, found = Groups.create(), []
+    over, slices, hidden = groups.nodes.outer, groups.nodes.inner, 96
+    candidates = possible_gather_degrees(2, slices=NODE)
     for factor in range(1, 9):
         tokens = 8 * factor
         expert = (torch.arange(tokens) % 2)[:, None]
         routing = Routing.from_topk(torch.ones(tokens, 1), expert=expert, num_experts=2)
-        experts = bank(1, hidden=hidden // NODE)
+        experts = grouped_experts(1, hidden=hidden // NODE)
         step = StepLoad(
             torch.full((2, NODE, 2), tokens // 2),
             row_bytes=4 * D,
-            bank_bytes=4 * sum(matrix.numel() for matrix in experts.parameters()),
+            weight_bytes=4 * sum(matrix.numel() for matrix in experts.parameters()),
         )
         row: dict[str, Any] = {"capacity_factor": factor, "counted": {}, "closed": {}}
-        for way in ways:
+        for degrees in candidates:
             dispatcher = AdaptiveDispatcher(
-                over, slice_group=slices, costs=BY_BYTES, candidates=[way]
+                over, slice_group=slices, costs=BY_BYTES, candidates=[degrees]
             )
-            with CommunicationCounter() as wire:
-                there_and_back(dispatcher, experts=experts, routing=routing)
-            moved = step.traffic(way)
-            row["counted"][label(way)] = wire.total_bytes(dtype=FLOAT)
-            row["closed"][label(way)] = 2 * (2 * moved.rows + 2 * moved.copies + moved.weights)
+            with CommunicationCounter() as counter:
+                dispatch_and_combine(dispatcher, experts=experts, routing=routing)
+            sent = step.traffic(degrees)
+            row["counted"][label(degrees)] = counter.total_bytes(dtype=FLOAT)
+            row["closed"][label(degrees)] = 2 * (2 * sent.rows + 2 * sent.copies + sent.weights)
         free = AdaptiveDispatcher(over, slice_group=slices, costs=BY_BYTES)
         x = torch.randn(tokens, D)
-        row["chosen"] = label(free.choose(x, routing=routing, experts=experts))
+        row["selected"] = label(free.choose(x, routing=routing, experts=experts))
         found.append(row)
     return found
 
 
-def label(way: GatherDegrees) -> str:
-    """Tutel's r: how often a row is repeated; 0 where weights are all that travels."""
-    return "r=0" if way.experts > 1 else f"r={NODE // way.slices}"
+def label(degrees: GatherDegrees) -> str:
+    """Tutel's r: how often a row is repeated; 0 where only weights are sent."""
+    return "r=0" if degrees.experts > 1 else f"r={NODE // degrees.slices}"
 
 
-def alike(part: Any) -> Any:
-    """Run a part on all ranks, which must have counted the same."""
+def same_on_all_ranks(part: Any) -> Any:
+    """Run a part on all ranks, whose counts must be equal."""
     every = run_on_ranks(RANKS, part, timeout_s=300)
     if any(found != every[0] for found in every):
         raise ValueError(f"ranks counted differently in {part.__name__}: {every}")
@@ -265,26 +275,28 @@ def alike(part: Any) -> Any:
 
 
 def summed(part: Any) -> dict[str, Any]:
-    """Run a part whose routing is not even: the sums over ranks."""
+    """Run a part with uneven routing: the sums over ranks."""
     every = run_on_ranks(RANKS, part, timeout_s=300)
-    whole, less = (sum(found[name] for found in every) for name in ("whole", "narrow"))
-    return {"whole": whole, "narrow": less, "ratio": less / whole, "closed": every[0]["closed"]}
+    full, projected = (sum(found[name] for found in every) for name in ("full", "projected"))
+    sums = {"full": full, "projected": projected, "ratio": projected / full}
+    return sums | {"closed": every[0]["closed"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/wire.json"))
+    results = Path("benchmarks/results/dispatch_communication.json")
+    parser.add_argument("--out", type=Path, default=results)
     parser.add_argument("--page", type=Path, default=Path("docs/guide/communication-volume.md"))
     options = parser.parse_args()
     result = {
         "ranks": RANKS,
         "ranks_per_node": NODE,
         "row_bytes": 4 * D,
-        "meshes": alike(meshes),
-        "folding": alike(folding),
-        "narrow": summed(narrow),
-        "hops": alike(hops),
-        "lending": alike(lending),
+        "meshes": same_on_all_ranks(meshes),
+        "folding": same_on_all_ranks(folding),
+        "projection": summed(projection),
+        "hierarchical": same_on_all_ranks(hierarchical),
+        "adaptive": same_on_all_ranks(adaptive),
     }
     write_result(options.out, result)
     write_page(options.page, result)

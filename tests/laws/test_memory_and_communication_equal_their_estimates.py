@@ -1,7 +1,7 @@
-"""Law: a rank holds and sends, to the byte, what closed forms say of its plan.
+"""Law: memory and communication of a rank equal the estimates of its plan, to the byte.
 
-On real ranks, and on one rank of many rehearsed with fake tensors. What autograd keeps is within
-10 % where nothing is gathered.
+On real ranks, and on one simulated rank of many. Activations are within 10 % where ZeRO gathers
+nothing.
 """
 
 from collections import Counter
@@ -44,7 +44,7 @@ REAL: dict[str, tuple[ModelConfig, ParallelConfig]] = {
     "E+C": (BOTH, parallel(expert=4, context=2)),
     "E+Z2": (BIASED, parallel(expert=2, zero=2, tensor=2)),
 }
-REHEARSED: dict[str, tuple[ModelConfig, ParallelConfig, int, int]] = {
+SIMULATED: dict[str, tuple[ModelConfig, ParallelConfig, int, int]] = {
     "E+D of 64": (BIASED, parallel(expert=4), 64, 63),
     "E+Z of 48": (BOTH, parallel(expert=4, zero=3), 48, 2),
     "E+Z+M+C of 64": (
@@ -57,16 +57,16 @@ REHEARSED: dict[str, tuple[ModelConfig, ParallelConfig, int, int]] = {
 }
 
 
-def _sums(lines: Iterable[CommunicationVolume], same: dict[str, str]) -> Lines:
-    """Bytes by collective and group: two axes of the same ranks are one."""
-    found: Counter[tuple[str, str]] = Counter()
+def _sums(lines: Iterable[CommunicationVolume], groups: dict[str, str]) -> Lines:
+    """Bytes by collective and group; axes with the same ranks are one group."""
+    results: Counter[tuple[str, str]] = Counter()
     for line in lines:
-        found[line.kind, same.get(line.axis, line.axis)] += line.bytes
-    return dict(found)
+        results[line.kind, groups.get(line.axis, line.axis)] += line.bytes
+    return dict(results)
 
 
-def _same(mesh: Mesh) -> dict[str, str]:
-    """The first name of the ranks that an axis stands for."""
+def _group_names(mesh: Mesh) -> dict[str, str]:
+    """The name of the group of ranks of each axis."""
     named = {id(group): name for name, group in mesh_groups(mesh).items()}
     pairs = [(axis, mesh.group(axis)) for axis in ("data", "context", "tensor")]
     for number in mesh.expert_counts:
@@ -77,57 +77,59 @@ def _same(mesh: Mesh) -> dict[str, str]:
 
 
 def _step() -> dict[str, tuple[list[int], Lines, list[int], Lines]]:
-    """Take a step under every plan; return what was held and sent, and what was forecast."""
-    rank, found = distributed.get_rank(), {}
-    for name, (config, laid) in REAL.items():
+    """Take a step under every plan; return memory and communication, measured and estimated."""
+    rank, results = distributed.get_rank(), {}
+    for name, (config, parallel_config) in REAL.items():
         model = Transformer(with_round_robin_routing(config))
-        plan = laid.plan.resolve(4)
+        plan = parallel_config.plan.resolve(4)
         mesh = Mesh(plan, rank=rank, device=torch.device("cpu"), expert_counts=expert_counts(model))
-        spread = parallelize_on_mesh(model, parallel=laid, mesh=mesh)
-        with CommunicationCounter(axes=mesh_groups(mesh)) as wire:
+        parallel_model = parallelize_on_mesh(model, parallel=parallel_config, mesh=mesh)
+        with CommunicationCounter(axes=mesh_groups(mesh)) as counter:
             output = model(dummy_batch(config, SIZES))
             terms = [value for record in output.records for value in record.losses.values()]
             torch.stack([model.loss(output).total, *terms]).sum().backward()
-            spread.sum_gradients()
+            parallel_model.sum_gradients()
         optimizer = AdamW().build(model.named_parameters(), kinds=model.parameter_kinds())
         optimizer.step()
-        slots = [t for state in optimizer.state.values() for t in state.values()]
+        state_tensors = [t for state in optimizer.state.values() for t in state.values()]
         grads = [p.grad for p in model.parameters() if p.grad is not None]
-        held = [_bytes(group) for group in (list(model.parameters()), grads, slots)]
-        holding = ParameterInventory(config).on_rank(laid, world=4, rank=rank)
-        said = estimate_memory(holding, sizes=SIZES)
-        forecast = [said.weights, said.gradients, said.optimizer]
-        same = _same(mesh)
-        lines = _sums(communication_volume(holding, sizes=SIZES), same)
-        found[name] = (held, _sums(measured_volume(wire), same), forecast, lines)
-    return found
+        memory = [_bytes(group) for group in (list(model.parameters()), grads, state_tensors)]
+        parameters = ParameterInventory(config).on_rank(parallel_config, world=4, rank=rank)
+        estimate = estimate_memory(parameters, sizes=SIZES)
+        estimated = [estimate.weights, estimate.gradients, estimate.optimizer]
+        groups = _group_names(mesh)
+        lines = _sums(communication_volume(parameters, sizes=SIZES), groups)
+        results[name] = (memory, _sums(measured_volume(counter), groups), estimated, lines)
+    return results
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(local_tensor(t).numel() * t.element_size() for t in tensors)
 
 
-def test_real_ranks_hold_and_send_what_is_forecast() -> None:
-    for rank, found in enumerate(run_on_ranks(4, _step)):
-        for name, (held, lines, forecast, said) in found.items():
-            assert held == forecast, f"rank {rank} of {name}"
-            assert lines == said, f"rank {rank} of {name}"
+def test_memory_and_communication_of_real_ranks_equal_their_estimates() -> None:
+    for rank, results in enumerate(run_on_ranks(4, _step)):
+        for name, (memory, lines, estimated_memory, estimated_lines) in results.items():
+            assert memory == estimated_memory, f"rank {rank} of {name}"
+            assert lines == estimated_lines, f"rank {rank} of {name}"
 
 
-@pytest.mark.parametrize("name", REHEARSED)
-def test_a_rehearsed_rank_holds_and_sends_what_is_forecast(name: str) -> None:
-    config, laid, world, rank = REHEARSED[name]
-    done = simulate_step(config, parallel=laid, world_size=world, sizes=SIZES, rank=rank)
-    holding = ParameterInventory(with_round_robin_routing(config)).on_rank(
-        laid, world=world, rank=rank
+@pytest.mark.parametrize("name", SIMULATED)
+def test_memory_and_communication_of_a_simulated_rank_equal_their_estimates(name: str) -> None:
+    config, parallel_config, world, rank = SIMULATED[name]
+    simulated = simulate_step(
+        config, parallel=parallel_config, world_size=world, sizes=SIZES, rank=rank
     )
-    said = estimate_memory(holding, sizes=SIZES, kernel=UnfusedMoEKernel(SequentialGEMM()))
-    assert [done.weights, done.gradients] == [said.weights, said.gradients]
-    assert done.optimizer == said.optimizer
-    kinds = {line.kind for line in done.sent}
-    lines = communication_volume(holding, sizes=SIZES)
+    parameters = ParameterInventory(with_round_robin_routing(config)).on_rank(
+        parallel_config, world=world, rank=rank
+    )
+    estimate = estimate_memory(parameters, sizes=SIZES, kernel=UnfusedMoEKernel(SequentialGEMM()))
+    assert [simulated.weights, simulated.gradients] == [estimate.weights, estimate.gradients]
+    assert simulated.optimizer == estimate.optimizer
+    kinds = {line.kind for line in simulated.sent}
+    lines = communication_volume(parameters, sizes=SIZES)
     for kind in kinds | {line.kind for line in lines}:
-        wanted = sum(line.bytes for line in lines if line.kind == kind)
-        assert sum(line.bytes for line in done.sent if line.kind == kind) == wanted, kind
-    if not laid.plan.zero:
-        assert said.activations == pytest.approx(done.saved_activations, rel=0.1)
+        expected = sum(line.bytes for line in lines if line.kind == kind)
+        assert sum(line.bytes for line in simulated.sent if line.kind == kind) == expected, kind
+    if not parallel_config.plan.zero:
+        assert estimate.activations == pytest.approx(simulated.saved_activations, rel=0.1)
