@@ -1,4 +1,4 @@
-"""A small checkpoint in each form, and a way to change what is in it under a valid manifest."""
+"""A small checkpoint in each form, and a way to change its files under a valid manifest."""
 
 import json
 from dataclasses import replace
@@ -6,29 +6,35 @@ from dataclasses import replace
 import torch
 from safetensors.torch import load_file, save_file
 
-from moesaic.checkpoint.checkpoint_directory import MANIFEST_FILE, FileEntry, read_manifest
+from moesaic.checkpoint.checkpoint_directory import (
+    MANIFEST_FILE,
+    FileEntry,
+    RetentionPolicy,
+    read_manifest,
+)
 from moesaic.checkpoint.full_checkpoint import save_checkpoint
 from moesaic.checkpoint.reshard import ShardedForm, reshard
+from moesaic.checkpoint.sharded_checkpoint import CheckpointSaver
 from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.core.files import sha256
 
-BANKS = {"up": 4, "up_bias": 4}
+EXPERT_PARAMETERS = {"up": 4, "up_bias": 4}
 FORMS = {"whole": None, "one shard": 1, "three shards": 3}
 
 
 def snapshot(step=5, **changes):
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     model = {
-        "up": torch.randn(4, 3, 2, generator=draw),
+        "up": torch.randn(4, 3, 2, generator=generator),
         "up_bias": torch.zeros(4, 2),
-        "dense": torch.randn(5, 4, generator=draw),
-        "half": torch.randn(3, generator=draw).bfloat16(),
+        "dense": torch.randn(5, 4, generator=generator),
+        "half": torch.randn(3, generator=generator).bfloat16(),
         "none": torch.empty(0, 2),
     } | changes
     optimizer = {f"m/{name}": torch.zeros_like(tensor) for name, tensor in model.items()}
     steps = {f"step/{name}": torch.tensor(3.0) for name in model}
     files = {"model": model, "optimizer": optimizer | steps}
-    return Snapshot(step, files, {"a": [1, "ž"]}, BANKS, {"data": 2})
+    return Snapshot(step, files, {"a": [1, "ž"]}, EXPERT_PARAMETERS, {"data": 2})
 
 
 def written(tmp_path, form, made=None):
@@ -36,11 +42,11 @@ def written(tmp_path, form, made=None):
     path = save_checkpoint(tmp_path / "source", made or snapshot())
     if FORMS[form] is None:
         return path
-    return reshard(path, root=tmp_path / f"cut-{FORMS[form]}", form=ShardedForm(FORMS[form]))
+    return reshard(path, root=tmp_path / f"sharded-{FORMS[form]}", form=ShardedForm(FORMS[form]))
 
 
 def rewritten(path, name, change):
-    """Change a file of a checkpoint and hash it again, as one that saved wrongly would have."""
+    """Change a file of a checkpoint and update its hash in the manifest."""
     file = path / name
     if file.suffix == ".safetensors":
         save_file(change(load_file(file)), file)
@@ -58,3 +64,12 @@ def file_with(path, key):
         if key in load_file(file):
             return file.name
     raise KeyError(key)
+
+
+def save_sharded(root, snapshot, *, world, retention=RetentionPolicy(), disk=None):  # noqa: B008
+    """Save one sharded checkpoint. Collective."""
+    saver = CheckpointSaver(root, world=world, disk=disk)
+    try:
+        return saver.save(snapshot, retention=retention)
+    finally:
+        saver.close()

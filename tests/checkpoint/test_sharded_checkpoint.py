@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_save import QuickDisk
+from checkpoint_samples import save_sharded
+from test_full_checkpoint_save import QuickDisk
 
 from moesaic.checkpoint.checkpoint_directory import RetentionPolicy
 from moesaic.checkpoint.full_checkpoint import find_latest_checkpoint, load_checkpoint
-from moesaic.checkpoint.sharded_checkpoint import CheckpointSaver, load_sharded, save_sharded
+from moesaic.checkpoint.sharded_checkpoint import CheckpointSaver, load_sharded
 from moesaic.checkpoint.snapshot import RankSnapshot, Shard, ShardBlock
 from moesaic.core.errors import CheckpointError
 from moesaic.distributed.forked_ranks import RankError, run_on_ranks
@@ -151,7 +152,7 @@ def test_a_disk_that_is_full_on_one_rank_is_said_on_all_and_loses_nothing(tmp_pa
     first, second = run_on_ranks(2, partial(save_on_full_disks, tmp_path))
     assert second == first[::2]
     for victim, text in zip((0, 1, 0, 0, 0), second, strict=True):
-        assert f"saving failed on rank {victim}, the disk is full: it needs 1.00 MiB" in text
+        assert f"saving failed on rank {victim}, the disk is full: needed 1.00 MiB" in text
         assert "Earlier checkpoints are intact" in text
     assert set(first[1::2]) == {"latest step-00000001"}
     assert is_step(load_checkpoint(tmp_path), 1)
@@ -175,7 +176,7 @@ def save_on_two_machines(root: Path) -> str:
 def test_a_directory_that_ranks_do_not_share_is_said_and_nothing_is_published(tmp_path):
     said = run_on_ranks(2, partial(save_on_two_machines, tmp_path))
     assert said[0] == said[1]
-    assert "shard-00001.safetensors: written by its rank but not seen by rank 0" in said[0]
+    assert "shard-00001.safetensors: written by its rank but not visible to rank 0" in said[0]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -290,7 +291,9 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(saved, message):
 def test_a_tensor_that_no_rank_has_a_place_for_is_named(saved):
     into = room()
     del into["model"]["norm"]
-    with pytest.raises(CheckpointError, match="model/norm is in it, but no rank has a place"):
+    with pytest.raises(
+        CheckpointError, match="model/norm is in it, but not in the model of any rank"
+    ):
         load_sharded(saved, into=into, world=SingleProcess())
 
 
@@ -338,7 +341,7 @@ def test_a_copy_is_written_once_and_the_work_is_shared(tmp_path):
 
 
 def test_a_piece_that_reaches_out_of_its_tensor_is_refused():
-    with pytest.raises(ValueError, match="reaches out"):
+    with pytest.raises(ValueError, match="is outside"):
         Shard((4,), torch.float32, (ShardBlock((3,), torch.zeros(2)),))
     with pytest.raises(ValueError, match="bfloat16"):
         Shard((4,), torch.float32, (ShardBlock((0,), torch.zeros(2).bfloat16()),))

@@ -1,15 +1,23 @@
+import hashlib
+import json
 import pickle
 import zipfile
 
 import pytest
 import torch
-from test_save import same, snapshot
+from safetensors.torch import save_file
+from test_full_checkpoint_save import same, snapshot
 
+from moesaic.checkpoint.checkpoint_directory import MANIFEST_FILE
 from moesaic.checkpoint.full_checkpoint import (
     find_latest_checkpoint,
     load_checkpoint,
+    read_weights,
     save_checkpoint,
 )
+from moesaic.checkpoint.reshard import ShardedForm, reshard
+from moesaic.checkpoint.safetensors_io import write_tensors
+from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.core.errors import CheckpointError
 
 
@@ -116,3 +124,46 @@ def test_a_root_without_checkpoints_says_so(tmp_path):
     assert find_latest_checkpoint(tmp_path).path is None
     with pytest.raises(CheckpointError, match="no valid checkpoint"):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("form", [None, ShardedForm(2)], ids=["full", "sharded"])
+def test_a_checkpoint_of_format_1_is_read_with_the_names_of_now(tmp_path, form):
+    old = {
+        "encoder.0.beside.always.up.weight": torch.ones(2),
+        "encoder.0.router.heard": torch.ones(3),
+    }
+    experts = {"encoder.0.exchange.experts": torch.arange(8.0).view(4, 2)}
+    model = old | experts
+    optimizer = {f"m/{name}": tensor for name, tensor in model.items()}
+    state = {"config": {"parallel": {"journey": {"kind": "Lend"}}}}
+    snapshot = Snapshot(
+        3, {"model": model, "optimizer": optimizer}, state, dict.fromkeys(experts, 4)
+    )
+    path = save_checkpoint(tmp_path / "full", snapshot)
+    if form is not None:
+        path = reshard(path, root=tmp_path / "sharded", form=form)
+    body = json.loads((path / MANIFEST_FILE).read_text())
+    body |= {"format": 1, "banks": body.pop("expert_parameters")}
+    del body["digest"]
+    body["digest"] = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    (path / MANIFEST_FILE).write_text(json.dumps(body))
+    names = {
+        "encoder.0.shared_experts.feed_forward.up.weight",
+        "encoder.0.router.stats_sum",
+        "encoder.0.dispatch_projection.experts",
+    }
+    for found in (
+        load_checkpoint(path),
+        load_checkpoint(reshard(path, root=tmp_path / "again", form=ShardedForm(3))),
+    ):
+        assert set(found.files["model"]) == set(read_weights(path)) == names
+        assert set(found.files["optimizer"]) == {f"m/{name}" for name in names}
+        assert found.expert_parameters == {"encoder.0.dispatch_projection.experts": 4}
+        assert found.state["config"] == {"parallel": {"dispatch": {"kind": "AdaptiveExperts"}}}
+
+
+def test_weights_of_an_older_export_are_read_with_the_names_of_now(tmp_path):
+    save_file({"decoder.0.entry.weight": torch.ones(2)}, tmp_path / "old.safetensors")
+    assert set(read_weights(tmp_path / "old.safetensors")) == {"decoder.0.input_norm.weight"}
+    write_tensors(tmp_path / "new.safetensors", tensors={"a.entry.weight": torch.ones(2)})
+    assert set(read_weights(tmp_path / "new.safetensors")) == {"a.entry.weight"}

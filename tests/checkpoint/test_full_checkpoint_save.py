@@ -177,8 +177,8 @@ class FullDisk(Disk):
 
 
 REFUSALS = {
-    errno.ENOSPC: r"disk is full: it needs 1\.\d+ MiB, free are .* intact.*Free some space",
-    errno.EDQUOT: r"quota is used up: it needs 1\.\d+ MiB, free are .* intact",
+    errno.ENOSPC: r"disk is full: needed 1\.\d+ MiB, free .* intact.*Free some space",
+    errno.EDQUOT: r"quota is used up: needed 1\.\d+ MiB, free .* intact",
     errno.EIO: r"Input/output error.* intact.*can be written",
 }
 
@@ -200,7 +200,7 @@ class SmallDisk(Disk):
 
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path):
-    with pytest.raises(CheckpointError, match=r"disk is full: it needs 1.*free are 1000 B"):
+    with pytest.raises(CheckpointError, match=r"disk is full: needed 1.*free 1000 B"):
         save_checkpoint(tmp_path, snapshot(1), disk=SmallDisk())
     assert names(tmp_path) == []
 
