@@ -1,4 +1,4 @@
-"""A router of your own, without touching the package: define it, name it, train it."""
+"""A routing rule of your own: define a Select, use its name in the config, train."""
 
 import tempfile
 from pathlib import Path
@@ -12,12 +12,12 @@ from moesaic.moe.select import Select
 
 
 class HashByPosition(Select):
-    """Token t goes to expert t mod E, with weight one: no learning, perfectly balanced."""
+    """Token t is routed to expert t mod E with weight one: nothing learned, exactly balanced."""
 
     stride: int = 1
 
-    def __call__(self, gate: RouterContext) -> Routing:
-        tokens, experts = gate.logits.shape
+    def __call__(self, router: RouterContext) -> Routing:
+        tokens, experts = router.logits.shape
         expert = (torch.arange(tokens) * self.stride % experts)[:, None]
         weight = torch.ones(tokens, 1)
         return Routing.from_topk(weight, expert=expert, num_experts=experts)
@@ -26,7 +26,7 @@ class HashByPosition(Select):
         return min(1, num_experts)
 
 
-# It is a member of the family now: in Python, in YAML, and on the command line.
+# Defining the class registers it: its name is valid in Python, YAML and on the command line.
 run = moesaic.recipe(
     "tiny",
     changes=["model.moe.select=HashByPosition(stride=1)", "model.moe.balance=[]", "steps=40"],

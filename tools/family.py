@@ -1,7 +1,7 @@
-"""The family table: every rule that may stand in an MoE layer, read from the code that does it.
+"""The table of routing rules and MoE layer parts, generated from the classes themselves.
 
 python tools/family.py           write docs/family.md
-python tools/family.py --check   exit 1 if it is not what the code says
+python tools/family.py --check   exit 1 if it is out of date
 """
 
 import ast
@@ -47,21 +47,21 @@ FAMILIES: tuple[type[Choice], ...] = (
 ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
 ARXIV_IN_BRACKETS = re.compile(r" \((?:arXiv:)?\d{4}\.\d{5}\)")
 SENTENCE = re.compile(r".+?[.](?=\s+[A-Z`]|\s*$)", re.S)
-VARIANTS = "variants"  # the table of rules that laws are parametrised over: tests/moe/variants.py
+VARIANTS = "variants"  # the table of rules that parametrises laws: tests/moe/variants.py
 
 INTRO = """\
-# The family
+# Routing rules and parts of an MoE layer
 
-Every rule that may stand in an MoE layer, family by family. Written by `make docs` from the classes
-themselves; a test fails when it is not what the code says. Lines are of code alone, without
-docstrings, comments and blank lines. A rule in the laws' table (`tests/moe/variants.py`) is checked
-by each law that goes through it: {laws} of {all} laws.
+All values of each config field of an MoE layer, family by family. `make docs` generates this page from
+the classes; a test fails if it is out of date. Lines count code only, without docstrings, comments and
+blank lines. Each rule in `tests/moe/variants.py` is checked by the law tests that use this table:
+{laws} of {all}.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Tests:
-    """The text of each test file by its path, and which laws go through the table of rules."""
+    """The text of each test file by its path, and which laws use the table of rules."""
 
     texts: dict[str, str]
 
@@ -72,7 +72,7 @@ class Tests:
         return Tests({p.relative_to(root).as_posix(): p.read_text(encoding="utf-8") for p in found})
 
     def naming(self, word: str) -> list[str]:
-        """Return the files that have the word."""
+        """Return the files that contain the word."""
         whole = re.compile(rf"\b{re.escape(word)}\b")
         return [path for path, text in self.texts.items() if whole.search(text)]
 
@@ -83,16 +83,16 @@ class Tests:
 
     @property
     def laws_over_the_table(self) -> list[str]:
-        """Laws that go through the table of rules."""
+        """Laws that use the table of rules."""
         through = re.compile(rf"^\s*(?:from|import) [\w.]*\b{VARIANTS}\b", re.M)
         return [path for path in self.laws if through.search(self.texts[path])]
 
 
 def members(family: type[Choice]) -> list[type[Choice]]:
-    """Return the house's own members of a family, those of one file in their order there."""
-    # not those that other rooms define for themselves (an even load for rehearsals)
-    rooms = ("moesaic.moe.", "moesaic.model.", "moesaic.nn.")
-    own = [c for c in family.__subclasses__() if c.__module__.startswith(rooms)]
+    """Return the built-in members of a family, by module and line."""
+    # not those that other packages define for themselves (an even load for dry runs)
+    packages = ("moesaic.moe.", "moesaic.model.", "moesaic.nn.")
+    own = [c for c in family.members.values() if c.__module__.startswith(packages)]
     return sorted(own, key=lambda c: (c.__module__, inspect.getsourcelines(c)[1]))
 
 
@@ -125,7 +125,7 @@ def page(root: Path = ROOT) -> str:
 
 
 def _import_all() -> None:
-    """Importing its module is what makes a class a member of its family."""
+    """Import all modules of ``moe``, which registers their classes."""
     for found in pkgutil.walk_packages(moesaic.moe.__path__, "moesaic.moe."):
         importlib.import_module(found.name)
 
@@ -146,7 +146,7 @@ def _row(member: type[Choice], tests: Tests) -> str:
 
 
 def _checks(member: type[Choice], tests: Tests) -> Iterator[str]:
-    """Say which tests name it: its own by path, the laws by number."""
+    """Yield the tests that name a rule: those of ``moe`` by path, and the number of laws."""
     naming = tests.naming(member.__name__)
     laws = {path for path in naming if path in tests.laws}
     if f"tests/moe/{VARIANTS}.py" in naming:
@@ -170,7 +170,7 @@ def main(words: list[str]) -> int:
     if "--check" in words:
         fresh = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
         if not fresh:
-            print(f"{PAGE.relative_to(ROOT)} is not what the code says: python tools/family.py")
+            print(f"{PAGE.relative_to(ROOT)} is out of date: python tools/family.py")
         return int(not fresh)
     PAGE.write_text(text, encoding="utf-8")
     print(f"{PAGE.relative_to(ROOT)}: {sum(len(members(f)) for f in FAMILIES)} members")

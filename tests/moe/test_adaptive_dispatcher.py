@@ -143,7 +143,7 @@ def test_what_travels_is_what_the_closed_form_says() -> None:
 
 def test_even_loads_cost_what_the_closed_forms_say() -> None:
     load = torch.full((4, 2, 8), 4)
-    step = StepLoad(load, row_bytes=10, bank_bytes=100)
+    step = StepLoad(load, row_bytes=10, weight_bytes=100)
     rows = DispatchedTokens(tokens=16, experts_per_token=2, dim=10, itemsize=1)
     for way in (GatherDegrees(1, 1), GatherDegrees(1, 2), GatherDegrees(2, 2), GatherDegrees(4, 2)):
         moved = step.traffic(way)
@@ -178,7 +178,7 @@ def test_a_skewed_load_is_a_reason_to_lend() -> None:
     ways = possible_gather_degrees(4, slices=1)
 
     def chosen(load: torch.Tensor) -> GatherDegrees:
-        step = StepLoad(load, row_bytes=10, bank_bytes=1000)
+        step = StepLoad(load, row_bytes=10, weight_bytes=1000)
         return min(ways, key=lambda way: step.seconds(way, costs=prices))
 
     assert chosen(even) == GatherDegrees(1)
@@ -198,7 +198,7 @@ def _refused() -> None:
     x, edges = here("uneven", rank=distributed.get_rank())
     dispatcher: Dispatcher = AdaptiveDispatcher(distributed.group.WORLD, costs=BY_BYTES)
     low_rank = LoRAExpert(rank=2).build(ExpertShape(E, D, FeedForwardConfig(hidden=F), bias=False))
-    with pytest.raises(TypeError, match="only banks of feed-forwards can be lent"):
+    with pytest.raises(TypeError, match="only the weights of GroupedExperts can be gathered"):
         dispatcher.run_experts(x, routing=edges, experts=low_rank)
 
 

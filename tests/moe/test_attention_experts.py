@@ -63,7 +63,7 @@ def test_one_expert_alone_is_plain_attention(keys):
 
 def test_own_keys_take_as_many_caches_as_there_are_experts():
     own, shared = (
-        MixtureOfAttention(experts=N, key_values=keys).combined_attention(HEADS, dim=DIM)
+        MixtureOfAttention(experts=N, key_values=keys).combined_attention(HEADS, DIM)
         for keys in ("own", "shared")
     )
     assert own.num_kv_heads() == N * HEADS.num_kv_heads()

@@ -24,7 +24,7 @@ def seen(dropped):
 def learned(term, steps):
     state = term.initial_state(EXPERTS)
     for dropped in steps:
-        state = term.update_state(state, stats=seen(dropped))
+        state = term.update_state(state, seen(dropped))
     return {name: float(value) for name, value in state.items()}
 
 

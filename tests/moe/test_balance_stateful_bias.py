@@ -37,7 +37,7 @@ def test_the_bias_moves_by_the_sign_of_what_an_expert_lacks():
     sums = torch.zeros(17, dtype=torch.float64)
     sums[:4] = torch.tensor([10, 4, 6, 4])  # mean 6
     state = BiasUpdate(rate=0.1).update_state(
-        {"bias": torch.ones(4)}, stats=RoutingStats.from_vector(sums)
+        {"bias": torch.ones(4)}, RoutingStats.from_vector(sums)
     )
     torch.testing.assert_close(state["bias"], torch.tensor([0.9, 1.1, 1.0, 1.1]))
 

@@ -59,6 +59,6 @@ def test_it_counts_optimizer_steps():
     state = NullBalance().initial_state(E)
     for _ in range(3):
         state = NullBalance().update_state(
-            state, stats=RoutingStats.from_vector(torch.zeros(4 * E + 1).double())
+            state, RoutingStats.from_vector(torch.zeros(4 * E + 1).double())
         )
     assert state["step"] == 3

@@ -119,5 +119,5 @@ def test_a_null_group_is_the_local_dispatcher() -> None:
 
 
 def test_no_chunks_are_refused() -> None:
-    with pytest.raises(ValueError, match="one chunk at least"):
+    with pytest.raises(ValueError, match="at least one chunk"):
         OverlapDegrees(0, 2)

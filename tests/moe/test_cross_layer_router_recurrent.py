@@ -11,7 +11,7 @@ from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.cross_layer_router import RecurrentRouting
 from moesaic.moe.layer import moe_layers
-from moesaic.moe.router_logits import LayerIndex, StackInput
+from moesaic.moe.router_logits import LayerIndex, RouterShape, StackInput
 from moesaic.moe.select import TopK
 from moesaic.nn.packing import Packing
 
@@ -21,11 +21,8 @@ T, D, P, E, LAYERS = 7, 10, 4, 5, 3
 def stack():
     """A shared cell, a gate per layer, and what each layer reads."""
     link = RecurrentRouting(width=P)
-    cell = link.build_shared(dim=D, experts=E, causal=True)
-    gates = [
-        link.build_gate(dim=D, experts=E, layer_index=LayerIndex("x", i, LAYERS))
-        for i in range(LAYERS)
-    ]
+    cell = link.build_shared(RouterShape(D, E, causal=True))
+    gates = [link.build_gate(RouterShape(D, E, LayerIndex("x", i, LAYERS))) for i in range(LAYERS)]
     for module in [cell, *gates]:
         for parameter in module.parameters():
             torch.nn.init.normal_(parameter, std=0.5)

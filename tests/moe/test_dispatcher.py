@@ -1,29 +1,38 @@
-"""Rows arrive grouped by expert and return to their tokens."""
+"""The local dispatcher computes the definition: permute, experts, unpermute and sum."""
 
 import torch
 
-from moesaic.moe.dispatcher import Dispatcher, LocalDispatcher
+from moesaic.moe.dispatcher import Dispatcher, LocalDispatcher, apply_experts, sort_edges
+from moesaic.moe.experts import ExpertModule
 from moesaic.moe.router_context import RouterContext
 from moesaic.moe.select import TopK
 
 T, E, D = 20, 5, 4
 
 
-def test_rows_are_grouped_by_expert():
+class Recorder(ExpertModule):
+    """Experts that return their input and keep it."""
+
+    def forward(self, rows, *, groups):
+        self.rows, self.groups = rows, groups
+        return rows
+
+
+def test_rows_reach_the_experts_sorted_by_expert_and_are_summed_by_weight():
     routing = TopK(k=2)(RouterContext.from_logits(torch.randn(T, E)))
-    x = torch.randn(T, D)
-    parcel = LocalDispatcher().dispatch(x, routing)
+    x, experts, dispatcher = torch.randn(T, D), Recorder(), LocalDispatcher()
+    assert isinstance(dispatcher, Dispatcher)
+    y = dispatcher.run_experts(x, routing=routing, experts=experts)
+    torch.testing.assert_close(y, x)  # the weights of a token sum to one
     start = 0
-    for expert, count in enumerate(parcel.groups.rows_per_expert.tolist()):
+    for expert, count in enumerate(experts.groups.rows_per_expert.tolist()):
         tokens = routing.token[routing.expert == expert]
-        assert torch.equal(parcel.rows[start : start + count], x[tokens])
+        assert torch.equal(experts.rows[start : start + count], x[tokens])
         start += count
 
 
-def test_what_is_sent_comes_home_weighted():
-    routing = TopK(k=2)(RouterContext.from_logits(torch.randn(T, E)))
+def test_experts_applied_to_unsorted_rows_keep_their_order():
+    routing = TopK(k=1)(RouterContext.from_logits(torch.randn(T, E)))
     x = torch.randn(T, D)
-    dispatcher = LocalDispatcher()
-    assert isinstance(dispatcher, Dispatcher)
-    parcel = dispatcher.dispatch(x, routing)
-    torch.testing.assert_close(dispatcher.combine(parcel.rows, parcel), x)  # weights sum to one
+    y = apply_experts(x, groups=sort_edges(routing).groups, experts=Recorder())
+    assert torch.equal(y, x)

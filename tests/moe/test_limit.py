@@ -32,7 +32,7 @@ def _limited(limit, routing, *, training, key=0):
         TokenContext.unbatched(routing.num_tokens), row_key=torch.full((routing.num_tokens,), key)
     )
     gate = RouterContext(torch.zeros(routing.num_tokens, E), context, training)
-    return limit(routing, router=gate, batch_group=SingleRankBatch())
+    return limit(routing, gate, SingleRankBatch())
 
 
 def _to_one_expert(tokens, weight=None):
@@ -133,5 +133,5 @@ def test_spare_experts_take_any_number():
     gate = RouterContext(
         torch.zeros(8, E), TokenContext.unbatched(8), training=True, num_null_experts=1
     )
-    after = Capacity(factor=1.0, minimum=0)(routing, router=gate, batch_group=SingleRankBatch())
+    after = Capacity(factor=1.0, minimum=0)(routing, gate, SingleRankBatch())
     assert after.load().tolist() == [2, 0, 0, 4]

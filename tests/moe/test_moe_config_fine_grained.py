@@ -37,7 +37,7 @@ def test_total_and_active_parameters_of_the_experts_stay(coarse, parts, shared):
 
 
 def test_a_width_that_does_not_divide_is_refused():
-    with pytest.raises(ConfigError, match="parts=5"):
+    with pytest.raises(ConfigError, match="splits=5"):
         fine_grained(COARSE["top2"], hidden=HIDDEN, splits=5)
 
 

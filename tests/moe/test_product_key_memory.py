@@ -2,6 +2,7 @@
 
 import torch
 
+from moesaic.moe.parameter_spec import FeedForwardShape
 from moesaic.moe.product_key_memory import ProductKeyMemory
 from moesaic.moe.router_context import RouterState, TokenContext
 from moesaic.nn.feed_forward import FeedForwardConfig
@@ -12,7 +13,7 @@ FEED = FeedForwardConfig(hidden=24)
 
 
 def _layer(config=CONFIG):
-    made = config.build(feed_forward=FEED, dim=DIM, bias=False)
+    made = config.build(FeedForwardShape(DIM, FEED, bias=False))
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     return made
@@ -52,7 +53,7 @@ def test_gradients_are_those_of_the_sum():
 def test_a_token_touches_the_share_of_both_tables_that_is_counted():
     made, x = _layer(), torch.randn(1, DIM)
     _run(made, x).out.square().sum().backward()
-    pieces = CONFIG.parameter_specs(feed_forward=FEED, dim=DIM, bias=False)
+    pieces = CONFIG.parameter_specs(FeedForwardShape(DIM, FEED, bias=False))
     shares = {piece.shape: piece.active_fraction for piece in pieces if piece.kind == "expert"}
     for table in (made.pre_values, made.values):
         touched = (table.grad.abs().sum(1) > 0).sum()

@@ -29,6 +29,6 @@ def test_a_rule_without_a_state_learns_nothing():
     assert StatefulRule().initial_state(4) == {}
     state = {"bias": torch.ones(2)}
     assert (
-        StatefulRule().update_state(state, stats=RoutingStats.from_vector(torch.zeros(9).double()))
+        StatefulRule().update_state(state, RoutingStats.from_vector(torch.zeros(9).double()))
         is state
     )

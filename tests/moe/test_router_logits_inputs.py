@@ -41,10 +41,10 @@ def test_logits_are_the_sum_of_two_products(condition):
     given, x, weight = torch.randn(6, 5), torch.randn(6, 5), torch.randn(3, 10)
     plain = TokenContext.unbatched(6)
     told = replace(plain, token_embedding=given, tag_embedding=given)
-    read = condition.build(dim=5)(x, context=told)
+    read = condition.build()(x, context=told)
     torch.testing.assert_close(read @ weight.t(), x @ weight[:, :5].t() + given @ weight[:, 5:].t())
     with pytest.raises(TypeError, match="embedding"):
-        condition.build(dim=5)(x, context=plain)
+        condition.build()(x, context=plain)
 
 
 def test_with_the_tag_alone_all_tokens_of_a_row_take_one_expert_and_languages_differ():

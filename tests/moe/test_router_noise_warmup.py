@@ -72,9 +72,7 @@ def test_it_learns_the_mean_and_deviation_of_each_experts_own_logits():
     assert state["step"] == 2
 
 
-def test_nothing_is_drawn_in_evaluation():
+def test_the_first_step_draws_logits():
     noise, logits = StochasticWarmup(), torch.randn(9, E)
-    gate = RouterContext.from_logits(logits, training=False).with_state(noise.initial_state(E))
-    assert noise.apply_to_logits(gate) is logits
     gate = RouterContext.from_logits(logits, training=True).with_state(noise.initial_state(E))
     assert not torch.equal(noise.apply_to_logits(gate), logits)

@@ -42,7 +42,7 @@ def test_topk_after_shares_everything_among_the_survivors():
     select = TopK(k=2, normalise="after")
     limit = Capacity(factor=0.5, minimum=0, priority=WeightPriority())
     gate = RouterContext.from_logits(_logits(), training=True)
-    routing = select.renormalise(limit(select(gate), router=gate, batch_group=SingleRankBatch()))
+    routing = select.renormalise(limit(select(gate), gate, SingleRankBatch()))
     weight, alive = routing.weight.view(T, 2), ~routing.dropped.view(T, 2)
     assert alive.sum() < 2 * T
     torch.testing.assert_close(weight.sum(-1), alive.any(-1).float())

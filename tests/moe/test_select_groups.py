@@ -40,9 +40,9 @@ def test_a_token_chooses_from_its_groups_alone(rule):
 
 
 def test_groups_that_do_not_fit_are_refused():
-    with pytest.raises(ConfigError, match="at most groups=2"):
+    with pytest.raises(ConfigError, match="at most num_groups=2"):
         TopGroups(num_groups=2, top_groups=3)
     narrow = SigmoidTopK(k=4, expert_groups=TopGroups(num_groups=4, top_groups=1))
-    assert "groups=4 divides" in narrow.problems(experts=10, num_null_experts=0)
-    assert "at most 2" in narrow.problems(experts=8, num_null_experts=0)
-    assert narrow.problems(experts=16, num_null_experts=0) is None
+    assert "num_groups=4 divides" in narrow.problems(10, 0)
+    assert "at most 2" in narrow.problems(8, 0)
+    assert narrow.problems(16, 0) is None

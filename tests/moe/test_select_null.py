@@ -36,9 +36,9 @@ def test_a_token_with_null_choices_alone_gets_nothing_and_no_nan():
 
 
 def test_it_wants_null_experts_and_enough_of_all():
-    assert "ZeroExperts" in NullTopK(k=2).problems(experts=4, num_null_experts=0)
-    assert "at least 6" in NullTopK(k=6).problems(experts=5, num_null_experts=1)
-    assert NullTopK(k=5).problems(experts=5, num_null_experts=1) is None
+    assert "ZeroExperts" in NullTopK(k=2).problems(4, 0)
+    assert "at least 6" in NullTopK(k=6).problems(5, 1)
+    assert NullTopK(k=5).problems(5, 1) is None
 
 
 def test_gradients_are_those_of_the_formula():

@@ -7,6 +7,7 @@ import torch
 
 from model.samples import BASE
 from moesaic.core.errors import ConfigError
+from moesaic.moe.parameter_spec import FeedForwardShape
 from moesaic.moe.router_context import RouterState, TokenContext
 from moesaic.moe.soft_moe import SoftMoE
 from moesaic.nn.feed_forward import FeedForwardConfig, SwiGLU
@@ -19,7 +20,7 @@ PLACE = torch.cat([torch.arange(n) for n in LENGTHS])
 
 def _layer():
     feed = FeedForwardConfig(hidden=10, activation=SwiGLU())
-    made = SoftMoE(experts=EXPERTS, slots=SLOTS).build(feed_forward=feed, dim=DIM, bias=False)
+    made = SoftMoE(experts=EXPERTS, slots=SLOTS).build(FeedForwardShape(DIM, feed, bias=False))
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     torch.nn.init.constant_(made.scale, 3.0)

@@ -15,6 +15,7 @@ from moesaic.model.kv_cache import EncoderOutput
 from moesaic.moe.attention_experts import SelfAttentionModule
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.layer import MoELayer
+from moesaic.moe.parameter_spec import FeedForwardShape
 from moesaic.moe.router_context import RouterState, TokenContext
 from moesaic.moe.router_logits import LayerIndex
 from moesaic.moe.routing_record import RoutingRecord
@@ -288,7 +289,7 @@ def build_feed_forward_branch(
         return FeedForwardBranch(config, name=name)
     dim, dense, bias = config.dim, config.feed_forward, config.bias
     if not isinstance(sparse, MoE):
-        return MoEBranch(config, sparse.build(feed_forward=dense, dim=dim, bias=bias), name=name)
+        return MoEBranch(config, sparse.build(FeedForwardShape(dim, dense, bias)), name=name)
     index = LayerIndex(f"{side}.{layer}", index=layers.index(layer), count=len(layers))
     moe = MoELayer(sparse, dim=dim, feed_forward=dense, bias=bias, layer_index=index)
     return MoEBranch(config, moe, name=name)

@@ -110,7 +110,7 @@ class ModelConfig(Config):
     @property
     def self_attention(self) -> AttentionConfig:
         """All heads of a block's self-attention, those of all attention experts together."""
-        return self.attention_experts.combined_attention(self.attention, dim=self.dim)
+        return self.attention_experts.combined_attention(self.attention, self.dim)
 
     def moe_of_stack(self, stack: Stack) -> SparseLayer:
         """Return the config of a stack's MoE layers."""
@@ -163,15 +163,13 @@ class ModelConfig(Config):
 
 
 def _check_select(moe: MoE | None) -> None:
-    problems = moe and moe.select.problems(
-        experts=moe.num_router_outputs, num_null_experts=moe.null_experts.count()
-    )
+    problems = moe and moe.select.problems(moe.num_router_outputs, moe.null_experts.count())
     if moe and problems:
         raise ValueError(f"found moe.experts={moe.experts}, {_rule_name(moe)} expects {problems}")
 
 
 def _check_cross_layer(moe: MoE, *, experts: tuple[int, ...]) -> None:
-    problems = moe.cross_layer.problems(experts=experts, router_input=moe.router_input)
+    problems = moe.cross_layer.problems(experts, moe.router_input)
     if problems:
         raise ValueError(f"{type(moe.cross_layer).__name__} expects {problems}")
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.experts import ExpertShape
-from moesaic.moe.parameter_spec import ParameterSpec
-from moesaic.moe.router_logits import LayerIndex
+from moesaic.moe.parameter_spec import FeedForwardShape, ParameterSpec
+from moesaic.moe.router_logits import LayerIndex, RouterShape
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.positional_encoding import LearnedPositions
@@ -148,13 +148,12 @@ def _stack_entries(config: ModelConfig, *, stack: Stack, side: str) -> Iterator[
         layer_index = LayerIndex(side, index=index, count=len(routed))
         yield from _moe_entries(config, moe=moe, side=side, layer_index=layer_index)
     if routed:
-        shared = routed[0].cross_layer.shared_parameter_specs(
-            dim=dim, experts=routed[0].num_router_outputs
-        )
+        shape = RouterShape(dim, routed[0].num_router_outputs)
+        shared = routed[0].cross_layer.shared_parameter_specs(shape)
         yield from _entries_of_specs(shared, part=f"{side} router")
     for moe in sparse:
         if not isinstance(moe, MoE | NoMoE):
-            specs = moe.parameter_specs(feed_forward=feed, dim=dim, bias=config.bias)
+            specs = moe.parameter_specs(FeedForwardShape(dim, feed, config.bias))
             yield from _entries_of_specs(specs, part=f"{side} {moe.count_label}")
 
 
@@ -165,7 +164,7 @@ def _self_attention_entries(
     yield from _linear_entries(config, part=part, fan=(dim, query + both), copies=copies)
     yield from _linear_entries(config, part=part, fan=(query, dim), copies=copies)
     for _ in range(copies):
-        yield from _entries_of_specs(config.attention_experts.parameter_specs(dim=dim), part=part)
+        yield from _entries_of_specs(config.attention_experts.parameter_specs(dim), part=part)
 
 
 def _projection_widths(config: AttentionConfig, *, dim: int) -> tuple[int, int]:
@@ -177,22 +176,17 @@ def _moe_entries(
     config: ModelConfig, *, moe: MoE, side: str, layer_index: LayerIndex
 ) -> Iterator[ParameterEntry]:
     dim, feed, bias = config.dim, moe.feed_forward(config.feed_forward), config.bias
-    gate = moe.cross_layer.gate_parameter_specs(
-        dim=moe.router_input.input_dim(dim),
-        experts=moe.num_router_outputs,
-        layer_index=layer_index,
-    )
-    yield from _entries_of_specs(
-        [*gate, *moe.router_input.parameter_specs(dim=dim)], part=f"{side} router"
-    )
+    shape = RouterShape(moe.router_input.input_dim(dim), moe.num_router_outputs, layer_index)
+    gate = moe.cross_layer.gate_parameter_specs(shape)
+    yield from _entries_of_specs(gate, part=f"{side} router")
     size = ExpertShape(moe.experts, moe.dispatch_projection.expert_dim(dim), feed, bias)
     yield from _entries_of_specs(
         moe.expert.parameter_specs(size, active_fraction=active_expert_fraction(moe)),
         part=f"{side} {EXPERTS}",
     )
-    projection = moe.dispatch_projection.parameter_specs(dim=dim)
+    projection = moe.dispatch_projection.parameter_specs(dim)
     yield from _entries_of_specs(projection, part=f"{side} dispatch projection")
-    shared = moe.shared_experts.parameter_specs(feed_forward=feed, dim=dim, bias=bias)
+    shared = moe.shared_experts.parameter_specs(FeedForwardShape(dim, feed, bias))
     yield from _entries_of_specs(shared, part=f"{side} shared experts")
 
 

@@ -18,7 +18,8 @@ from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.parameter_count import BatchDims, count_parameters
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.experts import ExpertShape
-from moesaic.moe.router_logits import LayerIndex
+from moesaic.moe.parameter_spec import FeedForwardShape
+from moesaic.moe.router_logits import LayerIndex, RouterShape
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.positional_encoding import Rotary
 from moesaic.optim.optimizer import AdamW, Optimizer
@@ -113,7 +114,8 @@ def _shared_router_values(config: ModelConfig, *, stack: Stack) -> int:
         moe = config.routed_moe_of_layer(stack, layer=layer)
         if moe is not None:
             layer_index = LayerIndex("", index=index, count=len(layers))
-            values += moe.cross_layer.saved_activations(dim=config.dim, layer_index=layer_index)
+            shape = RouterShape(config.dim, moe.num_router_outputs, layer_index)
+            values += moe.cross_layer.saved_activations(shape)
             values += moe.router_input.saved_activations(config.dim)
             if index == 0:
                 values += moe.cross_layer.shared_saved_activations()
@@ -126,9 +128,7 @@ def _self_attention_values(config: ModelConfig) -> int:
     heads, query = attention.heads, attention.heads * config.head_dim
     key = attention.num_kv_heads() * config.head_dim
     rotated = query + key if isinstance(config.position, Rotary) else 0
-    experts = math.ceil(
-        config.attention_experts.saved_activations(config.attention, dim=config.dim)
-    )
+    experts = math.ceil(config.attention_experts.saved_activations(config.attention, config.dim))
     return query + 2 * key + rotated + query + heads + experts + _dropout_mask_values(config)
 
 
@@ -149,7 +149,7 @@ def _moe_layer_values(config: ModelConfig, *, sparse: SparseLayer) -> int:
     inner = (
         _routed_experts_values(config, moe=sparse)
         if isinstance(sparse, MoE)
-        else sparse.saved_activations(feed_forward=feed, dim=dim)
+        else sparse.saved_activations(FeedForwardShape(dim, feed, config.bias))
     )
     return math.ceil(inner) + _dropout_mask_values(config)
 
@@ -160,8 +160,8 @@ def _routed_experts_values(config: ModelConfig, *, moe: MoE) -> float:
     size = ExpertShape(moe.experts, moe.dispatch_projection.expert_dim(dim), feed, config.bias)
     edges = moe.select.experts_per_token(moe.num_router_outputs)
     live_fraction = moe.experts / moe.num_router_outputs
-    around = moe.dispatch_projection.saved_activations(dim=dim)
-    around += moe.shared_experts.saved_activations(feed_forward=feed, dim=dim)
+    around = moe.dispatch_projection.saved_activations(dim)
+    around += moe.shared_experts.saved_activations(FeedForwardShape(dim, feed, config.bias))
     experts = moe.expert.saved_activations(size, edges=edges, live_fraction=live_fraction)
     return experts + around + 3 * moe.num_router_outputs
 

@@ -30,7 +30,7 @@ from moesaic.model.kv_cache import EncoderOutput, KVCache
 from moesaic.model.weights import initialize_weights, parameter_kinds
 from moesaic.moe.config import MoE
 from moesaic.moe.router_context import RouterState, TokenContext
-from moesaic.moe.router_logits import RouterDecodeState, SharedRouter, StackInput
+from moesaic.moe.router_logits import RouterDecodeState, RouterShape, SharedRouter, StackInput
 from moesaic.nn.attention_backend import KeyValue
 from moesaic.nn.embedding import Embedding
 from moesaic.nn.packing import Packing
@@ -211,9 +211,9 @@ class Transformer(nn.Module):
         packing, own = tokens.packing, tokens.packing.local_tokens
         row = packing.row[own]
         moe = self.config.moe_of_stack(self._stack_config(tokens.stack))
-        reads = moe.router_input.embedding_source() if isinstance(moe, MoE) else "nothing"
+        reads = moe.router_input.embedding_source if isinstance(moe, MoE) else "nothing"
         embedded = self.embedding(tokens.ids, packing=packing) if reads == "token" else None
-        prompt = self.embedding.embed_replicated(tokens.tag)[row] if reads == "prompt" else None
+        prompt = self.embedding.embed_replicated(tokens.tag)[row] if reads == "tag" else None
         routing_context = TokenContext(
             row=row,
             position=tokens.position[own],
@@ -284,5 +284,5 @@ def _shared_router(config: ModelConfig, *, stack: Stack, causal: bool) -> Shared
         return None
     first = config.routed_moe_of_layer(stack, layer=stack.moe_layers[0]) or moe
     return moe.cross_layer.build_shared(
-        dim=config.dim, experts=first.num_router_outputs, causal=causal
+        RouterShape(config.dim, first.num_router_outputs, causal=causal)
     )

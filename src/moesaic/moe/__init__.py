@@ -1,6 +1,5 @@
-"""The heart: a router says which tokens go to which experts, a dispatcher carries, experts compute.
+"""MoE layer: router, dispatcher, experts, and the routing rules that a config selects.
 
-May import ``nn``, ``data``, ``optim``, ``ops``, ``dist`` and below. Start at ``layer.py``; every
-rule of routing is a small value in ``select.py``, ``limit.py``, ``balance.py`` or ``noise.py``, or
-in a file of its own in ``selects``, ``balances`` or ``noises``: ``members.py`` lists them all.
+May import ``nn``, ``data``, ``optim``, ``ops``, ``distributed`` and below. Start at ``layer.py``;
+each family of rules is one module (``select.py``, ``limit.py``, ``balance.py``, ...).
 """

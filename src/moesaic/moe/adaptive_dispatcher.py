@@ -1,15 +1,15 @@
-"""Adaptive: rows travel to experts, or experts are lent to rows, whichever is cheaper this step.
+"""Adaptive dispatcher: sends rows to experts or gathers expert weights, whichever costs less.
 
-Every rank keeps the same part of the experts throughout. Before a step some ranks may lend each
-other their parts, so that rows have fewer places to go to: with nobody lending it is expert
-parallelism, with all of them data parallelism, and nothing is ever moved for a switch (Hwang et al.
-2023, Tutel, arXiv:2206.03382: ZeRO-sliced experts, one layout for every degree r). Where experts
-are cut into m slices, ranks that lend each other q slices repeat a row m/q times: its r.
+Every rank keeps the same part of the experts throughout. In each step neighbouring ranks may gather
+each other's weights, so that rows are exchanged between fewer ranks: without a gather it is expert
+parallelism, with all ranks data parallelism, and a change moves no parameters (Hwang et al. 2023,
+Tutel, arXiv:2206.03382: ZeRO-sliced experts, one layout for every degree r). Where experts are
+split into m slices and q of them are gathered, a row is sent to m/q ranks: Tutel's r.
 
-The choice is made from the load of all ranks, so that they choose alike.
+The choice depends on the load of all ranks, so all ranks make the same.
 
 Letters: T tokens, E experts, P ranks that split the experts, M slices, e experts of a rank,
-D model dim, F hidden width, G what the activation reads.
+D model dim.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from moesaic.ops.grouped_gemm import FeedForwardWeights
 
 @dataclass(frozen=True, slots=True)
 class GatherDegrees:
-    """How many neighbours lend each other their experts, and their slices: 1 is nobody."""
+    """How many neighbouring ranks gather each other's experts, and slices; 1 is no gather."""
 
     experts: int = 1
     slices: int = 1
@@ -48,7 +48,7 @@ class LinearCost:
 
 @dataclass(frozen=True, slots=True)
 class DispatchCosts:
-    """Seconds: of rows sent and of weights lent (by the byte), of an expert's work (by the row)."""
+    """Costs in seconds: rows sent and weights gathered by the byte, expert compute by the row."""
 
     all_to_all: LinearCost
     gather_weights: LinearCost
@@ -56,11 +56,12 @@ class DispatchCosts:
 
 
 class AdaptiveDispatcher:
-    """Rows or experts: what the prices say of the load of each step.
+    """Chooses the cheapest ``GatherDegrees`` for the load of each step.
 
-    Experts lie over ``over`` and their slices over ``slices``, as for an ``AllToAllDispatcher``;
-    the bank is an ``GroupedExperts``. ``among`` are the ways to choose from, all by default. Making one is
-    collective over both groups; to choose, the host waits for the device once more than to move.
+    Experts are split over ``group`` and ``slice_group`` as for an ``AllToAllDispatcher``, and must
+    be ``GroupedExperts``. ``candidates`` are the degrees to choose from, all by default. The
+    constructor is collective over both groups; the choice makes the host wait for the device once
+    more than an ``AllToAllDispatcher``.
     """
 
     def __init__(
@@ -73,12 +74,9 @@ class AdaptiveDispatcher:
         timeout_s: float = 120.0,
     ) -> None:
         self._group, self._slice_group, self._costs = group, slice_group, costs
-        choices = candidates or possible_gather_degrees(
-            group_size(group), slices=group_size(slice_group)
-        )
+        ranks, slices = group_size(group), group_size(slice_group)
+        choices = candidates or possible_gather_degrees(ranks, slices=slices)
         self._candidates = {each: self._make_groups(each, timeout_s=timeout_s) for each in choices}
-        self._all_to_all = AllToAllDispatcher(group, slice_group=slice_group)
-        self.dispatch, self.combine = self._all_to_all.dispatch, self._all_to_all.combine
 
     def run_experts(
         self, x: Float[Tensor, "T D"], *, routing: Routing, experts: ExpertCompute
@@ -86,90 +84,92 @@ class AdaptiveDispatcher:
         if group_size(self._group) * group_size(self._slice_group) == 1:
             return LocalDispatcher().run_experts(x, routing=routing, experts=experts)
         if not isinstance(experts, GroupedExperts):
-            raise TypeError(f"only banks of feed-forwards can be lent, not {type(experts)}")
-        bank = experts
-
-        def work(x: Tensor, _: ExpertCompute) -> Tensor:
-            way = self._candidates[self.choose(x, routing=routing, experts=bank)]
-            lent = FunctionalExperts(
-                _gather_weights(bank.weights, groups=way, dtype=x.dtype), bank.activation
+            raise TypeError(
+                f"only the weights of GroupedExperts can be gathered, not {type(experts)}"
             )
-            rows = AllToAllDispatcher(way.all_to_all, slice_group=way.all_to_all_slices)
-            return rows.run_experts(x, routing=routing, experts=lent)
+        module = experts
 
-        return bank.in_one_call(as_autocast(x), function=work)
+        def gather_and_run(x: Tensor, _: ExpertCompute) -> Tensor:
+            groups = self._candidates[self.choose(x, routing=routing, experts=module)]
+            weights = _gather_weights(module.weights, groups=groups, dtype=x.dtype)
+            gathered = FunctionalExperts(weights, module.activation)
+            exchange = AllToAllDispatcher(groups.all_to_all, slice_group=groups.all_to_all_slices)
+            return exchange.run_experts(x, routing=routing, experts=gathered)
 
-    def _make_groups(self, way: GatherDegrees, *, timeout_s: float) -> "_GatherGroups":
-        experts = split_group(self._group, inner_size=way.experts, timeout_s=timeout_s)
-        cuts = split_group(self._slice_group, inner_size=way.slices, timeout_s=timeout_s)
-        return _GatherGroups(experts.inner, cuts.inner, experts.outer, cuts.outer)
+        return module.in_one_call(as_autocast(x), function=gather_and_run)
+
+    def _make_groups(self, degrees: GatherDegrees, *, timeout_s: float) -> "_GatherGroups":
+        experts = split_group(self._group, inner_size=degrees.experts, timeout_s=timeout_s)
+        slices = split_group(self._slice_group, inner_size=degrees.slices, timeout_s=timeout_s)
+        return _GatherGroups(experts.inner, slices.inner, experts.outer, slices.outer)
 
     def choose(
         self, x: Float[Tensor, "T D"], *, routing: Routing, experts: GroupedExperts
     ) -> GatherDegrees:
-        """Return the way with the least seconds, the same on every rank. Collective."""
+        """Return the degrees of lowest cost, the same on every rank. Collective."""
         if len(self._candidates) == 1:
             return next(iter(self._candidates))
-        ranks, cuts = group_size(self._group), group_size(self._slice_group)
-        own = routing.load()[None]
-        row = all_gather_rows(own, group=self._slice_group, sizes=[1] * cuts)
-        table = all_gather_rows(row, group=self._group, sizes=[cuts] * ranks)
+        ranks, slices = group_size(self._group), group_size(self._slice_group)
+        local = routing.load()[None]
+        row = all_gather_rows(local, group=self._slice_group, sizes=[1] * slices)
+        table = all_gather_rows(row, group=self._group, sizes=[slices] * ranks)
         step = StepLoad(
-            table.view(ranks, cuts, -1).cpu(),
+            table.view(ranks, slices, -1).cpu(),
             row_bytes=x.shape[1] * x.element_size(),
-            bank_bytes=(experts.up.numel() + experts.down.numel()) * x.element_size(),
+            weight_bytes=(experts.up.numel() + experts.down.numel()) * x.element_size(),
         )
-        return min(self._candidates, key=lambda way: step.seconds(way, costs=self._costs))
+        return min(self._candidates, key=lambda degrees: step.seconds(degrees, costs=self._costs))
 
 
 def possible_gather_degrees(ranks: int, *, slices: int) -> list[GatherDegrees]:
-    """Return all ways: first slices are lent, then, once they make whole experts, experts."""
-    within = [GatherDegrees(1, cuts) for cuts in range(1, slices + 1) if slices % cuts == 0]
-    across = [GatherDegrees(each, slices) for each in range(2, ranks + 1) if ranks % each == 0]
-    return within + across
+    """Return all degrees: slices up to whole experts first, then experts."""
+    of_slices = [GatherDegrees(1, each) for each in range(1, slices + 1) if slices % each == 0]
+    of_experts = [GatherDegrees(each, slices) for each in range(2, ranks + 1) if ranks % each == 0]
+    return of_slices + of_experts
 
 
 @dataclass(frozen=True, slots=True)
 class StepLoad:
-    """What is known of a step before its rows move: ``load[p, m, e]`` rows of each rank's tokens
-    for each expert, and the bytes of a row and of the experts that one rank keeps.
+    """The load of a step before dispatch: ``load[p, m, e]`` rows of each rank for each expert.
+
+    ``row_bytes`` is the size of a row, ``weight_bytes`` that of one rank's expert weights.
     """
 
     load: Int[Tensor, "P M E"]
     row_bytes: int
-    bank_bytes: int
+    weight_bytes: int
 
     def seconds(self, degrees: GatherDegrees, *, costs: DispatchCosts) -> float:
         """Return the time of the busiest rank, forward and backward."""
-        moved = self.traffic(degrees)
-        once = costs.gather_weights.seconds(moved.weights) if moved.weights else 0.0
-        once += sum(
-            2 * costs.all_to_all.seconds(size) for size in (moved.rows, moved.copies) if size
-        )
-        return 2 * once + 3 * costs.compute.seconds(moved.work)
+        sent = self.traffic(degrees)
+        once = costs.gather_weights.seconds(sent.weights) if sent.weights else 0.0
+        once += sum(2 * costs.all_to_all.seconds(size) for size in (sent.rows, sent.copies) if size)
+        return 2 * once + 3 * costs.compute.seconds(sent.work)
 
     def traffic(self, degrees: GatherDegrees) -> "StepTraffic":
-        """Return what the busiest rank moves, each thing by itself."""
-        ranks, cuts, _ = self.load.shape
-        places, left = ranks // degrees.experts, cuts // degrees.slices
-        # [from place, rank of the run, slice, to place]
-        rows = self.load.view(places, degrees.experts, cuts, places, -1).sum(-1)
-        stay = rows.diagonal(dim1=0, dim2=3).permute(2, 0, 1)
-        sent, came = rows.sum(3), rows.sum(0).permute(2, 0, 1)
-        there = came.view(places, degrees.experts, left, degrees.slices)
-        copies = there.sum(2, keepdim=True) - there
+        """Return the largest traffic of any rank, each kind by itself."""
+        ranks, slices, _ = self.load.shape
+        sets, copies = ranks // degrees.experts, slices // degrees.slices
+        # [from set of ranks, rank of the set, slice, to set]
+        rows = self.load.view(sets, degrees.experts, slices, sets, -1).sum(-1)
+        local = rows.diagonal(dim1=0, dim2=3).permute(2, 0, 1)
+        sent, received = rows.sum(3), rows.sum(0).permute(2, 0, 1)
+        by_slice = received.view(sets, degrees.experts, copies, degrees.slices)
+        repeated = by_slice.sum(2, keepdim=True) - by_slice
         return StepTraffic(
-            rows=float(torch.maximum(sent - stay, came - stay).max()) * self.row_bytes,
-            copies=float(copies.max()) * self.row_bytes,
-            weights=float((degrees.experts * degrees.slices - 1) * self.bank_bytes),
-            work=float(there.sum(2).max()) / left,
+            rows=float(torch.maximum(sent - local, received - local).max()) * self.row_bytes,
+            copies=float(repeated.max()) * self.row_bytes,
+            weights=float((degrees.experts * degrees.slices - 1) * self.weight_bytes),
+            work=float(by_slice.sum(2).max()) / copies,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class StepTraffic:
-    """Of the busiest rank: bytes of rows to other ranks, of rows repeated for other slices and of
-    weights, one way each; and the rows that its experts work on, by whole experts.
+    """The traffic of the busiest rank, in bytes of one direction, and its expert rows.
+
+    ``rows`` go to other ranks, ``copies`` to other slices, ``weights`` are gathered; ``work`` is
+    the number of rows that its experts compute, in whole experts.
     """
 
     rows: float
@@ -187,34 +187,35 @@ class _GatherGroups:
 
 
 def _gather_weights(
-    banks: FeedForwardWeights, *, groups: _GatherGroups, dtype: torch.dtype
+    weights: FeedForwardWeights, *, groups: _GatherGroups, dtype: torch.dtype
 ) -> FeedForwardWeights:
-    """Return this rank's banks and those of its neighbours. Collective."""
-    segments = banks.up.shape[2] // banks.down.shape[1]  # two if gated: each is cut by itself
+    """Return the expert weights of this rank and of its neighbours. Collective."""
+    # two segments if the activation is gated: each is split by itself
+    segments = weights.up.shape[2] // weights.down.shape[1]
 
-    def lend(bank: Tensor, *, dim: int, segments: int) -> Tensor:
-        wide = _gather_slices(bank.to(dtype), group=groups.slices, dim=dim, segments=segments)
-        return _gather_experts(wide, group=groups.experts)
+    def gather(weight: Tensor, *, dim: int, segments: int) -> Tensor:
+        full = _gather_slices(weight.to(dtype), group=groups.slices, dim=dim, segments=segments)
+        return _gather_experts(full, group=groups.experts)
 
-    up, down = lend(banks.up, dim=2, segments=segments), lend(banks.down, dim=1, segments=1)
-    if banks.up_bias is None or banks.down_bias is None:
+    up = gather(weights.up, dim=2, segments=segments)
+    down = gather(weights.down, dim=1, segments=1)
+    if weights.up_bias is None or weights.down_bias is None:
         return FeedForwardWeights(up, down)
-    up_bias = lend(banks.up_bias, dim=1, segments=segments)
-    return FeedForwardWeights(
-        up, down, up_bias, _gather_experts(banks.down_bias.to(dtype), group=groups.experts)
-    )
+    up_bias = gather(weights.up_bias, dim=1, segments=segments)
+    down_bias = _gather_experts(weights.down_bias.to(dtype), group=groups.experts)
+    return FeedForwardWeights(up, down, up_bias, down_bias)
 
 
-def _gather_experts(bank: Float[Tensor, "e *D"], *, group: Group) -> Float[Tensor, "E *D"]:
-    """The experts of several ranks, in order."""
-    return all_gather_rows(bank, group=group, sizes=[bank.shape[0]] * group_size(group))
+def _gather_experts(weight: Float[Tensor, "e *D"], *, group: Group) -> Float[Tensor, "E *D"]:
+    """Return the experts of several ranks, in order."""
+    return all_gather_rows(weight, group=group, sizes=[weight.shape[0]] * group_size(group))
 
 
-def _gather_slices(bank: Tensor, *, group: Group, dim: int, segments: int) -> Tensor:
-    """The slices of several ranks side by side along ``dim``, in each of its segments."""
-    cuts = group_size(group)
-    if cuts == 1:
-        return bank
-    every = _gather_experts(bank, group=group).unflatten(0, (cuts, -1))
-    apart = every.unflatten(dim + 1, (segments, -1)).movedim(0, dim + 1)
-    return apart.flatten(dim, dim + 2)
+def _gather_slices(weight: Tensor, *, group: Group, dim: int, segments: int) -> Tensor:
+    """Return the slices of several ranks concatenated along ``dim``, in each of its segments."""
+    slices = group_size(group)
+    if slices == 1:
+        return weight
+    stacked = _gather_experts(weight, group=group).unflatten(0, (slices, -1))
+    split = stacked.unflatten(dim + 1, (segments, -1)).movedim(0, dim + 1)
+    return split.flatten(dim, dim + 2)

@@ -1,4 +1,4 @@
-"""Attention experts: several self-attentions in one place, mixed token by token.
+"""Attention experts: a mixture of self-attentions in one block, weighted per token.
 
 Letters: B rows, T tokens, D model dim, N attention experts, H heads and G key/value heads of one,
 d head dim.
@@ -23,7 +23,7 @@ from moesaic.nn.positional_encoding import Rotation
 
 @runtime_checkable
 class SelfAttentionModule(Protocol):
-    """What a block asks of its self-attention (see ``SelfAttention``)."""
+    """The self-attention of a block (see ``SelfAttention``)."""
 
     def __call__(
         self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
@@ -41,25 +41,22 @@ class SelfAttentionModule(Protocol):
 
 
 class AttentionExperts(Choice):
-    """Family: whether a block's self-attention is one or a mixture."""
+    """Family: one self-attention per block, or a mixture of them."""
 
-    def combined_attention(self, config: AttentionConfig, *, dim: int) -> AttentionConfig:
-        """Return the heads of the whole mixture, given those of one attention."""
-        del dim
+    def combined_attention(self, config: AttentionConfig, _dim: int, /) -> AttentionConfig:
+        """Return the heads of all experts together, given those of one attention."""
         return config
 
     def build(self, config: AttentionConfig, *, dim: int, bias: bool) -> SelfAttentionModule:
-        """Return the module of a block's self-attention."""
+        """Return the self-attention module of a block."""
         raise NotImplementedError
 
-    def parameter_specs(self, *, dim: int) -> Sequence[ParameterSpec]:
+    def parameter_specs(self, _dim: int, /) -> Sequence[ParameterSpec]:
         """Return its parameters beyond those of an attention with all heads."""
-        del dim
         return ()
 
-    def saved_activations(self, config: AttentionConfig, *, dim: int) -> float:
-        """Return the values kept per token beyond those of an attention with all heads."""
-        del config, dim
+    def saved_activations(self, _config: AttentionConfig, _dim: int, /) -> float:
+        """Return the values per token that autograd saves beyond those of all heads."""
         return 0
 
 
@@ -73,17 +70,17 @@ class NoAttentionExperts(AttentionExperts):
 class MixtureOfAttention(AttentionExperts):
     """``sum_j g_j(x) attention_j(x)`` with ``g = softmax(W x)``: all run (BAM, 2408.08274).
 
-    The soft mixture of Branch-Attend-Mix: no expert is left out, so there is nothing to balance,
-    and a token's keys and values are there for whoever looks at them later. ``keys="own"`` gives
-    each expert its queries, keys, values and output map, and decoding a cache N times as large;
-    ``keys="shared"`` only queries and output maps, and one cache. Our reading: biases of the
-    output maps, where a model has any, are one for all experts (the weights sum to 1).
+    The soft mixture of Branch-Attend-Mix: every token uses all experts, so nothing is balanced, and
+    its keys and values are in the KV cache for later tokens. With ``key_values="own"`` each expert
+    has its own queries, keys, values and output projection, and the KV cache is N times as large;
+    with ``"shared"`` only queries and output projections are separate. Our reading: biases of the
+    output projections are one for all experts (the weights sum to 1).
     """
 
     experts: int = Field(default=2, ge=1)
     key_values: Literal["own", "shared"] = "own"
 
-    def combined_attention(self, config: AttentionConfig, *, dim: int) -> AttentionConfig:
+    def combined_attention(self, config: AttentionConfig, dim: int, /) -> AttentionConfig:
         groups = config.num_kv_heads() * (self.experts if self.key_values == "own" else 1)
         heads, width = config.heads * self.experts, config.head_width(dim)
         return AttentionConfig(heads=heads, kv_heads=groups, head_dim=width)
@@ -91,19 +88,19 @@ class MixtureOfAttention(AttentionExperts):
     def build(self, config: AttentionConfig, *, dim: int, bias: bool) -> SelfAttentionModule:
         return AttentionMixture(self, config=config, dim=dim, bias=bias)
 
-    def parameter_specs(self, *, dim: int) -> Sequence[ParameterSpec]:
+    def parameter_specs(self, dim: int, /) -> Sequence[ParameterSpec]:
         return (ParameterSpec("router", (self.experts, dim)),)
 
-    def saved_activations(self, config: AttentionConfig, *, dim: int) -> float:
-        heads = self.combined_attention(config, dim=dim)
+    def saved_activations(self, config: AttentionConfig, dim: int, /) -> float:
+        heads = self.combined_attention(config, dim)
         return heads.heads * heads.head_width(dim) + self.experts
 
 
 class AttentionMixture(CustomInitializers):
-    """One attention with the heads of all experts; each expert's heads are weighted before ``out``.
+    """One attention with the heads of all experts, weighted per expert before ``out``.
 
-    The last product adds over all heads, so weighting what it reads is weighting what each expert
-    says. Heads are sorted by expert; with shared keys by key/value head first, then by expert.
+    The output projection adds over all heads, so weighting its input weights the output of each
+    expert. Heads are sorted by expert; with shared keys by key/value head first, then by expert.
     """
 
     def __init__(
@@ -111,9 +108,7 @@ class AttentionMixture(CustomInitializers):
     ) -> None:
         super().__init__()
         self.gate = nn.Linear(dim, mixture.experts, bias=False)
-        self.attention = SelfAttention(
-            mixture.combined_attention(config, dim=dim), dim=dim, bias=bias
-        )
+        self.attention = SelfAttention(mixture.combined_attention(config, dim), dim=dim, bias=bias)
         self.experts = mixture.experts
         self.blocks = 1 if mixture.key_values == "own" else config.num_kv_heads()
         self.head_width = config.heads * config.head_width(dim)
@@ -128,8 +123,8 @@ class AttentionMixture(CustomInitializers):
         self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
     ) -> Float[Tensor, "T D"]:
         """Attend within each row (see ``SelfAttention``)."""
-        found = self.attention.attend_heads(x, packing=packing, rotation=rotation, causal=causal)
-        return self.attention.out(self._weight_heads(found, x=x))
+        heads = self.attention.attend_heads(x, packing=packing, rotation=rotation, causal=causal)
+        return self.attention.out(self._weight_heads(heads, x=x))
 
     def step(
         self,
@@ -140,20 +135,20 @@ class AttentionMixture(CustomInitializers):
         cache: KeyValue,
         position: Int[Tensor, "B n"],
     ) -> Float[Tensor, "T D"]:
-        """The same for the newest tokens; ``cache`` holds the keys of all experts."""
-        found = self.attention.attend_heads_cached(
+        """Attend from the newest tokens; ``cache`` holds the keys of all experts."""
+        heads = self.attention.attend_heads_cached(
             x, packing=packing, rotation=rotation, cache=cache, position=position
         )
-        return self.attention.out(self._weight_heads(found, x=x))
+        return self.attention.out(self._weight_heads(heads, x=x))
 
     def expert_weights(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T N"]:
-        """Weights of the experts, float32."""
+        """Return the weights of the experts, float32."""
         with torch.autocast(x.device.type, enabled=False):
             return self.gate(x.float()).softmax(-1)
 
     def _weight_heads(
-        self, found: Float[Tensor, "T HD"], *, x: Float[Tensor, "T D"]
+        self, heads: Float[Tensor, "T HD"], *, x: Float[Tensor, "T D"]
     ) -> Float[Tensor, "T HD"]:
-        share = self.expert_weights(x).to(found.dtype)
-        apart = found.unflatten(-1, (self.blocks, self.experts, -1))
-        return (apart * share[:, None, :, None]).flatten(1)
+        weight = self.expert_weights(x).to(heads.dtype)
+        by_expert = heads.unflatten(-1, (self.blocks, self.experts, -1))
+        return (by_expert * weight[:, None, :, None]).flatten(1)

@@ -1,37 +1,9 @@
-"""Balance: loss terms that keep experts evenly used and logits small; returned, never stored.
+"""Balance: auxiliary losses that even the experts' load or keep router logits small.
 
-A term is this rank's share (see ``ranks.py``): local sums over global counts. The loss of a step is
-the mean over its micro-batches.
-
-Letters: T tokens of this rank, E experts.
-
-SequenceBalance: experts used evenly within each row.
+A term returns this rank's share (see ``batch_group.py``): local sums over global counts. The loss
+of a step is the mean over its micro-batches. Terms with a state are in ``balance_stateful.py``.
 
 Letters: T tokens of this rank, E experts.
-
-GlobalBatchBalance and MicroBatchBalance: over which tokens the load is to be even.
-
-Letters: E experts, R ranks.
-
-DeviceBalance: groups of experts used evenly, whatever happens within a group.
-
-Letters: E experts, D groups.
-
-Importance: the variation of what experts weigh, over a whole batch.
-
-Letters: E experts.
-
-MutualInformationBalance: experts evenly used over all tokens, each token sure of a few.
-
-Letters: T tokens of this rank, E experts.
-
-EntropyBalance: routers that are sure of themselves, so that few experts pass a threshold.
-
-Letters: T tokens, E experts.
-
-TargetLoadBalance: the share of tokens that pass a bar, held at a target.
-
-Letters: E experts.
 """
 
 from dataclasses import dataclass
@@ -50,12 +22,12 @@ from moesaic.moe.routing import Routing
 
 @dataclass(frozen=True, slots=True)
 class BalanceInputs:
-    """What a balance term may look at.
+    """The data that a balance term reads.
 
-    ``routing`` is as selected, before any limit; ``probabilities`` are the select's own.
-    ``load`` (edges per expert) and ``tokens`` are summed over all ranks that share the batch;
-    ``heard`` is what earlier micro-batches of the same optimizer step had as ``load``.
-    ``gate.state`` is the term's own state. ``ranks`` serve a term that adds up something else.
+    ``routing`` holds the edges as selected, before any drop; ``probabilities`` are those of the
+    selection rule. ``load`` (edges per expert) and ``num_tokens`` are summed over all ranks of the
+    batch; ``accumulated_load`` is the load of the earlier micro-batches of the optimizer step.
+    ``router.state`` is the term's own state. ``batch_group`` adds up other values over ranks.
     """
 
     router: RouterContext
@@ -71,47 +43,47 @@ class BalanceInputs:
         return self.router.logits
 
     def zero(self) -> Float[Tensor, ""]:
-        """Return the share of a rank that has nothing to say; a gradient may pass through it."""
+        """Return a zero in the autograd graph of the logits."""
         return 0.0 * self.router.logits.sum()
 
 
 class Balance(Choice, StatefulRule):
-    """Family of balance terms. ``name`` is its key in ``RoutingRecord.losses``."""
+    """Family of balance terms. ``name`` is the key in ``RoutingRecord.losses``.
+
+    ``balances_load`` is true if minimising the loss evens the experts' load.
+    """
 
     name: ClassVar[str] = "balance"
+    balances_load: ClassVar[bool] = False
 
     def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
         """Return this rank's share of the weighted term."""
         raise NotImplementedError
 
-    def selection_bias(self, state: RuleState) -> Float[Tensor, "E"] | None:
-        """Return what is added to scores when experts are chosen (never to weights)."""
-        del state
+    def selection_bias(self, _state: RuleState, /) -> Float[Tensor, "E"] | None:
+        """Return the bias added to scores when experts are selected, never to weights."""
         return None
 
     def balancing_weight(self) -> float:
-        """Return the weight with which the loss evens the experts' load; 0 if it does not."""
-        return 0.0
+        """Return the weight of the load balancing loss; 0 if the term does not balance load."""
+        return getattr(self, "weight", 0.0) if self.balances_load else 0.0
 
-    def problems(self, *, experts: int, limit: Limit) -> str | None:
-        """Return what the term expects of a layer with so many working experts, if not this."""
-        del experts, limit
+    def problems(self, _experts: int, _limit: Limit, /) -> str | None:
+        """Return what the term expects of a layer with so many true experts, or None."""
         return None
 
 
 class SwitchBalance(Balance):
     """``weight * E * sum_e f_e p_e`` (2101.03961, equations 4 to 6): ``weight`` when balanced.
 
-    f_e is the fraction of edges that chose expert e before any drop, p_e its mean probability.
+    f_e is the fraction of edges of expert e before any drop, p_e its mean probability.
     """
 
+    balances_load: ClassVar[bool] = True
     weight: float = 0.01
 
     def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
         return self.weight * load_balance_loss(inputs, load=inputs.load)
-
-    def balancing_weight(self) -> float:
-        return self.weight
 
 
 class RouterZLoss(Balance):
@@ -136,68 +108,64 @@ class SequenceBalance(Balance):
     """``weight * mean over rows of sum_e f_e P_e`` (DeepSeek-V3, 2412.19437, equations 17 to 20).
 
     Within a row of t tokens, f_e is E times the fraction of its edges that chose expert e, and P_e
-    its mean probability; ``weight`` when every row is balanced. Rows count alike whatever their
-    length, and the mean is over the rows of all ranks, of which several may hold tokens of one (its
-    key tells). The paper counts the experts of highest affinity, bias left out; here the edges that
-    were chosen count, with a ``BiasUpdate`` too.
+    its mean probability; ``weight`` when every row is balanced. The mean gives each row the same
+    weight and covers the rows of all ranks; several ranks may hold tokens of one row, which its key
+    identifies. The paper counts the experts of highest affinity without bias; here the selected
+    edges count, with ``BiasUpdate`` too.
     """
 
+    balances_load: ClassVar[bool] = True
     weight: float = 0.0001
 
     def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
         routing, probabilities = inputs.routing, inputs.probabilities
-        count, place = _global_rows(inputs)
+        count, row = _global_rows(inputs)
         experts = probabilities.shape[1]
-        edge = place[routing.token] * (experts + 1) + routing.expert  # lost edges come last
+        edge = row[routing.token] * (experts + 1) + routing.expert  # dropped edges come last
         chosen = torch.bincount(edge, minlength=count * (experts + 1)).view(count, experts + 1)
-        tokens = torch.bincount(place, minlength=count)
+        tokens = torch.bincount(row, minlength=count)
         chosen, tokens = inputs.batch_group.sum(
             torch.cat([chosen[:, :experts], tokens[:, None]], 1).double()
         ).split([experts, 1], 1)
         fraction = (chosen / chosen.sum(1, keepdim=True).clamp(min=1)).float()
-        mean = probabilities.new_zeros(count, experts).index_add(0, place, probabilities) / tokens
+        mean = probabilities.new_zeros(count, experts).index_add(0, row, probabilities) / tokens
         return self.weight * experts * (fraction * mean.float()).sum() / max(count, 1)
-
-    def balancing_weight(self) -> float:
-        return self.weight
 
 
 def _global_rows(inputs: BalanceInputs) -> tuple[int, Int[Tensor, "T"]]:
-    """Return how many rows all ranks hold tokens of, and which of them each token here is of."""
+    """Return the number of rows on all ranks, and the index of each local token's row in them."""
     context = inputs.router.context
-    named = torch.stack([context.row_key, context.row], 1)
-    own, place = named.unique(dim=0, return_inverse=True)
-    held = inputs.batch_group.gather(own)
-    every, number = held.rows.unique(dim=0, return_inverse=True)
-    return every.shape[0], number[held.start + place]
+    keys = torch.stack([context.row_key, context.row], 1)
+    local, row = keys.unique(dim=0, return_inverse=True)
+    gathered = inputs.batch_group.gather(local)
+    rows, index = gathered.rows.unique(dim=0, return_inverse=True)
+    return rows.shape[0], index[gathered.start + row]
 
 
 class GlobalBatchBalance(Balance):
     """``weight * E * sum_e f_e p_e``, f over the optimizer step so far (2501.11873, section 3).
 
-    f_e is the fraction of edges that chose expert e on all ranks and in all micro-batches of the
-    step up to this one (the paper's buffer); p_e is that of this micro-batch. A row of one domain
-    may then use few experts as long as the step uses all. In the last micro-batch f is exactly that
-    of one large batch. Without accumulation this is ``SwitchBalance``, whose f is that of all ranks
-    already.
+    f_e is the fraction of edges of expert e on all ranks and in all micro-batches of the step up to
+    this one (the paper's buffer); p_e is that of this micro-batch. A row of one domain may use few
+    experts as long as the step uses all. In the last micro-batch f equals that of one large batch.
+    Without gradient accumulation this is ``SwitchBalance``, whose f covers all ranks already.
     """
 
+    balances_load: ClassVar[bool] = True
     weight: float = 0.01
 
     def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
         return self.weight * load_balance_loss(inputs, load=inputs.accumulated_load + inputs.load)
 
-    def balancing_weight(self) -> float:
-        return self.weight
-
 
 class MicroBatchBalance(Balance):
-    """The mean over ranks of each rank's own Switch loss: what 2501.11873 compares with.
+    """The mean over ranks of each rank's local Switch loss, the baseline of 2501.11873.
 
-    Every rank is to use all experts on its own part of a micro-batch, so the loss depends on how
-    the batch is shared out, on purpose. Ranks without a token do not count.
+    It balances each rank's part of a micro-batch, so the loss depends on the parallel layout, on
+    purpose. Ranks without tokens do not count.
     """
 
+    balances_load: ClassVar[bool] = True
     weight: float = 0.01
 
     def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
@@ -206,36 +174,30 @@ class MicroBatchBalance(Balance):
         load = inputs.routing.load()
         fraction = (load / load.sum().clamp(min=1)).float()
         mean = inputs.probabilities.sum(0) / max(tokens, 1)
-        own = self.weight * load.numel() * torch.dot(fraction, mean)
-        return own / busy[0].clamp(min=1).float()
-
-    def balancing_weight(self) -> float:
-        return self.weight
+        local = self.weight * load.numel() * torch.dot(fraction, mean)
+        return local / busy[0].clamp(min=1).float()
 
 
 class DeviceBalance(Balance):
-    """``weight * sum_i f'_i P'_i`` over ``groups`` of experts (2401.06066, equations 15 to 17).
+    """``weight * sum_i f'_i P'_i`` over groups of experts (2401.06066, equations 15 to 17).
 
-    f'_i is the mean over the group's experts of E times the fraction of edges that chose them, P'_i
-    the sum of their mean probabilities; ``weight`` when groups are balanced. Groups are of
-    neighbours, as they would be placed on devices; spare experts, which are nowhere, are in none.
+    f'_i is the mean over the group's experts of E times their fraction of edges, P'_i the sum of
+    their mean probabilities; ``weight`` when groups are balanced. Groups are of adjacent experts,
+    as they would be placed on devices; null experts are in none.
     """
 
+    balances_load: ClassVar[bool] = True
     weight: float = 0.05
     num_groups: int = Field(default=2, ge=1)
 
     def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
-        working = inputs.load.numel() - inputs.router.num_null_experts
-        share = inputs.load[:working] / inputs.load.sum().clamp(min=1)
+        true = inputs.load.numel() - inputs.router.num_null_experts
+        share = inputs.load[:true] / inputs.load.sum().clamp(min=1)
         used = inputs.load.numel() * share.float().view(self.num_groups, -1).mean(1)
-        mean = inputs.probabilities[:, :working].sum(0) / inputs.num_tokens.clamp(min=1).float()
+        mean = inputs.probabilities[:, :true].sum(0) / inputs.num_tokens.clamp(min=1).float()
         return self.weight * torch.dot(used, mean.view(self.num_groups, -1).sum(1))
 
-    def balancing_weight(self) -> float:
-        return self.weight
-
-    def problems(self, *, experts: int, limit: Limit) -> str | None:
-        del limit
+    def problems(self, experts: int, _limit: Limit, /) -> str | None:
         if experts % self.num_groups == 0:
             return None
         return f"groups to divide the experts, not {self.num_groups} groups of {experts}"
@@ -244,30 +206,28 @@ class DeviceBalance(Balance):
 class ImportanceBalance(Balance):
     """``weight * CV(importance)^2`` (1701.06538, equations 6 and 7).
 
-    The importance of an expert is the sum of its weights (G(x)) over the tokens of the batch, on
-    all ranks, before any limit; CV^2 is its variance over experts divided by its squared mean: 0
-    when balanced, E - 1 when collapsed. The load term beside it in the paper belongs to that
-    paper's noisy gating and is not here.
+    The importance of an expert is the sum of its weights G(x) over the tokens of the batch, on all
+    ranks, before any drop. CV^2 is its variance over experts divided by its squared mean: 0 when
+    balanced, E - 1 when collapsed. The paper's load term belongs to its noisy gating and is not
+    implemented.
     """
 
+    balances_load: ClassVar[bool] = True
     weight: float = 0.1
 
     def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
         routing = inputs.routing
         zero = inputs.logits.new_zeros(inputs.load.numel() + 1)
-        own = zero.index_add(0, routing.expert, routing.weight)[:-1]
-        whole = inputs.batch_group.sum(own.detach().double()).requires_grad_()
+        local = zero.index_add(0, routing.expert, routing.weight)[:-1]
+        total = inputs.batch_group.sum(local.detach().double()).requires_grad_()
         with torch.enable_grad():
-            value = self.weight * squared_coefficient_of_variation(whole)
-            (slope,) = torch.autograd.grad(value, whole)
-        # not linear in the sums of ranks: each rank has a part of the value by its tokens, and of
-        # the gradient what the whole's slope says of its own sums
-        moved = torch.dot(slope.float(), own)
+            value = self.weight * squared_coefficient_of_variation(total)
+            (slope,) = torch.autograd.grad(value, total)
+        # not linear in the sums of ranks: a rank's share of the value is its share of the tokens,
+        # and its gradient is the slope of the total at its local sums
+        linear = torch.dot(slope.float(), local)
         part = routing.num_tokens / inputs.num_tokens.clamp(min=1)
-        return moved - moved.detach() + (value.detach() * part).float()
-
-    def balancing_weight(self) -> float:
-        return self.weight
+        return linear - linear.detach() + (value.detach() * part).float()
 
 
 def squared_coefficient_of_variation(x: Float[Tensor, "E"]) -> Float[Tensor, ""]:
@@ -280,13 +240,14 @@ class MutualInformationBalance(Balance):
     """``weight * (mean over tokens of H(e | x) - H(e))``, natural logs (DS-MoE, 2404.05567).
 
     Minus the mutual information of tokens and experts: between ``-weight * log E`` and 0. H(e) is
-    the entropy of the mean probabilities m of the whole batch, over all ranks. A rank's share of
-    ``-H(e) = sum_e m_e log m_e`` is the same sum with its own part of m before the logarithm, which
-    is a constant: probabilities sum to one, so the logarithm's own gradient is zero, and both
+    the entropy of the mean probabilities m over all ranks. A rank's share of
+    ``-H(e) = sum_e m_e log m_e`` is this sum with its local part of m before the logarithm, which
+    is a constant: probabilities sum to one, so the gradient of the logarithm adds up to zero, and
     values and gradients of the shares add up to those of the batch.
     """
 
     name: ClassVar[str] = "mutual_information"
+    balances_load: ClassVar[bool] = True
     weight: float = Field(default=0.0005, ge=0)
 
     def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
@@ -296,9 +257,6 @@ class MutualInformationBalance(Balance):
         # one sum: the difference of two large ones would be rounded away
         return self.weight * (p * (_clamped_log(mean) - _clamped_log(p))).sum() / tokens
 
-    def balancing_weight(self) -> float:
-        return self.weight
-
 
 def _clamped_log(p: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
     """Natural logarithm, large and finite at zero (0 log 0 is 0)."""
@@ -306,10 +264,10 @@ def _clamped_log(p: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
 
 
 class EntropyBalance(Balance):
-    """``weight * mean over tokens of the probabilities' entropy``: top-p's dynamic loss.
+    """``weight * mean over tokens of the entropy of the probabilities``: top-p's dynamic loss.
 
-    Harder tasks need more experts (2403.07652): without it a top-p router spreads its mass and
-    takes ever more experts. It evens nothing.
+    Without it a top-p router flattens its probabilities and selects more and more experts
+    (2403.07652). It does not balance load.
     """
 
     name: ClassVar[str] = "entropy"
@@ -324,10 +282,10 @@ class EntropyBalance(Balance):
 class TargetLoadBalance(Balance):
     """``weight * mean over experts of (f_e - target)^2``, for ``Threshold``. Ours.
 
-    f_e is the fraction of tokens that expert e has an edge to. A count has no gradient: that of the
-    mean sigmoid score stands in for it (a straight-through estimate), so all tokens' scores move up
-    when too few pass, and down when too many do. MoDification (2410.14268) says no more than that a
-    threshold takes the place of a top-k.
+    f_e is the fraction of tokens with an edge to expert e. A count has no gradient; the gradient of
+    the mean sigmoid score replaces it (a straight-through estimate), so all scores rise when too
+    few tokens pass the threshold, and fall when too many do. MoDification (2410.14268) only states
+    that a threshold replaces a top-k.
     """
 
     name: ClassVar[str] = "kept"
@@ -337,6 +295,6 @@ class TargetLoadBalance(Balance):
     def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
         tokens, score = inputs.num_tokens.clamp(min=1), inputs.logits.sigmoid()
         miss = (inputs.load / tokens - self.target).float()
-        own = score.shape[0] / tokens.float()
-        moved = (score - score.detach()).sum(0) / tokens.float()  # zero, but for its gradient
-        return self.weight * (own * miss.square() + 2 * miss * moved).mean()
+        share = score.shape[0] / tokens.float()
+        surrogate = (score - score.detach()).sum(0) / tokens.float()  # zero with a gradient
+        return self.weight * (share * miss.square() + 2 * miss * surrogate).mean()

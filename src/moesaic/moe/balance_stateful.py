@@ -1,15 +1,9 @@
-"""BiasUpdate: balance without a loss.
+"""Stateful balance rules: loss-free bias updates, and losses whose weight follows a schedule.
 
-Letters: E experts.
-
-AdaptiveBalance: a Switch loss that grows while experts overflow and fades while they do not.
-
-Letters: E experts.
-
-NullBalance: true experts evenly used, null experts as one.
-
-Letters: E experts (null ones included).
+Letters: E experts (null experts included).
 """
+
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -21,12 +15,12 @@ from moesaic.moe.router_context import RoutingStats, RuleState
 
 
 class BiasUpdate(Balance):
-    """Auxiliary-loss-free balancing (2408.15664, algorithm 1): loss zero, gradient none.
+    """Auxiliary-loss-free balancing by a bias per expert (2408.15664, algorithm 1). Its loss is 0.
 
-    Each expert has a bias that is added to its score when experts are chosen, in training and
-    after, and never to a weight. After an optimizer step it goes up by ``rate`` where the expert
-    had less than the mean load of the step (all micro-batches and ranks), down where it had more.
-    The select says what a score is; the paper's are sigmoids, ``TopK`` adds to logits.
+    The bias is added to the expert's score when experts are selected, in training and inference,
+    never to a weight. An optimizer step increases it by ``rate`` if the expert's load was below the
+    mean of the step (all micro-batches and ranks), and decreases it if above. The selection rule
+    defines the score: the paper's are sigmoids, ``TopK`` adds to logits.
     """
 
     rate: float = Field(default=0.001, gt=0)
@@ -34,28 +28,30 @@ class BiasUpdate(Balance):
     def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
         return inputs.zero()
 
-    def selection_bias(self, state: RuleState) -> Float[Tensor, "E"] | None:
+    def selection_bias(self, state: RuleState, /) -> Float[Tensor, "E"] | None:
         return state["bias"]
 
-    def initial_state(self, num_experts: int) -> dict[str, Tensor]:
+    def initial_state(self, num_experts: int, /) -> dict[str, Tensor]:
         return {"bias": torch.zeros(num_experts)}
 
-    def update_state(self, state: RuleState, *, stats: RoutingStats) -> RuleState:
-        wanting = stats.load.mean() - stats.load
-        return {"bias": state["bias"] + self.rate * wanting.sign().float()}
+    def update_state(self, state: RuleState, stats: RoutingStats, /) -> RuleState:
+        missing = stats.load.mean() - stats.load
+        return {"bias": state["bias"] + self.rate * missing.sign().float()}
 
 
 class AdaptiveBalance(Balance):
-    """``scale * weight * E * sum_e f_e p_e``; the scale follows the share of edges over capacity.
+    """``scale * weight * E * sum_e f_e p_e``; the scale follows the share of dropped edges.
 
-    As in axlearn's ``AdaptiveLoadBalanceLoss`` (the code beside 2405.15052): after each step a
-    moving average of the share that the limit dropped is taken, and the logarithm of the scale
-    goes up by ``log_step`` where it is above ``most``, down where it is below ``least``. There the
-    share is that of the worse of two choices and the new scale serves the same step; here it is
-    that of all edges and serves the next, so that a recomputed forward pass sees the same.
-    ``memory`` is the least weight of the newest step in the average (the n-th step has 1/n before).
+    As in axlearn's ``AdaptiveLoadBalanceLoss`` (the code of 2405.15052): each step updates a moving
+    average of the share of edges that the limit dropped, and moves the logarithm of the scale by
+    ``log_step``, up if the average is above ``max_dropped``, down if below ``min_dropped``. There
+    the share is that of the worse of two choices and the new scale applies to the same step; here
+    it is that of all edges and applies to the next, so that activation checkpointing repeats the
+    same forward pass. ``ema_weight`` is the smallest weight of the newest step in the average (the
+    n-th step has 1/n before).
     """
 
+    balances_load: ClassVar[bool] = True
     weight: float = 0.01
     max_dropped: float = Field(default=0.05, gt=0)
     min_dropped: float = Field(default=0.001, ge=0)
@@ -66,18 +62,13 @@ class AdaptiveBalance(Balance):
         scale = inputs.router.state["log_scale"].exp()
         return scale * self.weight * load_balance_loss(inputs, load=inputs.load)
 
-    def balancing_weight(self) -> float:
-        return self.weight
-
-    def problems(self, *, experts: int, limit: Limit) -> str | None:
-        del experts
+    def problems(self, _experts: int, limit: Limit, /) -> str | None:
         return "a limit that can drop edges, not Dropless" if isinstance(limit, Dropless) else None
 
-    def initial_state(self, num_experts: int) -> dict[str, Tensor]:
-        del num_experts
+    def initial_state(self, _num_experts: int, /) -> dict[str, Tensor]:
         return {name: torch.zeros(()) for name in ("log_scale", "average", "steps")}
 
-    def update_state(self, state: RuleState, *, stats: RoutingStats) -> RuleState:
+    def update_state(self, state: RuleState, stats: RoutingStats, /) -> RuleState:
         total = stats.load.sum()
         over = (total - stats.kept_load.sum()) / total.clamp(min=1)
         steps = state["steps"] + 1
@@ -91,12 +82,13 @@ class AdaptiveBalance(Balance):
 class NullBalance(Balance):
     """``alpha * E * sum_e f_e p_e``, f of a null expert being their mean (AdaMoE, 2406.13233).
 
-    So nothing pushes null experts to be used alike, only their total counts. f_e is the fraction
-    of all edges that chose expert e, p_e its mean probability in a softmax over all E. alpha goes
-    from ``weight`` to ``final`` in equal parts over ``steps`` optimizer steps (the two ends are the
-    paper's, the line between them is ours).
+    The loss depends on the total load of the null experts, not on its distribution. f_e is the
+    fraction of all edges of expert e, p_e its mean probability in a softmax over all E. alpha goes
+    linearly from ``weight`` to ``final_weight`` over ``decay_steps`` optimizer steps (the two ends
+    are the paper's, the linear schedule is ours).
     """
 
+    balances_load: ClassVar[bool] = True
     weight: float = Field(default=0.02, ge=0)
     final_weight: float = Field(default=0.0001, ge=0)
     decay_steps: int = Field(default=1000, ge=1)
@@ -113,13 +105,8 @@ class NullBalance(Balance):
         alpha = self.weight + (self.final_weight - self.weight) * done
         return alpha * load.numel() * torch.dot(fraction.float(), mean)
 
-    def balancing_weight(self) -> float:
-        return self.weight
-
-    def initial_state(self, num_experts: int) -> dict[str, Tensor]:
-        del num_experts
+    def initial_state(self, _num_experts: int, /) -> dict[str, Tensor]:
         return {"step": torch.zeros(())}
 
-    def update_state(self, state: RuleState, *, stats: RoutingStats) -> RuleState:
-        del stats
+    def update_state(self, state: RuleState, _stats: RoutingStats, /) -> RuleState:
         return {"step": state["step"] + 1}

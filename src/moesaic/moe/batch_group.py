@@ -1,10 +1,9 @@
-"""Ranks: how what one rank counts becomes what all ranks that share a batch count.
+"""Batch group: the ranks that hold one batch; sums and gathers routing data over them.
 
-The convention of the whole house: a rank's loss is its *share*. Summed over ranks the shares are
-the loss of the whole batch, and gradients summed over ranks are its gradient. A mean over tokens is
-therefore a local sum divided by the global count, and any constant (the load of an expert) is
-global. That holds for cross-entropy and for every loss in a ``RoutingRecord``; nothing is divided by the
-number of ranks.
+A rank's loss is its *share* of the global loss: summed over ranks, the shares are the loss of the
+batch, and the gradients its gradient. A mean over tokens is therefore a local sum divided by the
+global count, and constants such as the load of an expert are global. That holds for cross-entropy
+and for every loss in a ``RoutingRecord``; nothing is divided by the number of ranks.
 
 Letters: C counters, N rows of this rank, M rows of all ranks.
 """
@@ -17,7 +16,7 @@ from moesaic.core.shapes import Int, Shaped, Tensor
 
 @dataclass(frozen=True, slots=True)
 class GatheredRows:
-    """The rows of every rank, in rank order, and where this rank's begin."""
+    """The rows of all ranks in rank order, and the index of this rank's first row."""
 
     rows: Int[Tensor, "M C"]
     start: int
@@ -25,19 +24,19 @@ class GatheredRows:
 
 @runtime_checkable
 class BatchGroup(Protocol):
-    """The ranks that share a batch. Every rank makes the same calls in the same order."""
+    """Collectives over the ranks of a batch; all ranks make the same calls in the same order."""
 
     def sum(self, counts: Shaped[Tensor, "C"]) -> Shaped[Tensor, "C"]:
         """Return the sum over ranks."""
         ...
 
     def gather(self, rows: Int[Tensor, "N C"]) -> GatheredRows:
-        """Return the rows of all ranks; each may have another number of them."""
+        """Return the rows of all ranks, whose numbers may differ."""
         ...
 
 
 class SingleRankBatch:
-    """One rank holds the whole batch."""
+    """The batch group of one rank that holds the whole batch."""
 
     def sum(self, counts: Shaped[Tensor, "C"]) -> Shaped[Tensor, "C"]:
         return counts

@@ -1,20 +1,22 @@
-"""Chunked: rows travel in chunks, and experts work on one while the next is on its way.
+"""Chunked all-to-all: experts compute on one chunk of rows while the next is being sent.
 
-The rows of every expert's segment are cut into pieces, so each piece is a small copy of the whole
-and the router is asked once (Hwang et al. 2023, Tutel, arXiv:2206.03382). A chunk is what travels
-at once, one piece or several: the way forward and the way back may want chunks of different number
-(Pan et al. 2025, FSMoE, arXiv:2501.10714); ``benchmarks/chunk_schedule.py`` chooses them. Experts work piece by
-piece, of which there are as many as both ways can be made of.
+The rows of every expert are split into pieces, so each piece has rows of all experts and the router
+runs once (Hwang et al. 2023, Tutel, arXiv:2206.03382). A chunk is one all-to-all and holds one or
+more pieces; the forward and backward passes may have different numbers of chunks (Pan et al. 2025,
+FSMoE, arXiv:2501.10714; ``benchmarks/chunk_schedule.py`` chooses them). Experts compute piece by
+piece; the number of pieces is a multiple of both numbers of chunks.
 
-Four small autograd functions share a ``_OverlappedTransfers``: one leaves home, one lands a piece on the far
-side, one leaves from there and one arrives. Their backward passes are the same journey reversed, in
-reversed order, so chunks overlap there as well.
+Four autograd functions share the ``_OverlappedTransfers`` of a layer: send and receive of dispatch,
+send and receive of combine. Their backward passes run the transfers in reverse order, so chunks
+overlap there, too.
 
-Letters: N edges that lead somewhere, E experts, P ranks, C pieces, R rows received, D model dim.
+Letters: N edges that are not dropped, E experts, e experts of a rank, P ranks, C pieces, R rows
+received, D model dim, M cells (rank, piece, expert).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import lcm
 from typing import Any
 
@@ -34,14 +36,14 @@ from moesaic.ops.permute import RowGroups
 
 @dataclass(frozen=True, slots=True)
 class OverlapDegrees:
-    """In how many chunks rows travel, each way out and home: in the forward and backward pass."""
+    """The number of chunks of each all-to-all in the forward and in the backward pass."""
 
     forward: int = 1
     backward: int = 1
 
     def __post_init__(self) -> None:
         if min(self.forward, self.backward) < 1:
-            raise ValueError(f"rows travel in one chunk at least, not {self}")
+            raise ValueError(f"each all-to-all has at least one chunk, not {self}")
 
     @property
     def num_pieces(self) -> int:
@@ -49,40 +51,38 @@ class OverlapDegrees:
 
 
 class ChunkedAllToAllDispatcher:
-    """An ``AllToAllDispatcher`` whose ``carry`` moves and computes at the same time."""
+    """An ``AllToAllDispatcher`` that overlaps communication and computation."""
 
     def __init__(self, group: Group, *, degrees: OverlapDegrees) -> None:
         self._group, self._degrees = group, degrees
-        self._unchunked = AllToAllDispatcher(group)
-        self.dispatch, self.combine = self._unchunked.dispatch, self._unchunked.combine
 
     def run_experts(
         self, x: Float[Tensor, "T D"], *, routing: Routing, experts: ExpertCompute
     ) -> Float[Tensor, "T D"]:
         if group_size(self._group) == 1 or self._degrees.num_pieces == 1:
-            return self._unchunked.run_experts(x, routing=routing, experts=experts)
+            return AllToAllDispatcher(self._group).run_experts(x, routing=routing, experts=experts)
         edges = sort_edges(routing)
         plan = _chunk_plan(edges.groups.rows_per_expert, group=self._group, degrees=self._degrees)
         rows = permute_tokens(as_autocast(x), edges=edges)[: plan.num_sent]
 
-        def work(rows: Tensor, experts: ExpertCompute) -> Tensor:
-            flight = _OverlappedTransfers(plan)
-            out, back = _SendDispatch.apply(rows, flight), []
+        def run_pieces(rows: Tensor, experts: ExpertCompute) -> Tensor:
+            transfers = _OverlappedTransfers(plan)
+            token, sent = _SendDispatch.apply(rows, transfers), []
             for piece, groups in enumerate(plan.groups):
-                here = _ReceiveDispatch.apply(out, flight, piece)
-                y = apply_experts(here, groups=groups, experts=experts)
-                back.append(_SendCombine.apply(y, flight, piece))
-            return _ReceiveCombine.apply(flight, *back)
+                received = _ReceiveDispatch.apply(token, transfers, piece)
+                y = apply_experts(received, groups=groups, experts=experts)
+                sent.append(_SendCombine.apply(y, transfers, piece))
+            return _ReceiveCombine.apply(transfers, *sent)
 
-        return unpermute_sum(experts.in_one_call(rows, function=work), edges=edges)
+        return unpermute_sum(experts.in_one_call(rows, function=run_pieces), edges=edges)
 
 
 @dataclass(frozen=True, slots=True)
 class _ChunkLayout:
-    """One pass over the wire: chunk by chunk the rows that each rank sends and receives.
+    """The order of rows in the chunks of one pass, and the rows per rank of each chunk.
 
-    ``order[j]`` is the row, sorted by expert, that is j-th on the wire; ``places[c]`` are the
-    places of piece c, sorted by expert, in its chunk on the far side.
+    ``order[j]`` is the index, among rows sorted by expert, of the j-th row sent; ``piece_rows[c]``
+    are the indices of piece c, sorted by expert, in its received chunk.
     """
 
     send_sizes: tuple[tuple[int, ...], ...]
@@ -92,7 +92,6 @@ class _ChunkLayout:
 
     @property
     def pieces_per_chunk(self) -> int:
-        """Pieces in a chunk."""
         return len(self.piece_rows) // len(self.send_sizes)
 
 
@@ -106,14 +105,13 @@ class _ChunkPlan:
 
 
 class _ChunkedTransfer:
-    """Chunks of one movement, each started when it is whole and waited for when it is wanted."""
+    """The chunks of one direction: sent once complete, waited for when needed."""
 
     def __init__(self, group: Group, layout: _ChunkLayout, *, reverse: bool) -> None:
         self._group, self._layout, self._reverse = group, layout, reverse
         self._partial_chunks: dict[int, Tensor] = {}
-        self._missing_pieces = dict.fromkeys(
-            range(len(layout.send_sizes)), layout.pieces_per_chunk
-        )  # pieces of a chunk
+        chunks = range(len(layout.send_sizes))
+        self._missing_pieces = dict.fromkeys(chunks, layout.pieces_per_chunk)
         self._pending: dict[int, AsyncRows] = {}
         self._received: dict[int, Tensor] = {}
 
@@ -126,16 +124,14 @@ class _ChunkedTransfer:
         )
 
     def send_all(self, rows: Tensor, *, last_first: bool = False) -> None:
-        """From home: everything is there, in the order of experts."""
-        every = rows.index_select(0, self._layout.order).split(
-            [sum(s) for s in self._layout.send_sizes]
-        )
-        numbers = range(len(every))
-        for chunk in reversed(numbers) if last_first else numbers:
-            self.send_chunk(chunk, every[chunk])
+        """Send all rows, given sorted by expert, from their own rank."""
+        sizes = [sum(sent) for sent in self._layout.send_sizes]
+        chunks = list(enumerate(rows.index_select(0, self._layout.order).split(sizes)))
+        for chunk, part in reversed(chunks) if last_first else chunks:
+            self.send_chunk(chunk, part)
 
     def send_piece(self, piece: int, rows: Tensor) -> None:
-        """From the far side: a piece is ready; its chunk leaves with the last one."""
+        """Add a piece from the experts' rank; its chunk is sent with the last piece."""
         chunk = piece // self._layout.pieces_per_chunk
         if chunk not in self._partial_chunks:
             count = sum(self._layout.receive_sizes[chunk])
@@ -146,7 +142,7 @@ class _ChunkedTransfer:
             self.send_chunk(chunk, self._partial_chunks.pop(chunk))
 
     def receive_piece(self, piece: int) -> Tensor:
-        """On the far side: a piece, sorted by expert. A chunk is let go with its last one."""
+        """Return a piece, sorted by expert, on the experts' rank; the last one frees its chunk."""
         chunk = piece // self._layout.pieces_per_chunk
         if chunk not in self._received:
             self._received[chunk] = self._pending.pop(chunk).wait()
@@ -155,14 +151,14 @@ class _ChunkedTransfer:
         return rows.index_select(0, self._layout.piece_rows[piece])
 
     def receive_all(self) -> Tensor:
-        """At home: everything, in the order of experts."""
-        numbers = range(len(self._layout.send_sizes))
-        wire = torch.cat([self._pending.pop(chunk).wait() for chunk in numbers])
-        return torch.empty_like(wire).index_copy_(0, self._layout.order, wire)
+        """Return all rows, sorted by expert, on their own rank."""
+        chunks = range(len(self._layout.send_sizes))
+        rows = torch.cat([self._pending.pop(chunk).wait() for chunk in chunks])
+        return torch.empty_like(rows).index_copy_(0, self._layout.order, rows)
 
 
 class _OverlappedTransfers:
-    """What the four functions of one journey share. It lives as long as the graph does."""
+    """The transfers of one layer in both passes, shared by its four autograd functions."""
 
     def __init__(self, plan: _ChunkPlan) -> None:
         self.dispatch = _ChunkedTransfer(plan.group, plan.forward, reverse=False)
@@ -172,7 +168,7 @@ class _OverlappedTransfers:
 
 
 class _SendDispatch(torch.autograd.Function):
-    """Rows leave home. What it returns is a thread that ties the pieces to it."""
+    """Sends all rows. Returns an empty value that connects the pieces in the autograd graph."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, transfers: _OverlappedTransfers) -> Tensor:
@@ -187,10 +183,10 @@ class _SendDispatch(torch.autograd.Function):
 
 
 class _ReceiveDispatch(torch.autograd.Function):
-    """A piece is on the far side."""
+    """Receives a piece on the experts' rank."""
 
     @staticmethod
-    def forward(ctx: Any, thread: Tensor, transfers: _OverlappedTransfers, piece: int) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, token: Tensor, transfers: _OverlappedTransfers, piece: int) -> Tensor:  # noqa: ARG004
         ctx.transfers, ctx.piece = transfers, piece
         return transfers.dispatch.receive_piece(piece)
 
@@ -202,7 +198,7 @@ class _ReceiveDispatch(torch.autograd.Function):
 
 
 class _SendCombine(torch.autograd.Function):
-    """The answers of a piece leave the far side."""
+    """Sends the expert outputs of a piece back."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, transfers: _OverlappedTransfers, piece: int) -> Tensor:
@@ -217,77 +213,73 @@ class _SendCombine(torch.autograd.Function):
 
 
 class _ReceiveCombine(torch.autograd.Function):
-    """All answers are home, in the order of experts."""
+    """Receives all expert outputs, sorted by expert."""
 
     @staticmethod
-    def forward(ctx: Any, transfers: _OverlappedTransfers, *threads: Tensor) -> Tensor:
-        ctx.transfers, ctx.threads = transfers, len(threads)
+    def forward(ctx: Any, transfers: _OverlappedTransfers, *tokens: Tensor) -> Tensor:
+        ctx.transfers, ctx.num_pieces = transfers, len(tokens)
         return transfers.combine.receive_all()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # the engine goes through the pieces from the last to the first
+        # autograd runs the pieces from the last to the first
         ctx.transfers.combine_grad.send_all(grads[0], last_first=True)
-        return None, *[grads[0].new_zeros(())] * ctx.threads
+        return None, *[grads[0].new_zeros(())] * ctx.num_pieces
 
 
 def _chunk_plan(counts: Int[Tensor, "E"], *, group: Group, degrees: OverlapDegrees) -> _ChunkPlan:
-    """Exchange the counts and wait once for them. Collective."""
+    """Exchange the counts, and read them on the host once. Collective."""
     incoming = all_to_all_counts(counts, group=group)
     ranks, experts = incoming.shape
-    both = torch.stack([counts.view(ranks, experts), incoming])  # [here and there, rank, expert]
+    both = torch.stack([counts.view(ranks, experts), incoming])  # [sent and received, rank, expert]
     cells = _split_counts(both, pieces=degrees.num_pieces)
-    known = cells.cpu()
-    lanes = [
-        _chunk_layout(cells, known=known, degree=degree)
-        for degree in (degrees.forward, degrees.backward)
-    ]
-    # [expert, piece] of what comes here: a piece lies sorted by expert
+    host = cells.cpu()
+    forward = _chunk_layout(cells, host=host, chunks=degrees.forward)
+    backward = _chunk_layout(cells, host=host, chunks=degrees.backward)
+    # rows of each expert in each received piece, which is sorted by expert
     per_piece = cells[1].sum(0).t()
     groups = tuple(
-        _sorted_groups(of_experts, rows=int(rows))
-        for of_experts, rows in zip(per_piece, known[1].sum((0, 1)), strict=True)
+        _sorted_groups(per_expert, rows=int(rows))
+        for per_expert, rows in zip(per_piece, host[1].sum((0, 1)), strict=True)
     )
-    return _ChunkPlan(group, lanes[0], lanes[1], groups, int(known[0].sum()))
+    return _ChunkPlan(group, forward, backward, groups, int(host[0].sum()))
 
 
 def _split_counts(counts: Int[Tensor, "*B"], *, pieces: int) -> Int[Tensor, "*B C"]:
-    """Cut every count into ``pieces`` nearly equal ones; both sides of the wire agree on them."""
+    """Split every count into nearly equal ``pieces``, the same on sender and receiver."""
     ends = counts[..., None] * torch.arange(pieces + 1, device=counts.device) // pieces
     return ends.diff()
 
 
 def _sorted_groups(counts: Int[Tensor, "e"], *, rows: int) -> RowGroups:
-    every = torch.arange(rows, device=counts.device)
-    return RowGroups(every, every, counts, counts.cumsum(0).to(torch.int32))
+    index = torch.arange(rows, device=counts.device)
+    return RowGroups(index, index, counts, counts.cumsum(0).to(torch.int32))
 
 
 def _chunk_layout(
-    cells: Int[Tensor, "2 P e C"], *, known: Int[Tensor, "2 P e C"], degree: int
+    cells: Int[Tensor, "2 P e C"], *, host: Int[Tensor, "2 P e C"], chunks: int
 ) -> _ChunkLayout:
-    """Lay cells on the wire: chunk, rank, piece of the chunk, expert."""
+    """Order the cells of a message by chunk, rank, piece of the chunk, and expert."""
     _, ranks, experts, pieces = cells.shape
-    split = (ranks, experts, degree, pieces // degree)
-    every = torch.arange(cells[0].numel(), device=cells.device)
-    wire = every.view(split).permute(2, 0, 3, 1).flatten()
-    sent, received = known.view(2, *split).sum((2, 4)).transpose(1, 2).tolist()
-    order = _reorder_index(cells[0].flatten(), to=wire, rows=int(known[0].sum()))
-    there = cells[1].flatten()[wire]
-    by_piece = every.view(degree, ranks, pieces // degree, experts).permute(0, 2, 3, 1).flatten()
-    places = _reorder_index(there, to=by_piece, rows=int(known[1].sum()))
-    each = places.split(known[1].sum((0, 1)).tolist())
-    starts = torch.tensor(received).sum(1).cumsum(0).roll(1).tolist()
-    starts[0] = 0
-    wide = pieces // degree
-    local = tuple(at - starts[piece // wide] for piece, at in enumerate(each))
-    return _ChunkLayout(_tuples(sent), _tuples(received), order, local)
+    per_chunk = pieces // chunks
+    split = (ranks, experts, chunks, per_chunk)
+    index = torch.arange(cells[0].numel(), device=cells.device)
+    message = index.view(split).permute(2, 0, 3, 1).flatten()
+    sent, received = host.view(2, *split).sum((2, 4)).transpose(1, 2).tolist()
+    order = _reorder_index(cells[0].flatten(), to=message, rows=int(host[0].sum()))
+    by_piece = index.view(chunks, ranks, per_chunk, experts).permute(0, 2, 3, 1).flatten()
+    rows = _reorder_index(cells[1].flatten()[message], to=by_piece, rows=int(host[1].sum()))
+    per_piece = rows.split(host[1].sum((0, 1)).tolist())
+    starts = [0, *accumulate(sum(chunk) for chunk in received)]
+    piece_rows = tuple(part - starts[c // per_chunk] for c, part in enumerate(per_piece))
+    return _ChunkLayout(_tuples(sent), _tuples(received), order, piece_rows)
 
 
 def _reorder_index(
     counts: Int[Tensor, "M"], *, to: Int[Tensor, "M"], rows: int
 ) -> Int[Tensor, "N"]:
-    """Return the index that brings rows that lie in cells into another order of the cells."""
+    """Return the index that reorders rows, stored cell by cell, to another order of the cells."""
     starts = counts.cumsum(0) - counts
     lengths = counts[to]
     shift = starts[to] - (lengths.cumsum(0) - lengths)

@@ -1,7 +1,4 @@
-"""Sparse: whether a model has experts, and if so their number, size and rules.
-
-Fine-grained experts: more and smaller ones at the same size, some of them shared.
-"""
+"""MoE config: the sparse layers of a model, and the experts and routing rules of an MoE layer."""
 
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
@@ -16,7 +13,7 @@ from moesaic.moe.dispatch_projection import DispatchProjection, NoDispatchProjec
 from moesaic.moe.experts import Expert, FeedForwardExpert
 from moesaic.moe.limit import Dropless, Limit
 from moesaic.moe.null_experts import NoNullExperts, NullExperts
-from moesaic.moe.parameter_spec import ParameterSpec
+from moesaic.moe.parameter_spec import FeedForwardShape, ParameterSpec
 from moesaic.moe.router_context import StatefulRule
 from moesaic.moe.router_logits import (
     CrossLayerRouting,
@@ -31,45 +28,43 @@ from moesaic.nn.feed_forward import FeedForwardConfig
 
 
 class SparseLayer(Choice):
-    """Family: what stands in the place of every k-th feed-forward.
+    """Family: the layer that replaces every k-th feed-forward.
 
-    ``NoMoE`` leaves the dense one, ``MoE`` becomes a ``layer.MoELayer``; any other member builds a
-    layer of its own and counts it. ``part`` is the name of its parameters in counts.
+    ``NoMoE`` keeps the dense one, ``MoE`` is a ``layer.MoELayer``; other members build and count a
+    layer of their own. ``count_label`` names its parameters in counts.
     """
 
     count_label: ClassVar[str] = "experts"
 
-    def build(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> nn.Module:
-        """Return a module of ``forward(x, *, context, carry) -> layer.Answer``."""
+    def build(self, shape: FeedForwardShape, /) -> nn.Module:
+        """Return a module of ``forward(x, *, context, router_state) -> layer.MoEOutput``."""
         raise NotImplementedError
 
-    def parameter_specs(
-        self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool
-    ) -> Sequence[ParameterSpec]:
-        """Return the parameters of that module."""
+    def parameter_specs(self, shape: FeedForwardShape, /) -> Sequence[ParameterSpec]:
+        """Return its parameters, given the shape of the dense feed-forward."""
         raise NotImplementedError
 
-    def saved_activations(self, *, feed_forward: FeedForwardConfig, dim: int) -> float:
-        """Return the values that autograd keeps per token (for forecasts)."""
+    def saved_activations(self, shape: FeedForwardShape, /) -> float:
+        """Return the values that autograd saves per token (for forecasts)."""
         raise NotImplementedError
 
     @property
     def causal(self) -> bool:
-        """Whether a token's answer is the same without the tokens after it."""
+        """Whether a token's output does not depend on later tokens."""
         return True
 
     @property
     def needs_whole_rows(self) -> bool:
-        """Whether a token's answer needs the other tokens of its row on the same rank."""
+        """Whether a token's output needs the other tokens of its row on the same rank."""
         return False
 
 
 class NoMoE(SparseLayer):
-    """Every feed-forward is dense."""
+    """No sparse layer: every feed-forward is dense."""
 
 
 class MoE(SparseLayer):
-    """A mixture of ``experts`` feed-forwards; ``hidden`` defaults to the dense width."""
+    """An MoE layer of ``experts`` feed-forwards; ``hidden`` defaults to the dense width."""
 
     experts: int = Field(ge=1)
     hidden: int | None = Field(default=None, ge=1)
@@ -94,15 +89,15 @@ class MoE(SparseLayer):
 
     @property
     def num_router_outputs(self) -> int:
-        """Experts that the router chooses from, spare ones included."""
+        """The experts that the router selects from, null experts included."""
         return self.experts + self.null_experts.count()
 
     def feed_forward(self, dense: FeedForwardConfig) -> FeedForwardConfig:
-        """Return the feed-forward of one expert in a model with this dense one."""
+        """Return the feed-forward of one expert, given the dense one of the model."""
         return dense if self.hidden is None else dense.replace(hidden=self.hidden)
 
     def stateful_rules(self) -> Iterator[tuple[str, StatefulRule]]:
-        """Yield the rules that may have a state of their own, by name."""
+        """Yield the rules that may have a state, by name."""
         yield "select", self.select
         yield "noise", self.noise
         for number, term in enumerate(self.balance):
@@ -111,23 +106,23 @@ class MoE(SparseLayer):
     @model_validator(mode="after")
     def _check(self) -> "MoE":
         for term in self.balance:
-            if expected := term.problems(experts=self.experts, limit=self.limit):
+            if expected := term.problems(self.experts, self.limit):
                 raise ValueError(f"{type(term).__name__} expects {expected}")
         return self
 
 
 def fine_grained(moe: MoE, *, hidden: int, splits: int, shared: int = 0) -> MoE:
-    """Split each of N experts of width ``hidden`` into ``parts``, and make ``shared`` always on.
+    """Split each of N experts of width ``hidden`` into ``splits``, and make ``shared`` shared.
 
-    DeepSeekMoE (2401.06066, sections 3.1 and 3.2): of parts * N experts of width hidden / parts a
-    token uses parts * K, the shared ones among them, weighted with their softmax probabilities. So
-    the experts' parameters, total and active, are what they were; the router grows.
+    Fine-grained experts of DeepSeekMoE (2401.06066, sections 3.1 and 3.2): of splits * N experts of
+    width hidden / splits a token uses splits * K, shared experts included, weighted with softmax
+    probabilities. The total and active parameters of the experts stay the same; the router grows.
 
-    Raises ConfigError where the width does not divide or nothing would be left to route.
+    Raises ConfigError if the width does not divide or no routed expert is left.
     """
     chosen = round(moe.select.experts_per_token(moe.experts))
     if hidden % splits:
-        raise ConfigError([f"hidden={hidden}: expected a multiple of parts={splits}"])
+        raise ConfigError([f"hidden={hidden}: expected a multiple of splits={splits}"])
     if not 0 <= shared < splits * chosen:
         left = f"fewer than the {splits * chosen} experts that a token uses"
         raise ConfigError([f"shared={shared}: expected 0 or more, and {left}"])

@@ -1,14 +1,7 @@
-"""PreGatedRouting: each MoE layer's router chooses for the one above, so experts can be fetched ahead.
+"""Cross-layer routers: pre-gated, recurrent and decoupled coupling of the routers of a stack.
 
-Letters: T tokens, C what a gate reads, E experts.
-
-Recurrent: routers that remember, token by token, what those of the layers below saw.
-
-Letters: T tokens, C what a gate reads, P width of the state, E experts.
-
-Decoupled: one router per stack, which decides for all its layers before the first one runs.
-
-Letters: T tokens, D model dim, W router dim, E experts, B rows, n newest tokens.
+Letters: T tokens, D model dim, C what a gate reads, P width of the recurrent state, W dim of the
+decoupled router, E experts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,8 +20,8 @@ from moesaic.moe.router_logits import (
     CrossLayerRouting,
     GateOutput,
     HiddenState,
-    LayerIndex,
     RouterInput,
+    RouterShape,
     RouterStateWidths,
     SharedRouter,
     StackInput,
@@ -41,46 +34,45 @@ from moesaic.nn.positional_encoding import Rotary
 
 
 class PreGatedRouting(CrossLayerRouting):
-    """Pre-gated MoE (2308.12066): layer l decides for layer l + 1, from what it reads itself.
+    """Pre-gated MoE (2308.12066): layer l computes the logits of layer l + 1 from its own input.
 
     The first MoE layer of a stack has two gates, its own and that of the next; the last has none.
-    Noise, selection, limits and balance stay where the logits are used. All MoE layers of a stack
-    have the same number of experts.
+    Noise, selection, capacity limits and balance apply where the logits are used. All MoE layers
+    of a stack have the same number of experts.
     """
 
-    def build_gate(self, *, dim: int, experts: int, layer_index: LayerIndex) -> nn.Module:
-        return PreGate(dim=dim, experts=experts, layer_index=layer_index)
+    def build_gate(self, shape: RouterShape, /) -> nn.Module:
+        return PreGate(shape)
 
-    def gate_parameter_specs(
-        self, *, dim: int, experts: int, layer_index: LayerIndex
-    ) -> Sequence[ParameterSpec]:
-        gates = (layer_index.index == 0) + (layer_index.index + 1 < layer_index.count)
-        return (ParameterSpec("router", (experts, dim)),) * gates
+    def gate_parameter_specs(self, shape: RouterShape, /) -> Sequence[ParameterSpec]:
+        at = shape.layer_index
+        gates = (at.index == 0) + (at.index + 1 < at.count)
+        return (ParameterSpec("router", (shape.experts, shape.dim)),) * gates
 
-    def state_widths(self, *, experts: int) -> RouterStateWidths:
-        return RouterStateWidths(logits=experts)
+    def state_widths(self, shape: RouterShape, /) -> RouterStateWidths:
+        return RouterStateWidths(logits=shape.experts)
 
-    def saved_activations(self, *, dim: int, layer_index: LayerIndex) -> int:
-        return 0 if self.gate_parameter_specs(dim=dim, experts=1, layer_index=layer_index) else -dim
+    def saved_activations(self, shape: RouterShape, /) -> int:
+        return 0 if self.gate_parameter_specs(shape) else -shape.dim
 
-    def problems(self, *, experts: Sequence[int], router_input: RouterInput) -> str | None:
-        del router_input
-        return f"one number of experts in a stack, not {experts}" if len(set(experts)) > 1 else None
+    def problems(self, experts: Sequence[int], _router_input: RouterInput, /) -> str | None:
+        return _unequal(experts)
 
 
 class PreGate(nn.Module):
-    """``weight`` is the gate of this layer, ``ahead`` that of the next, where there are such."""
+    """``weight`` is the gate of this layer, ``ahead`` that of the next, where they exist."""
 
-    def __init__(self, *, dim: int, experts: int, layer_index: LayerIndex) -> None:
+    def __init__(self, shape: RouterShape) -> None:
         super().__init__()
-        first, last = layer_index.index == 0, layer_index.index + 1 == layer_index.count
-        self.weight = nn.Parameter(torch.empty(experts, dim)) if first else None
-        self.ahead = None if last else nn.Parameter(torch.empty(experts, dim))
+        at = shape.layer_index
+        first, last = at.index == 0, at.index + 1 == at.count
+        self.weight = nn.Parameter(torch.empty(shape.experts, shape.dim)) if first else None
+        self.ahead = None if last else nn.Parameter(torch.empty(shape.experts, shape.dim))
 
     def forward(self, x: Float[Tensor, "T C"], *, router_state: RouterState) -> GateOutput:
         logits = router_state.logits if self.weight is None else x @ self.weight.float().t()
         if logits is None:
-            raise TypeError("a pre-gated layer needs the logits that the layer below made for it")
+            raise TypeError("a pre-gated layer needs the logits from the MoE layer below it")
         ahead = None if self.ahead is None else x @ self.ahead.float().t()
         return GateOutput(logits, replace(router_state, logits=ahead))
 
@@ -88,46 +80,34 @@ class PreGate(nn.Module):
 class RecurrentRouting(CrossLayerRouting):
     """RMoE, the layerwise recurrent router (2408.06793): a GRU over the MoE layers of a stack.
 
-    Each layer projects what it reads to ``width`` numbers; one cell, shared by all layers, turns
-    them and the token's state from the layer below into its new state, of which the layer's own
-    matrix makes logits. Gradients flow through the state to all layers below. The first layer's
-    state comes from zeros. Encoder and decoder have a cell each.
+    Each layer projects its router input to ``width`` numbers. One GRU cell, shared by all layers,
+    updates the token's state from the layer below with them; the layer's own matrix maps the new
+    state to logits. Gradients flow through the state to all layers below. The first layer's state
+    comes from zeros. Encoder and decoder have a cell each.
     """
 
     shared_every_layer: ClassVar[bool] = True
     width: int = Field(default=128, ge=1)
 
-    def build_gate(self, *, dim: int, experts: int, layer_index: LayerIndex) -> nn.Module:
-        del layer_index
-        return RecurrentGate(dim=dim, width=self.width, experts=experts)
+    def build_gate(self, shape: RouterShape, /) -> nn.Module:
+        return RecurrentGate(dim=shape.dim, width=self.width, experts=shape.experts)
 
-    def gate_parameter_specs(
-        self, *, dim: int, experts: int, layer_index: LayerIndex
-    ) -> Sequence[ParameterSpec]:
-        del layer_index
-        return (
-            ParameterSpec("router", (self.width, dim)),
-            ParameterSpec("router", (experts, self.width)),
-        )
+    def gate_parameter_specs(self, shape: RouterShape, /) -> Sequence[ParameterSpec]:
+        sizes = ((self.width, shape.dim), (shape.experts, self.width))
+        return [ParameterSpec("router", size) for size in sizes]
 
-    def build_shared(self, *, dim: int, experts: int, causal: bool) -> SharedRouter | None:
-        del dim, experts, causal
+    def build_shared(self, _shape: RouterShape, /) -> SharedRouter | None:
         return RecurrentRouterCell(self.width)
 
-    def shared_parameter_specs(self, *, dim: int, experts: int) -> Sequence[ParameterSpec]:
-        del dim, experts
-        matrix, bias = (
-            ParameterSpec("router", (3 * self.width, self.width)),
-            ParameterSpec("bias", (3 * self.width,)),
-        )
+    def shared_parameter_specs(self, _shape: RouterShape, /) -> Sequence[ParameterSpec]:
+        matrix = ParameterSpec("router", (3 * self.width, self.width))
+        bias = ParameterSpec("bias", (3 * self.width,))
         return (matrix, matrix, bias, bias)
 
-    def state_widths(self, *, experts: int) -> RouterStateWidths:
-        del experts
+    def state_widths(self, _shape: RouterShape, /) -> RouterStateWidths:
         return RouterStateWidths(hidden=self.width)
 
-    def saved_activations(self, *, dim: int, layer_index: LayerIndex) -> int:
-        del dim, layer_index
+    def saved_activations(self, _shape: RouterShape, /) -> int:
         return 8 * self.width
 
 
@@ -141,29 +121,29 @@ class RecurrentRouterCell(SharedRouter, CustomInitializers):
 
     def initial_state(self, x: Float[Tensor, "T D"], *, stack_input: StackInput) -> RouterState:
         del stack_input
-        none = torch.zeros(x.shape[0], self.width, device=x.device)
-        return RouterState(hidden=none, shared=self)
+        zeros = torch.zeros(x.shape[0], self.width, device=x.device)
+        return RouterState(hidden=zeros, shared=self)
 
     def forward(
         self, x: Float[Tensor, "T P"], *, hidden: Float[Tensor, "T P"]
     ) -> Float[Tensor, "T P"]:
-        """Return the states after a layer."""
+        """Return the hidden states after a layer."""
         cell = self.cell
         weights = (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
         return torch.gru_cell(x, hidden, *(weight.float() for weight in weights))
 
     def initializers(self) -> Mapping[str, Initializer]:
-        inner, bias = Initializer(std=self.width**-0.5), Initializer(kind="bias")
+        matrix, bias = Initializer(std=self.width**-0.5), Initializer(kind="bias")
         return {
-            "cell.weight_ih": inner,
-            "cell.weight_hh": inner,
+            "cell.weight_ih": matrix,
+            "cell.weight_hh": matrix,
             "cell.bias_ih": bias,
             "cell.bias_hh": bias,
         }
 
 
 class RecurrentGate(CustomInitializers):
-    """One layer's projection into the cell, and its logits out of it."""
+    """One layer's projection into the GRU cell, and its map from the hidden state to logits."""
 
     def __init__(self, *, dim: int, width: int, experts: int) -> None:
         super().__init__()
@@ -173,7 +153,7 @@ class RecurrentGate(CustomInitializers):
     def forward(self, x: Float[Tensor, "T C"], *, router_state: RouterState) -> GateOutput:
         cell, below = router_state.shared, router_state.hidden
         if not isinstance(cell, RecurrentRouterCell) or below is None:
-            raise TypeError("a recurrent gate needs the carry of its stack's RecurrentRouterCell")
+            raise TypeError("a recurrent gate needs the state of its stack's RecurrentRouterCell")
         hidden = cell(x @ self.project.float().t(), hidden=below)
         return GateOutput(hidden @ self.weight.float().t(), replace(router_state, hidden=hidden))
 
@@ -182,14 +162,14 @@ class RecurrentGate(CustomInitializers):
 
 
 class DecoupledRouting(CrossLayerRouting):
-    """Read-ME's decoupled router (2410.19123): a small causal transformer, one set of logits.
+    """Read-ME's decoupled router (2410.19123): one small transformer makes all layers' logits.
 
     One pre-norm block of ``heads`` attention heads and a SwiGLU feed-forward of twice its ``dim``
-    reads what enters the stack (embeddings and positions; the paper's has a table of its own) and
-    says which experts a token takes in every MoE layer; the layers have no gates. In the encoder
-    it looks both ways. In decoding it keeps keys and values of its own. Norms have no gains. Noise
-    and balance act in each layer as ever. All MoE layers of a stack have the same number of
-    experts.
+    reads the input of the stack (embeddings and positions; the paper's router has an embedding
+    table of its own). Every MoE layer uses its logits; the layers have no gates. Its attention is
+    causal in the decoder and bidirectional in the encoder; in decoding it has a KV cache of its
+    own. Norms have no gains. Noise and balance apply in each layer. All MoE layers of a stack have
+    the same number of experts.
     """
 
     dim: int = Field(default=64, ge=1)
@@ -201,48 +181,40 @@ class DecoupledRouting(CrossLayerRouting):
             raise ValueError(f"heads={self.heads} of an even width to divide dim={self.dim}")
         return self
 
-    def build_gate(self, *, dim: int, experts: int, layer_index: LayerIndex) -> nn.Module:
-        del dim, experts, layer_index
+    def build_gate(self, _shape: RouterShape, /) -> nn.Module:
         return PrecomputedGate()
 
-    def gate_parameter_specs(
-        self, *, dim: int, experts: int, layer_index: LayerIndex
-    ) -> Sequence[ParameterSpec]:
-        del dim, experts, layer_index
-        return ()
+    def build_shared(self, shape: RouterShape, /) -> SharedRouter | None:
+        return DecoupledRouter(self, shape)
 
-    def build_shared(self, *, dim: int, experts: int, causal: bool) -> SharedRouter | None:
-        return DecoupledRouter(self, dim=dim, experts=experts, causal=causal)
-
-    def shared_parameter_specs(self, *, dim: int, experts: int) -> Sequence[ParameterSpec]:
-        shapes = [
-            (self.dim, dim),
+    def shared_parameter_specs(self, shape: RouterShape, /) -> Sequence[ParameterSpec]:
+        sizes = [
+            (self.dim, shape.dim),
             (3 * self.dim, self.dim),
             (self.dim, self.dim),
             (4 * self.dim, self.dim),
             (self.dim, 2 * self.dim),
-            (experts, self.dim),
+            (shape.experts, self.dim),
         ]
-        return [ParameterSpec("router", shape) for shape in shapes]
+        return [ParameterSpec("router", size) for size in sizes]
 
-    def state_widths(self, *, experts: int) -> RouterStateWidths:
-        return RouterStateWidths(logits=experts)
+    def state_widths(self, shape: RouterShape, /) -> RouterStateWidths:
+        return RouterStateWidths(logits=shape.experts)
 
-    def saved_activations(self, *, dim: int, layer_index: LayerIndex) -> int:
-        del layer_index
-        return -dim
+    def saved_activations(self, shape: RouterShape, /) -> int:
+        return -shape.dim
 
     def shared_saved_activations(self) -> int:
         return 20 * self.dim + self.heads + 3
 
-    def problems(self, *, experts: Sequence[int], router_input: RouterInput) -> str | None:
+    def problems(self, experts: Sequence[int], router_input: RouterInput, /) -> str | None:
         if not isinstance(router_input, HiddenState):
             return "router_input=HiddenState, since no layer has a gate that could read it"
-        return f"one number of experts in a stack, not {experts}" if len(set(experts)) > 1 else None
+        return _unequal(experts)
 
 
 class PrecomputedGate(nn.Module):
-    """The gate of a layer for which all is decided."""
+    """The gate of a layer whose logits the shared router has computed."""
 
     def forward(self, x: Float[Tensor, "T C"], *, router_state: RouterState) -> GateOutput:
         del x
@@ -252,18 +224,18 @@ class PrecomputedGate(nn.Module):
 
 
 class DecoupledRouter(SharedRouter, CustomInitializers):
-    """The transformer of a stack, without autocast."""
+    """The router transformer of a stack, without autocast."""
 
-    def __init__(self, config: DecoupledRouting, *, dim: int, experts: int, causal: bool) -> None:
+    def __init__(self, config: DecoupledRouting, shape: RouterShape) -> None:
         super().__init__()
         width = config.dim
-        self.project = nn.Parameter(torch.empty(width, dim))
+        self.project = nn.Parameter(torch.empty(width, shape.dim))
         self.attention = SelfAttention(AttentionConfig(heads=config.heads), dim=width, bias=False)
         feed = FeedForwardConfig(hidden=2 * width, activation=SwiGLU())
         self.feed_forward = DenseFeedForward(feed, dim=width, bias=False)
-        self.weight = nn.Parameter(torch.empty(experts, width))
+        self.weight = nn.Parameter(torch.empty(shape.experts, width))
         self.position = Rotary().build(dim=width, head_dim=width // config.heads)
-        self.causal = causal
+        self.causal = shape.causal
 
     def initial_state(self, x: Float[Tensor, "T D"], *, stack_input: StackInput) -> RouterState:
         with torch.autocast(x.device.type, enabled=False):
@@ -272,7 +244,7 @@ class DecoupledRouter(SharedRouter, CustomInitializers):
             h = h + self.feed_forward(_rms_norm(h))
             return RouterState(logits=_rms_norm(h).float() @ self.weight.float().t())
 
-    def empty_cache(self, rows: int) -> KeyValue | None:
+    def empty_cache(self, rows: int, /) -> KeyValue | None:
         heads, width = self.attention.heads, self.attention.head_dim
         empty = self.project.new_zeros(rows, heads, 0, width)
         return KeyValue(empty, empty)
@@ -282,8 +254,9 @@ class DecoupledRouter(SharedRouter, CustomInitializers):
         return {name: Initializer(std=p.shape[1] ** -0.5) for name, p in inner.items()}
 
     def _attend(self, h: Float[Tensor, "T W"], *, stack_input: StackInput) -> Float[Tensor, "T W"]:
-        rotation, past = self.position.rotation(stack_input.position), stack_input.decode_state
-        if past is None or past.cache is None:
+        rotation = self.position.rotation(stack_input.position)
+        decode = stack_input.decode_state
+        if decode is None or decode.cache is None:
             return self.attention(
                 h, packing=stack_input.packing, rotation=rotation, causal=self.causal
             )
@@ -291,10 +264,15 @@ class DecoupledRouter(SharedRouter, CustomInitializers):
             h,
             packing=stack_input.packing,
             rotation=rotation,
-            cache=past.cache,
-            position=past.position,
+            cache=decode.cache,
+            position=decode.position,
         )
 
 
 def _rms_norm(h: Float[Tensor, "T W"]) -> Float[Tensor, "T W"]:
     return F.rms_norm(h, (h.shape[-1],))
+
+
+def _unequal(experts: Sequence[int]) -> str | None:
+    """Return what a stack needs whose layers pass logits on, if the numbers of experts differ."""
+    return f"one number of experts in a stack, not {experts}" if len(set(experts)) > 1 else None

@@ -1,104 +1,64 @@
-"""Dispatchers carry token rows to their experts and bring them home.
+"""Dispatcher: moves token rows to their experts and combines the experts' outputs.
 
-A dispatcher holds groups of ranks, never tensors: what ``combine`` needs from ``dispatch`` travels
-in the ``DispatchedRows``, so recomputation and overlapping micro-batches are safe. Where experts live on
-other ranks, ``dispatch_far.py`` goes there.
+``LocalDispatcher`` serves experts on this rank; those for experts on other ranks are in
+``all_to_all_dispatcher.py``, ``chunked_dispatcher.py`` and ``adaptive_dispatcher.py``. A dispatcher
+holds process groups and no tensors, so activation checkpointing and several micro-batches at a
+time are safe.
 
-Letters: T tokens, N edges, R rows received, D model dim.
+Letters: T tokens, N edges, R rows, D model dim.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.routing import Routing
-from moesaic.ops.moe_kernel import Edges, permute_tokens, unpermute_tokens
+from moesaic.ops.moe_kernel import Edges
 from moesaic.ops.permute import RowGroups, group_by_expert
 
 
 @runtime_checkable
-class DispatchHandle(Protocol):
-    """The way home of a parcel's rows, once they are answers."""
+class ExpertCompute(Protocol):
+    """The computation of the experts on this rank, as a dispatcher calls it."""
 
-    def combine(self, y: Float[Tensor, "R D"]) -> Float[Tensor, "T D"]:
-        """Return each token's weighted sum of its answers."""
+    def __call__(self, rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
+        """Apply the experts to rows sorted by expert."""
         ...
 
-
-@dataclass(frozen=True, slots=True)
-class DispatchedRows:
-    """Rows sorted by local expert (``groups`` says where each starts), and the way home."""
-
-    rows: Float[Tensor, "R D"]
-    groups: RowGroups
-    handle: DispatchHandle
-
-
-@runtime_checkable
-class ExpertCompute(Protocol):
-    """What a dispatcher asks of experts: answer sorted rows, or take the whole way at once."""
-
-    def __call__(
-        self, rows: Float[Tensor, "R D"], *, groups: RowGroups
-    ) -> Float[Tensor, "R D"]: ...
-
-    def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]: ...
+    def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
+        """Permute tokens, apply the experts, unpermute and sum by weight; possibly fused."""
+        ...
 
     def in_one_call(
         self, x: Float[Tensor, "T D"], *, function: Callable[[Tensor, "ExpertCompute"], Tensor]
     ) -> Float[Tensor, "T D"]:
-        """Return ``work(x, experts)``, which may ask them many times.
+        """Return ``function(x, experts)``, which may call the experts several times.
 
-        To whoever gathers their parameters when they are asked, it is once.
+        Module hooks run once around it, so ZeRO gathers the parameters once.
         """
         ...
 
 
 @runtime_checkable
 class Dispatcher(Protocol):
-    """Brings rows to where their expert lives, and results back.
-
-    ``carry`` is the whole way; by definition ``combine(experts(dispatch(x)))``.
-    """
+    """Dispatches token rows to the ranks of their experts and combines the outputs."""
 
     def run_experts(
         self, x: Float[Tensor, "T D"], *, routing: Routing, experts: ExpertCompute
-    ) -> Float[Tensor, "T D"]: ...
-
-    def dispatch(self, x: Float[Tensor, "T D"], routing: Routing) -> DispatchedRows: ...
-
-    def combine(
-        self, y: Float[Tensor, "R D"], dispatched: DispatchedRows
-    ) -> Float[Tensor, "T D"]: ...
+    ) -> Float[Tensor, "T D"]:
+        """Return each token's weighted sum of expert outputs: dispatch, experts, combine."""
+        ...
 
 
 class LocalDispatcher:
-    """Every expert lives here: sorting is the whole job, and the rest may be one operation."""
+    """The dispatcher for experts that are all on this rank: permute and unpermute only."""
 
     def run_experts(
         self, x: Float[Tensor, "T D"], *, routing: Routing, experts: ExpertCompute
     ) -> Float[Tensor, "T D"]:
         return experts.forward_edges(x, edges=sort_edges(routing))
-
-    def dispatch(self, x: Float[Tensor, "T D"], routing: Routing) -> DispatchedRows:
-        edges = sort_edges(routing)
-        return DispatchedRows(permute_tokens(x, edges=edges), edges.groups, LocalHandle(edges))
-
-    def combine(self, y: Float[Tensor, "R D"], dispatched: DispatchedRows) -> Float[Tensor, "T D"]:
-        return dispatched.handle.combine(y)
-
-
-@dataclass(frozen=True, slots=True)
-class LocalHandle:
-    """Rows that never left: weigh each by its edge, add it to its token."""
-
-    edges: Edges
-
-    def combine(self, y: Float[Tensor, "R D"]) -> Float[Tensor, "T D"]:
-        return unpermute_tokens(y, edges=self.edges)
 
 
 def sort_edges(routing: Routing) -> Edges:
@@ -110,11 +70,8 @@ def sort_edges(routing: Routing) -> Edges:
 def apply_experts(
     rows: Float[Tensor, "R D"], *, groups: RowGroups, experts: ExpertCompute
 ) -> Float[Tensor, "R D"]:
-    """Return the experts' answers to rows that ``groups`` would sort, in the order they lie in.
-
-    By definition: sort, ask, sort back; experts that can do it in one go do.
-    """
+    """Return the experts' outputs in the order of ``rows``; ``groups`` sorts rows by expert."""
     count = rows.shape[0]
-    once = torch.ones(count, dtype=torch.float32, device=rows.device)
-    every = torch.arange(count, device=rows.device)
-    return experts.forward_edges(rows, edges=Edges(every, once, groups, count, 1))
+    ones = torch.ones(count, dtype=torch.float32, device=rows.device)
+    index = torch.arange(count, device=rows.device)
+    return experts.forward_edges(rows, edges=Edges(index, ones, groups, count, 1))

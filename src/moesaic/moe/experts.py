@@ -1,14 +1,13 @@
-"""Experts: one feed-forward each, held as banks of matrices and applied to rows sorted by expert.
+"""Experts: grouped feed-forwards, and LoRA experts over a shared feed-forward.
 
-Letters: E experts, R rows, D model dim, F hidden width (2F before a gated activation).
+The weights of all experts of a layer are stacked and applied to rows sorted by expert.
 
-LoRA experts: one feed-forward that all share, and a low-rank change of it for each.
-
-Letters: E experts, R rows, D model dim, F hidden width (2F before a gated activation), r rank.
+Letters: E experts, R rows, T tokens, D model dim, F hidden width (2F before a gated activation),
+r rank.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.parameter_spec import ParameterSpec, feed_forward_parameter_specs
+from moesaic.moe.parameter_spec import FeedForwardShape, ParameterSpec
 from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig
 from moesaic.nn.initializer import CustomInitializers, Initializer
 from moesaic.ops.grouped_gemm import (
@@ -34,16 +33,21 @@ from moesaic.ops.permute import RowGroups
 
 @dataclass(frozen=True, slots=True)
 class ExpertShape:
-    """How many experts of which feed-forward, and the dim of the rows they read and write."""
+    """Number of experts, their feed-forward, and the dim of the rows they read and write."""
 
     num_experts: int
     dim: int
     feed_forward: FeedForwardConfig
     bias: bool
 
+    @property
+    def dense(self) -> FeedForwardShape:
+        """The shape of one expert."""
+        return FeedForwardShape(self.dim, self.feed_forward, self.bias)
+
 
 class Expert(Choice):
-    """Family: what an expert is. A member builds all experts of a layer at once."""
+    """Family of expert types. A member builds all experts of a layer at once."""
 
     def build(self, size: ExpertShape) -> "ExpertModule":
         """Return the experts of a layer."""
@@ -52,31 +56,31 @@ class Expert(Choice):
     def parameter_specs(
         self, size: ExpertShape, *, active_fraction: float
     ) -> Sequence[ParameterSpec]:
-        """Return their parameters; a token uses the share ``used`` of the banks."""
+        """Return their parameters, of which a token uses ``active_fraction``."""
         raise NotImplementedError
 
     def saved_activations(
         self, size: ExpertShape, *, edges: float, live_fraction: float = 1.0
     ) -> float:
-        """Return the values that autograd keeps per token of so many edges (for forecasts).
+        """Return the values that autograd saves per token of so many edges (for forecasts).
 
-        Rows and answers of the edges are among them, the token's own state is not. ``live`` is the
-        share of edges that lead somewhere.
+        They include the input and output rows of the edges, not the token's hidden state.
+        ``live_fraction`` is the share of edges that are not dropped.
         """
         raise NotImplementedError
 
 
 class ExpertModule(nn.Module):
-    """Base of modules that hold the experts of a layer (see ``dispatch.ExpertCompute``)."""
+    """Base of the modules with the experts of a layer (see ``dispatcher.ExpertCompute``)."""
 
     def forward(self, rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
-        """Apply each row's expert; rows past the groups come out as zero."""
+        """Apply each row's expert; rows past the groups become zero."""
         raise NotImplementedError
 
     def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
-        """Return each token's weighted sum of its experts' answers.
+        """Return each token's weighted sum of expert outputs.
 
-        By definition: ``unpermute_tokens(self(carry_out(x)))``; a bank that can do it in one go does.
+        By definition ``unpermute_tokens(self(permute_tokens(x)))``; fused where a kernel can.
         """
         rows = permute_tokens(x, edges=edges)
         return unpermute_tokens(self.forward(rows, groups=edges.groups), edges=edges)
@@ -84,21 +88,21 @@ class ExpertModule(nn.Module):
     def in_one_call(
         self, x: Float[Tensor, "T D"], *, function: Callable[[Tensor, Any], Tensor]
     ) -> Float[Tensor, "T D"]:
-        """Return ``work(x, experts)`` for experts whose calls run no hooks of this module."""
+        """Return ``function(x, experts)``; calls of ``experts`` run no hooks of this module."""
         return function(x, _WithoutHooks(self))
 
 
 class _WithoutHooks:
-    """A bank as its class defines it, whatever was hung on the instance."""
+    """The methods of an expert module's class, without the hooks of the instance."""
 
-    def __init__(self, bank: ExpertModule) -> None:
-        self._bank = bank
+    def __init__(self, module: ExpertModule) -> None:
+        self._module = module
 
     def __call__(self, rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
-        return type(self._bank).forward(self._bank, rows, groups=groups)
+        return type(self._module).forward(self._module, rows, groups=groups)
 
     def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
-        return type(self._bank).forward_edges(self._bank, x, edges=edges)
+        return type(self._module).forward_edges(self._module, x, edges=edges)
 
     def in_one_call(
         self, x: Float[Tensor, "T D"], *, function: Callable[[Tensor, Any], Tensor]
@@ -107,7 +111,7 @@ class _WithoutHooks:
 
 
 class FeedForwardExpert(Expert):
-    """Two products with an activation between, a pair of matrices per expert."""
+    """A feed-forward per expert: up projection, activation, down projection."""
 
     def build(self, size: ExpertShape) -> "GroupedExperts":
         return GroupedExperts(size)
@@ -115,24 +119,20 @@ class FeedForwardExpert(Expert):
     def parameter_specs(
         self, size: ExpertShape, *, active_fraction: float
     ) -> Sequence[ParameterSpec]:
-        experts, feed = size.num_experts, size.feed_forward
-        width = feed.activation.width(feed.hidden)
-        banks = [
-            ParameterSpec("expert", (experts, size.dim, width), active_fraction),
-            ParameterSpec("expert", (experts, feed.hidden, size.dim), active_fraction),
+        kinds = {"matrix": "expert", "bias": "bias"}
+        return [
+            ParameterSpec(
+                kinds[one.kind], (size.num_experts, *reversed(one.shape)), active_fraction
+            )
+            for one in size.dense.parameter_specs()
         ]
-        if size.bias:
-            banks.append(ParameterSpec("bias", (experts, width), active_fraction))
-            banks.append(ParameterSpec("bias", (experts, size.dim), active_fraction))
-        return banks
 
     def saved_activations(
         self, size: ExpertShape, *, edges: float, live_fraction: float = 1.0
     ) -> float:
-        feed = size.feed_forward
-        kernel = select_moe_kernel(torch.empty(0), activation=feed.activation)  # of this machine
-        width = feed.activation.width(feed.hidden)
-        shape = KernelShape(size.dim, width, size.bias, live_fraction)
+        # the kernel of this machine
+        kernel = select_moe_kernel(torch.empty(0), activation=size.feed_forward.activation)
+        shape = KernelShape(size.dim, size.dense.width, size.bias, live_fraction)
         return edges * kernel.saved_activations(shape)
 
 
@@ -141,8 +141,7 @@ class GroupedExperts(ExpertModule):
 
     def __init__(self, size: ExpertShape) -> None:
         super().__init__()
-        experts, feed = size.num_experts, size.feed_forward
-        width = feed.activation.width(feed.hidden)
+        experts, feed, width = size.num_experts, size.feed_forward, size.dense.width
         self.up = nn.Parameter(torch.empty(experts, size.dim, width))
         self.down = nn.Parameter(torch.empty(experts, feed.hidden, size.dim))
         if size.bias:
@@ -164,7 +163,7 @@ class GroupedExperts(ExpertModule):
 
 @dataclass(frozen=True, slots=True)
 class FunctionalExperts:
-    """What a bank of feed-forwards computes, for matrices that need not be its own."""
+    """The computation of ``GroupedExperts`` as a function of given weights."""
 
     weights: FeedForwardWeights
     activation: ActivationFunction
@@ -181,8 +180,8 @@ class FunctionalExperts:
 
     def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
         x = as_autocast(x)
-        mixer = select_moe_kernel(x, activation=self.activation)
-        return mixer(x, edges=edges, weights=self.weights, activation=self.activation)
+        kernel = select_moe_kernel(x, activation=self.activation)
+        return kernel(x, edges=edges, weights=self.weights, activation=self.activation)
 
     def in_one_call(
         self, x: Float[Tensor, "T D"], *, function: Callable[[Tensor, Any], Tensor]
@@ -191,17 +190,17 @@ class FunctionalExperts:
 
 
 def as_autocast(x: Tensor) -> Tensor:
-    """Return rows in the dtype that autocast computes products in, if it is on."""
+    """Return rows in the dtype of autocast matrix products, if autocast is on."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class LoRAExpert(Expert):
-    """Expert e multiplies with ``W + alpha / rank * A_e B_e`` at both products (LoRA, 2106.09685).
+    """Expert e has weights ``W + alpha / rank * A_e B_e`` in both projections (LoRA, 2106.09685).
 
-    W is one feed-forward for all experts, trained like any other (freezing it is the optimizer's
-    affair); each ``B_e`` starts as zero, so all experts start as W. Mixtures of such changes
-    are MoLoRA (2309.05444), there of a frozen pretrained W and merged softly. Biases belong to W.
+    W is one feed-forward for all experts, trained like any other (the optimizer may freeze it).
+    Each ``B_e`` starts at zero, so all experts start equal to W. Mixtures of LoRA experts are
+    MoLoRA (2309.05444), there with a frozen pretrained W and soft merging. Biases belong to W.
     """
 
     rank: int = Field(default=8, ge=1)
@@ -213,25 +212,19 @@ class LoRAExpert(Expert):
     def parameter_specs(
         self, size: ExpertShape, *, active_fraction: float
     ) -> Sequence[ParameterSpec]:
-        experts, rank, feed = size.num_experts, self.rank, size.feed_forward
-        width = feed.activation.width(feed.hidden)
-        base = feed_forward_parameter_specs(feed, dim=size.dim, bias=size.bias)
-        banks = ((size.dim, rank), (rank, width), (feed.hidden, rank), (rank, size.dim))
+        experts, rank, dense = size.num_experts, self.rank, size.dense
+        uses = active_fraction * experts
+        low = ((size.dim, rank), (rank, dense.width), (dense.hidden, rank), (rank, size.dim))
         return [
-            *(
-                ParameterSpec(piece.kind, piece.shape, uses_per_token=active_fraction * experts)
-                for piece in base
-            ),
-            *(ParameterSpec("expert", (experts, *shape), active_fraction) for shape in banks),
+            *(replace(one, uses_per_token=uses) for one in dense.parameter_specs()),
+            *(ParameterSpec("expert", (experts, *shape), active_fraction) for shape in low),
         ]
 
     def saved_activations(
         self, size: ExpertShape, *, edges: float, live_fraction: float = 1.0
     ) -> float:
-        del live_fraction  # rows of edges that lead nowhere are kept, too
-        feed = size.feed_forward
-        inner = feed.activation.saved_activations * feed.hidden + 2 * self.rank
-        return edges * (2 * size.dim + inner + 4)
+        del live_fraction  # rows of dropped edges are saved, too
+        return edges * (2 * size.dim + size.dense.saved_activations + 2 * self.rank + 4)
 
 
 class LoRAExperts(ExpertModule, CustomInitializers):
@@ -239,8 +232,7 @@ class LoRAExperts(ExpertModule, CustomInitializers):
 
     def __init__(self, size: ExpertShape, *, rank: int, scale: float) -> None:
         super().__init__()
-        experts, feed = size.num_experts, size.feed_forward
-        width = feed.activation.width(feed.hidden)
+        experts, feed, width = size.num_experts, size.feed_forward, size.dense.width
         self.base = DenseFeedForward(feed, dim=size.dim, bias=size.bias)
         self.up_a = nn.Parameter(torch.empty(experts, size.dim, rank))
         self.up_b = nn.Parameter(torch.empty(experts, rank, width))
@@ -259,6 +251,6 @@ class LoRAExperts(ExpertModule, CustomInitializers):
         return zero_rows_past_groups(self.base.down(hidden) + low, offsets=groups.offsets)
 
     def _low_rank_product(self, rows: Tensor, *, a: Tensor, b: Tensor, groups: RowGroups) -> Tensor:
-        engine = select_grouped_gemm(rows)
-        low = grouped_matmul(rows, weight=a, groups=groups, gemm=engine)
-        return self.scale * grouped_matmul(low, weight=b, groups=groups, gemm=engine)
+        gemm = select_grouped_gemm(rows)
+        low = grouped_matmul(rows, weight=a, groups=groups, gemm=gemm)
+        return self.scale * grouped_matmul(low, weight=b, groups=groups, gemm=gemm)

@@ -1,4 +1,4 @@
-"""The MoE layer. Read ``forward``; everything else is in the names it calls.
+"""MoE layer: route, dispatch, experts, combine.
 
 Letters: T tokens, D model dim.
 """
@@ -14,6 +14,7 @@ from moesaic.moe.config import MoE
 from moesaic.moe.dispatcher import Dispatcher, LocalDispatcher
 from moesaic.moe.experts import ExpertShape
 from moesaic.moe.null_experts import drop_null_edges
+from moesaic.moe.parameter_spec import FeedForwardShape
 from moesaic.moe.router import Router
 from moesaic.moe.router_context import RouterState, TokenContext
 from moesaic.moe.router_logits import LayerIndex
@@ -23,7 +24,7 @@ from moesaic.nn.feed_forward import FeedForwardConfig
 
 @dataclass(frozen=True, slots=True)
 class MoEOutput:
-    """A layer's output, what its router did (None where there is none), and what is handed on."""
+    """A sparse layer's output, its routing record (None without a router), and the router state."""
 
     out: Float[Tensor, "T D"]
     record: RoutingRecord | None
@@ -31,7 +32,11 @@ class MoEOutput:
 
 
 class MoELayer(nn.Module):
-    """Router, dispatcher, experts. ``place.name`` is the layer's name in records."""
+    """Router, dispatcher, experts, and the optional parts of the config.
+
+    ``parallel/parallelize.py`` replaces ``dispatcher``, ``batch_group`` and the experts' weights.
+    ``layer_index.name`` is the layer's name in records.
+    """
 
     def __init__(
         self,
@@ -44,12 +49,11 @@ class MoELayer(nn.Module):
     ) -> None:
         super().__init__()
         feed = config.feed_forward(feed_forward)
+        expert_dim = config.dispatch_projection.expert_dim(dim)
         self.router = Router(config, dim=dim, layer_index=layer_index)
-        self.dispatch_projection = config.dispatch_projection.build(dim=dim)
-        self.experts = config.expert.build(
-            ExpertShape(config.experts, config.dispatch_projection.expert_dim(dim), feed, bias)
-        )
-        self.shared_experts = config.shared_experts.build(feed_forward=feed, dim=dim, bias=bias)
+        self.dispatch_projection = config.dispatch_projection.build(dim)
+        self.experts = config.expert.build(ExpertShape(config.experts, expert_dim, feed, bias))
+        self.shared_experts = config.shared_experts.build(FeedForwardShape(dim, feed, bias))
         self.null_experts = config.null_experts
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.batch_group: BatchGroup = SingleRankBatch()
@@ -58,25 +62,36 @@ class MoELayer(nn.Module):
     def forward(
         self, x: Float[Tensor, "T D"], *, context: TokenContext, router_state: RouterState
     ) -> MoEOutput:
-        """Return the experts' answer and what the router did. ``x`` holds real tokens only."""
+        """Return the layer's output and its routing record. ``x`` has no padding tokens."""
         routed = self.router(
             x,
             context=context.for_layer(self.name),
             router_state=router_state,
             batch_group=self.batch_group,
         )
-        spare = self.null_experts.count()
-        edges = drop_null_edges(routed.routing, num_null_experts=spare)
-        rows = self.dispatch_projection.project(x)
-        home = self.dispatcher.run_experts(rows, routing=edges, experts=self.experts)
-        mixed = self.null_experts.add_output(
-            self.dispatch_projection.unproject(home), x=x, routing=routed.routing
+        nulls = self.null_experts.count()
+        routing = drop_null_edges(routed.routing, num_null_experts=nulls)
+
+        rows = x if self.dispatch_projection is None else self.dispatch_projection.down(x)
+        # dispatch, experts, combine
+        y = self.dispatcher.run_experts(rows, routing=routing, experts=self.experts)
+        if self.dispatch_projection is not None:
+            y = self.dispatch_projection.up(y)
+
+        if nulls:
+            y = self.null_experts.add_output(y, x, routed.routing)
+        if self.shared_experts is not None:
+            y = self.shared_experts(x, routed_output=y)
+        record = RoutingRecord(
+            self.name,
+            routed.routing,
+            context,
+            losses=routed.losses,
+            logits=routed.logits,
+            stats_vector=routed.stats_vector,
+            num_null_experts=nulls,
         )
-        out = self.shared_experts(x, routed_output=mixed)
-        record = RoutingRecord.from_router(
-            self.name, routed, context=context, num_null_experts=spare
-        )
-        return MoEOutput(out, record, routed.router_state)
+        return MoEOutput(y, record, routed.router_state)
 
 
 def moe_layers(model: nn.Module) -> Iterator[MoELayer]:
@@ -84,34 +99,22 @@ def moe_layers(model: nn.Module) -> Iterator[MoELayer]:
     return (module for module in model.modules() if isinstance(module, MoELayer))
 
 
-def set_ranks(model: nn.Module, ranks: BatchGroup) -> None:
-    """Tell every MoE layer which ranks share its batch."""
-    for layer in moe_layers(model):
-        layer.batch_group = ranks
-
-
-def set_dispatcher(model: nn.Module, dispatcher: Dispatcher) -> None:
-    """Give every MoE layer the dispatcher that knows where its experts live."""
-    for layer in moe_layers(model):
-        layer.dispatcher = dispatcher
-
-
 def accumulate_routing_stats(model: nn.Module, records: Iterable[RoutingRecord]) -> None:
-    """Let the routers remember a micro-batch, once, after its backward pass."""
-    sums = {record.layer: record.stats_vector for record in records}
+    """Add a micro-batch to the statistics of the routers, once, after its backward pass."""
+    stats = {record.layer: record.stats_vector for record in records}
     for layer in moe_layers(model):
-        heard = sums.get(layer.name)
-        if heard is not None:
-            layer.router.accumulate_stats(heard)
+        vector = stats.get(layer.name)
+        if vector is not None:
+            layer.router.accumulate_stats(vector)
 
 
 def update_stateful_rules(model: nn.Module) -> None:
-    """Let the rules of every router learn from an optimizer step that is done."""
+    """Update the stateful rules of all routers after an optimizer step."""
     for layer in moe_layers(model):
         layer.router.update_rules()
 
 
 def reset_routing_stats(model: nn.Module) -> None:
-    """Let the routers forget a step that was not taken."""
+    """Discard the routing statistics of a step that was not taken."""
     for layer in moe_layers(model):
         layer.router.reset_stats()

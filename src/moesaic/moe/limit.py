@@ -1,7 +1,7 @@
-"""Limit: how many tokens an expert takes, and who goes first when it is full.
+"""Expert capacity and drop priority: which edges are dropped when an expert is full.
 
-Who goes first is decided over the whole batch, whichever ranks hold its rows, by keys that are
-functions of the token: so the same edges are dropped whatever the number of ranks.
+The priority is decided over the whole batch by keys that are functions of the token, so the same
+edges are dropped for any number of ranks.
 
 Letters: T tokens, E experts, K experts per token, N edges, C columns of a key.
 """
@@ -20,45 +20,43 @@ from moesaic.moe.routing import Routing
 
 
 class Limit(Choice):
-    """Family of limits: each re-labels the edges that an expert has no room for."""
+    """Family of capacity limits: each marks the edges over an expert's capacity as dropped."""
 
     def __call__(
-        self, routing: Routing, *, router: RouterContext, batch_group: BatchGroup
+        self, routing: Routing, router: RouterContext, batch_group: BatchGroup, /
     ) -> Routing:
-        """Return the routing with the lost edges leading nowhere. Collective over ``ranks``."""
+        """Return the routing with edges dropped. Collective over ``batch_group``."""
         raise NotImplementedError
 
-    def num_gathered_integers(self, edges: int) -> int:
-        """Return how many integers a rank with so many edges tells the others (for forecasts)."""
-        del edges
+    def num_gathered_integers(self, _edges: int, /) -> int:
+        """Return how many integers a rank with so many edges gathers (for forecasts)."""
         return 0
 
 
 class Dropless(Limit):
-    """Every edge is served (2211.15841)."""
+    """No limit: no edge is dropped (2211.15841)."""
 
     def __call__(
-        self, routing: Routing, *, router: RouterContext, batch_group: BatchGroup
+        self, routing: Routing, _router: RouterContext, _batch_group: BatchGroup, /
     ) -> Routing:
-        del router, batch_group
         return routing
 
 
 class Priority(Choice):
-    """Family of orders in which edges are given room. ``columns`` is C in training."""
+    """Family of drop priorities. ``num_key_columns`` is C in training."""
 
     num_key_columns: ClassVar[int]
 
     def key(self, routing: Routing, *, router: RouterContext) -> Int[Tensor, "N C"]:
-        """Return each edge's key: edges with smaller ones go first, column by column."""
+        """Return each edge's sort key: edges with smaller keys are kept first."""
         raise NotImplementedError
 
 
 class PositionPriority(Priority):
-    """Earlier tokens first, and all first choices before any second one (GShard, 2006.16668).
+    """Earlier tokens first, and all first choices before any second choice (GShard, 2006.16668).
 
-    Rows of the batch go one after the other, by their keys. Later tokens are dropped more often:
-    see ``RandomPriority`` for the cure.
+    Rows of the batch are ordered by their keys. Later tokens are dropped more often; with
+    ``RandomPriority`` they are not.
     """
 
     num_key_columns: ClassVar[int] = 3
@@ -70,7 +68,7 @@ class PositionPriority(Priority):
 
 
 class WeightPriority(Priority):
-    """Heaviest edges first: batch prioritised routing (2106.05974). Ties go by position."""
+    """Largest weights first: batch prioritised routing (2106.05974). Ties go by position."""
 
     num_key_columns: ClassVar[int] = 4
 
@@ -81,10 +79,10 @@ class WeightPriority(Priority):
 
 
 class RandomPriority(Priority):
-    """Random Token Selection (2109.10465): survival depends on congestion only, not on position.
+    """Random Token Selection (2109.10465): a drop depends on the expert's load, not on position.
 
-    In training only. In evaluation edges go by weight, so the same input gives the same output
-    (DeepSpeed's stays random there).
+    In training only. In evaluation the largest weights go first, so the same input gives the same
+    output (DeepSpeed's selection is random there, too).
     """
 
     num_key_columns: ClassVar[int] = 1
@@ -99,10 +97,9 @@ class RandomPriority(Priority):
 class Capacity(Limit):
     """At most ``max(minimum, ceil(factor * N / E))`` edges per expert; N counts real tokens only.
 
-    N = T * K edges of the micro-batch, over all ranks that share it. Spare experts, which cost
-    nothing, take any number. ``eval_factor`` applies
-    outside training; None means dropless there, so that decoding does not depend on what else is
-    in the batch.
+    N = T * K edges of the micro-batch, over all ranks of its batch group. Null experts have no
+    limit. ``eval_factor`` applies outside training; None means dropless there, so that decoding
+    does not depend on the rest of the batch.
     """
 
     factor: float = Field(default=1.25, gt=0)
@@ -111,42 +108,42 @@ class Capacity(Limit):
     priority: Priority = RandomPriority()
 
     def __call__(
-        self, routing: Routing, *, router: RouterContext, batch_group: BatchGroup
+        self, routing: Routing, router: RouterContext, batch_group: BatchGroup, /
     ) -> Routing:
         factor = self.factor if router.training else self.eval_factor
         if factor is None:
             return routing
         key = self.priority.key(routing, router=router)
         edges = batch_group.gather(torch.cat([routing.expert[:, None], key], 1))
-        place = queue_positions(edges.rows)[edges.start : edges.start + key.shape[0]]
-        room = self.expert_capacity(
+        position = queue_positions(edges.rows)[edges.start : edges.start + key.shape[0]]
+        capacity = self.expert_capacity(
             edges.rows.shape[0], num_experts=routing.num_experts, factor=factor
         )
-        costly = routing.expert < routing.num_experts - router.num_null_experts
-        return routing.drop((place >= room) & costly)
+        limited = routing.expert < routing.num_experts - router.num_null_experts
+        return routing.drop((position >= capacity) & limited)
 
-    def num_gathered_integers(self, edges: int) -> int:
+    def num_gathered_integers(self, edges: int, /) -> int:
         return 1 + edges * (1 + self.priority.num_key_columns)
 
     def expert_capacity(self, edges: int, *, num_experts: int, factor: float) -> int:
-        """Edges that one expert takes of so many."""
+        """Return the largest number of edges that one expert takes of so many."""
         return max(self.minimum, math.ceil(factor * edges / num_experts))
 
 
 def choice_ranks(routing: Routing) -> Int[Tensor, "N"]:
-    """Return which of its token's choices an edge is: 0 for the first (0 for all if unknown)."""
+    """Return the rank of each edge among its token's choices, 0 for the first (or if unknown)."""
     k = routing.per_token
     edges = torch.arange(routing.expert.numel(), device=routing.expert.device)
     return edges % k if k else torch.zeros_like(edges)
 
 
 def queue_positions(edges: Int[Tensor, "N C"]) -> Int[Tensor, "N"]:
-    """Each edge's place in its expert's queue; columns are the expert, then the edge's key."""
+    """Return each edge's position in its expert's queue; columns are the expert, then the key."""
     order = torch.arange(edges.shape[0], device=edges.device)
     for column in reversed(range(edges.shape[1])):
         order = order[edges[order, column].argsort(stable=True)]
     queue = edges[order, 0]
-    place = torch.empty_like(order)
+    position = torch.empty_like(order)
     first = torch.searchsorted(queue, queue)
-    place[order] = torch.arange(queue.numel(), device=queue.device) - first
-    return place
+    position[order] = torch.arange(queue.numel(), device=queue.device) - first
+    return position

@@ -1,9 +1,9 @@
-"""Spare: experts that do no work, beside those that do; a token may spend its choices on them.
+"""Null experts: zero-computation experts that a token may select in place of true experts.
 
-They are the last of a router's experts: edges to them are routed, counted and balanced like any
-other, and never leave the rank.
+They are the last of a router's outputs. Edges to them are selected, counted and balanced like any
+other, and are never dispatched.
 
-Letters: T tokens, D model dim, E experts, N edges.
+Letters: T tokens, D model dim, N edges.
 """
 
 from dataclasses import replace
@@ -17,29 +17,28 @@ from moesaic.moe.routing import Routing
 
 
 class NullExperts(Choice):
-    """Family of spare experts. ``number`` is how many there are."""
+    """Family of null experts. ``count`` is how many there are."""
 
     def count(self) -> int:
-        """Return the number of experts beyond those that work."""
+        """Return the number of null experts."""
         raise NotImplementedError
 
     def add_output(
-        self, out: Float[Tensor, "T D"], *, x: Float[Tensor, "T D"], routing: Routing
+        self, out: Float[Tensor, "T D"], _x: Float[Tensor, "T D"], _routing: Routing, /
     ) -> Float[Tensor, "T D"]:
-        """Return the working experts' answer with that of the spare ones added."""
-        del x, routing
+        """Return the output of the true experts plus that of the null experts."""
         return out
 
 
 class NoNullExperts(NullExperts):
-    """Every expert works."""
+    """True experts only."""
 
     def count(self) -> int:
         return 0
 
 
 class ZeroExperts(NullExperts):
-    """``number`` null experts that answer zero (AdaMoE, 2406.13233): choices that cost nothing."""
+    """``number`` experts with output zero (AdaMoE, 2406.13233): they cost nothing."""
 
     number: int = Field(default=1, ge=1)
 
@@ -48,7 +47,7 @@ class ZeroExperts(NullExperts):
 
 
 class IdentityExperts(NullExperts):
-    """``number`` experts that answer with the token itself, times the edge's weight."""
+    """``number`` experts whose output is the token itself, times the edge's weight."""
 
     number: int = Field(default=1, ge=1)
 
@@ -56,24 +55,24 @@ class IdentityExperts(NullExperts):
         return self.number
 
     def add_output(
-        self, out: Float[Tensor, "T D"], *, x: Float[Tensor, "T D"], routing: Routing
+        self, out: Float[Tensor, "T D"], x: Float[Tensor, "T D"], routing: Routing, /
     ) -> Float[Tensor, "T D"]:
-        working = routing.num_experts - self.number
-        idle = (routing.expert >= working) & (routing.expert < routing.num_experts)
-        weight = torch.where(idle, routing.weight, 0.0)
+        true = routing.num_experts - self.number
+        null = (routing.expert >= true) & (routing.expert < routing.num_experts)
+        weight = torch.where(null, routing.weight, 0.0)
         share = weight.new_zeros(routing.num_tokens).index_add(0, routing.token, weight)
         return out + (x.float() * share[:, None]).to(out.dtype)
 
 
 def drop_null_edges(routing: Routing, *, num_null_experts: int) -> Routing:
-    """Return the edges that a dispatcher carries: those to spare experts lead nowhere."""
+    """Return the routing over the true experts; edges to null experts are marked as dropped."""
     if not num_null_experts:
         return routing
     experts = routing.num_experts - num_null_experts
-    idle = routing.expert >= experts
+    null = routing.expert >= experts
     return replace(
         routing,
-        expert=torch.where(idle, experts, routing.expert),
-        weight=torch.where(idle, 0.0, routing.weight),
+        expert=torch.where(null, experts, routing.expert),
+        weight=torch.where(null, 0.0, routing.weight),
         num_experts=experts,
     )

@@ -1,4 +1,4 @@
-"""Pieces: the parameters of a part as arithmetic, so that a model is counted without being made."""
+"""Parameter specs: kinds and shapes of parameters, to count a model without building it."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,9 @@ from moesaic.nn.feed_forward import FeedForwardConfig
 
 @dataclass(frozen=True, slots=True)
 class ParameterSpec:
-    """One parameter: its kind (``matrix``, ``expert``, ``router``, ``bias``) and shape.
+    """One parameter: its kind (``matrix``, ``expert``, ``router``, ``bias``, ``norm``) and shape.
 
-    ``used`` is the share of it that one token multiplies with, and ``times`` how often it does.
+    ``active_fraction`` is the share of it that one token uses, ``uses_per_token`` how often.
     """
 
     kind: str
@@ -18,17 +18,34 @@ class ParameterSpec:
     uses_per_token: float = 1.0
 
 
-def feed_forward_parameter_specs(
-    feed_forward: FeedForwardConfig, *, dim: int, bias: bool
-) -> list[ParameterSpec]:
-    """Return the parameters of a dense feed-forward."""
-    width = feed_forward.activation.width(feed_forward.hidden)
-    pieces = [
-        ParameterSpec("matrix", (width, dim)),
-        ParameterSpec("matrix", (dim, feed_forward.hidden)),
-    ]
-    return (
-        [*pieces, ParameterSpec("bias", (width,)), ParameterSpec("bias", (dim,))]
-        if bias
-        else pieces
-    )
+@dataclass(frozen=True, slots=True)
+class FeedForwardShape:
+    """A feed-forward in a model of dim ``dim``, with or without biases."""
+
+    dim: int
+    feed_forward: FeedForwardConfig
+    bias: bool
+
+    @property
+    def hidden(self) -> int:
+        return self.feed_forward.hidden
+
+    @property
+    def width(self) -> int:
+        """The width of the up projection: twice ``hidden`` for a gated activation."""
+        return self.feed_forward.activation.width(self.hidden)
+
+    @property
+    def saved_activations(self) -> int:
+        """The values per token that autograd saves between the two projections."""
+        return self.feed_forward.activation.saved_activations * self.hidden
+
+    def parameter_specs(self) -> list[ParameterSpec]:
+        """Return the parameters of the dense feed-forward."""
+        specs = [
+            ParameterSpec("matrix", (self.width, self.dim)),
+            ParameterSpec("matrix", (self.dim, self.hidden)),
+        ]
+        if self.bias:
+            specs += [ParameterSpec("bias", (self.width,)), ParameterSpec("bias", (self.dim,))]
+        return specs

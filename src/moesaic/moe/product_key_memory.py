@@ -1,12 +1,9 @@
-"""Product keys: the best of n * n slots, found by scoring n rows and n columns.
+"""Product-key memory: a table of n * n slots beside the feed-forward; a token reads a few of them.
+
+Product keys find the best slots by scoring n row keys and n column keys.
 
 Letters: T tokens, D model dim, n keys per side, b best of a side, m slots read, r rank of the core,
-d key dim.
-
-Memory: a table of n * n slots beside the feed-forward, of which a token reads a few.
-
-Letters: T tokens, D model dim, n keys per side, m slots read, r rank of the core, d key dim,
-P and V widths of the pre-values and of the values.
+d key dim, P and V widths of the pre-values and of the values.
 """
 
 import math
@@ -22,22 +19,22 @@ from torch import nn
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.moe.config import SparseLayer
 from moesaic.moe.layer import MoEOutput
-from moesaic.moe.parameter_spec import ParameterSpec, feed_forward_parameter_specs
+from moesaic.moe.parameter_spec import FeedForwardShape, ParameterSpec
 from moesaic.moe.router_context import RouterState, TokenContext
-from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig
+from moesaic.nn.feed_forward import DenseFeedForward
 from moesaic.nn.initializer import CustomInitializers, Initializer
 
 
 @dataclass(frozen=True, slots=True)
 class SlotScores:
-    """The slots that each token reads, best first, and their scores (float32, in the graph)."""
+    """The slots that each token reads, best first; scores float32, in the autograd graph."""
 
     slot: Int[Tensor, "T m"]
     score: Float[Tensor, "T m"]
 
 
 class ProductKeys(CustomInitializers):
-    """Keys of both sides, one query per rank and side, and the core that joins them."""
+    """Row and column keys, one query per rank and side, and the Tucker core."""
 
     def __init__(
         self, *, dim: int, keys_per_side: int, num_slots_read: int, rank: int, key_dim: int
@@ -59,16 +56,16 @@ class ProductKeys(CustomInitializers):
 
     @property
     def core(self) -> Float[Tensor, "r r"]:
-        """C: what is learned is how it differs from 1 / r."""
+        """C, whose difference from 1 / r is the parameter."""
         return self.core_change + 1 / self.rank
 
     def forward(self, x: Float[Tensor, "T D"]) -> SlotScores:
-        """Return each token's best slots. Float32 throughout, since it decides."""
+        """Return each token's best slots, in float32."""
         with torch.autocast(x.device.type, enabled=False):
             query = unit_rms(self.query(x.float()).unflatten(-1, (2, self.rank, -1)))
             row, column = (
-                torch.einsum("trd,nd->trn", asked, unit_rms(key)) / key.shape[1] ** 0.5
-                for asked, key in zip(query.unbind(1), (self.row, self.column), strict=True)
+                torch.einsum("trd,nd->trn", side, unit_rms(key)) / key.shape[1] ** 0.5
+                for side, key in zip(query.unbind(1), (self.row, self.column), strict=True)
             )
             return self._top_slots(row, column=column)
 
@@ -79,31 +76,30 @@ class ProductKeys(CustomInitializers):
         best = min(self.num_slots_read, self.keys_per_side)
         rows = (left @ row.detach()).topk(best).indices
         columns = (right @ column.detach()).topk(best).indices
-        near = row.gather(2, rows[:, None].expand(-1, self.rank, -1))
-        far = column.gather(2, columns[:, None].expand(-1, self.rank, -1))
-        grid = (self.core.t() @ near).transpose(1, 2) @ far  # [T, b, b]
-        chosen = grid.detach().flatten(1).topk(self.num_slots_read).indices
-        slot = rows.gather(1, chosen // best) * self.keys_per_side + columns.gather(
-            1, chosen % best
-        )
-        return SlotScores(slot, grid.flatten(1).gather(1, chosen))
+        row = row.gather(2, rows[:, None].expand(-1, self.rank, -1))
+        column = column.gather(2, columns[:, None].expand(-1, self.rank, -1))
+        scores = (self.core.t() @ row).transpose(1, 2) @ column  # [T, b, b]
+        pair = scores.detach().flatten(1).topk(self.num_slots_read).indices
+        row_key, column_key = rows.gather(1, pair // best), columns.gather(1, pair % best)
+        slot = row_key * self.keys_per_side + column_key
+        return SlotScores(slot, scores.flatten(1).gather(1, pair))
 
 
 def leading_singular_vectors(
     core: Float[Tensor, "r r"],
 ) -> tuple[Float[Tensor, "r"], Float[Tensor, "r"]]:
-    """The left and right vectors of the largest singular value, the left one's sum not negative.
+    """Return the singular vectors of the largest singular value; the left one's sum is positive.
 
-    Without a rule for the sign, "best" could as well mean the smallest scores (the released code
-    follows the sign of the step before; a rule of the core alone needs no memory of it).
+    The sign decides whether the best scores are the largest or the smallest. The released code
+    keeps the sign of the previous step; this rule depends on the core alone.
     """
     left, _, right = torch.linalg.svd(core)
-    turn = torch.where(left[:, 0].sum() < 0, -1.0, 1.0)
-    return turn * left[:, 0], turn * right[0]
+    sign = torch.where(left[:, 0].sum() < 0, -1.0, 1.0)
+    return sign * left[:, 0], sign * right[0]
 
 
 def unit_rms(x: Float[Tensor, "*N d"]) -> Float[Tensor, "*N d"]:
-    """Vectors scaled to a root mean square of 1."""
+    """Return the vectors scaled to a root mean square of 1."""
     return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
@@ -112,17 +108,17 @@ class ProductKeyMemory(SparseLayer):
 
     A slot is a row key and a column key. Its score is ``s = s_row^T C s_col``, where ``s_row`` and
     ``s_col`` [r] are the scores of its keys under r queries of the token and C is a learned
-    Tucker core. From the paper: the memory stands beside the feed-forward of every block, a slot
-    multiplies its pre-value (P) with the token before its value (V) is added, there is no
-    activation and no balance loss, d = D / 2 and P : V = 1 : 3 with P + V = D / 4 (the defaults).
+    Tucker core. From the paper: every block has a memory beside its feed-forward, a slot multiplies
+    its pre-value (P) with the token before its value (V) is added, there is no activation and no
+    balance loss, d = D / 2 and P : V = 1 : 3 with P + V = D / 4 (the defaults).
 
     As in the released code: queries and keys are normalised; scores pass through no softmax; W' and
     W are linear maps; the m best rows and columns are those under C's leading singular pair
     (UltraMem, 2411.12364), and the m best of their m * m pairs are read. Our reading: all ranks
     share the keys, scaled to a root mean square of 1 without gains; C starts as 1 / r throughout
     (there: at random around it); V starts so small that m of the largest scores of n * n add up to
-    about a feed-forward's variance; there is one core, and no virtual slots. Nothing is routed, so
-    there is no record of it.
+    about a feed-forward's variance; there is one core, and no virtual slots. It routes nothing and
+    returns no routing record.
     """
 
     count_label: ClassVar[str] = "memory"
@@ -134,31 +130,26 @@ class ProductKeyMemory(SparseLayer):
     value_dim: int | None = Field(default=None, ge=1)
 
     def value_dims(self, dim: int) -> tuple[int, int]:
-        """Widths P and V in a model of this dim."""
+        """Return the widths P and V in a model of this dim."""
         return self.pre_dim or max(1, dim // 16), self.value_dim or max(1, 3 * dim // 16)
 
     def resolved_key_dim(self, dim: int) -> int:
-        """Key dim d in a model of this dim."""
+        """Return the key dim d in a model of this dim."""
         return self.key_dim or max(1, dim // 2)
 
     def num_slots_read(self) -> int:
-        """Slots that a token reads: no more than there are."""
+        """The number of slots that a token reads, at most all."""
         return min(self.slots, self.keys_per_side**2)
 
-    def build(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> nn.Module:
-        return MemoryLayer(self, feed_forward=feed_forward, dim=dim, bias=bias)
+    def build(self, shape: FeedForwardShape, /) -> nn.Module:
+        return MemoryLayer(self, shape)
 
-    def parameter_specs(
-        self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool
-    ) -> Sequence[ParameterSpec]:
-        (pre, value), keys, slots = (
-            self.value_dims(dim),
-            self.resolved_key_dim(dim),
-            self.keys_per_side**2,
-        )
+    def parameter_specs(self, shape: FeedForwardShape, /) -> Sequence[ParameterSpec]:
+        dim, slots = shape.dim, self.keys_per_side**2
+        (pre, value), keys = self.value_dims(dim), self.resolved_key_dim(dim)
         share = self.num_slots_read() / slots
         return [
-            *feed_forward_parameter_specs(feed_forward, dim=dim, bias=bias),
+            *shape.parameter_specs(),
             ParameterSpec("router", (2 * self.rank * keys, dim)),
             *(
                 ParameterSpec("router", (self.keys_per_side, keys), uses_per_token=self.rank)
@@ -171,25 +162,23 @@ class ProductKeyMemory(SparseLayer):
             ParameterSpec("matrix", (dim, value)),
         ]
 
-    def saved_activations(self, *, feed_forward: FeedForwardConfig, dim: int) -> float:
-        (pre, value), rank, read = self.value_dims(dim), self.rank, self.num_slots_read()
+    def saved_activations(self, shape: FeedForwardShape, /) -> float:
+        (pre, value), rank, read = self.value_dims(shape.dim), self.rank, self.num_slots_read()
         best = min(read, self.keys_per_side)
-        query = 2 * 2 * rank * self.resolved_key_dim(dim)  # before and after it is normalised
-        grid = 3 * rank * best + 2 * 2 * rank * best  # both sides, one with C, and their places
-        slots = read * (pre + 3 + 3 * 2)  # pre-values, three weights, places
-        dense = feed_forward.activation.saved_activations * feed_forward.hidden
-        return dense + query + grid + slots + pre + value
+        query = 2 * 2 * rank * self.resolved_key_dim(shape.dim)  # before and after normalisation
+        grid = 3 * rank * best + 2 * 2 * rank * best  # both sides, one with C, and their indices
+        slots = read * (pre + 3 + 3 * 2)  # pre-values, three weights, indices
+        return shape.saved_activations + query + grid + slots + pre + value
 
 
 class MemoryLayer(CustomInitializers):
-    """A dense feed-forward and the memory beside it, both added."""
+    """The sum of a dense feed-forward and a product-key memory."""
 
-    def __init__(
-        self, config: ProductKeyMemory, *, feed_forward: FeedForwardConfig, dim: int, bias: bool
-    ) -> None:
+    def __init__(self, config: ProductKeyMemory, shape: FeedForwardShape) -> None:
         super().__init__()
-        (pre, value), slots = config.value_dims(dim), config.keys_per_side**2
-        self.feed_forward = DenseFeedForward(feed_forward, dim=dim, bias=bias)
+        dim, slots = shape.dim, config.keys_per_side**2
+        pre, value = config.value_dims(dim)
+        self.feed_forward = DenseFeedForward(shape.feed_forward, dim=dim, bias=shape.bias)
         self.keys = ProductKeys(
             dim=dim,
             keys_per_side=config.keys_per_side,
@@ -205,9 +194,8 @@ class MemoryLayer(CustomInitializers):
 
     def initializers(self) -> Mapping[str, Initializer]:
         config = self.config
-        largest = 2 * math.log(
-            max(config.keys_per_side, 2)
-        )  # of n * n products of two normal scores
+        # the largest of n * n products of two normal scores
+        largest = 2 * math.log(max(config.keys_per_side, 2))
         return {
             "pre_values": Initializer(kind="expert", fan_in=self.pre_values.shape[1]),
             "values": Initializer(kind="expert", fan_in=config.num_slots_read() * largest**2),
@@ -220,10 +208,10 @@ class MemoryLayer(CustomInitializers):
         return MoEOutput(self.feed_forward(x) + self.read_memory(x), None, router_state)
 
     def read_memory(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
-        """Return what the memory adds."""
-        found = self.keys(x)
-        reads = self.input_projection(x).to(self.values.dtype)
-        pre = F.embedding(found.slot, self.pre_values)
-        weight = found.score * torch.einsum("tmp,tp->tm", pre, reads)
-        held = F.embedding_bag(found.slot, self.values, per_sample_weights=weight, mode="sum")
-        return self.out(held)
+        """Return the output of the memory."""
+        best = self.keys(x)
+        projected = self.input_projection(x).to(self.values.dtype)
+        pre = F.embedding(best.slot, self.pre_values)
+        weight = best.score * torch.einsum("tmp,tp->tm", pre, projected)
+        value = F.embedding_bag(best.slot, self.values, per_sample_weights=weight, mode="sum")
+        return self.out(value)

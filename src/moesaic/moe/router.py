@@ -1,11 +1,9 @@
-"""Router: condition -> noise -> gate -> select -> limit, with balance beside it.
+"""Router: router input, gate, noise, selection, capacity limit and balance losses, in float32.
 
-Float32 throughout, since it decides.
-
-Letters: T tokens, D model dim, E experts (spare ones included).
+Letters: T tokens, D model dim, E experts (null experts included), S statistics.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -15,16 +13,16 @@ from moesaic.moe.balance import BalanceInputs
 from moesaic.moe.batch_group import BatchGroup
 from moesaic.moe.config import MoE
 from moesaic.moe.router_context import RouterContext, RouterState, RoutingStats, TokenContext
-from moesaic.moe.router_logits import LayerIndex
+from moesaic.moe.router_logits import LayerIndex, RouterShape
 from moesaic.moe.routing import Routing
 
 
 @dataclass(frozen=True, slots=True)
 class RouterOutput:
-    """The edges, this rank's share of each weighted balance term, and the logits, detached.
+    """The routing, this rank's share of each weighted balance term, and the detached logits.
 
-    ``sums`` [4 E + 1] float64 is what the pass was like over all ranks (see ``RoutingStats``), in training
-    only; ``carry`` is for the next layer.
+    ``stats_vector`` [4 E + 1] float64 are the statistics of the pass over all ranks (see
+    ``RoutingStats``), in training only; ``router_state`` is for the next MoE layer.
     """
 
     routing: Routing
@@ -35,22 +33,21 @@ class RouterOutput:
 
 
 class Router(nn.Module):
-    """A gate and the rules of its config; the state of rules that learn is its buffers."""
+    """The gate of an MoE layer and its routing rules; the rules' state is in its buffers."""
 
     stats_sum: Tensor
 
     def __init__(self, config: MoE, *, dim: int, layer_index: LayerIndex) -> None:
         super().__init__()
-        reads = config.router_input.input_dim(dim)
-        self.gate = config.cross_layer.build_gate(
-            dim=reads, experts=config.num_router_outputs, layer_index=layer_index
-        )
-        self.router_input = config.router_input.build(dim=dim)
+        experts = config.num_router_outputs
+        shape = RouterShape(config.router_input.input_dim(dim), experts, layer_index)
+        self.gate = config.cross_layer.build_gate(shape)
+        self.router_input = config.router_input.build()
         self.config = config
         for owner, rule in config.stateful_rules():
-            for name, start in rule.initial_state(config.num_router_outputs).items():
-                self.register_buffer(f"{owner}_{name}", start)
-        stats_sum = torch.zeros(4 * config.num_router_outputs + 1, dtype=torch.float64)
+            for name, value in rule.initial_state(experts).items():
+                self.register_buffer(f"{owner}_{name}", value)
+        stats_sum = torch.zeros(4 * experts + 1, dtype=torch.float64)
         self.register_buffer("stats_sum", stats_sum, persistent=False)
 
     def forward(
@@ -61,30 +58,26 @@ class Router(nn.Module):
         router_state: RouterState,
         batch_group: BatchGroup,
     ) -> RouterOutput:
-        """Return the edges. Collective over ``ranks``."""
-        rules, training = self.config, self.training
+        """Return the routing of ``x``. Collective over ``batch_group``."""
+        rules, stats, losses = self.config, None, {}
         with torch.autocast(x.device.type, enabled=False):
             read = self.router_input(x.float(), context=context)
-            read = rules.noise.apply_to_input(read, context=context, training=training)
-            scored = self.gate(read, router_state=router_state)
-            gate = self._add_noise(
-                RouterContext(
-                    scored.logits,
-                    context,
-                    training,
-                    self._selection_bias(),
-                    rules.null_experts.count(),
-                )
-            )
-            gate = gate.with_state(self.rule_state("select"))
-            chosen = rules.select(gate)
-            limited = rules.limit(chosen, router=gate, batch_group=batch_group)
+            if self.training:
+                read = rules.noise.apply_to_input(read, context)
+            gate = self.gate(read, router_state=router_state)
+            bias, nulls = self._selection_bias(), rules.null_experts.count()
+            router = RouterContext(gate.logits, context, self.training, bias, nulls)
+            if self.training:
+                noisy = rules.noise.apply_to_logits(router.with_state(self.rule_state("noise")))
+                router = replace(router, logits=noisy)
+            router = router.with_state(self.rule_state("select"))
+            selected = rules.select(router)
+            limited = rules.limit(selected, router, batch_group)
             routing = rules.select.renormalise(limited)
-            sums = self._stats_vector(
-                scored.logits, chosen=chosen, limited=limited, batch_group=batch_group
-            )
-            losses = self._losses(gate, chosen=chosen, stats_vector=sums, batch_group=batch_group)
-        return RouterOutput(routing, losses, gate.logits.detach(), scored.router_state, sums)
+            if self.training:
+                stats = batch_group.sum(_stats_vector(gate.logits, selected, limited))
+                losses = self._losses(router, selected, stats=stats, batch_group=batch_group)
+        return RouterOutput(routing, losses, router.logits.detach(), gate.router_state, stats)
 
     def rule_state(self, rule: str) -> dict[str, Tensor]:
         """Return the tensors of one rule, by name."""
@@ -97,80 +90,64 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def accumulate_stats(self, stats_vector: Float[Tensor, "S"]) -> None:
-        """Remember a micro-batch of the step in progress."""
+        """Add the statistics of a micro-batch to those of the current step."""
         self.stats_sum += stats_vector.to(self.stats_sum.device)
 
     @torch.no_grad()
     def update_rules(self) -> None:
-        """Let the rules learn from the step that is done, and forget it."""
-        seen = RoutingStats.from_vector(self.stats_sum)
+        """Update the state of all rules after an optimizer step, then reset the statistics."""
+        stats = RoutingStats.from_vector(self.stats_sum)
         for owner, rule in self.config.stateful_rules():
             state = self.rule_state(owner)
-            for name, value in (rule.update_state(state, stats=seen) if state else {}).items():
+            for name, value in (rule.update_state(state, stats) if state else {}).items():
                 state[name].copy_(value)
         self.reset_stats()
 
     def reset_stats(self) -> None:
-        """Forget the step in progress."""
+        """Set the statistics of the current step to zero."""
         self.stats_sum.zero_()
 
     def _selection_bias(self) -> Float[Tensor, "E"] | None:
-        given = [
+        terms = [
             term.selection_bias(self.rule_state(f"balance{number}"))
             for number, term in enumerate(self.config.balance)
         ]
-        there = [bias for bias in given if bias is not None]
-        return torch.stack(there).sum(0) if there else None
-
-    def _add_noise(self, router: RouterContext) -> RouterContext:
-        router = router.with_state(self.rule_state("noise"))
-        logits = self.config.noise.apply_to_logits(router)
-        return RouterContext(
-            logits, router.context, router.training, router.bias, router.num_null_experts
-        )
-
-    def _stats_vector(
-        self,
-        logits: Float[Tensor, "T E"],
-        *,
-        chosen: Routing,
-        limited: Routing,
-        batch_group: BatchGroup,
-    ) -> Float[Tensor, "S"] | None:
-        if not self.training:
-            return None
-        logits = logits.detach().double()
-        count = torch.full((1,), logits.shape[0], dtype=torch.float64, device=logits.device)
-        loads = [chosen.load().double(), limited.load().double()]
-        return batch_group.sum(torch.cat([*loads, logits.sum(0), logits.square().sum(0), count]))
+        biases = [bias for bias in terms if bias is not None]
+        return torch.stack(biases).sum(0) if biases else None
 
     def _losses(
         self,
         router: RouterContext,
+        selected: Routing,
         *,
-        chosen: Routing,
-        stats_vector: Float[Tensor, "S"] | None,
+        stats: Float[Tensor, "S"],
         batch_group: BatchGroup,
     ) -> dict[str, Float[Tensor, ""]]:
-        if stats_vector is None or not self.config.balance:
+        if not self.config.balance:
             return {}
-        seen, before = (
-            RoutingStats.from_vector(stats_vector),
-            RoutingStats.from_vector(self.stats_sum),
-        )
+        now, before = RoutingStats.from_vector(stats), RoutingStats.from_vector(self.stats_sum)
         probabilities = self.config.select.probabilities(router)
         losses: dict[str, Float[Tensor, ""]] = {}
         for number, term in enumerate(self.config.balance):
-            own = router.with_state(self.rule_state(f"balance{number}"))
-            scores = BalanceInputs(
-                router=own,
-                routing=chosen,
+            inputs = BalanceInputs(
+                router=router.with_state(self.rule_state(f"balance{number}")),
+                routing=selected,
                 probabilities=probabilities,
-                load=seen.load,
+                load=now.load,
                 accumulated_load=before.load,
-                num_tokens=seen.num_tokens,
+                num_tokens=now.num_tokens,
                 batch_group=batch_group,
             )
             zero = router.logits.new_zeros(())
-            losses[term.name] = losses.get(term.name, zero) + term(scores)
+            losses[term.name] = losses.get(term.name, zero) + term(inputs)
         return losses
+
+
+def _stats_vector(
+    logits: Float[Tensor, "T E"], selected: Routing, limited: Routing
+) -> Float[Tensor, "S"]:
+    """Return this rank's part of the routing statistics (see ``RoutingStats``)."""
+    logits = logits.detach().double()
+    count = torch.full((1,), logits.shape[0], dtype=torch.float64, device=logits.device)
+    loads = [selected.load().double(), limited.load().double()]
+    return torch.cat([*loads, logits.sum(0), logits.square().sum(0), count])

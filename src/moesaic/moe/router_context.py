@@ -1,10 +1,7 @@
-"""Context: what a layer may know of its tokens besides their states, and what layers hand on.
+"""Router context: what a routing rule reads (logits, tokens, its own state) and learns from.
 
-Letters: T tokens, D model dim, E experts, P width of a router's own state.
-
-Gate: what the rules of one layer see when they choose; and what they learn from afterwards.
-
-Letters: T tokens, E experts (spare ones included).
+Letters: T tokens, D model dim, E experts (null experts included), P width of a recurrent router's
+state, S statistics.
 """
 
 from collections.abc import Mapping
@@ -16,16 +13,18 @@ from torch import nn
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.ops.counter_rng import bits_to_uniform, hash_combine, hash_name
 
+RuleState = Mapping[str, Tensor]
+
 
 @dataclass(frozen=True, slots=True)
 class TokenContext:
-    """One pass's real tokens, padding left out.
+    """The tokens of one forward pass without padding, and the source of their random numbers.
 
-    ``row`` and ``position`` are a token's place in the batch, ``token`` its vocabulary id, ``tag``
-    the id of the first token of its row (a language tag). ``row_key`` is the key of its row: the
-    same whichever rank holds it, so what is drawn here does not depend on the layout.
-    ``embedded`` are the tokens' input embeddings and ``prompt`` those of their tags, where a rule
-    asks for them (``RouterInput.reads``).
+    ``row`` and ``position`` locate a token in the batch, ``token`` is its vocabulary id, ``tag``
+    the id of the first token of its row (a language tag). ``row_key`` identifies the row on every
+    rank, so random numbers do not depend on the parallel layout. ``token_embedding`` and
+    ``tag_embedding`` are input embeddings, present where the router reads them
+    (``RouterInput.embedding_source``).
     """
 
     row: Int[Tensor, "T"]
@@ -39,19 +38,18 @@ class TokenContext:
 
     @staticmethod
     def unbatched(tokens: int, *, device: torch.device | str = "cpu") -> "TokenContext":
-        """Make the context of tokens that belong to no batch: one row, in order, ids zero."""
+        """Return the context of one row of ``tokens`` tokens, ids zero, in order."""
         none = torch.zeros(tokens, dtype=torch.long, device=device)
         return TokenContext(none, torch.arange(tokens, device=device), none, none, none)
 
     def for_layer(self, layer: str) -> "TokenContext":
-        """Return the same tokens with random numbers of their own for a layer."""
+        """Return the same tokens with the random numbers of a layer."""
         return replace(self, salt=hash_name(layer))
 
     def random_key(self, purpose: str) -> Int[Tensor, "T"]:
         """Return random int64, a function of row, position, layer and purpose."""
-        row = hash_combine(
-            self.row_key, hash_name("row")
-        )  # or keys 2 and 3 would meet at positions 0 and 1
+        # without the name of the purpose, keys 2 and 3 would collide at positions 0 and 1
+        row = hash_combine(self.row_key, hash_name("row"))
         return hash_combine(hash_combine(row, self.position), self.salt ^ hash_name(purpose))
 
     def random_bits(self, purpose: str, *, width: int) -> Int[Tensor, "T width"]:
@@ -60,11 +58,11 @@ class TokenContext:
         return hash_combine(key[:, None], torch.arange(width, device=key.device))
 
     def uniform(self, purpose: str, *, width: int) -> Float[Tensor, "T width"]:
-        """Return float32 in [0, 1), drawn as ``bits`` are."""
+        """Return float32 uniform in [0, 1), drawn like ``random_bits``."""
         return bits_to_uniform(self.random_bits(purpose, width=width))
 
     def normal(self, purpose: str, *, width: int) -> Float[Tensor, "T width"]:
-        """Return standard normal float32 (Box and Muller 1958), drawn as ``bits`` are."""
+        """Return standard normal float32 (Box and Muller 1958), drawn like ``random_bits``."""
         one = 1 - self.uniform(purpose + " radius", width=width)  # never zero
         angle = 2 * torch.pi * self.uniform(purpose + " angle", width=width)
         return (-2 * one.log()).sqrt() * angle.cos()
@@ -72,10 +70,10 @@ class TokenContext:
 
 @dataclass(frozen=True, slots=True)
 class RouterState:
-    """What the MoE layers of one stack hand on, token by token.
+    """Per-token state that the routers of a stack pass from one MoE layer to the next.
 
-    ``hidden`` is a recurrent router's state, ``logits`` are scores decided before (by the layer
-    below, or once for all layers); ``shared`` is the module that the layers share.
+    ``hidden`` is a recurrent router's hidden state, ``logits`` are logits computed earlier (by the
+    MoE layer below, or once for all layers); ``shared`` is the module that all layers use.
     """
 
     hidden: Float[Tensor, "T P"] | None = None
@@ -83,16 +81,13 @@ class RouterState:
     shared: nn.Module | None = None
 
 
-RuleState = Mapping[str, Tensor]
-
-
 @dataclass(frozen=True, slots=True)
 class RouterContext:
-    """Float32 logits, in the graph, and what goes with them.
+    """Router logits (float32, in the autograd graph) and the data that a routing rule reads.
 
-    ``bias`` is what a balance rule adds to scores when experts are chosen, never to weights (None
-    where no rule does). ``spare`` is how many of the last experts do no work (``spare.py``).
-    ``state`` holds the rule's own tensors (see ``StatefulRule``).
+    ``bias`` is added to scores when experts are selected, never to weights (None without a rule
+    that sets it). The last ``num_null_experts`` experts are null experts (``null_experts.py``).
+    ``state`` holds the tensors of the rule (see ``StatefulRule``).
     """
 
     logits: Float[Tensor, "T E"]
@@ -104,27 +99,26 @@ class RouterContext:
 
     @staticmethod
     def from_logits(logits: Float[Tensor, "T E"], *, training: bool = False) -> "RouterContext":
-        """Make the gate of logits that belong to no batch."""
-        return RouterContext(
-            logits, TokenContext.unbatched(logits.shape[0], device=logits.device), training
-        )
+        """Return the context of logits that belong to no batch."""
+        tokens = TokenContext.unbatched(logits.shape[0], device=logits.device)
+        return RouterContext(logits, tokens, training)
 
     def with_state(self, state: RuleState) -> "RouterContext":
-        """Return the same with another rule's state."""
+        """Return the same context with the state of another rule."""
         return replace(self, state=state)
 
     def biased_scores(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-        """Return detached scores to choose by."""
+        """Return the detached scores by which experts are selected."""
         return scores.detach() if self.bias is None else scores.detach() + self.bias
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingStats:
-    """Sums over all tokens, micro-batches and ranks of one optimizer step. All float64.
+    """Routing statistics of one optimizer step: float64 sums over micro-batches and ranks.
 
-    ``load`` counts edges per expert as selected, ``kept`` those that a limit left, ``tokens`` the
-    tokens; ``logits`` and ``squares`` add up logits, before any noise, and their squares
-    over tokens.
+    ``load`` counts edges per expert as selected, ``kept_load`` those left by the capacity limit;
+    ``logit_sum`` and ``logit_square_sum`` add up logits before noise, and their squares, over
+    tokens.
     """
 
     load: Float[Tensor, "E"]
@@ -135,24 +129,22 @@ class RoutingStats:
 
     @staticmethod
     def from_vector(vector: Float[Tensor, "S"]) -> "RoutingStats":
-        """Read the vector [4 E + 1] that ranks add up."""
-        load, kept, logits, squares = vector[:-1].view(4, -1)
-        return RoutingStats(load, kept, logits, squares, vector[-1])
+        """Unpack the vector [4 E + 1] that ranks add up."""
+        load, kept_load, logit_sum, logit_square_sum = vector[:-1].view(4, -1)
+        return RoutingStats(load, kept_load, logit_sum, logit_square_sum, vector[-1])
 
 
 class StatefulRule:
-    """Mixin of rules with a state of their own, kept by the router and saved with the weights.
+    """Mixin of routing rules with tensors of their own: buffers of the router, saved with it.
 
-    A rule is a frozen value: it says what its tensors start as, and what becomes of them after an
-    optimizer step. Nothing changes during a forward pass, so recomputing one changes nothing.
+    A rule is a frozen config value. It returns the initial tensors, and the tensors after an
+    optimizer step. A forward pass changes no state, so activation checkpointing may repeat it.
     """
 
-    def initial_state(self, num_experts: int) -> dict[str, Tensor]:
-        """Return the tensors that the rule starts with, by name."""
-        del num_experts
+    def initial_state(self, _num_experts: int, /) -> dict[str, Tensor]:
+        """Return the initial tensors by name; none by default."""
         return {}
 
-    def update_state(self, state: RuleState, *, stats: RoutingStats) -> RuleState:
-        """Return the state after a step in which ``seen`` was seen. The same on every rank."""
-        del stats
+    def update_state(self, state: RuleState, _stats: RoutingStats, /) -> RuleState:
+        """Return the state after a step with these statistics; the same on every rank."""
         return state

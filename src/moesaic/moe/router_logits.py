@@ -1,13 +1,9 @@
-"""Gates: what turns a token's state into logits, and what the layers of a stack tell each other.
+"""Router logits: what the router reads of a token, and the gate that maps it to logits.
 
-``RouterInput`` changes what the gate reads, ``CrossLayerRouting`` says where logits come from: from this layer
-alone, or with the help of others.
+``RouterInput`` selects the vectors that the gate reads, ``CrossLayerRouting`` how the routers of a
+stack depend on each other (members in ``cross_layer_router.py``).
 
 Letters: T tokens, D model dim, C what a gate reads, E experts, B rows, n newest tokens.
-
-Gates that read the embedding of a row's tag, or of the token, besides or instead of the state.
-
-Letters: T tokens, D model dim, C what a gate reads.
 """
 
 from collections.abc import Sequence
@@ -27,7 +23,7 @@ from moesaic.nn.packing import Packing
 
 @dataclass(frozen=True, slots=True)
 class LayerIndex:
-    """Which of a stack's MoE layers this is: ``index`` of ``count``, called ``name``."""
+    """Position of an MoE layer in its stack: ``index`` of ``count``, and its ``name``."""
 
     name: str
     index: int = 0
@@ -35,15 +31,28 @@ class LayerIndex:
 
 
 @dataclass(frozen=True, slots=True)
+class RouterShape:
+    """Sizes of a router: the dim of what it reads, its number of outputs, and its position.
+
+    ``causal`` is true in a decoder.
+    """
+
+    dim: int
+    experts: int
+    layer_index: LayerIndex = LayerIndex("")
+    causal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class GateOutput:
-    """A gate's logits, float32, and what the next layer gets."""
+    """Router logits, float32, and the router state for the next MoE layer."""
 
     logits: Float[Tensor, "T E"]
     router_state: RouterState
 
 
 class LinearGate(nn.Module):
-    """A bias-free linear map, the gate of nearly every paper."""
+    """A linear map without bias from the router input to logits."""
 
     def __init__(self, *, dim: int, experts: int) -> None:
         super().__init__()
@@ -55,9 +64,9 @@ class LinearGate(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class RouterDecodeState:
-    """In decoding: where the newest tokens are in their rows, and what is kept of those before.
+    """Decode state of a shared router: positions of the newest tokens, and its KV cache.
 
-    ``kept`` is what shared routing asked for (``SharedRouter.memory``), with room for the newest.
+    ``cache`` comes from ``SharedRouter.empty_cache``, with room for the newest tokens.
     """
 
     position: Int[Tensor, "B n"]
@@ -66,9 +75,9 @@ class RouterDecodeState:
 
 @dataclass(frozen=True, slots=True)
 class StackInput:
-    """Where the tokens that enter a stack are; ``past`` is None where whole rows enter at once.
+    """Metadata of the tokens that enter a stack; ``decode_state`` is None for whole rows.
 
-    ``position`` is that of the tokens that meet in a matrix (``packing.met``).
+    ``position`` covers the tokens gathered for matrix products (``packing.gathered_tokens``).
     """
 
     packing: Packing
@@ -78,231 +87,164 @@ class StackInput:
 
 @dataclass(frozen=True, slots=True)
 class RouterStateWidths:
-    """Widths of what the layers of a stack hand on of each token (``RouterState``); 0 is nothing."""
+    """Values per token in the ``RouterState`` between two layers; 0 where there is none."""
 
     hidden: int = 0
     logits: int = 0
 
 
 class SharedRouter(nn.Module):
-    """Base of what the MoE layers of one stack share."""
+    """Base of the router modules that all MoE layers of a stack share."""
 
     def initial_state(self, x: Float[Tensor, "T D"], *, stack_input: StackInput) -> RouterState:
-        """Return what the first MoE layer is handed; ``x`` is what enters the stack."""
+        """Return the router state of the first MoE layer; ``x`` is the input of the stack."""
         raise NotImplementedError
 
-    def empty_cache(self, rows: int) -> KeyValue | None:
-        """Return an empty memory of so many rows for decoding, if tokens look at earlier ones."""
-        del rows
+    def empty_cache(self, _rows: int, /) -> KeyValue | None:
+        """Return an empty KV cache for so many rows, if the router attends to earlier tokens."""
         return None
 
 
 class CrossLayerRouting(Choice):
-    """Family: where a layer's logits come from. Each member builds the gate of a layer.
+    """Family: router coupling across layers. Each member builds the gate of a layer.
 
-    ``dim`` is that of what the gate reads, or, for what is shared, of the states. ``shared_every_layer`` says
-    that what is shared is used again in every layer, not once where the stack is entered.
+    ``shared_every_layer`` is true if every layer calls the shared module, false if only the entry
+    of the stack does.
     """
 
     shared_every_layer: ClassVar[bool] = False
 
-    def build_gate(self, *, dim: int, experts: int, layer_index: LayerIndex) -> nn.Module:
-        """Return a module of ``forward(x, *, carry) -> Scored``."""
+    def build_gate(self, shape: RouterShape, /) -> nn.Module:
+        """Return a module of ``forward(x, *, router_state) -> GateOutput``."""
         raise NotImplementedError
 
-    def gate_parameter_specs(
-        self, *, dim: int, experts: int, layer_index: LayerIndex
-    ) -> Sequence[ParameterSpec]:
-        """Return the parameters of such a gate."""
-        raise NotImplementedError
-
-    def build_shared(self, *, dim: int, experts: int, causal: bool) -> SharedRouter | None:
-        """Return what the MoE layers of one stack share, or None."""
-        del dim, experts, causal
-        return None
-
-    def shared_parameter_specs(self, *, dim: int, experts: int) -> Sequence[ParameterSpec]:
-        """Return the parameters of what is shared."""
-        del dim, experts
+    def gate_parameter_specs(self, _shape: RouterShape, /) -> Sequence[ParameterSpec]:
+        """Return the parameters of such a gate; none by default."""
         return ()
 
-    def state_widths(self, *, experts: int) -> RouterStateWidths:
-        """Return what its layers hand on, for a stack that is cut between two of them."""
-        del experts
+    def build_shared(self, _shape: RouterShape, /) -> SharedRouter | None:
+        """Return the module that the MoE layers of a stack share, if any."""
+        return None
+
+    def shared_parameter_specs(self, _shape: RouterShape, /) -> Sequence[ParameterSpec]:
+        """Return the parameters of the shared module; none by default."""
+        return ()
+
+    def state_widths(self, _shape: RouterShape, /) -> RouterStateWidths:
+        """Return the widths of the router state, which a pipeline stage sends to the next."""
         return RouterStateWidths()
 
-    def saved_activations(self, *, dim: int, layer_index: LayerIndex) -> int:
-        """Return the values per token that autograd keeps of a gate besides state and logits.
+    def saved_activations(self, _shape: RouterShape, /) -> int:
+        """Return the values per token that autograd saves for a gate besides input and logits.
 
-        The state counts as kept (``model/training_memory.py``): ``-dim`` of a gate that does not read it.
+        The input counts as saved (``model/training_memory.py``): ``-dim`` for a gate that does
+        not read it.
         """
-        del dim, layer_index
         return 0
 
     def shared_saved_activations(self) -> int:
-        """Return the values per token that autograd keeps of what is shared."""
+        """Return the values per token that autograd saves for the shared module."""
         return 0
 
-    def problems(self, *, experts: Sequence[int], router_input: "RouterInput") -> str | None:
-        """Return what it expects of a stack whose layers have so many experts, if not this."""
-        del experts, router_input
+    def problems(self, _experts: Sequence[int], _router_input: "RouterInput", /) -> str | None:
+        """Return what it expects of a stack with these numbers of experts per layer, or None."""
         return None
 
 
 class IndependentRouters(CrossLayerRouting):
-    """Each layer decides by itself."""
+    """Each MoE layer routes by its own linear gate."""
 
-    def build_gate(self, *, dim: int, experts: int, layer_index: LayerIndex) -> nn.Module:
-        del layer_index
-        return LinearGate(dim=dim, experts=experts)
+    def build_gate(self, shape: RouterShape, /) -> nn.Module:
+        return LinearGate(dim=shape.dim, experts=shape.experts)
 
-    def gate_parameter_specs(
-        self, *, dim: int, experts: int, layer_index: LayerIndex
-    ) -> Sequence[ParameterSpec]:
-        del layer_index
-        return (ParameterSpec("router", (experts, dim)),)
+    def gate_parameter_specs(self, shape: RouterShape, /) -> Sequence[ParameterSpec]:
+        return (ParameterSpec("router", (shape.experts, shape.dim)),)
 
 
-EmbeddingSource = Literal["nothing", "token", "prompt"]
+EmbeddingSource = Literal["nothing", "token", "tag"]
 
 
 class RouterInput(Choice):
-    """Family: what the gate knows besides the token's state.
+    """Family: the vectors that a router reads: the hidden state, an input embedding, or both.
 
-    ``reads`` says which embeddings the model must put into the ``TokenContext``, ``dim`` how wide what
-    the gate reads is.
+    ``embedding_source`` names the embedding that the model puts into the ``TokenContext``: the
+    token's own, or that of its row's tag.
     """
 
-    def embedding_source(self) -> EmbeddingSource:
-        """Return what of the context it needs."""
-        return "nothing"
+    embedding_source: ClassVar[EmbeddingSource] = "nothing"
+    with_hidden_state: ClassVar[bool] = True
 
     def input_dim(self, dim: int) -> int:
         """Return C for a model dim."""
-        return dim
+        return (self.with_hidden_state + (self.embedding_source != "nothing")) * dim
 
-    def build(self, *, dim: int) -> nn.Module:
+    def build(self) -> nn.Module:
         """Return a module of ``forward(x, *, context) -> [T, C]``, float32."""
-        raise NotImplementedError
-
-    def parameter_specs(self, *, dim: int) -> Sequence[ParameterSpec]:
-        """Return its parameters."""
-        del dim
-        return ()
+        return ConcatenatedInput(self.embedding_source, with_hidden_state=self.with_hidden_state)
 
     def saved_activations(self, dim: int) -> int:
-        """Return the values per token that autograd keeps of it, as for ``CrossLayerRouting.kept``."""
-        del dim
-        return 0
+        """Return the values per token that autograd saves, the hidden state left out."""
+        return self.input_dim(dim) - dim if self.with_hidden_state else -dim
 
     def shared_saved_activations(self, dim: int) -> int:
-        """Return those of a stack, whatever its number of layers."""
-        del dim
-        return 0
+        """Return the values per token that autograd saves once for all layers of a stack."""
+        return dim if self.embedding_source == "tag" and not self.with_hidden_state else 0
 
 
 class HiddenState(RouterInput):
-    """The state alone."""
-
-    def build(self, *, dim: int) -> nn.Module:
-        del dim
-        return _HiddenStateInput()
-
-
-class _HiddenStateInput(nn.Module):
-    def forward(self, x: Float[Tensor, "T D"], *, context: TokenContext) -> Float[Tensor, "T D"]:
-        del context
-        return x
+    """The hidden state alone."""
 
 
 class HiddenStateAndTag(RouterInput):
     """Logits ``W x + U p``, p the input embedding of the row's first token (its language tag).
 
     Task-prompt-guided routing as in JiuZhang 2.0 (2306.11027), with the tag as the prompt; the sum
-    is our reading. Rows of an encoder, too, begin with the tag of the language to be written.
+    is our reading. The rows of an encoder also begin with the tag of the target language.
     """
 
-    def embedding_source(self) -> EmbeddingSource:
-        return "prompt"
-
-    def input_dim(self, dim: int) -> int:
-        return 2 * dim
-
-    def build(self, *, dim: int) -> nn.Module:
-        del dim
-        return EmbeddingInput(self.embedding_source(), with_hidden_state=True)
-
-    def saved_activations(self, dim: int) -> int:
-        return dim
+    embedding_source: ClassVar[EmbeddingSource] = "tag"
 
 
 class TagOnly(RouterInput):
-    """Logits ``U p``: all tokens of a row take the same experts.
+    """Logits ``U p``: all tokens of a row get the same experts.
 
-    Task-level routing (2110.03742) by target language: a translation into one language needs only
+    Task-level routing (2110.03742) by target language: translating into one language needs only
     the experts of its tag.
     """
 
-    def embedding_source(self) -> EmbeddingSource:
-        return "prompt"
-
-    def build(self, *, dim: int) -> nn.Module:
-        del dim
-        return EmbeddingInput(self.embedding_source(), with_hidden_state=False)
-
-    def saved_activations(self, dim: int) -> int:
-        return -dim
-
-    def shared_saved_activations(self, dim: int) -> int:
-        return dim
+    embedding_source: ClassVar[EmbeddingSource] = "tag"
+    with_hidden_state: ClassVar[bool] = False
 
 
 class HiddenStateAndToken(RouterInput):
-    """Logits ``W x + U e``, e the token's input embedding, without its position."""
+    """Logits ``W x + U e``, e the token's input embedding without its position."""
 
-    def embedding_source(self) -> EmbeddingSource:
-        return "token"
-
-    def input_dim(self, dim: int) -> int:
-        return 2 * dim
-
-    def build(self, *, dim: int) -> nn.Module:
-        del dim
-        return EmbeddingInput(self.embedding_source(), with_hidden_state=True)
-
-    def saved_activations(self, dim: int) -> int:
-        return dim
+    embedding_source: ClassVar[EmbeddingSource] = "token"
 
 
 class TokenOnly(RouterInput):
-    """Logits ``U e``: a vocabulary item takes the same experts wherever it stands.
+    """Logits ``U e``: a vocabulary item gets the same experts in every context.
 
-    What OpenMoE (2402.01739) finds trained routers to come close to (context-independent
-    specialisation), made exact: a baseline for how much context a router uses.
+    OpenMoE (2402.01739) finds trained routers close to this (context-independent specialisation);
+    as a baseline it measures how much context a router uses.
     """
 
-    def embedding_source(self) -> EmbeddingSource:
-        return "token"
-
-    def build(self, *, dim: int) -> nn.Module:
-        del dim
-        return EmbeddingInput(self.embedding_source(), with_hidden_state=False)
-
-    def saved_activations(self, dim: int) -> int:
-        return -dim
+    embedding_source: ClassVar[EmbeddingSource] = "token"
+    with_hidden_state: ClassVar[bool] = False
 
 
-class EmbeddingInput(nn.Module):
-    """Puts the embedding that ``reads`` names beside the state, or in its place."""
+class ConcatenatedInput(nn.Module):
+    """Concatenates the hidden state and the named embedding, or returns one of them."""
 
     def __init__(self, embedding_source: EmbeddingSource, *, with_hidden_state: bool) -> None:
         super().__init__()
         self.embedding_source, self.with_hidden_state = embedding_source, with_hidden_state
 
     def forward(self, x: Float[Tensor, "T D"], *, context: TokenContext) -> Float[Tensor, "T C"]:
-        given = (
-            context.tag_embedding if self.embedding_source == "prompt" else context.token_embedding
-        )
+        if self.embedding_source == "nothing":
+            return x
+        tag = self.embedding_source == "tag"
+        given = context.tag_embedding if tag else context.token_embedding
         if given is None:
-            raise TypeError(f"the context does not say the {self.embedding_source}'s embedding")
+            raise TypeError(f"the context has no {self.embedding_source} embedding")
         return torch.cat([x, given.float()], -1) if self.with_hidden_state else given.float()

@@ -1,10 +1,6 @@
-"""Noise: what a router adds to its input or to its logits while it trains.
+"""Router noise: random changes of the router's input or logits in training.
 
 Letters: T tokens, D model dim, E experts.
-
-StochasticWarmup: routing that starts at random and ends at the router's own decision.
-
-Letters: T tokens, E experts.
 """
 
 import torch
@@ -22,34 +18,31 @@ from moesaic.moe.router_context import (
 
 
 class RouterNoise(Choice, StatefulRule):
-    """Family of router noises. Each changes the input or the logits, in training only."""
+    """Family of router noises: each changes the input or the logits. Called in training only."""
 
     def apply_to_input(
-        self, x: Float[Tensor, "T D"], *, context: TokenContext, training: bool
+        self, x: Float[Tensor, "T D"], _context: TokenContext, /
     ) -> Float[Tensor, "T D"]:
         """Return the router's input, float32."""
-        del context, training
         return x
 
     def apply_to_logits(self, router: RouterContext) -> Float[Tensor, "T E"]:
-        """Return the logits that everything after sees."""
+        """Return the logits for selection and balance."""
         return router.logits
 
 
 class NoRouterNoise(RouterNoise):
-    """Input and logits as they are."""
+    """No change of input or logits."""
 
 
 class Jitter(RouterNoise):
-    """In training, the input times U(1 - epsilon, 1 + epsilon) (2101.03961, section 2.4)."""
+    """The input times U(1 - epsilon, 1 + epsilon) (2101.03961, section 2.4)."""
 
     epsilon: float = Field(default=0.01, gt=0, lt=1)
 
     def apply_to_input(
-        self, x: Float[Tensor, "T D"], *, context: TokenContext, training: bool
+        self, x: Float[Tensor, "T D"], context: TokenContext, /
     ) -> Float[Tensor, "T D"]:
-        if not training:
-            return x
         draw = context.uniform("jitter", width=x.shape[-1])
         return x * (1 + self.epsilon * (2 * draw - 1))
 
@@ -57,36 +50,34 @@ class Jitter(RouterNoise):
 class StochasticWarmup(RouterNoise):
     """``alpha s + (1 - alpha) (mu + sigma eps)`` in place of logits s (Ling, 2503.05139).
 
-    ``alpha = min(i / steps, 1)`` at step i and eps is standard normal, so that experts start alike
-    loaded and no early favourite takes everything. mu and sigma are each expert's running mean and
-    standard deviation of s: of the first step at first, later moved by ``rate`` a step (rate and
-    per-expert statistics are ours). After ``steps``, and outside training, logits are exactly s.
+    ``alpha = min(i / warmup_steps, 1)`` at step i and eps is standard normal, so all experts have
+    similar loads at first. mu and sigma are each expert's running mean and standard deviation of
+    s: of the first step at first, later moved by ``rate`` a step (rate and per-expert statistics
+    are ours). After ``warmup_steps``, logits are exactly s.
     """
 
     warmup_steps: int = Field(default=200, ge=1)
     rate: float = Field(default=0.1, gt=0, le=1)
 
     def apply_to_logits(self, router: RouterContext) -> Float[Tensor, "T E"]:
-        if not router.training:
-            return router.logits
         state, experts = router.state, router.logits.shape[-1]
         alpha = (state["step"] / self.warmup_steps).clamp(max=1)
         draw = router.context.normal("routing warm-up", width=experts)
         random = state["mean"] + state["std"] * draw
         return alpha * router.logits + (1 - alpha) * random
 
-    def initial_state(self, num_experts: int) -> dict[str, Tensor]:
+    def initial_state(self, num_experts: int, /) -> dict[str, Tensor]:
         return {
             "step": torch.zeros(()),
             "mean": torch.zeros(num_experts),
             "std": torch.ones(num_experts),
         }
 
-    def update_state(self, state: RuleState, *, stats: RoutingStats) -> RuleState:
+    def update_state(self, state: RuleState, stats: RoutingStats, /) -> RuleState:
         tokens = stats.num_tokens.clamp(min=1)
         mean = stats.logit_sum / tokens
         std = (stats.logit_square_sum / tokens - mean.square()).clamp(min=0).sqrt()
-        # the first step replaces what the state started with
+        # the first step replaces the initial values
         rate = torch.where(state["step"] == 0, 1.0, self.rate)
         return {
             "step": state["step"] + 1,

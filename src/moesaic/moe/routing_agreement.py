@@ -1,10 +1,10 @@
-"""Agreement: how alike two models, or two checkpoints, route the same tokens.
+"""Routing agreement: the share of equal edges when two models route the same tokens.
 
 Letters: T tokens.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -21,12 +21,16 @@ class _MatchCounts:
     tokens: int = 0
     tokens_same: int = 0
 
+    def add_tokens(self, equal: Bool[Tensor, "T"]) -> None:
+        self.tokens += equal.numel()
+        self.tokens_same += int(equal.sum())
+
 
 @dataclass(frozen=True, slots=True)
 class LayerRoutingAgreement:
-    """``edges`` is the share of edges that both have; ``tokens`` that of tokens with all alike.
+    """``edges`` is the share of edges in both; ``tokens`` the share of tokens with equal edges.
 
-    Of kept edges, against those of the side that has more; the order of choices does not count.
+    Dropped edges do not count, nor does the order of choices; shares are of the larger number.
     """
 
     layer: str
@@ -36,7 +40,7 @@ class LayerRoutingAgreement:
 
 @dataclass(frozen=True, slots=True)
 class RoutingAgreement:
-    """``tokens`` is the share of tokens routed alike in every layer of their side."""
+    """``tokens`` is the share of tokens with equal edges in every layer of their side."""
 
     layers: tuple[LayerRoutingAgreement, ...]
     tokens: float
@@ -48,56 +52,53 @@ class RoutingAgreement:
         return sum(shares) / max(len(shares), 1)
 
 
-@dataclass(slots=True)
-class RoutingComparison:
-    """Adds up batch after batch: ``add`` the routes of both sides, then read ``result()``."""
-
-    _layers: dict[str, _MatchCounts] = field(default_factory=dict)
-    _sides: _MatchCounts = field(default_factory=_MatchCounts)
-
-    def add(self, left: Sequence[LayerRoutes], right: Sequence[LayerRoutes]) -> None:
-        """Compare one batch. Raises DataError unless layers and tokens are the same."""
-        others = {found.layer: found for found in right}
-        alike: dict[str, Tensor] = {}
-        for one in left:
-            other = others.get(one.layer)
-            if other is None or not one.tokens.equal(other.tokens):
-                raise DataError(
-                    f"layer {one.layer}: the two routed other tokens; record both on the same text"
-                )
-            same, edges, tokens = _count_matches(one.routing, other.routing)
-            sums = self._layers.setdefault(one.layer, _MatchCounts())
-            sums.same, sums.edges = sums.same + same, sums.edges + edges
-            sums.tokens += tokens.numel()
-            sums.tokens_same += int(tokens.sum())
-            alike[one.side] = alike[one.side] & tokens if one.side in alike else tokens
-        self._sides.tokens += sum(tokens.numel() for tokens in alike.values())
-        self._sides.tokens_same += sum(int(tokens.sum()) for tokens in alike.values())
-
-    def result(self) -> RoutingAgreement:
-        """Return the shares so far."""
-        layers = tuple(
-            LayerRoutingAgreement(name, sums.same / max(sums.edges, 1), _matching_share(sums))
-            for name, sums in self._layers.items()
-        )
-        return RoutingAgreement(layers, _matching_share(self._sides))
-
-
 def compare_routes(
     left: Iterable[Sequence[LayerRoutes]], right: Iterable[Sequence[LayerRoutes]]
 ) -> RoutingAgreement:
-    """Compare two records batch by batch. Raises DataError where they are of other text."""
-    comparison = RoutingComparison()
+    """Compare two sequences of batches. Raises DataError if layers or tokens differ."""
+    layers: dict[str, _MatchCounts] = {}
+    sides = _MatchCounts()
     try:
         for one, other in zip(left, right, strict=True):
-            comparison.add(one, other)
+            _add_batch(one, other, layers=layers, sides=sides)
     except ValueError as error:
         raise DataError("one of the two has more batches; record both on the same text") from error
-    return comparison.result()
+    return RoutingAgreement(
+        tuple(
+            LayerRoutingAgreement(name, sums.same / max(sums.edges, 1), _matching_share(sums))
+            for name, sums in layers.items()
+        ),
+        _matching_share(sides),
+    )
+
+
+def _add_batch(
+    left: Sequence[LayerRoutes],
+    right: Sequence[LayerRoutes],
+    *,
+    layers: dict[str, _MatchCounts],
+    sides: _MatchCounts,
+) -> None:
+    others = {routes.layer: routes for routes in right}
+    equal: dict[str, Tensor] = {}
+    for one in left:
+        other = others.get(one.layer)
+        if other is None or not one.tokens.equal(other.tokens):
+            raise DataError(
+                f"layer {one.layer}: the two have routes of other tokens; "
+                "record both on the same text"
+            )
+        same, edges, tokens = _count_matches(one.routing, other.routing)
+        sums = layers.setdefault(one.layer, _MatchCounts())
+        sums.same, sums.edges = sums.same + same, sums.edges + edges
+        sums.add_tokens(tokens)
+        equal[one.side] = equal[one.side] & tokens if one.side in equal else tokens
+    for tokens in equal.values():
+        sides.add_tokens(tokens)
 
 
 def _count_matches(one: Routing, other: Routing) -> tuple[int, int, Bool[Tensor, "T"]]:
-    """Return edges in both, edges of the fuller side, and which tokens have the same."""
+    """Return the edges in both, the larger number of edges, and a mask of equal tokens."""
     experts = max(one.num_experts, other.num_experts)
     has = [_edge_mask(routing, experts) for routing in (one, other)]
     both = int((has[0] & has[1]).sum())

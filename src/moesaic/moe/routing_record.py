@@ -1,11 +1,9 @@
-"""What an MoE layer says beside its output: losses and routing travel out with the result.
+"""Routing record: the losses, logits and edges of an MoE layer in one forward pass, and routes.
 
-Routes: what each MoE layer did with the tokens of one batch, detached from the pass that did it.
+``RoutingRecord`` is returned with the layer's output. ``LayerRoutes`` is its detached copy on the
+host: input of statistics, of routes files (``checkpoint/routes_file.py``) and of routing replay.
 
-What statistics count, what a routes file holds (``checkpoint/routes_file.py``), and what can be replayed
-(``moe/routing_replay.py``).
-
-Letters: T tokens, B rows, E experts.
+Letters: T tokens, B rows, E experts, S statistics.
 """
 
 import math
@@ -15,7 +13,6 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from moesaic.core.shapes import Float, Int, Tensor
-from moesaic.moe.router import RouterOutput
 from moesaic.moe.router_context import TokenContext
 from moesaic.moe.routing import Routing
 
@@ -25,11 +22,11 @@ class RoutingRecord:
     """One layer's routing in one forward pass.
 
     ``losses`` holds the layer's weighted loss terms by name (``balance``, ``z``), scalars in the
-    graph; their sum is added to the training loss exactly once. They are this rank's *share* (see
-    ``moe/batch_group.py``) and exist in training only. ``context`` says which row, position and
-    vocabulary id each token of ``routing`` has (padding was left out before routing). ``logits``
-    are the router's, detached, for whoever watches it; ``sums`` are what its rules learn from. The
-    last ``spare`` experts of ``routing`` do no work.
+    autograd graph; their sum is added to the training loss exactly once. They are this rank's
+    *share* (see ``batch_group.py``) and exist in training only. ``context`` has the row, position
+    and vocabulary id of each token of ``routing``, without padding. ``logits`` are the router's,
+    detached; ``stats_vector`` are the routing statistics for the stateful rules. The last
+    ``num_null_experts`` experts of ``routing`` are null experts.
     """
 
     layer: str
@@ -40,27 +37,19 @@ class RoutingRecord:
     stats_vector: Float[Tensor, "S"] | None = None
     num_null_experts: int = 0
 
-    @staticmethod
-    def from_router(
-        layer: str, routed: RouterOutput, *, context: TokenContext, num_null_experts: int = 0
-    ) -> "RoutingRecord":
-        """Make the record of what a router did."""
-        losses, logits, sums = routed.losses, routed.logits, routed.stats_vector
-        return RoutingRecord(layer, routed.routing, context, losses, logits, sums, num_null_experts)
-
     @property
     def row(self) -> Int[Tensor, "T"]:
         return self.context.row
 
     def router_entropy(self) -> Float[Tensor, ""] | None:
-        """Mean entropy of a token's expert probabilities, as a share of ``log E``."""
+        """Return the mean entropy of a token's expert probabilities, as a share of ``log E``."""
         if self.logits is None or self.logits.numel() == 0:
             return None
         log_p = self.logits.log_softmax(-1)
         return -(log_p.exp() * log_p).sum(-1).mean() / math.log(max(2, self.logits.shape[1]))
 
     def logit_rms(self) -> Float[Tensor, ""] | None:
-        """Root mean square of the logits' logsumexp: what a z-loss keeps small."""
+        """Return the root mean square of the logits' logsumexp, which a z-loss reduces."""
         if self.logits is None or self.logits.numel() == 0:
             return None
         return self.logits.logsumexp(-1).square().mean().sqrt()
@@ -69,7 +58,7 @@ class RoutingRecord:
 def loss_terms(
     records: Iterable[RoutingRecord], *, num_micro_batches: int
 ) -> dict[str, Float[Tensor, ""]]:
-    """Add up the loss terms of one of ``parts`` micro-batches, by name (``loss_balance``)."""
+    """Add up the loss terms of one of several micro-batches, by name (``loss_balance``)."""
     terms: dict[str, Float[Tensor, ""]] = {}
     for record in records:
         for name, value in record.losses.items():
@@ -79,9 +68,9 @@ def loss_terms(
 
 @dataclass(frozen=True, slots=True)
 class RoutedTokens:
-    """Which tokens were routed: vocabulary id, place in the row, row of the batch, and language.
+    """The routed tokens: vocabulary id, position in the row, row of the batch, and language index.
 
-    All int64. ``language`` is the number of the language that the token counts for.
+    All int64.
     """
 
     token: Int[Tensor, "T"]
@@ -93,14 +82,14 @@ class RoutedTokens:
         return self.token.numel()
 
     def equal(self, other: "RoutedTokens") -> bool:
-        """Whether they are the same tokens at the same places."""
+        """Whether they are the same tokens at the same positions."""
         pairs = ((self.token, other.token), (self.position, other.position), (self.row, other.row))
         return all(torch.equal(a, b) for a, b in pairs)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRoutes:
-    """One layer's routing of one batch. The last ``spare`` of its experts do no work."""
+    """One layer's routing of one batch; its last ``num_null_experts`` experts are null experts."""
 
     layer: str
     routing: Routing
@@ -109,28 +98,25 @@ class LayerRoutes:
 
     @property
     def side(self) -> str:
-        """``encoder`` or ``decoder``: layers of a side route the same tokens."""
+        """``encoder`` or ``decoder``; layers of a side route the same tokens."""
         return self.layer.partition(".")[0]
 
 
 def routes_from_records(
     records: Iterable[RoutingRecord], *, language: Int[Tensor, "B"]
 ) -> tuple[LayerRoutes, ...]:
-    """Return the routes of a pass on the host; ``language`` is that of each row of its batch."""
+    """Return the routes of a forward pass on the host; ``language`` is that of each row."""
     sides: dict[str, RoutedTokens] = {}
-    found = []
+    routes = []
     for record in records:
         side = record.layer.partition(".")[0]
         if side not in sides:
-            context, spoken = record.context, language.to(record.row.device)
-            parts = (context.token, context.position, context.row, spoken[context.row])
+            context, of_row = record.context, language.to(record.row.device)
+            parts = (context.token, context.position, context.row, of_row[context.row])
             sides[side] = RoutedTokens(*(part.detach().cpu() for part in parts))
-        found.append(
-            LayerRoutes(
-                record.layer, _detach_to_cpu(record.routing), sides[side], record.num_null_experts
-            )
-        )
-    return tuple(found)
+        routing, nulls = _detach_to_cpu(record.routing), record.num_null_experts
+        routes.append(LayerRoutes(record.layer, routing, sides[side], nulls))
+    return tuple(routes)
 
 
 def _detach_to_cpu(routing: Routing) -> Routing:

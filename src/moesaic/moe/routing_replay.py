@@ -1,7 +1,7 @@
-"""Replay: a forward pass that takes recorded routes instead of deciding.
+"""Routing replay: a forward pass with recorded routes in place of the router's selection.
 
-For debugging (does a model differ, or only its routing?), for distillation along a teacher's
-routes, and for reinforcement learning where training must go the way that serving went.
+For debugging (does a model differ, or only its routing?), for distillation with a teacher's
+routes, and for reinforcement learning where training must use the routes of serving.
 
 Letters: T tokens.
 """
@@ -24,17 +24,17 @@ from moesaic.moe.routing_record import LayerRoutes
 
 @contextmanager
 def replay_routing(model: nn.Module, routes: Sequence[LayerRoutes]) -> Iterator[None]:
-    """Inside, the MoE layers of ``model`` route as recorded; layers without a record decide.
+    """In this context, MoE layers of ``model`` with recorded routes use them.
 
-    Edges and weights are the recorded ones (so no gradient reaches a router through them); losses
-    and logits are the router's own. Raises UserError, in the pass, for other tokens than those
-    recorded.
+    Other layers route as usual. Edges and weights are the recorded ones, so no gradient reaches a
+    router through them; losses and logits are the router's own. The forward pass raises UserError
+    for other tokens than those recorded.
     """
-    wanted = {found.layer: found for found in routes}
+    recorded = {of_layer.layer: of_layer for of_layer in routes}
     handles = [
-        layer.router.register_forward_hook(_ReplayHook(wanted[layer.name]), with_kwargs=True)
+        layer.router.register_forward_hook(_ReplayHook(recorded[layer.name]), with_kwargs=True)
         for layer in moe_layers(model)
-        if layer.name in wanted
+        if layer.name in recorded
     ]
     try:
         yield
@@ -45,36 +45,39 @@ def replay_routing(model: nn.Module, routes: Sequence[LayerRoutes]) -> Iterator[
 
 @dataclass(frozen=True, slots=True)
 class _ReplayHook:
-    """A forward hook of a router that puts the recorded edges in the place of its own."""
+    """A forward hook of a router that replaces its edges by the recorded ones."""
 
     routes: LayerRoutes
 
     def __call__(
-        self, router: nn.Module, args: tuple[Tensor, ...], named: dict[str, Any], said: RouterOutput
+        self,
+        _router: nn.Module,
+        _args: tuple[Tensor, ...],
+        keywords: dict[str, Any],
+        output: RouterOutput,
     ) -> RouterOutput:
-        del router, args
         recorded = self.routes.routing
-        if said.routing.num_experts != recorded.num_experts:
+        if output.routing.num_experts != recorded.num_experts:
             raise UserError(
                 f"layer {self.routes.layer}: its routes were recorded with "
-                f"{recorded.num_experts} experts, the model has {said.routing.num_experts}"
+                f"{recorded.num_experts} experts, the model has {output.routing.num_experts}"
             )
-        if not self._same_tokens(named["context"]):
+        if not self._same_tokens(keywords["context"]):
             raise UserError(
                 f"layer {self.routes.layer}: its routes are those of other tokens "
                 f"({len(self.routes.tokens)}) than this batch's "
-                f"({said.routing.num_tokens}); replay each batch with its own routes"
+                f"({output.routing.num_tokens}); replay each batch with its own routes"
             )
-        return replace(said, routing=_to_device_of(recorded, said.routing.expert))
+        return replace(output, routing=_to_device_of(recorded, output.routing.expert))
 
     def _same_tokens(self, context: TokenContext) -> bool:
-        here = (context.token.cpu(), context.position.cpu(), context.row.cpu())
-        tokens = self.routes.tokens
-        return tokens.equal(replace(tokens, token=here[0], position=here[1], row=here[2]))
+        token, position, row = (t.cpu() for t in (context.token, context.position, context.row))
+        recorded = self.routes.tokens
+        return recorded.equal(replace(recorded, token=token, position=position, row=row))
 
 
-def _to_device_of(routing: Routing, where: Tensor) -> Routing:
+def _to_device_of(routing: Routing, like: Tensor) -> Routing:
     token, expert, weight = (
-        part.to(where.device) for part in (routing.token, routing.expert, routing.weight)
+        part.to(like.device) for part in (routing.token, routing.expert, routing.weight)
     )
     return replace(routing, token=token, expert=expert, weight=weight)

@@ -1,22 +1,8 @@
-"""Select: from router logits to edges.
+"""Selection rules with a fixed number of experts per token: top-k by softmax or sigmoid, hash.
 
-Letters: T tokens, E experts, K experts per token, N edges.
+Rules with a variable number are in ``select_dynamic.py``.
 
-Among: which of the experts a token may choose from.
-
-Letters: T tokens, E experts, G groups.
-
-SigmoidTopK: experts scored one by one, without a softmax over all of them.
-
-Letters: T tokens, E experts, K experts per token.
-
-NullTopK: choices that may be spent on experts that do nothing.
-
-Letters: T tokens, E experts (null ones included), K choices per token.
-
-Hash: an expert by the token's id alone.
-
-Letters: T tokens, E experts.
+Letters: T tokens, E experts (null experts included), K experts per token, G groups.
 """
 
 from dataclasses import replace
@@ -34,31 +20,30 @@ from moesaic.ops.counter_rng import hash_combine, hash_name
 
 
 class ExpertGroups(Choice):
-    """Family: what narrows a token's choice before it is made."""
+    """Family: group-limited routing, which restricts the experts that a token may select."""
 
     def __call__(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-        """Return the scores to choose by, minus infinity where there is no choice."""
+        """Return the scores, minus infinity for experts that may not be selected."""
         raise NotImplementedError
 
-    def problems(self, *, experts: int, k: int) -> str | None:
-        """Return what it expects instead of so many experts, of which k are chosen, or None."""
-        del experts, k
+    def problems(self, _experts: int, _k: int, /) -> str | None:
+        """Return what it expects instead of so many experts, k of them selected, or None."""
         return None
 
 
 class AllExperts(ExpertGroups):
-    """Any expert."""
+    """No restriction."""
 
     def __call__(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
         return scores
 
 
 class TopGroups(ExpertGroups):
-    """Experts of the ``kept`` best of ``groups`` equal groups of neighbours.
+    """The experts of the ``top_groups`` best of ``num_groups`` equal groups of adjacent experts.
 
-    A group's score is the sum of its ``best`` highest: 2 in DeepSeek-V3 (2412.19437, section 2.1.2,
-    where a group is a node), 1 in DeepSeek-V2 (2405.04434, section 2.2.2, where it is a device).
-    So a token's rows travel to few places.
+    The score of a group is the sum of its ``experts_per_score`` highest scores: 2 in DeepSeek-V3
+    (2412.19437, section 2.1.2, where a group is a node), 1 in DeepSeek-V2 (2405.04434, section
+    2.2.2, where it is a device). This bounds the number of ranks that a token is sent to.
     """
 
     num_groups: int = Field(ge=1)
@@ -68,63 +53,67 @@ class TopGroups(ExpertGroups):
     @model_validator(mode="after")
     def _check(self) -> "TopGroups":
         if self.top_groups > self.num_groups:
-            raise ValueError(f"kept of at most groups={self.num_groups}, not {self.top_groups}")
+            raise ValueError(
+                f"top_groups of at most num_groups={self.num_groups}, not {self.top_groups}"
+            )
         return self
 
     def __call__(self, scores: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-        each = scores.unflatten(-1, (self.num_groups, -1))
-        good = each.topk(min(self.experts_per_score, each.shape[-1]), dim=-1).values.sum(-1)
-        lost = good.new_ones(good.shape).scatter(-1, good.topk(self.top_groups, dim=-1).indices, 0)
-        return each.masked_fill(lost.bool()[..., None], float("-inf")).flatten(-2)
+        grouped = scores.unflatten(-1, (self.num_groups, -1))
+        best = grouped.topk(min(self.experts_per_score, grouped.shape[-1]), dim=-1).values.sum(-1)
+        masked = best.new_ones(best.shape).scatter(
+            -1, best.topk(self.top_groups, dim=-1).indices, 0
+        )
+        return grouped.masked_fill(masked.bool()[..., None], float("-inf")).flatten(-2)
 
-    def problems(self, *, experts: int, k: int) -> str | None:
+    def problems(self, experts: int, k: int, /) -> str | None:
         if experts % self.num_groups:
-            return f"a number of experts that groups={self.num_groups} divides, not {experts}"
-        room = experts // self.num_groups * self.top_groups
-        return None if k <= room else f"k of at most {room}, all in the groups kept, not {k}"
+            return f"a number of experts that num_groups={self.num_groups} divides, not {experts}"
+        most = experts // self.num_groups * self.top_groups
+        return None if k <= most else f"k of at most {most}, all in the top groups, not {k}"
 
 
 class Select(Choice, StatefulRule):
-    """Family of selection rules; what they see is a ``RouterContext``.
+    """Family of selection rules: map a ``RouterContext`` to token-expert edges.
 
-    ``causal`` is false of a rule whose answer for a token depends on later tokens: a decoder, which
-    does not have them yet when it writes, refuses it. ``needs_whole_rows`` is true of one that compares the
-    tokens of a row: ranks that hold slices of rows refuse it.
+    ``causal`` is false if the result for a token depends on later tokens; a decoder refuses such a
+    rule. ``needs_whole_rows`` is true if the rule compares the tokens of a row; context parallelism
+    refuses it. ``variable_k`` is true if the number of experts per token varies.
     """
 
     causal: ClassVar[bool] = True
     needs_whole_rows: ClassVar[bool] = False
+    variable_k: ClassVar[bool] = False
 
     def __call__(self, router: RouterContext) -> Routing:
-        """Return the edges, weights float32 and in the graph."""
+        """Return the edges; weights are float32 and in the autograd graph."""
         raise NotImplementedError
 
     def probabilities(self, router: RouterContext) -> Float[Tensor, "T E"]:
-        """Return what balance terms take as each token's probabilities: they sum to one."""
+        """Return the probabilities for balance losses; those of a token sum to one."""
         return router.logits.softmax(-1)
 
     def renormalise(self, routing: Routing) -> Routing:
-        """Adjust weights once a limit has dropped edges; most rules leave them."""
+        """Adjust the weights after the capacity limit; most rules keep them."""
         return routing
 
     def experts_per_token(self, num_experts: int) -> float:
-        """Edges per token, on average: what FLOPs are counted with."""
+        """Return the mean number of edges per token, from which FLOPs are counted."""
         raise NotImplementedError
 
-    def problems(self, *, experts: int, num_null_experts: int) -> str | None:
-        """Return what it expects instead of so many experts (spare ones included), or None."""
-        del num_null_experts
-        k = self.experts_per_token(2**30)
+    def problems(self, experts: int, _num_null_experts: int, /) -> str | None:
+        """Return what it expects instead of so many experts (null ones included), or None."""
+        k = 0 if self.variable_k else self.experts_per_token(2**30)
         return None if k <= experts else f"at least {k:g} experts, not {experts}"
 
 
 class TopK(Select):
-    """Each token's k likeliest experts (1701.06538).
+    """Top-k routing: each token's k experts of highest logits (1701.06538).
 
-    ``normalise`` says when weights are made to sum to one over the chosen: ``before`` a limit drops
-    edges (Mixtral; a dropped edge takes its share with it), ``after`` (DeepSpeed: survivors share
-    everything), or ``none`` (DeepSeekMoE, 2401.06066: plain softmax probabilities). ``among``
-    narrows the choice; groups are judged by their logits.
+    ``normalise`` says when the weights of the selected experts are normalised to sum to one:
+    ``before`` the capacity limit drops edges (Mixtral; the weight of a dropped edge is lost),
+    ``after`` it (DeepSpeed: the remaining edges sum to one), or ``none`` (DeepSeekMoE, 2401.06066:
+    plain softmax probabilities). ``expert_groups`` restricts the selection by the groups' logits.
     """
 
     k: int = Field(default=2, ge=1)
@@ -135,7 +124,7 @@ class TopK(Select):
         logits = router.logits
         expert = self.expert_groups(router.biased_scores(logits)).topk(self.k, dim=-1).indices
         if self.normalise == "before":
-            # equals softmax over all, then divided by the chosen sum
+            # equals softmax over all experts, divided by the sum over the selected
             weight = logits.gather(-1, expert).softmax(-1)
         else:
             weight = logits.softmax(-1).gather(-1, expert)
@@ -151,13 +140,13 @@ class TopK(Select):
     def experts_per_token(self, num_experts: int) -> float:
         return float(min(self.k, num_experts))
 
-    def problems(self, *, experts: int, num_null_experts: int) -> str | None:
-        few = super().problems(experts=experts, num_null_experts=num_null_experts)
-        return few or self.expert_groups.problems(experts=experts, k=self.k)
+    def problems(self, experts: int, num_null_experts: int, /) -> str | None:
+        few = super().problems(experts, num_null_experts)
+        return few or self.expert_groups.problems(experts, self.k)
 
 
 class SwitchTop1(Select):
-    """The likeliest expert, weighted by its softmax probability (2101.03961, equations 1 and 2)."""
+    """Top-1 routing, weighted by the softmax probability (2101.03961, equations 1 and 2)."""
 
     def __call__(self, router: RouterContext) -> Routing:
         expert = router.biased_scores(router.logits).argmax(-1, keepdim=True)
@@ -195,11 +184,11 @@ class Top2(Select):
 class SigmoidTopK(Select):
     """The k highest sigmoid scores (DeepSeek-V3, 2412.19437, equations 12 to 16).
 
-    A balance rule's bias is added to the scores when experts are chosen and when groups are judged
-    (``among``), never to weights. Weights are the chosen scores divided by their sum, times
-    ``scale``: computed as a softmax of logarithms, so scores that all vanish share one weight
-    evenly, where a sum with 1e-20 added would leave them none. ``probabilities`` are the scores of
-    all experts, made to sum to one in the same way.
+    A balance rule's bias is added to the scores for the selection of experts and groups, never to
+    weights. Weights are the selected scores divided by their sum, times ``scale``. They are
+    computed as a softmax of logarithms: scores that all vanish get equal weights, where a sum with
+    1e-20 added would give them none. ``probabilities`` are the scores of all experts, normalised
+    in the same way.
     """
 
     k: int = Field(default=2, ge=1)
@@ -218,22 +207,22 @@ class SigmoidTopK(Select):
     def experts_per_token(self, num_experts: int) -> float:
         return float(min(self.k, num_experts))
 
-    def problems(self, *, experts: int, num_null_experts: int) -> str | None:
-        few = super().problems(experts=experts, num_null_experts=num_null_experts)
-        return few or self.expert_groups.problems(experts=experts, k=self.k)
+    def problems(self, experts: int, num_null_experts: int, /) -> str | None:
+        few = super().problems(experts, num_null_experts)
+        return few or self.expert_groups.problems(experts, self.k)
 
 
 def normalised_sigmoid(logits: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:
-    """Return ``sigmoid(logits)`` divided by its sum over each row, whatever the logits."""
+    """Return ``sigmoid(logits)`` divided by its sum over each row, stable for all logits."""
     return F.logsigmoid(logits).softmax(-1)
 
 
 class NullTopK(Select):
-    """The k likeliest of true and null experts (AdaMoE, 2406.13233).
+    """Top-k routing over true and null experts (AdaMoE, 2406.13233).
 
-    For a mixture with ``spare=ZeroExperts(m)``. Weights are normalised over the true experts among
-    the k; edges to null experts are kept, for balance and statistics, and weigh nothing. A token
-    whose choices are all null gets nothing from its experts.
+    It needs ``null_experts=ZeroExperts(number=m)``. Weights are normalised over the true experts
+    among the k; edges to null experts have weight zero and count for balance and statistics. The
+    output for a token that selects null experts only is zero.
     """
 
     k: int = Field(default=3, ge=1)
@@ -243,7 +232,7 @@ class NullTopK(Select):
         experts = logits.shape[-1]
         expert = router.biased_scores(logits).topk(self.k, dim=-1).indices
         null = expert >= experts - router.num_null_experts
-        # finite, so that a row of nulls alone is no 0 / 0
+        # finite, so that a row of null experts alone is not 0 / 0
         true = logits.gather(-1, expert).masked_fill(null, torch.finfo(logits.dtype).min)
         weight = torch.where(null, 0.0, true.softmax(-1))
         return Routing.from_topk(weight, expert=expert, num_experts=experts)
@@ -251,18 +240,19 @@ class NullTopK(Select):
     def experts_per_token(self, num_experts: int) -> float:
         return float(min(self.k, num_experts))
 
-    def problems(self, *, experts: int, num_null_experts: int) -> str | None:
+    def problems(self, experts: int, num_null_experts: int, /) -> str | None:
         if not num_null_experts:
             return "null experts beside the true ones (moe.null_experts=ZeroExperts(number=8))"
-        return super().problems(experts=experts, num_null_experts=num_null_experts)
+        return super().problems(experts, num_null_experts)
 
 
 class Hash(Select):
-    """The expert that a token's vocabulary id hashes to, with weight one (2106.04426).
+    """Hash routing: a hash of the token's vocabulary id selects its expert (2106.04426).
 
-    The hash is another in every layer and the same in every run. Nothing is learnt: use it with
-    ``balance=()``, and compare learnt rules with it. The gate is there and counted, but not asked.
-    The paper's balanced assignment, which knows how frequent each id is, is not here.
+    The weight is one. The hash differs between layers and is the same in every run. Nothing is
+    learned: use it with ``balance=()``, as a baseline for learned rules. The gate exists and is
+    counted, but its logits are not used. The paper's balanced assignment by id frequency is not
+    implemented.
     """
 
     def __call__(self, router: RouterContext) -> Routing:

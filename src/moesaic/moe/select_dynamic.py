@@ -1,18 +1,6 @@
-"""Threshold: every expert whose score passes a bar, whatever other tokens and experts score.
+"""Selection rules with a variable number of experts per token: threshold, top-p, expert choice.
 
 Letters: T tokens, E experts.
-
-TopP: as many experts as a token's uncertainty asks for.
-
-Letters: T tokens, E experts.
-
-ExpertChoice: experts choose their tokens, so they are balanced by construction.
-
-Letters: T tokens, E experts.
-
-DenseAll: every expert while training, few when it counts.
-
-Letters: T tokens, E experts, K experts per token.
 """
 
 import math
@@ -30,18 +18,18 @@ from moesaic.moe.select import Select, normalised_sigmoid
 
 
 class Threshold(Select):
-    """An edge wherever ``sigmoid(logit) > p``, weighing that sigmoid (MoDification, 2410.14268).
+    """An edge for each ``sigmoid(logit) > p``, weighted by it (MoDification, 2410.14268).
 
-    With one expert it is a mixture-of-depths feed-forward: a token passes it, or its stream goes on
-    unchanged. No token looks at another, so what is decided for a prefix stays decided, unlike the
-    top-k over a sequence that it replaces (mixture of depths, 2404.02258). Ours: weighing by the
-    sigmoid, and a use with several experts. The paper's attention that skips tokens, and their keys
-    and values, is not here.
+    With one expert it is a mixture-of-depths feed-forward, which a token passes or skips. The
+    decision for a token does not depend on other tokens, so it is causal, unlike the top-k over a
+    sequence that it replaces (mixture of depths, 2404.02258). Ours: the sigmoid as weight, and the
+    use with several experts. The paper's attention that skips tokens is not implemented.
 
-    How many edges there are is learnt (see ``TargetLoadBalance``). ``expected`` is the share of all
-    pairs that FLOPs and bytes are counted with, and changes nothing else.
+    The number of edges is learned (see ``TargetLoadBalance``). ``expected_fraction`` is the share
+    of all token-expert pairs from which FLOPs and bytes are counted; it changes nothing else.
     """
 
+    variable_k: ClassVar[bool] = True
     p: float = Field(default=0.5, ge=0, lt=1)
     expected_fraction: float = Field(default=0.5, gt=0, le=1)
 
@@ -55,22 +43,19 @@ class Threshold(Select):
     def experts_per_token(self, num_experts: int) -> float:
         return self.expected_fraction * num_experts
 
-    def problems(self, *, experts: int, num_null_experts: int) -> str | None:
-        del experts, num_null_experts
-        return None
-
 
 class TopP(Select):
-    """The likeliest experts until their probabilities sum to more than p (2403.07652).
+    """Top-p routing: the most probable experts until they sum to more than p (2403.07652).
 
-    The expert that crosses p is among them, and weights are plain probabilities. Where rounding
-    keeps even the sum of all from exceeding p, all are chosen. ``most`` caps their number (None: no
-    cap), which is ours. A balance rule's bias changes the order, not what is summed.
+    The expert that crosses p is included, and weights are plain probabilities. Where rounding
+    keeps the sum of all experts below p, all are selected. ``max_experts`` limits their number
+    (None: no limit), which is ours. A balance rule's bias changes the order, not the sums.
 
-    Edges are as many as were chosen. FLOPs and bytes are counted with the most that can be, which
-    is what a router that knows nothing yet asks for.
+    FLOPs and bytes are counted for the largest possible number of experts, which is what an
+    untrained router selects.
     """
 
+    variable_k: ClassVar[bool] = True
     p: float = Field(default=0.4, ge=0, lt=1)
     max_experts: int | None = Field(default=None, ge=1)
 
@@ -78,7 +63,7 @@ class TopP(Select):
         probability = router.logits.softmax(-1)
         order = router.biased_scores(probability).argsort(dim=-1, descending=True, stable=True)
         sums = probability.detach().gather(-1, order).cumsum(-1)
-        taken = F.pad(sums[:, :-1], (1, 0)) <= self.p  # what the better ones sum to
+        taken = F.pad(sums[:, :-1], (1, 0)) <= self.p  # the sum of the more probable ones
         taken[:, self._max_experts(router.logits.shape[-1]) :] = False
         chosen = torch.zeros_like(taken).scatter(-1, order, taken)
         return Routing.from_mask(probability, chosen=chosen)
@@ -86,47 +71,39 @@ class TopP(Select):
     def experts_per_token(self, num_experts: int) -> float:
         return float(min(math.floor(self.p * num_experts) + 1, self._max_experts(num_experts)))
 
-    def problems(self, *, experts: int, num_null_experts: int) -> str | None:
-        del experts, num_null_experts
-        return None
-
     def _max_experts(self, num_experts: int) -> int:
         return num_experts if self.max_experts is None else min(self.max_experts, num_experts)
 
 
 class ExpertChoice(Select):
-    """Each expert takes its ``factor * n / E`` best of a row's n tokens (2202.09368, section 3.2).
+    """Each expert selects its ``capacity_factor * n / E`` best of a row's n tokens (2202.09368).
 
-    Scores are a softmax over experts and weights the plain scores of the pairs that were made. A
-    token may have no expert, or all. The paper chooses over a batch; here over each row of it (one
-    text, rounded up, at least one token), so an answer depends neither on what else is in the batch
-    nor on how many ranks share it.
+    Scores are a softmax over experts, and weights are the plain scores of the selected pairs. A
+    token may have no expert, or all. The paper selects over a batch; here each row (one text,
+    rounded up, at least one token) is separate, so the output depends neither on the rest of the
+    batch nor on the number of ranks.
 
-    Not causal: whether a token is taken depends on those after it. A decoder refuses it.
+    Not causal: whether a token is selected depends on later tokens. A decoder refuses it.
     """
 
     causal: ClassVar[bool] = False
     needs_whole_rows: ClassVar[bool] = True
-
+    variable_k: ClassVar[bool] = True
     capacity_factor: float = Field(default=2.0, gt=0)
 
     def __call__(self, router: RouterContext) -> Routing:
         scores, row = router.logits.softmax(-1), router.context.row
         place = _rank_within_row(router.biased_scores(scores), row=row)
         length = torch.bincount(row)[row].float()
-        room = (length * (self.capacity_factor / scores.shape[-1])).ceil().long()
-        return Routing.from_mask(scores, chosen=place < room[:, None])
+        capacity = (length * (self.capacity_factor / scores.shape[-1])).ceil().long()
+        return Routing.from_mask(scores, chosen=place < capacity[:, None])
 
     def experts_per_token(self, num_experts: int) -> float:
         return min(self.capacity_factor, float(num_experts))
 
-    def problems(self, *, experts: int, num_null_experts: int) -> str | None:
-        del experts, num_null_experts
-        return None
-
 
 def _rank_within_row(scores: Float[Tensor, "T E"], *, row: Int[Tensor, "T"]) -> Int[Tensor, "T E"]:
-    """Return each token's place among its row, for each expert: 0 for the highest score."""
+    """Return each token's rank within its row, for each expert: 0 for the highest score."""
     best = scores.argsort(dim=0, descending=True, stable=True)
     order = best.gather(0, row[best].argsort(dim=0, stable=True))
     queue = row[order[:, 0]]  # rows one after the other, the same for every expert
@@ -135,7 +112,7 @@ def _rank_within_row(scores: Float[Tensor, "T E"], *, row: Int[Tensor, "T"]) -> 
 
 
 class InferenceSelect(Choice):
-    """Family: which experts are asked outside training. Weights stay plain probabilities."""
+    """Family: the experts that ``DenseAll`` uses outside training, weighted by probabilities."""
 
     def __call__(self, weight: Float[Tensor, "T E"]) -> Routing:
         """Return the edges."""
@@ -143,14 +120,14 @@ class InferenceSelect(Choice):
 
 
 class AllAtInference(InferenceSelect):
-    """Every expert, as in training."""
+    """All experts, as in training."""
 
     def __call__(self, weight: Float[Tensor, "T E"]) -> Routing:
         return _all_experts(weight)
 
 
 class TopKAtInference(InferenceSelect):
-    """The k likeliest (DS-MoE's first way); all of them where there are fewer."""
+    """The k most probable experts (DS-MoE's first way), at most all."""
 
     k: int = Field(default=2, ge=1)
 
@@ -161,7 +138,7 @@ class TopKAtInference(InferenceSelect):
 
 
 class ThresholdAtInference(InferenceSelect):
-    """Those with ``E * probability > epsilon`` (DS-MoE's second way): never none."""
+    """The experts with ``E * probability > epsilon`` (DS-MoE's second way): at least one."""
 
     epsilon: float = Field(default=0.48, gt=0, lt=1)
 
@@ -170,13 +147,14 @@ class ThresholdAtInference(InferenceSelect):
 
 
 class DenseAll(Select):
-    """All experts in training, weighed by a softmax (DS-MoE, 2404.05567).
+    """All experts in training, weighted by a softmax (DS-MoE, 2404.05567).
 
-    Every expert gets a gradient from every token; ``MutualInformationBalance`` teaches the router to be
-    sure of a few, so that ``inference`` may leave the others out. FLOPs and bytes are those of
+    Every expert gets a gradient from every token. ``MutualInformationBalance`` makes the router
+    prefer a few experts, so that ``inference`` may use only those. FLOPs and bytes are those of
     training.
     """
 
+    variable_k: ClassVar[bool] = True
     inference: InferenceSelect = TopKAtInference()
 
     def __call__(self, router: RouterContext) -> Routing:
@@ -185,10 +163,6 @@ class DenseAll(Select):
 
     def experts_per_token(self, num_experts: int) -> float:
         return float(num_experts)
-
-    def problems(self, *, experts: int, num_null_experts: int) -> str | None:
-        del experts, num_null_experts
-        return None
 
 
 def _all_experts(weight: Float[Tensor, "T E"]) -> Routing:

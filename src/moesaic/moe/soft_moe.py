@@ -1,10 +1,10 @@
-"""Soft: experts that read mixtures of a row's tokens, so that nothing is chosen or dropped.
+"""Soft MoE: experts process weighted mixtures of a row's tokens, without selection or drops.
 
 Letters: T tokens, D model dim, B rows, n tokens of the longest row, E experts, S slots.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,8 @@ from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.moe.config import SparseLayer
 from moesaic.moe.experts import Expert, ExpertShape, FeedForwardExpert
 from moesaic.moe.layer import MoEOutput
-from moesaic.moe.parameter_spec import ParameterSpec
+from moesaic.moe.parameter_spec import FeedForwardShape, ParameterSpec
 from moesaic.moe.router_context import RouterState, TokenContext
-from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.initializer import CustomInitializers, Initializer
 from moesaic.ops.permute import RowGroups
 
@@ -25,13 +24,14 @@ from moesaic.ops.permute import RowGroups
 class SoftMoE(SparseLayer):
     """Soft MoE (2308.00951, section 2.1; normalised as in its section 2.3).
 
-    Every expert has ``slots`` slots. A slot reads a convex combination of a row's tokens (softmax
-    over tokens), and a token gets a convex combination of all slots' answers (softmax over slots).
-    Both come of the logits ``scale * cos(token, slot)``, the scale learnt. Nothing is routed, so
-    there is no record of it, no balance and no limit.
+    Every expert has ``slots`` slots. The input of a slot is a convex combination of a row's tokens
+    (softmax over tokens), the output for a token one of all slots' outputs (softmax over slots).
+    Both use the logits ``scale * cos(token, slot)`` with a learned scale. It routes nothing, so it
+    has no routing record, balance or limit.
 
-    Not causal: every token of a row reads all the others. A decoder refuses it. ``length`` is the
-    row length that FLOPs and bytes are counted with, and changes nothing else.
+    Not causal: a token's output depends on all tokens of its row. A decoder refuses it.
+    ``assumed_length`` is the row length from which FLOPs and bytes are counted; it changes nothing
+    else.
     """
 
     experts: int = Field(ge=1)
@@ -52,38 +52,34 @@ class SoftMoE(SparseLayer):
     def num_slots(self) -> int:
         return self.experts * self.slots
 
-    def expert_shape(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> ExpertShape:
-        """Return the size of the experts in a model with this dense feed-forward."""
-        hidden = self.hidden or feed_forward.hidden
-        return ExpertShape(self.experts, dim, feed_forward.replace(hidden=hidden), bias)
+    def expert_shape(self, shape: FeedForwardShape) -> ExpertShape:
+        """Return the shape of the experts, given that of the dense feed-forward."""
+        feed = shape.feed_forward.replace(hidden=self.hidden or shape.hidden)
+        return ExpertShape(self.experts, shape.dim, feed, shape.bias)
 
-    def build(self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool) -> nn.Module:
-        size = self.expert_shape(feed_forward=feed_forward, dim=dim, bias=bias)
-        return SoftMoELayer(self, size=size)
+    def build(self, shape: FeedForwardShape, /) -> nn.Module:
+        return SoftMoELayer(self, self.expert_shape(shape))
 
-    def parameter_specs(
-        self, *, feed_forward: FeedForwardConfig, dim: int, bias: bool
-    ) -> Sequence[ParameterSpec]:
-        size = self.expert_shape(feed_forward=feed_forward, dim=dim, bias=bias)
+    def parameter_specs(self, shape: FeedForwardShape, /) -> Sequence[ParameterSpec]:
+        active = min(1.0, self.slots / self.assumed_length)
         return [
-            ParameterSpec("router", (self.num_slots, dim)),
+            ParameterSpec("router", (self.num_slots, shape.dim)),
             ParameterSpec("norm", (1,)),
-            *self.expert.parameter_specs(
-                size, active_fraction=min(1.0, self.slots / self.assumed_length)
-            ),
+            *self.expert.parameter_specs(self.expert_shape(shape), active_fraction=active),
         ]
 
-    def saved_activations(self, *, feed_forward: FeedForwardConfig, dim: int) -> float:
-        size = self.expert_shape(feed_forward=feed_forward, dim=dim, bias=False)
+    def saved_activations(self, shape: FeedForwardShape, /) -> float:
+        experts = self.expert_shape(replace(shape, bias=False))
         rows = self.num_slots / self.assumed_length
         weights = 3 * self.num_slots + 2
-        return 2 * dim + weights + self.expert.saved_activations(size, edges=rows) + rows * dim
+        saved = self.expert.saved_activations(experts, edges=rows)
+        return 2 * shape.dim + weights + saved + rows * shape.dim
 
 
 class SoftMoELayer(CustomInitializers):
-    """The slots' directions [S, D], expert by expert, the scale, and the experts."""
+    """Slot directions [S, D], expert by expert, the logit scale, and the experts."""
 
-    def __init__(self, config: SoftMoE, *, size: ExpertShape) -> None:
+    def __init__(self, config: SoftMoE, size: ExpertShape) -> None:
         super().__init__()
         self.directions = nn.Parameter(torch.empty(config.num_slots, size.dim))
         self.scale = nn.Parameter(torch.ones(1))
@@ -98,32 +94,30 @@ class SoftMoELayer(CustomInitializers):
     ) -> MoEOutput:
         if not len(x):
             return MoEOutput(x, None, router_state)
-        grid = PaddedRows.from_context(context)
+        rows = PaddedRows.from_context(context)
         logits = self.logits(x)
-        into = grid.pad(logits, fill=float("-inf")).softmax(1).to(x.dtype)
-        answers = self._apply_experts(into.transpose(1, 2) @ grid.pad(x, fill=0.0))
-        home = grid.pad(logits.softmax(-1).to(x.dtype), fill=0.0) @ answers
-        return MoEOutput(home.flatten(0, 1).index_select(0, grid.index), None, router_state)
+        dispatch = rows.pad(logits, fill=float("-inf")).softmax(1).to(x.dtype)
+        slots = self._apply_experts(dispatch.transpose(1, 2) @ rows.pad(x, fill=0.0))
+        out = rows.pad(logits.softmax(-1).to(x.dtype), fill=0.0) @ slots
+        return MoEOutput(out.flatten(0, 1).index_select(0, rows.index), None, router_state)
 
     def logits(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T S"]:
-        """Return float32 logits of every token and slot."""
+        """Return the float32 logits of all tokens and slots."""
         with torch.autocast(x.device.type, enabled=False):
             slots = F.normalize(self.directions.float(), dim=-1) * self.scale.float()
             return F.normalize(x.float(), dim=-1) @ slots.t()
 
     def _apply_experts(self, slots: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
         rows, _, dim = slots.shape
-        sorted_ = slots.unflatten(1, (self.num_experts, -1)).transpose(0, 1)  # by expert
-        each = sorted_[0].shape.numel() // dim
-        y = self.experts(
-            sorted_.reshape(-1, dim), groups=_even_groups(self.num_experts, each, slots)
-        )
+        by_expert = slots.unflatten(1, (self.num_experts, -1)).transpose(0, 1)
+        groups = _even_groups(self.num_experts, by_expert[0].shape.numel() // dim, slots)
+        y = self.experts(by_expert.reshape(-1, dim), groups=groups)
         return y.view(self.num_experts, rows, -1, dim).transpose(0, 1).flatten(1, 2)
 
 
 @dataclass(frozen=True, slots=True)
 class PaddedRows:
-    """Tokens as [B, n], one line for each row that has any. ``index`` is a token's place in it."""
+    """Padded layout [B, n] of packed tokens, for rows with tokens; ``index`` locates each token."""
 
     rows: int
     length: int
@@ -131,19 +125,19 @@ class PaddedRows:
 
     @staticmethod
     def from_context(context: TokenContext) -> "PaddedRows":
-        """Make the grid of a batch's tokens; their number has to come from the device."""
-        held, line = torch.unique(context.row, return_inverse=True)
+        """Return the layout of a batch's tokens; waits for the device to read its size."""
+        rows, row = torch.unique(context.row, return_inverse=True)
         length = int(context.position.max()) + 1
-        return PaddedRows(held.numel(), length, line * length + context.position)
+        return PaddedRows(rows.numel(), length, row * length + context.position)
 
     def pad(self, packed: Float[Tensor, "T C"], *, fill: float) -> Float[Tensor, "B n C"]:
-        """Put tokens in their places, and ``fill`` where there is none."""
+        """Return the padded tokens, with ``fill`` at padding."""
         empty = packed.new_full((self.rows * self.length, packed.shape[1]), fill)
         return empty.index_copy(0, self.index, packed).unflatten(0, (self.rows, -1))
 
 
 def _even_groups(experts: int, each: int, like: Tensor) -> RowGroups:
-    """Rows that are sorted already, the same number of each expert."""
+    """Return the groups of sorted rows, ``each`` of them per expert."""
     order = torch.arange(experts * each, device=like.device)
     counts = torch.full((experts,), each, device=like.device)
     return RowGroups(order, order, counts, counts.cumsum(0).to(torch.int32))

@@ -22,7 +22,7 @@ from moesaic.model.kv_cache import EncoderOutput
 from moesaic.model.transformer import ModelOutput, StackTokens, Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.router_context import RouterState
-from moesaic.moe.router_logits import RouterStateWidths
+from moesaic.moe.router_logits import RouterShape, RouterStateWidths
 from moesaic.nn.packing import Packing
 
 
@@ -137,7 +137,7 @@ def router_state_widths(config: ModelConfig, stack: Stack) -> RouterStateWidths:
     if not isinstance(moe, MoE) or not stack.moe_layers:
         return RouterStateWidths()
     first = config.routed_moe_of_layer(stack, layer=stack.moe_layers[0]) or moe
-    return moe.cross_layer.state_widths(experts=first.num_router_outputs)
+    return moe.cross_layer.state_widths(RouterShape(config.dim, first.num_router_outputs))
 
 
 def attach_loss(x: Float[Tensor, "*S"], loss: Float[Tensor, ""]) -> Float[Tensor, "*S"]:

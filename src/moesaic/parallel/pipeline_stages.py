@@ -200,7 +200,7 @@ def module_paths(config: ModelConfig, blocks: BlockRange) -> frozenset[str]:
     for side, stack, layers in _stacks(config, blocks):
         moe = config.moe_of_stack(stack)
         if isinstance(moe, MoE):
-            embeds |= moe.router_input.embedding_source() != "nothing"
+            embeds |= moe.router_input.embedding_source != "nothing"
             paths |= {f"{side}_routing"} if stack.moe_layers else set()
         if layers.start == 0:
             embeds = True
@@ -222,7 +222,7 @@ def reused_parameters(config: ModelConfig, blocks: BlockRange) -> str | None:
             continue
         if moe.cross_layer.shared_every_layer and moe_layers > 1:
             return f"what the routers of the {side} share"
-        uses += moe_layers if moe.router_input.embedding_source() != "nothing" else 0
+        uses += moe_layers if moe.router_input.embedding_source != "nothing" else 0
     return "the embedding" if uses > 1 else None
 
 
