@@ -81,8 +81,8 @@ def test_the_headline_says_where_the_memory_wins(text):
 def test_every_section_shows_its_part(text):
     for word in (
         "Japanese", "chrF++", "Loss, nats per token", "Last validation loss by target language",
-        "encoder.3", "decoder.1", "Languages grouped by how alike", "Where the time went",
-        "The whole config", "SwitchBalance", "2.13.0", "router doctor", "tok:13a",
+        "encoder.3", "decoder.1", "Languages clustered by the similarity", "Time by phase",
+        "The whole config", "SwitchBalance", "2.13.0", "findings on the routing", "tok:13a",
     ):  # fmt: skip
         assert word in text, word
     for rows in SAMPLES.values():

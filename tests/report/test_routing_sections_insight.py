@@ -65,13 +65,13 @@ def test_spare_experts_are_named_apart(run):
 
 
 def test_without_drops_the_curves_are_said_to_be_what_would_be(run):
-    drawn = curves(section(run), "If each row had room")
+    drawn = curves(section(run), "Simulated share of edges")
     assert set(drawn) == {
         "encoder, first come", "encoder, at random", "decoder, first come", "decoder, at random",
     }  # fmt: skip
     rates = drawn["decoder, first come"]["y"]
     assert rates[-1] > 0.2 > 0.01 > rates[0]
-    assert "Nothing was dropped here" in section(run)
+    assert "Nothing was dropped in this run" in section(run)
 
 
 def test_with_drops_the_curves_are_of_what_was_dropped(run):
@@ -84,14 +84,14 @@ def test_with_drops_the_curves_are_of_what_was_dropped(run):
     assert drawn["encoder, dropped"]["y"] == pytest.approx(
         [0.25] * len(drawn["encoder, dropped"]["y"]), abs=0.01
     )
-    assert "would be" not in section(run)
+    assert "simulated" not in section(run)
 
 
 def test_the_agreement_of_each_step_with_the_last_is_a_curve(run):
     for step, experts in ((0, [0, 1, 2, 3]), (50, [0, 1, 0, 0]), (100, [0, 0, 0, 0])):
         write_step(run, step, experts)
     text = section(run)
-    assert curves(text, "Edges that are")["encoder.1"]["y"] == [0.25, 0.75, 1.0]
+    assert curves(text, "Share of edges as")["encoder.1"]["y"] == [0.25, 0.75, 1.0]
     assert "At step 50 of 100, 75% of the edges" in text
     assert "at step 0, 25%" in text
 
@@ -99,7 +99,7 @@ def test_the_agreement_of_each_step_with_the_last_is_a_curve(run):
 def test_many_layers_are_shown_by_their_median_and_extremes(run):
     for step in (0, 10):
         write_step(run, step, [step % 4] * 4, layers=[f"encoder.{i}" for i in range(7)])
-    assert set(curves(section(run), "Edges that are")) == {
+    assert set(curves(section(run), "Share of edges as")) == {
         "median layer", "least settled layer", "most settled layer",
     }  # fmt: skip
 
@@ -107,7 +107,7 @@ def test_many_layers_are_shown_by_their_median_and_extremes(run):
 def test_a_single_step_or_other_text_is_a_gap_with_the_way_out(run):
     assert "moesaic report RUN --checkpoints" in section(run)
     write_step(run, 0, [0, 1])
-    assert "one step alone" in section(run)
+    assert "Only the routing of one step" in section(run)
     write_step(run, 9, [0, 1], ids=[7, 8])
     assert "on the same text" in section(run)
 

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from moesaic.cli.shared_options import (
     JsonOption,
+    ModelArgument,
     SetOption,
     UseOption,
     command_app,
@@ -29,12 +30,7 @@ app = command_app()
 
 @app.command()
 def explain(
-    which: Annotated[
-        str,
-        typer.Argument(
-            metavar="RECIPE|CONFIG|PRESET", help="A recipe, a config.yaml, a run or a preset."
-        ),
-    ],
+    which: ModelArgument,
     *,
     changes: SetOption = None,
     config: Annotated[

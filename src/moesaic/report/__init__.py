@@ -1,5 +1,5 @@
-"""The report: one HTML file of a run that opens anywhere, without a network.
+"""The report: one HTML file of a run that needs no network and no other file.
 
-May import checkpoint and below, never evaluate: it reads the run directory's files. Start with
-``write.py``; ``page.css`` and ``page.js`` are pasted into the page.
+Imports checkpoint and below, never evaluate: it reads the files of the run directory. Start with
+``html_report.py``; ``page.css`` and ``page.js`` are embedded in the page.
 """

@@ -1,14 +1,10 @@
-"""Clusters: average-linkage trees of a distance matrix (Sokal and Michener 1958, UPGMA).
+"""Heat maps of expert use by language, and the dendrogram of languages beside them.
 
-Letters: G leaves.
+The color of a cell is the log2 ratio of a language's use of an expert to uniform use: blue above,
+red below, one shade per step. Cells of one shade are one SVG path, so that a map of twenty thousand
+cells stays small. The dendrogram is average-linkage clustering (UPGMA, Sokal and Michener 1958).
 
-Heat maps of routing, and the tree of languages beside them.
-
-A cell says how much a language uses an expert, against its fair share: blue for more, red for less,
-stronger for further away (doubling or halving each time). Equal shades are one SVG path, so that
-a map of twenty thousand cells stays small.
-
-Letters: E experts, G languages.
+Letters: E experts, G languages (leaves).
 """
 
 from collections.abc import Sequence
@@ -16,8 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moesaic.report.charts import AxisScale
+from moesaic.report.charts import AxisScale, svg, svg_text
 from moesaic.report.html import Html, tag
+
+SHADES = 6  # of each color
+ROW_HEIGHT = 24
+_LOG2_RATIO_CHOICES = (0.5, 1, 2, 3)  # of the strongest shade
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class ClusterLeaf:
 
 @dataclass(frozen=True, slots=True)
 class ClusterNode:
-    """Two trees that meet at a distance. ``leaves`` is the order in which a picture shows them."""
+    """Two clusters joined at the distance ``height``. ``leaves`` is their order in a picture."""
 
     left: "ClusterTree"
     right: "ClusterTree"
@@ -49,7 +49,7 @@ ClusterTree = ClusterLeaf | ClusterNode
 
 
 def average_linkage(distance: np.ndarray) -> ClusterTree:
-    """Join the nearest two trees until one is left; ties go to the earlier items. O(G^3).
+    """Join the two nearest clusters until one is left; of ties, the earlier items. O(G^3).
 
     ``distance`` is [G, G], symmetric, G >= 1.
     """
@@ -71,30 +71,17 @@ def average_linkage(distance: np.ndarray) -> ClusterTree:
 
 
 def _merge_clusters(one: ClusterTree, other: ClusterTree, *, height: float) -> ClusterNode:
-    """Put the tree that holds the earliest item first, so that pictures of runs look alike."""
+    """Put the cluster with the earliest item first, for the same order in pictures of all runs."""
     left, right = (one, other) if min(one.leaves) < min(other.leaves) else (other, one)
     return ClusterNode(left, right, height, left.leaves + right.leaves)
 
 
-SHADES = 6  # steps of each colour
-
-
-ROW_HEIGHT = 24
-
-
-_LOG2_RATIO_CHOICES = (
-    0.5,
-    1,
-    2,
-    3,
-)  # doublings at the strongest shade: chosen to suit what is shown
-
-
 @dataclass(frozen=True, slots=True)
 class ExpertHeatMap:
-    """``share`` [E, G] is p(expert | language); languages are shown in the order ``rows``.
+    """Heat map of ``share`` [E, G], p(expert | language), with languages in the order ``rows``.
 
-    The strongest shade is at ``reach`` doublings of the fair share; ``cell`` is a cell's width.
+    The strongest shade is that of ``max_log2_ratio`` doublings of uniform use; ``cell`` is the
+    width of a cell in pixels.
     """
 
     layer: str
@@ -105,10 +92,9 @@ class ExpertHeatMap:
     cell: int = 24
 
     def shades(self) -> np.ndarray:
-        """Return the shade of each cell, int [E, G] in -SHADES..SHADES; 0 is the fair share."""
-        fair = 1 / self.share.shape[0]
+        """Return the shade of each cell, int [E, G] in -SHADES..SHADES; 0 is uniform use."""
         with np.errstate(divide="ignore"):
-            doublings = np.log2(self.share / fair)
+            doublings = np.log2(self.share / (1 / self.share.shape[0]))
         return np.rint(np.clip(doublings / self.max_log2_ratio, -1, 1) * SHADES).astype(int)
 
     def render(self) -> Html:
@@ -130,109 +116,79 @@ class ExpertHeatMap:
                 strength = round(0.1 + 0.9 * abs(shade) / SHADES, 2)
                 paths.append(tag("path", d="".join(spots), class_=kind, fill_opacity=strength))
         numbers = [
-            tag("text", e, x=e * cell + cell / 2, y=15, text_anchor="middle", class_="axis")
+            svg_text(e, x=e * cell + cell / 2, y=15, anchor="middle")
             for e in range(0, experts, every)
         ]
         width, height = experts * cell, (len(self.rows) + 1) * ROW_HEIGHT
         ground = tag(
             "rect", x=0, y=ROW_HEIGHT, width=width, height=height - ROW_HEIGHT, class_="ground"
         )
-        told = [[round(1000 * float(self.share[e, g])) for e in range(experts)] for g in self.rows]
-        return tag(
-            "svg",
-            tag("title", f"Use of the experts of {self.layer} by language"),
+        permille = np.rint(1000 * self.share[:, list(self.rows)].T).astype(int).tolist()
+        return svg(
+            f"Use of the experts of {self.layer} by language",
             ground,
             *numbers,
             *paths,
-            viewBox=f"0 0 {width} {height}",
+            size=(width, height),
             width=width,
             height=height,
             class_="heat",
-            role="img",
             data_cell=cell,
             data_row=ROW_HEIGHT,
-            data_share=str(told).replace(" ", ""),
+            data_share=str(permille).replace(" ", ""),
         )
 
 
 def choose_max_log2_ratio(shares: Sequence[np.ndarray]) -> float:
-    """Return the reach that shows nearly all of some maps [E, G] without running out of shades."""
+    """Return the smallest choice that covers 95 % of the cells of all maps [E, G]."""
     with np.errstate(divide="ignore"):
         sizes = [np.abs(np.log2(share * share.shape[0])).ravel() for share in shares]
     wanted = float(np.quantile(np.minimum(np.concatenate(sizes), 9.0), 0.95))
-    return next(
-        (reach for reach in _LOG2_RATIO_CHOICES if reach >= wanted), _LOG2_RATIO_CHOICES[-1]
-    )
+    choices = _LOG2_RATIO_CHOICES
+    return next((ratio for ratio in choices if ratio >= wanted), choices[-1])
 
 
 def heat_map_legend(max_log2_ratio: float) -> Html:
-    """Draw the shades with what they mean."""
+    """Draw the shades with their ratios to uniform use."""
     cell, most = 22, 2**max_log2_ratio
+    box: dict[str, float] = {"y": 0, "width": cell - 1, "height": 12}
     parts = []
     for i, shade in enumerate(range(-SHADES, SHADES + 1)):
         kind = "more" if shade > 0 else "less" if shade < 0 else "ground"
         strength = round(0.1 + 0.9 * abs(shade) / SHADES, 2) if shade else None
-        parts.append(
-            tag(
-                "rect",
-                x=i * cell,
-                y=0,
-                width=cell - 1,
-                height=12,
-                class_=kind,
-                fill_opacity=strength,
-            )
-        )
+        parts.append(tag("rect", x=i * cell, class_=kind, fill_opacity=strength, **box))
     middle = (SHADES + 0.5) * cell
     words = (
         (0, "start", f"{1 / most:.2g}× or less"),
-        (middle, "middle", "fair share"),
+        (middle, "middle", "uniform use"),
         (2 * middle, "end", f"{most:.2g}× or more"),
     )
-    parts += [
-        tag("text", text, x=x, y=27, text_anchor=anchor, class_="axis") for x, anchor, text in words
-    ]
-    return tag(
-        "svg",
-        tag("title", "Colours: use of an expert against its fair share"),
-        *parts,
-        viewBox=f"0 0 {2 * middle} 32",
-        width=2 * middle,
-        height=32,
-        class_="heat-key",
-        role="img",
-    )
+    parts += [svg_text(text, x=x, y=27, anchor=anchor) for x, anchor, text in words]
+    title, size = "Colors: use of an expert relative to uniform use", (2 * middle, 32)
+    return svg(title, *parts, size=size, width=size[0], height=size[1], class_="heat-key")
 
 
 def dendrogram(tree: ClusterTree, *, names: Sequence[str], width: int = 110) -> Html:
-    """Draw the tree with its root to the left and a language per row, level with a heat map's."""
+    """Draw the tree with its root on the left, its languages level with the rows of a heat map."""
     order = tree.leaves
-    across = AxisScale(tree.height or 1.0, 0.0, 6, width)
+    scale = AxisScale(tree.height or 1.0, 0.0, 6, width)
     lines: list[str] = []
 
-    def place(node: ClusterTree) -> float:
+    def add_lines(node: ClusterTree) -> float:
         if not isinstance(node, ClusterNode):
             return (order.index(node.index) + 1.5) * ROW_HEIGHT
-        ends = [(child.height, place(child)) for child in (node.left, node.right)]
-        x = across(node.height)
-        lines.append("".join(f"M{across(h)} {y}H{x}" for h, y in ends) + f"V{ends[0][1]}")
+        ends = [(child.height, add_lines(child)) for child in (node.left, node.right)]
+        x = scale(node.height)
+        lines.append("".join(f"M{scale(h)} {y}H{x}" for h, y in ends) + f"V{ends[0][1]}")
         return (ends[0][1] + ends[1][1]) / 2
 
-    place(tree)
+    add_lines(tree)
     label = 8 + round(7.2 * max(len(names[g]) for g in order))
     texts = [
-        tag("text", names[g], x=width + 8, y=(i + 1.5) * ROW_HEIGHT + 4, class_="name")
+        svg_text(names[g], x=width + 8, y=(i + 1.5) * ROW_HEIGHT + 4, anchor=None, class_="name")
         for i, g in enumerate(order)
     ]
-    height = (len(order) + 1) * ROW_HEIGHT
-    return tag(
-        "svg",
-        tag("title", "Languages grouped by how alike their routing is"),
-        tag("path", d="".join(lines), class_="tree"),
-        *texts,
-        viewBox=f"0 0 {width + label} {height}",
-        width=width + label,
-        height=height,
-        class_="dendrogram",
-        role="img",
-    )
+    size = (width + label, (len(order) + 1) * ROW_HEIGHT)
+    path = tag("path", d="".join(lines), class_="tree")
+    title = "Languages clustered by the similarity of their routing"
+    return svg(title, path, *texts, size=size, width=size[0], height=size[1], class_="dendrogram")

@@ -1,10 +1,8 @@
-"""Html: markup as values. Text becomes markup only by being escaped, so no text can run."""
+"""HTML elements as values. All text is escaped, so no text can become markup or script."""
 
 import html
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 _VOID_ELEMENTS = frozenset(
     ("br", "hr", "img", "input", "meta", "link", "line", "rect", "circle", "path")
@@ -13,7 +11,7 @@ _VOID_ELEMENTS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Html:
-    """A finished piece of markup."""
+    """A piece of valid markup."""
 
     text: str
 
@@ -27,8 +25,7 @@ HtmlChild = Html | str | float | int | None
 def tag(name: str, /, *children: HtmlChild, **attributes: str | float | int | None) -> Html:
     """Return an element. Strings are escaped; None children and attributes are left out.
 
-    Attribute names are written with ``_`` for ``-``; a trailing ``_`` frees a Python word
-    (``class_``).
+    Attribute names are written with ``_`` for ``-``; a trailing ``_`` is dropped (``class_``).
     """
     shown = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(_format_number(value), quote=True)}"'
@@ -52,14 +49,6 @@ def join_html(children: Iterable[HtmlChild]) -> Html:
             if child is not None
         )
     )
-
-
-def data(value: Any, *, id_: str) -> Html:
-    """Embed JSON for the page's script. ``</script>`` inside a string cannot end the element."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for char, code in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026")):
-        text = text.replace(char, code)
-    return Html(f'<script type="application/json" id="{html.escape(id_)}">{text}</script>')
 
 
 def html_table(

@@ -1,4 +1,4 @@
-"""The report: a run directory as one HTML file that needs nothing else."""
+"""The report: a run directory as one self-contained HTML file."""
 
 from collections.abc import Mapping
 from importlib.resources import files
@@ -26,16 +26,16 @@ _SECTIONS = (
     ("samples", "Sample translations", samples_section),
     ("training", "Training", training_section),
     ("routing", "Routing atlas", atlas_section),
-    ("insight", "What the routers learned", insight_section),
+    ("insight", "What routing depends on", insight_section),
     ("health", "Router health", health_section),
     ("run", "The run", run_section),
 )
 
 
 def write_report(run_dir: Path | str) -> Path:
-    """Write ``report.html`` from what the run directory holds, and return its path.
+    """Write ``report.html`` from the files of the run directory, and return its path.
 
-    Whatever is missing is said in its place. Raises CheckpointError if there is no run.
+    A note stands in the place of each missing file. Raises CheckpointError if there is no run.
     """
     run = RunDir.open(Path(run_dir))
     atomic_write(run.report, render_page(read_report_inputs(run)))
@@ -70,7 +70,7 @@ def render_page(inputs: ReportInputs) -> str:
     return f'<!doctype html>\n<html lang="en">{join_html([head, body])}</html>\n'
 
 
-# Nothing is fetched, whatever a translation or a file says.
+# Nothing is loaded from the network, whatever a translation or a file contains.
 _CONTENT_SECURITY_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 )

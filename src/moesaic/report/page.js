@@ -35,7 +35,7 @@
       const value = share[line]?.[expert];
       if (value === undefined) return hide();
       const fair = (value / 1000) * share[line].length;
-      show(event, `${names[line]}, expert ${expert}\n${(value / 10).toFixed(1)} % of its tokens, ${fair.toFixed(2)}× the fair share`);
+      show(event, `${names[line]}, expert ${expert}\n${(value / 10).toFixed(1)} % of its tokens, ${fair.toFixed(2)}× uniform use`);
     });
     svg.addEventListener("pointerleave", hide);
   }

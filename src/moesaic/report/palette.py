@@ -1,7 +1,7 @@
-"""Palette: the five house colours, told apart by every kind of colour vision, on light and dark.
+"""Color palette of charts and diagrams: five colors, distinct in every kind of color vision.
 
-From Okabe and Ito's set (Wong 2011, Nature Methods 8:441), lightened for the dark theme. The same
-five stand in the diagrams and in every chart; nothing is said by colour alone.
+They are from Okabe and Ito's set (Wong 2011, Nature Methods 8:441), lightened for the dark theme.
+No information is in color alone.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class PaletteColor:
-    """A house colour on a light and on a dark ground, and what it usually stands for."""
+    """A color on a light and on a dark background, and its usual meaning."""
 
     name: str
     light: str
@@ -18,12 +18,10 @@ class PaletteColor:
 
 
 PALETTE = (
-    PaletteColor(
-        "blue", "#0072b2", "#56b4e9", "the model; experts used more than their fair share"
-    ),
+    PaletteColor("blue", "#0072b2", "#56b4e9", "the model; experts used more than uniformly"),
     PaletteColor("orange", "#c77700", "#e9a23b", "copying the source"),
     PaletteColor("green", "#00805d", "#3cc79b", "the translation memory"),
-    PaletteColor("red", "#c24e00", "#f0855a", "warnings; experts used less than their fair share"),
+    PaletteColor("red", "#c24e00", "#f0855a", "warnings; experts used less than uniformly"),
     PaletteColor("purple", "#a8518a", "#d996c0", "a further series"),
 )
 
@@ -39,13 +37,9 @@ _BACKGROUND_COLORS = {
 
 
 def css_variables() -> str:
-    """Return ``:root`` rules that define every colour as a variable, light first, then dark."""
-    light = {name: pair[0] for name, pair in _BACKGROUND_COLORS.items()} | {
-        c.name: c.light for c in PALETTE
-    }
-    dark = {name: pair[1] for name, pair in _BACKGROUND_COLORS.items()} | {
-        c.name: c.dark for c in PALETTE
-    }
+    """Return ``:root`` rules that define every color as a variable, light first, then dark."""
+    pairs = _BACKGROUND_COLORS | {c.name: (c.light, c.dark) for c in PALETTE}
+    light, dark = ({name: pair[i] for name, pair in pairs.items()} for i in (0, 1))
     return (
         f":root{{color-scheme:light dark;{_css_rules(light)}}}\n"
         f"@media (prefers-color-scheme:dark){{:root{{{_css_rules(dark)}}}}}\n"
@@ -54,7 +48,7 @@ def css_variables() -> str:
 
 
 def series_color(index: int) -> str:
-    """Return the CSS colour of the n-th series; they repeat after five."""
+    """Return the CSS color of the n-th series; they repeat after five."""
     return f"var(--{PALETTE[index % len(PALETTE)].name})"
 
 

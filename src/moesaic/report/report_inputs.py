@@ -1,4 +1,4 @@
-"""Inputs: what a run directory says, and what it does not say yet."""
+"""Report inputs: the files of a run directory, and a note for each that is missing or damaged."""
 
 import json
 import re
@@ -27,7 +27,7 @@ _LANGUAGE_CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}(_\w+)?")
 class ReportInputs:
     """The files of a run. ``gaps`` has one sentence per file that could not be read, by name.
 
-    ``learning`` says per step how alike held-out text was routed then and at the last one.
+    ``agreement_by_step`` compares the routing of held-out text at each stored step with the last.
     """
 
     name: str
@@ -56,7 +56,7 @@ class ReportInputs:
 
 
 def read_report_inputs(run: RunDir) -> ReportInputs:
-    """Read what is there. A missing or damaged file becomes a gap, never an exception."""
+    """Read the files that exist. A missing or damaged file becomes a gap, never an exception."""
     gaps: dict[str, str] = {}
     text = _read_or_gap(run.config, _read_text, "", gaps)
     config = _read_or_gap(run.config, lambda _: _require_mapping(yaml.safe_load(text)), {}, gaps)
@@ -78,7 +78,7 @@ def read_report_inputs(run: RunDir) -> ReportInputs:
 
 
 def language_name(code: str) -> str:
-    """Return a language's English name; an unknown code, and a direction, stay as they are."""
+    """Return a language's English name; an unknown code or a direction is returned unchanged."""
     try:
         return resolve_language(code).name
     except UserError:
@@ -107,7 +107,7 @@ def _require_mapping(value: object) -> dict[str, Any]:
 
 
 def _usage_file(run: RunDir) -> Path:
-    """Runs of the first versions have their counts under another name."""
+    """Return the file of usage counts, which older versions called ``routes.json``."""
     old = run.path / "routes.json"
     return old if old.is_file() and not run.usage.is_file() else run.usage
 

@@ -1,8 +1,7 @@
-"""The part of the report on routing: who goes where, and whether the routers are healthy.
+"""Report sections on routing: the routing atlas, router health, and what routers base choices on.
 
-The part of the report on what routers learn: what they read, when they settle, who is left out.
-
-The three findings of OpenMoE (arXiv:2402.01739), looked for in this run.
+The last one shows the three findings of OpenMoE (arXiv:2402.01739) for this run: whether the expert
+depends on the token id or the position, when routing settles, and which positions are dropped.
 
 Letters: L layers.
 """
@@ -32,48 +31,46 @@ from moesaic.report.heat_map import (
 from moesaic.report.html import Html, html_table, join_html, tag
 from moesaic.report.report_inputs import ReportInputs, language_name
 
-_MAPS_WIDTH = (
-    720  # pixels for the cells of all layers beside each other, where they are not too many
-)
-
-
-_NOT_LOAD_BALANCING = ("RouterZLoss", "EntropyBalance")  # terms that do not even the experts' load
-
-
+_MAPS_WIDTH = 720  # pixels for the cells of all layers side by side, unless they are too many
+_NOT_LOAD_BALANCING = ("RouterZLoss", "EntropyBalance")  # balance terms without effect on load
+_PREDICTOR_LABELS = ("token id", "position in the row", "shuffled token id")
+_PREDICTORS = ("token", "position", "token_by_chance")
+_WIDE_FRAME = ChartFrame(left=60)  # for the label "position"
+_MIN_BIN_SHARE = 0.02  # of all edges: rates of fewer are mostly chance
+_MAX_CURVES = 5  # more layers are shown by their median and extremes
 _HEALTH_METRICS = (
-    ("moe/max_vio", "Busiest expert: load above the mean, as a multiple"),
-    ("moe/load_entropy", "Evenness of load (entropy; 1 is even)"),
+    ("moe/max_vio", "Maximum load above the mean load, as a multiple (max violation)"),
+    ("moe/load_entropy", "Load entropy (1 is balanced)"),
     ("moe/dead_experts", "Experts without a token"),
     ("moe/drop_frac", "Share of tokens dropped"),
 )
 
 
 def atlas_section(inputs: ReportInputs) -> Html:
-    """Return the heat map of each layer beside the tree of languages, or the gap in its place."""
-    used = inputs.usage
-    if used is None:
+    """Return the heat map of each layer beside the language tree, or a note on what is missing."""
+    usage = inputs.usage
+    if usage is None:
         gap = inputs.gaps.get("usage.json", "No token was routed to an expert.")
         return tag("p", f"{gap} Training a model with experts writes it.", class_="gap")
-    layers = [layer for layer in used.layers if layer.counts.sum()]
-    heard = [g for g in range(len(used.languages)) if any(x.counts[:, g].sum() for x in layers)]
-    names = [language_name(code) for code in used.languages]
-    tree = average_linkage(_mean_routing_distance(layers, heard))
-    reach = choose_max_log2_ratio(
-        [expert_share_by_language(layer.counts)[:, heard] for layer in layers]
+    layers = [layer for layer in usage.layers if layer.counts.sum()]
+    present = [g for g in range(len(usage.languages)) if any(x.counts[:, g].sum() for x in layers)]
+    names = [language_name(code) for code in usage.languages]
+    tree = average_linkage(_mean_routing_distance(layers, present))
+    max_ratio = choose_max_log2_ratio(
+        [expert_share_by_language(layer.counts)[:, present] for layer in layers]
     )
-    rows = [heard[i] for i in tree.leaves]
+    rows = [present[i] for i in tree.leaves]
     cell = int(np.clip(_MAPS_WIDTH / sum(layer.num_experts for layer in layers), 14, 44))
     maps, buttons = [], [_layer_button("all layers", layer="", pressed="true")]
     for number, layer in enumerate(layers):
-        drawn = ExpertHeatMap(
-            layer.layer, expert_share_by_language(layer.counts), rows, names, reach, cell
-        ).render()
+        share = expert_share_by_language(layer.counts)
+        heat_map = ExpertHeatMap(layer.layer, share, rows, names, max_ratio, cell)
         maps.append(
             tag(
                 "div",
                 tag("h4", layer.layer),
-                drawn,
-                _layer_details(layer, used),
+                heat_map.render(),
+                _layer_details(layer, usage),
                 class_="layer on",
                 data_rows="\t".join(names[g] for g in rows),
                 id=f"layer-{number}",
@@ -81,17 +78,17 @@ def atlas_section(inputs: ReportInputs) -> Html:
         )
         buttons.append(_layer_button(layer.layer, layer=f"layer-{number}", pressed="false"))
     words = (
-        "How much each language uses each expert, against a fair share. Languages that are routed "
-        "alike stand together; the tree's forks are further left the less alike they are."
+        "Use of each expert by each language, relative to uniform routing. Languages with similar "
+        "routing are next to each other; forks further left join less similar languages."
     )
     return join_html(
         [
             tag("p", words),
             tag("div", *buttons, class_="choices", role="group", aria_label="Layer"),
-            heat_map_legend(reach),
+            heat_map_legend(max_ratio),
             tag(
                 "div",
-                tag("div", dendrogram(tree, names=[names[g] for g in heard]), class_="fixed"),
+                tag("div", dendrogram(tree, names=[names[g] for g in present]), class_="fixed"),
                 tag("div", *maps, class_="scroll maps many", tabindex=0),
                 class_="atlas",
             ),
@@ -104,26 +101,20 @@ def _layer_button(words: str, *, layer: str, pressed: str) -> Html:
 
 
 def health_section(inputs: ReportInputs) -> Html:
-    """Return the routers' vital signs over time and the doctor's words on the whole run."""
+    """Return the load-balance metrics over time and the health findings on the whole run."""
     curves = [(inputs.curve(name, label=title), title) for name, title in _HEALTH_METRICS]
-    told = [(c, title) for c, title in curves if c]
-    charts = [line_chart([c], title=title, from_zero=True) for c, title in told if any(c.y)]
-    never = [
-        tag("p", f"{title}: none at any step.", class_="soft") for c, title in told if not any(c.y)
+    known = [(c, title) for c, title in curves if c]
+    charts = [line_chart([c], title=title, from_zero=True) for c, title in known if any(c.y)]
+    parts = [tag("div", *charts, class_="charts")] if charts else []
+    parts += [
+        tag("p", f"{title}: none at any step.", class_="soft") for c, title in known if not any(c.y)
     ]
-    drawn = (
-        join_html([tag("div", *charts, class_="charts") if charts else None, *never])
-        if told
-        else None
-    )
     if inputs.usage is None:
-        return drawn or tag("p", "No routing was recorded.", class_="gap")
-    doctor = RouterHealthMonitor(router_settings(inputs), patience=1)
-    findings = doctor.check_interval(inputs.usage.layers)
+        return join_html(parts or [tag("p", "No routing was recorded.", class_="gap")])
+    monitor = RouterHealthMonitor(router_settings(inputs), patience=1)
+    findings = monitor.check_interval(inputs.usage.layers)
     if not findings:
-        words = tag(
-            "p", "Over the whole run, the router doctor finds nothing wrong.", class_="good"
-        )
+        words = tag("p", "No findings on the routing of the whole run.", class_="good")
     else:
         items = [
             tag(
@@ -134,45 +125,45 @@ def health_section(inputs: ReportInputs) -> Html:
             for f in findings
         ]
         words = tag("ul", *items, class_="findings")
-    return join_html([words, drawn])
+    return join_html([words, *parts])
 
 
 def router_settings(inputs: ReportInputs) -> RouterSettings:
-    """Read from the config what the doctor's causes and advice depend on."""
+    """Read the router settings that causes and advice depend on from the config."""
     moe: dict[str, Any] = (inputs.config.get("model") or {}).get("moe") or {}
     select, limit = moe.get("select") or {}, moe.get("limit") or {}
     terms = {str(term.get("kind")): term for term in moe.get("balance") or ()}
     weights = {kind: float(term.get("weight") or 0) for kind, term in terms.items()}
-    evening = {kind: w for kind, w in weights.items() if w and kind not in _NOT_LOAD_BALANCING}
+    balancing = {kind: w for kind, w in weights.items() if w and kind not in _NOT_LOAD_BALANCING}
     return RouterSettings(
         languages=inputs.usage.languages if inputs.usage else (),
         top_k=int(select.get("k") or (2 if select.get("kind") == "Top2" else 1)),
-        balance_weight=sum(evening.values()),
+        balance_weight=sum(balancing.values()),
         z_weight=weights.get("RouterZLoss", 0.0),
         capacity_factor=limit.get("factor"),
         bias_rate=float(terms.get("BiasUpdate", {}).get("rate") or 0),
-        balance=max(evening, key=evening.__getitem__, default="SwitchBalance"),
+        balance=max(balancing, key=balancing.__getitem__, default="SwitchBalance"),
     )
 
 
-def _mean_routing_distance(layers: Sequence[LayerUsage], heard: Sequence[int]) -> np.ndarray:
+def _mean_routing_distance(layers: Sequence[LayerUsage], present: Sequence[int]) -> np.ndarray:
     """Average over the layers; layers may have different numbers of experts."""
-    return np.mean([routing_distance(x.counts[None][:, :, heard]) for x in layers], axis=0)
+    return np.mean([routing_distance(x.counts[None][:, :, present]) for x in layers], axis=0)
 
 
-def _layer_details(layer: LayerUsage, used: RecordedUsage) -> Html:
+def _layer_details(layer: LayerUsage, usage: RecordedUsage) -> Html:
     found = measure_specialization(layer.counts)
     most = np.log2(min(layer.num_experts, max(int((layer.counts.sum(0) > 0).sum()), 1)))
     words = (
-        f"Knowing the language tells {found.mutual_information:.2f} bits about the expert, of "
-        f"{most:.1f} at most. Evenness of load: {found.load_entropy:.2f} of 1."
+        f"Mutual information of language and expert: {found.mutual_information:.2f} bits, of "
+        f"{most:.1f} at most. Load entropy: {found.load_entropy:.2f} of 1."
     )
     share = layer.load / max(layer.load.sum(), 1)
     rows = [
         [
             f"expert {e}" if e < layer.computing_load.size else f"null expert {e}",
             f"{share[e]:.1%}",
-            ", ".join(f"{language_name(used.languages[g])} {ratio:.1f}×" for g, ratio in typical),
+            ", ".join(f"{language_name(usage.languages[g])} {ratio:.1f}×" for g, ratio in typical),
         ]
         for e, typical in enumerate(found.top_languages)
     ]
@@ -186,23 +177,8 @@ def _layer_details(layer: LayerUsage, used: RecordedUsage) -> Html:
     )
 
 
-_PREDICTOR_LABELS = ("which token it is", "its position in the row", "a token at random")
-
-
-_PREDICTORS = ("token", "position", "token_by_chance")
-
-
-_WIDE_FRAME = ChartFrame(left=60)  # room for the word "position"
-
-
-_MIN_BIN_SHARE = 0.02  # of all edges: fewer say little about a rate
-
-
-_MAX_CURVES = 5  # more layers than this are shown by their median and extremes
-
-
 def insight_section(inputs: ReportInputs) -> Html:
-    """Return the three plots, each with its words; what is missing is said in its place."""
+    """Return the three charts with their explanations, or notes on what is missing."""
     layers: dict[str, Any] = inputs.insight.get("layers") or {}
     parts: list[Html] = []
     if layers:
@@ -224,8 +200,8 @@ def _uncertainty_chart(layers: dict[str, Any]) -> Html:
     chart = dot_chart(
         rows,
         systems=_PREDICTOR_LABELS,
-        title="Uncertainty left about a token's expert, knowing ...",
-        note="1: no idea, 0: certain",
+        title="Uncertainty about a token's expert (conditional entropy), given its ...",
+        note="1: not predictable, 0: determined",
         digits=2,
         max_value=1.0,
     )
@@ -233,13 +209,13 @@ def _uncertainty_chart(layers: dict[str, Any]) -> Html:
         known: max(layers, key=lambda n: _explained_share(layers[n], known))
         for known in _PREDICTORS[:2]
     }
-    told = [
+    explained = [
         f"its {known} explains up to {_explained_share(layers[name], known):.0%} of it (in {name})"
         for known, name in most.items()
     ]
     words = (
-        "What does a router go by? Of the uncertainty about the expert that is left when the same "
-        f"labels are dealt out at random, {' and '.join(told)}. Measured on held-out text."
+        "What routers base their choice on. Of the uncertainty about a token's expert that is left "
+        f"for shuffled labels, {' and '.join(explained)}. Measured on held-out text."
     )
     return join_html([tag("p", words), chart])
 
@@ -257,10 +233,12 @@ def _typical_tokens(layers: dict[str, Any]) -> Html:
             [f"expert {e}" if e < work else f"null expert {e}", _token_chips(texts)]
             for e, texts in enumerate(layer["typical"])
         ]
-        head = ["expert", "tokens that go there far more often than chance would send them"]
+        head = ["expert", "tokens that are routed there far more often than by chance"]
         tables.append(html_table(head, rows=rows, caption=f"Tokens of the experts of {name}"))
     shown = tag("div", *tables, class_="own")
-    return tag("details", tag("summary", "Each expert's own tokens"), shown, class_="quiet")
+    return tag(
+        "details", tag("summary", "Characteristic tokens of each expert"), shown, class_="quiet"
+    )
 
 
 def _token_chips(texts: Sequence[str]) -> Html:
@@ -272,31 +250,34 @@ def _token_chips(texts: Sequence[str]) -> Html:
 
 
 def _agreement_chart(inputs: ReportInputs) -> Html:
-    title = "Edges that are as at the end, on held-out text"
+    title = "Share of edges as at the end of training, on held-out text"
     if len(inputs.agreement_by_step) < 2:
-        gap = inputs.gaps.get("learning", "The routing of one step alone was kept.")
+        gap = inputs.gaps.get("learning", "Only the routing of one step is stored.")
         words = (
-            "Training keeps it every log.routing_probe_every steps; from the checkpoints that are left, "
-            "moesaic report RUN --checkpoints makes it."
+            "Training stores it every log.routing_probe_every steps; moesaic report RUN "
+            "--checkpoints computes it from the checkpoints."
         )
         return tag("figure", tag("figcaption", title), tag("p", f"{gap} {words}", class_="gap"))
     steps = [float(step) for step, _ in inputs.agreement_by_step]
-    told = [agreement for _, agreement in inputs.agreement_by_step]
+    agreements = [agreement for _, agreement in inputs.agreement_by_step]
     curves = [
-        ChartSeries(n, steps, y, i) for i, (n, y) in enumerate(_agreement_curves(told).items())
+        ChartSeries(n, steps, y, i)
+        for i, (n, y) in enumerate(_agreement_curves(agreements).items())
     ]
     chart = line_chart(curves, title=title, from_zero=True)
     early = next(i for i, step in enumerate(steps) if step >= steps[-1] / 5)
     words = (
-        f"At step {steps[early]:,.0f} of {steps[-1]:,.0f}, {told[early].edges:.0%} of the edges, "
-        f"averaged over the layers, were those of the end; at step {steps[0]:,.0f}, "
-        f"{told[0].edges:.0%}."
+        f"At step {steps[early]:,.0f} of {steps[-1]:,.0f}, {agreements[early].edges:.0%} of the "
+        "edges, averaged over the layers, are those of the last step; at step "
+        f"{steps[0]:,.0f}, {agreements[0].edges:.0%}."
     )
     return tag("div", chart, tag("p", words, class_="soft"))
 
 
-def _agreement_curves(told: Sequence[RoutingAgreement]) -> dict[str, list[float]]:
-    by_layer = {x.layer: [a.layers[i].edges for a in told] for i, x in enumerate(told[0].layers)}
+def _agreement_curves(agreements: Sequence[RoutingAgreement]) -> dict[str, list[float]]:
+    by_layer = {
+        x.layer: [a.layers[i].edges for a in agreements] for i, x in enumerate(agreements[0].layers)
+    }
     if len(by_layer) <= _MAX_CURVES:
         return by_layer
     values = np.array(list(by_layer.values()))  # [L, steps]
@@ -309,56 +290,47 @@ def _agreement_curves(told: Sequence[RoutingAgreement]) -> dict[str, list[float]
 
 
 def _drop_charts(layers: dict[str, Any]) -> list[Html]:
-    """Drop rates by position: as recorded where there are any, else what a limit would do."""
-    if any(sum(x["positions"]["dropped"]) for x in layers.values()):
-        curves = _drop_rates(layers, ("dropped", "dropped"))
-        return [
-            line_chart(
-                curves,
-                title="Share of edges dropped",
-                from_zero=True,
-                x_label="position",
-                frame=_WIDE_FRAME,
-            )
-        ]
+    """Return drop rates by position: recorded ones, or else those of a simulated capacity limit."""
     if not layers:
         return []
-    curves = _drop_rates(layers, ("first_come", "first come"), ("at_random", "at random"))
-    chart = line_chart(
-        curves,
-        title="If each row had room for its fair share alone: edges dropped",
-        from_zero=True,
-        x_label="position",
-        frame=_WIDE_FRAME,
-    )
+    dropped = any(sum(x["positions"]["dropped"]) for x in layers.values())
+    if dropped:
+        title = "Share of edges dropped"
+        curves = _drop_rates(layers, ("dropped", "dropped"))
+    else:
+        title = "Simulated share of edges dropped, with a capacity factor of 1 per row"
+        curves = _drop_rates(layers, ("first_come", "first come"), ("at_random", "at random"))
+    chart = line_chart(curves, title=title, from_zero=True, x_label="position", frame=_WIDE_FRAME)
+    if dropped:
+        return [chart]
     words = (
-        "Nothing was dropped here. This is what would be, were each row's edges a group with a "
-        "capacity factor of 1, and room given first come, first served, or at random."
+        "Nothing was dropped in this run. The curves are those of a simulated capacity limit, with "
+        "drop priority by position (first come) or at random."
     )
     return [tag("div", chart, tag("p", words, class_="soft"))]
 
 
 def _drop_rates(layers: dict[str, Any], *wanted: tuple[str, str]) -> list[ChartSeries]:
-    """Curves of each side, over all of its layers; a side keeps its colour."""
+    """Return the curves of encoder and decoder, each over all of its layers, in one color each."""
     sides = list(dict.fromkeys(name.partition(".")[0] for name in layers))
     curves = []
-    for tint, side in enumerate(sides):
-        own = [x["positions"] for name, x in layers.items() if name.startswith(side)]
-        asked = np.sum([x["asked"] for x in own], axis=0)
+    for color, side in enumerate(sides):
+        positions = [x["positions"] for name, x in layers.items() if name.startswith(side)]
+        requested = np.sum([x["asked"] for x in positions], axis=0)
         for dash, (key, label) in enumerate(wanted):
-            x, y = _bin_rates(asked, np.sum([x[key] for x in own], axis=0))
-            curves.append(ChartSeries(f"{side}, {label}", x, y, tint, dash))
+            x, y = _bin_rates(requested, np.sum([x[key] for x in positions], axis=0))
+            curves.append(ChartSeries(f"{side}, {label}", x, y, color, dash))
     return curves
 
 
-def _bin_rates(asked: np.ndarray, lost: np.ndarray) -> tuple[list[float], list[float]]:
-    """Rates at mean positions, of neighbouring positions that have enough edges together."""
+def _bin_rates(requested: np.ndarray, dropped: np.ndarray) -> tuple[list[float], list[float]]:
+    """Return mean positions and drop rates of bins of neighbouring positions with enough edges."""
     x, y, start = [], [], 0
-    enough = max(1.0, _MIN_BIN_SHARE * float(asked.sum()))
-    for end in range(1, len(asked) + 1):
-        size = float(asked[start:end].sum())
-        if size >= enough:
-            x.append(float((np.arange(start, end) * asked[start:end]).sum()) / size)
-            y.append(float(lost[start:end].sum()) / size)
+    min_size = max(1.0, _MIN_BIN_SHARE * float(requested.sum()))
+    for end in range(1, len(requested) + 1):
+        size = float(requested[start:end].sum())
+        if size >= min_size:
+            x.append(float((np.arange(start, end) * requested[start:end]).sum()) / size)
+            y.append(float(dropped[start:end].sum()) / size)
             start = end
     return x, y

@@ -1,4 +1,4 @@
-"""The part of the report on quality: verdict, scores, sample translations with their experts."""
+"""Report sections on quality: verdict, scores, and sample translations with their experts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,22 +11,23 @@ _SYSTEM_NAMES = {"model": "model", "copy": "copying the source", "memory": "tran
 _VERDICT_MARKS = {
     "better": ("▲", "better"),
     "worse": ("▼", "worse"),
-    "unclear": ("≈", "level: the interval holds zero"),
+    "unclear": ("≈", "level: the interval contains zero"),
 }
-_MAX_TRACES = 60  # more expert tables than this would make the file heavy
+_MAX_TRACES = 60  # expert tables: more would make the file large
 
 
 def verdict_sentences(summary: Mapping[str, Any]) -> list[str]:
-    """Return sentences that say where the first system wins and where it does not."""
+    """Return sentences on how many languages the first system is better, worse and level in."""
     first, words = str((summary.get("systems") or ["model"])[0]), []
     for other, found in (summary.get("verdicts") or {}).items():
         counts = {kind: found.get(kind) or [] for kind in _VERDICT_MARKS}
         total = sum(map(len, counts.values()))
         name = str(_SYSTEM_NAMES.get(other, other))
-        rest = [f"worse in {len(counts['worse'])}{_list_languages(counts['worse'])}"] * bool(
-            counts["worse"]
-        )
-        rest += [f"level in {len(counts['unclear'])}"] * bool(counts["unclear"])
+        rest, worse = [], counts["worse"]
+        if worse:
+            rest.append(f"worse in {len(worse)}{_list_languages(worse)}")
+        if counts["unclear"]:
+            rest.append(f"level in {len(counts['unclear'])}")
         words.append(
             f"The {_SYSTEM_NAMES.get(first, first)} is better than {_with_article(name)} in "
             f"{len(counts['better'])} of {total} languages"
@@ -41,11 +42,11 @@ def format_signed(value: float) -> str:
 
 
 def scores_section(inputs: ReportInputs) -> Html:
-    """Return the section on scores, or the gap in its place."""
+    """Return the section on scores, or a note on what is missing."""
     summary = inputs.summary
     languages = summary.get("languages") or {}
     if not languages:
-        gap = inputs.gaps.get("summary.json", "summary.json holds no languages.")
+        gap = inputs.gaps.get("summary.json", "summary.json has no languages.")
         return tag("p", f"{gap} Run moesaic eval on this run to score it.", class_="gap")
     systems = [str(name) for name in summary.get("systems") or ["model"]]
     order = sorted(
@@ -64,25 +65,22 @@ def scores_section(inputs: ReportInputs) -> Html:
 
 
 def samples_section(inputs: ReportInputs) -> Html:
-    """Return sample translations, each with the experts that read and wrote it."""
+    """Return sample translations, each with the experts of its tokens."""
     languages = inputs.summary.get("languages") or {}
     kept = {key: r["samples"] for key, r in languages.items() if r.get("samples")}
     if not kept:
         return tag("p", "No sample translations were kept.", class_="gap")
     systems = [str(name) for name in inputs.summary.get("systems") or ["model"]]
-    room = _MAX_TRACES
+    traces_left = _MAX_TRACES
     blocks = []
     for number, (key, rows) in enumerate(kept.items()):
         result = languages[key]
         cards = []
         for row in rows:
-            show = isinstance(row.get("experts"), Mapping) and room > 0
-            room -= show
-            cards.append(
-                _sample_card(
-                    row, systems=systems, result=result, trace=show, first=not blocks and not cards
-                )
-            )
+            experts = row.get("experts") if traces_left > 0 else None
+            traces = _expert_traces(experts or {}, opened=not blocks and not cards)
+            traces_left -= bool(experts)
+            cards.append(_sample_card(row, systems=systems, result=result, traces=traces))
         blocks.append(
             tag(
                 "details",
@@ -103,18 +101,10 @@ def _score_table(summary: Mapping[str, Any], order: Sequence[str], systems: Sequ
     head += [f"lead over {other}" for other in others] + ["off-target"]
     rows = []
     for key in order:
-        rows.append(
-            [
-                _direction_title(key, summary["languages"][key]),
-                str(summary["languages"][key].get("count", "")),
-                *_score_cells(summary["languages"][key], systems),
-                *(
-                    _difference_cell(summary["languages"][key].get("differences"), o)
-                    for o in others
-                ),
-                _off_target_cell(summary["languages"][key].get(first)),
-            ]
-        )
+        result = summary["languages"][key]
+        leads = [_difference_cell(result.get("differences"), other) for other in others]
+        cells = [*_score_cells(result, systems), *leads, _off_target_cell(result.get(first))]
+        rows.append([_direction_title(key, result), str(result.get("count", "")), *cells])
     mean = summary.get("mean") or {}
     if mean:
         leads = [_difference_cell(summary.get("mean_differences"), other) for other in others]
@@ -145,12 +135,13 @@ def _difference_cell(differences: Mapping[str, Any] | None, other: str) -> Html:
     if not chrf:
         return tag("span", "–")
     sign, words = _VERDICT_MARKS.get(found.get("verdict", ""), ("", ""))
-    span = f"95 % interval {format_signed(chrf['low'])} to {format_signed(chrf['high'])}, p = {chrf['p']:.3f}"
+    low, high = format_signed(chrf["low"]), format_signed(chrf["high"])
+    interval = f"95 % interval {low} to {high}, p = {chrf['p']:.3f}"
     return tag(
         "span",
         tag("span", sign, class_=f"sign {found.get('verdict', '')}", aria_label=words),
         f" {format_signed(chrf['difference'])}",
-        title=f"{words}; {span}",
+        title=f"{words}; {interval}",
     )
 
 
@@ -190,8 +181,7 @@ def _sample_card(
     *,
     systems: Sequence[str],
     result: Mapping[str, Any],
-    trace: bool,
-    first: bool,
+    traces: Html | None,
 ) -> Html:
     lines = [("source", row.get("source"), result.get("source"))]
     lines += [(s, row.get(s), result.get("target")) for s in systems if s != "copy" and s in row]
@@ -199,46 +189,37 @@ def _sample_card(
     shown = []
     for label, text, code in lines:
         shown.append(tag("dt", label))
-        said = tag("span", "(nothing)", class_="soft") if not text else to_text(text)
-        shown.append(tag("dd", said, dir="auto", lang=_bcp47_tag(code), class_=f"said {label}"))
-    tables = (
-        [_expert_trace_table(row["experts"], side=side) for side in ("source", "target")]
-        if trace
-        else []
-    )
-    found = [t for t in tables if t is not None]
-    experts = (
-        tag(
-            "details",
-            tag("summary", "which experts"),
-            *found,
-            class_="experts",
-            open="" if first else None,
-        )
-        if found
-        else None
-    )
-    return tag("article", tag("dl", *shown), experts, class_="sample")
+        content = tag("span", "(nothing)", class_="soft") if not text else to_text(text)
+        shown.append(tag("dd", content, dir="auto", lang=_bcp47_tag(code), class_=f"said {label}"))
+    return tag("article", tag("dl", *shown), traces, class_="sample")
+
+
+def _expert_traces(experts: Mapping[str, Any], *, opened: bool) -> Html | None:
+    tables = [_expert_trace_table(experts, side=side) for side in ("source", "target")]
+    if not any(tables):
+        return None
+    summary = tag("summary", "which experts")
+    return tag("details", summary, *tables, class_="experts", open="" if opened else None)
 
 
 def _expert_trace_table(experts: Mapping[str, Any], *, side: str) -> Html | None:
-    """A table of layers by tokens; a cell names the experts, the colour is the first one's."""
+    """Return a table of layers by tokens; cells list the experts, in the color of the first one."""
     found = experts.get(side) or {}
     layers = found.get("layers") or {}
     if not layers:
         return None
     head = ["layer", *(str(token) for token in found.get("tokens") or ())]
-    rows = [[name, *(_expert_cell(v) for v in visits)] for name, visits in layers.items()]
-    caption = "Reading the source" if side == "source" else "Writing the translation"
+    rows = [[name, *(_expert_cell(edges) for edges in tokens)] for name, tokens in layers.items()]
+    caption = "Tokens of the source" if side == "source" else "Tokens of the translation"
     return tag("div", html_table(head, rows=rows, caption=caption), class_="trace")
 
 
-def _expert_cell(visits: Sequence[Sequence[float]]) -> Html:
-    if not visits:
+def _expert_cell(edges: Sequence[Sequence[float]]) -> Html:
+    if not edges:
         return tag("span", "–", title="dropped")
-    told = ", ".join(f"expert {int(e)} with weight {w:.2f}" for e, w in visits)
-    names = "·".join(str(int(e)) for e, _ in visits)
-    return tag("span", names, class_=f"chip tint{int(visits[0][0]) % 5}", title=told)
+    title = ", ".join(f"expert {int(e)} with weight {w:.2f}" for e, w in edges)
+    names = "·".join(str(int(e)) for e, _ in edges)
+    return tag("span", names, class_=f"chip tint{int(edges[0][0]) % 5}", title=title)
 
 
 def _score_dot(result: Mapping[str, Any], system: str) -> IntervalDot | None:

@@ -1,4 +1,4 @@
-"""The part of the report on training: losses, speed, phases, config and versions."""
+"""Report sections on training (losses, speed) and on the run (phases, config, versions)."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ from moesaic.report.report_inputs import ReportInputs, language_name, to_text
 
 
 def training_section(inputs: ReportInputs) -> Html:
-    """Return loss curves per task, the last losses per language, and how fast it went."""
+    """Return loss curves per task, the last losses per language, and throughput."""
     if not inputs.metrics:
         gap = inputs.gaps.get("metrics.jsonl", "metrics.jsonl holds no rows.")
         return tag("p", f"{gap} Training writes it.", class_="gap")
@@ -27,14 +27,14 @@ def training_section(inputs: ReportInputs) -> Html:
 
 
 def run_section(inputs: ReportInputs) -> Html:
-    """Return how long each phase took, what was counted, the whole config, and the versions."""
+    """Return the time of each phase, counts, the whole config, and versions."""
     summary = inputs.summary
     parts: list[Html | None] = []
     seconds = {k: v for k, v in (summary.get("seconds") or {}).items() if _is_finite_number(v)}
     if seconds:
         total = show_seconds(sum(seconds.values()))
         cuts = [(name, float(s), show_seconds(s)) for name, s in seconds.items()]
-        parts.append(stacked_bar(cuts, title=f"Where the time went: {total} in all"))
+        parts.append(stacked_bar(cuts, title=f"Time by phase: {total} in all"))
     facts = {**(summary.get("counts") or {}), **(summary.get("versions") or {})}
     if facts:
         rows = [[name.replace("_", " "), _format_value(value)] for name, value in facts.items()]
@@ -55,7 +55,7 @@ def latest_value(inputs: ReportInputs, name: str) -> float | None:
 
 
 def _loss_curves(inputs: ReportInputs) -> list[ChartSeries]:
-    """Train and validation, in all and per task: a task keeps its colour, validation is dashed."""
+    """Return train and (dashed) validation curves, in all and per task, one color per task."""
     tasks, _ = inputs.tasks_and_languages("train/loss/")
     named = [("", "all")] if len(tasks) != 1 else []
     named += [(f"/{task}", task) for task in tasks]
@@ -70,7 +70,7 @@ def _loss_curves(inputs: ReportInputs) -> list[ChartSeries]:
 
 
 def _quality_chart(inputs: ReportInputs) -> Html | None:
-    """chrF++ at each scored checkpoint, and what copying and a memory reach."""
+    """Return chrF++ at each scored checkpoint, with the baselines."""
     points = inputs.quality_curve.get("points") or []
     if not points:
         return None
