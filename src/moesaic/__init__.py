@@ -1,14 +1,14 @@
-"""moesaic: Mixture-of-Experts models you can check, from the first token to the served translation.
+"""moesaic: train, verify and serve multilingual Mixture-of-Experts models with PyTorch.
 
-The whole job in four lines::
+From a recipe to a translation::
 
     import moesaic
     result = moesaic.fit(moesaic.recipe("demo"), "runs/demo")
     translator = moesaic.Translator.open("runs/demo")
     print(translator.translate(["Save changes"], source="en", target="es")[0].text)
 
-Names below are imported when first used, so ``import moesaic`` costs nothing. (``fit`` is the
-command line's ``train``: that name is a package.)
+The names below are imported on first use, so ``import moesaic`` is fast. ``fit`` is the function
+behind ``moesaic train`` (``moesaic.train`` is a package).
 """
 
 import importlib

@@ -28,7 +28,7 @@ def model_card(trainer: Trainer, *, tokens: float) -> ModelCard:
     run, best = trainer.run, trainer.event_log.best
     facts = {
         "steps": f"{trainer.step:,}",
-        "tokens seen (both sides)": show_count(tokens),
+        "training tokens (both sides)": show_count(tokens),
         "tasks": ", ".join(trainer.objective.categories.tasks),
     }
     if best.step:
