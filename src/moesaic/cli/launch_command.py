@@ -18,7 +18,7 @@ from moesaic.cli.shared_options import (
 )
 from moesaic.core.config_text import parse_call
 from moesaic.core.errors import ConfigError, did_you_mean
-from moesaic.distributed.launchers.launcher import (
+from moesaic.distributed.launchers import (
     Kubernetes,
     Launcher,
     LaunchJob,

@@ -1,4 +1,4 @@
-"""Data preparation: from a run's corpus to its tokenizer and token shards, created once by rank 0."""
+"""Data preparation: from a run's corpus to its tokenizer and token shards, made once by rank 0."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
