@@ -1,4 +1,4 @@
-"""The command line, verb by verb: what it prints, what it refuses, and how it ends."""
+"""Command line: output, error messages and exit codes of each command."""
 
 import io
 import json
