@@ -1,8 +1,4 @@
-"""Kills: a training process killed at random moments and resumed, until it has finished.
-
-Every life is a forked process that calls ``train`` with ``resume=ResumeLatest()`` and is ended by SIGKILL
-after a random time, whatever it is doing: preparing, in a step, or in the middle of a save.
-"""
+"""Compare the directories of two finished runs, bit for bit."""
 
 import json
 from collections.abc import Iterator
@@ -10,19 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # see distributed/forked_ranks.py: without it each life spends seconds on its import
 
 from moesaic.checkpoint.full_checkpoint import load_checkpoint
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.snapshot import Snapshot
 
-TIMING_METRICS = ("perf/", "time/", "mem/")  # metrics that tell how fast, not what
+TIMING_METRICS = ("perf/", "time/", "mem/")  # metrics of speed and memory
 
 
 def compare_run_dirs(left: Path, right: Path) -> list[str]:
-    """Return how two finished runs differ; nothing means bit for bit equal.
+    """Return how two finished runs differ; an empty list means bit for bit equal.
 
-    Weights, optimizer, random numbers, running sums, place in the data, and metrics but for times.
+    Weights, optimizer, random states, running sums, data position, and metrics except timings.
     """
     one, other = (load_checkpoint(RunDir(path).checkpoints) for path in (left, right))
     found = list(_snapshot_differences(one, other))

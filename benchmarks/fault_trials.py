@@ -1,8 +1,9 @@
-"""Faults: ranks that are killed, stopped, raise or loop for ever, and the run that goes on after.
+"""Fault injection: ranks that are killed, stopped, raise or loop, and the run that resumes.
 
-A life is a job of several forked ranks that call ``train`` with ``resume=ResumeLatest()``. They meet as
-under torchrun: this process is the launcher, holds their store, and outlives them. One rank gets a
-fault at a given moment; the others must end in time, name it, and the next life must go on.
+A job run is several forked ranks that call ``train`` with ``resume=ResumeLatest()``. As under
+torchrun, this process is the launcher and holds their rendezvous store. A fault is injected into
+one rank at a given point; the others must end in time and name it, and the next job run must
+resume.
 """
 
 import json
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch._dynamo  # see distributed/forked_ranks.py: without it each life spends seconds on its import
+import torch._dynamo  # see distributed/forked_ranks.py: each fork would import it for seconds
 import torch.distributed as distributed
 from compare_runs import compare_run_dirs
 
@@ -57,12 +58,12 @@ FAULT_TYPES: tuple[tuple[FaultKind, InjectionPoint], ...] = (
     ("loop", "between steps"),
 )
 EXIT_LOST_RANK, EXIT_ERROR, EXIT_USER_ERROR = 3, 1, 2  # exit codes of a rank
-SLACK_S = 4.0  # what a loaded machine may add to the time in which a job must end
+SLACK_S = 4.0  # what a loaded machine may add to the time limit of a job
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """``kind`` strikes ``rank`` at ``moment``: ``after`` steps (or, at any moment, seconds)."""
+    """A fault of ``kind`` in ``rank`` at ``point``: after so many steps (seconds, for "any")."""
 
     kind: FaultKind
     point: InjectionPoint
@@ -70,7 +71,7 @@ class Fault:
     after: float
 
     def inject(self, stamp: Path) -> None:
-        """Do it to this process, and leave the time in ``stamp``."""
+        """Inject it into this process, and write the time to ``stamp``."""
         stamp.write_text(str(time.time()))
         match self.kind:
             case "kill":
@@ -86,9 +87,10 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class JobRun:
-    """How a job ended: exit codes and words by rank; seconds from the fault to the last rank's end.
+    """The end of a job: exit codes, hang reports and stderr by rank.
 
-    ``seconds`` is None where the fault came too late to strike.
+    ``seconds`` is the time from the fault to the exit of the last rank, None if it was not
+    injected.
     """
 
     exit_codes: tuple[int | None, ...]
@@ -103,7 +105,7 @@ class JobRun:
 
 @dataclass(frozen=True, slots=True)
 class FaultTrial:
-    """One fault and what was wrong with the way the job took it (nothing, if all is well)."""
+    """One fault, and what the job did wrong after it (nothing, if it passed)."""
 
     fault: Fault
     world_size: int
@@ -114,7 +116,7 @@ class FaultTrial:
 
 @dataclass(frozen=True, slots=True)
 class FaultResult:
-    """A series of faults. ``differences`` are those of finished runs from an undisturbed one."""
+    """A series of faults. ``differences`` are between finished runs and one without faults."""
 
     trials: tuple[FaultTrial, ...]
     job_runs: int
@@ -124,12 +126,12 @@ class FaultResult:
 
     @property
     def problems(self) -> list[str]:
-        """Every complaint, with its fault."""
+        """Every problem, with its fault."""
         return [f"{o.fault} of {o.world_size}: {why}" for o in self.trials for why in o.problems]
 
 
 def sample_faults(count: int, *, world_size: int, seed: int) -> list[Fault]:
-    """Return faults of all kinds at all moments in turn, of random ranks at random steps."""
+    """Return faults of all types in turn, in random ranks at random steps."""
     draw, faults = random.Random(seed), []
     for number in range(count):
         kind, moment = FAULT_TYPES[(seed + number) % len(FAULT_TYPES)]
@@ -141,38 +143,40 @@ def sample_faults(count: int, *, world_size: int, seed: int) -> list[Fault]:
 def run_fault_trials(
     run: Run, *, folder: Path, world_size: int, faults: Sequence[Fault]
 ) -> FaultResult:
-    """Give a run of ``world`` ranks one fault a life; let it finish and compare it.
+    """Inject one fault into each job run of ``world_size`` ranks; let it finish and compare it.
 
-    A run that finishes before a fault struck is compared as well, and the next one begins in a
-    directory of its own, with that fault.
+    A run that finishes before its fault is compared as well; the next one starts in a new directory
+    with that fault.
     """
-    began = time.monotonic()
-    undisturbed = run_job(run, folder / "whole", world_size=world_size)
-    if not undisturbed.finished:
-        raise RuntimeError(f"an undisturbed run failed: {undisturbed.stderr}")
-    ordeals: list[FaultTrial] = []
+    start = time.monotonic()
+    fault_free = run_job(run, folder / "fault-free", world_size=world_size)
+    if not fault_free.finished:
+        raise RuntimeError(f"a run without faults failed: {fault_free.stderr}")
+    trials: list[FaultTrial] = []
     differences: list[str] = []
-    lives, finished = 1, 0
-    while len(ordeals) < len(faults) and not differences:
-        fault, here = faults[len(ordeals)], folder / f"faulty-{finished}"
-        life = run_job(run, here, world_size=world_size, fault=fault)
-        lives += 1
-        if life.finished:
-            differences += compare_run_dirs(folder / "whole", here)
+    job_runs, finished = 1, 0
+    while len(trials) < len(faults) and not differences:
+        fault, here = faults[len(trials)], folder / f"faulty-{finished}"
+        job_run = run_job(run, here, world_size=world_size, fault=fault)
+        job_runs += 1
+        if job_run.finished:
+            differences += compare_run_dirs(folder / "fault-free", here)
             finished += 1
-        elif life.seconds is not None:
-            ordeals.append(_fault_trial(life, fault=fault, run=run))
+        elif job_run.seconds is not None:
+            trials.append(_fault_trial(job_run, fault=fault, run=run))
         else:
-            differences.append(f"a life failed before its fault: {life.stderr}")
+            differences.append(f"a job run failed before its fault: {job_run.stderr}")
     last = folder / f"faulty-{finished}"
-    life = run_job(run, last, world_size=world_size)
-    differences += compare_run_dirs(folder / "whole", last) if life.finished else [str(life.stderr)]
-    seconds = time.monotonic() - began
-    return FaultResult(tuple(ordeals), lives + 1, finished + 1, seconds, tuple(differences))
+    job_run = run_job(run, last, world_size=world_size)
+    differences += (
+        compare_run_dirs(folder / "fault-free", last) if job_run.finished else [str(job_run.stderr)]
+    )
+    seconds = time.monotonic() - start
+    return FaultResult(tuple(trials), job_runs + 1, finished + 1, seconds, tuple(differences))
 
 
 def run_job(run: Run, out: Path, *, world_size: int, fault: Fault | None = None) -> JobRun:
-    """Run one job to its end, with a fault or without."""
+    """Run one job to its end, with or without a fault."""
     out.parent.mkdir(parents=True, exist_ok=True)
     notes = out.with_name(f"{out.name}.notes")
     notes.mkdir(exist_ok=True)
@@ -183,7 +187,7 @@ def run_job(run: Run, out: Path, *, world_size: int, fault: Fault | None = None)
     ranks = [fork.Process(target=job.run_rank, args=(rank,)) for rank in range(world_size)]
     for process in ranks:
         process.start()
-    # after the forks: a thread of the store's may hold a lock, which a fork would hold for ever
+    # after the forks: a fork would inherit a lock held by a thread of the store
     store = distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30)
     )
@@ -200,7 +204,7 @@ def run_job(run: Run, out: Path, *, world_size: int, fault: Fault | None = None)
 
 
 def max_shutdown_s(run: Run) -> float:
-    """The seconds in which a job must have ended after a fault: patience, grace and some slack."""
+    """Return the time limit of a job after a fault: timeout, grace period and slack."""
     return run.collective_timeout_s + 3 * max(run.collective_timeout_s * 4 / 30, 1.0) + SLACK_S
 
 
@@ -214,18 +218,18 @@ class _FaultJob:
 
     @property
     def port(self) -> Path:
-        """Where the launcher writes at which port its store is."""
+        """The file in which the launcher writes the port of its store."""
         return self.log_dir / "port"
 
     @property
     def stamp(self) -> Path:
-        return self.log_dir / "struck"
+        return self.log_dir / "injected"
 
     def run_rank(self, rank: int) -> None:
-        """Be one rank."""
+        """Run as one rank."""
         torch.set_num_threads(1)
-        words = os.open(self.log_dir / f"{rank}.err", os.O_WRONLY | os.O_CREAT)
-        os.dup2(words, 2)
+        stderr = os.open(self.log_dir / f"{rank}.err", os.O_WRONLY | os.O_CREAT)
+        os.dup2(stderr, 2)
         os.environ |= {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -252,7 +256,7 @@ class _FaultJob:
         except BaseException:
             os.write(2, traceback.format_exc().encode())
             code = EXIT_ERROR
-        os._exit(code)  # no clean-up of the parent's test runner in its fork
+        os._exit(code)  # without the exit handlers of the parent's test runner
 
     def signal_rank(self, process: BaseProcess) -> None:
         assert self.fault is not None
@@ -263,29 +267,31 @@ class _FaultJob:
             os.kill(process.pid, sign)
 
     def wait(self, ranks: Sequence[BaseProcess]) -> None:
-        """Until all but a stopped rank have ended, or the time after the fault is over."""
+        """Wait until all but a stopped rank have exited, or the time limit is over."""
         others = list(ranks)
         if self.fault is not None and self.fault.kind == "stop":
             del others[self.fault.rank]
-        late = time.time() + 120.0
-        while any(process.is_alive() for process in others) and time.time() < late:
+        deadline = time.time() + 120.0
+        while any(process.is_alive() for process in others) and time.time() < deadline:
             if self.stamp.is_file():
-                late = min(late, (self._injection_time() or time.time()) + max_shutdown_s(self.run))
+                deadline = min(
+                    deadline, (self._injection_time() or time.time()) + max_shutdown_s(self.run)
+                )
             time.sleep(0.01)
 
     def collect(self, ranks: Sequence[BaseProcess]) -> JobRun:
         ended, struck = time.time(), self._injection_time()
-        words = {
+        stderr = {
             rank: text
             for rank in range(self.world_size)
             if (text := (self.log_dir / f"{rank}.err").read_text(errors="replace"))
         }
-        verdicts = {
+        reports = {
             int(path.stem): HangReport.from_dict(json.loads(path.read_text()))
             for path in self.log_dir.glob("*.lost")
         }
         codes = tuple(process.exitcode for process in ranks)
-        return JobRun(codes, verdicts, words, None if struck is None else ended - struck)
+        return JobRun(codes, reports, stderr, None if struck is None else ended - struck)
 
     def _injection_time(self) -> float | None:
         try:
@@ -295,7 +301,7 @@ class _FaultJob:
 
 
 class FaultInjection(Hook):
-    """Strikes its rank once, at the moment of a fault; other ranks are only made late for it."""
+    """Hook that injects a fault into its rank once; other ranks are only delayed for it."""
 
     def __init__(self, fault: Fault, *, stamp: Path, rank: int) -> None:
         self._fault, self._stamp = fault, stamp
@@ -336,7 +342,7 @@ class FaultInjection(Hook):
 
     def _in_collective(self) -> None:
         if not self._is_target:
-            time.sleep(0.05)  # so that the struck rank waits inside
+            time.sleep(0.05)  # so that the faulty rank waits inside
         elif self._fault.kind == "exception":
             self._inject()
         else:
@@ -354,7 +360,7 @@ def _at_step(trainer: Trainer, step: int) -> Callable[[], bool]:
 def _call_before(
     owner: Any, name: str, action: Callable[[], None], *, when: Callable[[], bool]
 ) -> None:
-    """Do ``action`` before the first call of a function of ``owner`` at which ``when`` holds."""
+    """Do ``action`` before the first call of a function of ``owner`` for which ``when`` is true."""
     original, done = vars(owner)[name], []
 
     def called(*arguments: Any, **named: Any) -> Any:
@@ -366,24 +372,28 @@ def _call_before(
     setattr(owner, name, called)
 
 
-def _fault_trial(life: JobRun, *, fault: Fault, run: Run) -> FaultTrial:
-    seconds = life.seconds or 0.0
-    sentence = next((v.sentence for v in life.reports.values()), "")
+def _fault_trial(job_run: JobRun, *, fault: Fault, run: Run) -> FaultTrial:
+    seconds = job_run.seconds or 0.0
+    sentence = next((v.sentence for v in job_run.reports.values()), "")
     return FaultTrial(
-        fault, len(life.exit_codes), seconds, sentence, tuple(_trial_problems(life, fault, run))
+        fault,
+        len(job_run.exit_codes),
+        seconds,
+        sentence,
+        tuple(_trial_problems(job_run, fault, run)),
     )
 
 
-def _trial_problems(life: JobRun, fault: Fault, run: Run) -> Iterator[str]:
-    if (life.seconds or 0.0) > max_shutdown_s(run):
-        yield f"it took {life.seconds:.1f} s to end"
-    if not life.reports:
-        yield f"no rank said who was lost: {life.stderr}"
-    for rank, code in enumerate(life.exit_codes):
+def _trial_problems(job_run: JobRun, fault: Fault, run: Run) -> Iterator[str]:
+    if (job_run.seconds or 0.0) > max_shutdown_s(run):
+        yield f"it took {job_run.seconds:.1f} s to end"
+    if not job_run.reports:
+        yield f"no rank reported a lost rank: {job_run.stderr}"
+    for rank, code in enumerate(job_run.exit_codes):
         if rank != fault.rank and code not in (EXIT_LOST_RANK, EXIT_ERROR):
             yield f"rank {rank} ended with {code}"
-    for rank, verdict in life.reports.items():
-        if verdict.ranks != (fault.rank,):
-            yield f"rank {rank} blames {verdict.ranks}: {verdict.sentence}"
-        if not verdict.op:
-            yield f"rank {rank} names no collective: {verdict.sentence}"
+    for rank, report in job_run.reports.items():
+        if report.ranks != (fault.rank,):
+            yield f"rank {rank} reports {report.ranks}: {report.sentence}"
+        if not report.op:
+            yield f"rank {rank} names no collective: {report.sentence}"

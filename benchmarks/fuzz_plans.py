@@ -2,9 +2,8 @@
 
     python benchmarks/fuzz_plans.py --cases 300
 
-Everything is drawn (``benchmarks/random_cases.py``): rules of routing, heads, experts, biases,
-lengths, rows (so that some ranks hold no token), ranks and the plan. Two steps each, with AdamW or
-Muon.
+Drawn at random (``random_cases.py``) are rules of routing, heads, experts, biases, lengths, rows
+(so that some ranks have no token), ranks and the plan. Two steps each, with AdamW or Muon.
 """
 
 import argparse
@@ -37,20 +36,20 @@ PARTS = (
 )
 
 
-def judge(case: RandomCase) -> PlanResult:
-    given = replace(make_setup(case.run, steps=2, timeout_s=90.0), shape=case.shape)
-    [verdict] = compare_plans(given, plans=[case.parallel])
-    return verdict
+def run_case(case: RandomCase) -> PlanResult:
+    setup = replace(make_setup(case.run, steps=2, timeout_s=90.0), shape=case.shape)
+    [result] = compare_plans(setup, plans=[case.parallel])
+    return result
 
 
-def worst(verdicts: Iterable[PlanResult]) -> dict[str, Any]:
-    found = [verdict.differences for verdict in verdicts if verdict.differences]
+def worst(results: Iterable[PlanResult]) -> dict[str, Any]:
+    found = [result.differences for result in results if result.differences]
     names = [field.name for field in fields(TraceDifferences)]
     return {n: asdict(max((getattr(f, n) for f in found), key=lambda w: w.value)) for n in names}
 
 
 def drawn(tried: Iterable[RandomCase]) -> dict[str, int]:
-    """Count what was tried, by its name."""
+    """Count the members that were tried, by name."""
     counts: Counter[str] = Counter()
     for case in tried:
         counts[f"ranks {case.world_size}"] += 1
@@ -80,27 +79,27 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     tried: list[RandomCase] = []
-    verdicts: list[PlanResult] = []
+    results: list[PlanResult] = []
     bad: list[dict[str, Any]] = []
-    began = time.monotonic()
+    start = time.monotonic()
     for case in islice(random_cases(options.seed, max_ranks=options.most), options.cases):
-        verdict = judge(case)
+        result = run_case(case)
         tried.append(case)
-        verdicts.append(verdict)
-        if not verdict.equal:
-            bad.append({"number": len(tried) - 1, "wrong": verdict.problems, **case.summary})
-        state = "equal" if verdict.equal else "; ".join(verdict.problems)
-        print(f"{len(tried)} {case.world_size} ranks, {verdict.plan}: {state}", flush=True)
-    result = {
-        "question": "does a random model train alike under a random plan?",
+        results.append(result)
+        if not result.equal:
+            bad.append({"number": len(tried) - 1, "wrong": result.problems, **case.summary})
+        state = "equal" if result.equal else "; ".join(result.problems)
+        print(f"{len(tried)} {case.world_size} ranks, {result.plan}: {state}", flush=True)
+    summary = {
+        "question": "does a random model train equally under a random plan and in one process?",
         "cases": len(tried),
         "seed": options.seed,
         "not equal": bad,
-        "worst": worst(verdicts),
+        "worst": worst(results),
         "drawn": drawn(tried),
-        "seconds": round(time.monotonic() - began),
+        "seconds": round(time.monotonic() - start),
     }
-    write_result(options.out, result)
+    write_result(options.out, summary)
     sys.exit(1 if bad else 0)
 
 

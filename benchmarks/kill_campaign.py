@@ -1,8 +1,8 @@
 """A small real training run, killed (SIGKILL) at random moments and resumed each time.
 
 The corpus, the tokenizer, the shards, the loader, a mixture-of-experts model, validation and
-checkpoints every other step are all real. The final state must equal that of a run that was never
-disturbed, bit for bit: weights, optimizer, random numbers, place in the data, metrics, usage.
+checkpoints every other step are real. The final state must equal that of a run without kills, bit
+for bit: weights, optimizer, random states, data position, metrics, expert usage.
 
     python benchmarks/kill_campaign.py --kills 50
 """
@@ -33,8 +33,8 @@ MOE = MoE(
 )
 
 
-def the_run(steps: int) -> Run:
-    """Dropout and random drops, so that random numbers matter; saves at every other step."""
+def make_run(steps: int) -> Run:
+    """Return a run with dropout and random drops, whose result depends on random states."""
     model = tiny_model_config(moe=MOE, layers=2).replace(vocab_size=400, dropout=0.1)
     return synthetic_run(
         model=model,
@@ -54,11 +54,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=here / "results" / "kill_campaign.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    run = the_run(options.steps)
+    run = make_run(options.steps)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOESAIC_HOME"] = f"{folder}/home"
         campaign = kill_and_resume(run, folder=Path(folder), kills=options.kills, seed=options.seed)
-    result = {"question": "does a killed and resumed run end as an undisturbed one?"}
+    result = {"question": "does a killed and resumed run end like a run without kills?"}
     result |= {"steps": options.steps, "seed": options.seed, **asdict(campaign)}
     write_result(options.out, result)
     sys.exit(1 if campaign.differences else 0)

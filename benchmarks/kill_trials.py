@@ -1,7 +1,7 @@
-"""Kills: a training process killed at random moments and resumed, until it has finished.
+"""Kill trials: a training process killed at random times and resumed, until it has finished.
 
-Every life is a forked process that calls ``train`` with ``resume=ResumeLatest()`` and is ended by SIGKILL
-after a random time, whatever it is doing: preparing, in a step, or in the middle of a save.
+Every process is forked, calls ``train`` with ``resume=ResumeLatest()`` and gets SIGKILL after a
+random time: while it prepares data, in a step, or in the middle of a save.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # see distributed/forked_ranks.py: without it each life spends seconds on its import
+import torch._dynamo  # see distributed/forked_ranks.py: each fork would import it for seconds
 from compare_runs import compare_run_dirs
 
 from moesaic.checkpoint.run_directory import RunDir
@@ -28,56 +28,56 @@ from moesaic.train.training_hooks import no_progress
 
 @dataclass(frozen=True, slots=True)
 class KillCampaign:
-    """What a series of kills did. ``moments`` counts what the process was doing when it died."""
+    """The result of a series of kills. ``phases`` counts what the process was doing at the kill."""
 
     kills: int
     processes: int
-    moments: dict[str, int]
+    phases: dict[str, int]
     seconds: float
     differences: tuple[str, ...]
 
 
 def train_once(run: Run, out: Path) -> float:
-    """Train without a kill, in a process like those that get one. Returns seconds."""
-    began = time.monotonic()
-    life = _start_process(run, out)
-    life.join()
-    if life.exitcode:
-        raise RuntimeError(f"an undisturbed run ended with exit code {life.exitcode}")
-    return time.monotonic() - began
+    """Train in a forked process without a kill. Returns seconds."""
+    start = time.monotonic()
+    process = _start_process(run, out)
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"a run without kills ended with exit code {process.exitcode}")
+    return time.monotonic() - start
 
 
 def kill_and_resume(run: Run, *, folder: Path, kills: int, seed: int) -> KillCampaign:
-    """Kill a run ``kills`` times, let it finish, and compare it with an undisturbed one.
+    """Kill a run ``kills`` times, let it finish, and compare it with a run without kills.
 
-    A run that finishes before all kills are done is compared as well, and the next one begins in a
-    directory of its own, so that every kill hits a process at work.
+    A run that finishes before all kills are done is compared as well, and the next one starts in a
+    new directory, so that every kill hits a working process.
     """
-    draw, moments, began = random.Random(seed), Counter[str](), time.monotonic()
-    reference = folder / "whole"
+    draw, phases, start = random.Random(seed), Counter[str](), time.monotonic()
+    reference = folder / "reference"
     train_once(run, reference)  # builds the corpus and the shards too
     longest = train_once(run, folder / "timed")
-    differences, lives, finished = compare_run_dirs(reference, folder / "timed"), 0, 0
-    here = folder / "killed-0"
-    while moments.total() < kills and not differences:
-        life = _start_process(run, here)
-        lives += 1
-        life.join(timeout=draw.uniform(0.0, longest))
-        if life.exitcode is None and life.pid is not None:
-            os.kill(life.pid, signal.SIGKILL)
-            life.join()
-            moments[_phase_at_kill(RunDir(here))] += 1
-        elif life.exitcode:
-            differences.append(f"life {lives} ended with exit code {life.exitcode}")
+    differences, processes, finished = compare_run_dirs(reference, folder / "timed"), 0, 0
+    run_dir = folder / "killed-0"
+    while phases.total() < kills and not differences:
+        process = _start_process(run, run_dir)
+        processes += 1
+        process.join(timeout=draw.uniform(0.0, longest))
+        if process.exitcode is None and process.pid is not None:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            phases[_phase_at_kill(RunDir(run_dir))] += 1
+        elif process.exitcode:
+            differences.append(f"process {processes} ended with exit code {process.exitcode}")
         else:
-            longest *= 0.8  # the machine has become quicker: wait less, or no life is ever killed
-            differences += compare_run_dirs(reference, here)
+            longest *= 0.8  # the machine has become faster: wait less, or no process is killed
+            differences += compare_run_dirs(reference, run_dir)
             finished += 1
-            here = folder / f"killed-{finished}"
-    train_once(run, here)
-    differences += compare_run_dirs(reference, here)
-    seconds = time.monotonic() - began
-    return KillCampaign(moments.total(), lives + 1, dict(moments), seconds, tuple(differences))
+            run_dir = folder / f"killed-{finished}"
+    train_once(run, run_dir)
+    differences += compare_run_dirs(reference, run_dir)
+    seconds = time.monotonic() - start
+    return KillCampaign(phases.total(), processes + 1, dict(phases), seconds, tuple(differences))
 
 
 def _start_process(run: Run, out: Path) -> Any:

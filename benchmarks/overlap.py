@@ -1,11 +1,11 @@
-"""How well the cost model chooses the number of chunks, and whether a line fits what is measured.
+"""The number of chunks by cost model and by simulated schedule, and the fit of the costs.
 
-Random layers: every stage's start and whole time is drawn log-uniformly (a start of 1 to 100 % of a
-second, a whole of 0.3 to 10 seconds), half of them with other traffic between nodes. For each the
-choice by formula is compared with trying every number in the simulated schedule. The measured part
-times gloo's all-to-all over ranks of this machine and the experts of one layer, the least of
-repetitions since others use the machine too, and fits a line to each: what ``best_num_chunks`` is
-to be given on a cluster.
+Random layers: the start and total time of all_counts stage is drawn log-uniformly (a start of 1 to
+100 % of a second, a total of 0.3 to 10 seconds), half of them with other traffic between nodes. For
+each, the choice by formula is compared with all_counts number of chunks in the simulated schedule.
+The measured part times gloo's all-to-all over local ranks and the experts of one layer (the least
+of several repetitions) and fits a linear cost to each: the input of ``best_num_chunks`` on a
+cluster.
 
     python benchmarks/overlap.py
 """
@@ -48,14 +48,14 @@ def stage(draw: random.Random) -> StageCost:
     return StageCost(LinearCost(10 ** draw.uniform(-2, 0), 10 ** draw.uniform(-0.5, 1)), 1.0)
 
 
-def random_layers(count: int, *, inside: bool) -> list[LayerCost]:
+def random_layers(count: int, *, sliced: bool) -> list[LayerCost]:
     draw = random.Random(0)
     return [
         LayerCost(
             all_to_all=stage(draw),
             experts=stage(draw),
-            all_gather=stage(draw) if inside else NO_COST,
-            reduce_scatter=stage(draw) if inside else NO_COST,
+            all_gather=stage(draw) if sliced else NO_COST,
+            reduce_scatter=stage(draw) if sliced else NO_COST,
             gradient_s=draw.choice([0.0, draw.uniform(0, 20)]),
         )
         for _ in range(count)
@@ -82,7 +82,7 @@ def choices(layers: Sequence[LayerCost], *, candidates: Sequence[int]) -> dict[s
 
 
 def least_seconds(actions: Sequence[Callable[[], Any]], *, repeats: int) -> list[float]:
-    """The least time of each action; they take turns, so that a busy spell hits all."""
+    """Return the least time of each action; they take turns, so that load affects all."""
     times: list[list[float]] = [[] for _ in actions]
     for _ in range(repeats + 1):  # the first round warms up
         for action, each in zip(actions, times, strict=True):
@@ -93,38 +93,38 @@ def least_seconds(actions: Sequence[Callable[[], Any]], *, repeats: int) -> list
 
 
 def exchange_seconds(repeats: int) -> list[float]:
-    """Seconds of an even all-to-all of so many rows, on each rank."""
+    """Return the seconds of an even all-to-all for each number of rows."""
 
-    def moving(rows: int) -> Callable[[], Any]:
+    def all_to_all_of(rows: int) -> Callable[[], Any]:
         x, even = torch.randn(rows, DIM), [rows // RANKS] * RANKS
         return lambda: all_to_all(
             x, group=distributed.group.WORLD, input_splits=even, output_splits=even
         )
 
-    return least_seconds([moving(rows) for rows in ROWS], repeats=repeats)
+    return least_seconds([all_to_all_of(rows) for rows in ROWS], repeats=repeats)
 
 
 def expert_seconds(repeats: int) -> list[float]:
-    """Seconds of the experts of one layer with so many rows."""
+    """Return the seconds of the experts of one layer for each number of rows."""
     feed = FeedForwardConfig(hidden=HIDDEN, activation=SwiGLU())
-    bank = GroupedExperts(ExpertShape(EXPERTS, DIM, feed, bias=False)).requires_grad_(
+    grouped_experts = GroupedExperts(ExpertShape(EXPERTS, DIM, feed, bias=False)).requires_grad_(
         requires_grad=False
     )
-    torch.nn.init.normal_(bank.up)
-    torch.nn.init.normal_(bank.down)
+    torch.nn.init.normal_(grouped_experts.up)
+    torch.nn.init.normal_(grouped_experts.down)
 
-    def working(rows: int) -> Callable[[], Any]:
+    def experts_of(rows: int) -> Callable[[], Any]:
         x = torch.randn(rows, DIM)
         groups = group_by_expert(torch.arange(rows) % EXPERTS, num_experts=EXPERTS)
-        return lambda: bank(x, groups=groups)
+        return lambda: grouped_experts(x, groups=groups)
 
-    return least_seconds([working(rows) for rows in ROWS], repeats=repeats)
+    return least_seconds([experts_of(rows) for rows in ROWS], repeats=repeats)
 
 
 def measured(repeats: int) -> dict[str, Any]:
     torch.set_num_threads(1)
-    every = run_on_ranks(RANKS, exchange_seconds, repeats, timeout_s=300)
-    exchange = [max(times) for times in zip(*every, strict=True)]
+    all_counts = run_on_ranks(RANKS, exchange_seconds, repeats, timeout_s=300)
+    exchange = [max(times) for times in zip(*all_counts, strict=True)]
     experts = expert_seconds(repeats)
     lines = {"all_to_all": fit_cost(ROWS, exchange), "experts": fit_cost(ROWS, experts)}
     layer = LayerCost(*(StageCost(line.cost, ROWS[-1]) for line in lines.values()))
@@ -145,16 +145,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/overlap.json"))
     options = parser.parse_args()
-    every = range(1, 17)
+    all_counts = range(1, 17)
     result = {
         "two_links": choices(
-            random_layers(options.layers, inside=False), candidates=CHUNK_CANDIDATES
+            random_layers(options.layers, sliced=False), candidates=CHUNK_CANDIDATES
         ),
         "three_links": choices(
-            random_layers(options.layers, inside=True), candidates=CHUNK_CANDIDATES
+            random_layers(options.layers, sliced=True), candidates=CHUNK_CANDIDATES
         ),
         "three_links_1_to_16": choices(
-            random_layers(options.layers, inside=True), candidates=every
+            random_layers(options.layers, sliced=True), candidates=all_counts
         ),
         "measured": measured(options.repeats),
     }

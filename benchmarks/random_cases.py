@@ -1,7 +1,7 @@
-"""Random plans: a random small model, random batches, and a random plan that fits both.
+"""Random cases: a random small model, random batches, and a random parallel plan that fits both.
 
-Everything a model may be made of is drawn from its family, so a new rule is tried under every plan
-without a word here.
+Every part of a model is drawn from its family, so a new member of a family is tried under every
+plan without a change here.
 """
 
 import random
@@ -35,9 +35,7 @@ from moesaic.verify.enumerate_plans import sample_plan
 from moesaic.verify.shrink_config import shrink_config
 from moesaic.verify.synthetic_batches import VOCABULARY, SyntheticShape
 
-EXCLUDED = (
-    MicroBatchBalance,
-)  # what it balances is the share of a rank: another loss by definition
+EXCLUDED = (MicroBatchBalance,)  # balances the batch of each rank: another loss by definition
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +49,7 @@ class RandomCase:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What tells this case from others, as plain data."""
+        """The case as JSON data."""
         model = self.run.model.to_dict()
         return {
             "ranks": self.world_size,
@@ -64,7 +62,7 @@ class RandomCase:
 
 
 def random_cases(seed: int, *, max_ranks: int = 4) -> Iterator[RandomCase]:
-    """Yield cases of 2 to ``most`` ranks without end; the n-th depends on ``seed`` and n alone."""
+    """Yield endless cases of 2 to ``max_ranks`` ranks; the n-th depends on ``seed`` and n only."""
     number = 0
     while True:
         draw = random.Random(f"{seed}/{number}")
@@ -75,13 +73,13 @@ def random_cases(seed: int, *, max_ranks: int = 4) -> Iterator[RandomCase]:
 
 
 def _random_case(draw: random.Random, *, max_ranks: int) -> RandomCase | None:
-    """Return None where what was drawn does not go together."""
+    """Return None where the drawn parts do not fit together."""
     try:
         model = _random_model(draw)
         optimizer = draw.choice((AdamW(lr=0.01), Muon(lr=0.01, adamw=AdamW(lr=0.01))))
         if isinstance(model.moe, MoE) and isinstance(model.moe.expert, LoRAExpert):
-            # half of its matrices start at zero: what Muon lifts there is rounding, and the other
-            # half's gradients are made of it
+            # half of its matrices start at zero: there Muon amplifies rounding errors, which the
+            # gradients of the other half depend on
             optimizer = AdamW(lr=0.01)
         smoothing = draw.choice((0.0, 0.1))
         run = shrink_config(
@@ -151,7 +149,7 @@ def _random_limit(draw: random.Random) -> Limit:
 
 
 def _random_member(draw: random.Random, family: type[Choice]) -> Any:
-    """Return a member as it is by default; every other time the first, which is the plain one."""
+    """Return a member with default values; every other time the first, which is the plain one."""
     members = [
         member
         for member in family.members.values()

@@ -1,6 +1,6 @@
-"""The matrix of docs/guide/verify.md: two models under every pair of degrees on 2, 4 and 8 ranks.
+"""Write the tables of docs/guide/verify.md: two models under every pair of degrees, 2 to 8 ranks.
 
-python tools/verify_page.py            minutes on two cores; writes between the page's marks
+python tools/verify_page.py            minutes on two cores; writes between the markers of the page
 """
 
 import re
@@ -32,7 +32,7 @@ from moesaic.verify.enumerate_plans import PlanSet
 from moesaic.verify.shrink_config import shrink_config
 
 PAGE = Path(__file__).parents[1] / "docs" / "guide" / "verify.md"
-MARKS = re.compile(r"(<!-- matrix: begin -->\n).*(<!-- matrix: end -->)", re.S)
+MARKS = re.compile(r"(<!-- plans: begin -->\n).*(<!-- plans: end -->)", re.S)
 WORLD = 8
 
 
@@ -86,40 +86,34 @@ SECTIONS = (
 
 
 def sections() -> Iterator[tuple[str, list[PlanResult]]]:
-    """Yield each section's text and its verdicts."""
+    """Yield the text of each section and its results."""
     for section in SECTIONS:
-        given, chosen = make_setup(section.run), section.plans
-        lost, edges = count_dropped(run_reference(given))
-        verdicts = list(_told(compare_plans(given, plans=chosen.valid), of=len(chosen.valid)))
+        setup, plans = make_setup(section.run), section.plans
+        dropped, routed = count_dropped(run_reference(setup))
+        results = list(_progress(compare_plans(setup, plans=plans.valid), count=len(plans.valid)))
         parts = [
             f"### {section.title}",
             f"```sh\n{section.command}\n```",
-            f"{summarize(verdicts)}; {lost} of {edges:,} edges that were looked at are dropped.",
-            to_markdown(verdicts),
-            "\n".join(f"- {line}" for line in rejection_lines(chosen.rejected)),
+            f"{summarize(results)}; {dropped} of {routed:,} recorded token copies are dropped.",
+            to_markdown(results),
+            "\n".join(f"- {line}" for line in rejection_lines(plans.rejected)),
         ]
-        yield "\n\n".join(part for part in parts if part), verdicts
+        yield "\n\n".join(part for part in parts if part), results
 
 
-def _told(verdicts: Iterator[PlanResult], *, of: int) -> Iterator[PlanResult]:
-    for number, verdict in enumerate(verdicts, start=1):
-        print(
-            number,
-            "of",
-            of,
-            verdict.world_size,
-            verdict.plan,
-            verdict.problems or "equal",
-            flush=True,
-        )
-        yield verdict
+def _progress(results: Iterator[PlanResult], *, count: int) -> Iterator[PlanResult]:
+    for number, result in enumerate(results, start=1):
+        outcome = result.problems or "equal"
+        print(number, "of", count, result.world_size, result.plan, outcome, flush=True)
+        yield result
 
 
-def write(page: Path, texts: Sequence[str], *, verdicts: Sequence[PlanResult]) -> None:
-    """Put the sections between the marks of a page."""
-    total = f"{len(verdicts)} plans, {len(unequal_plans(verdicts))} of them not equal; {describe_machine()}."
-    allowed = [tolerances_text(make_setup(section.run).tolerances) for section in SECTIONS]
-    body = "\n\n".join([total, *texts, *dict.fromkeys(allowed)])
+def write(page: Path, texts: Sequence[str], *, results: Sequence[PlanResult]) -> None:
+    """Put the sections between the markers of a page."""
+    unequal = len(unequal_plans(results))
+    total = f"{len(results)} plans, {unequal} of them not equal; {describe_machine()}."
+    tolerances = [tolerances_text(make_setup(section.run).tolerances) for section in SECTIONS]
+    body = "\n\n".join([total, *texts, *dict.fromkeys(tolerances)])
     text = page.read_text(encoding="utf-8")
     page.write_text(MARKS.sub(lambda m: f"{m[1]}\n{body}\n\n{m[2]}", text), encoding="utf-8")
 
@@ -127,12 +121,12 @@ def write(page: Path, texts: Sequence[str], *, verdicts: Sequence[PlanResult]) -
 def main() -> None:
     """Run every section and write the page."""
     torch.set_num_threads(1)
-    texts, verdicts = [], []
+    texts, results = [], []
     for text, found in sections():
         texts.append(text)
-        verdicts += found
-    write(PAGE, texts, verdicts=verdicts)
-    sys.exit(1 if unequal_plans(verdicts) else 0)
+        results += found
+    write(PAGE, texts, results=results)
+    sys.exit(1 if unequal_plans(results) else 0)
 
 
 if __name__ == "__main__":

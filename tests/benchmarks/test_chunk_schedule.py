@@ -17,9 +17,9 @@ from moesaic.core.errors import UserError
 from moesaic.moe.adaptive_dispatcher import LinearCost
 
 
-def _stage(alpha: float, whole: float) -> StageCost:
-    """A stage that takes ``whole`` seconds for all rows beside ``alpha`` for each start."""
-    return StageCost(LinearCost(alpha, whole), 1.0)
+def _stage(alpha: float, total: float) -> StageCost:
+    """A stage of ``total`` seconds for all rows and ``alpha`` for each start."""
+    return StageCost(LinearCost(alpha, total), 1.0)
 
 
 def _layer(draw: random.Random, *, inside: bool) -> LayerCost:
@@ -42,7 +42,7 @@ def test_a_schedule_by_hand() -> None:
     assert simulated_seconds(sliced, 2) == 14
 
 
-def test_traffic_that_fills_gaps_costs_only_what_does_not_fit() -> None:
+def test_gradient_traffic_fills_gaps() -> None:
     layer = LayerCost(all_to_all=_stage(0, 2), experts=_stage(0, 8))
     assert simulated_seconds(layer, 2) == 10
     for gradients, expected in ((5, 10), (6, 10), (9, 13)):
@@ -53,7 +53,7 @@ def test_traffic_that_fills_gaps_costs_only_what_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_no_schedule_is_faster_than_the_model_says(inside: bool) -> None:
+def test_no_simulated_schedule_is_faster_than_the_bound(inside: bool) -> None:
     draw = random.Random(0)
     for _ in range(200):
         layer = _layer(draw, inside=inside)
@@ -63,7 +63,7 @@ def test_no_schedule_is_faster_than_the_model_says(inside: bool) -> None:
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_the_model_chooses_what_trying_everything_would(inside: bool) -> None:
+def test_the_model_mostly_selects_the_best_simulated_schedule(inside: bool) -> None:
     draw = random.Random(1)
     layers = [_layer(draw, inside=inside) for _ in range(300)]
     same = sum(
@@ -72,17 +72,17 @@ def test_the_model_chooses_what_trying_everything_would(inside: bool) -> None:
     assert same >= 0.9 * len(layers)
 
 
-def test_what_starts_for_nothing_is_cut_often_and_what_starts_dearly_never() -> None:
+def test_cheap_starts_give_many_chunks_and_expensive_ones_one() -> None:
     assert best_num_chunks(LayerCost(_stage(0, 1), _stage(0, 2.5))) == 8
     assert best_num_chunks(LayerCost(_stage(5, 1), _stage(5, 1))) == 1
 
 
-def test_the_passes_may_differ() -> None:
+def test_forward_and_backward_may_have_different_numbers() -> None:
     layer = LayerCost(all_to_all=_stage(0.3, 1), experts=_stage(0.05, 2))
     assert best_num_chunks(layer) != best_num_chunks(layer.backward())
 
 
-def test_times_on_a_line_are_explained_whole() -> None:
+def test_times_on_a_line_have_r_squared_one() -> None:
     fitted = fit_cost(
         [1, 10, 100, 1000], [LinearCost(0.5, 0.02).seconds(n) for n in (1, 10, 100, 1000)]
     )
@@ -91,7 +91,7 @@ def test_times_on_a_line_are_explained_whole() -> None:
     assert fitted.r_squared == pytest.approx(1)
 
 
-def test_a_line_goes_between_times_that_scatter() -> None:
+def test_a_noisy_line_is_the_least_squares_fit() -> None:
     fitted = fit_cost([0, 0, 2, 2], [1, 3, 5, 7])
     assert fitted.cost == LinearCost(2, 2)
     assert fitted.r_squared == pytest.approx(0.8)

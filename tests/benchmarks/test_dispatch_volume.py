@@ -1,4 +1,4 @@
-"""Closed forms agree with each other where they say the same."""
+"""Closed forms agree with each other in special cases."""
 
 from itertools import combinations
 from math import comb
@@ -19,19 +19,19 @@ from dispatch_volume import (
 ROWS = DispatchedTokens(tokens=64, experts_per_token=2, dim=16, itemsize=4)
 
 
-def test_what_leaves_a_node_is_everything_where_a_node_is_a_rank() -> None:
+def test_with_nodes_of_one_rank_all_bytes_are_between_nodes() -> None:
     assert all_to_all_inter_node_bytes(ROWS, ranks=8, ranks_per_node=1) == all_to_all_bytes(
         ROWS, ranks=8
     )
     assert all_to_all_inter_node_bytes(ROWS, ranks=8, ranks_per_node=8) == 0
 
 
-def test_three_d_with_one_row_and_no_cuts_is_expert_parallelism_over_all() -> None:
+def test_a_mesh_of_one_axis_is_expert_parallelism() -> None:
     mesh = data_expert_model_bytes(ROWS, data=1, expert=8, model=1, expert_bytes=1e6)
     assert (mesh.data, mesh.expert, mesh.model) == (0, all_to_all_bytes(ROWS, ranks=8), 0)
 
 
-def test_rows_travel_as_far_as_the_expert_axis_whatever_the_world() -> None:
+def test_rows_stay_on_the_expert_axis_for_any_world_size() -> None:
     few, many = (
         data_expert_model_bytes(ROWS, data=data, expert=4, model=2, expert_bytes=1e6)
         for data in (1, 64)
@@ -41,7 +41,7 @@ def test_rows_travel_as_far_as_the_expert_axis_whatever_the_world() -> None:
 
 
 @pytest.mark.parametrize(("experts", "nodes", "per_token"), [(8, 2, 2), (8, 4, 3), (12, 3, 5)])
-def test_nodes_met_is_the_mean_over_all_sets_of_experts(
+def test_mean_remote_nodes_is_the_mean_over_all_sets_of_experts(
     experts: int, nodes: int, per_token: int
 ) -> None:
     each = experts // nodes
@@ -52,7 +52,7 @@ def test_nodes_met_is_the_mean_over_all_sets_of_experts(
     ) == pytest.approx(met / comb(experts, per_token))
 
 
-def test_one_expert_per_token_leaves_nothing_to_save_by_hops() -> None:
+def test_with_one_expert_per_token_hierarchical_saves_nothing() -> None:
     rows = DispatchedTokens(tokens=64, experts_per_token=1, dim=16, itemsize=4)
     flat = all_to_all_inter_node_bytes(rows, ranks=8, ranks_per_node=4)
     assert hierarchical_inter_node_bytes(rows, experts=32, nodes=2) == pytest.approx(flat)
@@ -61,7 +61,7 @@ def test_one_expert_per_token_leaves_nothing_to_save_by_hops() -> None:
     )
 
 
-def test_lending_weights_to_all_leaves_no_row_to_send() -> None:
+def test_gathering_all_weights_sends_no_rows() -> None:
     assert adaptive_experts_bytes(ROWS, expert_bytes=8e3, ranks=8, gather_size=8) == 7e3
     assert adaptive_experts_bytes(
         ROWS, expert_bytes=8e3, ranks=8, gather_size=1

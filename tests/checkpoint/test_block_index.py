@@ -3,7 +3,7 @@ import random
 
 import pytest
 import torch
-from cut import BANKS, file_with, rewritten, snapshot, written
+from checkpoint_samples import EXPERT_PARAMETERS, file_with, rewritten, snapshot, written
 
 from moesaic.checkpoint.block_index import (
     StoredBlock,
@@ -108,6 +108,6 @@ def test_weights_are_read_from_either_form_and_from_a_file(tmp_path):
         found = read_weights(path)
         assert found.keys() == snapshot().files["model"].keys()
         assert all(torch.equal(found[n], t) for n, t in snapshot().files["model"].items())
-    assert read_manifest(cut).expert_parameters == BANKS
+    assert read_manifest(cut).expert_parameters == EXPERT_PARAMETERS
     assert load_checkpoint(cut, only=("optimizer",)).files.keys() == {"optimizer"}
     assert file_with(cut, "model/up/expert-0003").startswith("shard-0000")

@@ -3,7 +3,7 @@ from itertools import product
 
 import pytest
 import torch
-from cut import FORMS, snapshot, written
+from checkpoint_samples import FORMS, snapshot, written
 
 from moesaic.checkpoint.checkpoint_diff import TensorDifference, diff_checkpoints
 

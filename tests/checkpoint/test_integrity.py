@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cut import FORMS, file_with, rewritten, snapshot, written
+from checkpoint_samples import FORMS, file_with, rewritten, snapshot, written
 
 from moesaic.checkpoint.integrity import IntegrityProblem, check_checkpoint
 
@@ -84,7 +84,7 @@ INDEX_DAMAGE = {
     ),
     "an expert under another number": ("up", lambda b: b[0][1].__setitem__(0, 3), "overlap"),
     "a hole": ("dense", lambda b: b[0][2].__setitem__(0, 4), "it is covered for 16 of 20 values"),
-    "out of bounds": ("dense", lambda b: b[0][1].__setitem__(1, 1), "reaches out of [5, 4]"),
+    "out of bounds": ("dense", lambda b: b[0][1].__setitem__(1, 1), "is outside of [5, 4]"),
     "no block": ("dense", lambda b: b.clear(), "it is missing"),
 }
 

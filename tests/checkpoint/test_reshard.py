@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cut import FORMS, snapshot, written
+from checkpoint_samples import FORMS, snapshot, written
 from safetensors import safe_open
-from test_save import FullDisk, QuickDisk, same
+from test_full_checkpoint_save import FullDisk, QuickDisk, same
 
 from moesaic.checkpoint.checkpoint_directory import read_manifest
 from moesaic.checkpoint.full_checkpoint import load_checkpoint, save_checkpoint

@@ -122,7 +122,7 @@ def test_what_is_no_routes_file_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         RoutesFile(path)
     save_file({"a": torch.zeros(2)}, path)
-    with pytest.raises(DataError, match="not of routes"):
+    with pytest.raises(DataError, match="but no routes file"):
         RoutesFile(path)
     save_file({"a": torch.zeros(2)}, path, metadata={"moesaic_routes": "7", "routes": "{}"})
     with pytest.raises(DataError, match="version 7"):
@@ -135,7 +135,7 @@ def test_what_is_no_routes_file_is_named(tmp_path):
     ]}  # fmt: skip
     metadata = {"moesaic_routes": "1", "routes": json.dumps(head)}
     save_file({"a": torch.zeros(2)}, path, metadata=metadata)
-    with pytest.raises(DataError, match="not a whole routes file"):
+    with pytest.raises(DataError, match="incomplete routes file"):
         list(RoutesFile(path))
     written(path, batch(0))
     path.write_bytes(path.read_bytes()[:-3])

@@ -1,4 +1,4 @@
-"""Movements between ranks: what arrives is what was sent, and gradients go the way back."""
+"""Differentiable collectives: values, and gradients by the dual collective."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ def _exchanges() -> dict[str, Any]:
     return {**found, "grad": _grad_back(out, x, rank=rank)}
 
 
-def test_rows_arrive_in_the_order_of_ranks_and_gradients_return() -> None:
+def test_all_to_all_keeps_rank_order_and_backward_reverses_it() -> None:
     found = run_on_ranks(RANKS, _exchanges)
     starts = [[sum(row[:r]) for r in range(RANKS)] for row in SENT]
     for to, got in enumerate(found):
@@ -87,7 +87,7 @@ def _gathers(sizes: tuple[int, ...]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
-def test_gathering_and_scattering_rows_are_each_others_way_back(sizes: tuple[int, ...]) -> None:
+def test_all_gather_and_reduce_scatter_are_dual(sizes: tuple[int, ...]) -> None:
     found = run_on_ranks(RANKS, _gathers, sizes)
     places = [sum(sizes[:r]) for r in range(RANKS)]
     of_all = sum(r + 1.0 for r in range(RANKS))
@@ -116,13 +116,13 @@ def _sums() -> dict[str, Any]:
     return {"sum": total.tolist(), "part": parts.grad.tolist(), "copy": whole.grad.tolist()}
 
 
-def test_a_sum_of_parts_and_a_copy_to_parts_are_each_others_way_back() -> None:
+def test_reduce_from_group_and_copy_to_group_are_dual() -> None:
     for got in run_on_ranks(RANKS, _sums):
         assert got == {"sum": [10.0, 10.0], "part": [3.0, 3.0], "copy": [10.0, 10.0]}
 
 
 @pytest.mark.parametrize("x", [torch.ones(2, 3), torch.ones(0, 3)])
-def test_a_null_group_moves_nothing(x: torch.Tensor) -> None:
+def test_a_group_of_none_returns_its_input(x: torch.Tensor) -> None:
     rows = [len(x)]
     assert all_to_all(x, group=None, input_splits=rows, output_splits=rows) is x
     assert all_gather_rows(x, group=None, sizes=rows) is x

@@ -1,4 +1,4 @@
-"""Counted bytes equal the closed forms, whoever calls the collective."""
+"""Counted bytes equal the closed forms, for our collectives and those of torch."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ def _ours() -> dict[str, list[int]]:
     return found
 
 
-def test_our_collectives_send_what_their_closed_forms_say() -> None:
+def test_our_collectives_send_the_bytes_of_their_closed_forms() -> None:
     row = D * 4
     for rank, found in enumerate(run_on_ranks(RANKS, _ours)):
         own = (1, 2, 0, 3)[rank]
@@ -95,7 +95,7 @@ def _of_torch() -> dict[str, int]:
     return found
 
 
-def test_collectives_of_torch_are_counted_alike() -> None:
+def test_collectives_of_torch_are_counted() -> None:
     every = run_on_ranks(RANKS, _of_torch)
     for rank, found in enumerate(every):
         assert found["all-reduce"] == found["functional sum"] == 48
@@ -130,7 +130,7 @@ def _sharded() -> tuple[int, int, int]:
     return parts[0], parts[1], wire.total_bytes()
 
 
-def test_what_fsdp_gathers_and_scatters_is_counted() -> None:
+def test_collectives_of_fsdp_are_counted() -> None:
     shared = 2 * 8 * 12 * 4 * 3 // 4  # what a rank sends to show or to sum all weights once
     for gathered, scattered, total in run_on_ranks(RANKS, _sharded):
         assert (gathered, scattered) == (2 * shared, shared)
@@ -145,7 +145,7 @@ def _thousand_ranks() -> Any:
 
 
 @pytest.mark.usefixtures("_thousand_ranks")
-def test_a_thousand_ranks_are_counted_where_there_is_one_process() -> None:
+def test_a_thousand_fake_ranks_are_counted_in_one_process() -> None:
     group = distributed.group.WORLD
     with FakeTensorMode(), CommunicationCounter() as wire:
         x = torch.randn(2048, 7168, dtype=torch.bfloat16, requires_grad=True)

@@ -1,4 +1,4 @@
-"""The recorder: which errors it explains, what it counts, and what it leaves alone."""
+"""The flight recorder: which errors it replaces, and what it counts."""
 
 import time
 
@@ -17,7 +17,7 @@ from moesaic.distributed.heartbeat import DEFAULT_GROUP, HeartbeatFile
 
 
 class Found:
-    """A watch that always finds the same."""
+    """A watchdog whose report is constant."""
 
     def __init__(self) -> None:
         self.heartbeat_file = HeartbeatFile()
@@ -38,11 +38,11 @@ class Found:
 
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch) -> Found:
-    watch = Found()
+    watchdog = Found()
     here = FlightRecorder()
-    here.open(watch)  # pyright: ignore[reportArgumentType]
+    here.open(watchdog)  # pyright: ignore[reportArgumentType]
     monkeypatch.setattr(flight_recorder, "FLIGHT_RECORDER", here)
-    return watch
+    return watchdog
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_an_error_about_a_lost_rank_names_it(found: Found, words: str) -> None:
     assert found.heartbeat_file.read().in_collective, "the others must see where this rank waited"
 
 
-def test_an_error_of_the_caller_stays_its_own(found: Found) -> None:
+def test_other_errors_are_unchanged(found: Found) -> None:
     with pytest.raises(RuntimeError, match="shape"), record_collective("all_reduce"):
         raise RuntimeError("shape [2] does not match [3]")
     with pytest.raises(KeyError), record_collective("all_reduce"):
@@ -74,12 +74,12 @@ def test_an_error_of_the_caller_stays_its_own(found: Found) -> None:
     assert found.causes == []
 
 
-def test_without_a_group_of_ours_no_error_is_changed() -> None:
+def test_without_a_watchdog_no_error_is_changed() -> None:
     with pytest.raises(RuntimeError, match="Timed out"), record_collective("all_reduce"):
         raise RuntimeError("Timed out")
 
 
-def test_the_others_are_told_why_a_rank_ends(found: Found) -> None:
+def test_a_failure_is_posted_to_the_other_ranks(found: Found) -> None:
     error = ValueError("no")
     assert flight_recorder.FLIGHT_RECORDER.report_failure(error) is error
     assert found.told == ["ValueError: no"]
@@ -97,7 +97,7 @@ def test_time_in_collectives_is_counted(found: Found) -> None:
     assert found.heartbeat_file.read().collectives_entered(DEFAULT_GROUP) == 2
 
 
-def test_a_compiled_graph_notes_nothing() -> None:
+def test_a_compiled_graph_records_nothing() -> None:
     before = FLIGHT_RECORDER.collective_s
 
     @torch.compile(backend="eager", fullgraph=True)

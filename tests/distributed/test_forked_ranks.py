@@ -42,7 +42,7 @@ def _case(number: int) -> int:
     return 10 * number + distributed.get_rank()
 
 
-def test_a_case_that_fails_or_hangs_does_not_end_those_after_it() -> None:
+def test_cases_after_a_failed_or_hung_one_still_run() -> None:
     first, failed, hung, last = run_cases_on_ranks(2, _case, range(4), timeout_s=1.5)
     assert (first, last) == ([0, 1], [30, 31])
     assert "the real reason" in str(failed)

@@ -1,4 +1,4 @@
-"""Marks: what a book says is what was last written, also when its writer was killed."""
+"""The heartbeat file has the last heartbeat, also when the process was killed."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ def _write(book: HeartbeatFile) -> None:
 
 
 @pytest.mark.parametrize("kept", ["in memory", "in a file"])
-def test_a_book_says_what_was_last_written(kept: str, tmp_path: Path) -> None:
+def test_read_returns_the_last_heartbeat(kept: str, tmp_path: Path) -> None:
     book = HeartbeatFile(tmp_path / "book" if kept == "in a file" else None)
     assert book.read() == Heartbeat(collective_counts={})
     _write(book)
@@ -50,7 +50,7 @@ def _write_and_die(path: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_writer_leaves_its_last_mark(tmp_path: Path) -> None:
+def test_the_file_of_a_killed_process_has_its_last_heartbeat(tmp_path: Path) -> None:
     writer = get_context("fork").Process(target=_write_and_die, args=(tmp_path / "book",))
     writer.start()
     writer.join()
@@ -61,7 +61,7 @@ def test_a_killed_writer_leaves_its_last_mark(tmp_path: Path) -> None:
     assert mark.in_collective
 
 
-def test_many_groups_and_long_names_fit(tmp_path: Path) -> None:
+def test_many_groups_and_long_names_fit_into_the_file(tmp_path: Path) -> None:
     book = HeartbeatFile()
     for index in range(300):
         book.begin_collective("a" * 99, group=f"{index}-{'g' * 99}")
@@ -72,7 +72,7 @@ def test_many_groups_and_long_names_fit(tmp_path: Path) -> None:
     assert read_heartbeat_file(tmp_path / "none") is None
 
 
-def test_a_closed_book_leaves_no_file(tmp_path: Path) -> None:
+def test_close_removes_the_file(tmp_path: Path) -> None:
     book = HeartbeatFile(tmp_path / "book")
     book.close()
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Joining: from nothing, from a half-set environment, from torchrun, and after a restart."""
+"""Initialization without torchrun, with an incomplete environment, and with torchrun."""
 
 import pytest
 
@@ -14,13 +14,15 @@ def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_one_process_is_a_world() -> None:
+def test_without_torchrun_the_world_is_a_single_process() -> None:
     with init_distributed(device="cpu") as world:
         assert isinstance(world, SingleProcess)
         assert (world.rank, world.size) == (0, 1)
 
 
-def test_a_half_set_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_environment_is_refused_with_the_missing_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("RANK", "0")
     with (
         pytest.raises(UserError, match="WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
@@ -35,5 +37,5 @@ def _join_existing() -> tuple[bool, int]:
     return inside, ProcessGroupWorld().size
 
 
-def test_an_existing_group_is_used_and_left() -> None:
+def test_an_existing_group_is_used_and_not_destroyed() -> None:
     assert run_on_ranks(2, _join_existing) == [(True, 2)] * 2

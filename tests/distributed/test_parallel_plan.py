@@ -25,20 +25,20 @@ def test_every_rank_is_in_one_group_of_every_axis() -> None:
             assert {len(group) for group in groups} == {size}
 
 
-def test_a_rank_is_where_its_place_says() -> None:
+def test_rank_at_inverts_coordinates() -> None:
     grid = RankGrid(FOLDED.resolve(16).axes())
     assert [grid.rank_at(grid.coordinates(rank)) for rank in range(16)] == list(range(16))
     assert grid.coordinates(5) == {"pipe": 0, "data": 1, "context": 0, "tensor": 1}
     assert grid.group(5, ("data", "tensor")) == (0, 1, 4, 5)
 
 
-def test_experts_are_spread_over_neighbours() -> None:
+def test_experts_are_sharded_over_consecutive_ranks() -> None:
     grid = RankGrid(ParallelPlan(expert=4).resolve(8).axes(num_experts=4))
     assert grid.groups(("expert",)) == ((0, 1, 2, 3), (4, 5, 6, 7))
     assert grid.groups(("expert_data",)) == ((0, 4), (1, 5), (2, 6), (3, 7))
 
 
-def test_data_takes_the_ranks_that_are_left() -> None:
+def test_data_takes_the_remaining_ranks() -> None:
     assert ParallelPlan(tensor=2, pipe=2).resolve(16).data == 4
 
 
@@ -46,7 +46,7 @@ def test_data_takes_the_ranks_that_are_left() -> None:
     ("experts", "spread"),
     [(32, 32), (64, 64), (128, 128)],
 )
-def test_a_pyramid_spreads_each_layer_as_wide_as_it_has_experts(experts: int, spread: int) -> None:
+def test_a_layer_of_fewer_experts_uses_fewer_ranks(experts: int, spread: int) -> None:
     # PR-MoE on 128 ranks: 32 experts over 32 ranks and 4 copies, 128 over all (2201.05596)
     axes = ParallelPlan(expert=128).resolve(128).axes(num_experts=experts)
     assert (axes["expert"], axes["expert_data"]) == (spread, 128 // spread)
@@ -68,7 +68,7 @@ def test_a_plan_that_does_not_fit_is_refused_with_both_numbers(
         plan.resolve(world)
 
 
-def test_experts_that_do_not_divide_are_refused_with_what_does() -> None:
+def test_experts_that_do_not_divide_are_refused_with_the_divisors() -> None:
     with pytest.raises(ConfigError, match="neither divides the 6 experts"):
         ParallelPlan(expert=4).expert_ranks(6, layer="encoder.1")
 
@@ -85,5 +85,5 @@ def test_experts_that_do_not_divide_are_refused_with_what_does() -> None:
         (ParallelPlan(), "D"),
     ],
 )
-def test_a_plan_knows_its_name_in_the_paper(plan: ParallelPlan, short: str) -> None:
+def test_the_acronym_is_that_of_the_paper(plan: ParallelPlan, short: str) -> None:
     assert plan.resolve(8).acronym == short

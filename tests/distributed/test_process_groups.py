@@ -1,4 +1,4 @@
-"""A group is cut into runs, and across them."""
+"""A group is split into inner and outer subgroups."""
 
 import pytest
 import torch.distributed as distributed
@@ -19,13 +19,13 @@ def _splits() -> list[tuple[list[int] | None, list[int] | None]]:
     return [(_ranks(part.inner), _ranks(part.outer)) for part in parts]
 
 
-def test_runs_are_neighbours_and_their_places_are_groups() -> None:
+def test_inner_groups_are_consecutive_and_outer_groups_strided() -> None:
     every = [0, 1, 2, 3]
     for rank, found in enumerate(run_on_ranks(4, _splits)):
         run, place = [rank // 2 * 2, rank // 2 * 2 + 1], [rank % 2, rank % 2 + 2]
         assert found == [(None, every), (run, place), (every, None), (place, None)]
 
 
-def test_runs_come_out_even() -> None:
+def test_a_size_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="1 ranks cannot be split into runs of 2"):
         split_group(None, inner_size=2)

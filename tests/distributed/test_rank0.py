@@ -1,4 +1,4 @@
-"""Work of one rank for all: its answer, its errors, and more time than the collectives have."""
+"""Work on rank 0: its result, its errors, and more time than the timeout of collectives."""
 
 import time
 
@@ -21,7 +21,7 @@ def _answer() -> tuple[list[int], list[int]]:
     return run_on_rank0(world, work), worked
 
 
-def test_one_rank_works_and_all_know() -> None:
+def test_all_ranks_receive_the_result_of_rank_0() -> None:
     assert run_on_ranks(3, _answer) == [([1, 2], [0]), ([1, 2], []), ([1, 2], [])]
     assert run_on_rank0(SingleProcess(), lambda: "here") == "here"
 
@@ -31,7 +31,7 @@ def _slow() -> str:
     return run_on_rank0(ProcessGroupWorld(), lambda: time.sleep(1.5) or "done")
 
 
-def test_it_may_take_longer_than_a_collective() -> None:
+def test_it_may_take_longer_than_the_collective_timeout() -> None:
     assert run_on_ranks(2, _slow, timeout_s=30, collective_timeout_s=1.0) == ["done", "done"]
 
 
@@ -46,7 +46,7 @@ def _mistake() -> str:
     return "nothing"
 
 
-def test_a_users_mistake_is_raised_on_every_rank() -> None:
+def test_a_user_error_is_raised_on_every_rank() -> None:
     assert run_on_ranks(2, _mistake) == ["no such corpus"] * 2
 
 
@@ -54,6 +54,6 @@ def _bug() -> None:
     run_on_rank0(ProcessGroupWorld(), lambda: 1 // 0)
 
 
-def test_a_bug_ends_the_run() -> None:
+def test_any_other_error_ends_the_run() -> None:
     with pytest.raises(RankError, match="ZeroDivisionError"):
         run_on_ranks(2, _bug)

@@ -1,4 +1,4 @@
-"""A rank alone finds what it would if every other rank did as it does."""
+"""A simulated rank computes what it would if every other rank did the same."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from moesaic.distributed.collectives import all_gather_rows, all_to_all
 from moesaic.distributed.simulation import SharedChunks, SimulatedRank, fake_process_group
 
 
-def test_floats_have_no_numbers_and_integers_do() -> None:
+def test_floats_are_fake_and_integers_are_real() -> None:
     with SimulatedRank():
         weights, places = torch.zeros(1 << 20, 1 << 20), torch.arange(6) % 4
         rows = weights[places]
@@ -19,12 +19,12 @@ def test_floats_have_no_numbers_and_integers_do() -> None:
     assert places.tolist() == [0, 1, 2, 3, 0, 1]
 
 
-def test_what_depends_on_a_number_is_refused() -> None:
+def test_reading_a_fake_value_is_refused() -> None:
     with SimulatedRank(), pytest.raises(DataDependentOutputException):
         float(torch.zeros(()) + 1)
 
 
-def test_others_send_what_this_rank_sends_to_itself() -> None:
+def test_collectives_return_copies_of_what_this_rank_sends() -> None:
     with fake_process_group(1000, rank=3), SimulatedRank():
         group = distributed.group.WORLD
         counts = torch.arange(2000).view(1000, 2)
@@ -39,7 +39,7 @@ def test_others_send_what_this_rank_sends_to_itself() -> None:
     assert not distributed.is_initialized()
 
 
-def test_bytes_in_use_are_those_of_tensors_that_live() -> None:
+def test_allocated_bytes_are_those_of_live_tensors() -> None:
     with SimulatedRank() as alike:
         one = torch.zeros(100)
         view = one[10:]
@@ -50,7 +50,7 @@ def test_bytes_in_use_are_those_of_tensors_that_live() -> None:
         assert alike.allocated_bytes() == 400, "a view keeps all of its storage"
 
 
-def test_few_pieces_are_those_of_torch() -> None:
+def test_shared_chunks_equal_those_of_torch() -> None:
     for length, chunks in ((12, 4), (7, 3), (2, 5), (0, 2)):
         whole = torch.arange(length * 2).view(length, 2)
         wanted = torch.chunk(whole, chunks)

@@ -1,4 +1,4 @@
-"""The watch: what it says of processes, of a store that is gone, and when it warns."""
+"""The watchdog: process states, a store that does not answer, and warnings."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from multiprocessing import get_context
 import pytest
 import torch.distributed as distributed
 
-from moesaic.distributed import watchdog as watch_module
+from moesaic.distributed import watchdog as watchdog_module
 from moesaic.distributed.heartbeat import DEFAULT_GROUP, HeartbeatFile
 from moesaic.distributed.watchdog import Watchdog, process_state
 
@@ -25,7 +25,7 @@ def _until(pid: int, state: str) -> str:
     return process_state(pid)
 
 
-def test_a_process_runs_is_stopped_or_is_gone() -> None:
+def test_process_state_is_alive_stopped_or_gone() -> None:
     process = get_context("fork").Process(target=_sleep)
     process.start()
     assert process.pid is not None
@@ -38,7 +38,7 @@ def test_a_process_runs_is_stopped_or_is_gone() -> None:
     assert process_state(process.pid) == "gone"
 
 
-def _watches(timeout_s: float) -> tuple[list[Watchdog], distributed.TCPStore]:
+def _watchdogs(timeout_s: float) -> tuple[list[Watchdog], distributed.TCPStore]:
     server = distributed.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5)
     )
@@ -52,12 +52,12 @@ def _watches(timeout_s: float) -> tuple[list[Watchdog], distributed.TCPStore]:
 
 def _said_while_rank_1_is_away(monkeypatch: pytest.MonkeyPatch, *, inside: bool) -> list[str]:
     said: list[str] = []
-    monkeypatch.setattr(watch_module, "_print_stderr", said.append)
-    (here, there), server = _watches(timeout_s=1.0)
+    monkeypatch.setattr(watchdog_module, "_print_stderr", said.append)
+    (here, there), server = _watchdogs(timeout_s=1.0)
     here.start()
     there.start()
-    for watch in (here, there):
-        watch.heartbeat_file.mark_phase("forward", step=3)
+    for watchdog in (here, there):
+        watchdog.heartbeat_file.mark_phase("forward", step=3)
     here.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
     if not inside:
         here.heartbeat_file.end_collective()
@@ -72,7 +72,7 @@ def _said_while_rank_1_is_away(monkeypatch: pytest.MonkeyPatch, *, inside: bool)
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["as with gloo", "as with NCCL"])
-def test_a_rank_that_is_waited_for_is_said_at_half_of_the_patience(
+def test_a_lost_rank_is_printed_at_half_of_the_timeout(
     monkeypatch: pytest.MonkeyPatch, inside: bool
 ) -> None:
     (warning,) = _said_while_rank_1_is_away(monkeypatch, inside=inside)
@@ -81,22 +81,22 @@ def test_a_rank_that_is_waited_for_is_said_at_half_of_the_patience(
     assert ("where rank 0 waited" in warning) == inside
 
 
-def test_ranks_that_are_all_at_work_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_working_ranks_print_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(watch_module, "_print_stderr", said.append)
-    watches, server = _watches(timeout_s=0.4)
-    for watch in watches:
-        watch.start()
-        watch.heartbeat_file.mark_phase("forward", step=3)
+    monkeypatch.setattr(watchdog_module, "_print_stderr", said.append)
+    watchdogs, server = _watchdogs(timeout_s=0.4)
+    for watchdog in watchdogs:
+        watchdog.start()
+        watchdog.heartbeat_file.mark_phase("forward", step=3)
     time.sleep(0.9)
-    for watch in watches:
-        watch.close()
+    for watchdog in watchdogs:
+        watchdog.close()
     del server
     assert said == []
 
 
-def test_all_ranks_say_what_the_first_one_found() -> None:
-    (here, there), server = _watches(timeout_s=1.0)
+def test_all_ranks_raise_the_report_of_the_first() -> None:
+    (here, there), server = _watchdogs(timeout_s=1.0)
     here.start()
     there.start()
     here.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
@@ -109,10 +109,12 @@ def test_all_ranks_say_what_the_first_one_found() -> None:
     del server
 
 
-def test_a_rank_of_another_machine_is_known_by_its_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_of_another_machine_is_silent_without_new_heartbeats(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     names = iter(["here 1", "there 2"])
-    monkeypatch.setattr(watch_module, "_machine_id", lambda: next(names))
-    (here, there), server = _watches(timeout_s=1.0)
+    monkeypatch.setattr(watchdog_module, "_machine_id", lambda: next(names))
+    (here, there), server = _watchdogs(timeout_s=1.0)
     here.start()
     there.start()
     here.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
@@ -124,12 +126,12 @@ def test_a_rank_of_another_machine_is_known_by_its_beats(monkeypatch: pytest.Mon
     del server
 
 
-def test_a_store_that_is_gone_is_said() -> None:
-    (here, _), server = _watches(timeout_s=1.0)
+def test_a_store_that_does_not_answer_is_reported() -> None:
+    (here, _), server = _watchdogs(timeout_s=1.0)
     here.heartbeat_file.mark_phase("forward", step=3)
     here.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
     del server
-    verdict = here.report_hang("it said so")
-    assert verdict.ranks == ()
-    assert "rank 0 lost its peers in all_reduce #1 (step 3, forward)" in verdict.sentence
-    assert "does not answer" in verdict.sentence
+    report = here.report_hang("it said so")
+    assert report.ranks == ()
+    assert "rank 0 lost its peers in all_reduce #1 (step 3, forward)" in report.sentence
+    assert "does not answer" in report.sentence

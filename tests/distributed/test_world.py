@@ -32,7 +32,7 @@ def _everything() -> dict[str, object]:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_every_rank_gets_the_same_sums(size: int) -> None:
+def test_every_rank_receives_the_same_sums(size: int) -> None:
     total = size * (size - 1) // 2
     for rank, got in enumerate(run_on_ranks(size, _everything)):
         assert got["sum"] == [size, total]
@@ -45,7 +45,7 @@ def test_every_rank_gets_the_same_sums(size: int) -> None:
         assert got["mine"] == [rank], "sum and gather must not change what they were given"
 
 
-def test_alone_has_the_same_methods_and_changes_nothing() -> None:
+def test_a_single_process_has_the_same_methods_and_changes_nothing() -> None:
     world = SingleProcess()
     assert isinstance(world, World)
     weight = torch.nn.Parameter(torch.zeros(2))
@@ -74,7 +74,7 @@ def _count_reductions() -> tuple[int, list[float]]:
     return len(calls), [float(p.grad.sum()) for p in parameters]
 
 
-def test_gradients_travel_in_few_flat_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_reduced_in_few_flat_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world_module, "BUCKET_BYTES", 4 * 100 * 20)
     for calls, sums in run_on_ranks(2, _count_reductions):
         assert calls == 3  # 50 parameters, 20 to a bucket

@@ -1,4 +1,4 @@
-"""The page on verify: every way of being laid out is in it, and no row differs."""
+"""The page on verify: every degree and option has a row, and every row is equal."""
 
 import re
 
@@ -29,23 +29,23 @@ def families() -> list[tuple[str, type[Choice]]]:
 def test_each_plan_of_the_page_is_equal(section: Section) -> None:
     found = rows(section)
     assert len(found) >= 40
-    assert [(plan, verdict) for _, plan, verdict in found if verdict != "equal"] == []
+    assert [(plan, result) for _, plan, result in found if result != "equal"] == []
     assert {ranks for ranks, _, _ in found} == {"2", "4", "8"}
     assert section.command in PAGE.read_text(encoding="utf-8")
 
 
-def test_every_degree_and_every_choice_there_is_has_a_row() -> None:
+def test_every_degree_and_every_option_has_a_row() -> None:
     plans = [plan for section in SECTIONS for _, plan, _ in rows(section)]
     words = [f"{axis} {degree}" for axis in AXES for degree in (2, 4)]
     words += [f"zero {stage}" for stage in (1, 2, 3)]
     for name, family in families():
         usual = type(ParallelConfig.model_fields[name].default).__name__
-        words += [f"{name} {m.removesuffix(name.title())}" for m in family.members if m != usual]
+        words += [f"{name} {m}" for m in family.members if m != usual]
     lacking = [word for word in words if not any(word in plan.split(", ") for plan in plans)]
     assert lacking == [], "python tools/verify_page.py writes the page again"
 
 
-def test_the_plain_choices_are_not_said() -> None:
+def test_default_options_are_not_named() -> None:
     assert describe_plan(ParallelConfig(plan=ParallelPlan(data=2, expert=2))) == "data 2, expert 2"
 
 

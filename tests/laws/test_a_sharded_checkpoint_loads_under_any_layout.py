@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from checkpoint_samples import save_sharded
 from random_shards import (
     FullTensors,
     fill_with_sentinel,
@@ -14,7 +15,7 @@ from random_shards import (
 from moesaic.checkpoint.checkpoint_directory import RetentionPolicy
 from moesaic.checkpoint.full_checkpoint import load_checkpoint, save_checkpoint
 from moesaic.checkpoint.reshard import ShardedForm, reshard
-from moesaic.checkpoint.sharded_checkpoint import CheckpointSaver, load_sharded, save_sharded
+from moesaic.checkpoint.sharded_checkpoint import CheckpointSaver, load_sharded
 from moesaic.checkpoint.snapshot import RankSnapshot, Snapshot
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess

@@ -1,4 +1,4 @@
-"""Seeded defects: each is a mistake that real systems make, put in on several ranks only."""
+"""Seeded defects: errors of real systems, inserted on several ranks only."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ Patch = pytest.MonkeyPatch
 
 @dataclass(frozen=True)
 class Defect:
-    """``seed`` puts it in; under ``plan`` the measure ``shows`` it."""
+    """``seed`` inserts the defect; under ``plan`` the measure ``shows`` exceeds its tolerance."""
 
     seed: Callable[[Patch], None]
     plan: ParallelPlan

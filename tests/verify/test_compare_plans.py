@@ -1,4 +1,4 @@
-"""A proof that can fail: what is right passes, and each seeded defect is found and named."""
+"""Correct plans are equal, and each seeded defect is found in its measure."""
 
 import os
 
@@ -42,11 +42,11 @@ def given(*, steps: int = 1, timeout_s: float = 60.0) -> VerifySetup:
     )
 
 
-def verdicts(*chosen: ParallelConfig, of: VerifySetup) -> list[PlanResult]:
+def results(*chosen: ParallelConfig, of: VerifySetup) -> list[PlanResult]:
     return list(compare_plans(of, plans=chosen))
 
 
-def test_the_steps_drop_edges_so_that_capacity_is_at_work() -> None:
+def test_the_steps_drop_tokens_so_that_capacity_is_tested() -> None:
     lost, edges = count_dropped(run_reference(given()))
     assert 0 < lost < edges
 
@@ -55,19 +55,19 @@ def test_the_steps_drop_edges_so_that_capacity_is_at_work() -> None:
 def test_a_seeded_defect_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     defect = DEFECTS[name]
     defect.seed(monkeypatch)
-    [verdict] = verdicts(ParallelConfig(plan=defect.plan), of=given())
-    measures = [words.split()[0] for words in verdict.problems]
-    assert defect.shows in measures, verdict.problems
+    [result] = results(ParallelConfig(plan=defect.plan), of=given())
+    measures = [words.split()[0] for words in result.problems]
+    assert defect.shows in measures, result.problems
 
 
 def test_without_a_defect_the_same_plans_are_equal() -> None:
     plans = {defect.plan.to_yaml(): defect.plan for defect in DEFECTS.values()}
-    found = verdicts(*(ParallelConfig(plan=plan) for plan in plans.values()), of=given())
-    assert [verdict.problems for verdict in found] == [()] * len(plans)
+    found = results(*(ParallelConfig(plan=plan) for plan in plans.values()), of=given())
+    assert [result.problems for result in found] == [()] * len(plans)
     assert summarize(found) == f"{len(plans)} plans of 2 ranks: each equals one process"
 
 
-def test_a_rank_that_raises_or_dies_is_a_verdict_and_the_rest_goes_on(
+def test_a_plan_that_raises_or_dies_is_a_result_and_the_others_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     advance = Trainer.train_step
@@ -82,7 +82,7 @@ def test_a_rank_that_raises_or_dies_is_a_verdict_and_the_rest_goes_on(
 
     monkeypatch.setattr(Trainer, "train_step", sometimes)
     plans = [ParallelConfig(plan=p) for p in (TENSOR, DATA.replace(expert=2), DATA)]
-    raised, died, right = verdicts(*plans, of=given())
+    raised, died, right = results(*plans, of=given())
     assert raised.problems == ("failed: rank 1 failed: ValueError: no such tensor | here",)
     assert died.problems == ("failed: rank 1 died with exit code 3",)
     assert right.equal

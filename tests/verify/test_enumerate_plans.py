@@ -1,4 +1,4 @@
-"""The plans of some ranks: all of them, the few that cover them, and those that are refused."""
+"""The plans of a number of ranks: valid ones, a pairwise cover, and rejected ones."""
 
 from itertools import combinations
 
@@ -22,14 +22,14 @@ def run_with(*, heads: int, experts: int = 8) -> Run:
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_every_plan_has_its_ranks_and_no_two_are_alike(world: int) -> None:
+def test_every_plan_has_the_world_size_and_plans_are_distinct(world: int) -> None:
     plans = enumerate_plans([world], run=run_with(heads=8)).valid
     assert {parallel.plan.world_size for parallel in plans} == {world}
     assert len({parallel.to_yaml() for parallel in plans}) == len(plans)
     assert len({describe_plan(parallel) for parallel in plans}) == len(plans)
 
 
-def test_every_fold_of_two_ranks_is_there() -> None:
+def test_every_plan_of_two_ranks_is_enumerated() -> None:
     plans = [p.plan for p in enumerate_plans([2], run=run_with(heads=8)).valid]
     dense = {(p.data, p.context, p.tensor) for p in plans if p.pipe == 1}
     folds = {(p.expert, p.expert_tensor) for p in plans if p.pipe == 1}
@@ -38,19 +38,19 @@ def test_every_fold_of_two_ranks_is_there() -> None:
     assert {p.zero for p in plans} == {0, 1, 2, 3}
 
 
-def test_zero_is_not_asked_of_plans_without_copies() -> None:
+def test_plans_without_replicas_have_no_zero() -> None:
     plans = [p.plan for p in enumerate_plans([2], run=run_with(heads=8)).valid]
     assert all(p.zero == 0 for p in plans if (p.tensor, p.expert) == (2, 2))
 
 
-def test_a_plan_that_cuts_heads_in_two_is_refused_with_the_reason() -> None:
+def test_a_plan_that_splits_heads_is_rejected_with_the_reason() -> None:
     plans = enumerate_plans([4], run=run_with(heads=2))
     assert not any(parallel.plan.tensor == 4 for parallel in plans.valid)
     refused = {why: len(several) for why, several in plans.rejected.items()}
     assert any("tensor=4" in why and "2 heads" in why for why in refused), refused
 
 
-def test_the_covering_plans_have_every_pair_of_degrees_that_any_plan_has() -> None:
+def test_the_pairwise_cover_has_every_pair_of_degrees() -> None:
     plans = enumerate_plans([2, 4], run=run_with(heads=8))
     few = plans.pairwise_cover()
 
@@ -67,13 +67,13 @@ def test_the_covering_plans_have_every_pair_of_degrees_that_any_plan_has() -> No
     assert few.rejected == plans.rejected
 
 
-def test_a_name_says_the_degrees_above_one() -> None:
+def test_a_description_has_the_degrees_above_one() -> None:
     plan = ParallelPlan(data=2, tensor=2, expert=4, zero=3)
     assert describe_plan(ParallelConfig(plan=plan)) == "data 2, tensor 2, expert 4, zero 3"
     assert describe_plan(ParallelConfig(plan=ParallelPlan(data=1))) == "single process"
 
 
-def test_a_pipeline_is_refused_where_it_has_too_few_blocks_or_micro_batches_or_shares_out() -> None:
+def test_a_pipeline_with_too_few_blocks_or_micro_batches_or_with_zero_is_rejected() -> None:
     run = run_with(heads=2)
     assert {p.plan.pipe for p in enumerate_plans([4], run=run).valid} == {1, 2}  # of two blocks
     few = enumerate_plans([2], run=run.replace(gradient_accumulation_steps=1)).valid

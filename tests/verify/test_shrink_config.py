@@ -1,4 +1,4 @@
-"""A small run: narrow, quick, and of the same structure."""
+"""A shrunk run has small sizes and the same structure."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def sparse_pattern(run: Run) -> list[list[bool]]:
 
 
 @pytest.mark.parametrize("name", RECIPES.descriptions())
-def test_every_recipe_becomes_small_and_keeps_its_rules(name: str) -> None:
+def test_every_recipe_shrinks_and_keeps_its_rules(name: str) -> None:
     before = find_recipe(name)
     after = shrink_config(before).run
     assert after.model.dim <= DIM
@@ -37,7 +37,7 @@ def test_every_recipe_becomes_small_and_keeps_its_rules(name: str) -> None:
     assert type(after.optimizer) is type(before.optimizer)
 
 
-def test_heads_and_groups_stay_and_their_width_shrinks() -> None:
+def test_heads_and_kv_heads_stay_and_their_width_shrinks() -> None:
     model = find_recipe("tiny").model.replace(
         dim=512, attention=AttentionConfig(heads=16, kv_heads=4)
     )
@@ -45,7 +45,7 @@ def test_heads_and_groups_stay_and_their_width_shrinks() -> None:
     assert (after.heads, after.kv_heads, after.head_dim) == (16, 4, 4)
 
 
-def test_experts_stay_as_many_as_their_rule_needs() -> None:
+def test_a_rule_keeps_the_experts_that_it_needs() -> None:
     rule = SigmoidTopK(k=4, expert_groups=TopGroups(num_groups=16, top_groups=4))
     moe = MoE(experts=256, select=rule, limit=Capacity(), shared_experts=SharedExperts(), hidden=32)
     model = find_recipe("tiny").model.replace(moe=moe)
@@ -57,7 +57,7 @@ def test_experts_stay_as_many_as_their_rule_needs() -> None:
     assert after.hidden == 8  # a quarter of the dense width, as before
 
 
-def test_a_pyramid_keeps_one_number_of_experts_for_each_block_that_has_any() -> None:
+def test_experts_per_layer_keep_one_number_for_each_moe_block() -> None:
     stack = Stack(layers=6, moe_every=2, experts_per_layer=(4, 32, 64))
     model = find_recipe("tiny").model.replace(encoder=stack, moe=MoE(experts=4))
     after = shrink_config(find_recipe("tiny").replace(model=model)).run.model.encoder
@@ -65,14 +65,14 @@ def test_a_pyramid_keeps_one_number_of_experts_for_each_block_that_has_any() -> 
 
 
 @pytest.mark.parametrize("optimizer", [AdamW(lr=0.5), Muon(adamw=AdamW(lr=0.5))])
-def test_tiny_gradients_do_not_move_weights_by_their_sign(optimizer: AdamW | Muon) -> None:
+def test_tiny_gradients_do_not_change_weights_by_their_sign(optimizer: AdamW | Muon) -> None:
     after = shrink_config(find_recipe("tiny").replace(optimizer=optimizer)).run.optimizer
     inner = after.adamw if isinstance(after, Muon) else after
     assert isinstance(inner, AdamW)
     assert (inner.eps, inner.lr) == (EPS, 0.5)
 
 
-def test_what_was_changed_is_said() -> None:
+def test_changed_keys_are_listed() -> None:
     changed = shrink_config(find_recipe("tiny")).changes
     assert "model.dim: 64 -> 32" in changed
     assert not any("select" in line for line in changed)

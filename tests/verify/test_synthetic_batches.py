@@ -1,4 +1,4 @@
-"""Made-up batches: a function of their number, uneven, and dealt out whole."""
+"""Synthetic batches: a function of their number, uneven, and sharded completely."""
 
 import torch
 
@@ -13,7 +13,7 @@ def rows(batch: Batch) -> list[list[int]]:
     return sorted(both.tolist())
 
 
-def test_the_parts_of_a_batch_are_the_batch() -> None:
+def test_the_shards_of_a_batch_are_the_batch() -> None:
     for number in range(1, 7):
         whole = UnevenBatches(SHAPE, seed=3)
         parts = [UnevenBatches(SHAPE, seed=3, shard=part, num_shards=4) for part in range(4)]
@@ -22,26 +22,26 @@ def test_the_parts_of_a_batch_are_the_batch() -> None:
         assert rows(next(whole)) == sorted(row for part in parts for row in rows(next(part)))
 
 
-def test_some_batches_leave_readers_without_a_row() -> None:
+def test_some_shards_have_no_row() -> None:
     streams = [UnevenBatches(SHAPE, seed=3, shard=part, num_shards=4) for part in range(4)]
     counts = [[next(stream).rows for stream in streams] for _ in range(3)]
     assert min(map(min, counts)) == 0
     assert min(map(max, counts)) > 0
 
 
-def test_rows_are_of_many_lengths_and_padding_is_not_predicted() -> None:
+def test_rows_have_many_lengths_and_padding_is_not_predicted() -> None:
     batch = uneven_batch(SHAPE, rows=20, seed=1)
     assert len(set((batch.target_in != PAD).sum(1).tolist())) > 4
     assert not ((batch.target_out != PAD) & (batch.target_in == PAD)).any()
     assert batch.num_predicted > 0
 
 
-def test_without_an_encoder_there_is_no_source_and_not_every_token_is_predicted() -> None:
+def test_without_an_encoder_there_is_no_source_and_the_prompt_is_not_predicted() -> None:
     batch = uneven_batch(SyntheticShape(rows=7, length=9, source=False), rows=20, seed=1)
     assert batch.source.shape == (20, 0)
     assert (batch.target_out[:, 0] == PAD).any()
     assert (batch.target_out[:, 0] != PAD).any()
 
 
-def test_seeds_give_other_text() -> None:
+def test_another_seed_gives_other_batches() -> None:
     assert rows(next(UnevenBatches(SHAPE, seed=1))) != rows(next(UnevenBatches(SHAPE, seed=2)))

@@ -1,4 +1,4 @@
-"""Two traces: what is measured, what is beyond a tolerance, and what NaN is."""
+"""Differences of two traces: measures, tolerances, and NaN."""
 
 import math
 from dataclasses import replace
@@ -56,7 +56,7 @@ def test_a_trace_equals_itself() -> None:
         ({"replica_differences": [(1e-7, "a")]}, "replicas 1.0e-07 (a)"),
     ],
 )
-def test_what_differs_is_named_with_its_place(changes: dict, said: str) -> None:
+def test_a_difference_has_its_name_and_step(changes: dict, said: str) -> None:
     assert said in wrong(replace(trace(), **changes))
 
 
@@ -66,11 +66,11 @@ def test_nan_equals_nothing() -> None:
     assert "gradient nan (a, step 1)" in wrong(other)
 
 
-def test_rounding_of_a_gradient_that_is_next_to_nothing_is_no_difference() -> None:
+def test_rounding_of_a_tiny_gradient_is_no_difference() -> None:
     other = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([-1e-9])}
     assert wrong(replace(trace(), gradients=[other])) == ""
 
 
-def test_traces_of_other_lengths_are_not_compared() -> None:
+def test_traces_of_different_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="0 steps compared with one of 1"):
         compare_traces(trace(), other=replace(trace(), metrics=[]))

@@ -1,7 +1,7 @@
-"""Checkpoints written whole or not at all, verified before they are believed; run directories.
+"""Checkpoints: written atomically, verified when loaded; and run directories. May import model and
+below.
 
-May import model and below. Start with ``snapshot.py`` (what is saved), ``save.py`` and ``load.py``;
-for many ranks with ``shard.py`` (what one of them holds), ``sharded.py`` and ``saver.py``.
-Everything that touches the disk while saving goes through ``disk.py``, so a test can make it fail
-at any moment.
+Start with ``snapshot.py`` (what is saved), ``full_checkpoint.py`` and ``sharded_checkpoint.py``.
+All disk operations of saving are in ``Disk`` (``checkpoint_directory.py``), so tests can inject
+faults.
 """

@@ -1,10 +1,10 @@
-"""Index: where each block of each tensor of a checkpoint lies, for both forms of a checkpoint.
+"""Block index: which file stores each block of each tensor, for both forms of a checkpoint.
 
-A whole one has a file per kind (``model.safetensors``), each tensor in one block. A sharded one
-has a file per rank that wrote (``shard-00003.safetensors``) and an ``index.json``: the blocks of
-tensors as ranks held them, but each expert of a bank by itself, under a name that carries its
-global number: ``model/encoder.0.experts.up/expert-0007``. A block that is not all of its tensor or
-expert has its offset behind an ``@``.
+The full form has a file per kind (``model.safetensors``), with each tensor in one block. The
+sharded form has a file per rank (``shard-00003.safetensors``) and an ``index.json``: tensors as the
+blocks of the ranks' shards, but every expert stored separately under its global number:
+``model/encoder.0.experts.up/expert-0007``. A block that does not span its tensor or expert has its
+offset after an ``@``.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moesaic.checkpoint.checkpoint_directory import Manifest
+from moesaic.checkpoint.checkpoint_directory import Manifest, current_name
 from moesaic.checkpoint.safetensors_io import DTYPE_NAMES
 from moesaic.core.errors import CheckpointError
 
@@ -30,7 +30,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class StoredBlock:
-    """A part of a tensor: ``shape`` long from ``offset`` on, stored in ``file`` under ``key``."""
+    """A block of a tensor: ``shape`` values at ``offset``, stored in ``file`` under ``key``."""
 
     file: str
     key: str
@@ -44,10 +44,10 @@ class StoredBlock:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor of a checkpoint. ``experts``: it is a bank of so many, along its first dim (or 0).
+    """A tensor of a checkpoint. ``num_experts``: the length of its first dim if that is experts, or
+    0.
 
-    ``split``: each expert is stored by itself, so that a block is one expert's and lacks that dim
-    on disk.
+    ``split_by_expert``: each expert is stored separately, without the first dim.
     """
 
     shape: Shape
@@ -65,13 +65,13 @@ class StoredTensor:
         return self.numel * self.dtype.itemsize
 
     def expert_blocks(self, expert: int) -> tuple[StoredBlock, ...]:
-        """The blocks of one expert of a split bank."""
+        """The blocks of one expert of a tensor that is split by expert."""
         return tuple(b for b in self.blocks if b.offset[0] == expert)
 
 
 @dataclass(frozen=True, slots=True)
 class BlockIndex:
-    """``files``: kind of file (``model``, ``optimizer``) to name to what is stored."""
+    """``files``: stored tensors by kind of file (``model``, ``optimizer``) and name."""
 
     files: Mapping[str, Mapping[str, StoredTensor]]
 
@@ -79,6 +79,11 @@ class BlockIndex:
         for file, tensors in self.files.items():
             for name, stored in tensors.items():
                 yield file, name, stored
+
+    def problems(self) -> list[str]:
+        """Return a message on tensors that their blocks do not cover, or nothing."""
+        problems = [f"{file}/{name}: {p}" for file, name, t in self for p in coverage_problems(t)]
+        return [first_few(problems)] if problems else []
 
     def to_json(self) -> str:
         """Return the content of ``index.json``: a line for each tensor."""
@@ -91,39 +96,58 @@ class BlockIndex:
 
 
 def num_experts_of(name: str, *, shape: Shape, expert_parameters: Mapping[str, int]) -> int:
-    """Return how many experts a tensor holds along its first dim; 0 if it is no bank.
+    """Return the number of experts along the first dim of a tensor; 0 if it is not experts.
 
-    ``name`` may be that of a parameter or of a slot of its optimizer state (``exp_avg/...``).
+    ``name`` is that of a parameter, or of its optimizer state (``exp_avg/...``).
     """
     parameter = name if name in expert_parameters else name.partition("/")[2]
     experts = expert_parameters.get(parameter, 0)
     return experts if shape[:1] == (experts,) and math.prod(shape) else 0
 
 
+def sharded_tensor(
+    name: str,
+    *,
+    shape: Shape,
+    dtype: torch.dtype,
+    blocks: Iterable[StoredBlock],
+    expert_parameters: Mapping[str, int],
+) -> StoredTensor:
+    """Return a tensor of the sharded form: split by expert if its first dim is experts."""
+    experts = num_experts_of(name, shape=shape, expert_parameters=expert_parameters)
+    return StoredTensor(shape, dtype, tuple(blocks), experts, split_by_expert=experts > 0)
+
+
 def block_key(path: str, *, block: tuple[Shape, Shape], shape: Shape, split: bool) -> str:
-    """Return the name of a block (offset and shape) of the tensor ``path`` in a file of shards."""
+    """Return the key of a block (offset and shape) of the tensor ``path`` in a shard file."""
     offset, size = block
     if split:
-        path, offset, size, shape = (
-            f"{path}/expert-{offset[0]:04d}",
-            offset[1:],
-            size[1:],
-            shape[1:],
-        )
-    whole = size == shape
-    return path if whole else f"{path}@{','.join(str(o) for o in offset)}"
+        path = expert_label(path, offset[0])
+        offset, size, shape = offset[1:], size[1:], shape[1:]
+    return path if size == shape else f"{path}@{','.join(str(o) for o in offset)}"
+
+
+def expert_label(label: str, expert: int) -> str:
+    """Return the name of an expert of a tensor in files and messages."""
+    return f"{label}/expert-{expert:04d}"
 
 
 def read_index(directory: Path, *, manifest: Manifest) -> BlockIndex:
     """Return the index of a checkpoint of either form. Raises CheckpointError if it is damaged."""
     try:
         if INDEX_FILE in manifest.files:
-            return _parse_sharded(json.loads((directory / INDEX_FILE).read_bytes()))
-        return _read_full(directory, manifest=manifest)
+            index = _parse_sharded(json.loads((directory / INDEX_FILE).read_bytes()))
+        else:
+            index = _read_full(directory, manifest=manifest)
     except SafetensorError as error:
         raise CheckpointError(f"{directory}: damaged safetensors file: {error}") from error
     except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
         raise CheckpointError(f"{directory / INDEX_FILE}: damaged ({error})") from error
+    if manifest.format > 1:
+        return index
+    return BlockIndex(
+        {file: {current_name(n): t for n, t in held.items()} for file, held in index.files.items()}
+    )
 
 
 def _parse_sharded(body: dict[str, Any]) -> BlockIndex:
@@ -152,13 +176,15 @@ def _read_full(directory: Path, *, manifest: Manifest) -> BlockIndex:
     files: dict[str, dict[str, StoredTensor]] = {}
     for file in sorted(n for n in manifest.files if n.endswith(".safetensors")):
         with safe_open(directory / file, framework="pt") as opened:
-            heads = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             tensors = files.setdefault(file.removesuffix(".safetensors"), {})
-            for name, head in heads.items():
+            for name in opened.keys():  # noqa: SIM118
+                head = opened.get_slice(name)
                 shape = tuple(head.get_shape())
                 block = StoredBlock(file, name, (0,) * len(shape), shape)
                 experts = num_experts_of(
-                    name, shape=shape, expert_parameters=manifest.expert_parameters
+                    current_name(name) if manifest.format == 1 else name,
+                    shape=shape,
+                    expert_parameters=manifest.expert_parameters,
                 )
                 tensors[name] = StoredTensor(
                     shape, DTYPE_BY_NAME[head.get_dtype()], (block,), experts
@@ -178,15 +204,15 @@ def _tensor_json(stored: StoredTensor) -> str:
 
 
 def overlapping_blocks(blocks: Iterable[StoredBlock]) -> Iterator[tuple[StoredBlock, StoredBlock]]:
-    """Yield each pair of blocks that share a value, by a sweep along the dim with most offsets."""
-    held = [block for block in blocks if block.numel]
-    if not held or not held[0].shape:
-        yield from ((held[0], other) for other in held[1:])
+    """Yield each pair of overlapping blocks, by a sweep along the dim with most offsets."""
+    blocks = [block for block in blocks if block.numel]
+    if not blocks or not blocks[0].shape:
+        yield from ((blocks[0], other) for other in blocks[1:])
         return
-    offsets = [{block.offset[dim] for block in held} for dim in range(len(held[0].shape))]
+    offsets = [{block.offset[dim] for block in blocks} for dim in range(len(blocks[0].shape))]
     dim = max(range(len(offsets)), key=lambda d: len(offsets[d]))
     active: list[StoredBlock] = []
-    for block in sorted(held, key=lambda b: b.offset[dim]):
+    for block in sorted(blocks, key=lambda b: b.offset[dim]):
         active = [b for b in active if b.offset[dim] + b.shape[dim] > block.offset[dim]]
         yield from ((other, block) for other in active if _intersect(other, block))
         active.append(block)
@@ -198,41 +224,39 @@ def _intersect(one: StoredBlock, other: StoredBlock) -> bool:
 
 
 def coverage_problems(stored: StoredTensor) -> list[str]:
-    """Return what is wrong with how blocks cover a tensor: overlaps, holes, missing experts."""
-    found = [
+    """Return overlaps, gaps and missing experts of the blocks of a tensor."""
+    problems = [
         f"{_describe_block(one)} of {one.file} and {_describe_block(other)} of {other.file} overlap"
         for one, other in overlapping_blocks(stored.blocks)
     ]
     outside = [b for b in stored.blocks if not _inside(b, shape=stored.shape)]
-    found += [
-        f"{_describe_block(b)} of {b.file} reaches out of {list(stored.shape)}" for b in outside
+    problems += [
+        f"{_describe_block(b)} of {b.file} is outside of {list(stored.shape)}" for b in outside
     ]
-    if found:
-        return found
+    if problems:
+        return problems
     if stored.split_by_expert:
-        held = dict.fromkeys(range(stored.num_experts), 0)
+        covered = dict.fromkeys(range(stored.num_experts), 0)
         for block in stored.blocks:
-            held[block.offset[0]] += block.numel
+            covered[block.offset[0]] += block.numel
         full = stored.numel // stored.num_experts
-        return [
-            _missing_values(f"expert {e}", held=n, of=full) for e, n in held.items() if n != full
-        ]
-    held = sum(b.numel for b in stored.blocks)
-    return [_missing_values("it", held=held, of=stored.numel)] if held != stored.numel else []
+        return [_missing_values(f"expert {e}", n, full) for e, n in covered.items() if n != full]
+    total = sum(b.numel for b in stored.blocks)
+    return [_missing_values("it", total, stored.numel)] if total != stored.numel else []
 
 
 def first_few(messages: Sequence[str]) -> str:
-    """Return the first few, and how many more there are."""
-    more = (
-        f" (and {len(messages) - MAX_SHOWN_PROBLEMS} more)"
-        if len(messages) > MAX_SHOWN_PROBLEMS
-        else ""
+    """Join the first messages, and say how many more there are."""
+    rest = len(messages) - MAX_SHOWN_PROBLEMS
+    return "; ".join(messages[:MAX_SHOWN_PROBLEMS]) + (f" (and {rest} more)" if rest > 0 else "")
+
+
+def _missing_values(what: str, covered: int, total: int) -> str:
+    return (
+        f"{what} is covered for {covered:,} of {total:,} values"
+        if covered
+        else f"{what} is missing"
     )
-    return "; ".join(messages[:MAX_SHOWN_PROBLEMS]) + more
-
-
-def _missing_values(what: str, *, held: int, of: int) -> str:
-    return f"{what} is covered for {held:,} of {of:,} values" if held else f"{what} is missing"
 
 
 def _describe_block(block: StoredBlock) -> str:
@@ -241,6 +265,6 @@ def _describe_block(block: StoredBlock) -> str:
 
 def _inside(block: StoredBlock, *, shape: Shape) -> bool:
     return len(block.shape) == len(shape) and all(
-        o >= 0 and o + n <= whole
-        for o, n, whole in zip(block.offset, block.shape, shape, strict=True)
+        o >= 0 and o + n <= full
+        for o, n, full in zip(block.offset, block.shape, shape, strict=True)
     )

@@ -1,15 +1,12 @@
-"""Disk: the few operations that saving is made of, each one a place where a machine can die.
+"""Checkpoint directory: manifest, atomic publication and retention of checkpoints.
 
-Manifest: what a checkpoint directory must hold, with size and hash of every file.
+``manifest.json`` lists every file with size and hash; it is written last and contains its own
+digest. ``serial`` counts the saves of a root: after a run went back to an earlier step, the newest
+checkpoint is that with the highest serial, not the highest step.
 
-``manifest.json`` is written last inside the directory and carries a digest of itself. ``serial``
-counts the saves of a root: a run that went back to an earlier step is newer by serial, not by step.
-
-Publish: a checkpoint becomes visible by one rename, after all of it is on the medium.
-
-Order: write ``.step-N.part/``, sync, rename to ``step-N/``, move ``best`` if it is, move ``find_latest_checkpoint``
-last, then drop old ones. A machine that dies anywhere in this leaves every earlier checkpoint
-whole, and at most a hidden directory that the next save removes. One job saves into a root.
+Order of writing: write ``.step-N.part/``, sync, rename to ``step-N/``, update ``best`` and then
+``latest``, delete old checkpoints. A crash at any point leaves every earlier checkpoint complete,
+and at most a hidden directory that the next save removes. One job saves into a root.
 """
 
 import errno
@@ -18,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -28,32 +25,31 @@ from typing import Any
 
 from moesaic.core.errors import CheckpointError
 from moesaic.core.files import sha256
-from moesaic.core.shapes import Tensor
 from moesaic.core.units import show_bytes
 
 Buffer = bytes | memoryview
 
 
 class Disk:
-    """The real file system. Tests subclass it to fail at the n-th operation."""
+    """File operations of saving. Tests subclass it to fail at the n-th operation."""
 
     def make_dir(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
     def write(self, path: Path, *, chunks: Iterable[Buffer]) -> None:
-        """Write a new file and wait until it is on the medium."""
+        """Write a new file and sync it."""
         with path.open("wb") as stream:
-            for piece in chunks:
-                stream.write(piece)
+            for chunk in chunks:
+                stream.write(chunk)
             stream.flush()
             os.fsync(stream.fileno())
 
     def rename(self, old: Path, *, new: Path) -> None:
-        """Move atomically, replacing a file (not a full directory) of that name."""
+        """Rename atomically; replaces an existing file, not a directory with content."""
         old.rename(new)
 
     def sync_dir(self, path: Path) -> None:
-        """Make the names in a directory durable."""
+        """Sync the entries of a directory."""
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -61,7 +57,7 @@ class Disk:
             os.close(handle)
 
     def remove(self, path: Path) -> None:
-        """Remove a file or a whole directory; nothing there is fine."""
+        """Remove a file or a directory tree, if it exists."""
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -71,18 +67,21 @@ class Disk:
         return shutil.disk_usage(path).free
 
 
-def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the data of ``tensors``."""
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
 MANIFEST_FILE = "manifest.json"
-
-
-MANIFEST_FORMAT = 1
-
-
-HASH_THREADS = 8  # a file system of many machines is quicker so
+MANIFEST_FORMAT = 2  # format 1 has other parameter names, see ``current_name``
+HASH_THREADS = 8  # faster on a network file system
+# parts of parameter names in format 1, and what they are called now
+RENAMED_PARTS = {
+    "all": "attention",
+    "always": "feed_forward",
+    "beside": "shared_experts",
+    "condition": "router_input",
+    "entry": "input_norm",
+    "exchange": "dispatch_projection",
+    "fixed": "feed_forward",
+    "heard": "stats_sum",
+    "into": "input_projection",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +94,8 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """``files`` by name, and which versions wrote them; ``banks`` and ``plan`` as in a snapshot."""
+    """``files`` by name, package versions; ``expert_parameters`` and ``plan`` as in
+    ``Snapshot``."""
 
     step: int
     serial: int
@@ -103,10 +103,10 @@ class Manifest:
     versions: dict[str, str]
     expert_parameters: dict[str, int] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
+    format: int = MANIFEST_FORMAT
 
     def to_json(self) -> str:
-        body = {"format": MANIFEST_FORMAT, **asdict(self)}
-        body["banks"] = body.pop("expert_parameters")  # the key of format 1
+        body = asdict(self)
         return json.dumps(body | {"digest": _digest(body)}, indent=1) + "\n"
 
 
@@ -120,12 +120,23 @@ def read_manifest(directory: Path) -> Manifest:
         digest = body.pop("digest")
         if digest != _digest(body):
             raise CheckpointError(f"{path}: altered, its content does not match its digest")
-        if body.pop("format") != MANIFEST_FORMAT:
-            raise CheckpointError(f"{path}: written by another version of moesaic")
+        if body["format"] not in (1, MANIFEST_FORMAT):
+            raise CheckpointError(
+                f"{path}: format {body['format']}, expected at most {MANIFEST_FORMAT}: it was written "
+                "by a newer version of moesaic; load it with that version"
+            )
+        if body["format"] == 1:
+            sizes = body.pop("banks")
+            body["expert_parameters"] = {current_name(name): n for name, n in sizes.items()}
         files = {name: FileEntry(**entry) for name, entry in body.pop("files").items()}
-        return Manifest(files=files, expert_parameters=body.pop("banks"), **body)
+        return Manifest(files=files, **body)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged ({error})") from error
+
+
+def current_name(name: str) -> str:
+    """Return the name of a parameter, or of its optimizer state, given its name in format 1."""
+    return re.sub(r"[^./]+", lambda part: RENAMED_PARTS.get(part[0], part[0]), name)
 
 
 def verify_checkpoint(directory: Path) -> Manifest:
@@ -139,13 +150,13 @@ def verify_checkpoint(directory: Path) -> Manifest:
 
 
 def file_problems(directory: Path, *, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """Hash some files of a checkpoint, several at a time, and return what is wrong with them."""
+    """Hash some files of a checkpoint in several threads; return what is wrong with them."""
 
     def problem(name: str) -> str:
         return _file_problem(directory / name, entry=manifest.files[name])
 
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        return [found for found in pool.map(problem, names) if found]
+        return [text for text in pool.map(problem, names) if text]
 
 
 def _file_problem(path: Path, *, entry: FileEntry) -> str:
@@ -160,11 +171,11 @@ def _file_problem(path: Path, *, entry: FileEntry) -> str:
     return ""
 
 
-def raise_if_damaged(directory: Path, found: Iterable[str]) -> None:
-    """Raise CheckpointError if something was found wrong."""
-    if text := "; ".join(found):
+def raise_if_damaged(directory: Path, problems: Iterable[str]) -> None:
+    """Raise CheckpointError if there are problems."""
+    if text := "; ".join(problems):
         raise CheckpointError(
-            f"{directory}: {text}. Resume from another checkpoint beside it, or restore the file."
+            f"{directory}: {text}. Resume from another checkpoint of the directory, or restore the file."
         )
 
 
@@ -173,17 +184,13 @@ def _digest(body: dict[str, Any]) -> str:
 
 
 STEP_DIRECTORY = re.compile(r"step-(\d{8,})(\.replaced)?")
-
-
 STATE_FILE = "state.json"
-
-
-OVERHEAD_BYTES = 1 << 20  # headers, manifest and the blocks that a file system rounds up to
+OVERHEAD_BYTES = 1 << 20  # headers, manifest, rounding to file system blocks
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointPaths:
-    """Where a step is written and where it is seen. ``needed`` bytes are asked of the disk."""
+    """Staging and final directory of a checkpoint, and the bytes it requires."""
 
     root: Path
     step: int
@@ -198,9 +205,9 @@ class CheckpointPaths:
         return self.root / f".{self.final.name}.part"
 
     def create_staging(self, disk: Disk) -> int:
-        """Clear what an interrupted save left, and return the serial number of the new one.
+        """Remove leftovers of an interrupted save; return the serial number of the new one.
 
-        Raises OSError if the disk has no room.
+        Raises OSError if there is not enough free space.
         """
         disk.make_dir(self.root)
         for path in [*self.root.glob(".*.part"), *self.root.glob(".*.gone")]:
@@ -212,15 +219,13 @@ class CheckpointPaths:
         return serial
 
     def disk_error(self, error: OSError, *, disk: Disk, rank: str = "") -> CheckpointError:
-        """Return what a user should know of a disk that refused; ``who`` is e.g. ``on rank 3``."""
+        """Return the error to show for an OSError; ``rank`` is e.g. ``on rank 3``."""
         free = "unknown"
         with suppress(OSError):
             free = show_bytes(disk.free_bytes(self.root))
         full = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
         if error.errno in full:
-            why = (
-                f"{full[error.errno]}: it needs {show_bytes(self.required_bytes)}, free are {free}"
-            )
+            why = f"{full[error.errno]}: needed {show_bytes(self.required_bytes)}, free {free}"
             way_out = "Free some space, keep fewer checkpoints, or use another directory."
         else:
             why = error.strerror or str(error)
@@ -231,14 +236,14 @@ class CheckpointPaths:
         )
 
     def remove_staging(self, disk: Disk) -> None:
-        """Drop what was written of a save that failed."""
+        """Remove the staging directory of a failed save."""
         with suppress(OSError):
             disk.remove(self.staging)
 
 
 @dataclass(frozen=True, slots=True)
 class RetentionPolicy:
-    """The newest ``newest`` checkpoints stay, and the one last saved as the ``best``."""
+    """Keep the ``num_newest`` newest checkpoints, and the one last saved as ``best``."""
 
     num_newest: int = 3
     best: bool = False
@@ -246,7 +251,7 @@ class RetentionPolicy:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointMetadata:
-    """What a checkpoint says beside its tensors (see ``Snapshot``); ``state`` as in its file."""
+    """What a checkpoint contains besides tensors (see ``Snapshot``); ``state`` as JSON bytes."""
 
     step: int
     state: bytes
@@ -262,7 +267,7 @@ def write_manifest(
     entries: Mapping[str, FileEntry],
     disk: Disk,
 ) -> None:
-    """Write state and manifest of a part whose other files (``entries``) are written."""
+    """Write state and manifest into a staging directory whose other files are written."""
     files = {
         **entries,
         STATE_FILE: write_hashed(paths.staging / STATE_FILE, [metadata.state], disk=disk),
@@ -280,10 +285,12 @@ def write_manifest(
 
 
 def publish_checkpoint(paths: CheckpointPaths, *, retention: RetentionPolicy, disk: Disk) -> None:
-    """Make a part that is whole and on the medium visible, point at it and drop the oldest."""
+    """Rename a complete staging directory, update the pointers, delete old checkpoints."""
     final = paths.final
     replaced = final.with_name(final.name + ".replaced")
-    if final.exists():  # saved before, then resumed from earlier: the old one stays loadable
+    if (
+        final.exists()
+    ):  # saved before a resume from an earlier step: the old one stays loadable until the rename
         if replaced.exists():
             _delete_checkpoint(replaced, disk=disk)
         disk.rename(final, new=replaced)
@@ -296,34 +303,57 @@ def publish_checkpoint(paths: CheckpointPaths, *, retention: RetentionPolicy, di
     _delete_oldest(paths.root, keep=retention.num_newest, disk=disk)
 
 
+def write_checkpoint(
+    paths: CheckpointPaths,
+    *,
+    metadata: CheckpointMetadata,
+    retention: RetentionPolicy,
+    disk: Disk,
+    write_files: Callable[[Path], Mapping[str, FileEntry]],
+) -> Path:
+    """Write a checkpoint from one process; ``write_files`` writes the tensors into a directory.
+
+    Raises CheckpointError on a disk error; then nothing of the new checkpoint is left.
+    """
+    try:
+        serial = paths.create_staging(disk)
+        entries = write_files(paths.staging)
+        write_manifest(paths, metadata=metadata, serial=serial, entries=entries, disk=disk)
+        publish_checkpoint(paths, retention=retention, disk=disk)
+    except OSError as error:
+        paths.remove_staging(disk)
+        raise paths.disk_error(error, disk=disk) from error
+    return paths.final
+
+
 def list_checkpoints(root: Path) -> list[Path]:
     """Return the visible checkpoint directories, newest first; one without a manifest comes last.
 
-    Newest is the highest serial number, which survives going back to an earlier step.
+    Newest is the highest serial number, not the highest step.
     """
-    found = [p for p in root.glob("step-*") if p.is_dir() and STEP_DIRECTORY.fullmatch(p.name)]
+    paths = [p for p in root.glob("step-*") if p.is_dir() and STEP_DIRECTORY.fullmatch(p.name)]
     return sorted(
-        found, key=lambda p: (_serial_number(p), not p.name.endswith(".replaced"), p.name)
+        paths, key=lambda p: (_serial_number(p), not p.name.endswith(".replaced"), p.name)
     )[::-1]
 
 
 def write_hashed(path: Path, chunks: Iterable[Buffer], *, disk: Disk) -> FileEntry:
-    """Write a file and return its size and hash, from the bytes as they passed."""
+    """Write a file; return its size and the hash of the bytes written."""
     digest, size = hashlib.sha256(), 0
 
-    def passing() -> Iterator[Buffer]:
+    def hashed() -> Iterator[Buffer]:
         nonlocal size
-        for piece in chunks:
-            digest.update(piece)
-            size += len(piece)
-            yield piece
+        for chunk in chunks:
+            digest.update(chunk)
+            size += len(chunk)
+            yield chunk
 
-    disk.write(path, chunks=passing())
+    disk.write(path, chunks=hashed())
     return FileEntry(size, digest.hexdigest())
 
 
 def encode_state(state: dict[str, Any]) -> bytes:
-    """Return the content of the file of plain values."""
+    """Return ``state`` as the content of ``state.json``."""
     return json.dumps(state, ensure_ascii=False, indent=1).encode()
 
 
@@ -347,9 +377,9 @@ def _delete_oldest(root: Path, *, keep: int, disk: Disk) -> None:
 
 
 def _delete_checkpoint(path: Path, *, disk: Disk) -> None:
-    gone = path.with_name(f".{path.name}.gone")  # hidden first: a visible one is never half removed
-    disk.rename(path, new=gone)
-    disk.remove(gone)
+    hidden = path.with_name(f".{path.name}.gone")  # a visible directory is always complete
+    disk.rename(path, new=hidden)
+    disk.remove(hidden)
 
 
 def _serial_number(directory: Path) -> int:

@@ -1,7 +1,7 @@
-"""Loading by many ranks: planner and reader for ``torch.distributed.checkpoint``.
+"""Load planner and storage reader for ``torch.distributed.checkpoint`` (DCP).
 
-Every rank says which pieces it has room for; its algorithm finds the stored blocks that meet them,
-whatever layout they were saved from, and each rank reads those parts alone.
+Every rank lists the blocks of its shards; DCP finds the stored blocks that overlap them, whatever
+plan they were saved from, and each rank reads those slices only.
 """
 
 import io
@@ -29,7 +29,7 @@ from moesaic.core.shapes import Tensor
 
 
 class BlockLoadPlanner(LoadPlanner):
-    """Every rank reads the blocks that meet its own pieces; all is checked before any is read."""
+    """Plans the slices that overlap the rank's own blocks; checks everything before reading."""
 
     def set_up_planner(
         self,
@@ -41,33 +41,33 @@ class BlockLoadPlanner(LoadPlanner):
         self._stored = {} if metadata is None else metadata.state_dict_metadata
 
     def create_local_plan(self) -> LoadPlan:
-        wrong: list[str] = []
+        problems: list[str] = []
         items: list[ReadItem] = []
         for path, shard in self._state.items():
             stored = self._stored.get(path)
             if not isinstance(stored, TensorStorageMetadata):
-                wrong.append(f"{path} is not in it")
+                problems.append(f"{path} is not in it")
                 continue
-            head = (tuple(stored.size), stored.properties.dtype)
-            if head != (shard.shape, shard.dtype):
+            found = (tuple(stored.size), stored.properties.dtype)
+            if found != (shard.shape, shard.dtype):
                 want = describe_tensor((shard.shape, shard.dtype))
-                wrong.append(f"{path} is {describe_tensor(head)} in it, expected {want}")
+                problems.append(f"{path} is {describe_tensor(found)} in it, expected {want}")
                 continue
             chunks = [
                 ChunkStorageMetadata(torch.Size(p.offset), p.data.shape) for p in shard.blocks
             ]
             items += create_read_items_for_chunk_list(path, stored, chunks)
-        if wrong:
-            raise CheckpointError(f"the checkpoint does not fit: {first_few(wrong)}")
+        if problems:
+            raise CheckpointError(f"the checkpoint does not fit: {first_few(problems)}")
         return LoadPlan(items, planner_data=list(self._state))
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        wanted = {path for plan in global_plan for path in plan.planner_data}
-        asked = {path.partition("/")[0] for path in wanted}
-        left = [p for p in self._stored if p.partition("/")[0] in asked and p not in wanted]
-        if left:
-            wrong = [f"{path} is in it, but no rank has a place for it" for path in left]
-            raise CheckpointError(f"the checkpoint does not fit: {first_few(wrong)}")
+        requested = {path for plan in global_plan for path in plan.planner_data}
+        kinds = {path.partition("/")[0] for path in requested}
+        unused = [p for p in self._stored if p.partition("/")[0] in kinds and p not in requested]
+        if unused:
+            problems = [f"{path} is in it, but not in the model of any rank" for path in unused]
+            raise CheckpointError(f"the checkpoint does not fit: {first_few(problems)}")
         return global_plan
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
@@ -90,7 +90,7 @@ class BlockLoadPlanner(LoadPlanner):
 
 
 class SafetensorsStorageReader(StorageReader):
-    """Reads the parts that a plan asks for, file by file."""
+    """Reads the slices of a plan, file by file."""
 
     def __init__(self, directory: Path, *, index: BlockIndex) -> None:
         self.directory = directory
@@ -132,11 +132,11 @@ class SafetensorsStorageReader(StorageReader):
     def _by_file(
         self, items: Iterable[ReadItem]
     ) -> Iterator[tuple[StoredTensor, StoredBlock, ReadItem]]:
-        found = []
+        reads = []
         for item in items:
             stored = self._stored[item.storage_index.fqn]
-            found.append((stored, stored.blocks[item.storage_index.index or 0], item))
-        yield from sorted(found, key=lambda one: (one[1].file, one[1].key))
+            reads.append((stored, stored.blocks[item.storage_index.index or 0], item))
+        yield from sorted(reads, key=lambda one: (one[1].file, one[1].key))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:  # noqa: ARG003

@@ -1,12 +1,13 @@
-"""Saving by many ranks: planner and writer for ``torch.distributed.checkpoint``.
+"""Save planner and storage writer for ``torch.distributed.checkpoint`` (DCP).
 
-Its protocol is kept: every rank says what it holds, the coordinator decides who writes what, every
-rank writes its part, the coordinator finishes, and an error on one rank is raised on all. What is
-written is ours: safetensors and JSON instead of pickles, blocks weighed by their own size, experts
-one by one, and a directory that becomes visible at the end.
+They follow its protocol: every rank lists its blocks, the coordinator assigns the blocks to ranks,
+every rank writes its part, the coordinator finishes, and an error on one rank is raised on all. The
+format is safetensors and JSON instead of pickles; work is balanced by bytes, experts are stored one
+by one, and the directory is published atomically.
 """
 
 import io
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,7 @@ from moesaic.checkpoint.block_index import (
     coverage_problems,
     first_few,
     num_experts_of,
+    sharded_tensor,
 )
 from moesaic.checkpoint.checkpoint_directory import (
     CheckpointMetadata,
@@ -60,41 +62,34 @@ from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.world import World
 
-ShardedStateDict = Mapping[
-    str, Shard
-]  # by path, ``model/encoder.0...``: what DCP calls a state dict
+ShardedStateDict = Mapping[str, Shard]  # DCP's state dict: by path, ``model/encoder.0...``
 
 
 def to_state_dict(files: ShardFiles, *, expert_parameters: Mapping[str, int]) -> dict[str, Shard]:
-    """Return what a rank holds by path: pieces of banks one expert long, nothing empty."""
+    """Return a rank's shards by path: blocks of one expert each, without empty blocks."""
     return {
         f"{file}/{name}": _split_by_expert(
-            as_shard(held),
-            holds_experts=_holds_experts(name, held, expert_parameters=expert_parameters),
+            as_shard(tensor),
+            num_experts_of(name, shape=tuple(tensor.shape), expert_parameters=expert_parameters),
         )
         for file, tensors in files.items()
-        for name, held in tensors.items()
+        for name, tensor in tensors.items()
     }
 
 
-def _holds_experts(name: str, held: Any, *, expert_parameters: Mapping[str, int]) -> bool:
-    return num_experts_of(name, shape=tuple(held.shape), expert_parameters=expert_parameters) > 0
-
-
-def _split_by_expert(shard: Shard, *, holds_experts: bool) -> Shard:
-    pieces = (piece for piece in shard.blocks if piece.data.numel())
-    if not holds_experts:
-        return replace(shard, blocks=tuple(pieces))
-    alone = (
-        ShardBlock((piece.offset[0] + i, *piece.offset[1:]), piece.data[i : i + 1])
-        for piece in pieces
-        for i in range(len(piece.data))
-    )
-    return replace(shard, blocks=tuple(alone))
+def _split_by_expert(shard: Shard, num_experts: int) -> Shard:
+    blocks = (block for block in shard.blocks if block.data.numel())
+    if num_experts:
+        blocks = (
+            ShardBlock((block.offset[0] + i, *block.offset[1:]), block.data[i : i + 1])
+            for block in blocks
+            for i in range(len(block.data))
+        )
+    return replace(shard, blocks=tuple(blocks))
 
 
 class BalancedSavePlanner(SavePlanner):
-    """Every block is written once, by the holder of it that has the fewest bytes to write."""
+    """Assigns each block to one rank that has it: the rank with the fewest bytes to write."""
 
     def __init__(self, expert_parameters: Mapping[str, int]) -> None:
         self._expert_parameters = expert_parameters
@@ -107,29 +102,31 @@ class BalancedSavePlanner(SavePlanner):
     ) -> None:
         self._state = state_dict
         self._data = {
-            (path, piece.offset): piece.data
+            (path, block.offset): block.data
             for path, shard in state_dict.items()
-            for piece in shard.blocks
+            for block in shard.blocks
         }
 
     def create_local_plan(self) -> SavePlan:
         items = [
-            _write_item(path, shard=shard, piece=piece)
+            _write_item(path, shard=shard, block=block)
             for path, shard in self._state.items()
-            for piece in shard.blocks
+            for block in shard.blocks
         ]
-        heads = {path: (shard.shape, shard.dtype) for path, shard in self._state.items()}
-        return SavePlan(items, planner_data=heads)
+        tensors = {path: (shard.shape, shard.dtype) for path, shard in self._state.items()}
+        return SavePlan(items, planner_data=tensors)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        heads = _merge_tensor_metadata([plan.planner_data for plan in all_plans])
+        tensors = _merge_tensor_metadata([plan.planner_data for plan in all_plans])
         plans = [replace(plan, planner_data=None) for plan in _deduplicate(all_plans)]
         plans, metadata = create_default_global_save_plan(plans)
-        for path, (shape, dtype) in heads.items():
-            if not math.prod(shape):  # nobody writes it, but it is there
-                head = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
-                metadata.state_dict_metadata[path] = head
-        _require_full_coverage(heads, metadata=metadata, expert_parameters=self._expert_parameters)
+        for path, (shape, dtype) in tensors.items():
+            if not math.prod(shape):  # no block is written
+                empty = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
+                metadata.state_dict_metadata[path] = empty
+        _require_full_coverage(
+            tensors, metadata=metadata, expert_parameters=self._expert_parameters
+        )
         return plans, metadata
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
@@ -139,8 +136,8 @@ class BalancedSavePlanner(SavePlanner):
         return self._data[_block_id(write_item.index)]
 
 
-def _write_item(path: str, *, shard: Shard, piece: ShardBlock) -> WriteItem:
-    offset, size = torch.Size(piece.offset), piece.data.shape
+def _write_item(path: str, *, shard: Shard, block: ShardBlock) -> WriteItem:
+    offset, size = torch.Size(block.offset), block.data.shape
     data = TensorWriteData(
         chunk=ChunkStorageMetadata(offset, size),
         properties=TensorProperties(dtype=shard.dtype),
@@ -160,84 +157,87 @@ def _tensor_data(item: WriteItem) -> TensorWriteData:
 
 
 def _item_bytes(item: WriteItem) -> int:
-    """Bytes of the block that an item writes."""
+    """Return the number of bytes of the block that an item writes."""
     data = _tensor_data(item)
     return math.prod(data.chunk.sizes) * data.properties.dtype.itemsize
 
 
 def _merge_tensor_metadata(
-    heads: Sequence[Mapping[str, tuple[Shape, torch.dtype]]],
+    plans: Sequence[Mapping[str, tuple[Shape, torch.dtype]]],
 ) -> dict[str, Any]:
-    """Shape and dtype of every tensor that some rank knows; all ranks must say the same."""
+    """Return shape and dtype of every tensor; all ranks must agree."""
     first: dict[str, tuple[int, Any]] = {}
-    for rank, known in enumerate(heads):
-        for path, head in known.items():
-            one, other = first.setdefault(path, (rank, head))
-            if other != head:
+    for rank, tensors in enumerate(plans):
+        for path, tensor in tensors.items():
+            one, other = first.setdefault(path, (rank, tensor))
+            if other != tensor:
                 raise CheckpointError(
-                    f"{path} is {describe_tensor(other)} on rank {one} but {describe_tensor(head)} on rank {rank}: "
-                    "ranks must agree on the whole tensor that they hold parts of"
+                    f"{path} is {describe_tensor(other)} on rank {one} but {describe_tensor(tensor)} on "
+                    f"rank {rank}: ranks must agree on shape and dtype of the full tensor"
                 )
-    return {path: head for path, (_, head) in first.items()}
+    return {path: tensor for path, (_, tensor) in first.items()}
 
 
-def describe_tensor(head: tuple[Shape, torch.dtype]) -> str:
+def describe_tensor(tensor: tuple[Shape, torch.dtype]) -> str:
     """Return shape and dtype for a message."""
-    return f"{head[1]} {list(head[0])}"
+    return f"{tensor[1]} {list(tensor[0])}"
 
 
 def _deduplicate(plans: Sequence[SavePlan]) -> list[SavePlan]:
-    """Leave each block in the plan of one of its holders."""
+    """Keep each block in the plan of one of the ranks that have it."""
     holders: dict[tuple[str, Shape], list[tuple[int, WriteItem]]] = defaultdict(list)
     for rank, plan in enumerate(plans):
         for item in plan.items:
             holders[_block_id(item.index)].append((rank, item))
-    kept: list[list[WriteItem]] = [[] for _ in plans]
+    assigned: list[list[WriteItem]] = [[] for _ in plans]
     load = [0] * len(plans)
-    for (path, offset), held in holders.items():
-        sizes = {tuple(_tensor_data(item).chunk.sizes): rank for rank, item in held}
+    for (path, offset), items in holders.items():
+        sizes = {tuple(_tensor_data(item).chunk.sizes): rank for rank, item in items}
         if len(sizes) > 1:
-            held_as = " and ".join(f"{list(size)} on rank {rank}" for size, rank in sizes.items())
-            raise CheckpointError(f"{path}: blocks at {list(offset)} differ, {held_as}")
-        rank, item = min(held, key=lambda one: (load[one[0]], one[0]))
-        kept[rank].append(item)
+            sides = " and ".join(f"{list(size)} on rank {rank}" for size, rank in sizes.items())
+            raise CheckpointError(f"{path}: blocks at {list(offset)} differ, {sides}")
+        rank, item = min(items, key=lambda one: (load[one[0]], one[0]))
+        assigned[rank].append(item)
         load[rank] += _item_bytes(item)
-    return [replace(plan, items=items) for plan, items in zip(plans, kept, strict=True)]
+    return [replace(plan, items=items) for plan, items in zip(plans, assigned, strict=True)]
 
 
 def _require_full_coverage(
-    heads: Mapping[str, tuple[Shape, torch.dtype]],
+    tensors: Mapping[str, tuple[Shape, torch.dtype]],
     *,
     metadata: Metadata,
     expert_parameters: Mapping[str, int],
 ) -> None:
-    wrong = []
-    for path, (shape, dtype) in heads.items():
-        held = metadata.state_dict_metadata.get(path)
-        chunks = held.chunks if isinstance(held, TensorStorageMetadata) else []
+    problems = []
+    for path, (shape, dtype) in tensors.items():
+        found = metadata.state_dict_metadata.get(path)
+        chunks = found.chunks if isinstance(found, TensorStorageMetadata) else []
         blocks = (StoredBlock("a rank", path, tuple(c.offsets), tuple(c.sizes)) for c in chunks)
-        experts = num_experts_of(
-            path.partition("/")[2], shape=shape, expert_parameters=expert_parameters
+        stored = sharded_tensor(
+            path.partition("/")[2],
+            shape=shape,
+            dtype=dtype,
+            blocks=blocks,
+            expert_parameters=expert_parameters,
         )
-        stored = StoredTensor(shape, dtype, tuple(blocks), experts, split_by_expert=experts > 0)
-        wrong += [f"{path}: {gap}" for gap in coverage_problems(stored)]
-    if wrong:
+        problems += [f"{path}: {problem}" for problem in coverage_problems(stored)]
+    if problems:
         raise CheckpointError(
-            f"the ranks do not hold every tensor once and whole: {first_few(wrong)}. "
-            "The layout of the model over the ranks is wrong; nothing was written."
+            f"the shards of the ranks do not cover every tensor exactly once: {first_few(problems)}. "
+            "The sharding of the model is wrong; nothing was written."
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _WrittenBlock:
-    """What became of one write item."""
+    """Result of one write item."""
 
     block: StoredBlock
     entry: FileEntry
 
 
 class SafetensorsStorageWriter(StorageWriter):
-    """One safetensors file per rank with something to write; the coordinator publishes."""
+    """Writes one safetensors file per rank that has blocks; the coordinator publishes."""
 
     def __init__(
         self,
@@ -248,13 +248,8 @@ class SafetensorsStorageWriter(StorageWriter):
         world: World,
         disk: Disk,
     ) -> None:
-        self.paths, self.metadata, self.retention, self.world, self.disk = (
-            paths,
-            metadata,
-            retention,
-            world,
-            disk,
-        )
+        self.paths, self.metadata, self.retention = paths, metadata, retention
+        self.world, self.disk = world, disk
         self._serial = 0
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -299,26 +294,23 @@ class SafetensorsStorageWriter(StorageWriter):
     def _is_split_by_expert(self, item: WriteItem) -> bool:
         shape = tuple(_tensor_data(item).size)
         name = item.index.fqn.partition("/")[2]
-        return (
-            num_experts_of(name, shape=shape, expert_parameters=self.metadata.expert_parameters) > 0
-        )
+        sizes = self.metadata.expert_parameters
+        return num_experts_of(name, shape=shape, expert_parameters=sizes) > 0
 
     def _block(self, item: WriteItem, *, file: str) -> StoredBlock:
         data = _tensor_data(item)
-        where, split = (
-            (tuple(data.chunk.offsets), tuple(data.chunk.sizes)),
-            self._is_split_by_expert(item),
-        )
+        split = self._is_split_by_expert(item)
+        where = (tuple(data.chunk.offsets), tuple(data.chunk.sizes))
         key = block_key(item.index.fqn, block=where, shape=tuple(data.size), split=split)
         return StoredBlock(file, key, *where)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         blocks: dict[str, list[StoredBlock]] = defaultdict(list)
         entries: dict[str, FileEntry] = {}
-        for result in (one for of_rank in results for one in of_rank):
-            wrote = result.storage_data
-            blocks[result.index.fqn].append(wrote.block)
-            entries[wrote.block.file] = wrote.entry
+        for result in itertools.chain.from_iterable(results):
+            written = result.storage_data
+            blocks[result.index.fqn].append(written.block)
+            entries[written.block.file] = written.entry
         self._require_visible(entries)
         with self._raise_disk_errors():
             self._publish(
@@ -341,18 +333,18 @@ class SafetensorsStorageWriter(StorageWriter):
             path = self.paths.staging / name
             if not path.is_file() or path.stat().st_size != entry.bytes:
                 raise CheckpointError(
-                    f"{path}: written by its rank but not seen by rank 0. Expected one directory "
-                    "that every rank sees: use a file system shared by all machines."
+                    f"{path}: written by its rank but not visible to rank 0. Expected one directory "
+                    "shared by all ranks: use a file system that all machines share."
                 )
 
     @contextmanager
     def _raise_disk_errors(self) -> Iterator[None]:
-        """Say what the disk refused here, where all of it is known; it is raised on every rank."""
+        """Convert an OSError here, where rank and paths are known; it is raised on every rank."""
         try:
             yield
         except OSError as error:
-            who = f"on rank {self.world.rank}" if self.world.size > 1 else ""
-            raise self.paths.disk_error(error, disk=self.disk, rank=who) from None
+            rank = f"on rank {self.world.rank}" if self.world.size > 1 else ""
+            raise self.paths.disk_error(error, disk=self.disk, rank=rank) from None
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:  # noqa: ARG003
@@ -372,14 +364,15 @@ def _build_index(
     expert_parameters: Mapping[str, int],
 ) -> BlockIndex:
     files: dict[str, dict[str, StoredTensor]] = {}
-    for path, held in sorted(metadata.state_dict_metadata.items()):
-        if not isinstance(held, TensorStorageMetadata):
+    for path, tensor in sorted(metadata.state_dict_metadata.items()):
+        if not isinstance(tensor, TensorStorageMetadata):
             continue
         file, _, name = path.partition("/")
-        shape, found = tuple(held.size), sorted(blocks.get(path, ()), key=lambda b: b.offset)
-        experts = num_experts_of(name, shape=shape, expert_parameters=expert_parameters)
-        stored = StoredTensor(
-            shape, held.properties.dtype, tuple(found), experts, split_by_expert=experts > 0
+        files.setdefault(file, {})[name] = sharded_tensor(
+            name,
+            shape=tuple(tensor.size),
+            dtype=tensor.properties.dtype,
+            blocks=sorted(blocks.get(path, ()), key=lambda b: b.offset),
+            expert_parameters=expert_parameters,
         )
-        files.setdefault(file, {})[name] = stored
     return BlockIndex(files)

@@ -1,10 +1,6 @@
-"""Whether a checkpoint belongs to a config: every key that differs is named with both values.
+"""Full checkpoint: saved by one process, loaded whole from either form after verification.
 
-Save: everything a run needs to go on, in one directory, written by one process.
-
-``publish.py`` has the order of writing; ``sharded.py`` is the same by many ranks.
-
-Load: a checkpoint is verified before any of it is believed, and never half loaded.
+``checkpoint_directory.py`` has the order of writing; ``sharded_checkpoint.py`` is for many ranks.
 """
 
 import json
@@ -21,22 +17,30 @@ from moesaic.checkpoint.checkpoint_directory import (
     CheckpointMetadata,
     CheckpointPaths,
     Disk,
+    FileEntry,
+    Manifest,
     RetentionPolicy,
+    current_name,
     encode_state,
     file_problems,
     list_checkpoints,
-    publish_checkpoint,
     raise_if_damaged,
     read_manifest,
-    tensor_bytes,
     verify_checkpoint,
+    write_checkpoint,
     write_hashed,
-    write_manifest,
 )
-from moesaic.checkpoint.safetensors_io import check_tensor_file, read_tensors, serialize_tensors
+from moesaic.checkpoint.safetensors_io import (
+    FORMAT_KEY,
+    check_tensor_file,
+    read_tensors,
+    serialize_tensors,
+    tensor_metadata,
+)
 from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.checkpoint.tensor_reader import open_reader
 from moesaic.core.config_text import iter_leaves
+from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
 
@@ -62,7 +66,8 @@ def require_same_config(
 ) -> None:
     """Raise CheckpointError unless the two plain configs agree.
 
-    ``free`` are paths (``steps``, ``log``: with all that is under them) that may change on resume.
+    ``ignored`` are paths (``steps``, ``log``: with everything under them) that may change on
+    resume.
     """
     ignored = tuple(ignored)
     wrong = {
@@ -74,13 +79,10 @@ def require_same_config(
         lines = [
             f"{path}: {old} in the checkpoint, {new} now" for path, (old, new) in wrong.items()
         ]
-        more = (
-            f"; and {len(lines) - MAX_SHOWN_DIFFERENCES} more"
-            if len(lines) > MAX_SHOWN_DIFFERENCES
-            else ""
-        )
+        shown, rest = lines[:MAX_SHOWN_DIFFERENCES], len(lines) - MAX_SHOWN_DIFFERENCES
+        more = f"; and {rest} more" if rest > 0 else ""
         raise CheckpointError(
-            f"{where} was saved with another config: {'; '.join(lines[:MAX_SHOWN_DIFFERENCES])}{more}. "
+            f"{where} was saved with another config: {'; '.join(shown)}{more}. "
             "Resume with the config of the run, or train into a new directory."
         )
 
@@ -88,47 +90,43 @@ def require_same_config(
 def save_checkpoint(
     root: Path, snapshot: Snapshot, *, keep: int = 3, best: bool = False, disk: Disk | None = None
 ) -> Path:
-    """Write ``root/step-N`` whole or not at all, and return it.
+    """Write ``root/step-N`` atomically, and return it.
 
     Keeps the newest ``keep`` checkpoints and the one last saved with ``best``. Raises
-    CheckpointError if the disk refuses (full: with the bytes needed and free); then nothing of the
-    new checkpoint is left and the earlier ones are as they were.
+    CheckpointError on a disk error (if it is full, with the bytes needed and free); then nothing of
+    the new checkpoint is left and the earlier ones are unchanged.
     """
     disk = disk or Disk()
-    place = CheckpointPaths(root, snapshot.step, snapshot_bytes(snapshot))
-    head = CheckpointMetadata(
-        snapshot.step, encode_state(snapshot.state), snapshot.expert_parameters, snapshot.plan
-    )
-    try:
-        serial = place.create_staging(disk)
+    size = sum(t.numel() * t.element_size() for f in snapshot.files.values() for t in f.values())
+
+    def write_files(directory: Path) -> dict[str, FileEntry]:
         entries = {}
         for name, tensors in snapshot.files.items():
-            path = place.staging / f"{name}.safetensors"
+            path = directory / f"{name}.safetensors"
             entries[path.name] = write_hashed(path, serialize_tensors(tensors), disk=disk)
-        write_manifest(place, metadata=head, serial=serial, entries=entries, disk=disk)
-        publish_checkpoint(place, retention=RetentionPolicy(keep, best), disk=disk)
-    except OSError as error:
-        place.remove_staging(disk)
-        raise place.disk_error(error, disk=disk) from error
-    return place.final
+        return entries
 
-
-def snapshot_bytes(snapshot: Snapshot) -> int:
-    """Bytes that saving asks of the disk."""
-    data = sum(tensor_bytes(tensors.values()) for tensors in snapshot.files.values())
-    return data + OVERHEAD_BYTES
+    return write_checkpoint(
+        CheckpointPaths(root, snapshot.step, size + OVERHEAD_BYTES),
+        metadata=CheckpointMetadata(
+            snapshot.step, encode_state(snapshot.state), snapshot.expert_parameters, snapshot.plan
+        ),
+        retention=RetentionPolicy(keep, best),
+        disk=disk,
+        write_files=write_files,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class LatestCheckpoint:
-    """The newest valid checkpoint, or None, and a sentence for each newer one that was skipped."""
+    """The newest valid checkpoint, or None, and why each newer one was skipped."""
 
     path: Path | None
     skipped: tuple[str, ...] = ()
 
 
 def find_latest_checkpoint(root: Path) -> LatestCheckpoint:
-    """Find the newest checkpoint under ``root`` that verifies."""
+    """Find the newest checkpoint under ``root`` that passes verification."""
     skipped = []
     for path in list_checkpoints(root):
         try:
@@ -141,11 +139,11 @@ def find_latest_checkpoint(root: Path) -> LatestCheckpoint:
 
 
 def load_checkpoint(path: Path, *, only: Container[str] | None = None) -> Snapshot:
-    """Read a checkpoint directory, or the newest valid one of a root: of either form, whole.
+    """Load a checkpoint directory of either form, or the newest valid one of a root.
 
     ``only`` names the kinds of file to read (``model``, ``random``); None reads all. Raises
     CheckpointError naming each missing, truncated or altered file, a pickle, or a tensor that the
-    shards do not make up.
+    shards do not cover.
     """
     directory = path if STEP_DIRECTORY.fullmatch(path.name) else _require_latest(path)
     if not directory.is_dir():
@@ -156,7 +154,7 @@ def load_checkpoint(path: Path, *, only: Container[str] | None = None) -> Snapsh
 
 
 def read_snapshot(directory: Path, *, only: Container[str] | None = None) -> Snapshot:
-    """Do what ``load`` does with a checkpoint whose hashes have been compared already."""
+    """Load a checkpoint that has been verified."""
     manifest = read_manifest(directory)
     index = read_index(directory, manifest=manifest)
     with open_reader(directory) as reader:
@@ -168,42 +166,58 @@ def read_snapshot(directory: Path, *, only: Container[str] | None = None) -> Sna
     return Snapshot(
         step=manifest.step,
         files=files,
-        state=json.loads((directory / STATE_FILE).read_text(encoding="utf-8")),
+        state=_parse_state(directory, manifest=manifest),
         expert_parameters=manifest.expert_parameters,
         plan=manifest.plan,
     )
 
 
 def read_weights(path: Path, *, device: str = "cpu") -> dict[str, Tensor]:
-    """Read the weights of a safetensors file, or those of a checkpoint directory of either form.
+    """Read the weights of a safetensors file, or of a checkpoint directory of either form.
 
-    Hashes are not compared. Raises CheckpointError if it is missing, cut short or a pickle.
+    Hashes are not checked. Raises CheckpointError if it is missing, truncated or a pickle.
     """
     if not path.is_dir():
-        return read_tensors(path, device=device)
+        weights = read_tensors(path, device=device)
+        if tensor_metadata(path).get(FORMAT_KEY):
+            return weights
+        return {current_name(name): tensor for name, tensor in weights.items()}
     _reject_pickles(path)
     index = read_index(path, manifest=read_manifest(path))
     with open_reader(path) as reader:
-        held = index.files.get("model", {}).items()
-        return {name: reader.read_tensor(stored).to(device) for name, stored in held}
+        tensors = index.files.get("model", {}).items()
+        return {name: reader.read_tensor(stored).to(device) for name, stored in tensors}
 
 
 def read_state(directory: Path) -> dict[str, Any]:
-    """Return the plain state of a checkpoint, without a look at its tensors.
+    """Read the JSON state of a checkpoint only.
 
     Raises CheckpointError if that file is missing or altered.
     """
     manifest = read_manifest(directory)
     raise_if_damaged(directory, file_problems(directory, manifest=manifest, names=[STATE_FILE]))
-    return json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
+    return _parse_state(directory, manifest=manifest)
+
+
+def _parse_state(directory: Path, *, manifest: Manifest) -> dict[str, Any]:
+    state = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
+    if manifest.format > 1:
+        return state
+    if "config" in state:
+        state["config"], _ = upgrade_config(state["config"])
+    if "journal" in state:
+        state["events"] = state.pop("journal")
+    if "data" in state:
+        del state["data"]["fingerprint"]  # a hash of the previous names
+    return state
 
 
 def _require_latest(root: Path) -> Path:
-    found = find_latest_checkpoint(root)
-    if found.path is None:
-        why = f": {' | '.join(found.skipped)}" if found.skipped else ""
+    latest = find_latest_checkpoint(root)
+    if latest.path is None:
+        why = f": {' | '.join(latest.skipped)}" if latest.skipped else ""
         raise CheckpointError(f"{root}: no valid checkpoint in it{why}")
-    return found.path
+    return latest.path
 
 
 def _list_available(root: Path) -> str:
@@ -212,15 +226,11 @@ def _list_available(root: Path) -> str:
 
 
 def _reject_pickles(directory: Path) -> None:
-    """Look at the tensor files before hashing: "a pickle" says more than "altered"."""
+    """Check the tensor files for pickles before hashing: a clearer message than "altered"."""
     for path in sorted(directory.glob("*")):
         if path.suffix == ".safetensors" and path.stat().st_size >= 9:
-            _reject_pickle(path)
-
-
-def _reject_pickle(path: Path) -> None:
-    try:
-        check_tensor_file(path)
-    except CheckpointError as error:
-        if "pickle" in str(error):
-            raise
+            try:
+                check_tensor_file(path)
+            except CheckpointError as error:
+                if "pickle" in str(error):
+                    raise

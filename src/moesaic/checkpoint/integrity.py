@@ -1,6 +1,7 @@
-"""Check: everything that can be wrong with a checkpoint, each thing named.
+"""Integrity check of a checkpoint: altered files, gaps, overlaps, non-finite values, suspect
+experts.
 
-Reads a tensor, or an expert, at a time.
+Reads one tensor, or expert, at a time.
 """
 
 import hashlib
@@ -16,16 +17,14 @@ from moesaic.checkpoint.tensor_reader import LoadedTensor, TensorReader, open_re
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
 
-WEIGHTS_FILE = (
-    "model"  # only here is an expert of zeros odd: one that never was chosen has no moments
-)
+WEIGHTS_FILE = "model"  # optimizer state of an expert that was never selected may be zero
 
 
 @dataclass(frozen=True, slots=True)
 class IntegrityProblem:
-    """``where`` (a file, a tensor, an expert) something is wrong, and ``what``.
+    """A problem at a ``location``: a file, a tensor or an expert.
 
-    ``uncertain``: it may be right (two experts alike in a model that was upcycled a step ago).
+    ``uncertain``: it may be intended (equal experts in a model that was just upcycled).
     """
 
     location: str
@@ -34,24 +33,24 @@ class IntegrityProblem:
 
 
 def check_checkpoint(directory: Path) -> list[IntegrityProblem]:
-    """Return what is wrong: altered files, holes, overlaps, values that are not finite, experts.
+    """Return every problem of a checkpoint.
 
-    Tensors are looked at only if every file is as it was written. Raises CheckpointError if the
-    manifest or the index itself cannot be read.
+    Tensors are read only if no file is altered. Raises CheckpointError if the manifest or the index
+    cannot be read.
     """
     manifest = read_manifest(directory)
     altered = file_problems(directory, manifest=manifest, names=manifest.files)
     if altered:
         return [IntegrityProblem(*_split_first_word(text)) for text in altered]
     index = read_index(directory, manifest=manifest)
-    found = [
-        IntegrityProblem(f"{f}/{n}", gap)
+    problems = [
+        IntegrityProblem(f"{f}/{n}", problem)
         for f, n, stored in index
-        for gap in coverage_problems(stored)
+        for problem in coverage_problems(stored)
     ]
     with open_reader(directory) as reader:
-        found += _check_tensors(reader, index=index, trained=manifest.step > 0)
-    return found
+        problems += _check_tensors(reader, index=index, trained=manifest.step > 0)
+    return problems
 
 
 def _split_first_word(text: str) -> tuple[str, str]:
@@ -78,27 +77,27 @@ def _check_tensor(
     reader: TensorReader, *, label: str, stored: StoredTensor, compare_experts: bool
 ) -> Iterator[IntegrityProblem]:
     seen: dict[bytes, str] = {}
-    matrices = compare_experts and len(stored.shape) > 2  # a bias may well be zero, or alike
-    for unit in read_by_expert(reader, label=label, stored=stored):
-        yield from _check_finite(unit)
-        if not matrices or unit.expert is None:
+    matrices = compare_experts and len(stored.shape) > 2  # biases may be zero or equal
+    for tensor in read_by_expert(reader, label=label, stored=stored):
+        yield from _check_finite(tensor)
+        if not matrices or tensor.expert is None:
             continue
-        if not unit.data.any():
-            yield IntegrityProblem(unit.label, "every value is zero", uncertain=True)
+        if not tensor.data.any():
+            yield IntegrityProblem(tensor.label, "every value is zero", uncertain=True)
             continue
-        twin = seen.setdefault(_digest(unit.data), unit.label)
-        if twin != unit.label:
-            yield IntegrityProblem(unit.label, f"the same values as {twin}", uncertain=True)
+        first = seen.setdefault(_digest(tensor.data), tensor.label)
+        if first != tensor.label:
+            yield IntegrityProblem(tensor.label, f"the same values as {first}", uncertain=True)
 
 
-def _check_finite(unit: LoadedTensor) -> Iterator[IntegrityProblem]:
-    if not unit.data.dtype.is_floating_point:
+def _check_finite(tensor: LoadedTensor) -> Iterator[IntegrityProblem]:
+    if not tensor.data.dtype.is_floating_point:
         return
-    data = unit.data if unit.data.dtype.itemsize > 1 else unit.data.float()
+    data = tensor.data if tensor.data.dtype.itemsize > 1 else tensor.data.float()
     nan, infinite = int(data.isnan().sum()), int(data.isinf().sum())
     counts = [f"{n:,} {what}" for n, what in ((nan, "NaN"), (infinite, "infinite")) if n]
     if counts:
-        yield IntegrityProblem(unit.label, f"{' and '.join(counts)} of {data.numel():,} values")
+        yield IntegrityProblem(tensor.label, f"{' and '.join(counts)} of {data.numel():,} values")
 
 
 def _digest(data: Tensor) -> bytes:

@@ -1,6 +1,6 @@
-"""Model card: what the weights in a directory are and what they were trained on.
+"""Model card: what the weights of a directory are and what they were trained on.
 
-Front matter as on the Hugging Face Hub (huggingface.co/docs/hub/model-cards), then tables.
+YAML front matter as on the Hugging Face Hub (huggingface.co/docs/hub/model-cards), then tables.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,11 +23,11 @@ class DataSource:
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """The facts of a card.
+    """The content of a model card.
 
     ``languages`` are BCP-47 codes. ``licence`` is an SPDX identifier. ``parameters`` maps a part's
-    name to (total, active per token). ``scores`` are rows of a table: language and metric values.
-    ``notes`` are sentences on limits.
+    name to (total, active per token). ``scores`` are rows of a table: language and metrics.
+    ``notes`` are the limitations.
     """
 
     name: str

@@ -1,11 +1,11 @@
-"""Reshard: a checkpoint written again as one whole, or as another number of shards.
+"""Reshard: write a checkpoint again in the full form, or with another number of shards.
 
-Holds one tensor (or expert) at a time. The same content gives the same files, whatever the source
-was cut like.
+One tensor (or expert) is in memory at a time. Equal content gives equal files, whatever the form of
+the source.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,128 +15,125 @@ from moesaic.checkpoint.block_index import (
     BlockIndex,
     StoredBlock,
     StoredTensor,
-    coverage_problems,
-    first_few,
+    expert_label,
     num_experts_of,
     read_index,
+    sharded_tensor,
 )
 from moesaic.checkpoint.checkpoint_directory import (
     OVERHEAD_BYTES,
-    STATE_FILE,
     CheckpointMetadata,
     CheckpointPaths,
     Disk,
     FileEntry,
     Manifest,
     RetentionPolicy,
+    encode_state,
     list_checkpoints,
-    publish_checkpoint,
     raise_if_damaged,
     verify_checkpoint,
+    write_checkpoint,
     write_hashed,
-    write_manifest,
 )
+from moesaic.checkpoint.full_checkpoint import read_state
 from moesaic.checkpoint.safetensors_io import serialize_lazily
-from moesaic.checkpoint.tensor_reader import TensorReader, expert_label, open_reader
+from moesaic.checkpoint.tensor_reader import TensorReader, open_reader
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
 
 
 class CheckpointForm:
-    """Family: how a checkpoint lies on disk."""
+    """Family: the form of a checkpoint on disk."""
 
-    def write(self, source: "ReshardSource", *, part: Path, disk: Disk) -> dict[str, FileEntry]:
-        """Write the tensors of ``source`` into the directory ``part``."""
+    def write(
+        self, source: "ReshardSource", *, directory: Path, disk: Disk
+    ) -> dict[str, FileEntry]:
+        """Write the tensors of ``source`` into ``directory``."""
         raise NotImplementedError
 
 
 class FullForm(CheckpointForm):
     """A file for each kind: ``model.safetensors``, ``optimizer.safetensors``."""
 
-    def write(self, source: "ReshardSource", *, part: Path, disk: Disk) -> dict[str, FileEntry]:
+    def write(
+        self, source: "ReshardSource", *, directory: Path, disk: Disk
+    ) -> dict[str, FileEntry]:
         entries = {}
         for kind, tensors in source.index.files.items():
-            items = [_OutputTensor(name, stored) for name, stored in tensors.items()]
-            path = part / f"{kind}.safetensors"
-            entries[path.name] = source.write(path, items=items, disk=disk)
+            outputs = [_OutputTensor(name, stored) for name, stored in tensors.items()]
+            path = directory / f"{kind}.safetensors"
+            entries[path.name] = source.write(path, outputs=outputs, disk=disk)
         return entries
 
 
 @dataclass(frozen=True, slots=True)
 class ShardedForm(CheckpointForm):
-    """``count`` files of about one size; tensors and experts are not cut."""
+    """``count`` files of about equal size; tensors and experts are not split."""
 
     count: int
 
-    def write(self, source: "ReshardSource", *, part: Path, disk: Disk) -> dict[str, FileEntry]:
-        items = {
-            (kind, name): source.items(f"{kind}/{name}", name=name, stored=stored)
+    def write(
+        self, source: "ReshardSource", *, directory: Path, disk: Disk
+    ) -> dict[str, FileEntry]:
+        outputs = {
+            (kind, name): source.outputs(f"{kind}/{name}", name=name, stored=stored)
             for kind, name, stored in source.index
         }
+        every = [output for several in outputs.values() for output in several]
         names = [f"shard-{n:05d}.safetensors" for n in range(self.count)]
-        file_of = _assign_to_files(
-            [item for several in items.values() for item in several], names=names
-        )
-        held = {name: [] for name in names}
-        for item in (item for several in items.values() for item in several):
-            held[file_of[item.key]].append(item)
+        file_of = _assign_to_files(every, names=names)
+        contents = {name: [o for o in every if file_of[o.key] == name] for name in names}
         entries = {
-            name: source.write(part / name, items=mine, disk=disk)
-            for name, mine in held.items()
-            if mine
+            name: source.write(directory / name, outputs=inside, disk=disk)
+            for name, inside in contents.items()
+            if inside
         }
         files: dict[str, dict[str, StoredTensor]] = {}
-        for (kind, name), several in sorted(items.items()):
+        for (kind, name), several in sorted(outputs.items()):
             stored = source.index.files[kind][name]
-            experts = source.experts(name, stored=stored)
-            blocks = tuple(item.block(file_of[item.key]) for item in several)
-            files.setdefault(kind, {})[name] = replace(
-                stored, blocks=blocks, num_experts=experts, split_by_expert=experts > 0
+            files.setdefault(kind, {})[name] = sharded_tensor(
+                name,
+                shape=stored.shape,
+                dtype=stored.dtype,
+                blocks=[output.block(file_of[output.key]) for output in several],
+                expert_parameters=source.manifest.expert_parameters,
             )
         text = BlockIndex(files).to_json().encode()
-        return entries | {INDEX_FILE: write_hashed(part / INDEX_FILE, [text], disk=disk)}
+        return entries | {INDEX_FILE: write_hashed(directory / INDEX_FILE, [text], disk=disk)}
 
 
 def reshard(source: Path, *, root: Path, form: CheckpointForm, disk: Disk | None = None) -> Path:
     """Write the checkpoint ``source`` in another form under ``root``, and return its directory.
 
-    The source is verified first. Raises CheckpointError: it is damaged, ``root`` is where it lies,
-    or the disk refuses.
+    The source is verified first. Raises CheckpointError if it is damaged, if ``root`` is its root,
+    or on a disk error.
     """
     disk = disk or Disk()
     if root.resolve() == source.parent.resolve():
         raise CheckpointError(
-            f"{root}: the checkpoint that is read lies in it; expected another directory to write"
+            f"{root}: the source checkpoint is in it; expected another directory to write to"
         )
     manifest = verify_checkpoint(source)
     index = read_index(source, manifest=manifest)
-    wrong = [
-        f"{kind}/{name}: {gap}" for kind, name, stored in index for gap in coverage_problems(stored)
-    ]
-    raise_if_damaged(source, [first_few(wrong)] if wrong else [])
-    state = (source / STATE_FILE).read_bytes()
+    raise_if_damaged(source, index.problems())
+    state = encode_state(read_state(source))
     data = sum(stored.bytes for _, _, stored in index)
-    place = CheckpointPaths(root, manifest.step, data + len(state) + OVERHEAD_BYTES)
-    head = CheckpointMetadata(manifest.step, state, manifest.expert_parameters, manifest.plan)
-    try:
-        serial = place.create_staging(disk)
-        with open_reader(source) as reader:
-            entries = form.write(
-                ReshardSource(reader, index, manifest), part=place.staging, disk=disk
-            )
-        write_manifest(place, metadata=head, serial=serial, entries=entries, disk=disk)
-        publish_checkpoint(
-            place, retention=RetentionPolicy(len(list_checkpoints(root)) + 1), disk=disk
+    with open_reader(source) as reader:
+        tensors = ReshardSource(reader, index, manifest)
+        return write_checkpoint(
+            CheckpointPaths(root, manifest.step, data + len(state) + OVERHEAD_BYTES),
+            metadata=CheckpointMetadata(
+                manifest.step, state, manifest.expert_parameters, manifest.plan
+            ),
+            retention=RetentionPolicy(len(list_checkpoints(root)) + 1),
+            disk=disk,
+            write_files=lambda directory: form.write(tensors, directory=directory, disk=disk),
         )
-    except OSError as error:
-        place.remove_staging(disk)
-        raise place.disk_error(error, disk=disk) from error
-    return place.final
 
 
 @dataclass(frozen=True, slots=True)
 class _OutputTensor:
-    """What becomes one tensor of a file: a stored tensor, or an expert of it."""
+    """One tensor of an output file: a stored tensor, or an expert of it."""
 
     key: str
     stored: StoredTensor
@@ -152,7 +149,7 @@ class _OutputTensor:
         return self.like.numel() * self.stored.dtype.itemsize
 
     def block(self, file: str) -> StoredBlock:
-        """Where it lies from now on."""
+        """Return its block in ``file``."""
         shape = self.stored.shape
         if self.expert is None:
             return StoredBlock(file, self.key, (0,) * len(shape), shape)
@@ -161,45 +158,41 @@ class _OutputTensor:
 
 @dataclass(frozen=True, slots=True)
 class ReshardSource:
-    """A verified checkpoint that is read as it is written."""
+    """A verified checkpoint, read while the other is written."""
 
     reader: TensorReader
     index: BlockIndex
     manifest: Manifest
 
-    def experts(self, name: str, *, stored: StoredTensor) -> int:
-        """The number of experts that a tensor is split into; 0 if it is no bank."""
-        return num_experts_of(
+    def outputs(self, path: str, *, name: str, stored: StoredTensor) -> list[_OutputTensor]:
+        """Return the outputs of a tensor in the sharded form; none for a tensor without values."""
+        experts = num_experts_of(
             name, shape=stored.shape, expert_parameters=self.manifest.expert_parameters
         )
-
-    def items(self, path: str, *, name: str, stored: StoredTensor) -> list[_OutputTensor]:
-        """Return what a tensor becomes in shards; one without a value is in the index alone."""
-        experts = self.experts(name, stored=stored)
         if experts:
             return [_OutputTensor(expert_label(path, e), stored, e) for e in range(experts)]
         return [_OutputTensor(path, stored)] if stored.numel else []
 
-    def write(self, path: Path, *, items: Sequence[_OutputTensor], disk: Disk) -> FileEntry:
-        """Write a file of some items, each read when its turn comes."""
-        by_key = {item.key: item for item in items}
+    def write(self, path: Path, *, outputs: Sequence[_OutputTensor], disk: Disk) -> FileEntry:
+        """Write one file, reading each tensor when it is written."""
+        by_key = {output.key: output for output in outputs}
 
         def read(key: str) -> Tensor:
-            item = by_key[key]
-            if item.expert is None:
-                return self.reader.read_tensor(item.stored)
-            return self.reader.read_expert(item.stored, item.expert)
+            output = by_key[key]
+            if output.expert is None:
+                return self.reader.read_tensor(output.stored)
+            return self.reader.read_expert(output.stored, output.expert)
 
-        likes = {key: item.like for key, item in by_key.items()}
+        likes = {key: output.like for key, output in by_key.items()}
         return write_hashed(path, serialize_lazily(likes, read=read), disk=disk)
 
 
-def _assign_to_files(items: Sequence[_OutputTensor], *, names: Sequence[str]) -> dict[str, str]:
-    """Say which file each item goes to: the largest first, always to the lightest file."""
+def _assign_to_files(outputs: Sequence[_OutputTensor], *, names: Sequence[str]) -> dict[str, str]:
+    """Assign each output to a file: the largest first, always to the smallest file so far."""
     load = dict.fromkeys(names, 0)
     file_of = {}
-    for item in sorted(items, key=lambda item: (-item.bytes, item.key)):
-        lightest = min(names, key=lambda name: (load[name], name))
-        file_of[item.key] = lightest
-        load[lightest] += item.bytes
+    for output in sorted(outputs, key=lambda output: (-output.bytes, output.key)):
+        smallest = min(names, key=lambda name: (load[name], name))
+        file_of[output.key] = smallest
+        load[smallest] += output.bytes
     return file_of

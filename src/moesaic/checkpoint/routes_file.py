@@ -1,8 +1,8 @@
-"""Routes files: the routing of many batches, edge by edge, in one safetensors file.
+"""Routes file: the routing of many batches, edge by edge, in one safetensors file.
 
-Written batch by batch without holding them in memory, whole or not at all; read back as ``Routing``
-values, exactly but for the weights, which are float16 (11 bits). The layout, version 1, is in
-``docs/guide/routes-file.md``.
+Written atomically, batch by batch, without holding the batches in memory. Read back as ``Routing``,
+exactly except for the weights, which are float16 (11 bits). ``docs/guide/routes-file.md`` specifies
+the format, version 1.
 
 Letters: T tokens of a side, N edges of a layer, B batches; all over the whole file.
 """
@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -36,7 +35,7 @@ _TOKEN_COLUMNS = {
 
 @dataclass(frozen=True, slots=True)
 class LayerHeader:
-    """What is the same for every batch of a layer. ``per_token`` is that of ``Routing``."""
+    """Properties of a layer in every batch. ``per_token`` as in ``Routing``."""
 
     layer: str
     experts: int
@@ -44,11 +43,11 @@ class LayerHeader:
     per_token: int
 
     @staticmethod
-    def of(found: LayerRoutes) -> "LayerHeader":
-        """Read it from one batch."""
-        routing = found.routing
+    def of(routes: LayerRoutes) -> "LayerHeader":
+        """Return the header of the routes of one batch."""
+        routing = routes.routing
         return LayerHeader(
-            found.layer, routing.num_experts, found.num_null_experts, routing.per_token
+            routes.layer, routing.num_experts, routes.num_null_experts, routing.per_token
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -62,13 +61,13 @@ class LayerHeader:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The smallest type that holds every expert, and ``experts`` for a dropped edge."""
+        """The smallest dtype for expert numbers, and ``experts`` for a dropped edge."""
         return torch.uint8 if self.experts < 256 else torch.int16
 
 
 @dataclass(frozen=True, slots=True)
 class _ColumnOnDisk:
-    """Values that grow on disk; ``ends`` are their numbers after each batch."""
+    """A column that is appended to on disk; ``ends`` are its lengths after each batch."""
 
     path: Path
     dtype: torch.dtype
@@ -82,7 +81,7 @@ class _ColumnOnDisk:
         self.ends.append(self.ends[-1] + data.numel())
 
     def tensor(self) -> Tensor:
-        """All values, mapped and not read."""
+        """Return the column as a memory-mapped tensor."""
         if not self.ends[-1]:
             return torch.empty(0, dtype=self.dtype)
         return torch.from_file(str(self.path), size=self.ends[-1], dtype=self.dtype)
@@ -91,8 +90,8 @@ class _ColumnOnDisk:
 class RoutesWriter:
     """Writes a routes file: ``with RoutesWriter(path, languages=...) as file: file.add(...)``.
 
-    Nothing is seen at ``path`` before the end, and nothing at all if the block raises. ``about`` is
-    plain data on where the routes come from.
+    The file appears at ``path`` at the end, and not at all if the block raises. ``about`` is JSON
+    on the origin of the routes.
     """
 
     def __init__(
@@ -132,7 +131,7 @@ class RoutesWriter:
         self._batches += 1
 
     def close(self) -> None:
-        """Write the file and forget what it was made from."""
+        """Write the file and delete the columns."""
         try:
             tensors = {name: column.tensor() for name, column in self._columns.items()}
             for name, column in self._columns.items():
@@ -140,8 +139,8 @@ class RoutesWriter:
                 if column_name == ("expert" if kind.startswith("edges/") else "token"):
                     tensors[f"{kind}/ends"] = torch.tensor(column.ends)
             layers = [head.to_json() for head in self._layers.values()]
-            whole = self._head | {"layers": layers, "batches": self._batches}
-            metadata = {_KEY: str(VERSION), "routes": json.dumps(whole, ensure_ascii=False)}
+            header = self._head | {"layers": layers, "batches": self._batches}
+            metadata = {_KEY: str(VERSION), "routes": json.dumps(header, ensure_ascii=False)}
             write_tensors(self.path, tensors=tensors, metadata=metadata)
         finally:
             self._folder.cleanup()
@@ -155,13 +154,7 @@ class RoutesWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        del error, trace
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
         else:
@@ -169,9 +162,9 @@ class RoutesWriter:
 
 
 class RoutesFile:
-    """Reads a routes file, a batch at a time: ``for routes in RoutesFile(path): ...``.
+    """Reads a routes file batch by batch: ``for routes in RoutesFile(path): ...``.
 
-    Raises CheckpointError for a file that is not whole, DataError for one that is no routes file.
+    Raises CheckpointError for an incomplete file, DataError for one that is no routes file.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -181,7 +174,7 @@ class RoutesFile:
             metadata = file.metadata() or {}
         if _KEY not in metadata:
             raise DataError(
-                f"{self.path}: a safetensors file, but not of routes; "
+                f"{self.path}: a safetensors file, but no routes file; "
                 "moesaic eval RUN --routes FILE writes one"
             )
         if metadata[_KEY] != str(VERSION):
@@ -190,11 +183,11 @@ class RoutesFile:
                 f"reads version {VERSION}; read it with the version that wrote it"
             )
         try:
-            whole = json.loads(metadata["routes"])
-            self.languages: tuple[str, ...] = tuple(whole["languages"])
-            self.about: dict[str, Any] = whole["about"]
-            self.layers = tuple(_parse_header(head) for head in whole["layers"])
-            self._batches: int = whole["batches"]
+            header = json.loads(metadata["routes"])
+            self.languages: tuple[str, ...] = tuple(header["languages"])
+            self.about: dict[str, Any] = header["about"]
+            self.layers = tuple(_parse_header(head) for head in header["layers"])
+            self._batches: int = header["batches"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.path}: damaged description of its routes ({error})") from error
 
@@ -213,7 +206,7 @@ class RoutesFile:
                     parts = {n: slice(e[batch], e[batch + 1]) for n, e in ends.items()}
                     yield self._batch(file, parts)
         except SafetensorError as error:
-            raise DataError(f"{self.path}: not a whole routes file: {error}") from error
+            raise DataError(f"{self.path}: incomplete routes file: {error}") from error
 
     def _open(self) -> Any:
         return safe_open(self.path, framework="pt")
@@ -236,7 +229,7 @@ class RoutesFile:
 
 
 def _parse_header(given: Mapping[str, Any]) -> LayerHeader:
-    """Read what is known; a later writer of the same version may say more."""
+    """Read the known keys; files of the same version may have more."""
     return LayerHeader(given["layer"], given["experts"], given["spare"], given["per_token"])
 
 

@@ -1,23 +1,22 @@
-"""RunDir: the one place that knows the names inside a run directory (a model directory too)."""
+"""Run directory: the names of the files in a run directory (also of an exported model)."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from moesaic.core.errors import CheckpointError, did_you_mean
-from moesaic.core.files import atomic_write
 
 MODEL_FILES = ("config.yaml", "tokenizer.json", "model.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
-    """Paths under ``path``. Nothing need exist yet."""
+    """Paths of the files of a run; they need not exist."""
 
     path: Path
 
     @property
     def config(self) -> Path:
-        """The whole resolved config of the run."""
+        """The complete resolved config of the run."""
         return self.path / "config.yaml"
 
     @property
@@ -26,7 +25,7 @@ class RunDir:
 
     @property
     def model(self) -> Path:
-        """The weights to use: exported at the end, and readable without the checkpoints."""
+        """The exported weights, independent of the checkpoints."""
         return self.path / "model.safetensors"
 
     @property
@@ -51,17 +50,17 @@ class RunDir:
 
     @property
     def insight(self) -> Path:
-        """What routers were found to read, on held-out text."""
+        """What routers depend on, measured on held-out text."""
         return self.path / "insight.json"
 
     @property
     def routes(self) -> Path:
-        """Recorded routing of training steps, a file each."""
+        """Recorded routing of training steps, one file per step."""
         return self.path / "routes"
 
     @property
     def routing_snapshots(self) -> Path:
-        """Routing of the same held-out text at several steps of training, a file each."""
+        """Routing of the same held-out text during training, one file per step."""
         return self.path / "learning"
 
     @property
@@ -70,7 +69,7 @@ class RunDir:
 
     @property
     def score_curve(self) -> Path:
-        """Scores of the kept checkpoints, one after the other."""
+        """Scores of the kept checkpoints."""
         return self.path / "curve.json"
 
     @property
@@ -78,30 +77,21 @@ class RunDir:
         return self.path / "report.html"
 
     @classmethod
-    def create(cls, path: Path, *, config_yaml: str) -> "RunDir":
-        """Make the directory and write its config. An existing config is left in its place."""
-        run = cls(path)
-        path.mkdir(parents=True, exist_ok=True)
-        if not run.config.exists():
-            atomic_write(run.config, config_yaml)
-        return run
-
-    @classmethod
     def open(cls, path: Path) -> "RunDir":
-        """Return an existing run directory. Raises CheckpointError if it is none."""
+        """Open an existing run directory. Raises CheckpointError for any other path."""
         run = cls(path)
         if not path.is_dir():
-            beside = path.parent.iterdir() if path.parent.is_dir() else ()
-            names = [p.name for p in beside if cls(p).config.is_file()]
+            siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+            names = [p.name for p in siblings if cls(p).config.is_file()]
             raise CheckpointError(f"{path}: no such run directory{did_you_mean(path.name, names)}")
         if not run.config.is_file():
-            inside = [p.name for p in path.iterdir() if cls(p).config.is_file()]
-            has = f"; it holds the runs {', '.join(sorted(inside))}" if inside else ""
+            runs = [p.name for p in path.iterdir() if cls(p).config.is_file()]
+            has = f"; it contains the runs {', '.join(sorted(runs))}" if runs else ""
             raise CheckpointError(f"{path}: not a run directory, it has no config.yaml{has}")
         return run
 
     def require_model(self) -> None:
-        """Raise CheckpointError unless config, tokenizer and weights are all here."""
+        """Raise CheckpointError unless config, tokenizer and weights exist."""
         missing = [name for name in MODEL_FILES if not (self.path / name).is_file()]
         if missing:
             raise CheckpointError(

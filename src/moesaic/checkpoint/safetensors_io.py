@@ -1,7 +1,7 @@
-"""Safetensors files: written in one pass without a second copy, read only after a look at them.
+"""Safetensors files: written in one pass without a second copy, checked before they are read.
 
 Format: u64 length of the header, JSON header, raw data (github.com/huggingface/safetensors). A
-pickle is refused by its name and by its first bytes; nothing here can run code from a file.
+pickle is rejected by its name and by its first bytes, so no code from a file is executed.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moesaic.checkpoint.checkpoint_directory import Buffer, Disk
+from moesaic.checkpoint.checkpoint_directory import MANIFEST_FORMAT, Buffer, Disk
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
 from moesaic.core.units import show_bytes
@@ -32,6 +32,7 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+FORMAT_KEY = "moesaic_format"  # missing in files of format 1, see ``current_name``
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 # a zip archive (torch.save), a tar (older torch.save), or the PROTO opcode of pickle 2 to 5
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -42,8 +43,8 @@ def serialize_tensors(
 ) -> Iterator[Buffer]:
     """Yield the bytes of a safetensors file, one tensor at a time.
 
-    Tensors may be on any device and need not be contiguous. Widest types first, then by name, so
-    that every tensor is aligned and the same tensors give the same file.
+    Tensors may be on any device and need not be contiguous. They are ordered by item size
+    (largest first) and name, so every tensor is aligned and equal tensors give equal files.
     """
     return serialize_lazily(tensors, read=tensors.__getitem__, metadata=metadata)
 
@@ -54,12 +55,14 @@ def serialize_lazily(
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> Iterator[Buffer]:
-    """Do the same for tensors that are read one by one as they are written.
+    """Like ``serialize_tensors``, for tensors that are read one by one as they are written.
 
-    ``tensors`` have the shapes and dtypes alone (they may be on ``meta``), ``read`` the values.
+    ``tensors`` give shapes and dtypes (they may be on ``meta``), ``read`` the values.
     """
     names = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
+    header: dict[str, object] = {
+        "__metadata__": {"format": "pt", FORMAT_KEY: str(MANIFEST_FORMAT)} | dict(metadata or {})
+    }
     end = 0
     for name in names:
         tensor, start = tensors[name], end
@@ -85,7 +88,7 @@ def write_tensors(
     metadata: Mapping[str, str] | None = None,
     disk: Disk | None = None,
 ) -> None:
-    """Write one safetensors file whole or not at all."""
+    """Write one safetensors file atomically."""
     disk = disk or Disk()
     part = path.with_name(f".{path.name}.part")
     try:
@@ -99,7 +102,7 @@ def write_tensors(
 
 
 def read_tensors(path: Path, *, device: str = "cpu") -> dict[str, Tensor]:
-    """Read a safetensors file. Raises CheckpointError if it is missing, cut short or a pickle."""
+    """Read a safetensors file. Raises CheckpointError if it is missing, truncated or a pickle."""
     check_tensor_file(path)
     try:
         with safe_open(path, framework="pt", device=device) as file:
@@ -108,8 +111,14 @@ def read_tensors(path: Path, *, device: str = "cpu") -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: damaged safetensors file: {error}") from error
 
 
+def tensor_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
 def check_tensor_file(path: Path) -> None:
-    """Refuse what is not a whole safetensors file, looking at its name, start and size only."""
+    """Raise CheckpointError unless it is a complete safetensors file, by name, header and size."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     if path.suffix in PICKLE_SUFFIXES:

@@ -1,12 +1,7 @@
-"""Sharded: one checkpoint written by many ranks at once, and read under any other plan.
+"""Sharded checkpoint: saved by all ranks at once, in the background or not; loaded under any plan.
 
-The directory, its manifest, pointers and pruning are those of ``save.py``; every rank must see it.
-``index.py`` has the format. Each call is collective: all ranks of ``world`` make it, in one order.
-
-Saver: sharded checkpoints, written while training goes on or while it waits.
-
-In the background a save is a copy of what this rank holds to host memory, then a thread. One save
-is under way at a time.
+The directory and its manifest are those of ``checkpoint_directory.py``; all ranks must share it.
+``block_index.py`` has the format. Functions are collective: all ranks call them in the same order.
 """
 
 import warnings
@@ -24,7 +19,7 @@ import torch.distributed as distributed
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
-from moesaic.checkpoint.block_index import coverage_problems, first_few, read_index
+from moesaic.checkpoint.block_index import read_index
 from moesaic.checkpoint.checkpoint_directory import (
     OVERHEAD_BYTES,
     CheckpointMetadata,
@@ -44,20 +39,16 @@ from moesaic.checkpoint.snapshot import RankSnapshot, Shard, ShardBlock, ShardFi
 from moesaic.core.errors import CheckpointError
 from moesaic.distributed.world import World
 
-COLLECTIVE_TIMEOUT_S = 1800.0  # the slowest disk may keep the others waiting this long
-
-
-ProcessGroupOrNone = Any  # torch's process group, or None for a world of one
-
-
+COLLECTIVE_TIMEOUT_S = 1800.0  # how long ranks wait for the slowest disk
+ProcessGroupOrNone = Any  # a torch process group, or None for a single process
 Value = TypeVar("Value")
 
 
 def open_group(world: World, *, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> ProcessGroupOrNone:
-    """Return a gloo group of all ranks for checkpoints alone. Collective.
+    """Return a gloo process group of all ranks for checkpoints. Collective.
 
-    A group of its own lets a save go on in the background: its messages cannot be taken for those
-    of training, and it needs no GPU. None for a world of one.
+    A separate group allows saving in the background, independent of training's collectives and of
+    the GPU. None for a single process.
     """
     if world.size == 1:
         return None
@@ -65,74 +56,18 @@ def open_group(world: World, *, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> Proc
 
 
 def close_group(group: ProcessGroupOrNone) -> None:
-    """Leave a group of ``open_group``."""
+    """Destroy a group of ``open_group``."""
     if group is not None:
         distributed.destroy_process_group(group)
 
 
-def save_sharded(
-    root: Path,
-    snapshot: RankSnapshot,
-    *,
-    world: World,
-    retention: RetentionPolicy = RetentionPolicy(),  # noqa: B008 - a frozen value
-    disk: Disk | None = None,
-) -> Path:
-    """Write ``root/step-N`` whole or not at all, every block by one of its holders; return it.
-
-    Raises CheckpointError on every rank if a disk refuses on any (with that rank), or if the shards
-    do not make up whole tensors; the earlier checkpoints are then as they were.
-    """
-    group = open_group(world)
-    try:
-        return write_shards(
-            root, snapshot, world=world, group=group, retention=retention, disk=disk
-        )
-    finally:
-        close_group(group)
-
-
-def write_shards(
-    root: Path,
-    snapshot: RankSnapshot,
-    *,
-    world: World,
-    group: ProcessGroupOrNone,
-    retention: RetentionPolicy,
-    disk: Disk | None = None,
-) -> Path:
-    """Do what ``save_sharded`` says, in a group that is there."""
-    disk = disk or Disk()
-    text = encode_state(snapshot.state)
-    place = CheckpointPaths(root, snapshot.step, len(text) + OVERHEAD_BYTES)
-    head = CheckpointMetadata(snapshot.step, text, snapshot.expert_parameters, snapshot.plan)
-    writer = SafetensorsStorageWriter(
-        place, metadata=head, retention=retention, world=world, disk=disk
-    )
-    state = to_state_dict(snapshot.files, expert_parameters=snapshot.expert_parameters)
-    try:
-        with _unwrap_rank_errors(group):
-            state_dict_saver.save(
-                dict(state),
-                storage_writer=writer,
-                planner=BalancedSavePlanner(snapshot.expert_parameters),
-                process_group=group,
-                no_dist=group is None,
-            )
-    except CheckpointError:
-        if world.rank == 0:
-            place.remove_staging(disk)
-        raise
-    return place.final
-
-
 def load_sharded(path: Path, *, into: ShardFiles, world: World) -> dict[str, Any]:
-    """Fill the shards and tensors of ``into`` from a checkpoint of either form; return its state.
+    """Load a checkpoint of either form into the shards of ``into``; return its state. Collective.
 
-    The checkpoint may be of any plan and number of ranks. Every rank hashes its part of the files
-    first; nothing is written unless all of them are whole. A tensor of a kind of file that is asked
-    for must have a place on some rank, and every place must be filled. Raises CheckpointError, on
-    every rank, naming what is missing, altered, uncovered or of another shape.
+    The checkpoint may be of any plan and number of ranks. Every rank first hashes a part of the
+    files; nothing is loaded if one is damaged. For each kind of file in ``into``, its tensors and
+    those of the checkpoint must be the same. Raises CheckpointError on every rank, naming what is
+    missing, altered, not covered or of another shape.
     """
     group = open_group(world)
     try:
@@ -142,12 +77,11 @@ def load_sharded(path: Path, *, into: ShardFiles, world: World) -> dict[str, Any
         index = run_on_all_ranks(
             lambda: read_index(path, manifest=manifest), world=world, group=group
         )
-        wrong = [f"{f}/{n}: {gap}" for f, n, stored in index for gap in coverage_problems(stored)]
-        raise_if_damaged(path, [first_few(wrong)] if wrong else [])
+        raise_if_damaged(path, index.problems())
         state = {
-            f"{file}/{name}": as_shard(held)
+            f"{file}/{name}": as_shard(tensor)
             for file, tensors in into.items()
-            for name, held in tensors.items()
+            for name, tensor in tensors.items()
         }
         with _unwrap_rank_errors(group, where=f"{path}: "):
             state_dict_loader.load(
@@ -163,9 +97,9 @@ def load_sharded(path: Path, *, into: ShardFiles, world: World) -> dict[str, Any
 
 
 def copy_to_host(files: ShardFiles) -> ShardFiles:
-    """Return a copy of what a rank holds, in memory that training does not touch."""
+    """Return a copy of a rank's shards in host memory."""
     return {
-        file: {name: _copy_shard(as_shard(held)) for name, held in tensors.items()}
+        file: {name: _copy_shard(as_shard(tensor)) for name, tensor in tensors.items()}
         for file, tensors in files.items()
     }
 
@@ -173,10 +107,10 @@ def copy_to_host(files: ShardFiles) -> ShardFiles:
 def run_on_all_ranks(
     action: Callable[[], Value], *, world: World, group: ProcessGroupOrNone
 ) -> Value:
-    """Run ``action`` on every rank; a CheckpointError of any is raised on all. Collective."""
-    found, error = None, ""
+    """Run ``action`` on every rank; a CheckpointError of one is raised on all. Collective."""
+    result, error = None, ""
     try:
-        found = action()
+        result = action()
     except (CheckpointError, OSError) as raised:
         error = str(raised)
     errors = [error]
@@ -185,28 +119,28 @@ def run_on_all_ranks(
         distributed.all_gather_object(errors, error, group=group)
     if any(errors):
         raise CheckpointError(" | ".join(dict.fromkeys(e for e in errors if e)))
-    return found  # pyright: ignore[reportReturnType] - no rank raised, so it is there
+    return result  # pyright: ignore[reportReturnType] - no rank raised, so it is set
 
 
 def _verify_files_of_rank(path: Path, *, world: World) -> Manifest:
     manifest = read_manifest(path)
     largest = sorted(manifest.files, key=lambda name: (-manifest.files[name].bytes, name))
-    mine = largest[world.rank :: world.size]
-    raise_if_damaged(path, file_problems(path, manifest=manifest, names=mine))
+    names = largest[world.rank :: world.size]
+    raise_if_damaged(path, file_problems(path, manifest=manifest, names=names))
     return manifest
 
 
 def _copy_shard(shard: Shard) -> Shard:
-    pieces = (ShardBlock(p.offset, p.data.detach().to("cpu", copy=True)) for p in shard.blocks)
-    return Shard(shard.shape, shard.dtype, tuple(pieces))
+    blocks = (ShardBlock(b.offset, b.data.detach().to("cpu", copy=True)) for b in shard.blocks)
+    return Shard(shard.shape, shard.dtype, tuple(blocks))
 
 
 @contextmanager
 def _unwrap_rank_errors(group: ProcessGroupOrNone, *, where: str = "") -> Iterator[None]:
-    """Raise what a rank raised as it was, instead of inside the engine's own exception."""
+    """Raise the error of a rank itself instead of DCP's CheckpointException."""
     try:
         with warnings.catch_warnings() if group is None else nullcontext():
-            if group is None:  # it warns that nobody else takes part
+            if group is None:  # DCP warns about a single process
                 warnings.simplefilter("ignore")
             yield
     except CheckpointException as error:
@@ -218,11 +152,11 @@ def _unwrap_rank_errors(group: ProcessGroupOrNone, *, where: str = "") -> Iterat
 
 
 class CheckpointSaver:
-    """Saves into ``root``. Made, called and closed by every rank at the same points of the run.
+    """Saves sharded checkpoints into ``root``. Every rank makes the same calls in the same order.
 
-    ``start`` returns as soon as the state is copied; call ``poll`` after every step: it raises, on
-    every rank at the same step, what a save in the background met. ``save`` and ``wait`` return
-    when the checkpoint is visible.
+    ``save_async`` returns once the state is copied to host memory, and a thread writes it; call
+    ``poll`` after every step: it raises errors of the background save on every rank at the same
+    step. ``save`` and ``wait`` return when the checkpoint is visible.
     """
 
     def __init__(
@@ -233,65 +167,82 @@ class CheckpointSaver:
         timeout_s: float = COLLECTIVE_TIMEOUT_S,
         disk: Disk | None = None,
     ) -> None:
-        self.root, self.world, self._disk = root, world, disk
+        self.root, self.world, self._disk = root, world, disk or Disk()
         self._group = open_group(world, timeout_s=timeout_s)
         self._pending: Future[Path] | None = None
 
     def save(self, snapshot: RankSnapshot, *, retention: RetentionPolicy) -> Path:
-        """Write a checkpoint and return its directory. Collective."""
+        """Write ``root/step-N`` atomically and return it. Collective.
+
+        Raises CheckpointError on every rank for a disk error on any, or if the shards do not cover
+        every tensor; the earlier checkpoints are then unchanged.
+        """
         self.wait()
         return self._write(snapshot, retention)
 
     def save_async(self, snapshot: RankSnapshot, *, retention: RetentionPolicy) -> None:
-        """Copy the state and begin to write it; waits for the save before. Collective."""
+        """Copy the state and write it in the background; waits for the previous save.
+        Collective."""
         self.wait()
         copy = replace(snapshot, files=copy_to_host(snapshot.files), state=deepcopy(snapshot.state))
         future: Future[Path] = Future()
-        # a daemon: a process that has to end must not wait for a rank that is gone
+        # a daemon: a process that exits must not wait for a rank that is dead
         Thread(target=self._write_into, args=(future, copy, retention), daemon=True).start()
         self._pending = future
 
     def poll(self) -> Path | None:
-        """Return the checkpoint that has become visible since the last call, if one has.
+        """Return the checkpoint that was finished since the last call, or None.
 
-        Collective while a save is under way (one number is summed), so that its end, or its error,
-        is met by all ranks at the same step. Raises CheckpointError.
+        Collective while a save is pending (one number is summed), so that all ranks see its end, or
+        its error, at the same step. Raises CheckpointError.
         """
         if self._pending is None or self.world.any_rank(not self._pending.done()):
             return None
         return self.wait()
 
     def wait(self) -> Path | None:
-        """Wait for the save under way, if there is one, and return its directory.
-
-        Raises what it met: CheckpointError where a disk refused.
-        """
+        """Wait for the pending save, if any, and return its directory. Raises CheckpointError."""
         if self._pending is None:
             return None
-        under_way, self._pending = self._pending, None
-        return under_way.result()
+        pending, self._pending = self._pending, None
+        return pending.result()
 
     def close(self) -> None:
-        """Wait for the save under way and leave the group. Collective."""
+        """Wait for the pending save and destroy the group. Collective."""
         try:
             self.wait()
         finally:
             close_group(self._group)
 
-    def _write(self, snapshot: RankSnapshot, keep: RetentionPolicy) -> Path:
-        return write_shards(
-            self.root,
-            snapshot,
-            world=self.world,
-            group=self._group,
-            retention=keep,
-            disk=self._disk,
+    def _write(self, snapshot: RankSnapshot, retention: RetentionPolicy) -> Path:
+        disk, text = self._disk, encode_state(snapshot.state)
+        paths = CheckpointPaths(self.root, snapshot.step, len(text) + OVERHEAD_BYTES)
+        metadata = CheckpointMetadata(
+            snapshot.step, text, snapshot.expert_parameters, snapshot.plan
         )
+        writer = SafetensorsStorageWriter(
+            paths, metadata=metadata, retention=retention, world=self.world, disk=disk
+        )
+        state = to_state_dict(snapshot.files, expert_parameters=snapshot.expert_parameters)
+        try:
+            with _unwrap_rank_errors(self._group):
+                state_dict_saver.save(
+                    dict(state),
+                    storage_writer=writer,
+                    planner=BalancedSavePlanner(snapshot.expert_parameters),
+                    process_group=self._group,
+                    no_dist=self._group is None,
+                )
+        except CheckpointError:
+            if self.world.rank == 0:
+                paths.remove_staging(disk)
+            raise
+        return paths.final
 
     def _write_into(
-        self, future: Future[Path], snapshot: RankSnapshot, keep: RetentionPolicy
+        self, future: Future[Path], snapshot: RankSnapshot, retention: RetentionPolicy
     ) -> None:
         try:
-            future.set_result(self._write(snapshot, keep))
+            future.set_result(self._write(snapshot, retention))
         except BaseException as error:
             future.set_exception(error)

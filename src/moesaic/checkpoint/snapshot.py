@@ -1,9 +1,8 @@
-"""Snapshot: everything a run needs to go on, as plain values and named tensors.
+"""Snapshot: the complete state of a run, as JSON values and named tensors; and its shards per rank.
 
-Shard: what one rank holds of a tensor, as rectangular blocks of the whole.
-
-Several ranks may hold the same block (copies). A rank may hold several blocks of a tensor (a matrix
-that is cut by segments) or none.
+A shard is the part of a tensor on one rank: rectangular blocks of the full tensor. Several ranks
+may hold the same block (replicas). A rank may hold several blocks of a tensor (a matrix that is
+split in segments) or none.
 """
 
 from collections.abc import Mapping
@@ -17,9 +16,9 @@ from moesaic.core.shapes import Tensor
 
 @dataclass(frozen=True, slots=True)
 class ShardBlock:
-    """One block of a tensor: ``data.shape`` long, starting at ``offset``.
+    """A block of a tensor: ``data``, at ``offset`` of the full tensor.
 
-    ``data`` is a view of live memory: loading writes into it in place.
+    ``data`` is a view of the parameter: loading writes into it in place.
     """
 
     offset: tuple[int, ...]
@@ -28,9 +27,9 @@ class ShardBlock:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The blocks of a tensor that a rank holds. ``shape`` and ``dtype`` are of the whole tensor.
+    """The blocks of a tensor on a rank. ``shape`` and ``dtype`` are those of the full tensor.
 
-    Raises ValueError for a block that is of another type or reaches out of the tensor.
+    Raises ValueError for a block of another dtype or outside of the tensor.
     """
 
     shape: tuple[int, ...]
@@ -38,52 +37,47 @@ class Shard:
     blocks: tuple[ShardBlock, ...]
 
     def __post_init__(self) -> None:
-        for piece in self.blocks:
-            if piece.data.dtype != self.dtype:
-                raise ValueError(f"a piece of {piece.data.dtype} in a tensor of {self.dtype}")
-            ends = [o + n for o, n in zip(piece.offset, piece.data.shape, strict=True)]
+        for block in self.blocks:
+            if block.data.dtype != self.dtype:
+                raise ValueError(f"a block of {block.data.dtype} in a tensor of {self.dtype}")
+            ends = [o + n for o, n in zip(block.offset, block.data.shape, strict=True)]
             outside = any(e > n for e, n in zip(ends, self.shape, strict=True))
-            if outside or any(o < 0 for o in piece.offset):
+            if outside or any(o < 0 for o in block.offset):
                 raise ValueError(
-                    f"a piece of {list(piece.data.shape)} at {list(piece.offset)} "
-                    f"reaches out of a tensor of {list(self.shape)}"
+                    f"a block of {list(block.data.shape)} at {list(block.offset)} "
+                    f"is outside of a tensor of {list(self.shape)}"
                 )
 
     @staticmethod
     def from_tensor(tensor: Tensor) -> "Shard":
-        """Return the shard of a rank that holds all of ``tensor``."""
+        """Return the shard of a rank with the full tensor."""
         data = tensor.detach()
-        piece = ShardBlock((0,) * data.dim(), data)
-        return Shard(tuple(data.shape), data.dtype, (piece,))
+        return Shard.from_block(data, offset=(0,) * data.dim(), shape=tuple(data.shape))
 
     @staticmethod
     def from_block(data: Tensor, *, offset: tuple[int, ...], shape: tuple[int, ...]) -> "Shard":
-        """Return the shard of a rank that holds one block of a tensor of ``shape``."""
+        """Return the shard of a rank with one block of a tensor of ``shape``."""
         data = data.detach()
         return Shard(tuple(shape), data.dtype, (ShardBlock(tuple(offset), data),))
 
 
-TensorOrShard = Shard | Tensor  # a plain tensor is held whole
-
-
-ShardFiles = Mapping[
-    str, Mapping[str, TensorOrShard]
-]  # file name -> tensor name -> what this rank holds
+TensorOrShard = Shard | Tensor  # a tensor: the rank has all of it
+ShardFiles = Mapping[str, Mapping[str, TensorOrShard]]  # by file name and tensor name
 
 
 def as_shard(tensor: TensorOrShard) -> Shard:
-    """Return a plain tensor as the shard that is all of it."""
+    """Return a tensor as the shard of a rank with all of it."""
     return tensor if isinstance(tensor, Shard) else Shard.from_tensor(tensor)
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The state after ``step`` updates, whole.
+    """The complete state after ``step`` updates.
 
     ``files`` maps a file name without ending (``model``, ``optimizer``, ``random``) to its named
-    tensors. ``state`` is JSON-able: the config, the data position, counters. ``banks`` names the
-    parameters that hold experts along their first dim, with their number. ``plan`` says how the run
-    was laid out over ranks (JSON data, for people).
+    tensors. ``state`` is JSON: the config, the data position, counters. ``expert_parameters`` maps
+    the parameters whose first dim is experts to the number of experts. ``plan`` is the parallel
+    plan (JSON, informational).
     """
 
     step: int
@@ -95,10 +89,10 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class RankSnapshot:
-    """What one rank holds of a snapshot: shards, and tensors that every rank holds whole.
+    """The part of a snapshot on one rank: shards, and tensors that are replicated on every rank.
 
-    A rank may hold nothing of a tensor or not know it at all (another stage of a pipeline has it).
-    ``state``, ``banks`` and ``plan`` are alike on all ranks.
+    Tensors of other pipeline stages are absent. ``state``, ``expert_parameters`` and ``plan`` are
+    the same on all ranks.
     """
 
     step: int

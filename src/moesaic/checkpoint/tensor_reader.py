@@ -1,9 +1,4 @@
-"""Reader: tensors of a checkpoint, or parts of them, read from the files that hold them.
-
-Files are mapped, so a part costs what it is long.
-
-Units: a checkpoint's tensors one after the other, a bank expert by expert, never two at once.
-"""
+"""Tensor reader: read tensors of a checkpoint, or slices of them, from memory-mapped files."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,6 +14,7 @@ from moesaic.checkpoint.block_index import (
     StoredBlock,
     StoredTensor,
     coverage_problems,
+    expert_label,
     first_few,
     overlapping_blocks,
 )
@@ -29,7 +25,7 @@ MAX_OPEN_FILES = 64
 
 
 class TensorReader:
-    """Reads from ``directory``; at most ``MAX_OPEN_FILES`` are open at a time."""
+    """Reads tensors from ``directory`` with at most ``MAX_OPEN_FILES`` open files."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -43,9 +39,9 @@ class TensorReader:
     def read_slice(
         self, stored: StoredTensor, *, block: StoredBlock, start: Shape, shape: Shape
     ) -> Tensor:
-        """Return ``shape`` values of a block from ``start`` on (within the block): a view.
+        """Return a slice of a block as a view: ``shape`` values at ``start`` of the block.
 
-        Raises CheckpointError if the file does not hold what the index says.
+        Raises CheckpointError if the file differs from the index.
         """
         try:
             head = self._file(block.file).get_slice(block.key)
@@ -71,14 +67,14 @@ class TensorReader:
         )
 
     def read_tensor(self, stored: StoredTensor) -> Tensor:
-        """Return a whole tensor; not copied where it lies in one block.
+        """Return a full tensor, without a copy if it is stored in one block.
 
-        Raises CheckpointError, also if its blocks do not make it up.
+        Raises CheckpointError, also if its blocks do not cover it.
         """
         return self._assemble(stored, blocks=stored.blocks, first=0, shape=stored.shape)
 
     def read_expert(self, stored: StoredTensor, expert: int) -> Tensor:
-        """Return one expert of a bank, without the first dim."""
+        """Return one expert of a tensor, without the first dim."""
         if not stored.split_by_expert:
             return self.read_tensor(stored)[expert]
         blocks, shape = stored.expert_blocks(expert), (1, *stored.shape[1:])
@@ -89,16 +85,16 @@ class TensorReader:
     ) -> Tensor:
         if len(blocks) == 1 and blocks[0].shape == shape:
             return self.read_block(stored, blocks[0])
-        whole = torch.empty(shape, dtype=stored.dtype)
-        held = sum(block.numel for block in blocks)
-        if held != whole.numel() or any(overlapping_blocks(blocks)):
+        full = torch.empty(shape, dtype=stored.dtype)
+        covered = sum(block.numel for block in blocks)
+        if covered != full.numel() or any(overlapping_blocks(blocks)):
             raise CheckpointError(f"{self.directory}: {first_few(coverage_problems(stored))}")
         for block in blocks:
-            part = whole
+            part = full
             for dim, (offset, length) in enumerate(zip(block.offset, block.shape, strict=True)):
                 part = part.narrow(dim, offset - (first if dim == 0 else 0), length)
             part.copy_(self.read_block(stored, block))
-        return whole
+        return full
 
     def _file(self, name: str) -> Any:
         if name not in self._opened:
@@ -111,7 +107,7 @@ class TensorReader:
 
 @contextmanager
 def open_reader(directory: Path) -> Iterator[TensorReader]:
-    """Give a reader, and close its files at the end."""
+    """Yield a reader and close its files at the end."""
     reader = TensorReader(directory)
     try:
         yield reader
@@ -121,7 +117,7 @@ def open_reader(directory: Path) -> Iterator[TensorReader]:
 
 @dataclass(frozen=True, slots=True)
 class LoadedTensor:
-    """A tensor, or one expert of a bank (without the bank's first dim)."""
+    """A tensor, or one expert of a tensor (without the first dim)."""
 
     label: str
     data: Tensor
@@ -131,14 +127,12 @@ class LoadedTensor:
 def read_by_expert(
     reader: TensorReader, *, label: str, stored: StoredTensor, num_experts: int = 0
 ) -> Iterator[LoadedTensor]:
-    """Yield a tensor, or its experts; ``experts`` splits one that does not know it is a bank."""
+    """Yield a tensor, or its experts one by one.
+
+    ``num_experts`` splits a tensor that the index does not mark as split by expert.
+    """
     count = stored.num_experts or num_experts
     if not count:
         yield LoadedTensor(label, reader.read_tensor(stored))
     for expert in range(count):
         yield LoadedTensor(expert_label(label, expert), reader.read_expert(stored, expert), expert)
-
-
-def expert_label(label: str, expert: int) -> str:
-    """Return how an expert of a bank is named everywhere."""
-    return f"{label}/expert-{expert:04d}"

@@ -58,11 +58,11 @@ def layer(
 
 
 def _show(found: dict[str, Any], console: Console) -> None:
-    asked, about = found["question"], found["machine"]
-    shape = ",".join(str(n) for n in asked["shape"].values())
+    question, machine = found["question"], found["machine"]
+    shape = ",".join(str(n) for n in question["shape"].values())
     console.print(
-        f"[bold]{shape}[/] (tokens, dim, hidden, experts, k), {asked['passes']}, {asked['dtype']}, "
-        f"{asked['threads']} threads; largest load {found['largest_load']:.1f} times the mean",
+        f"[bold]{shape}[/] (tokens, dim, hidden, experts, k), {question['passes']}, {question['dtype']}, "
+        f"{question['threads']} threads; largest load {found['largest_load']:.1f} times the mean",
         highlight=False,
     )
     rows = found["contenders"]
@@ -81,8 +81,8 @@ def _show(found: dict[str, Any], console: Console) -> None:
     for name, reason in found["absent"].items():
         console.print(f"[yellow]{name}[/]: {escape(reason)}", highlight=False)
     console.print(
-        f"[dim]{about['processor']}, {about['cores']} cores, load {about['load_before']:.1f}, "
-        f"torch {about['torch']}, commit {found['commit'] or 'unknown'}[/]",
+        f"[dim]{machine['processor']}, {machine['cores']} cores, load {machine['load_before']:.1f}, "
+        f"torch {machine['torch']}, commit {found['commit'] or 'unknown'}[/]",
         highlight=False,
     )
 
@@ -90,7 +90,7 @@ def _show(found: dict[str, Any], console: Console) -> None:
 def _contender_row(name: str, row: dict[str, Any], *, dense: str) -> list[str]:
     ratio, ours = row["of_dense"], row["of_moesaic"]
     low, high = ratio["quartiles"]
-    kept = row["saved_bytes"]
+    saved = row["saved_bytes"]
     differs = row["differs_by"] is not None and row["differs_by"] > 0.02
     return [
         f"[bold]{name}[/]"
@@ -101,5 +101,5 @@ def _contender_row(name: str, row: dict[str, Any], *, dense: str) -> list[str]:
         f"{low:.2f}-{high:.2f}",
         f"{ratio['best_over_best']:.2f}",
         f"{ours['median']:.2f}",
-        show_bytes(kept) if kept is not None else "",
+        show_bytes(saved) if saved is not None else "",
     ]

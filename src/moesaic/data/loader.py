@@ -157,10 +157,11 @@ class Loader:
 
         Raises CheckpointError if the corpus, tokenizer, mixture, seed or loader settings differ.
         """
-        if state.get("format") != STATE_FORMAT or state.get("fingerprint") != self._fingerprint:
+        found = state.get("fingerprint", self._fingerprint)  # checkpoints of format 1 have none
+        if state.get("format") != STATE_FORMAT or found != self._fingerprint:
             raise CheckpointError(
                 "the saved data position is of another corpus, tokenizer, mixture, seed or "
-                f"loader config (found {str(state.get('fingerprint'))[:8]}, expected "
+                f"loader config (found {found[:8]}, expected "
                 f"{self._fingerprint[:8]}); continue with the config it was saved with"
             )
         self.close()

@@ -1,0 +1,60 @@
+"""Law: a few steps of training reduce the loss, for every kind of expert and MoE layer."""
+
+import pytest
+import torch
+
+from model.samples import BODIES
+from moesaic.model.block_layout import ParallelResidual, SequentialResidual
+from moesaic.model.config import Stack
+from moesaic.model.transformer import Transformer
+from moesaic.moe.attention_experts import MixtureOfAttention
+from moesaic.optim.optimizer import AdamW, Muon, Optimizer
+from moesaic.testing.tiny_models import random_batch, tiny_model_config
+from moesaic.train.run import BFloat16, Float32, Precision
+
+STEPS = 5
+
+
+def _losses(model: Transformer, *, optimizer: Optimizer, precision: Precision) -> list[float]:
+    batch = random_batch(6, seed=1)
+    built = optimizer.build(model.named_parameters(), kinds=model.parameter_kinds())
+    losses = []
+    for _ in range(STEPS):
+        with precision.autocast(batch.source.device):
+            output = model(batch)
+            loss = model.loss(output).total / batch.num_predicted
+        terms = [term for record in output.records for term in record.losses.values()]
+        (loss + sum(terms)).backward()
+        assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
+        built.step()
+        built.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("decoder_only", [False, True], ids=["translator", "language-model"])
+@pytest.mark.parametrize("layer", BODIES)
+def test_every_moe_layer_trains(layer, decoder_only):
+    config = tiny_model_config(moe=BODIES[layer])
+    model = Transformer(config.replace(encoder=Stack(layers=0)) if decoder_only else config)
+    losses = _losses(model, optimizer=AdamW(lr=0.01), precision=Float32())
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.2
+
+
+@pytest.mark.parametrize("block", [SequentialResidual(), ParallelResidual()], ids=repr)
+@pytest.mark.parametrize("keys", ["own", "shared"])
+def test_attention_experts_train(keys, block):
+    experts = MixtureOfAttention(experts=3, key_values=keys)
+    model = Transformer(tiny_model_config().replace(attention_experts=experts, block_layout=block))
+    before = model.decoder[0].self_attention.inner.gate.weight.detach().clone()
+    losses = _losses(model, optimizer=Muon(lr=0.01), precision=Float32())
+    assert losses[-1] < losses[0] - 0.1
+    assert not torch.equal(model.decoder[0].self_attention.inner.gate.weight, before)
+
+
+@pytest.mark.parametrize("layer", BODIES)
+def test_every_moe_layer_trains_in_half_precision_with_muon(layer):
+    model = Transformer(tiny_model_config(moe=BODIES[layer]))
+    losses = _losses(model, optimizer=Muon(lr=0.01), precision=BFloat16())
+    assert losses[-1] < losses[0] - 0.1

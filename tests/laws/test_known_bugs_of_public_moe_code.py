@@ -1,0 +1,100 @@
+"""Law: known bugs of public MoE code do not occur here."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.samples import BASE, batch_for, padded
+from moe.variants import DIM, EXPERTS, layer
+from moesaic.model.transformer import Transformer
+from moesaic.moe.balance import RouterZLoss, SwitchBalance
+from moesaic.moe.batch_group import GatheredRows, SingleRankBatch
+from moesaic.moe.config import MoE
+from moesaic.moe.limit import Capacity, PositionPriority, RandomPriority, WeightPriority
+from moesaic.moe.router_context import RouterContext, RouterState, TokenContext
+from moesaic.moe.select import Top2, TopK
+from moesaic.moe.select_dynamic import TopP
+
+X = torch.randn(40, DIM)
+
+
+def _drawn(moe, key):
+    """The answer where random numbers are drawn under another key."""
+    context = TokenContext.unbatched(40)
+    context = replace(context, row_key=context.row_key + key)
+    return moe(X, context=context, router_state=RouterState()).out
+
+
+RANDOM = {
+    "random-token-selection": {
+        "limit": Capacity(factor=0.5, eval_factor=0.5, priority=RandomPriority())
+    },
+    "gumbel-second-choice": {"select": Top2(second="sampled")},
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_token_selection_and_the_gumbel_second_choice_are_off_in_evaluation(name):
+    moe = layer(MoE(experts=EXPERTS, **RANDOM[name]))
+    assert not torch.equal(_drawn(moe, 1), _drawn(moe, 2))
+    moe.eval()
+    assert torch.equal(_drawn(moe, 1), _drawn(moe, 2))
+
+
+class Shared(SingleRankBatch):
+    """One of two ranks; ``other`` are the rows that the other one would send."""
+
+    def __init__(self, other, *, first):
+        self.other, self.first = other, first
+
+    def gather(self, rows):
+        both = [rows, self.other] if self.first else [self.other, rows]
+        return GatheredRows(torch.cat(both), 0 if self.first else len(self.other))
+
+
+@pytest.mark.parametrize(
+    "priority", [PositionPriority(), WeightPriority(), RandomPriority()], ids=repr
+)
+def test_capacity_counts_the_tokens_of_all_ranks(priority):
+    limit = Capacity(factor=0.7, minimum=0, priority=priority)
+    logits = torch.randn(40, EXPERTS) + torch.linspace(2, 0, 40)[:, None] * torch.eye(EXPERTS)[0]
+    gate = RouterContext.from_logits(logits, training=True)
+    whole = limit(TopK(k=2)(gate), gate, SingleRankBatch())
+    kept = []
+    parts = [slice(0, 31), slice(31, 40)]  # very unequal: local counts would drop others
+    gates = [
+        RouterContext(logits[part], _some(gate.context, part), training=True) for part in parts
+    ]
+    sent = []
+    for each in gates:
+        routing = TopK(k=2)(each)
+        key = priority.key(routing, router=each)
+        sent.append(torch.cat([routing.expert[:, None], key], 1))
+    for number, each in enumerate(gates):
+        ranks = Shared(sent[1 - number], first=number == 0)
+        kept.append(limit(TopK(k=2)(each), each, ranks).expert)
+    assert torch.equal(torch.cat(kept), whole.expert)
+    assert 0 < whole.dropped.sum() < 80
+
+
+def _some(context, part):
+    names = ("row", "position", "token", "tag", "row_key")
+    return replace(context, **{name: getattr(context, name)[part] for name in names})
+
+
+def test_top_p_takes_one_expert_of_a_certain_token_and_never_all_by_an_empty_mask():
+    certain = 90 * torch.eye(EXPERTS)
+    assert TopP(p=0.999)(RouterContext.from_logits(certain)).load().tolist() == [1] * EXPERTS
+
+
+def test_a_balance_loss_never_counts_padding():
+    model = Transformer(
+        BASE.replace(moe=BASE.moe.replace(balance=(SwitchBalance(), RouterZLoss())))
+    )
+    batch = batch_for(BASE)
+    tight, loose = model(batch).records, model(padded(batch, 50)).records
+    for here, there in zip(tight, loose, strict=True):
+        assert here.stats_vector[-1] == there.stats_vector[-1] == here.routing.num_tokens
+        for name, value in here.losses.items():
+            torch.testing.assert_close(there.losses[name], value, rtol=1e-5, atol=1e-7)

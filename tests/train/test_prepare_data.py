@@ -1,0 +1,68 @@
+"""Data preparation: corpus languages, one tokenizer per run, token shards created once."""
+
+from pathlib import Path
+
+import pytest
+
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.core.errors import ConfigError, DataError
+from moesaic.data.token_shards import TokenShards
+from moesaic.data.train_tokenizer import TokenizerConfig
+from moesaic.distributed.world import SingleProcess
+from moesaic.testing.tiny_models import synthetic_run
+from moesaic.train.prepare_data import CorpusSubset, PreparedData, prepare_data
+from moesaic.train.run import CorpusFolder, NamedCorpus, Run
+
+pytestmark = pytest.mark.usefixtures("data_home")
+
+
+def _prepare(run: Run, folder: Path) -> PreparedData:
+    return prepare_data(run, run_dir=RunDir(folder), world=SingleProcess(), notify=lambda _: None)
+
+
+def test_a_run_sees_only_its_languages(tmp_path: Path) -> None:
+    run = synthetic_run(languages=("English", "qac_Grek"))
+    prepared = _prepare(run, tmp_path)
+    assert prepared.tokenizer.languages == ("eng_Latn", "qac_Grek")
+    assert prepared.shards.directions == (("eng_Latn", "qac_Grek"),)
+
+
+def test_tokenizer_and_shards_are_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = synthetic_run()
+    first = _prepare(run, tmp_path)
+    written = (tmp_path / "tokenizer.json").stat().st_mtime_ns
+    monkeypatch.setattr(TokenShards, "verify", None)
+    second = _prepare(run, tmp_path)
+    assert (tmp_path / "tokenizer.json").stat().st_mtime_ns == written
+    assert second.shards.path == first.shards.path
+
+
+def test_a_language_that_the_corpus_lacks_is_named() -> None:
+    corpus = synthetic_run().corpus.open()
+    with pytest.raises(ConfigError, match=r"few-phrases has no deu_Latn; it has eng_Latn, qaa"):
+        CorpusSubset.of(corpus, languages=["German", "English"])
+
+
+def test_subsets_of_different_languages_have_different_fingerprints() -> None:
+    corpus = synthetic_run().corpus.open()
+    whole, part = (CorpusSubset.of(corpus, languages=c) for c in ((), ("eng_Latn", "qab_Cyrl")))
+    assert whole.languages == corpus.languages
+    assert whole.fingerprint != part.fingerprint
+    assert part.directions == (("eng_Latn", "qab_Cyrl"),)
+
+
+def test_a_tokenizer_of_another_run_is_refused(tmp_path: Path) -> None:
+    _prepare(synthetic_run(languages=("English", "qac_Grek")), tmp_path)
+    larger = synthetic_run(tokenizer=TokenizerConfig(vocab_size=420))
+    with pytest.raises(ConfigError) as caught:
+        _prepare(larger, tmp_path)
+    size, tags = caught.value.problems
+    assert "has 400 ids, the run asks for 420" in size
+    assert "no tag for qaa_Latn, qab_Cyrl" in tags
+
+
+def test_a_missing_corpus_is_a_data_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no corpus here"):
+        _prepare(synthetic_run(corpus=CorpusFolder(path=str(tmp_path / "none"))), tmp_path)
+    with pytest.raises(DataError, match="catalogues-small"):
+        _prepare(synthetic_run(corpus=NamedCorpus(name="catalogs-small")), tmp_path)
