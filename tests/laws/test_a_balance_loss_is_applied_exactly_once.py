@@ -1,4 +1,4 @@
-"""Law: a balance term enters a step once: not per micro-batch, recomputation, rank or padding.
+"""Law: a balance loss is added once per step: not per micro-batch, recomputation, rank or padding.
 
 Ranks: ``test_data_parallel_ranks_give_the_same_loss.py``.
 """
@@ -37,7 +37,7 @@ def model_of(name: str) -> Transformer:
 
 
 def step(model: Transformer, batches: list) -> tuple[Found, Found, list[torch.Tensor]]:
-    """One step's terms, its gradients, and what each router heard."""
+    """Return one step's loss terms, its gradients, and each router's accumulated stats."""
     objective = Objective(
         LossCategories(TASKS, LANGUAGES), label_smoothing=0.1, precision=Float32()
     )
@@ -61,12 +61,12 @@ def agree(here: Found, there: Found) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_batch_given_four_times_in_one_step_counts_once(name):
     batch = random_batch(6, seed=1)
-    terms, grads, heard = step(model_of(name), [batch])
-    again_terms, again_grads, again_heard = step(model_of(name), 4 * [batch])
+    terms, grads, stats = step(model_of(name), [batch])
+    again_terms, again_grads, again_stats = step(model_of(name), 4 * [batch])
     assert any(key.startswith("loss_") for key in terms)
     agree(terms, again_terms)
     agree(grads, again_grads)
-    for once, four in zip(heard, again_heard, strict=True):
+    for once, four in zip(stats, again_stats, strict=True):
         torch.testing.assert_close(four, 4 * once)
 
 
@@ -77,18 +77,18 @@ def test_recomputing_activations_changes_no_loss_no_gradient_and_no_counter(name
     model = model_of(name)
     for block in [*model.encoder, *model.decoder]:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    terms, grads, heard = step(model, batches)
+    terms, grads, stats = step(model, batches)
     agree(plain[0], terms)
     agree(plain[1], grads)
-    assert all(map(torch.equal, plain[2], heard))
+    assert all(map(torch.equal, plain[2], stats))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_padding_is_never_counted(name):
     batch = random_batch(6, seed=3)
-    terms, grads, heard = step(model_of(name), [batch])
-    loose_terms, loose_grads, loose_heard = step(model_of(name), [padded(batch, 5)])
+    terms, grads, stats = step(model_of(name), [batch])
+    loose_terms, loose_grads, loose_stats = step(model_of(name), [padded(batch, 5)])
     agree(terms, loose_terms)
     agree(grads, loose_grads)
-    for here, there in zip(heard, loose_heard, strict=True):
+    for here, there in zip(stats, loose_stats, strict=True):
         torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-4)

@@ -34,7 +34,7 @@ def test_a_dropped_edge_changes_only_its_token(select, edge):
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_a_dropped_edge_changes_only_its_token_whatever_an_expert_is(body):
+def test_a_dropped_edge_changes_only_its_token_for_every_kind_of_expert(body):
     _drops(mixture("top2", "dropless").replace(**BODIES[body]), edge=7)
 
 
@@ -51,7 +51,7 @@ def _drops(config: MoE, *, edge: int) -> None:
     assert changed.nonzero()[:, 0].tolist() == [token]
 
 
-def test_a_token_that_lost_every_edge_gets_nothing():
+def test_a_token_without_edges_has_a_zero_output():
     config = mixture("switch", "dropless").replace(limit=DropOne(edge=3))
     out, _ = run(layer(config), torch.randn(6, DIM))
     assert torch.equal(out[3], torch.zeros(DIM))

@@ -1,4 +1,4 @@
-"""Law: the answer to a source does not depend on what else is decoded beside it."""
+"""Law: the output of a source does not depend on the other sources of the batch."""
 
 import pytest
 import torch

@@ -71,7 +71,7 @@ def test_a_pass_that_is_repeated_drops_the_same() -> None:
     _close(_gradients([batch], recompute=True, seed=1), _gradients([batch]))
 
 
-def test_another_draw_of_the_same_rows_drops_others() -> None:
+def test_another_epoch_of_the_same_rows_drops_others() -> None:
     batch = random_batch(6, seed=1)
     other = Batch(
         **{f.name: getattr(batch, f.name) for f in fields(Batch)} | {"key": batch.key + 1}

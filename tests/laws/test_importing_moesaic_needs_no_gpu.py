@@ -12,7 +12,7 @@ def refuse(*_, **__):
 
 torch.cuda._lazy_init = refuse
 import moesaic
-kernels = "moesaic.ops.triton."  # written in Triton; ops/kernel_selection.py brings them in, for a GPU
+kernels = "moesaic.ops.triton."  # needs Triton; ops/kernel_selection.py imports it for a GPU
 names = [found.name for found in pkgutil.walk_packages(moesaic.__path__, "moesaic.")]
 names = [n for n in names if not n.endswith("__main__") and not n.startswith(kernels)]
 harness = [n for n in names if n.startswith("moesaic.testing")]  # brings torch._dynamo, that Triton

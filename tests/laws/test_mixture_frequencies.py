@@ -1,4 +1,4 @@
-"""Law: every stream is drawn as often as its weight says, and every row once per epoch."""
+"""Law: every stream is sampled in proportion to its weight, and every row once per epoch."""
 
 import math
 
@@ -110,7 +110,7 @@ def test_each_stream_visits_every_row_once_per_epoch_however_the_run_is_windowed
             assert sorted(order[start : start + size]) == list(range(size))
 
 
-def test_a_cap_a_unit_and_a_boost_change_the_weights_as_they_say():
+def test_size_limit_size_unit_and_language_weights_change_the_weights():
     tasks = (WeightedTask(task=Translation()),)
     capped = mixed(MixtureConfig(tasks=tasks, size_limit=90))
     assert capped.weights.tolist() == pytest.approx([90 / 210, 90 / 210, 30 / 210])

@@ -1,4 +1,4 @@
-"""Law: what a token's edges weigh changes only by the drops that the routing shows."""
+"""Law: a token's weights change only by the drops that the routing records."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_normalised_weights_sum_to_one_where_nothing_is_dropped(select):
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-def test_normalising_after_drops_gives_the_survivors_everything(limit):
+def test_normalising_after_drops_makes_the_kept_weights_sum_to_one(limit):
     limited, _ = _weights("top3-after", limit)
     alive = ~limited.dropped
     survived = (_per_token(limited, alive) > 0).float()

@@ -1,4 +1,4 @@
-"""Law: the order of tokens means nothing to a layer whose limit does not look at positions."""
+"""Law: a layer is equivariant to the order of tokens unless its capacity limit uses positions."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_permuting_tokens_permutes_the_output(select, limit):
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_permuting_tokens_permutes_the_output_of_every_body(body):
+def test_permuting_tokens_permutes_the_output_of_every_moe_layer(body):
     moe = layer(mixture("top2", "dropless").replace(**BODIES[body])).eval()
     x, order = torch.randn(40, DIM), torch.randperm(40)
     straight, _ = run(moe, x)
@@ -27,7 +27,7 @@ def test_permuting_tokens_permutes_the_output_of_every_body(body):
     torch.testing.assert_close(mixed, straight[order], rtol=1e-4, atol=1e-4)
 
 
-def test_the_order_matters_only_where_position_decides():
+def test_the_order_matters_with_priority_by_position():
     moe = layer(mixture("switch", "by-position")).eval()
     x = torch.randn(40, DIM)
     straight, _ = run(moe, x)

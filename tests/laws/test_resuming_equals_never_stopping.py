@@ -130,7 +130,7 @@ def test_resuming_equals_never_stopping_on_two_ranks(tmp_path: Path) -> None:
     assert run_on_ranks(2, _on_two, tmp_path, True) == whole
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+def test_a_run_resumes_with_another_number_of_ranks(tmp_path: Path) -> None:
     run = tiny_run(**VARIANTS["dropout-and-random-drops"])
     whole = tiny_trainer(run)
     whole_rows = _rows(whole, steps=20)

@@ -1,4 +1,4 @@
-"""Law: any text comes back from its ids unchanged, and no text makes a tag or special token."""
+"""Law: decoding the ids of a text returns it, and no text encodes to a tag or special token."""
 
 import pytest
 from hypothesis import given, settings

@@ -22,7 +22,7 @@ def test_a_config_round_trips_through_yaml(name):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"attention": AttentionConfig(heads=3)}, "heads=3"),
         ({"attention": AttentionConfig(heads=4, kv_heads=3)}, "kv_heads=3"),
@@ -38,8 +38,8 @@ def test_a_config_round_trips_through_yaml(name):
         ),
     ],
 )
-def test_a_shape_that_does_not_fit_is_refused_with_its_numbers(changes, said):
-    with pytest.raises(ConfigError, match=said):
+def test_a_shape_that_does_not_fit_is_refused_with_its_numbers(changes, message):
+    with pytest.raises(ConfigError, match=message):
         BASE.replace(**changes)
 
 

@@ -17,12 +17,12 @@ def test_the_greedy_answer_is_the_argmax_of_full_forward_passes(name):
     answers = generate(model, source, tag=TAG, search=Greedy(), max_tokens=6)
     for row in range(2):
         words = source[row][source[row] != 0]
-        said = answers[row][0].ids
+        generated = answers[row][0].ids
         prompt = [int(TAG[row])]
         if not model.config.encoder.layers:
             prompt = [*words.tolist(), *prompt]
-        for place, token in enumerate(said):
-            fed = torch.tensor([[*prompt, *said[:place]]])
+        for place, token in enumerate(generated):
+            fed = torch.tensor([[*prompt, *generated[:place]]])
             one = torch.zeros(1, dtype=torch.long)
             cache = model.init_cache(model.encode(words[None]), one)
             logits = model.step(fed, cache)[0]
@@ -30,14 +30,14 @@ def test_the_greedy_answer_is_the_argmax_of_full_forward_passes(name):
             assert int(logits.argmax()) == token
 
 
-def test_forbidden_ids_are_not_said():
+def test_suppressed_tokens_are_not_generated():
     model = Transformer(VARIANTS["rotary-top2"])
     source = ids(2, [4, 2], width=4)
     free = generate(model, source, tag=TAG, max_tokens=8)
-    said = {token for (best,) in free for token in best.ids}
-    assert said
-    other = generate(model, source, tag=TAG, max_tokens=8, suppress_tokens=tuple(said))
-    assert not said & {token for (best,) in other for token in best.ids}
+    generated = {token for (best,) in free for token in best.ids}
+    assert generated
+    other = generate(model, source, tag=TAG, max_tokens=8, suppress_tokens=tuple(generated))
+    assert not generated & {token for (best,) in other for token in best.ids}
 
 
 def test_the_mode_of_the_model_is_restored_and_nothing_needs_gradients():

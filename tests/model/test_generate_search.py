@@ -78,9 +78,9 @@ def test_a_wide_beam_finds_the_best_of_all_answers(seed):
 def test_scores_are_log_probabilities_over_length_to_the_penalty(penalty):
     table = Table(7)
     for answer in Beam(size=5, n_best=5, length_penalty=penalty)(table.problem())[0]:
-        said = (*answer.ids, EOS) if answer.finished else answer.ids
-        assert answer.log_prob == pytest.approx(table.log_prob(said), abs=1e-4)
-        assert answer.score == pytest.approx(answer.log_prob / len(said) ** penalty, abs=1e-5)
+        tokens = (*answer.ids, EOS) if answer.finished else answer.ids
+        assert answer.log_prob == pytest.approx(table.log_prob(tokens), abs=1e-4)
+        assert answer.score == pytest.approx(answer.log_prob / len(tokens) ** penalty, abs=1e-5)
 
 
 def test_n_best_answers_are_distinct_and_in_order():

@@ -34,10 +34,10 @@ def test_a_preset_builds_on_the_meta_device_as_counted(name):
 def test_the_published_size_is_met(name, apart):
     made = preset(name)
     assert made.published
-    for said in made.published:
+    for number in made.published:
         counted = count_parameters(made.config)
-        found = {"total": counted.total, "active": counted.active}[said.quantity]
-        assert found == pytest.approx(said.value, rel=apart)
+        found = {"total": counted.total, "active": counted.active}[number.quantity]
+        assert found == pytest.approx(number.value, rel=apart)
 
 
 def test_the_dense_base_of_zcode_is_known_to_count_less_than_published():

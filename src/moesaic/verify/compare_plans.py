@@ -140,7 +140,7 @@ def _plan_result(
 ) -> PlanResult:
     ranks, plan = parallel.plan.world_size, describe_plan(parallel)
     if isinstance(outcome, RankError):
-        # the rank and the last line of its traceback, or the whole of a sentence
+        # the rank and the last line of its traceback, or the only line
         first, *rest = [line for line in str(outcome).splitlines() if line.strip()]
         text = f"{first.rstrip(':')}: {rest[-1].strip()}" if rest else first
         return PlanResult(ranks, plan, parallel, None, (f"failed: {text}",))

@@ -1,4 +1,4 @@
-"""Law: every rule of choosing trains inside a whole model, encoder-decoder or decoder-only."""
+"""Law: every selection rule trains in a whole model, encoder-decoder or decoder-only."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ class Same(TinyStream):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_rule_learns_a_batch_by_heart(name):
+def test_a_rule_overfits_a_batch(name):
     run = tiny_run(model=tiny_model_config(moe=RULES[name]), steps=30)
     trainer = tiny_trainer(run)
     trainer.data = Same()
@@ -44,7 +44,7 @@ def test_a_rule_learns_a_batch_by_heart(name):
 
 
 @pytest.mark.parametrize("name", SPARSELY)
-def test_a_rule_writes_and_learns_without_an_encoder(name):
+def test_a_rule_trains_and_generates_without_an_encoder(name):
     config = tiny_model_config(moe=SPARSELY[name]).replace(encoder=NONE)
     model = Transformer(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

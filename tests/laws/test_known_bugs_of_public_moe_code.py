@@ -1,4 +1,4 @@
-"""Law: what public MoE code is known to get wrong is right here, trap by trap."""
+"""Law: known bugs of public MoE code do not occur here."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Law: whatever an expert is and whatever stands around it, a few steps fit a batch better."""
+"""Law: a few steps of training reduce the loss, for every kind of expert and MoE layer."""
 
 import pytest
 import torch
@@ -33,9 +33,9 @@ def _losses(model: Transformer, *, optimizer: Optimizer, precision: Precision) -
 
 
 @pytest.mark.parametrize("decoder_only", [False, True], ids=["translator", "language-model"])
-@pytest.mark.parametrize("body", BODIES)
-def test_every_body_trains(body, decoder_only):
-    config = tiny_model_config(moe=BODIES[body])
+@pytest.mark.parametrize("layer", BODIES)
+def test_every_moe_layer_trains(layer, decoder_only):
+    config = tiny_model_config(moe=BODIES[layer])
     model = Transformer(config.replace(encoder=Stack(layers=0)) if decoder_only else config)
     losses = _losses(model, optimizer=AdamW(lr=0.01), precision=Float32())
     assert losses == sorted(losses, reverse=True)
@@ -53,8 +53,8 @@ def test_attention_experts_train(keys, block):
     assert not torch.equal(model.decoder[0].self_attention.inner.gate.weight, before)
 
 
-@pytest.mark.parametrize("body", BODIES)
-def test_every_body_trains_in_half_precision_with_muon(body):
-    model = Transformer(tiny_model_config(moe=BODIES[body]))
+@pytest.mark.parametrize("layer", BODIES)
+def test_every_moe_layer_trains_in_half_precision_with_muon(layer):
+    model = Transformer(tiny_model_config(moe=BODIES[layer]))
     losses = _losses(model, optimizer=Muon(lr=0.01), precision=BFloat16())
     assert losses[-1] < losses[0] - 0.1

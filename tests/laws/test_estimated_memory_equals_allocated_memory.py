@@ -1,4 +1,4 @@
-"""Law: bytes forecast from a config are the bytes that its model takes.
+"""Law: memory estimated from a config equals the memory of its model.
 
 Weights exactly; activations within 5 % (a few small index tensors are left out of the forecast, a
 few statistics counted twice).
@@ -37,7 +37,7 @@ WIDE = {  # large enough that what is kept per token outweighs bookkeeping
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
-def test_forecast_bytes_equal_allocated_bytes(name):
+def test_estimated_memory_equals_allocated_memory(name):
     config = preset(name).config
     with torch.device("meta"):
         model = Transformer(config)
@@ -63,7 +63,7 @@ def kept_bytes(config: ModelConfig, batch: Batch) -> int:
 
 
 @pytest.mark.parametrize("name", WIDE)
-def test_forecast_activations_are_those_autograd_keeps(name):
+def test_estimated_activations_are_those_that_autograd_saves(name):
     config = WIDE[name]
     columns = SOURCE if config.encoder.layers else 0
     source = torch.randint(5, config.vocab_size, (ROWS, columns))
