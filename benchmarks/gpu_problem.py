@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from triton_interpreter import is_interpreted
 
 from moesaic.ops.grouped_gemm import FeedForwardWeights, GroupedMM
 from moesaic.ops.moe_kernel import Edges, MoEKernel, UnfusedMoEKernel
 from moesaic.ops.permute import group_by_expert
 from moesaic.ops.triton.tiles import Tiles
 from moesaic.ops.triton.triton_moe_kernel import TritonMoEKernel
-from moesaic.testing.triton_interpreter import is_interpreted
 
 Tensor = torch.Tensor
 

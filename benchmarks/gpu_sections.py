@@ -20,9 +20,9 @@ from gpu_problem import (
     spread,
     wait,
 )
+from triton_interpreter import is_interpreted, patch_interpreter
 
 from moesaic.ops.triton.tiles import Tiles, gpu_architecture, regime, tiles_for
-from moesaic.testing.triton_interpreter import is_interpreted, patch_interpreter
 
 SHAPES = [
     Shape(24576, 1536, 256, 128, 8),

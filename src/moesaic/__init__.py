@@ -1,14 +1,14 @@
-"""moesaic: Mixture-of-Experts models you can check, from the first token to the served translation.
+"""moesaic: train, verify and serve multilingual Mixture-of-Experts models with PyTorch.
 
-The whole job in four lines::
+Train, then translate::
 
     import moesaic
     result = moesaic.fit(moesaic.recipe("demo"), "runs/demo")
     translator = moesaic.Translator.open("runs/demo")
     print(translator.translate(["Save changes"], source="en", target="es")[0].text)
 
-Names below are imported when first used, so ``import moesaic`` costs nothing. (``fit`` is the
-command line's ``train``: that name is a package.)
+The names below are imported on first use, so ``import moesaic`` does not import torch. ``fit`` is
+``train`` of the command line; ``moesaic.train`` is the package.
 """
 
 import importlib
@@ -27,15 +27,16 @@ if TYPE_CHECKING:
     from moesaic.train.run import Run
     from moesaic.train.run_training import train as fit
 
-_EXPORTS = {
+# public name: module, name in that module
+_LAZY_IMPORTS = {
     "Corpus": ("moesaic.corpus.corpus", "Corpus"),
     "Run": ("moesaic.train.run", "Run"),
     "Translator": ("moesaic.serve.translator", "Translator"),
     "build_corpus": ("moesaic.corpus.build_corpus", "build_corpus"),
     "count_parameters": ("moesaic.model.parameter_count", "count_parameters"),
+    "fit": ("moesaic.train.run_training", "train"),
     "recipe": ("moesaic.recipes.lookup", "find_recipe"),
     "score_run": ("moesaic.serve.score", "score_run"),
-    "fit": ("moesaic.train.run_training", "train"),
     "write_report": ("moesaic.report.html_report", "write_report"),
 }
 
@@ -54,11 +55,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
+    if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module 'moesaic' has no attribute {name!r}")
-    module, attribute = _EXPORTS[name]
+    module, attribute = _LAZY_IMPORTS[name]
     return getattr(importlib.import_module(module), attribute)
 
 
 def __dir__() -> list[str]:
-    return sorted([*_EXPORTS, "__version__"])
+    return sorted([*_LAZY_IMPORTS, "__version__"])

@@ -1,4 +1,4 @@
-"""``moesaic ckpt``: what it says of checkpoints, and how it ends."""
+"""``moesaic ckpt``: output and exit codes."""
 
 import json
 
@@ -28,7 +28,7 @@ def shown(words, capsys):
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_inspect_says_what_is_in_a_checkpoint_and_who_wrote_it(tmp_path, capsys):
+def test_inspect_shows_the_contents_of_a_checkpoint(tmp_path, capsys):
     path = written(tmp_path, "three shards")
     found = told(["ckpt", "inspect", str(path), "--tensors"], capsys)
     assert (found["form"], found["step"], found["plan"]) == ("shards", 5, {"data": 2})
@@ -48,7 +48,7 @@ def test_inspect_says_what_is_in_a_checkpoint_and_who_wrote_it(tmp_path, capsys)
     assert "expert parameters: 4 with 4 experts" in text
 
 
-def test_a_root_and_a_run_mean_their_newest_checkpoint(tmp_path, capsys):
+def test_a_directory_or_run_stands_for_its_newest_checkpoint(tmp_path, capsys):
     root = tmp_path / "run" / "checkpoints"
     for step in (3, 8, 5):
         save_checkpoint(root, snapshot(step=step))
@@ -69,7 +69,7 @@ def test_verify_ends_with_2_if_anything_is_wrong(tmp_path, capsys):
     assert "shard-00002.safetensors: is missing" in shown(["ckpt", "verify", str(path)], capsys)
 
 
-def test_verify_can_be_lenient_with_zero_experts(tmp_path, capsys):
+def test_verify_lenient_accepts_zero_experts(tmp_path, capsys):
     up = snapshot().files["model"]["up"].clone()
     up[1] = 0.0
     path = str(written(tmp_path, "whole", snapshot(up=up)))
@@ -90,7 +90,7 @@ def test_diff_names_what_differs(tmp_path, capsys):
     assert "14 of 15 tensors are the same" in text
 
 
-def test_reshard_writes_the_form_that_is_asked_for(tmp_path, capsys):
+def test_reshard_writes_the_requested_form(tmp_path, capsys):
     path = str(written(tmp_path, "three shards"))
     whole = told(["ckpt", "reshard", path, "--unsharded", "--out", str(tmp_path / "w")], capsys)
     assert whole["files"] == [

@@ -1,4 +1,4 @@
-"""``moesaic verify``: a matrix and an exit code."""
+"""``moesaic verify``: the matrix of plans and the exit code."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def code(words: list[str]) -> int | str | None:
     return end.value.code
 
 
-def test_a_plan_that_equals_one_process_ends_well_and_is_written_down(
+def test_an_equal_plan_ends_with_0_and_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "matrix.md"
@@ -31,7 +31,7 @@ def test_a_plan_that_equals_one_process_ends_well_and_is_written_down(
     assert "| 2 | data 2, expert 2 |" in page.read_text()
 
 
-def test_a_plan_that_differs_ends_with_one_and_says_where(
+def test_a_different_plan_ends_with_1_and_says_where(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     DEFECTS["aux loss counted once per rank"].seed(monkeypatch)

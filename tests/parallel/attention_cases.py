@@ -1,4 +1,4 @@
-"""Cases in which tokens look at each other, held by one rank or by several."""
+"""Attention cases, computed by one rank or by several context ranks."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ WIDTH = 4
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Rows of ``lengths`` tokens look at themselves, or at rows of ``source`` tokens."""
+    """Self-attention of rows of ``lengths`` tokens, or their cross-attention to ``source`` rows."""
 
     lengths: Sequence[int]
     heads: int = 4
-    groups: int = 2
+    kv_heads: int = 2
     causal: bool = True
     source: Sequence[int] | None = None
 
@@ -32,13 +32,13 @@ CASES = {
     "nothing padded": Case((6, 6, 6)),
     "fewer tokens than ranks": Case((2,)),
     "a row without tokens": Case((0, 3, 4, 0), causal=False),
-    "a head for each": Case(ROWS, groups=4),
-    "one key for all": Case(ROWS, groups=1),
-    "heads that do not divide": Case(ROWS, heads=6, groups=3),
-    "uneven heads": Case(ROWS, heads=5, groups=5),
+    "as many kv heads": Case(ROWS, kv_heads=4),
+    "one kv head": Case(ROWS, kv_heads=1),
+    "heads that do not divide": Case(ROWS, heads=6, kv_heads=3),
+    "uneven heads": Case(ROWS, heads=5, kv_heads=5),
     "cross": Case(ROWS, source=OTHERS),
-    "cross, one key for all": Case(ROWS, groups=1, source=OTHERS),
-    "cross, heads that do not divide": Case(ROWS, heads=12, groups=3, source=OTHERS),
+    "cross, one kv head": Case(ROWS, kv_heads=1, source=OTHERS),
+    "cross, heads that do not divide": Case(ROWS, heads=12, kv_heads=3, source=OTHERS),
     "cross, few tokens": Case((1, 0), source=(0, 1)),
 }
 Outcome = list[Tensor]
@@ -49,50 +49,52 @@ def packing_of(lengths: Sequence[int]) -> Packing:
     return Packing.from_mask(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None])
 
 
-def look_here(case: Case) -> Outcome:
-    """Return what all tokens find, and the gradients of queries, keys and values."""
-    return _look(case, looking=LocalAttention(), deal=lambda packing: packing)
+def attend_locally(case: Case) -> Outcome:
+    """Return the outputs of all tokens, and the gradients of queries, keys and values."""
+    return _attend(case, backend=LocalAttention(), sharding=lambda packing: packing)
 
 
-def look_as(
+def attend_on_rank(
     case: Case,
     *,
-    looking: AttentionBackend,
+    backend: AttentionBackend,
     rank: int,
     ranks: int,
-    lanes: int = 1,
-    cut: TokenSplit = contiguous_split,
+    tensor_ranks: int = 1,
+    token_split: TokenSplit = contiguous_split,
 ) -> Outcome:
-    """Return the same of the tokens of one rank, at their places in the batch; zeros elsewhere."""
-    return _look(
+    """Return the same for the tokens of one rank, at their places in the batch."""
+    return _attend(
         case,
-        looking=looking,
-        deal=SequenceSharder(rank, ranks, tensor_ranks=lanes, token_split=cut),
+        backend=backend,
+        sharding=SequenceSharder(rank, ranks, tensor_ranks=tensor_ranks, token_split=token_split),
     )
 
 
-def _look(case: Case, *, looking: AttentionBackend, deal: Callable[[Packing], Packing]) -> Outcome:
+def _attend(
+    case: Case, *, backend: AttentionBackend, sharding: Callable[[Packing], Packing]
+) -> Outcome:
     draw = torch.Generator().manual_seed(0)
     whole = packing_of(case.lengths)
-    asked_at = whole if case.source is None else packing_of(case.source)
+    source_packing = whole if case.source is None else packing_of(case.source)
     query = torch.randn(whole.num_tokens, case.heads, WIDTH, generator=draw)
-    key, value = torch.randn(2, asked_at.num_tokens, case.groups, WIDTH, generator=draw)
+    key, value = torch.randn(2, source_packing.num_tokens, case.kv_heads, WIDTH, generator=draw)
     weight = torch.randn(whole.num_tokens, case.heads * WIDTH, generator=draw)
     leaves = [x.requires_grad_() for x in (query, key, value)]
-    packing, other = deal(whole), deal(asked_at)
-    mine, its = _held(packing, whole), _held(other, asked_at)
+    packing, local_source = sharding(whole), sharding(source_packing)
+    queries, keys = _local_indices(packing, whole), _local_indices(local_source, source_packing)
     if case.source is None:
-        heads = QueryKeyValue(query[mine], key[its], value[its])
-        found = looking.self_attention(heads, packing=packing, causal=case.causal)
+        heads = QueryKeyValue(query[queries], key[keys], value[keys])
+        found = backend.self_attention(heads, packing=packing, causal=case.causal)
     else:
-        source = looking.project_source(key[its], value[its], packing=other)
-        mask = other.key_mask
-        found = looking.cross_attention(query[mine], packing=packing, source=source, mask=mask)
-    (found * weight[mine]).sum().backward()
-    out = torch.zeros_like(weight).index_copy(0, mine, found.detach())
+        source = backend.project_source(key[keys], value[keys], packing=local_source)
+        mask = local_source.key_mask
+        found = backend.cross_attention(query[queries], packing=packing, source=source, mask=mask)
+    (found * weight[queries]).sum().backward()
+    out = torch.zeros_like(weight).index_copy(0, queries, found.detach())
     return [out, *(x.grad if x.grad is not None else torch.zeros_like(x) for x in leaves)]
 
 
-def _held(packing: Packing, whole: Packing) -> Tensor:
-    """Return where the tokens that meet here are in the whole stream."""
+def _local_indices(packing: Packing, whole: Packing) -> Tensor:
+    """Return the indices of this context rank's tokens in the whole stream."""
     return torch.searchsorted(whole.index, packing.index[packing.gathered_tokens])

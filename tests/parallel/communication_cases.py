@@ -1,4 +1,4 @@
-"""Small models and plans that are priced, rehearsed, and run on real ranks."""
+"""Small models and plans that are estimated, simulated, and run on real ranks."""
 
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.model.config import ModelConfig, Stack

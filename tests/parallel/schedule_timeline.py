@@ -88,9 +88,9 @@ def _ready_time(op: _Operation, *, done: dict[_Operation, float], stages: int) -
 
 
 def _peak_micro_batches(ops: Sequence[_Operation]) -> int:
-    """Return the most forward passes through a stage whose backward has not ended."""
-    held = most = 0
+    """Return the peak forward passes through a stage whose backward has not ended."""
+    kept = peak = 0
     for op in ops:
-        held += {"F": 1, "B": -1, "W": -1, "I": 0}[op.kind]
-        most = max(most, held)
-    return most
+        kept += {"F": 1, "B": -1, "W": -1, "I": 0}[op.kind]
+        peak = max(peak, kept)
+    return peak

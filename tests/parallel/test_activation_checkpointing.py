@@ -1,4 +1,4 @@
-"""Blocks that make their activations again give what they gave, and keep less."""
+"""Activation checkpointing changes no loss and no gradient, and keeps fewer bytes."""
 
 import pytest
 import torch
@@ -66,15 +66,15 @@ def _step(model: Transformer) -> tuple[dict[str, float], list[Tensor | None]]:
 )
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_step_is_the_same_bit_for_bit(name: str, by: ActivationCheckpointing) -> None:
-    want, want_grads = _step(_model(MIXTURES[name], NoCheckpointing(), dropout=0.1))
+    expected, expected_grads = _step(_model(MIXTURES[name], NoCheckpointing(), dropout=0.1))
     terms, grads = _step(_model(MIXTURES[name], by, dropout=0.1))
-    assert terms == want
-    for grad, wanted in zip(grads, want_grads, strict=True):
-        torch.testing.assert_close(grad, wanted, atol=0, rtol=0)
+    assert terms == expected
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, atol=0, rtol=0)
 
 
 def _kept(model: Transformer) -> int:
-    """Bytes kept of one forward pass, by autograd or as what a block was given; once each."""
+    """Bytes kept of one forward pass, by autograd or as inputs of blocks; each tensor once."""
     found: dict[int, int] = {}
 
     def note(tensor: Tensor) -> None:
@@ -104,7 +104,7 @@ def test_fewer_bytes_are_kept() -> None:
     assert bytes_kept[2] < bytes_kept[0] / 4
 
 
-def test_what_routers_hear_between_the_passes_does_not_change_the_gradient() -> None:
+def test_statistics_accumulated_between_the_passes_do_not_change_the_gradient() -> None:
     moe = MIXTURES["over-the-step"]
 
     def grads(by: ActivationCheckpointing, *, early: bool) -> list[Tensor | None]:
@@ -118,8 +118,8 @@ def test_what_routers_hear_between_the_passes_does_not_change_the_gradient() -> 
         sum(losses).backward()
         return [p.grad for p in model.parameters()]
 
-    want = grads(NoCheckpointing(), early=False)
+    expected = grads(NoCheckpointing(), early=False)
     found = grads(CheckpointBlocks(), early=True)
     assert all(
-        (a is None and b is None) or torch.equal(a, b) for a, b in zip(found, want, strict=True)
+        (a is None and b is None) or torch.equal(a, b) for a, b in zip(found, expected, strict=True)
     )

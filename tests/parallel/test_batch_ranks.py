@@ -44,17 +44,17 @@ def _model() -> Transformer:
     return Transformer(tiny_model_config(moe=TIGHT))
 
 
-def _dropped(room: CapacityScope) -> list[int]:
-    """Dropped edges by layer, on this rank's rows."""
+def _dropped(scope: CapacityScope) -> list[int]:
+    """Dropped edges by layer, of this rank's rows."""
     world, model = ProcessGroupWorld(), _model()
     plan = ParallelPlan(expert=2)
-    parallelize(model, parallel=ParallelConfig(plan=plan, capacity_scope=room), world=world)
+    parallelize(model, parallel=ParallelConfig(plan=plan, capacity_scope=scope), world=world)
     records = model(shard_batch(BATCH, rank=world.rank, world_size=world.size)).records
     return [int(record.routing.dropped.sum()) for record in records]
 
 
-def _alone(ranks: tuple[int, ...]) -> list[int]:
-    """The same of one process that holds the rows of these ranks."""
+def _single_process(ranks: tuple[int, ...]) -> list[int]:
+    """The same of one process with the rows of these ranks."""
     model = _model()
     parallelize(model, parallel=ParallelConfig(), world=SingleProcess())
     parts = [shard_batch(BATCH, rank=rank, world_size=4) for rank in ranks]
@@ -64,10 +64,12 @@ def _alone(ranks: tuple[int, ...]) -> list[int]:
     return [int(record.routing.dropped.sum()) for record in model(joined).records]
 
 
-def test_room_within_a_data_row_is_that_of_one_process_with_those_rows() -> None:
-    rows, batch = (run_on_ranks(4, _dropped, room) for room in (DataParallelRank(), GlobalBatch()))
-    for ranks in ((0, 1), (2, 3)):  # neighbours share one set of experts
+def test_capacity_within_a_data_parallel_rank_is_that_of_one_process_with_its_rows() -> None:
+    rows, batch = (
+        run_on_ranks(4, _dropped, scope) for scope in (DataParallelRank(), GlobalBatch())
+    )
+    for ranks in ((0, 1), (2, 3)):  # ranks that share one set of experts
         found = [sum(counts) for counts in zip(*(rows[rank] for rank in ranks), strict=True)]
-        assert found == _alone(ranks)
-    assert [sum(counts) for counts in zip(*batch, strict=True)] == _alone((0, 1, 2, 3))
+        assert found == _single_process(ranks)
+    assert [sum(counts) for counts in zip(*batch, strict=True)] == _single_process((0, 1, 2, 3))
     assert rows != batch

@@ -1,4 +1,4 @@
-"""However rows get to their experts, a model learns the same."""
+"""Every expert dispatch gives the loss and gradients of one process."""
 
 from functools import cache
 
@@ -21,7 +21,6 @@ from moesaic.moe.experts import LoRAExpert
 from moesaic.moe.layer import moe_layers
 from moesaic.moe.select import TopK
 from moesaic.moe.shared_experts import SharedExperts
-from moesaic.parallel.batch_ranks import BatchRanks
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.expert_dispatch import (
     AdaptiveExperts,
@@ -44,7 +43,7 @@ KINDS = {
     ChunkedAllToAll: ChunkedAllToAllDispatcher,
     AdaptiveExperts: AdaptiveDispatcher,
 }
-LAID: list[tuple[ExpertDispatch, ParallelPlan]] = [
+CASES: list[tuple[ExpertDispatch, ParallelPlan]] = [
     (AllToAll(), ParallelPlan(expert=4)),
     (HierarchicalAllToAll(ranks_per_node=2), ParallelPlan(expert=4)),
     (ChunkedAllToAll(forward=2, backward=4), ParallelPlan(expert=4)),
@@ -57,15 +56,15 @@ LAID: list[tuple[ExpertDispatch, ParallelPlan]] = [
 ]
 
 
-def _made() -> Transformer:
+def _build() -> Transformer:
     torch.manual_seed(0)
     return Transformer(MODEL)
 
 
 def _backward(model: Transformer, *, rank: int, world: int) -> float:
-    whole = random_batch(7, seed=3)
-    output = model(shard_batch(whole, rank=rank, world_size=world))
-    terms = [model.loss(output).total / whole.num_predicted]
+    batch = random_batch(7, seed=3)
+    output = model(shard_batch(batch, rank=rank, world_size=world))
+    terms = [model.loss(output).total / batch.num_predicted]
     terms += [value for record in output.records for value in record.losses.values()]
     objective = torch.stack(terms).sum()
     objective.backward()
@@ -73,45 +72,44 @@ def _backward(model: Transformer, *, rank: int, world: int) -> float:
 
 
 @cache
-def _whole() -> tuple[float, dict[str, Tensor]]:
-    model = _made()
+def _single_process() -> tuple[float, dict[str, Tensor]]:
+    model = _build()
     loss = _backward(model, rank=0, world=1)
     return loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 def _losses() -> list[float]:
-    """Each case's loss here; gradients are compared with this rank's part of all."""
-    found = []
-    for journey, plan in LAID:
-        model = _made()
-        spread = parallelize(
-            model, parallel=ParallelConfig(plan=plan, dispatch=journey), world=ProcessGroupWorld()
+    """Each case's loss on this rank; gradients are compared with this rank's slices."""
+    results = []
+    for dispatch, plan in CASES:
+        model = _build()
+        parallel_model = parallelize(
+            model, parallel=ParallelConfig(plan=plan, dispatch=dispatch), world=ProcessGroupWorld()
         )
-        for layer in moe_layers(model):
-            layer.batch_group = BatchRanks(spread.stage_world)
-        assert all(type(layer.dispatcher) is KINDS[type(journey)] for layer in moe_layers(model))
-        spread.before_backward(last=True)
-        found.append(_backward(model, rank=spread.data_world.rank, world=spread.data_world.size))
-        spread.sum_gradients()
+        assert all(type(layer.dispatcher) is KINDS[type(dispatch)] for layer in moe_layers(model))
+        parallel_model.before_backward(last=True)
+        data = parallel_model.data_world
+        results.append(_backward(model, rank=data.rank, world=data.size))
+        parallel_model.sum_gradients()
         for name, parameter in model.named_parameters():
-            part = slice_local(_whole()[1][name], spread.local_spans(name))
-            assert parameter.grad is not None, (journey, name)
+            part = slice_local(_single_process()[1][name], parallel_model.local_spans(name))
+            assert parameter.grad is not None, (dispatch, name)
             torch.testing.assert_close(
-                local_tensor(parameter.grad), part, rtol=1e-3, atol=1e-6, msg=f"{journey} {name}"
+                local_tensor(parameter.grad), part, rtol=1e-3, atol=1e-6, msg=f"{dispatch} {name}"
             )
-    return found
+    return results
 
 
 def test_every_dispatch_gives_the_loss_and_gradients_of_one_process() -> None:
-    whole, _ = _whole()
+    expected, _ = _single_process()
     for losses in zip(*run_on_ranks(4, _losses), strict=True):
-        assert sum(losses) == pytest.approx(whole, rel=1e-5)
+        assert sum(losses) == pytest.approx(expected, rel=1e-5)
 
 
 def _refusals() -> list[str]:
-    found = []
+    results = []
     low_rank = tiny_model_config(moe=MoE(experts=4, expert=LoRAExpert(rank=2)))
-    for journey, plan, config in (
+    for dispatch, plan, config in (
         (ChunkedAllToAll(), ParallelPlan(expert=2, expert_tensor=2), MODEL),
         (HierarchicalAllToAll(ranks_per_node=2), ParallelPlan(expert_tensor=2), MODEL),
         (HierarchicalAllToAll(ranks_per_node=3), ParallelPlan(expert=4), MODEL),
@@ -120,20 +118,20 @@ def _refusals() -> list[str]:
         with pytest.raises(ConfigError) as caught:
             parallelize(
                 Transformer(config),
-                parallel=ParallelConfig(plan=plan, dispatch=journey),
+                parallel=ParallelConfig(plan=plan, dispatch=dispatch),
                 world=ProcessGroupWorld(),
             )
-        found.append(str(caught.value))
-    return found
+        results.append(str(caught.value))
+    return results
 
 
 def test_a_dispatch_that_does_not_fit_is_refused_with_the_reason() -> None:
-    for found in run_on_ranks(4, _refusals):
-        assert "parallel.dispatch=ChunkedAllToAll" in found[0]
-        assert "slices of GroupedExperts, and expert_tensor is 2" in found[0]
-        assert "parallel.dispatch=HierarchicalAllToAll" in found[1]
-        assert "are on nodes [0, 0, 0, 1], of 3 ranks each" in found[2]
-        assert "weights of LoRAExperts cannot be gathered" in found[3]
+    for results in run_on_ranks(4, _refusals):
+        assert "parallel.dispatch=ChunkedAllToAll" in results[0]
+        assert "slices of GroupedExperts, and expert_tensor is 2" in results[0]
+        assert "parallel.dispatch=HierarchicalAllToAll" in results[1]
+        assert "are on nodes [0, 0, 0, 1], of 3 ranks each" in results[2]
+        assert "weights of LoRAExperts cannot be gathered" in results[3]
 
 
 def test_a_dispatch_is_set_by_a_config_string() -> None:
@@ -142,27 +140,26 @@ def test_a_dispatch_is_set_by_a_config_string() -> None:
 
 
 def _gathered() -> list[int]:
-    """Bytes gathered in a step under ZeRO 1 and 3, each with rows at once and in four chunks."""
-    found = []
+    """Bytes gathered in a step under ZeRO 1 and 3, each with one chunk and with four."""
+    results = []
     for zero in (1, 3):
-        for journey in (AllToAll(), ChunkedAllToAll(forward=4, backward=4)):
+        for dispatch in (AllToAll(), ChunkedAllToAll(forward=4, backward=4)):
             plan = ParallelPlan(expert=2, zero=zero)
-            model = _made()
-            spread = parallelize(
+            model = _build()
+            parallel_model = parallelize(
                 model,
-                parallel=ParallelConfig(plan=plan, dispatch=journey),
+                parallel=ParallelConfig(plan=plan, dispatch=dispatch),
                 world=ProcessGroupWorld(),
             )
-            for layer in moe_layers(model):
-                layer.batch_group = BatchRanks(spread.stage_world)
-            spread.before_backward(last=True)
-            with CommunicationCounter() as wire:
-                _backward(model, rank=spread.data_world.rank, world=spread.data_world.size)
-            found.append(wire.total_bytes(kind="all-gather"))
-    return found
+            parallel_model.before_backward(last=True)
+            data = parallel_model.data_world
+            with CommunicationCounter() as counter:
+                _backward(model, rank=data.rank, world=data.size)
+            results.append(counter.total_bytes(kind="all-gather"))
+    return results
 
 
-def test_chunks_do_not_gather_sharded_experts_more_often() -> None:
+def test_chunks_gather_sharded_experts_once() -> None:
     for first, first_in_chunks, third, third_in_chunks in run_on_ranks(4, _gathered):
         assert (first, third) == (first_in_chunks, third_in_chunks)
         assert third > first > 0

@@ -1,4 +1,4 @@
-"""Muon's update of a matrix that lies on several ranks is that of the whole matrix."""
+"""Muon's update of a sharded matrix is that of the full matrix."""
 
 import torch
 
@@ -28,27 +28,27 @@ def _weights(plan: ParallelPlan) -> dict[str, Tensor]:
     trainer = tiny_trainer(run, world=world)
     for _ in range(2):
         trainer.train_step()
-    found = {}
-    for name, held in trainer.parallel_model.shards().items():
-        whole, times = torch.zeros(held.shape), torch.zeros(held.shape)
-        write_shard(whole, held)
-        for piece in held.blocks:
-            where = tuple(
-                slice(o, o + n) for o, n in zip(piece.offset, piece.data.shape, strict=True)
+    weights = {}
+    for name, shard in trainer.parallel_model.shards().items():
+        full, copies = torch.zeros(shard.shape), torch.zeros(shard.shape)
+        write_shard(full, shard)
+        for block in shard.blocks:
+            index = tuple(
+                slice(o, o + n) for o, n in zip(block.offset, block.data.shape, strict=True)
             )
-            times[where] += 1
-        found[name] = world.all_reduce(whole) / world.all_reduce(times)
-    return found
+            copies[index] += 1
+        weights[name] = world.all_reduce(full) / world.all_reduce(copies)
+    return weights
 
 
 def _all_plans() -> list[dict[str, Tensor]]:
     return [_weights(plan) for plan in PLANS]
 
 
-def test_muon_on_parts_of_matrices_is_muon_on_the_whole() -> None:
-    alone = _weights(ParallelPlan())
-    for plan, found in zip(PLANS, run_on_ranks(4, _all_plans, timeout_s=120)[0], strict=True):
-        for name, value in alone.items():
+def test_muon_of_sharded_matrices_is_muon_of_full_matrices() -> None:
+    expected = _weights(ParallelPlan())
+    for plan, weights in zip(PLANS, run_on_ranks(4, _all_plans, timeout_s=120)[0], strict=True):
+        for name, value in expected.items():
             torch.testing.assert_close(
-                found[name], value, rtol=1e-4, atol=1e-5, msg=f"{plan} {name}"
+                weights[name], value, rtol=1e-4, atol=1e-5, msg=f"{plan} {name}"
             )

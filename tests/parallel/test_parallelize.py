@@ -1,4 +1,4 @@
-"""Rules that compare the tokens of a row are refused where ranks hold slices of it."""
+"""Routing that compares the tokens of a row is refused where ranks share rows."""
 
 import pytest
 
@@ -20,7 +20,7 @@ BY_ROW: dict[str, SparseLayer] = {
 
 
 @pytest.mark.parametrize("rule", BY_ROW)
-def test_a_rule_of_whole_rows_is_refused_with_the_way_out(rule: str) -> None:
+def test_routing_of_whole_rows_is_refused_with_the_way_out(rule: str) -> None:
     model = Transformer(tiny_model_config(moe=BY_ROW[rule]))
     plan = ParallelPlan(data=1, context=2)
     with pytest.raises(ConfigError, match=f"{rule} of the encoder .* context x tensor = 2 ranks"):
@@ -28,10 +28,10 @@ def test_a_rule_of_whole_rows_is_refused_with_the_way_out(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", BY_ROW)
-def test_it_may_stay_where_rows_are_whole(rule: str) -> None:
+def test_it_is_allowed_where_rows_are_whole(rule: str) -> None:
     assert not list(whole_row_problems(tiny_model_config(moe=BY_ROW[rule]), ranks=1))
 
 
 @pytest.mark.parametrize("moe", [NoMoE(), MoE(experts=4, select=TopK(k=2))])
-def test_rules_of_single_tokens_are_not_refused(moe: SparseLayer) -> None:
+def test_routing_of_single_tokens_is_allowed(moe: SparseLayer) -> None:
     assert not list(whole_row_problems(tiny_model_config(moe=moe), ranks=4))

@@ -1,4 +1,4 @@
-"""What a schedule asks for is what PyTorch's class of that name takes."""
+"""The requirements of a schedule are those of PyTorch's class."""
 
 import pytest
 from torch.distributed import pipelining
@@ -33,19 +33,19 @@ def _ops(schedule: PipelineSchedule, *, ranks: int, micro_batches: int) -> list[
 
 
 def _of(op: object) -> list[object]:
-    """An operation, or those that run side by side in it."""
+    """An operation, or the overlapped ones in it."""
     return list(getattr(op, "sub_actions", None) or [op]) if op is not None else []
 
 
 @pytest.mark.parametrize("schedule", ALL, ids=repr)
-def test_each_rank_runs_the_stages_that_are_placed_on_it(schedule: PipelineSchedule) -> None:
+def test_each_rank_runs_its_own_stages(schedule: PipelineSchedule) -> None:
     for rank, ops in enumerate(_ops(schedule, ranks=3, micro_batches=6)):
         ran = {part.stage_index for op in ops for part in _of(op)}
-        assert ran == {s for s, place in enumerate(schedule.rank_of_stage(3)) if place == rank}
+        assert ran == {s for s, owner in enumerate(schedule.rank_of_stage(3)) if owner == rank}
 
 
 @pytest.mark.parametrize("schedule", ALL, ids=repr)
-def test_only_those_that_say_so_make_gradients_of_weights_apart(schedule: PipelineSchedule) -> None:
+def test_only_zero_bubble_schedules_split_the_backward(schedule: PipelineSchedule) -> None:
     ops = _ops(schedule, ranks=2, micro_batches=4)
     kinds = {part.computation_type.name for rank in ops for op in rank for part in _of(op)}
     assert ("BACKWARD_WEIGHT" in kinds) == schedule.splits_backward
@@ -64,12 +64,12 @@ def test_what_is_refused_is_what_torch_refuses(
             _ops(schedule, ranks=3, micro_batches=micro_batches)
 
 
-def test_one_forward_one_backward_wants_a_micro_batch_per_stage() -> None:
+def test_1f1b_needs_a_micro_batch_per_stage() -> None:
     schedule = OneForwardOneBackward()
     assert schedule.problems(ranks=4, micro_batches=4) is None
     why = schedule.problems(ranks=4, micro_batches=3)
     assert why == "at least as many micro-batches as stages, 4, not 3"
 
 
-def test_a_schedule_is_read_from_words() -> None:
+def test_a_schedule_is_read_from_a_string() -> None:
     assert PipelineSchedule._validate_choice("Interleaved(stages=3)") == Interleaved(stages=3)

@@ -1,4 +1,4 @@
-"""Stages hold every block once, cost about alike, and are parts of the whole model by name."""
+"""Pipeline stages have each block once, balanced cost, and the whole model's parameter names."""
 
 import itertools
 
@@ -52,23 +52,23 @@ def _stages(
 def test_every_block_is_in_one_stage_and_order_is_kept(
     config: ModelConfig, schedule: PipelineSchedule
 ) -> None:
-    legs = _stages(config, schedule=schedule).block_ranges
-    assert [i for leg in legs for i in leg.encoder] == [*range(config.encoder.layers)]
-    assert [i for leg in legs for i in leg.decoder] == [*range(config.decoder.layers)]
+    ranges = _stages(config, schedule=schedule).block_ranges
+    assert [i for blocks in ranges for i in blocks.encoder] == [*range(config.encoder.layers)]
+    assert [i for blocks in ranges for i in blocks.decoder] == [*range(config.decoder.layers)]
 
 
-def test_the_dearest_stage_is_as_cheap_as_any_cut_makes_it() -> None:
+def test_a_balanced_split_minimizes_the_highest_cost() -> None:
     draw = torch.Generator().manual_seed(0)
     for parts in (1, 2, 3, 4):
         costs = torch.rand(9, generator=draw).tolist()
 
-        def dearest(starts: tuple[int, ...], costs: list[float] = costs) -> float:
+        def highest(starts: tuple[int, ...], costs: list[float] = costs) -> float:
             spans = itertools.pairwise((0, *starts, len(costs)))
             return max(sum(costs[a:b]) for a, b in spans)
 
-        every = itertools.combinations(range(1, len(costs)), parts - 1)
-        assert dearest(balanced_split(costs, parts=parts)) == pytest.approx(
-            min(map(dearest, every))
+        splits = itertools.combinations(range(1, len(costs)), parts - 1)
+        assert highest(balanced_split(costs, parts=parts)) == pytest.approx(
+            min(map(highest, splits))
         )
 
 
@@ -82,16 +82,16 @@ def test_costs_of_blocks_add_up_to_the_model() -> None:
     )
 
 
-def test_the_logits_make_the_last_stage_shorter() -> None:
+def test_logits_give_the_last_stage_fewer_blocks() -> None:
     wide = DECODER.replace(vocab_size=4096)
     assert len(_stages(wide).block_ranges[-1].decoder) < len(_stages(wide).block_ranges[0].decoder)
 
 
-def test_a_cut_by_hand_is_kept_and_an_impossible_one_refused() -> None:
-    def cut(*blocks: int) -> PipelineStages:
+def test_a_split_by_hand_is_kept_and_an_impossible_one_refused() -> None:
+    def split(*blocks: int) -> PipelineStages:
         return PipelineStages.of(CONFIG, schedule=GPipe(), ranks=2, split=SplitAt(blocks=blocks))
 
-    assert cut(6).block_ranges == (
+    assert split(6).block_ranges == (
         BlockRange(range(4), range(2)),
         BlockRange(range(4, 4), range(2, 4)),
     )
@@ -99,7 +99,7 @@ def test_a_cut_by_hand_is_kept_and_an_impossible_one_refused() -> None:
         with pytest.raises(
             ConfigError, match=r"pipeline_split\.blocks=.* must be 1 rising numbers"
         ):
-            cut(*wrong)
+            split(*wrong)
 
 
 def test_more_stages_than_blocks_are_refused() -> None:
@@ -129,7 +129,7 @@ def _built(config: ModelConfig) -> torch.nn.Module:
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("schedule", [Interleaved(), ZeroBubbleV()], ids=repr)
-def test_parts_have_the_names_and_the_weights_of_the_whole(
+def test_stages_have_the_names_and_weights_of_the_whole_model(
     name: str, schedule: PipelineSchedule
 ) -> None:
     config = VARIANTS[name]
@@ -145,7 +145,7 @@ def test_parts_have_the_names_and_the_weights_of_the_whole(
     assert set(found) == set(whole)
 
 
-def test_a_block_and_an_untied_table_lie_on_one_rank_alone() -> None:
+def test_a_block_and_an_untied_output_are_on_one_rank() -> None:
     stages = _stages(VARIANTS["untied-learned"], schedule=OneForwardOneBackward(), ranks=4)
     holders = stages.ranks_of_parameter
     shared = {name for name, ranks in holders.items() if len(ranks) > 1}
@@ -153,22 +153,22 @@ def test_a_block_and_an_untied_table_lie_on_one_rank_alone() -> None:
     assert holders["embedding.output"] == (3,)
 
 
-def test_a_tied_table_is_held_where_tokens_enter_and_where_they_are_scored() -> None:
+def test_a_tied_embedding_is_on_the_ranks_that_embed_and_compute_logits() -> None:
     stages = _stages(CONFIG, schedule=OneForwardOneBackward(), ranks=4)
-    entry = next(rank for rank, leg in enumerate(stages.block_ranges) if 0 in leg.decoder)
+    entry = next(rank for rank, blocks in enumerate(stages.block_ranges) if 0 in blocks.decoder)
     assert stages.ranks_of_parameter["embedding.weight"] == (0, entry, 3)
     assert stages.shared_rank_sets == ((0, entry, 3),)
     assert [stages.is_first_holder("embedding.weight", rank=r) for r in range(4)] == [1, 0, 0, 0]
 
 
-def test_a_part_that_is_elsewhere_says_so_when_it_is_asked() -> None:
+def test_a_module_on_another_rank_raises_when_called() -> None:
     model = Transformer(CONFIG)
     _stages(CONFIG, schedule=GPipe()).remove_other_stages(model, rank=1)
     with pytest.raises(RuntimeError, match=r"encoder\.0 is held by another rank"):
         forward_blocks(model, random_batch(2, seed=0), blocks=BlockRange.all_blocks(CONFIG))
 
 
-def test_gradients_apart_are_refused_where_torch_would_miss_some() -> None:
+def test_split_backward_is_refused_where_torch_would_miss_gradients() -> None:
     splitting = _stages(CONFIG, schedule=InterleavedZeroBubble())
     why = splitting.problems(micro_batches=4, zero=0)
     assert (why is None) if can_split_backward() else ("or a newer PyTorch" in (why or ""))
@@ -184,14 +184,14 @@ def test_gradients_apart_are_refused_where_torch_would_miss_some() -> None:
     ("name", "what"),
     [("recurrent", "what the routers of the encoder share"), ("on-tag", "the embedding")],
 )
-def test_gradients_apart_are_refused_where_weights_are_used_again(name: str, what: str) -> None:
+def test_split_backward_is_refused_where_weights_are_reused(name: str, what: str) -> None:
     deep = VARIANTS[name].replace(encoder=Stack(layers=8, moe_every=1))
     why = _stages(deep, schedule=ZeroBubbleV(), ranks=2).problems(micro_batches=4, zero=0)
     assert what in (why or "")
     assert _stages(deep).problems(micro_batches=4, zero=0) is None
 
 
-def test_a_decoder_in_one_stage_uses_a_tied_table_twice() -> None:
+def test_a_decoder_in_one_stage_uses_a_tied_embedding_twice() -> None:
     shallow = CONFIG.replace(encoder=Stack(layers=7), decoder=Stack(layers=1))
     why = _stages(shallow, schedule=ZeroBubbleV()).problems(micro_batches=4, zero=0)
     assert "stage 3 uses the embedding" in (why or "")

@@ -51,7 +51,7 @@ def test_one_forward_one_backward_keeps_a_micro_batch_per_stage_and_gpipe_all() 
     assert kept == [32, 4]
 
 
-def test_the_table_in_the_guide_is_what_the_schedules_say() -> None:
+def test_the_table_in_the_guide_is_that_of_the_simulation() -> None:
     assert table() in PAGE.read_text(encoding="utf-8"), f"expected in {PAGE.name}:\n{table()}"
 
 

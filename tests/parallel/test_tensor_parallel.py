@@ -1,4 +1,4 @@
-"""What tensor parallelism cannot cut is refused before anything is, with the way out."""
+"""Models that tensor parallelism cannot shard are refused with the way out."""
 
 import pytest
 
@@ -23,13 +23,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("why", REFUSED)
-def test_what_cannot_be_cut_is_refused_with_the_reason(why: str) -> None:
-    config, lanes = REFUSED[why]
-    plan = ParallelPlan(data=1, tensor=lanes)
-    with pytest.raises(ConfigError, match=f"parallel.tensor={lanes}.*{why}"):
+def test_what_cannot_be_sharded_is_refused_with_the_reason(why: str) -> None:
+    config, ranks = REFUSED[why]
+    plan = ParallelPlan(data=1, tensor=ranks)
+    with pytest.raises(ConfigError, match=f"parallel.tensor={ranks}.*{why}"):
         check_parallel(Transformer(config), parallel=ParallelConfig(plan=plan), plan=plan)
 
 
-def test_attention_experts_may_stay_where_no_head_is_cut() -> None:
+def test_attention_experts_are_allowed_without_tensor_parallelism() -> None:
     config, plan = MODEL.replace(attention_experts=MixtureOfAttention()), ParallelPlan(data=2)
     check_parallel(Transformer(config), parallel=ParallelConfig(plan=plan), plan=plan)

@@ -1,4 +1,4 @@
-"""Looking with a few heads at all tokens finds what all heads find."""
+"""Ulysses attention equals attention of one process, gradients included."""
 
 import pytest
 import torch
@@ -7,29 +7,31 @@ import torch.distributed as distributed
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.parallel.context_parallel import Ulysses
 from moesaic.parallel.ulysses_attention import UlyssesAttention
-from parallel.attention_cases import CASES, Outcome, look_as, look_here
+from parallel.attention_cases import CASES, Outcome, attend_locally, attend_on_rank
 
 
-def _everything(ranks: int) -> dict[str, Outcome]:
+def _all_cases(ranks: int) -> dict[str, Outcome]:
     rank, group = distributed.get_rank(), distributed.group.WORLD
     fits = {
         name: c for name, c in CASES.items() if not Ulysses().problems(heads=c.heads, ranks=ranks)
     }
     return {
-        name: look_as(
-            case, looking=UlyssesAttention(group, kv_heads=case.groups), rank=rank, ranks=ranks
+        name: attend_on_rank(
+            case, backend=UlyssesAttention(group, kv_heads=case.kv_heads), rank=rank, ranks=ranks
         )
         for name, case in fits.items()
     }
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_ranks_find_and_learn_what_one_would(ranks: int) -> None:
-    seen = run_on_ranks(ranks, _everything, ranks)
-    assert len(seen[0]) == len(CASES)
-    for name in seen[0]:
-        for whole, *parts in zip(look_here(CASES[name]), *(s[name] for s in seen), strict=True):
-            torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=1e-5, msg=name)
+def test_outputs_and_gradients_are_those_of_one_process(ranks: int) -> None:
+    results = run_on_ranks(ranks, _all_cases, ranks)
+    assert len(results[0]) == len(CASES)
+    for name in results[0]:
+        for expected, *parts in zip(
+            attend_locally(CASES[name]), *(s[name] for s in results), strict=True
+        ):
+            torch.testing.assert_close(sum(parts), expected, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_more_ranks_than_heads_are_refused_with_the_way_out() -> None:

@@ -1,4 +1,4 @@
-"""A learning curve scores each kept checkpoint once, and the last one as the finished run."""
+"""Learning curve: each kept checkpoint is scored once, the last one like the finished run."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def test_every_checkpoint_is_scored_and_the_last_is_the_run(made):
         assert found["score"] == pytest.approx(summary.mean[name]["chrf"].score, abs=0.006)
 
 
-def test_what_was_scored_before_is_not_scored_again(made, tmp_path):
+def test_scored_checkpoints_are_not_scored_again(made, tmp_path):
     path, corpus, tests = made
     again = tmp_path / "again"
     shutil.copytree(path, again)
@@ -54,7 +54,7 @@ def test_what_was_scored_before_is_not_scored_again(made, tmp_path):
     assert [point["step"] for point in other["points"]] == [10]  # other strings: a new curve
 
 
-def test_checkpoints_in_shards_get_the_scores_of_whole_ones(made, tmp_path):
+def test_sharded_checkpoints_get_the_same_scores_as_full_ones(made, tmp_path):
     path, corpus, tests = made
     cut = tmp_path / "cut"
     shutil.copytree(path, cut)
@@ -78,7 +78,7 @@ def test_a_run_without_checkpoints_is_refused(made, tmp_path):
         learning_curve(bare, tests=tests, corpus=corpus)
 
 
-def test_a_step_that_was_trained_anew_is_scored_anew(made, tmp_path):
+def test_a_retrained_step_is_scored_again(made, tmp_path):
     path, corpus, tests = made
     again = tmp_path / "again"
     shutil.copytree(path, again)

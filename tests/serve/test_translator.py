@@ -96,12 +96,12 @@ def test_empty_lines_stay_empty_and_in_place(translator):
     assert translator.translate_texts([""], source="en", target="de") == [""]
 
 
-def test_a_line_that_is_too_long_is_cut_and_says_so(translator):
+def test_a_line_that_is_too_long_is_truncated_and_marked(translator):
     long = translator.translate(["file " * 60, "Yes"], source="en", target="de")
     assert [t.truncated for t in long] == [True, False]
 
 
-def test_n_best_answers_come_best_first(translator):
+def test_n_best_translations_are_sorted_by_score(translator):
     found = translator.translate(
         ["Open the file"], source="en", target="de", search=Beam(size=3, n_best=3)
     )[0]
@@ -111,13 +111,13 @@ def test_n_best_answers_come_best_first(translator):
     assert found.alternatives[0].text == found.text
 
 
-def test_the_target_language_changes_the_answer(translator):
+def test_the_target_language_changes_the_translation(translator):
     german = translator.translate_texts(TEXTS, source="en", target="de")
     russian = translator.translate_texts(TEXTS, source="en", target="ru")
     assert german != russian
 
 
-def test_no_special_token_is_ever_said(translator):
+def test_special_tokens_are_never_generated(translator):
     for text in translator.translate_texts(TEXTS * 4, source="en", target="de"):
         assert not any(mark in text for mark in ("<pad>", "<s>", "<mask>", "<unused_", "<deu_"))
 

@@ -1,4 +1,4 @@
-"""Random streams: one per rank, saved and continued, undisturbed by validation."""
+"""Random state: one stream per rank, saved and restored, unchanged by validation."""
 
 import torch
 
@@ -12,7 +12,7 @@ from moesaic.train.random_state import (
 )
 
 
-def test_a_stream_continues_from_its_state() -> None:
+def test_a_generator_continues_from_its_state() -> None:
     seed_rank(3, world=SingleProcess())
     state = random_state(SingleProcess())
     expected = torch.rand(4)
@@ -26,7 +26,7 @@ def _first_number() -> float:
     return float(torch.rand(()))
 
 
-def test_ranks_have_streams_of_their_own() -> None:
+def test_ranks_have_different_random_streams() -> None:
     assert len(set(run_on_ranks(4, _first_number))) == 4
 
 
@@ -39,7 +39,7 @@ def test_another_number_of_ranks_starts_new_streams() -> None:
     assert not torch.equal(torch.rand(4), here)
 
 
-def test_what_happens_inside_leaves_no_trace() -> None:
+def test_preserve_random_state_restores_the_generators() -> None:
     torch.manual_seed(1)
     expected = torch.rand(2)
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""The rules between parts: each refuses with both values, and all problems come at once."""
+"""Run checks: each violated rule names both values, and all are reported at once."""
 
 import pytest
 
@@ -49,14 +49,14 @@ def test_a_good_run_passes() -> None:
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_each_rule_says_both_values(name: str) -> None:
+def test_each_violated_rule_names_both_values(name: str) -> None:
     changes, message = WRONG[name]
     with pytest.raises(ConfigError, match=message) as caught:
         check_run(GOOD.replace(**changes))
     assert len(caught.value.problems) == (2 if name == "positions" else 1)
 
 
-def test_all_problems_come_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         check_run(GOOD.replace(languages=("xx", "yy"), schedule=WSD(warmup=100)))
     assert len(caught.value.problems) == 3

@@ -1,4 +1,4 @@
-"""One call of train: what it leaves, where it may start, and how it ends."""
+"""``train``: files of a run directory, resuming, and stop reasons."""
 
 import os
 import signal
@@ -98,7 +98,7 @@ def test_a_run_directory_is_a_model_directory(whole: Path) -> None:
     assert (folder.checkpoints / "latest").read_text().strip() == "step-00000020"
 
 
-def test_the_metrics_have_the_promised_names(whole: Path) -> None:
+def test_the_metrics_have_the_documented_names(whole: Path) -> None:
     rows = list(read_metrics(RunDir(whole).metrics))
     assert [row["step"] for row in rows] == [4, 8, 10, 12, 16, 20]
     last = rows[-1]
@@ -109,9 +109,7 @@ def test_the_metrics_have_the_promised_names(whole: Path) -> None:
     assert last["train/loss"] < rows[0]["train/loss"]
 
 
-def test_train_ends_where_it_is_told_and_goes_on_to_the_same_end(
-    whole: Path, tmp_path: Path
-) -> None:
+def test_a_run_stopped_at_until_resumes_to_the_same_weights(whole: Path, tmp_path: Path) -> None:
     first = train(synthetic_run(), tmp_path / "run", until=7, progress=no_progress)
     assert (first.stop_reason, first.steps, first.exit_code) == ("until", 7, 0)
     second = train(synthetic_run(), tmp_path / "run", resume=ResumeLatest(), progress=no_progress)
@@ -120,7 +118,7 @@ def test_train_ends_where_it_is_told_and_goes_on_to_the_same_end(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_go_on(
+def test_a_signal_saves_and_prints_how_to_resume(
     number: signal.Signals, whole: Path, tmp_path: Path
 ) -> None:
     board, out = Notes(), tmp_path / "run"
@@ -135,7 +133,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert compare_run_dirs(whole, out) == []
 
 
-def test_a_directory_in_use_is_refused_with_the_way_out(whole: Path, tmp_path: Path) -> None:
+def test_a_used_directory_is_refused(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is not empty .*--resume auto.*another --out"):
         train(synthetic_run(), whole, progress=no_progress)
     (tmp_path / "holiday.jpg").touch()
@@ -152,7 +150,7 @@ def test_another_config_is_refused_and_its_keys_are_named(whole: Path) -> None:
     assert Run.from_yaml(RunDir(whole).config.read_text()) == synthetic_run()
 
 
-def test_a_finished_run_can_be_made_longer_and_gentler(tmp_path: Path) -> None:
+def test_a_finished_run_can_be_extended_with_a_lower_learning_rate(tmp_path: Path) -> None:
     board = Notes()
     train(synthetic_run(steps=6), tmp_path, progress=no_progress)
     longer = synthetic_run(steps=8, optimizer=AdamW(lr=1e-4))
@@ -161,7 +159,7 @@ def test_a_finished_run_can_be_made_longer_and_gentler(tmp_path: Path) -> None:
     assert "optimizer.lr: was 0.001, now 0.0001" in board.said
 
 
-def test_a_damaged_checkpoint_is_skipped_and_said(whole: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped_with_a_note(whole: Path, tmp_path: Path) -> None:
     board, out = Notes(), tmp_path / "run"
     train(synthetic_run(), out, until=12, progress=no_progress)
     newest = RunDir(out).checkpoints / "step-00000012" / "model.safetensors"
@@ -172,7 +170,7 @@ def test_a_damaged_checkpoint_is_skipped_and_said(whole: Path, tmp_path: Path) -
     assert compare_run_dirs(whole, out) == []
 
 
-def test_a_run_goes_on_in_another_directory(whole: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_in_another_directory(whole: Path, tmp_path: Path) -> None:
     train(synthetic_run(), tmp_path / "one", until=10, progress=no_progress)
     resume = ResumeFrom(path=str(tmp_path / "one"))
     train(synthetic_run(), tmp_path / "two", resume=resume, progress=no_progress)
@@ -186,7 +184,7 @@ def test_a_run_goes_on_in_another_directory(whole: Path, tmp_path: Path) -> None
         )
 
 
-def test_a_run_that_diverges_stops_with_its_last_good_state(tmp_path: Path) -> None:
+def test_a_diverging_run_stops_with_its_last_good_state(tmp_path: Path) -> None:
     def break_it(trainer: Trainer) -> None:
         trainer.optimizer.param_groups[0]["base_lr"] = 1.0
         trainer.model.decoder_norm.weight.register_hook(lambda grad: grad * float("nan"))
@@ -197,7 +195,7 @@ def test_a_run_that_diverges_stops_with_its_last_good_state(tmp_path: Path) -> N
     assert all(bool(t.isfinite().all()) for t in read_tensors(saved).values())
 
 
-def test_problems_of_the_config_come_before_any_work(tmp_path: Path) -> None:
+def test_config_problems_are_raised_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"vocab_size=400"):
         train(synthetic_run(model=tiny_model_config()), tmp_path / "run", progress=no_progress)
     assert not (tmp_path / "run").exists()
@@ -229,7 +227,7 @@ def test_every_kind_of_run_trains_and_resumes(variant: str, tmp_path: Path) -> N
     assert bool(torch.isfinite(torch.tensor(list(result.metrics.values()))).all())
 
 
-def test_rows_that_are_too_long_are_left_out_and_said(tmp_path: Path) -> None:
+def test_rows_that_are_too_long_are_left_out_with_a_note(tmp_path: Path) -> None:
     notes = Notes()
 
     run = synthetic_run(steps=8)

@@ -1,4 +1,4 @@
-"""The trainer: what a step that is not finite does, and what a snapshot holds."""
+"""Trainer: non-finite steps and the contents of a snapshot."""
 
 import math
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def _poisoned(bad: set[int], **changes: object) -> tuple[Trainer, Poisoned]:
     return trainer, poison
 
 
-def test_a_bad_step_changes_nothing_and_its_batch_comes_again() -> None:
+def test_a_non_finite_step_changes_nothing_and_its_batch_is_retried() -> None:
     trainer, poison = _poisoned({2})
     trainer.train_step()
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
@@ -72,7 +72,7 @@ def test_a_bad_step_changes_nothing_and_its_batch_comes_again() -> None:
     assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
 
 
-def test_the_note_names_the_first_gradient_that_is_not_finite() -> None:
+def test_the_note_names_the_first_non_finite_gradient() -> None:
     trainer, _ = _poisoned({1})
     trainer.train_step()
     (note,) = trainer.event_log.pop_notes()
@@ -81,7 +81,7 @@ def test_the_note_names_the_first_gradient_that_is_not_finite() -> None:
     assert trainer.metrics.compute_and_reset(trainer.world)["train/skipped"] == 1
 
 
-def test_work_that_is_bad_twice_is_given_up() -> None:
+def test_a_batch_that_fails_twice_is_dropped() -> None:
     trainer, poison = _poisoned({1, 3})  # 1 fails, 2 is good, 3 is the retry of 1
     for _ in range(4):
         trainer.train_step()
@@ -99,7 +99,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run() -> None:
     assert len(trainer.snapshot().state["retry"]) == 3
 
 
-def test_a_loss_that_is_not_finite_is_named_with_its_language() -> None:
+def test_a_non_finite_loss_is_named_with_its_language() -> None:
     trainer = tiny_trainer(tiny_run(max_bad_steps=1))
     with torch.no_grad():
         trainer.model.embedding.weight[7] = math.inf
@@ -125,7 +125,7 @@ def test_all_ranks_skip_the_same_step() -> None:
     assert len(first[0]) == 5
 
 
-def test_weights_that_do_not_fit_are_named() -> None:
+def test_weights_of_another_shape_are_named() -> None:
     trainer = tiny_trainer(tiny_run())
     snapshot = trainer.snapshot()
     weights = dict(snapshot.files["model"])

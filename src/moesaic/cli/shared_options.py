@@ -26,6 +26,16 @@ UseOption = Annotated[
 RunArgument = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/demo.")
 ]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE|CONFIG", help="A recipe, a config.yaml or a run.")
+]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE|CONFIG|PRESET", help="Recipe, config.yaml, run or preset."),
+]
+RoutesOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Record every token's experts in a file.")
+]
 
 stderr = Console(stderr=True)
 

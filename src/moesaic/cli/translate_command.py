@@ -12,6 +12,7 @@ from rich.markup import escape
 from moesaic.checkpoint.routes_file import RoutesWriter
 from moesaic.cli.shared_options import (
     JsonOption,
+    RoutesOption,
     RunArgument,
     UseOption,
     command_app,
@@ -47,9 +48,7 @@ def translate(
     experts: Annotated[
         bool, typer.Option("--experts", help="Show the experts of each token.")
     ] = False,
-    routes: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Record every token's experts in a file.")
-    ] = None,
+    routes: RoutesOption = None,
     files: UseOption = None,
     as_json: JsonOption = False,
 ) -> None:

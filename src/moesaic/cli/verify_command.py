@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from moesaic.cli.shared_options import (
     JsonOption,
+    RecipeArgument,
     SetOption,
     UseOption,
     command_app,
@@ -48,7 +49,7 @@ class PlanChoice(StrEnum):
 
 @app.command()
 def verify(
-    which: Annotated[str, typer.Argument(metavar="RECIPE|CONFIG", help="What is to be trained.")],
+    which: RecipeArgument,
     *,
     world_size: Annotated[
         int, typer.Option(min=2, help="Largest number of ranks; its divisors are tried too.")

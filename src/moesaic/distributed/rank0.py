@@ -33,12 +33,12 @@ def run_on_rank0(world: World, action: Callable[[], Any]) -> Any:
 def _run_with_keepalive(world: World, action: Callable[[], Any]) -> Any:
     future: Future[Any] = Future()
     Thread(target=_run_into_future, args=(future, action), daemon=True).start()
-    said = time.monotonic()
+    last_sent = time.monotonic()
     while not future.done():
         time.sleep(0.002)
-        if time.monotonic() - said > KEEPALIVE_S:
+        if time.monotonic() - last_sent > KEEPALIVE_S:
             world.broadcast_object({"done": False, "error": None, "value": None})
-            said = time.monotonic()
+            last_sent = time.monotonic()
     error = future.exception()
     if error is None:
         world.broadcast_object({"done": True, "error": None, "value": future.result()})

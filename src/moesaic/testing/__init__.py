@@ -1,4 +1,4 @@
-"""Helpers for tests and examples, shipped so that users can test their own parts.
+"""Helpers for tests, shipped so that users can test their own routers, losses and layers.
 
-May import anything; only ``tests/`` and ``examples/`` import it.
+May import anything; only ``tests/``, ``benchmarks/`` and ``examples/`` import it.
 """

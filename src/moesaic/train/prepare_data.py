@@ -9,7 +9,7 @@ from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.errors import ConfigError, did_you_mean
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.languages import resolve_language
-from moesaic.corpus.pair import Pair, Text
+from moesaic.corpus.pair import Text
 from moesaic.data.token_shard_writer import cached_shards
 from moesaic.data.token_shards import TokenShards
 from moesaic.data.tokenizer import Tokenizer
@@ -21,12 +21,15 @@ from moesaic.train.run import Run
 Notify = Callable[[str], None]
 
 
-class CorpusSubset:
-    """The part of a corpus in the run's languages (sorted codes)."""
+@dataclass(frozen=True)
+class CorpusSubset(Corpus):
+    """The part of a corpus in some of its languages (sorted codes)."""
 
-    def __init__(self, corpus: Corpus, *, languages: Sequence[str]) -> None:
+    selected: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, corpus: Corpus, *, languages: Sequence[str]) -> "CorpusSubset":
         """Select ``languages`` in any spelling; empty means all. Raises ConfigError."""
-        self.corpus = corpus
         known = corpus.languages
         codes = [resolve_language(text).code for text in languages] or known
         missing = [code for code in codes if code not in known]
@@ -36,25 +39,27 @@ class CorpusSubset:
                 f"{', '.join(known)}{did_you_mean(code, known)}"
                 for code in missing
             )
-        self.languages: tuple[str, ...] = tuple(sorted(set(codes)))
+        return cls(corpus.path, corpus.manifest, tuple(sorted(set(codes))))
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        return self.selected
 
     @property
     def directions(self) -> tuple[tuple[str, str], ...]:
         """Translation directions between selected languages."""
-        selected = set(self.languages)
-        return tuple(d for d in self.corpus.directions if selected.issuperset(d))
+        selected = set(self.selected)
+        return tuple(d for d in super().directions if selected.issuperset(d))
 
     @property
     def fingerprint(self) -> str:
         """Hash of the corpus and the selected languages."""
-        text = " ".join((self.corpus.fingerprint, *self.languages))
+        text = " ".join((super().fingerprint, *self.selected))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def iter_pairs(self, source: str, target: str, *, split: str) -> Iterator[Pair]:
-        return self.corpus.iter_pairs(source, target, split=split)
-
-    def iter_texts(self, code: str, *, split: str) -> Iterator[Text]:
-        return self.corpus.iter_texts(code, split=split)
+    def iter_texts(self, code: str, *, split: str = "train") -> Iterator[Text]:
+        """Yield the texts of a language, also from pairs with languages that are not selected."""
+        return Corpus(self.path, self.manifest).iter_texts(code, split=split)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,7 @@ def prepare_data(run: Run, *, run_dir: RunDir, world: World, notify: Notify) -> 
 
     def work() -> str:
         notify("opening the corpus")
-        corpus = CorpusSubset(run.corpus.open(), languages=run.languages)
+        corpus = CorpusSubset.of(run.corpus.open(), languages=run.languages)
         tokenizer = _load_or_train_tokenizer(run, corpus=corpus, run_dir=run_dir, notify=notify)
         notify("opening the token shards (they are written the first time)")
         return str(cached_shards(corpus, tokenizer=tokenizer).path)

@@ -1,7 +1,7 @@
 """Entry point of training: ``train(run, out)`` goes from a config to a trained run directory."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from moesaic.model.transformer import Transformer
 from moesaic.monitor.metric_writers import JsonlWriter, MetricWriter, MultiWriter
 from moesaic.monitor.progress_display import RunStatus
 from moesaic.train.export import export_model
-from moesaic.train.loop import TrainingResult, training_loop
+from moesaic.train.loop import StopReason, TrainingResult, training_loop
 from moesaic.train.prepare_data import PreparedData, prepare_data
 from moesaic.train.random_state import seed_rank
 from moesaic.train.resume import CHANGEABLE_KEYS, REPORTED_KEYS, START_FRESH, Resume
@@ -60,8 +60,8 @@ def train(
     run_dir, started = RunDir(Path(out)), time.monotonic()
     with init_distributed(timeout_s=run.collective_timeout_s) as world:
         losses = tuple(f"train/loss/{weighted.task.name}" for weighted in run.mixture.tasks)
-        make_display = progress if world.rank == 0 else no_progress
-        display = make_display(RunStatus(steps=run.steps, losses=losses))
+        status = RunStatus(steps=run.steps, losses=losses)
+        display = progress(status) if world.rank == 0 else no_progress(status)
         start = run_on_rank0(world, lambda: _open_run_dir(run_dir, run=run, resume=resume))
         for sentence in start["notes"]:
             display.note(sentence)
@@ -88,12 +88,8 @@ def train(
         finally:
             trainer.data.close()
             log.close()
-        for sentence in _too_long_notes(trainer.data.skipped, run=run):
+        for sentence in _final_notes(trainer, run_dir=run_dir, stop_reason=stop_reason):
             display.note(sentence)
-        if stop_reason.startswith("SIG"):
-            display.note(
-                f"{stop_reason}: saved after step {trainer.step:,}. {_resume_hint(run_dir)}"
-            )
         return TrainingResult(
             out=run_dir.path,
             steps=trainer.step,
@@ -144,8 +140,8 @@ def standard_hooks(trainer: Trainer, *, run_dir: RunDir) -> list[Hook]:
 
 def _open_run_dir(run_dir: RunDir, *, run: Run, resume: Resume) -> dict[str, Any]:
     """Prepare the run directory on rank 0; return the checkpoint to start from, and notes."""
-    path = resume.find_checkpoint(run_dir)
-    notes = [f"skipped {why}" for why in resume.skipped_checkpoints(run_dir)]
+    found = resume.find_checkpoint(run_dir)
+    path, notes = found.path, [f"skipped {why}" for why in found.skipped]
     if path is not None:
         saved, current = _saved_config(path), run.to_dict()
         ignored = (*CHANGEABLE_KEYS, *REPORTED_KEYS)
@@ -165,14 +161,17 @@ def _saved_config(checkpoint: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", upgraded)
 
 
-def _too_long_notes(skipped: Mapping[str, int], *, run: Run) -> list[str]:
-    """Return a note on rows that were too long to train on, with the directions that had most."""
-    if not skipped:
-        return []
-    most = sorted(skipped.items(), key=lambda item: -item[1])[:4]
-    directions = ", ".join(f"{direction} {count:,}" for direction, count in most)
-    limits = f"loader.max_source={run.loader.max_source}, max_target={run.loader.max_target}"
-    return [f"{sum(skipped.values()):,} rows were over {limits} tokens and left out: {directions}"]
+def _final_notes(trainer: Trainer, *, run_dir: RunDir, stop_reason: StopReason) -> Iterator[str]:
+    """Yield notes on rows that were too long to train on, and on how to resume after a signal."""
+    skipped, loader = trainer.data.skipped, trainer.run.loader
+    if skipped:
+        most = sorted(skipped.items(), key=lambda item: -item[1])[:4]
+        directions = ", ".join(f"{direction} {count:,}" for direction, count in most)
+        limits = f"loader.max_source={loader.max_source}, max_target={loader.max_target}"
+        total = sum(skipped.values())
+        yield f"{total:,} rows were over {limits} tokens and left out: {directions}"
+    if stop_reason.startswith("SIG"):
+        yield f"{stop_reason}: saved after step {trainer.step:,}. {_resume_hint(run_dir)}"
 
 
 def _open_writers(trainer: Trainer, *, run_dir: RunDir) -> MetricWriter:

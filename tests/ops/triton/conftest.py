@@ -8,8 +8,7 @@ import importlib.util
 
 import pytest
 import torch
-
-from moesaic.testing.triton_interpreter import is_interpreted, patch_interpreter
+from triton_interpreter import is_interpreted, patch_interpreter
 
 LAUNCHING = [
     "test_backward_kernels.py",

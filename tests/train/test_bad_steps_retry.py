@@ -1,9 +1,9 @@
-"""The queue of bad work: once more after a good step, then given up."""
+"""Retry queue: a skipped batch is retried once after a good step, then dropped."""
 
 from moesaic.train.bad_steps import RetryQueue, StepAttempt
 
 
-def test_bad_work_waits_for_a_good_step() -> None:
+def test_a_skipped_batch_is_retried_after_the_next_good_step() -> None:
     retry = RetryQueue()
     first = retry.next_attempt({"at": 1})
     assert first == StepAttempt({"at": 1}, is_retry=False)
@@ -19,7 +19,7 @@ def test_bad_work_waits_for_a_good_step() -> None:
     assert retry.pending == [{"at": 2}]
 
 
-def test_the_second_failure_gives_it_up() -> None:
+def test_a_failed_retry_is_dropped() -> None:
     retry = RetryQueue([{"at": 1}])
     retry.mark_failed(retry.next_attempt({"at": 2}))
     assert retry.pending == []

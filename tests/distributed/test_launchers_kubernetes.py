@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from distributed.launchers.jobs import JOB, assert_starts_the_job, parsed
+from distributed.launch_jobs import JOB, assert_starts_the_job, parsed
 from moesaic.core.errors import ConfigError
-from moesaic.distributed.launchers.launcher import Kubernetes
+from moesaic.distributed.launchers import Kubernetes
 
 HERE = Kubernetes(image='registry/"odd":1', claim="runs", namespace="train", save_s=120)
 

@@ -1,4 +1,4 @@
-"""Preparation: languages that a corpus has, one tokenizer per run, shards made once."""
+"""Data preparation: corpus languages, one tokenizer per run, token shards created once."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def test_a_run_sees_only_its_languages(tmp_path: Path) -> None:
     assert prepared.shards.directions == (("eng_Latn", "qac_Grek"),)
 
 
-def test_what_was_made_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenizer_and_shards_are_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = synthetic_run()
     first = _prepare(run, tmp_path)
     written = (tmp_path / "tokenizer.json").stat().st_mtime_ns
@@ -40,12 +40,12 @@ def test_what_was_made_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_language_that_the_corpus_lacks_is_named() -> None:
     corpus = synthetic_run().corpus.open()
     with pytest.raises(ConfigError, match=r"few-phrases has no deu_Latn; it has eng_Latn, qaa"):
-        CorpusSubset(corpus, languages=["German", "English"])
+        CorpusSubset.of(corpus, languages=["German", "English"])
 
 
-def test_selections_of_other_languages_have_other_fingerprints() -> None:
+def test_subsets_of_different_languages_have_different_fingerprints() -> None:
     corpus = synthetic_run().corpus.open()
-    whole, part = (CorpusSubset(corpus, languages=c) for c in ((), ("eng_Latn", "qab_Cyrl")))
+    whole, part = (CorpusSubset.of(corpus, languages=c) for c in ((), ("eng_Latn", "qab_Cyrl")))
     assert whole.languages == corpus.languages
     assert whole.fingerprint != part.fingerprint
     assert part.directions == (("eng_Latn", "qab_Cyrl"),)
@@ -61,7 +61,7 @@ def test_a_tokenizer_of_another_run_is_refused(tmp_path: Path) -> None:
     assert "no tag for qaa_Latn, qab_Cyrl" in tags
 
 
-def test_a_corpus_that_is_not_there_is_a_users_mistake(tmp_path: Path) -> None:
+def test_a_missing_corpus_is_a_data_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no corpus here"):
         _prepare(synthetic_run(corpus=CorpusFolder(path=str(tmp_path / "none"))), tmp_path)
     with pytest.raises(DataError, match="catalogues-small"):

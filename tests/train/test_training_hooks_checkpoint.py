@@ -1,4 +1,4 @@
-"""Saving: when it is time, when it is best, and once at the end."""
+"""Checkpoint hook: saves at intervals, at the best loss, and at the end."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def _names(root: Path) -> list[str]:
     return sorted(path.name for path in root.glob("step-*"))
 
 
-def test_it_saves_in_time_and_at_the_end_and_flushes_before(tmp_path: Path) -> None:
+def test_checkpoints_are_saved_at_intervals_and_at_the_end_after_a_flush(tmp_path: Path) -> None:
     flushed: list[int] = []
     trainer = tiny_trainer(tiny_run(checkpoint=CheckpointConfig(every=4, keep=9)))
     hook = CheckpointHook(tmp_path, flush=lambda: flushed.append(trainer.step))
@@ -35,7 +35,7 @@ def test_it_saves_in_time_and_at_the_end_and_flushes_before(tmp_path: Path) -> N
     assert flushed == [4, 8, 10]
 
 
-def test_the_best_is_kept_beyond_the_newest(tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
     trainer = tiny_trainer(tiny_run(checkpoint=CheckpointConfig(every=4, keep=1)))
     training_loop(trainer, hooks=[Score(), CheckpointHook(tmp_path, flush=lambda: None)], until=9)
     assert _names(tmp_path) == ["step-00000003", "step-00000009"]
@@ -45,7 +45,7 @@ def test_the_best_is_kept_beyond_the_newest(tmp_path: Path) -> None:
     assert (again.event_log.best.step, again.event_log.best.loss) == (3, 0.0)
 
 
-def test_nothing_new_is_not_saved_again(tmp_path: Path) -> None:
+def test_an_unchanged_state_is_not_saved_again(tmp_path: Path) -> None:
     trainer = tiny_trainer(tiny_run())
     training_loop(trainer, hooks=[CheckpointHook(tmp_path, flush=lambda: None)], until=0)
     assert not tmp_path.exists() or _names(tmp_path) == []
@@ -63,5 +63,5 @@ def _on_a_full_disk(root: Path) -> str:
     return str(caught.value)
 
 
-def test_a_full_disk_is_told_to_every_rank(tmp_path: Path) -> None:
+def test_a_full_disk_raises_on_every_rank(tmp_path: Path) -> None:
     assert run_on_ranks(2, _on_a_full_disk, tmp_path) == ["the disk is full"] * 2

@@ -1,4 +1,4 @@
-"""Rows of metrics: when, with what, and what a person is told."""
+"""Metrics log hook: rows of metrics, notes and progress."""
 
 from collections.abc import Mapping
 
@@ -56,7 +56,7 @@ def logged() -> tuple[Rows, RecordingDisplay]:
     return sink, board
 
 
-def test_rows_come_in_time_at_the_end_and_when_a_hook_has_news(
+def test_rows_are_written_at_intervals_at_the_end_and_for_hook_values(
     logged: tuple[Rows, RecordingDisplay],
 ) -> None:
     rows = dict(logged[0].rows)
@@ -68,7 +68,7 @@ def test_rows_come_in_time_at_the_end_and_when_a_hook_has_news(
     assert rows[8]["train/tokens"] > rows[4]["train/tokens"]
 
 
-def test_the_board_hears_every_step_and_every_note_once(
+def test_the_progress_display_gets_every_step_and_every_note_once(
     logged: tuple[Rows, RecordingDisplay],
 ) -> None:
     assert logged[1].ticks == list(range(1, 11))

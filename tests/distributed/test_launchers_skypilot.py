@@ -4,8 +4,8 @@ import subprocess
 
 import yaml
 
-from distributed.launchers.jobs import JOB, assert_starts_the_job, parsed, shell_command
-from moesaic.distributed.launchers.launcher import SkyPilot
+from distributed.launch_jobs import JOB, assert_starts_the_job, parsed, shell_command
+from moesaic.distributed.launchers import SkyPilot
 
 TASK = SkyPilot(accelerator="H100", volume="runs", setup="pip install a\npip install b")
 

@@ -1,4 +1,4 @@
-"""Validation: the same number each time, and no trace of it in the training."""
+"""Validation hook: deterministic, and without effect on training."""
 
 import torch
 
@@ -21,7 +21,7 @@ def _trainer(every: int) -> Trainer:
     return tiny_trainer(tiny_run(model=model, validation=ValidationConfig(every=every)))
 
 
-def test_scores_are_plain_likelihoods_in_evaluation_mode() -> None:
+def test_validation_losses_are_unsmoothed_and_in_evaluation_mode() -> None:
     trainer = _trainer(1)
     first, second = (
         ValidationHook().validation_losses(trainer),
@@ -37,7 +37,7 @@ def test_scores_are_plain_likelihoods_in_evaluation_mode() -> None:
     assert {"valid/loss/translation", "valid/loss/deu_Latn"} <= first.keys()
 
 
-def test_validation_leaves_the_training_as_it_was() -> None:
+def test_validation_does_not_change_training() -> None:
     weights = []
     for every in (0, 2):
         trainer = _trainer(every)

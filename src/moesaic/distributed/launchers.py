@@ -20,7 +20,7 @@ from torch.distributed.run import get_args_parser
 from moesaic.core.config import Choice, Config
 from moesaic.core.errors import ConfigError
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parent / "launch_templates"
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[int, Field(ge=1)]
 

@@ -1,4 +1,4 @@
-"""Usage: counts by layer, expert and language, the same on any number of ranks."""
+"""Router health hook: usage by layer, expert and language, equal for any number of ranks."""
 
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def test_every_token_of_every_other_step_is_counted_once(tmp_path: Path) -> None
             assert int(layer.counts[:, index].sum()) == tokens
 
 
-def test_ranks_count_what_one_counts(tmp_path: Path) -> None:
+def test_several_ranks_count_the_same_as_one(tmp_path: Path) -> None:
     _watch(tmp_path / "one.json", SingleProcess())
     run_on_ranks(2, _on_rank, tmp_path / "two.json")
     assert _equal(read_usage(tmp_path / "one.json"), read_usage(tmp_path / "two.json"))
@@ -86,7 +86,7 @@ def test_a_collapsed_router_is_named_with_its_layer(tmp_path: Path) -> None:
     assert "decoder.0" in trainer.event_log.router_health
 
 
-def test_the_doctor_knows_the_config() -> None:
+def test_health_check_settings_reflect_the_config() -> None:
     moe = MoE(
         experts=8,
         select=TopK(k=2),
@@ -98,14 +98,14 @@ def test_the_doctor_knows_the_config() -> None:
     assert setting.capacity_factor == 1.5
 
 
-def test_the_doctor_counts_at_least_one_expert_and_finds_the_stack_that_has_any() -> None:
+def test_health_check_settings_use_the_first_stack_with_experts() -> None:
     depths = MoE(experts=1, select=Threshold())
     model = tiny_model_config(moe=NoMoE())
     model = model.replace(decoder=model.decoder.replace(moe=depths))
     assert health_check_settings(tiny_run(model=model), languages=LANGUAGES).top_k == 1
 
 
-def test_the_doctor_knows_every_term_that_evens_the_load() -> None:
+def test_health_check_settings_sum_all_balancing_terms() -> None:
     def setting(*balance: Balance) -> RouterSettings:
         moe = MoE(experts=8, select=TopK(k=2), balance=balance)
         return health_check_settings(
@@ -119,7 +119,7 @@ def test_the_doctor_knows_every_term_that_evens_the_load() -> None:
     assert (free.balance_weight, free.bias_rate, free.z_weight) == (0.0, 0.002, 0.5)
 
 
-def test_the_queue_is_that_of_the_rows_keys_whatever_their_order_in_the_batch() -> None:
+def test_queue_position_depends_on_row_keys_not_batch_order() -> None:
     row = torch.tensor([0, 0, 1, 1, 2, 2])
     key = torch.tensor([70, 10, 40])[row]
     none = torch.zeros(6, dtype=torch.long)
@@ -127,7 +127,7 @@ def test_the_queue_is_that_of_the_rows_keys_whatever_their_order_in_the_batch() 
     assert late_in_queue(context).tolist() == [True, True, False, False, False, True]
 
 
-def test_room_by_position_is_seen_and_room_at_random_is_not(tmp_path: Path) -> None:
+def test_late_drops_are_found_for_position_priority_only(tmp_path: Path) -> None:
     shares = {}
     for priority in (PositionPriority(), RandomPriority()):
         moe = MoE(experts=4, limit=Capacity(factor=0.5, priority=priority))

@@ -1,4 +1,4 @@
-"""Running sums: means by category, the same over ranks and over a restart."""
+"""Running metrics: means by category, equal over ranks and over a restart."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_sums_by_category_are_those_of_a_loop() -> None:
     torch.testing.assert_close(_by_category(loss, batch), expected)
 
 
-def test_the_order_of_the_losses_changes_no_sum() -> None:
+def test_the_sums_do_not_depend_on_the_order_of_losses() -> None:
     batch = random_batch(6, seed=3)
     loss, row = torch.rand(batch.num_predicted), rows_of_loss(batch)
     order = torch.randperm(len(row))
@@ -99,7 +99,7 @@ def _saved_and_restored() -> dict[str, float]:
     return again.compute_and_reset(world)
 
 
-def test_a_restart_in_the_middle_changes_no_row() -> None:
+def test_a_restart_between_rows_changes_no_row() -> None:
     meters = RunningMetrics(CATEGORIES, device=torch.device("cpu"))
     for first, second, norm in ((1, 2, 2.0), (3, 4, 4.0)):
         meters.add_step(_sums(first).add(_sums(second)), norm=norm)

@@ -5,10 +5,10 @@ import subprocess
 
 import pytest
 
-from distributed.launchers.jobs import COMMAND, JOB, assert_starts_the_job, parsed, shell_command
+from distributed.launch_jobs import COMMAND, JOB, assert_starts_the_job, parsed, shell_command
 from moesaic.core.errors import ConfigError
-from moesaic.distributed.launchers import launcher
-from moesaic.distributed.launchers.launcher import LaunchJob, Torchrun
+from moesaic.distributed import launchers
+from moesaic.distributed.launchers import LaunchJob, Torchrun
 
 
 def test_torchrun_parses_the_command() -> None:
@@ -62,15 +62,15 @@ def test_an_older_torchrun_gets_no_shutdown_timeout(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     job = LaunchJob(name="a", command=COMMAND, nodes=1, gpus_per_node=1)
-    own = launcher.torchrun_command(
+    own = launchers.torchrun_command(
         job, rdzv_endpoint="a:1", rdzv_id="b", shutdown_timeout_s=99
     ).torchrun_args
-    parser = launcher.get_args_parser()
+    parser = launchers.get_args_parser()
     knows = "--shutdown-timeout" in parser.format_help()
     assert ("--shutdown-timeout=99" in own) == knows
     parser.format_help = lambda: ""
-    monkeypatch.setattr(launcher, "get_args_parser", lambda: parser)
-    own = launcher.torchrun_command(
+    monkeypatch.setattr(launchers, "get_args_parser", lambda: parser)
+    own = launchers.torchrun_command(
         job, rdzv_endpoint="a:1", rdzv_id="b", shutdown_timeout_s=99
     ).torchrun_args
     assert not [word for word in own if "shutdown" in word]

@@ -1,4 +1,4 @@
-"""Signals: the first is a wish, the second is not."""
+"""Stop requests: the first signal sets a flag, a later one has its default effect."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ def usual_ctrl_c() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_is_noted(number: signal.Signals) -> None:
+def test_the_first_signal_requests_a_stop(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopRequest() as stop:
         assert not stop.requested
@@ -30,7 +30,7 @@ def test_the_first_signal_is_noted(number: signal.Signals) -> None:
     assert signal.getsignal(number) is before
 
 
-def test_a_later_signal_acts_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_signal_has_its_default_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stop_module, "REPEAT_S", 0.0)
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
@@ -39,14 +39,14 @@ def test_a_later_signal_acts_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stop.requested
 
 
-def test_a_signal_that_torchrun_passes_on_is_no_second_one() -> None:
+def test_a_signal_forwarded_by_torchrun_is_a_duplicate() -> None:
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)  # would end this process
     assert stop.signal == signal.SIGINT
 
 
-def test_outside_the_main_thread_nothing_is_caught() -> None:
+def test_no_signal_is_handled_outside_the_main_thread() -> None:
     seen: list[bool] = []
 
     def inside() -> None:

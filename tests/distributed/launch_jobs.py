@@ -6,7 +6,7 @@ from argparse import Namespace
 
 from torch.distributed.run import get_args_parser
 
-from moesaic.distributed.launchers.launcher import LaunchJob
+from moesaic.distributed.launchers import LaunchJob
 
 COMMAND = ("-m", "moesaic", "train", "tiny", "--set", "model.moe.select=TopK(k=2)", "--set", "a=$b")
 JOB = LaunchJob(name="My run_1", command=COMMAND, description="16 ranks", nodes=2, gpus_per_node=8)

@@ -1,4 +1,4 @@
-"""Spikes: what is one, what follows, alike on every rank and after a restart."""
+"""Loss spikes: criterion and consequences, equal on all ranks and after a restart."""
 
 import json
 import math
@@ -26,13 +26,13 @@ def _usual(
     return past
 
 
-def test_what_is_usual_is_learnt_first() -> None:
+def test_no_step_is_a_spike_before_half_a_window_of_losses() -> None:
     assert RULE.loss_limit((2.0, 2.1, 1.9)) == math.inf
     assert 2.2 < RULE.loss_limit(_usual().recent) < 3.0
     assert not RULE.decide(1e9, history=LossHistory()).skip
 
 
-def test_a_spike_is_skipped_and_leaves_what_is_usual_alone() -> None:
+def test_a_spike_is_skipped_and_not_added_to_the_history() -> None:
     past = _usual()
     judged = RULE.decide(9.0, history=past)
     assert judged.skip
@@ -44,7 +44,7 @@ def test_a_spike_is_skipped_and_leaves_what_is_usual_alone() -> None:
     assert len(_usual(losses=(2.0,) * 20).recent) == RULE.window
 
 
-def test_spikes_that_last_lower_the_rate_and_the_rule_learns_anew() -> None:
+def test_persistent_spikes_lower_the_learning_rate_and_reset_the_history() -> None:
     past = _usual()
     for _ in range(2):
         past = RULE.decide(9.0, history=past).history
@@ -56,13 +56,13 @@ def test_spikes_that_last_lower_the_rate_and_the_rule_learns_anew() -> None:
     )
 
 
-def test_equal_losses_make_no_spike_of_a_ripple() -> None:
+def test_a_small_change_of_constant_losses_is_no_spike() -> None:
     past = _usual(losses=(2.0,) * 8)
     assert not RULE.decide(2.1, history=past).skip
     assert RULE.decide(2.2, history=past).skip
 
 
-def test_losses_that_fall_or_are_noisy_are_no_spikes() -> None:
+def test_falling_or_noisy_losses_are_no_spikes() -> None:
     draw, past, rule = random.Random(0), LossHistory(), SkipSpikes()
     for step in range(2000):
         judged = rule.decide(2 + 6 * math.exp(-step / 300) + draw.gauss(0, 0.15), history=past)
@@ -70,12 +70,12 @@ def test_losses_that_fall_or_are_noisy_are_no_spikes() -> None:
         past = judged.history
 
 
-def test_what_is_remembered_survives_a_checkpoint() -> None:
+def test_the_loss_history_round_trips_through_a_checkpoint() -> None:
     past = RULE.decide(9.0, history=_usual()).history
     assert LossHistory.from_dict(json.loads(json.dumps(past.to_dict()))) == past
 
 
-def test_the_rule_that_takes_all_remembers_nothing() -> None:
+def test_ignoring_spikes_keeps_no_history() -> None:
     assert IgnoreSpikes().decide(9.0, history=LossHistory()) == SpikeDecision(LossHistory())
     assert not IgnoreSpikes().needs_loss
 
@@ -117,7 +117,7 @@ def _spike(world: World) -> tuple[list[str], int, float]:
     return notes, trainer.step, float(weights.double().sum())
 
 
-def test_a_spike_is_skipped_in_training_and_its_batch_comes_again() -> None:
+def test_a_spike_is_skipped_in_training_and_its_batch_is_retried() -> None:
     notes, step, _ = _spike(SingleProcess())
     (note,) = notes
     assert note.startswith("step 6 skipped: the loss of")
@@ -131,7 +131,7 @@ def test_all_ranks_skip_the_same_spike() -> None:
     assert first[:2] == _spike(SingleProcess())[:2]
 
 
-def test_the_rate_stays_lowered_after_a_restart() -> None:
+def test_the_lowered_learning_rate_survives_a_restart() -> None:
     trainer = tiny_trainer(_run())
     trainer.loss_history = LossHistory(recent=(2.0, 2.1), rate=0.25)
     first = trainer.train_step().lr

@@ -1,4 +1,4 @@
-"""A slow rank is found by the time it works, not by the time its steps take."""
+"""Straggler hook: a slow rank is found by its time outside collectives."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def _watch(world: World, *, waited: list[float]) -> tuple[list[dict[str, float]]
     return rows, notes
 
 
-def test_the_slowest_rank_is_named_in_every_row_and_once_in_words() -> None:
+def test_the_slowest_rank_is_in_every_row_and_noted_once() -> None:
     for rows, notes in run_on_ranks(3, lambda: _watch(ProcessGroupWorld(), waited=[0.9, 0.0, 0.8])):
         for row in rows:
             assert row["perf/slowest_rank"] == 1.0
@@ -34,12 +34,12 @@ def test_the_slowest_rank_is_named_in_every_row_and_once_in_words() -> None:
         assert "(1000 ms a step, theirs 150 ms), for 2 rows of metrics" in note
 
 
-def test_a_rank_that_is_hardly_slower_is_not_accused() -> None:
+def test_a_slightly_slower_rank_is_not_noted() -> None:
     for _, notes in run_on_ranks(2, lambda: _watch(ProcessGroupWorld(), waited=[0.2, 0.0])):
         assert notes == []
 
 
-def test_one_rank_alone_is_not_compared() -> None:
+def test_a_single_rank_is_not_compared() -> None:
     rows, notes = _watch(SingleProcess(), waited=[0.0])
     assert not any(rows)
     assert notes == []
@@ -50,6 +50,6 @@ def _waited() -> tuple[float, float]:
     return report.collective_seconds, report.seconds
 
 
-def test_a_step_says_how_much_of_it_was_spent_in_collectives() -> None:
+def test_a_step_reports_its_time_in_collectives() -> None:
     for waited, whole in run_on_ranks(2, _waited):
         assert 0.0 < waited < whole

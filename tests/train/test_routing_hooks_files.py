@@ -1,4 +1,4 @@
-"""Routes hooks: steps are recorded as they went, and held-out text is probed as training goes."""
+"""Routing hooks: traced training steps and probes of held-out text."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_recorded_step_is_what_happened_in_it(tmp_path: Path) -> None:
+def test_a_traced_step_records_its_routing(tmp_path: Path) -> None:
     kept = _train(tmp_path, until=5, routing_trace_every=2, routing_probe_every=0)
     assert _names(tmp_path / "routes") == ["step-00000002.routes", "step-00000004.routes"]
     assert not (tmp_path / "learning").exists()
@@ -60,7 +60,7 @@ def test_a_recorded_step_is_what_happened_in_it(tmp_path: Path) -> None:
         assert torch.equal(found.tokens.language, language[record.row])
 
 
-def test_the_probe_routes_the_same_text_before_training_and_every_so_often(tmp_path: Path) -> None:
+def test_the_probe_routes_the_same_text_at_step_0_and_every_interval(tmp_path: Path) -> None:
     _train(tmp_path, until=5, routing_probe_every=2)
     steps = [0, 2, 4]
     assert _names(tmp_path / "learning") == [f"step-{step:08d}.routes" for step in steps]
@@ -73,14 +73,14 @@ def test_the_probe_routes_the_same_text_before_training_and_every_so_often(tmp_p
     assert compare_routes(files[0], files[2]).edges < 1
 
 
-def test_probing_and_recording_change_nothing_in_training(tmp_path: Path) -> None:
+def test_probing_and_tracing_do_not_change_training(tmp_path: Path) -> None:
     watched = _train(tmp_path / "a", until=3, routing_probe_every=1, routing_trace_every=1)
     alone = _train(tmp_path / "b", until=3, routing_probe_every=0)
     for one, other in zip(watched.reports, alone.reports, strict=True):
         assert torch.equal(one.result.sums.losses, other.result.sums.losses)
 
 
-def test_files_of_later_steps_go_when_a_run_goes_back(tmp_path: Path) -> None:
+def test_routing_files_of_later_steps_are_deleted_on_resume(tmp_path: Path) -> None:
     _train(tmp_path, until=4, routing_probe_every=2, routing_trace_every=1)
     (tmp_path / "learning" / "notes.txt").write_text("mine")
     _train(tmp_path, until=1, routing_probe_every=2, routing_trace_every=1)
@@ -92,7 +92,7 @@ def _on_rank(folder: Path) -> None:
     _train(folder, until=1, world=ProcessGroupWorld(), routing_probe_every=1, routing_trace_every=1)
 
 
-def test_each_rank_records_its_own_rows_and_the_first_one_probes(tmp_path: Path) -> None:
+def test_each_rank_traces_its_rows_and_rank_0_probes(tmp_path: Path) -> None:
     run_on_ranks(2, _on_rank, tmp_path)
     _train(tmp_path / "alone", until=1, world=SingleProcess(), routing_trace_every=1)
     names = [f"step-00000001.rank-{rank}.routes" for rank in (0, 1)]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from distributed.launchers.jobs import JOB, assert_starts_the_job, parsed, shell_command
+from distributed.launch_jobs import JOB, assert_starts_the_job, parsed, shell_command
 from moesaic.core.errors import ConfigError
-from moesaic.distributed.launchers.launcher import Slurm
+from moesaic.distributed.launchers import Slurm
 
 STAND_INS = {
     "scontrol": 'echo "scontrol $*" >> said; [[ $1 == show ]] && printf "node-a\\nnode-b\\n"; true',

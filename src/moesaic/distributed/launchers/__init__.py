@@ -1,1 +1,0 @@
-"""Launch files for multi-node jobs: ``launcher.py`` renders them from ``templates``."""

@@ -1,0 +1,68 @@
+"""Configs of an earlier version: their old names are listed, and upgraded to equal configs."""
+
+import re
+
+import pytest
+
+from moesaic.core.config import Choice, Config
+from moesaic.core.config_upgrade import RENAMED_KEYS, RENAMED_KINDS, SECTIONS, upgrade_config
+from moesaic.core.errors import ConfigError
+from moesaic.recipes.lookup import RECIPES
+from moesaic.train.run import Run
+
+OLD = {
+    "accumulate": 2,
+    "corpus": {"kind": "Catalogue", "name": "Catalogue"},
+    "log": {"routes_every": 5, "also": ["TensorBoard"]},
+    "spikes": {"kind": "SkipSpikes", "lasting": 3},
+    "schedule": {"kind": "WSD", "shape": "Linear"},
+}
+NEW = {
+    "gradient_accumulation_steps": 2,
+    "corpus": {"kind": "NamedCorpus", "name": "Catalogue"},
+    "log": {"routing_stats_every": 5, "sinks": ["TensorBoard"]},
+    "spikes": {"kind": "SkipSpikes", "patience": 3},
+    "schedule": {"kind": "WSD", "shape": "LinearDecay"},
+}
+
+
+def test_keys_and_kinds_are_renamed_and_other_text_is_not() -> None:
+    upgraded, renamed = upgrade_config(OLD)
+    assert upgraded == NEW
+    assert renamed == {
+        "accumulate": "gradient_accumulation_steps",
+        "corpus.kind=Catalogue": "NamedCorpus",
+        "log.routes_every": "log.routing_stats_every",
+        "log.also": "log.sinks",
+        "spikes.lasting": "spikes.patience",
+        "schedule.shape=Linear": "LinearDecay",
+    }
+
+
+def test_an_upgraded_config_has_nothing_to_rename() -> None:
+    for name in RECIPES:
+        config = RECIPES(name).to_dict()
+        assert upgrade_config(config) == (config, {})
+
+
+def test_every_new_name_exists() -> None:
+    configs = {
+        c.__name__: c for c in _subclasses(Config) if c.__module__.startswith("moesaic.")
+    }
+    assert all(issubclass(configs[name], Choice) for name in RENAMED_KINDS.values())
+    assert set(SECTIONS.values()) <= set(configs)
+    for owner, keys in RENAMED_KEYS.items():
+        fields = configs[owner].model_fields
+        assert set(keys.values()) <= set(fields), owner
+        assert not set(keys) & set(fields), owner
+
+
+def test_an_old_config_is_refused_with_the_way_to_upgrade_it() -> None:
+    text = RECIPES("tiny").to_yaml().replace("gradient_accumulation_steps", "accumulate")
+    expected = "accumulate: is now called gradient_accumulation_steps; .*moesaic config upgrade"
+    with pytest.raises(ConfigError, match=re.compile(expected)):
+        Run.from_yaml(text)
+
+
+def _subclasses(cls: type) -> set[type]:
+    return {cls} | {s for c in cls.__subclasses__() for s in _subclasses(c)}

@@ -1,0 +1,79 @@
+"""ARCHITECTURE.md: its snippets run, and its way of a token is the order of the calls of a run."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+ROW = re.compile(r"^\| \d+ \| `([\w/]+\.py)` \| `([\w.]+)` \|", re.MULTILINE)
+# what another recipe than the demo has others for, or another machine
+NOT_IN_TINY = {
+    *("recipes/demo_recipe.py", "corpus/sources/gettext_catalogues.py"),
+    *("corpus/readers/gettext.py", "ops/moe_kernel.py"),
+}
+RECORD = """
+import json, runpy, sys, threading
+from pathlib import Path
+import moesaic
+root, calls = str(Path(moesaic.__file__).parent) + "/", {}
+def record(frame, event, argument):
+    code = frame.f_code
+    if event == "call" and code.co_filename.startswith(root):
+        calls.setdefault((code.co_filename[len(root):], code.co_qualname), len(calls))
+threading.setprofile(record)
+sys.setprofile(record)
+sys.argv = ["moesaic", "train", "tiny", "--out", "run", "--until", "1", *sys.argv[1:]]
+try:
+    runpy.run_module("moesaic", run_name="__main__")
+finally:
+    sys.setprofile(None)
+    Path("calls.json").write_text(json.dumps([list(call) for call in calls]))
+"""
+
+
+def test_the_snippets_run():
+    space = {"__name__": "architecture"}
+    blocks = re.findall(r"^```python\n(.*?)^```", TEXT, flags=re.M | re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "ARCHITECTURE.md", "exec"), space)
+
+
+def test_the_files_of_a_token_are_called_in_this_order_and_none_twice(tmp_path):
+    rows = ROW.findall(TEXT)
+    files = [file for file, _ in rows]
+    assert len(files) == len(set(files)) >= 30
+    quiet = [
+        "--set",
+        "steps=20",
+        "--set",
+        "validation.every=0",
+        "--set",
+        "log.routing_probe_every=0",
+    ]
+    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", RECORD, *quiet],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path, "MOESAIC_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    calls = [tuple(call) for call in json.loads((tmp_path / "calls.json").read_text())]
+    wanted = [row for row in rows if row[0] not in NOT_IN_TINY]
+    assert [row for row in wanted if row not in calls] == [], done.stderr[-2000:]
+    assert [call for call in calls if call in wanted] == wanted
+
+
+@pytest.mark.parametrize("file", sorted(NOT_IN_TINY))
+def test_a_file_that_this_run_does_not_need_has_the_function(file):
+    (name,) = [name for path, name in ROW.findall(TEXT) if path == file]
+    source = (ROOT / "src" / "moesaic" / file).read_text(encoding="utf-8")
+    assert f"def {name.rpartition('.')[2]}(" in source
