@@ -261,7 +261,7 @@ def test_routes_are_printed_as_tables(capsys, home):
     tokenizer = ["--tokenizer", "runs/tiny/tokenizer.json"]
     for words, said in (
         (["show", "a.routes", *tokenizer], "<qaa_Latn>"),
-        (["stats", "a.routes", *tokenizer], "uncertainty"),
+        (["stats", "a.routes", *tokenizer], "conditional entropy"),
         (["compare", "a.routes", "a.routes"], "100.0%"),
     ):
         main_ok(["routes", *words])
