@@ -1,4 +1,3 @@
-
 from moesaic.report.html import Html, html_table, join_html, tag
 
 
