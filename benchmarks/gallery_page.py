@@ -1,4 +1,4 @@
-"""The gallery's page: a table, and per rule a picture that stands alone."""
+"""The gallery page: a table of training runs, one per routing rule, and a picture of each."""
 
 import re
 from collections.abc import Mapping
@@ -26,26 +26,26 @@ text{font:12px system-ui,sans-serif;fill:var(--ink)} .axis{font-size:11px;fill:v
 """
 
 INTRO = """\
-# The gallery
+# Gallery of routing rules
 
-One small model per routing rule, the same text, steps and seed: does it learn, and does its routing
-live? Written by `python benchmarks/gallery.py`, numbers in `benchmarks/results/gallery.json`. They
-are short and of one seed each: enough to see that a rule works, not to say which is better.
+One small training run per routing rule, with the same text, steps and seed. Written by
+`python benchmarks/gallery.py`, numbers in `benchmarks/results/gallery.json`. The runs are short and
+have one seed each: they show that a rule trains, not which rule is better.
 
-Loss is in nats per token: the first and the last row of training, without what the rules add to it,
-and at the end on held-out text. Evenness is the entropy of the load of the least even
-layer (1 is even), busiest the load of its busiest expert above the mean as a multiple, both on
-held-out text and over experts that do work. The last column is the router doctor's.
+Loss is in nats per token: the first and the last row of training without auxiliary losses, and the
+final loss on held-out text. Evenness is the load entropy of the least balanced layer (1 is
+balanced), busiest the maximum violation of its most loaded expert (load over mean load, minus 1),
+both on held-out text and over true experts. The last column is the router health of the run.
 
 """
 HEAD = (
     "rule", "parameters", "active", "steps", "loss: first", "last", "held-out", "evenness",
-    "busiest", "dropped", "s", "doctor",
+    "busiest", "dropped", "s", "health",
 )  # fmt: skip
 
 
 def write_page(results: Mapping[str, Any], *, root: Path) -> str:
-    """Write the page and its pictures under ``root``; say what was written."""
+    """Write the page and its pictures under ``root``; return a summary."""
     done = {n: r for n, r in results["rules"].items() if "skipped" not in r}
     skipped = {n: r for n, r in results["rules"].items() if "skipped" in r}
     folder = root / PICTURES
@@ -90,7 +90,7 @@ def picture(rule: Mapping[str, Any]) -> str:
 
 
 def _heat(rule: Mapping[str, Any]) -> tuple[Html, int, int]:
-    """The last layer's heat map with the languages' names, and how much room it takes."""
+    """The last layer's heat map with the languages' names, and its size."""
     if not rule["layers"]:
         words = tag("text", "no routes are recorded", x=LOSS.width + 16, y=60, class_="axis")
         return words, 240, 80

@@ -1,4 +1,4 @@
-"""moesaic: Mixture-of-Experts models you can check, from the first token to the served translation.
+"""moesaic: train, verify and serve multilingual Mixture-of-Experts models with PyTorch.
 
 Train, then translate::
 

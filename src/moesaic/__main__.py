@@ -1,4 +1,4 @@
-"""``python -m moesaic VERB``: the same command line, for torchrun and for uninstalled checkouts."""
+"""``python -m moesaic COMMAND``: the command line, for torchrun and uninstalled checkouts."""
 
 from moesaic.cli.main import main
 

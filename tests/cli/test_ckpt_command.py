@@ -1,4 +1,4 @@
-"""``moesaic ckpt``: what it says of checkpoints, and how it ends."""
+"""``moesaic ckpt``: output and exit codes."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""``moesaic verify``: a matrix and an exit code."""
+"""``moesaic verify``: the matrix of plans and the exit code."""
 
 import json
 from pathlib import Path

@@ -2,6 +2,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from similarity import jaccard
 
 from moesaic.core.errors import UserError
 from moesaic.corpus import spill
@@ -23,7 +24,6 @@ from moesaic.corpus.split import (
     DropNearDuplicates,
     HeldOutDomain,
     SplitConfig,
-    jaccard,
     split_key,
 )
 
@@ -178,6 +178,23 @@ def test_a_finished_corpus_of_the_same_recipe_is_not_built_again(tmp_path: Path)
     assert (tmp_path / "c/corpus.json").stat().st_mtime_ns == before
     again = build_corpus(recipe(*german(30)), out=tmp_path / "c")
     assert again.manifest["pairs"] == 30
+
+
+def test_a_corpus_of_an_earlier_version_is_not_built_again(tmp_path: Path) -> None:
+    what = CorpusRecipe(
+        name="old",
+        source=SyntheticLanguages(phrases=60),
+        split=SplitConfig(near_duplicates=DropNearDuplicates()),
+    )
+    built = build_corpus(what, out=tmp_path / "c")
+    path = tmp_path / "c/corpus.json"
+    text = path.read_text().replace('"SyntheticLanguages"', '"Synthetic"')
+    path.write_text(
+        text.replace('"near_duplicates"', '"near"').replace("DropNearDuplicates", "DropNear")
+    )
+    assert '"near"' in path.read_text()
+    assert build_corpus(what, out=tmp_path / "c").fingerprint == built.fingerprint
+    assert '"Synthetic"' in path.read_text()
 
 
 def test_a_build_that_fails_leaves_the_old_corpus_and_no_parts(tmp_path: Path) -> None:

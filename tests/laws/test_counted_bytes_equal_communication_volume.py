@@ -9,7 +9,7 @@ import torch.distributed as distributed
 from dispatch_volume import DispatchedTokens, data_expert_model_bytes
 from torch import nn
 
-from moe.dispatch_cases import D, E, F, bank
+from moe.dispatch_cases import D, E, F, make_experts
 from moesaic.distributed.communication_counter import CommunicationCounter
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.process_groups import group_size, split_group
@@ -35,7 +35,7 @@ def _counted(mesh: tuple[int, int, int]) -> dict[str, int]:
     rows = split_group(distributed.group.WORLD, inner_size=RANKS // data)
     model = split_group(rows.inner, inner_size=model_ranks)
     axes = {"data": rows.outer if data > 1 else None, "expert": model.outer, "model": model.inner}
-    experts = bank(
+    experts = make_experts(
         experts=range(E // group_size(axes["expert"])), hidden=slice(0, F // model_ranks)
     )
     weight = torch.ones(SETS.shape, requires_grad=True)

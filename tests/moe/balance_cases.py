@@ -1,4 +1,4 @@
-"""What balance terms look at, for tests: a whole batch, or the parts of it that ranks hold."""
+"""Inputs of balance terms for tests: of a whole batch, or of each rank's part of it."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +17,8 @@ LENGTHS = (3, 9, 1, 20, 5, 26)  # tokens of each row
 TOKENS, EXPERTS = sum(LENGTHS), 8
 
 
-class Meeting:
-    """Ranks as threads of one process, which wait for each other."""
+class ThreadCollective:
+    """A collective over ranks that are threads of one process."""
 
     def __init__(self, size: int) -> None:
         self._all, self._given = Barrier(size, timeout=20), [torch.empty(0)] * size
@@ -32,10 +32,10 @@ class Meeting:
         return given
 
 
-class Met(SingleRankBatch):
-    """One rank of a meeting."""
+class ThreadBatchGroup(SingleRankBatch):
+    """The batch group of one of these ranks."""
 
-    def __init__(self, meeting: Meeting, rank: int) -> None:
+    def __init__(self, meeting: ThreadCollective, rank: int) -> None:
         self._meeting, self._rank = meeting, rank
 
     def sum(self, counts: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Met(SingleRankBatch):
         return GatheredRows(torch.cat(parts), sum(len(part) for part in parts[: self._rank]))
 
 
-def scores_of(
+def balance_inputs(
     logits: Tensor,
     *,
     select: Select | None = None,
@@ -55,7 +55,7 @@ def scores_of(
     ranks: SingleRankBatch | None = None,
     first: int = 0,
 ) -> BalanceInputs:
-    """The scores of one rank that has these rows, alone or (``ranks``) as one of several.
+    """The balance inputs of one rank with these rows, alone or in a batch group.
 
     ``first`` is how many rows of the batch come before.
     """
@@ -80,12 +80,12 @@ def scores_of(
 
 def shares(term: Balance, logits: Tensor, *, rows: Sequence[int]) -> list[Tensor]:
     """Each rank's share, where rank i has the next ``rows[i]`` rows of the batch."""
-    lengths, meeting, held, first = list(LENGTHS), Meeting(len(rows)), [], 0
+    lengths, meeting, held, first = list(LENGTHS), ThreadCollective(len(rows)), [], 0
     for rank, count in enumerate(rows):
         mine, lengths = lengths[:count], lengths[count:]
         part, logits = logits[: sum(mine)], logits[sum(mine) :]
-        ranks = Met(meeting, rank)
-        held.append(scores_of(part, lengths=mine, term=term, ranks=ranks, first=first))
+        ranks = ThreadBatchGroup(meeting, rank)
+        held.append(balance_inputs(part, lengths=mine, term=term, ranks=ranks, first=first))
         first += count
     load, tokens = sum(s.load for s in held), sum(s.num_tokens for s in held)
     held = [replace(s, load=load, num_tokens=tokens) for s in held]

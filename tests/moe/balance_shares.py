@@ -1,4 +1,4 @@
-"""Scores of a batch as a whole and as the ranks that share it see it."""
+"""Balance inputs of a batch on one rank and split over several ranks."""
 
 from itertools import pairwise
 
@@ -9,8 +9,8 @@ from moesaic.moe.batch_group import SingleRankBatch
 from moesaic.moe.router_context import RouterContext, TokenContext
 
 
-class Told(SingleRankBatch):
-    """Every sum over ranks is that of the probabilities."""
+class FixedSum(SingleRankBatch):
+    """A batch group whose sum is that of the probabilities."""
 
     def __init__(self, total):
         self.total = total
@@ -20,13 +20,13 @@ class Told(SingleRankBatch):
         return self.total
 
 
-def scores_of(logits, *, select, spare=0, state=None, parts=1):
-    """The scores of each of ``parts`` ranks with an unequal share of the tokens."""
+def balance_inputs(logits, *, select, spare=0, state=None, parts=1):
+    """The balance inputs of each of ``parts`` ranks with unequal numbers of tokens."""
     cuts = [len(logits) * i * (i + 1) // (parts * (parts + 1)) for i in range(parts + 1)]
     whole = _gate(logits, spare, state)
     load = select(whole).load().double()
     tokens = torch.tensor(float(len(logits)), dtype=torch.float64)
-    ranks = Told(select.probabilities(whole).detach().double().sum(0))
+    ranks = FixedSum(select.probabilities(whole).detach().double().sum(0))
     for first, last in pairwise(cuts):
         gate = _gate(logits[first:last], spare, state)
         p, zero = select.probabilities(gate), torch.zeros_like(load)
@@ -41,5 +41,5 @@ def _gate(logits, spare, state):
 def value_and_gradient(term, logits, **given):
     """The sum of all ranks' shares, and its gradient."""
     leaf = logits.clone().requires_grad_()
-    total = sum(term(scores) for scores in scores_of(leaf, **given))
+    total = sum(term(scores) for scores in balance_inputs(leaf, **given))
     return total.detach(), torch.autograd.grad(total, leaf)[0]

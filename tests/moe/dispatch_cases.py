@@ -1,4 +1,4 @@
-"""What every dispatcher over several ranks must answer: the sums over all edges, and gradients."""
+"""Cases for dispatchers over several ranks: the expected outputs and gradients."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ FEW = ["a rank without tokens", "no tokens at all", "one expert only", "some dro
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A rank's part of the answer and of every gradient."""
+    """A rank's part of the output and of all gradients."""
 
     out: torch.Tensor
     x: torch.Tensor
@@ -42,7 +42,7 @@ class Result:
 
 
 def groups(size: int) -> tuple[Group, Group]:
-    """Neighbours in runs of ``size`` and, across them, the ranks of one place in each run."""
+    """Groups of ``size`` adjacent ranks, and the groups across them."""
     ranks = range(distributed.get_world_size())
     runs = [list(ranks[i : i + size]) for i in ranks[::size]]
     across = [list(ranks[i::size]) for i in range(size)]
@@ -71,7 +71,7 @@ def routing(case: str, *, tokens: int) -> Routing:
 
 
 def of_tokens(edges: Routing, *, start: int, count: int) -> Routing:
-    """The edges that leave some of the tokens."""
+    """The edges of some of the tokens."""
     own = (edges.token >= start) & (edges.token < start + count)
     return Routing(
         edges.token[own] - start,
@@ -83,7 +83,9 @@ def of_tokens(edges: Routing, *, start: int, count: int) -> Routing:
     )
 
 
-def bank(*, experts: Sequence[int] = range(E), hidden: slice = slice(0, F)) -> GroupedExperts:
+def make_experts(
+    *, experts: Sequence[int] = range(E), hidden: slice = slice(0, F)
+) -> GroupedExperts:
     """A part of the experts of all ranks."""
     torch.manual_seed(3)
     up, down = torch.randn(E, D, F), torch.randn(E, F, D)
@@ -94,10 +96,10 @@ def bank(*, experts: Sequence[int] = range(E), hidden: slice = slice(0, F)) -> G
     return made
 
 
-def carried(
+def run_dispatcher(
     dispatcher: Dispatcher, *, experts: GroupedExperts, edges: Routing, x: torch.Tensor
 ) -> Result:
-    """Answer and gradients for an upstream gradient that tells every number apart."""
+    """Output and gradients for an upstream gradient of distinct values."""
     x = x.clone().requires_grad_()
     weight = edges.weight.clone().requires_grad_()
     edges = Routing(
@@ -122,14 +124,14 @@ def tokens_of(case: str, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 @cache
-def whole(case: str, *, dtype: torch.dtype = torch.float32) -> Result:
-    """What one process that holds everything answers."""
+def single_process(case: str, *, dtype: torch.dtype = torch.float32) -> Result:
+    """The result of one process with all tokens and experts."""
     x = tokens_of(case, dtype=dtype)
     edges = routing(case, tokens=len(x))
-    return carried(LocalDispatcher(), experts=bank(), edges=edges, x=x)
+    return run_dispatcher(LocalDispatcher(), experts=make_experts(), edges=edges, x=x)
 
 
-def here(
+def local_tokens(
     case: str, *, rank: int, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, Routing]:
     """A rank's tokens and edges."""
@@ -140,13 +142,13 @@ def here(
     return x[start:][: sizes[rank]], of_tokens(edges, start=start, count=sizes[rank])
 
 
-def compare(
+def run_cases(
     dispatcher: Dispatcher, *, experts: Callable[[], GroupedExperts], cases: Sequence[str]
 ) -> dict[str, Result]:
-    """On each rank: the results of every case, by name."""
+    """The results of all cases on this rank, by name."""
     rank = distributed.get_rank()
     found: dict[str, Any] = {}
     for case in cases:
-        x, edges = here(case, rank=rank)
-        found[case] = carried(dispatcher, experts=experts(), edges=edges, x=x)
+        x, edges = local_tokens(case, rank=rank)
+        found[case] = run_dispatcher(dispatcher, experts=experts(), edges=edges, x=x)
     return found

@@ -1,4 +1,4 @@
-"""Lending experts to rows changes what travels and nothing else."""
+"""The adaptive dispatcher gives the same output for all gather degrees."""
 
 import pytest
 import torch
@@ -12,7 +12,19 @@ from dispatch_volume import (
 )
 from torch import nn
 
-from moe.dispatch_cases import FEW, D, E, F, Result, bank, carried, compare, groups, here, whole
+from moe.dispatch_cases import (
+    FEW,
+    D,
+    E,
+    F,
+    Result,
+    groups,
+    local_tokens,
+    make_experts,
+    run_cases,
+    run_dispatcher,
+    single_process,
+)
 from moesaic.distributed.communication_counter import CommunicationCounter
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.moe.adaptive_dispatcher import (
@@ -40,26 +52,26 @@ def _split() -> list[dict[str, Result]]:
     rank = distributed.get_rank()
     own = range(E)[rank * E // 4 :][: E // 4]
     return [
-        compare(
+        run_cases(
             AdaptiveDispatcher(distributed.group.WORLD, costs=BY_BYTES, candidates=[way]),
-            experts=lambda: bank(experts=own),
+            experts=lambda: make_experts(experts=own),
             cases=FEW,
         )
         for way in SPLIT
     ]
 
 
-def test_every_way_to_lend_experts_gives_the_same() -> None:
+def test_all_degrees_of_gathered_experts_give_the_same_output() -> None:
     for found in zip(*run_on_ranks(4, _split), strict=True):
         for case in FEW:
-            expected = whole(case)
+            expected = single_process(case)
             for part in ("out", "x", "weight", "up", "down"):
                 got = torch.cat([getattr(each[case], part) for each in found])
                 torch.testing.assert_close(got, getattr(expected, part), rtol=1e-5, atol=1e-5)
 
 
 def _gated(hidden: slice, *, experts: range) -> GroupedExperts:
-    """A part of a bank whose activation reads two segments, with a bias before it."""
+    """A slice of experts with a gated activation and biases."""
     torch.manual_seed(4)
     up, down = torch.randn(E, D, 2, F), torch.randn(E, F, D)
     own = list(experts)
@@ -76,21 +88,21 @@ def _sliced() -> list[Result]:
     place, pair = distributed.get_rank() % 2, distributed.get_rank() // 2
     own = range(E)[pair * E // 2 :][: E // 2]
     hidden = slice(place * HALF, (place + 1) * HALF)
-    x, edges = here("some dropped", rank=distributed.get_rank())
+    x, edges = local_tokens("some dropped", rank=distributed.get_rank())
     found = []
     for way in SLICED:
         dispatcher = AdaptiveDispatcher(over, slice_group=cuts, costs=BY_BYTES, candidates=[way])
         experts = _gated(hidden, experts=own)
-        found.append(carried(dispatcher, experts=experts, edges=edges, x=x))
+        found.append(run_dispatcher(dispatcher, experts=experts, edges=edges, x=x))
     return found
 
 
-def test_every_way_to_lend_slices_gives_the_same() -> None:
+def test_all_degrees_of_gathered_slices_give_the_same_output() -> None:
     every = run_on_ranks(4, _sliced)
-    one = [here("some dropped", rank=rank) for rank in range(4)]
+    one = [local_tokens("some dropped", rank=rank) for rank in range(4)]
     for rank, found in enumerate(every):
         x, edges = one[rank]
-        alone = carried(
+        alone = run_dispatcher(
             AdaptiveDispatcher(None, costs=BY_BYTES),
             experts=_gated(slice(0, F), experts=range(E)),
             edges=edges,
@@ -105,7 +117,7 @@ def test_every_way_to_lend_slices_gives_the_same() -> None:
 
 
 def _even(tokens: int) -> Routing:
-    """Every expert gets as many of this rank's tokens, two experts each."""
+    """A balanced routing of this rank's tokens, two experts each."""
     expert = torch.arange(2 * tokens).view(tokens, 2) % E
     return Routing.from_topk(torch.ones(tokens, 2), expert=expert, num_experts=E)
 
@@ -118,12 +130,12 @@ def _bytes(tokens: int) -> list[tuple[int, int]]:
         dispatcher = AdaptiveDispatcher(distributed.group.WORLD, costs=BY_BYTES, candidates=[way])
         with CommunicationCounter() as wire:
             x = torch.randn(tokens, D)
-            carried(dispatcher, experts=bank(experts=own), edges=_even(tokens), x=x)
+            run_dispatcher(dispatcher, experts=make_experts(experts=own), edges=_even(tokens), x=x)
         found.append((wire.total_bytes(kind="all-to-all"), wire.total_bytes(kind="all-gather")))
     return found
 
 
-def test_what_travels_is_what_the_closed_form_says() -> None:
+def test_counted_bytes_equal_the_closed_form() -> None:
     tokens, bank_bytes = 16, 2 * E * D * F * 4
     rows = DispatchedTokens(tokens=tokens, experts_per_token=2, dim=D, itemsize=4)
     for found in run_on_ranks(4, _bytes, tokens):
@@ -141,7 +153,7 @@ def test_what_travels_is_what_the_closed_form_says() -> None:
             assert both == moved + lent
 
 
-def test_even_loads_cost_what_the_closed_forms_say() -> None:
+def test_balanced_loads_cost_the_closed_form() -> None:
     load = torch.full((4, 2, 8), 4)
     step = StepLoad(load, row_bytes=10, weight_bytes=100)
     rows = DispatchedTokens(tokens=16, experts_per_token=2, dim=10, itemsize=1)
@@ -154,22 +166,24 @@ def test_even_loads_cost_what_the_closed_forms_say() -> None:
 
 
 def _chosen() -> list[GatherDegrees]:
-    """With tokens on one rank alone, then with many on all."""
+    """Degrees chosen for tokens on one rank only, then for many tokens on all ranks."""
     rank = distributed.get_rank()
     own = range(E)[rank * E // 4 :][: E // 4]
     dispatcher = AdaptiveDispatcher(distributed.group.WORLD, costs=BY_BYTES)
     return [
-        dispatcher.choose(torch.randn(tokens, D), routing=_even(tokens), experts=bank(experts=own))
+        dispatcher.choose(
+            torch.randn(tokens, D), routing=_even(tokens), experts=make_experts(experts=own)
+        )
         for tokens in (4 if rank == 1 else 0, 16, 400)
     ]
 
 
-def test_all_ranks_choose_alike_and_by_the_load() -> None:
+def test_all_ranks_choose_the_same_degrees_by_the_load() -> None:
     for found in run_on_ranks(4, _chosen):
         assert found == [GatherDegrees(1), GatherDegrees(1), GatherDegrees(4)]
 
 
-def test_a_skewed_load_is_a_reason_to_lend() -> None:
+def test_a_skewed_load_makes_gathering_weights_cheaper() -> None:
     even, skewed = torch.full((4, 1, 4), 8), torch.zeros(4, 1, 4, dtype=torch.int64)
     skewed[:, :, 0] = 32
     prices = DispatchCosts(
@@ -185,7 +199,7 @@ def test_a_skewed_load_is_a_reason_to_lend() -> None:
     assert chosen(skewed) == GatherDegrees(4)
 
 
-def test_ways_go_from_slices_to_experts() -> None:
+def test_degrees_gather_slices_before_experts() -> None:
     assert possible_gather_degrees(4, slices=2) == [
         GatherDegrees(1, 1),
         GatherDegrees(1, 2),
@@ -195,12 +209,12 @@ def test_ways_go_from_slices_to_experts() -> None:
 
 
 def _refused() -> None:
-    x, edges = here("uneven", rank=distributed.get_rank())
+    x, edges = local_tokens("uneven", rank=distributed.get_rank())
     dispatcher: Dispatcher = AdaptiveDispatcher(distributed.group.WORLD, costs=BY_BYTES)
     low_rank = LoRAExpert(rank=2).build(ExpertShape(E, D, FeedForwardConfig(hidden=F), bias=False))
     with pytest.raises(TypeError, match="only the weights of GroupedExperts can be gathered"):
         dispatcher.run_experts(x, routing=edges, experts=low_rank)
 
 
-def test_what_is_no_bank_cannot_be_lent() -> None:
+def test_only_weights_of_grouped_experts_can_be_gathered() -> None:
     run_on_ranks(2, _refused)

@@ -1,4 +1,4 @@
-"""A token that goes to each place once is answered as one that goes to every expert."""
+"""The deduplicated and hierarchical all-to-all equal the local dispatcher."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,19 @@ from dispatch_volume import (
     mean_remote_nodes,
 )
 
-from moe.dispatch_cases import CASES, D, E, K, Result, bank, carried, compare, groups, here, whole
+from moe.dispatch_cases import (
+    CASES,
+    D,
+    E,
+    K,
+    Result,
+    groups,
+    local_tokens,
+    make_experts,
+    run_cases,
+    run_dispatcher,
+    single_process,
+)
 from moesaic.distributed.communication_counter import CommunicationCounter
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.moe.all_to_all_dispatcher import (
@@ -40,14 +52,14 @@ def _hop_and_rows() -> Dispatcher:
 
 def _results(build: Callable[[], Dispatcher]) -> list[dict[str, Result]]:
     own = range(E)[distributed.get_rank() * E // 4 :][: E // 4]
-    return [compare(build(), experts=lambda: bank(experts=own), cases=list(CASES))]
+    return [run_cases(build(), experts=lambda: make_experts(experts=own), cases=list(CASES))]
 
 
 @pytest.mark.parametrize("build", [_one_hop, _two_hops, _hop_and_rows])
-def test_hops_answer_as_experts_here(build: Callable[[], Dispatcher]) -> None:
+def test_deduplicated_all_to_all_equals_local_experts(build: Callable[[], Dispatcher]) -> None:
     for found in zip(*run_on_ranks(4, _results, build), strict=True):
         for case in CASES:
-            expected = whole(case)
+            expected = single_process(case)
             for part in ("out", "x", "weight"):
                 got = torch.cat([getattr(each[case], part) for each in found])
                 torch.testing.assert_close(got, getattr(expected, part), rtol=1e-5, atol=1e-5)
@@ -57,7 +69,7 @@ def test_hops_answer_as_experts_here(build: Callable[[], Dispatcher]) -> None:
 
 
 def _leaving() -> dict[str, tuple[int, int]]:
-    """Bytes of rows that leave the node, flat and in two hops, going out and coming home."""
+    """Bytes of rows between nodes, flat and hierarchical, dispatch and combine."""
     rank = distributed.get_rank()
     inside, nodes = groups(2)
     every = distributed.group.WORLD
@@ -65,7 +77,7 @@ def _leaving() -> dict[str, tuple[int, int]]:
         "flat": AllToAllDispatcher(every),
         "hops": hierarchical_dispatcher(inter_node=nodes, intra_node=inside),
     }
-    x, _ = here("uneven", rank=0)
+    x, _ = local_tokens("uneven", rank=0)
     x = x[:1].repeat(28, 1)
     pairs = torch.combinations(torch.arange(E), K)  # every set of experts once
     edges = Routing.from_topk(torch.ones(28, K), expert=pairs, num_experts=E)
@@ -73,12 +85,12 @@ def _leaving() -> dict[str, tuple[int, int]]:
     found = {}
     for name, way in ways.items():
         with CommunicationCounter() as wire:
-            carried(way, experts=bank(experts=own), edges=edges, x=x)
+            run_dispatcher(way, experts=make_experts(experts=own), edges=edges, x=x)
         found[name] = wire.inter_node_bytes(ranks_per_node=2)
     return found
 
 
-def test_a_node_is_crossed_to_once_per_token() -> None:
+def test_each_token_is_sent_to_a_node_once() -> None:
     rows = DispatchedTokens(tokens=28, experts_per_token=K, dim=D, itemsize=4)
     assert mean_remote_nodes(experts=E, nodes=2, experts_per_token=K) == 1 - 6 / 28
     flat = 2 * all_to_all_inter_node_bytes(rows, ranks=4, ranks_per_node=2)  # forward and backward
@@ -92,10 +104,10 @@ def test_a_node_is_crossed_to_once_per_token() -> None:
 
 
 def _refused() -> None:
-    x, edges = here("uneven", rank=distributed.get_rank())
+    x, edges = local_tokens("uneven", rank=distributed.get_rank())
     dispatcher = DeduplicatedAllToAllDispatcher(distributed.group.WORLD)
     with pytest.raises(ValueError, match="8 experts cannot be split evenly over 3 ranks"):
-        dispatcher.run_experts(x, routing=edges, experts=bank())
+        dispatcher.run_experts(x, routing=edges, experts=make_experts())
 
 
 def test_experts_that_cannot_be_split_evenly_are_refused() -> None:
@@ -103,10 +115,14 @@ def test_experts_that_cannot_be_split_evenly_are_refused() -> None:
 
 
 def test_a_null_group_is_the_inner_dispatcher() -> None:
-    x, edges = here("some dropped", rank=0)
-    got = carried(
-        hierarchical_dispatcher(inter_node=None, intra_node=None), experts=bank(), edges=edges, x=x
+    x, edges = local_tokens("some dropped", rank=0)
+    got = run_dispatcher(
+        hierarchical_dispatcher(inter_node=None, intra_node=None),
+        experts=make_experts(),
+        edges=edges,
+        x=x,
     )
     assert torch.equal(
-        got.out, carried(AllToAllDispatcher(None), experts=bank(), edges=edges, x=x).out
+        got.out,
+        run_dispatcher(AllToAllDispatcher(None), experts=make_experts(), edges=edges, x=x).out,
     )

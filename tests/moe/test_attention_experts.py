@@ -1,4 +1,4 @@
-"""A mixture of attention experts is the weighted sum of attentions that stand alone."""
+"""A mixture of attention experts equals the weighted sum of separate attentions."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def _mixture(keys):
 
 
 def _alone(made, *, keys, expert):
-    """The expert as an attention of its own, its weights cut out of the mixture's."""
+    """One expert as a separate attention, with its slice of the mixture's weights."""
     heads, groups = HEADS.heads, HEADS.num_kv_heads()
     one = SelfAttention(HEADS, dim=DIM, bias=False)
     sets = N if keys == "own" else 1
@@ -61,7 +61,7 @@ def test_one_expert_alone_is_plain_attention(keys):
     torch.testing.assert_close(_forward(made, x), _forward(made.attention, x))
 
 
-def test_own_keys_take_as_many_caches_as_there_are_experts():
+def test_own_keys_need_a_cache_per_expert():
     own, shared = (
         MixtureOfAttention(experts=N, key_values=keys).combined_attention(HEADS, DIM)
         for keys in ("own", "shared")
@@ -72,7 +72,7 @@ def test_own_keys_take_as_many_caches_as_there_are_experts():
 
 
 @pytest.mark.parametrize("keys", ["own", "shared"])
-def test_the_gate_learns_from_what_its_experts_say(keys):
+def test_the_gate_gets_a_gradient_from_the_experts_outputs(keys):
     made, x = _mixture(keys), torch.randn(PACKING.num_tokens, DIM)
     weigh = torch.randn(PACKING.num_tokens, DIM)
     (_forward(made, x) * weigh).sum().backward()

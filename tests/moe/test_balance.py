@@ -12,7 +12,7 @@ T, E = 64, 8
 
 
 def _scores(logits, select=None, *, load=None):
-    """The scores of one rank; ``load`` is that of all ranks together, T tokens in all."""
+    """The balance inputs of one rank; ``load`` is that of all ranks, of T tokens."""
     rule, gate = select or SwitchTop1(), RouterContext.from_logits(logits, training=True)
     routing = rule(gate)
     load = routing.load().double() if load is None else load

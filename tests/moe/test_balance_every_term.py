@@ -1,11 +1,11 @@
-"""Every balance term equals its formula on the whole batch, however the batch is shared out."""
+"""Every balance term equals its formula on the whole batch for any split over ranks."""
 
 import math
 
 import pytest
 import torch
 
-from moe.balance_cases import EXPERTS, LENGTHS, TOKENS, scores_of, shares
+from moe.balance_cases import EXPERTS, LENGTHS, TOKENS, balance_inputs, shares
 from moesaic.moe.balance import (
     DeviceBalance,
     EntropyBalance,
@@ -86,7 +86,7 @@ def test_perfectly_balanced_routing_gives_exactly_the_weight(name):
     row = 20 * (torch.eye(EXPERTS) + torch.eye(EXPERTS).roll(1, 0))
     logits = row.repeat(4, 1)
     term = CASES[name][0]
-    loss = term(scores_of(logits, lengths=[EXPERTS, 3 * EXPERTS], term=term))
+    loss = term(balance_inputs(logits, lengths=[EXPERTS, 3 * EXPERTS], term=term))
     torch.testing.assert_close(loss, torch.tensor(0.3))
 
 
@@ -94,14 +94,14 @@ def test_perfectly_balanced_routing_gives_exactly_the_weight(name):
 def test_a_collapse_costs_more_than_balance(name):
     logits = torch.zeros(TOKENS, EXPERTS)
     logits[:, :2] = 30.0
-    assert CASES[name][0](scores_of(logits, term=CASES[name][0])) > 0.3 * 1.9
+    assert CASES[name][0](balance_inputs(logits, term=CASES[name][0])) > 0.3 * 1.9
 
 
 @pytest.mark.parametrize("name", [*CASES, "micro-batch"])
 def test_a_batch_without_tokens_costs_nothing_and_lets_gradients_through(name):
     term = MicroBatchBalance() if name == "micro-batch" else CASES[name][0]
     logits = torch.zeros(0, EXPERTS, requires_grad=True)
-    loss = term(scores_of(logits, lengths=[], term=term))
+    loss = term(balance_inputs(logits, lengths=[], term=term))
     assert loss.item() == 0
     loss.backward()
 
@@ -109,20 +109,20 @@ def test_a_batch_without_tokens_costs_nothing_and_lets_gradients_through(name):
 def test_balance_within_rows_is_stricter_than_balance_of_the_batch():
     experts = torch.arange(4).repeat_interleave(4)  # each row takes one expert, all are used
     logits = 30 * torch.nn.functional.one_hot(experts, 4).float()
-    scores = scores_of(logits, lengths=[4] * 4, select=TopK(k=1))
+    scores = balance_inputs(logits, lengths=[4] * 4, select=TopK(k=1))
     torch.testing.assert_close(SwitchBalance(weight=1)(scores), torch.tensor(1.0))
     torch.testing.assert_close(SequenceBalance(weight=1)(scores), torch.tensor(4.0))
 
 
-def test_balance_of_devices_does_not_mind_what_happens_within_one():
+def test_device_balance_is_independent_of_the_load_within_a_group():
     logits = torch.full((16, 4), -30.0)
     logits[::2, 0] = logits[1::2, 3] = 30.0  # one expert of each pair
-    scores = scores_of(logits, lengths=[16], select=TopK(k=1))
+    scores = balance_inputs(logits, lengths=[16], select=TopK(k=1))
     torch.testing.assert_close(SwitchBalance(weight=1)(scores), torch.tensor(2.0))
     torch.testing.assert_close(DeviceBalance(weight=1)(scores), torch.tensor(1.0))
 
 
-def test_the_entropy_of_a_certain_router_has_a_finite_gradient():
+def test_the_entropy_of_a_one_hot_router_has_a_finite_gradient():
     logits = torch.tensor([[300.0, 0.0, -300.0]], requires_grad=True)
-    EntropyBalance()(scores_of(logits, lengths=[1])).backward()
+    EntropyBalance()(balance_inputs(logits, lengths=[1])).backward()
     assert logits.grad.isfinite().all()

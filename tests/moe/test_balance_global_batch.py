@@ -1,10 +1,10 @@
-"""The load is to be even over a whole step, or over each rank's part of a micro-batch."""
+"""Balance over a whole step, and over each rank's part of a micro-batch."""
 
 from dataclasses import replace
 
 import torch
 
-from moe.balance_cases import EXPERTS, TOKENS, scores_of, shares
+from moe.balance_cases import EXPERTS, TOKENS, balance_inputs, shares
 from moesaic.moe.balance import GlobalBatchBalance, MicroBatchBalance, SwitchBalance
 from moesaic.moe.batch_group import SingleRankBatch
 from moesaic.moe.config import MoE
@@ -41,10 +41,10 @@ def test_the_last_micro_batch_sees_the_load_of_one_large_batch():
     torch.testing.assert_close(route(x.split(20)[0]).losses["balance"], losses[0])
 
 
-def test_rows_of_one_domain_are_cheap_where_the_step_is_even():
+def test_rows_of_one_domain_cost_little_if_the_step_is_balanced():
     logits = torch.full((TOKENS, EXPERTS), -30.0)
     logits[:, :2] = 30.0  # this micro-batch takes experts 0 and 1; those before took the others
-    scores = scores_of(logits)
+    scores = balance_inputs(logits)
     heard = TOKENS * torch.ones(EXPERTS, dtype=torch.float64)
     heard[:2] = 0
     even = GlobalBatchBalance(weight=1)(replace(scores, accumulated_load=heard))
@@ -52,11 +52,11 @@ def test_rows_of_one_domain_are_cheap_where_the_step_is_even():
     torch.testing.assert_close(SwitchBalance(weight=1)(scores), torch.tensor(EXPERTS / 2))
 
 
-def test_the_micro_batch_loss_is_the_mean_of_what_busy_ranks_have_alone():
+def test_the_micro_batch_loss_is_the_mean_over_ranks_with_tokens():
     logits = torch.randn(TOKENS, EXPERTS, requires_grad=True)
     term = MicroBatchBalance(weight=0.3)
     alone = [
-        SwitchBalance(weight=0.3)(scores_of(part, lengths=[len(part)]))
+        SwitchBalance(weight=0.3)(balance_inputs(part, lengths=[len(part)]))
         for part in (logits[:12], logits[12:])
     ]
     want = (alone[0] + alone[1]) / 2

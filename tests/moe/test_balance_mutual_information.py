@@ -1,4 +1,4 @@
-"""The term is minus the information that tokens and experts have of each other."""
+"""The term is the negative mutual information of tokens and experts."""
 
 import math
 
@@ -29,7 +29,7 @@ def test_shares_add_up_to_the_formula_in_value_and_gradient(parts):
     torch.testing.assert_close(gradient, torch.autograd.grad(want, leaf)[0])
 
 
-def test_it_is_lowest_where_each_token_is_sure_and_all_experts_are_used():
+def test_it_is_minimal_for_one_hot_tokens_and_balanced_experts():
     sure = 80 * torch.eye(E).repeat(6, 1)
     value, gradient = value_and_gradient(TERM, sure, select=DenseAll())
     assert float(value) == pytest.approx(-0.3 * math.log(E), rel=1e-6)
@@ -37,7 +37,7 @@ def test_it_is_lowest_where_each_token_is_sure_and_all_experts_are_used():
 
 
 @pytest.mark.parametrize("logits", [torch.zeros(T, E), 300 * torch.eye(E)[:1].repeat(T, 1)])
-def test_it_is_zero_where_an_expert_says_nothing_of_a_token(logits):
+def test_it_is_zero_if_tokens_and_experts_are_independent(logits):
     value, gradient = value_and_gradient(TERM, logits, select=DenseAll())
     assert float(value) == pytest.approx(0, abs=1e-6)
     assert gradient.isfinite().all()

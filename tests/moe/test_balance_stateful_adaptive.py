@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moe.balance_cases import EXPERTS, TOKENS, scores_of
+from moe.balance_cases import EXPERTS, TOKENS, balance_inputs
 from moesaic.core.errors import ConfigError
 from moesaic.moe.balance import SwitchBalance
 from moesaic.moe.balance_stateful import AdaptiveBalance
@@ -15,7 +15,7 @@ from moesaic.moe.router_context import RoutingStats
 
 
 def seen(dropped):
-    """A step of 100 edges, so many of them dropped."""
+    """The statistics of a step of 100 edges, some of them dropped."""
     sums = torch.zeros(4 * EXPERTS + 1, dtype=torch.float64)
     sums[0], sums[EXPERTS] = 100, 100 - dropped
     return RoutingStats.from_vector(sums)
@@ -35,7 +35,7 @@ def test_the_scale_rises_above_the_upper_bound_and_falls_below_the_lower():
     assert learned(term, [0])["log_scale"] == -0.5
 
 
-def test_the_average_is_plain_until_it_forgets():
+def test_the_average_is_a_plain_mean_before_the_ema():
     assert learned(AdaptiveBalance(), [30, 10, 20])["average"] == pytest.approx(0.2)
     state = learned(AdaptiveBalance(ema_weight=0.5), [30, 10, 20])
     assert state["average"] == pytest.approx((0.3 * 0.5 + 0.1 * 0.5) * 0.5 + 0.2 * 0.5)
@@ -43,12 +43,12 @@ def test_the_average_is_plain_until_it_forgets():
 
 def test_the_loss_is_the_scaled_switch_loss():
     term = AdaptiveBalance(weight=0.1)
-    scores = scores_of(torch.randn(TOKENS, EXPERTS), term=term)
+    scores = balance_inputs(torch.randn(TOKENS, EXPERTS), term=term)
     scores.router.state["log_scale"].fill_(math.log(3.0))
     torch.testing.assert_close(term(scores), 3 * SwitchBalance(weight=0.1)(scores))
 
 
-def test_without_a_limit_there_is_nothing_to_adapt_to():
+def test_dropless_is_refused():
     with pytest.raises(ConfigError, match="AdaptiveBalance expects a limit that can drop edges"):
         MoE(experts=4, balance=(AdaptiveBalance(),))
     MoE(experts=4, balance=(AdaptiveBalance(),), limit=Capacity())

@@ -1,4 +1,4 @@
-"""Balance without a loss: the bias moves choices, never weights, and survives a checkpoint."""
+"""Loss-free balancing: the bias changes the selection and no weights, and is saved."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def made(config=FREE):
     return router
 
 
-def test_the_bias_moves_by_the_sign_of_what_an_expert_lacks():
+def test_the_bias_moves_by_the_sign_of_the_missing_load():
     sums = torch.zeros(17, dtype=torch.float64)
     sums[:4] = torch.tensor([10, 4, 6, 4])  # mean 6
     state = BiasUpdate(rate=0.1).update_state(
@@ -42,7 +42,7 @@ def test_the_bias_moves_by_the_sign_of_what_an_expert_lacks():
     torch.testing.assert_close(state["bias"], torch.tensor([0.9, 1.1, 1.0, 1.1]))
 
 
-def test_the_bias_decides_who_is_chosen_and_not_what_they_weigh():
+def test_the_bias_changes_the_selection_and_not_the_weights():
     router, x = made(), torch.randn(50, 8)
     router.get_buffer("balance0_bias").copy_(torch.tensor([-99.0, -99.0, 0.0, 0.0]))
     for training in (True, False):
@@ -78,7 +78,7 @@ def test_the_loss_is_zero_and_has_no_gradient():
     assert (grad == 0).all()
 
 
-def test_the_bias_learns_in_training_and_survives_a_checkpoint(tmp_path: Path):
+def test_the_bias_is_updated_in_training_and_saved_in_checkpoints(tmp_path: Path):
     run = tiny_run(model=tiny_model_config(moe=FREE), steps=4, gradient_accumulation_steps=2)
     trainer = tiny_trainer(run)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Null experts are balanced as one, true experts one by one, less and less."""
+"""Null experts are balanced as one, true experts individually, with a decaying weight."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_shares_add_up_to_the_formula(parts):
     torch.testing.assert_close(gradient, torch.autograd.grad(want, leaf)[0])
 
 
-def test_how_null_experts_share_their_tokens_changes_nothing():
+def test_the_load_among_null_experts_does_not_matter():
     torch.manual_seed(0)
     logits = torch.randn(T, E)
     moved = logits.clone()

@@ -1,4 +1,4 @@
-"""The kept share is pulled to its target by all tokens' scores."""
+"""The term moves the share of kept tokens to its target."""
 
 import pytest
 import torch

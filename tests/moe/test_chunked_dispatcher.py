@@ -1,10 +1,19 @@
-"""Rows that travel in chunks are answered as rows that travel at once."""
+"""The chunked dispatcher equals the unchunked one and overlaps chunks with compute."""
 
 import pytest
 import torch
 import torch.distributed as distributed
 
-from moe.dispatch_cases import FEW, E, Result, bank, carried, compare, here, whole
+from moe.dispatch_cases import (
+    FEW,
+    E,
+    Result,
+    local_tokens,
+    make_experts,
+    run_cases,
+    run_dispatcher,
+    single_process,
+)
 from moesaic.distributed.communication_counter import CommunicationCounter
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher
@@ -18,19 +27,19 @@ def _chunked() -> list[dict[str, Result]]:
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     own = range(E)[rank * E // ranks :][: E // ranks]
     return [
-        compare(
+        run_cases(
             ChunkedAllToAllDispatcher(distributed.group.WORLD, degrees=degrees),
-            experts=lambda: bank(experts=own),
+            experts=lambda: make_experts(experts=own),
             cases=FEW,
         )
         for degrees in DEGREES
     ]
 
 
-def test_chunks_are_answered_as_the_whole() -> None:
+def test_chunked_output_equals_unchunked() -> None:
     for degrees, found in zip(DEGREES, zip(*run_on_ranks(4, _chunked), strict=True), strict=True):
         for case in FEW:
-            expected = whole(case)
+            expected = single_process(case)
             for part in ("out", "x", "weight", "up", "down"):
                 got = torch.cat([getattr(each[case], part) for each in found])
                 torch.testing.assert_close(
@@ -46,31 +55,31 @@ def _calls() -> list[tuple[int, int]]:
     """All-to-alls of rows that start in the forward pass and in the backward pass."""
     rank = distributed.get_rank()
     own = range(E)[rank * E // 2 :][: E // 2]
-    x, edges = here("uneven", rank=rank)
+    x, edges = local_tokens("uneven", rank=rank)
     x = x.requires_grad_()
     found = []
     for degrees in DEGREES:
         way = ChunkedAllToAllDispatcher(distributed.group.WORLD, degrees=degrees)
         forward, backward = CommunicationCounter(), CommunicationCounter()
         with forward:
-            out = way.run_experts(x, routing=edges, experts=bank(experts=own))
+            out = way.run_experts(x, routing=edges, experts=make_experts(experts=own))
         with backward:
             out.sum().backward()
         found.append((forward.num_calls("all-to-all"), backward.num_calls("all-to-all")))
     return found
 
 
-def test_each_pass_has_the_chunks_it_asked_for() -> None:
+def test_each_pass_has_its_number_of_chunks() -> None:
     for found in run_on_ranks(2, _calls):
         # out and home, and the counts once
         assert found == [(2 * d.forward + 1, 2 * d.backward) for d in DEGREES]
 
 
 class _Watching:
-    """Experts that note how many all-to-alls had started when they were asked, each way."""
+    """Experts that record how many all-to-alls have started before each call."""
 
     def __init__(self, rank: int) -> None:
-        self.experts = bank(experts=range(E)[rank * E // 2 :][: E // 2])
+        self.experts = make_experts(experts=range(E)[rank * E // 2 :][: E // 2])
         self.wire = CommunicationCounter()
         self.forward, self.backward = [], []
 
@@ -92,7 +101,7 @@ class _Watching:
 
 def _in_flight() -> tuple[list[int], list[int]]:
     rank = distributed.get_rank()
-    x, edges = here("uneven", rank=rank)
+    x, edges = local_tokens("uneven", rank=rank)
     experts = _Watching(rank)
     with experts.wire:
         way = ChunkedAllToAllDispatcher(distributed.group.WORLD, degrees=OverlapDegrees(2, 4))
@@ -101,7 +110,7 @@ def _in_flight() -> tuple[list[int], list[int]]:
     return experts.forward, experts.backward
 
 
-def test_the_next_chunk_is_on_its_way_while_experts_work() -> None:
+def test_the_next_chunk_is_sent_while_experts_compute() -> None:
     for forward, backward in run_on_ranks(2, _in_flight):
         # counts and two chunks out; the first chunk of answers left after the second of four pieces
         assert forward == [3, 3, 4, 4]
@@ -112,12 +121,12 @@ def test_the_next_chunk_is_on_its_way_while_experts_work() -> None:
 def test_a_null_group_is_the_local_dispatcher() -> None:
     way: Dispatcher = ChunkedAllToAllDispatcher(None, degrees=OverlapDegrees(2, 4))
     assert isinstance(way, Dispatcher)
-    x, edges = here("some dropped", rank=0)
-    got = carried(way, experts=bank(), edges=edges, x=x)
-    flat = carried(AllToAllDispatcher(None), experts=bank(), edges=edges, x=x)
+    x, edges = local_tokens("some dropped", rank=0)
+    got = run_dispatcher(way, experts=make_experts(), edges=edges, x=x)
+    flat = run_dispatcher(AllToAllDispatcher(None), experts=make_experts(), edges=edges, x=x)
     assert torch.equal(got.out, flat.out)
 
 
-def test_no_chunks_are_refused() -> None:
+def test_zero_chunks_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one chunk"):
         OverlapDegrees(0, 2)

@@ -1,4 +1,4 @@
-"""One router decides for a whole stack, and looks only where the stack may."""
+"""One decoupled router makes the logits of all layers of a stack."""
 
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ def test_every_layer_of_a_stack_has_the_same_logits_and_none_has_a_gate():
     assert torch.equal(logits["decoder.0"], logits["decoder.2"])
 
 
-def test_the_decoder_looks_back_and_the_encoder_both_ways():
+def test_the_router_is_causal_in_the_decoder_and_bidirectional_in_the_encoder():
     model, batch = Transformer(CONFIG).eval(), batch_for(CONFIG)
     source, target = batch.source.clone(), batch.target_in.clone()
     source[1, 6] = target[3, 4] = 9 if batch.source[1, 6] != 9 != batch.target_in[3, 4] else 10
@@ -46,7 +46,7 @@ def test_the_decoder_looks_back_and_the_encoder_both_ways():
     assert moved["decoder.0"] == [5 + 1 + 3 + 4, 5 + 1 + 3 + 5]  # positions 4 and 5 of row 3
 
 
-def test_all_layers_teach_the_router():
+def test_all_layers_give_the_router_a_gradient():
     model = Transformer(CONFIG)
     output = model(batch_for(CONFIG))
     (model.loss(output).total).backward()
@@ -54,7 +54,7 @@ def test_all_layers_teach_the_router():
     assert all(grad is not None and grad.abs().sum() > 0 for grad in grads)
 
 
-def test_what_it_cannot_do_is_refused():
+def test_unsupported_configs_are_refused():
     with pytest.raises(ConfigError, match="DecoupledRouting expects one number of experts"):
         CONFIG.replace(decoder=Stack(layers=2, moe_every=1, experts_per_layer=(4, 8)))
     with pytest.raises(ConfigError, match="DecoupledRouting expects router_input=HiddenState"):

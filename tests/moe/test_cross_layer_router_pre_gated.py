@@ -1,4 +1,4 @@
-"""Each layer chooses for the next: the first has two gates, the last none."""
+"""Each layer computes the next one's logits: the first has two gates, the last none."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_the_first_has_two_gates_the_last_none_and_an_only_one_its_own():
     ]
 
 
-def test_a_layers_logits_are_known_before_it_runs():
+def test_a_layers_logits_come_from_the_layer_below():
     model, reads = Transformer(CONFIG).eval(), {}
     for layer in moe_layers(model):
         layer.router.register_forward_pre_hook(
@@ -45,7 +45,7 @@ def test_a_layers_logits_are_known_before_it_runs():
     )
 
 
-def test_layers_of_unlike_sizes_are_refused():
+def test_layers_with_different_numbers_of_experts_are_refused():
     with pytest.raises(
         ConfigError, match=r"PreGatedRouting expects one number of experts .* \(4, 8\)"
     ):

@@ -1,4 +1,4 @@
-"""The recurrent router is a GRU over layers, and its state carries gradient down."""
+"""The recurrent router is a GRU over layers with gradients through its state."""
 
 from dataclasses import replace
 
@@ -65,7 +65,7 @@ def test_logits_are_those_of_a_gru_over_layers_with_gradients():
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_the_last_layers_logits_teach_the_first_projection_unless_the_state_is_detached():
+def test_gradients_reach_the_first_projection_through_the_state():
     cell, gates, reads = stack()
     first = gates[0].project
     flows = logits_of(cell, gates, reads)[-1].sum()
@@ -83,7 +83,7 @@ def test_the_layers_of_a_stack_share_one_cell_and_stacks_do_not():
     assert len(list(moe_layers(model))) == 4
 
 
-def test_a_gate_outside_its_stack_says_what_it_lacks():
+def test_a_gate_without_its_shared_cell_raises_an_error():
     cell, gates, reads = stack()
     carry = cell.initial_state(reads[0], stack_input=None)
     with pytest.raises(TypeError, match="RecurrentRouterCell"):

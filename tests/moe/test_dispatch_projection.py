@@ -1,4 +1,4 @@
-"""Rows travel at a fraction of the model's width, and nothing else changes."""
+"""Rows are dispatched at a fraction of the model dim; the router is unchanged."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def _travelled(config):
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0])
-def test_the_bytes_that_travel_are_exactly_the_ratio(ratio):
+def test_dispatched_bytes_are_exactly_the_ratio(ratio):
     whole = _travelled(MIXTURE)
     assert whole == 2 * 2 * 9 * DIM * 4
     assert (
@@ -42,7 +42,7 @@ def test_the_bytes_that_travel_are_exactly_the_ratio(ratio):
     )
 
 
-def test_experts_stand_between_one_way_down_and_one_way_up():
+def test_experts_compute_between_the_two_projections():
     made = layer(MIXTURE.replace(dispatch_projection=DownProjection()))
     low = X @ made.dispatch_projection.descend.weight.t()
     assert low.shape == (9, DIM // 4)
@@ -56,7 +56,7 @@ def test_experts_stand_between_one_way_down_and_one_way_up():
     torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_the_router_reads_whole_rows():
+def test_the_router_reads_unprojected_rows():
     made = layer(MIXTURE.replace(dispatch_projection=DownProjection()))
     plain = layer(MIXTURE)
     plain.router.load_state_dict(made.router.state_dict())
@@ -64,7 +64,7 @@ def test_the_router_reads_whole_rows():
     assert torch.equal(ours.expert, theirs.expert)
 
 
-def test_both_maps_learn():
+def test_both_projections_get_a_gradient():
     made = layer(MIXTURE.replace(dispatch_projection=DownProjection()))
     run(made, X)[0].square().sum().backward()
     for part in (made.dispatch_projection.descend, made.dispatch_projection.ascend):

@@ -32,7 +32,7 @@ def _definition(bank, rows, expert):
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
-def test_each_row_meets_its_own_matrices_with_gradients(bias):
+def test_each_row_uses_the_weights_of_its_expert(bias):
     bank, x = _bank(bias=bias), torch.randn(7, D, requires_grad=True)
     groups = group_by_expert(CHOSEN, num_experts=E)
     out = bank(x[groups.order], groups=groups)[groups.inverse]

@@ -46,7 +46,7 @@ PRIORITIES = [PositionPriority(), WeightPriority(), RandomPriority()]
 
 @pytest.mark.parametrize("priority", PRIORITIES, ids=repr)
 @pytest.mark.parametrize("select", [SwitchTop1(), TopK(k=2)], ids=repr)
-def test_no_expert_takes_more_than_its_room_and_none_wastes_it(priority, select):
+def test_no_expert_exceeds_its_capacity_or_leaves_it_unused(priority, select):
     before = _routing(select)
     limit = Capacity(factor=1.0, minimum=0, priority=priority)
     after = _limited(limit, before, training=True)
@@ -78,7 +78,7 @@ def test_by_position_serves_all_first_choices_before_any_second():
     assert after.dropped.view(4, 2).tolist() == [[False, True]] * 4
 
 
-def test_by_weight_keeps_the_heaviest():
+def test_by_weight_keeps_the_largest_weights():
     weight = torch.rand(12)
     limit = Capacity(factor=1.0, minimum=0, priority=WeightPriority())
     after = _limited(limit, _to_one_expert(12, weight), training=True)
@@ -117,17 +117,17 @@ def test_dropless_changes_nothing():
     assert _limited(Dropless(), routing, training=True) is routing
 
 
-def test_places_count_the_queue_of_each_expert():
+def test_queue_positions_count_per_expert():
     edges = torch.tensor([[1, 5], [0, 2], [1, 9], [1, 1], [0, 3]])
     assert queue_positions(edges).tolist() == [1, 0, 2, 0, 1]
 
 
-def test_places_go_by_later_columns_where_earlier_ones_are_equal():
+def test_queue_positions_compare_later_columns_on_ties():
     edges = torch.tensor([[0, 1, -3], [0, 1, -7], [0, 0, 4]])
     assert queue_positions(edges).tolist() == [2, 1, 0]
 
 
-def test_spare_experts_take_any_number():
+def test_null_experts_have_no_capacity_limit():
     expert = torch.tensor([[3], [3], [3], [3], [0], [0], [0], [0]])  # the last one costs nothing
     routing = Routing.from_topk(torch.ones(8, 1), expert=expert, num_experts=E)
     gate = RouterContext(

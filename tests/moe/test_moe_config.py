@@ -1,4 +1,4 @@
-"""The sparse family reads and writes itself."""
+"""An MoE config round-trips through YAML."""
 
 from moesaic.core.config import Config
 from moesaic.moe.balance import RouterZLoss, SwitchBalance

@@ -1,4 +1,4 @@
-"""Splitting experts and sharing some changes how they are chosen, not how large they are."""
+"""Fine-grained and shared experts keep the total and active parameters."""
 
 import pytest
 

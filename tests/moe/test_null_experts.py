@@ -1,4 +1,4 @@
-"""Spare experts are chosen like others and cost nothing."""
+"""Null experts are selected like others and are not dispatched."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def _layer(spare):
     return layer(MoE(experts=EXPERTS, select=TopK(k=2), null_experts=spare))
 
 
-def test_edges_to_spare_experts_are_counted_but_not_carried():
+def test_edges_to_null_experts_are_counted_but_not_dispatched():
     moe = _layer(ZeroExperts(number=3))
     routing = run(moe, X)[1].routing
     assert routing.num_experts == EXPERTS + 3
@@ -25,7 +25,7 @@ def test_edges_to_spare_experts_are_counted_but_not_carried():
     assert drop_null_edges(routing, num_null_experts=0) is routing
 
 
-def test_a_zero_expert_answers_nothing():
+def test_a_zero_expert_returns_zero():
     moe = _layer(ZeroExperts(number=2))
     with torch.no_grad():
         moe.router.gate.weight[:EXPERTS] = 0
@@ -34,7 +34,7 @@ def test_a_zero_expert_answers_nothing():
     assert torch.equal(out, torch.zeros_like(out))
 
 
-def test_an_identity_expert_answers_with_its_token_times_the_weight():
+def test_an_identity_expert_returns_its_token_times_the_weight():
     moe = _layer(IdentityExperts(number=2))
     with torch.no_grad():
         moe.router.gate.weight[:EXPERTS] = 0
@@ -44,7 +44,7 @@ def test_an_identity_expert_answers_with_its_token_times_the_weight():
 
 
 @pytest.mark.parametrize("spare", [ZeroExperts(number=2), IdentityExperts(number=2)], ids=repr)
-def test_the_choice_of_a_spare_expert_is_learnt(spare):
+def test_selecting_a_null_expert_gives_the_router_a_gradient(spare):
     moe = _layer(spare)
     run(moe, X)[0].square().sum().backward()
     assert moe.router.gate.weight.grad[EXPERTS:].abs().sum() > 0

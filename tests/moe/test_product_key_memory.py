@@ -1,4 +1,4 @@
-"""A memory layer adds what a few slots hold, and touches no others."""
+"""A product-key memory adds the values of a few slots and reads no others."""
 
 import torch
 
@@ -23,7 +23,7 @@ def _run(made, x):
     return made(x, context=TokenContext.unbatched(len(x)), router_state=RouterState())
 
 
-def test_a_memory_is_a_sum_over_its_slots_beside_the_feed_forward():
+def test_the_output_is_the_feed_forward_plus_a_sum_over_slots():
     made, x = _layer(), torch.randn(6, DIM)
     answer = _run(made, x)
     found = made.keys(x)
@@ -50,7 +50,7 @@ def test_gradients_are_those_of_the_sum():
         torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-3)
 
 
-def test_a_token_touches_the_share_of_both_tables_that_is_counted():
+def test_a_token_reads_the_counted_share_of_both_tables():
     made, x = _layer(), torch.randn(1, DIM)
     _run(made, x).out.square().sum().backward()
     pieces = CONFIG.parameter_specs(FeedForwardShape(DIM, FEED, bias=False))
@@ -66,7 +66,7 @@ def test_default_widths_are_those_of_the_paper():
     assert CONFIG.replace(keys_per_side=2, slots=16).num_slots_read() == 4  # no more than there are
 
 
-def test_tokens_do_not_see_each_other():
+def test_tokens_are_independent():
     made, x = _layer(), torch.randn(6, DIM)
     order = torch.randperm(6)
     torch.testing.assert_close(_run(made, x[order]).out, _run(made, x).out[order])

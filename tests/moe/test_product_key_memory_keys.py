@@ -1,4 +1,4 @@
-"""The slots that product keys find are the best ones, and the core learns."""
+"""Product keys find the slots of highest scores."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_few_slots_are_the_best_of_the_best_rows_and_columns():
     assert 0.7 < share <= 1  # a search by rows and columns is not exact; it is close
 
 
-def test_the_core_and_all_keys_learn():
+def test_the_core_and_all_keys_get_a_gradient():
     keys, x = _keys(read=4), torch.randn(20, DIM)
     keys(x).score.square().sum().backward()
     for name, parameter in keys.named_parameters():
@@ -74,7 +74,7 @@ def test_the_best_are_the_same_whatever_sign_the_decomposition_gives():
     torch.testing.assert_close(left @ core @ right, largest)
 
 
-def test_half_precision_around_it_changes_no_choice():
+def test_autocast_does_not_change_the_selection():
     keys, x = _keys(read=4), torch.randn(20, DIM)
     plain = keys(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -25,7 +25,7 @@ def _route(router, x, *, ranks=None):
     )
 
 
-def test_autocast_and_half_inputs_do_not_round_the_decision():
+def test_autocast_and_half_inputs_do_not_change_the_routing():
     router, x = _router(), torch.randn(50, D).bfloat16()
     plain = _route(router, x.float()).routing
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -46,7 +46,7 @@ def test_losses_exist_in_training_only_and_same_names_add_up():
     assert _route(router, x).losses == {}
 
 
-def test_counts_go_through_the_reduce_once():
+def test_statistics_are_summed_over_ranks_once():
     seen = []
 
     class Twice(SingleRankBatch):
@@ -63,7 +63,7 @@ def test_counts_go_through_the_reduce_once():
         torch.testing.assert_close(shared[name] * 2, alone[name])
 
 
-def test_no_tokens_have_no_losses_but_take_part():
+def test_a_rank_without_tokens_takes_part_in_collectives():
     losses = _route(_router(), torch.randn(0, D)).losses
     assert losses["balance"].item() == 0
     losses["balance"].backward()

@@ -1,4 +1,4 @@
-"""A gate's scores to choose by are detached and biased; what was seen reads back."""
+"""Biased scores are detached; routing statistics are unpacked from a vector."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import torch
 from moesaic.moe.router_context import RouterContext, RoutingStats, StatefulRule
 
 
-def test_scores_to_choose_by_carry_the_bias_and_no_gradient():
+def test_biased_scores_are_detached():
     logits = torch.zeros(3, 2, requires_grad=True)
     gate = RouterContext.from_logits(logits)
     assert torch.equal(gate.biased_scores(logits), logits.detach())
@@ -16,7 +16,7 @@ def test_scores_to_choose_by_carry_the_bias_and_no_gradient():
     assert not biased.requires_grad
 
 
-def test_sums_read_back_as_what_was_seen():
+def test_statistics_are_unpacked_from_the_vector():
     seen = RoutingStats.from_vector(torch.arange(9.0).double())
     assert seen.load.tolist() == [0, 1]
     assert seen.kept_load.tolist() == [2, 3]
@@ -25,7 +25,7 @@ def test_sums_read_back_as_what_was_seen():
     assert seen.num_tokens == 8
 
 
-def test_a_rule_without_a_state_learns_nothing():
+def test_a_rule_without_a_state_is_unchanged():
     assert StatefulRule().initial_state(4) == {}
     state = {"bias": torch.ones(2)}
     assert (

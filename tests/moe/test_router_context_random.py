@@ -1,4 +1,4 @@
-"""What is drawn for a token depends on its row's key and its place, and on nothing else."""
+"""Random numbers of a token depend on its row key and position only."""
 
 from dataclasses import replace
 
@@ -12,13 +12,13 @@ def _context(keys, positions):
     return replace(TokenContext.unbatched(len(keys)), row_key=keys, position=positions)
 
 
-def test_a_token_draws_the_same_whoever_else_is_in_the_batch():
+def test_random_numbers_of_a_token_are_independent_of_the_batch():
     whole = _context([5, 5, 9], [0, 1, 0]).uniform("x", width=4)
     part = _context([9], [0]).uniform("x", width=4)
     assert torch.equal(whole[2:], part)
 
 
-def test_layers_and_purposes_draw_their_own():
+def test_layers_and_purposes_have_different_random_numbers():
     context = _context([5, 5], [0, 1])
     draws = [
         context.for_layer(layer).uniform(purpose, width=1)

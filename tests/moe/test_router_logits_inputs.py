@@ -1,4 +1,4 @@
-"""Gates that read the tag's or the token's embedding: the formula, and what follows from it."""
+"""Router inputs with the tag's or the token's embedding equal their formulas."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ TAGS = torch.tensor([7, 9, 7, 11])
 
 
 def model_with(condition) -> Transformer:
-    """A model whose gates are large enough to have opinions."""
+    """A model with gate weights of a useful size."""
     model = Transformer(
         BASE.replace(moe=MoE(experts=4, select=TopK(k=1), router_input=condition))
     ).eval()
@@ -47,7 +47,7 @@ def test_logits_are_the_sum_of_two_products(condition):
         condition.build()(x, context=plain)
 
 
-def test_with_the_tag_alone_all_tokens_of_a_row_take_one_expert_and_languages_differ():
+def test_with_the_tag_only_all_tokens_of_a_row_have_one_expert():
     model = model_with(TagOnly())
     for record in model(tagged_batch()).records:
         taken = [record.routing.expert[record.row == row].unique().tolist() for row in range(4)]
@@ -59,7 +59,7 @@ def test_with_the_tag_alone_all_tokens_of_a_row_take_one_expert_and_languages_di
         assert not torch.allclose(rows[0], rows[3])
 
 
-def test_a_tag_beside_the_state_moves_every_token_of_its_row():
+def test_the_tag_embedding_changes_all_logits_of_its_row():
     model, batch = model_with(HiddenStateAndTag()), tagged_batch()
     before = model(batch).records[0]
     other = batch.source.clone()
@@ -70,7 +70,7 @@ def test_a_tag_beside_the_state_moves_every_token_of_its_row():
     assert not changed[row != 1].any()
 
 
-def test_with_the_token_alone_an_id_takes_one_expert_wherever_it_stands():
+def test_with_the_token_only_an_id_has_one_expert():
     model, batch = model_with(TokenOnly()), tagged_batch()
     for record in model(batch).records:
         tokens, experts = record.context.token, record.routing.expert
@@ -79,7 +79,7 @@ def test_with_the_token_alone_an_id_takes_one_expert_wherever_it_stands():
         assert experts.unique().numel() > 1
 
 
-def test_decoding_remembers_the_tag_of_each_row():
+def test_decoding_uses_the_tag_of_each_row():
     model, batch = model_with(TagOnly()), tagged_batch()
     memory = model.encode(batch.source)
     cache = model.init_cache(memory, torch.arange(4))

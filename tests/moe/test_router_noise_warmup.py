@@ -1,4 +1,4 @@
-"""The warm-up starts at random, levels the first loads, and ends at exactly the router's logits."""
+"""Stochastic warm-up starts from random logits and ends at exactly the router's."""
 
 import torch
 
@@ -39,7 +39,7 @@ def _overload(routed):
     return float(load.max() / load.mean())
 
 
-def test_the_first_steps_are_less_lopsided_than_without():
+def test_loads_of_the_first_steps_are_more_balanced():
     with_, without = _router(StochasticWarmup(warmup_steps=50)), _router(NoRouterNoise())
     for _ in range(3):
         assert _overload(_step(without)[0]) > 4
@@ -47,7 +47,7 @@ def test_the_first_steps_are_less_lopsided_than_without():
     assert first < 2
 
 
-def test_logits_are_mixed_as_the_paper_says_then_exact():
+def test_logits_are_interpolated_and_then_exact():
     router = _router(StochasticWarmup(warmup_steps=STEPS))
     for step in range(STEPS + 2):
         before = {name: value.clone() for name, value in router.rule_state("noise").items()}
@@ -60,7 +60,7 @@ def test_logits_are_mixed_as_the_paper_says_then_exact():
             assert torch.equal(routed.logits, plain)
 
 
-def test_it_learns_the_mean_and_deviation_of_each_experts_own_logits():
+def test_the_state_tracks_mean_and_deviation_of_each_experts_logits():
     router = _router(StochasticWarmup(warmup_steps=50, rate=0.5))
     _, first = _step(router)
     state = router.rule_state("noise")

@@ -1,4 +1,4 @@
-"""Edge lists: made from choices, counted, cut."""
+"""Routings: made from top-k and masks, counted, dropped."""
 
 import torch
 
@@ -11,7 +11,7 @@ def _routing():
     return Routing.from_topk(weight, expert=expert, num_experts=4)
 
 
-def test_edges_of_choices_are_token_major():
+def test_edges_of_top_k_are_token_major():
     routing = _routing()
     assert routing.token.tolist() == [0, 0, 1, 1, 2, 2]
     assert routing.expert.tolist() == [2, 0, 2, 1, 0, 2]
@@ -19,7 +19,7 @@ def test_edges_of_choices_are_token_major():
     assert routing.num_tokens == 3
 
 
-def test_load_counts_edges_that_lead_somewhere():
+def test_load_counts_edges_that_are_not_dropped():
     routing = _routing()
     assert routing.load().tolist() == [2, 1, 3, 0]
     cut = routing.drop(torch.tensor([True, False, False, False, False, False]))

@@ -19,11 +19,11 @@ def record(logits):
     return RoutingRecord("here", ROUTING, TokenContext.unbatched(2), logits=logits)
 
 
-def test_a_router_that_does_not_choose_has_entropy_one():
+def test_uniform_logits_have_entropy_one():
     assert record(torch.zeros(2, 4)).router_entropy().item() == pytest.approx(1.0)
 
 
-def test_a_certain_router_has_entropy_zero():
+def test_one_hot_probabilities_have_entropy_zero():
     assert record(torch.tensor([[60.0, 0, 0, 0]] * 2)).router_entropy().item() < 1e-6
 
 
@@ -34,7 +34,7 @@ def test_the_logit_scale_is_the_rms_of_logsumexp():
     assert record(logits).logit_rms().item() == pytest.approx(expected)
 
 
-def test_a_layer_hands_out_its_logits_without_their_graph():
+def test_recorded_logits_are_detached():
     layer = MoELayer(
         MoE(experts=4, select=TopK(k=2)),
         dim=8,

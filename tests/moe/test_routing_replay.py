@@ -1,4 +1,4 @@
-"""Replay: recorded routes decide in the place of the routers."""
+"""Routing replay uses recorded routes in place of the routers' selection."""
 
 import pytest
 import torch
@@ -24,13 +24,13 @@ def recorded(made):
     return routes_from_records(made(BATCH).records, language=BATCH.target_language)
 
 
-def test_a_model_that_replays_its_own_routes_answers_the_same() -> None:
+def test_replaying_a_models_own_routes_gives_the_same_output() -> None:
     made = model(0)
     with replay_routing(made, recorded(made)):
         assert torch.equal(made(BATCH).hidden, model(0)(BATCH).hidden)
 
 
-def test_a_model_takes_the_routes_of_another_and_gives_them_back_afterwards() -> None:
+def test_routes_of_another_model_are_used_inside_the_context_only() -> None:
     mine, others = model(0), recorded(model(1))
     own = recorded(mine)
     assert not all(
@@ -48,7 +48,7 @@ def test_a_model_takes_the_routes_of_another_and_gives_them_back_afterwards() ->
         assert torch.equal(one.routing.expert, other.routing.expert)
 
 
-def test_a_layer_without_a_record_decides_for_itself() -> None:
+def test_a_layer_without_recorded_routes_uses_its_router() -> None:
     mine, others = model(0), recorded(model(1))
     with replay_routing(mine, [found for found in others if found.layer == "encoder.0"]):
         encoder, decoder = mine(BATCH).records

@@ -1,4 +1,4 @@
-"""Selection rules follow their papers, and sample only where they say so."""
+"""Selection rules equal their papers' formulas and sample in training only."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def _logits():
     return torch.randn(T, E, requires_grad=True)
 
 
-def test_switch_weighs_the_likeliest_expert_by_its_probability():
+def test_switch_weights_the_top_expert_by_its_probability():
     logits = _logits()
     routing = SwitchTop1()(RouterContext.from_logits(logits, training=True))
     probability = logits.softmax(-1)
@@ -38,7 +38,7 @@ def test_topk_none_keeps_plain_probabilities():
     torch.testing.assert_close(routing.weight.view(T, 3), logits.softmax(-1).topk(3).values)
 
 
-def test_topk_after_shares_everything_among_the_survivors():
+def test_topk_after_normalises_over_the_kept_edges():
     select = TopK(k=2, normalise="after")
     limit = Capacity(factor=0.5, minimum=0, priority=WeightPriority())
     gate = RouterContext.from_logits(_logits(), training=True)

@@ -1,4 +1,4 @@
-"""All experts train; outside training the chosen rule leaves some out."""
+"""All experts are used in training; an inference rule selects some."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from moesaic.moe.select_dynamic import (
 T, E = 40, 5
 
 
-def test_every_expert_is_weighed_by_its_probability_in_training():
+def test_every_expert_is_weighted_by_its_probability_in_training():
     logits = torch.randn(T, E)
     for inference in (TopKAtInference(k=1), ThresholdAtInference(), AllAtInference()):
         routing = DenseAll(inference=inference)(RouterContext.from_logits(logits, training=True))
@@ -23,7 +23,7 @@ def test_every_expert_is_weighed_by_its_probability_in_training():
         torch.testing.assert_close(routing.weight.view(T, E), logits.softmax(-1))
 
 
-def test_the_likeliest_keep_their_probabilities_outside_training():
+def test_top_k_in_inference_keeps_plain_probabilities():
     logits = torch.randn(T, E)
     routing = DenseAll(inference=TopKAtInference(k=2))(RouterContext.from_logits(logits))
     p, expert = logits.softmax(-1).topk(2)
@@ -32,7 +32,7 @@ def test_the_likeliest_keep_their_probabilities_outside_training():
     assert TopKAtInference(k=9)(torch.ones(2, 3)).load().tolist() == [2, 2, 2]
 
 
-def test_a_threshold_keeps_what_passes_and_never_nothing():
+def test_a_threshold_keeps_at_least_one_expert():
     logits = torch.cat([torch.randn(T, E), torch.zeros(1, E)])
     routing = DenseAll(inference=ThresholdAtInference(epsilon=0.999))(
         RouterContext.from_logits(logits)

@@ -1,4 +1,4 @@
-"""Experts choose the best tokens of each row: balanced, independent of the batch, not causal."""
+"""Expert choice per row: balanced, independent of the batch, not causal."""
 
 from dataclasses import replace
 
@@ -42,7 +42,7 @@ def test_experts_are_balanced_whatever_the_scores():
     assert _route(lopsided, row, factor=1.0).load().tolist() == [10] * E
 
 
-def test_a_row_is_routed_the_same_whatever_else_is_in_the_batch():
+def test_routing_of_a_row_is_independent_of_the_batch():
     logits, row = torch.randn(12, E), torch.tensor([0] * 5 + [1] * 7)
     whole, alone = _route(logits, row), _route(logits[5:], row[5:] - 1)
     late = whole.token >= 5

@@ -1,4 +1,4 @@
-"""A bar decides token by token, so a prefix is routed the same whatever follows."""
+"""A threshold routes each token by itself, so it is causal."""
 
 import torch
 
@@ -6,7 +6,7 @@ from moesaic.moe.router_context import RouterContext
 from moesaic.moe.select_dynamic import Threshold
 
 
-def test_an_edge_is_wherever_the_score_passes_and_weighs_it():
+def test_an_edge_exists_for_each_score_above_the_threshold():
     logits = torch.randn(50, 4)
     routing = Threshold(p=0.6)(RouterContext.from_logits(logits))
     score = logits.sigmoid()

@@ -24,7 +24,7 @@ def test_the_prefix_ends_with_the_expert_that_crosses_p(p, experts):
     torch.testing.assert_close(routing.weight, P[0, experts])
 
 
-def test_each_token_takes_what_its_uncertainty_asks_for():
+def test_uncertain_tokens_get_more_experts():
     sure = torch.tensor([[0.97, 0.01, 0.01, 0.01]])
     even = torch.full((1, 4), 0.25)
     routing = _route(TopP(p=0.4), torch.cat([sure, even]))
@@ -43,12 +43,12 @@ def test_top_p_that_is_never_reached_takes_all_and_one_that_is_reached_at_once_t
         TopP(p=1.0)
 
 
-def test_a_cap_keeps_the_likeliest():
+def test_max_experts_keeps_the_most_probable():
     assert _route(TopP(p=0.95, max_experts=2), P).expert.tolist() == [1, 3]
     assert _route(TopP(p=0.95, max_experts=9), P).expert.tolist() == [0, 1, 2, 3]
 
 
-def test_no_token_takes_more_than_is_counted_with():
+def test_no_token_exceeds_the_counted_number_of_experts():
     for p, most in ((0.3, None), (0.8, None), (0.8, 3)):
         rule = TopP(p=p, max_experts=most)
         routing = rule(RouterContext.from_logits(0.01 * torch.randn(500, 9)))

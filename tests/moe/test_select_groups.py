@@ -1,4 +1,4 @@
-"""What narrows a token's choice does so as its papers say."""
+"""Group-limited routing equals its papers' definitions."""
 
 import pytest
 import torch
@@ -10,12 +10,12 @@ from moesaic.moe.select import AllExperts, SigmoidTopK, TopGroups, TopK
 SCORES = torch.tensor([[0.9, 0.0, 0.5, 0.5, 0.6, 0.3, 0.1, 0.2]])  # groups of two: .9 1. .9 .3
 
 
-def test_a_group_is_as_good_as_the_sum_of_its_best_two():
+def test_a_group_score_is_the_sum_of_its_two_best():
     open_ = TopGroups(num_groups=4, top_groups=1)(SCORES).isfinite()
     assert open_.tolist() == [[False, False, True, True, False, False, False, False]]
 
 
-def test_a_group_is_as_good_as_its_best_where_one_counts():
+def test_a_group_score_with_one_expert_is_the_maximum():
     open_ = TopGroups(num_groups=4, top_groups=2, experts_per_score=1)(SCORES).isfinite()
     assert open_.tolist() == [[True, True, False, False, True, True, False, False]]
 
@@ -28,7 +28,7 @@ def test_scores_of_kept_groups_are_left_as_they_are():
 
 
 @pytest.mark.parametrize("rule", [TopK, SigmoidTopK])
-def test_a_token_chooses_from_its_groups_alone(rule):
+def test_a_token_selects_from_its_top_groups_only(rule):
     logits = torch.randn(200, 12)
     routing = rule(k=4, expert_groups=TopGroups(num_groups=4, top_groups=2))(
         RouterContext.from_logits(logits)

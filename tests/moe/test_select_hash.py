@@ -1,4 +1,4 @@
-"""A hash of the token's id decides, in another way in each layer."""
+"""A hash of the token id selects the expert, with a different hash in each layer."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ def _route(token, *, layer="encoder.1"):
     return Hash()(RouterContext(torch.randn(len(token), E), context))
 
 
-def test_the_same_id_goes_to_the_same_expert_wherever_it_stands():
+def test_an_id_has_the_same_expert_at_every_position():
     token = torch.randint(0, 500, (300,))
     expert, order = _route(token).expert, torch.randperm(300)
     assert torch.equal(_route(token[order]).expert, expert[order])
@@ -34,5 +34,5 @@ def test_ids_are_spread_over_all_experts():
     assert load.max() < 1150
 
 
-def test_what_an_id_hashes_to_never_changes():
+def test_hashes_of_ids_are_stable():
     assert _route(torch.arange(5, 13)).expert.tolist() == [0, 7, 2, 0, 2, 1, 4, 1]

@@ -1,4 +1,4 @@
-"""Choices spent on null experts cost nothing and leave the weights to the true ones."""
+"""Edges to null experts have weight zero; weights are normalised over true experts."""
 
 import torch
 
@@ -24,7 +24,7 @@ def test_weights_are_normalised_over_the_true_experts_among_the_k():
     assert 0 < true.sum() < 3 * T
 
 
-def test_a_token_with_null_choices_alone_gets_nothing_and_no_nan():
+def test_a_token_with_null_experts_only_has_zero_weights():
     logits = torch.zeros(2, TRUE + NULL)
     logits[0, TRUE:] = 5.0
     logits.requires_grad_()
@@ -35,7 +35,7 @@ def test_a_token_with_null_choices_alone_gets_nothing_and_no_nan():
     assert torch.equal(logits.grad[0], torch.zeros(TRUE + NULL))
 
 
-def test_it_wants_null_experts_and_enough_of_all():
+def test_it_requires_null_experts_and_at_least_k_experts():
     assert "ZeroExperts" in NullTopK(k=2).problems(4, 0)
     assert "at least 6" in NullTopK(k=6).problems(5, 1)
     assert NullTopK(k=5).problems(5, 1) is None

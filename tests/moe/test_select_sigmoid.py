@@ -1,4 +1,4 @@
-"""Sigmoid scores are chosen with a bias, weighed without it, and never vanish."""
+"""Sigmoid top-k selects with the bias, weights without it, and is stable."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def test_weights_are_the_chosen_scores_over_their_sum_times_the_scale():
     torch.testing.assert_close(routing.weight.view(T, 3), want)
 
 
-def test_a_bias_changes_who_is_chosen_and_no_weight():
+def test_a_bias_changes_the_selection_and_no_weight():
     logits = torch.tensor([[2.0, 1.0, -1.0]])
     bias = torch.tensor([0.0, 0.0, 5.0])
     routing = SigmoidTopK(k=2)(replace(RouterContext.from_logits(logits), bias=bias))

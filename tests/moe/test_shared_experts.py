@@ -13,14 +13,14 @@ X = torch.randn(9, DIM)
 
 
 def _mixed(made):
-    """The routed experts' answer alone."""
+    """The output of the routed experts only."""
     alone = layer(ROUTED, gated=False)
     theirs = {k: v for k, v in made.state_dict().items() if not k.startswith("shared_experts")}
     alone.load_state_dict(theirs)
     return run(alone, X)[0]
 
 
-def test_shared_experts_are_added_whole_and_unweighted():
+def test_shared_experts_are_added_unweighted():
     made = layer(ROUTED.replace(shared_experts=SharedExperts(number=3)), gated=False)
     up, down = (
         made.shared_experts.feed_forward.up.weight,
@@ -33,7 +33,7 @@ def test_shared_experts_are_added_whole_and_unweighted():
     torch.testing.assert_close(run(made, X)[0], wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_gate_weighs_the_shared_experts_of_each_token():
+def test_a_gate_weights_the_shared_experts_of_each_token():
     made = layer(ROUTED.replace(shared_experts=GatedSharedExperts(number=2)), gated=False)
     gate = torch.sigmoid(X @ made.shared_experts.gate.weight.t())
     wanted = _mixed(made) + gate * made.shared_experts.feed_forward(X)
@@ -41,7 +41,7 @@ def test_a_gate_weighs_the_shared_experts_of_each_token():
     torch.testing.assert_close(run(made, X)[0], wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_the_gate_learns_from_what_its_experts_answer():
+def test_the_gate_gets_the_gradient_of_its_definition():
     made = layer(ROUTED.replace(shared_experts=GatedSharedExperts()), gated=False)
     weigh = torch.randn(9, DIM)
     (run(made, X)[0] * weigh).sum().backward()
@@ -51,7 +51,7 @@ def test_the_gate_learns_from_what_its_experts_answer():
     torch.testing.assert_close(made.shared_experts.gate.weight.grad, wanted, rtol=1e-3, atol=1e-3)
 
 
-def test_shared_experts_answer_where_every_routed_edge_was_lost():
+def test_shared_experts_are_the_output_if_routed_experts_return_zero():
     made = layer(ROUTED.replace(shared_experts=SharedExperts()), gated=False)
     with torch.no_grad():
         made.experts.down.zero_()

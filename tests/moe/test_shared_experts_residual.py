@@ -1,4 +1,4 @@
-"""A residual mixture weighs its experts against a fixed feed-forward."""
+"""A residual expert is mixed with the routed experts by learned weights."""
 
 import torch
 
@@ -18,7 +18,7 @@ def _mixed(made):
     return run(alone, X)[0]
 
 
-def test_two_learned_weights_that_sum_to_one_mix_both_answers():
+def test_two_learned_weights_that_sum_to_one_mix_both_outputs():
     made = layer(MIXTURE.replace(shared_experts=ResidualExpert()))
     branch = made.shared_experts
     both = torch.softmax(X @ branch.coefficient.weight.t() + branch.coefficient.bias, -1)
@@ -37,7 +37,7 @@ def test_with_even_weights_it_is_half_the_plain_sum():
     torch.testing.assert_close(2 * run(made, X)[0], run(plain, X)[0], rtol=1e-4, atol=1e-4)
 
 
-def test_the_weights_are_learnt_from_both_answers():
+def test_the_weights_get_the_gradient_of_both_outputs():
     made = layer(MIXTURE.replace(shared_experts=ResidualExpert()))
     weigh = torch.randn(9, DIM)
     (run(made, X)[0] * weigh).sum().backward()

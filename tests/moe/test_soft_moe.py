@@ -1,4 +1,4 @@
-"""A soft mixture equals its definition, row by row, and mixes within rows alone."""
+"""Soft MoE equals its definition row by row."""
 
 from dataclasses import replace
 
@@ -59,14 +59,14 @@ def test_a_soft_mixture_equals_its_definition_with_gradients():
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_rows_do_not_mix_and_rows_without_tokens_do_not_matter():
+def test_rows_are_independent():
     layer, x = _layer(), torch.randn(12, DIM)
     alone = _run(layer, x[5:], row=torch.full((7,), 9), place=PLACE[5:])
     torch.testing.assert_close(_run(layer, x)[5:], alone)
     assert _run(layer, x[:0], row=ROW[:0], place=PLACE[:0]).shape == (0, DIM)
 
 
-def test_every_token_reads_the_later_ones():
+def test_every_token_depends_on_later_ones():
     layer, x = _layer(), torch.randn(12, DIM)
     changed = x.clone()
     changed[-1] += 1

@@ -1,4 +1,4 @@
-"""Every routing rule of the house under a name, for the laws."""
+"""Routing rules by name, for the laws."""
 
 import torch
 from torch import nn
@@ -84,7 +84,7 @@ def balanced(name: str) -> MoE:
 
 
 def mixture(select: str, limit: str) -> MoE:
-    """The config of a named pair; limited ones have room for little more than half of the edges."""
+    """The config of a named pair; the capacity limit keeps about half of the edges."""
     free = MoE(
         experts=EXPERTS, select=SELECTS[select], null_experts=SPARES.get(select, NoNullExperts())
     )
@@ -104,6 +104,6 @@ def layer(config: MoE, *, gated: bool = True, bias: bool = False) -> MoELayer:
 
 
 def run(made: MoELayer, x: torch.Tensor) -> tuple[torch.Tensor, RoutingRecord]:
-    """The layer's answer and record for tokens that belong to no batch."""
+    """The layer's output and record for tokens of no batch."""
     answer = made(x, context=TokenContext.unbatched(len(x)), router_state=RouterState())
     return answer.out, answer.record

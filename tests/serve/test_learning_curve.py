@@ -1,4 +1,4 @@
-"""A learning curve scores each kept checkpoint once, and the last one as the finished run."""
+"""Learning curve: each kept checkpoint is scored once, the last one like the finished run."""
 
 import json
 import shutil

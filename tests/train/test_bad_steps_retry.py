@@ -1,4 +1,4 @@
-"""The queue of bad work: once more after a good step, then given up."""
+"""Retry queue: a skipped batch is retried once after a good step, then dropped."""
 
 from moesaic.train.bad_steps import RetryQueue, StepAttempt
 

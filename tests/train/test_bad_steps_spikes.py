@@ -1,4 +1,4 @@
-"""Spikes: what is one, what follows, alike on every rank and after a restart."""
+"""Loss spikes: criterion and consequences, equal on all ranks and after a restart."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Every balance, link and condition trains a whole model: the loss falls, and all stays finite."""
+"""Every balance loss, cross-layer router and router input trains a model: finite, falling loss."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Signals: the first is a wish, the second is not."""
+"""Stop requests: the first signal sets a flag, a later one has its default effect."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Preparation: languages that a corpus has, one tokenizer per run, shards made once."""
+"""Data preparation: corpus languages, one tokenizer per run, token shards created once."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Random streams: one per rank, saved and continued, undisturbed by validation."""
+"""Random state: one stream per rank, saved and restored, unchanged by validation."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Routes hooks: steps are recorded as they went, and held-out text is probed as training goes."""
+"""Routing hooks: traced training steps and probes of held-out text."""
 
 from pathlib import Path
 

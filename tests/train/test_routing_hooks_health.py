@@ -1,4 +1,4 @@
-"""Usage: counts by layer, expert and language, the same on any number of ranks."""
+"""Router health hook: usage by layer, expert and language, equal for any number of ranks."""
 
 from pathlib import Path
 

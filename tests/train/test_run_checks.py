@@ -1,4 +1,4 @@
-"""The rules between parts: each refuses with both values, and all problems come at once."""
+"""Run checks: each violated rule names both values, and all are reported at once."""
 
 import pytest
 

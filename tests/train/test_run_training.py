@@ -1,4 +1,4 @@
-"""One call of train: what it leaves, where it may start, and how it ends."""
+"""``train``: files of a run directory, resuming, and stop reasons."""
 
 import os
 import signal

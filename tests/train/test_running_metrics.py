@@ -1,4 +1,4 @@
-"""Running sums: means by category, the same over ranks and over a restart."""
+"""Running metrics: means by category, equal over ranks and over a restart."""
 
 import pytest
 import torch

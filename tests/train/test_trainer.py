@@ -1,4 +1,4 @@
-"""The trainer: what a step that is not finite does, and what a snapshot holds."""
+"""Trainer: non-finite steps and the contents of a snapshot."""
 
 import math
 from collections.abc import Sequence

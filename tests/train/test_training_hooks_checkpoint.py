@@ -1,4 +1,4 @@
-"""Saving: when it is time, when it is best, and once at the end."""
+"""Checkpoint hook: saves at intervals, at the best loss, and at the end."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Rows of metrics: when, with what, and what a person is told."""
+"""Metrics log hook: rows of metrics, notes and progress."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""A slow rank is found by the time it works, not by the time its steps take."""
+"""Straggler hook: a slow rank is found by its time outside collectives."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Validation: the same number each time, and no trace of it in the training."""
+"""Validation hook: deterministic, and without effect on training."""
 
 import torch
 

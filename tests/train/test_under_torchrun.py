@@ -1,4 +1,4 @@
-"""Two real ranks under torchrun: one dies, both start again and end where one rank alone does."""
+"""Two ranks under torchrun: one is killed, both restart and end as a single rank does."""
 
 import os
 import subprocess

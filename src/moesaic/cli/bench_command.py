@@ -44,7 +44,7 @@ def layer(
     Example: [cyan]moesaic bench layer --shape B --against hf,deepspeed --threads 2[/]
     """
     names = [name.strip() for name in against.split(",") if name.strip()]
-    question = LayerBenchmark(
+    settings = LayerBenchmark(
         parse_shape(shape),
         passes="forward+backward" if backward else "forward",
         against=names,
@@ -53,24 +53,24 @@ def layer(
         threads=threads,
         rounds=rounds,
     )
-    found = run_layer_benchmark(question)
+    found = run_layer_benchmark(settings)
     print_result(found, as_json=as_json, show=lambda console: _show(found, console))
 
 
 def _show(found: dict[str, Any], console: Console) -> None:
-    asked, about = found["question"], found["machine"]
-    shape = ",".join(str(n) for n in asked["shape"].values())
+    settings, machine = found["settings"], found["machine"]
+    shape = ",".join(str(n) for n in settings["shape"].values())
     console.print(
-        f"[bold]{shape}[/] (tokens, dim, hidden, experts, k), {asked['passes']}, {asked['dtype']}, "
-        f"{asked['threads']} threads; largest load {found['largest_load']:.1f} times the mean",
+        f"[bold]{shape}[/] (tokens, dim, hidden, experts, k), {settings['passes']}, {settings['dtype']}, "
+        f"{settings['threads']} threads; largest load {found['largest_load']:.1f} times the mean",
         highlight=False,
     )
-    rows = found["contenders"]
+    rows = found["implementations"]
     names = sorted(rows, key=lambda name: rows[name]["of_dense"]["median"])
     print_table(
         console,
         ("", "ms", "of dense", "quartiles", "best/best", "of ours", "saved"),
-        (_contender_row(name, rows[name], dense=found["dense"]) for name in names),
+        (_implementation_row(name, rows[name], dense=found["dense"]) for name in names),
     )
     if found["least_saved_bytes"]:
         least = show_bytes(found["least_saved_bytes"])
@@ -78,19 +78,19 @@ def _show(found: dict[str, Any], console: Console) -> None:
             f"ms: median; saved: for the backward pass (at least x and pre-activation: {least})",
             highlight=False,
         )
-    for name, reason in found["absent"].items():
+    for name, reason in found["unavailable"].items():
         console.print(f"[yellow]{name}[/]: {escape(reason)}", highlight=False)
     console.print(
-        f"[dim]{about['processor']}, {about['cores']} cores, load {about['load_before']:.1f}, "
-        f"torch {about['torch']}, commit {found['commit'] or 'unknown'}[/]",
+        f"[dim]{machine['processor']}, {machine['cores']} cores, load {machine['load_before']:.1f}, "
+        f"torch {machine['torch']}, commit {found['commit'] or 'unknown'}[/]",
         highlight=False,
     )
 
 
-def _contender_row(name: str, row: dict[str, Any], *, dense: str) -> list[str]:
+def _implementation_row(name: str, row: dict[str, Any], *, dense: str) -> list[str]:
     ratio, ours = row["of_dense"], row["of_moesaic"]
     low, high = ratio["quartiles"]
-    kept = row["saved_bytes"]
+    saved = row["saved_bytes"]
     differs = row["differs_by"] is not None and row["differs_by"] > 0.02
     return [
         f"[bold]{name}[/]"
@@ -101,5 +101,5 @@ def _contender_row(name: str, row: dict[str, Any], *, dense: str) -> list[str]:
         f"{low:.2f}-{high:.2f}",
         f"{ratio['best_over_best']:.2f}",
         f"{ours['median']:.2f}",
-        show_bytes(kept) if kept is not None else "",
+        show_bytes(saved) if saved is not None else "",
     ]

@@ -118,9 +118,9 @@ def _recipe(which: str) -> CorpusRecipe | str:
 
 
 def _open_corpus(which: str) -> Corpus:
-    here = Path(which)
-    if (here / "corpus.json").is_file():
-        return Corpus.open(here)
+    path = Path(which)
+    if (path / "corpus.json").is_file():
+        return Corpus.open(path)
     if (corpora_dir() / which / "corpus.json").is_file():
         return Corpus.open(corpora_dir() / which)
     if which in NAMED_CORPORA:

@@ -68,7 +68,7 @@ def _machine() -> dict[str, Any]:
         "memory": _memory_bytes(),
         "free disk": shutil.disk_usage(".").free,
         "gpus": gpus,
-        "data home": str(data_home()),
+        "data directory": str(data_home()),
     }
 
 

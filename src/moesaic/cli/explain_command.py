@@ -132,7 +132,7 @@ def _show(found: dict[str, Any], console: Console, *, config: bool) -> None:
     if "plan" in found:
         plan = found["plan"]
         console.print(
-            f"the whole run: {plan['steps']:,} steps, at most {show_count(plan['tokens_at_most'])} "
+            f"full run: {plan['steps']:,} steps, at most {show_count(plan['tokens_at_most'])} "
             f"tokens, {show_flops(plan['flops_at_most'])}",
             highlight=False,
         )

@@ -101,15 +101,15 @@ def parse_launcher(text: str) -> Launcher:
     member = LAUNCHER_NAMES.get(kind.lower())
     if member is None:
         known = ", ".join(LAUNCHER_NAMES)
-        hint = did_you_mean(kind, LAUNCHER_NAMES)
-        raise ConfigError([f'--launcher: found "{kind}", expected one of {known}{hint}'])
+        nearest = did_you_mean(kind, LAUNCHER_NAMES)
+        raise ConfigError([f'--launcher: found "{kind}", expected one of {known}{nearest}'])
     try:
         return member.from_dict(fields | {"kind": member.__name__})
     except ConfigError as error:
         name = member.__name__
-        way = f"write it as --launcher '{name}(...)', with quotes around texts"
+        hint = f"write it as --launcher '{name}(...)', with quotes around texts"
         raise ConfigError(
-            f"--launcher {name}.{problem} ({way})" for problem in error.problems
+            f"--launcher {name}.{problem} ({hint})" for problem in error.problems
         ) from error
 
 

@@ -6,11 +6,11 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from hashlib import sha256 as new_sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import DataError
 from moesaic.core.files import write_json
 from moesaic.corpus.cleaning import CLEANING_RULES
@@ -68,12 +68,6 @@ def build_corpus(
     return corpus
 
 
-def recipe_hash(recipe: CorpusRecipe) -> str:
-    """Return a hash of everything in a recipe."""
-    text = json.dumps([CORPUS_FORMAT, recipe.to_dict()], sort_keys=True, ensure_ascii=False)
-    return new_sha256(text.encode()).hexdigest()
-
-
 def _open_finished(root: Path, recipe: CorpusRecipe) -> Corpus | None:
     if not (root / CORPUS_MANIFEST).is_file():
         if root.exists() and any(root.iterdir()):
@@ -83,7 +77,8 @@ def _open_finished(root: Path, recipe: CorpusRecipe) -> Corpus | None:
         corpus = Corpus.open(root)
     except DataError:
         return None
-    if corpus.manifest["recipe_hash"] != recipe_hash(recipe):
+    built_from, _ = upgrade_config(corpus.manifest["recipe"], config="CorpusRecipe")
+    if built_from != json.loads(json.dumps(recipe.to_dict())):
         return None
     before, now = corpus.manifest.get("inputs", {}), _file_stamps(recipe)
     return corpus if not now or before == now else None
@@ -195,7 +190,6 @@ class _CorpusBuilder:
             "name": self.recipe.name,
             "moesaic": version("moesaic"),
             "recipe": self.recipe.to_dict(),
-            "recipe_hash": recipe_hash(self.recipe),
             "inputs": _file_stamps(self.recipe),
             "languages": sorted(codes),
             "pairs": sum(f["rows"] for n, f in self.files.items() if n.endswith(".tsv")),

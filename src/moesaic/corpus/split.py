@@ -40,8 +40,8 @@ class NearDuplicates(Choice):
     enabled: ClassVar[bool] = True
 
     @abstractmethod
-    def find(self, held: Set[str], *, train: Iterable[str]) -> frozenset[str]:
-        """Return the split keys of ``held`` that are too close to one of ``train``."""
+    def find(self, held_out: Set[str], *, train: Iterable[str]) -> frozenset[str]:
+        """Return the split keys of ``held_out`` that are too close to one of ``train``."""
 
 
 class KeepNearDuplicates(NearDuplicates):
@@ -49,7 +49,7 @@ class KeepNearDuplicates(NearDuplicates):
 
     enabled: ClassVar[bool] = False
 
-    def find(self, held: Set[str], *, train: Iterable[str]) -> frozenset[str]:  # noqa: ARG002
+    def find(self, held_out: Set[str], *, train: Iterable[str]) -> frozenset[str]:  # noqa: ARG002
         return frozenset()
 
 
@@ -61,9 +61,9 @@ class DropNearDuplicates(NearDuplicates):
 
     threshold: float = Field(default=0.6, gt=0, le=1)
 
-    def find(self, held: Set[str], *, train: Iterable[str]) -> frozenset[str]:
-        """Exact. Only ``held`` is kept in memory; ``train`` is read once, a text at a time."""
-        index = _TrigramIndex(held)
+    def find(self, held_out: Set[str], *, train: Iterable[str]) -> frozenset[str]:
+        """Exact. Only ``held_out`` is kept in memory; ``train`` is read once, a text at a time."""
+        index = _TrigramIndex(held_out)
         found = np.zeros(len(index.texts), dtype=np.bool_)
         for text in train:
             found |= index.jaccard_with_all(text) >= self.threshold - _ROUNDING
@@ -76,17 +76,11 @@ def character_trigrams(text: str) -> frozenset[str]:
     return frozenset(padded[i : i + TRIGRAM] for i in range(max(1, len(padded) - TRIGRAM + 1)))
 
 
-def jaccard(a: str, b: str) -> float:
-    """Return the Jaccard index of two texts: shared 3-grams over all 3-grams."""
-    first, second = character_trigrams(a), character_trigrams(b)
-    return len(first & second) / len(first | second)
-
-
 class _TrigramIndex:
     """An inverted index, 3-gram to held-out texts: its lists count the shared 3-grams."""
 
-    def __init__(self, held: Set[str]) -> None:
-        self.texts = sorted(held)
+    def __init__(self, held_out: Set[str]) -> None:
+        self.texts = sorted(held_out)
         postings: dict[str, list[int]] = defaultdict(list)
         for number, text in enumerate(self.texts):
             for gram in character_trigrams(text):
@@ -97,7 +91,7 @@ class _TrigramIndex:
         )
 
     def jaccard_with_all(self, text: str) -> np.ndarray:
-        """Return the Jaccard index of ``text`` with each held-out text, float64 [held]."""
+        """Return the Jaccard index of ``text`` with each held-out text, float64 [held_out]."""
         grams = character_trigrams(text)
         lists = [self._postings[gram] for gram in grams if gram in self._postings]
         if not lists:
@@ -205,10 +199,10 @@ def find_leaks(keys: Path, *, near_duplicates: NearDuplicates) -> LeakedSources:
 
     Memory: the held-out keys, a digest of each distinct train key, and the 3-gram index.
     """
-    held = {line[1:] for _, line in read_lines(keys) if line[:1] == "h"}
-    exact = {line[1:] for _, line in read_lines(keys) if line[:1] == "t" and line[1:] in held}
+    held_out = {line[1:] for _, line in read_lines(keys) if line[:1] == "h"}
+    exact = {line[1:] for _, line in read_lines(keys) if line[:1] == "t" and line[1:] in held_out}
     close = (
-        near_duplicates.find(held - exact, train=_train_keys(keys))
+        near_duplicates.find(held_out - exact, train=_train_keys(keys))
         if near_duplicates.enabled
         else frozenset[str]()
     )

@@ -78,7 +78,10 @@ class BPE(TokenizerAlgorithm):
         hf_tokenizer.train_from_iterator(lines, trainer)
         # two merges may form the same piece: the vocabulary has it once
         order = sorted(hf_tokenizer.get_vocab().items(), key=lambda item: item[1])
-        return LearnedPieces(tuple(name for name, _ in order), merges=tuple(_merges(hf_tokenizer)))
+        return LearnedPieces(
+            tuple(name for name, _ in order),
+            merges=tuple((a, b) for a, b in _model_state(hf_tokenizer)["merges"]),
+        )
 
     def build_model(self, vocabulary: Sequence[str], *, pieces: LearnedPieces) -> models.Model:
         ids = {name: i for i, name in enumerate(vocabulary)}
@@ -106,7 +109,9 @@ class Unigram(TokenizerAlgorithm):
         hf_tokenizer.train_from_iterator(
             (_restrict_to_alphabet(line, keep) for line in lines), trainer
         )
-        scores = {n: round(s, 6) for n, s in _scores(hf_tokenizer) if keep.issuperset(n)}
+        scores = {
+            n: round(s, 6) for n, s in _model_state(hf_tokenizer)["vocab"] if keep.issuperset(n)
+        }
         floor = min(scores.values(), default=0.0) - 1.0
         scores |= {c: floor for c in alphabet if c not in scores}
         rest = sorted((n for n in scores if n not in keep), key=lambda n: (-scores[n], n))
@@ -271,14 +276,6 @@ def _with_word_splitter(model: models.Model) -> HfTokenizer:
         [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return hf_tokenizer
-
-
-def _merges(hf_tokenizer: HfTokenizer) -> Iterator[tuple[str, str]]:
-    yield from ((left, right) for left, right in _model_state(hf_tokenizer)["merges"])
-
-
-def _scores(hf_tokenizer: HfTokenizer) -> Iterator[tuple[str, float]]:
-    yield from ((name, score) for name, score in _model_state(hf_tokenizer)["vocab"])
 
 
 def _model_state(hf_tokenizer: HfTokenizer) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from moesaic.core.units import show_count
 from moesaic.corpus.languages import resolve_language
 from moesaic.model.parameter_count import count_parameters
 from moesaic.model.weights import export_weights
-from moesaic.train.run import Run
 from moesaic.train.trainer import Trainer
 
 
@@ -28,7 +27,7 @@ def model_card(trainer: Trainer, *, tokens: float) -> ModelCard:
     run, best = trainer.run, trainer.event_log.best
     facts = {
         "steps": f"{trainer.step:,}",
-        "tokens seen (both sides)": show_count(tokens),
+        "training tokens (both sides)": show_count(tokens),
         "tasks": ", ".join(trainer.objective.categories.tasks),
     }
     if best.step:
@@ -42,12 +41,10 @@ def model_card(trainer: Trainer, *, tokens: float) -> ModelCard:
         languages=[resolve_language(code).bcp47 for code in trainer.objective.categories.languages],
         licence="other",
         parameters=parts,
-        sources=_data_sources(run),
+        sources=[
+            DataSource(name, about["licence"], about["pairs"])
+            for name, about in run.corpus.open().manifest["sources"].items()
+        ],
         facts=facts,
         notes=["The licences of the training text are those of its sources, listed above."],
     )
-
-
-def _data_sources(run: Run) -> list[DataSource]:
-    sources = run.corpus.open().manifest["sources"]
-    return [DataSource(name, about["licence"], about["pairs"]) for name, about in sources.items()]

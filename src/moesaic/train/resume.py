@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from moesaic.checkpoint.checkpoint_directory import MANIFEST_FILE
-from moesaic.checkpoint.full_checkpoint import find_latest_checkpoint
+from moesaic.checkpoint.full_checkpoint import LatestCheckpoint, find_latest_checkpoint
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.config import Choice
 from moesaic.core.errors import CheckpointError
@@ -26,19 +26,18 @@ REPORTED_KEYS = ("optimizer.lr", "optimizer.adamw.lr", "schedule", "clip_norm", 
 class Resume(Choice):
     """Where a run starts: ``StartFresh``, ``ResumeLatest`` or ``ResumeFrom``."""
 
-    def find_checkpoint(self, run_dir: RunDir) -> Path | None:
-        """Return the checkpoint to continue from, or None for step 0. Raises CheckpointError."""
-        raise NotImplementedError
+    def find_checkpoint(self, run_dir: RunDir) -> LatestCheckpoint:
+        """Return the checkpoint to continue from, without a path to start at step 0.
 
-    def skipped_checkpoints(self, run_dir: RunDir) -> tuple[str, ...]:  # noqa: ARG002
-        """Return a sentence for each newer checkpoint that is invalid."""
-        return ()
+        Raises CheckpointError.
+        """
+        raise NotImplementedError
 
 
 class StartFresh(Resume):
     """Start at step 0, in a directory without a run."""
 
-    def find_checkpoint(self, run_dir: RunDir) -> Path | None:
+    def find_checkpoint(self, run_dir: RunDir) -> LatestCheckpoint:
         allowed = (run_dir.config.name, run_dir.tokenizer.name)
         others = sorted(p.name for p in run_dir.path.glob("*") if p.name not in allowed)
         if others:
@@ -46,7 +45,7 @@ class StartFresh(Resume):
                 f"{run_dir.path} is not empty (it has {', '.join(others[:4])}). To continue its "
                 "run: --resume auto; to start a new one: choose another --out, or remove it"
             )
-        return None
+        return LatestCheckpoint(None)
 
 
 START_FRESH = StartFresh()
@@ -55,11 +54,8 @@ START_FRESH = StartFresh()
 class ResumeLatest(Resume):
     """Continue from the newest valid checkpoint of the run directory, else start at step 0."""
 
-    def find_checkpoint(self, run_dir: RunDir) -> Path | None:
-        return find_latest_checkpoint(run_dir.checkpoints).path
-
-    def skipped_checkpoints(self, run_dir: RunDir) -> tuple[str, ...]:
-        return find_latest_checkpoint(run_dir.checkpoints).skipped
+    def find_checkpoint(self, run_dir: RunDir) -> LatestCheckpoint:
+        return find_latest_checkpoint(run_dir.checkpoints)
 
 
 class ResumeFrom(Resume):
@@ -67,20 +63,12 @@ class ResumeFrom(Resume):
 
     path: str
 
-    @property
-    def _is_checkpoint(self) -> bool:
-        return (Path(self.path) / MANIFEST_FILE).is_file()
-
-    def find_checkpoint(self, run_dir: RunDir) -> Path | None:  # noqa: ARG002
-        if self._is_checkpoint:
-            return Path(self.path)
-        found = find_latest_checkpoint(RunDir(Path(self.path)).checkpoints)
+    def find_checkpoint(self, run_dir: RunDir) -> LatestCheckpoint:  # noqa: ARG002
+        path = Path(self.path)
+        if (path / MANIFEST_FILE).is_file():
+            return LatestCheckpoint(path)
+        found = find_latest_checkpoint(RunDir(path).checkpoints)
         if found.path is None:
             why = f": {' | '.join(found.skipped)}" if found.skipped else ""
-            raise CheckpointError(f"{self.path}: no valid checkpoint to resume from{why}")
-        return found.path
-
-    def skipped_checkpoints(self, run_dir: RunDir) -> tuple[str, ...]:  # noqa: ARG002
-        if self._is_checkpoint:
-            return ()
-        return find_latest_checkpoint(RunDir(Path(self.path)).checkpoints).skipped
+            raise CheckpointError(f"{path}: no valid checkpoint to resume from{why}")
+        return found

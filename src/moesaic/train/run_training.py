@@ -140,8 +140,8 @@ def standard_hooks(trainer: Trainer, *, run_dir: RunDir) -> list[Hook]:
 
 def _open_run_dir(run_dir: RunDir, *, run: Run, resume: Resume) -> dict[str, Any]:
     """Prepare the run directory on rank 0; return the checkpoint to start from, and notes."""
-    path = resume.find_checkpoint(run_dir)
-    notes = [f"skipped {why}" for why in resume.skipped_checkpoints(run_dir)]
+    found = resume.find_checkpoint(run_dir)
+    path, notes = found.path, [f"skipped {why}" for why in found.skipped]
     if path is not None:
         saved, current = _saved_config(path), run.to_dict()
         ignored = (*CHANGEABLE_KEYS, *REPORTED_KEYS)

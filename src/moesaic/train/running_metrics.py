@@ -177,13 +177,14 @@ class RunningMetrics:
 
     def tensors(self, world: World) -> dict[str, Tensor]:
         """Return the sums over all ranks by name, for a checkpoint. Collective."""
-        here = {"tokens": torch.tensor(float(self._tokens)), "losses": self._losses}
-        here |= {f"term/{name}": value for name, value in self._terms.items()}
-        alike = torch.tensor(
+        local = {"tokens": torch.tensor(float(self._tokens)), "losses": self._losses}
+        local |= {f"term/{name}": value for name, value in self._terms.items()}
+        # Equal on all ranks, so not summed.
+        same = torch.tensor(
             [self._steps, self._norm, self.skipped, self._total], dtype=torch.float64
         )
-        return {"alike": alike} | {
-            name: world.all_reduce(value.double()) for name, value in here.items()
+        return {"alike": same} | {
+            name: world.all_reduce(value.double()) for name, value in local.items()
         }
 
     def restore(self, tensors: Mapping[str, Tensor], *, world: World) -> None:

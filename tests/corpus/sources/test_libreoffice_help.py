@@ -68,6 +68,7 @@ def test_the_default_variant_of_a_system_dependent_text_is_read() -> None:
 def test_listings_of_code_and_paragraphs_without_id_are_left_out() -> None:
     code = '<p id="par_1" class="bascode">Print "x"</p><p id="par_2" class="code">y</p>'
     assert list(parse_help_page(code + page({}))) == []
+    assert list(parse_help_page("")) == []
 
 
 def test_paragraphs_are_paired_by_page_and_id_and_a_row_that_disagrees_is_counted(

@@ -6,7 +6,7 @@ HTML in one language: the root names it, the preamble is a ``header``, articles 
 import re
 from dataclasses import dataclass
 
-from lxml import html
+from lxml import etree, html  # pyright: ignore[reportAttributeAccessIssue]
 
 from moesaic.core.errors import DataError
 
@@ -44,7 +44,10 @@ class Declaration:
 
 def parse_udhr(page: str, *, name: str) -> Declaration:
     """Read one page. Raises DataError when it is not a declaration or has no article."""
-    root = html.document_fromstring(page)
+    try:
+        root = html.document_fromstring(page.encode(), parser=html.HTMLParser(encoding="utf-8"))
+    except etree.ParserError as error:
+        raise DataError(f"{name}: {error}, expected an HTML page") from error
     articles: dict[int, tuple[str, ...]] = {}
     for section in root.iter("header", "article"):
         number = section.get("data-number", "") if section.tag == "article" else str(PREAMBLE)

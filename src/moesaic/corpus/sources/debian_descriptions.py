@@ -18,12 +18,7 @@ from moesaic.corpus.languages import ENGLISH, resolve_locale
 from moesaic.corpus.pair import Pair
 from moesaic.corpus.readers.text_lines import read_lines
 from moesaic.corpus.sources.apt import run_apt
-from moesaic.corpus.sources.text_source import (
-    LanguageFilter,
-    Progress,
-    SourceFile,
-    TextSource,
-)
+from moesaic.corpus.sources.text_source import LanguageFilter, Progress, SourceFile, TextSource
 
 ORIGIN = "debian-descriptions"
 LICENCE = "see Debian's package descriptions"

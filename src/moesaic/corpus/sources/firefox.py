@@ -24,12 +24,7 @@ from moesaic.corpus.sources.apt import (
     fetch_debs,
     packages_of_same_version,
 )
-from moesaic.corpus.sources.text_source import (
-    LanguageFilter,
-    Progress,
-    SourceFile,
-    TextSource,
-)
+from moesaic.corpus.sources.text_source import LanguageFilter, Progress, SourceFile, TextSource
 
 _PACK = re.compile(r"/langpack-([\w-]+)@[^/]+\.xpi$")
 # access keys, window sizes and the like: values that are not texts

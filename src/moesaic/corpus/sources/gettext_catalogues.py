@@ -17,12 +17,7 @@ from moesaic.corpus.sources.package_archives import (
     archive_members,
     fetch_package,
 )
-from moesaic.corpus.sources.text_source import (
-    LanguageFilter,
-    Progress,
-    SourceFile,
-    TextSource,
-)
+from moesaic.corpus.sources.text_source import LanguageFilter, Progress, SourceFile, TextSource
 
 _IN_FOLDER = re.compile(r"(?:^|/)([^/]+)/(?:LC_MESSAGES/)?[^/]+\.(mo|po)$")
 _IN_NAME = re.compile(r"(?:^|/)(?:[\w.]+[-.])?([A-Za-z]{2,3}(?:[_@-]\w+)*)\.(mo|po)$")

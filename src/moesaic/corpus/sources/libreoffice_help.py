@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from lxml import etree, html  # pyright: ignore[reportAttributeAccessIssue]
+
 from moesaic.core.errors import DataError
 from moesaic.corpus.languages import ENGLISH, resolve_locale
-from moesaic.corpus.markup import strip_tags, unescape_entities
 from moesaic.corpus.pair import Pair, RejectedPair
 from moesaic.corpus.readers.keyed_text import KeyedText, pair_by_key
 from moesaic.corpus.sources.apt import (
@@ -21,23 +22,13 @@ from moesaic.corpus.sources.apt import (
     fetch_debs,
     packages_of_same_version,
 )
-from moesaic.corpus.sources.text_source import (
-    LanguageFilter,
-    Progress,
-    SourceFile,
-    TextSource,
-)
+from moesaic.corpus.sources.text_source import LanguageFilter, Progress, SourceFile, TextSource
 
 _PAGE = re.compile(r"/help/[\w-]+/(text/.+\.html)$")
-_BLOCK = re.compile(
-    r'<(p|h[1-6])\s+id="((?:par|hd)_[^"]+)"([^>]*)>(.*?)</\1>', re.DOTALL | re.IGNORECASE
-)
-_CODE = re.compile(r'class="[^"]*code[^"]*"')
-_SPAN = re.compile(r"<(/?)span\b([^>]*)>")
-_HIDDEN = re.compile(r'\bhidden="true"')
-_DEFAULT = re.compile(r'\bid="default')
-_INLINE = re.compile(r'<(?:span\b[^>]*\bclass="([\w ]+)"|(a)\s[^>]*\bhref=|(sup|sub)\b)')
-_LAYOUT = ("switchinline", "avis")  # wrappers without a meaning
+_BLOCKS = ("p", "h1", "h2", "h3", "h4", "h5", "h6")
+_HIDDEN_VARIANTS = etree.XPath('.//span[@hidden="true"][not(starts-with(@id, "default"))]')
+_INLINE = etree.XPath(".//span[@class] | .//a[@href] | .//sup | .//sub")
+_WRAPPERS = ("switchinline", "avis")  # spans without a meaning
 
 
 def parse_help_page(page: str) -> Iterator[KeyedText]:
@@ -45,43 +36,27 @@ def parse_help_page(page: str) -> Iterator[KeyedText]:
 
     Never raises: other elements are skipped.
     """
-    for match in _BLOCK.finditer(page):
-        _, key, attributes, inner = match.groups()
-        if _CODE.search(attributes):
+    try:
+        root = html.document_fromstring(page.encode(), parser=html.HTMLParser(encoding="utf-8"))
+    except etree.ParserError:  # an empty page
+        return
+    for block in root.iter(*_BLOCKS):
+        key = block.get("id", "")
+        if not key.startswith(("par_", "hd_")) or "code" in block.get("class", ""):
             continue
-        shown = _without_variants(inner)
-        text = " ".join(unescape_entities(strip_tags(shown)).split())
+        for span in _HIDDEN_VARIANTS(block):
+            span.drop_tree()
+        for line_break in block.iter("br"):
+            line_break.tail = f" {line_break.tail or ''}"
+        text = " ".join(block.text_content().split())
         if text:
-            yield KeyedText(key, text, _inline_elements(shown))
+            yield KeyedText(key, text, _inline_elements(block))
 
 
-def _without_variants(inner: str) -> str:
-    """Remove hidden spans, except for the default variant, with their content."""
-    if "hidden=" not in inner:
-        return inner
-    kept: list[str] = []
-    at, depth, hidden = 0, 0, 0  # hidden: depth of the outermost removed span
-    for match in _SPAN.finditer(inner):
-        if not hidden:
-            kept.append(inner[at : match.start()])
-        at = match.end()
-        if match[1]:
-            closes = hidden == depth
-            hidden = 0 if closes else hidden
-            depth -= 1
-            kept += [] if closes or hidden else [match[0]]
-            continue
-        depth += 1
-        if not hidden and _HIDDEN.search(match[2]) and not _DEFAULT.search(match[2]):
-            hidden = depth
-        elif not hidden:
-            kept.append(match[0])
-    return "".join([*kept, "" if hidden else inner[at:]])
-
-
-def _inline_elements(shown: str) -> tuple[str, ...]:
-    found = Counter(next(g for g in m.groups() if g) for m in _INLINE.finditer(shown))
-    return tuple(f"{name} {n}" for name, n in sorted(found.items()) if name not in _LAYOUT)
+def _inline_elements(block: html.HtmlElement) -> tuple[str, ...]:
+    """Return the inline elements with their counts, sorted; spans by class."""
+    found = Counter(element.get("class") or element.tag for element in _INLINE(block))
+    return tuple(f"{name} {n}" for name, n in sorted(found.items()) if name not in _WRAPPERS)
 
 
 class LibreOfficeHelp(TextSource):

@@ -103,7 +103,7 @@ def _pip_download(requirement: str, *, folder: Path) -> str:
             ]
             errors = _run(command, timeout_s=_PIP_TIMEOUT_S)
             lines = [x.removeprefix("ERROR: ") for x in errors if not x.startswith("WARNING")]
-            problem = "; ".join(lines[-2:])
+            problem = "; ".join((lines or errors)[-2:])
             if not problem:
                 for path in Path(part).iterdir():
                     path.replace(folder / path.name)

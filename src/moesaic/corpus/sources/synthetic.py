@@ -14,12 +14,7 @@ from pydantic import Field
 
 from moesaic.corpus.languages import ENGLISH, resolve_language
 from moesaic.corpus.pair import Pair
-from moesaic.corpus.sources.text_source import (
-    LanguageFilter,
-    Progress,
-    SourceFile,
-    TextSource,
-)
+from moesaic.corpus.sources.text_source import LanguageFilter, Progress, SourceFile, TextSource
 
 VERBS = [
     *("open", "close", "save", "delete", "copy", "move", "print", "show", "hide", "share"),
