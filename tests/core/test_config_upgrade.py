@@ -46,9 +46,7 @@ def test_an_upgraded_config_has_nothing_to_rename() -> None:
 
 
 def test_every_new_name_exists() -> None:
-    configs = {
-        c.__name__: c for c in _subclasses(Config) if c.__module__.startswith("moesaic.")
-    }
+    configs = {c.__name__: c for c in _subclasses(Config) if c.__module__.startswith("moesaic.")}
     assert all(issubclass(configs[name], Choice) for name in RENAMED_KINDS.values())
     assert set(SECTIONS.values()) <= set(configs)
     for owner, keys in RENAMED_KEYS.items():
