@@ -1,7 +1,7 @@
-"""Our MoE layer on a CPU against the goals it was built for: `moesaic bench layer`, four shapes.
+"""MoE layer on a CPU against its goals: `moesaic bench layer` for four shapes.
 
-Each run is one call of the same machinery; runs named on the command line are measured again and
-replace those in the result file, the others stay. Every run holds its own machine and commit.
+Runs named on the command line are measured again and replace those in the result file, the others
+stay. Every run records its machine and commit.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/layer_cpu.py            all of them
     OMP_WAIT_POLICY=PASSIVE python benchmarks/layer_cpu.py A-forward C-forward-1
@@ -20,11 +20,11 @@ from moesaic.bench.layer_benchmark import LayerBenchmark, run_layer_benchmark
 from moesaic.bench.layer_workload import LAYER_SHAPES
 
 BOTH = "forward+backward"
-RIVALS = ("dense-compiled", "unfused", "unfused-grouped_mm", "hf", "deepspeed")
+OTHERS = ("dense-compiled", "unfused", "unfused-grouped_mm", "hf", "deepspeed")
 FEW = ("unfused", "hf", "deepspeed")
 
 
-def questions(*, rounds: int) -> dict[str, LayerBenchmark]:
+def benchmarks(*, rounds: int) -> dict[str, LayerBenchmark]:
     made: dict[str, LayerBenchmark] = {}
     for name in "ABD":
         variants = ("moesaic-zipf", "moesaic-bfloat16") if name == "A" else ("moesaic-zipf",)
@@ -32,7 +32,7 @@ def questions(*, rounds: int) -> dict[str, LayerBenchmark]:
             made[f"{name}-{passes}"] = LayerBenchmark(
                 LAYER_SHAPES[name],
                 passes=passes,
-                against=(*RIVALS, *variants),
+                against=(*OTHERS, *variants),
                 threads=2,
                 rounds=rounds,
             )
@@ -58,7 +58,7 @@ def questions(*, rounds: int) -> dict[str, LayerBenchmark]:
 
 @dataclass(frozen=True)
 class Goal:
-    """In a run, a ratio that should be at most, or at least, so much."""
+    """A bound of a ratio in a run."""
 
     run: str
     what: str
@@ -68,8 +68,8 @@ class Goal:
 
     def judge(self, runs: dict[str, Any]) -> dict[str, Any] | None:
         try:
-            value = self.read(runs[self.run]["contenders"])
-        except KeyError:  # the run or the contender is not there
+            value = self.read(runs[self.run]["implementations"])
+        except KeyError:  # the run or the implementation is missing
             return None
         met = value <= self.most if self.most is not None else value >= (self.least or 0)
         wanted = f"<= {self.most}" if self.most is not None else f">= {self.least}"
@@ -108,8 +108,8 @@ def goals() -> list[Goal]:
     for passes in ("forward", BOTH):
         half = of_ours("moesaic-bfloat16")
         found.append(Goal(f"A-{passes}", "bfloat16 weights of float32", half, most=1.25))
-    kept = "saved bytes of x and pre-activation"
-    found += [Goal(f"{name}-{BOTH}", kept, saved(name), most=1.05) for name in "ABD"]
+    memory = "saved bytes of x and pre-activation"
+    found += [Goal(f"{name}-{BOTH}", memory, saved(name), most=1.05) for name in "ABD"]
     run = "C-forward-1"
     found += [
         Goal(run, "of reading the weights", of_reading, most=1.7),
@@ -126,12 +126,12 @@ def main() -> None:
     here = Path(__file__).parent
     parser.add_argument("--out", type=Path, default=here / "results" / "layer_cpu.json")
     options = parser.parse_args()
-    known = questions(rounds=options.rounds)
+    known = benchmarks(rounds=options.rounds)
     runs = json.loads(options.out.read_text())["runs"] if options.out.is_file() else {}
     for name in options.runs or known:
         runs[name] = run_layer_benchmark(known[name])
     result = {
-        "question": "an MoE layer beside a dense one of as many rows, and beside other libraries",
+        "question": "an MoE layer against a dense one of as many rows, and against other libraries",
         "goals": [judged for goal in goals() if (judged := goal.judge(runs))],
         "runs": {name: runs[name] for name in known if name in runs},
     }

@@ -2,14 +2,17 @@
 
 import functools
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import cast
+
+import numpy as np
 
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.pair import Pair, Text
 from moesaic.data.loader import DataReplica, Loader, LoaderConfig
 from moesaic.data.mixture import MixtureConfig, WeightedTask
+from moesaic.data.ragged import Ragged
 from moesaic.data.tasks import Denoising, Translation
 from moesaic.data.token_shard_writer import write_shards
 from moesaic.data.token_shards import TokenShards
@@ -103,3 +106,12 @@ def rows(batch) -> list[tuple]:
         labels = (batch.task[i], batch.source_language[i], batch.target_language[i])
         found.append((*texts, *(int(x) for x in labels)))
     return sorted(found)
+
+
+def ragged(rows: Sequence[Sequence[int]]) -> Ragged:
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    return Ragged(np.array([token for row in rows for token in row], dtype=np.int64), lengths)
+
+
+def lists(rows: Ragged) -> list[list[int]]:
+    return [part.tolist() for part in np.split(rows.tokens, np.cumsum(rows.lengths)[:-1])]

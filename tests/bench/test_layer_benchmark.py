@@ -1,4 +1,4 @@
-"""All contenders compute the same layer, and the answer holds what its table needs."""
+"""All implementations compute the same layer, and the result has what its table needs."""
 
 import importlib.util
 
@@ -48,18 +48,18 @@ def test_another_library_gives_our_answer_or_says_how_to_install_it(name):
         )
 
 
-def test_a_question_is_answered_with_ratios_bytes_and_the_machine():
+def test_a_result_has_ratios_bytes_and_the_machine():
     found = run_layer_benchmark(
         LayerBenchmark(TINY, against=["unfused", "hf-eager"], rounds=2, threads=1)
     )
-    rows = found["contenders"]
+    rows = found["implementations"]
     assert {"dense", "moesaic", "unfused-sequential"} <= rows.keys()
     assert found["dense"] == "dense"
     assert rows["dense"]["of_dense"]["median"] == 1.0
     assert rows["moesaic"]["of_moesaic"]["median"] == 1.0
     assert rows["unfused-sequential"]["differs_by"] < 1e-3
     assert rows["moesaic"]["saved_bytes"] >= found["least_saved_bytes"] == 4 * TINY.min_saved_values
-    assert {*rows, *found["absent"]} == set(found["question"]["against"])
+    assert {*rows, *found["unavailable"]} == set(found["settings"]["against"])
     assert found["machine"]["load_before"] >= 0
 
 
@@ -71,18 +71,18 @@ def test_few_rows_per_expert_are_compared_with_reading_the_weights():
         LayerBenchmark(LAYER_SHAPES["A"], passes="forward")
     )
     found = run_layer_benchmark(LayerBenchmark(TINY, passes="forward", against=[], rounds=1))
-    assert found["contenders"]["read-weights"]["of_dense"]["median"] > 0
-    assert found["contenders"]["read-weights"]["differs_by"] is None
+    assert found["implementations"]["read-weights"]["of_dense"]["median"] > 0
+    assert found["implementations"]["read-weights"]["differs_by"] is None
 
 
 def test_threads_are_given_back():
     before = torch.get_num_threads()
     found = run_layer_benchmark(LayerBenchmark(TINY, against=[], rounds=1, threads=before + 1))
-    assert found["question"]["threads"] == before + 1
+    assert found["settings"]["threads"] == before + 1
     assert torch.get_num_threads() == before
 
 
-def test_an_unknown_contender_is_refused_with_the_known_ones():
+def test_an_unknown_implementation_is_refused_with_the_known_ones():
     with pytest.raises(UserError, match="deepspeed"):
         implementation_names(LayerBenchmark(TINY, against=["depspeed"]))
 

@@ -5,7 +5,7 @@ from moesaic.bench.paired_timing import fastest, measure_in_turns, ratio_between
 
 
 class Clock:
-    """Time passes only when a contender says so."""
+    """A clock that only implementations advance."""
 
     def __init__(self, monkeypatch) -> None:
         self.now = 0.0
@@ -18,7 +18,7 @@ class Clock:
         return run
 
 
-def test_a_contender_of_half_the_speed_has_ratio_two(monkeypatch):
+def test_an_implementation_of_half_the_speed_has_ratio_two(monkeypatch):
     clock = Clock(monkeypatch)
     laps = measure_in_turns(
         {"dense": clock.takes(1.0), "slow": clock.takes(2.0), "quick": clock.takes(0.5)},
@@ -48,7 +48,7 @@ def test_a_machine_that_slows_down_changes_no_ratio(monkeypatch):
     assert max(laps["other"].seconds.values()) > 1.2 * min(laps["other"].seconds.values())
 
 
-def test_a_very_slow_contender_gets_three_rounds(monkeypatch):
+def test_a_very_slow_implementation_gets_three_rounds(monkeypatch):
     clock = Clock(monkeypatch)
     runs = {"dense": clock.takes(1.0), "snail": clock.takes(50.0), "other": clock.takes(1.0)}
     laps = measure_in_turns(runs, baseline="dense", rounds=6)
@@ -57,12 +57,12 @@ def test_a_very_slow_contender_gets_three_rounds(monkeypatch):
     assert ratio_between(laps["snail"], laps["other"]).median == 50.0
 
 
-def test_the_pacer_is_the_fastest_of_those_that_may_be(monkeypatch):
+def test_the_baseline_is_the_fastest_of_those_that_may_be(monkeypatch):
     clock = Clock(monkeypatch)
     runs = {"a": clock.takes(3.0), "b": clock.takes(2.0), "c": clock.takes(1.0)}
     assert fastest(runs, among=["a", "b"]) == "b"
 
 
-def test_the_pacer_alone_is_measured_too(monkeypatch):
+def test_the_baseline_alone_is_measured_too(monkeypatch):
     laps = measure_in_turns({"dense": Clock(monkeypatch).takes(1.0)}, baseline="dense", rounds=2)
     assert ratio_to_baseline(laps["dense"], laps["dense"]).median == 1.0

@@ -313,8 +313,8 @@ def test_flat_is_readable() -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("dim: 4\ndim: 8", 'the key "dim" stands twice'),
-        ("dim: 4\nnorm: {kind: RMSNorm, eps: 1, eps: 2}", 'the key "eps" stands twice'),
+        ("dim: 4\ndim: 8", 'the key "dim" is repeated'),
+        ("dim: 4\nnorm: {kind: RMSNorm, eps: 1, eps: 2}", 'the key "eps" is repeated'),
         ("dim: [", "not valid YAML"),
         ("- dim", "expected a mapping of Model fields"),
         ("", "expected a mapping of Model fields"),

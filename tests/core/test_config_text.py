@@ -29,7 +29,7 @@ def test_yaml_keeps_the_order_and_the_script() -> None:
 
 
 def test_yaml_says_where_a_key_stands_twice() -> None:
-    with pytest.raises(ConfigError, match=r'"b" stands twice.*line 2'):
+    with pytest.raises(ConfigError, match=r'"b" is repeated.*line 2'):
         read_yaml("a:\n  b: 1\n  b: 2\n")
 
 

@@ -2,6 +2,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from similarity import jaccard
 
 from moesaic.core.errors import UserError
 from moesaic.corpus import spill
@@ -23,7 +24,6 @@ from moesaic.corpus.split import (
     DropNearDuplicates,
     HeldOutDomain,
     SplitConfig,
-    jaccard,
     split_key,
 )
 

@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from similarity import jaccard
 
 from moesaic.core.errors import ConfigError
 from moesaic.corpus.split import (
@@ -8,7 +9,6 @@ from moesaic.corpus.split import (
     KeepNearDuplicates,
     SplitConfig,
     character_trigrams,
-    jaccard,
 )
 
 WORDS = ["open", "opens", "close", "file", "files", "the", "a", "page", "pages", "in", ""]

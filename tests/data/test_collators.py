@@ -2,13 +2,13 @@
 
 import numpy as np
 
+import pipeline_cases as cases
 from moesaic.data.collators import (
     DecoderOnlyCollator,
     EncoderDecoderCollator,
     RowLengths,
     TokenizedSamples,
 )
-from moesaic.data.ragged import Ragged
 from moesaic.data.tokenizer import EOS
 
 DE, EN = 6, 7
@@ -18,8 +18,8 @@ def samples(source, target) -> TokenizedSamples:
     rows = len(source)
     full = [np.full(rows, n, dtype=np.int64) for n in (0, 1, 0, EN, DE)]
     return TokenizedSamples(
-        Ragged.from_lists(source),
-        Ragged.from_lists(target),
+        cases.ragged(source),
+        cases.ragged(target),
         *full,
         key=np.arange(rows, dtype=np.uint64),
     )

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pipeline_cases as cases
 from moesaic.data.numpy_counter_rng import random_bits
-from moesaic.data.ragged import Ragged
 from moesaic.data.tasks import Denoising
 from moesaic.data.text_noise import DeleteTokens, InfillSpans, MaskTokens, ShuffleTokens
 from moesaic.data.tokenizer import MASK
@@ -16,9 +16,9 @@ ROWS = st.lists(st.lists(st.integers(10, 99), max_size=40), max_size=12)
 
 
 def damaged(noise, rows: list[list[int]], *, seed: int = 0) -> list[list[int]]:
-    ragged, key = Ragged.from_lists(rows), random_bits(seed, np.arange(len(rows)))
+    ragged, key = cases.ragged(rows), random_bits(seed, np.arange(len(rows)))
     call = noise.corrupt_source if isinstance(noise, Denoising) else noise
-    return call(ragged, key=key).to_lists() if rows else []
+    return cases.lists(call(ragged, key=key)) if rows else []
 
 
 @pytest.mark.parametrize("noise", NOISES, ids=lambda noise: type(noise).__name__)
@@ -36,14 +36,13 @@ def test_the_noise_of_a_row_is_independent_of_other_rows(noise):
     rows = [list(range(10, 10 + n)) for n in (5, 0, 17, 1, 40)]
     key = random_bits(7, np.arange(len(rows)))
     call = noise.corrupt_source if isinstance(noise, Denoising) else noise
-    together = call(Ragged.from_lists(rows), key=key).to_lists()
+    together = cases.lists(call(cases.ragged(rows), key=key))
     alone = [
-        call(Ragged.from_lists([r]), key=key[i : i + 1]).to_lists()[0] for i, r in enumerate(rows)
+        cases.lists(call(cases.ragged([r]), key=key[i : i + 1]))[0] for i, r in enumerate(rows)
     ]
     assert together == alone
     assert (
-        call(Ragged.from_lists(rows), key=random_bits(8, np.arange(len(rows)))).to_lists()
-        != together
+        cases.lists(call(cases.ragged(rows), key=random_bits(8, np.arange(len(rows))))) != together
     )
 
 

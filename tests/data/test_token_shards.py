@@ -12,7 +12,7 @@ from moesaic.data.token_shards import DATA_FILES, TokenShards
 
 
 def texts_of(numbers) -> list[str]:
-    return [cases.tokenizer().decode(row) for row in cases.shards().gather(numbers).to_lists()]
+    return [cases.tokenizer().decode(row) for row in cases.lists(cases.shards().gather(numbers))]
 
 
 def test_pairs_are_read_as_in_the_corpus():

@@ -16,12 +16,12 @@ from moesaic.distributed.hang_report import HangReport, LostRankError
 from moesaic.distributed.heartbeat import DEFAULT_GROUP, HeartbeatFile
 
 
-class Found:
+class FakeWatchdog:
     """A watchdog whose report is constant."""
 
     def __init__(self) -> None:
         self.heartbeat_file = HeartbeatFile()
-        self.told: list[str] = []
+        self.posted: list[str] = []
         self.causes: list[str] = []
 
     def start(self) -> None: ...
@@ -29,7 +29,7 @@ class Found:
     def close(self) -> None: ...
 
     def post_failure(self, text: str) -> None:
-        self.told.append(text)
+        self.posted.append(text)
 
     def report_hang(self, cause: str) -> HangReport:
         self.causes.append(cause)
@@ -37,8 +37,8 @@ class Found:
 
 
 @pytest.fixture
-def found(monkeypatch: pytest.MonkeyPatch) -> Found:
-    watchdog = Found()
+def found(monkeypatch: pytest.MonkeyPatch) -> FakeWatchdog:
+    watchdog = FakeWatchdog()
     here = FlightRecorder()
     here.open(watchdog)  # pyright: ignore[reportArgumentType]
     monkeypatch.setattr(flight_recorder, "FLIGHT_RECORDER", here)
@@ -54,7 +54,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Found:
         "NCCL error: remote process exited or there was a network error",
     ],
 )
-def test_an_error_about_a_lost_rank_names_it(found: Found, words: str) -> None:
+def test_an_error_about_a_lost_rank_names_it(found: FakeWatchdog, words: str) -> None:
     mark_phase("forward", step=2)
     with (
         pytest.raises(LostRankError, match="rank 3 is gone") as caught,
@@ -66,7 +66,7 @@ def test_an_error_about_a_lost_rank_names_it(found: Found, words: str) -> None:
     assert found.heartbeat_file.read().in_collective, "the others must see where this rank waited"
 
 
-def test_other_errors_are_unchanged(found: Found) -> None:
+def test_other_errors_are_unchanged(found: FakeWatchdog) -> None:
     with pytest.raises(RuntimeError, match="shape"), record_collective("all_reduce"):
         raise RuntimeError("shape [2] does not match [3]")
     with pytest.raises(KeyError), record_collective("all_reduce"):
@@ -79,16 +79,16 @@ def test_without_a_watchdog_no_error_is_changed() -> None:
         raise RuntimeError("Timed out")
 
 
-def test_a_failure_is_posted_to_the_other_ranks(found: Found) -> None:
+def test_a_failure_is_posted_to_the_other_ranks(found: FakeWatchdog) -> None:
     error = ValueError("no")
     assert flight_recorder.FLIGHT_RECORDER.report_failure(error) is error
-    assert found.told == ["ValueError: no"]
+    assert found.posted == ["ValueError: no"]
     lost = flight_recorder.FLIGHT_RECORDER.report_failure(RuntimeError("Connection reset by peer"))
     assert isinstance(lost, LostRankError)
-    assert found.told == ["ValueError: no"], "one that lost its peers is no cause"
+    assert found.posted == ["ValueError: no"], "one that lost its peers is no cause"
 
 
-def test_time_in_collectives_is_counted(found: Found) -> None:
+def test_time_in_collectives_is_counted(found: FakeWatchdog) -> None:
     with record_collective("all_reduce"):
         time.sleep(0.02)
     with record_collective("broadcast"):

@@ -26,9 +26,9 @@ def test_the_command_is_parsed_by_bash_and_torchrun() -> None:
     script = run.replace('cd "$SHARED"', "").replace("torchrun", "printf '%s\\n'")
     addresses = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_TASK_ID": "sky-7"}
     environment = {"PATH": "/usr/bin:/bin", "SHARED": "/shared", **addresses}
-    said = subprocess.run(
+    output = subprocess.run(
         ["bash", "-c", script], capture_output=True, text=True, check=True, env=environment
     )
-    arguments = parsed(["torchrun", *said.stdout.splitlines()])
+    arguments = parsed(["torchrun", *output.stdout.splitlines()])
     assert_starts_the_job(arguments, identity="sky-7", endpoint="10.0.0.1:29500")
     assert shell_command(run)[0] == "torchrun"

@@ -19,8 +19,8 @@ def _sleep() -> None:
 
 
 def _until(pid: int, state: str) -> str:
-    late = time.monotonic() + 10
-    while process_state(pid) != state and time.monotonic() < late:
+    deadline = time.monotonic() + 10
+    while process_state(pid) != state and time.monotonic() < deadline:
         time.sleep(0.005)
     return process_state(pid)
 
@@ -50,40 +50,40 @@ def _watchdogs(timeout_s: float) -> tuple[list[Watchdog], distributed.TCPStore]:
     return made, server
 
 
-def _said_while_rank_1_is_away(monkeypatch: pytest.MonkeyPatch, *, inside: bool) -> list[str]:
-    said: list[str] = []
-    monkeypatch.setattr(watchdog_module, "_print_stderr", said.append)
-    (here, there), server = _watchdogs(timeout_s=1.0)
-    here.start()
-    there.start()
-    for watchdog in (here, there):
+def _printed_while_rank_1_is_late(monkeypatch: pytest.MonkeyPatch, *, inside: bool) -> list[str]:
+    printed: list[str] = []
+    monkeypatch.setattr(watchdog_module, "_print_stderr", printed.append)
+    (first, second), server = _watchdogs(timeout_s=1.0)
+    first.start()
+    second.start()
+    for watchdog in (first, second):
         watchdog.heartbeat_file.mark_phase("forward", step=3)
-    here.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
+    first.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
     if not inside:
-        here.heartbeat_file.end_collective()
-    late = time.monotonic() + 10
-    while not said and time.monotonic() < late:
+        first.heartbeat_file.end_collective()
+    deadline = time.monotonic() + 10
+    while not printed and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.5)
-    here.close()
-    there.close()
+    first.close()
+    second.close()
     del server
-    return said
+    return printed
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["as with gloo", "as with NCCL"])
 def test_a_lost_rank_is_printed_at_half_of_the_timeout(
     monkeypatch: pytest.MonkeyPatch, inside: bool
 ) -> None:
-    (warning,) = _said_while_rank_1_is_away(monkeypatch, inside=inside)
+    (warning,) = _printed_while_rank_1_is_late(monkeypatch, inside=inside)
     assert "no progress for" in warning
     assert "rank 1 did not reach all_reduce #1 (step 3, forward)" in warning
     assert ("where rank 0 waited" in warning) == inside
 
 
 def test_working_ranks_print_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(watchdog_module, "_print_stderr", said.append)
+    printed: list[str] = []
+    monkeypatch.setattr(watchdog_module, "_print_stderr", printed.append)
     watchdogs, server = _watchdogs(timeout_s=0.4)
     for watchdog in watchdogs:
         watchdog.start()
@@ -92,20 +92,20 @@ def test_working_ranks_print_no_warning(monkeypatch: pytest.MonkeyPatch) -> None
     for watchdog in watchdogs:
         watchdog.close()
     del server
-    assert said == []
+    assert printed == []
 
 
 def test_all_ranks_raise_the_report_of_the_first() -> None:
-    (here, there), server = _watchdogs(timeout_s=1.0)
-    here.start()
-    there.start()
-    here.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
-    first = here.report_hang("first")
-    there.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
-    assert there.report_hang("second") == first
-    assert first.ranks == (1,)
-    here.close()
-    there.close()
+    (first, second), server = _watchdogs(timeout_s=1.0)
+    first.start()
+    second.start()
+    first.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
+    expected = first.report_hang("first")
+    second.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
+    assert second.report_hang("second") == expected
+    assert expected.ranks == (1,)
+    first.close()
+    second.close()
     del server
 
 
@@ -114,24 +114,24 @@ def test_a_rank_of_another_machine_is_silent_without_new_heartbeats(
 ) -> None:
     names = iter(["here 1", "there 2"])
     monkeypatch.setattr(watchdog_module, "_machine_id", lambda: next(names))
-    (here, there), server = _watchdogs(timeout_s=1.0)
-    here.start()
-    there.start()
-    here.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
-    assert "is alive but makes no progress" in here._find_lost_ranks().sentence
-    there.close()
-    sentence = here._find_lost_ranks().sentence
+    (first, second), server = _watchdogs(timeout_s=1.0)
+    first.start()
+    second.start()
+    first.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
+    assert "is alive but makes no progress" in first._find_lost_ranks().sentence
+    second.close()
+    sentence = first._find_lost_ranks().sentence
     assert f"its process {os.getpid()} on there sends no heartbeat" in sentence
-    here.close()
+    first.close()
     del server
 
 
 def test_a_store_that_does_not_answer_is_reported() -> None:
-    (here, _), server = _watchdogs(timeout_s=1.0)
-    here.heartbeat_file.mark_phase("forward", step=3)
-    here.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
+    (first, _), server = _watchdogs(timeout_s=1.0)
+    first.heartbeat_file.mark_phase("forward", step=3)
+    first.heartbeat_file.begin_collective("all_reduce", group=DEFAULT_GROUP)
     del server
-    report = here.report_hang("it said so")
+    report = first.report_hang("timed out")
     assert report.ranks == ()
     assert "rank 0 lost its peers in all_reduce #1 (step 3, forward)" in report.sentence
     assert "does not answer" in report.sentence

@@ -49,7 +49,14 @@ def test_the_files_of_a_token_are_called_in_this_order_and_none_twice(tmp_path):
     rows = ROW.findall(TEXT)
     files = [file for file, _ in rows]
     assert len(files) == len(set(files)) >= 30
-    quiet = ["--set", "steps=20", "--set", "validation.every=0", "--set", "log.routing_probe_every=0"]
+    quiet = [
+        "--set",
+        "steps=20",
+        "--set",
+        "validation.every=0",
+        "--set",
+        "log.routing_probe_every=0",
+    ]
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", RECORD, *quiet],

@@ -8,7 +8,6 @@ import pytest
 from moesaic.core.errors import UserError
 from moesaic.corpus.corpus_recipes import NAMED_CORPORA
 from moesaic.corpus.readers.udhr_page import parse_udhr
-from moesaic.corpus.sources.text_source import ignore_progress
 from moesaic.evaluate.testset import udhr_testsets
 
 # code: language tag, preamble, article 1, article 2 (a list)

@@ -16,8 +16,9 @@ class DropOne(Limit):
 
     edge: int
 
-    def __call__(self, routing: Routing, *, gate: RouterContext, ranks: BatchGroup) -> Routing:
-        del gate, ranks
+    def __call__(
+        self, routing: Routing, _router: RouterContext, _batch_group: BatchGroup, /
+    ) -> Routing:
         return routing.drop(torch.arange(routing.expert.numel()) == self.edge)
 
 

@@ -1,4 +1,4 @@
-"""Dropout of a model: other channels for every token, layer and side, the same every time."""
+"""Dropout masks differ by token, layer and epoch, and are the same in every pass."""
 
 from dataclasses import replace
 from itertools import combinations
@@ -17,7 +17,7 @@ def _kept(*, name: str = "a", context: TokenContext | None = None) -> torch.Tens
     return Dropout(0.5, name=name)(ONES, context=context or TokenContext.unbatched(6))
 
 
-def test_tokens_layers_and_draws_lose_different_channels() -> None:
+def test_tokens_layers_and_epochs_drop_different_channels() -> None:
     here = TokenContext.unbatched(6)
     others = [
         _kept(name="b"),
@@ -30,12 +30,12 @@ def test_tokens_layers_and_draws_lose_different_channels() -> None:
     assert torch.equal(_kept(), _kept())
 
 
-def test_nothing_is_lost_outside_training_or_at_rate_zero() -> None:
+def test_nothing_is_dropped_outside_training_or_at_rate_zero() -> None:
     assert Dropout(0.5, name="a").eval()(ONES, context=TokenContext.unbatched(6)) is ONES
     assert Dropout(0.0, name="a")(ONES, context=TokenContext.unbatched(6)) is ONES
 
 
-def test_no_two_places_of_a_model_share_a_name() -> None:
+def test_dropout_names_are_unique_in_a_model() -> None:
     model = Transformer(tiny_model_config(layers=3).replace(dropout=0.1))
     names = [module.name for module in model.modules() if isinstance(module, Dropout)]
     assert len(names) == len(set(names)) == 1 + 3 * 2 + 3 * 3

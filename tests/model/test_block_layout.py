@@ -1,4 +1,4 @@
-"""Branches of a block run one after the other, or all on one norm of its input."""
+"""Branches of a block run in sequence, or in parallel on one norm of its input."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_a_parallel_block_adds_all_branches_of_one_norm():
         torch.testing.assert_close(seen[name][0][0], read)
 
 
-def test_a_serial_block_feeds_each_branch_what_the_one_before_wrote():
+def test_a_sequential_block_feeds_each_branch_the_output_of_the_one_before():
     model = Transformer(DENSE.replace(encoder=NONE))
     block = model.decoder[0]
     seen = _seen(model, block)
@@ -55,7 +55,7 @@ def test_a_serial_block_feeds_each_branch_what_the_one_before_wrote():
     torch.testing.assert_close(after.x, between + seen["feed_forward.inner"][2])
 
 
-def test_a_source_is_looked_at_from_the_same_norm():
+def test_cross_attention_reads_the_same_norm():
     model = Transformer(DENSE.replace(block_layout=ParallelResidual()))
     seen = _seen(model, model.decoder[0])
     (stream,), _, after = seen["block"]
@@ -75,7 +75,7 @@ def test_norms_are_counted(branches):
     assert serial.total - parallel.total == gone * DENSE.dim
 
 
-def test_attention_experts_multiply_what_attention_costs():
+def test_attention_experts_multiply_the_cost_of_attention():
     plain = count_parameters(DENSE)
     many = count_parameters(DENSE.replace(attention_experts=MixtureOfAttention(experts=3)))
     part = "encoder self-attention"

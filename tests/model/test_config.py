@@ -43,7 +43,7 @@ def test_a_shape_that_does_not_fit_is_refused_with_its_numbers(changes, message)
         BASE.replace(**changes)
 
 
-def test_experts_stand_in_every_kth_block():
+def test_every_kth_block_has_experts():
     stack = Stack(layers=6, moe_every=3)
     assert [i for i in range(6) if BASE.routed_moe_of_layer(stack, layer=i)] == [2, 5]
     assert not any(
@@ -52,7 +52,7 @@ def test_experts_stand_in_every_kth_block():
     assert not any(BASE.replace(moe=NoMoE()).routed_moe_of_layer(stack, layer=i) for i in range(6))
 
 
-def test_a_pyramid_gives_each_sparse_block_its_own_number_of_experts():
+def test_a_pyramid_gives_each_moe_layer_its_own_number_of_experts():
     pyramid = Stack(layers=4, moe_every=2, experts_per_layer=(2, 8))
     config = BASE.replace(encoder=pyramid, moe=MoE(experts=3, select=SwitchTop1()))
     counts = [config.routed_moe_of_layer(pyramid, layer=layer) for layer in range(4)]
@@ -75,7 +75,7 @@ def test_the_first_blocks_may_stay_dense():
     )
 
 
-def test_a_memory_stands_where_experts_would_but_is_no_mixture():
+def test_a_product_key_memory_replaces_the_experts_of_a_block():
     config = BASE.replace(moe=ProductKeyMemory(keys_per_side=4, slots=2))
     assert config.moe_of_layer(config.encoder, layer=1) == config.moe
     assert config.moe_of_layer(config.encoder, layer=0) == NoMoE()
@@ -93,6 +93,6 @@ def test_building_twice_from_one_seed_gives_one_model():
         assert torch.equal(a, b)
 
 
-def test_experts_are_where_the_config_says():
+def test_moe_layers_are_in_the_blocks_of_the_config():
     names = [m.name for m in Transformer(BASE).modules() if isinstance(m, MoELayer)]
     assert names == ["encoder.1", "decoder.0", "decoder.1"]

@@ -1,4 +1,4 @@
-"""Generation forces the first token, forbids what it is told to, and leaves the model as it was."""
+"""Generation forces the first token, suppresses tokens, and restores the model's mode."""
 
 import pytest
 import torch
@@ -46,12 +46,12 @@ def test_the_mode_of_the_model_is_restored_and_nothing_needs_gradients():
     assert model.training
 
 
-def test_no_sources_have_no_answers():
+def test_an_empty_batch_returns_no_hypotheses():
     model = Transformer(VARIANTS["rotary-top2"])
     none = torch.empty(0, 3, dtype=torch.long)
     assert generate(model, none, tag=torch.empty(0, dtype=torch.long)) == []
 
 
-def test_a_tag_goes_after_the_last_real_token():
+def test_a_tag_is_appended_after_the_last_real_token():
     rows = append_tag(torch.tensor([[5, 6, 0], [5, 6, 7]]), tag=torch.tensor([9, 8]))
     assert rows.tolist() == [[5, 6, 9, 0], [5, 6, 7, 8]]

@@ -1,4 +1,4 @@
-"""Searches over a table of probabilities small enough to list every answer."""
+"""Searches over a table of probabilities small enough to enumerate every hypothesis."""
 
 import itertools
 
@@ -50,7 +50,7 @@ class Table:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_greedy_takes_the_likeliest_token_until_the_end(seed):
+def test_greedy_selects_the_most_probable_token_until_eos(seed):
     table = Table(seed)
     (answer,) = Greedy()(table.problem())[0]
     ids, logits = [], table.first[0]
@@ -65,7 +65,7 @@ def test_greedy_takes_the_likeliest_token_until_the_end(seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_wide_beam_finds_the_best_of_all_answers(seed):
+def test_a_wide_beam_finds_the_best_hypothesis_of_all(seed):
     table = Table(seed)
     size = 600  # wider than the number of prefixes
     (best,) = Beam(size=size, length_penalty=0.0)(table.problem())[0]
@@ -83,18 +83,18 @@ def test_scores_are_log_probabilities_over_length_to_the_penalty(penalty):
         assert answer.score == pytest.approx(answer.log_prob / len(tokens) ** penalty, abs=1e-5)
 
 
-def test_n_best_answers_are_distinct_and_in_order():
+def test_n_best_hypotheses_are_distinct_and_in_order():
     answers = Beam(size=4, n_best=4)(Table(3).problem())[0]
     assert len({answer.ids for answer in answers}) == 4
     assert [a.score for a in answers] == sorted((a.score for a in answers), reverse=True)
 
 
-def test_forbidden_tokens_are_never_said():
+def test_suppressed_tokens_are_never_generated():
     for answer in Beam(size=4, n_best=4)(Table(3).problem(forbidden=(0, 5)))[0]:
         assert not {0, 5} & set(answer.ids)
 
 
-def test_sources_end_at_their_own_limits():
+def test_each_source_ends_at_its_own_limit():
     table = Table(11, sources=3)
     table.table[:, EOS] = -50.0
     table.first[:, EOS] = -50.0
@@ -117,6 +117,6 @@ def test_a_source_does_not_change_another():
         assert Beam(size=3, n_best=2)(alone.problem())[0] == together[source]
 
 
-def test_more_answers_than_the_beam_is_wide_are_refused():
+def test_n_best_above_the_beam_size_is_refused():
     with pytest.raises(ConfigError, match="size=2"):
         Beam(size=2, n_best=3)

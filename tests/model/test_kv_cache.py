@@ -1,4 +1,4 @@
-"""Reordering a cache moves everything a hypothesis has seen."""
+"""Reordering a KV cache moves all keys and values of a hypothesis."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from moesaic.model.transformer import Transformer
 
 
 @pytest.mark.parametrize("name", ["rotary-top2", "only-tag", "decoupled"])
-def test_reordered_rows_go_on_as_if_they_had_been_there(name):
+def test_reordered_rows_decode_as_rows_of_a_new_cache(name):
     model = Transformer(VARIANTS[name]).eval()
     source, prefix = ids(3, [4, 2, 3], width=4), ids(3, [3, 3, 3], width=3)
     order = torch.tensor([2, 0, 0])

@@ -1,4 +1,4 @@
-"""Counting by arithmetic agrees with what is built and with torch's own counter of FLOPs."""
+"""Parameter and FLOP counts agree with built models and with torch's FLOP counter."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_parameters_are_counted_exactly_in_total_and_by_kind(name):
     assert kinds == counted.kinds
 
 
-def test_parts_add_up_and_active_leaves_idle_experts_out():
+def test_parts_add_up_and_active_counts_only_selected_experts():
     counted = count_parameters(BASE)
     assert sum(counted.parts.values()) == counted.total
     experts = counted.parts["encoder experts"] + counted.parts["decoder experts"]
@@ -56,7 +56,7 @@ def test_forward_flops_agree_with_torch(encoder):
     assert count_parameters(config).forward_flops(sizes) == counter.get_total_flops() - unseen
 
 
-def test_experts_cost_what_the_chosen_ones_cost():
+def test_experts_cost_as_much_as_the_selected_ones():
     sizes = BatchDims(rows=1, source=8, target=8)
     dense = count_parameters(BASE.replace(moe=NoMoE())).forward_flops(sizes)
     sparse = count_parameters(BASE).forward_flops(sizes)
@@ -78,7 +78,7 @@ def test_what_every_expert_shares_is_multiplied_once_per_edge():
     assert low_rank.total < count_parameters(BASE).total
 
 
-def test_a_memory_touches_the_rows_that_it_reads():
+def test_a_product_key_memory_counts_the_rows_that_it_reads():
     memory = ProductKeyMemory(keys_per_side=8, slots=6)
     counted = count_parameters(BASE.replace(moe=memory))
     tables = 3 * 64 * sum(memory.value_dims(16))  # in three layers
@@ -90,7 +90,7 @@ def test_training_costs_three_forward_passes():
     assert counted.training_flops_per_token() == 3 * counted.flops_per_token()
 
 
-def test_choices_that_spare_experts_take_are_not_active():
+def test_null_experts_reduce_the_active_parameters():
     whole = count_parameters(BASE)
     spared = count_parameters(
         BASE.replace(moe=BASE.moe.replace(null_experts=ZeroExperts(number=4)))

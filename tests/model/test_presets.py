@@ -1,4 +1,4 @@
-"""Presets exist under their names, say where they come from, and allocate nothing when counted."""
+"""Presets are found by name, have a source, and are counted without allocation."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_a_preset_builds_on_the_meta_device_as_counted(name):
         ("trillion-384", 0.04),
     ],
 )
-def test_the_published_size_is_met(name, apart):
+def test_the_counted_size_is_the_published_size(name, apart):
     made = preset(name)
     assert made.published
     for number in made.published:
@@ -40,7 +40,7 @@ def test_the_published_size_is_met(name, apart):
         assert found == pytest.approx(number.value, rel=apart)
 
 
-def test_the_dense_base_of_zcode_is_known_to_count_less_than_published():
+def test_the_dense_base_of_zcode_counts_less_than_published():
     made = preset("zcode-m3")
     total = count_parameters(made.config).total
     assert "vocab_size" in made.guessed
@@ -53,7 +53,7 @@ def test_doubling_the_experts_doubles_them():
     assert whole.total > 19e9
 
 
-def test_a_pyramid_of_residual_mixtures_has_less_than_a_third_of_the_experts():
+def test_pr_moe_has_less_than_a_third_of_the_experts():
     uniform, pyramid = (
         count_parameters(preset(n).config) for n in ("deepspeed-moe-128", "pr-moe-350m")
     )

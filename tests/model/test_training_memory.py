@@ -1,4 +1,4 @@
-"""Forecast bytes agree with allocated ones; see also the law of that name."""
+"""Estimated bytes agree with allocated ones (see also the law)."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from moesaic.optim.optimizer import AdamW, Muon
 
 @pytest.mark.parametrize("optimizer", [AdamW(), Muon()], ids=["adamw", "muon"])
 @pytest.mark.parametrize("name", ["rotary-top2", "switch-layernorm-sinusoidal-bias"])
-def test_optimizer_state_is_forecast_to_the_byte(name, optimizer):
+def test_estimated_optimizer_state_is_exact(name, optimizer):
     config = VARIANTS[name]
     model = Transformer(config)
     built = optimizer.build(model.named_parameters(), kinds=model.parameter_kinds())

@@ -67,7 +67,7 @@ def test_steps_with_a_cache_equal_the_forward_pass(name):
 
 
 @pytest.mark.parametrize("name", ["rotary-top2", "decoder-only"])
-def test_it_learns_a_batch_by_heart(name):
+def test_it_overfits_a_batch(name):
     torch.manual_seed(1)
     config = VARIANTS[name]
     model, batch = Transformer(config), batch_for(config)

@@ -1,4 +1,4 @@
-"""Weights start from the distributions that the table of ``InitConfig`` states."""
+"""Weights are initialized from the distributions of ``InitConfig``."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ WANTED = {
 }
 
 
-def test_every_kind_starts_with_its_standard_deviation():
+def test_every_kind_is_initialized_with_its_standard_deviation():
     model = Transformer(CONFIG)
     for name, std in WANTED.items():
         assert float(model.get_parameter(name).detach().std()) == pytest.approx(std, rel=0.08), name
@@ -53,7 +53,7 @@ def test_gains_start_at_one_and_biases_at_zero():
             assert (model.get_parameter(name) == (kind == "norm")).all(), name
 
 
-def test_stated_deviations_are_taken():
+def test_configured_standard_deviations_are_used():
     init = InitConfig(std=0.02, embedding_std=0.3, router_std=0.5, scale_by_depth=False)
     model = Transformer(CONFIG.replace(init=init))
     assert float(model.embedding.weight.detach().std()) == pytest.approx(0.3, rel=0.05)
@@ -72,14 +72,14 @@ def test_every_parameter_has_a_kind_that_fits_its_shape(name):
         assert model.get_parameter(parameter).dim() in dims.get(kind, (1, 2)), parameter
 
 
-def test_a_fresh_model_predicts_about_evenly():
+def test_a_new_model_predicts_a_nearly_uniform_distribution():
     model = Transformer(CONFIG)
     hidden = model.decoder_norm(torch.randn(50, DIM))
     entropy = torch.distributions.Categorical(logits=model.logits(hidden)).entropy().mean()
     assert entropy > 0.85 * torch.log(torch.tensor(512.0))
 
 
-def test_a_memory_starts_as_loud_as_the_feed_forward_beside_it():
+def test_a_new_memory_output_has_the_scale_of_the_feed_forward():
     config = CONFIG.replace(moe=ProductKeyMemory(keys_per_side=64, slots=16))
     layer = Transformer(config).encoder[1].feed_forward.inner
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_a_memory_starts_as_loud_as_the_feed_forward_beside_it():
     assert 0.6 < loud < 1.4
 
 
-def test_a_module_has_the_last_word_on_how_its_parameters_start():
+def test_custom_initializers_override_the_config():
     moe = MoE(experts=4, expert=LoRAExpert(rank=8), shared_experts=ResidualExpert())
     model = Transformer(CONFIG.replace(moe=moe))
     kinds = model.parameter_kinds()

@@ -1,4 +1,4 @@
-"""Attention equals its definition, sees only what it may, and its cache changes nothing."""
+"""Attention equals its definition with masks, and decoding with a cache equals one pass."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_padding_changes_no_real_token(causal):
         torch.testing.assert_close(both[mine], one, rtol=1e-4, atol=1e-5)
 
 
-def test_a_causal_token_does_not_see_what_follows():
+def test_causal_attention_ignores_later_tokens():
     layer = SelfAttention(AttentionConfig(heads=4), dim=DIM, bias=False)
     packing = Packing.from_mask(torch.ones(1, 5, dtype=torch.bool))
     x = torch.randn(5, DIM)
@@ -80,7 +80,7 @@ def test_steps_through_a_cache_equal_one_causal_pass():
         done += count
 
 
-def test_cross_attention_sees_each_row_its_own_source():
+def test_cross_attention_reads_the_source_of_its_row():
     layer = CrossAttention(AttentionConfig(heads=4), dim=DIM, bias=False)
     source, target = Packing.from_mask(REAL), Packing.from_mask(torch.ones(2, 2, dtype=torch.bool))
     memory = torch.randn(source.num_tokens, DIM)
@@ -95,7 +95,7 @@ def test_cross_attention_sees_each_row_its_own_source():
     torch.testing.assert_close(out[2:], one, rtol=1e-4, atol=1e-5)
 
 
-def test_a_cache_grows_by_doubling_and_keeps_what_it_holds():
+def test_a_cache_grows_by_doubling_and_keeps_its_contents():
     held = KeyValue(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4))
     grown = held.grow(4)
     assert grown.key.shape[2] == 6

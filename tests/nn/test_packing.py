@@ -1,4 +1,4 @@
-"""Packing and padding are inverses, and their gradients reach exactly the real tokens."""
+"""Packing and padding are inverses, with gradients for exactly the real tokens."""
 
 import torch
 
@@ -16,7 +16,7 @@ def test_pad_undoes_pack_at_real_tokens():
     assert torch.equal(padded[~REAL], torch.zeros(4, 4))
 
 
-def test_row_and_position_say_where_tokens_were():
+def test_row_and_position_are_those_of_the_padded_batch():
     packing = Packing.from_mask(REAL)
     assert packing.row.tolist() == [0, 0, 1, 1, 1]
     assert packing.position.tolist() == [0, 1, 0, 1, 2]
@@ -42,7 +42,7 @@ def test_without_padding_nothing_is_copied():
     assert packing.pack(packing.pad(x)).data_ptr() == x.data_ptr()
 
 
-def test_a_row_without_tokens_still_has_something_to_look_at():
+def test_a_row_without_tokens_has_one_allowed_key():
     mask = Packing.from_mask(REAL).key_mask
     assert mask is not None
     assert mask.any(-1).all()
@@ -54,7 +54,7 @@ def test_a_batch_without_any_token_packs_to_nothing():
     assert Packing.from_mask(torch.zeros(2, 3, dtype=torch.bool)).num_tokens == 0
 
 
-def test_no_rows_go_there_and_back():
+def test_an_empty_batch_packs_and_pads():
     packing = Packing.from_mask(torch.zeros(0, 3, dtype=torch.bool))
     assert packing.pad(torch.zeros(0, 4)).shape == (0, 3, 4)
     assert packing.pack(torch.zeros(0, 3, 4)).shape == (0, 4)

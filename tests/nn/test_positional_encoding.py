@@ -1,4 +1,4 @@
-"""Positions do what their papers say, and each either adds or turns."""
+"""Positional encodings equal the formulas of their papers; each either adds or rotates."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from moesaic.nn.positional_encoding import (
 PLACE = torch.tensor([0, 1, 2, 5])
 
 
-def test_rotary_turns_each_pair_by_its_angle():
+def test_rotary_rotates_each_pair_by_its_angle():
     heads = torch.randn(4, 3, 6)
     got = Rotary(theta=100.0).build(dim=12, head_dim=6).rotation(PLACE)(heads)
     for t, place in enumerate(PLACE.tolist()):
@@ -66,11 +66,11 @@ def test_learned_looks_up_a_vector_per_position():
 @pytest.mark.parametrize(
     "position", [NoPositionalEncoding(), Sinusoidal(), LearnedPositions()], ids=repr
 )
-def test_a_position_that_adds_does_not_turn(position):
+def test_an_additive_encoding_does_not_rotate(position):
     heads = torch.randn(4, 2, 4)
     assert position.build(dim=8, head_dim=4).rotation(PLACE)(heads) is heads
 
 
-def test_no_position_leaves_embeddings_alone():
+def test_no_positional_encoding_changes_no_embedding():
     x = torch.randn(4, 8)
     assert NoPositionalEncoding().build(dim=8, head_dim=4).add(x, PLACE) is x

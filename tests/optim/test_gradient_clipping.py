@@ -1,3 +1,5 @@
+"""Gradient clipping by the global norm, finite or not."""
+
 import math
 
 import pytest

@@ -1,3 +1,5 @@
+"""Learning-rate schedules follow their formulas."""
+
 import math
 
 import pytest
@@ -37,7 +39,7 @@ def test_one_minus_sqrt_falls_faster_at_first():
     assert WSD(warmup=0, decay=1).lr_factor(25, steps=100) == pytest.approx(0.5)
 
 
-def test_the_last_update_is_not_lost():
+def test_the_last_update_has_a_positive_rate():
     assert WSD(warmup=0, final=0, shape=LinearDecay()).lr_factor(99, steps=100) > 0
 
 

@@ -1,3 +1,5 @@
+"""Optimizer state is exported and restored by parameter name."""
+
 import pytest
 import torch
 from torch import nn

@@ -1,3 +1,5 @@
+"""Optimizers equal their definitions and group parameters by kind."""
+
 import pytest
 import torch
 from torch import nn
@@ -97,7 +99,7 @@ def test_norms_and_biases_are_not_decayed(config):
         assert (group["weight_decay"] == 0) == (group["name"] in ("adamw/norm", "adamw/bias"))
 
 
-def test_a_bank_of_expert_biases_is_left_to_adamw_even_when_it_is_called_expert():
+def test_expert_biases_are_updated_by_adamw_even_with_the_kind_expert():
     params = parameters()
     optimizer = Muon().build(params.items(), kinds=KINDS | {"expert.bias": "expert"})
     names = {n: g["name"] for g in optimizer.param_groups for n in g["param_names"]}
@@ -118,7 +120,7 @@ def test_a_schedule_multiplies_the_base_rate_of_every_group(config):
 
 
 @pytest.mark.parametrize("config", [AdamW(lr=1e-4), Muon(lr=1e-4, adamw=AdamW(lr=1e-4))])
-def test_bfloat16_parameters_collect_updates_too_small_for_their_type(config):
+def test_bfloat16_parameters_accumulate_updates_too_small_for_their_type(config):
     narrow, wide = parameters(torch.bfloat16), parameters(torch.bfloat16)
     wide = {n: nn.Parameter(p.detach().float()) for n, p in wide.items()}
     optimizers = [config.build(p.items(), kinds=KINDS) for p in (narrow, wide)]
@@ -170,7 +172,7 @@ class Holder(Config):
     optimizer: Optimizer
 
 
-def test_members_read_themselves_from_text():
+def test_members_are_parsed_from_text():
     plain = {"kind": "Muon", "scale": "Spectral", "adamw": {"lr": 0.1}}
     config = Holder.from_dict({"optimizer": plain})
     assert config.optimizer == Muon(scale=Spectral(), adamw=AdamW(lr=0.1))

@@ -1,3 +1,5 @@
+"""Newton-Schulz orthogonalization of single, stacked and tall matrices."""
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ def test_singular_values_come_near_one_and_vectors_stay():
     torch.testing.assert_close(middle, torch.diag_embed(diagonal), rtol=0, atol=1e-4)
 
 
-def test_stacking_banks_equals_one_matrix_at_a_time():
+def test_stacked_experts_equal_one_matrix_at_a_time():
     make = torch.Generator().manual_seed(0)
     tensors = [torch.randn(s, generator=make) for s in ((8, 5), (4, 8, 5), (1, 8, 5))]
     together = orthogonalize(tensors, steps=5)
@@ -43,6 +45,6 @@ def test_iterating_on_gram_matrices_equals_the_published_iteration(rank):
     torch.testing.assert_close(_newton_schulz_gram(x, steps=5), plain, rtol=0, atol=1e-4)
 
 
-def test_a_tall_bank_is_the_transpose_of_a_wide_one():
+def test_a_tall_stack_is_the_transpose_of_a_wide_one():
     x = torch.randn(2, 24, 6, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(newton_schulz(x, steps=5), newton_schulz(x.mT, steps=5).mT)

@@ -33,7 +33,7 @@ def test_a_trace_equals_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "problem"),
     [
         (
             {"metrics": [trace().metrics[0] | {"train/loss": 2.001}]},
@@ -56,8 +56,8 @@ def test_a_trace_equals_itself() -> None:
         ({"replica_differences": [(1e-7, "a")]}, "replicas 1.0e-07 (a)"),
     ],
 )
-def test_a_difference_has_its_name_and_step(changes: dict, said: str) -> None:
-    assert said in wrong(replace(trace(), **changes))
+def test_a_difference_has_its_name_and_step(changes: dict, problem: str) -> None:
+    assert problem in wrong(replace(trace(), **changes))
 
 
 def test_nan_equals_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Benchmarks that anyone can repeat: contenders take turns in one run, and ratios count.
+"""Benchmark of an MoE layer against a dense layer and other libraries (``moesaic bench layer``).
 
-Read ``layer.py``: an MoE layer beside a dense one of the same rows and beside other libraries.
+Start at ``layer_benchmark.py``.
 """

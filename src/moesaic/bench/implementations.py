@@ -1,8 +1,6 @@
-"""Contenders that need nothing but torch: the dense layer, ours, and ours by other paths.
+"""Implementations to compare: dense layers, our MoE layer with several kernels, other libraries.
 
-Adapters to other libraries, each of them optional: found, or said to be absent.
-
-They get our weights, so that their answers can be compared with ours.
+The other libraries are optional. They get our weights, so that their outputs can be compared.
 """
 
 import contextlib
@@ -37,7 +35,7 @@ from moesaic.ops.moe_kernel import Edges, MoEKernel, UnfusedMoEKernel
 
 
 def dense(workload: LayerWorkload) -> Implementation:
-    """One SwiGLU layer over as many rows as go through experts: the work without the choice."""
+    """A dense SwiGLU layer on tokens * k rows: the same matrix products without routing."""
     shape = workload.shape
     repeated = workload.x.repeat_interleave(shape.k, 0)
     x, up, down = (
@@ -54,34 +52,36 @@ def dense(workload: LayerWorkload) -> Implementation:
 
 
 def dense_compiled(workload: LayerWorkload) -> Implementation | UnavailableImplementation:
-    """The same through torch.compile."""
+    """The dense layer under torch.compile."""
     eager = dense(workload)
     torch.compiler.reset()
     compiled: Callable[[], Tensor] = torch.compile(eager.forward)
-    made = Implementation("dense-compiled", compiled, eager.x, eager.weights, eager.grad_out)
+    compiled_dense = Implementation(
+        "dense-compiled", compiled, eager.x, eager.weights, eager.grad_out
+    )
     try:
-        made.run()
-    except Exception as error:  # whatever is missing for torch.compile on this machine
+        compiled_dense.run()
+    except Exception as error:  # e.g. no compiler for torch.compile
         first = (str(error).splitlines() or [type(error).__name__])[0]
         return UnavailableImplementation(
             "dense-compiled", f"torch.compile does not run here: {first[:100]}"
         )
-    return made
+    return compiled_dense
 
 
 def moesaic(workload: LayerWorkload, *, name: str = "moesaic") -> Implementation:
-    """The layer as it is used: router, and the mixer that this machine takes."""
+    """Router and experts with the kernel that is selected on this machine."""
     return _moe_layer(name, workload, kernel=select_moe_kernel(workload.x, activation=SwiGLU()))
 
 
 def moesaic_bfloat16(workload: LayerWorkload) -> Implementation:
-    """The same with weights of half the size."""
+    """The same with bfloat16 weights."""
     half = replace(workload, up=workload.up.bfloat16(), down=workload.down.bfloat16())
     return moesaic(half, name="moesaic-bfloat16")
 
 
 def moesaic_zipf(workload: LayerWorkload) -> Implementation:
-    """The same with the load of the experts proportional to 1 / rank."""
+    """The same with expert load proportional to 1 / rank."""
     logits = workload.x.float() @ workload.router_weight.float().t()
     gate = workload.router_weight.clone()
     gate[:, 0] += zipf_bias(logits, k=workload.shape.k)  # the first feature is one
@@ -89,16 +89,16 @@ def moesaic_zipf(workload: LayerWorkload) -> Implementation:
 
 
 def unfused(gemm: str) -> Callable[[LayerWorkload], Implementation]:
-    """The path without a compiler, with the engine of a name."""
+    """The unfused kernel with a grouped GEMM by name."""
 
-    def make(problem: LayerWorkload) -> Implementation:
-        return _moe_layer(f"unfused-{gemm}", problem, kernel=UnfusedMoEKernel(GROUPED_GEMMS[gemm]))
+    def make(workload: LayerWorkload) -> Implementation:
+        return _moe_layer(f"unfused-{gemm}", workload, kernel=UnfusedMoEKernel(GROUPED_GEMMS[gemm]))
 
     return make
 
 
 def read_weights(workload: LayerWorkload) -> Implementation:
-    """Only read the experts that are chosen, once: what decoding cannot go below."""
+    """Read the weights of the selected experts once: the lower bound of decoding."""
     chosen = (
         (workload.x @ workload.router_weight.t()).topk(workload.shape.k).indices.unique().tolist()
     )
@@ -112,7 +112,7 @@ def read_weights(workload: LayerWorkload) -> Implementation:
 
 
 class _ExpertsWithKernel(GroupedExperts):
-    """Experts that go by a mixer of our choice."""
+    """Experts with a given kernel."""
 
     def __init__(self, workload: LayerWorkload, *, kernel: MoEKernel) -> None:
         shape = workload.shape
@@ -146,15 +146,15 @@ def _moe_layer(name: str, workload: LayerWorkload, *, kernel: MoEKernel) -> Impl
 def hugging_face(
     implementation: str,
 ) -> Callable[[LayerWorkload], Implementation | UnavailableImplementation]:
-    """Mixtral's sparse block of ``transformers``, with one of its ways to compute experts."""
+    """Mixtral's MoE block of ``transformers``, with one of its experts implementations."""
     name = f"hf-{implementation}"
 
-    def make(problem: LayerWorkload) -> Implementation | UnavailableImplementation:
+    def make(workload: LayerWorkload) -> Implementation | UnavailableImplementation:
         if importlib.util.find_spec("transformers") is None:
             return UnavailableImplementation(name, "not installed: pip install transformers")
         config: Any = importlib.import_module("transformers").MixtralConfig
-        room: Any = importlib.import_module("transformers.models.mixtral.modeling_mixtral")
-        shape = problem.shape
+        modeling: Any = importlib.import_module("transformers.models.mixtral.modeling_mixtral")
+        shape = workload.shape
         settings = config(
             hidden_size=shape.dim,
             intermediate_size=shape.hidden,
@@ -162,18 +162,18 @@ def hugging_face(
             num_experts_per_tok=shape.k,
         )
         settings._experts_implementation = implementation
-        block = room.MixtralSparseMoeBlock(settings).to(problem.x.dtype)
+        block = modeling.MixtralSparseMoeBlock(settings).to(workload.x.dtype)
         with torch.no_grad():
-            block.gate.weight.copy_(problem.router_weight)
-            block.experts.gate_up_proj.copy_(problem.up.transpose(1, 2))
-            block.experts.down_proj.copy_(problem.down.transpose(1, 2))
-        return _from_module(name, problem, block, lambda x: block(x[None]))
+            block.gate.weight.copy_(workload.router_weight)
+            block.experts.gate_up_proj.copy_(workload.up.transpose(1, 2))
+            block.experts.down_proj.copy_(workload.down.transpose(1, 2))
+        return _from_module(name, workload, block, lambda x: block(x[None]))
 
     return make
 
 
 def deepspeed(workload: LayerWorkload) -> Implementation | UnavailableImplementation:
-    """DeepSpeed's ``MoE`` on one rank, dropping nothing."""
+    """DeepSpeed's ``MoE`` on one rank, without dropped tokens."""
     if importlib.util.find_spec("deepspeed") is None:
         return UnavailableImplementation(
             "deepspeed", "not installed: DS_BUILD_OPS=0 pip install deepspeed"
@@ -218,7 +218,7 @@ class _DeepSpeedExpert(nn.Module):
 
 
 def _init_single_rank_group(package: Any) -> None:
-    """A world of one rank, as DeepSpeed wants."""
+    """Initialize a process group of one rank, which DeepSpeed requires."""
     if not distributed.is_initialized():
         folder = tempfile.mkdtemp(prefix="moesaic-bench-")
         distributed.init_process_group(

@@ -1,4 +1,4 @@
-"""An MoE layer on this machine beside a dense one of the same rows, and beside other libraries."""
+"""Layer benchmark: an MoE layer against a dense layer of as many rows and other libraries."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,12 +46,12 @@ IMPLEMENTATIONS: dict[str, ImplementationFactory] = {
     "read-weights": implementations.read_weights,
 }
 ALIASES = {"hf": "hf-grouped_mm", "unfused": "unfused-sequential"}
-DECODING_MAX_ROWS = 16  # rows per expert up to which reading the weights is what counts
+DECODING_MAX_ROWS = 16  # rows per expert up to which reading weights dominates
 
 
 @dataclass(frozen=True, slots=True)
 class LayerBenchmark:
-    """What is measured. ``against`` are names of ``IMPLEMENTATIONS``; dense and moesaic always run."""
+    """Settings. ``against``: names of ``IMPLEMENTATIONS``; dense and moesaic always run."""
 
     shape: LayerShape
     passes: Passes = "forward+backward"
@@ -63,46 +63,49 @@ class LayerBenchmark:
 
 
 def run_layer_benchmark(benchmark: LayerBenchmark) -> dict[str, Any]:
-    """Measure, and return everything that the table is made of, as plain values."""
+    """Measure, and return the result as JSON values."""
     names = implementation_names(benchmark)
-    about = machine_info()
+    machine = machine_info()  # with the load before the run
     with _torch_threads(benchmark.threads):
-        problem = make_workload(benchmark.shape, passes=benchmark.passes, skew=benchmark.skew)
-        problem = problem.to(benchmark.dtype)
-        made = [IMPLEMENTATIONS[name](problem) for name in names]
-        present = {c.name: c for c in made if isinstance(c, Implementation)}
-        runs = {name: contender.run for name, contender in present.items()}
-        pacer = fastest(runs, among=[name for name in DENSE_BASELINES if name in present])
-        laps = measure_in_turns(runs, baseline=pacer, rounds=benchmark.rounds)
-        answers = _relative_differences(present)
-        saved = {n: saved_bytes(c) for n, c in present.items() if problem.runs_backward}
+        workload = make_workload(benchmark.shape, passes=benchmark.passes, skew=benchmark.skew)
+        workload = workload.to(benchmark.dtype)
+        built = [IMPLEMENTATIONS[name](workload) for name in names]
+        present = {c.name: c for c in built if isinstance(c, Implementation)}
+        runs = {name: each.run for name, each in present.items()}
+        baseline = fastest(runs, among=[name for name in DENSE_BASELINES if name in present])
+        times = measure_in_turns(runs, baseline=baseline, rounds=benchmark.rounds)
+        differences = _relative_differences(present)
+        saved = {n: saved_bytes(c) for n, c in present.items() if workload.runs_backward}
         threads = torch.get_num_threads()
-    rows = {name: _result_row(name, laps, baseline=pacer) for name in present}
+    rows = {name: _result_row(name, times, baseline=baseline) for name in present}
     for name, row in rows.items():
-        row |= {"saved_bytes": saved.get(name), "differs_by": answers.get(name)}
-    asked = asdict(benchmark) | {"dtype": str(benchmark.dtype).removeprefix("torch.")}
+        row |= {"saved_bytes": saved.get(name), "differs_by": differences.get(name)}
+    settings = asdict(benchmark) | {"dtype": str(benchmark.dtype).removeprefix("torch.")}
     return {
-        "question": asked | {"threads": threads, "against": names},
-        "dense": pacer,
-        "contenders": rows,
-        "absent": {c.name: c.reason for c in made if isinstance(c, UnavailableImplementation)},
-        "largest_load": _max_load_ratio(problem),
+        "settings": settings | {"threads": threads, "against": names},
+        "dense": baseline,
+        "implementations": rows,
+        "unavailable": {
+            c.name: c.reason for c in built if isinstance(c, UnavailableImplementation)
+        },
+        "largest_load": _max_load_ratio(workload),
         "least_saved_bytes": 4 * benchmark.shape.min_saved_values
-        if problem.runs_backward
+        if workload.runs_backward
         else None,
-        "machine": about,
+        "machine": machine,
         "commit": git_commit(),
     }
 
 
 def implementation_names(benchmark: LayerBenchmark) -> list[str]:
-    """The contenders of a question, in the order of ``IMPLEMENTATIONS``."""
+    """Return the implementations to run, in the order of ``IMPLEMENTATIONS``."""
     asked = [ALIASES.get(name, name) for name in benchmark.against]
     for name in asked:
         if name not in IMPLEMENTATIONS:
             known = [*ALIASES, *IMPLEMENTATIONS]
             raise UserError(
-                f'there is no contender "{name}"{did_you_mean(name, known)} (known: {", ".join(known)})'
+                f'there is no implementation "{name}"{did_you_mean(name, known)} '
+                f"(known: {', '.join(known)})"
             )
     asked += ["dense", "moesaic"]
     shape = benchmark.shape
@@ -133,7 +136,7 @@ def _result_row(name: str, times: Mapping[str, RunTimes], *, baseline: str) -> d
 
 
 def _relative_differences(present: Mapping[str, Implementation]) -> dict[str, float]:
-    """How far each answer is from ours: the largest difference over the largest value."""
+    """Return the largest difference of each output from ours, over the largest value."""
     with torch.no_grad():
         want = present["moesaic"].forward()
         scale = want.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
@@ -147,9 +150,9 @@ def _relative_differences(present: Mapping[str, Implementation]) -> dict[str, fl
     }
 
 
-def _max_load_ratio(problem: LayerWorkload) -> float:
-    """Rows of the fullest expert over an equal share."""
-    logits = problem.x.float() @ problem.router_weight.float().t()
-    chosen = logits.topk(problem.shape.k).indices.flatten()
-    load = torch.bincount(chosen, minlength=problem.shape.experts)
-    return float(load.max()) * problem.shape.experts / problem.shape.rows
+def _max_load_ratio(workload: LayerWorkload) -> float:
+    """Return the rows of the most loaded expert over the mean."""
+    logits = workload.x.float() @ workload.router_weight.float().t()
+    chosen = logits.topk(workload.shape.k).indices.flatten()
+    load = torch.bincount(chosen, minlength=workload.shape.experts)
+    return float(load.max()) * workload.shape.experts / workload.shape.rows

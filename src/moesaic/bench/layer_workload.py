@@ -1,10 +1,6 @@
-"""Shapes of an MoE layer with a name, and loads of its experts.
-
-The work that all contenders are given: one set of tensors, and what a contender is.
+"""Layer workload: named shapes of an MoE layer, its random tensors, and what an implementation is.
 
 Letters: T tokens, D model dim, F hidden width, E experts.
-
-Bytes that autograd keeps between forward and backward, measured.
 """
 
 from collections.abc import Callable
@@ -19,7 +15,7 @@ from moesaic.core.shapes import Float, Tensor
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """Tokens of dim numbers, experts of a hidden width, k of them for each token."""
+    """Tokens, model dim, hidden width of an expert, experts, and experts per token."""
 
     tokens: int
     dim: int
@@ -29,17 +25,17 @@ class LayerShape:
 
     @property
     def rows(self) -> int:
-        """Rows that go through an expert: what a dense layer of equal work would get."""
+        """Rows through experts: those of a dense layer of equal work."""
         return self.tokens * self.k
 
     @property
     def flops(self) -> int:
-        """Of the experts' three matrices, forward."""
+        """FLOPs of the experts' three matrices, forward."""
         return 6 * self.rows * self.dim * self.hidden
 
     @property
     def min_saved_values(self) -> int:
-        """Values that a backward pass cannot do without: x and the gated pre-activation."""
+        """Values that backward needs at least: x and the gated pre-activation."""
         return self.tokens * self.dim + 2 * self.rows * self.hidden
 
     def __str__(self) -> str:
@@ -55,7 +51,7 @@ LAYER_SHAPES = {
 
 
 def parse_shape(text: str) -> LayerShape:
-    """Return ``SHAPES[text]``, or the shape of ``tokens,dim,hidden,experts,k``."""
+    """Return ``LAYER_SHAPES[text]``, or the shape of ``tokens,dim,hidden,experts,k``."""
     if text.upper() in LAYER_SHAPES:
         return LAYER_SHAPES[text.upper()]
     numbers = text.split(",")
@@ -74,14 +70,14 @@ def parse_shape(text: str) -> LayerShape:
 
 
 def zipf_bias(logits: Float[Tensor, "T E"], *, k: int, rounds: int = 60) -> Float[Tensor, "E"]:
-    """What to add to logits so that expert e is chosen in proportion to 1 / (e + 1).
+    """Return a router bias so that expert e is selected in proportion to 1 / (e + 1).
 
-    A token chooses an expert at most once, so no expert gets more than all tokens.
+    A token selects an expert at most once, so no expert gets more than all tokens.
     """
     tokens, experts = logits.shape
     share = 1 / torch.arange(1, experts + 1, dtype=torch.float32)
     target = share / share.sum() * k
-    while (target > 1).any():  # what is above goes to the others
+    while (target > 1).any():  # the excess is distributed over the others
         full = target >= 1
         target = torch.where(full, 1.0, share * (k - full.sum()) / share[~full].sum())
     bias = torch.zeros(experts)
@@ -100,7 +96,7 @@ Skew = Literal["none", "zipf"]
 
 @dataclass(frozen=True, slots=True)
 class LayerWorkload:
-    """Inputs, weights, and ``pull``, the gradient that comes back to the output."""
+    """Input, weights, and the gradient of the output."""
 
     shape: LayerShape
     passes: Passes
@@ -115,7 +111,7 @@ class LayerWorkload:
         return self.passes == "forward+backward"
 
     def leaf_copy(self, tensor: Tensor) -> Tensor:
-        """A contender's own copy, with a gradient if this problem has a way back."""
+        """Return a copy, which requires a gradient if backward is measured."""
         return tensor.detach().clone().requires_grad_(self.runs_backward)
 
     def to(self, dtype: torch.dtype) -> "LayerWorkload":
@@ -126,11 +122,11 @@ class LayerWorkload:
 def make_workload(
     shape: LayerShape, *, passes: Passes, skew: Skew = "none", seed: int = 0
 ) -> LayerWorkload:
-    """Draw the tensors of a problem, float32. The first feature of x is one: it carries a skew."""
-    draw = torch.Generator().manual_seed(seed)
+    """Draw float32 tensors. The first feature of x is one, so its router weight is a bias."""
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int, fan: int = 1) -> Tensor:
-        return torch.randn(size, generator=draw) * fan**-0.5
+        return torch.randn(size, generator=generator) * fan**-0.5
 
     x = normal(shape.tokens, shape.dim)
     gate = normal(shape.experts, shape.dim, fan=shape.dim)
@@ -144,7 +140,7 @@ def make_workload(
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """Something that computes a layer. ``weights`` are its parameters, ``x`` its input."""
+    """An implementation of the layer; ``weights`` are its parameters, ``x`` its input."""
 
     name: str
     forward: Callable[[], Tensor]
@@ -153,34 +149,37 @@ class Implementation:
     grad_out: Tensor
 
     def run(self) -> Tensor:
-        """Forward, and backward to x and every weight if they ask for it."""
+        """Run forward, and backward to x and every weight that requires a gradient."""
         leaves = [t for t in (self.x, *self.weights) if t.requires_grad]
         with torch.set_grad_enabled(bool(leaves)):
             out = self.forward()
         if leaves:
-            pull = self.grad_out.to(out.dtype).view(out.shape)
-            torch.autograd.grad(out, leaves, pull, allow_unused=True)
+            grad_out = self.grad_out.to(out.dtype).view(out.shape)
+            torch.autograd.grad(out, leaves, grad_out, allow_unused=True)
         return out.detach()
 
 
 @dataclass(frozen=True, slots=True)
 class UnavailableImplementation:
-    """A contender that cannot take part, and what to do about it."""
+    """An implementation that cannot run here, and the reason."""
 
     name: str
     reason: str
 
 
 def saved_bytes(implementation: Implementation) -> int:
-    """Bytes of the distinct storages that a forward pass saves, weights left out, x included."""
+    """Return the bytes that forward saves for backward, with x, without the weights."""
     weights = {weight.untyped_storage().data_ptr() for weight in implementation.weights}
-    kept: dict[int, torch.UntypedStorage] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def record(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        storages[storage.data_ptr()] = storage  # referenced, so no address is reused
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
+    with (
+        torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor),
+        torch.enable_grad(),
+    ):
         implementation.forward()
-    return sum(s.nbytes() for address, s in kept.items() if address not in weights)
+    return sum(s.nbytes() for address, s in storages.items() if address not in weights)

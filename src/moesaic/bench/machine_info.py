@@ -1,4 +1,4 @@
-"""What stands beside every number: machine, versions, commit."""
+"""Machine info recorded with every measurement: hardware, versions, commit."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ PACKAGES = ("torch", "transformers", "deepspeed", "numpy")
 
 
 def machine_info() -> dict[str, Any]:
-    """Processor, cores, memory, load before, and library versions."""
+    """Return processor, cores, memory, load before the run, and library versions."""
     names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     memory = [line for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
     return {
@@ -28,7 +28,7 @@ def machine_info() -> dict[str, Any]:
 
 
 def git_commit() -> str:
-    """The commit of the code that runs, or nothing outside a clone of it."""
+    """Return the commit of the running code, or "" outside of a git clone."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)

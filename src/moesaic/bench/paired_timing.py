@@ -1,7 +1,7 @@
-"""Rounds in which contenders take turns, and what is said of them: medians of paired ratios.
+"""Paired timing: implementations take turns; results are medians of ratios to a baseline.
 
-Every run stands between two of the pacer, and its ratio is to their mean: what else the machine
-does at that moment hits both.
+Each run is between two runs of the baseline, and its ratio is to their mean, so other load on the
+machine affects both.
 """
 
 import random
@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-SLOW_RATIO = 20  # times the pacer: such a contender gets few rounds
+SLOW_RATIO = 20  # times the baseline: a slower implementation gets SLOW_ROUNDS rounds
 SLOW_ROUNDS = 3
 
 
 @dataclass(slots=True)
 class RunTimes:
-    """Seconds of each run, and its ratio to the pacer's runs around it, by round."""
+    """Seconds of each run, and its ratio to the baseline runs around it, by round."""
 
     seconds: dict[int, float] = field(default_factory=dict)
     ratios: dict[int, float] = field(default_factory=dict)
@@ -24,7 +24,7 @@ class RunTimes:
 
 @dataclass(frozen=True, slots=True)
 class RatioSummary:
-    """A ratio: median, quartiles, and the best run over the best run."""
+    """Median and quartiles of a ratio, and the ratio of the fastest runs."""
 
     median: float
     quartiles: tuple[float, float]
@@ -34,29 +34,29 @@ class RatioSummary:
 def measure_in_turns(
     implementations: Mapping[str, Callable[[], object]], *, baseline: str, rounds: int
 ) -> dict[str, RunTimes]:
-    """Run all in ``rounds`` rounds of random order; return the laps of each, the pacer too."""
-    laps = {name: RunTimes() for name in implementations}
+    """Run all in ``rounds`` rounds of random order; return the times of each."""
+    times = {name: RunTimes() for name in implementations}
     order = random.Random(0)
-    before, paced = _time(implementations[baseline]), []
+    before, baseline_seconds = _time(implementations[baseline]), []
     names = [name for name in implementations if name != baseline]
     for turn in range(rounds):
         order.shuffle(names)
         for name in names:
-            if turn >= SLOW_ROUNDS and laps[name].ratios[0] > SLOW_RATIO:
+            if turn >= SLOW_ROUNDS and times[name].ratios[0] > SLOW_RATIO:
                 continue
             spent = _time(implementations[name])
             after = _time(implementations[baseline])
-            laps[name].seconds[turn] = spent
-            laps[name].ratios[turn] = spent / ((before + after) / 2)
-            paced.append(after)
+            times[name].seconds[turn] = spent
+            times[name].ratios[turn] = spent / ((before + after) / 2)
+            baseline_seconds.append(after)
             before = after
-    laps[baseline].seconds.update(enumerate(paced or [before]))
-    laps[baseline].ratios.update(dict.fromkeys(laps[baseline].seconds, 1.0))
-    return laps
+    times[baseline].seconds.update(enumerate(baseline_seconds or [before]))
+    times[baseline].ratios.update(dict.fromkeys(times[baseline].seconds, 1.0))
+    return times
 
 
 def fastest(implementations: Mapping[str, Callable[[], object]], *, among: Sequence[str]) -> str:
-    """Warm every contender up, and return which of some is fastest (median of three runs)."""
+    """Warm all up; return the fastest of those in ``among`` (median of three runs)."""
     for run in implementations.values():
         run()
     return min(
@@ -65,13 +65,13 @@ def fastest(implementations: Mapping[str, Callable[[], object]], *, among: Seque
 
 
 def ratio_to_baseline(times: RunTimes, baseline: RunTimes) -> RatioSummary:
-    """The ratio to the pacer."""
+    """Return the ratio to the baseline."""
     best = min(times.seconds.values()) / min(baseline.seconds.values())
     return _summarize(list(times.ratios.values()), best=best)
 
 
 def ratio_between(times: RunTimes, other: RunTimes) -> RatioSummary:
-    """The ratio of two contenders' ratios in the same rounds."""
+    """Return the ratio of two ratios to the baseline in the same rounds."""
     both = sorted(times.ratios.keys() & other.ratios.keys())
     best = min(times.seconds.values()) / min(other.seconds.values())
     return _summarize([times.ratios[turn] / other.ratios[turn] for turn in both], best=best)

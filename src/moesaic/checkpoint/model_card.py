@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
+from moesaic.core.markdown import markdown_table
 from moesaic.core.units import show_count
 
 
@@ -44,9 +45,9 @@ class ModelCard:
         parts = [self._front_matter(), f"# {self.name}\n", self._model()]
         if self.sources:
             rows = [{"source": s.name, "licence": s.licence, "rows": s.rows} for s in self.sources]
-            parts.append("## Training data\n\n" + _markdown_table(rows))
+            parts.append("## Training data\n\n" + _record_table(rows))
         if self.scores:
-            parts.append("## Scores\n\n" + _markdown_table(self.scores))
+            parts.append("## Scores\n\n" + _record_table(self.scores))
         if self.notes:
             parts.append("## Limits\n\n" + "".join(f"- {note}\n" for note in self.notes))
         return "\n".join(parts)
@@ -65,34 +66,16 @@ class ModelCard:
 
     def _model(self) -> str:
         rows = [
-            {"part": name, "parameters": show_count(total), "active per token": show_count(active)}
+            (name, show_count(total), show_count(active))
             for name, (total, active) in self.parameters.items()
         ]
         total, active = (sum(v[i] for v in self.parameters.values()) for i in (0, 1))
-        rows.append(
-            {
-                "part": "**all**",
-                "parameters": f"**{show_count(total)}**",
-                "active per token": f"**{show_count(active)}**",
-            }
-        )
+        rows.append(("**all**", f"**{show_count(total)}**", f"**{show_count(active)}**"))
         facts = "".join(f"- {name}: {value}\n" for name, value in self.facts.items())
-        return "## Model\n\n" + _markdown_table(rows) + (f"\n{facts}" if facts else "")
+        table = markdown_table(("part", "parameters", "active per token"), rows)
+        return "## Model\n\n" + table + (f"\n{facts}" if facts else "")
 
 
-def _markdown_table(rows: Sequence[Mapping[str, str | float]]) -> str:
-    heads = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [heads, ["---"] * len(heads)]
-    lines += [[_markdown_cell(row.get(head, "")) for head in heads] for row in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _markdown_cell(value: str | float) -> str:
-    text = (
-        f"{value:.1f}"
-        if isinstance(value, float)
-        else f"{value:,}"
-        if isinstance(value, int)
-        else value
-    )
-    return text.replace("|", "\\|").replace("\n", " ")
+def _record_table(records: Sequence[Mapping[str, str | float]]) -> str:
+    head = list(dict.fromkeys(name for record in records for name in record))
+    return markdown_table(head, [[record.get(name, "") for name in head] for record in records])

@@ -44,7 +44,7 @@ def layer(
     Example: [cyan]moesaic bench layer --shape B --against hf,deepspeed --threads 2[/]
     """
     names = [name.strip() for name in against.split(",") if name.strip()]
-    question = LayerBenchmark(
+    settings = LayerBenchmark(
         parse_shape(shape),
         passes="forward+backward" if backward else "forward",
         against=names,
@@ -53,24 +53,24 @@ def layer(
         threads=threads,
         rounds=rounds,
     )
-    found = run_layer_benchmark(question)
+    found = run_layer_benchmark(settings)
     print_result(found, as_json=as_json, show=lambda console: _show(found, console))
 
 
 def _show(found: dict[str, Any], console: Console) -> None:
-    question, machine = found["question"], found["machine"]
-    shape = ",".join(str(n) for n in question["shape"].values())
+    settings, machine = found["settings"], found["machine"]
+    shape = ",".join(str(n) for n in settings["shape"].values())
     console.print(
-        f"[bold]{shape}[/] (tokens, dim, hidden, experts, k), {question['passes']}, {question['dtype']}, "
-        f"{question['threads']} threads; largest load {found['largest_load']:.1f} times the mean",
+        f"[bold]{shape}[/] (tokens, dim, hidden, experts, k), {settings['passes']}, {settings['dtype']}, "
+        f"{settings['threads']} threads; largest load {found['largest_load']:.1f} times the mean",
         highlight=False,
     )
-    rows = found["contenders"]
+    rows = found["implementations"]
     names = sorted(rows, key=lambda name: rows[name]["of_dense"]["median"])
     print_table(
         console,
         ("", "ms", "of dense", "quartiles", "best/best", "of ours", "saved"),
-        (_contender_row(name, rows[name], dense=found["dense"]) for name in names),
+        (_implementation_row(name, rows[name], dense=found["dense"]) for name in names),
     )
     if found["least_saved_bytes"]:
         least = show_bytes(found["least_saved_bytes"])
@@ -78,7 +78,7 @@ def _show(found: dict[str, Any], console: Console) -> None:
             f"ms: median; saved: for the backward pass (at least x and pre-activation: {least})",
             highlight=False,
         )
-    for name, reason in found["absent"].items():
+    for name, reason in found["unavailable"].items():
         console.print(f"[yellow]{name}[/]: {escape(reason)}", highlight=False)
     console.print(
         f"[dim]{machine['processor']}, {machine['cores']} cores, load {machine['load_before']:.1f}, "
@@ -87,7 +87,7 @@ def _show(found: dict[str, Any], console: Console) -> None:
     )
 
 
-def _contender_row(name: str, row: dict[str, Any], *, dense: str) -> list[str]:
+def _implementation_row(name: str, row: dict[str, Any], *, dense: str) -> list[str]:
     ratio, ours = row["of_dense"], row["of_moesaic"]
     low, high = ratio["quartiles"]
     saved = row["saved_bytes"]

@@ -1,4 +1,4 @@
-"""The words everything is said in: config, shapes, units, files, errors.
+"""Core: configs, errors, files, units, and the tensor types of shape annotations.
 
-Imports nothing of the house and never torch.distributed. Start at ``config.py``.
+Imports no other package of moesaic and never torch.distributed. Start with ``config.py``.
 """

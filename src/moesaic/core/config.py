@@ -1,9 +1,9 @@
-"""One idea: a config is a frozen, nested, plain value that reads and writes itself as text.
+"""Configs: frozen, nested pydantic models that are read from and written as YAML.
 
-Two kinds. ``Config`` is a record. ``Choice`` is a family of records of which the user picks one:
-a direct subclass of ``Choice`` names the family (``Select``), its subclasses are the members
-(``TopK``), and a member is written as ``{kind: TopK, k: 2}`` or ``TopK(k=2)``. A member that a
-user defines in their own file joins the family by being defined.
+``Config`` is a record. ``Choice`` is a tagged union of records: a direct subclass of ``Choice`` is
+a family (``Select``), its subclasses are the members (``TopK``). A member is written as
+``{kind: TopK, k: 2}`` or ``TopK(k=2)``. Defining a subclass adds a member to its family, in user
+code too.
 """
 
 import json
@@ -33,16 +33,16 @@ from moesaic.core.config_text import (
     set_by_path,
     write_yaml,
 )
-from moesaic.core.config_upgrade import UPGRADE_HINT, describe_renames, upgrade_config
+from moesaic.core.config_upgrade import earlier_version_problem, upgrade_config
 from moesaic.core.errors import ConfigError, did_you_mean
 from moesaic.core.schema import json_schema
 
 
 class Config(BaseModel):
-    """Base of every config. Plain data: no tensors, no processes, no files.
+    """Base class of all configs: plain data without tensors, processes or files.
 
     A string literal below a field is its description in the JSON Schema. A wrong value raises
-    ConfigError, wherever it is given: constructor, ``replace``, YAML or ``override``.
+    ConfigError, in the constructor, ``replace``, YAML and ``override`` alike.
     """
 
     model_config = ConfigDict(
@@ -59,14 +59,14 @@ class Config(BaseModel):
         except ValidationError as error:
             raise ConfigError(describe_errors(type(self), error, given=fields)) from error
 
-    # pydantic itself builds nested configs without calling it, so that paths stay whole
+    # pydantic builds nested configs without calling __init__, so that error paths are complete
     __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess]
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_as_number(cls, value: object, info: Any) -> object:
-        wanted = set(_leaf_types(cls.model_fields[info.field_name].annotation))
-        if bool in wanted or not wanted & {int, float}:
+        allowed = set(_leaf_types(cls.model_fields[info.field_name].annotation))
+        if bool in allowed or not allowed & {int, float}:
             return value
         if any(
             isinstance(v, bool) for v in (value if isinstance(value, list | tuple) else [value])
@@ -75,14 +75,14 @@ class Config(BaseModel):
         return value
 
     def replace(self, **changes: Any) -> Self:
-        """Return a copy with some fields changed, checked like a new one."""
-        own = {name: getattr(self, name) for name in type(self).model_fields}
-        return type(self)(**own | changes)
+        """Return a validated copy with some fields changed."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**fields | changes)
 
     def to_dict(self) -> dict[str, JsonValue]:
-        """Return the config as nested dicts, lists and scalars (what YAML and JSON hold)."""
-        own = {name: _to_json_value(getattr(self, name)) for name in type(self).model_fields}
-        return {"kind": type(self).__name__, **own} if isinstance(self, Choice) else own
+        """Return the config as nested dicts, lists and scalars, for YAML and JSON."""
+        fields = {name: _to_json_value(getattr(self, name)) for name in type(self).model_fields}
+        return {"kind": type(self).__name__, **fields} if isinstance(self, Choice) else fields
 
     def to_flat_lines(self) -> list[str]:
         """Return sorted ``a.b.c = value`` lines: for golden files, diffs and ``--set``."""
@@ -103,17 +103,17 @@ class Config(BaseModel):
         except ValidationError as error:
             _, renamed = upgrade_config(value, config=cls.__name__)
             if renamed:
-                raise ConfigError([*describe_renames(renamed), UPGRADE_HINT]) from error
+                raise ConfigError([earlier_version_problem(renamed)]) from error
             raise ConfigError(describe_errors(cls, error, given=value)) from error
 
     @classmethod
     def from_yaml(cls, text: str) -> Self:
-        """Read what ``to_yaml`` writes. Raises ConfigError, for a key that stands twice too."""
+        """Read the output of ``to_yaml``. Raises ConfigError, also for a repeated key."""
         return cls.from_dict(read_yaml(text))
 
     @classmethod
     def schema_json(cls, **_: Any) -> str:
-        """Return the JSON Schema of the plain form, for editors; docstrings are descriptions."""
+        """Return the JSON Schema of ``to_dict``, for editors; docstrings are descriptions."""
         schema = json_schema(cls, families=Choice.families)
         return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
@@ -122,8 +122,8 @@ class Config(BaseModel):
 
         Values are read as YAML; a number in the path is a place in a list. Naming another member
         of a family, as ``model.norm=LayerNorm`` or ``model.norm.kind=LayerNorm``, resets the other
-        fields of that choice to the new member's defaults: those of the old one say nothing about
-        it. Raises ConfigError on an unknown path or a wrong value.
+        fields of that choice to the new member's defaults. Raises ConfigError on an unknown path or
+        a wrong value.
         """
         tree = self.to_dict()
         for change in changes:
@@ -132,7 +132,7 @@ class Config(BaseModel):
 
 
 class Choice(Config):
-    """Base of the families. See the module's first lines."""
+    """Base class of families (tagged unions): see the module's docstring."""
 
     families: ClassVar[dict[str, dict[str, type["Choice"]]]] = {}
     members: ClassVar[dict[str, type["Choice"]]] = {}
@@ -159,7 +159,7 @@ class Choice(Config):
         if _qualified_name(twin) != _qualified_name(cls):
             why = f"the family already has a {cls.__name__}, from {twin.__module__}"
             raise ConfigError([f"{_qualified_name(cls)}: {why}; choose another class name"])
-        cls.members[cls.__name__] = cls  # a module loaded again, or a notebook cell run twice
+        cls.members[cls.__name__] = cls  # a reloaded module, or a notebook cell run again
 
     @model_validator(mode="before")
     @classmethod
@@ -187,7 +187,7 @@ class Choice(Config):
     def __get_pydantic_json_schema__(
         cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        if cls._is_family_base():  # core/schema.py puts the members in
+        if cls._is_family_base():  # core/schema.py adds the members
             about = {"description": cls.__doc__} if cls.__doc__ else {}
             return {"family": _qualified_name(cls), "title": cls.__name__, **about}
         own = handler(schema)
@@ -218,7 +218,8 @@ def _qualified_name(cls: type) -> str:
 
 
 def _unknown_kind_error(kind: object, known: list[str]) -> PydanticCustomError:
-    sentence = f"found {show_value(kind)}, expected one of {', '.join(known)}{did_you_mean(str(kind), known)}"
+    hint = did_you_mean(str(kind), known)
+    sentence = f"found {show_value(kind)}, expected one of {', '.join(known)}{hint}"
     return PydanticCustomError("inside", "{inner}", {"inner": [("kind", sentence)]})
 
 
@@ -238,7 +239,7 @@ def _to_json_value(value: Any) -> JsonValue:
 
 
 def _leaf_types(annotation: Any) -> Iterator[Any]:
-    """``int`` of ``Annotated[int, ...] | None``; nothing of a record or a choice is looked into."""
+    """Yield ``int`` of ``Annotated[int, ...] | None``, without the fields of records."""
     inner = get_args(annotation)
     if not inner:
         yield annotation

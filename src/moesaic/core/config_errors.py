@@ -1,4 +1,4 @@
-"""What is wrong with a config, said for people: pydantic's findings as ``(path, sentence)``."""
+"""Config error messages: pydantic's errors as ``(path, sentence)``."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
@@ -7,7 +7,7 @@ from pydantic import BaseModel, ValidationError
 
 from moesaic.core.errors import did_you_mean
 
-# pydantic's name of an error -> what we say was expected ({...} from the error's context)
+# pydantic's error type -> the expected value in words ({...} from the error's context)
 EXPECTED_PHRASES = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",
@@ -45,7 +45,7 @@ EXPECTED_PHRASES = {
 
 
 def describe_errors(cls: type[BaseModel], error: ValidationError, *, given: object) -> list[str]:
-    """Return one sentence per wrong key of ``given``, which was to become a ``cls``."""
+    """Return one sentence per wrong key of ``given``, the input for a ``cls``."""
     return [
         f"{path}: {why}" if path else why for path, why in locate_errors(cls, error, given=given)
     ]
@@ -54,7 +54,7 @@ def describe_errors(cls: type[BaseModel], error: ValidationError, *, given: obje
 def locate_errors(
     cls: type[BaseModel], error: ValidationError, *, given: object
 ) -> list[tuple[str, str]]:
-    """Return ``(path, sentence)`` per wrong key; an error from inside a choice brings its own."""
+    """Return ``(path, sentence)`` per wrong key; an error inside a choice has its own list."""
     found: list[tuple[str, str]] = []
     for item in error.errors(include_url=False):
         steps = _user_path(item["loc"], given, missing=item["type"] == "missing")
@@ -68,7 +68,7 @@ def locate_errors(
                 )
             case "missing":
                 found.append((path, "missing, and it has no default"))
-            case "value_error":  # a rule of ours: the sentence is complete
+            case "value_error":  # raised by a validator: the sentence is complete
                 found.append((path, str(context["error"])))
             case kind:
                 limits = {k: f"{v:.12g}" if isinstance(v, float) else v for k, v in context.items()}
@@ -82,13 +82,13 @@ def locate_errors(
 
 
 def describe_unknown_key(name: str, known: list[str]) -> str:
-    """Return the sentence about a name that is not among the ``known``."""
+    """Return the sentence about a name that is not one of ``known``."""
     expected = f"expected one of {', '.join(known)}" if known else "there is nothing of that name"
     return f"unknown key, {expected}{did_you_mean(name, known)}"
 
 
 def show_value(value: object) -> str:
-    """Return ``value`` as YAML would hold it, short enough for a sentence."""
+    """Return ``value`` as in YAML, shortened for a sentence."""
     if value is None or isinstance(value, bool):
         return {None: "nothing (null)", True: "true", False: "false"}[value]
     text = f'"{value}"' if isinstance(value, str) else repr(value)
@@ -96,7 +96,7 @@ def show_value(value: object) -> str:
 
 
 def _user_path(steps: tuple[int | str, ...], given: object, *, missing: bool) -> list[str]:
-    """Drop the steps that the user never wrote: pydantic names the branches of a union, too."""
+    """Drop the steps that are not in the user's input: pydantic adds the branches of a union."""
     kept, here = [], given
     for step in steps:
         match here:
@@ -111,7 +111,7 @@ def _user_path(steps: tuple[int | str, ...], given: object, *, missing: bool) ->
 
 
 def _field_names_at(cls: type[BaseModel], steps: list[str]) -> list[str]:
-    """Return the names of the fields of the record that ``steps`` lead to from ``cls``."""
+    """Return the field names of the record at the path ``steps`` in ``cls``."""
     owners = [cls]
     for step in steps:
         here = [owner.model_fields[step] for owner in owners if step in owner.model_fields]

@@ -13,7 +13,7 @@ JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "Jso
 
 
 def read_yaml(text: str) -> Any:
-    """Return the value of a YAML text. Raises ConfigError, for a key that stands twice too."""
+    """Return the value of a YAML text. Raises ConfigError, also for a repeated key."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -21,7 +21,7 @@ def read_yaml(text: str) -> Any:
 
 
 def write_yaml(value: JsonValue) -> str:
-    """Return ``value`` as YAML, keys in their own order."""
+    """Return ``value`` as YAML, in the order of its keys."""
     return _dump(value, sort_keys=False)
 
 
@@ -48,10 +48,10 @@ def _parse_call_value(node: ast.expr) -> Any:
 
 
 def set_by_path(tree: dict[str, Any], change: str) -> None:
-    """Apply one ``path=value`` to a plain config. A wrong name is set as well.
+    """Apply one ``path=value`` to the dicts of a config. A wrong name is set as well.
 
-    The check of the whole refuses it, in the same words as in a file. Raises ConfigError where
-    the path leads nowhere.
+    Validation of the config reports it, as in a file. Raises ConfigError if the path does not
+    exist.
     """
     path, equals, text = change.partition("=")
     steps = path.strip().split(".")
@@ -65,13 +65,13 @@ def set_by_path(tree: dict[str, Any], change: str) -> None:
     for depth, step in enumerate(steps[:-1]):
         place = _resolve_step(here, step, path=".".join(steps[:depth]))
         if isinstance(here, dict) and here.get(place) is None:
-            here[place] = {}  # below a null: a record of defaults
+            here[place] = {}  # below null: a record of defaults
         elif isinstance(here[place], str):
             here[place] = parse_call(here[place]) or here[place]
         here = here[place]
     last = _resolve_step(here, steps[-1], path=".".join(steps[:-1]))
     if last == "kind":
-        here.clear()  # what the old member was set to says nothing about the new one
+        here.clear()  # settings of the old member do not apply to the new one
     here[last] = value
 
 
@@ -81,19 +81,19 @@ def flat_lines(value: JsonValue) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is a mistake, not a silent choice of the last."""
+    """YAML loader that rejects repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
         names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [str(name) for i, name in enumerate(names) if name in names[:i]]
-        if twice:
-            problem = f'the key "{twice[0]}" stands twice'
+        repeated = [str(name) for i, name in enumerate(names) if name in names[:i]]
+        if repeated:
+            problem = f'the key "{repeated[0]}" is repeated'
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return super().construct_mapping(node, deep=deep)
 
 
 def _resolve_step(here: Any, step: str, *, path: str) -> Any:
-    """Return the key or index that ``step`` names in ``here``, which stands at ``path``."""
+    """Return the key or index of ``step`` in ``here``, the value at ``path``."""
     if isinstance(here, list):
         if not step.isdigit() or int(step) >= len(here):
             known = f"the places 0 to {len(here) - 1}" if here else "no places"
@@ -124,5 +124,5 @@ def _dump(value: JsonValue, **style: Any) -> str:
     text = yaml.safe_dump(value, allow_unicode=True, **style)
     if yaml.safe_load(text) == value:
         return text
-    # PyYAML writes the rare line breaks (U+0085, U+2028) as they are and reads them as spaces
+    # PyYAML writes rare line breaks (U+0085, U+2028) unescaped and reads them as spaces
     return yaml.safe_dump(value, **style)

@@ -1,11 +1,11 @@
-"""Errors a user can act on: what it is about, what was found, what was expected, the way out."""
+"""Error classes for user errors: messages give the thing, what was found, what was expected."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake in what the user gave us; the command line prints it and ends with code 2."""
+    """A mistake in the user's input; the command line prints it and exits with code 2."""
 
 
 class ConfigError(UserError, ValueError):
@@ -29,6 +29,6 @@ class CheckpointError(UserError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``'; did you mean "x"?'`` for the closest known name, or an empty string."""
-    folded = {str(k).casefold(): str(k) for k in known}  # "topk" is clearly "TopK"
+    folded = {str(k).casefold(): str(k) for k in known}  # "topk" is close to "TopK"
     close = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.5)
     return f'; did you mean "{folded[close[0]]}"?' if close else ""

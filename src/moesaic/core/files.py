@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and hashed."""
+"""Atomic file writes, JSON files and file hashes."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Write ``content`` so that a reader sees the old file or the new one, never a part."""
+    """Write ``content`` atomically: a reader sees the old file or the new one, never a part."""
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -23,7 +23,7 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all."""
+    """Write ``value`` as indented JSON, atomically."""
     atomic_write(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
@@ -33,6 +33,6 @@ def read_json(path: Path) -> Any:
 
 
 def sha256(path: Path) -> str:
-    """Return the hex digest of a file, read in pieces."""
+    """Return the SHA-256 hex digest of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

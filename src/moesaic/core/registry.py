@@ -1,4 +1,4 @@
-"""Registry: a folder of named functions (recipes, presets), found by name, listed a line each."""
+"""Registry of named factory functions (recipes, presets)."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
@@ -10,27 +10,23 @@ Factory = Callable[..., T]
 
 
 class Registry(Generic[T]):
-    """Named functions that make a ``T``. The first line of a docstring is what a listing shows."""
+    """Named functions that return a ``T``, listed with the first line of their docstrings."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._factories: dict[str, Factory[T]] = {}
 
     def register(self, name: str | None = None) -> Callable[[Factory[T]], Factory[T]]:
-        """Decorate a function: it becomes ``name``, or its own name with ``-`` for ``_``.
+        """Register the decorated function as ``name`` (default: its own name, ``-`` for ``_``).
 
         Raises ValueError for a second function of one name or a function without a docstring.
         """
 
         def enter(function: Factory[T]) -> Factory[T]:
             key = name or function.__name__.replace("_", "-")
-            known = self._factories.get(key, function)
-            if _qualified_name(known) != _qualified_name(
-                function
-            ):  # the same place again is a module loaded again
-                raise ValueError(
-                    f'two {self.kind}s "{key}": {_qualified_name(known)}, {_qualified_name(function)}'
-                )
+            places = [_qualified_name(f) for f in (self._factories.get(key, function), function)]
+            if places[0] != places[1]:  # equal for a reloaded module
+                raise ValueError(f'two {self.kind}s "{key}": {places[0]}, {places[1]}')
             if not function.__doc__:
                 raise ValueError(f'{self.kind} "{key}" needs a docstring: its first line is listed')
             self._factories[key] = function
@@ -49,7 +45,7 @@ class Registry(Generic[T]):
         return self._factories[key]
 
     def __call__(self, name: str, **settings: Any) -> T:
-        """Make the named thing: ``recipe("demo", seed=2)``."""
+        """Call the function of that name: ``recipe("demo", seed=2)``."""
         return self[name](**settings)
 
     def __contains__(self, name: object) -> bool:

@@ -1,4 +1,4 @@
-"""The JSON Schema of a config: what an editor needs to complete and check its YAML."""
+"""JSON Schema of a config, with which editors complete and check its YAML."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,10 +12,10 @@ Families = Mapping[str, Mapping[str, type[BaseModel]]]
 
 
 def json_schema(cls: type[BaseModel], *, families: Families) -> dict[str, Any]:
-    """Return the schema of the plain form of ``cls``; docstrings are its descriptions.
+    """Return the JSON Schema of ``cls``; docstrings are its descriptions.
 
-    A place for a choice says only ``{"family": full name}`` in pydantic's schema. Here every family
-    becomes one definition, to which its members add theirs: ``Norm``, ``Norm.RMSNorm``.
+    In pydantic's schema a choice is only ``{"family": full name}``. Here every family and every
+    member becomes a definition: ``Norm``, ``Norm.RMSNorm``.
     """
     schema = cls.model_json_schema()
     defs: dict[str, Any] = schema.pop("$defs", {})
@@ -34,7 +34,7 @@ def json_schema(cls: type[BaseModel], *, families: Families) -> dict[str, Any]:
 
 
 def _definitions(family: str, members: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
-    """Return the definitions of a family, of its members, and of the records inside them."""
+    """Return the definitions of a family, of its members, and of their records."""
     found: dict[str, Any] = {}
     for name, member in members.items():
         shape = member.model_json_schema()
@@ -47,7 +47,7 @@ def _definitions(family: str, members: Mapping[str, type[BaseModel]]) -> dict[st
 
 
 def _family_nodes(node: Any) -> Iterator[dict[str, Any]]:
-    """Yield the places for a choice; a default or a constant is not looked into."""
+    """Yield the nodes of choices, except inside defaults and constants."""
     if isinstance(node, dict):
         if isinstance(node.get("family"), str):
             yield node

@@ -1,4 +1,4 @@
-"""The letters of every shape in the house, and the types that carry them.
+"""Tensor types of shape annotations, and the letters of all shapes.
 
 B batch rows, S source length, L target length, T tokens, E experts, K experts per token,
 N edges or predicted tokens, R rows received, D model dim, F feed-forward dim, H heads,

@@ -1,4 +1,4 @@
-"""Units: bytes, FLOPs, counts and seconds, printed for people and parsed from them."""
+"""Units: format and parse bytes, FLOPs, counts and seconds."""
 
 import re
 

@@ -2,6 +2,7 @@
 
 from pydantic import Field
 
+import moesaic.corpus.sources.local_files  # noqa: F401  registers LocalFiles, PresplitFolder
 from moesaic.core.config import Config
 from moesaic.core.errors import DataError, did_you_mean
 from moesaic.corpus.cleaning import CleaningConfig
@@ -9,14 +10,11 @@ from moesaic.corpus.sources.debian_descriptions import DebianDescriptions
 from moesaic.corpus.sources.firefox import FirefoxMessages
 from moesaic.corpus.sources.gettext_catalogues import DebianCatalogues, PyPICatalogues
 from moesaic.corpus.sources.libreoffice_help import LibreOfficeHelp
-from moesaic.corpus.sources.local_files import LocalFiles, PresplitFolder
 from moesaic.corpus.sources.package_archives import PyPIPackage
 from moesaic.corpus.sources.synthetic import SyntheticLanguages
 from moesaic.corpus.sources.text_source import CombinedSources, TextSource
 from moesaic.corpus.split import DropNearDuplicates, HeldOutDomain, SplitConfig
 
-# importing a source registers it as a ``kind``; these two are in no named corpus
-FILE_SOURCES = (LocalFiles, PresplitFolder)
 _SMALL_PACKAGES = (
     PyPIPackage(name="django", version="5.2.19"),
     PyPIPackage(name="wagtail", version="8.0.1"),

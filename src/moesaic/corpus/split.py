@@ -76,12 +76,6 @@ def character_trigrams(text: str) -> frozenset[str]:
     return frozenset(padded[i : i + TRIGRAM] for i in range(max(1, len(padded) - TRIGRAM + 1)))
 
 
-def jaccard(a: str, b: str) -> float:
-    """Return the Jaccard index of two texts: shared 3-grams over all 3-grams."""
-    first, second = character_trigrams(a), character_trigrams(b)
-    return len(first & second) / len(first | second)
-
-
 class _TrigramIndex:
     """An inverted index, 3-gram to held-out texts: its lists count the shared 3-grams."""
 

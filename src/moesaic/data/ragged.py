@@ -20,12 +20,6 @@ class Ragged:
     lengths: IntArray
 
     @classmethod
-    def from_lists(cls, rows: Sequence[Sequence[int]]) -> "Ragged":
-        lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        flat = [token for row in rows for token in row]
-        return cls(np.array(flat, dtype=np.int64), lengths)
-
-    @classmethod
     def gather(cls, tokens: IntArray, *, starts: IntArray, lengths: IntArray) -> "Ragged":
         """Read the rows ``tokens[start : start + length]``, all at once."""
         lengths = lengths.astype(np.int64)
@@ -75,9 +69,6 @@ class Ragged:
             self.tokens[mask],
             np.bincount(self.row_index[mask], minlength=len(self)).astype(np.int64),
         )
-
-    def to_lists(self) -> list[list[int]]:
-        return [part.tolist() for part in np.split(self.tokens, np.cumsum(self.lengths)[:-1])]
 
 
 def _exclusive_cumsum(lengths: IntArray) -> IntArray:

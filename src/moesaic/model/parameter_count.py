@@ -233,9 +233,9 @@ def _attention_flops(config: ModelConfig, sizes: BatchDims) -> float:
         heads.heads * config.head_dim for heads in (config.attention, config.self_attention)
     )
     causal_pairs = sizes.target * (sizes.target + 1) / 2
-    own = config.encoder.layers * sizes.source**2 + config.decoder.layers * causal_pairs
+    within = config.encoder.layers * sizes.source**2 + config.decoder.layers * causal_pairs
     cross = config.decoder.layers * sizes.target * sizes.source if config.encoder.layers else 0
-    return 4.0 * sizes.rows * (all_heads * own + width * cross)
+    return 4.0 * sizes.rows * (all_heads * within + width * cross)
 
 
 def _default_batch(config: ModelConfig) -> BatchDims:

@@ -123,8 +123,8 @@ class Transformer(nn.Module):
         self, state: BlockState, *, batch: Batch, packing: Packing, encoder_records: Records
     ) -> ModelOutput:
         """Return the output of a pass, given what the last decoder block returned."""
-        x, own = state.x, packing.local_tokens
-        label, row = batch.target_out.flatten()[packing.index[own]], packing.row[own]
+        x, local = state.x, packing.local_tokens
+        label, row = batch.target_out.flatten()[packing.index[local]], packing.row[local]
         if batch.num_predicted < packing.num_tokens:
             predicted = (label != PAD).nonzero()[:, 0]
             x, label, row = x.index_select(0, predicted), label[predicted], row[predicted]
@@ -180,13 +180,13 @@ class Transformer(nn.Module):
         )
         context = self.forward_context(tokens)
         state = self.embed(tokens, context=context)
-        for block, own, source in zip(
+        for block, layer_cache, source in zip(
             self._decoder_blocks, cache.self_attention, cache.cross_attention, strict=True
         ):
             state = block.step(
                 state,
                 context=context,
-                cache=own,
+                cache=layer_cache,
                 position=position,
                 source=source,
                 mask=cache.mask,
@@ -208,16 +208,16 @@ class Transformer(nn.Module):
 
     def forward_context(self, tokens: StackTokens) -> ForwardContext:
         """Return what every block of the stack needs beside the states of these tokens."""
-        packing, own = tokens.packing, tokens.packing.local_tokens
-        row = packing.row[own]
+        packing, local = tokens.packing, tokens.packing.local_tokens
+        row = packing.row[local]
         moe = self.config.moe_of_stack(self._stack_config(tokens.stack))
-        reads = moe.router_input.embedding_source if isinstance(moe, MoE) else "nothing"
-        embedded = self.embedding(tokens.ids, packing=packing) if reads == "token" else None
-        prompt = self.embedding.embed_replicated(tokens.tag)[row] if reads == "tag" else None
+        source = moe.router_input.embedding_source if isinstance(moe, MoE) else "nothing"
+        embedded = self.embedding(tokens.ids, packing=packing) if source == "token" else None
+        prompt = self.embedding.embed_replicated(tokens.tag)[row] if source == "tag" else None
         routing_context = TokenContext(
             row=row,
-            position=tokens.position[own],
-            token=tokens.ids[own],
+            position=tokens.position[local],
+            token=tokens.ids[local],
             tag=tokens.tag[row],
             row_key=tokens.row_key[row],
             token_embedding=embedded,

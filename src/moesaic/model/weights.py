@@ -60,11 +60,11 @@ def initialize_weights(model: nn.Module, config: ModelConfig) -> None:
         elif kind == "bias":
             parameter.zero_()
         else:
-            own = custom.get(name, Initializer())
-            shape = parameter.shape
-            parameter.normal_(
-                std=init_std(name, kind=kind, shape=shape, initializer=own, config=config)
+            initializer = custom.get(name, Initializer())
+            std = init_std(
+                name, kind=kind, shape=parameter.shape, initializer=initializer, config=config
             )
+            parameter.normal_(std=std)
 
 
 def init_std(
@@ -111,16 +111,16 @@ def restore_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     Raises CheckpointError naming every tensor that is missing, unknown or of another shape.
     """
-    own = export_weights(model)
-    problems = [f"{name} is missing" for name in own if name not in tensors]
-    problems += [f"{name} is not in this model" for name in tensors if name not in own]
+    expected = export_weights(model)
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    problems += [f"{name} is not in this model" for name in tensors if name not in expected]
     problems += [
         f"{name} has shape {list(tensors[name].shape)}, expected {list(tensor.shape)}"
-        for name, tensor in own.items()
+        for name, tensor in expected.items()
         if name in tensors and tensors[name].shape != tensor.shape
     ]
     if problems:
         more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
         raise CheckpointError(f"the weights do not fit: {'; '.join(problems[:4])}{more}")
-    for name, tensor in own.items():
+    for name, tensor in expected.items():
         tensor.copy_(tensors[name])

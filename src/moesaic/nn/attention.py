@@ -76,10 +76,10 @@ class SelfAttention(nn.Module):
         position: Int[Tensor, "B n"],
     ) -> Float[Tensor, "T D"]:
         """Attend from the newest tokens to all so far; writes ``cache`` at ``position``."""
-        found = self.attend_heads_cached(
+        heads = self.attend_heads_cached(
             x, packing=packing, rotation=rotation, cache=cache, position=position
         )
-        return self.out(found)
+        return self.out(heads)
 
     def attend_heads(
         self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
@@ -150,5 +150,5 @@ class CrossAttention(nn.Module):
         """Attend to ``source`` where ``mask`` is true (None: everywhere)."""
         x = self.tensor_parallel.all_gather_tokens(x, packing)
         query = self.query(x).unflatten(-1, (-1, self.head_dim))
-        found = self.backend.cross_attention(query, packing=packing, source=source, mask=mask)
-        return self.tensor_parallel.reduce_scatter_tokens(self.out(found), packing)
+        heads = self.backend.cross_attention(query, packing=packing, source=source, mask=mask)
+        return self.tensor_parallel.reduce_scatter_tokens(self.out(heads), packing)

@@ -34,7 +34,7 @@ def global_norm(grads: list[Tensor]) -> Float[Tensor, ""]:
 
 @torch.no_grad()
 def scale_gradients(grads: list[Tensor], *, norm: float, max_norm: float) -> GradNorm:
-    """Clip gradients in place so that their global norm, given as ``norm``, is at most ``max_norm``.
+    """Clip gradients of global norm ``norm`` in place, to at most ``max_norm``.
 
     ``math.inf`` changes nothing.
     """

@@ -100,10 +100,10 @@ class MuonRule:
 
 def group_by_matrix_shape(tensors: Sequence[Tensor]) -> dict[tuple[int, int], list[int]]:
     """Group the indices of ``tensors`` by the shape of their matrices."""
-    found: dict[tuple[int, int], list[int]] = defaultdict(list)
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, tensor in enumerate(tensors):
-        found[tensor.shape[-2], tensor.shape[-1]].append(index)
-    return dict(found)
+        groups[tensor.shape[-2], tensor.shape[-1]].append(index)
+    return dict(groups)
 
 
 def orthogonalize(tensors: Sequence[Tensor], *, steps: int) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -155,6 +155,13 @@ def _read_curves(path: Path) -> dict[str, ChartSeries]:
                 xs.append(float(step))
                 ys.append(float(value))
     return {name: ChartSeries(name, xs, ys) for name, (xs, ys) in points.items()}
+
+
+def lookup(value: Any, *keys: str) -> Any:
+    """Return the value at a path of nested mappings, or None where it is missing."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def to_text(value: object) -> str:

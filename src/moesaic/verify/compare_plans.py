@@ -13,6 +13,7 @@ import torch
 import torch.distributed as distributed
 
 from moesaic.core.errors import ConfigError
+from moesaic.core.markdown import markdown_table
 from moesaic.distributed.forked_ranks import RankError, run_cases_on_ranks
 from moesaic.parallel.config import ParallelConfig
 from moesaic.train.run import Run
@@ -171,8 +172,7 @@ TABLE_COLUMNS = ["ranks", "plan", *_MEASURES, "result"]
 
 def to_markdown(results: Sequence[PlanResult]) -> str:
     """Return a Markdown table: a row for each plan, fewest ranks first."""
-    rows = [TABLE_COLUMNS, ["-" * len(word) for word in TABLE_COLUMNS], *map(_table_row, results)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(TABLE_COLUMNS, map(_table_row, results)).rstrip("\n")
 
 
 def summarize(results: Sequence[PlanResult]) -> str:
@@ -207,4 +207,4 @@ def _table_row(result: PlanResult) -> list[str]:
         measures = [f"{difference.value:.0e}" for difference in floats]
         measures.append(f"{count:.0f} differ" if count else "same")
     outcome = "equal" if result.equal else f"**{'; '.join(result.problems)}**"
-    return [str(result.world_size), result.plan, *measures, outcome.replace("|", r"\|")]
+    return [str(result.world_size), result.plan, *measures, outcome]

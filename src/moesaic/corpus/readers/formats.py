@@ -20,7 +20,6 @@ from moesaic.corpus.readers.tmx import read_tmx
 from moesaic.corpus.readers.tsv import read_rows
 
 PAIR_FORMATS = (".tsv", ".jsonl", ".po", ".mo", ".tmx")
-TEXT_FORMATS = (".txt", ".jsonl")
 
 
 def read_pairs(

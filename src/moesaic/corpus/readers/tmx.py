@@ -34,27 +34,30 @@ def read_tmx(path: Path, *, source: str, target: str) -> Iterator[Pair]:
 
 def _units(path: Path) -> Iterator[etree._Element]:
     with open_bytes(path) as stream:
+        # nothing outside the file is read, and no entity is expanded
+        units = etree.iterparse(
+            stream,
+            tag="tu",
+            resolve_entities=False,
+            no_network=True,
+            load_dtd=False,
+            huge_tree=False,
+        )
         try:
-            # nothing outside the file is read, and no entity is expanded
-            events = etree.iterparse(
-                stream,
-                events=("start", "end"),
-                resolve_entities=False,
-                no_network=True,
-                load_dtd=False,
-                huge_tree=False,
-            )
-            _, root = next(events)
-            if root.tag != "tmx":
-                raise DataError(f"{path}: found <{root.tag}>, expected a <tmx> file")
-            for event, element in events:
-                if event == "end" and element.tag == "tu":
-                    yield element
-                    element.clear()  # the tree must not grow with the file
-                    while element.getprevious() is not None:
-                        del element.getparent()[0]
+            for _, unit in units:
+                yield unit
+                _remove_read(unit)
         except etree.XMLSyntaxError as error:
             raise DataError(f"{path}: not well-formed XML, perhaps cut short: {error}") from error
+        if units.root.tag != "tmx":
+            raise DataError(f"{path}: found <{units.root.tag}>, expected a <tmx> file")
+
+
+def _remove_read(unit: etree._Element) -> None:
+    """Remove a unit's content and the units before it: the tree must not grow with the file."""
+    unit.clear()
+    while unit.getprevious() is not None:
+        del unit.getparent()[0]
 
 
 def _texts(unit: etree._Element, *, where: str) -> dict[str, str]:
