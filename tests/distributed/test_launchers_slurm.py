@@ -52,7 +52,7 @@ def test_the_rendezvous_is_the_first_node_and_a_failure_fails_the_job(cluster: P
     words = (cluster / "words").read_text().splitlines()
     assert "--rdzv-endpoint=node-a:29500" in words
     assert "--rdzv-id=7-0" in words
-    assert "requeue" not in (cluster / "said").read_text()
+    assert "requeue" not in (cluster / "output").read_text()
 
 
 def test_before_the_time_limit_it_stops_the_run_and_requeues(cluster: Path) -> None:
@@ -62,7 +62,7 @@ def test_before_the_time_limit_it_stops_the_run_and_requeues(cluster: Path) -> N
         time.sleep(0.01)
     script.send_signal(signal.SIGTERM)
     assert script.wait(20) == 143
-    output = (cluster / "said").read_text().splitlines()
+    output = (cluster / "output").read_text().splitlines()
     assert output[-2:] == ["scancel --signal=TERM 7", "scontrol requeue 7"]
 
 
