@@ -1,7 +1,7 @@
 """Seeded defects: errors of real systems, inserted on several ranks only."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from moesaic.distributed.mesh import Mesh
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import ProcessGroupWorld
-from moesaic.moe import layer
+from moesaic.moe import layer as moe_layer
 from moesaic.moe.batch_group import GatheredRows
 from moesaic.moe.router_context import TokenContext
 from moesaic.moe.routing_record import RoutingRecord
@@ -52,12 +52,12 @@ def zero_averages(patch: Patch) -> None:
 
 
 def aux_loss_counted_twice(patch: Patch) -> None:
-    def twice(*arguments: Any, losses: dict[str, torch.Tensor], **named: Any) -> RoutingRecord:
+    def twice(*arguments: Any, **named: Any) -> RoutingRecord:
+        record = RoutingRecord(*arguments, **named)
         times = distributed.get_world_size() if distributed.is_initialized() else 1
-        scaled = {name: times * loss for name, loss in losses.items()}
-        return RoutingRecord(*arguments, losses=scaled, **named)
+        return replace(record, losses={n: times * loss for n, loss in record.losses.items()})
 
-    patch.setattr(layer, "RoutingRecord", twice)
+    patch.setattr(moe_layer, "RoutingRecord", twice)
 
 
 def axis_not_summed(patch: Patch) -> None:
