@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moesaic.core.markdown import markdown_table
+
 MARKS = re.compile(r"(<!-- dispatch: begin -->\n).*?(<!-- dispatch: end -->)", re.S)
 
 
@@ -22,8 +24,7 @@ def tables_of(result: Mapping[str, Any]) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join("| " + " | ".join(map(_cell, line)) + " |\n" for line in lines)
+    return markdown_table(head, (map(_cell, row) for row in rows), right=True)
 
 
 def _cell(value: Any) -> str:

@@ -11,7 +11,7 @@ from moesaic.core.units import show_count, show_seconds
 from moesaic.core.version import __version__
 from moesaic.report.html import Html, join_html, tag
 from moesaic.report.palette import PALETTE, css_variables
-from moesaic.report.report_inputs import ReportInputs, read_report_inputs
+from moesaic.report.report_inputs import ReportInputs, lookup, read_report_inputs
 from moesaic.report.routing_sections import atlas_section, health_section, insight_section
 from moesaic.report.score_sections import (
     format_signed,
@@ -48,7 +48,7 @@ def render_page(inputs: ReportInputs) -> str:
         tag("section", tag("h2", title), build(inputs), id=name) for name, title, build in _SECTIONS
     ]
     links = [tag("a", title, href=f"#{name}") for name, title, _ in _SECTIONS]
-    tints = "".join(f".tint{i}{{--tint:var(--{colour.name})}}" for i, colour in enumerate(PALETTE))
+    tints = "".join(f".tint{i}{{--tint:var(--{color.name})}}" for i, color in enumerate(PALETTE))
     style = f"{css_variables()}{tints}\n{_read_asset('page.css')}"
     head = tag(
         "head",
@@ -101,17 +101,17 @@ def _header(inputs: ReportInputs) -> Html:
 
 
 def _headline_tiles(inputs: ReportInputs) -> list[tuple[str, str, str]]:
-    """The headline numbers that are known: (label, value, note)."""
+    """Return the headline numbers that are known: (label, value, note)."""
     summary: Mapping[str, Any] = inputs.summary
     tiles = []
     systems = summary.get("systems") or ["model"]
-    chrf = ((summary.get("mean") or {}).get(systems[0]) or {}).get("chrf")
+    chrf = lookup(summary, "mean", systems[0], "chrf")
     if chrf:
         count = len(summary.get("languages") or ())
         note = f"{chrf['low']:.1f} to {chrf['high']:.1f}, {count} languages"
         tiles.append(("mean chrF++", f"{chrf['score']:.1f}", note))
     for other, label in (("copy", "lead over copying"), ("memory", "lead over memory")):
-        found = ((summary.get("mean_differences") or {}).get(other) or {}).get("chrf")
+        found = lookup(summary, "mean_differences", other, "chrf")
         if found:
             note = f"{format_signed(found['low'])} to {format_signed(found['high'])} chrF++"
             tiles.append((label, format_signed(found["difference"]), note))
@@ -122,7 +122,7 @@ def _headline_tiles(inputs: ReportInputs) -> list[tuple[str, str, str]]:
         tiles.append(("parameters", show_count(counts["parameters"]), note))
     tokens = counts.get("train_tokens") or latest_value(inputs, "train/tokens")
     if tokens:
-        seconds = (summary.get("seconds") or {}).get("train")
+        seconds = lookup(summary, "seconds", "train")
         note = f"in {show_seconds(seconds)}" if seconds else "both sides"
         tiles.append(("tokens trained on", show_count(tokens), note))
     loss = latest_value(inputs, "valid/loss")

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -121,12 +121,12 @@ def _read_insight(path: Path) -> dict[str, Any]:
     found = _require_mapping(read_json(path))
     if found["format"] != 1:
         raise ValueError(f"format {found['format']}, expected 1")
-    wanted = {"experts", "null_experts", "uncertainty", "typical", "positions"}
+    keys = {"experts", "null_experts", "uncertainty", "typical", "positions"}
     for name, layer in found["layers"].items():
         if "spare" in layer:  # the name of older versions
             layer["null_experts"] = layer.pop("spare")
-        if wanted - layer.keys():
-            raise ValueError(f"layer {name} lacks {', '.join(sorted(wanted - layer.keys()))}")
+        if keys - layer.keys():
+            raise ValueError(f"layer {name} lacks {', '.join(sorted(keys - layer.keys()))}")
     return found
 
 
@@ -155,6 +155,13 @@ def _read_curves(path: Path) -> dict[str, ChartSeries]:
                 xs.append(float(step))
                 ys.append(float(value))
     return {name: ChartSeries(name, xs, ys) for name, (xs, ys) in points.items()}
+
+
+def lookup(value: Any, *keys: str) -> Any:
+    """Return the value at a path of nested mappings, or None where it is missing."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def to_text(value: object) -> str:

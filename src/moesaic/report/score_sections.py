@@ -5,7 +5,7 @@ from typing import Any
 
 from moesaic.report.charts import IntervalDot, dot_chart
 from moesaic.report.html import Html, HtmlChild, html_table, join_html, tag
-from moesaic.report.report_inputs import ReportInputs, language_name, to_text
+from moesaic.report.report_inputs import ReportInputs, language_name, lookup, to_text
 
 _SYSTEM_NAMES = {"model": "model", "copy": "copying the source", "memory": "translation memory"}
 _VERDICT_MARKS = {
@@ -50,12 +50,12 @@ def scores_section(inputs: ReportInputs) -> Html:
         return tag("p", f"{gap} Run moesaic eval on this run to score it.", class_="gap")
     systems = [str(name) for name in summary.get("systems") or ["model"]]
     order = sorted(
-        languages, key=lambda key: -_score_part(languages[key], systems[0], "chrf", "score", 0.0)
+        languages, key=lambda key: -(lookup(languages[key], systems[0], "chrf", "score") or 0.0)
     )
     rows = [
         (
             _direction_title(key, languages[key]),
-            [_score_dot(languages[key], system) for system in systems],
+            [_score_dot(languages[key], system, "chrf") for system in systems],
         )
         for key in order
     ]
@@ -116,22 +116,21 @@ def _score_table(summary: Mapping[str, Any], order: Sequence[str], systems: Sequ
 def _score_cells(result: Mapping[str, Any], systems: Sequence[str]) -> list[HtmlChild]:
     cells: list[HtmlChild] = []
     for metric in ("chrf", "bleu"):
-        values = [_score_part(result, system, metric, "score", None) for system in systems]
-        best = max((v for v in values if v is not None), default=None)
-        for system, value in zip(systems, values, strict=True):
-            if value is None:
+        dots = [_score_dot(result, system, metric) for system in systems]
+        best = max((dot.value for dot in dots if dot), default=None)
+        for dot in dots:
+            if dot is None:
                 cells.append("–")
                 continue
-            low, high = (_score_part(result, system, metric, end, value) for end in ("low", "high"))
-            half = tag("small", f" ±{(high - low) / 2:.1f}")
-            number = f"{value:.1f}"
-            cells.append(join_html([tag("b", number) if value == best else number, half]))
+            half = tag("small", f" ±{(dot.high - dot.low) / 2:.1f}")
+            number = f"{dot.value:.1f}"
+            cells.append(join_html([tag("b", number) if dot.value == best else number, half]))
     return cells
 
 
 def _difference_cell(differences: Mapping[str, Any] | None, other: str) -> Html:
-    found = (differences or {}).get(other) or {}
-    chrf = found.get("chrf")
+    found = lookup(differences, other)
+    chrf = lookup(found, "chrf")
     if not chrf:
         return tag("span", "–")
     sign, words = _VERDICT_MARKS.get(found.get("verdict", ""), ("", ""))
@@ -146,10 +145,9 @@ def _difference_cell(differences: Mapping[str, Any] | None, other: str) -> Html:
 
 
 def _off_target_cell(result: Mapping[str, Any] | None) -> Html:
-    found = (result or {}).get("off_target") or {}
     for view, words in (("identified", "by language identification"), ("script", "by script")):
-        rate = found.get(view) or {}
-        if rate.get("rate") is not None:
+        rate = lookup(result, "off_target", view)
+        if lookup(rate, "rate") is not None:
             counted = f"{rate['off']} of {rate['counted']} sentences, {words}"
             return tag("span", f"{100 * rate['rate']:.0f} %", title=counted)
     return tag("span", "–")
@@ -204,11 +202,10 @@ def _expert_traces(experts: Mapping[str, Any], *, opened: bool) -> Html | None:
 
 def _expert_trace_table(experts: Mapping[str, Any], *, side: str) -> Html | None:
     """Return a table of layers by tokens; cells list the experts, in the color of the first one."""
-    found = experts.get(side) or {}
-    layers = found.get("layers") or {}
+    layers = lookup(experts, side, "layers")
     if not layers:
         return None
-    head = ["layer", *(str(token) for token in found.get("tokens") or ())]
+    head = ["layer", *(str(token) for token in lookup(experts, side, "tokens") or ())]
     rows = [[name, *(_expert_cell(edges) for edges in tokens)] for name, tokens in layers.items()]
     caption = "Tokens of the source" if side == "source" else "Tokens of the translation"
     return tag("div", html_table(head, rows=rows, caption=caption), class_="trace")
@@ -222,17 +219,12 @@ def _expert_cell(edges: Sequence[Sequence[float]]) -> Html:
     return tag("span", names, class_=f"chip tint{int(edges[0][0]) % 5}", title=title)
 
 
-def _score_dot(result: Mapping[str, Any], system: str) -> IntervalDot | None:
-    value = _score_part(result, system, "chrf", "score", None)
+def _score_dot(result: Mapping[str, Any], system: str, metric: str) -> IntervalDot | None:
+    score = lookup(result, system, metric)
+    value = lookup(score, "score")
     if value is None:
         return None
-    low, high = (_score_part(result, system, "chrf", end, value) for end in ("low", "high"))
-    return IntervalDot(value, low, high)
-
-
-def _score_part(result: Mapping[str, Any], system: str, metric: str, part: str, other: Any) -> Any:
-    found = ((result.get(system) or {}).get(metric) or {}).get(part)
-    return other if found is None else found
+    return IntervalDot(value, *(score.get(end, value) for end in ("low", "high")))
 
 
 def _direction_title(key: str, result: Mapping[str, Any]) -> str:

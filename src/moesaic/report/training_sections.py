@@ -12,15 +12,15 @@ from moesaic.report.report_inputs import ReportInputs, language_name, to_text
 def training_section(inputs: ReportInputs) -> Html:
     """Return loss curves per task, the last losses per language, and throughput."""
     if not inputs.metrics:
-        gap = inputs.gaps.get("metrics.jsonl", "metrics.jsonl holds no rows.")
+        gap = inputs.gaps.get("metrics.jsonl", "metrics.jsonl has no rows.")
         return tag("p", f"{gap} Training writes it.", class_="gap")
     drawn = [
         line_chart(_loss_curves(inputs), title="Loss, nats per token"),
         _quality_chart(inputs),
         _loss_by_language(inputs),
-        _metric_chart(inputs, "perf/tokens_per_s", title="Tokens per second", zero=True),
-        _metric_chart(inputs, "train/lr", title="Learning rate", zero=True),
-        _metric_chart(inputs, "train/grad_norm", title="Gradient norm, before clipping", zero=True),
+        _metric_chart(inputs, "perf/tokens_per_s", title="Tokens per second"),
+        _metric_chart(inputs, "train/lr", title="Learning rate"),
+        _metric_chart(inputs, "train/grad_norm", title="Gradient norm, before clipping"),
         _router_loss_chart(inputs),
     ]
     return join_html([tag("div", *(d for d in drawn if d), class_="charts"), _data_wait(inputs)])
@@ -60,10 +60,10 @@ def _loss_curves(inputs: ReportInputs) -> list[ChartSeries]:
     named = [("", "all")] if len(tasks) != 1 else []
     named += [(f"/{task}", task) for task in tasks]
     curves = []
-    for tint, (end, label) in enumerate(named or [("", "all")]):
+    for color, (end, label) in enumerate(named or [("", "all")]):
         for dash, (prefix, kind) in enumerate((("train", "train"), ("valid", "validation"))):
             found = inputs.curve(
-                f"{prefix}/loss{end}", label=f"{label}, {kind}", color=tint, dash=dash
+                f"{prefix}/loss{end}", label=f"{label}, {kind}", color=color, dash=dash
             )
             curves += [found] if found else []
     return curves
@@ -76,8 +76,8 @@ def _quality_chart(inputs: ReportInputs) -> Html | None:
         return None
     steps = [float(point["step"]) for point in points]
     curves = [ChartSeries("model", steps, [point["chrf"]["score"] for point in points])]
-    for tint, (name, found) in enumerate(inputs.quality_curve["baselines"].items(), start=1):
-        curves.append(ChartSeries(name, [steps[0], steps[-1]], [found["score"]] * 2, tint, 1))
+    for color, (name, found) in enumerate(inputs.quality_curve["baselines"].items(), start=1):
+        curves.append(ChartSeries(name, [steps[0], steps[-1]], [found["score"]] * 2, color, 1))
     return line_chart(
         curves, title="chrF++ at each checkpoint, mean over languages", from_zero=True
     )
@@ -103,9 +103,9 @@ def _router_loss_chart(inputs: ReportInputs) -> Html | None:
     return line_chart(kept, title="Router losses, weighted", from_zero=True) if kept else None
 
 
-def _metric_chart(inputs: ReportInputs, name: str, *, title: str, zero: bool) -> Html | None:
+def _metric_chart(inputs: ReportInputs, name: str, *, title: str) -> Html | None:
     curve = inputs.curve(name, label=title)
-    return line_chart([curve], title=title, from_zero=zero) if curve else None
+    return line_chart([curve], title=title, from_zero=True) if curve else None
 
 
 def _data_wait(inputs: ReportInputs) -> Html | None:
