@@ -95,6 +95,6 @@ def _show_commands() -> None:
     table = Table(box=None, show_header=False, padding=(0, 2))
     for command, summary in COMMANDS.items():
         table.add_row(f"[bold cyan]{command}[/]", summary)
-    console.print(f"[bold]moesaic[/] {__version__}: Mixture-of-Experts models you can check\n")
+    console.print(f"[bold]moesaic[/] {__version__}: multilingual Mixture-of-Experts models in PyTorch\n")
     console.print("usage: moesaic COMMAND [OPTIONS]      (moesaic COMMAND --help has an example)\n")
     console.print(table)
