@@ -33,9 +33,9 @@ One small training run per routing rule, with the same text, steps and seed. Wri
 have one seed each: they show that a rule trains, not which rule is better.
 
 Loss is in nats per token: the first and the last row of training without auxiliary losses, and the
-final loss on held-out text. Evenness is the load entropy of the least balanced layer (1 is balanced),
-busiest the maximum violation of its most loaded expert (load over mean load, minus 1), both on
-held-out text and over true experts. The last column is the router health of the run.
+final loss on held-out text. Evenness is the load entropy of the least balanced layer (1 is
+balanced), busiest the maximum violation of its most loaded expert (load over mean load, minus 1),
+both on held-out text and over true experts. The last column is the router health of the run.
 
 """
 HEAD = (

@@ -288,7 +288,7 @@ def test_a_config_reads_back_what_it_writes(model: Model) -> None:
 
 
 @given(models)
-def test_flat_lines_say_everything_once(model: Model) -> None:
+def test_flat_lines_hold_each_value_once(model: Model) -> None:
     lines = model.to_flat_lines()
     assert lines == sorted(lines)
     assert all(" = " in line for line in lines)
@@ -321,7 +321,7 @@ def test_flat_is_readable() -> None:
         ("!!python/object:os.system {}", "not valid YAML"),
     ],
 )
-def test_yaml_that_says_no_config_is_refused(text: str, why: str) -> None:
+def test_yaml_that_is_no_config_is_refused(text: str, why: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(why)):
         Model.from_yaml(text)
 

@@ -28,7 +28,7 @@ def test_yaml_keeps_the_order_and_the_script() -> None:
     assert list(read_yaml(text)) == ["b", "a"]
 
 
-def test_yaml_says_where_a_key_stands_twice() -> None:
+def test_a_repeated_yaml_key_is_refused_with_its_line() -> None:
     with pytest.raises(ConfigError, match=r'"b" is repeated.*line 2'):
         read_yaml("a:\n  b: 1\n  b: 2\n")
 

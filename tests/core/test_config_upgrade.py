@@ -46,9 +46,7 @@ def test_an_upgraded_config_has_nothing_to_rename() -> None:
 
 
 def test_every_new_name_exists() -> None:
-    configs = {
-        c.__name__: c for c in _subclasses(Config) if c.__module__.startswith("moesaic.")
-    }
+    configs = {c.__name__: c for c in _subclasses(Config) if c.__module__.startswith("moesaic.")}
     assert all(issubclass(configs[name], Choice) for name in RENAMED_KINDS.values())
     assert set(SECTIONS.values()) <= set(configs)
     for owner, keys in RENAMED_KEYS.items():
@@ -59,7 +57,7 @@ def test_every_new_name_exists() -> None:
 
 def test_an_old_config_is_refused_with_the_way_to_upgrade_it() -> None:
     text = RECIPES("tiny").to_yaml().replace("gradient_accumulation_steps", "accumulate")
-    expected = "accumulate: is now called gradient_accumulation_steps; .*moesaic config upgrade"
+    expected = "accumulate is now called gradient_accumulation_steps; .*moesaic config upgrade"
     with pytest.raises(ConfigError, match=re.compile(expected)):
         Run.from_yaml(text)
 

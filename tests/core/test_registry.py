@@ -38,7 +38,7 @@ def test_a_listing_shows_first_lines() -> None:
     assert filled().descriptions() == {"pi": "About 3.", "the-answer": "Return the answer."}
 
 
-def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+def test_an_unknown_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match='no number "the-anser"; did you mean "the-answer"') as e:
         filled()("the-anser")
     assert "known: pi, the-answer" in str(e.value)

@@ -35,7 +35,7 @@ def test_flops_have_their_unit(count: float, text: str) -> None:
     [(0.04, "0.0s"), (9.5, "9.5s"), (59.4, "59s"), (59.9, "1m00s"), (75, "1m15s"),
      (3600, "1h00m"), (3661, "1h01m"), (90_000, "25h00m")],
 )  # fmt: skip
-def test_seconds_are_shown_as_people_say_them(seconds: float, text: str) -> None:
+def test_seconds_are_shown_with_readable_units(seconds: float, text: str) -> None:
     assert show_seconds(seconds) == text
 
 

@@ -13,7 +13,10 @@ from moesaic.core.errors import ConfigError
 from moesaic.distributed.launchers import Slurm
 
 STAND_INS = {
-    "scontrol": 'echo "scontrol $*" >> output; [[ $1 == show ]] && printf "node-a\\nnode-b\\n"; true',
+    "scontrol": (
+        'echo "scontrol $*" >> output; '
+        '[[ $1 == show ]] && printf "node-a\\nnode-b\\n"; true'
+    ),
     "scancel": 'echo "scancel $*" >> output; kill -TERM "$(cat step)"',
     "srun": (
         'echo "$$" > step; printf "%s\\n" "$@" > words; trap "exit 143" TERM; '
@@ -52,7 +55,7 @@ def test_the_rendezvous_is_the_first_node_and_a_failure_fails_the_job(cluster: P
     words = (cluster / "words").read_text().splitlines()
     assert "--rdzv-endpoint=node-a:29500" in words
     assert "--rdzv-id=7-0" in words
-    assert "requeue" not in (cluster / "said").read_text()
+    assert "requeue" not in (cluster / "output").read_text()
 
 
 def test_before_the_time_limit_it_stops_the_run_and_requeues(cluster: Path) -> None:
@@ -62,7 +65,7 @@ def test_before_the_time_limit_it_stops_the_run_and_requeues(cluster: Path) -> N
         time.sleep(0.01)
     script.send_signal(signal.SIGTERM)
     assert script.wait(20) == 143
-    output = (cluster / "said").read_text().splitlines()
+    output = (cluster / "output").read_text().splitlines()
     assert output[-2:] == ["scancel --signal=TERM 7", "scontrol requeue 7"]
 
 

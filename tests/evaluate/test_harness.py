@@ -42,7 +42,7 @@ def summary():
     return evaluate(systems, tests=TESTS, settings=SETTINGS)
 
 
-def test_scores_and_leads_say_who_wins_where(summary):
+def test_scores_and_differences_show_the_better_system_of_each_language(summary):
     german, french = summary.languages["deu_Latn"], summary.languages["fra_Latn"]
     assert german.systems["model"].scores["chrf"].score == pytest.approx(100)
     assert german.differences["memory"]["chrf"].difference == 0

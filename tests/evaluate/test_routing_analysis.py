@@ -1,4 +1,4 @@
-"""Insight: planted habits of routers are found in their routes, and only where they are."""
+"""Routing analysis finds the dependence on tokens and positions in synthetic routes."""
 
 import pytest
 import torch

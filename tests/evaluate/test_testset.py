@@ -32,6 +32,6 @@ def test_moses_files_are_read_line_against_line(tmp_path):
         read_moses_testset(tmp_path / "a", tmp_path / "b", source="en", target="de")
 
 
-def test_nothing_to_test_on_is_said():
+def test_a_test_set_without_sentences_is_refused():
     with pytest.raises(DataError, match="no sentences"):
         make_testset([], name="mine", source="en", target="de")

@@ -77,7 +77,7 @@ def test_paragraphs_are_aligned_where_an_article_has_as_many() -> None:
 
 
 @pytest.mark.usefixtures("home")
-def test_a_language_without_a_declaration_is_said_and_left_out() -> None:
+def test_a_language_without_a_declaration_is_reported_and_left_out() -> None:
     heard: list[str] = []
     sets = udhr_testsets([("en", "it"), ("en", "de")], progress=heard.append)
     assert [test.target for test in sets] == ["deu_Latn"]

@@ -75,7 +75,7 @@ def test_an_empty_test_set_is_the_users_mistake():
         ChrF().sentence_statistics([], references=[])
 
 
-def test_spbleu_without_its_model_says_so_and_downloads_nothing(monkeypatch, tmp_path):
+def test_spbleu_without_its_model_gives_the_reason_and_downloads_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(translation_metrics.sacrebleu.utils, "SACREBLEU_DIR", str(tmp_path))
     found = load_spbleu()
     assert isinstance(found, str)

@@ -44,7 +44,7 @@ def test_another_language_of_the_same_script_is_identified():
     assert (found.identified.off, found.identified.counted) == (1, 2)  # "Datei" is too short
 
 
-def test_identification_says_why_it_is_missing(monkeypatch):
+def test_missing_identification_gives_the_reason(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
     found = load_language_identifier(["deu_Latn", "eng_Latn"])
     assert isinstance(found, str)
@@ -52,7 +52,7 @@ def test_identification_says_why_it_is_missing(monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("py3langid") is None, reason="needs py3langid")
-def test_languages_unknown_to_the_identifier_are_not_measured():
+def test_languages_that_the_identifier_lacks_are_not_measured():
     identify = load_language_identifier(["deu_Latn", "eng_Latn", "szl_Latn"])
     found = measure_off_target([ENGLISH], references=[GERMAN], target="szl_Latn", identify=identify)
     assert found.identified.rate is None

@@ -50,7 +50,7 @@ def test_a_row_holds_the_worst_layer():
     assert summarize_load([]) == {}
 
 
-def test_spare_experts_are_left_out_of_what_is_said_of_balance():
+def test_null_experts_are_left_out_of_load_balance():
     counts = np.array([[30], [30], [30], [0], [110]])
     found = LayerUsage("x", counts, np.zeros(1, dtype=np.int64), num_null_experts=2)
     assert (found.max_vio, found.min_load, found.dead_experts) == (0.0, 1.0, 0)

@@ -31,7 +31,7 @@ def test_rows_come_back_bit_for_bit_also_those_that_json_lacks(tmp_path):
     json.loads((tmp_path / "m.jsonl").read_text(), parse_constant=pytest.fail)
 
 
-def test_truncating_forgets_later_steps_and_writing_goes_on_there(tmp_path):
+def test_truncating_deletes_later_steps_and_writing_continues_there(tmp_path):
     path = written(tmp_path / "m.jsonl", range(1, 11))
     sink = JsonlWriter(path)
     sink.write(11, values={})
@@ -83,7 +83,7 @@ def test_tensorboard_gets_the_rows(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(4, 1.5)]
 
 
-def test_tensorboard_that_is_not_installed_says_how_to_get_it(tmp_path, monkeypatch):
+def test_a_missing_tensorboard_is_reported_with_the_way_to_install_it(tmp_path, monkeypatch):
     def missing(name):
         raise ModuleNotFoundError(name)
 

@@ -8,7 +8,7 @@ from moesaic.monitor.specialization import (
 )
 
 
-def test_uncertainty_is_nothing_when_x_decides_and_all_when_it_says_nothing():
+def test_conditional_entropy_is_0_when_x_determines_the_expert_and_1_when_it_is_independent():
     assert conditional_entropy(np.diag([5, 1, 9, 2])) == 0
     assert conditional_entropy(np.full((4, 3), 7)) == pytest.approx(1)
     assert conditional_entropy(np.zeros((4, 3))) == 0
@@ -20,7 +20,7 @@ def test_uncertainty_weighs_each_x_by_its_edges():
     assert conditional_entropy(counts) == pytest.approx(10 / 40)
 
 
-def test_dealing_anew_keeps_both_sums_and_forgets_the_rest():
+def test_shuffling_keeps_both_sums_and_nothing_else():
     counts = np.diag([400, 300, 200, 100])
     dealt = shuffle_counts(counts)
     assert dealt.sum(0).tolist() == counts.sum(0).tolist()
@@ -30,7 +30,7 @@ def test_dealing_anew_keeps_both_sums_and_forgets_the_rest():
     assert (shuffle_counts(counts) == dealt).all()
 
 
-def test_ids_seen_once_look_certain_however_they_are_dealt():
+def test_ids_that_occur_once_have_no_entropy_even_when_shuffled():
     counts = np.zeros((2, 50), dtype=np.int64)
     counts[np.arange(50) % 2, np.arange(50)] = 1
     assert conditional_entropy(counts) == conditional_entropy(shuffle_counts(counts)) == 0

@@ -64,7 +64,7 @@ def test_charts_have_titles_and_legends():
     assert "ul" not in line_chart(curves[:1], title="one").text
 
 
-def test_charts_without_values_say_so():
+def test_charts_without_values_have_a_note():
     empty = ChartSeries("a", [1.0], [float("nan")])
     assert "No values" in line_chart([empty], title="x").text
     assert "No values" in bar_chart([], title="x").text

@@ -72,13 +72,13 @@ def test_it_is_well_formed_and_every_chart_has_a_title(text):
     assert text.count("<title>") >= len(charts)
 
 
-def test_the_headline_says_where_the_memory_wins(text):
+def test_the_headline_counts_the_languages_where_the_memory_is_better(text):
     assert "better than copying the source in 12 of 12 languages" in text
     assert re.search(r"translation memory in \d+ of 12 languages, worse in \d+ \(", text)
     assert "lead over memory" in text
 
 
-def test_every_section_shows_its_part(text):
+def test_every_section_shows_its_content(text):
     for word in (
         "Japanese", "chrF++", "Loss, nats per token", "Last validation loss by target language",
         "encoder.3", "decoder.1", "Languages clustered by the similarity", "Time by phase",
@@ -89,7 +89,7 @@ def test_every_section_shows_its_part(text):
         assert rows[0][2] in text
 
 
-def test_nothing_that_a_file_says_can_run(tmp_path):
+def test_no_text_of_a_file_becomes_script(tmp_path):
     run = write_fake_run(tmp_path / "run")
     summary = json.loads((run / "summary.json").read_text())
     german = summary["languages"]["deu_Latn"]
@@ -119,7 +119,7 @@ def test_nothing_that_a_file_says_can_run(tmp_path):
 
 @pytest.mark.parametrize("name", ["summary.json", "usage.json", "insight.json", "metrics.jsonl"])
 @pytest.mark.parametrize("how", ["missing", "damaged", "of another kind"])
-def test_a_gap_is_said_and_the_rest_is_shown(run, tmp_path, name, how):
+def test_a_missing_file_is_reported_and_the_rest_is_shown(run, tmp_path, name, how):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     if how == "missing":
@@ -174,7 +174,7 @@ def test_a_real_evaluation_is_shown(tmp_path):
     assert "Datei schließen" in page
 
 
-def test_findings_of_the_doctor_are_in_words(tmp_path):
+def test_health_findings_are_sentences(tmp_path):
     run = write_fake_run(tmp_path / "run")
     usage = json.loads((run / "usage.json").read_text())
     counts = usage["layers"][1]["counts"]

@@ -1,4 +1,4 @@
-"""The report's doctor knows what a run's config says of balance."""
+"""The report reads the balance settings of a run from its config."""
 
 import yaml
 

@@ -1,4 +1,4 @@
-"""Insight: the page shows what the routers read, when they settled, and who would be left out."""
+"""The report shows what routing depends on, when it settles, and which positions are dropped."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def curves(text, title):
     return {curve["name"]: curve for curve in json.loads(told)}
 
 
-def test_what_the_router_reads_is_said_against_chance(run):
+def test_the_inputs_of_the_router_are_compared_with_chance(run):
     text = section(run)
     assert "its token explains up to 47% of it (in encoder.3)" in text
     assert "its position explains up to 4% of it" in text
@@ -54,7 +54,7 @@ def test_typical_tokens_are_shown_with_their_spaces(run):
     assert "\u2423of" in section(run)
 
 
-def test_spare_experts_are_named_apart(run):
+def test_null_experts_have_their_own_label(run):
     told = json.loads((run / "insight.json").read_text())
     told["layers"]["encoder.1"]["null_experts"] = 2
     (run / "insight.json").write_text(json.dumps(told))
@@ -64,7 +64,7 @@ def test_spare_experts_are_named_apart(run):
     assert "null expert 5" not in text
 
 
-def test_without_drops_the_curves_are_said_to_be_what_would_be(run):
+def test_without_drops_the_curves_are_simulated(run):
     drawn = curves(section(run), "Simulated share of edges")
     assert set(drawn) == {
         "encoder, first come", "encoder, at random", "decoder, first come", "decoder, at random",
@@ -112,7 +112,7 @@ def test_a_single_step_or_other_text_is_a_gap_with_the_way_out(run):
     assert "on the same text" in section(run)
 
 
-def test_a_run_that_was_not_evaluated_says_how_to(run):
+def test_a_run_without_evaluation_shows_the_command(run):
     (run / "insight.json").unlink()
     text = section(run)
     assert "There is no insight.json yet." in text

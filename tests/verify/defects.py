@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from moesaic.distributed.mesh import Mesh
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import ProcessGroupWorld
+from moesaic.moe import layer as moe_layer
 from moesaic.moe.batch_group import GatheredRows
 from moesaic.moe.router_context import TokenContext
 from moesaic.moe.routing_record import RoutingRecord
@@ -50,14 +52,12 @@ def zero_averages(patch: Patch) -> None:
 
 
 def aux_loss_counted_twice(patch: Patch) -> None:
-    made = RoutingRecord.from_router
-
-    def twice(*arguments: object, **named: object) -> RoutingRecord:
-        record = made(*arguments, **named)
+    def twice(*arguments: Any, **named: Any) -> RoutingRecord:
+        record = RoutingRecord(*arguments, **named)
         times = distributed.get_world_size() if distributed.is_initialized() else 1
         return replace(record, losses={n: times * loss for n, loss in record.losses.items()})
 
-    patch.setattr(RoutingRecord, "from_router", twice)
+    patch.setattr(moe_layer, "RoutingRecord", twice)
 
 
 def axis_not_summed(patch: Patch) -> None:

@@ -33,7 +33,7 @@ from moesaic.core.config_text import (
     set_by_path,
     write_yaml,
 )
-from moesaic.core.config_upgrade import UPGRADE_HINT, describe_renames, upgrade_config
+from moesaic.core.config_upgrade import earlier_version_problem, upgrade_config
 from moesaic.core.errors import ConfigError, did_you_mean
 from moesaic.core.schema import json_schema
 
@@ -103,7 +103,7 @@ class Config(BaseModel):
         except ValidationError as error:
             _, renamed = upgrade_config(value, config=cls.__name__)
             if renamed:
-                raise ConfigError([*describe_renames(renamed), UPGRADE_HINT]) from error
+                raise ConfigError([earlier_version_problem(renamed)]) from error
             raise ConfigError(describe_errors(cls, error, given=value)) from error
 
     @classmethod

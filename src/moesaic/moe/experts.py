@@ -92,7 +92,16 @@ class ExpertModule(nn.Module):
         return function(x, _WithoutHooks(self))
 
 
-class _WithoutHooks:
+class _Direct:
+    """Experts whose calls run no module hooks."""
+
+    def in_one_call(
+        self, x: Float[Tensor, "T D"], *, function: Callable[[Tensor, Any], Tensor]
+    ) -> Float[Tensor, "T D"]:
+        return function(x, self)
+
+
+class _WithoutHooks(_Direct):
     """The methods of an expert module's class, without the hooks of the instance."""
 
     def __init__(self, module: ExpertModule) -> None:
@@ -103,11 +112,6 @@ class _WithoutHooks:
 
     def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
         return type(self._module).forward_edges(self._module, x, edges=edges)
-
-    def in_one_call(
-        self, x: Float[Tensor, "T D"], *, function: Callable[[Tensor, Any], Tensor]
-    ) -> Float[Tensor, "T D"]:
-        return function(x, self)
 
 
 class FeedForwardExpert(Expert):
@@ -162,7 +166,7 @@ class GroupedExperts(ExpertModule):
 
 
 @dataclass(frozen=True, slots=True)
-class FunctionalExperts:
+class FunctionalExperts(_Direct):
     """The computation of ``GroupedExperts`` as a function of given weights."""
 
     weights: FeedForwardWeights
@@ -182,11 +186,6 @@ class FunctionalExperts:
         x = as_autocast(x)
         kernel = select_moe_kernel(x, activation=self.activation)
         return kernel(x, edges=edges, weights=self.weights, activation=self.activation)
-
-    def in_one_call(
-        self, x: Float[Tensor, "T D"], *, function: Callable[[Tensor, Any], Tensor]
-    ) -> Float[Tensor, "T D"]:
-        return function(x, self)
 
 
 def as_autocast(x: Tensor) -> Tensor:

@@ -292,8 +292,8 @@ def axis_range(values: Sequence[float], *, from_zero: bool = False) -> tuple[flo
     low, high = min(finite), max(finite)
     if from_zero:
         low = min(low, 0.0)
-    room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-    return (low if from_zero and low == 0 else low - room), high + room
+    margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    return (low if from_zero and low == 0 else low - margin), high + margin
 
 
 def format_tick(value: float) -> str:

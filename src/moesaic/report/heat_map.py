@@ -143,9 +143,9 @@ def choose_max_log2_ratio(shares: Sequence[np.ndarray]) -> float:
     """Return the smallest choice that covers 95 % of the cells of all maps [E, G]."""
     with np.errstate(divide="ignore"):
         sizes = [np.abs(np.log2(share * share.shape[0])).ravel() for share in shares]
-    wanted = float(np.quantile(np.minimum(np.concatenate(sizes), 9.0), 0.95))
+    needed = float(np.quantile(np.minimum(np.concatenate(sizes), 9.0), 0.95))
     choices = _LOG2_RATIO_CHOICES
-    return next((ratio for ratio in choices if ratio >= wanted), choices[-1])
+    return next((ratio for ratio in choices if ratio >= needed), choices[-1])
 
 
 def heat_map_legend(max_log2_ratio: float) -> Html:

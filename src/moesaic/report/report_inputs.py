@@ -121,12 +121,12 @@ def _read_insight(path: Path) -> dict[str, Any]:
     found = _require_mapping(read_json(path))
     if found["format"] != 1:
         raise ValueError(f"format {found['format']}, expected 1")
-    wanted = {"experts", "null_experts", "uncertainty", "typical", "positions"}
+    keys = {"experts", "null_experts", "uncertainty", "typical", "positions"}
     for name, layer in found["layers"].items():
         if "spare" in layer:  # the name of older versions
             layer["null_experts"] = layer.pop("spare")
-        if wanted - layer.keys():
-            raise ValueError(f"layer {name} lacks {', '.join(sorted(wanted - layer.keys()))}")
+        if keys - layer.keys():
+            raise ValueError(f"layer {name} lacks {', '.join(sorted(keys - layer.keys()))}")
     return found
 
 

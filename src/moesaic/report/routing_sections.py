@@ -310,14 +310,14 @@ def _drop_charts(layers: dict[str, Any]) -> list[Html]:
     return [tag("div", chart, tag("p", words, class_="soft"))]
 
 
-def _drop_rates(layers: dict[str, Any], *wanted: tuple[str, str]) -> list[ChartSeries]:
+def _drop_rates(layers: dict[str, Any], *kinds: tuple[str, str]) -> list[ChartSeries]:
     """Return the curves of encoder and decoder, each over all of its layers, in one color each."""
     sides = list(dict.fromkeys(name.partition(".")[0] for name in layers))
     curves = []
     for color, side in enumerate(sides):
         positions = [x["positions"] for name, x in layers.items() if name.startswith(side)]
         requested = np.sum([x["asked"] for x in positions], axis=0)
-        for dash, (key, label) in enumerate(wanted):
+        for dash, (key, label) in enumerate(kinds):
             x, y = _bin_rates(requested, np.sum([x[key] for x in positions], axis=0))
             curves.append(ChartSeries(f"{side}, {label}", x, y, color, dash))
     return curves
