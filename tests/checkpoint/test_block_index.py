@@ -49,14 +49,14 @@ def test_overlaps_and_gaps_are_those_of_counting_every_value(seed):
     assert (coverage_problems(StoredTensor(shape, torch.float32, tuple(blocks))) == []) == once
 
 
-def test_a_value_without_dims_is_held_once():
+def test_a_scalar_is_stored_once():
     one = StoredBlock("f", "a", (), ())
     assert coverage_problems(StoredTensor((), torch.float32, (one,))) == []
     assert "overlap" in coverage_problems(StoredTensor((), torch.float32, (one, one)))[0]
     assert coverage_problems(StoredTensor((), torch.float32, ())) == ["it is missing"]
 
 
-def test_a_bank_is_known_by_its_parameter_and_its_first_dim():
+def test_expert_parameters_are_found_by_name_and_first_dim():
     banks = {"layer.up": 4, "layer.none": 4}
     assert num_experts_of("layer.up", shape=(4, 2, 3), expert_parameters=banks) == 4
     assert num_experts_of("exp_avg/layer.up", shape=(4, 2, 3), expert_parameters=banks) == 4

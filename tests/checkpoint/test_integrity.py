@@ -101,7 +101,7 @@ def test_an_index_that_does_not_add_up_is_named_by_tensor_and_expert(tmp_path, d
     assert not found[0].uncertain
 
 
-def test_a_shard_that_lacks_what_the_index_says_is_named(tmp_path):
+def test_a_shard_that_differs_from_the_index_is_named(tmp_path):
     path = written(tmp_path, "three shards")
     file = file_with(path, "model/dense")
     rewritten(path, file, lambda t: {k: v for k, v in t.items() if k != "model/dense"})

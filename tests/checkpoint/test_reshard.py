@@ -21,7 +21,7 @@ def content(path):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_holds_the_same(tmp_path, form):
+def test_every_form_has_the_same_content(tmp_path, form):
     path = written(tmp_path, form)
     found = load_checkpoint(path)
     assert same(found, snapshot())

@@ -13,7 +13,10 @@ from moesaic.core.errors import ConfigError
 from moesaic.distributed.launchers import Slurm
 
 STAND_INS = {
-    "scontrol": 'echo "scontrol $*" >> output; [[ $1 == show ]] && printf "node-a\\nnode-b\\n"; true',
+    "scontrol": (
+        'echo "scontrol $*" >> output; '
+        '[[ $1 == show ]] && printf "node-a\\nnode-b\\n"; true'
+    ),
     "scancel": 'echo "scancel $*" >> output; kill -TERM "$(cat step)"',
     "srun": (
         'echo "$$" > step; printf "%s\\n" "$@" > words; trap "exit 143" TERM; '

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from moesaic.nn.attention import AttentionConfig, CrossAttention, SelfAttention
-from moesaic.nn.attention_backend import KeyValue, attend, reference_attend
+from moesaic.nn.attention_backend import KeyValue, attend
 from moesaic.nn.packing import Packing
 from moesaic.nn.positional_encoding import Rotary
+from ops.references import reference_attend
 
 DIM = 16
 REAL = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
@@ -17,14 +18,14 @@ def _rotation(position):
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
-@pytest.mark.parametrize("look", ["all", "causal", "masked"])
-def test_attention_equals_its_definition_with_gradients(groups, look):
+@pytest.mark.parametrize("masking", ["all", "causal", "masked"])
+def test_attention_equals_its_definition_with_gradients(groups, masking):
     query = torch.randn(2, 4, 5, 4, requires_grad=True)
     keys = KeyValue(*(torch.randn(2, groups, 5, 4, requires_grad=True) for _ in range(2)))
-    mask = REAL[:, None, None] if look == "masked" else None
+    mask = REAL[:, None, None] if masking == "masked" else None
     results = []
     for function in (attend, reference_attend):
-        out = function(query, keys, mask=mask, causal=look == "causal")
+        out = function(query, keys, mask=mask, causal=masking == "causal")
         results.append([out, *torch.autograd.grad(out.square().sum(), (query, keys.key))])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

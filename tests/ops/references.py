@@ -50,3 +50,15 @@ def reference_dropout_mask(key, *, width, rate):
         bits = hash_combine(key, torch.full_like(key, channel // 4)) >> 16 * (channel % 4)
         mask[:, channel] = (bits + 2**15) % 2**16 < threshold
     return mask
+
+
+def reference_attend(query, keys, *, mask, causal):
+    share = query.shape[1] // keys.key.shape[1]
+    key, value = (t.repeat_interleave(share, 1) for t in (keys.key, keys.value))
+    score = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if causal:
+        allowed = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).tril()
+        mask = allowed if mask is None else mask & allowed
+    if mask is not None:
+        score = score.masked_fill(~mask, float("-inf"))
+    return (score.softmax(-1) @ value).transpose(1, 2).flatten(2)

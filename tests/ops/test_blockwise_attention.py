@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moesaic.core.shapes import Tensor
-from moesaic.nn.attention_backend import KeyValue, reference_attend
+from moesaic.nn.attention_backend import KeyValue
 from moesaic.ops.blockwise_attention import (
     AttentionBackward,
     PartialAttention,
@@ -14,6 +14,7 @@ from moesaic.ops.blockwise_attention import (
     attend_block_backward,
     merge_block,
 )
+from ops.references import reference_attend
 
 GROUPS, SHARED, QUERIES, WIDTH = 2, 3, 5, 4
 

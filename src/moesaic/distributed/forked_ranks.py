@@ -66,18 +66,9 @@ def run_cases_on_ranks(
         with tempfile.TemporaryDirectory() as folder:
             collective_s = collective_timeout_s or timeout_s
             ranks = _ForkedRanks(Path(folder), world_size, function, cases, first, collective_s)
-            processes = ranks.fork()
-            try:
-                for number in range(first, len(cases)):
-                    first = number + 1
-                    outcome = ranks.outcome(number, processes=processes, timeout_s=timeout_s)
-                    yield outcome
-                    if isinstance(outcome, RankError):
-                        break
-            finally:
-                for process in processes:
-                    process.kill()
-                    process.join()
+            for outcome in ranks.run_cases(timeout_s):
+                first += 1
+                yield outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +82,21 @@ class _ForkedRanks:
     first: int
     collective_timeout_s: float
 
-    def fork(self) -> list[BaseProcess]:
+    def run_cases(self, timeout_s: float) -> Iterator[list[Any] | RankError]:
+        """Fork the ranks and yield the outcomes of the cases, a failure last."""
+        processes = self._fork()
+        try:
+            for number in range(self.first, len(self.cases)):
+                outcome = self._outcome(number, processes=processes, timeout_s=timeout_s)
+                yield outcome
+                if isinstance(outcome, RankError):
+                    return
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+    def _fork(self) -> list[BaseProcess]:
         # torch.optim imports it when first used, which would take each fork seconds
         importlib.import_module("torch._dynamo")
         context = get_context("fork")
@@ -102,7 +107,7 @@ class _ForkedRanks:
             process.start()
         return processes
 
-    def outcome(
+    def _outcome(
         self, number: int, *, processes: Sequence[BaseProcess], timeout_s: float
     ) -> list[Any] | RankError:
         """Wait for the results of all ranks, the timeout, or an exit (and the others' errors)."""

@@ -134,22 +134,3 @@ def attend(
         enable_gqa=query.shape[1] != keys.key.shape[1],
     )
     return mixed.transpose(1, 2).flatten(2)
-
-
-def reference_attend(
-    query: Float[Tensor, "B H L d"],
-    keys: KeyValue,
-    *,
-    mask: Bool[Tensor, "B 1 #L S"] | None,
-    causal: bool,
-) -> Float[Tensor, "B L HD"]:
-    """The definition of ``attend``, without fused kernels."""
-    share = query.shape[1] // keys.key.shape[1]
-    key, value = (t.repeat_interleave(share, 1) for t in (keys.key, keys.value))
-    score = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    if causal:
-        allowed = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).tril()
-        mask = allowed if mask is None else mask & allowed
-    if mask is not None:
-        score = score.masked_fill(~mask, float("-inf"))
-    return (score.softmax(-1) @ value).transpose(1, 2).flatten(2)

@@ -38,8 +38,8 @@ class Optimizer(Choice):
     ) -> NamedOptimizer:
         """Build the optimizer of a model's trainable parameters.
 
-        ``kinds`` maps each parameter's name to one of ``KINDS``. Raises ValueError for a parameter
-        without a kind or with an unknown one.
+        ``kinds`` maps each parameter's name to one of ``PARAMETER_KINDS``. Raises ValueError for a
+        parameter without a kind or with an unknown one.
         """
         groups: dict[str, dict[str, Any]] = {}
         members: dict[str, list[tuple[str, nn.Parameter]]] = defaultdict(list)

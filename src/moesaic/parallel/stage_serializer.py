@@ -36,12 +36,12 @@ class StageBoundary:
     """What is sent between two pipeline stages.
 
     ``stack`` is the stack whose hidden states are sent ("source", "target", or "" between the two),
-    ``sends_memory`` whether encoder outputs are, and ``router_state`` has the widths of what
+    ``sends_encoder_states`` whether encoder outputs are. ``router_state`` has the widths of what
     cross-layer routers pass on.
     """
 
     stack: str
-    sends_memory: bool
+    sends_encoder_states: bool
     router_state: RouterStateWidths
 
     @staticmethod
@@ -50,11 +50,11 @@ class StageBoundary:
         layers = config.encoder.layers
         if blocks.decoder:
             widths = router_state_widths(config, config.decoder)
-            return StageBoundary("target", sends_memory=layers > 0, router_state=widths)
+            return StageBoundary("target", sends_encoder_states=layers > 0, router_state=widths)
         if blocks.encoder.stop < layers:
             widths = router_state_widths(config, config.encoder)
-            return StageBoundary("source", sends_memory=False, router_state=widths)
-        return StageBoundary("", sends_memory=True, router_state=RouterStateWidths())
+            return StageBoundary("source", sends_encoder_states=False, router_state=widths)
+        return StageBoundary("", sends_encoder_states=True, router_state=RouterStateWidths())
 
     def num_states(self, tokens: LocalTokens) -> int:
         """Return how many hidden states of the stack are sent: T of a micro-batch."""
@@ -62,7 +62,7 @@ class StageBoundary:
 
     def num_rows(self, tokens: LocalTokens) -> int:
         """Return how many rows of a micro-batch are sent, encoder outputs included."""
-        return self.num_states(tokens) + (tokens.source if self.sends_memory else 0)
+        return self.num_states(tokens) + (tokens.source if self.sends_encoder_states else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,9 @@ class StageSerializer:
         """Return the stage input of a micro-batch from the tensors that were received."""
         boundary, count = self.boundary, self.boundary.num_states(tokens)
         x = received[0][:count] if boundary.stack else None
-        memory = received[0][count : count + tokens.source] if boundary.sends_memory else None
+        memory = (
+            received[0][count : count + tokens.source] if boundary.sends_encoder_states else None
+        )
         if x is None or not self.router_state_columns:
             return StageIO(x, encoder_states=memory)
         router, widths = received[1][:count], boundary.router_state

@@ -39,14 +39,14 @@ def register_pytree_nodes() -> None:
     """
     if BlockState not in pytree.SUPPORTED_NODES:
         pytree.register_pytree_node(
-            BlockState, _flatten_state, _unflatten_state, serialized_type_name="moesaic.Stream"
+            BlockState, _flatten_state, _unflatten_state, serialized_type_name="moesaic.BlockState"
         )
     if EncoderOutput not in pytree.SUPPORTED_NODES:
         pytree.register_pytree_node(
             EncoderOutput,
             lambda memory: ([memory.states], memory.packing),
             lambda children, packing: EncoderOutput(*children, packing=packing),
-            serialized_type_name="moesaic.Memory",
+            serialized_type_name="moesaic.EncoderOutput",
         )
     if TokenLoss not in pytree.SUPPORTED_NODES:
         pytree.register_pytree_node(

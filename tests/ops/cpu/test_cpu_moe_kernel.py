@@ -209,7 +209,7 @@ def test_backward_can_be_run_twice(fused):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_what_is_kept_is_x_the_pre_activation_and_a_few_numbers_per_edge(fused):
+def test_x_the_pre_activation_and_a_few_numbers_per_edge_are_saved(fused):
     saved = []
     edges = ROUTES["balanced"]()
     x = torch.randn(30, 16, requires_grad=True)
@@ -262,7 +262,7 @@ def test_an_inference_keeps_nothing_and_gives_the_same_bits(fused):
     assert torch.equal(trained, quick)
 
 
-def test_a_bank_whose_memory_is_gone_is_an_error_and_not_the_end_of_the_process(fused):
+def test_weights_whose_memory_is_freed_are_an_error_and_no_crash(fused):
     up, down = torch.randn(E, 16, 32), torch.randn(E, 32, 16)
     up.untyped_storage().resize_(0)  # as FSDP2 does with what it has gathered
     edges = ROUTES["balanced"]()

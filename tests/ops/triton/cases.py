@@ -1,4 +1,4 @@
-"""Routes, weights and the definition that kernels are held against."""
+"""Routings, weights and the definition that kernels are compared with."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Each backward kernel equals what autograd says of plain torch."""
+"""Each backward kernel equals autograd."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ CLOSE = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, torch.float16: {"rtol": 1e
     ],
     ids=str,
 )
-def test_the_way_back_through_the_second_product_equals_autograd(activation, dtype, bias, device):
+def test_down_projection_backward_equals_autograd(activation, dtype, bias, device):
     edges = edges_of(*ROUTES["some-dropped"], device)
     job = job_of(edges, activation=activation.kernel_name)
     live, expert = live_rows(edges)
@@ -68,7 +68,7 @@ def test_the_way_back_through_the_second_product_equals_autograd(activation, dty
     ],
     ids=str,
 )
-def test_the_gradient_of_a_bank_equals_a_product_per_segment(route, op, dtype, device):
+def test_a_weight_gradient_equals_a_product_per_expert(route, op, dtype, device):
     edges = edges_of(*ROUTES[route], device)
     job = job_of(edges)
     live, _ = live_rows(edges)
@@ -88,22 +88,22 @@ def test_the_gradient_of_a_bank_equals_a_product_per_segment(route, op, dtype, d
 
 
 @pytest.mark.parametrize("route", ["balanced", "some-dropped", "no-tokens"])
-def test_the_gradient_of_a_bias_is_its_segments_sum(route, device):
+def test_a_bias_gradient_is_the_sum_of_the_experts_rows(route, device):
     edges = edges_of(*ROUTES[route], device)
-    routes = job_of(edges).schedule
+    schedule = job_of(edges).schedule
     live, expert = live_rows(edges)
     by_row = draw(edges.token.numel(), HIDDEN, device=device)
     by_token = draw(edges.num_tokens, DIM, device=device)
     by_row[live:] = torch.nan
     got = kernel_launch.bias_gradient(
-        by_row, weight=None, like=torch.empty(EXPERTS, HIDDEN), schedule=routes
+        by_row, weight=None, like=torch.empty(EXPERTS, HIDDEN), schedule=schedule
     )
     want = torch.zeros(EXPERTS, HIDDEN, device=device).index_add(0, expert, by_row[:live])
     torch.testing.assert_close(got.to(device), want)
     like = torch.empty(EXPERTS, DIM, device=device)
-    got = kernel_launch.bias_gradient(by_token, weight=edges.weight, like=like, schedule=routes)
+    got = kernel_launch.bias_gradient(by_token, weight=edges.weight, like=like, schedule=schedule)
     weight = edges.weight[edges.groups.order[:live], None]
-    rows = weight * by_token[routes.token[:live]]
+    rows = weight * by_token[schedule.token[:live]]
     torch.testing.assert_close(got, torch.zeros_like(like).index_add(0, expert, rows))
 
 
