@@ -73,20 +73,20 @@ def _options() -> argparse.Namespace:
 
 def _one(rule: dict[str, Any], recipe: str, changes: list[str], runs: Path) -> dict[str, Any]:
     """Train one rule; a rule that this version does not have, or that fails, is a line."""
-    told: dict[str, Any] = {"what": rule["what"], "changes": changes}
+    row: dict[str, Any] = {"what": rule["what"], "changes": changes}
     began = time.perf_counter()
     try:
         run = find_recipe(recipe, changes=changes).replace(name=rule["name"])
-        told |= _trained(run, runs / rule["name"])
+        row |= _trained(run, runs / rule["name"])
     except (ConfigError, UserError) as error:
-        told["skipped"] = " ".join(str(error).split())
-        print(f"{rule['name']}: skipped, {told['skipped'][:160]}")
-        return told
-    told["seconds"] = round(time.perf_counter() - began, 1)
-    last = told["valid"][-1]
-    health = "; ".join(told["findings"]) or "healthy"
-    print(f"{rule['name']}: {told['seconds']:.0f} s, validation loss {last[1]:.3f}, {health}")
-    return told
+        row["skipped"] = " ".join(str(error).split())
+        print(f"{rule['name']}: skipped, {row['skipped'][:160]}")
+        return row
+    row["seconds"] = round(time.perf_counter() - began, 1)
+    last = row["valid"][-1]
+    health = "; ".join(row["findings"]) or "healthy"
+    print(f"{rule['name']}: {row['seconds']:.0f} s, validation loss {last[1]:.3f}, {health}")
+    return row
 
 
 def _trained(run: Run, out: Path) -> dict[str, Any]:

@@ -17,8 +17,8 @@ HEAD = """# Memory and communication of a plan
 *Written by `benchmarks/scale_page.py` from `benchmarks/results/scale.json`.*
 
 `moesaic scale` estimates a plan before there are any ranks: the memory of rank 0 by purpose, and
-the bytes that it sends in a step, by collective and axis. With `--dry-run` it also simulates one step
-of rank 0: the real model is parallelized and trained on fake tensors in a fake process group,
+the bytes that it sends in a step, by collective and axis. With `--dry-run` it also simulates one
+step of rank 0: the real model is parallelized and trained on fake tensors in a fake process group,
 without allocating memory for them.
 
 ```console
@@ -72,9 +72,9 @@ def _memory(cases: list[dict[str, Any]]) -> str:
     lines = [
         "## Memory of rank 0",
         "",
-        "`device` is the sum at the peak of a step, `host` the offloaded part. The ranks that share",
-        "rows (context x tensor) have 16 rows of 128 + 128 tokens; those of trillion-384 one row of",
-        "6,144.",
+        "`device` is the sum at the peak of a step, `host` the offloaded part. Ranks that share",
+        "rows (context x tensor) have 16 rows of 128 + 128 tokens, those of trillion-384 one row",
+        "of 6,144.",
         "",
         "| model | ranks | | plan | " + " | ".join(kinds) + " |",
         "|---|---:|---|---|" + "---:|" * len(kinds),
@@ -135,8 +135,8 @@ def _capacity(found: dict[str, Any]) -> str:
         "2109.10465 is quoted with more than 3.5T parameters on 512 A100 of 40 GB with",
         "E+Z-Offload+M, against about 400B for systems that use GPU memory only: a factor of 8 or",
         "more (from secondary texts, not from the paper's table). These are our closed forms at",
-        "2 + 2 + 12 bytes per parameter, with experts added to a base model until a GPU or its share",
-        "of the host is full (without fragmentation and buffers of a communication library):",
+        "2 + 2 + 12 bytes per parameter, with experts added to a base model until a GPU or its",
+        "share of the host is full (without fragmentation and buffers of a communication library):",
         "",
         "| plan | parameters | device | host |",
         "|---|---:|---:|---:|",

@@ -1,4 +1,4 @@
-"""Layouts: tensors cut at random into blocks that random ranks hold, some of them in copies."""
+"""Random shardings: tensors split into random blocks on random ranks, some replicated."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence

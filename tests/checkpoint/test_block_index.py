@@ -49,21 +49,24 @@ def test_overlaps_and_gaps_are_those_of_counting_every_value(seed):
     assert (coverage_problems(StoredTensor(shape, torch.float32, tuple(blocks))) == []) == once
 
 
-def test_a_value_without_dims_is_held_once():
+def test_a_scalar_is_stored_once():
     one = StoredBlock("f", "a", (), ())
     assert coverage_problems(StoredTensor((), torch.float32, (one,))) == []
     assert "overlap" in coverage_problems(StoredTensor((), torch.float32, (one, one)))[0]
     assert coverage_problems(StoredTensor((), torch.float32, ())) == ["it is missing"]
 
 
-def test_a_bank_is_known_by_its_parameter_and_its_first_dim():
-    banks = {"layer.up": 4, "layer.none": 4}
-    assert num_experts_of("layer.up", shape=(4, 2, 3), expert_parameters=banks) == 4
-    assert num_experts_of("exp_avg/layer.up", shape=(4, 2, 3), expert_parameters=banks) == 4
-    assert num_experts_of("step/layer.up", shape=(), expert_parameters=banks) == 0
-    assert num_experts_of("layer.up", shape=(3, 2), expert_parameters=banks) == 0
-    assert num_experts_of("layer.router", shape=(4, 2), expert_parameters=banks) == 0
-    assert num_experts_of("layer.none", shape=(4, 0), expert_parameters=banks) == 0
+def test_expert_parameters_are_found_by_name_and_first_dim():
+    expert_parameters = {"layer.up": 4, "layer.none": 4}
+    assert num_experts_of("layer.up", shape=(4, 2, 3), expert_parameters=expert_parameters) == 4
+    assert (
+        num_experts_of("exp_avg/layer.up", shape=(4, 2, 3), expert_parameters=expert_parameters)
+        == 4
+    )
+    assert num_experts_of("step/layer.up", shape=(), expert_parameters=expert_parameters) == 0
+    assert num_experts_of("layer.up", shape=(3, 2), expert_parameters=expert_parameters) == 0
+    assert num_experts_of("layer.router", shape=(4, 2), expert_parameters=expert_parameters) == 0
+    assert num_experts_of("layer.none", shape=(4, 0), expert_parameters=expert_parameters) == 0
 
 
 def test_a_block_is_named_after_its_expert_and_its_place():
@@ -87,7 +90,7 @@ def test_an_index_that_is_damaged_is_named(tmp_path):
 
 
 def renumbered(body):
-    """Expert 0 of a bank is said to be expert 3 a second time: as many values as before."""
+    """Expert 0 is listed as expert 3 a second time: as many values as before."""
     for _, name, stored in body["tensors"]:
         if name == "up":
             stored["blocks"][0][1][0] = 3

@@ -36,7 +36,7 @@ def test_a_difference_has_its_size_and_its_expert(tmp_path, one, other):
     assert found.relative == pytest.approx(math.sqrt(10) / float(norm))
 
 
-def test_what_cannot_be_compared_is_said(tmp_path):
+def test_the_reason_is_given_for_what_cannot_be_compared(tmp_path):
     changed = snapshot(dense=torch.zeros(4, 4), more=torch.zeros(1))
     left, right = written(tmp_path / "l", "whole"), written(tmp_path / "r", "three shards", changed)
     notes = {found.name: found.note for found in differing(left, right)}

@@ -136,7 +136,9 @@ SCENES = {"a new step": 3, "the same step": 2}
 
 
 @pytest.mark.parametrize("step", SCENES.values(), ids=SCENES.keys())
-def test_a_kill_at_any_operation_leaves_a_whole_checkpoint_and_the_next_save_works(tmp_path, step):
+def test_a_kill_at_any_operation_leaves_a_complete_checkpoint_and_the_next_save_works(
+    tmp_path, step
+):
     moments = 0
     for moment in range(200):
         root = tmp_path / str(moment)
@@ -199,7 +201,7 @@ class SmallDisk(Disk):
         return 1000
 
 
-def test_too_little_space_is_said_before_anything_is_written(tmp_path):
+def test_too_little_space_is_reported_before_anything_is_written(tmp_path):
     with pytest.raises(CheckpointError, match=r"disk is full: needed 1.*free 1000 B"):
         save_checkpoint(tmp_path, snapshot(1), disk=SmallDisk())
     assert names(tmp_path) == []

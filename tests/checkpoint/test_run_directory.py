@@ -23,7 +23,7 @@ def test_a_directory_of_runs_is_not_a_run(tmp_path):
         RunDir.open(tmp_path)
 
 
-def test_an_unfinished_run_says_what_is_missing_and_the_way_out(tmp_path):
+def test_an_unfinished_run_is_an_error_with_the_missing_files_and_the_fix(tmp_path):
     run = make_run(tmp_path)
     run.tokenizer.write_text("{}")
     with pytest.raises(CheckpointError, match=r"model\.safetensors missing.*--resume"):

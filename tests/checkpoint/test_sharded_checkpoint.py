@@ -18,7 +18,7 @@ from moesaic.distributed.forked_ranks import RankError, run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
 
 KEEP = RetentionPolicy(2)
-BANKS = {"up": 4}
+EXPERT_PARAMETERS = {"up": 4}
 
 
 def share(step: int, world: World) -> RankSnapshot:
@@ -31,7 +31,9 @@ def share(step: int, world: World) -> RankSnapshot:
         "dense": Shard.from_block(dense, offset=(n * r, 0), shape=(4, 5)),
         "norm": torch.full((3,), float(step)),
     }
-    return RankSnapshot(step, {"model": model}, {"step": step}, BANKS, {"expert": world.size})
+    return RankSnapshot(
+        step, {"model": model}, {"step": step}, EXPERT_PARAMETERS, {"expert": world.size}
+    )
 
 
 def is_step(found, step: int) -> bool:
@@ -86,7 +88,7 @@ def save_and_die(root: Path, victim: int, moment: int) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_killed_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path, victim):
+def test_a_rank_killed_at_any_time_during_a_save_leaves_a_complete_checkpoint(tmp_path, victim):
     kills = 0
     for moment in range(40):
         root = tmp_path / str(moment)
@@ -148,7 +150,7 @@ def save_on_full_disks(root: Path) -> list[str]:
     return said
 
 
-def test_a_disk_that_is_full_on_one_rank_is_said_on_all_and_loses_nothing(tmp_path):
+def test_a_full_disk_on_one_rank_is_raised_on_all_and_loses_nothing(tmp_path):
     first, second = run_on_ranks(2, partial(save_on_full_disks, tmp_path))
     assert second == first[::2]
     for victim, text in zip((0, 1, 0, 0, 0), second, strict=True):
@@ -173,7 +175,7 @@ def save_on_two_machines(root: Path) -> str:
     return str(caught.value)
 
 
-def test_a_directory_that_ranks_do_not_share_is_said_and_nothing_is_published(tmp_path):
+def test_a_directory_that_is_not_shared_is_an_error_and_nothing_is_published(tmp_path):
     said = run_on_ranks(2, partial(save_on_two_machines, tmp_path))
     assert said[0] == said[1]
     assert "shard-00001.safetensors: written by its rank but not visible to rank 0" in said[0]
@@ -221,8 +223,8 @@ def wrong_layouts() -> list[str]:
     }
     said = []
     for name, held in cases.items():
-        banks = {"w": 4} if name == "a lost expert" else {}
-        snapshot = RankSnapshot(1, {"model": {"w": held}}, {}, banks)
+        expert_parameters = {"w": 4} if name == "a lost expert" else {}
+        snapshot = RankSnapshot(1, {"model": {"w": held}}, {}, expert_parameters)
         try:
             save_sharded(Path("never"), snapshot, world=world)
         except CheckpointError as error:
@@ -288,7 +290,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(saved, message):
     assert not into["model"]["up"].any()
 
 
-def test_a_tensor_that_no_rank_has_a_place_for_is_named(saved):
+def test_a_tensor_that_is_in_no_model_is_named(saved):
     into = room()
     del into["model"]["norm"]
     with pytest.raises(
@@ -308,7 +310,7 @@ def errors_of_loading(path):
     return str(caught.value)
 
 
-def test_an_altered_shard_is_named_on_every_rank_whoever_hashed_it(saved):
+def test_an_altered_shard_is_named_on_every_rank(saved):
     path = saved / "shard-00001.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -340,7 +342,7 @@ def test_a_copy_is_written_once_and_the_work_is_shared(tmp_path):
     )
 
 
-def test_a_piece_that_reaches_out_of_its_tensor_is_refused():
+def test_a_block_outside_of_its_tensor_is_an_error():
     with pytest.raises(ValueError, match="is outside"):
         Shard((4,), torch.float32, (ShardBlock((3,), torch.zeros(2)),))
     with pytest.raises(ValueError, match="bfloat16"):

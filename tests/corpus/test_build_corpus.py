@@ -62,13 +62,13 @@ class Given(TextSource):
         return tuple(SourceFile(n, Path(n), version="1", licence=f"licence of {n}") for n in names)
 
     def read(
-        self, unit: SourceFile, *, wanted: LanguageFilter
+        self, source_file: SourceFile, *, wanted: LanguageFilter
     ) -> Iterator[Pair | Text | RejectedPair]:
         for name, source, target, code in self.rows:
-            if name == unit.name and wanted(code):
-                yield Pair(source, target, "eng_Latn", code, name, unit.licence)
+            if name == source_file.name and wanted(code):
+                yield Pair(source, target, "eng_Latn", code, name, source_file.licence)
         for text in self.texts:
-            yield Text(text, "eng_Latn", unit.name, unit.licence)
+            yield Text(text, "eng_Latn", source_file.name, source_file.licence)
         for _ in range(self.unfit):
             yield RejectedPair("eng_Latn", "deu_Latn", "disagree")
 

@@ -62,8 +62,10 @@ def test_means_weigh_every_language_alike(summary):
 
 
 def test_the_file_holds_what_its_docstring_promises(summary, tmp_path):
-    told = summary.with_run_facts(run="demo", counts={"parameters": 7}, seconds={"train": 1.23456})
-    told.write(tmp_path / "summary.json")
+    result = summary.with_run_facts(
+        run="demo", counts={"parameters": 7}, seconds={"train": 1.23456}
+    )
+    result.write(tmp_path / "summary.json")
     found = json.loads((tmp_path / "summary.json").read_text())
     german = found["languages"]["deu_Latn"]
     assert german["name"] == resolve_language("deu_Latn").name
@@ -85,8 +87,8 @@ def test_samples_are_spread_over_the_test_set_and_can_be_traced(summary):
     samples = summary.languages["deu_Latn"].samples
     assert [s.source for s in samples] == [SOURCES[1], SOURCES[3], SOURCES[5]]
     assert samples[0].outputs["memory"] == GERMAN[1]
-    told = add_expert_traces(summary, trace=lambda test, s: {"who": f"{test.target} {s.source}"})
-    plain = told.to_dict()["languages"]["deu_Latn"]["samples"][0]
+    result = add_expert_traces(summary, trace=lambda test, s: {"who": f"{test.target} {s.source}"})
+    plain = result.to_dict()["languages"]["deu_Latn"]["samples"][0]
     assert plain["experts"] == {"who": "deu_Latn Close the file"}
 
 

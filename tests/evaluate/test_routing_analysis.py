@@ -31,17 +31,17 @@ def found(*batches):
 
 
 def test_a_router_that_reads_the_token_alone_is_found_out():
-    told = found(routes(lambda ids, _: ids % EXPERTS))["uncertainty"]
-    assert told["token"] == 0
-    assert told["token_by_chance"] > 0.9
-    assert told["position"] > 0.9
-    assert told["position_by_chance"] > 0.9
+    result = found(routes(lambda ids, _: ids % EXPERTS))["uncertainty"]
+    assert result["token"] == 0
+    assert result["token_by_chance"] > 0.9
+    assert result["position"] > 0.9
+    assert result["position_by_chance"] > 0.9
 
 
 def test_a_router_that_reads_the_position_alone_is_found_out():
-    told = found(routes(lambda _, position: position % EXPERTS))["uncertainty"]
-    assert told["position"] == 0
-    assert told["token"] == pytest.approx(told["token_by_chance"], abs=0.02)
+    result = found(routes(lambda _, position: position % EXPERTS))["uncertainty"]
+    assert result["position"] == 0
+    assert result["token"] == pytest.approx(result["token_by_chance"], abs=0.02)
 
 
 def test_typical_tokens_are_shown_as_text():
@@ -91,7 +91,7 @@ def test_room_is_a_rows_fair_share_counted_by_hand():
     assert last_first.tolist() == [True, False, False, False, False]
 
 
-def test_spare_experts_need_no_room():
+def test_null_experts_have_no_capacity():
     def all_idle(ids, _):
         return torch.full_like(ids, EXPERTS - 1)
 
@@ -124,6 +124,6 @@ def test_positions_beyond_the_last_count_as_the_last():
 def test_a_batch_without_tokens_counts_nothing():
     none = torch.zeros(0, dtype=torch.long)
     routing = Routing.from_topk(torch.zeros(0, 1), expert=none.view(0, 1), num_experts=EXPERTS)
-    told = found(LayerRoutes("encoder.0", routing, RoutedTokens(none, none, none, none)))
-    assert told["positions"]["asked"] == []
-    assert told["typical"] == [[]] * EXPERTS
+    result = found(LayerRoutes("encoder.0", routing, RoutedTokens(none, none, none, none)))
+    assert result["positions"]["asked"] == []
+    assert result["typical"] == [[]] * EXPERTS

@@ -78,10 +78,10 @@ def test_paragraphs_are_aligned_where_an_article_has_as_many() -> None:
 
 @pytest.mark.usefixtures("home")
 def test_a_language_without_a_declaration_is_reported_and_left_out() -> None:
-    heard: list[str] = []
-    sets = udhr_testsets([("en", "it"), ("en", "de")], progress=heard.append)
+    reported: list[str] = []
+    sets = udhr_testsets([("en", "it"), ("en", "de")], progress=reported.append)
     assert [test.target for test in sets] == ["deu_Latn"]
-    assert heard == ["udhr has no declaration in ita_Latn"]
+    assert reported == ["udhr has no declaration in ita_Latn"]
     with pytest.raises(UserError, match="none of the directions asked for: ita_Latn"):
         udhr_testsets([("en", "it")])
 

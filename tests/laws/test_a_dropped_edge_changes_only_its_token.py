@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe.variants import BODIES, DIM, layer, mixture, run
+from moe.variants import LAYER_PARTS, DIM, layer, mixture, run
 from moesaic.moe.batch_group import BatchGroup
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Limit
@@ -34,9 +34,9 @@ def test_a_dropped_edge_changes_only_its_token(select, edge):
     _drops(mixture(select, "dropless"), edge=edge)
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", LAYER_PARTS)
 def test_a_dropped_edge_changes_only_its_token_for_every_kind_of_expert(body):
-    _drops(mixture("top2", "dropless").replace(**BODIES[body]), edge=7)
+    _drops(mixture("top2", "dropless").replace(**LAYER_PARTS[body]), edge=7)
 
 
 def _drops(config: MoE, *, edge: int) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.samples import BODIES
+from model.samples import LAYER_PARTS
 from moesaic.model.block_layout import ParallelResidual, SequentialResidual
 from moesaic.model.config import Stack
 from moesaic.model.transformer import Transformer
@@ -33,9 +33,9 @@ def _losses(model: Transformer, *, optimizer: Optimizer, precision: Precision) -
 
 
 @pytest.mark.parametrize("decoder_only", [False, True], ids=["translator", "language-model"])
-@pytest.mark.parametrize("layer", BODIES)
+@pytest.mark.parametrize("layer", LAYER_PARTS)
 def test_every_moe_layer_trains(layer, decoder_only):
-    config = tiny_model_config(moe=BODIES[layer])
+    config = tiny_model_config(moe=LAYER_PARTS[layer])
     model = Transformer(config.replace(encoder=Stack(layers=0)) if decoder_only else config)
     losses = _losses(model, optimizer=AdamW(lr=0.01), precision=Float32())
     assert losses == sorted(losses, reverse=True)
@@ -53,8 +53,8 @@ def test_attention_experts_train(keys, block):
     assert not torch.equal(model.decoder[0].self_attention.inner.gate.weight, before)
 
 
-@pytest.mark.parametrize("layer", BODIES)
+@pytest.mark.parametrize("layer", LAYER_PARTS)
 def test_every_moe_layer_trains_in_half_precision_with_muon(layer):
-    model = Transformer(tiny_model_config(moe=BODIES[layer]))
+    model = Transformer(tiny_model_config(moe=LAYER_PARTS[layer]))
     losses = _losses(model, optimizer=Muon(lr=0.01), precision=BFloat16())
     assert losses[-1] < losses[0] - 0.1

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe.variants import BODIES, DIM, SELECTS, layer, mixture, run
+from moe.variants import LAYER_PARTS, DIM, SELECTS, layer, mixture, run
 
 
 @pytest.mark.parametrize("limit", ["dropless", "by-weight"])
@@ -18,9 +18,9 @@ def test_permuting_tokens_permutes_the_output(select, limit):
     torch.testing.assert_close(mixed, straight[order], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", LAYER_PARTS)
 def test_permuting_tokens_permutes_the_output_of_every_moe_layer(body):
-    moe = layer(mixture("top2", "dropless").replace(**BODIES[body])).eval()
+    moe = layer(mixture("top2", "dropless").replace(**LAYER_PARTS[body])).eval()
     x, order = torch.randn(40, DIM), torch.randperm(40)
     straight, _ = run(moe, x)
     mixed, _ = run(moe, x[order])

@@ -118,7 +118,7 @@ VARIANTS["soft"] = BASE.replace(
     encoder=BASE.encoder.replace(moe=SoftMoE(experts=3, slots=2, assumed_length=12))
 )
 MIXTURE = MoE(experts=4, select=TopK(k=2))
-BODIES = {  # what an expert is, and what stands around it
+LAYER_PARTS = {  # what an expert is, and what stands around it
     "shared": MIXTURE.replace(shared_experts=SharedExperts(number=2), hidden=12),
     "gated-shared": MIXTURE.replace(shared_experts=GatedSharedExperts()),
     "narrow": MIXTURE.replace(dispatch_projection=DownProjection(ratio=0.5)),
@@ -127,7 +127,7 @@ BODIES = {  # what an expert is, and what stands around it
     "identity": MIXTURE.replace(null_experts=IdentityExperts(number=2)),
     "memory": ProductKeyMemory(keys_per_side=8, slots=6),
 }
-VARIANTS |= {name: BASE.replace(moe=moe) for name, moe in BODIES.items()}
+VARIANTS |= {name: BASE.replace(moe=moe) for name, moe in LAYER_PARTS.items()}
 VARIANTS |= {
     "attention-experts-own-keys": BASE.replace(attention_experts=MixtureOfAttention(experts=3)),
     "attention-experts-shared-keys-parallel": BASE.replace(

@@ -20,22 +20,24 @@ class FixedSum(SingleRankBatch):
         return self.total
 
 
-def balance_inputs(logits, *, select, spare=0, state=None, parts=1):
+def balance_inputs(logits, *, select, num_null_experts=0, state=None, parts=1):
     """The balance inputs of each of ``parts`` ranks with unequal numbers of tokens."""
     cuts = [len(logits) * i * (i + 1) // (parts * (parts + 1)) for i in range(parts + 1)]
-    whole = _gate(logits, spare, state)
+    whole = _router(logits, num_null_experts, state)
     load = select(whole).load().double()
     tokens = torch.tensor(float(len(logits)), dtype=torch.float64)
     ranks = FixedSum(select.probabilities(whole).detach().double().sum(0))
     for first, last in pairwise(cuts):
-        gate = _gate(logits[first:last], spare, state)
+        gate = _router(logits[first:last], num_null_experts, state)
         p, zero = select.probabilities(gate), torch.zeros_like(load)
         yield BalanceInputs(gate, select(gate), p, load, zero, tokens, ranks)
 
 
-def _gate(logits, spare, state):
+def _router(logits, num_null_experts, state):
     context = TokenContext.unbatched(len(logits))
-    return RouterContext(logits, context, training=True, num_null_experts=spare, state=state or {})
+    return RouterContext(
+        logits, context, training=True, num_null_experts=num_null_experts, state=state or {}
+    )
 
 
 def value_and_gradient(term, logits, **given):

@@ -21,7 +21,7 @@ def _state(step):
 @pytest.mark.parametrize("parts", [1, 3])
 def test_shares_add_up_to_the_formula(parts):
     logits = torch.randn(T, E)
-    given = {"select": SELECT, "spare": NULL, "state": _state(0), "parts": parts}
+    given = {"select": SELECT, "num_null_experts": NULL, "state": _state(0), "parts": parts}
     value, gradient = value_and_gradient(NullBalance(weight=0.02), logits, **given)
     leaf = logits.clone().requires_grad_()
     chosen = torch.zeros(T, E).scatter(-1, logits.topk(3).indices, 1).sum(0) / (3 * T)
@@ -36,7 +36,7 @@ def test_the_load_among_null_experts_does_not_matter():
     logits = torch.randn(T, E)
     moved = logits.clone()
     moved[:, TRUE:] = logits[:, TRUE:].sort(-1).values  # the last null is everyone's favourite
-    given = {"select": SELECT, "spare": NULL, "state": _state(0)}
+    given = {"select": SELECT, "num_null_experts": NULL, "state": _state(0)}
     values = [value_and_gradient(NullBalance(), x, **given)[0] for x in (logits, moved)]
     torch.testing.assert_close(*values)
     plain = [value_and_gradient(SwitchBalance(), x, **given)[0] for x in (logits, moved)]
@@ -49,7 +49,7 @@ def test_the_load_among_null_experts_does_not_matter():
 def test_the_weight_is_annealed_between_its_ends(step, weight):
     term = NullBalance(weight=0.02, final_weight=0.0001, decay_steps=100)
     logits = torch.randn(T, E)
-    given = {"select": SELECT, "spare": NULL}
+    given = {"select": SELECT, "num_null_experts": NULL}
     now, _ = value_and_gradient(term, logits, state=_state(step), **given)
     start, _ = value_and_gradient(term, logits, state=_state(0), **given)
     torch.testing.assert_close(now / start, torch.tensor(weight / 0.02))

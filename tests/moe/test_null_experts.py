@@ -11,8 +11,8 @@ from moesaic.moe.select import TopK
 X = torch.randn(30, DIM)
 
 
-def _layer(spare):
-    return layer(MoE(experts=EXPERTS, select=TopK(k=2), null_experts=spare))
+def _layer(null_experts):
+    return layer(MoE(experts=EXPERTS, select=TopK(k=2), null_experts=null_experts))
 
 
 def test_edges_to_null_experts_are_counted_but_not_dispatched():
@@ -43,9 +43,11 @@ def test_an_identity_expert_returns_its_token_times_the_weight():
     torch.testing.assert_close(out, X.abs())  # two weights that sum to one
 
 
-@pytest.mark.parametrize("spare", [ZeroExperts(number=2), IdentityExperts(number=2)], ids=repr)
-def test_selecting_a_null_expert_gives_the_router_a_gradient(spare):
-    moe = _layer(spare)
+@pytest.mark.parametrize(
+    "null_experts", [ZeroExperts(number=2), IdentityExperts(number=2)], ids=repr
+)
+def test_selecting_a_null_expert_gives_the_router_a_gradient(null_experts):
+    moe = _layer(null_experts)
     run(moe, X)[0].square().sum().backward()
     assert moe.router.gate.weight.grad[EXPERTS:].abs().sum() > 0
     assert NoNullExperts().count() == 0

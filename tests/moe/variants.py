@@ -48,8 +48,8 @@ SELECTS = {
     "threshold": Threshold(),
     "expert-choice": ExpertChoice(),
 }
-SPARES = {"null": ZeroExperts(number=2)}
-BODIES = {  # fields of a mixture: what an expert is, and what stands around it
+NULL_EXPERTS = {"null": ZeroExperts(number=2)}
+LAYER_PARTS = {  # fields of an MoE config: expert type, shared experts, projection, null experts
     "shared": {"shared_experts": SharedExperts(number=2)},
     "gated-shared": {"shared_experts": GatedSharedExperts()},
     "residual": {"shared_experts": ResidualExpert()},
@@ -86,7 +86,9 @@ def balanced(name: str) -> MoE:
 def mixture(select: str, limit: str) -> MoE:
     """The config of a named pair; the capacity limit keeps about half of the edges."""
     free = MoE(
-        experts=EXPERTS, select=SELECTS[select], null_experts=SPARES.get(select, NoNullExperts())
+        experts=EXPERTS,
+        select=SELECTS[select],
+        null_experts=NULL_EXPERTS.get(select, NoNullExperts()),
     )
     priority = LIMITS[limit]
     if priority is None:

@@ -19,7 +19,7 @@ def test_four_channels_of_a_hash_are_those_of_the_definition(width: int, rate: f
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.5])
-def test_channels_are_lost_as_often_as_the_rate_says_each_and_together(rate: float) -> None:
+def test_channels_are_dropped_at_the_rate_and_independently(rate: float) -> None:
     keys = torch.arange(20000)
     lost = dropout_mask(keys, width=8, rate=rate).double()
     spread = (rate * (1 - rate) / len(keys)) ** 0.5
@@ -30,7 +30,7 @@ def test_channels_are_lost_as_often_as_the_rate_says_each_and_together(rate: flo
 
 
 @given(rate=RATES)
-def test_what_is_kept_is_scaled_so_that_nothing_is_lost_on_average(rate: float) -> None:
+def test_remaining_values_are_scaled_so_that_the_mean_is_unchanged(rate: float) -> None:
     every = torch.arange(-(2**15), 2**15).to(torch.int16)  # each value that a channel can draw
     share = (every < min(max(round(rate * 2**16), 1), 2**16 - 1) - 2**15).double().mean()
     ones = dropout(torch.ones(64, 8), key=KEYS, rate=rate)

@@ -1,4 +1,4 @@
-"""Every selection names an implementation that exists and says why."""
+"""Every selection is an existing implementation with a reason."""
 
 import torch
 
@@ -16,7 +16,7 @@ def test_the_selection_for_experts_is_a_grouped_gemm():
     assert selected_kernels("cpu")[1].implementation in GROUPED_GEMMS
 
 
-def test_a_device_whose_grouped_mm_fails_falls_back_and_says_so():
+def test_a_device_whose_grouped_mm_fails_falls_back_with_the_reason():
     # there is no such device here, so the check fails
     (mixture, experts, _) = selected_kernels("mps")
     assert mixture.implementation == "unfused"

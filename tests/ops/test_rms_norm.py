@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from moesaic.ops.rms_norm import rms_norm
 
 
-def test_it_equals_its_plain_twin_with_gradients():
+def test_it_equals_torch_with_gradients():
     x = torch.randn(17, 12, requires_grad=True)
     weight = torch.rand(12, requires_grad=True)
     grad = torch.randn(17, 12)

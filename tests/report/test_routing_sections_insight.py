@@ -37,8 +37,8 @@ def write_step(run, step, experts, *, layers=("encoder.1",), ids=None):
 
 def curves(text, title):
     figure = next(f for f in text.split("<figure>") if f"<figcaption>{title}" in f)
-    told = re.search(r'data-curves="(.*?)"', figure)[1].replace("&quot;", '"')
-    return {curve["name"]: curve for curve in json.loads(told)}
+    result = re.search(r'data-curves="(.*?)"', figure)[1].replace("&quot;", '"')
+    return {curve["name"]: curve for curve in json.loads(result)}
 
 
 def test_the_inputs_of_the_router_are_compared_with_chance(run):
@@ -55,9 +55,9 @@ def test_typical_tokens_are_shown_with_their_spaces(run):
 
 
 def test_null_experts_have_their_own_label(run):
-    told = json.loads((run / "insight.json").read_text())
-    told["layers"]["encoder.1"]["null_experts"] = 2
-    (run / "insight.json").write_text(json.dumps(told))
+    result = json.loads((run / "insight.json").read_text())
+    result["layers"]["encoder.1"]["null_experts"] = 2
+    (run / "insight.json").write_text(json.dumps(result))
     text = section(run)
     assert "null expert 6" in text
     assert "null expert 7" in text
@@ -75,11 +75,11 @@ def test_without_drops_the_curves_are_simulated(run):
 
 
 def test_with_drops_the_curves_are_of_what_was_dropped(run):
-    told = json.loads((run / "insight.json").read_text())
-    for layer in told["layers"].values():
+    result = json.loads((run / "insight.json").read_text())
+    for layer in result["layers"].values():
         positions = layer["positions"]
         positions["dropped"] = [asked // 4 for asked in positions["asked"]]
-    (run / "insight.json").write_text(json.dumps(told))
+    (run / "insight.json").write_text(json.dumps(result))
     drawn = curves(section(run), "Share of edges dropped")
     assert drawn["encoder, dropped"]["y"] == pytest.approx(
         [0.25] * len(drawn["encoder, dropped"]["y"]), abs=0.01

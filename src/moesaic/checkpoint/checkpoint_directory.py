@@ -122,8 +122,8 @@ def read_manifest(directory: Path) -> Manifest:
             raise CheckpointError(f"{path}: altered, its content does not match its digest")
         if body["format"] not in (1, MANIFEST_FORMAT):
             raise CheckpointError(
-                f"{path}: format {body['format']}, expected at most {MANIFEST_FORMAT}: it was written "
-                "by a newer version of moesaic; load it with that version"
+                f"{path}: format {body['format']}, expected at most {MANIFEST_FORMAT}: it is of "
+                "a newer version of moesaic; load it with that version"
             )
         if body["format"] == 1:
             sizes = body.pop("banks")
@@ -175,7 +175,7 @@ def raise_if_damaged(directory: Path, problems: Iterable[str]) -> None:
     """Raise CheckpointError if there are problems."""
     if text := "; ".join(problems):
         raise CheckpointError(
-            f"{directory}: {text}. Resume from another checkpoint of the directory, or restore the file."
+            f"{directory}: {text}. Resume from another checkpoint of the run, or restore the file."
         )
 
 

@@ -172,8 +172,9 @@ def _merge_tensor_metadata(
             one, other = first.setdefault(path, (rank, tensor))
             if other != tensor:
                 raise CheckpointError(
-                    f"{path} is {describe_tensor(other)} on rank {one} but {describe_tensor(tensor)} on "
-                    f"rank {rank}: ranks must agree on shape and dtype of the full tensor"
+                    f"{path} is {describe_tensor(other)} on rank {one} but "
+                    f"{describe_tensor(tensor)} on rank {rank}: ranks must agree on "
+                    "shape and dtype of the full tensor"
                 )
     return {path: tensor for path, (_, tensor) in first.items()}
 
@@ -223,7 +224,7 @@ def _require_full_coverage(
         problems += [f"{path}: {problem}" for problem in coverage_problems(stored)]
     if problems:
         raise CheckpointError(
-            f"the shards of the ranks do not cover every tensor exactly once: {first_few(problems)}. "
+            f"the shards do not cover every tensor exactly once: {first_few(problems)}. "
             "The sharding of the model is wrong; nothing was written."
         )
 
@@ -333,7 +334,7 @@ class SafetensorsStorageWriter(StorageWriter):
             path = self.paths.staging / name
             if not path.is_file() or path.stat().st_size != entry.bytes:
                 raise CheckpointError(
-                    f"{path}: written by its rank but not visible to rank 0. Expected one directory "
+                    f"{path}: written by its rank but not visible to rank 0. Expected a directory "
                     "shared by all ranks: use a file system that all machines share."
                 )
 

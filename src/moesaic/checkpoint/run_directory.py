@@ -8,73 +8,36 @@ from moesaic.core.errors import CheckpointError, did_you_mean
 MODEL_FILES = ("config.yaml", "tokenizer.json", "model.safetensors")
 
 
-@dataclass(frozen=True, slots=True)
+class _PathIn:
+    """A path relative to the run directory."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: "RunDir", owner: type["RunDir"]) -> Path:
+        return run.path / self.name
+
+
+@dataclass(frozen=True)
 class RunDir:
     """Paths of the files of a run; they need not exist."""
 
     path: Path
 
-    @property
-    def config(self) -> Path:
-        """The complete resolved config of the run."""
-        return self.path / "config.yaml"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.path / "tokenizer.json"
-
-    @property
-    def model(self) -> Path:
-        """The exported weights, independent of the checkpoints."""
-        return self.path / "model.safetensors"
-
-    @property
-    def card(self) -> Path:
-        return self.path / "README.md"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def usage(self) -> Path:
-        return self.path / "usage.json"
-
-    @property
-    def insight(self) -> Path:
-        """What routers depend on, measured on held-out text."""
-        return self.path / "insight.json"
-
-    @property
-    def routes(self) -> Path:
-        """Recorded routing of training steps, one file per step."""
-        return self.path / "routes"
-
-    @property
-    def routing_snapshots(self) -> Path:
-        """Routing of the same held-out text during training, one file per step."""
-        return self.path / "learning"
-
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
-
-    @property
-    def score_curve(self) -> Path:
-        """Scores of the kept checkpoints."""
-        return self.path / "curve.json"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
+    config = _PathIn("config.yaml")  # the complete resolved config
+    tokenizer = _PathIn("tokenizer.json")
+    model = _PathIn("model.safetensors")  # the exported weights, independent of the checkpoints
+    card = _PathIn("README.md")
+    checkpoints = _PathIn("checkpoints")
+    metrics = _PathIn("metrics.jsonl")
+    tensorboard = _PathIn("tensorboard")
+    usage = _PathIn("usage.json")
+    insight = _PathIn("insight.json")  # what routers depend on, measured on held-out text
+    routes = _PathIn("routes")  # recorded routing of training steps, one file per step
+    routing_snapshots = _PathIn("learning")  # of held-out text during training, one file per step
+    summary = _PathIn("summary.json")
+    score_curve = _PathIn("curve.json")  # scores of the kept checkpoints
+    report = _PathIn("report.html")
 
     @classmethod
     def open(cls, path: Path) -> "RunDir":

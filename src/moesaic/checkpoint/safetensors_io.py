@@ -117,22 +117,35 @@ def tensor_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def check_tensor_file(path: Path) -> None:
-    """Raise CheckpointError unless it is a complete safetensors file, by name, header and size."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+def reject_pickle(path: Path) -> None:
+    """Raise CheckpointError if a file is a pickle by its name or its first bytes."""
     if path.suffix in PICKLE_SUFFIXES:
         raise CheckpointError(
             f"{path}: a {path.suffix} file is a pickle, which can run code when it is read; "
             "expected .safetensors. Convert it where you trust it: "
             "safetensors.torch.save_file(torch.load(path, weights_only=True), new_path)"
         )
+    with path.open("rb") as stream:
+        start = stream.read(9)
+    if start.startswith(PICKLE_MAGIC) and start[8:] != b"{":
+        raise CheckpointError(
+            f"{path}: a pickle with the name of a safetensors file, which can run code when it is "
+            "read: rejected. Get the weights as safetensors from their source"
+        )
+
+
+def check_tensor_file(path: Path) -> None:
+    """Raise CheckpointError unless it is a complete safetensors file, by name, header and size."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    reject_pickle(path)
     size = path.stat().st_size
     with path.open("rb") as stream:
         start = stream.read(9)
-        length = struct.unpack("<Q", start[:8])[0] if len(start) == 9 else 0
-        if len(start) < 9 or start[8:9] != b"{":
-            raise CheckpointError(f"{path}: {_describe_content(path, start)}")
+        if start[8:] != b"{":
+            what = "not a safetensors file" if size else "empty file, expected safetensors"
+            raise CheckpointError(f"{path}: {what}")
+        (length,) = struct.unpack("<Q", start[:8])
         if length > size - 8:
             raise CheckpointError(f"{path}: truncated inside its header ({show_bytes(size)})")
         expected = 8 + length + _data_size(path, b"{" + stream.read(length - 1))
@@ -149,14 +162,3 @@ def _data_size(path: Path, header: bytes) -> int:
         )
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise CheckpointError(f"{path}: damaged safetensors header") from error
-
-
-def _describe_content(path: Path, start: bytes) -> str:
-    if not path.stat().st_size:
-        return "empty file, expected safetensors"
-    if start.startswith(PICKLE_MAGIC):
-        return (
-            "this is a pickle under a safetensors name, and reading it could run code: refused. "
-            "Get the weights as safetensors from their source"
-        )
-    return "not a safetensors file"

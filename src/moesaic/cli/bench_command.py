@@ -61,9 +61,9 @@ def _show(found: dict[str, Any], console: Console) -> None:
     settings, machine = found["settings"], found["machine"]
     shape = ",".join(str(n) for n in settings["shape"].values())
     console.print(
-        f"[bold]{shape}[/] (tokens, dim, hidden, experts, k), {settings['passes']}, {settings['dtype']}, "
-        f"{settings['threads']} threads; largest load {found['largest_load']:.1f} times the mean",
-        highlight=False,
+        f"[bold]{shape}[/] (tokens, dim, hidden, experts, k), {settings['passes']}, "
+        f"{settings['dtype']}, "
+        f"{settings['threads']} threads; largest load {found['largest_load']:.1f} times the mean"
     )
     rows = found["implementations"]
     names = sorted(rows, key=lambda name: rows[name]["of_dense"]["median"])
@@ -76,14 +76,13 @@ def _show(found: dict[str, Any], console: Console) -> None:
         least = show_bytes(found["least_saved_bytes"])
         console.print(
             f"ms: median; saved: for the backward pass (at least x and pre-activation: {least})",
-            highlight=False,
         )
     for name, reason in found["unavailable"].items():
-        console.print(f"[yellow]{name}[/]: {escape(reason)}", highlight=False)
+        console.print(f"[yellow]{name}[/]: {escape(reason)}")
     console.print(
-        f"[dim]{machine['processor']}, {machine['cores']} cores, load {machine['load_before']:.1f}, "
-        f"torch {machine['torch']}, commit {found['commit'] or 'unknown'}[/]",
-        highlight=False,
+        f"[dim]{machine['processor']}, {machine['cores']} cores, "
+        f"load {machine['load_before']:.1f}, "
+        f"torch {machine['torch']}, commit {found['commit'] or 'unknown'}[/]"
     )
 
 

@@ -185,12 +185,11 @@ def _show(value: dict[str, Any], console: Console) -> None:
     versions = ", ".join(f"{name} {number}" for name, number in value["versions"].items())
     console.print(
         f"[bold]{escape(value['path'])}[/]: step {value['step']:,}, {value['form']}",
-        highlight=False,
     )
-    console.print(f"plan: {escape(plan)}; written by {escape(versions)}", highlight=False)
+    console.print(f"plan: {escape(plan)}; written by {escape(versions)}")
     counts = Counter(value["expert_parameters"].values())
     experts = ", ".join(f"{count} with {number} experts" for number, count in counts.items())
-    console.print(f"expert parameters: {experts or 'none'}", highlight=False)
+    console.print(f"expert parameters: {experts or 'none'}")
     print_table(
         console,
         ("kind", "tensors", "values", "bytes"),
@@ -228,7 +227,7 @@ def _cyan(name: str) -> str:
 
 
 def _show_diff(differ: list[TensorDifference], count: int, console: Console) -> None:
-    console.print(f"{count - len(differ):,} of {count:,} tensors are the same", highlight=False)
+    console.print(f"{count - len(differ):,} of {count:,} tensors are the same")
     rows = []
     for found in differ:
         where = "" if found.expert is None else f" (most: expert {found.expert})"
@@ -240,9 +239,7 @@ def _show_diff(differ: list[TensorDifference], count: int, console: Console) -> 
 
 def _show_findings(directory: Path, found: list[IntegrityProblem], console: Console) -> None:
     if not found:
-        console.print(f"{escape(str(directory))}: sound", highlight=False)
+        console.print(f"{escape(str(directory))}: sound")
     for finding in found:
         colour = "yellow" if finding.uncertain else "red"
-        console.print(
-            f"[{colour}]{escape(finding.location)}[/]: {escape(finding.message)}", highlight=False
-        )
+        console.print(f"[{colour}]{escape(finding.location)}[/]: {escape(finding.message)}")

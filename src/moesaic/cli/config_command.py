@@ -97,9 +97,9 @@ def upgrade(
 
 def _show_renamed(file: Path, renamed: dict[str, str], console: Console) -> None:
     for line in describe_renames(renamed):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, markup=False, soft_wrap=True)
     done = f"{len(renamed)} names rewritten" if renamed else "nothing to rewrite"
-    console.print(f"{file}: {done}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{file}: {done}", markup=False, soft_wrap=True)
 
 
 def _show(lines: dict[str, str], console: Console) -> None:

@@ -49,7 +49,7 @@ def curve(
 
 
 def _print_point(point: Any) -> None:
-    stderr.print(f"[dim]step {point['step']:,}: {point['chrf']['score']:.1f}[/]", highlight=False)
+    stderr.print(f"[dim]step {point['step']:,}: {point['chrf']['score']:.1f}[/]")
 
 
 def _show(found: dict[str, Any], console: Console) -> None:

@@ -147,12 +147,11 @@ def show_stats(corpus: Corpus, console: Console, *, every: bool = False) -> None
     console.print(f"[bold]{found.name}[/]: {found.kept:,} pairs of {found.read:,} read")
     sizes = {n: found.num_directions_with(n) for n in _SIZE_THRESHOLDS}
     parts = "".join(f", {count} with {n:,} pairs or more" for n, count in sizes.items() if count)
-    console.print(f"directions: {len(found.directions)}{parts}", highlight=False)
+    console.print(f"directions: {len(found.directions)}{parts}")
     for split, packages in found.domains.items():
         console.print(
             f"[cyan]{split}[/] is held out: {', '.join(packages)} "
-            f"[dim](moesaic eval RUN --split {split})[/]",
-            highlight=False,
+            f"[dim](moesaic eval RUN --split {split})[/]"
         )
     _show_missing(found, console)
     console.print()
@@ -186,10 +185,10 @@ def _show_directions(found: CorpusStats, console: Console, *, count: int) -> Non
     print_table(console, columns, rows, align="l" + "r" * (len(columns) - 2) + "l")
     if len(found.directions) > count:
         left = len(found.directions) - count
-        console.print(f"[dim]and {left} smaller ones: --all shows them[/]", highlight=False)
+        console.print(f"[dim]and {left} smaller ones: --all shows them[/]")
     if found.too_small:
         names = sorted(found.too_small, key=lambda name: -found.too_small[name])
-        console.print(f"[dim]too small to keep: {_abbreviate_names(names)}[/]", highlight=False)
+        console.print(f"[dim]too small to keep: {_abbreviate_names(names)}[/]")
 
 
 def _show_dropped(found: CorpusStats, console: Console) -> None:
@@ -222,8 +221,7 @@ def _show_missing(found: CorpusStats, console: Console) -> None:
     if found.missing:
         console.print(
             f"[yellow]{len(found.missing)} packages were unavailable[/] and are not in it: "
-            f"{_abbreviate_names(list(found.missing))}",
-            highlight=False,
+            f"{_abbreviate_names(list(found.missing))}"
         )
 
 

@@ -41,7 +41,7 @@ class PhaseTimer:
         self.seconds[name] = time.monotonic() - self._started
 
     def print_note(self, sentence: str) -> None:
-        stderr.print(f"[dim]{escape(sentence)}[/]", highlight=False)
+        stderr.print(f"[dim]{escape(sentence)}[/]")
 
 
 @app.command()
@@ -121,14 +121,10 @@ def _show(
             f"[dim]{a}{'*' if a in trained else ''}[/] {escape(b)}"
             for a, b in zip(COMMON_STRINGS, outputs, strict=True)
         )
-        console.print(f"  [dim]{test.target}[/]  {pairs}", highlight=False)
+        console.print(f"  [dim]{test.target}[/]  {pairs}")
     spent = ", ".join(f"{name} {show_seconds(s)}" for name, s in phases.seconds.items())
-    console.print(f"\n[dim]time: {spent}[/]", highlight=False)
+    console.print(f"\n[dim]time: {spent}[/]")
     folder = RunDir(out)
-    console.print(f"report:     {folder.report}", highlight=False)
-    console.print(
-        f'translate:  echo "Save changes" | moesaic translate {out} --to es', highlight=False
-    )
-    console.print(
-        f"everything: {folder.path}/ (config, weights, tokenizer, metrics, card)", highlight=False
-    )
+    console.print(f"report:     {folder.report}")
+    console.print(f'translate:  echo "Save changes" | moesaic translate {out} --to es')
+    console.print(f"everything: {folder.path}/ (config, weights, tokenizer, metrics, card)")

@@ -175,7 +175,7 @@ def _user_test_set(
 
 
 def _print_scored(test: TestSet, _: TestSetResult) -> None:
-    stderr.print(f"[dim]scored {test.key} ({len(test)})[/]", highlight=False)
+    stderr.print(f"[dim]scored {test.key} ({len(test)})[/]")
 
 
 def _show(summary: EvaluationSummary, console: Console) -> None:
@@ -201,9 +201,9 @@ def show_scores(summary: EvaluationSummary, console: Console) -> None:
     print_table(console, columns, rows, title=title)
     for other, verdicts in found["verdicts"].items():
         difference = found["mean_differences"][other]
-        console.print(_comparison_sentence(other, difference, verdicts), highlight=False)
+        console.print(_comparison_sentence(other, difference, verdicts))
     for note in found["notes"]:
-        console.print(f"[dim]{escape(note)}[/]", highlight=False)
+        console.print(f"[dim]{escape(note)}[/]")
 
 
 def show_samples(summary: EvaluationSummary, console: Console, *, each: int = 2) -> None:
@@ -216,8 +216,7 @@ def show_samples(summary: EvaluationSummary, console: Console, *, each: int = 2)
             output = escape(sample.outputs["model"])
             console.print(
                 f"  [dim]{result.test.target}[/]  {escape(sample.source)} [dim]→[/] "
-                f"[bold]{output}[/]  [dim]{_experts_used(sample.experts)}[/]",
-                highlight=False,
+                f"[bold]{output}[/]  [dim]{_experts_used(sample.experts)}[/]"
             )
 
 

@@ -107,8 +107,7 @@ def _show(found: dict[str, Any], console: Console, *, config: bool) -> None:
     total, active = found["parameters"]["total"], found["parameters"]["active"]
     console.print(
         f"[bold]{found['name']}[/]: {total:,} parameters ({show_count(total)}), "
-        f"{active:,} active per token ({show_count(active)}, {active / total:.0%})\n",
-        highlight=False,
+        f"{active:,} active per token ({show_count(active)}, {active / total:.0%})\n"
     )
     by_part = found["parameters"]["by_part"]
     rows = ((part, f"{size:,}") for part, size in by_part.items())
@@ -126,30 +125,27 @@ def _show(found: dict[str, Any], console: Console, *, config: bool) -> None:
     flops = found["flops_per_token"]
     console.print(
         f"\nFLOPs per token: forward {show_flops(flops['forward'])}, "
-        f"training {show_flops(flops['training'])} (matrix products and attention)",
-        highlight=False,
+        f"training {show_flops(flops['training'])} (matrix products and attention)"
     )
     if "plan" in found:
         plan = found["plan"]
         console.print(
             f"full run: {plan['steps']:,} steps, at most {show_count(plan['tokens_at_most'])} "
-            f"tokens, {show_flops(plan['flops_at_most'])}",
-            highlight=False,
+            f"tokens, {show_flops(plan['flops_at_most'])}"
         )
     if "source" in found:
         _show_source(found, console)
     if config:
-        console.print("\n" + "\n".join(found["config"]), highlight=False, markup=False)
+        console.print("\n" + "\n".join(found["config"]), markup=False)
 
 
 def _show_source(found: dict[str, Any], console: Console) -> None:
-    console.print(f"\nsource: {found['source']}", highlight=False)
+    console.print(f"\nsource: {found['source']}")
     for claim in found["published"]:
         value, counted = claim["value"], claim["counted"]
         console.print(
             f"published {claim['quantity']} {show_count(value)}, counted {show_count(counted)} "
-            f"({counted / value - 1:+.1%}); {claim['basis']}: {claim['source']}",
-            highlight=False,
+            f"({counted / value - 1:+.1%}); {claim['basis']}: {claim['source']}"
         )
     if found["guessed"]:
-        console.print(f"not published, our choice: {', '.join(found['guessed'])}", highlight=False)
+        console.print(f"not published, our choice: {', '.join(found['guessed'])}")

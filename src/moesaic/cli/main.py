@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _show_commands()
         return
     if words[0] in ("--version", "-V"):
-        Console().print(f"moesaic {__version__}", highlight=False)
+        Console(highlight=False).print(f"moesaic {__version__}")
         return
     command, *rest = words
     if command not in COMMANDS:
@@ -79,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(error: UserError, words: Sequence[str]) -> None:
-    console = Console(stderr=True, soft_wrap=True)
-    console.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(f"[bold red]error:[/] {_escaped(str(error))}")
     if "--json" in words:
         sys.stdout.write(json.dumps({"error": str(error)}, ensure_ascii=False) + "\n")
     sys.exit(2)
@@ -95,6 +95,8 @@ def _show_commands() -> None:
     table = Table(box=None, show_header=False, padding=(0, 2))
     for command, summary in COMMANDS.items():
         table.add_row(f"[bold cyan]{command}[/]", summary)
-    console.print(f"[bold]moesaic[/] {__version__}: multilingual Mixture-of-Experts models in PyTorch\n")
+    console.print(
+        f"[bold]moesaic[/] {__version__}: multilingual Mixture-of-Experts models in PyTorch\n"
+    )
     console.print("usage: moesaic COMMAND [OPTIONS]      (moesaic COMMAND --help has an example)\n")
     console.print(table)

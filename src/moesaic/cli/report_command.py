@@ -32,10 +32,10 @@ def report(
         config = find_recipe(str(run))
         tests = held_out_tests(config, corpus=config.corpus.open(), split="valid", limit=_SENTENCES)
         files = trace_checkpoints(run, tests=tests)
-        stderr.print(f"[dim]routed held-out text with {len(files)} checkpoints[/]", highlight=False)
+        stderr.print(f"[dim]routed held-out text with {len(files)} checkpoints[/]")
     path = write_report(run)
 
     def show(console: Console) -> None:
-        console.print(f"{path} ({path.stat().st_size / 1024:.0f} KiB)", highlight=False)
+        console.print(f"{path} ({path.stat().st_size / 1024:.0f} KiB)")
 
     print_result({"report": str(path)}, as_json=as_json, show=show)

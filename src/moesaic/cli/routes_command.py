@@ -142,7 +142,6 @@ def _show(value: dict[str, Any], console: Console) -> None:
     about = ", ".join(f"{name} {what}" for name, what in value["about"].items())
     console.print(
         f"{value['batches']} batches, {show_bytes(value['bytes'])}; {escape(about)}",
-        highlight=False,
     )
     for name, side in value["sides"].items():
         rows = []

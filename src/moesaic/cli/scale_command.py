@@ -171,16 +171,14 @@ def _show(found: dict[str, Any], console: Console) -> None:
     batch = found["batch"]
     console.print(
         f"[bold]{found['name']}[/]: {show_count(found['parameters'])} parameters on "
-        f"{found['world']:,} ranks, {found['plan']}",
-        highlight=False,
+        f"{found['world']:,} ranks, {found['plan']}"
     )
     for layers, axes in found["mesh"].items():
         grid = " x ".join(f"{axis} {size}" for axis, size in axes.items())
-        console.print(f"{layers}: {grid}", highlight=False)
+        console.print(f"{layers}: {grid}")
     console.print(
         f"a step of {batch['micro_batches']} x {batch['rows']} rows of {batch['source']} + "
-        f"{batch['target']} tokens per data-parallel rank, with even routing\n",
-        highlight=False,
+        f"{batch['target']} tokens per data-parallel rank, with even routing\n"
     )
     labels = {"device": "device memory at the peak", "host": "host memory"}
     kinds = ("weights", "gradients", "optimizer", "gathered", "activations", "device", "host")
@@ -198,8 +196,7 @@ def _show(found: dict[str, Any], console: Console) -> None:
             f"{capacity['experts']:,} experts per layer: {show_count(capacity['parameters'])} "
             "parameters"
             if capacity["experts"]
-            else f"\n{memory} per device are too few for this plan",
-            highlight=False,
+            else f"\n{memory} per device are too few for this plan"
         )
     if "dry_run" in found:
         _show_dry_run(found["dry_run"], estimate=found["bytes"], console=console)
@@ -210,6 +207,5 @@ def _show_dry_run(step: dict[str, Any], *, estimate: dict[str, Any], console: Co
     console.print(
         f"\ndry run in {show_seconds(step['seconds'])}: state "
         f"{'as estimated' if equal else 'differs from the estimate'}, sends "
-        f"{show_bytes(step['sent_total'])}, peak {show_bytes(step['peak'])} before the update",
-        highlight=False,
+        f"{show_bytes(step['sent_total'])}, peak {show_bytes(step['peak'])} before the update"
     )

@@ -37,12 +37,12 @@ RoutesOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Record every token's experts in a file.")
 ]
 
-stderr = Console(stderr=True)
+stderr = Console(stderr=True, highlight=False)
 
 
 def show_progress(text: str) -> None:
     """Print a line of progress on stderr."""
-    stderr.print(f"[dim]{escape(text)}[/]", highlight=False)
+    stderr.print(f"[dim]{escape(text)}[/]")
 
 
 def command_app(**settings: Any) -> typer.Typer:
@@ -77,7 +77,7 @@ def print_result(
     if as_json:
         sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
     else:
-        show(Console())
+        show(Console(highlight=False))
 
 
 def print_table(

@@ -81,10 +81,9 @@ def resume_from(text: str | None) -> Resume:
 def _show(result: TrainingResult, console: Console) -> None:
     console.print(
         f"[bold]{result.out}[/]: {result.stop_reason} after step {result.steps:,}, "
-        f"{show_count(result.tokens)} tokens; this call took {show_seconds(result.seconds)}",
-        highlight=False,
+        f"{show_count(result.tokens)} tokens; this call took {show_seconds(result.seconds)}"
     )
     if result.stop_reason == "finished":
-        console.print(f"next: moesaic eval {result.out}", highlight=False)
+        console.print(f"next: moesaic eval {result.out}")
     else:
-        console.print(f"to continue: moesaic train --resume {result.out}", highlight=False)
+        console.print(f"to continue: moesaic train --resume {result.out}")

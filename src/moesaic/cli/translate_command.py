@@ -110,7 +110,7 @@ def _show(done: list[TranslationResult], rows: list[dict[str, Any]], console: Co
         if len(translation.alternatives) > 1:
             for other in translation.alternatives:
                 line = f"  [dim]{other.score:7.3f}[/]  {escape(other.text)}"
-                console.print(line, highlight=False)
+                console.print(line)
         for side in row.get("experts", {}).values():
             _show_side(side, console)
 

@@ -79,7 +79,7 @@ def verify(
     """
     import_user_files(files)
     shrunk = shrink_config(find_recipe(which, changes=changes or []))
-    given = make_setup(shrunk.run, steps=steps, timeout_s=timeout_s)
+    setup = make_setup(shrunk.run, steps=steps, timeout_s=timeout_s)
     found = (
         configured_plan(shrunk.run, world_size=world_size)
         if choice is PlanChoice.CONFIG
@@ -90,15 +90,15 @@ def verify(
         raise UserError(
             f"no plan of {world_size} ranks fits: {'; '.join(rejection_lines(found.rejected))}"
         )
-    stderr.print(f"reduced: {escape('; '.join(shrunk.changes))}", style="dim", highlight=False)
+    stderr.print(f"reduced: {escape('; '.join(shrunk.changes))}", style="dim")
     verdicts: list[PlanResult] = []
-    for verdict in compare_plans(given, plans=chosen.valid):
+    for verdict in compare_plans(setup, plans=chosen.valid):
         verdicts.append(verdict)
         _print_verdict(verdict, of=len(chosen.valid), number=len(verdicts))
-    text = _to_markdown(verdicts, given=given, left=list(rejection_lines(found.rejected)))
+    text = _to_markdown(verdicts, setup=setup, rejected=list(rejection_lines(found.rejected)))
     if out is not None:
         out.write_text(text, encoding="utf-8")
-    value = _to_json(verdicts) | {"changed": shrunk.changes, "plans that fit": len(found.valid)}
+    value = _to_json(verdicts) | {"changes": shrunk.changes, "plans that fit": len(found.valid)}
     print_result(value, as_json=as_json, show=lambda console: _show(text, console))
     if unequal_plans(verdicts):
         raise typer.Exit(1)
@@ -108,21 +108,21 @@ def _print_verdict(verdict: PlanResult, *, of: int, number: int) -> None:
     word = "equal" if verdict.equal else "; ".join(verdict.problems)
     style = "dim" if verdict.equal else "red"
     ranks = f"{number}/{of} {verdict.world_size} ranks, {verdict.plan}: {word}"
-    stderr.print(escape(ranks), style=style, highlight=False)
+    stderr.print(escape(ranks), style=style)
 
 
-def _to_markdown(verdicts: list[PlanResult], *, given: VerifySetup, left: list[str]) -> str:
-    refused = "".join(f"- {line}\n" for line in left)
+def _to_markdown(verdicts: list[PlanResult], *, setup: VerifySetup, rejected: list[str]) -> str:
+    rejections = "".join(f"- {line}\n" for line in rejected)
     parts = [
         to_markdown(verdicts),
-        f"{summarize(verdicts)}. {tolerances_text(given.tolerances)}",
-        refused,
+        f"{summarize(verdicts)}. {tolerances_text(setup.tolerances)}",
+        rejections,
     ]
     return "\n\n".join(part for part in parts if part).rstrip() + "\n"
 
 
 def _show(text: str, console: Console) -> None:
-    console.print(escape(text), highlight=False, soft_wrap=True, end="")
+    console.print(escape(text), soft_wrap=True, end="")
 
 
 def _to_json(verdicts: list[PlanResult]) -> dict[str, Any]:
@@ -131,8 +131,8 @@ def _to_json(verdicts: list[PlanResult]) -> dict[str, Any]:
             "ranks": v.world_size,
             "plan": v.plan,
             "parallel": v.parallel.to_dict(),
-            "found": None if v.differences is None else asdict(v.differences),
-            "wrong": v.problems,
+            "differences": None if v.differences is None else asdict(v.differences),
+            "problems": v.problems,
             "step_s": v.step_s,
         }
         for v in verdicts

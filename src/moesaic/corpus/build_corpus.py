@@ -113,10 +113,12 @@ class _CorpusBuilder:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def run(self) -> None:
-        units = self.recipe.source.fetch(progress=self.progress)
+        source_files = self.recipe.source.fetch(progress=self.progress)
         spill, keys = PairSpill(self.work / "spill"), self.work / "keys"
-        self._read_units(
-            [unit for unit in units if not unit.missing_reason], spill=spill, keys=keys
+        self._read_source_files(
+            [source_file for source_file in source_files if not source_file.missing_reason],
+            spill=spill,
+            keys=keys,
         )
         if self.recipe.split.near_duplicates.enabled:
             self.progress("searching the held-out sources for near-duplicates")
@@ -127,18 +129,21 @@ class _CorpusBuilder:
         written = list(self._resolve_directions(directions, leaks=leaks))
         shutil.rmtree(self.work / "spill")
         self._add_texts()
-        self._write_manifest(units, written)
+        self._write_manifest(source_files, written)
 
-    def _read_units(self, units: list[SourceFile], *, spill: PairSpill, keys: Path) -> None:
+    def _read_source_files(
+        self, source_files: list[SourceFile], *, spill: PairSpill, keys: Path
+    ) -> None:
         """Read every source file; join their output in order."""
         keys.touch()
         jobs = [
-            ReadJob(self.recipe, unit, rank, self.work / f"unit-{rank:06d}")
-            for rank, unit in enumerate(units)
+            ReadJob(self.recipe, source_file, rank, self.work / f"file-{rank:06d}")
+            for rank, source_file in enumerate(source_files)
         ]
         results = map_in_order(read_source_file, jobs, workers=min(self.workers, max(1, len(jobs))))
         for job, result in zip(jobs, results, strict=True):
-            self.progress(f"read {job.unit.name} {job.unit.version} ({job.rank + 1}/{len(jobs)})")
+            name = f"{job.source_file.name} {job.source_file.version}"
+            self.progress(f"read {name} ({job.rank + 1}/{len(jobs)})")
             self.result.add(result)
             spill.append_from(job.pairs)
             for path in (*job.texts.iterdir(), job.keys):
@@ -174,7 +179,7 @@ class _CorpusBuilder:
             self.files[name] = file_entry(self.work / name, rows=rows)
 
     def _write_manifest(
-        self, units: tuple[SourceFile, ...], written: list[DirectionResult]
+        self, source_files: tuple[SourceFile, ...], written: list[DirectionResult]
     ) -> None:
         kept = [s for s in written if s.pairs >= self.recipe.min_pairs]
         small = {"-".join(s.direction): s.pairs for s in written if s not in kept}
@@ -203,10 +208,10 @@ class _CorpusBuilder:
             },
             "read": [
                 {"name": u.name, "version": u.version, "file": u.path.name}
-                for u in units
+                for u in source_files
                 if not u.missing_reason
             ],
-            "missing": {u.name: u.missing_reason for u in units if u.missing_reason},
+            "missing": {u.name: u.missing_reason for u in source_files if u.missing_reason},
             "split_policy": "hash of the normalised source; held-out rows whose target is a train "
             "target are dropped",
             "files": self.files,

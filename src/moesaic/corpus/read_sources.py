@@ -34,7 +34,7 @@ class ReadJob:
     """A source file to read, its rank among the others, and the folder to write to."""
 
     recipe: CorpusRecipe
-    unit: SourceFile
+    source_file: SourceFile
     rank: int
     folder: Path
 
@@ -102,13 +102,16 @@ def read_source_file(job: ReadJob) -> ReadResult:
     cleaner, split = PairCleaner(job.recipe.clean), job.recipe.split
     spill, texts, keys = PairSpill(job.pairs), _TextWriter(job.texts, split), _SplitKeyWriter(split)
     try:
-        for item in job.recipe.source.read(job.unit, wanted=_language_filter(job.recipe)):
+        for item in job.recipe.source.read(job.source_file, wanted=_language_filter(job.recipe)):
             if isinstance(item, RejectedPair):
                 found.counts[item.direction].read += 1
                 found.counts[item.direction].dropped[item.reason] += 1
                 continue
             if item.origin not in found.sources:
-                found.sources[item.origin] = {"version": job.unit.version, "licence": item.licence}
+                found.sources[item.origin] = {
+                    "version": job.source_file.version,
+                    "licence": item.licence,
+                }
             if isinstance(item, Text):
                 texts.add(item)
                 continue
@@ -119,8 +122,10 @@ def read_source_file(job: ReadJob) -> ReadResult:
                 counts.dropped[reason] += 1
                 continue
             domain = split.domain_of(pair.origin)
-            spill.add(pair, rank=job.rank, allowed_split=job.unit.allowed_split, domain=domain)
-            keys.add(pair, allowed_split=job.unit.allowed_split, domain=domain)
+            spill.add(
+                pair, rank=job.rank, allowed_split=job.source_file.allowed_split, domain=domain
+            )
+            keys.add(pair, allowed_split=job.source_file.allowed_split, domain=domain)
     finally:
         spill.close()
         texts.close()

@@ -36,7 +36,7 @@ class StageBoundary:
     """What is sent between two pipeline stages.
 
     ``stack`` is the stack whose hidden states are sent ("source", "target", or "" between the two),
-    ``sends_encoder_states`` whether encoder outputs are, and ``router_state`` has the widths of what
+    ``sends_encoder_states`` whether encoder outputs are. ``router_state`` has the widths of what
     cross-layer routers pass on.
     """
 

@@ -1,4 +1,4 @@
-"""The compiled library is kept whole or not at all, and its absence is said in words."""
+"""The compiled library is cached atomically, and the reason is reported if there is none."""
 
 import shutil
 import stat
@@ -44,7 +44,7 @@ def cache(built, tmp_path) -> Path:
 
 
 @needs_compiler
-def test_a_kept_library_is_not_compiled_again(cache, built, monkeypatch):
+def test_a_cached_library_is_not_compiled_again(cache, built, monkeypatch):
     monkeypatch.setattr(cpu_library, "_compile", lambda *_, **__: pytest.fail("compiled again"))
     assert build_library(cache=cache).name == built.name
 
@@ -62,7 +62,7 @@ def test_a_damaged_library_is_made_again(cache, built, fault):
 
 
 @needs_compiler
-def test_two_builders_at_once_both_get_a_whole_library(tmp_path):
+def test_two_concurrent_builds_both_get_a_complete_library(tmp_path):
     with ThreadPoolExecutor(2) as pool:
         made = list(pool.map(lambda _: build_library(cache=tmp_path), range(2)))
     for path in made:
@@ -80,7 +80,7 @@ def test_another_source_gets_another_library(cache, built, tmp_path_factory, mon
     assert build_library(cache=cache).name != built.name
 
 
-def test_without_a_compiler_the_reason_says_so(tmp_path):
+def test_without_a_compiler_that_is_the_reason(tmp_path):
     with pytest.raises(BuildError, match="no C compiler"):
         build_library(cache=tmp_path, path=str(tmp_path))
 

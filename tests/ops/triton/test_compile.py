@@ -11,7 +11,8 @@ from ops.triton.compiling import launches
 SHAPE = (4096, 256, 128, 8, 2)
 SHARED = {90: 232_448, 80: 101_376}  # bytes per program; the least of Ampere GPUs
 EVERY = {"tile_schedule_kernel", "up_projection_kernel", "row_matmul_kernel",
-         "unpermute_sum_kernel", "down_backward_kernel", "weight_gradient_kernel", "bias_gradient_kernel"}  # fmt: skip
+         "unpermute_sum_kernel",
+         "down_backward_kernel", "weight_gradient_kernel", "bias_gradient_kernel"}  # fmt: skip
 
 
 def compiled(kernel, capability, **options):

@@ -1,4 +1,4 @@
-"""Each forward kernel equals plain torch, value by value, and touches no row past the segments."""
+"""Each forward kernel equals torch, and writes no row past the groups."""
 
 import pytest
 import torch
@@ -23,13 +23,13 @@ CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float16: {"rtol": 4e
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_the_schedule_covers_every_live_row_once_and_says_none_for_the_rest(route, device):
+def test_the_schedule_covers_every_live_row_once_and_marks_the_rest_unused(route, device):
     edges = edges_of(*ROUTES[route], device)
     rows = 4
-    routes = kernel_launch.schedule_tiles(edges, rows=rows)
+    schedule = kernel_launch.schedule_tiles(edges, rows=rows)
     live, expert = live_rows(edges)
     covered = []
-    for e, start in zip(routes.tile_expert.tolist(), routes.tile_row.tolist(), strict=True):
+    for e, start in zip(schedule.tile_expert.tolist(), schedule.tile_row.tolist(), strict=True):
         if e >= 0:
             stop = min(start + rows, int(edges.groups.offsets[e]))
             assert expert[start:stop].tolist() == [e] * (stop - start)
@@ -53,34 +53,38 @@ def test_up_equals_gather_multiply_activate(activation, dtype, device):
     job = job_of(edges, activation=activation.kernel_name)
     width = activation.width(HIDDEN)
     x = draw(edges.num_tokens, DIM, device=device, dtype=dtype)
-    bank = draw(EXPERTS, DIM, width, device=device, dtype=dtype, scale=0.2)
+    expert_weight = draw(EXPERTS, DIM, width, device=device, dtype=dtype, scale=0.2)
     bias = draw(EXPERTS, width, device=device, dtype=dtype)
-    hidden, active = kernel_launch.up_projection(x, bank, bias=bias, save_hidden=True, job=job)
+    hidden, active = kernel_launch.up_projection(
+        x, expert_weight, bias=bias, save_hidden=True, job=job
+    )
     live, expert = live_rows(edges)
     rows = x[job.schedule.token[:live]].float()
-    want = torch.einsum("rd,rdg->rg", rows, bank[expert].float()) + bias[expert].float()
+    want = torch.einsum("rd,rdg->rg", rows, expert_weight[expert].float()) + bias[expert].float()
     torch.testing.assert_close(hidden[:live].float(), want, **CLOSE[dtype])
     torch.testing.assert_close(active[:live].float(), activation(want), **CLOSE[dtype])
-    nothing, again = kernel_launch.up_projection(x, bank, bias=bias, save_hidden=False, job=job)
+    nothing, again = kernel_launch.up_projection(
+        x, expert_weight, bias=bias, save_hidden=False, job=job
+    )
     assert nothing is None
     assert torch.equal(again[:live], active[:live])
 
 
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
-@pytest.mark.parametrize("turned", [False, True], ids=["straight", "turned"])
-def test_a_product_of_rows_equals_torch_for_any_range_of_columns(turned, dtype, device):
+@pytest.mark.parametrize("transposed", [False, True], ids=["straight", "transposed"])
+def test_row_matmul_equals_torch_for_any_range_of_columns(transposed, dtype, device):
     edges = edges_of(*ROUTES["some-dropped"], device)
     job = job_of(edges)
     left = draw(edges.token.numel(), HIDDEN, device=device, dtype=dtype)
-    bank = draw(EXPERTS, HIDDEN, DIM, device=device, dtype=dtype, scale=0.2)
-    bias = None if turned else draw(EXPERTS, DIM, device=device, dtype=dtype)
+    expert_weight = draw(EXPERTS, HIDDEN, DIM, device=device, dtype=dtype, scale=0.2)
+    bias = None if transposed else draw(EXPERTS, DIM, device=device, dtype=dtype)
     live, expert = live_rows(edges)
-    want = torch.einsum("rp,rpq->rq", left[:live].float(), bank[expert].float())
+    want = torch.einsum("rp,rpq->rq", left[:live].float(), expert_weight[expert].float())
     want = want if bias is None else want + bias[expert].float()
-    given = bank.transpose(1, 2).contiguous() if turned else bank
+    given = expert_weight.transpose(1, 2).contiguous() if transposed else expert_weight
     for columns in (range(DIM), range(16, 33)):
         got = kernel_launch.row_matmul(
-            left, given, bias=bias, transposed=turned, columns=columns, job=job
+            left, given, bias=bias, transposed=transposed, columns=columns, job=job
         )
         piece = want[:, columns.start : columns.stop]
         torch.testing.assert_close(got[:live].float(), piece, **CLOSE[dtype])
@@ -88,7 +92,7 @@ def test_a_product_of_rows_equals_torch_for_any_range_of_columns(turned, dtype, 
 
 @pytest.mark.parametrize("general", [False, True], ids=["k-per-token", "any-edges"])
 @pytest.mark.parametrize("route", ["some-dropped", "one-token", "no-tokens"])
-def test_the_way_home_equals_combine_whatever_stands_past_the_segments(route, general, device):
+def test_unpermute_sum_equals_the_reference_whatever_is_past_the_groups(route, general, device):
     edges = edges_of(*ROUTES[route], device, general=general)
     job = job_of(edges)
     rows = draw(edges.token.numel(), DIM, device=device)
@@ -111,10 +115,10 @@ def test_the_way_home_equals_combine_whatever_stands_past_the_segments(route, ge
 def test_weights_read_by_descriptor_give_the_same(device):
     edges = edges_of(*ROUTES["some-dropped"], device)
     x = draw(edges.num_tokens, DIM, device=device)
-    bank = draw(EXPERTS, DIM, 2 * HIDDEN, device=device)
+    expert_weight = draw(EXPERTS, DIM, 2 * HIDDEN, device=device)
     pointers, descriptors = (
         kernel_launch.up_projection(
-            x, bank, bias=None, save_hidden=True, job=job_of(edges, tiles=tiles)
+            x, expert_weight, bias=None, save_hidden=True, job=job_of(edges, tiles=tiles)
         )
         for tiles in (SMALL, by_descriptor(SMALL))
     )

@@ -1,4 +1,4 @@
-"""The table of tiles is whole, and a choice depends on shapes alone."""
+"""The table of tiles is complete, and a choice depends on shapes only."""
 
 import json
 
@@ -47,7 +47,7 @@ def test_products_that_share_a_schedule_must_share_their_rows():
 
 @pytest.mark.parametrize(("edges", "name"), [(8, "few"), (2048, "few"), (2049, "some"),
                                              (8192, "some"), (8193, "many")])  # fmt: skip
-def test_a_regime_is_told_by_rows_per_expert(edges, name):
+def test_a_regime_depends_on_rows_per_expert(edges, name):
     assert regime(edges=edges, experts=128) == name
 
 

@@ -1,4 +1,4 @@
-"""The whole kernel equals its definition, values and gradients, and keeps no more than it says."""
+"""The Triton kernel equals its definition, values and gradients, and saves what it declares."""
 
 import pytest
 import torch
@@ -92,7 +92,7 @@ def test_the_kernel_is_right_with_weights_read_by_descriptor(device):
     agree(kernel, edges_of(*ROUTES["some-dropped"], device), SwiGLU())
 
 
-def test_answers_brought_home_in_pieces_are_the_same(device):
+def test_expert_outputs_in_column_chunks_give_the_same(device):
     edges = edges_of(torch.arange(12) % EXPERTS, 2, device)
     pieces, whole = (
         TritonMoEKernel(max_buffer_elements=0, tiles=SMALL),
@@ -104,7 +104,9 @@ def test_answers_brought_home_in_pieces_are_the_same(device):
 
 
 @pytest.mark.parametrize(("columns", "rows", "width"), [(4096, 1000, 1024), (1536, 1000, 512)])
-def test_pieces_cover_all_columns_and_are_no_larger_than_what_is_kept(columns, rows, width):
+def test_chunks_cover_all_columns_and_are_no_larger_than_the_saved_activations(
+    columns, rows, width
+):
     pieces = list(column_chunks(columns, rows=rows, width=width, max_elements=0))
     assert [c for piece in pieces for c in piece] == list(range(columns))
     assert max(map(len, pieces)) <= width
@@ -140,7 +142,7 @@ def test_float32_weights_under_half_rows_keep_float32_gradients(device):
     assert up.grad.dtype == torch.float32
 
 
-def test_no_more_is_kept_than_rows_what_the_activation_reads_and_the_routing(device):
+def test_only_x_the_pre_activation_and_the_routing_are_saved(device):
     kept = []
     edges = edges_of(*ROUTES["balanced"], device)
     x = draw(edges.num_tokens, DIM, device=device).requires_grad_()
@@ -175,7 +177,7 @@ def test_without_gradients_the_pre_activation_is_not_even_written(device):
     assert torch.equal(out, trained)
 
 
-def test_it_is_a_mixer():
+def test_it_is_an_moe_kernel():
     assert isinstance(KERNEL, MoEKernel)
 
 
@@ -184,8 +186,8 @@ def test_a_layer_gives_the_same_with_the_kernels_as_without(device, monkeypatch)
         EXPERTS, DIM, FeedForwardConfig(hidden=HIDDEN, activation=SwiGLU()), bias=True
     )
     experts = GroupedExperts(size)
-    for seed, bank in enumerate(experts.parameters()):
-        bank.data = draw(*bank.shape, device=device, seed=seed, scale=0.2)
+    for seed, expert_weight in enumerate(experts.parameters()):
+        expert_weight.data = draw(*expert_weight.shape, device=device, seed=seed, scale=0.2)
     edges = edges_of(*ROUTES["some-dropped"], device)
     x = draw(edges.num_tokens, DIM, device=device)
     results = []

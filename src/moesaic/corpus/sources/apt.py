@@ -63,7 +63,7 @@ def fetch_debs(patterns: tuple[str, ...], *, progress: Progress) -> tuple[Source
             f"none of {len(names)} packages could be downloaded: {why}; check the network and run "
             "`apt-get update`"
         )
-    names_found = {unit.name for unit in found}
+    names_found = {source_file.name for source_file in found}
     left = {name: why for name, why in sorted(gone.items()) if name not in names_found}
     if left:
         some = ", ".join(list(left)[:_MAX_NAMES_SHOWN]) + (
@@ -192,16 +192,16 @@ def _decompress(name: str, data: bytes) -> BinaryIO:
     return BytesIO(data)
 
 
-def packages_of_same_version(unit: SourceFile, *, names: Iterable[str]) -> tuple[Path, ...]:
-    """Return the cached packages with ``names`` that have the version of ``unit``."""
-    version = unit.path.name.partition("_")[2]
-    paths = (unit.path.with_name(f"{name}_{version}") for name in names)
+def packages_of_same_version(source_file: SourceFile, *, names: Iterable[str]) -> tuple[Path, ...]:
+    """Return the cached packages with ``names`` that have the version of ``source_file``."""
+    version = source_file.path.name.partition("_")[2]
+    paths = (source_file.path.with_name(f"{name}_{version}") for name in names)
     return tuple(path for path in paths if version and path.is_file())
 
 
-def debian_licence(unit: SourceFile) -> str:
+def debian_licence(source_file: SourceFile) -> str:
     """Return the licence names in a package's copyright file: several, as packages mix them."""
-    for member in deb_members(unit.path, pattern=_COPYRIGHT):
+    for member in deb_members(source_file.path, pattern=_COPYRIGHT):
         names = list(dict.fromkeys(_LICENCE.findall(member.read().decode("utf-8", "replace"))))
         more = " and others" if len(names) > _MAX_LICENCES_SHOWN else ""
         return ", ".join(names[:_MAX_LICENCES_SHOWN]) + more or "see its copyright file"

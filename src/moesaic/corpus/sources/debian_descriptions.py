@@ -45,28 +45,30 @@ class DebianDescriptions(TextSource):
         if not set(self.languages) <= set(_requested_languages(lists)):
             progress("downloading Debian's package descriptions")
             _download(lists, languages=("en", *self.languages))
-        units = []
+        source_files = []
         for locale, path in _translation_files(lists):
             found = resolve_locale(locale)
             if found is not None and locale in self.languages:
-                units.append(SourceFile(ORIGIN, path, version=locale, licence=LICENCE))
-        if not units:
+                source_files.append(SourceFile(ORIGIN, path, version=locale, licence=LICENCE))
+        if not source_files:
             raise DataError(
                 f"{lists}: apt downloaded no translated descriptions: its sources have none"
             )
-        return tuple(units)
+        return tuple(source_files)
 
-    def read(self, unit: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair]:
-        found = resolve_locale(unit.version)
+    def read(self, source_file: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair]:
+        found = resolve_locale(source_file.version)
         if found is None or not wanted(found.code):
             return
-        english = _english_descriptions(unit.path.parent)
+        english = _english_descriptions(source_file.path.parent)
         gap = "" if found.script in _UNSPACED else " "
-        for digest, description in _descriptions(unit.path, gap=gap):
+        for digest, description in _descriptions(source_file.path, gap=gap):
             original = english.get(digest, ())
             if len(original) == len(description):
                 for source, target in zip(original, description, strict=True):
-                    yield Pair(source, target, ENGLISH, found.code, unit.name, unit.licence)
+                    yield Pair(
+                        source, target, ENGLISH, found.code, source_file.name, source_file.licence
+                    )
 
 
 def _download(lists: Path, *, languages: tuple[str, ...]) -> None:

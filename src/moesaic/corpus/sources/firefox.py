@@ -43,32 +43,38 @@ class FirefoxMessages(TextSource):
     english: tuple[str, ...] = ("en-ca", "en-gb")
 
     def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
-        units = fetch_debs((f"{self.prefix}-*",), progress=progress)
-        if not any(self._english_packs(unit) for unit in units if not unit.missing_reason):
+        source_files = fetch_debs((f"{self.prefix}-*",), progress=progress)
+        if not any(
+            self._english_packs(source_file)
+            for source_file in source_files
+            if not source_file.missing_reason
+        ):
             wanted = " nor ".join(f"{self.prefix}-{code}" for code in self.english)
             raise DataError(
                 f"neither {wanted} could be downloaded: without one there is no English side"
             )
-        return tuple(u for u in units if resolve_locale(self._locale(u)) is not None)
+        return tuple(u for u in source_files if resolve_locale(self._locale(u)) is not None)
 
-    def read(self, unit: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair | RejectedPair]:
-        found = resolve_locale(self._locale(unit))
+    def read(
+        self, source_file: SourceFile, *, wanted: LanguageFilter
+    ) -> Iterator[Pair | RejectedPair]:
+        found = resolve_locale(self._locale(source_file))
         if found is None or not wanted(found.code):
             return
-        english = _english_messages(self._english_packs(unit))
-        licence = debian_licence(unit)
-        for key, target in _messages(unit.path).items():
+        english = _english_messages(self._english_packs(source_file))
+        licence = debian_licence(source_file)
+        for key, target in _messages(source_file.path).items():
             if key in english:
                 yield pair_by_key(
-                    english[key], target, code=found.code, origin=unit.name, licence=licence
+                    english[key], target, code=found.code, origin=source_file.name, licence=licence
                 )
 
-    def _english_packs(self, unit: SourceFile) -> tuple[Path, ...]:
+    def _english_packs(self, source_file: SourceFile) -> tuple[Path, ...]:
         names = (f"{self.prefix}-{code}" for code in self.english)
-        return packages_of_same_version(unit, names=names)
+        return packages_of_same_version(source_file, names=names)
 
-    def _locale(self, unit: SourceFile) -> str:
-        return unit.name.removeprefix(f"{self.prefix}-")
+    def _locale(self, source_file: SourceFile) -> str:
+        return source_file.name.removeprefix(f"{self.prefix}-")
 
 
 @lru_cache(maxsize=1)

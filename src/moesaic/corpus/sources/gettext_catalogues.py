@@ -39,10 +39,10 @@ class PyPICatalogues(TextSource):
     def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
         return tuple(fetch_package(p, progress=progress) for p in self.packages)
 
-    def read(self, unit: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair]:
-        kind = next((p.catalogues for p in self.packages if p.name == unit.name), "mo")
-        with archive_members(unit.path) as files:
-            yield from _pairs(choose_members(files, kind=kind), unit, wanted=wanted)
+    def read(self, source_file: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair]:
+        kind = next((p.catalogues for p in self.packages if p.name == source_file.name), "mo")
+        with archive_members(source_file.path) as files:
+            yield from _pairs(choose_members(files, kind=kind), source_file, wanted=wanted)
 
 
 class DebianCatalogues(TextSource):
@@ -53,23 +53,28 @@ class DebianCatalogues(TextSource):
     def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
         return fetch_debs(self.packages, progress=progress)
 
-    def read(self, unit: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair]:
-        licensed = replace(unit, licence=debian_licence(unit))
-        yield from _pairs(deb_members(unit.path, pattern=_MO), licensed, wanted=wanted)
+    def read(self, source_file: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair]:
+        licensed = replace(source_file, licence=debian_licence(source_file))
+        yield from _pairs(deb_members(source_file.path, pattern=_MO), licensed, wanted=wanted)
 
 
 def _pairs(
-    members: Iterable[ArchiveMember], unit: SourceFile, *, wanted: LanguageFilter
+    members: Iterable[ArchiveMember], source_file: SourceFile, *, wanted: LanguageFilter
 ) -> Iterator[Pair]:
     for member in members:
         target = member_language(member.name)
         if target is None or target.code == ENGLISH or not wanted(target.code):
             continue
         parse = parse_mo if member.name.endswith(".mo") else parse_po
-        for entry in parse(member.read(), name=f"{unit.path}:{member.name}"):
+        for entry in parse(member.read(), name=f"{source_file.path}:{member.name}"):
             if not _KEY.fullmatch(entry.source):  # a key, not a text
                 yield Pair(
-                    entry.source, entry.target, ENGLISH, target.code, unit.name, unit.licence
+                    entry.source,
+                    entry.target,
+                    ENGLISH,
+                    target.code,
+                    source_file.name,
+                    source_file.licence,
                 )
 
 

@@ -66,35 +66,41 @@ class LibreOfficeHelp(TextSource):
     english: str = "en-us"
 
     def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
-        units = fetch_debs((f"{self.prefix}-*",), progress=progress)
-        if not any(self._english_packages(unit) for unit in units if not unit.missing_reason):
+        source_files = fetch_debs((f"{self.prefix}-*",), progress=progress)
+        if not any(
+            self._english_packages(source_file)
+            for source_file in source_files
+            if not source_file.missing_reason
+        ):
             raise DataError(
                 f"{self.prefix}-{self.english} could not be downloaded: it is the English side"
             )
-        return tuple(u for u in units if self._code(u) not in ("", ENGLISH))
+        return tuple(u for u in source_files if self._code(u) not in ("", ENGLISH))
 
-    def read(self, unit: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair | RejectedPair]:
-        code = self._code(unit)
-        packages = self._english_packages(unit)
+    def read(
+        self, source_file: SourceFile, *, wanted: LanguageFilter
+    ) -> Iterator[Pair | RejectedPair]:
+        code = self._code(source_file)
+        packages = self._english_packages(source_file)
         if not wanted(code) or not packages:
             return
-        english, licence = _english_paragraphs(packages[0]), debian_licence(unit)
-        for key, target in _paragraphs(unit.path):
+        english, licence = _english_paragraphs(packages[0]), debian_licence(source_file)
+        for key, target in _paragraphs(source_file.path):
             if key in english:
                 yield pair_by_key(
                     english[key],
                     target,
                     code=code,
-                    origin=unit.name,
+                    origin=source_file.name,
                     licence=licence,
                     compare_numbers=True,
                 )
 
-    def _english_packages(self, unit: SourceFile) -> tuple[Path, ...]:
-        return packages_of_same_version(unit, names=[f"{self.prefix}-{self.english}"])
+    def _english_packages(self, source_file: SourceFile) -> tuple[Path, ...]:
+        return packages_of_same_version(source_file, names=[f"{self.prefix}-{self.english}"])
 
-    def _code(self, unit: SourceFile) -> str:
-        found = resolve_locale(unit.name.removeprefix(f"{self.prefix}-"))
+    def _code(self, source_file: SourceFile) -> str:
+        found = resolve_locale(source_file.name.removeprefix(f"{self.prefix}-"))
         return found.code if found else ""
 
 

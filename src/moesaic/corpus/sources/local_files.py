@@ -47,7 +47,7 @@ class LocalFiles(TextSource):
     files: tuple[LocalFile, ...]
 
     def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:  # noqa: ARG002
-        units = []
+        source_files = []
         for file in self.files:
             path = Path(file.path)
             codes = [
@@ -55,8 +55,8 @@ class LocalFiles(TextSource):
             ]
             if not path.is_file() and not any(moses_file(path, code=c) for c in codes):
                 raise DataError(f"{path}: no such file (nor {path.name}.<language> beside it)")
-            units.append(SourceFile(path.name, path, licence=file.licence))
-        return tuple(units)
+            source_files.append(SourceFile(path.name, path, licence=file.licence))
+        return tuple(source_files)
 
     def inputs(self) -> tuple[Path, ...]:
         found = []
@@ -70,9 +70,9 @@ class LocalFiles(TextSource):
             found += [path] if path.is_file() else [side for side in sides if side]
         return tuple(found)
 
-    def read(self, unit: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair | Text]:
+    def read(self, source_file: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair | Text]:
         for file in self.files:
-            if Path(file.path) == unit.path:
+            if Path(file.path) == source_file.path:
                 yield from _read_local_file(file, wanted=wanted)
 
 
@@ -100,26 +100,28 @@ class PresplitFolder(TextSource):
         root = Path(self.folder)
         if not root.is_dir():
             raise DataError(f"{root}: no such folder")
-        units = []
+        source_files = []
         for path in sorted(root.iterdir()):
             match = _SPLIT_FILE.fullmatch(path.name)
             if match:
                 split: AllowedSplit = "train" if match["split"] == "train" else "held-out"
-                units.append(
+                source_files.append(
                     SourceFile(resolve_language(match["language"]).code, path, allowed_split=split)
                 )
-        if not units:
+        if not source_files:
             raise DataError(f"{root}: no file named LANG.train.tsv, .tsv.gz, .tsv.xz or .tsv.zst")
-        return tuple(units)
+        return tuple(source_files)
 
     def inputs(self) -> tuple[Path, ...]:
         root = Path(self.folder)
         return tuple(sorted(p for p in root.glob("*") if _SPLIT_FILE.fullmatch(p.name)))
 
-    def read(self, unit: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair]:
-        if not wanted(unit.name):
+    def read(self, source_file: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair]:
+        if not wanted(source_file.name):
             return
-        rows = require_rows(read_rows(unit.path, columns=3), path=unit.path, what="pairs")
+        rows = require_rows(
+            read_rows(source_file.path, columns=3), path=source_file.path, what="pairs"
+        )
         for row in rows:
             domain, english, target = row.fields[:3]
-            yield Pair(english, target, ENGLISH, unit.name, domain, "not stated")
+            yield Pair(english, target, ENGLISH, source_file.name, domain, "not stated")

@@ -48,14 +48,14 @@ class SyntheticLanguages(TextSource):
             SourceFile("synthetic", Path("synthetic"), version=str(self.seed), licence="CC0-1.0"),
         )
 
-    def read(self, unit: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair]:
+    def read(self, source_file: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair]:
         for code in self.languages:
             if not wanted(code):
                 continue
             lexicon = _Lexicon(resolve_language(code).script, seed=f"{self.seed}-{code}")
             for phrase in self._phrases():
                 english, target = " ".join(phrase), lexicon.translate(phrase)
-                yield Pair(english, target, ENGLISH, code, unit.name, unit.licence)
+                yield Pair(english, target, ENGLISH, code, source_file.name, source_file.licence)
 
     def _phrases(self) -> list[tuple[str, ...]]:
         every = list(itertools.product(VERBS, ["the"], ADJECTIVES, NOUNS, PLACES))

@@ -56,7 +56,7 @@ class TextSource(Choice):
 
     @abstractmethod
     def read(
-        self, unit: SourceFile, *, wanted: LanguageFilter
+        self, source_file: SourceFile, *, wanted: LanguageFilter
     ) -> Iterator[Pair | Text | RejectedPair]:
         """Yield the raw pairs and texts of a file in the languages that are ``wanted``."""
 
@@ -68,16 +68,18 @@ class CombinedSources(TextSource):
 
     def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
         return tuple(
-            replace(unit, source_index=(number, *unit.source_index))
+            replace(source_file, source_index=(number, *source_file.source_index))
             for number, source in enumerate(self.sources)
-            for unit in source.fetch(progress=progress)
+            for source_file in source.fetch(progress=progress)
         )
 
     def inputs(self) -> tuple[Path, ...]:
         return tuple(path for source in self.sources for path in source.inputs())
 
     def read(
-        self, unit: SourceFile, *, wanted: LanguageFilter
+        self, source_file: SourceFile, *, wanted: LanguageFilter
     ) -> Iterator[Pair | Text | RejectedPair]:
-        number, *rest = unit.source_index
-        yield from self.sources[number].read(replace(unit, source_index=tuple(rest)), wanted=wanted)
+        number, *rest = source_file.source_index
+        yield from self.sources[number].read(
+            replace(source_file, source_index=tuple(rest)), wanted=wanted
+        )
