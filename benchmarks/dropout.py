@@ -1,4 +1,4 @@
-"""What dropout as a function of the token costs beside torch's, which draws from the rank's stream.
+"""Cost of dropout by token key, compared with torch's dropout, which uses the rank's random stream.
 
 Forward and backward in float32 on one thread, taking turns: medians of paired ratios.
 
@@ -29,19 +29,19 @@ def both_ways(dropout: Callable[[Tensor], Tensor], x: Tensor) -> None:
 def ratio(tokens: int, dim: int, *, rounds: int) -> dict[str, float | list[float]]:
     x = torch.randn(tokens, dim, requires_grad=True)
     key = torch.randint(2**62, (tokens,))
-    contenders = {
+    implementations = {
         "torch": partial(both_ways, nn.Dropout(RATE), x),
         "token": partial(both_ways, partial(dropout, key=key, rate=RATE), x),
     }
-    for run in contenders.values():
+    for run in implementations.values():
         run()
-    laps = measure_in_turns(contenders, baseline="torch", rounds=rounds)
-    found = ratio_to_baseline(laps["token"], laps["torch"])
+    times = measure_in_turns(implementations, baseline="torch", rounds=rounds)
+    found = ratio_to_baseline(times["token"], times["torch"])
     return {
         "ratio": round(found.median, 2),
         "quartiles": [round(q, 2) for q in found.quartiles],
         "best_over_best": round(found.best_over_best, 2),
-        "best_ms": round(1e3 * min(laps["token"].seconds.values()), 2),
+        "best_ms": round(1e3 * min(times["token"].seconds.values()), 2),
     }
 
 

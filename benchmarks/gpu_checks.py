@@ -1,4 +1,4 @@
-"""Checks of layer_gpu.py: every kernel and the whole kernel against plain torch, on the device."""
+"""Checks of layer_gpu.py: every kernel and the MoE kernel compared with torch, on the device."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ def off(got: Tensor, want: Tensor) -> float:
 
 
 def edges_for(shape: Shape, *, device: str, case: str) -> Edges:
-    """Edges of a shape; ``case`` says what is odd about them."""
+    """Edges of a shape; ``case`` names a special property."""
     draw = torch.Generator().manual_seed(5)
     t, e, k = shape.tokens, shape.experts, shape.k
     expert = torch.randint(e, (t * k,), generator=draw)
@@ -85,7 +85,7 @@ def kernel_errors(
     )
     yield "down", off(y[:live], each(active[:live], down) + down_bias[expert].float())
     dx = kernel_launch.row_matmul(hidden, up, bias=None, transposed=True, columns=every, job=job)
-    yield "up turned", off(dx[:live], each(hidden[:live], up.transpose(1, 2)))
+    yield "up transposed", off(dx[:live], each(hidden[:live], up.transpose(1, 2)))
     y[live:] = torch.nan
     out = torch.empty_like(x)
     kernel_launch.unpermute_sum(y, weight=edges.weight, out=out, first=0, schedule=routes)
@@ -118,10 +118,10 @@ def kernel_errors(
     yield "sums", off(to_bias[:, None], outer(w, back[token]))
 
 
-def _each(expert: Tensor, rows: Tensor, bank: Tensor) -> Tensor:
+def _each(expert: Tensor, rows: Tensor, expert_weight: Tensor) -> Tensor:
     """Return the rows, each times the matrix of its expert, in float32."""
-    out = torch.empty(len(expert), bank.shape[2], device=rows.device)
-    for e, matrix in enumerate(bank):
+    out = torch.empty(len(expert), expert_weight.shape[2], device=rows.device)
+    for e, matrix in enumerate(expert_weight):
         out[expert == e] = rows[expert == e].float() @ matrix.float()
     return out
 
@@ -133,7 +133,7 @@ def _outer(expert: Tensor, experts: int, left: Tensor, right: Tensor) -> Tensor:
 
 
 def kernel_tasks(*, device: str, tiny: bool) -> list[Task]:
-    """Checks of every kernel: dtypes, regimes, weights by descriptor, odd shapes and whole ones."""
+    """Checks of every kernel: dtypes, regimes, weights by descriptor, odd and even shapes."""
     table = load_table()
     card = table["any"] if tiny else table["sm90"]
     if tiny:
@@ -209,7 +209,7 @@ def _both(kernel: Any, edges: Edges, leaves: list[Tensor], back: Tensor) -> list
 
 
 def verdict(tasks: list[Task], *, workers: int, seconds: float) -> dict[str, Any]:
-    """Run checks, in processes of their own (most of the time is compiling); NaN is wrong."""
+    """Run checks in separate processes (most of the time is compilation); NaN is an error."""
     found, failed = [], []
     for rows, error in _each_result(tasks, workers=workers, seconds=seconds):
         found += rows
@@ -241,7 +241,7 @@ def _each_result(
 
 
 def no_wait(*, device: str) -> dict[str, Any]:
-    """A training step of the layer, in which any wait for the device is an error."""
+    """A training step of the layer, in which any host synchronization is an error."""
     p = make(STEP, device=device, dtype=torch.bfloat16)
     ours = with_kernel(p, TritonMoEKernel(), name="ours")
     ours.both()
@@ -258,7 +258,7 @@ def no_wait(*, device: str) -> dict[str, Any]:
 
 
 def graph(*, device: str) -> dict[str, Any]:
-    """Capture a training step, replay it under other routings, compare with plain calls."""
+    """Capture a training step, replay it with other routings, compare with eager calls."""
     p = make(STEP, device=device, dtype=torch.bfloat16)
     ours = with_kernel(p, TritonMoEKernel(), name="ours")
 

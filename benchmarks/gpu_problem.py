@@ -1,4 +1,4 @@
-"""Problems of layer_gpu.py: shapes, tensors, and the sides that solve them from one routing."""
+"""Workloads of layer_gpu.py: shapes, tensors, and the implementations that are compared."""
 
 import importlib
 import statistics
@@ -35,7 +35,7 @@ class Shape:
 
     @property
     def flops(self) -> int:
-        """Of a forward pass: three products of D by F for every edge."""
+        """FLOPs of a forward pass: three products of D by F for every edge."""
         return 6 * self.tokens * self.k * self.dim * self.hidden
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ class Shape:
 
 
 class SwiGLU:
-    """As in ``nn/feed_forward.py``, which needs more packages than the kernels do."""
+    """SwiGLU without the package requirements of ``nn/feed_forward.py``."""
 
     kernel_name = "swiglu"
 
@@ -54,7 +54,7 @@ class SwiGLU:
 
 @dataclass(frozen=True)
 class Problem:
-    """Rows, a router's answer, weights, and a gradient to bring back."""
+    """Rows, a router output, weights, and an output gradient."""
 
     shape: Shape
     x: Tensor
@@ -70,7 +70,8 @@ class Problem:
         return [self.x, self.weight, self.up, self.down]
 
     def edges(self) -> Edges:
-        """Sort by expert: every side begins with the router's answer, so this is in its time."""
+        """Sort by expert; every implementation starts from the router output, so its time includes
+        this."""
         groups = group_by_expert(self.expert.flatten(), num_experts=self.shape.experts)
         number = self.shape.tokens, self.shape.k
         return Edges(self.token, self.weight.flatten(), groups, *number)
@@ -99,7 +100,7 @@ def make(shape: Shape, *, device: str, dtype: torch.dtype, seed: int = 0) -> Pro
 
 @dataclass(frozen=True)
 class Side:
-    """``forward`` from the router's answer to the output; ``leaves`` get gradients."""
+    """``forward`` from the router output to the layer output; ``leaves`` get gradients."""
 
     name: str
     forward: Callable[[], Tensor]
@@ -130,9 +131,9 @@ def hugging_face(p: Problem) -> Side:
     )  # fmt: skip
     with torch.device("meta"):
         experts = model.Qwen3MoeExperts(config)
-    for name, bank in (("gate_up_proj", p.up), ("down_proj", p.down)):
-        turned = bank.detach().transpose(1, 2).contiguous()
-        setattr(experts, name, torch.nn.Parameter(turned))
+    for name, expert_weight in (("gate_up_proj", p.up), ("down_proj", p.down)):
+        transposed = expert_weight.detach().transpose(1, 2).contiguous()
+        setattr(experts, name, torch.nn.Parameter(transposed))
     weight = p.weight.detach().to(p.x.dtype).requires_grad_()
     leaves = [p.x, weight, experts.gate_up_proj, experts.down_proj]
     return side("hf_grouped_mm", lambda: experts(p.x, p.expert, weight), leaves, p.back)
@@ -144,7 +145,7 @@ def scattermoe(p: Problem, folder: Path) -> Side:
     mlp = importlib.import_module("scattermoe.mlp")
     s = p.shape
     module = mlp.GLUMLP(s.dim, s.hidden, s.experts, s.k).to(p.x.device, p.x.dtype)
-    with torch.no_grad():  # its halves stand the other way round, its matrices turned
+    with torch.no_grad():  # its gate and value halves are swapped, its matrices transposed
         gate, value = p.up.chunk(2, -1)
         module.experts.weight.copy_(torch.cat([value, gate], -1).transpose(1, 2))
         module.output_experts.weight.copy_(p.down.transpose(1, 2))
@@ -154,7 +155,7 @@ def scattermoe(p: Problem, folder: Path) -> Side:
 
 
 def cublas(p: Problem) -> Side:
-    """Dense products of the same rows: what a layer of the same FLOPs could reach."""
+    """Dense matrix products of the same rows: the upper bound for a layer of the same FLOPs."""
     s, like = p.shape, {"device": p.x.device, "dtype": p.x.dtype}
     rows = s.tokens * s.k
     a, b = torch.randn(rows, s.dim, **like), torch.randn(rows, s.hidden, **like)
@@ -180,7 +181,7 @@ def cublas(p: Problem) -> Side:
 def sides_of(
     p: Problem, *, ours: dict[str, Tiles | None], scatter: Path | None, say: Callable[[str], None]
 ) -> list[Side]:
-    """Every side that can be built here; the others are named with the reason."""
+    """Every implementation that runs here; the others are reported with the reason."""
     builders: dict[str, Callable[[], Side]] = {
         name: lambda name=name, tiles=tiles: with_kernel(p, TritonMoEKernel(tiles=tiles), name=name)
         for name, tiles in ours.items()
@@ -224,7 +225,7 @@ def milliseconds(work: Callable[[], Any], *, repeats: int) -> float:
 def interleaved(
     works: dict[str, Callable[[], Any]], *, rounds: int, repeats: int, left: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Times of each work, round by round; one that raises drops out and is not in the result."""
+    """Times of each function, round by round; one that raises is left out."""
     times: dict[str, list[float]] = {}
     warm_ups, rounds = (0, 1) if is_interpreted() else (3, rounds)
     for name, work in list(works.items()):

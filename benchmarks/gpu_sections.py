@@ -1,4 +1,4 @@
-"""Sections of layer_gpu.py: what is done in each, and the summary of all."""
+"""Sections of layer_gpu.py, and their summary."""
 
 import statistics
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def has_gpu() -> bool:
 
 
 class Bench:
-    """What the sections share: the run, the device, the shapes, and tiles once they are tuned."""
+    """State of the sections: the run, the device, the shapes, and the tuned tiles."""
 
     def __init__(self, run: Any, *, scattermoe: Path | None) -> None:
         self.run, self.scatter, self.tiny = run, scattermoe, run.rehearse
@@ -62,7 +62,7 @@ class Bench:
         )
 
     def ours(self, shape: Shape, *, tuned: bool) -> dict[str, Tiles | None]:
-        """Our side under the table's tiles and, once known, under the tuned ones."""
+        """Our kernel with the tiles of the table and, after tuning, with the tuned ones."""
         name = regime(edges=shape.tokens * shape.k, experts=shape.experts)
         sides: dict[str, Tiles | None] = {"ours": None}
         if tuned and name in self.tuned:
@@ -77,7 +77,7 @@ class Bench:
         return make(shape, device=self.device, dtype=self.dtype)
 
     def compile(self) -> Any:
-        """Compile everything in many processes first; the rest of the run finds it on disk."""
+        """Compile everything in parallel processes; later sections use the cache on disk."""
         if self.tiny:
             return {"skipped": "nothing is compiled in the interpreter"}
         many, few = self.tiles(SHAPES[0]), self.tiles(DECODE[0])
@@ -117,7 +117,7 @@ class Bench:
         return row
 
     def _memory(self, side: Side, p: Problem) -> dict[str, Any]:
-        """Bytes over those of inputs and weights: kept after forward, and the most at any time."""
+        """Bytes beyond inputs and weights: saved after forward, and peak."""
         if self.tiny:
             return {"skipped": "no allocator to ask"}
         weights = sum(t.numel() * t.element_size() for t in (p.up, p.down))
@@ -140,7 +140,7 @@ class Bench:
         return {name: round(value / 2**20, 1) for name, value in found.items()} | {"unit": "MiB"}
 
     def memory(self) -> Any:
-        """What is kept as experts get finer at constant FLOPs: (n, K) -> (n / 2, 2 K)."""
+        """Saved bytes with finer experts at constant FLOPs: (n, K) -> (n / 2, 2 K)."""
         rows = []
         for shape in TINY if self.tiny else GRANULARITY:
             p = self.problem(shape)
@@ -154,7 +154,7 @@ class Bench:
         return rows
 
     def decode(self, *, tuned: bool) -> Any:
-        """Few tokens, no gradients: by plain calls, and ours and grouped_mm from a graph."""
+        """Few tokens, no gradients: eager calls, and ours and grouped_mm from a CUDA graph."""
         rows = []
         for shape in self.decode_shapes:
             p = self.problem(shape)
@@ -208,7 +208,7 @@ class Bench:
 
 
 def prepare(run: Any, *, scattermoe: Path | None) -> dict[str, Callable[[], Any]]:
-    """Return the work of each section by name, and note what there is here."""
+    """Return the function of each section by name, and record the environment."""
     if is_interpreted():
         patch_interpreter()
     bench = Bench(run, scattermoe=scattermoe)
@@ -241,7 +241,7 @@ def prepare(run: Any, *, scattermoe: Path | None) -> dict[str, Callable[[], Any]
 
 
 def summary(found: dict[str, Any]) -> dict[str, Any]:
-    """Whether every check that ran passed, and the ratios that the goals speak of."""
+    """Whether every check that ran passed, and the ratios of the goals."""
     checks = ("kernels", "moe_kernel", "no_wait", "graph", "same_bits")
     ran = {name: found[name] for name in checks if name in found and "skipped" not in found[name]}
     right = all(result.get("right", False) for result in ran.values())
@@ -261,7 +261,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compare(times: dict[str, list[float]], *, flops: int, tiny: bool) -> dict[str, Any]:
-    """Medians, rates, share of cuBLAS, and paired ratios to the other sides. None in rehearsal."""
+    """Medians, rates, share of cuBLAS, and paired ratios to the others. None in rehearsal."""
     found: dict[str, Any] = {}
     for name, one in times.items():
         if tiny or not one:
@@ -282,7 +282,7 @@ def _call(side: Side, what: str) -> Any:
 
 
 def _agree(sides: list[Side]) -> dict[str, Any]:
-    """How far each side's output is from grouped_mm's: all solve one problem."""
+    """Difference of each output from that of grouped_mm: all have the same inputs."""
     with torch.no_grad():
         outs = {}
         for side in sides:
@@ -301,7 +301,7 @@ def _agree(sides: list[Side]) -> dict[str, Any]:
 
 
 def _graphs(works: dict[str, Callable[[], Any]], *, say: Callable[[str], None]) -> dict[str, Any]:
-    """Return the replays of those works that can be captured."""
+    """Return the replays of the functions that can be captured."""
     found = {}
     for name, work in works.items():
         try:

@@ -66,7 +66,7 @@ TINY: Candidates = {op: [Tile(16, 16, 32, 4, 2), Tile(16, 32, 32, 4, 2)] for op 
 
 
 def bundles(candidates: Candidates, *, base: Tiles) -> list[Tiles]:
-    """Sets of tiles that hold every candidate once, for compiling."""
+    """Sets of tiles that contain every candidate once, for compilation."""
     longest = max(map(len, candidates.values()))
     every = []
     for i in range(longest):
@@ -76,7 +76,7 @@ def bundles(candidates: Candidates, *, base: Tiles) -> list[Tiles]:
 
 
 def compile_one(tiles: Tiles, shape: Shape, dtype: torch.dtype, train: bool) -> int:  # noqa: FBT001
-    """Compile what the kernel would launch, without memory; return how many launches those are.
+    """Compile the launches of the kernel without allocating memory; return their number.
 
     Each kernel's binary goes to the cache on disk, where the timing process finds it.
     """
@@ -121,7 +121,7 @@ def compile_all(
     jobs: Sequence[tuple[Tiles, Shape, torch.dtype, bool]], *, workers: int,
     left: Callable[[], float],
 ) -> dict[str, Any]:  # fmt: skip
-    """Compile in processes of their own until all is done or no time is left."""
+    """Compile in separate processes until all is done or no time is left."""
     context = multiprocessing.get_context("spawn")
     pool, failed, done = ProcessPoolExecutor(workers, mp_context=context), [], 0
     waiting = [pool.submit(compile_one, *job) for job in jobs]
@@ -138,7 +138,7 @@ def compile_all(
 
 
 def works_of(p: Problem, op: str, *, base: Tiles) -> Callable[[Tile], Callable[[], Any]]:
-    """Return what makes the work of one product from a tile, on a problem's tensors."""
+    """Return a factory of the launch of one product for a tile, on the tensors of a problem."""
     s, edges = p.shape, p.edges()
     x, up, down, back = (t.detach() for t in (p.x, p.up, p.down, p.back))
     weight, number = edges.weight.detach(), edges.token.numel()
@@ -229,7 +229,7 @@ def _costs(
 
 
 def write_table(path: Path, *, card: str, kind: str, tuned: dict[str, Tiles]) -> None:
-    """Write ``tiles.json`` with the tuned entries of one card in place of what it said."""
+    """Write ``tiles.json`` with the tuned entries of one architecture replaced."""
     raw = json.loads(TABLE.read_text())
     table = load_table()
     before = table.get(card, {}).get(kind, table["any"][kind])

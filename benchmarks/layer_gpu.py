@@ -1,4 +1,4 @@
-"""One MoE layer on one GPU: are the kernels right, how fast, what do they keep, which tiles.
+"""MoE layer on one GPU: correctness, speed and memory of the kernels, and tuning of the tiles.
 
     python benchmarks/layer_gpu.py --out runs/layer_gpu [--seconds 480] [--scattermoe FOLDER]
     python benchmarks/layer_gpu.py --out /tmp/rehearsal --rehearse    tiny, on a CPU, nothing timed
@@ -30,7 +30,7 @@ SECTIONS = (  # name, seconds below which it is not begun
 
 
 class Run:
-    """A clock, a log and what was found so far, written whole after each section."""
+    """A clock, a log and the results so far, written after each section."""
 
     def __init__(self, out: Path, *, seconds: float, rehearse: bool) -> None:
         self.out, self.seconds, self.rehearse = out, seconds, rehearse
@@ -50,7 +50,7 @@ class Run:
             log.write(line + "\n")
 
     def section(self, name: str, *, least: float, work: Callable[[], Any]) -> None:
-        """Do one section; whatever it raises is a result too."""
+        """Run one section; an exception is recorded as its result."""
         began = time.monotonic()
         if self.left < least and not self.rehearse:
             self.found[name] = {"skipped": f"{self.left:.0f} s left, {least} s needed"}

@@ -57,13 +57,16 @@ def test_a_scalar_is_stored_once():
 
 
 def test_expert_parameters_are_found_by_name_and_first_dim():
-    banks = {"layer.up": 4, "layer.none": 4}
-    assert num_experts_of("layer.up", shape=(4, 2, 3), expert_parameters=banks) == 4
-    assert num_experts_of("exp_avg/layer.up", shape=(4, 2, 3), expert_parameters=banks) == 4
-    assert num_experts_of("step/layer.up", shape=(), expert_parameters=banks) == 0
-    assert num_experts_of("layer.up", shape=(3, 2), expert_parameters=banks) == 0
-    assert num_experts_of("layer.router", shape=(4, 2), expert_parameters=banks) == 0
-    assert num_experts_of("layer.none", shape=(4, 0), expert_parameters=banks) == 0
+    expert_parameters = {"layer.up": 4, "layer.none": 4}
+    assert num_experts_of("layer.up", shape=(4, 2, 3), expert_parameters=expert_parameters) == 4
+    assert (
+        num_experts_of("exp_avg/layer.up", shape=(4, 2, 3), expert_parameters=expert_parameters)
+        == 4
+    )
+    assert num_experts_of("step/layer.up", shape=(), expert_parameters=expert_parameters) == 0
+    assert num_experts_of("layer.up", shape=(3, 2), expert_parameters=expert_parameters) == 0
+    assert num_experts_of("layer.router", shape=(4, 2), expert_parameters=expert_parameters) == 0
+    assert num_experts_of("layer.none", shape=(4, 0), expert_parameters=expert_parameters) == 0
 
 
 def test_a_block_is_named_after_its_expert_and_its_place():
@@ -87,7 +90,7 @@ def test_an_index_that_is_damaged_is_named(tmp_path):
 
 
 def renumbered(body):
-    """Expert 0 of a bank is said to be expert 3 a second time: as many values as before."""
+    """Expert 0 is listed as expert 3 a second time: as many values as before."""
     for _, name, stored in body["tensors"]:
         if name == "up":
             stored["blocks"][0][1][0] = 3

@@ -7,7 +7,7 @@ from moesaic.checkpoint.integrity import IntegrityProblem, check_checkpoint
 FORM = pytest.mark.parametrize("form", FORMS)
 
 
-def bank(change):
+def with_experts(change):
     up = snapshot().files["model"]["up"].clone()
     change(up)
     return snapshot(up=up)
@@ -23,7 +23,7 @@ def test_a_nan_and_an_infinity_are_found_in_their_expert(tmp_path, form):
     def spoil(up):
         up[2, 0, 0], up[2, 1, 1], up[3, 2, 1] = float("nan"), float("nan"), float("-inf")
 
-    assert check_checkpoint(written(tmp_path, form, bank(spoil))) == [
+    assert check_checkpoint(written(tmp_path, form, with_experts(spoil))) == [
         IntegrityProblem("model/up/expert-0002", "2 NaN of 6 values"),
         IntegrityProblem("model/up/expert-0003", "1 infinite of 6 values"),
     ]
@@ -38,7 +38,7 @@ def test_an_expert_of_zeros_and_one_that_is_another_are_found(tmp_path, form):
     def spoil(up):
         up[1], up[3] = 0.0, up[0]
 
-    assert check_checkpoint(written(tmp_path, form, bank(spoil))) == [
+    assert check_checkpoint(written(tmp_path, form, with_experts(spoil))) == [
         IntegrityProblem("model/up/expert-0001", "every value is zero", uncertain=True),
         IntegrityProblem(
             "model/up/expert-0003", "the same values as model/up/expert-0000", uncertain=True

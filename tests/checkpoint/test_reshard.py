@@ -127,10 +127,10 @@ def memory_of_resharding(path, root, form):
 def test_one_tensor_is_in_memory_at_a_time(tmp_path):
     megabyte = 1 << 20
     tensors = {f"w{n:02d}": torch.full((megabyte // 4,), float(n)) for n in range(24)}
-    bank = {"up": torch.arange(8.0).repeat_interleave(megabyte // 4).view(8, 512, 512)}
-    made = Snapshot(1, {"model": tensors | bank}, expert_parameters={"up": 8})
+    experts = {"up": torch.arange(8.0).repeat_interleave(megabyte // 4).view(8, 512, 512)}
+    made = Snapshot(1, {"model": tensors | experts}, expert_parameters={"up": 8})
     path = save_checkpoint(tmp_path / "whole", made, disk=QuickDisk())
     cut = reshard(path, root=tmp_path / "cut", form=ShardedForm(3), disk=QuickDisk())
     for source, form in ((path, ShardedForm(2)), (cut, FullForm()), (cut, ShardedForm(5))):
         most = memory_of_resharding(source, tmp_path / f"out-{source.parent.name}-{form}", form)
-        assert most < 12 * megabyte  # the bank has 8, all of them 32
+        assert most < 12 * megabyte  # the experts has 8, all of them 32

@@ -18,7 +18,7 @@ from moesaic.distributed.forked_ranks import RankError, run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
 
 KEEP = RetentionPolicy(2)
-BANKS = {"up": 4}
+EXPERT_PARAMETERS = {"up": 4}
 
 
 def share(step: int, world: World) -> RankSnapshot:
@@ -31,7 +31,9 @@ def share(step: int, world: World) -> RankSnapshot:
         "dense": Shard.from_block(dense, offset=(n * r, 0), shape=(4, 5)),
         "norm": torch.full((3,), float(step)),
     }
-    return RankSnapshot(step, {"model": model}, {"step": step}, BANKS, {"expert": world.size})
+    return RankSnapshot(
+        step, {"model": model}, {"step": step}, EXPERT_PARAMETERS, {"expert": world.size}
+    )
 
 
 def is_step(found, step: int) -> bool:
@@ -221,8 +223,8 @@ def wrong_layouts() -> list[str]:
     }
     said = []
     for name, held in cases.items():
-        banks = {"w": 4} if name == "a lost expert" else {}
-        snapshot = RankSnapshot(1, {"model": {"w": held}}, {}, banks)
+        expert_parameters = {"w": 4} if name == "a lost expert" else {}
+        snapshot = RankSnapshot(1, {"model": {"w": held}}, {}, expert_parameters)
         try:
             save_sharded(Path("never"), snapshot, world=world)
         except CheckpointError as error:

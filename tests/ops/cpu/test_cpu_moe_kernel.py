@@ -60,7 +60,7 @@ def _answers(kernel, edges: Edges, activation: Activation, sizes=(16, 32), *, ha
     up = torch.randn(E, dim, activation.width(hidden), generator=draw) * dim**-0.5
     down = torch.randn(E, hidden, dim, generator=draw) * hidden**-0.5
     leaves = [x.bfloat16() if "x" in half else x, edges.weight.clone()]
-    leaves += [w.bfloat16() if "banks" in half else w for w in (up, down)]
+    leaves += [w.bfloat16() if "weights" in half else w for w in (up, down)]
     if like is not None:
         leaves = [leaf.to(like) for leaf in leaves]
     x, weight, up, down = (leaf.requires_grad_() for leaf in leaves)
@@ -113,14 +113,14 @@ def test_it_equals_the_definition_in_double_precision(fused, route):
         torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("half", ["x", "banks", "x and banks"])
+@pytest.mark.parametrize("half", ["x", "weights", "x and weights"])
 @pytest.mark.parametrize("route", ["skewed", "few-rows", "loose"])
 def test_halves_are_widened_and_summed_in_float32(fused, route, half):
     edges = ROUTES[route]()
     got = _answers(fused, edges, SwiGLU(), half=half)
     rounded = [t.float() for t in _answers(fused, edges, SwiGLU())]  # the dtype alone is asked here
     assert [t.dtype == torch.bfloat16 for t in got] == [
-        *("x" in half, "x" in half, False, "banks" in half, "banks" in half)
+        *("x" in half, "x" in half, False, "weights" in half, "weights" in half)
     ]
     for one, other in zip(got, rounded, strict=True):
         torch.testing.assert_close(

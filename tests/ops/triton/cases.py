@@ -73,10 +73,10 @@ def definition(x, *, edges, weights: FeedForwardWeights, activation):
         token = int(edges.token[edge])
         hidden = x[token] @ weights.up[e]
         hidden = hidden if weights.up_bias is None else hidden + weights.up_bias[e]
-        answer = activation(hidden) @ weights.down[e]
-        answer = answer if weights.down_bias is None else answer + weights.down_bias[e]
+        output = activation(hidden) @ weights.down[e]
+        output = output if weights.down_bias is None else output + weights.down_bias[e]
         place = torch.tensor([token], device=x.device)
-        out = out.index_add(0, place, (edges.weight[edge] * answer)[None])
+        out = out.index_add(0, place, (edges.weight[edge] * output)[None])
     return out
 
 

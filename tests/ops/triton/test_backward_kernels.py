@@ -37,21 +37,21 @@ def test_down_projection_backward_equals_autograd(activation, dtype, bias, devic
     live, expert = live_rows(edges)
     number = edges.token.numel()
     hidden = draw(number, activation.width(HIDDEN), device=device, dtype=dtype)
-    bank = draw(EXPERTS, HIDDEN, DIM, device=device, dtype=dtype, scale=0.2)
+    expert_weight = draw(EXPERTS, HIDDEN, DIM, device=device, dtype=dtype, scale=0.2)
     more = draw(EXPERTS, DIM, device=device, dtype=dtype) if bias else None
     grad = draw(edges.num_tokens, DIM, device=device, dtype=dtype)
     got = kernel_launch.down_backward(
-        grad, bank, bias=more, weight=edges.weight, hidden=hidden, job=job
+        grad, expert_weight, bias=more, weight=edges.weight, hidden=hidden, job=job
     )
 
     leaf = hidden[:live].float().requires_grad_()
     weight = edges.weight.clone().requires_grad_()
     active = activation(leaf)
-    answer = torch.einsum("rf,rfd->rd", active, bank[expert].float())
-    answer = answer + more[expert].float() if bias else answer
+    output = torch.einsum("rf,rfd->rd", active, expert_weight[expert].float())
+    output = output + more[expert].float() if bias else output
     sorted_weight = weight[edges.groups.order[:live], None]
     rows = grad[job.schedule.token[:live]].float()
-    want = torch.autograd.grad((sorted_weight * answer * rows).sum(), [leaf, weight])
+    want = torch.autograd.grad((sorted_weight * output * rows).sum(), [leaf, weight])
     torch.testing.assert_close(got.hidden[:live].float(), want[0], **CLOSE[dtype])
     torch.testing.assert_close(got.weight, want[1], **CLOSE[dtype])
     scaled = (sorted_weight * active).detach()
@@ -77,7 +77,9 @@ def test_a_weight_gradient_equals_a_product_per_expert(route, op, dtype, device)
     rows[live:] = torch.nan  # what a dropped edge's row may hold
     sides = (tokens, rows) if op == "up_wgrad" else (rows, tokens)
     sizes = (DIM, HIDDEN) if op == "up_wgrad" else (HIDDEN, DIM)
-    like = torch.empty(EXPERTS, *sizes, device=device)  # a float32 bank keeps a float32 gradient
+    like = torch.empty(
+        EXPERTS, *sizes, device=device
+    )  # a float32 expert_weight keeps a float32 gradient
     got = kernel_launch.weight_gradient(*sides, op=op, like=like, job=job)
     gathered = tokens[job.schedule.token].float()
     left, right = (gathered, rows.float()) if op == "up_wgrad" else (rows.float(), gathered)
@@ -112,12 +114,12 @@ def test_the_shares_of_column_tiles_add_up_to_the_weights_gradient(device):
     edges = edges_of(*ROUTES["balanced"], device)
     job = job_of(edges, activation="relu")
     hidden = draw(edges.token.numel(), HIDDEN, device=device)
-    bank = draw(EXPERTS, HIDDEN, DIM, device=device)
+    expert_weight = draw(EXPERTS, HIDDEN, DIM, device=device)
     grad = draw(edges.num_tokens, DIM, device=device)
     got = kernel_launch.down_backward(
-        grad, bank, bias=None, weight=edges.weight, hidden=hidden, job=job
+        grad, expert_weight, bias=None, weight=edges.weight, hidden=hidden, job=job
     )
     _, expert = live_rows(edges)
-    answer = torch.einsum("rf,rfd->rd", hidden.relu(), bank[expert])
-    by_row = (answer * grad[job.schedule.token]).sum(1)
+    output = torch.einsum("rf,rfd->rd", hidden.relu(), expert_weight[expert])
+    by_row = (output * grad[job.schedule.token]).sum(1)
     torch.testing.assert_close(got.weight[edges.groups.order], by_row, rtol=1e-4, atol=1e-4)

@@ -53,15 +53,19 @@ def test_up_equals_gather_multiply_activate(activation, dtype, device):
     job = job_of(edges, activation=activation.kernel_name)
     width = activation.width(HIDDEN)
     x = draw(edges.num_tokens, DIM, device=device, dtype=dtype)
-    bank = draw(EXPERTS, DIM, width, device=device, dtype=dtype, scale=0.2)
+    expert_weight = draw(EXPERTS, DIM, width, device=device, dtype=dtype, scale=0.2)
     bias = draw(EXPERTS, width, device=device, dtype=dtype)
-    hidden, active = kernel_launch.up_projection(x, bank, bias=bias, save_hidden=True, job=job)
+    hidden, active = kernel_launch.up_projection(
+        x, expert_weight, bias=bias, save_hidden=True, job=job
+    )
     live, expert = live_rows(edges)
     rows = x[job.schedule.token[:live]].float()
-    want = torch.einsum("rd,rdg->rg", rows, bank[expert].float()) + bias[expert].float()
+    want = torch.einsum("rd,rdg->rg", rows, expert_weight[expert].float()) + bias[expert].float()
     torch.testing.assert_close(hidden[:live].float(), want, **CLOSE[dtype])
     torch.testing.assert_close(active[:live].float(), activation(want), **CLOSE[dtype])
-    nothing, again = kernel_launch.up_projection(x, bank, bias=bias, save_hidden=False, job=job)
+    nothing, again = kernel_launch.up_projection(
+        x, expert_weight, bias=bias, save_hidden=False, job=job
+    )
     assert nothing is None
     assert torch.equal(again[:live], active[:live])
 
@@ -72,12 +76,12 @@ def test_row_matmul_equals_torch_for_any_range_of_columns(transposed, dtype, dev
     edges = edges_of(*ROUTES["some-dropped"], device)
     job = job_of(edges)
     left = draw(edges.token.numel(), HIDDEN, device=device, dtype=dtype)
-    bank = draw(EXPERTS, HIDDEN, DIM, device=device, dtype=dtype, scale=0.2)
+    expert_weight = draw(EXPERTS, HIDDEN, DIM, device=device, dtype=dtype, scale=0.2)
     bias = None if transposed else draw(EXPERTS, DIM, device=device, dtype=dtype)
     live, expert = live_rows(edges)
-    want = torch.einsum("rp,rpq->rq", left[:live].float(), bank[expert].float())
+    want = torch.einsum("rp,rpq->rq", left[:live].float(), expert_weight[expert].float())
     want = want if bias is None else want + bias[expert].float()
-    given = bank.transpose(1, 2).contiguous() if transposed else bank
+    given = expert_weight.transpose(1, 2).contiguous() if transposed else expert_weight
     for columns in (range(DIM), range(16, 33)):
         got = kernel_launch.row_matmul(
             left, given, bias=bias, transposed=transposed, columns=columns, job=job
@@ -111,10 +115,10 @@ def test_unpermute_sum_equals_the_reference_whatever_is_past_the_groups(route, g
 def test_weights_read_by_descriptor_give_the_same(device):
     edges = edges_of(*ROUTES["some-dropped"], device)
     x = draw(edges.num_tokens, DIM, device=device)
-    bank = draw(EXPERTS, DIM, 2 * HIDDEN, device=device)
+    expert_weight = draw(EXPERTS, DIM, 2 * HIDDEN, device=device)
     pointers, descriptors = (
         kernel_launch.up_projection(
-            x, bank, bias=None, save_hidden=True, job=job_of(edges, tiles=tiles)
+            x, expert_weight, bias=None, save_hidden=True, job=job_of(edges, tiles=tiles)
         )
         for tiles in (SMALL, by_descriptor(SMALL))
     )

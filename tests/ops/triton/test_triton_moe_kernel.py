@@ -186,8 +186,8 @@ def test_a_layer_gives_the_same_with_the_kernels_as_without(device, monkeypatch)
         EXPERTS, DIM, FeedForwardConfig(hidden=HIDDEN, activation=SwiGLU()), bias=True
     )
     experts = GroupedExperts(size)
-    for seed, bank in enumerate(experts.parameters()):
-        bank.data = draw(*bank.shape, device=device, seed=seed, scale=0.2)
+    for seed, expert_weight in enumerate(experts.parameters()):
+        expert_weight.data = draw(*expert_weight.shape, device=device, seed=seed, scale=0.2)
     edges = edges_of(*ROUTES["some-dropped"], device)
     x = draw(edges.num_tokens, DIM, device=device)
     results = []

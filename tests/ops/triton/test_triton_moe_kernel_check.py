@@ -53,10 +53,10 @@ def test_a_missing_kernel_is_reported(device):
 
 @pytest.mark.parametrize("failure", ["", "made up"])
 def test_the_selection_follows_the_check(failure, fresh, monkeypatch):
-    def answer(device, *, dtype, activation):
+    def output(device, *, dtype, activation):
         return failure
 
-    monkeypatch.setattr("moesaic.ops.triton.triton_moe_kernel.kernel_failure", answer)
+    monkeypatch.setattr("moesaic.ops.triton.triton_moe_kernel.kernel_failure", output)
     kernel, reason = kernel_selection._triton_kernel("cuda", torch.float32, "swiglu")
     assert isinstance(kernel, TritonMoEKernel) == (not failure)
     assert ("made up" in reason) == bool(failure)
