@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe.variants import LAYER_PARTS, DIM, layer, mixture, run
+from moe.variants import DIM, LAYER_PARTS, layer, mixture, run
 from moesaic.moe.batch_group import BatchGroup
 from moesaic.moe.config import MoE
 from moesaic.moe.limit import Limit

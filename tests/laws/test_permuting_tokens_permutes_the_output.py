@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe.variants import LAYER_PARTS, DIM, SELECTS, layer, mixture, run
+from moe.variants import DIM, LAYER_PARTS, SELECTS, layer, mixture, run
 
 
 @pytest.mark.parametrize("limit", ["dropless", "by-weight"])

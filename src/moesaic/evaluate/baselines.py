@@ -127,24 +127,21 @@ class TranslationMemorySystem:
 
     def __init__(self, pairs: Callable[[str, str], Iterator[tuple[str, str]]]) -> None:
         self._pairs = pairs
-        self._cached_memory: tuple[tuple[str, str], TranslationMemory | None] | None = None
+        self._direction: tuple[str, str] | None = None
+        self._memory: TranslationMemory | None = None
 
     def __call__(self, texts: list[str], *, source: str, target: str) -> list[str]:
-        return [match.target for match in self.find(texts, source=source, target=target)]
-
-    def find(self, texts: Sequence[str], *, source: str, target: str) -> list[MemoryMatch]:
-        """Return matches; empty ones for a direction without training pairs."""
-        memory = self._memory(source, target)
-        return memory.find(texts) if memory else [MemoryMatch("", 0.0, -1)] * len(texts)
-
-    def _memory(self, source: str, target: str) -> TranslationMemory | None:
-        if self._cached_memory is None or self._cached_memory[0] != (source, target):
+        """Return the best targets; empty ones for a direction without training pairs."""
+        if self._direction != (source, target):
             rows = list(self._pairs(source, target))
-            memory = None
-            if rows:
-                memory = TranslationMemory([s for s, _ in rows], targets=[t for _, t in rows])
-            self._cached_memory = (source, target), memory
-        return self._cached_memory[1]
+            targets = [t for _, t in rows]
+            self._memory = (
+                TranslationMemory([s for s, _ in rows], targets=targets) if rows else None
+            )
+            self._direction = (source, target)
+        if self._memory is None:
+            return [""] * len(texts)
+        return [match.target for match in self._memory.find(texts)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ class EncoderOutput:
     packing: Packing
 
 
+@dataclass(slots=True)
 class KVCache:
     """Keys and values of each decoder block, the length of each row and its first token.
 
@@ -28,18 +29,12 @@ class KVCache:
     search continues).
     """
 
-    def __init__(
-        self,
-        *,
-        self_attention: list[KeyValue],
-        cross_attention: list[KeyValue | None],
-        mask: Bool[Tensor, "B 1 1 S"] | None,
-        length: Int[Tensor, "B"],
-        tag: Int[Tensor, "B"],
-        routing: KeyValue | None = None,
-    ) -> None:
-        self.self_attention, self.cross_attention, self.mask = self_attention, cross_attention, mask
-        self.length, self.tag, self.routing = length, tag, routing
+    self_attention: list[KeyValue]
+    cross_attention: list[KeyValue | None]
+    mask: Bool[Tensor, "B 1 1 S"] | None
+    length: Int[Tensor, "B"]
+    tag: Int[Tensor, "B"]
+    routing: KeyValue | None = None
 
     @property
     def rows(self) -> int:
