@@ -47,7 +47,7 @@ class Bench:
     """State of the sections: the run, the device, the shapes, and the tuned tiles."""
 
     def __init__(self, run: Any, *, scattermoe: Path | None) -> None:
-        self.run, self.scatter, self.tiny = run, scattermoe, run.rehearse
+        self.run, self.scatter, self.tiny = run, scattermoe, run.dry_run
         self.device = "cpu" if self.tiny else "cuda"
         self.dtype = torch.float32 if self.tiny else torch.bfloat16
         self.card = gpu_architecture(torch.device(self.device))
@@ -261,7 +261,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compare(times: dict[str, list[float]], *, flops: int, tiny: bool) -> dict[str, Any]:
-    """Medians, rates, share of cuBLAS, and paired ratios to the others. None in rehearsal."""
+    """Medians, rates, share of cuBLAS, and paired ratios to the others. None in a dry run."""
     found: dict[str, Any] = {}
     for name, one in times.items():
         if tiny or not one:

@@ -1,7 +1,7 @@
 """MoE layer on one GPU: correctness, speed and memory of the kernels, and tuning of the tiles.
 
     python benchmarks/layer_gpu.py --out runs/layer_gpu [--seconds 480] [--scattermoe FOLDER]
-    python benchmarks/layer_gpu.py --out /tmp/rehearsal --rehearse    tiny, on a CPU, nothing timed
+    python benchmarks/layer_gpu.py --out /tmp/dry_run --dry-run    tiny, on a CPU, nothing timed
 
 Writes ``layer_gpu.json`` after every section, so that a run cut short leaves what it found, a
 ``log``, and ``tuned.json``: the tile table (``ops/triton/tiles.json``) with what the tuner found
@@ -32,10 +32,10 @@ SECTIONS = (  # name, seconds below which it is not begun
 class Run:
     """A clock, a log and the results so far, written after each section."""
 
-    def __init__(self, out: Path, *, seconds: float, rehearse: bool) -> None:
-        self.out, self.seconds, self.rehearse = out, seconds, rehearse
+    def __init__(self, out: Path, *, seconds: float, dry_run: bool) -> None:
+        self.out, self.seconds, self.dry_run = out, seconds, dry_run
         self.began = time.monotonic()
-        self.found: dict[str, Any] = {"machine": machine_info(), "rehearsal": rehearse}
+        self.found: dict[str, Any] = {"machine": machine_info(), "dry_run": dry_run}
         out.mkdir(parents=True, exist_ok=True)
         (out / "log").write_text("")
 
@@ -52,7 +52,7 @@ class Run:
     def section(self, name: str, *, least: float, work: Callable[[], Any]) -> None:
         """Run one section; an exception is recorded as its result."""
         began = time.monotonic()
-        if self.left < least and not self.rehearse:
+        if self.left < least and not self.dry_run:
             self.found[name] = {"skipped": f"{self.left:.0f} s left, {least} s needed"}
         else:
             self.say(f"== {name}")
@@ -75,16 +75,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/layer_gpu"))
     parser.add_argument("--seconds", type=float, default=480.0)
     parser.add_argument("--scattermoe", type=Path, help="the folder that holds its package")
-    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--only", nargs="*", default=[], choices=[name for name, _ in SECTIONS])
     options = parser.parse_args()
-    if options.rehearse:
+    if options.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     sections = importlib.import_module("gpu_sections")
-    if not (options.rehearse or sections.has_gpu()):
-        print("layer_gpu: there is no GPU here; --rehearse tries the script itself on a CPU")
+    if not (options.dry_run or sections.has_gpu()):
+        print("layer_gpu: there is no GPU here; --dry-run tries the script itself on a CPU")
         return 0
-    run = Run(options.out, seconds=options.seconds, rehearse=options.rehearse)
+    run = Run(options.out, seconds=options.seconds, dry_run=options.dry_run)
     works = sections.prepare(run, scattermoe=options.scattermoe)
     for name, least in SECTIONS:
         if not options.only or name in options.only:
