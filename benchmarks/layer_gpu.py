@@ -1,7 +1,7 @@
 """MoE layer on one GPU: correctness, speed and memory of the kernels, and tuning of the tiles.
 
     python benchmarks/layer_gpu.py --out runs/layer_gpu [--seconds 480] [--scattermoe FOLDER]
-    python benchmarks/layer_gpu.py --out /tmp/dry-run --dry-run    tiny, on a CPU, nothing timed
+    python benchmarks/layer_gpu.py --out /tmp/dry_run --dry-run    tiny, on a CPU, nothing timed
 
 Writes ``layer_gpu.json`` after every section, so that a run cut short leaves what it found, a
 ``log``, and ``tuned.json``: the tile table (``ops/triton/tiles.json``) with what the tuner found

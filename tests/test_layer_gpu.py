@@ -25,7 +25,7 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_the_benchmark_runs_in_a_dry_run_and_leaves_a_whole_result(tmp_path):
+def test_the_benchmark_runs_as_a_dry_run_and_leaves_a_whole_result(tmp_path):
     done = run("--dry-run", "--out", str(tmp_path), "--only", "moe_kernel", "table", "tune")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads((tmp_path / "layer_gpu.json").read_text())

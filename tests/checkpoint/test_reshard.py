@@ -114,9 +114,9 @@ def memory_of_resharding(path, root, form):
     read, write = os.pipe()
     if child := os.fork():
         os.close(write)
-        written = os.read(read, 100)
+        found = os.read(read, 100)
         os.waitpid(child, 0)
-        return json.loads(written)
+        return json.loads(found)
     before, disk = anonymous_bytes(), Watching()
     reshard(path, root=root, form=form, disk=disk)
     os.write(write, json.dumps(disk.most - before).encode())

@@ -20,24 +20,24 @@ def batch(seed, *, tokens=7, experts=5, k=2, irregular=True):
     def ints(high, n):
         return torch.randint(high, (n,), generator=make)
 
-    sources = RoutedTokens(
+    encoder_tokens = RoutedTokens(
         ints(60_000, tokens), ints(2_000, tokens), ints(3, tokens), ints(2, tokens)
     )
-    targets = RoutedTokens(*(ints(99, tokens + 2) for _ in range(4)))
+    decoder_tokens = RoutedTokens(*(ints(99, tokens + 2) for _ in range(4)))
     expert = torch.randint(experts + 1, (tokens, k), generator=make)
     weight = torch.where(expert == experts, 0.0, torch.rand(tokens, k, generator=make))
     routes = [
         LayerRoutes(
             "encoder.1",
             Routing.from_topk(weight, expert=expert, num_experts=experts),
-            sources,
+            encoder_tokens,
             num_null_experts=1,
         )
     ]
     if irregular:
         edges = 4 + seed
         some = Routing(ints(tokens + 2, edges), ints(3, edges), torch.rand(edges), tokens + 2, 3)
-        routes.append(LayerRoutes("decoder.0", some, targets))
+        routes.append(LayerRoutes("decoder.0", some, decoder_tokens))
     return tuple(routes)
 
 

@@ -135,19 +135,19 @@ class Refusing(QuickDisk):
 def save_on_full_disks(root: Path) -> list[str]:
     world = ProcessGroupWorld()
     save_sharded(root, share(1, world), world=world, disk=QuickDisk())
-    results = []
+    messages = []
     for victim, writes in ((0, 0), (1, 0), (0, 1), (0, 2), (0, 3)):
         disk = Refusing(writes) if world.rank == victim else QuickDisk()
         try:
             save_sharded(root, share(2, world), world=world, disk=disk)
-            results.append("saved")
+            messages.append("saved")
         except CheckpointError as error:
-            results.append(str(error))
+            messages.append(str(error))
         world.barrier()
         if world.rank == 0:
-            results.append(" ".join(sorted(p.name for p in root.iterdir())))
+            messages.append(" ".join(sorted(p.name for p in root.iterdir())))
         world.barrier()
-    return results
+    return messages
 
 
 def test_a_full_disk_on_one_rank_is_raised_on_all_and_loses_nothing(tmp_path):
@@ -176,9 +176,9 @@ def save_on_two_machines(root: Path) -> str:
 
 
 def test_a_directory_that_is_not_shared_is_an_error_and_nothing_is_published(tmp_path):
-    results = run_on_ranks(2, partial(save_on_two_machines, tmp_path))
-    assert results[0] == results[1]
-    assert "shard-00001.safetensors: written by its rank but not visible to rank 0" in results[0]
+    messages = run_on_ranks(2, partial(save_on_two_machines, tmp_path))
+    assert messages[0] == messages[1]
+    assert "shard-00001.safetensors: written by its rank but not visible to rank 0" in messages[0]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -186,27 +186,27 @@ def background(root: Path) -> list[str]:
     world = ProcessGroupWorld()
     disk = Refusing(1) if world.rank == 1 else QuickDisk()
     saver = CheckpointSaver(root, world=world, timeout_s=60, disk=disk)
-    results = []
+    messages = []
     for step in range(1, 4):
         saver.save_async(share(step, world), retention=KEEP)
         while True:  # steps of training, alike on all ranks
             try:
                 if path := saver.poll():
-                    results.append(path.name)
+                    messages.append(path.name)
                     break
             except CheckpointError as error:
-                results.append(str(error))
+                messages.append(str(error))
                 break
     saver.close()
-    return results
+    return messages
 
 
 def test_an_error_in_the_background_is_raised_by_the_next_poll_of_every_rank(tmp_path):
-    results = run_on_ranks(2, partial(background, tmp_path))
-    assert results[0] == results[1]
-    assert results[0][0] == "step-00000001"
-    assert len(results[0]) == 3
-    assert all("saving failed on rank 1, the disk is full" in text for text in results[0][1:])
+    messages = run_on_ranks(2, partial(background, tmp_path))
+    assert messages[0] == messages[1]
+    assert messages[0][0] == "step-00000001"
+    assert len(messages[0]) == 3
+    assert all("saving failed on rank 1, the disk is full" in text for text in messages[0][1:])
     assert is_step(load_checkpoint(tmp_path), 1)
 
 
@@ -221,15 +221,15 @@ def wrong_layouts() -> list[str]:
         "nobody": Shard((4, 2), torch.float32, ()),
         "a lost expert": Shard.from_block(whole[: 2 - r, :], offset=(2 * r, 0), shape=(4, 2)),
     }
-    results = []
+    messages = []
     for name, held in cases.items():
         expert_parameters = {"w": 4} if name == "a lost expert" else {}
         snapshot = RankSnapshot(1, {"model": {"w": held}}, {}, expert_parameters)
         try:
             save_sharded(Path("never"), snapshot, world=world)
         except CheckpointError as error:
-            results.append(str(error))
-    return results
+            messages.append(str(error))
+    return messages
 
 
 def test_shards_that_do_not_make_up_a_tensor_are_refused_before_anything_is_written(
@@ -315,9 +315,9 @@ def test_an_altered_shard_is_named_on_every_rank(saved):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
-    results = run_on_ranks(3, partial(errors_of_loading, saved))
-    assert len(set(results)) == 1
-    assert "shard-00001.safetensors was altered" in results[0]
+    messages = run_on_ranks(3, partial(errors_of_loading, saved))
+    assert len(set(messages)) == 1
+    assert "shard-00001.safetensors was altered" in messages[0]
     with pytest.raises(CheckpointError, match=r"shard-00001\.safetensors was altered"):
         load_checkpoint(saved)
     path.unlink()

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moesaic.checkpoint.checkpoint_directory import Manifest, current_name
+from moesaic.checkpoint.checkpoint_directory import Manifest
 from moesaic.checkpoint.safetensors_io import DTYPE_NAMES
+from moesaic.core.config_upgrade import current_name
 from moesaic.core.errors import CheckpointError
 
 INDEX_FILE = "index.json"

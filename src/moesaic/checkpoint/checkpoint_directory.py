@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from moesaic.core.config_upgrade import current_name
 from moesaic.core.errors import CheckpointError
 from moesaic.core.files import sha256
 from moesaic.core.units import show_bytes
@@ -70,18 +71,6 @@ class Disk:
 MANIFEST_FILE = "manifest.json"
 MANIFEST_FORMAT = 2  # format 1 has other parameter names, see ``current_name``
 HASH_THREADS = 8  # faster on a network file system
-# parts of parameter names in format 1, and what they are called now
-RENAMED_PARTS = {
-    "all": "attention",
-    "always": "feed_forward",
-    "beside": "shared_experts",
-    "condition": "router_input",
-    "entry": "input_norm",
-    "exchange": "dispatch_projection",
-    "fixed": "feed_forward",
-    "heard": "stats_sum",
-    "into": "input_projection",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +121,6 @@ def read_manifest(directory: Path) -> Manifest:
         return Manifest(files=files, **body)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged ({error})") from error
-
-
-def current_name(name: str) -> str:
-    """Return the name of a parameter, or of its optimizer state, given its name in format 1."""
-    return re.sub(r"[^./]+", lambda part: RENAMED_PARTS.get(part[0], part[0]), name)
 
 
 def verify_checkpoint(directory: Path) -> Manifest:

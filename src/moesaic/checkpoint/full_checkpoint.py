@@ -20,7 +20,6 @@ from moesaic.checkpoint.checkpoint_directory import (
     FileEntry,
     Manifest,
     RetentionPolicy,
-    current_name,
     encode_state,
     file_problems,
     list_checkpoints,
@@ -40,7 +39,7 @@ from moesaic.checkpoint.safetensors_io import (
 from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.checkpoint.tensor_reader import open_reader
 from moesaic.core.config_text import iter_leaves
-from moesaic.core.config_upgrade import upgrade_config
+from moesaic.core.config_upgrade import current_name, upgrade_config
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
 

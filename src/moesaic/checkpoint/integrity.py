@@ -41,7 +41,7 @@ def check_checkpoint(directory: Path) -> list[IntegrityProblem]:
     manifest = read_manifest(directory)
     altered = file_problems(directory, manifest=manifest, names=manifest.files)
     if altered:
-        return [IntegrityProblem(*_split_first_word(text)) for text in altered]
+        return [IntegrityProblem(*text.split(" ", 1)) for text in altered]
     index = read_index(directory, manifest=manifest)
     problems = [
         IntegrityProblem(f"{f}/{n}", problem)
@@ -51,11 +51,6 @@ def check_checkpoint(directory: Path) -> list[IntegrityProblem]:
     with open_reader(directory) as reader:
         problems += _check_tensors(reader, index=index, trained=manifest.step > 0)
     return problems
-
-
-def _split_first_word(text: str) -> tuple[str, str]:
-    name, _, rest = text.partition(" ")
-    return name, rest
 
 
 def _check_tensors(

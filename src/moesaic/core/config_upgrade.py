@@ -148,6 +148,19 @@ SECTIONS = {
 
 MAX_SHOWN_RENAMES = 3
 
+# parts of parameter names in checkpoints of format 1, and their present names
+RENAMED_PARAMETER_PARTS = {
+    "all": "attention",
+    "always": "feed_forward",
+    "beside": "shared_experts",
+    "condition": "router_input",
+    "entry": "input_norm",
+    "exchange": "dispatch_projection",
+    "fixed": "feed_forward",
+    "heard": "stats_sum",
+    "into": "input_projection",
+}
+
 
 def upgrade_config(value: object, *, config: str = "Run") -> tuple[object, dict[str, str]]:
     """Return ``value`` (the plain data of a ``config``) with new names, and what was renamed.
@@ -208,3 +221,8 @@ def _upgrade_kind(text: str, *, path: str, renamed: dict[str, str]) -> str:
         return text
     renamed[f"{path}={found[1]}"] = new = RENAMED_KINDS[found[1]]
     return new + (found[2] or "")
+
+
+def current_name(name: str) -> str:
+    """Return the name of a parameter, or of its optimizer state, from that in format 1."""
+    return re.sub(r"[^./]+", lambda part: RENAMED_PARAMETER_PARTS.get(part[0], part[0]), name)

@@ -90,9 +90,9 @@ def fused() -> CPUMoEKernel:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("route", ROUTES)
 def test_it_equals_the_composed_path_with_gradients(fused, route, activation):
-    edges, activation_function = ROUTES[route](), ACTIVATIONS[activation]
-    want = _answers(UNFUSED, edges, activation_function)
-    for got, expected in zip(_answers(fused, edges, activation_function), want, strict=True):
+    edges, function = ROUTES[route](), ACTIVATIONS[activation]
+    want = _answers(UNFUSED, edges, function)
+    for got, expected in zip(_answers(fused, edges, function), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
