@@ -137,7 +137,7 @@ def test_a_checkpoint_of_format_1_is_read_with_the_names_of_now(tmp_path, form):
     experts = {"encoder.0.exchange.experts": torch.arange(8.0).view(4, 2)}
     model = old | experts
     optimizer = {f"m/{name}": tensor for name, tensor in model.items()}
-    state = {"config": {"parallel": {"journey": {"kind": "Lend"}}}}
+    state = {"config": {"schedule": {"shape": {"kind": "Linear"}}}}
     snapshot = Snapshot(
         3, {"model": model, "optimizer": optimizer}, state, dict.fromkeys(experts, 4)
     )
@@ -161,7 +161,7 @@ def test_a_checkpoint_of_format_1_is_read_with_the_names_of_now(tmp_path, form):
         assert set(found.files["model"]) == set(read_weights(path)) == names
         assert set(found.files["optimizer"]) == {f"m/{name}" for name in names}
         assert found.expert_parameters == {"encoder.0.dispatch_projection.experts": 4}
-        assert found.state["config"] == {"parallel": {"dispatch": {"kind": "AdaptiveExperts"}}}
+        assert found.state["config"] == {"schedule": {"shape": {"kind": "LinearDecay"}}}
 
 
 def test_weights_of_an_older_export_are_read_with_the_names_of_now(tmp_path):
