@@ -103,5 +103,7 @@ def test_reshard_writes_the_requested_form(tmp_path, capsys):
     assert "shard-00001.safetensors" in cut["files"]
     for made in ("w", "c"):
         assert same(load_checkpoint(tmp_path / made), snapshot())
-    error = run_json(["ckpt", "reshard", path, "--out", str(tmp_path / "x")], capsys, code=2)["error"]
+    error = run_json(["ckpt", "reshard", path, "--out", str(tmp_path / "x")], capsys, code=2)[
+        "error"
+    ]
     assert "expected one of --shards N and --unsharded" in error

@@ -14,8 +14,7 @@ from moesaic.distributed.launchers import Slurm
 
 STAND_INS = {
     "scontrol": (
-        'echo "scontrol $*" >> output; '
-        '[[ $1 == show ]] && printf "node-a\\nnode-b\\n"; true'
+        'echo "scontrol $*" >> output; [[ $1 == show ]] && printf "node-a\\nnode-b\\n"; true'
     ),
     "scancel": 'echo "scancel $*" >> output; kill -TERM "$(cat step)"',
     "srun": (
