@@ -12,8 +12,8 @@ def page():
 
 
 def test_the_table_in_the_docs_is_what_the_code_says(page):
-    said = family.PAGE.read_text(encoding="utf-8")
-    assert said == page, "docs/family.md is stale: python tools/family.py"
+    written = family.PAGE.read_text(encoding="utf-8")
+    assert written == page, "docs/family.md is stale: python tools/family.py"
 
 
 def test_every_member_of_every_family_has_a_row_with_words(page):

@@ -11,7 +11,7 @@ from moesaic.checkpoint.full_checkpoint import load_checkpoint, save_checkpoint
 from moesaic.cli.main import main
 
 
-def told(words, capsys, *, code=0):
+def run_json(words, capsys, *, code=0):
     """Run a verb that ends with ``code``; return the object it prints last."""
     try:
         main([*words, "--json"])
@@ -30,7 +30,7 @@ def shown(words, capsys):
 
 def test_inspect_shows_the_contents_of_a_checkpoint(tmp_path, capsys):
     path = written(tmp_path, "three shards")
-    found = told(["ckpt", "inspect", str(path), "--tensors"], capsys)
+    found = run_json(["ckpt", "inspect", str(path), "--tensors"], capsys)
     assert (found["form"], found["step"], found["plan"]) == ("shards", 5, {"data": 2})
     assert found["kinds"]["model"] == {"tensors": 5, "values": 55, "bytes": 4 * 52 + 2 * 3}
     assert (
@@ -53,17 +53,17 @@ def test_a_directory_or_run_stands_for_its_newest_checkpoint(tmp_path, capsys):
     for step in (3, 8, 5):
         save_checkpoint(root, snapshot(step=step))
     for path in (root, root.parent):
-        assert told(["ckpt", "inspect", str(path)], capsys)["step"] == 5
-    error = told(["ckpt", "inspect", str(tmp_path)], capsys, code=2)["error"]
+        assert run_json(["ckpt", "inspect", str(path)], capsys)["step"] == 5
+    error = run_json(["ckpt", "inspect", str(tmp_path)], capsys, code=2)["error"]
     assert "no checkpoint found; expected a directory step-N" in error
 
 
 def test_verify_ends_with_2_if_anything_is_wrong(tmp_path, capsys):
     path = written(tmp_path, "three shards")
-    assert told(["ckpt", "verify", str(path)], capsys)["sound"] is True
+    assert run_json(["ckpt", "verify", str(path)], capsys)["sound"] is True
     assert "sound" in shown(["ckpt", "verify", str(path)], capsys)
     (path / "shard-00002.safetensors").unlink()
-    found = told(["ckpt", "verify", str(path)], capsys, code=2)
+    found = run_json(["ckpt", "verify", str(path)], capsys, code=2)
     assert found["sound"] is False
     assert found["findings"][0]["location"] == "shard-00002.safetensors"
     assert "shard-00002.safetensors: is missing" in shown(["ckpt", "verify", str(path)], capsys)
@@ -73,8 +73,8 @@ def test_verify_lenient_accepts_zero_experts(tmp_path, capsys):
     up = snapshot().files["model"]["up"].clone()
     up[1] = 0.0
     path = str(written(tmp_path, "whole", snapshot(up=up)))
-    assert told(["ckpt", "verify", path], capsys, code=2)["sound"] is False
-    found = told(["ckpt", "verify", path, "--lenient"], capsys)
+    assert run_json(["ckpt", "verify", path], capsys, code=2)["sound"] is False
+    found = run_json(["ckpt", "verify", path, "--lenient"], capsys)
     assert found["sound"] is True
     assert found["findings"][0]["location"] == "model/up/expert-0001"
 
@@ -82,7 +82,7 @@ def test_verify_lenient_accepts_zero_experts(tmp_path, capsys):
 def test_diff_names_what_differs(tmp_path, capsys):
     left = written(tmp_path / "l", "whole")
     right = written(tmp_path / "r", "three shards", snapshot(dense=torch.zeros(5, 4)))
-    found = told(["ckpt", "diff", str(left), str(right)], capsys)
+    found = run_json(["ckpt", "diff", str(left), str(right)], capsys)
     assert (found["tensors"], found["same"]) == (15, 14)
     assert found["differences"][0]["name"] == "model/dense"
     assert found["differences"][0]["relative"] == pytest.approx(1.0)
@@ -92,16 +92,16 @@ def test_diff_names_what_differs(tmp_path, capsys):
 
 def test_reshard_writes_the_requested_form(tmp_path, capsys):
     path = str(written(tmp_path, "three shards"))
-    whole = told(["ckpt", "reshard", path, "--unsharded", "--out", str(tmp_path / "w")], capsys)
+    whole = run_json(["ckpt", "reshard", path, "--unsharded", "--out", str(tmp_path / "w")], capsys)
     assert whole["files"] == [
         "manifest.json",
         "model.safetensors",
         "optimizer.safetensors",
         "state.json",
     ]
-    cut = told(["ckpt", "reshard", path, "--shards", "2", "--out", str(tmp_path / "c")], capsys)
+    cut = run_json(["ckpt", "reshard", path, "--shards", "2", "--out", str(tmp_path / "c")], capsys)
     assert "shard-00001.safetensors" in cut["files"]
     for made in ("w", "c"):
         assert same(load_checkpoint(tmp_path / made), snapshot())
-    error = told(["ckpt", "reshard", path, "--out", str(tmp_path / "x")], capsys, code=2)["error"]
+    error = run_json(["ckpt", "reshard", path, "--out", str(tmp_path / "x")], capsys, code=2)["error"]
     assert "expected one of --shards N and --unsharded" in error

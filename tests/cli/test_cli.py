@@ -96,8 +96,8 @@ def test_an_error_is_json_too_when_json_is_asked_for(capsys):
     ],
 )
 def test_a_wrong_config_is_refused_with_its_path(change, words, capsys, home):
-    said = refused(["train", "tiny", "--out", "runs/never", "--set", change], capsys)
-    assert all(word in said for word in words), said
+    output = refused(["train", "tiny", "--out", "runs/never", "--set", change], capsys)
+    assert all(word in output for word in words), output
     assert not Path("runs/never/checkpoints").exists()
 
 
@@ -155,15 +155,15 @@ def test_scale_shows_tables_and_takes_presets(capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "output"),
     [
         (["--micro-batch", "8"], "8x512+512"),
         (["--set", "parallel.plan.data=3"], "3 ranks, but there are 8"),
         (["--set", "parallel.plan.tensor=8"], "must divide"),
     ],
 )
-def test_scale_refuses_a_plan_that_does_not_fit(words, said, capsys):
-    assert said in refused([*SCALE, *words], capsys)
+def test_scale_refuses_a_plan_that_does_not_fit(words, output, capsys):
+    assert output in refused([*SCALE, *words], capsys)
 
 
 def test_config_show_prints_a_config_that_trains_the_same(capsys, tmp_path):
@@ -219,9 +219,9 @@ def test_translate_gives_n_best_with_scores(capsys, home):
 
 def test_translate_refuses_a_language_the_model_lacks(capsys, home):
     Path("one.txt").write_text("Open\n")
-    said = refused(["translate", "runs/tiny", "one.txt", "--to", "fr"], capsys)
-    assert "fra_Latn" in said
-    assert "qaa_Latn" in said
+    output = refused(["translate", "runs/tiny", "one.txt", "--to", "fr"], capsys)
+    assert "fra_Latn" in output
+    assert "qaa_Latn" in output
 
 
 def test_eval_writes_scores_usage_and_a_report(capsys, home):
@@ -259,13 +259,13 @@ def test_routes_are_printed_as_tables(capsys, home):
     main_ok(["eval", "runs/tiny", "--limit", "5", "--resamples", "20", "--routes", "a.routes"])
     capsys.readouterr()
     tokenizer = ["--tokenizer", "runs/tiny/tokenizer.json"]
-    for words, said in (
+    for words, output in (
         (["show", "a.routes", *tokenizer], "<qaa_Latn>"),
         (["stats", "a.routes", *tokenizer], "conditional entropy"),
         (["compare", "a.routes", "a.routes"], "100.0%"),
     ):
         main_ok(["routes", *words])
-        assert said in capsys.readouterr().out
+        assert output in capsys.readouterr().out
     assert "numbered from 0" in refused(["routes", "show", "a.routes", "--batch", "9"], capsys)
 
 
@@ -275,9 +275,9 @@ def test_translate_records_the_routing_of_its_output(capsys, home):
     capsys.readouterr()
     main_ok(["routes", "show", "t.routes", "--row", "1", "--tokenizer", "runs/tiny/tokenizer.json",
              "--json"])  # fmt: skip
-    heard = last_json(capsys)["sides"]["encoder"]["tokens"]
-    assert "Close" in "".join(heard)
-    assert heard[0] == "<qaa_Latn>"
+    tokens = last_json(capsys)["sides"]["encoder"]["tokens"]
+    assert "Close" in "".join(tokens)
+    assert tokens[0] == "<qaa_Latn>"
 
 
 def test_a_report_can_trace_the_checkpoints(capsys, home):
@@ -328,10 +328,10 @@ def test_eval_of_a_named_test_set_does_not_change_the_run(capsys, home):
 
 
 def test_eval_takes_one_test_set_and_refuses_unknown_names(capsys, home):
-    said = refused(["eval", "runs/tiny", "--testset", "udh"], capsys)
-    assert 'unknown test set "udh": expected udhr; did you mean "udhr"?' in said
-    said = refused(["eval", "runs/tiny", "--testset", "udhr", "--pairs", "x.tsv"], capsys)
-    assert "--pairs and --testset were both given" in said
+    output = refused(["eval", "runs/tiny", "--testset", "udh"], capsys)
+    assert 'unknown test set "udh": expected udhr; did you mean "udhr"?' in output
+    output = refused(["eval", "runs/tiny", "--testset", "udhr", "--pairs", "x.tsv"], capsys)
+    assert "--pairs and --testset were both given" in output
 
 
 def test_a_domain_is_built_counted_and_scored_by_its_name(capsys, home):
@@ -346,8 +346,8 @@ def test_a_domain_is_built_counted_and_scored_by_its_name(capsys, home):
     main_ok(["data", "build", "games.yaml", "--workers", "1"])
     capsys.readouterr()
     main_ok(["data", "stats", "games"])
-    said = capsys.readouterr().out
-    assert "tales is held out: game.tsv (moesaic eval RUN --split tales)" in said
+    output = capsys.readouterr().out
+    assert "tales is held out: game.tsv (moesaic eval RUN --split tales)" in output
     main_ok(["data", "show", "games", "--to", "qaa", "--split", "tales", "--json"])
     assert {row["source"] for row in last_json(capsys)["pairs"]} == {"Slay the dragon", "Flee"}
     corpus = 'corpus=CorpusFolder(path="data/corpora/games")'
@@ -364,8 +364,8 @@ def test_a_domain_is_built_counted_and_scored_by_its_name(capsys, home):
 
 
 def test_an_existing_run_is_not_overwritten(capsys, home):
-    said = refused(["train", "tiny", "--out", "runs/tiny", *TINY], capsys)
-    assert "--resume auto" in said
+    output = refused(["train", "tiny", "--out", "runs/tiny", *TINY], capsys)
+    assert "--resume auto" in output
 
 
 def test_a_run_resumes_from_its_directory_alone(capsys, home):
@@ -414,11 +414,11 @@ def test_eval_takes_two_aligned_files_and_a_limit(capsys, home):
 def test_launch_prints_a_job_file_and_the_number_of_ranks(capsys):
     words = ["tiny", "--nodes", "2", "--gpus-per-node", "8", "--set", "steps=70"]
     main_ok(["launch", *words, "--launcher", 'Slurm(time="1:00:00", partition="gpu")'])
-    said = capsys.readouterr()
-    assert said.out.startswith("#!/bin/bash\n# tiny: 2 x 8 GPUs = 16 ranks")
-    assert "--set steps=70" in said.out
-    assert "#SBATCH --time=1:00:00" in said.out
-    assert "16 ranks" in said.err
+    output = capsys.readouterr()
+    assert output.out.startswith("#!/bin/bash\n# tiny: 2 x 8 GPUs = 16 ranks")
+    assert "--set steps=70" in output.out
+    assert "#SBATCH --time=1:00:00" in output.out
+    assert "16 ranks" in output.err
 
 
 def test_launch_writes_a_file_instead(capsys, tmp_path):

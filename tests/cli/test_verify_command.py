@@ -23,11 +23,11 @@ def test_an_equal_plan_ends_with_0_and_is_written(
 ) -> None:
     page = tmp_path / "matrix.md"
     assert not code([*OWN, *EXPERT, "--out", str(page), "--json"])
-    said = capsys.readouterr()
-    value = json.loads(said.out.splitlines()[-1])
+    captured = capsys.readouterr()
+    value = json.loads(captured.out.splitlines()[-1])
     assert value["summary"] == "1 plan of 2 ranks: each equals one process"
     assert value["plans"][0]["parallel"]["plan"]["expert"] == 2
-    assert "model.dim: 64 -> 32" in said.err.replace("\n", " ")
+    assert "model.dim: 64 -> 32" in captured.err.replace("\n", " ")
     assert "| 2 | data 2, expert 2 |" in page.read_text()
 
 

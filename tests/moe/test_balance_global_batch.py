@@ -45,9 +45,9 @@ def test_rows_of_one_domain_cost_little_if_the_step_is_balanced():
     logits = torch.full((TOKENS, EXPERTS), -30.0)
     logits[:, :2] = 30.0  # this micro-batch takes experts 0 and 1; those before took the others
     scores = balance_inputs(logits)
-    heard = TOKENS * torch.ones(EXPERTS, dtype=torch.float64)
-    heard[:2] = 0
-    even = GlobalBatchBalance(weight=1)(replace(scores, accumulated_load=heard))
+    accumulated_load = TOKENS * torch.ones(EXPERTS, dtype=torch.float64)
+    accumulated_load[:2] = 0
+    even = GlobalBatchBalance(weight=1)(replace(scores, accumulated_load=accumulated_load))
     torch.testing.assert_close(even, torch.tensor(1.0))
     torch.testing.assert_close(SwitchBalance(weight=1)(scores), torch.tensor(EXPERTS / 2))
 

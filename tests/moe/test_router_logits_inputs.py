@@ -40,8 +40,8 @@ def tagged_batch() -> Batch:
 def test_logits_are_the_sum_of_two_products(condition):
     given, x, weight = torch.randn(6, 5), torch.randn(6, 5), torch.randn(3, 10)
     plain = TokenContext.unbatched(6)
-    told = replace(plain, token_embedding=given, tag_embedding=given)
-    read = condition.build()(x, context=told)
+    embedded_context = replace(plain, token_embedding=given, tag_embedding=given)
+    read = condition.build()(x, context=embedded_context)
     torch.testing.assert_close(read @ weight.t(), x @ weight[:, :5].t() + given @ weight[:, 5:].t())
     with pytest.raises(TypeError, match="embedding"):
         condition.build()(x, context=plain)

@@ -45,11 +45,11 @@ def test_recorded_logits_are_detached():
     torch.nn.init.normal_(layer.router.gate.weight)
     for bank in (layer.experts.up, layer.experts.down):
         torch.nn.init.normal_(bank)
-    said = layer(
+    output = layer(
         torch.randn(5, 8), context=TokenContext.unbatched(5), router_state=RouterState()
     ).record
-    assert said.logits.shape == (5, 4)
-    assert not said.logits.requires_grad
+    assert output.logits.shape == (5, 4)
+    assert not output.logits.requires_grad
 
 
 def test_without_tokens_there_is_no_scale():

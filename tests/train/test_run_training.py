@@ -59,13 +59,13 @@ class Notes(ProgressDisplay):
     """A progress display that records its notes."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def __call__(self, _: RunStatus) -> "Notes":
         return self
 
     def note(self, text: str) -> None:
-        self.said.append(text)
+        self.messages.append(text)
 
 
 class At(Hook):
@@ -126,7 +126,7 @@ def test_a_signal_saves_and_prints_how_to_resume(
     result = train(synthetic_run(), out, hooks=[stop], progress=board)
     assert (result.stop_reason, result.exit_code) == (number.name, 128 + number)
     assert result.steps == 6
-    assert board.said[-1] == (
+    assert board.messages[-1] == (
         f"{number.name}: saved after step 6. Continue with: moesaic train --resume {out}"
     )
     train(synthetic_run(), out, resume=ResumeLatest(), progress=no_progress)
@@ -156,7 +156,7 @@ def test_a_finished_run_can_be_extended_with_a_lower_learning_rate(tmp_path: Pat
     longer = synthetic_run(steps=8, optimizer=AdamW(lr=1e-4))
     result = train(longer, tmp_path, resume=ResumeLatest(), progress=board)
     assert result.steps == 8
-    assert "optimizer.lr: was 0.001, now 0.0001" in board.said
+    assert "optimizer.lr: was 0.001, now 0.0001" in board.messages
 
 
 def test_a_damaged_checkpoint_is_skipped_with_a_note(whole: Path, tmp_path: Path) -> None:
@@ -165,8 +165,8 @@ def test_a_damaged_checkpoint_is_skipped_with_a_note(whole: Path, tmp_path: Path
     newest = RunDir(out).checkpoints / "step-00000012" / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-7])
     train(synthetic_run(), out, resume=ResumeLatest(), progress=board)
-    assert any("skipped" in n and "model.safetensors is truncated" in n for n in board.said)
-    assert any("resuming after step 10" in n for n in board.said)
+    assert any("skipped" in n and "model.safetensors is truncated" in n for n in board.messages)
+    assert any("resuming after step 10" in n for n in board.messages)
     assert compare_run_dirs(whole, out) == []
 
 
@@ -233,6 +233,6 @@ def test_rows_that_are_too_long_are_left_out_with_a_note(tmp_path: Path) -> None
     run = synthetic_run(steps=8)
     run = run.replace(loader=run.loader.replace(max_source=14, max_target=14))
     train(run, tmp_path / "run", progress=notes)
-    (said,) = [n for n in notes.said if "left out" in n]
-    assert "loader.max_source=14" in said
-    assert "eng_Latn-" in said
+    (messages,) = [n for n in notes.messages if "left out" in n]
+    assert "loader.max_source=14" in messages
+    assert "eng_Latn-" in messages

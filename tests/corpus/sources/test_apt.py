@@ -88,10 +88,10 @@ class Apt:
             for code, text in (("en", ENGLISH), ("de", GERMAN), ("ja", JAPANESE)):
                 path = Path(cwd) / f"lists/mirror_dists_stable_main_i18n_Translation-{code}"
                 path.write_text(text, encoding="utf-8")
-        said = "demo-data\ndemo\nother-data\n" if command[1] == "pkgnames" else ""
+        listing = "demo-data\ndemo\nother-data\n" if command[1] == "pkgnames" else ""
         if command[1] == "show":
-            said = "\n\n".join(f"Package: {n}\nVersion: 1:2.0" for n in command[3:])
-        return subprocess.CompletedProcess(command, 0, said, "")
+            listing = "\n\n".join(f"Package: {n}\nVersion: 1:2.0" for n in command[3:])
+        return subprocess.CompletedProcess(command, 0, listing, "")
 
 
 @pytest.fixture
