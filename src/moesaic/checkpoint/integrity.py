@@ -41,7 +41,8 @@ def check_checkpoint(directory: Path) -> list[IntegrityProblem]:
     manifest = read_manifest(directory)
     altered = file_problems(directory, manifest=manifest, names=manifest.files)
     if altered:
-        return [IntegrityProblem(*text.split(" ", 1)) for text in altered]
+        parts = (text.partition(" ") for text in altered)
+        return [IntegrityProblem(name, message) for name, _, message in parts]
     index = read_index(directory, manifest=manifest)
     problems = [
         IntegrityProblem(f"{f}/{n}", problem)
