@@ -1,4 +1,4 @@
-"""The glossary names what exists: each of our names in code style is an identifier of the package."""
+"""Each of our names in the glossary is an identifier of the package."""
 
 import io
 import re

@@ -48,13 +48,9 @@ class BalanceInputs:
 
 
 class Balance(Choice, StatefulRule):
-    """Family of balance terms. ``name`` is the key in ``RoutingRecord.losses``.
-
-    ``balances_load`` is true if minimising the loss evens the experts' load.
-    """
+    """Family of balance terms. ``name`` is the key in ``RoutingRecord.losses``."""
 
     name: ClassVar[str] = "balance"
-    balances_load: ClassVar[bool] = False
 
     def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
         """Return this rank's share of the weighted term."""
@@ -66,20 +62,28 @@ class Balance(Choice, StatefulRule):
 
     def balancing_weight(self) -> float:
         """Return the weight of the load balancing loss; 0 if the term does not balance load."""
-        return getattr(self, "weight", 0.0) if self.balances_load else 0.0
+        return 0.0
 
     def problems(self, _experts: int, _limit: Limit, /) -> str | None:
         """Return what the term expects of a layer with so many true experts, or None."""
         return None
 
 
-class SwitchBalance(Balance):
+class LoadBalancingLoss:
+    """Base of the terms that even the experts' load when their loss is minimised."""
+
+    weight: float
+
+    def balancing_weight(self) -> float:
+        return self.weight
+
+
+class SwitchBalance(LoadBalancingLoss, Balance):
     """``weight * E * sum_e f_e p_e`` (2101.03961, equations 4 to 6): ``weight`` when balanced.
 
     f_e is the fraction of edges of expert e before any drop, p_e its mean probability.
     """
 
-    balances_load: ClassVar[bool] = True
     weight: float = 0.01
 
     def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
@@ -104,7 +108,7 @@ def load_balance_loss(inputs: BalanceInputs, *, load: Float[Tensor, "E"]) -> Flo
     return load.numel() * torch.dot(fraction, mean)
 
 
-class SequenceBalance(Balance):
+class SequenceBalance(LoadBalancingLoss, Balance):
     """``weight * mean over rows of sum_e f_e P_e`` (DeepSeek-V3, 2412.19437, equations 17 to 20).
 
     Within a row of t tokens, f_e is E times the fraction of its edges that chose expert e, and P_e
@@ -114,7 +118,6 @@ class SequenceBalance(Balance):
     edges count, with ``BiasUpdate`` too.
     """
 
-    balances_load: ClassVar[bool] = True
     weight: float = 0.0001
 
     def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
@@ -142,7 +145,7 @@ def _global_rows(inputs: BalanceInputs) -> tuple[int, Int[Tensor, "T"]]:
     return rows.shape[0], index[gathered.start + row]
 
 
-class GlobalBatchBalance(Balance):
+class GlobalBatchBalance(LoadBalancingLoss, Balance):
     """``weight * E * sum_e f_e p_e``, f over the optimizer step so far (2501.11873, section 3).
 
     f_e is the fraction of edges of expert e on all ranks and in all micro-batches of the step up to
@@ -151,21 +154,19 @@ class GlobalBatchBalance(Balance):
     Without gradient accumulation this is ``SwitchBalance``, whose f covers all ranks already.
     """
 
-    balances_load: ClassVar[bool] = True
     weight: float = 0.01
 
     def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
         return self.weight * load_balance_loss(inputs, load=inputs.accumulated_load + inputs.load)
 
 
-class MicroBatchBalance(Balance):
+class MicroBatchBalance(LoadBalancingLoss, Balance):
     """The mean over ranks of each rank's local Switch loss, the baseline of 2501.11873.
 
     It balances each rank's part of a micro-batch, so the loss depends on the parallel layout, on
     purpose. Ranks without tokens do not count.
     """
 
-    balances_load: ClassVar[bool] = True
     weight: float = 0.01
 
     def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
@@ -178,7 +179,7 @@ class MicroBatchBalance(Balance):
         return local / busy[0].clamp(min=1).float()
 
 
-class DeviceBalance(Balance):
+class DeviceBalance(LoadBalancingLoss, Balance):
     """``weight * sum_i f'_i P'_i`` over groups of experts (2401.06066, equations 15 to 17).
 
     f'_i is the mean over the group's experts of E times their fraction of edges, P'_i the sum of
@@ -186,7 +187,6 @@ class DeviceBalance(Balance):
     as they would be placed on devices; null experts are in none.
     """
 
-    balances_load: ClassVar[bool] = True
     weight: float = 0.05
     num_groups: int = Field(default=2, ge=1)
 
@@ -203,7 +203,7 @@ class DeviceBalance(Balance):
         return f"groups to divide the experts, not {self.num_groups} groups of {experts}"
 
 
-class ImportanceBalance(Balance):
+class ImportanceBalance(LoadBalancingLoss, Balance):
     """``weight * CV(importance)^2`` (1701.06538, equations 6 and 7).
 
     The importance of an expert is the sum of its weights G(x) over the tokens of the batch, on all
@@ -212,7 +212,6 @@ class ImportanceBalance(Balance):
     implemented.
     """
 
-    balances_load: ClassVar[bool] = True
     weight: float = 0.1
 
     def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:
@@ -236,7 +235,7 @@ def squared_coefficient_of_variation(x: Float[Tensor, "E"]) -> Float[Tensor, ""]
     return x.var(correction=0) / mean.square().clamp(min=torch.finfo(x.dtype).tiny)
 
 
-class MutualInformationBalance(Balance):
+class MutualInformationBalance(LoadBalancingLoss, Balance):
     """``weight * (mean over tokens of H(e | x) - H(e))``, natural logs (DS-MoE, 2404.05567).
 
     Minus the mutual information of tokens and experts: between ``-weight * log E`` and 0. H(e) is
@@ -247,7 +246,6 @@ class MutualInformationBalance(Balance):
     """
 
     name: ClassVar[str] = "mutual_information"
-    balances_load: ClassVar[bool] = True
     weight: float = Field(default=0.0005, ge=0)
 
     def __call__(self, inputs: BalanceInputs) -> Float[Tensor, ""]:

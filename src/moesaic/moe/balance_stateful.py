@@ -3,13 +3,12 @@
 Letters: E experts (null experts included).
 """
 
-from typing import ClassVar
 
 import torch
 from pydantic import Field
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.balance import Balance, BalanceInputs, load_balance_loss
+from moesaic.moe.balance import Balance, BalanceInputs, LoadBalancingLoss, load_balance_loss
 from moesaic.moe.limit import Dropless, Limit
 from moesaic.moe.router_context import RoutingStats, RuleState
 
@@ -39,7 +38,7 @@ class BiasUpdate(Balance):
         return {"bias": state["bias"] + self.rate * missing.sign().float()}
 
 
-class AdaptiveBalance(Balance):
+class AdaptiveBalance(LoadBalancingLoss, Balance):
     """``scale * weight * E * sum_e f_e p_e``; the scale follows the share of dropped edges.
 
     As in axlearn's ``AdaptiveLoadBalanceLoss`` (the code of 2405.15052): each step updates a moving
@@ -51,7 +50,6 @@ class AdaptiveBalance(Balance):
     n-th step has 1/n before).
     """
 
-    balances_load: ClassVar[bool] = True
     weight: float = 0.01
     max_dropped: float = Field(default=0.05, gt=0)
     min_dropped: float = Field(default=0.001, ge=0)
@@ -79,7 +77,7 @@ class AdaptiveBalance(Balance):
         return {"log_scale": log_scale, "average": average, "steps": steps}
 
 
-class NullBalance(Balance):
+class NullBalance(LoadBalancingLoss, Balance):
     """``alpha * E * sum_e f_e p_e``, f of a null expert being their mean (AdaMoE, 2406.13233).
 
     The loss depends on the total load of the null experts, not on its distribution. f_e is the
@@ -88,7 +86,6 @@ class NullBalance(Balance):
     are the paper's, the linear schedule is ours).
     """
 
-    balances_load: ClassVar[bool] = True
     weight: float = Field(default=0.02, ge=0)
     final_weight: float = Field(default=0.0001, ge=0)
     decay_steps: int = Field(default=1000, ge=1)

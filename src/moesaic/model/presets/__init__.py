@@ -4,8 +4,9 @@
 guesses.
 """
 
-from moesaic.model.presets import own_presets, published_presets
+# importing a module registers its presets
+from moesaic.model.presets import own_presets as own_presets
+from moesaic.model.presets import published_presets as published_presets
 from moesaic.model.presets.preset import PRESETS, Preset, Published, preset
 
 __all__ = ["PRESETS", "Preset", "Published", "preset"]
-MODULES = (own_presets, published_presets)  # importing a module registers its presets
