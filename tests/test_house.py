@@ -245,7 +245,7 @@ def test_the_table_sets_us_beside_every_anchor(tmp_path: Path) -> None:
     assert rows[0]["files"] == "2"
     assert rows[0]["longest function"] == "8"
     assert rows[0]["fully typed"] == "100%"
-    assert len(rows) == 21
+    assert len(rows) == 22
     assert {"torchtitan 2026-08", "Megatron-LM 2026-08"} <= {r["code base"] for r in rows}
     widths = {len(line) for line in house.markdown(rows).splitlines()}
     assert len(widths) == 1

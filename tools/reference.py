@@ -1,4 +1,4 @@
-"""The reference: a page per room, written by `make docs` from signatures and docstrings."""
+"""The reference: one page per package, written by `make docs` from signatures and docstrings."""
 
 import ast
 import inspect
@@ -11,10 +11,10 @@ PAGES = ROOT / "docs" / "reference"
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
-def page(room: Path) -> str:
+def page(package: Path) -> str:
     """Return the page of one package: its docstring, then every module's public names."""
-    parts = [f"# moesaic.{room.name}", _doc(_parsed(room / "__init__.py"))]
-    for path in sorted(room.rglob("*.py")):
+    parts = [f"# moesaic.{package.name}", _doc(_parsed(package / "__init__.py"))]
+    for path in sorted(package.rglob("*.py")):
         if path.name == "__init__.py":
             continue
         module = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
@@ -57,8 +57,8 @@ def main() -> None:
     """Write every page."""
     PAGES.mkdir(parents=True, exist_ok=True)
     rooms = sorted(path.parent for path in SOURCE.glob("*/__init__.py"))
-    for room in rooms:
-        (PAGES / f"{room.name}.md").write_text(page(room), encoding="utf-8")
+    for package in rooms:
+        (PAGES / f"{package.name}.md").write_text(page(package), encoding="utf-8")
     print(f"{len(rooms)} pages in {PAGES.relative_to(ROOT)}")
 
 
