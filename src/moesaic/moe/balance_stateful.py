@@ -3,7 +3,6 @@
 Letters: E experts (null experts included).
 """
 
-
 import torch
 from pydantic import Field
 
