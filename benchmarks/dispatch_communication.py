@@ -43,12 +43,12 @@ from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher, hierarchical_d
 from moesaic.moe.config import MoE
 from moesaic.moe.dispatch_projection import DownProjection
 from moesaic.moe.dispatcher import Dispatcher
+from moesaic.moe.expert_selection import TopK
 from moesaic.moe.experts import ExpertShape, GroupedExperts
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.router_context import RouterState, TokenContext
-from moesaic.moe.router_logits import LayerIndex
+from moesaic.moe.router_gate import LayerIndex
 from moesaic.moe.routing import Routing
-from moesaic.moe.select import TopK
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 
 RANKS, NODE, E, D, F = 8, 4, 8, 128, 64

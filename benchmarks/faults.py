@@ -36,9 +36,9 @@ from support import write_result
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_tensors
-from moesaic.moe.balance import SwitchBalance
+from moesaic.moe.auxiliary_losses import SwitchBalance
 from moesaic.moe.config import MoE
-from moesaic.moe.select import TopK
+from moesaic.moe.expert_selection import TopK
 from moesaic.testing.tiny_models import synthetic_run, tiny_model_config
 from moesaic.train.resume import ResumeLatest
 from moesaic.train.run import CheckpointConfig, Run

@@ -18,10 +18,10 @@ import torch
 from kill_trials import kill_and_resume
 from support import write_result
 
-from moesaic.moe.balance import SwitchBalance
+from moesaic.moe.auxiliary_losses import SwitchBalance
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import Capacity, RandomPriority
-from moesaic.moe.select import TopK
+from moesaic.moe.expert_capacity import Capacity, RandomPriority
+from moesaic.moe.expert_selection import TopK
 from moesaic.testing.tiny_models import synthetic_run, tiny_model_config
 from moesaic.train.run import CheckpointConfig, Run
 

@@ -12,15 +12,15 @@ from typing import Any
 from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
 from moesaic.model.config import ModelConfig, Stack
-from moesaic.moe.balance import Balance, MicroBatchBalance
+from moesaic.moe.auxiliary_losses import Balance, MicroBatchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.dispatch_projection import DispatchProjection
+from moesaic.moe.expert_capacity import Capacity, Dropless, Limit, Priority
+from moesaic.moe.expert_selection import Select, TopK
 from moesaic.moe.experts import Expert, FeedForwardExpert, LoRAExpert
-from moesaic.moe.limit import Capacity, Dropless, Limit, Priority
 from moesaic.moe.null_experts import NullExperts
-from moesaic.moe.router_logits import CrossLayerRouting, RouterInput
+from moesaic.moe.router_gate import CrossLayerRouting, RouterInput
 from moesaic.moe.router_noise import RouterNoise
-from moesaic.moe.select import Select, TopK
 from moesaic.moe.shared_experts import SharedExpertBranch
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig

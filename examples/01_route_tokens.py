@@ -3,9 +3,9 @@
 import torch
 
 from moesaic.moe.batch_group import SingleRankBatch
-from moesaic.moe.limit import Capacity, WeightPriority
+from moesaic.moe.expert_capacity import Capacity, WeightPriority
+from moesaic.moe.expert_selection import TopK
 from moesaic.moe.router_context import RouterContext
-from moesaic.moe.select import TopK
 
 torch.manual_seed(0)
 logits = torch.randn(5, 4)  # five tokens, four experts

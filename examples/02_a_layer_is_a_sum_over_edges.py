@@ -3,10 +3,10 @@
 import torch
 
 from moesaic.moe.config import MoE
+from moesaic.moe.expert_selection import TopK
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.router_context import RouterState, TokenContext
-from moesaic.moe.router_logits import LayerIndex
-from moesaic.moe.select import TopK
+from moesaic.moe.router_gate import LayerIndex
 from moesaic.nn.feed_forward import FeedForwardConfig, SwiGLU
 
 torch.manual_seed(0)

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 import moesaic
+from moesaic.moe.expert_selection import Select
 from moesaic.moe.router_context import RouterContext
 from moesaic.moe.routing import Routing
-from moesaic.moe.select import Select
 
 
 class HashByPosition(Select):

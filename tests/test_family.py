@@ -3,7 +3,7 @@
 import family
 import pytest
 
-from moesaic.moe.select import Select, TopK
+from moesaic.moe.expert_selection import Select, TopK
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_members_of_a_test_or_a_user_are_left_out():
 def test_papers_are_links_and_tests_are_found(page):
     row = next(line for line in page.splitlines() if line.startswith("| `TopK`"))
     assert "[1701.06538](https://arxiv.org/abs/1701.06538)" in row
-    assert "`moe/test_select.py`" in row
+    assert "`moe/test_expert_selection.py`" in row
     assert " laws" in row
 
 

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import moesaic.moe
 from moesaic.core.config import Choice
-from moesaic.moe.balance import Balance
+from moesaic.moe.auxiliary_losses import Balance
 from moesaic.moe.config import SparseLayer
 from moesaic.moe.dispatch_projection import DispatchProjection
+from moesaic.moe.expert_capacity import Limit, Priority
+from moesaic.moe.expert_selection import Select
 from moesaic.moe.experts import Expert
-from moesaic.moe.limit import Limit, Priority
 from moesaic.moe.null_experts import NullExperts
-from moesaic.moe.router_logits import CrossLayerRouting, RouterInput
+from moesaic.moe.router_gate import CrossLayerRouting, RouterInput
 from moesaic.moe.router_noise import RouterNoise
-from moesaic.moe.select import Select
 from moesaic.moe.shared_experts import SharedExpertBranch
 
 ROOT = Path(__file__).resolve().parents[1]

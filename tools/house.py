@@ -146,7 +146,7 @@ def limits(repository: Repository) -> list[dict[str, str]]:
         ("lines of code proper", f"{code:,}", ""),
         ("files", str(len(files)), ""),
         (f"files under {SMALL_FILE} lines", str(small), ""),
-        ("public names defined twice", str(len(repository.twice)), "0"),
+        ("public classes and modules defined twice", str(len(repository.twice)), "0"),
         ("unused definitions", str(len(repository.unused)), "0"),
     ):
         table.append({"measure": name, "most": found, "limit": limit, "where": ""})

@@ -92,7 +92,7 @@ def test_diff_names_what_differs(tmp_path, capsys):
 
 def test_reshard_writes_the_requested_form(tmp_path, capsys):
     path = str(written(tmp_path, "three shards"))
-    whole = run_json(["ckpt", "reshard", path, "--unsharded", "--out", str(tmp_path / "w")], capsys)
+    whole = run_json(["ckpt", "reshard", path, "--full", "--out", str(tmp_path / "w")], capsys)
     assert whole["files"] == [
         "manifest.json",
         "model.safetensors",
@@ -106,4 +106,4 @@ def test_reshard_writes_the_requested_form(tmp_path, capsys):
     error = run_json(["ckpt", "reshard", path, "--out", str(tmp_path / "x")], capsys, code=2)[
         "error"
     ]
-    assert "expected one of --shards N and --unsharded" in error
+    assert "expected one of --shards N and --full" in error

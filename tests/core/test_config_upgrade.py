@@ -7,6 +7,7 @@ import pytest
 from moesaic.core.config import Choice, Config
 from moesaic.core.config_upgrade import RENAMED_KEYS, RENAMED_KINDS, SECTIONS, upgrade_config
 from moesaic.core.errors import ConfigError
+from moesaic.distributed.launchers import Slurm
 from moesaic.recipes.lookup import RECIPES
 from moesaic.train.run import Run
 
@@ -49,6 +50,7 @@ def test_every_new_name_exists() -> None:
     configs = {c.__name__: c for c in _subclasses(Config) if c.__module__.startswith("moesaic.")}
     assert all(issubclass(configs[name], Choice) for name in RENAMED_KINDS.values())
     assert set(SECTIONS.values()) <= set(configs)
+    assert issubclass(Slurm, Choice)  # its module is imported by the launch command alone
     for owner, keys in RENAMED_KEYS.items():
         fields = configs[owner].model_fields
         assert set(keys.values()) <= set(fields), owner

@@ -14,8 +14,8 @@ from moe.variants import BALANCES, balanced
 from moesaic.distributed.world import SingleProcess
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
+from moesaic.moe.expert_selection import TopK
 from moesaic.moe.layer import moe_layers
-from moesaic.moe.select import TopK
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import parallelize
 from moesaic.testing.tiny_models import LANGUAGES, TASKS, random_batch, tiny_model_config

@@ -6,7 +6,7 @@ import torch
 from moe.variants import DIM, LAYER_PARTS, layer, mixture, run
 from moesaic.moe.batch_group import BatchGroup
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import Limit
+from moesaic.moe.expert_capacity import Limit
 from moesaic.moe.router_context import RouterContext
 from moesaic.moe.routing import Routing
 

@@ -16,12 +16,12 @@ from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.transformer import Transformer
-from moesaic.moe.balance import GlobalBatchBalance, RouterZLoss, SwitchBalance
+from moesaic.moe.auxiliary_losses import GlobalBatchBalance, RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.cross_layer_router import DecoupledRouting, PreGatedRouting, RecurrentRouting
-from moesaic.moe.limit import Capacity, RandomPriority
-from moesaic.moe.router_logits import HiddenStateAndToken
-from moesaic.moe.select import TopK
+from moesaic.moe.expert_capacity import Capacity, RandomPriority
+from moesaic.moe.expert_selection import TopK
+from moesaic.moe.router_gate import HiddenStateAndToken
 from moesaic.moe.shared_experts import SharedExperts
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.positional_encoding import LearnedPositions

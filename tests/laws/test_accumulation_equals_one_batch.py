@@ -9,7 +9,7 @@ from moesaic.data.batch import Batch
 from moesaic.distributed.world import SingleProcess
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
-from moesaic.moe.select import TopK
+from moesaic.moe.expert_selection import TopK
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import parallelize
 from moesaic.testing.tiny_models import LANGUAGES, TASKS, random_batch, tiny_model_config

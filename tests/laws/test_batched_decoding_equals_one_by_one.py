@@ -7,7 +7,7 @@ from model.samples import BASE, VARIANTS, ids
 from moesaic.model.generate import Beam, Greedy, generate
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import Capacity
+from moesaic.moe.expert_capacity import Capacity
 
 SEARCHES = {
     "greedy": Greedy(),

@@ -14,12 +14,12 @@ from moesaic.distributed.world import ProcessGroupWorld
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.transformer import Transformer
 from moesaic.moe.attention_experts import MixtureOfAttention
-from moesaic.moe.balance import RouterZLoss, SequenceBalance, SwitchBalance
+from moesaic.moe.auxiliary_losses import RouterZLoss, SequenceBalance, SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.cross_layer_router import DecoupledRouting
-from moesaic.moe.limit import Capacity, RandomPriority
-from moesaic.moe.router_logits import HiddenStateAndTag
-from moesaic.moe.select import TopK
+from moesaic.moe.expert_capacity import Capacity, RandomPriority
+from moesaic.moe.expert_selection import TopK
+from moesaic.moe.router_gate import HiddenStateAndTag
 from moesaic.moe.shared_experts import GatedSharedExperts
 from moesaic.nn.attention import AttentionConfig
 from moesaic.parallel.config import ParallelConfig

@@ -16,12 +16,12 @@ from moesaic.distributed.process_groups import group_size, split_group
 from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher
 from moesaic.moe.config import MoE
 from moesaic.moe.dispatch_projection import DownProjection
+from moesaic.moe.expert_selection import TopK
 from moesaic.moe.experts import ExpertShape, GroupedExperts
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.router_context import RouterState, TokenContext
-from moesaic.moe.router_logits import LayerIndex
+from moesaic.moe.router_gate import LayerIndex
 from moesaic.moe.routing import Routing
-from moesaic.moe.select import TopK
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 
 RANKS, K = 4, 2

@@ -7,20 +7,31 @@ from moe.variants import BALANCES, balanced
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
 from moesaic.model.transformer import Transformer
-from moesaic.moe.balance import MutualInformationBalance, SequenceBalance, TargetLoadBalance
-from moesaic.moe.balance_stateful import BiasUpdate, NullBalance
+from moesaic.moe.adaptive_auxiliary_losses import NullBalance
+from moesaic.moe.auxiliary_losses import (
+    MutualInformationBalance,
+    SequenceBalance,
+    TargetLoadBalance,
+)
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.cross_layer_router import DecoupledRouting, RecurrentRouting
 from moesaic.moe.dispatch_projection import DownProjection
+from moesaic.moe.expert_bias import BiasUpdate
+from moesaic.moe.expert_capacity import (
+    Capacity,
+    PositionPriority,
+    Priority,
+    RandomPriority,
+    WeightPriority,
+)
+from moesaic.moe.expert_selection import Hash, NullTopK, SigmoidTopK, Top2, TopGroups, TopK
+from moesaic.moe.expert_selection_dynamic import DenseAll, ExpertChoice, Threshold, TopP
 from moesaic.moe.experts import LoRAExpert
 from moesaic.moe.layer import update_stateful_rules
-from moesaic.moe.limit import Capacity, PositionPriority, Priority, RandomPriority, WeightPriority
 from moesaic.moe.null_experts import IdentityExperts, ZeroExperts
 from moesaic.moe.product_key_memory import ProductKeyMemory
-from moesaic.moe.router_logits import HiddenStateAndTag
+from moesaic.moe.router_gate import HiddenStateAndTag
 from moesaic.moe.router_noise import Jitter, StochasticWarmup
-from moesaic.moe.select import Hash, NullTopK, SigmoidTopK, Top2, TopGroups, TopK
-from moesaic.moe.select_dynamic import DenseAll, ExpertChoice, Threshold, TopP
 from moesaic.moe.shared_experts import GatedSharedExperts, ResidualExpert
 from moesaic.moe.soft_moe import SoftMoE
 from moesaic.optim.optimizer import AdamW

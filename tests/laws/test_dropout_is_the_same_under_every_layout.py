@@ -16,8 +16,8 @@ from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
+from moesaic.moe.expert_selection import Top2
 from moesaic.moe.router_noise import Jitter
-from moesaic.moe.select import Top2
 from moesaic.testing.tiny_models import random_batch, tiny_model_config
 from moesaic.verify.synthetic_batches import shard_batch
 

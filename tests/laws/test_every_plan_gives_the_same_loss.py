@@ -7,10 +7,10 @@ encoder-decoder and a decoder. In every third batch some ranks have no token.
 import pytest
 
 from moesaic.distributed.parallel_plan import ParallelPlan
-from moesaic.moe.balance import RouterZLoss, SwitchBalance
+from moesaic.moe.auxiliary_losses import RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import Capacity
-from moesaic.moe.select import SwitchTop1, TopK
+from moesaic.moe.expert_capacity import Capacity
+from moesaic.moe.expert_selection import SwitchTop1, TopK
 from moesaic.moe.shared_experts import SharedExperts
 from moesaic.nn.attention import AttentionConfig
 from moesaic.optim.optimizer import AdamW

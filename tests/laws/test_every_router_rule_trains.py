@@ -6,7 +6,7 @@ import torch
 from model.samples import NONE, SPARSELY
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
-from moesaic.moe.select_dynamic import ExpertChoice
+from moesaic.moe.expert_selection_dynamic import ExpertChoice
 from moesaic.moe.soft_moe import SoftMoE
 from moesaic.testing.tiny_models import (
     TinyStream,

@@ -8,13 +8,13 @@ import torch
 from model.samples import BASE, batch_for, padded
 from moe.variants import DIM, EXPERTS, layer
 from moesaic.model.transformer import Transformer
-from moesaic.moe.balance import RouterZLoss, SwitchBalance
+from moesaic.moe.auxiliary_losses import RouterZLoss, SwitchBalance
 from moesaic.moe.batch_group import GatheredRows, SingleRankBatch
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import Capacity, PositionPriority, RandomPriority, WeightPriority
+from moesaic.moe.expert_capacity import Capacity, PositionPriority, RandomPriority, WeightPriority
+from moesaic.moe.expert_selection import Top2, TopK
+from moesaic.moe.expert_selection_dynamic import TopP
 from moesaic.moe.router_context import RouterContext, RouterState, TokenContext
-from moesaic.moe.select import Top2, TopK
-from moesaic.moe.select_dynamic import TopP
 
 X = torch.randn(40, DIM)
 

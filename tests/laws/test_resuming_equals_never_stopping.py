@@ -11,17 +11,17 @@ from moesaic.checkpoint.full_checkpoint import load_checkpoint, save_checkpoint
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld
 from moesaic.model.block_layout import ParallelResidual
+from moesaic.moe.adaptive_auxiliary_losses import NullBalance
 from moesaic.moe.attention_experts import MixtureOfAttention
-from moesaic.moe.balance import SwitchBalance
-from moesaic.moe.balance_stateful import NullBalance
+from moesaic.moe.auxiliary_losses import SwitchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.dispatch_projection import DownProjection
+from moesaic.moe.expert_capacity import Capacity, RandomPriority
+from moesaic.moe.expert_selection import NullTopK, TopK
 from moesaic.moe.experts import LoRAExpert
-from moesaic.moe.limit import Capacity, RandomPriority
 from moesaic.moe.null_experts import ZeroExperts
 from moesaic.moe.product_key_memory import ProductKeyMemory
 from moesaic.moe.router_noise import StochasticWarmup
-from moesaic.moe.select import NullTopK, TopK
 from moesaic.moe.shared_experts import ResidualExpert
 from moesaic.optim.optimizer import Muon
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer

@@ -10,11 +10,11 @@ from moesaic.core.shapes import Tensor
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
-from moesaic.moe.balance import SwitchBalance
-from moesaic.moe.balance_stateful import BiasUpdate
+from moesaic.moe.auxiliary_losses import SwitchBalance
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import Capacity
-from moesaic.moe.select import TopK
+from moesaic.moe.expert_bias import BiasUpdate
+from moesaic.moe.expert_capacity import Capacity
+from moesaic.moe.expert_selection import TopK
 from moesaic.optim.optimizer import AdamW
 from moesaic.parallel.config import ParallelConfig
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer

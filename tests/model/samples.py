@@ -5,24 +5,32 @@ import torch
 from moesaic.data.batch import PAD, Batch
 from moesaic.model.block_layout import ParallelResidual
 from moesaic.model.config import ModelConfig, Stack
+from moesaic.moe.adaptive_auxiliary_losses import NullBalance
 from moesaic.moe.attention_experts import MixtureOfAttention
-from moesaic.moe.balance import (
+from moesaic.moe.auxiliary_losses import (
     MutualInformationBalance,
     RouterZLoss,
     SwitchBalance,
     TargetLoadBalance,
 )
-from moesaic.moe.balance_stateful import NullBalance
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.cross_layer_router import DecoupledRouting, PreGatedRouting, RecurrentRouting
 from moesaic.moe.dispatch_projection import DownProjection
+from moesaic.moe.expert_selection import (
+    Hash,
+    NullTopK,
+    SigmoidTopK,
+    SwitchTop1,
+    Top2,
+    TopGroups,
+    TopK,
+)
+from moesaic.moe.expert_selection_dynamic import DenseAll, ExpertChoice, Threshold, TopP
 from moesaic.moe.experts import LoRAExpert
 from moesaic.moe.null_experts import IdentityExperts, ZeroExperts
 from moesaic.moe.product_key_memory import ProductKeyMemory
-from moesaic.moe.router_logits import HiddenStateAndTag, HiddenStateAndToken, TagOnly, TokenOnly
+from moesaic.moe.router_gate import HiddenStateAndTag, HiddenStateAndToken, TagOnly, TokenOnly
 from moesaic.moe.router_noise import StochasticWarmup
-from moesaic.moe.select import Hash, NullTopK, SigmoidTopK, SwitchTop1, Top2, TopGroups, TopK
-from moesaic.moe.select_dynamic import DenseAll, ExpertChoice, Threshold, TopP
 from moesaic.moe.shared_experts import GatedSharedExperts, ResidualExpert, SharedExperts
 from moesaic.moe.soft_moe import SoftMoE
 from moesaic.nn.attention import AttentionConfig

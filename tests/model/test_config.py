@@ -9,9 +9,9 @@ from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.parameter_count import count_parameters
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE, NoMoE
+from moesaic.moe.expert_selection import SwitchTop1, TopK
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.product_key_memory import ProductKeyMemory
-from moesaic.moe.select import SwitchTop1, TopK
 from moesaic.nn.attention import AttentionConfig
 
 

@@ -11,10 +11,10 @@ from moesaic.model.config import Stack
 from moesaic.model.parameter_count import BatchDims, count_parameters
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE, NoMoE
+from moesaic.moe.expert_selection import TopK
 from moesaic.moe.experts import LoRAExpert
 from moesaic.moe.null_experts import ZeroExperts
 from moesaic.moe.product_key_memory import ProductKeyMemory
-from moesaic.moe.select import TopK
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 
 

@@ -8,10 +8,10 @@ from threading import Barrier
 import torch
 
 from moesaic.core.shapes import Tensor
-from moesaic.moe.balance import Balance, BalanceInputs
+from moesaic.moe.auxiliary_losses import Balance, BalanceInputs
 from moesaic.moe.batch_group import GatheredRows, SingleRankBatch
+from moesaic.moe.expert_selection import Select, TopK
 from moesaic.moe.router_context import RouterContext, TokenContext
-from moesaic.moe.select import Select, TopK
 
 LENGTHS = (3, 9, 1, 20, 5, 26)  # tokens of each row
 TOKENS, EXPERTS = sum(LENGTHS), 8

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import torch
 
-from moesaic.moe.balance import BalanceInputs
+from moesaic.moe.auxiliary_losses import BalanceInputs
 from moesaic.moe.batch_group import SingleRankBatch
 from moesaic.moe.router_context import RouterContext, TokenContext
 

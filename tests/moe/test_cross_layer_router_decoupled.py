@@ -11,8 +11,8 @@ from moesaic.model.config import Stack
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.cross_layer_router import DecoupledRouting
-from moesaic.moe.router_logits import HiddenStateAndTag
-from moesaic.moe.select import TopK
+from moesaic.moe.expert_selection import TopK
+from moesaic.moe.router_gate import HiddenStateAndTag
 
 LINK = DecoupledRouting(dim=8, heads=2)
 CONFIG = BASE.replace(

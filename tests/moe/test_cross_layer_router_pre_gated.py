@@ -9,8 +9,8 @@ from moesaic.model.config import Stack
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.cross_layer_router import PreGatedRouting
+from moesaic.moe.expert_selection import TopK
 from moesaic.moe.layer import moe_layers
-from moesaic.moe.select import TopK
 
 CONFIG = BASE.replace(
     moe=MoE(experts=4, select=TopK(k=2), cross_layer=PreGatedRouting()),

@@ -10,9 +10,9 @@ from moesaic.model.config import Stack
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.cross_layer_router import RecurrentRouting
+from moesaic.moe.expert_selection import TopK
 from moesaic.moe.layer import moe_layers
-from moesaic.moe.router_logits import LayerIndex, RouterShape, StackInput
-from moesaic.moe.select import TopK
+from moesaic.moe.router_gate import LayerIndex, RouterShape, StackInput
 from moesaic.nn.packing import Packing
 
 T, D, P, E, LAYERS = 7, 10, 4, 5, 3

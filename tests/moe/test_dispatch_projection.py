@@ -7,7 +7,7 @@ from moe.variants import DIM, EXPERTS, layer, run
 from moesaic.moe.config import MoE
 from moesaic.moe.dispatch_projection import DownProjection
 from moesaic.moe.dispatcher import LocalDispatcher
-from moesaic.moe.select import TopK
+from moesaic.moe.expert_selection import TopK
 
 MIXTURE = MoE(experts=EXPERTS, select=TopK(k=2))
 X = torch.randn(9, DIM)

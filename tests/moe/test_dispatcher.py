@@ -3,9 +3,9 @@
 import torch
 
 from moesaic.moe.dispatcher import Dispatcher, LocalDispatcher, apply_experts, sort_edges
+from moesaic.moe.expert_selection import TopK
 from moesaic.moe.experts import ExpertModule
 from moesaic.moe.router_context import RouterContext
-from moesaic.moe.select import TopK
 
 T, E, D = 20, 5, 4
 

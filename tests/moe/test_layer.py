@@ -8,7 +8,7 @@ from torch import nn
 from moesaic.moe.config import MoE
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.router_context import RouterState, TokenContext
-from moesaic.moe.router_logits import LayerIndex
+from moesaic.moe.router_gate import LayerIndex
 from moesaic.nn.feed_forward import FeedForwardConfig
 
 D = 8

@@ -1,11 +1,11 @@
 """An MoE config round-trips through YAML."""
 
 from moesaic.core.config import Config
-from moesaic.moe.balance import RouterZLoss, SwitchBalance
+from moesaic.moe.auxiliary_losses import RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
-from moesaic.moe.limit import Capacity, PositionPriority
+from moesaic.moe.expert_capacity import Capacity, PositionPriority
+from moesaic.moe.expert_selection import TopK
 from moesaic.moe.router_noise import Jitter
-from moesaic.moe.select import TopK
 
 
 class Holder(Config):

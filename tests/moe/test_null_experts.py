@@ -5,8 +5,8 @@ import torch
 
 from moe.variants import DIM, EXPERTS, layer, run
 from moesaic.moe.config import MoE
+from moesaic.moe.expert_selection import TopK
 from moesaic.moe.null_experts import IdentityExperts, NoNullExperts, ZeroExperts, drop_null_edges
-from moesaic.moe.select import TopK
 
 X = torch.randn(30, DIM)
 

@@ -2,12 +2,12 @@
 
 import torch
 
-from moesaic.moe.balance import RouterZLoss, SwitchBalance
+from moesaic.moe.auxiliary_losses import RouterZLoss, SwitchBalance
 from moesaic.moe.batch_group import SingleRankBatch
 from moesaic.moe.config import MoE
 from moesaic.moe.router import Router
 from moesaic.moe.router_context import RouterState, TokenContext
-from moesaic.moe.router_logits import LayerIndex
+from moesaic.moe.router_gate import LayerIndex
 
 D, E = 16, 4
 

@@ -4,11 +4,11 @@ import torch
 
 from moesaic.moe.batch_group import SingleRankBatch
 from moesaic.moe.config import MoE
+from moesaic.moe.expert_selection import SwitchTop1
 from moesaic.moe.router import Router
 from moesaic.moe.router_context import RouterContext, RouterState, TokenContext
-from moesaic.moe.router_logits import LayerIndex
+from moesaic.moe.router_gate import LayerIndex
 from moesaic.moe.router_noise import NoRouterNoise, StochasticWarmup
-from moesaic.moe.select import SwitchTop1
 
 D, E, T, STEPS = 6, 8, 400, 5
 

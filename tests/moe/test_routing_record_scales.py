@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from moesaic.moe.config import MoE
+from moesaic.moe.expert_selection import TopK
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.router_context import RouterState, TokenContext
-from moesaic.moe.router_logits import LayerIndex
+from moesaic.moe.router_gate import LayerIndex
 from moesaic.moe.routing import Routing
 from moesaic.moe.routing_record import RoutingRecord
-from moesaic.moe.select import TopK
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 
 ROUTING = Routing(torch.zeros(2).long(), torch.zeros(2).long(), torch.ones(2), 2, 4)

@@ -6,10 +6,10 @@ import torch
 from moesaic.core.errors import UserError
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
+from moesaic.moe.expert_selection import TopK
 from moesaic.moe.layer import moe_layers
 from moesaic.moe.routing_record import routes_from_records
 from moesaic.moe.routing_replay import replay_routing
-from moesaic.moe.select import TopK
 from moesaic.testing.tiny_models import random_batch, tiny_model_config
 
 BATCH = random_batch(3, seed=0)

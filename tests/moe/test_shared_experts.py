@@ -4,7 +4,7 @@ import torch
 
 from moe.variants import DIM, EXPERTS, HIDDEN, layer, run
 from moesaic.moe.config import MoE
-from moesaic.moe.select import TopK
+from moesaic.moe.expert_selection import TopK
 from moesaic.moe.shared_experts import GatedSharedExperts, SharedExperts
 from moesaic.nn.feed_forward import ReLU
 

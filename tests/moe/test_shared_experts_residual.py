@@ -4,7 +4,7 @@ import torch
 
 from moe.variants import DIM, EXPERTS, layer, run
 from moesaic.moe.config import MoE
-from moesaic.moe.select import SwitchTop1
+from moesaic.moe.expert_selection import SwitchTop1
 from moesaic.moe.shared_experts import ResidualExpert, SharedExperts
 
 MIXTURE = MoE(experts=EXPERTS, select=SwitchTop1())

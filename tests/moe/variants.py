@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from moesaic.moe.balance import (
+from moesaic.moe.adaptive_auxiliary_losses import AdaptiveBalance
+from moesaic.moe.auxiliary_losses import (
     Balance,
     DeviceBalance,
     EntropyBalance,
@@ -14,18 +15,30 @@ from moesaic.moe.balance import (
     SequenceBalance,
     SwitchBalance,
 )
-from moesaic.moe.balance_stateful import AdaptiveBalance, BiasUpdate
 from moesaic.moe.config import MoE
 from moesaic.moe.dispatch_projection import DownProjection
+from moesaic.moe.expert_bias import BiasUpdate
+from moesaic.moe.expert_capacity import (
+    Capacity,
+    Dropless,
+    PositionPriority,
+    RandomPriority,
+    WeightPriority,
+)
+from moesaic.moe.expert_selection import Hash, NullTopK, SigmoidTopK, SwitchTop1, Top2, TopK
+from moesaic.moe.expert_selection_dynamic import (
+    DenseAll,
+    ExpertChoice,
+    Threshold,
+    ThresholdAtInference,
+    TopP,
+)
 from moesaic.moe.experts import LoRAExpert
 from moesaic.moe.layer import MoELayer
-from moesaic.moe.limit import Capacity, Dropless, PositionPriority, RandomPriority, WeightPriority
 from moesaic.moe.null_experts import IdentityExperts, NoNullExperts, ZeroExperts
 from moesaic.moe.router_context import RouterState, TokenContext
-from moesaic.moe.router_logits import LayerIndex
+from moesaic.moe.router_gate import LayerIndex
 from moesaic.moe.routing_record import RoutingRecord
-from moesaic.moe.select import Hash, NullTopK, SigmoidTopK, SwitchTop1, Top2, TopK
-from moesaic.moe.select_dynamic import DenseAll, ExpertChoice, Threshold, ThresholdAtInference, TopP
 from moesaic.moe.shared_experts import GatedSharedExperts, ResidualExpert, SharedExperts
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU, SwiGLU
 

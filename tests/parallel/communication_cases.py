@@ -4,8 +4,8 @@ from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.parameter_count import BatchDims
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import Capacity
-from moesaic.moe.select import SwitchTop1, TopK
+from moesaic.moe.expert_capacity import Capacity
+from moesaic.moe.expert_selection import SwitchTop1, TopK
 from moesaic.moe.shared_experts import SharedExperts
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig

@@ -6,17 +6,17 @@ import torch
 from moesaic.core.shapes import Tensor
 from moesaic.distributed.world import SingleProcess
 from moesaic.model.transformer import Transformer
-from moesaic.moe.balance import GlobalBatchBalance
+from moesaic.moe.auxiliary_losses import GlobalBatchBalance
 from moesaic.moe.config import MoE
 from moesaic.moe.cross_layer_router import RecurrentRouting
+from moesaic.moe.expert_capacity import Capacity, RandomPriority
+from moesaic.moe.expert_selection import TopK
 from moesaic.moe.layer import accumulate_routing_stats
-from moesaic.moe.limit import Capacity, RandomPriority
 from moesaic.moe.router_noise import Jitter
-from moesaic.moe.select import TopK
 from moesaic.parallel.activation_checkpointing import (
     ActivationCheckpointing,
     CheckpointBlocks,
-    NoCheckpointing,
+    NoActivationCheckpointing,
     apply_activation_checkpointing,
 )
 from moesaic.parallel.config import ParallelConfig
@@ -66,7 +66,9 @@ def _step(model: Transformer) -> tuple[dict[str, float], list[Tensor | None]]:
 )
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_step_is_the_same_bit_for_bit(name: str, by: ActivationCheckpointing) -> None:
-    expected, expected_grads = _step(_model(MIXTURES[name], NoCheckpointing(), dropout=0.1))
+    expected, expected_grads = _step(
+        _model(MIXTURES[name], NoActivationCheckpointing(), dropout=0.1)
+    )
     terms, grads = _step(_model(MIXTURES[name], by, dropout=0.1))
     assert terms == expected
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
@@ -98,7 +100,7 @@ def test_fewer_bytes_are_kept() -> None:
     moe = MIXTURES["top1-rts-jitter"]
     bytes_kept = [
         _kept(_model(moe, by))
-        for by in (NoCheckpointing(), CheckpointBlocks(every=2), CheckpointBlocks())
+        for by in (NoActivationCheckpointing(), CheckpointBlocks(every=2), CheckpointBlocks())
     ]
     assert bytes_kept == sorted(bytes_kept, reverse=True)
     assert bytes_kept[2] < bytes_kept[0] / 4
@@ -118,7 +120,7 @@ def test_statistics_accumulated_between_the_passes_do_not_change_the_gradient() 
         sum(losses).backward()
         return [p.grad for p in model.parameters()]
 
-    expected = grads(NoCheckpointing(), early=False)
+    expected = grads(NoActivationCheckpointing(), early=False)
     found = grads(CheckpointBlocks(), early=True)
     assert all(
         (a is None and b is None) or torch.equal(a, b) for a, b in zip(found, expected, strict=True)

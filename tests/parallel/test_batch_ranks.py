@@ -8,8 +8,8 @@ from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
 from moesaic.model.transformer import Transformer
 from moesaic.moe.batch_group import BatchGroup
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import Capacity
-from moesaic.moe.select import SwitchTop1
+from moesaic.moe.expert_capacity import Capacity
+from moesaic.moe.expert_selection import SwitchTop1
 from moesaic.parallel.batch_ranks import BatchRanks, CapacityScope, DataParallelRank, GlobalBatch
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import parallelize

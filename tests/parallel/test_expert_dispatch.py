@@ -14,12 +14,12 @@ from moesaic.distributed.world import ProcessGroupWorld, local_tensor
 from moesaic.model.transformer import Transformer
 from moesaic.moe.adaptive_dispatcher import AdaptiveDispatcher
 from moesaic.moe.all_to_all_dispatcher import AllToAllDispatcher, DeduplicatedAllToAllDispatcher
-from moesaic.moe.balance import SwitchBalance
+from moesaic.moe.auxiliary_losses import SwitchBalance
 from moesaic.moe.chunked_dispatcher import ChunkedAllToAllDispatcher
 from moesaic.moe.config import MoE
+from moesaic.moe.expert_selection import TopK
 from moesaic.moe.experts import LoRAExpert
 from moesaic.moe.layer import moe_layers
-from moesaic.moe.select import TopK
 from moesaic.moe.shared_experts import SharedExperts
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.expert_dispatch import (

@@ -118,7 +118,7 @@ def test_what_is_not_estimated_is_refused_with_the_way_out() -> None:
         on_rank(BOTH, ring, 4)
     checkpointing = parallel().replace(activation_checkpointing=CheckpointBlocks())
     with pytest.raises(
-        ConfigError, match=r"activation_checkpointing=CheckpointBlocks.*NoCheckpointing"
+        ConfigError, match=r"activation_checkpointing=CheckpointBlocks.*NoActivationCheckpointing"
     ):
         on_rank(BOTH, checkpointing, 4)
     with pytest.raises(UserError, match="choose other rows"):

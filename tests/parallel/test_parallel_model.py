@@ -7,7 +7,7 @@ from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
 from moesaic.moe.config import MoE
-from moesaic.moe.select import TopK
+from moesaic.moe.expert_selection import TopK
 from moesaic.optim.optimizer import Muon
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.sharding_plan import write_shard

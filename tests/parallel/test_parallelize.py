@@ -6,8 +6,8 @@ from moesaic.core.errors import ConfigError
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
-from moesaic.moe.select import TopK
-from moesaic.moe.select_dynamic import ExpertChoice
+from moesaic.moe.expert_selection import TopK
+from moesaic.moe.expert_selection_dynamic import ExpertChoice
 from moesaic.moe.soft_moe import SoftMoE
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parallelize import check_parallel, whole_row_problems

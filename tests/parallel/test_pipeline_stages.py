@@ -11,8 +11,8 @@ from moesaic.model.parameter_count import BatchDims, count_parameters
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.cross_layer_router import RecurrentRouting
-from moesaic.moe.router_logits import HiddenStateAndTag
-from moesaic.moe.select import TopK
+from moesaic.moe.expert_selection import TopK
+from moesaic.moe.router_gate import HiddenStateAndTag
 from moesaic.nn.embedding import EmbeddingConfig
 from moesaic.nn.positional_encoding import LearnedPositions
 from moesaic.parallel.partial_forward import BlockRange, forward_blocks

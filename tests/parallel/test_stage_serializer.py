@@ -5,7 +5,7 @@ import torch
 
 from moesaic.moe.config import MoE
 from moesaic.moe.cross_layer_router import PreGatedRouting, RecurrentRouting
-from moesaic.moe.select import TopK
+from moesaic.moe.expert_selection import TopK
 from moesaic.parallel.partial_forward import BlockRange, StageIO
 from moesaic.parallel.stage_serializer import (
     LocalTokens,

@@ -2,9 +2,14 @@
 
 import yaml
 
-from moesaic.moe.balance import EntropyBalance, GlobalBatchBalance, RouterZLoss, SwitchBalance
-from moesaic.moe.balance_stateful import BiasUpdate
+from moesaic.moe.auxiliary_losses import (
+    EntropyBalance,
+    GlobalBatchBalance,
+    RouterZLoss,
+    SwitchBalance,
+)
 from moesaic.moe.config import MoE
+from moesaic.moe.expert_bias import BiasUpdate
 from moesaic.report.report_inputs import ReportInputs
 from moesaic.report.routing_sections import router_settings
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run

@@ -13,7 +13,7 @@ from moesaic.model.generate import Beam, Greedy
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights
 from moesaic.moe.config import MoE
-from moesaic.moe.select import Top2
+from moesaic.moe.expert_selection import Top2
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.serve.translator import TranslationLimits, Translator

@@ -8,7 +8,7 @@ from model.samples import CONDITIONED, LINKED
 from moe.variants import BALANCES, balanced
 from moesaic.model.config import Stack
 from moesaic.moe.config import MoE
-from moesaic.moe.select import TopK
+from moesaic.moe.expert_selection import TopK
 from moesaic.optim.optimizer import AdamW
 from moesaic.testing.tiny_models import (
     TinyStream,

@@ -8,7 +8,7 @@ from moesaic.checkpoint.routes_file import RoutesFile
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import Capacity
+from moesaic.moe.expert_capacity import Capacity
 from moesaic.moe.routing_agreement import compare_routes
 from moesaic.optim.optimizer import AdamW
 from moesaic.testing.tiny_models import TinyStream, tiny_model_config, tiny_run, tiny_trainer

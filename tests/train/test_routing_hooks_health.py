@@ -7,7 +7,7 @@ import torch
 
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
-from moesaic.moe.balance import (
+from moesaic.moe.auxiliary_losses import (
     Balance,
     DeviceBalance,
     EntropyBalance,
@@ -15,12 +15,12 @@ from moesaic.moe.balance import (
     SequenceBalance,
     SwitchBalance,
 )
-from moesaic.moe.balance_stateful import BiasUpdate
 from moesaic.moe.config import MoE, NoMoE
-from moesaic.moe.limit import Capacity, PositionPriority, RandomPriority
+from moesaic.moe.expert_bias import BiasUpdate
+from moesaic.moe.expert_capacity import Capacity, PositionPriority, RandomPriority
+from moesaic.moe.expert_selection import TopK
+from moesaic.moe.expert_selection_dynamic import Threshold
 from moesaic.moe.router_context import TokenContext
-from moesaic.moe.select import TopK
-from moesaic.moe.select_dynamic import Threshold
 from moesaic.monitor.expert_usage import RecordedUsage, read_usage
 from moesaic.monitor.health_rules import RouterSettings
 from moesaic.testing.tiny_models import (

@@ -2,9 +2,9 @@
 
 import torch
 
-from moesaic.moe.balance import SwitchBalance
+from moesaic.moe.auxiliary_losses import SwitchBalance
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import Capacity, RandomPriority
+from moesaic.moe.expert_capacity import Capacity, RandomPriority
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
 from moesaic.train.loop import training_loop
 from moesaic.train.run import ValidationConfig

@@ -6,10 +6,10 @@ import pytest
 import torch.distributed as distributed
 from defects import DATA, DEFECTS, TENSOR
 
-from moesaic.moe.balance import RouterZLoss, SwitchBalance
+from moesaic.moe.auxiliary_losses import RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import Capacity
-from moesaic.moe.select import SwitchTop1
+from moesaic.moe.expert_capacity import Capacity
+from moesaic.moe.expert_selection import SwitchTop1
 from moesaic.parallel.config import ParallelConfig
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run
 from moesaic.train.trainer import Trainer

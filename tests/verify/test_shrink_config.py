@@ -4,8 +4,8 @@ import pytest
 
 from moesaic.model.config import Stack
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import Capacity
-from moesaic.moe.select import SigmoidTopK, TopGroups
+from moesaic.moe.expert_capacity import Capacity
+from moesaic.moe.expert_selection import SigmoidTopK, TopGroups
 from moesaic.moe.shared_experts import SharedExperts
 from moesaic.nn.attention import AttentionConfig
 from moesaic.optim.optimizer import AdamW, Muon

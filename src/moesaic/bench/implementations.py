@@ -26,9 +26,9 @@ from moesaic.bench.layer_workload import (
 )
 from moesaic.core.shapes import Tensor
 from moesaic.moe.dispatcher import LocalDispatcher
+from moesaic.moe.expert_selection import TopK
 from moesaic.moe.experts import ExpertShape, GroupedExperts
 from moesaic.moe.router_context import RouterContext
-from moesaic.moe.select import TopK
 from moesaic.nn.feed_forward import FeedForwardConfig, SwiGLU
 from moesaic.ops.kernel_selection import GROUPED_GEMMS, select_moe_kernel
 from moesaic.ops.moe_kernel import Edges, MoEKernel, UnfusedMoEKernel

@@ -103,19 +103,19 @@ def reshard_checkpoint(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where step-N is written.")],
     shards: Annotated[int | None, typer.Option(min=1, help="Number of shards.")] = None,
     unsharded: Annotated[
-        bool, typer.Option("--unsharded", help="One file for model, one for optimizer, ...")
+        bool, typer.Option("--full", help="One file for model, one for optimizer, ...")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Rewrite a checkpoint in another form, with one tensor in memory at a time.
 
     Resuming does not need it: any number of ranks loads any form. It is for other tools
-    (--unsharded writes plain safetensors files) and for fewer or more files.
+    (--full writes plain safetensors files) and for fewer or more files.
 
-    Example: [cyan]moesaic ckpt reshard runs/demo --unsharded --out exported[/]
+    Example: [cyan]moesaic ckpt reshard runs/demo --full --out exported[/]
     """
     if unsharded == (shards is not None):
-        raise UserError("expected one of --shards N and --unsharded: the form to write")
+        raise UserError("expected one of --shards N and --full: the form to write")
     form: CheckpointForm = FullForm() if shards is None else ShardedForm(shards)
     written = reshard(find_checkpoint(path), root=out, form=form)
     value = {"path": str(written), "files": sorted(p.name for p in written.iterdir())}

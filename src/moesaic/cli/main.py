@@ -34,7 +34,7 @@ COMMANDS = {
 
 RENAMED_OPTIONS = {
     ("ckpt", "--ranks"): "--shards",
-    ("ckpt", "--whole"): "--unsharded",
+    ("ckpt", "--whole"): "--full",
     ("launch", "--fewest-nodes"): "--min-nodes",
     ("launch", "--on"): "--launcher",
     ("launch", "--restarts"): "--max-restarts",

@@ -37,7 +37,7 @@ RENAMED_KINDS = {
     "InChunks": "ChunkedAllToAll",
     "Joined": "PivotDirections",
     "Keep": "KeepNearDuplicates",
-    "KeepAll": "NoCheckpointing",
+    "KeepAll": "NoActivationCheckpointing",
     "KeptFraction": "TargetLoadBalance",
     "Learned": "LearnedPositions",
     "Lend": "AdaptiveExperts",
@@ -117,6 +117,7 @@ RENAMED_KEYS = {
     "Run": {"accumulate": "gradient_accumulation_steps", "patience_s": "collective_timeout_s"},
     "SigmoidTopK": {"among": "expert_groups"},
     "SkipSpikes": {"lasting": "patience", "lower": "lr_factor"},
+    "Slurm": {"more": "extra_options"},
     "SoftMoE": {"length": "assumed_length"},
     "SplitConfig": {"near": "near_duplicates"},
     "Stack": {"dense": "first_dense_layers", "experts": "experts_per_layer"},
@@ -150,6 +151,7 @@ MAX_SHOWN_RENAMES = 3
 
 # parts of parameter names in checkpoints of format 1, and their present names
 RENAMED_PARAMETER_PARTS = {
+    "alike": "replicated",
     "all": "attention",
     "always": "feed_forward",
     "beside": "shared_experts",

@@ -1,7 +1,7 @@
 """Hang report: which ranks the others wait for, from the heartbeats of all ranks, in a sentence.
 
 A rank that waits in a collective is not the cause: the search continues from it to the members of
-its group that have not entered the collective, until it reaches ranks that wait for nobody.
+its group that have not entered the collective, until it reaches ranks that wait in no collective.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,10 +21,10 @@ RESUME_HINT = (
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """One rank as the others see it. ``members`` is the group of its last collective.
+    """The state of one rank, as read from its heartbeat.
 
-    ``process`` is its process id and machine, empty where it has posted nothing; ``failure`` is the
-    error that it posted before it ended.
+    ``members`` is the group of its last collective. ``process`` is its process id and machine,
+    empty where it has posted nothing; ``failure`` is the error that it posted before it ended.
     """
 
     rank: int

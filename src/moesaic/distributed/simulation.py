@@ -31,7 +31,10 @@ _PEAK_INTERVAL = 64  # operations between two measurements of the memory in use
 
 @contextmanager
 def fake_process_group(world_size: int, *, rank: int = 0) -> Iterator[None]:
-    """Be rank ``rank`` of ``world_size`` without the others. No group may exist yet."""
+    """Make a fake process group of ``world_size`` ranks with this process as ``rank``.
+
+    No process group may exist yet.
+    """
     distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield
@@ -102,7 +105,7 @@ class SimulatedRank(TorchDispatchMode):
 
 
 class SharedChunks(TorchFunctionMode):
-    """Makes ``torch.chunk`` return one view many times: FSDP2 asks for thousands and reads two."""
+    """Makes ``torch.chunk`` return one view many times: FSDP2 requests thousands and reads two."""
 
     def __torch_function__(
         self,

@@ -95,7 +95,7 @@ def corpus_testsets(
 def read_testset(
     path: Path | str, *, source: str, target: str, limit: int | None = None
 ) -> TestSet:
-    """Read one file of pairs, or a Moses prefix, whatever ``readers.files.read_pairs`` reads."""
+    """Read one file of pairs, or a Moses prefix, in a format of ``corpus.readers.formats``."""
     pairs = read_pairs(path, source=source, target=target)
     return make_testset(pairs, name=Path(path).name, source=source, target=target, limit=limit)
 

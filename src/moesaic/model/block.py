@@ -17,7 +17,7 @@ from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.parameter_spec import FeedForwardShape
 from moesaic.moe.router_context import RouterState, TokenContext
-from moesaic.moe.router_logits import LayerIndex
+from moesaic.moe.router_gate import LayerIndex
 from moesaic.moe.routing_record import RoutingRecord
 from moesaic.nn.attention import CrossAttention
 from moesaic.nn.attention_backend import KeyValue

@@ -15,7 +15,7 @@ from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.experts import ExpertShape
 from moesaic.moe.parameter_spec import FeedForwardShape, ParameterSpec
-from moesaic.moe.router_logits import LayerIndex, RouterShape
+from moesaic.moe.router_gate import LayerIndex, RouterShape
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.positional_encoding import LearnedPositions

@@ -1,4 +1,4 @@
-"""Training memory: the bytes of a training step, computed from the config.
+"""Training memory of one process: the bytes of a training step, computed from the config.
 
 Weights, gradients and optimizer state are exact. Activations are the tensors that autograd saves
 for backward in float32 on one device, without padding or activation checkpointing; the formulas
@@ -19,7 +19,7 @@ from moesaic.model.parameter_count import BatchDims, count_parameters
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.experts import ExpertShape
 from moesaic.moe.parameter_spec import FeedForwardShape
-from moesaic.moe.router_logits import LayerIndex, RouterShape
+from moesaic.moe.router_gate import LayerIndex, RouterShape
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.positional_encoding import Rotary
 from moesaic.optim.optimizer import AdamW, Optimizer

@@ -30,7 +30,7 @@ from moesaic.model.kv_cache import EncoderOutput, KVCache
 from moesaic.model.weights import initialize_weights, parameter_kinds
 from moesaic.moe.config import MoE
 from moesaic.moe.router_context import RouterState, TokenContext
-from moesaic.moe.router_logits import RouterDecodeState, RouterShape, SharedRouter, StackInput
+from moesaic.moe.router_gate import RouterDecodeState, RouterShape, SharedRouter, StackInput
 from moesaic.nn.attention_backend import KeyValue
 from moesaic.nn.embedding import Embedding
 from moesaic.nn.packing import Packing

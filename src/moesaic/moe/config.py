@@ -8,21 +8,21 @@ from torch import nn
 
 from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
-from moesaic.moe.balance import Balance, SwitchBalance
+from moesaic.moe.auxiliary_losses import Balance, SwitchBalance
 from moesaic.moe.dispatch_projection import DispatchProjection, NoDispatchProjection
+from moesaic.moe.expert_capacity import Dropless, Limit
+from moesaic.moe.expert_selection import Select, SwitchTop1, TopK
 from moesaic.moe.experts import Expert, FeedForwardExpert
-from moesaic.moe.limit import Dropless, Limit
 from moesaic.moe.null_experts import NoNullExperts, NullExperts
 from moesaic.moe.parameter_spec import FeedForwardShape, ParameterSpec
 from moesaic.moe.router_context import StatefulRule
-from moesaic.moe.router_logits import (
+from moesaic.moe.router_gate import (
     CrossLayerRouting,
     HiddenState,
     IndependentRouters,
     RouterInput,
 )
 from moesaic.moe.router_noise import NoRouterNoise, RouterNoise
-from moesaic.moe.select import Select, SwitchTop1, TopK
 from moesaic.moe.shared_experts import NoSharedExperts, SharedExpertBranch, SharedExperts
 from moesaic.nn.feed_forward import FeedForwardConfig
 

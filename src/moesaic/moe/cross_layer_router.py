@@ -16,7 +16,7 @@ from torch import nn
 from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.parameter_spec import ParameterSpec
 from moesaic.moe.router_context import RouterState
-from moesaic.moe.router_logits import (
+from moesaic.moe.router_gate import (
     CrossLayerRouting,
     GateOutput,
     HiddenState,

@@ -38,11 +38,11 @@ class NoDispatchProjection(DispatchProjection):
 
 
 class DownProjection(DispatchProjection):
-    """Descend, communicate, communicate, ascend: BigMac (2502.16927), ``M = ratio * D``.
+    """Down-projection before dispatch, up-projection after combine (BigMac, 2502.16927).
 
-    All experts of a layer share one projection from D to M before dispatch and one from M to D
-    after combine; the experts are feed-forwards of dim M. The volume of the all-to-all is ``ratio``
-    times that of full rows. The router and the shared experts read full rows. That the projections
+    ``M = ratio * D``. All experts of a layer share one projection from D to M before dispatch and
+    one from M to D after combine; the experts are feed-forwards of dim M. The volume of the
+    all-to-all is ``ratio`` times that of full rows. The router and the shared experts read full rows. That the projections
     have no bias and no norm is our reading.
     """
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from moesaic.core.shapes import Float, Tensor
-from moesaic.moe.balance import BalanceInputs
+from moesaic.moe.auxiliary_losses import BalanceInputs
 from moesaic.moe.batch_group import BatchGroup
 from moesaic.moe.config import MoE
 from moesaic.moe.router_context import RouterContext, RouterState, RoutingStats, TokenContext
-from moesaic.moe.router_logits import LayerIndex, RouterShape
+from moesaic.moe.router_gate import LayerIndex, RouterShape
 from moesaic.moe.routing import Routing
 
 
@@ -33,7 +33,10 @@ class RouterOutput:
 
 
 class Router(nn.Module):
-    """The gate of an MoE layer and its routing rules; the rules' state is in its buffers."""
+    """Router of an MoE layer: gate, noise, selection, capacity limit and balance losses.
+
+    The state of its rules is in buffers.
+    """
 
     stats_sum: Tensor
 

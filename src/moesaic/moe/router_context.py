@@ -1,4 +1,4 @@
-"""Router context: what a routing rule reads (logits, tokens, its own state) and learns from.
+"""Router context: the logits, tokens and state that a routing rule reads; its statistics.
 
 Letters: T tokens, D model dim, E experts (null experts included), P width of a recurrent router's
 state, S statistics.

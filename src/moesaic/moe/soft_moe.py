@@ -29,7 +29,7 @@ class SoftMoE(SparseLayer):
     Both use the logits ``scale * cos(token, slot)`` with a learned scale. It routes nothing, so it
     has no routing record, balance or limit.
 
-    Not causal: a token's output depends on all tokens of its row. A decoder refuses it.
+    Not causal: a token's output depends on all tokens of its row. Not allowed in a decoder.
     ``assumed_length`` is the row length from which FLOPs and bytes are counted; it changes nothing
     else.
     """

@@ -197,7 +197,7 @@ def entropy_falling(interval: LayerInterval) -> _Diagnosis | None:
 
 @_health_rule(HealthState.UNSTABLE)
 def saturated_router(interval: LayerInterval) -> _Diagnosis | None:
-    """The router is certain of every token, so its gradient vanishes."""
+    """Router probabilities are saturated, so the router's gradient vanishes."""
     entropy = interval.usage.router_entropy
     if entropy is None or not entropy < 0.02:
         return None
@@ -338,7 +338,7 @@ def uneven_load(interval: LayerInterval) -> _Diagnosis | None:
 
 @_health_rule(HealthState.UNIFORM)
 def uniform_router(interval: LayerInterval) -> _Diagnosis | None:
-    """The router prefers no expert, long after the start."""
+    """Router probabilities are uniform, long after the start."""
     entropy = interval.usage.router_entropy
     if len(interval.past_load_entropies) < 5 or entropy is None or not entropy > 0.98:
         return None

@@ -33,7 +33,7 @@ class KeyValue:
         return KeyValue(self.key.index_select(0, rows), self.value.index_select(0, rows))
 
     def grow(self, length: int) -> "KeyValue":
-        """Return room for at least ``length`` tokens (zeros); grows by doubling."""
+        """Return a cache with capacity for ``length`` tokens or more (zeros); grows by doubling."""
         have = self.key.shape[2]
         if have >= length:
             return self

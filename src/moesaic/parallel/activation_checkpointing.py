@@ -28,8 +28,8 @@ class ActivationCheckpointing(Choice):
         raise NotImplementedError
 
 
-class NoCheckpointing(ActivationCheckpointing):
-    """None: all activations are kept."""
+class NoActivationCheckpointing(ActivationCheckpointing):
+    """No activation checkpointing: all activations are kept."""
 
     def select(self, blocks: Sequence[nn.Module]) -> Sequence[nn.Module]:
         return blocks[:0]

@@ -3,7 +3,10 @@
 from moesaic.core.config import Config
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.model.config import ModelConfig
-from moesaic.parallel.activation_checkpointing import ActivationCheckpointing, NoCheckpointing
+from moesaic.parallel.activation_checkpointing import (
+    ActivationCheckpointing,
+    NoActivationCheckpointing,
+)
 from moesaic.parallel.batch_ranks import CapacityScope, GlobalBatch
 from moesaic.parallel.context_parallel import ContextParallel, Ulysses
 from moesaic.parallel.expert_dispatch import AllToAll, ExpertDispatch
@@ -26,7 +29,7 @@ class ParallelConfig(Config):
     capacity_scope: CapacityScope = GlobalBatch()
     pipeline_schedule: PipelineSchedule = OneForwardOneBackward()
     pipeline_split: PipelineSplit = BalancedSplit()
-    activation_checkpointing: ActivationCheckpointing = NoCheckpointing()
+    activation_checkpointing: ActivationCheckpointing = NoActivationCheckpointing()
 
     def pipeline_stages(self, config: ModelConfig) -> PipelineStages:
         """Return the pipeline stages of a model under this plan."""

@@ -15,7 +15,7 @@ from moesaic.core.errors import ConfigError
 from moesaic.distributed.parallel_plan import ParallelPlan, RankGrid
 from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import Transformer
-from moesaic.parallel.activation_checkpointing import NoCheckpointing
+from moesaic.parallel.activation_checkpointing import NoActivationCheckpointing
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.context_parallel import Ulysses
 from moesaic.parallel.expert_dispatch import AllToAll
@@ -155,7 +155,12 @@ def _not_estimated(parallel: ParallelConfig) -> Iterator[str]:
     choices: list[tuple[str, object, type, bool]] = [
         ("context_parallel", parallel.context_parallel, Ulysses, plan.context > 1),
         ("dispatch", parallel.dispatch, AllToAll, plan.expert * plan.expert_tensor > 1),
-        ("activation_checkpointing", parallel.activation_checkpointing, NoCheckpointing, True),
+        (
+            "activation_checkpointing",
+            parallel.activation_checkpointing,
+            NoActivationCheckpointing,
+            True,
+        ),
     ]
     if plan.pipe > 1:
         yield f"parallel.plan.pipe={plan.pipe}: estimates are for one pipeline stage, set it to 1"

@@ -22,7 +22,7 @@ from moesaic.model.kv_cache import EncoderOutput
 from moesaic.model.transformer import ModelOutput, StackTokens, Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.router_context import RouterState
-from moesaic.moe.router_logits import RouterShape, RouterStateWidths
+from moesaic.moe.router_gate import RouterShape, RouterStateWidths
 from moesaic.nn.packing import Packing
 
 

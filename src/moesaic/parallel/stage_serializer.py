@@ -13,7 +13,7 @@ import torch
 
 from moesaic.core.shapes import Float, Tensor
 from moesaic.model.config import ModelConfig
-from moesaic.moe.router_logits import RouterStateWidths
+from moesaic.moe.router_gate import RouterStateWidths
 from moesaic.parallel.partial_forward import (
     BlockRange,
     StageIO,

@@ -1,9 +1,10 @@
 """Tensor parallelism: attention heads, hidden channels and vocabulary rows sharded over ranks.
 
-Megatron's column- and row-parallel linears, vocabulary-parallel embedding and cross-entropy
-(1909.08053, section 3). Between layers the token stream is sharded over the same ranks (sequence
-parallelism, 2205.05198): tokens are all-gathered before a column-parallel linear and
-reduce-scattered after a row-parallel one. The loss is computed in chunks as in
+The linears stay ``nn.Linear`` with weights that ``sharding_plan.py`` shards (column- and
+row-parallel, 1909.08053, section 3). This module has the collectives around them, the
+vocabulary-parallel embedding and cross-entropy. Between layers the token stream is sharded over the
+same ranks (sequence parallelism, 2205.05198): tokens are all-gathered before a column-parallel
+linear and reduce-scattered after a row-parallel one. The loss is computed in chunks as in
 ``ops/cross_entropy.py``: every rank scores all tokens against its own rows of the table, and ranks
 exchange maxima, sums and label logits, never logits.
 

@@ -9,9 +9,9 @@ from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import Denoising, Translation
 from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.model.config import ModelConfig, Stack
-from moesaic.moe.balance import SwitchBalance
+from moesaic.moe.auxiliary_losses import SwitchBalance
 from moesaic.moe.config import MoE
-from moesaic.moe.select import SwitchTop1
+from moesaic.moe.expert_selection import SwitchTop1
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, SquaredReLU
 from moesaic.nn.norm import LayerNorm

@@ -12,9 +12,9 @@ from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import BothDirections, Denoising, Translation
 from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.model.config import ModelConfig, Stack
-from moesaic.moe.balance import RouterZLoss, SwitchBalance
+from moesaic.moe.auxiliary_losses import RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE
-from moesaic.moe.select import SwitchTop1, TopK
+from moesaic.moe.expert_selection import SwitchTop1, TopK
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, SquaredReLU, SwiGLU
 from moesaic.nn.norm import LayerNorm, RMSNorm

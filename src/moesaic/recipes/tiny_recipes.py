@@ -7,7 +7,7 @@ from moesaic.data.tasks import CausalLM, Denoising, Translation
 from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.config import MoE
-from moesaic.moe.select import TopK
+from moesaic.moe.expert_selection import TopK
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig, ReLU
 from moesaic.nn.norm import LayerNorm

@@ -11,9 +11,9 @@ from moesaic.data.tasks import Denoising, Translation
 from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.distributed.world import SingleProcess, World
 from moesaic.model.config import ModelConfig, Stack
-from moesaic.moe.balance import RouterZLoss, SwitchBalance
+from moesaic.moe.auxiliary_losses import RouterZLoss, SwitchBalance
 from moesaic.moe.config import MoE, SparseLayer
-from moesaic.moe.select import SwitchTop1
+from moesaic.moe.expert_selection import SwitchTop1
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.optim.lr_schedule import WSD

@@ -3,7 +3,7 @@
 The step is the real one: ``parallelize_on_mesh`` shards the model, ZeRO partitions its state,
 sequences are sharded, tokens are dispatched, gradients are summed and the optimizer updates. Only
 tensors are fake (``distributed/simulation.py``), so a plan of 8,192 ranks runs on a laptop. Routing
-is round-robin whatever the config says, because real routing needs values.
+is round-robin and ignores ``model.moe.select``: fake tensors have no values to route by.
 """
 
 import time
@@ -24,9 +24,9 @@ from moesaic.model.config import ModelConfig
 from moesaic.model.parameter_count import BatchDims
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE, SparseLayer
+from moesaic.moe.expert_selection import Select
 from moesaic.moe.router_context import RouterContext
 from moesaic.moe.routing import Routing
-from moesaic.moe.select import Select
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.communication_volume import CommunicationVolume
 from moesaic.parallel.config import ParallelConfig
@@ -130,7 +130,7 @@ def simulate_step(
 
 
 def mesh_groups(mesh: Mesh) -> dict[str, Group]:
-    """Return the process groups of a mesh by the names of ``RankParameters.named``.
+    """Return the process groups of a mesh by the names of ``RankParameters.group_name``.
 
     Groups with the same ranks appear once, under the first name.
     """

@@ -109,7 +109,7 @@ def _check_tokenizer(tokenizer: Tokenizer, *, run: Run, corpus: CorpusSubset, pa
     problems = []
     if tokenizer.vocab_size != run.tokenizer.vocab_size:
         problems.append(
-            f"tokenizer.vocab_size: {path} has {tokenizer.vocab_size} ids, the run asks for "
+            f"tokenizer.vocab_size: {path} has {tokenizer.vocab_size} ids, the run config has "
             f"{run.tokenizer.vocab_size}; remove the file to train another"
         )
     missing = [code for code in corpus.languages if code not in tokenizer.languages]

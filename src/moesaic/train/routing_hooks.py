@@ -10,10 +10,10 @@ from moesaic.checkpoint.routes_file import RoutesWriter
 from moesaic.core.shapes import Bool, Int, Tensor
 from moesaic.data.batch import Batch
 from moesaic.distributed.world import World
-from moesaic.moe.balance import RouterZLoss
-from moesaic.moe.balance_stateful import BiasUpdate
+from moesaic.moe.auxiliary_losses import RouterZLoss
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import Capacity
+from moesaic.moe.expert_bias import BiasUpdate
+from moesaic.moe.expert_capacity import Capacity
 from moesaic.moe.router_context import TokenContext
 from moesaic.moe.routing_record import LayerRoutes, RoutingRecord, routes_from_records
 from moesaic.monitor.expert_usage import LogitStats, UsageCounter, summarize_load

@@ -183,14 +183,14 @@ class RunningMetrics:
         same = torch.tensor(
             [self._steps, self._norm, self.skipped, self._total], dtype=torch.float64
         )
-        return {"alike": same} | {
+        return {"replicated": same} | {
             name: world.all_reduce(value.double()) for name, value in local.items()
         }
 
     def restore(self, tensors: Mapping[str, Tensor], *, world: World) -> None:
         """Restore the result of ``tensors``: rank 0 takes the sums, the others start from zero."""
         share = 1.0 if world.rank == 0 else 0.0
-        steps, self._norm, skipped, self._total = tensors["alike"].tolist()
+        steps, self._norm, skipped, self._total = tensors["replicated"].tolist()
         self._steps, self.skipped = int(steps), int(skipped)
         self._tokens = int(tensors["tokens"] * share)
         self._losses = tensors["losses"].to(self.device) * share

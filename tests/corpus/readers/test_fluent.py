@@ -90,3 +90,9 @@ def test_a_comment_ends_a_message() -> None:
 @given(st.text(alphabet='ab={}$-.[]*> "\\\n#_1', max_size=60))
 def test_no_text_raises(text: str) -> None:
     list(parse_fluent(text))
+
+
+def test_a_message_nested_too_deeply_for_the_parser_is_left_out_alone():
+    deep = "{ " * 3000 + "}" * 3000
+    found = list(parse_fluent(f"first = one\nbad = {deep}\nlast = two\n"))
+    assert [item.text for item in found if item.key != "bad"] == ["one", "two"]

@@ -6,11 +6,15 @@ becomes its text. Of a selector only the default variant is read; the keys of th
 the message's ``invariants``. Junk is skipped, as Fluent's own parser does.
 """
 
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 
 from fluent.syntax import FluentParser, ast
 
 from moesaic.corpus.readers.keyed_text import KeyedText
+
+_MESSAGE_START = re.compile(r"^(?=-?[A-Za-z][\w-]*[ ]*=)", re.MULTILINE)
 
 
 def parse_fluent(text: str) -> Iterator[KeyedText]:
@@ -18,11 +22,7 @@ def parse_fluent(text: str) -> Iterator[KeyedText]:
 
     Never raises: a message that cannot be parsed is left out. Line breaks inside a text are kept.
     """
-    try:
-        resource = FluentParser(with_spans=False).parse(text)
-    except RecursionError:  # placeables nested without end
-        return
-    for entry in resource.body:
+    for entry in _entries(text):
         if not isinstance(entry, ast.Message | ast.Term):
             continue
         name = f"-{entry.id.name}" if isinstance(entry, ast.Term) else entry.id.name
@@ -32,6 +32,16 @@ def parse_fluent(text: str) -> Iterator[KeyedText]:
             rendered = _render(pattern, variants=variants) if pattern else ""
             if rendered.strip():
                 yield KeyedText(key, rendered, tuple(variants))
+
+
+def _entries(text: str) -> Iterator[ast.EntryType]:
+    """Parse a file, message by message where one is nested too deeply for the parser."""
+    try:
+        yield from FluentParser(with_spans=False).parse(text).body
+    except RecursionError:
+        for message in _MESSAGE_START.split(text):
+            with suppress(RecursionError):
+                yield from FluentParser(with_spans=False).parse(message).body
 
 
 def _render(pattern: ast.Pattern, *, variants: list[str]) -> str:

@@ -28,7 +28,7 @@ def escape_field(text: str) -> str:
 
 
 def unescape_field(text: str) -> str:
-    """Undo ``escape``; a backslash before anything else stays as it is."""
+    """Undo ``escape_field``; a backslash before anything else stays as it is."""
     if "\\" not in text:
         return text
     parts, i = [], 0

@@ -5,10 +5,10 @@ The comment above each family says which numbers are published, and where; the o
 
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.presets.preset import PRESETS, Preset, Published
-from moesaic.moe.balance import SwitchBalance
+from moesaic.moe.auxiliary_losses import SwitchBalance
 from moesaic.moe.config import MoE, NoMoE, SparseLayer, fine_grained
-from moesaic.moe.limit import Capacity, RandomPriority, WeightPriority
-from moesaic.moe.select import SwitchTop1, Top2, TopK
+from moesaic.moe.expert_capacity import Capacity, RandomPriority, WeightPriority
+from moesaic.moe.expert_selection import SwitchTop1, Top2, TopK
 from moesaic.moe.shared_experts import ResidualExpert, SharedExperts
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.embedding import EmbeddingConfig

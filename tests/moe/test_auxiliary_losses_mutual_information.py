@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moe.balance_shares import value_and_gradient
-from moesaic.moe.balance import MutualInformationBalance
-from moesaic.moe.select_dynamic import DenseAll
+from moesaic.moe.auxiliary_losses import MutualInformationBalance
+from moesaic.moe.expert_selection_dynamic import DenseAll
 
 T, E = 30, 5
 TERM = MutualInformationBalance(weight=0.3)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moe.balance_shares import value_and_gradient
-from moesaic.moe.balance import TargetLoadBalance
-from moesaic.moe.select_dynamic import Threshold
+from moesaic.moe.auxiliary_losses import TargetLoadBalance
+from moesaic.moe.expert_selection_dynamic import Threshold
 
 T, E = 24, 3
 SELECT = Threshold(p=0.5)

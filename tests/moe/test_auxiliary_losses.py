@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from moesaic.moe.balance import BalanceInputs, RouterZLoss, SwitchBalance
+from moesaic.moe.auxiliary_losses import BalanceInputs, RouterZLoss, SwitchBalance
 from moesaic.moe.batch_group import SingleRankBatch
+from moesaic.moe.expert_selection import SwitchTop1, TopK
 from moesaic.moe.router_context import RouterContext
-from moesaic.moe.select import SwitchTop1, TopK
 
 T, E = 64, 8
 

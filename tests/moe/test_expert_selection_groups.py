@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moesaic.core.errors import ConfigError
+from moesaic.moe.expert_selection import AllExperts, SigmoidTopK, TopGroups, TopK
 from moesaic.moe.router_context import RouterContext
-from moesaic.moe.select import AllExperts, SigmoidTopK, TopGroups, TopK
 
 SCORES = torch.tensor([[0.9, 0.0, 0.5, 0.5, 0.6, 0.3, 0.1, 0.2]])  # groups of two: .9 1. .9 .3
 

@@ -1,6 +1,6 @@
-"""Selection rules with a fixed number of experts per token: top-k by softmax or sigmoid, hash.
+"""Top-k routers: rules that select a fixed number of experts per token (softmax, sigmoid, hash).
 
-Rules with a variable number are in ``select_dynamic.py``.
+Rules with a variable number are in ``expert_selection_dynamic.py``.
 
 Letters: T tokens, E experts (null experts included), K experts per token, G groups.
 """

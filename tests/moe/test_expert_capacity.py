@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moesaic.moe.batch_group import SingleRankBatch
-from moesaic.moe.limit import (
+from moesaic.moe.expert_capacity import (
     Capacity,
     Dropless,
     PositionPriority,
@@ -14,9 +14,9 @@ from moesaic.moe.limit import (
     WeightPriority,
     queue_positions,
 )
+from moesaic.moe.expert_selection import SwitchTop1, TopK
 from moesaic.moe.router_context import RouterContext, TokenContext
 from moesaic.moe.routing import Routing
-from moesaic.moe.select import SwitchTop1, TopK
 
 T, E = 60, 4
 

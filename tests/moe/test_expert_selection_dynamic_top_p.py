@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moesaic.core.errors import ConfigError
+from moesaic.moe.expert_selection_dynamic import TopP
 from moesaic.moe.router_context import RouterContext
-from moesaic.moe.select_dynamic import TopP
 
 P = torch.tensor([[0.1, 0.5, 0.15, 0.25]])
 

@@ -7,10 +7,10 @@ import torch
 
 from moe.balance_cases import EXPERTS, TOKENS, balance_inputs
 from moesaic.core.errors import ConfigError
-from moesaic.moe.balance import SwitchBalance
-from moesaic.moe.balance_stateful import AdaptiveBalance
+from moesaic.moe.adaptive_auxiliary_losses import AdaptiveBalance
+from moesaic.moe.auxiliary_losses import SwitchBalance
 from moesaic.moe.config import MoE
-from moesaic.moe.limit import Capacity
+from moesaic.moe.expert_capacity import Capacity
 from moesaic.moe.router_context import RoutingStats
 
 

@@ -9,9 +9,9 @@ from model.samples import BASE, ids
 from moesaic.data.batch import Batch
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
+from moesaic.moe.expert_selection import TopK
 from moesaic.moe.router_context import TokenContext
-from moesaic.moe.router_logits import HiddenStateAndTag, HiddenStateAndToken, TagOnly, TokenOnly
-from moesaic.moe.select import TopK
+from moesaic.moe.router_gate import HiddenStateAndTag, HiddenStateAndToken, TagOnly, TokenOnly
 
 TAGS = torch.tensor([7, 9, 7, 11])
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from moesaic.core.errors import ConfigError
-from moesaic.moe.router_context import RouterContext
-from moesaic.moe.select_dynamic import (
+from moesaic.moe.expert_selection_dynamic import (
     AllAtInference,
     DenseAll,
     ThresholdAtInference,
     TopKAtInference,
 )
+from moesaic.moe.router_context import RouterContext
 
 T, E = 40, 5
 

@@ -5,14 +5,14 @@ from pathlib import Path
 import torch
 
 from moesaic.checkpoint.full_checkpoint import load_checkpoint, save_checkpoint
-from moesaic.moe.balance_stateful import BiasUpdate
 from moesaic.moe.batch_group import SingleRankBatch
 from moesaic.moe.config import MoE
+from moesaic.moe.expert_bias import BiasUpdate
+from moesaic.moe.expert_selection import TopK
 from moesaic.moe.layer import moe_layers
 from moesaic.moe.router import Router
 from moesaic.moe.router_context import RouterState, RoutingStats, TokenContext
-from moesaic.moe.router_logits import LayerIndex
-from moesaic.moe.select import TopK
+from moesaic.moe.router_gate import LayerIndex
 from moesaic.testing.tiny_models import tiny_model_config, tiny_run, tiny_trainer
 
 FREE = MoE(experts=4, select=TopK(k=2), balance=(BiasUpdate(rate=0.05),))

@@ -9,8 +9,8 @@ from model.samples import BASE
 from moesaic.core.errors import ConfigError
 from moesaic.model.config import Stack
 from moesaic.moe.config import MoE, NoMoE
+from moesaic.moe.expert_selection_dynamic import ExpertChoice, Threshold
 from moesaic.moe.router_context import RouterContext, TokenContext
-from moesaic.moe.select_dynamic import ExpertChoice, Threshold
 
 E = 4
 MOE = MoE(experts=E, select=ExpertChoice())

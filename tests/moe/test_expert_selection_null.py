@@ -2,8 +2,8 @@
 
 import torch
 
+from moesaic.moe.expert_selection import NullTopK
 from moesaic.moe.router_context import RouterContext, TokenContext
-from moesaic.moe.select import NullTopK
 
 T, TRUE, NULL = 60, 4, 3
 

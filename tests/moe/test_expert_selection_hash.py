@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import torch
 
+from moesaic.moe.expert_selection import Hash
 from moesaic.moe.router_context import RouterContext, TokenContext
-from moesaic.moe.select import Hash
 
 E = 8
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moe.balance_cases import EXPERTS, LENGTHS, TOKENS, balance_inputs, shares
-from moesaic.moe.balance import (
+from moesaic.moe.adaptive_auxiliary_losses import AdaptiveBalance
+from moesaic.moe.auxiliary_losses import (
     DeviceBalance,
     EntropyBalance,
     GlobalBatchBalance,
@@ -16,8 +17,8 @@ from moesaic.moe.balance import (
     SequenceBalance,
     SwitchBalance,
 )
-from moesaic.moe.balance_stateful import AdaptiveBalance, BiasUpdate
-from moesaic.moe.select import TopK
+from moesaic.moe.expert_bias import BiasUpdate
+from moesaic.moe.expert_selection import TopK
 
 
 def chosen(logits):

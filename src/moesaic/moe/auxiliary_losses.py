@@ -1,7 +1,8 @@
-"""Balance: auxiliary losses that even the experts' load or keep router logits small.
+"""Auxiliary losses of routers: load balancing, and losses on router logits (z-loss, entropy).
 
 A term returns this rank's share (see ``batch_group.py``): local sums over global counts. The loss
-of a step is the mean over its micro-batches. Terms with a state are in ``balance_stateful.py``.
+of a step is the mean over its micro-batches. The family is ``Balance``; terms with
+a state are in ``adaptive_auxiliary_losses.py`` and ``expert_bias.py``.
 
 Letters: T tokens of this rank, E experts.
 """
@@ -15,7 +16,7 @@ from pydantic import Field
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.moe.batch_group import BatchGroup
-from moesaic.moe.limit import Limit
+from moesaic.moe.expert_capacity import Limit
 from moesaic.moe.router_context import RouterContext, RuleState, StatefulRule
 from moesaic.moe.routing import Routing
 

@@ -3,7 +3,7 @@
 import pytest
 
 from moesaic.core.errors import ConfigError
-from moesaic.moe.balance import DeviceBalance
+from moesaic.moe.auxiliary_losses import DeviceBalance
 from moesaic.moe.config import MoE
 
 

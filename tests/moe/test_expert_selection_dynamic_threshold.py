@@ -2,8 +2,8 @@
 
 import torch
 
+from moesaic.moe.expert_selection_dynamic import Threshold
 from moesaic.moe.router_context import RouterContext
-from moesaic.moe.select_dynamic import Threshold
 
 
 def test_an_edge_exists_for_each_score_above_the_threshold():

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from moesaic.moe.batch_group import SingleRankBatch
-from moesaic.moe.limit import Capacity, WeightPriority
+from moesaic.moe.expert_capacity import Capacity, WeightPriority
+from moesaic.moe.expert_selection import SwitchTop1, Top2, TopK
 from moesaic.moe.router_context import RouterContext
-from moesaic.moe.select import SwitchTop1, Top2, TopK
 
 T, E = 50, 6
 

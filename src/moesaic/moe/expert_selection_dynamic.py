@@ -12,9 +12,9 @@ from pydantic import Field
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.moe.expert_selection import Select, normalised_sigmoid
 from moesaic.moe.router_context import RouterContext
 from moesaic.moe.routing import Routing
-from moesaic.moe.select import Select, normalised_sigmoid
 
 
 class Threshold(Select):
@@ -83,7 +83,7 @@ class ExpertChoice(Select):
     rounded up, at least one token) is separate, so the output depends neither on the rest of the
     batch nor on the number of ranks.
 
-    Not causal: whether a token is selected depends on later tokens. A decoder refuses it.
+    Not causal: whether a token is selected depends on later tokens. Not allowed in a decoder.
     """
 
     causal: ClassVar[bool] = False

@@ -5,13 +5,13 @@ from dataclasses import replace
 import torch
 
 from moe.balance_cases import EXPERTS, TOKENS, balance_inputs, shares
-from moesaic.moe.balance import GlobalBatchBalance, MicroBatchBalance, SwitchBalance
+from moesaic.moe.auxiliary_losses import GlobalBatchBalance, MicroBatchBalance, SwitchBalance
 from moesaic.moe.batch_group import SingleRankBatch
 from moesaic.moe.config import MoE
+from moesaic.moe.expert_selection import TopK
 from moesaic.moe.router import Router
 from moesaic.moe.router_context import RouterState, TokenContext
-from moesaic.moe.router_logits import LayerIndex
-from moesaic.moe.select import TopK
+from moesaic.moe.router_gate import LayerIndex
 
 
 def test_the_last_micro_batch_sees_the_load_of_one_large_batch():

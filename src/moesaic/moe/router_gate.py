@@ -1,4 +1,4 @@
-"""Router logits: what the router reads of a token, and the gate that maps it to logits.
+"""Router gate: the linear layer from hidden states to router logits, and its inputs.
 
 ``RouterInput`` selects the vectors that the gate reads, ``CrossLayerRouting`` how the routers of a
 stack depend on each other (members in ``cross_layer_router.py``).

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from moe.balance_shares import value_and_gradient
-from moesaic.moe.balance import SwitchBalance
-from moesaic.moe.balance_stateful import NullBalance
+from moesaic.moe.adaptive_auxiliary_losses import NullBalance
+from moesaic.moe.auxiliary_losses import SwitchBalance
+from moesaic.moe.expert_selection import NullTopK
 from moesaic.moe.router_context import RoutingStats
-from moesaic.moe.select import NullTopK
 
 T, TRUE, NULL = 40, 4, 3
 E = TRUE + NULL

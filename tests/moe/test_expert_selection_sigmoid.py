@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moesaic.moe.balance import BalanceInputs, SwitchBalance
+from moesaic.moe.auxiliary_losses import BalanceInputs, SwitchBalance
 from moesaic.moe.batch_group import SingleRankBatch
+from moesaic.moe.expert_selection import SigmoidTopK
 from moesaic.moe.router_context import RouterContext
-from moesaic.moe.select import SigmoidTopK
 
 T, E = 40, 6
 
