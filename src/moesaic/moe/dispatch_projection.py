@@ -42,8 +42,8 @@ class DownProjection(DispatchProjection):
 
     ``M = ratio * D``. All experts of a layer share one projection from D to M before dispatch and
     one from M to D after combine; the experts are feed-forwards of dim M. The volume of the
-    all-to-all is ``ratio`` times that of full rows. The router and the shared experts read full rows. That the projections
-    have no bias and no norm is our reading.
+    all-to-all is ``ratio`` times that of full rows. The router and the shared experts read full
+    rows. That the projections have no bias and no norm is our reading.
     """
 
     ratio: float = Field(default=0.25, gt=0, le=1)
