@@ -88,7 +88,7 @@ def kernel_errors(
     yield "up transposed", off(dx[:live], each(hidden[:live], up.transpose(1, 2)))
     y[live:] = torch.nan
     out = torch.empty_like(x)
-    kernel_launch.unpermute_sum(y, weight=edges.weight, out=out, first=0, schedule=routes)
+    kernel_launch.launch_unpermute_sum(y, weight=edges.weight, out=out, first=0, schedule=routes)
     y[live:] = 0
     want = torch.zeros(s.tokens, s.dim, device=device)
     want.index_add_(0, token, y[:live].float() * w)

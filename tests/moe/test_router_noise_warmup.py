@@ -76,3 +76,18 @@ def test_the_first_step_draws_logits():
     noise, logits = StochasticWarmup(), torch.randn(9, E)
     gate = RouterContext.from_logits(logits, training=True).with_state(noise.initial_state(E))
     assert not torch.equal(noise.apply_to_logits(gate), logits)
+
+
+def test_in_evaluation_no_logits_are_drawn():
+    noisy, plain = _router(StochasticWarmup(warmup_steps=STEPS)), _router(NoRouterNoise())
+    x = torch.randn(T, D)
+    logits = [
+        router.eval()(
+            x,
+            context=TokenContext.unbatched(T),
+            router_state=RouterState(),
+            batch_group=SingleRankBatch(),
+        ).logits
+        for router in (noisy, plain)
+    ]
+    assert torch.equal(*logits)

@@ -46,6 +46,7 @@ IMPLEMENTATIONS: dict[str, ImplementationFactory] = {
     "read-weights": implementations.read_weights,
 }
 ALIASES = {"hf": "hf-grouped_mm", "unfused": "unfused-sequential"}
+RENAMED = {"composed": "unfused"}
 DECODING_MAX_ROWS = 16  # rows per expert up to which reading weights dominates
 
 
@@ -101,6 +102,10 @@ def implementation_names(benchmark: LayerBenchmark) -> list[str]:
     """Return the implementations to run, in the order of ``IMPLEMENTATIONS``."""
     asked = [ALIASES.get(name, name) for name in benchmark.against]
     for name in asked:
+        if (old := name.partition("-")[0]) in RENAMED:
+            raise UserError(
+                f"the implementation {name} is now called {RENAMED[old]}{name[len(old) :]}"
+            )
         if name not in IMPLEMENTATIONS:
             known = [*ALIASES, *IMPLEMENTATIONS]
             raise UserError(

@@ -106,7 +106,7 @@ def test_unpermute_sum_equals_the_reference_whatever_is_past_the_groups(route, g
     out = torch.empty_like(want)
     for first in (0, 24):
         piece = rows[:, first : first + 24].contiguous()
-        kernel_launch.unpermute_sum(
+        kernel_launch.launch_unpermute_sum(
             piece, weight=edges.weight, out=out, first=first, schedule=job.schedule
         )
     torch.testing.assert_close(out, want)

@@ -168,7 +168,7 @@ def row_matmul(
     return out
 
 
-def unpermute_sum(
+def launch_unpermute_sum(
     rows: Float[Tensor, "N C"],
     *,
     weight: Float[Tensor, "N"] | None,

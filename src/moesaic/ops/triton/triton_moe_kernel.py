@@ -111,7 +111,7 @@ class _TritonMoE(torch.autograd.Function):
                 columns=columns,
                 job=job,
             )
-            kernel_launch.unpermute_sum(
+            kernel_launch.launch_unpermute_sum(
                 rows, weight=used_weight, out=out, first=columns.start, schedule=job.schedule
             )
             del rows  # before the next chunk is allocated
@@ -170,7 +170,7 @@ def _input_gradient(
         rows = kernel_launch.row_matmul(
             grad_hidden, up, bias=None, transposed=True, columns=columns, job=job
         )
-        kernel_launch.unpermute_sum(
+        kernel_launch.launch_unpermute_sum(
             rows, weight=None, out=out, first=columns.start, schedule=job.schedule
         )
         del rows
