@@ -1,4 +1,4 @@
-# Every command of the house; `make` alone lists them. Nothing needs to be installed before:
+# Every command of the project; `make` alone lists them. Nothing needs to be installed before:
 # a command that needs the environment makes it (.venv), once.
 #
 #   PYTHON=python3.13    the interpreter to build the environment from (>= 3.11)
@@ -61,7 +61,7 @@ layers: $(DEV)   ## check that imports go downward only
 spell: $(DEV)    ## check spelling
 	$(BIN)/codespell
 
-house: $(DEV)    ## print the house's own table and check its limits
+house: $(DEV)    ## print the measured table of the code and check its limits
 	$(BIN)/python tools/house.py
 
 ci: lint type layers spell house  ## every check but the tests
@@ -69,7 +69,7 @@ ci: lint type layers spell house  ## every check but the tests
 bench: $(DEV)    ## run the benchmarks; each prints a table and writes JSON
 	for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
 
-docs: $(DEV)     ## write the reference pages and refresh the house's table in CONTRIBUTING.md
+docs: $(DEV)     ## write the reference pages and refresh the measured table in CONTRIBUTING.md
 	$(BIN)/python tools/reference.py
 	$(BIN)/python tools/family.py
 	$(BIN)/python tools/house.py --write-contributing

@@ -116,8 +116,8 @@ def _heat(rule: Mapping[str, Any]) -> tuple[Html, int, int]:
     ]
     drawn = tag("g", heat.render(), transform=f"translate({left + NAMES} 22)")
     heading = tag("text", title, x=left, y=16, class_="title")
-    room = max(NAMES + width + 8, 7 * len(title))
-    return join_html([heading, *labels, drawn]), room, 22 + (len(rows) + 1) * ROW_HEIGHT
+    width_needed = max(NAMES + width + 8, 7 * len(title))
+    return join_html([heading, *labels, drawn]), width_needed, 22 + (len(rows) + 1) * ROW_HEIGHT
 
 
 def _placed(chart: Html, x: int, y: int, *, frame: ChartFrame) -> Html:

@@ -56,10 +56,10 @@ def _parsed(path: Path) -> ast.Module:
 def main() -> None:
     """Write every page."""
     PAGES.mkdir(parents=True, exist_ok=True)
-    rooms = sorted(path.parent for path in SOURCE.glob("*/__init__.py"))
-    for package in rooms:
+    packages = sorted(path.parent for path in SOURCE.glob("*/__init__.py"))
+    for package in packages:
         (PAGES / f"{package.name}.md").write_text(page(package), encoding="utf-8")
-    print(f"{len(rooms)} pages in {PAGES.relative_to(ROOT)}")
+    print(f"{len(packages)} pages in {PAGES.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
