@@ -23,7 +23,7 @@ from support import stamped
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.cli.eval_command import held_out_tests
 from moesaic.core.errors import ConfigError, UserError
-from moesaic.model.parameter_count import count_parameters
+from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.monitor.expert_usage import summarize_load
 from moesaic.monitor.metric_writers import read_metrics
 from moesaic.monitor.router_health import RouterHealthMonitor

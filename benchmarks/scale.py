@@ -20,7 +20,7 @@ from typing import Any
 from support import write_result
 
 from moesaic.distributed.parallel_plan import ParallelPlan
-from moesaic.model.parameter_count import BatchDims, count_parameters
+from moesaic.model.parameter_flop_count import BatchDims, count_parameters
 from moesaic.model.presets import preset
 from moesaic.ops.grouped_gemm import SequentialGEMM
 from moesaic.ops.moe_kernel import UnfusedMoEKernel

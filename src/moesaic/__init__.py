@@ -19,7 +19,7 @@ from moesaic.core.version import __version__
 if TYPE_CHECKING:
     from moesaic.corpus.build_corpus import build_corpus as build_corpus
     from moesaic.corpus.corpus import Corpus
-    from moesaic.model.parameter_count import count_parameters
+    from moesaic.model.parameter_flop_count import count_parameters
     from moesaic.recipes.lookup import find_recipe as recipe
     from moesaic.report.html_report import write_report
     from moesaic.serve.score import score_run
@@ -33,7 +33,7 @@ _LAZY_IMPORTS = {
     "Run": ("moesaic.train.run", "Run"),
     "Translator": ("moesaic.serve.translator", "Translator"),
     "build_corpus": ("moesaic.corpus.build_corpus", "build_corpus"),
-    "count_parameters": ("moesaic.model.parameter_count", "count_parameters"),
+    "count_parameters": ("moesaic.model.parameter_flop_count", "count_parameters"),
     "fit": ("moesaic.train.run_training", "train"),
     "recipe": ("moesaic.recipes.lookup", "find_recipe"),
     "score_run": ("moesaic.serve.score", "score_run"),

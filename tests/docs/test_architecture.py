@@ -77,3 +77,16 @@ def test_a_file_that_this_run_does_not_need_has_the_function(file):
     (name,) = [name for path, name in ROW.findall(TEXT) if path == file]
     source = (ROOT / "src" / "moesaic" / file).read_text(encoding="utf-8")
     assert f"def {name.rpartition('.')[2]}(" in source
+
+
+def test_what_is_asked_for_is_where_the_table_says():
+    section = TEXT.partition("## Where is ...?")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if "`" in line]
+    assert len(rows) > 25
+    for _, files, names in rows:
+        text = "".join(
+            (ROOT / "src" / "moesaic" / file).read_text(encoding="utf-8")
+            for file in re.findall(r"`([^`]+)`", files)
+        )
+        for name in re.findall(r"`([^`]+)`", names):
+            assert re.search(rf"^(class|def) {name}\b", text, re.MULTILINE), (files, name)

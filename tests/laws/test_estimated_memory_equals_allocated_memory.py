@@ -10,7 +10,7 @@ import torch
 from model.samples import BASE, VARIANTS
 from moesaic.data.batch import Batch
 from moesaic.model.config import ModelConfig, Stack
-from moesaic.model.parameter_count import BatchDims
+from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.model.presets import PRESETS, preset
 from moesaic.model.training_memory import activation_bytes, estimate_training_memory
 from moesaic.model.transformer import Transformer

@@ -5,7 +5,7 @@ import torch
 
 from model.samples import BASE, NONE, batch_for
 from moesaic.model.block_layout import ParallelResidual, SequentialResidual
-from moesaic.model.parameter_count import count_parameters
+from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.transformer import Transformer
 from moesaic.moe.attention_experts import MixtureOfAttention
 from moesaic.moe.config import NoMoE

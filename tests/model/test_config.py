@@ -6,7 +6,7 @@ import torch
 from model.samples import BASE, VARIANTS
 from moesaic.core.errors import ConfigError
 from moesaic.model.config import ModelConfig, Stack
-from moesaic.model.parameter_count import count_parameters
+from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.expert_selection import SwitchTop1, TopK

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moesaic.core.errors import UserError
-from moesaic.model.parameter_count import count_parameters
+from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.presets import PRESETS, preset
 from moesaic.model.transformer import Transformer
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.samples import BASE, VARIANTS
-from moesaic.model.parameter_count import BatchDims
+from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.model.training_memory import (
     activation_bytes,
     estimate_training_memory,

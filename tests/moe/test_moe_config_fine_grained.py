@@ -4,7 +4,7 @@ import pytest
 
 from model.samples import BASE
 from moesaic.core.errors import ConfigError
-from moesaic.model.parameter_count import count_parameters
+from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.moe.config import MoE, fine_grained
 from moesaic.moe.expert_selection import SwitchTop1, TopK
 from moesaic.moe.shared_experts import NoSharedExperts

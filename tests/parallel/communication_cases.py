@@ -2,7 +2,7 @@
 
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.model.config import ModelConfig, Stack
-from moesaic.model.parameter_count import BatchDims
+from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_capacity import Capacity
 from moesaic.moe.expert_selection import SwitchTop1, TopK

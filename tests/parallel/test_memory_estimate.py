@@ -6,7 +6,7 @@ import pytest
 
 from moesaic.core.errors import ConfigError, UserError
 from moesaic.model.config import ModelConfig
-from moesaic.model.parameter_count import BatchDims, count_parameters
+from moesaic.model.parameter_flop_count import BatchDims, count_parameters
 from moesaic.model.training_memory import estimate_training_memory
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.ops.grouped_gemm import SequentialGEMM

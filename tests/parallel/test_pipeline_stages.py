@@ -7,7 +7,7 @@ import torch
 
 from moesaic.core.errors import ConfigError
 from moesaic.model.config import ModelConfig, Stack
-from moesaic.model.parameter_count import BatchDims, count_parameters
+from moesaic.model.parameter_flop_count import BatchDims, count_parameters
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.cross_layer_router import RecurrentRouting

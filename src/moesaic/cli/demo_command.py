@@ -14,7 +14,7 @@ from moesaic.cli.shared_options import JsonOption, SetOption, command_app, print
 from moesaic.core.units import show_seconds
 from moesaic.corpus.corpus import Corpus
 from moesaic.evaluate.evaluation_summary import EvaluationSummary
-from moesaic.model.parameter_count import count_parameters
+from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.recipes.lookup import find_recipe
 from moesaic.serve.score import score_run
 from moesaic.serve.translator import Translator

@@ -18,7 +18,7 @@ from moesaic.cli.shared_options import (
 )
 from moesaic.core.units import show_bytes, show_count, show_flops
 from moesaic.model.config import ModelConfig
-from moesaic.model.parameter_count import BatchDims, ParameterCount, count_parameters
+from moesaic.model.parameter_flop_count import BatchDims, ParameterCount, count_parameters
 from moesaic.model.presets import PRESETS, preset
 from moesaic.model.training_memory import estimate_training_memory
 from moesaic.optim.optimizer import AdamW, Optimizer

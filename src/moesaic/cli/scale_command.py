@@ -22,7 +22,7 @@ from moesaic.core.config import Config
 from moesaic.core.errors import UserError
 from moesaic.core.units import parse_bytes, show_bytes, show_count, show_seconds
 from moesaic.model.config import ModelConfig
-from moesaic.model.parameter_count import BatchDims
+from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.model.presets import PRESETS, preset
 from moesaic.moe.config import MoE
 from moesaic.optim.optimizer import AdamW, Optimizer

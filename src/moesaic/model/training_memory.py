@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from moesaic.model.config import ModelConfig, Stack
-from moesaic.model.parameter_count import BatchDims, count_parameters
+from moesaic.model.parameter_flop_count import BatchDims, count_parameters
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.experts import ExpertShape
 from moesaic.moe.parameter_spec import FeedForwardShape

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from moesaic.distributed.world import BUCKET_BYTES
 from moesaic.model.config import Stack
-from moesaic.model.parameter_count import BatchDims
+from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.moe.config import MoE
 from moesaic.parallel.memory_estimate import tokens_per_rank
 from moesaic.parallel.parameter_inventory import RankParameters

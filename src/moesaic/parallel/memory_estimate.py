@@ -16,7 +16,7 @@ from moesaic.core.config import Config
 from moesaic.core.errors import UserError
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.model.config import ModelConfig
-from moesaic.model.parameter_count import BatchDims, count_parameters
+from moesaic.model.parameter_flop_count import BatchDims, count_parameters
 from moesaic.model.training_memory import activation_bytes
 from moesaic.moe.config import MoE
 from moesaic.moe.experts import ExpertShape, FeedForwardExpert

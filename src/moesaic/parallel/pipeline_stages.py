@@ -17,7 +17,7 @@ from torch import nn
 from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError
 from moesaic.model.config import ModelConfig, Stack
-from moesaic.model.parameter_count import BatchDims, count_parameters
+from moesaic.model.parameter_flop_count import BatchDims, count_parameters
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.parallel.partial_forward import BlockRange

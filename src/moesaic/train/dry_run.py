@@ -21,7 +21,7 @@ from moesaic.distributed.process_groups import Group
 from moesaic.distributed.simulation import SharedChunks, SimulatedRank, fake_process_group
 from moesaic.distributed.world import local_tensor
 from moesaic.model.config import ModelConfig
-from moesaic.model.parameter_count import BatchDims
+from moesaic.model.parameter_flop_count import BatchDims
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE, SparseLayer
 from moesaic.moe.expert_selection import Select

@@ -7,7 +7,7 @@ from moesaic.checkpoint.safetensors_io import write_tensors
 from moesaic.core.files import atomic_write
 from moesaic.core.units import show_count
 from moesaic.corpus.languages import resolve_language
-from moesaic.model.parameter_count import count_parameters
+from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.weights import export_weights
 from moesaic.train.trainer import Trainer
 

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.samples import BASE, VARIANTS, VOCABULARY
 from moesaic.data.batch import Batch
 from moesaic.model.config import Stack
-from moesaic.model.parameter_count import BatchDims, count_parameters
+from moesaic.model.parameter_flop_count import BatchDims, count_parameters
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.expert_selection import TopK
