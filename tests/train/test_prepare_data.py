@@ -57,7 +57,7 @@ def test_a_tokenizer_of_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         _prepare(larger, tmp_path)
     size, tags = caught.value.problems
-    assert "has 400 ids, the run asks for 420" in size
+    assert "has 400 ids, the run config has 420" in size
     assert "no tag for qaa_Latn, qab_Cyrl" in tags
 
 
