@@ -16,10 +16,10 @@ from moesaic.cli.shared_options import (
     command_app,
     print_result,
 )
-from moesaic.core.config_text import read_yaml
 from moesaic.core.config_upgrade import describe_renames, upgrade_config
 from moesaic.core.errors import ConfigError
 from moesaic.core.files import atomic_write
+from moesaic.core.yaml_reader import read_yaml
 from moesaic.recipes.lookup import RECIPES, find_recipe
 from moesaic.train.run import Run
 
