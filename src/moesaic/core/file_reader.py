@@ -20,7 +20,7 @@ from pydantic_core import from_json
 
 from moesaic.core.config_errors import describe_errors, show_value
 from moesaic.core.errors import FileError, UserError, printable
-from moesaic.core.files import describe_os_error
+from moesaic.core.os_errors import describe_os_error
 from moesaic.core.units import show_bytes
 
 MAX_INT = 2**63 - 1  # whole numbers are 64 bits: of files, of configs and of tensors
@@ -72,8 +72,7 @@ def open_file(path: Path, kind: FileKind) -> BinaryIO:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        why = describe_os_error(error, path) if isinstance(error, OSError) else str(error)
-        raise kind.problem(path, why.removeprefix(f"{path}: ")) from error
+        raise kind.problem(path, _why(error)) from error
     status = os.fstat(descriptor)
     problem = ""
     if not stat.S_ISREG(status.st_mode):
@@ -93,7 +92,7 @@ def read_bytes(path: Path, kind: FileKind) -> bytes:
         try:
             data = stream.read(kind.max_bytes + 1)
         except OSError as error:
-            raise kind.problem(path, describe_os_error(error, path)) from error
+            raise kind.problem(path, _why(error)) from error
     if len(data) > kind.max_bytes:
         raise kind.problem(path, f"expected a {kind.name} of at most {show_bytes(kind.max_bytes)}")
     return data
@@ -213,3 +212,9 @@ def _check_integers(value: Any, *, kind: FileKind, where: Path | str) -> None:
                 waiting += mapping.values()
             case list() as items:
                 waiting += items
+
+
+def _why(error: OSError | ValueError) -> str:
+    if isinstance(error, OSError):
+        return describe_os_error(OSError(error.errno, error.strerror))
+    return f"not a file name ({error})"

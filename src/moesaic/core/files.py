@@ -1,6 +1,5 @@
 """Atomic file writes, JSON files, file hashes; operating-system errors as sentences."""
 
-import errno
 import hashlib
 import json
 import os
@@ -10,38 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.core.errors import FileError, UserError, printable
-
-# errno -> (what was found, the way out)
-_OS_ERRORS = {
-    errno.ENOSPC: ("the disk is full", "free some space, or use another directory"),
-    errno.EDQUOT: ("the disk quota is used up", "free some space, or use another directory"),
-    errno.EROFS: ("the file system is read-only", "use another directory"),
-    errno.EACCES: ("no permission", "change the permissions, or use another path"),
-    errno.EPERM: ("not permitted", "change the permissions, or use another path"),
-    errno.ENAMETOOLONG: ("the name or path is too long", "use a shorter one"),
-    errno.ENOTDIR: ("a part of the path is a file, expected directories", "use another path"),
-    errno.EEXIST: ("a part of the path is a file, expected directories", "use another path"),
-    errno.EISDIR: ("a directory is there, expected a file", "use another path, or move it"),
-    errno.ENOENT: ("no such file or directory", "check the path"),
-    errno.ELOOP: ("its links lead in a circle", "replace the link by a file"),
-    errno.EMFILE: ("too many open files", "raise the limit (ulimit -n)"),
-    errno.EFBIG: ("the file is too large for this file system", "use another directory"),
-    errno.EIO: ("the device reports an input/output error", "check the disk"),
-    errno.ESTALE: ("the network file system lost the file", "try again"),
-}
-
-
-def describe_os_error(error: OSError, path: Path | None = None) -> str:
-    """Return an operating-system error as one sentence: file, what was found, the way out.
-
-    ``path`` is used if the error names no file.
-    """
-    name = path if path is not None else error.filename
-    where = f"{printable(os.fsdecode(name), limit=200)}: " if isinstance(name, str | Path) else ""
-    if error.errno not in _OS_ERRORS:
-        return f"{where}{error.strerror or printable(str(error))}"
-    found, way_out = _OS_ERRORS[error.errno]
-    return f"{where}{found}; {way_out}"
+from moesaic.core.os_errors import describe_os_error
 
 
 @contextmanager
@@ -52,8 +20,8 @@ def os_errors_named(
     try:
         yield
     except OSError as error:
-        sentence = describe_os_error(error, path).removeprefix(f"{path}: ")
-        raise kind(f"{printable(str(path), limit=200)}: {action}: {sentence}") from error
+        why = describe_os_error(OSError(error.errno, error.strerror))  # without a temporary name
+        raise kind(f"{printable(str(path), limit=200)}: {action}: {why}") from error
     except ValueError as error:  # a NUL in the path, or a surrogate that is no byte of a name
         if not isinstance(error, UnicodeEncodeError) and "null" not in str(error):
             raise
