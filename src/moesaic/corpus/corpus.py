@@ -21,6 +21,7 @@ from moesaic.corpus.text_rules import SoftwareStrings, TextRules
 
 CORPUS_FORMAT = 1
 CORPUS_MANIFEST = "corpus.json"
+_MAX_NAMES = 8  # directions in a sentence
 
 
 def pair_file(source: str, target: str, split: str) -> str:
@@ -103,6 +104,19 @@ class Corpus:
         """Return the number of pairs of a direction or its reverse."""
         name = pair_file(*self._stored_direction(source, target), split)
         return self.manifest["files"].get(name, {}).get("rows", 0)
+
+    def describe_empty_splits(self) -> list[str]:
+        """Return a sentence for each of valid and test that has no pair of some direction."""
+        sentences = []
+        for split, use in (("valid", "validate"), ("test", "score")):
+            empty = [f"{s}-{t}" for s, t in self.directions if not self.count(s, t, split=split)]
+            if empty:
+                more = f" and {len(empty) - _MAX_NAMES} more" if len(empty) > _MAX_NAMES else ""
+                sentences.append(
+                    f"no {split} pairs of {', '.join(empty[:_MAX_NAMES])}{more}: nothing to {use} "
+                    f"on (of {len(self.directions)} directions)"
+                )
+        return sentences
 
     def pairs(self, split: str = "train") -> Iterator[Pair]:
         """Yield every pair of a split, direction by direction as stored."""

@@ -81,6 +81,8 @@ def prepare_data(run: Run, *, run_dir: RunDir, world: World, notify: Notify) -> 
     def work() -> str:
         notify("opening the corpus")
         corpus = CorpusSubset.of(run.corpus.open(), languages=run.languages)
+        for sentence in corpus.describe_empty_splits():
+            notify(sentence)
         write_text_rules(run_dir.text_rules, corpus.text_rules)
         tokenizer = _load_or_train_tokenizer(run, corpus=corpus, run_dir=run_dir, notify=notify)
         notify("opening the token shards (they are written the first time)")

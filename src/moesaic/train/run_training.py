@@ -168,8 +168,11 @@ def _final_notes(trainer: Trainer, *, run_dir: RunDir, stop_reason: StopReason) 
         most = sorted(skipped.items(), key=lambda item: -item[1])[:4]
         directions = ", ".join(f"{direction} {count:,}" for direction, count in most)
         limits = f"loader.max_source={loader.max_source}, max_target={loader.max_target}"
-        total = sum(skipped.values())
-        yield f"{total:,} rows were over {limits} tokens and left out: {directions}"
+        total, drawn = sum(skipped.values()), trainer.data.num_draws
+        yield (
+            f"{total:,} of {drawn:,} rows drawn ({100 * total / max(1, drawn):.1f} %) were over "
+            f"{limits} tokens and left out: {directions}"
+        )
     if stop_reason.startswith("SIG"):
         yield f"{stop_reason}: saved after step {trainer.step:,}. {_resume_hint(run_dir)}"
 
