@@ -28,6 +28,7 @@ class RunDir:
     tokenizer = _PathIn("tokenizer.json")
     model = _PathIn("model.safetensors")  # the exported weights, independent of the checkpoints
     card = _PathIn("README.md")
+    directions = _PathIn("directions.json")  # what was trained: streams of the data mixture
     checkpoints = _PathIn("checkpoints")
     metrics = _PathIn("metrics.jsonl")
     tensorboard = _PathIn("tensorboard")

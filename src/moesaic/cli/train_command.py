@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.trained_directions import read_trained_directions
 from moesaic.cli.shared_options import (
     JsonOption,
     SetOption,
@@ -71,6 +74,12 @@ def train(
         raise typer.Exit(result.exit_code)
 
 
+def _next_command(out: Path) -> str:
+    """Return the command that scores a run: what it was trained on decides."""
+    record = read_trained_directions(RunDir(out).directions)
+    return (record.next_command if record else "eval {run}").format(run=escape(str(out)))
+
+
 def resume_from(text: str | None) -> Resume:
     """Parse ``--resume``: absent, ``auto``, or a directory."""
     if text is None:
@@ -84,6 +93,6 @@ def _show(result: TrainingResult, console: Console) -> None:
         f"{show_count(result.tokens)} tokens; this call took {show_seconds(result.seconds)}"
     )
     if result.stop_reason == "finished":
-        console.print(f"next: moesaic eval {result.out}")
+        console.print(f"next: moesaic {_next_command(result.out)}")
     else:
         console.print(f"to continue: moesaic train --resume {result.out}")

@@ -23,6 +23,7 @@ from moesaic.train.export import export_model
 from moesaic.train.loop import StopReason, TrainingResult, training_loop
 from moesaic.train.prepare_data import PreparedData, prepare_data
 from moesaic.train.random_state import seed_rank
+from moesaic.train.record_directions import record_directions
 from moesaic.train.resume import CHANGEABLE_KEYS, REPORTED_KEYS, START_FRESH, Resume
 from moesaic.train.routing_hooks import RouterHealthHook, RoutingProbeHook, RoutingTraceHook
 from moesaic.train.run import Run
@@ -67,6 +68,10 @@ def train(
             display.note(sentence)
         mark_phase("preparing the data")
         prepared = prepare_data(run, run_dir=run_dir, world=world, notify=display.note)
+        for sentence in run_on_rank0(
+            world, lambda: record_directions(run, prepared=prepared, run_dir=run_dir)
+        ):
+            display.note(sentence)
         mark_phase("making the model")
         trainer = make_trainer(run, prepared=prepared, world=world)
         standard = standard_hooks(trainer, run_dir=run_dir)
