@@ -91,8 +91,7 @@ def demo(
         tests=chosen.tests,
         corpus=corpus,
         on_result=lambda test, _: phases.print_note(f"scored {test.key}"),
-        notes=chosen.notes,
-    )
+    ).with_notes(chosen.notes)
     phases.end("evaluate")
     summary = summary.with_run_facts(
         counts=run_counts(run, steps=result.steps, tokens=result.tokens), seconds=phases.seconds

@@ -7,12 +7,7 @@ import typer
 from rich.console import Console
 
 from moesaic.checkpoint.run_directory import RunDir
-from moesaic.cli.evaluated_run import (
-    CorpusOption,
-    DirectionChoice,
-    EvaluatedRun,
-    HeldOutTests,
-)
+from moesaic.cli.evaluated_run import CorpusOption, DirectionChoice, EvaluatedRun
 from moesaic.cli.score_output import show_samples, show_scores
 from moesaic.cli.shared_options import (
     JsonOption,
@@ -24,18 +19,10 @@ from moesaic.cli.shared_options import (
     print_result,
     show_progress,
 )
-from moesaic.core.errors import DataError, UserError, did_you_mean
-from moesaic.corpus.corpus import Corpus
-from moesaic.corpus.split import SPLITS
+from moesaic.cli.wanted_tests import WantedTests
 from moesaic.evaluate.evaluation_summary import EvaluationSummary, TestSetResult
 from moesaic.evaluate.harness import EvaluationSettings
-from moesaic.evaluate.testset import UDHR_NAME as UDHR
-from moesaic.evaluate.testset import (
-    TestSet,
-    read_moses_testset,
-    read_testset,
-    udhr_testsets,
-)
+from moesaic.evaluate.testset import TestSet
 from moesaic.model.generate import Beam, Greedy
 from moesaic.report.html_report import write_report
 from moesaic.serve.score import count_experts, record_routing, score_run
@@ -80,31 +67,25 @@ def evaluate(
     """
     import_user_files(files)
     RunDir.open(run).require_model()
-    given = {"--pairs": pairs, "--moses": moses, "--testset": testset}
-    _require_one_test_set(given)
+    wanted = WantedTests(
+        pairs=pairs,
+        moses=moses,
+        testset=testset,
+        split=split,
+        limit=limit,
+        choice=DirectionChoice.parse(source, target),
+    )
     evaluated = EvaluatedRun.open(run, corpus=corpus_folder)
-    choice = DirectionChoice.parse(source, target)
-    if pairs is None and moses is None and testset is None:
-        found = evaluated.corpus()
-        chosen = evaluated.held_out_tests(found, split=split, limit=limit, choice=choice)
-        corpus: Corpus | None = found.corpus
-    else:
-        if testset is not None:
-            chosen = _public_tests(testset, evaluated, choice, limit)
-        else:
-            chosen = _user_tests(pairs, moses, evaluated=evaluated, choice=choice, limit=limit)
-        corpus, chosen = _corpus_if_found(evaluated, chosen)
+    chosen = wanted.find(evaluated)
     summary = score_run(
         run,
         tests=chosen.tests,
-        corpus=corpus,
+        corpus=chosen.corpus,
         search=Greedy() if beam == 1 else Beam(size=beam),
         settings=EvaluationSettings(resamples=resamples),
         on_result=print_scored,
-        notes=chosen.notes,
-    )
-    held_out = pairs is moses is testset is None and split in SPLITS
-    if held_out and evaluated.trained_on(chosen.tests, corpus):
+    ).with_notes(chosen.notes)
+    if wanted.is_headline and evaluated.trained_on(chosen.tests, chosen.corpus):
         write_evaluation(run, summary=summary, tests=chosen.tests, routes=routes)
     elif routes is not None:
         record_routing(run, tests=chosen.tests, out=routes)
@@ -123,62 +104,6 @@ def write_evaluation(
 def print_scored(test: TestSet, _: TestSetResult) -> None:
     """Print a line of progress after each test set."""
     show_progress(f"scored {test.key} ({len(test)})")
-
-
-def _require_one_test_set(given: dict[str, object]) -> None:
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) > 1:
-        raise UserError(f"{' and '.join(names)} were both given: choose one test set")
-
-
-def _public_tests(
-    name: str, run: EvaluatedRun, choice: DirectionChoice, limit: int | None
-) -> HeldOutTests:
-    if name.casefold() != UDHR:
-        raise UserError(
-            f'unknown test set "{name}": expected {UDHR}{did_you_mean(name, [UDHR])} (splits of '
-            "the run's corpus are chosen with --split)"
-        )
-    notes: list[str] = []
-
-    def listen(text: str) -> None:
-        notes.append(text)
-        show_progress(text)
-
-    tests = udhr_testsets(run.chosen_directions(choice), limit=limit, progress=listen)
-    return HeldOutTests(tests, tuple(n for n in notes if n.startswith(UDHR)))
-
-
-def _user_tests(
-    pairs: Path | None,
-    moses: tuple[Path, Path] | None,
-    *,
-    evaluated: EvaluatedRun,
-    choice: DirectionChoice,
-    limit: int | None,
-) -> HeldOutTests:
-    source, target = direction = evaluated.user_direction(choice)
-    if pairs is not None:
-        test = read_testset(pairs, source=source, target=target, limit=limit)
-    else:
-        assert moses is not None
-        test = read_moses_testset(*moses, source=source, target=target, limit=limit)
-    return HeldOutTests([test], evaluated.untrained_note(direction))
-
-
-def _corpus_if_found(run: EvaluatedRun, chosen: HeldOutTests) -> tuple[Corpus | None, HeldOutTests]:
-    """Return the run's corpus for its translation memory, or a note that it was not found."""
-    if run.given_corpus is not None:
-        found = run.corpus()  # asked for: what is wrong with it is an error
-        return found.corpus, chosen.with_notes(found.note)
-    try:
-        found = run.corpus()
-    except DataError:
-        return None, chosen.with_notes(
-            "the run's corpus was not found: no translation memory was scored, and whether rows "
-            "were trained on is not known (--corpus DIR says where it is)"
-        )
-    return found.corpus, chosen.with_notes(found.note)
 
 
 def _show(summary: EvaluationSummary, console: Console) -> None:

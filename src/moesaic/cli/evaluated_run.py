@@ -24,15 +24,18 @@ CorpusOption = Annotated[
 
 
 @dataclass(frozen=True, slots=True)
-class HeldOutTests:
-    """Test sets of held-out strings, and a sentence about each thing that could not be scored."""
+class TestSelection:
+    """Test sets, a sentence about each thing that cannot be scored, and the run's corpus if known."""
+
+    __test__ = False  # pytest: a value, not a test
 
     tests: list[TestSet]
     notes: tuple[str, ...] = ()
+    corpus: Corpus | None = None
 
-    def with_notes(self, *notes: str) -> "HeldOutTests":
-        """Return a copy with further notes; empty ones are left out."""
-        return HeldOutTests(self.tests, (*self.notes, *filter(None, notes)))
+    def replace_corpus(self, corpus: Corpus | None, note: str) -> "TestSelection":
+        """Return a copy with a corpus and a further note; an empty one is left out."""
+        return TestSelection(self.tests, (*self.notes, *filter(None, (note,))), corpus)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ class EvaluatedRun:
         split: str = "test",
         limit: int | None = None,
         choice: DirectionChoice = ANY_DIRECTION,
-    ) -> HeldOutTests:
+    ) -> TestSelection:
         """Return the held-out strings of the directions that the run was trained on.
 
         A direction without strings is left out and said. Raises UserError if the run was trained on
@@ -125,7 +128,7 @@ class EvaluatedRun:
             notes.append(f"not scored, because the corpus has no {split} rows of it: {named}")
         if corpus.note:
             notes.append(corpus.note)
-        return HeldOutTests(tests, tuple(notes))
+        return TestSelection(tests, tuple(notes), corpus.corpus)
 
     def user_direction(self, choice: DirectionChoice) -> LanguageDirection:
         """Return the direction of a test set of the user's: ``--to`` and, if not given, ``--from``.

@@ -39,7 +39,6 @@ def score_run(
     search: Search | None = None,
     settings: EvaluationSettings | None = None,
     on_result: OnResult = lambda *_: None,
-    notes: Sequence[str] = (),
 ) -> EvaluationSummary:
     """Translate ``tests`` with a run and score it beside copying and a translation memory.
 
@@ -54,9 +53,7 @@ def score_run(
         systems["memory"] = TranslationMemorySystem(partial(train_pairs, corpus))
     summary = evaluate(systems, tests=tests, settings=settings, on_result=on_result)
     summary = add_expert_traces(summary, trace=partial(_trace_sample, translator))
-    summary = replace(
-        summary, notes=(*notes, *_truncation_notes(translator, tests), *summary.notes)
-    )
+    summary = replace(summary, notes=(*_truncation_notes(translator, tests), *summary.notes))
     return summary.with_run_facts(
         run=Path(path).name,
         counts={"sentences": sum(len(test) for test in tests)},
