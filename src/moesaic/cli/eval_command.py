@@ -23,7 +23,7 @@ from moesaic.cli.wanted_tests import WantedTests
 from moesaic.evaluate.evaluation_summary import EvaluationSummary, TestSetResult
 from moesaic.evaluate.harness import EvaluationSettings
 from moesaic.evaluate.testset import TestSet
-from moesaic.model.generate import Beam, Greedy
+from moesaic.model.beam_search import Beam, Greedy
 from moesaic.report.html_report import write_report
 from moesaic.serve.score import count_experts, record_routing, score_run
 
