@@ -5,19 +5,23 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from moesaic.cli.evaluated_run import CorpusOption, DirectionChoice, EvaluatedRun
+from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
+    CorpusOption,
     JsonOption,
     RunArgument,
     UseOption,
     command_app,
-    import_user_files,
     print_result,
     print_table,
     show_progress,
 )
-from moesaic.core.units import show_count
-from moesaic.serve.learning_curve import learning_curve
+from moesaic.cli.user_files import import_user_files
+
+with deferred():
+    from moesaic.cli.evaluated_run import DirectionChoice, EvaluatedRun
+    from moesaic.core.units import show_count
+    from moesaic.serve.learning_curve import learning_curve
 
 app = command_app()
 

@@ -7,29 +7,40 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
-from moesaic.checkpoint.run_directory import RunDir
-from moesaic.cli.eval_command import write_evaluation
-from moesaic.cli.evaluated_run import EvaluatedRun
-from moesaic.cli.score_output import show_samples, show_scores
-from moesaic.cli.shared_options import JsonOption, SetOption, command_app, print_result, stderr
-from moesaic.core.errors import DataError
-from moesaic.core.units import show_seconds
-from moesaic.corpus.corpus import Corpus
-from moesaic.corpus.join_pairs import pairs_of_direction
-from moesaic.corpus.languages import ENGLISH
-from moesaic.evaluate.evaluation_summary import EvaluationSummary
-from moesaic.evaluate.testset import TestSet
-from moesaic.model.parameter_flop_count import count_parameters
-from moesaic.recipes.lookup import find_recipe
-from moesaic.report.html_report import write_report
-from moesaic.serve.score import score_run
-from moesaic.serve.translator import Translator
-from moesaic.train.find_corpus import FoundCorpus
-from moesaic.train.resume import ResumeLatest
-from moesaic.train.run import Run
-from moesaic.train.run_training import train
+from moesaic.cli.deferred_imports import deferred
+from moesaic.cli.shared_options import (
+    JsonOption,
+    SetOption,
+    command_app,
+    print_result,
+    show_progress,
+    stderr,
+)
+from moesaic.cli.styled_text import styled
+
+with deferred():
+    from moesaic.checkpoint.run_directory import RunDir
+    from moesaic.cli.eval_command import write_evaluation
+    from moesaic.cli.evaluated_run import EvaluatedRun
+    from moesaic.cli.score_output import show_samples, show_scores
+    from moesaic.core.errors import DataError
+    from moesaic.core.units import show_seconds
+    from moesaic.corpus.corpus import Corpus
+    from moesaic.corpus.join_pairs import pairs_of_direction
+    from moesaic.corpus.languages import ENGLISH
+    from moesaic.evaluate.evaluation_summary import EvaluationSummary
+    from moesaic.evaluate.testset import TestSet
+    from moesaic.model.parameter_flop_count import count_parameters
+    from moesaic.recipes.lookup import find_recipe
+    from moesaic.report.html_report import write_report
+    from moesaic.serve.score import score_run
+    from moesaic.serve.translator import Translator
+    from moesaic.train.find_corpus import FoundCorpus
+    from moesaic.train.resume import ResumeLatest
+    from moesaic.train.run import Run
+    from moesaic.train.run_training import train
 
 app = command_app()
 COMMON_STRINGS = ("Save", "Delete", "Search results", "Enter your password", "Page not found")
@@ -43,14 +54,14 @@ class PhaseTimer:
         self._started = time.monotonic()
 
     def start(self, title: str) -> None:
-        stderr.rule(f"[bold]{title}[/]", align="left")
+        stderr.rule(Text(title, style="bold"), align="left")
         self._started = time.monotonic()
 
     def end(self, name: str) -> None:
         self.seconds[name] = time.monotonic() - self._started
 
     def print_note(self, sentence: str) -> None:
-        stderr.print(f"[dim]{escape(sentence)}[/]")
+        show_progress(sentence)
 
 
 @app.command()
@@ -124,8 +135,8 @@ def _finish_without_scores(out: Path, *, reason: str, as_json: bool) -> None:
     value = {"report": str(report), "run_directory": str(out), "not_scored": reason}
 
     def show(console: Console) -> None:
-        console.print(f"not scored: {escape(reason)}")
-        console.print(f"report:     {escape(str(report))}")
+        console.print(f"not scored: {reason}")
+        console.print(f"report:     {report}")
 
     print_result(value, as_json=as_json, show=show)
 
@@ -140,22 +151,19 @@ def _show(
     if english:
         _show_common_strings(out, corpus=corpus, tests=english, console=console)
     spent = ", ".join(f"{name} {show_seconds(s)}" for name, s in phases.seconds.items())
-    console.print(f"\n[dim]time: {spent}[/]")
+    console.print(styled("\n[dim]time: {spent}[/]", spent=spent))
     folder, first = RunDir(out), (english or tests)[0]
     text = shlex.quote(COMMON_STRINGS[0] if english else first.sources[0])
-    where = shlex.quote(str(out))
-    command = f"echo {text} | moesaic translate {where} --from {first.source} --to {first.target}"
-    console.print(f"report:     {escape(str(folder.report))}")
-    console.print(f"translate:  {escape(command)}", soft_wrap=True)
-    console.print(
-        f"everything: {escape(str(folder.path))}/ (config, weights, tokenizer, metrics, card)"
-    )
+    ends = f"--from {first.source} --to {first.target}"
+    console.print(f"report:     {folder.report}")
+    console.print(f"translate:  echo {text} | moesaic translate {shlex.quote(str(out))} {ends}")
+    console.print(f"everything: {folder.path}/ (config, weights, tokenizer, metrics, card)")
 
 
 def _show_common_strings(
     out: Path, *, corpus: Corpus, tests: list[TestSet], console: Console
 ) -> None:
-    console.print("\n[bold]common strings[/] [dim](* in the training data)[/]")
+    console.print(styled("\n[bold]common strings[/] [dim](* in the training data)[/]"))
     translator = Translator.open(out)
     for test in tests:
         outputs = translator.translate_texts(
@@ -163,8 +171,8 @@ def _show_common_strings(
         )
         rows = pairs_of_direction(corpus, test.source, test.target, split="train")
         trained = {pair.source for pair in rows}
-        pairs = " · ".join(
-            f"[dim]{a}{'*' if a in trained else ''}[/] {escape(b)}"
+        pairs = Text(" · ").join(
+            styled("[dim]{a}{star}[/] {b}", a=a, star="*" if a in trained else "", b=b)
             for a, b in zip(COMMON_STRINGS, outputs, strict=True)
         )
-        console.print(f"  [dim]{test.target}[/]  {pairs}")
+        console.print(styled("  [dim]{target}[/]  {pairs}", target=test.target, pairs=pairs))

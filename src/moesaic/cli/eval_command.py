@@ -6,26 +6,30 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from moesaic.checkpoint.run_directory import RunDir
-from moesaic.cli.evaluated_run import CorpusOption, DirectionChoice, EvaluatedRun
-from moesaic.cli.score_output import show_samples, show_scores
+from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
+    CorpusOption,
     JsonOption,
     RoutesOption,
     RunArgument,
     UseOption,
     command_app,
-    import_user_files,
     print_result,
     show_progress,
 )
-from moesaic.cli.wanted_tests import WantedTests
-from moesaic.evaluate.evaluation_summary import EvaluationSummary, TestSetResult
-from moesaic.evaluate.harness import EvaluationSettings
-from moesaic.evaluate.testset import TestSet
-from moesaic.model.beam_search import Beam, Greedy
-from moesaic.report.html_report import write_report
-from moesaic.serve.score import count_experts, record_routing, score_run
+from moesaic.cli.user_files import import_user_files
+
+with deferred():
+    from moesaic.checkpoint.run_directory import RunDir
+    from moesaic.cli.evaluated_run import DirectionChoice, EvaluatedRun
+    from moesaic.cli.score_output import show_samples, show_scores
+    from moesaic.cli.wanted_tests import WantedTests
+    from moesaic.evaluate.evaluation_summary import EvaluationSummary, TestSetResult
+    from moesaic.evaluate.harness import EvaluationSettings
+    from moesaic.evaluate.testset import TestSet
+    from moesaic.model.beam_search import Beam, Greedy
+    from moesaic.report.html_report import write_report
+    from moesaic.serve.score import count_experts, record_routing, score_run
 
 app = command_app()
 

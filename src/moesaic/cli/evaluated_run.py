@@ -2,9 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.trained_directions import LanguageDirection, read_trained_directions
@@ -16,11 +13,6 @@ from moesaic.evaluate.testset import TestSet, corpus_testsets, unscored_directio
 from moesaic.recipes.lookup import find_recipe
 from moesaic.train.find_corpus import FoundCorpus, find_corpus
 from moesaic.train.run import Run
-
-CorpusOption = Annotated[
-    Path | None,
-    typer.Option("--corpus", metavar="DIR", help="Where the run's corpus is, if not found."),
-]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,20 +4,23 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
-from moesaic.cli.evaluated_run import CorpusOption, EvaluatedRun
+from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
+    CorpusOption,
     JsonOption,
     RunArgument,
     UseOption,
     command_app,
-    import_user_files,
     print_result,
     show_progress,
 )
-from moesaic.report.html_report import write_report
-from moesaic.serve.translation_routing import trace_checkpoints
+from moesaic.cli.user_files import import_user_files
+
+with deferred():
+    from moesaic.cli.evaluated_run import EvaluatedRun
+    from moesaic.report.html_report import write_report
+    from moesaic.serve.translation_routing import trace_checkpoints
 
 app = command_app()
 _SENTENCES = 16  # per language, to compare the routing of checkpoints
@@ -49,6 +52,6 @@ def report(
     path = write_report(run)
 
     def show(console: Console) -> None:
-        console.print(f"{escape(str(path))} ({path.stat().st_size / 1024:.0f} KiB)")
+        console.print(f"{path} ({path.stat().st_size / 1024:.0f} KiB)")
 
     print_result({"report": str(path)}, as_json=as_json, show=show)
