@@ -15,13 +15,12 @@ from moesaic.core.config import Config
 from moesaic.corpus.languages import resolve_language
 from moesaic.corpus.markup import (
     may_hold_accelerator,
-    placeholders,
     strip_accelerators,
     strip_tags,
     unescape_entities,
-    without_placeholders,
 )
 from moesaic.corpus.pair import Pair
+from moesaic.corpus.placeholders import placeholder_keys, without_placeholders
 from moesaic.corpus.scripts import (
     count_letters,
     count_script,
@@ -130,7 +129,7 @@ def _normalise_side(raw: str, script: str, other: str) -> NormalisedSide:
         count_letters(seen),
         count_visible(seen),
         count_script(seen, script=script),
-        placeholders(text),
+        placeholder_keys(text),
     )
 
 
@@ -194,7 +193,7 @@ CLEANING_RULES: tuple[CleaningRule, ...] = (
     ),
     CleaningRule(
         "placeholders",
-        "the sides do not have the same placeholders",
+        "the sides do not have the same placeholders, tags, URLs and e-mail addresses",
         lambda pair, _: pair.source.placeholders != pair.target.placeholders,
     ),
     CleaningRule(

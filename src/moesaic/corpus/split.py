@@ -24,7 +24,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from moesaic.core.config import Choice, Config
-from moesaic.corpus.markup import without_placeholders
+from moesaic.corpus.placeholders import without_placeholders
 from moesaic.corpus.readers.text_lines import read_lines
 
 TRIGRAM = 3
