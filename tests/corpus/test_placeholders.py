@@ -164,7 +164,7 @@ def test_keys_compare_what_a_program_needs(*, source: str, answer: str, kept: bo
 
 def test_a_rate_counts_texts_and_placeholders() -> None:
     sources = ["Open %s", "<b>Save</b>", "Close", "Quit", "{a} {b}"]
-    answers = ["%s öffnen", "<b>Speichern", "Schließen", "Ende %d", "{a} {a}"]
+    answers = ["%s öffnen", "<b>Speichern", "Schließen", "Beenden %d", "{a} {a}"]
     assert measure_placeholders(sources, answers) == PlaceholderRate(
         texts=4, kept_texts=1, placeholders=5, kept=3, added=2
     )

@@ -34,7 +34,7 @@ from moesaic.evaluate.testset import (
     read_testset,
     udhr_testsets,
 )
-from moesaic.model.generate import Beam, Greedy
+from moesaic.model.beam_search import Beam, Greedy
 from moesaic.recipes.lookup import find_recipe
 from moesaic.report.html_report import write_report
 from moesaic.serve.score import count_experts, record_routing, score_run

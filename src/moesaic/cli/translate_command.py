@@ -23,7 +23,7 @@ from moesaic.cli.shared_options import (
 )
 from moesaic.core.errors import DataError
 from moesaic.corpus.readers.text_lines import read_lines
-from moesaic.model.generate import Beam, Greedy, Search
+from moesaic.model.beam_search import Beam, Greedy, Search
 from moesaic.serve.translation_routing import translation_routes
 from moesaic.serve.translator import TranslationResult, Translator
 

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -98,40 +99,56 @@ def map_in_order(
 
 def read_source_file(job: ReadJob) -> ReadResult:
     """Read and clean one source file into its folder."""
-    found = ReadResult()
-    cleaner, split = PairCleaner(job.recipe.clean), job.recipe.split
-    spill, texts, keys = PairSpill(job.pairs), _TextWriter(job.texts, split), _SplitKeyWriter(split)
-    try:
+    with closing(_SourceFileReader(job)) as reader:
         for item in job.recipe.source.read(job.source_file, wanted=_language_filter(job.recipe)):
-            if isinstance(item, RejectedPair):
-                found.counts[item.direction].read += 1
-                found.counts[item.direction].dropped[item.reason] += 1
-                continue
-            if item.origin not in found.sources:
-                found.sources[item.origin] = {
-                    "version": job.source_file.version,
-                    "licence": item.licence,
-                }
-            if isinstance(item, Text):
-                texts.add(item)
-                continue
-            counts = found.counts[item.direction]
-            counts.read += 1
-            pair, reason = cleaner.clean(item)
-            if pair is None:
-                counts.dropped[reason] += 1
-                continue
-            domain = split.domain_of(pair.origin)
-            spill.add(
-                pair, rank=job.rank, allowed_split=job.source_file.allowed_split, domain=domain
-            )
-            keys.add(pair, allowed_split=job.source_file.allowed_split, domain=domain)
-    finally:
-        spill.close()
-        texts.close()
-    found.text_rows = texts.rows
-    keys.write(job.keys)
-    return found
+            reader.add(item)
+    return reader.finish()
+
+
+class _SourceFileReader:
+    """Cleans the rows of one source file, and writes what is kept into the folder of its job."""
+
+    def __init__(self, job: ReadJob) -> None:
+        self._job, self._split = job, job.recipe.split
+        self._found, self._cleaner = ReadResult(), PairCleaner(job.recipe.clean)
+        self._spill, self._texts = PairSpill(job.pairs), _TextWriter(job.texts, self._split)
+        self._keys = _SplitKeyWriter(self._split)
+
+    def add(self, item: Pair | Text | RejectedPair) -> None:
+        if isinstance(item, RejectedPair):
+            self._found.counts[item.direction].read += 1
+            self._found.counts[item.direction].dropped[item.reason] += 1
+            return
+        if item.origin not in self._found.sources:
+            version = self._job.source_file.version
+            self._found.sources[item.origin] = {"version": version, "licence": item.licence}
+        if isinstance(item, Text):
+            text, _ = self._cleaner.clean_text(item)
+            if text is not None:
+                self._texts.add(text)
+            return
+        self._add_pair(item)
+
+    def _add_pair(self, raw: Pair) -> None:
+        counts = self._found.counts[raw.direction]
+        counts.read += 1
+        pair, reason = self._cleaner.clean(raw)
+        if pair is None:
+            counts.dropped[reason] += 1
+            return
+        domain, allowed = self._split.domain_of(pair.origin), self._job.source_file.allowed_split
+        self._spill.add(pair, rank=self._job.rank, allowed_split=allowed, domain=domain)
+        self._keys.add(pair, allowed_split=allowed, domain=domain)
+
+    def finish(self) -> ReadResult:
+        """Write the split keys, and return the counts."""
+        self._found.text_rows = self._texts.rows
+        self._keys.write(self._job.keys)
+        return self._found
+
+    def close(self) -> None:
+        self._spill.close()
+        self._texts.close()
 
 
 def english_side(pair: Pair) -> str:
@@ -177,14 +194,11 @@ class _TextWriter:
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, found: Text) -> None:
-        text = " ".join(found.text.split())
-        if not text:
-            return
         domain = self._split.domain_of(found.origin)
-        name = text_file(found.language, domain or self._split.split_of(text))
+        name = text_file(found.language, domain or self._split.split_of(found.text))
         if name not in self._streams:
             self._streams[name] = (self._folder / name).open("w", encoding="utf-8", newline="\n")
-        self._streams[name].write(escape_field(text) + "\n")
+        self._streams[name].write(escape_field(found.text) + "\n")
         self.rows[name] += 1
 
     def close(self) -> None:
