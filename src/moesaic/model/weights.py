@@ -15,7 +15,12 @@ from moesaic.model.config import ModelConfig
 from moesaic.moe.experts import ExpertModule
 from moesaic.moe.router import Router
 from moesaic.nn.embedding import Embedding
-from moesaic.nn.initializer import Initializer, custom_initializers
+from moesaic.nn.initializer import (
+    Initializer,
+    custom_initializers,
+    fan_in_std,
+    router_std,
+)
 from moesaic.optim.optimizer import ParameterKind
 
 
@@ -80,12 +85,12 @@ def init_std(
     if initializer.std is not None:
         return initializer.std
     if kind == "embedding":
-        return init.embedding_std or config.dim**-0.5
+        return init.embedding_std or fan_in_std(config.dim)
     if kind == "router":
-        return init.router_std or (0.1 / shape[-1]) ** 0.5
+        return init.router_std or router_std(shape[-1])
     # nn.Linear's weight is [out, in], that of experts [E, in, out]
     fan_in = initializer.fan_in or (shape[-1] if kind == "matrix" else shape[-2])
-    std = init.std or fan_in**-0.5
+    std = init.std or fan_in_std(fan_in)
     ends_branch = {"down", "out"} & set(name.rsplit(".", 2)[-2:])
     scaled = ends_branch and init.scale_by_depth
     return std * num_residual_branches(name, config) ** -0.5 if scaled else std

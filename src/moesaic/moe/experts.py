@@ -18,7 +18,12 @@ from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.parameter_spec import FeedForwardShape, ParameterSpec
 from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig
-from moesaic.nn.initializer import CustomInitializers, Initializer
+from moesaic.nn.initializer import (
+    CustomInitializers,
+    Initializer,
+    fan_in_std,
+    normal_parameter,
+)
 from moesaic.ops.grouped_gemm import (
     ActivationFunction,
     FeedForwardWeights,
@@ -146,8 +151,8 @@ class GroupedExperts(ExpertModule):
     def __init__(self, size: ExpertShape) -> None:
         super().__init__()
         experts, feed, width = size.num_experts, size.feed_forward, size.dense.width
-        self.up = nn.Parameter(torch.empty(experts, size.dim, width))
-        self.down = nn.Parameter(torch.empty(experts, feed.hidden, size.dim))
+        self.up = normal_parameter(experts, size.dim, width, std=fan_in_std(size.dim))
+        self.down = normal_parameter(experts, feed.hidden, size.dim, std=fan_in_std(feed.hidden))
         if size.bias:
             self.up_bias = nn.Parameter(torch.zeros(experts, width))
             self.down_bias = nn.Parameter(torch.zeros(experts, size.dim))
@@ -233,10 +238,10 @@ class LoRAExperts(ExpertModule, CustomInitializers):
         super().__init__()
         experts, feed, width = size.num_experts, size.feed_forward, size.dense.width
         self.base = DenseFeedForward(feed, dim=size.dim, bias=size.bias)
-        self.up_a = nn.Parameter(torch.empty(experts, size.dim, rank))
-        self.up_b = nn.Parameter(torch.empty(experts, rank, width))
-        self.down_a = nn.Parameter(torch.empty(experts, feed.hidden, rank))
-        self.down_b = nn.Parameter(torch.empty(experts, rank, size.dim))
+        self.up_a = normal_parameter(experts, size.dim, rank, std=fan_in_std(size.dim))
+        self.up_b = normal_parameter(experts, rank, width, std=0.0)
+        self.down_a = normal_parameter(experts, feed.hidden, rank, std=fan_in_std(feed.hidden))
+        self.down_b = normal_parameter(experts, rank, size.dim, std=0.0)
         self.activation, self.scale = feed.activation, scale
 
     def initializers(self) -> Mapping[str, Initializer]:
