@@ -27,8 +27,9 @@ from moesaic.model.block import (
 )
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.kv_cache import EncoderOutput, KVCache
-from moesaic.model.weights import initialize_weights, parameter_kinds
+from moesaic.model.weights import initialize_weights
 from moesaic.moe.config import MoE
+from moesaic.moe.initial_weights import parameter_kinds
 from moesaic.moe.router_context import RouterState, TokenContext
 from moesaic.moe.router_gate import RouterDecodeState, RouterShape, SharedRouter, StackInput
 from moesaic.nn.attention_backend import KeyValue

@@ -16,6 +16,7 @@ from torch import nn
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
+from moesaic.moe.compiled_experts import is_compilable, run_compiled_experts
 from moesaic.moe.parameter_spec import FeedForwardShape, ParameterSpec
 from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig
 from moesaic.nn.initializer import (
@@ -189,6 +190,9 @@ class FunctionalExperts(_Direct):
 
     def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
         x = as_autocast(x)
+        if torch.compiler.is_compiling() and is_compilable(self.activation):
+            name = self.activation.kernel_name
+            return run_compiled_experts(x, edges=edges, weights=self.weights, kernel_name=name)
         kernel = select_moe_kernel(x, activation=self.activation)
         return kernel(x, edges=edges, weights=self.weights, activation=self.activation)
 
