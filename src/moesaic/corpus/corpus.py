@@ -17,6 +17,7 @@ from moesaic.corpus.pair import Pair, Text
 from moesaic.corpus.readers.text_lines import read_lines
 from moesaic.corpus.readers.tsv import read_rows, unescape_field
 from moesaic.corpus.split import SPLITS, digest64
+from moesaic.corpus.text_rules import SoftwareStrings, TextRules
 
 CORPUS_FORMAT = 1
 CORPUS_MANIFEST = "corpus.json"
@@ -90,6 +91,13 @@ class Corpus:
         """A hash of all files of the corpus."""
         parts = [f"{name} {f['sha256']}" for name, f in sorted(self.manifest["files"].items())]
         return new_sha256("\n".join(parts).encode()).hexdigest()
+
+    @property
+    def text_rules(self) -> TextRules:
+        """The rules that its texts passed; earlier versions, which wrote none, had one kind."""
+        clean = self.manifest["recipe"].get("clean", {})
+        written = clean.get("text_rules")
+        return TextRules.from_dict(written) if written else SoftwareStrings()
 
     def count(self, source: str, target: str, *, split: str = "train") -> int:
         """Return the number of pairs of a direction or its reverse."""

@@ -83,3 +83,17 @@ def restore_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"the weights do not fit: {'; '.join(problems[:4])}{more}")
     for name, tensor in expected.items():
         tensor.copy_(tensors[name])
+
+
+def describe_nonfinite(model: nn.Module) -> str:
+    """Return which weights are NaN or infinite (``"NaN in a.weight (1 of 16 values)"``), or ""."""
+    found = []
+    for name, tensor in export_weights(model).items():
+        if not tensor.is_floating_point():
+            continue
+        wrong = tensor.numel() - int(tensor.isfinite().sum())
+        if wrong:
+            what = "NaN" if bool(tensor.isnan().any()) else "infinity"
+            found.append(f"{what} in {name} ({wrong} of {tensor.numel()} values)")
+    more = f" and {len(found) - 3} more tensors" if len(found) > 3 else ""
+    return "; ".join(found[:3]) + more

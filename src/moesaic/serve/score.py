@@ -22,7 +22,7 @@ from moesaic.evaluate.harness import (
 )
 from moesaic.evaluate.routing_analysis import RoutingAnalysis
 from moesaic.evaluate.testset import TestSet
-from moesaic.model.generate import Greedy, Search
+from moesaic.model.beam_search import Greedy, Search
 from moesaic.monitor.expert_usage import UsageCounter
 from moesaic.serve.translation_routing import test_set_routing
 from moesaic.serve.translator import Translator

@@ -10,6 +10,7 @@ from moesaic.core.errors import ConfigError, did_you_mean
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.languages import resolve_language
 from moesaic.corpus.pair import Text
+from moesaic.corpus.text_rules import write_text_rules
 from moesaic.data.token_shard_writer import cached_shards
 from moesaic.data.token_shards import TokenShards
 from moesaic.data.tokenizer import Tokenizer
@@ -80,6 +81,7 @@ def prepare_data(run: Run, *, run_dir: RunDir, world: World, notify: Notify) -> 
     def work() -> str:
         notify("opening the corpus")
         corpus = CorpusSubset.of(run.corpus.open(), languages=run.languages)
+        write_text_rules(run_dir.text_rules, corpus.text_rules)
         tokenizer = _load_or_train_tokenizer(run, corpus=corpus, run_dir=run_dir, notify=notify)
         notify("opening the token shards (they are written the first time)")
         return str(cached_shards(corpus, tokenizer=tokenizer).path)
