@@ -25,6 +25,7 @@ CORPUS_MANIFEST = "corpus.json"
 CORPUS_MANIFEST_FILE = FileKind(
     name="manifest of a corpus", max_bytes=64 * MIB, error=DataError, way_out="build it again"
 )
+_MAX_NAMES = 8  # directions in a sentence
 
 
 def pair_file(source: str, target: str, split: str) -> str:
@@ -104,6 +105,19 @@ class Corpus:
         """Return the number of pairs of a direction or its reverse."""
         name = pair_file(*self._stored_direction(source, target), split)
         return self.manifest["files"].get(name, {}).get("rows", 0)
+
+    def describe_empty_splits(self) -> list[str]:
+        """Return a sentence for each of valid and test that has no pair of some direction."""
+        sentences = []
+        for split, use in (("valid", "validate"), ("test", "score")):
+            empty = [f"{s}-{t}" for s, t in self.directions if not self.count(s, t, split=split)]
+            if empty:
+                more = f" and {len(empty) - _MAX_NAMES} more" if len(empty) > _MAX_NAMES else ""
+                sentences.append(
+                    f"no {split} pairs of {', '.join(empty[:_MAX_NAMES])}{more}: nothing to {use} "
+                    f"on (of {len(self.directions)} directions)"
+                )
+        return sentences
 
     def pairs(self, split: str = "train") -> Iterator[Pair]:
         """Yield every pair of a split, direction by direction as stored."""
