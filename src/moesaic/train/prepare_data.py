@@ -69,6 +69,13 @@ class PreparedData:
     tokenizer: Tokenizer
     shards: TokenShards
 
+    def facts(self) -> dict[str, str]:
+        """Return the fingerprints of what every rank must read."""
+        return {
+            "fingerprint of the tokenizer": self.tokenizer.fingerprint,
+            "fingerprint of the token shards": self.shards.fingerprint,
+        }
+
 
 def prepare_data(run: Run, *, run_dir: RunDir, world: World, notify: Notify) -> PreparedData:
     """Build or open the corpus, then the run directory's tokenizer, then the cached shards.
