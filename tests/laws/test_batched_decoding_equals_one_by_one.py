@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from model.samples import BASE, VARIANTS, ids
-from moesaic.model.generate import Beam, Greedy, generate
+from moesaic.model.beam_search import Beam, Greedy
+from moesaic.model.generate import generate
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_capacity import Capacity

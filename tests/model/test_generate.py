@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from model.samples import VARIANTS, ids
-from moesaic.model.generate import Beam, Greedy, append_tag, generate
+from moesaic.core.errors import CheckpointError, DataError
+from moesaic.model.beam_search import Beam, Greedy
+from moesaic.model.generate import DecodingRules, append_tag, generate
 from moesaic.model.transformer import Transformer
 
 TAG = torch.tensor([6, 7])
@@ -36,7 +38,7 @@ def test_suppressed_tokens_are_not_generated():
     free = generate(model, source, tag=TAG, max_tokens=8)
     generated = {token for (best,) in free for token in best.ids}
     assert generated
-    other = generate(model, source, tag=TAG, max_tokens=8, suppress_tokens=tuple(generated))
+    other = generate(model, source, tag=TAG, max_tokens=8, rules=DecodingRules(tuple(generated)))
     assert not generated & {token for (best,) in other for token in best.ids}
 
 
@@ -55,3 +57,30 @@ def test_an_empty_batch_returns_no_hypotheses():
 def test_a_tag_is_appended_after_the_last_real_token():
     rows = append_tag(torch.tensor([[5, 6, 0], [5, 6, 7]]), tag=torch.tensor([9, 8]))
     assert rows.tolist() == [[5, 6, 9, 0], [5, 6, 7, 8]]
+
+
+@pytest.mark.parametrize("search", [Greedy(), Beam(size=2)], ids=["greedy", "beam"])
+@pytest.mark.parametrize("name", ["rotary-top2", "decoder-only", "top-p", "expert-choice", "soft"])
+@pytest.mark.parametrize("part", ["norm", "router", "embedding", ""])
+def test_weights_that_are_not_finite_are_named(search, name, part):
+    model = Transformer(VARIANTS[name])
+    value = float("inf") if part == "embedding" else float("nan")
+    chosen = [(n, p) for n, p in model.named_parameters() if part in n]
+    for _, parameter in chosen[:1] if part else chosen:  # "": every weight
+        parameter.data.view(-1)[0 if part else slice(None)] = value
+    with pytest.raises(CheckpointError, match="weights hold") as caught:
+        generate(model, ids(2, [4, 2], width=4), tag=TAG, search=search, max_tokens=4)
+    assert chosen[0][0] in str(caught.value)
+
+
+def test_learned_positions_end_an_answer_instead_of_being_used_twice():
+    model = Transformer(VARIANTS["gshard-learned-untied"])  # 32 positions
+    assert model.config.encoder.layers
+    answers = generate(model, ids(2, [4, 2], width=4), tag=TAG, max_tokens=200)
+    assert all(len(best.ids) <= 32 for (best,) in answers)
+    with pytest.raises(DataError, match="learned 32 positions"):
+        generate(model, ids(2, [40, 2], width=40), tag=TAG)
+    fed = ids(2, [33, 2], width=33)
+    rows = torch.arange(2)
+    with pytest.raises(RuntimeError, match="max_length=32"):
+        model.step(fed, model.init_cache(model.encode(fed[:, :4]), rows))

@@ -8,8 +8,8 @@ from moesaic.core.errors import CheckpointError, DataError
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
 from moesaic.evaluate.routing_analysis import RoutingAnalysis, describe_usage, record_routes
+from moesaic.model.beam_search import Beam, Greedy
 from moesaic.model.config import ModelConfig, Stack
-from moesaic.model.generate import Beam, Greedy
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights
 from moesaic.moe.config import MoE

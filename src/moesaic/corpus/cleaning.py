@@ -1,27 +1,21 @@
-"""Cleaning: normalisation of texts, and the named rules that drop pairs.
+"""Cleaning: the named rules that drop pairs once their sides are normalised (``text_rules.py``).
 
 Rules and thresholds follow measurements on software catalogues: short strings, many placeholders,
 some left in English. Every dropped pair is counted under its rule's name.
 """
 
-import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import cast
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from moesaic.core.config import Config
+from moesaic.core.errors import did_you_mean
 from moesaic.corpus.languages import resolve_language
-from moesaic.corpus.markup import (
-    may_hold_accelerator,
-    placeholders,
-    strip_accelerators,
-    strip_tags,
-    unescape_entities,
-    without_placeholders,
-)
-from moesaic.corpus.pair import Pair
+from moesaic.corpus.markup import may_hold_accelerator
+from moesaic.corpus.pair import Pair, Text
 from moesaic.corpus.scripts import (
     count_letters,
     count_script,
@@ -29,22 +23,38 @@ from moesaic.corpus.scripts import (
     is_known_script,
     script_classes,
 )
+from moesaic.corpus.text_rules import GeneralText, TextRules
 
 # characters of English per character of the script, for the length ratio
 _LENGTH_FACTOR = {"Hans": 2.2, "Hant": 2.2, "Jpan": 1.9, "Hang": 1.6}
-_INVISIBLE = dict.fromkeys(
-    [0xAD, 0xFEFF, *(c for c in (*range(32), *range(0x7F, 0xA0)) if not chr(c).isspace())]
-)
 _SLACK = 12  # characters, added to both lengths: short texts vary most ("OK")
+_ALWAYS = ("empty", "broken")  # such a row is of no use to anybody
 
 
 class CleaningConfig(Config):
-    """Thresholds of the cleaning rules: fractions, and lengths in characters."""
+    """Text rules, and thresholds of the cleaning rules: fractions, and lengths in characters.
 
+    The rules named in ``disabled_rules`` (``untranslated``, ``script``, ...) drop nothing.
+    """
+
+    text_rules: TextRules = GeneralText()
     max_characters: int = Field(default=600, gt=0)
     min_letters: float = Field(default=0.5, ge=0, le=1)
     max_length_ratio: float = Field(default=3.0, ge=1)
     min_script: float = Field(default=0.5, ge=0, le=1)
+    disabled_rules: tuple[str, ...] = ()
+
+    @field_validator("disabled_rules")
+    @classmethod
+    def _are_rules(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        known = [rule.name for rule in CLEANING_RULES if rule.name not in _ALWAYS]
+        for name in names:
+            if name not in known:
+                raise ValueError(
+                    f'"{name}" cannot be disabled: expected {", ".join(known)}'
+                    f"{did_you_mean(name, known)}"
+                )
+        return names
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,41 +87,42 @@ class CleaningRule:
     rejects: Callable[[NormalisedPair, CleaningConfig], bool]
 
 
-def normalise_text(text: str, *, other: str = "") -> str:
-    """Decode entities, remove tags and accelerators, collapse white space, normalise to NFC.
-
-    ``other`` is the raw other side of the pair: see ``strip_accelerators``.
-    """
-    text = strip_accelerators(unescape_entities(strip_tags(unescape_entities(text))), other=other)
-    if not text.isprintable():
-        text = text.translate(_INVISIBLE)
-    text = " ".join(text.split())
-    return text if text.isascii() else unicodedata.normalize("NFC", text)
-
-
 class PairCleaner:
     """Normalises pairs, and drops those that a rule rejects."""
 
     def __init__(self, config: CleaningConfig) -> None:
         self.config = config
+        self._rules = [rule for rule in CLEANING_RULES if rule.name not in config.disabled_rules]
         self._scripts: dict[str, str] = {}
 
     def clean(self, pair: Pair) -> tuple[Pair | None, str]:
         """Return the normalised pair and ``""``, or None and the name of the rejecting rule."""
         normalised = NormalisedPair(
             self._normalise_source(pair.source, code=pair.source_language, other=pair.target),
-            _normalise_side(pair.target, self._script(pair.target_language), pair.source),
+            _normalise_side(
+                pair.target,
+                self.config.text_rules,
+                script=self._script(pair.target_language),
+                other=pair.source,
+            ),
         )
-        for rule in CLEANING_RULES:
+        for rule in self._rules:
             if rule.rejects(normalised, self.config):
                 return None, rule.name
         return replace(pair, source=normalised.source.text, target=normalised.target.text), ""
 
+    def clean_text(self, text: Text) -> tuple[Text | None, str]:
+        """Return a normalised text in one language, or None and the name of the rejecting rule."""
+        plain = self.config.text_rules.normalise(text.text)
+        if not plain:
+            return None, "empty"
+        return (None, "broken") if "\ufffd" in plain else (replace(text, text=plain), "")
+
     def _normalise_source(self, text: str, *, code: str, other: str) -> NormalisedSide:
-        script = self._script(code)
+        rules, script = self.config.text_rules, self._script(code)
         if may_hold_accelerator(text):
-            return _normalise_side(text, script, other)
-        return _normalise_side_cached(text, script, "")
+            return _normalise_side(text, rules, script=script, other=other)
+        return _normalise_side_cached(text, cast(Hashable, rules), script=script, other="")
 
     def _script(self, code: str) -> str:
         if code not in self._scripts:
@@ -119,9 +130,9 @@ class PairCleaner:
         return self._scripts[code]
 
 
-def _normalise_side(raw: str, script: str, other: str) -> NormalisedSide:
-    text = normalise_text(raw, other=other)
-    plain = without_placeholders(text)
+def _normalise_side(raw: str, rules: TextRules, *, script: str, other: str) -> NormalisedSide:
+    text = rules.normalise(raw, other=other)
+    plain = rules.without_placeholders(text)
     seen = script_classes(plain)
     return NormalisedSide(
         text,
@@ -130,7 +141,7 @@ def _normalise_side(raw: str, script: str, other: str) -> NormalisedSide:
         count_letters(seen),
         count_visible(seen),
         count_script(seen, script=script),
-        placeholders(text),
+        rules.placeholders(text),
     )
 
 
@@ -194,7 +205,7 @@ CLEANING_RULES: tuple[CleaningRule, ...] = (
     ),
     CleaningRule(
         "placeholders",
-        "the sides do not have the same placeholders",
+        "the sides do not have the same placeholders, tags, URLs and e-mail addresses",
         lambda pair, _: pair.source.placeholders != pair.target.placeholders,
     ),
     CleaningRule(

@@ -17,9 +17,11 @@ from moesaic.corpus.pair import Pair, Text
 from moesaic.corpus.readers.text_lines import read_lines
 from moesaic.corpus.readers.tsv import read_rows, unescape_field
 from moesaic.corpus.split import SPLITS, digest64
+from moesaic.corpus.text_rules import SoftwareStrings, TextRules
 
 CORPUS_FORMAT = 1
 CORPUS_MANIFEST = "corpus.json"
+_MAX_NAMES = 8  # directions in a sentence
 
 
 def pair_file(source: str, target: str, split: str) -> str:
@@ -91,10 +93,30 @@ class Corpus:
         parts = [f"{name} {f['sha256']}" for name, f in sorted(self.manifest["files"].items())]
         return new_sha256("\n".join(parts).encode()).hexdigest()
 
+    @property
+    def text_rules(self) -> TextRules:
+        """The rules that its texts passed; earlier versions, which wrote none, had one kind."""
+        clean = self.manifest["recipe"].get("clean", {})
+        written = clean.get("text_rules")
+        return TextRules.from_dict(written) if written else SoftwareStrings()
+
     def count(self, source: str, target: str, *, split: str = "train") -> int:
         """Return the number of pairs of a direction or its reverse."""
         name = pair_file(*self._stored_direction(source, target), split)
         return self.manifest["files"].get(name, {}).get("rows", 0)
+
+    def describe_empty_splits(self) -> list[str]:
+        """Return a sentence for each of valid and test that has no pair of some direction."""
+        sentences = []
+        for split, use in (("valid", "validate"), ("test", "score")):
+            empty = [f"{s}-{t}" for s, t in self.directions if not self.count(s, t, split=split)]
+            if empty:
+                more = f" and {len(empty) - _MAX_NAMES} more" if len(empty) > _MAX_NAMES else ""
+                sentences.append(
+                    f"no {split} pairs of {', '.join(empty[:_MAX_NAMES])}{more}: nothing to {use} "
+                    f"on (of {len(self.directions)} directions)"
+                )
+        return sentences
 
     def pairs(self, split: str = "train") -> Iterator[Pair]:
         """Yield every pair of a split, direction by direction as stored."""

@@ -14,6 +14,7 @@ from moesaic.corpus.sources.package_archives import PyPIPackage
 from moesaic.corpus.sources.synthetic import SyntheticLanguages
 from moesaic.corpus.sources.text_source import CombinedSources, TextSource
 from moesaic.corpus.split import DropNearDuplicates, HeldOutDomain, SplitConfig
+from moesaic.corpus.text_rules import SoftwareStrings
 
 _SMALL_PACKAGES = (
     PyPIPackage(name="django", version="5.2.19"),
@@ -29,6 +30,10 @@ _LARGE_PACKAGES = (
     PyPIPackage(name="kolibri", version="0.19.5"),
     PyPIPackage(name="plone-app-locales", version="7.0.4", catalogues="po"),
 )
+
+
+# the named corpora hold strings of programs, or imitate them
+_CLEAN_SOFTWARE = CleaningConfig(text_rules=SoftwareStrings())
 
 
 class CorpusRecipe(Config):
@@ -59,13 +64,17 @@ def named_corpus(name: str) -> CorpusRecipe:
 NAMED_CORPORA: dict[str, CorpusRecipe] = {
     recipe.name: recipe
     for recipe in (
-        CorpusRecipe(name="synthetic", source=SyntheticLanguages()),
+        CorpusRecipe(name="synthetic", source=SyntheticLanguages(), clean=_CLEAN_SOFTWARE),
         CorpusRecipe(
-            name="catalogues-small", source=PyPICatalogues(packages=_SMALL_PACKAGES), min_pairs=200
+            name="catalogues-small",
+            source=PyPICatalogues(packages=_SMALL_PACKAGES),
+            clean=_CLEAN_SOFTWARE,
+            min_pairs=200,
         ),
         CorpusRecipe(
             name="catalogues",
             source=PyPICatalogues(packages=_SMALL_PACKAGES + _LARGE_PACKAGES),
+            clean=_CLEAN_SOFTWARE,
             split=SplitConfig(near_duplicates=DropNearDuplicates()),
             min_pairs=200,
         ),
@@ -80,6 +89,7 @@ NAMED_CORPORA: dict[str, CorpusRecipe] = {
                     DebianDescriptions(),
                 )
             ),
+            clean=_CLEAN_SOFTWARE,
             split=SplitConfig(
                 test=0.02,
                 valid=0.01,

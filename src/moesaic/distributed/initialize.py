@@ -117,7 +117,7 @@ class _Rendezvous:
         store: distributed.Store,  # pyright: ignore[reportPrivateImportUsage]
         device: str,
     ) -> None:
-        """Raise UserError where rank 0 computes on another kind of device: no backend joins them."""
+        """Raise UserError where rank 0 computes on another kind of device."""
         if self.rank == 0:
             store.set("device", device)
             return

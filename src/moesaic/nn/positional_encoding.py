@@ -22,7 +22,12 @@ def no_rotation(heads: Float[Tensor, "T H d"]) -> Float[Tensor, "T H d"]:
 
 
 class PositionalEncodingModule(nn.Module):
-    """Base of positional encodings: adds nothing to embeddings and rotates nothing."""
+    """Base of positional encodings: adds nothing to embeddings and rotates nothing.
+
+    ``max_positions`` is the longest sequence that can be encoded; None: any.
+    """
+
+    max_positions: int | None = None
 
     def add(self, x: Float[Tensor, "T D"], _position: Int[Tensor, "T"], /) -> Float[Tensor, "T D"]:
         """Return the embeddings of tokens at these positions, encoded."""
@@ -112,6 +117,12 @@ class _LearnedPositionsModule(PositionalEncodingModule):
     def __init__(self, config: LearnedPositions, *, dim: int) -> None:
         super().__init__()
         self.table = nn.Embedding(config.max_length, dim)
+        self.max_positions = config.max_length
 
     def add(self, x: Float[Tensor, "T D"], position: Int[Tensor, "T"], /) -> Float[Tensor, "T D"]:
-        return x + self.table(position.clamp(max=self.table.num_embeddings - 1))
+        # asynchronous on a GPU: no wait of the host, and no position shares another one's vector
+        torch.ops.aten._assert_async.msg(
+            (position < self.table.num_embeddings).all(),
+            f"a position is beyond LearnedPositions.max_length={self.table.num_embeddings}",
+        )
+        return x + self.table(position)

@@ -18,8 +18,10 @@ from moesaic.core.shapes import Tensor
 from moesaic.corpus.languages import resolve_language
 from moesaic.data.batch import PAD, Batch
 from moesaic.data.tokenizer import EOS, Tokenizer
+from moesaic.model.beam_search import Greedy, Hypothesis, Search
 from moesaic.model.config import ModelConfig
-from moesaic.model.generate import SUPPRESSED_TOKENS, Greedy, Hypothesis, Search, generate
+from moesaic.model.generate import SUPPRESSED_TOKENS, DecodingRules, generate
+from moesaic.model.repetition import is_loop
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import restore_weights
 from moesaic.moe.routing import Routing
@@ -52,7 +54,8 @@ class TranslationResult:
     """The best hypothesis of a text, and all of them (``alternatives``, the best one included).
 
     ``truncated``: the source was longer than the model's limit and only its beginning was
-    translated. ``finished`` is false if the output was cut off at the maximum length.
+    translated. ``finished`` is false if the output was cut off at the maximum length, ``repeats``
+    true if it repeats a passage again and again (``is_loop``).
     """
 
     text: str
@@ -60,6 +63,7 @@ class TranslationResult:
     alternatives: tuple[Alternative, ...] = ()
     truncated: bool = False
     finished: bool = True
+    repeats: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +95,7 @@ class Translator:
             for i in range(tokenizer.vocab_size)
             if tokenizer.id_to_token(i).startswith("<unused_")
         ]
-        self._suppressed_tokens = (*SUPPRESSED_TOKENS, *tags, *unused)
+        self._rules = DecodingRules((*SUPPRESSED_TOKENS, *tags, *unused))
 
     @classmethod
     def open(
@@ -146,10 +150,10 @@ class Translator:
                 tag=tag.to(self._device),
                 search=search or Greedy(),
                 max_tokens=max_tokens.to(self._device),
-                suppress_tokens=self._suppressed_tokens,
+                rules=self._rules,
             )
             for i, hypotheses in zip(batch, generated, strict=True):
-                results[i] = self._to_result(hypotheses, truncated=rows[i].truncated)
+                results[i] = self._to_result(hypotheses, source=rows[i])
         return results
 
     def translate_texts(
@@ -253,10 +257,19 @@ class Translator:
     def _max_new_tokens(self, row: "_EncodedSource") -> int:
         return min(self.limits.max_target, round(self.limits.max_length_ratio * len(row.ids)) + 16)
 
-    def _to_result(self, hypotheses: Sequence[Hypothesis], *, truncated: bool) -> TranslationResult:
+    def _to_result(
+        self, hypotheses: Sequence[Hypothesis], *, source: "_EncodedSource"
+    ) -> TranslationResult:
         all_texts = tuple(Alternative(self.tokenizer.decode(h.ids), h.score) for h in hypotheses)
         best = hypotheses[0]
-        return TranslationResult(all_texts[0].text, best.score, all_texts, truncated, best.finished)
+        return TranslationResult(
+            all_texts[0].text,
+            best.score,
+            all_texts,
+            truncated=source.truncated,
+            finished=best.finished,
+            repeats=is_loop(best.ids, source=source.ids),
+        )
 
     def token_text(self, index: int) -> str:
         """Return a token id as text, or by its name if it is not valid text on its own."""
