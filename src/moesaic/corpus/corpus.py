@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.core.errors import DataError, did_you_mean
-from moesaic.core.files import read_json, sha256
+from moesaic.core.file_reader import MIB, FileKind, read_json
+from moesaic.core.files import sha256
 from moesaic.corpus.languages import resolve_language
 from moesaic.corpus.pair import Pair, Text
 from moesaic.corpus.readers.text_lines import read_lines
@@ -21,6 +22,9 @@ from moesaic.corpus.text_rules import SoftwareStrings, TextRules
 
 CORPUS_FORMAT = 1
 CORPUS_MANIFEST = "corpus.json"
+CORPUS_MANIFEST_FILE = FileKind(
+    name="manifest of a corpus", max_bytes=64 * MIB, error=DataError, way_out="build it again"
+)
 _MAX_NAMES = 8  # directions in a sentence
 
 
@@ -50,15 +54,12 @@ class Corpus:
     def open(cls, path: Path | str) -> "Corpus":
         """Open a corpus directory. Raises DataError: no corpus, another format, files missing."""
         root = Path(path)
-        try:
-            manifest = read_json(root / CORPUS_MANIFEST)
-        except FileNotFoundError as error:
+        if not (root / CORPUS_MANIFEST).exists():
             raise DataError(
                 f"{root}: no corpus here ({CORPUS_MANIFEST} is missing); build one with "
                 "`moesaic data build`"
-            ) from error
-        except (ValueError, OSError) as error:
-            raise DataError(f"{root / CORPUS_MANIFEST}: cannot be read: {error}") from error
+            )
+        manifest = read_json(root / CORPUS_MANIFEST, CORPUS_MANIFEST_FILE)
         if not isinstance(manifest, dict) or manifest.get("format") != CORPUS_FORMAT:
             found = manifest.get("format") if isinstance(manifest, dict) else "no format"
             raise DataError(
