@@ -371,7 +371,7 @@ def test_a_domain_is_built_counted_and_scored_by_its_name(capsys, home):
     assert "tales is held out: game.tsv (moesaic eval RUN --split tales)" in output
     main_ok(["data", "show", "games", "--to", "qaa", "--split", "tales", "--json"])
     assert {row["source"] for row in last_json(capsys)["pairs"]} == {"Slay the dragon", "Flee"}
-    corpus = 'corpus=CorpusFolder(path="data/corpora/games")'
+    corpus = 'corpus=CorpusFolder(path="games")'
     words = ["--set", corpus, "--set", 'languages=["en","qaa"]', *TINY]
     main_ok(["train", "tiny", "--out", "runs/games", "--quiet", *words])
     capsys.readouterr()

@@ -73,6 +73,13 @@ class PreparedData:
     corpus_name: str = ""
     corpus_fingerprint: str = ""
 
+    def facts(self) -> dict[str, str]:
+        """Return the fingerprints of what every rank must read."""
+        return {
+            "fingerprint of the tokenizer": self.tokenizer.fingerprint,
+            "fingerprint of the token shards": self.shards.fingerprint,
+        }
+
 
 def prepare_data(run: Run, *, run_dir: RunDir, world: World, notify: Notify) -> PreparedData:
     """Build or open the corpus, then the run directory's tokenizer, then the cached shards.
