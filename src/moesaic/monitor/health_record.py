@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.core.errors import DataError
-from moesaic.core.files import read_json, write_json
+from moesaic.core.file_reader import MIB, FileKind, read_json_mapping
+from moesaic.core.files import write_json
 from moesaic.monitor.health_rules import HealthFinding, HealthState
 
 HEALTH_FORMAT = 1
+HEALTH_FILE = FileKind(name="record of router findings", max_bytes=16 * MIB, error=DataError)
 MAX_FINDINGS = 10_000  # of a file that is read
 
 
@@ -66,7 +68,7 @@ def read_findings(path: Path) -> tuple[RecordedFinding, ...]:
     if not path.is_file():
         return ()
     try:
-        content = read_json(path)
+        content = read_json_mapping(path, HEALTH_FILE)
         if content["format"] != HEALTH_FORMAT:
             raise DataError(f"{path}: format {content['format']}, expected {HEALTH_FORMAT}")
         return tuple(_finding_from_json(row) for row in content["findings"][:MAX_FINDINGS])

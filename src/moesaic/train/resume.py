@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moesaic.checkpoint.checkpoint_directory import MANIFEST_FILE
 from moesaic.checkpoint.full_checkpoint import LatestCheckpoint, find_latest_checkpoint
+from moesaic.checkpoint.manifest import MANIFEST_FILE
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.config import Choice
 from moesaic.core.errors import CheckpointError

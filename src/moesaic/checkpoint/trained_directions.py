@@ -1,0 +1,122 @@
+"""Trained directions: what a run was trained on, as ``directions.json`` in its run directory.
+
+Written when training starts, from the streams of the data mixture. Evaluation scores these
+directions, and translation warns about others, without opening the corpus. The file::
+
+    {"format": 1, "corpus": {"name": "mine", "fingerprint": "<sha256>"},
+     "streams": [{"task": "translation", "source": "deu_Latn", "target": "eng_Latn",
+                  "rows": 240, "valid_rows": 12, "test_rows": 13, "share": 0.9}, ...]}
+
+A stream whose source and target are one language is no translation (denoising, language models).
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from moesaic.core.errors import CheckpointError
+from moesaic.core.file_reader import MAX_INT, MIB, FileKind, FileShape
+from moesaic.core.files import write_json
+
+DIRECTIONS_FORMAT = 1
+DIRECTIONS_FILE = FileKind(
+    name="record of trained directions",
+    max_bytes=64 * MIB,
+    error=CheckpointError,
+    way_out="delete it, and the directions are read from config.yaml and the corpus",
+)
+LanguageDirection = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedStream:
+    """Rows of one task in one direction; ``share`` is their expected share of the samples."""
+
+    task: str
+    source: str
+    target: str
+    rows: int
+    valid_rows: int
+    test_rows: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedDirections:
+    """The streams of a run, and the corpus that they are of (its name and fingerprint)."""
+
+    corpus: str
+    fingerprint: str
+    streams: tuple[TrainedStream, ...]
+
+    @property
+    def directions(self) -> tuple[LanguageDirection, ...]:
+        """The directions of translation (source, target), in the order of the streams."""
+        pairs = ((s.source, s.target) for s in self.streams if s.source != s.target)
+        return tuple(dict.fromkeys(pairs))
+
+    @property
+    def text_languages(self) -> tuple[str, ...]:
+        """The languages whose text was trained on alone, by denoising or language modelling."""
+        return tuple(dict.fromkeys(s.source for s in self.streams if s.source == s.target))
+
+    @property
+    def valid_rows(self) -> int:
+        """Rows of the validation split of all streams."""
+        return sum(s.valid_rows for s in self.streams)
+
+    @property
+    def next_command(self) -> str:
+        """What scores the run after training: ``eval``, with the split that has rows of a pair."""
+        pairs = [s for s in self.streams if s.source != s.target]
+        if any(s.test_rows for s in pairs):
+            return "eval {run}"
+        return "eval {run} --split valid" if any(s.valid_rows for s in pairs) else "report {run}"
+
+    def write(self, path: Path) -> None:
+        """Write directions.json, whole or not at all."""
+        value = {
+            "format": DIRECTIONS_FORMAT,
+            "corpus": {"name": self.corpus, "fingerprint": self.fingerprint},
+            "streams": [asdict(stream) for stream in self.streams],
+        }
+        write_json(path, value)
+
+
+class _StreamShape(FileShape):
+    task: str
+    source: str
+    target: str
+    rows: int = Field(ge=0, le=MAX_INT)
+    valid_rows: int = Field(ge=0, le=MAX_INT)
+    test_rows: int = Field(ge=0, le=MAX_INT)
+    share: float = Field(ge=0, le=1.001)  # a sum of shares may be rounded
+
+
+class _CorpusShape(FileShape):
+    name: str
+    fingerprint: str
+
+
+class _DirectionsShape(FileShape):
+    kind: ClassVar[FileKind] = DIRECTIONS_FILE
+    format: Literal[1]  # DIRECTIONS_FORMAT
+    corpus: _CorpusShape
+    streams: tuple[_StreamShape, ...]
+
+
+def read_trained_directions(path: Path) -> TrainedDirections | None:
+    """Return the content of directions.json; None where there is none (runs of older versions).
+
+    Raises CheckpointError naming the file if it is damaged.
+    """
+    if not path.exists():
+        return None
+    found = _DirectionsShape.read(path)
+    return TrainedDirections(
+        corpus=found.corpus.name,
+        fingerprint=found.corpus.fingerprint,
+        streams=tuple(TrainedStream(**dict(stream)) for stream in found.streams),
+    )
