@@ -7,6 +7,7 @@ code too.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import PurePath
@@ -37,6 +38,8 @@ from moesaic.core.config_upgrade import earlier_version_problem, upgrade_config
 from moesaic.core.errors import ConfigError, did_you_mean
 from moesaic.core.schema import json_schema
 
+_LARGEST_INTEGER = 2**63 - 1  # tensors, random generators and files hold no larger one
+
 
 class Config(BaseModel):
     """Base class of all configs: plain data without tensors, processes or files.
@@ -64,14 +67,17 @@ class Config(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_bool_as_number(cls, value: object, info: Any) -> object:
+    def _check_numbers(cls, value: object, info: Any) -> object:
         allowed = set(_leaf_types(cls.model_fields[info.field_name].annotation))
-        if bool in allowed or not allowed & {int, float}:
+        if not allowed & {int, float}:
             return value
-        if any(
-            isinstance(v, bool) for v in (value if isinstance(value, list | tuple) else [value])
-        ):
-            raise PydanticCustomError("number_type", "a number, not true or false")
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, bool) and bool not in allowed:
+                raise PydanticCustomError("number_type", "a number, not true or false")
+            if isinstance(number, int) and abs(number) > _LARGEST_INTEGER:
+                raise PydanticCustomError("number_size", "a whole number of at most 2^63 - 1")
+            if isinstance(number, float) and not math.isfinite(number):
+                raise PydanticCustomError("finite_number", "a finite number")
         return value
 
     def replace(self, **changes: Any) -> Self:

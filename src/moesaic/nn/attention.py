@@ -7,6 +7,7 @@ Letters: B rows, S source length, T tokens, D model dim, H heads, G key/value he
 """
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from moesaic.core.config import Config
@@ -30,9 +31,9 @@ class AttentionConfig(Config):
     ``head_dim`` defaults to ``dim / heads``.
     """
 
-    heads: int
-    kv_heads: int | None = None
-    head_dim: int | None = None
+    heads: int = Field(ge=1)
+    kv_heads: int | None = Field(default=None, ge=1)
+    head_dim: int | None = Field(default=None, ge=1)
 
     def num_kv_heads(self) -> int:
         """Key/value heads."""
