@@ -30,15 +30,14 @@ from moesaic.core.config_text import (
     JsonValue,
     flat_lines,
     parse_call,
-    read_yaml,
     set_by_path,
     write_yaml,
 )
 from moesaic.core.config_upgrade import earlier_version_problem, upgrade_config
 from moesaic.core.errors import ConfigError, did_you_mean
+from moesaic.core.file_reader import MAX_INT
 from moesaic.core.schema import json_schema
-
-_LARGEST_INTEGER = 2**63 - 1  # tensors, random generators and files hold no larger one
+from moesaic.core.yaml_reader import read_yaml
 
 
 class Config(BaseModel):
@@ -74,8 +73,8 @@ class Config(BaseModel):
         for number in value if isinstance(value, list | tuple) else [value]:
             if isinstance(number, bool) and bool not in allowed:
                 raise PydanticCustomError("number_type", "a number, not true or false")
-            if isinstance(number, int) and abs(number) > _LARGEST_INTEGER:
-                raise PydanticCustomError("number_size", "a whole number of at most 2^63 - 1")
+            if isinstance(number, int) and abs(number) > MAX_INT:
+                raise PydanticCustomError("int_64_bits", "a number of 64 bits")
             if isinstance(number, float) and not math.isfinite(number):
                 raise PydanticCustomError("finite_number", "a finite number")
         return value
