@@ -54,8 +54,8 @@ def build_corpus(
     ``workers`` processes read and write; the corpus is the same for any number. More than one
     needs a script whose entry point is guarded by ``if __name__ == "__main__"``.
 
-    ``out`` is the corpus directory, by default ``data/corpora/NAME``. A corpus of another
-    recipe there is replaced; a directory with anything else is not touched (DataError).
+    ``out`` is the corpus directory, by default ``corpora/NAME`` in the data home. A corpus of
+    another recipe there is replaced; a directory of anything else is not touched (DataError).
     """
     recipe = named_corpus(recipe_or_name) if isinstance(recipe_or_name, str) else recipe_or_name
     listener = progress or ignore_progress
