@@ -13,7 +13,8 @@ from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import DataError, UserError
 from moesaic.core.files import write_json
 from moesaic.corpus.cleaning import CLEANING_RULES
-from moesaic.corpus.corpus import CORPUS_FORMAT, CORPUS_MANIFEST, Corpus, file_entry, text_file
+from moesaic.corpus.corpus import Corpus, file_entry, text_file
+from moesaic.corpus.corpus_manifest import CORPUS_FORMAT, CORPUS_MANIFEST
 from moesaic.corpus.corpus_recipes import CorpusRecipe, named_corpus
 from moesaic.corpus.data_home import corpora_dir
 from moesaic.corpus.dropped_rows import DROPPED_FILE, DroppedRow
