@@ -18,6 +18,7 @@ from moesaic.corpus.corpus import CORPUS_FORMAT, CORPUS_MANIFEST, Corpus, file_e
 from moesaic.corpus.corpus_recipes import CorpusRecipe, named_corpus
 from moesaic.corpus.data_home import corpora_dir
 from moesaic.corpus.read_sources import ReadJob, ReadResult, map_in_order, read_source_file
+from moesaic.corpus.readers.gettext import PLURAL_FORMS
 from moesaic.corpus.readers.keyed_text import DISAGREE
 from moesaic.corpus.resolve_conflicts import DirectionJob, DirectionResult, resolve_conflicts
 from moesaic.corpus.sources.text_source import Progress, SourceFile, ignore_progress
@@ -26,6 +27,7 @@ from moesaic.corpus.split import LeakedSources, find_leaks
 
 DROP_REASONS = {rule.name: rule.why for rule in CLEANING_RULES} | {
     DISAGREE: "two texts under one key, but their numbers or inline elements differ",
+    PLURAL_FORMS: "plural forms, but no formula in the catalogue's header tells them apart",
     "duplicate": "the same pair was read before",
     "other_target": "another target of this source occurs more often",
     "source_in_train": "held out by its folder or domain, but its source is a train source",
