@@ -4,7 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moesaic.core.errors import CheckpointError, did_you_mean
+from moesaic.core.file_reader import MIB, FileKind
 
+SUMMARY_FILE = FileKind(name="summary of scores", max_bytes=16 * MIB, error=CheckpointError)
+INSIGHT_FILE = FileKind(name="analysis of routing", max_bytes=64 * MIB, error=CheckpointError)
+SCORE_CURVE_FILE = FileKind(name="learning curve", max_bytes=16 * MIB, error=CheckpointError)
 MODEL_FILES = ("config.yaml", "tokenizer.json", "model.safetensors")
 
 
@@ -29,6 +33,7 @@ class RunDir:
     text_rules = _PathIn("text_rules.json")  # of the corpus: what the model's text passes
     model = _PathIn("model.safetensors")  # the exported weights, independent of the checkpoints
     card = _PathIn("README.md")
+    directions = _PathIn("directions.json")  # what was trained: streams of the data mixture
     checkpoints = _PathIn("checkpoints")
     metrics = _PathIn("metrics.jsonl")
     tensorboard = _PathIn("tensorboard")

@@ -29,13 +29,14 @@ from moesaic.core.config_text import (
     JsonValue,
     flat_lines,
     parse_call,
-    read_yaml,
     set_by_path,
     write_yaml,
 )
 from moesaic.core.config_upgrade import earlier_version_problem, upgrade_config
 from moesaic.core.errors import ConfigError, did_you_mean
+from moesaic.core.file_reader import MAX_INT
 from moesaic.core.schema import json_schema
+from moesaic.core.yaml_reader import read_yaml
 
 
 class Config(BaseModel):
@@ -68,10 +69,11 @@ class Config(BaseModel):
         allowed = set(_leaf_types(cls.model_fields[info.field_name].annotation))
         if bool in allowed or not allowed & {int, float}:
             return value
-        if any(
-            isinstance(v, bool) for v in (value if isinstance(value, list | tuple) else [value])
-        ):
+        values = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(v, bool) for v in values):
             raise PydanticCustomError("number_type", "a number, not true or false")
+        if any(isinstance(v, int) and abs(v) > MAX_INT for v in values):
+            raise PydanticCustomError("int_64_bits", "a number of 64 bits")
         return value
 
     def replace(self, **changes: Any) -> Self:

@@ -22,7 +22,7 @@ from moesaic.corpus.region_scripts import LANGUAGE_OF_REGION, SCRIPT_OF_REGION
 ENGLISH = "eng_Latn"
 # zh-yue-Hant-HK-x-mine: language, extended language, script, region, variants, extensions
 _BCP47 = re.compile(
-    r"(?P<language>[A-Za-z]{2,3})(?P<extended>(?:-[A-Za-z]{3}(?![A-Za-z0-9])){0,3})"
+    r"(?P<language>[A-Za-z]{2,3})(?P<extended>(?:-[A-Za-z]{3}(?![A-Za-z0-9]))?)"
     r"(?:-(?P<script>[A-Za-z]{4})(?![A-Za-z0-9]))?(?:-(?P<region>[A-Za-z]{2}|\d{3})(?![A-Za-z0-9]))?"
     r"(?P<variants>(?:-(?:[A-Za-z0-9]{5,8}|\d[A-Za-z0-9]{3})(?![A-Za-z0-9]))*)"
     r"(?:-[A-WYZa-wyz0-9](?:-[A-Za-z0-9]{2,8})+)*(?:-[xX](?:-[A-Za-z0-9]{1,8})+)?"
@@ -41,6 +41,7 @@ _SCRIPT_OF_MODIFIER = {
 }
 _VARIANTS = ("ijekavian", "ijekavianlatin", "valencia", "tarask", "quot", "boldquot")
 _MODIFIERS = ("", "euro", *_VARIANTS, *_SCRIPT_OF_MODIFIER)
+_EXTENDED = ("ar", "kok", "lv", "ms", "sgn", "sw", "uz", "zh")  # have extended languages
 _ROMANISED = ("alalc97", "hepburn", "jyutping", "pinyin", "tongyong", "wadegile")
 _PHONETIC = ("fonipa", "fonkirsh", "fonnapa", "fonupa", "fonxsamp")
 # registered before there was a syntax (RFC 5646), or a variant that is a language
@@ -97,6 +98,15 @@ def find_language(text: str) -> Language | None:
     return _resolve(text).language
 
 
+def precise_tag(text: str) -> str:
+    """Return the code, or the tag itself where it says more than its code does: ``de-AT``.
+
+    Raises DataError as ``resolve_language`` does.
+    """
+    code, found = resolve_language(text).code, _resolve(text)
+    return _normalise_spelling(text) if found.region or found.variant else code
+
+
 def resolve_locale(locale: str) -> Language | None:
     """Resolve the locale of a catalogue's folder or file; None for variants and unknown names.
 
@@ -128,7 +138,9 @@ def _resolve(text: str) -> _Resolved:
     script = tag["script"] or _SCRIPT_OF_MODIFIER.get(modifier, "")
     if not script and any(variant in _ROMANISED for variant in variants):
         script = "Latn"
-    language = tag["extended"].rpartition("-")[2] or tag["language"]
+    if tag["extended"] and tag["language"] not in _EXTENDED:
+        return _Resolved(None)
+    language = tag["extended"][1:] or tag["language"]
     region = (tag["region"] or "").upper()
     variant = "-".join(variants) or (modifier if modifier in _VARIANTS else "")
     for subtags in _candidates(language, script, region):

@@ -11,15 +11,11 @@ from abc import abstractmethod
 from pathlib import Path
 
 from moesaic.core.config import Choice
-from moesaic.core.errors import DataError
-from moesaic.core.files import read_json, write_json
-from moesaic.corpus.markup import (
-    placeholders,
-    strip_accelerators,
-    strip_tags,
-    unescape_entities,
-    without_placeholders,
-)
+from moesaic.core.errors import ConfigError, DataError
+from moesaic.core.file_reader import KIB, FileKind, read_json
+from moesaic.core.files import write_json
+from moesaic.corpus.markup import strip_accelerators, strip_tags, unescape_entities
+from moesaic.corpus.placeholders import placeholder_keys, without_placeholders
 
 _REPLACEMENT = 0xFFFD
 # removed: soft hyphen, byte-order mark, word joiner, controls that are not white space
@@ -90,7 +86,7 @@ class TextRules(Choice):
 
     @abstractmethod
     def placeholders(self, text: str) -> tuple[str, ...]:
-        """Return the placeholders that both sides of a pair must have, sorted."""
+        """Return the keys of the placeholders that both sides of a pair must have, sorted."""
 
     @abstractmethod
     def without_placeholders(self, text: str) -> str:
@@ -122,10 +118,13 @@ class SoftwareStrings(TextRules):
         return normalise_text(strip_accelerators(plain, other=text if other is None else other))
 
     def placeholders(self, text: str) -> tuple[str, ...]:
-        return placeholders(text)
+        return placeholder_keys(text)
 
     def without_placeholders(self, text: str) -> str:
         return without_placeholders(text)
+
+
+TEXT_RULES_FILE = FileKind(name="record of text rules", max_bytes=64 * KIB, error=DataError)
 
 
 def write_text_rules(path: Path, rules: TextRules) -> None:
@@ -141,7 +140,7 @@ def read_text_rules(path: Path) -> TextRules:
     if not path.exists():
         return SoftwareStrings()
     try:
-        return TextRules.from_dict(read_json(path))
-    except (OSError, ValueError, RecursionError) as error:
+        return TextRules.from_dict(read_json(path, TEXT_RULES_FILE))
+    except ConfigError as error:
         expected = 'expected the text rules of a run, as {"kind": "GeneralText"}'
         raise DataError(f"{path}: cannot be read: {error}; {expected}") from error

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from moesaic.checkpoint.full_checkpoint import read_weights
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.errors import CheckpointError, DataError, did_you_mean
 from moesaic.core.shapes import Tensor
+from moesaic.core.yaml_reader import read_yaml_file
 from moesaic.corpus.languages import resolve_language
 from moesaic.data.batch import PAD, Batch
 from moesaic.data.tokenizer import EOS, Tokenizer
@@ -295,10 +295,7 @@ def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 
 
 def _read_config(run: RunDir) -> dict[str, object]:
-    try:
-        config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{run.config}: not valid YAML: {error}") from error
+    config = read_yaml_file(run.config)
     if not isinstance(config, dict):
         raise CheckpointError(f"{run.config}: expected a mapping, found {type(config).__name__}")
     return config

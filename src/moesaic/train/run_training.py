@@ -1,7 +1,8 @@
 """Entry point of training: ``train(run, out)`` goes from a config to a trained run directory."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,17 +13,19 @@ from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.files import atomic_write
 from moesaic.data.loader import DataReplica, Loader
+from moesaic.distributed.compare_ranks import require_same_on_all_ranks, version_facts
 from moesaic.distributed.flight_recorder import mark_phase
 from moesaic.distributed.initialize import init_distributed
 from moesaic.distributed.rank0 import run_on_rank0
 from moesaic.distributed.world import World
 from moesaic.model.transformer import Transformer
 from moesaic.monitor.metric_writers import JsonlWriter, MetricWriter, MultiWriter
-from moesaic.monitor.progress_display import RunStatus
+from moesaic.monitor.progress_display import ProgressDisplay, RunStatus
 from moesaic.train.export import export_model
 from moesaic.train.loop import StopReason, TrainingResult, training_loop
 from moesaic.train.prepare_data import PreparedData, prepare_data
 from moesaic.train.random_state import seed_rank
+from moesaic.train.record_directions import record_directions
 from moesaic.train.resume import CHANGEABLE_KEYS, REPORTED_KEYS, START_FRESH, Resume
 from moesaic.train.routing_hooks import RouterHealthHook, RoutingProbeHook, RoutingTraceHook
 from moesaic.train.run import Run
@@ -59,14 +62,17 @@ def train(
     check_run(run)
     run_dir, started = RunDir(Path(out)), time.monotonic()
     with init_distributed(timeout_s=run.collective_timeout_s) as world:
+        _compare_ranks({**run.to_dict(), "until": until}, world=world)
         losses = tuple(f"train/loss/{weighted.task.name}" for weighted in run.mixture.tasks)
         status = RunStatus(steps=run.steps, losses=losses)
         display = progress(status) if world.rank == 0 else no_progress(status)
         start = run_on_rank0(world, lambda: _open_run_dir(run_dir, run=run, resume=resume))
-        for sentence in start["notes"]:
-            display.note(sentence)
+        _note_all(display, start["notes"])
         mark_phase("preparing the data")
         prepared = prepare_data(run, run_dir=run_dir, world=world, notify=display.note)
+        require_same_on_all_ranks(prepared.facts(), world=world, what="data")
+        record = partial(record_directions, run, prepared=prepared, run_dir=run_dir)
+        _note_all(display, run_on_rank0(world, record))
         mark_phase("making the model")
         trainer = make_trainer(run, prepared=prepared, world=world)
         standard = standard_hooks(trainer, run_dir=run_dir)
@@ -88,8 +94,7 @@ def train(
         finally:
             trainer.data.close()
             log.close()
-        for sentence in _final_notes(trainer, run_dir=run_dir, stop_reason=stop_reason):
-            display.note(sentence)
+        _note_all(display, _final_notes(trainer, run_dir=run_dir, stop_reason=stop_reason))
         return TrainingResult(
             out=run_dir.path,
             steps=trainer.step,
@@ -98,6 +103,12 @@ def train(
             metrics=dict(trainer.event_log.latest_values),
             stop_reason=stop_reason,
         )
+
+
+def _compare_ranks(config: dict[str, Any], *, world: World) -> None:
+    mark_phase("comparing the ranks")
+    require_same_on_all_ranks(version_facts(), world=world, what="software")
+    require_same_on_all_ranks(config, world=world, what="config")
 
 
 def make_trainer(run: Run, *, prepared: PreparedData, world: World) -> Trainer:
@@ -161,6 +172,11 @@ def _saved_config(checkpoint: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", upgraded)
 
 
+def _note_all(display: ProgressDisplay, sentences: Iterable[str]) -> None:
+    for sentence in sentences:
+        display.note(sentence)
+
+
 def _final_notes(trainer: Trainer, *, run_dir: RunDir, stop_reason: StopReason) -> Iterator[str]:
     """Yield notes on rows that were too long to train on, and on how to resume after a signal."""
     skipped, loader = trainer.data.skipped, trainer.run.loader
@@ -168,8 +184,11 @@ def _final_notes(trainer: Trainer, *, run_dir: RunDir, stop_reason: StopReason) 
         most = sorted(skipped.items(), key=lambda item: -item[1])[:4]
         directions = ", ".join(f"{direction} {count:,}" for direction, count in most)
         limits = f"loader.max_source={loader.max_source}, max_target={loader.max_target}"
-        total = sum(skipped.values())
-        yield f"{total:,} rows were over {limits} tokens and left out: {directions}"
+        total, drawn = sum(skipped.values()), trainer.data.num_draws
+        yield (
+            f"{total:,} of {drawn:,} rows drawn ({100 * total / max(1, drawn):.1f} %) were over "
+            f"{limits} tokens and left out: {directions}"
+        )
     if stop_reason.startswith("SIG"):
         yield f"{stop_reason}: saved after step {trainer.step:,}. {_resume_hint(run_dir)}"
 

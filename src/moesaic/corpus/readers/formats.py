@@ -21,7 +21,8 @@ from moesaic.corpus.readers.tmx import read_tmx
 from moesaic.corpus.readers.tsv import read_user_rows
 from moesaic.corpus.readers.variants import WantedLanguage
 
-PairReader = Callable[[Path, WantedLanguage, WantedLanguage], Iterator[Pair]]
+Wanted = WantedLanguage | None
+PairReader = Callable[[Path, Wanted, Wanted], Iterator[Pair]]
 
 
 def read_pairs(
@@ -41,12 +42,7 @@ def read_pairs(
     where = Path(path)
     sides = [WantedLanguage.resolve(x) if x else None for x in (source, target)]
     kind = Path(name_without_compression(where)).suffix.casefold()
-    if kind == ".jsonl":
-        rows = read_jsonl_pairs(where, source=sides[0], target=sides[1])
-    elif sides[0] is None or sides[1] is None:
-        raise DataError(f"{where}: its languages are needed: source and target")
-    else:
-        rows = PAIR_READERS.get(kind, _read_other)(where, sides[0], sides[1])
+    rows = PAIR_READERS.get(kind, _read_other)(where, sides[0], sides[1])
     named = replace_lone_surrogates(origin or where.name)
     for pair in require_rows(rows, path=where, what="pairs"):
         yield replace(pair, origin=named, licence=licence)
@@ -67,27 +63,39 @@ def read_texts(
         yield replace(text, origin=named, licence=licence)
 
 
-def _read_tsv(path: Path, source: WantedLanguage, target: WantedLanguage) -> Iterator[Pair]:
+def _both(path: Path, source: Wanted, target: Wanted) -> tuple[WantedLanguage, WantedLanguage]:
+    if source is None or target is None:
+        raise DataError(f"{path}: its languages are needed: source and target")
+    return source, target
+
+
+def _read_tsv(path: Path, source: Wanted, target: Wanted) -> Iterator[Pair]:
+    left, right = _both(path, source, target)
     for row in read_user_rows(path, columns=2):
-        yield Pair(row.fields[0], row.fields[1], source.code, target.code)
+        yield Pair(row.fields[0], row.fields[1], left.code, right.code)
 
 
-def _read_tmx(path: Path, source: WantedLanguage, target: WantedLanguage) -> Iterator[Pair]:
-    return read_tmx(path, source=source, target=target)
+def _read_jsonl(path: Path, source: Wanted, target: Wanted) -> Iterator[Pair]:
+    return read_jsonl_pairs(path, source=source, target=target)
 
 
-def _read_po(path: Path, source: WantedLanguage, target: WantedLanguage) -> Iterator[Pair]:
-    entries = parse_po(read_all_bytes(path), name=str(path))
-    return _catalogue_pairs(entries, source=source, target=target)
+def _read_tmx(path: Path, source: Wanted, target: Wanted) -> Iterator[Pair]:
+    left, right = _both(path, source, target)
+    return read_tmx(path, source=left, target=right)
 
 
-def _read_mo(path: Path, source: WantedLanguage, target: WantedLanguage) -> Iterator[Pair]:
-    entries = parse_mo(read_all_bytes(path), name=str(path))
-    return _catalogue_pairs(entries, source=source, target=target)
+def _read_po(path: Path, source: Wanted, target: Wanted) -> Iterator[Pair]:
+    left, right = _both(path, source, target)
+    return _catalogue_pairs(parse_po(read_all_bytes(path), name=str(path)), left, right)
+
+
+def _read_mo(path: Path, source: Wanted, target: Wanted) -> Iterator[Pair]:
+    left, right = _both(path, source, target)
+    return _catalogue_pairs(parse_mo(read_all_bytes(path), name=str(path)), left, right)
 
 
 def _catalogue_pairs(
-    entries: Iterator[Entry], *, source: WantedLanguage, target: WantedLanguage
+    entries: Iterator[Entry], source: WantedLanguage, target: WantedLanguage
 ) -> Iterator[Pair]:
     for entry in entries:
         if not isinstance(entry, CatalogueEntry):
@@ -95,23 +103,27 @@ def _catalogue_pairs(
         yield Pair(entry.source, entry.target, source.code, target.code)
 
 
-def _read_other(path: Path, source: WantedLanguage, target: WantedLanguage) -> Iterator[Pair]:
+def _read_other(path: Path, source: Wanted, target: Wanted) -> Iterator[Pair]:
     """Read Moses files, whose name has no suffix of a format."""
-    if any(moses_file(path, code=side.spelled) for side in (source, target)):
-        return read_moses(path, source=source, target=target)
+    left, right = _both(path, source, target)
+    if any(moses_file(path, code=side.spelled) for side in (left, right)):
+        return read_moses(path, source=left, target=right)
     if path.exists():
-        known, packed = ", ".join([*PAIR_READERS, ".jsonl"]), " ".join(COMPRESSED)
+        known, packed = ", ".join(PAIR_FORMATS), " ".join(COMPRESSED)
         suffix = Path(name_without_compression(path)).suffix
         raise DataError(
             f'{path}: unknown format "{suffix}": expected one of {known} (also {packed})'
         )
-    raise DataError(f"{path}: no such file, and no {path.name}.{source.code} beside it")
+    raise DataError(f"{path}: no such file, and no {path.name}.{left.code} beside it")
 
 
 PAIR_READERS: dict[str, PairReader] = {
     ".tsv": _read_tsv,
+    ".jsonl": _read_jsonl,
     ".po": _read_po,
     ".mo": _read_mo,
     ".tmx": _read_tmx,
 }
-"""The reader of each format whose files need both languages, by suffix; .jsonl may have its own."""
+"""The reader of each format of pairs, by suffix."""
+
+PAIR_FORMATS = tuple(PAIR_READERS)

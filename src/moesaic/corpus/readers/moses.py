@@ -8,7 +8,7 @@ from moesaic.corpus.languages import resolve_locale
 from moesaic.corpus.pair import Pair
 from moesaic.corpus.readers.compressed import name_without_compression
 from moesaic.corpus.readers.text_lines import read_lines
-from moesaic.corpus.readers.variants import WantedLanguage
+from moesaic.corpus.readers.variants import WantedLanguage, is_same_tag
 
 
 def moses_file(prefix: Path, *, code: str) -> Path | None:
@@ -22,7 +22,7 @@ def moses_file(prefix: Path, *, code: str) -> Path | None:
     except OSError:
         return None
     endings = ((name_without_compression(p)[len(prefix.name) + 1 :], p) for p in beside)
-    standard = (e for e in endings if e[0] == code or resolve_locale(e[0]) is not None)
+    standard = (e for e in endings if is_same_tag(e[0], code) or resolve_locale(e[0]) is not None)
     return next(iter(wanted.select(standard)), None)
 
 

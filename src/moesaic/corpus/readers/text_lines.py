@@ -20,6 +20,10 @@ _BLOCK = 1 << 16
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+class EmptyFileError(DataError):
+    """A file without a row: of many files, one may be empty."""
+
+
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (number from 1, line without its end).
 
@@ -117,12 +121,12 @@ def _not_utf8(raw: bytes, *, path: Path | str, line: int, at: int, following: by
 
 
 def require_rows(rows: Iterator[Row], *, path: Path, what: str) -> Iterator[Row]:
-    """Yield the rows; raise DataError if there is none."""
+    """Yield the rows; raise EmptyFileError if there is none."""
     number = 0
     for number, row in enumerate(rows, start=1):  # noqa: B007
         yield row
     if number == 0:
-        raise DataError(f"{path}: empty: it has no {what}")
+        raise EmptyFileError(f"{path}: empty: it has no {what}")
 
 
 def replace_lone_surrogates(text: str) -> str:

@@ -13,14 +13,16 @@ from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
 
 from moesaic.core.errors import DataError
 from moesaic.corpus.languages import find_language
-from moesaic.corpus.markup import is_block_tag, is_inline_tag, without_placeholders
+from moesaic.corpus.markup import is_block_tag, is_inline_tag
 from moesaic.corpus.pair import Pair
+from moesaic.corpus.placeholders import find_placeholders
 from moesaic.corpus.readers import limits
 from moesaic.corpus.readers.compressed import open_bytes
 from moesaic.corpus.readers.variants import WantedLanguage
 
 _XML_LANG = "{http://www.w3.org/XML/1998/namespace}lang"
 _CODES = ("bpt", "ept", "ph", "it", "ut")  # their content is markup of the original format
+_VALUES = ("printf", "placeholder", "complex")  # placeholders that a program replaces
 _STANDALONE = ("ph", "ut")  # the others begin or end a format, often within a word
 _BLOCK = 1 << 16
 _GAP = "\0"  # an inline code; XML has no NUL
@@ -167,7 +169,8 @@ def _is_within_code(names: list[str]) -> bool:
 def _shown(code: str, *, element: str) -> str:
     """Return what stays of an inline code: its placeholder, a gap between words, or nothing."""
     content = code.strip()
-    if content and not without_placeholders(content).strip():
+    found = find_placeholders(content)
+    if len(found) == 1 and found[0].text == content and found[0].kind in _VALUES:
         return content
     if is_block_tag(content) or (element in _STANDALONE and not is_inline_tag(content)):
         return _GAP

@@ -43,9 +43,14 @@ class WantedLanguage:
         found = find_language(tag)
         if found is None or found.code != self.code:
             return None
-        if _folded(tag) == _folded(self.spelled):
+        if is_same_tag(tag, self.spelled):
             return _EXACT
         return _STANDARD if resolve_locale(tag) is not None else _REDUCED
+
+
+def is_same_tag(first: str, second: str) -> bool:
+    """Whether two spellings differ in case and separators only."""
+    return _folded(first) == _folded(second)
 
 
 def _folded(tag: str) -> str:
