@@ -9,6 +9,7 @@ Letters: B rows, S source length, T tokens, D model dim, H heads, G key/value he
 from typing import Protocol, runtime_checkable
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from moesaic.core.config import Config
@@ -32,9 +33,9 @@ class AttentionConfig(Config):
     ``head_dim`` defaults to ``dim / heads``.
     """
 
-    heads: int
-    kv_heads: int | None = None
-    head_dim: int | None = None
+    heads: int = Field(ge=1)
+    kv_heads: int | None = Field(default=None, ge=1)
+    head_dim: int | None = Field(default=None, ge=1)
 
     def num_kv_heads(self) -> int:
         """Key/value heads."""
