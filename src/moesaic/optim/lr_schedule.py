@@ -1,8 +1,9 @@
 """Learning-rate schedules: the factor on every learning rate, as a function of the step.
 
 Steps count from 0; ``lr_factor(step, steps=n)`` is the factor of the update of that step. Warm-up
-rises from ``1 / warmup`` in the first step to 1 in step ``warmup``: no update has a rate of zero. The schedules of transformers count the same curve from 0, one step later. A decay reaches
-``final`` at step n, one past the last, so that the last update is small but not zero.
+rises from ``1 / warmup`` in the first step to 1 in step ``warmup``: no update has a rate of zero.
+The schedules of transformers count the same curve from 0, one step later. A decay reaches ``final``
+at step n, one past the last, so that the last update is small but not zero.
 
 A warm-up is a whole number of steps, or a share of the run below 1 (0.05), which scales with
 ``steps``. A decay is a share up to 1, or a whole number of steps above 1.
