@@ -40,6 +40,7 @@ class RunDir:
     metrics = _PathIn("metrics.jsonl")
     tensorboard = _PathIn("tensorboard")
     usage = _PathIn("usage.json")
+    health = _PathIn("health.json")  # the router findings of training, by step
     insight = _PathIn("insight.json")  # what routers depend on, measured on held-out text
     routes = _PathIn("routes")  # recorded routing of training steps, one file per step
     routing_snapshots = _PathIn("learning")  # of held-out text during training, one file per step

@@ -7,6 +7,7 @@ code too.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import PurePath
@@ -65,15 +66,17 @@ class Config(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_bool_as_number(cls, value: object, info: Any) -> object:
+    def _check_numbers(cls, value: object, info: Any) -> object:
         allowed = set(_leaf_types(cls.model_fields[info.field_name].annotation))
-        if bool in allowed or not allowed & {int, float}:
+        if not allowed & {int, float}:
             return value
-        values = value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(v, bool) for v in values):
-            raise PydanticCustomError("number_type", "a number, not true or false")
-        if any(isinstance(v, int) and abs(v) > MAX_INT for v in values):
-            raise PydanticCustomError("int_64_bits", "a number of 64 bits")
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, bool) and bool not in allowed:
+                raise PydanticCustomError("number_type", "a number, not true or false")
+            if isinstance(number, int) and abs(number) > MAX_INT:
+                raise PydanticCustomError("int_64_bits", "a number of 64 bits")
+            if isinstance(number, float) and not math.isfinite(number):
+                raise PydanticCustomError("finite_number", "a finite number")
         return value
 
     def replace(self, **changes: Any) -> Self:

@@ -6,9 +6,11 @@ of ranks that share the matrices.
 Letters: B rows, S source length, T tokens, D model dim, H heads, G key/value heads, d head dim.
 """
 
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from moesaic.core.config import Config
@@ -21,6 +23,7 @@ from moesaic.nn.attention_backend import (
     attend,
     pad_heads,
 )
+from moesaic.nn.fused_projections import FusedProjections
 from moesaic.nn.packing import Packing
 from moesaic.nn.positional_encoding import Rotation
 from moesaic.nn.tensor_parallel_group import NoTensorParallel, TensorParallelGroup
@@ -32,9 +35,9 @@ class AttentionConfig(Config):
     ``head_dim`` defaults to ``dim / heads``.
     """
 
-    heads: int
-    kv_heads: int | None = None
-    head_dim: int | None = None
+    heads: int = Field(ge=1)
+    kv_heads: int | None = Field(default=None, ge=1)
+    head_dim: int | None = Field(default=None, ge=1)
 
     def num_kv_heads(self) -> int:
         """Key/value heads."""
@@ -56,7 +59,7 @@ class ShardableAttention(Protocol):
     def token_mixers(self) -> "tuple[SelfAttention | CrossAttention, ...]": ...
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(FusedProjections):
     """Self-attention with one projection for queries, keys and values."""
 
     def __init__(self, config: AttentionConfig, *, dim: int, bias: bool) -> None:
@@ -73,6 +76,10 @@ class SelfAttention(nn.Module):
 
     def token_mixers(self) -> "tuple[SelfAttention, ...]":
         return (self,)
+
+    def fused_outputs(self) -> Mapping[str, tuple[int, ...]]:
+        query, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {"qkv.weight": (query, keys, keys)}
 
     def forward(
         self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
@@ -132,7 +139,7 @@ class SelfAttention(nn.Module):
         return QueryKeyValue(query, key, value)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(FusedProjections):
     """Attention from target tokens to the encoder's states, without positions."""
 
     def __init__(self, config: AttentionConfig, *, dim: int, bias: bool) -> None:
@@ -150,6 +157,10 @@ class CrossAttention(nn.Module):
 
     def token_mixers(self) -> "tuple[CrossAttention, ...]":
         return (self,)
+
+    def fused_outputs(self) -> Mapping[str, tuple[int, ...]]:
+        keys = self.kv_heads * self.head_dim
+        return {"kv.weight": (keys, keys)}
 
     def project_source(self, encoder_states: Float[Tensor, "T D"], *, packing: Packing) -> KeyValue:
         """Return keys and values of the source, once per layer and batch."""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from moesaic.core.config import Choice
@@ -56,7 +57,7 @@ class NoPositionalEncoding(PositionalEncoding):
 class Rotary(PositionalEncoding):
     """Rotary position embedding (RoPE, 2104.09864): neighbouring channels rotate as pairs."""
 
-    theta: float = 10000.0
+    theta: float = Field(default=10000.0, gt=1)
 
     def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
         if head_dim % 2:
@@ -67,16 +68,23 @@ class Rotary(PositionalEncoding):
 
 
 class Sinusoidal(PositionalEncoding):
-    """Fixed sines and cosines added to the embedding (1706.03762)."""
+    """Fixed sines and cosines added to the embedding (1706.03762).
+
+    ``offset`` is the position of a row's first token. fairseq and the models released from it
+    (M2M-100, NLLB) start at 2, after the positions of padding. Learned positions need none: a table
+    that starts elsewhere is another table.
+    """
+
+    offset: int = Field(default=0, ge=0)
 
     def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
-        return _SinusoidalModule(dim)
+        return _SinusoidalModule(dim, offset=self.offset)
 
 
 class LearnedPositions(PositionalEncoding):
     """One learned vector per position, for sequences of at most ``max_length`` tokens."""
 
-    max_length: int = 512
+    max_length: int = Field(default=512, ge=1)
 
     def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
         return _LearnedPositionsModule(self, dim=dim)
@@ -101,14 +109,15 @@ class _RotaryModule(PositionalEncodingModule):
 
 
 class _SinusoidalModule(PositionalEncodingModule):
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, *, offset: int) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim, self.offset = dim, offset
 
     def add(self, x: Float[Tensor, "T D"], position: Int[Tensor, "T"], /) -> Float[Tensor, "T D"]:
         half = self.dim // 2
         steps = torch.arange(half, device=x.device, dtype=torch.float32)
-        angle = position.float()[:, None] * torch.exp(steps * (-math.log(1e4) / max(half - 1, 1)))
+        rate = torch.exp(steps * (-math.log(1e4) / max(half - 1, 1)))
+        angle = (position + self.offset).float()[:, None] * rate
         wave = torch.cat([angle.sin(), angle.cos()], -1)
         return x + nn.functional.pad(wave, (0, self.dim - 2 * half)).to(x.dtype)
 
