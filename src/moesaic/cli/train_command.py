@@ -21,6 +21,7 @@ from moesaic.cli.styled_text import styled
 from moesaic.cli.user_files import import_user_files
 
 with deferred():
+    from moesaic.checkpoint.manifest import MANIFEST_FILE
     from moesaic.checkpoint.run_directory import RunDir
     from moesaic.checkpoint.trained_directions import read_trained_directions
     from moesaic.core.errors import UserError
@@ -46,7 +47,9 @@ def train(
         str | None,
         typer.Option(metavar="auto|DIR", help="Continue the run in --out (auto) or in DIR."),
     ] = None,
-    until: Annotated[int | None, typer.Option(help="Stop after this step; resume later.")] = None,
+    until: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this step; resume later.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress output.")] = False,
     files: UseOption = None,
     as_json: JsonOption = False,
@@ -62,8 +65,9 @@ def train(
     import_user_files(files)
     if which is None and resume in (None, "auto"):
         raise UserError("nothing to train: name a recipe, a config.yaml, or --resume DIR")
-    run = find_recipe(which or str(resume), changes=changes or [])
-    folder = out or (Path("runs") / run.name if which else Path(str(resume)))
+    resumed = run_of_checkpoint(Path(str(resume)))
+    run = find_recipe(which or str(resumed), changes=changes or [])
+    folder = out or (Path("runs") / run.name if which else resumed)
     result = run_training(
         run,
         folder,
@@ -82,6 +86,11 @@ def _next_command(out: Path) -> str:
     """Return the command that scores a run: what it was trained on decides."""
     record = read_trained_directions(RunDir(out).directions)
     return (record.next_command if record else "eval {run}").format(run=shlex.quote(str(out)))
+
+
+def run_of_checkpoint(path: Path) -> Path:
+    """Return the run of a checkpoint ``RUN/checkpoints/step-N``, any other path as it is."""
+    return path.parent.parent if (path / MANIFEST_FILE).is_file() else path
 
 
 def resume_from(text: str | None) -> Resume:

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.config import Choice, Config
+from moesaic.core.names import FileName
 from moesaic.corpus.build_corpus import build_corpus
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.corpus_recipes import CorpusRecipe
@@ -88,7 +89,7 @@ class CorpusSource(Choice):
 class NamedCorpus(CorpusSource):
     """A predefined corpus, e.g. ``catalogues-small``; built once, in the data directory."""
 
-    name: str
+    name: FileName
 
     def open(self) -> Corpus:
         return build_corpus(self.name)
@@ -170,7 +171,7 @@ class Run(Config):
     not finish within ``collective_timeout_s``, the run ends with an error.
     """
 
-    name: str
+    name: FileName
     seed: Natural = 1
     corpus: CorpusSource
     languages: tuple[str, ...] = ()
