@@ -24,6 +24,7 @@ from moesaic.monitor.metric_writers import read_metrics
 from moesaic.report.charts import ChartSeries
 
 T = TypeVar("T")
+_MAX_DRAWN = 1e30  # larger values are damage, and differences of them overflow
 _LANGUAGE_CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}(_\w+)?")
 
 
@@ -64,7 +65,7 @@ def read_report_inputs(run: RunDir) -> ReportInputs:
     gaps: dict[str, str] = {}
     text = _read_or_gap(run.config, lambda path: read_text(path, CONFIG_FILE), "", gaps)
     config = _read_or_gap(run.config, lambda _: _require_mapping(read_yaml(text)), {}, gaps)
-    name = str(config.get("name") or run.path.resolve().name)
+    name = run.path.resolve().name
     return ReportInputs(
         name=name,
         config=config,
@@ -152,11 +153,16 @@ def _read_curves(path: Path) -> dict[str, ChartSeries]:
     for row in read_metrics(path):
         step = row.get("step")
         for name, value in row.items():
-            if name != "step" and step is not None and isinstance(value, int | float):
+            if name != "step" and step is not None and all(map(_can_be_drawn, (step, value))):
                 xs, ys = points.setdefault(name, ([], []))
                 xs.append(float(step))
                 ys.append(float(value))
     return {name: ChartSeries(name, xs, ys) for name, (xs, ys) in points.items()}
+
+
+def _can_be_drawn(value: Any) -> bool:
+    """Whether a value is a number of a size that an axis can have; NaN is one, and is left out."""
+    return isinstance(value, int | float) and not abs(value) > _MAX_DRAWN
 
 
 def lookup(value: Any, *keys: str) -> Any:
