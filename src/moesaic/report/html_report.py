@@ -1,7 +1,6 @@
 """The report: a run directory as one self-contained HTML file."""
 
 from collections.abc import Callable, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,8 @@ from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.errors import UserError
 from moesaic.core.files import atomic_write
 from moesaic.core.units import show_count, show_seconds
-from moesaic.core.version import __version__
-from moesaic.report.html import Html, join_html, tag
-from moesaic.report.palette import PALETTE, css_variables
+from moesaic.report.html import Html, tag
+from moesaic.report.html_page import html_page, page_logo
 from moesaic.report.report_inputs import ReportInputs, lookup, read_report_inputs
 from moesaic.report.routing_sections import atlas_section, health_section, insight_section
 from moesaic.report.score_sections import (
@@ -46,31 +44,13 @@ def write_report(run_dir: Path | str) -> Path:
 
 def render_page(inputs: ReportInputs) -> str:
     """Return the whole document."""
-    sections = [
-        tag("section", tag("h2", title), _guarded(build, inputs, name=title), id=name)
-        for name, title, build in _SECTIONS
-    ]
-    links = [tag("a", title, href=f"#{name}") for name, title, _ in _SECTIONS]
-    tints = "".join(f".tint{i}{{--tint:var(--{color.name})}}" for i, color in enumerate(PALETTE))
-    style = f"{css_variables()}{tints}\n{_read_asset('page.css')}"
-    head = tag(
-        "head",
-        Html('<meta charset="utf-8"/>'),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_CONTENT_SECURITY_POLICY),
-        tag("title", f"{inputs.name} · moesaic report"),
-        Html(f"<style>{style}</style>"),
+    return html_page(
+        f"{inputs.name} · moesaic report",
+        header=_guarded(_header, inputs, name="The headline"),
+        sections=[
+            (name, title, _guarded(build, inputs, name=title)) for name, title, build in _SECTIONS
+        ],
     )
-    body = tag(
-        "body",
-        _guarded(_header, inputs, name="The headline"),
-        tag("nav", *links, aria_label="Sections"),
-        tag("main", *sections),
-        tag("footer", f"Written by moesaic {__version__} from the files of the run directory."),
-        tag("div", id="tip", role="status"),
-        Html(f"<script>{_read_asset('page.js')}</script>"),
-    )
-    return f'<!doctype html>\n<html lang="en">{join_html([head, body])}</html>\n'
 
 
 def _guarded(build: Callable[[ReportInputs], Html], inputs: ReportInputs, *, name: str) -> Html:
@@ -87,15 +67,6 @@ _WRONG_KINDS = (
     *(TypeError, ValueError, UserError),
 )
 
-# Nothing is loaded from the network, whatever a translation or a file contains.
-_CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-)
-
-
-def _read_asset(name: str) -> str:
-    return files("moesaic.report").joinpath(name).read_text(encoding="utf-8")
-
 
 def _header(inputs: ReportInputs) -> Html:
     summary = inputs.summary
@@ -111,7 +82,11 @@ def _header(inputs: ReportInputs) -> Html:
     return tag(
         "header",
         tag(
-            "div", _logo(), tag("span", "moesaic"), tag("span", made, class_="soft"), class_="brand"
+            "div",
+            page_logo(),
+            tag("span", "moesaic"),
+            tag("span", made, class_="soft"),
+            class_="brand",
         ),
         tag("h1", inputs.name, recipe),
         tag("p", lead, class_="lead"),
@@ -154,12 +129,3 @@ def _headline_tiles(inputs: ReportInputs) -> list[tuple[str, str, str]]:
     if loss is not None:
         tiles.append(("validation loss", f"{loss:.2f}", "nats per token"))
     return tiles
-
-
-def _logo() -> Html:
-    spots = [(0, 0), (9, 0), (18, 0), (0, 9), (18, 9), (9, 18), (18, 18)]
-    squares = [
-        tag("rect", x=x, y=y, width=7.5, height=7.5, rx=1.5, fill=f"var(--{PALETTE[i % 5].name})")
-        for i, (x, y) in enumerate(spots)
-    ]
-    return tag("svg", *squares, viewBox="0 0 26 26", class_="logo", aria_hidden="true")

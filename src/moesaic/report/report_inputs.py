@@ -22,6 +22,7 @@ from moesaic.moe.routing_agreement import RoutingAgreement, compare_routes
 from moesaic.monitor.expert_usage import RecordedUsage, read_usage
 from moesaic.monitor.metric_writers import read_metrics
 from moesaic.report.charts import ChartSeries
+from moesaic.report.check_inputs import check_score_curve, check_summary
 
 T = TypeVar("T")
 _MAX_DRAWN = 1e30  # larger values are damage, and differences of them overflow
@@ -72,13 +73,16 @@ def read_report_inputs(run: RunDir) -> ReportInputs:
         config_text=text,
         metrics=_read_or_gap(run.metrics, _read_curves, {}, gaps),
         summary=_read_or_gap(
-            run.summary, lambda path: read_json_mapping(path, SUMMARY_FILE), {}, gaps
+            run.summary, lambda path: check_summary(read_json_mapping(path, SUMMARY_FILE)), {}, gaps
         ),
         usage=_read_or_gap(_usage_file(run), _read_usage, None, gaps),
         insight=_read_or_gap(run.insight, _read_insight, {}, gaps),
         agreement_by_step=_read_agreement(run.routing_snapshots, gaps),
         quality_curve=_read_or_gap(
-            run.score_curve, lambda path: read_json_mapping(path, SCORE_CURVE_FILE), {}, {}
+            run.score_curve,
+            lambda path: check_score_curve(read_json_mapping(path, SCORE_CURVE_FILE)),
+            {},
+            gaps if run.score_curve.exists() else {},
         ),
         gaps=gaps,
     )
