@@ -34,7 +34,7 @@ def comparison_page(comparison: RunComparison) -> str:
     )
     sections = [
         ("facts", "Side by side", _table("what", comparison.facts(), names)),
-        ("scores", "chrF++ / BLEU by language", _table("language", comparison.scores(), names)),
+        ("languages", "chrF++ / BLEU by language", _table("language", comparison.scores(), names)),
         ("curves", "Curves", tag("div", *_charts(comparison), class_="charts")),
         ("config", "Config", _table("key", comparison.config_differences(), names)),
     ]

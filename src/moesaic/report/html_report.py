@@ -104,13 +104,17 @@ def _headline_tiles(inputs: ReportInputs) -> list[tuple[str, str, str]]:
         found = lookup(summary, "mean", systems[0], metric)
         if found:
             count = len(summary.get("languages") or ())
-            note = f"{found['low']:.1f} to {found['high']:.1f}, {count} languages"
+            ends = [found.get(end, found["score"]) for end in ("low", "high")]
+            note = f"{ends[0]:.1f} to {ends[1]:.1f}, {count} languages"
             tiles.append((f"mean {title}", f"{found['score']:.1f}", note))
     for other, label in (("copy", "lead over copying"), ("memory", "lead over memory")):
-        found = lookup(summary, "mean_differences", other)
-        if found:
-            note = f"chrF++; {format_signed(found['bleu']['difference'])} BLEU"
-            tiles.append((label, format_signed(found["chrf"]["difference"]), note))
+        leads = [
+            lookup(summary, "mean_differences", other, metric, "difference")
+            for metric in METRIC_NAMES
+        ]
+        if leads[0] is not None:
+            note = "chrF++" + (f"; {format_signed(leads[1])} BLEU" if leads[1] is not None else "")
+            tiles.append((label, format_signed(leads[0]), note))
     kept = lookup(summary, "placeholders", systems[0])
     if kept and kept["of"]:
         note = f"all of them in {kept['kept']} of {kept['of']} strings with any"
