@@ -7,6 +7,11 @@ Train, then translate::
     translator = moesaic.Translator.open("runs/demo")
     print(translator.translate(["Save changes"], source="en", target="es")[0].text)
 
+One MoE layer in a model of your own (``moe/moe_module.py``)::
+
+    layer = moesaic.MoE(dim=512, hidden=1024, experts=8, router="top2")
+    loss = my_loss(layer(x)) + layer.aux_loss
+
 The names below are imported on first use, so ``import moesaic`` does not import torch. ``fit`` is
 ``train`` of the command line; ``moesaic.train`` is the package.
 """
@@ -20,6 +25,9 @@ if TYPE_CHECKING:
     from moesaic.corpus.build_corpus import build_corpus as build_corpus
     from moesaic.corpus.corpus import Corpus
     from moesaic.model.parameter_flop_count import count_parameters
+    from moesaic.moe.moe_module import MoEModule as MoE
+    from moesaic.moe.moe_module import aux_loss as aux_loss
+    from moesaic.moe.moe_module import update_rules as update_rules
     from moesaic.recipes.lookup import find_recipe as recipe
     from moesaic.report.html_report import write_report
     from moesaic.serve.score import score_run
@@ -30,26 +38,32 @@ if TYPE_CHECKING:
 # public name: module, name in that module
 _LAZY_IMPORTS = {
     "Corpus": ("moesaic.corpus.corpus", "Corpus"),
+    "MoE": ("moesaic.moe.moe_module", "MoEModule"),
     "Run": ("moesaic.train.run", "Run"),
     "Translator": ("moesaic.serve.translator", "Translator"),
+    "aux_loss": ("moesaic.moe.moe_module", "aux_loss"),
     "build_corpus": ("moesaic.corpus.build_corpus", "build_corpus"),
     "count_parameters": ("moesaic.model.parameter_flop_count", "count_parameters"),
     "fit": ("moesaic.train.run_training", "train"),
     "recipe": ("moesaic.recipes.lookup", "find_recipe"),
     "score_run": ("moesaic.serve.score", "score_run"),
+    "update_rules": ("moesaic.moe.moe_module", "update_rules"),
     "write_report": ("moesaic.report.html_report", "write_report"),
 }
 
 __all__ = [
     "Corpus",
+    "MoE",
     "Run",
     "Translator",
     "__version__",
+    "aux_loss",
     "build_corpus",
     "count_parameters",
     "fit",
     "recipe",
     "score_run",
+    "update_rules",
     "write_report",
 ]
 

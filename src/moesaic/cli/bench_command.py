@@ -2,19 +2,22 @@
 
 from typing import Annotated, Any, Literal
 
-import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
-from moesaic.bench.layer_benchmark import LayerBenchmark, run_layer_benchmark
-from moesaic.bench.layer_workload import Skew, parse_shape
+from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import JsonOption, command_app, print_result, print_table
-from moesaic.core.units import show_bytes
+from moesaic.cli.styled_text import styled
+
+with deferred():
+    import torch
+
+    from moesaic.bench.layer_benchmark import LayerBenchmark, run_layer_benchmark
+    from moesaic.bench.layer_workload import parse_shape
+    from moesaic.core.units import show_bytes
 
 app = command_app(no_args_is_help=True, help="Benchmarks on this machine.")
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @app.callback()
@@ -33,7 +36,9 @@ def layer(
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: the default of torch.")] = 0,
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each implementation.")] = 9,
     backward: Annotated[bool, typer.Option("--backward/--forward-only")] = True,
-    skew: Annotated[Skew, typer.Option(help="Expert load: equal, or 1/rank.")] = "none",
+    skew: Annotated[
+        Literal["none", "zipf"], typer.Option(help="Expert load: equal, or 1/rank.")
+    ] = "none",
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of all tensors.")] = (
         "float32"
     ),
@@ -49,7 +54,7 @@ def layer(
         passes="forward+backward" if backward else "forward",
         against=names,
         skew=skew,
-        dtype=DTYPES[dtype],
+        dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype],
         threads=threads,
         rounds=rounds,
     )
@@ -61,9 +66,13 @@ def _show(found: dict[str, Any], console: Console) -> None:
     settings, machine = found["settings"], found["machine"]
     shape = ",".join(str(n) for n in settings["shape"].values())
     console.print(
-        f"[bold]{shape}[/] (tokens, dim, hidden, experts, k), {settings['passes']}, "
-        f"{settings['dtype']}, "
-        f"{settings['threads']} threads; largest load {found['largest_load']:.1f} times the mean"
+        styled(
+            "[bold]{shape}[/] (tokens, dim, hidden, experts, k), {passes}, {dtype}, {threads} "
+            "threads; largest load {load:.1f} times the mean",
+            shape=shape,
+            load=found["largest_load"],
+            **{name: settings[name] for name in ("passes", "dtype", "threads")},
+        )
     )
     rows = found["implementations"]
     names = sorted(rows, key=lambda name: rows[name]["of_dense"]["median"])
@@ -78,21 +87,21 @@ def _show(found: dict[str, Any], console: Console) -> None:
             f"ms: median; saved: for the backward pass (at least x and pre-activation: {least})",
         )
     for name, reason in found["unavailable"].items():
-        console.print(f"[yellow]{name}[/]: {escape(reason)}")
+        console.print(styled("[yellow]{name}[/]: {reason}", name=name, reason=reason))
     console.print(
-        f"[dim]{machine['processor']}, {machine['cores']} cores, "
-        f"load {machine['load_before']:.1f}, "
-        f"torch {machine['torch']}, commit {found['commit'] or 'unknown'}[/]"
+        f"{machine['processor']}, {machine['cores']} cores, load {machine['load_before']:.1f}, "
+        f"torch {machine['torch']}, commit {found['commit'] or 'unknown'}",
+        style="dim",
     )
 
 
-def _implementation_row(name: str, row: dict[str, Any], *, dense: str) -> list[str]:
+def _implementation_row(name: str, row: dict[str, Any], *, dense: str) -> list[str | Text]:
     ratio, ours = row["of_dense"], row["of_moesaic"]
     low, high = ratio["quartiles"]
     saved = row["saved_bytes"]
     differs = row["differs_by"] is not None and row["differs_by"] > 0.02
     return [
-        f"[bold]{name}[/]"
+        styled("[bold]{name}[/]", name=name)
         if name in ("moesaic", dense)
         else name + " (different result)" * differs,
         f"{row['median_ms']:.1f}",

@@ -7,18 +7,26 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
-from moesaic.checkpoint.block_index import INDEX_FILE, StoredTensor, read_index
-from moesaic.checkpoint.checkpoint_diff import TensorDifference, diff_checkpoints
-from moesaic.checkpoint.checkpoint_directory import MANIFEST_FILE, list_checkpoints, read_manifest
-from moesaic.checkpoint.integrity import IntegrityProblem, check_checkpoint
-from moesaic.checkpoint.reshard import CheckpointForm, FullForm, ShardedForm, reshard
-from moesaic.checkpoint.run_directory import RunDir
-from moesaic.checkpoint.safetensors_io import DTYPE_NAMES
+from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import JsonOption, command_app, print_result, print_table
-from moesaic.core.errors import CheckpointError, UserError
-from moesaic.core.units import show_bytes, show_count
+from moesaic.cli.styled_text import styled, visible
+
+with deferred():
+    from moesaic.checkpoint.block_index import INDEX_FILE, StoredTensor, read_index
+    from moesaic.checkpoint.checkpoint_diff import TensorDifference, diff_checkpoints
+    from moesaic.checkpoint.checkpoint_directory import (
+        MANIFEST_FILE,
+        list_checkpoints,
+        read_manifest,
+    )
+    from moesaic.checkpoint.integrity import IntegrityProblem, check_checkpoint
+    from moesaic.checkpoint.reshard import CheckpointForm, FullForm, ShardedForm, reshard
+    from moesaic.checkpoint.run_directory import RunDir
+    from moesaic.checkpoint.safetensors_io import DTYPE_NAMES
+    from moesaic.core.errors import CheckpointError, UserError
+    from moesaic.core.units import show_bytes, show_count
 
 app = command_app()
 CheckpointPath = Annotated[
@@ -184,9 +192,12 @@ def _show(value: dict[str, Any], console: Console) -> None:
     plan = ", ".join(f"{name} {size}" for name, size in value["plan"].items()) or "not recorded"
     versions = ", ".join(f"{name} {number}" for name, number in value["versions"].items())
     console.print(
-        f"[bold]{escape(value['path'])}[/]: step {value['step']:,}, {value['form']}",
+        styled(
+            "[bold]{path}[/]: step {step:,}, {form}",
+            **{name: value[name] for name in ("path", "step", "form")},
+        )
     )
-    console.print(f"plan: {escape(plan)}; written by {escape(versions)}")
+    console.print(visible(f"plan: {plan}; written by {versions}"))
     counts = Counter(value["expert_parameters"].values())
     experts = ", ".join(f"{count} with {number} experts" for number, count in counts.items())
     console.print(f"expert parameters: {experts or 'none'}")
@@ -222,8 +233,8 @@ def _show(value: dict[str, Any], console: Console) -> None:
         )
 
 
-def _cyan(name: str) -> str:
-    return f"[cyan]{escape(name)}[/]"
+def _cyan(name: str) -> Text:
+    return styled("[cyan]{name}[/]", name=name)
 
 
 def _show_diff(differ: list[TensorDifference], count: int, console: Console) -> None:
@@ -232,14 +243,15 @@ def _show_diff(differ: list[TensorDifference], count: int, console: Console) -> 
     for found in differ:
         where = "" if found.expert is None else f" (most: expert {found.expert})"
         numbers = ("", "") if found.note else (f"{found.largest:.3g}", f"{found.relative:.3g}")
-        rows.append((_cyan(found.name + where), *numbers, escape(found.note)))
+        rows.append((_cyan(found.name + where), *numbers, found.note))
     if rows:
         print_table(console, ("tensor", "largest", "relative", ""), rows)
 
 
 def _show_findings(directory: Path, found: list[IntegrityProblem], console: Console) -> None:
     if not found:
-        console.print(f"{escape(str(directory))}: sound")
+        console.print(visible(f"{directory}: sound"))
     for finding in found:
         colour = "yellow" if finding.uncertain else "red"
-        console.print(f"[{colour}]{escape(finding.location)}[/]: {escape(finding.message)}")
+        where = Text(visible(finding.location), style=colour)
+        console.print(styled("{where}: {message}", where=where, message=finding.message))

@@ -7,51 +7,73 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
     JsonOption,
     RecipeArgument,
     SetOption,
+    UseOption,
     command_app,
     print_result,
+    print_table,
 )
-from moesaic.core.config_text import read_yaml
-from moesaic.core.config_upgrade import describe_renames, upgrade_config
-from moesaic.core.errors import ConfigError
-from moesaic.core.files import atomic_write
-from moesaic.recipes.lookup import RECIPES, find_recipe
-from moesaic.train.run import Run
+from moesaic.cli.styled_text import styled, visible
+from moesaic.cli.user_files import import_user_files
+
+with deferred():
+    from moesaic.core.config_text import read_yaml
+    from moesaic.core.config_upgrade import describe_renames, upgrade_config
+    from moesaic.core.errors import ConfigError
+    from moesaic.core.files import atomic_write
+    from moesaic.model.presets import PRESETS
+    from moesaic.recipes.lookup import RECIPES, find_recipe
+    from moesaic.train.run import Run
 
 app = command_app(no_args_is_help=True, help="Recipes and configs as text.")
 
 
 @app.command()
-def recipes(*, as_json: JsonOption = False) -> None:
-    """List the recipes.
+def recipes(*, files: UseOption = None, as_json: JsonOption = False) -> None:
+    """List the recipes (whole runs) and the presets (published models), those of --use too.
 
     Example: [cyan]moesaic config recipes[/]
     """
-    lines = RECIPES.descriptions()
-    print_result({"recipes": lines}, as_json=as_json, show=lambda console: _show(lines, console))
+    import_user_files(files)
+    value = {"recipes": RECIPES.descriptions(), "presets": PRESETS.descriptions()}
+    print_result(value, as_json=as_json, show=lambda console: _show(value, console))
 
 
 @app.command()
-def show(which: RecipeArgument, *, changes: SetOption = None, as_json: JsonOption = False) -> None:
+def show(
+    which: RecipeArgument,
+    *,
+    changes: SetOption = None,
+    files: UseOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Print a resolved config as YAML: save it, edit it, train it.
 
     Example: [cyan]moesaic config show demo > mine.yaml[/]
     """
+    import_user_files(files)
     run = find_recipe(which, changes=changes or [])
     print_result(run.to_dict(), as_json=as_json, show=lambda _: sys.stdout.write(run.to_yaml()))
 
 
 @app.command()
-def diff(first: RecipeArgument, second: RecipeArgument, *, as_json: JsonOption = False) -> None:
+def diff(
+    first: RecipeArgument,
+    second: RecipeArgument,
+    *,
+    files: UseOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Print the keys that differ between two configs.
 
     Example: [cyan]moesaic config diff demo runs/demo/config.yaml[/]
     """
+    import_user_files(files)
     before, after = find_recipe(first).to_flat_lines(), find_recipe(second).to_flat_lines()
     lines = [x for x in difflib.ndiff(before, after) if x[0] in "+-"]
     text = "".join(f"{line}\n" for line in lines)
@@ -97,13 +119,16 @@ def upgrade(
 
 def _show_renamed(file: Path, renamed: dict[str, str], console: Console) -> None:
     for line in describe_renames(renamed):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(visible(line))
     done = f"{len(renamed)} names rewritten" if renamed else "nothing to rewrite"
-    console.print(f"{file}: {done}", markup=False, soft_wrap=True)
+    console.print(visible(f"{file}: {done}"))
 
 
-def _show(lines: dict[str, str], console: Console) -> None:
-    table = Table(box=None, show_header=False, padding=(0, 2))
-    for name, line in lines.items():
-        table.add_row(f"[bold cyan]{name}[/]", line)
-    console.print(table)
+def _show(value: dict[str, dict[str, str]], console: Console) -> None:
+    titles = {
+        "recipes": "recipes: moesaic train NAME",
+        "presets": "\npresets of published models: moesaic explain NAME, moesaic scale NAME",
+    }
+    for kind, lines in value.items():
+        rows = ((styled("[bold cyan]{name}[/]", name=name), line) for name, line in lines.items())
+        print_table(console, ("", ""), rows, title=titles[kind], align="ll")

@@ -5,20 +5,23 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from moesaic.cli.eval_command import held_out_tests
+from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
     JsonOption,
     RunArgument,
     UseOption,
     command_app,
-    import_user_files,
     print_result,
     print_table,
-    stderr,
+    show_progress,
 )
-from moesaic.core.units import show_count
-from moesaic.recipes.lookup import find_recipe
-from moesaic.serve.learning_curve import learning_curve
+from moesaic.cli.user_files import import_user_files
+
+with deferred():
+    from moesaic.cli.eval_command import held_out_tests
+    from moesaic.core.units import show_count
+    from moesaic.recipes.lookup import find_recipe
+    from moesaic.serve.learning_curve import learning_curve
 
 app = command_app()
 
@@ -49,7 +52,7 @@ def curve(
 
 
 def _print_point(point: Any) -> None:
-    stderr.print(f"[dim]step {point['step']:,}: {point['chrf']['score']:.1f}[/]")
+    show_progress(f"step {point['step']:,}: {point['chrf']['score']:.1f}")
 
 
 def _show(found: dict[str, Any], console: Console) -> None:

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
+from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
     JsonOption,
     command_app,
@@ -16,15 +16,18 @@ from moesaic.cli.shared_options import (
     print_table,
     show_progress,
 )
-from moesaic.core.errors import DataError, did_you_mean
-from moesaic.core.units import show_count
-from moesaic.corpus.build_corpus import build_corpus
-from moesaic.corpus.corpus import Corpus
-from moesaic.corpus.corpus_recipes import NAMED_CORPORA, CorpusRecipe
-from moesaic.corpus.corpus_stats import CorpusStats, sample_pairs
-from moesaic.corpus.corpus_stats import corpus_stats as corpus_stats
-from moesaic.corpus.data_home import corpora_dir
-from moesaic.corpus.languages import resolve_language
+from moesaic.cli.styled_text import styled
+
+with deferred():
+    from moesaic.core.errors import DataError, did_you_mean
+    from moesaic.core.units import show_count
+    from moesaic.corpus.build_corpus import build_corpus
+    from moesaic.corpus.corpus import Corpus
+    from moesaic.corpus.corpus_recipes import NAMED_CORPORA, CorpusRecipe
+    from moesaic.corpus.corpus_stats import CorpusStats, sample_pairs
+    from moesaic.corpus.corpus_stats import corpus_stats as corpus_stats
+    from moesaic.corpus.data_home import corpora_dir
+    from moesaic.corpus.languages import resolve_language
 
 _MAX_DIRECTIONS = 20
 _MAX_SOURCES = 12
@@ -135,8 +138,13 @@ def _open_corpus(which: str) -> Corpus:
 def show_built(corpus: Corpus, console: Console) -> None:
     """Print the size of a new corpus, and packages that were unavailable."""
     console.print(
-        f"[bold]{corpus.name}[/]: {corpus.manifest['pairs']:,} pairs, "
-        f"{len(corpus.languages)} languages, in {corpus.path}"
+        styled(
+            "[bold]{name}[/]: {pairs:,} pairs, {languages} languages, in {path}",
+            name=corpus.name,
+            pairs=corpus.manifest["pairs"],
+            languages=len(corpus.languages),
+            path=corpus.path,
+        )
     )
     _show_missing(corpus_stats(corpus), console)
 
@@ -144,14 +152,25 @@ def show_built(corpus: Corpus, console: Console) -> None:
 def show_stats(corpus: Corpus, console: Console, *, every: bool = False) -> None:
     """Print counts of a corpus: the largest directions and sources, or all (``every``)."""
     found = corpus_stats(corpus)
-    console.print(f"[bold]{found.name}[/]: {found.kept:,} pairs of {found.read:,} read")
+    console.print(
+        styled(
+            "[bold]{name}[/]: {kept:,} pairs of {read:,} read",
+            name=found.name,
+            kept=found.kept,
+            read=found.read,
+        )
+    )
     sizes = {n: found.num_directions_with(n) for n in _SIZE_THRESHOLDS}
     parts = "".join(f", {count} with {n:,} pairs or more" for n, count in sizes.items() if count)
     console.print(f"directions: {len(found.directions)}{parts}")
     for split, packages in found.domains.items():
         console.print(
-            f"[cyan]{split}[/] is held out: {', '.join(packages)} "
-            f"[dim](moesaic eval RUN --split {split})[/]"
+            styled(
+                "[cyan]{split}[/] is held out: {packages} "
+                "[dim](moesaic eval RUN --split {split})[/]",
+                split=split,
+                packages=", ".join(packages),
+            )
         )
     _show_missing(found, console)
     console.print()
@@ -163,7 +182,9 @@ def show_stats(corpus: Corpus, console: Console, *, every: bool = False) -> None
 
 def show_pairs(rows: list[dict[str, Any]], codes: tuple[str, str], console: Console) -> None:
     """Print pairs with their origins."""
-    cells = ((escape(r["source"]), escape(r["target"]), f"[dim]{r['origin']}[/]") for r in rows)
+    cells = (
+        (r["source"], r["target"], styled("[dim]{origin}[/]", origin=r["origin"])) for r in rows
+    )
     print_table(console, (*codes, "origin"), cells, align="lll")
 
 
@@ -180,25 +201,25 @@ def _show_directions(found: CorpusStats, console: Console, *, count: int) -> Non
             )
         )
     totals = map(_short_count, (found.read, found.kept, *found.splits.values()))
-    rows.append(("[bold]all[/]", *totals, ""))
+    rows.append((styled("[bold]all[/]"), *totals, ""))
     columns = ("direction", "read", "kept", *found.splits, "dropped, mostly for")
     print_table(console, columns, rows, align="l" + "r" * (len(columns) - 2) + "l")
     if len(found.directions) > count:
         left = len(found.directions) - count
-        console.print(f"[dim]and {left} smaller ones: --all shows them[/]")
+        console.print(f"and {left} smaller ones: --all shows them", style="dim")
     if found.too_small:
         names = sorted(found.too_small, key=lambda name: -found.too_small[name])
-        console.print(f"[dim]too small to keep: {_abbreviate_names(names)}[/]")
+        console.print(f"too small to keep: {_abbreviate_names(names)}", style="dim")
 
 
 def _show_dropped(found: CorpusStats, console: Console) -> None:
-    console.print("\n[bold]dropped[/] [dim](share of all pairs read)[/]")
+    console.print(styled("\n[bold]dropped[/] [dim](share of all pairs read)[/]"))
     rows = (
         (
-            f"[cyan]{name}[/]",
+            styled("[cyan]{name}[/]", name=name),
             f"{count:,}",
-            f"[dim]{100 * count / max(1, found.read):.1f} %[/]",
-            escape(found.reasons[name]),
+            styled("[dim]{share:.1f} %[/]", share=100 * count / max(1, found.read)),
+            found.reasons[name],
         )
         for name, count in found.dropped.items()
     )
@@ -206,22 +227,32 @@ def _show_dropped(found: CorpusStats, console: Console) -> None:
 
 
 def _show_sources(sources: dict[str, dict[str, Any]], console: Console, *, count: int) -> None:
-    console.print("\n[bold]sources[/] [dim](a pair counts for the first source that has it)[/]")
+    console.print(
+        styled("\n[bold]sources[/] [dim](a pair counts for the first source that has it)[/]")
+    )
     largest = sorted(sources.items(), key=lambda item: (-item[1]["pairs"], item[0]))
     rows = (
-        (f"[cyan]{name}[/]", f"{about['pairs']:,}", about["licence"], f"[dim]{about['version']}[/]")
+        (
+            styled("[cyan]{name}[/]", name=name),
+            f"{about['pairs']:,}",
+            about["licence"],
+            styled("[dim]{version}[/]", version=about["version"]),
+        )
         for name, about in largest[:count]
     )
     print_table(console, ("",) * 4, rows, align="lrll")
     if len(largest) > count:
-        console.print(f"[dim]and {len(largest) - count} smaller ones: --all shows them[/]")
+        console.print(f"and {len(largest) - count} smaller ones: --all shows them", style="dim")
 
 
 def _show_missing(found: CorpusStats, console: Console) -> None:
     if found.missing:
         console.print(
-            f"[yellow]{len(found.missing)} packages were unavailable[/] and are not in it: "
-            f"{_abbreviate_names(list(found.missing))}"
+            styled(
+                "[yellow]{count} packages were unavailable[/] and are not in it: {names}",
+                count=len(found.missing),
+                names=_abbreviate_names(list(found.missing)),
+            )
         )
 
 

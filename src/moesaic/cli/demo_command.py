@@ -6,21 +6,32 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
-from moesaic.checkpoint.run_directory import RunDir
-from moesaic.cli.eval_command import held_out_tests, show_samples, show_scores, write_evaluation
-from moesaic.cli.shared_options import JsonOption, SetOption, command_app, print_result, stderr
-from moesaic.core.units import show_seconds
-from moesaic.corpus.corpus import Corpus
-from moesaic.evaluate.evaluation_summary import EvaluationSummary
-from moesaic.model.parameter_flop_count import count_parameters
-from moesaic.recipes.lookup import find_recipe
-from moesaic.serve.score import score_run
-from moesaic.serve.translator import Translator
-from moesaic.train.resume import ResumeLatest
-from moesaic.train.run import Run
-from moesaic.train.run_training import train
+from moesaic.cli.deferred_imports import deferred
+from moesaic.cli.shared_options import (
+    JsonOption,
+    SetOption,
+    command_app,
+    print_result,
+    show_progress,
+    stderr,
+)
+from moesaic.cli.styled_text import styled
+
+with deferred():
+    from moesaic.checkpoint.run_directory import RunDir
+    from moesaic.cli.eval_command import held_out_tests, show_samples, show_scores, write_evaluation
+    from moesaic.core.units import show_seconds
+    from moesaic.corpus.corpus import Corpus
+    from moesaic.evaluate.evaluation_summary import EvaluationSummary
+    from moesaic.model.parameter_flop_count import count_parameters
+    from moesaic.recipes.lookup import find_recipe
+    from moesaic.serve.score import score_run
+    from moesaic.serve.translator import Translator
+    from moesaic.train.resume import ResumeLatest
+    from moesaic.train.run import Run
+    from moesaic.train.run_training import train
 
 app = command_app()
 COMMON_STRINGS = ("Save", "Delete", "Search results", "Enter your password", "Page not found")
@@ -34,14 +45,14 @@ class PhaseTimer:
         self._started = time.monotonic()
 
     def start(self, title: str) -> None:
-        stderr.rule(f"[bold]{title}[/]", align="left")
+        stderr.rule(Text(title, style="bold"), align="left")
         self._started = time.monotonic()
 
     def end(self, name: str) -> None:
         self.seconds[name] = time.monotonic() - self._started
 
     def print_note(self, sentence: str) -> None:
-        stderr.print(f"[dim]{escape(sentence)}[/]")
+        show_progress(sentence)
 
 
 @app.command()
@@ -110,20 +121,20 @@ def _show(
 ) -> None:
     show_scores(summary, console)
     show_samples(summary, console, each=1)
-    console.print("\n[bold]common strings[/] [dim](* in the training data)[/]")
+    console.print(styled("\n[bold]common strings[/] [dim](* in the training data)[/]"))
     translator = Translator.open(out)
     for test in (result.test for result in summary.languages.values()):
         outputs = translator.translate_texts(
             list(COMMON_STRINGS), source=test.source, target=test.target
         )
         trained = {p.source for p in corpus.iter_pairs(test.source, test.target, split="train")}
-        pairs = " · ".join(
-            f"[dim]{a}{'*' if a in trained else ''}[/] {escape(b)}"
+        pairs = Text(" · ").join(
+            styled("[dim]{a}{star}[/] {b}", a=a, star="*" if a in trained else "", b=b)
             for a, b in zip(COMMON_STRINGS, outputs, strict=True)
         )
-        console.print(f"  [dim]{test.target}[/]  {pairs}")
+        console.print(styled("  [dim]{target}[/]  {pairs}", target=test.target, pairs=pairs))
     spent = ", ".join(f"{name} {show_seconds(s)}" for name, s in phases.seconds.items())
-    console.print(f"\n[dim]time: {spent}[/]")
+    console.print(styled("\n[dim]time: {spent}[/]", spent=spent))
     folder = RunDir(out)
     console.print(f"report:     {folder.report}")
     console.print(f'translate:  echo "Save changes" | moesaic translate {out} --to es')

@@ -6,13 +6,18 @@ import platform
 import shutil
 from typing import Any
 
-import torch
 from rich.console import Console
 
+from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import JsonOption, command_app, print_result, print_table
-from moesaic.core.units import show_bytes
-from moesaic.corpus.data_home import data_home
-from moesaic.ops.kernel_selection import selected_kernels
+from moesaic.cli.styled_text import styled
+
+with deferred():
+    import torch
+
+    from moesaic.core.units import show_bytes
+    from moesaic.corpus.data_home import data_home
+    from moesaic.ops.kernel_selection import selected_kernels
 
 app = command_app()
 REQUIRED_PACKAGES = (
@@ -92,24 +97,29 @@ def _show(found: dict[str, Any], console: Console) -> None:
         console,
         ("", ""),
         (
-            (f"[cyan]{name}[/]", show_bytes(value) if name in sizes else _join(value))
+            (
+                styled("[cyan]{name}[/]", name=name),
+                show_bytes(value) if name in sizes else _join(value),
+            )
             for name, value in found["machine"].items()
         ),
         title="machine",
         align="ll",
     )
-    versions = [(n, version or "[red]missing[/]") for n, version in found["versions"].items()]
+    versions = [
+        (n, version or styled("[red]missing[/]")) for n, version in found["versions"].items()
+    ]
     versions += [
-        (n, version or f"[dim]not installed ({OPTIONAL_PACKAGES[n]})[/]")
+        (n, version or styled("[dim]not installed ({extra})[/]", extra=OPTIONAL_PACKAGES[n]))
         for n, version in found["extras"].items()
     ]
-    rows = ((f"[cyan]{name}[/]", version) for name, version in versions)
+    rows = ((styled("[cyan]{name}[/]", name=name), version) for name, version in versions)
     print_table(console, ("", ""), rows, title="\nversions", align="ll")
     print_table(
         console,
         ("device", "op", "implementation", "reason"),
         (
-            (p["device"], f"[cyan]{p['op']}[/]", p["implementation"], p["reason"])
+            (p["device"], styled("[cyan]{op}[/]", op=p["op"]), p["implementation"], p["reason"])
             for p in found["kernels"]
         ),
         title="\nimplementation of each op",

@@ -5,40 +5,43 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
-from moesaic.checkpoint.run_directory import RunDir
+from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
     JsonOption,
     RoutesOption,
     RunArgument,
     UseOption,
     command_app,
-    import_user_files,
     print_result,
     print_table,
     show_progress,
-    stderr,
 )
-from moesaic.core.errors import UserError, did_you_mean
-from moesaic.corpus.corpus import Corpus
-from moesaic.corpus.languages import resolve_language
-from moesaic.corpus.split import SPLITS
-from moesaic.evaluate.evaluation_summary import EvaluationSummary, TestSetResult
-from moesaic.evaluate.harness import EvaluationSettings
-from moesaic.evaluate.testset import UDHR_NAME as UDHR
-from moesaic.evaluate.testset import (
-    TestSet,
-    corpus_testsets,
-    read_moses_testset,
-    read_testset,
-    udhr_testsets,
-)
-from moesaic.model.beam_search import Beam, Greedy
-from moesaic.recipes.lookup import find_recipe
-from moesaic.report.html_report import write_report
-from moesaic.serve.score import count_experts, record_routing, score_run
-from moesaic.train.run import Run
+from moesaic.cli.styled_text import styled
+from moesaic.cli.user_files import import_user_files
+
+with deferred():
+    from moesaic.checkpoint.run_directory import RunDir
+    from moesaic.core.errors import UserError, did_you_mean
+    from moesaic.corpus.corpus import Corpus
+    from moesaic.corpus.languages import resolve_language
+    from moesaic.corpus.split import SPLITS
+    from moesaic.evaluate.evaluation_summary import EvaluationSummary, TestSetResult
+    from moesaic.evaluate.harness import EvaluationSettings
+    from moesaic.evaluate.testset import UDHR_NAME as UDHR
+    from moesaic.evaluate.testset import (
+        TestSet,
+        corpus_testsets,
+        read_moses_testset,
+        read_testset,
+        udhr_testsets,
+    )
+    from moesaic.model.beam_search import Beam, Greedy
+    from moesaic.recipes.lookup import find_recipe
+    from moesaic.report.html_report import write_report
+    from moesaic.serve.score import count_experts, record_routing, score_run
+    from moesaic.train.run import Run
 
 SYSTEM_TITLES = {"model": "model", "copy": "copying", "memory": "memory"}
 
@@ -175,7 +178,7 @@ def _user_test_set(
 
 
 def _print_scored(test: TestSet, _: TestSetResult) -> None:
-    stderr.print(f"[dim]scored {test.key} ({len(test)})[/]")
+    show_progress(f"scored {test.key} ({len(test)})")
 
 
 def _show(summary: EvaluationSummary, console: Console) -> None:
@@ -187,56 +190,70 @@ def show_scores(summary: EvaluationSummary, console: Console) -> None:
     """Print chrF++ (with its 95 % interval) and BLEU of every system per language."""
     found = summary.to_dict()
     tests = ", ".join(dict.fromkeys(result["test"] for result in found["languages"].values()))
-    title = f"chrF++ [dim]± half of the 95 % interval[/] and BLEU on {escape(tests)}"
-    columns = ["language", "strings"]
+    title = styled("chrF++ [dim]± half of the 95 % interval[/] and BLEU on {tests}", tests=tests)
+    columns: list[str | Text] = ["language", "strings"]
     for system in summary.systems:
-        columns += [f"{SYSTEM_TITLES.get(system, system)} chrF++", "[dim]BLEU[/]"]
+        columns += [f"{SYSTEM_TITLES.get(system, system)} chrF++", styled("[dim]BLEU[/]")]
     rows = []
     for result in found["languages"].values():
         best = max(summary.systems, key=lambda s: result[s]["chrf"]["score"])
         cells = [c for s in summary.systems for c in _score_cells(result[s], bold=s == best)]
         rows.append((result["name"], str(result["count"]), *cells))
     cells = [c for s in summary.systems for c in _score_cells(found["mean"][s], bold=False)]
-    rows.append(("[bold]mean[/]", "", *cells))
+    rows.append((styled("[bold]mean[/]"), "", *cells))
     print_table(console, columns, rows, title=title)
     for other, verdicts in found["verdicts"].items():
         difference = found["mean_differences"][other]
         console.print(_comparison_sentence(other, difference, verdicts))
     for note in found["notes"]:
-        console.print(f"[dim]{escape(note)}[/]")
+        console.print(styled("[dim]{note}[/]", note=note))
 
 
 def show_samples(summary: EvaluationSummary, console: Console, *, each: int = 2) -> None:
     """Print a few evenly spaced translations with the experts of their tokens."""
     console.print(
-        "\n[bold]translations[/] [dim](evenly spaced samples; experts of the last MoE layer)[/]"
+        styled(
+            "\n[bold]translations[/] [dim](evenly spaced samples; experts of the last MoE layer)[/]"
+        )
     )
     for result in summary.languages.values():
         for sample in result.samples[:each]:
-            output = escape(sample.outputs["model"])
             console.print(
-                f"  [dim]{result.test.target}[/]  {escape(sample.source)} [dim]→[/] "
-                f"[bold]{output}[/]  [dim]{_experts_used(sample.experts)}[/]"
+                styled(
+                    "  [dim]{target}[/]  {source} [dim]→[/] [bold]{output}[/]  [dim]{experts}[/]",
+                    target=result.test.target,
+                    source=sample.source,
+                    output=sample.outputs["model"],
+                    experts=_experts_used(sample.experts),
+                )
             )
 
 
-def _score_cells(scores: dict[str, Any], *, bold: bool) -> list[str]:
+def _score_cells(scores: dict[str, Any], *, bold: bool) -> list[Text]:
     chrf, bleu = scores["chrf"], scores["bleu"]
     half = (chrf["high"] - chrf["low"]) / 2
-    text = f"{chrf['score']:.1f}"
-    score = f"[bold]{text}[/]" if bold else text
-    return [f"{score} [dim]±{half:.1f}[/]", f"[dim]{bleu['score']:.1f}[/]"]
+    score = Text(f"{chrf['score']:.1f}", style="bold" if bold else "")
+    return [
+        styled("{score} [dim]±{half:.1f}[/]", score=score, half=half),
+        styled("[dim]{bleu:.1f}[/]", bleu=bleu["score"]),
+    ]
 
 
 def _comparison_sentence(
     other: str, difference: dict[str, Any], verdicts: dict[str, list[str]]
-) -> str:
+) -> Text:
     chrf = difference["chrf"]
     counts = ", ".join(f"{word} in {len(keys)}" for word, keys in verdicts.items() if keys)
     sign = "above" if chrf["difference"] >= 0 else "below"
-    return (
-        f"against {SYSTEM_TITLES.get(other, other)}: {abs(chrf['difference']):.1f} chrF++ {sign} "
-        f"[dim](95 %: {chrf['low']:.1f} to {chrf['high']:.1f})[/]; {counts} language(s)"
+    return styled(
+        "against {other}: {size:.1f} chrF++ {sign} [dim](95 %: {low:.1f} to {high:.1f})[/]; "
+        "{counts} language(s)",
+        other=SYSTEM_TITLES.get(other, other),
+        size=abs(chrf["difference"]),
+        sign=sign,
+        low=chrf["low"],
+        high=chrf["high"],
+        counts=counts,
     )
 
 

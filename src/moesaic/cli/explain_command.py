@@ -6,24 +6,28 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
     JsonOption,
     ModelArgument,
     SetOption,
     UseOption,
     command_app,
-    import_user_files,
     print_result,
     print_table,
 )
-from moesaic.core.units import show_bytes, show_count, show_flops
-from moesaic.model.config import ModelConfig
-from moesaic.model.parameter_flop_count import BatchDims, ParameterCount, count_parameters
-from moesaic.model.presets import PRESETS, preset
-from moesaic.model.training_memory import estimate_training_memory
-from moesaic.optim.optimizer import AdamW, Optimizer
-from moesaic.recipes.lookup import RECIPES, find_recipe
-from moesaic.train.run_checks import check_run
+from moesaic.cli.styled_text import styled, visible
+from moesaic.cli.user_files import import_user_files
+
+with deferred():
+    from moesaic.core.units import show_bytes, show_count, show_flops
+    from moesaic.model.config import ModelConfig
+    from moesaic.model.parameter_flop_count import BatchDims, ParameterCount, count_parameters
+    from moesaic.model.presets import PRESETS, preset
+    from moesaic.model.training_memory import estimate_training_memory
+    from moesaic.optim.optimizer import AdamW, Optimizer
+    from moesaic.recipes.lookup import RECIPES, find_recipe
+    from moesaic.train.run_checks import check_run
 
 app = command_app()
 
@@ -106,8 +110,16 @@ def _cost(
 def _show(found: dict[str, Any], console: Console, *, config: bool) -> None:
     total, active = found["parameters"]["total"], found["parameters"]["active"]
     console.print(
-        f"[bold]{found['name']}[/]: {total:,} parameters ({show_count(total)}), "
-        f"{active:,} active per token ({show_count(active)}, {active / total:.0%})\n"
+        styled(
+            "[bold]{name}[/]: {total:,} parameters ({total_short}), {active:,} active per token "
+            "({active_short}, {share:.0%})\n",
+            name=found["name"],
+            total=total,
+            total_short=show_count(total),
+            active=active,
+            active_short=show_count(active),
+            share=active / total,
+        )
     )
     by_part = found["parameters"]["by_part"]
     rows = ((part, f"{size:,}") for part, size in by_part.items())
@@ -136,7 +148,7 @@ def _show(found: dict[str, Any], console: Console, *, config: bool) -> None:
     if "source" in found:
         _show_source(found, console)
     if config:
-        console.print("\n" + "\n".join(found["config"]), markup=False)
+        console.print("\n" + "\n".join(map(visible, found["config"])))
 
 
 def _show_source(found: dict[str, Any], console: Console) -> None:

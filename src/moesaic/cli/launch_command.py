@@ -6,32 +6,33 @@ from typing import Annotated
 
 import typer
 
+from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
     JsonOption,
     RecipeArgument,
     SetOption,
     UseOption,
     command_app,
-    import_user_files,
     print_result,
     stderr,
 )
-from moesaic.core.config_text import parse_call
-from moesaic.core.errors import ConfigError, did_you_mean
-from moesaic.distributed.launchers import (
-    Kubernetes,
-    Launcher,
-    LaunchJob,
-    SkyPilot,
-    Slurm,
-    Torchrun,
-)
-from moesaic.recipes.lookup import find_recipe
-from moesaic.train.run import Run
-from moesaic.train.run_checks import check_run
+from moesaic.cli.styled_text import visible
+from moesaic.cli.user_files import import_user_files
 
-LAUNCHERS = (Torchrun, Slurm, Kubernetes, SkyPilot)
-LAUNCHER_NAMES = {member.__name__.lower(): member for member in LAUNCHERS}
+with deferred():
+    from moesaic.core.config_text import parse_call
+    from moesaic.core.errors import ConfigError, did_you_mean
+    from moesaic.distributed.launchers import (
+        Kubernetes,
+        Launcher,
+        LaunchJob,
+        SkyPilot,
+        Slurm,
+        Torchrun,
+    )
+    from moesaic.recipes.lookup import find_recipe
+    from moesaic.train.run import Run
+    from moesaic.train.run_checks import check_run
 
 app = command_app()
 
@@ -87,7 +88,7 @@ def launch(
     if out is not None:
         out.write_text(text, encoding="utf-8")
     start = _start_command(launcher, out)
-    stderr.print(f"{job.description}. Start it with: {start}")
+    stderr.print(visible(f"{job.description}. Start it with: {start}"))
     value = {"world": job.world_size, "nodes": nodes, "gpus_per_node": gpus, "file": text}
     value |= {"out": None if out is None else str(out), "launcher": type(launcher).__name__}
     printed = text if shown or out is None else ""
@@ -96,12 +97,13 @@ def launch(
 
 def parse_launcher(text: str) -> Launcher:
     """Parse ``slurm`` or ``Slurm(time="12:00:00")``. Raises ConfigError."""
+    launchers = {kind.__name__.lower(): kind for kind in (Torchrun, Slurm, Kubernetes, SkyPilot)}
     fields = parse_call(text) or {"kind": text}
     kind = str(fields["kind"])
-    member = LAUNCHER_NAMES.get(kind.lower())
+    member = launchers.get(kind.lower())
     if member is None:
-        known = ", ".join(LAUNCHER_NAMES)
-        nearest = did_you_mean(kind, LAUNCHER_NAMES)
+        known = ", ".join(launchers)
+        nearest = did_you_mean(kind, launchers)
         raise ConfigError([f'--launcher: found "{kind}", expected one of {known}{nearest}'])
     try:
         return member.from_dict(fields | {"kind": member.__name__})

@@ -1,16 +1,24 @@
-"""Command-line entry point: ``moesaic COMMAND`` imports and runs that command's module."""
+"""Command-line entry point: ``moesaic COMMAND`` imports and runs that command's module.
 
+Exit codes: 0 done; 1 a bug, or a check that failed; 2 a mistake of the user or an error of the
+operating system, said in a sentence; 130 stopped by Ctrl-C, 143 by SIGTERM.
+"""
+
+# Ctrl-C is answered from the first line of ``main`` on: nothing slow is imported before it.
+import contextlib
 import importlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.table import Table
-
-from moesaic.core.errors import UserError, did_you_mean
-from moesaic.core.version import __version__
+from moesaic.cli.deferred_imports import CommandImports
+from moesaic.cli.interrupts import EXIT_CODE, InterruptHandler, stop_message
+from moesaic.cli.standard_streams import (
+    discard_stdout,
+    is_reader_gone,
+    named_stdout,
+    prepare_standard_streams,
+)
 
 COMMANDS = {
     "demo": "data, training, scores and report in ten minutes",
@@ -27,7 +35,7 @@ COMMANDS = {
     "data": "build and inspect corpora",
     "report": "write the HTML report of a run",
     "bench": "benchmark a layer beside dense layers and other libraries",
-    "config": "list recipes; print, compare and upgrade configs; JSON Schema",
+    "config": "list recipes and presets; print, compare and upgrade configs; JSON Schema",
     "doctor": "hardware, versions, and the selected implementation of each op",
 }
 
@@ -48,55 +56,85 @@ RENAMED_OPTIONS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; exit code 0: done, 2: a mistake of the user, 1: a bug."""
-    # Spinning threads make a step six times slower when another program uses the cores
-    # (docs/log.md). OpenMP reads the variable when torch is first imported, which is later.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    """Run one command. Without ``arguments`` it is that of the command line, and the process ends.
+
+    Raises SystemExit at the end of a command.
+    """
+    owns_process = arguments is None
+    imports = CommandImports()
+    with InterruptHandler(owns_process=owns_process, has_begun=lambda: imports.finished) as ctrl_c:
+        prepare_standard_streams()
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        try:
+            with imports if owns_process else contextlib.nullcontext():
+                code = _run(words)
+            with named_stdout():
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            code = _stopped()
+        except SystemExit:
+            raise
+        except BaseException as error:
+            # Ctrl-C may come out of an extension module as another error
+            code = _stopped() if ctrl_c.received else _report(error, words)
+    if code is not None:
+        sys.exit(code)
+
+
+def _run(words: list[str]) -> int | None:
     if not words or words[0] in ("--help", "-h", "help"):
-        _show_commands()
-        return
+        if len(words) < 2 or words[0] != "help":
+            _show_commands()
+            return None
+        words = [words[1], "--help"]
     if words[0] in ("--version", "-V"):
-        Console(highlight=False).print(f"moesaic {__version__}")
-        return
+        version = importlib.import_module("moesaic.core.version").__version__
+        sys.stdout.write(f"moesaic {version}\n")
+        return None
     command, *rest = words
+    _check_names(command, rest)
+    module = importlib.import_module(f"moesaic.cli.{command}_command")
+    return module.app.run(rest, prog_name=f"moesaic {command}")
+
+
+def _check_names(command: str, rest: list[str]) -> None:
+    errors = importlib.import_module("moesaic.core.errors")
     if command not in COMMANDS:
-        hint = did_you_mean(command, COMMANDS)
-        _fail(UserError(f'unknown command "{command}"{hint} (moesaic --help lists them)'), rest)
+        hint = errors.did_you_mean(command, COMMANDS)
+        raise errors.UserError(f'unknown command "{command}"{hint} (moesaic --help lists them)')
     for word in rest:
         old = word.partition("=")[0]
         if (command, old) in RENAMED_OPTIONS:
             new = RENAMED_OPTIONS[command, old]
-            _fail(UserError(f"{command}: the option {old} is now called {new}"), rest)
-    module = importlib.import_module(f"moesaic.cli.{command}_command")
+            raise errors.UserError(f"{command}: the option {old} is now called {new}")
+
+
+def _report(error: BaseException, words: Sequence[str]) -> int:
+    """Print an error of the user or of the system as a sentence; raise any other."""
+    if isinstance(error, BrokenPipeError) and is_reader_gone():  # e.g. ``| head`` has enough
+        discard_stdout()
+        return 0
+    sentence = importlib.import_module("moesaic.cli.error_sentences").sentence_of(error)
+    if sentence is None:
+        raise error
+    output = importlib.import_module("moesaic.cli.shared_options")
+    with contextlib.suppress(OSError):
+        output.show_error(sentence)
     try:
-        module.app(rest, prog_name=f"moesaic {command}")
-    except UserError as error:
-        _fail(error, rest)
-    except BrokenPipeError:  # the reader of our output (e.g. head) has closed it
-        sys.stderr.close()
-        sys.exit(0)
+        if "--json" in words:
+            sys.stdout.write(json.dumps({"error": sentence}, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+    except OSError:
+        discard_stdout()
+    return 2
 
 
-def _fail(error: UserError, words: Sequence[str]) -> None:
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(f"[bold red]error:[/] {_escaped(str(error))}")
-    if "--json" in words:
-        sys.stdout.write(json.dumps({"error": str(error)}, ensure_ascii=False) + "\n")
-    sys.exit(2)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
+def _stopped() -> int:
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        stop_message()
+    return EXIT_CODE
 
 
 def _show_commands() -> None:
-    console = Console()
-    table = Table(box=None, show_header=False, padding=(0, 2))
-    for command, summary in COMMANDS.items():
-        table.add_row(f"[bold cyan]{command}[/]", summary)
-    console.print(
-        f"[bold]moesaic[/] {__version__}: multilingual Mixture-of-Experts models in PyTorch\n"
-    )
-    console.print("usage: moesaic COMMAND [OPTIONS]      (moesaic COMMAND --help has an example)\n")
-    console.print(table)
+    importlib.import_module("moesaic.cli.shared_options").show_commands(COMMANDS)

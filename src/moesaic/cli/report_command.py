@@ -5,11 +5,20 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from moesaic.cli.eval_command import held_out_tests
-from moesaic.cli.shared_options import JsonOption, RunArgument, command_app, print_result, stderr
-from moesaic.recipes.lookup import find_recipe
-from moesaic.report.html_report import write_report
-from moesaic.serve.translation_routing import trace_checkpoints
+from moesaic.cli.deferred_imports import deferred
+from moesaic.cli.shared_options import (
+    JsonOption,
+    RunArgument,
+    command_app,
+    print_result,
+    show_progress,
+)
+
+with deferred():
+    from moesaic.cli.eval_command import held_out_tests
+    from moesaic.recipes.lookup import find_recipe
+    from moesaic.report.html_report import write_report
+    from moesaic.serve.translation_routing import trace_checkpoints
 
 app = command_app()
 _SENTENCES = 16  # per language, to compare the routing of checkpoints
@@ -32,7 +41,7 @@ def report(
         config = find_recipe(str(run))
         tests = held_out_tests(config, corpus=config.corpus.open(), split="valid", limit=_SENTENCES)
         files = trace_checkpoints(run, tests=tests)
-        stderr.print(f"[dim]routed held-out text with {len(files)} checkpoints[/]")
+        show_progress(f"routed held-out text with {len(files)} checkpoints")
     path = write_report(run)
 
     def show(console: Console) -> None:

@@ -5,20 +5,25 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
-from moesaic.checkpoint.routes_file import RoutesFile
+from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import JsonOption, command_app, print_result, print_table
-from moesaic.core.errors import UserError
-from moesaic.core.units import show_bytes
-from moesaic.data.tokenizer import Tokenizer
-from moesaic.evaluate.routing_analysis import RoutingAnalysis, describe_usage
-from moesaic.moe.routing_agreement import RoutingAgreement, compare_routes
-from moesaic.monitor.expert_usage import LayerUsage, summarize_load
-from moesaic.serve.translator import routed_experts, token_text
+from moesaic.cli.styled_text import styled, visible
+
+with deferred():
+    import numpy as np
+
+    from moesaic.checkpoint.routes_file import RoutesFile
+    from moesaic.core.errors import UserError
+    from moesaic.core.units import show_bytes
+    from moesaic.data.tokenizer import Tokenizer
+    from moesaic.evaluate.routing_analysis import RoutingAnalysis, describe_usage
+    from moesaic.moe.routing_agreement import RoutingAgreement, compare_routes
+    from moesaic.monitor.expert_usage import LayerUsage, summarize_load
+    from moesaic.serve.translator import routed_experts, token_text
 
 app = command_app()
 RoutesPath = Annotated[Path, typer.Argument(metavar="FILE", help="A routes file.")]
@@ -141,7 +146,7 @@ def _load_numbers(layer: LayerUsage) -> dict[str, float]:
 def _show(value: dict[str, Any], console: Console) -> None:
     about = ", ".join(f"{name} {what}" for name, what in value["about"].items())
     console.print(
-        f"{value['batches']} batches, {show_bytes(value['bytes'])}; {escape(about)}",
+        f"{value['batches']} batches, {show_bytes(value['bytes'])}; {visible(about)}",
     )
     for name, side in value["sides"].items():
         rows = []
@@ -150,7 +155,12 @@ def _show(value: dict[str, Any], console: Console) -> None:
                 " ".join(f"{expert}\u00d7{weight:.2f}" for expert, weight in tokens[i]) or "-"
                 for tokens in side["layers"].values()
             )
-            rows.append((f"[bold]{escape(token)}[/]", *(f"[cyan]{cell}[/]" for cell in cells)))
+            rows.append(
+                (
+                    styled("[bold]{token}[/]", token=token),
+                    *(styled("[cyan]{cell}[/]", cell=cell) for cell in cells),
+                )
+            )
         columns = ("token", *side["layers"])
         print_table(console, columns, rows, title=f"\n{name}", align="l" * len(columns))
 
@@ -189,8 +199,8 @@ def _show_stats(value: dict[str, Any], console: Console) -> None:
     )
 
 
-def _cyan(layer: str) -> str:
-    return f"[cyan]{layer}[/]"
+def _cyan(layer: str) -> Text:
+    return styled("[cyan]{layer}[/]", layer=layer)
 
 
 def _drop_rates_by_half(positions: dict[str, list[int]]) -> tuple[float, float]:
@@ -203,6 +213,8 @@ def _drop_rates_by_half(positions: dict[str, list[int]]) -> tuple[float, float]:
 
 
 def _show_agreement(found: RoutingAgreement, console: Console) -> None:
-    rows = [(_cyan(x.layer), f"{x.edges:.1%}", f"{x.tokens:.1%}") for x in found.layers]
+    rows: list[tuple[str | Text, ...]] = [
+        (_cyan(x.layer), f"{x.edges:.1%}", f"{x.tokens:.1%}") for x in found.layers
+    ]
     rows.append(("mean / every layer", f"{found.edges:.1%}", f"{found.tokens:.1%}"))
     print_table(console, ("layer", "equal edges", "equal tokens"), rows)

@@ -1,6 +1,5 @@
 """``moesaic scale``: estimate memory and communication of a rank under a parallel plan."""
 
-import math
 import re
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -8,48 +7,38 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
     JsonOption,
     ModelArgument,
     SetOption,
     UseOption,
     command_app,
-    import_user_files,
     print_result,
     print_table,
 )
-from moesaic.core.config import Config
-from moesaic.core.errors import UserError
-from moesaic.core.units import parse_bytes, show_bytes, show_count, show_seconds
-from moesaic.model.config import ModelConfig
-from moesaic.model.parameter_flop_count import BatchDims
-from moesaic.model.presets import PRESETS, preset
-from moesaic.moe.config import MoE
-from moesaic.optim.optimizer import AdamW, Optimizer
-from moesaic.parallel.communication_volume import communication_volume
-from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.memory_estimate import (
-    MIXED_PRECISION,
-    BytesPerValue,
-    EstimateSettings,
-    MemoryBudget,
-    estimate_memory,
-    largest_fitting_model,
-)
-from moesaic.parallel.parameter_inventory import ParameterInventory, RankParameters
-from moesaic.recipes.lookup import RECIPES, find_recipe
-from moesaic.train.dry_run import simulate_step
+from moesaic.cli.styled_text import styled
+from moesaic.cli.user_files import import_user_files
+
+with deferred():
+    from moesaic.core.errors import UserError
+    from moesaic.core.units import parse_bytes, show_bytes, show_count, show_seconds
+    from moesaic.model.config import ModelConfig
+    from moesaic.model.parameter_flop_count import BatchDims
+    from moesaic.model.presets import PRESETS, preset
+    from moesaic.moe.config import MoE
+    from moesaic.parallel.memory_estimate import (
+        MIXED_PRECISION,
+        BytesPerValue,
+        EstimateSettings,
+        MemoryBudget,
+        largest_fitting_model,
+    )
+    from moesaic.parallel.plan_estimate import ScaleConfig, estimate_plan
+    from moesaic.recipes.lookup import RECIPES, find_recipe
+    from moesaic.train.dry_run import simulate_step
 
 app = command_app()
-
-
-class ScaleConfig(Config):
-    """What an estimate depends on: model, parallel plan, optimizer, gradient accumulation."""
-
-    model: ModelConfig
-    parallel: ParallelConfig = ParallelConfig()
-    optimizer: Optimizer = AdamW()
-    gradient_accumulation_steps: int = 1
 
 
 @app.command()
@@ -105,27 +94,6 @@ def scale(
     print_result(found, as_json=as_json, show=lambda console: _show(found, console))
 
 
-def estimate_plan(
-    config: ScaleConfig, *, world_size: int, sizes: BatchDims, storage: BytesPerValue
-) -> dict[str, Any]:
-    """Return the memory and communication of rank 0 as JSON data."""
-    micro_batches = config.gradient_accumulation_steps
-    rank = ParameterInventory(config.model).on_rank(config.parallel, world=world_size)
-    memory = estimate_memory(rank, sizes=sizes, bytes_per_value=storage, optimizer=config.optimizer)
-    lines = communication_volume(rank, sizes=sizes, micro_batches=micro_batches)
-    return {
-        "world": world_size,
-        "plan": rank.plan.acronym,
-        "parameters": sum(math.prod(part.parameter.placement.shape) for part in rank.shards),
-        "mesh": _mesh_axes(rank),
-        "batch": asdict(sizes) | {"micro_batches": micro_batches},
-        "storage": storage.to_dict(),
-        "bytes": asdict(memory) | {"state": memory.state, "device": memory.device},
-        "sent": [asdict(line) for line in lines],
-        "sent_total": sum(line.bytes for line in lines),
-    }
-
-
 def _read_config(which: str, changes: list[str] | None) -> ScaleConfig:
     if which in PRESETS and which not in RECIPES:
         config = ScaleConfig(model=preset(which).config)
@@ -149,12 +117,6 @@ def _parse_micro_batch(text: str) -> BatchDims:
     return BatchDims(*map(int, found.groups()))
 
 
-def _mesh_axes(rank: RankParameters) -> dict[str, dict[str, int]]:
-    numbers = sorted(set(rank.inventory.expert_modules.values()))
-    layers = {f"layers of {number} experts": rank.grid(number).axes for number in numbers}
-    return {"dense layers": rank.grid().axes} | layers
-
-
 def _capacity(model: ModelConfig, settings: EstimateSettings, memory: str) -> dict[str, Any] | None:
     """Return the largest number of experts that fits, if all MoE layers have the same number."""
     varied = model.encoder.experts_per_layer or model.decoder.experts_per_layer
@@ -170,8 +132,13 @@ def _capacity(model: ModelConfig, settings: EstimateSettings, memory: str) -> di
 def _show(found: dict[str, Any], console: Console) -> None:
     batch = found["batch"]
     console.print(
-        f"[bold]{found['name']}[/]: {show_count(found['parameters'])} parameters on "
-        f"{found['world']:,} ranks, {found['plan']}"
+        styled(
+            "[bold]{name}[/]: {parameters} parameters on {ranks:,} ranks, {plan}",
+            name=found["name"],
+            parameters=show_count(found["parameters"]),
+            ranks=found["world"],
+            plan=found["plan"],
+        )
     )
     for layers, axes in found["mesh"].items():
         grid = " x ".join(f"{axis} {size}" for axis, size in axes.items())

@@ -1,7 +1,8 @@
 """Options and output shared by all commands: results on stdout, progress on stderr."""
 
-import importlib.util
+import functools
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from moesaic.core.errors import UserError
+from moesaic.cli.deferred_imports import finish_imports
+from moesaic.cli.standard_streams import named_stdout
+from moesaic.cli.styled_text import styled, visible
+from moesaic.core.version import __version__
 
 JsonOption = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
 SetOption = Annotated[
@@ -37,17 +41,60 @@ RoutesOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Record every token's experts in a file.")
 ]
 
-stderr = Console(stderr=True, highlight=False)
+_PIPE_WIDTH = 10_000  # columns: a table in a file or a pipe is neither folded nor cut
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """Return the console of a stream. It takes every text as it is: no markup, no emoji names."""
+    console = Console(stderr=stderr, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
+    return console
+
+
+stderr = make_console(stderr=True)
 
 
 def show_progress(text: str) -> None:
     """Print a line of progress on stderr."""
-    stderr.print(f"[dim]{escape(text)}[/]")
+    stderr.print(styled("[dim]{text}[/]", text=text))
 
 
-def command_app(**settings: Any) -> typer.Typer:
-    """Return the Typer app of one command; a UserError passes through it to ``main``."""
-    return typer.Typer(
+def show_error(sentence: str) -> None:
+    """Print the sentence that ends a command on stderr."""
+    stderr.print(styled("[bold red]error:[/] {sentence}", sentence=sentence))
+
+
+class CommandApp(typer.Typer):
+    """The Typer app of one command."""
+
+    def command(self, *names: Any, **settings: Any) -> Callable[..., Any]:
+        """Register a function, which runs once the deferred imports of its module are done."""
+        register = super().command(*names, **settings)
+
+        def enter(function: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(function)
+            def run(*given: Any, **options: Any) -> Any:
+                finish_imports()
+                return function(*given, **options)
+
+            register(run)
+            return function
+
+        return enter
+
+    def run(self, words: list[str], *, prog_name: str) -> int:
+        """Parse ``words``, run the function, return the exit code; wrong options raise."""
+        command = typer.main.get_command(self)
+        if not words and self.info.no_args_is_help is True:
+            words = ["--help"]
+        code = command.main(words, prog_name=prog_name, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+
+
+def command_app(**settings: Any) -> CommandApp:
+    """Return the app of one command; a UserError passes through it to ``main``."""
+    return CommandApp(
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
@@ -56,47 +103,62 @@ def command_app(**settings: Any) -> typer.Typer:
     )
 
 
-def import_user_files(files: list[Path] | None) -> None:
-    """Import Python files, which registers the config choices that they define.
-
-    Raises UserError if a file does not exist; exceptions inside a file are not caught.
-    """
-    for file in files or []:
-        spec = importlib.util.spec_from_file_location(file.stem, file)
-        if not file.is_file() or spec is None or spec.loader is None:
-            raise UserError(f"--use {file}: there is no such Python file")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[file.stem] = module
-        spec.loader.exec_module(module)
-
-
 def print_result(
     value: dict[str, Any], *, as_json: bool, show: Callable[[Console], object]
 ) -> None:
-    """Print a result: by ``show``, or as one JSON object on the last line of stdout."""
-    if as_json:
-        sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
-    else:
-        show(Console(highlight=False))
+    """Print a result: by ``show``, or as one JSON object on the last line of stdout.
+
+    Numbers that JSON does not have (NaN, infinity) are null.
+    """
+    with named_stdout():
+        if as_json:
+            text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+            sys.stdout.write(text + "\n")
+        else:
+            show(make_console())
 
 
 def print_table(
     console: Console,
-    columns: Sequence[str],
-    rows: Iterable[Sequence[str]],
+    columns: Sequence[str | Text],
+    rows: Iterable[Sequence[str | Text]],
     *,
-    title: str | None = None,
+    title: str | Text | None = None,
     align: str = "l",
 ) -> None:
-    """Print rows of Rich markup. ``align`` has an l or r for each column; r where it is shorter.
+    """Print rows of texts, styled or plain. ``align`` has l or r per column; r where it is shorter.
 
     Without any column name there is no header.
     """
-    table = Table(
-        box=None, title=title, title_justify="left", padding=(0, 1), show_header=any(columns)
-    )
+    table = Table(box=None, padding=(0, 1), show_header=any(map(str, columns)))
     for column, side in zip(columns, align.ljust(len(columns), "r"), strict=True):
-        table.add_column(column, justify="left" if side == "l" else "right", overflow="fold")
+        table.add_column(_cell(column), justify="left" if side == "l" else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(_cell, row))
+    if title is not None:
+        console.print(_cell(title), style="italic")
     console.print(table)
+
+
+def show_commands(commands: dict[str, str]) -> None:
+    """Print the list of commands."""
+    console = make_console()
+    about = "multilingual Mixture-of-Experts models in PyTorch"
+    console.print(styled("[bold]moesaic[/] {version}: {about}\n", version=__version__, about=about))
+    console.print("usage: moesaic COMMAND [OPTIONS]      (moesaic COMMAND --help has an example)\n")
+    names = ((styled("[bold cyan]{name}[/]", name=name), what) for name, what in commands.items())
+    print_table(console, ("", ""), names, align="ll")
+
+
+def _cell(value: str | Text) -> Text:
+    return value if isinstance(value, Text) else Text(visible(value))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value

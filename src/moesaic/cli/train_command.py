@@ -1,6 +1,7 @@
 """``moesaic train``: train a recipe or config file, or resume a run."""
 
 import os
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -8,21 +9,25 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
     JsonOption,
     SetOption,
     UseOption,
     command_app,
-    import_user_files,
     print_result,
 )
-from moesaic.core.errors import UserError
-from moesaic.core.units import show_count, show_seconds
-from moesaic.recipes.lookup import find_recipe
-from moesaic.train.loop import TrainingResult
-from moesaic.train.resume import Resume, ResumeFrom, ResumeLatest, StartFresh
-from moesaic.train.run_training import train as run_training
-from moesaic.train.training_hooks import no_progress, terminal_progress
+from moesaic.cli.styled_text import styled
+from moesaic.cli.user_files import import_user_files
+
+with deferred():
+    from moesaic.core.errors import UserError
+    from moesaic.core.units import show_count, show_seconds
+    from moesaic.recipes.lookup import find_recipe
+    from moesaic.train.loop import TrainingResult
+    from moesaic.train.resume import Resume, ResumeFrom, ResumeLatest, StartFresh
+    from moesaic.train.run_training import train as run_training
+    from moesaic.train.training_hooks import no_progress, terminal_progress
 
 app = command_app()
 
@@ -80,10 +85,16 @@ def resume_from(text: str | None) -> Resume:
 
 def _show(result: TrainingResult, console: Console) -> None:
     console.print(
-        f"[bold]{result.out}[/]: {result.stop_reason} after step {result.steps:,}, "
-        f"{show_count(result.tokens)} tokens; this call took {show_seconds(result.seconds)}"
+        styled(
+            "[bold]{out}[/]: {reason} after step {steps:,}, {tokens} tokens; this call took {time}",
+            out=result.out,
+            reason=result.stop_reason,
+            steps=result.steps,
+            tokens=show_count(result.tokens),
+            time=show_seconds(result.seconds),
+        )
     )
     if result.stop_reason == "finished":
-        console.print(f"next: moesaic eval {result.out}")
+        console.print(f"next: moesaic eval {shlex.quote(str(result.out))}")
     else:
-        console.print(f"to continue: moesaic train --resume {result.out}")
+        console.print(f"to continue: moesaic train --resume {shlex.quote(str(result.out))}")

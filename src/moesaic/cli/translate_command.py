@@ -7,25 +7,30 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
-from moesaic.checkpoint.routes_file import RoutesWriter
+from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
     JsonOption,
     RoutesOption,
     RunArgument,
     UseOption,
     command_app,
-    import_user_files,
     print_result,
     print_table,
+    show_progress,
     stderr,
 )
-from moesaic.core.errors import DataError
-from moesaic.corpus.readers.text_lines import read_lines
-from moesaic.model.beam_search import Beam, Greedy, Search
-from moesaic.serve.translation_routing import translation_routes
-from moesaic.serve.translator import TranslationResult, Translator
+from moesaic.cli.styled_text import styled
+from moesaic.cli.user_files import import_user_files
+
+with deferred():
+    from moesaic.checkpoint.routes_file import RoutesWriter
+    from moesaic.core.errors import DataError
+    from moesaic.corpus.readers.text_lines import read_lines
+    from moesaic.model.beam_search import Beam, Greedy, Search
+    from moesaic.serve.translation_routing import translation_routes
+    from moesaic.serve.translator import TranslationResult, Translator
 
 app = command_app()
 
@@ -64,7 +69,7 @@ def translate(
     cut = sum(t.truncated for t in done)
     if cut:
         stderr.print(
-            f"[yellow]{cut} line(s) were longer than the model's limit and were truncated[/]"
+            f"{cut} line(s) were longer than the model's limit and were truncated", style="yellow"
         )
     rows = [asdict(t) for t in done]
     if routes is not None:
@@ -97,7 +102,7 @@ def _lines(file: Path | None) -> list[str]:
     if file is not None:
         return [line for _, line in read_lines(file)]
     if sys.stdin.isatty():
-        stderr.print("[dim]one text per line; end with Ctrl-D[/]")
+        show_progress("one text per line; end with Ctrl-D")
     try:
         return sys.stdin.read().splitlines()
     except UnicodeDecodeError as error:
@@ -109,16 +114,24 @@ def _show(done: list[TranslationResult], rows: list[dict[str, Any]], console: Co
         sys.stdout.write(translation.text + "\n")
         if len(translation.alternatives) > 1:
             for other in translation.alternatives:
-                line = f"  [dim]{other.score:7.3f}[/]  {escape(other.text)}"
-                console.print(line)
+                console.print(
+                    styled("  [dim]{score:7.3f}[/]  {text}", score=other.score, text=other.text)
+                )
         for side in row.get("experts", {}).values():
             _show_side(side, console)
 
 
 def _show_side(side: dict[str, Any], console: Console) -> None:
     """Print a row of tokens, then a row of experts for each MoE layer."""
-    rows = [("", *(f"[bold]{escape(token)}[/]" for token in side["tokens"]))]
-    for layer, tokens in side["layers"].items():
-        used = ("+".join(str(expert) for expert, _ in pairs) or "-" for pairs in tokens)
-        rows.append((f"[dim]{layer}[/]", *(f"[cyan]{experts}[/]" for experts in used)))
+    rows: list[tuple[str | Text, ...]] = [
+        ("", *(styled("[bold]{token}[/]", token=token) for token in side["tokens"]))
+    ]
+    for layer, routed in side["layers"].items():
+        used = ("+".join(str(expert) for expert, _ in pairs) or "-" for pairs in routed)
+        rows.append(
+            (
+                styled("[dim]{layer}[/]", layer=layer),
+                *(styled("[cyan]{experts}[/]", experts=experts) for experts in used),
+            )
+        )
     print_table(console, ("",) * len(rows[0]), rows, align="l" * len(rows[0]))

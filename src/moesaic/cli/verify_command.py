@@ -7,34 +7,38 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
+from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
     JsonOption,
     RecipeArgument,
     SetOption,
     UseOption,
     command_app,
-    import_user_files,
     print_result,
+    show_progress,
     stderr,
 )
-from moesaic.core.errors import UserError
-from moesaic.recipes.lookup import find_recipe
-from moesaic.verify.compare_plans import (
-    PlanResult,
-    VerifySetup,
-    compare_plans,
-    configured_plan,
-    make_setup,
-    plans_up_to,
-    rejection_lines,
-    summarize,
-    to_markdown,
-    tolerances_text,
-    unequal_plans,
-)
-from moesaic.verify.shrink_config import shrink_config
+from moesaic.cli.styled_text import visible
+from moesaic.cli.user_files import import_user_files
+
+with deferred():
+    from moesaic.core.errors import UserError
+    from moesaic.recipes.lookup import find_recipe
+    from moesaic.verify.compare_plans import (
+        PlanResult,
+        VerifySetup,
+        compare_plans,
+        configured_plan,
+        make_setup,
+        plans_up_to,
+        rejection_lines,
+        summarize,
+        to_markdown,
+        tolerances_text,
+        unequal_plans,
+    )
+    from moesaic.verify.shrink_config import shrink_config
 
 app = command_app()
 
@@ -90,7 +94,7 @@ def verify(
         raise UserError(
             f"no plan of {world_size} ranks fits: {'; '.join(rejection_lines(found.rejected))}"
         )
-    stderr.print(f"reduced: {escape('; '.join(shrunk.changes))}", style="dim")
+    show_progress(f"reduced: {'; '.join(shrunk.changes)}")
     verdicts: list[PlanResult] = []
     for verdict in compare_plans(setup, plans=chosen.valid):
         verdicts.append(verdict)
@@ -108,7 +112,7 @@ def _print_verdict(verdict: PlanResult, *, of: int, number: int) -> None:
     word = "equal" if verdict.equal else "; ".join(verdict.problems)
     style = "dim" if verdict.equal else "red"
     ranks = f"{number}/{of} {verdict.world_size} ranks, {verdict.plan}: {word}"
-    stderr.print(escape(ranks), style=style)
+    stderr.print(visible(ranks), style=style)
 
 
 def _to_markdown(verdicts: list[PlanResult], *, setup: VerifySetup, rejected: list[str]) -> str:
@@ -122,7 +126,7 @@ def _to_markdown(verdicts: list[PlanResult], *, setup: VerifySetup, rejected: li
 
 
 def _show(text: str, console: Console) -> None:
-    console.print(escape(text), soft_wrap=True, end="")
+    console.print(text, end="")
 
 
 def _to_json(verdicts: list[PlanResult]) -> dict[str, Any]:

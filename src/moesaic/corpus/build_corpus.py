@@ -1,6 +1,5 @@
 """Building a corpus: from a recipe to a finished corpus on disk, complete or not at all."""
 
-import json
 import shutil
 import tempfile
 from collections import Counter
@@ -11,18 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.core.config_upgrade import upgrade_config
-from moesaic.core.errors import DataError
+from moesaic.core.errors import DataError, UserError
 from moesaic.core.files import write_json
 from moesaic.corpus.cleaning import CLEANING_RULES
-from moesaic.corpus.corpus import CORPUS_FORMAT, CORPUS_MANIFEST, Corpus, file_entry
+from moesaic.corpus.corpus import CORPUS_FORMAT, CORPUS_MANIFEST, Corpus, file_entry, text_file
 from moesaic.corpus.corpus_recipes import CorpusRecipe, named_corpus
 from moesaic.corpus.data_home import corpora_dir
+from moesaic.corpus.dropped_rows import DROPPED_FILE, DroppedRow
 from moesaic.corpus.read_sources import ReadJob, ReadResult, map_in_order, read_source_file
 from moesaic.corpus.readers.keyed_text import DISAGREE
-from moesaic.corpus.resolve_conflicts import DirectionJob, DirectionResult, resolve_conflicts
+from moesaic.corpus.resolve_conflicts import (
+    DirectionJob,
+    DirectionResult,
+    remove_held_out,
+    resolve_conflicts,
+)
+from moesaic.corpus.sources.local_files import printable_path
 from moesaic.corpus.sources.text_source import Progress, SourceFile, ignore_progress
 from moesaic.corpus.spill import Direction, PairSpill
-from moesaic.corpus.split import LeakedSources, find_leaks
+from moesaic.corpus.split import SPLITS, LeakedSources, find_leaks
+from moesaic.corpus.text_rules import SoftwareStrings
 
 DROP_REASONS = {rule.name: rule.why for rule in CLEANING_RULES} | {
     DISAGREE: "two texts under one key, but their numbers or inline elements differ",
@@ -31,6 +38,7 @@ DROP_REASONS = {rule.name: rule.why for rule in CLEANING_RULES} | {
     "source_in_train": "held out by its folder or domain, but its source is a train source",
     "near_train": "held out, but its source is almost a train source (see split.near_duplicates)",
     "target_in_train": "held out, but its target is a train target",
+    "held_out_pair": "text in one language that is a side of a held-out pair",
 }
 
 
@@ -70,35 +78,49 @@ def build_corpus(
 
 def _open_finished(root: Path, recipe: CorpusRecipe) -> Corpus | None:
     if not (root / CORPUS_MANIFEST).is_file():
-        if root.exists() and any(root.iterdir()):
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise DataError(f"{root}: contains files that are not a corpus; choose another folder")
         return None
     try:
         corpus = Corpus.open(root)
-    except DataError:
+        built_from = CorpusRecipe.from_dict(_upgraded(corpus.manifest["recipe"]))
+    except UserError:
         return None
-    built_from, _ = upgrade_config(corpus.manifest["recipe"], config="CorpusRecipe")
-    if built_from != json.loads(json.dumps(recipe.to_dict())):
+    if built_from != recipe:
         return None
     before, now = corpus.manifest.get("inputs", {}), _file_stamps(recipe)
     return corpus if not now or before == now else None
 
 
+def _upgraded(written: object) -> object:
+    """Return a recipe as an earlier version wrote it, with the text rules that it had."""
+    recipe, _ = upgrade_config(written, config="CorpusRecipe")
+    clean = recipe.get("clean", {}) if isinstance(recipe, dict) else None
+    if not isinstance(recipe, dict) or not isinstance(clean, dict):
+        return recipe
+    return recipe | {"clean": {"text_rules": SoftwareStrings().to_dict()} | clean}
+
+
 def _file_stamps(recipe: CorpusRecipe) -> dict[str, list[int]]:
     """Return size and time of the user's files; a corpus stays valid when they are gone."""
-    stats = {str(path): path.stat() for path in recipe.source.inputs()}
+    stats = {printable_path(path): path.stat() for path in recipe.source.inputs()}
     return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
 
 
 def _publish(work: Path, root: Path) -> None:
     """Move the finished directory into place, replacing an older corpus there."""
-    if root.exists():
-        old = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}.old-"))
-        root.replace(old)
+    work.chmod(root.parent.stat().st_mode & 0o777)  # mkdtemp made it for its owner alone
+    if not root.exists():
         work.replace(root)
-        shutil.rmtree(old)
-    else:
+        return
+    old = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}.old-"))
+    root.replace(old)
+    try:
         work.replace(root)
+    except OSError:
+        old.replace(root)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @dataclass
@@ -111,6 +133,7 @@ class _CorpusBuilder:
     workers: int
     result: ReadResult = field(default_factory=ReadResult)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    empty: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> None:
         source_files = self.recipe.source.fetch(progress=self.progress)
@@ -120,6 +143,8 @@ class _CorpusBuilder:
             spill=spill,
             keys=keys,
         )
+        # a package that could not be fetched is reported by itself
+        self.recipe.split.check_domains([*self.result.sources, *(s.name for s in source_files)])
         if self.recipe.split.near_duplicates.enabled:
             self.progress("searching the held-out sources for near-duplicates")
         leaks = find_leaks(keys, near_duplicates=self.recipe.split.near_duplicates)
@@ -144,6 +169,9 @@ class _CorpusBuilder:
         for job, result in zip(jobs, results, strict=True):
             name = f"{job.source_file.name} {job.source_file.version}"
             self.progress(f"read {name} ({job.rank + 1}/{len(jobs)})")
+            if result.empty:
+                self.progress(f"left out: {result.empty}")
+                self.empty[printable_path(job.source_file.path)] = result.empty
             self.result.add(result)
             spill.append_from(job.pairs)
             for path in (*job.texts.iterdir(), job.keys):
@@ -172,24 +200,40 @@ class _CorpusBuilder:
         ):
             self.result.counts[result.direction] = result.counts
             self.files |= result.files
+            self.result.dropped.add_all(result.dropped.rows)
             yield result
 
     def _add_texts(self) -> None:
+        """Add the text files, without train texts that are a side of a held-out pair."""
+        held_out = [
+            name for name in self.files if name.endswith(".tsv") and not name.endswith(".train.tsv")
+        ]
         for name, rows in sorted(self.result.text_rows.items()):
-            self.files[name] = file_entry(self.work / name, rows=rows)
+            code, _, split = name.removesuffix(".txt").partition(".")
+            counts = self.result.texts[code]
+            if split == "train":
+                pairs = [self.work / n for n in held_out if code in n.partition(".")[0].split("-")]
+                leaked = remove_held_out(self.work / name, pairs=pairs, code=code)
+                counts.dropped["held_out_pair"] += len(leaked)
+                self.result.dropped.add_all(
+                    DroppedRow(code, "held_out_pair", text) for text in leaked
+                )
+                rows -= len(leaked)
+            if rows:
+                self.files[name] = file_entry(self.work / name, rows=rows)
+            else:
+                (self.work / name).unlink()
 
     def _write_manifest(
         self, source_files: tuple[SourceFile, ...], written: list[DirectionResult]
     ) -> None:
         kept = [s for s in written if s.pairs >= self.recipe.min_pairs]
         small = {"-".join(s.direction): s.pairs for s in written if s not in kept}
-        text_languages = {name.partition(".")[0] for name in self.result.text_rows}
+        text_languages = {n.partition(".")[0] for n in self.files if n.endswith(".txt")}
         codes = {code for s in kept for code in s.direction} | text_languages
         if not codes:
             raise DataError(self._nothing_left_message(small))
-        origins: Counter[str] = Counter()
-        for direction in kept:
-            origins.update(direction.origins)
+        self.result.dropped.write(self.work / DROPPED_FILE)
         manifest = {
             "format": CORPUS_FORMAT,
             "name": self.recipe.name,
@@ -199,33 +243,54 @@ class _CorpusBuilder:
             "languages": sorted(codes),
             "pairs": sum(f["rows"] for n, f in self.files.items() if n.endswith(".tsv")),
             "directions": [s.manifest_entry for s in kept],
+            "texts": self._text_counts(),
             "domains": {d.name: list(d.packages) for d in self.recipe.split.domains},
             "too_small": small,
             "reasons": DROP_REASONS,
-            "sources": {
-                name: source | {"pairs": origins[name]}
-                for name, source in sorted(self.result.sources.items())
-            },
+            "sources": self._sources(kept),
             "read": [
-                {"name": u.name, "version": u.version, "file": u.path.name}
+                {"name": u.name, "version": u.version, "file": printable_path(Path(u.path.name))}
                 for u in source_files
                 if not u.missing_reason
             ],
             "missing": {u.name: u.missing_reason for u in source_files if u.missing_reason},
+            "empty": self.empty,
             "split_policy": "hash of the normalised source; held-out rows whose target is a train "
             "target are dropped",
             "files": self.files,
         }
         write_json(self.work / CORPUS_MANIFEST, manifest)
 
+    def _sources(self, kept: list[DirectionResult]) -> dict[str, Any]:
+        pairs: Counter[str] = Counter()
+        for direction in kept:
+            pairs.update(direction.origins)
+        return {
+            origin: info.manifest_entry(pairs=pairs[origin])
+            for origin, info in sorted(self.result.sources.items())
+        }
+
+    def _text_counts(self) -> dict[str, Any]:
+        """Rows of text by language: read, dropped by reason, and kept by split."""
+        names = (*SPLITS, *(domain.name for domain in self.recipe.split.domains))
+        found = {}
+        for code, counts in sorted(self.result.texts.items()):
+            rows = {name: self.files.get(text_file(code, name), {}) for name in names}
+            splits = {name: entry.get("rows", 0) for name, entry in rows.items()}
+            found[code] = {"read": counts.read, "dropped": counts.by_reason, "splits": splits}
+        return found
+
     def _nothing_left_message(self, small: dict[str, int]) -> str:
-        read = sum(t.read for t in self.result.counts.values())
+        everything = [*self.result.counts.values(), *self.result.texts.values()]
+        if self.empty and not everything:
+            return next(iter(self.empty.values()))
+        read = sum(counts.read for counts in everything)
         dropped: Counter[str] = Counter()
-        for counts in self.result.counts.values():
+        for counts in everything:
             dropped.update(counts.dropped)
         why = ", ".join(f"{n} {reason}" for reason, n in dropped.most_common(4))
         few = (
             f"; {len(small)} direction(s) under min_pairs={self.recipe.min_pairs}" if small else ""
         )
-        start = f"corpus {self.recipe.name}: nothing to keep of {read} pairs read"
+        start = f"corpus {self.recipe.name}: nothing to keep of {read} rows read"
         return f"{start} ({why or 'none'}){few}"

@@ -19,8 +19,10 @@ from moesaic.core.errors import DataError
 from moesaic.corpus.cleaning import PairCleaner
 from moesaic.corpus.corpus import text_file
 from moesaic.corpus.corpus_recipes import CorpusRecipe
+from moesaic.corpus.dropped_rows import DroppedRow, DroppedRows
 from moesaic.corpus.languages import ENGLISH, resolve_language
 from moesaic.corpus.pair import Pair, RejectedPair, Text
+from moesaic.corpus.readers.text_lines import EmptyFileError
 from moesaic.corpus.readers.tsv import escape_field
 from moesaic.corpus.sources.text_source import LanguageFilter, SourceFile
 from moesaic.corpus.spill import Direction, DropCounts, PairSpill
@@ -53,20 +55,53 @@ class ReadJob:
 
 
 @dataclass(slots=True)
+class SourceInfo:
+    """Versions and licences of the files of one origin, in the order of reading; rows of text."""
+
+    versions: list[str] = field(default_factory=list)
+    licences: list[str] = field(default_factory=list)
+    texts: int = 0
+
+    def add(self, other: "SourceInfo") -> None:
+        """Add what another file says of this origin."""
+        self.versions = list(dict.fromkeys((*self.versions, *other.versions)))
+        self.licences = list(dict.fromkeys((*self.licences, *other.licences)))
+        self.texts += other.texts
+
+    def manifest_entry(self, *, pairs: int) -> dict[str, str | int]:
+        """Return the origin's entry in corpus.json."""
+        return {
+            "version": ", ".join(filter(None, self.versions)),
+            "licence": " AND ".join(self.licences),
+            "pairs": pairs,
+            "texts": self.texts,
+        }
+
+
+@dataclass(slots=True)
 class ReadResult:
-    """Counts of what a source file contains; its rows are on disk."""
+    """Counts of what a source file contains; its rows are on disk.
+
+    ``texts`` are the counts of text by language, ``text_rows`` the rows of each text file.
+    ``empty`` is the reason why the file had no row at all.
+    """
 
     counts: dict[Direction, DropCounts] = field(default_factory=lambda: defaultdict(DropCounts))
-    sources: dict[str, dict[str, str]] = field(default_factory=dict)
+    texts: dict[str, DropCounts] = field(default_factory=lambda: defaultdict(DropCounts))
+    sources: dict[str, SourceInfo] = field(default_factory=dict)
     text_rows: Counter[str] = field(default_factory=Counter)
+    dropped: DroppedRows = field(default_factory=DroppedRows)
+    empty: str = ""
 
     def add(self, other: "ReadResult") -> None:
-        """Add the counts of another file; an origin keeps the version and licence read first."""
-        for direction, counts in other.counts.items():
-            self.counts[direction].read += counts.read
-            self.counts[direction].dropped.update(counts.dropped)
-        self.sources = other.sources | self.sources
+        """Add the counts of another file; an origin keeps every version and licence."""
+        for mine, others in ((self.counts, other.counts), (self.texts, other.texts)):
+            for key, counts in others.items():
+                mine[key].add(counts)  # pyright: ignore[reportArgumentType]
+        for origin, info in other.sources.items():
+            self.sources.setdefault(origin, SourceInfo()).add(info)
         self.text_rows.update(other.text_rows)
+        self.dropped.add_all(other.dropped.rows)
 
 
 def map_in_order(
@@ -98,10 +133,15 @@ def map_in_order(
 
 
 def read_source_file(job: ReadJob) -> ReadResult:
-    """Read and clean one source file into its folder."""
+    """Read and clean one source file into its folder; a file without rows is no error here."""
     with closing(_SourceFileReader(job)) as reader:
-        for item in job.recipe.source.read(job.source_file, wanted=_language_filter(job.recipe)):
-            reader.add(item)
+        try:
+            for item in job.recipe.source.read(
+                job.source_file, wanted=_language_filter(job.recipe)
+            ):
+                reader.add(item)
+        except EmptyFileError as error:
+            reader.found.empty = str(error)
     return reader.finish()
 
 
@@ -110,31 +150,51 @@ class _SourceFileReader:
 
     def __init__(self, job: ReadJob) -> None:
         self._job, self._split = job, job.recipe.split
-        self._found, self._cleaner = ReadResult(), PairCleaner(job.recipe.clean)
+        self.found, self._cleaner = ReadResult(), PairCleaner(job.recipe.clean)
         self._spill, self._texts = PairSpill(job.pairs), _TextWriter(job.texts, self._split)
         self._keys = _SplitKeyWriter(self._split)
 
     def add(self, item: Pair | Text | RejectedPair) -> None:
-        if isinstance(item, RejectedPair):
-            self._found.counts[item.direction].read += 1
-            self._found.counts[item.direction].dropped[item.reason] += 1
-            return
-        if item.origin not in self._found.sources:
+        match item:
+            case RejectedPair():
+                self.found.counts[item.direction].read += 1
+                self.found.counts[item.direction].dropped[item.reason] += 1
+            case Text():
+                self._add_text(item)
+            case Pair():
+                self._add_pair(item)
+
+    def _info(self, item: Pair | Text) -> SourceInfo:
+        if item.origin not in self.found.sources:
             version = self._job.source_file.version
-            self._found.sources[item.origin] = {"version": version, "licence": item.licence}
-        if isinstance(item, Text):
-            text, _ = self._cleaner.clean_text(item)
-            if text is not None:
-                self._texts.add(text)
+            self.found.sources[item.origin] = SourceInfo([version], [item.licence])
+        info = self.found.sources[item.origin]
+        if item.licence not in info.licences:
+            info.licences.append(item.licence)
+        return info
+
+    def _add_text(self, raw: Text) -> None:
+        info, counts = self._info(raw), self.found.texts[raw.language]
+        counts.read += 1
+        text, reason = self._cleaner.clean_text(raw)
+        if text is None:
+            counts.dropped[reason] += 1
+            self.found.dropped.add(DroppedRow(raw.language, reason, raw.text, origin=raw.origin))
             return
-        self._add_pair(item)
+        info.texts += 1
+        self._texts.add(text)
 
     def _add_pair(self, raw: Pair) -> None:
-        counts = self._found.counts[raw.direction]
+        self._info(raw)
+        counts = self.found.counts[raw.direction]
         counts.read += 1
         pair, reason = self._cleaner.clean(raw)
         if pair is None:
             counts.dropped[reason] += 1
+            direction = "-".join(raw.direction)
+            self.found.dropped.add(
+                DroppedRow(direction, reason, raw.source, raw.target, raw.origin)
+            )
             return
         domain, allowed = self._split.domain_of(pair.origin), self._job.source_file.allowed_split
         self._spill.add(pair, rank=self._job.rank, allowed_split=allowed, domain=domain)
@@ -142,9 +202,9 @@ class _SourceFileReader:
 
     def finish(self) -> ReadResult:
         """Write the split keys, and return the counts."""
-        self._found.text_rows = self._texts.rows
+        self.found.text_rows = self._texts.rows
         self._keys.write(self._job.keys)
-        return self._found
+        return self.found
 
     def close(self) -> None:
         self._spill.close()

@@ -2,7 +2,7 @@
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,18 @@ from typing import Any
 import numpy as np
 
 from moesaic.corpus.corpus import file_entry, pair_file
+from moesaic.corpus.dropped_rows import DroppedRow, DroppedRows
 from moesaic.corpus.languages import ENGLISH
-from moesaic.corpus.readers.tsv import escape_field
-from moesaic.corpus.spill import Direction, DropCounts, PairSpill, SpillBin, TargetCandidate
+from moesaic.corpus.readers.text_lines import read_lines
+from moesaic.corpus.readers.tsv import escape_field, read_rows, unescape_field
+from moesaic.corpus.spill import (
+    Direction,
+    DropCounts,
+    DroppedCandidate,
+    PairSpill,
+    SpillBin,
+    TargetCandidate,
+)
 from moesaic.corpus.split import SPLITS, LeakedSources, SplitConfig, digest64, split_key
 
 _COUNT_NAMES = ("pairs", "source_characters", "target_characters", "source_words", "target_words")
@@ -44,6 +53,7 @@ class DirectionResult:
     counts: DropCounts
     origins: Counter[str]
     files: dict[str, dict[str, Any]]
+    dropped: DroppedRows
 
     @property
     def manifest_entry(self) -> dict[str, Any]:
@@ -52,7 +62,7 @@ class DirectionResult:
             "source": self.direction[0],
             "target": self.direction[1],
             "read": self.counts.read,
-            "dropped": dict(sorted((k, v) for k, v in self.counts.dropped.items() if v)),
+            "dropped": self.counts.by_reason,
             "splits": self.splits,
         }
 
@@ -61,7 +71,8 @@ def resolve_conflicts(job: DirectionJob) -> DirectionResult:
     """Choose one target per source of a direction, and write its splits."""
     spill, writer = PairSpill(job.spill), _DirectionWriter(job)
     for domain in ("", *(domain.name for domain in job.split.domains)):
-        for candidate in spill.majority_targets(SpillBin(job.direction, domain), counts=job.counts):
+        which = SpillBin(job.direction, domain)
+        for candidate in spill.majority_targets(which, drop=writer.drop):
             writer.add(candidate, domain=domain)
     splits = writer.close()
     pairs = sum(splits[name]["pairs"] for name in SPLITS)
@@ -72,7 +83,9 @@ def resolve_conflicts(job: DirectionJob) -> DirectionResult:
             files[name] = file_entry(job.work / name, rows=counts["pairs"])
         else:
             (job.work / name).unlink()
-    return DirectionResult(job.direction, pairs, splits, job.counts, writer.origins, files)
+    return DirectionResult(
+        job.direction, pairs, splits, job.counts, writer.origins, files, writer.dropped
+    )
 
 
 class _DirectionWriter:
@@ -85,12 +98,22 @@ class _DirectionWriter:
         self._held_out_path = job.work / f"held-{'-'.join(job.direction)}"
         self._held_out_rows = self._held_out_path.open("w", encoding="utf-8", newline="\n")
         self._split, self._drops, self._leaks = job.split, job.counts, job.leaks
+        self._direction, self.dropped = "-".join(job.direction), DroppedRows()
         self._english = 1 if job.direction[1] == ENGLISH else 0
         self._sources, self._targets = array("Q"), array("Q")
         self._counts = {s: [0] * len(_COUNT_NAMES) for s in self._names}
         self.origins: Counter[str] = Counter()
 
+    def drop(self, what: DroppedCandidate) -> None:
+        """Count a row that is not kept, and keep it to be looked at."""
+        self._drops.dropped[what.reason] += 1
+        row = what.candidate
+        self.dropped.add(
+            DroppedRow(self._direction, what.reason, row.source, row.target, row.origin, what.kept)
+        )
+
     def add(self, row: TargetCandidate, *, domain: str = "") -> None:
+        """Write a row to the split of its source."""
         # English decides if it is one side, so that both directions of a pair are in one split
         text = row.target if self._english else row.source
         split = domain or (
@@ -104,14 +127,15 @@ class _DirectionWriter:
         if split == "train":
             self._train.write(line)
             self._targets.append(digest64(split_key(row.target)))
-            if row.allowed_split != "any":
+            # the hash of an English target does not keep equal sources together
+            if row.allowed_split != "any" or self._english:
                 self._sources.append(digest64(split_key(row.source)))
             self._count(row.source, row.target, split=split, origin=row.origin)
             return
         digest = digest64(split_key(text))
         if digest in self._leaks.exact or digest in self._leaks.near:
             reason = "source_in_train" if digest in self._leaks.exact else "near_train"
-            self._drops.dropped[reason] += 1
+            self.drop(DroppedCandidate(row, reason, ""))
             return
         digests = f"{digest64(split_key(row.source))}\t{digest64(split_key(row.target))}"
         self._held_out_rows.write(f"{split}\t{digests}\t{line}")
@@ -132,14 +156,17 @@ class _DirectionWriter:
             np.unique(np.array(a, np.uint64)) for a in (self._sources, self._targets)
         )
         for split, digests, fields in self._read_held_out():
-            if _contains_sorted(sources, digests[0]):
-                self._drops.dropped["source_in_train"] += 1
-            elif _contains_sorted(targets, digests[1]):
-                self._drops.dropped["target_in_train"] += 1
-            else:
-                streams[split].write("\t".join(fields))
-                origin = fields[2].rstrip("\n")
-                self._count(fields[0], fields[1], split=split, origin=origin)
+            row = [unescape_field(text.rstrip("\n")) for text in fields]
+            reason = "source_in_train" if _contains_sorted(sources, digests[0]) else ""
+            if not reason and _contains_sorted(targets, digests[1]):
+                reason = "target_in_train"
+            if reason:
+                self.drop(
+                    DroppedCandidate(TargetCandidate(row[0], row[1], 0, row[2], ""), reason, "")
+                )
+                continue
+            streams[split].write("\t".join(fields))
+            self._count(row[0], row[1], split=split, origin=row[2])
         for stream in streams.values():
             stream.close()
         self._held_out_path.unlink()
@@ -155,3 +182,31 @@ class _DirectionWriter:
 def _contains_sorted(digests: np.ndarray, digest: int) -> bool:
     index = int(np.searchsorted(digests, np.uint64(digest)))
     return index < len(digests) and int(digests[index]) == digest
+
+
+def remove_held_out(path: Path, *, pairs: Iterable[Path], code: str) -> list[str]:
+    """Remove a file's texts that are a side of one of the held-out ``pairs``, and return them.
+
+    A text and a pair are split by different hashes where the text is not English: a model would
+    learn to write the references of its test set. Memory: 8 bytes per held-out pair.
+    """
+    digests = array("Q")
+    for file in pairs:
+        side = file.name.partition(".")[0].split("-").index(code)
+        digests.extend(
+            digest64(split_key(unescape_field(row.fields[side])))
+            for row in read_rows(file, columns=3)
+        )
+    held_out, removed = np.unique(np.array(digests, np.uint64)), []
+    if not len(held_out):
+        return removed
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", encoding="utf-8", newline="\n") as stream:
+        for _, line in read_lines(path):
+            text = unescape_field(line)
+            if _contains_sorted(held_out, digest64(split_key(text))):
+                removed.append(text)
+            else:
+                stream.write(line + "\n")
+    part.replace(path)
+    return removed

@@ -6,7 +6,7 @@ source, and conflicts are resolved one bucket at a time (one target per source, 
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -26,6 +26,16 @@ class DropCounts:
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
+    def add(self, other: "DropCounts") -> None:
+        """Add the counts of other rows."""
+        self.read += other.read
+        self.dropped.update(other.dropped)
+
+    @property
+    def by_reason(self) -> dict[str, int]:
+        """Reasons with their rows, sorted by name; none without a row."""
+        return dict(sorted((reason, n) for reason, n in self.dropped.items() if n))
+
 
 @dataclass(frozen=True, slots=True)
 class TargetCandidate:
@@ -36,6 +46,15 @@ class TargetCandidate:
     rank: int
     origin: str
     allowed_split: str
+
+
+@dataclass(frozen=True, slots=True)
+class DroppedCandidate:
+    """A candidate that is not kept, and the target that is kept for its source."""
+
+    candidate: TargetCandidate
+    reason: str
+    kept: str
 
 
 @dataclass(slots=True)
@@ -100,11 +119,16 @@ class PairSpill:
         """Return every bin with rows, sorted."""
         return sorted(SpillBin.from_file_name(path.name) for path in self._folder.iterdir())
 
-    def majority_targets(self, which: SpillBin, *, counts: DropCounts) -> Iterator[TargetCandidate]:
-        """Yield one target per source of a bin, by majority vote, in order of first occurrence."""
+    def majority_targets(
+        self, which: SpillBin, *, drop: Callable[[DroppedCandidate], None]
+    ) -> Iterator[TargetCandidate]:
+        """Yield one target per source of a bin, by majority vote, in order of first occurrence.
+
+        ``drop`` is called with every other candidate.
+        """
         path = self._folder / which.file
         for bucket in self._buckets(path) if path.is_file() else ():
-            yield from _majority_vote(_read_candidates(bucket), counts=counts)
+            yield from _majority_vote(_read_candidates(bucket), drop=drop)
             bucket.unlink()
 
     def _buckets(self, path: Path) -> list[Path]:
@@ -136,7 +160,7 @@ def _read_candidates(path: Path) -> Iterator[TargetCandidate]:
 
 
 def _majority_vote(
-    candidates: Iterator[TargetCandidate], *, counts: DropCounts
+    candidates: Iterator[TargetCandidate], *, drop: Callable[[DroppedCandidate], None]
 ) -> Iterator[TargetCandidate]:
     votes: dict[str, dict[str, _Votes]] = {}
     for found in candidates:
@@ -146,11 +170,13 @@ def _majority_vote(
             targets[found.target] = _Votes(1, found)
         else:
             known.count += 1
-            counts.dropped["duplicate"] += 1
+            drop(DroppedCandidate(found, "duplicate", found.target))
     for targets in votes.values():
-        best = min(targets.values(), key=_vote_order)
-        counts.dropped["other_target"] += len(targets) - 1
-        yield best.first
+        best = min(targets.values(), key=_vote_order).first
+        for other in targets.values():
+            if other.first is not best:
+                drop(DroppedCandidate(other.first, "other_target", best.target))
+        yield best
 
 
 def _vote_order(votes: _Votes) -> tuple[int, int, str]:

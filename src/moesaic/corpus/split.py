@@ -24,10 +24,12 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from moesaic.core.config import Choice, Config
+from moesaic.core.errors import DataError, did_you_mean
 from moesaic.corpus.markup import without_placeholders
 from moesaic.corpus.readers.text_lines import read_lines
 
 TRIGRAM = 3
+_MAX_NAMES = 8  # origins in an error
 _ROUNDING = 1e-9  # 3 of 5 shared 3-grams are 0.6
 
 
@@ -117,9 +119,11 @@ _LETTERS = _LetterTable()
 
 
 class HeldOutDomain(Config):
-    """Packages (names or patterns such as ``wesnoth-*``) held out whole, as an out-of-domain test.
+    """Packages or files held out whole, as an out-of-domain test.
 
-    All their rows form a split called ``name``; none is used for training.
+    ``packages`` are origins (``a/messages.po``), base names of origins (``messages.po``: every file
+    of that name), or patterns of either (``wesnoth-*``); each must match something. All their rows
+    form a split called ``name``; none is used for training.
     """
 
     name: str = Field(pattern=r"^[A-Za-z][\w-]*$")
@@ -127,7 +131,13 @@ class HeldOutDomain(Config):
 
     def contains(self, origin: str) -> bool:
         """Whether rows of this origin belong to the domain."""
-        return any(fnmatch.fnmatchcase(origin, pattern) for pattern in self.packages)
+        return any(matches_origin(pattern, origin) for pattern in self.packages)
+
+
+def matches_origin(pattern: str, origin: str) -> bool:
+    """Whether a pattern of a domain is, or matches, an origin or its base name."""
+    names = (origin, origin.rpartition("/")[2])
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
 class SplitConfig(Config):
@@ -153,6 +163,18 @@ class SplitConfig(Config):
             raise ValueError(f"two splits have the name {', '.join(twice)}: rename the domain")
         return self
 
+    def check_domains(self, origins: Iterable[str]) -> None:
+        """Raise DataError unless every pattern of a domain matches one of the origins."""
+        known = sorted(set(origins))
+        for domain in self.domains:
+            for pattern in domain.packages:
+                if not any(matches_origin(pattern, origin) for origin in known):
+                    names = [*known, *(origin.rpartition("/")[2] for origin in known)]
+                    raise DataError(
+                        f'domain {domain.name}: nothing is from "{pattern}", so nothing would be '
+                        f"held out; read were {_abbreviated(known)}{did_you_mean(pattern, names)}"
+                    )
+
     def domain_of(self, origin: str) -> str:
         """Return the name of the domain that rows of this origin belong to; empty for none."""
         return next((domain.name for domain in self.domains if domain.contains(origin)), "")
@@ -168,6 +190,11 @@ class SplitConfig(Config):
         """Return valid or test, in proportion to their fractions, for a row that is not train."""
         share = self.test / (self.test + self.valid) if self.test + self.valid else 0.5
         return "test" if _unit_hash(source, self.salt) < share else "valid"
+
+
+def _abbreviated(names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more
 
 
 @lru_cache(maxsize=1 << 16)  # a source recurs in every language

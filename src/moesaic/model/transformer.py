@@ -27,12 +27,14 @@ from moesaic.model.block import (
 )
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.kv_cache import EncoderOutput, KVCache
-from moesaic.model.weights import initialize_weights, parameter_kinds
+from moesaic.model.weights import initialize_weights
 from moesaic.moe.config import MoE
+from moesaic.moe.initial_weights import parameter_kinds
 from moesaic.moe.router_context import RouterState, TokenContext
 from moesaic.moe.router_gate import RouterDecodeState, RouterShape, SharedRouter, StackInput
 from moesaic.nn.attention_backend import KeyValue
 from moesaic.nn.embedding import Embedding
+from moesaic.nn.initializer import deferred_initialization
 from moesaic.nn.packing import Packing
 from moesaic.ops.cross_entropy import TokenLoss
 from moesaic.optim.optimizer import ParameterKind
@@ -91,6 +93,13 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        with deferred_initialization():
+            self._make_modules(config)
+        self.sequence_sharding: SequenceSharding = no_sequence_sharding
+        self.run_block: RunBlock = run_block
+        initialize_weights(self, config)
+
+    def _make_modules(self, config: ModelConfig) -> None:
         self.embedding = Embedding(config.embedding, vocab_size=config.vocab_size, dim=config.dim)
         self.position = config.position.build(dim=config.dim, head_dim=config.head_dim)
         self.dropout = Dropout(config.dropout, name="embedding")
@@ -105,9 +114,6 @@ class Transformer(nn.Module):
         if config.encoder.layers:
             self.encoder_norm = config.norm.build(config.dim)
         self.decoder_norm = config.norm.build(config.dim)
-        self.sequence_sharding: SequenceSharding = no_sequence_sharding
-        self.run_block: RunBlock = run_block
-        initialize_weights(self, config)
 
     def forward(self, batch: Batch) -> ModelOutput:
         """Return decoder states at the predicted positions and the routing records."""

@@ -1,10 +1,9 @@
-"""Model weights: the kind of each parameter, initial values, export and restore by name.
+"""Model weights: initial values, export and restore by name.
 
 ``InitConfig`` (``model/config.py``) has the table of initial distributions.
 """
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from torch import nn
@@ -12,59 +11,21 @@ from torch import nn
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
 from moesaic.model.config import ModelConfig
-from moesaic.moe.experts import ExpertModule
-from moesaic.moe.router import Router
-from moesaic.nn.embedding import Embedding
-from moesaic.nn.initializer import Initializer, custom_initializers
+from moesaic.moe.initial_weights import default_std, draw_parameters
+from moesaic.nn.initializer import Initializer
 from moesaic.optim.optimizer import ParameterKind
-
-
-def parameter_kinds(model: nn.Module) -> dict[str, ParameterKind]:
-    """Return the kind of every parameter, by name, in the order of ``named_parameters``."""
-    owners = {
-        f"{path}.{name}" if path else name: module
-        for path, module in model.named_modules()
-        for name, _ in module.named_parameters(recurse=False)
-    }
-    routers = tuple(f"{path}." for path, m in model.named_modules() if isinstance(m, Router))
-    routers += ("encoder_routing.", "decoder_routing.")  # shared by the routers of a stack
-    custom = {name: own.kind for name, own in custom_initializers(model).items() if own.kind}
-    return {
-        name: cast("ParameterKind", custom[name])
-        if name in custom
-        else _kind_of(owners[name], name, is_router=name.startswith(routers))
-        for name, _ in model.named_parameters()
-    }
-
-
-def _kind_of(module: nn.Module, name: str, *, is_router: bool) -> ParameterKind:
-    if name.endswith("bias"):
-        return "bias"
-    if is_router:
-        return "router"
-    if isinstance(module, Embedding | nn.Embedding):
-        return "embedding"
-    if isinstance(module, ExpertModule):
-        return "expert"
-    return "matrix" if isinstance(module, nn.Linear) else "norm"
 
 
 @torch.no_grad()
 def initialize_weights(model: nn.Module, config: ModelConfig) -> None:
     """Draw every parameter from torch's global generator, in the order of ``named_parameters``."""
-    kinds, custom = parameter_kinds(model), custom_initializers(model)
-    for name, parameter in model.named_parameters():
-        kind = kinds[name]
-        if kind == "norm":
-            parameter.fill_(1.0)
-        elif kind == "bias":
-            parameter.zero_()
-        else:
-            initializer = custom.get(name, Initializer())
-            std = init_std(
-                name, kind=kind, shape=parameter.shape, initializer=initializer, config=config
-            )
-            parameter.normal_(std=std)
+
+    def std_of(
+        name: str, kind: ParameterKind, shape: torch.Size, initializer: Initializer
+    ) -> float:
+        return init_std(name, kind=kind, shape=shape, initializer=initializer, config=config)
+
+    draw_parameters(model, std_of=std_of)
 
 
 def init_std(
@@ -77,15 +38,13 @@ def init_std(
 ) -> float:
     """Return the standard deviation that a weight is drawn with."""
     init = config.init
+    std = default_std(kind, shape=shape, initializer=initializer)
     if initializer.std is not None:
-        return initializer.std
-    if kind == "embedding":
-        return init.embedding_std or config.dim**-0.5
-    if kind == "router":
-        return init.router_std or (0.1 / shape[-1]) ** 0.5
-    # nn.Linear's weight is [out, in], that of experts [E, in, out]
-    fan_in = initializer.fan_in or (shape[-1] if kind == "matrix" else shape[-2])
-    std = init.std or fan_in**-0.5
+        return std
+    given = {"embedding": init.embedding_std, "router": init.router_std}
+    if kind in given:
+        return given[kind] or std
+    std = init.std or std
     ends_branch = {"down", "out"} & set(name.rsplit(".", 2)[-2:])
     scaled = ends_branch and init.scale_by_depth
     return std * num_residual_branches(name, config) ** -0.5 if scaled else std

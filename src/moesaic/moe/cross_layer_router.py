@@ -29,7 +29,13 @@ from moesaic.moe.router_gate import (
 from moesaic.nn.attention import AttentionConfig, SelfAttention
 from moesaic.nn.attention_backend import KeyValue
 from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig, SwiGLU
-from moesaic.nn.initializer import CustomInitializers, Initializer
+from moesaic.nn.initializer import (
+    CustomInitializers,
+    Initializer,
+    fan_in_std,
+    normal_parameter,
+    router_std,
+)
 from moesaic.nn.positional_encoding import Rotary
 
 
@@ -66,8 +72,8 @@ class PreGate(nn.Module):
         super().__init__()
         at = shape.layer_index
         first, last = at.index == 0, at.index + 1 == at.count
-        self.weight = nn.Parameter(torch.empty(shape.experts, shape.dim)) if first else None
-        self.ahead = None if last else nn.Parameter(torch.empty(shape.experts, shape.dim))
+        self.weight = _gate_weight(shape) if first else None
+        self.ahead = None if last else _gate_weight(shape)
 
     def forward(self, x: Float[Tensor, "T C"], *, router_state: RouterState) -> GateOutput:
         logits = router_state.logits if self.weight is None else x @ self.weight.float().t()
@@ -75,6 +81,10 @@ class PreGate(nn.Module):
             raise TypeError("a pre-gated layer needs the logits from the MoE layer below it")
         ahead = None if self.ahead is None else x @ self.ahead.float().t()
         return GateOutput(logits, replace(router_state, logits=ahead))
+
+
+def _gate_weight(shape: RouterShape) -> nn.Parameter:
+    return normal_parameter(shape.experts, shape.dim, std=router_std(shape.dim))
 
 
 class RecurrentRouting(CrossLayerRouting):
@@ -147,8 +157,8 @@ class RecurrentGate(CustomInitializers):
 
     def __init__(self, *, dim: int, width: int, experts: int) -> None:
         super().__init__()
-        self.project = nn.Parameter(torch.empty(width, dim))
-        self.weight = nn.Parameter(torch.empty(experts, width))
+        self.project = normal_parameter(width, dim, std=fan_in_std(dim))
+        self.weight = normal_parameter(experts, width, std=router_std(width))
 
     def forward(self, x: Float[Tensor, "T C"], *, router_state: RouterState) -> GateOutput:
         cell, below = router_state.shared, router_state.hidden
@@ -229,11 +239,11 @@ class DecoupledRouter(SharedRouter, CustomInitializers):
     def __init__(self, config: DecoupledRouting, shape: RouterShape) -> None:
         super().__init__()
         width = config.dim
-        self.project = nn.Parameter(torch.empty(width, shape.dim))
+        self.project = normal_parameter(width, shape.dim, std=fan_in_std(shape.dim))
         self.attention = SelfAttention(AttentionConfig(heads=config.heads), dim=width, bias=False)
         feed = FeedForwardConfig(hidden=2 * width, activation=SwiGLU())
         self.feed_forward = DenseFeedForward(feed, dim=width, bias=False)
-        self.weight = nn.Parameter(torch.empty(shape.experts, width))
+        self.weight = normal_parameter(shape.experts, width, std=router_std(width))
         self.position = Rotary().build(dim=width, head_dim=width // config.heads)
         self.causal = shape.causal
 

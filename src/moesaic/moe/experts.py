@@ -16,9 +16,15 @@ from torch import nn
 
 from moesaic.core.config import Choice
 from moesaic.core.shapes import Float, Tensor
+from moesaic.moe.compiled_experts import is_compilable, run_compiled_experts
 from moesaic.moe.parameter_spec import FeedForwardShape, ParameterSpec
 from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig
-from moesaic.nn.initializer import CustomInitializers, Initializer
+from moesaic.nn.initializer import (
+    CustomInitializers,
+    Initializer,
+    fan_in_std,
+    normal_parameter,
+)
 from moesaic.ops.grouped_gemm import (
     ActivationFunction,
     FeedForwardWeights,
@@ -146,8 +152,8 @@ class GroupedExperts(ExpertModule):
     def __init__(self, size: ExpertShape) -> None:
         super().__init__()
         experts, feed, width = size.num_experts, size.feed_forward, size.dense.width
-        self.up = nn.Parameter(torch.empty(experts, size.dim, width))
-        self.down = nn.Parameter(torch.empty(experts, feed.hidden, size.dim))
+        self.up = normal_parameter(experts, size.dim, width, std=fan_in_std(size.dim))
+        self.down = normal_parameter(experts, feed.hidden, size.dim, std=fan_in_std(feed.hidden))
         if size.bias:
             self.up_bias = nn.Parameter(torch.zeros(experts, width))
             self.down_bias = nn.Parameter(torch.zeros(experts, size.dim))
@@ -184,6 +190,9 @@ class FunctionalExperts(_Direct):
 
     def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
         x = as_autocast(x)
+        if torch.compiler.is_compiling() and is_compilable(self.activation):
+            name = self.activation.kernel_name
+            return run_compiled_experts(x, edges=edges, weights=self.weights, kernel_name=name)
         kernel = select_moe_kernel(x, activation=self.activation)
         return kernel(x, edges=edges, weights=self.weights, activation=self.activation)
 
@@ -233,10 +242,10 @@ class LoRAExperts(ExpertModule, CustomInitializers):
         super().__init__()
         experts, feed, width = size.num_experts, size.feed_forward, size.dense.width
         self.base = DenseFeedForward(feed, dim=size.dim, bias=size.bias)
-        self.up_a = nn.Parameter(torch.empty(experts, size.dim, rank))
-        self.up_b = nn.Parameter(torch.empty(experts, rank, width))
-        self.down_a = nn.Parameter(torch.empty(experts, feed.hidden, rank))
-        self.down_b = nn.Parameter(torch.empty(experts, rank, size.dim))
+        self.up_a = normal_parameter(experts, size.dim, rank, std=fan_in_std(size.dim))
+        self.up_b = normal_parameter(experts, rank, width, std=0.0)
+        self.down_a = normal_parameter(experts, feed.hidden, rank, std=fan_in_std(feed.hidden))
+        self.down_b = normal_parameter(experts, rank, size.dim, std=0.0)
         self.activation, self.scale = feed.activation, scale
 
     def initializers(self) -> Mapping[str, Initializer]:

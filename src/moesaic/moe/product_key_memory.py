@@ -22,7 +22,12 @@ from moesaic.moe.layer import MoEOutput
 from moesaic.moe.parameter_spec import FeedForwardShape, ParameterSpec
 from moesaic.moe.router_context import RouterState, TokenContext
 from moesaic.nn.feed_forward import DenseFeedForward
-from moesaic.nn.initializer import CustomInitializers, Initializer
+from moesaic.nn.initializer import (
+    CustomInitializers,
+    Initializer,
+    fan_in_std,
+    normal_parameter,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +46,9 @@ class ProductKeys(CustomInitializers):
     ) -> None:
         super().__init__()
         self.query = nn.Linear(dim, 2 * rank * key_dim, bias=False)
-        self.row = nn.Parameter(torch.empty(keys_per_side, key_dim))
-        self.column = nn.Parameter(torch.empty(keys_per_side, key_dim))
-        self.core_change = nn.Parameter(torch.empty(rank, rank))
+        self.row = normal_parameter(keys_per_side, key_dim, std=1.0)
+        self.column = normal_parameter(keys_per_side, key_dim, std=1.0)
+        self.core_change = normal_parameter(rank, rank, std=0.0)
         self.keys_per_side, self.num_slots_read, self.rank = keys_per_side, num_slots_read, rank
 
     def initializers(self) -> Mapping[str, Initializer]:
@@ -141,6 +146,12 @@ class ProductKeyMemory(SparseLayer):
         """The number of slots that a token reads, at most all."""
         return min(self.slots, self.keys_per_side**2)
 
+    def value_fan_in(self) -> float:
+        """Return the variance of the weights that a token's values are summed with."""
+        # the largest of n * n products of two normal scores
+        largest = 2 * math.log(max(self.keys_per_side, 2))
+        return self.num_slots_read() * largest**2
+
     def build(self, shape: FeedForwardShape, /) -> nn.Module:
         return MemoryLayer(self, shape)
 
@@ -187,18 +198,15 @@ class MemoryLayer(CustomInitializers):
             key_dim=config.resolved_key_dim(dim),
         )
         self.input_projection = nn.Linear(dim, pre, bias=False)
-        self.pre_values = nn.Parameter(torch.empty(slots, pre))
-        self.values = nn.Parameter(torch.empty(slots, value))
+        self.pre_values = normal_parameter(slots, pre, std=fan_in_std(pre))
+        self.values = normal_parameter(slots, value, std=fan_in_std(config.value_fan_in()))
         self.out = nn.Linear(value, dim, bias=False)
         self.config = config
 
     def initializers(self) -> Mapping[str, Initializer]:
-        config = self.config
-        # the largest of n * n products of two normal scores
-        largest = 2 * math.log(max(config.keys_per_side, 2))
         return {
             "pre_values": Initializer(kind="expert", fan_in=self.pre_values.shape[1]),
-            "values": Initializer(kind="expert", fan_in=config.num_slots_read() * largest**2),
+            "values": Initializer(kind="expert", fan_in=self.config.value_fan_in()),
         }
 
     def forward(

@@ -18,6 +18,7 @@ from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.moe.parameter_spec import ParameterSpec
 from moesaic.moe.router_context import RouterState, TokenContext
 from moesaic.nn.attention_backend import KeyValue
+from moesaic.nn.initializer import normal_parameter, router_std
 from moesaic.nn.packing import Packing
 
 
@@ -56,7 +57,7 @@ class LinearGate(nn.Module):
 
     def __init__(self, *, dim: int, experts: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, dim))
+        self.weight = normal_parameter(experts, dim, std=router_std(dim))
 
     def forward(self, x: Float[Tensor, "T D"], *, router_state: RouterState) -> GateOutput:
         return GateOutput(x @ self.weight.float().t(), router_state)

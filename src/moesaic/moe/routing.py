@@ -63,5 +63,7 @@ class Routing:
 
     def load(self) -> Int[Tensor, "E"]:
         """Return the number of edges per expert, dropped ones left out."""
-        counts = torch.bincount(self.expert, minlength=self.num_experts + 1)
+        # not bincount, which waits for a GPU and has no static shape
+        counts = self.expert.new_zeros(self.num_experts + 1)
+        counts.index_add_(0, self.expert, torch.ones_like(self.expert))
         return counts[: self.num_experts]

@@ -17,7 +17,12 @@ from moesaic.moe.experts import Expert, ExpertShape, FeedForwardExpert
 from moesaic.moe.layer import MoEOutput
 from moesaic.moe.parameter_spec import FeedForwardShape, ParameterSpec
 from moesaic.moe.router_context import RouterState, TokenContext
-from moesaic.nn.initializer import CustomInitializers, Initializer
+from moesaic.nn.initializer import (
+    CustomInitializers,
+    Initializer,
+    normal_parameter,
+    router_std,
+)
 from moesaic.ops.permute import RowGroups
 
 
@@ -81,7 +86,7 @@ class SoftMoELayer(CustomInitializers):
 
     def __init__(self, config: SoftMoE, size: ExpertShape) -> None:
         super().__init__()
-        self.directions = nn.Parameter(torch.empty(config.num_slots, size.dim))
+        self.directions = normal_parameter(config.num_slots, size.dim, std=router_std(size.dim))
         self.scale = nn.Parameter(torch.ones(1))
         self.experts = config.expert.build(size)
         self.num_experts = config.experts

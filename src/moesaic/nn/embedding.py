@@ -8,12 +8,12 @@ this rank, D model dim.
 
 from typing import Protocol, runtime_checkable
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
 from moesaic.core.config import Config
 from moesaic.core.shapes import Float, Int, Tensor
+from moesaic.nn.initializer import fan_in_std, normal_parameter
 from moesaic.nn.packing import Packing
 from moesaic.ops.cross_entropy import TokenLoss, cross_entropy
 
@@ -84,8 +84,10 @@ class Embedding(nn.Module):
 
     def __init__(self, config: EmbeddingConfig, *, vocab_size: int, dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
-        self.output = self.weight if config.tied else nn.Parameter(torch.empty(vocab_size, dim))
+        self.weight = normal_parameter(vocab_size, dim, std=fan_in_std(dim))
+        self.output = (
+            self.weight if config.tied else normal_parameter(vocab_size, dim, std=fan_in_std(dim))
+        )
         self.scale = dim**0.5 if config.scaled else 1.0
         self.backend: EmbeddingBackend = LocalEmbedding()
 

@@ -111,7 +111,7 @@ def test_a_package_becomes_a_corpus_without_variants_keys_or_english(
         ("Save file", "Enregistrer"),
     }
     assert corpus.manifest["sources"] == {
-        "demo": {"version": "1.2.3", "licence": "BSD-3-Clause", "pairs": 3}
+        "demo": {"version": "1.2.3", "licence": "BSD-3-Clause", "pairs": 3, "texts": 0}
     }
 
 

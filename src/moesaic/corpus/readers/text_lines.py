@@ -24,6 +24,10 @@ def name_without_compression(path: Path) -> str:
     return path.stem if path.suffix in COMPRESSED else path.name
 
 
+class EmptyFileError(DataError):
+    """A file without a row: of many files, one may be empty."""
+
+
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
     """Open for reading, decompressing by suffix. Raises DataError: missing, damaged, truncated."""
@@ -121,9 +125,9 @@ def decode_utf8(raw: bytes, *, path: Path | str, line: int = 1) -> str:
 
 
 def require_rows(rows: Iterator[Row], *, path: Path, what: str) -> Iterator[Row]:
-    """Yield the rows; raise DataError if there is none."""
+    """Yield the rows; raise EmptyFileError if there is none."""
     number = 0
     for number, row in enumerate(rows, start=1):  # noqa: B007
         yield row
     if number == 0:
-        raise DataError(f"{path}: empty: it has no {what}")
+        raise EmptyFileError(f"{path}: empty: it has no {what}")

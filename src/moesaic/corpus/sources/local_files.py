@@ -1,19 +1,26 @@
 """Local files: the user's files in any format that readers support, and folders split already."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from moesaic.core.config import Config
-from moesaic.core.errors import DataError
+from moesaic.core.errors import DataError, did_you_mean
 from moesaic.corpus.languages import ENGLISH, resolve_language
 from moesaic.corpus.pair import Pair, Text
-from moesaic.corpus.readers.formats import read_pairs, read_texts
+from moesaic.corpus.readers.formats import PAIR_FORMATS, read_pairs, read_texts
 from moesaic.corpus.readers.moses import moses_file
-from moesaic.corpus.readers.text_lines import require_rows
+from moesaic.corpus.readers.text_lines import name_without_compression, require_rows
 from moesaic.corpus.readers.tsv import read_rows
+from moesaic.corpus.sources.path_patterns import (
+    FoundFile,
+    files_below,
+    find_matches,
+    is_pattern,
+)
 from moesaic.corpus.sources.text_source import (
     AllowedSplit,
     LanguageFilter,
@@ -25,14 +32,25 @@ from moesaic.corpus.sources.text_source import (
 _SPLIT_FILE = re.compile(r"(?P<language>.+)\.(?P<split>train|valid|test)\.tsv(\.gz|\.xz|\.zst)?")
 
 
-class LocalFile(Config):
-    """A file of pairs (``source`` and ``target``) or of one language's text (``language``)."""
+_NOT_STATED = "not stated"
 
-    path: str
+
+class LocalFile(Config):
+    """Files of pairs (``source`` and ``target``) or of one language's text (``language``).
+
+    ``path`` is a file, a Moses prefix, a folder (every file of pairs below it) or a pattern:
+    ``news/*.tsv``, ``news/{source}-{target}.tsv``, ``locale/{lang}/LC_MESSAGES/*.po``. ``{lang}``
+    is the target where ``source`` is given, the source where ``target`` is given, else the language
+    of a text. ``origin``, by default the path, names where the rows are from: in ``data stats``, in
+    domains, and beside each pair.
+    """
+
+    path: str = Field(min_length=1)
     source: str = ""
     target: str = ""
     language: str = ""
-    licence: str = "not stated"
+    licence: str = _NOT_STATED
+    origin: str = ""
 
     @model_validator(mode="after")
     def _is_one_kind(self) -> "LocalFile":
@@ -40,51 +58,146 @@ class LocalFile(Config):
             raise ValueError("either language (text) or source and target (pairs), not both")
         return self
 
+    def find(self) -> list[SourceFile]:
+        """Return its files, each with its languages; a pattern's unfit ones with the reason."""
+        path = Path(self.path)
+        if self._exists(path):
+            found = [FoundFile(path)]
+        elif path.is_dir():
+            found = [FoundFile(inner) for inner in files_below(path) if self._is_readable(inner)]
+        else:
+            found = find_matches(self.path) if is_pattern(self.path) else []
+        return [self._source_file(file) for file in found]
+
+    def missing(self) -> DataError:
+        """Return the error of a path without a file."""
+        path = Path(self.path)
+        if path.is_dir():
+            kinds = "text" if self.language else ", ".join(PAIR_FORMATS)
+            return DataError(f"{path}: no file of {kinds} below this folder")
+        if is_pattern(self.path):
+            return DataError(f"{path}: no file matches this pattern")
+        beside = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+        return DataError(
+            f"{path}: no such file (nor {path.name}.<language> beside it)"
+            f"{did_you_mean(path.name, beside)}"
+        )
+
+    def contradicts(self, other: SourceFile) -> bool:
+        """Whether this entry states another licence or origin for the same file."""
+        stated = [(self.origin, other.name)] if self.origin else []
+        if self.licence != _NOT_STATED:
+            stated.append((self.licence, other.licence))
+        return any(mine != others for mine, others in stated)
+
+    def _source_file(self, file: FoundFile) -> SourceFile:
+        name = self.origin or printable_path(file.path)
+        if file.problem:
+            return SourceFile(printable_path(file.path), file.path, missing_reason=file.problem)
+        languages = self._languages_of(file)
+        reason = "both languages are the same" if len({*languages}) < len(languages) else ""
+        if reason and not any(languages):
+            reason = ""  # each line of a .jsonl file names its own
+        return SourceFile(
+            name, file.path, licence=self.licence, languages=languages, missing_reason=reason
+        )
+
+    def _languages_of(self, file: FoundFile) -> tuple[str, ...]:
+        given = {"source": self.source, "target": self.target, "lang": self.language}
+        given = {place: resolve_language(text).code for place, text in given.items() if text}
+        for place, code in file.languages.items():
+            if place in given:
+                raise DataError(f"{self.path}: {place} is given by the path and by a key as well")
+            given[place] = code
+        if "lang" in given and ("source" in given or "target" in given):
+            other = "target" if "source" in given else "source"
+            if other in given:
+                raise DataError(f"{self.path}: {{lang}}, source and target: one is too many")
+            given[other] = given.pop("lang")
+        if "lang" in given:
+            return (given["lang"],)
+        return given.get("source", ""), given.get("target", "")
+
+    def _is_readable(self, path: Path) -> bool:
+        kind = Path(name_without_compression(path)).suffix.casefold()
+        return bool(self.language) or kind in PAIR_FORMATS
+
+    def _exists(self, path: Path) -> bool:
+        codes = [resolve_language(x).code for x in (self.source, self.target, self.language) if x]
+        return path.is_file() or any(moses_file(path, code=code) for code in codes)
+
 
 class LocalFiles(TextSource):
-    """Pairs and texts from the user's files."""
+    """Pairs and texts from the user's files.
 
-    files: tuple[LocalFile, ...]
+    A file that several entries find is read once for each pair of languages; an entry with its
+    exact path decides about licence and origin before one with a pattern.
+    """
 
-    def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:  # noqa: ARG002
-        source_files = []
+    files: tuple[LocalFile, ...] = Field(min_length=1)
+
+    def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
         for file in self.files:
-            path = Path(file.path)
-            codes = [
-                resolve_language(x).code for x in (file.source, file.target, file.language) if x
-            ]
-            if not path.is_file() and not any(moses_file(path, code=c) for c in codes):
-                raise DataError(f"{path}: no such file (nor {path.name}.<language> beside it)")
-            source_files.append(SourceFile(path.name, path, licence=file.licence))
-        return tuple(source_files)
+            if not file.find():
+                raise file.missing()
+        found = self._distinct_files()
+        for source_file in found:
+            if source_file.missing_reason:
+                progress(f"{source_file.path} is left out: {source_file.missing_reason}")
+        readable = [source_file for source_file in found if not source_file.missing_reason]
+        if not readable:
+            raise DataError(f"no file can be read: {found[0].path}: {found[0].missing_reason}")
+        licences: dict[str, SourceFile] = {}
+        for source_file in readable:
+            known = licences.setdefault(source_file.name, source_file)
+            if known.licence != source_file.licence:
+                raise DataError(
+                    f"origin {known.name}: licence {known.licence} by {known.path}, "
+                    f"{source_file.licence} by {source_file.path}; give them origins of their own"
+                )
+        return found
 
     def inputs(self) -> tuple[Path, ...]:
         found = []
-        for file in self.files:
-            path = Path(file.path)
-            sides = (
-                moses_file(path, code=resolve_language(x).code)
-                for x in (file.source, file.target)
-                if x
-            )
+        for source_file in self._distinct_files():
+            path = source_file.path
+            sides = (moses_file(path, code=code) for code in source_file.languages if code)
             found += [path] if path.is_file() else [side for side in sides if side]
-        return tuple(found)
+        return tuple(dict.fromkeys(found))
 
     def read(self, source_file: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair | Text]:
+        path, origin, licence = source_file.path, source_file.name, source_file.licence
+        if len(source_file.languages) == 1:
+            [code] = source_file.languages
+            if wanted(code):
+                yield from read_texts(path, code=code, origin=origin, licence=licence)
+            return
+        source, target = source_file.languages
+        rows = read_pairs(path, source=source, target=target, origin=origin, licence=licence)
+        for pair in rows:
+            if wanted(pair.source_language) and wanted(pair.target_language):
+                yield pair
+
+    def _distinct_files(self) -> tuple[SourceFile, ...]:
+        """Each file once per languages, in the order of the entries, exact paths deciding."""
+        chosen: dict[tuple[Path, tuple[str, ...]], SourceFile] = {}
+        exact: set[tuple[Path, tuple[str, ...]]] = set()
         for file in self.files:
-            if Path(file.path) == source_file.path:
-                yield from _read_local_file(file, wanted=wanted)
+            for found in file.find():
+                key = (found.path.resolve(), found.languages)
+                is_exact = found.path == Path(file.path)
+                if key not in chosen or (is_exact and key not in exact):
+                    chosen[key] = found
+                elif is_exact and file.contradicts(chosen[key]):
+                    raise DataError(f"{found.path}: listed twice, with two licences or origins")
+                if is_exact:
+                    exact.add(key)
+        return tuple(chosen.values())
 
 
-def _read_local_file(file: LocalFile, *, wanted: LanguageFilter) -> Iterator[Pair | Text]:
-    if file.language:
-        if wanted(resolve_language(file.language).code):
-            yield from read_texts(file.path, code=file.language, licence=file.licence)
-        return
-    rows = read_pairs(file.path, source=file.source, target=file.target, licence=file.licence)
-    for pair in rows:
-        if wanted(pair.source_language) and wanted(pair.target_language):
-            yield pair
+def printable_path(path: Path) -> str:
+    """Return a path as text that can be written as UTF-8; a byte that is not becomes U+FFFD."""
+    return os.fsencode(path.as_posix()).decode("utf-8", errors="replace")
 
 
 class PresplitFolder(TextSource):
@@ -124,4 +237,4 @@ class PresplitFolder(TextSource):
         )
         for row in rows:
             domain, english, target = row.fields[:3]
-            yield Pair(english, target, ENGLISH, source_file.name, domain, "not stated")
+            yield Pair(english, target, ENGLISH, source_file.name, domain, _NOT_STATED)

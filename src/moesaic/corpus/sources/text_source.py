@@ -26,8 +26,9 @@ class SourceFile:
     """A file that is read as a whole: a package or a local file, with its version and licence.
 
     ``allowed_split`` restricts its rows to a split, for folders that are split already.
-    ``source_index`` is its source within ``CombinedSources``. A file with a ``missing_reason``
-    could not be fetched: it is listed in the manifest, and not read.
+    ``source_index`` is its source within ``CombinedSources``. ``languages`` are those of a local
+    file: one (text), or source and target (pairs; empty where each row names its own). A file
+    with a ``missing_reason`` could not be fetched: it is listed in the manifest, and not read.
     """
 
     name: str
@@ -36,6 +37,7 @@ class SourceFile:
     licence: str = ""
     allowed_split: AllowedSplit = "any"
     source_index: tuple[int, ...] = ()
+    languages: tuple[str, ...] = ()
     missing_reason: str = ""
 
 
