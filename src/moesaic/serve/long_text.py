@@ -102,7 +102,9 @@ def _split_long(
         pieces = [part.text]
         if tokens > limit:
             ends = level.ends(part.text)
-            pieces = _slices(part.text, _packed(part.text, ends, limit, count) if level.packs else ends)
+            pieces = _slices(
+                part.text, _packed(part.text, ends, limit, count) if level.packs else ends
+            )
         for piece in pieces[:-1]:
             # between two letters of a script without spaces, a cut is one between words
             whole = level.boundary == "inside" and not ends_inside_a_word(piece)
