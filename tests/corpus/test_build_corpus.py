@@ -171,7 +171,7 @@ def test_buckets_do_not_change_what_is_kept(
 
 
 def test_tabs_and_newlines_inside_a_text_are_preserved(tmp_path: Path) -> None:
-    rows = [("a b", "Back\\slash\\n here", "Rück\\t wärts \\ hier", "deu_Latn")]
+    rows = [("a b", "Back\\slash\\n here", "Rück wärts \\ hier\\n", "deu_Latn")]
     corpus = build_corpus(recipe(*rows, split=SplitConfig(test=0, valid=0)), out=tmp_path / "c")
     [pair] = corpus.iter_pairs("en", "de")
     assert (pair.source, pair.target, pair.origin) == (*rows[0][1:3], "a b")

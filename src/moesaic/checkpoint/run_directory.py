@@ -29,6 +29,7 @@ class RunDir:
     text_rules = _PathIn("text_rules.json")  # of the corpus: what the model's text passes
     model = _PathIn("model.safetensors")  # the exported weights, independent of the checkpoints
     card = _PathIn("README.md")
+    directions = _PathIn("directions.json")  # what was trained: streams of the data mixture
     checkpoints = _PathIn("checkpoints")
     metrics = _PathIn("metrics.jsonl")
     tensorboard = _PathIn("tensorboard")

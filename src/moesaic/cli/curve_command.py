@@ -7,6 +7,7 @@ from rich.console import Console
 
 from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
+    CorpusOption,
     JsonOption,
     RunArgument,
     UseOption,
@@ -18,9 +19,8 @@ from moesaic.cli.shared_options import (
 from moesaic.cli.user_files import import_user_files
 
 with deferred():
-    from moesaic.cli.eval_command import held_out_tests
+    from moesaic.cli.evaluated_run import DirectionChoice, EvaluatedRun
     from moesaic.core.units import show_count
-    from moesaic.recipes.lookup import find_recipe
     from moesaic.serve.learning_curve import learning_curve
 
 app = command_app()
@@ -32,7 +32,9 @@ def curve(
     *,
     limit: Annotated[int, typer.Option(min=1, help="Sentences per language.")] = 20,
     split: Annotated[str, typer.Option(help="valid or test, of the run's corpus.")] = "valid",
+    source: Annotated[str | None, typer.Option("--from", help="Only this source language.")] = None,
     target: Annotated[str | None, typer.Option("--to", help="Only this target language.")] = None,
+    corpus_folder: CorpusOption = None,
     files: UseOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -44,10 +46,15 @@ def curve(
     Example: [cyan]moesaic curve runs/demo --limit 50[/]
     """
     import_user_files(files)
-    config = find_recipe(str(run))
-    corpus = config.corpus.open()
-    tests = held_out_tests(config, corpus=corpus, split=split, limit=limit, target=target)
-    found = learning_curve(run, tests=tests, corpus=corpus, limit=limit, on_point=_print_point)
+    evaluated = EvaluatedRun.open(run, corpus=corpus_folder)
+    corpus = evaluated.corpus()
+    choice = DirectionChoice.parse(source, target)
+    chosen = evaluated.held_out_tests(corpus, split=split, limit=limit, choice=choice)
+    for note in chosen.notes:
+        show_progress(note)
+    found = learning_curve(
+        run, tests=chosen.tests, corpus=corpus.corpus, limit=limit, on_point=_print_point
+    )
     print_result(found, as_json=as_json, show=lambda console: _show(found, console))
 
 

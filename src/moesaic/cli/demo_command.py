@@ -1,5 +1,6 @@
 """``moesaic demo``: build a corpus, train, score and report, in about ten minutes."""
 
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated
@@ -21,14 +22,22 @@ from moesaic.cli.styled_text import styled
 
 with deferred():
     from moesaic.checkpoint.run_directory import RunDir
-    from moesaic.cli.eval_command import held_out_tests, show_samples, show_scores, write_evaluation
+    from moesaic.cli.eval_command import write_evaluation
+    from moesaic.cli.evaluated_run import EvaluatedRun
+    from moesaic.cli.score_output import show_samples, show_scores
+    from moesaic.core.errors import DataError
     from moesaic.core.units import show_seconds
     from moesaic.corpus.corpus import Corpus
+    from moesaic.corpus.join_pairs import pairs_of_direction
+    from moesaic.corpus.languages import ENGLISH
     from moesaic.evaluate.evaluation_summary import EvaluationSummary
+    from moesaic.evaluate.testset import TestSet
     from moesaic.model.parameter_flop_count import count_parameters
     from moesaic.recipes.lookup import find_recipe
+    from moesaic.report.html_report import write_report
     from moesaic.serve.score import score_run
     from moesaic.serve.translator import Translator
+    from moesaic.train.find_corpus import FoundCorpus
     from moesaic.train.resume import ResumeLatest
     from moesaic.train.run import Run
     from moesaic.train.run_training import train
@@ -83,19 +92,23 @@ def demo(
         stderr.print("stopped; the same command continues the run")
         raise typer.Exit(result.exit_code)
     phases.start("3/4  scores: held-out strings")
-    tests = held_out_tests(run, corpus=corpus)
+    try:
+        chosen = EvaluatedRun.open(out).held_out_tests(FoundCorpus(corpus))
+    except DataError as error:  # e.g. a language model: there is nothing to translate
+        _finish_without_scores(out, reason=str(error), as_json=as_json)
+        return
     summary = score_run(
         out,
-        tests=tests,
+        tests=chosen.tests,
         corpus=corpus,
         on_result=lambda test, _: phases.print_note(f"scored {test.key}"),
-    )
+    ).with_notes(chosen.notes)
     phases.end("evaluate")
     summary = summary.with_run_facts(
         counts=run_counts(run, steps=result.steps, tokens=result.tokens), seconds=phases.seconds
     )
     phases.start("4/4  report")
-    report = write_evaluation(out, summary=summary, tests=tests)
+    report = write_evaluation(out, summary=summary, tests=chosen.tests)
     phases.end("report")
     value = summary.to_dict() | {"report": str(report), "run_directory": str(out)}
 
@@ -116,26 +129,50 @@ def run_counts(run: Run, *, steps: int, tokens: int) -> dict[str, int]:
     }
 
 
+def _finish_without_scores(out: Path, *, reason: str, as_json: bool) -> None:
+    """Write the report of a run that cannot be scored, and say why."""
+    report = write_report(out)
+    value = {"report": str(report), "run_directory": str(out), "not_scored": reason}
+
+    def show(console: Console) -> None:
+        console.print(f"not scored: {reason}")
+        console.print(f"report:     {report}")
+
+    print_result(value, as_json=as_json, show=show)
+
+
 def _show(
     out: Path, *, corpus: Corpus, summary: EvaluationSummary, phases: PhaseTimer, console: Console
 ) -> None:
     show_scores(summary, console)
     show_samples(summary, console, each=1)
+    tests = [result.test for result in summary.languages.values()]
+    english = [test for test in tests if test.source == ENGLISH]
+    if english:
+        _show_common_strings(out, corpus=corpus, tests=english, console=console)
+    spent = ", ".join(f"{name} {show_seconds(s)}" for name, s in phases.seconds.items())
+    console.print(styled("\n[dim]time: {spent}[/]", spent=spent))
+    folder, first = RunDir(out), (english or tests)[0]
+    text = shlex.quote(COMMON_STRINGS[0] if english else first.sources[0])
+    ends = f"--from {first.source} --to {first.target}"
+    console.print(f"report:     {folder.report}")
+    console.print(f"translate:  echo {text} | moesaic translate {shlex.quote(str(out))} {ends}")
+    console.print(f"everything: {folder.path}/ (config, weights, tokenizer, metrics, card)")
+
+
+def _show_common_strings(
+    out: Path, *, corpus: Corpus, tests: list[TestSet], console: Console
+) -> None:
     console.print(styled("\n[bold]common strings[/] [dim](* in the training data)[/]"))
     translator = Translator.open(out)
-    for test in (result.test for result in summary.languages.values()):
+    for test in tests:
         outputs = translator.translate_texts(
             list(COMMON_STRINGS), source=test.source, target=test.target
         )
-        trained = {p.source for p in corpus.iter_pairs(test.source, test.target, split="train")}
+        rows = pairs_of_direction(corpus, test.source, test.target, split="train")
+        trained = {pair.source for pair in rows}
         pairs = Text(" · ").join(
             styled("[dim]{a}{star}[/] {b}", a=a, star="*" if a in trained else "", b=b)
             for a, b in zip(COMMON_STRINGS, outputs, strict=True)
         )
         console.print(styled("  [dim]{target}[/]  {pairs}", target=test.target, pairs=pairs))
-    spent = ", ".join(f"{name} {show_seconds(s)}" for name, s in phases.seconds.items())
-    console.print(styled("\n[dim]time: {spent}[/]", spent=spent))
-    folder = RunDir(out)
-    console.print(f"report:     {folder.report}")
-    console.print(f'translate:  echo "Save changes" | moesaic translate {out} --to es')
-    console.print(f"everything: {folder.path}/ (config, weights, tokenizer, metrics, card)")

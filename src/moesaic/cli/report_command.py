@@ -7,16 +7,18 @@ from rich.console import Console
 
 from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import (
+    CorpusOption,
     JsonOption,
     RunArgument,
+    UseOption,
     command_app,
     print_result,
     show_progress,
 )
+from moesaic.cli.user_files import import_user_files
 
 with deferred():
-    from moesaic.cli.eval_command import held_out_tests
-    from moesaic.recipes.lookup import find_recipe
+    from moesaic.cli.evaluated_run import EvaluatedRun
     from moesaic.report.html_report import write_report
     from moesaic.serve.translation_routing import trace_checkpoints
 
@@ -31,17 +33,22 @@ def report(
     checkpoints: Annotated[
         bool, typer.Option("--checkpoints", help="Route held-out text with each kept checkpoint.")
     ] = False,
+    corpus_folder: CorpusOption = None,
+    files: UseOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write report.html: losses, scores, routing and router health. It opens offline.
 
     Example: [cyan]moesaic report runs/demo[/]
     """
+    import_user_files(files)
     if checkpoints:
-        config = find_recipe(str(run))
-        tests = held_out_tests(config, corpus=config.corpus.open(), split="valid", limit=_SENTENCES)
-        files = trace_checkpoints(run, tests=tests)
-        show_progress(f"routed held-out text with {len(files)} checkpoints")
+        evaluated = EvaluatedRun.open(run, corpus=corpus_folder)
+        chosen = evaluated.held_out_tests(evaluated.corpus(), split="valid", limit=_SENTENCES)
+        for note in chosen.notes:
+            show_progress(note)
+        traced = trace_checkpoints(run, tests=chosen.tests)
+        show_progress(f"routed held-out text with {len(traced)} checkpoints")
     path = write_report(run)
 
     def show(console: Console) -> None:

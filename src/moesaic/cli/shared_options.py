@@ -40,6 +40,10 @@ ModelArgument = Annotated[
 RoutesOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Record every token's experts in a file.")
 ]
+CorpusOption = Annotated[
+    Path | None,
+    typer.Option("--corpus", metavar="DIR", help="Where the run's corpus is, if not found."),
+]
 
 _PIPE_WIDTH = 10_000  # columns: a table in a file or a pipe is neither folded nor cut
 

@@ -21,6 +21,8 @@ from moesaic.cli.styled_text import styled
 from moesaic.cli.user_files import import_user_files
 
 with deferred():
+    from moesaic.checkpoint.run_directory import RunDir
+    from moesaic.checkpoint.trained_directions import read_trained_directions
     from moesaic.core.errors import UserError
     from moesaic.core.units import show_count, show_seconds
     from moesaic.recipes.lookup import find_recipe
@@ -76,6 +78,12 @@ def train(
         raise typer.Exit(result.exit_code)
 
 
+def _next_command(out: Path) -> str:
+    """Return the command that scores a run: what it was trained on decides."""
+    record = read_trained_directions(RunDir(out).directions)
+    return (record.next_command if record else "eval {run}").format(run=shlex.quote(str(out)))
+
+
 def resume_from(text: str | None) -> Resume:
     """Parse ``--resume``: absent, ``auto``, or a directory."""
     if text is None:
@@ -95,6 +103,6 @@ def _show(result: TrainingResult, console: Console) -> None:
         )
     )
     if result.stop_reason == "finished":
-        console.print(f"next: moesaic eval {shlex.quote(str(result.out))}")
+        console.print(f"next: moesaic {_next_command(result.out)}")
     else:
         console.print(f"to continue: moesaic train --resume {shlex.quote(str(result.out))}")

@@ -205,7 +205,7 @@ CLEANING_RULES: tuple[CleaningRule, ...] = (
     ),
     CleaningRule(
         "placeholders",
-        "the sides do not have the same placeholders",
+        "the sides do not have the same placeholders, tags, URLs and e-mail addresses",
         lambda pair, _: pair.source.placeholders != pair.target.placeholders,
     ),
     CleaningRule(

@@ -1,55 +1,16 @@
-"""Markup in software strings: placeholders, tags, entities, keyboard accelerators."""
+"""Markup of software strings that cleaning removes: tags, entities, keyboard accelerators."""
 
 import html
 import re
 
-_PLACEHOLDER = re.compile(
-    r"""
-      %\([\w.\s]+\)[#0\-+]*\d*(?:\.\d+)?[a-zA-Z]          # %(name)s
-    | %(?:\d+\$)?[#0\-+']*\d*(?:\.\d+)?(?:hh|h|ll|l|z|j|t|L|q)?
-      (?:[dius@]|[oxXeEfFgGcrapn](?![A-Za-z]))             # %s %1$5.2f %lu
-    | %L?\d+                                               # Qt: %1
-    | %[A-Z][A-Z_]{2,}%?                                   # LibreOffice: %PRODUCTNAME
-    | %\{[^{}]*\}                                          # %{name}
-    | \{\{[^{}]*\}\} | \{%[^{}]*%\}                        # templates
-    | \$\{[^{}]*\} | \$\([\w.]+\) | \$[A-Za-z_]\w*         # ${name} $name
-    | \{[\w.\[\]$-]*(?:![rsa])?(?::[^{}]*)?\}              # {0} {name!r:>5}
-    | &[A-Za-z][\w.-]+;                                    # entities left after unescaping
-    """,
-    re.VERBOSE,
-)
-_POSITION = re.compile(r"^%\d+\$")
-_SIGNS = re.compile(r"[%{$&]")
+from moesaic.corpus.placeholders import find_placeholders, is_tag
 
-_TAG = re.compile(r"<(/?)([A-Za-z][\w:.-]*)((?:\s[^<>]{0,1500})?)(/?)>")
-_HTML = re.compile(
-    r"a|abbr|b|big|blockquote|body|br|button|center|cite|code|dd|del|dfn|div|dl|dt|em|font|"
-    r"form|h1|h2|h3|h4|h5|h6|head|hr|html|i|iframe|img|input|ins|kbd|label|li|link|mark|meta|"
-    r"nav|nobr|ol|option|p|path|pre|q|s|samp|script|select|small|span|strike|strong|style|sub|"
-    r"sup|svg|table|tbody|td|th|thead|title|tr|tt|u|ul|var",
-    re.IGNORECASE,
-)
+_TAG = re.compile(r"</?([A-Za-z][\w:.-]*)(?:\s[^<>]{0,1500})?/?>")
 _BLOCK = re.compile(
     r"br|p|li|div|tr|td|th|h1|h2|h3|h4|h5|h6|dd|dt|hr|ul|ol|table|option|"
     r"nl|para|item|list|title|note|tip|warning",  # KDE's
     re.IGNORECASE,
 )
-
-
-def placeholders(text: str) -> tuple[str, ...]:
-    """Return the placeholders of ``text``, sorted; both sides of a pair must have the same.
-
-    ``%1$s`` counts as ``%s``: a translation may change the order but not the set.
-    """
-    if not _SIGNS.search(text):
-        return ()
-    found = [_POSITION.sub("%", m[0]) for m in _PLACEHOLDER.finditer(text)]
-    return tuple(sorted(found))
-
-
-def without_placeholders(text: str) -> str:
-    """Return ``text`` with a space in place of each placeholder."""
-    return _PLACEHOLDER.sub(" ", text) if _SIGNS.search(text) else text
 
 
 def strip_tags(text: str) -> str:
@@ -58,9 +19,8 @@ def strip_tags(text: str) -> str:
         return text
 
     def replace(match: re.Match[str]) -> str:
-        closing, name, attributes, empty = match.groups()
-        known = bool(_HTML.fullmatch(name)) or "=" in attributes or closing or empty
-        if not known and f"</{name}>" not in text:
+        name = match[1]
+        if not is_tag(match[0], name=name, whole=text):
             return match[0]
         return " " if _BLOCK.fullmatch(name) else ""
 
@@ -113,4 +73,6 @@ def _is_identifier(text: str, *, mark: str, other: str) -> bool:
     word = next((w for w in text.split() if mark in w), "").strip(".,:;!?()\"'")
     before, _, after = word.partition(mark)
     initials = before.isupper() and after.isupper()  # R&D
-    return initials or "=" in word or bool(placeholders(word)) or (bool(word) and word in other)
+    return (
+        initials or "=" in word or bool(find_placeholders(word)) or (bool(word) and word in other)
+    )

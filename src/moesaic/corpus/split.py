@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 
 from moesaic.core.config import Choice, Config
 from moesaic.core.errors import DataError, did_you_mean
-from moesaic.corpus.markup import without_placeholders
+from moesaic.corpus.placeholders import without_placeholders
 from moesaic.corpus.readers.text_lines import read_lines
 
 TRIGRAM = 3

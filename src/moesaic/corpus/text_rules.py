@@ -13,13 +13,8 @@ from pathlib import Path
 from moesaic.core.config import Choice
 from moesaic.core.errors import DataError
 from moesaic.core.files import read_json, write_json
-from moesaic.corpus.markup import (
-    placeholders,
-    strip_accelerators,
-    strip_tags,
-    unescape_entities,
-    without_placeholders,
-)
+from moesaic.corpus.markup import strip_accelerators, strip_tags, unescape_entities
+from moesaic.corpus.placeholders import placeholder_keys, without_placeholders
 
 _REPLACEMENT = 0xFFFD
 # removed: soft hyphen, byte-order mark, word joiner, controls that are not white space
@@ -90,7 +85,7 @@ class TextRules(Choice):
 
     @abstractmethod
     def placeholders(self, text: str) -> tuple[str, ...]:
-        """Return the placeholders that both sides of a pair must have, sorted."""
+        """Return the keys of the placeholders that both sides of a pair must have, sorted."""
 
     @abstractmethod
     def without_placeholders(self, text: str) -> str:
@@ -122,7 +117,7 @@ class SoftwareStrings(TextRules):
         return normalise_text(strip_accelerators(plain, other=text if other is None else other))
 
     def placeholders(self, text: str) -> tuple[str, ...]:
-        return placeholders(text)
+        return placeholder_keys(text)
 
     def without_placeholders(self, text: str) -> str:
         return without_placeholders(text)

@@ -6,12 +6,12 @@ subclass of ``Task`` is a new ``kind`` of the config. Letters: B rows.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from pydantic import Field
 
 from moesaic.core.config import Choice
-from moesaic.core.errors import DataError
+from moesaic.core.errors import DataError, did_you_mean
 from moesaic.corpus.languages import ENGLISH
 from moesaic.data.numpy_counter_rng import UInt64Array, random_bits
 from moesaic.data.ragged import IntArray, Ragged
@@ -21,13 +21,22 @@ from moesaic.data.token_shards import IndexedRows, PairRows, TokenShards
 LanguagePair = tuple[str, str]
 
 
+class StoredPairs(Protocol):
+    """What directions are read from: a ``Corpus``, or its ``TokenShards``."""
+
+    @property
+    def languages(self) -> Sequence[str]: ...
+    @property
+    def directions(self) -> Sequence[LanguagePair]: ...
+
+
 class Directions(Choice):
     """The (source, target) languages of a translation task.
 
     A pair of the corpus can be used in both directions; two languages can be joined by a third.
     """
 
-    def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
+    def language_pairs(self, shards: StoredPairs) -> list[LanguagePair]:
         """Return (source, target) codes, in an order that does not depend on the machine."""
         raise NotImplementedError
 
@@ -39,28 +48,28 @@ class Directions(Choice):
 class FromEnglish(Directions):
     """English to every language that has pairs with it."""
 
-    def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
+    def language_pairs(self, shards: StoredPairs) -> list[LanguagePair]:
         return [pair for pair in _both_directions(shards.directions) if pair[0] == ENGLISH]
 
 
 class ToEnglish(Directions):
     """Every language that has pairs with English, to English."""
 
-    def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
+    def language_pairs(self, shards: StoredPairs) -> list[LanguagePair]:
         return [pair for pair in _both_directions(shards.directions) if pair[1] == ENGLISH]
 
 
 class StoredDirections(Directions):
     """The directions of the corpus as stored."""
 
-    def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
+    def language_pairs(self, shards: StoredPairs) -> list[LanguagePair]:
         return sorted(shards.directions)
 
 
 class BothDirections(Directions):
     """Every direction of the corpus and its reverse."""
 
-    def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
+    def language_pairs(self, shards: StoredPairs) -> list[LanguagePair]:
         return _both_directions(shards.directions)
 
 
@@ -69,16 +78,16 @@ class ListedDirections(Directions):
 
     pairs: Annotated[tuple[str, ...], Field(min_length=1)]
 
-    def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
-        known = set(_both_directions(shards.directions))
-        found = []
+    def language_pairs(self, shards: StoredPairs) -> list[LanguagePair]:
+        known = {f"{s}-{t}": (s, t) for s, t in _both_directions(shards.directions)}
         for text in self.pairs:
-            source, dash, target = text.partition("-")
-            if not dash or (source, target) not in known:
-                shards.pair_rows(source, target)  # raises, naming the nearest direction
-                raise DataError(f'"{text}" is not a direction: expected e.g. eng_Latn-deu_Latn')
-            found.append((source, target))
-        return found
+            if text not in known:
+                raise DataError(
+                    f'"{text}" is not a direction of this corpus: it has '
+                    f"{', '.join(list(known)[:8])}{', ...' if len(known) > 8 else ''}"
+                    f"{did_you_mean(text, known)}"
+                )
+        return [known[text] for text in self.pairs]
 
 
 class PivotDirections(Directions):
@@ -90,7 +99,7 @@ class PivotDirections(Directions):
     pivot: str = ENGLISH
     languages: Annotated[tuple[str, ...], Field(description="only between these; empty: all")] = ()
 
-    def language_pairs(self, shards: TokenShards) -> list[LanguagePair]:
+    def language_pairs(self, shards: StoredPairs) -> list[LanguagePair]:
         ends = sorted(t for s, t in _both_directions(shards.directions) if s == self.pivot)
         chosen = [e for e in ends if not self.languages or e in self.languages]
         return [(s, t) for s in chosen for t in chosen if s != t]
@@ -131,6 +140,15 @@ class Task(Choice):
         """Return the streams among ``languages``, empty ones included."""
         raise NotImplementedError
 
+    def translated_pairs(
+        self,
+        corpus: StoredPairs,  # noqa: ARG002
+        *,
+        languages: Sequence[str],  # noqa: ARG002
+    ) -> list[LanguagePair]:
+        """Return the directions of translation among ``languages``; none if it is another task."""
+        return []
+
     def max_source_lengths(self, source: IntArray) -> IntArray:
         """Return an upper bound [B] of the source lengths after ``corrupt_source``."""
         return source
@@ -152,8 +170,14 @@ class Translation(Task):
     def streams(
         self, shards: TokenShards, *, languages: Sequence[str], split: str
     ) -> list[TaskStream]:
-        pairs = [p for p in self.directions.language_pairs(shards) if set(p) <= set(languages)]
+        pairs = self.translated_pairs(shards, languages=languages)
         return [TaskStream(*p, self.directions.rows(shards, p, split=split)) for p in pairs]
+
+    def translated_pairs(
+        self, corpus: StoredPairs, *, languages: Sequence[str]
+    ) -> list[LanguagePair]:
+        pairs = self.directions.language_pairs(corpus)
+        return [pair for pair in pairs if set(pair) <= set(languages)]
 
 
 class Denoising(Task):

@@ -29,6 +29,7 @@ A verdict is ``better`` or ``worse`` when the 95 % interval of the chrF++ differ
 """
 
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -132,6 +133,10 @@ class EvaluationSummary:
             counts=self.counts | counts,
             seconds=self.seconds | seconds,
         )
+
+    def with_notes(self, notes: Iterable[str]) -> "EvaluationSummary":
+        """Return a copy with further notes, before the present ones."""
+        return replace(self, notes=(*notes, *self.notes))
 
     def verdicts(self) -> dict[str, dict[str, list[str]]]:
         """Return per other system the languages where the first is better, worse, unclear."""

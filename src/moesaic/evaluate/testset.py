@@ -7,13 +7,13 @@ intervals are wide; paragraphs are aligned by article and number alone.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from moesaic.core.errors import DataError
 from moesaic.corpus.corpus import Corpus
+from moesaic.corpus.join_pairs import can_be_read, pairs_of_direction
 from moesaic.corpus.languages import resolve_language, resolve_locale
 from moesaic.corpus.pair import Pair
 from moesaic.corpus.readers.formats import read_pairs
@@ -76,20 +76,42 @@ def corpus_testsets(
     split: str = "test",
     limit: int | None = None,
 ) -> list[TestSet]:
-    """Make a test set per direction (default: all stored ones that have rows in ``split``)."""
+    """Make a test set per direction (default: all stored ones) that has rows in ``split``.
+
+    ``unscored_directions`` are those that have none. Raises DataError if no direction has any.
+    """
     chosen = corpus.directions if directions is None else directions
     sets = []
     for source, target in chosen:
-        rows = corpus.iter_pairs(source, target, split=split)
-        first = list(islice(rows, 1))
-        if not first and directions is None:
-            continue
-        every = first + list(rows)
-        name = f"{corpus.name} {split}"
-        sets.append(make_testset(every, name=name, source=source, target=target, limit=limit))
+        known = can_be_read(corpus, source, target)
+        rows = list(pairs_of_direction(corpus, source, target, split=split)) if known else []
+        if rows:
+            name = f"{corpus.name} {split}"
+            sets.append(make_testset(rows, name=name, source=source, target=target, limit=limit))
     if not sets:
-        raise DataError(f"corpus {corpus.name} has no {split} rows")
+        raise DataError(_nothing_held_out(corpus, chosen, split=split))
     return sets
+
+
+def unscored_directions(
+    tests: Sequence[TestSet], directions: Sequence[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """Return the directions that have no test set."""
+    scored = {(test.source, test.target) for test in tests}
+    return [direction for direction in directions if tuple(direction) not in scored]
+
+
+def _nothing_held_out(corpus: Corpus, chosen: Sequence[tuple[str, str]], *, split: str) -> str:
+    asked = ", ".join(f"{source}-{target}" for source, target in chosen[:6])
+    counts = {
+        name: sum(corpus.count(*direction, split=name) for direction in corpus.directions)
+        for name in corpus.splits
+    }
+    rows = ", ".join(f"{name} {count}" for name, count in counts.items())
+    return (
+        f"corpus {corpus.name} has no {split} rows for {asked or 'any direction'} "
+        f"(its rows: {rows}): choose another --split, or score a file with --pairs"
+    )
 
 
 def read_testset(
@@ -140,7 +162,10 @@ def udhr_testsets(
     for source, target in directions:
         codes = resolve_language(source).code, resolve_language(target).code
         if not missing or not set(codes) & set(missing):
-            pairs = align_paragraphs(found[codes[0]], found[codes[1]], codes=codes)
+            pairs = list(align_paragraphs(found[codes[0]], found[codes[1]], codes=codes))
+            if not pairs:
+                listener(f"{UDHR_NAME}: no paragraphs of {codes[0]} and {codes[1]} are aligned")
+                continue
             name = f"{UDHR_NAME} {UDHR_VERSION}"
             sets.append(
                 make_testset(pairs, name=name, source=codes[0], target=codes[1], limit=limit)

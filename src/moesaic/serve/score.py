@@ -12,6 +12,7 @@ from moesaic.checkpoint.routes_file import RoutesWriter
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.files import write_json
 from moesaic.corpus.corpus import Corpus
+from moesaic.corpus.join_pairs import can_be_read, pairs_of_direction
 from moesaic.evaluate.baselines import TranslationMemorySystem, copy_source
 from moesaic.evaluate.evaluation_summary import EvaluationSummary, SampleTranslation, TestSetResult
 from moesaic.evaluate.harness import (
@@ -52,7 +53,7 @@ def score_run(
         systems["memory"] = TranslationMemorySystem(partial(train_pairs, corpus))
     summary = evaluate(systems, tests=tests, settings=settings, on_result=on_result)
     summary = add_expert_traces(summary, trace=partial(_trace_sample, translator))
-    summary = replace(summary, notes=(*summary.notes, *_truncation_notes(translator, tests)))
+    summary = replace(summary, notes=(*_truncation_notes(translator, tests), *summary.notes))
     return summary.with_run_facts(
         run=Path(path).name,
         counts={"sentences": sum(len(test) for test in tests)},
@@ -109,8 +110,9 @@ def _truncation_notes(translator: Translator, tests: Sequence[TestSet]) -> Itera
 
 def train_pairs(corpus: Corpus, source: str, target: str) -> Iterator[tuple[str, str]]:
     """Yield the train rows of a direction, for a translation memory."""
-    for pair in corpus.iter_pairs(source, target, split="train"):
-        yield pair.source, pair.target
+    if can_be_read(corpus, source, target):
+        for pair in pairs_of_direction(corpus, source, target, split="train"):
+            yield pair.source, pair.target
 
 
 def _trace_sample(

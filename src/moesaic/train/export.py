@@ -9,6 +9,7 @@ from moesaic.core.units import show_count
 from moesaic.corpus.languages import resolve_language
 from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.weights import export_weights
+from moesaic.train.find_corpus import open_run_corpus
 from moesaic.train.trainer import Trainer
 
 
@@ -19,12 +20,13 @@ def export_model(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> None:
     else:  # no rank has all weights: read them from the checkpoint that the run has just saved
         weights = load_checkpoint(run_dir.checkpoints, only=("model",)).files["model"]
     write_tensors(run_dir.model, tensors=weights)
-    atomic_write(run_dir.card, model_card(trainer, tokens=tokens).text())
+    atomic_write(run_dir.card, model_card(trainer, run_dir=run_dir, tokens=tokens).text())
 
 
-def model_card(trainer: Trainer, *, tokens: float) -> ModelCard:
+def model_card(trainer: Trainer, *, run_dir: RunDir, tokens: float) -> ModelCard:
     """Return the model card: parameters, training data, steps and best validation loss."""
     run, best = trainer.run, trainer.event_log.best
+    sources = open_run_corpus(run.corpus, run_dir=run_dir).manifest["sources"]
     facts = {
         "steps": f"{trainer.step:,}",
         "training tokens (both sides)": show_count(tokens),
@@ -42,8 +44,7 @@ def model_card(trainer: Trainer, *, tokens: float) -> ModelCard:
         licence="other",
         parameters=parts,
         sources=[
-            DataSource(name, about["licence"], about["pairs"])
-            for name, about in run.corpus.open().manifest["sources"].items()
+            DataSource(name, about["licence"], about["pairs"]) for name, about in sources.items()
         ],
         facts=facts,
         notes=["The licences of the training text are those of its sources, listed above."],

@@ -17,6 +17,7 @@ from moesaic.data.tokenizer import Tokenizer
 from moesaic.data.train_tokenizer import train_tokenizer
 from moesaic.distributed.rank0 import run_on_rank0
 from moesaic.distributed.world import World
+from moesaic.train.find_corpus import open_run_corpus
 from moesaic.train.run import Run
 
 Notify = Callable[[str], None]
@@ -65,10 +66,12 @@ class CorpusSubset(Corpus):
 
 @dataclass(frozen=True, slots=True)
 class PreparedData:
-    """Tokenizer and token shards; the same on every rank."""
+    """Tokenizer, token shards, and which corpus they are of; the same on every rank."""
 
     tokenizer: Tokenizer
     shards: TokenShards
+    corpus_name: str = ""
+    corpus_fingerprint: str = ""
 
 
 def prepare_data(run: Run, *, run_dir: RunDir, world: World, notify: Notify) -> PreparedData:
@@ -78,16 +81,23 @@ def prepare_data(run: Run, *, run_dir: RunDir, world: World, notify: Notify) -> 
     Raises DataError or ConfigError.
     """
 
-    def work() -> str:
+    def work() -> dict[str, str]:
         notify("opening the corpus")
-        corpus = CorpusSubset.of(run.corpus.open(), languages=run.languages)
+        whole = open_run_corpus(run.corpus, run_dir=run_dir)
+        corpus = CorpusSubset.of(whole, languages=run.languages)
         write_text_rules(run_dir.text_rules, corpus.text_rules)
         tokenizer = _load_or_train_tokenizer(run, corpus=corpus, run_dir=run_dir, notify=notify)
         notify("opening the token shards (they are written the first time)")
-        return str(cached_shards(corpus, tokenizer=tokenizer).path)
+        shards = cached_shards(corpus, tokenizer=tokenizer).path
+        return {"shards": str(shards), "corpus": whole.name, "fingerprint": whole.fingerprint}
 
-    shards = run_on_rank0(world, work)
-    return PreparedData(Tokenizer.load(run_dir.tokenizer), TokenShards.open(Path(shards)))
+    made = run_on_rank0(world, work)
+    return PreparedData(
+        Tokenizer.load(run_dir.tokenizer),
+        TokenShards.open(Path(made["shards"])),
+        corpus_name=made["corpus"],
+        corpus_fingerprint=made["fingerprint"],
+    )
 
 
 def _load_or_train_tokenizer(

@@ -15,6 +15,7 @@ from moesaic.core.config import Choice, Config
 from moesaic.corpus.build_corpus import build_corpus
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.corpus_recipes import CorpusRecipe
+from moesaic.corpus.data_home import corpora_dir
 from moesaic.data.loader import LoaderConfig
 from moesaic.data.mixture import MixtureConfig
 from moesaic.data.train_tokenizer import TokenizerConfig
@@ -76,6 +77,13 @@ class CorpusSource(Choice):
         """Return the corpus, building it first if needed. Raises DataError."""
         raise NotImplementedError
 
+    def folder(self) -> Path | None:
+        """Return the directory of the corpus, whether it exists or not; None: not known.
+
+        A relative path is from the folder where the run was trained.
+        """
+        return None
+
 
 class NamedCorpus(CorpusSource):
     """A predefined corpus, e.g. ``catalogues-small``; built once, in the data directory."""
@@ -84,6 +92,9 @@ class NamedCorpus(CorpusSource):
 
     def open(self) -> Corpus:
         return build_corpus(self.name)
+
+    def folder(self) -> Path:
+        return corpora_dir() / self.name
 
 
 class BuiltCorpus(CorpusSource):
@@ -94,6 +105,9 @@ class BuiltCorpus(CorpusSource):
     def open(self) -> Corpus:
         return build_corpus(self.recipe)
 
+    def folder(self) -> Path:
+        return corpora_dir() / self.recipe.name
+
 
 class CorpusFolder(CorpusSource):
     """An existing corpus directory (with a ``corpus.json``)."""
@@ -102,6 +116,9 @@ class CorpusFolder(CorpusSource):
 
     def open(self) -> Corpus:
         return Corpus.open(Path(self.path))
+
+    def folder(self) -> Path:
+        return Path(self.path)
 
 
 class CheckpointConfig(Config):

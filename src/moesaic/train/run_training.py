@@ -1,7 +1,8 @@
 """Entry point of training: ``train(run, out)`` goes from a config to a trained run directory."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,11 +19,12 @@ from moesaic.distributed.rank0 import run_on_rank0
 from moesaic.distributed.world import World
 from moesaic.model.transformer import Transformer
 from moesaic.monitor.metric_writers import JsonlWriter, MetricWriter, MultiWriter
-from moesaic.monitor.progress_display import RunStatus
+from moesaic.monitor.progress_display import ProgressDisplay, RunStatus
 from moesaic.train.export import export_model
 from moesaic.train.loop import StopReason, TrainingResult, training_loop
 from moesaic.train.prepare_data import PreparedData, prepare_data
 from moesaic.train.random_state import seed_rank
+from moesaic.train.record_directions import record_directions
 from moesaic.train.resume import CHANGEABLE_KEYS, REPORTED_KEYS, START_FRESH, Resume
 from moesaic.train.routing_hooks import RouterHealthHook, RoutingProbeHook, RoutingTraceHook
 from moesaic.train.run import Run
@@ -63,10 +65,11 @@ def train(
         status = RunStatus(steps=run.steps, losses=losses)
         display = progress(status) if world.rank == 0 else no_progress(status)
         start = run_on_rank0(world, lambda: _open_run_dir(run_dir, run=run, resume=resume))
-        for sentence in start["notes"]:
-            display.note(sentence)
+        _note_all(display, start["notes"])
         mark_phase("preparing the data")
         prepared = prepare_data(run, run_dir=run_dir, world=world, notify=display.note)
+        record = partial(record_directions, run, prepared=prepared, run_dir=run_dir)
+        _note_all(display, run_on_rank0(world, record))
         mark_phase("making the model")
         trainer = make_trainer(run, prepared=prepared, world=world)
         standard = standard_hooks(trainer, run_dir=run_dir)
@@ -88,8 +91,7 @@ def train(
         finally:
             trainer.data.close()
             log.close()
-        for sentence in _final_notes(trainer, run_dir=run_dir, stop_reason=stop_reason):
-            display.note(sentence)
+        _note_all(display, _final_notes(trainer, run_dir=run_dir, stop_reason=stop_reason))
         return TrainingResult(
             out=run_dir.path,
             steps=trainer.step,
@@ -159,6 +161,11 @@ def _saved_config(checkpoint: Path) -> dict[str, Any]:
     """Return the run config in a checkpoint, with the present names."""
     upgraded, _ = upgrade_config(read_state(checkpoint)["config"])
     return cast("dict[str, Any]", upgraded)
+
+
+def _note_all(display: ProgressDisplay, sentences: Iterable[str]) -> None:
+    for sentence in sentences:
+        display.note(sentence)
 
 
 def _final_notes(trainer: Trainer, *, run_dir: RunDir, stop_reason: StopReason) -> Iterator[str]:

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesaic.corpus.markup import placeholders
+from moesaic.corpus.placeholders import placeholder_keys
 from moesaic.corpus.readers.fluent import parse_fluent
 
 PAGE = """\
@@ -67,7 +67,7 @@ def test_a_placeable_is_a_placeholder_or_its_text(written: str, text: str) -> No
 
 def test_placeables_are_found_by_the_placeholder_rule() -> None:
     found = read('m = { $x } { -y(case: "a") } { NUMBER($z) } { a-b.c }')["m"]
-    assert placeholders(found) == tuple(sorted(["{$x}", "{-y}", "{$z}", "{a-b.c}"]))
+    assert placeholder_keys(found) == tuple(sorted(["{$x}", "{-y}", "{$z}", "{a-b.c}"]))
 
 
 @pytest.mark.parametrize(
