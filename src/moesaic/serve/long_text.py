@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from moesaic.core.config import Choice
@@ -116,7 +117,7 @@ def _split_long(
 def _packed(text: str, ends: list[int], limit: int, count: CountTokens) -> list[int]:
     """Leave out ends so that neighbours are one part while their tokens are within the limit."""
     edges = [0, *ends, len(text)]
-    tokens = count([text[a:b] for a, b in zip(edges, edges[1:], strict=False)])
+    tokens = count([text[a:b] for a, b in pairwise(edges)])
     kept, used = [], 0
     for start, size in zip(edges, tokens, strict=False):
         if start and used + size > limit:
@@ -128,5 +129,5 @@ def _packed(text: str, ends: list[int], limit: int, count: CountTokens) -> list[
 
 def _slices(text: str, ends: Sequence[int]) -> list[str]:
     edges = [0, *ends, len(text)]
-    found = [text[a:b].strip(" \u200b") for a, b in zip(edges, edges[1:], strict=False)]
+    found = [text[a:b].strip(" \u200b") for a, b in pairwise(edges)]
     return [part for part in found if part] or [text]

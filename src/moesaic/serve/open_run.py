@@ -1,4 +1,4 @@
-"""Opening a run for translation: its model, tokenizer, limits, text rules and trained directions."""
+"""Opening a run for translation: model, tokenizer, limits, text rules, trained directions."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,9 @@
 A boundary is after a character that terminates sentences in its script (``Sentence_Break=STerm``:
 "!", "।", "。", "។", ...), or after a full stop that more of the text says is one: white space
 follows, the next word does not begin with a small letter, and what is before is neither an initial,
-a number of two digits (an ordinal) nor one of the abbreviations below. Thai, Lao and other scripts without such characters have no
-boundaries here: ``serve/long_text.py`` cuts their text at spaces or by length.
+a number of two digits (an ordinal) nor one of the abbreviations below. Thai, Lao and other scripts
+without such characters have no boundaries here: ``serve/long_text.py`` cuts their text at spaces or
+by length.
 """
 
 import regex
@@ -12,11 +13,13 @@ import regex
 # these also stand within words, numbers and addresses, so that white space must follow
 _AMBIGUOUS = r".․!?…‼⁇⁈⁉‽"
 _CLOSING = r"""["'’”»›\p{Pe}\p{Pf}]*"""
+_TERMINAL = r"\p{Sentence_Break=STerm}"
+_SMALL_LETTER = r"[\p{Pd},;:)\]}]?\s*\p{Sentence_Break=Lower}"
 _SENTENCE = regex.compile(
     rf"""
-      (?: [\p{{Sentence_Break=STerm}}--[{_AMBIGUOUS}]] [\p{{Sentence_Break=STerm}}．]* {_CLOSING} \s*
+      (?: [{_TERMINAL}--[{_AMBIGUOUS}]] [{_TERMINAL}．]* {_CLOSING} \s*
         | [．] {_CLOSING} \s* (?![\p{{N}}\s])
-        | (?<! [{_AMBIGUOUS}] ) (?P<stop> [{_AMBIGUOUS}]++ ) {_CLOSING} \s+ (?! [\p{{Pd}},;:)\]}}]? \s* \p{{Ll}} )
+        | (?<! [{_AMBIGUOUS}] ) (?P<stop> [{_AMBIGUOUS}]++ ) {_CLOSING} \s+ (?! {_SMALL_LETTER} )
       )
     """,
     regex.VERBOSE | regex.VERSION1,
@@ -31,8 +34,7 @@ _ORDINAL = regex.compile(r"(?<!\p{N})\p{N}{1,2}$")  # "3. Oktober", "1. Open the
 _LAST_WORD = regex.compile(r"[\p{L}\p{M}.]+$")
 # Written with a full stop in the middle of a sentence, a capital letter after it (after the
 # suppressions of CLDR's segmentation rules), of all languages together: few are also a last word.
-_ABBREVIATIONS = frozenset(
-    """
+_ABBREVIATIONS_TEXT = """
     mr mrs ms dr prof rev hon st mt jr sr gen col capt lt sgt sen rep gov no nos vol vols p pp fig
     figs eq art ch sec ed eds vs cf al approx dept est inc ltd co corp univ e.g i.e u.s u.k
     hr fr nr bzw bd abb abs aufl ca evtl geb ggf inkl str tel usw vgl z.b d.h u.a s.o s.u z.t
@@ -48,8 +50,8 @@ _ABBREVIATIONS = frozenset(
     κ κος κα κκ δρ π.χ δηλ κ.λπ σελ
     pl ún dr stb kb ill
     örn bkz vb vs prof doç sn
-    """.split()
-)
+"""
+_ABBREVIATIONS = frozenset(_ABBREVIATIONS_TEXT.split())
 
 
 def sentence_ends(text: str) -> list[int]:

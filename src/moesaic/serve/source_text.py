@@ -4,7 +4,7 @@ Texts pass the text rules of the run's corpus; lengths count special tokens, as 
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from moesaic.core.errors import DataError
 from moesaic.corpus.text_rules import GeneralText, TextRules
@@ -29,7 +29,7 @@ class TranslationLimits:
     max_target: int = 256
     max_length_ratio: float = 3.0
     batch_tokens: int = 8192
-    long_text: LongText = SplitSentences()
+    long_text: LongText = field(default_factory=SplitSentences)
 
     def within(self, positions: int | None) -> "TranslationLimits":
         """Return the limits of a model with so many learned positions; None: any number."""

@@ -59,4 +59,5 @@ def describe_results(results: Sequence[TranslationResult]) -> Iterator[str]:
         if lines:
             shown = ", ".join(map(str, lines[:_SHOWN_LINES]))
             more = f" and {len(lines) - _SHOWN_LINES} more" if len(lines) > _SHOWN_LINES else ""
-            yield f"line{'s' * (len(lines) > 1)} {shown}{more} ({len(lines)} of {len(results)}): {what}"
+            plural = "s" if len(lines) > 1 else ""
+            yield f"line{plural} {shown}{more} ({len(lines)} of {len(results)}): {what}"

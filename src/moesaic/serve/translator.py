@@ -100,8 +100,8 @@ class Translator:
         """Return a text as the corpus of the run has it; empty if nothing in it is visible."""
         return self._reader.normalise(text)
 
-    @overload
-    def translate(
+    @overload  # a string is a sequence of strings too: the first overload takes it
+    def translate(  # pyright: ignore[reportOverlappingOverload]
         self, texts: str, *, source: str, target: str, search: Search | None = None
     ) -> TranslationResult: ...
     @overload
@@ -151,7 +151,10 @@ class Translator:
         return self._reader.count_long(texts)
 
     def is_trained(self, source: str, target: str) -> bool | None:
-        """Return whether the model was trained in a direction; None if there is no record of it."""
+        """Return whether the model was trained in a direction; None without a record of it.
+
+        To restore text of one language (denoising) is no translation into it.
+        """
         if self.trained is None:
             return None
         codes = self._language_code(source), self._language_code(target)
@@ -165,10 +168,10 @@ class Translator:
         sources = sorted(s for s, t in self._trained_pairs() if t == codes[1])
         if sources:
             return [
-                f"the model was not trained to translate from {codes[0]} into {codes[1]}, only from "
-                f"{', '.join(sources)}: expect worse answers"
+                f"the model was not trained to translate from {codes[0]} into {codes[1]}, only "
+                f"from {', '.join(sources)}: expect worse answers"
             ]
-        targets = ", ".join(sorted({t for s, t in self._trained_pairs() if s != t})) or "none"
+        targets = ", ".join(sorted({t for _, t in self._trained_pairs()})) or "none"
         return [
             f"the model was never trained to translate into {codes[1]}: its answers are no "
             f"translations (languages that it was trained into: {targets})"
@@ -180,7 +183,7 @@ class Translator:
         Raises DataError where several were trained into ``target`` and English was not.
         """
         code = self._language_code(target)
-        sources = sorted(s for s, t in self._trained_pairs() if t == code and s != code)
+        sources = sorted(s for s, t in self._trained_pairs() if t == code)
         if not sources or ENGLISH in sources:
             return ENGLISH
         if len(sources) > 1:
@@ -192,7 +195,7 @@ class Translator:
 
     def _trained_pairs(self) -> set[tuple[str, str]]:
         streams = self.trained.streams if self.trained else ()
-        return {(s.source, s.target) for s in streams if s.rows and s.share}
+        return {(s.source, s.target) for s in streams if s.source != s.target and s.rows}
 
     def batch(
         self, sources: Sequence[str], *, targets: Sequence[str], source: str, target: str
