@@ -424,7 +424,7 @@ def test_weights_that_are_not_finite_are_refused_with_their_names(run, tmp_path,
     said = str(caught.value)
     assert name in said
     assert "1 of" in said
-    assert ("NaN" if value != value else "infinity") in said  # noqa: PLR0124
+    assert ("NaN" if value != value else "infinity") in said
 
 
 @pytest.mark.parametrize("value", ["48", -3, 1, True, None, [4]])

@@ -1,6 +1,7 @@
 """``train``: files of a run directory, resuming, and stop reasons."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -235,4 +236,6 @@ def test_rows_that_are_too_long_are_left_out_with_a_note(tmp_path: Path) -> None
     train(run, tmp_path / "run", progress=notes)
     (messages,) = [n for n in notes.messages if "left out" in n]
     assert "loader.max_source=14" in messages
+    left_out, drawn = re.findall(r"([\d,]+) of ([\d,]+) rows drawn", messages)[0]
+    assert 0 < int(left_out.replace(",", "")) < int(drawn.replace(",", ""))
     assert "eng_Latn-" in messages

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.core.errors import DataError, did_you_mean
-from moesaic.core.files import read_json, sha256
+from moesaic.core.file_reader import MIB, FileKind, read_json
+from moesaic.core.files import sha256
 from moesaic.corpus.languages import resolve_language
 from moesaic.corpus.pair import Pair, Text
 from moesaic.corpus.readers.text_lines import read_lines
@@ -21,6 +22,10 @@ from moesaic.corpus.text_rules import SoftwareStrings, TextRules
 
 CORPUS_FORMAT = 1
 CORPUS_MANIFEST = "corpus.json"
+CORPUS_MANIFEST_FILE = FileKind(
+    name="manifest of a corpus", max_bytes=64 * MIB, error=DataError, way_out="build it again"
+)
+_MAX_NAMES = 8  # directions in a sentence
 
 
 def pair_file(source: str, target: str, split: str) -> str:
@@ -49,15 +54,12 @@ class Corpus:
     def open(cls, path: Path | str) -> "Corpus":
         """Open a corpus directory. Raises DataError: no corpus, another format, files missing."""
         root = Path(path)
-        try:
-            manifest = read_json(root / CORPUS_MANIFEST)
-        except FileNotFoundError as error:
+        if not (root / CORPUS_MANIFEST).exists():
             raise DataError(
                 f"{root}: no corpus here ({CORPUS_MANIFEST} is missing); build one with "
                 "`moesaic data build`"
-            ) from error
-        except (ValueError, OSError) as error:
-            raise DataError(f"{root / CORPUS_MANIFEST}: cannot be read: {error}") from error
+            )
+        manifest = read_json(root / CORPUS_MANIFEST, CORPUS_MANIFEST_FILE)
         if not isinstance(manifest, dict) or manifest.get("format") != CORPUS_FORMAT:
             found = manifest.get("format") if isinstance(manifest, dict) else "no format"
             raise DataError(
@@ -103,6 +105,19 @@ class Corpus:
         """Return the number of pairs of a direction or its reverse."""
         name = pair_file(*self._stored_direction(source, target), split)
         return self.manifest["files"].get(name, {}).get("rows", 0)
+
+    def describe_empty_splits(self) -> list[str]:
+        """Return a sentence for each of valid and test that has no pair of some direction."""
+        sentences = []
+        for split, use in (("valid", "validate"), ("test", "score")):
+            empty = [f"{s}-{t}" for s, t in self.directions if not self.count(s, t, split=split)]
+            if empty:
+                more = f" and {len(empty) - _MAX_NAMES} more" if len(empty) > _MAX_NAMES else ""
+                sentences.append(
+                    f"no {split} pairs of {', '.join(empty[:_MAX_NAMES])}{more}: nothing to {use} "
+                    f"on (of {len(self.directions)} directions)"
+                )
+        return sentences
 
     def pairs(self, split: str = "train") -> Iterator[Pair]:
         """Yield every pair of a split, direction by direction as stored."""

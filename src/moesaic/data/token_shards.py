@@ -13,11 +13,18 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from moesaic.core.errors import DataError, did_you_mean
-from moesaic.core.files import read_json, sha256
+from moesaic.core.file_reader import MIB, FileKind, read_json_mapping
+from moesaic.core.files import sha256
 from moesaic.data.ragged import IntArray, Ragged
 
 FORMAT = 1
 MANIFEST = "shards.json"
+SHARDS_FILE = FileKind(
+    name="manifest of token shards",
+    max_bytes=64 * MIB,
+    error=DataError,
+    way_out="delete its directory, and it is written again",
+)
 DATA_FILES = ("tokens.bin", "offsets.bin", "pairs.bin")
 
 
@@ -73,7 +80,7 @@ class TokenShards:
             raise DataError(
                 f"{path}: no shards here; expected {MANIFEST} and {', '.join(DATA_FILES)}"
             )
-        manifest = read_json(path / MANIFEST)
+        manifest = read_json_mapping(path / MANIFEST, SHARDS_FILE)
         if manifest.get("format") != FORMAT:
             raise DataError(
                 f"{path}: shard format {manifest.get('format')}, expected {FORMAT}; "

@@ -21,10 +21,12 @@ import numpy as np
 import torch
 
 from moesaic.core.errors import DataError
-from moesaic.core.files import atomic_write, read_json
+from moesaic.core.file_reader import MIB, FileKind, read_json_mapping
+from moesaic.core.files import atomic_write
 from moesaic.core.shapes import Bool, Int, Tensor
 
 USAGE_FORMAT = 1
+USAGE_FILE = FileKind(name="table of expert usage", max_bytes=64 * MIB, error=DataError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,16 +244,12 @@ class RecordedUsage:
 def read_usage(path: Path) -> RecordedUsage:
     """Read ``usage.json``. Raises DataError if it is not one."""
     try:
-        content = read_json(path)
+        content = read_json_mapping(path, USAGE_FILE)
         if content["format"] != USAGE_FORMAT:
             raise DataError(f"{path}: format {content['format']}, expected {USAGE_FORMAT}")
         groups = len(content["languages"])
         layers = tuple(_layer_from_json(layer, groups=groups) for layer in content["layers"])
         return RecordedUsage(tuple(content["languages"]), layers)
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{path}: no such file; training writes it for a model with experts"
-        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a usage file ({error})") from error
 

@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moesaic.checkpoint.full_checkpoint import read_weights
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.trained_directions import TrainedDirections, read_trained_directions
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
+from moesaic.core.yaml_reader import read_yaml_file
 from moesaic.corpus.text_rules import TextRules, read_text_rules
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.model.config import ModelConfig
@@ -60,10 +59,7 @@ def open_run(path: Path, *, weights: Path | None = None, device: str = "cpu") ->
 
 
 def _read_config(run: RunDir) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{run.config}: not valid YAML: {error}") from error
+    config = read_yaml_file(run.config)
     if not isinstance(config, dict):
         raise CheckpointError(f"{run.config}: expected a mapping, found {type(config).__name__}")
     return config

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from moesaic.checkpoint.checkpoint_directory import MANIFEST_FILE
 from moesaic.checkpoint.full_checkpoint import LatestCheckpoint, find_latest_checkpoint
+from moesaic.checkpoint.manifest import MANIFEST_FILE
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.config import Choice
 from moesaic.core.errors import CheckpointError

@@ -13,6 +13,7 @@ from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.files import atomic_write
 from moesaic.data.loader import DataReplica, Loader
+from moesaic.distributed.compare_ranks import require_same_on_all_ranks, version_facts
 from moesaic.distributed.flight_recorder import mark_phase
 from moesaic.distributed.initialize import init_distributed
 from moesaic.distributed.rank0 import run_on_rank0
@@ -61,6 +62,7 @@ def train(
     check_run(run)
     run_dir, started = RunDir(Path(out)), time.monotonic()
     with init_distributed(timeout_s=run.collective_timeout_s) as world:
+        _compare_ranks({**run.to_dict(), "until": until}, world=world)
         losses = tuple(f"train/loss/{weighted.task.name}" for weighted in run.mixture.tasks)
         status = RunStatus(steps=run.steps, losses=losses)
         display = progress(status) if world.rank == 0 else no_progress(status)
@@ -68,6 +70,7 @@ def train(
         _note_all(display, start["notes"])
         mark_phase("preparing the data")
         prepared = prepare_data(run, run_dir=run_dir, world=world, notify=display.note)
+        require_same_on_all_ranks(prepared.facts(), world=world, what="data")
         record = partial(record_directions, run, prepared=prepared, run_dir=run_dir)
         _note_all(display, run_on_rank0(world, record))
         mark_phase("making the model")
@@ -100,6 +103,12 @@ def train(
             metrics=dict(trainer.event_log.latest_values),
             stop_reason=stop_reason,
         )
+
+
+def _compare_ranks(config: dict[str, Any], *, world: World) -> None:
+    mark_phase("comparing the ranks")
+    require_same_on_all_ranks(version_facts(), world=world, what="software")
+    require_same_on_all_ranks(config, world=world, what="config")
 
 
 def make_trainer(run: Run, *, prepared: PreparedData, world: World) -> Trainer:
@@ -175,8 +184,11 @@ def _final_notes(trainer: Trainer, *, run_dir: RunDir, stop_reason: StopReason) 
         most = sorted(skipped.items(), key=lambda item: -item[1])[:4]
         directions = ", ".join(f"{direction} {count:,}" for direction, count in most)
         limits = f"loader.max_source={loader.max_source}, max_target={loader.max_target}"
-        total = sum(skipped.values())
-        yield f"{total:,} rows were over {limits} tokens and left out: {directions}"
+        total, drawn = sum(skipped.values()), trainer.data.num_draws
+        yield (
+            f"{total:,} of {drawn:,} rows drawn ({100 * total / max(1, drawn):.1f} %) were over "
+            f"{limits} tokens and left out: {directions}"
+        )
     if stop_reason.startswith("SIG"):
         yield f"{stop_reason}: saved after step {trainer.step:,}. {_resume_hint(run_dir)}"
 
