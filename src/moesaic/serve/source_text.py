@@ -99,11 +99,6 @@ class SourceReader:
             for text, found in zip(normalised, parts, strict=True)
         ]
 
-    def count_long(self, texts: Iterable[object]) -> int:
-        """Return how many of the texts have more tokens than the limit."""
-        normalised = [self.normalise(text) for text in require_texts(texts)]
-        return sum(length > self._limit for length in self._count(normalised))
-
     def _count(self, texts: Sequence[str]) -> list[int]:
         return [len(ids) for ids in self._tokenizer.encode_batch(texts)]
 
