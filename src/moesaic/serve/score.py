@@ -102,7 +102,7 @@ def _routes_writer(path: Path, translator: Translator, tests: Sequence[TestSet])
 
 
 class _ObservedModel:
-    """The model as a system of an evaluation; counts answers that were cut, sources that were split."""
+    """The model as a system of an evaluation; counts cut answers and split sources."""
 
     def __init__(self, translator: Translator, search: Search) -> None:
         self._translator, self._search = translator, search
@@ -124,7 +124,7 @@ class _ObservedModel:
         }
 
     def notes(self) -> Iterator[str]:
-        """Yield a note on answers that were cut, and one on sources that were split, by language."""
+        """Yield a note on answers that were cut, and one on split sources, by language."""
         limits = self._translator.limits
         total = sum(map(len, self._found.values()))
         cut = {name: sum(not r.finished for r in rows) for name, rows in self._found.items()}
