@@ -11,7 +11,7 @@ from typing import Any
 
 from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import DataError, UserError
-from moesaic.core.files import write_json
+from moesaic.core.files import os_errors_named, write_json
 from moesaic.corpus.cleaning import CLEANING_RULES
 from moesaic.corpus.corpus import Corpus, file_entry, text_file
 from moesaic.corpus.corpus_manifest import CORPUS_FORMAT, CORPUS_MANIFEST
@@ -72,6 +72,11 @@ def build_corpus(
     try:
         _CorpusBuilder(recipe, work, listener, workers).run()
         _publish(work, root)
+    except OSError as error:
+        if error.filename is not None:  # of a user's file, perhaps; a failed write has no name
+            raise
+        with os_errors_named(root, action="cannot be written"):
+            raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     corpus = Corpus.open(root)
@@ -113,9 +118,12 @@ def _file_stamps(recipe: CorpusRecipe) -> dict[str, list[int]]:
 def _publish(work: Path, root: Path) -> None:
     """Move the finished directory into place, replacing an older corpus there."""
     work.chmod(root.parent.stat().st_mode & 0o777)  # mkdtemp made it for its owner alone
-    if not root.exists():
+    try:
         work.replace(root)
         return
+    except OSError:  # there is a corpus, perhaps since a moment ago: by another process
+        if not root.is_dir():
+            raise
     old = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}.old-"))
     root.replace(old)
     try:
