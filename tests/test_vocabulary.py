@@ -21,7 +21,7 @@ PAGES = sorted(
 )
 # the tables that read configs and checkpoints of earlier versions, and their tests
 UPGRADES = {
-    *("src/moesaic/core/config_upgrade.py", "src/moesaic/checkpoint/checkpoint_directory.py"),
+    *("src/moesaic/core/config_upgrade.py", "src/moesaic/checkpoint/manifest.py"),
     *("tests/core/test_config_upgrade.py", "tests/checkpoint/test_full_checkpoint_load.py"),
 }
 OWN = {Path(__file__), *(ROOT / path for path in UPGRADES)}

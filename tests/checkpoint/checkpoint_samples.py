@@ -6,13 +6,9 @@ from dataclasses import replace
 import torch
 from safetensors.torch import load_file, save_file
 
-from moesaic.checkpoint.checkpoint_directory import (
-    MANIFEST_FILE,
-    FileEntry,
-    RetentionPolicy,
-    read_manifest,
-)
+from moesaic.checkpoint.checkpoint_directory import RetentionPolicy
 from moesaic.checkpoint.full_checkpoint import save_checkpoint
+from moesaic.checkpoint.manifest import MANIFEST_FILE, FileEntry, read_manifest
 from moesaic.checkpoint.reshard import ShardedForm, reshard
 from moesaic.checkpoint.sharded_checkpoint import CheckpointSaver
 from moesaic.checkpoint.snapshot import Snapshot

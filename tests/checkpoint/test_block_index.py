@@ -14,8 +14,8 @@ from moesaic.checkpoint.block_index import (
     overlapping_blocks,
     read_index,
 )
-from moesaic.checkpoint.checkpoint_directory import read_manifest
 from moesaic.checkpoint.full_checkpoint import load_checkpoint, read_weights
+from moesaic.checkpoint.manifest import read_manifest
 from moesaic.core.errors import CheckpointError
 
 

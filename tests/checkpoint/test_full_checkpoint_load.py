@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import save_file
 from test_full_checkpoint_save import same, snapshot
 
-from moesaic.checkpoint.checkpoint_directory import MANIFEST_FILE
 from moesaic.checkpoint.full_checkpoint import (
     find_latest_checkpoint,
     load_checkpoint,
     read_weights,
     save_checkpoint,
 )
+from moesaic.checkpoint.manifest import MANIFEST_FILE
 from moesaic.checkpoint.reshard import ShardedForm, reshard
 from moesaic.checkpoint.safetensors_io import write_tensors
 from moesaic.checkpoint.snapshot import Snapshot
@@ -84,7 +84,7 @@ def test_every_single_flipped_byte_of_a_checkpoint_is_noticed(tmp_path):
 def test_a_manifest_that_is_missing_or_damaged_is_named(root):
     path = root / "step-00000002" / "manifest.json"
     path.write_text(path.read_text()[:50])
-    with pytest.raises(CheckpointError, match=r"manifest\.json: damaged"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json: not a manifest"):
         load_checkpoint(path.parent)
     path.unlink()
     with pytest.raises(CheckpointError, match=r"manifest\.json: missing"):

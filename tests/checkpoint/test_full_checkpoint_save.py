@@ -8,12 +8,13 @@ import time
 import pytest
 import torch
 
-from moesaic.checkpoint.checkpoint_directory import Disk, list_checkpoints, read_manifest
+from moesaic.checkpoint.checkpoint_directory import Disk, list_checkpoints
 from moesaic.checkpoint.full_checkpoint import (
     find_latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
+from moesaic.checkpoint.manifest import read_manifest
 from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.core.errors import CheckpointError
 

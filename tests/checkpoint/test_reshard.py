@@ -8,8 +8,8 @@ from checkpoint_samples import FORMS, snapshot, written
 from safetensors import safe_open
 from test_full_checkpoint_save import FullDisk, QuickDisk, same
 
-from moesaic.checkpoint.checkpoint_directory import read_manifest
 from moesaic.checkpoint.full_checkpoint import load_checkpoint, save_checkpoint
+from moesaic.checkpoint.manifest import read_manifest
 from moesaic.checkpoint.reshard import FullForm, ShardedForm, reshard
 from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.core.errors import CheckpointError

@@ -57,6 +57,8 @@ def test_subcommands_have_help_with_an_example(capsys):
         ["data", "build"],
         ["data", "stats"],
         ["data", "show"],
+        ["data", "dropped"],
+        ["data", "schema"],
         ["config", "show"],
         ["routes", "stats"],
         ["ckpt", "inspect"],
@@ -193,6 +195,24 @@ def test_data_commands_build_count_and_show(capsys, home):
     assert last_json(capsys)["pairs"] == 6000
     main_ok(["data", "show", "synthetic", "--to", "qab", "-n", "3", "--json"])
     assert len(last_json(capsys)["pairs"]) == 3
+
+
+def test_dropped_rows_are_shown_with_their_reason(capsys, home):
+    Path("words.tsv").write_text("Save it\tSichern\nTaxi\ttaxi\nOpen it\tÖffnen\n")
+    entry = "{path: words.tsv, source: en, target: de}"
+    Path("words.yaml").write_text(f"name: words\nsource: {{kind: LocalFiles, files: [{entry}]}}\n")
+    main_ok(["data", "build", "words.yaml", "--workers", "1"])
+    assert "no test pairs of eng_Latn-deu_Latn" in capsys.readouterr().out
+    main_ok(["data", "dropped", "words"])
+    shown = capsys.readouterr().out
+    assert "untranslated: both sides are the same" in shown
+    assert "Taxi" in shown
+    main_ok(["data", "dropped", "words", "--reason", "duplicate", "--json"])
+    assert last_json(capsys)["dropped"] == []
+    assert 'did you mean "script"' in refused(
+        ["data", "dropped", "words", "--reason", "scrip"], capsys
+    )
+    refused(["data", "show", "words", "--to", "de", "-n", "-3"], capsys)
 
 
 def test_a_missing_corpus_is_named(capsys, home):
@@ -347,10 +367,11 @@ def test_a_domain_is_built_counted_and_scored_by_its_name(capsys, home):
     capsys.readouterr()
     main_ok(["data", "stats", "games"])
     output = capsys.readouterr().out
+    assert "share" in output
     assert "tales is held out: game.tsv (moesaic eval RUN --split tales)" in output
     main_ok(["data", "show", "games", "--to", "qaa", "--split", "tales", "--json"])
     assert {row["source"] for row in last_json(capsys)["pairs"]} == {"Slay the dragon", "Flee"}
-    corpus = 'corpus=CorpusFolder(path="data/corpora/games")'
+    corpus = 'corpus=CorpusFolder(path="games")'
     words = ["--set", corpus, "--set", 'languages=["en","qaa"]', *TINY]
     main_ok(["train", "tiny", "--out", "runs/games", "--quiet", *words])
     capsys.readouterr()

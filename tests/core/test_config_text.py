@@ -1,7 +1,8 @@
 import pytest
 
-from moesaic.core.config_text import flat_lines, parse_call, read_yaml, set_by_path, write_yaml
+from moesaic.core.config_text import flat_lines, parse_call, set_by_path, write_yaml
 from moesaic.core.errors import ConfigError
+from moesaic.core.yaml_reader import read_yaml
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,7 @@ def test_yaml_keeps_the_order_and_the_script() -> None:
 
 
 def test_a_repeated_yaml_key_is_refused_with_its_line() -> None:
-    with pytest.raises(ConfigError, match=r'"b" is repeated.*line 2'):
+    with pytest.raises(ConfigError, match=r'"b" is repeated.*line 3'):
         read_yaml("a:\n  b: 1\n  b: 2\n")
 
 

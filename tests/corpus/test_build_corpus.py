@@ -257,7 +257,7 @@ def test_a_damaged_corpus_is_named(tmp_path: Path, damage: str) -> None:
         "cut": "bytes, expected",
         "gone": "missing",
         "format": "format 99",
-        "json": "cannot",
+        "json": "not a manifest of a corpus",
     }
     with pytest.raises(UserError, match=expected[damage]):
         Corpus.open(tmp_path / "c")

@@ -6,7 +6,12 @@ from moesaic.core.errors import UserError
 from moesaic.corpus.build_corpus import build_corpus
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.corpus_recipes import CorpusRecipe
-from moesaic.corpus.corpus_stats import corpus_stats, sample_pairs
+from moesaic.corpus.corpus_stats import (
+    DroppedFilter,
+    corpus_stats,
+    sample_dropped,
+    sample_pairs,
+)
 from moesaic.corpus.sources.local_files import LocalFile, LocalFiles
 from moesaic.corpus.split import SplitConfig
 
@@ -43,3 +48,25 @@ def test_a_sample_is_drawn_from_the_corpus_and_repeats_with_its_seed(corpus: Cor
 def test_an_empty_split_is_named(corpus: Corpus) -> None:
     with pytest.raises(UserError, match="no test pairs from en to de"):
         sample_pairs(corpus, source="en", target="de", split="test")
+
+
+def test_a_corpus_of_text_alone_has_counts(tmp_path: Path) -> None:
+    (tmp_path / "de.txt").write_text("Die Tür\n\u200b\nDas Haus\nCaf\ufffd\n", encoding="utf-8")
+    source = LocalFiles(files=(LocalFile(path=str(tmp_path / "de.txt"), language="de"),))
+    found = corpus_stats(build_corpus(CorpusRecipe(name="t", source=source), out=tmp_path / "c"))
+    [german] = found.texts
+    assert (german.read, german.kept, german.dropped) == (4, 2, {"broken": 1, "empty": 1})
+    assert found.dropped == german.dropped
+
+
+def test_dropped_rows_are_chosen_by_reason_and_language(corpus: Corpus) -> None:
+    [row] = sample_dropped(corpus, DroppedFilter("untranslated"), count=5)
+    assert (row.source, row.target) == ("same", "same")
+    assert sample_dropped(corpus, DroppedFilter(target="fra_Latn"), count=5) == []
+    assert len(sample_dropped(corpus, DroppedFilter(source="eng_Latn"), count=5)) == 2
+
+
+def test_empty_splits_are_named_with_their_directions(corpus: Corpus) -> None:
+    valid, test = corpus.describe_empty_splits()
+    assert "no valid pairs of eng_Latn-deu_Latn" in valid
+    assert "nothing to score on (of 1 directions)" in test

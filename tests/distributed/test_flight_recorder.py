@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as distributed
 
 from moesaic.distributed import flight_recorder
 from moesaic.distributed.flight_recorder import (
@@ -45,32 +46,48 @@ def found(monkeypatch: pytest.MonkeyPatch) -> FakeWatchdog:
     return watchdog
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "[gloo/tcp] Timed out waiting 3000ms for recv operation",
-        "Connection closed by peer [127.0.0.1]:4321",
-        "Gloo connectFullMesh failed with Connection refused",
-        "NCCL error: remote process exited or there was a network error",
-    ],
-)
-def test_an_error_about_a_lost_rank_names_it(found: FakeWatchdog, words: str) -> None:
+GLOO = "[/build/third_party/gloo/gloo/transport/tcp/pair.cc:537]"
+LOST_PEER = [
+    RuntimeError(f"{GLOO} Timed out waiting 3000ms for recv operation"),
+    RuntimeError(f"{GLOO} Connection closed by peer [127.0.0.1]:4321"),
+    RuntimeError("Gloo connectFullMesh failed with Connection refused"),
+    distributed.DistNetworkError("The client socket has timed out"),
+    distributed.DistStoreError("wait timeout after 3000ms"),
+    distributed.DistBackendError("NCCL error: ncclRemoteError: a remote process exited"),
+    distributed.DistBackendError("NCCL error: ncclSystemError: Connection closed by remote peer"),
+]
+OTHER = [
+    RuntimeError("shape [2] does not match [3]"),
+    RuntimeError("the licence server: connection refused, timed out"),
+    RuntimeError(f"{GLOO} op.preamble.length <= op.nbytes"),
+    distributed.DistBackendError(
+        "NCCL error: ncclUnhandledCudaError: Cuda failure 2 out of memory"
+    ),
+    distributed.DistBackendError("NCCL error: ncclInvalidUsage: two ranks on one GPU"),
+    torch.OutOfMemoryError("CUDA out of memory, timeout"),
+    KeyError("timeout"),
+]
+
+
+@pytest.mark.parametrize("error", LOST_PEER, ids=str)
+def test_an_error_about_a_lost_rank_names_it(found: FakeWatchdog, error: RuntimeError) -> None:
     mark_phase("forward", step=2)
     with (
         pytest.raises(LostRankError, match="rank 3 is gone") as caught,
         record_collective("all_reduce"),
     ):
-        raise RuntimeError(f"{words}\nand more")
-    assert isinstance(caught.value.__cause__, RuntimeError)
-    assert found.causes == [words]
+        raise error
+    assert caught.value.__cause__ is error
+    assert found.causes == [str(error)]
     assert found.heartbeat_file.read().in_collective, "the others must see where this rank waited"
 
 
-def test_other_errors_are_unchanged(found: FakeWatchdog) -> None:
-    with pytest.raises(RuntimeError, match="shape"), record_collective("all_reduce"):
-        raise RuntimeError("shape [2] does not match [3]")
-    with pytest.raises(KeyError), record_collective("all_reduce"):
-        raise KeyError("timeout")
+@pytest.mark.parametrize("error", OTHER, ids=str)
+def test_an_error_of_this_rank_is_unchanged(found: FakeWatchdog, error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, record_collective("all_reduce"):
+        raise error
+    assert caught.value is error
+    assert flight_recorder.FLIGHT_RECORDER.report_failure(error) is error
     assert found.causes == []
 
 
@@ -83,7 +100,7 @@ def test_a_failure_is_posted_to_the_other_ranks(found: FakeWatchdog) -> None:
     error = ValueError("no")
     assert flight_recorder.FLIGHT_RECORDER.report_failure(error) is error
     assert found.posted == ["ValueError: no"]
-    lost = flight_recorder.FLIGHT_RECORDER.report_failure(RuntimeError("Connection reset by peer"))
+    lost = flight_recorder.FLIGHT_RECORDER.report_failure(LOST_PEER[0])
     assert isinstance(lost, LostRankError)
     assert found.posted == ["ValueError: no"], "one that lost its peers is no cause"
 

@@ -1,18 +1,31 @@
-"""Routing that compares the tokens of a row is refused where ranks share rows."""
+"""What compares or mixes the tokens of a row is refused where ranks share rows."""
+
+from typing import Any
 
 import pytest
+from torch import nn
 
 from moesaic.core.errors import ConfigError
+from moesaic.core.shapes import Float, Tensor
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.model.transformer import Transformer
+from moesaic.moe.attention_experts import (
+    AttentionExperts,
+    MixtureOfAttention,
+    NoAttentionExperts,
+)
 from moesaic.moe.config import MoE, NoMoE, SparseLayer
 from moesaic.moe.expert_selection import TopK
 from moesaic.moe.expert_selection_dynamic import ExpertChoice
 from moesaic.moe.soft_moe import SoftMoE
+from moesaic.nn.attention import AttentionConfig, CrossAttention, SelfAttention
+from moesaic.nn.packing import Packing
+from moesaic.nn.positional_encoding import Rotation
 from moesaic.parallel.config import ParallelConfig
-from moesaic.parallel.parallelize import check_parallel, whole_row_problems
+from moesaic.parallel.parallelize import _token_mixers, check_parallel, whole_row_problems
 from moesaic.testing.tiny_models import tiny_model_config
 
+ONE = ParallelPlan(data=1)
 BY_ROW: dict[str, SparseLayer] = {
     "ExpertChoice": MoE(experts=4, select=ExpertChoice(), balance=()),
     "SoftMoE": SoftMoE(experts=2),
@@ -35,3 +48,41 @@ def test_it_is_allowed_where_rows_are_whole(rule: str) -> None:
 @pytest.mark.parametrize("moe", [NoMoE(), MoE(experts=4, select=TopK(k=2))])
 def test_routing_of_single_tokens_is_allowed(moe: SparseLayer) -> None:
     assert not list(whole_row_problems(tiny_model_config(moe=moe), ranks=4))
+
+
+class MeanOfRow(nn.Module):
+    """An attention of somebody's own: every token receives the mean of its row."""
+
+    def forward(
+        self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
+    ) -> Float[Tensor, "T D"]:
+        del rotation, causal
+        rows = packing.pad(x)
+        return packing.pack(rows.mean(1, keepdim=True).expand_as(rows))
+
+
+class OwnAttention(AttentionExperts):
+    """Family member that a plug-in defines."""
+
+    def build(self, config: AttentionConfig, *, dim: int, bias: bool) -> Any:
+        del config, dim, bias
+        return MeanOfRow()
+
+
+@pytest.mark.parametrize("plan", [ParallelPlan(data=1, context=2), ParallelPlan(tensor=2)], ids=str)
+def test_an_attention_that_does_not_say_where_it_mixes_tokens_is_refused(
+    plan: ParallelPlan,
+) -> None:
+    model = Transformer(tiny_model_config().replace(attention_experts=OwnAttention()))
+    with pytest.raises(ConfigError, match=r"MeanOfRow of encoder.0.self_attention .*token_mixers"):
+        check_parallel(model, parallel=ParallelConfig(plan=plan), plan=plan)
+    check_parallel(model, parallel=ParallelConfig(plan=ONE), plan=ONE)
+
+
+@pytest.mark.parametrize("experts", [NoAttentionExperts(), MixtureOfAttention()], ids=str)
+def test_our_attentions_say_where_they_mix_tokens(experts: AttentionExperts) -> None:
+    model = Transformer(tiny_model_config().replace(attention_experts=experts))
+    plan = ParallelPlan(data=1, context=2)
+    check_parallel(model, parallel=ParallelConfig(plan=plan), plan=plan)
+    mixers = {m for m in model.modules() if isinstance(m, SelfAttention | CrossAttention)}
+    assert set(_token_mixers(model)) == mixers

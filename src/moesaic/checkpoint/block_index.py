@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moesaic.checkpoint.checkpoint_directory import Manifest
+from moesaic.checkpoint.manifest import Manifest
 from moesaic.checkpoint.safetensors_io import DTYPE_NAMES
 from moesaic.core.config_upgrade import current_name
 from moesaic.core.errors import CheckpointError

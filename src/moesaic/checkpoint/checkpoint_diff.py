@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from moesaic.checkpoint.block_index import StoredTensor, read_index
-from moesaic.checkpoint.checkpoint_directory import read_manifest
+from moesaic.checkpoint.manifest import read_manifest
 from moesaic.checkpoint.tensor_reader import TensorReader, open_reader, read_by_expert
 from moesaic.core.shapes import Tensor
 

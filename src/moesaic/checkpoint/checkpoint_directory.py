@@ -1,8 +1,8 @@
-"""Checkpoint directory: manifest, atomic publication and retention of checkpoints.
+"""Checkpoint directory: atomic publication and retention of checkpoints.
 
-``manifest.json`` lists every file with size and hash; it is written last and contains its own
-digest. ``serial`` counts the saves of a root: after a run went back to an earlier step, the newest
-checkpoint is that with the highest serial, not the highest step.
+``manifest.json`` (``manifest.py``) is written last. ``serial`` counts the saves of a root: after a
+run went back to an earlier step, the newest checkpoint is that with the highest serial, not the
+highest step.
 
 Order of writing: write ``.step-N.part/``, sync, rename to ``step-N/``, update ``best`` and then
 ``latest``, delete old checkpoints. A crash at any point leaves every earlier checkpoint complete,
@@ -16,16 +16,14 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from moesaic.core.config_upgrade import current_name
+from moesaic.checkpoint.manifest import MANIFEST_FILE, FileEntry, Manifest, read_manifest
 from moesaic.core.errors import CheckpointError
-from moesaic.core.files import sha256
 from moesaic.core.units import show_bytes
 
 Buffer = bytes | memoryview
@@ -66,105 +64,6 @@ class Disk:
 
     def free_bytes(self, path: Path) -> int:
         return shutil.disk_usage(path).free
-
-
-MANIFEST_FILE = "manifest.json"
-MANIFEST_FORMAT = 2  # format 1 has other parameter names, see ``current_name``
-HASH_THREADS = 8  # faster on a network file system
-
-
-@dataclass(frozen=True, slots=True)
-class FileEntry:
-    """One file of a checkpoint."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """``files`` by name, package versions; ``expert_parameters`` and ``plan`` as in
-    ``Snapshot``."""
-
-    step: int
-    serial: int
-    files: dict[str, FileEntry]
-    versions: dict[str, str]
-    expert_parameters: dict[str, int] = field(default_factory=dict)
-    plan: dict[str, Any] = field(default_factory=dict)
-    format: int = MANIFEST_FORMAT
-
-    def to_json(self) -> str:
-        body = asdict(self)
-        return json.dumps(body | {"digest": _digest(body)}, indent=1) + "\n"
-
-
-def read_manifest(directory: Path) -> Manifest:
-    """Read and check ``directory/manifest.json``. Raises CheckpointError."""
-    path = directory / MANIFEST_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing, so the checkpoint is incomplete")
-    try:
-        body: dict[str, Any] = json.loads(path.read_bytes())
-        digest = body.pop("digest")
-        if digest != _digest(body):
-            raise CheckpointError(f"{path}: altered, its content does not match its digest")
-        if body["format"] not in (1, MANIFEST_FORMAT):
-            raise CheckpointError(
-                f"{path}: format {body['format']}, expected at most {MANIFEST_FORMAT}: it is of "
-                "a newer version of moesaic; load it with that version"
-            )
-        if body["format"] == 1:
-            sizes = body.pop("banks")
-            body["expert_parameters"] = {current_name(name): n for name, n in sizes.items()}
-        files = {name: FileEntry(**entry) for name, entry in body.pop("files").items()}
-        return Manifest(files=files, **body)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: damaged ({error})") from error
-
-
-def verify_checkpoint(directory: Path) -> Manifest:
-    """Hash every file of a checkpoint against its manifest.
-
-    Raises CheckpointError that names each file that is missing, truncated or altered.
-    """
-    manifest = read_manifest(directory)
-    raise_if_damaged(directory, file_problems(directory, manifest=manifest, names=manifest.files))
-    return manifest
-
-
-def file_problems(directory: Path, *, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """Hash some files of a checkpoint in several threads; return what is wrong with them."""
-
-    def problem(name: str) -> str:
-        return _file_problem(directory / name, entry=manifest.files[name])
-
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
-        return [text for text in pool.map(problem, names) if text]
-
-
-def _file_problem(path: Path, *, entry: FileEntry) -> str:
-    if not path.is_file():
-        return f"{path.name} is missing"
-    size = path.stat().st_size
-    if size != entry.bytes:
-        word = "truncated" if size < entry.bytes else "too long"
-        return f"{path.name} is {word}: {size} bytes, expected {entry.bytes}"
-    if sha256(path) != entry.sha256:
-        return f"{path.name} was altered: its hash is not the one in {MANIFEST_FILE}"
-    return ""
-
-
-def raise_if_damaged(directory: Path, problems: Iterable[str]) -> None:
-    """Raise CheckpointError if there are problems."""
-    if text := "; ".join(problems):
-        raise CheckpointError(
-            f"{directory}: {text}. Resume from another checkpoint of the run, or restore the file."
-        )
-
-
-def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 STEP_DIRECTORY = re.compile(r"step-(\d{8,})(\.replaced)?")

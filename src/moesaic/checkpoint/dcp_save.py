@@ -50,12 +50,12 @@ from moesaic.checkpoint.checkpoint_directory import (
     CheckpointMetadata,
     CheckpointPaths,
     Disk,
-    FileEntry,
     RetentionPolicy,
     publish_checkpoint,
     write_hashed,
     write_manifest,
 )
+from moesaic.checkpoint.manifest import FileEntry
 from moesaic.checkpoint.safetensors_io import serialize_tensors
 from moesaic.checkpoint.snapshot import Shard, ShardBlock, ShardFiles, as_shard
 from moesaic.core.errors import CheckpointError

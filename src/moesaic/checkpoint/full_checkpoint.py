@@ -17,17 +17,19 @@ from moesaic.checkpoint.checkpoint_directory import (
     CheckpointMetadata,
     CheckpointPaths,
     Disk,
-    FileEntry,
-    Manifest,
     RetentionPolicy,
     encode_state,
-    file_problems,
     list_checkpoints,
+    write_checkpoint,
+    write_hashed,
+)
+from moesaic.checkpoint.manifest import (
+    FileEntry,
+    Manifest,
+    file_problems,
     raise_if_damaged,
     read_manifest,
     verify_checkpoint,
-    write_checkpoint,
-    write_hashed,
 )
 from moesaic.checkpoint.safetensors_io import (
     FORMAT_KEY,

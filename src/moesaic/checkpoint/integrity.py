@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from moesaic.checkpoint.block_index import BlockIndex, StoredTensor, coverage_problems, read_index
-from moesaic.checkpoint.checkpoint_directory import file_problems, read_manifest
+from moesaic.checkpoint.manifest import file_problems, read_manifest
 from moesaic.checkpoint.tensor_reader import LoadedTensor, TensorReader, open_reader, read_by_expert
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor

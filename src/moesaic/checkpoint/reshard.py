@@ -25,17 +25,14 @@ from moesaic.checkpoint.checkpoint_directory import (
     CheckpointMetadata,
     CheckpointPaths,
     Disk,
-    FileEntry,
-    Manifest,
     RetentionPolicy,
     encode_state,
     list_checkpoints,
-    raise_if_damaged,
-    verify_checkpoint,
     write_checkpoint,
     write_hashed,
 )
 from moesaic.checkpoint.full_checkpoint import read_state
+from moesaic.checkpoint.manifest import FileEntry, Manifest, raise_if_damaged, verify_checkpoint
 from moesaic.checkpoint.safetensors_io import serialize_lazily
 from moesaic.checkpoint.tensor_reader import TensorReader, open_reader
 from moesaic.core.errors import CheckpointError

@@ -4,7 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moesaic.core.errors import CheckpointError, did_you_mean
+from moesaic.core.file_reader import MIB, FileKind
 
+SUMMARY_FILE = FileKind(name="summary of scores", max_bytes=16 * MIB, error=CheckpointError)
+INSIGHT_FILE = FileKind(name="analysis of routing", max_bytes=64 * MIB, error=CheckpointError)
+SCORE_CURVE_FILE = FileKind(name="learning curve", max_bytes=16 * MIB, error=CheckpointError)
 MODEL_FILES = ("config.yaml", "tokenizer.json", "model.safetensors")
 
 
@@ -34,6 +38,7 @@ class RunDir:
     metrics = _PathIn("metrics.jsonl")
     tensorboard = _PathIn("tensorboard")
     usage = _PathIn("usage.json")
+    health = _PathIn("health.json")  # the router findings of training, by step
     insight = _PathIn("insight.json")  # what routers depend on, measured on held-out text
     routes = _PathIn("routes")  # recorded routing of training steps, one file per step
     routing_snapshots = _PathIn("learning")  # of held-out text during training, one file per step

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moesaic.checkpoint.checkpoint_directory import MANIFEST_FORMAT, Buffer, Disk
+from moesaic.checkpoint.checkpoint_directory import Buffer, Disk
+from moesaic.checkpoint.manifest import MANIFEST_FORMAT
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
 from moesaic.core.units import show_bytes

@@ -25,16 +25,13 @@ from moesaic.checkpoint.checkpoint_directory import (
     CheckpointMetadata,
     CheckpointPaths,
     Disk,
-    Manifest,
     RetentionPolicy,
     encode_state,
-    file_problems,
-    raise_if_damaged,
-    read_manifest,
 )
 from moesaic.checkpoint.dcp_load import BlockLoadPlanner, SafetensorsStorageReader
 from moesaic.checkpoint.dcp_save import BalancedSavePlanner, SafetensorsStorageWriter, to_state_dict
 from moesaic.checkpoint.full_checkpoint import read_state
+from moesaic.checkpoint.manifest import Manifest, file_problems, raise_if_damaged, read_manifest
 from moesaic.checkpoint.snapshot import RankSnapshot, Shard, ShardBlock, ShardFiles, as_shard
 from moesaic.core.errors import CheckpointError
 from moesaic.distributed.world import World

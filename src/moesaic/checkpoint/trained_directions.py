@@ -10,15 +10,23 @@ directions, and translation warns about others, without opening the corpus. The 
 A stream whose source and target are one language is no translation (denoising, language models).
 """
 
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, Literal
+
+from pydantic import Field
 
 from moesaic.core.errors import CheckpointError
-from moesaic.core.files import read_json, write_json
+from moesaic.core.file_reader import MAX_INT, MIB, FileKind, FileShape
+from moesaic.core.files import write_json
 
 DIRECTIONS_FORMAT = 1
+DIRECTIONS_FILE = FileKind(
+    name="record of trained directions",
+    max_bytes=64 * MIB,
+    error=CheckpointError,
+    way_out="delete it, and the directions are read from config.yaml and the corpus",
+)
 LanguageDirection = tuple[str, str]
 
 
@@ -77,47 +85,38 @@ class TrainedDirections:
         write_json(path, value)
 
 
+class _StreamShape(FileShape):
+    task: str
+    source: str
+    target: str
+    rows: int = Field(ge=0, le=MAX_INT)
+    valid_rows: int = Field(ge=0, le=MAX_INT)
+    test_rows: int = Field(ge=0, le=MAX_INT)
+    share: float = Field(ge=0, le=1.001)  # a sum of shares may be rounded
+
+
+class _CorpusShape(FileShape):
+    name: str
+    fingerprint: str
+
+
+class _DirectionsShape(FileShape):
+    kind: ClassVar[FileKind] = DIRECTIONS_FILE
+    format: Literal[1]  # DIRECTIONS_FORMAT
+    corpus: _CorpusShape
+    streams: tuple[_StreamShape, ...]
+
+
 def read_trained_directions(path: Path) -> TrainedDirections | None:
     """Return the content of directions.json; None where there is none (runs of older versions).
 
     Raises CheckpointError naming the file if it is damaged.
     """
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        return _from_json(read_json(path))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: not a record of trained directions ({error}); delete it, and the "
-            "directions are read from config.yaml and the corpus"
-        ) from error
-
-
-def _from_json(value: Any) -> TrainedDirections:
-    if not isinstance(value, Mapping) or value.get("format") != DIRECTIONS_FORMAT:
-        found = value.get("format") if isinstance(value, Mapping) else type(value).__name__
-        raise ValueError(f"found format {found}, expected {DIRECTIONS_FORMAT}")
-    corpus, streams = value["corpus"], value["streams"]
+    found = _DirectionsShape.read(path)
     return TrainedDirections(
-        corpus=_text(corpus["name"]),
-        fingerprint=_text(corpus["fingerprint"]),
-        streams=tuple(_streams(streams)),
+        corpus=found.corpus.name,
+        fingerprint=found.corpus.fingerprint,
+        streams=tuple(TrainedStream(**dict(stream)) for stream in found.streams),
     )
-
-
-def _streams(rows: Any) -> Iterable[TrainedStream]:
-    if not isinstance(rows, list):
-        raise TypeError(f"streams: expected a list, found {type(rows).__name__}")
-    for row in rows:
-        numbers = {name: row[name] for name in ("rows", "valid_rows", "test_rows", "share")}
-        for name, number in numbers.items():
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                raise TypeError(f"{name}: expected a number, found {number!r}")
-        texts = {name: _text(row[name]) for name in ("task", "source", "target")}
-        yield TrainedStream(**texts, **numbers)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"expected text, found {value!r:.40}")
-    return value

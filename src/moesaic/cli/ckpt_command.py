@@ -16,12 +16,9 @@ from moesaic.cli.styled_text import styled, visible
 with deferred():
     from moesaic.checkpoint.block_index import INDEX_FILE, StoredTensor, read_index
     from moesaic.checkpoint.checkpoint_diff import TensorDifference, diff_checkpoints
-    from moesaic.checkpoint.checkpoint_directory import (
-        MANIFEST_FILE,
-        list_checkpoints,
-        read_manifest,
-    )
+    from moesaic.checkpoint.checkpoint_directory import list_checkpoints
     from moesaic.checkpoint.integrity import IntegrityProblem, check_checkpoint
+    from moesaic.checkpoint.manifest import MANIFEST_FILE, read_manifest
     from moesaic.checkpoint.reshard import CheckpointForm, FullForm, ShardedForm, reshard
     from moesaic.checkpoint.run_directory import RunDir
     from moesaic.checkpoint.safetensors_io import DTYPE_NAMES

@@ -22,10 +22,10 @@ from moesaic.cli.styled_text import styled, visible
 from moesaic.cli.user_files import import_user_files
 
 with deferred():
-    from moesaic.core.config_text import read_yaml
     from moesaic.core.config_upgrade import describe_renames, upgrade_config
     from moesaic.core.errors import ConfigError
     from moesaic.core.files import atomic_write
+    from moesaic.core.yaml_reader import read_yaml
     from moesaic.model.presets import PRESETS
     from moesaic.recipes.lookup import RECIPES, find_recipe
     from moesaic.train.run import Run

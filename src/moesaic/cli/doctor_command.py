@@ -16,7 +16,7 @@ with deferred():
     import torch
 
     from moesaic.core.units import show_bytes
-    from moesaic.corpus.data_home import data_home
+    from moesaic.corpus.data_home import find_data_home
     from moesaic.ops.kernel_selection import selected_kernels
 
 app = command_app()
@@ -63,6 +63,7 @@ def doctor(*, as_json: JsonOption = False) -> None:
 
 
 def _machine() -> dict[str, Any]:
+    home = find_data_home()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
@@ -73,7 +74,7 @@ def _machine() -> dict[str, Any]:
         "memory": _memory_bytes(),
         "free disk": shutil.disk_usage(".").free,
         "gpus": gpus,
-        "data directory": str(data_home()),
+        "data home": f"{home.path} ({home.reason})",
     }
 
 

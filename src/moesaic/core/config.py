@@ -7,6 +7,7 @@ code too.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import PurePath
@@ -29,13 +30,14 @@ from moesaic.core.config_text import (
     JsonValue,
     flat_lines,
     parse_call,
-    read_yaml,
     set_by_path,
     write_yaml,
 )
 from moesaic.core.config_upgrade import earlier_version_problem, upgrade_config
 from moesaic.core.errors import ConfigError, did_you_mean
+from moesaic.core.file_reader import MAX_INT
 from moesaic.core.schema import json_schema
+from moesaic.core.yaml_reader import read_yaml
 
 
 class Config(BaseModel):
@@ -64,14 +66,17 @@ class Config(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_bool_as_number(cls, value: object, info: Any) -> object:
+    def _check_numbers(cls, value: object, info: Any) -> object:
         allowed = set(_leaf_types(cls.model_fields[info.field_name].annotation))
-        if bool in allowed or not allowed & {int, float}:
+        if not allowed & {int, float}:
             return value
-        if any(
-            isinstance(v, bool) for v in (value if isinstance(value, list | tuple) else [value])
-        ):
-            raise PydanticCustomError("number_type", "a number, not true or false")
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, bool) and bool not in allowed:
+                raise PydanticCustomError("number_type", "a number, not true or false")
+            if isinstance(number, int) and abs(number) > MAX_INT:
+                raise PydanticCustomError("int_64_bits", "a number of 64 bits")
+            if isinstance(number, float) and not math.isfinite(number):
+                raise PydanticCustomError("finite_number", "a finite number")
         return value
 
     def replace(self, **changes: Any) -> Self:

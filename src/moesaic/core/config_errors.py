@@ -1,11 +1,16 @@
 """Config error messages: pydantic's errors as ``(path, sentence)``."""
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from moesaic.core.errors import did_you_mean
+from moesaic.core.errors import did_you_mean, printable
+
+# the repr of a large or deep value is not made as a whole, to show its start
+_SHORT_REPR = reprlib.Repr()
+_SHORT_REPR.maxlist = _SHORT_REPR.maxdict = _SHORT_REPR.maxtuple = 20
 
 # pydantic's error type -> the expected value in words ({...} from the error's context)
 EXPECTED_PHRASES = {
@@ -91,8 +96,11 @@ def show_value(value: object) -> str:
     """Return ``value`` as in YAML, shortened for a sentence."""
     if value is None or isinstance(value, bool):
         return {None: "nothing (null)", True: "true", False: "false"}[value]
-    text = f'"{value}"' if isinstance(value, str) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    if isinstance(value, str):
+        return printable(f'"{value}"')
+    if isinstance(value, int) and value.bit_length() > 190:  # repr refuses 4,300 digits and more
+        return f"a whole number of about {round(value.bit_length() * 0.30103):,} digits"
+    return printable(_SHORT_REPR.repr(value))
 
 
 def _user_path(steps: tuple[int | str, ...], given: object, *, missing: bool) -> list[str]:

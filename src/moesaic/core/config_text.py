@@ -1,6 +1,7 @@
 """The text forms of a config: YAML, ``ArchiveMember(key=value)``, ``path=value``, flat lines."""
 
 import ast
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,16 +9,11 @@ import yaml
 
 from moesaic.core.config_errors import show_value
 from moesaic.core.errors import ConfigError
+from moesaic.core.yaml_reader import MAX_YAML_DEPTH, read_yaml
+
+MAX_CALL_LENGTH = 10_000  # characters of ``TopK(k=2)`` and the like
 
 JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
-
-
-def read_yaml(text: str) -> Any:
-    """Return the value of a YAML text. Raises ConfigError, also for a repeated key."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError([f"not valid YAML: {' '.join(str(error).split())}"]) from error
 
 
 def write_yaml(value: JsonValue) -> str:
@@ -27,9 +23,11 @@ def write_yaml(value: JsonValue) -> str:
 
 def parse_call(text: str) -> dict[str, Any] | None:
     """Read ``TopK``, ``TopK(k=2)`` or ``Muon(adamw=AdamW(lr=1e-3))``; else None."""
+    if len(text) > MAX_CALL_LENGTH:
+        return None
     try:
         value = _parse_call_value(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: nested too deep
         return None
     if isinstance(value, str):
         return {"kind": value}
@@ -44,7 +42,14 @@ def _parse_call_value(node: ast.expr) -> Any:
             return {"true": True, "false": False, "null": None}.get(word, word)
         case ast.List(elts=inner) | ast.Tuple(elts=inner):
             return [_parse_call_value(n) for n in inner]
-    return ast.literal_eval(node)
+        case ast.Dict(keys=keys, values=values) if all(keys):
+            names = [_parse_call_value(key) for key in keys if key is not None]
+            return dict(zip(map(str, names), map(_parse_call_value, values), strict=True))
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
+            return -number
+        case ast.Constant(value=None | bool() | int() | float() | str() as value):
+            return value
+    raise ValueError("only names, numbers, texts and lists are values of a config")
 
 
 def set_by_path(tree: dict[str, Any], change: str) -> None:
@@ -55,12 +60,12 @@ def set_by_path(tree: dict[str, Any], change: str) -> None:
     """
     path, equals, text = change.partition("=")
     steps = path.strip().split(".")
-    if not equals or not all(steps):
-        raise ConfigError([f'--set "{change}": expected path=value'])
+    if not equals or not all(steps) or len(steps) > MAX_YAML_DEPTH:
+        raise ConfigError([f"--set {show_value(change)}: expected path=value"])
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError([f'--set "{change}": the value is not valid YAML']) from error
+        value = read_yaml(text)
+    except ConfigError as error:
+        raise ConfigError([f"--set {show_value(change)}: the value is {error}"]) from error
     here: Any = tree
     for depth, step in enumerate(steps[:-1]):
         place = _resolve_step(here, step, path=".".join(steps[:depth]))
@@ -80,22 +85,10 @@ def flat_lines(value: JsonValue) -> list[str]:
     return sorted(f"{path} = {_scalar(leaf)}" for path, leaf in iter_leaves(value, ""))
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML loader that rejects repeated keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        repeated = [str(name) for i, name in enumerate(names) if name in names[:i]]
-        if repeated:
-            problem = f'the key "{repeated[0]}" is repeated'
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-        return super().construct_mapping(node, deep=deep)
-
-
 def _resolve_step(here: Any, step: str, *, path: str) -> Any:
     """Return the key or index of ``step`` in ``here``, the value at ``path``."""
     if isinstance(here, list):
-        if not step.isdigit() or int(step) >= len(here):
+        if not re.fullmatch("[0-9]{1,9}", step) or int(step) >= len(here):
             known = f"the places 0 to {len(here) - 1}" if here else "no places"
             raise ConfigError([f"{path}.{step}: {path} has {known}"])
         return int(step)

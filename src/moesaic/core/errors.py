@@ -15,8 +15,12 @@ class ConfigError(UserError, ValueError):
     """
 
     def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = tuple(problems)
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
         super().__init__("; ".join(self.problems))
+
+
+class FileError(UserError):
+    """A file or directory that the operating system does not let us read or write."""
 
 
 class DataError(UserError):
@@ -32,3 +36,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     folded = {str(k).casefold(): str(k) for k in known}  # "topk" is close to "TopK"
     close = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.5)
     return f'; did you mean "{folded[close[0]]}"?' if close else ""
+
+
+def printable(text: str, *, limit: int = 60) -> str:
+    """Return ``text`` for one line of a message: shortened, control characters as escapes."""
+    short = text if len(text) <= limit else text[: limit - 3] + "..."
+    if short.isprintable():
+        return short
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in short)

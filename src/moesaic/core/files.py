@@ -1,38 +1,68 @@
-"""Atomic file writes, JSON files and file hashes."""
+"""Atomic file writes, JSON files, file hashes; operating-system errors as sentences."""
 
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from moesaic.core.errors import FileError, UserError, printable
+from moesaic.core.os_errors import describe_os_error
+
+
+@contextmanager
+def os_errors_named(
+    path: Path, *, action: str, kind: type[UserError] = FileError
+) -> Iterator[None]:
+    """Raise OSErrors of the block as a ``kind`` that names ``path``, e.g. "cannot be written"."""
+    try:
+        yield
+    except OSError as error:
+        why = describe_os_error(OSError(error.errno, error.strerror))  # without a temporary name
+        raise kind(f"{printable(str(path), limit=200)}: {action}: {why}") from error
+    except ValueError as error:  # a NUL in the path, or a surrogate that is no byte of a name
+        if not isinstance(error, UnicodeEncodeError) and "null" not in str(error):
+            raise
+        raise kind(f"{printable(str(path))}: {action}: not a file name ({error})") from error
+
+
+def make_dir(path: Path) -> None:
+    """Create a directory and its parents. Raises FileError."""
+    with os_errors_named(path, action="cannot be created"):
+        path.mkdir(parents=True, exist_ok=True)
+
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Write ``content`` atomically: a reader sees the old file or the new one, never a part."""
-    data = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write ``content`` atomically: a reader sees the old file or the new one, never a part.
+
+    Raises FileError that names the file; then nothing of the new one is left. Surrogates, which
+    UTF-8 cannot hold, become U+FFFD.
+    """
+    data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    if isinstance(content, str) and b"\xed" in data:
+        data = data.decode("utf-8", "replace").encode()
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with os_errors_named(path, action="cannot be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            part.replace(path)
+        finally:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically."""
+    """Write ``value`` as indented JSON, atomically. Raises FileError."""
     atomic_write(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Return the value of a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def sha256(path: Path) -> str:
-    """Return the SHA-256 hex digest of a file."""
-    with path.open("rb") as stream:
+    """Return the SHA-256 hex digest of a file. Raises FileError."""
+    with os_errors_named(path, action="cannot be read"), path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -13,11 +13,13 @@ from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import DataError, UserError
 from moesaic.core.files import write_json
 from moesaic.corpus.cleaning import CLEANING_RULES
-from moesaic.corpus.corpus import CORPUS_FORMAT, CORPUS_MANIFEST, Corpus, file_entry, text_file
+from moesaic.corpus.corpus import Corpus, file_entry, text_file
+from moesaic.corpus.corpus_manifest import CORPUS_FORMAT, CORPUS_MANIFEST
 from moesaic.corpus.corpus_recipes import CorpusRecipe, named_corpus
 from moesaic.corpus.data_home import corpora_dir
 from moesaic.corpus.dropped_rows import DROPPED_FILE, DroppedRow
 from moesaic.corpus.read_sources import ReadJob, ReadResult, map_in_order, read_source_file
+from moesaic.corpus.readers.gettext import PLURAL_FORMS
 from moesaic.corpus.readers.keyed_text import DISAGREE
 from moesaic.corpus.resolve_conflicts import (
     DirectionJob,
@@ -33,6 +35,7 @@ from moesaic.corpus.text_rules import SoftwareStrings
 
 DROP_REASONS = {rule.name: rule.why for rule in CLEANING_RULES} | {
     DISAGREE: "two texts under one key, but their numbers or inline elements differ",
+    PLURAL_FORMS: "plural forms, but no formula in the catalogue's header tells them apart",
     "duplicate": "the same pair was read before",
     "other_target": "another target of this source occurs more often",
     "source_in_train": "held out by its folder or domain, but its source is a train source",
@@ -54,8 +57,8 @@ def build_corpus(
     ``workers`` processes read and write; the corpus is the same for any number. More than one
     needs a script whose entry point is guarded by ``if __name__ == "__main__"``.
 
-    ``out`` is the corpus directory, by default ``data/corpora/NAME``. A corpus of another
-    recipe there is replaced; a directory with anything else is not touched (DataError).
+    ``out`` is the corpus directory, by default ``corpora/NAME`` in the data home. A corpus of
+    another recipe there is replaced; a directory of anything else is not touched (DataError).
     """
     recipe = named_corpus(recipe_or_name) if isinstance(recipe_or_name, str) else recipe_or_name
     listener = progress or ignore_progress

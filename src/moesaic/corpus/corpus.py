@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.core.errors import DataError, did_you_mean
-from moesaic.core.files import read_json, sha256
+from moesaic.core.files import sha256
+from moesaic.corpus.corpus_manifest import read_corpus_manifest, recorded_text_rules
 from moesaic.corpus.languages import resolve_language
 from moesaic.corpus.pair import Pair, Text
 from moesaic.corpus.readers.text_lines import read_lines
 from moesaic.corpus.readers.tsv import read_rows, unescape_field
 from moesaic.corpus.split import SPLITS, digest64
-from moesaic.corpus.text_rules import SoftwareStrings, TextRules
+from moesaic.corpus.text_rules import TextRules
 
-CORPUS_FORMAT = 1
-CORPUS_MANIFEST = "corpus.json"
+_MAX_NAMES = 8  # directions in a sentence
 
 
 def pair_file(source: str, target: str, split: str) -> str:
@@ -40,32 +40,16 @@ def file_entry(path: Path, *, rows: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A finished corpus. ``manifest`` is corpus.json; ``open`` checks that every file exists."""
+    """A finished corpus. ``manifest`` is corpus.json; ``open`` checks it and its files."""
 
     path: Path
     manifest: dict[str, Any]
 
     @classmethod
     def open(cls, path: Path | str) -> "Corpus":
-        """Open a corpus directory. Raises DataError: no corpus, another format, files missing."""
+        """Open a corpus directory. Raises DataError: no corpus, wrong fields, files missing."""
         root = Path(path)
-        try:
-            manifest = read_json(root / CORPUS_MANIFEST)
-        except FileNotFoundError as error:
-            raise DataError(
-                f"{root}: no corpus here ({CORPUS_MANIFEST} is missing); build one with "
-                "`moesaic data build`"
-            ) from error
-        except (ValueError, OSError) as error:
-            raise DataError(f"{root / CORPUS_MANIFEST}: cannot be read: {error}") from error
-        if not isinstance(manifest, dict) or manifest.get("format") != CORPUS_FORMAT:
-            found = manifest.get("format") if isinstance(manifest, dict) else "no format"
-            raise DataError(
-                f"{root}: corpus format {found}, expected {CORPUS_FORMAT}; build it again"
-            )
-        corpus = cls(root, manifest)
-        corpus._check_sizes()
-        return corpus
+        return cls(root, read_corpus_manifest(root).model_dump(by_alias=True))
 
     @property
     def name(self) -> str:
@@ -94,15 +78,26 @@ class Corpus:
 
     @property
     def text_rules(self) -> TextRules:
-        """The rules that its texts passed; earlier versions, which wrote none, had one kind."""
-        clean = self.manifest["recipe"].get("clean", {})
-        written = clean.get("text_rules")
-        return TextRules.from_dict(written) if written else SoftwareStrings()
+        """The rules that its texts passed."""
+        return recorded_text_rules(self.manifest["recipe"])
 
     def count(self, source: str, target: str, *, split: str = "train") -> int:
         """Return the number of pairs of a direction or its reverse."""
         name = pair_file(*self._stored_direction(source, target), split)
         return self.manifest["files"].get(name, {}).get("rows", 0)
+
+    def describe_empty_splits(self) -> list[str]:
+        """Return a sentence for each of valid and test that has no pair of some direction."""
+        sentences = []
+        for split, use in (("valid", "validate"), ("test", "score")):
+            empty = [f"{s}-{t}" for s, t in self.directions if not self.count(s, t, split=split)]
+            if empty:
+                more = f" and {len(empty) - _MAX_NAMES} more" if len(empty) > _MAX_NAMES else ""
+                sentences.append(
+                    f"no {split} pairs of {', '.join(empty[:_MAX_NAMES])}{more}: nothing to {use} "
+                    f"on (of {len(self.directions)} directions)"
+                )
+        return sentences
 
     def pairs(self, split: str = "train") -> Iterator[Pair]:
         """Yield every pair of a split, direction by direction as stored."""
@@ -156,18 +151,6 @@ class Corpus:
         path = self._split_path(text_file(code, split), split=split)
         for _, line in read_lines(path) if path else ():
             yield Text(unescape_field(line), code)
-
-    def _check_sizes(self) -> None:
-        for name, known in self.manifest["files"].items():
-            path = self.path / name
-            found = path.stat().st_size if path.is_file() else None
-            if found is None:
-                raise DataError(f"{path}: missing; build the corpus again")
-            if found != known["bytes"]:
-                raise DataError(
-                    f"{path}: {found} bytes, expected {known['bytes']}: cut short or altered; "
-                    "build the corpus again"
-                )
 
     def _known_language(self, code: str) -> str:
         found = resolve_language(code).code

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from moesaic.core.errors import DataError
 from moesaic.corpus.corpus import Corpus
+from moesaic.corpus.dropped_rows import DroppedRow, read_dropped
 from moesaic.corpus.pair import Pair
 from moesaic.corpus.split import SPLITS
 
@@ -36,26 +37,44 @@ class DirectionStats:
 
 
 @dataclass(frozen=True, slots=True)
+class TextStats:
+    """Counts of the text in one language: rows read, dropped by reason, and kept by split."""
+
+    language: str
+    read: int
+    dropped: dict[str, int]
+    splits: dict[str, int]
+
+    @property
+    def kept(self) -> int:
+        return sum(self.splits.values())
+
+
+@dataclass(frozen=True, slots=True)
 class CorpusStats:
     """Statistics of a corpus: its directions, largest first, and what each drop reason means.
 
-    ``domains`` are the held-out packages by split; ``missing`` are the packages that could not be
-    downloaded, with the reason.
+    ``domains`` are the held-out packages by split; ``missing`` are the packages and files that
+    could not be read, ``empty`` the files without a row, each with the reason.
     """
 
     name: str
     directions: tuple[DirectionStats, ...]
+    texts: tuple[TextStats, ...]
     too_small: dict[str, int]
     reasons: dict[str, str]
     domains: dict[str, list[str]]
     missing: dict[str, str]
+    empty: dict[str, str]
 
     @property
     def read(self) -> int:
+        """Pairs read."""
         return sum(d.read for d in self.directions)
 
     @property
     def kept(self) -> int:
+        """Pairs kept."""
         return sum(d.kept for d in self.directions)
 
     @property
@@ -70,8 +89,9 @@ class CorpusStats:
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Dropped pairs by reason, over all directions, largest first."""
-        total = {r: sum(d.dropped.get(r, 0) for d in self.directions) for r in self.reasons}
+        """Dropped pairs and texts by reason, largest first."""
+        rows = (*self.directions, *self.texts)
+        total = {r: sum(d.dropped.get(r, 0) for d in rows) for r in self.reasons}
         return {r: n for r, n in sorted(total.items(), key=lambda item: -item[1]) if n}
 
 
@@ -89,13 +109,19 @@ def corpus_stats(corpus: Corpus) -> CorpusStats:
     ]
     directions.sort(key=lambda d: (-d.kept, d.source, d.target))
     manifest = corpus.manifest
+    texts = (
+        TextStats(code, counts["read"], dict(counts["dropped"]), dict(counts["splits"]))
+        for code, counts in manifest.get("texts", {}).items()
+    )
     return CorpusStats(
         corpus.name,
         tuple(directions),
+        tuple(sorted(texts, key=lambda t: (-t.kept, t.language))),
         manifest["too_small"],
         manifest["reasons"],
         manifest.get("domains", {}),
         manifest.get("missing", {}),
+        manifest.get("empty", {}),
     )
 
 
@@ -119,3 +145,35 @@ def sample_pairs(
     if not found:
         raise DataError(f"corpus {corpus.name}: no {split} pairs from {source} to {target}")
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class DroppedFilter:
+    """Which dropped rows to show: of a reason, from and to a language (codes); empty for any."""
+
+    reason: str = ""
+    source: str = ""
+    target: str = ""
+
+    def takes(self, row: DroppedRow) -> bool:
+        """Whether a row is wanted; a text counts as from and into its language."""
+        source, _, target = row.direction.partition("-")
+        return (
+            self.reason in ("", row.reason)
+            and self.source in ("", source)
+            and self.target in ("", target or source)
+        )
+
+
+def sample_dropped(corpus: Corpus, wanted: DroppedFilter, *, count: int) -> list[DroppedRow]:
+    """Return the first ``count`` dropped rows of each reason, those of the largest number first.
+
+    Raises DataError where a corpus of an earlier version has no dropped rows beside it.
+    """
+    found: dict[str, list[DroppedRow]] = {}
+    for row in read_dropped(corpus.path):
+        if wanted.takes(row):
+            found.setdefault(row.reason, []).append(row)
+    order = list(corpus_stats(corpus).dropped)
+    names = sorted(found, key=lambda name: order.index(name) if name in order else len(order))
+    return [row for name in names for row in found[name][:count]]

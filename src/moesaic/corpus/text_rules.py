@@ -11,8 +11,9 @@ from abc import abstractmethod
 from pathlib import Path
 
 from moesaic.core.config import Choice
-from moesaic.core.errors import DataError
-from moesaic.core.files import read_json, write_json
+from moesaic.core.errors import ConfigError, DataError
+from moesaic.core.file_reader import KIB, FileKind, read_json
+from moesaic.core.files import write_json
 from moesaic.corpus.markup import strip_accelerators, strip_tags, unescape_entities
 from moesaic.corpus.placeholders import placeholder_keys, without_placeholders
 
@@ -123,6 +124,9 @@ class SoftwareStrings(TextRules):
         return without_placeholders(text)
 
 
+TEXT_RULES_FILE = FileKind(name="record of text rules", max_bytes=64 * KIB, error=DataError)
+
+
 def write_text_rules(path: Path, rules: TextRules) -> None:
     """Record the text rules of a run's corpus."""
     write_json(path, rules.to_dict())
@@ -136,7 +140,7 @@ def read_text_rules(path: Path) -> TextRules:
     if not path.exists():
         return SoftwareStrings()
     try:
-        return TextRules.from_dict(read_json(path))
-    except (OSError, ValueError, RecursionError) as error:
+        return TextRules.from_dict(read_json(path, TEXT_RULES_FILE))
+    except ConfigError as error:
         expected = 'expected the text rules of a run, as {"kind": "GeneralText"}'
         raise DataError(f"{path}: cannot be read: {error}; {expected}") from error

@@ -173,6 +173,11 @@ class Loader:
         return self._stream.mixture.frequencies(self._counts)
 
     @property
+    def num_draws(self) -> int:
+        """Rows drawn so far, of all directions, with those over the length limits."""
+        return int(self._counts.sum())
+
+    @property
     def skipped(self) -> dict[str, int]:
         """Rows over the length limits so far, by direction."""
         found: dict[str, int] = {}

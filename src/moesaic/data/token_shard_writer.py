@@ -21,7 +21,8 @@ from moesaic.core.files import sha256, write_json
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.data_home import data_home
 from moesaic.corpus.split import SPLITS
-from moesaic.data.token_shards import DATA_FILES, FORMAT, MANIFEST, TokenShards
+from moesaic.data.shards_manifest import DATA_FILES, FORMAT, MANIFEST
+from moesaic.data.token_shards import TokenShards
 from moesaic.data.tokenizer import Tokenizer, encode_on_all_cores
 
 _CHUNK = 4096

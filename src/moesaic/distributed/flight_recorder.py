@@ -19,12 +19,28 @@ from moesaic.distributed.hang_report import LostRankError
 from moesaic.distributed.heartbeat import DEFAULT_GROUP, HeartbeatFile
 from moesaic.distributed.watchdog import Watchdog
 
-# Messages of gloo, NCCL and the store about a missing rank; any other error is the caller's.
-_LOST_PEER = re.compile(
+# What gloo, which raises bare RuntimeErrors, and NCCL say of a missing rank. NCCL's other errors
+# (out of memory, a wrong argument) are this rank's own.
+_GLOO_LOST_PEER = re.compile(
     r"timed? ?out|timeout|closed by peer|reset by peer|broken pipe|connection refused|"
-    r"connectfullmesh|socket error|remote process|nccl error|net(work)? ?error|connection was",
+    r"connectfullmesh|socket error|connection was",
     re.IGNORECASE,
 )
+_NCCL_LOST_PEER = re.compile(
+    r"ncclremoteerror|remote (peer|process)|connection (closed|reset|refused)|broken pipe|"
+    r"timed? ?out|timeout|socketprogress",
+    re.IGNORECASE,
+)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Return whether torch says with ``error`` that another rank or the store does not answer."""
+    if isinstance(error, distributed.DistNetworkError | distributed.DistStoreError):
+        return True
+    if isinstance(error, distributed.DistBackendError):
+        return _NCCL_LOST_PEER.search(str(error)) is not None
+    is_gloo = type(error) is RuntimeError and "gloo" in str(error).casefold()
+    return is_gloo and _GLOO_LOST_PEER.search(str(error)) is not None
 
 
 class FlightRecorder:
@@ -67,8 +83,7 @@ class FlightRecorder:
 
     def name_lost_rank(self, error: BaseException) -> BaseException:
         """Return the error that names the missing rank; ``error`` itself if none is missing."""
-        peer_lost = isinstance(error, RuntimeError) and _LOST_PEER.search(str(error))
-        if self._watchdog is None or not peer_lost:
+        if self._watchdog is None or not is_lost_peer(error):
             return error
         first_line = str(error).partition("\n")[0][:200]
         return LostRankError(self._watchdog.report_hang(first_line))

@@ -124,6 +124,26 @@ def find_lost_ranks(
     return HangReport.at(waiter.heartbeat, sentence, search.waiter_of)
 
 
+def report_unanswered_store(
+    me: Peer, *, owner: Peer | None, now_s: float, cause: str
+) -> HangReport:
+    """Return the report of a rank whose rendezvous store does not answer.
+
+    ``owner`` is the rank whose process serves the store, None where that is the launcher's or
+    unknown. ``cause`` is the error message of the collective or of the store.
+    """
+    heartbeat = me.heartbeat
+    activity = heartbeat.collective_text if heartbeat.in_collective else heartbeat.phase_text
+    sentence = f"rank {me.rank} lost its peers in {activity}, and the rendezvous store"
+    if owner is None:
+        sentence += (
+            " does not answer: the launcher, or rank 0 if it had none, ended first or is stopped"
+        )
+        return HangReport.at(heartbeat, f"{sentence} ({cause})")
+    sentence += f", which rank {owner.rank} serves, does not answer ({cause}). "
+    return HangReport.at(heartbeat, sentence + _describe_peer(owner, now_s=now_s), [owner.rank])
+
+
 def _lost_ranks_sentence(late: Sequence[Peer], *, waiter: Peer, peers: Mapping[int, Peer]) -> str:
     collective, is_inside = waiter.heartbeat.collective_text, waiter.heartbeat.in_collective
     lost = format_ranks(peer.rank for peer in late)

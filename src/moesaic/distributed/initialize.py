@@ -11,13 +11,18 @@ from pathlib import Path
 import torch
 import torch.distributed as distributed
 
-from moesaic.core.errors import UserError
+from moesaic.core.errors import UserError, printable
+from moesaic.distributed.bounded_store import BoundedCaller, UnansweredError
 from moesaic.distributed.flight_recorder import FLIGHT_RECORDER, record_collective
 from moesaic.distributed.heartbeat import HeartbeatFile
 from moesaic.distributed.watchdog import Watchdog
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
 
 _REQUIRED_ENV = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_MAX_RANKS, _MAX_DIGITS = 2**20, 10
+_START_HINT = (
+    "start with `torchrun --nproc-per-node N -m moesaic train ...`, or unset RANK and WORLD_SIZE"
+)
 
 
 @contextmanager
@@ -36,10 +41,11 @@ def init_distributed(*, timeout_s: float = 120.0, device: str = "auto") -> Itera
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         yield SingleProcess(chosen)
         return
-    rendezvous = _rendezvous(timeout_s)
+    rendezvous = _Rendezvous.from_environment(timeout_s)
+    store = rendezvous.connect(is_master=rendezvous.serves_store and rendezvous.rank == 0)
     FLIGHT_RECORDER.open(rendezvous.watchdog())
     try:
-        rendezvous.init_process_group(chosen)
+        rendezvous.init_process_group(chosen, store=store)
         yield ProcessGroupWorld(chosen)
         # a fast rank must not close connections that others still use
         ProcessGroupWorld(chosen).barrier()
@@ -56,70 +62,124 @@ def init_distributed(*, timeout_s: float = 120.0, device: str = "auto") -> Itera
 
 @dataclass(frozen=True, slots=True)
 class _Rendezvous:
+    """What the environment says of this rank.
+
+    ``serves_store``: rank 0 serves the rendezvous store; else the launcher does.
+    """
+
     rank: int
     size: int
+    address: str
+    port: int
     timeout: timedelta
-    store: distributed.Store  # pyright: ignore[reportPrivateImportUsage]
+    serves_store: bool
 
-    def init_process_group(self, device: torch.device) -> None:
+    @classmethod
+    def from_environment(cls, timeout_s: float) -> "_Rendezvous":
+        """Read and check the variables that torchrun sets. Raises UserError."""
+        missing = [name for name in _REQUIRED_ENV if name not in os.environ]
+        if missing:
+            raise UserError(
+                f"the environment names a rank but not {', '.join(missing)}: {_START_HINT}"
+            )
+        size = _environment_number("WORLD_SIZE", 1, _MAX_RANKS)
+        rank = _environment_number("RANK", 0, size - 1)
+        _environment_number("LOCAL_RANK", 0, size - 1)
+        agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return cls(
+            rank,
+            size,
+            os.environ["MASTER_ADDR"],
+            _environment_number("MASTER_PORT", 1, 2**16 - 1),
+            timedelta(seconds=timeout_s),
+            serves_store=not agent_store,
+        )
+
+    def init_process_group(
+        self,
+        device: torch.device,
+        *,
+        store: distributed.Store,  # pyright: ignore[reportPrivateImportUsage]
+    ) -> None:
         backend = "nccl" if device.type == "cuda" else "gloo"
         with record_collective("join"):
+            self._require_same_device(store, device.type)
             distributed.init_process_group(
                 backend,
-                store=self.store,
+                store=store,
                 rank=self.rank,
                 world_size=self.size,
                 timeout=self.timeout,
             )
 
+    def _require_same_device(
+        self,
+        store: distributed.Store,  # pyright: ignore[reportPrivateImportUsage]
+        device: str,
+    ) -> None:
+        """Raise UserError where rank 0 computes on another kind of device."""
+        if self.rank == 0:
+            store.set("device", device)
+            return
+        first = store.get("device").decode()
+        if first != device:
+            raise UserError(
+                f"rank {self.rank} computes on {device}, but rank 0 on {first}: give every rank a "
+                "GPU, or start all of them with the device cpu"
+            )
+
     def watchdog(self) -> Watchdog:
         """Return the watchdog of this rank; a restart uses the same name for its heartbeat file."""
-        address = f"{os.environ['MASTER_ADDR']}-{os.environ['MASTER_PORT']}".replace("/", "-")
+        address = f"{self.address}-{self.port}".replace("/", "-")
         name = f"moesaic-{os.getuid()}-{address}-rank-{self.rank}"
-        client = distributed.PrefixStore("watchdog", _store(self.timeout, is_master=False))  # pyright: ignore[reportPrivateImportUsage]
         return Watchdog(
-            client,
+            distributed.PrefixStore("watchdog", self.connect(is_master=False)),  # pyright: ignore[reportPrivateImportUsage]
             rank=self.rank,
             size=self.size,
             timeout_s=self.timeout.total_seconds(),
             heartbeat_file=HeartbeatFile(Path(tempfile.gettempdir()) / name),
+            store_rank=0 if self.serves_store else None,
         )
 
+    def connect(self, *, is_master: bool) -> distributed.Store:  # pyright: ignore[reportPrivateImportUsage]
+        """Connect to the rendezvous store, with a prefix of this attempt and number of ranks.
 
-def _rendezvous(timeout_s: float) -> _Rendezvous:
-    missing = [name for name in _REQUIRED_ENV if name not in os.environ]
-    if missing:
+        After a restart by torchrun the agent's store still holds the addresses of the ranks that
+        died; without a prefix per attempt gloo connects to those ("connectFullMesh failed"). When a
+        node joins or leaves, all ranks restart without a new attempt, hence the number. Raises
+        UserError.
+        """
+        seconds = self.timeout.total_seconds()
+        # something else may listen at the port: the client would wait for its greeting forever
+        call = BoundedCaller(limit_s=seconds + 1.0, name="store connection")
+        try:
+            store = call(
+                lambda: distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+                    self.address, self.port, is_master=is_master, timeout=self.timeout
+                )
+            )
+        except (RuntimeError, UnansweredError) as error:
+            action = "open" if is_master else "reach"
+            raise UserError(
+                f"rank {self.rank} cannot {action} the rendezvous store at "
+                f"{self.address}:{self.port} within {seconds:.0f} s: "
+                f"{str(error).partition(chr(10))[0]}. Check MASTER_ADDR and MASTER_PORT, that rank "
+                "0 was started and that no other program uses the port"
+            ) from error
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return distributed.PrefixStore(f"attempt-{attempt}-of-{self.size}", store)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _environment_number(name: str, low: int, high: int) -> int:
+    """Return an environment variable as a number from ``low`` to ``high``. Raises UserError."""
+    text = os.environ[name]
+    is_number = text.isascii() and text.isdigit() and len(text) < _MAX_DIGITS
+    if not is_number or not low <= int(text) <= high:
         raise UserError(
-            f"the environment names a rank but not {', '.join(missing)}: start with "
-            "`torchrun --nproc-per-node N -m moesaic train ...`, or unset RANK and WORLD_SIZE"
+            f'the environment variable {name}: found "{printable(text, limit=40)}", expected a '
+            f"whole number from {low} to {high}: {_START_HINT}"
         )
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    timeout = timedelta(seconds=timeout_s)
-    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return _Rendezvous(rank, size, timeout, _store(timeout, is_master=rank == 0 and not shared))
-
-
-def _store(timeout: timedelta, *, is_master: bool) -> distributed.Store:  # pyright: ignore[reportPrivateImportUsage]
-    """Connect to the rendezvous store, with a prefix of this attempt and number of ranks.
-
-    After a restart by torchrun the agent's store still holds the addresses of the ranks that died;
-    without a prefix per attempt gloo connects to those ("connectFullMesh failed"). When a node
-    joins or leaves, all ranks restart without a new attempt, hence the number.
-    """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        store = distributed.TCPStore(address, port, is_master=is_master, timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]
-    except RuntimeError as error:
-        action = "open" if is_master else "reach"
-        raise UserError(
-            f"rank {os.environ['RANK']} cannot {action} the rendezvous store at {address}:{port} "
-            f"within {timeout.total_seconds():.0f} s: {str(error).partition(chr(10))[0]}. Check "
-            "MASTER_ADDR and MASTER_PORT, that rank 0 was started and that no other program uses "
-            "the port"
-        ) from error
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    name = f"attempt-{attempt}-of-{os.environ['WORLD_SIZE']}"
-    return distributed.PrefixStore(name, store)  # pyright: ignore[reportPrivateImportUsage]
+    return int(text)
 
 
 def _select_device(name: str) -> torch.device:
@@ -127,7 +187,10 @@ def _select_device(name: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(f"device {name} was requested, but torch finds no CUDA device")
-    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    gpus = torch.cuda.device_count()
+    local_rank = (
+        _environment_number("LOCAL_RANK", 0, _MAX_RANKS) if "LOCAL_RANK" in os.environ else 0
+    )
     if local_rank >= gpus:
         raise UserError(
             f"local rank {local_rank} needs a GPU of its own, but torch finds {gpus}: start at "

@@ -14,19 +14,20 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
 import torch.distributed as distributed
 
+from moesaic.distributed.bounded_store import BoundedStore
 from moesaic.distributed.hang_report import (
     HangReport,
     LostRankError,
     Peer,
     ProcessState,
     find_lost_ranks,
+    report_unanswered_store,
 )
 from moesaic.distributed.heartbeat import (
     DEFAULT_GROUP,
@@ -42,7 +43,9 @@ _STORE_ERRORS = (RuntimeError, ValueError, OSError)  # torch's DistErrors are Ru
 class Watchdog:
     """The watchdog of one rank. ``store`` is its own client: a blocked one would delay it.
 
-    A job in which a rank died or hung ends at most about ``timeout_s + grace_s`` later.
+    ``store_rank`` is the rank whose process serves the store; None where the launcher does. A job
+    in which a rank died or hung ends at most about ``timeout_s + 2 * grace_s`` later, also if that
+    rank serves the store.
     """
 
     def __init__(
@@ -53,13 +56,14 @@ class Watchdog:
         size: int,
         timeout_s: float,
         heartbeat_file: HeartbeatFile,
+        store_rank: int | None = None,
     ) -> None:
         self.rank, self.size, self.heartbeat_file = rank, size, heartbeat_file
         self.interval_s = min(max(timeout_s / 30, _MIN_INTERVAL_S), _MAX_INTERVAL_S)
         self.grace_s = max(4 * self.interval_s, 1.0)
         self._timeout_s = timeout_s
-        self._store = store
-        self._store.set_timeout(timedelta(seconds=self.grace_s))
+        self._store = BoundedStore(store, limit_s=self.grace_s)
+        self._store_rank, self._store_owner = store_rank, None
         self._groups = {DEFAULT_GROUP: tuple(range(size))}
         self._machine = _machine_id()
         self._num_heartbeats, self._failure = 0, ""
@@ -103,22 +107,23 @@ class Watchdog:
                 return posted
             report = self._find_lost_ranks(cause)
             self._store.set("report", json.dumps(report.to_dict()))
+            # at once: a launcher that has seen the exit of a rank ends this process before long
+            _print_stderr(f"moesaic: {report.sentence}")
             return report
         except _STORE_ERRORS as error:
-            heartbeat = self.heartbeat_file.read()
-            inside = heartbeat.in_collective
-            activity = heartbeat.collective_text if inside else heartbeat.phase_text
-            return HangReport(
-                f"rank {self.rank} lost its peers in {activity}, and the rendezvous store does not "
-                "answer: the launcher, or rank 0 if it had none, ended first "
-                f"({cause or error})"
+            me = Peer(self.rank, self.heartbeat_file.read())
+            owner = None
+            if self._store_rank is not None and self._store_owner is not None:
+                owner = self._peer(self._store_rank, self._store_owner, self._store_owner)
+            return report_unanswered_store(
+                me, owner=owner, now_s=time.time(), cause=cause or str(error)
             )
 
     def _wait_for_posted_report(self) -> HangReport | None:
         deadline = time.monotonic() + self.grace_s
         while time.monotonic() < deadline:
-            if self._store.check(["report"]):
-                return HangReport.from_dict(json.loads(self._store.get("report")))
+            if (posted := self._store.read("report")) is not None:
+                return HangReport.from_dict(json.loads(posted))
             time.sleep(self.interval_s / 5)
         return None
 
@@ -127,7 +132,8 @@ class Watchdog:
         before = self._read_heartbeats()
         needs_second = any(self._needs_second_read(rank, seen) for rank, seen in before.items())
         for _ in range(3 if needs_second else 0):
-            time.sleep(0.8 * self.interval_s)
+            if self._wait_for_exit(before, limit_s=0.8 * self.interval_s):
+                break
             self._post_heartbeat()  # this may be the thread that posts them
         after = self._read_heartbeats()
         peers = {rank: self._peer(rank, after[rank], before[rank]) for rank in range(self.size)}
@@ -138,6 +144,23 @@ class Watchdog:
             return False
         # a process that is being killed closes its connections a little before it is gone
         return seen["machine"] != self._machine or process_state(seen["pid"]) == "alive"
+
+    def _wait_for_exit(self, seen: dict[int, dict[str, Any] | None], *, limit_s: float) -> bool:
+        """Wait until a process of this machine is gone; return whether one is.
+
+        The launcher ends this process as soon as it sees the exit: the report must be made first.
+        """
+        pids = {
+            rank: posted["pid"]
+            for rank, posted in seen.items()
+            if posted is not None and posted["machine"] == self._machine and rank != self.rank
+        }
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            if any(process_state(pid) == "gone" for pid in pids.values()):
+                return True
+            time.sleep(0.005)
+        return False
 
     def _peer(self, rank: int, seen: dict[str, Any] | None, before: dict[str, Any] | None) -> Peer:
         if seen is None:
@@ -158,11 +181,11 @@ class Watchdog:
 
     def _read_heartbeats(self) -> dict[int, dict[str, Any] | None]:
         self._post_heartbeat()
-        keys = {rank: f"heartbeat-{rank}" for rank in range(self.size)}
-        return {
-            rank: json.loads(self._store.get(key)) if self._store.check([key]) else None
-            for rank, key in keys.items()
-        }
+        return {rank: self._read_heartbeat(rank) for rank in range(self.size)}
+
+    def _read_heartbeat(self, rank: int) -> dict[str, Any] | None:
+        posted = self._store.read(f"heartbeat-{rank}")
+        return None if posted is None else json.loads(posted)
 
     def _post_heartbeat(self) -> None:
         heartbeat = self.heartbeat_file.read()
@@ -181,10 +204,17 @@ class Watchdog:
     def _run(self) -> None:
         alarm_s = None
         while not self._stop_event.wait(self.interval_s):
-            with suppress(*_STORE_ERRORS):  # without the store, collectives fail and report it
+            try:
                 self._post_heartbeat()
                 self._warn_if_stalled()
-                if alarm_s is None and self._store.check(["alarm"]):
+                if self._store_rank is not None and self._store_owner is None:
+                    self._store_owner = self._read_heartbeat(self._store_rank)
+                if alarm_s is None and self._store.has("alarm"):
+                    alarm_s = time.monotonic()
+            except _STORE_ERRORS:
+                # collectives fail and report it, but a rank may also wait for the store itself
+                idle_s = time.time() - self.heartbeat_file.read().time_s
+                if alarm_s is None and idle_s > self._timeout_s:
                     alarm_s = time.monotonic()
             if alarm_s is not None and time.monotonic() - alarm_s > self.grace_s:
                 self._abort()

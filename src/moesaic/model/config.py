@@ -18,6 +18,8 @@ from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.norm import Norm, RMSNorm
 from moesaic.nn.positional_encoding import PositionalEncoding, Rotary
 
+MAX_LAYERS = 4096  # of a stack: each is a module, and is counted by itself
+
 
 class Stack(Config):
     """``layers`` blocks; block i (from 0) has experts where ``(i + 1) % moe_every == 0``.
@@ -27,7 +29,7 @@ class Stack(Config):
     pyramid, DeepSpeed-MoE, 2201.05596, section 4.1). ``moe`` replaces the model's ``moe`` here.
     """
 
-    layers: int = Field(ge=0)
+    layers: int = Field(ge=0, le=MAX_LAYERS)
     moe_every: int = Field(default=2, ge=0)
     first_dense_layers: int = Field(default=0, ge=0)
     experts_per_layer: tuple[int, ...] = ()

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from moesaic.core.errors import ConfigError
 from moesaic.model.config import ModelConfig, Stack
 from moesaic.moe.config import MoE, NoMoE
 from moesaic.moe.experts import ExpertShape
@@ -19,6 +20,8 @@ from moesaic.moe.router_gate import LayerIndex, RouterShape
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.norm import LayerNorm
 from moesaic.nn.positional_encoding import LearnedPositions
+
+MAX_TENSOR_VALUES = 2**59  # 2^63 bytes hold them with room for 16 bytes a value
 
 ATTENTION, CROSS, DENSE, EXPERTS = "self-attention", "cross-attention", "feed-forward", "experts"
 
@@ -104,8 +107,18 @@ class ParameterCount:
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
-    """Count a config's parameters, exactly, and its FLOPs."""
-    return ParameterCount(tuple(_entries(config)), config)
+    """Count a config's parameters, exactly, and its FLOPs.
+
+    Raises ConfigError for a tensor that is larger than any tensor can be.
+    """
+    entries = tuple(_entries(config))
+    largest = max(entries, key=lambda entry: math.prod(entry.shape))
+    if math.prod(largest.shape) > MAX_TENSOR_VALUES:
+        shape = " x ".join(f"{size:,}" for size in largest.shape)
+        raise ConfigError(
+            [f"model: {largest.part} has a tensor of {shape} values, expected at most 2^59"]
+        )
+    return ParameterCount(entries, config)
 
 
 def _entries(config: ModelConfig) -> Iterator[ParameterEntry]:

@@ -3,7 +3,7 @@
 Weights, gradients and optimizer state are exact. Activations are the tensors that autograd saves
 for backward in float32 on one device, without padding or activation checkpointing; the formulas
 follow the implementation, and tests compare them with the tensors that are saved. MoE layers save
-what the MoE kernel of this CPU saves; the fused GPU kernels save as much as the fused CPU kernel.
+what the fused kernels save, on CPU and GPU, whether or not this machine could compile one.
 
 Letters: D dim, T tokens, K experts per token, F hidden width, V vocabulary.
 """

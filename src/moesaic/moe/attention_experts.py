@@ -23,7 +23,10 @@ from moesaic.nn.positional_encoding import Rotation
 
 @runtime_checkable
 class SelfAttentionModule(Protocol):
-    """The self-attention of a block (see ``SelfAttention``)."""
+    """The self-attention of a block (see ``SelfAttention``).
+
+    Only one that is a ``ShardableAttention`` as well runs under tensor and context parallelism.
+    """
 
     def __call__(
         self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
@@ -112,6 +115,9 @@ class AttentionMixture(CustomInitializers):
         self.experts = mixture.experts
         self.blocks = 1 if mixture.key_values == "own" else config.num_kv_heads()
         self.head_width = config.heads * config.head_width(dim)
+
+    def token_mixers(self) -> tuple[SelfAttention, ...]:
+        return (self.attention,)
 
     def initializers(self) -> Mapping[str, Initializer]:
         return {

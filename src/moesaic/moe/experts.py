@@ -32,7 +32,7 @@ from moesaic.ops.grouped_gemm import (
     grouped_matmul,
     zero_rows_past_groups,
 )
-from moesaic.ops.kernel_selection import select_grouped_gemm, select_moe_kernel
+from moesaic.ops.kernel_selection import estimated_kernel, select_grouped_gemm, select_moe_kernel
 from moesaic.ops.moe_kernel import Edges, KernelShape, permute_tokens, unpermute_tokens
 from moesaic.ops.permute import RowGroups
 
@@ -140,8 +140,7 @@ class FeedForwardExpert(Expert):
     def saved_activations(
         self, size: ExpertShape, *, edges: float, live_fraction: float = 1.0
     ) -> float:
-        # the kernel of this machine
-        kernel = select_moe_kernel(torch.empty(0), activation=size.feed_forward.activation)
+        kernel = estimated_kernel(size.feed_forward.activation)
         shape = KernelShape(size.dim, size.dense.width, size.bias, live_fraction)
         return edges * kernel.saved_activations(shape)
 

@@ -21,10 +21,12 @@ import numpy as np
 import torch
 
 from moesaic.core.errors import DataError
-from moesaic.core.files import atomic_write, read_json
+from moesaic.core.file_reader import MIB, FileKind, read_json_mapping
+from moesaic.core.files import atomic_write
 from moesaic.core.shapes import Bool, Int, Tensor
 
 USAGE_FORMAT = 1
+USAGE_FILE = FileKind(name="table of expert usage", max_bytes=64 * MIB, error=DataError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +153,15 @@ UNKNOWN_LOGIT_STATS = LogitStats()
 class UsageCounter:
     """Counts edges per layer, expert and language; see the module's docstring.
 
-    ``languages`` are the names that language indices refer to. ``num_null_experts`` is the number
-    of null experts at the end of each layer's experts.
+    ``languages`` are the names that language indices refer to. ``null_experts`` is the number of
+    null experts at the end of a layer's experts, by layer; 0 for a layer that is not in it.
     """
 
-    def __init__(self, languages: Sequence[str], *, num_null_experts: int = 0) -> None:
+    def __init__(
+        self, languages: Sequence[str], *, null_experts: Mapping[str, int] | None = None
+    ) -> None:
         self.languages = tuple(languages)
-        self.num_null_experts = num_null_experts
+        self.null_experts = dict(null_experts or {})
         self._tensors: dict[str, Tensor] = {}
 
     def add_edges(
@@ -227,7 +231,7 @@ class UsageCounter:
             dropped_late=int(edges[-1]),
             router_entropy=entropy / entropies if entropies else None,
             logit_rms=math.sqrt(square / squares) if squares else None,
-            num_null_experts=self.num_null_experts,
+            num_null_experts=self.null_experts.get(name, 0),
         )
 
 
@@ -242,16 +246,12 @@ class RecordedUsage:
 def read_usage(path: Path) -> RecordedUsage:
     """Read ``usage.json``. Raises DataError if it is not one."""
     try:
-        content = read_json(path)
+        content = read_json_mapping(path, USAGE_FILE)
         if content["format"] != USAGE_FORMAT:
             raise DataError(f"{path}: format {content['format']}, expected {USAGE_FORMAT}")
         groups = len(content["languages"])
         layers = tuple(_layer_from_json(layer, groups=groups) for layer in content["layers"])
         return RecordedUsage(tuple(content["languages"]), layers)
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{path}: no such file; training writes it for a model with experts"
-        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a usage file ({error})") from error
 

@@ -11,8 +11,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from moesaic.core.errors import UserError
+from moesaic.core.config_errors import show_value
+from moesaic.core.errors import DataError, UserError, printable
+from moesaic.core.file_reader import MIB, FileKind, iter_lines, parse_json
+from moesaic.core.files import make_dir, os_errors_named
 
+METRICS_FILE = FileKind(
+    name="metrics file (a JSON mapping per line)",
+    max_bytes=4096 * MIB,
+    max_line=MIB,
+    max_values=100_000,
+    error=DataError,
+    way_out="remove the line, or the file",
+)
+NOT_JSON_NUMBERS = ("NaN", "Infinity", "-Infinity")
 MetricRow = Mapping[str, float]
 
 
@@ -38,18 +50,22 @@ class JsonlWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        _truncate_rows(path, after=math.inf)
-        self._stream = path.open("ab")
+        make_dir(path.parent)
+        with os_errors_named(path, action="cannot be written"):
+            path.touch()
+            _truncate_rows(path, after=math.inf)
+            self._stream = path.open("ab")
 
     def write(self, step: int, *, values: MetricRow) -> None:
         row = {"step": step} | {name: _to_json_number(value) for name, value in values.items()}
-        self._stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+        with os_errors_named(self.path, action="cannot be written"):
+            self._stream.write(text.encode() + b"\n")
 
     def flush(self) -> None:
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        with os_errors_named(self.path, action="cannot be written"):
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         if not self._stream.closed:
@@ -110,33 +126,43 @@ class MultiWriter:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, float]]:
-    """Yield the rows of a ``metrics.jsonl``, also while a run appends to it."""
-    with path.open("rb") as stream:
-        for line in stream:
-            row = _parse_row(line)
-            if row is not None:
-                yield {name: float(v) if isinstance(v, str) else v for name, v in row.items()}
+    """Yield the rows of a ``metrics.jsonl``, also while a run appends to it.
+
+    Every value is a number; every row has a ``step``. Raises DataError for a complete line that is
+    no such row, or that is too long.
+    """
+    for offset, line in iter_lines(path, METRICS_FILE):
+        if line.endswith(b"\n"):
+            yield _parse_row(line, where=f"{path}: row at byte {offset}")
 
 
 def _truncate_rows(path: Path, *, after: float) -> None:
     """Delete rows of steps past ``after``, and anything after the last complete line."""
     end = 0
+    for offset, line in iter_lines(path, METRICS_FILE):
+        row = _parse_row(line, where=path) if line.endswith(b"\n") else None
+        if row is None or row["step"] > after:
+            break
+        end = offset + len(line)
     with path.open("r+b") as stream:
-        for line in stream:
-            row = _parse_row(line)
-            if not line.endswith(b"\n") or (row is not None and row.get("step", 0) > after):
-                break
-            end += len(line)
         stream.truncate(end)
         os.fsync(stream.fileno())
 
 
-def _parse_row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
+def _parse_row(line: bytes, *, where: Path | str) -> dict[str, float]:
+    row = parse_json(line, kind=METRICS_FILE, where=where)
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise METRICS_FILE.problem(where, f"found {show_value(row)}, expected a row with its step")
+    return {name: _number(name, value, where=where) for name, value in row.items()}
+
+
+def _number(name: str, value: object, *, where: Path | str) -> float:
+    if isinstance(value, str) and value in NOT_JSON_NUMBERS:
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        found = f"{printable(name)}: found {show_value(value)}, expected a number"
+        raise METRICS_FILE.problem(where, found)
+    return value
 
 
 def _to_json_number(value: float) -> float | str:

@@ -6,7 +6,10 @@ of ranks that share the matrices.
 Letters: B rows, S source length, T tokens, D model dim, H heads, G key/value heads, d head dim.
 """
 
+from typing import Protocol, runtime_checkable
+
 import torch
+from pydantic import Field
 from torch import nn
 
 from moesaic.core.config import Config
@@ -30,9 +33,9 @@ class AttentionConfig(Config):
     ``head_dim`` defaults to ``dim / heads``.
     """
 
-    heads: int
-    kv_heads: int | None = None
-    head_dim: int | None = None
+    heads: int = Field(ge=1)
+    kv_heads: int | None = Field(default=None, ge=1)
+    head_dim: int | None = Field(default=None, ge=1)
 
     def num_kv_heads(self) -> int:
         """Key/value heads."""
@@ -41,6 +44,17 @@ class AttentionConfig(Config):
     def head_width(self, dim: int) -> int:
         """Channels per head."""
         return self.head_dim or dim // self.heads
+
+
+@runtime_checkable
+class ShardableAttention(Protocol):
+    """An attention that computes the same where a row's tokens are on several ranks.
+
+    ``token_mixers``: the modules in which, and only in which, it mixes tokens. Context parallelism
+    replaces their ``backend``, tensor parallelism their ``tensor_parallel``.
+    """
+
+    def token_mixers(self) -> "tuple[SelfAttention | CrossAttention, ...]": ...
 
 
 class SelfAttention(nn.Module):
@@ -57,6 +71,9 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(self.heads * self.head_dim, dim, bias=bias)
         self.backend: AttentionBackend = LocalAttention()
         self.tensor_parallel: TensorParallelGroup = NoTensorParallel()
+
+    def token_mixers(self) -> "tuple[SelfAttention, ...]":
+        return (self,)
 
     def forward(
         self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
@@ -131,6 +148,9 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(self.heads * self.head_dim, dim, bias=bias)
         self.backend: AttentionBackend = LocalAttention()
         self.tensor_parallel: TensorParallelGroup = NoTensorParallel()
+
+    def token_mixers(self) -> "tuple[CrossAttention, ...]":
+        return (self,)
 
     def project_source(self, encoder_states: Float[Tensor, "T D"], *, packing: Packing) -> KeyValue:
         """Return keys and values of the source, once per layer and batch."""

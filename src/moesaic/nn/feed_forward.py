@@ -6,6 +6,7 @@ Letters: T tokens, D model dim, F hidden width, G width of the pre-activation.
 from typing import ClassVar
 
 import torch.nn.functional as F
+from pydantic import Field
 from torch import nn
 
 from moesaic.core.config import Choice, Config
@@ -76,7 +77,7 @@ class SwiGLU(Activation):
 class FeedForwardConfig(Config):
     """Hidden width and activation of a dense layer, and of each expert unless it has its own."""
 
-    hidden: int
+    hidden: int = Field(ge=1)
     activation: Activation = SwiGLU()
 
 

@@ -4,6 +4,7 @@ Letters: T tokens, D model dim.
 """
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from moesaic.core.config import Choice
@@ -22,7 +23,7 @@ class Norm(Choice):
 class RMSNorm(Norm):
     """Root mean square norm (1910.07467): ``x / rms(x) * gain``."""
 
-    eps: float = 1e-6
+    eps: float = Field(default=1e-6, gt=0)
 
     def build(self, dim: int) -> nn.Module:
         return RMSNormModule(self, dim=dim)
@@ -31,7 +32,7 @@ class RMSNorm(Norm):
 class LayerNorm(Norm):
     """Layer norm (1607.06450). On a CPU its fused kernel makes it the fastest of the family."""
 
-    eps: float = 1e-5
+    eps: float = Field(default=1e-5, gt=0)
     bias: bool = False
 
     def build(self, dim: int) -> nn.Module:

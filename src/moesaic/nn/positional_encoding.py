@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from moesaic.core.config import Choice
@@ -56,7 +57,7 @@ class NoPositionalEncoding(PositionalEncoding):
 class Rotary(PositionalEncoding):
     """Rotary position embedding (RoPE, 2104.09864): neighbouring channels rotate as pairs."""
 
-    theta: float = 10000.0
+    theta: float = Field(default=10000.0, gt=1)
 
     def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
         if head_dim % 2:
@@ -76,7 +77,7 @@ class Sinusoidal(PositionalEncoding):
 class LearnedPositions(PositionalEncoding):
     """One learned vector per position, for sequences of at most ``max_length`` tokens."""
 
-    max_length: int = 512
+    max_length: int = Field(default=512, ge=1)
 
     def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
         return _LearnedPositionsModule(self, dim=dim)

@@ -15,6 +15,7 @@ from moesaic.ops.grouped_gemm import (
     ActivationFunction,
     FeedForwardWeights,
     GroupedGEMM,
+    SequentialGEMM,
     grouped_feed_forward,
 )
 from moesaic.ops.permute import RowGroups, permute, unpermute
@@ -92,6 +93,23 @@ class UnfusedMoEKernel:
     def saved_activations(self, shape: KernelShape) -> float:
         """The row, the pre-activation, the expert output and a few numbers of each edge."""
         return 2 * shape.dim + shape.width + 4
+
+
+class KernelMemory(Protocol):
+    """What estimates need to know of an ``MoEKernel``."""
+
+    def saved_activations(self, shape: KernelShape) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FusedMemory:
+    """The memory of the fused kernels, on any machine: an estimate compiles and runs nothing."""
+
+    def saved_activations(self, shape: KernelShape) -> float:
+        """The pre-activation of edges that are not dropped, the weight, and three int64 indices."""
+        if shape.bias:  # biases go to the unfused kernel
+            return UnfusedMoEKernel(SequentialGEMM()).saved_activations(shape)
+        return shape.live_share * shape.width + 1 + 3 * 2
 
 
 def permute_tokens(x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "N D"]:

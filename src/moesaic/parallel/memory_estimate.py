@@ -20,8 +20,8 @@ from moesaic.model.parameter_flop_count import BatchDims, count_parameters
 from moesaic.model.training_memory import activation_bytes
 from moesaic.moe.config import MoE
 from moesaic.moe.experts import ExpertShape, FeedForwardExpert
-from moesaic.ops.kernel_selection import select_moe_kernel
-from moesaic.ops.moe_kernel import KernelShape, MoEKernel, UnfusedMoEKernel
+from moesaic.ops.kernel_selection import estimated_kernel
+from moesaic.ops.moe_kernel import KernelMemory, KernelShape, UnfusedMoEKernel
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.config import ParallelConfig
 from moesaic.parallel.parameter_inventory import ParameterInventory, ParameterShard, RankParameters
@@ -77,14 +77,14 @@ def estimate_memory(
     sizes: BatchDims,
     optimizer: Optimizer | None = None,
     bytes_per_value: BytesPerValue | None = None,
-    kernel: MoEKernel | None = None,
+    kernel: KernelMemory | None = None,
 ) -> RankMemory:
     """Estimate a step whose micro-batch of ``sizes`` is sharded over context and tensor ranks.
 
-    ``kernel`` computes the MoE layers; by default the one of this machine's CPU.
+    ``kernel`` computes the MoE layers; by default the fused one.
     """
     activation = rank_parameters.inventory.config.feed_forward.activation
-    kernel = kernel or select_moe_kernel(torch.empty(0), activation=activation)
+    kernel = kernel or estimated_kernel(activation)
     bytes_per_value, optimizer = bytes_per_value or BytesPerValue(), optimizer or AdamW()
     shards = rank_parameters.shards
     state = [_parameter_bytes(shard, bytes_per_value, optimizer) for shard in shards]
@@ -143,7 +143,7 @@ def _zero_gathered_bytes(parameters: RankParameters, each: BytesPerValue) -> int
     return weights * each.weight + gradients * each.gradient
 
 
-def _activation_bytes(parameters: RankParameters, *, sizes: BatchDims, kernel: MoEKernel) -> int:
+def _activation_bytes(parameters: RankParameters, *, sizes: BatchDims, kernel: KernelMemory) -> int:
     """Return the bytes in float32 that autograd keeps of this rank's tokens."""
     config, ranks = parameters.inventory.config, parameters.plan.tensor
     source, target = tokens_per_rank(parameters, sizes)
@@ -167,11 +167,11 @@ def _activation_bytes(parameters: RankParameters, *, sizes: BatchDims, kernel: M
 
 
 def _extra_expert_values(
-    config: ModelConfig, moe: MoE, *, plan: ParallelPlan, kernel: MoEKernel
+    config: ModelConfig, moe: MoE, *, plan: ParallelPlan, kernel: KernelMemory
 ) -> int:
     """Return the values per token that experts keep beyond ``model/training_memory.py``.
 
-    That file assumes whole experts on one rank, and the kernel of this machine.
+    That file assumes whole experts on one rank, and the fused kernel.
     """
     feed = moe.feed_forward(config.feed_forward)
     dim, slices = moe.dispatch_projection.expert_dim(config.dim), plan.expert_tensor

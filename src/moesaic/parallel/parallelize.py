@@ -12,12 +12,13 @@ from moesaic.core.errors import ConfigError
 from moesaic.distributed.mesh import STAGE_AXES, Mesh
 from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.distributed.world import World
+from moesaic.model.block import CrossAttentionBranch, SelfAttentionBranch
 from moesaic.model.config import ModelConfig
 from moesaic.model.transformer import Transformer
 from moesaic.moe.config import MoE
 from moesaic.moe.experts import GroupedExperts
 from moesaic.moe.layer import MoELayer, moe_layers
-from moesaic.nn.attention import CrossAttention, SelfAttention
+from moesaic.nn.attention import CrossAttention, SelfAttention, ShardableAttention
 from moesaic.parallel.activation_checkpointing import apply_activation_checkpointing
 from moesaic.parallel.batch_ranks import BatchRanks, world_over
 from moesaic.parallel.config import ParallelConfig
@@ -107,9 +108,8 @@ def apply_context_parallel(model: Transformer, *, parallel: ParallelConfig, mesh
         token_split=parallel.context_parallel.token_split(),
     )
     group = mesh.group("context")
-    for module in model.modules() if group is not None else ():
-        if isinstance(module, SelfAttention | CrossAttention):
-            module.backend = parallel.context_parallel.build(group, kv_heads=module.kv_heads)
+    for mixer in _token_mixers(model) if group is not None else ():
+        mixer.backend = parallel.context_parallel.build(group, kv_heads=mixer.kv_heads)
 
 
 def apply_expert_parallel(model: Transformer, *, parallel: ParallelConfig, mesh: Mesh) -> None:
@@ -136,6 +136,7 @@ def check_parallel(model: Transformer, *, parallel: ParallelConfig, plan: Parall
     """Raise ConfigError with a sentence for each layer that the plan does not fit."""
     problems = [
         *tensor_parallel_problems(model, ranks=plan.tensor),
+        *_attention_problems(model, ranks=plan.context * plan.tensor),
         *_context_parallel_problems(model, parallel=parallel, plan=plan),
         *whole_row_problems(model.config, ranks=plan.context * plan.tensor),
     ]
@@ -150,11 +151,35 @@ def check_parallel(model: Transformer, *, parallel: ParallelConfig, plan: Parall
         raise ConfigError(problems)
 
 
+def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the path and the attention of every attention branch of the blocks."""
+    for path, module in model.named_modules():
+        if isinstance(module, SelfAttentionBranch | CrossAttentionBranch):
+            yield path, module.inner
+
+
+def _token_mixers(model: nn.Module) -> Iterator[SelfAttention | CrossAttention]:
+    for _, attention in _attentions(model):
+        if isinstance(attention, ShardableAttention):
+            yield from attention.token_mixers()
+
+
+def _attention_problems(model: nn.Module, *, ranks: int) -> Iterator[str]:
+    """Yield a sentence for each attention that would take its share of a row for the whole row."""
+    for path, attention in _attentions(model) if ranks > 1 else ():
+        if not isinstance(attention, ShardableAttention):
+            kind = type(attention).__name__
+            yield (
+                f"parallel.plan: context x tensor = {ranks} ranks share each row, but {kind} of "
+                f"{path} does not say where it mixes tokens: give it `token_mixers` (see "
+                "ShardableAttention in nn/attention.py), or set context and tensor to 1"
+            )
+
+
 def _context_parallel_problems(
     model: nn.Module, *, parallel: ParallelConfig, plan: ParallelPlan
 ) -> Iterator[str]:
-    attentions = [m for m in model.modules() if isinstance(m, SelfAttention | CrossAttention)]
-    for heads in sorted({module.heads // plan.tensor for module in attentions}):
+    for heads in sorted({mixer.heads // plan.tensor for mixer in _token_mixers(model)}):
         why = parallel.context_parallel.problems(heads=heads, ranks=plan.context)
         if plan.context > 1 and why:
             yield f"parallel.context={plan.context}: {why}"

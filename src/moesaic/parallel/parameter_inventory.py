@@ -14,6 +14,7 @@ import torch
 from moesaic.core.errors import ConfigError
 from moesaic.distributed.parallel_plan import ParallelPlan, RankGrid
 from moesaic.model.config import ModelConfig
+from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.transformer import Transformer
 from moesaic.parallel.activation_checkpointing import NoActivationCheckpointing
 from moesaic.parallel.config import ParallelConfig
@@ -60,6 +61,7 @@ class ParameterInventory:
     """The parameters of a model config, without allocating any."""
 
     def __init__(self, config: ModelConfig) -> None:
+        count_parameters(config)  # a sentence if a tensor is too large for the meta device, too
         with torch.device("meta"):
             model = Transformer(config)
         self.config, self._model = config, model

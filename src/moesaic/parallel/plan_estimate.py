@@ -4,6 +4,8 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from pydantic import Field
+
 from moesaic.core.config import Config
 from moesaic.model.config import ModelConfig
 from moesaic.model.parameter_flop_count import BatchDims
@@ -20,7 +22,7 @@ class ScaleConfig(Config):
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     optimizer: Optimizer = AdamW()
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
 
 
 def estimate_plan(

@@ -85,8 +85,6 @@ def apply_zero(
     Returns the gradient synchronization of every parameter with ZeRO's axes moved.
     """
     register_pytree_nodes()
-    # a router's loss is a view of a sum; no code here changes a block's output in place
-    warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)
     names = {parameter: name for name, parameter in model.named_parameters()}
     sharded_experts: set[nn.Parameter] = set()
     for _, experts, layer in expert_modules(model):
@@ -136,6 +134,27 @@ def set_gradient_accumulation(model: nn.Module, *, last: bool, zero_stage: int) 
             module.set_is_last_backward(last)
 
 
+class _ViewWarningFilter:
+    """Ignores FSDP2's warning about outputs that are views, within the calls of one module.
+
+    A router's loss is a view of a sum; no code here changes a block's output in place.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._contexts: list[Any] = []
+        module.register_forward_pre_hook(self._enter, prepend=True)
+        module.register_forward_hook(self._exit, always_call=True)
+
+    def _enter(self, *_: Any) -> None:
+        context = warnings.catch_warnings()
+        context.__enter__()
+        warnings.filterwarnings("ignore", message=".*returned a view tensor", category=UserWarning)
+        self._contexts.append(context)
+
+    def _exit(self, *_: Any) -> None:
+        self._contexts.pop().__exit__(None, None, None)
+
+
 def _fully_shard(
     module: nn.Module,
     *,
@@ -163,6 +182,7 @@ def _fully_shard(
     # a rank's loss is its share (moe/batch_group.py): gradients are summed, never averaged
     sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)
+    _ViewWarningFilter(module)  # after FSDP2's own hooks: it has to enclose them
 
 
 def _offload_policy(mesh: Mesh) -> OffloadPolicy:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from moesaic.core.errors import ConfigError
 from moesaic.core.registry import Registry
+from moesaic.core.yaml_reader import read_yaml_file
 from moesaic.recipes.demo_recipe import demo
 from moesaic.recipes.multilingual_recipes import multilingual_50, multilingual_50_laptop
 from moesaic.recipes.tiny_recipes import tiny, tiny_lm
@@ -28,12 +29,11 @@ def _read_run(which: str) -> Run:
     if path.is_dir():
         path = path / "config.yaml"
     if path.suffix in (".yaml", ".yml"):
+        if not path.exists():
+            raise ConfigError([f"{path}: there is no such config file"])
+        value = read_yaml_file(path)
         try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError as error:
-            raise ConfigError([f"{path}: there is no such config file"]) from error
-        try:
-            return Run.from_yaml(text)
+            return Run.from_dict(value)
         except ConfigError as error:
             raise ConfigError(f"{path}: {problem}" for problem in error.problems) from error
     return RECIPES(which)

@@ -4,7 +4,7 @@ Neither has been run to its end, so whether they do is open: after 3.7M tokens t
 scored below copying (``docs/log.md``; ``moesaic curve RUN`` makes such a curve). They read
 ``software-171``, which is built from ordinary distribution packages. Another corpus of these
 languages serves as well:
-``--set 'corpus=CorpusFolder(path="data/corpora/NAME")'``.
+``--set 'corpus=CorpusFolder(path="NAME")'``.
 """
 
 from moesaic.data.loader import LoaderConfig

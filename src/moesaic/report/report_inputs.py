@@ -7,15 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from moesaic.checkpoint.routes_file import RoutesFile
-from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.run_directory import (
+    INSIGHT_FILE,
+    SCORE_CURVE_FILE,
+    SUMMARY_FILE,
+    RunDir,
+)
 from moesaic.core.errors import UserError
-from moesaic.core.files import read_json
+from moesaic.core.file_reader import read_json_mapping, read_text
+from moesaic.core.yaml_reader import CONFIG_FILE, read_yaml
 from moesaic.corpus.languages import resolve_language
 from moesaic.moe.routing_agreement import RoutingAgreement, compare_routes
 from moesaic.monitor.expert_usage import RecordedUsage, read_usage
+from moesaic.monitor.health_record import RecordedFinding, read_findings
 from moesaic.monitor.metric_writers import read_metrics
 from moesaic.report.charts import ChartSeries
 
@@ -36,6 +41,7 @@ class ReportInputs:
     metrics: dict[str, ChartSeries] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     usage: RecordedUsage | None = None
+    health: tuple[RecordedFinding, ...] | None = None
     insight: dict[str, Any] = field(default_factory=dict)
     agreement_by_step: tuple[tuple[int, RoutingAgreement], ...] = ()
     quality_curve: dict[str, Any] = field(default_factory=dict)
@@ -58,20 +64,23 @@ class ReportInputs:
 def read_report_inputs(run: RunDir) -> ReportInputs:
     """Read the files that exist. A missing or damaged file becomes a gap, never an exception."""
     gaps: dict[str, str] = {}
-    text = _read_or_gap(run.config, _read_text, "", gaps)
-    config = _read_or_gap(run.config, lambda _: _require_mapping(yaml.safe_load(text)), {}, gaps)
+    text = _read_or_gap(run.config, lambda path: read_text(path, CONFIG_FILE), "", gaps)
+    config = _read_or_gap(run.config, lambda _: _require_mapping(read_yaml(text)), {}, gaps)
     name = str(config.get("name") or run.path.resolve().name)
     return ReportInputs(
         name=name,
         config=config,
         config_text=text,
         metrics=_read_or_gap(run.metrics, _read_curves, {}, gaps),
-        summary=_read_or_gap(run.summary, lambda path: _require_mapping(read_json(path)), {}, gaps),
+        summary=_read_or_gap(
+            run.summary, lambda path: read_json_mapping(path, SUMMARY_FILE), {}, gaps
+        ),
         usage=_read_or_gap(_usage_file(run), _read_usage, None, gaps),
+        health=_read_or_gap(run.health, read_findings, None, gaps),
         insight=_read_or_gap(run.insight, _read_insight, {}, gaps),
         agreement_by_step=_read_agreement(run.routing_snapshots, gaps),
         quality_curve=_read_or_gap(
-            run.score_curve, lambda path: _require_mapping(read_json(path)), {}, {}
+            run.score_curve, lambda path: read_json_mapping(path, SCORE_CURVE_FILE), {}, {}
         ),
         gaps=gaps,
     )
@@ -91,13 +100,9 @@ def _read_or_gap(path: Path, read: Callable[[Path], T], empty: T, gaps: dict[str
         return empty
     try:
         return read(path)
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, UserError) as error:
+    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         gaps[path.name] = f"{path.name} could not be read: {' '.join(str(error).split())[:200]}"
         return empty
-
-
-def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
 
 
 def _require_mapping(value: object) -> dict[str, Any]:
@@ -118,7 +123,7 @@ def _read_usage(path: Path) -> RecordedUsage | None:
 
 
 def _read_insight(path: Path) -> dict[str, Any]:
-    found = _require_mapping(read_json(path))
+    found = read_json_mapping(path, INSIGHT_FILE)
     if found["format"] != 1:
         raise ValueError(f"format {found['format']}, expected 1")
     keys = {"experts", "null_experts", "uncertainty", "typical", "positions"}

@@ -18,10 +18,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from moesaic.checkpoint.checkpoint_directory import Manifest, list_checkpoints, verify_checkpoint
-from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.checkpoint_directory import list_checkpoints
+from moesaic.checkpoint.manifest import Manifest, verify_checkpoint
+from moesaic.checkpoint.run_directory import SCORE_CURVE_FILE, RunDir
 from moesaic.core.errors import CheckpointError
-from moesaic.core.files import read_json, write_json
+from moesaic.core.file_reader import read_json_mapping
+from moesaic.core.files import write_json
 from moesaic.corpus.corpus import Corpus
 from moesaic.evaluate.baselines import TranslationMemorySystem, copy_source
 from moesaic.evaluate.bootstrap import ScoreInterval
@@ -94,7 +96,7 @@ def _load_or_start_curve(
         "strings": digest.hexdigest(),
     }
     if run.score_curve.is_file():
-        found = read_json(run.score_curve)
+        found = read_json_mapping(run.score_curve, SCORE_CURVE_FILE)
         if all(found.get(name) == value for name, value in fresh.items()):
             return found
     return fresh | {"baselines": {}, "points": []}

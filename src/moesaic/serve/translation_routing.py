@@ -7,8 +7,9 @@ if routing depends only on the token and the tokens before it.
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from moesaic.checkpoint.checkpoint_directory import list_checkpoints, read_manifest
+from moesaic.checkpoint.checkpoint_directory import list_checkpoints
 from moesaic.checkpoint.full_checkpoint import read_weights
+from moesaic.checkpoint.manifest import read_manifest
 from moesaic.checkpoint.routes_file import RoutesWriter
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.errors import CheckpointError

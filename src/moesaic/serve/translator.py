@@ -4,24 +4,22 @@ Letters: B rows, S source length.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from moesaic.checkpoint.full_checkpoint import read_weights
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.errors import CheckpointError, DataError, did_you_mean
-from moesaic.core.shapes import Int, Tensor
+from moesaic.core.shapes import Tensor
+from moesaic.core.yaml_reader import read_yaml_file
 from moesaic.corpus.languages import resolve_language
 from moesaic.data.batch import PAD, Batch
-from moesaic.data.copy_units import SlottedText
 from moesaic.data.tokenizer import EOS, Tokenizer
 from moesaic.model.beam_search import Greedy, Hypothesis, Search
 from moesaic.model.config import ModelConfig
-from moesaic.model.copy_constraint import CopyConstraint
 from moesaic.model.generate import SUPPRESSED_TOKENS, DecodingRules, generate
 from moesaic.model.repetition import is_loop
 from moesaic.model.transformer import Transformer
@@ -152,7 +150,7 @@ class Translator:
                 tag=tag.to(self._device),
                 search=search or Greedy(),
                 max_tokens=max_tokens.to(self._device),
-                rules=self._copy_rules([rows[i] for i in batch], max_tokens),
+                rules=self._rules,
             )
             for i, hypotheses in zip(batch, generated, strict=True):
                 results[i] = self._to_result(hypotheses, source=rows[i])
@@ -179,8 +177,7 @@ class Translator:
         """
         codes = self._language_code(source), self._language_code(target)
         tag = self.tokenizer.language_token_id(codes[1])
-        encoded = self.tokenizer.encode_with_copies(targets)
-        outputs = [found.ids[: self.limits.max_target] for found in encoded]
+        outputs = [ids[: self.limits.max_target] for ids in self.tokenizer.encode_batch(targets)]
         inputs = [row.ids for row in self._encode_sources(sources, codes)]
         if self.model.config.encoder.layers:
             target_in = [[tag, *ids] for ids in outputs]
@@ -244,8 +241,8 @@ class Translator:
         tagged = codes[1] if self.model.config.encoder.layers else codes[0]
         tag, limit = self.tokenizer.language_token_id(tagged), self.limits.max_source
         return [
-            _EncodedSource((tag, *found.ids[:limit], EOS), len(found.ids) > limit, found.slotted)
-            for found in self.tokenizer.encode_with_copies([text.strip() for text in texts])
+            _EncodedSource((tag, *ids[:limit], EOS), truncated=len(ids) > limit)
+            for ids in self.tokenizer.encode_batch([text.strip() for text in texts])
         ]
 
     def _batches(self, rows: Sequence["_EncodedSource"]) -> Iterator[list[int]]:
@@ -260,23 +257,10 @@ class Translator:
     def _max_new_tokens(self, row: "_EncodedSource") -> int:
         return min(self.limits.max_target, round(self.limits.max_length_ratio * len(row.ids)) + 16)
 
-    def _copy_rules(
-        self, rows: Sequence["_EncodedSource"], max_tokens: Int[Tensor, "B"]
-    ) -> DecodingRules:
-        """Return the rules of a batch: an answer copies the placeholders of its source."""
-        if not self.tokenizer.copies.ids:
-            return self._rules
-        units = [row.slotted.units for row in rows]
-        limit = max_tokens.to(self._device)
-        constraint = CopyConstraint(self.tokenizer.copies, units=units, max_tokens=limit)
-        return replace(self._rules, processors=(*self._rules.processors, constraint))
-
     def _to_result(
         self, hypotheses: Sequence[Hypothesis], *, source: "_EncodedSource"
     ) -> TranslationResult:
-        all_texts = tuple(
-            Alternative(self.tokenizer.decode(h.ids, source.slotted), h.score) for h in hypotheses
-        )
+        all_texts = tuple(Alternative(self.tokenizer.decode(h.ids), h.score) for h in hypotheses)
         best = hypotheses[0]
         return TranslationResult(
             all_texts[0].text,
@@ -302,7 +286,6 @@ def token_text(tokenizer: Tokenizer, index: int) -> str:
 class _EncodedSource:
     ids: tuple[int, ...]
     truncated: bool
-    slotted: SlottedText
 
 
 def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
@@ -312,10 +295,7 @@ def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 
 
 def _read_config(run: RunDir) -> dict[str, object]:
-    try:
-        config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{run.config}: not valid YAML: {error}") from error
+    config = read_yaml_file(run.config)
     if not isinstance(config, dict):
         raise CheckpointError(f"{run.config}: expected a mapping, found {type(config).__name__}")
     return config

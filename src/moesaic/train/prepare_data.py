@@ -73,6 +73,13 @@ class PreparedData:
     corpus_name: str = ""
     corpus_fingerprint: str = ""
 
+    def facts(self) -> dict[str, str]:
+        """Return the fingerprints of what every rank must read."""
+        return {
+            "fingerprint of the tokenizer": self.tokenizer.fingerprint,
+            "fingerprint of the token shards": self.shards.fingerprint,
+        }
+
 
 def prepare_data(run: Run, *, run_dir: RunDir, world: World, notify: Notify) -> PreparedData:
     """Build or open the corpus, then the run directory's tokenizer, then the cached shards.
@@ -85,6 +92,8 @@ def prepare_data(run: Run, *, run_dir: RunDir, world: World, notify: Notify) -> 
         notify("opening the corpus")
         whole = open_run_corpus(run.corpus, run_dir=run_dir)
         corpus = CorpusSubset.of(whole, languages=run.languages)
+        for sentence in corpus.describe_empty_splits():
+            notify(sentence)
         write_text_rules(run_dir.text_rules, corpus.text_rules)
         tokenizer = _load_or_train_tokenizer(run, corpus=corpus, run_dir=run_dir, notify=notify)
         notify("opening the token shards (they are written the first time)")

@@ -110,15 +110,16 @@ class BuiltCorpus(CorpusSource):
 
 
 class CorpusFolder(CorpusSource):
-    """An existing corpus directory (with a ``corpus.json``)."""
+    """An existing corpus: its directory, or its name among the corpora in the data home."""
 
     path: str
 
     def open(self) -> Corpus:
-        return Corpus.open(Path(self.path))
+        return Corpus.open(self.folder())
 
     def folder(self) -> Path:
-        return Path(self.path)
+        named = corpora_dir() / self.path
+        return named if not Path(self.path).exists() and named.is_dir() else Path(self.path)
 
 
 class CheckpointConfig(Config):

@@ -8,11 +8,14 @@ from typing import Any, cast
 
 import torch
 
+from moesaic.checkpoint.checkpoint_directory import read_manifest
 from moesaic.checkpoint.full_checkpoint import config_differences, read_state, require_same_config
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.config_upgrade import upgrade_config
+from moesaic.core.errors import ConfigError
 from moesaic.core.files import atomic_write
 from moesaic.data.loader import DataReplica, Loader
+from moesaic.distributed.compare_ranks import require_same_on_all_ranks, version_facts
 from moesaic.distributed.flight_recorder import mark_phase
 from moesaic.distributed.initialize import init_distributed
 from moesaic.distributed.rank0 import run_on_rank0
@@ -25,7 +28,13 @@ from moesaic.train.loop import StopReason, TrainingResult, training_loop
 from moesaic.train.prepare_data import PreparedData, prepare_data
 from moesaic.train.random_state import seed_rank
 from moesaic.train.record_directions import record_directions
-from moesaic.train.resume import CHANGEABLE_KEYS, REPORTED_KEYS, START_FRESH, Resume
+from moesaic.train.resume import (
+    CHANGEABLE_KEYS,
+    REPORTED_KEYS,
+    START_FRESH,
+    Resume,
+    learning_rate_jump,
+)
 from moesaic.train.routing_hooks import RouterHealthHook, RoutingProbeHook, RoutingTraceHook
 from moesaic.train.run import Run
 from moesaic.train.run_checks import check_run
@@ -61,6 +70,7 @@ def train(
     check_run(run)
     run_dir, started = RunDir(Path(out)), time.monotonic()
     with init_distributed(timeout_s=run.collective_timeout_s) as world:
+        _compare_ranks({**run.to_dict(), "until": until}, world=world)
         losses = tuple(f"train/loss/{weighted.task.name}" for weighted in run.mixture.tasks)
         status = RunStatus(steps=run.steps, losses=losses)
         display = progress(status) if world.rank == 0 else no_progress(status)
@@ -68,6 +78,7 @@ def train(
         _note_all(display, start["notes"])
         mark_phase("preparing the data")
         prepared = prepare_data(run, run_dir=run_dir, world=world, notify=display.note)
+        require_same_on_all_ranks(prepared.facts(), world=world, what="data")
         record = partial(record_directions, run, prepared=prepared, run_dir=run_dir)
         _note_all(display, run_on_rank0(world, record))
         mark_phase("making the model")
@@ -102,6 +113,12 @@ def train(
         )
 
 
+def _compare_ranks(config: dict[str, Any], *, world: World) -> None:
+    mark_phase("comparing the ranks")
+    require_same_on_all_ranks(version_facts(), world=world, what="software")
+    require_same_on_all_ranks(config, world=world, what="config")
+
+
 def make_trainer(run: Run, *, prepared: PreparedData, world: World) -> Trainer:
     """Return a trainer of a run on its prepared data."""
 
@@ -133,7 +150,7 @@ def standard_hooks(trainer: Trainer, *, run_dir: RunDir) -> list[Hook]:
     """Return the hooks of every run that come before the metrics log."""
     return [
         ValidationHook(),
-        RouterHealthHook(run_dir.usage, trainer=trainer),
+        RouterHealthHook(run_dir.usage, trainer=trainer, findings=run_dir.health),
         RoutingTraceHook(run_dir.routes),
         RoutingProbeHook(run_dir.routing_snapshots),
         StragglerHook(),
@@ -150,6 +167,7 @@ def _open_run_dir(run_dir: RunDir, *, run: Run, resume: Resume) -> dict[str, Any
         require_same_config(saved, current=current, where=path, ignored=ignored)
         changed = config_differences(saved, current).items()
         notes += [f"{k}: was {a}, now {b}" for k, (a, b) in changed if k.startswith(REPORTED_KEYS)]
+        notes += learning_rate_jump(saved, run=run, step=read_manifest(path).step)
         tokenizer = RunDir(path.parent.parent).tokenizer
         if not run_dir.tokenizer.is_file() and tokenizer.is_file():
             atomic_write(run_dir.tokenizer, tokenizer.read_bytes())
@@ -158,9 +176,16 @@ def _open_run_dir(run_dir: RunDir, *, run: Run, resume: Resume) -> dict[str, Any
 
 
 def _saved_config(checkpoint: Path) -> dict[str, Any]:
-    """Return the run config in a checkpoint, with the present names."""
+    """Return the run config in a checkpoint, with the present names.
+
+    A key that is new since then has its default. Of a config that is not valid now, the plain
+    values are returned, so that the differences can be named.
+    """
     upgraded, _ = upgrade_config(read_state(checkpoint)["config"])
-    return cast("dict[str, Any]", upgraded)
+    try:
+        return Run.from_dict(cast("dict[str, Any]", upgraded)).to_dict()
+    except ConfigError:
+        return cast("dict[str, Any]", upgraded)
 
 
 def _note_all(display: ProgressDisplay, sentences: Iterable[str]) -> None:
@@ -175,8 +200,11 @@ def _final_notes(trainer: Trainer, *, run_dir: RunDir, stop_reason: StopReason) 
         most = sorted(skipped.items(), key=lambda item: -item[1])[:4]
         directions = ", ".join(f"{direction} {count:,}" for direction, count in most)
         limits = f"loader.max_source={loader.max_source}, max_target={loader.max_target}"
-        total = sum(skipped.values())
-        yield f"{total:,} rows were over {limits} tokens and left out: {directions}"
+        total, drawn = sum(skipped.values()), trainer.data.num_draws
+        yield (
+            f"{total:,} of {drawn:,} rows drawn ({100 * total / max(1, drawn):.1f} %) were over "
+            f"{limits} tokens and left out: {directions}"
+        )
     if stop_reason.startswith("SIG"):
         yield f"{stop_reason}: saved after step {trainer.step:,}. {_resume_hint(run_dir)}"
 

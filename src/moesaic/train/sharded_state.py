@@ -7,8 +7,8 @@ be loaded under any other.
 from pathlib import Path
 
 from moesaic.checkpoint.block_index import read_index
-from moesaic.checkpoint.checkpoint_directory import read_manifest
 from moesaic.checkpoint.full_checkpoint import read_snapshot
+from moesaic.checkpoint.manifest import read_manifest
 from moesaic.checkpoint.sharded_checkpoint import load_sharded
 from moesaic.checkpoint.snapshot import Snapshot, TensorOrShard
 from moesaic.distributed.world import World

@@ -38,6 +38,7 @@ class SyntheticBatches(ABC):
 
     def __init__(self, *, shard: int = 0, num_shards: int = 1) -> None:
         self.skipped: dict[str, int] = {}
+        self.num_draws = 0
         self.drawn = 0
         self._shard, self._num_shards = shard, num_shards
 

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.ops.grouped_gemm import GATED_ACTIVATIONS, ActivationFunction, FeedForwardWeights
-from moesaic.ops.moe_kernel import Edges, KernelShape, MoEKernel
+from moesaic.ops.moe_kernel import Edges, FusedMemory, KernelShape, MoEKernel
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATION_CODES = {"relu": 0, "relu2": 1, "gelu": 2, "swiglu": 3}
@@ -114,10 +114,7 @@ class CPUMoEKernel:
         return _FusedMoE.apply(*inputs, _sort_edges(edges), options)
 
     def saved_activations(self, shape: KernelShape) -> float:
-        """The pre-activation of edges that are not dropped, the weight, and three int64 indices."""
-        if shape.bias:
-            return self.fallback.saved_activations(shape)
-        return shape.live_share * shape.width + 1 + 3 * 2
+        return FusedMemory().saved_activations(shape)
 
 
 def supports(x: Tensor, *, weights: FeedForwardWeights, activation: ActivationFunction) -> bool:

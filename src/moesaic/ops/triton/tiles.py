@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moesaic.core.files import read_json
+from moesaic.core.file_reader import MIB, FileKind, read_json
 
 TABLE = Path(__file__).with_name("tiles.json")
 ROW_TILE_OPS = ("up", "down", "down_dgrad", "up_dgrad")  # these share one schedule of row tiles
@@ -36,6 +36,7 @@ class Tile:
     tma: bool = False
 
 
+TILES_FILE = FileKind(name="table of tiles", max_bytes=MIB)
 Tiles = dict[str, Tile]
 
 
@@ -62,7 +63,7 @@ def gpu_architecture(device: torch.device) -> str:
 @cache
 def load_table(path: Path = TABLE) -> dict[str, dict[str, dict[str, Tiles]]]:
     """Return architecture -> dtype kind -> regime -> operation -> ``Tile``."""
-    return parse_table(read_json(path))
+    return parse_table(read_json(path, TILES_FILE))
 
 
 def parse_table(raw: dict[str, Any]) -> dict[str, dict[str, dict[str, Tiles]]]:

@@ -1,0 +1,235 @@
+"""Printing corpora: counts with their shares, samples of pairs, and dropped rows."""
+
+from typing import Any
+
+from rich.console import Console
+
+from moesaic.cli.deferred_imports import deferred
+from moesaic.cli.shared_options import print_table
+from moesaic.cli.styled_text import styled
+
+with deferred():
+    from moesaic.core.units import show_count
+    from moesaic.corpus.corpus import Corpus
+    from moesaic.corpus.corpus_stats import CorpusStats, corpus_stats
+
+_MAX_DIRECTIONS = 20
+_MAX_SOURCES = 12
+_MAX_NAMES = 8
+_SIZE_THRESHOLDS = (1_000, 10_000, 100_000)
+
+
+def show_built(corpus: Corpus, console: Console) -> None:
+    """Print the size of a new corpus, and packages that were unavailable."""
+    console.print(
+        styled(
+            "[bold]{name}[/]: {pairs:,} pairs, {languages} languages, in {path}",
+            name=corpus.name,
+            pairs=corpus.manifest["pairs"],
+            languages=len(corpus.languages),
+            path=corpus.path,
+        )
+    )
+    found = corpus_stats(corpus)
+    for text in found.texts:
+        console.print(f"text in {text.language}: {text.kept:,} of {_rows(text.read)}")
+    _show_missing(found, console)
+    for sentence in corpus.describe_empty_splits():
+        console.print(styled("[yellow]{sentence}[/]", sentence=sentence))
+    if sum(found.dropped.values()):
+        console.print(f"dropped rows: moesaic data dropped {corpus.path}", style="dim")
+
+
+def show_stats(corpus: Corpus, console: Console, *, every: bool = False) -> None:
+    """Print counts of a corpus: the largest directions and sources, or all (``every``)."""
+    found = corpus_stats(corpus)
+    console.print(
+        styled(
+            "[bold]{name}[/]: {kept:,} of {read:,} pairs read are kept ({share})",
+            name=found.name,
+            kept=found.kept,
+            read=found.read,
+            share=_share(found.kept, found.read),
+        )
+        if found.directions or not found.texts
+        else styled("[bold]{name}[/]: text in one language", name=found.name)
+    )
+    sizes = {n: found.num_directions_with(n) for n in _SIZE_THRESHOLDS}
+    parts = "".join(f", {count} with {n:,} pairs or more" for n, count in sizes.items() if count)
+    if found.directions:
+        console.print(f"directions: {len(found.directions)}{parts}")
+    for split, packages in found.domains.items():
+        console.print(
+            styled(
+                "[cyan]{split}[/] is held out: {packages} "
+                "[dim](moesaic eval RUN --split {split})[/]",
+                split=split,
+                packages=", ".join(packages),
+            )
+        )
+    _show_missing(found, console)
+    for sentence in corpus.describe_empty_splits():
+        console.print(styled("[yellow]{sentence}[/]", sentence=sentence))
+    console.print()
+    if found.directions:
+        _show_directions(found, console, count=len(found.directions) if every else _MAX_DIRECTIONS)
+    if found.texts:
+        _show_texts(found, console)
+    if found.dropped:
+        _show_dropped(found, console)
+    sources = corpus.manifest["sources"]
+    _show_sources(sources, console, count=len(sources) if every else _MAX_SOURCES)
+
+
+def show_pairs(rows: list[dict[str, Any]], codes: tuple[str, str], console: Console) -> None:
+    """Print pairs with their origins."""
+    cells = (
+        (r["source"], r["target"], styled("[dim]{origin}[/]", origin=r["origin"])) for r in rows
+    )
+    print_table(console, (*codes, "origin"), cells, align="lll")
+
+
+def show_dropped_rows(
+    rows: list[dict[str, Any]], reasons: dict[str, str], console: Console
+) -> None:
+    """Print dropped rows by reason, each with what the reason means."""
+    if not rows:
+        console.print("no such row was dropped")
+    for reason in dict.fromkeys(row["reason"] for row in rows):
+        console.print(
+            styled("[cyan]{name}[/]: {why}", name=reason, why=reasons.get(reason, "see the source"))
+        )
+        cells = [
+            (
+                row["direction"],
+                row["source"],
+                row["target"],
+                styled("[dim]{origin}[/]", origin=row["origin"]),
+                styled("[dim]kept: {kept}[/]", kept=row["kept"]) if row["kept"] else "",
+            )
+            for row in rows
+            if row["reason"] == reason
+        ]
+        print_table(console, ("",) * 5, cells, align="lllll")
+
+
+def _show_directions(found: CorpusStats, console: Console, *, count: int) -> None:
+    rows = []
+    for d in found.directions[:count]:
+        reasons = sorted(d.dropped.items(), key=lambda item: -item[1])[:3]
+        counts = (d.read, d.kept, *(d.splits[name].pairs for name in found.splits))
+        rows.append(
+            (
+                f"{d.source}-{d.target}",
+                *map(_short_count, counts[:2]),
+                _share(d.kept, d.read),
+                *map(_short_count, counts[2:]),
+                ", ".join(f"{name} {show_count(n)}" for name, n in reasons),
+            )
+        )
+    totals = [_short_count(n) for n in (found.read, found.kept)]
+    parts = map(_short_count, found.splits.values())
+    share = _share(found.kept, found.read)
+    rows.append((styled("[bold]all[/]"), *totals, share, *parts, ""))
+    columns = ("direction", "read", "kept", "share", *found.splits, "dropped, mostly for")
+    print_table(console, columns, rows, align="l" + "r" * (len(columns) - 2) + "l")
+    if len(found.directions) > count:
+        left = len(found.directions) - count
+        console.print(f"and {left} smaller ones: --all shows them", style="dim")
+    if found.too_small:
+        names = sorted(found.too_small, key=lambda name: -found.too_small[name])
+        console.print(f"too small to keep: {_abbreviate_names(names)}", style="dim")
+
+
+def _show_texts(found: CorpusStats, console: Console) -> None:
+    names = list(found.texts[0].splits)
+    rows = []
+    for text in found.texts:
+        reasons = sorted(text.dropped.items(), key=lambda item: -item[1])[:3]
+        rows.append(
+            (
+                text.language,
+                *map(_short_count, (text.read, text.kept)),
+                _share(text.kept, text.read),
+                *(_short_count(text.splits[name]) for name in names),
+                ", ".join(f"{name} {show_count(n)}" for name, n in reasons),
+            )
+        )
+    columns = ("text in", "read", "kept", "share", *names, "dropped, mostly for")
+    print_table(console, columns, rows, align="l" + "r" * (len(columns) - 2) + "l")
+
+
+def _show_dropped(found: CorpusStats, console: Console) -> None:
+    console.print(styled("\n[bold]dropped[/] [dim](share of all rows read)[/]"))
+    read = found.read + sum(text.read for text in found.texts)
+    rows = (
+        (
+            styled("[cyan]{name}[/]", name=name),
+            f"{count:,}",
+            styled("[dim]{share}[/]", share=_share(count, read)),
+            found.reasons[name],
+        )
+        for name, count in found.dropped.items()
+    )
+    print_table(console, ("",) * 4, rows, align="lrrl")
+
+
+def _show_sources(sources: dict[str, dict[str, Any]], console: Console, *, count: int) -> None:
+    console.print(
+        styled("\n[bold]sources[/] [dim](a pair counts for the first source that has it)[/]")
+    )
+    largest = sorted(sources.items(), key=lambda item: (-item[1]["pairs"], item[0]))
+    pairs = sum(about["pairs"] for about in sources.values())
+    rows = (
+        (
+            styled("[cyan]{name}[/]", name=name),
+            _counted(about),
+            styled("[dim]{share}[/]", share=_share(about["pairs"], pairs) if pairs else ""),
+            about["licence"],
+            styled("[dim]{version}[/]", version=about["version"]),
+        )
+        for name, about in largest[:count]
+    )
+    print_table(console, ("",) * 5, rows, align="lrrll")
+    if len(largest) > count:
+        console.print(f"and {len(largest) - count} smaller ones: --all shows them", style="dim")
+
+
+def _show_missing(found: CorpusStats, console: Console) -> None:
+    for what, why in (
+        (found.missing, "were unavailable and are not in it"),
+        (found.empty, "had no row and are left out"),
+    ):
+        if what:
+            console.print(
+                styled(
+                    "[yellow]{count} packages or files {why}[/]: {names}",
+                    count=len(what),
+                    why=why,
+                    names=_abbreviate_names(list(what)),
+                )
+            )
+
+
+def _abbreviate_names(names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more
+
+
+def _short_count(count: int) -> str:
+    """Format with all digits up to 9,999, then shortened (--json has exact counts)."""
+    return f"{count:,}" if count < 10_000 else show_count(count)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def _counted(about: dict[str, Any]) -> str:
+    """Return the pairs of a source, or its rows of text where it has no pairs."""
+    texts = about.get("texts", 0)
+    return f"{_rows(texts)} of text" if texts and not about["pairs"] else f"{about['pairs']:,}"
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row" + "s" * (count != 1)
