@@ -39,6 +39,13 @@ def test_both_sides_of_a_pair_number_their_slots_alike() -> None:
     assert source.restore(target.text) == "https://x.org: {name} hat %(count)d Dateien"
 
 
+def test_text_beside_a_unit_does_not_become_a_part_of_it() -> None:
+    source = insert_slots("Go to https://x.org with %1", slots=8)
+    assert source.restore(f"Auf{B}klicken, {A}0") == "Auf https://x.org klicken, %1 0"
+    assert source.restore(f"{B}{A}") == "https://x.org %1"
+    assert source.restore(f"「{B}」を{A}で") == "「https://x.org」を%1で"
+
+
 def test_unnumbered_arguments_are_taken_in_order() -> None:
     units = insert_slots("%s has %d of {x} and %s", slots=8).units
     assert units == (

@@ -10,8 +10,10 @@ both sides of a pair, which have the same keys, number them alike without knowin
 a text on its own (denoising, shards) has them too.
 """
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from moesaic.corpus.placeholders import Placeholder, find_placeholders
 
@@ -40,10 +42,34 @@ class SlottedText:
     units: tuple[CopyUnit, ...] = ()
 
     def restore(self, text: str) -> str:
-        """Return ``text`` with the units in place of their slots."""
+        """Return ``text`` with the units in place of their slots.
+
+        A unit gets spaces around it where the text beside it would change it (a URL before a
+        letter); that is never so in the text that the units are from.
+        """
         if not self.units:
             return text
-        return text.translate({FIRST_SLOT + i: unit.text for i, unit in enumerate(self.units)})
+        pieces = re.split(f"([{chr(FIRST_SLOT)}-{chr(FIRST_SLOT + len(self.units) - 1)}])", text)
+        pieces[1::2] = [self.units[ord(slot) - FIRST_SLOT].text for slot in pieces[1::2]]
+        joined = "".join(pieces)
+        exact = {(found.start, found.end) for found in find_placeholders(joined)}
+        ends = list(accumulate(map(len, pieces)))
+        for i in range(1, len(pieces), 2):
+            if (ends[i - 1], ends[i]) not in exact:
+                before, after = pieces[i - 1], pieces[i + 1]
+                starts, last = i == 1 and not before, i + 2 == len(pieces) and not after
+                pieces[i - 1] = before + " " * (not starts and not before[-1:].isspace())
+                pieces[i + 1] = " " * (not last and not after[:1].isspace()) + after
+        return "".join(pieces)
+
+    def restrict(self, part: str) -> "SlottedText":
+        """Return ``part`` of the text, with the units that it has the slots of.
+
+        The numbers stay, so a unit whose slot is elsewhere has the count 0.
+        """
+        counts = [part.count(chr(FIRST_SLOT + i)) for i in range(len(self.units))]
+        units = (replace(u, count=c) for u, c in zip(self.units, counts, strict=True))
+        return SlottedText(part, tuple(units))
 
 
 def slot_characters(count: int) -> tuple[str, ...]:

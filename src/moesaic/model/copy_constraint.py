@@ -8,12 +8,14 @@ Letters: B sources, R hypotheses, L tokens generated so far, V vocabulary, S slo
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.data.copy_units import CopyUnit
 from moesaic.data.tokenizer import EOS, CopyTokens
+from moesaic.model.generate import DecodingRules
 
 
 class CopyConstraint:
@@ -64,3 +66,17 @@ class CopyConstraint:
         written = ids[:, :, None] == self._ids  # [R, L, C]
         used = torch.zeros_like(needed)
         return needed - used.index_add_(1, self._slots, written.sum(1))
+
+
+def copy_rules(
+    rules: DecodingRules,
+    tokens: CopyTokens,
+    *,
+    units: Sequence[Sequence[CopyUnit]],
+    max_tokens: Int[Tensor, "B"],
+) -> DecodingRules:
+    """Add the constraint to the rules of a batch; without copy units they stay as they are."""
+    if not tokens.ids:
+        return rules
+    constraint = CopyConstraint(tokens, units=units, max_tokens=max_tokens)
+    return replace(rules, processors=(*rules.processors, constraint))
