@@ -6,8 +6,8 @@ text of a slot is put back after decoding. Slots are characters of private use, 
 slots is text: the tokenizer has two pieces per slot, with and without the space before it.
 
 The number of a slot is the rank of its placeholder's key among the distinct keys of the text. So
-both sides of a pair, which have the same keys, number them alike without knowing of each other, and
-a text on its own (denoising, shards) has them too.
+both sides of a pair, which have the same keys, number them alike, and a text on its own (denoising)
+has slots too.
 """
 
 import re
