@@ -68,6 +68,8 @@ def test_bytes_that_are_not_utf8_are_named_with_their_line():
         _read(b"one\n\ntwo \xe9\n")
     with pytest.raises(DataError, match="line 1: not UTF-8"):
         _read("one\ntwo\n".encode("utf-16"))
+    with pytest.raises(DataError, match=r"line 1: not UTF-8.*UTF-16"):
+        _read("Open the file\ntwo\n".encode("utf-16-le"))
 
 
 @pytest.mark.parametrize("suffix", [s for known in REFUSED_FORMATS for s in known.suffixes])
@@ -75,7 +77,7 @@ def test_a_file_that_is_no_text_is_refused_by_its_suffix(tmp_path, suffix):
     for name in (f"a{suffix}", f"A{suffix.upper()}", f"a{suffix}.gz"):
         path = tmp_path / name
         path.write_bytes(gzip.compress(b"Open\n") if name.endswith(".gz") else b"Open\n")
-        with pytest.raises(DataError, match="one on a line.*--as-text"):
+        with pytest.raises(DataError, match=r"one on a line.*--as-text"):
             read_lines_to_translate(path)
         assert read_lines_to_translate(path, as_text=True) == ["Open"]
 

@@ -7,8 +7,8 @@ def test_what_became_of_lines_is_said_with_their_numbers():
     split = TranslationResult(text="a", score=0.0, parts=3, forced_cuts=1)
     short = TranslationResult(text="a", score=0.0, truncated=True)
     assert list(describe_results([plain, plain])) == []
-    said = list(describe_results([plain, cut, split, short, *[cut] * 9]))
-    assert [text for text in said if "length limit" in text] == [
+    sentences = list(describe_results([plain, cut, split, short, *[cut] * 9]))
+    assert [text for text in sentences if "length limit" in text] == [
         "lines 2, 5, 6, 7, 8, 9, 10, 11 and 2 more (10 of 13): the translation was cut off at the "
         "length limit"
     ]
@@ -18,5 +18,5 @@ def test_what_became_of_lines_is_said_with_their_numbers():
         "only the beginning",
         "again and again",
     ):
-        assert sum(word in text for text in said) == 1
-    assert any(text.startswith("line 3 (1 of 13): ") for text in said)
+        assert sum(word in text for text in sentences) == 1
+    assert any(text.startswith("line 3 (1 of 13): ") for text in sentences)

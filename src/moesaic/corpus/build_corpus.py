@@ -11,7 +11,7 @@ from typing import Any
 
 from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import DataError, UserError
-from moesaic.core.files import write_json
+from moesaic.core.files import os_errors_named, write_json
 from moesaic.corpus.cleaning import CLEANING_RULES
 from moesaic.corpus.corpus import Corpus, file_entry, text_file
 from moesaic.corpus.corpus_manifest import CORPUS_FORMAT, CORPUS_MANIFEST
@@ -72,6 +72,11 @@ def build_corpus(
     try:
         _CorpusBuilder(recipe, work, listener, workers).run()
         _publish(work, root)
+    except OSError as error:
+        if error.filename is not None:  # of a user's file, perhaps; a failed write has no name
+            raise
+        with os_errors_named(root, action="cannot be written"):
+            raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     corpus = Corpus.open(root)

@@ -6,6 +6,7 @@ from typing import Any
 
 from moesaic.checkpoint.full_checkpoint import read_weights
 from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.run_record import require_plugins, require_unchanged
 from moesaic.checkpoint.trained_directions import TrainedDirections, read_trained_directions
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
@@ -38,6 +39,8 @@ def open_run(path: Path, *, weights: Path | None = None, device: str = "cpu") ->
     if weights is None:
         run.require_model()
         weights = run.model
+    require_plugins(run)
+    require_unchanged(run)
     config = _read_config(run)
     if not isinstance(config.get("model"), dict):
         raise CheckpointError(f"{run.config}: it has no model; is it the config of a run?")

@@ -105,12 +105,6 @@ class SourceReader:
             for text, whole, found in zip(normalised, slotted, parts, strict=True)
         ]
 
-    def count_long(self, texts: Iterable[object]) -> int:
-        """Return how many of the texts have more tokens than the limit."""
-        normalised = [self.normalise(text) for text in require_texts(texts)]
-        slotted = [self._insert_slots(text).text for text in normalised]
-        return sum(length > self._limit for length in self._count(slotted))
-
     def _insert_slots(self, text: str) -> SlottedText:
         return insert_slots(text, slots=self._tokenizer.copies.slots)
 

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from moesaic.core.errors import DataError
-from moesaic.corpus.readers.text_lines import decode_utf8, open_bytes
+from moesaic.corpus.readers.compressed import open_bytes
+from moesaic.corpus.readers.encodings import advise_encoding, looks_like_utf16
+from moesaic.corpus.readers.text_lines import decode_utf8
 
 MAX_INPUT_BYTES = 256 << 20
 _SNIFFED = 1 << 16  # bytes at the beginning that a format is recognised by
-_COMPRESSED = re.compile(r"\.(gz|xz|zst)$", re.IGNORECASE)
+_COMPRESSED = re.compile(r"\.(gz|xz|zst|bz2)$", re.IGNORECASE)
 
 
 def _begins(*starts: bytes) -> Callable[[bytes], bool]:
@@ -122,7 +124,7 @@ REFUSED_FORMATS = (
     ),
     RefusedFormat(
         "compressed data",
-        (".bz2",),
+        (),
         _begins(b"\x1f\x8b", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"BZh"),
     ),
 )
@@ -153,13 +155,13 @@ def read_stream_to_translate(
         head = content[:_SNIFFED].removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
         found = next((known for known in REFUSED_FORMATS if known.recognises(head)), None)
         _refuse(found, where=name)
-    lines = content.split(b"\n")
+    if looks_like_utf16(content[:_SNIFFED].partition(b"\n")[0]):
+        advice = advise_encoding(content[:_SNIFFED], at=0)
+        raise DataError(f"{name}, line 1: not UTF-8 (it has a NUL beside each letter); {advice}")
+    lines = decode_utf8(content, path=name).split("\n")
     if not lines[-1]:
         lines.pop()
-    return [
-        decode_utf8(line, path=name, line=number).removesuffix("\r")
-        for number, line in enumerate(lines, start=1)
-    ]
+    return [line.removesuffix("\r") for line in lines]
 
 
 def _by_suffix(path: Path) -> RefusedFormat | None:

@@ -53,7 +53,7 @@ _NOTES: tuple[tuple[str, Callable[[TranslationResult], bool]], ...] = (
 
 
 def describe_results(results: Sequence[TranslationResult]) -> Iterator[str]:
-    """Yield a sentence for each thing to know about results, with the numbers of their lines."""
+    """Yield a sentence for each limit or fault that results met, with their lines' numbers."""
     for what, is_true in _NOTES:
         lines = [number for number, result in enumerate(results, start=1) if is_true(result)]
         if lines:

@@ -146,11 +146,6 @@ class Translator:
         results = self.translate(texts, source=source, target=target, search=search)
         return [result.text for result in results]
 
-    def count_truncated(self, texts: Sequence[str], *, source: str, target: str) -> int:
-        """Return how many of the texts are longer than the model reads at once."""
-        self._language_code(source), self._language_code(target)
-        return self._reader.count_long(texts)
-
     def is_trained(self, source: str, target: str) -> bool | None:
         """Return whether the model was trained in a direction; None without a record of it.
 
