@@ -45,11 +45,11 @@ def translate(
     *,
     source: Annotated[str, typer.Option("--from", help="Source language, any spelling.")] = "en",
     target: Annotated[str, typer.Option("--to", help="Target language, any spelling.")],
-    beam: Annotated[int, typer.Option(min=1, help="Beam size; 1 is greedy.")] = 4,
+    beam: Annotated[int, typer.Option(min=1, max=1024, help="Beam size; 1 is greedy.")] = 4,
     length_penalty: Annotated[
         float, typer.Option(help="Scores are divided by length to this power.")
     ] = 1.0,
-    n_best: Annotated[int, typer.Option(min=1, help="How many translations of each line.")] = 1,
+    n_best: Annotated[int, typer.Option(min=1, max=1024, help="Translations of each line.")] = 1,
     experts: Annotated[
         bool, typer.Option("--experts", help="Show the experts of each token.")
     ] = False,

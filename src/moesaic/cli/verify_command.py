@@ -56,9 +56,10 @@ def verify(
     which: RecipeArgument,
     *,
     world_size: Annotated[
-        int, typer.Option(min=2, help="Largest number of ranks; its divisors are tried too.")
+        int,
+        typer.Option(min=2, max=64, help="Most ranks; its divisors are tried too."),
     ] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps under each plan.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, max=10_000, help="Steps under each plan.")] = 3,
     choice: Annotated[
         PlanChoice,
         typer.Option(
@@ -67,7 +68,9 @@ def verify(
         ),
     ] = PlanChoice.PAIRS,
     changes: SetOption = None,
-    timeout_s: Annotated[float, typer.Option(min=1, help="Seconds that one plan may take.")] = 120,
+    timeout_s: Annotated[
+        float, typer.Option(min=1, max=10**6, help="Seconds that one plan may take.")
+    ] = 120,
     out: Annotated[Path | None, typer.Option(help="Write the matrix there, as Markdown.")] = None,
     files: UseOption = None,
     as_json: JsonOption = False,

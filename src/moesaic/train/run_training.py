@@ -83,7 +83,7 @@ def train(
         log = MetricsLogHook(writer=_open_writers(trainer, run_dir=run_dir), progress=display)
         save = CheckpointHook(run_dir.checkpoints, flush=log.flush)
         try:
-            until = min(until or run.steps, run.steps)
+            until = run.steps if until is None else min(until, run.steps)
             stop_reason = training_loop(trainer, hooks=[*standard, log, *hooks, save], until=until)
             tokens = trainer.metrics.total_tokens(world)
             mark_phase("export")
