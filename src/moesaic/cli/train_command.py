@@ -62,6 +62,12 @@ def train(
     import_user_files(files)
     if which is None and resume in (None, "auto"):
         raise UserError("nothing to train: name a recipe, a config.yaml, or --resume DIR")
+    if which is None and Path(str(resume)).parent.name == "checkpoints":
+        run_dir, step = Path(str(resume)).parent.parent, Path(str(resume)).name
+        raise UserError(
+            f"{resume} is a checkpoint: name its run too, and a new directory, as in "
+            f"`moesaic train {run_dir} --resume {run_dir}/checkpoints/{step} --out runs/NAME`"
+        )
     run = find_recipe(which or str(resume), changes=changes or [])
     folder = out or (Path("runs") / run.name if which else Path(str(resume)))
     result = run_training(

@@ -26,7 +26,7 @@ from moesaic.cli.user_files import import_user_files
 
 with deferred():
     from moesaic.checkpoint.routes_file import RoutesWriter
-    from moesaic.core.errors import DataError
+    from moesaic.core.errors import DataError, UserError
     from moesaic.corpus.readers.text_lines import read_lines
     from moesaic.model.beam_search import Beam, Greedy, Search
     from moesaic.serve.translation_routing import translation_routes
@@ -45,7 +45,9 @@ def translate(
     *,
     source: Annotated[str, typer.Option("--from", help="Source language, any spelling.")] = "en",
     target: Annotated[str, typer.Option("--to", help="Target language, any spelling.")],
-    beam: Annotated[int, typer.Option(min=1, max=1024, help="Beam size; 1 is greedy.")] = 4,
+    beam: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Beam size (4); 1 is greedy.")
+    ] = None,
     length_penalty: Annotated[
         float, typer.Option(help="Scores are divided by length to this power.")
     ] = 1.0,
@@ -92,7 +94,13 @@ def translate(
     )
 
 
-def _search(beam: int, *, length_penalty: float, n_best: int) -> Search:
+def _search(beam: int | None, *, length_penalty: float, n_best: int) -> Search:
+    if beam is not None and beam < n_best:
+        raise UserError(
+            f"--n-best {n_best}: a beam of {beam} finds at most {beam}; "
+            f"widen it with --beam {n_best}"
+        )
+    beam = beam or 4
     if beam == 1 and n_best == 1:
         return Greedy()
     return Beam(size=max(beam, n_best), length_penalty=length_penalty, n_best=n_best)
