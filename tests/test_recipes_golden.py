@@ -8,6 +8,7 @@ import pytest
 
 from moesaic.recipes.lookup import RECIPES
 from moesaic.train.run import Run
+from moesaic.train.run_checks import check_run
 
 GOLDEN = Path(__file__).parent / "golden"
 WRITE = os.environ.get("MOESAIC_WRITE_GOLDEN") == "1"
@@ -46,3 +47,15 @@ def test_the_schema_of_a_run_describes_every_recipe_key() -> None:
         assert set(RECIPES(name).to_dict()) == set(schema["properties"])
     assert "Norm.RMSNorm" in schema["$defs"]
     assert "Optimizer.Muon" in schema["$defs"]
+
+
+@pytest.mark.parametrize("steps", [20, 21, 37, 100, 901, 10**4, 10**6])
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_steps_of_every_recipe_can_be_changed(name: str, steps: int) -> None:
+    run = RECIPES(name).override([f"steps={steps}"])
+    check_run(run)
+    some = range(0, steps, max(1, steps // 1000))
+    factors = [run.schedule.lr_factor(step, steps=steps) for step in some]
+    assert max(factors) > 0.99
+    assert run.schedule.lr_factor(steps - 1, steps=steps) < 0.2
+    assert factors.index(max(factors)) <= 0.06 * len(factors) + 1  # warmed up early

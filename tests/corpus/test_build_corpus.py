@@ -1,3 +1,4 @@
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -6,6 +7,7 @@ from similarity import jaccard
 
 from moesaic.core.errors import UserError
 from moesaic.corpus import spill
+from moesaic.corpus import build_corpus as build_corpus_module
 from moesaic.corpus.build_corpus import build_corpus
 from moesaic.corpus.cleaning import CleaningConfig
 from moesaic.corpus.corpus import Corpus
@@ -257,10 +259,44 @@ def test_a_damaged_corpus_is_named(tmp_path: Path, damage: str) -> None:
         "cut": "bytes, expected",
         "gone": "missing",
         "format": "format 99",
-        "json": "cannot",
+        "json": "not a manifest of a corpus",
     }
     with pytest.raises(UserError, match=expected[damage]):
         Corpus.open(tmp_path / "c")
+
+
+def test_a_full_disk_is_said_with_the_folder_and_leaves_the_old_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_corpus(recipe(*german(50)), out=tmp_path / "c")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(build_corpus_module.shutil, "copyfileobj", full)
+    more = SyntheticLanguages(phrases=20)
+    with pytest.raises(UserError, match=r"/c: cannot be written: no space left on device \(free"):
+        build_corpus(recipe(source=more), out=tmp_path / "c")
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    assert Corpus.open(tmp_path / "c").manifest["pairs"] == 50
+
+
+def test_a_corpus_that_cannot_be_put_in_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_corpus(recipe(*german(50)), out=tmp_path / "c")
+    replace_path = Path.replace
+
+    def fail(path: Path, target: Path) -> Path:
+        if ".part-" in path.name:
+            raise OSError(errno.EIO, "I/O error")
+        return replace_path(path, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(UserError, match="cannot be written"):
+        build_corpus(recipe(*german(60)), out=tmp_path / "c")
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    assert Corpus.open(tmp_path / "c").manifest["pairs"] == 50
 
 
 def test_an_altered_file_of_the_same_size_is_found_by_its_hash(tmp_path: Path) -> None:

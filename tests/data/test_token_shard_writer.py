@@ -1,10 +1,13 @@
 """Writing token shards: atomic, cached by fingerprint, reproducible."""
 
+import errno
+import shutil
+
 import numpy as np
 import pytest
 
 import pipeline_cases as cases
-from moesaic.core.errors import DataError
+from moesaic.core.errors import DataError, UserError
 from moesaic.data.token_shard_writer import cached_shards, token_dtype, write_shards
 
 
@@ -23,6 +26,22 @@ class Empty(cases.ToyCorpus):
 
     def iter_texts(self, code, *, split="train"):  # noqa: ARG002
         return iter(())
+
+
+def test_a_full_disk_is_said_with_the_folder_and_leaves_no_files(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(UserError, match="/shards: token shards cannot be written: no space left"):
+        write_shards(cases.ToyCorpus(), cases.tokenizer(), out=tmp_path / "shards")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_where_a_file_is_in_the_way_are_refused_with_a_sentence(tmp_path):
+    (tmp_path / "home").write_text("")
+    with pytest.raises(UserError, match="token shards cannot be written: not a directory"):
+        write_shards(cases.ToyCorpus(), cases.tokenizer(), out=tmp_path / "home/shards")
 
 
 def test_a_failed_write_leaves_no_files(tmp_path):

@@ -18,6 +18,7 @@ from moesaic.moe.cross_layer_router import DecoupledRouting, RecurrentRouting
 from moesaic.moe.dispatch_projection import DownProjection
 from moesaic.moe.expert_bias import BiasUpdate
 from moesaic.moe.expert_capacity import (
+    BatchPriority,
     Capacity,
     PositionPriority,
     Priority,
@@ -60,6 +61,7 @@ VARIANTS = {
     "top2": MoE(experts=4, select=TopK(k=2)),
     "by-position": _capped(PositionPriority()),
     "by-weight": _capped(WeightPriority()),
+    "by-token": _capped(BatchPriority()),
     "random-token-selection": _capped(RandomPriority()),
     "jitter": BALANCED_TOP1.replace(noise=Jitter(epsilon=0.2)),
     "sampled-second": MoE(experts=4, select=Top2(second="sampled")),

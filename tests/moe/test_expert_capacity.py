@@ -7,6 +7,7 @@ import torch
 
 from moesaic.moe.batch_group import SingleRankBatch
 from moesaic.moe.expert_capacity import (
+    BatchPriority,
     Capacity,
     Dropless,
     PositionPriority,
@@ -41,7 +42,7 @@ def _to_one_expert(tokens, weight=None):
     return Routing.from_topk(weight, expert=expert, num_experts=E)
 
 
-PRIORITIES = [PositionPriority(), WeightPriority(), RandomPriority()]
+PRIORITIES = [PositionPriority(), WeightPriority(), BatchPriority(), RandomPriority()]
 
 
 @pytest.mark.parametrize("priority", PRIORITIES, ids=repr)
@@ -83,6 +84,50 @@ def test_by_weight_keeps_the_largest_weights():
     limit = Capacity(factor=1.0, minimum=0, priority=WeightPriority())
     after = _limited(limit, _to_one_expert(12, weight), training=True)
     assert set((~after.dropped).nonzero()[:, 0].tolist()) == set(weight.topk(3).indices.tolist())
+
+
+def batch_priority_by_definition(logits, *, k, capacity):
+    """Algorithm 2 of 2106.05974: all first choices, then second ones, by a token's greatest weight.
+
+    Returns which of the edges [T, K] are kept.
+    """
+    probability = logits.softmax(-1)
+    greatest, choices = probability.max(-1).values, probability.topk(k, dim=-1).indices
+    room, kept = [capacity] * logits.shape[1], torch.zeros(len(logits), k, dtype=torch.bool)
+    for choice in range(k):
+        for token in greatest.argsort(descending=True, stable=True).tolist():
+            expert = int(choices[token, choice])
+            kept[token, choice] = room[expert] > 0
+            room[expert] -= bool(room[expert] > 0)
+    return kept
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_batch_priority_equals_its_definition_with_gradients(k, seed):
+    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    limit = Capacity(factor=0.6, minimum=0, priority=BatchPriority())
+    gate = RouterContext.from_logits(logits, training=True)
+    routing = TopK(k=k, normalise="none")(gate)
+    limited = limit(routing, gate, SingleRankBatch())
+    capacity = limit.expert_capacity(T * k, num_experts=E, factor=0.6)
+    kept = batch_priority_by_definition(logits, k=k, capacity=capacity)
+    assert torch.equal(~limited.dropped.view(T, k), kept)
+    value = torch.randn(T, k, generator=torch.Generator().manual_seed(9))
+    (found,) = torch.autograd.grad((limited.weight.view(T, k) * value).sum(), logits)
+    weight = logits.softmax(-1).topk(k, dim=-1).values
+    (expected,) = torch.autograd.grad((weight * value * kept).sum(), logits)
+    torch.testing.assert_close(found, expected)
+
+
+def test_batch_priority_is_not_the_order_of_weights():
+    logits = torch.randn(400, E, generator=torch.Generator().manual_seed(0))
+    gate = RouterContext.from_logits(logits, training=True)
+    by_token, by_weight = (
+        Capacity(factor=0.6, minimum=0, priority=p)(TopK(k=2)(gate), gate, SingleRankBatch())
+        for p in (BatchPriority(), WeightPriority())
+    )
+    assert 0 < int((by_token.dropped != by_weight.dropped).sum()) < 800
 
 
 def test_at_random_survival_does_not_depend_on_position():

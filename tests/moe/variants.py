@@ -19,6 +19,7 @@ from moesaic.moe.config import MoE
 from moesaic.moe.dispatch_projection import DownProjection
 from moesaic.moe.expert_bias import BiasUpdate
 from moesaic.moe.expert_capacity import (
+    BatchPriority,
     Capacity,
     Dropless,
     PositionPriority,
@@ -75,6 +76,7 @@ LIMITS = {
     "dropless": None,
     "by-position": PositionPriority(),
     "by-weight": WeightPriority(),
+    "by-token": BatchPriority(),
     "at-random": RandomPriority(),
 }
 BALANCES: dict[str, tuple[Balance, ...]] = {

@@ -5,12 +5,19 @@ import numpy as np
 import pytest
 
 from moesaic.monitor.expert_usage import LayerUsage
-from moesaic.monitor.health_rules import HEALTH_RULES, HealthState, LayerInterval, RouterSettings
+from moesaic.monitor.health_rules import HEALTH_RULES, HealthState, LayerInterval
 from moesaic.monitor.router_health import RouterHealthMonitor, summarize_health
+from moesaic.monitor.router_settings import RouterSettings
 
 LANGUAGES = ("deu_Latn", "ces_Latn", "ukr_Cyrl", "amh_Ethi")
 SETTINGS = RouterSettings(
-    LANGUAGES, top_k=1, balance_weight=0.01, z_weight=0.001, capacity_factor=1.25
+    LANGUAGES,
+    top_k=1,
+    balance_weight=0.01,
+    z_weight=0.001,
+    capacity_factor=1.25,
+    balance_terms=("SwitchBalance(weight=0.01)", "RouterZLoss(weight=0.001)"),
+    z_place=1,
 )
 EVEN = [100] * 8
 
@@ -22,7 +29,7 @@ def layer(loads=EVEN, *, dropped=(0, 0, 0, 0), **facts):
 
 
 def check(*intervals, settings=SETTINGS):
-    monitor = RouterHealthMonitor(settings)
+    monitor = RouterHealthMonitor({"encoder.3": settings})
     findings = ()
     for interval in intervals:
         findings = monitor.check_interval([interval])
@@ -68,7 +75,11 @@ CASES = {
         ["expert 0 has 3.9 times"],
     ),
     "not_finite": (layer(router_entropy=math.nan), HealthState.UNSTABLE, ["not finite"]),
-    "exploding_logits": (layer(logit_rms=120.0), HealthState.UNSTABLE, ["size 120", "z-loss"]),
+    "exploding_logits": (
+        layer(logit_rms=120.0),
+        HealthState.UNSTABLE,
+        ["size 120", "z-loss", "--set model.moe.balance.1.weight=0.003"],
+    ),
     "saturated_router": (layer(router_entropy=0.004), HealthState.UNSTABLE, ["saturated", "0.004"]),
 }
 
@@ -125,14 +136,22 @@ def test_a_run_that_balances_by_bias_gets_no_advice_to_add_a_balance_loss():
     settings = replace(SETTINGS, balance_weight=0.0, bias_rate=0.001)
     (finding,) = check(COLLAPSED, COLLAPSED, settings=settings)
     assert "the bias moves 0.001 a step" in finding.cause
-    assert "BiasUpdate(rate=0.003)" in finding.advice
+    assert "--set model.moe.balance.0.rate=0.003" in finding.advice
     assert "SwitchBalance" not in finding.sentence
 
 
-def test_advice_names_the_balance_loss_that_the_run_has():
-    settings = replace(SETTINGS, balance="GlobalBatchBalance")
+def test_advice_names_the_balance_loss_that_the_layer_has():
+    settings = replace(SETTINGS, balance_place=2, moe="model.decoder.moe")
     (finding,) = check(COLLAPSED, COLLAPSED, settings=settings)
-    assert "GlobalBatchBalance(weight=0.03)" in finding.advice
+    assert "--set model.decoder.moe.balance.2.weight=0.03" in finding.advice
+
+
+def test_findings_of_a_stopped_run_last_until_two_good_intervals():
+    (finding,) = check(COLLAPSED, COLLAPSED)
+    monitor = RouterHealthMonitor({"encoder.3": SETTINGS})
+    monitor.restore([finding])
+    assert monitor.check_interval([layer()]) == (finding,)
+    assert monitor.check_interval([layer()]) == ()
 
 
 def test_drops_of_an_uneven_layer_are_traced_to_the_load():
@@ -181,7 +200,8 @@ def test_values_that_are_not_finite_are_reported_at_once():
 
 
 def test_layers_are_checked_apart_and_the_worst_comes_first():
-    monitor = RouterHealthMonitor(SETTINGS)
+    names = ("encoder.3", "decoder.1", "decoder.3")
+    monitor = RouterHealthMonitor(dict.fromkeys(names, SETTINGS))
     bad = replace(CASES["uneven_load"][0], layer="decoder.1")
     for _ in range(2):
         findings = monitor.check_interval([layer(), bad, replace(COLLAPSED, layer="decoder.3")])

@@ -45,6 +45,12 @@ def test_rotary_keeps_the_dtype_and_refuses_odd_heads():
         Rotary().build(dim=8, head_dim=5)
 
 
+def test_an_offset_moves_the_first_position():
+    x = torch.randn(4, 8)
+    moved = Sinusoidal(offset=2).build(dim=8, head_dim=4).add(x, PLACE)
+    assert torch.equal(moved, Sinusoidal().build(dim=8, head_dim=4).add(x, PLACE + 2))
+
+
 def test_sinusoidal_adds_the_wave_of_each_position():
     x = torch.zeros(4, 8)
     wave = Sinusoidal().build(dim=8, head_dim=4).add(x, PLACE)

@@ -6,11 +6,19 @@ import pytest
 
 from moesaic.core.config import Config
 from moesaic.core.errors import ConfigError
-from moesaic.optim.lr_schedule import WSD, Constant, Cosine, InverseSqrt, LinearDecay, LRSchedule
+from moesaic.optim.lr_schedule import (
+    WSD,
+    Constant,
+    Cosine,
+    CosineDecay,
+    InverseSqrt,
+    LinearDecay,
+    LRSchedule,
+)
 
 
 @pytest.mark.parametrize(
-    "schedule", [WSD(), Cosine(), InverseSqrt(warmup=100), Constant(warmup=100)]
+    "schedule", [WSD(warmup=0.1), Cosine(warmup=100), InverseSqrt(warmup=0.1), Constant(warmup=100)]
 )
 def test_warm_up_rises_evenly_to_one(schedule):
     assert schedule.lr_factor(0, steps=1000) == pytest.approx(1 / 100)
@@ -33,6 +41,38 @@ def test_wsd_is_flat_then_decays_over_its_share():
     assert [schedule.lr_factor(s, steps=100) for s in (10, 50, 75)] == [1, 1, 1]
     assert schedule.lr_factor(87, steps=100) == pytest.approx(1 - 0.8 * 12 / 25)
     assert schedule.lr_factor(100, steps=100) == pytest.approx(0.2)
+
+
+def test_shares_scale_with_the_steps_and_numbers_do_not():
+    share, number = WSD(warmup=0.1, decay=0.5), WSD(warmup=10, decay=50)
+    for step in range(100):
+        assert share.lr_factor(step, steps=100) == number.lr_factor(step, steps=100)
+    assert [s.lr_factor(9, steps=1000) for s in (share, number)] == [0.1, 1.0]
+    assert (share.decay_start(1000), number.decay_start(1000)) == (500, 950)
+    assert WSD(warmup=0.05).lr_factor(0, steps=19) == 1  # less than one step
+
+
+@pytest.mark.parametrize("field", ["warmup=1.5", "warmup=-0.1", "decay=1.5", "decay=-1"])
+def test_what_is_neither_a_share_nor_a_number_of_steps_is_refused(field):
+    with pytest.raises(ConfigError):
+        Holder.from_dict({"schedule": f"WSD({field})"})
+
+
+def test_a_cosine_decay_is_half_way_at_half_time():
+    schedule = WSD(warmup=0, decay=0.5, shape=CosineDecay())
+    assert [schedule.lr_factor(s, steps=100) for s in (50, 75)] == [1, pytest.approx(0.5)]
+    assert schedule.lr_factor(60, steps=100) > WSD(
+        warmup=0, decay=0.5, shape=LinearDecay()
+    ).lr_factor(60, steps=100)
+
+
+def test_warm_up_is_one_step_before_that_of_transformers():
+    theirs = [min(1.0, step / 10) for step in range(30)]  # get_constant_schedule_with_warmup
+    ours = [Constant(warmup=10).lr_factor(step, steps=30) for step in range(29)]
+    assert ours == pytest.approx(theirs[1:])
+    theirs = [min(step / 10, (10 / step) ** 0.5 if step else 0.0) for step in range(30)]
+    ours = [InverseSqrt(warmup=10).lr_factor(step, steps=30) for step in range(29)]
+    assert ours == pytest.approx(theirs[1:])
 
 
 def test_one_minus_sqrt_falls_faster_at_first():

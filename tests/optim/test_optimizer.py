@@ -179,3 +179,38 @@ def test_members_are_parsed_from_text():
     assert Holder.from_yaml(config.to_yaml()) == config
     with pytest.raises(ConfigError, match=r"optimizer\.lr: found -1"):
         Holder.from_dict({"optimizer": {"kind": "AdamW", "lr": -1}})
+
+
+FUSED = {
+    "qkv": ("matrix", (6, 3, 3), (12, 8)),  # queries, keys and values of grouped-query attention
+    "up": ("expert", (5, 5), (4, 8, 10)),  # gate and value
+}
+
+
+@pytest.mark.parametrize("scale", [MatchRMSAdamW(), Spectral()], ids=["match-adamw", "spectral"])
+@pytest.mark.parametrize("name", FUSED)
+def test_muon_updates_the_maps_of_a_fused_matrix_as_separate_matrices(name, scale):
+    kind, widths, shape = FUSED[name]
+    dim = 0 if kind == "matrix" else -1
+    make = torch.Generator().manual_seed(0)
+    whole = nn.Parameter(torch.randn(shape, generator=make))
+    parts = {f"{name}.{i}": nn.Parameter(p.clone()) for i, p in enumerate(whole.split(widths, dim))}
+    config = Muon(lr=0.1, scale=scale)
+    fused = config.build([(name, whole)], kinds={name: kind})
+    fused.fused_outputs = {name: widths}
+    apart = config.build(parts.items(), kinds=dict.fromkeys(parts, kind))
+    for _ in range(3):
+        whole.grad = torch.randn(shape, generator=make)
+        for part, grad in zip(parts.values(), whole.grad.split(widths, dim), strict=True):
+            part.grad = grad.clone()
+        fused.step()
+        apart.step()
+    torch.testing.assert_close(whole, torch.cat(list(parts.values()), dim))
+    other = nn.Parameter(whole.detach().clone())
+    plain = config.build([(name, other)], kinds={name: kind})
+    other.grad = whole.grad
+    before = whole.detach().clone()
+    fused.step()
+    plain.step()
+    # as one matrix it would be another update
+    assert torch.cosine_similarity((whole - before).flatten(), (other - before).flatten(), 0) < 0.95

@@ -11,6 +11,8 @@ from moesaic.core.errors import CheckpointError
 from moesaic.evaluate.baselines import copy_source
 from moesaic.evaluate.harness import EvaluationSettings, evaluate
 from moesaic.evaluate.testset import TestSet
+from moesaic.monitor.health_record import RecordedFinding, write_findings
+from moesaic.monitor.health_rules import HealthFinding, HealthState
 from moesaic.report.html_report import write_report
 from moesaic.report.palette import PALETTE
 
@@ -82,7 +84,7 @@ def test_every_section_shows_its_content(text):
     for word in (
         "Japanese", "chrF++", "Loss, nats per token", "Last validation loss by target language",
         "encoder.3", "decoder.1", "Languages clustered by the similarity", "Time by phase",
-        "The whole config", "SwitchBalance", "2.13.0", "findings on the routing", "tok:13a",
+        "The whole config", "SwitchBalance", "2.13.0", "There is no health.json", "tok:13a",
     ):  # fmt: skip
         assert word in text, word
     for rows in SAMPLES.values():
@@ -176,13 +178,21 @@ def test_a_real_evaluation_is_shown(tmp_path):
 
 def test_health_findings_are_sentences(tmp_path):
     run = write_fake_run(tmp_path / "run")
-    usage = json.loads((run / "usage.json").read_text())
-    counts = usage["layers"][1]["counts"]
-    usage["layers"][1]["counts"] = [counts[0]] + [[0] * len(row) for row in counts[1:]]
-    (run / "usage.json").write_text(json.dumps(usage))
+    finding = HealthFinding(
+        "encoder.3", "collapsed", HealthState.COLLAPSING, "collapsed to 1/8 experts", "<b>", "--set"
+    )
+    write_findings(run / "health.json", [RecordedFinding(finding, 40, 90)])
     page = write_report(run).read_text(encoding="utf-8")
-    assert "Layer encoder.3 collapsed to 1/8 experts" in page
-    assert "Likely cause" in page
+    assert "Steps 40 to 90: layer encoder.3 collapsed to 1/8 experts." in page
+    assert "Likely cause: &lt;b&gt;. Try: --set." in page
+    write_findings(run / "health.json", [])
+    assert "found nothing wrong" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_a_run_without_a_record_of_findings_is_not_called_healthy(tmp_path):
+    page = write_report(write_fake_run(tmp_path / "run")).read_text(encoding="utf-8")
+    assert "found nothing wrong" not in page
+    assert "no health.json" in page
 
 
 def test_the_five_house_colours_stand_out_on_both_grounds():

@@ -2,27 +2,15 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
-from moesaic.moe.auxiliary_losses import (
-    Balance,
-    DeviceBalance,
-    EntropyBalance,
-    RouterZLoss,
-    SequenceBalance,
-    SwitchBalance,
-)
-from moesaic.moe.config import MoE, NoMoE
-from moesaic.moe.expert_bias import BiasUpdate
+from moesaic.moe.config import MoE
 from moesaic.moe.expert_capacity import Capacity, PositionPriority, RandomPriority
-from moesaic.moe.expert_selection import TopK
-from moesaic.moe.expert_selection_dynamic import Threshold
 from moesaic.moe.router_context import TokenContext
 from moesaic.monitor.expert_usage import RecordedUsage, read_usage
-from moesaic.monitor.health_rules import RouterSettings
+from moesaic.monitor.health_record import read_findings
 from moesaic.testing.tiny_models import (
     LANGUAGES,
     TinyStream,
@@ -31,14 +19,18 @@ from moesaic.testing.tiny_models import (
     tiny_trainer,
 )
 from moesaic.train.loop import training_loop
-from moesaic.train.routing_hooks import RouterHealthHook, health_check_settings, late_in_queue
+from moesaic.train.routing_hooks import RouterHealthHook, late_in_queue
 from moesaic.train.run import LogConfig
 
 
 def _watch(path: Path, world: World) -> None:
     run = tiny_run(log=LogConfig(every=4, routing_stats_every=2))
     trainer = tiny_trainer(run, world=world)
-    training_loop(trainer, hooks=[RouterHealthHook(path, trainer=trainer)], until=6)
+    training_loop(
+        trainer,
+        hooks=[RouterHealthHook(path, trainer=trainer, findings=path.with_name("health.json"))],
+        until=6,
+    )
 
 
 def _on_rank(path: Path) -> None:
@@ -80,43 +72,14 @@ def test_a_collapsed_router_is_named_with_its_layer(tmp_path: Path) -> None:
         for parameter in trainer.model.parameters():
             parameter.requires_grad_(requires_grad=False)
         trainer.model.encoder_norm.weight.requires_grad_()
-    training_loop(trainer, hooks=[RouterHealthHook(tmp_path / "r.json", trainer=trainer)], until=4)
+    path = tmp_path / "health.json"
+    hook = RouterHealthHook(tmp_path / "r.json", trainer=trainer, findings=path)
+    training_loop(trainer, hooks=[hook], until=4)
     notes = trainer.event_log.pop_notes()
+    recorded = read_findings(path)
+    assert notes == [f"step {r.first_step}: {r.finding.sentence}" for r in recorded]
     assert any("decoder.0" in note and "try" in note for note in notes), notes
     assert "decoder.0" in trainer.event_log.router_health
-
-
-def test_health_check_settings_reflect_the_config() -> None:
-    moe = MoE(
-        experts=8,
-        select=TopK(k=2),
-        limit=Capacity(factor=1.5),
-        balance=(SwitchBalance(weight=0.03),),
-    )
-    setting = health_check_settings(tiny_run(model=tiny_model_config(moe=moe)), languages=LANGUAGES)
-    assert (setting.top_k, setting.balance_weight, setting.z_weight) == (2, 0.03, 0.0)
-    assert setting.capacity_factor == 1.5
-
-
-def test_health_check_settings_use_the_first_stack_with_experts() -> None:
-    depths = MoE(experts=1, select=Threshold())
-    model = tiny_model_config(moe=NoMoE())
-    model = model.replace(decoder=model.decoder.replace(moe=depths))
-    assert health_check_settings(tiny_run(model=model), languages=LANGUAGES).top_k == 1
-
-
-def test_health_check_settings_sum_all_balancing_terms() -> None:
-    def setting(*balance: Balance) -> RouterSettings:
-        moe = MoE(experts=8, select=TopK(k=2), balance=balance)
-        return health_check_settings(
-            tiny_run(model=tiny_model_config(moe=moe)), languages=LANGUAGES
-        )
-
-    found = setting(SequenceBalance(weight=0.1), DeviceBalance(weight=0.2), EntropyBalance())
-    assert found.balance_weight == pytest.approx(0.3)
-    assert (found.balance, found.bias_rate) == ("DeviceBalance", 0.0)
-    free = setting(BiasUpdate(rate=0.002), RouterZLoss(weight=0.5))
-    assert (free.balance_weight, free.bias_rate, free.z_weight) == (0.0, 0.002, 0.5)
 
 
 def test_queue_position_depends_on_row_keys_not_batch_order() -> None:
@@ -137,7 +100,13 @@ def test_late_drops_are_found_for_position_priority_only(tmp_path: Path) -> None
         trainer = tiny_trainer(run)
         trainer.data = TinyStream(rows=64)
         training_loop(
-            trainer, hooks=[RouterHealthHook(tmp_path / "u.json", trainer=trainer)], until=1
+            trainer,
+            hooks=[
+                RouterHealthHook(
+                    tmp_path / "u.json", trainer=trainer, findings=tmp_path / "health.json"
+                )
+            ],
+            until=1,
         )
         (layer, _) = read_usage(tmp_path / "u.json").layers
         shares[type(priority)] = layer.dropped_late / layer.dropped.sum()

@@ -10,6 +10,7 @@ import torch
 import yaml
 from compare_runs import compare_run_dirs
 
+from moesaic.checkpoint.full_checkpoint import read_state
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_tensors
 from moesaic.core.errors import CheckpointError, ConfigError, UserError
@@ -158,6 +159,30 @@ def test_a_finished_run_can_be_extended_with_a_lower_learning_rate(tmp_path: Pat
     result = train(longer, tmp_path, resume=ResumeLatest(), progress=board)
     assert result.steps == 8
     assert "optimizer.lr: was 0.001, now 0.0001" in board.messages
+
+
+def test_a_key_that_is_new_since_the_checkpoint_has_its_default(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_saved_before(path: Path) -> dict:
+        state = read_state(path)
+        del state["config"]["optimizer"]["router_lr"]
+        return state
+
+    monkeypatch.setattr("moesaic.train.run_training.read_state", as_saved_before)
+    resume = ResumeFrom(path=str(whole))
+    assert (
+        train(synthetic_run(), tmp_path / "next", resume=resume, progress=no_progress).steps == 20
+    )
+
+
+def test_extending_a_finished_run_says_how_the_learning_rate_jumps(tmp_path: Path) -> None:
+    board, schedule = Notes(), WSD(warmup=1, decay=0.5)
+    train(synthetic_run(steps=4, schedule=schedule), tmp_path, progress=no_progress)
+    longer = synthetic_run(steps=12, schedule=schedule)
+    train(longer, tmp_path, resume=ResumeLatest(), until=5, progress=board)
+    (said,) = [note for note in board.messages if "learning rate" in note]
+    assert "0.293 of its full value at step 4 (of 4), 1 at step 5 (of 12)" in said
 
 
 def test_a_damaged_checkpoint_is_skipped_with_a_note(whole: Path, tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ class RunDir:
 
     path: Path
 
+    record = _PathIn("run.json")  # which files belong together, see run_record.py
+    plugins = _PathIn("plugins")  # Python files of the user that the config needs, as text
     config = _PathIn("config.yaml")  # the complete resolved config
     tokenizer = _PathIn("tokenizer.json")
     text_rules = _PathIn("text_rules.json")  # of the corpus: what the model's text passes
@@ -38,6 +40,7 @@ class RunDir:
     metrics = _PathIn("metrics.jsonl")
     tensorboard = _PathIn("tensorboard")
     usage = _PathIn("usage.json")
+    health = _PathIn("health.json")  # the router findings of training, by step
     insight = _PathIn("insight.json")  # what routers depend on, measured on held-out text
     routes = _PathIn("routes")  # recorded routing of training steps, one file per step
     routing_snapshots = _PathIn("learning")  # of held-out text during training, one file per step

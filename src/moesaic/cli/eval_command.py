@@ -24,8 +24,9 @@ with deferred():
     from moesaic.cli.evaluated_run import DirectionChoice, EvaluatedRun
     from moesaic.cli.score_output import show_samples, show_scores
     from moesaic.cli.wanted_tests import WantedTests
-    from moesaic.evaluate.evaluation_summary import EvaluationSummary, TestSetResult
+    from moesaic.evaluate.evaluation_summary import EvaluationSummary
     from moesaic.evaluate.harness import EvaluationSettings
+    from moesaic.evaluate.test_set_result import TestSetResult
     from moesaic.evaluate.testset import TestSet
     from moesaic.model.beam_search import Beam, Greedy
     from moesaic.report.html_report import write_report

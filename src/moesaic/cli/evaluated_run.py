@@ -17,7 +17,7 @@ from moesaic.train.run import Run
 
 @dataclass(frozen=True, slots=True)
 class TestSelection:
-    """Test sets, a sentence per thing that cannot be scored, and the run's corpus if known."""
+    """Test sets, a note on each thing that cannot be scored, and the run's corpus if known."""
 
     __test__ = False  # pytest: a value, not a test
 

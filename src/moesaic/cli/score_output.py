@@ -9,6 +9,7 @@ from moesaic.cli.shared_options import print_table
 from moesaic.cli.styled_text import styled
 from moesaic.evaluate.evaluation_summary import EvaluationSummary
 
+METRIC_TITLES = {"chrf": "chrF++", "bleu": "BLEU"}
 SYSTEM_TITLES = {"model": "model", "copy": "copying", "memory": "memory"}
 
 
@@ -19,18 +20,27 @@ def show_scores(summary: EvaluationSummary, console: Console) -> None:
     title = styled("chrF++ [dim]± half of the 95 % interval[/] and BLEU on {tests}", tests=tests)
     columns: list[str | Text] = ["language", "strings"]
     for system in summary.systems:
-        columns += [f"{SYSTEM_TITLES.get(system, system)} chrF++", styled("[dim]BLEU[/]")]
+        columns += [f"{_title(system)} chrF++", styled("[dim]BLEU[/]")]
     rows = []
     for result in found["languages"].values():
         best = max(summary.systems, key=lambda s: result[s]["chrf"]["score"])
         cells = [c for s in summary.systems for c in _score_cells(result[s], bold=s == best)]
-        rows.append((result["name"], str(result["count"]), *cells))
+        kept = _kept_cell(result[summary.systems[0]]["placeholders"])
+        rows.append((result["name"], str(result["count"]), *cells, kept))
     cells = [c for s in summary.systems for c in _score_cells(found["mean"][s], bold=False)]
-    rows.append((styled("[bold]mean[/]"), "", *cells))
+    kept = _kept_cell(found["placeholders"][summary.systems[0]])
+    rows.append((styled("[bold]mean[/]"), "", *cells, kept))
+    if any(kept):
+        columns.append("placeholders kept")
+    else:
+        rows = [row[:-1] for row in rows]
     print_table(console, columns, rows, title=title)
-    for other, verdicts in found["verdicts"].items():
-        difference = found["mean_differences"][other]
-        console.print(_comparison_sentence(other, difference, verdicts))
+    for other, difference in found["mean_differences"].items():
+        for metric, verdicts in (("chrf", found["verdicts"]), ("bleu", found["verdicts_bleu"])):
+            sentence = _comparison_sentence(difference[metric], verdicts[other], metric=metric)
+            console.print(styled("against {other}: {rest}", other=_title(other), rest=sentence))
+    for sentence in found["disagreements"]:
+        console.print(sentence)
     for note in found["notes"]:
         console.print(styled("[dim]{note}[/]", note=note))
 
@@ -66,21 +76,27 @@ def _score_cells(scores: dict[str, Any], *, bold: bool) -> list[Text]:
 
 
 def _comparison_sentence(
-    other: str, difference: dict[str, Any], verdicts: dict[str, list[str]]
+    difference: dict[str, float], verdicts: dict[str, list[str]], *, metric: str
 ) -> Text:
-    chrf = difference["chrf"]
     counts = ", ".join(f"{word} in {len(keys)}" for word, keys in verdicts.items() if keys)
-    sign = "above" if chrf["difference"] >= 0 else "below"
     return styled(
-        "against {other}: {size:.1f} chrF++ {sign} [dim](95 %: {low:.1f} to {high:.1f})[/]; "
-        "{counts} language(s)",
-        other=SYSTEM_TITLES.get(other, other),
-        size=abs(chrf["difference"]),
-        sign=sign,
-        low=chrf["low"],
-        high=chrf["high"],
+        "{size:.1f} {metric} {sign} [dim](95 %: {low:.1f} to {high:.1f})[/]; {counts} language(s)",
+        size=abs(difference["difference"]),
+        metric=METRIC_TITLES[metric],
+        sign="above" if difference["difference"] >= 0 else "below",
+        low=difference["low"],
+        high=difference["high"],
         counts=counts,
     )
+
+
+def _kept_cell(rate: dict[str, Any]) -> str:
+    """Return the share of rows with placeholders, tags or URLs whose output keeps all of them."""
+    return f"{rate['rate']:.0%} of {rate['of']}" if rate["of"] else ""
+
+
+def _title(system: str) -> str:
+    return SYSTEM_TITLES.get(system, system)
 
 
 def _experts_used(experts: dict[str, Any] | None) -> str:

@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from moesaic.checkpoint.run_directory import RunDir
 from moesaic.cli.evaluated_run import DirectionChoice, EvaluatedRun, TestSelection
 from moesaic.cli.shared_options import show_progress
 from moesaic.core.errors import DataError, UserError, did_you_mean
 from moesaic.corpus.split import SPLITS
+from moesaic.corpus.text_rules import read_text_rules
+from moesaic.evaluate.check_testset import normalise_testset
 from moesaic.evaluate.testset import UDHR_NAME as UDHR
 from moesaic.evaluate.testset import read_moses_testset, read_testset, udhr_testsets
 
@@ -66,7 +69,11 @@ class WantedTests:
             show_progress(text)
 
         directions = run.chosen_directions(self.choice)
-        tests = udhr_testsets(directions, limit=self.limit, progress=listen)
+        rules = read_text_rules(RunDir(run.path).text_rules)
+        tests = [
+            normalise_testset(test, rules)
+            for test in udhr_testsets(directions, limit=self.limit, progress=listen)
+        ]
         return TestSelection(tests, tuple(note for note in notes if note.startswith(UDHR)))
 
     def _user_tests(self, run: EvaluatedRun) -> TestSelection:
@@ -76,6 +83,7 @@ class WantedTests:
         else:
             assert self.moses is not None
             test = read_moses_testset(*self.moses, source=source, target=target, limit=self.limit)
+        test = normalise_testset(test, read_text_rules(RunDir(run.path).text_rules))
         return TestSelection([test], run.untrained_note(direction))
 
 

@@ -11,13 +11,15 @@ from typing import Any
 
 from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import DataError, UserError
-from moesaic.core.files import write_json
+from moesaic.core.files import os_errors_named, write_json
 from moesaic.corpus.cleaning import CLEANING_RULES
-from moesaic.corpus.corpus import CORPUS_FORMAT, CORPUS_MANIFEST, Corpus, file_entry, text_file
+from moesaic.corpus.corpus import Corpus, file_entry, text_file
+from moesaic.corpus.corpus_manifest import CORPUS_FORMAT, CORPUS_MANIFEST
 from moesaic.corpus.corpus_recipes import CorpusRecipe, named_corpus
 from moesaic.corpus.data_home import corpora_dir
 from moesaic.corpus.dropped_rows import DROPPED_FILE, DroppedRow
 from moesaic.corpus.read_sources import ReadJob, ReadResult, map_in_order, read_source_file
+from moesaic.corpus.readers.gettext import PLURAL_FORMS
 from moesaic.corpus.readers.keyed_text import DISAGREE
 from moesaic.corpus.resolve_conflicts import (
     DirectionJob,
@@ -33,6 +35,7 @@ from moesaic.corpus.text_rules import SoftwareStrings
 
 DROP_REASONS = {rule.name: rule.why for rule in CLEANING_RULES} | {
     DISAGREE: "two texts under one key, but their numbers or inline elements differ",
+    PLURAL_FORMS: "plural forms, but no formula in the catalogue's header tells them apart",
     "duplicate": "the same pair was read before",
     "other_target": "another target of this source occurs more often",
     "source_in_train": "held out by its folder or domain, but its source is a train source",
@@ -69,6 +72,11 @@ def build_corpus(
     try:
         _CorpusBuilder(recipe, work, listener, workers).run()
         _publish(work, root)
+    except OSError as error:
+        if error.filename is not None:  # of a user's file, perhaps; a failed write has no name
+            raise
+        with os_errors_named(root, action="cannot be written"):
+            raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     corpus = Corpus.open(root)

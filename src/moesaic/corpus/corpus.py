@@ -11,20 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.core.errors import DataError, did_you_mean
-from moesaic.core.file_reader import MIB, FileKind, read_json
 from moesaic.core.files import sha256
+from moesaic.corpus.corpus_manifest import read_corpus_manifest, recorded_text_rules
 from moesaic.corpus.languages import resolve_language
 from moesaic.corpus.pair import Pair, Text
 from moesaic.corpus.readers.text_lines import read_lines
 from moesaic.corpus.readers.tsv import read_rows, unescape_field
 from moesaic.corpus.split import SPLITS, digest64
-from moesaic.corpus.text_rules import SoftwareStrings, TextRules
+from moesaic.corpus.text_rules import TextRules
 
-CORPUS_FORMAT = 1
-CORPUS_MANIFEST = "corpus.json"
-CORPUS_MANIFEST_FILE = FileKind(
-    name="manifest of a corpus", max_bytes=64 * MIB, error=DataError, way_out="build it again"
-)
 _MAX_NAMES = 8  # directions in a sentence
 
 
@@ -45,29 +40,16 @@ def file_entry(path: Path, *, rows: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A finished corpus. ``manifest`` is corpus.json; ``open`` checks that every file exists."""
+    """A finished corpus. ``manifest`` is corpus.json; ``open`` checks it and its files."""
 
     path: Path
     manifest: dict[str, Any]
 
     @classmethod
     def open(cls, path: Path | str) -> "Corpus":
-        """Open a corpus directory. Raises DataError: no corpus, another format, files missing."""
+        """Open a corpus directory. Raises DataError: no corpus, wrong fields, files missing."""
         root = Path(path)
-        if not (root / CORPUS_MANIFEST).exists():
-            raise DataError(
-                f"{root}: no corpus here ({CORPUS_MANIFEST} is missing); build one with "
-                "`moesaic data build`"
-            )
-        manifest = read_json(root / CORPUS_MANIFEST, CORPUS_MANIFEST_FILE)
-        if not isinstance(manifest, dict) or manifest.get("format") != CORPUS_FORMAT:
-            found = manifest.get("format") if isinstance(manifest, dict) else "no format"
-            raise DataError(
-                f"{root}: corpus format {found}, expected {CORPUS_FORMAT}; build it again"
-            )
-        corpus = cls(root, manifest)
-        corpus._check_sizes()
-        return corpus
+        return cls(root, read_corpus_manifest(root).model_dump(by_alias=True))
 
     @property
     def name(self) -> str:
@@ -96,10 +78,8 @@ class Corpus:
 
     @property
     def text_rules(self) -> TextRules:
-        """The rules that its texts passed; earlier versions, which wrote none, had one kind."""
-        clean = self.manifest["recipe"].get("clean", {})
-        written = clean.get("text_rules")
-        return TextRules.from_dict(written) if written else SoftwareStrings()
+        """The rules that its texts passed."""
+        return recorded_text_rules(self.manifest["recipe"])
 
     def count(self, source: str, target: str, *, split: str = "train") -> int:
         """Return the number of pairs of a direction or its reverse."""
@@ -171,18 +151,6 @@ class Corpus:
         path = self._split_path(text_file(code, split), split=split)
         for _, line in read_lines(path) if path else ():
             yield Text(unescape_field(line), code)
-
-    def _check_sizes(self) -> None:
-        for name, known in self.manifest["files"].items():
-            path = self.path / name
-            found = path.stat().st_size if path.is_file() else None
-            if found is None:
-                raise DataError(f"{path}: missing; build the corpus again")
-            if found != known["bytes"]:
-                raise DataError(
-                    f"{path}: {found} bytes, expected {known['bytes']}: cut short or altered; "
-                    "build the corpus again"
-                )
 
     def _known_language(self, code: str) -> str:
         found = resolve_language(code).code

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from moesaic.core.errors import DataError, did_you_mean
-from moesaic.corpus.corpus import CORPUS_MANIFEST, Corpus
+from moesaic.corpus.corpus import Corpus
+from moesaic.corpus.corpus_manifest import CORPUS_MANIFEST
 from moesaic.corpus.corpus_recipes import NAMED_CORPORA
 from moesaic.corpus.data_home import corpora_dir
 

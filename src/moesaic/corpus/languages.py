@@ -6,32 +6,49 @@ regional standard with translations of its own adds the region: ``por_Latn`` is 
 
 The table is ``languages.tsv``; a new row adds a language. It is not derived from CLDR's likely
 subtags: FLORES codes name individual languages (``arb``, ``pes``, ``npi``) where BCP-47 has the
-macrolanguage, so codes, names or regions of 115 rows differ.
+macrolanguage, so codes, names or regions of 115 rows differ. Where a region decides the script is
+CLDR's: ``region_scripts.py``.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 
 from moesaic.core.errors import DataError, did_you_mean
+from moesaic.corpus.region_scripts import LANGUAGE_OF_REGION, SCRIPT_OF_REGION
 
 ENGLISH = "eng_Latn"
-# sr_RS.UTF-8@latin: language, script, region, encoding, modifier
-_LOCALE = re.compile(
-    r"([A-Za-z]{2,3})(?:[_-]([A-Za-z]{4}))?(?:[_-]([A-Za-z]{2}|\d{3}))?(?:\.[\w-]+)?(?:@(\w+))?"
+# zh-yue-Hant-HK-x-mine: language, extended language, script, region, variants, extensions
+_BCP47 = re.compile(
+    r"(?P<language>[A-Za-z]{2,3})(?P<extended>(?:-[A-Za-z]{3}(?![A-Za-z0-9]))?)"
+    r"(?:-(?P<script>[A-Za-z]{4})(?![A-Za-z0-9]))?(?:-(?P<region>[A-Za-z]{2}|\d{3})(?![A-Za-z0-9]))?"
+    r"(?P<variants>(?:-(?:[A-Za-z0-9]{5,8}|\d[A-Za-z0-9]{3})(?![A-Za-z0-9]))*)"
+    r"(?:-[A-WYZa-wyz0-9](?:-[A-Za-z0-9]{2,8})+)*(?:-[xX](?:-[A-Za-z0-9]{1,8})+)?"
 )
+_POSIX = re.compile(r"([^.@]+)(?:\.[\w-]+)?(?:@(\w+))?")  # sr_RS.UTF-8@latin
 _SCRIPT_OF_MODIFIER = {
     "latin": "Latn",
     "latn": "Latn",
     "iqtelif": "Latn",
+    "ijekavianlatin": "Latn",
     "cyrillic": "Cyrl",
     "cyrl": "Cyrl",
     "devanagari": "Deva",
     "arabic": "Arab",
     "aran": "Arab",
 }
+_VARIANTS = ("ijekavian", "ijekavianlatin", "valencia", "tarask", "quot", "boldquot")
+_MODIFIERS = ("", "euro", *_VARIANTS, *_SCRIPT_OF_MODIFIER)
+_EXTENDED = ("ar", "kok", "lv", "ms", "sgn", "sw", "uz", "zh")  # have extended languages
+_ROMANISED = ("alalc97", "hepburn", "jyutping", "pinyin", "tongyong", "wadegile")
+_PHONETIC = ("fonipa", "fonkirsh", "fonnapa", "fonupa", "fonxsamp")
+# registered before there was a syntax (RFC 5646), or a variant that is a language
+_IRREGULAR = {
+    "hy-arevmda": "hyw", "i-hak": "hak", "i-lux": "lb", "i-navajo": "nv", "no-bok": "nb",
+    "no-nyn": "nn", "no@nynorsk": "nn", "zh-guoyu": "zh", "zh-hakka": "hak", "zh-min-nan": "nan",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +67,44 @@ class Language:
         return self.code
 
 
+@dataclass(frozen=True, slots=True)
+class _Resolved:
+    """The language of a spelling, and what of the spelling its code does not hold."""
+
+    language: Language | None
+    region: str = ""
+    variant: str = ""
+
+
 def resolve_language(text: str) -> Language:
     """Resolve FLORES, BCP-47, POSIX, ISO 639-1/2/3 codes and English names.
 
-    A region without a row of its own is ignored: ``es-MX`` is ``spa_Latn``. Raises DataError with
-    the nearest spelling of the table.
+    A region that decides the script or the language is kept (``zh-HK`` is ``zho_Hant``), any other
+    without a row of its own is ignored: ``es-MX`` is ``spa_Latn``. So are variants that do not
+    change the script: ``de-CH-1996``, ``ca-valencia``. Raises DataError with the nearest spelling
+    of the table.
     """
-    found, _ = _resolve(text)
+    found = find_language(text)
     if found is None:
         raise DataError(
-            f'unknown language "{text}": expected a code such as deu_Latn, de, pt-BR, zh_Hans or '
-            f"sr@latin{did_you_mean(text, _display_spellings())}"
+            f'unknown language "{shorten(text)}": expected a code such as deu_Latn, de, pt-BR, '
+            f"zh_Hans or sr@latin{did_you_mean(text[:_LONGEST], _display_spellings())}"
         )
     return found
+
+
+def find_language(text: str) -> Language | None:
+    """Resolve as ``resolve_language`` does; None where it raises."""
+    return _resolve(text).language
+
+
+def precise_tag(text: str) -> str:
+    """Return the code, or the tag itself where it says more than its code does: ``de-AT``.
+
+    Raises DataError as ``resolve_language`` does.
+    """
+    code, found = resolve_language(text).code, _resolve(text)
+    return _normalise_spelling(text) if found.region or found.variant else code
 
 
 def resolve_locale(locale: str) -> Language | None:
@@ -71,28 +113,57 @@ def resolve_locale(locale: str) -> Language | None:
     ``fr_FR`` is French; ``fr_CA``, ``es_MX`` and ``ca@valencia`` are variants: under the main
     language's code, they would mix two standards.
     """
-    found, region = _resolve(locale)
-    return found if found is not None and region in ("", found.region) else None
+    found = _resolve(locale)
+    if found.language is None or found.variant:
+        return None
+    return found.language if found.region in ("", found.language.region) else None
 
 
-def _resolve(text: str) -> tuple[Language | None, str]:
-    """Return the language of a spelling, and the region that was ignored to find it."""
-    found = _spellings().get(_normalise_spelling(text))
+@lru_cache(maxsize=4096)
+def _resolve(text: str) -> _Resolved:
+    if len(text) > _LONGEST:
+        return _Resolved(None)
+    spelled = _normalise_spelling(text)
+    found = _spellings().get(spelled) or _spellings().get(_IRREGULAR.get(spelled, ""))
     if found is not None:
-        return found, ""
-    match = _LOCALE.fullmatch(text.strip())
-    if match is None:
-        return None, ""
-    language, script, region, modifier = (group or "" for group in match.groups())
-    if modifier.casefold() not in ("", "euro", *_SCRIPT_OF_MODIFIER):
-        return None, ""
-    script = script or _SCRIPT_OF_MODIFIER.get(modifier.casefold(), "")
-    region = region.upper()
-    for subtags in ((language, script, region), (language, script)):
+        return _Resolved(found)
+    posix = _POSIX.fullmatch(spelled)
+    tag = _BCP47.fullmatch(posix[1]) if posix else None
+    modifier = (posix[2] or "") if posix else ""
+    if tag is None or modifier not in _MODIFIERS:
+        return _Resolved(None)
+    variants = tag["variants"].split("-")[1:]
+    if any(variant in _PHONETIC for variant in variants):
+        return _Resolved(None)
+    script = tag["script"] or _SCRIPT_OF_MODIFIER.get(modifier, "")
+    if not script and any(variant in _ROMANISED for variant in variants):
+        script = "Latn"
+    if tag["extended"] and tag["language"] not in _EXTENDED:
+        return _Resolved(None)
+    language = tag["extended"][1:] or tag["language"]
+    region = (tag["region"] or "").upper()
+    variant = "-".join(variants) or (modifier if modifier in _VARIANTS else "")
+    for subtags in _candidates(language, script, region):
         found = _spellings().get(_normalise_spelling("-".join(filter(None, subtags))))
         if found is not None:
-            return found, region
-    return None, region
+            return _Resolved(found, region, variant)
+    return _Resolved(None, region, variant)
+
+
+def _candidates(language: str, script: str, region: str) -> Iterator[tuple[str, ...]]:
+    """Yield the spellings of a tag, exact first; a region that decides is never dropped."""
+    yield language, script, region
+    base = _spellings().get(language)
+    short = base.bcp47.split("-")[0] if base else language
+    own = LANGUAGE_OF_REGION.get((short, region), "")
+    decided = SCRIPT_OF_REGION.get((short, region), "")
+    if own and not script:
+        yield (own,)
+    elif decided and not script:
+        yield language, decided
+        yield short, decided
+    else:
+        yield language, script
 
 
 @cache
@@ -134,6 +205,14 @@ def _display_spellings() -> tuple[str, ...]:
     return tuple(
         n for row in all_languages() for n in (row.code, row.bcp47, row.name, *row.aliases)
     )
+
+
+_LONGEST = 100
+
+
+def shorten(text: str) -> str:
+    """Return a spelling as an error message shows it."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _normalise_spelling(text: str) -> str:

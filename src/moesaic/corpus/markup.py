@@ -27,6 +27,20 @@ def strip_tags(text: str) -> str:
     return _TAG.sub(replace, text)
 
 
+def is_block_tag(text: str) -> bool:
+    """Whether a text is one tag of HTML that separates words, such as ``<br/>``."""
+    match = _TAG.fullmatch(text)
+    return match is not None and _BLOCK.fullmatch(match[1]) is not None
+
+
+def is_inline_tag(text: str) -> bool:
+    """Whether a text is one tag of HTML within a line, such as ``<b>`` or ``</a>``."""
+    match = _TAG.fullmatch(text)
+    if match is None or _BLOCK.fullmatch(match[1]):
+        return False
+    return is_tag(f"<{match[1]}>", name=match[1], whole="")
+
+
 def unescape_entities(text: str) -> str:
     """Decode HTML entities such as ``&amp;``."""
     return html.unescape(text) if "&" in text and ";" in text else text

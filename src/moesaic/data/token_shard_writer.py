@@ -17,11 +17,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from moesaic.core.errors import DataError
-from moesaic.core.files import sha256, write_json
+from moesaic.core.files import os_errors_named, sha256, write_json
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.data_home import data_home
 from moesaic.corpus.split import SPLITS
-from moesaic.data.token_shards import DATA_FILES, FORMAT, MANIFEST, TokenShards
+from moesaic.data.shards_manifest import DATA_FILES, FORMAT, MANIFEST
+from moesaic.data.token_shards import TokenShards
 from moesaic.data.tokenizer import Tokenizer, encode_on_all_cores
 
 _CHUNK = 4096
@@ -53,22 +54,27 @@ def write_shards(corpus: Corpus, tokenizer: Tokenizer, *, out: Path | str) -> To
     if out.exists():
         raise DataError(f"{out} exists already; delete it to write the shards again")
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    part.mkdir(parents=True)
-    try:
-        with encode_on_all_cores():
-            manifest = _ShardWriter(part, tokenizer).write(corpus)
-        manifest |= {
-            "format": FORMAT,
-            "fingerprint": shards_fingerprint(corpus, tokenizer),
-            "corpus": corpus.fingerprint,
-            "tokenizer": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-        }
-        write_json(part / MANIFEST, manifest)
-        _publish(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with os_errors_named(out, action="token shards cannot be written"):
+        part.mkdir(parents=True)
+        try:
+            _write_and_publish(corpus, tokenizer, part=part, out=out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     return TokenShards.open(out)
+
+
+def _write_and_publish(corpus: Corpus, tokenizer: Tokenizer, *, part: Path, out: Path) -> None:
+    with encode_on_all_cores():
+        manifest = _ShardWriter(part, tokenizer).write(corpus)
+    manifest |= {
+        "format": FORMAT,
+        "fingerprint": shards_fingerprint(corpus, tokenizer),
+        "corpus": corpus.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+    }
+    write_json(part / MANIFEST, manifest)
+    _publish(part, out)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

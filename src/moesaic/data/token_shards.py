@@ -13,19 +13,16 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from moesaic.core.errors import DataError, did_you_mean
-from moesaic.core.file_reader import MIB, FileKind, read_json_mapping
 from moesaic.core.files import sha256
 from moesaic.data.ragged import IntArray, Ragged
-
-FORMAT = 1
-MANIFEST = "shards.json"
-SHARDS_FILE = FileKind(
-    name="manifest of token shards",
-    max_bytes=64 * MIB,
-    error=DataError,
-    way_out="delete its directory, and it is written again",
+from moesaic.data.shards_manifest import (
+    DATA_FILES,
+    OFFSET_TYPE,
+    PAIR_TYPE,
+    SHARDS_FILE,
+    map_array,
+    read_shards_manifest,
 )
-DATA_FILES = ("tokens.bin", "offsets.bin", "pairs.bin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,32 +64,15 @@ class TokenShards:
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
-        kind = np.dtype(manifest["token_type"])
-        self._tokens = _memory_map(path / "tokens.bin", kind)
-        self._offsets = _memory_map(path / "offsets.bin", np.dtype("<u8"))
-        self._pairs = _memory_map(path / "pairs.bin", np.dtype("<u4")).reshape(-1, 2)
+        self._tokens = map_array(path / "tokens.bin", np.dtype(manifest["token_type"]))
+        self._offsets = map_array(path / "offsets.bin", OFFSET_TYPE)
+        self._pairs = map_array(path / "pairs.bin", PAIR_TYPE).reshape(-1, 2)
 
     @classmethod
     def open(cls, path: Path | str) -> "TokenShards":
-        """Map the files. Raises DataError naming a missing or truncated one."""
+        """Check and map the files. Raises DataError naming one that is missing or does not fit."""
         path = Path(path)
-        if not (path / MANIFEST).is_file():
-            raise DataError(
-                f"{path}: no shards here; expected {MANIFEST} and {', '.join(DATA_FILES)}"
-            )
-        manifest = read_json_mapping(path / MANIFEST, SHARDS_FILE)
-        if manifest.get("format") != FORMAT:
-            raise DataError(
-                f"{path}: shard format {manifest.get('format')}, expected {FORMAT}; "
-                "delete the directory, and it is written again"
-            )
-        for name in DATA_FILES:
-            found = (path / name).stat().st_size if (path / name).is_file() else None
-            expected = manifest["files"][name]["bytes"]
-            if found != expected:
-                state = "missing" if found is None else f"{found} bytes, expected {expected}"
-                raise DataError(f"{path / name}: {state}; delete {path}, and it is written again")
-        return cls(path, manifest)
+        return cls(path, read_shards_manifest(path).model_dump())
 
     def verify(self) -> None:
         """Read every file and compare its hash. Raises DataError naming an altered file."""
@@ -171,14 +151,15 @@ class TokenShards:
     def gather(self, texts: IntArray) -> Ragged:
         """Return the tokens of texts, given their ids."""
         starts = self._offsets[texts]
-        return Ragged.gather(self._tokens, starts=starts, lengths=self._offsets[texts + 1] - starts)
-
-
-def _memory_map(path: Path, kind: np.dtype[Any]) -> IntArray:
-    if path.stat().st_size == 0:  # an empty file cannot be mapped
-        return np.zeros(0, dtype=kind)
-    # a plain view: indexing a memmap object is ten times slower
-    return np.asarray(np.memmap(path, dtype=kind, mode="r"))
+        found = Ragged.gather(
+            self._tokens, starts=starts, lengths=self._offsets[texts + 1] - starts
+        )
+        if found.tokens.size and found.tokens.max() >= self.manifest["vocab_size"]:
+            raise SHARDS_FILE.problem(
+                self.path / "tokens.bin",
+                f"a token of {found.tokens.max()} is not in the vocabulary",
+            )
+        return found
 
 
 def _split_names(table: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as distributed
 
-from moesaic.core.errors import UserError
+from moesaic.core.errors import UserError, printable
 from moesaic.distributed.bounded_store import BoundedCaller, UnansweredError
 from moesaic.distributed.flight_recorder import FLIGHT_RECORDER, record_collective
 from moesaic.distributed.heartbeat import HeartbeatFile
@@ -176,8 +176,8 @@ def _environment_number(name: str, low: int, high: int) -> int:
     is_number = text.isascii() and text.isdigit() and len(text) < _MAX_DIGITS
     if not is_number or not low <= int(text) <= high:
         raise UserError(
-            f"the environment variable {name}: found {text[:40]!r}, expected a whole number from "
-            f"{low} to {high}: {_START_HINT}"
+            f'the environment variable {name}: found "{printable(text, limit=40)}", expected a '
+            f"whole number from {low} to {high}: {_START_HINT}"
         )
     return int(text)
 

@@ -29,14 +29,17 @@ class ScoreInterval:
 class ScoreDifference:
     """A difference of two scores on the same sentences, its 95 % interval, and a p-value.
 
-    ``p`` is the two-sided probability of a difference this large between equal systems: the share
-    of centred resampled differences at least as large, as sacreBLEU computes it.
+    ``p`` is two-sided: the share of resampled differences, minus their mean, that are larger than
+    the real difference in size, on either side. ``p_sacrebleu`` is sacreBLEU's paired bootstrap
+    (``sacrebleu --paired-bs``), which is one-tailed: the share of resampled absolute differences,
+    minus their mean, that are larger than the real one. Both are 1 for equal scores.
     """
 
     difference: float
     low: float
     high: float
     p: float
+    p_sacrebleu: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +55,10 @@ class BootstrapScores:
     def compare(self, other: "BootstrapScores") -> ScoreDifference:
         """Compare with another system's scores on the same resamples."""
         real, drawn = self.score - other.score, self.resampled - other.resampled
-        centred = np.abs(drawn - drawn.mean())
-        p = (int((centred > abs(real)).sum()) + 1) / (len(drawn) + 1)
-        low, high = _percentile_interval(drawn)
-        return ScoreDifference(real, low, high, p if real else 1.0)
+        sizes = np.abs(drawn)
+        two_sided = _p_value(np.abs(drawn - drawn.mean()), real)
+        one_tailed = _p_value(sizes - sizes.mean(), real)
+        return ScoreDifference(real, *_percentile_interval(drawn), two_sided, one_tailed)
 
 
 def bootstrap_resample(
@@ -85,6 +88,11 @@ def macro_average(samples: "list[BootstrapScores]") -> BootstrapScores:
     return BootstrapScores(
         float(np.mean([s.score for s in samples])), np.mean([s.resampled for s in samples], axis=0)
     )
+
+
+def _p_value(statistics: np.ndarray, real: float) -> float:
+    """Return the share of ``statistics`` [R] above the real difference; 1 for equal scores."""
+    return (int((statistics > abs(real)).sum()) + 1) / (len(statistics) + 1) if real else 1.0
 
 
 def _percentile_interval(resampled: np.ndarray) -> tuple[float, float]:

@@ -12,15 +12,22 @@ The file::
          "model": {"chrf": {"score": 41.2, "low": 39.0, "high": 43.5}, "bleu": {...},
                    "off_target": {"script": {"rate": 0.0, "off": 0, "counted": 190, "note": ""},
                                   "identified": {...}},
-                   "empty": 0, "seconds": 1.9},
+                   "empty": 0, "raw_references": {}, "seconds": 1.9,
+                   "placeholders": {"rate": 0.37, "kept": 49, "of": 133, "placeholders": 180,
+                                    "placeholders_kept": 90, "added": 2}},
          "copy": {...}, "memory": {...},
-         "differences": {"copy": {"chrf": {"difference": 20.1, "low": .., "high": .., "p": 0.001},
+         "differences": {"copy": {"chrf": {"difference": 20.1, "low": .., "high": .., "p": 0.001,
+                                           "p_sacrebleu": 0.001},
                                   "verdict": "better"}, "memory": {...}},
+         "groups": {"seen": {"count": 210, "rest": 30, "inside": {"model": {"chrf": 100.0, ..}},
+                             "outside": {...}}, "copied": ..., "marked": ...},   # row_groups.py
          "samples": [{"source": "...", "reference": "...", "model": "...", "copy": "...",
                       "memory": "...", "experts": {...}}]}},   # experts: ExpertTrace.to_dict()
      "mean": {"model": {"chrf": {...}, "bleu": {...}}, ...},   # macro average over the keys above
      "mean_differences": {"copy": {"chrf": {...}, "verdict": "better"}, ...},
      "verdicts": {"memory": {"better": [], "worse": ["deu_Latn"], "unclear": []}, ...},
+     "verdicts_bleu": {...}, "disagreements": ["By chrF++ ..., by BLEU ..."],
+     "placeholders": {"model": {...}, ...},
      "notes": ["spBLEU not computed: ..."],
      "counts": {...}, "seconds": {"train": 300.0, ...}, "versions": {"python": "3.11.7", ...}}
 
@@ -37,77 +44,20 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.core.files import write_json
-from moesaic.corpus.languages import resolve_language
+from moesaic.corpus.placeholders import PlaceholderRate
 from moesaic.evaluate.bootstrap import ScoreDifference, ScoreInterval
-from moesaic.evaluate.testset import TestSet
-from moesaic.evaluate.translation_metrics import OffTargetRate, OffTargetRates
+from moesaic.evaluate.metric_disagreement import metric_disagreements
+from moesaic.evaluate.test_set_result import (
+    TestSetResult,
+    differences_to_dict,
+    placeholders_to_dict,
+    round_values,
+    verdict,
+)
 
 SUMMARY_FORMAT = 1
 VERDICTS = ("better", "worse", "unclear")
 _PACKAGES = ("moesaic", "torch", "numpy", "tokenizers", "sacrebleu", "safetensors", "py3langid")
-
-
-@dataclass(frozen=True, slots=True)
-class SystemResult:
-    """One system on one test set; ``scores`` by metric name."""
-
-    scores: dict[str, ScoreInterval]
-    off_target: OffTargetRates
-    empty: int
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        off = {
-            "script": _rate_to_dict(self.off_target.script),
-            "identified": _rate_to_dict(self.off_target.identified),
-        }
-        return {
-            **{name: _round_values(asdict(score)) for name, score in self.scores.items()},
-            "off_target": off,
-            "empty": self.empty,
-            "seconds": round(self.seconds, 3),
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class SampleTranslation:
-    """A test sentence with every system's output; ``experts`` is the caller's expert trace."""
-
-    source: str
-    reference: str
-    outputs: dict[str, str]
-    experts: dict[str, Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        shown = {"source": self.source, "reference": self.reference, **self.outputs}
-        return shown | ({"experts": self.experts} if self.experts else {})
-
-
-@dataclass(frozen=True, slots=True)
-class TestSetResult:
-    """All systems on one test set. ``differences`` are the first system's lead over the others."""
-
-    test: TestSet
-    signatures: dict[str, str]
-    systems: dict[str, SystemResult]
-    differences: dict[str, dict[str, ScoreDifference]]
-    samples: tuple[SampleTranslation, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        test = self.test
-        other = test.target if test.key == test.target else test.source
-        return {
-            "name": resolve_language(other).name,
-            "source": test.source,
-            "target": test.target,
-            "test": test.name,
-            "count": len(test),
-            "of": test.total_count or len(test),
-            "signatures": self.signatures,
-            **{name: system.to_dict() for name, system in self.systems.items()},
-            "differences": {name: _differences_to_dict(d) for name, d in self.differences.items()},
-            "samples": [sample.to_dict() for sample in self.samples],
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,13 +88,18 @@ class EvaluationSummary:
         """Return a copy with further notes, before the present ones."""
         return replace(self, notes=(*notes, *self.notes))
 
-    def verdicts(self) -> dict[str, dict[str, list[str]]]:
+    def verdicts(self, metric: str = "chrf") -> dict[str, dict[str, list[str]]]:
         """Return per other system the languages where the first is better, worse, unclear."""
         found = {s: {v: list[str]() for v in VERDICTS} for s in self.systems[1:]}
         for key, result in self.languages.items():
             for other, difference in result.differences.items():
-                found[other][verdict(difference)].append(key)
+                found[other][verdict(difference[metric])].append(key)
         return found
+
+    def placeholders(self, system: str) -> PlaceholderRate:
+        """Return the placeholder rate of a system over all test sets."""
+        rates = (result.systems[system].placeholders for result in self.languages.values())
+        return sum(rates, PlaceholderRate())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of summary.json."""
@@ -155,13 +110,16 @@ class EvaluationSummary:
             "systems": list(self.systems),
             "languages": {key: result.to_dict() for key, result in self.languages.items()},
             "mean": {
-                system: {name: _round_values(asdict(score)) for name, score in scores.items()}
+                system: {name: round_values(asdict(score)) for name, score in scores.items()}
                 for system, scores in self.mean.items()
             },
             "mean_differences": {
-                other: _differences_to_dict(found) for other, found in self.mean_differences.items()
+                other: differences_to_dict(found) for other, found in self.mean_differences.items()
             },
             "verdicts": self.verdicts(),
+            "verdicts_bleu": self.verdicts("bleu"),
+            "disagreements": list(metric_disagreements(self.systems, self.languages)),
+            "placeholders": {s: placeholders_to_dict(self.placeholders(s)) for s in self.systems},
             "notes": list(self.notes),
             "counts": self.counts,
             "seconds": {phase: round(s, 3) for phase, s in self.seconds.items()},
@@ -173,12 +131,6 @@ class EvaluationSummary:
         write_json(path, self.to_dict())
 
 
-def verdict(differences: dict[str, ScoreDifference]) -> str:
-    """Return ``better``, ``worse`` or ``unclear`` by the first metric's interval."""
-    first = next(iter(differences.values()))
-    return "better" if first.low > 0 else "worse" if first.high < 0 else "unclear"
-
-
 def package_versions() -> dict[str, str]:
     """Return the versions of the interpreter, the platform and the packages that affect results."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
@@ -188,19 +140,3 @@ def package_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _rate_to_dict(rate: OffTargetRate) -> dict[str, Any]:
-    share = None if rate.rate is None else round(rate.rate, 4)
-    return {"rate": share, "off": rate.off, "counted": rate.counted, "note": rate.note}
-
-
-def _differences_to_dict(found: dict[str, ScoreDifference]) -> dict[str, Any]:
-    return {
-        **{name: _round_values(asdict(difference)) for name, difference in found.items()},
-        "verdict": verdict(found),
-    }
-
-
-def _round_values(values: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 4 if name == "p" else 2) for name, value in values.items()}

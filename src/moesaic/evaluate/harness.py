@@ -4,11 +4,14 @@ Systems are callables: the harness is independent of the model.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from moesaic.core.errors import DataError
+from moesaic.corpus.placeholders import measure_placeholders
 from moesaic.evaluate.bootstrap import (
     BootstrapScores,
     ScoreDifference,
@@ -16,12 +19,11 @@ from moesaic.evaluate.bootstrap import (
     bootstrap_resample,
     macro_average,
 )
-from moesaic.evaluate.evaluation_summary import (
-    EvaluationSummary,
-    SampleTranslation,
-    SystemResult,
-    TestSetResult,
-)
+from moesaic.evaluate.check_testset import testset_notes
+from moesaic.evaluate.evaluation_summary import EvaluationSummary
+from moesaic.evaluate.row_groups import row_groups, score_groups
+from moesaic.evaluate.seen_rows import SeenRows
+from moesaic.evaluate.test_set_result import SampleTranslation, SystemResult, TestSetResult
 from moesaic.evaluate.testset import TestSet
 from moesaic.evaluate.translation_metrics import (
     ChrF,
@@ -60,12 +62,14 @@ def evaluate(
     *,
     tests: Sequence[TestSet],
     settings: EvaluationSettings | None = None,
+    seen: Mapping[str, SeenRows] | None = None,
     on_result: Callable[[TestSet, TestSetResult], None] = lambda *_: None,
 ) -> EvaluationSummary:
     """Run every system on every test set and score it.
 
     The first system is the one under test: differences are its lead over each of the others, paired
-    over the same resamples. ``on_result`` is called after each test set. Raises DataError if there
+    over the same resamples. ``seen`` has, by key of a test set, the rows that were trained on; they
+    are scored apart as well. ``on_result`` is called after each test set. Raises DataError if there
     is no test set, or if two have the same key.
     """
     settings = settings or EvaluationSettings()
@@ -81,7 +85,8 @@ def evaluate(
         scorer = _TestSetScorer(
             test, metrics, replace(settings, seed=settings.seed + number), identify
         )
-        languages[test.key] = result = scorer.score_systems(systems)
+        result = scorer.score_systems(systems, seen=(seen or {}).get(test.key))
+        languages[test.key] = result
         for name in systems:
             resampled[name].append(scorer.resampled[name])
         on_result(test, result)
@@ -96,8 +101,20 @@ def evaluate(
         languages=languages,
         mean={name: _intervals(scores) for name, scores in means.items()},
         mean_differences=_differences(means),
-        notes=tuple(notes),
+        notes=(*_test_notes(languages), *notes),
     )
+
+
+def _test_notes(languages: Mapping[str, TestSetResult]) -> Iterator[str]:
+    """Yield the notes on the rows of each test set."""
+    for result in languages.values():
+        yield from testset_notes(result.test)
+        raw = next(iter(result.systems.values())).raw_scores
+        if raw:
+            yield (
+                f"{result.test.name}: against the references as they are in the file, as "
+                f"sacreBLEU scores that file: chrF++ {raw['chrf']:.1f}, BLEU {raw['bleu']:.1f}"
+            )
 
 
 def add_expert_traces(summary: EvaluationSummary, *, trace: TraceSample) -> EvaluationSummary:
@@ -125,8 +142,11 @@ class _TestSetScorer:
         self._test, self._metrics, self._settings = test, metrics, settings
         self._identify = identify
         self.resampled: dict[str, _Resampled] = {}
+        self._statistics: dict[str, dict[str, np.ndarray]] = {}
 
-    def score_systems(self, systems: Mapping[str, TranslationSystem]) -> TestSetResult:
+    def score_systems(
+        self, systems: Mapping[str, TranslationSystem], *, seen: SeenRows | None
+    ) -> TestSetResult:
         test = self._test
         outputs: dict[str, list[str]] = {}
         results: dict[str, SystemResult] = {}
@@ -141,14 +161,22 @@ class _TestSetScorer:
             results[name] = self._score(name, outputs[name], seconds=seconds)
         signatures = {metric.name: metric.signature for metric in self._metrics}
         samples = self._samples(outputs)
-        return TestSetResult(test, signatures, results, _differences(self.resampled), samples)
+        groups = score_groups(
+            row_groups(test, seen), metrics=self._metrics, statistics=self._statistics
+        )
+        leads = _differences(self.resampled)
+        return TestSetResult(test, signatures, results, leads, samples, groups)
 
     def _score(self, name: str, outputs: list[str], *, seconds: float) -> SystemResult:
         references = self._test.references
+        self._statistics[name] = {
+            metric.name: metric.sentence_statistics(outputs, references=references)
+            for metric in self._metrics
+        }
         self.resampled[name] = {
             metric.name: bootstrap_resample(
                 metric,
-                statistics=metric.sentence_statistics(outputs, references=references),
+                statistics=self._statistics[name][metric.name],
                 resamples=self._settings.resamples,
                 seed=self._settings.seed,
             )
@@ -158,7 +186,22 @@ class _TestSetScorer:
             outputs, references=references, target=self._test.target, identify=self._identify
         )
         empty = sum(not text.strip() for text in outputs)
-        return SystemResult(_intervals(self.resampled[name]), off_target, empty, seconds)
+        return SystemResult(
+            _intervals(self.resampled[name]),
+            off_target,
+            empty,
+            seconds,
+            placeholders=measure_placeholders(self._test.sources, outputs),
+            raw_scores=self._raw_scores(outputs),
+        )
+
+    def _raw_scores(self, outputs: list[str]) -> dict[str, float]:
+        """Return the scores against the references of the file, if these were normalised."""
+        raw = self._test.raw_references
+        if not raw:
+            return {}
+        found = {m.name: m.sentence_statistics(outputs, references=raw) for m in self._metrics}
+        return {m.name: float(m.score(found[m.name].sum(0))) for m in self._metrics}
 
     def _samples(self, outputs: Mapping[str, list[str]]) -> tuple[SampleTranslation, ...]:
         """Return samples at even distances in the test set, independent of their quality."""

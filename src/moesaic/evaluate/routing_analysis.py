@@ -102,7 +102,7 @@ class RoutingAnalysis:
         """Count the routes of one batch."""
         for layer_routes in routes:
             routing, experts = layer_routes.routing, layer_routes.routing.num_experts
-            self.usage.num_null_experts = layer_routes.num_null_experts
+            self.usage.null_experts[layer_routes.layer] = layer_routes.num_null_experts
             self.usage.add_edges(
                 layer_routes.layer,
                 expert=routing.expert,

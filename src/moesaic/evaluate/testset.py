@@ -6,7 +6,7 @@ intervals are wide; paragraphs are aligned by article and number alone.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,10 @@ from moesaic.corpus.sources.text_source import Progress, ignore_progress
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TestSet:
-    """At least one sentence with its reference. ``total_count`` is the number before a limit."""
+    """At least one sentence with its reference. ``total_count`` is the number before a limit.
+
+    ``raw_references`` are those of the file where ``references`` are normalised, else empty.
+    """
 
     __test__ = False  # pytest: a value, not a test
 
@@ -35,6 +38,12 @@ class TestSet:
     sources: tuple[str, ...]
     references: tuple[str, ...]
     total_count: int = 0
+    raw_references: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def direction(self) -> tuple[str, str]:
+        return self.source, self.target
 
     @property
     def key(self) -> str:
@@ -118,8 +127,21 @@ def read_testset(
     path: Path | str, *, source: str, target: str, limit: int | None = None
 ) -> TestSet:
     """Read one file of pairs, or a Moses prefix, in a format of ``corpus.readers.formats``."""
-    pairs = read_pairs(path, source=source, target=target)
-    return make_testset(pairs, name=Path(path).name, source=source, target=target, limit=limit)
+    codes = resolve_language(source).code, resolve_language(target).code
+    rows, others = [], 0
+    for pair in read_pairs(path, source=source, target=target):
+        if pair.direction == codes:
+            rows.append(pair)
+        elif pair.direction == codes[::-1]:
+            rows.append(pair.reversed())
+        else:
+            others += 1
+    name = Path(path).name
+    test = make_testset(rows, name=name, source=source, target=target, limit=limit)
+    if not others:
+        return test
+    note = f"{name}: {others} rows of other languages than {codes[0]} and {codes[1]} are left out"
+    return replace(test, notes=(*test.notes, note))
 
 
 def read_moses_testset(

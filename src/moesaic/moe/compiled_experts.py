@@ -24,7 +24,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 def is_compilable(activation: object) -> bool:
-    """Whether the operation knows the activation by its kernel's name."""
+    """Whether the operation has the activation, under the name of its kernel."""
     return any(activation == known for known in _ACTIVATIONS.values())
 
 

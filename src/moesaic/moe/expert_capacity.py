@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from moesaic.core.config import Choice
-from moesaic.core.shapes import Int, Tensor
+from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.moe.batch_group import BatchGroup
 from moesaic.moe.router_context import RouterContext
 from moesaic.moe.routing import Routing
@@ -67,15 +67,33 @@ class PositionPriority(Priority):
         return torch.stack([choice, context.row_key[token], context.position[token]], 1)
 
 
-class WeightPriority(Priority):
-    """Largest weights first: batch prioritised routing (2106.05974). Ties go by position."""
+class BatchPriority(Priority):
+    """Batch prioritised routing (2106.05974): tokens by their greatest probability.
+
+    All first choices go before any second choice; among them, tokens whose largest softmax
+    probability over all experts is greater go first. Ties go by position.
+    """
 
     num_key_columns: ClassVar[int] = 4
 
     def key(self, routing: Routing, *, router: RouterContext) -> Int[Tensor, "N C"]:
-        # the bits of a non-negative float32 are in the order of its values
-        weight = routing.weight.detach().float().contiguous().view(torch.int32).long()
-        return torch.cat([-weight[:, None], PositionPriority().key(routing, router=router)], 1)
+        greatest = router.logits.detach().float().softmax(-1).amax(-1)
+        key = PositionPriority().key(routing, router=router)
+        order = _descending(greatest)[routing.token]
+        return torch.cat([key[:, :1], order[:, None], key[:, 1:]], 1)
+
+
+class WeightPriority(Priority):
+    """Edges of the largest weights first, whichever choice they are. Ties go by position.
+
+    Batch prioritised routing, which orders tokens within each choice, is ``BatchPriority``.
+    """
+
+    num_key_columns: ClassVar[int] = 4
+
+    def key(self, routing: Routing, *, router: RouterContext) -> Int[Tensor, "N C"]:
+        order = _descending(routing.weight.detach().float())
+        return torch.cat([order[:, None], PositionPriority().key(routing, router=router)], 1)
 
 
 class RandomPriority(Priority):
@@ -128,6 +146,11 @@ class Capacity(Limit):
     def expert_capacity(self, edges: int, *, num_experts: int, factor: float) -> int:
         """Return the largest number of edges that one expert takes of so many."""
         return max(self.minimum, math.ceil(factor * edges / num_experts))
+
+
+def _descending(values: Float[Tensor, "N"]) -> Int[Tensor, "N"]:
+    """Return integers that order non-negative float32 from the largest to the smallest."""
+    return -values.contiguous().view(torch.int32).long()  # bits are in the order of the values
 
 
 def choice_ranks(routing: Routing) -> Int[Tensor, "N"]:

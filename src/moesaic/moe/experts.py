@@ -19,6 +19,7 @@ from moesaic.core.shapes import Float, Tensor
 from moesaic.moe.compiled_experts import is_compilable, run_compiled_experts
 from moesaic.moe.parameter_spec import FeedForwardShape, ParameterSpec
 from moesaic.nn.feed_forward import DenseFeedForward, FeedForwardConfig
+from moesaic.nn.fused_projections import FusedProjections, gate_and_value
 from moesaic.nn.initializer import (
     CustomInitializers,
     Initializer,
@@ -145,7 +146,7 @@ class FeedForwardExpert(Expert):
         return edges * kernel.saved_activations(shape)
 
 
-class GroupedExperts(ExpertModule):
+class GroupedExperts(ExpertModule, FusedProjections):
     """``up`` [E, D, F] and ``down`` [E, F, D]: rows are multiplied from the left."""
 
     def __init__(self, size: ExpertShape) -> None:
@@ -163,6 +164,9 @@ class GroupedExperts(ExpertModule):
 
     def forward_edges(self, x: Float[Tensor, "T D"], *, edges: Edges) -> Float[Tensor, "T D"]:
         return FunctionalExperts(self.weights, self.activation).forward_edges(x, edges=edges)
+
+    def fused_outputs(self) -> Mapping[str, tuple[int, ...]]:
+        return {"up": gate_and_value(self.up.shape[2], hidden=self.down.shape[1])}
 
     @property
     def weights(self) -> FeedForwardWeights:
@@ -234,7 +238,7 @@ class LoRAExpert(Expert):
         return edges * (2 * size.dim + size.dense.saved_activations + 2 * self.rank + 4)
 
 
-class LoRAExperts(ExpertModule, CustomInitializers):
+class LoRAExperts(ExpertModule, CustomInitializers, FusedProjections):
     """``up_a`` [E, D, r], ``up_b`` [E, r, F], ``down_a`` [E, F, r], ``down_b`` [E, r, D]."""
 
     def __init__(self, size: ExpertShape, *, rank: int, scale: float) -> None:
@@ -249,6 +253,9 @@ class LoRAExperts(ExpertModule, CustomInitializers):
 
     def initializers(self) -> Mapping[str, Initializer]:
         return {"up_b": Initializer(std=0.0), "down_b": Initializer(std=0.0)}
+
+    def fused_outputs(self) -> Mapping[str, tuple[int, ...]]:
+        return {"up_b": gate_and_value(self.up_b.shape[2], hidden=self.down_a.shape[1])}
 
     def forward(self, rows: Float[Tensor, "R D"], *, groups: RowGroups) -> Float[Tensor, "R D"]:
         rows = as_autocast(rows)

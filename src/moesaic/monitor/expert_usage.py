@@ -153,13 +153,15 @@ UNKNOWN_LOGIT_STATS = LogitStats()
 class UsageCounter:
     """Counts edges per layer, expert and language; see the module's docstring.
 
-    ``languages`` are the names that language indices refer to. ``num_null_experts`` is the number
-    of null experts at the end of each layer's experts.
+    ``languages`` are the names that language indices refer to. ``null_experts`` is the number of
+    null experts at the end of a layer's experts, by layer; 0 for a layer that is not in it.
     """
 
-    def __init__(self, languages: Sequence[str], *, num_null_experts: int = 0) -> None:
+    def __init__(
+        self, languages: Sequence[str], *, null_experts: Mapping[str, int] | None = None
+    ) -> None:
         self.languages = tuple(languages)
-        self.num_null_experts = num_null_experts
+        self.null_experts = dict(null_experts or {})
         self._tensors: dict[str, Tensor] = {}
 
     def add_edges(
@@ -229,7 +231,7 @@ class UsageCounter:
             dropped_late=int(edges[-1]),
             router_entropy=entropy / entropies if entropies else None,
             logit_rms=math.sqrt(square / squares) if squares else None,
-            num_null_experts=self.num_null_experts,
+            num_null_experts=self.null_experts.get(name, 0),
         )
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moesaic.monitor.expert_usage import LayerUsage
+from moesaic.monitor.router_settings import RouterSettings
 
 MIN_EDGES_PER_EXPERT = 16  # with fewer, the load of an expert is mostly chance
 
@@ -31,24 +32,6 @@ class HealthState(StrEnum):
     DEAD = "dead"
     COLLAPSING = "collapsing"
     UNSTABLE = "unstable"
-
-
-@dataclass(frozen=True, slots=True)
-class RouterSettings:
-    """The parts of a run's config that causes and advice depend on.
-
-    ``balance_weight`` and ``z_weight`` are 0 where there is no such loss, ``bias_rate`` where no
-    ``BiasUpdate`` balances; ``balance`` is the (strongest) balance loss, by name.
-    ``capacity_factor`` is None for dropless routing.
-    """
-
-    languages: tuple[str, ...]
-    top_k: int = 1
-    balance_weight: float = 0.0
-    z_weight: float = 0.0
-    capacity_factor: float | None = None
-    bias_rate: float = 0.0
-    balance: str = "SwitchBalance"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +117,8 @@ def not_finite(interval: LayerInterval) -> _Diagnosis | None:
     return _Diagnosis(
         "has router values that are not finite",
         cause="an overflow in the layers before it, or a learning rate that is too high",
-        advice="resume from the last checkpoint with a lower learning rate; check clip_norm",
+        advice="resume from the last checkpoint with "
+        f"{interval.settings.set_learning_rate(0.5)}, or with a smaller clip_norm",
     )
 
 
@@ -144,11 +128,11 @@ def exploding_logits(interval: LayerInterval) -> _Diagnosis | None:
     scale = interval.usage.logit_rms
     if scale is None or not 30 < scale < math.inf:
         return None
-    weight = interval.settings.z_weight
+    settings = interval.settings
     return _Diagnosis(
         f"has router logits of size {scale:.0f}",
-        cause="there is no z-loss" if weight == 0 else "the z-loss is too weak",
-        advice="RouterZLoss(weight=0.001)" if weight == 0 else f"a z-loss above {weight:g}",
+        cause="there is no z-loss" if settings.z_weight == 0 else "the z-loss is too weak",
+        advice=settings.strengthen_z_loss(),
     )
 
 
@@ -160,7 +144,7 @@ def no_tokens(interval: LayerInterval) -> _Diagnosis | None:
     return _Diagnosis(
         "received no tokens",
         cause="the data has no rows for this side of the model",
-        advice="check the mixture's tasks and the length limits",
+        advice="check mixture.tasks, loader.max_source and loader.max_target",
     )
 
 
@@ -198,13 +182,14 @@ def entropy_falling(interval: LayerInterval) -> _Diagnosis | None:
 @_health_rule(HealthState.UNSTABLE)
 def saturated_router(interval: LayerInterval) -> _Diagnosis | None:
     """Router probabilities are saturated, so the router's gradient vanishes."""
-    entropy = interval.usage.router_entropy
+    entropy, settings = interval.usage.router_entropy, interval.settings
     if entropy is None or not entropy < 0.02:
         return None
     return _Diagnosis(
         f"has a saturated router (entropy {entropy:.3f} of 1)",
         cause="logits grew until the softmax is one-hot, and no gradient is left",
-        advice="a z-loss, router noise, or a lower learning rate for the router",
+        advice=f"{settings.strengthen_z_loss()}, {settings.set_moe('noise', 'Jitter()')}, or "
+        f"{settings.set_router_learning_rate(1 / 3)}",
     )
 
 
@@ -217,7 +202,7 @@ def dead_experts(interval: LayerInterval) -> _Diagnosis | None:
         return None
     return _Diagnosis(
         f"has {len(dead)}/{working.size} experts without a token ({_list_experts(dead)})",
-        advice=f"{_balance_advice(interval.settings)}, or fewer experts",
+        advice=f"{_balance_advice(interval.settings)}, or fewer {interval.settings.moe}.experts",
     )
 
 
@@ -231,8 +216,8 @@ def mostly_null_experts(interval: LayerInterval) -> _Diagnosis | None:
         f"sends {usage.null_expert_frac:.0%} of its edges to null experts",
         cause="null experts cost nothing early in training, so the router settles on them before "
         "the other experts have learned anything",
-        advice="fewer null experts, or a balance loss over all experts "
-        f"({_balance_advice(interval.settings)})",
+        advice=f"a smaller {interval.settings.moe}.null_experts.number, or a balance loss over all "
+        f"experts: {_balance_advice(interval.settings)}",
     )
 
 
@@ -248,9 +233,7 @@ def capacity_overflow(interval: LayerInterval) -> _Diagnosis | None:
         cause="the load is uneven: some experts are full while others are not"
         if uneven
         else f"capacity factor {factor} is too small even for a balanced load",
-        advice=""
-        if uneven
-        else f"Capacity(factor={max(1.25, 1.5 * (factor or 1.0)):.2f}) or Dropless",
+        advice="" if uneven else interval.settings.enlarge_capacity(),
     )
 
 
@@ -266,7 +249,7 @@ def late_drops(interval: LayerInterval) -> _Diagnosis | None:
         f"drops late tokens: {usage.dropped_late / dropped:.0%} of its drops are in the later "
         "half of the queue",
         cause="drop priority is by position, first come first served",
-        advice="Capacity(priority=RandomPriority) or WeightPriority",
+        advice=interval.settings.set_moe("limit.priority", "RandomPriority()"),
     )
 
 
@@ -289,8 +272,8 @@ def language_drops(interval: LayerInterval) -> _Diagnosis | None:
         f"drops {share[worst]:.0%} of {interval.settings.languages[worst]}, "
         f"{others:.0%} of the others",
         cause="its tokens go to few experts, which are full",
-        advice="a larger capacity factor, a stronger balance loss, or more rows of other languages "
-        "in each batch",
+        advice=f"{interval.settings.enlarge_capacity()}, {_balance_advice(interval.settings)}, or "
+        "a larger loader.batch_tokens, with more rows of other languages in each batch",
     )
 
 
@@ -315,7 +298,8 @@ def language_monopoly(interval: LayerInterval) -> _Diagnosis | None:
         f"{of_expert[expert, language]:.0%} of the expert's load, "
         f"{usage.load[expert] / usage.mean_load:.1f} times the mean",
         cause="the router depends on the language tag alone, and the language is frequent",
-        advice="a higher sampling temperature, or a stronger balance loss; no fault if intended",
+        advice=f"a higher mixture.temperature, or {_balance_advice(interval.settings)}; no fault "
+        "if intended",
     )
 
 
@@ -342,16 +326,16 @@ def uniform_router(interval: LayerInterval) -> _Diagnosis | None:
     entropy = interval.usage.router_entropy
     if len(interval.past_load_entropies) < 5 or entropy is None or not entropy > 0.98:
         return None
-    weight = interval.settings.balance_weight
-    strong = weight > 0.05
+    settings = interval.settings
+    strong = settings.balance_weight > 0.05
     return _Diagnosis(
         f"prefers no expert: router entropy is {entropy:.2f} of 1",
-        cause=f"balance weight {weight:g} outweighs the task"
+        cause=f"balance weight {settings.balance_weight:g} outweighs the task"
         if strong
         else "the router hardly learns",
-        advice=f"{interval.settings.balance}(weight=0.01)"
+        advice=settings.set_balance_weight(0.01)
         if strong
-        else "a higher learning rate for the router",
+        else settings.set_router_learning_rate(3.0),
     )
 
 
@@ -367,10 +351,10 @@ def _balance_cause(settings: RouterSettings) -> str:
 
 def _balance_advice(settings: RouterSettings) -> str:
     if settings.bias_rate:
-        return f"BiasUpdate(rate={3 * settings.bias_rate:g}), or patience early in a run"
+        return f"{settings.set_bias_rate(3 * settings.bias_rate)}, or patience early in a run"
     if settings.balance_weight == 0:
-        return "SwitchBalance(weight=0.01) or BiasUpdate(rate=0.001)"
-    return f"{settings.balance}(weight={3 * settings.balance_weight:g}) or a longer warm-up"
+        return settings.add_balance_term("SwitchBalance(weight=0.01)")
+    return f"{settings.set_balance_weight(3 * settings.balance_weight)} or a longer schedule.warmup"
 
 
 def _list_experts(experts: list[int]) -> str:

@@ -5,7 +5,7 @@ that chance in one interval neither raises nor clears an alarm. Values that are 
 reported at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moesaic.monitor.expert_usage import LayerUsage
@@ -14,9 +14,9 @@ from moesaic.monitor.health_rules import (
     HealthFinding,
     HealthState,
     LayerInterval,
-    RouterSettings,
     not_finite,
 )
+from moesaic.monitor.router_settings import RouterSettings
 
 HISTORY_LENGTH = 8
 _SEVERITY = tuple(HealthState)
@@ -33,20 +33,28 @@ class _RuleHistory:
 
 
 class RouterHealthMonitor:
-    """Applies the health rules to the usage of every interval, given in order."""
+    """Applies the health rules to the usage of every interval, given in order.
 
-    def __init__(self, settings: RouterSettings, *, patience: int = 2) -> None:
+    ``settings`` are those of each layer, by its name.
+    """
+
+    def __init__(self, settings: Mapping[str, RouterSettings], *, patience: int = 2) -> None:
         self.settings = settings
         self.patience = patience
         self._past_load_entropies: dict[str, tuple[float, ...]] = {}
         self._histories: dict[tuple[str, str], _RuleHistory] = {}
+
+    def restore(self, findings: Sequence[HealthFinding]) -> None:
+        """Take findings that lasted when the run was stopped as confirmed."""
+        for finding in findings:
+            self._histories[finding.layer, finding.rule] = _RuleHistory(finding, confirmed=True)
 
     def check_interval(self, layers: Sequence[LayerUsage]) -> tuple[HealthFinding, ...]:
         """Return the confirmed findings after this interval, worst first."""
         for layer in layers:
             past = self._past_load_entropies.get(layer.layer, ())
             for rule in HEALTH_RULES:
-                finding = rule(LayerInterval(layer, self.settings, past))
+                finding = rule(LayerInterval(layer, self.settings[layer.layer], past))
                 self._update((layer.layer, rule.__name__), finding)
             self._past_load_entropies[layer.layer] = (*past, layer.load_entropy)[-HISTORY_LENGTH:]
         confirmed = [h.finding for h in self._histories.values() if h.confirmed]

@@ -6,6 +6,7 @@ of ranks that share the matrices.
 Letters: B rows, S source length, T tokens, D model dim, H heads, G key/value heads, d head dim.
 """
 
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -22,6 +23,7 @@ from moesaic.nn.attention_backend import (
     attend,
     pad_heads,
 )
+from moesaic.nn.fused_projections import FusedProjections
 from moesaic.nn.packing import Packing
 from moesaic.nn.positional_encoding import Rotation
 from moesaic.nn.tensor_parallel_group import NoTensorParallel, TensorParallelGroup
@@ -57,7 +59,7 @@ class ShardableAttention(Protocol):
     def token_mixers(self) -> "tuple[SelfAttention | CrossAttention, ...]": ...
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(FusedProjections):
     """Self-attention with one projection for queries, keys and values."""
 
     def __init__(self, config: AttentionConfig, *, dim: int, bias: bool) -> None:
@@ -74,6 +76,10 @@ class SelfAttention(nn.Module):
 
     def token_mixers(self) -> "tuple[SelfAttention, ...]":
         return (self,)
+
+    def fused_outputs(self) -> Mapping[str, tuple[int, ...]]:
+        query, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {"qkv.weight": (query, keys, keys)}
 
     def forward(
         self, x: Float[Tensor, "T D"], *, packing: Packing, rotation: Rotation, causal: bool
@@ -133,7 +139,7 @@ class SelfAttention(nn.Module):
         return QueryKeyValue(query, key, value)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(FusedProjections):
     """Attention from target tokens to the encoder's states, without positions."""
 
     def __init__(self, config: AttentionConfig, *, dim: int, bias: bool) -> None:
@@ -151,6 +157,10 @@ class CrossAttention(nn.Module):
 
     def token_mixers(self) -> "tuple[CrossAttention, ...]":
         return (self,)
+
+    def fused_outputs(self) -> Mapping[str, tuple[int, ...]]:
+        keys = self.kv_heads * self.head_dim
+        return {"kv.weight": (keys, keys)}
 
     def project_source(self, encoder_states: Float[Tensor, "T D"], *, packing: Packing) -> KeyValue:
         """Return keys and values of the source, once per layer and batch."""

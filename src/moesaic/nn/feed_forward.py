@@ -3,6 +3,7 @@
 Letters: T tokens, D model dim, F hidden width, G width of the pre-activation.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import nn
 
 from moesaic.core.config import Choice, Config
 from moesaic.core.shapes import Float, Tensor
+from moesaic.nn.fused_projections import FusedProjections, gate_and_value
 
 
 class Activation(Choice):
@@ -81,7 +83,7 @@ class FeedForwardConfig(Config):
     activation: Activation = SwiGLU()
 
 
-class DenseFeedForward(nn.Module):
+class DenseFeedForward(FusedProjections):
     """The layer of a ``FeedForwardConfig``."""
 
     def __init__(self, config: FeedForwardConfig, *, dim: int, bias: bool) -> None:
@@ -89,6 +91,10 @@ class DenseFeedForward(nn.Module):
         self.up = nn.Linear(dim, config.activation.width(config.hidden), bias=bias)
         self.down = nn.Linear(config.hidden, dim, bias=bias)
         self.activation = config.activation
+
+    def fused_outputs(self) -> Mapping[str, tuple[int, ...]]:
+        width, hidden = self.up.out_features, self.down.in_features
+        return {"up.weight": gate_and_value(width, hidden=hidden)}
 
     def forward(self, x: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         return self.down(self.activation(self.up(x)))

@@ -68,10 +68,17 @@ class Rotary(PositionalEncoding):
 
 
 class Sinusoidal(PositionalEncoding):
-    """Fixed sines and cosines added to the embedding (1706.03762)."""
+    """Fixed sines and cosines added to the embedding (1706.03762).
+
+    ``offset`` is the position of a row's first token. fairseq and the models released from it
+    (M2M-100, NLLB) start at 2, after the positions of padding. Learned positions need none: a table
+    that starts elsewhere is another table.
+    """
+
+    offset: int = Field(default=0, ge=0)
 
     def build(self, *, dim: int, head_dim: int) -> PositionalEncodingModule:  # noqa: ARG002
-        return _SinusoidalModule(dim)
+        return _SinusoidalModule(dim, offset=self.offset)
 
 
 class LearnedPositions(PositionalEncoding):
@@ -102,14 +109,15 @@ class _RotaryModule(PositionalEncodingModule):
 
 
 class _SinusoidalModule(PositionalEncodingModule):
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, *, offset: int) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim, self.offset = dim, offset
 
     def add(self, x: Float[Tensor, "T D"], position: Int[Tensor, "T"], /) -> Float[Tensor, "T D"]:
         half = self.dim // 2
         steps = torch.arange(half, device=x.device, dtype=torch.float32)
-        angle = position.float()[:, None] * torch.exp(steps * (-math.log(1e4) / max(half - 1, 1)))
+        rate = torch.exp(steps * (-math.log(1e4) / max(half - 1, 1)))
+        angle = (position + self.offset).float()[:, None] * rate
         wave = torch.cat([angle.sin(), angle.cos()], -1)
         return x + nn.functional.pad(wave, (0, self.dim - 2 * half)).to(x.dtype)
 

@@ -12,7 +12,7 @@ for any step.
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -39,7 +39,8 @@ class MatrixSharding(Protocol):
 class GroupUpdate:
     """The parameters of one group that have a gradient, and what an update rule needs of them.
 
-    ``sharding`` is None where every rank has whole matrices.
+    ``sharding`` is None where every rank has whole matrices. ``fused`` has the output widths of
+    matrices that hold several maps, by name (``nn/fused_projections.py``).
     """
 
     names: Sequence[str]
@@ -49,6 +50,7 @@ class GroupUpdate:
     lr: float
     weight_decay: float
     sharding: MatrixSharding | None = None
+    fused: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -74,6 +76,7 @@ class NamedOptimizer(torch.optim.Optimizer):
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
         super().__init__(groups, defaults={})
         self.matrix_sharding: MatrixSharding | None = None
+        self.fused_outputs: Mapping[str, Sequence[int]] = {}
         for group in self.param_groups:
             group["base_lr"] = group["lr"]
 
@@ -127,6 +130,7 @@ class NamedOptimizer(torch.optim.Optimizer):
                 lr=group["lr"],
                 weight_decay=group["weight_decay"],
                 sharding=self.matrix_sharding,
+                fused=self.fused_outputs,
             )
         )
         for parameter, master in zip(local, working, strict=True):

@@ -61,9 +61,11 @@ class AdamW(Optimizer):
     """Adam with decoupled weight decay (arXiv:1711.05101), fused where torch has the kernel.
 
     ``decayed_kinds`` are the kinds of parameters with weight decay; norms and biases have none.
+    ``router_lr`` is the learning rate of the routers (None: that of all).
     """
 
     lr: Positive = 1e-3
+    router_lr: Positive | None = None
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.01
@@ -71,7 +73,8 @@ class AdamW(Optimizer):
 
     def param_group(self, parameter: nn.Parameter, *, kind: str) -> dict[str, Any]:  # noqa: ARG002
         decay = self.weight_decay if kind in self.decayed_kinds else 0.0
-        return _group(f"adamw/{kind}", AdamWRule(self.betas, self.eps), lr=self.lr, decay=decay)
+        lr = self.router_lr if kind == "router" and self.router_lr else self.lr
+        return _group(f"adamw/{kind}", AdamWRule(self.betas, self.eps), lr=lr, decay=decay)
 
 
 class UpdateScale(Choice):

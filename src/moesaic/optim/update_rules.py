@@ -70,7 +70,9 @@ class MuonRule:
     """State per parameter: ``momentum``, of its shape.
 
     ``scale(rows, columns)`` is the factor on the orthogonal update. Expert weights ``[E, M, N]``
-    are E matrices, each orthogonalized by itself.
+    are E matrices, each orthogonalized by itself, and so are the maps of a fused matrix (queries,
+    keys and values; gate and value): orthogonalized as one, a small map would get the rest of the
+    others' update.
     """
 
     momentum: float
@@ -84,18 +86,40 @@ class MuonRule:
         params, grads = list(update.params), list(update.grads)
         buffers = [state["momentum"] for state in update.states]
         torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
-        directions = torch._foreach_lerp(grads, buffers, self.momentum)  # Nesterov
+        directions = list(torch._foreach_lerp(grads, buffers, self.momentum))  # Nesterov
         torch._foreach_mul_(params, 1 - update.lr * update.weight_decay)
         sharding = update.sharding
         if sharding is not None:
             directions = sharding.all_gather_matrices(update.names, directions)
-        for indices in group_by_matrix_shape(directions).values():
-            whole = [directions[i] for i in indices]
-            updates = orthogonalize(whole, steps=self.steps)
-            if sharding is not None:
-                updates = sharding.local_shards([update.names[i] for i in indices], updates)
-            alpha = -update.lr * self.scale(*whole[0].shape[-2:])
-            torch._foreach_add_([params[i] for i in indices], updates, alpha=alpha)
+        fused = [update.fused.get(name, ()) for name in update.names]
+        maps = [split_maps(d, widths) for d, widths in zip(directions, fused, strict=True)]
+        updates = self._orthogonal_updates([one for several in maps for one in several])
+        for i, several in enumerate(maps):
+            parts, updates = updates[: len(several)], updates[len(several) :]
+            dim = _output_dim(directions[i])
+            directions[i] = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+        if sharding is not None:
+            directions = sharding.local_shards(update.names, directions)
+        torch._foreach_add_(params, directions, alpha=-update.lr)
+
+    def _orthogonal_updates(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Return the scaled orthogonal update of each map; those of one shape in one batch."""
+        updates = list(maps)
+        for indices in group_by_matrix_shape(maps).values():
+            found = orthogonalize([maps[i] for i in indices], steps=self.steps)
+            torch._foreach_mul_(found, self.scale(*found[0].shape[-2:]))
+            for i, one in zip(indices, found, strict=True):
+                updates[i] = one
+        return updates
+
+
+def split_maps(matrix: Float[Tensor, "*E M N"], widths: Sequence[int]) -> list[Tensor]:
+    """Return the maps in a matrix [out, in] or in expert weights [E, in, out], by output widths."""
+    return list(matrix.split(list(widths), _output_dim(matrix))) if widths else [matrix]
+
+
+def _output_dim(matrix: Tensor) -> int:
+    return 0 if matrix.ndim == 2 else -1
 
 
 def group_by_matrix_shape(tensors: Sequence[Tensor]) -> dict[tuple[int, int], list[int]]:

@@ -54,7 +54,7 @@ def demo() -> Run:
             scale=Spectral(),
             adamw=AdamW(lr=6e-3, weight_decay=0.05, decayed_kinds=("router",)),
         ),
-        schedule=WSD(warmup=45, decay=0.95, shape=LinearDecay()),
+        schedule=WSD(warmup=0.05, decay=0.95, shape=LinearDecay()),
         steps=900,
         checkpoint=CheckpointConfig(every=150, keep=2),
         validation=ValidationConfig(every=150, rows=32),

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.run_record import require_plugins
 from moesaic.core.errors import ConfigError, UserError, did_you_mean
 from moesaic.core.registry import Registry
 from moesaic.core.yaml_reader import read_yaml_file
@@ -32,6 +34,7 @@ def _read_run(which: str) -> Run:
     if path.suffix in (".yaml", ".yml"):
         if not path.exists():
             raise ConfigError([f"{path}: there is no such config file"])
+        require_plugins(RunDir(path.parent))
         value = read_yaml_file(path)
         try:
             return Run.from_dict(value)

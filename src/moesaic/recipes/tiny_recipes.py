@@ -33,7 +33,7 @@ def tiny() -> Run:
         loader=LoaderConfig(batch_tokens=2048, max_source=48, max_target=48),
         model=_model(encoder=2),
         optimizer=Muon(lr=0.03, adamw=AdamW(lr=5e-3)),
-        schedule=WSD(warmup=10, decay=0.4),
+        schedule=WSD(warmup=0.05, decay=0.4),
         steps=200,
         checkpoint=CheckpointConfig(every=50, keep=2),
         validation=ValidationConfig(every=50, rows=64),

@@ -20,6 +20,7 @@ from moesaic.core.yaml_reader import CONFIG_FILE, read_yaml
 from moesaic.corpus.languages import resolve_language
 from moesaic.moe.routing_agreement import RoutingAgreement, compare_routes
 from moesaic.monitor.expert_usage import RecordedUsage, read_usage
+from moesaic.monitor.health_record import RecordedFinding, read_findings
 from moesaic.monitor.metric_writers import read_metrics
 from moesaic.report.charts import ChartSeries
 
@@ -40,6 +41,7 @@ class ReportInputs:
     metrics: dict[str, ChartSeries] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     usage: RecordedUsage | None = None
+    health: tuple[RecordedFinding, ...] | None = None
     insight: dict[str, Any] = field(default_factory=dict)
     agreement_by_step: tuple[tuple[int, RoutingAgreement], ...] = ()
     quality_curve: dict[str, Any] = field(default_factory=dict)
@@ -74,6 +76,7 @@ def read_report_inputs(run: RunDir) -> ReportInputs:
             run.summary, lambda path: read_json_mapping(path, SUMMARY_FILE), {}, gaps
         ),
         usage=_read_or_gap(_usage_file(run), _read_usage, None, gaps),
+        health=_read_or_gap(run.health, read_findings, None, gaps),
         insight=_read_or_gap(run.insight, _read_insight, {}, gaps),
         agreement_by_step=_read_agreement(run.routing_snapshots, gaps),
         quality_curve=_read_or_gap(

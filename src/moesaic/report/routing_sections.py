@@ -13,8 +13,7 @@ import numpy as np
 
 from moesaic.moe.routing_agreement import RoutingAgreement
 from moesaic.monitor.expert_usage import LayerUsage, RecordedUsage
-from moesaic.monitor.health_rules import RouterSettings
-from moesaic.monitor.router_health import RouterHealthMonitor
+from moesaic.monitor.health_record import RecordedFinding
 from moesaic.monitor.specialization import (
     expert_share_by_language,
     measure_specialization,
@@ -32,7 +31,6 @@ from moesaic.report.html import Html, html_table, join_html, tag
 from moesaic.report.report_inputs import ReportInputs, language_name
 
 _MAPS_WIDTH = 720  # pixels for the cells of all layers side by side, unless they are too many
-_NOT_LOAD_BALANCING = ("RouterZLoss", "EntropyBalance")  # balance terms without effect on load
 _PREDICTOR_LABELS = ("token id", "position in the row", "shuffled token id")
 _PREDICTORS = ("token", "position", "token_by_chance")
 _WIDE_FRAME = ChartFrame(left=60)  # for the label "position"
@@ -101,7 +99,7 @@ def _layer_button(words: str, *, layer: str, pressed: str) -> Html:
 
 
 def health_section(inputs: ReportInputs) -> Html:
-    """Return the load-balance metrics over time and the health findings on the whole run."""
+    """Return the load-balance metrics over time and the findings that training recorded."""
     curves = [(inputs.curve(name, label=title), title) for name, title in _HEALTH_METRICS]
     known = [(c, title) for c, title in curves if c]
     charts = [line_chart([c], title=title, from_zero=True) for c, title in known if any(c.y)]
@@ -109,40 +107,23 @@ def health_section(inputs: ReportInputs) -> Html:
     parts += [
         tag("p", f"{title}: none at any step.", class_="soft") for c, title in known if not any(c.y)
     ]
-    if inputs.usage is None:
-        return join_html(parts or [tag("p", "No routing was recorded.", class_="gap")])
-    monitor = RouterHealthMonitor(router_settings(inputs), patience=1)
-    findings = monitor.check_interval(inputs.usage.layers)
-    if not findings:
-        words = tag("p", "No findings on the routing of the whole run.", class_="good")
+    if inputs.health is None:
+        gap = inputs.gaps.get("health.json", "No routing was recorded.")
+        return join_html([tag("p", gap, class_="gap"), *parts])
+    if not inputs.health:
+        words = tag("p", "Training found nothing wrong with a router.", class_="good")
     else:
-        items = [
-            tag(
-                "li",
-                tag("b", f"Layer {f.layer} {f.text}."),
-                f" Likely cause: {f.cause}. Try: {f.advice}.",
-            )
-            for f in findings
-        ]
-        words = tag("ul", *items, class_="findings")
+        words = tag("ul", *map(_finding_item, inputs.health), class_="findings")
     return join_html([words, *parts])
 
 
-def router_settings(inputs: ReportInputs) -> RouterSettings:
-    """Read the router settings that causes and advice depend on from the config."""
-    moe: dict[str, Any] = (inputs.config.get("model") or {}).get("moe") or {}
-    select, limit = moe.get("select") or {}, moe.get("limit") or {}
-    terms = {str(term.get("kind")): term for term in moe.get("balance") or ()}
-    weights = {kind: float(term.get("weight") or 0) for kind, term in terms.items()}
-    balancing = {kind: w for kind, w in weights.items() if w and kind not in _NOT_LOAD_BALANCING}
-    return RouterSettings(
-        languages=inputs.usage.languages if inputs.usage else (),
-        top_k=int(select.get("k") or (2 if select.get("kind") == "Top2" else 1)),
-        balance_weight=sum(balancing.values()),
-        z_weight=weights.get("RouterZLoss", 0.0),
-        capacity_factor=limit.get("factor"),
-        bias_rate=float(terms.get("BiasUpdate", {}).get("rate") or 0),
-        balance=max(balancing, key=balancing.__getitem__, default="SwitchBalance"),
+def _finding_item(recorded: RecordedFinding) -> Html:
+    finding, last = recorded.finding, recorded.last_step
+    until = "to the end" if last is None else f"to {last:,}"
+    return tag(
+        "li",
+        tag("b", f"Steps {recorded.first_step:,} {until}: layer {finding.layer} {finding.text}."),
+        f" Likely cause: {finding.cause}. Try: {finding.advice}.",
     )
 
 

@@ -1,9 +1,8 @@
 """Score a run against copying and a translation memory, on held-out text or a test set."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from moesaic.core.files import write_json
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.join_pairs import can_be_read, pairs_of_direction
 from moesaic.evaluate.baselines import TranslationMemorySystem, copy_source
-from moesaic.evaluate.evaluation_summary import EvaluationSummary, SampleTranslation, TestSetResult
+from moesaic.evaluate.evaluation_summary import EvaluationSummary
 from moesaic.evaluate.harness import (
     EvaluationSettings,
     TranslationSystem,
@@ -22,11 +21,13 @@ from moesaic.evaluate.harness import (
     evaluate,
 )
 from moesaic.evaluate.routing_analysis import RoutingAnalysis
+from moesaic.evaluate.seen_rows import SeenRows, find_seen_rows
+from moesaic.evaluate.test_set_result import SampleTranslation, TestSetResult
 from moesaic.evaluate.testset import TestSet
 from moesaic.model.beam_search import Greedy, Search
 from moesaic.monitor.expert_usage import UsageCounter
 from moesaic.serve.translation_routing import test_set_routing
-from moesaic.serve.translator import Translator
+from moesaic.serve.translator import TranslationResult, Translator
 
 OnResult = Callable[[TestSet, TestSetResult], None]
 
@@ -42,21 +43,25 @@ def score_run(
 ) -> EvaluationSummary:
     """Translate ``tests`` with a run and score it beside copying and a translation memory.
 
-    The memory contains the train rows of ``corpus``; without a corpus there is none. Writes no
-    files: see ``EvaluationSummary.write`` and ``count_experts``.
+    The memory contains the train rows of ``corpus``, among which the test rows are looked up too;
+    without a corpus there is neither. Writes no files: see ``EvaluationSummary.write`` and
+    ``count_experts``.
     """
     started = time.monotonic()
     translator = Translator.open(path)
-    model: TranslationSystem = partial(translator.translate_texts, search=search or Greedy())
+    model = _ObservedModel(translator, search or Greedy())
     systems: dict[str, TranslationSystem] = {"model": model, "copy": copy_source}
+    seen: dict[str, SeenRows] = {}
     if corpus is not None:
-        systems["memory"] = TranslationMemorySystem(partial(train_pairs, corpus))
-    summary = evaluate(systems, tests=tests, settings=settings, on_result=on_result)
+        if any(next(train_pairs(corpus, *test.direction), None) for test in tests):
+            systems["memory"] = TranslationMemorySystem(partial(train_pairs, corpus))
+        seen = {t.key: find_seen_rows(t, train_pairs(corpus, *t.direction)) for t in tests}
+    summary = evaluate(systems, tests=tests, settings=settings, seen=seen, on_result=on_result)
     summary = add_expert_traces(summary, trace=partial(_trace_sample, translator))
-    summary = replace(summary, notes=(*_truncation_notes(translator, tests), *summary.notes))
-    return summary.with_run_facts(
+    notes = [*_seen_notes(summary, seen), *model.notes()]
+    return summary.with_notes(notes).with_run_facts(
         run=Path(path).name,
-        counts={"sentences": sum(len(test) for test in tests)},
+        counts={"sentences": sum(len(test) for test in tests)} | model.counts(),
         seconds={"evaluate": time.monotonic() - started},
     )
 
@@ -95,17 +100,66 @@ def _routes_writer(path: Path, translator: Translator, tests: Sequence[TestSet])
     return RoutesWriter(path, languages=translator.languages, about=about)
 
 
-def _truncation_notes(translator: Translator, tests: Sequence[TestSet]) -> Iterator[str]:
-    """Note how many sources were truncated before translation."""
-    counts = [
-        translator.count_truncated(test.sources, source=test.source, target=test.target)
-        for test in tests
-    ]
-    if sum(counts):
-        yield (
-            f"{sum(counts)} of {sum(map(len, tests))} sources are longer than the model's limit "
-            f"({translator.limits.max_source} tokens) and were truncated"
+class _ObservedModel:
+    """The model as a system of an evaluation; counts answers and sources that were cut."""
+
+    def __init__(self, translator: Translator, search: Search) -> None:
+        self._translator, self._search = translator, search
+        self._found: dict[str, list[TranslationResult]] = {}
+
+    def __call__(self, texts: list[str], *, source: str, target: str) -> list[str]:
+        results = self._translator.translate(
+            texts, source=source, target=target, search=self._search
         )
+        self._found[f"{source}-{target}"] = results
+        return [result.text for result in results]
+
+    def counts(self) -> dict[str, int]:
+        """Return the counts for summary.json."""
+        results = [result for found in self._found.values() for result in found]
+        return {
+            "cut_answers": sum(not result.finished for result in results),
+            "cut_sources": sum(result.truncated for result in results),
+        }
+
+    def notes(self) -> Iterator[str]:
+        """Yield a note on answers that were cut, and one on sources, with the languages."""
+        limits = self._translator.limits
+        total = sum(map(len, self._found.values()))
+        cut = {name: sum(not r.finished for r in rows) for name, rows in self._found.items()}
+        if any(cut.values()):
+            yield (
+                f"{sum(cut.values())} of {total} answers were cut at the length limit (at most "
+                f"{limits.max_target} tokens, and {limits.max_length_ratio:g} times the source); "
+                f"they are scored as they are: {_list_counts(cut)}"
+            )
+        short = {name: sum(r.truncated for r in rows) for name, rows in self._found.items()}
+        if any(short.values()):
+            yield (
+                f"{sum(short.values())} of {total} sources are longer than the model's limit "
+                f"({limits.max_source} tokens) and were truncated: {_list_counts(short)}"
+            )
+
+
+def _list_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+
+
+def _seen_notes(summary: EvaluationSummary, seen: Mapping[str, SeenRows]) -> Iterator[str]:
+    """Note how many rows were trained on, with the scores of these and of the others."""
+    for key, found in seen.items():
+        result = summary.languages[key]
+        sentence, group = found.sentence(result.test), result.groups.get("seen")
+        if not sentence or group is None:
+            continue
+        parts = [f"on these {_both_scores(group.inside['model'])}"]
+        if group.outside:
+            parts.append(f"on the other {group.rest} {_both_scores(group.outside['model'])}")
+        yield f"{sentence}; the model has {', '.join(parts)}"
+
+
+def _both_scores(scores: Mapping[str, float]) -> str:
+    return f"{scores['chrf']:.1f} chrF++ and {scores['bleu']:.1f} BLEU"
 
 
 def train_pairs(corpus: Corpus, source: str, target: str) -> Iterator[tuple[str, str]]:

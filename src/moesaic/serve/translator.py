@@ -12,6 +12,7 @@ import torch
 
 from moesaic.checkpoint.full_checkpoint import read_weights
 from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.run_record import require_plugins, require_unchanged
 from moesaic.core.errors import CheckpointError, DataError, did_you_mean
 from moesaic.core.shapes import Tensor
 from moesaic.core.yaml_reader import read_yaml_file
@@ -109,6 +110,8 @@ class Translator:
         if weights is None:
             run.require_model()
             weights = run.model
+        require_plugins(run)
+        require_unchanged(run)
         config = _read_config(run)
         if not isinstance(config.get("model"), dict):
             raise CheckpointError(f"{run.config}: it has no model; is it the config of a run?")

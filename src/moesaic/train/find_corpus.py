@@ -12,7 +12,8 @@ from pathlib import Path
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.trained_directions import read_trained_directions
 from moesaic.core.errors import DataError
-from moesaic.corpus.corpus import CORPUS_MANIFEST, Corpus
+from moesaic.corpus.corpus import Corpus
+from moesaic.corpus.corpus_manifest import CORPUS_MANIFEST
 from moesaic.corpus.data_home import corpora_dir
 from moesaic.train.run import CorpusSource
 

@@ -1,12 +1,15 @@
 """Resuming: which checkpoint a run starts from, and which config keys may differ from it."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from moesaic.checkpoint.full_checkpoint import LatestCheckpoint, find_latest_checkpoint
 from moesaic.checkpoint.manifest import MANIFEST_FILE
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.config import Choice
 from moesaic.core.errors import CheckpointError
+from moesaic.train.run import Run
 
 # Keys that may differ from the config in the checkpoint: length, monitoring, parallel layout.
 CHANGEABLE_KEYS = (
@@ -20,7 +23,15 @@ CHANGEABLE_KEYS = (
     "parallel",
 )
 # Keys that may differ and are then reported, e.g. to continue a diverged run with a lower rate.
-REPORTED_KEYS = ("optimizer.lr", "optimizer.adamw.lr", "schedule", "clip_norm", "spikes")
+REPORTED_KEYS = (
+    "optimizer.lr",
+    "optimizer.router_lr",
+    "optimizer.adamw.lr",
+    "optimizer.adamw.router_lr",
+    "schedule",
+    "clip_norm",
+    "spikes",
+)
 
 
 class Resume(Choice):
@@ -72,3 +83,22 @@ class ResumeFrom(Resume):
             why = f": {' | '.join(found.skipped)}" if found.skipped else ""
             raise CheckpointError(f"{path}: no valid checkpoint to resume from{why}")
         return found
+
+
+def learning_rate_jump(saved: Mapping[str, Any], *, run: Run, step: int) -> Iterator[str]:
+    """Yield a sentence if the learning rate jumps where a run with other steps is resumed.
+
+    A schedule that decays over the end of a run starts again at its full rate when a finished run
+    gets more steps. ``saved`` is the plain config in the checkpoint of ``step``.
+    """
+    steps = saved["steps"]
+    if step == 0 or steps == run.steps:
+        return
+    before = Run.from_dict(saved).schedule.lr_factor(step - 1, steps=steps)
+    after = run.schedule.lr_factor(step, steps=run.steps)
+    if abs(after - before) > 0.1 * max(after, before):
+        yield (
+            f"the learning rate jumps: {before:.3g} of its full value at step {step} (of {steps}), "
+            f"{after:.3g} at step {step + 1} (of {run.steps:,}); the decay of schedule= moves with "
+            "steps"
+        )

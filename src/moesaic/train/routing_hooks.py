@@ -10,16 +10,20 @@ from moesaic.checkpoint.routes_file import RoutesWriter
 from moesaic.core.shapes import Bool, Int, Tensor
 from moesaic.data.batch import Batch
 from moesaic.distributed.world import World
-from moesaic.moe.auxiliary_losses import RouterZLoss
-from moesaic.moe.config import MoE
-from moesaic.moe.expert_bias import BiasUpdate
-from moesaic.moe.expert_capacity import Capacity
 from moesaic.moe.router_context import TokenContext
 from moesaic.moe.routing_record import LayerRoutes, RoutingRecord, routes_from_records
 from moesaic.monitor.expert_usage import LogitStats, UsageCounter, summarize_load
-from moesaic.monitor.health_rules import HealthFinding, RouterSettings
+from moesaic.monitor.health_record import (
+    RecordedFinding,
+    read_findings,
+    record_findings,
+    up_to_step,
+    write_findings,
+)
+from moesaic.monitor.health_rules import HealthFinding
 from moesaic.monitor.router_health import RouterHealthMonitor, summarize_health
 from moesaic.train.random_state import preserve_random_state
+from moesaic.train.router_layers import health_check_settings, routed_layers
 from moesaic.train.run import Run
 from moesaic.train.trainer import StepReport, Trainer
 from moesaic.train.training_hooks import Hook
@@ -33,11 +37,12 @@ class RouterHealthHook(Hook):
 
     One step in ``log.routing_stats_every`` is counted. Counts since the last row, and those of the
     whole run (``usage.json``), are part of a checkpoint. Tokens of an encoder layer count for the
-    source language, those of a decoder layer for the target language.
+    source language, those of a decoder layer for the target language. ``findings`` is the file that
+    keeps what the log says about routers.
     """
 
-    def __init__(self, path: Path, *, trainer: Trainer) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, trainer: Trainer, findings: Path) -> None:
+        self.path, self.findings_path = path, findings
         languages = trainer.objective.categories.languages
         self._interval_counts = _new_counts(trainer, languages)
         self._run_counts = _new_counts(trainer, languages)
@@ -48,8 +53,16 @@ class RouterHealthHook(Hook):
         self._health_check = RouterHealthMonitor(
             health_check_settings(trainer.run, languages=languages)
         )
-        self._reported: set[tuple[str, str]] = set()
+        self._recorded: tuple[RecordedFinding, ...] = ()
         trainer.stateful_components["routes"] = self
+
+    def before_run(self, trainer: Trainer) -> None:
+        if trainer.world.rank == 0:
+            recorded = read_findings(self.findings_path) if trainer.step else ()
+            self._recorded = up_to_step(recorded, trainer.step)
+            lasting = [r.finding for r in self._recorded if r.last_step is None]
+            self._health_check.restore(lasting)
+            write_findings(self.findings_path, self._recorded)
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         log = trainer.run.log
@@ -105,7 +118,7 @@ class RouterHealthHook(Hook):
         findings = self._health_check.check_interval(layers)
         trainer.event_log.record_values(summarize_load(layers))
         trainer.event_log.router_health = summarize_health(findings)
-        self._note_new_findings(trainer, findings)
+        self._record_findings(trainer, findings)
 
     def _global_counts(self, world: World) -> dict[str, Tensor]:
         """Return the counts since the last row over all ranks; empty if there are none."""
@@ -117,11 +130,14 @@ class RouterHealthHook(Hook):
             for name, zeros in self._empty_counts.items()
         }
 
-    def _note_new_findings(self, trainer: Trainer, findings: tuple[HealthFinding, ...]) -> None:
-        new = [f for f in findings if (f.layer, f.rule) not in self._reported]
-        self._reported = {(f.layer, f.rule) for f in findings}
-        for finding in new:
-            trainer.event_log.add_note(f"step {trainer.step}: {finding.sentence}")
+    def _record_findings(self, trainer: Trainer, findings: tuple[HealthFinding, ...]) -> None:
+        """Note what is new, and write the findings so far where the report reads them."""
+        before = self._recorded
+        self._recorded = record_findings(before, findings, step=trainer.step)
+        for new in self._recorded[len(before) :]:
+            trainer.event_log.add_note(f"step {trainer.step}: {new.finding.sentence}")
+        if trainer.world.rank == 0 and self._recorded != before:
+            write_findings(self.findings_path, self._recorded)
 
 
 def row_languages(record: RoutingRecord, *, batch: Batch) -> Int[Tensor, "B"]:
@@ -140,46 +156,19 @@ def late_in_queue(context: TokenContext) -> Bool[Tensor, "T"]:
 
 
 def _new_counts(trainer: Trainer, languages: tuple[str, ...]) -> UsageCounter:
-    moe = _first_moe(trainer.run)
-    return UsageCounter(languages, num_null_experts=moe.null_experts.count() if moe else 0)
-
-
-def _first_moe(run: Run) -> MoE | None:
-    """Return the MoE config of the first stack that has one."""
-    model = run.model
-    layers = (model.moe_of_stack(stack) for stack in (model.encoder, model.decoder))
-    return next((moe for moe in layers if isinstance(moe, MoE)), None)
-
-
-def health_check_settings(run: Run, *, languages: tuple[str, ...]) -> RouterSettings:
-    """Return the parts of the config that health findings refer to for causes and advice."""
-    moe = _first_moe(run)
-    if moe is None:
-        return RouterSettings(languages)
-    limit = moe.limit
-    strongest = max(moe.balance, key=lambda term: term.balancing_weight(), default=None)
-    is_balanced = strongest is not None and strongest.balancing_weight() > 0
-    return RouterSettings(
-        languages,
-        top_k=max(1, round(moe.select.experts_per_token(moe.num_router_outputs))),
-        balance_weight=sum(b.balancing_weight() for b in moe.balance),
-        z_weight=sum(b.weight for b in moe.balance if isinstance(b, RouterZLoss)),
-        capacity_factor=limit.factor if isinstance(limit, Capacity) else None,
-        bias_rate=sum(b.rate for b in moe.balance if isinstance(b, BiasUpdate)),
-        balance=type(strongest).__name__ if is_balanced else "SwitchBalance",
-    )
+    layers = routed_layers(trainer.run.model)
+    nulls = {layer.name: layer.moe.null_experts.count() for layer in layers}
+    return UsageCounter(languages, null_experts=nulls)
 
 
 def _zero_counts(run: Run, *, languages: int, device: torch.device) -> dict[str, Tensor]:
     """Return zero counts of every MoE layer; a rank of a pipeline holds only some layers."""
     counts: dict[str, Tensor] = {}
-    for side, stack in (("encoder", run.model.encoder), ("decoder", run.model.decoder)):
-        for layer in stack.moe_layers:
-            moe = run.model.routed_moe_of_layer(stack, layer=layer)
-            if moe is not None:
-                edges = torch.zeros((moe.num_router_outputs + 1) * languages + 1, dtype=torch.long)
-                counts[f"edges/{side}.{layer}"] = edges.to(device)
-                counts[f"scales/{side}.{layer}"] = torch.zeros(4, dtype=torch.float64).to(device)
+    for layer in routed_layers(run.model):
+        experts = layer.moe.num_router_outputs
+        edges = torch.zeros((experts + 1) * languages + 1, dtype=torch.long, device=device)
+        counts[f"edges/{layer.name}"] = edges
+        counts[f"scales/{layer.name}"] = torch.zeros(4, dtype=torch.float64, device=device)
     return counts
 
 

@@ -10,7 +10,7 @@ from moesaic.core.errors import ConfigError, DataError
 from moesaic.corpus.languages import resolve_language
 from moesaic.data.collators import DecoderOnlyCollator, EncoderDecoderCollator
 from moesaic.nn.positional_encoding import LearnedPositions
-from moesaic.optim.lr_schedule import WSD, Cosine
+from moesaic.optim.lr_schedule import WSD, Constant, Cosine, InverseSqrt, warmup_steps
 from moesaic.train.run import Run
 
 RunRule = Callable[[Run], Iterator[str]]
@@ -103,14 +103,21 @@ def schedule_fits_the_steps(run: Run) -> Iterator[str]:
     """Warm-up ends before the decay or the run."""
     schedule = run.schedule
     if isinstance(schedule, WSD):
-        flat = run.steps * (1 - schedule.decay)
-        if schedule.warmup > flat:
+        flat = schedule.decay_start(run.steps)
+        if warmup_steps(schedule.warmup, steps=run.steps) > flat:
             yield (
                 f"schedule.warmup={schedule.warmup} does not end before the decay begins, at step "
-                f"{flat:.0f} (steps={run.steps}, schedule.decay={schedule.decay}): shorten it"
+                f"{flat:.0f} (steps={run.steps}, schedule.decay={schedule.decay}): shorten it, or "
+                "give it as a share of the run (schedule.warmup=0.02)"
             )
-    if isinstance(schedule, Cosine) and schedule.warmup >= run.steps:
-        yield f"schedule.warmup={schedule.warmup} must be less than steps={run.steps}"
+    elif (
+        isinstance(schedule, Cosine | InverseSqrt | Constant)
+        and warmup_steps(schedule.warmup, steps=run.steps) >= run.steps
+    ):
+        yield (
+            f"schedule.warmup={schedule.warmup} must be less than steps={run.steps}: shorten it, "
+            "or give it as a share of the run (schedule.warmup=0.02)"
+        )
 
 
 def pipeline_has_enough_micro_batches(run: Run) -> Iterator[str]:

@@ -8,9 +8,13 @@ from typing import Any, cast
 
 import torch
 
+from moesaic.checkpoint.checkpoint_directory import read_manifest
 from moesaic.checkpoint.full_checkpoint import config_differences, read_state, require_same_config
+from moesaic.checkpoint.plugins import record_plugins
 from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.run_record import read_run_record, write_run_record
 from moesaic.core.config_upgrade import upgrade_config
+from moesaic.core.errors import ConfigError
 from moesaic.core.files import atomic_write
 from moesaic.data.loader import DataReplica, Loader
 from moesaic.distributed.compare_ranks import require_same_on_all_ranks, version_facts
@@ -26,7 +30,13 @@ from moesaic.train.loop import StopReason, TrainingResult, training_loop
 from moesaic.train.prepare_data import PreparedData, prepare_data
 from moesaic.train.random_state import seed_rank
 from moesaic.train.record_directions import record_directions
-from moesaic.train.resume import CHANGEABLE_KEYS, REPORTED_KEYS, START_FRESH, Resume
+from moesaic.train.resume import (
+    CHANGEABLE_KEYS,
+    REPORTED_KEYS,
+    START_FRESH,
+    Resume,
+    learning_rate_jump,
+)
 from moesaic.train.routing_hooks import RouterHealthHook, RoutingProbeHook, RoutingTraceHook
 from moesaic.train.run import Run
 from moesaic.train.run_checks import check_run
@@ -71,7 +81,7 @@ def train(
         mark_phase("preparing the data")
         prepared = prepare_data(run, run_dir=run_dir, world=world, notify=display.note)
         require_same_on_all_ranks(prepared.facts(), world=world, what="data")
-        record = partial(record_directions, run, prepared=prepared, run_dir=run_dir)
+        record = partial(_record_run, run, prepared=prepared, run_dir=run_dir)
         _note_all(display, run_on_rank0(world, record))
         mark_phase("making the model")
         trainer = make_trainer(run, prepared=prepared, world=world)
@@ -142,7 +152,7 @@ def standard_hooks(trainer: Trainer, *, run_dir: RunDir) -> list[Hook]:
     """Return the hooks of every run that come before the metrics log."""
     return [
         ValidationHook(),
-        RouterHealthHook(run_dir.usage, trainer=trainer),
+        RouterHealthHook(run_dir.usage, trainer=trainer, findings=run_dir.health),
         RoutingTraceHook(run_dir.routes),
         RoutingProbeHook(run_dir.routing_snapshots),
         StragglerHook(),
@@ -159,6 +169,7 @@ def _open_run_dir(run_dir: RunDir, *, run: Run, resume: Resume) -> dict[str, Any
         require_same_config(saved, current=current, where=path, ignored=ignored)
         changed = config_differences(saved, current).items()
         notes += [f"{k}: was {a}, now {b}" for k, (a, b) in changed if k.startswith(REPORTED_KEYS)]
+        notes += learning_rate_jump(saved, run=run, step=read_manifest(path).step)
         tokenizer = RunDir(path.parent.parent).tokenizer
         if not run_dir.tokenizer.is_file() and tokenizer.is_file():
             atomic_write(run_dir.tokenizer, tokenizer.read_bytes())
@@ -166,10 +177,31 @@ def _open_run_dir(run_dir: RunDir, *, run: Run, resume: Resume) -> dict[str, Any
     return {"path": None if path is None else str(path), "notes": notes}
 
 
+def _record_run(run: Run, *, prepared: PreparedData, run_dir: RunDir) -> list[str]:
+    """Record what is trained on, and the files of the run; the weights stay as recorded before."""
+    notes = record_directions(run, prepared=prepared, run_dir=run_dir)
+    before = read_run_record(run_dir)
+    weights = {} if before is None else before.files
+    write_run_record(
+        run_dir,
+        config=run.to_dict(),
+        plugins=record_plugins(run, run_dir.plugins),
+        known={run_dir.model.name: weights.get(run_dir.model.name)},
+    )
+    return notes
+
+
 def _saved_config(checkpoint: Path) -> dict[str, Any]:
-    """Return the run config in a checkpoint, with the present names."""
+    """Return the run config in a checkpoint, with the present names.
+
+    A key that is new since then has its default. Of a config that is not valid now, the plain
+    values are returned, so that the differences can be named.
+    """
     upgraded, _ = upgrade_config(read_state(checkpoint)["config"])
-    return cast("dict[str, Any]", upgraded)
+    try:
+        return Run.from_dict(cast("dict[str, Any]", upgraded)).to_dict()
+    except ConfigError:
+        return cast("dict[str, Any]", upgraded)
 
 
 def _note_all(display: ProgressDisplay, sentences: Iterable[str]) -> None:

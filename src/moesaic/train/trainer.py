@@ -23,6 +23,7 @@ from moesaic.distributed.world import World
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights, restore_weights
 from moesaic.moe.layer import reset_routing_stats, update_stateful_rules
+from moesaic.nn.fused_projections import fused_outputs
 from moesaic.optim.gradient_clipping import GradNorm
 from moesaic.optim.named_optimizer import export_state, restore_state
 from moesaic.parallel.parallel_model import ShardedMatrices
@@ -92,12 +93,14 @@ class Trainer:
     def __init__(self, run: Run, *, model: Transformer, data: BatchLoader, world: World) -> None:
         self.run, self.world, self.data = run, world, data
         self.model = model
+        fused = fused_outputs(model)  # of the whole model, before it is sharded
         self.parallel_model = parallelize(
             model, parallel=run.parallel, world=world, timeout_s=run.collective_timeout_s
         )
         self.optimizer = run.optimizer.build(
             model.named_parameters(), kinds=model.parameter_kinds()
         )
+        self.optimizer.fused_outputs = fused
         if not self.parallel_model.is_replicated:
             self.optimizer.matrix_sharding = ShardedMatrices(self.parallel_model)
         categories = LossCategories(tuple(data.tasks), tuple(data.languages))

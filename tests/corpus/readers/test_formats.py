@@ -174,6 +174,7 @@ def test_a_po_yields_translated_entries_only(tmp_path: Path) -> None:
     assert sides(path) == [
         ('Open "%s"', "„%s“ öffnen"),
         ("%d file", "%d Datei"),
+        ("%d files", "%d Dateien"),
         ("Save all", "Alles speichern"),
     ]
 
@@ -192,7 +193,8 @@ def test_a_mo_is_read_in_either_byte_order(order: str) -> None:
         b"Empty": b"",
     }
     found = [(e.source, e.target) for e in parse_mo(mo_bytes(messages, order), name="a.mo")]
-    assert found == [("%d file", "%d Datei"), ("Open", "Öffnen")]
+    plural = [("%d file", "%d Datei"), ("%d files", "%d Dateien")]
+    assert found == [*plural, ("Open", "Öffnen")]
 
 
 @pytest.mark.parametrize("size", [0, 2, 10, 40, 60, -1])

@@ -147,7 +147,8 @@ def test_languages_are_taken_from_paths() -> None:
             'msgid "Open"',
             f'msgstr "{word}"',
             "",
-            'msgid ""',
+            'msgid "Close"',
+            'msgstr ""',
         )
     write("news/en-fr.tsv", "Close\tFermer")
     files = (

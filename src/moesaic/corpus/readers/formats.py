@@ -1,25 +1,28 @@
 """Reading files of pairs or texts: the format is chosen by the file's name."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from moesaic.core.errors import DataError
 from moesaic.corpus.languages import resolve_language
 from moesaic.corpus.pair import Pair, Text
-from moesaic.corpus.readers.gettext import parse_mo, parse_po
+from moesaic.corpus.readers.compressed import COMPRESSED, name_without_compression
+from moesaic.corpus.readers.gettext import CatalogueEntry, Entry, parse_mo, parse_po
 from moesaic.corpus.readers.jsonl import read_jsonl_pairs, read_jsonl_texts
 from moesaic.corpus.readers.moses import moses_file, read_moses
 from moesaic.corpus.readers.text_lines import (
-    name_without_compression,
     read_all_bytes,
     read_lines,
+    replace_lone_surrogates,
     require_rows,
 )
 from moesaic.corpus.readers.tmx import read_tmx
-from moesaic.corpus.readers.tsv import read_rows
+from moesaic.corpus.readers.tsv import read_user_rows
+from moesaic.corpus.readers.variants import WantedLanguage
 
-PAIR_FORMATS = (".tsv", ".jsonl", ".po", ".mo", ".tmx")
+Wanted = WantedLanguage | None
+PairReader = Callable[[Path, Wanted, Wanted], Iterator[Pair]]
 
 
 def read_pairs(
@@ -30,20 +33,19 @@ def read_pairs(
     origin: str = "",
     licence: str = "not stated",
 ) -> Iterator[Pair]:
-    """Yield the pairs of a file: .tsv (first two columns), .jsonl, .po, .mo, .tmx; .gz .xz .zst.
+    """Yield the pairs of a file: .tsv (first two columns), .jsonl, .po, .mo, .tmx, also compressed.
 
     Any other path is a Moses prefix: ``news`` reads ``news.en`` and ``news.de``. ``source`` and
     ``target`` take any spelling; .jsonl lines may have their own. ``origin`` is by
     default the file's name. Raises DataError naming file and line.
     """
     where = Path(path)
-    codes = tuple(resolve_language(x).code if x else "" for x in (source, target))
+    sides = [WantedLanguage.resolve(x) if x else None for x in (source, target)]
     kind = Path(name_without_compression(where)).suffix.casefold()
-    if not all(codes) and kind != ".jsonl":
-        raise DataError(f"{where}: its languages are needed: source and target")
-    rows = _pairs(where, kind=kind, source=codes[0], target=codes[1])
+    rows = PAIR_READERS.get(kind, _read_other)(where, sides[0], sides[1])
+    named = replace_lone_surrogates(origin or where.name)
     for pair in require_rows(rows, path=where, what="pairs"):
-        yield replace(pair, origin=origin or where.name, licence=licence)
+        yield replace(pair, origin=named, licence=licence)
 
 
 def read_texts(
@@ -56,25 +58,72 @@ def read_texts(
         rows = read_jsonl_texts(where, code=resolved)
     else:
         rows = (Text(line, resolved) for _, line in read_lines(where) if line.strip())
+    named = replace_lone_surrogates(origin or where.name)
     for text in require_rows(rows, path=where, what="text"):
-        yield replace(text, origin=origin or where.name, licence=licence)
+        yield replace(text, origin=named, licence=licence)
 
 
-def _pairs(path: Path, *, kind: str, source: str, target: str) -> Iterator[Pair]:
-    if kind == ".tsv":
-        rows = read_rows(path, columns=2)
-        return (Pair(r.fields[0], r.fields[1], source, target) for r in rows)
-    if kind == ".jsonl":
-        return read_jsonl_pairs(path, source=source, target=target)
-    if kind == ".tmx":
-        return read_tmx(path, source=source, target=target)
-    if kind in (".mo", ".po"):
-        parse = parse_mo if kind == ".mo" else parse_po
-        entries = parse(read_all_bytes(path), name=str(path))
-        return (Pair(e.source, e.target, source, target) for e in entries)
-    if moses_file(path, code=source) or moses_file(path, code=target):
-        return read_moses(path, source=source, target=target)
+def _both(path: Path, source: Wanted, target: Wanted) -> tuple[WantedLanguage, WantedLanguage]:
+    if source is None or target is None:
+        raise DataError(f"{path}: its languages are needed: source and target")
+    return source, target
+
+
+def _read_tsv(path: Path, source: Wanted, target: Wanted) -> Iterator[Pair]:
+    left, right = _both(path, source, target)
+    for row in read_user_rows(path, columns=2):
+        yield Pair(row.fields[0], row.fields[1], left.code, right.code)
+
+
+def _read_jsonl(path: Path, source: Wanted, target: Wanted) -> Iterator[Pair]:
+    return read_jsonl_pairs(path, source=source, target=target)
+
+
+def _read_tmx(path: Path, source: Wanted, target: Wanted) -> Iterator[Pair]:
+    left, right = _both(path, source, target)
+    return read_tmx(path, source=left, target=right)
+
+
+def _read_po(path: Path, source: Wanted, target: Wanted) -> Iterator[Pair]:
+    left, right = _both(path, source, target)
+    return _catalogue_pairs(parse_po(read_all_bytes(path), name=str(path)), left, right)
+
+
+def _read_mo(path: Path, source: Wanted, target: Wanted) -> Iterator[Pair]:
+    left, right = _both(path, source, target)
+    return _catalogue_pairs(parse_mo(read_all_bytes(path), name=str(path)), left, right)
+
+
+def _catalogue_pairs(
+    entries: Iterator[Entry], source: WantedLanguage, target: WantedLanguage
+) -> Iterator[Pair]:
+    for entry in entries:
+        if not isinstance(entry, CatalogueEntry):
+            raise DataError(entry.problem)
+        yield Pair(entry.source, entry.target, source.code, target.code)
+
+
+def _read_other(path: Path, source: Wanted, target: Wanted) -> Iterator[Pair]:
+    """Read Moses files, whose name has no suffix of a format."""
+    left, right = _both(path, source, target)
+    if any(moses_file(path, code=side.spelled) for side in (left, right)):
+        return read_moses(path, source=left, target=right)
     if path.exists():
-        known = ", ".join(PAIR_FORMATS)
-        raise DataError(f'{path}: unknown format "{kind}": expected one of {known}')
-    raise DataError(f"{path}: no such file, and no {path.name}.{source} beside it")
+        known, packed = ", ".join(PAIR_FORMATS), " ".join(COMPRESSED)
+        suffix = Path(name_without_compression(path)).suffix
+        raise DataError(
+            f'{path}: unknown format "{suffix}": expected one of {known} (also {packed})'
+        )
+    raise DataError(f"{path}: no such file, and no {path.name}.{left.code} beside it")
+
+
+PAIR_READERS: dict[str, PairReader] = {
+    ".tsv": _read_tsv,
+    ".jsonl": _read_jsonl,
+    ".po": _read_po,
+    ".mo": _read_mo,
+    ".tmx": _read_tmx,
+}
+"""The reader of each format of pairs, by suffix."""
+
+PAIR_FORMATS = tuple(PAIR_READERS)

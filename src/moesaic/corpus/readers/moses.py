@@ -6,36 +6,40 @@ from pathlib import Path
 from moesaic.core.errors import DataError
 from moesaic.corpus.languages import resolve_locale
 from moesaic.corpus.pair import Pair
-from moesaic.corpus.readers.text_lines import COMPRESSED, read_lines
+from moesaic.corpus.readers.compressed import name_without_compression
+from moesaic.corpus.readers.text_lines import read_lines
+from moesaic.corpus.readers.variants import WantedLanguage, is_same_tag
 
 
 def moses_file(prefix: Path, *, code: str) -> Path | None:
-    """Return the file of a language: ``prefix.de``, ``prefix.deu_Latn.gz`` or another spelling."""
-    found = []
-    for path in sorted(prefix.parent.glob(f"{prefix.name}.*")):
-        ending = path.name[len(prefix.name) + 1 :]
-        for suffix in COMPRESSED:
-            ending = ending.removesuffix(suffix)
-        known = resolve_locale(ending)
-        if known is not None and known.code == code:
-            found.append(path)
-    return found[0] if found else None
+    """Return the file of a language: ``prefix.de``, ``prefix.deu_Latn.gz`` or another spelling.
+
+    ``code`` may be any spelling; a file that has exactly this one wins over the code's others.
+    """
+    wanted = WantedLanguage.resolve(code)
+    try:
+        beside = sorted(p for p in prefix.parent.iterdir() if p.name.startswith(f"{prefix.name}."))
+    except OSError:
+        return None
+    endings = ((name_without_compression(p)[len(prefix.name) + 1 :], p) for p in beside)
+    standard = (e for e in endings if is_same_tag(e[0], code) or resolve_locale(e[0]) is not None)
+    return next(iter(wanted.select(standard)), None)
 
 
-def read_moses(prefix: Path, *, source: str, target: str) -> Iterator[Pair]:
-    """Yield the pairs of ``prefix.<source>`` and ``prefix.<target>`` (codes).
+def read_moses(prefix: Path, *, source: WantedLanguage, target: WantedLanguage) -> Iterator[Pair]:
+    """Yield the pairs of ``prefix.<source>`` and ``prefix.<target>``.
 
     Raises DataError when a file is missing or one is longer than the other.
     """
     paths = []
-    for code in (source, target):
-        path = moses_file(prefix, code=code)
+    for side in (source, target):
+        path = moses_file(prefix, code=side.spelled)
         if path is None:
             raise DataError(
-                f"{prefix}: no file for {code} beside it, expected e.g. {prefix}.{code}"
+                f"{prefix}: no file for {side.code} beside it, expected e.g. {prefix}.{side.code}"
             )
         paths.append(path)
-    yield from read_aligned(paths[0], paths[1], source=source, target=target)
+    yield from read_aligned(paths[0], paths[1], source=source.code, target=target.code)
 
 
 def read_aligned(first: Path, second: Path, *, source: str, target: str) -> Iterator[Pair]:

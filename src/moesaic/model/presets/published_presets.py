@@ -7,7 +7,7 @@ from moesaic.model.config import ModelConfig, Stack
 from moesaic.model.presets.preset import PRESETS, Preset, Published
 from moesaic.moe.auxiliary_losses import SwitchBalance
 from moesaic.moe.config import MoE, NoMoE, SparseLayer, fine_grained
-from moesaic.moe.expert_capacity import Capacity, RandomPriority, WeightPriority
+from moesaic.moe.expert_capacity import BatchPriority, Capacity, RandomPriority
 from moesaic.moe.expert_selection import SwitchTop1, Top2, TopK
 from moesaic.moe.shared_experts import ResidualExpert, SharedExperts
 from moesaic.nn.attention import AttentionConfig
@@ -83,7 +83,7 @@ def _zcode_preset(moe: SparseLayer, *, published: tuple[Published, ...] = ()) ->
         feed_forward=FeedForwardConfig(hidden=4096, activation=ReLU()),
         moe=moe,
         norm=LayerNorm(bias=True),
-        position=Sinusoidal(),
+        position=Sinusoidal(offset=2),
         bias=True,
         dropout=0.1,
     )
@@ -96,8 +96,9 @@ def _zcode_preset(moe: SparseLayer, *, published: tuple[Published, ...] = ()) ->
 # fourth layer are in the released training scripts (``run_flores200_4.4``, fairseq's nllb
 # branch); 24 + 24 layers, width 2048, feed-forward 8192 and 16 heads are those of the 3.3B dense
 # sibling in public scripts; 256,206 is the vocabulary of the released model. With them the count
-# agrees with 54.5B. We do not load its weights: details that change no shape (capacity, dropout)
-# are guesses.
+# agrees with 54.5B. Its first position is 2 (the two before it belong to padding), and full experts
+# keep tokens by batch priority, in transformers' implementation of it. We do not load its
+# weights: details that change no shape (capacity, dropout) are guesses.
 
 
 @PRESETS.register()
@@ -113,10 +114,10 @@ def nllb_moe_54b() -> Preset:
         moe=MoE(
             experts=128,
             select=Top2(),
-            limit=Capacity(factor=1.0, priority=WeightPriority()),
+            limit=Capacity(factor=1.0, priority=BatchPriority()),
         ),
         norm=LayerNorm(bias=True),
-        position=Sinusoidal(),
+        position=Sinusoidal(offset=2),
         bias=True,
         dropout=0.1,
     )

@@ -1,0 +1,236 @@
+"""Which encoding a file that is not UTF-8 may have, for the advice in the error message.
+
+Candidates are judged by how a sample of the file reads in them: letters inside words must be
+letters, of one script, and of the characters that its languages use. The advice names an encoding
+only with the text as it would read, so that a wrong guess is seen before the file is converted;
+where several read equally well, all are shown.
+"""
+
+import codecs
+import re
+import unicodedata
+from functools import cache
+
+_BOMS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+# iconv's name -> the characters beyond ASCII that are frequent in texts of that encoding
+_WESTERN, _CENTRAL = "äöüßéèàçñáíóúâêîôûæøåãõëï", "áéíóúýčďěňřšťůžąćęłńśźżőűöüäîăâ"
+_CYRILLIC, _GREEK = "оеаинтсрвлкмдпуяыьг", "αοιετσνηυρπκμλςίόάέώή"
+_ARABIC, _JAPANESE = (
+    "اليمنوتربسعدهةفقكحأ",
+    "のにはをたがでてとしれさるいもなこっまかきけだくすせうらりですます",
+)
+_HANZI = "的一是不了在人有我他中大上到和你地出也要下以生会自去之家可小天海面面看手心回事用好多"
+_TABLE = {
+    "EUC-JP": _JAPANESE,
+    "SHIFT_JIS": _JAPANESE,
+    "EUC-KR": "이다는을의에가하고지도로기사리시어인스자아나해서대한라요",
+    "GB18030": _HANZI + "这来国个说们为时过学对后里还没开发经请",
+    "BIG5": _HANZI + "這來國個說們為時過學對後裡還沒開發經請",
+    "WINDOWS-1252": _WESTERN,
+    "WINDOWS-1250": _CENTRAL,
+    "ISO-8859-2": _CENTRAL,
+    "WINDOWS-1254": "ışğçöüİÇÖÜŞ",
+    "WINDOWS-1257": "ąčęėįšųūžāēīķļņģõäöü",
+    "WINDOWS-1251": _CYRILLIC,
+    "KOI8-R": _CYRILLIC,
+    "CP866": _CYRILLIC,
+    "ISO-8859-5": _CYRILLIC,
+    "WINDOWS-1253": _GREEK,
+    "ISO-8859-7": _GREEK,
+    "WINDOWS-1255": "יוהלאמתרבשנ",
+    "WINDOWS-1256": _ARABIC,
+    "ISO-8859-6": _ARABIC,
+    "TIS-620": "านรกอเงยมลวดทสตะปบคหแจพ",
+}
+_MULTI_BYTE = ("EUC-JP", "SHIFT_JIS", "EUC-KR", "GB18030", "BIG5")
+_SCRIPTS = {
+    **dict.fromkeys(_MULTI_BYTE, "CJK"),
+    **dict.fromkeys(("WINDOWS-1251", "KOI8-R", "CP866", "ISO-8859-5"), "CYRILLIC"),
+    **dict.fromkeys(("WINDOWS-1253", "ISO-8859-7"), "GREEK"),
+    **dict.fromkeys(("WINDOWS-1256", "ISO-8859-6"), "ARABIC"),
+    "WINDOWS-1255": "HEBREW",
+    "TIS-620": "THAI",
+}
+_HIGH_RUN = re.compile(rb"[\x80-\xff]{2,}")
+_WORD = re.compile(r"[^\W\d_]*[^\x00-\x7f][^\s]*")
+_SHOWN = 24  # characters of a reading
+_MARGIN, _DOUBTFUL = 0.05, 0.6
+
+
+def looks_like_utf16(line: bytes) -> bool:
+    """Whether the first line of a file is UTF-16 or UTF-32: a mark, or NULs at every other byte."""
+    return _wide_encoding(line) != ""
+
+
+def advise_encoding(sample: bytes, *, at: int) -> str:
+    """Return what to do with a file whose byte ``at`` of ``sample`` is not UTF-8."""
+    wide = _wide_encoding(sample)
+    if wide:
+        return f"it looks like {wide}: convert it, e.g. iconv -f {wide} -t UTF-8"
+    if _mostly_utf8(sample):
+        return (
+            "most of the file is UTF-8, so this place is damaged: correct it, or drop such bytes "
+            "with iconv -c -f UTF-8 -t UTF-8"
+        )
+    readings = _best_readings(sample, at=at)
+    if not readings:
+        return "convert it from its encoding, e.g. iconv -f ENCODING -t UTF-8 (iconv -l lists them)"
+    shown = " or ".join(f"{name} ({text!r})" for name, text in readings)
+    name = readings[0][0] if len(readings) == 1 else "ENCODING"
+    return (
+        f"it reads best as {shown}: if that is its text, convert it with iconv -f {name} -t UTF-8, "
+        "else from the encoding that it has"
+    )
+
+
+def _wide_encoding(sample: bytes) -> str:
+    """Return the UTF-16 or UTF-32 that the beginning of a file is in, or an empty string."""
+    for mark, name in _BOMS:
+        if sample.startswith(mark):
+            return name
+    head = sample[:4096]
+    if len(head) < 4:
+        return ""
+    for name, upper in (("UTF-32LE", (2, 3)), ("UTF-32BE", (0, 1))):
+        if len(head) >= 8 and not any(any(head[i::4]) for i in upper):
+            return name
+    # the upper bytes of alphabets are 0 to 6
+    even, odd = (sum(b <= 6 for b in head[i::2]) / len(head[i::2]) for i in (0, 1))
+    if max(even, odd) > 0.75 and min(even, odd) < 0.25:
+        return "UTF-16LE" if odd > even else "UTF-16BE"
+    # scripts above have no such byte, but their line ends do
+    little, big = sample.count(b"\n\0"), sample.count(b"\0\n")
+    is_little = little > 0 and little == sample.count(b"\n", 0, -1)
+    is_big = big > 0 and big == sample.count(b"\n")
+    if is_little and is_big:
+        is_big = sample.index(b"\n") % 2 == 1
+    return "UTF-16BE" if is_big else "UTF-16LE" if is_little else ""
+
+
+def _mostly_utf8(sample: bytes) -> bool:
+    text = sample.decode("utf-8", "replace")
+    broken = text.count("\ufffd")
+    good = sum(1 for char in text if char > "\x7f") - broken
+    return good > 8 * broken
+
+
+def _best_readings(sample: bytes, *, at: int) -> list[tuple[str, str]]:
+    """Return up to three (encoding, a word in it) that read about equally well, the best first."""
+    start = sample.rfind(b"\n", 0, max(0, at - 2048)) + 1
+    end = sample.rfind(b"\n", at) + 1 or len(sample)
+    high = sum(byte > 0x7F for byte in sample)
+    runs = sum(len(run) for run in _HIGH_RUN.findall(sample))
+    names = [name for name in _TABLE if runs * 2 > high or name not in _MULTI_BYTE]
+    scored = []
+    for name in names:
+        text = _decoded(sample[start:end], name)
+        if text is not None:
+            scored.append((_implausibility(text, name), names.index(name), name))
+    scored.sort()
+    if not scored or scored[0][0] > _DOUBTFUL:
+        return []
+    line = _line_at(sample, at)
+    found: dict[str, str] = {}
+    for score, _, name in scored:
+        text = _decoded(line, name)
+        if score <= scored[0][0] + _MARGIN and text is not None and len(found) < 3:
+            found.setdefault(_excerpt(text), name)
+    return [(name, text) for text, name in found.items()]
+
+
+def _decoded(raw: bytes, name: str) -> str | None:
+    try:
+        return raw.decode(name)
+    except UnicodeDecodeError as error:
+        # the sample may end within a character
+        if len(raw) - error.start < 4 and error.start:
+            return _decoded(raw[: error.start], name)
+        return None
+
+
+def _line_at(sample: bytes, at: int) -> bytes:
+    start, end = sample.rfind(b"\n", 0, at) + 1, sample.find(b"\n", at)
+    line = sample[start : end if end >= 0 else len(sample)]
+    return line[:4096] if len(line) <= 4096 or at - start < 2048 else sample[at : at + 2048]
+
+
+def _excerpt(text: str) -> str:
+    """Return the first word with a character beyond ASCII, with what stands around it."""
+    match = _WORD.search(text)
+    start = match.start() if match else 0
+    return " ".join(text[start : start + _SHOWN].split())
+
+
+def _implausibility(text: str, name: str) -> float:
+    """Return how little the characters beyond ASCII read as text of ``name``: 0 is a good text."""
+    high = [char for char in text if char > "\x7f"]
+    if not high:
+        return 1.0
+    rare = sum(not _is_usual(char, name) for char in high)
+    odd = 0
+    for before, char, after in zip(" " + text, text, text[1:] + " ", strict=False):
+        if char > "\x7f" and _is_usual(char, name):
+            within = _script(name) == "LATIN" and before > "\x7f" and after > "\x7f"
+            odd += within or _is_odd_between(before, char, after)
+    latin = sum(char.isalpha() and char.isascii() for char in text)
+    # single letters of another script in words of Latin ones are accents of another encoding
+    mixed = _script(name) not in ("LATIN", "CJK") and latin > 3 * len(high)
+    frequent = sum(char in _TABLE[name] for char in high)
+    return (rare + odd) / len(high) + 0.5 * mixed + 0.3 * (1 - frequent / len(high))
+
+
+def _is_odd_between(before: str, char: str, after: str) -> bool:
+    """Whether a character is not as text has it: a sign inside a word, a capital after a letter."""
+    if not char.isalpha():
+        return (
+            before.isalpha() and after.isalpha() and not unicodedata.category(char).startswith("M")
+        )
+    if char.isupper() and before.islower():
+        return True
+    beside = [c for c in (before, after) if c.isalpha()]
+    return any(_script_of(c) != _script_of(char) for c in beside if _script_of(char) != "CJK")
+
+
+@cache
+def _script_of(char: str) -> str:
+    first = unicodedata.name(char, "?").split()[0]
+    return (
+        "CJK" if first in ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "KATAKANA-HIRAGANA") else first
+    )
+
+
+def _script(name: str) -> str:
+    return _SCRIPTS.get(name, "LATIN")
+
+
+def _is_usual(char: str, name: str) -> bool:
+    """Whether a character is one that texts in an encoding are made of."""
+    point = ord(char)
+    if char in "“”‘’„«»–—…·°§©®€№" or 0x3000 <= point <= 0x303F or 0xFF01 <= point <= 0xFF5E:
+        return True
+    if name in ("EUC-JP", "SHIFT_JIS"):
+        return 0x3040 <= point <= 0x30FF or _is_common_hanzi(char, "shift_jis", 0x98)
+    if name == "EUC-KR":
+        return 0xAC00 <= point <= 0xD7A3
+    if name in ("BIG5"):
+        return _is_common_hanzi(char, "big5", 0xC7)
+    if name == "GB18030":
+        return _is_common_hanzi(char, "gb2312", 0xD8)
+    if unicodedata.category(char)[0] == "M":
+        return _script(name) in ("THAI", "HEBREW", "ARABIC")
+    return char.isalpha() and _script_of(char) == _script(name)
+
+
+@cache
+def _is_common_hanzi(char: str, codec: str, above: int) -> bool:
+    """Whether a character is in the first, frequent half of a national character set."""
+    try:
+        encoded = char.encode(codec)
+    except UnicodeEncodeError:
+        return False
+    return 0x4E00 <= ord(char) <= 0x9FFF and len(encoded) == 2 and encoded[0] < above

@@ -1,0 +1,89 @@
+"""Health record: the router findings of a run in ``health.json``, with the steps they lasted.
+
+Training writes it, and the report reads it, so both say the same. ``{"format": 1, "findings":
+[{"first_step", "last_step", "layer", "rule", "state", "text", "cause", "advice"}]}``, in the order
+in which they were found. ``last_step`` is null while a finding lasts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moesaic.core.errors import DataError
+from moesaic.core.file_reader import MIB, FileKind, read_json_mapping
+from moesaic.core.files import write_json
+from moesaic.monitor.health_rules import HealthFinding, HealthState
+
+HEALTH_FORMAT = 1
+HEALTH_FILE = FileKind(name="record of router findings", max_bytes=16 * MIB, error=DataError)
+MAX_FINDINGS = 10_000  # of a file that is read
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedFinding:
+    """A finding, as it was first worded, and the steps at which it was found and cleared."""
+
+    finding: HealthFinding
+    first_step: int
+    last_step: int | None = None
+
+
+def record_findings(
+    recorded: Sequence[RecordedFinding], findings: Sequence[HealthFinding], *, step: int
+) -> tuple[RecordedFinding, ...]:
+    """Return the record after a check: lasting findings kept, cleared ones closed, new ones added.
+
+    New ones are last, in the order given.
+    """
+    found = {(f.layer, f.rule) for f in findings}
+    kept = [
+        replace(r, last_step=step) if r.last_step is None and _key(r) not in found else r
+        for r in recorded
+    ]
+    lasting = {_key(r) for r in kept if r.last_step is None}
+    new = [RecordedFinding(f, step) for f in findings if (f.layer, f.rule) not in lasting]
+    return (*kept, *new)
+
+
+def up_to_step(recorded: Sequence[RecordedFinding], step: int) -> tuple[RecordedFinding, ...]:
+    """Return the record as it was after ``step``, for a run that is resumed there."""
+    return tuple(
+        replace(r, last_step=None) if r.last_step is not None and r.last_step > step else r
+        for r in recorded
+        if r.first_step <= step
+    )
+
+
+def write_findings(path: Path, recorded: Sequence[RecordedFinding]) -> None:
+    """Write ``health.json`` atomically."""
+    rows = [
+        {"first_step": r.first_step, "last_step": r.last_step} | asdict(r.finding) for r in recorded
+    ]
+    write_json(path, {"format": HEALTH_FORMAT, "findings": rows})
+
+
+def read_findings(path: Path) -> tuple[RecordedFinding, ...]:
+    """Read ``health.json``; empty if there is none. Raises DataError if it is not one."""
+    if not path.is_file():
+        return ()
+    try:
+        content = read_json_mapping(path, HEALTH_FILE)
+        if content["format"] != HEALTH_FORMAT:
+            raise DataError(f"{path}: format {content['format']}, expected {HEALTH_FORMAT}")
+        return tuple(_finding_from_json(row) for row in content["findings"][:MAX_FINDINGS])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: not a record of findings ({error})") from error
+
+
+def _key(recorded: RecordedFinding) -> tuple[str, str]:
+    return recorded.finding.layer, recorded.finding.rule
+
+
+def _finding_from_json(row: dict[str, Any]) -> RecordedFinding:
+    words = {name: row[name] for name in ("layer", "rule", "text", "cause", "advice")}
+    if wrong := [name for name, word in words.items() if not isinstance(word, str)]:
+        raise ValueError(f"{', '.join(wrong)} of a finding: expected text")
+    finding = HealthFinding(state=HealthState(row["state"]), **words)
+    last = row["last_step"]
+    return RecordedFinding(finding, int(row["first_step"]), None if last is None else int(last))
