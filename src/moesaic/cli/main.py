@@ -27,6 +27,7 @@ COMMANDS = {
     "translate": "translate lines with a trained run",
     "eval": "score a run on held-out strings or on your own test set",
     "curve": "score every kept checkpoint of a run",
+    "compare": "compare runs: scores, overlaid curves, config differences",
     "ckpt": "inspect, compare, verify and reshard checkpoints",
     "routes": "show, count and compare recorded routing",
     "verify": "check that a config trains the same under every parallel plan",
