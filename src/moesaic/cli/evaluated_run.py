@@ -50,7 +50,9 @@ class DirectionChoice:
 
     def tags_of(self, direction: LanguageDirection) -> LanguageDirection:
         """Return the tags of a direction, by which a file's texts are chosen."""
-        source, target = (tag or code for tag, code in zip(self.tags or ("", ""), direction, strict=True))
+        source, target = (
+            tag or code for tag, code in zip(self.tags or ("", ""), direction, strict=True)
+        )
         return source, target
 
     def includes(self, direction: LanguageDirection) -> bool:
