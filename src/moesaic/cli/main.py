@@ -71,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 code = _run(words)
             with named_stdout():
                 sys.stdout.flush()
+            if ctrl_c.received and code == EXIT_CODE:  # the command was ended by KeyboardInterrupt
+                stop_message()
         except KeyboardInterrupt:
             code = _stopped()
         except SystemExit:

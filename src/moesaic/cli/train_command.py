@@ -46,7 +46,7 @@ def train(
         str | None,
         typer.Option(metavar="auto|DIR", help="Continue the run in --out (auto) or in DIR."),
     ] = None,
-    until: Annotated[int | None, typer.Option(help="Stop after this step; resume later.")] = None,
+    until: Annotated[int | None, typer.Option(min=1, help="Stop after this step.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress output.")] = False,
     files: UseOption = None,
     as_json: JsonOption = False,
@@ -62,6 +62,12 @@ def train(
     import_user_files(files)
     if which is None and resume in (None, "auto"):
         raise UserError("nothing to train: name a recipe, a config.yaml, or --resume DIR")
+    if which is None and Path(str(resume)).parent.name == "checkpoints":
+        run_dir, step = Path(str(resume)).parent.parent, Path(str(resume)).name
+        raise UserError(
+            f"{resume} is a checkpoint: name its run too, and a new directory, as in "
+            f"`moesaic train {run_dir} --resume {run_dir}/checkpoints/{step} --out runs/NAME`"
+        )
     run = find_recipe(which or str(resume), changes=changes or [])
     folder = out or (Path("runs") / run.name if which else Path(str(resume)))
     result = run_training(

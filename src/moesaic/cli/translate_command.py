@@ -54,12 +54,12 @@ SourceOption = Annotated[
 TargetOption = Annotated[str, typer.Option("--to", help="Target language, any spelling.")]
 BeamOption = Annotated[
     int | None,
-    typer.Option(min=1, help="Beam size; 1 is greedy (default: 4, or --n-best if larger)."),
+    typer.Option(min=1, max=1024, help="Beam size; 1 is greedy (4, or --n-best if larger)."),
 ]
 LengthPenaltyOption = Annotated[
     float, typer.Option(min=0, help="Scores are divided by length to this power.")
 ]
-NBestOption = Annotated[int, typer.Option(min=1, help="How many translations of each line.")]
+NBestOption = Annotated[int, typer.Option(min=1, max=1024, help="Translations of each line.")]
 NoRepeatOption = Annotated[
     int, typer.Option(min=0, help="Generate no n-gram of so many tokens twice in a line; 0: off.")
 ]
@@ -115,6 +115,8 @@ def translate(
     lines = _standard_input(as_text=as_text) if given is None else given
     done = translator.translate(lines, source=source, target=target, search=search)
     about_lines = list(describe_results(done))
+    if (experts or routes) and any(t.parts > 1 for t in done):
+        about_lines.append("experts are those of the beginning of lines translated in parts")
     _show_notes(about_lines)
     rows = [asdict(t) for t in done]
     if routes is not None:
