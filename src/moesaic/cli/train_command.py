@@ -47,9 +47,7 @@ def train(
         str | None,
         typer.Option(metavar="auto|DIR", help="Continue the run in --out (auto) or in DIR."),
     ] = None,
-    until: Annotated[
-        int | None, typer.Option(min=1, help="Stop after this step; resume later.")
-    ] = None,
+    until: Annotated[int | None, typer.Option(min=1, help="Stop after this step.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress output.")] = False,
     files: UseOption = None,
     as_json: JsonOption = False,

@@ -25,7 +25,11 @@ from moesaic.corpus.text_rules import SoftwareStrings, TextRules
 CORPUS_FORMAT = 1
 CORPUS_MANIFEST = "corpus.json"
 CORPUS_MANIFEST_FILE = FileKind(
-    name="manifest of a corpus", max_bytes=64 * MIB, error=DataError, way_out="build it again"
+    name="manifest of a corpus",
+    max_bytes=256 * MIB,  # a corpus of 100,000 files lists each
+    max_values=10_000_000,
+    error=DataError,
+    way_out="build it again",
 )
 _SPLIT_NAME = re.compile(r"[A-Za-z][\w-]*")
 Count = Annotated[int, Field(ge=0, le=MAX_INT)]
@@ -84,7 +88,7 @@ class CorpusManifest(_Shape):
     """The fields of corpus.json; those that earlier versions did not write have defaults."""
 
     format: int
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^[\w-][\w.-]*$")
     recipe: dict[str, Any]
     inputs: dict[str, list[int]] = Field(default_factory=dict)
     languages: list[str]

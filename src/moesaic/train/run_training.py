@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from moesaic.model.transformer import Transformer
 from moesaic.monitor.metric_writers import JsonlWriter, MetricWriter, MultiWriter
 from moesaic.monitor.progress_display import ProgressDisplay, RunStatus
 from moesaic.train.export import export_model
-from moesaic.train.loop import StopReason, TrainingResult, training_loop
+from moesaic.train.loop import StopReason, StopRequest, TrainingResult, training_loop
 from moesaic.train.prepare_data import PreparedData, prepare_data
 from moesaic.train.random_state import seed_rank
 from moesaic.train.record_directions import record_directions
@@ -89,12 +89,12 @@ def train(
         trainer = make_trainer(run, prepared=prepared, world=world)
         standard = standard_hooks(trainer, run_dir=run_dir)
         if start["path"] is not None:
-            mark_phase("resuming")
-            _load_checkpoint(trainer, Path(start["path"]))
-            display.note(f"resuming after step {trainer.step:,}, from {start['path']}")
+            _load_checkpoint(trainer, Path(start["path"]), display=display)
+        ctrl_c = ExitStack()
         log = MetricsLogHook(writer=_open_writers(trainer, run_dir=run_dir), progress=display)
         save = CheckpointHook(run_dir.checkpoints, flush=log.flush)
         try:
+            ctrl_c.enter_context(StopRequest())  # one pressed again does not end the export
             stop_reason = training_loop(trainer, hooks=[*standard, log, *hooks, save], until=last)
             tokens = trainer.metrics.total_tokens(world)
             mark_phase("export")
@@ -103,6 +103,7 @@ def train(
             hint = f"The last good state is saved. {_resume_hint(run_dir)}"
             raise NonFiniteError(f"{error}. {hint}") from None
         finally:
+            ctrl_c.close()
             trainer.data.close()
             log.close()
         _note_all(display, _final_notes(trainer, run_dir=run_dir, stop_reason=stop_reason))
@@ -242,13 +243,15 @@ def _saved_config(checkpoint: Path) -> dict[str, Any]:
         return upgraded
 
 
-def _load_checkpoint(trainer: Trainer, path: Path) -> None:
+def _load_checkpoint(trainer: Trainer, path: Path, *, display: ProgressDisplay) -> None:
     """Load a verified checkpoint, whose state may still be of another kind than a run's."""
+    mark_phase("resuming")
     try:
         trainer.load_checkpoint(path)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         found = f"{type(error).__name__}: {printable(str(error))}"
         raise CheckpointError(f"{path}: its state does not fit this run ({found})") from error
+    display.note(f"resuming after step {trainer.step:,}, from {path}")
 
 
 def _note_all(display: ProgressDisplay, sentences: Iterable[str]) -> None:
