@@ -6,8 +6,8 @@ import pytest
 from similarity import jaccard
 
 from moesaic.core.errors import UserError
-from moesaic.corpus import spill
 from moesaic.corpus import build_corpus as build_corpus_module
+from moesaic.corpus import spill
 from moesaic.corpus.build_corpus import build_corpus
 from moesaic.corpus.cleaning import CleaningConfig
 from moesaic.corpus.corpus import Corpus

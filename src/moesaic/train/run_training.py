@@ -49,6 +49,7 @@ from moesaic.train.training_hooks import (
     no_progress,
     terminal_progress,
 )
+from moesaic.train.warm_start import InitialWeights, RandomWeights
 
 
 def train(
@@ -82,7 +83,8 @@ def train(
         record = partial(record_directions, run, prepared=prepared, run_dir=run_dir)
         _note_all(display, run_on_rank0(world, record))
         mark_phase("making the model")
-        trainer = make_trainer(run, prepared=prepared, world=world)
+        initial = run.initial_weights if start["path"] is None else RandomWeights()
+        trainer = make_trainer(run, prepared=prepared, world=world, initial=initial)
         standard = standard_hooks(trainer, run_dir=run_dir)
         if start["path"] is not None:
             mark_phase("resuming")
@@ -119,8 +121,10 @@ def _compare_ranks(config: dict[str, Any], *, world: World) -> None:
     require_same_on_all_ranks(config, world=world, what="config")
 
 
-def make_trainer(run: Run, *, prepared: PreparedData, world: World) -> Trainer:
-    """Return a trainer of a run on its prepared data."""
+def make_trainer(
+    run: Run, *, prepared: PreparedData, world: World, initial: InitialWeights | None = None
+) -> Trainer:
+    """Return a trainer of a run on its prepared data, with its own or other initial weights."""
 
     def make_loader(replica: DataReplica) -> Loader:
         return Loader(
@@ -132,15 +136,24 @@ def make_trainer(run: Run, *, prepared: PreparedData, world: World) -> Trainer:
             replica=replica,
         )
 
-    return seeded_trainer(run, make_loader=make_loader, world=world)
+    return seeded_trainer(run, make_loader=make_loader, world=world, initial=initial)
 
 
 def seeded_trainer(
-    run: Run, *, make_loader: Callable[[DataReplica], BatchLoader], world: World
+    run: Run,
+    *,
+    make_loader: Callable[[DataReplica], BatchLoader],
+    world: World,
+    initial: InitialWeights | None = None,
 ) -> Trainer:
-    """Return a trainer at step 0: the same weights, but different random streams, on all ranks."""
+    """Return a trainer at step 0: the same weights, but different random streams, on all ranks.
+
+    ``initial`` are the weights; None leaves them to the run.
+    """
     torch.manual_seed(run.seed)
-    model = Transformer(run.model).to(world.device)
+    model = Transformer(run.model)
+    (initial or run.initial_weights).load_into(model)
+    model = model.to(world.device)
     seed_rank(run.seed, world=world)
     replica = DataReplica(*run.parallel.plan.resolve(world.size).data_shard(world.rank))
     return Trainer(run, model=model, data=make_loader(replica), world=world)
@@ -171,6 +184,8 @@ def _open_run_dir(run_dir: RunDir, *, run: Run, resume: Resume) -> dict[str, Any
         tokenizer = RunDir(path.parent.parent).tokenizer
         if not run_dir.tokenizer.is_file() and tokenizer.is_file():
             atomic_write(run_dir.tokenizer, tokenizer.read_bytes())
+    elif note := run.initial_weights.prepare(run_dir, model=run.model):
+        notes.append(note)
     atomic_write(run_dir.config, run.to_yaml())
     return {"path": None if path is None else str(path), "notes": notes}
 
