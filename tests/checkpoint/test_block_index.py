@@ -82,10 +82,10 @@ def test_a_block_is_named_after_its_expert_and_its_place():
 def test_an_index_that_is_damaged_is_named(tmp_path):
     path = written(tmp_path, "three shards")
     rewritten(path, "index.json", lambda body: body | {"format": 7})
-    with pytest.raises(CheckpointError, match=r"index\.json: damaged \(written by another version"):
+    with pytest.raises(CheckpointError, match=r"index\.json: format: found 7, expected one of 1"):
         read_index(path, manifest=read_manifest(path))
     (path / "index.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"index\.json: damaged"):
+    with pytest.raises(CheckpointError, match=r"index\.json: .*expected a mapping"):
         read_index(path, manifest=read_manifest(path))
 
 

@@ -1,5 +1,6 @@
 """Make tiny catalogues, wheels, debs and archives for the tests of the corpus package."""
 
+import bz2
 import gzip
 import lzma
 import struct
@@ -15,6 +16,8 @@ import zstandard
 def compress(data: bytes, suffix: str) -> bytes:
     if suffix == ".gz":
         return gzip.compress(data)
+    if suffix == ".bz2":
+        return bz2.compress(data)
     if suffix == ".xz":
         return lzma.compress(data)
     return zstandard.ZstdCompressor().compress(data) if suffix == ".zst" else data

@@ -299,6 +299,16 @@ def test_a_corpus_that_cannot_be_put_in_place_leaves_the_old_one(
     assert Corpus.open(tmp_path / "c").manifest["pairs"] == 50
 
 
+def test_two_processes_that_build_one_corpus_do_not_disturb_each_other(tmp_path: Path) -> None:
+    def build_meanwhile(line: str) -> None:
+        if line.startswith("writing") and not (tmp_path / "c").exists():
+            build_corpus(recipe(*german(50)), out=tmp_path / "c")
+
+    corpus = build_corpus(recipe(*german(60)), out=tmp_path / "c", progress=build_meanwhile)
+    assert corpus.manifest["pairs"] == 60
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
 def test_an_altered_file_of_the_same_size_is_found_by_its_hash(tmp_path: Path) -> None:
     corpus = build_corpus(recipe(*german(50)), out=tmp_path / "c")
     train = tmp_path / "c/eng_Latn-deu_Latn.train.tsv"

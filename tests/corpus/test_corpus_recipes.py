@@ -39,6 +39,8 @@ def test_the_schema_takes_what_the_parser_takes(more: dict[str, Any]) -> None:
     "wrong",
     [
         {"name": "a/b"},
+        {"name": ".."},
+        {"name": ".hidden"},
         {"source": {"kind": "LocalFile"}},
         {"source": {"kind": "LocalFiles", "files": [{"paths": "x"}]}},
         {"source": {"kind": "LocalFiles", "files": [{"source": "en"}]}},

@@ -1,22 +1,31 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import write_tensors
+from moesaic.checkpoint.trained_directions import TrainedDirections, TrainedStream
 from moesaic.core.errors import CheckpointError, DataError
-from moesaic.data.tokenizer import Tokenizer
+from moesaic.corpus.text_rules import SoftwareStrings
+from moesaic.data.tokenizer import EOS, Tokenizer
 from moesaic.data.train_tokenizer import TokenizerConfig, train_tokenizer
 from moesaic.evaluate.routing_analysis import RoutingAnalysis, describe_usage, record_routes
 from moesaic.model.beam_search import Beam, Greedy
 from moesaic.model.config import ModelConfig, Stack
+from moesaic.model.generate import SUPPRESSED_TOKENS, DecodingRules
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import export_weights
 from moesaic.moe.config import MoE
 from moesaic.moe.expert_selection import Top2
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
-from moesaic.serve.translator import TranslationLimits, Translator
+from moesaic.nn.positional_encoding import LearnedPositions
+from moesaic.serve.long_text import Truncate
+from moesaic.serve.source_text import TranslationLimits
+from moesaic.serve.translation_result import TranslationResult, describe_results
+from moesaic.serve.translator import Translator
 
 LANGUAGES = ("eng_Latn", "deu_Latn", "rus_Cyrl")
 TEXTS = ["Open the file", "Save", "Close all of the windows now", "Yes", "Print the page"]
@@ -96,9 +105,210 @@ def test_empty_lines_stay_empty_and_in_place(translator):
     assert translator.translate_texts([""], source="en", target="de") == [""]
 
 
-def test_a_line_that_is_too_long_is_truncated_and_marked(translator):
-    long = translator.translate(["file " * 60, "Yes"], source="en", target="de")
+def _with_limits(translator, **limits):
+    return Translator(
+        translator.model,
+        tokenizer=translator.tokenizer,
+        limits=replace(translator.limits, **limits),
+        text_rules=SoftwareStrings(),
+    )
+
+
+def test_a_long_text_is_the_joined_translations_of_its_sentences(translator):
+    sentences = ["Open the file.", "Save!", "Print the page?"] * 4
+    text = " ".join(sentences)
+    for search in (Greedy(), Beam(size=3, n_best=2)):
+        long, short = translator.translate([text, "Yes"], source="en", target="de", search=search)
+        parts = [
+            p
+            for sentence in sentences
+            for p in translator.translate([sentence], source="en", target="de", search=search)
+        ]
+        assert long.text == " ".join(p.text for p in parts if p.text)
+        assert (long.parts, short.parts) == (sum(p.parts for p in parts), 1)
+        assert not long.truncated
+        assert len(long.alternatives) == (1 if search == Greedy() else 2)
+
+
+def test_a_text_without_a_sentence_end_is_cut_and_says_so(translator):
+    cut, short = translator.translate(["file " * 60, "Yes"], source="en", target="de")
+    assert cut.parts > 2
+    assert cut.forced_cuts == cut.parts - 1
+    assert (short.parts, short.forced_cuts) == (1, 0)
+
+
+def test_a_long_text_can_be_truncated_instead(translator):
+    reader = _with_limits(translator, long_text=Truncate())
+    long = reader.translate(["file " * 60, "Yes"], source="en", target="de")
     assert [t.truncated for t in long] == [True, False]
+    assert [t.parts for t in long] == [1, 1]
+
+
+def test_no_row_is_longer_than_any_in_training(translator, monkeypatch):
+    """Training keeps rows of at most max_source and max_target tokens, special ones included."""
+    seen = []
+    model, limits = translator.model, translator.limits
+    original = model.step
+
+    def step(ids, cache):
+        seen.append(int((cache.length + (ids != 0).sum(1)).max()))
+        return original(ids, cache)
+
+    encoded = []
+    original_encode = model.encode
+    monkeypatch.setattr(model, "step", step)
+    monkeypatch.setattr(model, "encode", lambda s: encoded.append(s.shape[1]) or original_encode(s))
+    wide = _with_limits(translator, max_length_ratio=100.0)
+    never_ends = Greedy()
+    monkeypatch.setattr(wide, "_rules", DecodingRules((*SUPPRESSED_TOKENS, EOS)))
+    texts = ["file " * 60, "Open the file " * 3, "Yes"]
+    results = wide.translate(texts, source="en", target="de", search=never_ends)
+    assert not any(t.finished for t in results)
+    # the last token of an output is not read again
+    assert max(seen) == limits.max_target
+    if model.config.encoder.layers:
+        assert max(encoded) <= limits.max_source
+    batch = translator.batch(texts, targets=["file " * 60] * 3, source="en", target="de")
+    assert batch.target_in.shape[1] == batch.target_out.shape[1] <= limits.max_target
+    assert batch.source.shape[1] <= limits.max_source
+
+
+def test_learned_positions_lower_the_limits(tokenizer):
+    config = _config(2).replace(position=LearnedPositions(max_length=7))
+    narrow = Translator(Transformer(config), tokenizer=tokenizer)
+    assert (narrow.limits.max_source, narrow.limits.max_target) == (7, 7)
+    assert narrow.translate("file " * 60, source="en", target="de").parts > 2
+
+
+def test_one_string_has_one_answer(translator):
+    one = translator.translate("Open the file", source="en", target="de")
+    assert isinstance(one, TranslationResult)
+    assert [one] == translator.translate(["Open the file"], source="en", target="de")
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["Yes", None], "text 2 is None"),
+        ([3.5], "text 1 is 3.5"),
+        ([b"Yes"], "text 1 is b'Yes'"),
+        (None, "found None"),
+        (b"Yes", "found b'Yes'"),
+        (7, "found 7"),
+    ],
+)
+def test_what_is_no_text_is_named(translator, texts, message):
+    with pytest.raises(DataError, match=message):
+        translator.translate(texts, source="en", target="de")
+    with pytest.raises(DataError, match=message):
+        translator.translate_texts(texts, source="en", target="de")
+    with pytest.raises(DataError, match="found 'Yes', expected a list"):
+        translator.translate_texts("Yes", source="en", target="de")
+
+
+SAME = {  # each is cleaned to "Café is open now" in training
+    "decomposed": "Cafe\u0301 is open now",
+    "soft hyphen": "Ca\u00adfé is op\u00aden now",
+    "NUL": "Café is\x00 open now",
+    "byte-order mark": "\ufeffCafé is open now",
+    "newline": "Café\nis open\r\nnow\n",
+    "no-break space": "Café\u00a0is open\u202fnow",
+    "line separator": "Café\u2028is open now\x85",
+    "runs of space": "  Café \t is   open now ",
+}
+SAME_IN_SOFTWARE = {
+    "tags": "<b>Café is open now</b>",
+    "accelerator": "_Café is open now",
+    "entity": "Café&nbsp;is open now",
+}
+
+
+@pytest.mark.parametrize("kind", [*SAME, *SAME_IN_SOFTWARE])
+def test_text_is_read_as_the_corpus_of_the_run_has_it(translator, kind):
+    text = (SAME | SAME_IN_SOFTWARE)[kind]
+    plain = "Café is open now"
+    software = _with_limits(translator)
+    general = Translator(translator.model, tokenizer=translator.tokenizer, limits=translator.limits)
+    how = {"source": "en", "target": "de"}
+    assert software.translate(text, **how) == software.translate(plain, **how)
+    same = general.normalise(text) == plain
+    assert same == (kind in SAME)  # without the rules of software strings, markup is text
+    assert (general.translate(text, **how) == general.translate(plain, **how)) >= same
+
+
+@pytest.mark.parametrize(
+    "text", ["\u200b", "\ufeff", "\x00", "\u00ad", " \u3000\u00a0", "\u2028", ""]
+)
+def test_a_text_without_anything_visible_stays_empty(translator, text):
+    found = translator.translate([text, "Yes"], source="en", target="de")
+    assert (found[0].text, found[0].alternatives) == ("", ())
+    assert found[1].text == translator.translate("Yes", source="en", target="de").text
+    batch = translator.batch([text, "Yes"], targets=["a", "b"], source="en", target="de")
+    assert len(batch.target_in) == 2
+
+
+def test_a_translation_is_one_line(translator, monkeypatch):
+    monkeypatch.setattr(translator.tokenizer, "decode", lambda _: "one\ntwo\u2028three\x00 four\r")
+    assert translator.translate("Yes", source="en", target="de").text == "one two three four"
+
+
+def _trained(*pairs):
+    streams = tuple(
+        TrainedStream(
+            task="any", source=a, target=b, rows=rows, valid_rows=0, test_rows=0, share=0.5
+        )
+        for a, b, rows in pairs
+    )
+    return TrainedDirections(corpus="c", fingerprint="f", streams=streams)
+
+
+def test_a_direction_that_was_not_trained_is_said(translator):
+    trained = _trained(
+        ("deu_Latn", "eng_Latn", 9), ("eng_Latn", "rus_Cyrl", 0), ("rus_Cyrl", "rus_Cyrl", 9)
+    )
+    knows = Translator(translator.model, tokenizer=translator.tokenizer, trained=trained)
+    assert knows.direction_warnings("de", "en") == []
+    assert knows.translate("Yes", source="de", target="en").trained is True
+    (other_source,) = knows.direction_warnings("ru", "en")
+    assert "from rus_Cyrl into eng_Latn" in other_source
+    assert "deu_Latn" in other_source
+    for target in ("ru", "de"):  # ru: a stream without rows, and denoising
+        (never,) = knows.direction_warnings("en", target)
+        assert "never trained to translate into" in never
+        assert "eng_Latn" in never
+        assert knows.translate("Yes", source="en", target=target).trained is False
+    assert translator.direction_warnings("ru", "en") == []  # no record
+    assert translator.translate("", source="ru", target="en").trained is None
+
+
+def test_the_source_language_is_the_trained_one_if_none_is_given(translator):
+    def default_source(*pairs):
+        known = Translator(
+            translator.model, tokenizer=translator.tokenizer, trained=_trained(*pairs)
+        )
+        return known.default_source("ru")
+
+    assert translator.default_source("ru") == "eng_Latn"
+    assert default_source(("deu_Latn", "rus_Cyrl", 5)) == "deu_Latn"
+    assert default_source(("deu_Latn", "eng_Latn", 5)) == "eng_Latn"
+    assert default_source(("deu_Latn", "rus_Cyrl", 5), ("eng_Latn", "rus_Cyrl", 5)) == "eng_Latn"
+
+
+def test_several_trained_sources_must_be_chosen_from(tokenizer):
+    trained = _trained(("deu_Latn", "eng_Latn", 5), ("rus_Cyrl", "eng_Latn", 5))
+    known = Translator(Transformer(_config(2)), tokenizer=tokenizer, trained=trained)
+    with pytest.raises(DataError, match=r"which language.*deu_Latn, rus_Cyrl"):
+        known.default_source("en")
+
+
+def test_an_answer_that_is_cut_or_loops_is_marked(translator, monkeypatch):
+    pieces = [i for i in range(300, 400) if translator.tokenizer.id_to_token(i).isalpha()]
+    rest = tuple(i for i in range(translator.model.config.vocab_size) if i != pieces[0])
+    monkeypatch.setattr(translator, "_rules", DecodingRules(rest))
+    monkeypatch.setattr(translator, "limits", replace(translator.limits, max_target=30))
+    found = translator.translate("Yes", source="en", target="de")
+    assert (found.finished, found.repeats) == (False, True)
+    assert len(list(describe_results([found]))) == 2
 
 
 def test_n_best_translations_are_sorted_by_score(translator):
@@ -160,7 +370,14 @@ def test_usage_counts_every_edge_under_its_language(translator):
 
 def test_a_batch_predicts_the_target_and_its_end(translator):
     batch = translator.batch(TEXTS, targets=TEXTS, source="en", target="de")
-    count = sum(len(ids[:9]) + 1 for ids in translator.tokenizer.encode_batch(TEXTS))
+    limit = translator.limits.max_target - 1
+    encoded = translator.tokenizer.encode_batch(TEXTS)
+    if translator.model.config.encoder.layers:
+        rooms = [limit] * len(TEXTS)
+    else:  # source and target are one row
+        most = translator.limits.source_tokens(decoder_only=True)
+        rooms = [limit - min(len(ids), most) - 2 for ids in encoded]
+    count = sum(min(len(ids), room) + 1 for ids, room in zip(encoded, rooms, strict=True))
     assert batch.num_predicted == count
     assert batch.target_in.shape == batch.target_out.shape
 
@@ -189,4 +406,33 @@ def test_weights_of_another_config_are_refused(run, tmp_path):
         Translator.open(tmp_path)
     (tmp_path / "config.yaml").write_text("name: x\n")
     with pytest.raises(CheckpointError, match="no model"):
+        Translator.open(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_with_their_names(run, tmp_path, value):
+    for path in run.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    model = Translator.open(run).model
+    name, weight = next((n, w) for n, w in model.named_parameters() if "experts" in n)
+    weight.data.view(-1)[3] = value
+    write_tensors(RunDir(tmp_path).model, tensors=export_weights(model))
+    with pytest.raises(CheckpointError) as caught:
+        Translator.open(tmp_path)
+    message = str(caught.value)
+    assert name in message
+    assert "1 of" in message
+    assert ("NaN" if value != value else "infinity") in message
+
+
+@pytest.mark.parametrize("value", ["48", -3, 1, True, None, [4]])
+def test_a_limit_that_is_no_number_of_tokens_is_refused(run, tmp_path, value):
+    for path in run.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["loader"]["max_source"] = value
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(CheckpointError, match=r"loader\.max_source"):
         Translator.open(tmp_path)

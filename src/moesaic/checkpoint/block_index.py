@@ -9,22 +9,35 @@ offset after an ``@``.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import Field
 
-from moesaic.checkpoint.manifest import Manifest
-from moesaic.checkpoint.safetensors_io import DTYPE_NAMES
+from moesaic.checkpoint.manifest import MAX_EXPERTS, Manifest
+from moesaic.checkpoint.safetensors_io import DTYPE_NAMES, MAX_DIMS, read_header
+from moesaic.core.config_errors import show_value
 from moesaic.core.config_upgrade import current_name
-from moesaic.core.errors import CheckpointError
+from moesaic.core.errors import CheckpointError, printable
+from moesaic.core.file_reader import MAX_INT, MIB, FileKind, FileShape
+from moesaic.core.units import show_bytes
 
 INDEX_FILE = "index.json"
 INDEX_FORMAT = 1
+INDEX_KIND = FileKind(
+    name="index of a checkpoint",
+    max_bytes=512 * MIB,
+    max_values=20_000_000,
+    error=CheckpointError,
+)
 MAX_SHOWN_PROBLEMS = 4
+MAX_COMPARISONS = 4_000_000  # of pairs of blocks; 4,096 ranks in a grid need a tenth
+Size = Annotated[int, Field(ge=0, le=MAX_INT)]
 DTYPE_BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 Shape = tuple[int, ...]
 
@@ -133,17 +146,26 @@ def expert_label(label: str, expert: int) -> str:
     return f"{label}/expert-{expert:04d}"
 
 
+class _TensorShape(FileShape):
+    dtype: str
+    shape: tuple[Size, ...] = Field(max_length=MAX_DIMS)
+    experts: int = Field(ge=0, le=MAX_EXPERTS)
+    split: bool
+    blocks: tuple[tuple[str, tuple[Size, ...], tuple[Size, ...]], ...]
+
+
+class _IndexShape(FileShape):
+    kind: ClassVar[FileKind] = INDEX_KIND
+    format: Literal[1]  # INDEX_FORMAT
+    tensors: tuple[tuple[str, str, _TensorShape], ...]
+
+
 def read_index(directory: Path, *, manifest: Manifest) -> BlockIndex:
     """Return the index of a checkpoint of either form. Raises CheckpointError if it is damaged."""
-    try:
-        if INDEX_FILE in manifest.files:
-            index = _parse_sharded(json.loads((directory / INDEX_FILE).read_bytes()))
-        else:
-            index = _read_full(directory, manifest=manifest)
-    except SafetensorError as error:
-        raise CheckpointError(f"{directory}: damaged safetensors file: {error}") from error
-    except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
-        raise CheckpointError(f"{directory / INDEX_FILE}: damaged ({error})") from error
+    if INDEX_FILE in manifest.files:
+        index = _parse_sharded(directory, manifest=manifest)
+    else:
+        index = _read_full(directory, manifest=manifest)
     if manifest.format > 1:
         return index
     return BlockIndex(
@@ -151,45 +173,68 @@ def read_index(directory: Path, *, manifest: Manifest) -> BlockIndex:
     )
 
 
-def _parse_sharded(body: dict[str, Any]) -> BlockIndex:
-    if body["format"] != INDEX_FORMAT:
-        raise ValueError("written by another version of moesaic")
+def _parse_sharded(directory: Path, *, manifest: Manifest) -> BlockIndex:
+    path = directory / INDEX_FILE
     files: dict[str, dict[str, StoredTensor]] = {}
-    for file, name, plain in body["tensors"]:
-        shape, split = tuple(plain["shape"]), plain["split"]
+    used: Counter[str] = Counter()
+    for file, name, plain in _IndexShape.read(path).tensors:
+        label = f"{file}/{name}"
+        if problem := _tensor_problem(plain, manifest=manifest):
+            raise INDEX_KIND.problem(path, f"{printable(label)}: {problem}")
         blocks = tuple(
-            _parse_block(f"{file}/{name}", plain=block, shape=shape, split=split)
-            for block in plain["blocks"]
+            StoredBlock(
+                stored_in,
+                block_key(label, block=(offset, size), shape=plain.shape, split=plain.split),
+                offset,
+                size,
+            )
+            for stored_in, offset, size in plain.blocks
         )
-        stored = StoredTensor(shape, DTYPE_BY_NAME[plain["dtype"]], blocks, plain["experts"], split)
+        stored = StoredTensor(
+            plain.shape, DTYPE_BY_NAME[plain.dtype], blocks, plain.experts, plain.split
+        )
+        for block in blocks:
+            used[block.file] += block.numel * stored.dtype.itemsize
         files.setdefault(file, {})[name] = stored
+    for stored_in, claimed in used.items():  # before any tensor is allocated
+        found = (directory / stored_in).stat().st_size if (directory / stored_in).is_file() else 0
+        if claimed > found:
+            found_text = f"{show_bytes(claimed)} of tensors in {stored_in}"
+            raise INDEX_KIND.problem(path, f"{found_text}, which has {show_bytes(found)}")
     return BlockIndex(files)
 
 
-def _parse_block(
-    path: str, *, plain: tuple[str, list[int], list[int]], shape: Shape, split: bool
-) -> StoredBlock:
-    where = (tuple(plain[1]), tuple(plain[2]))
-    return StoredBlock(plain[0], block_key(path, block=where, shape=shape, split=split), *where)
+def _tensor_problem(plain: _TensorShape, *, manifest: Manifest) -> str:
+    """Return what cannot be true of a tensor, or nothing; overlaps and gaps are found later."""
+    if plain.dtype not in DTYPE_BY_NAME:
+        return f"dtype {show_value(plain.dtype)}, expected one of {', '.join(DTYPE_BY_NAME)}"
+    if math.prod(plain.shape) * 8 > MAX_INT:
+        return f"shape {show_value(list(plain.shape))} has more values than 64 bits can count"
+    if (plain.experts or plain.split) and plain.shape[:1] != (plain.experts,):
+        return f"{plain.experts} experts in the shape {show_value(list(plain.shape))}"
+    for file, offset, size in plain.blocks:
+        if file not in manifest.files:
+            return f"a block in {show_value(file)}, which is not in the manifest"
+        if not len(offset) == len(size) == len(plain.shape):
+            found = f"{list(size)} at {list(offset)}"
+            return f"a block {found}, expected {len(plain.shape)} dimensions"
+        if plain.split and size[0] != 1:
+            return f"a block {list(size)} at {list(offset)} is not of one expert"
+    return ""
 
 
 def _read_full(directory: Path, *, manifest: Manifest) -> BlockIndex:
     files: dict[str, dict[str, StoredTensor]] = {}
     for file in sorted(n for n in manifest.files if n.endswith(".safetensors")):
-        with safe_open(directory / file, framework="pt") as opened:
-            tensors = files.setdefault(file.removesuffix(".safetensors"), {})
-            for name in opened.keys():  # noqa: SIM118
-                head = opened.get_slice(name)
-                shape = tuple(head.get_shape())
-                block = StoredBlock(file, name, (0,) * len(shape), shape)
-                experts = num_experts_of(
-                    current_name(name) if manifest.format == 1 else name,
-                    shape=shape,
-                    expert_parameters=manifest.expert_parameters,
-                )
-                tensors[name] = StoredTensor(
-                    shape, DTYPE_BY_NAME[head.get_dtype()], (block,), experts
-                )
+        tensors = files.setdefault(file.removesuffix(".safetensors"), {})
+        for name, entry in read_header(directory / file).tensors.items():
+            block = StoredBlock(file, name, (0,) * len(entry.shape), entry.shape)
+            experts = num_experts_of(
+                current_name(name) if manifest.format == 1 else name,
+                shape=entry.shape,
+                expert_parameters=manifest.expert_parameters,
+            )
+            tensors[name] = StoredTensor(entry.shape, DTYPE_BY_NAME[entry.dtype], (block,), experts)
     return BlockIndex(files)
 
 
@@ -213,8 +258,12 @@ def overlapping_blocks(blocks: Iterable[StoredBlock]) -> Iterator[tuple[StoredBl
     offsets = [{block.offset[dim] for block in blocks} for dim in range(len(blocks[0].shape))]
     dim = max(range(len(offsets)), key=lambda d: len(offsets[d]))
     active: list[StoredBlock] = []
+    comparisons = 0
     for block in sorted(blocks, key=lambda b: b.offset[dim]):
         active = [b for b in active if b.offset[dim] + b.shape[dim] > block.offset[dim]]
+        comparisons += len(active)
+        if comparisons > MAX_COMPARISONS:
+            raise CheckpointError(f"{len(blocks):,} blocks of a tensor are cut too irregularly")
         yield from ((other, block) for other in active if _intersect(other, block))
         active.append(block)
 
@@ -228,9 +277,9 @@ def coverage_problems(stored: StoredTensor) -> list[str]:
     """Return overlaps, gaps and missing experts of the blocks of a tensor."""
     problems = [
         f"{_describe_block(one)} of {one.file} and {_describe_block(other)} of {other.file} overlap"
-        for one, other in overlapping_blocks(stored.blocks)
+        for one, other in islice(overlapping_blocks(stored.blocks), MAX_SHOWN_PROBLEMS + 1)
     ]
-    outside = [b for b in stored.blocks if not _inside(b, shape=stored.shape)]
+    outside = [b for b in stored.blocks if not is_inside(b, shape=stored.shape)]
     problems += [
         f"{_describe_block(b)} of {b.file} is outside of {list(stored.shape)}" for b in outside
     ]
@@ -264,7 +313,8 @@ def _describe_block(block: StoredBlock) -> str:
     return f"{list(block.shape)} at {list(block.offset)}"
 
 
-def _inside(block: StoredBlock, *, shape: Shape) -> bool:
+def is_inside(block: StoredBlock, *, shape: Shape) -> bool:
+    """Return whether a block lies in a tensor of ``shape``."""
     return len(block.shape) == len(shape) and all(
         o >= 0 and o + n <= full
         for o, n, full in zip(block.offset, block.shape, shape, strict=True)

@@ -3,7 +3,6 @@
 ``checkpoint_directory.py`` has the order of writing; ``sharded_checkpoint.py`` is for many ranks.
 """
 
-import json
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,19 +32,21 @@ from moesaic.checkpoint.manifest import (
 )
 from moesaic.checkpoint.safetensors_io import (
     FORMAT_KEY,
+    read_header,
     read_tensors,
     reject_pickle,
     serialize_tensors,
-    tensor_metadata,
 )
 from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.checkpoint.tensor_reader import open_reader
 from moesaic.core.config_text import iter_leaves
 from moesaic.core.config_upgrade import current_name, upgrade_config
 from moesaic.core.errors import CheckpointError
+from moesaic.core.file_reader import MIB, FileKind, read_json_mapping
 from moesaic.core.shapes import Tensor
 
 MAX_SHOWN_DIFFERENCES = 8
+STATE_KIND = FileKind(name="state of a checkpoint", max_bytes=256 * MIB, error=CheckpointError)
 
 
 def config_differences(
@@ -180,7 +181,7 @@ def read_weights(path: Path, *, device: str = "cpu") -> dict[str, Tensor]:
     """
     if not path.is_dir():
         weights = read_tensors(path, device=device)
-        if tensor_metadata(path).get(FORMAT_KEY):
+        if FORMAT_KEY in read_header(path).metadata:
             return weights
         return {current_name(name): tensor for name, tensor in weights.items()}
     _reject_pickles(path)
@@ -201,15 +202,15 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 
 def _parse_state(directory: Path, *, manifest: Manifest) -> dict[str, Any]:
-    state = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
+    state = read_json_mapping(directory / STATE_FILE, STATE_KIND)
     if manifest.format > 1:
         return state
     if "config" in state:
         state["config"], _ = upgrade_config(state["config"])
     if "journal" in state:
         state["events"] = state.pop("journal")
-    if "data" in state:
-        del state["data"]["fingerprint"]  # a hash of the previous names
+    if isinstance(state.get("data"), dict):
+        state["data"].pop("fingerprint", None)  # a hash of the previous names
     return state
 
 
@@ -229,5 +230,5 @@ def _list_available(root: Path) -> str:
 def _reject_pickles(directory: Path) -> None:
     """Check the tensor files for pickles before hashing: a clearer message than "altered"."""
     for path in sorted(directory.glob("*.safetensors")):
-        if path.stat().st_size >= 9:  # a shorter file is truncated
+        if path.is_file() and path.stat().st_size >= 9:  # a shorter file is truncated
             reject_pickle(path)

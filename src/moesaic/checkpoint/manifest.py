@@ -32,6 +32,7 @@ from moesaic.core.files import sha256
 MANIFEST_FILE = "manifest.json"
 MANIFEST_FORMAT = 2  # format 1 has other parameter names, see ``current_name``
 MANIFEST_KIND = FileKind(name="manifest of a checkpoint", max_bytes=64 * MIB, error=CheckpointError)
+SHA256_PATTERN = "^[0-9a-f]{64}$"
 MAX_EXPERTS = 1 << 20  # of one layer
 HASH_THREADS = 8  # faster on a network file system
 
@@ -64,7 +65,7 @@ class Manifest:
 
 class _EntryShape(FileShape):
     bytes: int = Field(ge=0, le=MAX_INT)
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    sha256: str = Field(pattern=SHA256_PATTERN)
 
 
 class _ManifestShape(FileShape):

@@ -28,6 +28,8 @@ class RunDir:
 
     path: Path
 
+    record = _PathIn("run.json")  # which files belong together, see run_record.py
+    plugins = _PathIn("plugins")  # Python files of the user that the config needs, as text
     config = _PathIn("config.yaml")  # the complete resolved config
     tokenizer = _PathIn("tokenizer.json")
     text_rules = _PathIn("text_rules.json")  # of the corpus: what the model's text passes

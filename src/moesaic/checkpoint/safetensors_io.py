@@ -5,17 +5,24 @@ pickle is rejected by its name and by its first bytes, so no code from a file is
 """
 
 import json
+import math
+import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from moesaic.checkpoint.checkpoint_directory import Buffer, Disk
 from moesaic.checkpoint.manifest import MANIFEST_FORMAT
+from moesaic.core.config_errors import show_value
 from moesaic.core.errors import CheckpointError
+from moesaic.core.file_reader import MAX_INT, MIB, FileKind, open_file, parse_json
+from moesaic.core.os_errors import describe_os_error
 from moesaic.core.shapes import Tensor
 from moesaic.core.units import show_bytes
 
@@ -33,6 +40,14 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+TENSOR_FILE = FileKind(
+    name="safetensors header",
+    max_bytes=MAX_INT,
+    max_values=20_000_000,
+    error=CheckpointError,
+)
+MAX_HEADER_BYTES = 100 * MIB - 8  # as the safetensors library
+MAX_DIMS = 16
 FORMAT_KEY = "moesaic_format"  # missing in files of format 1, see ``current_name``
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 # a zip archive (torch.save), a tar (older torch.save), or the PROTO opcode of pickle 2 to 5
@@ -99,7 +114,8 @@ def write_tensors(
     except OSError as error:
         with suppress(OSError):
             disk.remove(part)
-        raise CheckpointError(f"{path}: could not be written: {error.strerror}") from error
+        why = describe_os_error(OSError(error.errno, error.strerror))
+        raise CheckpointError(f"{path}: could not be written: {why}") from error
 
 
 def read_tensors(path: Path, *, device: str = "cpu") -> dict[str, Tensor]:
@@ -112,12 +128,6 @@ def read_tensors(path: Path, *, device: str = "cpu") -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: damaged safetensors file: {error}") from error
 
 
-def tensor_metadata(path: Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file."""
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
-
-
 def reject_pickle(path: Path) -> None:
     """Raise CheckpointError if a file is a pickle by its name or its first bytes."""
     if path.suffix in PICKLE_SUFFIXES:
@@ -126,7 +136,7 @@ def reject_pickle(path: Path) -> None:
             "expected .safetensors. Convert it where you trust it: "
             "safetensors.torch.save_file(torch.load(path, weights_only=True), new_path)"
         )
-    with path.open("rb") as stream:
+    with open_file(path, TENSOR_FILE) as stream:
         start = stream.read(9)
     if start.startswith(PICKLE_MAGIC) and start[8:] != b"{":
         raise CheckpointError(
@@ -137,11 +147,47 @@ def reject_pickle(path: Path) -> None:
 
 def check_tensor_file(path: Path) -> None:
     """Raise CheckpointError unless it is a complete safetensors file, by name, header and size."""
+    read_header(path)
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderEntry:
+    """A tensor in the header of a safetensors file: ``start`` to ``end`` of the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """The checked header of a safetensors file."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, HeaderEntry]
+
+    @property
+    def numel(self) -> int:
+        """Values of all tensors."""
+        return sum(entry.numel for entry in self.tensors.values())
+
+
+def read_header(path: Path) -> TensorHeader:
+    """Read the header of a safetensors file; nothing is allocated for its tensors.
+
+    Every kind, shape and offset is checked, and the size of the file. Raises CheckpointError: no
+    such file, a pickle, truncated, damaged.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     reject_pickle(path)
-    size = path.stat().st_size
-    with path.open("rb") as stream:
+    with open_file(path, TENSOR_FILE) as stream:
+        size = os.fstat(stream.fileno()).st_size
         start = stream.read(9)
         if start[8:] != b"{":
             what = "not a safetensors file" if size else "empty file, expected safetensors"
@@ -149,17 +195,49 @@ def check_tensor_file(path: Path) -> None:
         (length,) = struct.unpack("<Q", start[:8])
         if length > size - 8:
             raise CheckpointError(f"{path}: truncated inside its header ({show_bytes(size)})")
-        expected = 8 + length + _data_size(path, b"{" + stream.read(length - 1))
+        if length > MAX_HEADER_BYTES:
+            most = show_bytes(MAX_HEADER_BYTES)
+            raise CheckpointError(
+                f"{path}: header of {show_bytes(length)}, expected at most {most}"
+            )
+        text = b"{" + stream.read(length - 1)
+    header = _parse_header(path, text)
+    expected = 8 + length + max((entry.end for entry in header.tensors.values()), default=0)
     if expected != size:
         word = "truncated" if size < expected else "longer than its header says"
         raise CheckpointError(f"{path}: {word}: {size} bytes, expected {expected}")
+    return header
 
 
-def _data_size(path: Path, header: bytes) -> int:
-    try:
-        entries = json.loads(header)
-        return max(
-            (v["data_offsets"][1] for k, v in entries.items() if k != "__metadata__"), default=0
-        )
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{path}: damaged safetensors header") from error
+def _parse_header(path: Path, text: bytes) -> TensorHeader:
+    entries = parse_json(text, kind=TENSOR_FILE, where=path)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise TENSOR_FILE.problem(path, "its metadata are not texts by name")
+    tensors = {name: _parse_entry(path, name, entry) for name, entry in entries.items()}
+    end = 0
+    for entry in sorted(tensors.values(), key=lambda e: (e.start, e.end)):
+        if entry.start != end:
+            found = f"found data from byte {entry.start}, expected it from {end}"
+            raise TENSOR_FILE.problem(path, f"tensors that overlap or leave gaps: {found}")
+        end = entry.end
+    return TensorHeader(metadata, tensors)
+
+
+def _parse_entry(path: Path, name: str, value: Any) -> HeaderEntry:
+    match value:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, end]}:
+            numbers = [*shape, start, end]
+        case _:
+            raise TENSOR_FILE.problem(path, f"{show_value(name)}: found {show_value(value)}")
+    if any(type(n) is not int or n < 0 for n in numbers) or len(shape) > MAX_DIMS:
+        found = f"shape {show_value(shape)} at {show_value([start, end])}"
+        raise TENSOR_FILE.problem(path, f"{show_value(name)}: found {found}, expected sizes")
+    known = {text: kind.itemsize for kind, text in DTYPE_NAMES.items()}
+    if dtype not in known:
+        expected = f"expected one of {', '.join(known)}"
+        raise TENSOR_FILE.problem(path, f"{show_value(name)}: {show_value(dtype)}, {expected}")
+    if math.prod(shape) * known[dtype] != end - start:
+        found = f"{end - start} bytes for {dtype} {show_value(shape)}"
+        raise TENSOR_FILE.problem(path, f"{show_value(name)}: found {found}")
+    return HeaderEntry(dtype, tuple(shape), start, end)

@@ -1,5 +1,6 @@
 """Tensor reader: read tensors of a checkpoint, or slices of them, from memory-mapped files."""
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from moesaic.checkpoint.block_index import (
     coverage_problems,
     expert_label,
     first_few,
+    is_inside,
     overlapping_blocks,
 )
 from moesaic.core.errors import CheckpointError
@@ -85,10 +87,11 @@ class TensorReader:
     ) -> Tensor:
         if len(blocks) == 1 and blocks[0].shape == shape:
             return self.read_block(stored, blocks[0])
-        full = torch.empty(shape, dtype=stored.dtype)
         covered = sum(block.numel for block in blocks)
-        if covered != full.numel() or any(overlapping_blocks(blocks)):
+        outside = any(not is_inside(block, shape=stored.shape) for block in blocks)
+        if outside or covered != math.prod(shape) or any(overlapping_blocks(blocks)):
             raise CheckpointError(f"{self.directory}: {first_few(coverage_problems(stored))}")
+        full = torch.empty(shape, dtype=stored.dtype)  # not before its blocks were added up
         for block in blocks:
             part = full
             for dim, (offset, length) in enumerate(zip(block.offset, block.shape, strict=True)):

@@ -17,10 +17,15 @@ with deferred():
     from moesaic.checkpoint.block_index import INDEX_FILE, StoredTensor, read_index
     from moesaic.checkpoint.checkpoint_diff import TensorDifference, diff_checkpoints
     from moesaic.checkpoint.checkpoint_directory import list_checkpoints
-    from moesaic.checkpoint.integrity import IntegrityProblem, check_checkpoint
+    from moesaic.checkpoint.integrity import (
+        IntegrityProblem,
+        check_checkpoint,
+        check_exported_weights,
+    )
     from moesaic.checkpoint.manifest import MANIFEST_FILE, read_manifest
     from moesaic.checkpoint.reshard import CheckpointForm, FullForm, ShardedForm, reshard
     from moesaic.checkpoint.run_directory import RunDir
+    from moesaic.checkpoint.run_record import adopt_files, run_problems
     from moesaic.checkpoint.safetensors_io import DTYPE_NAMES
     from moesaic.core.errors import CheckpointError, UserError
     from moesaic.core.units import show_bytes, show_count
@@ -84,21 +89,39 @@ def verify(
 ) -> None:
     """Check file hashes, that the shards cover every tensor and expert once, and all values.
 
-    Reports each altered file, each gap, overlap or missing expert, each tensor with NaN or
-    infinite values, and each expert that is zero or identical to another. Exit code 2 if anything
-    is found.
+    Of a run also what translation opens: that tokenizer, config and exported weights are those
+    that were trained together. Reports each altered file, each gap, overlap or missing expert,
+    each tensor with NaN or infinite values, and each expert that is zero or identical to another.
+    Exit code 2 if anything is found.
 
     Example: [cyan]moesaic ckpt verify runs/demo/checkpoints/step-00000500[/]
     """
-    directory = find_checkpoint(path)
-    found = check_checkpoint(directory)
+    checked, found = _check(path)
     wrong = [f for f in found if not (lenient and f.uncertain)]
-    value = {"path": str(directory), "sound": not wrong, "findings": [asdict(f) for f in found]}
+    value = {"path": checked, "sound": not wrong, "findings": [asdict(f) for f in found]}
     print_result(
-        value, as_json=as_json, show=lambda console: _show_findings(directory, found, console)
+        value, as_json=as_json, show=lambda console: _show_findings(checked, found, console)
     )
     if wrong:
         raise typer.Exit(2)
+
+
+@app.command()
+def adopt(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Accept the present files of a run: tokenizer, config and weights that you exchanged.
+
+    Writes their hashes to run.json. A run whose files differ from that record is not opened.
+
+    Example: [cyan]moesaic ckpt adopt runs/demo[/]
+    """
+    record = adopt_files(RunDir.open(path))
+    value = {"path": str(path), "files": sorted(record.files)}
+    text = f"{path}: recorded {', '.join(value['files'])} and config.yaml as they are now"
+    print_result(value, as_json=as_json, show=lambda console: console.print(styled(visible(text))))
 
 
 @app.command("reshard")
@@ -125,6 +148,21 @@ def reshard_checkpoint(
     written = reshard(find_checkpoint(path), root=out, form=form)
     value = {"path": str(written), "files": sorted(p.name for p in written.iterdir())}
     print_result(value, as_json=as_json, show=lambda console: console.print(str(written)))
+
+
+def _check(path: Path) -> tuple[str, list[IntegrityProblem]]:
+    """Return what was checked and the problems: of a checkpoint, or of a run with its newest."""
+    run = RunDir(path)
+    if not run.config.is_file():
+        directory = find_checkpoint(path)
+        return str(directory), check_checkpoint(directory)
+    found = [] if not run.model.is_file() else check_exported_weights(run.model)
+    if run.model.is_file() and run.tokenizer.is_file():
+        found += [IntegrityProblem(str(path), problem) for problem in run_problems(run)]
+    if not run.model.is_file() or any(list_checkpoints(run.checkpoints)):
+        directory = find_checkpoint(path)
+        return f"{path} and {directory}", [*found, *check_checkpoint(directory)]
+    return str(path), found
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -245,9 +283,9 @@ def _show_diff(differ: list[TensorDifference], count: int, console: Console) -> 
         print_table(console, ("tensor", "largest", "relative", ""), rows)
 
 
-def _show_findings(directory: Path, found: list[IntegrityProblem], console: Console) -> None:
+def _show_findings(checked: str, found: list[IntegrityProblem], console: Console) -> None:
     if not found:
-        console.print(visible(f"{directory}: sound"))
+        console.print(visible(f"{checked}: sound"))
     for finding in found:
         colour = "yellow" if finding.uncertain else "red"
         where = Text(visible(finding.location), style=colour)

@@ -1,6 +1,7 @@
 """``moesaic translate``: translate lines of text, one translation per line, in order."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,33 +27,69 @@ from moesaic.cli.user_files import import_user_files
 
 with deferred():
     from moesaic.checkpoint.routes_file import RoutesWriter
-    from moesaic.core.errors import DataError
-    from moesaic.corpus.readers.text_lines import read_lines
+    from moesaic.core.errors import UserError
     from moesaic.model.beam_search import Beam, Greedy, Search
+    from moesaic.serve.translation_input import (
+        read_lines_to_translate,
+        read_stream_to_translate,
+    )
+    from moesaic.serve.translation_result import TranslationResult, describe_results
     from moesaic.serve.translation_routing import translation_routes
-    from moesaic.serve.translator import TranslationResult, Translator
+    from moesaic.serve.translator import Translator
 
 app = command_app()
+_DEFAULT_BEAM = 4
+
+
+FileArgument = Annotated[
+    Path | None,
+    typer.Argument(metavar="FILE", help="Lines to translate (default: standard input)."),
+]
+SourceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--from", help="Source language, any spelling (default: English, or the only one trained)."
+    ),
+]
+TargetOption = Annotated[str, typer.Option("--to", help="Target language, any spelling.")]
+BeamOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Beam size; 1 is greedy (default: 4, or --n-best if larger)."),
+]
+LengthPenaltyOption = Annotated[
+    float, typer.Option(min=0, help="Scores are divided by length to this power.")
+]
+NBestOption = Annotated[int, typer.Option(min=1, help="How many translations of each line.")]
+NoRepeatOption = Annotated[
+    int, typer.Option(min=0, help="Generate no n-gram of so many tokens twice in a line; 0: off.")
+]
+RepetitionOption = Annotated[
+    float, typer.Option(help="Above 1, tokens already generated are less likely; 1: off.")
+]
+EarlyStoppingOption = Annotated[
+    str, typer.Option(metavar="true|false|never", help="When a beam search stops (see the guide).")
+]
+AsTextOption = Annotated[
+    bool, typer.Option("--as-text", help="Translate the lines of a .po, .json, .srt, ... file too.")
+]
+ExpertsOption = Annotated[bool, typer.Option("--experts", help="Show the experts of each token.")]
 
 
 @app.command()
 def translate(
     run: RunArgument,
-    file: Annotated[
-        Path | None,
-        typer.Argument(metavar="FILE", help="Lines to translate (default: standard input)."),
-    ] = None,
+    file: FileArgument = None,
     *,
-    source: Annotated[str, typer.Option("--from", help="Source language, any spelling.")] = "en",
-    target: Annotated[str, typer.Option("--to", help="Target language, any spelling.")],
-    beam: Annotated[int, typer.Option(min=1, help="Beam size; 1 is greedy.")] = 4,
-    length_penalty: Annotated[
-        float, typer.Option(help="Scores are divided by length to this power.")
-    ] = 1.0,
-    n_best: Annotated[int, typer.Option(min=1, help="How many translations of each line.")] = 1,
-    experts: Annotated[
-        bool, typer.Option("--experts", help="Show the experts of each token.")
-    ] = False,
+    source: SourceOption = None,
+    target: TargetOption,
+    beam: BeamOption = None,
+    length_penalty: LengthPenaltyOption = 1.0,
+    n_best: NBestOption = 1,
+    no_repeat_ngram: NoRepeatOption = 0,
+    repetition_penalty: RepetitionOption = 1.0,
+    early_stopping: EarlyStoppingOption = "true",
+    as_text: AsTextOption = False,
+    experts: ExpertsOption = False,
     routes: RoutesOption = None,
     files: UseOption = None,
     as_json: JsonOption = False,
@@ -61,26 +98,27 @@ def translate(
 
     Example: [cyan]echo "Save changes" | moesaic translate runs/demo --to es[/]
     """
+    search = _make_search(
+        beam,
+        n_best=n_best,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+        no_repeat_ngram_size=no_repeat_ngram,
+        repetition_penalty=repetition_penalty,
+    )
+    given = None if file is None else read_lines_to_translate(file, as_text=as_text)
     import_user_files(files)
     translator = Translator.open(run)
-    search = _search(beam, length_penalty=length_penalty, n_best=n_best)
-    lines = _lines(file)
+    source = source or translator.default_source(target)
+    notes = translator.direction_warnings(source, target)
+    _show_notes(notes)  # before anything is typed or waited for
+    lines = _standard_input(as_text=as_text) if given is None else given
     done = translator.translate(lines, source=source, target=target, search=search)
-    cut = sum(t.truncated for t in done)
-    if cut:
-        stderr.print(
-            f"{cut} line(s) were longer than the model's limit and were truncated", style="yellow"
-        )
+    about_lines = list(describe_results(done))
+    _show_notes(about_lines)
     rows = [asdict(t) for t in done]
     if routes is not None:
-        outputs = [t.text for t in done]
-        with RoutesWriter(
-            routes, languages=translator.languages, about={"run": run.resolve().name}
-        ) as writer:
-            for found in translation_routes(
-                translator, lines, translations=outputs, source=source, target=target
-            ):
-                writer.add(found)
+        _write_routes(routes, translator, lines, done=done, direction=(source, target), run=run)
     if experts:
         traces = [
             translator.trace_experts(line, translation=t.text, source=source, target=target)
@@ -88,25 +126,66 @@ def translate(
         ]
         rows = [row | {"experts": trace} for row, trace in zip(rows, traces, strict=True)]
     print_result(
-        {"translations": rows}, as_json=as_json, show=lambda console: _show(done, rows, console)
+        {"translations": rows, "notes": [*notes, *about_lines]},
+        as_json=as_json,
+        show=lambda console: _show(done, rows, console),
     )
 
 
-def _search(beam: int, *, length_penalty: float, n_best: int) -> Search:
-    if beam == 1 and n_best == 1:
-        return Greedy()
-    return Beam(size=max(beam, n_best), length_penalty=length_penalty, n_best=n_best)
+def _write_routes(
+    path: Path,
+    translator: Translator,
+    lines: Sequence[str],
+    *,
+    done: Sequence[TranslationResult],
+    direction: tuple[str, str],
+    run: Path,
+) -> None:
+    about = {"run": run.resolve().name}
+    with RoutesWriter(path, languages=translator.languages, about=about) as writer:
+        for found in translation_routes(
+            translator,
+            lines,
+            translations=[t.text for t in done],
+            source=direction[0],
+            target=direction[1],
+        ):
+            writer.add(found)
 
 
-def _lines(file: Path | None) -> list[str]:
-    if file is not None:
-        return [line for _, line in read_lines(file)]
+def _make_search(
+    beam: int | None, *, n_best: int, length_penalty: float, early_stopping: str, **repetition: Any
+) -> Search:
+    """Return the search that the options ask for. Raises UserError where they contradict."""
+    size = max(_DEFAULT_BEAM, n_best) if beam is None else beam
+    if n_best > size:
+        raise UserError(
+            f"--n-best {n_best} needs a beam of at least {n_best}, found --beam {size}: raise it, "
+            "or leave it out"
+        )
+    rules = {"true": True, "false": False, "never": "never"}
+    if early_stopping.casefold() not in rules:
+        raise UserError(f'--early-stopping "{early_stopping}": expected true, false or never')
+    if size == 1:
+        return Greedy(**repetition)
+    return Beam(
+        size=size,
+        length_penalty=length_penalty,
+        n_best=n_best,
+        early_stopping=rules[early_stopping.casefold()],
+        **repetition,
+    )
+
+
+def _standard_input(*, as_text: bool) -> list[str]:
     if sys.stdin.isatty():
         show_progress("one text per line; end with Ctrl-D")
-    try:
-        return sys.stdin.read().splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"standard input is not UTF-8: {error}") from error
+    return read_stream_to_translate(sys.stdin.buffer, name="standard input", as_text=as_text)
+
+
+def _show_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        stderr.print(styled("[yellow]note:[/] {note}", note=note))
 
 
 def _show(done: list[TranslationResult], rows: list[dict[str, Any]], console: Console) -> None:

@@ -118,9 +118,12 @@ def _file_stamps(recipe: CorpusRecipe) -> dict[str, list[int]]:
 def _publish(work: Path, root: Path) -> None:
     """Move the finished directory into place, replacing an older corpus there."""
     work.chmod(root.parent.stat().st_mode & 0o777)  # mkdtemp made it for its owner alone
-    if not root.exists():
+    try:
         work.replace(root)
         return
+    except OSError:  # there is a corpus, perhaps since a moment ago: by another process
+        if not root.is_dir():
+            raise
     old = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}.old-"))
     root.replace(old)
     try:

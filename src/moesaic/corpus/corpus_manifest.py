@@ -84,7 +84,7 @@ class CorpusManifest(_Shape):
     """The fields of corpus.json; those that earlier versions did not write have defaults."""
 
     format: int
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^[\w-][\w.-]*$")
     recipe: dict[str, Any]
     inputs: dict[str, list[int]] = Field(default_factory=dict)
     languages: list[str]

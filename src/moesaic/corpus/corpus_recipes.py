@@ -43,7 +43,7 @@ class CorpusRecipe(Config):
     ``min_pairs`` pairs is left out.
     """
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^[\w-][\w.-]*$")
     source: TextSource
     clean: CleaningConfig = CleaningConfig()
     split: SplitConfig = SplitConfig()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.run_record import require_plugins
 from moesaic.core.errors import ConfigError
 from moesaic.core.registry import Registry
 from moesaic.core.yaml_reader import read_yaml_file
@@ -52,6 +53,7 @@ def _read_run(which: str) -> Run:
     if path.suffix in (".yaml", ".yml"):
         if not path.exists():
             raise ConfigError([f"{path}: there is no such config file"])
+        require_plugins(RunDir(path.parent))
         value = read_yaml_file(path)
         try:
             return Run.from_dict(value)

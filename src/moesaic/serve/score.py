@@ -26,8 +26,9 @@ from moesaic.evaluate.test_set_result import SampleTranslation, TestSetResult
 from moesaic.evaluate.testset import TestSet
 from moesaic.model.beam_search import Greedy, Search
 from moesaic.monitor.expert_usage import UsageCounter
+from moesaic.serve.translation_result import TranslationResult
 from moesaic.serve.translation_routing import test_set_routing
-from moesaic.serve.translator import TranslationResult, Translator
+from moesaic.serve.translator import Translator
 
 OnResult = Callable[[TestSet, TestSetResult], None]
 
@@ -101,7 +102,7 @@ def _routes_writer(path: Path, translator: Translator, tests: Sequence[TestSet])
 
 
 class _ObservedModel:
-    """The model as a system of an evaluation; counts answers and sources that were cut."""
+    """The model as a system of an evaluation; counts cut answers and split sources."""
 
     def __init__(self, translator: Translator, search: Search) -> None:
         self._translator, self._search = translator, search
@@ -119,11 +120,11 @@ class _ObservedModel:
         results = [result for found in self._found.values() for result in found]
         return {
             "cut_answers": sum(not result.finished for result in results),
-            "cut_sources": sum(result.truncated for result in results),
+            "split_sources": sum(result.parts > 1 for result in results),
         }
 
     def notes(self) -> Iterator[str]:
-        """Yield a note on answers that were cut, and one on sources, with the languages."""
+        """Yield a note on answers that were cut, and one on split sources, by language."""
         limits = self._translator.limits
         total = sum(map(len, self._found.values()))
         cut = {name: sum(not r.finished for r in rows) for name, rows in self._found.items()}
@@ -133,11 +134,11 @@ class _ObservedModel:
                 f"{limits.max_target} tokens, and {limits.max_length_ratio:g} times the source); "
                 f"they are scored as they are: {_list_counts(cut)}"
             )
-        short = {name: sum(r.truncated for r in rows) for name, rows in self._found.items()}
-        if any(short.values()):
+        split = {name: sum(r.parts > 1 for r in rows) for name, rows in self._found.items()}
+        if any(split.values()):
             yield (
-                f"{sum(short.values())} of {total} sources are longer than the model's limit "
-                f"({limits.max_source} tokens) and were truncated: {_list_counts(short)}"
+                f"{sum(split.values())} of {total} sources are longer than the model's limit "
+                f"({limits.max_source} tokens) and were translated in parts: {_list_counts(split)}"
             )
 
 

@@ -32,7 +32,7 @@ def translation_routes(
     target: str,
 ) -> Iterator[BatchRouting]:
     """Yield the routing of up to ``CHUNK`` texts at a time, in order, without empty texts."""
-    pairs = [(a, b) for a, b in zip(texts, translations, strict=True) if a.strip()]
+    pairs = [(a, b) for a, b in zip(texts, translations, strict=True) if translator.normalise(a)]
     for start in range(0, len(pairs), CHUNK):
         sources, targets = zip(*pairs[start : start + CHUNK], strict=True)
         batch = translator.batch(sources, targets=targets, source=source, target=target)

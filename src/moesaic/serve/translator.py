@@ -4,27 +4,33 @@ Letters: B rows, S source length.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
-from moesaic.checkpoint.full_checkpoint import read_weights
-from moesaic.checkpoint.run_directory import RunDir
-from moesaic.core.errors import CheckpointError, DataError, did_you_mean
+from moesaic.checkpoint.trained_directions import TrainedDirections
+from moesaic.core.errors import DataError, did_you_mean
 from moesaic.core.shapes import Tensor
-from moesaic.core.yaml_reader import read_yaml_file
-from moesaic.corpus.languages import resolve_language
+from moesaic.corpus.languages import ENGLISH, resolve_language
+from moesaic.corpus.text_rules import TextRules, normalise_text
 from moesaic.data.batch import PAD, Batch
 from moesaic.data.tokenizer import EOS, Tokenizer
 from moesaic.model.beam_search import Greedy, Hypothesis, Search
-from moesaic.model.config import ModelConfig
 from moesaic.model.generate import SUPPRESSED_TOKENS, DecodingRules, generate
 from moesaic.model.repetition import is_loop
 from moesaic.model.transformer import Transformer
-from moesaic.model.weights import restore_weights
 from moesaic.moe.routing import Routing
+from moesaic.serve.long_text import join_translations
+from moesaic.serve.open_run import open_run
+from moesaic.serve.source_text import (
+    EncodedPart,
+    SourceReader,
+    SourceText,
+    TranslationLimits,
+    require_texts,
+)
+from moesaic.serve.translation_result import Alternative, TranslationResult
 
 # The experts of one side of a translation: tokens as text and, per MoE layer and token, the
 # [expert, weight] pairs that the token was routed to and not dropped from.
@@ -41,54 +47,25 @@ def routed_experts(routing: Routing) -> list[list[tuple[int, float]]]:
     return [sorted(row, key=lambda pair: -pair[1]) for row in rows]
 
 
-@dataclass(frozen=True, slots=True)
-class Alternative:
-    """One hypothesis of a search: its text and its length-normalised log-probability."""
-
-    text: str
-    score: float
-
-
-@dataclass(frozen=True, slots=True)
-class TranslationResult:
-    """The best hypothesis of a text, and all of them (``alternatives``, the best one included).
-
-    ``truncated``: the source was longer than the model's limit and only its beginning was
-    translated. ``finished`` is false if the output was cut off at the maximum length, ``repeats``
-    true if it repeats a passage again and again (``is_loop``).
-    """
-
-    text: str
-    score: float
-    alternatives: tuple[Alternative, ...] = ()
-    truncated: bool = False
-    finished: bool = True
-    repeats: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TranslationLimits:
-    """Length limits: sources longer than ``max_source`` tokens are truncated.
-
-    An output has at most ``max_target`` tokens, and at most ``max_length_ratio`` times the tokens
-    of its source plus 16. ``batch_tokens`` bounds the padded source tokens of a batch.
-    """
-
-    max_source: int = 256
-    max_target: int = 256
-    max_length_ratio: float = 3.0
-    batch_tokens: int = 8192
-
-
 class Translator:
     """A model with its tokenizer and limits; ``open`` loads one from a run directory."""
 
     def __init__(
-        self, model: Transformer, *, tokenizer: Tokenizer, limits: TranslationLimits | None = None
+        self,
+        model: Transformer,
+        *,
+        tokenizer: Tokenizer,
+        limits: TranslationLimits | None = None,
+        text_rules: TextRules | None = None,
+        trained: TrainedDirections | None = None,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.limits = limits or TranslationLimits()
+        self.limits = (limits or TranslationLimits()).within(model.position.max_positions)
+        self.trained = trained
+        self._decoder_only = not model.config.encoder.layers
+        limit = self.limits.source_tokens(decoder_only=self._decoder_only)
+        self._reader = SourceReader(tokenizer, limit=limit, rules=text_rules)
         tags = [tokenizer.language_token_id(code) for code in tokenizer.languages]
         unused = [
             i
@@ -105,81 +82,135 @@ class Translator:
 
         Raises CheckpointError naming what is missing or does not fit.
         """
-        run = RunDir.open(Path(path))
-        if weights is None:
-            run.require_model()
-            weights = run.model
-        config = _read_config(run)
-        if not isinstance(config.get("model"), dict):
-            raise CheckpointError(f"{run.config}: it has no model; is it the config of a run?")
-        model = Transformer(ModelConfig.from_dict(config["model"]))
-        _load_weights(model, read_weights(weights, device=device), where=weights)
-        loader = config.get("loader")
-        loader = loader if isinstance(loader, dict) else {}
-        limits = {k: loader[k] for k in ("max_source", "max_target") if k in loader}
-        tokenizer = Tokenizer.load(run.tokenizer)
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise CheckpointError(
-                f"{run.tokenizer}: {tokenizer.vocab_size} tokens, but the model has "
-                f"{model.config.vocab_size}: it belongs to another run"
-            )
-        return cls(model.to(device), tokenizer=tokenizer, limits=TranslationLimits(**limits))
+        run = open_run(Path(path), weights=weights, device=device)
+        return cls(
+            run.model,
+            tokenizer=run.tokenizer,
+            limits=run.limits,
+            text_rules=run.text_rules,
+            trained=run.trained,
+        )
 
     @property
     def languages(self) -> tuple[str, ...]:
         """Language codes of the model."""
         return self.tokenizer.languages
 
+    def normalise(self, text: str) -> str:
+        """Return a text as the corpus of the run has it; empty if nothing in it is visible."""
+        return self._reader.normalise(text)
+
+    @overload  # a string is a sequence of strings too: the first overload takes it
+    def translate(  # pyright: ignore[reportOverlappingOverload]
+        self, texts: str, *, source: str, target: str, search: Search | None = None
+    ) -> TranslationResult: ...
+    @overload
     def translate(
         self, texts: Sequence[str], *, source: str, target: str, search: Search | None = None
-    ) -> list[TranslationResult]:
-        """Translate each text; ``source`` and ``target`` accept any spelling of a language.
+    ) -> list[TranslationResult]: ...
+    def translate(
+        self, texts: str | Sequence[str], *, source: str, target: str, search: Search | None = None
+    ) -> TranslationResult | list[TranslationResult]:
+        """Translate a text, or each of several; ``source`` and ``target``: any spelling.
 
-        Returns one result per text, in order; an empty text stays empty. Batches are sorted by
-        length. Raises DataError for a language that the model does not have.
+        Returns one result for a string, else one result per text, in order. Texts are normalised by
+        the rules of the run's corpus; an empty one stays empty; a long one is split into sentences
+        (``TranslationLimits.long_text``). Batches are sorted by length. Raises DataError for a
+        language that the model does not have, or a text that is not a string.
         """
+        if isinstance(texts, str):
+            return self.translate([texts], source=source, target=target, search=search)[0]
         codes = self._language_code(source), self._language_code(target)
-        results = [TranslationResult(text="", score=0.0)] * len(texts)
-        rows = self._encode_sources(texts, codes)
+        read = self._reader.read(
+            texts, tag=self._source_tag(codes), long_text=self.limits.long_text
+        )
+        rows = [part for text in read for part in text.parts]
+        answers: list[list[Hypothesis]] = [[] for _ in rows]
         for batch in self._batches(rows):
-            tag = torch.full((len(batch),), self.tokenizer.language_token_id(codes[1]))
-            max_tokens = torch.tensor([self._max_new_tokens(rows[i]) for i in batch])
-            generated = generate(
-                self.model,
-                _pad([rows[i].ids for i in batch], self._device),
-                tag=tag.to(self._device),
-                search=search or Greedy(),
-                max_tokens=max_tokens.to(self._device),
-                rules=self._rules,
+            generated = self._translate_batch(
+                [rows[i] for i in batch], target=codes[1], search=search or Greedy()
             )
             for i, hypotheses in zip(batch, generated, strict=True):
-                results[i] = self._to_result(hypotheses, source=rows[i])
-        return results
+                answers[i] = hypotheses
+        found = iter(answers)
+        return [
+            self._to_result(text, [next(found) for _ in text.parts], codes=codes) for text in read
+        ]
 
     def translate_texts(
-        self, texts: list[str], *, source: str, target: str, search: Search | None = None
+        self, texts: Sequence[str], *, source: str, target: str, search: Search | None = None
     ) -> list[str]:
         """Translate and return the best texts only: the signature that ``evaluate`` needs."""
+        texts = require_texts(texts)
         results = self.translate(texts, source=source, target=target, search=search)
         return [result.text for result in results]
 
-    def count_truncated(self, texts: Sequence[str], *, source: str, target: str) -> int:
-        """Return how many of the texts are longer than ``limits.max_source``."""
+    def is_trained(self, source: str, target: str) -> bool | None:
+        """Return whether the model was trained in a direction; None without a record of it.
+
+        To restore text of one language (denoising) is no translation into it.
+        """
+        if self.trained is None:
+            return None
         codes = self._language_code(source), self._language_code(target)
-        return sum(row.truncated for row in self._encode_sources(texts, codes))
+        return codes in self._trained_pairs()
+
+    def direction_warnings(self, source: str, target: str) -> list[str]:
+        """Return what is to be said of a direction that the model was not trained in."""
+        if self.is_trained(source, target) is not False:
+            return []
+        codes = self._language_code(source), self._language_code(target)
+        sources = sorted(s for s, t in self._trained_pairs() if t == codes[1])
+        if sources:
+            return [
+                f"the model was not trained to translate from {codes[0]} into {codes[1]}, only "
+                f"from {', '.join(sources)}: expect worse answers"
+            ]
+        targets = ", ".join(sorted({t for _, t in self._trained_pairs()})) or "none"
+        return [
+            f"the model was never trained to translate into {codes[1]}: its answers are no "
+            f"translations (languages that it was trained into: {targets})"
+        ]
+
+    def default_source(self, target: str) -> str:
+        """Return the source language where none is given: English, or the only one trained.
+
+        Raises DataError where several were trained into ``target`` and English was not.
+        """
+        code = self._language_code(target)
+        sources = sorted(s for s, t in self._trained_pairs() if t == code)
+        if not sources or ENGLISH in sources:
+            return ENGLISH
+        if len(sources) > 1:
+            raise DataError(
+                f"which language are the texts in? The model was trained into {code} from "
+                f"{', '.join(sources)}"
+            )
+        return sources[0]
+
+    def _trained_pairs(self) -> set[tuple[str, str]]:
+        streams = self.trained.streams if self.trained else ()
+        return {(s.source, s.target) for s in streams if s.source != s.target and s.rows}
 
     def batch(
         self, sources: Sequence[str], *, targets: Sequence[str], source: str, target: str
     ) -> Batch:
         """Return sources and given targets as a teacher-forced batch, as in training.
 
-        Languages index ``languages``. Both sides are truncated at their limits.
+        Languages index ``languages``. Both sides are truncated to what the model was trained with.
         """
         codes = self._language_code(source), self._language_code(target)
         tag = self.tokenizer.language_token_id(codes[1])
-        outputs = [ids[: self.limits.max_target] for ids in self.tokenizer.encode_batch(targets)]
-        inputs = [row.ids for row in self._encode_sources(sources, codes)]
-        if self.model.config.encoder.layers:
+        inputs = [
+            text.parts[0].ids if text.parts else (self._source_tag(codes), EOS)
+            for text in self._reader.read(sources, tag=self._source_tag(codes))
+        ]
+        encoded = self.tokenizer.encode_batch([normalise_text(t) for t in require_texts(targets)])
+        outputs = [
+            ids[: self.limits.max_target - (len(row) if self._decoder_only else 0) - 1]
+            for row, ids in zip(inputs, encoded, strict=True)
+        ]
+        if not self._decoder_only:
             target_in = [[tag, *ids] for ids in outputs]
             target_out = [[*ids, EOS] for ids in outputs]
         else:
@@ -234,41 +265,62 @@ class Translator:
             )
         return code
 
-    def _encode_sources(
-        self, texts: Sequence[str], codes: tuple[str, str]
-    ) -> list["_EncodedSource"]:
-        """Encode with a language tag: in an encoder the target's (arXiv:1611.04558)."""
-        tagged = codes[1] if self.model.config.encoder.layers else codes[0]
-        tag, limit = self.tokenizer.language_token_id(tagged), self.limits.max_source
-        return [
-            _EncodedSource((tag, *ids[:limit], EOS), truncated=len(ids) > limit)
-            for ids in self.tokenizer.encode_batch([text.strip() for text in texts])
-        ]
+    def _source_tag(self, codes: tuple[str, str]) -> int:
+        """Return the language token of a source: in an encoder the target's (arXiv:1611.04558)."""
+        return self.tokenizer.language_token_id(codes[0 if self._decoder_only else 1])
 
-    def _batches(self, rows: Sequence["_EncodedSource"]) -> Iterator[list[int]]:
-        """Group non-empty rows, longest first, so that memory peaks at the start."""
-        order = [i for i, row in enumerate(rows) if len(row.ids) > 2]
-        order.sort(key=lambda i: -len(rows[i].ids))
+    def _batches(self, rows: Sequence[EncodedPart]) -> Iterator[list[int]]:
+        """Group rows, longest first, so that memory peaks at the start."""
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
         while order:
             count = max(1, self.limits.batch_tokens // len(rows[order[0]].ids))
             yield order[:count]
             order = order[count:]
 
-    def _max_new_tokens(self, row: "_EncodedSource") -> int:
-        return min(self.limits.max_target, round(self.limits.max_length_ratio * len(row.ids)) + 16)
+    def _translate_batch(
+        self, rows: Sequence[EncodedPart], *, target: str, search: Search
+    ) -> list[list[Hypothesis]]:
+        tag = torch.full((len(rows),), self.tokenizer.language_token_id(target))
+        limits = [
+            self.limits.new_tokens(len(row.ids), decoder_only=self._decoder_only) for row in rows
+        ]
+        return generate(
+            self.model,
+            _pad([row.ids for row in rows], self._device),
+            tag=tag.to(self._device),
+            search=search,
+            max_tokens=torch.tensor(limits, device=self._device),
+            rules=self._rules,
+        )
 
     def _to_result(
-        self, hypotheses: Sequence[Hypothesis], *, source: "_EncodedSource"
+        self, text: SourceText, answers: Sequence[list[Hypothesis]], *, codes: tuple[str, str]
     ) -> TranslationResult:
-        all_texts = tuple(Alternative(self.tokenizer.decode(h.ids), h.score) for h in hypotheses)
-        best = hypotheses[0]
+        """Join the answers to the parts of a text: the best ones, the second ones, and so on."""
+        trained = self.is_trained(*codes)
+        if not text.parts:
+            return TranslationResult(text="", score=0.0, trained=trained)
+        parts = [row.part for row in text.parts]
+        alternatives = []
+        for rank in range(max(map(len, answers))):
+            chosen = [found[min(rank, len(found) - 1)] for found in answers]
+            # a byte token may be a control character or a line end
+            texts = [normalise_text(self.tokenizer.decode(h.ids)) for h in chosen]
+            joined = join_translations(texts, parts=parts, target=codes[1])
+            alternatives.append(Alternative(joined, sum(h.score for h in chosen) / len(chosen)))
+        best = [found[0] for found in answers]
         return TranslationResult(
-            all_texts[0].text,
-            best.score,
-            all_texts,
-            truncated=source.truncated,
-            finished=best.finished,
-            repeats=is_loop(best.ids, source=source.ids),
+            text=alternatives[0].text,
+            score=alternatives[0].score,
+            alternatives=tuple(alternatives),
+            truncated=any(row.truncated for row in text.parts),
+            finished=all(h.finished for h in best),
+            repeats=any(
+                is_loop(h.ids, source=row.ids) for h, row in zip(best, text.parts, strict=True)
+            ),
+            parts=len(parts),
+            forced_cuts=sum(part.boundary != "sentence" for part in parts[:-1]),
+            trained=trained,
         )
 
     def token_text(self, index: int) -> str:
@@ -282,27 +334,7 @@ def token_text(tokenizer: Tokenizer, index: int) -> str:
     return text if text and "\ufffd" not in text else tokenizer.id_to_token(index)
 
 
-@dataclass(frozen=True, slots=True)
-class _EncodedSource:
-    ids: tuple[int, ...]
-    truncated: bool
-
-
 def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     width = max(len(row) for row in rows)
     padded = [[*row, *[PAD] * (width - len(row))] for row in rows]
     return torch.tensor(padded, dtype=torch.long, device=device).view(len(rows), width)
-
-
-def _read_config(run: RunDir) -> dict[str, object]:
-    config = read_yaml_file(run.config)
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{run.config}: expected a mapping, found {type(config).__name__}")
-    return config
-
-
-def _load_weights(model: Transformer, tensors: dict[str, Tensor], *, where: Path) -> None:
-    try:
-        restore_weights(model, tensors)
-    except CheckpointError as error:
-        raise CheckpointError(f"{where} and config.yaml beside it: {error}") from error

@@ -10,7 +10,9 @@ import torch
 
 from moesaic.checkpoint.checkpoint_directory import read_manifest
 from moesaic.checkpoint.full_checkpoint import config_differences, read_state, require_same_config
+from moesaic.checkpoint.plugins import record_plugins
 from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.run_record import read_run_record, write_run_record
 from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import ConfigError
 from moesaic.core.files import atomic_write
@@ -80,7 +82,7 @@ def train(
         mark_phase("preparing the data")
         prepared = prepare_data(run, run_dir=run_dir, world=world, notify=display.note)
         require_same_on_all_ranks(prepared.facts(), world=world, what="data")
-        record = partial(record_directions, run, prepared=prepared, run_dir=run_dir)
+        record = partial(_record_run, run, prepared=prepared, run_dir=run_dir)
         _note_all(display, run_on_rank0(world, record))
         mark_phase("making the model")
         initial = run.initial_weights if start["path"] is None else RandomWeights()
@@ -188,6 +190,20 @@ def _open_run_dir(run_dir: RunDir, *, run: Run, resume: Resume) -> dict[str, Any
         notes.append(note)
     atomic_write(run_dir.config, run.to_yaml())
     return {"path": None if path is None else str(path), "notes": notes}
+
+
+def _record_run(run: Run, *, prepared: PreparedData, run_dir: RunDir) -> list[str]:
+    """Record what is trained on, and the files of the run; the weights stay as recorded before."""
+    notes = record_directions(run, prepared=prepared, run_dir=run_dir)
+    before = read_run_record(run_dir)
+    weights = {} if before is None else before.files
+    write_run_record(
+        run_dir,
+        config=run.to_dict(),
+        plugins=record_plugins(run, run_dir.plugins),
+        known={run_dir.model.name: weights.get(run_dir.model.name)},
+    )
+    return notes
 
 
 def _saved_config(checkpoint: Path) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.corpus_recipes import CorpusRecipe
 from moesaic.corpus.dropped_rows import MAX_PER_REASON, read_dropped
 from moesaic.corpus.sources.local_files import LocalFile, LocalFiles
+from moesaic.corpus.sources.text_source import CombinedSources
 from moesaic.corpus.split import HeldOutDomain, SplitConfig
 
 ALL_TRAIN = SplitConfig(test=0, valid=0)
@@ -66,6 +68,16 @@ def test_a_file_that_two_entries_find_votes_once() -> None:
     corpus = build(file("b.tsv", licence="MIT"), file("*.tsv"), file("./b.tsv"))
     assert corpus.manifest["directions"][0]["read"] == 2
     assert corpus.manifest["sources"]["b.tsv"]["licence"] == "MIT"
+
+
+def test_a_file_of_two_sources_votes_once() -> None:
+    write("a.tsv", "Save\tSpeichern")
+    write("b.tsv", "Save\tSichern")
+    parts = LocalFiles(files=(file("b.tsv"), file("a.tsv"))), LocalFiles(files=(file("./a.tsv"),))
+    recipe = CorpusRecipe(name="c", source=CombinedSources(sources=parts), split=ALL_TRAIN)
+    corpus = build_corpus(recipe, out=Path("c"))
+    assert rows_of(corpus, "en", "de") == [("Save", "Sichern")]
+    assert corpus.manifest["directions"][0]["read"] == 2
 
 
 def test_an_exact_path_decides_about_a_licence_before_a_pattern() -> None:
@@ -182,13 +194,13 @@ def test_one_empty_file_of_many_is_left_out_and_said() -> None:
     write("a.po", 'msgid "Open"', 'msgstr ""')
     write("b.tsv")
     write("c.tsv", "Save\tSpeichern")
-    said: list[str] = []
+    reported: list[str] = []
     files = LocalFiles(files=(file("a.po"), file("b.tsv"), file("c.tsv")))
     recipe = CorpusRecipe(name="c", source=files, split=ALL_TRAIN)
-    corpus = build_corpus(recipe, out=Path("c"), progress=said.append)
+    corpus = build_corpus(recipe, out=Path("c"), progress=reported.append)
     assert rows_of(corpus, "en", "de") == [("Save", "Speichern")]
     assert set(corpus.manifest["empty"]) == {"a.po", "b.tsv"}
-    assert sum("left out" in line for line in said) == 2
+    assert sum("left out" in line for line in reported) == 2
 
 
 def test_files_that_are_all_empty_are_an_error_that_names_one() -> None:
@@ -218,7 +230,32 @@ def test_an_entry_without_files_is_an_error_that_says_why(entry: LocalFile, mess
         build(entry)
 
 
+@pytest.mark.parametrize("make", [lambda p: p.symlink_to("nowhere"), lambda p: os.mkfifo(p)])
+def test_a_path_that_is_no_regular_file_is_refused_unread(make: Callable[[Path], None]) -> None:
+    make(Path("x.tsv"))
+    with pytest.raises(UserError, match="not a regular file"):
+        build(file("x.tsv"))
+
+
+def test_a_name_that_is_not_utf8_or_not_one_line_can_be_an_origin() -> None:
+    write("a\nb.tsv", "Save it\tSpeichern")
+    Path(os.fsdecode(b"c\xff.tsv")).write_text("Open it\tÖffnen\n", encoding="utf-8")
+    corpus = build(file("*.tsv"))
+    assert set(corpus.manifest["sources"]) == {"a\\x0ab.tsv", "c\ufffd.tsv"}
+    assert {p.origin for p in corpus.iter_pairs("en", "de")} == set(corpus.manifest["sources"])
+    assert all(source["pairs"] == 1 for source in corpus.manifest["sources"].values())
+
+
+def test_held_out_pairs_count_for_an_origin_with_a_backslash() -> None:
+    write("a.tsv", *(f"Open the {'x' * n}\tÖffne {'y' * n}" for n in range(30)))
+    corpus = build(file("a.tsv", origin="a\\b"), split=SplitConfig(test=0.5))
+    assert corpus.count("en", "de", split="test")
+    assert corpus.manifest["sources"]["a\\b"]["pairs"] == corpus.manifest["pairs"]
+
+
 def test_an_entry_without_a_path_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no file is listed"):
+        LocalFiles(files=())
     with pytest.raises(ConfigError, match="path"):
         file("")
 

@@ -115,6 +115,11 @@ def test_a_package_becomes_a_corpus_without_variants_keys_or_english(
     }
 
 
+def test_a_package_that_is_listed_twice_is_refused() -> None:
+    with pytest.raises(UserError, match="listed twice: demo"):
+        PyPICatalogues(packages=(DEMO, DEMO))
+
+
 def test_a_damaged_wheel_is_named(tmp_path: Path) -> None:
     path = write_wheel(tmp_path, "demo", "1.2.3", FILES)
     path.write_bytes(path.read_bytes()[:-200])

@@ -25,7 +25,7 @@ from moesaic.corpus.readers import limits
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstandard.ZstdError)
 _BLOCK = 1 << 16
-_ZSTD_BLOCK = 1 << 10  # a block of 128 KiB may take 4 bytes: at most 32 MiB at a time
+_ZSTD_BLOCK = 1 << 8  # a block of 128 KiB may take 4 bytes: at most 8 MiB at a time
 _PIECE = 1 << 20
 
 

@@ -169,7 +169,7 @@ def _excerpt(text: str) -> str:
 def _implausibility(text: str, name: str) -> float:
     """Return how little the characters beyond ASCII read as text of ``name``: 0 is a good text."""
     high = [char for char in text if char > "\x7f"]
-    if not high:
+    if not high or any(char < "\xa0" for char in high):  # C1 controls are in no text
         return 1.0
     rare = sum(not _is_usual(char, name) for char in high)
     odd = 0

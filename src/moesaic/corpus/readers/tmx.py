@@ -26,7 +26,7 @@ _VALUES = ("printf", "placeholder", "complex")  # placeholders that a program re
 _STANDALONE = ("ph", "ut")  # the others begin or end a format, often within a word
 _BLOCK = 1 << 16
 _GAP = "\0"  # an inline code; XML has no NUL
-_SHOWN = 20
+_SHOWN, _LONGEST = 20, 200  # names in a list and characters of each, characters of an error
 # no space before closing and after opening punctuation
 _BETWEEN_WORDS = re.compile(r"(?<=[^\s\0(\[{«¿¡“‘])\0+(?=[^\s\0)\]}».,;:!?…’”、。])")
 
@@ -97,7 +97,9 @@ def _units(path: Path) -> Iterator[list[tuple[str, str]]]:
             parser.close()
         yield from collector.take_units()
     except etree.XMLSyntaxError as error:
-        raise DataError(f"{path}: not well-formed XML, perhaps cut short: {error}") from error
+        raise DataError(
+            f"{path}: not well-formed XML, perhaps cut short: {str(error)[:_LONGEST]}"
+        ) from error
 
 
 @dataclass(slots=True)
@@ -121,7 +123,7 @@ class _UnitCollector:
     def start(self, tag: str, attributes: dict[str, str]) -> None:
         name = etree.QName(tag).localname
         if not self._open and name != "tmx":
-            raise DataError(f"{self.name}: found <{name}>, expected a <tmx> file")
+            raise DataError(f"{self.name}: found <{name[:_SHOWN]}>, expected a <tmx> file")
         self._open.append(name)
         if len(self._open) > limits.MAX_NESTING:
             raise DataError(

@@ -9,11 +9,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from moesaic.corpus.languages import find_language, resolve_language, resolve_locale
+from moesaic.corpus.languages import (
+    find_language,
+    precise_tag,
+    resolve_language,
+    resolve_locale,
+)
 
 Found = TypeVar("Found")
 
-_EXACT, _STANDARD, _REDUCED = 0, 1, 2
+_EXACT, _PLAIN, _STANDARD, _REDUCED = 0, 1, 2, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +35,8 @@ class WantedLanguage:
 
     def select(self, variants: Iterable[tuple[str, Found]]) -> list[Found]:
         """Return what stands under the tag that fits best, in order; nothing if none fits."""
-        ranked: list[list[Found]] = [[], [], []]
-        tags = ["", "", ""]
+        ranked: list[list[Found]] = [[], [], [], []]
+        tags = ["", "", "", ""]
         for tag, found in variants:
             rank = self._rank(tag)
             if rank is not None and tags[rank] in ("", tag):
@@ -45,6 +50,8 @@ class WantedLanguage:
             return None
         if is_same_tag(tag, self.spelled):
             return _EXACT
+        if precise_tag(tag) == self.code:
+            return _PLAIN
         return _STANDARD if resolve_locale(tag) is not None else _REDUCED
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from importlib.resources import files
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from moesaic.corpus.languages import ENGLISH, Language, resolve_locale
 from moesaic.corpus.pair import Pair, RejectedPair
@@ -35,6 +35,14 @@ class PyPICatalogues(TextSource):
     """English and its translations from the catalogues of packages on PyPI."""
 
     packages: tuple[PyPIPackage, ...]
+
+    @field_validator("packages")
+    @classmethod
+    def _are_distinct(cls, packages: tuple[PyPIPackage, ...]) -> tuple[PyPIPackage, ...]:
+        names = [package.name for package in packages]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"listed twice: {', '.join(twice)}; its pairs would count twice")
+        return packages
 
     def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
         return tuple(fetch_package(p, progress=progress) for p in self.packages)

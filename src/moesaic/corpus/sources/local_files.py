@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from moesaic.core.config import Config
 from moesaic.core.errors import DataError, did_you_mean
@@ -80,10 +80,12 @@ class LocalFile(Config):
             return DataError(f"{path}: no file of {kinds} below this folder")
         if is_pattern(self.path):
             return DataError(f"{path}: no file matches this pattern")
-        beside = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+        if path.exists() or path.is_symlink():
+            return DataError(f"{path}: not a regular file (a device, a pipe or a link to nothing)")
+        neighbours = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
         return DataError(
             f"{path}: no such file (nor {path.name}.<language> beside it)"
-            f"{did_you_mean(path.name, beside)}"
+            f"{did_you_mean(path.name, neighbours)}"
         )
 
     def contradicts(self, other: SourceFile) -> bool:
@@ -143,7 +145,16 @@ class LocalFiles(TextSource):
     exact path decides about licence and origin before one with a pattern.
     """
 
-    files: tuple[LocalFile, ...] = Field(min_length=1)
+    files: tuple[LocalFile, ...]
+
+    @field_validator("files")
+    @classmethod
+    def _are_some(cls, files: tuple[LocalFile, ...]) -> tuple[LocalFile, ...]:
+        if not files:
+            raise ValueError(
+                "no file is listed, expected e.g. {path: a.tsv, source: en, target: de}"
+            )
+        return files
 
     def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
         for file in self.files:
@@ -205,8 +216,9 @@ class LocalFiles(TextSource):
 
 
 def printable_path(path: Path) -> str:
-    """Return a path as text that can be written as UTF-8; a byte that is not becomes U+FFFD."""
-    return os.fsencode(path.as_posix()).decode("utf-8", errors="replace")
+    """Return a path as one line of UTF-8: other bytes as U+FFFD, control characters as escapes."""
+    text = os.fsencode(path.as_posix()).decode("utf-8", errors="replace")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 class PresplitFolder(TextSource):
@@ -227,9 +239,11 @@ class PresplitFolder(TextSource):
             match = _SPLIT_FILE.fullmatch(path.name)
             if match:
                 split: AllowedSplit = "train" if match["split"] == "train" else "held-out"
-                source_files.append(
-                    SourceFile(resolve_language(match["language"]).code, path, allowed_split=split)
-                )
+                try:
+                    code = resolve_language(match["language"]).code
+                except DataError as error:
+                    raise DataError(f"{path}: {error}") from error
+                source_files.append(SourceFile(code, path, allowed_split=split))
         if not source_files:
             raise DataError(f"{root}: no file named LANG.train.tsv, also .gz, .bz2, .xz or .zst")
         return tuple(source_files)

@@ -66,16 +66,21 @@ class TextSource(Choice):
 
 
 class CombinedSources(TextSource):
-    """All rows of several sources; conflicting targets of a source text are resolved over all."""
+    """All rows of several sources; conflicting targets of a source text are resolved over all.
+
+    A file that two sources of one kind have is read once, by the first: its rows have one vote.
+    """
 
     sources: tuple[TextSource, ...]
 
     def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
-        return tuple(
-            replace(source_file, source_index=(number, *source_file.source_index))
-            for number, source in enumerate(self.sources)
-            for source_file in source.fetch(progress=progress)
-        )
+        found: dict[object, SourceFile] = {}
+        for number, source in enumerate(self.sources):
+            for inner in source.fetch(progress=progress):
+                source_file = replace(inner, source_index=(number, *inner.source_index))
+                identity = inner.path.resolve() if inner.path.is_file() else source_file
+                found.setdefault((type(source), identity, inner.languages), source_file)
+        return tuple(found.values())
 
     def inputs(self) -> tuple[Path, ...]:
         return tuple(path for source in self.sources for path in source.inputs())

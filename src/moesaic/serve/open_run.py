@@ -1,0 +1,93 @@
+"""Opening a run for translation: model, tokenizer, limits, text rules, trained directions."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moesaic.checkpoint.full_checkpoint import read_weights
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.run_record import require_plugins, require_unchanged
+from moesaic.checkpoint.trained_directions import TrainedDirections, read_trained_directions
+from moesaic.core.errors import CheckpointError
+from moesaic.core.shapes import Tensor
+from moesaic.core.yaml_reader import read_yaml_file
+from moesaic.corpus.text_rules import TextRules, read_text_rules
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.model.config import ModelConfig
+from moesaic.model.transformer import Transformer
+from moesaic.model.weights import describe_nonfinite, restore_weights
+from moesaic.serve.source_text import TranslationLimits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedRun:
+    """What translation needs of a run; ``trained`` is None for runs that have no record of it."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    limits: TranslationLimits
+    text_rules: TextRules
+    trained: TrainedDirections | None
+
+
+def open_run(path: Path, *, weights: Path | None = None, device: str = "cpu") -> OpenedRun:
+    """Open a finished run, or one in progress with the ``weights`` of a checkpoint.
+
+    Raises CheckpointError naming what is missing, does not fit, or is not finite.
+    """
+    run = RunDir.open(path)
+    if weights is None:
+        run.require_model()
+        weights = run.model
+    require_plugins(run)
+    require_unchanged(run)
+    config = _read_config(run)
+    if not isinstance(config.get("model"), dict):
+        raise CheckpointError(f"{run.config}: it has no model; is it the config of a run?")
+    model = Transformer(ModelConfig.from_dict(config["model"]))
+    _load_weights(model, read_weights(weights, device=device), where=weights)
+    tokenizer = Tokenizer.load(run.tokenizer)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise CheckpointError(
+            f"{run.tokenizer}: {tokenizer.vocab_size} tokens, but the model has "
+            f"{model.config.vocab_size}: it belongs to another run"
+        )
+    return OpenedRun(
+        model=model.to(device),
+        tokenizer=tokenizer,
+        limits=_read_limits(config, where=run.config),
+        text_rules=read_text_rules(run.text_rules),
+        trained=read_trained_directions(run.directions),
+    )
+
+
+def _read_config(run: RunDir) -> dict[str, Any]:
+    config = read_yaml_file(run.config)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{run.config}: expected a mapping, found {type(config).__name__}")
+    return config
+
+
+def _read_limits(config: dict[str, Any], *, where: Path) -> TranslationLimits:
+    loader = config.get("loader")
+    loader = loader if isinstance(loader, dict) else {}
+    limits = {name: loader[name] for name in ("max_source", "max_target") if name in loader}
+    for name, value in limits.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 2:
+            raise CheckpointError(
+                f"{where}: loader.{name} is {value!r:.60}, expected a whole number of at least 2"
+            )
+    return TranslationLimits(**limits)
+
+
+def _load_weights(model: Transformer, tensors: dict[str, Tensor], *, where: Path) -> None:
+    try:
+        restore_weights(model, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where} and config.yaml beside it: {error}") from error
+    wrong = describe_nonfinite(model)
+    if wrong:
+        raise CheckpointError(
+            f"{where}: the weights hold {wrong}, expected finite numbers: training diverged or the "
+            "file was changed; use the weights of an earlier checkpoint"
+        )

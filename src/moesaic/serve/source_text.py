@@ -1,0 +1,118 @@
+"""Source text: from a user's texts to rows of token ids, as the model was trained to read them.
+
+Texts pass the text rules of the run's corpus; lengths count special tokens, as in training.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from moesaic.core.errors import DataError
+from moesaic.corpus.text_rules import GeneralText, TextRules
+from moesaic.data.tokenizer import EOS, Tokenizer
+from moesaic.serve.long_text import LongText, SplitSentences, TextPart, Truncate
+
+_SPECIAL = 2  # special tokens of a source: a language token and EOS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TranslationLimits:
+    """Length limits in tokens, special tokens included, with the meaning of ``LoaderConfig``.
+
+    A source longer than ``max_source`` is read by ``long_text``: split into sentences, or
+    truncated. An output has at most ``max_target`` tokens, and at most ``max_length_ratio`` times
+    the tokens of its source plus 16. In a decoder-only model ``max_target`` bounds the whole row:
+    a source has at most half of it, and its output what is left. ``batch_tokens`` bounds the padded
+    source tokens of a batch.
+    """
+
+    max_source: int = 256
+    max_target: int = 256
+    max_length_ratio: float = 3.0
+    batch_tokens: int = 8192
+    long_text: LongText = field(default_factory=SplitSentences)
+
+    def within(self, positions: int | None) -> "TranslationLimits":
+        """Return the limits of a model with so many learned positions; None: any number."""
+        if positions is None:
+            return self
+        return replace(
+            self,
+            max_source=min(self.max_source, positions),
+            max_target=min(self.max_target, positions),
+        )
+
+    def source_tokens(self, *, decoder_only: bool) -> int:
+        """Return how many tokens of text a source may have, without special tokens."""
+        most = (self.max_target + 1) // 2 if decoder_only else self.max_source
+        return max(1, most - _SPECIAL)
+
+    def new_tokens(self, source_length: int, *, decoder_only: bool) -> int:
+        """Return the limit of an output, ``EOS`` included, for a source of so many tokens."""
+        room = self.max_target - (source_length if decoder_only else 0)
+        return max(1, min(room, round(self.max_length_ratio * source_length) + 16))
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPart:
+    """A part of a text with its tokens, language token and ``EOS`` included."""
+
+    part: TextPart
+    ids: tuple[int, ...]
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SourceText:
+    """A normalised text and the parts that are translated; none if nothing in it is visible."""
+
+    text: str
+    parts: tuple[EncodedPart, ...]
+
+
+class SourceReader:
+    """Normalises, splits and encodes texts for one tokenizer and ``limit`` tokens of text."""
+
+    def __init__(self, tokenizer: Tokenizer, *, limit: int, rules: TextRules | None = None) -> None:
+        self._tokenizer, self._limit = tokenizer, limit
+        self._rules = rules or GeneralText()
+
+    def normalise(self, text: str) -> str:
+        """Return a text as the corpus of the run has it; empty if nothing in it is visible."""
+        return self._rules.normalise(text)
+
+    def read(
+        self, texts: Iterable[object], *, tag: int, long_text: LongText | None = None
+    ) -> list[SourceText]:
+        """Return the texts with their encoded parts. Raises DataError: one that is not a string."""
+        normalised = [self.normalise(text) for text in require_texts(texts)]
+        lengths = self._count(normalised)
+        split = long_text or Truncate()
+        parts = [
+            split.parts(text, limit=self._limit, count=self._count)
+            if length > self._limit
+            else [TextPart(text)] * bool(text)
+            for text, length in zip(normalised, lengths, strict=True)
+        ]
+        ids = iter(self._tokenizer.encode_batch([p.text for found in parts for p in found]))
+        return [
+            SourceText(text, tuple(self._encoded(part, next(ids), tag) for part in found))
+            for text, found in zip(normalised, parts, strict=True)
+        ]
+
+    def _count(self, texts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in self._tokenizer.encode_batch(texts)]
+
+    def _encoded(self, part: TextPart, ids: Sequence[int], tag: int) -> EncodedPart:
+        return EncodedPart(part, (tag, *ids[: self._limit], EOS), len(ids) > self._limit)
+
+
+def require_texts(texts: Iterable[object]) -> list[str]:
+    """Return the texts as a list. Raises DataError naming the first that is not a string."""
+    if isinstance(texts, bytes | str) or not isinstance(texts, Iterable):
+        raise DataError(f"found {texts!r:.60}, expected a list of strings")
+    found = []
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise DataError(f"text {number} is {text!r:.60}, expected a string")
+        found.append(text)
+    return found
