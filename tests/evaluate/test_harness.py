@@ -70,7 +70,9 @@ def test_the_file_holds_what_its_docstring_promises(summary, tmp_path):
     german = found["languages"]["deu_Latn"]
     assert german["name"] == resolve_language("deu_Latn").name
     assert german["count"] == len(SOURCES)
-    assert set(german["model"]) == {"chrf", "bleu", "off_target", "empty", "seconds"}
+    assert set(german["model"]) == {
+        *("chrf", "bleu", "off_target", "empty", "placeholders", "raw_references", "seconds"),
+    }
     assert set(german["model"]["chrf"]) == {"score", "low", "high"}
     assert german["differences"]["copy"]["verdict"] == "better"
     assert "tok:13a" in german["signatures"]["bleu"]
@@ -97,10 +99,9 @@ def test_a_direction_into_english_has_its_own_key():
     assert into.key == "deu_Latn-eng_Latn"
     found = evaluate({"model": copy_source}, tests=[into, *TESTS], settings=SETTINGS)
     assert list(found.languages) == ["deu_Latn-eng_Latn", "deu_Latn", "fra_Latn"]
-    assert (
-        found.to_dict()["languages"]["deu_Latn-eng_Latn"]["name"]
-        == resolve_language("deu_Latn").name
-    )
+    names = {key: row["name"] for key, row in found.to_dict()["languages"].items()}
+    assert names["deu_Latn-eng_Latn"] == "German → English"
+    assert names["deu_Latn"] == "German"
 
 
 def test_a_system_that_loses_lines_is_a_bug_and_is_named():

@@ -33,8 +33,12 @@ def layer(
         str,
         typer.Option(help="Other implementations, comma-separated; dense and moesaic always run."),
     ] = "dense-compiled,unfused,hf,deepspeed",
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: the default of torch.")] = 0,
-    rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each implementation.")] = 9,
+    threads: Annotated[
+        int, typer.Option(min=0, max=4096, help="CPU threads; 0: the default of torch.")
+    ] = 0,
+    rounds: Annotated[
+        int, typer.Option(min=1, max=100_000, help="Repetitions of each implementation.")
+    ] = 9,
     backward: Annotated[bool, typer.Option("--backward/--forward-only")] = True,
     skew: Annotated[
         Literal["none", "zipf"], typer.Option(help="Expert load: equal, or 1/rank.")

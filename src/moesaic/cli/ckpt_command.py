@@ -129,7 +129,7 @@ def reshard_checkpoint(
     path: CheckpointPath,
     *,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where step-N is written.")],
-    shards: Annotated[int | None, typer.Option(min=1, help="Number of shards.")] = None,
+    shards: Annotated[int | None, typer.Option(min=1, max=65_536, help="Number of shards.")] = None,
     unsharded: Annotated[
         bool, typer.Option("--full", help="One file for model, one for optimizer, ...")
     ] = False,

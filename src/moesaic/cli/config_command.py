@@ -25,7 +25,7 @@ with deferred():
     from moesaic.core.config_upgrade import describe_renames, upgrade_config
     from moesaic.core.errors import ConfigError
     from moesaic.core.files import atomic_write
-    from moesaic.core.yaml_reader import read_yaml
+    from moesaic.core.yaml_reader import read_yaml_file
     from moesaic.model.presets import PRESETS
     from moesaic.recipes.lookup import RECIPES, find_recipe
     from moesaic.train.run import Run
@@ -104,11 +104,13 @@ def upgrade(
     file = path / "config.yaml" if path.is_dir() else path
     if not file.is_file():
         raise ConfigError([f"{file}: there is no such config file"])
-    text = file.read_text(encoding="utf-8")
-    upgraded, renamed = upgrade_config(read_yaml(text))
+    value = read_yaml_file(file)
+    if not isinstance(value, dict):
+        raise ConfigError([f"{file}: not a config, which is a mapping of names to values"])
+    upgraded, renamed = upgrade_config(value)
     if renamed:
         run = Run.from_dict(upgraded)
-        atomic_write(file.with_name(f"{file.name}.old"), text)
+        atomic_write(file.with_name(f"{file.name}.old"), file.read_bytes())
         atomic_write(file, run.to_yaml())
     print_result(
         {"path": str(file), "renamed": renamed},

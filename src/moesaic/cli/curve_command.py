@@ -30,7 +30,7 @@ app = command_app()
 def curve(
     run: RunArgument,
     *,
-    limit: Annotated[int, typer.Option(min=1, help="Sentences per language.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, max=10**9, help="Sentences per language.")] = 20,
     split: Annotated[str, typer.Option(help="valid or test, of the run's corpus.")] = "valid",
     source: Annotated[str | None, typer.Option("--from", help="Only this source language.")] = None,
     target: Annotated[str | None, typer.Option("--to", help="Only this target language.")] = None,

@@ -44,7 +44,8 @@ def build_command(
     *,
     out: Annotated[Path | None, typer.Option(help="The corpus folder to write.")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes; the result is the same for any number.")
+        int | None,
+        typer.Option(min=1, max=1024, help="Processes; the result is the same for any number."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -8,7 +8,7 @@ from moesaic.checkpoint.trained_directions import LanguageDirection, read_traine
 from moesaic.core.errors import DataError, UserError
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.join_pairs import can_be_read
-from moesaic.corpus.languages import ENGLISH, resolve_language
+from moesaic.corpus.languages import ENGLISH, precise_tag, resolve_language
 from moesaic.evaluate.testset import TestSet, corpus_testsets, unscored_directions
 from moesaic.recipes.lookup import find_recipe
 from moesaic.train.find_corpus import FoundCorpus, find_corpus
@@ -32,16 +32,28 @@ class TestSelection:
 
 @dataclass(frozen=True, slots=True)
 class DirectionChoice:
-    """The source and target language that the user asked for, as codes; empty: any."""
+    """The source and target language that the user asked for, as codes; empty: any.
+
+    ``tags`` are what was asked for where that says more than the code: ``de-AT``.
+    """
 
     source: str = ""
     target: str = ""
+    tags: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, source: str | None, target: str | None) -> "DirectionChoice":
         """Accept any spelling of a language. Raises UserError for an unknown one."""
-        codes = (resolve_language(text).code if text else "" for text in (source, target))
-        return cls(*codes)
+        tags = tuple(precise_tag(text) if text else "" for text in (source, target))
+        codes = (resolve_language(tag).code if tag else "" for tag in tags)
+        return cls(*codes, tags=tags)
+
+    def tags_of(self, direction: LanguageDirection) -> LanguageDirection:
+        """Return the tags of a direction, by which a file's texts are chosen."""
+        source, target = (
+            tag or code for tag, code in zip(self.tags or ("", ""), direction, strict=True)
+        )
+        return source, target
 
     def includes(self, direction: LanguageDirection) -> bool:
         pairs = zip((self.source, self.target), direction, strict=True)

@@ -27,6 +27,7 @@ COMMANDS = {
     "translate": "translate lines with a trained run",
     "eval": "score a run on held-out strings or on your own test set",
     "curve": "score every kept checkpoint of a run",
+    "compare": "compare runs: scores, overlaid curves, config differences",
     "ckpt": "inspect, compare, verify and reshard checkpoints",
     "routes": "show, count and compare recorded routing",
     "verify": "check that a config trains the same under every parallel plan",
@@ -70,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 code = _run(words)
             with named_stdout():
                 sys.stdout.flush()
+            if ctrl_c.received and code == EXIT_CODE:  # the command was ended by KeyboardInterrupt
+                stop_message()
         except KeyboardInterrupt:
             code = _stopped()
         except SystemExit:

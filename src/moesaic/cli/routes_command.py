@@ -33,8 +33,8 @@ RoutesPath = Annotated[Path, typer.Argument(metavar="FILE", help="A routes file.
 def show(
     path: RoutesPath,
     *,
-    batch: Annotated[int, typer.Option(min=0, help="Which batch, from 0.")] = 0,
-    row: Annotated[int, typer.Option(min=0, help="Which row of it.")] = 0,
+    batch: Annotated[int, typer.Option(min=0, max=2**62, help="Which batch, from 0.")] = 0,
+    row: Annotated[int, typer.Option(min=0, max=2**62, help="Which row of it.")] = 0,
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A tokenizer.json: ids as text.")
     ] = None,

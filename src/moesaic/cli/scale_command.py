@@ -45,7 +45,9 @@ app = command_app()
 def scale(
     which: ModelArgument,
     *,
-    world_size: Annotated[int, typer.Option(min=1, metavar="N", help="Number of ranks.")],
+    world_size: Annotated[
+        int, typer.Option(min=1, max=2**24, metavar="N", help="Number of ranks.")
+    ],
     micro_batch: Annotated[
         str,
         typer.Option(
@@ -108,8 +110,8 @@ def _read_config(which: str, changes: list[str] | None) -> ScaleConfig:
 
 
 def _parse_micro_batch(text: str) -> BatchDims:
-    found = re.fullmatch(r"(\d+)x(\d+)\+(\d+)", text)
-    if found is None or "0" in (found[1], found[3]):
+    found = re.fullmatch(r"(\d{1,9})x(\d{1,9})\+(\d{1,9})", text, flags=re.ASCII)
+    if found is None or not int(found[1]) or not int(found[3]):
         raise UserError(
             f'--micro-batch {text}: expected rows, source and target tokens as "8x512+512" '
             '("8x0+512" for a decoder alone)'

@@ -51,7 +51,7 @@ def train(
         Path | None,
         typer.Option(metavar="RUN", help="Start from the weights and the tokenizer of a run."),
     ] = None,
-    until: Annotated[int | None, typer.Option(help="Stop after this step; resume later.")] = None,
+    until: Annotated[int | None, typer.Option(min=1, help="Stop after this step.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress output.")] = False,
     files: UseOption = None,
     as_json: JsonOption = False,
@@ -94,6 +94,12 @@ def _find_run(
     if which is None and resume in (None, "auto"):
         raise UserError(
             "nothing to train: name a recipe, a config.yaml, --init RUN, or --resume DIR"
+        )
+    if which is None and Path(str(resume)).parent.name == "checkpoints":
+        run_dir, step = Path(str(resume)).parent.parent, Path(str(resume)).name
+        raise UserError(
+            f"{resume} is a checkpoint: name its run too, and a new directory, as in "
+            f"`moesaic train {run_dir} --resume {run_dir}/checkpoints/{step} --out runs/NAME`"
         )
     return find_recipe(which or str(resume), changes=changes)
 

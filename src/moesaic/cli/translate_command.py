@@ -54,12 +54,12 @@ SourceOption = Annotated[
 TargetOption = Annotated[str, typer.Option("--to", help="Target language, any spelling.")]
 BeamOption = Annotated[
     int | None,
-    typer.Option(min=1, help="Beam size; 1 is greedy (default: 4, or --n-best if larger)."),
+    typer.Option(min=1, max=1024, help="Beam size; 1 is greedy (4, or --n-best if larger)."),
 ]
 LengthPenaltyOption = Annotated[
     float, typer.Option(min=0, help="Scores are divided by length to this power.")
 ]
-NBestOption = Annotated[int, typer.Option(min=1, help="How many translations of each line.")]
+NBestOption = Annotated[int, typer.Option(min=1, max=1024, help="Translations of each line.")]
 NoRepeatOption = Annotated[
     int, typer.Option(min=0, help="Generate no n-gram of so many tokens twice in a line; 0: off.")
 ]

@@ -1,5 +1,6 @@
 """``moesaic verify``: train a config under every parallel plan and compare with one process."""
 
+import time
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +25,7 @@ from moesaic.cli.user_files import import_user_files
 
 with deferred():
     from moesaic.core.errors import UserError
+    from moesaic.core.units import show_seconds
     from moesaic.recipes.lookup import find_recipe
     from moesaic.verify.compare_plans import (
         PlanResult,
@@ -34,6 +36,8 @@ with deferred():
         plans_up_to,
         rejection_lines,
         summarize,
+        time_left,
+        time_of_plans,
         to_markdown,
         tolerances_text,
         unequal_plans,
@@ -56,9 +60,10 @@ def verify(
     which: RecipeArgument,
     *,
     world_size: Annotated[
-        int, typer.Option(min=2, help="Largest number of ranks; its divisors are tried too.")
+        int,
+        typer.Option(min=2, max=64, help="Most ranks; its divisors are tried too."),
     ] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps under each plan.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, max=10_000, help="Steps under each plan.")] = 3,
     choice: Annotated[
         PlanChoice,
         typer.Option(
@@ -67,7 +72,9 @@ def verify(
         ),
     ] = PlanChoice.PAIRS,
     changes: SetOption = None,
-    timeout_s: Annotated[float, typer.Option(min=1, help="Seconds that one plan may take.")] = 120,
+    timeout_s: Annotated[
+        float, typer.Option(min=1, max=10**6, help="Seconds that one plan may take.")
+    ] = 120,
     out: Annotated[Path | None, typer.Option(help="Write the matrix there, as Markdown.")] = None,
     files: UseOption = None,
     as_json: JsonOption = False,
@@ -95,10 +102,13 @@ def verify(
             f"no plan of {world_size} ranks fits: {'; '.join(rejection_lines(found.rejected))}"
         )
     show_progress(f"reduced: {'; '.join(shrunk.changes)}")
+    seconds, started = time_of_plans(setup, plans=chosen.valid), time.monotonic()
+    show_progress(f"{len(chosen.valid)} plans, about {show_seconds(seconds)} on this machine")
     verdicts: list[PlanResult] = []
     for verdict in compare_plans(setup, plans=chosen.valid):
         verdicts.append(verdict)
-        _print_verdict(verdict, of=len(chosen.valid), number=len(verdicts))
+        left = time_left(chosen.valid, done=len(verdicts), seconds=time.monotonic() - started)
+        _print_verdict(verdict, of=len(chosen.valid), left=left, number=len(verdicts))
     text = _to_markdown(verdicts, setup=setup, rejected=list(rejection_lines(found.rejected)))
     if out is not None:
         out.write_text(text, encoding="utf-8")
@@ -108,10 +118,11 @@ def verify(
         raise typer.Exit(1)
 
 
-def _print_verdict(verdict: PlanResult, *, of: int, number: int) -> None:
+def _print_verdict(verdict: PlanResult, *, of: int, left: float, number: int) -> None:
     word = "equal" if verdict.equal else "; ".join(verdict.problems)
     style = "dim" if verdict.equal else "red"
-    ranks = f"{number}/{of} {verdict.world_size} ranks, {verdict.plan}: {word}"
+    more = f" ({show_seconds(left)} left)" if number < of else ""
+    ranks = f"{number}/{of} {verdict.world_size} ranks, {verdict.plan}: {word}{more}"
     stderr.print(visible(ranks), style=style)
 
 

@@ -79,7 +79,8 @@ class WantedTests:
     def _user_tests(self, run: EvaluatedRun) -> TestSelection:
         source, target = direction = run.user_direction(self.choice)
         if self.pairs is not None:
-            test = read_testset(self.pairs, source=source, target=target, limit=self.limit)
+            tags = self.choice.tags_of(direction)
+            test = read_testset(self.pairs, source=tags[0], target=tags[1], limit=self.limit)
         else:
             assert self.moses is not None
             test = read_moses_testset(*self.moses, source=source, target=target, limit=self.limit)

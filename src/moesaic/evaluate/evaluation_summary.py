@@ -7,7 +7,7 @@ The file::
      "languages": {
        "deu_Latn": {            # TestSet.key: "deu_Latn-eng_Latn" if not from English
          "name": "German", "source": "eng_Latn", "target": "deu_Latn",
-         "test": "catalogues-small test", "count": 200, "of": 1034,
+         "test": "catalogues-small test", "count": 200, "of": 1034, "strings": "<sha256>",
          "signatures": {"chrf": "...", "bleu": "..."},
          "model": {"chrf": {"score": 41.2, "low": 39.0, "high": 43.5}, "bleu": {...},
                    "off_target": {"script": {"rate": 0.0, "off": 0, "counted": 190, "note": ""},

@@ -77,6 +77,7 @@ class TestSetResult:
             "test": test.name,
             "count": len(test),
             "of": test.total_count or len(test),
+            "strings": test.digest,
             "signatures": self.signatures,
             **{name: system.to_dict() for name, system in self.systems.items()},
             "differences": {name: differences_to_dict(d) for name, d in self.differences.items()},

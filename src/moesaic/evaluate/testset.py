@@ -7,6 +7,7 @@ intervals are wide; paragraphs are aligned by article and number alone.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,12 @@ class TestSet:
     def key(self) -> str:
         """Key of results: the target language, or the direction if it is not from English."""
         return self.target if self.source == "eng_Latn" else f"{self.source}-{self.target}"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the sources and references: equal for the same strings."""
+        text = "\0".join([*self.sources, *self.references])
+        return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def __len__(self) -> int:
         return len(self.sources)

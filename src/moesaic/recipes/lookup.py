@@ -5,9 +5,10 @@ from pathlib import Path
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import require_plugins
-from moesaic.core.errors import ConfigError
+from moesaic.core.errors import ConfigError, UserError, did_you_mean
 from moesaic.core.registry import Registry
 from moesaic.core.yaml_reader import read_yaml_file
+from moesaic.model.presets import PRESETS
 from moesaic.recipes.demo_recipe import demo
 from moesaic.recipes.multilingual_recipes import multilingual_50, multilingual_50_laptop
 from moesaic.recipes.tiny_recipes import tiny, tiny_lm
@@ -59,4 +60,14 @@ def _read_run(which: str) -> Run:
             return Run.from_dict(value)
         except ConfigError as error:
             raise ConfigError(f"{path}: {problem}" for problem in error.problems) from error
-    return RECIPES(which)
+    if which in RECIPES:
+        return RECIPES(which)
+    if which in PRESETS:
+        raise UserError(
+            f'"{which}" is a preset of a model, not a whole run: `moesaic explain {which}` and '
+            f"`moesaic scale {which}` take it"
+        )
+    raise UserError(
+        f'there is no recipe "{which}"{did_you_mean(which, [*RECIPES, *PRESETS])} (known: '
+        f"{', '.join(RECIPES)}; `moesaic config recipes` lists the presets too)"
+    )

@@ -12,6 +12,8 @@ from moesaic.report.html import Html, join_html, tag
 from moesaic.report.palette import series_color
 
 MAX_POINTS = 240  # of a drawn curve
+_LETTER = 7.0  # pixels of a wide letter at the size of labels
+_MAX_LABEL = 30  # letters of a bar's label
 _DASHES = (None, "5 3", "2 2")
 
 
@@ -104,18 +106,27 @@ def bar_chart(rows: Sequence[tuple[str, float]], *, title: str, color: int = 0) 
     """Draw labelled horizontal bars from zero, in the given order."""
     if not rows:
         return figure(title, body=tag("p", "No values.", class_="gap"))
-    width, step, left = 440, 20, 132
+    width, step = 440, 20
+    left = 12 + round(_LETTER * min(_MAX_LABEL, max(len(name) for name, _ in rows)))
     scale = AxisScale(0.0, max(v for _, v in rows) or 1.0, left, width - 48)
     bar = {"x": left, "height": step - 7, "rx": 2, "fill": series_color(color)}
     parts = []
     for i, (name, value) in enumerate(rows):
         y, end = i * step, scale(value)
         parts += [
-            svg_text(name, x=left - 8, y=y + 14, class_=None),
+            _bar_label(name, x=left - 8, y=y + 14),
             tag("rect", y=y + 3, width=max(1.0, end - left), **bar),
             svg_text(f"{value:.2f}", x=end + 6, y=y + 14, anchor=None, class_="value"),
         ]
     return figure(title, body=svg(title, *parts, size=(width, len(rows) * step + 4)))
+
+
+def _bar_label(name: str, *, x: float, y: float) -> Html:
+    """Return a label that ends at ``x``; a long one is shortened, and whole in its tooltip."""
+    if len(name) <= _MAX_LABEL:
+        return svg_text(name, x=x, y=y, class_=None)
+    shown = f"{name[: _MAX_LABEL - 1]}…"
+    return tag("text", tag("title", name), shown, x=x, y=y, text_anchor="end")
 
 
 def stacked_bar(parts: Sequence[tuple[str, float, str]], *, title: str) -> Html:

@@ -1,6 +1,7 @@
 """HTML elements as values. All text is escaped, so no text can become markup or script."""
 
 import html
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -74,7 +75,10 @@ def html_table(
     )
 
 
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def _format_number(value: str | float | int) -> str:
     if isinstance(value, float):
         return f"{value:.2f}".rstrip("0").rstrip(".") if value == value else ""
-    return str(value)
+    return _LONE_SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", str(value))

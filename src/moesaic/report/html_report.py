@@ -1,19 +1,19 @@
 """The report: a run directory as one self-contained HTML file."""
 
-from collections.abc import Mapping
-from importlib.resources import files
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moesaic.checkpoint.run_directory import RunDir
+from moesaic.core.errors import UserError
 from moesaic.core.files import atomic_write
 from moesaic.core.units import show_count, show_seconds
-from moesaic.core.version import __version__
-from moesaic.report.html import Html, join_html, tag
-from moesaic.report.palette import PALETTE, css_variables
+from moesaic.report.html import Html, tag
+from moesaic.report.html_page import html_page, page_logo
 from moesaic.report.report_inputs import ReportInputs, lookup, read_report_inputs
 from moesaic.report.routing_sections import atlas_section, health_section, insight_section
 from moesaic.report.score_sections import (
+    METRIC_NAMES,
     format_signed,
     samples_section,
     scores_section,
@@ -44,40 +44,28 @@ def write_report(run_dir: Path | str) -> Path:
 
 def render_page(inputs: ReportInputs) -> str:
     """Return the whole document."""
-    sections = [
-        tag("section", tag("h2", title), build(inputs), id=name) for name, title, build in _SECTIONS
-    ]
-    links = [tag("a", title, href=f"#{name}") for name, title, _ in _SECTIONS]
-    tints = "".join(f".tint{i}{{--tint:var(--{color.name})}}" for i, color in enumerate(PALETTE))
-    style = f"{css_variables()}{tints}\n{_read_asset('page.css')}"
-    head = tag(
-        "head",
-        Html('<meta charset="utf-8"/>'),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_CONTENT_SECURITY_POLICY),
-        tag("title", f"{inputs.name} · moesaic report"),
-        Html(f"<style>{style}</style>"),
+    return html_page(
+        f"{inputs.name} · moesaic report",
+        header=_guarded(_header, inputs, name="The headline"),
+        sections=[
+            (name, title, _guarded(build, inputs, name=title)) for name, title, build in _SECTIONS
+        ],
     )
-    body = tag(
-        "body",
-        _header(inputs),
-        tag("nav", *links, aria_label="Sections"),
-        tag("main", *sections),
-        tag("footer", f"Written by moesaic {__version__} from the files of the run directory."),
-        tag("div", id="tip", role="status"),
-        Html(f"<script>{_read_asset('page.js')}</script>"),
-    )
-    return f'<!doctype html>\n<html lang="en">{join_html([head, body])}</html>\n'
 
 
-# Nothing is loaded from the network, whatever a translation or a file contains.
-_CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+def _guarded(build: Callable[[ReportInputs], Html], inputs: ReportInputs, *, name: str) -> Html:
+    """Build a section; values of other kinds than ours become a gap and never an exception."""
+    try:
+        return build(inputs)
+    except _WRONG_KINDS as error:
+        words = f"{name} could not be made: a file of the run has values of another kind than ours"
+        return tag("p", f"{words} ({type(error).__name__}: {str(error)[:200]}).", class_="gap")
+
+
+_WRONG_KINDS = (
+    *(ArithmeticError, AttributeError, AssertionError, LookupError, RecursionError),
+    *(TypeError, ValueError, UserError),
 )
-
-
-def _read_asset(name: str) -> str:
-    return files("moesaic.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _header(inputs: ReportInputs) -> Html:
@@ -85,6 +73,8 @@ def _header(inputs: ReportInputs) -> Html:
     made = str(summary.get("created") or "").replace("T", " ")[:16]
     words = verdict_sentences(summary)
     lead = " ".join(words) or "This run has not been evaluated yet."
+    known = str(inputs.config.get("name") or "")
+    recipe = tag("small", f" recipe {known}") if known not in ("", inputs.name) else None
     tiles = [
         tag("div", tag("span", label), tag("b", value), tag("small", note), class_="tile")
         for label, value, note in _headline_tiles(inputs)
@@ -92,10 +82,15 @@ def _header(inputs: ReportInputs) -> Html:
     return tag(
         "header",
         tag(
-            "div", _logo(), tag("span", "moesaic"), tag("span", made, class_="soft"), class_="brand"
+            "div",
+            page_logo(),
+            tag("span", "moesaic"),
+            tag("span", made, class_="soft"),
+            class_="brand",
         ),
-        tag("h1", inputs.name),
+        tag("h1", inputs.name, recipe),
         tag("p", lead, class_="lead"),
+        *(tag("p", sentence, class_="soft") for sentence in summary.get("disagreements") or ()),
         tag("div", *tiles, class_="tiles"),
     )
 
@@ -105,16 +100,25 @@ def _headline_tiles(inputs: ReportInputs) -> list[tuple[str, str, str]]:
     summary: Mapping[str, Any] = inputs.summary
     tiles = []
     systems = summary.get("systems") or ["model"]
-    chrf = lookup(summary, "mean", systems[0], "chrf")
-    if chrf:
-        count = len(summary.get("languages") or ())
-        note = f"{chrf['low']:.1f} to {chrf['high']:.1f}, {count} languages"
-        tiles.append(("mean chrF++", f"{chrf['score']:.1f}", note))
-    for other, label in (("copy", "lead over copying"), ("memory", "lead over memory")):
-        found = lookup(summary, "mean_differences", other, "chrf")
+    for metric, title in METRIC_NAMES.items():
+        found = lookup(summary, "mean", systems[0], metric)
         if found:
-            note = f"{format_signed(found['low'])} to {format_signed(found['high'])} chrF++"
-            tiles.append((label, format_signed(found["difference"]), note))
+            count = len(summary.get("languages") or ())
+            ends = [found.get(end, found["score"]) for end in ("low", "high")]
+            note = f"{ends[0]:.1f} to {ends[1]:.1f}, {count} languages"
+            tiles.append((f"mean {title}", f"{found['score']:.1f}", note))
+    for other, label in (("copy", "lead over copying"), ("memory", "lead over memory")):
+        leads = [
+            lookup(summary, "mean_differences", other, metric, "difference")
+            for metric in METRIC_NAMES
+        ]
+        if leads[0] is not None:
+            note = "chrF++" + (f"; {format_signed(leads[1])} BLEU" if leads[1] is not None else "")
+            tiles.append((label, format_signed(leads[0]), note))
+    kept = lookup(summary, "placeholders", systems[0])
+    if kept and kept["of"]:
+        note = f"all of them in {kept['kept']} of {kept['of']} strings with any"
+        tiles.append(("placeholders kept", f"{kept['rate']:.0%}", note))
     counts = summary.get("counts") or {}
     if "parameters" in counts:
         active = counts.get("active_parameters")
@@ -129,12 +133,3 @@ def _headline_tiles(inputs: ReportInputs) -> list[tuple[str, str, str]]:
     if loss is not None:
         tiles.append(("validation loss", f"{loss:.2f}", "nats per token"))
     return tiles
-
-
-def _logo() -> Html:
-    spots = [(0, 0), (9, 0), (18, 0), (0, 9), (18, 9), (9, 18), (18, 18)]
-    squares = [
-        tag("rect", x=x, y=y, width=7.5, height=7.5, rx=1.5, fill=f"var(--{PALETTE[i % 5].name})")
-        for i, (x, y) in enumerate(spots)
-    ]
-    return tag("svg", *squares, viewBox="0 0 26 26", class_="logo", aria_hidden="true")

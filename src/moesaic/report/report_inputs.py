@@ -23,8 +23,10 @@ from moesaic.monitor.expert_usage import RecordedUsage, read_usage
 from moesaic.monitor.health_record import RecordedFinding, read_findings
 from moesaic.monitor.metric_writers import read_metrics
 from moesaic.report.charts import ChartSeries
+from moesaic.report.check_inputs import check_score_curve, check_summary
 
 T = TypeVar("T")
+_MAX_DRAWN = 1e30  # larger values are damage, and differences of them overflow
 _LANGUAGE_CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}(_\w+)?")
 
 
@@ -66,21 +68,24 @@ def read_report_inputs(run: RunDir) -> ReportInputs:
     gaps: dict[str, str] = {}
     text = _read_or_gap(run.config, lambda path: read_text(path, CONFIG_FILE), "", gaps)
     config = _read_or_gap(run.config, lambda _: _require_mapping(read_yaml(text)), {}, gaps)
-    name = str(config.get("name") or run.path.resolve().name)
+    name = run.path.resolve().name
     return ReportInputs(
         name=name,
         config=config,
         config_text=text,
         metrics=_read_or_gap(run.metrics, _read_curves, {}, gaps),
         summary=_read_or_gap(
-            run.summary, lambda path: read_json_mapping(path, SUMMARY_FILE), {}, gaps
+            run.summary, lambda path: check_summary(read_json_mapping(path, SUMMARY_FILE)), {}, gaps
         ),
         usage=_read_or_gap(_usage_file(run), _read_usage, None, gaps),
         health=_read_or_gap(run.health, read_findings, None, gaps),
         insight=_read_or_gap(run.insight, _read_insight, {}, gaps),
         agreement_by_step=_read_agreement(run.routing_snapshots, gaps),
         quality_curve=_read_or_gap(
-            run.score_curve, lambda path: read_json_mapping(path, SCORE_CURVE_FILE), {}, {}
+            run.score_curve,
+            lambda path: check_score_curve(read_json_mapping(path, SCORE_CURVE_FILE)),
+            {},
+            gaps if run.score_curve.exists() else {},
         ),
         gaps=gaps,
     )
@@ -155,11 +160,16 @@ def _read_curves(path: Path) -> dict[str, ChartSeries]:
     for row in read_metrics(path):
         step = row.get("step")
         for name, value in row.items():
-            if name != "step" and step is not None and isinstance(value, int | float):
+            if name != "step" and step is not None and all(map(_can_be_drawn, (step, value))):
                 xs, ys = points.setdefault(name, ([], []))
                 xs.append(float(step))
                 ys.append(float(value))
     return {name: ChartSeries(name, xs, ys) for name, (xs, ys) in points.items()}
+
+
+def _can_be_drawn(value: Any) -> bool:
+    """Whether a value is a number of a size that an axis can have; NaN is one, and is left out."""
+    return isinstance(value, int | float) and not abs(value) > _MAX_DRAWN
 
 
 def lookup(value: Any, *keys: str) -> Any:

@@ -1,6 +1,6 @@
 """Report sections on quality: verdict, scores, and sample translations with their experts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moesaic.report.charts import IntervalDot, dot_chart
@@ -8,6 +8,12 @@ from moesaic.report.html import Html, HtmlChild, html_table, join_html, tag
 from moesaic.report.report_inputs import ReportInputs, language_name, lookup, to_text
 
 _SYSTEM_NAMES = {"model": "model", "copy": "copying the source", "memory": "translation memory"}
+METRIC_NAMES = {"chrf": "chrF++", "bleu": "BLEU"}
+_GROUP_NAMES = {
+    "seen": "rows that were trained on",
+    "copied": "rows whose reference equals the source",
+    "marked": "rows with placeholders, tags or URLs",
+}
 _VERDICT_MARKS = {
     "better": ("▲", "better"),
     "worse": ("▼", "worse"),
@@ -18,22 +24,28 @@ _MAX_TRACES = 60  # expert tables: more would make the file large
 
 def verdict_sentences(summary: Mapping[str, Any]) -> list[str]:
     """Return sentences on how many languages the first system is better, worse and level in."""
-    first, words = str((summary.get("systems") or ["model"])[0]), []
+    first = str((summary.get("systems") or ["model"])[0])
+    words = []
     for other, found in (summary.get("verdicts") or {}).items():
-        counts = {kind: found.get(kind) or [] for kind in _VERDICT_MARKS}
-        total = sum(map(len, counts.values()))
-        name = str(_SYSTEM_NAMES.get(other, other))
-        rest, worse = [], counts["worse"]
-        if worse:
-            rest.append(f"worse in {len(worse)}{_list_languages(worse)}")
-        if counts["unclear"]:
-            rest.append(f"level in {len(counts['unclear'])}")
-        words.append(
-            f"The {_SYSTEM_NAMES.get(first, first)} is better than {_with_article(name)} in "
-            f"{len(counts['better'])} of {total} languages"
-            + (f", {' and '.join(rest)}." if rest else ".")
-        )
+        name = _with_article(str(_SYSTEM_NAMES.get(other, other)))
+        sentence = f"The {_SYSTEM_NAMES.get(first, first)} is better than {name} in "
+        sentence += _count_verdicts(found)
+        by_bleu = lookup(summary, "verdicts_bleu", other)
+        if by_bleu:
+            sentence += f" by chrF++; by BLEU it is better in {_count_verdicts(by_bleu)}"
+        words.append(f"{sentence}.")
     return words
+
+
+def _count_verdicts(found: Mapping[str, Sequence[str]]) -> str:
+    counts = {kind: found.get(kind) or [] for kind in _VERDICT_MARKS}
+    rest = []
+    if counts["worse"]:
+        rest.append(f"worse in {len(counts['worse'])}{_list_languages(counts['worse'])}")
+    if counts["unclear"]:
+        rest.append(f"level in {len(counts['unclear'])}")
+    total = f"{len(counts['better'])} of {sum(map(len, counts.values()))} languages"
+    return total + (f", {' and '.join(rest)}" if rest else "")
 
 
 def format_signed(value: float) -> str:
@@ -61,7 +73,11 @@ def scores_section(inputs: ReportInputs) -> Html:
     ]
     shown = [_SYSTEM_NAMES.get(system, system) for system in systems]
     chart = dot_chart(rows, systems=shown, title="chrF++ on held-out text, by language")
-    return join_html([chart, _score_table(summary, order, systems), _method_notes(summary)])
+    notes = tag(
+        "ul", *(tag("li", str(note)) for note in summary.get("notes") or ()), class_="notes"
+    )
+    table, groups = _score_table(summary, order, systems), _group_table(summary, systems)
+    return join_html([chart, table, notes, groups, _method_notes(summary)])
 
 
 def samples_section(inputs: ReportInputs) -> Html:
@@ -98,17 +114,19 @@ def _score_table(summary: Mapping[str, Any], order: Sequence[str], systems: Sequ
     head = ["language", "sentences"]
     for metric in ("chrF++", "BLEU"):
         head += [f"{metric} {system}" for system in systems]
-    head += [f"lead over {other}" for other in others] + ["off-target"]
+    head += [f"lead over {other}" for other in others] + ["placeholders kept", "off-target"]
     rows = []
     for key in order:
         result = summary["languages"][key]
         leads = [_difference_cell(result.get("differences"), other) for other in others]
         cells = [*_score_cells(result, systems), *leads, _off_target_cell(result.get(first))]
+        cells.insert(-1, _kept_cell(lookup(result, first, "placeholders")))
         rows.append([_direction_title(key, result), str(result.get("count", "")), *cells])
     mean = summary.get("mean") or {}
     if mean:
         leads = [_difference_cell(summary.get("mean_differences"), other) for other in others]
-        rows.append(["mean of languages", "", *_score_cells(mean, systems), *leads, ""])
+        kept = _kept_cell(lookup(summary, "placeholders", first))
+        rows.append(["mean of languages", "", *_score_cells(mean, systems), *leads, kept, ""])
     caption = "Scores with half the width of their 95 % interval; bold is the best of the row"
     return html_table(head, rows=rows, caption=caption)
 
@@ -135,13 +153,46 @@ def _difference_cell(differences: Mapping[str, Any] | None, other: str) -> Html:
         return tag("span", "–")
     sign, words = _VERDICT_MARKS.get(found.get("verdict", ""), ("", ""))
     low, high = format_signed(chrf["low"]), format_signed(chrf["high"])
-    interval = f"95 % interval {low} to {high}, p = {chrf['p']:.3f}"
+    interval = f"95 % interval {low} to {high}, p = {chrf['p']:.3f} (two-sided)"
     return tag(
         "span",
         tag("span", sign, class_=f"sign {found.get('verdict', '')}", aria_label=words),
         f" {format_signed(chrf['difference'])}",
         title=f"{words}; {interval}",
     )
+
+
+def _kept_cell(rate: Mapping[str, Any] | None) -> HtmlChild:
+    if not rate or not rate.get("of"):
+        return "–"
+    counted = f"{rate['kept']} of {rate['of']} strings with placeholders, tags or URLs keep all"
+    return tag("span", f"{100 * rate['rate']:.0f} %", title=counted)
+
+
+def _group_table(summary: Mapping[str, Any], systems: Sequence[str]) -> Html | None:
+    """Return the scores of groups of rows apart from the others, or None if there is no group."""
+    rows = [
+        [_direction_title(key, result), *row]
+        for key, result in summary["languages"].items()
+        for name, group in (result.get("groups") or {}).items()
+        for row in _group_rows(name, group, systems)
+    ]
+    if not rows:
+        return None
+    head = ["language", "rows", "number"]
+    head += [f"{title} {system}" for title in METRIC_NAMES.values() for system in systems]
+    table = html_table(head, rows=rows, caption="Scores of groups of rows, without intervals")
+    return tag("details", tag("summary", "Groups of rows apart"), table, class_="quiet")
+
+
+def _group_rows(
+    name: str, group: Mapping[str, Any], systems: Sequence[str]
+) -> Iterator[list[HtmlChild]]:
+    titles = {"inside": _GROUP_NAMES.get(name, name), "outside": "the other rows"}
+    for part, count in (("inside", group["count"]), ("outside", group["rest"])):
+        if group[part]:
+            scores = [float(group[part][s][m]) for m in METRIC_NAMES for s in systems]
+            yield [titles[part], str(count), *(f"{score:.1f}" for score in scores)]
 
 
 def _off_target_cell(result: Mapping[str, Any] | None) -> Html:
@@ -159,7 +210,7 @@ def _method_notes(summary: Mapping[str, Any]) -> Html:
         for result in summary["languages"].values()
         for metric, signature in (result.get("signatures") or {}).items()
     }
-    notes = [str(note) for note in summary.get("notes") or ()] + sorted(signatures)
+    notes = sorted(signatures)
     words = (
         "Better and worse mean that the 95 % interval of the chrF++ difference excludes zero. "
         "chrF++ compares character sequences and word pairs with the reference; 100 is equal. "
@@ -228,8 +279,7 @@ def _score_dot(result: Mapping[str, Any], system: str, metric: str) -> IntervalD
 
 
 def _direction_title(key: str, result: Mapping[str, Any]) -> str:
-    name = str(result.get("name") or language_name(key))
-    return f"{name} → English" if key.endswith("-eng_Latn") else name
+    return str(result.get("name") or language_name(key))
 
 
 def _bcp47_tag(code: object) -> str | None:

@@ -44,7 +44,7 @@ REPEAT_S = 1.0
 class StopRequest:
     """Context that turns the first Ctrl-C or SIGTERM into a flag; a later one acts as usual.
 
-    A signal within ``REPEAT_S`` of the first is a duplicate: a terminal or Slurm signals both
+    A signal within ``REPEAT_S`` of the last is a duplicate: a terminal or Slurm signals both
     torchrun and its workers, and torchrun forwards it to them. Outside the main thread Python
     cannot catch signals, so none is handled.
     """
@@ -83,7 +83,9 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if self.signal is None:
             self.signal, self._received_s = signal.Signals(number), time.monotonic()
-        elif time.monotonic() - self._received_s > REPEAT_S:
+            return
+        previous, self._received_s = self._received_s, time.monotonic()
+        if self._received_s - previous > REPEAT_S:
             self._restore_handlers()
             signal.raise_signal(number)
 

@@ -17,7 +17,7 @@ from moesaic.distributed.world import World
 
 def seed_rank(seed: int, *, world: World, step: int = 0) -> None:
     """Seed each rank's generators differently."""
-    mixed = torch.Generator().manual_seed(seed * 1_000_003 + step * 8191 + world.rank)
+    mixed = torch.Generator().manual_seed((seed * 1_000_003 + step * 8191 + world.rank) % 2**63)
     torch.manual_seed(int(torch.randint(2**62, (), generator=mixed)))
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.config import Choice, Config
+from moesaic.core.config_errors import show_value
 from moesaic.corpus.build_corpus import build_corpus
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.corpus_recipes import CorpusRecipe
@@ -27,8 +28,19 @@ from moesaic.parallel.config import ParallelConfig
 from moesaic.train.bad_steps import IgnoreSpikes, SpikePolicy
 from moesaic.train.warm_start import InitialWeights, RandomWeights
 
+MAX_NAME_BYTES = 200  # a file system takes 255, and files are named after a run
+
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
+
+
+def _check_name(name: str) -> str:
+    """Return the name of a run, which is that of its folder in ``runs/`` and of its jobs."""
+    if not name.strip() or name in (".", "..") or "/" in name or not name.isprintable():
+        raise ValueError(f"found {show_value(name)}, expected a plain name, without a slash")
+    if len(name.encode(errors="surrogatepass")) > MAX_NAME_BYTES:
+        raise ValueError(f"found {show_value(name)}, expected at most {MAX_NAME_BYTES} bytes")
+    return name
 
 
 class Precision(Choice):
@@ -172,7 +184,7 @@ class Run(Config):
     not finish within ``collective_timeout_s``, the run ends with an error.
     """
 
-    name: str
+    name: Annotated[str, AfterValidator(_check_name)]
     seed: Natural = 1
     corpus: CorpusSource
     languages: tuple[str, ...] = ()

@@ -87,6 +87,18 @@ def longest_row_fits_a_batch(run: Run) -> Iterator[str]:
         )
 
 
+def batches_can_be_filled(run: Run) -> Iterator[str]:
+    """A window of draws has the tokens of a micro-batch."""
+    loader = run.loader
+    most = loader.bucket_window * (loader.max_source + loader.max_target)
+    if loader.batch_tokens > most:
+        yield (
+            f"loader.batch_tokens={loader.batch_tokens} is more than loader.bucket_window="
+            f"{loader.bucket_window} rows of at most loader.max_source={loader.max_source} and "
+            f"loader.max_target={loader.max_target} tokens can fill: at most {most}"
+        )
+
+
 def schedule_fits_the_steps(run: Run) -> Iterator[str]:
     """Warm-up ends before the decay or the run."""
     schedule = run.schedule
@@ -128,6 +140,7 @@ RUN_RULES: tuple[RunRule, ...] = (
     collator_fits_the_model,
     lengths_fit_the_positions,
     longest_row_fits_a_batch,
+    batches_can_be_filled,
     schedule_fits_the_steps,
     pipeline_has_enough_micro_batches,
 )

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +27,7 @@ from moesaic.model.transformer import Transformer
 from moesaic.monitor.metric_writers import JsonlWriter, MetricWriter, MultiWriter
 from moesaic.monitor.progress_display import ProgressDisplay, RunStatus
 from moesaic.train.export import export_model
-from moesaic.train.loop import StopReason, TrainingResult, training_loop
+from moesaic.train.loop import StopReason, StopRequest, TrainingResult, training_loop
 from moesaic.train.prepare_data import PreparedData, prepare_data
 from moesaic.train.random_state import seed_rank
 from moesaic.train.record_directions import record_directions
@@ -92,10 +93,12 @@ def train(
             mark_phase("resuming")
             trainer.load_checkpoint(Path(start["path"]))
             display.note(f"resuming after step {trainer.step:,}, from {start['path']}")
+        ctrl_c = ExitStack()
         log = MetricsLogHook(writer=_open_writers(trainer, run_dir=run_dir), progress=display)
         save = CheckpointHook(run_dir.checkpoints, flush=log.flush)
         try:
-            until = min(until or run.steps, run.steps)
+            ctrl_c.enter_context(StopRequest())  # one pressed again does not end the export
+            until = run.steps if until is None else min(until, run.steps)
             stop_reason = training_loop(trainer, hooks=[*standard, log, *hooks, save], until=until)
             tokens = trainer.metrics.total_tokens(world)
             mark_phase("export")
@@ -104,6 +107,7 @@ def train(
             hint = f"The last good state is saved. {_resume_hint(run_dir)}"
             raise NonFiniteError(f"{error}. {hint}") from None
         finally:
+            ctrl_c.close()
             trainer.data.close()
             log.close()
         _note_all(display, _final_notes(trainer, run_dir=run_dir, stop_reason=stop_reason))

@@ -5,6 +5,7 @@ order; a plan that raises, dies or hangs is a result too. ``to_markdown`` makes 
 """
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from moesaic.verify.synthetic_batches import SyntheticShape
 from moesaic.verify.trace_differences import Tolerances, TraceDifferences, compare_traces
 
 SINGLE_PROCESS_PLAN = ParallelConfig()
+START_S = 0.8  # of the process groups of a plan, for each rank of a core
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,25 @@ def compare_plans(setup: VerifySetup, *, plans: Sequence[ParallelConfig]) -> Ite
         )
         for parallel, outcome in zip(same_size, outcomes, strict=True):
             yield _plan_result(parallel, outcome, reference=reference, tolerances=setup.tolerances)
+
+
+def time_of_plans(setup: VerifySetup, *, plans: Sequence[ParallelConfig]) -> float:
+    """Return about how many seconds ``compare_plans`` will take: a few steps are timed first.
+
+    Ranks share the cores of this machine, and each plan starts its groups anew.
+    """
+    started = time.monotonic()
+    run_reference(setup)
+    each = time.monotonic() - started
+    cores = os.cpu_count() or 1
+    ranks = [parallel.plan.world_size for parallel in plans]
+    return sum(each * max(1.0, n / cores) + START_S * n / cores for n in ranks)
+
+
+def time_left(plans: Sequence[ParallelConfig], *, done: int, seconds: float) -> float:
+    """Return about how many seconds the plans after the first ``done`` take."""
+    ranks = sorted(parallel.plan.world_size for parallel in plans)  # the order of comparison
+    return seconds * sum(ranks[done:]) / max(1, sum(ranks[:done]))
 
 
 def _record(setup: VerifySetup, parallel: ParallelConfig) -> TrainingTrace:

@@ -11,6 +11,7 @@ from lxml import etree, html  # pyright: ignore[reportAttributeAccessIssue]
 from moesaic.core.errors import DataError
 
 PREAMBLE = 0
+_LONGEST_NUMBER = 4  # digits: the declaration has 30 articles
 _YEAR = re.compile(r"_(\d{4})$")
 
 
@@ -52,7 +53,7 @@ def parse_udhr(page: str, *, name: str) -> Declaration:
     for section in root.iter("header", "article"):
         number = section.get("data-number", "") if section.tag == "article" else str(PREAMBLE)
         texts = [" ".join(paragraph.text_content().split()) for paragraph in section.iter("p")]
-        if number.isdecimal() and any(texts):
+        if number.isdecimal() and len(number) < _LONGEST_NUMBER and any(texts):
             articles[int(number)] = articles.get(int(number), ()) + tuple(filter(None, texts))
     if not root.get("data-code") or not articles:
         raise DataError(f"{name}: no declaration: expected <html data-code=...> and articles")
