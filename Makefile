@@ -31,9 +31,12 @@ $(DEV): $(RUNTIME)
 	@touch $@
 
 setup: $(DEV)    ## make the environment .venv, with the developer's tools
+	@echo 'ready: source .venv/bin/activate   (then the command is moesaic)'
 
 demo: $(RUNTIME) ## train a small multilingual MoE on real text and translate with it
 	$(BIN)/moesaic demo --out runs/demo $(ARGS)
+	@echo
+	@echo 'next:  source .venv/bin/activate   (then the command is moesaic; without it: $(BIN)/moesaic)'
 
 test: $(DEV)     ## run the whole suite (ARGS="-k router" for a part)
 	$(BIN)/python -m pytest $(ARGS)

@@ -115,6 +115,8 @@ def translate(
     lines = _standard_input(as_text=as_text) if given is None else given
     done = translator.translate(lines, source=source, target=target, search=search)
     about_lines = list(describe_results(done))
+    if (experts or routes) and any(t.parts > 1 for t in done):
+        about_lines.append("experts are those of the beginning of lines translated in parts")
     _show_notes(about_lines)
     rows = [asdict(t) for t in done]
     if routes is not None:
