@@ -85,13 +85,10 @@ def train(
         require_same_on_all_ranks(prepared.facts(), world=world, what="data")
         record = partial(_record_run, run, prepared=prepared, run_dir=run_dir)
         _note_all(display, run_on_rank0(world, record))
-        mark_phase("making the model")
-        initial = run.initial_weights if start["path"] is None else RandomWeights()
-        trainer = make_trainer(run, prepared=prepared, world=world, initial=initial)
-        standard = standard_hooks(trainer, run_dir=run_dir)
+        trainer, standard = _start_trainer(
+            run, prepared=prepared, run_dir=run_dir, world=world, checkpoint=start["path"]
+        )
         if start["path"] is not None:
-            mark_phase("resuming")
-            trainer.load_checkpoint(Path(start["path"]))
             display.note(f"resuming after step {trainer.step:,}, from {start['path']}")
         ctrl_c = ExitStack()
         log = MetricsLogHook(writer=_open_writers(trainer, run_dir=run_dir), progress=display)
@@ -125,6 +122,20 @@ def _compare_ranks(config: dict[str, Any], *, world: World) -> None:
     mark_phase("comparing the ranks")
     require_same_on_all_ranks(version_facts(), world=world, what="software")
     require_same_on_all_ranks(config, world=world, what="config")
+
+
+def _start_trainer(
+    run: Run, *, prepared: PreparedData, run_dir: RunDir, world: World, checkpoint: str | None
+) -> tuple[Trainer, list[Hook]]:
+    """Return the trainer, from its checkpoint if there is one, and its standard hooks."""
+    mark_phase("making the model")
+    initial = run.initial_weights if checkpoint is None else RandomWeights()
+    trainer = make_trainer(run, prepared=prepared, world=world, initial=initial)
+    standard = standard_hooks(trainer, run_dir=run_dir)  # they add what a checkpoint restores
+    if checkpoint is not None:
+        mark_phase("resuming")
+        trainer.load_checkpoint(Path(checkpoint))
+    return trainer, standard
 
 
 def make_trainer(
