@@ -75,9 +75,7 @@ def train(
     run_dir, started = RunDir(Path(out)), time.monotonic()
     with init_distributed(timeout_s=run.collective_timeout_s) as world:
         _compare_ranks({**run.to_dict(), "until": until}, world=world)
-        losses = tuple(f"train/loss/{weighted.task.name}" for weighted in run.mixture.tasks)
-        status = RunStatus(steps=run.steps, losses=losses)
-        display = progress(status) if world.rank == 0 else no_progress(status)
+        display = (progress if world.rank == 0 else no_progress)(_run_status(run))
         start = run_on_rank0(world, lambda: _open_run_dir(run_dir, run=run, resume=resume))
         _note_all(display, start["notes"])
         mark_phase("preparing the data")
@@ -116,6 +114,11 @@ def train(
             metrics=dict(trainer.event_log.latest_values),
             stop_reason=stop_reason,
         )
+
+
+def _run_status(run: Run) -> RunStatus:
+    losses = tuple(f"train/loss/{weighted.task.name}" for weighted in run.mixture.tasks)
+    return RunStatus(steps=run.steps, losses=losses)
 
 
 def _compare_ranks(config: dict[str, Any], *, world: World) -> None:
