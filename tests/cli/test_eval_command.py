@@ -47,10 +47,12 @@ def build(name, pairs, capsys):
 
 
 def run(words):
+    code = 0
     try:
         main([str(word) for word in words])
     except SystemExit as end:
-        assert not end.code
+        code = end.code
+    assert not code
 
 
 def refused(words, capsys):
