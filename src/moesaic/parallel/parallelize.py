@@ -108,8 +108,8 @@ def apply_context_parallel(model: Transformer, *, parallel: ParallelConfig, mesh
         token_split=parallel.context_parallel.token_split(),
     )
     group = mesh.group("context")
-    for mixer in _token_mixers(model) if group is not None else ():
-        mixer.backend = parallel.context_parallel.build(group, kv_heads=mixer.kv_heads)
+    for module in _token_mixers(model) if group is not None else ():
+        module.backend = parallel.context_parallel.build(group, kv_heads=module.kv_heads)
 
 
 def apply_expert_parallel(model: Transformer, *, parallel: ParallelConfig, mesh: Mesh) -> None:
@@ -154,7 +154,7 @@ def check_parallel(model: Transformer, *, parallel: ParallelConfig, plan: Parall
 def _token_mixers(model: nn.Module) -> Iterator[SelfAttention | CrossAttention]:
     """Yield each module that mixes tokens once: of the blocks, and of routers that attend."""
     attentions = (m for m in model.modules() if isinstance(m, ShardableAttention))
-    yield from dict.fromkeys(mixer for one in attentions for mixer in one.token_mixers())
+    yield from dict.fromkeys(module for one in attentions for module in one.token_mixers())
 
 
 def _attention_problems(model: nn.Module, *, ranks: int) -> Iterator[str]:
@@ -173,7 +173,7 @@ def _attention_problems(model: nn.Module, *, ranks: int) -> Iterator[str]:
 def _context_parallel_problems(
     model: nn.Module, *, parallel: ParallelConfig, plan: ParallelPlan
 ) -> Iterator[str]:
-    for heads in sorted({mixer.heads // plan.tensor for mixer in _token_mixers(model)}):
+    for heads in sorted({module.heads // plan.tensor for module in _token_mixers(model)}):
         why = parallel.context_parallel.problems(heads=heads, ranks=plan.context)
         if plan.context > 1 and why:
             yield f"parallel.context={plan.context}: {why}"
