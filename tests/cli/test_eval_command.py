@@ -89,7 +89,18 @@ def defr(folder):
             return None
 
     corpus = build("defr", [("de", "fr", 300)], Quiet())
-    run(["train", "tiny", "--out", "defr", *TINY, *corpus, "--set", directions("StoredDirections()")])
+    run(
+        [
+            "train",
+            "tiny",
+            "--out",
+            "defr",
+            *TINY,
+            *corpus,
+            "--set",
+            directions("StoredDirections()"),
+        ]
+    )
     return folder / "defr"
 
 
@@ -111,7 +122,9 @@ def test_eval_scores_the_directions_that_were_trained(members, expected, folder,
     found = scored(["eval", out, "--limit", 3, "--resamples", 20], capsys)
     kept = [f"{row['source']}-{row['target']}" for row in found["languages"].values()]
     assert kept == expected
-    assert json.loads(RunDir(out).summary.read_text())["languages"].keys() == found["languages"].keys()
+    assert (
+        json.loads(RunDir(out).summary.read_text())["languages"].keys() == found["languages"].keys()
+    )
 
 
 def test_a_corpus_without_english_works_end_to_end(defr, capsys):
