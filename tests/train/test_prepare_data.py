@@ -6,12 +6,15 @@ import pytest
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.errors import ConfigError, DataError
+from moesaic.corpus.cleaning import CleaningConfig
+from moesaic.corpus.split import SplitConfig
+from moesaic.corpus.text_rules import GeneralText, SoftwareStrings, TextRules, read_text_rules
 from moesaic.data.token_shards import TokenShards
 from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.distributed.world import SingleProcess
-from moesaic.testing.tiny_models import synthetic_run
+from moesaic.testing.tiny_models import SMALL_SYNTHETIC_CORPUS, synthetic_run
 from moesaic.train.prepare_data import CorpusSubset, PreparedData, prepare_data
-from moesaic.train.run import CorpusFolder, NamedCorpus, Run
+from moesaic.train.run import BuiltCorpus, CorpusFolder, NamedCorpus, Run
 
 pytestmark = pytest.mark.usefixtures("data_home")
 
@@ -35,6 +38,23 @@ def test_tokenizer_and_shards_are_reused(tmp_path: Path, monkeypatch: pytest.Mon
     second = _prepare(run, tmp_path)
     assert (tmp_path / "tokenizer.json").stat().st_mtime_ns == written
     assert second.shards.path == first.shards.path
+
+
+@pytest.mark.parametrize("rules", [GeneralText(), SoftwareStrings()])
+def test_a_run_records_the_text_rules_of_its_corpus(rules: TextRules, tmp_path: Path) -> None:
+    recipe = SMALL_SYNTHETIC_CORPUS.replace(
+        name=f"rules-{type(rules).__name__}", clean=CleaningConfig(text_rules=rules)
+    )
+    _prepare(synthetic_run(corpus=BuiltCorpus(recipe=recipe)), tmp_path)
+    assert read_text_rules(RunDir(tmp_path).text_rules) == rules
+
+
+def test_an_empty_split_is_reported_before_training(tmp_path: Path) -> None:
+    recipe = SMALL_SYNTHETIC_CORPUS.replace(name="no-valid", split=SplitConfig(valid=0, test=0.1))
+    run, notes = synthetic_run(corpus=BuiltCorpus(recipe=recipe)), list[str]()
+    prepare_data(run, run_dir=RunDir(tmp_path), world=SingleProcess(), notify=notes.append)
+    [note] = [note for note in notes if "nothing to" in note]
+    assert "no valid pairs of eng_Latn-qaa_Latn, eng_Latn-qab_Cyrl, eng_Latn-qac_Grek" in note
 
 
 def test_a_language_that_the_corpus_lacks_is_named() -> None:

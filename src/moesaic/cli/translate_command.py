@@ -1,5 +1,6 @@
 """``moesaic translate``: translate lines of text, one translation per line, in order."""
 
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -115,6 +116,8 @@ def translate(
     lines = _standard_input(as_text=as_text) if given is None else given
     done = translator.translate(lines, source=source, target=target, search=search)
     about_lines = list(describe_results(done))
+    if (experts or routes) and any(t.parts > 1 for t in done):
+        about_lines.append("experts are those of the beginning of lines translated in parts")
     _show_notes(about_lines)
     rows = [asdict(t) for t in done]
     if routes is not None:
@@ -180,7 +183,11 @@ def _make_search(
 def _standard_input(*, as_text: bool) -> list[str]:
     if sys.stdin.isatty():
         show_progress("one text per line; end with Ctrl-D")
-    return read_stream_to_translate(sys.stdin.buffer, name="standard input", as_text=as_text)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        stream = sys.stdin.buffer
+    else:  # a replacement without bytes, such as that of a notebook or a test
+        stream = io.BytesIO(sys.stdin.read().encode("utf-8", "replace"))
+    return read_stream_to_translate(stream, name="standard input", as_text=as_text)
 
 
 def _show_notes(notes: Sequence[str]) -> None:

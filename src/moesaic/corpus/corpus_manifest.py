@@ -25,7 +25,11 @@ from moesaic.corpus.text_rules import SoftwareStrings, TextRules
 CORPUS_FORMAT = 1
 CORPUS_MANIFEST = "corpus.json"
 CORPUS_MANIFEST_FILE = FileKind(
-    name="manifest of a corpus", max_bytes=64 * MIB, error=DataError, way_out="build it again"
+    name="manifest of a corpus",
+    max_bytes=256 * MIB,  # a corpus of 100,000 files lists each
+    max_values=10_000_000,
+    error=DataError,
+    way_out="build it again",
 )
 _SPLIT_NAME = re.compile(r"[A-Za-z][\w-]*")
 Count = Annotated[int, Field(ge=0, le=MAX_INT)]

@@ -136,9 +136,9 @@ def read_lines_to_translate(path: Path, *, as_text: bool = False) -> list[str]:
     Raises DataError: not UTF-8 (with the line), or of one of ``REFUSED_FORMATS``, which ``as_text``
     reads as lines all the same.
     """
-    if not as_text:
-        _refuse(_by_suffix(path), where=path)
     with open_bytes(path) as stream:
+        if not as_text:
+            _refuse(_by_suffix(path), where=path)
         return read_stream_to_translate(stream, name=path, as_text=as_text)
 
 

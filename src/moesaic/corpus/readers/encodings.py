@@ -193,8 +193,8 @@ def _is_odd_between(before: str, char: str, after: str) -> bool:
         )
     if char.isupper() and before.islower():
         return True
-    beside = [c for c in (before, after) if c.isalpha()]
-    return any(_script_of(c) != _script_of(char) for c in beside if _script_of(char) != "CJK")
+    neighbours = [c for c in (before, after) if c.isalpha()]
+    return any(_script_of(c) != _script_of(char) for c in neighbours if _script_of(char) != "CJK")
 
 
 @cache

@@ -16,7 +16,7 @@ from moesaic.core.errors import DataError, did_you_mean
 from moesaic.corpus.languages import resolve_locale
 
 LANGUAGE_PLACES = ("source", "target", "lang")
-MAX_FOUND_FILES = 200_000  # by one pattern
+MAX_FOUND_FILES = 100_000  # by one pattern
 MAX_PATTERN_PARTS = 100
 _TOKEN = re.compile(r"\{(?P<place>\w*)\}|\*\*/|\*\*|\*|\?|\[!?\]?[^\]/]*\]|[^*?\[{]+|.", re.DOTALL)
 _WILD = re.compile(r"[*?\[{]")
