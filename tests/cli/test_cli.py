@@ -210,7 +210,7 @@ def test_dropped_rows_are_shown_with_their_reason(capsys, home):
     main_ok(["data", "dropped", "words", "--reason", "duplicate", "--json"])
     assert last_json(capsys)["dropped"] == []
     assert 'did you mean "script"' in refused(
-        ["data", "dropped", "words", "--reason", "scrip"], capsys
+        ["data", "dropped", "words", "--reason", "scripts"], capsys
     )
     refused(["data", "show", "words", "--to", "de", "-n", "-3"], capsys)
 

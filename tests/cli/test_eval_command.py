@@ -47,10 +47,12 @@ def build(name, pairs, capsys):
 
 
 def run(words):
+    code = 0
     try:
         main([str(word) for word in words])
     except SystemExit as end:
-        assert not end.code
+        code = end.code
+    assert not code
 
 
 def refused(words, capsys):
@@ -249,8 +251,8 @@ def test_rows_that_were_trained_on_are_counted_and_scored_apart(defr, capsys):
 def test_answers_that_were_cut_are_counted(defr, capsys):
     found = scored(["eval", defr, "--limit", 5, "--resamples", 10], capsys)
     cut = found["counts"]["cut_answers"]
-    said = [note for note in found["notes"] if "cut at the length limit" in note]
-    assert bool(cut) == bool(said)
+    notes = [note for note in found["notes"] if "cut at the length limit" in note]
+    assert bool(cut) == bool(notes)
     assert 0 <= cut <= 5
 
 

@@ -19,7 +19,7 @@ def test_the_schema_takes_every_named_corpus(recipe: CorpusRecipe) -> None:
 
 
 def test_the_named_corpora_follow_the_rules_of_software_strings() -> None:
-    assert {r.clean.text_rules for r in NAMED_CORPORA.values()} == {SoftwareStrings()}
+    assert {r.clean.text_rules for r in NAMED_CORPORA.values()} == {SoftwareStrings(tags="keep")}
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,9 @@ from moesaic.corpus.markup import strip_accelerators, strip_tags, unescape_entit
         ("in ~/config", "in ~/config"),
         ("%(user_name)s", "%(user_name)s"),
         ("a_b_c", "a_b_c"),
+        ('E&xit <a href="?a&b">', 'Exit <a href="?a&b">'),
+        ("_Open https://x.org/a_b", "Open https://x.org/a_b"),
+        ("&nbsp;_File", "&nbsp;File"),
     ],
 )
 def test_accelerators_are_removed_and_similar_marks_are_kept(text: str, plain: str) -> None:

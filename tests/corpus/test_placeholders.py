@@ -1,5 +1,4 @@
 import random
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -121,14 +120,9 @@ def test_placeholders_are_the_text_at_their_places(text: str) -> None:
         "{x(",
     ],
 )
-def test_time_is_linear_in_the_length(part: str) -> None:
-    def seconds(count: int) -> float:
-        began = time.perf_counter()
-        find_placeholders(part * count)
-        return time.perf_counter() - began
-
-    short, long = min(seconds(1000) for _ in range(3)), min(seconds(8000) for _ in range(2))
-    assert long < 40 * short + 0.05  # 64 times if it were quadratic
+def test_a_long_text_of_openings_is_read(part: str) -> None:
+    text = part * 8000  # minutes, if time were not linear in the length
+    assert replace_placeholders(text, [p.text for p in find_placeholders(text)]) == text
 
 
 @settings(deadline=None, derandomize=True, max_examples=50)

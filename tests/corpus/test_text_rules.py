@@ -111,7 +111,14 @@ def test_a_mark_within_a_word_of_a_text_alone_is_kept() -> None:
     assert SoftwareStrings().normalise("Sa_ve", other="Speichern") == "Save"
 
 
-@pytest.mark.parametrize("rules", [GeneralText(), SoftwareStrings()])
+def test_tags_are_a_choice_of_software_strings() -> None:
+    kept, stripped = SoftwareStrings(tags="keep"), SoftwareStrings()
+    assert kept.normalise("<b>_Save</b> &amp; go", other="") == "<b>Save</b> & go"
+    assert stripped.normalise("<b>_Save</b> &amp; go", other="") == "Save & go"
+    assert kept.normalise("<b>Save</b> &amp; go") == "<b>Save</b> &amp; go"  # to translate
+
+
+@pytest.mark.parametrize("rules", [GeneralText(), SoftwareStrings(), SoftwareStrings(tags="keep")])
 def test_a_record_of_the_rules_is_read_back(rules: TextRules, tmp_path: Path) -> None:
     write_text_rules(tmp_path / "rules.json", rules)
     assert read_text_rules(tmp_path / "rules.json") == rules

@@ -1,5 +1,8 @@
 import numpy as np
 import pytest
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
+from sacrebleu.significance import PairedTest
 
 from moesaic.evaluate import bootstrap
 from moesaic.evaluate.bootstrap import BootstrapScores, bootstrap_resample, macro_average
@@ -106,3 +109,36 @@ class _Sum:
 
     def score(self, sums):
         return sums.sum(-1)
+
+
+def test_the_one_tailed_p_is_sacrebleus_paired_bootstrap():
+    outputs, references = _corpus(60, noise=0.30)
+    baseline, _ = _corpus(60, noise=0.32, seed=0)
+    test = PairedTest(
+        [("base", baseline), ("ours", outputs)],
+        metrics={"BLEU": BLEU(), "CHRF": CHRF(word_order=2)},
+        references=[references],
+        test_type="bs",
+        n_samples=1000,
+    )
+    _, found = test()
+    for metric, name in ((Bleu(), "BLEU"), (ChrF(), "chrF2++")):
+        drawn = [
+            bootstrap_resample(
+                metric, statistics=metric.sentence_statistics(o, references=references)
+            )
+            for o in (outputs, baseline)
+        ]
+        ours, theirs = drawn[0].compare(drawn[1]), found[name][1].p_value
+        assert 0.02 < theirs < 0.9  # a difference that a wrong tail would show
+        assert ours.p_sacrebleu == pytest.approx(theirs, abs=0.06)  # other draws
+
+
+def test_the_two_sided_p_counts_both_sides_of_the_centred_differences():
+    drawn = np.array([1.0, 2.0, 3.0, 6.0])
+    ours, other = BootstrapScores(2.5, drawn), BootstrapScores(0.0, np.zeros(4))
+    found = ours.compare(other)
+    assert found.p == pytest.approx((1 + 1) / 5)  # |drawn - 3| > 2.5: once
+    assert found.p_sacrebleu == pytest.approx((1 + 1) / 5)
+    falling = BootstrapScores(-2.5, -drawn).compare(other)
+    assert (falling.p, falling.p_sacrebleu) == (found.p, found.p_sacrebleu)

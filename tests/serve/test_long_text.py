@@ -38,6 +38,13 @@ def test_a_long_sentence_is_cut_at_clauses_then_at_words_then_inside():
     assert _shown(_split("ฉันไปตลาด", 5)) == [("ฉันไ", "word"), ("ปตลาด", "sentence")]
 
 
+def test_no_placeholder_tag_or_url_is_cut():
+    for whole in ('<a href="x, y" title="A. B">', "https://a.b/c?d=e,f.g", "%(two words)s"):
+        text = f"Open the {whole} here now. Then close all, save it"
+        for limit in (len(whole), len(whole) + 3, len(whole) + 9):
+            assert any(whole in part.text for part in _split(text, limit)), (whole, limit)
+
+
 @settings(max_examples=80, derandomize=True, deadline=None)
 @given(st.text(alphabet="ab. ,。、ก\u0301", max_size=60), st.integers(1, 9))
 def test_nothing_is_lost_and_every_part_that_can_be_cut_fits(text, limit):

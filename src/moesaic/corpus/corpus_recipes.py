@@ -33,7 +33,8 @@ _LARGE_PACKAGES = (
 
 
 # the named corpora hold strings of programs, or imitate them
-_CLEAN_SOFTWARE = CleaningConfig(text_rules=SoftwareStrings())
+# tags are copied like other placeholders
+_CLEAN_SOFTWARE = CleaningConfig(text_rules=SoftwareStrings(tags="keep"))
 
 
 class CorpusRecipe(Config):

@@ -2,8 +2,9 @@
 
 import html
 import re
+from itertools import repeat
 
-from moesaic.corpus.placeholders import find_placeholders, is_tag
+from moesaic.corpus.placeholders import find_placeholders, is_tag, replace_placeholders
 
 _TAG = re.compile(r"</?([A-Za-z][\w:.-]*)(?:\s[^<>]{0,1500})?/?>")
 _BLOCK = re.compile(
@@ -46,6 +47,7 @@ def unescape_entities(text: str) -> str:
     return html.unescape(text) if "&" in text and ";" in text else text
 
 
+_HELD = "\0"  # in place of a placeholder
 _APPENDED = re.compile(r"\s?\([_&~][A-Za-z0-9]\)")  # CJK menus: ファイル(_F)
 _LEADING = {
     "_": re.compile(r"(?<![\w\\/.%$@{(=\"'`_-])_(?=[^\W_])"),
@@ -68,10 +70,19 @@ def strip_accelerators(text: str, *, other: str = "") -> str:
     """Remove the mark of a menu's keyboard accelerator: ``_File``, ``E&xit``, ``Sa~ve``, ``(_F)``.
 
     A word that has its mark on the ``other`` side too is an identifier such as ``file_name``, and
-    is kept.
+    is kept; so are marks within placeholders, tags and URLs.
     """
     if not may_hold_accelerator(text):
         return text
+    held = [found.text for found in find_placeholders(text)]
+    if not held or _HELD in text:
+        return _strip_marks(text, other=other)
+    blanked = _strip_marks(replace_placeholders(text, repeat(_HELD)), other=other)
+    pieces = blanked.split(_HELD)
+    return "".join([pieces[0], *(h + piece for h, piece in zip(held, pieces[1:], strict=True))])
+
+
+def _strip_marks(text: str, *, other: str) -> str:
     text = _APPENDED.sub("", text)
     for mark, leading in _LEADING.items():
         if text.count(mark) != 1 or "://" in text:

@@ -20,15 +20,18 @@ _URL = r"[^\s<>\"`|\\^«»“”„‘’\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff
 _FLAGS = r"[#0\-+']{0,4}(?:\*|\d{1,4})?(?:\.(?:\*|\d{1,4})?)?(?:hh|h|ll|l|z|j|t|L|q)?"
 _LETTER = "(?![A-Za-z])"
 
-_PATTERN = re.compile(
-    rf"""
+# begin with a letter or digit: searched for only where a text has their signs
+_ADDRESSES = rf"""
   (?P<url>
       (?<![A-Za-z0-9])(?:[A-Za-z][A-Za-z0-9+.-]{{1,14}}://|mailto:|tel:\+?(?=\d)|www\.(?=\w)){_URL}+
     | (?<![\w.@%$/-])(?:[A-Za-z0-9][A-Za-z0-9-]{{0,62}}\.){{1,5}}
       (?:com|org|net|io|edu|gov|dev|info)\b(?![.-]?\w)(?:[:/?\#]{_URL}*)?
   )
 | (?P<email> (?<![\w.+-])[\w+-][\w.+-]{{0,63}}@(?:[\w-]{{1,63}}\.){{1,6}}[A-Za-z]{{2,24}}\b )
-| (?P<complex> \{{\s{{0,9}}[\w.-]+\s{{0,9}},\s{{0,9}}(?:plural|select|selectordinal)\s{{0,9}}, )
+| (?P<path> (?<![A-Za-z0-9])[A-Za-z]:\\[^\s<>"|?*:]* | (?<![\\\w])\\\\\w[\w.-]*\\[^\s<>"|?*:]* )
+"""
+_MARKUP = rf"""
+  (?P<complex> \{{\s{{0,9}}[\w.-]+\s{{0,9}},\s{{0,9}}(?:plural|select|selectordinal)\s{{0,9}}, )
 | (?P<printf>
       %%
     | %(?:\d{{1,2}}\$)?[#]@\w{{1,60}}@                            # stringsdict
@@ -61,13 +64,15 @@ _PATTERN = re.compile(
       (?:=[^\[\]\n]{{0,300}})?\]
   )
 | (?P<entity> &(?:[A-Za-z][\w.-]+|\#\d{{1,7}}|\#[xX][0-9A-Fa-f]{{1,6}}); )
-| (?P<path> (?<![A-Za-z0-9])[A-Za-z]:\\[^\s<>"|?*:]* | (?<![\\\w])\\\\\w[\w.-]*\\[^\s<>"|?*:]* )
 | (?P<escape> \\(?:[nrtabfv0\\"']|u[0-9A-Fa-f]{{4}}|U[0-9A-Fa-f]{{8}}|x[0-9A-Fa-f]{{2}}|[0-7]{{3}}
     |e\[[0-9;]{{0,12}}m) )
-""",
-    re.VERBOSE,
+"""
+_MARKUP_PATTERN = re.compile(rf"(?=[%\#{{\$&<@\\\[\]])(?:{_MARKUP})", re.VERBOSE)
+_PATTERN = re.compile(f"{_ADDRESSES}|{_MARKUP}", re.VERBOSE)
+_ADDRESS_SIGNS = re.compile(
+    r"://|@|:\\|\\\\|www\.|mailto:|tel:|\.(?:com|org|net|io|edu|gov|dev|info)\b"
 )
-_SIGNS = re.compile(r"[%{$&<@\\\[]|://|www\.|mailto:|tel:|\.(?:com|org|net|io|edu|gov|dev|info)\b")
+_SIGNS = re.compile(r"[%{$&<@\\\[]|]]>|" + _ADDRESS_SIGNS.pattern)
 _POSITION = re.compile(r"^%(\d{1,2})\$")
 _QT_FIRST = re.compile(r"%L?[1-9](?!\d)")
 _TAG_PARTS = re.compile(r"[<\[](/?)([A-Za-z][\w:.-]*|\d+)", re.ASCII)
@@ -193,7 +198,8 @@ def is_tag(text: str, *, name: str, whole: str) -> bool:
 def _scan(text: str) -> Iterator[Placeholder]:
     position, ends = 0, None
     closed: dict[str, bool] = {}
-    while match := _PATTERN.search(text, position):
+    pattern = _PATTERN if _ADDRESS_SIGNS.search(text) else _MARKUP_PATTERN
+    while match := pattern.search(text, position):
         start, end, kind = match.start(), match.end(), str(match.lastgroup)
         if kind == "complex":
             ends = _matching_braces(text) if ends is None else ends

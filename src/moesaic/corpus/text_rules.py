@@ -9,6 +9,7 @@ import re
 import unicodedata
 from abc import abstractmethod
 from pathlib import Path
+from typing import Literal
 
 from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError, DataError
@@ -107,14 +108,22 @@ class GeneralText(TextRules):
 
 
 class SoftwareStrings(TextRules):
-    """Strings of programs: entities are decoded, tags and marks of accelerators removed.
+    """Strings of programs: entities are decoded, marks of accelerators removed.
 
-    Both sides of a pair must have the same placeholders. In a text alone, a mark within a word is
-    kept: only the other side says whether ``file_name`` is an identifier or ``Sa_ve`` a menu entry.
+    Both sides of a pair must have the same placeholders. ``tags`` are removed or kept; a model with
+    copy units (``tokenizer.copy_units``) copies those that are kept. In a text alone, a mark within
+    a word is kept: only the other side says whether ``file_name`` is an identifier or ``Sa_ve`` a
+    menu entry; and where tags are kept, so are its entities.
     """
 
+    tags: Literal["strip", "keep"] = "strip"
+
     def normalise(self, text: str, *, other: str | None = None) -> str:
-        plain = unescape_entities(strip_tags(unescape_entities(text)))
+        plain = text
+        if self.tags == "strip":
+            plain = unescape_entities(strip_tags(unescape_entities(text)))
+        elif other is not None:
+            plain = unescape_entities(text)
         return normalise_text(strip_accelerators(plain, other=text if other is None else other))
 
     def placeholders(self, text: str) -> tuple[str, ...]:

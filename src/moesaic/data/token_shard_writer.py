@@ -113,7 +113,7 @@ class _TextTable:
                 new.append(text)
             ids.append(number)
         if new:
-            rows = self._tokenizer.encode_batch(new)
+            rows = [encoded.ids for encoded in self._tokenizer.encode_with_copies(new)]
             self.lengths.extend(map(len, rows))
             flat = array("I", (token for row in rows for token in row))
             self._file.write(np.frombuffer(flat, dtype=np.uint32).astype(self._kind).tobytes())

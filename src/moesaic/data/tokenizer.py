@@ -4,12 +4,16 @@ Ids are, in order: ``<pad> <s> </s> <unk> <mask>``, a language token such as ``<
 language, 256 bytes, the learned pieces, and ``<unused_i>`` up to exactly ``vocab_size``. A
 character outside of the alphabet becomes its UTF-8 bytes (SentencePiece's byte fallback,
 arXiv:1808.06226), so that ``decode(encode(text)) == text`` for any text, without ``<unk>``.
+
+A tokenizer with copy units (``data/copy_units.py``) has two pieces per slot between bytes and
+learned pieces. ``encode_with_copies`` uses them; its result restores the text.
 """
 
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer as HfTokenizer
@@ -17,8 +21,21 @@ from tokenizers import Tokenizer as HfTokenizer
 from moesaic.core.errors import DataError, did_you_mean
 from moesaic.core.files import atomic_write
 from moesaic.data.batch import PAD
+from moesaic.data.copy_units import MAX_SLOTS, SlottedText, insert_slots, slot_characters
 
-__all__ = ["BOS", "EOS", "MASK", "PAD", "SPECIALS", "UNK", "Tokenizer", "language_token"]
+__all__ = [
+    "BOS",
+    "EOS",
+    "MASK",
+    "PAD",
+    "SPECIALS",
+    "UNK",
+    "CopyTokens",
+    "EncodedText",
+    "Tokenizer",
+    "copy_pieces",
+    "language_token",
+]
 
 BOS, EOS, UNK, MASK = 1, 2, 3, 4
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
@@ -27,6 +44,32 @@ SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
 def language_token(language: str) -> str:
     """Return the language token of a code: ``'deu_Latn' -> '<deu_Latn>'``."""
     return f"<{language}>"
+
+
+def copy_pieces(slots: int) -> tuple[str, ...]:
+    """Return the pieces of the slots: alone, and after a space."""
+    return tuple(piece for slot in slot_characters(slots) for piece in (slot, " " + slot))
+
+
+@dataclass(frozen=True, slots=True)
+class CopyTokens:
+    """The ids of the pieces of copy slots, and the slot of each; both empty without copy units."""
+
+    ids: tuple[int, ...] = ()
+    slot_of: tuple[int, ...] = ()
+
+    @property
+    def slots(self) -> int:
+        """Number of slots."""
+        return max(self.slot_of, default=-1) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedText:
+    """The ids of a text, with slots for its placeholders, and the text that they stand for."""
+
+    ids: list[int]
+    slotted: SlottedText
 
 
 class Tokenizer:
@@ -40,6 +83,7 @@ class Tokenizer:
         self._language_token_ids = {
             code: len(SPECIALS) + i for i, code in enumerate(self._languages)
         }
+        self._copies = _copy_tokens(hf_tokenizer)
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
@@ -77,6 +121,11 @@ class Tokenizer:
         """A hash of everything that affects encoding."""
         return hashlib.sha256(self._hf_tokenizer.to_str().encode()).hexdigest()
 
+    @property
+    def copies(self) -> CopyTokens:
+        """The tokens of copy slots."""
+        return self._copies
+
     def language_token_id(self, language: str) -> int:
         """Return the id of a language token. Raises DataError naming the nearest language."""
         if language not in self._language_token_ids:
@@ -105,9 +154,23 @@ class Tokenizer:
             raise _not_text_error(wrong, error) from error
         return [encoding.ids for encoding in found]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ``ids``; special and language tokens are skipped."""
-        return self._hf_tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+    def encode_with_copies(self, texts: Sequence[str]) -> list[EncodedText]:
+        """Encode several texts, their placeholders as slots: what a model reads and predicts.
+
+        ``decode(ids, slotted)`` is the text again. Without copy units it is ``encode_batch``.
+        """
+        slotted = [insert_slots(text, slots=self._copies.slots) for text in texts]
+        rows = self.encode_batch([found.text for found in slotted])
+        return [EncodedText(ids, found) for ids, found in zip(rows, slotted, strict=True)]
+
+    def decode(self, ids: Sequence[int], slotted: SlottedText | None = None) -> str:
+        """Return the text of ``ids``; special and language tokens are skipped.
+
+        With ``slotted``, of the text itself or of the source that it is an answer to, slots become
+        its placeholders.
+        """
+        text = self._hf_tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        return text if slotted is None else slotted.restore(text)
 
 
 @contextmanager
@@ -129,6 +192,12 @@ def _tagged_languages(hf_tokenizer: HfTokenizer) -> tuple[str, ...]:
     added = sorted(hf_tokenizer.get_added_tokens_decoder().items())
     names = [token.content for index, token in added if index >= len(SPECIALS)]
     return tuple(n[1:-1] for n in names if not n.startswith("<unused_"))
+
+
+def _copy_tokens(hf_tokenizer: HfTokenizer) -> CopyTokens:
+    found = [hf_tokenizer.token_to_id(piece) for piece in copy_pieces(MAX_SLOTS)]
+    known = [(i // 2, index) for i, index in enumerate(found) if index is not None]
+    return CopyTokens(tuple(index for _, index in known), tuple(slot for slot, _ in known))
 
 
 def _is_text(text: str) -> bool:

@@ -18,7 +18,16 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from moesaic.core.config import Choice, Config
 from moesaic.core.errors import ConfigError, DataError
-from moesaic.data.tokenizer import SPECIALS, UNK, Tokenizer, encode_on_all_cores, language_token
+from moesaic.corpus.placeholders import without_placeholders
+from moesaic.data.copy_units import MAX_SLOTS, slot_characters
+from moesaic.data.tokenizer import (
+    SPECIALS,
+    UNK,
+    Tokenizer,
+    copy_pieces,
+    encode_on_all_cores,
+    language_token,
+)
 
 BYTE_PIECES = tuple(f"<0x{i:02X}>" for i in range(256))
 
@@ -45,6 +54,15 @@ class LearnedPieces:
     names: tuple[str, ...]
     merges: tuple[tuple[str, str], ...] = ()
     scores: tuple[float, ...] = ()
+
+    def with_copies(self, slots: int) -> "LearnedPieces":
+        """Add the pieces of copy slots; a space before a slot always joins it."""
+        names = copy_pieces(slots)
+        return LearnedPieces(
+            (*self.names, *names),
+            merges=(*((" ", slot) for slot in slot_characters(slots)), *self.merges),
+            scores=(*self.scores, *(0.0 for _ in names)),
+        )
 
 
 class TokenizerAlgorithm(Choice):
@@ -149,6 +167,15 @@ class TokenizerConfig(Config):
             gt=0, le=1, description="largest share of the pieces that single characters may take"
         ),
     ] = 0.5
+    copy_units: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=MAX_SLOTS,
+            description="distinct placeholders, tags and URLs of a text that are one token each "
+            "and are copied; 0: they are text",
+        ),
+    ] = 0
 
 
 def train_tokenizer(
@@ -159,7 +186,8 @@ def train_tokenizer(
     ``languages`` get a token each, in this order, even without text. Raises ConfigError when
     ``vocab_size`` is too small for any piece, DataError when there is no text.
     """
-    fixed = (*SPECIALS, *(language_token(code) for code in languages), *BYTE_PIECES)
+    copies = copy_pieces(config.copy_units)
+    fixed = (*SPECIALS, *(language_token(code) for code in languages), *BYTE_PIECES, *copies)
     if len(set(languages)) != len(languages):
         raise ConfigError([f"languages: found one twice in {', '.join(languages)}"])
     num_pieces = config.vocab_size - len(fixed)
@@ -168,9 +196,11 @@ def train_tokenizer(
             [
                 f"tokenizer.vocab_size: found {config.vocab_size}, expected at least "
                 f"{len(fixed) + 1}: {len(SPECIALS)} special tokens, {len(languages)} language "
-                f"tokens, {len(BYTE_PIECES)} bytes and one piece"
+                f"tokens, {len(BYTE_PIECES)} bytes, {len(copies)} copy pieces and one piece"
             ]
         )
+    if copies:
+        texts = {code: map(_plain_text, lines) for code, lines in texts.items()}
     sample = balanced_lines(texts, lines=config.sample_lines, temperature=config.temperature)
     if not sample:
         raise DataError("no text to train a tokenizer on: every language given is empty")
@@ -179,7 +209,8 @@ def train_tokenizer(
         pieces = config.algorithm.train(_repeated_lines(sample), size=num_pieces, alphabet=alphabet)
     unused = (f"<unused_{i}>" for i in range(num_pieces - len(pieces.names)))
     vocabulary = (*fixed, *pieces.names, *unused)
-    hf_tokenizer = _with_word_splitter(config.algorithm.build_model(vocabulary, pieces=pieces))
+    model = config.algorithm.build_model(vocabulary, pieces=pieces.with_copies(config.copy_units))
+    hf_tokenizer = _with_word_splitter(model, slots=config.copy_units)
     special = [name for name in vocabulary if name in SPECIALS or name.startswith("<unused_")]
     language_tokens = [language_token(code) for code in languages]
     hf_tokenizer.add_special_tokens(
@@ -245,7 +276,9 @@ def _alphabet(
     counts[" "] += 1
     total, seen, found = sum(counts.values()), 0, []
     limit = max(1, int(num_pieces * config.max_alphabet_share))
-    for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+    # the space is always in the alphabet: every text begins with one
+    order = sorted(counts.items(), key=lambda item: (item[0] != " ", -item[1], item[0]))
+    for character, count in order:
         if len(found) == limit or seen >= config.character_coverage * total:
             break
         found.append(character)
@@ -263,15 +296,22 @@ def _restrict_to_alphabet(line: str, keep: frozenset[str]) -> str:
     return line if keep.issuperset(line) else "".join(c if c in keep else "\n" for c in line)
 
 
-def _with_word_splitter(model: models.Model) -> HfTokenizer:
+def _plain_text(text: str) -> str:
+    """Return a line without placeholders: with copy units no piece is spent on them."""
+    return " ".join(without_placeholders(text).split())
+
+
+def _with_word_splitter(model: models.Model, *, slots: int = 0) -> HfTokenizer:
     """Return a tokenizer of a model with the word splitter, and a decoder that inverts it.
 
     Every text gets one leading space, so that a word has the same pieces at the start and in the
     middle; the decoder removes exactly that one.
     """
+    copies = " ?[" + "".join(slot_characters(slots)) + "]|" if slots else ""
+    pattern = copies + _WORD_PATTERN
     hf_tokenizer = HfTokenizer(model)
     hf_tokenizer.normalizer = normalizers.Prepend(" ")
-    hf_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD_PATTERN), behavior="isolated")
+    hf_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     hf_tokenizer.decoder = decoders.Sequence(
         [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

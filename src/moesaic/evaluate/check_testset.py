@@ -45,7 +45,7 @@ def normalise_testset(test: TestSet, rules: TextRules) -> TestSet:
     )
 
 
-def testset_notes(test: TestSet) -> Iterator[str]:
+def notes_on_testset(test: TestSet) -> Iterator[str]:
     """Yield the test set's own notes, and one on each kind of odd row."""
     yield from test.notes
     for side, texts in (("sources", test.sources), ("references", test.references)):

@@ -19,7 +19,7 @@ from moesaic.evaluate.bootstrap import (
     bootstrap_resample,
     macro_average,
 )
-from moesaic.evaluate.check_testset import testset_notes
+from moesaic.evaluate.check_testset import notes_on_testset
 from moesaic.evaluate.evaluation_summary import EvaluationSummary
 from moesaic.evaluate.row_groups import row_groups, score_groups
 from moesaic.evaluate.seen_rows import SeenRows
@@ -108,7 +108,7 @@ def evaluate(
 def _test_notes(languages: Mapping[str, TestSetResult]) -> Iterator[str]:
     """Yield the notes on the rows of each test set."""
     for result in languages.values():
-        yield from testset_notes(result.test)
+        yield from notes_on_testset(result.test)
         raw = next(iter(result.systems.values())).raw_scores
         if raw:
             yield (

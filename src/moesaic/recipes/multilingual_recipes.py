@@ -45,7 +45,7 @@ def multilingual_50() -> Run:
         name="multilingual-50",
         corpus=NamedCorpus(name="software-171"),
         languages=("en", *FIFTY),
-        tokenizer=TokenizerConfig(vocab_size=vocabulary, sample_lines=2_000_000),
+        tokenizer=TokenizerConfig(vocab_size=vocabulary, sample_lines=2_000_000, copy_units=16),
         mixture=_mixture(both_ways=True),
         loader=LoaderConfig(batch_tokens=65_536, max_source=192, max_target=224),
         model=ModelConfig(
@@ -76,7 +76,7 @@ def multilingual_50_laptop() -> Run:
         name="multilingual-50-laptop",
         corpus=NamedCorpus(name="software-171"),
         languages=("en", *FIFTY),
-        tokenizer=TokenizerConfig(vocab_size=vocabulary),
+        tokenizer=TokenizerConfig(vocab_size=vocabulary, copy_units=16),
         mixture=_mixture(both_ways=False),
         loader=LoaderConfig(batch_tokens=4096, max_source=64, max_target=80),
         model=ModelConfig(

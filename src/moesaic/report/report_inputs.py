@@ -132,7 +132,8 @@ def _read_insight(path: Path) -> dict[str, Any]:
     if found["format"] != 1:
         raise ValueError(f"format {found['format']}, expected 1")
     keys = {"experts", "null_experts", "uncertainty", "typical", "positions"}
-    for name, layer in found["layers"].items():
+    for name, layer in _require_mapping(found["layers"]).items():
+        _require_mapping(layer)
         if "spare" in layer:  # the name of older versions
             layer["null_experts"] = layer.pop("spare")
         if keys - layer.keys():

@@ -10,6 +10,7 @@ from typing import Literal
 
 from moesaic.core.config import Choice
 from moesaic.corpus.languages import resolve_language
+from moesaic.corpus.placeholders import find_placeholders
 from moesaic.serve.sentence_splitting import (
     clause_ends,
     ends_inside_a_word,
@@ -102,7 +103,7 @@ def _split_long(
     for part, tokens in zip(parts, count([p.text for p in parts]), strict=True):
         pieces = [part.text]
         if tokens > limit:
-            ends = level.ends(part.text)
+            ends = _outside_placeholders(part.text, level.ends(part.text))
             pieces = _slices(
                 part.text, _packed(part.text, ends, limit, count) if level.packs else ends
             )
@@ -112,6 +113,19 @@ def _split_long(
             result.append(TextPart(piece, "word" if whole else level.boundary))
         result.append(TextPart(pieces[-1], part.boundary))
     return result
+
+
+def _outside_placeholders(text: str, ends: list[int]) -> list[int]:
+    """Leave out ends within a placeholder, tag or URL: its halves would be translated as text."""
+    found = iter(find_placeholders(text))
+    span = next(found, None)
+    kept = []
+    for end in ends:
+        while span is not None and span.end <= end:
+            span = next(found, None)
+        if span is None or end <= span.start:
+            kept.append(end)
+    return kept
 
 
 def _packed(text: str, ends: list[int], limit: int, count: CountTokens) -> list[int]:

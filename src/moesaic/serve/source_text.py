@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from moesaic.core.errors import DataError
 from moesaic.corpus.text_rules import GeneralText, TextRules
+from moesaic.data.copy_units import SlottedText, insert_slots
 from moesaic.data.tokenizer import EOS, Tokenizer
 from moesaic.serve.long_text import LongText, SplitSentences, TextPart, Truncate
 
@@ -54,11 +55,15 @@ class TranslationLimits:
 
 @dataclass(frozen=True, slots=True)
 class EncodedPart:
-    """A part of a text with its tokens, language token and ``EOS`` included."""
+    """A part of a text with its tokens, language token and ``EOS`` included.
+
+    With copy units the part has slots, and ``slotted`` the placeholders that they stand for.
+    """
 
     part: TextPart
     ids: tuple[int, ...]
     truncated: bool
+    slotted: SlottedText
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,25 +90,36 @@ class SourceReader:
     ) -> list[SourceText]:
         """Return the texts with their encoded parts. Raises DataError: one that is not a string."""
         normalised = [self.normalise(text) for text in require_texts(texts)]
-        lengths = self._count(normalised)
+        slotted = [self._insert_slots(text) for text in normalised]
+        lengths = self._count([found.text for found in slotted])
         split = long_text or Truncate()
-        parts = [
-            split.parts(text, limit=self._limit, count=self._count)
+        parts = [  # a slot is one character: no cut is inside a placeholder
+            split.parts(found.text, limit=self._limit, count=self._count)
             if length > self._limit
-            else [TextPart(text)] * bool(text)
-            for text, length in zip(normalised, lengths, strict=True)
+            else [TextPart(found.text)] * bool(found.text)
+            for found, length in zip(slotted, lengths, strict=True)
         ]
         ids = iter(self._tokenizer.encode_batch([p.text for found in parts for p in found]))
         return [
-            SourceText(text, tuple(self._encoded(part, next(ids), tag) for part in found))
-            for text, found in zip(normalised, parts, strict=True)
+            SourceText(text, tuple(self._encoded(part, next(ids), tag, whole) for part in found))
+            for text, whole, found in zip(normalised, slotted, parts, strict=True)
         ]
+
+    def _insert_slots(self, text: str) -> SlottedText:
+        return insert_slots(text, slots=self._tokenizer.copies.slots)
 
     def _count(self, texts: Sequence[str]) -> list[int]:
         return [len(ids) for ids in self._tokenizer.encode_batch(texts)]
 
-    def _encoded(self, part: TextPart, ids: Sequence[int], tag: int) -> EncodedPart:
-        return EncodedPart(part, (tag, *ids[: self._limit], EOS), len(ids) > self._limit)
+    def _encoded(
+        self, part: TextPart, ids: Sequence[int], tag: int, whole: SlottedText
+    ) -> EncodedPart:
+        return EncodedPart(
+            part,
+            (tag, *ids[: self._limit], EOS),
+            truncated=len(ids) > self._limit,
+            slotted=whole.restrict(part.text),
+        )
 
 
 def require_texts(texts: Iterable[object]) -> list[str]:

@@ -17,6 +17,7 @@ from moesaic.corpus.text_rules import TextRules, normalise_text
 from moesaic.data.batch import PAD, Batch
 from moesaic.data.tokenizer import EOS, Tokenizer
 from moesaic.model.beam_search import Greedy, Hypothesis, Search
+from moesaic.model.copy_constraint import copy_rules
 from moesaic.model.generate import SUPPRESSED_TOKENS, DecodingRules, generate
 from moesaic.model.repetition import is_loop
 from moesaic.model.transformer import Transformer
@@ -205,10 +206,12 @@ class Translator:
             text.parts[0].ids if text.parts else (self._source_tag(codes), EOS)
             for text in self._reader.read(sources, tag=self._source_tag(codes))
         ]
-        encoded = self.tokenizer.encode_batch([normalise_text(t) for t in require_texts(targets)])
+        encoded = self.tokenizer.encode_with_copies(
+            [normalise_text(text) for text in require_texts(targets)]
+        )
         outputs = [
-            ids[: self.limits.max_target - (len(row) if self._decoder_only else 0) - 1]
-            for row, ids in zip(inputs, encoded, strict=True)
+            found.ids[: self.limits.max_target - (len(row) if self._decoder_only else 0) - 1]
+            for row, found in zip(inputs, encoded, strict=True)
         ]
         if not self._decoder_only:
             target_in = [[tag, *ids] for ids in outputs]
@@ -284,13 +287,17 @@ class Translator:
         limits = [
             self.limits.new_tokens(len(row.ids), decoder_only=self._decoder_only) for row in rows
         ]
+        max_tokens = torch.tensor(limits, device=self._device)
+        units = [row.slotted.units for row in rows]
         return generate(
             self.model,
             _pad([row.ids for row in rows], self._device),
             tag=tag.to(self._device),
             search=search,
-            max_tokens=torch.tensor(limits, device=self._device),
-            rules=self._rules,
+            max_tokens=max_tokens,
+            rules=copy_rules(
+                self._rules, self.tokenizer.copies, units=units, max_tokens=max_tokens
+            ),
         )
 
     def _to_result(
@@ -305,7 +312,10 @@ class Translator:
         for rank in range(max(map(len, answers))):
             chosen = [found[min(rank, len(found) - 1)] for found in answers]
             # a byte token may be a control character or a line end
-            texts = [normalise_text(self.tokenizer.decode(h.ids)) for h in chosen]
+            texts = [
+                row.slotted.restore(normalise_text(self.tokenizer.decode(h.ids)))
+                for row, h in zip(text.parts, chosen, strict=True)
+            ]
             joined = join_translations(texts, parts=parts, target=codes[1])
             alternatives.append(Alternative(joined, sum(h.score for h in chosen) / len(chosen)))
         best = [found[0] for found in answers]
@@ -329,7 +339,13 @@ class Translator:
 
 
 def token_text(tokenizer: Tokenizer, index: int) -> str:
-    """Return a token id as text, or by its name if it is not valid text on its own."""
+    """Return a token id as text, or by its name if it is not valid text on its own.
+
+    The slot of a placeholder is shown as ``<copy_0>``.
+    """
+    slots = dict(zip(tokenizer.copies.ids, tokenizer.copies.slot_of, strict=True))
+    if index in slots:
+        return f"<copy_{slots[index]}>"
     text = tokenizer.decode([index])
     return text if text and "\ufffd" not in text else tokenizer.id_to_token(index)
 
