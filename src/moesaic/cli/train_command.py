@@ -26,9 +26,10 @@ with deferred():
     from moesaic.checkpoint.trained_directions import read_trained_directions
     from moesaic.core.errors import UserError
     from moesaic.core.units import show_count, show_seconds
-    from moesaic.recipes.lookup import find_recipe
+    from moesaic.recipes.lookup import find_recipe, warm_start
     from moesaic.train.loop import TrainingResult
     from moesaic.train.resume import Resume, ResumeFrom, ResumeLatest, StartFresh
+    from moesaic.train.run import Run
     from moesaic.train.run_training import train as run_training
     from moesaic.train.training_hooks import no_progress, terminal_progress
 
@@ -47,6 +48,10 @@ def train(
         str | None,
         typer.Option(metavar="auto|DIR", help="Continue the run in --out (auto) or in DIR."),
     ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Start from the weights and the tokenizer of a run."),
+    ] = None,
     until: Annotated[int | None, typer.Option(min=1, help="Stop after this step.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress output.")] = False,
     files: UseOption = None,
@@ -58,14 +63,16 @@ def train(
 
     Resume: [cyan]moesaic train --resume runs/mine[/]
 
+    Warm start on other data: [cyan]moesaic train --init runs/demo --set steps=300
+    --set 'corpus=CorpusFolder(path="own")' --out runs/own[/]
+
     On several processes: [cyan]torchrun --nproc-per-node 2 -m moesaic train demo[/]
     """
     import_user_files(files)
-    if which is None and resume in (None, "auto"):
-        raise UserError("nothing to train: name a recipe, a config.yaml, or --resume DIR")
-    resumed = run_of_checkpoint(Path(str(resume)))
-    run = find_recipe(which or str(resumed), changes=changes or [])
-    folder = out or (Path("runs") / run.name if which else resumed)
+    run = _find_run(which, init=init, resume=resume, changes=changes or [])
+    folder = out or (
+        Path("runs") / run.name if which or init else run_of_checkpoint(Path(str(resume)))
+    )
     result = run_training(
         run,
         folder,
@@ -78,6 +85,20 @@ def train(
         print_result(value, as_json=as_json, show=lambda console: _show(result, console))
     if result.exit_code:
         raise typer.Exit(result.exit_code)
+
+
+def _find_run(
+    which: str | None, *, init: Path | None, resume: str | None, changes: list[str]
+) -> Run:
+    if init is not None:
+        if resume is not None and resume != "auto":
+            raise UserError("--init starts a run and --resume DIR continues one: give one of them")
+        return warm_start(str(init), which=which, changes=changes)
+    if which is None and resume in (None, "auto"):
+        raise UserError(
+            "nothing to train: name a recipe, a config.yaml, --init RUN, or --resume DIR"
+        )
+    return find_recipe(which or str(run_of_checkpoint(Path(str(resume)))), changes=changes)
 
 
 def _next_command(out: Path) -> str:
