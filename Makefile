@@ -12,15 +12,16 @@ SHELL := bash
 BIN := .venv/bin
 RUNTIME := .venv/.runtime
 DEV := .venv/.dev
+DOCS := .venv/.docs
 PINS := pyproject.toml constraints.txt tools/setup.sh
 ARGS ?=
 
 export PYTHON TORCH_INDEX
 
-.PHONY: help setup demo test laws golden fmt lint type layers spell house ci bench docs pins clean
+.PHONY: help setup demo test laws golden fmt lint type layers spell house ci bench docs reference pins clean
 
 help:            ## list these commands
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 $(RUNTIME): $(PINS)
 	@tools/setup.sh runtime
@@ -72,7 +73,15 @@ ci: lint type layers spell house  ## every check but the tests
 bench: $(DEV)    ## run the benchmarks; each prints a table and writes JSON
 	for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
 
-docs: $(DEV)     ## write the reference pages and refresh the measured table in CONTRIBUTING.md
+$(DOCS): $(DEV)
+	@tools/setup.sh docs
+	@touch $@
+
+docs: reference $(DOCS)  ## write the guide and the API reference as a site: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo 'site/index.html'
+
+reference: $(DEV)  ## write the reference pages and refresh the measured table in CONTRIBUTING.md
 	$(BIN)/python tools/reference.py
 	$(BIN)/python tools/family.py
 	$(BIN)/python tools/house.py --write-contributing
@@ -81,5 +90,5 @@ pins: $(DEV)     ## write constraints.txt from what is installed
 	$(BIN)/python tools/pins.py > constraints.txt.new && mv constraints.txt.new constraints.txt
 
 clean:           ## remove the environment and the caches; runs and data stay
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
+	rm -rf .venv site build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
 	find src tests tools -name __pycache__ -prune -exec rm -rf {} +

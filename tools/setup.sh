@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-want=${1:?runtime or dev}
+want=${1:?runtime, dev or docs}
 cpu_index=https://download.pytorch.org/whl/cpu
 
 die() { echo "setup: $*" >&2; exit 1; }
@@ -58,6 +58,9 @@ if [ "$want" = runtime ]; then
   from=$(torch_from)
   install ${from:+"$from"} "torch==$torch"
   install -e .
+elif [ "$want" = docs ]; then
+  echo "setup: installing the tools of the site"
+  install -e '.[docs]'
 else
   echo "setup: installing the developer's tools"
   install -e '.[dev]'

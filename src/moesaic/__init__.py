@@ -19,7 +19,10 @@ The names below are imported on first use, so ``import moesaic`` does not import
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from moesaic.core.thread_waiting import wait_asleep
 from moesaic.core.version import __version__
+
+wait_asleep()  # before anything imports torch
 
 if TYPE_CHECKING:
     from moesaic.corpus.build_corpus import build_corpus as build_corpus

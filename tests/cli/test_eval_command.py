@@ -251,8 +251,8 @@ def test_rows_that_were_trained_on_are_counted_and_scored_apart(defr, capsys):
 def test_answers_that_were_cut_are_counted(defr, capsys):
     found = scored(["eval", defr, "--limit", 5, "--resamples", 10], capsys)
     cut = found["counts"]["cut_answers"]
-    noted = [note for note in found["notes"] if "cut at the length limit" in note]
-    assert bool(cut) == bool(noted)
+    notes = [note for note in found["notes"] if "cut at the length limit" in note]
+    assert bool(cut) == bool(notes)
     assert 0 <= cut <= 5
 
 

@@ -89,6 +89,14 @@ def test_closed_standard_input_is_empty_input(run, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_standard_input_may_be_replaced_by_one_without_bytes(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Open\u2028the file\nSave\n"))
+    with pytest.raises(SystemExit) as end:
+        main(["translate", run, "--to", "de"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.count("\n") == 2
+
+
 def test_what_became_of_lines_is_noted_beside_the_output(run, monkeypatch, capsys):
     long = b"Open the file. Save all now! " * 6 + b"\nYes\n"
     assert _translate([run, "--to", "de", "--json"], monkeypatch, stdin=long) == 0

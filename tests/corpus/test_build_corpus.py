@@ -299,6 +299,13 @@ def test_a_corpus_that_cannot_be_put_in_place_leaves_the_old_one(
     assert Corpus.open(tmp_path / "c").manifest["pairs"] == 50
 
 
+def test_a_language_of_the_recipe_without_a_row_is_reported(tmp_path: Path) -> None:
+    lines: list[str] = []
+    what = recipe(*german(50), languages=("de", "French"))
+    build_corpus(what, out=tmp_path / "c", progress=lines.append)
+    assert "languages: nothing is kept in French" in lines
+
+
 def test_two_processes_that_build_one_corpus_do_not_disturb_each_other(tmp_path: Path) -> None:
     def build_meanwhile(line: str) -> None:
         if line.startswith("writing") and not (tmp_path / "c").exists():

@@ -65,7 +65,7 @@ def test_a_disabled_rule_drops_nothing() -> None:
     assert cleaner.clean(Pair("Save the file", "Speichern", "eng_Latn", "rus_Cyrl"))[1] == ""
 
 
-@pytest.mark.parametrize(("name", "hint"), [("scrip", 'mean "script"'), ("empty", "expected")])
+@pytest.mark.parametrize(("name", "hint"), [("scripts", 'mean "script"'), ("empty", "expected")])
 def test_a_rule_that_cannot_be_disabled_is_refused(name: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=hint):
         CleaningConfig(disabled_rules=(name,))

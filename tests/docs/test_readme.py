@@ -53,9 +53,12 @@ def run_here(command, monkeypatch, capsys):
     output = words[words.index(">") + 1] if ">" in words else os.devnull
     words = words[: words.index(">")] if ">" in words else words
     assert words.pop(0) == "moesaic"
-    with open(output, "w") as file, contextlib.redirect_stdout(file):
-        with pytest.raises(SystemExit) as end:
-            main(words)
+    with (
+        open(output, "w") as file,
+        contextlib.redirect_stdout(file),
+        pytest.raises(SystemExit) as end,
+    ):
+        main(words)
     assert not end.value.code, f"{command}\n{capsys.readouterr().err[-2000:]}"
 
 

@@ -13,7 +13,7 @@ from moesaic.moe.expert_capacity import Capacity
 SEARCHES = {
     "greedy": Greedy(),
     "beam": Beam(size=3, n_best=3),
-    "beam-long": Beam(size=4, length_penalty=2.0),
+    "beam-long": Beam(size=4, length_penalty=2.0, early_stopping="never", no_repeat_ngram_size=2),
 }
 LENGTHS = [3, 9, 1, 5, 7]
 LIMITS = torch.tensor([8, 3, 12, 6, 10])

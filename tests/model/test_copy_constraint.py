@@ -23,14 +23,12 @@ def reference_constraint(
 ) -> list[float]:
     """The definition, for one hypothesis."""
     slot = dict(zip(TOKENS.ids, TOKENS.slot_of, strict=True))
-    missing = [
-        (units[s].count if s < len(units) else 0) - sum(slot.get(i) == s for i in written)
-        for s in range(TOKENS.slots)
-    ]
+    used = [sum(slot.get(i) == s for i in written) for s in range(TOKENS.slots)]
+    missing = [units[s].count - used[s] for s in range(TOKENS.slots)]
     allowed = [
         s
         for s in range(TOKENS.slots)
-        if missing[s] > 0 and (units[s].after < 0 or missing[units[s].after] <= 0)
+        if missing[s] > 0 and (not units[s].after or sum(used[b] for b in units[s].after) > used[s])
     ]
     result = [
         -math.inf if i in slot and slot[i] not in allowed else p for i, p in enumerate(log_prob)
@@ -50,7 +48,7 @@ def reference_constraint(
 @pytest.mark.parametrize("limit", [3, 20])
 def test_the_constraint_equals_its_definition(limit: int) -> None:
     torch.manual_seed(0)
-    units = (CopyUnit("a", 2), CopyUnit("b", 1, after=0))
+    units = (CopyUnit("a", 2), CopyUnit("b", 2, after=(0,)))
     for written in itertools.product([5, 6, 8], repeat=3):
         log_prob = torch.randn(1, V).log_softmax(-1)
         ids = torch.tensor([written])
@@ -72,7 +70,7 @@ def test_probability_is_not_created() -> None:
 @pytest.mark.parametrize("limit", [5, 12])
 def test_every_answer_holds_its_units_exactly(search: Search, limit: int) -> None:
     torch.manual_seed(1)
-    sources = ["%s of %d", "none", "{x} {x}"]
+    sources = ["%s of %d", "none", "<b>x</b> <b>y</b>"]
     units = [insert_slots(text, slots=2).units for text in sources]
     limits = torch.full((3,), limit)
     inputs = SearchInputs(
@@ -89,4 +87,7 @@ def test_every_answer_holds_its_units_exactly(search: Search, limit: int) -> Non
     )
     assert all(found == [0, 1] for found in first)  # in order: %s, then %d
     assert all(found == [] for found in second)
-    assert all(found == [0, 0] for found in third)
+    # </b> is slot 0; each comes after its <b>
+    assert all(
+        sorted(found) == [0, 0, 1, 1] and found[0] == 1 and found[-1] == 0 for found in third
+    )

@@ -181,8 +181,8 @@ def test_extending_a_finished_run_says_how_the_learning_rate_jumps(tmp_path: Pat
     train(synthetic_run(steps=4, schedule=schedule), tmp_path, progress=no_progress)
     longer = synthetic_run(steps=12, schedule=schedule)
     train(longer, tmp_path, resume=ResumeLatest(), until=5, progress=board)
-    (said,) = [note for note in board.messages if "learning rate" in note]
-    assert "0.293 of its full value at step 4 (of 4), 1 at step 5 (of 12)" in said
+    (note,) = [text for text in board.messages if "learning rate" in text]
+    assert "0.293 of its full value at step 4 (of 4), 1 at step 5 (of 12)" in note
 
 
 def test_a_damaged_checkpoint_is_skipped_with_a_note(whole: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from moesaic.cli.styled_text import styled
 with deferred():
     import torch
 
+    from moesaic.core.thread_waiting import waiting_advice
     from moesaic.core.units import show_bytes
     from moesaic.corpus.data_home import find_data_home
     from moesaic.ops.kernel_selection import selected_kernels
@@ -69,7 +70,7 @@ def _machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
-        "threads wait": os.environ.get("OMP_WAIT_POLICY", "ACTIVE"),
+        "threads wait": waiting_advice() or os.environ.get("OMP_WAIT_POLICY", "ACTIVE"),
         "vector instructions": torch.backends.cpu.get_cpu_capability(),
         "memory": _memory_bytes(),
         "free disk": shutil.disk_usage(".").free,

@@ -34,6 +34,7 @@ def show_built(corpus: Corpus, console: Console) -> None:
     for text in found.texts:
         console.print(f"text in {text.language}: {text.kept:,} of {_rows(text.read)}")
     _show_missing(found, console)
+    _show_too_small(found, console)
     for sentence in corpus.describe_empty_splits():
         console.print(styled("[yellow]{sentence}[/]", sentence=sentence))
     if sum(found.dropped.values()):
@@ -136,9 +137,7 @@ def _show_directions(found: CorpusStats, console: Console, *, count: int) -> Non
     if len(found.directions) > count:
         left = len(found.directions) - count
         console.print(f"and {left} smaller ones: --all shows them", style="dim")
-    if found.too_small:
-        names = sorted(found.too_small, key=lambda name: -found.too_small[name])
-        console.print(f"too small to keep: {_abbreviate_names(names)}", style="dim")
+    _show_too_small(found, console)
 
 
 def _show_texts(found: CorpusStats, console: Console) -> None:
@@ -193,6 +192,12 @@ def _show_sources(sources: dict[str, dict[str, Any]], console: Console, *, count
     print_table(console, ("",) * 5, rows, align="lrrll")
     if len(largest) > count:
         console.print(f"and {len(largest) - count} smaller ones: --all shows them", style="dim")
+
+
+def _show_too_small(found: CorpusStats, console: Console) -> None:
+    if found.too_small:
+        names = sorted(found.too_small, key=lambda name: -found.too_small[name])
+        console.print(f"under min_pairs, so left out: {_abbreviate_names(names)}", style="yellow")
 
 
 def _show_missing(found: CorpusStats, console: Console) -> None:

@@ -1,5 +1,6 @@
 """``moesaic translate``: translate lines of text, one translation per line, in order."""
 
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -182,7 +183,11 @@ def _make_search(
 def _standard_input(*, as_text: bool) -> list[str]:
     if sys.stdin.isatty():
         show_progress("one text per line; end with Ctrl-D")
-    return read_stream_to_translate(sys.stdin.buffer, name="standard input", as_text=as_text)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        stream = sys.stdin.buffer
+    else:  # a replacement without bytes, such as that of a notebook or a test
+        stream = io.BytesIO(sys.stdin.read().encode("utf-8", "replace"))
+    return read_stream_to_translate(stream, name="standard input", as_text=as_text)
 
 
 def _show_notes(notes: Sequence[str]) -> None:

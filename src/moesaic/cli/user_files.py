@@ -42,14 +42,14 @@ def _import_user_file(file: Path) -> None:
 
 def _describe(error: BaseException, file: Path) -> str:
     """Return ``line 3: NameError: ...``, the last line of the file that the error went through."""
-    said = " ".join(str(error).split())
+    reason = " ".join(str(error).split())
     if isinstance(error, SyntaxError):
-        return f"line {error.lineno}: {error.msg}" if error.lineno else f"not Python: {said}"
+        return f"line {error.lineno}: {error.msg}" if error.lineno else f"not Python: {reason}"
     if isinstance(error, UserError):
-        return said
+        return reason
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
     where = f"line {lines[-1]}: " if lines else ""
-    return f"{where}{type(error).__name__}{f': {said}' if said else ''}"
+    return f"{where}{type(error).__name__}{f': {reason}' if reason else ''}"
 
 
 def _short_hash(text: str) -> str:

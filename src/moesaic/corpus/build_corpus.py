@@ -18,6 +18,7 @@ from moesaic.corpus.corpus_manifest import CORPUS_FORMAT, CORPUS_MANIFEST
 from moesaic.corpus.corpus_recipes import CorpusRecipe, named_corpus
 from moesaic.corpus.data_home import corpora_dir
 from moesaic.corpus.dropped_rows import DROPPED_FILE, DroppedRow
+from moesaic.corpus.languages import resolve_language
 from moesaic.corpus.read_sources import ReadJob, ReadResult, map_in_order, read_source_file
 from moesaic.corpus.readers.gettext import PLURAL_FORMS
 from moesaic.corpus.readers.keyed_text import DISAGREE
@@ -244,6 +245,9 @@ class _CorpusBuilder:
         codes = {code for s in kept for code in s.direction} | text_languages
         if not codes:
             raise DataError(self._nothing_left_message(small))
+        wanted = {text: resolve_language(text).code for text in self.recipe.languages}
+        if lost := [text for text, code in wanted.items() if code not in codes]:
+            self.progress(f"languages: nothing is kept in {', '.join(lost)}")
         self.result.dropped.write(self.work / DROPPED_FILE)
         manifest = {
             "format": CORPUS_FORMAT,

@@ -11,27 +11,32 @@ has slots too.
 """
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from moesaic.corpus.placeholders import Placeholder, find_placeholders
 
 FIRST_SLOT = 0x10F000  # plane 16, private use
 MAX_SLOTS = 64
+_IS_SLOT = re.compile(f"[{chr(FIRST_SLOT)}-{chr(FIRST_SLOT + MAX_SLOTS - 1)}]")
+# tags, BBCode, templates: {% if x %} ... {% endif %}, {{#x}} ... {{/x}}
+_OPENING = re.compile(r"(?:<|\[|\{%-?\s*|\{\{#)([\w:.-]+)")
+_CLOSING = re.compile(r"(?:</|\[/|\{%-?\s*end|\{\{/)([\w:.-]+)")
 
 
 @dataclass(frozen=True, slots=True)
 class CopyUnit:
     """The text of one slot, and how often it is in its text.
 
-    ``after`` is the slot that must be complete before this one, or -1: arguments of ``%s %d``
-    are taken in order.
+    At any place it has been written at most as often as the slots of ``after`` together, if there
+    are any: ``</b>`` comes after a ``<b>``, and the arguments of ``%s %d`` are taken in order.
     """
 
     text: str
     count: int
-    after: int = -1
+    after: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,7 @@ class SlottedText:
         exact = {(found.start, found.end) for found in find_placeholders(joined)}
         ends = list(accumulate(map(len, pieces)))
         for i in range(1, len(pieces), 2):
-            if (ends[i - 1], ends[i]) not in exact:
+            if (ends[i - 1], ends[i]) not in exact and not _IS_SLOT.fullmatch(pieces[i]):
                 before, after = pieces[i - 1], pieces[i + 1]
                 starts, last = i == 1 and not before, i + 2 == len(pieces) and not after
                 pieces[i - 1] = before + " " * (not starts and not before[-1:].isspace())
@@ -81,12 +86,10 @@ def insert_slots(text: str, *, slots: int) -> SlottedText:
     """Replace the placeholders of ``text`` with at most ``slots`` distinct keys.
 
     Other placeholders stay text, and so does a second form of a key (``%1$s`` beside ``%s``). A
-    text that holds slot characters is returned as it is.
+    slot character of the text itself is a unit too; where one cannot be, the text has no slots.
     """
-    found = find_placeholders(text) if slots else ()
-    if not found or any(FIRST_SLOT <= ord(c) < FIRST_SLOT + MAX_SLOTS for c in text):
-        return SlottedText(text)
-    keys = sorted({placeholder.key for placeholder in found})[:slots]
+    found = _with_slot_characters(text, find_placeholders(text)) if slots else []
+    keys = sorted({p.key for p in found}, key=lambda key: (not _IS_SLOT.search(key), key))[:slots]
     numbers = {key: number for number, key in enumerate(keys)}
     forms = {p.key: p.text for p in reversed(found) if p.key in numbers}
     chosen = [p for p in found if forms.get(p.key) == p.text]
@@ -94,16 +97,30 @@ def insert_slots(text: str, *, slots: int) -> SlottedText:
     for placeholder in chosen:
         parts += [text[position : placeholder.start], chr(FIRST_SLOT + numbers[placeholder.key])]
         position = placeholder.end
-    return SlottedText("".join([*parts, text[position:]]), _units(chosen, numbers))
+    slotted = "".join([*parts, text[position:]])
+    if not chosen or len(_IS_SLOT.findall(slotted)) > len(chosen):
+        return SlottedText(text)
+    return SlottedText(slotted, _units(chosen, numbers))
+
+
+def _with_slot_characters(text: str, found: Sequence[Placeholder]) -> list[Placeholder]:
+    own = [m.start() for m in _IS_SLOT.finditer(text)]
+    free = [i for i in own if not any(p.start <= i < p.end for p in found)]
+    more = [Placeholder(text[i], i, i + 1, "placeholder", text[i]) for i in free]
+    return sorted([*found, *more], key=lambda p: p.start)
 
 
 def _units(chosen: Sequence[Placeholder], numbers: dict[str, int]) -> tuple[CopyUnit, ...]:
-    texts, counts, after = {}, [0] * len(numbers), [-1] * len(numbers)
-    last = -1
-    for placeholder in chosen:
-        number = numbers[placeholder.key]
-        texts[number] = placeholder.text
-        counts[number] += 1
-        if placeholder.kind == "printf" and placeholder.key != placeholder.text:
-            after[number], last = last, number
-    return tuple(CopyUnit(texts[i], counts[i], after[i]) for i in range(len(numbers)))
+    texts = {numbers[p.key]: p.text for p in chosen}
+    counts = Counter(numbers[p.key] for p in chosen)
+    directives = [p for p in chosen if p.kind == "printf" and p.key != p.text]
+    after = {numbers[p.key]: (numbers[before.key],) for before, p in pairwise(directives)}
+    opened: dict[str, list[int]] = defaultdict(list)
+    for number, text in texts.items():
+        if (opening := _OPENING.match(text)) and not text.endswith("/>"):
+            opened[opening[1]].append(number)
+    for number, text in texts.items():
+        closing = _CLOSING.match(text)
+        if closing and opened[closing[1]]:
+            after[number] = tuple(opened[closing[1]])
+    return tuple(CopyUnit(texts[i], counts[i], after.get(i, ())) for i in range(len(numbers)))

@@ -32,22 +32,24 @@ class CopyConstraint:
         self._ids = torch.tensor(tokens.ids, device=device)  # [C]
         self._slots = torch.tensor(tokens.slot_of, device=device)  # [C]
         self._max_tokens = max_tokens
-        self._needed = torch.zeros(len(units), slots, dtype=torch.long, device=device)  # [B, S]
-        # slot S is always complete
-        self._after = torch.full((len(units), slots), slots, dtype=torch.long, device=device)
+        self._needed = torch.zeros(len(units), slots, dtype=torch.long)  # [B, S]
+        self._after = torch.zeros(len(units), slots, slots)  # [B, slot, slot before it]
         for row, found in enumerate(units):
             for slot, unit in enumerate(found):
                 self._needed[row, slot] = unit.count
-                if unit.after >= 0:
-                    self._after[row, slot] = unit.after
+                before = [s for s in unit.after if found[s].count]
+                self._after[row, slot, before] = 1
+        self._needed, self._after = self._needed.to(device), self._after.to(device)
 
     def __call__(
         self, ids: Int[Tensor, "R L"], source: Int[Tensor, "R"], log_prob: Float[Tensor, "R V"]
     ) -> Float[Tensor, "R V"]:
         """Return the log-probabilities of the next token under the constraint."""
-        missing = self._missing(ids, source)
-        complete = torch.nn.functional.pad(missing <= 0, (0, 1), value=True)
-        allowed = (missing > 0) & complete.gather(1, self._after[source])  # [R, S]
+        used = self._used(ids)
+        missing, after = self._needed[source] - used, self._after[source]
+        written_before = (after @ used.float()[:, :, None]).squeeze(2)
+        in_order = (after.sum(2) == 0) | (written_before > used)
+        allowed = (missing > 0) & in_order  # [R, S]
         copies = log_prob[:, self._ids].masked_fill(~allowed[:, self._slots], float("-inf"))
         mass, end = copies.logsumexp(1), log_prob[:, EOS]
         wanted = (missing > 0).any(1) & mass.isfinite()
@@ -60,12 +62,11 @@ class CopyConstraint:
         result[:, EOS] = torch.where(wanted, float("-inf"), end)
         return result
 
-    def _missing(self, ids: Int[Tensor, "R L"], source: Int[Tensor, "R"]) -> Int[Tensor, "R S"]:
-        """Return how often each slot is still to be written."""
-        needed = self._needed[source]
+    def _used(self, ids: Int[Tensor, "R L"]) -> Int[Tensor, "R S"]:
+        """Return how often each slot has been written."""
         written = ids[:, :, None] == self._ids  # [R, L, C]
-        used = torch.zeros_like(needed)
-        return needed - used.index_add_(1, self._slots, written.sum(1))
+        used = torch.zeros_like(self._needed[:1]).repeat(len(ids), 1)
+        return used.index_add_(1, self._slots, written.sum(1))
 
 
 def copy_rules(

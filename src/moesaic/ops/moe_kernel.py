@@ -96,7 +96,7 @@ class UnfusedMoEKernel:
 
 
 class KernelMemory(Protocol):
-    """What estimates need to know of an ``MoEKernel``."""
+    """What estimates need of an ``MoEKernel``."""
 
     def saved_activations(self, shape: KernelShape) -> float: ...
 

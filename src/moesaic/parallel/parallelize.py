@@ -108,8 +108,8 @@ def apply_context_parallel(model: Transformer, *, parallel: ParallelConfig, mesh
         token_split=parallel.context_parallel.token_split(),
     )
     group = mesh.group("context")
-    for mixer in _token_mixers(model) if group is not None else ():
-        mixer.backend = parallel.context_parallel.build(group, kv_heads=mixer.kv_heads)
+    for module in _token_mixers(model) if group is not None else ():
+        module.backend = parallel.context_parallel.build(group, kv_heads=module.kv_heads)
 
 
 def apply_expert_parallel(model: Transformer, *, parallel: ParallelConfig, mesh: Mesh) -> None:
@@ -151,24 +151,18 @@ def check_parallel(model: Transformer, *, parallel: ParallelConfig, plan: Parall
         raise ConfigError(problems)
 
 
-def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the path and the attention of every attention branch of the blocks."""
-    for path, module in model.named_modules():
-        if isinstance(module, SelfAttentionBranch | CrossAttentionBranch):
-            yield path, module.inner
-
-
 def _token_mixers(model: nn.Module) -> Iterator[SelfAttention | CrossAttention]:
-    for _, attention in _attentions(model):
-        if isinstance(attention, ShardableAttention):
-            yield from attention.token_mixers()
+    """Yield each module that mixes tokens once: of the blocks, and of routers that attend."""
+    attentions = (m for m in model.modules() if isinstance(m, ShardableAttention))
+    yield from dict.fromkeys(module for one in attentions for module in one.token_mixers())
 
 
 def _attention_problems(model: nn.Module, *, ranks: int) -> Iterator[str]:
     """Yield a sentence for each attention that would take its share of a row for the whole row."""
-    for path, attention in _attentions(model) if ranks > 1 else ():
-        if not isinstance(attention, ShardableAttention):
-            kind = type(attention).__name__
+    for path, branch in model.named_modules() if ranks > 1 else ():
+        is_attention = isinstance(branch, SelfAttentionBranch | CrossAttentionBranch)
+        if is_attention and not isinstance(branch.inner, ShardableAttention):
+            kind = type(branch.inner).__name__
             yield (
                 f"parallel.plan: context x tensor = {ranks} ranks share each row, but {kind} of "
                 f"{path} does not say where it mixes tokens: give it `token_mixers` (see "
@@ -179,7 +173,7 @@ def _attention_problems(model: nn.Module, *, ranks: int) -> Iterator[str]:
 def _context_parallel_problems(
     model: nn.Module, *, parallel: ParallelConfig, plan: ParallelPlan
 ) -> Iterator[str]:
-    for heads in sorted({mixer.heads // plan.tensor for mixer in _token_mixers(model)}):
+    for heads in sorted({module.heads // plan.tensor for module in _token_mixers(model)}):
         why = parallel.context_parallel.problems(heads=heads, ranks=plan.context)
         if plan.context > 1 and why:
             yield f"parallel.context={plan.context}: {why}"

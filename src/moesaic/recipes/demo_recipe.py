@@ -29,7 +29,7 @@ def demo() -> Run:
         name="demo",
         corpus=NamedCorpus(name="catalogues-small"),
         languages=("eng", *LANGUAGES),
-        tokenizer=TokenizerConfig(vocab_size=VOCABULARY, copy_units=8),
+        tokenizer=TokenizerConfig(vocab_size=VOCABULARY, copy_units=16),
         mixture=MixtureConfig(
             tasks=(
                 WeightedTask(task=Translation(), weight=0.9),

@@ -17,6 +17,7 @@ from moesaic.checkpoint.run_record import read_run_record, write_run_record
 from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import ConfigError
 from moesaic.core.files import atomic_write
+from moesaic.core.thread_waiting import waiting_advice
 from moesaic.data.loader import DataReplica, Loader
 from moesaic.distributed.compare_ranks import require_same_on_all_ranks, version_facts
 from moesaic.distributed.flight_recorder import mark_phase
@@ -78,7 +79,7 @@ def train(
         status = RunStatus(steps=run.steps, losses=losses)
         display = progress(status) if world.rank == 0 else no_progress(status)
         start = run_on_rank0(world, lambda: _open_run_dir(run_dir, run=run, resume=resume))
-        _note_all(display, start["notes"])
+        _note_all(display, [*start["notes"], *filter(None, [waiting_advice()])])
         mark_phase("preparing the data")
         prepared = prepare_data(run, run_dir=run_dir, world=world, notify=display.note)
         require_same_on_all_ranks(prepared.facts(), world=world, what="data")

@@ -1,6 +1,9 @@
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from moesaic.core.errors import UserError
 from moesaic.corpus.sources import path_patterns
@@ -82,6 +85,26 @@ def test_a_pattern_that_finds_too_much_is_refused(
         touch(f"{number}.po")
     with pytest.raises(UserError, match="more than 3 files; narrow"):
         find_matches(pattern)
+
+
+@settings(
+    max_examples=150,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    st.text(st.sampled_from("*?[]{}!-^\\ab.\0é"), max_size=10),
+    st.lists(
+        st.sampled_from(["{lang}", "{source}", "**/", "*", "de", "a/", "[a", "."]), max_size=6
+    ),
+)
+def test_any_pattern_finds_files_or_is_refused_with_a_sentence(odd: str, parts: list[str]) -> None:
+    for path in ("de.po", "a/de.po", "a/b/fr.po"):
+        touch(path)
+    with suppress(UserError):
+        for found in find_matches(odd + "".join(parts)):
+            assert found.path.is_file()
 
 
 def test_matching_takes_bounded_time_and_patterns_have_bounded_length() -> None:

@@ -18,10 +18,12 @@ def moses_file(prefix: Path, *, code: str) -> Path | None:
     """
     wanted = WantedLanguage.resolve(code)
     try:
-        beside = sorted(p for p in prefix.parent.iterdir() if p.name.startswith(f"{prefix.name}."))
+        siblings = sorted(
+            p for p in prefix.parent.iterdir() if p.name.startswith(f"{prefix.name}.")
+        )
     except OSError:
         return None
-    endings = ((name_without_compression(p)[len(prefix.name) + 1 :], p) for p in beside)
+    endings = ((name_without_compression(p)[len(prefix.name) + 1 :], p) for p in siblings)
     standard = (e for e in endings if is_same_tag(e[0], code) or resolve_locale(e[0]) is not None)
     return next(iter(wanted.select(standard)), None)
 
