@@ -64,8 +64,6 @@ def evaluate(
     was trained on; then summary.json, usage.json, insight.json and report.html of the run are
     written. A test set of your own needs no corpus.
 
-    Example: [cyan]moesaic eval runs/demo[/]
-
     Example: [cyan]moesaic eval runs/demo --pairs mine.tsv --from en --to de[/]
 
     Example: [cyan]moesaic eval runs/demo --testset udhr[/]
@@ -80,8 +78,7 @@ def evaluate(
         limit=limit,
         choice=DirectionChoice.parse(source, target),
     )
-    evaluated = EvaluatedRun.open(run, corpus=corpus_folder)
-    chosen = wanted.find(evaluated)
+    chosen = wanted.find(evaluated := EvaluatedRun.open(run, corpus=corpus_folder))
     summary = score_run(
         run,
         tests=chosen.tests,

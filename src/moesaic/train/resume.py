@@ -14,6 +14,7 @@ from moesaic.train.run import Run
 # Keys that may differ from the config in the checkpoint: length, monitoring, parallel layout.
 CHANGEABLE_KEYS = (
     "name",
+    "initial_weights",
     "steps",
     "checkpoint",
     "validation",

@@ -52,6 +52,7 @@ from moesaic.train.training_hooks import (
     no_progress,
     terminal_progress,
 )
+from moesaic.train.warm_start import InitialWeights, RandomWeights
 
 
 def train(
@@ -73,9 +74,7 @@ def train(
     run_dir, started = RunDir(Path(out)), time.monotonic()
     with init_distributed(timeout_s=run.collective_timeout_s) as world:
         _compare_ranks({**run.to_dict(), "until": until}, world=world)
-        losses = tuple(f"train/loss/{weighted.task.name}" for weighted in run.mixture.tasks)
-        status = RunStatus(steps=run.steps, losses=losses)
-        display = progress(status) if world.rank == 0 else no_progress(status)
+        display = (progress if world.rank == 0 else no_progress)(_run_status(run))
         start = run_on_rank0(world, lambda: _open_run_dir(run_dir, run=run, resume=resume))
         _note_all(display, [*start["notes"], *filter(None, [waiting_advice()])])
         mark_phase("preparing the data")
@@ -83,12 +82,10 @@ def train(
         require_same_on_all_ranks(prepared.facts(), world=world, what="data")
         record = partial(_record_run, run, prepared=prepared, run_dir=run_dir)
         _note_all(display, run_on_rank0(world, record))
-        mark_phase("making the model")
-        trainer = make_trainer(run, prepared=prepared, world=world)
-        standard = standard_hooks(trainer, run_dir=run_dir)
+        trainer, standard = _start_trainer(
+            run, prepared=prepared, run_dir=run_dir, world=world, checkpoint=start["path"]
+        )
         if start["path"] is not None:
-            mark_phase("resuming")
-            trainer.load_checkpoint(Path(start["path"]))
             display.note(f"resuming after step {trainer.step:,}, from {start['path']}")
         log = MetricsLogHook(writer=_open_writers(trainer, run_dir=run_dir), progress=display)
         hooks = [*standard, log, *hooks, CheckpointHook(run_dir.checkpoints, flush=log.flush)]
@@ -116,14 +113,35 @@ def train(
         )
 
 
+def _run_status(run: Run) -> RunStatus:
+    losses = tuple(f"train/loss/{weighted.task.name}" for weighted in run.mixture.tasks)
+    return RunStatus(steps=run.steps, losses=losses)
+
+
 def _compare_ranks(config: dict[str, Any], *, world: World) -> None:
     mark_phase("comparing the ranks")
     require_same_on_all_ranks(version_facts(), world=world, what="software")
     require_same_on_all_ranks(config, world=world, what="config")
 
 
-def make_trainer(run: Run, *, prepared: PreparedData, world: World) -> Trainer:
-    """Return a trainer of a run on its prepared data."""
+def _start_trainer(
+    run: Run, *, prepared: PreparedData, run_dir: RunDir, world: World, checkpoint: str | None
+) -> tuple[Trainer, list[Hook]]:
+    """Return the trainer, from its checkpoint if there is one, and its standard hooks."""
+    mark_phase("making the model")
+    initial = run.initial_weights if checkpoint is None else RandomWeights()
+    trainer = make_trainer(run, prepared=prepared, world=world, initial=initial)
+    standard = standard_hooks(trainer, run_dir=run_dir)  # they add what a checkpoint restores
+    if checkpoint is not None:
+        mark_phase("resuming")
+        trainer.load_checkpoint(Path(checkpoint))
+    return trainer, standard
+
+
+def make_trainer(
+    run: Run, *, prepared: PreparedData, world: World, initial: InitialWeights | None = None
+) -> Trainer:
+    """Return a trainer of a run on its prepared data, with its own or other initial weights."""
 
     def make_loader(replica: DataReplica) -> Loader:
         return Loader(
@@ -135,15 +153,24 @@ def make_trainer(run: Run, *, prepared: PreparedData, world: World) -> Trainer:
             replica=replica,
         )
 
-    return seeded_trainer(run, make_loader=make_loader, world=world)
+    return seeded_trainer(run, make_loader=make_loader, world=world, initial=initial)
 
 
 def seeded_trainer(
-    run: Run, *, make_loader: Callable[[DataReplica], BatchLoader], world: World
+    run: Run,
+    *,
+    make_loader: Callable[[DataReplica], BatchLoader],
+    world: World,
+    initial: InitialWeights | None = None,
 ) -> Trainer:
-    """Return a trainer at step 0: the same weights, but different random streams, on all ranks."""
+    """Return a trainer at step 0: the same weights, but different random streams, on all ranks.
+
+    ``initial`` are the weights; None leaves them to the run.
+    """
     torch.manual_seed(run.seed)
-    model = Transformer(run.model).to(world.device)
+    model = Transformer(run.model)
+    (initial or run.initial_weights).load_into(model)
+    model = model.to(world.device)
     seed_rank(run.seed, world=world)
     replica = DataReplica(*run.parallel.plan.resolve(world.size).data_shard(world.rank))
     return Trainer(run, model=model, data=make_loader(replica), world=world)
@@ -174,6 +201,8 @@ def _open_run_dir(run_dir: RunDir, *, run: Run, resume: Resume) -> dict[str, Any
         tokenizer = RunDir(path.parent.parent).tokenizer
         if not run_dir.tokenizer.is_file() and tokenizer.is_file():
             atomic_write(run_dir.tokenizer, tokenizer.read_bytes())
+    elif note := run.initial_weights.prepare(run_dir, model=run.model):
+        notes.append(note)
     atomic_write(run_dir.config, run.to_yaml())
     return {"path": None if path is None else str(path), "notes": notes}
 
