@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,8 @@ def train(
     """Train ``run`` in the directory ``out``, in one process or as one rank under torchrun.
 
     ``until`` stops after that step (the schedule still ends at ``run.steps``). ``hooks`` run after
-    the standard hooks. ``progress`` makes the progress display. Raises UserError: a config that
-    cannot work, a directory of another run, an unreadable corpus, a full disk, too many non-finite
-    steps.
+    the standard hooks. Raises UserError: a config that cannot work, a directory of another run, an
+    unreadable corpus, a full disk, too many non-finite steps.
     """
     check_run(run)
     last = _last_step(run, until=until)
@@ -91,22 +90,20 @@ def train(
         )
         if start["path"] is not None:
             display.note(f"resuming after step {trainer.step:,}, from {start['path']}")
-        ctrl_c = ExitStack()
         log = MetricsLogHook(writer=_open_writers(trainer, run_dir=run_dir), progress=display)
-        save = CheckpointHook(run_dir.checkpoints, flush=log.flush)
-        try:
-            ctrl_c.enter_context(StopRequest())  # one pressed again does not end the export
-            stop_reason = training_loop(trainer, hooks=[*standard, log, *hooks, save], until=last)
-            tokens = trainer.metrics.total_tokens(world)
-            mark_phase("export")
-            run_on_rank0(world, lambda: export_model(trainer, run_dir=run_dir, tokens=tokens))
-        except NonFiniteError as error:
-            hint = f"The last good state is saved. {_resume_hint(run_dir)}"
-            raise NonFiniteError(f"{error}. {hint}") from None
-        finally:
-            ctrl_c.close()
-            trainer.data.close()
-            log.close()
+        hooks = [*standard, log, *hooks, CheckpointHook(run_dir.checkpoints, flush=log.flush)]
+        with StopRequest():  # Ctrl-C that is pressed again does not end the export
+            try:
+                stop_reason = training_loop(trainer, hooks=hooks, until=last)
+                tokens = trainer.metrics.total_tokens(world)
+                mark_phase("export")
+                run_on_rank0(world, lambda: export_model(trainer, run_dir=run_dir, tokens=tokens))
+            except NonFiniteError as error:
+                saved = f"The last good state is saved. {_resume_hint(run_dir)}"
+                raise NonFiniteError(f"{error}. {saved}") from None
+            finally:
+                trainer.data.close()
+                log.close()
         _note_all(display, _final_notes(trainer, run_dir=run_dir, stop_reason=stop_reason))
         return TrainingResult(
             out=run_dir.path,
