@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from moesaic.moe.moe_module import aux_loss as aux_loss
     from moesaic.moe.moe_module import update_rules as update_rules
     from moesaic.recipes.lookup import find_recipe as recipe
+    from moesaic.recipes.lookup import warm_start as warm_start
     from moesaic.report.html_report import write_report
     from moesaic.serve.score import score_run
     from moesaic.serve.translator import Translator
@@ -51,6 +52,7 @@ _LAZY_IMPORTS = {
     "recipe": ("moesaic.recipes.lookup", "find_recipe"),
     "score_run": ("moesaic.serve.score", "score_run"),
     "update_rules": ("moesaic.moe.moe_module", "update_rules"),
+    "warm_start": ("moesaic.recipes.lookup", "warm_start"),
     "write_report": ("moesaic.report.html_report", "write_report"),
 }
 
@@ -67,6 +69,7 @@ __all__ = [
     "recipe",
     "score_run",
     "update_rules",
+    "warm_start",
     "write_report",
 ]
 

@@ -477,3 +477,19 @@ def test_config_upgrade_rewrites_an_old_config(capsys, tmp_path):
     assert last_json(capsys)["renamed"] == {"accumulate": "gradient_accumulation_steps"}
     assert file.read_text() == text
     assert "accumulate: 1" in (tmp_path / "old.yaml.old").read_text()
+
+
+def test_config_upgrade_rewrites_an_old_corpus_recipe(capsys, tmp_path):
+    file = tmp_path / "mine.yaml"
+    files = "files: [{path: a.tsv, source: en, target: de}]"
+    file.write_text(
+        f"name: mine\nsource: {{kind: Files, {files}}}\nsplit: {{near: KeepNearDuplicates}}"
+    )
+    assert "moesaic config upgrade" in refused(["data", "build", str(file)], capsys)
+    main_ok(["config", "upgrade", str(file), "--json"])
+    assert last_json(capsys)["renamed"] == {
+        "source.kind=Files": "LocalFiles",
+        "split.near": "split.near_duplicates",
+    }
+    assert "kind: LocalFiles" in file.read_text()
+    assert "no such file" in refused(["data", "build", str(file)], capsys)

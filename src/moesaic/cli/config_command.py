@@ -26,6 +26,7 @@ with deferred():
     from moesaic.core.errors import ConfigError
     from moesaic.core.files import atomic_write
     from moesaic.core.yaml_reader import read_yaml_file
+    from moesaic.corpus.corpus_recipes import CorpusRecipe
     from moesaic.model.presets import PRESETS
     from moesaic.recipes.lookup import RECIPES, find_recipe
     from moesaic.train.run import Run
@@ -91,7 +92,10 @@ def schema() -> None:
 
 @app.command()
 def upgrade(
-    path: Annotated[Path, typer.Argument(metavar="FILE|RUN", help="A config.yaml or a run.")],
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="FILE|RUN", help="A config.yaml, a corpus recipe or a run."),
+    ],
     *,
     as_json: JsonOption = False,
 ) -> None:
@@ -107,11 +111,12 @@ def upgrade(
     value = read_yaml_file(file)
     if not isinstance(value, dict):
         raise ConfigError([f"{file}: not a config, which is a mapping of names to values"])
-    upgraded, renamed = upgrade_config(value)
+    config = CorpusRecipe if "source" in value else Run
+    upgraded, renamed = upgrade_config(value, config=config.__name__)
     if renamed:
-        run = Run.from_dict(upgraded)
+        text = config.from_dict(upgraded).to_yaml()
         atomic_write(file.with_name(f"{file.name}.old"), file.read_bytes())
-        atomic_write(file, run.to_yaml())
+        atomic_write(file, text)
     print_result(
         {"path": str(file), "renamed": renamed},
         as_json=as_json,

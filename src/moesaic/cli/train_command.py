@@ -21,13 +21,15 @@ from moesaic.cli.styled_text import styled
 from moesaic.cli.user_files import import_user_files
 
 with deferred():
+    from moesaic.checkpoint.manifest import MANIFEST_FILE
     from moesaic.checkpoint.run_directory import RunDir
     from moesaic.checkpoint.trained_directions import read_trained_directions
     from moesaic.core.errors import UserError
     from moesaic.core.units import show_count, show_seconds
-    from moesaic.recipes.lookup import find_recipe
+    from moesaic.recipes.lookup import find_recipe, warm_start
     from moesaic.train.loop import TrainingResult
     from moesaic.train.resume import Resume, ResumeFrom, ResumeLatest, StartFresh
+    from moesaic.train.run import Run
     from moesaic.train.run_training import train as run_training
     from moesaic.train.training_hooks import no_progress, terminal_progress
 
@@ -46,6 +48,10 @@ def train(
         str | None,
         typer.Option(metavar="auto|DIR", help="Continue the run in --out (auto) or in DIR."),
     ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Start from the weights and the tokenizer of a run."),
+    ] = None,
     until: Annotated[int | None, typer.Option(min=1, help="Stop after this step.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress output.")] = False,
     files: UseOption = None,
@@ -57,19 +63,16 @@ def train(
 
     Resume: [cyan]moesaic train --resume runs/mine[/]
 
+    Warm start on other data: [cyan]moesaic train --init runs/demo --set steps=300
+    --set 'corpus=CorpusFolder(path="own")' --out runs/own[/]
+
     On several processes: [cyan]torchrun --nproc-per-node 2 -m moesaic train demo[/]
     """
     import_user_files(files)
-    if which is None and resume in (None, "auto"):
-        raise UserError("nothing to train: name a recipe, a config.yaml, or --resume DIR")
-    if which is None and Path(str(resume)).parent.name == "checkpoints":
-        run_dir, step = Path(str(resume)).parent.parent, Path(str(resume)).name
-        raise UserError(
-            f"{resume} is a checkpoint: name its run too, and a new directory, as in "
-            f"`moesaic train {run_dir} --resume {run_dir}/checkpoints/{step} --out runs/NAME`"
-        )
-    run = find_recipe(which or str(resume), changes=changes or [])
-    folder = out or (Path("runs") / run.name if which else Path(str(resume)))
+    run = _find_run(which, init=init, resume=resume, changes=changes or [])
+    folder = out or (
+        Path("runs") / run.name if which or init else run_of_checkpoint(Path(str(resume)))
+    )
     result = run_training(
         run,
         folder,
@@ -84,10 +87,29 @@ def train(
         raise typer.Exit(result.exit_code)
 
 
+def _find_run(
+    which: str | None, *, init: Path | None, resume: str | None, changes: list[str]
+) -> Run:
+    if init is not None:
+        if resume is not None and resume != "auto":
+            raise UserError("--init starts a run and --resume DIR continues one: give one of them")
+        return warm_start(str(init), which=which, changes=changes)
+    if which is None and resume in (None, "auto"):
+        raise UserError(
+            "nothing to train: name a recipe, a config.yaml, --init RUN, or --resume DIR"
+        )
+    return find_recipe(which or str(run_of_checkpoint(Path(str(resume)))), changes=changes)
+
+
 def _next_command(out: Path) -> str:
     """Return the command that scores a run: what it was trained on decides."""
     record = read_trained_directions(RunDir(out).directions)
     return (record.next_command if record else "eval {run}").format(run=shlex.quote(str(out)))
+
+
+def run_of_checkpoint(path: Path) -> Path:
+    """Return the run of a checkpoint ``RUN/checkpoints/step-N``, any other path as it is."""
+    return path.parent.parent if (path / MANIFEST_FILE).is_file() else path
 
 
 def resume_from(text: str | None) -> Resume:

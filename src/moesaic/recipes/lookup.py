@@ -1,5 +1,6 @@
 """Recipe lookup: the Run of a recipe's name, of a config file or of a run directory."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from moesaic.checkpoint.run_directory import RunDir
@@ -12,6 +13,7 @@ from moesaic.recipes.demo_recipe import demo
 from moesaic.recipes.multilingual_recipes import multilingual_50, multilingual_50_laptop
 from moesaic.recipes.tiny_recipes import tiny, tiny_lm
 from moesaic.train.run import Run
+from moesaic.train.warm_start import WeightsOfRun
 
 RECIPES: Registry[Run] = Registry("recipe")
 for _recipe in (demo, tiny, tiny_lm, multilingual_50, multilingual_50_laptop):
@@ -25,6 +27,24 @@ def find_recipe(which: str, *, changes: list[str] | None = None) -> Run:
     """
     run = _read_run(which)
     return run.override(changes) if changes else run
+
+
+def warm_start(init: str, *, which: str | None = None, changes: Sequence[str] = ()) -> Run:
+    """Return a Run that starts from the weights and the tokenizer of the run directory ``init``.
+
+    It is the Run of ``which`` (see ``find_recipe``), or that of ``init`` under another name, with
+    ``changes`` applied. Its languages are all of the corpus if the corpus is changed and they are
+    not. Raises UserError.
+    """
+    init_run = str(RunDir.open(Path(init)).path)
+    given = {change.partition("=")[0].strip().partition(".")[0] for change in changes}
+    run = _read_run(which or init_run)
+    if which is None:
+        run = run.replace(name=f"{run.name}-warm-start")
+        if "corpus" in given and "languages" not in given:
+            run = run.replace(languages=())
+    run = run.replace(initial_weights=WeightsOfRun(path=init_run))
+    return run.override(list(changes)) if changes else run
 
 
 def _read_run(which: str) -> Run:

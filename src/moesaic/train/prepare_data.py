@@ -136,7 +136,8 @@ def _check_tokenizer(tokenizer: Tokenizer, *, run: Run, corpus: CorpusSubset, pa
     missing = [code for code in corpus.languages if code not in tokenizer.languages]
     if missing:
         problems.append(
-            f"languages: {path} has no tag for {', '.join(missing)}; remove it to train another"
+            f"languages: {path} has no tag for {', '.join(missing)}, but for "
+            f"{', '.join(tokenizer.languages)}; {run.initial_weights.way_out}"
         )
     if problems:
         raise ConfigError(problems)

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.config import Choice, Config
 from moesaic.core.config_errors import show_value
+from moesaic.core.names import FileName
 from moesaic.corpus.build_corpus import build_corpus
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.corpus_recipes import CorpusRecipe
@@ -26,6 +27,7 @@ from moesaic.optim.lr_schedule import WSD, LRSchedule
 from moesaic.optim.optimizer import AdamW, Optimizer
 from moesaic.parallel.config import ParallelConfig
 from moesaic.train.bad_steps import IgnoreSpikes, SpikePolicy
+from moesaic.train.warm_start import InitialWeights, RandomWeights
 
 MAX_NAME_BYTES = 200  # a file system takes 255, and files are named after a run
 
@@ -100,7 +102,7 @@ class CorpusSource(Choice):
 class NamedCorpus(CorpusSource):
     """A predefined corpus, e.g. ``catalogues-small``; built once, in the data directory."""
 
-    name: str
+    name: FileName
 
     def open(self) -> Corpus:
         return build_corpus(self.name)
@@ -178,6 +180,7 @@ class Run(Config):
     of the corpus. A step takes ``gradient_accumulation_steps`` micro-batches of
     ``loader.batch_tokens`` tokens over all ranks together. After ``max_bad_steps`` consecutive
     non-finite steps the run stops with a checkpoint; ``spikes`` decides about finite loss spikes.
+    ``initial_weights`` may be those of another run (a warm start).
     ``parallel`` distributes the run over its ranks and changes nothing else. If a collective does
     not finish within ``collective_timeout_s``, the run ends with an error.
     """
@@ -190,6 +193,7 @@ class Run(Config):
     mixture: MixtureConfig
     loader: LoaderConfig
     model: ModelConfig
+    initial_weights: InitialWeights = RandomWeights()
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     optimizer: Optimizer = AdamW()
     schedule: LRSchedule = WSD()

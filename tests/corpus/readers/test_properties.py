@@ -1,6 +1,7 @@
 import pytest
 
 from moesaic.core.errors import UserError
+from moesaic.corpus.readers import limits
 from moesaic.corpus.readers.properties import parse_properties
 
 
@@ -36,6 +37,13 @@ def test_escapes_are_decoded_in_keys_and_texts() -> None:
 
 def test_a_text_may_be_empty_and_the_last_line_may_end_in_a_backslash() -> None:
     assert read("a =\nb\nc = x\\") == {"a": "", "b": "", "c": "x"}
+
+
+def test_continued_lines_take_linear_time_and_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read("a = " + "\\\\\\\n" * 100_000 + "x")["a"] == "\\" * 100_000 + "x"
+    monkeypatch.setattr(limits, "MAX_LINE_BYTES", 100)
+    with pytest.raises(UserError, match=r"line 2: with the lines that continue it longer than 100"):
+        read("a = b\nc = " + "x\\\n" * 60)
 
 
 def test_a_wrong_escape_is_named_with_its_line() -> None:

@@ -248,6 +248,13 @@ def test_a_strange_json_line_is_refused_in_a_short_sentence(
     assert len(str(error.value)) < 500 + len(str(tmp_path))
 
 
+@pytest.mark.parametrize("end", ["", "\\"])
+def test_a_text_that_does_not_end_takes_linear_time(tmp_path: Path, end: str) -> None:
+    line = '{"src": "' + '[\\"' * 300_000 + end  # quadratic: minutes
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: not valid JSON"):
+        read(tmp_path / "a.jsonl", line)
+
+
 def test_brackets_within_texts_are_no_nesting(tmp_path: Path) -> None:
     text = '[{"' * 200
     line = json.dumps({"src": text, "tgt": "x"})

@@ -59,6 +59,7 @@ _SCRIPTS = {
 _HIGH_RUN = re.compile(rb"[\x80-\xff]{2,}")
 _WORD = re.compile(r"[^\W\d_]*[^\x00-\x7f][^\s]*")
 _SHOWN = 24  # characters of a reading
+_JUDGED = 8192  # bytes before and after the place
 _MARGIN, _DOUBTFUL = 0.05, 0.6
 
 
@@ -121,8 +122,8 @@ def _mostly_utf8(sample: bytes) -> bool:
 
 def _best_readings(sample: bytes, *, at: int) -> list[tuple[str, str]]:
     """Return up to three (encoding, a word in it) that read about equally well, the best first."""
-    start = sample.rfind(b"\n", 0, max(0, at - 2048)) + 1
-    end = sample.rfind(b"\n", at) + 1 or len(sample)
+    start = max(sample.rfind(b"\n", 0, max(0, at - 2048)) + 1, at - _JUDGED)
+    end = sample.rfind(b"\n", at, at + _JUDGED) + 1 or at + _JUDGED
     high = sum(byte > 0x7F for byte in sample)
     runs = sum(len(run) for run in _HIGH_RUN.findall(sample))
     names = [name for name in _TABLE if runs * 2 > high or name not in _MULTI_BYTE]

@@ -26,7 +26,7 @@ PLURAL_FORMS = "plural_forms"  # the reason of rejected pairs
 
 _MO_BYTE_ORDERS = {b"\xde\x12\x04\x95": "<", b"\x95\x04\x12\xde": ">"}
 _DEFAULT = re.compile(r'Default:\s*"(.*)"\s*', re.DOTALL)
-_KEY = re.compile(r"[^\W_]+(?:[_.:-]+[^\W_]+)+")
+_KEY = re.compile(r"[^\W_]++(?:[_.:-]++[^\W_]++)++")
 _CHARSET = re.compile(rb"charset=([\w.:+-]{1,40})", re.IGNORECASE)
 _CHARSET_OF_PO = re.compile(rb'"Content-Type:[^\n]{0,200}?charset=([\w.:+-]{1,40})', re.IGNORECASE)
 _KDE_CONTEXT = re.compile(r"_:[^\n]*\n")

@@ -18,7 +18,8 @@ from moesaic.corpus.readers.text_lines import read_lines, replace_lone_surrogate
 from moesaic.corpus.readers.variants import WantedLanguage
 
 _PAIR_KEYS = (("src", "tgt"), ("source", "target"))
-_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+# also one that does not end: to look for its end from each quote anew takes quadratic time
+_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 _BRACKETS = re.compile(r"[\[\]{}]")
 _SHOWN = 60
 

@@ -4,10 +4,11 @@ import re
 from collections.abc import Iterable, Iterator
 
 from moesaic.core.errors import DataError
+from moesaic.corpus.readers import limits
 from moesaic.corpus.readers.keyed_text import KeyedText
 from moesaic.corpus.readers.text_lines import replace_lone_surrogates
 
-_KEY = re.compile(r"((?:[^\\=:\s]|\\.)*)[ \t\f]*[=: \t\f]?[ \t\f]*(.*)", re.DOTALL)
+_KEY = re.compile(r"((?:[^\\=:\s]++|\\.)*+)[ \t\f]*[=: \t\f]?[ \t\f]*(.*)", re.DOTALL)
 _ESCAPE = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|(.))", re.DOTALL)
 _SIMPLE = {"n": "\n", "t": "\t", "r": "\r", "f": "\f"}
 _BLANK = " \t\f"
@@ -18,20 +19,27 @@ def parse_properties(lines: Iterable[tuple[int, str]], *, name: str) -> Iterator
 
     Raises DataError with file and line on a ``\u`` that four hexadecimal digits do not follow.
     """
-    joined, first_line = "", 0
+    parts: list[str] = []
+    first_line, size, filled = 0, 0, False
     for number, line in lines:
         text = line.rstrip("\r\n").lstrip(_BLANK)
-        if not joined and (not text or text[0] in "#!"):
+        if not filled and (not text or text[0] in "#!"):
             continue
-        first_line = first_line or number
-        joined += text
-        if _continues_on_next_line(joined):
-            joined = joined[:-1]
-            continue
-        yield _property(joined, where=f"{name}, line {first_line}")
-        joined, first_line = "", 0
-    if joined:
-        yield _property(joined, where=f"{name}, line {first_line}")
+        first_line, size = first_line or number, size + len(text)
+        where = f"{name}, line {first_line}"
+        if size > limits.MAX_LINE_BYTES:
+            raise DataError(
+                f"{where}: with the lines that continue it longer than "
+                f"{limits.as_size(limits.MAX_LINE_BYTES)}, the limit of a line; divide the text"
+            )
+        continues = _continues_on_next_line(text)
+        parts.append(text[:-1] if continues else text)
+        filled = filled or bool(parts[-1])
+        if not continues:
+            yield _property("".join(parts), where=where)
+            parts, first_line, size, filled = [], 0, 0, False
+    if filled:
+        yield _property("".join(parts), where=f"{name}, line {first_line}")
 
 
 def _continues_on_next_line(text: str) -> bool:

@@ -22,7 +22,7 @@ from moesaic.corpus.sources.text_source import LanguageFilter, Progress, SourceF
 _IN_FOLDER = re.compile(r"(?:^|/)([^/]+)/(?:LC_MESSAGES/)?[^/]+\.(mo|po)$")
 _IN_NAME = re.compile(r"(?:^|/)(?:[\w.]+[-.])?([A-Za-z]{2,3}(?:[_@-]\w+)*)\.(mo|po)$")
 _MO = re.compile(r"\.mo$")
-_KEY = re.compile(r"[a-z0-9]+(?:[_.][a-z0-9]+)+|[A-Z0-9]+(?:_[A-Z0-9]+)+")
+_KEY = re.compile(r"[a-z0-9]++(?:[_.][a-z0-9]++)++|[A-Z0-9]++(?:_[A-Z0-9]++)++")
 
 
 def desktop_packages() -> tuple[str, ...]:

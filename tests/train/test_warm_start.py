@@ -1,0 +1,123 @@
+"""A run can start from the weights and the tokenizer of another run."""
+
+import pytest
+import torch
+
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.safetensors_io import read_tensors
+from moesaic.core.errors import CheckpointError, ConfigError
+from moesaic.corpus.corpus_recipes import CorpusRecipe
+from moesaic.corpus.sources.synthetic import SyntheticLanguages
+from moesaic.distributed.forked_ranks import run_on_ranks
+from moesaic.distributed.parallel_plan import ParallelPlan
+from moesaic.optim.lr_schedule import WSD
+from moesaic.parallel.config import ParallelConfig
+from moesaic.recipes.lookup import warm_start
+from moesaic.testing.tiny_models import synthetic_run, tiny_model_config
+from moesaic.train.resume import ResumeLatest
+from moesaic.train.run import BuiltCorpus, Run
+from moesaic.train.run_training import train
+from moesaic.train.training_hooks import Hook, no_progress
+from moesaic.train.warm_start import RandomWeights, WeightsOfRun
+
+
+class Weights(Hook):
+    """Keeps the weights before the first step, whole on every rank."""
+
+    def before_run(self, trainer) -> None:
+        self.optimizer_is_fresh = not trainer.optimizer.state
+        self.weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def init(data_home, tmp_path_factory):
+    """A finished run of a few steps."""
+    out = tmp_path_factory.mktemp("runs") / "init"
+    train(synthetic_run(steps=5, schedule=WSD()), out, progress=no_progress)
+    return out
+
+
+def other_corpus(**changes):
+    recipe = CorpusRecipe(name="more-phrases", source=SyntheticLanguages(phrases=300, **changes))
+    return BuiltCorpus(recipe=recipe)
+
+
+def started(init, **changes) -> Run:
+    return warm_start(str(init), changes=["steps=3"]).replace(**changes)
+
+
+def test_weights_and_tokenizer_are_those_of_the_run_and_the_optimizer_is_new(init, tmp_path):
+    out, seen = tmp_path / "next", Weights()
+    run = started(init, corpus=other_corpus())
+    result = train(run, out, hooks=[seen], progress=no_progress)
+    weights = read_tensors(RunDir(init).model)
+    assert result.steps == 3
+    assert seen.optimizer_is_fresh
+    assert all(torch.equal(seen.weights[name], weights[name]) for name in seen.weights)
+    assert RunDir(out).tokenizer.read_bytes() == RunDir(init).tokenizer.read_bytes()
+    recorded = Run.from_yaml(RunDir(out).config.read_text())
+    assert recorded == run
+    assert recorded.initial_weights == WeightsOfRun(path=str(init))
+    assert not torch.equal(
+        read_tensors(RunDir(out).model)["embedding.weight"], weights["embedding.weight"]
+    )
+
+
+def test_a_warm_started_run_resumes_without_the_run_that_it_came_from(init, tmp_path):
+    copy, whole, parts = (tmp_path / name for name in ("init", "whole", "parts"))
+    copy.mkdir()
+    for name in ("config.yaml", "tokenizer.json", "model.safetensors"):
+        (copy / name).write_bytes((init / name).read_bytes())
+    run = started(copy)
+    train(run, whole, progress=no_progress)
+    train(run, parts, until=2, progress=no_progress)
+    (copy / "model.safetensors").unlink()
+    train(run, parts, resume=ResumeLatest(), progress=no_progress)
+    assert RunDir(parts).model.read_bytes() == RunDir(whole).model.read_bytes()
+
+
+def test_sharded_ranks_start_from_the_same_weights(init, tmp_path):
+    run = started(init, steps=1)
+    train(run, tmp_path / "one", progress=no_progress)
+    sharded = run.replace(parallel=ParallelConfig(plan=ParallelPlan(tensor=2, expert=2)))
+    run_on_ranks(2, lambda: train(sharded, tmp_path / "two", progress=no_progress))
+    one, two = (read_tensors(RunDir(tmp_path / name).model) for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_does_not_fit_is_refused_before_any_work_and_tensors_are_named(init, tmp_path):
+    run = started(init, model=tiny_model_config(layers=2).replace(vocab_size=400))
+    with pytest.raises(CheckpointError, match=r"--init .*encoder\.1\..* is missing") as caught:
+        train(run, tmp_path / "next", progress=no_progress)
+    assert "leave out the recipe" in str(caught.value)
+    assert not (tmp_path / "next" / "config.yaml").exists()
+
+
+def test_a_language_without_a_tag_is_refused_with_a_way_out(init, tmp_path):
+    run = started(init, corpus=other_corpus(languages=("qaa_Latn", "qad_Latn")))
+    with pytest.raises(ConfigError, match=r"no tag for qad_\w+, but for .*--set languages="):
+        train(run, tmp_path / "next", progress=no_progress)
+
+
+def test_a_run_without_weights_is_refused(init, tmp_path):
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.yaml").write_bytes((init / "config.yaml").read_bytes())
+    with pytest.raises(CheckpointError, match=r"model\.safetensors missing"):
+        train(started(tmp_path / "begun"), tmp_path / "next", progress=no_progress)
+    with pytest.raises(CheckpointError, match="no such run"):
+        warm_start(str(tmp_path / "none"))
+
+
+def test_the_config_is_that_of_the_run_unless_a_recipe_is_named(init):
+    run = warm_start(str(init), changes=["steps=7"])
+    assert (run.name, run.steps) == ("synthetic-warm-start", 7)
+    assert warm_start(str(init), which="tiny").model.dim == 64
+    assert synthetic_run().initial_weights == RandomWeights()
+    languages = ["languages=[en,qaa]"]
+    chosen = warm_start(str(init), changes=languages)
+    assert warm_start(str(init), changes=["corpus=CorpusFolder(path=x)"]).languages == ()
+    both = warm_start(str(init), changes=[*languages, "corpus=CorpusFolder(path=x)"])
+    assert both.languages == chosen.languages == ("en", "qaa")
+    with pytest.raises(ConfigError):
+        warm_start(str(init), changes=["stepz=3"])
