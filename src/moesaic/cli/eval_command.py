@@ -50,9 +50,7 @@ def evaluate(
     source: Annotated[str | None, typer.Option("--from", help="Only this source language.")] = None,
     target: Annotated[str | None, typer.Option("--to", help="Only this target language.")] = None,
     split: Annotated[str, typer.Option(help="valid, test or a held-out domain.")] = "test",
-    limit: Annotated[
-        int | None, typer.Option(min=1, max=10**9, help="Sentences per language.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, max=10**9, help="Strings of each.")] = None,
     beam: Annotated[int, typer.Option(min=1, max=1024, help="Beam size; 1 is greedy.")] = 1,
     resamples: Annotated[int, typer.Option(min=10, max=10**6, help="Bootstrap resamples.")] = 1000,
     corpus_folder: CorpusOption = None,
