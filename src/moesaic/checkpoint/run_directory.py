@@ -9,7 +9,7 @@ from moesaic.core.file_reader import MAX_INT, MIB, FileKind, require_no_link_out
 SUMMARY_FILE = FileKind(name="summary of scores", max_bytes=16 * MIB, error=CheckpointError)
 INSIGHT_FILE = FileKind(name="analysis of routing", max_bytes=64 * MIB, error=CheckpointError)
 SCORE_CURVE_FILE = FileKind(name="learning curve", max_bytes=16 * MIB, error=CheckpointError)
-_RUN_FILE = FileKind(name="file of a run", max_bytes=MAX_INT, error=CheckpointError)
+RUN_FILE = FileKind(name="file of a run", max_bytes=MAX_INT, error=CheckpointError)
 MODEL_FILES = ("config.yaml", "tokenizer.json", "model.safetensors")
 
 
@@ -72,7 +72,7 @@ class RunDir:
         """
         for member in vars(type(self)).values():
             if isinstance(member, _PathIn) and (self.path / member.name).is_symlink():
-                require_no_link_out(self.path, member.name, kind=_RUN_FILE)
+                require_no_link_out(self.path, member.name, kind=RUN_FILE)
 
     def require_model(self) -> None:
         """Raise CheckpointError unless config, tokenizer and weights exist."""

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from moesaic.core.config_errors import show_value
 from moesaic.core.errors import CheckpointError, ConfigError
 from moesaic.data.batch import Batch
 from moesaic.data.batch_stream import (
@@ -29,6 +30,8 @@ from moesaic.data.tokenizer import Tokenizer
 __all__ = ["DataReplica", "Loader", "LoaderConfig"]
 
 STATE_FORMAT = 1
+_POSITION_FIELDS = ("first", "batch", "counts", "skipped")
+_MAX_DRAWS = 1 << 48  # rows drawn in one run; sums of them fit in 64 bits
 _SINGLE_REPLICA = DataReplica()
 
 T = TypeVar("T")
@@ -165,8 +168,7 @@ class Loader:
                 f"{self._fingerprint[:8]}); continue with the config it was saved with"
             )
         self.close()
-        arrays = (np.array(state[name], dtype=np.int64) for name in ("counts", "skipped"))
-        self._seek(LoaderPosition(int(state["first"]), int(state["batch"]), *arrays))
+        self._seek(_read_position(state, streams=len(self._stream.mixture.streams)))
 
     def frequencies(self) -> list[StreamFrequency]:
         """Return the expected and actual frequency of each stream so far."""
@@ -203,6 +205,21 @@ class Loader:
     def _seek(self, position: LoaderPosition) -> None:
         self._position = position
         self._counts, self._skipped = position.counts, position.skipped
+
+
+def _read_position(state: dict[str, Any], *, streams: int) -> LoaderPosition:
+    """Return the position in a checkpoint's state. Raises CheckpointError naming a wrong field."""
+    first, batch = state.get("first", -1), state.get("batch", -1)
+    rows: list[Any] = [state.get("counts"), state.get("skipped")]
+    fits = all(isinstance(row, list) and len(row) == streams for row in rows)
+    numbers = [first, batch, *(n for row in rows if isinstance(row, list) for n in row)]
+    if not fits or any(type(n) is not int or not 0 <= n <= _MAX_DRAWS for n in numbers):
+        found = ", ".join(f"{name} {show_value(state.get(name))}" for name in _POSITION_FIELDS)
+        raise CheckpointError(
+            f"the saved data position has {found}; expected whole numbers of at least 0, and one "
+            f"for each of {streams} directions in counts and skipped"
+        )
+    return LoaderPosition(first, batch, *(np.array(row, dtype=np.int64) for row in rows))
 
 
 def _fingerprint(

@@ -171,7 +171,7 @@ def _start_trainer(
     standard = standard_hooks(trainer, run_dir=run_dir)  # they add what a checkpoint restores
     if checkpoint is not None:
         mark_phase("resuming")
-        _load_checkpoint(trainer, Path(checkpoint))
+        load_saved_state(trainer, Path(checkpoint))
     return trainer, standard
 
 
@@ -273,7 +273,7 @@ def _saved_config(checkpoint: Path) -> dict[str, Any]:
         return upgraded
 
 
-def _load_checkpoint(trainer: Trainer, path: Path) -> None:
+def load_saved_state(trainer: Trainer, path: Path) -> None:
     """Load a verified checkpoint, whose state may still be of another kind than a run's."""
     try:
         trainer.load_checkpoint(path)

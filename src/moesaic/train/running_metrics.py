@@ -62,9 +62,6 @@ class EventLog:
         """Return the state for a checkpoint (JSON data)."""
         return {"best": asdict(self.best) if math.isfinite(self.best.loss) else None}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self.best = BestValidation(**state["best"]) if state["best"] else BestValidation()
-
 
 @dataclass(frozen=True, slots=True)
 class LossCategories:
