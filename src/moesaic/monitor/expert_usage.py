@@ -15,13 +15,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from moesaic.core.errors import DataError
-from moesaic.core.file_reader import MIB, FileKind, read_json_mapping
+from moesaic.core.file_reader import MAX_INT, MIB, FileKind, FileShape
 from moesaic.core.files import atomic_write
 from moesaic.core.shapes import Bool, Int, Tensor
 
@@ -235,6 +236,43 @@ class UsageCounter:
         )
 
 
+Count = Annotated[int, Field(ge=0, le=MAX_INT)]
+
+
+class _LayerShape(FileShape):
+    layer: str
+    counts: tuple[tuple[Count, ...], ...] = Field(min_length=1)
+    dropped: tuple[Count, ...]
+    dropped_late: Count
+    router_entropy: float | None = Field(ge=0)
+    logit_rms: float | None = Field(ge=0)
+    null_experts: Count | None = None
+    spare: Count = 0  # the name of ``null_experts`` in files of older versions
+
+    @property
+    def num_null_experts(self) -> int:
+        return self.spare if self.null_experts is None else self.null_experts
+
+    def problem(self, *, groups: int) -> str:
+        """Return what does not fit together, or nothing."""
+        widths = {len(row) for row in (*self.counts, self.dropped)}
+        if widths != {groups}:
+            return f"rows of {sorted(widths)} numbers, expected one for each of {groups} languages"
+        if self.num_null_experts >= len(self.counts):
+            return f"{self.num_null_experts} null experts, but {len(self.counts)} experts"
+        if self.dropped_late > sum(self.dropped):
+            return f"dropped_late is {self.dropped_late}, but {sum(self.dropped)} are dropped"
+        edges = sum(map(sum, self.counts)) + sum(self.dropped)
+        return "" if edges <= MAX_INT else f"{edges} edges, expected at most {MAX_INT}"
+
+
+class _UsageShape(FileShape):
+    kind: ClassVar[FileKind] = USAGE_FILE
+    format: Literal[1]  # USAGE_FORMAT
+    languages: tuple[str, ...]
+    layers: tuple[_LayerShape, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class RecordedUsage:
     """The content of a ``usage.json``."""
@@ -245,15 +283,11 @@ class RecordedUsage:
 
 def read_usage(path: Path) -> RecordedUsage:
     """Read ``usage.json``. Raises DataError if it is not one."""
-    try:
-        content = read_json_mapping(path, USAGE_FILE)
-        if content["format"] != USAGE_FORMAT:
-            raise DataError(f"{path}: format {content['format']}, expected {USAGE_FORMAT}")
-        groups = len(content["languages"])
-        layers = tuple(_layer_from_json(layer, groups=groups) for layer in content["layers"])
-        return RecordedUsage(tuple(content["languages"]), layers)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a usage file ({error})") from error
+    found = _UsageShape.read(path)
+    for number, layer in enumerate(found.layers):
+        if problem := layer.problem(groups=len(found.languages)):
+            raise USAGE_FILE.problem(path, f"layers.{number}: {problem}")
+    return RecordedUsage(found.languages, tuple(map(_layer_from_shape, found.layers)))
 
 
 def _layer_to_json(layer: LayerUsage) -> dict[str, Any]:
@@ -267,16 +301,13 @@ def _layer_to_json(layer: LayerUsage) -> dict[str, Any]:
     } | {n: x if x is not None and math.isfinite(x) else None for n, x in measured.items()}
 
 
-def _layer_from_json(layer: dict[str, Any], *, groups: int) -> LayerUsage:
-    counts = np.array(layer["counts"], dtype=np.int64)
-    if counts.ndim != 2 or counts.shape[1] != groups:
-        raise ValueError(f"{layer['layer']} has counts {list(counts.shape)}")
+def _layer_from_shape(layer: _LayerShape) -> LayerUsage:
     return LayerUsage(
-        layer=layer["layer"],
-        counts=counts,
-        dropped=np.array(layer["dropped"], dtype=np.int64),
-        dropped_late=layer["dropped_late"],
-        router_entropy=layer["router_entropy"],
-        logit_rms=layer["logit_rms"],
-        num_null_experts=layer.get("null_experts", layer.get("spare", 0)),  # "spare": old files
+        layer=layer.layer,
+        counts=np.array(layer.counts, dtype=np.int64),
+        dropped=np.array(layer.dropped, dtype=np.int64),
+        dropped_late=layer.dropped_late,
+        router_entropy=layer.router_entropy,
+        logit_rms=layer.logit_rms,
+        num_null_experts=layer.num_null_experts,
     )

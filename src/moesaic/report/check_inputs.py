@@ -58,15 +58,19 @@ def _scores(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f"{place}.{system}.{metric}", scores
 
 
-def _require(value: dict[str, Any], kinds: dict[str, Any], where: str) -> None:
+def _require(value: Any, kinds: dict[str, Any], where: str) -> None:
+    _check(value, {}, where)
     for name in kinds:
         if value.get(name) is None:
             raise ValueError(f"{where}{name} is missing")
     _check(value, kinds, where)
 
 
-def _check(value: dict[str, Any], kinds: dict[str, Any], where: str) -> None:
-    """Raise ValueError unless each value that is there is of its kind."""
+def _check(value: Any, kinds: dict[str, Any], where: str) -> None:
+    """Raise ValueError unless ``value`` is a mapping and each value in it is of its kind."""
+    if not isinstance(value, dict):
+        found = type(value).__name__
+        raise ValueError(f"{where.removesuffix('.')}: found {found}, expected a mapping")
     for name, kind in kinds.items():
         part = value.get(name)
         if part is not None and (not isinstance(part, kind) or isinstance(part, bool)):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moesaic.core.errors import printable
 from moesaic.core.file_reader import MIB, FileKind, read_json
 
 TABLE = Path(__file__).with_name("tiles.json")
@@ -62,8 +63,11 @@ def gpu_architecture(device: torch.device) -> str:
 
 @cache
 def load_table(path: Path = TABLE) -> dict[str, dict[str, dict[str, Tiles]]]:
-    """Return architecture -> dtype kind -> regime -> operation -> ``Tile``."""
-    return parse_table(read_json(path, TILES_FILE))
+    """Return architecture -> dtype kind -> regime -> operation -> ``Tile``. Raises FileError."""
+    try:
+        return parse_table(read_json(path, TILES_FILE))
+    except (ValueError, AttributeError, KeyError) as error:
+        raise TILES_FILE.problem(path, f"not a table of tiles ({printable(str(error))})") from error
 
 
 def parse_table(raw: dict[str, Any]) -> dict[str, dict[str, dict[str, Tiles]]]:
@@ -80,6 +84,10 @@ def parse_table(raw: dict[str, Any]) -> dict[str, dict[str, dict[str, Tiles]]]:
 
 
 def _parse(where: str, ops: dict[str, list[int]]) -> Tiles:
+    for op, numbers in ops.items():
+        whole = isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
+        if not whole or len(numbers) != 7:
+            raise ValueError(f"{where} {op}: expected 7 whole numbers")
     tiles = {op: Tile(*numbers[:6], tma=bool(numbers[6])) for op, numbers in ops.items()}
     if len({tiles[op].block_m for op in ROW_TILE_OPS}) > 1:
         raise ValueError(f"tiles for {where}: {', '.join(ROW_TILE_OPS)} must have the same block_m")
