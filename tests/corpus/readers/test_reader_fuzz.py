@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 from catalogue_files import compress, mo_bytes
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import moesaic.corpus.readers
+from fuzz_settings import bounded
 from moesaic.core.errors import UserError
 from moesaic.corpus.readers.fluent import parse_fluent
 from moesaic.corpus.readers.formats import PAIR_READERS, read_pairs, read_texts
@@ -120,12 +121,7 @@ EVERY = [
     for module, doors in DOORS.items()
     for number, (valid, read) in enumerate(doors)
 ]
-bounded = settings(
-    max_examples=20,
-    derandomize=True,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+EXAMPLES_EACH = bounded(20)
 
 
 def test_every_reader_is_fuzzed() -> None:
@@ -159,7 +155,7 @@ def test_a_valid_file_is_read(valid: bytes, read: Door, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("valid", "read"), EVERY)
-@bounded
+@EXAMPLES_EACH
 @given(data=st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(
     valid: bytes, read: Door, tmp_path: Path, data: bytes
@@ -191,7 +187,7 @@ def mutations(draw: st.DrawFn) -> Callable[[bytes], bytes]:
 
 
 @pytest.mark.parametrize(("valid", "read"), EVERY)
-@bounded
+@EXAMPLES_EACH
 @given(change=mutations())
 def test_a_damaged_file_is_read_or_refused(
     valid: bytes, read: Door, tmp_path: Path, change: Callable[[bytes], bytes]
@@ -233,7 +229,7 @@ def test_a_nested_file_is_read_or_refused(
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
-@bounded
+@EXAMPLES_EACH
 @given(change=mutations())
 def test_a_damaged_archive_is_read_or_refused(
     suffix: str, tmp_path: Path, change: Callable[[bytes], bytes]
