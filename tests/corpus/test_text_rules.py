@@ -111,7 +111,21 @@ def test_a_mark_within_a_word_of_a_text_alone_is_kept() -> None:
     assert SoftwareStrings().normalise("Sa_ve", other="Speichern") == "Save"
 
 
-PIECES = ["&amp;", "&lt;b&gt;", "<b>", "&", "_", "~", "x", "e\u0301", "\xad", "\0", " ", "\u200b", "(_F)"]
+PIECES = [
+    "&amp;",
+    "&lt;b&gt;",
+    "<b>",
+    "&",
+    "_",
+    "~",
+    "x",
+    "e\u0301",
+    "\xad",
+    "\0",
+    " ",
+    "\u200b",
+    "(_F)",
+]
 
 
 @settings(deadline=None, derandomize=True, max_examples=300)

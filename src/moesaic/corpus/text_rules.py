@@ -145,8 +145,8 @@ class SoftwareStrings(TextRules):
         plain = normalise_text(plain)
         if not may_hold_accelerator(plain):
             return plain
-        beside = normalise_text(text if other is None else other)
-        return normalise_text(strip_accelerators(plain, other=beside))
+        opposite = normalise_text(text if other is None else other)
+        return normalise_text(strip_accelerators(plain, other=opposite))
 
     def placeholders(self, text: str) -> tuple[str, ...]:
         return placeholder_keys(text)
