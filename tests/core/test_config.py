@@ -256,7 +256,7 @@ def test_calls_may_stand_inside_calls() -> None:
 
 norms = st.one_of(
     st.builds(RMSNorm, eps=st.floats(0, 1e6)),
-    st.builds(LayerNorm, eps=st.floats(allow_nan=False), bias=st.booleans()),
+    st.builds(LayerNorm, eps=st.floats(allow_nan=False, allow_infinity=False), bias=st.booleans()),
 )
 layers = st.builds(Layer, norm=norms, width=st.integers(1, 2**63 - 1))
 top = st.builds(TopK, k=st.integers(1, 9))
@@ -264,13 +264,15 @@ selects = st.recursive(top, lambda inner: st.builds(Both, first=inner, second=to
 models = st.builds(
     Model,
     dim=st.integers(1, 4096),
-    rate=st.floats(allow_nan=False),
+    rate=st.floats(allow_nan=False, allow_infinity=False),
     name=st.text(),
     norm=norms,
     select=selects,
     layers=st.lists(layers, max_size=2).map(lambda ls: tuple(x.replace(width=1) for x in ls)),
     extra=st.none() | layers,
-    weights=st.dictionaries(st.text(), st.floats(allow_nan=False), max_size=2),
+    weights=st.dictionaries(
+        st.text(), st.floats(allow_nan=False, allow_infinity=False), max_size=2
+    ),
     by_name=st.dictionaries(st.text(), layers, max_size=2),
     clip=st.none() | st.floats(1e-9, 1),
     tied=st.booleans(),

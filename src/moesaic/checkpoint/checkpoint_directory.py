@@ -19,11 +19,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from moesaic.checkpoint.manifest import MANIFEST_FILE, FileEntry, Manifest, read_manifest
 from moesaic.core.errors import CheckpointError
+from moesaic.core.file_reader import KIB, FileKind, read_text
 from moesaic.core.units import show_bytes
 
 Buffer = bytes | memoryview
@@ -68,6 +70,7 @@ class Disk:
 
 STEP_DIRECTORY = re.compile(r"step-(\d{8,})(\.replaced)?")
 STATE_FILE = "state.json"
+POINTER_FILE = FileKind(name="pointer to a checkpoint", max_bytes=4 * KIB, error=CheckpointError)
 OVERHEAD_BYTES = 1 << 20  # headers, manifest, rounding to file system blocks
 
 
@@ -171,6 +174,8 @@ def publish_checkpoint(paths: CheckpointPaths, *, retention: RetentionPolicy, di
     """Rename a complete staging directory, update the pointers, delete old checkpoints."""
     final = paths.final
     replaced = final.with_name(final.name + ".replaced")
+    if final.is_symlink() or final.is_file():  # no checkpoint: a link, dangling or not, or a file
+        disk.remove(final)
     if (
         final.exists()
     ):  # saved before a resume from an earlier step: the old one stays loadable until the rename
@@ -246,14 +251,28 @@ def _package_versions() -> dict[str, str]:
 
 def _write_pointer(pointer: Path, name: str, *, disk: Disk) -> None:
     part = pointer.with_name(f".{pointer.name}.part")
+    if pointer.is_dir() and not pointer.is_symlink():  # not ours: moved aside, not deleted
+        disk.rename(pointer, new=_unused_name(pointer))
     disk.write(part, chunks=[f"{name}\n".encode()])
     disk.rename(part, new=pointer)
     disk.sync_dir(pointer.parent)
 
 
+def _read_pointer(pointer: Path) -> str:
+    try:
+        return read_text(pointer, POINTER_FILE).strip() if pointer.is_file() else ""
+    except CheckpointError:  # not a pointer of ours; the next save replaces it
+        return ""
+
+
+def _unused_name(path: Path) -> Path:
+    return next(
+        other for i in count(1) if not (other := path.with_name(f"{path.name}.{i}")).exists()
+    )
+
+
 def _delete_oldest(root: Path, *, keep: int, disk: Disk) -> None:
-    best = root / "best"
-    kept = best.read_text().strip() if best.is_file() else ""
+    kept = _read_pointer(root / "best")
     for path in list_checkpoints(root)[max(keep, 1) :]:
         if path.name != kept:
             _delete_checkpoint(path, disk=disk)

@@ -3,7 +3,7 @@
 ``checkpoint_directory.py`` has the order of writing; ``sharded_checkpoint.py`` is for many ranks.
 """
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from moesaic.checkpoint.snapshot import Snapshot
 from moesaic.checkpoint.tensor_reader import open_reader
 from moesaic.core.config_text import iter_leaves
 from moesaic.core.config_upgrade import current_name, upgrade_config
-from moesaic.core.errors import CheckpointError
+from moesaic.core.errors import CheckpointError, UserError
 from moesaic.core.file_reader import MIB, FileKind, read_json_mapping
 from moesaic.core.shapes import Tensor
 
@@ -134,10 +134,21 @@ def find_latest_checkpoint(root: Path) -> LatestCheckpoint:
         try:
             _reject_pickles(path)
             verify_checkpoint(path)
-            return LatestCheckpoint(path, tuple(skipped))
-        except CheckpointError as error:
+            return LatestCheckpoint(path, (*skipped, *_unreadable_after(path)))
+        except UserError as error:
             skipped.append(str(error))
     return LatestCheckpoint(None, tuple(skipped))
+
+
+def _unreadable_after(path: Path) -> Iterator[str]:
+    """Yield why checkpoints of later steps, whose manifests cannot be read, are not newer."""
+    for other in list_checkpoints(path.parent):
+        if other.name <= path.name:
+            continue
+        try:
+            read_manifest(other)
+        except UserError as error:
+            yield str(error)
 
 
 def load_checkpoint(path: Path, *, only: Container[str] | None = None) -> Snapshot:

@@ -9,16 +9,19 @@ Letters: T tokens of a side, N edges of a layer, B batches; all over the whole f
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
-from moesaic.checkpoint.safetensors_io import check_tensor_file, write_tensors
-from moesaic.core.errors import DataError
+from moesaic.checkpoint.manifest import MAX_EXPERTS
+from moesaic.checkpoint.safetensors_io import TensorHeader, read_header, write_tensors
+from moesaic.core.errors import DataError, UserError, printable
+from moesaic.core.file_reader import MAX_INT, MIB, FileKind, FileShape, parse_shape
 from moesaic.core.shapes import Tensor
 from moesaic.moe.routing import Routing
 from moesaic.moe.routing_record import LayerRoutes, RoutedTokens
@@ -31,6 +34,25 @@ _TOKEN_COLUMNS = {
     "row": torch.int32,
     "language": torch.int16,
 }
+
+
+ROUTES_FILE = FileKind(
+    name="description of routes", max_bytes=64 * MIB, error=DataError, way_out="record it again"
+)
+
+
+class _LayerShape(FileShape):
+    layer: str = Field(min_length=1, max_length=200)
+    experts: int = Field(ge=1, le=MAX_EXPERTS)
+    spare: int = Field(ge=0, le=MAX_EXPERTS)
+    per_token: int = Field(ge=0, le=MAX_EXPERTS)
+
+
+class _RoutesShape(FileShape):
+    languages: tuple[str, ...] = Field(min_length=1, max_length=1 << 15)
+    about: dict[str, Any]
+    layers: tuple[_LayerShape, ...]
+    batches: int = Field(ge=0, le=MAX_INT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +191,8 @@ class RoutesFile:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        check_tensor_file(self.path)
-        with self._open() as file:
-            metadata = file.metadata() or {}
+        found = read_header(self.path)
+        metadata = found.metadata
         if _KEY not in metadata:
             raise DataError(
                 f"{self.path}: a safetensors file, but no routes file; "
@@ -182,14 +203,16 @@ class RoutesFile:
                 f"{self.path}: version {metadata[_KEY]} of the routes format, and this moesaic "
                 f"reads version {VERSION}; read it with the version that wrote it"
             )
-        try:
-            header = json.loads(metadata["routes"])
-            self.languages: tuple[str, ...] = tuple(header["languages"])
-            self.about: dict[str, Any] = header["about"]
-            self.layers = tuple(_parse_header(head) for head in header["layers"])
-            self._batches: int = header["batches"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self.path}: damaged description of its routes ({error})") from error
+        text = metadata.get("routes", "").encode("utf-8", "replace")
+        header = parse_shape(text, _RoutesShape, kind=ROUTES_FILE, where=self.path)
+        self.languages = header.languages
+        self.about = header.about
+        self.layers = tuple(
+            LayerHeader(head.layer, head.experts, head.spare, head.per_token)
+            for head in header.layers
+        )
+        self._batches = header.batches
+        self._check_columns(found)
 
     def __len__(self) -> int:
         """The number of batches."""
@@ -199,14 +222,77 @@ class RoutesFile:
         """Yield the routes of each batch, as they were added."""
         try:
             with self._open() as file:
-                names = [f"edges/{head.layer}" for head in self.layers]
-                names += {f"tokens/{head.layer.partition('.')[0]}" for head in self.layers}
-                ends = {name: file.get_tensor(f"{name}/ends").tolist() for name in names}
+                ends = {name: self._read_ends(file, name) for name in self._groups()}
                 for batch in range(self._batches):
                     parts = {n: slice(e[batch], e[batch + 1]) for n, e in ends.items()}
                     yield self._batch(file, parts)
         except SafetensorError as error:
             raise DataError(f"{self.path}: incomplete routes file: {error}") from error
+
+    def _groups(self) -> list[str]:
+        sides = dict.fromkeys(f"tokens/{head.layer.partition('.')[0]}" for head in self.layers)
+        return [*(f"edges/{head.layer}" for head in self.layers), *sides]
+
+    def _check_columns(self, found: TensorHeader) -> None:
+        """Raise DataError unless every column exists, is flat, whole and of its length."""
+        whole = {"I64", "I32", "I16", "I8", "U8"}
+        kinds: dict[str, set[str]] = {}
+        for head in self.layers:
+            name = f"edges/{head.layer}"
+            kinds |= {f"{name}/ends": whole, f"{name}/expert": whole}
+            kinds[f"{name}/weight"] = {"F16", "BF16", "F32"}
+            kinds |= {} if head.per_token else {f"{name}/token": whole}
+            side = f"tokens/{head.layer.partition('.')[0]}"
+            kinds |= {f"{side}/{column}": whole for column in (*_TOKEN_COLUMNS, "ends")}
+        for name, dtypes in kinds.items():
+            entry = found.tensors.get(name)
+            if entry is None:
+                raise self._problem(f"{printable(name)} is missing")
+            if len(entry.shape) != 1 or entry.dtype not in dtypes:
+                shape = f"{entry.dtype} {list(entry.shape)}"
+                raise self._problem(f"{printable(name)} is {shape}, expected one dimension")
+            first = "expert" if name.startswith("edges/") else "token"
+            group, _, column = name.rpartition("/")
+            length = (
+                self._batches + 1
+                if column == "ends"
+                else found.tensors[f"{group}/{first}"].shape[0]
+            )
+            if entry.shape[0] != length:
+                raise self._problem(f"{printable(name)} has {entry.shape[0]} values, not {length}")
+
+    def _read_ends(self, file: Any, name: str) -> list[int]:
+        """Return the ends of the batches of a column, which never go back."""
+        ends = file.get_tensor(f"{name}/ends").long()
+        first = "expert" if name.startswith("edges/") else "token"
+        length = file.get_slice(f"{name}/{first}").get_shape()[0]
+        if ends[0] != 0 or ends[-1] != length or (ends[1:] < ends[:-1]).any():
+            raise self._problem(f"{printable(name)}/ends do not divide {length:,} values")
+        return ends.tolist()
+
+    def _check_tokens(self, tokens: RoutedTokens) -> None:
+        for name, values in asdict(tokens).items():
+            most = len(self.languages) if name == "language" else MAX_INT
+            if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < most:
+                found = f"{int(values.min())} to {int(values.max())}"
+                raise self._problem(f"{name} of tokens: found {found}, expected 0 to {most - 1}")
+
+    def _check_routing(self, head: LayerHeader, routing: Routing) -> None:
+        """Raise DataError for an expert or token that does not exist."""
+        edges, tokens = routing.expert.numel(), routing.num_tokens
+        if head.per_token and edges != tokens * head.per_token:
+            found = f"{edges} edges, expected {head.per_token} for each of {tokens} tokens"
+            raise self._problem(f"{printable(head.layer)}: {found}")
+        for name, values, most in (
+            ("expert", routing.expert, head.experts),  # ``experts`` itself: a dropped edge
+            ("token", routing.token, tokens - 1),
+        ):
+            if edges and not 0 <= int(values.min()) <= int(values.max()) <= most:
+                found = f"{int(values.min())} to {int(values.max())}, expected 0 to {most}"
+                raise self._problem(f"{printable(head.layer)}: found {name} {found}")
+
+    def _problem(self, message: str) -> UserError:
+        return ROUTES_FILE.problem(self.path, message)
 
     def _open(self) -> Any:
         return safe_open(self.path, framework="pt")
@@ -218,19 +304,17 @@ class RoutesFile:
             if kind == "tokens":
                 columns = (file.get_slice(f"{name}/{c}")[part].long() for c in _TOKEN_COLUMNS)
                 sides[side] = RoutedTokens(*columns)
+                self._check_tokens(sides[side])
         found = []
         for head in self.layers:
             tokens = sides[head.layer.partition(".")[0]]
-            routing = _read_routing(
-                file, head, part=parts[f"edges/{head.layer}"], tokens=len(tokens)
-            )
+            part = parts[f"edges/{head.layer}"]
+            if head.per_token * len(tokens) > part.stop - part.start:
+                raise self._problem(f"{printable(head.layer)}: too few edges for its tokens")
+            routing = _read_routing(file, head, part=part, tokens=len(tokens))
+            self._check_routing(head, routing)
             found.append(LayerRoutes(head.layer, routing, tokens, head.null_experts))
         return tuple(found)
-
-
-def _parse_header(given: Mapping[str, Any]) -> LayerHeader:
-    """Read the known keys; files of the same version may have more."""
-    return LayerHeader(given["layer"], given["experts"], given["spare"], given["per_token"])
 
 
 def _read_routing(file: Any, head: LayerHeader, *, part: slice, tokens: int) -> Routing:

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moesaic.core.errors import CheckpointError, did_you_mean
-from moesaic.core.file_reader import MIB, FileKind
+from moesaic.core.file_reader import MAX_INT, MIB, FileKind, require_no_link_out
 
 SUMMARY_FILE = FileKind(name="summary of scores", max_bytes=16 * MIB, error=CheckpointError)
 INSIGHT_FILE = FileKind(name="analysis of routing", max_bytes=64 * MIB, error=CheckpointError)
 SCORE_CURVE_FILE = FileKind(name="learning curve", max_bytes=16 * MIB, error=CheckpointError)
+_RUN_FILE = FileKind(name="file of a run", max_bytes=MAX_INT, error=CheckpointError)
 MODEL_FILES = ("config.yaml", "tokenizer.json", "model.safetensors")
 
 
@@ -28,6 +29,7 @@ class RunDir:
 
     path: Path
 
+    lock = _PathIn("run.lock")  # while a job trains in it, see run_lock.py
     record = _PathIn("run.json")  # which files belong together, see run_record.py
     plugins = _PathIn("plugins")  # Python files of the user that the config needs, as text
     config = _PathIn("config.yaml")  # the complete resolved config
@@ -60,7 +62,17 @@ class RunDir:
             runs = [p.name for p in path.iterdir() if cls(p).config.is_file()]
             has = f"; it contains the runs {', '.join(sorted(runs))}" if runs else ""
             raise CheckpointError(f"{path}: not a run directory, it has no config.yaml{has}")
+        run.require_no_links_out()
         return run
+
+    def require_no_links_out(self) -> None:
+        """Raise CheckpointError if a file of the run is a link that leads out of its directory.
+
+        A run of somebody else could otherwise have any file read, or written over.
+        """
+        for member in vars(type(self)).values():
+            if isinstance(member, _PathIn) and (self.path / member.name).is_symlink():
+                require_no_link_out(self.path, member.name, kind=_RUN_FILE)
 
     def require_model(self) -> None:
         """Raise CheckpointError unless config, tokenizer and weights exist."""

@@ -50,9 +50,7 @@ def evaluate(
     source: Annotated[str | None, typer.Option("--from", help="Only this source language.")] = None,
     target: Annotated[str | None, typer.Option("--to", help="Only this target language.")] = None,
     split: Annotated[str, typer.Option(help="valid, test or a held-out domain.")] = "test",
-    limit: Annotated[
-        int | None, typer.Option(min=1, max=10**9, help="Sentences per language.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, max=10**9, help="Strings of each.")] = None,
     beam: Annotated[int, typer.Option(min=1, max=1024, help="Beam size; 1 is greedy.")] = 1,
     resamples: Annotated[int, typer.Option(min=10, max=10**6, help="Bootstrap resamples.")] = 1000,
     corpus_folder: CorpusOption = None,
@@ -65,8 +63,6 @@ def evaluate(
     The default test set is the held-out part of the run's corpus, in the directions that the run
     was trained on; then summary.json, usage.json, insight.json and report.html of the run are
     written. A test set of your own needs no corpus.
-
-    Example: [cyan]moesaic eval runs/demo[/]
 
     Example: [cyan]moesaic eval runs/demo --pairs mine.tsv --from en --to de[/]
 
@@ -82,8 +78,7 @@ def evaluate(
         limit=limit,
         choice=DirectionChoice.parse(source, target),
     )
-    evaluated = EvaluatedRun.open(run, corpus=corpus_folder)
-    chosen = wanted.find(evaluated)
+    chosen = wanted.find(evaluated := EvaluatedRun.open(run, corpus=corpus_folder))
     summary = score_run(
         run,
         tests=chosen.tests,

@@ -21,6 +21,7 @@ from moesaic.cli.styled_text import styled
 from moesaic.cli.user_files import import_user_files
 
 with deferred():
+    from moesaic.checkpoint.manifest import MANIFEST_FILE
     from moesaic.checkpoint.run_directory import RunDir
     from moesaic.checkpoint.trained_directions import read_trained_directions
     from moesaic.core.errors import UserError
@@ -69,7 +70,9 @@ def train(
     """
     import_user_files(files)
     run = _find_run(which, init=init, resume=resume, changes=changes or [])
-    folder = out or (Path("runs") / run.name if which or init else Path(str(resume)))
+    folder = out or (
+        Path("runs") / run.name if which or init else run_of_checkpoint(Path(str(resume)))
+    )
     result = run_training(
         run,
         folder,
@@ -95,19 +98,18 @@ def _find_run(
         raise UserError(
             "nothing to train: name a recipe, a config.yaml, --init RUN, or --resume DIR"
         )
-    if which is None and Path(str(resume)).parent.name == "checkpoints":
-        run_dir, step = Path(str(resume)).parent.parent, Path(str(resume)).name
-        raise UserError(
-            f"{resume} is a checkpoint: name its run too, and a new directory, as in "
-            f"`moesaic train {run_dir} --resume {run_dir}/checkpoints/{step} --out runs/NAME`"
-        )
-    return find_recipe(which or str(resume), changes=changes)
+    return find_recipe(which or str(run_of_checkpoint(Path(str(resume)))), changes=changes)
 
 
 def _next_command(out: Path) -> str:
     """Return the command that scores a run: what it was trained on decides."""
     record = read_trained_directions(RunDir(out).directions)
     return (record.next_command if record else "eval {run}").format(run=shlex.quote(str(out)))
+
+
+def run_of_checkpoint(path: Path) -> Path:
+    """Return the run of a checkpoint ``RUN/checkpoints/step-N``, any other path as it is."""
+    return path.parent.parent if (path / MANIFEST_FILE).is_file() else path
 
 
 def resume_from(text: str | None) -> Resume:

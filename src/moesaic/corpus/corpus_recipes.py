@@ -44,7 +44,7 @@ class CorpusRecipe(Config):
     ``min_pairs`` pairs is left out.
     """
 
-    name: str = Field(pattern=r"^[\w-][\w.-]*$")
+    name: str = Field(max_length=100, pattern=r"^[\w-][\w.-]*$")
     source: TextSource
     clean: CleaningConfig = CleaningConfig()
     split: SplitConfig = SplitConfig()

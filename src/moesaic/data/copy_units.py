@@ -114,7 +114,9 @@ def _units(chosen: Sequence[Placeholder], numbers: dict[str, int]) -> tuple[Copy
     texts = {numbers[p.key]: p.text for p in chosen}
     counts = Counter(numbers[p.key] for p in chosen)
     directives = [p for p in chosen if p.kind == "printf" and p.key != p.text]
-    after = {numbers[p.key]: (numbers[before.key],) for before, p in pairwise(directives)}
+    after: dict[int, tuple[int, ...]] = {
+        numbers[p.key]: (numbers[before.key],) for before, p in pairwise(directives)
+    }
     opened: dict[str, list[int]] = defaultdict(list)
     for number, text in texts.items():
         if (opening := _OPENING.match(text)) and not text.endswith("/>"):

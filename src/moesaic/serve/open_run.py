@@ -7,6 +7,7 @@ from typing import Any
 from moesaic.checkpoint.full_checkpoint import read_weights
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import require_plugins, require_unchanged
+from moesaic.checkpoint.safetensors_io import read_header
 from moesaic.checkpoint.trained_directions import TrainedDirections, read_trained_directions
 from moesaic.core.errors import CheckpointError
 from moesaic.core.shapes import Tensor
@@ -14,6 +15,7 @@ from moesaic.core.yaml_reader import read_yaml_file
 from moesaic.corpus.text_rules import TextRules, read_text_rules
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.model.config import ModelConfig
+from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.transformer import Transformer
 from moesaic.model.weights import describe_nonfinite, restore_weights
 from moesaic.serve.source_text import TranslationLimits
@@ -44,7 +46,9 @@ def open_run(path: Path, *, weights: Path | None = None, device: str = "cpu") ->
     config = _read_config(run)
     if not isinstance(config.get("model"), dict):
         raise CheckpointError(f"{run.config}: it has no model; is it the config of a run?")
-    model = Transformer(ModelConfig.from_dict(config["model"]))
+    shape = ModelConfig.from_dict(config["model"])
+    _require_size(shape, weights)
+    model = Transformer(shape)
     _load_weights(model, read_weights(weights, device=device), where=weights)
     tokenizer = Tokenizer.load(run.tokenizer)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -78,6 +82,22 @@ def _read_limits(config: dict[str, Any], *, where: Path) -> TranslationLimits:
                 f"{where}: loader.{name} is {value!r:.60}, expected a whole number of at least 2"
             )
     return TranslationLimits(**limits)
+
+
+def _require_size(config: ModelConfig, weights: Path) -> None:
+    """Raise CheckpointError, before memory is taken, if a config is far larger than its weights."""
+    if not weights.is_file():
+        return
+    header = read_header(weights)
+    layers = config.encoder.layers + config.decoder.layers
+    if (
+        layers > len(header.tensors) + 100  # a small difference is named tensor by tensor later
+        or count_parameters(config).total > 2 * header.numel + 10_000_000
+    ):
+        raise CheckpointError(
+            f"{weights}: {header.numel:,} values in {len(header.tensors):,} tensors, but "
+            "config.yaml beside it describes a far larger model; restore the file that differs"
+        )
 
 
 def _load_weights(model: Transformer, tensors: dict[str, Tensor], *, where: Path) -> None:

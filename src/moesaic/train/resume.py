@@ -50,7 +50,7 @@ class StartFresh(Resume):
     """Start at step 0, in a directory without a run."""
 
     def find_checkpoint(self, run_dir: RunDir) -> LatestCheckpoint:
-        allowed = (run_dir.config.name, run_dir.tokenizer.name)
+        allowed = (run_dir.config.name, run_dir.tokenizer.name, run_dir.lock.name)
         others = sorted(p.name for p in run_dir.path.glob("*") if p.name not in allowed)
         if others:
             raise CheckpointError(

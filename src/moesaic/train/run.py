@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.core.config import Choice, Config
 from moesaic.core.config_errors import show_value
+from moesaic.core.names import FileName
 from moesaic.corpus.build_corpus import build_corpus
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.corpus_recipes import CorpusRecipe
@@ -101,7 +102,7 @@ class CorpusSource(Choice):
 class NamedCorpus(CorpusSource):
     """A predefined corpus, e.g. ``catalogues-small``; built once, in the data directory."""
 
-    name: str
+    name: FileName
 
     def open(self) -> Corpus:
         return build_corpus(self.name)

@@ -2,20 +2,21 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from moesaic.checkpoint.checkpoint_directory import read_manifest
 from moesaic.checkpoint.full_checkpoint import config_differences, read_state, require_same_config
+from moesaic.checkpoint.manifest import read_manifest
 from moesaic.checkpoint.plugins import record_plugins
 from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.run_lock import RunLock
 from moesaic.checkpoint.run_record import read_run_record, write_run_record
 from moesaic.core.config_upgrade import upgrade_config
-from moesaic.core.errors import ConfigError
+from moesaic.core.errors import CheckpointError, ConfigError, printable
 from moesaic.core.files import atomic_write
 from moesaic.core.thread_waiting import waiting_advice
 from moesaic.data.loader import DataReplica, Loader
@@ -68,44 +69,41 @@ def train(
     """Train ``run`` in the directory ``out``, in one process or as one rank under torchrun.
 
     ``until`` stops after that step (the schedule still ends at ``run.steps``). ``hooks`` run after
-    the standard hooks. ``progress`` makes the progress display. Raises UserError: a config that
-    cannot work, a directory of another run, an unreadable corpus, a full disk, too many non-finite
-    steps.
+    the standard hooks. Raises UserError: a config that cannot work, a directory of another run, an
+    unreadable corpus, a full disk, too many non-finite steps.
     """
     check_run(run)
+    last = _last_step(run, until=until)
     run_dir, started = RunDir(Path(out)), time.monotonic()
-    with init_distributed(timeout_s=run.collective_timeout_s) as world:
+    with (
+        init_distributed(timeout_s=run.collective_timeout_s) as world,
+        _locked(run_dir, world) as lock_notes,
+    ):
         _compare_ranks({**run.to_dict(), "until": until}, world=world)
         display = (progress if world.rank == 0 else no_progress)(_run_status(run))
         start = run_on_rank0(world, lambda: _open_run_dir(run_dir, run=run, resume=resume))
-        _note_all(display, [*start["notes"], *filter(None, [waiting_advice()])])
-        mark_phase("preparing the data")
-        prepared = prepare_data(run, run_dir=run_dir, world=world, notify=display.note)
-        require_same_on_all_ranks(prepared.facts(), world=world, what="data")
-        record = partial(_record_run, run, prepared=prepared, run_dir=run_dir)
-        _note_all(display, run_on_rank0(world, record))
+        notes = [*lock_notes, *start["notes"], *filter(None, [waiting_advice()])]
+        _note_all(display, notes)
+        prepared = _prepare_data(run, run_dir=run_dir, world=world, display=display)
         trainer, standard = _start_trainer(
             run, prepared=prepared, run_dir=run_dir, world=world, checkpoint=start["path"]
         )
         if start["path"] is not None:
             display.note(f"resuming after step {trainer.step:,}, from {start['path']}")
-        ctrl_c = ExitStack()
         log = MetricsLogHook(writer=_open_writers(trainer, run_dir=run_dir), progress=display)
-        save = CheckpointHook(run_dir.checkpoints, flush=log.flush)
-        try:
-            ctrl_c.enter_context(StopRequest())  # one pressed again does not end the export
-            until = run.steps if until is None else min(until, run.steps)
-            stop_reason = training_loop(trainer, hooks=[*standard, log, *hooks, save], until=until)
-            tokens = trainer.metrics.total_tokens(world)
-            mark_phase("export")
-            run_on_rank0(world, lambda: export_model(trainer, run_dir=run_dir, tokens=tokens))
-        except NonFiniteError as error:
-            hint = f"The last good state is saved. {_resume_hint(run_dir)}"
-            raise NonFiniteError(f"{error}. {hint}") from None
-        finally:
-            ctrl_c.close()
-            trainer.data.close()
-            log.close()
+        hooks = [*standard, log, *hooks, CheckpointHook(run_dir.checkpoints, flush=log.flush)]
+        with StopRequest():  # Ctrl-C that is pressed again does not end the export
+            try:
+                stop_reason = training_loop(trainer, hooks=hooks, until=last)
+                tokens = trainer.metrics.total_tokens(world)
+                mark_phase("export")
+                run_on_rank0(world, lambda: export_model(trainer, run_dir=run_dir, tokens=tokens))
+            except NonFiniteError as error:
+                saved = f"The last good state is saved. {_resume_hint(run_dir)}"
+                raise NonFiniteError(f"{error}. {saved}") from None
+            finally:
+                trainer.data.close()
+                log.close()
         _note_all(display, _final_notes(trainer, run_dir=run_dir, stop_reason=stop_reason))
         return TrainingResult(
             out=run_dir.path,
@@ -115,6 +113,41 @@ def train(
             metrics=dict(trainer.event_log.latest_values),
             stop_reason=stop_reason,
         )
+
+
+def _prepare_data(
+    run: Run, *, run_dir: RunDir, world: World, display: ProgressDisplay
+) -> PreparedData:
+    mark_phase("preparing the data")
+    prepared = prepare_data(run, run_dir=run_dir, world=world, notify=display.note)
+    require_same_on_all_ranks(prepared.facts(), world=world, what="data")
+    record = partial(_record_run, run, prepared=prepared, run_dir=run_dir)
+    _note_all(display, run_on_rank0(world, record))
+    return prepared
+
+
+def _last_step(run: Run, *, until: int | None) -> int:
+    if until is not None and until < 1:
+        raise ConfigError([f"until: found {until}, expected a step of at least 1"])
+    return run.steps if until is None else min(until, run.steps)
+
+
+@contextmanager
+def _locked(run_dir: RunDir, world: World) -> Iterator[list[str]]:
+    """Hold the lock of a run directory on rank 0; yield a note if a stale one was replaced."""
+    held: list[RunLock] = []
+
+    def acquire() -> list[str]:
+        run_dir.require_no_links_out()
+        held.append(RunLock.acquire(run_dir.lock))
+        return [held[0].note] if held[0].note else []
+
+    notes = run_on_rank0(world, acquire)
+    try:
+        yield notes
+    finally:
+        for lock in held:
+            lock.release()
 
 
 def _run_status(run: Run) -> RunStatus:
@@ -138,7 +171,7 @@ def _start_trainer(
     standard = standard_hooks(trainer, run_dir=run_dir)  # they add what a checkpoint restores
     if checkpoint is not None:
         mark_phase("resuming")
-        trainer.load_checkpoint(Path(checkpoint))
+        _load_checkpoint(trainer, Path(checkpoint))
     return trainer, standard
 
 
@@ -231,11 +264,22 @@ def _saved_config(checkpoint: Path) -> dict[str, Any]:
     A key that is new since then has its default. Of a config that is not valid now, the plain
     values are returned, so that the differences can be named.
     """
-    upgraded, _ = upgrade_config(read_state(checkpoint)["config"])
+    upgraded, _ = upgrade_config(read_state(checkpoint).get("config"))
+    if not isinstance(upgraded, dict):
+        raise CheckpointError(f"{checkpoint}: its state has no config, so it is of no run")
     try:
-        return Run.from_dict(cast("dict[str, Any]", upgraded)).to_dict()
+        return Run.from_dict(upgraded).to_dict()
     except ConfigError:
-        return cast("dict[str, Any]", upgraded)
+        return upgraded
+
+
+def _load_checkpoint(trainer: Trainer, path: Path) -> None:
+    """Load a verified checkpoint, whose state may still be of another kind than a run's."""
+    try:
+        trainer.load_checkpoint(path)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+        found = f"{type(error).__name__}: {printable(str(error))}"
+        raise CheckpointError(f"{path}: its state does not fit this run ({found})") from error
 
 
 def _note_all(display: ProgressDisplay, sentences: Iterable[str]) -> None:
