@@ -22,6 +22,7 @@ from moesaic.core.errors import DataError, did_you_mean
 from moesaic.core.files import atomic_write
 from moesaic.data.batch import PAD
 from moesaic.data.copy_units import MAX_SLOTS, SlottedText, insert_slots, slot_characters
+from moesaic.data.tokenizer_file import read_tokenizer_file
 
 __all__ = [
     "BOS",
@@ -91,10 +92,7 @@ class Tokenizer:
         path = Path(path)
         if not path.is_file():
             raise DataError(f"{path}: no such tokenizer file; expected a tokenizer.json")
-        try:
-            hf_tokenizer = HfTokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(f"{path}: not a tokenizer.json that can be read ({error})") from error
+        hf_tokenizer = read_tokenizer_file(path)
         found = tuple(hf_tokenizer.id_to_token(i) for i in range(len(SPECIALS)))
         if found != SPECIALS:
             raise DataError(
