@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moesaic.checkpoint.full_checkpoint import read_weights
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import require_plugins, require_unchanged
@@ -14,8 +16,13 @@ from moesaic.core.yaml_reader import read_yaml_file
 from moesaic.corpus.text_rules import TextRules, read_text_rules
 from moesaic.data.tokenizer import Tokenizer
 from moesaic.model.config import ModelConfig
+from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.transformer import Transformer
-from moesaic.model.weights import describe_nonfinite, restore_weights
+from moesaic.model.weights import (
+    describe_nonfinite,
+    require_fitting_weights,
+    restore_weights,
+)
 from moesaic.serve.source_text import TranslationLimits
 
 
@@ -44,8 +51,7 @@ def open_run(path: Path, *, weights: Path | None = None, device: str = "cpu") ->
     config = _read_config(run)
     if not isinstance(config.get("model"), dict):
         raise CheckpointError(f"{run.config}: it has no model; is it the config of a run?")
-    model = Transformer(ModelConfig.from_dict(config["model"]))
-    _load_weights(model, read_weights(weights, device=device), where=weights)
+    model = _load_model(config["model"], read_weights(weights, device=device), where=weights)
     tokenizer = Tokenizer.load(run.tokenizer)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
@@ -80,8 +86,15 @@ def _read_limits(config: dict[str, Any], *, where: Path) -> TranslationLimits:
     return TranslationLimits(**limits)
 
 
-def _load_weights(model: Transformer, tensors: dict[str, Tensor], *, where: Path) -> None:
+def _load_model(plain: Any, tensors: dict[str, Tensor], *, where: Path) -> Transformer:
+    """Build a model once its weights fit: a config may ask for any size, a file has its own."""
+    config = ModelConfig.from_dict(plain)
+    too_large = count_parameters(config).total > sum(t.numel() for t in tensors.values())
     try:
+        if too_large:  # the meta device takes no memory, and a second to import
+            with torch.device("meta"):
+                require_fitting_weights(Transformer(config), tensors)
+        model = Transformer(config)
         restore_weights(model, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{where} and config.yaml beside it: {error}") from error
@@ -91,3 +104,4 @@ def _load_weights(model: Transformer, tensors: dict[str, Tensor], *, where: Path
             f"{where}: the weights hold {wrong}, expected finite numbers: training diverged or the "
             "file was changed; use the weights of an earlier checkpoint"
         )
+    return model
