@@ -7,10 +7,10 @@ import random
 import pytest
 import torch
 
+from moesaic.core.errors import CheckpointError
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
 from moesaic.testing.tiny_models import tiny_run, tiny_trainer
-from moesaic.core.errors import CheckpointError
 from moesaic.train.bad_steps import IgnoreSpikes, LossHistory, SkipSpikes, SpikeDecision
 from moesaic.train.run import Run
 from moesaic.train.trainer import Trainer

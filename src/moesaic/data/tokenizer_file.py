@@ -13,7 +13,15 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from moesaic.core.config_errors import show_value
 from moesaic.core.errors import DataError
-from moesaic.core.file_reader import MAX_INT, MIB, FileKind, FileShape, decode_text, parse_shape, read_bytes
+from moesaic.core.file_reader import (
+    MAX_INT,
+    MIB,
+    FileKind,
+    FileShape,
+    decode_text,
+    parse_shape,
+    read_bytes,
+)
 
 TOKENIZER_FILE = FileKind(
     name="tokenizer.json that can be read",

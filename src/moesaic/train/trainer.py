@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from moesaic.checkpoint.full_checkpoint import load_checkpoint
 from moesaic.checkpoint.snapshot import RankSnapshot, Snapshot
 from moesaic.core.config_upgrade import upgrade_config
-from moesaic.core.errors import UserError
+from moesaic.core.errors import CheckpointError, UserError
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
 from moesaic.distributed.flight_recorder import FLIGHT_RECORDER, mark_phase
