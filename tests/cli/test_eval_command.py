@@ -109,7 +109,6 @@ def defr(folder):
 @pytest.mark.parametrize(
     ("members", "expected"),
     [
-        ("FromEnglish()", ["eng_Latn-deu_Latn", "eng_Latn-fra_Latn"]),
         ("ToEnglish()", ["deu_Latn-eng_Latn", "fra_Latn-eng_Latn"]),
         ("StoredDirections()", ["deu_Latn-eng_Latn", "eng_Latn-fra_Latn"]),
         ('ListedDirections(pairs=["fra_Latn-eng_Latn"])', ["fra_Latn-eng_Latn"]),
