@@ -1,8 +1,9 @@
 """Input to translate: the lines of a file or stream, and the formats that are not plain lines.
 
-Only "\\n" ends a line (with a "\\r" before it or not), or "\\r" where there is no "\\n" and it is
-the last character, as in the files that training reads: U+2028, U+0085, form feeds or NUL stay within theirs, so that line i of the output belongs to line i of the
-input. A catalogue, subtitle or markup file is refused: its markup is no text.
+Only "\\n" ends a line (with a "\\r" before it or not), or "\\r" where there is no "\\n" and it is the
+last character, as in the files that training reads: U+2028, U+0085, form feeds or NUL stay within
+theirs, so that line i of the output belongs to line i of the input. A catalogue, subtitle or markup
+file is refused: its markup is no text.
 """
 
 from pathlib import Path
