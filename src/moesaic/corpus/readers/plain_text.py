@@ -16,7 +16,9 @@ from moesaic.corpus.readers.compressed import name_without_compression, open_byt
 
 SNIFFED_BYTES = 1 << 16
 """How many bytes of a beginning formats are recognised by."""
-_SNIFFED_OF_CORPUS = 1 << 12  # a long text may have a time stamp or a line of a catalogue further on
+_SNIFFED_OF_CORPUS = (
+    1 << 12
+)  # a long text may have a time stamp or a line of a catalogue further on
 
 
 def _begins(*starts: bytes) -> Callable[[bytes], bool]:
