@@ -1,9 +1,9 @@
 """Input to translate: the lines of a file or stream, and the formats that are not plain lines.
 
-Only "\\n" ends a line (with a "\\r" before it or not), or "\\r" where there is no "\\n" and it is the
-last character, as in the files that training reads: U+2028, U+0085, form feeds or NUL stay within
-theirs, so that line i of the output belongs to line i of the input. A catalogue, subtitle or markup
-file is refused: its markup is no text.
+Only "\\n" ends a line (with a "\\r" before it or not), or "\\r" where there is no "\\n" and it is
+the last character, as in the files that training reads: U+2028, U+0085, form feeds or NUL stay
+within theirs, so that line i of the output belongs to line i of the input. A catalogue, subtitle or
+markup file is refused: its markup is no text.
 """
 
 from pathlib import Path
@@ -26,8 +26,8 @@ MAX_INPUT_BYTES = 256 << 20
 def read_lines_to_translate(path: Path, *, as_text: bool = False) -> list[str]:
     """Return the lines of a file, decompressed by suffix.
 
-    Raises DataError: not UTF-8 (with the line), or of a format of ``plain_text.REFUSED_FORMATS``, which ``as_text``
-    reads as lines all the same.
+    Raises DataError: not UTF-8 (with the line), or of a format of
+    ``plain_text.REFUSED_FORMATS``, which ``as_text`` reads as lines all the same.
     """
     with open_bytes(path) as stream:
         if not as_text:
