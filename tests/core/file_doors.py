@@ -43,7 +43,8 @@ from moesaic.corpus.text_rules import TEXT_RULES_FILE, read_text_rules
 from moesaic.data.shards_manifest import SHARDS_FILE
 from moesaic.data.token_shard_writer import write_shards
 from moesaic.data.token_shards import TokenShards
-from moesaic.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from moesaic.data.tokenizer import Tokenizer
+from moesaic.data.tokenizer_file import TOKENIZER_FILE
 from moesaic.moe.routing_agreement import compare_routes
 from moesaic.monitor.expert_usage import USAGE_FILE, read_usage, summarize_load
 from moesaic.monitor.health_record import (
@@ -226,6 +227,9 @@ def _report(made: Made) -> None:
     page = write_report(made.folder / "run").read_text(encoding="utf-8")
     assert page.rstrip().endswith("</html>")
 
+
+# parts of state.json with a declared kind of their own
+PARTS_OF_STATE = {"data position", "event log", "history of losses"}
 
 # the kind, its file, what a damage keeps (``as_json`` in test_every_file_kind.py), how it is read
 DOORS = (

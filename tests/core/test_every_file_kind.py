@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from file_doors import DOORS, Door, Made, make_files
+from file_doors import DOORS, PARTS_OF_STATE, Door, Made, make_files
 from hypothesis import given
 from hypothesis import strategies as st
 from json_damage import damaged_file
@@ -25,7 +25,7 @@ from json_damage import damaged_file
 import moesaic
 from fuzz_settings import bounded
 from moesaic.core.errors import UserError
-from moesaic.core.file_reader import FileKind
+from moesaic.core.file_reader import FileKind, FileShape
 
 HANG_S = 60  # far above the time of any read: a read that does not end
 WRITES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.link")
@@ -52,17 +52,22 @@ def file_kinds() -> list[FileKind]:
         if module.name.rpartition(".")[2] == "__main__":
             continue  # runs the command
         try:
-            members = vars(importlib.import_module(module.name))
+            members = dict(vars(importlib.import_module(module.name)))
         except ImportError as error:  # of an optional package, such as triton; never our own
             if str(error.name).startswith("moesaic"):
                 raise
             continue
+        shapes = [c for c in members.values() if isinstance(c, type) and issubclass(c, FileShape)]
+        members |= {f"kind of {c.__name__}": vars(c).get("kind") for c in shapes}
         found += [value for value in members.values() if isinstance(value, FileKind)]
     return found
 
 
 def test_every_kind_of_file_has_a_door() -> None:
-    assert {kind.name for kind in file_kinds()} == {door.kind.name for door in DOORS}
+    assert {kind.name for kind in file_kinds()} == {
+        *(door.kind.name for door in DOORS),
+        *PARTS_OF_STATE,
+    }
 
 
 class _Watch:

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.core.errors import DataError
+from moesaic.corpus.readers.plain_text import REFUSED_FORMATS
 from moesaic.serve import translation_input
 from moesaic.serve.translation_input import (
-    REFUSED_FORMATS,
     read_lines_to_translate,
     read_stream_to_translate,
 )
@@ -61,6 +61,11 @@ def test_a_byte_order_mark_and_carriage_returns_at_line_ends_are_left_out():
     assert _read("\ufeffone\r\ntwo\r\n") == ["one", "two"]
     assert _read("one\n\ufefftwo") == ["one", "\ufefftwo"]  # the text rules remove it there
     assert _read("") == []
+
+
+def test_a_file_whose_lines_end_in_carriage_returns_has_as_many_answers():
+    assert _read("one\rtwo\r\rfour\r") == ["one", "two", "", "four"]
+    assert _read("one\rtwo\r\n") == ["one\rtwo"]
 
 
 def test_bytes_that_are_not_utf8_are_named_with_their_line():

@@ -9,12 +9,13 @@ import json
 import queue
 import threading
 from collections.abc import Iterator
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
+from pydantic import Field
 
-from moesaic.core.config_errors import show_value
 from moesaic.core.errors import CheckpointError, ConfigError
+from moesaic.core.file_reader import MIB, FileKind, FileShape, parse_shape
 from moesaic.data.batch import Batch
 from moesaic.data.batch_stream import (
     BatchStream,
@@ -30,8 +31,7 @@ from moesaic.data.tokenizer import Tokenizer
 __all__ = ["DataReplica", "Loader", "LoaderConfig"]
 
 STATE_FORMAT = 1
-_POSITION_FIELDS = ("first", "batch", "counts", "skipped")
-_MAX_DRAWS = 1 << 48  # rows drawn in one run; sums of them fit in 64 bits
+MAX_DRAWS = 2**53  # exact as a float, and far from the end of 64 bits
 _SINGLE_REPLICA = DataReplica()
 
 T = TypeVar("T")
@@ -164,11 +164,17 @@ class Loader:
         if state.get("format") != STATE_FORMAT or found != self._fingerprint:
             raise CheckpointError(
                 "the saved data position is of another corpus, tokenizer, mixture, seed or "
-                f"loader config (found {found[:8]}, expected "
+                f"loader config (found {str(found)[:8]}, expected "
                 f"{self._fingerprint[:8]}); continue with the config it was saved with"
             )
+        data = json.dumps(state).encode()
+        where = "the saved data position"
+        shape = parse_shape(data, _PositionShape, kind=_PositionShape.kind, where=where)
+        if problem := shape.problem(len(self._counts)):
+            raise CheckpointError(f"{where}: {problem}")
         self.close()
-        self._seek(_read_position(state, streams=len(self._stream.mixture.streams)))
+        arrays = (np.array(values, dtype=np.int64) for values in (shape.counts, shape.skipped))
+        self._seek(LoaderPosition(shape.first, shape.batch, *arrays))
 
     def frequencies(self) -> list[StreamFrequency]:
         """Return the expected and actual frequency of each stream so far."""
@@ -207,19 +213,25 @@ class Loader:
         self._counts, self._skipped = position.counts, position.skipped
 
 
-def _read_position(state: dict[str, Any], *, streams: int) -> LoaderPosition:
-    """Return the position in a checkpoint's state. Raises CheckpointError naming a wrong field."""
-    first, batch = state.get("first", -1), state.get("batch", -1)
-    rows: list[Any] = [state.get("counts"), state.get("skipped")]
-    fits = all(isinstance(row, list) and len(row) == streams for row in rows)
-    numbers = [first, batch, *(n for row in rows if isinstance(row, list) for n in row)]
-    if not fits or any(type(n) is not int or not 0 <= n <= _MAX_DRAWS for n in numbers):
-        found = ", ".join(f"{name} {show_value(state.get(name))}" for name in _POSITION_FIELDS)
-        raise CheckpointError(
-            f"the saved data position has {found}; expected whole numbers of at least 0, and one "
-            f"for each of {streams} directions in counts and skipped"
-        )
-    return LoaderPosition(first, batch, *(np.array(row, dtype=np.int64) for row in rows))
+class _PositionShape(FileShape):
+    kind: ClassVar[FileKind] = FileKind(
+        name="data position", max_bytes=256 * MIB, error=CheckpointError
+    )
+    first: int = Field(ge=0, le=MAX_DRAWS)
+    batch: int = Field(ge=0, le=MAX_DRAWS)
+    counts: list[Annotated[int, Field(ge=0, le=MAX_DRAWS)]]
+    skipped: list[Annotated[int, Field(ge=0, le=MAX_DRAWS)]]
+
+    def problem(self, streams: int) -> str:
+        """Return what contradicts itself, or the mixture of ``streams`` streams, or nothing."""
+        if len(self.counts) != streams or len(self.skipped) != streams:
+            found = f"{len(self.counts)} counts and {len(self.skipped)} of skipped rows"
+            return f"found {found}, expected one for each of {streams} streams"
+        if sum(self.counts) != self.first:
+            return f"found {sum(self.counts)} draws by stream, expected first = {self.first}"
+        if any(skipped > drawn for skipped, drawn in zip(self.skipped, self.counts, strict=True)):
+            return "found more skipped rows than rows drawn"
+        return ""
 
 
 def _fingerprint(

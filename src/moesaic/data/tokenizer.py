@@ -18,11 +18,11 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as HfTokenizer
 
-from moesaic.core.errors import DataError, did_you_mean, printable
-from moesaic.core.file_reader import MIB, FileKind, read_text
+from moesaic.core.errors import DataError, did_you_mean
 from moesaic.core.files import atomic_write
 from moesaic.data.batch import PAD
 from moesaic.data.copy_units import MAX_SLOTS, SlottedText, insert_slots, slot_characters
+from moesaic.data.tokenizer_file import read_tokenizer_file
 
 __all__ = [
     "BOS",
@@ -73,9 +73,6 @@ class EncodedText:
     slotted: SlottedText
 
 
-TOKENIZER_FILE = FileKind(name="tokenizer", max_bytes=256 * MIB, error=DataError)
-
-
 class Tokenizer:
     """A trained vocabulary, frozen: tokenizers with the same ``fingerprint`` are equal."""
 
@@ -95,16 +92,7 @@ class Tokenizer:
         path = Path(path)
         if not path.is_file():
             raise DataError(f"{path}: no such tokenizer file; expected a tokenizer.json")
-        text = read_text(path, TOKENIZER_FILE)
-        with _library_errors(f"{path}: not a tokenizer.json that can be read"):
-            hf_tokenizer = HfTokenizer.from_str(text)
-            hf_tokenizer.no_padding()  # of a foreign file: padding of 10^8, a stride that panics
-            hf_tokenizer.no_truncation()
-            ids = hf_tokenizer.get_vocab().values()
-        if max(ids, default=0) >= len(ids):
-            raise DataError(
-                f"{path}: {len(ids)} tokens, but one has the id {max(ids)}; expected no gaps"
-            )
+        hf_tokenizer = read_tokenizer_file(path)
         found = tuple(hf_tokenizer.id_to_token(i) for i in range(len(SPECIALS)))
         if found != SPECIALS:
             raise DataError(
@@ -151,16 +139,14 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``: pieces and bytes, never special or language tokens."""
         try:
-            with _library_errors("this tokenizer fails on a text"):
-                return self._hf_tokenizer.encode(text, add_special_tokens=False).ids
+            return self._hf_tokenizer.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError) as error:
             raise _not_text_error(text, error) from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode several texts; see ``encode_on_all_cores`` for multithreading."""
         try:
-            with _library_errors("this tokenizer fails on a text"):
-                found = self._hf_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            found = self._hf_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
             wrong = next((t for t in texts if not _is_text(t)), "")
             raise _not_text_error(wrong, error) from error
@@ -181,8 +167,7 @@ class Tokenizer:
         With ``slotted``, of the text itself or of the source that it is an answer to, slots become
         its placeholders.
         """
-        with _library_errors("this tokenizer fails on the ids of an answer"):
-            text = self._hf_tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        text = self._hf_tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
         return text if slotted is None else slotted.restore(text)
 
 
@@ -199,23 +184,6 @@ def encode_on_all_cores() -> Iterator[None]:
         yield
     finally:
         os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
-
-
-@contextmanager
-def _library_errors(what: str) -> Iterator[None]:
-    """Raise DataError for what the library raises: a bare Exception, or a panic of its Rust code.
-
-    A panic is no Exception, and would pass every handler up to the interpreter. Errors about a text
-    that is not Unicode, or not a string, are left to the caller.
-    """
-    try:
-        yield
-    except (TypeError, UnicodeEncodeError):
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise  # an interrupt
-        raise DataError(f"{what} ({printable(str(error), limit=200)})") from error
 
 
 def _tagged_languages(hf_tokenizer: HfTokenizer) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from moesaic.checkpoint.full_checkpoint import load_checkpoint
 from moesaic.checkpoint.snapshot import RankSnapshot, Snapshot
 from moesaic.core.config_upgrade import upgrade_config
-from moesaic.core.errors import UserError
+from moesaic.core.errors import CheckpointError, UserError
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
 from moesaic.distributed.flight_recorder import FLIGHT_RECORDER, mark_phase
@@ -32,12 +32,11 @@ from moesaic.train.bad_steps import LossHistory, RetryQueue, StepAttempt
 from moesaic.train.random_state import random_state, restore_random_state
 from moesaic.train.run import Run
 from moesaic.train.running_metrics import EventLog, LossCategories, RunningMetrics
-from moesaic.train.saved_state import check_saved_state
 from moesaic.train.sharded_state import local_shards, restore_shards
 from moesaic.train.step import ForwardBackwardResult, Objective, first_non_finite
 
 # Names that parts of a checkpoint had earlier, by their present names.
-PREVIOUS_NAMES = {"metrics": "meters"}
+PREVIOUS_NAMES = {"metrics": "meters", "events": "journal"}
 
 
 class BatchLoader(Protocol):
@@ -261,19 +260,22 @@ class Trainer:
         restore_random_state(
             snapshot.files["random"], world=self.world, seed=self.run.seed, step=snapshot.step
         )
-        files = snapshot.files
+        files, state = snapshot.files, snapshot.state
         for name, part in self.stateful_components.items():
             tensors = files.get(name) or files.get(PREVIOUS_NAMES.get(name, name), {})
             part.restore(tensors, world=self.world)
-        saved = check_saved_state(snapshot)
-        loader_states = [saved.data, *saved.retry]
-        _, renamed = upgrade_config(saved.config)
+        if not isinstance(state["retry"], list):
+            raise CheckpointError("its retries are no list of data positions")
+        loader_states = [state["data"], *state["retry"]]
+        _, renamed = upgrade_config(state["config"])
         if renamed:  # an earlier version hashed the old names of the config
             current = {"fingerprint": self.data.state()["fingerprint"]}
-            loader_states = [found | current for found in loader_states]
-        for found in reversed(loader_states):  # checks every one, and ends at the next batch
-            self.data.restore(found)
+            loader_states = [saved | current for saved in loader_states]
+        for saved in reversed(loader_states):  # each is checked; the last one stays
+            self.data.restore(saved)
         self.retry_queue = RetryQueue(loader_states[1:])
-        self.loss_history = saved.loss_history
-        self.event_log.best = saved.best
+        self.loss_history = LossHistory.from_dict(
+            state.get("spikes", {})
+        )  # absent in earlier checkpoints
+        self.event_log.restore(state.get("events") or state[PREVIOUS_NAMES["events"]])
         self.step = snapshot.step

@@ -11,6 +11,7 @@ from moesaic.corpus.readers.compressed import COMPRESSED, name_without_compressi
 from moesaic.corpus.readers.gettext import CatalogueEntry, Entry, parse_mo, parse_po
 from moesaic.corpus.readers.jsonl import read_jsonl_pairs, read_jsonl_texts
 from moesaic.corpus.readers.moses import moses_file, read_moses
+from moesaic.corpus.readers.plain_text import refused_by_name, require_plain_text
 from moesaic.corpus.readers.text_lines import (
     read_all_bytes,
     read_lines,
@@ -51,16 +52,29 @@ def read_pairs(
 def read_texts(
     path: Path | str, *, code: str, origin: str = "", licence: str = "not stated"
 ) -> Iterator[Text]:
-    """Yield the texts of a file in one language: .jsonl objects, or the lines of other files."""
+    """Yield the texts of a file in one language: .jsonl objects, or the lines of a text file.
+
+    Raises DataError: a catalogue, subtitles, markup or another format of ``plain_text.py``.
+    """
     where, resolved = Path(path), resolve_language(code).code
-    kind = Path(name_without_compression(where)).suffix.casefold()
-    if kind == ".jsonl":
+    if is_jsonl(where):
         rows = read_jsonl_texts(where, code=resolved)
     else:
+        require_plain_text(where, code=resolved)
         rows = (Text(line, resolved) for _, line in read_lines(where) if line.strip())
     named = replace_lone_surrogates(origin or where.name)
     for text in require_rows(rows, path=where, what="text"):
         yield replace(text, origin=named, licence=licence)
+
+
+def holds_texts(path: Path, *, code: str) -> bool:
+    """Whether a file's name is that of .jsonl, or of a text file in a language."""
+    return is_jsonl(path) or refused_by_name(path, code=code) is None
+
+
+def is_jsonl(path: Path) -> bool:
+    """Whether a file's name ends in .jsonl, compressed or not."""
+    return name_without_compression(path).casefold().endswith(".jsonl")
 
 
 def _both(path: Path, source: Wanted, target: Wanted) -> tuple[WantedLanguage, WantedLanguage]:
