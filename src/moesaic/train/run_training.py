@@ -77,9 +77,8 @@ def train(
     run_dir, started = RunDir(Path(out)), time.monotonic()
     with (
         init_distributed(timeout_s=run.collective_timeout_s) as world,
-        _locked(run_dir, world) as lock_notes,
+        _locked(run_dir, world, config={**run.to_dict(), "until": until}) as lock_notes,
     ):
-        _compare_ranks({**run.to_dict(), "until": until}, world=world)
         display = (progress if world.rank == 0 else no_progress)(_run_status(run))
         start = run_on_rank0(world, lambda: _open_run_dir(run_dir, run=run, resume=resume))
         notes = [*lock_notes, *start["notes"], *filter(None, [waiting_advice()])]
@@ -133,8 +132,12 @@ def _last_step(run: Run, *, until: int | None) -> int:
 
 
 @contextmanager
-def _locked(run_dir: RunDir, world: World) -> Iterator[list[str]]:
-    """Hold the lock of a run directory on rank 0; yield a note if a stale one was replaced."""
+def _locked(run_dir: RunDir, world: World, *, config: dict[str, Any]) -> Iterator[list[str]]:
+    """Hold the lock of a run directory on rank 0; yield a note if a stale one was replaced.
+
+    Before, the ranks compare ``config``: ranks that differ must not make the directory.
+    """
+    _compare_ranks(config, world=world)
     held: list[RunLock] = []
 
     def acquire() -> list[str]:
