@@ -1,6 +1,7 @@
 """``moesaic ckpt``: output and exit codes."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ from checkpoint_samples import snapshot, written
 from test_full_checkpoint_save import same
 
 from moesaic.checkpoint.full_checkpoint import load_checkpoint, save_checkpoint
+from moesaic.checkpoint.run_directory import RunDir
+from moesaic.checkpoint.run_record import write_run_record
+from moesaic.checkpoint.safetensors_io import write_tensors
 from moesaic.cli.main import main
 
 
@@ -107,3 +111,28 @@ def test_reshard_writes_the_requested_form(tmp_path, capsys):
         "error"
     ]
     assert "expected one of --shards N and --full" in error
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("kind", ["gone", "directory", "pipe", "dangling link"])
+def test_verify_misses_a_recorded_file_of_a_run(tmp_path, capsys, name, kind):
+    """A run without its weights was reported as sound."""
+    run = RunDir(tmp_path / "run")
+    save_checkpoint(run.checkpoints, snapshot(step=3))
+    run.config.write_text("{}", encoding="utf-8")
+    run.tokenizer.write_text("{}", encoding="utf-8")
+    write_tensors(run.model, tensors={"up": torch.ones(2)})
+    write_run_record(run, config={}, plugins=())
+    assert run_json(["ckpt", "verify", str(run.path)], capsys)["sound"] is True
+    path = run.path / name
+    path.unlink()
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "dangling link":
+        path.symlink_to(tmp_path / "nothing")
+
+    found = run_json(["ckpt", "verify", str(run.path)], capsys, code=2)
+
+    assert f"{name} is missing" in json.dumps(found)

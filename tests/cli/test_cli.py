@@ -493,3 +493,27 @@ def test_config_upgrade_rewrites_an_old_corpus_recipe(capsys, tmp_path):
     }
     assert "kind: LocalFiles" in file.read_text()
     assert "no such file" in refused(["data", "build", str(file)], capsys)
+
+
+OWN_RECIPE = '''
+from moesaic.recipes.lookup import RECIPES, find_recipe
+
+@RECIPES.register("mine-of-{number}")
+def mine():
+    """A recipe of a file of mine."""
+    return find_recipe("tiny").replace(steps=77)
+'''
+
+
+def test_recipes_of_a_user_file_are_listed_shown_and_compared(capsys, tmp_path):
+    name, file = f"mine-of-{tmp_path.name}", tmp_path / "mine.py"
+    file.write_text(OWN_RECIPE.replace("{number}", tmp_path.name))
+    main_ok(["config", "recipes", "--use", str(file), "--json"])
+    listed = last_json(capsys)
+    assert listed["recipes"][name.replace("_", "-")] == "A recipe of a file of mine."
+    assert {"tiny", "demo"} < set(listed["recipes"])
+    assert "nllb-moe-54b" in listed["presets"]
+    main_ok(["config", "show", name, "--use", str(file), "--json"])
+    assert last_json(capsys)["steps"] == 77
+    main_ok(["config", "diff", "tiny", name, "--use", str(file), "--json"])
+    assert "+ steps = 77" in last_json(capsys)["lines"]

@@ -198,6 +198,10 @@ def test_a_moved_run_is_scored_from_any_folder_and_nothing_is_built(
     corpus = defr.parent / "data" / "corpora" / "defr"
     found = scored(["eval", moved, "--corpus", corpus, "--limit", 2], capsys)
     assert list(found["languages"]) == ["deu_Latn-fra_Latn"]
+    user = tmp_path / "user" / "moesaic" / "corpora"  # searched beside the data home
+    shutil.copytree(corpus, user / "defr")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "user"))
+    assert scored(["eval", moved, "--limit", 2], capsys)["languages"]
     # a run in its place is scored from here: its relative path is from the folders above it
     assert scored(["eval", defr, "--limit", 2], capsys)["languages"]
 

@@ -145,6 +145,9 @@ def test_a_region_that_decides_the_script_is_never_dropped(language: str, region
         ("az-IR", "azb_Arab"), ("kk-CN", "kaz_Arab"), ("mn-CN", "khk_Mong"), ("sr-ME", "srp_Latn"),
         ("sr-BA", "srp_Cyrl"), ("sd-IN", "snd_Deva"), ("ms-CC", "zsm_Arab"), ("sw-CD", "swc_Latn"),
         ("nan-TW", "nan_Hant"), ("yue-CN", "yue_Hans"), ("zh-yue", "yue_Hant"),
+        ("cmn-Hant-HK", "zho_Hant"), ("zh-cmn-Hant", "zho_Hant"), ("zh-CHT", "zho_Hant"),
+        ("por-BR", "por_Latn_BR"), ("pt-Latn-BR", "por_Latn_BR"), ("por_Latn-PT", "por_Latn"),
+        ("no_NO@nynorsk", "nno_Latn"),
         ("zh-cmn-Hans-CN", "zho_Hans"), ("no-nyn", "nno_Latn"), ("no@nynorsk", "nno_Latn"),
     ],
 )  # fmt: skip

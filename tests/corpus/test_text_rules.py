@@ -111,6 +111,40 @@ def test_a_mark_within_a_word_of_a_text_alone_is_kept() -> None:
     assert SoftwareStrings().normalise("Sa_ve", other="Speichern") == "Save"
 
 
+PIECES = [
+    "&amp;",
+    "&lt;b&gt;",
+    "<b>",
+    "&",
+    "_",
+    "~",
+    "x",
+    "e\u0301",
+    "\xad",
+    "\0",
+    " ",
+    "\u200b",
+    "(_F)",
+]
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(st.lists(st.sampled_from([*PIECES, "amp;", "\u1160"]), max_size=7), st.sampled_from(PIECES))
+@pytest.mark.parametrize("rules", [SoftwareStrings(), SoftwareStrings(tags="keep")])
+def test_a_row_of_a_corpus_stays_as_it_is_when_it_is_translated(
+    rules: SoftwareStrings, pieces: list[str], other: str
+) -> None:
+    row = rules.normalise("".join(pieces), other=other)
+    assert rules.normalise(row) == row
+    alone = rules.normalise("".join(pieces))
+    assert rules.normalise(alone) == alone
+
+
+def test_text_about_markup_that_is_escaped_twice_is_read_once_for_all() -> None:
+    row = SoftwareStrings().normalise("Use &amp;lt;b&amp;gt;bold&amp;lt;/b&amp;gt;", other="x")
+    assert row == SoftwareStrings().normalise(row) == "Use bold"
+
+
 def test_tags_are_a_choice_of_software_strings() -> None:
     kept, stripped = SoftwareStrings(tags="keep"), SoftwareStrings()
     assert kept.normalise("<b>_Save</b> &amp; go", other="") == "<b>Save</b> & go"

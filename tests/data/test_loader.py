@@ -123,3 +123,39 @@ def test_held_out_rows_are_limited_per_stream_and_never_from_train():
 def test_batches_are_frozen_values():
     with pytest.raises(dataclasses.FrozenInstanceError):
         next(cases.loader()).task = None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("first", -1),
+        ("first", 2**62),
+        ("first", 1.5),
+        ("batch", True),
+        ("batch", None),
+        ("counts", []),
+        ("counts", 7),
+        ("counts", [1]),
+        ("skipped", []),
+        ("skipped", {"0": 1}),
+    ],
+)
+def test_a_position_out_of_range_is_refused(key, value):
+    """Each of these was taken over, and skipped data silently or failed in the first batch."""
+    stream = cases.loader()
+    next(stream)
+    with pytest.raises(CheckpointError, match="data position"):
+        cases.loader().restore(stream.state() | {key: value})
+
+
+@pytest.mark.parametrize("change", ["more skipped than drawn", "counts of other draws"])
+def test_a_position_that_contradicts_itself_is_refused(change):
+    stream = cases.loader()
+    for _ in range(400):
+        next(stream)
+    state = stream.state()
+    assert sum(state["counts"]) == state["first"] > 0
+    key = "skipped" if change == "more skipped than drawn" else "counts"
+    state[key][0] = state["counts"][0] + 1
+    with pytest.raises(CheckpointError, match="data position"):
+        cases.loader().restore(state)

@@ -1,5 +1,6 @@
 """Tokenizer files: saved, loaded, read by Hugging Face tokenizers, refused if foreign."""
 
+import json
 import os
 
 import pytest
@@ -84,3 +85,46 @@ def test_forks_are_safe_after_parallel_encoding(monkeypatch):
     with encode_on_all_cores():
         assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("truncation", {"max_length": 2, "strategy": "LongestFirst", "stride": 3}),
+        ("padding", {"strategy": {"Fixed": 10**8}, "pad_id": 0, "pad_token": "<pad>"}),
+        ("post_processor", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}),
+        ("model.dropout", 0.5),
+        ("model.end_of_word_suffix", "x"),
+    ],
+)
+def test_a_setting_that_changes_what_is_encoded_is_refused(tmp_path, setting, value):
+    path = tmp_path / "tokenizer.json"
+    cases.tokenizer().save(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    place = content["model"] if setting.startswith("model.") else content
+    place[setting.removeprefix("model.")] = value
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+    with pytest.raises(DataError, match=f"tokenizer.json: {setting}: found .*expected null"):
+        Tokenizer.load(path)
+
+
+def test_an_id_without_a_row_in_the_embedding_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    cases.tokenizer().save(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    last = max(content["model"]["vocab"], key=content["model"]["vocab"].__getitem__)
+    content["model"]["vocab"][last] = 10**6
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+    with pytest.raises(DataError, match="ids up to 1000000, expected each id from 0"):
+        Tokenizer.load(path)
+
+
+def test_a_file_over_the_limit_is_refused_unread(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    with path.open("wb") as stream:
+        stream.truncate(1 << 40)
+
+    with pytest.raises(DataError, match="at most"):
+        Tokenizer.load(path)

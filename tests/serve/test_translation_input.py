@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.core.errors import DataError
+from moesaic.corpus.readers.plain_text import REFUSED_FORMATS
 from moesaic.serve import translation_input
 from moesaic.serve.translation_input import (
-    REFUSED_FORMATS,
     read_lines_to_translate,
     read_stream_to_translate,
 )

@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 import yaml
 
 from moesaic.checkpoint.run_directory import RunDir
-from moesaic.checkpoint.safetensors_io import write_tensors
+from moesaic.checkpoint.safetensors_io import read_tensors, write_tensors
 from moesaic.checkpoint.trained_directions import TrainedDirections, TrainedStream
 from moesaic.core.errors import CheckpointError, DataError
 from moesaic.corpus.text_rules import SoftwareStrings
@@ -22,6 +23,7 @@ from moesaic.moe.expert_selection import Top2
 from moesaic.nn.attention import AttentionConfig
 from moesaic.nn.feed_forward import FeedForwardConfig
 from moesaic.nn.positional_encoding import LearnedPositions
+from moesaic.serve import open_run
 from moesaic.serve.long_text import Truncate
 from moesaic.serve.source_text import TranslationLimits
 from moesaic.serve.translation_result import TranslationResult, describe_results
@@ -436,3 +438,26 @@ def test_a_limit_that_is_no_number_of_tokens_is_refused(run, tmp_path, value):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(CheckpointError, match=r"loader\.max_source"):
         Translator.open(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["dim", "vocab_size"])
+def test_a_config_larger_than_the_weights_takes_no_memory(run, tmp_path, monkeypatch, key):
+    """Weights are compared on the meta device: torch.empty would take all memory there is."""
+    other = RunDir(tmp_path / "run")
+    shutil.copytree(run, other.path)
+    other.record.unlink(missing_ok=True)
+    config = yaml.safe_load(other.config.read_text(encoding="utf-8"))
+    config["model"][key] = 1 << 20
+    other.config.write_text(yaml.safe_dump(config), encoding="utf-8")
+    write_tensors(other.model, tensors=read_tensors(other.model))
+    built = []
+    monkeypatch.setattr(
+        open_run,
+        "Transformer",
+        lambda config: built.append(torch.get_default_device()) or Transformer(config),
+    )
+
+    with pytest.raises(CheckpointError, match="do not fit|far larger model"):
+        Translator.open(other.path)
+
+    assert "cpu" not in [device.type for device in built]

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from moesaic.core.errors import CheckpointError
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess, World
 from moesaic.testing.tiny_models import tiny_run, tiny_trainer
@@ -140,3 +141,14 @@ def test_the_lowered_learning_rate_survives_a_restart() -> None:
     assert other.loss_history == trainer.loss_history
     usual = tiny_trainer(tiny_run())
     assert first == pytest.approx(0.25 * usual.train_step().lr)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{"rate": -1}, {"rate": 2**62}, {"rate": None}, {"rate": math.nan}, {"in_a_row": 1.5},
+     {"recent": {}}, {"recent": ["x"]}],
+)  # fmt: skip
+def test_a_saved_history_out_of_range_is_refused(value):
+    """A rate of -1 turned every learning rate around, without a word."""
+    with pytest.raises(CheckpointError, match="the saved losses"):
+        LossHistory.from_dict(LossHistory().to_dict() | value)

@@ -162,13 +162,13 @@ def test_a_start_that_fails_leaves_nothing(
         "disk": {},
     }
     out = tmp_path / "runs" / "new"
-    with monkeypatch.context() as patched, pytest.raises(UserError):
-        if what in ("weights", "disk"):  # everything is prepared when it fails
+    if what in ("weights", "disk"):  # everything is prepared when it fails
 
-            def fail(*_: object, **__: object) -> None:
-                raise DataError("no space left")
+        def fail(*_: object, **__: object) -> None:
+            raise DataError("no space left")
 
-            patched.setattr("moesaic.train.run_training._open_writers", fail)
+        monkeypatch.setattr("moesaic.train.run_training._open_writers", fail)
+    with pytest.raises(UserError):
         train(synthetic_run(**wrong[what]), out, progress=no_progress)
     assert not (tmp_path / "runs").exists()
 

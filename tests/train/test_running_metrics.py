@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from moesaic.core.errors import CheckpointError
 from moesaic.data.batch import PAD, Batch
 from moesaic.distributed.forked_ranks import run_on_ranks
 from moesaic.distributed.world import ProcessGroupWorld, SingleProcess
 from moesaic.testing.tiny_models import LANGUAGES, TASKS, random_batch
-from moesaic.train.running_metrics import LossCategories, RunningMetrics, StepSums
+from moesaic.train.running_metrics import EventLog, LossCategories, RunningMetrics, StepSums
 
 CATEGORIES = LossCategories(TASKS, LANGUAGES)
 
@@ -106,3 +107,11 @@ def test_a_restart_between_rows_changes_no_row() -> None:
     expected = meters.compute_and_reset(SingleProcess())
     for row in run_on_ranks(2, _saved_and_restored):
         assert row == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "best", [[], {}, {"loss": "x", "step": 1}, {"loss": 1.0, "step": -1}, {"loss": 1.0}]
+)
+def test_saved_events_out_of_range_are_refused(best) -> None:
+    with pytest.raises(CheckpointError, match="the saved events"):
+        EventLog().restore({"best": best})

@@ -1,5 +1,6 @@
 """``moesaic ckpt``: inspect, compare, verify and reshard checkpoints."""
 
+import os
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -156,8 +157,9 @@ def _check(path: Path) -> tuple[str, list[IntegrityProblem]]:
     if not run.config.is_file():
         directory = find_checkpoint(path)
         return str(directory), check_checkpoint(directory)
-    found = [] if not run.model.is_file() else check_exported_weights(run.model)
-    if run.model.is_file() and run.tokenizer.is_file():
+    # a directory, a pipe or a dangling link in the place of the weights is a problem, too
+    found = check_exported_weights(run.model) if os.path.lexists(run.model) else []
+    if run.record.exists() or run.model.is_file():
         found += [IntegrityProblem(str(path), problem) for problem in run_problems(run)]
     if not run.model.is_file() or any(list_checkpoints(run.checkpoints)):
         directory = find_checkpoint(path)

@@ -17,13 +17,13 @@ class Registry(Generic[T]):
         self._factories: dict[str, Factory[T]] = {}
 
     def register(self, name: str | None = None) -> Callable[[Factory[T]], Factory[T]]:
-        """Register the decorated function as ``name`` (default: its own name, ``-`` for ``_``).
+        """Register the decorated function as ``name`` (default: its own name), ``-`` for ``_``.
 
         Raises ValueError for a second function of one name or a function without a docstring.
         """
 
         def enter(function: Factory[T]) -> Factory[T]:
-            key = name or function.__name__.replace("_", "-")
+            key = (name or function.__name__).replace("_", "-")
             places = [_qualified_name(f) for f in (self._factories.get(key, function), function)]
             if places[0] != places[1]:  # equal for a reloaded module
                 raise ValueError(f'two {self.kind}s "{key}": {places[0]}, {places[1]}')

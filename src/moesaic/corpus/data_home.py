@@ -34,7 +34,12 @@ def find_data_home() -> DataHome:
     here = Path("data")
     if any((here / part).is_dir() for part in _PARTS):
         return DataHome(here, "moesaic's data in this folder")
-    return DataHome(_user_data_folder() / "moesaic", "the user's data folder")
+    return DataHome(user_data_home(), "the user's data folder")
+
+
+def user_data_home() -> Path:
+    """Return moesaic's folder among the user's data, whether it is the data home or not."""
+    return _user_data_folder() / "moesaic"
 
 
 def data_home() -> Path:

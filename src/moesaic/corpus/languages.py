@@ -48,6 +48,7 @@ _PHONETIC = ("fonipa", "fonkirsh", "fonnapa", "fonupa", "fonxsamp")
 _IRREGULAR = {
     "hy-arevmda": "hyw", "i-hak": "hak", "i-lux": "lb", "i-navajo": "nv", "no-bok": "nb",
     "no-nyn": "nn", "no@nynorsk": "nn", "zh-guoyu": "zh", "zh-hakka": "hak", "zh-min-nan": "nan",
+    "no-no@nynorsk": "nn", "zh-chs": "zh-hans", "zh-cht": "zh-hant",
 }  # fmt: skip
 
 
@@ -164,6 +165,7 @@ def _candidates(language: str, script: str, region: str) -> Iterator[tuple[str, 
         yield short, decided
     else:
         yield language, script
+        yield short, script
 
 
 @cache
@@ -193,11 +195,9 @@ def _spellings_of(row: Language) -> Iterator[str]:
     lang, script, *region = row.code.split("_")
     short = row.bcp47.split("-")[0]
     yield from (row.code, row.bcp47, row.name, *row.aliases)
-    if region:
-        return
     for base in {lang, short, row.iso1 or short, *(a for a in row.aliases if a.isalpha())}:
-        yield f"{base}-{script}"
-        yield base
+        yield "-".join((base, script, *region))
+        yield "-".join((base, *region))
 
 
 @cache

@@ -15,10 +15,16 @@ from moesaic.core.config import Choice
 from moesaic.core.errors import ConfigError, DataError
 from moesaic.core.file_reader import KIB, FileKind, read_json
 from moesaic.core.files import write_json
-from moesaic.corpus.markup import strip_accelerators, strip_tags, unescape_entities
+from moesaic.corpus.markup import (
+    may_hold_accelerator,
+    strip_accelerators,
+    strip_tags,
+    unescape_entities,
+)
 from moesaic.corpus.placeholders import placeholder_keys, without_placeholders
 
 _REPLACEMENT = 0xFFFD
+_MAX_PASSES = 8
 # removed: soft hyphen, byte-order mark, word joiner, controls that are not white space
 _REMOVED = dict.fromkeys(
     [0xAD, 0xFEFF, 0x2060, *(c for c in (*range(32), *range(0x7F, 0xA0)) if not chr(c).isspace())]
@@ -119,12 +125,28 @@ class SoftwareStrings(TextRules):
     tags: Literal["strip", "keep"] = "strip"
 
     def normalise(self, text: str, *, other: str | None = None) -> str:
+        found = self._normalise_once(text, other=other)
+        # a decoded entity may begin a tag, or hide a second one; a row of a corpus passes the rules
+        # again when it is translated, and has to stay as the model was trained on it
+        for _ in range(_MAX_PASSES):
+            if not may_hold_accelerator(found) and "<" not in found:
+                break
+            before, found = found, self._normalise_once(found, other=None)
+            if found == before:
+                break
+        return found
+
+    def _normalise_once(self, text: str, *, other: str | None) -> str:
         plain = text
         if self.tags == "strip":
             plain = unescape_entities(strip_tags(unescape_entities(text)))
         elif other is not None:
             plain = unescape_entities(text)
-        return normalise_text(strip_accelerators(plain, other=text if other is None else other))
+        plain = normalise_text(plain)
+        if not may_hold_accelerator(plain):
+            return plain
+        opposite = normalise_text(text if other is None else other)
+        return normalise_text(strip_accelerators(plain, other=opposite))
 
     def placeholders(self, text: str) -> tuple[str, ...]:
         return placeholder_keys(text)

@@ -9,11 +9,13 @@ import json
 import queue
 import threading
 from collections.abc import Iterator
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
+from pydantic import Field
 
 from moesaic.core.errors import CheckpointError, ConfigError
+from moesaic.core.file_reader import MIB, FileKind, FileShape, parse_shape
 from moesaic.data.batch import Batch
 from moesaic.data.batch_stream import (
     BatchStream,
@@ -29,6 +31,7 @@ from moesaic.data.tokenizer import Tokenizer
 __all__ = ["DataReplica", "Loader", "LoaderConfig"]
 
 STATE_FORMAT = 1
+MAX_DRAWS = 2**53  # exact as a float, and far from the end of 64 bits
 _SINGLE_REPLICA = DataReplica()
 
 T = TypeVar("T")
@@ -161,12 +164,17 @@ class Loader:
         if state.get("format") != STATE_FORMAT or found != self._fingerprint:
             raise CheckpointError(
                 "the saved data position is of another corpus, tokenizer, mixture, seed or "
-                f"loader config (found {found[:8]}, expected "
+                f"loader config (found {str(found)[:8]}, expected "
                 f"{self._fingerprint[:8]}); continue with the config it was saved with"
             )
+        data = json.dumps(state).encode()
+        where = "the saved data position"
+        shape = parse_shape(data, _PositionShape, kind=_PositionShape.kind, where=where)
+        if problem := shape.problem(len(self._counts)):
+            raise CheckpointError(f"{where}: {problem}")
         self.close()
-        arrays = (np.array(state[name], dtype=np.int64) for name in ("counts", "skipped"))
-        self._seek(LoaderPosition(int(state["first"]), int(state["batch"]), *arrays))
+        arrays = (np.array(values, dtype=np.int64) for values in (shape.counts, shape.skipped))
+        self._seek(LoaderPosition(shape.first, shape.batch, *arrays))
 
     def frequencies(self) -> list[StreamFrequency]:
         """Return the expected and actual frequency of each stream so far."""
@@ -203,6 +211,27 @@ class Loader:
     def _seek(self, position: LoaderPosition) -> None:
         self._position = position
         self._counts, self._skipped = position.counts, position.skipped
+
+
+class _PositionShape(FileShape):
+    kind: ClassVar[FileKind] = FileKind(
+        name="data position", max_bytes=256 * MIB, error=CheckpointError
+    )
+    first: int = Field(ge=0, le=MAX_DRAWS)
+    batch: int = Field(ge=0, le=MAX_DRAWS)
+    counts: list[Annotated[int, Field(ge=0, le=MAX_DRAWS)]]
+    skipped: list[Annotated[int, Field(ge=0, le=MAX_DRAWS)]]
+
+    def problem(self, streams: int) -> str:
+        """Return what contradicts itself, or the mixture of ``streams`` streams, or nothing."""
+        if len(self.counts) != streams or len(self.skipped) != streams:
+            found = f"{len(self.counts)} counts and {len(self.skipped)} of skipped rows"
+            return f"found {found}, expected one for each of {streams} streams"
+        if sum(self.counts) != self.first:
+            return f"found {sum(self.counts)} draws by stream, expected first = {self.first}"
+        if any(skipped > drawn for skipped, drawn in zip(self.skipped, self.counts, strict=True)):
+            return "found more skipped rows than rows drawn"
+        return ""
 
 
 def _fingerprint(

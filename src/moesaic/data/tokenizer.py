@@ -18,11 +18,11 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as HfTokenizer
 
-from moesaic.core.errors import DataError, UserError, did_you_mean
-from moesaic.core.file_reader import MIB, FileKind, read_text
+from moesaic.core.errors import DataError, did_you_mean
 from moesaic.core.files import atomic_write
 from moesaic.data.batch import PAD
 from moesaic.data.copy_units import MAX_SLOTS, SlottedText, insert_slots, slot_characters
+from moesaic.data.tokenizer_file import read_tokenizer_file
 
 __all__ = [
     "BOS",
@@ -73,9 +73,6 @@ class EncodedText:
     slotted: SlottedText
 
 
-TOKENIZER_FILE = FileKind(name="tokenizer", max_bytes=256 * MIB, error=DataError)
-
-
 class Tokenizer:
     """A trained vocabulary, frozen: tokenizers with the same ``fingerprint`` are equal."""
 
@@ -95,14 +92,7 @@ class Tokenizer:
         path = Path(path)
         if not path.is_file():
             raise DataError(f"{path}: no such tokenizer file; expected a tokenizer.json")
-        try:
-            hf_tokenizer = HfTokenizer.from_str(read_text(path, TOKENIZER_FILE))
-            hf_tokenizer.no_padding()  # of a foreign file: padding of 10^8, a stride that panics
-            hf_tokenizer.no_truncation()
-        except UserError:
-            raise
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(f"{path}: not a tokenizer.json that can be read ({error})") from error
+        hf_tokenizer = read_tokenizer_file(path)
         found = tuple(hf_tokenizer.id_to_token(i) for i in range(len(SPECIALS)))
         if found != SPECIALS:
             raise DataError(

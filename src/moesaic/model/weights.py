@@ -64,11 +64,10 @@ def export_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in tensors if name in names}
 
 
-@torch.no_grad()
-def restore_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy exported weights into a model, all or none.
+def require_fitting_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError naming every tensor that is missing, unknown or of another shape.
 
-    Raises CheckpointError naming every tensor that is missing, unknown or of another shape.
+    ``model`` may be on the meta device: weights are compared before anything is allocated.
     """
     expected = export_weights(model)
     problems = [f"{name} is missing" for name in expected if name not in tensors]
@@ -81,7 +80,16 @@ def restore_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     if problems:
         more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
         raise CheckpointError(f"the weights do not fit: {'; '.join(problems[:4])}{more}")
-    for name, tensor in expected.items():
+
+
+@torch.no_grad()
+def restore_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy exported weights into a model, all or none.
+
+    Raises CheckpointError naming every tensor that is missing, unknown or of another shape.
+    """
+    require_fitting_weights(model, tensors)
+    for name, tensor in export_weights(model).items():
         tensor.copy_(tensors[name])
 
 

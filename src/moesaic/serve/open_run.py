@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moesaic.checkpoint.full_checkpoint import read_weights
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_record import require_plugins, require_unchanged
@@ -17,7 +19,11 @@ from moesaic.data.tokenizer import Tokenizer
 from moesaic.model.config import ModelConfig
 from moesaic.model.parameter_flop_count import count_parameters
 from moesaic.model.transformer import Transformer
-from moesaic.model.weights import describe_nonfinite, restore_weights
+from moesaic.model.weights import (
+    describe_nonfinite,
+    require_fitting_weights,
+    restore_weights,
+)
 from moesaic.serve.source_text import TranslationLimits
 
 
@@ -48,8 +54,7 @@ def open_run(path: Path, *, weights: Path | None = None, device: str = "cpu") ->
         raise CheckpointError(f"{run.config}: it has no model; is it the config of a run?")
     shape = ModelConfig.from_dict(config["model"])
     _require_size(shape, weights)
-    model = Transformer(shape)
-    _load_weights(model, read_weights(weights, device=device), where=weights)
+    model = _load_model(shape, read_weights(weights, device=device), where=weights)
     tokenizer = Tokenizer.load(run.tokenizer)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
@@ -100,8 +105,14 @@ def _require_size(config: ModelConfig, weights: Path) -> None:
         )
 
 
-def _load_weights(model: Transformer, tensors: dict[str, Tensor], *, where: Path) -> None:
+def _load_model(config: ModelConfig, tensors: dict[str, Tensor], *, where: Path) -> Transformer:
+    """Build a model once its weights fit: a config may ask for any size, a file has its own."""
+    too_large = count_parameters(config).total > sum(t.numel() for t in tensors.values())
     try:
+        if too_large:  # the meta device takes no memory, and a second to import
+            with torch.device("meta"):
+                require_fitting_weights(Transformer(config), tensors)
+        model = Transformer(config)
         restore_weights(model, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{where} and config.yaml beside it: {error}") from error
@@ -111,3 +122,4 @@ def _load_weights(model: Transformer, tensors: dict[str, Tensor], *, where: Path
             f"{where}: the weights hold {wrong}, expected finite numbers: training diverged or the "
             "file was changed; use the weights of an earlier checkpoint"
         )
+    return model

@@ -9,17 +9,20 @@ the default values are ours. A policy receives the loss over all ranks, so all
 ranks decide the same.
 """
 
+import json
 import math
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from moesaic.core.config import Choice
+from moesaic.core.errors import CheckpointError
+from moesaic.core.file_reader import MAX_INT, MIB, FileKind, FileShape, parse_shape
 
 LoaderState = dict[str, Any]
 MAD_TO_DEVIATION = 1.4826  # median absolute deviation to standard deviation, for a normal
@@ -78,7 +81,19 @@ class LossHistory:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> "LossHistory":
-        return cls(**{**value, "recent": tuple(value.get("recent", ()))})
+        """Return the history of a checkpoint. Raises CheckpointError for a value out of range."""
+        data, kind = json.dumps(value).encode(), _LossHistoryShape.kind
+        shape = parse_shape(data, _LossHistoryShape, kind=kind, where="the saved losses")
+        return cls(tuple(shape.recent), shape.in_a_row, shape.rate)
+
+
+class _LossHistoryShape(FileShape):
+    kind: ClassVar[FileKind] = FileKind(
+        name="history of losses", max_bytes=MIB, error=CheckpointError
+    )
+    recent: list[float] = Field(default_factory=list)
+    in_a_row: int = Field(0, ge=0, le=MAX_INT)
+    rate: float = Field(1.0, gt=0, le=1)
 
 
 @dataclass(frozen=True, slots=True)

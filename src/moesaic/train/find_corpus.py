@@ -2,7 +2,8 @@
 
 A run may have been moved, or be used from another folder than it was trained in. The corpus is
 looked for at its path, relative to the run directory and the folders above it, and by its name in
-the data home; the fingerprint in the run's ``directions.json`` decides whether it is the same one.
+the data home and in the user's data folder; the fingerprint in the run's ``directions.json``
+decides whether it is the same one.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from moesaic.checkpoint.trained_directions import read_trained_directions
 from moesaic.core.errors import DataError
 from moesaic.corpus.corpus import Corpus
 from moesaic.corpus.corpus_manifest import CORPUS_MANIFEST
-from moesaic.corpus.data_home import corpora_dir
+from moesaic.corpus.data_home import corpora_dir, user_data_home
 from moesaic.train.run import CorpusSource
 
 
@@ -76,7 +77,7 @@ def _places(source: CorpusSource, *, run_dir: RunDir) -> Iterator[Path]:
     tries = [folder]
     if not folder.is_absolute():
         tries += [above / folder for above in (run, *run.parents)]
-    tries.append(corpora_dir() / folder.name)
+    tries += [corpora_dir() / folder.name, user_data_home() / "corpora" / folder.name]
     tries += [above / "data" / "corpora" / folder.name for above in run.parents]
     seen = set()
     for place in tries:

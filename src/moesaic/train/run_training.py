@@ -285,6 +285,10 @@ def _load_checkpoint(trainer: Trainer, path: Path) -> None:
     """Load a verified checkpoint, whose state may still be of another kind than a run's."""
     try:
         trainer.load_checkpoint(path)
+    except CheckpointError as error:
+        if str(path) in str(error):
+            raise
+        raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         found = f"{type(error).__name__}: {printable(str(error))}"
         raise CheckpointError(f"{path}: its state does not fit this run ({found})") from error

@@ -6,13 +6,17 @@ then its languages (a row counts for its target language). Letters: B rows, C ca
 predicted tokens.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 
+from moesaic.core.errors import CheckpointError
+from moesaic.core.file_reader import MAX_INT, MIB, FileKind, FileShape, parse_shape
 from moesaic.core.shapes import Float, Int, Tensor
 from moesaic.data.batch import Batch
 from moesaic.distributed.world import World
@@ -63,7 +67,21 @@ class EventLog:
         return {"best": asdict(self.best) if math.isfinite(self.best.loss) else None}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.best = BestValidation(**state["best"]) if state["best"] else BestValidation()
+        """Restore what ``state`` returned. Raises CheckpointError for a value out of range."""
+        data = json.dumps(state).encode()
+        shape = parse_shape(data, _EventsShape, kind=_EventsShape.kind, where="the saved events")
+        best = shape.best
+        self.best = BestValidation(best.loss, best.step) if best else BestValidation()
+
+
+class _BestShape(FileShape):
+    loss: float
+    step: int = Field(ge=0, le=MAX_INT)
+
+
+class _EventsShape(FileShape):
+    kind: ClassVar[FileKind] = FileKind(name="event log", max_bytes=MIB, error=CheckpointError)
+    best: _BestShape | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from moesaic.checkpoint.full_checkpoint import load_checkpoint
 from moesaic.checkpoint.snapshot import RankSnapshot, Snapshot
 from moesaic.core.config_upgrade import upgrade_config
-from moesaic.core.errors import UserError
+from moesaic.core.errors import CheckpointError, UserError
 from moesaic.core.shapes import Tensor
 from moesaic.data.batch import Batch
 from moesaic.distributed.flight_recorder import FLIGHT_RECORDER, mark_phase
@@ -264,12 +264,15 @@ class Trainer:
         for name, part in self.stateful_components.items():
             tensors = files.get(name) or files.get(PREVIOUS_NAMES.get(name, name), {})
             part.restore(tensors, world=self.world)
+        if not isinstance(state["retry"], list):
+            raise CheckpointError("its retries are no list of data positions")
         loader_states = [state["data"], *state["retry"]]
         _, renamed = upgrade_config(state["config"])
         if renamed:  # an earlier version hashed the old names of the config
             current = {"fingerprint": self.data.state()["fingerprint"]}
             loader_states = [saved | current for saved in loader_states]
-        self.data.restore(loader_states[0])
+        for saved in reversed(loader_states):  # each is checked; the last one stays
+            self.data.restore(saved)
         self.retry_queue = RetryQueue(loader_states[1:])
         self.loss_history = LossHistory.from_dict(
             state.get("spikes", {})

@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 
@@ -240,3 +241,32 @@ def test_a_po_string_is_unescaped(text: str) -> None:
     entry = polib.POEntry(msgid="x", msgstr=text)
     found = [e.target for e in parse_po(f"{entry}\n".encode(), name="a.po")]
     assert found == ([text] if text else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("a.po", 'msgid "a"\nmsgstr "b"\n', "a PO catalogue.*give its source and target"),
+        ("a.tmx.gz", "<tmx/>", "a TMX file.*give its source and target"),
+        ("a.tsv", "a\tb\n", "a resource file.*give its source and target"),
+        ("a.srt", "1\n", "a subtitle file.*take the texts out"),
+        ("a.txt", "1\n00:00:01,000 --> 00:00:02,000\nHello\n", "a subtitle file"),
+        ("a.txt", "<!DOCTYPE html><p>Hello</p>", "HTML or XML"),
+        ("a.txt", "%PDF-1.4\n", "a document or an archive"),
+        ("a", 'msgid "a"\nmsgstr "b"\n', "a PO catalogue"),
+        ("a.ts", "<ts/>", "HTML or XML"),
+        ("a.png", "\0", "a picture"),
+    ],
+)
+def test_a_text_in_one_language_is_no_catalogue_subtitle_or_markup(
+    tmp_path: Path, name: str, content: str, why: str
+) -> None:
+    path, data = tmp_path / name, content.encode()
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    with pytest.raises(UserError, match=rf"{name}: {why}"):
+        list(read_texts(path, code="de"))
+
+
+def test_a_language_as_suffix_is_no_format(tmp_path: Path) -> None:
+    (tmp_path / "news.ts").write_text("Ndzi khensa\n", encoding="utf-8")
+    assert [t.text for t in read_texts(tmp_path / "news.ts", code="ts")] == ["Ndzi khensa"]

@@ -193,6 +193,16 @@ def test_an_archive_cut_short_or_damaged_is_named(tmp_path: Path, suffix: str) -
             lines(tmp_path, data, f"a{suffix}")
 
 
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_a_part_with_a_damaged_beginning_is_not_taken_for_the_end(
+    tmp_path: Path, suffix: str
+) -> None:
+    whole = COMPRESS[suffix](b"first\n")
+    damaged = b"?" + COMPRESS[suffix](b"second\n")[1:]
+    with pytest.raises(UserError, match=rf"a{suffix}: the archive is damaged or cut short"):
+        lines(tmp_path, whole + damaged, f"a{suffix}")
+
+
 def test_an_xz_file_that_wants_gigabytes_for_its_dictionary_is_refused(tmp_path: Path) -> None:
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 1 << 20}]
     data = lzma.compress(b"a\n", filters=filters)

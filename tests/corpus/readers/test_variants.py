@@ -226,6 +226,30 @@ def test_nothing_outside_of_a_memory_is_read_and_no_entity_expanded(tmp_path: Pa
     assert read(tmp_path / "a.tmx", doctype + tmx(unit(en="a", de="b"))) == [("a", "b")]
 
 
+@pytest.mark.parametrize("entity", ["&nbsp;", "&product;"])
+def test_an_entity_of_a_dtd_elsewhere_is_refused_and_not_left_out(
+    tmp_path: Path, entity: str
+) -> None:
+    doctype = '<?xml version="1.0"?>\n<!DOCTYPE tmx SYSTEM "tmx14.dtd">\n'
+    with pytest.raises(UserError, match=f"line 3: Entity '{entity[1:-1]}' not defined in this"):
+        read(tmp_path / "a.tmx", doctype + tmx(unit(en=f"Open{entity}it", de="b")))
+    own = doctype.replace('SYSTEM "tmx14.dtd"', f'[<!ENTITY {entity[1:-1]} " ">]')
+    assert read(tmp_path / "b.tmx", own + tmx(unit(en=f"a{entity}b", de="c"))) == [("a b", "c")]
+
+
+@pytest.mark.parametrize("form", ["{}_lang", "{}_language", "{}Lang", "{}Language"])
+@pytest.mark.parametrize("sides", [("src", "tgt"), ("source", "target")])
+def test_the_languages_of_a_line_win_over_those_of_the_file(
+    tmp_path: Path, sides: tuple[str, str], form: str
+) -> None:
+    keys = [form.format(side) for side in sides]
+    row = {sides[0]: "Auf", sides[1]: "Open", keys[0]: "de", keys[1]: "en"}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row), encoding="utf-8")
+    [pair] = read_pairs(path, source="en", target="de")
+    assert (pair.source_language, pair.target_language) == ("deu_Latn", "eng_Latn")
+
+
 @pytest.mark.parametrize(
     ("line", "why"),
     [

@@ -190,6 +190,16 @@ def test_a_folder_is_read_with_every_file_of_pairs_below_it() -> None:
     assert rows_of(build(file("all")), "en", "de") == [("Save", "Speichern"), ("Open", "Öffnen")]
 
 
+def test_a_folder_of_texts_is_read_without_its_catalogues_and_pictures() -> None:
+    write("texts/a.txt", "Ein Text steht hier")
+    write("texts/b.po", 'msgid "Open"', 'msgstr "Öffnen"')
+    Path("texts/c.png").write_bytes(b"\x89PNG\r\n")
+    corpus = build(LocalFile(path="texts", language="de"))
+    assert [text.text for text in corpus.iter_texts("de")] == ["Ein Text steht hier"]
+    with pytest.raises(UserError, match=r"b\.po: a PO catalogue, expected text in one language"):
+        build(LocalFile(path="texts/*.po", language="de"))
+
+
 def test_one_empty_file_of_many_is_left_out_and_said() -> None:
     write("a.po", 'msgid "Open"', 'msgstr ""')
     write("b.tsv")

@@ -74,11 +74,8 @@ def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
         return raw
     if suffix == ".gz":
         inner: io.RawIOBase = cast(io.RawIOBase, gzip.GzipFile(fileobj=raw))
-    elif suffix == ".bz2":
-        inner = cast(io.RawIOBase, bz2.BZ2File(raw))
     else:
-        frames = _zstd_pieces(raw) if suffix == ".zst" else _xz_pieces(raw)
-        inner = _PieceStream(frames)
+        inner = _PieceStream(_PIECES[suffix](raw))
     return io.BufferedReader(_ExpansionCheck(inner, raw=raw, path=path), _BLOCK)
 
 
@@ -142,9 +139,21 @@ def _zstd_pieces(raw: BinaryIO) -> Iterator[bytes]:
 
 def _xz_pieces(raw: BinaryIO) -> Iterator[bytes]:
     """Yield what the streams of an xz file hold, with a limit on the dictionary's memory."""
-    fresh: Callable[[], lzma.LZMADecompressor] = lambda: lzma.LZMADecompressor(  # noqa: E731
-        memlimit=limits.MAX_DICTIONARY_BYTES
-    )
+    return _stream_pieces(raw, lambda: lzma.LZMADecompressor(memlimit=limits.MAX_DICTIONARY_BYTES))
+
+
+def _bz2_pieces(raw: BinaryIO) -> Iterator[bytes]:
+    """Yield what the streams of a bzip2 file hold.
+
+    ``bz2.BZ2File`` takes a damaged second stream for the end of the file.
+    """
+    return _stream_pieces(raw, bz2.BZ2Decompressor)
+
+
+def _stream_pieces(
+    raw: BinaryIO, fresh: Callable[[], lzma.LZMADecompressor | bz2.BZ2Decompressor]
+) -> Iterator[bytes]:
+    """Yield what the streams of a file hold. Raises EOFError when the last is incomplete."""
     machine, block, started = fresh(), raw.read(_BLOCK), False
     while block:
         started = True
@@ -161,7 +170,10 @@ def _xz_pieces(raw: BinaryIO) -> Iterator[bytes]:
 
 
 def _without_padding(block: bytes, raw: BinaryIO) -> bytes:
-    """Return what follows the padding (NUL bytes) between two xz streams."""
+    """Return what follows the padding (NUL bytes) between two streams."""
     while block and not (block := block.lstrip(b"\0")):
         block = raw.read(_BLOCK)
     return block
+
+
+_PIECES = {".bz2": _bz2_pieces, ".xz": _xz_pieces, ".zst": _zstd_pieces}

@@ -1,6 +1,7 @@
 """JSONL files: one object per line, in the common shapes.
 
-``{"src": ..., "tgt": ..., "src_lang": ..., "tgt_lang": ...}``, Hugging Face's
+``{"src": ..., "tgt": ..., "src_lang": ..., "tgt_lang": ...}`` (also ``source`` and ``target``, and
+``source_lang`` or ``source_language``), Hugging Face's
 ``{"translation": {"en": ..., "de": ...}}``, and ``{"text": ...}`` for one language.
 """
 
@@ -18,6 +19,7 @@ from moesaic.corpus.readers.text_lines import read_lines, replace_lone_surrogate
 from moesaic.corpus.readers.variants import WantedLanguage
 
 _PAIR_KEYS = (("src", "tgt"), ("source", "target"))
+_LANGUAGE_KEYS = ("{}_lang", "{}_language", "{}Lang", "{}Language")
 # also one that does not end: to look for its end from each quote anew takes quadratic time
 _STRING = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 _BRACKETS = re.compile(r"[\[\]{}]")
@@ -52,8 +54,8 @@ def read_jsonl_pairs(path: Path, *, source: Wanted, target: Wanted) -> Iterator[
                 '"translation": {"en": ..., "de": ...}'
             )
         codes = [
-            _line_language(value.get(key), default=default, other=other, key=key, where=where)
-            for key, default, other in (("src_lang", source, target), ("tgt_lang", target, source))
+            _line_language(value, default=default, other=other, side=side, where=where)
+            for side, default, other in (("src", source, target), ("tgt", target, source))
         ]
         if all(codes):
             matched = True
@@ -153,12 +155,17 @@ class _SideChooser:
         return source, self._target or WantedLanguage.resolve(others.pop(0))
 
 
-def _line_language(value: object, *, default: Wanted, other: Wanted, key: str, where: str) -> str:
+def _line_language(
+    line: Mapping[str, object], *, default: Wanted, other: Wanted, side: str, where: str
+) -> str:
     """Return the code of a line's language; an empty string for an unknown one nobody asked for."""
+    long = {"src": "source", "tgt": "target"}[side]
+    keys = [form.format(name) for form in _LANGUAGE_KEYS for name in (side, long)]
+    value = next((line[key] for key in keys if line.get(key) is not None), None)
     if value is None and default is not None:
         return default.code
     if not isinstance(value, str):
-        raise DataError(f"{where}: no language: give {key} in the line, or for the file")
+        raise DataError(f"{where}: no language: give {side}_lang in the line, or for the file")
     found = find_language(value)
     if found is None and not (default and other):
         try:

@@ -5,9 +5,10 @@ apart, and a code that is a placeholder (``{0}``, ``%s``) stays as text.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -84,6 +85,7 @@ def _units(path: Path) -> Iterator[list[tuple[str, str]]]:
             since_unit = 0
             while block := stream.read(_BLOCK):
                 parser.feed(block)
+                _refuse_undefined_entities(parser.feed_error_log, path=path)
                 collector.lines += block.count(b"\n")
                 since_unit = 0 if collector.units else since_unit + len(block)
                 if since_unit > limits.MAX_UNIT_BYTES:
@@ -100,6 +102,16 @@ def _units(path: Path) -> Iterator[list[tuple[str, str]]]:
         raise DataError(
             f"{path}: not well-formed XML, perhaps cut short: {str(error)[:_LONGEST]}"
         ) from error
+
+
+def _refuse_undefined_entities(log: Iterable[Any], *, path: Path) -> None:
+    """Raise DataError where the parser left out an entity, as it does beside an external DTD."""
+    for entry in log:
+        if entry.type_name == "WAR_UNDECLARED_ENTITY":
+            raise DataError(
+                f"{path}, line {entry.line}: {entry.message[:_LONGEST]} in this file, so its text "
+                "is unknown; write the character itself, or define the entity in the DOCTYPE"
+            )
 
 
 @dataclass(slots=True)

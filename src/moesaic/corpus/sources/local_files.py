@@ -12,7 +12,7 @@ from moesaic.core.errors import DataError, did_you_mean
 from moesaic.corpus.languages import ENGLISH, precise_tag, resolve_language
 from moesaic.corpus.pair import Pair, Text
 from moesaic.corpus.readers.compressed import name_without_compression
-from moesaic.corpus.readers.formats import PAIR_FORMATS, read_pairs, read_texts
+from moesaic.corpus.readers.formats import PAIR_FORMATS, holds_texts, read_pairs, read_texts
 from moesaic.corpus.readers.moses import moses_file
 from moesaic.corpus.readers.text_lines import require_rows
 from moesaic.corpus.readers.tsv import read_rows
@@ -130,8 +130,9 @@ class LocalFile(Config):
         return given.get("source", ""), given.get("target", "")
 
     def _is_readable(self, path: Path) -> bool:
-        kind = Path(name_without_compression(path)).suffix.casefold()
-        return bool(self.language) or kind in PAIR_FORMATS
+        if self.language:
+            return holds_texts(path, code=resolve_language(self.language).code)
+        return Path(name_without_compression(path)).suffix.casefold() in PAIR_FORMATS
 
     def _exists(self, path: Path) -> bool:
         tags = [precise_tag(x) for x in (self.source, self.target, self.language) if x]
