@@ -206,7 +206,7 @@ class EvaluatedRun:
 def _included(
     choice: DirectionChoice, *groups: tuple[LanguageDirection, ...]
 ) -> list[LanguageDirection]:
-    """Return what is chosen of the first group that has any: of the run, then of its initial run."""
+    """Return what is chosen of the first group that has any of it."""
     found = ([direction for direction in group if choice.includes(direction)] for group in groups)
     return next(filter(None, found), [])
 

@@ -25,8 +25,8 @@ MAX_INPUT_BYTES = 256 << 20
 def read_lines_to_translate(path: Path, *, as_text: bool = False) -> list[str]:
     """Return the lines of a file, decompressed by suffix.
 
-    Raises DataError: not UTF-8 (with the line), or of a format of ``plain_text.REFUSED_FORMATS``, which ``as_text``
-    reads as lines all the same.
+    Raises DataError: not UTF-8 (with the line), or of a format of ``plain_text.REFUSED_FORMATS``,
+    which ``as_text`` reads as lines all the same.
     """
     with open_bytes(path) as stream:
         if not as_text:
