@@ -13,7 +13,7 @@ MOESAIC = f"{sys.executable} -m moesaic"
 
 
 @pytest.mark.parametrize(
-    ("shell", "sentence"),
+    ("shell", "message"),
     [
         ("trian > /dev/full", "unknown command"),
         ("--version > /dev/full", "no space left"),
@@ -21,10 +21,10 @@ MOESAIC = f"{sys.executable} -m moesaic"
         ("train --help > /dev/full", "no space left"),
     ],
 )
-def test_an_output_that_fails_is_a_sentence(shell, sentence):
+def test_an_output_that_fails_is_a_sentence(shell, message):
     done = subprocess.run(["bash", "-c", f"{MOESAIC} {shell}"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert sentence in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 

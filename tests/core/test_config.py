@@ -384,3 +384,14 @@ def test_an_override_that_leads_nowhere_is_refused(change: str, why: str) -> Non
 
 def test_a_long_value_is_shown_in_part() -> None:
     assert len(complaint(rate="x" * 500)) < 120
+
+
+@pytest.mark.parametrize("value", ["inf", "1e400", "-inf", "nan", float("inf")])
+def test_a_number_that_is_not_finite_is_refused_as_text_too(value):
+    """The text 1e400 became a learning rate of infinity, and training ran until the loss was."""
+
+    class Rate(Config):
+        rate: float = 1.0
+
+    with pytest.raises(ConfigError, match=r"rate: found .*, expected a finite number"):
+        Rate.from_dict({"rate": value})

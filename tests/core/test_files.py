@@ -6,7 +6,7 @@ import pytest
 
 from moesaic.core.errors import FileError
 from moesaic.core.file_reader import FileKind, read_json
-from moesaic.core.files import atomic_write, sha256, write_json
+from moesaic.core.files import atomic_write, make_dir, sha256, write_json
 
 
 def test_a_file_is_written_with_its_folders(tmp_path: Path) -> None:
@@ -81,3 +81,11 @@ def test_a_surrogate_in_a_text_is_written_as_the_replacement_character(tmp_path:
     atomic_write(tmp_path / "x", "a\ud800b한")
     assert "�" in (tmp_path / "x").read_text(encoding="utf-8")
     assert (tmp_path / "x").read_text(encoding="utf-8").endswith("b한")
+
+
+def test_a_directory_whose_name_is_no_utf8_is_refused(tmp_path):
+    """Training wrote into it for its whole length, and then nothing could open the weights."""
+    path = tmp_path / os.fsdecode(b"run-\xff")
+    with pytest.raises(FileError, match="not a file name"):
+        make_dir(path)
+    assert not path.exists()

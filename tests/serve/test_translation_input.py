@@ -63,6 +63,11 @@ def test_a_byte_order_mark_and_carriage_returns_at_line_ends_are_left_out():
     assert _read("") == []
 
 
+def test_a_file_whose_lines_end_in_carriage_returns_has_as_many_answers():
+    assert _read("one\rtwo\r\rfour\r") == ["one", "two", "", "four"]
+    assert _read("one\rtwo\r\n") == ["one\rtwo"]
+
+
 def test_bytes_that_are_not_utf8_are_named_with_their_line():
     with pytest.raises(DataError, match=r"standard input, line 3: not UTF-8 \(bytes e9"):
         _read(b"one\n\ntwo \xe9\n")

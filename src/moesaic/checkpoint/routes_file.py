@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
+import numpy as np
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
@@ -106,7 +107,8 @@ class _ColumnOnDisk:
         """Return the column as a memory-mapped tensor."""
         if not self.ends[-1]:
             return torch.empty(0, dtype=self.dtype)
-        return torch.from_file(str(self.path), size=self.ends[-1], dtype=self.dtype)
+        data = np.memmap(self.path, dtype=np.uint8, mode="c")  # a name may be any bytes
+        return torch.from_numpy(data).view(self.dtype)
 
 
 class RoutesWriter:

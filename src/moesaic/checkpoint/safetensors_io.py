@@ -22,6 +22,7 @@ from moesaic.checkpoint.manifest import MANIFEST_FORMAT
 from moesaic.core.config_errors import show_value
 from moesaic.core.errors import CheckpointError
 from moesaic.core.file_reader import MAX_INT, MIB, FileKind, open_file, parse_json
+from moesaic.core.files import os_errors_named
 from moesaic.core.os_errors import describe_os_error
 from moesaic.core.shapes import Tensor
 from moesaic.core.units import show_bytes
@@ -185,6 +186,8 @@ def read_header(path: Path) -> TensorHeader:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
+    with os_errors_named(path, action="cannot be opened", kind=CheckpointError):
+        str(path).encode()  # the safetensors library takes UTF-8 only
     reject_pickle(path)
     with open_file(path, TENSOR_FILE) as stream:
         size = os.fstat(stream.fileno()).st_size

@@ -53,6 +53,7 @@ class Config(BaseModel):
         validate_default=True,
         protected_namespaces=(),
         use_attribute_docstrings=True,
+        allow_inf_nan=False,  # also of a text: --set optimizer.lr=1e400
     )
 
     def __init__(self, **fields: Any) -> None:

@@ -29,8 +29,9 @@ def os_errors_named(
 
 
 def make_dir(path: Path) -> None:
-    """Create a directory and its parents. Raises FileError."""
+    """Create a directory and its parents. Raises FileError, also for a name that is no UTF-8."""
     with os_errors_named(path, action="cannot be created"):
+        str(path).encode()  # safetensors opens no other name, at the end of training
         path.mkdir(parents=True, exist_ok=True)
 
 

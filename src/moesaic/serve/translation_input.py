@@ -1,8 +1,9 @@
 """Input to translate: the lines of a file or stream, and the formats that are not plain lines.
 
-Only "\\n" ends a line (with a "\\r" before it or not), as in the files that training reads: U+2028,
-U+0085, form feeds or NUL stay within theirs, so that line i of the output belongs to line i of the
-input. A catalogue, subtitle or markup file is refused: its markup is no text.
+Only "\\n" ends a line (with a "\\r" before it or not), or "\\r" where there is no "\\n" and it is
+the last character, as in the files that training reads: U+2028, U+0085, form feeds or NUL stay
+within theirs, so that line i of the output belongs to line i of the input. A catalogue, subtitle or
+markup file is refused: its markup is no text.
 """
 
 from pathlib import Path
@@ -25,8 +26,8 @@ MAX_INPUT_BYTES = 256 << 20
 def read_lines_to_translate(path: Path, *, as_text: bool = False) -> list[str]:
     """Return the lines of a file, decompressed by suffix.
 
-    Raises DataError: not UTF-8 (with the line), or of a format of ``plain_text.REFUSED_FORMATS``,
-    which ``as_text`` reads as lines all the same.
+    Raises DataError: not UTF-8 (with the line), or of a format of
+    ``plain_text.REFUSED_FORMATS``, which ``as_text`` reads as lines all the same.
     """
     with open_bytes(path) as stream:
         if not as_text:
@@ -48,7 +49,10 @@ def read_stream_to_translate(
     if looks_like_utf16(content[:SNIFFED_BYTES].partition(b"\n")[0]):
         advice = advise_encoding(content[:SNIFFED_BYTES], at=0)
         raise DataError(f"{name}, line 1: not UTF-8 (it has a NUL beside each letter); {advice}")
-    lines = decode_utf8(content, path=name).split("\n")
+    text = decode_utf8(content, path=name)
+    if "\n" not in text and text.endswith("\r"):  # lines that end in CR, as corpora read them too
+        text = text.replace("\r", "\n")
+    lines = text.split("\n")
     if not lines[-1]:
         lines.pop()
     return [line.removesuffix("\r") for line in lines]

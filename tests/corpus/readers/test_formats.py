@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from moesaic.core.errors import UserError
 from moesaic.corpus.readers.formats import read_pairs, read_texts
 from moesaic.corpus.readers.gettext import parse_mo, parse_po
+from moesaic.corpus.readers.moses import read_aligned
 from moesaic.corpus.readers.text_lines import read_lines
 from moesaic.corpus.readers.tsv import escape_field, unescape_field
 
@@ -270,3 +271,18 @@ def test_a_text_in_one_language_is_no_catalogue_subtitle_or_markup(
 def test_a_language_as_suffix_is_no_format(tmp_path: Path) -> None:
     (tmp_path / "news.ts").write_text("Ndzi khensa\n", encoding="utf-8")
     assert [t.text for t in read_texts(tmp_path / "news.ts", code="ts")] == ["Ndzi khensa"]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [("1\n00:00:01,000 --> 00:00:02,000\nHi\n", "subtitle"), ("<?xml version='1.0'?>\n", "XML")],
+)
+def test_aligned_files_are_plain_text(tmp_path: Path, content: str, why: str) -> None:
+    for side in ("en", "de"):
+        (tmp_path / f"film.{side}").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"film\.en: .*{why}.*expected text in one language"):
+        list(read_pairs(tmp_path / "film", source="en", target="de"))
+    (tmp_path / "a.tsv").write_text("a\tb\n", encoding="utf-8")
+    first, second = tmp_path / "a.tsv", tmp_path / "a.tsv"
+    with pytest.raises(UserError, match=r"a\.tsv: a resource file"):
+        list(read_aligned(first, second, source="eng_Latn", target="deu_Latn"))

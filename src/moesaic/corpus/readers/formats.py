@@ -5,18 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from moesaic.core.errors import DataError
-from moesaic.corpus.languages import find_language, resolve_language
+from moesaic.corpus.languages import resolve_language
 from moesaic.corpus.pair import Pair, Text
-from moesaic.corpus.readers.compressed import COMPRESSED, name_without_compression, open_bytes
+from moesaic.corpus.readers.compressed import COMPRESSED, name_without_compression
 from moesaic.corpus.readers.gettext import CatalogueEntry, Entry, parse_mo, parse_po
 from moesaic.corpus.readers.jsonl import read_jsonl_pairs, read_jsonl_texts
 from moesaic.corpus.readers.moses import moses_file, read_moses
-from moesaic.corpus.readers.plain_text import (
-    SNIFFED_BYTES,
-    RefusedFormat,
-    refused_by_content,
-    refused_by_suffix,
-)
+from moesaic.corpus.readers.plain_text import refused_by_name, require_plain_text
 from moesaic.corpus.readers.text_lines import (
     read_all_bytes,
     read_lines,
@@ -65,7 +60,7 @@ def read_texts(
     if is_jsonl(where):
         rows = read_jsonl_texts(where, code=resolved)
     else:
-        _require_plain_text(where, code=resolved)
+        require_plain_text(where, code=resolved)
         rows = (Text(line, resolved) for _, line in read_lines(where) if line.strip())
     named = replace_lone_surrogates(origin or where.name)
     for text in require_rows(rows, path=where, what="text"):
@@ -74,32 +69,12 @@ def read_texts(
 
 def holds_texts(path: Path, *, code: str) -> bool:
     """Whether a file's name is that of .jsonl, or of a text file in a language."""
-    return is_jsonl(path) or _refused_by_name(path, code=code) is None
+    return is_jsonl(path) or refused_by_name(path, code=code) is None
 
 
 def is_jsonl(path: Path) -> bool:
     """Whether a file's name ends in .jsonl, compressed or not."""
     return name_without_compression(path).casefold().endswith(".jsonl")
-
-
-def _refused_by_name(path: Path, *, code: str) -> RefusedFormat | None:
-    """Return the format that a name says; ``news.ts`` is also a text in Tsonga."""
-    language = find_language(Path(name_without_compression(path)).suffix.removeprefix("."))
-    return None if language and language.code == code else refused_by_suffix(path)
-
-
-def _require_plain_text(path: Path, *, code: str) -> None:
-    with open_bytes(path) as stream:
-        head = stream.read(SNIFFED_BYTES)
-    found = _refused_by_name(path, code=code) or refused_by_content(head)
-    if found is None:
-        return
-    readable = Path(name_without_compression(path)).suffix.casefold() in PAIR_FORMATS
-    way_out = "give its source and target to read its pairs" if readable else "take the texts out"
-    raise DataError(
-        f"{path}: {found.name}, expected text in one language, one text on a line: its markup, "
-        f"keys and numbers would be trained on as text; {way_out}"
-    )
 
 
 def _both(path: Path, source: Wanted, target: Wanted) -> tuple[WantedLanguage, WantedLanguage]:

@@ -7,6 +7,7 @@ from moesaic.core.errors import DataError
 from moesaic.corpus.languages import resolve_locale
 from moesaic.corpus.pair import Pair
 from moesaic.corpus.readers.compressed import name_without_compression
+from moesaic.corpus.readers.plain_text import require_plain_text
 from moesaic.corpus.readers.text_lines import read_lines
 from moesaic.corpus.readers.variants import WantedLanguage, is_same_tag
 
@@ -45,7 +46,12 @@ def read_moses(prefix: Path, *, source: WantedLanguage, target: WantedLanguage) 
 
 
 def read_aligned(first: Path, second: Path, *, source: str, target: str) -> Iterator[Pair]:
-    """Yield line n of the first file with line n of the second."""
+    """Yield line n of the first file with line n of the second.
+
+    Raises DataError when one is longer than the other, or not lines of plain text.
+    """
+    for path, code in ((first, source), (second, target)):
+        require_plain_text(path, code=code)
     end = (0, None)
     left, right = read_lines(first), read_lines(second)
     while True:

@@ -10,10 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from moesaic.corpus.readers.compressed import name_without_compression
+from moesaic.core.errors import DataError
+from moesaic.corpus.languages import find_language
+from moesaic.corpus.readers.compressed import name_without_compression, open_bytes
 
 SNIFFED_BYTES = 1 << 16
 """How many bytes of a beginning formats are recognised by."""
+_SNIFFED_OF_CORPUS = (
+    1 << 12
+)  # a long text may have a time stamp or a line of a catalogue further on
 
 
 def _begins(*starts: bytes) -> Callable[[bytes], bool]:
@@ -139,3 +144,22 @@ def refused_by_content(content: bytes) -> RefusedFormat | None:
     """Return the format that a content begins as; None for plain text."""
     head = content[:SNIFFED_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
     return next((known for known in REFUSED_FORMATS if known.recognises(head)), None)
+
+
+def refused_by_name(path: Path, *, code: str) -> RefusedFormat | None:
+    """Return the format that a name says; ``news.ts`` is also a text in Tsonga, ``tso_Latn``."""
+    language = find_language(Path(name_without_compression(path)).suffix.removeprefix("."))
+    return None if language and language.code == code else refused_by_suffix(path)
+
+
+def require_plain_text(path: Path, *, code: str) -> None:
+    """Raise DataError where a file is not lines of text in the language ``code``."""
+    with open_bytes(path) as stream:
+        head = stream.read(_SNIFFED_OF_CORPUS)
+    found = refused_by_name(path, code=code) or refused_by_content(head)
+    if found is not None:
+        raise DataError(
+            f"{path}: {found.name}, expected text in one language, one text on a line: its markup, "
+            "keys and numbers would be read as text; read a file with both languages as pairs "
+            "(give its source and target), or take the texts out"
+        )
