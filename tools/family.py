@@ -52,8 +52,8 @@ VARIANTS = "variants"  # the table of rules that parametrises laws: tests/moe/va
 INTRO = """\
 # Routing rules and parts of an MoE layer
 
-All values of each config field of an MoE layer, family by family. `make reference` generates this page
-from the classes; a test fails if it is out of date. Lines count code only, without docstrings,
+All values of each config field of an MoE layer, family by family. `make reference` generates this
+page from the classes; a test fails if it is out of date. Lines count code only, without docstrings,
 comments and blank lines. Each rule in `tests/moe/variants.py` is checked by the law tests that use
 this table: {laws} of {all}.
 """

@@ -1,4 +1,4 @@
-"""The reference: one page per package, written by `make reference` from signatures and docstrings."""
+"""The reference: a page per package, written by `make reference` from signatures and docstrings."""
 
 import ast
 import inspect

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from compare_runs import compare_run_dirs
 from moesaic.checkpoint.full_checkpoint import read_state
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_tensors
-from moesaic.core.errors import CheckpointError, ConfigError, UserError
+from moesaic.core.errors import CheckpointError, ConfigError, DataError, UserError
 from moesaic.data.collators import DecoderOnlyCollator
 from moesaic.data.mixture import MixtureConfig, WeightedTask
 from moesaic.data.tasks import CausalLM, Translation
+from moesaic.data.train_tokenizer import TokenizerConfig
 from moesaic.model.config import Stack
 from moesaic.moe.config import NoMoE
 from moesaic.monitor.metric_writers import read_metrics
@@ -25,10 +27,11 @@ from moesaic.optim.lr_schedule import WSD
 from moesaic.optim.optimizer import AdamW
 from moesaic.testing.tiny_models import synthetic_run, tiny_model_config
 from moesaic.train.resume import ResumeFrom, ResumeLatest
-from moesaic.train.run import BFloat16, LogConfig, Run, TensorBoard, ValidationConfig
+from moesaic.train.run import BFloat16, CorpusFolder, LogConfig, Run, TensorBoard, ValidationConfig
 from moesaic.train.run_training import train
 from moesaic.train.trainer import StepReport, Trainer
 from moesaic.train.training_hooks import Hook, no_progress
+from moesaic.train.warm_start import WeightsOfRun
 
 pytestmark = pytest.mark.usefixtures("data_home")
 
@@ -141,6 +144,54 @@ def test_a_used_directory_is_refused(whole: Path, tmp_path: Path) -> None:
     (tmp_path / "holiday.jpg").touch()
     with pytest.raises(CheckpointError, match=r"holiday\.jpg"):
         train(synthetic_run(), tmp_path, progress=no_progress)
+
+
+@pytest.mark.parametrize("what", ["corpus", "languages", "tokenizer", "initial", "weights", "disk"])
+def test_a_start_that_fails_leaves_nothing(
+    what: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = {
+        "corpus": {"corpus": CorpusFolder(path=str(tmp_path / "none"))},
+        "languages": {"languages": ("eng_Latn", "fra_Latn")},
+        "tokenizer": {"tokenizer": TokenizerConfig(vocab_size=9000)},
+        "initial": {"initial_weights": WeightsOfRun(path=str(tmp_path / "none"))},
+        "weights": {
+            "initial_weights": WeightsOfRun(path=str(whole)),
+            "languages": ("eng_Latn", "qaa_Latn"),
+        },
+        "disk": {},
+    }
+    out = tmp_path / "runs" / "new"
+    if what in ("weights", "disk"):  # everything is prepared when it fails
+
+        def fail(*_: object, **__: object) -> None:
+            raise DataError("no space left")
+
+        monkeypatch.setattr("moesaic.train.run_training._open_writers", fail)
+    with pytest.raises(UserError):
+        train(synthetic_run(**wrong[what]), out, progress=no_progress)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_after_a_start_that_failed_the_files_of_the_user_are_there_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "config.yaml").write_text("steps: 3\n")
+    wrong = synthetic_run(corpus=CorpusFolder(path=str(tmp_path / "none")))
+    with pytest.raises(DataError):
+        train(wrong, tmp_path, progress=no_progress)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert (tmp_path / "config.yaml").read_text() == "steps: 3\n"
+    assert train(synthetic_run(), tmp_path, until=1, progress=no_progress).steps == 1
+
+
+def test_a_resume_that_fails_leaves_the_run_as_it_was(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    before = {p.name: p.stat().st_size for p in (tmp_path / "run").rglob("*")}
+    run = synthetic_run(steps=20, corpus=CorpusFolder(path=str(tmp_path / "none")))
+    with pytest.raises(UserError):
+        train(run, tmp_path / "run", resume=ResumeLatest(), progress=no_progress)
+    assert {p.name: p.stat().st_size for p in (tmp_path / "run").rglob("*")} == before
 
 
 def test_another_config_is_refused_and_its_keys_are_named(whole: Path) -> None:

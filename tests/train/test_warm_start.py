@@ -5,6 +5,7 @@ import torch
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_tensors
+from moesaic.checkpoint.trained_directions import read_trained_directions
 from moesaic.core.errors import CheckpointError, ConfigError
 from moesaic.corpus.corpus_recipes import CorpusRecipe
 from moesaic.corpus.sources.synthetic import SyntheticLanguages
@@ -13,8 +14,9 @@ from moesaic.distributed.parallel_plan import ParallelPlan
 from moesaic.optim.lr_schedule import WSD
 from moesaic.parallel.config import ParallelConfig
 from moesaic.recipes.lookup import warm_start
+from moesaic.serve.translator import Translator
 from moesaic.testing.tiny_models import synthetic_run, tiny_model_config
-from moesaic.train.resume import ResumeLatest
+from moesaic.train.resume import ResumeFrom, ResumeLatest
 from moesaic.train.run import BuiltCorpus, Run
 from moesaic.train.run_training import train
 from moesaic.train.training_hooks import Hook, no_progress
@@ -121,3 +123,22 @@ def test_the_config_is_that_of_the_run_unless_a_recipe_is_named(init):
     assert both.languages == chosen.languages == ("en", "qaa")
     with pytest.raises(ConfigError):
         warm_start(str(init), changes=["stepz=3"])
+
+
+def test_the_directions_of_the_first_run_are_recorded_with_share_0_also_when_resumed(
+    init, tmp_path
+):
+    out, moved = tmp_path / "next", tmp_path / "moved"
+    run = started(init, corpus=other_corpus(), languages=("eng_Latn", "qaa_Latn"))
+    train(run, out, until=1, progress=no_progress)
+    first = read_trained_directions(RunDir(init).directions)
+    record = read_trained_directions(RunDir(out).directions)
+    assert set(record.directions) == set(first.directions)
+    assert record.own_directions == (("eng_Latn", "qaa_Latn"),)
+    assert all(s.rows and not s.valid_rows for s in record.streams if not s.share)
+    train(run, moved, resume=ResumeFrom(path=str(out)), progress=no_progress)
+    train(run, out, resume=ResumeLatest(), progress=no_progress)
+    assert read_trained_directions(RunDir(out).directions) == record
+    assert read_trained_directions(RunDir(moved).directions) == record
+    translator = Translator.open(out)
+    assert all(translator.is_trained(*direction) for direction in first.directions)

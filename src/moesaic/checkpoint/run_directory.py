@@ -70,9 +70,14 @@ class RunDir:
 
         A run of somebody else could otherwise have any file read, or written over.
         """
-        for member in vars(type(self)).values():
-            if isinstance(member, _PathIn) and (self.path / member.name).is_symlink():
-                require_no_link_out(self.path, member.name, kind=RUN_FILE)
+        for path in self.paths():
+            if path.is_symlink():
+                require_no_link_out(self.path, path.name, kind=RUN_FILE)
+
+    def paths(self) -> tuple[Path, ...]:
+        """Return the paths of all files and folders that a run may have."""
+        members = (m for m in vars(type(self)).values() if isinstance(m, _PathIn))
+        return tuple(self.path / member.name for member in members)
 
     def require_model(self) -> None:
         """Raise CheckpointError unless config, tokenizer and weights exist."""

@@ -8,9 +8,10 @@ directions, and translation warns about others, without opening the corpus. The 
                   "rows": 240, "valid_rows": 12, "test_rows": 13, "share": 0.9}, ...]}
 
 A stream whose source and target are one language is no translation (denoising, language models).
+A stream of share 0 was trained by the run that this one started from (``train --init``), not here.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -53,9 +54,25 @@ class TrainedDirections:
 
     @property
     def directions(self) -> tuple[LanguageDirection, ...]:
-        """The directions of translation (source, target), in the order of the streams."""
+        """The directions of translation (source, target) that the weights were trained in."""
         pairs = ((s.source, s.target) for s in self.streams if s.source != s.target)
         return tuple(dict.fromkeys(pairs))
+
+    @property
+    def own_directions(self) -> tuple[LanguageDirection, ...]:
+        """The directions that were trained in this run, without those of its initial run."""
+        pairs = ((s.source, s.target) for s in self.streams if s.source != s.target and s.share)
+        return tuple(dict.fromkeys(pairs))
+
+    def with_earlier(self, earlier: "TrainedDirections") -> "TrainedDirections":
+        """Return this record with the other streams of an earlier one, as streams of share 0."""
+        own = {(s.task, s.source, s.target) for s in self.streams}
+        added = (
+            replace(s, share=0.0, valid_rows=0, test_rows=0)
+            for s in earlier.streams
+            if (s.task, s.source, s.target) not in own
+        )
+        return replace(self, streams=(*self.streams, *added))
 
     @property
     def text_languages(self) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ with deferred():
     from moesaic.cli.eval_command import write_evaluation
     from moesaic.cli.evaluated_run import EvaluatedRun
     from moesaic.cli.score_output import show_samples, show_scores
+    from moesaic.cli.score_progress import ScoreProgress
     from moesaic.core.errors import DataError
     from moesaic.core.units import show_seconds
     from moesaic.corpus.corpus import Corpus
@@ -101,7 +102,7 @@ def demo(
         out,
         tests=chosen.tests,
         corpus=corpus,
-        on_result=lambda test, _: phases.print_note(f"scored {test.key}"),
+        on_result=ScoreProgress(chosen.tests),
     ).with_notes(chosen.notes)
     phases.end("evaluate")
     summary = summary.with_run_facts(

@@ -15,7 +15,6 @@ from moesaic.cli.shared_options import (
     UseOption,
     command_app,
     print_result,
-    show_progress,
 )
 from moesaic.cli.user_files import import_user_files
 
@@ -23,10 +22,10 @@ with deferred():
     from moesaic.checkpoint.run_directory import RunDir
     from moesaic.cli.evaluated_run import DirectionChoice, EvaluatedRun
     from moesaic.cli.score_output import show_samples, show_scores
+    from moesaic.cli.score_progress import ScoreProgress
     from moesaic.cli.wanted_tests import WantedTests
     from moesaic.evaluate.evaluation_summary import EvaluationSummary
     from moesaic.evaluate.harness import EvaluationSettings
-    from moesaic.evaluate.test_set_result import TestSetResult
     from moesaic.evaluate.testset import TestSet
     from moesaic.model.beam_search import Beam, Greedy
     from moesaic.report.html_report import write_report
@@ -85,7 +84,7 @@ def evaluate(
         corpus=chosen.corpus,
         search=Greedy() if beam == 1 else Beam(size=beam),
         settings=EvaluationSettings(resamples=resamples),
-        on_result=print_scored,
+        on_result=ScoreProgress(chosen.tests),
     ).with_notes(chosen.notes)
     if wanted.is_headline and evaluated.trained_on(chosen.tests, chosen.corpus):
         write_evaluation(run, summary=summary, tests=chosen.tests, routes=routes)
@@ -101,11 +100,6 @@ def write_evaluation(
     summary.write(RunDir(run).summary)
     count_experts(run, tests=tests, routes=routes)
     return write_report(run)
-
-
-def print_scored(test: TestSet, _: TestSetResult) -> None:
-    """Print a line of progress after each test set."""
-    show_progress(f"scored {test.key} ({len(test)})")
 
 
 def _show(summary: EvaluationSummary, console: Console) -> None:

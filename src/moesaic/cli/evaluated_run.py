@@ -162,8 +162,7 @@ class EvaluatedRun:
         if record is None:
             corpus = self.corpus().corpus
             return self._choose(self.trained_directions(corpus), choice, corpus)[0]
-        chosen = [direction for direction in record.directions if choice.includes(direction)]
-        if chosen:
+        if chosen := _included(choice, record.own_directions, record.directions):
             return chosen
         if choice.source and choice.target:
             return [(choice.source, choice.target)]
@@ -180,7 +179,9 @@ class EvaluatedRun:
         self, trained: tuple[LanguageDirection, ...], choice: DirectionChoice, corpus: Corpus
     ) -> tuple[list[LanguageDirection], list[str]]:
         """Return the directions to score, and notes on those that were not trained."""
-        chosen = [direction for direction in trained if choice.includes(direction)]
+        record = read_trained_directions(RunDir(self.path).directions)
+        own = record.own_directions if record else ()
+        chosen = _included(choice, own, trained)
         asked = (choice.source, choice.target)
         if chosen:
             return chosen, []
@@ -200,6 +201,14 @@ class EvaluatedRun:
             f"{self.path} was not trained to translate {choice}: it was trained on "
             f"{_list(trained)}. Give both --from and --to to score another direction of the corpus"
         )
+
+
+def _included(
+    choice: DirectionChoice, *groups: tuple[LanguageDirection, ...]
+) -> list[LanguageDirection]:
+    """Return what is chosen of the first group that has any of it."""
+    found = ([direction for direction in group if choice.includes(direction)] for group in groups)
+    return next(filter(None, found), [])
 
 
 def _untrained_note(direction: LanguageDirection, trained: tuple[LanguageDirection, ...]) -> str:

@@ -162,7 +162,7 @@ class _CorpusBuilder:
         leaks = find_leaks(keys, near_duplicates=self.recipe.split.near_duplicates)
         keys.unlink()
         directions = list(dict.fromkeys(which.direction for which in spill.bins()))
-        self.progress(f"writing {len(directions)} directions")
+        self.progress(f"writing {len(directions)} direction{'s' * (len(directions) != 1)}")
         written = list(self._resolve_directions(directions, leaks=leaks))
         shutil.rmtree(self.work / "spill")
         self._add_texts()

@@ -1,15 +1,24 @@
 """Record what a run is trained on: ``directions.json``, and a note if nothing is held out."""
 
 from moesaic.checkpoint.run_directory import RunDir
-from moesaic.checkpoint.trained_directions import TrainedDirections, TrainedStream
+from moesaic.checkpoint.trained_directions import (
+    TrainedDirections,
+    TrainedStream,
+    read_trained_directions,
+)
 from moesaic.data.mixture import Mixture
 from moesaic.train.prepare_data import PreparedData
 from moesaic.train.run import Run
 
 
 def record_directions(run: Run, *, prepared: PreparedData, run_dir: RunDir) -> list[str]:
-    """Write the streams of the data mixture to ``run_dir``; return notes. Rank 0 only."""
+    """Write the streams of the data mixture to ``run_dir``; return notes. Rank 0 only.
+
+    Streams that are recorded there already, of the run that this one started from, are kept.
+    """
     record = trained_directions(run, prepared=prepared)
+    if earlier := read_trained_directions(run_dir.directions):
+        record = record.with_earlier(earlier)
     record.write(run_dir.directions)
     if run.validation.every and not record.valid_rows:
         return [

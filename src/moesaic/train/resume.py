@@ -50,7 +50,9 @@ class StartFresh(Resume):
     """Start at step 0, in a directory without a run."""
 
     def find_checkpoint(self, run_dir: RunDir) -> LatestCheckpoint:
-        allowed = (run_dir.config.name, run_dir.tokenizer.name, run_dir.lock.name)
+        # what is written before the first step, e.g. by a job that was killed
+        started = (run_dir.config, run_dir.tokenizer, run_dir.text_rules, run_dir.lock)
+        allowed = {path.name for path in started}
         others = sorted(p.name for p in run_dir.path.glob("*") if p.name not in allowed)
         if others:
             raise CheckpointError(

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from moesaic.checkpoint.plugins import record_plugins
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.run_lock import RunLock
 from moesaic.checkpoint.run_record import read_run_record, write_run_record
+from moesaic.checkpoint.trained_directions import read_trained_directions
 from moesaic.core.config_upgrade import upgrade_config
 from moesaic.core.errors import CheckpointError, ConfigError, printable
 from moesaic.core.files import atomic_write
@@ -29,6 +30,7 @@ from moesaic.model.transformer import Transformer
 from moesaic.monitor.metric_writers import JsonlWriter, MetricWriter, MultiWriter
 from moesaic.monitor.progress_display import ProgressDisplay, RunStatus
 from moesaic.train.export import export_model
+from moesaic.train.failed_start import empty_folders_removed, nothing_left_on_failure
 from moesaic.train.loop import StopReason, StopRequest, TrainingResult, training_loop
 from moesaic.train.prepare_data import PreparedData, prepare_data
 from moesaic.train.random_state import seed_rank
@@ -77,20 +79,21 @@ def train(
     run_dir, started = RunDir(Path(out)), time.monotonic()
     with (
         init_distributed(timeout_s=run.collective_timeout_s) as world,
-        _locked(run_dir, world) as lock_notes,
+        _locked(run_dir, world, config={**run.to_dict(), "until": until}) as lock_notes,
     ):
-        _compare_ranks({**run.to_dict(), "until": until}, world=world)
         display = (progress if world.rank == 0 else no_progress)(_run_status(run))
-        start = run_on_rank0(world, lambda: _open_run_dir(run_dir, run=run, resume=resume))
-        notes = [*lock_notes, *start["notes"], *filter(None, [waiting_advice()])]
-        _note_all(display, notes)
-        prepared = _prepare_data(run, run_dir=run_dir, world=world, display=display)
-        trainer, standard = _start_trainer(
-            run, prepared=prepared, run_dir=run_dir, world=world, checkpoint=start["path"]
-        )
+        _note_all(display, [*lock_notes, *filter(None, [waiting_advice()])])
+        with nothing_left_on_failure(run_dir, world=world):
+            start = run_on_rank0(world, lambda: _open_run_dir(run_dir, run=run, resume=resume))
+            _note_all(display, start["notes"])
+            prepared = _prepare_data(run, run_dir=run_dir, world=world, display=display)
+            trainer, standard = _start_trainer(
+                run, prepared=prepared, run_dir=run_dir, world=world, checkpoint=start["path"]
+            )
+            writers = _open_writers(trainer, run_dir=run_dir)
         if start["path"] is not None:
             display.note(f"resuming after step {trainer.step:,}, from {start['path']}")
-        log = MetricsLogHook(writer=_open_writers(trainer, run_dir=run_dir), progress=display)
+        log = MetricsLogHook(writer=writers, progress=display)
         hooks = [*standard, log, *hooks, CheckpointHook(run_dir.checkpoints, flush=log.flush)]
         with StopRequest():  # Ctrl-C that is pressed again does not end the export
             try:
@@ -133,8 +136,12 @@ def _last_step(run: Run, *, until: int | None) -> int:
 
 
 @contextmanager
-def _locked(run_dir: RunDir, world: World) -> Iterator[list[str]]:
-    """Hold the lock of a run directory on rank 0; yield a note if a stale one was replaced."""
+def _locked(run_dir: RunDir, world: World, *, config: dict[str, Any]) -> Iterator[list[str]]:
+    """Hold the lock of a run directory on rank 0; yield a note if a stale one was replaced.
+
+    Before, the ranks compare ``config``: ranks that differ must not make the directory.
+    """
+    _compare_ranks(config, world=world)
     held: list[RunLock] = []
 
     def acquire() -> list[str]:
@@ -142,12 +149,13 @@ def _locked(run_dir: RunDir, world: World) -> Iterator[list[str]]:
         held.append(RunLock.acquire(run_dir.lock))
         return [held[0].note] if held[0].note else []
 
-    notes = run_on_rank0(world, acquire)
-    try:
-        yield notes
-    finally:
-        for lock in held:
-            lock.release()
+    with empty_folders_removed(run_dir.path) if world.rank == 0 else nullcontext():
+        notes = run_on_rank0(world, acquire)
+        try:
+            yield notes
+        finally:
+            for lock in held:
+                lock.release()
 
 
 def _run_status(run: Run) -> RunStatus:
@@ -238,6 +246,9 @@ def _open_run_dir(run_dir: RunDir, *, run: Run, resume: Resume) -> dict[str, Any
         tokenizer = RunDir(path.parent.parent).tokenizer
         if not run_dir.tokenizer.is_file() and tokenizer.is_file():
             atomic_write(run_dir.tokenizer, tokenizer.read_bytes())
+        earlier = read_trained_directions(RunDir(path.parent.parent).directions)
+        if earlier is not None and not run_dir.directions.is_file():
+            earlier.write(run_dir.directions)
     elif note := run.initial_weights.prepare(run_dir, model=run.model):
         notes.append(note)
     atomic_write(run_dir.config, run.to_yaml())

@@ -12,6 +12,7 @@ from torch import nn
 
 from moesaic.checkpoint.run_directory import RunDir
 from moesaic.checkpoint.safetensors_io import read_tensors
+from moesaic.checkpoint.trained_directions import read_trained_directions
 from moesaic.core.config import Choice
 from moesaic.core.errors import CheckpointError
 from moesaic.core.files import atomic_write
@@ -29,8 +30,9 @@ class InitialWeights(Choice):
     way_out: ClassVar[str] = "remove it to train another"
 
     def prepare(self, run_dir: RunDir, *, model: ModelConfig) -> str | None:
-        """Check that the weights fit, before any work, and take the tokenizer; return a note.
+        """Check that the weights fit, before any work, and take what belongs to them.
 
+        That is the tokenizer, and the record of the directions that were trained. Returns a note.
         On rank 0. Raises CheckpointError.
         """
         raise NotImplementedError
@@ -44,7 +46,8 @@ class RandomWeights(InitialWeights):
     """Weights drawn at random (``model.init``)."""
 
     def prepare(self, run_dir: RunDir, *, model: ModelConfig) -> str | None:
-        del run_dir, model
+        del model
+        run_dir.directions.unlink(missing_ok=True)  # of an earlier start
 
     def load_into(self, model: nn.Module) -> None:
         del model
@@ -67,7 +70,11 @@ class WeightsOfRun(InitialWeights):
         with torch.device("meta"):
             whole = Transformer(model)
         self.load_into(whole)
+        earlier = read_trained_directions(source.directions)
         atomic_write(run_dir.tokenizer, source.tokenizer.read_bytes())
+        run_dir.directions.unlink(missing_ok=True)
+        if earlier is not None:
+            earlier.write(run_dir.directions)
         return f"starting from the weights and the tokenizer of {self.path}"
 
     def load_into(self, model: nn.Module) -> None:
