@@ -12,7 +12,7 @@ from rich.text import Text
 
 from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import JsonOption, command_app, print_result, print_table
-from moesaic.cli.styled_text import styled, visible
+from moesaic.cli.styled_text import styled
 
 with deferred():
     from moesaic.checkpoint.block_index import INDEX_FILE, StoredTensor, read_index
@@ -122,7 +122,7 @@ def adopt(
     record = adopt_files(RunDir.open(path))
     value = {"path": str(path), "files": sorted(record.files)}
     text = f"{path}: recorded {', '.join(value['files'])} and config.yaml as they are now"
-    print_result(value, as_json=as_json, show=lambda console: console.print(styled(visible(text))))
+    print_result(value, as_json=as_json, show=lambda console: console.print(text))
 
 
 @app.command("reshard")
@@ -234,7 +234,7 @@ def _show(value: dict[str, Any], console: Console) -> None:
             **{name: value[name] for name in ("path", "step", "form")},
         )
     )
-    console.print(visible(f"plan: {plan}; written by {versions}"))
+    console.print(f"plan: {plan}; written by {versions}")
     counts = Counter(value["expert_parameters"].values())
     experts = ", ".join(f"{count} with {number} experts" for number, count in counts.items())
     console.print(f"expert parameters: {experts or 'none'}")
@@ -287,8 +287,7 @@ def _show_diff(differ: list[TensorDifference], count: int, console: Console) -> 
 
 def _show_findings(checked: str, found: list[IntegrityProblem], console: Console) -> None:
     if not found:
-        console.print(visible(f"{checked}: sound"))
+        console.print(f"{checked}: sound")
     for finding in found:
-        colour = "yellow" if finding.uncertain else "red"
-        where = Text(visible(finding.location), style=colour)
-        console.print(styled("{where}: {message}", where=where, message=finding.message))
+        template = "[yellow]{where}[/]: {why}" if finding.uncertain else "[red]{where}[/]: {why}"
+        console.print(styled(template, where=finding.location, why=finding.message))

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import JsonOption, command_app, print_result, print_table
-from moesaic.cli.styled_text import styled, visible
+from moesaic.cli.styled_text import styled
 
 with deferred():
     import numpy as np
@@ -145,9 +145,7 @@ def _load_numbers(layer: LayerUsage) -> dict[str, float]:
 
 def _show(value: dict[str, Any], console: Console) -> None:
     about = ", ".join(f"{name} {what}" for name, what in value["about"].items())
-    console.print(
-        f"{value['batches']} batches, {show_bytes(value['bytes'])}; {visible(about)}",
-    )
+    console.print(f"{value['batches']} batches, {show_bytes(value['bytes'])}; {about}")
     for name, side in value["sides"].items():
         rows = []
         for i, token in enumerate(side["tokens"]):
