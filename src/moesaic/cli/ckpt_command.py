@@ -8,11 +8,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from moesaic.cli.deferred_imports import deferred
 from moesaic.cli.shared_options import JsonOption, command_app, print_result, print_table
-from moesaic.cli.styled_text import styled
+from moesaic.cli.styled_text import cyan, styled
 
 with deferred():
     from moesaic.checkpoint.block_index import INDEX_FILE, StoredTensor, read_index
@@ -242,7 +241,7 @@ def _show(value: dict[str, Any], console: Console) -> None:
         console,
         ("kind", "tensors", "values", "bytes"),
         (
-            (_cyan(kind), f"{s['tensors']:,}", show_count(s["values"]), show_bytes(s["bytes"]))
+            (cyan(kind), f"{s['tensors']:,}", show_count(s["values"]), show_bytes(s["bytes"]))
             for kind, s in value["kinds"].items()
         ),
         title="\ntensors",
@@ -250,7 +249,7 @@ def _show(value: dict[str, Any], console: Console) -> None:
     print_table(
         console,
         ("file", "blocks", "bytes"),
-        ((_cyan(f["file"]), f"{f['blocks']:,}", show_bytes(f["bytes"])) for f in value["files"]),
+        ((cyan(f["file"]), f"{f['blocks']:,}", show_bytes(f["bytes"])) for f in value["files"]),
         title="\nfiles",
     )
     if value["tensors"]:
@@ -259,7 +258,7 @@ def _show(value: dict[str, Any], console: Console) -> None:
             ("name", "type", "shape", "blocks"),
             (
                 (
-                    _cyan(t["name"]),
+                    cyan(t["name"]),
                     t["dtype"],
                     " x ".join(map(str, t["shape"])) or "-",
                     str(t["blocks"]),
@@ -270,17 +269,13 @@ def _show(value: dict[str, Any], console: Console) -> None:
         )
 
 
-def _cyan(name: str) -> Text:
-    return styled("[cyan]{name}[/]", name=name)
-
-
 def _show_diff(differ: list[TensorDifference], count: int, console: Console) -> None:
     console.print(f"{count - len(differ):,} of {count:,} tensors are the same")
     rows = []
     for found in differ:
         where = "" if found.expert is None else f" (most: expert {found.expert})"
         numbers = ("", "") if found.note else (f"{found.largest:.3g}", f"{found.relative:.3g}")
-        rows.append((_cyan(found.name + where), *numbers, found.note))
+        rows.append((cyan(found.name + where), *numbers, found.note))
     if rows:
         print_table(console, ("tensor", "largest", "relative", ""), rows)
 

@@ -146,7 +146,9 @@ def print_table(
     """
     table = Table(box=None, padding=(0, 1), show_header=any(map(str, columns)))
     for column, side in zip(columns, align.ljust(len(columns), "r"), strict=True):
-        table.add_column(_shown(column), justify="left" if side == "l" else "right", overflow="fold")
+        table.add_column(
+            _shown(column), justify="left" if side == "l" else "right", overflow="fold"
+        )
     for row in rows:
         table.add_row(*map(_shown, row))
     if title is not None:
