@@ -41,9 +41,10 @@ def show_built(corpus: Corpus, console: Console) -> None:
         console.print(f"dropped rows: moesaic data dropped {corpus.path}", style="dim")
 
 
-def show_stats(corpus: Corpus, console: Console, *, every: bool = False) -> None:
-    """Print counts of a corpus: the largest directions and sources, or all (``every``)."""
-    found = corpus_stats(corpus)
+def show_stats(
+    corpus: Corpus, found: CorpusStats, console: Console, *, every: bool = False
+) -> None:
+    """Print the statistics of a corpus: the largest directions and sources, or all (``every``)."""
     console.print(
         styled(
             "[bold]{name}[/]: {kept:,} of {read:,} pairs read are kept ({share})",
