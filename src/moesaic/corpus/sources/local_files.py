@@ -158,10 +158,11 @@ class LocalFiles(TextSource):
         return files
 
     def fetch(self, *, progress: Progress) -> tuple[SourceFile, ...]:
-        for file in self.files:
-            if not file.find():
+        by_entry = [(file, file.find()) for file in self.files]
+        for file, files in by_entry:
+            if not files:
                 raise file.missing()
-        found = self._distinct_files()
+        found = _distinct_files(by_entry)
         for source_file in found:
             if source_file.missing_reason:
                 progress(f"{source_file.path} is left out: {source_file.missing_reason}")
@@ -180,7 +181,7 @@ class LocalFiles(TextSource):
 
     def inputs(self) -> tuple[Path, ...]:
         found = []
-        for source_file in self._distinct_files():
+        for source_file in _distinct_files([(file, file.find()) for file in self.files]):
             path = source_file.path
             sides = (moses_file(path, code=tag) for tag in source_file.tags if tag)
             found += [path] if path.is_file() else [side for side in sides if side]
@@ -199,21 +200,22 @@ class LocalFiles(TextSource):
             if wanted(pair.source_language) and wanted(pair.target_language):
                 yield pair
 
-    def _distinct_files(self) -> tuple[SourceFile, ...]:
-        """Each file once per languages, in the order of the entries, exact paths deciding."""
-        chosen: dict[tuple[Path, tuple[str, ...]], SourceFile] = {}
-        exact: set[tuple[Path, tuple[str, ...]]] = set()
-        for file in self.files:
-            for found in file.find():
-                key = (found.path.resolve(), found.tags)
-                is_exact = found.path == Path(file.path)
-                if key not in chosen or (is_exact and key not in exact):
-                    chosen[key] = found
-                elif is_exact and file.contradicts(chosen[key]):
-                    raise DataError(f"{found.path}: listed twice, with two licences or origins")
-                if is_exact:
-                    exact.add(key)
-        return tuple(chosen.values())
+
+def _distinct_files(by_entry: list[tuple[LocalFile, list[SourceFile]]]) -> tuple[SourceFile, ...]:
+    """Return each file once per languages, in the order of the entries, exact paths deciding."""
+    chosen: dict[tuple[Path, tuple[str, ...]], SourceFile] = {}
+    exact: set[tuple[Path, tuple[str, ...]]] = set()
+    for file, files in by_entry:
+        for found in files:
+            key = (found.path.resolve(), found.tags)
+            is_exact = found.path == Path(file.path)
+            if key not in chosen or (is_exact and key not in exact):
+                chosen[key] = found
+            elif is_exact and file.contradicts(chosen[key]):
+                raise DataError(f"{found.path}: listed twice, with two licences or origins")
+            if is_exact:
+                exact.add(key)
+    return tuple(chosen.values())
 
 
 def printable_path(path: Path) -> str:
