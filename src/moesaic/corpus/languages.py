@@ -88,9 +88,10 @@ def resolve_language(text: str) -> Language:
     """
     found = find_language(text)
     if found is None:
+        nearest = did_you_mean(text[:_LONGEST], _display_spellings())
         raise DataError(
             f'unknown language "{printable(text, limit=_LONGEST)}": expected a code such as '
-            f"deu_Latn, de, pt-BR, zh_Hans or sr@latin{did_you_mean(text[:_LONGEST], _display_spellings())}"
+            f"deu_Latn, de, pt-BR, zh_Hans or sr@latin{nearest}"
         )
     return found
 

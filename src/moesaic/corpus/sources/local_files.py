@@ -11,7 +11,7 @@ from moesaic.core.config import Config
 from moesaic.core.errors import DataError, did_you_mean
 from moesaic.corpus.languages import ENGLISH, precise_tag, resolve_language
 from moesaic.corpus.pair import Pair, Text
-from moesaic.corpus.readers.compressed import name_without_compression
+from moesaic.corpus.readers.compressed import COMPRESSED, name_without_compression
 from moesaic.corpus.readers.formats import PAIR_FORMATS, holds_texts, read_pairs, read_texts
 from moesaic.corpus.readers.moses import moses_file
 from moesaic.corpus.readers.text_lines import require_rows
@@ -30,11 +30,7 @@ from moesaic.corpus.sources.text_source import (
     TextSource,
 )
 
-_SPLIT_FILE = re.compile(
-    r"(?P<language>.+)\.(?P<split>train|valid|test)\.tsv(\.gz|\.bz2|\.xz|\.zst)?"
-)
-
-
+_SPLIT_FILE = re.compile(r"(?P<language>.+)\.(?P<split>train|valid|test)\.tsv")
 _NOT_STATED = "not stated"
 
 
@@ -239,7 +235,7 @@ class PresplitFolder(TextSource):
             raise DataError(f"{root}: no such folder")
         source_files = []
         for path in sorted(root.iterdir()):
-            match = _SPLIT_FILE.fullmatch(path.name)
+            match = _SPLIT_FILE.fullmatch(name_without_compression(path))
             if match:
                 split: AllowedSplit = "train" if match["split"] == "train" else "held-out"
                 try:
@@ -248,12 +244,14 @@ class PresplitFolder(TextSource):
                     raise DataError(f"{path}: {error}") from error
                 source_files.append(SourceFile(code, path, allowed_split=split))
         if not source_files:
-            raise DataError(f"{root}: no file named LANG.train.tsv, also .gz, .bz2, .xz or .zst")
+            packed = " ".join(COMPRESSED)
+            raise DataError(f"{root}: no file named LANG.train.tsv (also {packed})")
         return tuple(source_files)
 
     def inputs(self) -> tuple[Path, ...]:
         root = Path(self.folder)
-        return tuple(sorted(p for p in root.glob("*") if _SPLIT_FILE.fullmatch(p.name)))
+        found = (p for p in root.glob("*") if _SPLIT_FILE.fullmatch(name_without_compression(p)))
+        return tuple(sorted(found))
 
     def read(self, source_file: SourceFile, *, wanted: LanguageFilter) -> Iterator[Pair]:
         if not wanted(source_file.name):
