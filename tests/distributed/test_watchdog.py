@@ -1,41 +1,15 @@
-"""The watchdog: process states, a store that does not answer, and warnings."""
+"""The watchdog: a store that does not answer, and warnings."""
 
 import os
-import signal
 import time
 from datetime import timedelta
-from multiprocessing import get_context
 
 import pytest
 import torch.distributed as distributed
 
 from moesaic.distributed import watchdog as watchdog_module
 from moesaic.distributed.heartbeat import DEFAULT_GROUP, HeartbeatFile
-from moesaic.distributed.watchdog import Watchdog, process_state
-
-
-def _sleep() -> None:
-    time.sleep(60)
-
-
-def _until(pid: int, state: str) -> str:
-    deadline = time.monotonic() + 10
-    while process_state(pid) != state and time.monotonic() < deadline:
-        time.sleep(0.005)
-    return process_state(pid)
-
-
-def test_process_state_is_alive_stopped_or_gone() -> None:
-    process = get_context("fork").Process(target=_sleep)
-    process.start()
-    assert process.pid is not None
-    assert process_state(process.pid) == "alive"
-    os.kill(process.pid, signal.SIGSTOP)
-    assert _until(process.pid, "stopped") == "stopped"
-    process.kill()
-    assert _until(process.pid, "gone") == "gone", "not collected by its parent, and yet gone"
-    process.join()
-    assert process_state(process.pid) == "gone"
+from moesaic.distributed.watchdog import Watchdog
 
 
 def _watchdogs(timeout_s: float) -> tuple[list[Watchdog], distributed.TCPStore]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch.distributed as distributed
 
+from moesaic.core.processes import process_state
 from moesaic.distributed.bounded_store import BoundedStore
 from moesaic.distributed.hang_report import (
     HangReport,
@@ -244,19 +245,6 @@ class Watchdog:
                 faulthandler.dump_traceback(file=2, all_threads=True)
         if not self._stop_event.is_set():
             os._exit(1)
-
-
-def process_state(pid: int) -> ProcessState:
-    """Return whether a process of this machine runs, is stopped or is gone (Linux; else alive)."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return "gone" if Path("/proc/self/stat").exists() else "alive"
-    except OSError:
-        return "alive"
-    letter = text.rpartition(")")[2].split()[0]
-    states: dict[str, ProcessState] = {"Z": "gone", "X": "gone", "T": "stopped", "t": "stopped"}
-    return states.get(letter, "alive")
 
 
 def _machine_id() -> str:
