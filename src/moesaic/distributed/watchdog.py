@@ -82,6 +82,7 @@ class Watchdog:
         """Stop the thread and remove the heartbeat file."""
         self._stop_event.set()
         self._thread.join(timeout=self.grace_s)
+        self._store.close()
         self.heartbeat_file.close()
 
     def add_group(self, name: str, *, group: distributed.ProcessGroup) -> None:
